@@ -1,0 +1,19 @@
+"""Where `templates/` and `patches/` are: in the wheel, or in the checkout they are edited in."""
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def asset(name: str) -> Path:
+    """The folder or file `name`, e.g. ``asset("patches")``.
+
+    An editable install has no packaged copy, so the checkout around the package is looked at second.
+
+    Raises:
+        FileNotFoundError: the installation is incomplete.
+    """
+    for candidate in (_PACKAGE / "_assets" / name, _PACKAGE.parent / name):
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(f"sparkinstall's own {name!r} is missing: install the tool again")

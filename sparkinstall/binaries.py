@@ -1,0 +1,302 @@
+"""What a shared library says of itself: whose build it is, what it needs, which GPUs its code is for.
+
+Read from the file alone: nothing is loaded or run, no CUDA toolkit is needed, and a library for another
+machine reads as well as one for ours. Only the tables asked about are read, so that a 1 GB file costs
+neither seconds nor memory.
+
+Reads are positioned reads, not a memory map: a library that a linker or an installer cuts short while we
+look at it is then a `NotALibrary`, where a map would end this process with SIGBUS.
+
+Sources: the ELF gABI for the tables. NVIDIA does not publish the fatbin container; its layout was read from
+files that the compilers of CUDA 12 and 13 made, and agrees with `cuobjdump` on vLLM, PyTorch and NCCL wheels
+of both machines.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+StrPath = str | os.PathLike[str]
+
+_ELF_HEADER = struct.Struct("<4sBBBxxxxxxxxxHHIQQQIHHHHHH")
+_ELF64, _LITTLE_ENDIAN, _SHARED_OBJECT = 2, 1, 3
+_MACHINES = {62: "x86_64", 183: "aarch64"}
+
+_SECTION = struct.Struct("<IIQQQQIIQQ")
+_SHT_DYNAMIC, _SHT_NOTE, _SHT_DYNSYM = 6, 7, 11
+
+_DYNAMIC_ENTRY = struct.Struct("<qQ")
+_DT_NULL, _DT_NEEDED, _DT_RPATH, _DT_RUNPATH = 0, 1, 15, 29
+
+_NOTE = struct.Struct("<III")
+_NT_GNU_BUILD_ID = 3
+
+_SYMBOL = struct.Struct("<IBBHQQ")
+_STB_LOCAL, _STB_WEAK = 0, 2
+_VISIBLE_OUTSIDE = frozenset({0, 3})  # STV_DEFAULT, STV_PROTECTED
+
+_CONTAINER = struct.Struct("<IHHQ")
+_CONTAINER_MAGIC = 0xBA55ED50
+# kind, version, size of this header, size of the code after it, (its unpacked form), arch, (name), flags
+_ENTRY = struct.Struct("<HHIQ12xI8xQ")
+_ENTRY_KINDS: dict[int, Literal["ptx", "cubin"]] = {1: "ptx", 2: "cubin"}
+# The suffix of sm_120a and sm_120f stands in the flags, not in the code: nothing has to be decompressed.
+_ARCH_SPECIFIC, _FAMILY_SPECIFIC = 1 << 20, 1 << 21
+
+
+class NotALibrary(ValueError):
+    """The file is no 64-bit little-endian shared library, or cut short, or damaged: which file, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class GpuCode:
+    """One piece of GPU code: a `cubin` runs as it is, `ptx` is compiled when it is loaded.
+
+    `arch` is nvcc's own name. For a cubin `sm_120`, `sm_120a` (12.0 alone) or `sm_120f` (its family, 12.1
+    too); for PTX `compute_120` and the like.
+    """
+
+    kind: Literal["cubin", "ptx"]
+    arch: str
+
+
+def build_id(path: StrPath) -> str | None:
+    """The GNU build-id in hex, as `file` and `readelf -n` print it; None where the linker wrote none.
+
+    Raises `NotALibrary`; `OSError` where the file cannot be opened. So does every function here.
+    """
+    with _opened(path) as library:
+        for section in library.sections:
+            if section.kind == _SHT_NOTE and (found := _build_id_in(library.content(section))):
+                return found
+    return None
+
+
+def needed(path: StrPath) -> tuple[str, ...]:
+    """The libraries that it asks the loader for (DT_NEEDED), in order: `libcudart.so.13`."""
+    with _opened(path) as library:
+        return tuple(_dynamic_strings(library, _DT_NEEDED))
+
+
+def rpath(path: StrPath) -> tuple[str, ...]:
+    """The folders of DT_RPATH, in order and unexpanded (`$ORIGIN/..`): searched before LD_LIBRARY_PATH.
+
+    The loader ignores them in a library that has a `runpath` too (ld.so(8)).
+    """
+    with _opened(path) as library:
+        return tuple(_folders(_dynamic_strings(library, _DT_RPATH)))
+
+
+def runpath(path: StrPath) -> tuple[str, ...]:
+    """The folders of DT_RUNPATH, in order and unexpanded: searched only after LD_LIBRARY_PATH."""
+    with _opened(path) as library:
+        return tuple(_folders(_dynamic_strings(library, _DT_RUNPATH)))
+
+
+def machine(path: StrPath) -> str:
+    """What it runs on, as `uname -m` says it: `x86_64`, `aarch64`; any other by number, `elf-machine-243`."""
+    with _opened(path) as library:
+        return _MACHINES.get(library.machine, f"elf-machine-{library.machine}")
+
+
+def undefined_symbols(path: StrPath, prefix: str) -> frozenset[str]:
+    """The names beginning with `prefix` that other libraries must bring, or this one does not load.
+
+    Weak ones are left out: the loader puts up with their absence.
+    """
+    return _symbols(path, prefix, lambda binding, _, section: not section and binding != _STB_WEAK)
+
+
+def defined_symbols(path: StrPath, prefix: str) -> frozenset[str]:
+    """The names beginning with `prefix` that it offers to others, without their versions."""
+    return _symbols(
+        path, prefix, lambda _, visibility, section: bool(section) and visibility in _VISIBLE_OUTSIDE
+    )
+
+
+def gpu_code(path: StrPath) -> tuple[GpuCode, ...]:
+    """Every cubin and PTX that the driver can load from it, one item each and in file order; or none.
+
+    The pieces that `cuobjdump` lists. Not counted: code for a later link only (`__nv_relfatbin`, LTO).
+    """
+    with _opened(path) as library:
+        return tuple(code for section in library.named(".nv_fatbin") for code in _fatbin(library, section))
+
+
+class _Section(NamedTuple):
+    name: int
+    kind: int
+    offset: int
+    size: int
+    link: int
+
+
+class _Library:
+    """An open ELF shared library: its header and section table, and reads that never leave the file."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._size = os.fstat(descriptor).st_size
+        header = self.unpack(_ELF_HEADER, 0)
+        magic, elf_class, order, _, kind, self.machine, _, _, _, table, _, _, _, _, entry, count, names = (
+            header
+        )
+        if magic != b"\x7fELF":
+            raise _DamageError("not an ELF file")
+        if (elf_class, order, kind) != (_ELF64, _LITTLE_ENDIAN, _SHARED_OBJECT):
+            raise _DamageError("not a 64-bit little-endian shared library")
+        self.sections = self._section_table(table, entry, count)
+        self._names = self.content(self.linked(names))
+
+    def _section_table(self, offset: int, entry: int, count: int) -> tuple[_Section, ...]:
+        if not count or entry != _SECTION.size:
+            raise _DamageError("it has no section table")
+        rows = _SECTION.iter_unpack(self.read(offset, entry * count))
+        return tuple(_Section(row[0], row[1], row[4], row[5], row[6]) for row in rows)
+
+    def read(self, offset: int, size: int) -> bytes:
+        # Checked before the read: a damaged size must not become an allocation of that size.
+        if offset + size > self._size:
+            raise _DamageError(f"cut short: {size} bytes expected at {offset}, and the file has {self._size}")
+        data = os.pread(self._descriptor, size, offset)
+        if len(data) < size:
+            raise _DamageError(f"cut short while it was read: {len(data)} of {size} bytes at {offset}")
+        return data
+
+    def unpack(self, layout: struct.Struct, offset: int) -> tuple[Any, ...]:
+        return layout.unpack(self.read(offset, layout.size))
+
+    def content(self, section: _Section) -> bytes:
+        return self.read(section.offset, section.size)
+
+    def table(self, section: _Section, layout: struct.Struct) -> Iterator[tuple[Any, ...]]:
+        if section.size % layout.size:
+            raise _DamageError(f"a table of {section.size} bytes does not hold rows of {layout.size}")
+        return layout.iter_unpack(self.content(section))
+
+    def linked(self, index: int) -> _Section:
+        if index >= len(self.sections):
+            raise _DamageError(f"section {index} is named, and there are {len(self.sections)}")
+        return self.sections[index]
+
+    def of_kind(self, kind: int) -> Iterator[_Section]:
+        return (section for section in self.sections if section.kind == kind)
+
+    def named(self, name: str) -> Iterator[_Section]:
+        wanted = name.encode() + b"\0"
+        return (section for section in self.sections if self._names.startswith(wanted, section.name))
+
+
+class _DamageError(Exception):
+    """Why a file is not readable as a library; leaves this module as `NotALibrary` with the file's name."""
+
+
+@contextmanager
+def _opened(path: StrPath) -> Iterator[_Library]:
+    with open(path, "rb", buffering=0) as file:
+        try:
+            yield _Library(file.fileno())
+        except _DamageError as damage:
+            raise NotALibrary(f"{os.fspath(path)}: {damage}") from None
+
+
+def _string(strings: bytes, offset: int) -> str:
+    end = strings.find(b"\0", offset)
+    if end < 0:
+        raise _DamageError(f"a name at {offset} does not end")
+    try:
+        return strings[offset:end].decode()
+    except UnicodeDecodeError:
+        raise _DamageError(f"a name at {offset} is not text") from None
+
+
+def _dynamic_strings(library: _Library, wanted: int) -> Iterator[str]:
+    for section in library.of_kind(_SHT_DYNAMIC):
+        strings = library.content(library.linked(section.link))
+        for tag, value in library.table(section, _DYNAMIC_ENTRY):
+            if tag == _DT_NULL:
+                break
+            if tag == wanted:
+                yield _string(strings, value)
+
+
+def _folders(lists: Iterator[str]) -> Iterator[str]:
+    return (folder for joined in lists for folder in joined.split(":") if folder)
+
+
+def _build_id_in(notes: bytes) -> str | None:
+    at = 0
+    while at + _NOTE.size <= len(notes):
+        name_size, size, kind = _NOTE.unpack_from(notes, at)
+        name = at + _NOTE.size
+        start = name + _padded(name_size)
+        if kind == _NT_GNU_BUILD_ID and notes[name : name + name_size] == b"GNU\0":
+            if start + size > len(notes):
+                raise _DamageError("the build-id is cut short")
+            return notes[start : start + size].hex()
+        at = start + _padded(size)
+    return None
+
+
+def _padded(size: int) -> int:
+    return (size + 3) & ~3
+
+
+def _symbols(path: StrPath, prefix: str, wanted: Callable[[int, int, int], bool]) -> frozenset[str]:
+    with _opened(path) as library:
+        return frozenset(
+            _string(names, name)
+            for section in library.of_kind(_SHT_DYNSYM)
+            for names in [library.content(library.linked(section.link))]
+            for name in _rows_named(library.table(section, _SYMBOL), names, prefix.encode(), wanted)
+        )
+
+
+def _rows_named(
+    rows: Iterator[tuple[Any, ...]], names: bytes, prefix: bytes, wanted: Callable[[int, int, int], bool]
+) -> Iterator[int]:
+    # The name first: of 100,000 symbols a few dozen begin with the prefix, the others need no second look.
+    for name, info, other, section, _, _ in rows:
+        known = name and names.startswith(prefix, name) and info >> 4 != _STB_LOCAL
+        if known and wanted(info >> 4, other & 3, section):
+            yield name
+
+
+def _fatbin(library: _Library, section: _Section) -> Iterator[GpuCode]:
+    for start, end in _containers(library, section.offset, section.offset + section.size):
+        while start < end:
+            kind, _, header, payload, arch, flags = library.unpack(_ENTRY, start)
+            if header < _ENTRY.size or start + header + payload > end:
+                raise _DamageError(f"the GPU code at {start} leaves its container")
+            if kind in _ENTRY_KINDS:
+                yield _code(_ENTRY_KINDS[kind], arch, flags)
+            start += header + payload
+
+
+def _containers(library: _Library, start: int, end: int) -> Iterator[tuple[int, int]]:
+    while (start := _after_padding(library, start, end)) < end:
+        magic, _, header, size = library.unpack(_CONTAINER, start)
+        if magic != _CONTAINER_MAGIC or header < _CONTAINER.size or start + header + size > end:
+            raise _DamageError(f"no container of GPU code at {start}")
+        yield start + header, start + header + size
+        start += header + size
+
+
+def _after_padding(library: _Library, start: int, end: int) -> int:
+    # Where the next container begins is the linker's choice (128 bytes on, on aarch64); zeros lie between.
+    while start < end:
+        ahead = library.read(start, min(256, end - start))
+        if rest := ahead.lstrip(b"\0"):
+            return start + len(ahead) - len(rest)
+        start += len(ahead)
+    return end
+
+
+def _code(kind: Literal["ptx", "cubin"], arch: int, flags: int) -> GpuCode:
+    suffix = "a" if flags & _ARCH_SPECIFIC else "f" if flags & _FAMILY_SPECIFIC else ""
+    return GpuCode(kind, f"{'sm' if kind == 'cubin' else 'compute'}_{arch}{suffix}")

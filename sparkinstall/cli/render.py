@@ -1,0 +1,144 @@
+"""How things look to a person: plans, diffs, findings, problems."""
+
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from sparkinstall.errors import Problem
+from sparkinstall.plans.engine import Checked, StepReport
+from sparkinstall.plans.fixes import FixState
+from sparkinstall.plans.proof import Looked
+from sparkinstall.redaction import redact
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, Unknown
+
+_MANY_LINES = 40
+_SIGNS = {
+    "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
+    "unchanged": ("✓", "green"), "changed": ("✓", "green"), "left": ("·", "cyan"), "drift": ("+", "yellow"),
+    "failed": ("✗", "red"), "held": ("·", "dim"), "proven": ("✓", "green"), "done": ("✓", "green"),
+    "open": ("+", "yellow"), "not here": ("·", "dim"),
+}  # fmt: skip
+
+
+def console(stderr: bool = False) -> Console:
+    """A console of the usual width; a log that is no terminal is not folded at 80."""
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, soft_wrap=not stream.isatty())
+
+
+def sign(of: str) -> Text:
+    """The one character in front of a line, with its colour."""
+    mark, colour = _SIGNS[of]
+    return Text(mark, style=colour)
+
+
+def _columns(*widths: int | None) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for width in widths:
+        table.add_column(min_width=width, no_wrap=width is not None)
+    return table
+
+
+def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False) -> None:
+    """What every step would do, then the differences."""
+    table = _columns(1, 12, None)
+    for report in reports:
+        for at, (mark, line) in enumerate(_plan_lines(report)):
+            table.add_row(sign(mark), report.name if at == 0 else "", Text(redact(line)))
+    out.print(Padding(table, (0, 0, 0, 2)))
+    for report in reports:
+        for checked in report.checked:
+            if isinstance(checked.state, Drift) and checked.state.after:
+                show_diff(checked, checked.state, out, verbose)
+
+
+def _plan_lines(report: StepReport) -> list[tuple[str, str]]:
+    if report.problem:
+        return [("failed", report.problem.what)]
+    lines = [_state_line(checked.state) for checked in report.checked]
+    good = [line for mark, line in lines if mark == "unchanged"]
+    rest = [each for each in lines if each[0] != "unchanged"]
+    notes = "; ".join(note for note in good if note)
+    if not rest:
+        return [("unchanged", notes or "as it should be")]
+    return rest
+
+
+def _state_line(state: State) -> tuple[str, str]:
+    if isinstance(state, Satisfied):
+        return "unchanged", state.note
+    if isinstance(state, Drift):
+        return "drift", state.summary
+    if isinstance(state, Unknown):
+        return "held", f"known after {state.waits_for}"
+    if isinstance(state, LeftToNode):
+        return "left", f"left to the node: {state.what}"
+    assert isinstance(state, Obstacle)
+    return "failed", f"{state.what} - {state.mend}" if state.mend else state.what
+
+
+def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> None:
+    """A unified diff; a long one is cut unless every line was asked for."""
+    before, after = drift.before.splitlines(), drift.after.splitlines()
+    lines = list(difflib.unified_diff(before, after, "now", "then", lineterm="", n=2))[2:]
+    if not lines:
+        return
+    out.print()
+    out.print(f"  [bold]{escape(checked.key)}[/]")
+    shown = lines if verbose else lines[:_MANY_LINES]
+    for line in shown:
+        style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "dim")
+        out.print(Text("    " + redact(line), style=style))
+    if len(shown) < len(lines):
+        out.print(f"    [dim]... {len(lines) - len(shown)} more lines (-v shows them)[/]")
+
+
+def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False) -> None:
+    """One line a probe; the mend beneath those that need one."""
+    table = _columns(1, 16, None)
+    for each in looked:
+        finding = each.finding
+        if only_bad and finding.verdict in ("pass", "skip"):
+            continue
+        expected = (
+            f" [dim](expected: {escape(finding.expected)})[/]"
+            if finding.expected and finding.verdict != "pass"
+            else ""
+        )
+        table.add_row(sign(finding.verdict), each.probe.name, escape(redact(finding.found)) + expected)
+        if finding.mend and finding.verdict in ("fail", "warn"):
+            table.add_row("", "", f"[dim]→[/] {escape(finding.mend)}")
+    out.print(Padding(table, (0, 0, 0, 2)))
+
+
+def show_fixes(states: Iterable[FixState], out: Console) -> None:
+    """The eight fixes, one line each."""
+    table = _columns(1, 1, 43, 8, None)
+    for state in states:
+        mark = sign(state.standing)
+        note = Text(redact(state.note), style="dim")
+        table.add_row(
+            mark, str(state.fix.number), state.fix.title, Text(state.standing, style=mark.style), note
+        )
+    out.print(Padding(table, (0, 0, 0, 2)))
+
+
+def show_problems(problems: Sequence[Problem]) -> None:
+    """Errors go to stderr: what happened, why, the last lines, the log, and what to do."""
+    out = console(stderr=True)
+    for problem in problems:
+        out.print(f"[red bold]✗[/] {escape(redact(problem.what))}")
+        if problem.why:
+            out.print(f"  [dim]why[/]   {escape(redact(problem.why))}")
+        for line in problem.tail:
+            out.print(Text(f"  │ {redact(line)}", style="dim"))
+        if problem.log:
+            out.print(f"  [dim]log[/]   {escape(problem.log)}")
+        if problem.mend:
+            out.print(f"  [dim]do[/]    {escape(problem.mend)}")

@@ -1,0 +1,34 @@
+"""`sparkinstall run STEP...`: single steps, by name."""
+
+from typing import Annotated
+
+import typer
+
+from sparkinstall.cli import options
+from sparkinstall.cli.all import Choice, install
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import answer
+
+
+def run(
+    steps: Annotated[
+        list[str], typer.Argument(metavar="STEP...", help="packages, environment, nccl, fp8, env-files")
+    ],
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Make it anew although it is as it should be.")
+    ] = False,
+    root: options.Root = None,
+    config: options.ConfigFile = None,
+    stack: options.Stack = None,
+    set_: options.Set = None,
+    platform: options.Platform = None,
+    full: options.Full = None,
+    ignore: options.Ignore = None,
+    yes: options.Yes = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Do these steps only."""
+    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
+    choice = Choice(tuple(steps), (), tuple(ignore or ()), yes, json, fresh, "run")
+    answer("run", lambda: install(asked, choice), json=json, verbose=verbose)

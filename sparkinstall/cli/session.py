@@ -1,0 +1,121 @@
+"""From a command line to a node: settings in layers, the stack, the state on the node."""
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparkinstall import config as configuration
+from sparkinstall.cli.options import Asked
+from sparkinstall.config import Config, Layer
+from sparkinstall.errors import BadConfig, BadUsage
+from sparkinstall.node import Node, user_cache
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.system.local import LocalSystem
+
+_RECORDED = "the last `all`"
+
+
+@dataclass(frozen=True)
+class Session:
+    """Everything a verb works with. `sources` says where each setting came from."""
+
+    node: Node
+    system: LocalSystem
+    state: StateFolder
+    sources: dict[str, str]
+    options: dict[str, Any]
+
+
+def open_session(asked: Asked) -> Session:
+    """Resolve what was asked.
+
+    Raises:
+        BadUsage, BadConfig: it cannot be used as it is; nothing was touched.
+    """
+    system = LocalSystem(_root(asked.root))
+    state = StateFolder(system)
+    options = {**state.options(), **asked.to_remember()}
+    config, sources = configuration.build(_layers(asked, state.options(), options))
+    node = _node(config, system, options)
+    _check_places(node, system)
+    return Session(node, system, state, sources, options)
+
+
+def _root(root: Path | None) -> str:
+    if root is None:
+        return "/"
+    full = root.expanduser().absolute()
+    if full.resolve() == Path("/"):
+        raise BadUsage(
+            "--root / is this machine itself", mend="leave --root out to set it up, or name a folder"
+        )
+    if full.exists() and not full.is_dir():
+        raise BadUsage(f"--root {root} is not a folder", mend="name a folder; it is made where there is none")
+    if not full.parent.is_dir():
+        raise BadUsage(
+            f"--root {root}: there is no folder {full.parent}", mend=f"make it first: mkdir -p {full.parent}"
+        )
+    return str(full.parent.resolve() / full.name)
+
+
+def _layers(asked: Asked, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:
+    layers = [configuration.read_layer(path) for path in _config_files(options.get("config"))]
+    for source, said in ((_RECORDED, recorded), ("the command line", asked.to_remember())):
+        values = dict(configuration.parse_assignment(each) for each in said.get("settings", ()))
+        if said.get("stack"):
+            values["stack"] = _stack_name(said["stack"])
+        layers.append(Layer(source, values))
+    return layers
+
+
+def _stack_name(said: str) -> str:
+    return str(Path(said).resolve()) if said.endswith((".yaml", ".yml")) else said
+
+
+def _config_files(named: str | None) -> list[Path]:
+    if named:
+        return [Path(named)]
+    found = [Path(each).expanduser() for each in configuration.DEFAULT_FILES]
+    return [each for each in found if each.exists()]
+
+
+def _node(config: Config, system: LocalSystem, options: dict[str, Any]) -> Node:
+    from sparkinstall import stacks
+
+    try:
+        stack = stacks.load(config.stack)
+    except stacks.StackError as error:
+        raise BadConfig(str(error)) from error
+    machine = platform.machine()
+    wanted = options.get("platform") or machine
+    if not system.rehearsal and (options.get("platform") or options.get("full") is not None):
+        raise BadUsage("--platform and --full are for a rehearsal", mend="add `--root ./node`")
+    try:
+        stack.on(wanted)
+    except stacks.StackError as error:
+        raise BadUsage(str(error)) from error
+    return Node(
+        config=config,
+        stack=stack,
+        platform=wanted,
+        machine=machine,
+        rehearsal=system.rehearsal,
+        full=bool(options.get("full")),
+        home=os.path.expanduser("~"),
+        cache=user_cache(),
+    )
+
+
+def _check_places(node: Node, system: LocalSystem) -> None:
+    complaint = configuration.safe_path(system.real(node.prefix))
+    if complaint:
+        raise BadUsage(
+            f"{system.real(node.prefix)!a} {complaint}", mend="choose another folder for --root"
+        )
+
+
+def open_state(asked: Asked) -> StateFolder:
+    """The state of the node alone: for what must work whatever the settings say."""
+    return StateFolder(LocalSystem(_root(asked.root)))

@@ -1,0 +1,55 @@
+"""`sparkinstall status`: what is here, since when, and how the eight fixes stand."""
+
+from sparkinstall.cli import options
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import Answer, answer
+
+
+def status(
+    root: options.Root = None,
+    config: options.ConfigFile = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Tell what is installed and how the eight fixes stand (nothing is started; `verify` proves)."""
+    answer("status", lambda: _status(Asked(root, config, verbose=verbose)), json=json, verbose=verbose)
+
+
+def _status(asked: Asked) -> Answer:
+    from sparkinstall.cli.envelope import fix_data, step_data
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.plans import catalogue, engine, fixes
+
+    session = open_session(asked)
+    records = session.state.journal().records()
+    reports = engine.plan(catalogue.STEPS, session.node, session.system)
+    standing = fixes.stand(reports, {})
+    facts = {
+        "installed": bool(records),
+        "stack": session.node.stack.name,
+        "platform": session.node.platform,
+        "prefix": session.system.real(session.node.prefix),
+        "since": records[0].at if records else None,
+        "last_change": records[-1].at if records else None,
+        "journal": str(session.state.home / "journal.jsonl"),
+    }
+
+    def show() -> None:
+        from sparkinstall.cli.render import console, show_fixes
+
+        out = console()
+        if not records:
+            out.print(
+                "Nothing of sparkinstall is installed here. `sparkinstall plan` shows what would be done."
+            )
+            return
+        for name, value in facts.items():
+            if name != "installed":
+                out.print(f"  [dim]{name.replace('_', ' '):12}[/] {value}")
+        out.print(
+            "\n[bold]The eight fixes[/]  [dim]as files say; `sparkinstall verify` looks at running processes[/]"
+        )
+        show_fixes(standing, out)
+
+    data = {**facts, "steps": [step_data(r) for r in reports], "fixes": [fix_data(s) for s in standing]}
+    return Answer(data=data, show=show)

@@ -1,0 +1,98 @@
+"""`sparkinstall uninstall`: everything back as it was, from the journal."""
+
+import sys
+from typing import TYPE_CHECKING
+
+import typer
+
+from sparkinstall.cli import options
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import Answer, answer
+
+if TYPE_CHECKING:
+    from sparkinstall.plans.uninstall import TakenBack
+
+
+def uninstall(
+    root: options.Root = None,
+    purge_cache: bool = typer.Option(
+        False, "--purge-cache", help="Remove downloads and wheels in your cache too."
+    ),
+    yes: options.Yes = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Take everything back: every file byte for byte, every package that was not there before."""
+    answer("uninstall", lambda: _uninstall(root, purge_cache, yes, json), json=json, verbose=verbose)
+
+
+def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> Answer:
+    from sparkinstall.cli.session import open_state
+    from sparkinstall.plans import uninstall as undoing
+
+    state = open_state(Asked(root))
+    state.sweep()
+    if not state.exists:
+        return Answer(data={"touches": []}, show=lambda: print("Nothing of sparkinstall is installed here."))
+    touches = undoing.touches(state.journal().records())
+    if not json:
+        _show_plan([f"{t.undo.kind:9} {t.undo.subject}" for t in touches])
+    _ask(yes, state.system.rehearsal)
+    taken = undoing.take_all_back(state)
+    if purge_cache:
+        _purge_cache()
+    return _answer(taken, purge_cache)
+
+
+def _show_plan(lines: list[str]) -> None:
+    from sparkinstall.cli.render import console
+
+    out = console()
+    out.print("[bold]To take back[/]")
+    for line in lines:
+        out.print(f"  {line}", markup=False)
+
+
+def _ask(yes: bool, rehearsal: bool) -> None:
+    from sparkinstall.errors import BadUsage, Interrupted
+
+    if yes or rehearsal:
+        return
+    if not sys.stdin.isatty():
+        raise BadUsage("there is no terminal to ask on", mend="add `--yes` if that is what you want")
+    if not typer.confirm("Take all of it back?", default=False):
+        raise Interrupted("not begun; nothing was changed")
+
+
+def _purge_cache() -> None:
+    import shutil
+
+    from sparkinstall.node import user_cache
+
+    shutil.rmtree(user_cache(), ignore_errors=True)
+
+
+def _answer(taken: "list[TakenBack]", purged: bool) -> Answer:
+    from sparkinstall.errors import Exit, Problem
+    from sparkinstall.node import user_cache
+
+    problems = tuple(
+        Problem(
+            f"{each.subject} could not be taken back: {each.note}",
+            mend="mend that, then run `sparkinstall uninstall` again",
+        )
+        for each in taken
+        if each.outcome == "failed"
+    )
+
+    def show() -> None:
+        counts = [each.outcome for each in taken]
+        print(f"Restored {counts.count('restored')}, removed {counts.count('removed')}.")
+        for each in taken:
+            if each.outcome == "kept":
+                print(f"! kept {each.subject}: {each.note}")
+        if not purged and user_cache().exists():
+            print(f"Downloads are kept in {user_cache()} (--purge-cache removes them).")
+
+    code = Exit.FAILED if problems else Exit.GOOD
+    return Answer(code, {"touches": [vars(each) for each in taken]}, show, problems)

@@ -1,0 +1,70 @@
+"""The frame around every verb: errors in words, JSON, exit codes, Ctrl-C."""
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import typer
+
+from sparkinstall.errors import Exit, Interrupted, Problem
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb has to say: an exit code, data for JSON, and how a person is shown it."""
+
+    code: Exit = Exit.GOOD
+    data: Mapping[str, Any] = field(default_factory=dict)
+    show: Callable[[], None] = lambda: None
+    problems: tuple[Problem, ...] = ()
+
+
+def answer(verb: str, body: Callable[[], Answer], *, json: bool, verbose: bool = False) -> NoReturn:
+    """Run a verb and end the process with its exit code."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        given = body()
+    except Problem as problem:
+        given = Answer(problem.exit_code, problems=(problem,))
+    except KeyboardInterrupt:
+        given = Answer(Exit.INTERRUPTED, problems=(_interrupted(),))
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        given = Answer(Exit.FAILED, problems=(_bug(error),))
+    _tell(verb, given, json)
+    sys.stdout.flush()
+    raise typer.Exit(int(given.code))
+
+
+def _tell(verb: str, given: Answer, json: bool) -> None:
+    if json:
+        from sparkinstall.cli.envelope import envelope
+
+        print(envelope(verb, given.code, given.data, given.problems))
+        return
+    given.show()
+    if given.problems:
+        from sparkinstall.cli.render import show_problems
+
+        show_problems(given.problems)
+
+
+def _as_interrupt(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _interrupted() -> Interrupted:
+    return Interrupted("interrupted", mend="run the same command again: it goes on where this one stopped")
+
+
+def _bug(error: Exception) -> Problem:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
+    return Problem(
+        f"sparkinstall itself failed: {type(error).__name__}: {error}{place}",
+        mend="this is a bug of ours; `-v` shows where. What was done so far is in the journal, and running again goes on",
+    )

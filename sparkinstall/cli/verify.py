@@ -1,0 +1,65 @@
+"""`sparkinstall verify`: is everything so, and does it behave so? For people and for CI."""
+
+from sparkinstall.cli import options
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import Answer, answer
+
+
+def verify(
+    root: options.Root = None,
+    config: options.ConfigFile = None,
+    stack: options.Stack = None,
+    set_: options.Set = None,
+    platform: options.Platform = None,
+    full: options.Full = None,
+    only: options.Only = None,
+    skip: options.Skip = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Check everything and prove it on running processes; exit 3 if anything is not as it should be."""
+    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
+    answer("verify", lambda: _verify(asked, only or [], skip or []), json=json, verbose=verbose)
+
+
+def _verify(asked: Asked, only: list[str], skip: list[str]) -> Answer:
+    from sparkinstall.cli.envelope import finding_data, fix_data, step_data
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.errors import Exit
+    from sparkinstall.events import silent
+    from sparkinstall.plans import catalogue, engine, fixes, proof
+
+    session = open_session(asked)
+    steps = catalogue.chosen(only, skip)
+    reports = engine.plan(steps, session.node, session.system)
+    looked = proof.look(proof.of_steps(steps, session.node), session.system, silent)
+    findings = {each.probe.name: each.finding for each in looked}
+    standing = [] if only or skip else fixes.stand(reports, findings)
+    bad = [report for report in reports if report.outcome not in ("unchanged", "left")]
+    wrong = bool(bad) or any(finding.verdict == "fail" for finding in findings.values())
+
+    def show() -> None:
+        from sparkinstall.cli.all import _root_option, _where
+        from sparkinstall.cli.render import console, show_findings, show_fixes, show_plan
+
+        out = console()
+        out.print(f"[bold]Checks[/]  {_where(session)}")
+        show_plan(reports, out, asked.verbose)
+        out.print("[bold]Proof[/]")
+        show_findings(looked, out)
+        if standing:
+            out.print("\n[bold]The eight fixes[/]")
+            show_fixes(standing, out)
+        if wrong:
+            out.print(
+                f"\n[red bold]✗[/] not as it should be; `sparkinstall all{_root_option(session)}` mends it"
+            )
+        else:
+            out.print("\n[green bold]✓[/] everything is as it should be")
+
+    data = {
+        "checks": [step_data(report) for report in reports],
+        "probes": [finding_data(each.probe, each.finding, each.seconds) for each in looked],
+        "fixes": [fix_data(state) for state in standing],
+    }
+    return Answer(Exit.DRIFT if wrong else Exit.GOOD, data, show)

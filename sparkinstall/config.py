@@ -1,0 +1,340 @@
+"""The settings: frozen dataclasses, filled from layers, each value with where it came from.
+
+The docs' reference is made from the `doc` of each field (tools/config_reference.py).
+"""
+
+import re
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from sparkinstall.errors import BadConfig
+
+DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")
+
+_PATH = re.compile(r"/[A-Za-z0-9._+@/-]*")
+_HOST = re.compile(r"[A-Za-z0-9.:-]+")
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+_ARCH = re.compile(r"[0-9]{2,3}[af]?")
+_INTERFACE = re.compile(r"[A-Za-z0-9._-]{1,15}")
+_VERSION = re.compile(r"\d+\.\d+(\.\d+)?(-\d+)?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def safe_path(value: str) -> str | None:
+    """Why a path cannot be used, or None. LD_PRELOAD, which must carry it, takes no space and no colon."""
+    if "\n" in value or "\r" in value:
+        return "must not contain a line break"
+    if not _PATH.fullmatch(value) or "//" in value or ".." in value.split("/") or value == "/":
+        return "must be an absolute path of letters, digits and ._+@- (LD_PRELOAD can carry no other)"
+    return None
+
+
+def _like(pattern: re.Pattern[str], what: str) -> Callable[[str], str | None]:
+    return lambda value: None if pattern.fullmatch(value) else f"must be {what}"
+
+
+def _one_of(*choices: str) -> Callable[[str], str | None]:
+    return lambda value: None if value in choices else f"must be one of {', '.join(choices)}"
+
+
+def _port(value: int) -> str | None:
+    return None if 0 < value < 65536 else "must be a port from 1 to 65535"
+
+
+def _not_negative(value: int) -> str | None:
+    return None if 0 <= value <= 1024 else "must be a number from 0 to 1024"
+
+
+def _no_control(value: str) -> str | None:
+    return None if value and value.isprintable() else "must be one line of printable text"
+
+
+def _setting(default: Any, doc: str, valid: Callable[[Any], str | None] | None = None) -> Any:
+    return field(default=default, metadata={"doc": doc, "valid": valid})
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    link: str | None = _setting(
+        "~/vllm-env",
+        "A symbolic link to the environment, for hands that are used to it; null: none.",
+        _no_control,
+    )
+    python: str | None = _setting(
+        None,
+        "The Python to build the environment with (a path or a name); null: the stack's version.",
+        _no_control,
+    )
+
+
+@dataclass(frozen=True)
+class NcclConfig:
+    mode: str = _setting(
+        "source",
+        "`source` builds NCCL for this GPU; `wheel` takes the one that comes with torch.",
+        _one_of("source", "wheel"),
+    )
+    source: str = _setting(
+        "git",
+        "`git` (the upstream repository), a tarball (path or https URL), or a source folder.",
+        _no_control,
+    )
+    sha256: str | None = _setting(
+        None,
+        "The tarball's sha256; null: recorded at first use and held to.",
+        _like(_SHA256, "64 hexadecimal digits"),
+    )
+    version: str | None = _setting(
+        None,
+        "The NCCL version to build, e.g. `2.28.9`; null: the stack's own.",
+        _like(_VERSION, "a version such as 2.28.9"),
+    )
+    arch: str = _setting(
+        "121",
+        "The GPU architecture to build for (121 = GB10).",
+        _like(_ARCH, "an architecture number such as 121 or 90a"),
+    )
+    cuda_home: str | None = _setting(None, "The CUDA toolkit; null: looked for.", safe_path)
+    jobs: int = _setting(0, "How many compilers run at once; 0: one for each core.", _not_negative)
+    only_functions: str | None = _setting(
+        None, "Build a part of the collectives only (NCCL's ONLY_FUNCS); for trying things out.", _no_control
+    )
+
+
+@dataclass(frozen=True)
+class Fp8Config:
+    fallback: str = _setting(
+        "auto",
+        "Take Triton's FP8 kernels instead of CUTLASS: `auto` decides by looking, `on` and `off` overrule.",
+        _one_of("auto", "on", "off"),
+    )
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    head: str = _setting("192.168.100.10", "The head's address on the QSFP link.", _like(_HOST, "an address"))
+    worker: str = _setting(
+        "192.168.100.11", "The worker's address on the QSFP link.", _like(_HOST, "an address")
+    )
+    interface: str = _setting("enp1s0f0np0", "The QSFP interface.", _like(_INTERFACE, "an interface name"))
+    ray_port: int = _setting(6379, "Ray's port on the head.", _port)
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    offline: bool = _setting(
+        True, "HF_HUB_OFFLINE=1 in single-node.env: models are on the disk, nothing is fetched."
+    )
+
+
+@dataclass(frozen=True)
+class PackagesConfig:
+    extra: tuple[str, ...] = _setting(
+        (),
+        "Debian packages to have besides those that the steps need.",
+        _like(_PACKAGE, "a Debian package name"),
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    prefix: str = _setting("/opt/sparkinstall", "Where everything goes; the same on every node.", safe_path)
+    stack: str = _setting(
+        "0.18.1", "The set of pins: a shipped name, or the path of a YAML file of your own.", _no_control
+    )
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    nccl: NcclConfig = field(default_factory=NcclConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    packages: PackagesConfig = field(default_factory=PackagesConfig)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One leaf of the config: its dotted name, type, default and what it is for."""
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+    valid: Callable[[Any], str | None] | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Values by dotted name, and where they come from in words."""
+
+    source: str
+    values: Mapping[str, Any]
+
+
+def settings(of: type[Any] = Config, under: str = "") -> Iterator[Setting]:
+    """Every leaf of the config, in the order of the file."""
+    hints = get_type_hints(of)
+    for each in fields(of):
+        name, kind = under + each.name, hints[each.name]
+        if is_dataclass(kind) and isinstance(kind, type):
+            yield from settings(kind, name + ".")
+        else:
+            yield Setting(name, kind, each.default, each.metadata["doc"], each.metadata["valid"])
+
+
+def read_layer(path: Path) -> Layer:
+    """The values of a YAML file.
+
+    Raises:
+        BadConfig: it cannot be read, is no YAML, or names a key that is not known.
+    """
+    import yaml
+
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+    except IsADirectoryError as error:
+        raise BadConfig(f"the config {path} is a folder", mend="name a YAML file with --config") from error
+    except OSError as error:
+        raise BadConfig(f"the config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise BadConfig(f"the config {path} is not YAML: {_where(error)}") from error
+    if raw is not None and not isinstance(raw, dict):
+        raise BadConfig(f"the config {path} must be `key: value` lines, not a {type(raw).__name__}")
+    return Layer(str(path), dict(_flat(raw or {}, str(path))))
+
+
+def _where(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    place = f", line {mark.line + 1}" if mark else ""
+    return f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}{place}"
+
+
+def _flat(raw: Mapping[Any, Any], source: str, under: str = "") -> Iterator[tuple[str, Any]]:
+    known = {each.name for each in settings()}
+    for key, value in raw.items():
+        name = f"{under}{key}"
+        if name in known:
+            yield name, value
+        elif any(each.startswith(name + ".") for each in known):
+            yield from _section(name, value, source)
+        else:
+            raise _unknown(name, known, source)
+
+
+def _section(name: str, value: Any, source: str) -> Iterator[tuple[str, Any]]:
+    if value is not None and not isinstance(value, dict):
+        raise BadConfig(f"{source}: `{name}` is a section: write its settings beneath it, one a line")
+    return _flat(value or {}, source, name + ".")
+
+
+def _unknown(name: str, known: set[str], source: str) -> BadConfig:
+    tops = {each.split(".")[0] for each in known}
+    near = get_close_matches(name, [*known, *tops], n=1, cutoff=0.6) or [
+        each for each in sorted(known) if each.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
+    hint = f"did you mean `{near[0]}`?" if near else "`sparkinstall settings show` lists the known ones"
+    return BadConfig(f"{source}: unknown setting `{name}`", mend=hint)
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` of a command line; the value is read as YAML.
+
+    Raises:
+        BadConfig: no `=` in it, an unknown key, or a value that is no YAML.
+    """
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadConfig(f"--set {text}: write it as KEY=VALUE")
+    known = {each.name: each for each in settings()}
+    if name not in known:
+        raise _unknown(name, set(known), "--set")
+    try:
+        parsed = yaml.load(value, Loader=yaml.CSafeLoader)
+    except yaml.YAMLError as error:
+        raise BadConfig(f"--set {text}: {_where(error)}") from error
+    # `--set nccl.arch=90` means text: what a number is to YAML may be a name to us.
+    return name, value if _takes_text(known[name].type) and parsed is not None else parsed
+
+
+def _takes_text(kind: Any) -> bool:
+    return kind is str or str in get_args(kind)
+
+
+def build(layers: Sequence[Layer]) -> tuple[Config, dict[str, str]]:
+    """The config of `layers` (later ones win) and, for each setting, where its value came from.
+
+    Raises:
+        BadConfig: a value is of the wrong type or cannot be used.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for setting in settings():
+        values[setting.name], sources[setting.name] = setting.default, "default"
+        for layer in layers:
+            if setting.name in layer.values:
+                values[setting.name] = _checked(setting, layer.values[setting.name], layer.source)
+                sources[setting.name] = layer.source
+    return _assemble(Config, values), sources
+
+
+def _checked(setting: Setting, value: Any, source: str) -> Any:
+    where = f"{source}: `{setting.name}`"
+    if isinstance(value, list) and setting.type == tuple[str, ...]:
+        return tuple(_checked_item(setting, each, where) for each in value)
+    if not _fits(value, setting.type):
+        raise BadConfig(
+            f"{where} must be {_in_words(setting.type)}, not {_show(value)}{_quote_hint(value, setting)}"
+        )
+    return value if value is None else _valid(setting, value, where)
+
+
+def _checked_item(setting: Setting, value: Any, where: str) -> Any:
+    if not isinstance(value, str):
+        raise BadConfig(f"{where} must be a list of text, not of {_show(value)}")
+    return _valid(setting, value, where)
+
+
+def _valid(setting: Setting, value: Any, where: str) -> Any:
+    complaint = setting.valid(value) if setting.valid else None
+    if complaint:
+        raise BadConfig(f"{where} {complaint}, not {_show(value)}")
+    return value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_fits(value, each) for each in get_args(kind))
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(kind, type) and isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    words = {str: "text", int: "a number", bool: "true or false", types.NoneType: "null"}
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_in_words(each) for each in get_args(kind))
+    return words.get(kind, "a list of text")
+
+
+def _quote_hint(value: Any, setting: Setting) -> str:
+    numeric = isinstance(value, int | float) and _takes_text(setting.type)
+    return f' (write it in quotes: "{value}")' if numeric else ""
+
+
+def _show(value: Any) -> str:
+    text = ascii(value) if isinstance(value, str) else str(value)
+    return text if len(text) < 80 else text[:76] + " ..."
+
+
+def _assemble(of: type[Any], values: Mapping[str, Any], under: str = "") -> Any:
+    hints = get_type_hints(of)
+    given = {}
+    for each in fields(of):
+        kind, name = hints[each.name], under + each.name
+        nested = is_dataclass(kind) and isinstance(kind, type)
+        given[each.name] = _assemble(kind, values, name + ".") if nested else values[name]
+    return of(**given)

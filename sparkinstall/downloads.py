@@ -1,0 +1,71 @@
+"""Downloads that are resumed after a cut and used only once their hash is known to be right."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from sparkinstall.errors import CommandFailed, storage_problem
+
+_CHUNK = 1 << 20
+_TIMEOUT = (15, 60)
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
+    """`url` as the file `into`, which appears only when it is whole; a former part is gone on with.
+
+    Args:
+        on_bytes: is told (bytes so far, bytes in all or 0).
+
+    Raises:
+        CommandFailed: the server cannot be reached, refuses, or breaks off.
+        Storage: it cannot be written.
+    """
+    import requests
+
+    if into.exists():
+        return into
+    part = into.with_name(into.name + ".part")
+    try:
+        into.parent.mkdir(parents=True, exist_ok=True)
+        with requests.get(url, stream=True, timeout=_TIMEOUT, headers=_range(part)) as answer:
+            answer.raise_for_status()
+            _receive(answer, part, on_bytes)
+        part.replace(into)
+    except requests.RequestException as error:
+        raise _unreachable(url, error) from error
+    except OSError as error:
+        raise storage_problem(error, f"downloading to {into}") from error
+    return into
+
+
+def _range(part: Path) -> dict[str, str]:
+    return {"Range": f"bytes={part.stat().st_size}-"} if part.exists() else {}
+
+
+def _receive(answer: "requests.Response", part: Path, on_bytes: Callable[[int, int], None]) -> None:  # type: ignore[name-defined]  # noqa: F821
+    import requests
+
+    resumed = answer.status_code == 206
+    done = part.stat().st_size if resumed else 0
+    total = done + int(answer.headers.get("Content-Length", 0))
+    with open(part, "ab" if resumed else "wb") as out:
+        for chunk in answer.iter_content(_CHUNK):
+            out.write(chunk)
+            done += len(chunk)
+            on_bytes(done, total)
+    if total and done < total:
+        raise requests.ConnectionError(f"it broke off after {done} of {total} bytes")
+
+
+def _unreachable(url: str, error: Exception) -> CommandFailed:
+    return CommandFailed(
+        f"{url} could not be downloaded",
+        why=str(error).split("(Caused by")[-1].strip(" )")[:200],
+        mend="look at the network, then run the same command again: what has arrived is kept and gone on with",
+    )

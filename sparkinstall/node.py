@@ -1,0 +1,102 @@
+"""The node that is being set up: its settings, its stack, and the places that follow from them."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparkinstall.config import Config
+from sparkinstall.stacks import Platform, Stack
+from sparkinstall.system import Reader
+
+
+@dataclass(frozen=True)
+class Node:
+    """`platform` is the architecture whose wheels are taken, `machine` that of this computer.
+
+    In a rehearsal, `full` asks for the whole environment instead of vLLM's own wheel. `cache` and
+    `home` are real paths.
+    """
+
+    config: Config
+    stack: Stack
+    platform: str
+    machine: str
+    rehearsal: bool
+    full: bool
+    home: str
+    cache: Path
+
+    @property
+    def partial(self) -> bool:
+        """Only vLLM's own wheel is installed; the rest of the lock is resolved."""
+        return self.rehearsal and not self.full
+
+    @property
+    def foreign(self) -> bool:
+        """The wheels are for another architecture: nothing of them can run here."""
+        return self.platform != self.machine
+
+    @property
+    def wheels(self) -> Platform:
+        """The stack's part for this architecture."""
+        return self.stack.on(self.platform)
+
+    @property
+    def prefix(self) -> str:
+        return self.config.prefix
+
+    @property
+    def venv(self) -> str:
+        return f"{self.prefix}/venv"
+
+    @property
+    def nccl_folder(self) -> str:
+        return f"{self.prefix}/nccl"
+
+    @property
+    def nccl_version(self) -> str:
+        return self.config.nccl.version or self.stack.nccl.version
+
+    @property
+    def env_folder(self) -> str:
+        return f"{self.prefix}/env"
+
+    @property
+    def fp8_decision(self) -> str:
+        return f"{self.prefix}/fp8.json"
+
+    @property
+    def lock_record(self) -> str:
+        """Where hashes that could not be known beforehand are recorded."""
+        return f"{self.prefix}/locks/{self.stack.name}.{self.platform}.lock"
+
+
+def site_packages(node: Node, on: Reader) -> str | None:
+    """The environment's site-packages (a node path), or None before there is one."""
+    for name in on.names(f"{node.venv}/lib"):
+        if name.startswith("python3."):
+            return f"{node.venv}/lib/{name}/site-packages"
+    return None
+
+
+def nccl_library(node: Node, on: Reader) -> str | None:
+    """The libnccl.so.2 that has to be loaded (a node path), or None where it is not known yet."""
+    if node.config.nccl.mode == "source":
+        return f"{node.nccl_folder}/lib/libnccl.so.2"
+    site = site_packages(node, on)
+    return f"{site}/nvidia/nccl/lib/libnccl.so.2" if site else None
+
+
+def cuda_home(node: Node) -> str | None:
+    """The CUDA toolkit (a real path: a rehearsal uses this machine's), or None where there is none."""
+    candidates = (node.config.nccl.cuda_home, os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    for each in candidates:
+        if each and Path(each, "bin", "nvcc").is_file():
+            return each
+    return None
+
+
+def user_cache() -> Path:
+    """Downloads and wheels, kept over runs so that a second one needs no network."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "sparkinstall"

@@ -1,0 +1,319 @@
+"""The patches of `patches/`: which file they change, and proof that the change is the one meant.
+
+A patch here is bound to bytes, not to a version number: it goes only onto a file whose sha256 the table has,
+and only to a result whose sha256 the table has. Whatever else stands on the disk (another release, an edit by
+hand, a patch that was cut half way) is `UnknownContent`, never something to try.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+TABLE = "patches.yaml"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_RELEASE = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
+_HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
+
+
+class UnknownContent(Exception):
+    """A file is neither of the two contents that its patch knows. Names the file and its sha256."""
+
+    def __init__(self, path: str, found: str, wanted: str) -> None:
+        super().__init__(f"{path}: sha256 {found} is not {wanted}; the file is left as it is")
+        self.path, self.found = path, found
+
+
+class MalformedTable(Exception):
+    """`patches.yaml`, or a patch that it names, cannot be used. Says where and why."""
+
+
+class State(Enum):
+    """What a file's content is to a patch."""
+
+    ORIGINAL = "original"
+    PATCHED = "patched"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True)
+class Hunk:
+    """Lines that replace lines, with their ends; line numbers count from 1 on each side."""
+
+    before_line: int
+    before: tuple[bytes, ...]
+    after_line: int
+    after: tuple[bytes, ...]
+
+    def undone(self) -> Hunk:
+        """The hunk that takes this one back."""
+        return Hunk(self.after_line, self.after, self.before_line, self.before)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One content of the target as releases ship it, and what the patch makes of it."""
+
+    target: str
+    patch: str
+    original: str
+    patched: str
+    releases: tuple[str, ...]
+    hunks: tuple[Hunk, ...]
+
+    def state_of(self, content: bytes) -> State:
+        """`UNKNOWN` means: not this variant, or a part of the patch only."""
+        known = {self.original: State.ORIGINAL, self.patched: State.PATCHED}
+        return known.get(digest(content), State.UNKNOWN)
+
+
+@dataclass(frozen=True)
+class KernelRange:
+    """Kernel classes to name in `VLLM_DISABLED_KERNELS` for releases from `since` on and before `below`.
+
+    `without_patch`: these names are the whole fix by themselves, even where the patch cannot be applied.
+    """
+
+    since: str
+    below: str | None
+    disable: tuple[str, ...]
+    without_patch: bool
+
+    def holds(self, release: str) -> bool:
+        """Whether `release` lies in the range; suffixes such as `+cu130` or `rc1` do not count."""
+        at = _release_key(release)
+        return _release_key(self.since) <= at and (self.below is None or at < _release_key(self.below))
+
+
+@dataclass(frozen=True)
+class PatchSet:
+    """One fix of a file over all releases of the package: its variants, and what goes with the patch."""
+
+    name: str
+    fix: int
+    target: str
+    variants: tuple[Variant, ...]
+    kernels: tuple[KernelRange, ...]
+
+    def variant_of(self, content: bytes) -> Variant | None:
+        """The variant whose original or patched content this is; `variant.state_of(content)` says which."""
+        return next((v for v in self.variants if v.state_of(content) is not State.UNKNOWN), None)
+
+    def state_of(self, content: bytes) -> State:
+        """The state of a file that any release may have shipped."""
+        variant = self.variant_of(content)
+        return variant.state_of(content) if variant else State.UNKNOWN
+
+    def known(self, content: bytes) -> Variant:
+        """As `variant_of`, but raises `UnknownContent` where there is none."""
+        variant = self.variant_of(content)
+        if variant is None:
+            raise UnknownContent(self.target, digest(content), f"known to the patch {self.name}")
+        return variant
+
+    def kernels_for(self, release: str) -> KernelRange | None:
+        """What `VLLM_DISABLED_KERNELS` must name for `release`; None for a release older than the table."""
+        return next((k for k in self.kernels if k.holds(release)), None)
+
+
+def digest(content: bytes) -> str:
+    """The sha256 that the table speaks of, in hex."""
+    return sha256(content).hexdigest()
+
+
+def apply(content: bytes, variant: Variant) -> bytes:
+    """The patched content.
+
+    Raises `UnknownContent` unless `content` is exactly the original and the result the table's.
+    """
+    return _turned(content, variant, variant.original, variant.patched, variant.hunks)
+
+
+def revert(content: bytes, variant: Variant) -> bytes:
+    """The original, byte for byte. Raises `UnknownContent` unless `content` is exactly the patched one."""
+    back = tuple(hunk.undone() for hunk in variant.hunks)
+    return _turned(content, variant, variant.patched, variant.original, back)
+
+
+def _turned(content: bytes, variant: Variant, source: str, result: str, hunks: Sequence[Hunk]) -> bytes:
+    _require(variant.target, content, source)
+    lines = content.splitlines(keepends=True)
+    # From the end, so that the line numbers of the hunks before stay true.
+    for hunk in reversed(hunks):
+        start = hunk.before_line - 1
+        lines[start : start + len(hunk.before)] = hunk.after
+    turned = b"".join(lines)
+    # Context is not compared line by line: these two digests say more than any context could.
+    _require(f"{variant.target} after {variant.patch}", turned, result)
+    return turned
+
+
+def _require(path: str, content: bytes, wanted: str) -> None:
+    found = digest(content)
+    if found != wanted:
+        raise UnknownContent(path, found, wanted)
+
+
+def load(directory: Path) -> tuple[PatchSet, ...]:
+    """The patch sets of `directory/patches.yaml` with their patches read.
+
+    Raises `MalformedTable`: bad YAML, a missing, unknown or ill-typed entry, a patch that is absent or is for
+    another file, a sha256 that is none or that stands in the table twice.
+    """
+    try:
+        table = yaml.safe_load((directory / TABLE).read_bytes())
+    except (OSError, yaml.YAMLError) as failure:
+        raise MalformedTable(f"{TABLE}: {failure}") from failure
+    entries = _Row(table, TABLE, {"patches"}).rows(
+        "patches", {"name", "fix", "target", "variants", "kernels"}
+    )
+    sets = tuple(_patch_set(entry, directory) for entry in entries)
+    _refuse_doubles(sets)
+    return sets
+
+
+def _patch_set(row: _Row, directory: Path) -> PatchSet:
+    target = row.text("target")
+    variants = row.rows("variants", {"releases", "patch", "original", "patched"})
+    kernels = row.rows("kernels", {"since", "below", "disable", "without_patch"})
+    return PatchSet(
+        name=row.text("name"),
+        fix=row.of(int, "fix"),
+        target=target,
+        variants=tuple(_variant(entry, target, directory) for entry in variants),
+        kernels=tuple(_kernel_range(entry) for entry in kernels),
+    )
+
+
+def _variant(row: _Row, target: str, directory: Path) -> Variant:
+    patch = row.text("patch")
+    try:
+        hunks = tuple(parse((directory / patch).read_bytes(), target))
+    except (OSError, ValueError) as failure:
+        raise MalformedTable(f"{row.where}: {patch}: {failure}") from failure
+    return Variant(
+        target, patch, row.sha256("original"), row.sha256("patched"), row.releases("releases"), hunks
+    )
+
+
+def _kernel_range(row: _Row) -> KernelRange:
+    since, *_ = row.releases("since")
+    below = row.releases("below")[0] if "below" in row.entry else None
+    return KernelRange(since, below, row.texts("disable"), row.of(bool, "without_patch"))
+
+
+def _refuse_doubles(sets: Sequence[PatchSet]) -> None:
+    seen: set[str] = set()
+    for variant in (v for patch_set in sets for v in patch_set.variants):
+        for known in (variant.original, variant.patched):
+            if known in seen:
+                raise MalformedTable(f"{TABLE}: sha256 {known} stands there twice")
+            seen.add(known)
+
+
+def parse(patch: bytes, target: str) -> Iterator[Hunk]:
+    """The hunks of a unified diff of the one file `target` (`-p1` paths).
+
+    Own lines rather than a library's: whatthepatch loses line ends and a missing newline at the file's end.
+    Raises ValueError where it is not such a diff.
+    """
+    head, *hunks = re.split(rb"^(?=@@ )", patch, flags=re.MULTILINE)
+    if head.splitlines() != [f"--- a/{target}".encode(), f"+++ b/{target}".encode()]:
+        raise ValueError(f"not a diff of {target} alone")
+    if not hunks:
+        raise ValueError("no hunk")
+    return map(_hunk, hunks)
+
+
+def _hunk(text: bytes) -> Hunk:
+    head, *body = text.splitlines(keepends=True)
+    numbers = _HUNK.match(head)
+    if not numbers:
+        raise ValueError(f"not a hunk: {head!r}")
+    lines = _hunk_lines(body)
+    before = tuple(rest for mark, rest in lines if mark != b"+")
+    after = tuple(rest for mark, rest in lines if mark != b"-")
+    before_line, before_count, after_line, after_count = map(int, numbers.groups(default=b"1"))
+    # A second file's "--- a/..." would pass for a removed line; the counts tell.
+    if (len(before), len(after)) != (before_count, after_count):
+        raise ValueError(f"{len(before)} and {len(after)} lines under {head!r}")
+    return Hunk(before_line, before, after_line, after)
+
+
+def _hunk_lines(body: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
+    lines: list[tuple[bytes, bytes]] = []
+    for line in body:
+        mark, rest = line[:1], line[1:]
+        # "\ No newline at end of file" is about the line before it.
+        if mark == b"\\" and lines:
+            mark, rest = lines.pop()
+            rest = rest.removesuffix(b"\n")
+        elif mark not in (b" ", b"-", b"+"):
+            raise ValueError(f"not a line of a hunk: {line!r}")
+        lines.append((mark, rest))
+    return lines
+
+
+def _release_key(release: str) -> tuple[int, int, int]:
+    numbers = _RELEASE.match(release)
+    if not numbers:
+        raise ValueError(f"{release!r} is not a release such as 0.18.1")
+    major, minor, patch = numbers.groups(default="0")
+    return int(major), int(minor), int(patch)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A mapping of the table whose entries are asked for by type; errors say where in the table it is."""
+
+    entry: Mapping[str, Any]
+    where: str
+    keys: set[str]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.entry, dict):
+            raise MalformedTable(f"{self.where}: a mapping is needed, this is {self.entry!r}")
+        if unknown := self.entry.keys() - self.keys:
+            raise MalformedTable(f"{self.where}: unknown {sorted(map(str, unknown))}")
+
+    def of(self, kind: type[T], key: str) -> T:
+        value = self.entry.get(key)
+        # type(), since a bool is an int for isinstance().
+        if type(value) is not kind:
+            raise MalformedTable(f"{self.where}: {key} must be a {kind.__name__}, this is {value!r}")
+        return value
+
+    def text(self, key: str) -> str:
+        return self.of(str, key)
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        values = self.of(list, key)
+        if not all(isinstance(value, str) for value in values):
+            raise MalformedTable(f"{self.where}: {key} must be texts, this is {values!r}")
+        return tuple(values)
+
+    def rows(self, key: str, keys: set[str]) -> tuple[_Row, ...]:
+        return tuple(
+            _Row(entry, f"{self.where}: {key}[{at}]", keys) for at, entry in enumerate(self.of(list, key))
+        )
+
+    def sha256(self, key: str) -> str:
+        if not _SHA256.fullmatch(value := self.text(key)):
+            raise MalformedTable(f"{self.where}: {key} must be 64 hex digits, this is {value!r}")
+        return value
+
+    def releases(self, key: str) -> tuple[str, ...]:
+        values = (self.text(key),) if isinstance(self.entry.get(key), str) else self.texts(key)
+        if not values or not all(_RELEASE.fullmatch(value) for value in values):
+            raise MalformedTable(f"{self.where}: {key} must be releases such as 0.18.1, this is {values!r}")
+        return values

@@ -1,0 +1,200 @@
+"""One loop over steps and resources. plan, all and verify are three visits of the same declarations."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sparkinstall.errors import Blocked, Interrupted, OnlyOnNode, Problem, storage_problem
+from sparkinstall.events import Emit, ResourceApplied, StepEnded, StepStarted
+from sparkinstall.node import Node
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Resource, Satisfied, State, Unknown
+from sparkinstall.steps import Step
+from sparkinstall.system import Reader, System, processes
+
+Outcome = Literal["unchanged", "changed", "drift", "left", "failed", "held"]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A resource and how it stands; `changed` if this run made it so."""
+
+    key: str
+    state: State
+    changed: bool = False
+
+
+@dataclass
+class StepReport:
+    """What a visit of one step found and did. `seconds` is wall time."""
+
+    name: str
+    why: str
+    checked: list[Checked] = field(default_factory=list)
+    problem: Problem | None = None
+    held_by: str = ""
+    seconds: float = 0.0
+
+    @property
+    def outcome(self) -> Outcome:
+        if self.problem:
+            return "failed"
+        if self.held_by:
+            return "held"
+        if any(isinstance(each.state, Drift | Unknown | Obstacle) for each in self.checked):
+            return "drift"
+        if any(each.changed for each in self.checked):
+            return "changed"
+        left = any(isinstance(each.state, LeftToNode) for each in self.checked)
+        return "left" if left else "unchanged"
+
+
+Visit = Callable[[Step, StepReport], None]
+
+
+def ordered(steps: Sequence[Step]) -> list[Step]:
+    """`steps` so that each comes after what it needs; a need that was not chosen does not count."""
+    chosen = {step.name for step in steps}
+    done: list[Step] = []
+    waiting = list(steps)
+    while waiting:
+        ready = [s for s in waiting if not (set(s.needs) & chosen) - {d.name for d in done}]
+        if not ready:
+            raise ValueError(f"steps need each other in a circle: {[s.name for s in waiting]}")
+        done += ready
+        waiting = [s for s in waiting if s not in ready]
+    return done
+
+
+def plan(steps: Sequence[Step], node: Node, on: Reader) -> list[StepReport]:
+    """How every resource stands; nothing is touched."""
+    reports = []
+    for step in ordered(steps):
+        report = StepReport(step.name, step.why)
+        _guarded(step, report, lambda s, r: _look(s, r, node, on))
+        reports.append(report)
+    return reports
+
+
+def _look(step: Step, report: StepReport, node: Node, on: Reader) -> None:
+    for resource in step.resources(node):
+        report.checked.append(Checked(resource.key, resource.check(on)))
+
+
+def converge(
+    steps: Sequence[Step], node: Node, system_for: Callable[[str], System], emit: Emit, fresh: bool = False
+) -> list[StepReport]:
+    """Make everything so. Steps that do not need each other run side by side; a failed step holds
+    only those that need it. `fresh` makes anew what is satisfied already."""
+
+    def visit(step: Step, report: StepReport) -> None:
+        on = system_for(step.name)
+        for resource in step.resources(node):
+            _make_so(resource, on, report, emit, fresh)
+
+    return _side_by_side(ordered(steps), visit, emit)
+
+
+def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, fresh: bool) -> None:
+    state = resource.check(on)
+    if isinstance(state, LeftToNode) or (isinstance(state, Satisfied) and not fresh):
+        report.checked.append(Checked(resource.key, state))
+        return
+    _refuse_what_cannot_be(resource, state)
+    try:
+        resource.apply(on)
+    except OnlyOnNode as reason:
+        report.checked.append(Checked(resource.key, LeftToNode(reason.what)))
+        return
+    after = resource.check(on)
+    if not isinstance(after, Satisfied | LeftToNode):
+        raise _not_converged(resource, after)
+    report.checked.append(Checked(resource.key, after, changed=True))
+    emit(
+        ResourceApplied(report.name, resource.key, state.summary if isinstance(state, Drift) else "made anew")
+    )
+
+
+def _refuse_what_cannot_be(resource: Resource, state: State) -> None:
+    if isinstance(state, Obstacle):
+        raise Blocked(state.what, mend=state.mend)
+    if isinstance(state, Unknown):
+        raise Blocked(
+            f"{resource.key} cannot be told before the step `{state.waits_for}` has been done",
+            mend=f"run `sparkinstall run {state.waits_for}` first, or everything with `sparkinstall all`",
+        )
+
+
+def _not_converged(resource: Resource, state: State) -> Problem:
+    said = getattr(state, "summary", "") or getattr(state, "what", "") or str(state)
+    return Problem(
+        f"{resource.key} was made, but looked at again it is not as it should be",
+        why=said,
+        mend="something else may be changing it at the same time; `sparkinstall plan` shows the difference",
+    )
+
+
+def _guarded(step: Step, report: StepReport, visit: Visit) -> None:
+    started = time.monotonic()
+    try:
+        visit(step, report)
+    except Problem as problem:
+        report.problem = problem
+    except OSError as error:
+        report.problem = storage_problem(error, f"step {step.name}")
+    finally:
+        report.seconds = time.monotonic() - started
+
+
+def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepReport]:
+    reports = {step.name: StepReport(step.name, step.why) for step in steps}
+    stop = threading.Event()
+    waiting, running = list(steps), dict[Future[None], Step]()
+
+    def one(step: Step) -> None:
+        if stop.is_set():
+            reports[step.name].problem = Interrupted("interrupted before it began")
+            return
+        emit(StepStarted(step.name))
+        _guarded(step, reports[step.name], visit)
+        _tell_end(reports[step.name], emit)
+
+    with ThreadPoolExecutor(max_workers=len(steps) or 1) as pool:
+        try:
+            while waiting or running:
+                for step in _ready(waiting, running, reports):
+                    waiting.remove(step)
+                    if reports[step.name].held_by:
+                        _tell_end(reports[step.name], emit)
+                    else:
+                        running[pool.submit(one, step)] = step
+                for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
+                    running.pop(future)
+                    future.result()
+        except BaseException:
+            stop.set()
+            processes.stop_all()
+            raise
+    return list(reports.values())
+
+
+def _ready(
+    waiting: list[Step], running: dict[Future[None], Step], reports: dict[str, StepReport]
+) -> list[Step]:
+    open_names = {s.name for s in waiting} | {s.name for s in running.values()}
+    ready = []
+    for step in waiting:
+        failed = [n for n in step.needs if n in reports and reports[n].outcome in ("failed", "held")]
+        if failed:
+            reports[step.name].held_by = failed[0]
+            ready.append(step)
+        elif not set(step.needs) & open_names:
+            ready.append(step)
+    return ready
+
+
+def _tell_end(report: StepReport, emit: Emit) -> None:
+    note = report.problem.what if report.problem else (f"needs {report.held_by}" if report.held_by else "")
+    emit(StepEnded(report.name, report.outcome, report.seconds, note))

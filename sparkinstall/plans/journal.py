@@ -1,0 +1,149 @@
+"""The journal: before every touch, what was there before. One line a touch, in JSON, appended and synced.
+
+A record holds what was (`before`) and what will be (`after`), so it needs no second record to say
+that the touch was done: whoever takes it back looks at what is there.
+"""
+
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sparkinstall.errors import JournalDamaged, storage_problem
+from sparkinstall.system import Undo
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """One touch. `n` gives the order (a clock may jump); `at` is for people."""
+
+    n: int
+    at: str
+    run: str
+    step: str
+    undo: Undo
+
+
+class Journal:
+    """`journal.jsonl` and the originals beside it, in the folder `home` (a real path)."""
+
+    def __init__(self, home: Path, run: str = "") -> None:
+        self.home, self.run = home, run
+        self.path = home / "journal.jsonl"
+        self._guard = threading.Lock()
+        self._known: list[Record] | None = None
+
+    def records(self) -> list[Record]:
+        """All records in order; a last line that a killed run left unfinished does not count.
+
+        Raises:
+            JournalDamaged: any other line cannot be read.
+        """
+        if self._known is None:
+            self._known = list(self._read())
+        return list(self._known)
+
+    def _read(self) -> Iterator[Record]:
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return
+        # What follows the last newline was never finished: its touch has not begun.
+        for number, line in enumerate(lines[:-1], start=1):
+            yield self._parse(number, line)
+
+    def _parse(self, number: int, line: bytes) -> Record:
+        try:
+            raw = json.loads(line)
+            if raw["v"] != VERSION:
+                raise JournalDamaged(
+                    f"{self.path} line {number} was written by another version of sparkinstall (format {raw['v']})",
+                    mend="use the version that wrote it, or a newer one",
+                )
+            return Record(raw["n"], raw["at"], raw["run"], raw["step"], Undo(**raw["undo"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise JournalDamaged(
+                f"{self.path} line {number} cannot be read",
+                why="the file was changed by something else than sparkinstall, or the disk failed",
+                mend=f"keep a copy of {self.home}, mend or delete that line, and run again; nothing was changed",
+            ) from error
+
+    def add(self, step: str, undo: Undo) -> None:
+        """Append a record and sync it to the disk; the touch itself may follow only then."""
+        with self._guard:
+            known = self.records()
+            record = Record(
+                len(known) + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.run, step, undo
+            )
+            try:
+                self._append(json.dumps({"v": VERSION, **asdict(record)}, sort_keys=True).encode() + b"\n")
+            except OSError as error:
+                raise storage_problem(error, f"writing the journal {self.path}") from error
+            self._known = [*known, record]
+
+    def _append(self, line: bytes) -> None:
+        with open(self.path, "ab", buffering=0) as out:
+            end = self._end_of_whole_lines()
+            out.truncate(end)
+            try:
+                if out.write(line) != len(line):
+                    raise OSError(28, "No space left on device", str(self.path))
+                os.fsync(out.fileno())
+            except OSError:
+                out.truncate(end)
+                raise
+
+    def _end_of_whole_lines(self) -> int:
+        data = self.path.read_bytes()
+        return data.rfind(b"\n") + 1
+
+    def keep(self, original: bytes) -> str:
+        """Store an original under its sha256, which is returned."""
+        name = hashlib.sha256(original).hexdigest()
+        path = self.home / "originals" / name
+        if path.exists() and path.stat().st_size == len(original):
+            return name
+        try:
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            waiting = path.with_suffix(".new")
+            with open(waiting, "wb") as out:
+                os.fchmod(out.fileno(), 0o600)
+                out.write(original)
+                out.flush()
+                os.fsync(out.fileno())
+            waiting.replace(path)
+        except OSError as error:
+            raise storage_problem(error, f"keeping the original in {self.home}") from error
+        return name
+
+    def original(self, sha256: str) -> bytes:
+        """A stored original.
+
+        Raises:
+            JournalDamaged: it is gone or no longer what it was.
+        """
+        path = self.home / "originals" / sha256
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            data = b""
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise JournalDamaged(
+                f"the original {path} is gone or damaged",
+                mend="restore it from a backup of the disk, or delete the journal's record of it",
+            )
+        return data
+
+    def rewrite(self, records: list[Record]) -> None:
+        """Keep only `records`; for what an uninstall could not take back."""
+        lines = [json.dumps({"v": VERSION, **asdict(record)}, sort_keys=True) for record in records]
+        waiting = self.path.with_suffix(".new")
+        waiting.write_text("".join(line + "\n" for line in lines))
+        waiting.replace(self.path)
+        self._known = list(records)

@@ -1,0 +1,108 @@
+"""What kind of machine this is, read from its own files. The serial number is dropped unread."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparkinstall.system import Reader
+
+RELEASE_FILES = ("/etc/dgx-release", "/etc/fastos-release")
+_SECRET_KEYS = re.compile(r"SERIAL|UUID|ASSET|MAC_ADDR", re.IGNORECASE)
+_GB10_NAME = re.compile(r"\bGB10\b(?![0-9])")
+_GB10_PCI = "10de:2e12"
+_ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+
+
+def parse_release(content: bytes) -> dict[str, str]:
+    """`KEY=VALUE` lines, quoted or not; of a key that repeats, the last wins. Never raises.
+
+    Keys that name the single machine (the serial number) are left out, so that nothing can print them.
+    """
+    found: dict[str, str] = {}
+    for line in content[:65536].decode(errors="replace").splitlines():
+        match = _ASSIGNMENT.fullmatch(line)
+        if match and not _SECRET_KEYS.search(match[1]):
+            found[match[1]] = _printable(_unquoted(match[2].strip()))
+    return found
+
+
+def _unquoted(value: str) -> str:
+    quoted = len(value) >= 2 and value[0] == value[-1] and value[0] in "\"'"
+    return value[1:-1] if quoted else value
+
+
+def _printable(value: str) -> str:
+    """A release file comes from outside: no escape sequence of it may reach a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in value)[:200]
+
+
+def parse_meminfo(content: bytes) -> dict[str, int]:
+    """`/proc/meminfo` in kB."""
+    rows = re.findall(r"^([A-Za-z0-9_()]+):\s+(\d+)", content.decode(errors="replace"), re.MULTILINE)
+    return {name: int(value) for name, value in rows}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What nvidia-smi says; `capability` such as 12.1."""
+
+    name: str
+    capability: str
+    driver: str
+
+
+def gpu(on: Reader) -> Gpu | None:
+    """The first GPU, or None where nvidia-smi is missing or answers with an error."""
+    if on.rehearsal:
+        return None
+    answer = on.query("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.out.splitlines()]
+    return Gpu(*rows[0]) if answer.ok and rows and len(rows[0]) == 3 else None
+
+
+def release(on: Reader) -> Mapping[str, str]:
+    """The release file of DGX OS or of an OEM's image; empty where there is none."""
+    merged: dict[str, str] = {}
+    for path in reversed(RELEASE_FILES):
+        merged |= parse_release(on.read(path) or b"")
+    return merged
+
+
+def os_release(on: Reader) -> Mapping[str, str]:
+    return parse_release(on.read("/etc/os-release") or on.read("/usr/lib/os-release") or b"")
+
+
+def has_gb10(on: Reader) -> bool:
+    """Whether the PCI bus holds a GB10 (10de:2e12), or the driver names one."""
+    for device in on.names("/sys/bus/pci/devices"):
+        base = f"/sys/bus/pci/devices/{device}"
+        ids = [
+            (on.read(f"{base}/{part}") or b"").decode(errors="replace").strip()
+            for part in ("vendor", "device")
+        ]
+        if ":".join(each.removeprefix("0x") for each in ids) == _GB10_PCI:
+            return True
+    return any(
+        _GB10_NAME.search(
+            (on.read(f"/proc/driver/nvidia/gpus/{name}/information") or b"").decode(errors="replace")
+        )
+        for name in on.names("/proc/driver/nvidia/gpus")
+    )
+
+
+def product(on: Reader) -> str:
+    """The machine's name for people ("NVIDIA DGX Spark", "GX10", ...); empty where nothing tells."""
+    found = release(on)
+    dmi = (on.read("/sys/class/dmi/id/product_name") or b"").decode(errors="replace").strip()
+    names = (found.get("DGX_PRETTY_NAME"), found.get("DGX_PLATFORM"), found.get("NAME"), _printable(dmi))
+    return next((name for name in names if name), "")
+
+
+def is_gb10(name: str) -> bool:
+    """Whether a GPU's name is GB10 and not, say, GB100."""
+    return bool(_GB10_NAME.search(name))
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0))

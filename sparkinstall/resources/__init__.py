@@ -1,0 +1,61 @@
+"""Nouns: a file, the packages, a Python environment, a built library, a patched file.
+
+A resource answers `check()` (is it so? what would change?) and `apply()` (make it so).
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from sparkinstall.system import Reader, System
+
+
+@dataclass(frozen=True)
+class Satisfied:
+    """It is so. `note` says what a reader may want to know of it."""
+
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """It is not so. `before` and `after` are text to be compared line by line; may be empty."""
+
+    summary: str
+    before: str = ""
+    after: str = ""
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """It cannot be told before the step `waits_for` has been done."""
+
+    waits_for: str
+
+
+@dataclass(frozen=True)
+class LeftToNode:
+    """Only a real node can do this; a rehearsal does not, and says so."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """It is not so and will not be made so: something stands in the way that is not ours to move."""
+
+    what: str
+    mend: str = ""
+
+
+State = Satisfied | Drift | Unknown | LeftToNode | Obstacle
+
+
+class Resource(Protocol):
+    """A thing that should be so, declared once; `key` names it in plans, logs and the journal."""
+
+    @property
+    def key(self) -> str: ...
+
+    def check(self, on: Reader) -> State: ...
+
+    def apply(self, on: System) -> None: ...

@@ -1,0 +1,66 @@
+"""Files and links."""
+
+from dataclasses import dataclass
+
+from sparkinstall.resources import Drift, Obstacle, Satisfied, State
+from sparkinstall.system import Reader, System
+
+
+@dataclass(frozen=True)
+class File:
+    """A file with this content and mode."""
+
+    path: str
+    content: bytes
+    mode: int = 0o644
+
+    @property
+    def key(self) -> str:
+        return f"file:{self.path}"
+
+    def check(self, on: Reader) -> State:
+        entry, now = on.entry(self.path), on.read(self.path)
+        if entry and entry.kind == "file" and now == self.content and entry.mode == self.mode:
+            return Satisfied()
+        if now == self.content and entry:
+            return Drift(
+                f"set the mode of {self.path} to {self.mode:o}",
+                f"mode {entry.mode:o}\n",
+                f"mode {self.mode:o}\n",
+            )
+        verb = "write" if now is None else "change"
+        return Drift(
+            f"{verb} {self.path}",
+            (now or b"").decode(errors="replace"),
+            self.content.decode(errors="replace"),
+        )
+
+    def apply(self, on: System) -> None:
+        on.write(self.path, self.content, self.mode)
+
+
+@dataclass(frozen=True)
+class Link:
+    """A symbolic link for people; what they have put in its place themselves is left alone."""
+
+    path: str
+    target: str
+
+    @property
+    def key(self) -> str:
+        return f"link:{self.path}"
+
+    def check(self, on: Reader) -> State:
+        entry = on.entry(self.path)
+        if entry is None:
+            return Drift(f"link {self.path} to {self.target}", "", f"-> {on.real(self.target)}\n")
+        if entry.kind == "link" and entry.target == on.real(self.target):
+            return Satisfied()
+        was = f"a link to {entry.target}" if entry.kind == "link" else f"a {entry.kind}"
+        return Obstacle(
+            f"{on.real(self.path)} is {was} already",
+            mend="move it away, or set `environment.link: null` in the config (or --set environment.link=null)",
+        )
+
+    def apply(self, on: System) -> None:
+        on.link(self.path, on.real(self.target))

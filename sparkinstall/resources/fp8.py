@@ -1,0 +1,184 @@
+"""Fix 5: whether vLLM must keep off its CUTLASS FP8 kernels, found out once per build of vLLM."""
+
+import json
+import mmap
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparkinstall import binaries, patches
+from sparkinstall.node import Node, nccl_library, site_packages
+from sparkinstall.patches import PatchSet, UnknownContent
+from sparkinstall.probes.gate import extensions
+from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
+from sparkinstall.resources.findings import as_text, record, recorded
+from sparkinstall.system import Reader, System
+
+_DRIVER = "/proc/driver/nvidia/version"
+# In a process of its own: a kernel for another chip may take the process with it.
+_TRY_ON_GPU = """
+import json, torch
+from vllm import _custom_ops as ops
+one = torch.tensor(1.0, device="cuda")
+a = torch.randn(64, 128, device="cuda").to(torch.float8_e4m3fn)
+b = torch.randn(128, 64, device="cuda").t().contiguous().t().to(torch.float8_e4m3fn)
+try:
+    out = ops.cutlass_scaled_mm(a, b, one, one, torch.bfloat16)
+    want = a.float() @ b.float()
+    good = bool(torch.allclose(out.float(), want, rtol=0.05, atol=0.5))
+    print(json.dumps({"works": good, "said": "" if good else "a wrong product"}))
+except Exception as error:
+    print(json.dumps({"works": False, "said": str(error).splitlines()[0]}))
+"""
+
+
+@dataclass(frozen=True)
+class Fp8Decision:
+    """`node.fp8_decision` says whether the fallback is on, why, and which build of vLLM that is true of."""
+
+    node: Node
+    kernels: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return "fp8-decision"
+
+    def check(self, on: Reader) -> State:
+        about = self._about(on)
+        if about is None:
+            return Unknown("environment")
+        known = recorded(on, self.node.fp8_decision)
+        if known.get("about") == about:
+            return Satisfied(f"fallback {'on' if known['fallback'] else 'off'}: {known['why']}")
+        return Drift(
+            "find out whether vLLM's CUTLASS FP8 kernels run here",
+            as_text(known.get("about", {})),
+            as_text(about),
+        )
+
+    def _about(self, on: Reader) -> dict[str, Any] | None:
+        """What the decision depends on; None before vLLM is installed."""
+        site = site_packages(self.node, on)
+        built = [(path.name, path.stat().st_size) for path in extensions(on, site)] if site else []
+        if not built:
+            return None
+        driver = b"" if on.rehearsal else on.read(_DRIVER) or b""
+        return {
+            "vllm": self.node.stack.vllm,
+            "extensions": [f"{name} {size}" for name, size in built],
+            "arch": self.node.config.nccl.arch,
+            "driver": driver.decode(errors="replace").split("\n")[0],
+            "asked": self.node.config.fp8.fallback,
+        }
+
+    def apply(self, on: System) -> None:
+        fallback, why, how = self._decide(on)
+        finding = {
+            "about": self._about(on),
+            "fallback": fallback,
+            "why": why,
+            "how": how,
+            "disabled_kernels": list(self.kernels) if fallback else [],
+        }
+        record(on, self.node.fp8_decision, finding)
+
+    def _decide(self, on: System) -> tuple[bool, str, str]:
+        asked = self.node.config.fp8.fallback
+        if asked != "auto":
+            return asked == "on", f"`fp8.fallback: {asked}`", "config"
+        if not on.rehearsal and on.read(_DRIVER):
+            return self._try_on_gpu(on)
+        return self._read_code(on)
+
+    def _try_on_gpu(self, on: System) -> tuple[bool, str, str]:
+        preload = nccl_library(self.node, on) or ""
+        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home, "LD_PRELOAD": on.real(preload)}
+        answer = on.query(on.real(f"{self.node.venv}/bin/python"), "-c", _TRY_ON_GPU, timeout=300, env=env)
+        try:
+            said = json.loads(answer.out.splitlines()[-1])
+        except (ValueError, IndexError):
+            end = (answer.err.strip() or f"exit code {answer.code}").splitlines()[-1]
+            return True, f"cutlass_scaled_mm took its process with it: {end}", "gpu"
+        if said["works"]:
+            return False, "cutlass_scaled_mm gave the right product on this GPU", "gpu"
+        return True, f"cutlass_scaled_mm failed on this GPU: {said['said']}", "gpu"
+
+    def _read_code(self, on: System) -> tuple[bool, str, str]:
+        site = site_packages(self.node, on) or ""
+        carriers = [path for path in extensions(on, site) if _mentions(path, b"cutlass_scaled_mm")]
+        found = {code.arch for path in carriers for code in binaries.gpu_code(path) if code.kind == "cubin"}
+        arch = self.node.config.nccl.arch
+        usable = sorted(found & loadable(arch))
+        if usable:
+            return False, f"vLLM's extension carries {', '.join(usable)}, which loads on sm_{arch}", "code"
+        near = sorted(each for each in found if each.startswith(f"sm_{arch[:-1]}"))
+        return (
+            True,
+            f"vLLM's extension carries {', '.join(near) or 'no code'} only, which is not for sm_{arch}",
+            "code",
+        )
+
+
+def loadable(arch: str) -> set[str]:
+    """Architecture-specific code that runs on `arch` ("121"): its own, and that of its family.
+
+    Plain `sm_120` code would load too, but CUTLASS's FP8 kernels are never built as such.
+    """
+    number = re.match(r"\d+", arch)
+    digits = number[0] if number else arch
+    family = {f"sm_{digits[:-1]}{minor}f" for minor in range(int(digits[-1]) + 1)}
+    return family | {f"sm_{digits}a"}
+
+
+def _mentions(path: Path, name: bytes) -> bool:
+    """Whether a library has `name` in it: which extension holds an operator changes from release to release."""
+    with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(name) >= 0
+
+
+@dataclass(frozen=True)
+class PatchedFile:
+    """One file of the environment, patched or as it came, as the decision in `node.fp8_decision` says."""
+
+    node: Node
+    patch: PatchSet
+
+    @property
+    def key(self) -> str:
+        return f"patch:{self.patch.target}"
+
+    def check(self, on: Reader) -> State:
+        path = self._path(on)
+        decision = recorded(on, self.node.fp8_decision)
+        if path is None or "fallback" not in decision:
+            return Unknown("environment" if path is None else "fp8-decision")
+        now = on.read(path) or b""
+        try:
+            wanted = self._wanted(now, decision)
+        except UnknownContent as problem:
+            return Obstacle(
+                str(problem), mend="install the stack anew: `sparkinstall run environment --fresh`"
+            )
+        if now == wanted:
+            return Satisfied("patched" if decision["fallback"] else "as it came: CUTLASS runs here")
+        verb = "patch" if decision["fallback"] else "take the patch out of"
+        return Drift(f"{verb} {self.patch.target}", now.decode(), wanted.decode())
+
+    def _path(self, on: Reader) -> str | None:
+        site = site_packages(self.node, on)
+        path = f"{site}/{self.patch.target}"
+        return path if site and on.entry(path) else None
+
+    def _wanted(self, now: bytes, decision: Mapping[str, Any]) -> bytes:
+        variant = self.patch.known(now)
+        patched = variant.state_of(now) is patches.State.PATCHED
+        if decision["fallback"] == patched:
+            return now
+        return patches.apply(now, variant) if decision["fallback"] else patches.revert(now, variant)
+
+    def apply(self, on: System) -> None:
+        path = self._path(on)
+        assert path is not None
+        on.write(path, self._wanted(on.read(path) or b"", recorded(on, self.node.fp8_decision)))

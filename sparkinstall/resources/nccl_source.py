@@ -1,0 +1,187 @@
+"""Where NCCL's source comes from: the upstream repository, a tarball, or a folder."""
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparkinstall.downloads import fetch, sha256_of
+from sparkinstall.errors import BadConfig, Blocked, CommandFailed, OnlyOnNode
+from sparkinstall.system import Reader, System
+
+REPOSITORY = "https://github.com/NVIDIA/nccl.git"
+_UNREACHABLE = ("Could not resolve host", "Connection refused", "Connection timed out", "unable to access")
+
+
+@dataclass(frozen=True)
+class NcclSource:
+    """NCCL `version` from `where` ("git", a tarball's path or URL, or a folder).
+
+    `commit` is what the tag must be; `sha256` what the tarball must have, None: recorded at first use.
+    `cache` is a real folder that outlives the prefix.
+    """
+
+    version: str
+    tag: str
+    commit: str
+    where: str
+    sha256: str | None
+    cache: Path
+
+    @property
+    def kind(self) -> str:
+        if self.where == "git":
+            return "git"
+        return "folder" if Path(self.where).expanduser().is_dir() else "tarball"
+
+    def identity(self, on: Reader) -> str:
+        """What decides the source's content, without fetching it."""
+        if self.kind == "git":
+            return f"commit {self.commit}"
+        if self.kind == "folder":
+            return f"folder {_tree_digest(Path(self.where).expanduser())}"
+        return f"tarball {self.sha256 or self._recorded(on).get(self.where, 'not yet seen: ' + self.where)}"
+
+    @property
+    def _record(self) -> Path:
+        return self.cache / "tarballs.json"
+
+    def _recorded(self, on: Reader) -> dict[str, Any]:
+        del on
+        try:
+            found = json.loads(self._record.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def bring(self, on: System, to: str) -> str:
+        """Put the source where it can be built; the node path of its top folder.
+
+        Raises:
+            BadConfig, Blocked, CommandFailed: it is not there, or is not what it should be.
+            OnlyOnNode: a rehearsal cannot reach the upstream repository.
+        """
+        return {"git": self._clone, "folder": self._use_folder, "tarball": self._unpack}[self.kind](on, to)
+
+    def _clone(self, on: System, to: str) -> str:
+        mirror = self.cache / f"nccl-{self.tag}.git"
+        if not (mirror / "HEAD").exists():
+            self._mirror(on, mirror)
+        head = on.query("git", "-C", str(mirror), "rev-parse", f"{self.tag}^{{commit}}").out.strip()
+        if head != self.commit:
+            shutil.rmtree(mirror, ignore_errors=True)
+            raise Blocked(
+                f"the tag {self.tag} of {REPOSITORY} is not the commit it was",
+                why=f"expected {self.commit}, found {head or 'nothing'}",
+                mend="somebody moved the tag, or the download is damaged: look before you go on",
+            )
+        on.clear(to)
+        on.run("git", "clone", "--quiet", "--branch", self.tag, str(mirror), on.real(to))
+        return to
+
+    def _mirror(self, on: System, mirror: Path) -> None:
+        waiting = mirror.with_suffix(".new")
+        shutil.rmtree(waiting, ignore_errors=True)
+        mirror.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            on.run(
+                "git",
+                "clone",
+                "--progress",
+                "--bare",
+                "--depth",
+                "1",
+                "--branch",
+                self.tag,
+                REPOSITORY,
+                str(waiting),
+            )
+        except CommandFailed as failure:
+            raise self._unreachable(failure, on) from failure
+        waiting.rename(mirror)
+
+    def _unreachable(self, failure: CommandFailed, on: Reader) -> Exception:
+        if not any(sign in line for sign in _UNREACHABLE for line in failure.tail):
+            return failure
+        if on.rehearsal:
+            return OnlyOnNode(
+                f"NCCL's source cannot be reached from here; the node builds {self.tag} from {REPOSITORY}"
+            )
+        failure.mend = "name a tarball or a folder with `nccl.source`, or mend the network and run again"
+        failure.why = f"{REPOSITORY} cannot be reached"
+        return failure
+
+    def _use_folder(self, on: System, to: str) -> str:
+        on.clear(to)
+        shutil.copytree(
+            Path(self.where).expanduser(),
+            on.real(to),
+            symlinks=True,
+            ignore=shutil.ignore_patterns(".git", "build"),
+        )
+        return self._top(on, to)
+
+    def _unpack(self, on: System, to: str) -> str:
+        tarball = self._tarball(on)
+        self._hold_to_hash(on, tarball)
+        on.clear(to)
+        try:
+            with tarfile.open(tarball) as archive:
+                archive.extractall(on.real(to), filter="data")
+        except (tarfile.TarError, EOFError, OSError) as error:
+            raise Blocked(
+                f"{self.where} cannot be unpacked: {error}", mend="is it NCCL's source, and whole?"
+            ) from error
+        return self._top(on, to)
+
+    def _tarball(self, on: System) -> Path:
+        if self.where.startswith(("https://", "http://")):
+            name = hashlib.sha256(self.where.encode()).hexdigest()[:16]
+            return fetch(self.where, self.cache / f"{name}.tar", lambda n, of: on.progress(n, of, "bytes"))
+        path = Path(self.where).expanduser()
+        if not path.is_file():
+            raise BadConfig(
+                f"`nccl.source` {self.where} is neither a file nor a folder",
+                mend="name NCCL's tarball or source folder, or leave the setting out to take the upstream repository",
+            )
+        return path
+
+    def _hold_to_hash(self, on: System, tarball: Path) -> None:
+        found, recorded = sha256_of(tarball), self._recorded(on)
+        expected = self.sha256 or recorded.get(self.where)
+        if expected is None:
+            self.cache.mkdir(parents=True, exist_ok=True)
+            self._record.write_text(json.dumps({**recorded, self.where: found}, indent=2) + "\n")
+        elif found != expected:
+            # A download that is wrong would be taken again from the cache: it goes.
+            if tarball.is_relative_to(self.cache):
+                tarball.unlink()
+            raise Blocked(
+                f"{self.where} does not have the hash it must have",
+                why=f"expected sha256 {expected}, found {found}",
+                mend="it is damaged or not the same file any more; nothing of it was used",
+            )
+
+    def _top(self, on: Reader, to: str) -> str:
+        """The folder that holds the Makefile: of a tarball usually one level down."""
+        for folder in (to, *(f"{to}/{name}" for name in on.names(to))):
+            if on.entry(f"{folder}/src") and on.entry(f"{folder}/makefiles"):
+                return folder
+        raise Blocked(
+            f"{self.where} holds no NCCL source", mend="NCCL's top folder has `src` and `makefiles` in it"
+        )
+
+
+def _tree_digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for base, dirs, files in os.walk(folder):
+        dirs[:] = sorted(name for name in dirs if name not in (".git", "build"))
+        for name in sorted(files):
+            found = os.lstat(os.path.join(base, name))
+            place = os.path.relpath(os.path.join(base, name), folder)
+            digest.update(f"{place}\0{found.st_size}\0{found.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,121 @@
+"""Debian packages: only what is missing is installed, and only what we installed is removed."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sparkinstall.errors import CommandFailed
+from sparkinstall.resources import Drift, LeftToNode, Satisfied, State
+from sparkinstall.system import Reader, System, Undo
+from sparkinstall.system.local import LocalSystem
+
+STATUS = "/var/lib/dpkg/status"
+_INSTALLED = re.compile(r"^Package: (\S+)\nStatus: \S+ ok installed$", re.MULTILINE)
+_PROVIDES = re.compile(r"^Provides: (.+)$", re.MULTILINE)
+_SIMULATED = re.compile(r"^(Inst|Remv|Purg) (\S+)", re.MULTILINE)
+# Waiting for dpkg's own lock: on a fresh node unattended-upgrades often holds it for minutes.
+_APT = (
+    "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-y", "-o", "DPkg::Lock::Timeout=600",
+    "-o", "APT::Install-Recommends=false",
+)  # fmt: skip
+
+
+def installed(on: Reader) -> set[str]:
+    """Names of the packages that dpkg says are installed, and what they provide."""
+    status = (on.read(STATUS) or b"").decode(errors="replace")
+    names = set(_INSTALLED.findall(status))
+    for line in _PROVIDES.findall(status):
+        names |= {part.split()[0] for part in line.split(",") if part.strip()}
+    return names
+
+
+@dataclass(frozen=True)
+class Packages:
+    """The Debian packages `names` are installed."""
+
+    names: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        return "packages"
+
+    def check(self, on: Reader) -> State:
+        if on.rehearsal:
+            return LeftToNode(f"apt installs {', '.join(self.names)} there, where they are missing")
+        missing = self._missing(on)
+        if not missing:
+            return Satisfied(f"{len(self.names)} packages")
+        return Drift(
+            f"install {', '.join(missing)}",
+            before="".join(f"{name}\n" for name in self.names if name not in missing),
+            after="".join(f"{name}\n" for name in self.names),
+        )
+
+    def _missing(self, on: Reader) -> list[str]:
+        there = installed(on)
+        return [name for name in self.names if name not in there]
+
+    def apply(self, on: System) -> None:
+        missing = self._missing(on)
+        on.run(*_APT, "update", root=True)
+        planned = self._planned(on, missing)
+        on.promise(Undo("packages", "apt", {}, {"packages": planned}))
+        on.run(*_APT, "install", *missing, root=True)
+
+    def _planned(self, on: System, missing: Iterable[str]) -> list[str]:
+        """All that apt is about to install, dependencies too; what it would upgrade is not ours."""
+        simulated = on.query(*_APT, "-s", "install", *missing, timeout=120)
+        if not simulated.ok:
+            raise CommandFailed(
+                "apt cannot install what is missing",
+                why=simulated.err.strip() or simulated.out.strip()[-300:],
+                mend="mend apt's sources (`sudo apt-get update` shows what is wrong), then run again",
+            )
+        there = installed(on)
+        names = [name for verb, name in _SIMULATED.findall(simulated.out) if verb == "Inst"]
+        return [name for name in names if name not in there]
+
+
+def take_back(on: LocalSystem, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Purge those of `names` that are installed and that nothing else needs: (removed, kept)."""
+    there = installed(on)
+    ours = sorted(set(names) & there)
+    needed = _needed_by_others(on, ours)
+    removable = [name for name in ours if name not in needed]
+    if removable:
+        answer = on.query(*on.sudo, *_APT, "purge", *removable, timeout=1800)
+        if not answer.ok:
+            raise CommandFailed(
+                "apt could not remove the packages",
+                why=(answer.err or answer.out).strip()[-300:],
+                mend="run `sudo dpkg --configure -a`, then the same command again",
+            )
+    return removable, needed
+
+
+def _needed_by_others(on: LocalSystem, ours: list[str]) -> list[str]:
+    """Those of `ours` whose removal would take somebody else's package along."""
+    needed: list[str] = []
+    while True:
+        candidates = [name for name in ours if name not in needed]
+        simulated = on.query(*_APT, "-s", "purge", *candidates, timeout=120) if candidates else None
+        removed = {n for verb, n in _SIMULATED.findall(simulated.out if simulated else "") if verb != "Inst"}
+        others = {name.split(":")[0] for name in removed} - set(ours)
+        if not others:
+            return needed
+        needed += _dependencies(on, others, candidates) or candidates
+
+
+def _dependencies(on: LocalSystem, of: Iterable[str], among: list[str]) -> list[str]:
+    answer = on.query(
+        "apt-cache",
+        "depends",
+        "--recurse",
+        "--installed",
+        "--no-recommends",
+        "--no-suggests",
+        *of,
+        timeout=120,
+    )
+    lines = {line.strip().rpartition(" ")[2] for line in answer.out.splitlines()}
+    return [name for name in among if name in lines]

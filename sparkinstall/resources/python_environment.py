@@ -1,0 +1,251 @@
+"""The environment: one venv at one path, filled by uv from a lock with hashes."""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from sparkinstall.errors import Blocked, CommandFailed
+from sparkinstall.node import Node, site_packages
+from sparkinstall.probes.gate import Gate
+from sparkinstall.resources import Drift, Satisfied, State, Unknown
+from sparkinstall.resources.findings import recorded
+from sparkinstall.stacks import Pin, fill, parse_lock, render_lock, unhashed
+from sparkinstall.system import Reader, System
+
+_SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_DOWNLOADING = re.compile(r"Downloading (\S+) \(([\d.]+)([KMG]iB)\)")
+_DOWNLOADED = re.compile(r"Downloaded (\S+)")
+_CUT = (
+    "Could not connect",
+    "error sending request",
+    "connection closed",
+    "timed out",
+    "dns error",
+    "Connection reset",
+)
+
+
+@lru_cache(maxsize=1)
+def uv() -> str:
+    """The uv that came with sparkinstall."""
+    from uv import find_uv_bin
+
+    return str(find_uv_bin())
+
+
+def uv_platform(platform: str) -> str:
+    """uv's name for a node of DGX OS 7 (glibc 2.39)."""
+    return f"{platform}-manylinux_2_39"
+
+
+@dataclass(frozen=True)
+class RecordedLock:
+    """A lock made whole on the node at the first install, where the shipped one cannot know every hash.
+
+    From then on it is held to: the same versions and the same bytes, or an error.
+    """
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return f"lock:{self.node.lock_record}"
+
+    def check(self, on: Reader) -> State:
+        if on.entry(self.node.lock_record):
+            return Satisfied("hashes recorded at the first install and held to since")
+        names = [pin.name for pin in self._open_pins()]
+        what = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        return Drift(f"record the hashes of {what} (nobody could know them beforehand)")
+
+    def _open_pins(self) -> Sequence[Pin]:
+        pins = self.node.wheels.pins()
+        return [pin for pin in pins if not pin.hashes] or self.node.stack.requirements
+
+    def apply(self, on: System) -> None:
+        wanted, made = f"{self.node.lock_record}.in", f"{self.node.lock_record}.new"
+        on.write(wanted, "".join(f"{pin.requirement}\n" for pin in self._open_pins()).encode())
+        on.write(made, b"")
+        _uv(on, self.node, [uv(), "pip", "compile", *self._options(), "-o", on.real(made), on.real(wanted)])
+        recorded_pins = parse_lock((on.read(made) or b"").decode())
+        shipped = self.node.wheels.pins()
+        whole = fill(shipped, recorded_pins) if shipped else recorded_pins
+        on.write(self.node.lock_record, render_lock(whole).encode())
+
+    def _options(self) -> list[str]:
+        node = self.node
+        options = [
+            "--quiet",
+            "--generate-hashes",
+            "--no-header",
+            "--no-annotate",
+            "--no-emit-index-url",
+            "--upgrade",
+        ]
+        options += ["--python-version", node.stack.python, "--python-platform", uv_platform(node.platform)]
+        return [*options, "--no-deps"] if node.wheels.lock else options
+
+
+@dataclass
+class Downloads:
+    """uv's announcements, added up: bytes that have arrived, of bytes announced."""
+
+    on_progress: Callable[[int, int, str], None]
+    sizes: dict[str, int] = field(default_factory=dict)
+    done: int = 0
+
+    def read(self, line: str) -> None:
+        """Take one line of uv's output."""
+        if match := _DOWNLOADING.search(line):
+            self.sizes[match[1]] = int(float(match[2]) * _SIZES[match[3]])
+        elif match := _DOWNLOADED.search(line):
+            self.done += self.sizes.get(match[1], 0)
+        else:
+            return
+        self.on_progress(self.done, sum(self.sizes.values()), "bytes")
+
+
+@dataclass(frozen=True)
+class PythonEnvironment:
+    """The venv holds the lock's pins, all of them or (in a rehearsal) vLLM's own wheel, and passes the gate."""
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return f"venv:{self.node.venv}"
+
+    def check(self, on: Reader) -> State:
+        lock = lock_of(self.node, on)
+        if lock is None:
+            return Unknown("lock")
+        pins = self._wanted(lock)
+        stamp = recorded(on, f"{self.node.venv}/sparkinstall.json")
+        there = installed(self.node, on)
+        if stamp == self._stamp(lock) and all(there.get(pin.name) == pin.version for pin in pins):
+            return Satisfied(self._note(lock))
+        return Drift(self._summary(pins), _listing(there), _listing({pin.name: pin.version for pin in pins}))
+
+    def _wanted(self, lock: Sequence[Pin]) -> list[Pin]:
+        return [pin for pin in lock if not self.node.partial or pin.name == "vllm"]
+
+    def _summary(self, pins: Sequence[Pin]) -> str:
+        stack = self.node.stack
+        if self.node.partial:
+            return f"install vllm {stack.vllm} for {self.node.platform} and resolve the rest of stack {stack.name}"
+        return f"install the {len(pins)} packages of stack {stack.name} (vllm {stack.vllm})"
+
+    def _note(self, lock: Sequence[Pin]) -> str:
+        stack = self.node.stack
+        if self.node.partial:
+            others = len(lock) - 1
+            return f"vllm {stack.vllm} for {self.node.platform}; the {others} others of its lock resolve (--full installs them)"
+        return f"{len(lock)} packages of stack {stack.name}"
+
+    def _stamp(self, lock: Sequence[Pin]) -> dict[str, Any]:
+        return {
+            "lock": hashlib.sha256(render_lock(lock).encode()).hexdigest(),
+            "stack": self.node.stack.name,
+            "platform": self.node.platform,
+            "python": self.node.config.environment.python or self.node.stack.python,
+            "part": "vllm" if self.node.partial else "all",
+        }
+
+    def apply(self, on: System) -> None:
+        node = self.node
+        lock = lock_of(node, on)
+        assert lock is not None, "the engine applies only what can be told"
+        # What a killed run left may be half a package that looks whole: it is made anew, from uv's cache.
+        on.claim(node.venv)
+        on.clear(node.venv)
+        _uv(on, node, [uv(), "venv", "--quiet", "--python", self._interpreter(on), on.real(node.venv)])
+        self._fill(on, lock)
+        finding = Gate(node, lock).look(on)
+        if finding.verdict != "pass":
+            raise Blocked(
+                f"the stack {node.stack.name} does not pass the wheel gate: {finding.found}",
+                mend=finding.mend,
+            )
+        stamp = json.dumps(self._stamp(lock), indent=2, sort_keys=True)
+        on.write(f"{node.venv}/sparkinstall.json", stamp.encode() + b"\n")
+
+    def _interpreter(self, on: System) -> str:
+        wanted = self.node.config.environment.python or self.node.stack.python
+        if not self.node.partial:
+            return wanted
+        found = on.query(uv(), "python", "find", "--no-python-downloads", wanted)
+        return found.out.strip() if found.ok else sys.executable
+
+    def _fill(self, on: System, lock: Sequence[Pin]) -> None:
+        whole, own = f"{self.node.venv}/sparkinstall.lock", f"{self.node.venv}/installed.lock"
+        on.write(whole, render_lock(lock).encode())
+        on.write(own, render_lock(self._wanted(lock)).encode())
+        argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--no-deps"]
+        argv += ["--python", on.real(self.node.venv), *self._platform_options(), "-r"]
+        if self.node.partial:
+            _uv(on, self.node, [*argv, on.real(whole), "--dry-run"])
+        _uv(on, self.node, [*argv, on.real(own)])
+
+    def _platform_options(self) -> list[str]:
+        if not self.node.partial and not self.node.foreign:
+            return []
+        return [
+            "--python-platform",
+            uv_platform(self.node.platform),
+            "--python-version",
+            self.node.stack.python,
+        ]
+
+
+def _uv(on: System, node: Node, argv: list[str]) -> None:
+    env = {"UV_CACHE_DIR": str(node.cache / "uv"), "UV_NO_PROGRESS": "1", "VIRTUAL_ENV": ""}
+    try:
+        on.run(*argv, env=env, watch=Downloads(on.progress).read)
+    except CommandFailed as failure:
+        raise _explained(failure) from failure
+
+
+def _explained(failure: CommandFailed) -> CommandFailed:
+    said = "\n".join(failure.tail)
+    if "Hash mismatch" in said:
+        failure.why = (
+            "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"
+        )
+        failure.mend = "nothing of it was installed; run again, and if it stays, do not go on: report it"
+    elif any(sign in said for sign in _CUT):
+        failure.why = "the package index cannot be reached, or the connection broke off"
+        failure.mend = "mend the network, then run the same command again: what has arrived is kept"
+    return failure
+
+
+def lock_of(node: Node, on: Reader) -> tuple[Pin, ...] | None:
+    """The pins to install: those shipped if every hash is known, else those recorded (None before there are any)."""
+    shipped = node.wheels.pins()
+    if shipped and not unhashed(shipped):
+        return shipped
+    found = on.read(node.lock_record)
+    return parse_lock(found.decode()) if found is not None else None
+
+
+def installed(node: Node, on: Reader) -> dict[str, str]:
+    """Name -> version of what the environment's folder says is installed."""
+    site = site_packages(node, on)
+    found = {}
+    for name in on.names(site) if site else ():
+        if name.endswith(".dist-info"):
+            package, _, version = name.removesuffix(".dist-info").rpartition("-")
+            found[_plain(package)] = version
+    return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _listing(pins: dict[str, str]) -> str:
+    return "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))

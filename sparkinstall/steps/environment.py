@@ -1,0 +1,43 @@
+"""Fix 6: the same Python packages on every node, from one lock."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sparkinstall.node import Node
+from sparkinstall.probes import Finding, Probe
+from sparkinstall.probes.gate import Gate
+from sparkinstall.probes.processes import reasoning_fields
+from sparkinstall.resources import Resource
+from sparkinstall.resources.files import Link
+from sparkinstall.resources.python_environment import PythonEnvironment, RecordedLock, lock_of
+from sparkinstall.stacks import unhashed
+from sparkinstall.system import Reader
+
+
+@dataclass(frozen=True)
+class Environment:
+    name: str = "environment"
+    why: str = "vLLM and all it needs, pinned, in one venv"
+    needs: tuple[str, ...] = ("packages",)
+
+    def resources(self, node: Node) -> Iterable[Resource]:
+        pins = node.wheels.pins()
+        if not pins or unhashed(pins):
+            yield RecordedLock(node)
+        yield PythonEnvironment(node)
+        if node.config.environment.link:
+            yield Link(_in_home(node, node.config.environment.link), f"{node.prefix}/venv")
+
+    def probes(self, node: Node) -> Iterable[Probe]:
+        yield Probe("wheel-gate", "the packages fit together", lambda on: _gate(node, on))
+        yield Probe(
+            "reasoning-field", "where the thinking is in a stream", lambda on: reasoning_fields(node, on)
+        )
+
+
+def _gate(node: Node, on: Reader) -> Finding:
+    return Gate(node, lock_of(node, on) or ()).look(on)
+
+
+def _in_home(node: Node, path: str) -> str:
+    return node.home + path[1:] if path.startswith("~/") else path

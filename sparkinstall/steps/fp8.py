@@ -1,0 +1,47 @@
+"""Fix 5: vLLM takes Triton's FP8 kernels where its CUTLASS ones are for another chip."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from sparkinstall.assets import asset
+from sparkinstall.node import Node
+from sparkinstall.patches import PatchSet, load
+from sparkinstall.probes import Finding, Probe, failed, passed
+from sparkinstall.resources import Resource, Satisfied
+from sparkinstall.resources.findings import recorded
+from sparkinstall.resources.fp8 import Fp8Decision, PatchedFile
+from sparkinstall.system import Reader
+
+
+@dataclass(frozen=True)
+class Fp8:
+    name: str = "fp8"
+    why: str = "FP8 kernels that run on this GPU"
+    needs: tuple[str, ...] = ("environment",)
+
+    def resources(self, node: Node) -> Iterable[Resource]:
+        patch = cutlass_patch()
+        kernels = patch.kernels_for(node.stack.vllm)
+        yield Fp8Decision(node, kernels.disable if kernels else ())
+        yield PatchedFile(node, patch)
+
+    def probes(self, node: Node) -> Iterable[Probe]:
+        yield Probe("fp8-path", "which FP8 kernels vLLM takes", lambda on: _path(node, on))
+
+
+def _path(node: Node, on: Reader) -> Finding:
+    decision = recorded(on, node.fp8_decision)
+    if "fallback" not in decision:
+        return failed("nothing was decided yet", "run `sparkinstall all`")
+    state = PatchedFile(node, cutlass_patch()).check(on)
+    if not isinstance(state, Satisfied):
+        return failed("vLLM's file is not as decided", "run `sparkinstall run fp8`", decision["why"])
+    kernels = "Triton's" if decision["fallback"] else "CUTLASS's"
+    return passed(f"{kernels} kernels ({decision['why']})")
+
+
+@lru_cache(maxsize=1)
+def cutlass_patch() -> PatchSet:
+    """The patch set of fix 5."""
+    return next(each for each in load(asset("patches")) if each.name == "cutlass-fp8")

@@ -1,0 +1,59 @@
+"""Fix 1: one NCCL, built for this GPU, and loaded by every process on every node."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from sparkinstall.node import Node, cuda_home
+from sparkinstall.probes import Probe
+from sparkinstall.resources import Resource
+from sparkinstall.resources.nccl_library import NcclLibrary
+from sparkinstall.resources.nccl_source import NcclSource
+
+
+@dataclass(frozen=True)
+class Nccl:
+    name: str = "nccl"
+    why: str = "NCCL built for this GPU, the same on every node"
+    needs: tuple[str, ...] = ("packages",)
+
+    def resources(self, node: Node) -> Iterable[Resource]:
+        settings = node.config.nccl
+        if settings.mode == "wheel":
+            return
+        yield NcclLibrary(
+            folder=node.nccl_folder,
+            source=source(node),
+            arch=settings.arch,
+            cuda_home=cuda_home(node),
+            jobs=settings.jobs,
+            only_functions=settings.only_functions,
+            left=_left(node),
+        )
+
+    def probes(self, node: Node) -> Iterable[Probe]:
+        del node
+        return ()
+
+
+def source(node: Node) -> NcclSource:
+    """NCCL's source as the config and the stack name it."""
+    pin, settings = node.stack.nccl, node.config.nccl
+    return NcclSource(
+        version=node.nccl_version,
+        tag=pin.tag,
+        commit=pin.commit,
+        where=settings.source,
+        sha256=settings.sha256,
+        cache=node.cache / "nccl",
+    )
+
+
+def _left(node: Node) -> str:
+    """Why a rehearsal cannot build NCCL here, or nothing."""
+    if not node.rehearsal:
+        return ""
+    if node.foreign:
+        return f"NCCL {node.nccl_version} is built on the node itself: this machine is no {node.platform}"
+    if cuda_home(node) is None:
+        return f"NCCL {node.nccl_version} is built there: there is no CUDA toolkit here (`nccl.cuda_home`)"
+    return ""

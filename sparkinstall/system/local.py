@@ -1,0 +1,214 @@
+"""This machine, or a folder of it that stands for a node."""
+
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparkinstall.errors import CommandFailed, storage_problem
+from sparkinstall.system import Entry, Result, processes
+
+_KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
+_PLACE = 'set -e; umask 077; cat "$4" > "$1"; chmod "$3" "$1"; mv -fT "$1" "$2"'
+
+
+def staged(path: str) -> str:
+    """Where a new content waits beside its target. One fixed name, so that a killed run leaves at
+    most one such file, which the next write or the uninstall removes."""
+    folder, _, name = path.rpartition("/")
+    return f"{folder}/.{name}.sparkinstall-new"
+
+
+class LocalReader:
+    """A `Reader` of the machine (root "/") or of a rehearsal beneath the folder `root`."""
+
+    def __init__(self, root: str = "/") -> None:
+        self.root = root.rstrip("/") or "/"
+
+    @property
+    def rehearsal(self) -> bool:
+        return self.root != "/"
+
+    @property
+    def sudo(self) -> tuple[str, ...]:
+        """What to put before a command that needs root."""
+        return () if self.rehearsal or os.geteuid() == 0 else ("sudo", "-n")
+
+    def real(self, path: str) -> str:
+        return path if not self.rehearsal else self.root + path.rstrip("/")
+
+    def entry(self, path: str) -> Entry | None:
+        try:
+            found = os.lstat(self.real(path))
+            target = os.readlink(self.real(path)) if stat.S_ISLNK(found.st_mode) else ""
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return None
+        kind = _KINDS.get(stat.S_IFMT(found.st_mode), "other")
+        mode = stat.S_IMODE(found.st_mode)
+        return Entry(kind, mode, found.st_size, found.st_mtime_ns, found.st_uid, found.st_gid, target)
+
+    def read(self, path: str) -> bytes | None:
+        try:
+            return Path(self.real(path)).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except PermissionError as error:
+            return self._read_as_root(path, error)
+
+    def _read_as_root(self, path: str, error: PermissionError) -> bytes | None:
+        if not self.sudo:
+            raise error
+        code, out, _ = processes.answer((*self.sudo, "cat", path), os.environ, 30)
+        if code != 0:
+            raise error
+        return out
+
+    def names(self, path: str) -> tuple[str, ...]:
+        try:
+            return tuple(sorted(os.listdir(self.real(path))))
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            return ()
+
+    def query(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None) -> Result:
+        chosen = env if env is not None else {**os.environ, "LC_ALL": "C.UTF-8"}
+        code, out, err = processes.answer(argv, chosen, timeout)
+        return Result(argv, code, out.decode(errors="replace"), err.decode(errors="replace"))
+
+
+class LocalSystem(LocalReader):
+    """Touches the machine. It knows nothing of the journal: plans/journaled.py stands before it."""
+
+    def place(self, path: str, data: bytes, mode: int) -> None:
+        """Replace a file atomically, escalating where the folder is not ours."""
+        waiting = self.real(staged(path))
+        with _in_words(f"writing {self.real(path)}"):
+            try:
+                _write_beside(waiting, self.real(path), data, mode)
+            except PermissionError:
+                self._place_as_root(path, data, mode)
+
+    def _place_as_root(self, path: str, data: bytes, mode: int) -> None:
+        import tempfile
+
+        with tempfile.NamedTemporaryFile() as content:
+            content.write(data)
+            content.flush()
+            self._escalate("sh", "-c", _PLACE, "sh", staged(path), path, f"{mode:o}", content.name)
+
+    def place_link(self, path: str, target: str) -> None:
+        """Make or replace a symbolic link atomically."""
+        waiting = self.real(staged(path))
+        with _in_words(f"linking {self.real(path)}"):
+            try:
+                _remove_if_there(waiting)
+                os.symlink(target, waiting)
+                os.replace(waiting, self.real(path))
+            except PermissionError:
+                self._escalate("ln", "-sfnT", target, path)
+
+    def make_one_dir(self, path: str, mode: int) -> None:
+        """Make one folder whose parent is there; it is there already: fine."""
+        with _in_words(f"making the folder {self.real(path)}"):
+            try:
+                os.mkdir(self.real(path), mode)
+            except FileExistsError:
+                pass
+            except PermissionError:
+                owner = f"{os.getuid()}:{os.getgid()}"
+                self._escalate("install", "-d", "-m", f"{mode:o}", path)
+                self._escalate("chown", owner, path)
+
+    def unlink(self, path: str) -> None:
+        """Remove a file or link, and what a killed write left beside it."""
+        self.unlink_staged(path)
+        with _in_words(f"removing {self.real(path)}"):
+            try:
+                _remove_if_there(self.real(path))
+            except PermissionError:
+                self._escalate("rm", "-f", path)
+
+    def unlink_staged(self, path: str) -> None:
+        """Remove what a killed write of `path` left beside it."""
+        if self.entry(staged(path)) is not None:
+            self.unlink(staged(path))
+
+    def remove_dir(self, path: str) -> bool:
+        """Remove a folder if it is empty; whether it is gone."""
+        if self.entry(path) is None:
+            return True
+        if self.names(path):
+            return False
+        with _in_words(f"removing {self.real(path)}"):
+            try:
+                os.rmdir(self.real(path))
+            except PermissionError:
+                self._escalate("rmdir", path)
+        return True
+
+    def remove_tree(self, path: str) -> None:
+        """Remove a folder with all that is in it."""
+        import shutil
+
+        with _in_words(f"removing {self.real(path)}"):
+            try:
+                shutil.rmtree(self.real(path))
+            except FileNotFoundError:
+                pass
+            except PermissionError:
+                self._escalate("rm", "-rf", "--one-file-system", path)
+
+    def restore_meta(self, path: str, mode: int, uid: int, gid: int, mtime_ns: int) -> None:
+        """Give a restored file its former mode, owner and time."""
+        real = self.real(path)
+        try:
+            os.chmod(real, mode)
+            if os.lstat(real).st_uid != uid or os.lstat(real).st_gid != gid:
+                os.chown(real, uid, gid)
+            os.utime(real, ns=(mtime_ns, mtime_ns))
+        except PermissionError:
+            self._escalate("chmod", f"{mode:o}", path)
+            self._escalate("chown", f"{uid}:{gid}", path)
+            self._escalate("touch", "-d", f"@{mtime_ns // 10**9}.{mtime_ns % 10**9:09d}", path)
+
+    def _escalate(self, *argv: str) -> None:
+        if not self.sudo:
+            raise PermissionError(13, "Permission denied", argv[-1])
+        answer = self.query(*self.sudo, *argv)
+        if not answer.ok:
+            raise CommandFailed(
+                f"`sudo {argv[0]}` failed on {argv[-1]}",
+                why=answer.err.strip(),
+                mend="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
+            )
+
+
+def _write_beside(waiting: str, target: str, data: bytes, mode: int) -> None:
+    _remove_if_there(waiting)
+    handle = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            os.fchmod(out.fileno(), mode)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(waiting, target)
+    except BaseException:
+        _remove_if_there(waiting)
+        raise
+
+
+def _remove_if_there(real: str) -> None:
+    try:
+        os.unlink(real)
+    except FileNotFoundError:
+        pass
+
+
+@contextmanager
+def _in_words(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_problem(error, doing) from error

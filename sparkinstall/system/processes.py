@@ -1,0 +1,136 @@
+"""Programs: started in a process group of their own, with exactly the environment given."""
+
+import os
+import shutil
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Mapping
+from typing import IO, TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    Process = subprocess.Popen[bytes]
+
+RUN_MARK = "SPARKINSTALL_RUN"
+"""Set in every program we start, so that a later run can end what a killed one left behind."""
+
+_running: set[int] = set()
+_guard = threading.Lock()
+
+
+def start(argv: tuple[str, ...], env: Mapping[str, str], **options: Any) -> "Process | None":
+    """Start `argv`, or answer None where there is no such program."""
+    where = shutil.which(argv[0], path=env.get("PATH", os.defpath))
+    if where is None:
+        return None
+    process = _command(where).popen(list(argv[1:]), env=dict(env), new_session=True, bufsize=-1, **options)
+    with _guard:
+        _running.add(process.pid)
+    return cast("Process", process)
+
+
+def _command(where: str) -> Any:
+    # plumbum is imported late (0.1 s): a converged node needs no program at all.
+    from plumbum.machines.local import LocalCommand, LocalMachine
+
+    class Exact(LocalMachine):
+        env: Any = {}  # noqa: RUF012 - plumbum would add this process's own variables
+
+    class Command(LocalCommand):
+        @property
+        def machine(self) -> LocalMachine:
+            return Exact()
+
+    return Command(LocalMachine().path(where))
+
+
+def ended(process: "Process") -> None:
+    """Forget a program that has been waited for."""
+    with _guard:
+        _running.discard(process.pid)
+
+
+def kill_group(pid: int, sig: signal.Signals = signal.SIGKILL) -> None:
+    """Signal a program and all it started."""
+    try:
+        os.killpg(pid, sig)
+    except (ProcessLookupError, PermissionError):
+        pass
+
+
+def stop_all() -> None:
+    """End every program this process has started; for Ctrl-C."""
+    with _guard:
+        pids = tuple(_running)
+    for pid in pids:
+        kill_group(pid, signal.SIGTERM)
+
+
+def answer(argv: tuple[str, ...], env: Mapping[str, str], timeout: float) -> tuple[int, bytes, bytes]:
+    """Exit code, stdout and stderr; 127 not found, 124 past `timeout` seconds."""
+    process = start(argv, env, stdin=subprocess.DEVNULL)
+    if process is None:
+        return 127, b"", f"{argv[0]}: not found".encode()
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_group(process.pid)
+        process.communicate()
+        return 124, b"", f"no answer within {timeout:g} s".encode()
+    finally:
+        ended(process)
+    return process.returncode, out, err
+
+
+def stream(
+    argv: tuple[str, ...],
+    env: Mapping[str, str],
+    on_line: Callable[[str], None],
+    *,
+    cwd: str | None,
+    keep_open: tuple[int, ...] = (),
+) -> int:
+    """Run to the end, each line of stdout and stderr given to `on_line`; the exit code, 127 not found."""
+    process = start(
+        argv, env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=cwd, pass_fds=keep_open
+    )
+    if process is None:
+        on_line(f"{argv[0]}: not found")
+        return 127
+    try:
+        for raw in cast(IO[bytes], process.stdout):
+            # A progress bar redraws its line with \r: only the last drawing is the line.
+            on_line(raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
+        return process.wait()
+    except BaseException:
+        kill_group(process.pid)
+        raise
+    finally:
+        process.wait()
+        cast(IO[bytes], process.stdout).close()
+        ended(process)
+
+
+def end_leftovers(run: str) -> int:
+    """Kill what is still running of the killed run `run`; how many programs that were.
+
+    They are known by the mark in their environment; programs of other users are not ours to end.
+    """
+    mark = f"{RUN_MARK}={run}".encode()
+    found = 0
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid() and mark in _environ_of(name):
+            found += 1
+            try:
+                os.kill(int(name), signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                found -= 1
+    return found
+
+
+def _environ_of(pid: str) -> list[bytes]:
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as handle:
+            return handle.read().split(b"\0")
+    except OSError:
+        return []

@@ -1,0 +1,311 @@
+"""Binaries are real here: libraries by gcc, GPU code by nvcc, and cuobjdump for a second opinion."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from pathlib import Path
+from platform import machine as this_machine
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparkinstall.binaries import (
+    GpuCode,
+    NotALibrary,
+    build_id,
+    defined_symbols,
+    gpu_code,
+    machine,
+    needed,
+    rpath,
+    runpath,
+    undefined_symbols,
+)
+from tests.support.cuda_toolkit import toolkit
+from tests.support.wheel_member import wheel_member
+
+BUILD_ID = "0123456789abcdef0123456789abcdef01234567"
+
+QUESTIONS = (
+    build_id,
+    needed,
+    rpath,
+    runpath,
+    machine,
+    gpu_code,
+    lambda path: undefined_symbols(path, "n"),
+    lambda path: defined_symbols(path, ""),
+)
+
+LIBRARY = """
+extern int ncclNeeded(void), otherNeeded(void);
+extern int ncclMayBeAbsent(void) __attribute__((weak));
+static int ncclPrivate(void) { return otherNeeded(); }
+__attribute__((visibility("hidden"))) int ncclHidden(void) { return ncclPrivate(); }
+__attribute__((visibility("protected"))) int ncclProtected(void) { return 1; }
+__attribute__((weak)) int ncclReplaceable(void) { return 2; }
+int ncclOffered = 3;
+int ncclOffer(void) { return ncclNeeded() + ncclHidden() + (ncclMayBeAbsent ? ncclMayBeAbsent() : 0); }
+int otherOffer(void) { return 0; }
+"""
+
+KERNEL = "__global__ void scale(float *x, float by) { x[threadIdx.x] *= by; }\n"
+
+
+def compiled(folder: Path, *options: str, source: str = LIBRARY) -> Path:
+    library, code = folder / "libmade.so", folder / "made.c"
+    code.write_text(source)
+    run("gcc", "-shared", "-fPIC", "-o", str(library), str(code), *options)
+    return library
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    paths = ["-Wl,--disable-new-dtags", "-Wl,-rpath,$ORIGIN/../nccl:/opt/two"]
+    options = [f"-Wl,--build-id=0x{BUILD_ID}", *paths, "-Wl,--no-as-needed", "-lm", "-lgcc_s"]
+    return compiled(tmp_path_factory.mktemp("made"), *options)
+
+
+class TestLinking:
+    def test_the_build_id_is_the_linkers(self, made: Path) -> None:
+        assert build_id(made) == BUILD_ID
+
+    def test_a_library_without_a_build_id_has_none(self, tmp_path: Path) -> None:
+        assert build_id(compiled(tmp_path, "-Wl,--build-id=none")) is None
+
+    def test_needed_libraries_come_in_order(self, made: Path) -> None:
+        assert needed(made) == ("libm.so.6", "libgcc_s.so.1", "libc.so.6")
+
+    def test_an_rpath_is_split_and_stays_unexpanded(self, made: Path) -> None:
+        assert rpath(made) == ("$ORIGIN/../nccl", "/opt/two")
+        assert runpath(made) == ()
+
+    def test_a_runpath_is_not_an_rpath(self, tmp_path: Path) -> None:
+        library = compiled(tmp_path, "-Wl,--enable-new-dtags", "-Wl,-rpath,/opt/one")
+        assert (rpath(library), runpath(library)) == ((), ("/opt/one",))
+
+    def test_the_machine_is_this_one(self, made: Path) -> None:
+        assert machine(made) == this_machine()
+
+
+class TestSymbols:
+    def test_undefined_are_those_that_must_be_there_to_load(self, made: Path) -> None:
+        assert undefined_symbols(made, "nccl") == {"ncclNeeded"}
+        assert "otherNeeded" in undefined_symbols(made, "")
+
+    def test_defined_are_those_that_others_can_use(self, made: Path) -> None:
+        offered = {"ncclOffer", "ncclOffered", "ncclProtected", "ncclReplaceable"}
+        assert defined_symbols(made, "nccl") == offered
+        assert "otherOffer" in defined_symbols(made, "")
+
+    def test_a_symbols_version_is_no_part_of_its_name(self, tmp_path: Path) -> None:
+        versions = tmp_path / "made.map"
+        versions.write_text("MADE_1 { global: ncclOffer; local: *; };")
+        library = compiled(tmp_path, f"-Wl,--version-script={versions}")
+        assert defined_symbols(library, "nccl") == {"ncclOffer"}
+
+    def test_a_stripped_library_keeps_its_symbols(self, made: Path, tmp_path: Path) -> None:
+        run("strip", "-o", str(tmp_path / "stripped.so"), str(made))
+        assert defined_symbols(tmp_path / "stripped.so", "nccl") == defined_symbols(made, "nccl")
+
+
+# One compilation takes sm_120 or sm_120f, not both: each has its own, and they are linked together.
+ONE_LIBRARY = (
+    "sm_90a",
+    "sm_120",
+    "sm_120a",
+    "sm_120f",
+    "sm_121",
+    "compute_90a",
+    "compute_120",
+    "compute_120f",
+)
+A_SPARKS = ("sm_120f", "sm_121", "compute_120")
+COMPRESSIONS = {"none": "none", "lz4": "speed", "zstd": "size"}
+
+
+def with_gpu_code(folder: Path, compression: str, architectures: tuple[str, ...]) -> Path:
+    nvcc, library = str(toolkit() / "bin" / "nvcc"), folder / "libgpu.so"
+    objects = []
+    for architecture in architectures:
+        source, made = folder / f"{architecture}.cu", folder / f"{architecture}.o"
+        source.write_text(KERNEL.replace("scale", f"scale_{architecture}"))
+        real = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
+        options = [
+            "-Xfatbin",
+            "-compress-all",
+            f"-compress-mode={COMPRESSIONS[compression]}",
+            "-Xcompiler",
+            "-fPIC",
+        ]
+        run(nvcc, "-gencode", real, *options, "-c", str(source), "-o", str(made))
+        objects.append(str(made))
+    run(nvcc, "-shared", "-cudart", "none", *objects, "-o", str(library))
+    return library
+
+
+def as_cuobjdump_says(library: Path) -> Counter[GpuCode]:
+    said = run(str(toolkit() / "bin" / "cuobjdump"), str(library))
+    pieces = re.findall(r"^Fatbin (elf|ptx) code:\n=+\narch = sm_(\w+)$", said, re.MULTILINE)
+    return Counter(
+        GpuCode("cubin", f"sm_{a}") if k == "elf" else GpuCode("ptx", f"compute_{a}") for k, a in pieces
+    )
+
+
+@pytest.mark.network
+class TestGpuCode:
+    def test_every_architecture_is_told_apart(self, tmp_path: Path) -> None:
+        library = with_gpu_code(tmp_path, "zstd", ONE_LIBRARY)
+        assert sorted(code.arch for code in gpu_code(library)) == sorted(ONE_LIBRARY)
+        assert Counter(gpu_code(library)) == as_cuobjdump_says(library)
+
+    @pytest.mark.parametrize("compression", COMPRESSIONS)
+    def test_the_compression_does_not_matter(self, compression: str, tmp_path: Path) -> None:
+        library = with_gpu_code(tmp_path, compression, A_SPARKS)
+        assert [code.arch for code in gpu_code(library)] == list(A_SPARKS)
+        assert Counter(gpu_code(library)) == as_cuobjdump_says(library)
+
+    def test_the_kind_goes_with_the_architecture(self, gpu_library: Path) -> None:
+        kinds = [code.kind for code in gpu_code(gpu_library)]
+        assert kinds == ["cubin", "cubin", "ptx"]
+
+    def test_a_cubin_itself_says_the_same(self, tmp_path: Path) -> None:
+        # The compiler's own note inside the cubin, readable because nothing is compressed.
+        code = with_gpu_code(tmp_path, "none", ("sm_120f", "sm_121")).read_bytes()
+        assert set(re.findall(rb"-arch (sm_\w+)", code)) == {b"sm_120f", b"sm_121"}
+
+    def test_code_for_a_later_link_is_not_counted(self, tmp_path: Path) -> None:
+        source, library = tmp_path / "later.cu", tmp_path / "liblater.so"
+        source.write_text(KERNEL)
+        options = ["-gencode=arch=compute_121,code=sm_121", "-rdc=true", "-Xcompiler", "-fPIC", "-shared"]
+        nvcc = str(toolkit() / "bin" / "nvcc")
+        run(nvcc, *options, "-cudart", "shared", str(source), "-o", str(library))
+        assert b"__nv_relfatbin" in library.read_bytes()
+        assert Counter(gpu_code(library)) == as_cuobjdump_says(library) == {GpuCode("cubin", "sm_121"): 1}
+
+    def test_the_wheel_of_a_spark_has_family_code(self, tmp_path: Path) -> None:
+        library = tmp_path / "_C.so"
+        library.write_bytes(wheel_member("0.22.1", "vllm/_C_stable_libtorch.abi3.so"))
+        assert machine(library) == "aarch64"
+        assert "libcudart.so.13" in needed(library)
+        kept = Counter(code.arch for code in gpu_code(library) if code.arch.startswith("sm_12"))
+        assert kept == {"sm_120": 18, "sm_120f": 10}
+
+
+class TestNotALibrary:
+    def test_a_library_without_gpu_code_has_none(self, made: Path) -> None:
+        assert gpu_code(made) == ()
+
+    @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"#!/bin/sh\n" * 20, b"\0" * 4096])
+    def test_other_files_are_told_by_name(self, content: bytes, tmp_path: Path) -> None:
+        path = tmp_path / "libnccl.so.2"
+        path.write_bytes(content)
+        for ask in QUESTIONS:
+            with pytest.raises(NotALibrary, match=r"libnccl\.so\.2"):
+                ask(path)
+
+    def test_an_object_file_is_no_library(self, made: Path, tmp_path: Path) -> None:
+        run("gcc", "-c", str(made.with_name("made.c")), "-o", str(tmp_path / "made.o"))
+        with pytest.raises(NotALibrary, match="shared library"):
+            machine(tmp_path / "made.o")
+
+    def test_a_missing_file_is_the_systems_error(self, tmp_path: Path) -> None:
+        with pytest.raises(FileNotFoundError):
+            build_id(tmp_path / "absent.so")
+
+    def test_every_cut_is_noticed(self, made: Path, tmp_path: Path) -> None:
+        # The section table stands last: whatever is cut off, it is hit.
+        whole, cut = made.read_bytes(), tmp_path / "cut.so"
+        for size in range(0, len(whole), 97):
+            cut.write_bytes(whole[:size])
+            with pytest.raises(NotALibrary):
+                machine(cut)
+
+
+def ask_everything(path: Path) -> None:
+    for ask in QUESTIONS:
+        try:
+            ask(path)
+        except NotALibrary:
+            pass
+
+
+# A flipped byte mostly hits code; sizes and offsets break more when whole words turn extreme.
+DAMAGE = st.lists(
+    st.tuples(
+        st.floats(0, 1, exclude_max=True),
+        st.one_of(st.binary(min_size=1, max_size=8), st.sampled_from([b"\xff" * 8, b"\0" * 8, b"\xff" * 4])),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def damaged(whole: bytes, regions: list[tuple[int, int]], damage: list[tuple[float, bytes]]) -> bytes:
+    data = bytearray(whole)
+    for number, (where, what) in enumerate(damage):
+        start, end = regions[number % len(regions)]
+        at = start + int(where * (end - start))
+        data[at : at + len(what)] = what
+    return bytes(data[: len(whole)])
+
+
+def regions_that_are_read(library: Path) -> list[tuple[int, int]]:
+    """The header, the section table, and each table that a question reads; the whole file as the last."""
+    size, lines = library.stat().st_size, run("readelf", "-SW", str(library)).splitlines()
+    table = int(re.findall(r"starting at offset (0x[0-9a-f]+)", lines[0])[0], 16)
+    pattern = r"\.(?:dynsym|dynstr|dynamic|note\S*|nv_fatbin|shstrtab)\s+\S+\s+\S+ (\w+) (\w+)"
+    rows = [re.search(pattern, line) for line in lines]
+    found = [(int(row[1], 16), int(row[1], 16) + int(row[2], 16)) for row in rows if row and int(row[2], 16)]
+    return [(0, 64), (table, size), *found, (0, size)]
+
+
+class TestDamage:
+    @given(damage=DAMAGE)
+    @settings(max_examples=400, deadline=None)
+    def test_damage_is_a_wrong_answer_or_not_a_library(
+        self, damage: list[tuple[float, bytes]], made: Path, scratch: Path
+    ) -> None:
+        scratch.write_bytes(damaged(made.read_bytes(), regions_of(made), damage))
+        ask_everything(scratch)
+
+    @pytest.mark.network
+    @given(damage=DAMAGE)
+    @settings(max_examples=400, deadline=None)
+    def test_damaged_gpu_code_too(
+        self, damage: list[tuple[float, bytes]], gpu_library: Path, scratch: Path
+    ) -> None:
+        scratch.write_bytes(damaged(gpu_library.read_bytes(), regions_of(gpu_library), damage))
+        ask_everything(scratch)
+
+    @given(garbage=st.binary(max_size=300))
+    @settings(max_examples=200, deadline=None)
+    def test_garbage_behind_a_good_header(self, garbage: bytes, made: Path, scratch: Path) -> None:
+        scratch.write_bytes(made.read_bytes()[:64] + garbage)
+        ask_everything(scratch)
+
+
+@pytest.fixture(scope="module")
+def gpu_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_gpu_code(tmp_path_factory.mktemp("gpu"), "zstd", A_SPARKS)
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch") / "damaged.so"
+
+
+_REGIONS: dict[Path, list[tuple[int, int]]] = {}
+
+
+def regions_of(library: Path) -> list[tuple[int, int]]:
+    if library not in _REGIONS:
+        _REGIONS[library] = regions_that_are_read(library)
+    return _REGIONS[library]

@@ -1,0 +1,368 @@
+"""Fix 5 on the files that real vLLM wheels ship, and the patch machinery on files made here."""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from sparkinstall.assets import asset
+from sparkinstall.patches import (
+    MalformedTable,
+    PatchSet,
+    State,
+    UnknownContent,
+    Variant,
+    apply,
+    digest,
+    load,
+    parse,
+    revert,
+)
+from tests.support.wheel_member import Unavailable, newest_release, wheel_member
+
+(CUTLASS,) = load(asset("patches"))
+
+# One release or more of each variant; the first is the field's own.
+RELEASES = ("0.18.1", "0.10.2", "0.11.0", "0.11.2", "0.12.0", "0.14.1", "0.22.1", "0.28.0", "0.33.0")
+
+# Here since 0.17.0; in 0.15 and 0.16 the classes stood under `layers/quantization/kernels/scaled_mm`.
+KERNEL_FILE = "vllm/model_executor/kernels/linear/scaled_mm/cutlass.py"
+KERNEL_CHOICE = "vllm/model_executor/kernels/linear/__init__.py"
+
+GATES = ("cutlass_fp8_supported", "cutlass_block_fp8_supported")
+
+
+def from_wheel(release: str, member: str) -> bytes:
+    """A wheel's own file. Without an index the test is skipped, but in CI that is a failure."""
+    try:
+        return wheel_member(release, member)
+    except Unavailable as failure:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"NOT TESTED, the package index is needed: {failure}")
+
+
+@pytest.fixture(params=RELEASES)
+def release(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def original(release: str) -> bytes:
+    return from_wheel(release, CUTLASS.target)
+
+
+@pytest.fixture
+def variant(original: bytes) -> Variant:
+    return CUTLASS.known(original)
+
+
+def gates(source: bytes) -> dict[str, object]:
+    """What the two functions and their constants answer on CUDA 12.1 if the extension claims both kernels."""
+    wanted = [node for node in ast.parse(source).body if _is_gate(node)]
+    capability = SimpleNamespace(to_int=lambda: 121)
+    names: dict[str, Any] = {
+        "current_platform": SimpleNamespace(is_cuda=lambda: True, get_device_capability=lambda: capability),
+        "ops": SimpleNamespace(
+            cutlass_scaled_mm_supports_fp8=lambda cc: cc == 121,
+            cutlass_scaled_mm_supports_block_fp8=lambda cc: cc == 121,
+        ),
+    }
+    exec(compile(ast.Module(wanted, []), "w8a8_utils.py", "exec"), names)
+    constants = {name: value for name, value in names.items() if name.startswith("CUTLASS_")}
+    return constants | {name: names[name]() for name in GATES}
+
+
+def _is_gate(node: ast.stmt) -> bool:
+    if isinstance(node, ast.FunctionDef):
+        return node.name in GATES
+    return isinstance(node, ast.Assign) and "FP8_SUPPORTED" in ast.unparse(node.targets[0])
+
+
+@pytest.mark.network
+def test_the_file_of_a_listed_release_is_the_variant_that_lists_it(release: str, original: bytes) -> None:
+    variant = CUTLASS.known(original)
+    assert release in variant.releases
+    assert variant.state_of(original) is State.ORIGINAL
+
+
+@pytest.mark.network
+def test_patched_gates_say_no_where_the_original_said_yes(original: bytes, variant: Variant) -> None:
+    before, after = gates(original), gates(apply(original, variant))
+    assert before.keys() == after.keys() >= {"CUTLASS_BLOCK_FP8_SUPPORTED", *GATES}
+    assert set(before.values()) == {True}
+    assert set(after.values()) == {False}
+
+
+@pytest.mark.network
+def test_the_rest_of_the_module_is_what_it_was(original: bytes, variant: Variant) -> None:
+    def rest(source: bytes) -> list[str]:
+        return [ast.unparse(node) for node in ast.parse(source).body if not _is_gate(node)]
+
+    assert rest(apply(original, variant)) == rest(original)
+
+
+@pytest.mark.network
+def test_revert_gives_the_original_byte_for_byte(original: bytes, variant: Variant) -> None:
+    patched = apply(original, variant)
+    assert CUTLASS.known(patched) == variant
+    assert variant.state_of(patched) is State.PATCHED
+    assert revert(patched, variant) == original
+
+
+@pytest.mark.network
+def test_a_second_apply_is_refused_not_repeated(original: bytes, variant: Variant) -> None:
+    with pytest.raises(UnknownContent, match=variant.patched):
+        apply(apply(original, variant), variant)
+    with pytest.raises(UnknownContent, match=variant.original):
+        revert(original, variant)
+
+
+@pytest.mark.network
+def test_a_half_applied_patch_is_unknown(original: bytes, variant: Variant) -> None:
+    for count in range(1, len(variant.hunks)):
+        half = _applied_by_hand(original, variant, count)
+        assert half != original
+        _refused(half, variant)
+
+
+def _applied_by_hand(original: bytes, variant: Variant, count: int) -> bytes:
+    content = original
+    for hunk in variant.hunks[:count]:
+        content = content.replace(b"".join(hunk.before), b"".join(hunk.after), 1)
+    return content
+
+
+def _refused(content: bytes, variant: Variant) -> None:
+    assert CUTLASS.variant_of(content) is None
+    assert CUTLASS.state_of(content) is State.UNKNOWN
+    with pytest.raises(UnknownContent, match=rf"w8a8_utils\.py.*{digest(content)}"):
+        CUTLASS.known(content)
+    for turn in (apply, revert):
+        with pytest.raises(UnknownContent):
+            turn(content, variant)
+
+
+@pytest.mark.network
+def test_the_newest_release_is_known() -> None:
+    """A red light that a new vLLM changed the file: look at it, then add its variant."""
+    try:
+        newest = newest_release()
+    except Unavailable as failure:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(f"NOT TESTED, the package index is needed: {failure}")
+    variant = CUTLASS.known(from_wheel(newest, CUTLASS.target))
+    assert newest in variant.releases
+
+
+def fp8_kernels(source: bytes) -> Iterator[tuple[str, Callable[..., tuple[bool, str | None]]]]:
+    """Each FP8 class of a wheel's `cutlass.py` with its own `is_supported`, on CUDA with the gates shut."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and "fp8" in node.name.lower():
+            (asked,) = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "is_supported"]
+            asked.decorator_list = []
+            names: dict[str, Any] = {
+                "current_platform": SimpleNamespace(is_cuda=lambda: True),
+                "cutlass_fp8_supported": lambda: False,
+                "CUTLASS_BLOCK_FP8_SUPPORTED": False,
+            }
+            exec(compile(ast.Module([asked], []), "cutlass.py", "exec"), names)
+            yield node.name, names["is_supported"]
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("release", "obeys_patch"),
+    [
+        ("0.18.1", set()),
+        ("0.22.1", {"CutlassFp8BlockScaledMMKernel"}),
+        ("0.28.0", {"CutlassFp8BlockScaledMMKernel"}),
+        ("0.33.0", {"CutlassFP8ScaledMMLinearKernel", "CutlassFp8BlockScaledMMKernel"}),
+    ],
+)
+def test_every_kernel_class_of_the_wheel_is_named(release: str, obeys_patch: set[str]) -> None:
+    kernels = dict(fp8_kernels(from_wheel(release, KERNEL_FILE)))
+    assert {name for name, asked in kernels.items() if not asked(None, 121)[0]} == obeys_patch
+    named = CUTLASS.kernels_for(release)
+    assert named is not None
+    assert set(named.disable) == kernels.keys()
+    assert b"in envs.VLLM_DISABLED_KERNELS" in from_wheel(release, KERNEL_CHOICE)
+
+
+@pytest.mark.parametrize(
+    ("release", "disable"),
+    [
+        ("0.10.2", ()),
+        ("0.14.1", ()),
+        ("0.15.0", ("CutlassFP8ScaledMMLinearKernel",)),
+        ("0.18.1+cu130", ("CutlassFP8ScaledMMLinearKernel",)),
+        ("0.19.2rc1.dev142", ("CutlassFP8ScaledMMLinearKernel",)),
+        ("0.20.0", ("CutlassFP8ScaledMMLinearKernel", "CutlassFp8BlockScaledMMKernel")),
+        ("0.100", ("CutlassFP8ScaledMMLinearKernel", "CutlassFp8BlockScaledMMKernel")),
+    ],
+)
+def test_kernels_to_disable_follow_the_release(release: str, disable: tuple[str, ...]) -> None:
+    named = CUTLASS.kernels_for(release)
+    assert named is not None
+    assert named.disable == disable
+
+
+def test_a_release_older_than_the_table_has_no_kernels() -> None:
+    assert CUTLASS.kernels_for("0.9.2") is None
+
+
+def test_every_listed_release_has_its_kernels() -> None:
+    for release in (r for variant in CUTLASS.variants for r in variant.releases):
+        assert sum(kernels.holds(release) for kernels in CUTLASS.kernels) == 1
+
+
+def test_each_patch_in_the_folder_is_in_the_table_and_once_only() -> None:
+    named = sorted(variant.patch for variant in CUTLASS.variants)
+    assert named == sorted(path.name for path in asset("patches").glob("*.patch"))
+
+
+# From here on: files made here, so that each way to be wrong can be had without a wheel.
+
+BEFORE = b"one\ntwo\r\nthree\nfour\nfive\nsix\nseven\nend without a newline"
+AFTER = b"one\nTWO\r\nthree\nfour\nfive\nmore\nsix\nseven\nend with one\n"
+DIFF = (
+    b"--- a/pkg/file.py\n+++ b/pkg/file.py\n@@ -1,3 +1,3 @@\n one\n-two\r\n+TWO\r\n three\n"
+    b"@@ -5,4 +5,5 @@ def f():\n five\n+more\n six\n seven\n"
+    b"-end without a newline\n\\ No newline at end of file\n+end with one\n"
+)
+
+
+def table() -> dict[str, Any]:
+    """A good table; the tests spoil it."""
+    variant = {
+        "releases": ["1.2.3"],
+        "patch": "it.patch",
+        "original": digest(BEFORE),
+        "patched": digest(AFTER),
+    }
+    kernels = [{"since": "1.0.0", "below": "2.0.0", "disable": ["K"], "without_patch": True}]
+    entry = {"name": "it", "fix": 9, "target": "pkg/file.py", "variants": [variant], "kernels": kernels}
+    return {"patches": [entry]}
+
+
+def loaded(folder: Path, content: object, diff: bytes | None = DIFF) -> PatchSet:
+    (folder / "patches.yaml").write_text(yaml.safe_dump(content))
+    if diff is not None:
+        (folder / "it.patch").write_bytes(diff)
+    (one,) = load(folder)
+    return one
+
+
+def test_line_ends_and_a_missing_last_newline_survive(tmp_path: Path) -> None:
+    one = loaded(tmp_path, table())
+    variant = one.known(BEFORE)
+    assert apply(BEFORE, variant) == AFTER
+    assert revert(AFTER, variant) == BEFORE
+
+
+@pytest.mark.parametrize("at", range(len(BEFORE)))
+def test_one_changed_byte_is_refused(tmp_path: Path, at: int) -> None:
+    one = loaded(tmp_path, table())
+    changed = BEFORE[:at] + bytes([BEFORE[at] ^ 1]) + BEFORE[at + 1 :]
+    assert one.state_of(changed) is State.UNKNOWN
+    with pytest.raises(UnknownContent, match=r"pkg/file\.py: sha256 " + digest(changed)):
+        apply(changed, one.variants[0])
+
+
+def test_a_patch_that_gives_another_result_is_refused(tmp_path: Path) -> None:
+    variant = loaded(tmp_path, table(), DIFF.replace(b"+more", b"+less")).variants[0]
+    with pytest.raises(UnknownContent, match=r"pkg/file\.py after it\.patch"):
+        apply(BEFORE, variant)
+
+
+def test_a_hunk_beyond_the_end_is_refused(tmp_path: Path) -> None:
+    variant = loaded(tmp_path, table()).variants[0]
+    far = replace(variant, hunks=tuple(replace(hunk, before_line=900) for hunk in variant.hunks))
+    with pytest.raises(UnknownContent):
+        apply(BEFORE, far)
+
+
+def spoilt(*path: str | int, value: object) -> dict[str, Any]:
+    spoilt_table = table()
+    at: Any = spoilt_table
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    return spoilt_table
+
+
+VARIANT = ("patches", 0, "variants", 0)
+KERNELS = ("patches", 0, "kernels", 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "a mapping is needed"),
+        ({"patches": {}}, "patches must be a list"),
+        ({}, "patches must be a list"),
+        (spoilt("other", value=1), r"unknown \['other'\]"),
+        (spoilt("patches", 0, value="x"), r"patches\[0\]: a mapping is needed"),
+        (spoilt("patches", 0, "fix", value=True), "fix must be a int"),
+        (spoilt("patches", 0, "target", value=None), "target must be a str"),
+        (spoilt(*VARIANT, "orginal", value="x"), r"variants\[0\]: unknown \['orginal'\]"),
+        (spoilt(*VARIANT, "original", value="f411c8bc"), "original must be 64 hex digits"),
+        (spoilt(*VARIANT, "original", value=digest(AFTER)), "stands there twice"),
+        (spoilt(*VARIANT, "releases", value=[]), "releases must be releases"),
+        (spoilt(*VARIANT, "releases", value=[0.18]), "releases must be texts"),
+        (spoilt(*VARIANT, "releases", value=["new"]), "releases must be releases"),
+        (spoilt(*VARIANT, "patch", value="none.patch"), r"none\.patch.*No such file"),
+        (spoilt(*KERNELS, "below", value=2.0), "below must be a list"),
+        (spoilt(*KERNELS, "without_patch", value="yes"), "without_patch must be a bool"),
+        (spoilt(*KERNELS, "disable", value="K"), "disable must be a list"),
+    ],
+)
+def test_a_malformed_table_says_where(tmp_path: Path, content: object, says: str) -> None:
+    with pytest.raises(MalformedTable, match=says):
+        loaded(tmp_path, content)
+
+
+@pytest.mark.parametrize("yaml_text", [b"patches: [", b"\xff\xfe\x00"])
+def test_bad_yaml_is_a_malformed_table(tmp_path: Path, yaml_text: bytes) -> None:
+    (tmp_path / "patches.yaml").write_bytes(yaml_text)
+    with pytest.raises(MalformedTable, match=r"patches\.yaml"):
+        load(tmp_path)
+
+
+def test_no_table_is_a_malformed_table(tmp_path: Path) -> None:
+    with pytest.raises(MalformedTable, match=r"patches\.yaml"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("diff", "says"),
+    [
+        (b"", "not a diff of"),
+        (DIFF.replace(b"pkg/file.py", b"pkg/other.py"), "not a diff of"),
+        (DIFF + DIFF, "5 and 6 lines under"),
+        (b"".join(DIFF.splitlines(keepends=True)[:2]), "no hunk"),
+        (DIFF.replace(b"@@ -5,4 +5,5 @@", b"@@ five @@"), "not a hunk"),
+        (DIFF.replace(b"\n+more", b"\nmore"), "not a line of a hunk"),
+        (DIFF.replace(b"+more\n", b""), "4 and 4 lines under"),
+        (DIFF.replace(b" one", b"\\ one"), "not a line of a hunk"),
+    ],
+)
+def test_a_malformed_patch_says_why(tmp_path: Path, diff: bytes, says: str) -> None:
+    with pytest.raises(MalformedTable, match=says):
+        loaded(tmp_path, table(), diff)
+
+
+def test_a_hunk_keeps_both_sides() -> None:
+    first, second = parse(DIFF, "pkg/file.py")
+    assert first.before == (b"one\n", b"two\r\n", b"three\n")
+    assert second.after == (b"five\n", b"more\n", b"six\n", b"seven\n", b"end with one\n")
+    assert second.undone().undone() == second

@@ -1,0 +1,108 @@
+"""The product on a Spark's processor: an arm64 Debian under qemu, with packages put into it from outside."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import uv
+
+from tests.lab import cache, commands, machine, overlay, rootfs
+from tests.lab.commands import Completed
+
+PACKAGES = (
+    *("base-files", "base-passwd", "python3", "iproute2", "netplan.io", "ca-certificates"),
+    *("dash", "bash", "coreutils", "libc-bin"),
+)
+PYTHON = "3.13"  # trixie's
+PLATFORM = "aarch64-manylinux_2_39"
+SITE = "opt/site"
+
+BINFMT = Path("/proc/sys/fs/binfmt_misc")
+HANDLER = "qemu-aarch64"
+FORMATS = Path("/usr/lib/binfmt.d")
+
+
+class Arm64:
+    """An arm64 tree to run programs in, each in its own mount and pid namespace."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def install(self, *requirements: str, timeout: float = 600) -> None:
+        """Install requirements, or wheels by their path, for aarch64; `python3 -m` finds their modules."""
+        where = ["--target", str(self.root / SITE), "--python", sys.executable]
+        what = ["--python-version", PYTHON, "--python-platform", PLATFORM, "--only-binary", ":all:"]
+        commands.run(
+            uv.find_uv_bin(), "pip", "install", "--quiet", *where, *what, *requirements, timeout=timeout
+        )
+
+    def run(
+        self, *argv: str, env: Mapping[str, str] | None = None, timeout: float = 120, check: bool = True
+    ) -> Completed:
+        """Run a command of the tree as root and wait; CommandFailedError where it fails and `check` is on."""
+        settings = {"PATH": f"/{SITE}/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
+        clean = ["/usr/bin/env", "-i", *(f"{k}={v}" for k, v in self._settings(settings, env))]
+        apart = [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "--mount-proc",
+            f"--root={self.root}",
+        ]
+        return commands.run(*apart, "--", *clean, *argv, timeout=timeout, check=check)
+
+    def _settings(
+        self, base: Mapping[str, str], given: Mapping[str, str] | None
+    ) -> Iterator[tuple[str, str]]:
+        yield from {**base, "PYTHONPATH": f"/{SITE}", **machine.environment(), **(given or {})}.items()
+
+
+@contextmanager
+def chroot() -> Iterator[Arm64]:
+    """A fresh copy of the arm64 tree, which is built once (15 s); `install` changes only the copy."""
+    register()
+    copy = overlay.Overlay(cache.kept("arm64", _command(), _build))
+    try:
+        yield Arm64(copy.root)
+    finally:
+        copy.remove()
+
+
+def register() -> None:
+    """Have the kernel run aarch64 programs through qemu, if it does not yet. It stays so until a restart."""
+    if not (BINFMT / "register").exists():
+        commands.run("mount", "-t", "binfmt_misc", "binfmt_misc", str(BINFMT))
+    if _registered():
+        return
+    if shutil.which("update-binfmts"):
+        commands.run("update-binfmts", "--enable", HANDLER, check=False)
+    # Newer qemu packages leave it to systemd-binfmt, which a container has not.
+    if not _registered() and (described := FORMATS / f"{HANDLER}.conf").exists():
+        (BINFMT / "register").write_bytes(described.read_bytes().strip())
+    if not _registered():
+        raise OSError(f"the kernel took no handler {HANDLER}")
+
+
+def _registered() -> bool:
+    handler = BINFMT / HANDLER
+    return handler.exists() and handler.read_text().startswith("enabled")
+
+
+def _command() -> list[str]:
+    return rootfs.debootstrap(
+        "trixie", "--arch=arm64", "--variant=extract", f"--include={','.join(PACKAGES)}"
+    )
+
+
+def _build(tree: Path) -> None:
+    rootfs.make(_command(), tree)
+    tree.chmod(0o755)
+    # Packages are unpacked, not configured: what their scripts would have made and programs rely on.
+    for name in ("passwd", "group"):
+        shutil.copy(tree / f"usr/share/base-passwd/{name}.master", tree / "etc" / name)

@@ -1,0 +1,85 @@
+"""What the lab builds once and keeps below the user's cache folder; several processes may ask at once."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# Descriptors and not files: these are meant to stay open until the process ends.
+_in_use: dict[Path, int] = {}
+
+
+def folder() -> Path:
+    """The lab's place below the user's cache folder, made if it is not there."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    home = Path(base) / "sparkinstall" / "tests"
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that other processes, and other threads, wait for."""
+    with path.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def kept(kind: str, recipe: Sequence[str], build: Callable[[Path], None]) -> Path:
+    """The tree that `build` makes, once for a recipe; nobody removes it while this process lives."""
+    digest = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:16]
+    tree = folder() / f"{kind}-{digest}"
+    if tree in _in_use:
+        return tree
+    lock = os.open(_lock_of(tree), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
+    try:
+        _ensure(tree, lock, build)
+    except BaseException:
+        os.close(lock)
+        raise
+    _in_use[tree] = lock
+    return tree
+
+
+def _ensure(tree: Path, lock: int, build: Callable[[Path], None]) -> None:
+    """Return with the tree there and the lock shared."""
+    fcntl.flock(lock, fcntl.LOCK_SH)
+    while not tree.is_dir():
+        # flock gives the shared lock up before it waits for the other kind, and back again, so another
+        # process may have built the tree, or removed it, in between: look each time.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not tree.is_dir():
+            _build(tree, build)
+            _forget_others(tree)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def _build(tree: Path, build: Callable[[Path], None]) -> None:
+    half_done = tree.with_name(f"{tree.name}.building")
+    shutil.rmtree(half_done, ignore_errors=True)
+    half_done.mkdir(mode=0o755)
+    try:
+        build(half_done)
+        half_done.rename(tree)
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)
+
+
+def _forget_others(current: Path) -> None:
+    """Remove trees of older recipes, except those that another process uses."""
+    for tree in folder().glob(f"{current.name.rpartition('-')[0]}-*"):
+        if tree == current or not tree.is_dir():
+            continue
+        with suppress(BlockingIOError), _lock_of(tree).open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(tree)
+
+
+def _lock_of(tree: Path) -> Path:
+    # Never removed: a lock file that is unlinked and made anew is two locks.
+    return tree.with_name(f"{tree.name.removesuffix('.building')}.lock")

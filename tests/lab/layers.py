@@ -1,0 +1,156 @@
+"""Which layers of tests this machine can run: a pytest plugin for the markers `layer2`, `layer3` and so on.
+
+In CI (CI=true) or with SPARKINSTALL_ALL_LAYERS=1 a layer that cannot run is a failure. Elsewhere it is
+skipped, and the end of the run says so in red.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from tests.lab import commands, overlay
+
+Missing = Callable[[], str | None]
+
+PACKAGES = {
+    "arch-test": "arch-test",
+    "ip": "iproute2",
+    "mmdebstrap": "mmdebstrap",
+    "netplan": "netplan.io",
+    "nsenter": "util-linux",
+    "systemd-nspawn": "systemd-container",
+}
+
+_skipped: dict[int, str] = {}
+
+
+@cache
+def namespaces_missing() -> str | None:
+    """Why network namespaces (layer 2) cannot be made here, or None."""
+    return (
+        _root_missing() or _tools_missing("ip", "nsenter", "netplan") or _refused("unshare", "--net", "true")
+    )
+
+
+@cache
+def nodes_missing() -> str | None:
+    """Why nodes (layer 3) cannot boot here, or None."""
+    return (
+        _root_missing()
+        or _tools_missing("mmdebstrap", "systemd-nspawn", "nsenter")
+        or _refused("unshare", "--mount", "--pid", "--fork", "--uts", "--ipc", "--cgroup", "true")
+        or _overlay_missing()
+        or _groups_missing()
+    )
+
+
+@cache
+def arm64_missing() -> str | None:
+    """Why the arm64 tree (layer 6) cannot be had here, or None."""
+    return (
+        _root_missing()
+        or _tools_missing("mmdebstrap", "unshare")
+        or _overlay_missing()
+        or _emulation_missing()
+    )
+
+
+# Other layers add a row of their own.
+LAYERS: dict[int, Missing] = {2: namespaces_missing, 3: nodes_missing, 6: arm64_missing}
+
+
+def require(layer: int) -> None:
+    """End the test that asks, unless this machine can run the layer: as failed in CI, else as skipped."""
+    reason = LAYERS[layer]()
+    if reason is None:
+        return
+    message = f"layer {layer} cannot run here: {reason}"
+    if all_layers_wanted():
+        pytest.fail(message, pytrace=False)
+    _skipped[layer] = reason
+    pytest.skip(message)
+
+
+def all_layers_wanted() -> bool:
+    """Whether a layer that cannot run is a failure."""
+    return (
+        os.environ.get("CI", "").lower() in {"1", "true"} or os.environ.get("SPARKINSTALL_ALL_LAYERS") == "1"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before fixtures are made: a test marked `layerN` needs layer N."""
+    for marker in item.iter_markers():
+        number = marker.name.removeprefix("layer")
+        if number.isdecimal() and int(number) in LAYERS:
+            require(int(number))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say loudly what was not tested."""
+    if _skipped:
+        terminalreporter.section("LAYERS THAT DID NOT RUN", sep="!", red=True, bold=True)
+        for layer, reason in sorted(_skipped.items()):
+            terminalreporter.write_line(f"layer {layer}: {reason}", red=True)
+
+
+def _root_missing() -> str | None:
+    if not sys.platform.startswith("linux"):
+        return "this is no Linux"
+    return None if os.geteuid() == 0 else "not root (run it with sudo)"
+
+
+def _tools_missing(*tools: str) -> str | None:
+    absent = [tool for tool in tools if shutil.which(tool) is None]
+    if not absent:
+        return None
+    packages = sorted({PACKAGES.get(tool, tool) for tool in absent})
+    return f"no {', '.join(absent)} (apt-get install {' '.join(packages)})"
+
+
+def _refused(*argv: str) -> str | None:
+    try:
+        commands.run(*argv)
+    except (OSError, commands.CommandFailedError) as error:
+        return f"no namespaces: {str(error).splitlines()[-1]}"
+    return None
+
+
+def _overlay_missing() -> str | None:
+    try:
+        overlay.workspace()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _groups_missing() -> str | None:
+    mounts = overlay.cgroup_mounts()
+    if not mounts:
+        return "no cgroup2 hierarchy is mounted"
+    for mount in mounts:
+        probe = mount / f"{overlay.PREFIX}probe-{os.getpid()}"
+        try:
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            return f"no control groups: {error}"
+    return None
+
+
+def _emulation_missing() -> str | None:
+    # Here and not at the top: layers that need no arm64 need no uv either.
+    from tests.lab import arm64
+
+    try:
+        arm64.register()
+    except (OSError, commands.CommandFailedError) as error:
+        return f"no emulation (apt-get install qemu-user-static binfmt-support): {error}"
+    return None

@@ -1,0 +1,159 @@
+"""Throw-away copies of a tree: an overlayfs whose upper folder is removed with it, even after a crash."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import signal
+import tempfile
+import time
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+from tests.lab import cache as kept_trees
+from tests.lab.commands import run
+
+PREFIX = "sparkinstall-lab-"
+
+
+class Overlay:
+    """A writable copy of `lower` at `root`. What it starts in its control groups ends with it.
+
+    Its folder is locked for as long as this process lives; a folder without its lock is a crashed run's,
+    and the next overlay removes it.
+    """
+
+    def __init__(self, lower: Path) -> None:
+        with kept_trees.locked(kept_trees.folder() / "overlays.lock"):
+            sweep()
+            self.place = workspace() / f"{PREFIX}{secrets.token_hex(4)}"
+            self.place.mkdir(mode=0o700)
+            self._lock = (self.place / "lock").open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.root = self.place / "root"
+        self.cgroups = [mount / self.place.name for mount in cgroup_mounts()]
+        for folder in self.cgroups:
+            folder.mkdir()
+        _mount(lower, self.place)
+
+    def remove(self) -> None:
+        """End what runs in it, unmount it, remove it."""
+        destroy(self.place)
+        self._lock.close()
+
+
+def workspace() -> Path:
+    """The first folder that can be the upper side of an overlay; OSError with the reason if none."""
+    found, reason = _workspace()
+    if found is None:
+        raise OSError(reason)
+    return found
+
+
+@cache
+def _workspace() -> tuple[Path | None, str]:
+    # In a container the home is often an overlay itself, and so are temporary folders; memory is not.
+    reason = "no folder"
+    for folder in _candidates():
+        refusal = _refusal(folder)
+        if refusal is None:
+            return folder, ""
+        reason = f"no overlayfs: {refusal}"
+    return None, reason
+
+
+def _candidates() -> list[Path]:
+    return [kept_trees.folder(), Path(tempfile.gettempdir()), Path("/dev/shm")]
+
+
+def _refusal(folder: Path) -> str | None:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="overlay-probe-") as name:
+        probe = Path(name)
+        (probe / "lower").mkdir()
+        try:
+            _mount(probe / "lower", probe)
+        except Exception as error:
+            return str(error).splitlines()[-1]
+        run("umount", str(probe / "root"))
+    return None
+
+
+def _mount(lower: Path, place: Path) -> None:
+    for name in ("upper", "work", "root"):
+        (place / name).mkdir()
+        # "/" of a node is its upper folder: the umask of whoever runs the tests must not show.
+        (place / name).chmod(0o755)
+    sides = f"lowerdir={lower},upperdir={place / 'upper'},workdir={place / 'work'}"
+    # volatile: syncs are not passed on to the disk. dpkg syncs every file, and nothing here outlives the run.
+    run("mount", "-t", "overlay", "overlay", "-o", f"{sides},volatile", str(place / "root"))
+
+
+def cgroup_mounts() -> list[Path]:
+    """Where systemd's control groups can be made: the unified hierarchy, and the named one beside it."""
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return [
+        Path(where)
+        for _, where, kind, options, *_ in mounts
+        if kind == "cgroup2" or (kind == "cgroup" and "name=systemd" in options.split(","))
+    ]
+
+
+def sweep() -> None:
+    """Remove what crashed test runs left behind. Call it with the lock of all overlays held."""
+    for folder in _candidates():
+        for place in folder.glob(f"{PREFIX}*"):
+            if (lock := _abandoned(place)) is not None:
+                destroy(place)
+                lock.close()
+
+
+def _abandoned(place: Path) -> IO[bytes] | None:
+    lock = (place / "lock").open("wb")
+    with suppress(BlockingIOError):
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return lock
+    lock.close()
+    return None
+
+
+def destroy(place: Path) -> None:
+    """End every process of the overlay's control groups, unmount, remove; OSError if something holds it."""
+    groups = [mount / place.name for mount in cgroup_mounts()]
+    _end_all(groups)
+    root = place / "root"
+    if root.is_mount():
+        run("umount", str(root))
+    # A machine's own files may have been mounted below: never cross into them.
+    run("rm", "-rf", "--one-file-system", str(place), timeout=300)
+    for group in groups:
+        _remove_group(group)
+
+
+def _end_all(groups: list[Path], patience: float = 20) -> None:
+    deadline = time.monotonic() + patience
+    while pids := {pid for group in groups for pid in _members(group)}:
+        if time.monotonic() > deadline:
+            raise OSError(f"processes of {groups[0].name} do not end: {sorted(pids)}")
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def _members(group: Path) -> set[int]:
+    found: set[int] = set()
+    for listing in group.rglob("cgroup.procs"):
+        # 0 stands for a process of a namespace that cannot be seen from here.
+        with suppress(FileNotFoundError, OSError):
+            found.update(int(pid) for pid in listing.read_text().split() if pid != "0")
+    return found
+
+
+def _remove_group(group: Path) -> None:
+    if group.is_dir():
+        for inner in sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True):
+            inner.rmdir()
+        group.rmdir()

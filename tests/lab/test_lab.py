@@ -1,0 +1,362 @@
+"""Proof that the lab itself works, so that a failure elsewhere is the product's."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import arm64, cache, commands, layers, overlay, rootfs
+from tests.lab.node import Bind, FreshNode
+from tests.lab.tree import tree_digest
+
+CABLE = "enp1s0f0np0"
+REPOSITORY = Path(__file__).parents[2]
+
+
+def _wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        time.sleep(0.05)
+
+
+def _alive(pid: str) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[FreshNode]:
+    with FreshNode() as fresh:
+        yield fresh
+
+
+@pytest.mark.layer3
+def test_boots_and_says_so(node: FreshNode) -> None:
+    assert node.state == "running"
+    assert node.run("systemctl", "is-system-running").stdout == "running\n"
+    assert node.run("cat", "/proc/1/comm").stdout == "systemd\n"
+    assert node.run("hostname").stdout.strip() == node.name
+
+
+@pytest.mark.layer3
+def test_a_node_without_a_change_is_the_rootfs(node: FreshNode) -> None:
+    tree = str(rootfs.trixie())
+    for folder in ("/usr/bin", "/usr/lib/systemd", "/usr/sbin"):
+        pristine = tree_digest(f"{tree}{folder}")
+        seen = node.tree_digest(folder)
+        assert {path.removeprefix(tree): told for path, told in pristine.items()} == seen
+
+
+@pytest.mark.layer3
+@pytest.mark.network
+def test_apt_really_installs(node: FreshNode) -> None:
+    node.run("apt-get", "update", timeout=300)
+    node.run("apt-get", "install", "-y", "hello", timeout=300)
+    assert node.run("hello", user="plain").stdout == "Hello, world!\n"
+
+
+@pytest.mark.layer3
+@pytest.mark.network
+def test_pip_really_installs(node: FreshNode) -> None:
+    node.run("python3", "-m", "venv", "/tmp/venv", user="spark")
+    node.run("/tmp/venv/bin/pip", "install", "--quiet", "typer", user="spark", timeout=300)
+    assert node.run("/tmp/venv/bin/python", "-c", "import typer; print(typer.__name__)").stdout == "typer\n"
+
+
+@pytest.mark.layer3
+def test_users_and_their_rights(node: FreshNode) -> None:
+    assert node.run("sudo", "-n", "id", "-un", user="spark").stdout == "root\n"
+    refused = node.run("sudo", "-n", "true", user="plain", check=False)
+    assert (refused.returncode, "password is required" in refused.stderr) == (1, True)
+    who = node.run("sh", "-c", "id -un; pwd; echo $HOME; umask", user="plain")
+    assert who.stdout == "plain\n/home/plain\n/home/plain\n0022\n"
+
+
+@pytest.mark.layer3
+def test_nothing_of_this_process_leaks_into_a_command(
+    node: FreshNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("A_SECRET_OF_MINE", "x")
+    seen = node.run("env", env={"GIVEN": "two words $(here)"}, user="spark").stdout.splitlines()
+    assert "GIVEN=two words $(here)" in seen
+    assert not [line for line in seen if line.startswith("A_SECRET_OF_MINE")]
+
+
+@pytest.mark.layer3
+@pytest.mark.parametrize("user", ["root", "spark"])
+def test_a_node_on_our_network_cannot_change_it(node: FreshNode, user: str) -> None:
+    as_root = ["sudo", "-n"] if user == "spark" else []
+    before = commands.run("ip", "-json", "link").stdout
+    refused = node.run(*as_root, "ip", "link", "add", "lab0", "type", "dummy", user=user, check=False)
+    assert "Operation not permitted" in refused.stderr
+    assert commands.run("ip", "-json", "link").stdout == before
+
+
+@pytest.mark.layer3
+def test_a_unit_starts_restarts_and_logs(node: FreshNode) -> None:
+    unit = "[Service]\nExecStartPre=echo alive\nExecStart=sleep 1000\nRestart=always\nRestartSec=50ms\n"
+    node.write("/etc/systemd/system/small.service", unit)
+    node.run("systemctl", "daemon-reload")
+    node.run("systemctl", "start", "small")
+    node.run("systemctl", "kill", "--signal=KILL", "small")
+    _wait_until(lambda: node.run("journalctl", "-u", "small", "-o", "cat").stdout.count("alive\n") == 2)
+    _wait_until(lambda: node.run("systemctl", "is-active", "small", check=False).stdout == "active\n")
+    node.run("systemctl", "stop", "small")
+
+
+@pytest.mark.layer3
+def test_two_nodes_do_not_share_their_services(node: FreshNode) -> None:
+    with FreshNode() as other:
+        for each in (node, other):
+            each.run("systemd-run", "--unit=same", "sleep", "1000")
+        other.run("systemctl", "kill", "--signal=KILL", "same")
+        other.run("systemctl", "stop", "same", check=False)
+        assert node.run("systemctl", "is-active", "same").stdout == "active\n"
+    node.run("systemctl", "stop", "same")
+
+
+@pytest.mark.layer3
+def test_a_full_disk(node: FreshNode) -> None:
+    node.run("mkdir", "/mnt/small")
+    node.run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/mnt/small")
+    full = node.run("dd", "if=/dev/zero", "of=/mnt/small/x", "bs=1M", "count=1", check=False)
+    assert "No space left on device" in full.stderr
+    node.run("umount", "/mnt/small")
+
+
+@pytest.mark.layer3
+def test_push_read_write(node: FreshNode, tmp_path: Path) -> None:
+    (tmp_path / "folder" / ".git").mkdir(parents=True)
+    (tmp_path / "folder" / "a script").write_text("#!/bin/sh\necho ran\n")
+    (tmp_path / "folder" / "a script").chmod(0o755)
+    node.push(tmp_path / "folder", "/opt/here/it is", owner="spark", exclude=[".git"])
+    assert node.run("/opt/here/it is/a script").stdout == "ran\n"
+    assert list(node.tree_digest("/opt/here/it is")) == ["/opt/here/it is", "/opt/here/it is/a script"]
+    assert node.run("stat", "-c", "%U %a", "/opt/here/it is/a script").stdout == "spark 755\n"
+    node.write("/home/spark/note", "kept\n", mode="0600", user="spark")
+    assert node.read("/home/spark/note") == "kept\n"
+
+
+@pytest.mark.layer3
+def test_a_failure_shows_what_was_said(node: FreshNode) -> None:
+    with pytest.raises(commands.CommandFailedError, match=r"status 3\.\nwhy it failed"):
+        node.run("sh", "-c", "echo why it failed >&2; exit 3")
+
+
+@pytest.mark.layer3
+def test_a_command_that_takes_too_long_is_ended_inside(node: FreshNode) -> None:
+    with pytest.raises(commands.CommandTimedOutError, match="started"):
+        node.run("sh", "-c", "echo started; sleep 4321; true", timeout=1)
+    time.sleep(0.2)
+    assert node.run("pgrep", "-f", "^sleep 4321", check=False).stdout == ""
+
+
+@pytest.mark.layer3
+def test_an_interrupt_reaches_the_command_and_its_status_comes_back(node: FreshNode) -> None:
+    script = "trap 'echo caught; exit 130' INT; echo ready; while :; do sleep 0.05; done"
+    with node.popen("sh", "-c", script, user="spark") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        node.signal(process, signal.SIGINT)
+        assert process.wait(5) == 130
+        assert process.stdout.read() == "caught\n"
+
+
+@pytest.mark.layer3
+def test_tree_digest_sees_every_kind_of_change(node: FreshNode) -> None:
+    node.run(
+        "sh", "-c", "mkdir -p /srv/t/skip/in; cd /srv/t; echo a >a; echo b >b; ln -s a l; mkfifo f; touch m"
+    )
+    before = node.tree_digest("/srv/t", "/srv/absent", exclude=["/srv/t/skip"])
+    assert sorted(before) == ["/srv/t", *(f"/srv/t/{name}" for name in "abflm")]
+    node.run("sh", "-c", "cd /srv/t; echo c >a; chmod 600 b; ln -sfn b l; chown spark f; touch -d @1 m")
+    after = node.tree_digest("/srv/t", exclude=["/srv/t/skip"])
+    changed = {path for path in before if before[path] != after[path]}
+    assert changed == {f"/srv/t/{name}" for name in "abfl"}
+    times = node.tree_digest("/srv/t/m", times=True)
+    assert times["/srv/t/m"].endswith(" 1000000000")
+
+
+@pytest.mark.layer3
+def test_reboot_and_a_pulled_plug_keep_the_disk_and_nothing_else(node: FreshNode) -> None:
+    node.run("sh", "-c", "echo stays >/etc/stays; echo goes >/run/goes")
+    first = node.run("systemctl", "show", "-P", "UserspaceTimestampMonotonic").stdout
+    node.reboot()
+    assert node.read("/etc/stays") == "stays\n"
+    assert node.run("test", "-e", "/run/goes", check=False).returncode == 1
+    assert node.run("systemctl", "show", "-P", "UserspaceTimestampMonotonic").stdout != first
+    node.kill()
+    assert node.state == "off"
+    node.boot()
+    assert node.read("/etc/stays") == "stays\n"
+
+
+@pytest.mark.layer3
+def test_a_second_node_is_fresh_and_shows_binds(node: FreshNode, tmp_path: Path) -> None:
+    node.write("/etc/mark", "of the first\n")
+    (tmp_path / "in").write_text("from outside\n")
+    binds = [Bind(tmp_path, "/srv/read:only"), Bind(tmp_path, "/srv/writable", read_only=False)]
+    with FreshNode(bind=binds) as second:
+        assert second.run("test", "-e", "/etc/mark", check=False).returncode == 1
+        assert second.read("/srv/read:only/in") == "from outside\n"
+        assert second.run("touch", "/srv/read:only/x", check=False).returncode == 1
+        second.write("/srv/writable/out", "from inside\n")
+        place = second.root.parent
+    assert (tmp_path / "out").read_text() == "from inside\n"
+    assert not place.exists()
+
+
+@pytest.fixture
+def cable() -> Iterator[tuple[str, str]]:
+    names = (f"lab-{secrets.token_hex(3)}", f"lab-{secrets.token_hex(3)}")
+    for name in names:
+        commands.run("ip", "netns", "add", name)
+    ends = [CABLE, "netns", names[0], "type", "veth", "peer", "name", CABLE, "netns", names[1]]
+    commands.run("ip", "link", "add", *ends)
+    yield names
+    for name in names:
+        commands.run("ip", "netns", "del", name)
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_netplan_really_applies_on_two_nodes_joined_by_a_cable(cable: tuple[str, str]) -> None:
+    with FreshNode(netns=cable[0]) as head, FreshNode(netns=cable[1]) as worker:
+        for node, address in ((head, "192.0.2.1/24"), (worker, "192.0.2.2/24")):
+            rail = f"{{{CABLE}: {{addresses: [{address}], mtu: 9000}}}}"
+            plan = f"network: {{version: 2, renderer: networkd, ethernets: {rail}}}\n"
+            node.write("/etc/netplan/40-cx7.yaml", plan, mode="0600")
+            node.run("netplan", "apply")
+        # Only now: an end has no carrier before the other is up.
+        for node in (head, worker):
+            waited = ("/usr/lib/systemd/systemd-networkd-wait-online", f"--interface={CABLE}", "--timeout=20")
+            node.run(*waited)
+        assert "mtu 9000" in head.run("ip", "link", "show", CABLE).stdout
+        head.run("ping", "-c", "1", "-W", "5", "-M", "do", "-s", "8972", "192.0.2.2")
+
+
+CRASH = """
+import os, signal
+from tests.lab.node import FreshNode
+node = FreshNode().__enter__()
+print(node.root.parent, node.leader, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.layer3
+def test_what_a_crashed_run_left_is_removed_by_the_next(node: FreshNode) -> None:
+    argv = [sys.executable, "-c", CRASH]
+    crashed = subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert crashed.returncode == -signal.SIGKILL, crashed.stderr
+    place, leader = crashed.stdout.split()
+    assert Path(place, "root").is_mount()
+    assert _alive(leader)
+    with FreshNode():
+        assert not Path(place).exists()
+        assert not _alive(leader)
+    assert node.run("true").returncode == 0
+    assert not [
+        mount / Path(place).name for mount in overlay.cgroup_mounts() if (mount / Path(place).name).exists()
+    ]
+
+
+BUILD_TWICE = """
+from tests.lab import cache
+def build(tree):
+    import time; time.sleep(0.5); (tree / "built").write_text("x"); print("built")
+print(cache.kept("probe", ["recipe"], build))
+"""
+
+
+def test_a_tree_is_built_once_for_two_processes(tmp_path: Path) -> None:
+    settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path)}
+    argv = [sys.executable, "-c", BUILD_TWICE]
+    both = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=settings) for _ in range(2)]
+    said = [process.communicate(timeout=20)[0].splitlines() for process in both]
+    assert sorted(map(len, said)) == [1, 2]
+    assert said[0][-1] == said[1][-1]
+
+
+def test_a_build_that_fails_leaves_nothing_and_an_old_tree_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def fail(tree: Path) -> None:
+        (tree / "half").write_text("done")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        cache.kept("probe", ["bad"], fail)
+    (cache.folder() / "probe-0123456789abcdef").mkdir()
+    current = cache.kept("probe", ["good"], lambda _: None)
+    assert [path for path in cache.folder().iterdir() if path.is_dir()] == [current]
+
+
+@pytest.mark.parametrize(
+    ("settings", "outcome"),
+    [
+        ({}, pytest.skip.Exception),
+        ({"CI": "true"}, pytest.fail.Exception),
+        ({"SPARKINSTALL_ALL_LAYERS": "1"}, pytest.fail.Exception),
+    ],
+)
+def test_a_layer_that_cannot_run_fails_in_ci_and_is_skipped_elsewhere(
+    settings: dict[str, str], outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CI", "SPARKINSTALL_ALL_LAYERS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(layers.LAYERS, 9, lambda: "no such thing")
+    monkeypatch.setattr(layers, "_skipped", {})
+    with pytest.raises(outcome, match="layer 9 cannot run here: no such thing"):
+        layers.require(9)
+
+
+@pytest.fixture(scope="module")
+def spark() -> Iterator[arm64.Arm64]:
+    with arm64.chroot() as tree:
+        yield tree
+
+
+@pytest.mark.layer6
+def test_the_arm64_tree_is_arm64(spark: arm64.Arm64) -> None:
+    said = spark.run("python3", "-c", "import platform; print(platform.machine())")
+    assert said.stdout == "aarch64\n"
+
+
+@pytest.mark.layer6
+@pytest.mark.network
+def test_a_typer_program_runs_on_arm64(spark: arm64.Arm64) -> None:
+    spark.install("typer", "pyyaml")
+    program = (
+        "import platform, typer, yaml\ntyper.run(lambda: print(platform.machine(), yaml.__with_libyaml__))"
+    )
+    assert spark.run("python3", "-c", program).stdout == "aarch64 True\n"
+
+
+@pytest.mark.layer6
+def test_a_slow_arm64_command_is_ended_with_its_children(spark: arm64.Arm64) -> None:
+    with pytest.raises(commands.CommandTimedOutError):
+        spark.run("sh", "-c", "sleep 5432; true", timeout=1)
+    time.sleep(0.2)
+    assert commands.run("pgrep", "-f", "sleep 5432", check=False).stdout == ""

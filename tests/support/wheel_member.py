@@ -1,0 +1,176 @@
+"""One file out of a published wheel, without downloading the wheel.
+
+A vLLM wheel is 0.4 GB and a test needs 4 kB of it. A wheel is a zip: its directory stands at the end, so a
+few HTTP range requests are enough. Where the index ignores ranges the whole wheel is fetched, and only the
+member is kept.
+
+No index is named here: `uv` resolves the release with whatever index this machine is configured for, and its
+answer has the wheel's address.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import tomllib
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from http.client import HTTPResponse
+from pathlib import Path
+from typing import IO, Any
+
+# What a DGX Spark installs; DGX OS 7 is Ubuntu 24.04, hence glibc 2.39.
+SPARK_PLATFORM = "aarch64-manylinux_2_39"
+
+# The directory of a vLLM wheel is about 0.4 MB: with a block of this size it arrives in one or two requests.
+BLOCK_BYTES = 1 << 19
+
+TIMEOUT_SECONDS = 180
+
+
+class Unavailable(Exception):  # noqa: N818 - a fact about the index, not a fault
+    """The index could not be asked, or has no such wheel or member."""
+
+
+def cache_dir() -> Path:
+    """Where members are kept between runs: below the user's cache folder, never in the repository."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sparkinstall" / "tests" / "wheels"
+
+
+def wheel_member(
+    release: str, member: str, *, package: str = "vllm", platform: str = SPARK_PLATFORM
+) -> bytes:
+    """The bytes of `member` in the wheel of `package` `release` for `platform` (as uv names it), Python 3.12.
+
+    Kept for good: a release's wheel never changes. zipfile has checked the member's CRC.
+    Raises `Unavailable` where the index cannot be asked or has no such release or member.
+    """
+    kept = cache_dir() / f"{package}-{release}" / platform / member
+    if not kept.is_file():
+        with opened_wheel(package, release, platform) as wheel:
+            try:
+                _keep(kept, wheel.read(member))
+            except KeyError as absent:
+                raise Unavailable(f"{package} {release} has no {member}") from absent
+    return kept.read_bytes()
+
+
+def newest_release(package: str = "vllm", platform: str = SPARK_PLATFORM) -> str:
+    """The newest stable release that the index has a wheel of, asked anew each time."""
+    return str(_locked(package, platform)["version"])
+
+
+@contextmanager
+def opened_wheel(package: str, release: str, platform: str = SPARK_PLATFORM) -> Iterator[zipfile.ZipFile]:
+    """The wheel as a zip whose bytes are fetched only as they are read. Raises `Unavailable`."""
+    url = _wheel_url(package, release, platform)
+    try:
+        with _opened(url) as stream, zipfile.ZipFile(stream) as wheel:
+            yield wheel
+    except (OSError, zipfile.BadZipFile) as failure:
+        raise Unavailable(f"{package} {release}: {failure}") from failure
+
+
+@cache
+def _wheel_url(package: str, release: str, platform: str) -> str:
+    wheels = _locked(f"{package}=={release}", platform).get("wheels")
+    if not wheels:
+        raise Unavailable(f"the index has no wheel of {package} {release} for {platform}")
+    return str(wheels[0]["url"])
+
+
+def _locked(requirement: str, platform: str) -> Mapping[str, Any]:
+    """What uv resolves `requirement` to: the one package of a pylock, with its wheels' addresses."""
+    command = ["uv", "pip", "compile", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-header"]
+    target = ["--format", "pylock.toml", "--python-version", "3.12", "--python-platform", platform, "-"]
+    try:
+        run = subprocess.run(
+            command + target,
+            input=requirement,
+            capture_output=True,
+            text=True,
+            env=_client_env(),
+            timeout=300,
+        )
+    except (OSError, subprocess.TimeoutExpired) as failure:
+        raise Unavailable(f"uv could not resolve {requirement}: {failure}") from failure
+    if run.returncode:
+        raise Unavailable(f"uv could not resolve {requirement}: {run.stderr.strip()}")
+    package: Mapping[str, Any] = tomllib.loads(run.stdout)["packages"][0]
+    return package
+
+
+def _client_env() -> dict[str, str]:
+    # A machine set up for pip only must work too, and uv does not read pip's variable.
+    env = dict(os.environ)
+    if "PIP_INDEX_URL" in env and not {"UV_DEFAULT_INDEX", "UV_INDEX_URL"} & env.keys():
+        env["UV_DEFAULT_INDEX"] = env["PIP_INDEX_URL"]
+    return env
+
+
+@contextmanager
+def _opened(url: str) -> Iterator[IO[bytes]]:
+    with _get(url, "bytes=0-0") as first:
+        total = re.fullmatch(r"bytes 0-0/(\d+)", first.headers.get("Content-Range", ""))
+        if not total:
+            with tempfile.TemporaryFile() as whole:
+                shutil.copyfileobj(first, whole, BLOCK_BYTES)
+                yield whole
+                return
+    yield io.BufferedReader(_Ranges(url, int(total[1])), BLOCK_BYTES)
+
+
+def _get(url: str, byte_range: str) -> HTTPResponse:
+    request = urllib.request.Request(url, headers={"Range": byte_range})
+    response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    return response
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file as a seekable stream; each read is one range request."""
+
+    def __init__(self, url: str, size: int) -> None:
+        self._url, self._size, self._at = url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._size}[whence]
+        self._at = max(0, start + offset)
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        end = min(self._at + len(buffer), self._size)
+        if end <= self._at:
+            return 0
+        with _get(self._url, f"bytes={self._at}-{end - 1}") as response:
+            data = response.read()
+        # A cut or whole answer here would be taken for the member's bytes.
+        if response.status != 206 or len(data) != end - self._at:
+            raise OSError(f"asked for {end - self._at} bytes, got {len(data)} (HTTP {response.status})")
+        buffer[: len(data)] = data
+        self._at = end
+        return len(data)
+
+
+def _keep(path: Path, data: bytes) -> None:
+    # Renamed into place: two test workers may fetch the same member at once.
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as temporary:
+        temporary.write(data)
+    Path(temporary.name).replace(path)

@@ -1,0 +1,107 @@
+"""Remake the locks of stacks from their YAML files: a maintainer's tool, run from the repository's root.
+
+    PYTHONPATH=. python tools/lock.py                 # every shipped stack
+    PYTHONPATH=. python tools/lock.py 0.22.1 tests/lab/stacks/lab-full.yaml
+    PYTHONPATH=. python tools/lock.py --check         # write nothing, exit 1 where a lock differs
+
+Needs a `uv` on PATH (made with 0.13.8) and the ordinary Python index, whichever uv is set to use. Only metadata
+is downloaded, and no address of that index reaches a lock. Two runs give the same bytes: what a stack does not
+pin is resolved as of its day `as_of`, for which the index has to tell upload times.
+
+Only wheels that fit the stack's Python and the architecture (glibc 2.39: Ubuntu 24.04) are listed, so a lock
+has some 200 hashes in place of 4,500. Wheels that a stack names by address are put in as they stand in the
+YAML file: while uv resolves, their twin of the same public version on the index stands in for them, with the
+pins under `needs` added.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+from sparkinstall.stacks import Pin, Platform, Stack, StackError, load, names, render_lock
+
+GLIBC = "manylinux_2_39"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Remake the locks of stacks from their YAML files.")
+    parser.add_argument("stacks", nargs="*", metavar="STACK", help="a shipped stack's name, or a YAML file")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where a lock is not what it would be"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        stale = [lock for name in arguments.stacks or names() for lock in remake(load(name), arguments.check)]
+    except StackError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 1 if arguments.check and stale else 0
+
+
+def remake(stack: Stack, check: bool) -> list[Path]:
+    """Write the stack's locks (or only compare them); the paths of those that were not what they should be.
+
+    Raises StackError when uv finds no solution.
+    """
+    stale = []
+    for platform in stack.platforms.values():
+        if platform.lock is None:
+            continue
+        text = lock_text(stack, platform)
+        if not platform.lock.exists() or platform.lock.read_text(encoding="utf-8") != text:
+            stale.append(platform.lock)
+            print(f"{platform.lock.name}: {'differs' if check else 'written'}", file=sys.stderr)
+            if not check:
+                platform.lock.write_text(text, encoding="utf-8")
+    return stale
+
+
+def lock_text(stack: Stack, platform: Platform) -> str:
+    """What the lock of a stack on one platform has to hold. Raises StackError when uv finds no solution."""
+    named = {wheel.name for wheel in platform.wheels}
+    resolved = (pin for pin in resolve(stack, platform) if pin.name not in named)
+    return render_lock((*resolved, *platform.wheels))
+
+
+def resolve(stack: Stack, platform: Platform) -> list[Pin]:
+    """Every package that the stack's pins lead to, with the sha256 of each wheel that fits."""
+    pins = (*stack.requirements, *platform.needs)
+    with tempfile.TemporaryDirectory() as folder:
+        wanted, lock = Path(folder, "requirements.in"), Path(folder, "pylock.toml")
+        wanted.write_text("".join(f"{pin.requirement}\n" for pin in pins), encoding="utf-8")
+        argv = [*uv_argv(stack, platform), "--output-file", str(lock), str(wanted)]
+        done = subprocess.run(argv, check=False, capture_output=True, text=True)
+        if done.returncode:
+            raise StackError(
+                f"uv finds no solution for {stack.name} on {platform.arch}:\n{done.stderr.strip()}"
+            )
+        return [pin_of(package) for package in tomllib.loads(lock.read_text(encoding="utf-8"))["packages"]]
+
+
+def uv_argv(stack: Stack, platform: Platform) -> list[str]:
+    # A pylock.toml has only the wheels that fit; a requirements file would have the hashes of all.
+    argv = ["uv", "pip", "compile", "--quiet", "--format", "pylock.toml", "--no-header", "--no-annotate"]
+    argv += ["--only-binary", ":all:", "--python-version", stack.python]
+    argv += ["--python-platform", f"{platform.arch}-{GLIBC}"]
+    if stack.as_of:
+        argv += ["--exclude-newer", f"{stack.as_of}T00:00:00Z"]
+        # A pin says its own day: Ray may be newer than the rest of an old stack.
+        for pin in stack.requirements:
+            argv += ["--exclude-newer-package", f"{pin.name}=false"]
+    return argv
+
+
+def pin_of(package: dict[str, object]) -> Pin:
+    wheels = package["wheels"]
+    assert isinstance(wheels, list)  # --only-binary leaves nothing else
+    hashes = sorted({f"sha256:{wheel['hashes']['sha256']}" for wheel in wheels})
+    return Pin(str(package["name"]), str(package["version"]), hashes=tuple(hashes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
