@@ -114,9 +114,7 @@ def undefined_symbols(path: StrPath, prefix: str) -> frozenset[str]:
 
 def defined_symbols(path: StrPath, prefix: str) -> frozenset[str]:
     """The names beginning with `prefix` that it offers to others, without their versions."""
-    return _symbols(
-        path, prefix, lambda _, visibility, section: bool(section) and visibility in _VISIBLE_OUTSIDE
-    )
+    return _symbols(path, prefix, lambda _, visibility, section: bool(section) and visibility in _VISIBLE_OUTSIDE)
 
 
 def gpu_code(path: StrPath) -> tuple[GpuCode, ...]:
@@ -143,9 +141,7 @@ class _Library:
         self._descriptor = descriptor
         self._size = os.fstat(descriptor).st_size
         header = self.unpack(_ELF_HEADER, 0)
-        magic, elf_class, order, _, kind, self.machine, _, _, _, table, _, _, _, _, entry, count, names = (
-            header
-        )
+        magic, elf_class, order, _, kind, self.machine, _, _, _, table, _, _, _, _, entry, count, names = header
         if magic != b"\x7fELF":
             raise _DamageError("not an ELF file")
         if (elf_class, order, kind) != (_ELF64, _LITTLE_ENDIAN, _SHARED_OBJECT):

@@ -117,18 +117,14 @@ class Fp8Config:
 @dataclass(frozen=True)
 class ClusterConfig:
     head: str = _setting("192.168.100.10", "The head's address on the QSFP link.", _like(_HOST, "an address"))
-    worker: str = _setting(
-        "192.168.100.11", "The worker's address on the QSFP link.", _like(_HOST, "an address")
-    )
+    worker: str = _setting("192.168.100.11", "The worker's address on the QSFP link.", _like(_HOST, "an address"))
     interface: str = _setting("enp1s0f0np0", "The QSFP interface.", _like(_INTERFACE, "an interface name"))
     ray_port: int = _setting(6379, "Ray's port on the head.", _port)
 
 
 @dataclass(frozen=True)
 class HubConfig:
-    offline: bool = _setting(
-        True, "HF_HUB_OFFLINE=1 in single-node.env: models are on the disk, nothing is fetched."
-    )
+    offline: bool = _setting(True, "HF_HUB_OFFLINE=1 in single-node.env: models are on the disk, nothing is fetched.")
 
 
 @dataclass(frozen=True)
@@ -286,9 +282,7 @@ def _checked(setting: Setting, value: Any, source: str) -> Any:
     if isinstance(value, list) and setting.type == tuple[str, ...]:
         return tuple(_checked_item(setting, each, where) for each in value)
     if not _fits(value, setting.type):
-        raise BadConfig(
-            f"{where} must be {_in_words(setting.type)}, not {_show(value)}{_quote_hint(value, setting)}"
-        )
+        raise BadConfig(f"{where} must be {_in_words(setting.type)}, not {_show(value)}{_quote_hint(value, setting)}")
     return value if value is None else _valid(setting, value, where)
 
 

@@ -23,9 +23,7 @@ class Problem(Exception):
     code = "failed"
     exit_code = Exit.FAILED
 
-    def __init__(
-        self, what: str, *, why: str = "", mend: str = "", log: str = "", tail: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, what: str, *, why: str = "", mend: str = "", log: str = "", tail: Sequence[str] = ()) -> None:
         super().__init__(what)
         self.what, self.why, self.mend, self.log, self.tail = what, why, mend, log, tuple(tail)
 

@@ -39,7 +39,7 @@ class Node:
     @property
     def wheels(self) -> Platform:
         """The stack's part for this architecture."""
-        return self.stack.on(self.platform)
+        return self.stack.platforms[self.platform]
 
     @property
     def prefix(self) -> str:
@@ -98,5 +98,5 @@ def cuda_home(node: Node) -> str | None:
 
 def user_cache() -> Path:
     """Downloads and wheels, kept over runs so that a second one needs no network."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     return Path(base) / "sparkinstall"

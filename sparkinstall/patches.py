@@ -174,9 +174,7 @@ def load(directory: Path) -> tuple[PatchSet, ...]:
         table = yaml.safe_load((directory / TABLE).read_bytes())
     except (OSError, yaml.YAMLError) as failure:
         raise MalformedTable(f"{TABLE}: {failure}") from failure
-    entries = _Row(table, TABLE, {"patches"}).rows(
-        "patches", {"name", "fix", "target", "variants", "kernels"}
-    )
+    entries = _Row(table, TABLE, {"patches"}).rows("patches", {"name", "fix", "target", "variants", "kernels"})
     sets = tuple(_patch_set(entry, directory) for entry in entries)
     _refuse_doubles(sets)
     return sets
@@ -201,9 +199,7 @@ def _variant(row: _Row, target: str, directory: Path) -> Variant:
         hunks = tuple(parse((directory / patch).read_bytes(), target))
     except (OSError, ValueError) as failure:
         raise MalformedTable(f"{row.where}: {patch}: {failure}") from failure
-    return Variant(
-        target, patch, row.sha256("original"), row.sha256("patched"), row.releases("releases"), hunks
-    )
+    return Variant(target, patch, row.sha256("original"), row.sha256("patched"), row.releases("releases"), hunks)
 
 
 def _kernel_range(row: _Row) -> KernelRange:
@@ -303,9 +299,7 @@ class _Row:
         return tuple(values)
 
     def rows(self, key: str, keys: set[str]) -> tuple[_Row, ...]:
-        return tuple(
-            _Row(entry, f"{self.where}: {key}[{at}]", keys) for at, entry in enumerate(self.of(list, key))
-        )
+        return tuple(_Row(entry, f"{self.where}: {key}[{at}]", keys) for at, entry in enumerate(self.of(list, key)))
 
     def sha256(self, key: str) -> str:
         if not _SHA256.fullmatch(value := self.text(key)):

@@ -4,9 +4,9 @@
     PYTHONPATH=. python tools/lock.py 0.22.1 tests/lab/stacks/lab-full.yaml
     PYTHONPATH=. python tools/lock.py --check         # write nothing, exit 1 where a lock differs
 
-Needs a `uv` on PATH (made with 0.13.8) and the ordinary Python index, whichever uv is set to use. Only metadata
-is downloaded, and no address of that index reaches a lock. Two runs give the same bytes: what a stack does not
-pin is resolved as of its day `as_of`, for which the index has to tell upload times.
+Needs a `uv` on PATH (made with 0.13.8) and the ordinary Python index, whichever uv is set to use. Only
+metadata is downloaded, and no address of that index reaches a lock. Two runs give the same bytes: what a
+stack does not pin is resolved as of its day `as_of`, for which the index has to tell upload times.
 
 Only wheels that fit the stack's Python and the architecture (glibc 2.39: Ubuntu 24.04) are listed, so a lock
 has some 200 hashes in place of 4,500. Wheels that a stack names by address are put in as they stand in the
@@ -77,9 +77,7 @@ def resolve(stack: Stack, platform: Platform) -> list[Pin]:
         argv = [*uv_argv(stack, platform), "--output-file", str(lock), str(wanted)]
         done = subprocess.run(argv, check=False, capture_output=True, text=True)
         if done.returncode:
-            raise StackError(
-                f"uv finds no solution for {stack.name} on {platform.arch}:\n{done.stderr.strip()}"
-            )
+            raise StackError(f"uv finds no solution for {stack.name} on {platform.arch}:\n{done.stderr.strip()}")
         return [pin_of(package) for package in tomllib.loads(lock.read_text(encoding="utf-8"))["packages"]]
 
 

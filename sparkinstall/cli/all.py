@@ -76,9 +76,7 @@ def _nothing_to_do(session: "Session", reports: "Sequence[StepReport]", choice: 
     def show() -> None:
         print(f"✓ {_where(session)}: everything is as it should be; nothing was changed.")
         if left:
-            print(
-                f"  Left to the node: {', '.join(left)}. `sparkinstall status{_root_option(session)}` tells more."
-            )
+            print(f"  Left to the node: {', '.join(left)}. `sparkinstall status{_root_option(session)}` tells more.")
 
     del choice
     return Answer(data={"changed": False, "steps": [step_data(report) for report in reports]}, show=show)
@@ -144,9 +142,7 @@ def _without_diffs(report: "StepReport") -> "StepReport":
     from sparkinstall.plans.engine import Checked
     from sparkinstall.resources import Drift
 
-    brief = [
-        Checked(c.key, Drift(c.state.summary)) if isinstance(c.state, Drift) else c for c in report.checked
-    ]
+    brief = [Checked(c.key, Drift(c.state.summary)) if isinstance(c.state, Drift) else c for c in report.checked]
     return replace(report, checked=brief)
 
 
@@ -215,9 +211,7 @@ def _conclude(
     return Answer(Exit.FAILED if problems else Exit.GOOD, data, show, tuple(problems))
 
 
-def _show_end(
-    session: "Session", looked: "Sequence[Looked]", standing: "Sequence[object]", failed: bool
-) -> None:
+def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequence[object]", failed: bool) -> None:
     from typing import cast
 
     from sparkinstall.cli.render import console, show_findings, show_fixes
@@ -236,9 +230,7 @@ def _show_end(
         out.print(f"[green bold]✓[/] {_where(session)} is done. Next:")
         out.print(f"    source {env}", markup=False)
         if not session.node.rehearsal:
-            out.print(
-                "    vllm serve MODEL --gpu-memory-utilization 0.85 --max-model-len 32768", markup=False
-            )
+            out.print("    vllm serve MODEL --gpu-memory-utilization 0.85 --max-model-len 32768", markup=False)
         out.print(f"    sparkinstall verify{_root_option(session)}      [dim]proves it again, at any time[/]")
         out.print(f"    sparkinstall uninstall{_root_option(session)}   [dim]takes everything back[/]")
 

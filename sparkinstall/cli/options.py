@@ -10,24 +10,18 @@ _NODE, _CHOICE, _OUTPUT = "Which node", "Which parts", "Output"
 
 Root = Annotated[
     Path | None,
-    typer.Option(
-        help="Rehearse beneath this folder instead of setting up this machine.", rich_help_panel=_NODE
-    ),
+    typer.Option(help="Rehearse beneath this folder instead of setting up this machine.", rich_help_panel=_NODE),
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option(
-        "--config", help="The settings, a YAML file.", envvar="SPARKINSTALL_CONFIG", rich_help_panel=_NODE
-    ),
+    typer.Option("--config", help="The settings, a YAML file.", envvar="SPARKINSTALL_CONFIG", rich_help_panel=_NODE),
 ]
 Stack = Annotated[
     str | None, typer.Option(help="The set of pins: a shipped name or a YAML file.", rich_help_panel=_NODE)
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="One setting, over the config file.", rich_help_panel=_NODE
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="One setting, over the config file.", rich_help_panel=_NODE),
 ]
 Platform = Annotated[
     str | None,
@@ -49,17 +43,13 @@ Skip = Annotated[
 ]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="CHECK", help="Go on although this check fails (may repeat).", rich_help_panel=_CHOICE
-    ),
+    typer.Option(metavar="CHECK", help="Go on although this check fails (may repeat).", rich_help_panel=_CHOICE),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", rich_help_panel=_OUTPUT)]
 Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout (docs/json.md).", rich_help_panel=_OUTPUT)
 ]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Every line of every program.", rich_help_panel=_OUTPUT)
-]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every line of every program.", rich_help_panel=_OUTPUT)]
 
 
 @dataclass(frozen=True)
@@ -76,11 +66,7 @@ class Asked:
 
     def to_remember(self) -> dict[str, Any]:
         """The options that later verbs go on with."""
-        said = {
-            each.name: getattr(self, each.name)
-            for each in fields(self)
-            if each.name not in ("root", "verbose")
-        }
+        said = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "verbose")}
         said["config"] = str(self.config.resolve()) if self.config else None
         said["settings"] = list(self.settings)
         return {name: value for name, value in said.items() if value not in (None, [])}

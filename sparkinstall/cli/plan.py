@@ -18,9 +18,7 @@ def plan(
     full: options.Full = None,
     only: options.Only = None,
     skip: options.Skip = None,
-    detailed: Annotated[
-        bool, typer.Option("--detailed-exitcode", help="Exit 3 if anything would be changed.")
-    ] = False,
+    detailed: Annotated[bool, typer.Option("--detailed-exitcode", help="Exit 3 if anything would be changed.")] = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:

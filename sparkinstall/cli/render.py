@@ -18,6 +18,7 @@ from sparkinstall.redaction import redact
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, Unknown
 
 _MANY_LINES = 40
+_LOG_WIDTH = 200
 _SIGNS = {
     "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
     "unchanged": ("✓", "green"), "changed": ("✓", "green"), "left": ("·", "cyan"), "drift": ("+", "yellow"),
@@ -27,9 +28,9 @@ _SIGNS = {
 
 
 def console(stderr: bool = False) -> Console:
-    """A console of the usual width; a log that is no terminal is not folded at 80."""
+    """A console as wide as the terminal; what goes to a log or a pipe is not folded at 80."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, soft_wrap=not stream.isatty())
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _LOG_WIDTH)
 
 
 def sign(of: str) -> Text:
@@ -51,7 +52,7 @@ def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False
     for report in reports:
         for at, (mark, line) in enumerate(_plan_lines(report)):
             table.add_row(sign(mark), report.name if at == 0 else "", Text(redact(line)))
-    out.print(Padding(table, (0, 0, 0, 2)))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
     for report in reports:
         for checked in report.checked:
             if isinstance(checked.state, Drift) and checked.state.after:
@@ -67,7 +68,7 @@ def _plan_lines(report: StepReport) -> list[tuple[str, str]]:
     notes = "; ".join(note for note in good if note)
     if not rest:
         return [("unchanged", notes or "as it should be")]
-    return rest
+    return list(dict.fromkeys(rest))
 
 
 def _state_line(state: State) -> tuple[str, str]:
@@ -107,14 +108,12 @@ def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False
         if only_bad and finding.verdict in ("pass", "skip"):
             continue
         expected = (
-            f" [dim](expected: {escape(finding.expected)})[/]"
-            if finding.expected and finding.verdict != "pass"
-            else ""
+            f" [dim](expected: {escape(finding.expected)})[/]" if finding.expected and finding.verdict != "pass" else ""
         )
         table.add_row(sign(finding.verdict), each.probe.name, escape(redact(finding.found)) + expected)
         if finding.mend and finding.verdict in ("fail", "warn"):
             table.add_row("", "", f"[dim]→[/] {escape(finding.mend)}")
-    out.print(Padding(table, (0, 0, 0, 2)))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def show_fixes(states: Iterable[FixState], out: Console) -> None:
@@ -123,10 +122,8 @@ def show_fixes(states: Iterable[FixState], out: Console) -> None:
     for state in states:
         mark = sign(state.standing)
         note = Text(redact(state.note), style="dim")
-        table.add_row(
-            mark, str(state.fix.number), state.fix.title, Text(state.standing, style=mark.style), note
-        )
-    out.print(Padding(table, (0, 0, 0, 2)))
+        table.add_row(mark, str(state.fix.number), state.fix.title, Text(state.standing, style=mark.style), note)
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def show_problems(problems: Sequence[Problem]) -> None:

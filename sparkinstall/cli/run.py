@@ -11,12 +11,8 @@ from sparkinstall.cli.verb import answer
 
 
 def run(
-    steps: Annotated[
-        list[str], typer.Argument(metavar="STEP...", help="packages, environment, nccl, fp8, env-files")
-    ],
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Make it anew although it is as it should be.")
-    ] = False,
+    steps: Annotated[list[str], typer.Argument(metavar="STEP...", help="packages, environment, nccl, fp8, env-files")],
+    fresh: Annotated[bool, typer.Option("--fresh", help="Make it anew although it is as it should be.")] = False,
     root: options.Root = None,
     config: options.ConfigFile = None,
     stack: options.Stack = None,

@@ -1,6 +1,5 @@
 """From a command line to a node: settings in layers, the stack, the state on the node."""
 
-import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +47,7 @@ def _root(root: Path | None) -> str:
         return "/"
     full = root.expanduser().absolute()
     if full.resolve() == Path("/"):
-        raise BadUsage(
-            "--root / is this machine itself", mend="leave --root out to set it up, or name a folder"
-        )
+        raise BadUsage("--root / is this machine itself", mend="leave --root out to set it up, or name a folder")
     if full.exists() and not full.is_dir():
         raise BadUsage(f"--root {root} is not a folder", mend="name a folder; it is made where there is none")
     if not full.parent.is_dir():
@@ -92,10 +89,9 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any]) -> Node:
     wanted = options.get("platform") or machine
     if not system.rehearsal and (options.get("platform") or options.get("full") is not None):
         raise BadUsage("--platform and --full are for a rehearsal", mend="add `--root ./node`")
-    try:
-        stack.on(wanted)
-    except stacks.StackError as error:
-        raise BadUsage(str(error)) from error
+    if wanted not in stack.platforms:
+        known = ", ".join(stack.platforms)
+        raise BadUsage(f"stack {stack.name} has no wheels for {wanted}", mend=f"it has them for: {known}")
     return Node(
         config=config,
         stack=stack,
@@ -103,7 +99,7 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any]) -> Node:
         machine=machine,
         rehearsal=system.rehearsal,
         full=bool(options.get("full")),
-        home=os.path.expanduser("~"),
+        home=str(Path.home()),
         cache=user_cache(),
     )
 
@@ -111,9 +107,7 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any]) -> Node:
 def _check_places(node: Node, system: LocalSystem) -> None:
     complaint = configuration.safe_path(system.real(node.prefix))
     if complaint:
-        raise BadUsage(
-            f"{system.real(node.prefix)!a} {complaint}", mend="choose another folder for --root"
-        )
+        raise BadUsage(f"{system.real(node.prefix)!a} {complaint}", mend="choose another folder for --root")
 
 
 def open_state(asked: Asked) -> StateFolder:

@@ -39,16 +39,12 @@ def _status(asked: Asked) -> Answer:
 
         out = console()
         if not records:
-            out.print(
-                "Nothing of sparkinstall is installed here. `sparkinstall plan` shows what would be done."
-            )
+            out.print("Nothing of sparkinstall is installed here. `sparkinstall plan` shows what would be done.")
             return
         for name, value in facts.items():
             if name != "installed":
                 out.print(f"  [dim]{name.replace('_', ' '):12}[/] {value}")
-        out.print(
-            "\n[bold]The eight fixes[/]  [dim]as files say; `sparkinstall verify` looks at running processes[/]"
-        )
+        out.print("\n[bold]The eight fixes[/]  [dim]as files say; `sparkinstall verify` looks at running processes[/]")
         show_fixes(standing, out)
 
     data = {**facts, "steps": [step_data(r) for r in reports], "fixes": [fix_data(s) for s in standing]}

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
 
 def uninstall(
     root: options.Root = None,
-    purge_cache: bool = typer.Option(
-        False, "--purge-cache", help="Remove downloads and wheels in your cache too."
-    ),
+    purge_cache: bool = typer.Option(False, "--purge-cache", help="Remove downloads and wheels in your cache too."),
     yes: options.Yes = False,
     json: options.Json = False,
     verbose: options.Verbose = False,

@@ -53,7 +53,7 @@ def _tell(verb: str, given: Answer, json: bool) -> None:
         show_problems(given.problems)
 
 
-def _as_interrupt(number: int, frame: object) -> NoReturn:
+def _as_interrupt(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
@@ -66,5 +66,5 @@ def _bug(error: Exception) -> Problem:
     place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
     return Problem(
         f"sparkinstall itself failed: {type(error).__name__}: {error}{place}",
-        mend="this is a bug of ours; `-v` shows where. What was done so far is in the journal, and running again goes on",
+        mend="this is a bug of ours; `-v` shows where. What was done is in the journal, and running again goes on",
     )

@@ -51,9 +51,7 @@ def _verify(asked: Asked, only: list[str], skip: list[str]) -> Answer:
             out.print("\n[bold]The eight fixes[/]")
             show_fixes(standing, out)
         if wrong:
-            out.print(
-                f"\n[red bold]✗[/] not as it should be; `sparkinstall all{_root_option(session)}` mends it"
-            )
+            out.print(f"\n[red bold]✗[/] not as it should be; `sparkinstall all{_root_option(session)}` mends it")
         else:
             out.print("\n[green bold]✓[/] everything is as it should be")
 

@@ -9,9 +9,10 @@ from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.environment import Environment
 from sparkinstall.steps.fp8 import Fp8
 from sparkinstall.steps.nccl import Nccl
+from sparkinstall.steps.nccl_fit import NcclFit
 from sparkinstall.steps.packages import SystemPackages
 
-STEPS: tuple[Step, ...] = (SystemPackages(), Environment(), Nccl(), Fp8(), EnvFiles())
+STEPS: tuple[Step, ...] = (SystemPackages(), Environment(), Nccl(), NcclFit(), Fp8(), EnvFiles())
 
 
 def chosen(only: Iterable[str], skip: Iterable[str]) -> Sequence[Step]:

@@ -112,9 +112,7 @@ def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, fre
     if not isinstance(after, Satisfied | LeftToNode):
         raise _not_converged(resource, after)
     report.checked.append(Checked(resource.key, after, changed=True))
-    emit(
-        ResourceApplied(report.name, resource.key, state.summary if isinstance(state, Drift) else "made anew")
-    )
+    emit(ResourceApplied(report.name, resource.key, state.summary if isinstance(state, Drift) else "made anew"))
 
 
 def _refuse_what_cannot_be(resource: Resource, state: State) -> None:
@@ -180,9 +178,7 @@ def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepR
     return list(reports.values())
 
 
-def _ready(
-    waiting: list[Step], running: dict[Future[None], Step], reports: dict[str, StepReport]
-) -> list[Step]:
+def _ready(waiting: list[Step], running: dict[Future[None], Step], reports: dict[str, StepReport]) -> list[Step]:
     open_names = {s.name for s in waiting} | {s.name for s in running.values()}
     ready = []
     for step in waiting:

@@ -23,7 +23,7 @@ class Fix:
 
 
 EIGHT = (
-    Fix(1, "NCCL for this GPU, loaded by every process", ("nccl", "env-files"), ("nccl-loaded",)),
+    Fix(1, "NCCL for this GPU, loaded by every process", ("nccl", "nccl-fit", "env-files"), ("nccl-loaded",)),
     Fix(
         2,
         "MTU 9000 on the QSFP links",
@@ -78,7 +78,7 @@ def _proven(fix: Fix, mine: Sequence[StepReport], findings: Mapping[str, Finding
     bad = next((each for each in asked if each.verdict == "fail"), None)
     if bad:
         return FixState(fix, "failed", bad.found)
-    left = next((c.state.what for r in mine[:1] for c in r.checked if isinstance(c.state, LeftToNode)), "")
+    left = next((c.state.what for r in mine for c in r.checked if isinstance(c.state, LeftToNode)), "")
     skipped = next((each.found for each in asked if each.verdict == "skip"), "")
     if left or skipped:
         return FixState(fix, "left", left or skipped)

@@ -78,9 +78,7 @@ class Journal:
         """Append a record and sync it to the disk; the touch itself may follow only then."""
         with self._guard:
             known = self.records()
-            record = Record(
-                len(known) + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.run, step, undo
-            )
+            record = Record(len(known) + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.run, step, undo)
             try:
                 self._append(json.dumps({"v": VERSION, **asdict(record)}, sort_keys=True).encode() + b"\n")
             except OSError as error:

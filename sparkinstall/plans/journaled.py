@@ -122,7 +122,7 @@ class JournaledSystem:
         env: Mapping[str, str] | None = None,
         cwd: str | None = None,
         root: bool = False,
-        watch: Callable[[str], None] = lambda line: None,
+        watch: Callable[[str], None] = lambda _: None,
     ) -> Result:
         full = (*self._raw.sudo, *argv) if root else argv
         output: deque[str] = deque(maxlen=2000)

@@ -38,9 +38,7 @@ def _guarded(probe: Probe, on: Reader) -> Finding:
     except Problem as problem:
         return failed(problem.what, problem.mend)
     except Exception as error:  # a probe that crashes has not shown anything good
-        return failed(
-            f"the probe itself failed: {type(error).__name__}: {error}", "report it, with this line"
-        )
+        return failed(f"the probe itself failed: {type(error).__name__}: {error}", "report it, with this line")
 
 
 def of_steps(steps: Sequence[Step], node: Node) -> list[Probe]:

@@ -70,9 +70,7 @@ class StateFolder:
         with handle:
             self._take(handle, emit)
             run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
-            _say_who(
-                handle, {"pid": os.getpid(), "verb": verb, "run": run, "since": time.strftime("%H:%M:%S")}
-            )
+            _say_who(handle, {"pid": os.getpid(), "verb": verb, "run": run, "since": time.strftime("%H:%M:%S")})
             yield run
             _say_who(handle, {})
 

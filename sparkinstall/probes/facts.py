@@ -77,16 +77,11 @@ def has_gb10(on: Reader) -> bool:
     """Whether the PCI bus holds a GB10 (10de:2e12), or the driver names one."""
     for device in on.names("/sys/bus/pci/devices"):
         base = f"/sys/bus/pci/devices/{device}"
-        ids = [
-            (on.read(f"{base}/{part}") or b"").decode(errors="replace").strip()
-            for part in ("vendor", "device")
-        ]
+        ids = [(on.read(f"{base}/{part}") or b"").decode(errors="replace").strip() for part in ("vendor", "device")]
         if ":".join(each.removeprefix("0x") for each in ids) == _GB10_PCI:
             return True
     return any(
-        _GB10_NAME.search(
-            (on.read(f"/proc/driver/nvidia/gpus/{name}/information") or b"").decode(errors="replace")
-        )
+        _GB10_NAME.search((on.read(f"/proc/driver/nvidia/gpus/{name}/information") or b"").decode(errors="replace"))
         for name in on.names("/proc/driver/nvidia/gpus")
     )
 

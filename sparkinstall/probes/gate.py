@@ -52,9 +52,7 @@ class Gate:
         for pin in self.pins:
             if pin.name == "torch" and (local := _LOCAL_CUDA.search(pin.version)):
                 return local[1]
-        return next(
-            (_runtime_major(pin) for pin in self.pins if pin.name.startswith("nvidia-cuda-runtime")), None
-        )
+        return next((_runtime_major(pin) for pin in self.pins if pin.name.startswith("nvidia-cuda-runtime")), None)
 
     def _torch_is_cuda(self, on: Reader, site: str) -> str | None:
         if self._torch_major(on, site):
@@ -73,9 +71,7 @@ class Gate:
         return None
 
     def _triton(self, on: Reader, site: str) -> str | None:
-        return (
-            None if self._has(on, site, "triton") else "triton is missing: models cannot be inspected or run"
-        )
+        return None if self._has(on, site, "triton") else "triton is missing: models cannot be inspected or run"
 
     def _ray(self, on: Reader, site: str) -> str | None:
         return None if self._has(on, site, "ray") else "ray is missing: vLLM no longer brings it along"

@@ -29,15 +29,19 @@ def preflight(node: Node) -> Iterable[Probe]:
         ("memory", "memory", _memory),
     )
     anywhere: tuple[tuple[str, str, Callable[[Reader], Finding]], ...] = (
-        ("python", f"Python {node.stack.python}", lambda on: _python(on, node)),
+        ("python", f"Python {node.stack.python}", lambda _: _python(node)),
         ("disk", "free disk", lambda on: _disk(on, node)),
         ("clock", "clock", _clock),
         ("prefix", "the prefix is free or ours", lambda on: _prefix(on, node)),
     )
     for name, title, look in of_a_node:
-        yield Probe(name, title, lambda on, look=look: skipped(_LEFT) if on.rehearsal else look(on))
+        yield Probe(name, title, _on_a_node(look))
     for name, title, look in anywhere:
         yield Probe(name, title, look)
+
+
+def _on_a_node(look: Callable[[Reader], Finding]) -> Callable[[Reader], Finding]:
+    return lambda on: skipped(_LEFT) if on.rehearsal else look(on)
 
 
 def _machine(on: Reader) -> Finding:
@@ -64,9 +68,7 @@ def _arch(on: Reader) -> Finding:
     machine = platform.machine()
     if machine == "aarch64":
         return passed(machine)
-    return failed(
-        machine, "a DGX Spark is aarch64; rehearse with `--root ./node --platform aarch64`", "aarch64"
-    )
+    return failed(machine, "a DGX Spark is aarch64; rehearse with `--root ./node --platform aarch64`", "aarch64")
 
 
 def _os(on: Reader) -> Finding:
@@ -74,9 +76,7 @@ def _os(on: Reader) -> Finding:
     name = found.get("PRETTY_NAME", "unknown")
     if found.get("ID") == "ubuntu" and found.get("VERSION_ID") == "24.04":
         return passed(name)
-    return failed(
-        name, "sparkinstall is made for DGX OS 7; go on at your own risk with `--ignore os`", "Ubuntu 24.04"
-    )
+    return failed(name, "sparkinstall is made for DGX OS 7; go on at your own risk with `--ignore os`", "Ubuntu 24.04")
 
 
 def _driver(on: Reader) -> Finding:
@@ -88,9 +88,7 @@ def _driver(on: Reader) -> Finding:
         )  # fmt: skip
     if gpu.driver.split(".")[0] == "580":
         return passed(gpu.driver)
-    return warned(
-        gpu.driver, "the field has run 580.x; another driver may work, but few have tried it", "580.x"
-    )
+    return warned(gpu.driver, "the field has run 580.x; another driver may work, but few have tried it", "580.x")
 
 
 def _cuda(on: Reader, node: Node) -> Finding:
@@ -135,7 +133,7 @@ def _memory(on: Reader) -> Finding:
     return failed(f"{gib:.1f} GiB", "a DGX Spark has 128 GB (a few have 64); is this one?", "56 GiB or more")
 
 
-def _python(on: Reader, node: Node) -> Finding:
+def _python(node: Node) -> Finding:
     wanted = node.config.environment.python or f"python{node.stack.python}"
     if shutil.which(wanted):
         return passed(wanted)

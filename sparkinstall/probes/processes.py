@@ -75,9 +75,7 @@ def probes(node: Node) -> Iterable[Probe]:
 
     yield Probe("imports", "vLLM and its parts import", lambda on: _imports(node, on, process(on)))
     yield Probe("nccl-loaded", "the NCCL that is really loaded", lambda on: _nccl(node, on, process(on)))
-    yield Probe(
-        "host-ip", "vLLM takes the address of the env file", lambda on: _address(node, on, process(on))
-    )
+    yield Probe("host-ip", "vLLM takes the address of the env file", lambda on: _address(node, on, process(on)))
 
 
 def _not_here(node: Node, on: Reader) -> Finding | None:

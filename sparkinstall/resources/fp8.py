@@ -158,9 +158,7 @@ class PatchedFile:
         try:
             wanted = self._wanted(now, decision)
         except UnknownContent as problem:
-            return Obstacle(
-                str(problem), mend="install the stack anew: `sparkinstall run environment --fresh`"
-            )
+            return Obstacle(str(problem), mend="install the stack anew: `sparkinstall run environment --fresh`")
         if now == wanted:
             return Satisfied("patched" if decision["fallback"] else "as it came: CUTLASS runs here")
         verb = "patch" if decision["fallback"] else "take the patch out of"

@@ -31,9 +31,7 @@ class NcclFitsTorch:
     def check(self, on: Reader) -> State:
         library, torch = self._pair(on)
         if self.node.partial:
-            return LeftToNode(
-                "NCCL's symbols are compared with torch's there: torch is not installed here (--full)"
-            )
+            return LeftToNode("NCCL's symbols are compared with torch's there: torch is not installed here (--full)")
         if on.rehearsal and library is None:
             return LeftToNode("NCCL's symbols are compared with torch's there: no NCCL was built here")
         if torch is None or library is None:

@@ -22,8 +22,7 @@ from sparkinstall.system import Entry, Reader, System
 _SETTLED = 30
 _CUDART_VERSION = re.compile(rb"#define\s+CUDART_VERSION\s+(\d+)")
 _ASK_VERSION = (
-    "import ctypes,sys; v=ctypes.c_int(); l=ctypes.CDLL(sys.argv[1]); "
-    "l.ncclGetVersion(ctypes.byref(v)); print(v.value)"
+    "import ctypes,sys; v=ctypes.c_int(); l=ctypes.CDLL(sys.argv[1]); l.ncclGetVersion(ctypes.byref(v)); print(v.value)"
 )
 
 
@@ -139,9 +138,7 @@ class NcclLibrary:
     def _prove(self, on: System, library: str, recipe: Recipe) -> None:
         archs = {code.arch for code in binaries.gpu_code(Path(library))}
         if f"sm_{self.arch}" not in archs:
-            raise Blocked(
-                f"the NCCL that was built has no sm_{self.arch} code in it", why=f"it has {sorted(archs)}"
-            )
+            raise Blocked(f"the NCCL that was built has no sm_{self.arch} code in it", why=f"it has {sorted(archs)}")
         answer = on.query(sys.executable, "-c", _ASK_VERSION, library)
         if answer.out.strip() != str(version_number(recipe.version)):
             raise Blocked(
@@ -178,16 +175,12 @@ def _unfinished(build: Path) -> list[str]:
     """What a killed build may have left half written: all that was written last, and the generated sources
     and linked files around it."""
     files = {
-        Path(base, name): os.lstat(os.path.join(base, name))
-        for base, _, names in os.walk(build)
-        for name in names
+        Path(base, name): os.lstat(os.path.join(base, name)) for base, _, names in os.walk(build) for name in names
     }
     if not files:
         return []
     newest = max(found.st_mtime for found in files.values())
-    doubtful = [
-        path for path, found in files.items() if found.st_size == 0 or found.st_mtime > newest - _SETTLED
-    ]
+    doubtful = [path for path, found in files.items() if found.st_size == 0 or found.st_mtime > newest - _SETTLED]
     # generate.py writes many files and then the list of them: half of them without the list are not seen as missing.
     generated = {parent for path in doubtful for parent in path.parents if parent.name == "gensrc"}
     linked = [build / "lib", build / "bin"]

@@ -171,9 +171,7 @@ class NcclSource:
         for folder in (to, *(f"{to}/{name}" for name in on.names(to))):
             if on.entry(f"{folder}/src") and on.entry(f"{folder}/makefiles"):
                 return folder
-        raise Blocked(
-            f"{self.where} holds no NCCL source", mend="NCCL's top folder has `src` and `makefiles` in it"
-        )
+        raise Blocked(f"{self.where} holds no NCCL source", mend="NCCL's top folder has `src` and `makefiles` in it")
 
 
 def _tree_digest(folder: Path) -> str:

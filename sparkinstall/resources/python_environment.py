@@ -14,7 +14,7 @@ from sparkinstall.node import Node, site_packages
 from sparkinstall.probes.gate import Gate
 from sparkinstall.resources import Drift, Satisfied, State, Unknown
 from sparkinstall.resources.findings import recorded
-from sparkinstall.stacks import Pin, fill, parse_lock, render_lock, unhashed
+from sparkinstall.stacks import Pin, parse_lock, render_lock
 from sparkinstall.system import Reader, System
 
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -59,36 +59,22 @@ class RecordedLock:
     def check(self, on: Reader) -> State:
         if on.entry(self.node.lock_record):
             return Satisfied("hashes recorded at the first install and held to since")
-        names = [pin.name for pin in self._open_pins()]
-        what = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        return Drift(f"record the hashes of {what} (nobody could know them beforehand)")
-
-    def _open_pins(self) -> Sequence[Pin]:
-        pins = self.node.wheels.pins()
-        return [pin for pin in pins if not pin.hashes] or self.node.stack.requirements
+        names = self.node.wheels.unhashed
+        what = f"the hashes of {', '.join(names)}" if names else f"the versions and hashes of {self.node.stack.name}"
+        return Drift(f"record {what}, which nobody could know beforehand")
 
     def apply(self, on: System) -> None:
         wanted, made = f"{self.node.lock_record}.in", f"{self.node.lock_record}.new"
-        on.write(wanted, "".join(f"{pin.requirement}\n" for pin in self._open_pins()).encode())
+        on.write(wanted, self.node.wheels.open_text().encode())
         on.write(made, b"")
         _uv(on, self.node, [uv(), "pip", "compile", *self._options(), "-o", on.real(made), on.real(wanted)])
-        recorded_pins = parse_lock((on.read(made) or b"").decode())
-        shipped = self.node.wheels.pins()
-        whole = fill(shipped, recorded_pins) if shipped else recorded_pins
-        on.write(self.node.lock_record, render_lock(whole).encode())
+        whole = self.node.wheels.close((on.read(made) or b"").decode())
+        on.write(self.node.lock_record, whole.encode())
 
     def _options(self) -> list[str]:
         node = self.node
-        options = [
-            "--quiet",
-            "--generate-hashes",
-            "--no-header",
-            "--no-annotate",
-            "--no-emit-index-url",
-            "--upgrade",
-        ]
-        options += ["--python-version", node.stack.python, "--python-platform", uv_platform(node.platform)]
-        return [*options, "--no-deps"] if node.wheels.lock else options
+        options = ["--quiet", "--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--upgrade"]
+        return [*options, "--python-version", node.stack.python, "--python-platform", uv_platform(node.platform)]
 
 
 @dataclass
@@ -143,8 +129,8 @@ class PythonEnvironment:
     def _note(self, lock: Sequence[Pin]) -> str:
         stack = self.node.stack
         if self.node.partial:
-            others = len(lock) - 1
-            return f"vllm {stack.vllm} for {self.node.platform}; the {others} others of its lock resolve (--full installs them)"
+            rest = f"the {len(lock) - 1} others of its lock resolve (--full installs them)"
+            return f"vllm {stack.vllm} for {self.node.platform}; {rest}"
         return f"{len(lock)} packages of stack {stack.name}"
 
     def _stamp(self, lock: Sequence[Pin]) -> dict[str, Any]:
@@ -213,9 +199,7 @@ def _uv(on: System, node: Node, argv: list[str]) -> None:
 def _explained(failure: CommandFailed) -> CommandFailed:
     said = "\n".join(failure.tail)
     if "Hash mismatch" in said:
-        failure.why = (
-            "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"
-        )
+        failure.why = "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"
         failure.mend = "nothing of it was installed; run again, and if it stays, do not go on: report it"
     elif any(sign in said for sign in _CUT):
         failure.why = "the package index cannot be reached, or the connection broke off"
@@ -224,10 +208,12 @@ def _explained(failure: CommandFailed) -> CommandFailed:
 
 
 def lock_of(node: Node, on: Reader) -> tuple[Pin, ...] | None:
-    """The pins to install: those shipped if every hash is known, else those recorded (None before there are any)."""
-    shipped = node.wheels.pins()
-    if shipped and not unhashed(shipped):
-        return shipped
+    """The pins to install: those shipped if every hash is known, else those recorded.
+
+    None before there are any.
+    """
+    if node.wheels.complete:
+        return parse_lock(node.wheels.lock_text())
     found = on.read(node.lock_record)
     return parse_lock(found.decode()) if found is not None else None
 

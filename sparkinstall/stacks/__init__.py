@@ -26,11 +26,11 @@ _PLATFORM_KEYS = ("lock", "wheels", "needs")
 _WHEEL_KEYS = ("url", "sha256")
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
-_VERSION = r"[0-9](?:[A-Za-z0-9.!+_-]*[A-Za-z0-9])?"
+_VERSION = r"[0-9](?:[A-Za-z0-9.!+]*[A-Za-z0-9])?"
 _PIN = re.compile(rf"({_NAME}) ?==({_VERSION})((?: --hash=sha256:[0-9a-f]{{64}})*)")
 _WHEEL_PIN = re.compile(rf"({_NAME}) @ (https://\S+)((?: --hash=sha256:[0-9a-f]{{64}})*)")
 # https://packaging.python.org/en/latest/specifications/binary-distribution-format/#file-name-convention
-_WHEEL_FILE = re.compile(rf"([A-Za-z0-9._]+)-({_VERSION.replace('_-', '_')})(?:-[^-]+){{3,4}}\.whl")
+_WHEEL_FILE = re.compile(rf"([A-Za-z0-9._]+)-({_VERSION})(?:-[^-]+){{3,4}}\.whl")
 
 
 class StackError(ValueError):
@@ -162,13 +162,9 @@ def _own(name_or_path: str) -> Path:
         if path.is_file():
             return path.resolve()
     except (OSError, RuntimeError) as error:
-        raise StackError(
-            f"The stack {name_or_path!r} cannot be looked at ({error}): check its path."
-        ) from error
+        raise StackError(f"The stack {name_or_path!r} cannot be looked at ({error}): check its path.") from error
     near = _nearest(name_or_path, names())
-    raise StackError(
-        f"There is no stack {name_or_path!r}{near}: use {_either(names())}, or a YAML file's path."
-    )
+    raise StackError(f"There is no stack {name_or_path!r}{near}: use {_either(names())}, or a YAML file's path.")
 
 
 def _stack(table: _Table, path: Path) -> Stack:
@@ -182,9 +178,7 @@ def _stack(table: _Table, path: Path) -> Stack:
         nccl=_nccl(table.table("nccl", _NCCL_KEYS)),
         platforms=_platforms(table.table("platforms", _ARCHITECTURES), requirements, path.parent),
         source=path,
-        as_of=table.text("as_of", r"\d{4}-\d\d-\d\d", "a day like 2026-04-30")
-        if "as_of" in table.values
-        else None,
+        as_of=table.text("as_of", r"\d{4}-\d\d-\d\d", "a day like 2026-04-30") if "as_of" in table.values else None,
     )
     if stack.version_of("vllm") != stack.vllm:
         raise table.error("vllm", f"must be in requirements too, as vllm=={stack.vllm}")
@@ -202,10 +196,7 @@ def _nccl(table: _Table) -> NcclPin:
 def _platforms(table: _Table, requirements: tuple[Pin, ...], folder: Path) -> dict[str, Platform]:
     if not table.values:
         raise StackError(f"{table.where} is empty: name {_either(_ARCHITECTURES)}.")
-    return {
-        arch: _platform(table.table(arch, _PLATFORM_KEYS), arch, requirements, folder)
-        for arch in table.values
-    }
+    return {arch: _platform(table.table(arch, _PLATFORM_KEYS), arch, requirements, folder) for arch in table.values}
 
 
 def _platform(table: _Table, arch: str, requirements: tuple[Pin, ...], folder: Path) -> Platform:
@@ -222,10 +213,9 @@ def _platform(table: _Table, arch: str, requirements: tuple[Pin, ...], folder: P
 
 def _wheel(table: _Table) -> Pin:
     url = table.text("url", r"https://\S+", "an https address")
-    try:
-        pin = _pin_of_wheel(url)
-    except StackError as error:
-        raise table.error("url", "must be the address of a wheel") from error
+    pin = _pin_of_wheel(url)
+    if pin is None:
+        raise table.error("url", "must be the address of a wheel, ending in the wheel's file name")
     if "sha256" not in table.values:
         return pin
     digest = table.text("sha256", r"[0-9a-f]{64}", "64 hexadecimal digits")
@@ -255,9 +245,7 @@ def parse_lock(text: str) -> tuple[Pin, ...]:
     for number, line in _logical_lines(text):
         pin = _parse_pin(line, number)
         if pin.name in pins:
-            raise StackError(
-                f"Line {number} of the lock pins {pin.name} a second time: remove one of the two."
-            )
+            raise StackError(f"Line {number} of the lock pins {pin.name} a second time: remove one of the two.")
         pins[pin.name] = pin
     return tuple(pins.values())
 
@@ -294,23 +282,19 @@ def _parse_pin(line: str, number: int) -> Pin:
         return Pin(_canonical(match[1]), match[2], hashes=_hashes(match[3]))
     if match := _WHEEL_PIN.fullmatch(line):
         pin = _pin_of_wheel(match[2])
-        if pin.name == _canonical(match[1]):
+        if pin and pin.name == _canonical(match[1]):
             return replace(pin, hashes=_hashes(match[3]))
-    raise StackError(
-        f"Line {number} of the lock is not a pin with sha256 hashes: {line[:80]!r}; remake the lock."
-    )
+    raise StackError(f"Line {number} of the lock is not a pin with sha256 hashes: {line[:80]!r}; remake the lock.")
 
 
 def _hashes(options: str) -> tuple[str, ...]:
     return tuple(option.removeprefix("--hash=") for option in options.split())
 
 
-def _pin_of_wheel(url: str) -> Pin:
-    """A wheel says what it is in its file name. Raises StackError when the address is not a wheel's."""
+def _pin_of_wheel(url: str) -> Pin | None:
+    """What a wheel says it is in its file name; None where the address is not a wheel's."""
     match = _WHEEL_FILE.fullmatch(unquote(url.rsplit("/", 1)[-1]))
-    if match is None:
-        raise StackError(f"{url[:200]!r} is not the address of a wheel: it must end in a wheel's file name.")
-    return Pin(_canonical(match[1]), match[2], url=url)
+    return Pin(_canonical(match[1]), match[2], url=url) if match else None
 
 
 def _canonical(name: str) -> str:
@@ -332,9 +316,7 @@ class _Table:
         for key in self.values:
             if key not in self.known:
                 near = _nearest(key, self.known)
-                raise StackError(
-                    f"{self.where} has the unknown key {key[:80]!r}{near}: use {_either(self.known)}."
-                )
+                raise StackError(f"{self.where} has the unknown key {key[:80]!r}{near}: use {_either(self.known)}.")
 
     def error(self, key: str, message: str) -> StackError:
         return StackError(f"{self.where}: {key} {message}.")
@@ -348,9 +330,7 @@ class _Table:
     def texts(self, key: str) -> tuple[str, ...]:
         value = self.values.get(key)
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(
-                key, "must be a list of texts" if key in self.values else "is missing: it is a list"
-            )
+            raise self.error(key, "must be a list of texts" if key in self.values else "is missing: it is a list")
         return tuple(value)
 
     def table(self, key: str, known: tuple[str, ...]) -> _Table:
@@ -376,9 +356,7 @@ def _parse_yaml(text: str, path: Path) -> dict[str, object]:
         reason = " ".join(str(error).split())[:200]
         raise StackError(f"{path.name} is not YAML ({reason}): mend it there.") from error
     if not isinstance(values, dict):
-        raise StackError(
-            f"{path.name} is not a stack: it must be a mapping with the keys {_either(_STACK_KEYS)}."
-        )
+        raise StackError(f"{path.name} is not a stack: it must be a mapping with the keys {_either(_STACK_KEYS)}.")
     return values
 
 
@@ -386,9 +364,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise StackError(
-            f"{path} does not exist: make it with tools/lock.py, or leave `lock` out."
-        ) from error
+        raise StackError(f"{path} does not exist: make it with tools/lock.py, or leave `lock` out.") from error
     except (OSError, ValueError) as error:
         raise StackError(f"{path} cannot be read ({error}): give a text file that you may read.") from error
 

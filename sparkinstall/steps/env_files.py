@@ -9,7 +9,6 @@ from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe, processes
 from sparkinstall.resources import Resource
 from sparkinstall.resources.findings import recorded
-from sparkinstall.resources.nccl_fit import NcclFitsTorch
 from sparkinstall.resources.rendered import Rendered
 from sparkinstall.system import Reader
 
@@ -20,10 +19,9 @@ FILES = ("single-node", "multi-node-head", "multi-node-worker")
 class EnvFiles:
     name: str = "env-files"
     why: str = "variables for one node, a head and a worker"
-    needs: tuple[str, ...] = ("environment", "nccl", "fp8")
+    needs: tuple[str, ...] = ("nccl-fit", "fp8")
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        yield NcclFitsTorch(node)
         for name in FILES:
             path = f"{node.env_folder}/{name}.env"
             yield Rendered(path, f"{name}.env.j2", partial(_values, node), waits_for="fp8")

@@ -10,7 +10,6 @@ from sparkinstall.probes.processes import reasoning_fields
 from sparkinstall.resources import Resource
 from sparkinstall.resources.files import Link
 from sparkinstall.resources.python_environment import PythonEnvironment, RecordedLock, lock_of
-from sparkinstall.stacks import unhashed
 from sparkinstall.system import Reader
 
 
@@ -21,8 +20,7 @@ class Environment:
     needs: tuple[str, ...] = ("packages",)
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        pins = node.wheels.pins()
-        if not pins or unhashed(pins):
+        if not node.wheels.complete:
             yield RecordedLock(node)
         yield PythonEnvironment(node)
         if node.config.environment.link:
@@ -30,9 +28,7 @@ class Environment:
 
     def probes(self, node: Node) -> Iterable[Probe]:
         yield Probe("wheel-gate", "the packages fit together", lambda on: _gate(node, on))
-        yield Probe(
-            "reasoning-field", "where the thinking is in a stream", lambda on: reasoning_fields(node, on)
-        )
+        yield Probe("reasoning-field", "where the thinking is in a stream", lambda on: reasoning_fields(node, on))
 
 
 def _gate(node: Node, on: Reader) -> Finding:

@@ -91,9 +91,7 @@ def stream(
     keep_open: tuple[int, ...] = (),
 ) -> int:
     """Run to the end, each line of stdout and stderr given to `on_line`; the exit code, 127 not found."""
-    process = start(
-        argv, env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=cwd, pass_fds=keep_open
-    )
+    process = start(argv, env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=cwd, pass_fds=keep_open)
     if process is None:
         on_line(f"{argv[0]}: not found")
         return 127

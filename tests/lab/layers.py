@@ -33,9 +33,7 @@ _skipped: dict[int, str] = {}
 @cache
 def namespaces_missing() -> str | None:
     """Why network namespaces (layer 2) cannot be made here, or None."""
-    return (
-        _root_missing() or _tools_missing("ip", "nsenter", "netplan") or _refused("unshare", "--net", "true")
-    )
+    return _root_missing() or _tools_missing("ip", "nsenter", "netplan") or _refused("unshare", "--net", "true")
 
 
 @cache
@@ -53,12 +51,7 @@ def nodes_missing() -> str | None:
 @cache
 def arm64_missing() -> str | None:
     """Why the arm64 tree (layer 6) cannot be had here, or None."""
-    return (
-        _root_missing()
-        or _tools_missing("mmdebstrap", "unshare")
-        or _overlay_missing()
-        or _emulation_missing()
-    )
+    return _root_missing() or _tools_missing("mmdebstrap", "unshare") or _overlay_missing() or _emulation_missing()
 
 
 # Other layers add a row of their own.
@@ -79,9 +72,7 @@ def require(layer: int) -> None:
 
 def all_layers_wanted() -> bool:
     """Whether a layer that cannot run is a failure."""
-    return (
-        os.environ.get("CI", "").lower() in {"1", "true"} or os.environ.get("SPARKINSTALL_ALL_LAYERS") == "1"
-    )
+    return os.environ.get("CI", "").lower() in {"1", "true"} or os.environ.get("SPARKINSTALL_ALL_LAYERS") == "1"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -39,9 +39,7 @@ UDEV_UNITS = ("systemd-udevd.service", "systemd-udevd-control.socket", "systemd-
 
 # nspawn with --keep-unit puts its payload into /payload of the control group it runs in: two nodes would
 # share it, and one's `systemctl stop` could kill the other's service. So each starts in a group of its own.
-IN_OWN_GROUP = (
-    'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs"; shift; n=$((n-1)); done; exec "$@"'
-)
+IN_OWN_GROUP = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs"; shift; n=$((n-1)); done; exec "$@"'
 
 BOOT_LIMIT = 60.0
 RESTART_ASKED = 133  # nspawn's exit status after a reboot with --keep-unit
@@ -135,9 +133,7 @@ class FreshNode:
         """Run a command and wait; CommandFailedError where it fails and `check` is on."""
         stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
         process = self.popen(*argv, user=user, env=env, cwd=cwd, stdin=stdin)
-        return commands.finish(
-            process, argv, input, timeout, check, lambda: self.signal(process, signal.SIGKILL)
-        )
+        return commands.finish(process, argv, input, timeout, check, lambda: self.signal(process, signal.SIGKILL))
 
     def popen(
         self,
@@ -171,7 +167,8 @@ class FreshNode:
         argv = ("tar", "-x", "-C", "/", "--keep-directory-symlink")
         process = self.popen(*argv, stdin=subprocess.PIPE, text=False, errors=None)
         pipe = cast(IO[bytes], process.stdin)
-        with pipe, tarfile.open(fileobj=pipe, mode="w|") as archive:
+        # A tar that stops early says why itself.
+        with suppress(BrokenPipeError), pipe, tarfile.open(fileobj=pipe, mode="w|") as archive:
             archive.add(source, arcname=target.lstrip("/"), filter=adopt)
         process.stdin = None
         commands.finish(process, argv, None, 60, True, lambda: self.signal(process, signal.SIGKILL))

@@ -48,9 +48,7 @@ def make(command: list[str], target: Path) -> None:
 
 
 def _command() -> list[str]:
-    upload = [
-        f"--customize-hook=copy-in {path} {machine.CA_FOLDER}" for path in map(str, machine.certificates())
-    ]
+    upload = [f"--customize-hook=copy-in {path} {machine.CA_FOLDER}" for path in map(str, machine.certificates())]
     shape = f"--customize-hook={SHAPE}"
     return debootstrap("trixie", "--variant=minbase", f"--include={','.join(PACKAGES)}", *upload, shape)
 

@@ -84,9 +84,7 @@ def test_users_and_their_rights(node: FreshNode) -> None:
 
 
 @pytest.mark.layer3
-def test_nothing_of_this_process_leaks_into_a_command(
-    node: FreshNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_of_this_process_leaks_into_a_command(node: FreshNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET_OF_MINE", "x")
     seen = node.run("env", env={"GIVEN": "two words $(here)"}, user="spark").stdout.splitlines()
     assert "GIVEN=two words $(here)" in seen
@@ -175,9 +173,7 @@ def test_an_interrupt_reaches_the_command_and_its_status_comes_back(node: FreshN
 
 @pytest.mark.layer3
 def test_tree_digest_sees_every_kind_of_change(node: FreshNode) -> None:
-    node.run(
-        "sh", "-c", "mkdir -p /srv/t/skip/in; cd /srv/t; echo a >a; echo b >b; ln -s a l; mkfifo f; touch m"
-    )
+    node.run("sh", "-c", "mkdir -p /srv/t/skip/in; cd /srv/t; echo a >a; echo b >b; ln -s a l; mkfifo f; touch m")
     before = node.tree_digest("/srv/t", "/srv/absent", exclude=["/srv/t/skip"])
     assert sorted(before) == ["/srv/t", *(f"/srv/t/{name}" for name in "abflm")]
     node.run("sh", "-c", "cd /srv/t; echo c >a; chmod 600 b; ln -sfn b l; chown spark f; touch -d @1 m")
@@ -273,9 +269,7 @@ def test_what_a_crashed_run_left_is_removed_by_the_next(node: FreshNode) -> None
         assert not Path(place).exists()
         assert not _alive(leader)
     assert node.run("true").returncode == 0
-    assert not [
-        mount / Path(place).name for mount in overlay.cgroup_mounts() if (mount / Path(place).name).exists()
-    ]
+    assert not [mount / Path(place).name for mount in overlay.cgroup_mounts() if (mount / Path(place).name).exists()]
 
 
 BUILD_TWICE = """
@@ -348,9 +342,7 @@ def test_the_arm64_tree_is_arm64(spark: arm64.Arm64) -> None:
 @pytest.mark.network
 def test_a_typer_program_runs_on_arm64(spark: arm64.Arm64) -> None:
     spark.install("typer", "pyyaml")
-    program = (
-        "import platform, typer, yaml\ntyper.run(lambda: print(platform.machine(), yaml.__with_libyaml__))"
-    )
+    program = "import platform, typer, yaml\ntyper.run(lambda: print(platform.machine(), yaml.__with_libyaml__))"
     assert spark.run("python3", "-c", program).stdout == "aarch64 True\n"
 
 

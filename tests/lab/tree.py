@@ -27,7 +27,7 @@ def tree_digest(*paths: str, exclude: Sequence[str] = (), times: bool = False) -
     `exclude` takes shell patterns that match whole paths; what is below an excluded folder goes with it.
     `times` adds the time of the last change, in nanoseconds.
     """
-    seen = {path: os.lstat(path) for start in paths for path in _walk(os.path.abspath(start), exclude)}  # noqa: PTH100
+    seen = {path: os.lstat(path) for start in paths for path in _walk(os.path.abspath(start), exclude)}
     return {path: _describe(path, info, times) for path, info in sorted(seen.items())}
 
 
@@ -50,7 +50,7 @@ def _describe(path: str, info: os.stat_result, times: bool) -> str:
     if kind == stat.S_IFREG:
         words.append(_sha256(path))
     if kind == stat.S_IFLNK:
-        words.append(os.readlink(path))  # noqa: PTH115
+        words.append(os.readlink(path))
     if times:
         words.append(str(info.st_mtime_ns))
     return " ".join(words)
