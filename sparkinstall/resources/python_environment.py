@@ -171,11 +171,13 @@ class PythonEnvironment:
         whole, own = f"{self.node.venv}/sparkinstall.lock", f"{self.node.venv}/installed.lock"
         on.write(whole, render_lock(lock).encode())
         on.write(own, render_lock(self._wanted(lock)).encode())
-        argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--no-deps"]
+        argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--only-binary", ":all:"]
         argv += ["--python", on.real(self.node.venv), *self._platform_options(), "-r"]
         if self.node.partial:
             _uv(on, self.node, [*argv, on.real(whole), "--dry-run"])
-        _uv(on, self.node, [*argv, on.real(own)])
+            _uv(on, self.node, [*argv, on.real(own), "--no-deps"])
+        else:
+            _uv(on, self.node, [*argv, on.real(whole)])
 
     def _platform_options(self) -> list[str]:
         if not self.node.partial and not self.node.foreign:

@@ -25,6 +25,7 @@ PACKAGES = {
     "netplan": "netplan.io",
     "nsenter": "util-linux",
     "systemd-nspawn": "systemd-container",
+    "unshare": "util-linux",
 }
 
 _skipped: dict[int, str] = {}

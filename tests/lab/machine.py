@@ -66,8 +66,9 @@ def debian_mirror() -> str | None:
         return None
     listing = run("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)").stdout
     for line in listing.splitlines():
-        uri, suite, component = line.split()
-        if (suite, component) == (release.get("VERSION_CODENAME"), "main"):
+        # A flat repository, such as CUDA's, has no component and so a field less.
+        uri, *suite_and_component = line.split()
+        if suite_and_component == [release.get("VERSION_CODENAME"), "main"]:
             return uri
     return None
 

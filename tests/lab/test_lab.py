@@ -348,7 +348,8 @@ def test_a_typer_program_runs_on_arm64(spark: arm64.Arm64) -> None:
 
 @pytest.mark.layer6
 def test_a_slow_arm64_command_is_ended_with_its_children(spark: arm64.Arm64) -> None:
+    seconds = 100_000 + os.getpid()
     with pytest.raises(commands.CommandTimedOutError):
-        spark.run("sh", "-c", "sleep 5432; true", timeout=1)
+        spark.run("sh", "-c", f"sleep {seconds}; true", timeout=1)
     time.sleep(0.2)
-    assert commands.run("pgrep", "-f", "sleep 5432", check=False).stdout == ""
+    assert commands.run("pgrep", "-f", f"sleep {seconds}", check=False).stdout == ""
