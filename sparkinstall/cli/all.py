@@ -96,8 +96,8 @@ def preflight(session: "Session", choice: Choice) -> None:
 
     probes = list(checks(session.node))
     catalogue.require_known(choice.ignore, [probe.name for probe in probes], "check")
-    looked = proof.look(probes, session.system, silent)
-    bad = [each for each in looked if each.finding.verdict == "fail" and each.probe.name not in choice.ignore]
+    looked = [_ignored(each, choice.ignore) for each in proof.look(probes, session.system, silent)]
+    bad = [each for each in looked if each.finding.verdict == "fail"]
     if not choice.json:
         _show_preflight(looked)
     if bad:
@@ -106,6 +106,17 @@ def preflight(session: "Session", choice: Choice) -> None:
             why="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad) if choice.json else "",
             mend=_way_out(bad),
         )
+
+
+def _ignored(looked: "Looked", names: "Sequence[str]") -> "Looked":
+    """A failure that does not count is still shown, as a warning."""
+    from dataclasses import replace
+
+    if looked.finding.verdict != "fail" or looked.probe.name not in names:
+        return looked
+    return replace(
+        looked, finding=replace(looked.finding, verdict="warn", mend=f"ignored: --ignore {looked.probe.name}")
+    )
 
 
 def _way_out(bad: "Sequence[Looked]") -> str:

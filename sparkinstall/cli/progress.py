@@ -92,7 +92,7 @@ class _Screen:
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 2, 0, 0))
-        for width in (3, 12, 7):
+        for width in (3, 12, 8):
             table.add_column(min_width=width, no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis")
         for name, running in self._steps.items():

@@ -114,7 +114,7 @@ class StateFolder:
     def sweep(self) -> None:
         """Remove what a killed run left of a state that was being made or removed."""
         for top in (self.home, *self.home.parents):
-            if not top.is_relative_to(self.system.root):
+            if top == top.parent or not top.is_relative_to(self.system.root):
                 break
             shutil.rmtree(leftover(top), ignore_errors=True)
 

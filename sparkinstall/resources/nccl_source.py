@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from sparkinstall.errors import BadConfig, Blocked, CommandFailed, OnlyOnNode
 from sparkinstall.system import Reader, System
 
 REPOSITORY = "https://github.com/NVIDIA/nccl.git"
+_VERSION_PARTS = re.compile(r"^NCCL_(?:MAJOR|MINOR|PATCH)\s*:=\s*(\d+)", re.MULTILINE)
 _UNREACHABLE = ("Could not resolve host", "Connection refused", "Connection timed out", "unable to access")
 
 
@@ -65,7 +67,18 @@ class NcclSource:
             BadConfig, Blocked, CommandFailed: it is not there, or is not what it should be.
             OnlyOnNode: a rehearsal cannot reach the upstream repository.
         """
-        return {"git": self._clone, "folder": self._use_folder, "tarball": self._unpack}[self.kind](on, to)
+        top = {"git": self._clone, "folder": self._use_folder, "tarball": self._unpack}[self.kind](on, to)
+        self._require_version(on, top)
+        return top
+
+    def _require_version(self, on: Reader, top: str) -> None:
+        text = (on.read(f"{top}/makefiles/version.mk") or b"").decode(errors="replace")
+        found = ".".join(_VERSION_PARTS.findall(text))
+        if found != self.version.split("-")[0]:
+            raise Blocked(
+                f"{self.where} is the source of NCCL {found or 'of no known version'}, not of {self.version}",
+                mend="name the right source with `nccl.source`, or say with `nccl.version` that you want this one",
+            )
 
     def _clone(self, on: System, to: str) -> str:
         mirror = self.cache / f"nccl-{self.tag}.git"
