@@ -4,6 +4,7 @@ The docs' reference is made from the `doc` of each field (tools/config_reference
 """
 
 import re
+import reprlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -22,15 +23,29 @@ _ARCH = re.compile(r"[0-9]{2,3}[af]?")
 _INTERFACE = re.compile(r"[A-Za-z0-9._-]{1,15}")
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)?(-\d+)?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_LINK = re.compile(r"(~?)(/[^/\0]+)+")
+# The environment's scripts carry the prefix in their first line, of which the kernel reads 255 bytes.
+_LONGEST_PATH = 200
+# libyaml's own limits are the machine's memory and stack: a file can take the process with it.
+_LARGEST_FILE = 1 << 20
+_DEEPEST = 20
 
 
 def safe_path(value: str) -> str | None:
     """Why a path cannot be used, or None. LD_PRELOAD, which must carry it, takes no space and no colon."""
     if "\n" in value or "\r" in value:
         return "must not contain a line break"
-    if not _PATH.fullmatch(value) or "//" in value or ".." in value.split("/") or value == "/":
+    if not _PATH.fullmatch(value):
         return "must be an absolute path of letters, digits and ._+@- (LD_PRELOAD can carry no other)"
-    return None
+    if {"", ".", ".."} & set(value.split("/")[1:]):
+        return "must be a plain path below /: no `.`, `..` or `//` in it, no `/` at its end"
+    return None if len(value) <= _LONGEST_PATH else f"must be no longer than {_LONGEST_PATH} characters"
+
+
+def _link_path(value: str) -> str | None:
+    """A link's path is looked for below the root of a rehearsal: a relative one or `..` would lead out of it."""
+    plain = _LINK.fullmatch(value) and not {".", ".."} & set(value.split("/"))
+    return _no_control(value) if plain else "must be an absolute path, or one that begins with ~/"
 
 
 def _like(pattern: re.Pattern[str], what: str) -> Callable[[str], str | None]:
@@ -62,7 +77,7 @@ class EnvironmentConfig:
     link: str | None = _setting(
         "~/vllm-env",
         "A symbolic link to the environment, for hands that are used to it; null: none.",
-        _no_control,
+        _link_path,
     )
     python: str | None = _setting(
         None,
@@ -186,25 +201,47 @@ def read_layer(path: Path) -> Layer:
     Raises:
         BadConfig: it cannot be read, is no YAML, or names a key that is not known.
     """
-    import yaml
-
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
     except IsADirectoryError as error:
         raise BadConfig(f"the config {path} is a folder", mend="name a YAML file with --config") from error
-    except OSError as error:
-        raise BadConfig(f"the config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise BadConfig(f"the config {path} is not YAML: {_where(error)}") from error
+    except (OSError, ValueError) as error:
+        raise BadConfig(f"the config {path} cannot be read: {_where(error)}", mend="name a YAML file") from error
+    raw = _yaml(content, f"the config {path}")
     if raw is not None and not isinstance(raw, dict):
         raise BadConfig(f"the config {path} must be `key: value` lines, not a {type(raw).__name__}")
     return Layer(str(path), dict(_flat(raw or {}, str(path))))
 
 
+def _yaml(content: bytes, what: str) -> Any:
+    import yaml
+
+    try:
+        if len(content) > _LARGEST_FILE or _depth(content) > _DEEPEST:
+            raise BadConfig(f"{what} is larger or deeper than any settings are", mend="is it the right file?")
+        return yaml.load(content, Loader=yaml.CSafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise BadConfig(f"{what} is not YAML: {_where(error)}") from error
+
+
+def _depth(content: bytes) -> int:
+    import yaml
+
+    depth = deepest = 0
+    for event in yaml.parse(content, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        deepest = max(deepest, depth)
+        if deepest > _DEEPEST:
+            break
+    return deepest
+
+
 def _where(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
     place = f", line {mark.line + 1}" if mark else ""
-    return f"{getattr(error, 'problem', None) or str(error).splitlines()[0]}{place}"
+    lines = str(getattr(error, "problem", None) or getattr(error, "strerror", None) or error).splitlines()
+    return f"{ascii(lines[0])[1:-1] if lines else type(error).__name__}{place}"
 
 
 def _flat(raw: Mapping[Any, Any], source: str, under: str = "") -> Iterator[tuple[str, Any]]:
@@ -226,6 +263,7 @@ def _section(name: str, value: Any, source: str) -> Iterator[tuple[str, Any]]:
 
 
 def _unknown(name: str, known: set[str], source: str) -> BadConfig:
+    name = ascii(name)[1:-1][:80]
     tops = {each.split(".")[0] for each in known}
     near = get_close_matches(name, [*known, *tops], n=1, cutoff=0.6) or [
         each for each in sorted(known) if each.rpartition(".")[2] == name.rpartition(".")[2]
@@ -240,18 +278,13 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     Raises:
         BadConfig: no `=` in it, an unknown key, or a value that is no YAML.
     """
-    import yaml
-
     name, equals, value = text.partition("=")
     if not equals:
-        raise BadConfig(f"--set {text}: write it as KEY=VALUE")
+        raise BadConfig(f"--set {_show(text)}: write it as KEY=VALUE")
     known = {each.name: each for each in settings()}
     if name not in known:
         raise _unknown(name, set(known), "--set")
-    try:
-        parsed = yaml.load(value, Loader=yaml.CSafeLoader)
-    except yaml.YAMLError as error:
-        raise BadConfig(f"--set {text}: {_where(error)}") from error
+    parsed = _yaml(value.encode(errors="replace"), f"--set {name}")
     # `--set nccl.arch=90` means text: what a number is to YAML may be a name to us.
     return name, value if _takes_text(known[name].type) and parsed is not None else parsed
 
@@ -320,7 +353,11 @@ def _quote_hint(value: Any, setting: Setting) -> str:
 
 
 def _show(value: Any) -> str:
-    text = ascii(value) if isinstance(value, str) else str(value)
+    # Not str(): a few lines of YAML aliases can stand for more text than there is memory.
+    try:
+        text = ascii(value[:80]) if isinstance(value, str) else reprlib.repr(value)
+    except ValueError:  # Python prints no number of more than 4300 digits
+        text = f"such a {type(value).__name__}"
     return text if len(text) < 80 else text[:76] + " ..."
 
 

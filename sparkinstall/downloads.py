@@ -3,8 +3,12 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sparkinstall.errors import CommandFailed, storage_problem
+
+if TYPE_CHECKING:
+    import requests
 
 _CHUNK = 1 << 20
 _TIMEOUT = (15, 60)
@@ -33,9 +37,10 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
     part = into.with_name(into.name + ".part")
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
-        with requests.get(url, stream=True, timeout=_TIMEOUT, headers=_range(part)) as answer:
-            answer.raise_for_status()
-            _receive(answer, part, on_bytes)
+        with requests.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part)) as answer:
+            if not _is_whole(answer, part):
+                answer.raise_for_status()
+                _receive(answer, part, on_bytes)
         part.replace(into)
     except requests.RequestException as error:
         raise _unreachable(url, error) from error
@@ -44,15 +49,30 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
     return into
 
 
-def _range(part: Path) -> dict[str, str]:
-    return {"Range": f"bytes={part.stat().st_size}-"} if part.exists() else {}
+def _headers(part: Path) -> dict[str, str]:
+    # A server that packs the file on the way would send other bytes than those whose hash is known.
+    plain = {"Accept-Encoding": "identity"}
+    return {**plain, "Range": f"bytes={part.stat().st_size}-"} if part.exists() else plain
 
 
-def _receive(answer: "requests.Response", part: Path, on_bytes: Callable[[int, int], None]) -> None:  # type: ignore[name-defined]  # noqa: F821
+def _is_whole(answer: "requests.Response", part: Path) -> bool:
+    """Whether all had arrived already when a former run was killed: a server has nothing after the end."""
+    if answer.status_code != 416:
+        return False
+    if answer.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
+        return True
+    part.unlink()
+    return False
+
+
+def _receive(answer: "requests.Response", part: Path, on_bytes: Callable[[int, int], None]) -> None:
     import requests
 
-    resumed = answer.status_code == 206
-    done = part.stat().st_size if resumed else 0
+    there = part.stat().st_size if part.exists() else 0
+    resumed = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {there}-")
+    if answer.status_code == 206 and not resumed:
+        raise requests.ConnectionError("it sends another part than the one that was asked for")
+    done = there if resumed else 0
     total = done + int(answer.headers.get("Content-Length", 0))
     with open(part, "ab" if resumed else "wb") as out:
         for chunk in answer.iter_content(_CHUNK):

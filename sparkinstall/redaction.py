@@ -7,10 +7,11 @@ from functools import lru_cache
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 _SHAPES = (
-    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+    re.compile(r"(?<=://)[^/?#\s\"]+(?=@)"),
     re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
-    re.compile(r"(?<=SERIAL_NUMBER=)\S+"),
-    re.compile(r"(?i)(?<=authorization: bearer )\S+"),
+    # What ends a value is not part of it: the text may be JSON, which must stay JSON.
+    re.compile(r"(?<=SERIAL_NUMBER=)(?:\\?[\"'])?[^\s\"'\\]+"),
+    re.compile(r"(?i)(?<=authorization: bearer )[^\s\"'\\]+"),
 )
 HIDDEN = "[hidden]"
 
@@ -22,7 +23,9 @@ def is_secret_name(name: str) -> bool:
 
 def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Values of the environment that must not be shown, longest first."""
-    found = {value for name, value in environ.items() if is_secret_name(name) and len(value) >= 6}
+    values = [value for name, value in environ.items() if is_secret_name(name)]
+    # Output is read line by line, so a key of many lines is met one line at a time.
+    found = {part for value in values for part in (value, *value.splitlines()) if len(part) >= 6}
     return tuple(sorted(found, key=len, reverse=True))
 
 

@@ -92,6 +92,7 @@ def converge(
     def visit(step: Step, report: StepReport) -> None:
         on = system_for(step.name)
         for resource in step.resources(node):
+            processes.refuse_if_stopped()
             _make_so(resource, on, report, emit, fresh)
 
     return _side_by_side(ordered(steps), visit, emit)

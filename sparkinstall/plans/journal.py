@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sparkinstall.errors import JournalDamaged, storage_problem
 from sparkinstall.system import Undo
@@ -66,8 +67,8 @@ class Journal:
                     f"{self.path} line {number} was written by another version of sparkinstall (format {raw['v']})",
                     mend="use the version that wrote it, or a newer one",
                 )
-            return Record(raw["n"], raw["at"], raw["run"], raw["step"], Undo(**raw["undo"]))
-        except (ValueError, KeyError, TypeError) as error:
+            return _record(raw)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise JournalDamaged(
                 f"{self.path} line {number} cannot be read",
                 why="the file was changed by something else than sparkinstall, or the disk failed",
@@ -78,7 +79,9 @@ class Journal:
         """Append a record and sync it to the disk; the touch itself may follow only then."""
         with self._guard:
             known = self.records()
-            record = Record(len(known) + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.run, step, undo)
+            # Not their number: an uninstall that had to keep something leaves gaps.
+            last = known[-1].n if known else 0
+            record = Record(last + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.run, step, undo)
             try:
                 self._append(json.dumps({"v": VERSION, **asdict(record)}, sort_keys=True).encode() + b"\n")
             except OSError as error:
@@ -140,8 +143,23 @@ class Journal:
 
     def rewrite(self, records: list[Record]) -> None:
         """Keep only `records`; for what an uninstall could not take back."""
-        lines = [json.dumps({"v": VERSION, **asdict(record)}, sort_keys=True) for record in records]
+        ordered = sorted(records, key=lambda record: record.n)
+        lines = [json.dumps({"v": VERSION, **asdict(record)}, sort_keys=True) for record in ordered]
         waiting = self.path.with_suffix(".new")
-        waiting.write_text("".join(line + "\n" for line in lines))
-        waiting.replace(self.path)
-        self._known = list(records)
+        try:
+            waiting.write_text("".join(line + "\n" for line in lines))
+            waiting.replace(self.path)
+        except OSError as error:
+            raise storage_problem(error, f"writing the journal {self.path}") from error
+        self._known = ordered
+
+
+def _record(raw: dict[str, Any]) -> Record:
+    """A line as a record; a value of the wrong type would be found out in the middle of an uninstall."""
+    undo = Undo(**raw["undo"])
+    texts = (raw["at"], raw["run"], raw["step"], undo.kind, undo.subject)
+    if type(raw["n"]) is not int or not all(isinstance(text, str) for text in texts):
+        raise TypeError("a value of the wrong type")
+    if not isinstance(undo.before, dict) or not isinstance(undo.after, dict):
+        raise TypeError("a value of the wrong type")
+    return Record(raw["n"], raw["at"], raw["run"], raw["step"], undo)

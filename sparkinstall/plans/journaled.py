@@ -97,15 +97,23 @@ class JournaledSystem:
 
     def claim(self, path: str) -> None:
         if not self._is_claimed(path):
-            if self.names(path):
-                raise Blocked(
-                    f"{self.real(path)} is already there and is not sparkinstall's",
-                    mend="move it away, or choose another place with `prefix:` in the config",
-                )
+            before = self._room_for_tree(path)
             self._make_parents(path)
-            self.promise(Undo("tree", path, {"kind": "absent"}, {"kind": "dir"}))
+            self.promise(Undo("tree", path, before, {"kind": "dir"}))
         self._make_parents(path)
         self._raw.make_one_dir(path, 0o755)
+
+    def _room_for_tree(self, path: str) -> dict[str, Any]:
+        """What is where a claimed folder will be: nothing, or an empty folder that is made again one day."""
+        was = self.entry(path)
+        if was is None:
+            return {"kind": "absent"}
+        if was.kind != "dir" or self.names(path):
+            raise Blocked(
+                f"{self.real(path)} is already there and is not sparkinstall's",
+                mend="move it away, or choose another place with `prefix:` in the config",
+            )
+        return {"kind": "dir", "mode": was.mode, "uid": was.uid, "gid": was.gid, "mtime_ns": was.mtime_ns}
 
     def _is_claimed(self, path: str) -> bool:
         trees = [r.undo.subject for r in self._journal.records() if r.undo.kind == "tree"]

@@ -10,13 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from sparkinstall.errors import Busy, storage_problem
+from sparkinstall.errors import Busy, Problem, storage_problem
 from sparkinstall.events import Emit, WaitedFor
 from sparkinstall.plans.journal import Journal
 from sparkinstall.system import Undo, processes
 from sparkinstall.system.local import LocalSystem
 
 FOLDER = "/var/lib/sparkinstall"
+
+_OPTIONS: Mapping[str, type] = {"config": str, "stack": str, "settings": list, "platform": str, "full": bool}
 
 
 class StateFolder:
@@ -36,7 +38,8 @@ class StateFolder:
     def logs(self, run: str) -> Path:
         """The folder of a run's logs, made if need be; a real path."""
         folder = self.home / "logs" / run
-        folder.mkdir(parents=True, exist_ok=True)
+        with _in_words(f"making {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def options(self) -> dict[str, Any]:
@@ -45,14 +48,15 @@ class StateFolder:
             found = json.loads((self.home / "options.json").read_text())
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return {name: found[name] for name in _usable(found)} if isinstance(found, dict) else {}
 
     def remember_options(self, options: Mapping[str, Any]) -> None:
         """Keep `options`, without touching a file that already says so."""
         if self.options() != dict(options):
             waiting = self.home / "options.new"
-            waiting.write_text(json.dumps(dict(options), sort_keys=True, indent=2) + "\n")
-            waiting.replace(self.home / "options.json")
+            with _in_words(f"writing {self.home / 'options.json'}"):
+                waiting.write_text(json.dumps(dict(options), sort_keys=True, indent=2) + "\n")
+                waiting.replace(self.home / "options.json")
 
     @contextmanager
     def hold(self, verb: str, emit: Emit) -> Iterator[str]:
@@ -62,17 +66,26 @@ class StateFolder:
             Busy: another run holds the node.
             Storage: the folder cannot be made.
         """
-        try:
-            self._make()
-            handle = open(self.home / "lock", "a+")  # noqa: SIM115 - held as long as the run
-        except OSError as error:
-            raise storage_problem(error, f"making {self.home}") from error
-        with handle:
-            self._take(handle, emit)
+        with self._locked(emit) as handle:
             run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
             _say_who(handle, {"pid": os.getpid(), "verb": verb, "run": run, "since": time.strftime("%H:%M:%S")})
             yield run
             _say_who(handle, {})
+
+    def _locked(self, emit: Emit) -> IO[str]:
+        while True:
+            with _in_words(f"making {self.home}"):
+                self._make()
+                handle = open(self.home / "lock", "a+")  # noqa: SIM115 - held as long as the run
+            try:
+                self._take(handle, emit)
+                if _is_at(handle, self.home / "lock"):
+                    return handle
+            except BaseException:
+                handle.close()
+                raise
+            # An uninstall that was ending took the folder away under this lock: it guards nothing.
+            handle.close()
 
     def _take(self, handle: IO[str], emit: Emit) -> None:
         holder = _who(handle)
@@ -87,9 +100,23 @@ class StateFolder:
             emit(WaitedFor("the programs of a killed run; they were still running and have been ended"))
 
     def _make(self) -> None:
-        self.sweep()
-        if self.exists:
-            return
+        with self._making():
+            self._sweep()
+            if not self.exists:
+                self._make_what_is_missing()
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """Two first runs at once would take each other's half-made folders for a killed run's."""
+        nearest = next(p for p in (self.home, *self.home.parents) if p.is_dir())
+        folder = os.open(nearest, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
+
+    def _make_what_is_missing(self) -> None:
         missing = [p for p in (self.home, *self.home.parents) if not p.exists()]
         if not missing:
             self._begin(self.home, [])
@@ -104,19 +131,27 @@ class StateFolder:
     def _make_at_once(self, top: Path, missing: list[Path]) -> None:
         # Folders and first records appear together by one rename: no kill can leave half of them.
         waiting = staged_folder(top)
-        shutil.rmtree(waiting, ignore_errors=True)
         inner = waiting / self.home.relative_to(top)
-        inner.mkdir(parents=True)
-        inner.chmod(0o700)
-        self._begin(inner, [self._node_path(p) for p in reversed(missing[1:])])
-        waiting.rename(top)
+        try:
+            inner.mkdir(parents=True)
+            inner.chmod(0o700)
+            self._begin(inner, [self._node_path(p) for p in reversed(missing[1:])])
+            waiting.rename(top)
+        except (OSError, Problem):
+            shutil.rmtree(waiting, ignore_errors=True)
+            raise
 
     def sweep(self) -> None:
         """Remove what a killed run left of a state that was being made or removed."""
+        with _in_words(f"looking at {self.home}"), self._making():
+            self._sweep()
+
+    def _sweep(self) -> None:
         for top in (self.home, *self.home.parents):
             if top == top.parent or not top.is_relative_to(self.system.root):
                 break
             shutil.rmtree(leftover(top), ignore_errors=True)
+            shutil.rmtree(staged_folder(top), ignore_errors=True)
 
     def _node_path(self, real: Path) -> str:
         return "/" + str(real.relative_to(self.system.root)).removeprefix(".")
@@ -128,19 +163,18 @@ class StateFolder:
             journal.add("state", Undo("dir", path, {"kind": "absent"}, {"kind": "dir"}))
 
     def remove(self, made: list[str]) -> None:
-        """Remove the folder and those of its parents that `hold` had made, at once."""
-        top = Path(self.system.real(made[0])) if made else self.home
-        if any(self._others_in(Path(self.system.real(path))) for path in made):
-            top = self.home
+        """Remove the folder and those of its parents that `hold` had made and that hold nothing else, at once."""
+        top = self.home
+        for folder in (Path(self.system.real(path)) for path in reversed(made)):
+            if set(folder.iterdir()) != {top}:
+                break
+            top = folder
         try:
-            top.rename(leftover(top))
-            shutil.rmtree(leftover(top))
+            with _in_words(f"removing {top}", but=PermissionError):
+                top.rename(leftover(top))
         except PermissionError:
             self.system.remove_tree(FOLDER)
-
-    def _others_in(self, folder: Path) -> bool:
-        ours = {self.home, *self.home.parents}
-        return any(child not in ours for child in folder.iterdir())
+        shutil.rmtree(leftover(top), ignore_errors=True)
 
 
 def staged_folder(top: Path) -> Path:
@@ -151,6 +185,30 @@ def staged_folder(top: Path) -> Path:
 def leftover(top: Path) -> Path:
     """What a killed uninstall may have left of the state."""
     return top.with_name(f".{top.name}.sparkinstall-old")
+
+
+@contextmanager
+def _in_words(doing: str, but: type[OSError] | tuple[()] = ()) -> Iterator[None]:
+    try:
+        yield
+    except but:
+        raise
+    except OSError as error:
+        raise storage_problem(error, doing) from error
+
+
+def _usable(options: Mapping[str, Any]) -> Iterator[str]:
+    """The names of those options that `all` could have written."""
+    for name, value in options.items():
+        if isinstance(value, _OPTIONS.get(name, ())) and (name != "settings" or all(isinstance(v, str) for v in value)):
+            yield name
+
+
+def _is_at(handle: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _locked(handle: IO[str]) -> bool:

@@ -5,13 +5,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sparkinstall.errors import Problem
+from sparkinstall.errors import Problem, storage_problem
 from sparkinstall.events import Emit, silent
 from sparkinstall.plans.journal import Journal, Record
 from sparkinstall.plans.state import StateFolder
 from sparkinstall.resources.packages import take_back as take_packages_back
 from sparkinstall.system import Entry, Undo
 from sparkinstall.system.local import LocalSystem
+
+_META = ("mode", "uid", "gid", "mtime_ns")
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,10 @@ def take_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
         return _UNDOERS[touch.undo.kind](touch, on, journal)
     except Problem as problem:
         return TakenBack(touch.undo.subject, "failed", f"{problem.what} {problem.mend}".strip())
+    except KeyError as missing:
+        return TakenBack(touch.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
+    except OSError as error:
+        return TakenBack(touch.undo.subject, "failed", storage_problem(error, "taking it back").what)
 
 
 def _path_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
@@ -56,6 +62,8 @@ def _path_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
     now = fingerprint(on, path)
     if _same(now, before):
         on.unlink_staged(path)
+        # A killed uninstall may have brought the content back and not yet the rest.
+        _restore_meta(path, before, on)
         return TakenBack(path, "nothing")
     if not any(_same(now, record.undo.after) for record in touch.records):
         where = f"; its original is {journal.home}/originals/{before['sha256']}" if "sha256" in before else ""
@@ -72,7 +80,15 @@ def _restore(path: str, before: Mapping[str, Any], on: LocalSystem, journal: Jou
         on.place_link(path, before["target"])
         return
     on.place(path, journal.original(before["sha256"]), before["mode"])
-    on.restore_meta(path, before["mode"], before["uid"], before["gid"], before["mtime_ns"])
+    _restore_meta(path, before, on)
+
+
+def _restore_meta(path: str, before: Mapping[str, Any], on: LocalSystem) -> None:
+    now = on.entry(path)
+    if now is None or "mtime_ns" not in before:
+        return
+    if (now.mode, now.uid, now.gid, now.mtime_ns) != tuple(before[name] for name in _META):
+        on.restore_meta(path, before["mode"], before["uid"], before["gid"], before["mtime_ns"])
 
 
 def fingerprint(on: LocalSystem, path: str) -> dict[str, Any]:
@@ -107,11 +123,13 @@ def _dir_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
 
 def _tree_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
     del journal
-    path = touch.undo.subject
-    if on.entry(path) is None:
-        return TakenBack(path, "nothing")
+    path, before = touch.undo.subject, touch.undo.before
+    outcome: Literal["removed", "nothing"] = "removed" if on.entry(path) else "nothing"
     on.remove_tree(path)
-    return TakenBack(path, "removed")
+    if before["kind"] == "dir":
+        on.make_one_dir(path, before["mode"])
+        _restore_meta(path, before, on)
+    return TakenBack(path, outcome)
 
 
 def _packages_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
@@ -142,8 +160,9 @@ def take_all_back(state: StateFolder, emit: Emit = silent) -> list[TakenBack]:
         journal = state.journal()
         own, others = _apart(touches(journal.records()), state)
         taken = [(touch, take_back(touch, state.system, journal)) for touch in others]
-        staying = [t for t, result in taken if result.outcome in ("kept", "failed") and t.undo.kind != "dir"]
-        if staying:
+        staying = [touch for touch, result in taken if result.outcome in ("kept", "failed")]
+        # Folders alone do not stay: what is in them now is not ours, and never will be.
+        if any(touch.undo.kind != "dir" for touch in staying):
             journal.rewrite([record for t in (*own, *staying) for record in t.records])
         else:
             state.remove([touch.undo.subject for touch in reversed(own)])

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkinstall import binaries, patches
-from sparkinstall.node import Node, nccl_library, site_packages
+from sparkinstall.node import Node, site_packages
 from sparkinstall.patches import PatchSet, UnknownContent
 from sparkinstall.probes.gate import extensions
 from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
@@ -93,8 +93,7 @@ class Fp8Decision:
         return self._read_code(on)
 
     def _try_on_gpu(self, on: System) -> tuple[bool, str, str]:
-        preload = nccl_library(self.node, on) or ""
-        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home, "LD_PRELOAD": on.real(preload)}
+        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home}
         answer = on.query(on.real(f"{self.node.venv}/bin/python"), "-c", _TRY_ON_GPU, timeout=300, env=env)
         try:
             said = json.loads(answer.out.splitlines()[-1])

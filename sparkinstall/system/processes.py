@@ -5,8 +5,11 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any, cast
+
+from sparkinstall.errors import Interrupted
 
 if TYPE_CHECKING:
     Process = subprocess.Popen[bytes]
@@ -14,12 +17,23 @@ if TYPE_CHECKING:
 RUN_MARK = "SPARKINSTALL_RUN"
 """Set in every program we start, so that a later run can end what a killed one left behind."""
 
+_GRACE = 10.0
+"""How long after TERM a program may go on, in seconds: apt must not be cut off in the middle of a package."""
+_PATIENCE = 5.0
+"""How long the programs of a killed run are looked for, in seconds."""
+
 _running: set[int] = set()
+_stopped = threading.Event()
 _guard = threading.Lock()
 
 
 def start(argv: tuple[str, ...], env: Mapping[str, str], **options: Any) -> "Process | None":
-    """Start `argv`, or answer None where there is no such program."""
+    """Start `argv`, or answer None where there is no such program.
+
+    Raises:
+        Interrupted: Ctrl-C has ended all programs, and no other is to begin.
+    """
+    refuse_if_stopped()
     where = shutil.which(argv[0], path=env.get("PATH", os.defpath))
     if where is None:
         return None
@@ -59,11 +73,26 @@ def kill_group(pid: int, sig: signal.Signals = signal.SIGKILL) -> None:
 
 
 def stop_all() -> None:
-    """End every program this process has started; for Ctrl-C."""
+    """End every program this process has started, and start none any more; for Ctrl-C."""
+    _stopped.set()
+    _end_running(signal.SIGTERM)
+    # Some ignore TERM; a person who pressed Ctrl-C does not wait for those.
+    killing = threading.Timer(_GRACE, _end_running, (signal.SIGKILL,))
+    killing.daemon = True
+    killing.start()
+
+
+def _end_running(sig: signal.Signals) -> None:
     with _guard:
         pids = tuple(_running)
     for pid in pids:
-        kill_group(pid, signal.SIGTERM)
+        kill_group(pid, sig)
+
+
+def refuse_if_stopped() -> None:
+    """Raise Interrupted once `stop_all` was called: threads that it cannot reach end here."""
+    if _stopped.is_set():
+        raise Interrupted("interrupted", mend="run the same command again: it goes on where this one stopped")
 
 
 def answer(argv: tuple[str, ...], env: Mapping[str, str], timeout: float) -> tuple[int, bytes, bytes]:
@@ -77,6 +106,10 @@ def answer(argv: tuple[str, ...], env: Mapping[str, str], timeout: float) -> tup
         kill_group(process.pid)
         process.communicate()
         return 124, b"", f"no answer within {timeout:g} s".encode()
+    except BaseException:
+        kill_group(process.pid)
+        process.wait()
+        raise
     finally:
         ended(process)
     return process.returncode, out, err
@@ -114,19 +147,30 @@ def end_leftovers(run: str) -> int:
 
     They are known by the mark in their environment; programs of other users are not ours to end.
     """
-    mark = f"{RUN_MARK}={run}".encode()
-    found = 0
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid() and mark in _environ_of(name):
-            found += 1
-            try:
-                os.kill(int(name), signal.SIGKILL)
-            except (ProcessLookupError, PermissionError):
-                found -= 1
-    return found
+    ended: set[int] = set()
+    until = time.monotonic() + _PATIENCE
+    # Looked for again until there is none: one may have started another meanwhile, and a killed one
+    # still has its files open for a moment.
+    while (found := _marked(f"{RUN_MARK}={run}".encode())) and time.monotonic() < until:
+        ended |= {pid for pid in found if _kill(pid)}
+        time.sleep(0.02)
+    return len(ended)
 
 
-def _environ_of(pid: str) -> list[bytes]:
+def _marked(mark: bytes) -> list[int]:
+    pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
+    return [pid for pid in pids if mark in _environ_of(pid)]
+
+
+def _kill(pid: int) -> bool:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _environ_of(pid: int) -> list[bytes]:
     try:
         with open(f"/proc/{pid}/environ", "rb") as handle:
             return handle.read().split(b"\0")

@@ -1,0 +1,1 @@
+"""How fast sparkinstall is, beside others and beside the plain way (README.md)."""

@@ -1,0 +1,56 @@
+"""sdist -> wheel -> an environment of its own -> `plan`: what a release carries is enough."""
+
+import json
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CARRIED = (
+    "sparkinstall/_assets/templates/single-node.env.j2",
+    "sparkinstall/_assets/patches/patches.yaml",
+    "sparkinstall/stacks/0.18.1.yaml",
+    "sparkinstall/stacks/0.18.1.aarch64.lock",
+)
+
+
+def _run(*argv: str, cwd: Path) -> str:
+    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel that was built from the sdist, as an index would serve it."""
+    out = tmp_path_factory.mktemp("dist")
+    _run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(out), ".", cwd=REPOSITORY)
+    (sdist,) = out.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(out, filter="data")
+    source = out / sdist.name.removesuffix(".tar.gz")
+    _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), ".", cwd=source)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_carries_templates_patches_and_locks(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert set(CARRIED) <= names
+    assert not [name for name in names if name.startswith("tests/")]
+
+
+@pytest.mark.network
+def test_it_installs_from_its_lock_and_plans(wheel: Path, tmp_path: Path) -> None:
+    _run(sys.executable, "-m", "venv", "tool", cwd=tmp_path)
+    pip = (str(tmp_path / "tool/bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+    _run(*pip, "--require-hashes", "-r", str(REPOSITORY / "requirements.lock"), cwd=tmp_path)
+    _run(*pip, "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    said = _run(str(tmp_path / "tool/bin/sparkinstall"), "plan", "--json", "--root", "./node", cwd=tmp_path)
+    plan = json.loads(said)
+    assert plan["exit_code"] == 0
+    assert [step["step"] for step in plan["data"]["steps"]][:2] == ["packages", "environment"]
+    assert not (tmp_path / "node").exists()

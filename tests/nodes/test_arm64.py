@@ -1,0 +1,54 @@
+"""The tool on aarch64, in a chroot under qemu: it starts there and takes the wheels of a Spark as its own."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab import arm64
+
+pytestmark = [pytest.mark.layer6, pytest.mark.network]
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[arm64.Arm64]:
+    """An arm64 tree with the built wheel of this checkout and its dependencies."""
+    out = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(REPOSITORY)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = out.glob("*.whl")
+    with arm64.chroot() as tree:
+        tree.install(str(wheel))
+        yield tree
+
+
+def test_it_starts(spark: arm64.Arm64) -> None:
+    assert "sparkinstall" in spark.run("python3", "-m", "sparkinstall", "--version").stdout
+
+
+def test_the_default_stack_of_a_spark_is_planned(spark: arm64.Arm64) -> None:
+    answer = spark.run("python3", "-m", "sparkinstall", "plan", "--json", "--root", "/tmp/node")
+    steps = {step["step"]: step for step in json.loads(answer.stdout)["data"]["steps"]}
+    environment = steps["environment"]["resources"]
+    assert environment[0]["key"] == "lock:/opt/sparkinstall/locks/0.18.1.aarch64.lock"
+    assert "vllm" in environment[0]["summary"]
+
+
+def test_a_whole_lock_is_read_for_this_machine(spark: arm64.Arm64) -> None:
+    answer = spark.run("python3", "-m", "sparkinstall", "plan", "--json", "--root", "/tmp/node", "--stack", "0.22.1")
+    steps = {step["step"]: step for step in json.loads(answer.stdout)["data"]["steps"]}
+    assert "vllm 0.22.1 for aarch64" in steps["environment"]["resources"][0]["summary"]
+
+
+def test_preflight_knows_the_architecture(spark: arm64.Arm64) -> None:
+    answer = spark.run("python3", "-m", "sparkinstall", "plan", "--json")
+    checks = {check["name"]: check for check in json.loads(answer.stdout)["data"]["preflight"]}
+    assert checks["arch"]["verdict"] == "pass"
+    assert checks["machine"]["verdict"] == "fail"

@@ -1,0 +1,184 @@
+"""A fresh Debian node with systemd as PID 1: `./install.sh` for real, a kill, a reboot, and all of it back.
+
+One node lives through the whole file; the tests are its days, in order.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.node import FreshNode
+from tests.nodes.fresh import CHECKOUT, COMMAND, fresh_node, ignoring, sparkinstall
+
+pytestmark = [pytest.mark.layer3, pytest.mark.network]
+
+LIBRARY = "/opt/sparkinstall/nccl/lib/libnccl.so.2"
+ENV_FILE = "/opt/sparkinstall/env/single-node.env"
+# What apt, dpkg, ldconfig and logging leave by their own nature, and what the tool itself is (it stays).
+NOT_COMPARED = (
+    "/proc", "/sys", "/dev", "/run", "/tmp", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg",
+    "/var/lib/systemd", "/etc/ld.so.cache", "/home/spark/.cache", "/home/spark/.local", CHECKOUT, "/usr/local/cuda",
+    "/srv", "/usr/share/man", "/usr/lib/python3*/__pycache__", "*/__pycache__",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[FreshNode]:
+    with fresh_node() as fresh:
+        yield fresh
+
+
+@pytest.fixture(scope="module")
+def before(node: FreshNode) -> dict[str, str]:
+    """The node before anything was done to it, the tool itself apart."""
+    node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=300)
+    return node.tree_digest("/", exclude=NOT_COMPARED)
+
+
+def test_a_machine_that_is_no_spark_is_refused_and_told_how_to_rehearse(
+    node: FreshNode, before: dict[str, str]
+) -> None:
+    answer = node.run("./install.sh", "--yes", user="spark", cwd=CHECKOUT, check=False, timeout=300)
+    assert answer.returncode == 4
+    assert "sparkinstall all --root ./node" in answer.stderr
+    assert node.tree_digest("/", exclude=NOT_COMPARED) == before
+
+
+def test_without_a_terminal_it_asks_for_yes(node: FreshNode, before: dict[str, str]) -> None:
+    answer = sparkinstall(node, "all", *ignoring(), check=False)
+    assert answer.returncode == 2
+    assert "--yes" in answer.stderr
+    assert node.tree_digest("/", exclude=NOT_COMPARED) == before
+
+
+def test_a_user_without_sudo_is_told_so(node: FreshNode) -> None:
+    answer = node.run(COMMAND, "all", "--yes", *ignoring(), user="plain", check=False)
+    # Another user's home may not even be looked into; what counts is that nothing was begun.
+    assert answer.returncode != 0
+    assert "Traceback" not in answer.stderr
+
+
+@pytest.mark.usefixtures("before")
+def test_a_killed_run_is_gone_on_with(node: FreshNode) -> None:
+    with node.popen("./install.sh", "--yes", *ignoring(), user="spark", cwd=CHECKOUT) as run:
+        _wait_for(node, "/opt/sparkinstall/nccl/source")
+        node.signal(run, signal.SIGKILL)
+    assert not _exists(node, ENV_FILE)
+    again = node.run("./install.sh", "--yes", *ignoring(), user="spark", cwd=CHECKOUT, timeout=2400)
+    assert "is done" in again.stdout
+    assert _exists(node, LIBRARY)
+
+
+def test_apt_really_installed_what_was_missing(node: FreshNode) -> None:
+    status = node.run("dpkg-query", "-W", "-f", "${Status} ${Package}\n", "python3.13-dev", "build-essential", "git")
+    assert status.stdout.count("install ok installed") == 3
+
+
+def test_a_second_run_changes_nothing(node: FreshNode) -> None:
+    looked_at = ("/opt/sparkinstall", "/var/lib/sparkinstall", "/etc", "/home/spark/vllm-env")
+    there = node.tree_digest(*looked_at, times=True)
+    answer = json.loads(sparkinstall(node, "all", "--yes", "--json").stdout)
+    assert answer["data"]["changed"] is False
+    assert node.tree_digest(*looked_at, times=True) == there
+
+
+def test_verify_proves_the_nccl_of_a_running_process(node: FreshNode) -> None:
+    answer = json.loads(sparkinstall(node, "verify", "--json").stdout)
+    probes = {probe["name"]: probe for probe in answer["data"]["probes"]}
+    assert {name: probe["verdict"] for name, probe in probes.items()} == {
+        "wheel-gate": "pass", "reasoning-field": "pass", "fp8-path": "pass",
+        "imports": "pass", "nccl-loaded": "pass", "host-ip": "pass",
+    }  # fmt: skip
+    assert "/opt/sparkinstall/nccl/build-" in probes["nccl-loaded"]["found"]
+    assert "2.29.7" in probes["nccl-loaded"]["found"]
+    assert "vllm 0.22.1" in probes["imports"]["found"]
+
+
+def test_the_wheels_own_nccl_would_win_without_the_env_file(node: FreshNode) -> None:
+    """What the proof is for: torch finds the NCCL of its wheel whatever is on the disk."""
+    look = "import torch; print([l for l in open('/proc/self/maps') if 'libnccl' in l][0])"
+    plain = node.run("/opt/sparkinstall/venv/bin/python", "-c", look, user="spark", timeout=300)
+    assert "site-packages/nvidia/nccl" in plain.stdout
+    with_path = node.run(
+        "env", "LD_LIBRARY_PATH=/opt/sparkinstall/nccl/lib", "/opt/sparkinstall/venv/bin/python", "-c", look,
+        user="spark", timeout=300,
+    )  # fmt: skip
+    assert "site-packages/nvidia/nccl" in with_path.stdout
+
+
+def test_the_env_file_says_the_same_to_a_shell_and_to_systemd(node: FreshNode) -> None:
+    node.write(
+        "/etc/systemd/system/show-env.service",
+        f"[Service]\nType=oneshot\nEnvironmentFile={ENV_FILE}\nExecStart=/bin/sh -c 'env -0 > /run/of-systemd'\n",
+    )
+    node.run("systemctl", "daemon-reload")
+    node.run("systemctl", "start", "show-env.service")
+    in_shell = _variables(node.run("bash", "-c", f"source {ENV_FILE} && env -0", user="spark").stdout)
+    in_systemd = _variables(node.run("cat", "/run/of-systemd").stdout)
+    for name in ("LD_PRELOAD", "VLLM_NCCL_SO_PATH", "VLLM_HOST_IP", "RAY_memory_usage_threshold", "VIRTUAL_ENV"):
+        assert in_shell[name] == in_systemd[name], name
+    assert in_systemd["PATH"].startswith("/opt/sparkinstall/venv/bin:")
+    assert in_shell["PATH"].startswith("/opt/sparkinstall/venv/bin:")
+    journal = node.run("journalctl", "-u", "show-env.service", "--no-pager").stdout
+    assert "Ignoring invalid" not in journal
+    node.run("rm", "/etc/systemd/system/show-env.service", "/run/of-systemd")
+    node.run("systemctl", "daemon-reload")
+
+
+def test_it_survives_a_reboot(node: FreshNode) -> None:
+    node.reboot()
+    answer = json.loads(sparkinstall(node, "verify", "--json", "--only", "nccl", "--only", "fp8").stdout)
+    assert answer["exit_code"] == 0
+
+
+def test_a_missing_library_is_found(node: FreshNode) -> None:
+    node.run("mv", LIBRARY, f"{LIBRARY}.away")
+    found = json.loads(sparkinstall(node, "verify", "--json", check=False).stdout)
+    node.run("mv", f"{LIBRARY}.away", LIBRARY)
+    assert found["exit_code"] == 3
+    assert {p["name"]: p["verdict"] for p in found["data"]["probes"]}["nccl-loaded"] == "fail"
+
+
+def test_what_was_changed_is_mended(node: FreshNode) -> None:
+    node.run("sed", "-i", "s/LD_PRELOAD=/LD_PRELOAD_=/", ENV_FILE)
+    assert sparkinstall(node, "verify", check=False).returncode == 3
+    mended = json.loads(sparkinstall(node, "all", "--yes", "--json", *ignoring()).stdout)
+    assert mended["exit_code"] == 0
+    assert [s["step"] for s in mended["data"]["steps"] if s["outcome"] == "changed"] == ["env-files"]
+
+
+def test_without_the_network_everything_is_made_again(node: FreshNode) -> None:
+    offline = {"UV_OFFLINE": "1"}
+    node.run(COMMAND, "run", "environment", "--fresh", "--yes", *ignoring(), user="spark", env=offline, timeout=900)
+    assert json.loads(sparkinstall(node, "plan", "--json").stdout)["data"]["drift"] is False
+
+
+def test_uninstall_takes_every_byte_back(node: FreshNode, before: dict[str, str]) -> None:
+    answer = sparkinstall(node, "uninstall", "--yes", timeout=600)
+    assert "kept" not in answer.stdout.replace("Downloads are kept", "")
+    after = node.tree_digest("/", exclude=NOT_COMPARED)
+    assert {path for path in before | after if before.get(path) != after.get(path)} == set()
+
+
+def test_the_tool_itself_goes_too(node: FreshNode) -> None:
+    node.run("./install.sh", "--remove", user="spark", cwd=CHECKOUT)
+    assert not _exists(node, COMMAND)
+    assert not _exists(node, "/home/spark/.local/share/sparkinstall")
+
+
+def _exists(node: FreshNode, path: str) -> bool:
+    return node.run("test", "-e", path, check=False).returncode == 0
+
+
+def _wait_for(node: FreshNode, path: str, seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not _exists(node, path):
+        assert time.monotonic() < until, f"{path} did not appear"
+        time.sleep(0.2)
+
+
+def _variables(output: str) -> dict[str, str]:
+    return dict(item.split("=", 1) for item in output.split("\0") if "=" in item)
