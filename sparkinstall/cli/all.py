@@ -14,6 +14,7 @@ from sparkinstall.cli.verb import Answer, answer
 if TYPE_CHECKING:
     from sparkinstall.cli.session import Session
     from sparkinstall.plans.engine import StepReport
+    from sparkinstall.plans.fixes import FixState
     from sparkinstall.plans.proof import Looked
     from sparkinstall.steps import Step
 
@@ -60,7 +61,9 @@ def install(asked: Asked, choice: Choice) -> Answer:
     steps = catalogue.chosen(choice.only, choice.skip)
     reports = engine.plan(steps, session.node, session.system)
     if not choice.fresh and all(report.outcome in ("unchanged", "left") for report in reports):
-        return _nothing_to_do(session, reports, choice)
+        return _nothing_to_do(session, reports)
+    if sys.stdin.isatty():
+        session.system.ask_for_sudo()
     preflight(session, choice)
     if not choice.json:
         _show_beginning(session, reports, asked.verbose)
@@ -68,17 +71,16 @@ def install(asked: Asked, choice: Choice) -> Answer:
     return _make_so(session, steps, choice, asked)
 
 
-def _nothing_to_do(session: "Session", reports: "Sequence[StepReport]", choice: Choice) -> Answer:
+def _nothing_to_do(session: "Session", reports: "Sequence[StepReport]") -> Answer:
     from sparkinstall.cli.envelope import step_data
 
     left = [report.name for report in reports if report.outcome == "left"]
 
     def show() -> None:
-        print(f"✓ {_where(session)}: everything is as it should be; nothing was changed.")
+        print(f"✓ {session.where}: everything is as it should be; nothing was changed.")
         if left:
-            print(f"  Left to the node: {', '.join(left)}. `sparkinstall status{_root_option(session)}` tells more.")
+            print(f"  Left to the node: {', '.join(left)}. `sparkinstall status{session.root_option}` tells more.")
 
-    del choice
     return Answer(data={"changed": False, "steps": [step_data(report) for report in reports]}, show=show)
 
 
@@ -99,10 +101,12 @@ def preflight(session: "Session", choice: Choice) -> None:
     looked = [_ignored(each, choice.ignore) for each in proof.look(probes, session.system, silent)]
     bad = [each for each in looked if each.finding.verdict == "fail"]
     if not choice.json:
-        _show_preflight(looked)
+        from sparkinstall.cli.render import console, show_preflight
+
+        show_preflight(looked, console())
     if bad:
         raise PreflightFailed(
-            f"{_where(session)} is not ready: {', '.join(each.probe.name for each in bad)} failed; nothing was changed",
+            f"{session.where} is not ready: {', '.join(each.probe.name for each in bad)} failed; nothing was changed",
             why="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad) if choice.json else "",
             mend=_way_out(bad),
         )
@@ -126,23 +130,11 @@ def _way_out(bad: "Sequence[Looked]") -> str:
     return "mend these, or go on in spite of one with `--ignore NAME`"
 
 
-def _show_preflight(looked: "Sequence[Looked]") -> None:
-    from sparkinstall.cli.render import console, show_findings
-
-    out = console()
-    counts = [each.finding.verdict for each in looked]
-    words = [f"{counts.count('pass')} of {len(looked)} checks passed"]
-    if counts.count("skip"):
-        words.append(f"{counts.count('skip')} left to the node")
-    out.print(f"[bold]Preflight[/]  {', '.join(words)}")
-    show_findings(looked, out, only_bad=True)
-
-
 def _show_beginning(session: "Session", reports: "Sequence[StepReport]", verbose: bool) -> None:
     from sparkinstall.cli.render import console, show_plan
 
     out = console()
-    out.print(f"[bold]Plan[/]  {_where(session)}")
+    out.print(f"[bold]Plan[/]  {session.where}")
     show_plan([_without_diffs(report) for report in reports] if not verbose else reports, out, verbose)
     out.print()
 
@@ -222,11 +214,8 @@ def _conclude(
     return Answer(Exit.FAILED if problems else Exit.GOOD, data, show, tuple(problems))
 
 
-def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequence[object]", failed: bool) -> None:
-    from typing import cast
-
+def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequence[FixState]", failed: bool) -> None:
     from sparkinstall.cli.render import console, show_findings, show_fixes
-    from sparkinstall.plans.fixes import FixState
 
     out = console()
     if looked:
@@ -234,23 +223,13 @@ def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequenc
         show_findings(looked, out)
     if standing:
         out.print("\n[bold]The eight fixes[/]")
-        show_fixes(cast("Sequence[FixState]", standing), out)
+        show_fixes(standing, out)
     out.print()
     if not failed:
         env = session.system.real(f"{session.node.env_folder}/single-node.env")
-        out.print(f"[green bold]✓[/] {_where(session)} is done. Next:")
+        out.print(f"[green bold]✓[/] {session.where} is done. Next:")
         out.print(f"    source {env}", markup=False)
         if not session.node.rehearsal:
             out.print("    vllm serve MODEL --gpu-memory-utilization 0.85 --max-model-len 32768", markup=False)
-        out.print(f"    sparkinstall verify{_root_option(session)}      [dim]proves it again, at any time[/]")
-        out.print(f"    sparkinstall uninstall{_root_option(session)}   [dim]takes everything back[/]")
-
-
-def _where(session: "Session") -> str:
-    node = session.node
-    place = f"the rehearsal in {session.system.root}" if node.rehearsal else "this node"
-    return f"{place} (stack {node.stack.name}, {node.platform})"
-
-
-def _root_option(session: "Session") -> str:
-    return f" --root {session.system.root}" if session.node.rehearsal else ""
+        out.print(f"    sparkinstall verify{session.root_option}      [dim]proves it again, at any time[/]")
+        out.print(f"    sparkinstall uninstall{session.root_option}   [dim]takes everything back[/]")

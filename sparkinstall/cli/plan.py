@@ -43,12 +43,11 @@ def _plan(asked: Asked, only: list[str], skip: list[str], detailed: bool) -> Ans
     failed = any(report.problem for report in reports)
 
     def show() -> None:
-        from sparkinstall.cli.all import _show_preflight, _where
-        from sparkinstall.cli.render import console, show_plan
+        from sparkinstall.cli.render import console, show_plan, show_preflight
 
         out = console()
-        _show_preflight(looked)
-        out.print(f"[bold]Plan[/]  {_where(session)}")
+        show_preflight(looked, out)
+        out.print(f"[bold]Plan[/]  {session.where}")
         show_plan(reports, out, asked.verbose)
         out.print("\nNothing would be changed." if not drift else "")
 

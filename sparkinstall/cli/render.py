@@ -116,6 +116,16 @@ def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
+def show_preflight(looked: Sequence[Looked], out: Console) -> None:
+    """How many checks passed, and those that did not."""
+    counts = [each.finding.verdict for each in looked]
+    words = [f"{counts.count('pass')} of {len(looked)} checks passed"]
+    if counts.count("skip"):
+        words.append(f"{counts.count('skip')} left to the node")
+    out.print(f"[bold]Preflight[/]  {', '.join(words)}")
+    show_findings(looked, out, only_bad=True)
+
+
 def show_fixes(states: Iterable[FixState], out: Console) -> None:
     """The eight fixes, one line each."""
     table = _columns(1, 1, 43, 8, None)

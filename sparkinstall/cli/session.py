@@ -26,6 +26,17 @@ class Session:
     sources: dict[str, str]
     options: dict[str, Any]
 
+    @property
+    def where(self) -> str:
+        """The node in words."""
+        place = f"the rehearsal in {self.system.root}" if self.node.rehearsal else "this node"
+        return f"{place} (stack {self.node.stack.name}, {self.node.platform})"
+
+    @property
+    def root_option(self) -> str:
+        """What a further command line needs to mean the same node."""
+        return f" --root {self.system.root}" if self.node.rehearsal else ""
+
 
 def open_session(asked: Asked) -> Session:
     """Resolve what was asked.

@@ -36,6 +36,8 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     if not json:
         _show_plan([f"{t.undo.kind:9} {t.undo.subject}" for t in touches])
     _ask(yes, state.system.rehearsal)
+    if sys.stdin.isatty():
+        state.system.ask_for_sudo()
     taken = undoing.take_all_back(state)
     if purge_cache:
         _purge_cache()

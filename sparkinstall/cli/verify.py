@@ -39,11 +39,10 @@ def _verify(asked: Asked, only: list[str], skip: list[str]) -> Answer:
     wrong = bool(bad) or any(finding.verdict == "fail" for finding in findings.values())
 
     def show() -> None:
-        from sparkinstall.cli.all import _root_option, _where
         from sparkinstall.cli.render import console, show_findings, show_fixes, show_plan
 
         out = console()
-        out.print(f"[bold]Checks[/]  {_where(session)}")
+        out.print(f"[bold]Checks[/]  {session.where}")
         show_plan(reports, out, asked.verbose)
         out.print("[bold]Proof[/]")
         show_findings(looked, out)
@@ -51,7 +50,7 @@ def _verify(asked: Asked, only: list[str], skip: list[str]) -> Answer:
             out.print("\n[bold]The eight fixes[/]")
             show_fixes(standing, out)
         if wrong:
-            out.print(f"\n[red bold]✗[/] not as it should be; `sparkinstall all{_root_option(session)}` mends it")
+            out.print(f"\n[red bold]✗[/] not as it should be; `sparkinstall all{session.root_option}` mends it")
         else:
             out.print("\n[green bold]✓[/] everything is as it should be")
 

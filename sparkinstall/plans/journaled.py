@@ -92,8 +92,17 @@ class JournaledSystem:
 
     def _make_parents(self, path: str) -> None:
         parent = str(PurePosixPath(path).parent)
+        self._refuse_to_leave(parent)
         if parent != path and self.entry(parent) is None:
             self.make_dir(parent)
+
+    def _refuse_to_leave(self, folder: str) -> None:
+        """A link in a rehearsal's folder must not lead to the machine around it."""
+        if self.rehearsal and not Path(self.real(folder)).resolve().is_relative_to(Path(self._raw.root).resolve()):
+            raise Blocked(
+                f"{self.real(folder)} leads out of the rehearsal, to {Path(self.real(folder)).resolve()}",
+                mend="move that link away, or rehearse in another folder",
+            )
 
     def claim(self, path: str) -> None:
         if not self._is_claimed(path):

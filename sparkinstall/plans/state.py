@@ -66,13 +66,13 @@ class StateFolder:
             Busy: another run holds the node.
             Storage: the folder cannot be made.
         """
-        with self._locked(emit) as handle:
+        with self._lock(emit) as handle:
             run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
             _say_who(handle, {"pid": os.getpid(), "verb": verb, "run": run, "since": time.strftime("%H:%M:%S")})
             yield run
             _say_who(handle, {})
 
-    def _locked(self, emit: Emit) -> IO[str]:
+    def _lock(self, emit: Emit) -> IO[str]:
         while True:
             with _in_words(f"making {self.home}"):
                 self._make()
@@ -200,7 +200,8 @@ def _in_words(doing: str, but: type[OSError] | tuple[()] = ()) -> Iterator[None]
 def _usable(options: Mapping[str, Any]) -> Iterator[str]:
     """The names of those options that `all` could have written."""
     for name, value in options.items():
-        if isinstance(value, _OPTIONS.get(name, ())) and (name != "settings" or all(isinstance(v, str) for v in value)):
+        whole = name != "settings" or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+        if whole and name in _OPTIONS and isinstance(value, _OPTIONS[name]):
             yield name
 
 

@@ -36,6 +36,11 @@ class LocalReader:
         """What to put before a command that needs root."""
         return () if self.rehearsal or os.geteuid() == 0 else ("sudo", "-n")
 
+    def ask_for_sudo(self) -> None:
+        """Let sudo ask its password once, at the terminal, where it would ask at all."""
+        if self.sudo and not self.query(*self.sudo, "true").ok:
+            processes.with_terminal("sudo", "-v")
+
     def real(self, path: str) -> str:
         return path if not self.rehearsal else self.root + path.rstrip("/")
 

@@ -37,7 +37,8 @@ def start(argv: tuple[str, ...], env: Mapping[str, str], **options: Any) -> "Pro
     where = shutil.which(argv[0], path=env.get("PATH", os.defpath))
     if where is None:
         return None
-    process = _command(where).popen(list(argv[1:]), env=dict(env), new_session=True, bufsize=-1, **options)
+    # A group and not a session of its own: sudo remembers a password for the terminal of the session.
+    process = _command(where).popen(list(argv[1:]), env=dict(env), process_group=0, bufsize=-1, **options)
     with _guard:
         _running.add(process.pid)
     return cast("Process", process)
@@ -70,6 +71,11 @@ def kill_group(pid: int, sig: signal.Signals = signal.SIGKILL) -> None:
         os.killpg(pid, sig)
     except (ProcessLookupError, PermissionError):
         pass
+
+
+def with_terminal(*argv: str) -> bool:
+    """Run a program that talks to the person at the terminal; whether it ended well."""
+    return subprocess.call(argv) == 0
 
 
 def stop_all() -> None:

@@ -1,0 +1,176 @@
+"""Rehearsals as a user runs them: one process a command, and the tree beneath the root as something to compare."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).parents[2]
+SETTINGS = ("--set", "nccl.mode=wheel")
+TIMEOUT_SECONDS = 300
+ENVELOPE = {"version", "command", "status", "exit_code", "data", "errors"}
+
+# What tells of the runs that there were, not of the node.
+HISTORY = ("journal.jsonl", "logs", "lock")
+
+Tree = dict[str, tuple[Any, ...]]
+
+
+def command(*args: str | Path, through: str = "sparkinstall") -> list[str]:
+    """The command line of one run; `through` is the module that is run in sparkinstall's place."""
+    return [sys.executable, "-m", through, *map(str, args)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment with the checkout in front; nothing of a configuration of the machine's user."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("SPARKINSTALL_")}
+    return {**kept, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1", **more}
+
+
+def sparkinstall(
+    *args: str | Path, through: str = "sparkinstall", wrap: tuple[str, ...] = (), **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a verb to its end, without a terminal."""
+    return subprocess.run(
+        [*wrap, *command(*args, through=through)],
+        cwd=CHECKOUT,
+        env=environment(**env),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=TIMEOUT_SECONDS,
+    )
+
+
+def envelope(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The one JSON object on stdout; fails if there is anything else."""
+    found = json.loads(run.stdout)
+    assert run.stdout.count("\n") == 1, run.stdout
+    assert set(found) == ENVELOPE, sorted(found)
+    assert found["exit_code"] == run.returncode
+    return dict(found)
+
+
+def said(run: subprocess.CompletedProcess[str]) -> str:
+    return run.stdout + run.stderr
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A root folder that may not be there yet; its parent is this test's own, so that nothing beside it is missed."""
+
+    root: Path
+    options: tuple[str, ...] = SETTINGS
+
+    def all(self, *args: str, through: str = "sparkinstall", **env: str) -> subprocess.CompletedProcess[str]:
+        return sparkinstall("all", "--root", self.root, *self.options, *args, through=through, **env)
+
+    def uninstall(self, *args: str, through: str = "sparkinstall", **env: str) -> subprocess.CompletedProcess[str]:
+        return sparkinstall("uninstall", "--root", self.root, *args, through=through, **env)
+
+    def start(self, *args: str, through: str = "sparkinstall", **env: str) -> subprocess.Popen[str]:
+        """Begin `all` (or the verb in `args`) and come back; in a process group of its own, as a shell does it."""
+        verb = args or ("all", *self.options)
+        return subprocess.Popen(
+            command(verb[0], "--root", self.root, *verb[1:], through=through),
+            cwd=CHECKOUT,
+            env=environment(**env),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            process_group=0,
+        )
+
+    @property
+    def home(self) -> Path:
+        """The state folder."""
+        return self.root / "var/lib/sparkinstall"
+
+    @property
+    def journal(self) -> Path:
+        return self.home / "journal.jsonl"
+
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.journal.read_text().splitlines()]
+
+    def installed(self) -> Tree:
+        """The tree without the history of the runs."""
+        hidden = [str((self.home / name).relative_to(self.root.parent)) for name in HISTORY]
+        whole = tree(self.root.parent)
+        return {path: what for path, what in whole.items() if not path.startswith(tuple(hidden))}
+
+
+def tree(top: Path, times: Callable[[str], bool] = lambda kind: False) -> Tree:
+    """Kind, mode, owner, target or content of all below `top`; the time too of those kinds that `times` names."""
+    return dict(sorted(_described(top, "", times)))
+
+
+def files_with_times(kind: str) -> bool:
+    """For `tree`: a folder's own time tells when something in it came or went, and nothing brings that back."""
+    return kind == "file"
+
+
+def everything_with_times(kind: str) -> bool:
+    """For `tree`: not a single touch goes unseen."""
+    return bool(kind)
+
+
+def _described(folder: Path, under: str, times: Callable[[str], bool]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for entry in os.scandir(folder):
+        info, name = entry.stat(follow_symlinks=False), under + entry.name
+        kind = {stat.S_IFDIR: "dir", stat.S_IFLNK: "link", stat.S_IFREG: "file"}[stat.S_IFMT(info.st_mode)]
+        what: tuple[Any, ...] = (kind, oct(stat.S_IMODE(info.st_mode)), info.st_uid, info.st_gid)
+        if kind == "file":
+            what += (_content(entry.path, info),)
+        elif kind == "link":
+            what += (os.readlink(entry.path),)
+        yield name, (*what, info.st_mtime_ns) if times(kind) else what
+        if kind == "dir":
+            yield from _described(Path(entry.path), name + "/", times)
+
+
+_hashes: dict[tuple[int, int, int, int], str] = {}
+
+
+def _content(path: str, info: os.stat_result) -> str:
+    # uv links files from its cache: the same inodes, 1 GB of them, are met again in every tree.
+    key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
+    if key not in _hashes:
+        with open(path, "rb") as file:
+            _hashes[key] = hashlib.file_digest(file, "sha256").hexdigest()
+    return _hashes[key]
+
+
+def difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """What differs, a line each, for the message of an assertion."""
+    names = sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
+    return "\n".join(f"{name}: {one.get(name)} -> {other.get(name)}" for name in names[:20])
+
+
+OLD = 1_234_567_890_123_456_789
+
+
+def furnish(root: Path) -> None:
+    """What others have put where sparkinstall will work: a folder, files, a link, odd modes and times."""
+    env = root / "opt/sparkinstall/env"
+    env.mkdir(parents=True)
+    (root / "opt").chmod(0o2775)
+    (root / "opt/theirs.txt").write_bytes(b"theirs\n")
+    (env / "single-node.env").write_bytes(b"\x00\xffsomebody's own\r\n")
+    (env / "single-node.env").chmod(0o640)
+    os.chown(env / "single-node.env", os.geteuid(), os.getegid())
+    (env / "multi-node-head.env").symlink_to("../elsewhere.env")
+    (root / "opt/sparkinstall/elsewhere.env").write_bytes(b"reached through a link\n")
+    (root / "opt/sparkinstall/venv").mkdir(mode=0o700)
+    for path in (root / "opt/theirs.txt", env / "single-node.env", root / "opt/sparkinstall/elsewhere.env"):
+        os.utime(path, ns=(OLD, OLD))
