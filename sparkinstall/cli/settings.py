@@ -30,6 +30,7 @@ def show(
 
 def _show(asked: Asked) -> Answer:
     from functools import reduce
+    from json import dumps as to_json
 
     from sparkinstall import config as configuration
     from sparkinstall.cli.session import open_session
@@ -52,7 +53,7 @@ def _show(asked: Asked) -> Answer:
         for heading in ("setting", "value", "from"):
             table.add_column(heading)
         for name, row in rows.items():
-            value = "null" if row["value"] is None else str(row["value"])
+            value = row["value"] if isinstance(row["value"], str) else to_json(row["value"])
             style = "dim" if row["source"] == "default" else ""
             table.add_row(name, value, str(row["source"]), style=style)
         console().print(table)
