@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,10 +34,16 @@ with contextlib.redirect_stdout(text):
     except BaseException as error:
         address = ""
 maps = sorted({line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps") if "/libnccl" in line})
-version = ctypes.c_int()
-if maps:
-    ctypes.CDLL(maps[0]).ncclGetVersion(ctypes.byref(version))
-print(json.dumps({"modules": modules, "nccl": maps, "nccl_version": version.value, "address": address,
+class Found(ctypes.Structure):
+    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("name", ctypes.c_char_p), ("at", ctypes.c_void_p)]
+version, found, everything = ctypes.c_int(), Found(), ctypes.CDLL(None)
+try:
+    everything.ncclGetVersion(ctypes.byref(version))
+    everything.dladdr(ctypes.cast(everything.ncclGetVersion, ctypes.c_void_p), ctypes.byref(found))
+except AttributeError:
+    pass
+print(json.dumps({"modules": modules, "nccl": maps, "nccl_bound": (found.file or b"").decode(),
+                  "nccl_version": version.value, "address": address,
                   "wanted_address": os.environ.get("VLLM_HOST_IP", "")}))
 """
 
@@ -121,19 +128,29 @@ def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
 
 
 def _compare_nccl(node: Node, library: Path, answer: dict[str, Any]) -> Finding:
-    loaded = answer["nccl"]
-    wanted = f"{library}, build-id {binaries.build_id(library)}"
-    if len(loaded) > 1:
-        return failed(f"{len(loaded)} NCCLs in one process: {', '.join(loaded)}", _PRELOAD, wanted)
-    if not loaded:
-        return failed("no NCCL is loaded", _PRELOAD, wanted)
-    if binaries.build_id(loaded[0]) != binaries.build_id(library):
-        return failed(f"{loaded[0]}, build-id {binaries.build_id(loaded[0])}", _PRELOAD, wanted)
+    bound, wanted = answer["nccl_bound"], f"{library}, build-id {binaries.build_id(library)}"
+    if not bound:
+        mapped = ", ".join(answer["nccl"])
+        return failed(f"torch would take {mapped}" if mapped else "no NCCL is loaded", _PRELOAD, wanted)
+    if binaries.build_id(bound) != binaries.build_id(library):
+        return failed(f"{bound}, build-id {binaries.build_id(bound)}", _PRELOAD, wanted)
     version = _in_words(int(answer["nccl_version"]))
     if version != node.nccl_version.split("-")[0]:
         return failed(f"it says it is {version}", "run `sparkinstall run nccl`", node.nccl_version)
-    beside = " (torch is not installed in this rehearsal)" if node.partial else ""
-    return passed(f"{version}, {loaded[0]}, build-id {str(binaries.build_id(library))[:12]}{beside}", wanted)
+    return passed(f"{version}, {os.path.realpath(bound)}, build-id {_short_id(library)}{_beside(node, answer)}", wanted)
+
+
+def _short_id(library: Path) -> str:
+    return str(binaries.build_id(library))[:12]
+
+
+def _beside(node: Node, answer: dict[str, Any]) -> str:
+    """What a reader of the process's maps may wonder about."""
+    if node.partial:
+        return " (torch is not installed in this rehearsal)"
+    others = [path for path in answer["nccl"] if not os.path.samefile(path, answer["nccl_bound"])]
+    # torch from 2.11 opens the copy of its wheel by path as well; symbols are looked up in the preloaded one first.
+    return f"; mapped besides, bound by nobody: {', '.join(others)}" if others else ""
 
 
 _PRELOAD = "start with the env file: `source single-node.env` sets LD_PRELOAD, which alone decides"

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ SIDE_BY_SIDE = 2
 RANDOM_MOMENTS = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ground:
     """A root, how it was before, and how an undisturbed run leaves it."""
 
@@ -86,22 +86,16 @@ def go_on(ground: Ground, how: str) -> None:
     take_back(ground)
 
 
-def in_turns(grounds: "list[Ground]", moments: Iterable[str], job: Callable[[Ground, str], None]) -> None:
-    """Every moment on one of the grounds, as many at once as there are grounds."""
-    waiting = iter(list(moments))
+def both(moments: "dict[Ground, list[str]]", job: Callable[[Ground, str], None]) -> None:
+    """Each ground its moments, the grounds side by side."""
 
     def work(ground: Ground) -> None:
-        for moment in waiting_safely(waiting):
+        for moment in moments[ground]:
             job(ground, moment)
 
-    with ThreadPoolExecutor(len(grounds)) as pool:
-        for done in [pool.submit(work, ground) for ground in grounds]:
+    with ThreadPoolExecutor(len(moments)) as pool:
+        for done in [pool.submit(work, ground) for ground in moments]:
             done.result()
-
-
-def waiting_safely(moments: Iterator[str]) -> Iterator[str]:
-    while (moment := next(moments, None)) is not None:
-        yield moment
 
 
 @pytest.fixture(scope="module")
@@ -112,26 +106,129 @@ def grounds(tmp_path_factory: pytest.TempPathFactory) -> list[Ground]:
 
 
 def test_killed_at_every_line_of_the_journal_it_goes_on(grounds: list[Ground]) -> None:
-    for ground in grounds:
-        assert ground.lines > 6
-
     def job(ground: Ground, moment: str) -> None:
         killed = ground.node.all(through=DYING, DYING_AT=moment)
         assert killed.returncode == -signal.SIGKILL, f"{moment}\n{said(killed)}"
         go_on(ground, moment)
 
-    for ground in grounds:
-        moments = [f"{when}:{n}" for n in range(1, ground.lines + 1) for when in ("before", "after")]
-        moments.append(f"torn:{ground.lines // 2 + 1}")
-        half = [ground]
-        in_turns(half, moments, job)
+    bare, furnished = grounds
+    assert bare.lines > 6
+    before = [f"before:{n}" for n in range(1, bare.lines + 1)]
+    after = [f"after:{n}" for n in range(1, furnished.lines + 1)]
+    both({bare: before, furnished: [*after, f"torn:{furnished.lines // 2}"]}, job)
 
 
-def test_killed_at_every_line_and_taken_back_at_once(grounds: list[Ground]) -> None:
+def test_killed_and_taken_back_at_once(grounds: list[Ground]) -> None:
     def job(ground: Ground, moment: str) -> None:
         killed = ground.node.all(through=DYING, DYING_AT=moment)
         assert killed.returncode == -signal.SIGKILL, f"{moment}\n{said(killed)}"
         take_back(ground)
 
-    for ground in grounds:
-        in_turns([ground], [f"after:{n}" for n in range(1, ground.lines + 1)], job)
+    both({ground: ["after:1", "after:3", f"after:{ground.lines - 1}"] for ground in grounds}, job)
+
+
+def test_killed_at_random_moments_it_goes_on_and_no_program_of_it_is_left(grounds: list[Ground]) -> None:
+    seed = int(os.environ.get("RANDOM_MOMENTS_SEED", time.time_ns() % 10**6))
+    chance = random.Random(seed)
+
+    def job(ground: Ground, moment: str) -> None:
+        run = ground.node.start()
+        time.sleep(float(moment) * ground.seconds)
+        run.kill()
+        run.communicate()
+        go_on(ground, f"RANDOM_MOMENTS_SEED={seed}, {moment}")
+        assert not programs_of(ground)
+
+    moments = [f"{chance.uniform(0.1, 0.95):.3f}" for _ in range(RANDOM_MOMENTS)]
+    both({ground: moments[number::SIDE_BY_SIDE] for number, ground in enumerate(grounds)}, job)
+
+
+def programs_of(ground: Ground) -> list[str]:
+    """Command lines of what still runs with the root in its arguments."""
+    found = []
+    for line in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = line.read_bytes()
+        except OSError:
+            continue
+        if f"{ground.node.root}/".encode() in words:
+            found.append(words.replace(b"\0", b" ").decode(errors="replace"))
+    return found
+
+
+def test_an_uninstall_that_is_killed_is_gone_on_with(grounds: list[Ground], tmp_path: Path) -> None:
+    def job(ground: Ground, moment: str) -> None:
+        assert ground.node.all().returncode == 0
+        killed = ground.node.uninstall(through=DYING, DYING_AT=f"touch:{moment}")
+        assert killed.returncode == -signal.SIGKILL, f"{moment}\n{said(killed)}"
+        take_back(ground)
+
+    counting = tmp_path / "touches"
+    assert grounds[0].node.all().returncode == 0
+    assert grounds[0].node.uninstall(through=DYING, DYING_COUNT=str(counting)).returncode == 0
+    touches = int(counting.read_text())
+    assert touches > 20
+    # Among the files, among the folders of the environment, and in the last moments of the state itself.
+    moments = [str(n) for n in (4, 8, 12, touches // 2, touches - 6, touches - 1)]
+    both({ground: moments[number::SIDE_BY_SIDE] for number, ground in enumerate(grounds)}, job)
+
+
+LINGERING = """
+import os, signal, sys
+from pathlib import Path
+from sparkinstall.events import silent
+from sparkinstall.plans.journaled import JournaledSystem
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.system.local import LocalSystem
+
+system = LocalSystem(sys.argv[1])
+state = StateFolder(system)
+with state.hold("all", silent) as run:
+    on = JournaledSystem(system, state.journal(run), "long", state.logs(run) / "long.log", silent)
+    on.run("sh", "-c", "sleep 1000 & sleep 1000 & echo $$ > $0; wait", sys.argv[2])
+"""
+
+
+def test_what_a_killed_run_left_running_is_ended_by_the_next(tmp_path: Path) -> None:
+    root, said_pid = tmp_path / "node", tmp_path / "pid"
+    run = subprocess.Popen([sys.executable, "-c", LINGERING, str(root), str(said_pid)], cwd=CHECKOUT, env=environment())
+    while not said_pid.exists() or not said_pid.read_text():
+        assert run.poll() is None
+        time.sleep(0.05)
+    shell = int(said_pid.read_text())
+    left = processes_of_session(shell)
+    run.kill()
+    run.wait()
+    assert len(left) == 3 and left == processes_of_session(shell), "they outlive the run: that is what is tested"
+    done = Rehearsal(root).uninstall()
+    assert done.returncode == 0, said(done)
+    assert not processes_of_session(shell)
+    assert not root.exists()
+
+
+def processes_of_session(leader: int) -> set[int]:
+    """Living processes of a session, zombies left out."""
+    rows = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(leader)], capture_output=True, text=True).stdout
+    return {int(row.split()[0]) for row in rows.splitlines() if not row.split()[1].startswith("Z")}
+
+
+def test_only_marked_programs_are_ended() -> None:
+    other = subprocess.Popen(["sleep", "1000"], env=environment(**{processes.RUN_MARK: "another"}))
+    mine = subprocess.Popen(["sleep", "1000"], env=environment(**{processes.RUN_MARK: "this"}))
+    try:
+        assert processes.end_leftovers("this") == 1
+        assert mine.wait(5) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_the_journal_of_a_killed_run_says_what_was_done(grounds: list[Ground]) -> None:
+    node = grounds[0].node
+    killed = node.all(through=DYING, DYING_AT=f"torn:{grounds[0].lines}")
+    assert killed.returncode == -signal.SIGKILL
+    whole, _, rest = node.journal.read_bytes().rpartition(b"\n")
+    assert rest and len(whole.splitlines()) == grounds[0].lines - 1
+    assert [json.loads(line)["n"] for line in whole.splitlines()] == list(range(1, grounds[0].lines))
+    go_on(grounds[0], "torn")
