@@ -74,7 +74,7 @@ class StateFolder:
 
     def _lock(self, emit: Emit) -> IO[str]:
         while True:
-            with _in_words(f"making {self.home}"):
+            with _in_words(f"making {self.home}"), self._alone():
                 self._make()
                 handle = open(self.home / "lock", "a+")  # noqa: SIM115 - held as long as the run
             try:
@@ -100,23 +100,9 @@ class StateFolder:
             emit(WaitedFor("the programs of a killed run; they were still running and have been ended"))
 
     def _make(self) -> None:
-        with self._making():
-            self._sweep()
-            if not self.exists:
-                self._make_what_is_missing()
-
-    @contextmanager
-    def _making(self) -> Iterator[None]:
-        """Two first runs at once would take each other's half-made folders for a killed run's."""
-        nearest = next(p for p in (self.home, *self.home.parents) if p.is_dir())
-        folder = os.open(nearest, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(folder)
-
-    def _make_what_is_missing(self) -> None:
+        self._sweep()
+        if self.exists:
+            return
         missing = [p for p in (self.home, *self.home.parents) if not p.exists()]
         if not missing:
             self._begin(self.home, [])
@@ -143,8 +129,18 @@ class StateFolder:
 
     def sweep(self) -> None:
         """Remove what a killed run left of a state that was being made or removed."""
-        with _in_words(f"looking at {self.home}"), self._making():
+        with _in_words(f"looking at {self.home}"), self._alone():
             self._sweep()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two runs that begin at once would take each other's half-made folders for a killed run's."""
+        folder = os.open(Path(self.system.root).parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def _sweep(self) -> None:
         for top in (self.home, *self.home.parents):
@@ -170,7 +166,7 @@ class StateFolder:
                 break
             top = folder
         try:
-            with _in_words(f"removing {top}", but=PermissionError):
+            with _in_words(f"removing {top}", but=PermissionError), self._alone():
                 top.rename(leftover(top))
         except PermissionError:
             self.system.remove_tree(FOLDER)

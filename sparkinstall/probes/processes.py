@@ -35,7 +35,7 @@ with contextlib.redirect_stdout(text):
         address = ""
 maps = sorted({line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps") if "/libnccl" in line})
 class Found(ctypes.Structure):
-    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p), ("name", ctypes.c_char_p), ("at", ctypes.c_void_p)]
+    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p)] + [(n, ctypes.c_void_p) for n in ("name", "at")]
 version, found, everything = ctypes.c_int(), Found(), ctypes.CDLL(None)
 try:
     everything.ncclGetVersion(ctypes.byref(version))

@@ -11,6 +11,7 @@ from sparkinstall.events import silent
 from sparkinstall.plans.journaled import JournaledSystem
 from sparkinstall.plans.state import StateFolder
 from sparkinstall.plans.uninstall import TakenBack, take_all_back
+from sparkinstall.system import Undo
 from sparkinstall.system.local import LocalSystem, staged
 from tests.support.rehearsals import (
     OLD,
@@ -23,6 +24,7 @@ from tests.support.rehearsals import (
     files_with_times,
     furnish,
     said,
+    sparkinstall,
     tree,
 )
 
@@ -79,24 +81,18 @@ def test_a_second_run_changes_nothing_at_all(tmp_path: Path) -> None:
     assert envelope(again)["data"]["changed"] is False
     assert tree(tmp_path, everything_with_times) == once
     for verb in ("plan", "verify", "status"):
-        run = Rehearsal(node.root).all() if verb == "all" else _verb(node, verb)
-        assert run in (0, 3), verb
+        looked = sparkinstall(verb, "--root", node.root)
+        assert looked.returncode == 0, said(looked)
     assert tree(tmp_path, everything_with_times) == once, "looking must not touch"
     kept = node.root / "opt/sparkinstall/env/single-node.env"
     kept.write_bytes(kept.read_bytes() + b"export MINE=1\n")
     first = envelope(node.uninstall("--json"))
     assert first["exit_code"] == 0
-    assert [t["subject"] for t in first["data"]["touches"] if t["outcome"] == "kept"][0] == f"{ENV}/single-node.env"
+    assert next(t["subject"] for t in first["data"]["touches"] if t["outcome"] == "kept") == f"{ENV}/single-node.env"
     assert kept.read_bytes().endswith(b"export MINE=1\n")
     kept.unlink()
     assert node.uninstall().returncode == 0
     assert list(tmp_path.iterdir()) == [], "a second uninstall finishes what the first had to keep"
-
-
-def _verb(node: Rehearsal, verb: str) -> int:
-    from tests.support.rehearsals import sparkinstall
-
-    return sparkinstall(verb, "--root", node.root).returncode
 
 
 def test_files_links_and_folders_come_back_with_mode_owner_and_time(root: Path) -> None:
@@ -229,11 +225,9 @@ def test_only_what_was_claimed_can_be_cleared(root: Path) -> None:
 
 
 def test_a_record_that_nobody_can_take_back_is_told_and_stays(root: Path) -> None:
-    from sparkinstall.system import Undo
-
     touched(root, ("promise", Undo("moon", "/x", {}, {})), ("promise", Undo("path", "/y", {}, {})))
     results = taken_back(root)
-    assert results["/x"].outcome == "failed" and results["/y"].outcome == "failed"
+    assert results["/x"].outcome == "failed" and results["/y"].outcome == "kept"
     assert [record.undo.kind for record in state_of(root).journal().records()][-2:] == ["moon", "path"]
 
 

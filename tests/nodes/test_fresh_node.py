@@ -51,6 +51,7 @@ def test_without_a_terminal_it_asks_for_yes(node: FreshNode, before: dict[str, s
     answer = sparkinstall(node, "all", *ignoring(), check=False)
     assert answer.returncode == 2
     assert "--yes" in answer.stderr
+    assert sparkinstall(node, "all", "--json", *ignoring(), check=False).returncode == 2
     assert node.tree_digest("/", exclude=NOT_COMPARED) == before
 
 

@@ -110,9 +110,14 @@ class Rehearsal:
         return {path: what for path, what in whole.items() if not path.startswith(tuple(hidden))}
 
 
-def tree(top: Path, times: Callable[[str], bool] = lambda kind: False) -> Tree:
+def tree(top: Path, times: Callable[[str], bool] | None = None) -> Tree:
     """Kind, mode, owner, target or content of all below `top`; the time too of those kinds that `times` names."""
-    return dict(sorted(_described(top, "", times)))
+    return dict(sorted(_described(top, "", times or no_times)))
+
+
+def no_times(kind: str) -> bool:
+    """For `tree`: two runs of the same thing are never at the same time."""
+    return not kind
 
 
 def files_with_times(kind: str) -> bool:

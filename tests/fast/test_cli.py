@@ -1,0 +1,101 @@
+"""The command line itself: help, version, completion, JSON, what is asked and what is not."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparkinstall import __version__
+from tests.support.rehearsals import CHECKOUT, envelope, environment, sparkinstall
+
+VERBS = ("all", "plan", "verify", "uninstall", "status", "run", "settings")
+
+
+def test_version_and_help_are_quiet_about_the_rest() -> None:
+    assert sparkinstall("--version").stdout == f"sparkinstall {__version__}\n"
+    text = sparkinstall("--help").stdout
+    assert all(verb in text for verb in VERBS)
+    assert "docs/exit-codes.md" in text
+
+
+@pytest.mark.parametrize("verb", [v for v in VERBS if v != "settings"])
+def test_every_verb_has_help_with_its_options(verb: str) -> None:
+    text = sparkinstall(verb, "--help").stdout
+    assert "--root" in text
+    assert "--json" in text
+
+
+def test_completion_is_there_for_the_shell() -> None:
+    shown = sparkinstall("--show-completion", "bash", SHELL="/bin/bash")
+    assert "_SPARKINSTALL_COMPLETE" in shown.stdout
+    words = sparkinstall(_SPARKINSTALL_COMPLETE="complete_bash", COMP_WORDS="sparkinstall un", COMP_CWORD="1")
+    assert "uninstall" in words.stdout
+
+
+def test_version_does_not_wait_for_typer() -> None:
+    look = "import sys; from sparkinstall.__main__ import main; main(); print('typer' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", look, "--version"], env=environment(), capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("False\n")
+
+
+@pytest.mark.parametrize("verb", [["plan"], ["status"], ["verify"], ["settings", "show"], ["uninstall"]])
+def test_json_is_one_object_for_every_verb(verb: list[str], tmp_path: Path) -> None:
+    answer = envelope(sparkinstall(*verb, "--json", "--root", tmp_path / "node"))
+    assert answer["version"] == 1
+    assert answer["command"] == " ".join(verb)
+    assert not (tmp_path / "node").exists()
+
+
+def test_plan_tells_by_its_exit_code_when_asked(tmp_path: Path) -> None:
+    assert sparkinstall("plan", "--root", tmp_path / "node").returncode == 0
+    assert sparkinstall("plan", "--root", tmp_path / "node", "--detailed-exitcode").returncode == 3
+
+
+def test_settings_say_where_they_come_from(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("nccl:\n  jobs: 3\n")
+    options = ("--root", tmp_path / "node", "--config", config, "--set", "nccl.arch=90")
+    rows = envelope(sparkinstall("settings", "show", "--json", *options))["data"]["settings"]
+    assert rows["nccl.jobs"] == {"value": 3, "source": str(config)}
+    assert rows["nccl.arch"] == {"value": "90", "source": "the command line"}
+    assert rows["prefix"]["source"] == "default"
+
+
+def test_a_terminal_gets_colour_and_a_pipe_does_not(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "sparkinstall", "plan", "--root", str(tmp_path / "node")]
+    primary, secondary = pty.openpty()
+    with subprocess.Popen(argv, cwd=CHECKOUT, env=environment(TERM="xterm-256color"), stdout=secondary) as process:
+        os.close(secondary)
+        seen = b""
+        while chunk := _read(primary):
+            seen += chunk
+    os.close(primary)
+    assert process.returncode == 0
+    assert b"\x1b[" in seen
+    assert "\x1b[" not in sparkinstall("plan", "--root", tmp_path / "node").stdout
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:  # a terminal whose other side is closed answers with EIO
+        return b""
+
+
+def test_output_that_nobody_reads_is_no_crash(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m sparkinstall plan -v --root {tmp_path}/node | head -n 1"
+    done = subprocess.run(["bash", "-c", command], env=environment(), cwd=CHECKOUT, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_the_envelope_is_valid_when_everything_is_wrong(tmp_path: Path) -> None:
+    answer = json.loads(sparkinstall("all", "--json", "--root", tmp_path / "a" / "b").stdout)
+    assert answer["status"] == "usage"
+    assert answer["errors"][0]["code"] == "usage"

@@ -1,0 +1,359 @@
+"""The documents say what the code does: names, codes, options, links and settings are compared with it."""
+
+import json
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import typer
+
+from sparkinstall import __version__, errors, stacks
+from sparkinstall.cli import envelope
+from sparkinstall.cli.app import app
+from sparkinstall.config import Config, build, read_layer, settings
+from sparkinstall.errors import Exit, Problem
+from sparkinstall.node import Node
+from sparkinstall.plans import catalogue, engine, fixes, uninstall
+from sparkinstall.probes import Verdict
+from sparkinstall.probes.host import preflight
+from sparkinstall.resources import State
+from tools import config_reference
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("patches/*.md")])
+NODE = Node(
+    config=Config(),
+    stack=stacks.load(stacks.DEFAULT),
+    platform="aarch64",
+    machine="aarch64",
+    rehearsal=False,
+    full=False,
+    home="/nowhere",
+    cache=Path("/nowhere"),
+)
+
+
+def page(name: str) -> str:
+    return (REPOSITORY / name).read_text(encoding="utf-8")
+
+
+def section(name: str, heading: str) -> str:
+    """What stands under a heading, up to the next of its level."""
+    level = heading.split(" ")[0]
+    return re.split(rf"^{re.escape(heading)}$", page(name), flags=re.M)[1].partition(f"\n{level} ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of the table rows whose first cell is a name or a number."""
+    lines = re.findall(r"^\| (`[^`]+`|\d+) \|(.*)\|$", text, re.MULTILINE)
+    return [[first.strip("`"), *(cell.strip() for cell in rest.split("|"))] for first, rest in lines]
+
+
+def words(name: str, heading: str) -> set[str]:
+    return {row[0] for row in rows(section(name, heading))}
+
+
+# --- settings
+
+
+def test_the_reference_of_the_settings_is_what_the_tool_makes() -> None:
+    assert page("docs/config.md") == config_reference.reference(), "PYTHONPATH=. python tools/config_reference.py"
+
+
+def test_check_tells_a_stale_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(config_reference, "REFERENCE", tmp_path / "config.md")
+    assert config_reference.main(["--check"]) == 1
+    assert "stale" in capsys.readouterr().err
+    assert not (tmp_path / "config.md").exists()
+    assert config_reference.main([]) == 0
+    assert config_reference.main(["--check"]) == 0
+
+
+def test_the_example_says_every_default_aloud(tmp_path: Path) -> None:
+    path = tmp_path / "sparkinstall.yaml"
+    path.write_text(config_reference.example())
+    layer = read_layer(path)
+    assert list(layer.values) == [setting.name for setting in settings()]
+    assert build([layer])[0] == Config()
+
+
+def test_the_rule_of_a_setting_is_in_its_own_words() -> None:
+    takes = {setting.name: config_reference.takes(setting) for setting in settings()}
+    assert takes["fp8.fallback"] == "one of auto, on, off"
+    assert takes["cluster.ray_port"] == "a port from 1 to 65535"
+    assert takes["nccl.sha256"] == "64 hexadecimal digits, or null"
+    assert takes["packages.extra"] == "a list; each a Debian package name"
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", "".join(map(page, ["README.md"])), re.DOTALL))
+def test_the_settings_in_the_readme_are_good(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "sparkinstall.yaml"
+    path.write_text(text)
+    build([read_layer(path)])
+
+
+# --- words and codes
+
+
+def test_exit_codes() -> None:
+    documented = {int(code): status.strip("`") for code, status, _ in rows(page("docs/exit-codes.md"))[: len(Exit)]}
+    assert documented == {int(code): envelope._STATUS[code] for code in Exit}
+
+
+def test_exit_codes_of_each_verb() -> None:
+    documented = words("docs/exit-codes.md", "## Which verb gives which")
+    verbs = set(re.findall(r"`([a-z ]+)`", section("docs/exit-codes.md", "## Which verb gives which")))
+    assert documented <= set(VERBS) | {"all`, `run"} or verbs >= set(VERBS)
+    assert set(VERBS) <= verbs
+
+
+def kinds_of(kind: type[Problem]) -> Iterator[type[Problem]]:
+    yield kind
+    for each in kind.__subclasses__():
+        yield from kinds_of(each)
+
+
+def test_error_codes() -> None:
+    documented = {code: int(number) for code, number, _ in rows(section("docs/json.md", "## Error codes"))}
+    ours = [kind for kind in kinds_of(Problem) if kind.__module__ == errors.__name__]
+    assert documented == {kind.code: int(kind.exit_code) for kind in ours}
+
+
+def test_words_of_the_json() -> None:
+    text = section("docs/json.md", "## Words in `data`")
+    documented = {row[0] for row in rows(text)}
+    states = {kind.__name__.lower() for kind in get_args(State)}
+    assert documented == set(get_args(engine.Outcome)) | states
+    for word in (*get_args(Verdict), *get_args(fixes.Standing)):
+        assert f"`{word}`" in text, word
+
+
+@pytest.mark.parametrize("kind", get_args(State), ids=lambda kind: str(kind.__name__))
+def test_fields_of_a_state(kind: Any) -> None:
+    (text,) = [row[1] for row in rows(section("docs/json.md", "## Words in `data`")) if row[0] == kind.__name__.lower()]
+    assert set(re.findall(r"`(\w+)`", text)) == set(kind.__dataclass_fields__)
+
+
+def test_outcomes_of_an_uninstall() -> None:
+    (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "uninstall"]
+    outcomes = get_args(uninstall.TakenBack.__annotations__["outcome"])
+    assert {"touches", "subject", "outcome", "note", *outcomes} == set(re.findall(r"`(\w+)`", text))
+
+
+def test_standing_words() -> None:
+    assert words("docs/checks.md", "## How the eight fixes stand") == set(get_args(fixes.Standing))
+
+
+def test_the_envelope_in_the_docs_has_the_fields_of_a_real_one() -> None:
+    shown = json.loads(re.findall(r"```json\n(.*?)```", page("docs/json.md"), re.DOTALL)[0])
+    real = json.loads(envelope.envelope("plan", Exit.USAGE, {}, [errors.BadConfig("x")]))
+    assert shown.keys() == real.keys()
+    assert shown["errors"][0].keys() == real["errors"][0].keys()
+    assert shown["version"] == envelope.VERSION
+
+
+@pytest.mark.parametrize("text", re.findall(r"```json\n(.*?)```", page("docs/json.md"), re.DOTALL))
+def test_every_example_is_json(text: str) -> None:
+    json.loads(text)
+
+
+# --- checks, probes, steps, fixes, stacks
+
+
+def test_preflight_checks() -> None:
+    documented = {row[0]: row[1] for row in rows(section("docs/checks.md", "## Preflight checks"))}
+    assert documented == {probe.name: probe.title for probe in preflight(NODE)}
+    assert words("docs/troubleshooting.md", "## Preflight") == set(documented)
+    assert f"{len(documented)} [checks]" in page("README.md")
+
+
+def test_probes() -> None:
+    documented = {row[0]: (row[1].strip("`"), row[2]) for row in rows(section("docs/checks.md", "## Probes"))}
+    real = {probe.name: (step.name, probe.title) for step in catalogue.STEPS for probe in step.probes(NODE)}
+    assert documented == real
+
+
+def test_steps_in_the_readme() -> None:
+    assert words("README.md", "## What it does to a node") == {step.name for step in catalogue.STEPS} | set("12345678")
+
+
+def test_the_eight_have_a_symptom_each() -> None:
+    numbers = re.findall(r"^### (\d)\. ", section("docs/troubleshooting.md", "## The eight symptoms"), re.MULTILINE)
+    assert numbers == [str(fix.number) for fix in fixes.EIGHT]
+
+
+def test_stacks_in_the_readme() -> None:
+    table = section("README.md", "## Stacks")
+    documented = {row[0]: row[1:6] for row in rows(table.replace(" (default)", ""))}
+    assert set(documented) == set(stacks.names())
+    assert f"`{stacks.DEFAULT}` (default)" in table
+    for name, (torch, triton, transformers, _, nccl) in documented.items():
+        stack = stacks.load(name)
+        assert (torch, triton, transformers) == tuple(map(stack.version_of, ("torch", "triton", "transformers")))
+        assert nccl == stack.nccl.version
+
+
+def test_what_is_recorded_at_the_first_install_is_said() -> None:
+    open_ones = {
+        (stack.name, platform.arch): platform.unhashed
+        for stack in map(stacks.load, stacks.names())
+        for platform in stack.platforms.values()
+        if platform.unhashed
+    }
+    assert open_ones == {("0.18.1", "aarch64"): ("vllm", "torchaudio")}
+    assert "**vllm and torchaudio, could not be known beforehand" in page("README.md")
+
+
+def test_the_version_has_its_changes() -> None:
+    assert tomllib.loads(page("pyproject.toml"))["project"]["version"] == __version__
+    assert f"## [{__version__}]" in page("CHANGELOG.md")
+
+
+# --- commands
+
+
+@cache
+def options_of() -> dict[str, set[str]]:
+    """Verb -> its options; "" -> those of the program itself."""
+    root: Any = typer.main.get_command(app)
+    return dict(_options("", root))
+
+
+def _options(name: str, command: Any) -> Iterator[tuple[str, set[str]]]:
+    said = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+    yield name, said | {"-h", "--help"}
+    for sub, inner in getattr(command, "commands", {}).items():
+        yield from _options(f"{name} {sub}".strip(), inner)
+
+
+VERBS = tuple(name for name in options_of() if name and name != "settings")
+
+
+@dataclass(frozen=True)
+class Said:
+    """A command line in a document."""
+
+    page: str
+    line: str
+
+    @property
+    def tokens(self) -> list[str]:
+        return shlex.split(self.line.replace("...", ""), comments=True)
+
+
+def commands() -> Iterator[Said]:
+    """Every command line of ours: in code blocks, with or without a prompt, and between backticks."""
+    for path in PAGES:
+        name = str(path.relative_to(REPOSITORY))
+        blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+        for line in "".join(blocks).splitlines():
+            if match := re.match(r"\s*(?:\$ )?((?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) .*)", line):
+                yield Said(name, match[1])
+        prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for span in re.findall(r"`([^`\n]+)`", prose + "\n" + "\n".join(blocks)):
+            if re.match(r"(?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) ", span):
+                yield Said(name, span)
+
+
+SAID = sorted(set(commands()), key=lambda said: (said.page, said.line))
+
+
+def test_commands_are_found() -> None:
+    assert {"README.md", "CONTRIBUTING.md", "docs/troubleshooting.md"} <= {said.page for said in SAID}
+
+
+@pytest.mark.parametrize("said", SAID, ids=lambda said: f"{said.page}: {said.line}")
+def test_a_command_in_the_documents_exists(said: Said) -> None:
+    tokens = [token for token in said.tokens if not re.match(r"\w+=", token)]
+    program, *rest = tokens
+    verb = _verb(program, rest)
+    known = set(options_of()[verb])
+    if program == "./install.sh":
+        known |= set(re.findall(r"--[a-z-]+(?= *(?:\||\)|\]))", page("install.sh")))
+    for token in rest:
+        if token.startswith("-"):
+            assert token.split("=")[0] in known, f"{program} {verb} has no {token}"
+    _names_are_known(verb, rest)
+
+
+def _verb(program: str, rest: list[str]) -> str:
+    if program == "./install.sh":
+        return "all"
+    if rest[0].startswith("-"):
+        return ""
+    verb = " ".join(rest[:2]) if rest[0] == "settings" else rest[0]
+    assert verb in options_of(), f"there is no verb {verb}"
+    return verb
+
+
+def _names_are_known(verb: str, rest: list[str]) -> None:
+    steps = {step.name for step in catalogue.STEPS} | {"STEP", "watchdog"}
+    checks = {probe.name for probe in preflight(NODE)} | {"CHECK", "NAME"}
+    shipped = {*stacks.names(), "NAME", "0.99"}
+    for option, value in zip(rest, rest[1:], strict=False):
+        if option in ("--only", "--skip"):
+            assert value in steps
+        if option == "--ignore":
+            assert value in checks
+        if option == "--stack":
+            assert value in shipped or value.endswith(".yaml")
+        if option == "--set" and value != "KEY=VALUE":
+            assert value.split("=")[0] in {setting.name for setting in settings()}
+    if verb == "run":
+        assert rest[1:2] == [] or rest[1] in steps
+
+
+def test_options_in_the_readme_are_all_there_are() -> None:
+    table = section("README.md", "## Verbs and options") + section("README.md", "## Rehearsal")
+    said = set(re.findall(r"`(?:-\w`, `)?(--[a-z-]+)", table))
+    real = {option for options in options_of().values() for option in options if option.startswith("--")}
+    assert real - said == {"--help", "--version", "--show-completion", "--partial"}
+
+
+# --- links and what must not stand there
+
+
+def links() -> Iterator[tuple[Path, str]]:
+    for path in PAGES:
+        prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose):
+            if not target.startswith(("http://", "https://", "mailto:")):
+                yield path, target
+
+
+def anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    ("path", "target"), [pytest.param(p, t, id=f"{p.name} -> {t}") for p, t in sorted(set(links()))]
+)
+def test_a_link_leads_somewhere(path: Path, target: str) -> None:
+    file, _, anchor = target.partition("#")
+    there = (path.parent / file).resolve() if file else path
+    assert there.is_relative_to(REPOSITORY)
+    assert there.exists()
+    assert not anchor or anchor in anchors(there)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.name))
+def test_no_page_names_somebodys_machine(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert not re.findall(r"/home/\w+|/root\b|/Users/\w+|/work/|/tmp/\w+|/\.pyenv|[A-Za-z]:\\", text)
+    assert not re.findall(r"\bSERIAL_NUMBER=\S+|\bhf_[A-Za-z0-9]{20,}", text)
+    assert "\t" not in text
+    assert not re.findall(r" +$", text, re.MULTILINE)
+    assert not [line for line in text.splitlines() if len(line) > 160 and not line.startswith(("|", "{"))]
+
+
+def test_the_speed_has_its_place() -> None:
+    assert "<!-- benchmarks -->" in section("README.md", "## Speed")

@@ -1,0 +1,235 @@
+"""The journal: what is in it is whole and in order, or the error says which line and nothing is touched."""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from sparkinstall.errors import Busy, JournalDamaged, Storage
+from sparkinstall.events import Event, silent
+from sparkinstall.plans.journal import Journal
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.system import Undo
+from sparkinstall.system.local import LocalSystem
+from tests.support.rehearsals import CHECKOUT, Rehearsal, envelope, environment, everything_with_times, tree
+
+UNDO = Undo("path", "/x", {"kind": "absent"}, {"kind": "file", "sha256": "0", "mode": 420})
+
+
+def state_of(root: Path) -> StateFolder:
+    return StateFolder(LocalSystem(str(root)))
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Journal:
+    made = Journal(tmp_path, "run")
+    for _ in range(3):
+        made.add("step", UNDO)
+    return made
+
+
+def lines(journal: Journal) -> list[bytes]:
+    return journal.path.read_bytes().splitlines(keepends=True)
+
+
+def test_a_record_comes_back_as_it_was(journal: Journal) -> None:
+    records = Journal(journal.home).records()
+    assert [record.n for record in records] == [1, 2, 3]
+    assert records[0].undo == UNDO and records[0].run == "run" and records[0].step == "step"
+
+
+def test_an_unfinished_last_line_does_not_count_and_goes(journal: Journal) -> None:
+    whole = journal.path.read_bytes()
+    journal.path.write_bytes(whole + b'{"at": "2026-')
+    again = Journal(journal.home, "second")
+    assert len(again.records()) == 3
+    again.add("step", UNDO)
+    assert journal.path.read_bytes().startswith(whole)
+    assert [record.n for record in Journal(journal.home).records()] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"null",
+        b"\x00\xff",
+        b'{"v": 1}',
+        b'{"v": 2, "n": 1}',
+        b'{"v": 1, "n": "1", "at": "", "run": "", "step": "", "undo": UNDO}',
+        b'{"v": 1, "n": 1, "at": "", "run": 7, "step": "", "undo": UNDO}',
+        b'{"v": 1, "n": 1, "at": "", "run": "", "step": "", "undo": {"kind": "path"}}',
+        b'{"v": 1, "n": 1, "at": "", "run": "", "step": "", "undo": UNDO, "undo": 5}',
+        b"[" * 100_000,
+    ],
+    ids=range(12),
+)
+def test_a_damaged_line_is_named_and_nothing_is_changed(journal: Journal, damage: bytes) -> None:
+    undo = json.dumps({"kind": "path", "subject": "/x", "before": {}, "after": {}}).encode()
+    first, _, third = lines(journal)
+    journal.path.write_bytes(first + damage.replace(b"UNDO", undo) + b"\n" + third)
+    content = journal.path.read_bytes()
+    damaged = Journal(journal.home, "second")
+    with pytest.raises(JournalDamaged, match="line 2 "):
+        damaged.records()
+    with pytest.raises(JournalDamaged, match="line 2 "):
+        damaged.add("step", UNDO)
+    assert journal.path.read_bytes() == content
+
+
+@pytest.mark.parametrize("verb", ["all", "uninstall", "status"])
+def test_every_verb_stops_at_a_damaged_line(tmp_path: Path, verb: str) -> None:
+    root = tmp_path / "node"
+    with state_of(root).hold("all", silent) as run:
+        state_of(root).journal(run).add("step", UNDO)
+    with open(root / "var/lib/sparkinstall/journal.jsonl", "a") as out:
+        out.write("rubbish\n")
+    first = tree(tmp_path, everything_with_times)
+    node = Rehearsal(root)
+    run_ = {
+        "all": lambda: node.all("--json", "--only", "env-files"),
+        "uninstall": lambda: node.uninstall("--json"),
+        "status": lambda: _status(root),
+    }[verb]()
+    said = envelope(run_)
+    if verb != "all":
+        assert (said["exit_code"], said["errors"][0]["code"]) == (1, "journal")
+        assert "line 5 " in said["errors"][0]["what"] and said["errors"][0]["mend"]
+        assert tree(tmp_path, everything_with_times) == first
+
+
+def _status(root: Path) -> "subprocess.CompletedProcess[str]":
+    from tests.support.rehearsals import sparkinstall
+
+    return sparkinstall("status", "--root", root, "--json")
+
+
+def test_numbers_go_on_from_the_last_one_that_was_kept(journal: Journal) -> None:
+    journal.rewrite([record for record in journal.records() if record.n == 3])
+    journal.add("step", UNDO)
+    assert [record.n for record in Journal(journal.home).records()] == [3, 4]
+
+
+def test_many_threads_write_whole_lines_in_one_order(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "run")
+    threads = [threading.Thread(target=lambda: [journal.add("step", UNDO) for _ in range(20)]) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [record.n for record in Journal(tmp_path).records()] == list(range(1, 161))
+
+
+def test_an_original_is_kept_once_for_its_owner_alone_and_checked_when_it_is_taken(journal: Journal) -> None:
+    name = journal.keep(b"precious")
+    assert journal.keep(b"precious") == name
+    kept = journal.home / "originals" / name
+    assert kept.stat().st_mode & 0o777 == 0o600
+    assert journal.original(name) == b"precious"
+    kept.write_bytes(b"precious?")
+    assert journal.keep(b"precious") == name and journal.original(name) == b"precious"
+    kept.write_bytes(b"preciouz")
+    with pytest.raises(JournalDamaged, match="gone or damaged"):
+        journal.original(name)
+
+
+def test_a_clock_that_jumps_back_does_not_change_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path, "run")
+    for year in (2026, 1971, 2030):
+        monkeypatch.setattr("time.gmtime", lambda year=year: (year, 1, 1, 0, 0, 0, 0, 1, 0))
+        journal.add("step", UNDO)
+    records = Journal(tmp_path).records()
+    assert [record.at[:4] for record in records] == ["2026", "1971", "2030"]
+    assert [record.n for record in records] == [1, 2, 3]
+
+
+# --- the folder around it, and its lock
+
+
+def test_the_folders_around_the_state_go_with_it(tmp_path: Path) -> None:
+    from sparkinstall.plans.uninstall import take_all_back
+
+    with state_of(tmp_path / "node").hold("all", silent):
+        pass
+    take_all_back(state_of(tmp_path / "node"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_run_is_told_who_is_at_work(tmp_path: Path) -> None:
+    state = state_of(tmp_path / "node")
+    with (
+        state.hold("all", silent),
+        pytest.raises(Busy, match=r"`all`, pid \d+, since \d\d:\d\d:\d\d"),
+        state_of(tmp_path / "node").hold("uninstall", silent),
+    ):
+        pass
+    with state.hold("uninstall", silent):
+        pass
+
+
+HOLD_ONCE = """
+import sys
+from sparkinstall.errors import Busy
+from sparkinstall.events import silent
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.plans.uninstall import take_all_back
+from sparkinstall.system.local import LocalSystem
+
+state = StateFolder(LocalSystem(sys.argv[1]))
+for _ in range(60):
+    try:
+        with state.hold("all", silent) as run:
+            state.journal(run).records()
+        take_all_back(state)
+    except Busy:
+        pass
+"""
+
+
+def test_runs_that_begin_and_uninstalls_that_end_at_the_same_time_do_not_meet(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLD_ONCE, str(tmp_path / "node")]
+    runs = [
+        subprocess.Popen(command, cwd=CHECKOUT, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    errors = [run.communicate(timeout=120)[1] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(errors)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("rubbish", ["", "null", "[]", '{"run": 5}', '{"run": "none", "pid": "x"}', "\x00"])
+def test_rubbish_in_the_lock_file_stops_nobody(tmp_path: Path, rubbish: str) -> None:
+    state = state_of(tmp_path / "node")
+    with state.hold("all", silent):
+        pass
+    (state.home / "lock").write_text(rubbish)
+    events: list[Event] = []
+    with state.hold("all", events.append):
+        pass
+    assert events == []
+
+
+@pytest.mark.parametrize(
+    "rubbish", ["5", '{"settings": 5, "stack": 7, "config": {}}', '{"settings": [1]}', "{", "\x00"]
+)
+def test_rubbish_in_the_remembered_options_is_left_out(tmp_path: Path, rubbish: str) -> None:
+    state = state_of(tmp_path / "node")
+    with state.hold("all", silent):
+        (state.home / "options.json").write_text(rubbish)
+        assert state.options() == {}
+        state.remember_options({"full": True, "settings": ["a=b"]})
+    assert state.options() == {"full": True, "settings": ["a=b"]}
+
+
+def test_a_state_that_cannot_be_begun_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "_append", full)
+    with pytest.raises(Storage, match="the disk is full"), state_of(tmp_path / "node").hold("all", silent):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,135 @@
+"""Rehearsals on vLLM's real wheels: what each stack needs is found out, done, and undone when asked otherwise."""
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.rehearsals import Rehearsal, envelope, sparkinstall
+
+pytestmark = pytest.mark.network
+W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
+    """Stack 0.18.1: CUTLASS code for sm_120a only."""
+    rehearsal = Rehearsal(tmp_path_factory.mktemp("old") / "node")
+    assert rehearsal.all().returncode == 0
+    return rehearsal
+
+
+@pytest.fixture(scope="module")
+def spark(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
+    """Stack 0.22.1 with the wheels that a Spark would get."""
+    options = ("--stack", "0.22.1", "--platform", "aarch64")
+    rehearsal = Rehearsal(tmp_path_factory.mktemp("spark") / "node", options)
+    assert rehearsal.all().returncode == 0
+    return rehearsal
+
+
+def _decision(rehearsal: Rehearsal) -> dict[str, Any]:
+    return dict(json.loads((rehearsal.root / "opt/sparkinstall/fp8.json").read_text()))
+
+
+def _file(rehearsal: Rehearsal) -> str:
+    (path,) = rehearsal.root.glob(f"opt/sparkinstall/venv/lib/python3.*/site-packages/{W8A8}")
+    return path.read_text()
+
+
+def _env(rehearsal: Rehearsal, name: str = "single-node") -> str:
+    return (rehearsal.root / f"opt/sparkinstall/env/{name}.env").read_text()
+
+
+def test_code_for_another_chip_turns_the_fallback_on(old: Rehearsal) -> None:
+    decision = _decision(old)
+    assert (decision["fallback"], decision["how"]) == (True, "code")
+    assert "CUTLASS_FP8_SUPPORTED = False" in _file(old)
+    assert 'VLLM_DISABLED_KERNELS="CutlassFP8ScaledMMLinearKernel"' in _env(old)
+
+
+def test_code_for_the_family_leaves_cutlass_alone(spark: Rehearsal) -> None:
+    decision = _decision(spark)
+    assert decision["fallback"] is False
+    assert "sm_120f" in decision["why"]
+    assert "CUTLASS_FP8_SUPPORTED = cutlass_fp8_supported()" in _file(spark)
+    assert "VLLM_DISABLED_KERNELS" not in _env(spark)
+
+
+def test_the_wheel_is_the_one_of_a_spark(spark: Rehearsal) -> None:
+    (extension,) = spark.root.glob("opt/sparkinstall/venv/lib/python3.*/site-packages/vllm/_C.abi3.so")
+    from sparkinstall.binaries import machine
+
+    assert machine(extension) == "aarch64"
+
+
+def test_on_and_off_overrule_and_the_file_follows(spark: Rehearsal) -> None:
+    before = _file(spark)
+    assert spark.all("--set", "fp8.fallback=on").returncode == 0
+    assert "sparkinstall fix 5" in _file(spark)
+    assert "VLLM_DISABLED_KERNELS" in _env(spark)
+    assert spark.all("--set", "fp8.fallback=auto").returncode == 0
+    assert _file(spark) == before
+
+
+def test_a_half_patched_file_is_an_error_that_names_it_and_changes_nothing(old: Rehearsal) -> None:
+    (path,) = old.root.glob(f"opt/sparkinstall/venv/lib/python3.*/site-packages/{W8A8}")
+    whole = path.read_text()
+    half = whole.replace("CUTLASS_FP8_SUPPORTED = False", "CUTLASS_FP8_SUPPORTED = True")
+    path.write_text(half)
+    answer = envelope(old.all("--json"))
+    assert answer["exit_code"] == 1
+    assert W8A8 in answer["errors"][0]["what"]
+    assert "sha256" in answer["errors"][0]["what"]
+    assert "run environment --fresh" in answer["errors"][0]["mend"]
+    assert path.read_text() == half
+    fresh = sparkinstall("run", "environment", "fp8", "--fresh", "--root", old.root)
+    assert fresh.returncode == 0, fresh.stderr
+    assert path.read_text() == whole
+
+
+def test_verify_is_good_and_says_what_it_could_not_see(old: Rehearsal) -> None:
+    answer = envelope(sparkinstall("verify", "--json", "--root", old.root))
+    verdicts = {probe["name"]: probe["verdict"] for probe in answer["data"]["probes"]}
+    assert answer["exit_code"] == 0
+    assert verdicts["wheel-gate"] == "pass"
+    assert verdicts["imports"] == "skip"
+
+
+def test_the_eight_fixes_are_told_truthfully(old: Rehearsal) -> None:
+    answer = envelope(sparkinstall("status", "--json", "--root", old.root))
+    standing = {fix["number"]: fix["standing"] for fix in answer["data"]["fixes"]}
+    assert standing[2] == "not here"
+    assert standing[6] == "left"
+    assert "proven" not in standing.values()
+
+
+@pytest.mark.parametrize("shell", ["bash", "dash"])
+@pytest.mark.parametrize("name", ["single-node", "multi-node-head", "multi-node-worker"])
+def test_the_env_files_can_be_sourced(old: Rehearsal, shell: str, name: str) -> None:
+    path = old.root / f"opt/sparkinstall/env/{name}.env"
+    script = f'. {shlex.quote(str(path))} && env && command -v vllm && echo "PATH:$PATH"'
+    done = subprocess.run([shell, "-euc", script], capture_output=True, text=True, check=True)
+    assert f"VIRTUAL_ENV={old.root}/opt/sparkinstall/venv" in done.stdout
+    assert "RAY_memory_usage_threshold=1.0" in done.stdout
+    assert f"{old.root}/opt/sparkinstall/venv/bin/vllm" in done.stdout
+    # A shell keeps the PATH that it had; systemd's line is not for it.
+    assert done.stdout.count("/opt/sparkinstall/venv/bin:") >= 1
+    assert "/usr/local/cuda/bin:/usr/local/sbin" not in done.stdout.split("PATH:")[-1]
+
+
+def test_no_env_file_holds_a_secret(tmp_path: Path) -> None:
+    rehearsal = Rehearsal(tmp_path / "node")
+    secret = "hf_" + "x1Y2z3" * 6
+    run = rehearsal.all(HF_TOKEN=secret, MY_PASSWORD="correct-horse-battery")
+    assert run.returncode == 0
+    everything = run.stdout + run.stderr
+    for path in (rehearsal.root / "opt/sparkinstall/env").iterdir():
+        everything += path.read_text()
+    for path in rehearsal.home.rglob("*"):
+        everything += path.read_text(errors="replace") if path.is_file() else ""
+    assert secret not in everything
+    assert "correct-horse-battery" not in everything
