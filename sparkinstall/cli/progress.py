@@ -103,6 +103,7 @@ class _Screen:
         """Print the last state for good, without what was only of the moment."""
         self._said = ""
         out.print(self._table())
+        out.print()
 
 
 def _row(name: str, running: _Running, spinner: Spinner) -> tuple[RenderableType, ...]:

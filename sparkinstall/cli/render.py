@@ -23,7 +23,7 @@ _SIGNS = {
     "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
     "unchanged": ("✓", "green"), "changed": ("✓", "green"), "left": ("·", "cyan"), "drift": ("+", "yellow"),
     "failed": ("✗", "red"), "held": ("·", "dim"), "proven": ("✓", "green"), "done": ("✓", "green"),
-    "open": ("+", "yellow"), "not here": ("·", "dim"),
+    "open": ("+", "yellow"), "not done": ("·", "dim"),
 }  # fmt: skip
 
 

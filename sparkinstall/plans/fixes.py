@@ -8,7 +8,7 @@ from sparkinstall.plans.engine import StepReport
 from sparkinstall.probes import Finding
 from sparkinstall.resources import LeftToNode
 
-Standing = Literal["proven", "done", "open", "left", "failed", "not here"]
+Standing = Literal["proven", "done", "open", "left", "failed", "not done"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def stand(reports: Sequence[StepReport], findings: Mapping[str, Finding]) -> lis
 
 def _state(fix: Fix, reports: Mapping[str, StepReport], findings: Mapping[str, Finding]) -> FixState:
     if not fix.steps:
-        return FixState(fix, "not here", fix.missing)
+        return FixState(fix, "not done", fix.missing)
     mine = [reports[name] for name in fix.steps if name in reports]
     if any(report.problem for report in mine):
         return FixState(fix, "failed", next(r.problem.what for r in mine if r.problem))

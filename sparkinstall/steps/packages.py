@@ -22,7 +22,6 @@ class SystemPackages:
         names = (
             python,
             f"{python}-dev",
-            f"{python}-venv",
             "build-essential",
             "git",
             *node.config.packages.extra,

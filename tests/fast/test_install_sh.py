@@ -78,13 +78,15 @@ def test_a_python_without_ensurepip_is_explained_in_a_rehearsal(tmp_path: Path) 
 
 @pytest.mark.network
 def test_it_installs_the_command_once_and_takes_it_back(tmp_path: Path) -> None:
-    home = {"HOME": str(tmp_path), "XDG_DATA_HOME": "", "XDG_BIN_HOME": ""}
-    assert _run("--tool-only", **home).returncode == 0
+    def run(*argv: str) -> int:
+        return _run(*argv, HOME=str(tmp_path), XDG_DATA_HOME="", XDG_BIN_HOME="").returncode
+
+    assert run("--tool-only") == 0
     command = tmp_path / ".local/bin/sparkinstall"
     assert "sparkinstall" in subprocess.run([str(command), "--version"], capture_output=True, text=True).stdout
     made = (tmp_path / ".local/share/sparkinstall/tool/made-from").stat().st_mtime_ns
-    assert _run("--tool-only", **home).returncode == 0
+    assert run("--tool-only") == 0
     assert (tmp_path / ".local/share/sparkinstall/tool/made-from").stat().st_mtime_ns == made
-    assert _run("--remove", **home).returncode == 0
+    assert run("--remove") == 0
     assert not command.exists()
     assert not (tmp_path / ".local/share/sparkinstall").exists()

@@ -1,0 +1,111 @@
+"""From nothing to an installed environment and a built NCCL, beside the same by hand: venv, pip, tar, make.
+
+Both have warm caches, the same lock, the same source, the same compiler and the same flags of make.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.environments import Environment
+from benchmarks.timing import Command
+from tests.support.cuda_toolkit import toolkit
+from tests.support.nccl_source import VERSION, tarball
+
+_STACK = "0.32.0"
+_FUNCTIONS = "AllReduce Sum f32 RING SIMPLE"
+_GENCODE = "-gencode=arch=compute_121,code=sm_121"
+
+
+@dataclass(frozen=True)
+class Fresh:
+    """Seconds. `by_hand` by step, in the order in which they are done, one after the other."""
+
+    whole: float
+    proofs: float
+    steps: Mapping[str, float]
+    by_hand: Mapping[str, float]
+    engine: Mapping[str, float]
+    full: bool
+
+    @property
+    def installing(self) -> float:
+        """What sparkinstall took without its proofs, which by hand nobody makes."""
+        return self.whole - self.proofs
+
+
+def measure(tool: Environment, work: Path, full: bool) -> Fresh:
+    """One run each: minutes long, so that a busy moment weighs little."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    lock = _warm_caches(tool, work, full)
+    engine, report = _ours(tool, work, full)
+    by_hand = _by_hand(tool, work / "by-hand", lock)
+    shutil.rmtree(work)
+    return Fresh(
+        whole=engine["seconds"],
+        proofs=sum(each["seconds"] for each in report["data"]["probes"]),
+        steps={each["step"]: each["seconds"] for each in report["data"]["steps"]},
+        by_hand=by_hand,
+        engine=engine,
+        full=full,
+    )
+
+
+def _warm_caches(tool: Environment, work: Path, full: bool) -> Path:
+    """Install once with each of the two; the lock that sparkinstall installed from."""
+    toolkit()
+    node = work / "warm"
+    asked = _asked(node, full)
+    Command((tool.program("sparkinstall"), *asked, "--set", "nccl.mode=wheel")).run()
+    lock = work / "installed.lock"
+    shutil.copy(node / "opt/sparkinstall/venv/installed.lock", lock)
+    _pip_install(tool, work / "warm-pip", lock).run()
+    shutil.rmtree(node)
+    shutil.rmtree(work / "warm-pip")
+    return lock
+
+
+def _asked(node: Path, full: bool) -> tuple[str, ...]:
+    part = "--full" if full else "--partial"
+    # The journal's fsyncs, the diffs and the JSON are part of what is timed.
+    return ("all", "--root", str(node), "--stack", _STACK, part, "--json")
+
+
+def _ours(tool: Environment, work: Path, full: bool) -> tuple[dict[str, float], dict[str, dict[str, list[dict[str, float]]]]]:
+    settings = {
+        "source": str(tarball()),
+        "version": VERSION,
+        "cuda_home": str(toolkit()),
+        "only_functions": _FUNCTIONS,
+    }
+    options = [word for key, value in settings.items() for word in ("--set", f"nccl.{key}={value}")]
+    wrapper, found = Path(__file__).with_name("engine_share.py"), work / "engine.json"
+    said = Command((tool.python, "-P", str(wrapper), str(found), *_asked(work / "node", full), *options)).run()
+    shutil.rmtree(work / "node")
+    return json.loads(found.read_text()), json.loads(said)
+
+
+def _pip_install(tool: Environment, venv: Path, lock: Path) -> Command:
+    Command((tool.python, "-m", "venv", str(venv))).run()
+    return Command((str(venv / "bin/pip"), "install", "--quiet", "--no-deps", "--require-hashes", "-r", str(lock)))
+
+
+def _by_hand(tool: Environment, folder: Path, lock: Path) -> dict[str, float]:
+    taken: dict[str, float] = {}
+    folder.mkdir()
+    started = time.perf_counter()
+    pip = _pip_install(tool, folder / "venv", lock)
+    taken["python -m venv"] = time.perf_counter() - started
+    taken["pip install"] = pip.seconds()
+    taken["tar"] = Command(("tar", "-xf", str(tarball())), cwd=folder).seconds()
+    (source,) = (path for path in folder.iterdir() if path.name != "venv")
+    for label, jobs in (("make -j", (f"-j{len(os.sched_getaffinity(0))}",)), ("make", ())):
+        build = (f"BUILDDIR={folder / label.replace(' ', '')}", f"CUDA_HOME={toolkit()}")
+        flags = (f"NVCC_GENCODE={_GENCODE}", f"ONLY_FUNCS={_FUNCTIONS}")
+        taken[label] = Command(("make", *jobs, "-C", str(source), "src.build", *build, *flags)).seconds()
+    return taken
