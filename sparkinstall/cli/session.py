@@ -103,6 +103,11 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any]) -> Node:
     if wanted not in stack.platforms:
         known = ", ".join(stack.platforms)
         raise BadUsage(f"stack {stack.name} has no wheels for {wanted}", mend=f"it has them for: {known}")
+    if config.nccl.source == "git" and config.nccl.version not in (None, stack.nccl.version):
+        raise BadConfig(
+            f"`nccl.version` is {config.nccl.version}, but stack {stack.name} pins the repository at {stack.nccl.tag}",
+            mend="name a tarball or a folder of that version with `nccl.source`, or leave `nccl.version` out",
+        )
     return Node(
         config=config,
         stack=stack,

@@ -149,7 +149,9 @@ class PythonEnvironment:
         # What a killed run left may be half a package that looks whole: it is made anew, from uv's cache.
         on.claim(node.venv)
         on.clear(node.venv)
-        _uv(on, node, [uv(), "venv", "--quiet", "--python", self._interpreter(on), on.real(node.venv)])
+        # A node takes Debian's Python, the same on every node and with Python.h beside it; uv would rather take its own.
+        whose = [] if node.rehearsal else ["--no-managed-python"]
+        _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)
         finding = Gate(node, lock).look(on)
         if finding.verdict != "pass":

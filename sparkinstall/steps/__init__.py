@@ -1,25 +1,26 @@
 """Sentences made of nouns: one file a step. A step says what should be so; the engine makes it so."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Protocol
+from typing import ClassVar
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe
 from sparkinstall.resources import Resource
 
 
-class Step(Protocol):
+class Step(ABC):
     """One part of a node. `needs` names the steps that must be done before."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    why: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def why(self) -> str: ...
+    @abstractmethod
+    def resources(self, node: Node) -> Iterable[Resource]:
+        """What should be so on `node`, in the order in which it can be made so."""
 
-    @property
-    def needs(self) -> tuple[str, ...]: ...
-
-    def resources(self, node: Node) -> Iterable[Resource]: ...
-
-    def probes(self, node: Node) -> Iterable[Probe]: ...
+    def probes(self, node: Node) -> Iterable[Probe]:
+        """What shows that it behaves so; nothing by default."""
+        del node
+        return ()

@@ -1,7 +1,6 @@
 """The env files for one node, a head and a worker: fixes 1, 3, 4, 5 and 7 as a process sees them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,16 +9,16 @@ from sparkinstall.probes import Probe, processes
 from sparkinstall.resources import Resource
 from sparkinstall.resources.findings import recorded
 from sparkinstall.resources.rendered import Rendered
+from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
 FILES = ("single-node", "multi-node-head", "multi-node-worker")
 
 
-@dataclass(frozen=True)
-class EnvFiles:
-    name: str = "env-files"
-    why: str = "variables for one node, a head and a worker"
-    needs: tuple[str, ...] = ("nccl-fit", "fp8")
+class EnvFiles(Step):
+    name = "env-files"
+    why = "variables for one node, a head and a worker"
+    needs = ("nccl-fit", "fp8")
 
     def resources(self, node: Node) -> Iterable[Resource]:
         for name in FILES:

@@ -1,7 +1,6 @@
 """Fix 6: the same Python packages on every node, from one lock."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe
@@ -10,14 +9,14 @@ from sparkinstall.probes.processes import reasoning_fields
 from sparkinstall.resources import Resource
 from sparkinstall.resources.files import Link
 from sparkinstall.resources.python_environment import PythonEnvironment, RecordedLock, lock_of
+from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
 
-@dataclass(frozen=True)
-class Environment:
-    name: str = "environment"
-    why: str = "vLLM and all it needs, pinned, in one venv"
-    needs: tuple[str, ...] = ("packages",)
+class Environment(Step):
+    name = "environment"
+    why = "vLLM and all it needs, pinned, in one venv"
+    needs = ("packages",)
 
     def resources(self, node: Node) -> Iterable[Resource]:
         if not node.wheels.complete:

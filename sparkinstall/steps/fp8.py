@@ -1,7 +1,6 @@
 """Fix 5: vLLM takes Triton's FP8 kernels where its CUTLASS ones are for another chip."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 
 from sparkinstall.assets import asset
@@ -11,14 +10,14 @@ from sparkinstall.probes import Finding, Probe, failed, passed
 from sparkinstall.resources import Resource, Satisfied
 from sparkinstall.resources.findings import recorded
 from sparkinstall.resources.fp8 import Fp8Decision, PatchedFile
+from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
 
-@dataclass(frozen=True)
-class Fp8:
-    name: str = "fp8"
-    why: str = "FP8 kernels that run on this GPU"
-    needs: tuple[str, ...] = ("environment",)
+class Fp8(Step):
+    name = "fp8"
+    why = "FP8 kernels that run on this GPU"
+    needs = ("environment",)
 
     def resources(self, node: Node) -> Iterable[Resource]:
         patch = cutlass_patch()

@@ -1,20 +1,18 @@
 """Fix 1: one NCCL, built for this GPU, and loaded by every process on every node."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from sparkinstall.node import Node, cuda_home
-from sparkinstall.probes import Probe
 from sparkinstall.resources import Resource
 from sparkinstall.resources.nccl_library import NcclLibrary
 from sparkinstall.resources.nccl_source import NcclSource
+from sparkinstall.steps import Step
 
 
-@dataclass(frozen=True)
-class Nccl:
-    name: str = "nccl"
-    why: str = "NCCL built for this GPU, the same on every node"
-    needs: tuple[str, ...] = ("packages",)
+class Nccl(Step):
+    name = "nccl"
+    why = "NCCL built for this GPU, the same on every node"
+    needs = ("packages",)
 
     def resources(self, node: Node) -> Iterable[Resource]:
         settings = node.config.nccl
@@ -29,10 +27,6 @@ class Nccl:
             only_functions=settings.only_functions,
             left=_left(node),
         )
-
-    def probes(self, node: Node) -> Iterable[Probe]:
-        del node
-        return ()
 
 
 def source(node: Node) -> NcclSource:

@@ -12,9 +12,18 @@ from sparkinstall.errors import Busy, JournalDamaged, Storage
 from sparkinstall.events import Event, silent
 from sparkinstall.plans.journal import Journal
 from sparkinstall.plans.state import StateFolder
+from sparkinstall.plans.uninstall import take_all_back
 from sparkinstall.system import Undo
 from sparkinstall.system.local import LocalSystem
-from tests.support.rehearsals import CHECKOUT, Rehearsal, envelope, environment, everything_with_times, tree
+from tests.support.rehearsals import (
+    CHECKOUT,
+    Rehearsal,
+    envelope,
+    environment,
+    everything_with_times,
+    sparkinstall,
+    tree,
+)
 
 UNDO = Undo("path", "/x", {"kind": "absent"}, {"kind": "file", "sha256": "0", "mode": 420})
 
@@ -104,8 +113,6 @@ def test_every_verb_stops_at_a_damaged_line(tmp_path: Path, verb: str) -> None:
 
 
 def _status(root: Path) -> "subprocess.CompletedProcess[str]":
-    from tests.support.rehearsals import sparkinstall
-
     return sparkinstall("status", "--root", root, "--json")
 
 
@@ -117,7 +124,12 @@ def test_numbers_go_on_from_the_last_one_that_was_kept(journal: Journal) -> None
 
 def test_many_threads_write_whole_lines_in_one_order(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "run")
-    threads = [threading.Thread(target=lambda: [journal.add("step", UNDO) for _ in range(20)]) for _ in range(8)]
+
+    def add_twenty() -> None:
+        for _ in range(20):
+            journal.add("step", UNDO)
+
+    threads = [threading.Thread(target=add_twenty) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -152,8 +164,6 @@ def test_a_clock_that_jumps_back_does_not_change_the_order(tmp_path: Path, monke
 
 
 def test_the_folders_around_the_state_go_with_it(tmp_path: Path) -> None:
-    from sparkinstall.plans.uninstall import take_all_back
-
     with state_of(tmp_path / "node").hold("all", silent):
         pass
     take_all_back(state_of(tmp_path / "node"))

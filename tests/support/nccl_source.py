@@ -101,9 +101,7 @@ def _configured() -> Iterator[tuple[str, str, str | None]]:
                 yield uri, fields.get("Suites", ""), fields.get("Signed-By") or None
     for path in [SOURCES.parent / "sources.list", *sorted(SOURCES.glob("*.list"))]:
         lines = path.read_text() if path.is_file() else ""
-        for options, uri, suite in re.findall(
-            r"^deb(?:-src)?\s+(\[.*?\]\s+)?(\S+)\s+(\S+)", lines, re.MULTILINE
-        ):
+        for options, uri, suite in re.findall(r"^deb(?:-src)?\s+(\[.*?\]\s+)?(\S+)\s+(\S+)", lines, re.MULTILINE):
             keyring = re.search(r"signed-by=([^\s\]]+)", options)
             yield uri, suite, keyring[1] if keyring else None
 

@@ -35,12 +35,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
-def sparkinstall(
-    *args: str | Path, through: str = "sparkinstall", wrap: tuple[str, ...] = (), **env: str
-) -> subprocess.CompletedProcess[str]:
+def sparkinstall(*args: str | Path, through: str = "sparkinstall", **env: str) -> subprocess.CompletedProcess[str]:
     """Run a verb to its end, without a terminal."""
     return subprocess.run(
-        [*wrap, *command(*args, through=through)],
+        command(*args, through=through),
         cwd=CHECKOUT,
         env=environment(**env),
         stdin=subprocess.DEVNULL,

@@ -45,9 +45,7 @@ def cache_dir() -> Path:
     return Path(base) / "sparkinstall" / "tests" / "wheels"
 
 
-def wheel_member(
-    release: str, member: str, *, package: str = "vllm", platform: str = SPARK_PLATFORM
-) -> bytes:
+def wheel_member(release: str, member: str, *, package: str = "vllm", platform: str = SPARK_PLATFORM) -> bytes:
     """The bytes of `member` in the wheel of `package` `release` for `platform` (as uv names it), Python 3.12.
 
     Kept for good: a release's wheel never changes. zipfile has checked the member's CRC.

@@ -1,0 +1,289 @@
+"""Full and read-only disks, cut downloads, wrong hashes, Ctrl-C, two at once, a wrong clock: a clear error, and
+nothing lost."""
+
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from sparkinstall.downloads import fetch
+from sparkinstall.errors import Blocked, CommandFailed, Storage
+from sparkinstall.events import silent
+from sparkinstall.plans.journaled import JournaledSystem
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.resources.nccl_source import NcclSource
+from sparkinstall.system.local import LocalSystem
+from tests.support.cut_downloads import CutServer, served
+from tests.support.mounts import read_only, resize, small_disk
+from tests.support.rehearsals import CHECKOUT, SETTINGS, Rehearsal, envelope, files_with_times, furnish, said, tree
+from tests.support.tiny_stack import no_index, tiny_stack
+
+DYING = "tests.support.dying_run"
+
+
+# --- disks
+
+
+@pytest.mark.network
+def test_a_full_disk_is_told_and_with_more_space_the_same_command_goes_on(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "64m") as disk:
+        node = Rehearsal(disk / "node")
+        first = envelope(node.all("--json"))
+        assert first["status"] == "preflight" and "disk" in first["errors"][0]["what"]
+        assert list(disk.iterdir()) == [], "nothing was touched"
+
+        node = Rehearsal(disk / "node", (*SETTINGS, "--ignore", "disk"))
+        run = node.all("--json")
+        full = envelope(run)
+        assert (full["exit_code"], full["errors"][0]["why"]) == (1, "the disk is full"), said(run)
+        assert "run the same command again" in full["errors"][0]["mend"]
+        assert "Traceback" not in said(run)
+        resize(disk, "1500m")
+        run = node.all("--json")
+        assert envelope(run)["data"]["changed"] is True, said(run)
+        assert node.uninstall().returncode == 0
+        assert list(disk.iterdir()) == []
+
+
+def test_a_full_disk_under_the_journal_stops_the_touch_before_it_is_made(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "node/var/lib/sparkinstall", "64k"):
+        state = StateFolder(LocalSystem(str(tmp_path / "node")))
+        with state.hold("all", silent) as run:
+            on = JournaledSystem(state.system, state.journal(run), "s", state.home / "log", silent)
+            on.write("/before", b"")
+            _fill(state.home / "filler")
+            number = 0
+            with pytest.raises(Storage, match=r"journal .* the disk is full"):
+                for number in range(1000):
+                    on.write(f"/many/{number}", b"x")
+            assert not (tmp_path / f"node/many/{number}").exists(), "no touch without its line"
+            records = StateFolder(state.system).journal().records()
+            assert records[-1].undo.subject == f"/many/{number - 1}"
+            os.unlink(state.home / "filler")
+            on.write(f"/many/{number}", b"x")
+
+
+def _fill(path: Path) -> None:
+    with open(path, "wb") as out:
+        try:
+            while True:
+                os.write(out.fileno(), b"x" * 512)
+        except OSError:
+            pass
+
+
+def test_a_full_state_disk_is_told_from_the_first_moment(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "node/var/lib/sparkinstall", "16k") as home:
+        _fill(home / "filler")
+        run = Rehearsal(tmp_path / "node", (*SETTINGS, "--ignore", "disk")).all("--json")
+        answer = envelope(run)
+        assert (answer["exit_code"], answer["errors"][0]["code"]) == (1, "storage"), said(run)
+        assert "full" in answer["errors"][0]["what"] and "Traceback" not in said(run)
+
+
+@pytest.mark.parametrize("place", ["opt", "var/lib", ""])
+def test_a_read_only_place_is_told_and_nothing_is_lost(tmp_path: Path, place: str) -> None:
+    root = tmp_path / "node"
+    furnish(root)
+    (root / "var/lib").mkdir(parents=True)
+    node, first = Rehearsal(root, (*SETTINGS, "--ignore", "prefix")), tree(tmp_path, files_with_times)
+    with read_only(root / place):
+        run = node.all("--json")
+        answer = envelope(run)
+        assert answer["exit_code"] == 1 and answer["errors"][0]["code"] == "storage", said(run)
+        assert "read-only" in answer["errors"][0]["what"] and answer["errors"][0]["mend"]
+        assert "Traceback" not in said(run)
+    assert node.uninstall().returncode == 0
+    assert tree(tmp_path, files_with_times) == first
+
+
+# --- downloads
+
+CONTENT = bytes(range(256)) * 4096
+
+
+def test_a_cut_download_is_gone_on_with(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    with served(CutServer(CONTENT, cut=400_000)) as server:
+        for _ in range(2):
+            with pytest.raises(CommandFailed) as cut:
+                fetch(server.url, tmp_path / "file", lambda *amount: told.append(amount))
+            assert "what has arrived is kept" in cut.value.mend
+            assert not (tmp_path / "file").exists()
+        got = fetch(server.url, tmp_path / "file", lambda *amount: told.append(amount))
+        assert got.read_bytes() == CONTENT
+        assert server.asked == [None, "bytes=400000-", "bytes=800000-"]
+        assert told[-1] == (len(CONTENT), len(CONTENT))
+        assert fetch(server.url, tmp_path / "file", lambda *_: None) == got and len(server.asked) == 3
+
+
+def test_a_server_without_ranges_is_asked_for_all_of_it_again(tmp_path: Path) -> None:
+    with served(CutServer(CONTENT, cut=400_000, ranges=False)) as server:
+        with pytest.raises(CommandFailed):
+            fetch(server.url, tmp_path / "file", lambda *_: None)
+        server.cut = 0
+        assert fetch(server.url, tmp_path / "file", lambda *_: None).read_bytes() == CONTENT
+
+
+def test_a_download_that_was_killed_after_its_last_byte_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(CONTENT)
+    with served(CutServer(CONTENT)) as server:
+        assert fetch(server.url, tmp_path / "file", lambda *_: None).read_bytes() == CONTENT
+
+
+def test_a_part_that_is_longer_than_the_file_is_thrown_away(tmp_path: Path) -> None:
+    (tmp_path / "file.part").write_bytes(CONTENT + b"more")
+    with served(CutServer(CONTENT)) as server:
+        with pytest.raises(CommandFailed):
+            fetch(server.url, tmp_path / "file", lambda *_: None)
+        assert fetch(server.url, tmp_path / "file", lambda *_: None).read_bytes() == CONTENT
+
+
+def test_another_part_than_was_asked_for_is_not_put_together_with_ours(tmp_path: Path) -> None:
+    with served(CutServer(CONTENT, cut=400_000)) as server:
+        with pytest.raises(CommandFailed):
+            fetch(server.url, tmp_path / "file", lambda *_: None)
+        server.shifted = 10
+        with pytest.raises(CommandFailed, match="could not be downloaded"):
+            fetch(server.url, tmp_path / "file", lambda *_: None)
+        assert (tmp_path / "file.part").read_bytes() == CONTENT[:400_000]
+
+
+def test_a_download_to_a_full_disk_is_told(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", "128k") as disk, served(CutServer(CONTENT)) as server:
+        with pytest.raises(Storage, match="the disk is full"):
+            fetch(server.url, disk / "file", lambda *_: None)
+        resize(disk, "4m")
+        assert fetch(server.url, disk / "file", lambda *_: None).read_bytes() == CONTENT
+
+
+# --- hashes
+
+
+def test_a_wheel_with_another_hash_than_the_locks_is_not_installed(tmp_path: Path) -> None:
+    stack = tiny_stack(tmp_path / "stack", hash_is_right=False)
+    node = Rehearsal(tmp_path / "around/node", (*SETTINGS, "--stack", str(stack)))
+    node.root.parent.mkdir()
+    run = node.all("--json", **no_index(stack))
+    error = envelope(run)["errors"][0]
+    assert "hash" in error["why"] and error["mend"] and error["log"], said(run)
+    assert not list(node.root.rglob("vllm"))
+    assert node.uninstall().returncode == 0
+    assert list(node.root.parent.iterdir()) == []
+
+
+def test_ncclls_tarball_with_another_hash_is_not_unpacked_and_not_kept(tmp_path: Path) -> None:
+    state = StateFolder(LocalSystem(str(tmp_path / "node")))
+    with served(CutServer(CONTENT)) as server, state.hold("all", silent) as run:
+        on = JournaledSystem(state.system, state.journal(run), "nccl", state.logs(run) / "nccl.log", silent)
+        source = NcclSource("2.28.9", "v2.28.9-1", "0" * 40, server.url, "0" * 64, tmp_path / "cache")
+        on.claim("/nccl")
+        with pytest.raises(Blocked, match="does not have the hash it must have") as wrong:
+            source.bring(on, "/nccl/source")
+        assert hashlib.sha256(CONTENT).hexdigest() in wrong.value.why
+        assert not (tmp_path / "node/nccl/source").exists()
+        assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".tar"]
+
+
+# --- interrupted
+
+SLEEPY = "tests.support.sleepy_run"
+
+
+@pytest.mark.parametrize(("sig", "stubborn"), [("INT", ""), ("TERM", ""), ("INT", "stubborn")])
+def test_interrupted_it_ends_with_130_and_leaves_no_program_running(tmp_path: Path, sig: str, stubborn: str) -> None:
+    node, pids = Rehearsal(tmp_path / "node", ()), tmp_path / "pids"
+    run = node.start("all", through=SLEEPY, SLEEPY_PIDS=str(pids), SLEEPY_HOW=stubborn)
+    while not pids.exists() or pids.read_text().count("\n") < 2:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    began = time.monotonic()
+    os.killpg(run.pid, getattr(signal, f"SIG{sig}"))
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, text
+    assert "Traceback" not in text and "run the same command again" in text, text
+    assert time.monotonic() - began < 8
+    for pid in pids.read_text().split():
+        assert not _lives(int(pid)), text
+    assert pids.read_text().count("\n") == 2, "no program began after the interrupt"
+    assert "/later" not in (node.journal.read_text()), "and nothing was touched after it"
+    assert node.uninstall().returncode == 0
+    assert not node.root.exists()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.network
+def test_after_ctrl_c_the_same_command_goes_on(tmp_path: Path) -> None:
+    node = Rehearsal(tmp_path / "node")
+    run = node.start()
+    while not (node.root / "opt/sparkinstall/venv/pyvenv.cfg").exists():
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGINT)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, text
+    assert "Traceback" not in text
+    again = node.all()
+    assert again.returncode == 0, said(again)
+    assert node.uninstall().returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- two at once, and the clock
+
+
+@pytest.mark.network
+def test_a_second_run_beside_the_first_is_told_who_is_at_work(tmp_path: Path) -> None:
+    node = Rehearsal(tmp_path / "node")
+    run = node.start(through=DYING, DYING_AT="stop:5")
+    while not node.journal.exists() or node.journal.read_bytes().count(b"\n") < 5:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    for second in (node.all("--json"), node.uninstall("--json")):
+        answer = envelope(second)
+        assert (answer["exit_code"], answer["errors"][0]["code"]) == (1, "busy")
+        assert re.search(rf"`all`, pid {run.pid}, since", answer["errors"][0]["what"])
+    os.kill(run.pid, signal.SIGCONT)
+    text, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, text
+    assert envelope(node.all("--json"))["data"]["changed"] is False
+    shutil.rmtree(node.root)
+
+
+def test_a_clock_that_is_years_off_is_told_before_anything_is_touched(tmp_path: Path) -> None:
+    node = Rehearsal(tmp_path / "node")
+    run = node.all("--json", through="tests.support.wrong_clock", CLOCK_SECONDS="86400")
+    answer = envelope(run)
+    assert answer["status"] == "preflight" and "clock" in answer["errors"][0]["what"], said(run)
+    assert not node.root.exists()
+
+
+@pytest.mark.network
+def test_a_clock_that_jumps_between_two_runs_changes_nothing(tmp_path: Path) -> None:
+    node = Rehearsal(tmp_path / "node", (*SETTINGS, "--ignore", "clock"))
+    killed = node.all(through=DYING, DYING_AT="after:8")
+    assert killed.returncode == -signal.SIGKILL
+    run = node.all(through="tests.support.wrong_clock", CLOCK_SECONDS="86400")
+    assert run.returncode == 0, said(run)
+    years = [record["at"][:4] for record in node.records()]
+    assert years[0] > years[-1] == "1970"
+    assert node.uninstall().returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_this_machine_was_left_alone() -> None:
+    mounted = subprocess.run(["mount"], capture_output=True, text=True).stdout
+    assert not re.search(r"test_storage|/disk type tmpfs", mounted)
+    assert CHECKOUT.exists()

@@ -1,0 +1,60 @@
+"""A server on the loopback that breaks off, resumes or does not, and sends what it is told to."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@dataclass
+class CutServer:
+    """Sends `content`, at most `cut` bytes an answer (0: all); knows of ranges only where `ranges` is true."""
+
+    content: bytes
+    cut: int = 0
+    ranges: bool = True
+    shifted: int = 0
+    url: str = ""
+    asked: list[str | None] = field(default_factory=list)
+
+
+@contextmanager
+def served(server: CutServer) -> Iterator[CutServer]:
+    """`server`, reachable at `server.url` as long as the context lasts."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802 - the library's name
+            _answer(self, server)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        server.url = f"http://127.0.0.1:{listening.server_address[1]}/file.tar.gz"
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        yield server
+        listening.shutdown()
+        thread.join()
+
+
+def _answer(to: BaseHTTPRequestHandler, server: CutServer) -> None:
+    wanted, size = to.headers.get("Range"), len(server.content)
+    server.asked.append(wanted)
+    start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.ranges else 0
+    if start >= size > 0:
+        to.send_response(416)
+        to.send_header("Content-Range", f"bytes */{size}")
+        to.send_header("Content-Length", "0")
+        to.end_headers()
+        return
+    start += server.shifted if start else 0
+    to.send_response(206 if start else 200)
+    if start:
+        to.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+    to.send_header("Content-Length", str(size - start))
+    to.end_headers()
+    to.wfile.write(server.content[start : start + server.cut if server.cut else size])

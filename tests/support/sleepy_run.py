@@ -1,0 +1,70 @@
+"""sparkinstall with two steps that run long programs side by side, and would touch more after them.
+
+The programs write their process ids to SLEEPY_PIDS; with SLEEPY_HOW=stubborn they do not heed TERM.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sparkinstall.errors import Problem
+from sparkinstall.node import Node
+from sparkinstall.probes import Probe
+from sparkinstall.resources import Drift, Resource, State
+from sparkinstall.system import Reader, System
+
+_SLEEP = 'trap "{trap}" TERM; echo $$ >> {pids}; while :; do sleep 0.1; done'
+
+
+@dataclass(frozen=True)
+class Sleep:
+    """Never there, long in the making."""
+
+    key: str
+
+    def check(self, on: Reader) -> State:
+        del on
+        return Drift(f"sleep for {self.key}")
+
+    def apply(self, on: System) -> None:
+        trap = "" if os.environ.get("SLEEPY_HOW") else "exit 1"
+        script = _SLEEP.format(trap=trap, pids=os.environ["SLEEPY_PIDS"])
+        try:
+            on.run("sh", "-c", script)
+        except Problem:
+            # As a step would that has another way.
+            on.run("sh", "-c", script)
+        on.write(f"/later/{self.key}", b"")
+
+
+@dataclass(frozen=True)
+class SleepyStep:
+    name: str
+    why: str = "sleeps"
+    needs: tuple[str, ...] = ()
+
+    def resources(self, node: Node) -> Iterable[Resource]:
+        del node
+        yield Sleep(f"{self.name}-first")
+
+    def probes(self, node: Node) -> Iterable[Probe]:
+        del node
+        return ()
+
+
+def main() -> None:
+    """Run sparkinstall with these steps in place of its own."""
+    from sparkinstall.__main__ import main as run
+    from sparkinstall.plans import catalogue
+    from sparkinstall.system import processes
+
+    steps: Any = catalogue
+    steps.STEPS = (SleepyStep("one"), SleepyStep("two"))
+    waits: Any = processes
+    waits._GRACE = 1.0
+    run()
+
+
+if __name__ == "__main__":
+    main()
