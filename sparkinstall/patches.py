@@ -171,7 +171,7 @@ def load(directory: Path) -> tuple[PatchSet, ...]:
     another file, a sha256 that is none or that stands in the table twice.
     """
     try:
-        table = yaml.safe_load((directory / TABLE).read_bytes())
+        table = yaml.load((directory / TABLE).read_bytes(), Loader=yaml.CSafeLoader)
     except (OSError, yaml.YAMLError) as failure:
         raise MalformedTable(f"{TABLE}: {failure}") from failure
     entries = _Row(table, TABLE, {"patches"}).rows("patches", {"name", "fix", "target", "variants", "kernels"})

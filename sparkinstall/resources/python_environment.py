@@ -73,7 +73,14 @@ class RecordedLock:
 
     def _options(self) -> list[str]:
         node = self.node
-        options = ["--quiet", "--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--upgrade"]
+        options = [
+            "--quiet",
+            "--generate-hashes",
+            "--no-header",
+            "--no-annotate",
+            "--no-emit-index-url",
+            "--only-binary=:all:",
+        ]
         return [*options, "--python-version", node.stack.python, "--python-platform", uv_platform(node.platform)]
 
 
@@ -149,7 +156,7 @@ class PythonEnvironment:
         # What a killed run left may be half a package that looks whole: it is made anew, from uv's cache.
         on.claim(node.venv)
         on.clear(node.venv)
-        # A node takes Debian's Python, the same on every node and with Python.h beside it; uv would rather take its own.
+        # A node takes the system's Python, the same everywhere and with Python.h; uv would rather take its own.
         whose = [] if node.rehearsal else ["--no-managed-python"]
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)

@@ -133,3 +133,32 @@ def test_no_env_file_holds_a_secret(tmp_path: Path) -> None:
         everything += path.read_text(errors="replace") if path.is_file() else ""
     assert secret not in everything
     assert "correct-horse-battery" not in everything
+
+
+OWN_STACK = """\
+name: mine
+summary: pins of my own, without a lock
+vllm: "0.22.1"
+python: "3.12"
+as_of: "2026-07-05"
+requirements: [vllm==0.22.1, torch==2.11.0, triton==3.6.0, transformers==4.57.6, ray==2.60.0]
+nccl: {version: "2.28.9", tag: v2.28.9-1, commit: dbc86fd06e8b0c4517b95d8958a09ccacf9520c9}
+platforms: {x86_64: {}, aarch64: {}}
+"""
+
+
+def test_a_stack_without_a_lock_is_recorded_once_and_held_to(tmp_path: Path) -> None:
+    stack = tmp_path / "mine.yaml"
+    stack.write_text(OWN_STACK)
+    rehearsal = Rehearsal(tmp_path / "node", ("--stack", str(stack), "--platform", "aarch64"))
+    assert envelope(rehearsal.all("--json"))["exit_code"] == 0
+    (lock,) = rehearsal.root.glob("opt/sparkinstall/locks/mine.aarch64.lock")
+    recorded = lock.read_text()
+    assert "vllm==0.22.1" in recorded
+    assert recorded.count("--hash=sha256:") > 100
+    assert envelope(rehearsal.all("--json"))["data"]["changed"] is False
+    before, vllm, after = recorded.partition("vllm==0.22.1 \\\n    --hash=sha256:")
+    lock.write_text(before + vllm + "0" * 64 + after[64:])
+    answer = envelope(rehearsal.all("--json"))
+    assert answer["exit_code"] == 1
+    assert "does not have the hash" in answer["errors"][0]["why"]
