@@ -76,7 +76,9 @@ def _asked(node: Path, full: bool) -> tuple[str, ...]:
     return ("all", "--root", str(node), "--stack", _STACK, part, "--json")
 
 
-def _ours(tool: Environment, work: Path, full: bool) -> tuple[dict[str, float], dict[str, dict[str, list[dict[str, float]]]]]:
+def _ours(
+    tool: Environment, work: Path, full: bool
+) -> tuple[dict[str, float], dict[str, dict[str, list[dict[str, float]]]]]:
     settings = {
         "source": str(tarball()),
         "version": VERSION,

@@ -20,9 +20,7 @@ class Command:
 
     def run(self) -> str:
         """Its stdout. Raises `RuntimeError` with the last words of a command that fails."""
-        ended = subprocess.run(
-            self.argv, env=plain_environ(**self.env), cwd=self.cwd, capture_output=True, text=True
-        )
+        ended = subprocess.run(self.argv, env=plain_environ(**self.env), cwd=self.cwd, capture_output=True, text=True)
         if ended.returncode:
             raise RuntimeError(f"{self.argv[0]} ended with {ended.returncode}: {(ended.stdout + ended.stderr)[-2000:]}")
         return ended.stdout

@@ -11,9 +11,9 @@ def main() -> None:
         # Before typer is imported: scripts ask for this often.
         print(f"sparkinstall {__version__}")
         return
-    from sparkinstall.cli.app import app
+    from sparkinstall.cli import app
 
-    app(prog_name="sparkinstall")
+    app.main()
 
 
 if __name__ == "__main__":

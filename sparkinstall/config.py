@@ -16,6 +16,10 @@ from sparkinstall.errors import BadConfig
 
 DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")
 
+# Settings that may name a file, and the endings that tell a file from a name.
+_PATHS = ("stack", "nccl.source", "nccl.cuda_home")
+_FILES = (".yaml", ".yml", ".gz", ".xz", ".bz2", ".tgz", ".tar")
+
 _PATH = re.compile(r"/[A-Za-z0-9._+@/-]*")
 _HOST = re.compile(r"[A-Za-z0-9.:-]+")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
@@ -211,7 +215,7 @@ def read_layer(path: Path) -> Layer:
     raw = _yaml(content, f"the config {path}")
     if raw is not None and not isinstance(raw, dict):
         raise BadConfig(f"the config {path} must be `key: value` lines, not a {type(raw).__name__}")
-    return Layer(str(path), dict(_flat(raw or {}, str(path))))
+    return Layer(str(path), anchored(dict(_flat(raw or {}, str(path))), path.absolute().parent))
 
 
 def _yaml(content: bytes, what: str) -> Any:
@@ -270,6 +274,16 @@ def _unknown(name: str, known: set[str], source: str) -> BadConfig:
     ]
     hint = f"did you mean `{near[0]}`?" if near else "`sparkinstall settings show` lists the known ones"
     return BadConfig(f"{source}: unknown setting `{name}`", mend=hint)
+
+
+def anchored(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """`values` with relative paths made absolute: they are read again later, from another folder."""
+    return {name: _anchored(value, base) if name in _PATHS else value for name, value in values.items()}
+
+
+def _anchored(value: Any, base: Path) -> Any:
+    names_a_file = isinstance(value, str) and "://" not in value and ("/" in value or Path(value).suffix in _FILES)
+    return str((base / Path(value).expanduser()).resolve()) if names_a_file else value
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

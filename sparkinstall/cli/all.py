@@ -127,7 +127,7 @@ def _way_out(bad: "Sequence[Looked]") -> str:
     names = {each.probe.name for each in bad}
     if "machine" in names:
         return "on a machine that is no DGX Spark, rehearse: `sparkinstall all --root ./node`"
-    return "mend these, or go on in spite of one with `--ignore NAME`"
+    return "mend these, or go on at your own risk: " + " ".join(f"--ignore {name}" for name in sorted(names))
 
 
 def _show_beginning(session: "Session", reports: "Sequence[StepReport]", verbose: bool) -> None:
@@ -167,7 +167,6 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
     from sparkinstall.plans.journaled import JournaledSystem
 
     with watching(asked.verbose) as emit, session.state.hold(choice.verb, emit) as run:
-        session.state.remember_options(session.options)
         journal, logs = session.state.journal(run), session.state.logs(run)
         reports = engine.converge(
             steps,
@@ -176,6 +175,8 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
             emit,
             choice.fresh,
         )
+        if not any(report.problem for report in reports):
+            session.state.remember_options(session.options)
         looked = proof.look(proof.of_steps(_sound(steps, reports), session.node), session.system, emit)
     return _conclude(session, reports, looked, choice)
 

@@ -1,5 +1,7 @@
 """The verbs, bound to their files. Each imports what it needs when it is called."""
 
+from typing import NoReturn
+
 import typer
 
 from sparkinstall.cli import all as all_verb
@@ -27,6 +29,32 @@ def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     del version
+
+
+def main() -> None:
+    """Run the command line; with `--json` also what typer itself refuses comes as one object."""
+    import sys
+
+    if "--json" not in sys.argv:
+        app(prog_name="sparkinstall")
+    try:
+        sys.exit(app(prog_name="sparkinstall", standalone_mode=False))
+    except Exception as error:
+        # typer's own exceptions have moved between packages; what they have in common is this.
+        if not hasattr(error, "format_message"):
+            raise
+        _tell_usage(error.format_message())
+
+
+def _tell_usage(what: str) -> NoReturn:
+    import sys
+
+    from sparkinstall.cli.envelope import envelope
+    from sparkinstall.errors import BadUsage, Exit
+
+    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    print(envelope(verb, Exit.USAGE, {}, [BadUsage(what, mend="`sparkinstall --help` lists verbs and options")]))
+    sys.exit(int(Exit.USAGE))
 
 
 app.command("all")(all_verb.all_)

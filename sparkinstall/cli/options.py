@@ -1,6 +1,7 @@
 """The options that the verbs share."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,9 +65,21 @@ class Asked:
     full: bool | None = None
     verbose: bool = False
 
-    def to_remember(self) -> dict[str, Any]:
-        """The options that later verbs go on with."""
-        said = {each.name: getattr(self, each.name) for each in fields(self) if each.name not in ("root", "verbose")}
-        said["config"] = str(self.config.resolve()) if self.config else None
-        said["settings"] = list(self.settings)
-        return {name: value for name, value in said.items() if value not in (None, [])}
+    def values(self) -> dict[str, Any]:
+        """The settings that were given, by name; paths as they are meant from this folder."""
+        from sparkinstall import config
+
+        given = dict(config.parse_assignment(each) for each in self.settings)
+        if self.stack is not None:
+            given["stack"] = self.stack
+        return config.anchored(given, Path.cwd())
+
+    def after(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that later verbs go on with: these, over those of former runs."""
+        said = {
+            "config": str(self.config.resolve()) if self.config else None,
+            "platform": self.platform,
+            "full": self.full,
+            "settings": {**recorded.get("settings", {}), **self.values()} or None,
+        }
+        return {**recorded, **{name: value for name, value in said.items() if value is not None}}

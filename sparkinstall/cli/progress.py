@@ -91,10 +91,11 @@ class _Screen:
             return Group(*rows)
 
     def _table(self) -> Table:
-        table = Table.grid(padding=(0, 2, 0, 0))
+        table = Table.grid(padding=(0, 2, 0, 0), expand=True)
         for width in (3, 12, 8):
             table.add_column(min_width=width, no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        # The last column alone gives way when a line is long.
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         for name, running in self._steps.items():
             table.add_row(*_row(name, running, self._spinner))
         return table

@@ -1,8 +1,11 @@
 """How things look to a person: plans, diffs, findings, problems."""
 
 import difflib
+import io
+import re
 import sys
 from collections.abc import Iterable, Sequence
+from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +22,7 @@ from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State
 
 _MANY_LINES = 40
 _LOG_WIDTH = 200
+_TRAILING = re.compile(" +\n")
 _SIGNS = {
     "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
     "unchanged": ("✓", "green"), "changed": ("✓", "green"), "left": ("·", "cyan"), "drift": ("+", "yellow"),
@@ -30,7 +34,23 @@ _SIGNS = {
 def console(stderr: bool = False) -> Console:
     """A console as wide as the terminal; what goes to a log or a pipe is not folded at 80."""
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else _LOG_WIDTH)
+    if stream.isatty():
+        return Console(stderr=stderr, highlight=False)
+    return Console(file=_Trimmed(stream), highlight=False, width=_LOG_WIDTH)
+
+
+class _Trimmed(io.TextIOBase):
+    """A log without the blanks that rich fills a table's lines up with."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(_TRAILING.sub("\n", text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def sign(of: str) -> Text:

@@ -11,7 +11,9 @@ from sparkinstall.cli.verb import answer
 
 
 def run(
-    steps: Annotated[list[str], typer.Argument(metavar="STEP...", help="packages, environment, nccl, fp8, env-files")],
+    steps: Annotated[
+        list[str], typer.Argument(metavar="STEP...", help="Steps by name: `sparkinstall plan` lists them.")
+    ],
     fresh: Annotated[bool, typer.Option("--fresh", help="Make it anew although it is as it should be.")] = False,
     root: options.Root = None,
     config: options.ConfigFile = None,
@@ -24,7 +26,7 @@ def run(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Do these steps only."""
+    """Do these steps only, not those that they need."""
     asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
     choice = Choice(tuple(steps), (), tuple(ignore or ()), yes, json, fresh, "run")
     answer("run", lambda: install(asked, choice), json=json, verbose=verbose)

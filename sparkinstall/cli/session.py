@@ -13,7 +13,7 @@ from sparkinstall.node import Node, user_cache
 from sparkinstall.plans.state import StateFolder
 from sparkinstall.system.local import LocalSystem
 
-_RECORDED = "the last `all`"
+_RECORDED = "the last `all` or `run`"
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def open_session(asked: Asked) -> Session:
     """
     system = LocalSystem(_root(asked.root))
     state = StateFolder(system)
-    options = {**state.options(), **asked.to_remember()}
+    options = asked.after(state.options())
     config, sources = configuration.build(_layers(asked, state.options(), options))
     node = _node(config, system, options)
     _check_places(node, system)
@@ -69,17 +69,8 @@ def _root(root: Path | None) -> str:
 
 
 def _layers(asked: Asked, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:
-    layers = [configuration.read_layer(path) for path in _config_files(options.get("config"))]
-    for source, said in ((_RECORDED, recorded), ("the command line", asked.to_remember())):
-        values = dict(configuration.parse_assignment(each) for each in said.get("settings", ()))
-        if said.get("stack"):
-            values["stack"] = _stack_name(said["stack"])
-        layers.append(Layer(source, values))
-    return layers
-
-
-def _stack_name(said: str) -> str:
-    return str(Path(said).resolve()) if said.endswith((".yaml", ".yml")) else said
+    files = [configuration.read_layer(path) for path in _config_files(options.get("config"))]
+    return [*files, Layer(_RECORDED, recorded.get("settings", {})), Layer("the command line", asked.values())]
 
 
 def _config_files(named: str | None) -> list[Path]:

@@ -31,6 +31,8 @@ def answer(verb: str, body: Callable[[], Answer], *, json: bool, verbose: bool =
         given = Answer(problem.exit_code, problems=(problem,))
     except KeyboardInterrupt:
         given = Answer(Exit.INTERRUPTED, problems=(_interrupted(),))
+    except typer.Abort:
+        given = Answer(Exit.INTERRUPTED, problems=(Interrupted("not begun; nothing was changed"),))
     except Exception as error:
         if verbose:
             traceback.print_exc()

@@ -84,4 +84,5 @@ def _proven(fix: Fix, mine: Sequence[StepReport], findings: Mapping[str, Finding
         return FixState(fix, "left", left or skipped)
     if fix.missing:
         return FixState(fix, "open", fix.missing)
-    return FixState(fix, "proven" if asked else "done", "; ".join(each.found for each in asked))
+    good = asked and all(each.verdict == "pass" for each in asked)
+    return FixState(fix, "proven" if good else "done", "; ".join(each.found for each in asked))

@@ -32,6 +32,8 @@ class Gate:
         site = site_packages(self.node, on)
         if site is None:
             return failed("there is no environment", "run `sparkinstall all`")
+        if not self.pins:
+            return failed("there is no lock yet for these wheels", "run `sparkinstall all`")
         questions: tuple[Callable[[Reader, str], str | None], ...] = (
             self._torch_is_cuda, self._cuda_is_one, self._triton, self._ray, self._headers,
         )  # fmt: skip

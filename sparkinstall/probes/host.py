@@ -76,7 +76,7 @@ def _os(on: Reader) -> Finding:
     name = found.get("PRETTY_NAME", "unknown")
     if found.get("ID") == "ubuntu" and found.get("VERSION_ID") == "24.04":
         return passed(name)
-    return failed(name, "sparkinstall is made for DGX OS 7; go on at your own risk with `--ignore os`", "Ubuntu 24.04")
+    return failed(name, "made for DGX OS 7 (Ubuntu 24.04); at your own risk: `--ignore os`", "Ubuntu 24.04")
 
 
 def _driver(on: Reader) -> Finding:

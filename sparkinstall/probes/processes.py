@@ -11,7 +11,7 @@ from typing import Any
 
 from sparkinstall import binaries
 from sparkinstall.node import Node, nccl_library, site_packages
-from sparkinstall.probes import Finding, Probe, failed, passed, skipped
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
 from sparkinstall.system import Reader
 
 MODULES = ("torch", "triton", "transformers", "ray", "vllm")
@@ -137,6 +137,8 @@ def _compare_nccl(node: Node, library: Path, answer: dict[str, Any]) -> Finding:
     version = _in_words(int(answer["nccl_version"]))
     if version != node.nccl_version.split("-")[0]:
         return failed(f"it says it is {version}", "run `sparkinstall run nccl`", node.nccl_version)
+    if f"sm_{node.config.nccl.arch}" not in {code.arch for code in binaries.gpu_code(library)}:
+        return warned(f"{version}, without code for sm_{node.config.nccl.arch}: {bound}", _BUILD, wanted)
     return passed(f"{version}, {os.path.realpath(bound)}, build-id {_short_id(library)}{_beside(node, answer)}", wanted)
 
 
@@ -153,6 +155,7 @@ def _beside(node: Node, answer: dict[str, Any]) -> str:
     return f"; mapped besides, bound by nobody: {', '.join(others)}" if others else ""
 
 
+_BUILD = "it works through PTX, if at all; `nccl.mode: source` builds one for this GPU"
 _PRELOAD = "start with the env file: `source single-node.env` sets LD_PRELOAD, which alone decides"
 
 
@@ -185,6 +188,8 @@ _PROTOCOLS = (
 def reasoning_fields(node: Node, on: Reader) -> Finding:
     """Fix 8: the names of the field in which this vLLM streams its thinking, read from its own class."""
     site = site_packages(node, on)
+    if site is None:
+        return failed("there is no environment", "run `sparkinstall all`")
     for path in _PROTOCOLS:
         names = delta_fields(on.read(f"{site}/{path}") or b"")
         found = [name for name in names if name.startswith("reasoning")]

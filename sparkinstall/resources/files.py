@@ -53,7 +53,7 @@ class Link:
     def check(self, on: Reader) -> State:
         entry = on.entry(self.path)
         if entry is None:
-            return Drift(f"link {self.path} to {self.target}", "", f"-> {on.real(self.target)}\n")
+            return Drift(f"link {on.real(self.path)} to {on.real(self.target)}", "", f"-> {on.real(self.target)}\n")
         if entry.kind == "link" and entry.target == on.real(self.target):
             return Satisfied()
         was = f"a link to {entry.target}" if entry.kind == "link" else f"a {entry.kind}"

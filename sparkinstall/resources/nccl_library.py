@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,10 @@ class NcclLibrary:
         recipe = self._recipe(on)
         if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
             return Satisfied(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
-        was = json.dumps(stamp.get("recipe"), indent=2) + "\n" if stamp else ""
+        if on.rehearsal and (why := self.source.out_of_reach(on)):
+            return LeftToNode(f"NCCL {recipe.version} is built there: {why}")
         what = f"build NCCL {recipe.version} for sm_{self.arch} from {self.source.where}"
-        return Drift(what, was, json.dumps(asdict(recipe), indent=2) + "\n")
+        return Drift(what, _as_lines(stamp.get("recipe", {})), _as_lines(asdict(recipe)))
 
     def _stamp(self, on: Reader) -> dict[str, Any]:
         try:
@@ -155,6 +156,10 @@ class NcclLibrary:
             "sha256": hashlib.sha256(real.read_bytes()).hexdigest(),
         }
         on.write(f"{self.folder}/build.json", json.dumps(stamp, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def _as_lines(recipe: Mapping[str, Any]) -> str:
+    return "".join(f"{name}: {value}\n" for name, value in recipe.items() if value is not None)
 
 
 @dataclass

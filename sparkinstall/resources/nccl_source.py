@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkinstall.downloads import fetch, sha256_of
-from sparkinstall.errors import BadConfig, Blocked, CommandFailed, OnlyOnNode
+from sparkinstall.errors import BadConfig, Blocked, CommandFailed
 from sparkinstall.system import Reader, System
 
 REPOSITORY = "https://github.com/NVIDIA/nccl.git"
@@ -60,12 +60,23 @@ class NcclSource:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def out_of_reach(self, on: Reader) -> str:
+        """Why the upstream repository cannot be had from here, or nothing. Asks it only where no copy is kept."""
+        if self.kind != "git" or (self._mirror_folder / "HEAD").exists():
+            return ""
+        environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+        answer = on.query("git", "ls-remote", "--exit-code", REPOSITORY, self.tag, timeout=20, env=environment)
+        return "" if answer.ok else f"{REPOSITORY} cannot be reached from here"
+
+    @property
+    def _mirror_folder(self) -> Path:
+        return self.cache / f"nccl-{self.tag}.git"
+
     def bring(self, on: System, to: str) -> str:
         """Put the source where it can be built; the node path of its top folder.
 
         Raises:
             BadConfig, Blocked, CommandFailed: it is not there, or is not what it should be.
-            OnlyOnNode: a rehearsal cannot reach the upstream repository.
         """
         top = {"git": self._clone, "folder": self._use_folder, "tarball": self._unpack}[self.kind](on, to)
         self._require_version(on, top)
@@ -81,7 +92,7 @@ class NcclSource:
             )
 
     def _clone(self, on: System, to: str) -> str:
-        mirror = self.cache / f"nccl-{self.tag}.git"
+        mirror = self._mirror_folder
         if not (mirror / "HEAD").exists():
             self._mirror(on, mirror)
         head = on.query("git", "-C", str(mirror), "rev-parse", f"{self.tag}^{{commit}}").out.strip()
@@ -114,19 +125,8 @@ class NcclSource:
                 str(waiting),
             )
         except CommandFailed as failure:
-            raise self._unreachable(failure, on) from failure
+            raise _unreachable(failure) from failure
         waiting.rename(mirror)
-
-    def _unreachable(self, failure: CommandFailed, on: Reader) -> Exception:
-        if not any(sign in line for sign in _UNREACHABLE for line in failure.tail):
-            return failure
-        if on.rehearsal:
-            return OnlyOnNode(
-                f"NCCL's source cannot be reached from here; the node builds {self.tag} from {REPOSITORY}"
-            )
-        failure.mend = "name a tarball or a folder with `nccl.source`, or mend the network and run again"
-        failure.why = f"{REPOSITORY} cannot be reached"
-        return failure
 
     def _use_folder(self, on: System, to: str) -> str:
         on.clear(to)
@@ -185,6 +185,13 @@ class NcclSource:
             if on.entry(f"{folder}/src") and on.entry(f"{folder}/makefiles"):
                 return folder
         raise Blocked(f"{self.where} holds no NCCL source", mend="NCCL's top folder has `src` and `makefiles` in it")
+
+
+def _unreachable(failure: CommandFailed) -> CommandFailed:
+    if any(sign in line for sign in _UNREACHABLE for line in failure.tail):
+        failure.why = f"{REPOSITORY} cannot be reached"
+        failure.mend = "name a tarball or a folder with `nccl.source`, or mend the network and run again"
+    return failure
 
 
 def _tree_digest(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -116,7 +117,7 @@ class PythonEnvironment:
     def check(self, on: Reader) -> State:
         lock = lock_of(self.node, on)
         if lock is None:
-            return Unknown("lock")
+            return Unknown("the hashes are recorded")
         pins = self._wanted(lock)
         stamp = recorded(on, f"{self.node.venv}/sparkinstall.json")
         there = installed(self.node, on)
@@ -173,7 +174,9 @@ class PythonEnvironment:
         wanted = self.node.config.environment.python or self.node.stack.python
         if not self.node.partial:
             return wanted
-        found = on.query(uv(), "python", "find", "--no-python-downloads", wanted)
+        found = on.query(
+            uv(), "python", "find", "--no-python-downloads", wanted, env={**os.environ, **_uv_env(self.node)}
+        )
         return found.out.strip() if found.ok else sys.executable
 
     def _fill(self, on: System, lock: Sequence[Pin]) -> None:
@@ -200,11 +203,28 @@ class PythonEnvironment:
 
 
 def _uv(on: System, node: Node, argv: list[str]) -> None:
-    env = {"UV_CACHE_DIR": str(node.cache / "uv"), "UV_NO_PROGRESS": "1", "VIRTUAL_ENV": ""}
     try:
-        on.run(*argv, env=env, watch=Downloads(on.progress).read)
+        on.run(*argv, env=_uv_env(node), watch=Downloads(on.progress).read)
     except CommandFailed as failure:
-        raise _explained(failure) from failure
+        if not _is_cut(failure):
+            raise _explained(failure) from failure
+        _uv_offline(on, node, argv, failure)
+
+
+def _uv_offline(on: System, node: Node, argv: list[str], cut: CommandFailed) -> None:
+    """Everything may be in the cache already: a second time needs no network."""
+    try:
+        on.run(*argv, "--offline", env=_uv_env(node))
+    except CommandFailed as failure:
+        raise _explained(cut) from failure
+
+
+def _uv_env(node: Node) -> dict[str, str]:
+    return {"UV_CACHE_DIR": str(node.cache / "uv"), "UV_NO_PROGRESS": "1", "VIRTUAL_ENV": ""}
+
+
+def _is_cut(failure: CommandFailed) -> bool:
+    return any(sign in line for sign in _CUT for line in failure.tail)
 
 
 def _explained(failure: CommandFailed) -> CommandFailed:
@@ -212,7 +232,12 @@ def _explained(failure: CommandFailed) -> CommandFailed:
     if "Hash mismatch" in said:
         failure.why = "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"
         failure.mend = "nothing of it was installed; run again, and if it stays, do not go on: report it"
-    elif any(sign in said for sign in _CUT):
+    elif "certificate" in said:
+        failure.why = "the package index's certificate is not trusted"
+        failure.mend = (
+            "behind a proxy, name the system's certificates: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"
+        )
+    elif _is_cut(failure):
         failure.why = "the package index cannot be reached, or the connection broke off"
         failure.mend = "mend the network, then run the same command again: what has arrived is kept"
     return failure

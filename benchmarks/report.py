@@ -1,0 +1,118 @@
+"""The tables of results.md, which the README shows."""
+
+import datetime
+import os
+import platform
+from collections.abc import Iterable, Mapping
+
+from benchmarks import converged, startup
+from benchmarks.fresh import Fresh
+from benchmarks.timing import Spread
+
+
+def heading(versions: Mapping[str, str]) -> str:
+    """When, on what kind of machine, and which versions."""
+    named = ", ".join(f"{name} {version}" for name, version in versions.items())
+    machine = (
+        f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Linux {platform.release().split('-')[0]}, "
+        f"Python {platform.python_version()}"
+    )
+    return (
+        f"# How fast it is\n\nMade by `python -m benchmarks.run` on {datetime.date.today()}, {machine}; {named}.\n"
+        "Only the ratios mean something: the machine was shared. README.md in this folder says what is measured.\n"
+    )
+
+
+def converged_table(found: Mapping[str, Spread], resources: int) -> str:
+    """The second run, where nothing is left to do."""
+    ours = found[converged.OURS]
+    rows = (
+        (f"`{name}`" if "`" not in name else name, each, f"{each.times(ours):.1f} x") for name, each in found.items()
+    )
+    return _table(
+        f"A converged node, {resources} resources",
+        ("", "median", "lowest - highest", "beside sparkinstall"),
+        ((name, _seconds(each.median), _range(each), ratio) for name, each, ratio in rows),
+    )
+
+
+def startup_table(found: Mapping[str, Spread]) -> str:
+    """What it costs to start at all."""
+    python, typer = found[startup.PYTHON], found[startup.TYPER]
+    return _table(
+        "Starting",
+        ("", "median", "lowest - highest", "beside Python", "beside Python and typer"),
+        (
+            (
+                f"`{name}`",
+                _ms(each.median),
+                _ms_range(each),
+                f"{each.times(python):.1f} x",
+                f"{each.times(typer):.1f} x",
+            )
+            for name, each in found.items()
+        ),
+    )
+
+
+def fresh_table(found: Fresh) -> str:
+    """The first run, beside the same by hand."""
+    part = "the whole environment" if found.full else "vLLM's own wheel"
+    fixed = sum(seconds for name, seconds in found.by_hand.items() if not name.startswith("make"))
+    rows = [
+        ("sparkinstall all", found.whole, ""),
+        ("the same without its proofs", found.installing, ""),
+        *((f"by hand: {name}", seconds, "") for name, seconds in found.by_hand.items()),
+    ]
+    for make in ("make -j", "make"):
+        whole = fixed + found.by_hand[make]
+        rows.append((f"by hand, one after the other, with `{make}`", whole, f"{whole / found.installing:.1f} x"))
+    return _table(
+        f"A fresh install: {part} and a small NCCL, warm caches",
+        ("", "seconds", "beside sparkinstall without its proofs"),
+        ((name, f"{seconds:.1f}", ratio) for name, seconds, ratio in rows),
+    )
+
+
+def engine_table(found: Fresh) -> str:
+    """The engine's own time on that install."""
+    wall, tools = found.engine["seconds"], found.engine["tools"]
+    own, theirs = found.engine["own_cpu"], found.engine["tools_cpu"]
+    return _table(
+        "The engine's own time on that install",
+        ("", "engine", "tools", "share"),
+        (
+            (
+                "wall time, none of its tools running",
+                _seconds(wall - tools),
+                _seconds(tools),
+                _share(wall - tools, tools),
+            ),
+            ("CPU time", _seconds(own), _seconds(theirs), _share(own, theirs)),
+        ),
+    )
+
+
+def _table(title: str, heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [f"## {title}\n", f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
+
+
+def _share(part: float, other: float) -> str:
+    return f"{100 * part / other:.2f} %"
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s"
+
+
+def _range(each: Spread) -> str:
+    return f"{each.lowest:.2f} - {each.highest:.2f}"
+
+
+def _ms(value: float) -> str:
+    return f"{1000 * value:.0f} ms"
+
+
+def _ms_range(each: Spread) -> str:
+    return f"{1000 * each.lowest:.0f} - {1000 * each.highest:.0f}"

@@ -1,0 +1,48 @@
+"""All benchmarks in one go: `python -m benchmarks.run [--quick] [--full]`, from the checkout's top folder."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from benchmarks import converged, environments, fresh, report, startup
+
+RESULTS = Path(__file__).with_name("results.md")
+
+
+def main() -> None:
+    """Measure, and write results.md; a quick run only prints its tables."""
+    parser = argparse.ArgumentParser(description="How fast sparkinstall is, beside others and by hand.")
+    parser.add_argument("--quick", action="store_true", help="leave the builds out; print, and write nothing")
+    parser.add_argument("--full", action="store_true", help="fresh: the whole environment (30 GB of disk)")
+    parser.add_argument("--rounds", type=int, default=11, help="runs of everything that is short")
+    asked = parser.parse_args()
+    text = "\n".join(_sections(asked.quick, asked.full, asked.rounds))
+    print(text)
+    if not asked.quick:
+        RESULTS.write_text(text)
+
+
+def _sections(quick: bool, full: bool, rounds: int) -> Iterator[str]:
+    work = environments.cache() / "work"
+    _say("making the environments")
+    tool, pyinfra, ansible = environments.sparkinstall(), environments.peer("pyinfra"), environments.peer("ansible")
+    versions = {each: tool.version_of(each) for each in ("sparkinstall", "typer")}
+    yield report.heading(versions | {"pyinfra": environments.PYINFRA, "ansible-core": environments.ANSIBLE})
+    _say("a converged node")
+    yield report.converged_table(*converged.measure(tool, pyinfra, ansible, work / "converged", rounds))
+    _say("starting")
+    yield report.startup_table(startup.measure(tool, rounds))
+    if not quick:
+        _say("a fresh install, and the same by hand: three builds, 15 minutes on two cores")
+        found = fresh.measure(tool, work / "fresh", full)
+        yield report.fresh_table(found)
+        yield report.engine_table(found)
+
+
+def _say(what: str) -> None:
+    print(f"... {what}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
