@@ -73,12 +73,6 @@ class Blocked(Problem):
     code = "blocked"
 
 
-class OnlyOnNode(Problem):
-    """A rehearsal cannot do this here; it is left to the node and reported as such."""
-
-    code = "left-to-node"
-
-
 class JournalDamaged(Problem):
     """The journal cannot be read, so nothing may be changed or taken back by it."""
 

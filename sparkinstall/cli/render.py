@@ -5,7 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -36,7 +36,7 @@ def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
         return Console(stderr=stderr, highlight=False)
-    return Console(file=_Trimmed(stream), highlight=False, width=_LOG_WIDTH)
+    return Console(file=cast("TextIO", _Trimmed(stream)), highlight=False, width=_LOG_WIDTH)
 
 
 class _Trimmed(io.TextIOBase):

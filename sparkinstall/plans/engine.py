@@ -7,7 +7,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Literal
 
-from sparkinstall.errors import Blocked, Interrupted, OnlyOnNode, Problem, storage_problem
+from sparkinstall.errors import Blocked, Interrupted, Problem, storage_problem
 from sparkinstall.events import Emit, ResourceApplied, StepEnded, StepStarted
 from sparkinstall.node import Node
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Resource, Satisfied, State, Unknown
@@ -104,11 +104,7 @@ def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, fre
         report.checked.append(Checked(resource.key, state))
         return
     _refuse_what_cannot_be(resource, state)
-    try:
-        resource.apply(on)
-    except OnlyOnNode as reason:
-        report.checked.append(Checked(resource.key, LeftToNode(reason.what)))
-        return
+    resource.apply(on)
     after = resource.check(on)
     if not isinstance(after, Satisfied | LeftToNode):
         raise _not_converged(resource, after)
