@@ -10,7 +10,9 @@ from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
 
 STATUS = "/var/lib/dpkg/status"
-_INSTALLED = re.compile(r"^Package: (\S+)\nStatus: \S+ ok installed$", re.MULTILINE)
+_INSTALLED = re.compile(
+    r"^Package: (\S+)\n(?:(?:Essential|Protected|Important): .*\n)*Status: \S+ ok installed$", re.MULTILINE
+)
 _PROVIDES = re.compile(r"^Provides: (.+)$", re.MULTILINE)
 _SIMULATED = re.compile(r"^(Inst|Remv|Purg) (\S+)", re.MULTILINE)
 # Waiting for dpkg's own lock: on a fresh node unattended-upgrades often holds it for minutes.

@@ -154,9 +154,7 @@ def with_gpu_code(folder: Path, compression: str, architectures: tuple[str, ...]
 def as_cuobjdump_says(library: Path) -> Counter[GpuCode]:
     said = run(str(toolkit() / "bin" / "cuobjdump"), str(library))
     pieces = re.findall(r"^Fatbin (elf|ptx) code:\n=+\narch = sm_(\w+)$", said, re.MULTILINE)
-    return Counter(
-        GpuCode("cubin", f"sm_{a}") if k == "elf" else GpuCode("ptx", f"compute_{a}") for k, a in pieces
-    )
+    return Counter(GpuCode("cubin", f"sm_{a}") if k == "elf" else GpuCode("ptx", f"compute_{a}") for k, a in pieces)
 
 
 @pytest.mark.network
@@ -279,9 +277,7 @@ class TestDamage:
     @pytest.mark.network
     @given(damage=DAMAGE)
     @settings(max_examples=400, deadline=None)
-    def test_damaged_gpu_code_too(
-        self, damage: list[tuple[float, bytes]], gpu_library: Path, scratch: Path
-    ) -> None:
+    def test_damaged_gpu_code_too(self, damage: list[tuple[float, bytes]], gpu_library: Path, scratch: Path) -> None:
         scratch.write_bytes(damaged(gpu_library.read_bytes(), regions_of(gpu_library), damage))
         ask_everything(scratch)
 

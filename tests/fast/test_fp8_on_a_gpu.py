@@ -1,0 +1,63 @@
+"""The decision of fix 5 on a machine with a GPU. No GPU and no vLLM that could use it are to be had here, so the
+interpreter of the environment is played by a script; what is real is everything around it: the process of its own,
+its crash, its time limit and what is made of its answer."""
+
+from pathlib import Path
+
+import pytest
+
+from sparkinstall.config import Config
+from sparkinstall.node import Node
+from sparkinstall.resources.fp8 import Fp8Decision, loadable
+from sparkinstall.stacks import load
+from sparkinstall.system.local import LocalSystem
+
+
+class WithDriver(LocalSystem):
+    """This machine's folder as a node, with a driver loaded."""
+
+    @property
+    def rehearsal(self) -> bool:
+        return False
+
+    def real(self, path: str) -> str:
+        return self.root + path
+
+    def read(self, path: str) -> bytes | None:
+        return b"NVRM version: 580.95\n" if path == "/proc/driver/nvidia/version" else super().read(path)
+
+
+def _decided(folder: Path, script: str) -> tuple[bool, str, str]:
+    python = folder / "opt/sparkinstall/venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\n" + script)
+    python.chmod(0o755)
+    node = Node(Config(), load("0.18.1"), "aarch64", "aarch64", False, False, str(folder), folder)
+    return Fp8Decision(node, ("Kernel",))._decide(WithDriver(str(folder)))  # type: ignore[arg-type]
+
+
+def test_a_right_product_leaves_cutlass_on(tmp_path: Path) -> None:
+    fallback, why, how = _decided(tmp_path, """echo noise; echo '{"works": true, "said": ""}'""")
+    assert (fallback, how) == (False, "gpu")
+    assert "right product" in why
+
+
+def test_an_error_turns_the_fallback_on_and_is_quoted(tmp_path: Path) -> None:
+    fallback, why, _ = _decided(tmp_path, """echo '{"works": false, "said": "Error Internal"}'""")
+    assert fallback is True
+    assert "Error Internal" in why
+
+
+def test_a_crash_takes_only_its_own_process(tmp_path: Path) -> None:
+    fallback, why, _ = _decided(tmp_path, "echo 'CUDA error: no kernel image' >&2; kill -SEGV $$")
+    assert fallback is True
+    assert "no kernel image" in why
+
+
+@pytest.mark.parametrize(
+    ("arch", "there", "not_there"),
+    [("121", {"sm_120f", "sm_121f", "sm_121a"}, {"sm_120", "sm_120a", "sm_122f"}), ("90", {"sm_90a"}, {"sm_80f"})],
+)
+def test_what_loads_where(arch: str, there: set[str], not_there: set[str]) -> None:
+    assert there <= loadable(arch)
+    assert not not_there & loadable(arch)

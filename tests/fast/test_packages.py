@@ -1,0 +1,73 @@
+"""Debian packages, told from dpkg's own file."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from sparkinstall.resources import Drift, LeftToNode, Satisfied
+from sparkinstall.resources.packages import Packages, installed
+from sparkinstall.system.local import LocalReader
+
+STATUS = """\
+Package: git
+Status: install ok installed
+Version: 1:2.43.0
+
+Package: gone
+Status: deinstall ok config-files
+Version: 1
+
+Package: half
+Status: install ok half-configured
+Version: 1
+
+Package: mawk
+Status: install ok installed
+Provides: awk, another-awk (= 1.3)
+Description: says
+ Package: not-a-package
+ Status: install ok installed
+"""
+
+
+class Machine(LocalReader):
+    """A folder that is taken for a machine of its own."""
+
+    @property
+    def rehearsal(self) -> bool:
+        return False
+
+    def real(self, path: str) -> str:
+        return self.root + path
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    status = tmp_path / "var/lib/dpkg/status"
+    status.parent.mkdir(parents=True)
+    status.write_text(STATUS)
+    return Machine(str(tmp_path))
+
+
+def test_only_what_is_whole_counts(machine: Machine) -> None:
+    assert installed(machine) == {"git", "mawk", "awk", "another-awk"}
+
+
+def test_what_is_missing_is_named_and_nothing_else(machine: Machine) -> None:
+    assert isinstance(Packages(("git", "awk")).check(machine), Satisfied)
+    state = Packages(("git", "python3.12-dev")).check(machine)
+    assert isinstance(state, Drift)
+    assert state.summary == "install python3.12-dev"
+
+
+def test_a_rehearsal_leaves_them_to_the_node(tmp_path: Path) -> None:
+    assert isinstance(Packages(("git",)).check(LocalReader(str(tmp_path))), LeftToNode)
+
+
+@pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="this machine has no dpkg to compare with")
+def test_dpkg_itself_says_the_same() -> None:
+    here = LocalReader()
+    listed = here.query("dpkg-query", "-W", "-f", "${Package} ${db:Status-Abbrev}\n").out.splitlines()
+    whole = {line.split()[0] for line in listed if line.split()[1:] == ["ii"]}
+    assert whole <= installed(here)
