@@ -1,5 +1,6 @@
 """`sparkinstall`, and `python -m sparkinstall`."""
 
+import io
 import sys
 
 from sparkinstall import __version__
@@ -11,6 +12,10 @@ def main() -> None:
         # Before typer is imported: scripts ask for this often.
         print(f"sparkinstall {__version__}")
         return
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a sign gets a question mark, not a crash.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     from sparkinstall.cli import app
 
     app.main()

@@ -3,6 +3,7 @@
 The docs' reference is made from the `doc` of each field (tools/config_reference.py).
 """
 
+import os
 import re
 import reprlib
 import types
@@ -283,7 +284,8 @@ def anchored(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
 
 def _anchored(value: Any, base: Path) -> Any:
     names_a_file = isinstance(value, str) and "://" not in value and ("/" in value or Path(value).suffix in _FILES)
-    return str((base / Path(value).expanduser()).resolve()) if names_a_file else value
+    # os.path takes any text; Path would raise for a user or a character that cannot be.
+    return os.path.abspath(os.path.join(base, os.path.expanduser(value))) if names_a_file else value
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -10,7 +10,8 @@ from sparkinstall.errors import CommandFailed, storage_problem
 if TYPE_CHECKING:
     import requests
 
-_CHUNK = 1 << 20
+# Small: what has arrived of a piece is lost when the connection breaks off within it.
+_CHUNK = 1 << 16
 _TIMEOUT = (15, 60)
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.all import Choice, install
+from sparkinstall.cli.install import Choice, install
 from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import answer
 

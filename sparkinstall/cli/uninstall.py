@@ -7,7 +7,7 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.cli.verb import Answer, answer, confirm
 
 if TYPE_CHECKING:
     from sparkinstall.plans.uninstall import TakenBack
@@ -35,7 +35,7 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     touches = undoing.touches(state.journal().records())
     if not json:
         _show_plan([f"{t.undo.kind:9} {t.undo.subject}" for t in touches])
-    _ask(yes, state.system.rehearsal)
+    confirm("Take all of it back?", agreed=yes or state.system.rehearsal, default=False)
     if sys.stdin.isatty():
         state.system.ask_for_sudo()
     taken = undoing.take_all_back(state)
@@ -51,17 +51,6 @@ def _show_plan(lines: list[str]) -> None:
     out.print("[bold]To take back[/]")
     for line in lines:
         out.print(f"  {line}", markup=False)
-
-
-def _ask(yes: bool, rehearsal: bool) -> None:
-    from sparkinstall.errors import BadUsage, Interrupted
-
-    if yes or rehearsal:
-        return
-    if not sys.stdin.isatty():
-        raise BadUsage("there is no terminal to ask on", mend="add `--yes` if that is what you want")
-    if not typer.confirm("Take all of it back?", default=False):
-        raise Interrupted("not begun; nothing was changed")
 
 
 def _purge_cache() -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from sparkinstall.errors import Exit, Interrupted, Problem
+from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,21 @@ def answer(verb: str, body: Callable[[], Answer], *, json: bool, verbose: bool =
     _tell(verb, given, json)
     sys.stdout.flush()
     raise typer.Exit(int(given.code))
+
+
+def confirm(question: str, *, agreed: bool, default: bool) -> None:
+    """Ask at the terminal, unless it was agreed to beforehand.
+
+    Raises:
+        BadUsage: there is no terminal to ask on.
+        Interrupted: the answer is no.
+    """
+    if agreed:
+        return
+    if not sys.stdin.isatty():
+        raise BadUsage("there is no terminal to ask on", mend="add `--yes` if that is what you want")
+    if not typer.confirm(question, default=default):
+        raise Interrupted("not begun; nothing was changed")
 
 
 def _tell(verb: str, given: Answer, json: bool) -> None:

@@ -227,8 +227,8 @@ def _who(handle: IO[str]) -> dict[str, Any]:
 
 def _say_who(handle: IO[str], who: dict[str, Any]) -> None:
     try:
-        handle.truncate(0)
-        handle.write(json.dumps(who))
-        handle.flush()
+        # Past Python's buffer: on a full disk it would be written once more when the file is closed, and fail there.
+        os.ftruncate(handle.fileno(), 0)
+        os.write(handle.fileno(), json.dumps(who).encode())
     except OSError:
         pass

@@ -196,26 +196,26 @@ def test_what_a_killed_run_left_running_is_ended_by_the_next(tmp_path: Path) -> 
         assert run.poll() is None
         time.sleep(0.05)
     shell = int(said_pid.read_text())
-    left = processes_of_session(shell)
+    left = processes_of_group(shell)
     run.kill()
     run.wait()
-    assert len(left) == 3 and left == processes_of_session(shell), "they outlive the run: that is what is tested"
+    assert len(left) == 3 and left == processes_of_group(shell), "they outlive the run: that is what is tested"
     done = Rehearsal(root).uninstall()
     assert done.returncode == 0, said(done)
-    assert not processes_of_session(shell)
+    assert not processes_of_group(shell)
     assert not root.exists()
 
 
-def processes_of_session(leader: int) -> set[int]:
-    """Living processes of a session, zombies left out."""
+def processes_of_group(leader: int) -> set[int]:
+    """Living processes of a process group, zombies left out."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            # proc_pid_stat(5): after the name in parentheses come state, parent, group, session.
-            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            # proc_pid_stat(5): after the name in parentheses come state, parent and group.
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
         except OSError:
             continue
-        if int(session) == leader and state != "Z":
+        if int(group) == leader and state != "Z":
             found.add(int(stat.parent.name))
     return found
 

@@ -26,7 +26,7 @@ def served(server: CutServer) -> Iterator[CutServer]:
     """`server`, reachable at `server.url` as long as the context lasts."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the library's name
+        def do_GET(self) -> None:
             _answer(self, server)
 
         def log_message(self, *_: object) -> None:
@@ -36,9 +36,11 @@ def served(server: CutServer) -> Iterator[CutServer]:
         server.url = f"http://127.0.0.1:{listening.server_address[1]}/file.tar.gz"
         thread = threading.Thread(target=listening.serve_forever)
         thread.start()
-        yield server
-        listening.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            listening.shutdown()
+            thread.join()
 
 
 def _answer(to: BaseHTTPRequestHandler, server: CutServer) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from sparkinstall.errors import Problem
 from sparkinstall.node import Node
-from sparkinstall.probes import Probe
 from sparkinstall.resources import Drift, Resource, State
+from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System
 
 _SLEEP = 'trap "{trap}" TERM; echo $$ >> {pids}; while :; do sleep 0.1; done'
@@ -38,19 +38,17 @@ class Sleep:
         on.write(f"/later/{self.key}", b"")
 
 
-@dataclass(frozen=True)
-class SleepyStep:
-    name: str
-    why: str = "sleeps"
-    needs: tuple[str, ...] = ()
+class One(Step):
+    name = "one"
+    why = "sleeps"
 
     def resources(self, node: Node) -> Iterable[Resource]:
         del node
         yield Sleep(f"{self.name}-first")
 
-    def probes(self, node: Node) -> Iterable[Probe]:
-        del node
-        return ()
+
+class Two(One):
+    name = "two"
 
 
 def main() -> None:
@@ -60,7 +58,7 @@ def main() -> None:
     from sparkinstall.system import processes
 
     steps: Any = catalogue
-    steps.STEPS = (SleepyStep("one"), SleepyStep("two"))
+    steps.STEPS = (One(), Two())
     waits: Any = processes
     waits._GRACE = 1.0
     run()

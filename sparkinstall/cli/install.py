@@ -1,0 +1,202 @@
+"""Plan, check, ask, make it so, prove it: what `all` and `run` do."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import Answer, confirm
+
+if TYPE_CHECKING:
+    from sparkinstall.cli.session import Session
+    from sparkinstall.plans.engine import StepReport
+    from sparkinstall.plans.fixes import FixState
+    from sparkinstall.plans.proof import Looked
+    from sparkinstall.steps import Step
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which steps, which checks do not count, and whether to ask."""
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    yes: bool = False
+    json: bool = False
+    fresh: bool = False
+    verb: str = "all"
+
+
+def install(asked: Asked, choice: Choice) -> Answer:
+    """Plan, check, ask, make it so, prove it."""
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.plans import catalogue, engine
+
+    session = open_session(asked)
+    steps = catalogue.chosen(choice.only, choice.skip)
+    reports = engine.plan(steps, session.node, session.system)
+    if not choice.fresh and all(report.outcome in ("unchanged", "left") for report in reports):
+        return _nothing_to_do(session, reports)
+    if sys.stdin.isatty():
+        session.system.ask_for_sudo()
+    preflight(session, choice)
+    if not choice.json:
+        _show_beginning(session, reports, asked.verbose)
+    # A rehearsal touches nothing but its own folder: there is nothing to agree to.
+    confirm("Go on?", agreed=choice.yes or session.node.rehearsal, default=True)
+    return _make_so(session, steps, choice, asked)
+
+
+def _nothing_to_do(session: "Session", reports: "Sequence[StepReport]") -> Answer:
+    from sparkinstall.cli.envelope import step_data
+
+    left = [report.name for report in reports if report.outcome == "left"]
+
+    def show() -> None:
+        print(f"✓ {session.where}: everything is as it should be; nothing was changed.")
+        if left:
+            print(f"  Left to the node: {', '.join(left)}. `sparkinstall status{session.root_option}` tells more.")
+
+    return Answer(data={"changed": False, "steps": [step_data(report) for report in reports]}, show=show)
+
+
+def preflight(session: "Session", choice: Choice) -> None:
+    """Run every check; stop before anything is touched if one fails that is not ignored.
+
+    Raises:
+        PreflightFailed: with all failures in words.
+        BadUsage: `--ignore` names no check.
+    """
+    from sparkinstall.errors import PreflightFailed
+    from sparkinstall.events import silent
+    from sparkinstall.plans import catalogue, proof
+    from sparkinstall.probes.host import preflight as checks
+
+    probes = list(checks(session.node))
+    catalogue.require_known(choice.ignore, [probe.name for probe in probes], "check")
+    looked = [_ignored(each, choice.ignore) for each in proof.look(probes, session.system, silent)]
+    bad = [each for each in looked if each.finding.verdict == "fail"]
+    if not choice.json:
+        from sparkinstall.cli.render import console, show_preflight
+
+        show_preflight(looked, console())
+    if bad:
+        raise PreflightFailed(
+            f"{session.where} is not ready: {', '.join(each.probe.name for each in bad)} failed; nothing was changed",
+            why="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad) if choice.json else "",
+            mend=_way_out(bad),
+        )
+
+
+def _ignored(looked: "Looked", names: "Sequence[str]") -> "Looked":
+    """A failure that does not count is still shown, as a warning."""
+    from dataclasses import replace
+
+    if looked.finding.verdict != "fail" or looked.probe.name not in names:
+        return looked
+    return replace(
+        looked, finding=replace(looked.finding, verdict="warn", mend=f"ignored: --ignore {looked.probe.name}")
+    )
+
+
+def _way_out(bad: "Sequence[Looked]") -> str:
+    names = {each.probe.name for each in bad}
+    if "machine" in names:
+        return "on a machine that is no DGX Spark, rehearse: `sparkinstall all --root ./node`"
+    return "mend these, or go on at your own risk: " + " ".join(f"--ignore {name}" for name in sorted(names))
+
+
+def _show_beginning(session: "Session", reports: "Sequence[StepReport]", verbose: bool) -> None:
+    from sparkinstall.cli.render import console, show_plan
+
+    out = console()
+    out.print(f"[bold]Plan[/]  {session.where}")
+    show_plan([_without_diffs(report) for report in reports] if not verbose else reports, out, verbose)
+    out.print()
+
+
+def _without_diffs(report: "StepReport") -> "StepReport":
+    from dataclasses import replace
+
+    from sparkinstall.plans.engine import Checked
+    from sparkinstall.resources import Drift
+
+    brief = [Checked(c.key, Drift(c.state.summary)) if isinstance(c.state, Drift) else c for c in report.checked]
+    return replace(report, checked=brief)
+
+
+def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked: Asked) -> Answer:
+    from sparkinstall.cli.progress import watching
+    from sparkinstall.plans import engine, proof
+    from sparkinstall.plans.journaled import JournaledSystem
+
+    with watching(asked.verbose) as emit, session.state.hold(choice.verb, emit) as run:
+        journal, logs = session.state.journal(run), session.state.logs(run)
+        reports = engine.converge(
+            steps,
+            session.node,
+            lambda step: JournaledSystem(session.system, journal, step, logs / f"{step}.log", emit),
+            emit,
+            choice.fresh,
+        )
+        if not any(report.problem for report in reports):
+            session.state.remember_options(session.options)
+        looked = proof.look(proof.of_steps(_sound(steps, reports), session.node), session.system, emit)
+    return _conclude(session, reports, looked, choice)
+
+
+def _sound(steps: "Sequence[Step]", reports: "Sequence[StepReport]") -> "list[Step]":
+    """The steps that have something to prove: those that did not fail."""
+    bad = {report.name for report in reports if report.outcome in ("failed", "held")}
+    return [step for step in steps if step.name not in bad]
+
+
+def _conclude(
+    session: "Session", reports: "Sequence[StepReport]", looked: "Sequence[Looked]", choice: Choice
+) -> Answer:
+    from sparkinstall.cli.envelope import finding_data, fix_data, step_data
+    from sparkinstall.errors import Exit, Problem
+    from sparkinstall.plans import fixes
+
+    problems = [report.problem for report in reports if report.problem]
+    findings = {each.probe.name: each.finding for each in looked}
+    bad = [name for name, finding in findings.items() if finding.verdict == "fail"]
+    if bad and not problems:
+        problems.append(
+            Problem(f"installed, but not proven: {', '.join(bad)}", mend="`sparkinstall verify` shows more")
+        )
+    standing = fixes.stand(reports, findings)
+    data = {
+        "changed": any(report.outcome == "changed" for report in reports),
+        "steps": [step_data(report) for report in reports],
+        "probes": [finding_data(each.probe, each.finding, each.seconds) for each in looked],
+        "fixes": [fix_data(state) for state in standing],
+    }
+
+    def show() -> None:
+        _show_end(session, looked, standing if not choice.only and not choice.skip else [], bool(problems))
+
+    return Answer(Exit.FAILED if problems else Exit.GOOD, data, show, tuple(problems))
+
+
+def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequence[FixState]", failed: bool) -> None:
+    from sparkinstall.cli.render import console, show_findings, show_fixes
+
+    out = console()
+    if looked:
+        out.print("[bold]Proof[/]")
+        show_findings(looked, out)
+    if standing:
+        out.print("\n[bold]The eight fixes[/]")
+        show_fixes(standing, out)
+    out.print()
+    if not failed:
+        env = session.system.real(f"{session.node.env_folder}/single-node.env")
+        out.print(f"[green bold]✓[/] {session.where} is done. Next:")
+        out.print(f"    source {env}", markup=False)
+        if not session.node.rehearsal:
+            out.print("    vllm serve MODEL --gpu-memory-utilization 0.85 --max-model-len 32768", markup=False)
+        out.print(f"    sparkinstall verify{session.root_option}      [dim]proves it again, at any time[/]")
+        out.print(f"    sparkinstall uninstall{session.root_option}   [dim]takes everything back[/]")

@@ -1,0 +1,326 @@
+"""Bad input: exit 2 or 4, one sentence and what to do, no traceback, and nothing touched."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.cuda_toolkit import toolkit
+from tests.support.mounts import need_root
+from tests.support.rehearsals import (
+    CHECKOUT,
+    SETTINGS,
+    Rehearsal,
+    envelope,
+    environment,
+    everything_with_times,
+    said,
+    sparkinstall,
+    tree,
+)
+
+USAGE, PREFLIGHT = 2, 4
+VERBS = (["all"], ["plan"], ["verify"], ["status"], ["settings", "show"], ["run", "env-files"])
+
+
+def refused(around: Path, *args: str | Path, code: int = USAGE, **env: str) -> dict[str, str]:
+    """Run it both ways, for people and as JSON; the one error, after what must be so of every refusal."""
+    first = tree(around, everything_with_times)
+    shown, told = sparkinstall(*args, **env), sparkinstall(*args, "--json", **env)
+    assert tree(around, everything_with_times) == first, "something was touched"
+    assert (shown.returncode, told.returncode) == (code, code), said(shown) + said(told)
+    assert "Traceback" not in said(shown) + said(told)
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", shown.stderr), "a control character reached the terminal"
+    errors = envelope(told)["errors"]
+    assert len(errors) == 1 and len(errors[0]["what"].splitlines()) == 1
+    assert errors[0]["what"].split()[0] in shown.stderr
+    return dict(errors[0])
+
+
+def config_of(tmp_path: Path, content: bytes | str) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("nccl:\n  archs: 121", "`nccl.archs` .* `nccl.arch`"),
+        ("prefx: /opt/x", "`prefx` .* `prefix`"),
+        ("arch: 121", "`arch` .* `nccl.arch`"),
+        ("nccl: [1]", "`nccl` is a section"),
+        ("prefix: 5", "`prefix` must be text, not 5"),
+        ("nccl: {jobs: many}", "`nccl.jobs` must be a number, not 'many'"),
+        ("nccl: {jobs: true}", "`nccl.jobs` must be a number, not True"),
+        ("nccl: {arch: 121}", '`nccl.arch` must be text, not 121 .*"121"'),
+        ("hub: {offline: maybe}", "`hub.offline` must be true or false"),
+        ("packages: {extra: htop}", "`packages.extra` must be a list of text"),
+        ("packages: {extra: [htop, 5]}", "`packages.extra` must be a list of text, not of 5"),
+        ("packages: {extra: [-oDpkg::Pre-Invoke=id]}", "`packages.extra` must be a Debian package name"),
+        ("cluster: {ray_port: 70000}", "`cluster.ray_port` must be a port"),
+        ("nccl: {mode: maybe}", "`nccl.mode` must be one of source, wheel"),
+        ("environment: {link: elsewhere}", "`environment.link` must be an absolute path"),
+        ("environment: {link: ~/../x}", "`environment.link` must be an absolute path"),
+        ("- a list", "must be `key: value` lines, not a list"),
+        ("just words", "must be `key: value` lines, not a str"),
+        ("a: [1", "is not YAML: .*line"),
+        (b"\xff\xfe\x00binary\x00", "is not YAML"),
+        (b"\x1b[31mred: 1", "is not YAML"),
+        ('"\\e[31mred": 1', r"unknown setting `\\\\x1b\[31mred`"),
+        ("[" * 100_000, "larger or deeper"),
+        ("#" * 2_000_000, "larger or deeper"),
+        ("prefix: !!python/object/apply:os.system [id]", "is not YAML: could not determine a constructor"),
+        ("prefix: 2020-13-45", "is not YAML: month must be in 1..12"),
+    ],
+)
+def test_a_config_that_cannot_be_used(tmp_path: Path, content: bytes | str, says: str) -> None:
+    path = config_of(tmp_path, content)
+    error = refused(tmp_path, "settings", "show", "--config", path)
+    assert re.search(says, error["what"] + " " + error["mend"]), error
+    assert error["code"] == "config"
+
+
+def test_a_config_that_is_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "none.yaml", tmp_path / "config.yaml" / "beneath", tmp_path / ("x" * 5000)):
+        assert refused(tmp_path, "settings", "show", "--config", path)["mend"]
+
+
+PREFIXES = [
+    "/opt/a b",
+    "/opt/'a'",
+    '/opt/"a"',
+    "/opt/$(id)",
+    "/opt/`id`",
+    "/opt/$HOME",
+    "/opt/a\nb",
+    "/opt/a\n",
+    "/opt/a:b",
+    "/opt/\x1b[31m",
+    "opt/a",
+    "../a",
+    "/opt/../a",
+    "/",
+    "/.",
+    "//",
+    "/opt//a",
+    "/opt/./a",
+    "/opt/a/",
+    "/opt/ä",
+    "/" + "a" * 3000,
+    "~",
+    "",
+]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES, ids=ascii)
+def test_a_prefix_that_cannot_be_used(tmp_path: Path, prefix: str) -> None:
+    error = refused(tmp_path, "settings", "show", "--root", tmp_path / "node", "--set", f"prefix={prefix}")
+    assert "`prefix` must" in error["what"]
+
+
+def test_a_prefix_that_cannot_be_used_stops_every_verb(tmp_path: Path) -> None:
+    for verb in VERBS:
+        refused(tmp_path, *verb, "--root", tmp_path / "node", "--config", config_of(tmp_path, "prefix: '/a $(id)'"))
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("prefix", "KEY=VALUE"),
+        ("=x", "unknown setting"),
+        ("nccl=wheel", "unknown setting `nccl`"),
+        ("nccl.mod=wheel", "nccl.mode"),
+        ("nccl.jobs=[", "not YAML"),
+        ("nccl.jobs=2020-13-45", "not YAML"),
+        ("nccl.jobs=" + "9" * 5000, "not YAML"),
+        ("nccl.jobs=0x" + "f" * 5000, "must be a number from 0 to 1024"),
+        ("nccl.jobs=" + "[" * 5000, "larger or deeper"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_an_assignment_that_cannot_be_used(tmp_path: Path, assignment: str, says: str) -> None:
+    error = refused(tmp_path, "settings", "show", "--set", assignment)
+    assert re.search(says, f"{error['what']} {error['mend']}"), error
+
+
+# --- stacks, roots, names
+
+
+@pytest.mark.parametrize(
+    ("stack", "says"),
+    [("0.18.2", "did you mean 0.18.1"), ("nothing-like-it", "There is no stack"), (".", "is a directory")],
+)
+def test_a_stack_that_is_not_there(tmp_path: Path, stack: str, says: str) -> None:
+    assert says in refused(tmp_path, "plan", "--root", tmp_path / "node", "--stack", stack)["what"]
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"name: x", b"[" * 100_000, b"name: [\n"])
+def test_a_stack_of_ones_own_that_is_none(tmp_path: Path, content: bytes) -> None:
+    path = config_of(tmp_path, content)
+    assert refused(tmp_path, "plan", "--root", tmp_path / "node", "--stack", path)["code"] == "config"
+
+
+def test_a_root_that_cannot_be_used(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "to-root").symlink_to("/")
+    for root, says in (
+        (tmp_path / "file", "is not a folder"),
+        ("/", "is this machine itself"),
+        (tmp_path / "to-root", "is this machine itself"),
+        (tmp_path / "none/node", "there is no folder"),
+        (tmp_path / "a b", "must be an absolute path of letters"),
+        (tmp_path / "a$(id)", "must be an absolute path of letters"),
+        (tmp_path / "a\nb", "must not contain a line break"),
+    ):
+        assert says in refused(tmp_path, "plan", "--root", root)["what"], root
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["plan", "--only", "nccll"], "did you mean `nccl`"),
+        (["plan", "--skip", "everything"], "known: "),
+        (["run", "fp9"], "did you mean `fp8`"),
+        (["all", "--ignore", "dsk"], "did you mean `disk`"),
+        (["plan", "--platform", "riscv64"], "it has them for: "),
+    ],
+)
+def test_a_name_that_is_not_known(tmp_path: Path, args: list[str], says: str) -> None:
+    assert says in refused(tmp_path, *args, "--root", tmp_path / "node")["mend"]
+
+
+@pytest.mark.parametrize("option", [["--full"], ["--partial"], ["--platform", "aarch64"]])
+def test_what_is_for_a_rehearsal_alone_is_refused_without_a_root(tmp_path: Path, option: list[str]) -> None:
+    error = refused(tmp_path, "plan", *option)
+    assert "for a rehearsal" in error["what"] and "--root" in error["mend"]
+
+
+def test_this_machine_is_no_spark_and_is_left_alone(tmp_path: Path) -> None:
+    error = refused(tmp_path, "all", "--yes", code=PREFLIGHT)
+    assert "nothing was changed" in error["what"] and "--root ./node" in error["mend"]
+    assert not Path("/var/lib/sparkinstall").exists()
+
+
+def test_without_a_terminal_and_without_yes_nothing_is_begun(tmp_path: Path) -> None:
+    # Every check is ignored: what is left to stop it is the question that cannot be asked.
+    names = [probe["name"] for probe in envelope(sparkinstall("plan", "--json"))["data"]["preflight"]]
+    ignoring = [word for name in names for word in ("--ignore", name)]
+    error = refused(tmp_path, "all", *ignoring, "--only", "env-files")
+    assert "no terminal" in error["what"] and "--yes" in error["mend"]
+    assert not Path("/var/lib/sparkinstall").exists() and not Path("/opt/sparkinstall").exists()
+
+
+@pytest.mark.parametrize("args", [["plan", "--nonsense"], ["nonsense"], ["run"], ["plan", "--root"], []])
+def test_a_command_line_that_is_none_is_exit_2_without_a_traceback(args: list[str]) -> None:
+    run = sparkinstall(*args)
+    assert run.returncode == USAGE and "Traceback" not in said(run)
+
+
+@pytest.mark.network
+def test_an_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
+    """Only a node asks nvcc in preflight, so this is the node's own check, on the real compiler."""
+    home = toolkit()
+    run = sparkinstall("plan", "--json", "--set", "nccl.arch=99", "--set", f"nccl.cuda_home={home}")
+    found = {probe["name"]: probe for probe in envelope(run)["data"]["preflight"]}["cuda"]
+    assert found["verdict"] == "fail" and "does not know compute_99" in found["found"]
+    assert "121" in found["mend"]
+    error = refused(tmp_path, "plan", "--set", "nccl.arch=blackwell")
+    assert "must be an architecture number such as 121" in error["what"]
+
+
+# --- JSON
+
+
+@pytest.mark.parametrize("verb", [*VERBS, ["uninstall"]], ids=" ".join)
+def test_with_json_there_is_one_object_and_nothing_else_on_stdout(tmp_path: Path, verb: list[str]) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    answer = envelope(sparkinstall(*verb, "--root", tmp_path / "file", "--json"))
+    assert answer["command"] == " ".join(verb).removesuffix(" env-files")
+    assert (answer["version"], answer["status"], answer["exit_code"]) == (1, "usage", USAGE)
+    assert set(answer["errors"][0]) == {"code", "what", "why", "mend", "log", "tail"}
+
+
+# --- the machine's own files
+
+SERIAL = "1834925000123"
+HOSTILE = {
+    "escapes": f'DGX_PRETTY_NAME="\x1b]0;owned\x07\x9b31m[/bold][red]x"\nDGX_SERIAL_NUMBER="{SERIAL}"\n'.encode(
+        "latin-1"
+    ),
+    "endless": f"DGX_SERIAL_NUMBER={SERIAL}\nDGX_PRETTY_NAME=".encode() + b"A" * 10_000_000,
+    "no newline": f"DGX_SERIAL_NUMBER={SERIAL}".encode(),
+    "nuls": b"\0" * 1000 + f"\nDGX_SERIAL_NUMBER='{SERIAL}'\0\nDGX_PRETTY_NAME=\0x\0\n".encode(),
+    "not text": bytes(range(256)) * 10 + f"\nexport DGX_SERIAL_NUMBER={SERIAL}\r\n".encode(),
+    "odd ends": f"A=1\x0bDGX_SERIAL_NUMBER={SERIAL}\x0cB=2\x1eDGX_SERIAL_NUMBER={SERIAL}\x85".encode(),
+}
+# The overlay is seen by this one process and its children, and goes with them.
+WITH_ETC = 'mount -t overlay overlay -o "lowerdir=$0:/etc" /etc && exec "$@"'
+
+
+@pytest.mark.parametrize("content", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_release_file_is_read_and_its_serial_number_is_never_shown(tmp_path: Path, content: bytes) -> None:
+    need_root()
+    etc = tmp_path / "etc"
+    etc.mkdir()
+    (etc / "dgx-release").write_bytes(content)
+    for args in (["all", "--yes"], ["all", "--yes", "--json"], ["plan", "-v"], ["plan", "--json"], ["status"]):
+        run = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", WITH_ETC, etc, sys.executable, "-m", "sparkinstall", *args],
+            cwd=CHECKOUT,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            timeout=60,
+        )
+        assert run.returncode == (PREFLIGHT if args[0] == "all" else 0), said(run)
+        assert SERIAL not in said(run) and "Traceback" not in said(run)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]", said(run))
+        assert len(said(run)) < 50_000
+    assert not Path("/var/lib/sparkinstall").exists()
+
+
+def test_the_serial_number_is_not_in_what_a_rehearsal_writes(tmp_path: Path) -> None:
+    root = tmp_path / "node"
+    (root / "etc").mkdir(parents=True)
+    (root / "etc/dgx-release").write_bytes(HOSTILE["no newline"])
+    node = Rehearsal(root, SETTINGS)
+    run = node.all("--json", "--only", "fp8")
+    assert envelope(run)["exit_code"] == 1
+    written = [path for path in (root / "var").rglob("*") if path.is_file()]
+    assert written and SERIAL not in said(run)
+    for path in written:
+        assert SERIAL not in path.read_text()
+
+
+def test_a_secret_of_the_environment_is_in_no_output_and_in_no_file(tmp_path: Path) -> None:
+    secret = 'hf"very\\secret{}'
+    node = Rehearsal(tmp_path / "node", (*SETTINGS, "--set", f"nccl.source=https://x:{secret}@h/t.tgz"))
+    run = node.all("--json", "--only", "fp8", HF_TOKEN=secret)
+    envelope(run)
+    assert secret not in said(run)
+
+
+# --- what a user may have set around it
+
+
+def test_a_home_that_is_not_there_and_an_odd_locale_do_no_harm(tmp_path: Path) -> None:
+    run = sparkinstall("plan", "--root", tmp_path / "node", "--json", HOME="/nonexistent", LC_ALL="xx_YY", TERM="dumb")
+    assert envelope(run)["exit_code"] == 0
+    assert not (tmp_path / "node").exists()
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m sparkinstall plan -v --root {tmp_path}/node | head -c 1 > /dev/null"
+    run = subprocess.run(["bash", "-c", command], cwd=CHECKOUT, env=environment(), capture_output=True, text=True)
+    assert "Traceback" not in run.stderr, run.stderr
+    assert shutil.which("head") and os.path.exists(tmp_path)
