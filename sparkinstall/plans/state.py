@@ -18,7 +18,7 @@ from sparkinstall.system.local import LocalSystem
 
 FOLDER = "/var/lib/sparkinstall"
 
-_OPTIONS: Mapping[str, type] = {"config": str, "stack": str, "settings": list, "platform": str, "full": bool}
+_OPTIONS: Mapping[str, type] = {"config": str, "settings": dict, "platform": str, "full": bool}
 
 
 class StateFolder:
@@ -195,10 +195,7 @@ def _in_words(doing: str, but: type[OSError] | tuple[()] = ()) -> Iterator[None]
 
 def _usable(options: Mapping[str, Any]) -> Iterator[str]:
     """The names of those options that `all` could have written."""
-    for name, value in options.items():
-        whole = name != "settings" or (isinstance(value, list) and all(isinstance(each, str) for each in value))
-        if whole and name in _OPTIONS and isinstance(value, _OPTIONS[name]):
-            yield name
+    return (name for name, value in options.items() if name in _OPTIONS and isinstance(value, _OPTIONS[name]))
 
 
 def _is_at(handle: IO[str], path: Path) -> bool:

@@ -71,6 +71,9 @@ def test_on_and_off_overrule_and_the_file_follows(spark: Rehearsal) -> None:
     assert spark.all("--set", "fp8.fallback=on").returncode == 0
     assert "sparkinstall fix 5" in _file(spark)
     assert "VLLM_DISABLED_KERNELS" in _env(spark)
+    assert spark.all("--set", "hub.offline=false").returncode == 0
+    verified = sparkinstall("verify", "--root", spark.root)
+    assert verified.returncode == 0, "what was asked for at the last two runs is remembered: " + verified.stdout
     assert spark.all("--set", "fp8.fallback=auto").returncode == 0
     assert _file(spark) == before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -12,6 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from typer.testing import CliRunner
+
+from sparkinstall.cli.app import app
 
 CHECKOUT = Path(__file__).parents[2]
 SETTINGS = ("--set", "nccl.mode=wheel")
@@ -47,6 +52,17 @@ def sparkinstall(*args: str | Path, through: str = "sparkinstall", **env: str) -
         errors="replace",
         timeout=TIMEOUT_SECONDS,
     )
+
+
+def in_this_process(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    """The same, without a process of its own: many small cases would spend their time on starting Python."""
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        result = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="sparkinstall")
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return subprocess.CompletedProcess(list(args), result.exit_code, result.stdout, result.stderr)
 
 
 def envelope(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -37,14 +38,11 @@ def tiny_stack(folder: Path, *, hash_is_right: bool = True, locked: bool = True)
 
 
 def no_index(stack: Path) -> dict[str, str]:
-    """Variables that let uv see the stack's own folder and nothing else; a cache of its own with it."""
-    return {
-        "UV_NO_INDEX": "1",
-        "UV_FIND_LINKS": str(stack.parent),
-        "XDG_CACHE_HOME": str(stack.parent / "cache"),
-        "UV_DEFAULT_INDEX": "",
-        "UV_INDEX": "",
-    }
+    """Variables that let uv see the stack's own folder and nothing else, whatever index this machine has set up."""
+    settings = stack.with_name("uv.toml")
+    settings.write_text(f'no-index = true\nfind-links = ["{stack.parent}"]\n')
+    unset = {name: "" for name in os.environ if name.startswith("UV_") and "INDEX" in name}
+    return {**unset, "UV_CONFIG_FILE": str(settings), "XDG_CACHE_HOME": str(stack.parent / "cache")}
 
 
 def _wheel(folder: Path) -> Path:
