@@ -1,6 +1,7 @@
 """`sparkinstall`, and `python -m sparkinstall`."""
 
 import io
+import os
 import sys
 
 from sparkinstall import __version__
@@ -12,6 +13,9 @@ def main() -> None:
         # Before typer is imported: scripts ask for this often.
         print(f"sparkinstall {__version__}")
         return
+    # Started with a stream closed (`2>&-`), what is said there goes nowhere.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a sign gets a question mark, not a crash.
         if isinstance(stream, io.TextIOWrapper):

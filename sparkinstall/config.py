@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from sparkinstall.errors import BadConfig
+from sparkinstall.redaction import redact
 
 DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")
 
@@ -23,7 +24,9 @@ _FILES = (".yaml", ".yml", ".gz", ".xz", ".bz2", ".tgz", ".tar")
 
 _PATH = re.compile(r"/[A-Za-z0-9._+@/-]*")
 _HOST = re.compile(r"[A-Za-z0-9.:-]+")
-_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+# A name that ends in `-` would tell apt to remove the package.
+_PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*[a-z0-9+]")
+_FUNCTIONS = re.compile(r"[A-Za-z0-9_*| ]+")
 _ARCH = re.compile(r"[0-9]{2,3}[af]?")
 _INTERFACE = re.compile(r"[A-Za-z0-9._-]{1,15}")
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)?(-\d+)?")
@@ -73,6 +76,14 @@ def _no_control(value: str) -> str | None:
     return None if value and value.isprintable() else "must be one line of printable text"
 
 
+def _source(value: str) -> str | None:
+    if value.startswith("http://"):
+        return "must be an https URL"
+    if "://" in value and "@" in value.split("://", 1)[1].split("/", 1)[0]:
+        return "must not carry a name and password: download it yourself and name the file"
+    return _no_control(value)
+
+
 def _setting(default: Any, doc: str, valid: Callable[[Any], str | None] | None = None) -> Any:
     return field(default=default, metadata={"doc": doc, "valid": valid})
 
@@ -101,7 +112,7 @@ class NcclConfig:
     source: str = _setting(
         "git",
         "`git` (the upstream repository), a tarball (path or https URL), or a source folder.",
-        _no_control,
+        _source,
     )
     sha256: str | None = _setting(
         None,
@@ -121,7 +132,9 @@ class NcclConfig:
     cuda_home: str | None = _setting(None, "The CUDA toolkit; null: looked for.", safe_path)
     jobs: int = _setting(0, "How many compilers run at once; 0: one for each core.", _not_negative)
     only_functions: str | None = _setting(
-        None, "Build a part of the collectives only (NCCL's ONLY_FUNCS); for trying things out.", _no_control
+        None,
+        "Build a part of the collectives only (NCCL's ONLY_FUNCS); for trying things out.",
+        _like(_FUNCTIONS, "words such as AllReduce Sum f32 RING *"),
     )
 
 
@@ -306,7 +319,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
 
 
 def _takes_text(kind: Any) -> bool:
-    return kind is str or str in get_args(kind)
+    return kind is str or (isinstance(kind, types.UnionType) and str in get_args(kind))
 
 
 def build(layers: Sequence[Layer]) -> tuple[Config, dict[str, str]]:
@@ -319,15 +332,19 @@ def build(layers: Sequence[Layer]) -> tuple[Config, dict[str, str]]:
     sources: dict[str, str] = {}
     for setting in settings():
         values[setting.name], sources[setting.name] = setting.default, "default"
-        for layer in layers:
+        for layer in reversed(layers):
             if setting.name in layer.values:
                 values[setting.name] = _checked(setting, layer.values[setting.name], layer.source)
                 sources[setting.name] = layer.source
+                break
     return _assemble(Config, values), sources
 
 
 def _checked(setting: Setting, value: Any, source: str) -> Any:
     where = f"{source}: `{setting.name}`"
+    if isinstance(value, bool) and _takes_text(setting.type):
+        # `fallback: off` is a truth value to YAML and a word to whoever wrote it.
+        value = "on" if value else "off"
     if isinstance(value, list) and setting.type == tuple[str, ...]:
         return tuple(_checked_item(setting, each, where) for each in value)
     if not _fits(value, setting.type):
@@ -344,7 +361,7 @@ def _checked_item(setting: Setting, value: Any, where: str) -> Any:
 def _valid(setting: Setting, value: Any, where: str) -> Any:
     complaint = setting.valid(value) if setting.valid else None
     if complaint:
-        raise BadConfig(f"{where} {complaint}, not {_show(value)}")
+        raise BadConfig(f"{where} {complaint}, not {redact(_show(value))}")
     return value
 
 

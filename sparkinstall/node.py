@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparkinstall.config import Config
+from sparkinstall.config import Config, safe_path
 from sparkinstall.stacks import Platform, Stack
 from sparkinstall.system import Reader
 
@@ -89,9 +89,9 @@ def nccl_library(node: Node, on: Reader) -> str | None:
 
 def cuda_home(node: Node) -> str | None:
     """The CUDA toolkit (a real path: a rehearsal uses this machine's), or None where there is none."""
-    candidates = (node.config.nccl.cuda_home, os.environ.get("CUDA_HOME"), "/usr/local/cuda")
+    candidates = (node.config.nccl.cuda_home, "/usr/local/cuda", os.environ.get("CUDA_HOME"))
     for each in candidates:
-        if each and Path(each, "bin", "nvcc").is_file():
+        if each and safe_path(each) is None and Path(each, "bin", "nvcc").is_file():
             return each
     return None
 

@@ -32,7 +32,16 @@ def envelope(command: str, code: Exit, data: Mapping[str, Any], problems: Sequen
         "data": data,
         "errors": [problem_data(problem) for problem in problems],
     }
-    return redact(json.dumps(whole, default=str))
+    return json.dumps(_redacted(whole), default=str)
+
+
+def _redacted(value: Any) -> Any:
+    """Before JSON escapes what a secret may hold."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {_redacted(key): _redacted(each) for key, each in value.items()}
+    return [_redacted(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def problem_data(problem: Problem) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from sparkinstall.cli.verb import Answer, confirm
 
 if TYPE_CHECKING:
     from sparkinstall.cli.session import Session
+    from sparkinstall.errors import Problem
     from sparkinstall.plans.engine import StepReport
     from sparkinstall.plans.fixes import FixState
     from sparkinstall.plans.proof import Looked
@@ -37,10 +38,12 @@ def install(asked: Asked, choice: Choice) -> Answer:
     session = open_session(asked)
     steps = catalogue.chosen(choice.only, choice.skip)
     reports = engine.plan(steps, session.node, session.system)
-    if not choice.fresh and all(report.outcome in ("unchanged", "left") for report in reports):
-        return _nothing_to_do(session, reports)
-    if sys.stdin.isatty():
-        session.system.ask_for_sudo()
+    if not choice.fresh:
+        _refuse_obstacles(reports)
+    so_already = all(report.outcome in ("unchanged", "left") for report in reports)
+    if so_already and not choice.fresh and not session.state.unproven():
+        return _nothing_to_do(session, steps, reports)
+    _refuse_what_needs_more(reports)
     preflight(session, choice)
     if not choice.json:
         _show_beginning(session, reports, asked.verbose)
@@ -49,17 +52,70 @@ def install(asked: Asked, choice: Choice) -> Answer:
     return _make_so(session, steps, choice, asked)
 
 
-def _nothing_to_do(session: "Session", reports: "Sequence[StepReport]") -> Answer:
-    from sparkinstall.cli.envelope import step_data
+def _refuse_obstacles(reports: "Sequence[StepReport]") -> None:
+    """What stands in the way is said before hours are spent on the rest.
 
+    Raises:
+        Blocked: something that is not ours to move is where something of ours has to be.
+    """
+    from sparkinstall.errors import Blocked
+    from sparkinstall.resources import Obstacle
+
+    for report in reports:
+        for checked in report.checked:
+            if isinstance(checked.state, Obstacle):
+                raise Blocked(f"{report.name}: {checked.state.what}", mend=checked.state.mend)
+
+
+def _refuse_what_needs_more(reports: "Sequence[StepReport]") -> None:
+    """A step that was chosen alone may need one that was not.
+
+    Raises:
+        BadUsage: nothing was begun.
+    """
+    from sparkinstall.errors import BadUsage
+    from sparkinstall.plans import catalogue
+    from sparkinstall.resources import Unknown
+
+    known = {step.name for step in catalogue.STEPS} - {report.name for report in reports}
+    for report in reports:
+        needs = {c.state.waits_for for c in report.checked if isinstance(c.state, Unknown)} & known
+        if needs:
+            first = sorted(needs)[0]
+            raise BadUsage(
+                f"the step {report.name} needs {first} to be done before",
+                mend=f"`sparkinstall run {first} {report.name}`, or everything: `sparkinstall all`",
+            )
+
+
+def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequence[StepReport]") -> Answer:
+    from sparkinstall.cli.envelope import step_data
+    from sparkinstall.errors import Exit
+    from sparkinstall.events import silent
+    from sparkinstall.plans import proof
+
+    quick = [probe for probe in proof.of_steps(steps, session.node) if probe.quick]
+    bad = [each for each in proof.look(quick, session.system, silent) if each.finding.verdict == "fail"]
+    if bad:
+        return Answer(Exit.FAILED, {"changed": False}, problems=(_damaged(bad),))
     left = [report.name for report in reports if report.outcome == "left"]
 
     def show() -> None:
         print(f"✓ {session.where}: everything is as it should be; nothing was changed.")
         if left:
-            print(f"  Left to the node: {', '.join(left)}. `sparkinstall status{session.root_option}` tells more.")
+            print(f"  Left to the node: {', '.join(left)}. `sparkinstall plan{session.root_option}` says why.")
 
     return Answer(data={"changed": False, "steps": [step_data(report) for report in reports]}, show=show)
+
+
+def _damaged(bad: "Sequence[Looked]") -> "Problem":
+    from sparkinstall.errors import Problem
+
+    return Problem(
+        "everything is where it was put, but it is damaged",
+        why="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad),
+        mend="make it anew: `sparkinstall run environment fp8 --fresh`",
+    )
 
 
 def preflight(session: "Session", choice: Choice) -> None:
@@ -77,6 +133,10 @@ def preflight(session: "Session", choice: Choice) -> None:
     probes = list(checks(session.node))
     catalogue.require_known(choice.ignore, [probe.name for probe in probes], "check")
     looked = [_ignored(each, choice.ignore) for each in proof.look(probes, session.system, silent)]
+    if sys.stdin.isatty() and [each.probe.name for each in looked if each.finding.verdict == "fail"] == ["sudo"]:
+        # All that is missing is the password: a person is there to give it.
+        session.system.ask_for_sudo()
+        looked = [_ignored(each, choice.ignore) for each in proof.look(probes, session.system, silent)]
     bad = [each for each in looked if each.finding.verdict == "fail"]
     if not choice.json:
         from sparkinstall.cli.render import console, show_preflight
@@ -144,6 +204,7 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
         if not any(report.problem for report in reports):
             session.state.remember_options(session.options)
         looked = proof.look(proof.of_steps(_sound(steps, reports), session.node), session.system, emit)
+        session.state.remember_unproven([each.probe.name for each in looked if each.finding.verdict == "fail"])
     return _conclude(session, reports, looked, choice)
 
 
@@ -176,7 +237,7 @@ def _conclude(
     }
 
     def show() -> None:
-        _show_end(session, looked, standing if not choice.only and not choice.skip else [], bool(problems))
+        _show_end(session, looked, [] if choice.only or choice.skip or problems else standing, bool(problems))
 
     return Answer(Exit.FAILED if problems else Exit.GOOD, data, show, tuple(problems))
 

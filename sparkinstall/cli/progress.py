@@ -25,6 +25,7 @@ from sparkinstall.events import (
     StepStarted,
     WaitedFor,
 )  # fmt: skip
+from sparkinstall.redaction import redact
 
 _OUTCOMES = {
     "unchanged": "as it should be", "changed": "done", "left": "left to the node", "failed": "failed",
@@ -110,7 +111,7 @@ class _Screen:
 def _row(name: str, running: _Running, spinner: Spinner) -> tuple[RenderableType, ...]:
     if running.ended:
         what = _OUTCOMES.get(running.ended.outcome, running.ended.outcome)
-        note = f"{what}: {running.ended.note}" if running.ended.note else what
+        note = f"{what}: {redact(running.ended.note)}" if running.ended.note else what
         mark = Text("  ") + sign(running.ended.outcome)
         return mark, name, Text(duration(running.ended.seconds), style="dim", justify="right"), Text(note)
     now = time.monotonic()
@@ -152,7 +153,7 @@ class _Lines:
         self._guard = threading.Lock()
 
     def take(self, event: Event) -> None:
-        text = self._text(event)
+        text = redact(self._text(event))
         if text:
             with self._guard:
                 print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)

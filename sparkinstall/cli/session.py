@@ -47,8 +47,13 @@ def open_session(asked: Asked) -> Session:
     system = LocalSystem(_root(asked.root))
     state = StateFolder(system)
     options = asked.after(state.options())
-    config, sources = configuration.build(_layers(asked, state.options(), options))
-    node = _node(config, system, options)
+    try:
+        config, sources = configuration.build(_layers(asked, state.options(), options))
+        node = _node(config, system, options)
+    except BadConfig as problem:
+        if state.options():
+            problem.mend += f" (options of former runs are remembered in {state.home}/options.json)"
+        raise
     _check_places(node, system)
     return Session(node, system, state, sources, options)
 

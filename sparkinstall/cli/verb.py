@@ -24,7 +24,8 @@ class Answer:
 
 def answer(verb: str, body: Callable[[], Answer], *, json: bool, verbose: bool = False) -> NoReturn:
     """Run a verb and end the process with its exit code."""
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _as_interrupt)
     try:
         given = body()
     except Problem as problem:

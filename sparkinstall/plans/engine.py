@@ -139,6 +139,11 @@ def _guarded(step: Step, report: StepReport, visit: Visit) -> None:
         report.problem = problem
     except OSError as error:
         report.problem = storage_problem(error, f"step {step.name}")
+    except Exception as error:  # a crashed check is a result of its step, not the end of the run
+        report.problem = Problem(
+            f"step {step.name} met what it does not know: {type(error).__name__}: {error}",
+            mend=f"make the step anew: `sparkinstall run {step.name} --fresh`; if that does not help, report it",
+        )
     finally:
         report.seconds = time.monotonic() - started
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from sparkinstall.errors import JournalDamaged, storage_problem
 from sparkinstall.system import Undo
+from sparkinstall.system.local import replace_file
 
 VERSION = 1
 
@@ -111,14 +112,9 @@ class Journal:
         if path.exists() and path.stat().st_size == len(original):
             return name
         try:
-            path.parent.mkdir(mode=0o700, exist_ok=True)
-            waiting = path.with_suffix(".new")
-            with open(waiting, "wb") as out:
-                os.fchmod(out.fileno(), 0o600)
-                out.write(original)
-                out.flush()
-                os.fsync(out.fileno())
-            waiting.replace(path)
+            with self._guard:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                replace_file(str(path), original, 0o600)
         except OSError as error:
             raise storage_problem(error, f"keeping the original in {self.home}") from error
         return name
@@ -145,10 +141,8 @@ class Journal:
         """Keep only `records`; for what an uninstall could not take back."""
         ordered = sorted(records, key=lambda record: record.n)
         lines = [json.dumps({"v": VERSION, **asdict(record)}, sort_keys=True) for record in ordered]
-        waiting = self.path.with_suffix(".new")
         try:
-            waiting.write_text("".join(line + "\n" for line in lines))
-            waiting.replace(self.path)
+            replace_file(str(self.path), "".join(line + "\n" for line in lines).encode(), 0o600)
         except OSError as error:
             raise storage_problem(error, f"writing the journal {self.path}") from error
         self._known = ordered

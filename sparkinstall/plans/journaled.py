@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ from sparkinstall.errors import Blocked, CommandFailed
 from sparkinstall.events import Emit, LineRead, Progressed
 from sparkinstall.plans.journal import Journal
 from sparkinstall.redaction import redact
-from sparkinstall.system import Entry, Reader, Result, Undo, processes
+from sparkinstall.system import Entry, Result, Undo, processes
 from sparkinstall.system.local import LocalSystem
 
 _TAIL = 12
@@ -24,7 +23,6 @@ class JournaledSystem:
 
     def __init__(self, raw: LocalSystem, journal: Journal, step: str, log: Path, emit: Emit) -> None:
         self._raw, self._journal, self._step, self._log, self._emit = raw, journal, step, log, emit
-        self._guard = threading.Lock()
 
     @property
     def rehearsal(self) -> bool:
@@ -180,8 +178,3 @@ class JournaledSystem:
 
     def progress(self, done: int, total: int, unit: str) -> None:
         self._emit(Progressed(self._step, done, total, unit))
-
-
-def as_reader(system: JournaledSystem) -> Reader:
-    """The same node, for `check()`: a type that cannot write."""
-    return system

@@ -5,18 +5,19 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from sparkinstall.errors import Busy, Problem, storage_problem
+from sparkinstall.errors import Blocked, Busy, Problem, storage_problem
 from sparkinstall.events import Emit, WaitedFor
 from sparkinstall.plans.journal import Journal
 from sparkinstall.system import Undo, processes
-from sparkinstall.system.local import LocalSystem
+from sparkinstall.system.local import LocalSystem, replace_file, sync_folder
 
 FOLDER = "/var/lib/sparkinstall"
+_PATIENCE = 20.0
 
 _OPTIONS: Mapping[str, type] = {"config": str, "settings": dict, "platform": str, "full": bool}
 
@@ -30,7 +31,10 @@ class StateFolder:
 
     @property
     def exists(self) -> bool:
-        return (self.home / "journal.jsonl").exists()
+        try:
+            return (self.home / "journal.jsonl").exists()
+        except PermissionError as error:
+            raise self._of_another_user() from error
 
     def journal(self, run: str = "") -> Journal:
         return Journal(self.home, run)
@@ -53,10 +57,30 @@ class StateFolder:
     def remember_options(self, options: Mapping[str, Any]) -> None:
         """Keep `options`, without touching a file that already says so."""
         if self.options() != dict(options):
-            waiting = self.home / "options.new"
-            with _in_words(f"writing {self.home / 'options.json'}"):
-                waiting.write_text(json.dumps(dict(options), sort_keys=True, indent=2) + "\n")
-                waiting.replace(self.home / "options.json")
+            self._keep("options.json", json.dumps(dict(options), sort_keys=True, indent=2) + "\n")
+
+    def unproven(self) -> list[str]:
+        """The probes that failed when the node was last proven; what is as it was made may still not work."""
+        try:
+            return (self.home / "unproven").read_text().split()
+        except OSError:
+            return []
+
+    def remember_unproven(self, names: Sequence[str]) -> None:
+        """Keep which probes failed, without touching a file that already says so."""
+        if self.unproven() != list(names):
+            self._keep("unproven", "".join(f"{name}\n" for name in names))
+
+    def _keep(self, name: str, text: str) -> None:
+        with _in_words(f"writing {self.home / name}"):
+            replace_file(str(self.home / name), text.encode(), 0o600)
+
+    def _of_another_user(self) -> Blocked:
+        owner = self.home.stat().st_uid
+        return Blocked(
+            f"{self.home} is of the user with the number {owner}: that user set this node up",
+            mend="run sparkinstall as that user",
+        )
 
     @contextmanager
     def hold(self, verb: str, emit: Emit) -> Iterator[str]:
@@ -123,6 +147,7 @@ class StateFolder:
             inner.chmod(0o700)
             self._begin(inner, [self._node_path(p) for p in reversed(missing[1:])])
             waiting.rename(top)
+            sync_folder(str(top.parent))
         except (OSError, Problem):
             shutil.rmtree(waiting, ignore_errors=True)
             raise
@@ -137,7 +162,12 @@ class StateFolder:
         """Two runs that begin at once would take each other's half-made folders for a killed run's."""
         folder = os.open(Path(self.system.root).parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            # Held for moments by us, but anybody may hold it: after a while it is not waited for.
+            until = time.monotonic() + _PATIENCE
+            while not _locked(folder):
+                if time.monotonic() > until:
+                    raise Busy(f"somebody holds a lock on {Path(self.system.root).parent}", mend="`lslocks` shows who")
+                time.sleep(0.05)
             yield
         finally:
             os.close(folder)
@@ -205,7 +235,7 @@ def _is_at(handle: IO[str], path: Path) -> bool:
         return False
 
 
-def _locked(handle: IO[str]) -> bool:
+def _locked(handle: IO[str] | int) -> bool:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

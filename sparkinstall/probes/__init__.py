@@ -37,8 +37,12 @@ def skipped(why: str) -> Finding:
 
 @dataclass(frozen=True)
 class Probe:
-    """A named measurement. `name` is stable: `--ignore`, `--only` and scripts use it."""
+    """A named measurement. `name` is stable: `--ignore`, `--only` and scripts use it.
+
+    `quick`: it reads files only, so that even a run with nothing to do can afford it.
+    """
 
     name: str
     title: str
     look: Callable[[Reader], Finding]
+    quick: bool = False

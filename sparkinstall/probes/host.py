@@ -116,10 +116,18 @@ def _nvcc_finding(on: Reader, node: Node, home: str) -> Finding:
 
 
 def _sudo(on: Reader) -> Finding:
+    if os.geteuid() == 0 and os.environ.get("SUDO_USER"):
+        return warned(
+            "running as root through sudo: the link, the cache and the command go to root's home",
+            "run it as yourself: sparkinstall asks sudo for the few commands that need it",
+        )
     if os.geteuid() == 0:
         return passed("running as root")
-    if on.query("sudo", "-n", "true").ok:
+    answer = on.query("sudo", "-n", "true")
+    if answer.ok:
         return passed("without a password")
+    if answer.code == 127:
+        return failed("sudo is not installed", "install it as root: `apt-get install sudo`", "sudo")
     return failed(
         "sudo asks for a password",
         "run `sudo -v` in this terminal, then the same command again",

@@ -9,27 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from sparkinstall import binaries, patches
+from sparkinstall.errors import CommandFailed
 from sparkinstall.node import Node, site_packages
 from sparkinstall.patches import PatchSet, UnknownContent
 from sparkinstall.probes.gate import extensions
 from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
 from sparkinstall.resources.findings import as_text, record, recorded
-from sparkinstall.system import Reader, System
+from sparkinstall.system import Reader, Result, System
 
 _DRIVER = "/proc/driver/nvidia/version"
 # In a process of its own: a kernel for another chip may take the process with it.
 _TRY_ON_GPU = """
 import json, torch
 from vllm import _custom_ops as ops
-one = torch.tensor(1.0, device="cuda")
+one = torch.ones(1, device="cuda")
 a = torch.randn(64, 128, device="cuda").to(torch.float8_e4m3fn)
 b = torch.randn(128, 64, device="cuda").t().contiguous().t().to(torch.float8_e4m3fn)
+torch.cuda.synchronize()
+print("ready", flush=True)
 try:
     out = ops.cutlass_scaled_mm(a, b, one, one, torch.bfloat16)
     want = a.float() @ b.float()
     good = bool(torch.allclose(out.float(), want, rtol=0.05, atol=0.5))
     print(json.dumps({"works": good, "said": "" if good else "a wrong product"}))
-except Exception as error:
+except RuntimeError as error:
     print(json.dumps({"works": False, "said": str(error).splitlines()[0]}))
 """
 
@@ -95,14 +98,14 @@ class Fp8Decision:
     def _try_on_gpu(self, on: System) -> tuple[bool, str, str]:
         env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home}
         answer = on.query(on.real(f"{self.node.venv}/bin/python"), "-c", _TRY_ON_GPU, timeout=300, env=env)
-        try:
-            said = json.loads(answer.out.splitlines()[-1])
-        except (ValueError, IndexError):
-            end = (answer.err.strip() or f"exit code {answer.code}").splitlines()[-1]
-            return True, f"cutlass_scaled_mm took its process with it: {end}", "gpu"
-        if said["works"]:
-            return False, "cutlass_scaled_mm gave the right product on this GPU", "gpu"
-        return True, f"cutlass_scaled_mm failed on this GPU: {said['said']}", "gpu"
+        lines = answer.out.splitlines()
+        if "ready" not in lines or answer.code == 124:
+            raise CommandFailed(
+                "the GPU could not be asked whether vLLM's CUTLASS FP8 kernels run on it",
+                why=(answer.err.strip() or f"exit code {answer.code}").splitlines()[-1],
+                mend="see that `nvidia-smi` works and the GPU is free, or decide with `fp8.fallback: on` or `off`",
+            )
+        return _verdict(lines[-1], answer)
 
     def _read_code(self, on: System) -> tuple[bool, str, str]:
         site = site_packages(self.node, on) or ""
@@ -129,6 +132,16 @@ def loadable(arch: str) -> set[str]:
     digits = number[0] if number else arch
     family = {f"sm_{digits[:-1]}{minor}f" for minor in range(int(digits[-1]) + 1)}
     return family | {f"sm_{digits}a"}
+
+
+def _verdict(last: str, answer: Result) -> tuple[bool, str, str]:
+    if last == "ready":
+        end = (answer.err.strip() or f"exit code {answer.code}").splitlines()[-1]
+        return True, f"cutlass_scaled_mm took its process with it: {end}", "gpu"
+    said = json.loads(last)
+    if said["works"]:
+        return False, "cutlass_scaled_mm gave the right product on this GPU", "gpu"
+    return True, f"cutlass_scaled_mm failed on this GPU: {said['said']}", "gpu"
 
 
 def _mentions(path: Path, name: bytes) -> bool:

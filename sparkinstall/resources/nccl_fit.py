@@ -62,6 +62,7 @@ class NcclFitsTorch:
 
 
 def _about(library: Path, torch: Path) -> dict[str, Any]:
+    """What is compared; raises NotALibrary where one of them is damaged."""
     return {
         "nccl": binaries.build_id(library),
         "torch": binaries.build_id(torch) or str(torch.stat().st_size),

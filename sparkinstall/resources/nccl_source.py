@@ -112,18 +112,8 @@ class NcclSource:
         shutil.rmtree(waiting, ignore_errors=True)
         mirror.parent.mkdir(parents=True, exist_ok=True)
         try:
-            on.run(
-                "git",
-                "clone",
-                "--progress",
-                "--bare",
-                "--depth",
-                "1",
-                "--branch",
-                self.tag,
-                REPOSITORY,
-                str(waiting),
-            )
+            clone = ("git", "clone", "--progress", "--bare", "--depth", "1", "--branch", self.tag)
+            on.run(*clone, REPOSITORY, str(waiting), env={"GIT_TERMINAL_PROMPT": "0"})
         except CommandFailed as failure:
             raise _unreachable(failure) from failure
         waiting.rename(mirror)

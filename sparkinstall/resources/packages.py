@@ -1,6 +1,7 @@
 """Debian packages: only what is missing is installed, and only what we installed is removed."""
 
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -17,9 +18,13 @@ _PROVIDES = re.compile(r"^Provides: (.+)$", re.MULTILINE)
 _SIMULATED = re.compile(r"^(Inst|Remv|Purg) (\S+)", re.MULTILINE)
 # Waiting for dpkg's own lock: on a fresh node unattended-upgrades often holds it for minutes.
 _APT = (
-    "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-y", "-o", "DPkg::Lock::Timeout=600",
-    "-o", "APT::Install-Recommends=false",
+    "env", "DEBIAN_FRONTEND=noninteractive", "NEEDRESTART_SUSPEND=1", "apt-get", "-y",
+    "-o", "DPkg::Lock::Timeout=600", "-o", "APT::Install-Recommends=false",
 )  # fmt: skip
+# Besides installing, apt would remove what conflicts: that is for a person to decide.
+_INSTALL = ("--no-remove", "install")
+_LISTS_HELD = "Could not get lock"
+_PATIENCE = 300.0
 
 
 def installed(on: Reader) -> set[str]:
@@ -59,14 +64,26 @@ class Packages:
 
     def apply(self, on: System) -> None:
         missing = self._missing(on)
-        on.run(*_APT, "update", root=True)
+        self._update(on)
         planned = self._planned(on, missing)
         on.promise(Undo("packages", "apt", {}, {"packages": planned}))
-        on.run(*_APT, "install", *missing, root=True)
+        on.run(*_APT, *_INSTALL, *missing, root=True)
+
+    def _update(self, on: System) -> None:
+        """apt waits for dpkg's lock, but not for that of its lists, which a fresh node holds for minutes."""
+        until = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                on.run(*_APT, "update", root=True)
+                return
+            except CommandFailed as failure:
+                if time.monotonic() > until or not any(_LISTS_HELD in line for line in failure.tail):
+                    raise
+                time.sleep(5)
 
     def _planned(self, on: System, missing: Iterable[str]) -> list[str]:
         """All that apt is about to install, dependencies too; what it would upgrade is not ours."""
-        simulated = on.query(*_APT, "-s", "install", *missing, timeout=120)
+        simulated = on.query(*_APT, "-s", *_INSTALL, *missing, timeout=120)
         if not simulated.ok:
             raise CommandFailed(
                 "apt cannot install what is missing",
@@ -100,8 +117,14 @@ def _needed_by_others(on: LocalSystem, ours: list[str]) -> list[str]:
     needed: list[str] = []
     while True:
         candidates = [name for name in ours if name not in needed]
-        simulated = on.query(*_APT, "-s", "purge", *candidates, timeout=120) if candidates else None
-        removed = {n for verb, n in _SIMULATED.findall(simulated.out if simulated else "") if verb != "Inst"}
+        if not candidates:
+            return needed
+        simulated = on.query(*_APT, "-s", "purge", *candidates, timeout=120)
+        if not simulated.ok:
+            raise CommandFailed(
+                "apt cannot tell what removing the packages would take along", why=simulated.err.strip()
+            )
+        removed = {name for verb, name in _SIMULATED.findall(simulated.out) if verb != "Inst"}
         others = {name.split(":")[0] for name in removed} - set(ours)
         if not others:
             return needed

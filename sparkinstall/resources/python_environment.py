@@ -5,9 +5,11 @@ import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from sparkinstall.errors import Blocked, CommandFailed
@@ -65,24 +67,26 @@ class RecordedLock:
         return Drift(f"record {what}, which nobody could know beforehand")
 
     def apply(self, on: System) -> None:
-        wanted, made = f"{self.node.lock_record}.in", f"{self.node.lock_record}.new"
-        on.write(wanted, self.node.wheels.open_text().encode())
-        on.write(made, b"")
-        _uv(on, self.node, [uv(), "pip", "compile", *self._options(), "-o", on.real(made), on.real(wanted)])
-        whole = self.node.wheels.close((on.read(made) or b"").decode())
+        # A record is never made anew, not even by --fresh: that is what holding to it means.
+        if on.entry(self.node.lock_record):
+            return
+        self.node.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.node.cache, prefix="lock-") as scratch:
+            wanted, made = Path(scratch, "wanted.in"), Path(scratch, "made.lock")
+            wanted.write_text(self.node.wheels.open_text())
+            _uv(on, self.node, [uv(), "pip", "compile", *self._options(), "-o", str(made), str(wanted)])
+            whole = self.node.wheels.close(made.read_text())
         on.write(self.node.lock_record, whole.encode())
 
     def _options(self) -> list[str]:
         node = self.node
-        options = [
-            "--quiet",
-            "--generate-hashes",
-            "--no-header",
-            "--no-annotate",
-            "--no-emit-index-url",
-            "--only-binary=:all:",
-        ]
-        return [*options, "--python-version", node.stack.python, "--python-platform", uv_platform(node.platform)]
+        options = ["--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--only-binary=:all:"]
+        options += ["--no-python-downloads", "--color", "never", "--python-version", node.stack.python]
+        if node.stack.as_of and not node.wheels.lock:
+            # Pins may be newer than the day; what they leave open may not.
+            options += ["--exclude-newer", node.stack.as_of]
+            options += [f"--exclude-newer-package={pin.name}=false" for pin in node.stack.requirements]
+        return [*options, "--python-platform", uv_platform(node.platform)]
 
 
 @dataclass
@@ -121,6 +125,8 @@ class PythonEnvironment:
         pins = self._wanted(lock)
         stamp = recorded(on, f"{self.node.venv}/sparkinstall.json")
         there = installed(self.node, on)
+        if not Path(on.real(f"{self.node.venv}/bin/python")).exists():
+            there = {}
         if stamp == self._stamp(lock) and all(there.get(pin.name) == pin.version for pin in pins):
             return Satisfied(self._note(lock))
         return Drift(self._summary(pins), _listing(there), _listing({pin.name: pin.version for pin in pins}))
@@ -157,6 +163,7 @@ class PythonEnvironment:
         # What a killed run left may be half a package that looks whole: it is made anew, from uv's cache.
         on.claim(node.venv)
         on.clear(node.venv)
+        on.claim(node.venv)
         # A node takes the system's Python, the same everywhere and with Python.h; uv would rather take its own.
         whose = [] if node.rehearsal else ["--no-managed-python"]
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
@@ -220,7 +227,7 @@ def _uv_offline(on: System, node: Node, argv: list[str], cut: CommandFailed) -> 
 
 
 def _uv_env(node: Node) -> dict[str, str]:
-    return {"UV_CACHE_DIR": str(node.cache / "uv"), "UV_NO_PROGRESS": "1", "VIRTUAL_ENV": ""}
+    return {"UV_CACHE_DIR": str(node.cache / "uv"), "UV_NO_PROGRESS": "1", "VIRTUAL_ENV": "", "UV_SYSTEM_CERTS": "1"}
 
 
 def _is_cut(failure: CommandFailed) -> bool:

@@ -170,7 +170,7 @@ def _own(name_or_path: str) -> Path:
 def _stack(table: _Table, path: Path) -> Stack:
     requirements = _pins(table, "requirements")
     stack = Stack(
-        name=table.text("name"),
+        name=table.text("name", _NAME, "letters, digits and ._-"),
         summary=table.text("summary"),
         vllm=table.text("vllm"),
         python=table.text("python", r"3\.\d+", 'a version like "3.12"'),
@@ -188,7 +188,7 @@ def _stack(table: _Table, path: Path) -> Stack:
 def _nccl(table: _Table) -> NcclPin:
     return NcclPin(
         version=table.text("version", r"\d+\.\d+\.\d+", "a version like 2.28.9"),
-        tag=table.text("tag"),
+        tag=table.text("tag", _NAME, "a tag such as v2.28.9-1"),
         commit=table.text("commit", r"[0-9a-f]{40}", "the 40 hexadecimal digits of a commit"),
     )
 

@@ -11,7 +11,9 @@ from sparkinstall.errors import CommandFailed, storage_problem
 from sparkinstall.system import Entry, Result, processes
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
-_PLACE = 'set -e; umask 077; cat "$4" > "$1"; chmod "$3" "$1"; mv -fT "$1" "$2"'
+_LONG = 1800.0
+# Never through a link that somebody put there: the old one goes, and the new one must be ours to make.
+_PLACE = 'set -eC; umask 077; rm -f "$1"; cat "$4" > "$1"; chmod "$3" "$1"; mv -fT "$1" "$2"'
 
 
 def staged(path: str) -> str:
@@ -48,7 +50,7 @@ class LocalReader:
         try:
             found = os.lstat(self.real(path))
             target = os.readlink(self.real(path)) if stat.S_ISLNK(found.st_mode) else ""
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
+        except (FileNotFoundError, NotADirectoryError):
             return None
         kind = _KINDS.get(stat.S_IFMT(found.st_mode), "other")
         mode = stat.S_IMODE(found.st_mode)
@@ -73,7 +75,7 @@ class LocalReader:
     def names(self, path: str) -> tuple[str, ...]:
         try:
             return tuple(sorted(os.listdir(self.real(path))))
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
+        except (FileNotFoundError, NotADirectoryError):
             return ()
 
     def query(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None) -> Result:
@@ -87,10 +89,9 @@ class LocalSystem(LocalReader):
 
     def place(self, path: str, data: bytes, mode: int) -> None:
         """Replace a file atomically, escalating where the folder is not ours."""
-        waiting = self.real(staged(path))
         with _in_words(f"writing {self.real(path)}"):
             try:
-                _write_beside(waiting, self.real(path), data, mode)
+                replace_file(self.real(path), data, mode)
             except PermissionError:
                 self._place_as_root(path, data, mode)
 
@@ -118,12 +119,12 @@ class LocalSystem(LocalReader):
         with _in_words(f"making the folder {self.real(path)}"):
             try:
                 os.mkdir(self.real(path), mode)
+                os.chmod(self.real(path), mode)
             except FileExistsError:
                 pass
             except PermissionError:
-                owner = f"{os.getuid()}:{os.getgid()}"
-                self._escalate("install", "-d", "-m", f"{mode:o}", path)
-                self._escalate("chown", owner, path)
+                owner, group = str(os.getuid()), str(os.getgid())
+                self._escalate("install", "-d", "-m", f"{mode:o}", "-o", owner, "-g", group, path)
 
     def unlink(self, path: str) -> None:
         """Remove a file or link, and what a killed write left beside it."""
@@ -174,13 +175,13 @@ class LocalSystem(LocalReader):
             os.utime(real, ns=(mtime_ns, mtime_ns))
         except PermissionError:
             self._escalate("chmod", f"{mode:o}", path)
-            self._escalate("chown", f"{uid}:{gid}", path)
+            self._escalate("chown", "-h", f"{uid}:{gid}", path)
             self._escalate("touch", "-d", f"@{mtime_ns // 10**9}.{mtime_ns % 10**9:09d}", path)
 
     def _escalate(self, *argv: str) -> None:
         if not self.sudo:
             raise PermissionError(13, "Permission denied", argv[-1])
-        answer = self.query(*self.sudo, *argv)
+        answer = self.query(*self.sudo, *argv, timeout=_LONG)
         if not answer.ok:
             raise CommandFailed(
                 f"`sudo {argv[0]}` failed on {argv[-1]}",
@@ -189,7 +190,9 @@ class LocalSystem(LocalReader):
             )
 
 
-def _write_beside(waiting: str, target: str, data: bytes, mode: int) -> None:
+def replace_file(target: str, data: bytes, mode: int) -> None:
+    """Give the file `target` (a real path) a new content: all of it and on the disk, or not at all."""
+    waiting = staged(target)
     _remove_if_there(waiting)
     handle = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
@@ -199,9 +202,19 @@ def _write_beside(waiting: str, target: str, data: bytes, mode: int) -> None:
             out.flush()
             os.fsync(out.fileno())
         os.replace(waiting, target)
+        sync_folder(os.path.dirname(target))
     except BaseException:
         _remove_if_there(waiting)
         raise
+
+
+def sync_folder(real: str) -> None:
+    """See that a name that was just made or replaced is on the disk too."""
+    folder = os.open(real, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _remove_if_there(real: str) -> None:

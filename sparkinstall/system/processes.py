@@ -75,7 +75,7 @@ def kill_group(pid: int, sig: signal.Signals = signal.SIGKILL) -> None:
 
 def with_terminal(*argv: str) -> bool:
     """Run a program that talks to the person at the terminal; whether it ended well."""
-    return subprocess.call(argv) == 0
+    return shutil.which(argv[0]) is not None and subprocess.call(argv) == 0
 
 
 def stop_all() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparkinstall.config import Config
+from sparkinstall.errors import CommandFailed
 from sparkinstall.node import Node
 from sparkinstall.resources.fp8 import Fp8Decision, loadable
 from sparkinstall.stacks import load
@@ -37,21 +38,26 @@ def _decided(folder: Path, script: str) -> tuple[bool, str, str]:
 
 
 def test_a_right_product_leaves_cutlass_on(tmp_path: Path) -> None:
-    fallback, why, how = _decided(tmp_path, """echo noise; echo '{"works": true, "said": ""}'""")
+    fallback, why, how = _decided(tmp_path, """echo noise; echo ready; echo '{"works": true, "said": ""}'""")
     assert (fallback, how) == (False, "gpu")
     assert "right product" in why
 
 
 def test_an_error_turns_the_fallback_on_and_is_quoted(tmp_path: Path) -> None:
-    fallback, why, _ = _decided(tmp_path, """echo '{"works": false, "said": "Error Internal"}'""")
+    fallback, why, _ = _decided(tmp_path, """echo ready; echo '{"works": false, "said": "Error Internal"}'""")
     assert fallback is True
     assert "Error Internal" in why
 
 
 def test_a_crash_takes_only_its_own_process(tmp_path: Path) -> None:
-    fallback, why, _ = _decided(tmp_path, "echo 'CUDA error: no kernel image' >&2; kill -SEGV $$")
+    fallback, why, _ = _decided(tmp_path, "echo ready; echo 'CUDA error: no kernel image' >&2; kill -SEGV $$")
     assert fallback is True
     assert "no kernel image" in why
+
+
+def test_a_gpu_that_cannot_be_asked_decides_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match="could not be asked"):
+        _decided(tmp_path, "echo 'torch.OutOfMemoryError: CUDA out of memory' >&2; exit 1")
 
 
 @pytest.mark.parametrize(

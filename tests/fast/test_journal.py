@@ -231,8 +231,8 @@ def test_rubbish_in_the_remembered_options_is_left_out(tmp_path: Path, rubbish: 
     with state.hold("all", silent):
         (state.home / "options.json").write_text(rubbish)
         assert state.options() == {}
-        state.remember_options({"full": True, "settings": ["a=b"]})
-    assert state.options() == {"full": True, "settings": ["a=b"]}
+        state.remember_options({"full": True, "settings": {"fp8.fallback": "on"}})
+    assert state.options() == {"full": True, "settings": {"fp8.fallback": "on"}}
 
 
 def test_a_state_that_cannot_be_begun_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

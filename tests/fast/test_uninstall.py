@@ -238,7 +238,6 @@ def test_uninstall_where_nothing_is_installed_makes_nothing(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.xfail(reason="resources/python_environment.py: uv writes LOCK.new past the journal", strict=True)
 def test_a_lock_that_was_recorded_at_the_first_install_goes_too(tmp_path: Path) -> None:
     stack = tiny_stack(tmp_path / "stack", locked=False)
     node = Rehearsal(tmp_path / "around/node", (*SETTINGS, "--stack", str(stack)))

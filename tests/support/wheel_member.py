@@ -35,7 +35,7 @@ BLOCK_BYTES = 1 << 19
 TIMEOUT_SECONDS = 180
 
 
-class Unavailable(Exception):  # noqa: N818 - a fact about the index, not a fault
+class Unavailable(Exception):
     """The index could not be asked, or has no such wheel or member."""
 
 
