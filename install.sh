@@ -2,7 +2,8 @@
 # Gives sparkinstall an environment of its own, then runs `sparkinstall all` with the options given.
 #
 #   ./install.sh                      set up this DGX Spark
-#   ./install.sh --root ./node        rehearse beneath ./node, on any Linux machine, touching nothing else
+#   ./install.sh --root ./node        rehearse beneath ./node, on any Linux machine; besides it only
+#                                     ~/.local (the command) and ~/.cache (downloads) are written to
 #   ./install.sh --tool-only          install the command `sparkinstall` and stop
 #   ./install.sh --remove             remove that command again (`sparkinstall uninstall` comes before)
 #
@@ -10,9 +11,9 @@
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
-HOME_OF_TOOL=${XDG_DATA_HOME:-$HOME/.local/share}/sparkinstall
+HOME_OF_TOOL=${XDG_DATA_HOME:-${HOME:-}/.local/share}/sparkinstall
 TOOL=$HOME_OF_TOOL/tool
-COMMAND=${XDG_BIN_HOME:-$HOME/.local/bin}/sparkinstall
+COMMAND=${XDG_BIN_HOME:-${HOME:-}/.local/bin}/sparkinstall
 # What apt installed for us alone, one a line, so that --remove can take it back.
 BOOTSTRAPPED=$HOME_OF_TOOL/apt-packages
 
@@ -45,6 +46,12 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
+# No questions, patience with other runs of apt, and nothing is removed to make room.
+apt_get() {
+    as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 \
+        apt-get -o DPkg::Lock::Timeout=600 --no-install-recommends "$@"
+}
+
 is_rehearsal() {
     for option in "$@"; do
         case $option in --root | --root=*) return 0 ;; esac
@@ -61,11 +68,22 @@ need_ensurepip() {
     fi
     say "Installing $package, which $PYTHON needs to make an environment ..."
     mkdir -p "$HOME_OF_TOOL"
-    as_root apt-get update -qq >&2
-    planned=$(apt-get -s install --no-install-recommends "$package" | sed -n 's/^Inst \([^ ]*\).*/\1/p')
-    printf '%s\n' "$planned" >>"$BOOTSTRAPPED"
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$package" >&2 ||
+    apt_get update -qq >&2 || fail "apt could not read its package lists" "sudo apt-get update shows why"
+    # A name followed by "[" would only be upgraded: it was here before us.
+    planned=$(apt_get -s install --no-remove "$package" | sed -n 's/^Inst \([^ ]*\) (.*/\1/p')
+    apt_get install -y -qq --no-remove "$package" >&2 ||
         fail "apt could not install $package" "mend apt (sudo apt-get update), then run this again"
+    printf '%s\n' "$planned" >>"$BOOTSTRAPPED"
+}
+
+# A real set-up is for a Spark alone; everything else is told so before sudo is used for anything.
+need_spark_or_rehearsal() {
+    is_rehearsal "$@" && return
+    case " $* " in *" --ignore machine "* | *" --ignore=machine "*) return ;; esac
+    if [ -e /etc/dgx-release ] || [ -e /etc/fastos-release ]; then return; fi
+    if grep -qsx 0x2e12 /sys/bus/pci/devices/*/device; then return; fi
+    fail "this machine is no DGX Spark (no GB10 on its PCI bus); nothing was changed" \
+        "rehearse it beneath a folder: ./install.sh --root ./node" 4
 }
 
 digest_of_checkout() {
@@ -73,7 +91,7 @@ digest_of_checkout() {
         -exec sha256sum {} + | sort | sha256sum | cut -d' ' -f1)
 }
 
-# Made beside its place and moved there whole: an interrupted installation leaves nothing half done.
+# The former one is kept until the new one is whole: a failed update leaves a working command.
 install_tool() {
     wanted="$(digest_of_checkout) $PYTHON"
     if [ "$(cat "$TOOL/made-from" 2>/dev/null)" = "$wanted" ] && "$TOOL/bin/sparkinstall" --version >/dev/null 2>&1; then
@@ -81,22 +99,36 @@ install_tool() {
     fi
     say "Installing the command sparkinstall in $TOOL ..."
     mkdir -p "$HOME_OF_TOOL"
+    if [ -e "$TOOL/made-from" ]; then
+        rm -rf "$TOOL.old"
+        mv "$TOOL" "$TOOL.old"
+    fi
     rm -rf "$TOOL"
-    "$PYTHON" -m venv "$TOOL" || fail "$PYTHON could not make an environment in $TOOL"
+    "$PYTHON" -m venv "$TOOL" || give_back "$PYTHON could not make an environment in $TOOL"
     run_pip install --quiet --require-hashes -r "$HERE/requirements.lock"
     run_pip install --quiet --no-deps --no-build-isolation --no-index "$HERE"
     printf '%s\n' "$wanted" >"$TOOL/made-from"
+    rm -rf "$TOOL.old"
+}
+
+# A program's paths are those of its environment: the former one can only come back to its own place.
+give_back() {
+    if [ -e "$TOOL.old" ]; then
+        rm -rf "$TOOL"
+        mv "$TOOL.old" "$TOOL"
+    fi
+    fail "$@"
 }
 
 run_pip() {
     "$TOOL/bin/python" -m pip --disable-pip-version-check "$@" >&2 ||
-        fail "the tool's own packages could not be installed" \
+        give_back "the tool's own packages could not be installed" \
             "look at the lines above; with the network mended, run this again"
 }
 
 link_command() {
     mkdir -p "$(dirname "$COMMAND")"
-    if [ -e "$COMMAND" ] && [ ! -L "$COMMAND" ]; then
+    if { [ -e "$COMMAND" ] || [ -L "$COMMAND" ]; } && [ "$(readlink "$COMMAND")" != "$TOOL/bin/sparkinstall" ]; then
         say "! $COMMAND is something else, and stays; the command is $TOOL/bin/sparkinstall"
         return
     fi
@@ -107,27 +139,49 @@ link_command() {
     esac
 }
 
+# Only what apt installed for us, and only if nothing else would go with it.
+purge_bootstrapped() {
+    ours=$(sort -u "$BOOTSTRAPPED" | tr '\n' ' ')
+    # shellcheck disable=SC2086 # one word a package is what is wanted
+    for name in $(apt_get -s purge $ours | sed -n 's/^\(Purg\|Remv\) \([^ ]*\).*/\2/p'); do
+        case " $ours" in *" $name "*) ;; *)
+            say "! kept the packages $ours: $name needs them"
+            return
+            ;;
+        esac
+    done
+    # shellcheck disable=SC2086
+    apt_get purge -y -qq $ours >&2 || say "! apt could not remove $ours: sudo apt-get purge $ours"
+}
+
 remove_tool() {
     if [ -L "$COMMAND" ] && [ "$(readlink "$COMMAND")" = "$TOOL/bin/sparkinstall" ]; then rm -f "$COMMAND"; fi
-    if [ -s "$BOOTSTRAPPED" ]; then
-        # shellcheck disable=SC2046 # one word a package is what is wanted
-        as_root env DEBIAN_FRONTEND=noninteractive apt-get purge -y -qq $(sort -u "$BOOTSTRAPPED") >&2
-    fi
+    if [ -s "$BOOTSTRAPPED" ]; then purge_bootstrapped; fi
     rm -rf "$HOME_OF_TOOL"
     say "Removed the command sparkinstall. What it set up on a node is taken back by \`sparkinstall uninstall\`."
 }
 
 main() {
+    [ -n "${HOME:-}" ] || fail "HOME is not set" "run this as a user with a home" 2
+    tool_only=
     case ${1:-} in
-        --remove) remove_tool && return ;;
-        -h | --help) sed -n '2,/^set -eu/{/^set -eu/d;s/^# \{0,1\}//;p;}' "$0" && return ;;
+        --remove)
+            remove_tool
+            return
+            ;;
+        -h | --help)
+            sed -n '2,/^set -eu/{/^set -eu/d;s/^# \{0,1\}//;p;}' "$0"
+            return
+            ;;
+        --tool-only) tool_only=yes ;;
     esac
     need_checkout
+    [ -n "$tool_only" ] || need_spark_or_rehearsal "$@"
     PYTHON=$(find_python)
     need_ensurepip "$@"
     install_tool
     link_command
-    if [ "${1:-}" = --tool-only ]; then return; fi
+    [ -z "$tool_only" ] || return 0
     exec "$TOOL/bin/sparkinstall" all "$@"
 }
 

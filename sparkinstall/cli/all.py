@@ -23,4 +23,4 @@ def all_(
     """Set up this node: install, mend, prove. A second run changes nothing."""
     asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
     choice = Choice(tuple(only or ()), tuple(skip or ()), tuple(ignore or ()), yes, json)
-    answer("all", lambda: install(asked, choice), json=json, verbose=verbose)
+    answer("all", lambda: install(asked, choice), root=root, json=json, verbose=verbose)

@@ -173,7 +173,9 @@ def _show_beginning(session: "Session", reports: "Sequence[StepReport]", verbose
 
     out = console()
     out.print(f"[bold]Plan[/]  {session.where}")
-    show_plan([_without_diffs(report) for report in reports] if not verbose else reports, out, verbose)
+    show_plan(
+        [_without_diffs(report) for report in reports] if not verbose else reports, out, verbose, session.root_option
+    )
     out.print()
 
 
@@ -248,10 +250,10 @@ def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequenc
     out = console()
     if looked:
         out.print("[bold]Proof[/]")
-        show_findings(looked, out)
+        show_findings(looked, out, root=session.root_option)
     if standing:
         out.print("\n[bold]The eight fixes[/]")
-        show_fixes(standing, out)
+        show_fixes(standing, out, session.root_option)
     out.print()
     if not failed:
         env = session.system.real(f"{session.node.env_folder}/single-node.env")

@@ -24,7 +24,7 @@ def plan(
 ) -> None:
     """Show what `all` would do, with every difference; change nothing."""
     asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
-    answer("plan", lambda: _plan(asked, only or [], skip or [], detailed), json=json, verbose=verbose)
+    answer("plan", lambda: _plan(asked, only or [], skip or [], detailed), root=root, json=json, verbose=verbose)
 
 
 def _plan(asked: Asked, only: list[str], skip: list[str], detailed: bool) -> Answer:
@@ -48,7 +48,7 @@ def _plan(asked: Asked, only: list[str], skip: list[str], detailed: bool) -> Ans
         out = console()
         show_preflight(looked, out)
         out.print(f"[bold]Plan[/]  {session.where}")
-        show_plan(reports, out, asked.verbose)
+        show_plan(reports, out, asked.verbose, session.root_option)
         out.print("\nNothing would be changed." if not drift else "")
 
     data = {

@@ -17,12 +17,14 @@ from sparkinstall.errors import Problem
 from sparkinstall.plans.engine import Checked, StepReport
 from sparkinstall.plans.fixes import FixState
 from sparkinstall.plans.proof import Looked
+from sparkinstall.probes import Verdict
 from sparkinstall.redaction import redact
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, Unknown
 
 _MANY_LINES = 40
 _LOG_WIDTH = 200
 _TRAILING = re.compile(" +\n")
+_COMMAND = re.compile(r"`(sparkinstall (?:all|plan|verify|status|uninstall|run)\b[^`]*)`")
 _SIGNS = {
     "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
     "unchanged": ("✓", "green"), "changed": ("✓", "green"), "left": ("·", "cyan"), "drift": ("+", "yellow"),
@@ -53,6 +55,11 @@ class _Trimmed(io.TextIOBase):
         self._stream.flush()
 
 
+def pointed(text: str, root: str) -> str:
+    """The commands in `text` so that they mean the same node: with the `--root` of this run."""
+    return _COMMAND.sub(lambda found: found[0] if "--root" in found[0] else f"`{found[1]}{root}`", text)
+
+
 def sign(of: str) -> Text:
     """The one character in front of a line, with its colour."""
     mark, colour = _SIGNS[of]
@@ -66,12 +73,12 @@ def _columns(*widths: int | None) -> Table:
     return table
 
 
-def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False) -> None:
+def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False, root: str = "") -> None:
     """What every step would do, then the differences."""
     table = _columns(1, 12, None)
     for report in reports:
         for at, (mark, line) in enumerate(_plan_lines(report)):
-            table.add_row(sign(mark), report.name if at == 0 else "", Text(redact(line)))
+            table.add_row(sign(mark), report.name if at == 0 else "", Text(redact(pointed(line, root))))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
     for report in reports:
         for checked in report.checked:
@@ -120,7 +127,7 @@ def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> No
         out.print(f"    [dim]... {len(lines) - len(shown)} more lines (-v shows them)[/]")
 
 
-def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False) -> None:
+def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False, root: str = "") -> None:
     """One line a probe; the mend beneath those that need one."""
     table = _columns(1, 16, None)
     for each in looked:
@@ -132,31 +139,33 @@ def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False
         )
         table.add_row(sign(finding.verdict), each.probe.name, escape(redact(finding.found)) + expected)
         if finding.mend and finding.verdict in ("fail", "warn"):
-            table.add_row("", "", f"[dim]→[/] {escape(finding.mend)}")
+            table.add_row("", "", f"[dim]→[/] {escape(pointed(finding.mend, root))}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def show_preflight(looked: Sequence[Looked], out: Console) -> None:
     """How many checks passed, and those that did not."""
     counts = [each.finding.verdict for each in looked]
-    words = [f"{counts.count('pass')} of {len(looked)} checks passed"]
-    if counts.count("skip"):
-        words.append(f"{counts.count('skip')} left to the node")
+    words = [f"{counts.count('pass')} checks passed"]
+    verdicts: tuple[tuple[Verdict, str], ...] = (
+        ("fail", "failed"), ("warn", "with a warning"), ("skip", "need the node itself"),
+    )  # fmt: skip
+    words += [f"{counts.count(verdict)} {word}" for verdict, word in verdicts if counts.count(verdict)]
     out.print(f"[bold]Preflight[/]  {', '.join(words)}")
     show_findings(looked, out, only_bad=True)
 
 
-def show_fixes(states: Iterable[FixState], out: Console) -> None:
+def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None:
     """The eight fixes, one line each."""
     table = _columns(1, 1, 43, 8, None)
     for state in states:
         mark = sign(state.standing)
-        note = Text(redact(state.note), style="dim")
+        note = Text(redact(pointed(state.note, root)), style="dim")
         table.add_row(mark, str(state.fix.number), state.fix.title, Text(state.standing, style=mark.style), note)
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
-def show_problems(problems: Sequence[Problem]) -> None:
+def show_problems(problems: Sequence[Problem], root: str = "") -> None:
     """Errors go to stderr: what happened, why, the last lines, the log, and what to do."""
     out = console(stderr=True)
     for problem in problems:
@@ -168,4 +177,4 @@ def show_problems(problems: Sequence[Problem]) -> None:
         if problem.log:
             out.print(f"  [dim]log[/]   {escape(problem.log)}")
         if problem.mend:
-            out.print(f"  [dim]do[/]    {escape(problem.mend)}")
+            out.print(Padding(f"[dim]do[/]    {escape(pointed(problem.mend, root))}", (0, 0, 0, 2), expand=False))

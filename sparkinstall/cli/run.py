@@ -29,4 +29,4 @@ def run(
     """Do these steps only, not those that they need."""
     asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
     choice = Choice(tuple(steps), (), tuple(ignore or ()), yes, json, fresh, "run")
-    answer("run", lambda: install(asked, choice), json=json, verbose=verbose)
+    answer("run", lambda: install(asked, choice), root=root, json=json, verbose=verbose)

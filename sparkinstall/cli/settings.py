@@ -6,12 +6,12 @@ from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, answer
 
-app = typer.Typer(help="The settings.", no_args_is_help=True)
+app = typer.Typer(help="Show every setting and where its value comes from.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """The settings."""
+    """Show every setting and where its value comes from."""
 
 
 @app.command()
@@ -25,7 +25,7 @@ def show(
 ) -> None:
     """Print each setting with its value and where it came from."""
     asked = Asked(root, config, stack, tuple(set_ or ()), verbose=verbose)
-    answer("settings show", lambda: _show(asked), json=json, verbose=verbose)
+    answer("settings show", lambda: _show(asked), root=root, json=json, verbose=verbose)
 
 
 def _show(asked: Asked) -> Answer:

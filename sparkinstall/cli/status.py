@@ -12,7 +12,7 @@ def status(
     verbose: options.Verbose = False,
 ) -> None:
     """Tell what is installed and how the eight fixes stand (nothing is started; `verify` proves)."""
-    answer("status", lambda: _status(Asked(root, config, verbose=verbose)), json=json, verbose=verbose)
+    answer("status", lambda: _status(Asked(root, config, verbose=verbose)), root=root, json=json, verbose=verbose)
 
 
 def _status(asked: Asked) -> Answer:
@@ -39,13 +39,16 @@ def _status(asked: Asked) -> Answer:
 
         out = console()
         if not records:
-            out.print("Nothing of sparkinstall is installed here. `sparkinstall plan` shows what would be done.")
+            out.print(
+                f"Nothing of sparkinstall is in {session.system.root}. "
+                f"`sparkinstall plan{session.root_option}` shows what would be done."
+            )
             return
         for name, value in facts.items():
             if name != "installed":
                 out.print(f"  [dim]{name.replace('_', ' '):12}[/] {value}")
         out.print("\n[bold]The eight fixes[/]  [dim]as files say; `sparkinstall verify` looks at running processes[/]")
-        show_fixes(standing, out)
+        show_fixes(standing, out, session.root_option)
 
     data = {**facts, "steps": [step_data(r) for r in reports], "fixes": [fix_data(s) for s in standing]}
     return Answer(data=data, show=show)

@@ -10,7 +10,8 @@ from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, answer, confirm
 
 if TYPE_CHECKING:
-    from sparkinstall.plans.uninstall import TakenBack
+    from sparkinstall.plans.state import StateFolder
+    from sparkinstall.plans.uninstall import TakenBack, Touch
 
 
 def uninstall(
@@ -21,7 +22,7 @@ def uninstall(
     verbose: options.Verbose = False,
 ) -> None:
     """Take everything back: every file byte for byte, every package that was not there before."""
-    answer("uninstall", lambda: _uninstall(root, purge_cache, yes, json), json=json, verbose=verbose)
+    answer("uninstall", lambda: _uninstall(root, purge_cache, yes, json), root=root, json=json, verbose=verbose)
 
 
 def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> Answer:
@@ -31,10 +32,10 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     state = open_state(Asked(root))
     state.sweep()
     if not state.exists:
-        return Answer(data={"touches": []}, show=lambda: print("Nothing of sparkinstall is installed here."))
+        return Answer(data={"touches": []}, show=lambda: print(f"Nothing of sparkinstall is in {state.system.root}."))
     touches = undoing.touches(state.journal().records())
     if not json:
-        _show_plan([f"{t.undo.kind:9} {t.undo.subject}" for t in touches])
+        _show_plan([_in_words(touch, state) for touch in touches])
     confirm("Take all of it back?", agreed=yes or state.system.rehearsal, default=False)
     if sys.stdin.isatty():
         state.system.ask_for_sudo()
@@ -42,6 +43,16 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     if purge_cache:
         _purge_cache()
     return _answer(taken, purge_cache)
+
+
+_KINDS = {"path": "file or link", "dir": "folder, if empty", "tree": "folder, with all in it"}
+
+
+def _in_words(touch: "Touch", state: "StateFolder") -> str:
+    if touch.undo.kind == "packages":
+        names = sorted({name for record in touch.records for name in record.undo.after["packages"]})
+        return f"{'packages':24}{', '.join(names)}"
+    return f"{_KINDS.get(touch.undo.kind, touch.undo.kind):24}{state.system.real(touch.undo.subject)}"
 
 
 def _show_plan(lines: list[str]) -> None:

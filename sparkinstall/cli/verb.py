@@ -5,6 +5,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -22,7 +23,7 @@ class Answer:
     problems: tuple[Problem, ...] = ()
 
 
-def answer(verb: str, body: Callable[[], Answer], *, json: bool, verbose: bool = False) -> NoReturn:
+def answer(verb: str, body: Callable[[], Answer], *, root: Path | None, json: bool, verbose: bool = False) -> NoReturn:
     """Run a verb and end the process with its exit code."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _as_interrupt)
@@ -38,7 +39,7 @@ def answer(verb: str, body: Callable[[], Answer], *, json: bool, verbose: bool =
         if verbose:
             traceback.print_exc()
         given = Answer(Exit.FAILED, problems=(_bug(error),))
-    _tell(verb, given, json)
+    _tell(verb, given, json, f" --root {root}" if root else "")
     sys.stdout.flush()
     raise typer.Exit(int(given.code))
 
@@ -58,7 +59,7 @@ def confirm(question: str, *, agreed: bool, default: bool) -> None:
         raise Interrupted("not begun; nothing was changed")
 
 
-def _tell(verb: str, given: Answer, json: bool) -> None:
+def _tell(verb: str, given: Answer, json: bool, root: str) -> None:
     if json:
         from sparkinstall.cli.envelope import envelope
 
@@ -68,7 +69,7 @@ def _tell(verb: str, given: Answer, json: bool) -> None:
     if given.problems:
         from sparkinstall.cli.render import show_problems
 
-        show_problems(given.problems)
+        show_problems(given.problems, root)
 
 
 def _as_interrupt(_number: int, _frame: object) -> NoReturn:

@@ -1,8 +1,13 @@
 """`sparkinstall verify`: is everything so, and does it behave so? For people and for CI."""
 
+from typing import TYPE_CHECKING
+
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, answer
+
+if TYPE_CHECKING:
+    from sparkinstall.plans.engine import StepReport
 
 
 def verify(
@@ -19,7 +24,7 @@ def verify(
 ) -> None:
     """Check everything and prove it on running processes; exit 3 if anything is not as it should be."""
     asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
-    answer("verify", lambda: _verify(asked, only or [], skip or []), json=json, verbose=verbose)
+    answer("verify", lambda: _verify(asked, only or [], skip or []), root=root, json=json, verbose=verbose)
 
 
 def _verify(asked: Asked, only: list[str], skip: list[str]) -> Answer:
@@ -43,14 +48,14 @@ def _verify(asked: Asked, only: list[str], skip: list[str]) -> Answer:
 
         out = console()
         out.print(f"[bold]Checks[/]  {session.where}")
-        show_plan(reports, out, asked.verbose)
-        out.print("[bold]Proof[/]")
-        show_findings(looked, out)
+        show_plan(reports, out, asked.verbose, session.root_option)
+        out.print("\n[bold]Proof[/]")
+        show_findings(looked, out, root=session.root_option)
         if standing:
             out.print("\n[bold]The eight fixes[/]")
-            show_fixes(standing, out)
+            show_fixes(standing, out, session.root_option)
         if wrong:
-            out.print(f"\n[red bold]✗[/] not as it should be; `sparkinstall all{session.root_option}` mends it")
+            out.print(f"\n[red bold]✗[/] not as it should be; {_way_out(bad, session.root_option)}")
         else:
             out.print("\n[green bold]✓[/] everything is as it should be")
 
@@ -60,3 +65,10 @@ def _verify(asked: Asked, only: list[str], skip: list[str]) -> Answer:
         "fixes": [fix_data(state) for state in standing],
     }
     return Answer(Exit.DRIFT if wrong else Exit.GOOD, data, show)
+
+
+def _way_out(bad: "list[StepReport]", root: str) -> str:
+    """What mends it: the steps themselves, or making anew what is in place and yet does not behave."""
+    if bad:
+        return f"`sparkinstall all{root}` mends it, or says what stands in its way"
+    return f"everything is in place, so make it anew: `sparkinstall run environment nccl fp8 env-files --fresh{root}`"

@@ -31,9 +31,9 @@ class NcclFitsTorch:
     def check(self, on: Reader) -> State:
         library, torch = self._pair(on)
         if self.node.partial:
-            return LeftToNode("NCCL's symbols are compared with torch's there: torch is not installed here (--full)")
+            return LeftToNode("it compares NCCL's symbols with torch's (torch is not installed here without --full)")
         if on.rehearsal and library is None:
-            return LeftToNode("NCCL's symbols are compared with torch's there: no NCCL was built here")
+            return LeftToNode("it compares NCCL's symbols with torch's (no NCCL was built here)")
         if torch is None or library is None:
             return Unknown("environment" if torch is None else "nccl")
         about = _about(library, torch)

@@ -69,7 +69,7 @@ class NcclLibrary:
         if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
             return Satisfied(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
         if on.rehearsal and (why := self.source.out_of_reach(on)):
-            return LeftToNode(f"NCCL {recipe.version} is built there: {why}")
+            return LeftToNode(f"it builds NCCL {recipe.version} ({why})")
         what = f"build NCCL {recipe.version} for sm_{self.arch} from {self.source.where}"
         return Drift(what, _as_lines(stamp.get("recipe", {})), _as_lines(asdict(recipe)))
 

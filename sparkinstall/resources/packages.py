@@ -48,7 +48,7 @@ class Packages:
 
     def check(self, on: Reader) -> State:
         if on.rehearsal:
-            return LeftToNode(f"apt installs {', '.join(self.names)} there, where they are missing")
+            return LeftToNode(f"apt installs there what is missing of {', '.join(self.names)}")
         missing = self._missing(on)
         if not missing:
             return Satisfied(f"{len(self.names)} packages")

@@ -227,7 +227,14 @@ def _uv_offline(on: System, node: Node, argv: list[str], cut: CommandFailed) -> 
 
 
 def _uv_env(node: Node) -> dict[str, str]:
-    return {"UV_CACHE_DIR": str(node.cache / "uv"), "UV_NO_PROGRESS": "1", "VIRTUAL_ENV": "", "UV_SYSTEM_CERTS": "1"}
+    return {
+        "UV_CACHE_DIR": str(node.cache / "uv"),
+        # A file that is shared with the cache, and edited in place in the environment, would come back damaged.
+        "UV_LINK_MODE": "copy",
+        "UV_NO_PROGRESS": "1",
+        "UV_SYSTEM_CERTS": "1",
+        "VIRTUAL_ENV": "",
+    }
 
 
 def _is_cut(failure: CommandFailed) -> bool:

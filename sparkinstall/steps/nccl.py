@@ -47,7 +47,7 @@ def _left(node: Node) -> str:
     if not node.rehearsal:
         return ""
     if node.foreign:
-        return f"NCCL {node.nccl_version} is built on the node itself: this machine is no {node.platform}"
+        return f"it builds NCCL {node.nccl_version} (this machine is no {node.platform})"
     if cuda_home(node) is None:
-        return f"NCCL {node.nccl_version} is built there: there is no CUDA toolkit here (`nccl.cuda_home`)"
+        return f"it builds NCCL {node.nccl_version} (there is no CUDA toolkit here: `nccl.cuda_home`)"
     return ""

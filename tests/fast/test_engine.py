@@ -158,11 +158,20 @@ def test_a_step_begins_as_soon_as_its_own_needs_are_done() -> None:
     assert {report.problem for report in reports.values()} == {None}
 
 
-def test_a_bug_in_a_step_is_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_step_is_a_failure_of_that_step() -> None:
+    reports = done(
+        some("a", [Thing(raises=ZeroDivisionError("by zero"))]), some("b", needs=("a",)), some("c", [Thing()])
+    )
+    assert [reports[name].outcome for name in "abc"] == ["failed", "held", "changed"]
+    problem = reports["a"].problem
+    assert problem is not None and "ZeroDivisionError: by zero" in problem.what and problem.mend
+
+
+def test_an_interrupt_ends_the_programs_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped: list[bool] = []
     monkeypatch.setattr(processes, "stop_all", lambda: stopped.append(True))
-    with pytest.raises(ZeroDivisionError):
-        done(some("a", [Thing(raises=ZeroDivisionError())]))
+    with pytest.raises(KeyboardInterrupt):
+        done(some("a", [Thing(raises=KeyboardInterrupt())]))
     assert stopped
 
 

@@ -43,7 +43,10 @@ def test_a_machine_that_is_no_spark_is_refused_and_told_how_to_rehearse(
 ) -> None:
     answer = node.run("./install.sh", "--yes", user="spark", cwd=CHECKOUT, check=False, timeout=300)
     assert answer.returncode == 4
-    assert "sparkinstall all --root ./node" in answer.stderr
+    assert "./install.sh --root ./node" in answer.stderr
+    told = sparkinstall(node, "all", "--yes", check=False)
+    assert told.returncode == 4
+    assert "sparkinstall all --root ./node" in told.stderr
     assert node.tree_digest("/", exclude=NOT_COMPARED) == before
 
 
