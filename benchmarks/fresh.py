@@ -6,14 +6,13 @@ Both have warm caches, the same lock, the same source, the same compiler and the
 import json
 import os
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.environments import Environment
-from benchmarks.timing import Command
+from benchmarks.timing import Command, Long, once
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import VERSION, tarball
 
@@ -26,31 +25,29 @@ _GENCODE = "-gencode=arch=compute_121,code=sm_121"
 class Fresh:
     """Seconds. `by_hand` by step, in the order in which they are done, one after the other."""
 
-    whole: float
+    whole: Long
     proofs: float
-    steps: Mapping[str, float]
-    by_hand: Mapping[str, float]
+    by_hand: Mapping[str, Long]
     engine: Mapping[str, float]
     full: bool
 
     @property
     def installing(self) -> float:
         """What sparkinstall took without its proofs, which by hand nobody makes."""
-        return self.whole - self.proofs
+        return self.whole.seconds - self.proofs
 
 
 def measure(tool: Environment, work: Path, full: bool) -> Fresh:
-    """One run each: minutes long, so that a busy moment weighs little."""
+    """One run each, one after the other."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     lock = _warm_caches(tool, work, full)
-    engine, report = _ours(tool, work, full)
+    whole, engine, report = _ours(tool, work, full)
     by_hand = _by_hand(tool, work / "by-hand", lock)
     shutil.rmtree(work)
     return Fresh(
-        whole=engine["seconds"],
+        whole=whole,
         proofs=sum(each["seconds"] for each in report["data"]["probes"]),
-        steps={each["step"]: each["seconds"] for each in report["data"]["steps"]},
         by_hand=by_hand,
         engine=engine,
         full=full,
@@ -65,7 +62,8 @@ def _warm_caches(tool: Environment, work: Path, full: bool) -> Path:
     Command((tool.program("sparkinstall"), *asked, "--set", "nccl.mode=wheel")).run()
     lock = work / "installed.lock"
     shutil.copy(node / "opt/sparkinstall/venv/installed.lock", lock)
-    _pip_install(tool, work / "warm-pip", lock).run()
+    _venv(tool, work / "warm-pip").run()
+    _pip_install(work / "warm-pip", lock).run()
     shutil.rmtree(node)
     shutil.rmtree(work / "warm-pip")
     return lock
@@ -76,7 +74,7 @@ def _asked(node: Path, full: bool) -> tuple[str, ...]:
     return ("all", "--root", str(node), "--stack", _STACK, part, "--json")
 
 
-def _ours(tool: Environment, work: Path, full: bool) -> tuple[dict[str, float], Any]:
+def _ours(tool: Environment, work: Path, full: bool) -> tuple[Long, dict[str, float], Any]:
     """Seconds as engine_share.py counts them, and sparkinstall's own report."""
     settings = {
         "source": str(tarball()),
@@ -86,27 +84,28 @@ def _ours(tool: Environment, work: Path, full: bool) -> tuple[dict[str, float], 
     }
     options = [word for key, value in settings.items() for word in ("--set", f"nccl.{key}={value}")]
     wrapper, found = Path(__file__).with_name("engine_share.py"), work / "engine.json"
-    said = Command((tool.python, "-P", str(wrapper), str(found), *_asked(work / "node", full), *options)).run()
+    argv = (tool.python, "-P", str(wrapper), str(found), *_asked(work / "node", full), *options)
+    whole, said = once(Command(argv))
     shutil.rmtree(work / "node")
-    return json.loads(found.read_text()), json.loads(said)
+    return whole, json.loads(found.read_text()), json.loads(said)
 
 
-def _pip_install(tool: Environment, venv: Path, lock: Path) -> Command:
-    Command((tool.python, "-m", "venv", str(venv))).run()
+def _venv(tool: Environment, venv: Path) -> Command:
+    return Command((tool.python, "-m", "venv", str(venv)))
+
+
+def _pip_install(venv: Path, lock: Path) -> Command:
     return Command((str(venv / "bin/pip"), "install", "--quiet", "--no-deps", "--require-hashes", "-r", str(lock)))
 
 
-def _by_hand(tool: Environment, folder: Path, lock: Path) -> dict[str, float]:
-    taken: dict[str, float] = {}
+def _by_hand(tool: Environment, folder: Path, lock: Path) -> dict[str, Long]:
     folder.mkdir()
-    started = time.perf_counter()
-    pip = _pip_install(tool, folder / "venv", lock)
-    taken["python -m venv"] = time.perf_counter() - started
-    taken["pip install"] = pip.seconds()
-    taken["tar"] = Command(("tar", "-xf", str(tarball())), cwd=folder).seconds()
+    taken = {"python -m venv": once(_venv(tool, folder / "venv"))[0]}
+    taken["pip install"], _ = once(_pip_install(folder / "venv", lock))
+    taken["tar"], _ = once(Command(("tar", "-xf", str(tarball())), cwd=folder))
     (source,) = (path for path in folder.iterdir() if path.name != "venv")
     for label, jobs in (("make -j", (f"-j{len(os.sched_getaffinity(0))}",)), ("make", ())):
         build = (f"BUILDDIR={folder / label.replace(' ', '')}", f"CUDA_HOME={toolkit()}")
         flags = (f"NVCC_GENCODE={_GENCODE}", f"ONLY_FUNCS={_FUNCTIONS}")
-        taken[label] = Command(("make", *jobs, "-C", str(source), "src.build", *build, *flags)).seconds()
+        taken[label], _ = once(Command(("make", *jobs, "-C", str(source), "src.build", *build, *flags)))
     return taken

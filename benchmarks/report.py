@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from benchmarks import converged, startup
 from benchmarks.fresh import Fresh
-from benchmarks.timing import Spread
+from benchmarks.timing import Long, Spread
 
 
 def heading(versions: Mapping[str, str]) -> str:
@@ -58,20 +58,22 @@ def startup_table(found: Mapping[str, Spread]) -> str:
 def fresh_table(found: Fresh) -> str:
     """The first run, beside the same by hand."""
     part = "the whole environment" if found.full else "vLLM's own wheel"
-    fixed = sum(seconds for name, seconds in found.by_hand.items() if not name.startswith("make"))
-    rows = [
-        ("sparkinstall all", found.whole, ""),
-        ("the same without its proofs", found.installing, ""),
-        *((f"by hand: {name}", seconds, "") for name, seconds in found.by_hand.items()),
-    ]
+    rows = [("`sparkinstall all`", *_long(found.whole), "")]
+    rows.append(("the same without its proofs", f"{found.installing:.1f}", "", "1.0 x"))
+    rows += [(f"by hand: `{name}`", *_long(each), "") for name, each in found.by_hand.items()]
     for make in ("make -j", "make"):
-        whole = fixed + found.by_hand[make]
-        rows.append((f"by hand, one after the other, with `{make}`", whole, f"{whole / found.installing:.1f} x"))
+        others = [each.seconds for name, each in found.by_hand.items() if not name.startswith("make")]
+        whole = sum(others) + found.by_hand[make].seconds
+        rows.append((f"all by hand, with `{make}`", f"{whole:.1f}", "", f"{whole / found.installing:.1f} x"))
     return _table(
         f"A fresh install: {part} and a small NCCL, warm caches",
-        ("", "seconds", "beside sparkinstall without its proofs"),
-        ((name, f"{seconds:.1f}", ratio) for name, seconds, ratio in rows),
+        ("", "seconds", "cores that others took", "beside sparkinstall"),
+        rows,
     )
+
+
+def _long(each: Long) -> tuple[str, str]:
+    return f"{each.seconds:.1f}", f"{each.others:.1f}"
 
 
 def engine_table(found: Fresh) -> str:

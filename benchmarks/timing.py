@@ -1,5 +1,7 @@
 """Wall time of commands that take turns, so that a busy moment of the machine hits all of them alike."""
 
+import os
+import resource
 import statistics
 import subprocess
 import time
@@ -53,3 +55,32 @@ def in_turns(commands: Mapping[str, Command], rounds: int) -> dict[str, Spread]:
             if turn:
                 taken[name].append(seconds)
     return {name: Spread(statistics.median(each), min(each), max(each)) for name, each in taken.items()}
+
+
+@dataclass(frozen=True)
+class Long:
+    """One run of minutes: its wall time, and how many cores other programs of the machine took meanwhile."""
+
+    seconds: float
+    others: float
+
+
+def once(command: Command) -> tuple[Long, str]:
+    """Run it; its stdout too. Long runs cannot take turns, so each says how much of the machine it had."""
+    started, busy, ours = time.perf_counter(), _busy(), _children()
+    said = command.run()
+    seconds = time.perf_counter() - started
+    others = (_busy() - busy) - (_children() - ours)
+    return Long(seconds, max(0.0, others / seconds)), said
+
+
+def _busy() -> float:
+    """CPU seconds of the whole machine since it was started (proc(5): all but idle and iowait)."""
+    with open("/proc/stat") as stat:
+        ticks = [int(each) for each in stat.readline().split()[1:9]]
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from sparkinstall import safe_yaml
 from sparkinstall.errors import BadConfig
 from sparkinstall.redaction import redact
 
@@ -36,7 +37,6 @@ _LINK = re.compile(r"(~?)(/[^/\0]+)+")
 _LONGEST_PATH = 200
 # libyaml's own limits are the machine's memory and stack: a file can take the process with it.
 _LARGEST_FILE = 1 << 20
-_DEEPEST = 20
 
 
 def safe_path(value: str) -> str | None:
@@ -236,23 +236,11 @@ def _yaml(content: bytes, what: str) -> Any:
     import yaml
 
     try:
-        if len(content) > _LARGEST_FILE or _depth(content) > _DEEPEST:
-            raise BadConfig(f"{what} is larger or deeper than any settings are", mend="is it the right file?")
-        return yaml.load(content, Loader=yaml.CSafeLoader)
+        return safe_yaml.load(content)
+    except safe_yaml.TooMuch as error:
+        raise BadConfig(f"{what} is larger or deeper than any settings are", mend="is it the right file?") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise BadConfig(f"{what} is not YAML: {_where(error)}") from error
-
-
-def _depth(content: bytes) -> int:
-    import yaml
-
-    depth = deepest = 0
-    for event in yaml.parse(content, Loader=yaml.CSafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        deepest = max(deepest, depth)
-        if deepest > _DEEPEST:
-            break
-    return deepest
 
 
 def _where(error: Exception) -> str:

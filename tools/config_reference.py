@@ -41,7 +41,7 @@ Later ones win:
 2. {files};
    or, instead of both, the one file that `--config FILE` or the variable `SPARKINSTALL_CONFIG` names
 3. the options of the last `sparkinstall all` or `run` that did something on this node or in this rehearsal
-   (`settings show` calls it "the last `all`")
+   (`settings show` calls it "the last `all` or `run`")
 4. the options of this command line: `--set KEY=VALUE`, `--stack`
 
 So a node that was set up with `--set nccl.arch=90` or with `--config FILE` is verified with it too. A remembered option

@@ -231,6 +231,7 @@ def _uv_env(node: Node) -> dict[str, str]:
         "UV_CACHE_DIR": str(node.cache / "uv"),
         # A file that is shared with the cache, and edited in place in the environment, would come back damaged.
         "UV_LINK_MODE": "copy",
+        "UV_PYTHON_INSTALL_DIR": str(node.cache / "python"),
         "UV_NO_PROGRESS": "1",
         "UV_SYSTEM_CERTS": "1",
         "VIRTUAL_ENV": "",

@@ -4,7 +4,7 @@ A stack is a YAML file; those beside this module are shipped and known by name, 
 path. A lock is a requirements file that holds exact versions and sha256 hashes, and no address other than
 the wheels that a stack names itself. `tools/lock.py` makes the locks from the YAML files.
 
-A leaf: standard library and PyYAML, the latter imported only when a file is read.
+A leaf: PyYAML is imported only when a file is read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import unquote
+
+from sparkinstall import safe_yaml
 
 DEFAULT = "0.18.1"
 
@@ -350,9 +352,8 @@ def _parse_yaml(text: str, path: Path) -> dict[str, object]:
     import yaml  # costs 20 ms that `--help` should not pay
 
     try:
-        # The base loader leaves every scalar a text: a version 3.10 must not become the number 3.1.
-        values = yaml.load(text, Loader=yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError) as error:
+        values = safe_yaml.load(text.encode(), only_text=True)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise StackError(f"{path.name} is not YAML ({reason}): mend it there.") from error
     if not isinstance(values, dict):
