@@ -9,6 +9,8 @@ from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, confirm
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from sparkinstall.cli.session import Session
     from sparkinstall.errors import Problem
     from sparkinstall.plans.engine import StepReport
@@ -256,10 +258,23 @@ def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequenc
         show_fixes(standing, out, session.root_option)
     out.print()
     if not failed:
-        env = session.system.real(f"{session.node.env_folder}/single-node.env")
-        out.print(f"[green bold]✓[/] {session.where} is done. Next:")
-        out.print(f"    source {env}", markup=False)
-        if not session.node.rehearsal:
-            out.print("    vllm serve MODEL --gpu-memory-utilization 0.85 --max-model-len 32768", markup=False)
-        out.print(f"    sparkinstall verify{session.root_option}      [dim]proves it again, at any time[/]")
-        out.print(f"    sparkinstall uninstall{session.root_option}   [dim]takes everything back[/]")
+        _show_next(session, out)
+
+
+def _show_next(session: "Session", out: "Console") -> None:
+    """What to do now; a part that was made may have left another one behind."""
+    from sparkinstall.plans import catalogue, engine
+
+    reports = engine.plan(catalogue.STEPS, session.node, session.system)
+    behind = [report.name for report in reports if report.outcome not in ("unchanged", "left")]
+    if behind:
+        out.print(f"[green bold]✓[/] done. [yellow]Open now:[/] {', '.join(behind)}. Next:")
+        out.print(f"    sparkinstall all{session.root_option}", markup=False)
+        return
+    env = session.system.real(f"{session.node.env_folder}/single-node.env")
+    out.print(f"[green bold]✓[/] {session.where} is done. Next:")
+    out.print(f"    source {env}", markup=False)
+    if not session.node.rehearsal:
+        out.print("    vllm serve MODEL --gpu-memory-utilization 0.85 --max-model-len 32768", markup=False)
+    out.print(f"    sparkinstall verify{session.root_option}      [dim]proves it again, at any time[/]")
+    out.print(f"    sparkinstall uninstall{session.root_option}   [dim]takes everything back[/]")

@@ -94,6 +94,13 @@ def test_a_half_patched_file_is_an_error_that_names_it_and_changes_nothing(old: 
     assert path.read_text() == whole
 
 
+def test_a_part_that_was_made_anew_says_what_is_open_now(old: Rehearsal) -> None:
+    fresh = sparkinstall("run", "environment", "--fresh", "--root", old.root)
+    assert fresh.returncode == 0
+    assert "Open now: fp8" in fresh.stdout
+    assert old.all().returncode == 0
+
+
 def test_verify_is_good_and_says_what_it_could_not_see(old: Rehearsal) -> None:
     answer = envelope(sparkinstall("verify", "--json", "--root", old.root))
     verdicts = {probe["name"]: probe["verdict"] for probe in answer["data"]["probes"]}
