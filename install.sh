@@ -61,7 +61,7 @@ is_rehearsal() {
 
 # Debian and Ubuntu keep the part of Python that fills an environment in a package of its own.
 need_ensurepip() {
-    "$PYTHON" -c 'import ensurepip' >/dev/null 2>&1 && return
+    if "$PYTHON" -c 'import ensurepip' >/dev/null 2>&1; then return 0; fi
     package=$("$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
     if is_rehearsal "$@" || ! command -v apt-get >/dev/null 2>&1; then
         fail "$PYTHON cannot make an environment: $package is missing" "sudo apt-get install $package" 4
@@ -78,10 +78,10 @@ need_ensurepip() {
 
 # A real set-up is for a Spark alone; everything else is told so before sudo is used for anything.
 need_spark_or_rehearsal() {
-    is_rehearsal "$@" && return
-    case " $* " in *" --ignore machine "* | *" --ignore=machine "*) return ;; esac
-    if [ -e /etc/dgx-release ] || [ -e /etc/fastos-release ]; then return; fi
-    if grep -qsx 0x2e12 /sys/bus/pci/devices/*/device; then return; fi
+    if is_rehearsal "$@"; then return 0; fi
+    case " $* " in *" --ignore machine "* | *" --ignore=machine "*) return 0 ;; esac
+    if [ -e /etc/dgx-release ] || [ -e /etc/fastos-release ]; then return 0; fi
+    if grep -qsx 0x2e12 /sys/bus/pci/devices/*/device; then return 0; fi
     fail "this machine is no DGX Spark (no GB10 on its PCI bus); nothing was changed" \
         "rehearse it beneath a folder: ./install.sh --root ./node" 4
 }

@@ -1,8 +1,10 @@
 """All benchmarks in one go: `python -m benchmarks.run [--quick] [--full]`, from the checkout's top folder."""
 
 import argparse
+import fcntl
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import converged, environments, fresh, report, startup
@@ -17,10 +19,25 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="fresh: the whole environment (30 GB of disk)")
     parser.add_argument("--rounds", type=int, default=11, help="runs of everything that is short")
     asked = parser.parse_args()
-    text = "\n".join(_sections(asked.quick, asked.full, asked.rounds))
-    print(text)
+    done: list[str] = []
+    with _alone():
+        for section in _sections(asked.quick, asked.full, asked.rounds):
+            print(section, flush=True)
+            done.append(section)
     if not asked.quick:
-        RESULTS.write_text(text)
+        RESULTS.write_text("\n".join(done))
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Two runs at once would measure each other, in the same folders."""
+    environments.cache().mkdir(parents=True, exist_ok=True)
+    with open(environments.cache() / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit("another run of the benchmarks is under way")
+        yield
 
 
 def _sections(quick: bool, full: bool, rounds: int) -> Iterator[str]:

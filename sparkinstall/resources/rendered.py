@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sparkinstall.assets import asset
-from sparkinstall.resources import Satisfied, State, Unknown
+from sparkinstall.resources import Drift, Satisfied, State, Unknown
 from sparkinstall.resources.files import File
 from sparkinstall.resources.findings import record, recorded
 from sparkinstall.system import Reader, System
@@ -70,7 +70,8 @@ class Rendered:
             return Unknown(self.waits_for)
         if self._was_made_from(values, on):
             return Satisfied()
-        return self._file(values).check(on)
+        state = self._file(values).check(on)
+        return Drift(f"note what {self.path} was made from") if isinstance(state, Satisfied) else state
 
     def _values(self, on: Reader) -> Mapping[str, Any] | None:
         values = self.values(on)
