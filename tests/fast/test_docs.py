@@ -356,5 +356,11 @@ def test_no_page_names_somebodys_machine(path: Path) -> None:
     assert not [line for line in text.splitlines() if len(line) > 160 and not line.startswith(("|", "{"))]
 
 
-def test_the_speed_has_its_place() -> None:
-    assert "<!-- benchmarks -->" in section("README.md", "## Speed")
+def test_the_speed_shown_is_the_one_measured() -> None:
+    shown = section("README.md", "## Speed")
+    measured = (REPOSITORY / "benchmarks/results.md").read_text()
+    rows = [row for row in shown.splitlines() if re.match(r"\| .* s \| ", row)]
+    assert len(rows) == 3
+    for row in rows:
+        for figure in re.findall(r"[\d.]+ [sx](?= \|)", row):
+            assert figure in measured or figure == "1 x", figure
