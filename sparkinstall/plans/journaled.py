@@ -75,9 +75,18 @@ class JournaledSystem:
                 f"{self.real(path)} is a {was.kind}, where sparkinstall needs a file of its own",
                 mend="move it away, then run again",
             )
-        sha256 = self._journal.keep(self.read(path) or b"")
+        content = self.read(path) or b""
+        own = {"kind": "file", "sha256": hashlib.sha256(content).hexdigest(), "mode": was.mode}
+        if own in self._left_at(path):
+            # What we left there ourselves is no original: the first record of the path has that.
+            return own
+        sha256 = self._journal.keep(content)
         meta = {"mode": was.mode, "uid": was.uid, "gid": was.gid, "mtime_ns": was.mtime_ns}
         return {"kind": "file", "sha256": sha256, **meta}
+
+    def _left_at(self, path: str) -> list[Mapping[str, Any]]:
+        undos = (record.undo for record in self._journal.records())
+        return [undo.after for undo in undos if undo.kind == "path" and undo.subject == path]
 
     def make_dir(self, path: str, mode: int = 0o755) -> None:
         if self.entry(path) is None:
