@@ -88,7 +88,7 @@ need_spark_or_rehearsal() {
 
 digest_of_checkout() {
     (cd "$HERE" && find sparkinstall templates patches pyproject.toml requirements.lock -type f ! -name '*.pyc' \
-        -exec sha256sum {} + | sort | sha256sum | cut -d' ' -f1)
+        -exec sha256sum {} + | LC_ALL=C sort | sha256sum | cut -d' ' -f1)
 }
 
 # The former one is kept until the new one is whole: a failed update leaves a working command.

@@ -24,13 +24,13 @@ _PATHS = ("stack", "nccl.source", "nccl.cuda_home")
 _FILES = (".yaml", ".yml", ".gz", ".xz", ".bz2", ".tgz", ".tar")
 
 _PATH = re.compile(r"/[A-Za-z0-9._+@/-]*")
-_HOST = re.compile(r"[A-Za-z0-9.:-]+")
 # A name that ends in `-` would tell apt to remove the package.
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]*[a-z0-9+]")
 _FUNCTIONS = re.compile(r"[A-Za-z0-9_*| ]+")
 _ARCH = re.compile(r"[0-9]{2,3}[af]?")
 _INTERFACE = re.compile(r"[A-Za-z0-9._-]{1,15}")
 _VERSION = re.compile(r"\d+\.\d+(\.\d+)?(-\d+)?")
+_SHARE = re.compile(r"0\.[1-8][0-9]?|0\.9[0-5]?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _LINK = re.compile(r"(~?)(/[^/\0]+)+")
 # The environment's scripts carry the prefix in their first line, of which the kernel reads 255 bytes.
@@ -66,6 +66,40 @@ def _one_of(*choices: str) -> Callable[[str], str | None]:
 
 def _port(value: int) -> str | None:
     return None if 0 < value < 65536 else "must be a port from 1 to 65535"
+
+
+def _address(value: str) -> str | None:
+    from ipaddress import IPv4Address
+
+    try:
+        return None if IPv4Address(value).is_private else "must be a private IPv4 address"
+    except ValueError:
+        return "must be an IPv4 address such as 192.168.100.10"
+
+
+def _network(value: str) -> str | None:
+    from ipaddress import IPv4Network
+
+    try:
+        return None if IPv4Network(value).prefixlen else "must be a network and not the whole world"
+    except ValueError:
+        return "must be a network such as 192.168.1.0/24"
+
+
+def _prefix_length(value: int) -> str | None:
+    return None if 8 <= value <= 30 else "must be a number from 8 to 30"
+
+
+def _mtu(value: int) -> str | None:
+    return None if 1280 <= value <= 9978 else "must be a number from 1280 to 9978 (the links take 9000)"
+
+
+def _dead_man(value: int) -> str | None:
+    return None if 30 <= value <= 900 else "must be a number of seconds from 30 to 900"
+
+
+def _not_below_zero(value: int) -> str | None:
+    return None if 0 <= value <= 1 << 24 else "must be a number from 0 to 16777216"
 
 
 def _not_negative(value: int) -> str | None:
@@ -149,10 +183,75 @@ class Fp8Config:
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    head: str = _setting("192.168.100.10", "The head's address on the QSFP link.", _like(_HOST, "an address"))
-    worker: str = _setting("192.168.100.11", "The worker's address on the QSFP link.", _like(_HOST, "an address"))
-    interface: str = _setting("enp1s0f0np0", "The QSFP interface.", _like(_INTERFACE, "an interface name"))
+    role: str = _setting(
+        "single",
+        "What this node is: `single`, or `head` or `worker` of several (`multi-node --role` sets it).",
+        _one_of("single", "head", "worker"),
+    )
+    head: str = _setting("192.168.100.10", "The head's address on the QSFP link.", _address)
+    workers: tuple[str, ...] = _setting(
+        ("192.168.100.11",), "The workers' addresses on the QSFP link; their order is their rank.", _address
+    )
+    address: str | None = _setting(
+        None, "This node's address on the QSFP link; null: the head's, or that of the only worker.", _address
+    )
+    executor: str = _setting(
+        "ray",
+        "What spreads vLLM over the nodes: `ray`, or `mp` (vLLM's own processes, without Ray).",
+        _one_of("ray", "mp"),
+    )
     ray_port: int = _setting(6379, "Ray's port on the head.", _port)
+    master_port: int = _setting(29501, "The port on the head where the processes of `mp` meet.", _port)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    interface: str | None = _setting(
+        None,
+        "The QSFP interface that has the cable; null: the one with a carrier.",
+        _like(_INTERFACE, "an interface name"),
+    )
+    manage: bool = _setting(True, "Write netplan for the QSFP port; false: it is set up already, and only looked at.")
+    prefix_length: int = _setting(24, "How many bits of an address on the link name its subnet.", _prefix_length)
+    twin_subnet: str = _setting(
+        "192.168.101.0", "The subnet of the port's second half, of the same length: twins must not share one.", _address
+    )
+    mtu: int = _setting(9000, "The MTU of the QSFP interfaces; the same on every node.", _mtu)
+    transport: str = _setting(
+        "auto",
+        "How NCCL talks between nodes: `roce`, `socket`, or `auto` (RoCE where its devices are really there).",
+        _one_of("auto", "roce", "socket"),
+    )
+    dead_man: int = _setting(
+        90, "Seconds after which a network that was not confirmed is put back as it was.", _dead_man
+    )
+
+
+@dataclass(frozen=True)
+class FirewallConfig:
+    mode: str = _setting(
+        "auto",
+        "Close Ray, NCCL and the API to all but the link: `on`, `off`, or `auto` (off where another firewall runs).",
+        _one_of("auto", "on", "off"),
+    )
+
+
+@dataclass(frozen=True)
+class ServingConfig:
+    model: str | None = _setting(
+        None, "The model that the unit `vllm` serves (a folder or a name); null: no unit.", _no_control
+    )
+    port: int = _setting(8000, "The API's port.", _port)
+    allow: str | None = _setting(
+        None, "A network that may use the API, such as 192.168.1.0/24; null: this node alone.", _network
+    )
+    memory: str | None = _setting(
+        None,
+        "vLLM's --gpu-memory-utilization; null: 0.85 on one node, 0.80 on several.",
+        _like(_SHARE, "a number from 0.10 to 0.95"),
+    )
+    max_model_len: int = _setting(0, "vLLM's --max-model-len; 0: 32768 on one node, 16384 on several.", _not_below_zero)
+    arguments: tuple[str, ...] = _setting((), "Further arguments of `vllm serve`, one word each.", _no_control)
 
 
 @dataclass(frozen=True)
@@ -179,6 +278,9 @@ class Config:
     nccl: NcclConfig = field(default_factory=NcclConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    firewall: FirewallConfig = field(default_factory=FirewallConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     packages: PackagesConfig = field(default_factory=PackagesConfig)
 

@@ -35,6 +35,13 @@ class BadConfig(Problem):
     exit_code = Exit.USAGE
 
 
+class NotThere(Problem):
+    """There is nothing to look at: this node or rehearsal was never set up."""
+
+    code = "not-there"
+    exit_code = Exit.DRIFT
+
+
 class BadUsage(Problem):
     """The command line asks for something that cannot be."""
 
@@ -71,6 +78,12 @@ class Blocked(Problem):
     """A resource found something in its way that it will not overwrite."""
 
     code = "blocked"
+
+
+class Unreachable(Problem):
+    """Another node cannot be reached over ssh, or the connection was lost."""
+
+    code = "unreachable"
 
 
 class JournalDamaged(Problem):

@@ -14,7 +14,8 @@ class Node:
     """`platform` is the architecture whose wheels are taken, `machine` that of this computer.
 
     In a rehearsal, `full` asks for the whole environment instead of vLLM's own wheel. `cache` and
-    `home` are real paths.
+    `home` are real paths. `confirm_later`: a new network is put back unless somebody else confirms it.
+    `token_file`: where the cluster's token was put for this run alone.
     """
 
     config: Config
@@ -25,6 +26,8 @@ class Node:
     full: bool
     home: str
     cache: Path
+    confirm_later: bool = False
+    token_file: str = ""
 
     @property
     def partial(self) -> bool:
@@ -60,6 +63,61 @@ class Node:
     @property
     def env_folder(self) -> str:
         return f"{self.prefix}/env"
+
+    @property
+    def user(self) -> str:
+        """Who runs sparkinstall, and the services that it sets up."""
+        import pwd
+
+        return pwd.getpwuid(os.geteuid()).pw_name
+
+    @property
+    def role(self) -> str:
+        """`single`, `head` or `worker`."""
+        return self.config.cluster.role
+
+    @property
+    def several(self) -> bool:
+        """Whether this node is one of several that serve together."""
+        return self.role != "single"
+
+    @property
+    def filtered(self) -> bool:
+        """Whether ports that only the link needs are closed to all others."""
+        open_to_others = self.several or self.config.serving.allow is not None
+        return open_to_others and self.config.firewall.mode != "off"
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The addresses of all nodes on the QSFP link by rank, the head's first."""
+        return (self.config.cluster.head, *self.config.cluster.workers)
+
+    @property
+    def address(self) -> str:
+        """This node's own address on the QSFP link; session.py has seen that it can be told."""
+        cluster = self.config.cluster
+        return cluster.address or (cluster.workers[0] if self.role == "worker" else cluster.head)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The other nodes' addresses on the QSFP link."""
+        return tuple(each for each in self.members if each != self.address)
+
+    @property
+    def rank(self) -> int:
+        """0 for the head, then the workers in their order."""
+        return self.members.index(self.address)
+
+    @property
+    def env_file(self) -> str:
+        """The variables that this node's services start with."""
+        names = {"single": "single-node", "head": "multi-node-head", "worker": "multi-node-worker"}
+        return f"{self.env_folder}/{names[self.role]}.env"
+
+    @property
+    def ray_token(self) -> str:
+        """The secret that all nodes of a cluster share; readable by its owner alone."""
+        return f"{self.prefix}/ray-token"
 
     @property
     def fp8_decision(self) -> str:

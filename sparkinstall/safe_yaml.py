@@ -1,5 +1,6 @@
 """YAML from people: libyaml's speed, without the crash that deep nesting gives it."""
 
+from collections.abc import Iterator
 from typing import Any
 
 _LARGEST = 1 << 20
@@ -21,7 +22,37 @@ def load(content: bytes, *, only_text: bool = False) -> Any:
 
     if len(content) > _LARGEST or _depth(content) > _DEEPEST:
         raise TooMuch("larger or deeper than any file of ours")
+    _refuse_repeated_keys(yaml.compose(content, Loader=yaml.CSafeLoader))
     return yaml.load(content, Loader=yaml.CBaseLoader if only_text else yaml.CSafeLoader)
+
+
+def _refuse_repeated_keys(node: Any) -> None:
+    """YAML forbids a key that stands twice, and yet its loaders take the last one without a word."""
+    import yaml
+
+    for each in _mappings(node, set()):
+        seen: set[tuple[str, str]] = set()
+        for key, _ in each.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key.value}` stands twice", key.start_mark
+                )
+            seen.add((key.tag, str(key.value)))
+
+
+def _mappings(node: Any, known: set[int]) -> Iterator[Any]:
+    """Every mapping below `node`; what an alias names again is looked at once."""
+    import yaml
+
+    if not isinstance(node, yaml.CollectionNode) or id(node) in known:
+        return
+    known.add(id(node))
+    pairs = isinstance(node, yaml.MappingNode)
+    if pairs:
+        yield node
+    for each in node.value:
+        for part in each if pairs else (each,):
+            yield from _mappings(part, known)
 
 
 def _depth(content: bytes) -> int:

@@ -5,14 +5,15 @@ from typing import NoReturn
 import typer
 
 from sparkinstall.cli import all as all_verb
-from sparkinstall.cli import plan, run, settings, status, uninstall, verify
+from sparkinstall.cli import cluster, multi_node, node_side, plan, run, settings, status, uninstall, verify
 
 app = typer.Typer(
     help="From a fresh NVIDIA DGX Spark to a native, mended and proven vLLM, and back.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 good, 1 failed, 2 usage, 3 drift, 4 preflight, 130 interrupted (docs/exit-codes.md).",
+    epilog="Exit codes: 0 good, 1 failed, 2 usage, 3 drift, 4 preflight, 5 some nodes failed, 130 interrupted "
+    "(docs/exit-codes.md).",
 )
 
 
@@ -58,9 +59,12 @@ def _tell_usage(what: str) -> NoReturn:
 
 
 app.command("all")(all_verb.all_)
+app.command("multi-node")(multi_node.multi_node)
+app.command("cluster")(cluster.cluster)
 app.command("plan")(plan.plan)
 app.command("verify")(verify.verify)
 app.command("uninstall")(uninstall.uninstall)
 app.command("status")(status.status)
 app.command("run")(run.run)
 app.add_typer(settings.app, name="settings")
+app.add_typer(node_side.app, name="node", hidden=True)

@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.plans.engine import Checked, StepReport
-from sparkinstall.plans.fixes import FixState
 from sparkinstall.probes import Finding, Probe
 from sparkinstall.redaction import redact
+
+if TYPE_CHECKING:
+    from sparkinstall.plans.fixes import FixState
 
 VERSION = 1
 _STATUS = {
@@ -80,7 +82,7 @@ def finding_data(probe: Probe, finding: Finding, seconds: float) -> dict[str, An
     return {"name": probe.name, "title": probe.title, "seconds": round(seconds, 3), **vars(finding)}
 
 
-def fix_data(state: FixState) -> dict[str, Any]:
+def fix_data(state: "FixState") -> dict[str, Any]:
     return {
         "number": state.fix.number,
         "title": state.fix.title,

@@ -1,7 +1,7 @@
 """The options that the verbs share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +55,11 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every line of ev
 
 @dataclass(frozen=True)
 class Asked:
-    """What one command line asked for. `None`: not said, so the last `all` or the config decides."""
+    """What one command line asked for. `None`: not said, so the last `all` or the config decides.
+
+    `role` holds what the options of `multi-node` say, as settings. `confirm_later` and `token_file`
+    are for this run alone.
+    """
 
     root: Path | None = None
     config: Path | None = None
@@ -64,6 +68,9 @@ class Asked:
     platform: str | None = None
     full: bool | None = None
     verbose: bool = False
+    role: Mapping[str, Any] = field(default_factory=dict)
+    confirm_later: bool = False
+    token_file: Path | None = None
 
     def values(self) -> dict[str, Any]:
         """The settings that were given, by name; paths as they are meant from this folder."""
@@ -72,7 +79,7 @@ class Asked:
         given = dict(config.parse_assignment(each) for each in self.settings)
         if self.stack is not None:
             given["stack"] = self.stack
-        return config.anchored(given, Path.cwd())
+        return config.anchored({**given, **self.role}, Path.cwd())
 
     def after(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """The options that later verbs go on with: these, over those of former runs."""

@@ -36,7 +36,7 @@ def _plan(asked: Asked, only: list[str], skip: list[str], detailed: bool) -> Ans
     from sparkinstall.probes.host import preflight
 
     session = open_session(asked)
-    steps = catalogue.chosen(only, skip)
+    steps = catalogue.chosen(session.node, only, skip)
     looked = proof.look(preflight(session.node), session.system, silent)
     reports = engine.plan(steps, session.node, session.system)
     drift = any(report.outcome in ("drift", "failed") for report in reports)

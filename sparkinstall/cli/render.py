@@ -29,7 +29,7 @@ _SIGNS = {
     "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
     "unchanged": ("✓", "green"), "changed": ("✓", "green"), "left": ("·", "cyan"), "drift": ("+", "yellow"),
     "failed": ("✗", "red"), "held": ("·", "dim"), "proven": ("✓", "green"), "done": ("✓", "green"),
-    "open": ("+", "yellow"), "not done": ("·", "dim"),
+    "open": ("+", "yellow"), "unneeded": ("·", "dim"),
 }  # fmt: skip
 
 

@@ -1,11 +1,12 @@
 """From a command line to a node: settings in layers, the stack, the state on the node."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparkinstall import config as configuration
+from sparkinstall import members
 from sparkinstall.cli.options import Asked
 from sparkinstall.config import Config, Layer
 from sparkinstall.errors import BadConfig, BadUsage
@@ -49,7 +50,7 @@ def open_session(asked: Asked) -> Session:
     options = asked.after(state.options())
     try:
         config, sources = configuration.build(_layers(asked, state.options(), options))
-        node = _node(config, system, options)
+        node = _node(_settled(config, sources), system, options, asked)
     except BadConfig as problem:
         if state.options():
             problem.mend += f" (options of former runs are remembered in {state.home}/options.json)"
@@ -85,7 +86,23 @@ def _config_files(named: str | None) -> list[Path]:
     return [each for each in found if each.exists()]
 
 
-def _node(config: Config, system: LocalSystem, options: dict[str, Any]) -> Node:
+def _settled(config: Config, sources: dict[str, str]) -> Config:
+    """`config` with the addresses of a cluster that follow from one another.
+
+    Raises:
+        BadConfig: they cannot be a cluster's.
+    """
+    cluster = config.cluster
+    if cluster.role == "worker" and cluster.address and sources["cluster.workers"] == "default":
+        # Of two nodes only one is a worker: its own address is all there is to know.
+        cluster = replace(cluster, workers=(cluster.address,))
+        config = replace(config, cluster=cluster)
+    if cluster.role != "single":
+        members.require_sound(config)
+    return config
+
+
+def _node(config: Config, system: LocalSystem, options: dict[str, Any], asked: Asked) -> Node:
     from sparkinstall import stacks
 
     try:
@@ -113,6 +130,8 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any]) -> Node:
         full=bool(options.get("full")),
         home=str(Path.home()),
         cache=user_cache(),
+        confirm_later=asked.confirm_later,
+        token_file=str(asked.token_file or ""),
     )
 
 

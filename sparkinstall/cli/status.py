@@ -22,8 +22,8 @@ def _status(asked: Asked) -> Answer:
 
     session = open_session(asked)
     records = session.state.journal().records()
-    reports = engine.plan(catalogue.STEPS, session.node, session.system)
-    standing = fixes.stand(reports, {})
+    reports = engine.plan(catalogue.of(session.node), session.node, session.system)
+    standing = fixes.stand(session.node, reports, {})
     facts = {
         "installed": bool(records),
         "stack": session.node.stack.name,

@@ -4,26 +4,47 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 from sparkinstall.errors import BadUsage
+from sparkinstall.node import Node
 from sparkinstall.steps import Step
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.environment import Environment
+from sparkinstall.steps.firewall import Firewall
 from sparkinstall.steps.fp8 import Fp8
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.steps.nccl_fit import NcclFit
+from sparkinstall.steps.network import Network
 from sparkinstall.steps.packages import SystemPackages
+from sparkinstall.steps.ray import Ray
+from sparkinstall.steps.serving import Serving
 
-STEPS: tuple[Step, ...] = (SystemPackages(), Environment(), Nccl(), NcclFit(), Fp8(), EnvFiles())
+STEPS: tuple[Step, ...] = (
+    SystemPackages(),
+    Network(),
+    Environment(),
+    Nccl(),
+    Firewall(),
+    NcclFit(),
+    Fp8(),
+    EnvFiles(),
+    Ray(),
+    Serving(),
+)
 
 
-def chosen(only: Iterable[str], skip: Iterable[str]) -> Sequence[Step]:
-    """The steps that `--only` and `--skip` leave.
+def of(node: Node) -> Sequence[Step]:
+    """The steps that this node has."""
+    return [step for step in STEPS if step.wanted(node)]
+
+
+def chosen(node: Node, only: Iterable[str], skip: Iterable[str]) -> Sequence[Step]:
+    """The steps of this node that `--only` and `--skip` leave.
 
     Raises:
         BadUsage: there is no step of that name.
     """
     only, skip = tuple(only), tuple(skip)
     require_known(only + skip, [step.name for step in STEPS], "step")
-    return [step for step in STEPS if (not only or step.name in only) and step.name not in skip]
+    return [step for step in of(node) if (not only or step.name in only) and step.name not in skip]
 
 
 def require_known(asked: Iterable[str], known: Sequence[str], what: str) -> None:

@@ -2,10 +2,9 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from sparkinstall.errors import Blocked, Interrupted, Problem, storage_problem
 from sparkinstall.events import Emit, ResourceApplied, StepEnded, StepStarted
@@ -13,6 +12,9 @@ from sparkinstall.node import Node
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Resource, Satisfied, State, Unknown
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 Outcome = Literal["unchanged", "changed", "drift", "left", "failed", "held"]
 
@@ -149,9 +151,13 @@ def _guarded(step: Step, report: StepReport, visit: Visit) -> None:
 
 
 def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepReport]:
+    # Late, for it brings logging with it: a converged node runs nothing side by side.
+    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
     reports = {step.name: StepReport(step.name, step.why) for step in steps}
     stop = threading.Event()
-    waiting, running = list(steps), dict[Future[None], Step]()
+    waiting = list(steps)
+    running: dict[Future[None], Step] = {}
 
     def one(step: Step) -> None:
         if stop.is_set():
@@ -164,7 +170,7 @@ def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepR
     with ThreadPoolExecutor(max_workers=len(steps) or 1) as pool:
         try:
             while waiting or running:
-                for step in _ready(waiting, running, reports):
+                for step in _ready(waiting, running.values(), reports):
                     waiting.remove(step)
                     if reports[step.name].held_by:
                         _tell_end(reports[step.name], emit)
@@ -180,8 +186,8 @@ def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepR
     return list(reports.values())
 
 
-def _ready(waiting: list[Step], running: dict[Future[None], Step], reports: dict[str, StepReport]) -> list[Step]:
-    open_names = {s.name for s in waiting} | {s.name for s in running.values()}
+def _ready(waiting: list[Step], running: Iterable[Step], reports: dict[str, StepReport]) -> list[Step]:
+    open_names = {s.name for s in waiting} | {s.name for s in running}
     ready = []
     for step in waiting:
         failed = [n for n in step.needs if n in reports and reports[n].outcome in ("failed", "held")]

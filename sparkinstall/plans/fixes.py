@@ -1,47 +1,34 @@
 """The eight fixes of a Spark, and how the node stands in each, as far as this version can tell."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from sparkinstall.node import Node
+from sparkinstall.plans import catalogue
 from sparkinstall.plans.engine import StepReport
 from sparkinstall.probes import Finding
 from sparkinstall.resources import LeftToNode
 
-Standing = Literal["proven", "done", "open", "left", "failed", "not done"]
+Standing = Literal["proven", "done", "open", "left", "failed", "unneeded"]
 
 
 @dataclass(frozen=True)
 class Fix:
-    """One of the eight. `steps` make it so, `probes` prove it; neither: not part of this version yet."""
+    """One of the eight. `steps` make it so, `probes` prove it; `between`: only nodes of several need it."""
 
     number: int
     title: str
     steps: tuple[str, ...]
     probes: tuple[str, ...] = ()
-    missing: str = ""
+    between: bool = False
 
 
 EIGHT = (
     Fix(1, "NCCL for this GPU, loaded by every process", ("nccl", "nccl-fit", "env-files"), ("nccl-loaded",)),
-    Fix(
-        2,
-        "MTU 9000 on the QSFP links",
-        (),
-        missing="the network of several nodes is not set up by this version",
-    ),
-    Fix(
-        3,
-        "VLLM_HOST_IP is the node's QSFP address",
-        ("env-files",),
-        missing="the address is the config's, not looked up",
-    ),
-    Fix(
-        4,
-        "NCCL, Gloo and UCX take the QSFP link",
-        ("env-files",),
-        missing="the interface is the config's, not looked up",
-    ),
+    Fix(2, "MTU 9000 on the QSFP links", ("network",), ("link", "peers"), between=True),
+    Fix(3, "VLLM_HOST_IP is the node's QSFP address", ("network", "env-files"), ("host-ip",), between=True),
+    Fix(4, "NCCL, Gloo and UCX take the QSFP link", ("network", "env-files"), between=True),
     Fix(5, "FP8 without CUTLASS kernels of another chip", ("fp8", "env-files"), ("fp8-path",)),
     Fix(6, "the same packages on every node", ("packages", "environment"), ("wheel-gate", "imports")),
     Fix(7, "Ray's memory monitor off", ("env-files",)),
@@ -56,15 +43,24 @@ class FixState:
     note: str = ""
 
 
-def stand(reports: Sequence[StepReport], findings: Mapping[str, Finding]) -> list[FixState]:
-    """How each of the eight stands, from what was checked and (if probed) found."""
+def stand(node: Node, reports: Sequence[StepReport], findings: Mapping[str, Finding]) -> list[FixState]:
+    """How each of the eight stands on `node`, from what was checked and (if probed) found."""
     by_name = {report.name: report for report in reports}
-    return [_state(fix, by_name, findings) for fix in EIGHT]
+    return [
+        FixState(fix, "unneeded", "on one node; for several: `sparkinstall multi-node`")
+        if fix.between and not node.several
+        else _state(_for_node(fix, node), by_name, findings)
+        for fix in EIGHT
+    ]
+
+
+def _for_node(fix: Fix, node: Node) -> Fix:
+    """`fix` without the steps that this node does not have: a network that somebody else manages."""
+    steps = {step.name for step in catalogue.of(node)}
+    return replace(fix, steps=tuple(name for name in fix.steps if name in steps))
 
 
 def _state(fix: Fix, reports: Mapping[str, StepReport], findings: Mapping[str, Finding]) -> FixState:
-    if not fix.steps:
-        return FixState(fix, "not done", fix.missing)
     mine = [reports[name] for name in fix.steps if name in reports]
     if any(report.problem for report in mine):
         return FixState(fix, "failed", next(r.problem.what for r in mine if r.problem))
@@ -82,7 +78,5 @@ def _proven(fix: Fix, mine: Sequence[StepReport], findings: Mapping[str, Finding
     skipped = next((each.found for each in asked if each.verdict == "skip"), "")
     if left or skipped:
         return FixState(fix, "left", left or skipped)
-    if fix.missing:
-        return FixState(fix, "open", fix.missing)
     good = asked and all(each.verdict == "pass" for each in asked)
     return FixState(fix, "proven" if good else "done", "; ".join(each.found for each in asked))

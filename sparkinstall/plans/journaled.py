@@ -40,8 +40,10 @@ class JournaledSystem:
     def names(self, path: str) -> tuple[str, ...]:
         return self._raw.names(path)
 
-    def query(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None) -> Result:
-        return self._raw.query(*argv, timeout=timeout, env=env)
+    def query(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
+    ) -> Result:
+        return self._raw.query(*argv, timeout=timeout, env=env, root=root)
 
     def promise(self, undo: Undo) -> None:
         self._journal.add(self._step, undo)
@@ -55,6 +57,13 @@ class JournaledSystem:
         after = {"kind": "file", "sha256": hashlib.sha256(data).hexdigest(), "mode": mode}
         self.promise(Undo("path", path, self._remember(path), after))
         self._raw.place(path, data, mode)
+
+    def remove(self, path: str) -> None:
+        if self.entry(path) is None:
+            return
+        if not self._is_claimed(path):
+            self.promise(Undo("path", path, self._remember(path), {"kind": "absent"}))
+        self._raw.unlink(path)
 
     def link(self, path: str, target: str) -> None:
         self._make_parents(path)

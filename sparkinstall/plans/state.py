@@ -8,13 +8,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from sparkinstall.errors import Blocked, Busy, Problem, storage_problem
 from sparkinstall.events import Emit, WaitedFor
-from sparkinstall.plans.journal import Journal
 from sparkinstall.system import Undo, processes
 from sparkinstall.system.local import LocalSystem, replace_file, sync_folder
+
+if TYPE_CHECKING:
+    from sparkinstall.plans.journal import Journal
 
 FOLDER = "/var/lib/sparkinstall"
 _PATIENCE = 20.0
@@ -36,7 +38,9 @@ class StateFolder:
         except PermissionError as error:
             raise self._of_another_user() from error
 
-    def journal(self, run: str = "") -> Journal:
+    def journal(self, run: str = "") -> "Journal":
+        from sparkinstall.plans.journal import Journal
+
         return Journal(self.home, run)
 
     def logs(self, run: str) -> Path:
@@ -183,6 +187,8 @@ class StateFolder:
         return "/" + str(real.relative_to(self.system.root)).removeprefix(".")
 
     def _begin(self, home: Path, made: list[str]) -> None:
+        from sparkinstall.plans.journal import Journal
+
         journal = Journal(home)
         journal.path.touch(mode=0o600)
         for path in made:

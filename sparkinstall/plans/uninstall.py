@@ -9,6 +9,7 @@ from sparkinstall.errors import Problem, storage_problem
 from sparkinstall.events import Emit, silent
 from sparkinstall.plans.journal import Journal, Record
 from sparkinstall.plans.state import StateFolder
+from sparkinstall.resources import firewall, netplan, units
 from sparkinstall.resources.packages import take_back as take_packages_back
 from sparkinstall.system import Entry, Undo
 from sparkinstall.system.local import LocalSystem
@@ -141,11 +142,38 @@ def _packages_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack
     return TakenBack(touch.undo.subject, "removed" if removed else "nothing", ", ".join(removed))
 
 
+def _service_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    name = touch.undo.subject
+    return TakenBack(name, "removed" if units.take_service_back(on, name) else "nothing", "stopped and disabled")
+
+
+def _units_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    name = touch.undo.subject
+    return TakenBack(name, "restored" if units.take_units_back(on, name, touch.undo.before) else "nothing")
+
+
+def _netplan_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    done = netplan.take_back(on, [record.undo for record in touch.records])
+    return TakenBack(touch.undo.subject, "restored" if done else "nothing")
+
+
+def _nftables_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    return TakenBack(touch.undo.subject, "removed" if firewall.take_back(on) else "nothing")
+
+
 _UNDOERS: dict[str, Callable[[Touch, LocalSystem, Journal], TakenBack]] = {
     "path": _path_back,
     "dir": _dir_back,
     "tree": _tree_back,
     "packages": _packages_back,
+    "netplan": _netplan_back,
+    "nftables": _nftables_back,
+    "service": _service_back,
+    "units": _units_back,
 }
 
 

@@ -39,10 +39,12 @@ def skipped(why: str) -> Finding:
 class Probe:
     """A named measurement. `name` is stable: `--ignore`, `--only` and scripts use it.
 
-    `quick`: it reads files only, so that even a run with nothing to do can afford it.
+    `quick`: it reads files only, so that even a run with nothing to do can afford it. `others`: it
+    needs the other nodes too, which may come up after this one.
     """
 
     name: str
     title: str
     look: Callable[[Reader], Finding]
     quick: bool = False
+    others: bool = False

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sparkinstall.node import Node, cuda_home
-from sparkinstall.probes import Finding, Probe, facts, failed, passed, skipped, warned
+from sparkinstall.probes import Finding, Probe, facts, failed, links, passed, skipped, warned
 from sparkinstall.system import Reader
 
 _GIB = 2**30
@@ -38,10 +38,20 @@ def preflight(node: Node) -> Iterable[Probe]:
         yield Probe(name, title, _on_a_node(look))
     for name, title, look in anywhere:
         yield Probe(name, title, look)
+    if node.several:
+        yield Probe("qsfp", "the QSFP port with the cable", _on_a_node(lambda on: _qsfp(on, node)))
 
 
 def _on_a_node(look: Callable[[Reader], Finding]) -> Callable[[Reader], Finding]:
     return lambda on: skipped(_LEFT) if on.rehearsal else look(on)
+
+
+def _qsfp(on: Reader, node: Node) -> Finding:
+    port = links.used_port(on, node)
+    names = " + ".join(each.name for each in port.twins)
+    if len(port.twins) < 2:
+        return warned(f"port {port.number}: {names} alone", "a Spark's port has two halves: is the other switched off?")
+    return passed(f"port {port.number}: {names}")
 
 
 def _machine(on: Reader) -> Finding:

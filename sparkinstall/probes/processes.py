@@ -50,7 +50,7 @@ print(json.dumps({"modules": modules, "nccl": maps, "nccl_bound": (found.file or
 
 @dataclass(frozen=True)
 class InEnvironment:
-    """One process, started with `single-node.env` as a service would be; asked once for all probes."""
+    """One process, started with the env file as a service would be; asked once for all probes."""
 
     node: Node
     on: Reader
@@ -58,7 +58,7 @@ class InEnvironment:
     @cached_property
     def answer(self) -> dict[str, Any]:
         """What it said of itself; with the key `error` where it did not come so far."""
-        env_file = self.on.real(f"{self.node.env_folder}/single-node.env")
+        env_file = self.on.real(self.node.env_file)
         command = '. "$1" && exec python -c "$2" "$3"'
         modules = "" if self.node.partial else ",".join(MODULES)
         env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home}
@@ -87,7 +87,7 @@ def probes(node: Node) -> Iterable[Probe]:
 
 def _not_here(node: Node, on: Reader) -> Finding | None:
     """Why no process can be started here, as a skip or a fail; None: it can."""
-    if on.entry(f"{node.env_folder}/single-node.env") is None:
+    if on.entry(node.env_file) is None:
         return failed("there is no env file", "run `sparkinstall all`")
     if node.foreign:
         return skipped(f"these wheels are for {node.platform}: nothing of them runs here")

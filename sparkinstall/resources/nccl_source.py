@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +128,8 @@ class NcclSource:
         return self._top(on, to)
 
     def _unpack(self, on: System, to: str) -> str:
+        import tarfile
+
         tarball = self._tarball(on)
         self._hold_to_hash(on, tarball)
         on.clear(to)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -67,6 +66,8 @@ class RecordedLock:
         return Drift(f"record {what}, which nobody could know beforehand")
 
     def apply(self, on: System) -> None:
+        import tempfile
+
         # A record is never made anew, not even by --fresh: that is what holding to it means.
         if on.entry(self.node.lock_record):
             return

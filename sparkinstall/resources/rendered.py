@@ -52,12 +52,11 @@ def render(template: str, values: Mapping[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class Rendered:
-    """`path` is `template` filled with what `values` finds on the node; None: it cannot be told yet."""
+    """`path` is `template` filled with what `values` finds on the node, or says that it cannot be told yet."""
 
     path: str
     template: str
-    values: Callable[[Reader], Mapping[str, Any] | None]
-    waits_for: str
+    values: Callable[[Reader], Mapping[str, Any] | Unknown]
     mode: int = 0o644
 
     @property
@@ -66,16 +65,16 @@ class Rendered:
 
     def check(self, on: Reader) -> State:
         values = self._values(on)
-        if values is None:
-            return Unknown(self.waits_for)
+        if isinstance(values, Unknown):
+            return values
         if self._was_made_from(values, on):
             return Satisfied()
         state = self._file(values).check(on)
         return Drift(f"note what {self.path} was made from") if isinstance(state, Satisfied) else state
 
-    def _values(self, on: Reader) -> Mapping[str, Any] | None:
+    def _values(self, on: Reader) -> Mapping[str, Any] | Unknown:
         values = self.values(on)
-        return None if values is None else {**values, "path": on.real(self.path)}
+        return values if isinstance(values, Unknown) else {**values, "path": on.real(self.path)}
 
     def _file(self, values: Mapping[str, Any]) -> File:
         return File(self.path, render(self.template, values), self.mode)
@@ -93,7 +92,7 @@ class Rendered:
 
     def apply(self, on: System) -> None:
         values = self._values(on)
-        assert values is not None, "the engine applies only what can be told"
+        assert not isinstance(values, Unknown), "the engine applies only what can be told"
         file = self._file(values)
         file.apply(on)
         made = [inputs_digest(values), hashlib.sha256(file.content).hexdigest()]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -237,6 +238,7 @@ def _pins(table: _Table, key: str) -> tuple[Pin, ...]:
 # --- locks
 
 
+@lru_cache(maxsize=4)
 def parse_lock(text: str) -> tuple[Pin, ...]:
     """The pins of a requirements file with hashes, as `uv pip compile --generate-hashes` writes it.
 

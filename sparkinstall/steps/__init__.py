@@ -16,6 +16,11 @@ class Step(ABC):
     why: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
 
+    def wanted(self, node: Node) -> bool:
+        """Whether `node` has this part at all; every node by default."""
+        del node
+        return True
+
     @abstractmethod
     def resources(self, node: Node) -> Iterable[Resource]:
         """What should be so on `node`, in the order in which it can be made so."""

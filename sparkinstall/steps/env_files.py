@@ -6,44 +6,91 @@ from typing import Any
 
 from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe, processes
-from sparkinstall.resources import Resource
+from sparkinstall.resources import Resource, Unknown, ray_ports
 from sparkinstall.resources.findings import recorded
 from sparkinstall.resources.rendered import Rendered
+from sparkinstall.resources.transport import Transport, decision_path
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
 FILES = ("single-node", "multi-node-head", "multi-node-worker")
+_SPARK_PORT = {"interface": "enp1s0f0np0", "hcas": [], "transport": "socket"}
 
 
 class EnvFiles(Step):
     name = "env-files"
     why = "variables for one node, a head and a worker"
-    needs = ("nccl-fit", "fp8")
+    needs = ("nccl-fit", "fp8", "network")
 
     def resources(self, node: Node) -> Iterable[Resource]:
+        if node.several:
+            yield Transport(node)
         for name in FILES:
             path = f"{node.env_folder}/{name}.env"
-            yield Rendered(path, f"{name}.env.j2", partial(_values, node), waits_for="fp8")
+            yield Rendered(path, f"{name}.env.j2", partial(_values, node))
+        yield Rendered(roce_gid(node), "roce-gid.sh.j2", lambda _: {"stack": node.stack.name}, mode=0o755)
 
     def probes(self, node: Node) -> Iterable[Probe]:
         return processes.probes(node)
 
 
-def _values(node: Node, on: Reader) -> Mapping[str, Any] | None:
-    decision = recorded(on, node.fp8_decision)
+def roce_gid(node: Node) -> str:
+    """The program that tells which GID the RDMA devices have at the moment (a node path)."""
+    return f"{node.env_folder}/roce-gid"
+
+
+def _values(node: Node, on: Reader) -> Mapping[str, Any] | Unknown:
+    decision, link = recorded(on, node.fp8_decision), _link(node, on)
     if "fallback" not in decision:
-        return None
+        return Unknown("fp8")
+    if isinstance(link, Unknown):
+        return link
+    return {**_of_one_node(node, on, decision), **_of_several(node, on), **link}
+
+
+def _of_one_node(node: Node, on: Reader, fp8: Mapping[str, Any]) -> dict[str, Any]:
     library = nccl_library(node, on)
     return {
         "stack": node.stack.name,
         "venv": on.real(node.venv),
         "library": on.real(library) if library and on.entry(library) else "",
         "cuda_home": cuda_home(node) or "/usr/local/cuda",
-        "disabled_kernels": decision["disabled_kernels"],
-        "fp8_why": decision["why"],
+        "disabled_kernels": fp8["disabled_kernels"],
+        "fp8_why": fp8["why"],
         "hub_offline": node.config.hub.offline,
-        "head": node.config.cluster.head,
-        "worker": node.config.cluster.worker,
-        "interface": node.config.cluster.interface,
-        "ray_port": node.config.cluster.ray_port,
     }
+
+
+def _of_several(node: Node, on: Reader) -> dict[str, Any]:
+    """The head's file on a worker, and the other way round, are there to be read: each names its own address."""
+    return {
+        "head": node.config.cluster.head,
+        "worker": node.address if node.role == "worker" else node.config.cluster.workers[0],
+        "ray_port": node.config.cluster.ray_port,
+        "executor": node.config.cluster.executor,
+        "ray_token": on.real(node.ray_token),
+        "first_port": ray_ports.FIRST_OF_VLLM,
+        "roce_gid": on.real(roce_gid(node)),
+    }
+
+
+def _link(node: Node, on: Reader) -> dict[str, Any] | Unknown:
+    """The link's interface and transport as they were found on this node, or that this was not done yet."""
+    if node.several:
+        found = recorded(on, decision_path(node))
+        if "transport" not in found:
+            return Unknown("env-files")
+    else:
+        found = {**_SPARK_PORT, "interface": node.config.network.interface or _SPARK_PORT["interface"]}
+    return {
+        "interface": found["interface"],
+        "hcas": found["hcas"],
+        "transport": found["transport"],
+        "transport_why": _in_words(node, found),
+    }
+
+
+def _in_words(node: Node, found: Mapping[str, Any]) -> str:
+    if not node.several:
+        return "Sockets, on a Spark's first port: `sparkinstall multi-node` looks which port and transport it is here"
+    return ("RoCE: " if found["transport"] == "roce" else "Sockets: ") + str(found["why"])

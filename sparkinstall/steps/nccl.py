@@ -1,12 +1,14 @@
 """Fix 1: one NCCL, built for this GPU, and loaded by every process on every node."""
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from sparkinstall.node import Node, cuda_home
 from sparkinstall.resources import Resource
-from sparkinstall.resources.nccl_library import NcclLibrary
-from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.steps import Step
+
+if TYPE_CHECKING:
+    from sparkinstall.resources.nccl_source import NcclSource
 
 
 class Nccl(Step):
@@ -18,6 +20,8 @@ class Nccl(Step):
         settings = node.config.nccl
         if settings.mode == "wheel":
             return
+        from sparkinstall.resources.nccl_library import NcclLibrary
+
         yield NcclLibrary(
             folder=node.nccl_folder,
             source=source(node),
@@ -29,8 +33,10 @@ class Nccl(Step):
         )
 
 
-def source(node: Node) -> NcclSource:
+def source(node: Node) -> "NcclSource":
     """NCCL's source as the config and the stack name it."""
+    from sparkinstall.resources.nccl_source import NcclSource
+
     pin, settings = node.stack.nccl, node.config.nccl
     return NcclSource(
         version=node.nccl_version,

@@ -21,6 +21,8 @@ class SystemPackages(Step):
             f"{python}-dev",
             "build-essential",
             "git",
+            *(("netplan.io", "iputils-ping") if node.several else ()),
+            *(("nftables",) if node.filtered else ()),
             *node.config.packages.extra,
         )
         yield Packages(names)

@@ -65,12 +65,15 @@ class Reader(Protocol):
     def names(self, path: str) -> tuple[str, ...]:
         """The sorted names in a folder; empty where there is none."""
 
-    def query(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None) -> Result:
+    def query(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
+    ) -> Result:
         """Ask a program something; it must not change the node. Never raises for what it answers.
 
         Args:
             timeout: seconds.
             env: the whole environment of the program instead of this process's.
+            root: escalate with sudo where we are not root.
         """
 
 
@@ -79,6 +82,9 @@ class System(Reader, Protocol):
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Replace a file atomically; missing folders are made."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file or link; there is none: fine."""
 
     def link(self, path: str, target: str) -> None:
         """Make `path` a symbolic link to `target`, atomically."""

@@ -2,16 +2,19 @@
 
 import os
 import stat
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sparkinstall.errors import CommandFailed, storage_problem
+from sparkinstall.errors import CommandFailed, Interrupted, storage_problem
 from sparkinstall.system import Entry, Result, processes
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
 _LONG = 1800.0
+# Seconds; sudo forgets after 15 minutes, or sooner where its owner wants that.
+_SUDO_LASTS = 60.0
 # Never through a link that somebody put there: the old one goes, and the new one must be ours to make.
 _PLACE = 'set -eC; umask 077; rm -f "$1"; cat "$4" > "$1"; chmod "$3" "$1"; mv -fT "$1" "$2"'
 
@@ -42,6 +45,26 @@ class LocalReader:
         """Let sudo ask its password once, at the terminal, where it would ask at all."""
         if self.sudo and not self.query(*self.sudo, "true").ok:
             processes.with_terminal("sudo", "-v")
+
+    @contextmanager
+    def sudo_kept(self) -> Iterator[None]:
+        """Keep a password that sudo was given once good for as long as the work takes: a build outlasts it."""
+        if not self.sudo:
+            yield
+            return
+        ended = threading.Event()
+        keeper = threading.Thread(target=self._keep_sudo, args=(ended,), daemon=True)
+        keeper.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            keeper.join()
+
+    def _keep_sudo(self, ended: threading.Event) -> None:
+        with suppress(Interrupted):
+            while not ended.wait(_SUDO_LASTS):
+                self.query(*self.sudo, "-v")
 
     def real(self, path: str) -> str:
         return path if not self.rehearsal else self.root + path.rstrip("/")
@@ -78,9 +101,11 @@ class LocalReader:
         except (FileNotFoundError, NotADirectoryError):
             return ()
 
-    def query(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None) -> Result:
+    def query(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
+    ) -> Result:
         chosen = env if env is not None else {**os.environ, "LC_ALL": "C.UTF-8"}
-        code, out, err = processes.answer(argv, chosen, timeout)
+        code, out, err = processes.answer((*self.sudo, *argv) if root else argv, chosen, timeout)
         return Result(argv, code, out.decode(errors="replace"), err.decode(errors="replace"))
 
 

@@ -5,7 +5,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -15,15 +15,18 @@ import pytest
 import typer
 
 from sparkinstall import __version__, errors, stacks
+from sparkinstall.cli import cluster as cluster_verb
 from sparkinstall.cli import envelope
 from sparkinstall.cli.app import app
-from sparkinstall.config import Config, build, read_layer, settings
+from sparkinstall.cli.multi_node import Role
+from sparkinstall.config import ClusterConfig, Config, ServingConfig, build, read_layer, settings
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.node import Node
-from sparkinstall.plans import catalogue, engine, fixes, uninstall
+from sparkinstall.plans import catalogue, cluster, engine, far, fixes, uninstall
 from sparkinstall.probes import Verdict
 from sparkinstall.probes.host import preflight
-from sparkinstall.resources import State
+from sparkinstall.resources import State, dead_man, firewall, ray_ports
+from sparkinstall.system.ssh import Ssh
 from tools import config_reference
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -38,6 +41,8 @@ NODE = Node(
     home="/nowhere",
     cache=Path("/nowhere"),
 )
+# One of several that serves: it has every step, check and probe that there is.
+HEAD = replace(NODE, config=Config(cluster=ClusterConfig(role="head"), serving=ServingConfig(model="m")))
 
 
 def page(name: str) -> str:
@@ -45,9 +50,11 @@ def page(name: str) -> str:
 
 
 def section(name: str, heading: str) -> str:
-    """What stands under a heading, up to the next of its level."""
-    level = heading.split(" ")[0]
-    return re.split(rf"^{re.escape(heading)}$", page(name), flags=re.M)[1].partition(f"\n{level} ")[0]
+    """What stands under a heading, up to the next of its level or of one above."""
+    level = len(heading.split(" ")[0])
+    text = re.split(rf"^{re.escape(heading)}$", page(name), flags=re.M)[1]
+    # Not a single #: a comment in a block of commands begins so too.
+    return re.split(rf"^#{{2,{level}}} ", text, maxsplit=1, flags=re.M)[0]
 
 
 def rows(text: str) -> list[list[str]]:
@@ -112,7 +119,7 @@ def test_exit_codes() -> None:
 def test_exit_codes_of_each_verb() -> None:
     table = section("docs/exit-codes.md", "## Which verb gives which")
     firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert sorted(re.findall(r"`([a-z ]+)`", "".join(firsts))) == sorted(VERBS)
+    assert sorted(re.findall(r"`([a-z -]+)`", "".join(firsts))) == sorted(VERBS)
 
 
 def kinds_of(kind: type[Problem]) -> Iterator[type[Problem]]:
@@ -123,7 +130,8 @@ def kinds_of(kind: type[Problem]) -> Iterator[type[Problem]]:
 
 def test_error_codes() -> None:
     documented = {code: int(number) for code, number, _ in rows(section("docs/json.md", "## Error codes"))}
-    ours = [kind for kind in kinds_of(Problem) if kind.__module__ == errors.__name__]
+    ours = [kind for kind in kinds_of(Problem) if kind.__module__.startswith("sparkinstall.")]
+    assert {kind.__module__ for kind in ours} >= {errors.__name__, dead_man.__name__}
     assert documented == {kind.code: int(kind.exit_code) for kind in ours}
 
 
@@ -149,6 +157,22 @@ def test_outcomes_of_an_uninstall() -> None:
     assert {"touches", "subject", "outcome", "note", *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
+def test_fields_of_a_node_of_a_cluster() -> None:
+    (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "cluster"]
+    one = far.Far(far.Member("spark-1", "head", 0, "192.168.100.10"), Ssh("spark-1", None))
+    whole = cluster.Cluster(
+        [one], cluster.Wish(Config(), {}), lambda _: None, done=[cluster.Done("spark-1", "look", "changed")]
+    )
+    data = cluster_verb._node_data(whole, one)
+    outcomes = get_args(cluster.Outcome)
+    assert {"nodes", *data, *data["phases"][0], *outcomes} == set(re.findall(r"`(\w+)`", text))
+
+
+def test_kinds_of_touches() -> None:
+    text = section("docs/how-it-works.md", "## The journal").split("kinds of touch:")[1].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", text)) == set(uninstall._UNDOERS)
+
+
 def test_standing_words() -> None:
     assert words("docs/checks.md", "## How the eight fixes stand") == set(get_args(fixes.Standing))
 
@@ -170,20 +194,55 @@ def test_every_example_is_json(text: str) -> None:
 
 
 def test_preflight_checks() -> None:
-    documented = {row[0]: row[1] for row in rows(section("docs/checks.md", "## Preflight checks"))}
-    assert documented == {probe.name: probe.title for probe in preflight(NODE)}
+    table = rows(section("docs/checks.md", "## Preflight checks"))
+    documented = {row[0]: row[1] for row in table}
+    assert documented == {probe.name: probe.title for probe in preflight(HEAD)}
+    between = documented.keys() - {probe.name for probe in preflight(NODE)}
+    assert between == {row[0] for row in table if "of several nodes" in row[3]}
     assert words("docs/troubleshooting.md", "## Preflight") == set(documented)
     assert f"{len(documented)} [checks]" in page("README.md")
 
 
 def test_probes() -> None:
     documented = {row[0]: (row[1].strip("`"), row[2]) for row in rows(section("docs/checks.md", "## Probes"))}
-    real = {probe.name: (step.name, probe.title) for step in catalogue.STEPS for probe in step.probes(NODE)}
+    real = {probe.name: (step.name, probe.title) for step in catalogue.STEPS for probe in step.probes(HEAD)}
     assert documented == real
 
 
 def test_steps_in_the_readme() -> None:
-    assert words("README.md", "## What it does to a node") == {step.name for step in catalogue.STEPS} | set("12345678")
+    table = rows(section("README.md", "## What it does to a node"))
+    assert {row[0] for row in table} == {step.name for step in catalogue.STEPS} | set("12345678")
+    further = {step.name for step in catalogue.of(HEAD)} - {step.name for step in catalogue.of(NODE)}
+    assert {row[0] for row in table if row[1].startswith(("*several nodes:*", "*if you name a model:*"))} == further
+
+
+def test_phases_of_a_cluster() -> None:
+    """In their order, with the steps of each."""
+    table = rows(section("README.md", "## Two Sparks and more"))
+    documented = {
+        row[0]: (row[1], tuple(re.findall(r"`([\w-]+)`", row[2]))) for row in table if row[1] in _WHERE.values()
+    }
+    real = {phase.name: (_WHERE[phase.whom], phase.steps) for phase in cluster.PHASES}
+    assert [(name, of) for name, of in documented.items() if name in real] == list(real.items())
+
+
+_WHERE = {"all": "all nodes", "head": "the head", "workers": "the workers"}
+
+
+def test_defaults_in_the_readme() -> None:
+    table = rows(section("README.md", "### The settings that matter"))
+    real = {setting.name: setting.default for setting in settings()}
+    assert table
+    for name, default, _ in table:
+        assert default == f"`{config_reference.yaml_value(real[name])}`", name
+
+
+def test_ports_that_the_firewall_closes() -> None:
+    closed = firewall.merged([(HEAD.config.serving.port,) * 2, *firewall._ports_between_nodes(HEAD)])
+    assert f"TCP {', '.join(closed)}" in section("docs/multi-node.md", "## The firewall")
+    for name, port in vars(ray_ports).items():
+        if name.isupper() and isinstance(port, int):
+            assert str(port) in section("docs/multi-node.md", "## Ray"), name
 
 
 def test_the_eight_have_a_symptom_each() -> None:
@@ -229,10 +288,13 @@ def options_of() -> dict[str, set[str]]:
 
 
 def _options(name: str, command: Any) -> Iterator[tuple[str, set[str]]]:
-    said = {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+    shown = [each for each in command.params if not getattr(each, "hidden", False)]
+    said = {option for each in shown for option in (*each.opts, *each.secondary_opts)}
     yield name, said | {"-h", "--help"}
     for sub, inner in getattr(command, "commands", {}).items():
-        yield from _options(f"{name} {sub}".strip(), inner)
+        # What `cluster` runs on the nodes is no verb for people.
+        if not inner.hidden:
+            yield from _options(f"{name} {sub}".strip(), inner)
 
 
 VERBS = tuple(name for name in options_of() if name and name != "settings")
@@ -250,18 +312,21 @@ class Said:
         return shlex.split(self.line.replace("...", ""), comments=True)
 
 
+_PIPED = r"(?:ssh [^|`]+ \| )?"
+
+
 def commands() -> Iterator[Said]:
     """Every command line of ours: in code blocks, with or without a prompt, and between backticks."""
     for path in PAGES:
         name = str(path.relative_to(REPOSITORY))
         blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
         for line in "".join(blocks).splitlines():
-            if match := re.match(r"\s*(?:\$ )?((?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) .*)", line):
+            if match := re.match(rf"\s*(?:\$ )?{_PIPED}((?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) .*)", line):
                 yield Said(name, match[1])
         prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`([^`\n]+)`", prose + "\n" + "\n".join(blocks)):
-            if re.match(r"(?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) ", span):
-                yield Said(name, span)
+            if match := re.match(rf"{_PIPED}((?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) .*)", span):
+                yield Said(name, match[1])
 
 
 SAID = sorted(set(commands()), key=lambda said: (said.page, said.line))
@@ -280,7 +345,7 @@ def test_a_command_in_the_documents_exists(said: Said) -> None:
     if program == "./install.sh":
         known |= set(re.findall(r"--[a-z-]+(?= *(?:\||\)|\]))", page("install.sh")))
     for token in rest:
-        if token.startswith("-"):
+        if token.startswith("-") and token != "-":
             assert token.split("=")[0] in known, f"{program} {verb} has no {token}"
     _names_are_known(verb, rest)
 
@@ -297,11 +362,13 @@ def _verb(program: str, rest: list[str]) -> str:
 
 def _names_are_known(verb: str, rest: list[str]) -> None:
     steps = {step.name for step in catalogue.STEPS} | {"STEP", "watchdog"}
-    checks = {probe.name for probe in preflight(NODE)} | {"CHECK", "NAME"}
+    checks = {probe.name for probe in preflight(HEAD)} | {"CHECK", "NAME"}
     shipped = {*stacks.names(), "NAME", "0.99"}
     for option, value in pairwise(rest):
         if option in ("--only", "--skip"):
             assert value in steps
+        if option == "--role":
+            assert value in {role.value for role in Role}
         if option == "--ignore":
             assert value in checks
         if option == "--stack":

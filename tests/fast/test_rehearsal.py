@@ -112,7 +112,7 @@ def test_verify_is_good_and_says_what_it_could_not_see(old: Rehearsal) -> None:
 def test_the_eight_fixes_are_told_truthfully(old: Rehearsal) -> None:
     answer = envelope(sparkinstall("status", "--json", "--root", old.root))
     standing = {fix["number"]: fix["standing"] for fix in answer["data"]["fixes"]}
-    assert standing[2] == "not done"
+    assert standing[2] == "unneeded"
     assert standing[6] == "left"
     assert "proven" not in standing.values()
 

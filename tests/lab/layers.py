@@ -24,6 +24,7 @@ PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "netplan": "netplan.io",
     "nsenter": "util-linux",
+    "ssh-keygen": "openssh-client",
     "systemd-nspawn": "systemd-container",
     "unshare": "util-linux",
 }
@@ -34,7 +35,11 @@ _skipped: dict[int, str] = {}
 @cache
 def namespaces_missing() -> str | None:
     """Why network namespaces (layer 2) cannot be made here, or None."""
-    return _root_missing() or _tools_missing("ip", "nsenter", "netplan") or _refused("unshare", "--net", "true")
+    return (
+        _root_missing()
+        or _tools_missing("ip", "nsenter", "netplan", "ssh-keygen")
+        or _refused("unshare", "--net", "true")
+    )
 
 
 @cache

@@ -63,8 +63,9 @@ class FreshNode:
     `run` and `popen` start commands in it as `root`, `spark` (sudo without a password) or `plain` (no sudo).
     """
 
-    def __init__(self, *, netns: str | None = None, bind: Sequence[Bind] = ()) -> None:
+    def __init__(self, *, netns: str | None = None, bind: Sequence[Bind] = (), hostname: str | None = None) -> None:
         self.netns = netns
+        self._hostname = hostname
         self._asked_binds = list(bind)
         self._nspawn: subprocess.Popen[bytes] | None = None
         self.leader = 0
@@ -74,10 +75,11 @@ class FreshNode:
     def __enter__(self) -> Self:
         self._overlay = overlay.Overlay(rootfs.trixie())
         self.root = self._overlay.root
-        self.name = f"spark-{self._overlay.place.name[-8:]}"
+        self.name = self._hostname or self._machine
         try:
             self._binds = [*_index_binds(self.root), *self._asked_binds]
             _prepare(self.root, self.name, self.netns)
+            self.furnish()
             self.boot()
         except BaseException:
             self._scrap()
@@ -88,6 +90,9 @@ class FreshNode:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._scrap()
+
+    def furnish(self) -> None:
+        """Called before the first boot: what a kind of node finds on its disk besides, written below `root`."""
 
     def boot(self) -> None:
         """Power on, and wait until systemd says `running` or `degraded` (see `state`)."""
@@ -190,6 +195,11 @@ class FreshNode:
         return cast(dict[str, str], json.loads(answer.stdout))
 
     @property
+    def _machine(self) -> str:
+        # nspawn wants it unlike any other's on this machine, whatever the node calls itself.
+        return f"spark-{self._overlay.place.name[-8:]}"
+
+    @property
     def _console(self) -> Path:
         return self._overlay.place / "console.log"
 
@@ -204,7 +214,7 @@ class FreshNode:
             for bind in self._binds
         ]
         untouched = ["--link-journal=no", "--resolv-conf=off", "--timezone=off"]
-        named = ["--register=no", "--keep-unit", f"--machine={self.name}", "-D", str(self.root)]
+        named = ["--register=no", "--keep-unit", f"--machine={self._machine}", "-D", str(self.root)]
         return [
             *joined,
             "systemd-nspawn",

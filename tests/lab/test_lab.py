@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import arm64, cache, commands, layers, overlay, rootfs
-from tests.lab.node import Bind, FreshNode
+from tests.lab import arm64, cabling, cache, commands, layers, overlay, rootfs
+from tests.lab.cabling import LAN, PORT_0, PORT_1
+from tests.lab.fleet import ROUTER_ADDRESS, TERMINAL_ADDRESS, Fleet, FleetNode
+from tests.lab.node import Bind, FreshNode, NodeError
 from tests.lab.tree import tree_digest
 
 CABLE = "enp1s0f0np0"
@@ -270,6 +272,201 @@ def test_what_a_crashed_run_left_is_removed_by_the_next(node: FreshNode) -> None
         assert not _alive(leader)
     assert node.run("true").returncode == 0
     assert not [mount / Path(place).name for mount in overlay.cgroup_mounts() if (mount / Path(place).name).exists()]
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    with Fleet(2, port_1=True) as fresh:
+        yield fresh
+
+
+def _carrier(node: FleetNode, interface: str = CABLE) -> str:
+    return node.read(f"/sys/class/net/{interface}/carrier").strip()
+
+
+def _ping(node: FleetNode, address: str, size: int = 56) -> bool:
+    sent = node.run("ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(size), address, check=False)
+    return sent.returncode == 0
+
+
+@pytest.fixture
+def addressed(fleet: Fleet) -> Iterator[Fleet]:
+    """The fleet with an address on each half of each cable end, until it boots again."""
+    for number, node in enumerate(fleet.nodes, start=1):
+        for half, interface in enumerate(PORT_0):
+            node.run("ip", "address", "add", f"192.0.2.{half * 128 + number}/25", "dev", interface)
+    yield fleet
+    for node in fleet.nodes:
+        for interface in PORT_0:
+            node.run("ip", "address", "flush", "dev", interface)
+    fleet.set_mtu(1500)
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_the_terminal_reaches_every_node_by_ssh(fleet: Fleet) -> None:
+    for node in fleet.nodes:
+        asked = fleet.ssh(node, "sh", "-c", "hostname; id -un; echo $SSH_CONNECTION; sudo -n id -un")
+        name, user, connection, with_sudo = asked.stdout.splitlines()
+        assert (name, user, with_sudo) == (node.name, "spark", "root")
+        assert connection.split()[::2] == [TERMINAL_ADDRESS, node.address]
+    assert len({node.host_key for node in fleet.nodes}) == 2
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_a_user_without_sudo_may_log_in_and_a_stranger_may_not(fleet: Fleet) -> None:
+    node = fleet.nodes[0]
+    asked = fleet.ssh(node, "sh", "-c", "id -un; sudo -n true", user="plain", check=False)
+    assert (asked.stdout, "password is required" in asked.stderr) == ("plain\n", True)
+    stranger = fleet.terminal.run("ssh", "-o", "StrictHostKeyChecking=no", f"spark@{node.address}", "true", check=False)
+    assert "Permission denied" in stranger.stderr
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_a_changed_host_key_ends_the_session(fleet: Fleet) -> None:
+    changed, other = fleet.nodes
+    fleet.change_host_key(changed)
+    refused = fleet.ssh(changed, "true", check=False)
+    assert (refused.returncode, "Host key verification failed" in refused.stderr) == (255, True)
+    assert fleet.ssh(other, "true").returncode == 0
+    fleet.terminal.know(fleet.nodes)
+    assert fleet.ssh(changed, "true").returncode == 0
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_the_lan_is_netplans_and_stays_after_apply_and_reboot(fleet: Fleet) -> None:
+    node = fleet.nodes[0]
+    node.run("netplan", "apply")
+    _wait_until(lambda: f"default via {ROUTER_ADDRESS} dev {LAN}" in node.run("ip", "route").stdout)
+    assert fleet.ssh(node, "true").returncode == 0
+    node.reboot()
+    _wait_until(lambda: f"default via {ROUTER_ADDRESS} dev {LAN}" in node.run("ip", "route").stdout)
+    _wait_until(lambda: fleet.ssh(node, "true", check=False).returncode == 0)
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+@pytest.mark.network
+def test_nodes_of_a_fleet_reach_the_indexes_of_this_machine(fleet: Fleet) -> None:
+    fleet.ssh(fleet.nodes[0], "sudo", "apt-get", "update", timeout=300)
+    fetch = "python3 -m venv /tmp/venv && /tmp/venv/bin/pip download --quiet --no-deps --dest /tmp/got typer"
+    fleet.ssh(fleet.nodes[1], "sh", "-c", fetch, timeout=300)
+    assert fleet.nodes[1].run("sh", "-c", "ls /tmp/got").stdout.startswith("typer-")
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_what_is_nowhere_answers_nothing(fleet: Fleet) -> None:
+    assert not _ping(fleet.nodes[0], "203.0.113.7")
+    assert not _ping(fleet.nodes[0], "192.0.2.2")
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_both_halves_of_the_cable_carry_what_the_smaller_mtu_lets_through(addressed: Fleet) -> None:
+    one, other = addressed.nodes
+    assert _ping(one, "192.0.2.2") and _ping(other, "192.0.2.129")
+    addressed.set_mtu(9000, one)
+    assert not _ping(one, "192.0.2.2", 8972)
+    addressed.set_mtu(9000, other)
+    assert _ping(one, "192.0.2.2", 8972) and _ping(other, "192.0.2.129", 8972)
+    assert not _ping(one, "192.0.2.2", 8973)
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_a_pulled_cable_is_dead_at_both_ends_and_the_lan_is_not(addressed: Fleet) -> None:
+    one, other = addressed.nodes
+    addressed.unplug(one)
+    for node in addressed.nodes:
+        assert [_carrier(node, interface) for interface in (LAN, *PORT_0)] == ["1", "0", "0"]
+    assert addressed.ssh(one, "true").returncode == 0
+    addressed.plug(one)
+    _wait_until(lambda: _ping(one, "192.0.2.2"))
+    addressed.unplug(other, LAN)
+    assert not _ping(addressed.terminal, other.address)
+    addressed.plug(other, LAN)
+    _wait_until(lambda: _ping(addressed.terminal, other.address))
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_the_other_port_has_no_cable(fleet: Fleet) -> None:
+    assert [_carrier(node, interface) for node in fleet.nodes for interface in PORT_1] == ["0"] * 4
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_a_node_that_is_off_gives_no_carrier_and_forgets_its_addresses(fleet: Fleet) -> None:
+    one, other = fleet.nodes
+    other.run("ip", "address", "add", "192.0.2.2/25", "dev", CABLE)
+    fleet.set_mtu(9000)
+    other.run("nft", "add", "table", "inet", "lab")
+    other.kill()
+    assert _carrier(one) == "0"
+    other.boot()
+    _wait_until(lambda: _carrier(one) == "1")
+    assert "192.0.2.2" not in other.run("ip", "address").stdout
+    assert "mtu 1500" in other.run("ip", "link", "show", CABLE).stdout
+    assert other.run("nft", "list", "ruleset").stdout == ""
+    fleet.set_mtu(1500)
+
+
+def _traces(tag: str) -> list[str]:
+    return [name for name in commands.run("ip", "netns", "list").stdout.split() if name.startswith(tag)]
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_three_nodes_share_a_switch_and_leave_no_trace() -> None:
+    with Fleet(3, internet=False) as three:
+        tag, first = three.terminal.plugs.netns.removesuffix("-terminal"), three.nodes[0]
+        assert len(_traces(tag)) == 5
+        three.unplug(first)
+        assert [_carrier(node) for node in three.nodes] == ["0", "1", "1"]
+        places = [node.root.parent for node in (three.terminal, *three.nodes)]
+        leaders = [str(node.leader) for node in (three.terminal, *three.nodes)]
+    assert _traces(tag) == []
+    assert not any(map(_alive, leaders))
+    assert not [place for place in places if place.exists()]
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_one_node_that_does_not_boot_takes_the_others_with_it(tmp_path: Path) -> None:
+    broken = Fleet(2, bind=lambda index: [Bind(tmp_path / "absent", "/srv/x")] if index else [], internet=False)
+    with pytest.raises(NodeError, match="spark-2 ended while it booted"), broken:
+        pass
+    assert _traces(broken.terminal.plugs.netns.removesuffix("-terminal")) == []
+    assert not [node.name for node in (broken.terminal, *broken.nodes) if node.root.parent.exists()]
+
+
+CRASHED_FLEET = """
+import os, signal
+from tests.lab.fleet import Fleet
+fleet = Fleet(1).__enter__()
+print(fleet.terminal.plugs.netns.removesuffix("-terminal"), fleet.nodes[0].leader, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.layer2
+@pytest.mark.layer3
+def test_what_a_crashed_fleet_left_is_removed_by_the_next() -> None:
+    settings = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    argv = [sys.executable, "-c", CRASHED_FLEET]
+    crashed = subprocess.run(argv, capture_output=True, text=True, env=settings)
+    assert crashed.returncode == -signal.SIGKILL, crashed.stderr
+    tag, leader = crashed.stdout.split()
+    # The router goes by itself: capture_output waited until it let go of its standard error.
+    assert len(_traces(tag)) == 3
+    cabling.Cabling(direct=False).remove()
+    assert _traces(tag) == []
+    with FreshNode():
+        assert not _alive(leader)
 
 
 BUILD_TWICE = """

@@ -1,0 +1,295 @@
+"""`sparkinstall cluster HOST HOST...`: the same on every node, from one terminal, over the user's own ssh."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparkinstall.cli import options
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import Answer, answer, confirm
+
+if TYPE_CHECKING:
+    from sparkinstall.errors import Problem
+    from sparkinstall.plans.cluster import Cluster
+    from sparkinstall.plans.far import Far
+
+_LINK = "The cluster"
+
+
+def cluster(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[plan|verify|status|uninstall] HOST...",
+            help="The nodes as you write them after `ssh`, the head first. A verb before them asks for that alone.",
+        ),
+    ],
+    config: options.ConfigFile = None,
+    stack: options.Stack = None,
+    set_: options.Set = None,
+    interface: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The QSFP interface with the cable, on every node.", rich_help_panel=_LINK),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Serve this model as a service.", rich_help_panel=_LINK)
+    ] = None,
+    only: options.Only = None,
+    skip: options.Skip = None,
+    ignore: options.Ignore = None,
+    yes: options.Yes = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Set up several nodes from one terminal: phase by phase, all of them side by side."""
+    given = {"network.interface": interface, "serving.model": model}
+    role = {name: value for name, value in given.items() if value is not None}
+    asked = Asked(None, config, stack, tuple(set_ or ()), verbose=verbose, role=role)
+    choice = Choice(tuple(only or ()), tuple(skip or ()), tuple(ignore or ()), yes, json)
+    answer("cluster", lambda: _cluster(words, asked, choice), root=None, json=json, verbose=verbose)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which steps, which checks do not count, and whether to ask."""
+
+    only: tuple[str, ...]
+    skip: tuple[str, ...]
+    ignore: tuple[str, ...]
+    yes: bool
+    json: bool
+
+
+def _cluster(words: list[str], asked: Asked, choice: Choice) -> Answer:
+    from sparkinstall.errors import BadUsage
+
+    verbs: dict[str, Callable[[Cluster, Choice], Answer]] = {
+        "plan": _plan, "verify": _verify, "status": _status, "uninstall": _uninstall,
+    }  # fmt: skip
+    verb = words[0] if words[0] in verbs else ""
+    hosts = words[1:] if verb else words
+    if not hosts:
+        raise BadUsage(f"which nodes? `cluster {verb}` names none", mend=f"sparkinstall cluster {verb} spark-1 spark-2")
+    with _opened(hosts, asked, choice) as nodes:
+        return verbs.get(verb, _up)(nodes, choice)
+
+
+@contextmanager
+def _opened(hosts: list[str], asked: Asked, choice: Choice) -> "Iterator[Cluster]":
+    from sparkinstall.cli.cluster_screen import watching
+    from sparkinstall.plans.cluster import Cluster, Wish, members
+    from sparkinstall.plans.far import Far
+    from sparkinstall.system import ssh
+
+    wanted, values = _settings(asked)
+    wish = Wish(wanted, values, choice.only, choice.skip, choice.ignore)
+    _require_known_steps(choice)
+    nodes = members(hosts, wanted)
+    with ssh.sockets() as sockets:
+        fars = [Far(member, ssh.Ssh(member.host, sockets), asked.verbose) for member in nodes]
+        watch = _Watch(lambda: watching(hosts, asked.verbose))
+        try:
+            yield Cluster(fars, wish, watch.tell, watch.end)
+        finally:
+            watch.end()
+            for far in fars:
+                far.ssh.close()
+
+
+class _Watch:
+    """A screen that can be put away while a question is asked."""
+
+    def __init__(self, begin: Callable[[], Any]) -> None:
+        self._begin = begin
+        self._open: Any = None
+        self._tell: Any = None
+
+    def tell(self, event: Any) -> None:
+        if self._open is None:
+            self._open = self._begin()
+            self._tell = self._open.__enter__()
+        self._tell(event)
+
+    def end(self) -> None:
+        if self._open is not None:
+            self._open.__exit__(None, None, None)
+        self._open = None
+
+
+def _settings(asked: Asked) -> tuple[Any, dict[str, Any]]:
+    """The config, and those settings that were said here: they go to every node."""
+    from pathlib import Path
+
+    from sparkinstall import config as configuration
+
+    if asked.config:
+        files = [asked.config]
+    else:
+        known = [Path(each).expanduser() for each in configuration.DEFAULT_FILES]
+        files = [each for each in known if each.exists()]
+    layers = [
+        *(configuration.read_layer(each) for each in files),
+        configuration.Layer("the command line", asked.values()),
+    ]
+    config, _ = configuration.build(layers)
+    said = {name: value for layer in layers for name, value in layer.values.items()}
+    return config, {name: value for name, value in said.items() if name not in ("cluster.role", "cluster.address")}
+
+
+def _require_known_steps(choice: Choice) -> None:
+    from sparkinstall.plans import catalogue
+
+    catalogue.require_known(choice.only + choice.skip, [step.name for step in catalogue.STEPS], "step")
+
+
+def _up(nodes: "Cluster", choice: Choice) -> Answer:
+    from sparkinstall.plans.cluster import Barrier
+
+    try:
+        nodes.look()
+        if not choice.json:
+            _tell_plan(nodes)
+        nodes.require_ready()
+        if _drifts(nodes):
+            confirm(f"Go on, on {len(nodes.fars)} nodes?", agreed=choice.yes, default=True)
+        nodes.up()
+    except Barrier:
+        pass
+    return _end(nodes, choice, lambda: _show_up(nodes))
+
+
+def _tell_plan(nodes: "Cluster") -> None:
+    from sparkinstall.cli.cluster_screen import show_plan
+
+    nodes.pause()
+    show_plan(nodes)
+
+
+def _drifts(nodes: "Cluster") -> bool:
+    steps = [step for far in nodes.fars for step in far.look.get("steps", ())]
+    return any(step["outcome"] not in ("unchanged", "left") for step in steps)
+
+
+def _show_up(nodes: "Cluster") -> None:
+    from sparkinstall.cli.render import console
+
+    if nodes.failed:
+        return
+    changed = any(done.outcome == "changed" for done in nodes.done)
+    what = "is set up and proven" if changed else "is as it should be; nothing was changed"
+    console().print(f"[green bold]✓[/] The cluster of {len(nodes.fars)} nodes {what}.")
+
+
+def _plan(nodes: "Cluster", choice: Choice) -> Answer:
+    nodes.look()
+    if not choice.json:
+        _tell_plan(nodes)
+    said = "" if _drifts(nodes) or nodes.failed else "\nNothing would be changed."
+    return _end(nodes, choice, lambda: print(said))
+
+
+def _verify(nodes: "Cluster", choice: Choice) -> Answer:
+    from sparkinstall.cli.cluster_screen import show_nodes
+
+    nodes.verify()
+    lines = {done.host: _proven(done.data) for done in nodes.done}
+    return _end(nodes, choice, lambda: show_nodes(nodes, lines))
+
+
+def _proven(data: Any) -> str:
+    probes = data.get("probes", ())
+    return f"{sum(each['verdict'] == 'pass' for each in probes)} of {len(probes)} probes passed" if probes else ""
+
+
+def _status(nodes: "Cluster", choice: Choice) -> Answer:
+    from sparkinstall.cli.cluster_screen import show_nodes
+
+    nodes.status()
+    lines = {done.host: _standing(done.data) for done in nodes.done}
+    return _end(nodes, choice, lambda: show_nodes(nodes, lines))
+
+
+def _standing(data: Any) -> str:
+    if not data.get("installed"):
+        return "nothing of sparkinstall is here"
+    fixes = [each["standing"] for each in data.get("fixes", ())]
+    well = sum(each in ("proven", "done") for each in fixes)
+    return f"stack {data['stack']}, {well} of {len(fixes)} fixes done, last change {data['last_change']}"
+
+
+def _uninstall(nodes: "Cluster", choice: Choice) -> Answer:
+    from sparkinstall.cli.cluster_screen import show_nodes
+    from sparkinstall.plans.cluster import Barrier
+
+    hosts = ", ".join(far.host for far in nodes.fars)
+    confirm(f"Take back all that sparkinstall did on {hosts}?", agreed=choice.yes, default=False)
+    try:
+        nodes.uninstall()
+    except Barrier:
+        pass
+    lines = {done.host: _taken(done.data) for done in nodes.done}
+    return _end(nodes, choice, lambda: show_nodes(nodes, lines))
+
+
+def _taken(data: Any) -> str:
+    outcomes = [each["outcome"] for each in data.get("touches", ())]
+    kept = outcomes.count("kept")
+    words = f"restored {outcomes.count('restored')}, removed {outcomes.count('removed')}"
+    return f"{words}, kept {kept}" if kept else words
+
+
+def _end(nodes: "Cluster", choice: Choice, show: Callable[[], None]) -> Answer:
+    from sparkinstall.cli.cluster_screen import show_problems
+    from sparkinstall.errors import Exit
+
+    nodes.pause()
+    problems = [_named(done.host, problem) for done in nodes.done for problem in done.problems]
+    code = Exit.SOME_NODES if nodes.failed else Exit.GOOD
+    if choice.json:
+        return Answer(code, {"nodes": [_node_data(nodes, far) for far in nodes.fars]}, problems=tuple(problems))
+
+    def tell() -> None:
+        show()
+        show_problems(nodes)
+
+    return Answer(code, show=tell)
+
+
+def _named(host: str, problem: "Problem") -> "Problem":
+    """The problem with its node in front, for those who see all errors in one list."""
+    from copy import copy
+
+    named = copy(problem)
+    named.what = problem.what if host in problem.what else f"{host}: {problem.what}"
+    return named
+
+
+def _node_data(nodes: "Cluster", far: "Far") -> dict[str, Any]:
+    from sparkinstall.cli.envelope import problem_data
+
+    phases = [
+        {
+            "phase": done.phase,
+            "outcome": done.outcome,
+            "seconds": round(done.seconds, 3),
+            "errors": [problem_data(each) for each in done.problems],
+            "data": done.data if done.phase != "look" else {},
+        }
+        for done in nodes.of(far)
+    ]
+    member = far.member
+    return {
+        "host": far.host,
+        "role": member.role,
+        "rank": member.rank,
+        "address": member.address,
+        "ssh_trips": far.ssh.trips,
+        "tool_brought": far.brought,
+        "preflight": far.look.get("preflight", []),
+        "steps": far.look.get("steps", []),
+        "versions": far.look.get("versions", {}),
+        "phases": phases,
+    }

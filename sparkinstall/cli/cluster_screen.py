@@ -1,0 +1,256 @@
+"""How several nodes are shown: a line for each node and phase while they work, one plan for all, errors by node."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.markup import escape
+from rich.padding import Padding
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from sparkinstall.cli.progress import duration
+from sparkinstall.cli.render import console, sign
+from sparkinstall.errors import Problem
+from sparkinstall.plans.cluster import Cluster, Done, Line, Started, Tell
+from sparkinstall.plans.far import Far
+from sparkinstall.redaction import redact
+
+_WORDS = {"unchanged": "as it should be", "changed": "done", "failed": "failed", "held": "not begun"}
+_ASKED = {"look": "asked", "compare": "asked", "token": "asked", "status": "asked", "reach": "reached",
+          "confirm": "confirmed", "verify": "proven", "uninstall": "taken back"}  # fmt: skip
+
+
+@contextmanager
+def watching(hosts: Sequence[str], verbose: bool) -> Iterator[Tell]:
+    """Shows on stderr what the nodes do as long as the context lasts."""
+    if sys.stderr.isatty() and not verbose:
+        screen = _Screen(hosts)
+        with Live(screen, console=console(stderr=True), refresh_per_second=8, transient=True):
+            yield screen.take
+        screen.leave(console(stderr=True))
+    else:
+        yield _Log(hosts, verbose).take
+
+
+@dataclass
+class _Row:
+    since: float = field(default_factory=time.monotonic)
+    line: str = ""
+    done: Done | None = None
+
+
+class _Screen:
+    """One line for each node and phase, redrawn."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._rows: dict[tuple[str, str], _Row] = {}
+        self._width = max(map(len, hosts))
+        self._spinner = Spinner("dots")
+        self._guard = threading.Lock()
+
+    def take(self, event: Started | Line | Done) -> None:
+        with self._guard:
+            row = self._rows.setdefault((event.phase, event.host), _Row())
+            if isinstance(event, Line):
+                row.line = _without_time(event.text) or row.line
+            elif isinstance(event, Done):
+                row.done = event
+
+    def __rich__(self) -> RenderableType:
+        with self._guard:
+            return self._table()
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        for width in (3, 9, self._width, 8):
+            table.add_column(min_width=width, no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        before = ""
+        for (phase, host), row in self._rows.items():
+            table.add_row(*self._cells(phase if phase != before else "", host, row))
+            before = phase
+        return table
+
+    def _cells(self, phase: str, host: str, row: _Row) -> tuple[RenderableType, ...]:
+        if row.done:
+            took = Text(duration(row.done.seconds) if row.done.seconds else "", style="dim", justify="right")
+            return Text("  ") + sign(row.done.outcome), phase, host, took, Text(_outcome(row.done))
+        now = time.monotonic()
+        spun = self._spinner.render(now)
+        mark = Text("  ") + (spun if isinstance(spun, Text) else Text("*"))
+        took = Text(duration(now - row.since), style="dim", justify="right")
+        return mark, phase, host, took, Text(redact(row.line), style="dim")
+
+    def leave(self, out: Console) -> None:
+        """Print the last state for good."""
+        out.print(self._table())
+        out.print()
+
+
+class _Log:
+    """Plain lines, each with its node in front."""
+
+    def __init__(self, hosts: Sequence[str], verbose: bool) -> None:
+        self._width = max(map(len, hosts))
+        self._verbose = verbose
+        self._guard = threading.Lock()
+
+    def take(self, event: Started | Line | Done) -> None:
+        text = self._text(event)
+        if text:
+            with self._guard:
+                print(f"{event.host:{self._width}} │ {redact(text)}", file=sys.stderr, flush=True)
+
+    def _text(self, event: Started | Line | Done) -> str:
+        match event:
+            case Started(_, phase):
+                return f"{phase}: begins"
+            case Line(_, _, text):
+                return f"  {_without_time(text)}" if text.strip() else ""
+            case Done():
+                took = f" ({duration(event.seconds)})" if event.seconds else ""
+                return f"{event.phase}: {_outcome(event)}{took}"
+        return ""
+
+
+def _without_time(line: str) -> str:
+    """A node's own log line without its clock's time."""
+    head, _, rest = line.partition(" ")
+    return rest if len(head) == 8 and head[2] == head[5] == ":" else line
+
+
+def _outcome(done: Done) -> str:
+    if done.outcome == "failed":
+        more = f" (and {len(done.problems) - 1} more)" if len(done.problems) > 1 else ""
+        return f"failed: {done.problems[0].what}{more}" if done.problems else "failed"
+    return _ASKED.get(done.phase, _WORDS[done.outcome])
+
+
+# --- one plan for all
+
+
+def show_plan(cluster: Cluster) -> None:
+    """What every node is, what its checks say, and what each step would change; equal nodes are told once."""
+    out = console()
+    out.print("[bold]Nodes[/]")
+    nodes = _grid(1, None, None, None)
+    for far in cluster.fars:
+        nodes.add_row(
+            "", far.host, far.member.role, f"{far.member.address} on the link" if len(cluster.fars) > 1 else ""
+        )
+    out.print(Padding(nodes, (0, 0, 0, 2), expand=False))
+    _show_checks(cluster.fars, out)
+    out.print("[bold]Plan[/]")
+    table = _grid(1, 12, None, None)
+    for name in dict.fromkeys(step["step"] for far in cluster.fars for step in far.look.get("steps", ())):
+        for at, (mark, whose, line) in enumerate(_told_once(cluster.fars, name)):
+            table.add_row(sign(mark), name if at == 0 else "", whose, Text(redact(line)))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def _grid(*widths: int | None) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for width in widths:
+        table.add_column(min_width=width, no_wrap=width is not None)
+    return table
+
+
+def _show_checks(fars: Sequence[Far], out: Console) -> None:
+    checks = [(far.host, each) for far in fars for each in far.look.get("preflight", ())]
+    passed = sum(each["verdict"] == "pass" for _, each in checks)
+    out.print(f"[bold]Preflight[/]  {passed} of {len(checks)} checks passed on {len(fars)} nodes")
+    told: dict[tuple[str, str, str, str], list[str]] = {}
+    for host, each in checks:
+        if each["verdict"] in ("warn", "fail"):
+            told.setdefault((each["verdict"], each["name"], each["found"], each["mend"]), []).append(host)
+    table = _grid(1, 12, None, None)
+    for (verdict, name, found, mend), hosts in told.items():
+        table.add_row(sign(verdict), name, _whose(hosts, fars), escape(redact(found)))
+        table.add_row("", "", "", f"[dim]→[/] {escape(mend)}")
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def _told_once(fars: Sequence[Far], step: str) -> list[tuple[str, str, str]]:
+    """Mark, nodes and words of each thing there is to say of a step."""
+    told: dict[tuple[str, str], list[str]] = {}
+    having = [far for far in fars if any(each["step"] == step for each in far.look.get("steps", ()))]
+    for far in having:
+        found = next(each for each in far.look["steps"] if each["step"] == step)
+        for line in dict.fromkeys(_lines(found)):
+            told.setdefault(line, []).append(far.host)
+    return [(mark, _whose(hosts, fars), line) for (mark, line), hosts in told.items()]
+
+
+def _whose(hosts: Sequence[str], fars: Sequence[Far]) -> str:
+    return "all" if len(hosts) == len(fars) and len(fars) > 1 else ", ".join(hosts)
+
+
+def _lines(step: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if step["error"]:
+        return [("failed", step["error"]["what"])]
+    rest = [line for each in step["resources"] if (line := _line(each))]
+    return rest or [("unchanged", "as it should be")]
+
+
+def _line(resource: Mapping[str, Any]) -> tuple[str, str] | None:
+    match resource["state"]:
+        case "drift":
+            return "drift", resource["summary"]
+        case "unknown":
+            return "held", f"known after {resource['waits_for']}"
+        case "lefttonode":
+            return "left", f"left to the node: {resource['what']}"
+        case "obstacle":
+            return "failed", " - ".join(filter(None, (resource["what"], resource["mend"])))
+        case _:
+            return None
+
+
+# --- the end
+
+
+def show_problems(cluster: Cluster) -> None:
+    """What went wrong, by phase and node; what several nodes say alike is told once. On stderr."""
+    out = console(stderr=True)
+    told: dict[tuple[str, ...], tuple[Problem, list[str]]] = {}
+    bad = [done for done in cluster.done if done.outcome == "failed"]
+    for done in bad:
+        for problem in done.problems:
+            key = (done.phase, problem.what, problem.why, problem.mend, *problem.tail)
+            told.setdefault(key, (problem, []))[1].append(done.host)
+    for (phase, *_), (problem, hosts) in told.items():
+        out.print(
+            f"[red bold]✗[/] [bold]{escape(', '.join(hosts))}[/] [dim]({phase})[/] {escape(redact(problem.what))}"
+        )
+        _show_rest(problem, out)
+    well = [far.host for far in cluster.fars if far.host not in {done.host for done in bad}]
+    if bad and well:
+        out.print(f"[dim]Nothing failed on {', '.join(well)}; what was done there stays done.[/]")
+
+
+def _show_rest(problem: Problem, out: Console) -> None:
+    if problem.why:
+        out.print(Padding(f"[dim]why[/]   {escape(redact(problem.why))}", (0, 0, 0, 2)))
+    for line in problem.tail:
+        out.print(Text(f"  │ {redact(line)}", style="dim"))
+    if problem.log:
+        out.print(f"  [dim]log[/]   {escape(problem.log)}")
+    if problem.mend:
+        out.print(Padding(f"[dim]do[/]    {escape(problem.mend)}", (0, 0, 0, 2)))
+
+
+def show_nodes(cluster: Cluster, lines: Mapping[str, str]) -> None:
+    """One line a node."""
+    table = _grid(1, None, None)
+    for far in cluster.fars:
+        bad = any(done.outcome == "failed" for done in cluster.of(far))
+        table.add_row(sign("fail" if bad else "pass"), far.host, lines.get(far.host, ""))
+    console().print(Padding(table, (0, 0, 0, 2), expand=False))

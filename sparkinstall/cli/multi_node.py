@@ -1,0 +1,88 @@
+"""`sparkinstall multi-node`: everything for this node as one of several."""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sparkinstall.cli import options
+from sparkinstall.cli.install import Choice, install
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import answer
+
+_LINK = "The cluster"
+
+
+class Role(StrEnum):
+    """What a node is among several."""
+
+    head = "head"
+    worker = "worker"
+
+
+def multi_node(
+    role: Annotated[Role, typer.Option(help="What this node is.", rich_help_panel=_LINK)],
+    head: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="The head's address on the link.", rich_help_panel=_LINK)
+    ] = None,
+    worker: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="A worker's address on the link (once for each).", rich_help_panel=_LINK),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(metavar="ADDRESS", help="This node's address on the link.", rich_help_panel=_LINK)
+    ] = None,
+    interface: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The QSFP interface with the cable.", rich_help_panel=_LINK)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Serve this model as a service.", rich_help_panel=_LINK)
+    ] = None,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", allow_dash=True, help="The head's Ray token; - reads it from stdin.", rich_help_panel=_LINK
+        ),
+    ] = None,
+    leave_armed: Annotated[
+        bool, typer.Option("--leave-armed", hidden=True, help="Let another program confirm the network.")
+    ] = False,
+    root: options.Root = None,
+    config: options.ConfigFile = None,
+    stack: options.Stack = None,
+    set_: options.Set = None,
+    platform: options.Platform = None,
+    full: options.Full = None,
+    only: options.Only = None,
+    skip: options.Skip = None,
+    ignore: options.Ignore = None,
+    yes: options.Yes = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember what it is."""
+    given = _as_settings(role, head, worker, address, interface, model)
+    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose, given, leave_armed, token_file)
+    choice = Choice(tuple(only or ()), tuple(skip or ()), tuple(ignore or ()), yes, json, verb="multi-node")
+    answer("multi-node", lambda: install(asked, choice), root=root, json=json, verbose=verbose)
+
+
+def _as_settings(
+    role: Role,
+    head: str | None,
+    worker: list[str] | None,
+    address: str | None,
+    interface: str | None,
+    model: str | None,
+) -> Mapping[str, Any]:
+    said = {
+        "cluster.role": role.value,
+        "cluster.head": head,
+        "cluster.workers": list(worker) if worker else None,
+        "cluster.address": address,
+        "network.interface": interface,
+        "serving.model": model,
+    }
+    return {name: value for name, value in said.items() if value is not None}

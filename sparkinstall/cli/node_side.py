@@ -1,0 +1,186 @@
+"""The far end of `sparkinstall cluster`: verbs that it runs on each node, and that are not for people."""
+
+from typing import Annotated
+
+import typer
+
+from sparkinstall.cli import options
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import Answer, answer
+
+app = typer.Typer(help="What `sparkinstall cluster` runs on each node.", no_args_is_help=True)
+
+_LONGEST_PREFACE = 1 << 22
+_TRIES = 8
+
+
+@app.command()
+def attend() -> None:
+    """Run the verb that the first line of stdin names; end it when stdin ends, for then nobody listens any more."""
+    import json
+    import os
+    import sys
+    import threading
+
+    preface = json.loads(_first_line())
+    watched = os.dup(0)
+    _give(str(preface["stdin"]))
+    threading.Thread(target=_end_when_alone, args=(watched,), daemon=True).start()
+    sys.argv[1:] = [str(word) for word in preface["argv"]]
+    from sparkinstall.cli import app as whole
+
+    whole.main()
+
+
+def _first_line() -> bytes:
+    import os
+
+    said = b""
+    while not said.endswith(b"\n") and len(said) < _LONGEST_PREFACE:
+        more = os.read(0, 65536)
+        if not more:
+            raise typer.Exit(1)
+        said += more
+    return said
+
+
+def _give(text: str) -> None:
+    """Let stdin hold `text` and no more."""
+    import os
+
+    reading, writing = os.pipe()
+    os.write(writing, text.encode())
+    os.close(writing)
+    os.dup2(reading, 0)
+    os.close(reading)
+
+
+def _end_when_alone(watched: int) -> None:
+    import os
+    import signal
+
+    while os.read(watched, 4096):
+        pass
+    # What is said now goes nowhere; it must not end a step in its middle.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+@app.command()
+def look(
+    config: options.ConfigFile = None,
+    set_: options.Set = None,
+    only: options.Only = None,
+    skip: options.Skip = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Plan, preflight and versions in one answer."""
+    asked = Asked(config=config, settings=tuple(set_ or ()), verbose=verbose)
+    answer("node", lambda: _look(asked, only or [], skip or []), root=None, json=json, verbose=verbose)
+
+
+def _look(asked: Asked, only: list[str], skip: list[str]) -> Answer:
+    from sparkinstall.cli.envelope import finding_data, step_data
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.events import silent
+    from sparkinstall.plans import catalogue, engine, proof, sameness
+    from sparkinstall.probes.host import preflight
+    from sparkinstall.resources import dead_man
+
+    session = open_session(asked)
+    node, system = session.node, session.system
+    reports = engine.plan(catalogue.chosen(node, only, skip), node, system)
+    looked = proof.look(preflight(node), system, silent)
+    data = {
+        "preflight": [finding_data(each.probe, each.finding, each.seconds) for each in looked],
+        "steps": [step_data(report) for report in reports],
+        "unproven": session.state.unproven(),
+        "versions": sameness.versions(node, system),
+        "token": sameness.token_digest(node, system),
+        "armed": dead_man.armed(system),
+        "user": node.user,
+        "executor": node.config.cluster.executor,
+    }
+    return Answer(data=data)
+
+
+@app.command()
+def reach(
+    addresses: Annotated[list[str], typer.Argument()],
+    set_: options.Set = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Ping other nodes over the link, with small packets and with the largest."""
+    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    answer("node", lambda: _reach(addresses, asked), root=None, json=json, verbose=verbose)
+
+
+def _reach(addresses: list[str], asked: Asked) -> Answer:
+    import time
+
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.errors import Exit, Problem
+
+    mtu = open_session(asked).node.config.network.mtu
+    waiting = dict.fromkeys(addresses, "")
+    for attempt in range(_TRIES):
+        # A link that was just set up needs a moment: its neighbour may come up later.
+        time.sleep(1 if attempt else 0)
+        waiting = {each: why for each in waiting if (why := _unreached(each, mtu))}
+        if not waiting:
+            return Answer(data={"reached": addresses})
+    problems = tuple(
+        Problem(why, mend="look at the cable, and at `ip -br address` on both nodes") for why in waiting.values()
+    )
+    return Answer(Exit.FAILED, {"reached": [each for each in addresses if each not in waiting]}, problems=problems)
+
+
+def _unreached(address: str, mtu: int) -> str:
+    from sparkinstall.probes.network import HEADERS, pings
+    from sparkinstall.system.local import LocalReader
+
+    on = LocalReader()
+    if pings(on, address, count=1, size=mtu - HEADERS):
+        return ""
+    if pings(on, address):
+        return f"{address} answers small packets, but none of {mtu} bytes: the MTU is not {mtu} on the whole way"
+    return f"{address} does not answer over the link"
+
+
+@app.command()
+def confirm(json: options.Json = False, verbose: options.Verbose = False) -> None:
+    """Keep the network that was applied: it was shown that the node can be reached."""
+    answer("node", _confirm, root=None, json=json, verbose=verbose)
+
+
+def _confirm() -> Answer:
+    from sparkinstall.resources import dead_man
+    from sparkinstall.system.local import LocalSystem
+
+    return Answer(data={"confirmed": dead_man.confirm(LocalSystem())})
+
+
+@app.command()
+def token(
+    set_: options.Set = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """The cluster's Ray token, for the terminal that hands it to the workers."""
+    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    answer("node", lambda: _token(asked), root=None, json=json, verbose=verbose)
+
+
+def _token(asked: Asked) -> Answer:
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.errors import Problem
+
+    session = open_session(asked)
+    found = session.system.read(session.node.ray_token)
+    if not found:
+        raise Problem("the head has no Ray token yet", mend="run the same command again: the head makes it")
+    return Answer(data={"token": found.decode().strip()})

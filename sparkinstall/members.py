@@ -1,0 +1,59 @@
+"""The nodes of a cluster, by their addresses on the QSFP link: whether they can be one."""
+
+from sparkinstall.config import Config
+from sparkinstall.errors import BadConfig
+
+
+def require_sound(config: Config) -> None:
+    """See that the addresses are different ones of one subnet, and that this node's is among them.
+
+    Raises:
+        BadConfig: they are not.
+    """
+    from ipaddress import IPv4Address, IPv4Interface
+
+    cluster, length = config.cluster, config.network.prefix_length
+    everyone = (cluster.head, *cluster.workers)
+    link = IPv4Interface(f"{cluster.head}/{length}").network
+    for each in everyone:
+        if everyone.count(each) > 1:
+            raise BadConfig(f"two nodes have the address {each}", mend=_NAMED)
+        if IPv4Address(each) not in link:
+            raise BadConfig(f"{each} is not in the head's subnet {link}", mend=_NAMED)
+        if IPv4Address(each) in (link.network_address, link.broadcast_address):
+            raise BadConfig(f"{each} is the subnet {link} itself, not a node in it", mend=_NAMED)
+    _require_twin_apart(config)
+    _require_own(config)
+
+
+_NAMED = "name them with `cluster.head` and `cluster.workers`, or `--head` and `--worker`"
+
+
+def _require_twin_apart(config: Config) -> None:
+    from ipaddress import IPv4Interface
+
+    link = IPv4Interface(f"{config.cluster.head}/{config.network.prefix_length}").network
+    twin = IPv4Interface(f"{config.network.twin_subnet}/{config.network.prefix_length}").network
+    if link.overlaps(twin):
+        raise BadConfig(
+            f"both halves of the port would be in one subnet: {link} and {twin}; NCCL and routing break on that",
+            mend="set `network.twin_subnet` to another one",
+        )
+
+
+def _require_own(config: Config) -> None:
+    cluster = config.cluster
+    if cluster.role == "head" and cluster.address not in (None, cluster.head):
+        raise BadConfig(
+            f"the head's address is {cluster.head}, and this node, the head, is to be {cluster.address}",
+            mend="name it once, with `--head`",
+        )
+    if cluster.role == "worker" and cluster.address is None and len(cluster.workers) > 1:
+        raise BadConfig(
+            f"which of the workers {', '.join(cluster.workers)} is this node?", mend="say so with `--address`"
+        )
+    if cluster.role == "worker" and cluster.address is not None and cluster.address not in cluster.workers:
+        raise BadConfig(
+            f"{cluster.address} is none of the workers {', '.join(cluster.workers)}",
+            mend="name all of them, with `cluster.workers` or one `--worker` each",
+        )

@@ -1,0 +1,88 @@
+"""Ray as it runs: which nodes it has, by the addresses under which they joined."""
+
+import json
+from collections.abc import Iterable, Sequence
+
+from sparkinstall.node import Node
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped
+from sparkinstall.system import Reader
+
+# Ray answers at once or not at all.
+_PATIENCE = 10
+_OURS = "sparkinstall: "
+_ASK = '. "$1" && shift && exec python "$@"'
+
+
+def services(node: Node) -> str:
+    """The folder of what the services are started with (a node path)."""
+    return f"{node.prefix}/services"
+
+
+def ray_nodes(node: Node) -> str:
+    """The program that asks the running Ray for its nodes (a node path)."""
+    return f"{services(node)}/ray-nodes.py"
+
+
+def head(node: Node) -> str:
+    """Where the head's Ray answers."""
+    return f"{node.config.cluster.head}:{node.config.cluster.ray_port}"
+
+
+def unit(node: Node) -> str:
+    """The name of Ray's unit on this node."""
+    return f"ray-{node.role}.service"
+
+
+def probes(node: Node) -> Iterable[Probe]:
+    """What shows that Ray holds the nodes together."""
+    yield Probe("ray-nodes", "Ray has the nodes at their QSFP addresses", lambda on: _nodes(node, on), others=True)
+
+
+def _nodes(node: Node, on: Reader) -> Finding:
+    if on.rehearsal:
+        return skipped("a rehearsal starts no services")
+    if on.entry(ray_nodes(node)) is None or on.entry(node.env_file) is None:
+        return failed("Ray was not set up", "run `sparkinstall all`")
+    found = _ask(node, on)
+    if isinstance(found, str):
+        return failed(found, f"read `journalctl -u {unit(node)}`; start it with `sparkinstall run ray`")
+    return _compare(node, found)
+
+
+def _ask(node: Node, on: Reader) -> list[str] | str:
+    """The addresses of the nodes that are alive, or why there was no answer."""
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": node.home}
+    command = ("bash", "-c", _ASK, "bash", on.real(node.env_file), on.real(ray_nodes(node)), head(node), str(_PATIENCE))
+    answer = on.query(*command, timeout=_PATIENCE + 30, env=env)
+    if answer.code == 124:
+        return f"Ray at {head(node)} gave no answer in time"
+    told = [line.removeprefix(_OURS) for line in answer.err.splitlines() if line.startswith(_OURS)]
+    if told:
+        return told[-1]
+    try:
+        return [str(each) for each in json.loads(answer.out.splitlines()[-1])]
+    except (ValueError, IndexError):
+        return next(iter(answer.err.splitlines()[-1:]), f"it ended with code {answer.code}")
+
+
+def _compare(node: Node, found: Sequence[str]) -> Finding:
+    """The head answers for all nodes, a worker for itself."""
+    wanted = node.members if node.role == "head" else (node.address,)
+    missing, strange = sorted(set(wanted) - set(found)), sorted(set(found) - set(node.members))
+    if missing:
+        mend = f"on each of them: `sparkinstall run ray`, and read `journalctl -u ray-worker`; here: {_FIREWALL}"
+        return failed(f"not in Ray: {', '.join(missing)}; there are {_listed(found)}", mend, _listed(wanted))
+    if strange:
+        return failed(
+            f"nodes at other addresses: {', '.join(strange)}",
+            "start Ray there by its unit, which takes the address on the QSFP link, and not by hand",
+            _listed(node.members),
+        )
+    return passed(_listed(found), _listed(wanted))
+
+
+_FIREWALL = "see that the firewall lets the QSFP link through"
+
+
+def _listed(addresses: Iterable[str]) -> str:
+    return ", ".join(addresses) or "none"

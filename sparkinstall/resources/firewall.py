@@ -1,0 +1,319 @@
+"""The node's firewall: a table of our own in nftables that keeps Ray, NCCL and the API to the QSFP link.
+
+What RDMA carries never meets it: the card hands that over without the kernel.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from ipaddress import IPv4Interface, IPv4Network
+from typing import Any
+
+from sparkinstall.errors import Problem
+from sparkinstall.node import Node
+from sparkinstall.probes import links, network
+from sparkinstall.probes.firewalls import NFT, TABLE, another
+from sparkinstall.resources import Drift, LeftToNode, Resource, Satisfied, State, Unknown, dead_man, ray_ports
+from sparkinstall.resources.files import File
+from sparkinstall.resources.rendered import render
+from sparkinstall.system import Reader, System, Undo
+from sparkinstall.system.local import LocalSystem
+
+UNIT = "sparkinstall-firewall.service"
+TIMER = "firewall"
+"""The name of its dead man's handle."""
+UNDO = "nftables"
+"""The kind of undo whose touches `take_back` takes back."""
+
+_NAME = " ".join(TABLE)
+_SSHD = "/usr/sbin/sshd"
+_INTERFACE = re.compile(r"[A-Za-z0-9._-]{1,15}")
+_PORT_SETTING = re.compile(r"^port (\d+)$", re.MULTILINE)
+_LISTENING = re.compile(r":(\d+)\s+\S+\s+users:.*\"(?:sshd|dropbear)\"")
+_SOCKET = re.compile(r"^Listen=\S*?(\d+) \(Stream\)$", re.MULTILINE)
+
+# A namespace that is gone when the shell ends: what nft makes of the rules, without a rule for this node.
+_TRY = f'"{NFT}" "$1" && "{NFT}" -nn list table {_NAME}'
+# What the dead man's handle runs once the former file is back, or gone where there was none.
+_RESTORE = f"""\
+{NFT} delete table {_NAME}
+if [ -e {{path}} ]; then {NFT} -f {{path}}; else systemctl disable {UNIT}; systemctl stop {UNIT}; fi
+"""
+
+
+def rules_path(node: Node) -> str:
+    """The file that nft loads (a node path)."""
+    return f"{node.prefix}/firewall.nft"
+
+
+def rules(node: Node, on: Reader) -> str:
+    """What nft loads on this node.
+
+    Raises:
+        LinkProblem: the QSFP port cannot be told.
+        Problem: without root it cannot be told where sshd listens.
+    """
+    return render("firewall.nft.j2", {"path": rules_path(node), **_values(node, on)}).decode()
+
+
+def _values(node: Node, on: Reader) -> Mapping[str, Any]:
+    allow, api = node.config.serving.allow, node.config.serving.port
+    closed = [(api, api), *(_ports_between_nodes(node) if node.several else ())]
+    return {
+        "ssh": [str(port) for port in ssh_ports(on)],
+        "names": _quoted_set(_interfaces(node, on)),
+        "link": "{ " + ", ".join(map(str, subnets(node))) + " }" if node.several else "",
+        "interfaces": node.several,
+        "allow": str(IPv4Network(allow)) if allow else "",
+        "api": api,
+        "closed": merged(closed),
+    }
+
+
+def subnets(node: Node) -> tuple[IPv4Network, ...]:
+    """The subnets of both halves of the QSFP port."""
+    settings = node.config.network
+    bases = (node.config.cluster.head, settings.twin_subnet)
+    return tuple(IPv4Interface(f"{base}/{settings.prefix_length}").network for base in bases)
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> list[str]:
+    """Ranges of ports as nft takes them in a set: in order and none within another."""
+    found: list[tuple[int, int]] = []
+    for first, last in sorted(ranges):
+        if found and first <= found[-1][1] + 1:
+            found[-1] = found[-1][0], max(last, found[-1][1])
+        else:
+            found.append((first, last))
+    return [f"{first}-{last}" if last > first else str(first) for first, last in found]
+
+
+def ssh_ports(on: Reader) -> tuple[int, ...]:
+    """The ports where sshd is set up to listen and really does, and 22.
+
+    Raises:
+        Problem: it takes root, and that cannot be had.
+    """
+    if on.rehearsal:
+        return (22,)
+    listening = on.query("ss", "-Hltnp", root=True)
+    if not listening.ok:
+        raise _no_root(listening.err)
+    settings = on.query(_SSHD, "-T", root=True).out
+    sockets = on.query("systemctl", "show", "-p", "Listen", "ssh.socket", "sshd.socket").out
+    found = _LISTENING.findall(listening.out) + _PORT_SETTING.findall(settings) + _SOCKET.findall(sockets)
+    return tuple(sorted({22, *map(int, found)}))
+
+
+def _no_root(said: str) -> Problem:
+    return Problem(
+        "the firewall cannot be looked at",
+        why=said.strip()[-300:],
+        mend="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
+    )
+
+
+def _quoted_set(names: Iterable[str]) -> str:
+    return "{ " + ", ".join(f'"{name}"' for name in names) + " }"
+
+
+def _interfaces(node: Node, on: Reader) -> tuple[str, ...]:
+    names = tuple(each.name for each in links.used_port(on, node).twins) if node.several else ()
+    for name in names:
+        if not _INTERFACE.fullmatch(name):
+            raise Problem(f"the interface {name!r} has a name that no rule can carry", mend="rename it, then run again")
+    return names
+
+
+def left_to(node: Node, on: Reader) -> str:
+    """The firewall that is at work here and to which the settings leave the node; empty: there is none.
+
+    What was ours once stays so: a firewall that came later does not open what we had closed.
+    """
+    asks = node.config.firewall.mode == "auto" and on.entry(rules_path(node)) is None
+    return another(on) if asks else ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the firewall that says nothing where another firewall is at work: RulesFile has said it."""
+
+    node: Node
+    of: Resource
+
+    @property
+    def key(self) -> str:
+        return self.of.key
+
+    def check(self, on: Reader) -> State:
+        other = left_to(self.node, on)
+        return LeftToNode(f"not made: {other} filters here") if other else self.of.check(on)
+
+    def apply(self, on: System) -> None:
+        self.of.apply(on)
+
+
+def _by_hand(node: Node, on: Reader, other: str) -> str:
+    api, allow = node.config.serving.port, node.config.serving.allow
+    api_words = f"TCP port {api} to " + (f"{allow} alone" if allow else "nobody else")
+    if not node.several:
+        return f"{other} filters here (firewall.mode: auto): with it, open {api_words}"
+    names, link = " and ".join(_interfaces(node, on)), " and ".join(map(str, subnets(node)))
+    closed = ", ".join(merged(_ports_between_nodes(node)))
+    return (
+        f"{other} filters here (firewall.mode: auto): with it, let {link} in on {names}, and on every other interface "
+        f"close TCP ports {closed} and all that is sent to {link}; open {api_words}"
+    )
+
+
+@dataclass(frozen=True)
+class RulesFile:
+    """The file of the rules. nft has found them good before they are written."""
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return f"file:{rules_path(self.node)}"
+
+    def check(self, on: Reader) -> State:
+        other = left_to(self.node, on)
+        return LeftToNode(_by_hand(self.node, on, other)) if other else self._file(on).check(on)
+
+    def _file(self, on: Reader) -> File:
+        return File(rules_path(self.node), rules(self.node, on).encode())
+
+    def apply(self, on: System) -> None:
+        file = self._file(on)
+        if not on.rehearsal:
+            as_nft_lists(on, file.content.decode())
+            # The former file is remembered before it goes: it is what is put back.
+            _arm(on, self.node)
+        file.apply(on)
+
+
+@dataclass(frozen=True)
+class LiveTable:
+    """The kernel has exactly these rules. A change puts itself back unless the node can still be reached."""
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return f"nftables:{_NAME}"
+
+    def check(self, on: Reader) -> State:
+        wanted = rules(self.node, on)
+        if on.rehearsal:
+            return LeftToNode(f"the node loads the rules; {_rehearsed(on, wanted)}")
+        if on.entry(NFT) is None:
+            return Unknown("packages")
+        return self._compared(on, live_table(on), wanted)
+
+    def _compared(self, on: Reader, live: str, wanted: str) -> State:
+        if on.read(rules_path(self.node)) != wanted.encode():
+            return Drift("load the firewall's changed rules" if live else "load the firewall's rules")
+        listed = as_nft_lists(on, wanted)
+        if live == listed:
+            waits = dead_man.armed(on, TIMER) and not self.node.confirm_later
+            return Drift("confirm the firewall that a former run loaded") if waits else Satisfied(f"table {_NAME}")
+        return Drift(f"load the firewall's rules{' again: somebody changed them' if live else ''}", live, listed)
+
+    def apply(self, on: System) -> None:
+        before = _reach(on, self.node)
+        on.promise(Undo(UNDO, _NAME, {"kind": "absent"}, {"kind": "table"}))
+        _arm(on, self.node)
+        on.run(NFT, "-f", rules_path(self.node), root=True)
+        if lost := network.lost(before, on, self.node):
+            raise _put_back(on, lost)
+        if not self.node.confirm_later:
+            dead_man.disarm(on, TIMER)
+
+
+def _reach(on: Reader, node: Node) -> network.Reach:
+    gateways = [each.gateway for each in network.routes(on) if each.gateway and not each.to.prefixlen]
+    return network.reach(on, node, [*gateways, *(node.peers if node.several else ())])
+
+
+def _put_back(on: System, lost: str) -> Problem:
+    back = "the former rules are back" if dead_man.fire(on, TIMER) else "the former rules come back within minutes"
+    return Problem(
+        f"the firewall's rules were loaded, and then {lost}; {back}",
+        mend="set `firewall.mode: off` in the config if this node cannot have them, or report this",
+    )
+
+
+def _arm(on: System, node: Node) -> None:
+    path = rules_path(node)
+    dead_man.arm(on, TIMER, _RESTORE.format(path=path), node.config.network.dead_man, keep=(path,))
+
+
+def live_table(on: Reader) -> str:
+    """Our table as the kernel has it, in nft's words; empty where there is none.
+
+    Raises:
+        Problem: it takes root, and that cannot be had.
+    """
+    tables = on.query(NFT, "list", "tables", root=True)
+    if not tables.ok:
+        raise _no_root(tables.err)
+    if f"table {_NAME}" not in tables.out.splitlines():
+        return ""
+    return on.query(NFT, "-nn", "list", "table", *TABLE, root=True).out
+
+
+def as_nft_lists(on: Reader, text: str) -> str:
+    """What nft makes of `text`: loaded where it filters nothing, and listed.
+
+    Raises:
+        Problem: nft refuses it.
+    """
+    answer = on.query("unshare", "--net", "sh", "-c", _TRY, "sh", text, root=True)
+    if not answer.ok:
+        raise Problem(
+            "nft does not take the firewall's rules; nothing was loaded",
+            why=answer.err.strip()[-300:],
+            mend="is the kernel's nf_tables there (`sudo nft list tables`)? If it is, report this",
+        )
+    return answer.out
+
+
+def _rehearsed(on: Reader, text: str) -> str:
+    """What this machine's nft says of the rules, in words.
+
+    Raises:
+        Problem: it refuses them.
+    """
+    alone = on.query("unshare", "--map-root-user", "--net", NFT, "list", "tables")
+    if alone.code == 127 or "No such file" in alone.err:
+        return "they were not tried here, where there is no nft"
+    if not alone.ok:
+        return "they were not tried here: nft needs rights of root or a user namespace"
+    answer = on.query("unshare", "--map-root-user", "--net", NFT, "-c", text)
+    if answer.ok:
+        return "nft found them good"
+    raise Problem("nft does not take the firewall's rules", why=answer.err.strip()[-300:], mend="report this")
+
+
+def take_back(on: LocalSystem) -> bool:
+    """Delete the table; whether there was one. What waited for a confirmation waits no more.
+
+    Raises:
+        Problem: it takes root, and that cannot be had.
+    """
+    if dead_man.armed(on, TIMER):
+        dead_man.disarm(on, TIMER)
+    if on.entry(NFT) is None or not live_table(on):
+        return False
+    answer = on.query(NFT, "delete", "table", *TABLE, root=True)
+    if not answer.ok:
+        raise _no_root(answer.err)
+    return True
+
+
+def _ports_between_nodes(node: Node) -> list[tuple[int, int]]:
+    """Ray's ports and the one where vLLM's own processes meet: first and last of each range."""
+    cluster = node.config.cluster
+    single = (cluster.ray_port, ray_ports.DASHBOARD, ray_ports.CLIENT, cluster.master_port)
+    of_vllm = (ray_ports.FIRST_OF_VLLM, ray_ports.LAST_OF_VLLM)
+    return [ray_ports.BETWEEN_NODES, of_vllm, *((port, port) for port in single)]

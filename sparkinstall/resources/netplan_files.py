@@ -1,0 +1,344 @@
+"""What netplan's files say of the QSFP interfaces, and how that is taken over.
+
+netplan joins all its files, and the lists in them: a second file for an interface does not replace the first.
+"""
+
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property
+from ipaddress import IPv4Interface
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from sparkinstall import safe_yaml
+from sparkinstall.errors import Problem
+from sparkinstall.system import Reader
+
+if TYPE_CHECKING:
+    import yaml
+
+PROGRAM = "/usr/sbin/netplan"
+TARGET = "/etc/netplan/40-cx7.yaml"
+"""NVIDIA's own name for the file of these links."""
+
+OWN_FOLDER = "/etc/netplan"
+_FOLDERS = ("/lib/netplan", "/run/netplan", OWN_FOLDER)
+"""A file hides one of the same name in a folder before it."""
+
+_OURS = "# Interfaces: "
+_HEADER = """\
+# Written by sparkinstall: addresses and MTU of the QSFP port. Changes made here are overwritten; change
+# the settings `network` and `cluster` instead, then run `sparkinstall run network`.
+# To take it back: `sparkinstall uninstall`, which also brings back what stood here before.
+"""
+_WHY = """\
+      # A boot does not wait for a cable that is out.
+      optional: true
+"""
+_KEEPS = """\
+      # The address stays while the other node restarts: services of this node use it too.
+      ignore-carrier: true
+"""
+# A definition of another kind that is made of an interface names it so.
+_MADE_OF = ("interfaces", "link")
+_DRIVER = "mlx5_core"
+_SECRET = re.compile(r"(?im)^(.*?\b(?:password|psk|pin|key|private|preshared)[\"']?\s*:[ \t]*)[^\s{\[].*$")
+
+
+class BadFile(Problem):
+    """A file of netplan's cannot be read."""
+
+    code = "netplan"
+
+
+@dataclass(frozen=True)
+class Device:
+    """An interface as a `match:` sees it."""
+
+    name: str
+    mac: str = ""
+    driver: str = ""
+
+
+@dataclass(frozen=True)
+class NetplanFile:
+    """One file that netplan reads. `said`: its `network` section, every scalar as the text that was written."""
+
+    path: str
+    content: bytes
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def ours_to_change(self) -> bool:
+        return self.path.startswith(OWN_FOLDER + "/")
+
+    @cached_property
+    def said(self) -> Mapping[str, Any]:
+        found = safe_yaml.load(self.content, only_text=True)
+        return _mapping(_mapping(found).get("network"))
+
+    def definitions(self) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+        """(kind, id, fields), such as ("ethernets", "eth0", {...})."""
+        for kind, group in self.said.items():
+            for name, fields in _mapping(group).items():
+                yield kind, name, _mapping(fields)
+
+    @property
+    def formerly_ours(self) -> frozenset[str]:
+        """The interfaces that sparkinstall wrote into this file; the cable may be in another port by now."""
+        if self.path != TARGET:
+            return frozenset()
+        lines = self.content.decode(errors="replace").splitlines()[:8]
+        return frozenset(word for line in lines if line.startswith(_OURS) for word in line[len(_OURS) :].split())
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def read_all(on: Reader) -> tuple[NetplanFile, ...]:
+    """The files that netplan reads, in its order: by name, whatever their folder.
+
+    Raises:
+        BadFile: one is no YAML, or has a key twice.
+    """
+    paths = {name: f"{folder}/{name}" for folder in _FOLDERS for name in on.names(folder) if name.endswith(".yaml")}
+    found = (NetplanFile(paths[name], on.read(paths[name]) or b"") for name in sorted(paths))
+    return tuple(_sound(each) for each in found)
+
+
+def _sound(file: NetplanFile) -> NetplanFile:
+    import yaml
+
+    try:
+        assert file.said is not None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        said = f"{getattr(error, 'problem', None) or error}".splitlines()[0]
+        raise BadFile(f"{file.path} is not YAML{where}: {said}", mend=f"mend it (`sudoedit {file.path}`)") from error
+    return file
+
+
+def _compose(content: bytes) -> "yaml.Node | None":
+    import yaml
+
+    found: yaml.Node | None = yaml.compose(content, Loader=yaml.CSafeLoader)
+    return found
+
+
+def _is_mapping(node: "yaml.Node | None") -> "TypeGuard[yaml.MappingNode]":
+    import yaml
+
+    return isinstance(node, yaml.MappingNode)
+
+
+def renderer(files: Iterable[NetplanFile]) -> str:
+    """What these files say that sets interfaces up; netplan's default is networkd."""
+    said = [each.said["renderer"] for each in files if isinstance(each.said.get("renderer"), str)]
+    return str(said[-1]) if said else "networkd"
+
+
+def devices(on: Reader, names: Iterable[str]) -> tuple[Device, ...]:
+    """The interfaces of this node and `names`; in a rehearsal the latter alone, as a Spark has them."""
+    there = on.names("/sys/class/net")
+    return tuple(_device(on, name) if name in there else Device(name, driver=_DRIVER) for name in {*there, *names})
+
+
+def _device(on: Reader, name: str) -> Device:
+    folder = f"/sys/class/net/{name}"
+    driver = on.entry(f"{folder}/device/driver")
+    mac = (on.read(f"{folder}/address") or b"").decode(errors="replace").strip()
+    return Device(name, mac, driver.target.rpartition("/")[2] if driver else "")
+
+
+def covers(name: str, fields: Mapping[str, Any], device: Device) -> bool:
+    """Whether the definition `name` configures `device`."""
+    match, network_manager = fields.get("match"), _mapping(fields.get("networkmanager"))
+    bound = _mapping(network_manager.get("passthrough")).get("connection.interface-name")
+    if device.name in (bound, fields.get("set-name")):
+        return True
+    if not isinstance(match, dict):
+        return name == device.name
+    if not match:
+        # A profile of NetworkManager's for any interface gives way to one that names its interface.
+        return not network_manager
+    return all(_matches(key, wanted, device) for key, wanted in match.items())
+
+
+def _matches(key: str, wanted: object, device: Device) -> bool:
+    patterns = [str(each) for each in wanted] if isinstance(wanted, list) else str(wanted).split()
+    has = {"name": device.name, "macaddress": device.mac, "driver": device.driver}.get(key, "")
+    return any(fnmatchcase(has.lower(), each.lower()) for each in patterns) if has else False
+
+
+def is_pattern(fields: Mapping[str, Any]) -> bool:
+    """Whether a definition can fit interfaces that are not there yet."""
+    match = fields.get("match")
+    if not isinstance(match, dict) or "macaddress" in match:
+        return False
+    return bool(set("*?[") & set(str(match.get("name", "*"))))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A definition that configures one of our interfaces. `others`: what else it configures, in words."""
+
+    file: NetplanFile
+    kind: str
+    id: str
+    others: str = ""
+
+
+def claims(files: Iterable[NetplanFile], ours: Sequence[str], there: Iterable[Device]) -> list[Claim]:
+    """Everything that configures the interfaces `ours`."""
+    known = tuple(there)
+    return [
+        Claim(file, kind, name, _others(name, fields, ours, known))
+        for file in files
+        for kind, name, fields in file.definitions()
+        if kind in ("ethernets", "nm-devices") and any(covers(name, fields, d) for d in known if d.name in ours)
+    ]
+
+
+def _others(name: str, fields: Mapping[str, Any], ours: Sequence[str], known: Sequence[Device]) -> str:
+    others = sorted(each.name for each in known if each.name not in ours and covers(name, fields, each))
+    if others:
+        return ", ".join(others)
+    # Beneath a folder no interfaces can be seen that a pattern would also fit.
+    return "whatever else fits its pattern" if is_pattern(fields) and len(known) == len(ours) else ""
+
+
+def made_of(files: Iterable[NetplanFile], names: Iterable[str]) -> Iterator[tuple[NetplanFile, str, str, str]]:
+    """Bonds, bridges, VLANs and the like that are made of one of `names`: (file, kind, id, the name)."""
+    wanted = set(names)
+    for file in files:
+        for kind, name, fields in file.definitions():
+            for part in _parts(fields):
+                if part in wanted:
+                    yield file, kind, name, part
+
+
+def _parts(fields: Mapping[str, Any]) -> Iterator[str]:
+    for key in _MADE_OF:
+        value = fields.get(key)
+        yield from (str(each) for each in (value if isinstance(value, list) else [value]) if each)
+
+
+def without(file: NetplanFile, dropped: Sequence[tuple[str, str]]) -> bytes | None:
+    """`file` with the definitions `dropped` (kind, id) taken out; None where nothing is left that says anything."""
+    import yaml
+
+    root = _compose(file.content)
+    network = _child(root, "network")
+    _drop(network, set(dropped))
+    if network is None or {str(key.value) for key, _ in network.value} <= {"version"}:
+        return None
+    names = ", ".join(name for _, name in dropped)
+    head = f"# Without {names}, which sparkinstall has taken over into {TARGET}; uninstall brings it back.\n"
+    return head.encode() + yaml.serialize(root, Dumper=yaml.CSafeDumper, encoding="utf-8", allow_unicode=True)
+
+
+def _child(node: "yaml.Node | None", key: str) -> "yaml.Node | None":
+    pairs = node.value if _is_mapping(node) else ()
+    return next((value for name, value in pairs if name.value == key), None)
+
+
+def _drop(network: "yaml.Node | None", dropped: set[tuple[str, str]]) -> None:
+    """Take definitions out, and a kind that has none left."""
+    if not _is_mapping(network):
+        return
+    for kind, group in network.value:
+        if _is_mapping(group):
+            group.value = [pair for pair in group.value if (kind.value, pair[0].value) not in dropped]
+    network.value = [(kind, group) for kind, group in network.value if not _is_mapping(group) or group.value]
+
+
+@dataclass(frozen=True)
+class Half:
+    """One half of the port as it should be."""
+
+    name: str
+    address: IPv4Interface
+
+
+def rendered(halves: Sequence[Half], mtu: int, by: str, former: NetplanFile | None, dropped: set[str]) -> bytes:
+    """Our file: `halves` set up by the renderer `by`, and what `former`, which stood there, says of others."""
+    rest = _rest(former, dropped) if former else None
+    parts = [_HEADER, _OURS, " ".join(each.name for each in halves), "\nnetwork:\n  version: 2\n"]
+    others = [
+        pair for pair in (rest.value if rest is not None else ()) if pair[0].value not in ("version", "ethernets")
+    ]
+    parts += [_indented([pair], 2) for pair in others if pair[0].value == "renderer"]
+    parts += ["  ethernets:\n", *(_half(each, mtu, by) for each in halves)]
+    ethernets = _child(rest, "ethernets")
+    parts += [_indented(ethernets.value, 4)] if ethernets is not None else []
+    parts += [_indented([pair], 2) for pair in others if pair[0].value != "renderer"]
+    return "".join(parts).encode()
+
+
+def _half(half: Half, mtu: int, by: str) -> str:
+    head = f"    {half.name}:\n      renderer: {by}\n{_WHY}" + (_KEEPS if by == "networkd" else "")
+    return (
+        f"{head}      dhcp4: no\n      dhcp6: no\n      link-local: []\n      mtu: {mtu}\n"
+        f"      addresses: [{half.address}]\n"
+    )
+
+
+def _rest(former: NetplanFile, dropped: set[str]) -> "yaml.MappingNode | None":
+    network = _child(_compose(former.content), "network")
+    _drop(network, {(kind, name) for kind in ("ethernets", "nm-devices") for name in dropped})
+    return network if _is_mapping(network) else None
+
+
+def _indented(pairs: "Sequence[tuple[yaml.Node, yaml.Node]]", by: int) -> str:
+    import yaml
+
+    if not pairs:
+        return ""
+    node = yaml.MappingNode("tag:yaml.org,2002:map", list(pairs), flow_style=False)
+    text = yaml.serialize(node, Dumper=yaml.CSafeDumper, encoding=None, allow_unicode=True)
+    return "".join(" " * by + line for line in str(text).splitlines(keepends=True))
+
+
+def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, bytes | None]) -> None:
+    """Let the real netplan read the files as they would be. In a rehearsal: where this machine has one.
+
+    Raises:
+        Problem: it refuses them; carries its own words.
+    """
+    content = {**{each.path: each.content for each in files}, **wanted}
+    with tempfile.TemporaryDirectory(prefix="sparkinstall-netplan-") as folder:
+        for path, text in content.items():
+            if text is not None:
+                there = Path(folder + path)
+                there.parent.mkdir(parents=True, exist_ok=True)
+                there.write_bytes(text)
+                there.chmod(0o600)
+        answer = on.query(PROGRAM, "generate", "--root-dir", folder)
+        if answer.ok or (answer.code == 127 and on.rehearsal):
+            return
+        said = [line for line in (answer.err or answer.out).replace(folder, "").splitlines() if _is_said(line)]
+    raise Problem(
+        "netplan refuses the files as they would be; nothing was changed",
+        why="\n".join(said),
+        mend="mend the file that it names (in /etc/netplan), then run the same command again",
+    )
+
+
+def _is_said(line: str) -> bool:
+    return bool(line.strip()) and "WARNING" not in line
+
+
+def shown(contents: Mapping[str, bytes | None]) -> str:
+    """Files one after the other, for a plan: Wi-Fi passwords and the like are hidden."""
+    text = "".join(
+        f"{path}:\n{each.decode(errors='replace').rstrip()}\n" for path, each in contents.items() if each is not None
+    )
+    return _SECRET.sub(r"\1[hidden]", text)

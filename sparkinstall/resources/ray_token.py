@@ -1,0 +1,111 @@
+"""The secret that all nodes of a cluster share. Its text appears in no argument, log, plan or error."""
+
+import os
+import re
+import secrets
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from sparkinstall.errors import BadUsage, Problem
+from sparkinstall.node import Node
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State
+from sparkinstall.system import Reader, Result, System
+
+MODE = 0o600
+_TOKEN = re.compile(rb"[!-~]{16,1024}")
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+_PATIENCE = 40.0
+
+
+@lru_cache(maxsize=4)
+def given(file: str) -> bytes:
+    """The token in the file that the option `--token-file` names; `-` is the standard input, read once.
+
+    Raises:
+        BadUsage: it cannot be read, or there is no token in it.
+    """
+    try:
+        token = (sys.stdin.buffer.read(4096) if file == "-" else Path(file).read_bytes()).strip()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", "") or "it cannot be"
+        raise BadUsage(
+            f"--token-file {file} cannot be read: {why}", mend="name the file, or - and pipe it in"
+        ) from error
+    if not _TOKEN.fullmatch(token):
+        raise BadUsage(
+            f"--token-file {file} holds no token: one line of 16 to 1024 printable characters without spaces",
+            mend="the head's token is in its file `ray-token` beneath the prefix",
+        )
+    return token
+
+
+@dataclass(frozen=True)
+class RayToken:
+    """The token is on this node and only its owner can read it. The head makes it; the workers are given it."""
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return f"token:{self.node.ray_token}"
+
+    def check(self, on: Reader) -> State:
+        path, entry = self.node.ray_token, on.entry(self.node.ray_token)
+        if entry and entry.kind != "file":
+            return Obstacle(f"{on.real(path)} is a {entry.kind}, where the token belongs", mend="move it away")
+        now = self._now(on)
+        if now is None or (self.node.token_file and now != given(self.node.token_file)):
+            return self._missing(on)
+        assert entry is not None, "what was read is there"
+        if entry.mode != MODE or entry.uid != os.geteuid():
+            return Drift(f"let nobody but {self.node.user} read {path} (its mode is {entry.mode:o})")
+        return Satisfied("0600")
+
+    def _now(self, on: Reader) -> bytes | None:
+        """The token that is there, if it can be one."""
+        found = (on.read(self.node.ray_token) or b"").strip()
+        return found if _TOKEN.fullmatch(found) else None
+
+    def _missing(self, on: Reader) -> State:
+        if self.node.token_file:
+            return Drift(f"take the token that --token-file names as {self.node.ray_token}")
+        if self.node.role == "head":
+            return Drift(f"make the token that all nodes share, {self.node.ray_token}")
+        if on.rehearsal:
+            return LeftToNode(f"the worker takes the token of the head, {self.node.config.cluster.head}")
+        return Drift(f"fetch the token of the head, {self.node.config.cluster.head}, over ssh")
+
+    def apply(self, on: System) -> None:
+        # A good one is never made anew: the other nodes have it too.
+        on.write(self.node.ray_token, self._wanted(on), MODE)
+
+    def _wanted(self, on: Reader) -> bytes:
+        if self.node.token_file:
+            return given(self.node.token_file)
+        return self._now(on) or self._new(on)
+
+    def _new(self, on: Reader) -> bytes:
+        if self.node.role == "head":
+            return secrets.token_hex(32).encode()
+        answer = on.query(*_SSH, self.node.config.cluster.head, f"cat {self.node.ray_token}", timeout=_PATIENCE)
+        token = answer.out.strip().encode()
+        if answer.ok and _TOKEN.fullmatch(token):
+            return token
+        raise self._not_had(answer)
+
+    def _not_had(self, answer: Result) -> Problem:
+        head = self.node.config.cluster.head
+        said = [line for line in answer.err.splitlines() if line.strip()][-1:]
+        why = "ssh ran past its time limit" if answer.code == 124 else "".join(said) or "the head's file holds no token"
+        return Problem(f"the token of the head, {head}, could not be fetched", why=why, mend=by_hand(self.node))
+
+
+def by_hand(node: Node) -> str:
+    """What a person types on a worker to give it the head's token."""
+    head = node.config.cluster.head
+    return (
+        "set up the head first, then type on this node: "
+        f"ssh {head} cat {node.ray_token} | sparkinstall multi-node --role worker --head {head} --token-file - --yes"
+    )

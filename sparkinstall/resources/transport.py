@@ -1,0 +1,74 @@
+"""How NCCL talks between nodes: RoCE where its devices are really there, sockets elsewhere."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparkinstall.node import Node
+from sparkinstall.probes import links
+from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
+from sparkinstall.resources.findings import as_text, record, recorded
+from sparkinstall.system import Reader, System
+
+
+@dataclass(frozen=True)
+class Transport:
+    """The decision, written down: a cable that is out for a moment must not turn RoCE into sockets."""
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return "transport"
+
+    def check(self, on: Reader) -> State:
+        wanted, before = self._decide(on), recorded(on, decision_path(self.node))
+        if not isinstance(wanted, dict):
+            return wanted
+        if before == wanted or self._stays(before, wanted):
+            return Satisfied(f"{before['transport']}: {before['why']}")
+        return Drift(f"NCCL talks over {_NAMES[wanted['transport']]}", as_text(before), as_text(wanted))
+
+    def _decide(self, on: Reader) -> dict[str, Any] | Unknown | Obstacle:
+        asked, port = self.node.config.network.transport, links.used_port(on, self.node)
+        if asked == "socket":
+            return _decision(port, "socket", "network.transport says so")
+        if on.rehearsal:
+            return _decision(port, "socket", "a rehearsal has no RoCE devices; the node itself decides")
+        if not _has_address(on, port, self.node.address):
+            return Unknown("network")
+        why_not = links.roce_ready(on, port)
+        if not why_not:
+            return _decision(port, "roce", "both halves of the port have an RDMA device with an address")
+        if asked == "roce":
+            return Obstacle(f"RoCE was asked for, but {why_not}", mend=_SOCKETS)
+        return _decision(port, "socket", why_not)
+
+    def _stays(self, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+        auto = self.node.config.network.transport == "auto"
+        same_port = before.get("interface") == wanted["interface"]
+        return auto and same_port and before.get("transport") == "roce"
+
+    def apply(self, on: System) -> None:
+        decision = self._decide(on)
+        assert isinstance(decision, dict), "the engine applies only what can be told"
+        record(on, decision_path(self.node), decision)
+
+
+_SOCKETS = "sockets work everywhere: --set network.transport=socket"
+_NAMES = {"roce": "RoCE", "socket": "sockets"}
+
+
+def decision_path(node: Node) -> str:
+    """Where the decision is kept (a node path)."""
+    return f"{node.prefix}/transport.json"
+
+
+def _decision(port: links.Port, transport: str, why: str) -> dict[str, Any]:
+    hcas = [each.hca for each in port.twins if each.hca]
+    return {"transport": transport, "why": why, "interface": port.twins[0].name, "hcas": hcas}
+
+
+def _has_address(on: Reader, port: links.Port, address: str) -> bool:
+    known = links.addresses(on)
+    return any(each.split("/")[0] == address for each in known.get(port.twins[0].name, ()))

@@ -1,0 +1,39 @@
+"""Ray, NCCL and the API, which Linux would serve on every interface, on the QSFP link alone."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from sparkinstall.node import Node
+from sparkinstall.probes.firewalls import NFT
+from sparkinstall.resources import Resource
+from sparkinstall.resources.firewall import UNIT, LiveTable, Part, RulesFile, rules_path
+from sparkinstall.resources.units import FOLDER, Service, UnitFile
+from sparkinstall.steps import Step
+from sparkinstall.system import Reader
+
+
+class Firewall(Step):
+    """The rules prove themselves in the kernel before a unit loads them at every boot."""
+
+    name = "firewall"
+    why = "Ray, NCCL and the API only on the QSFP link"
+    needs = ("packages", "network")
+
+    def wanted(self, node: Node) -> bool:
+        return node.filtered
+
+    def resources(self, node: Node) -> Iterable[Resource]:
+        unit = f"{FOLDER}/{UNIT}"
+        yield RulesFile(node)
+        yield Part(
+            node, UnitFile(unit, f"{UNIT}.j2", partial(_values, node), noted_in=f"{node.prefix}/firewall-unit.json")
+        )
+        yield Part(node, LiveTable(node))
+        inputs = (rules_path(node), unit)
+        yield Part(node, Service(UNIT, lambda _: inputs, noted_in=f"{node.prefix}/firewall.json"))
+
+
+def _values(node: Node, on: Reader) -> Mapping[str, Any]:
+    del on
+    return {"rules": rules_path(node), "nft": NFT}

@@ -1,0 +1,26 @@
+"""Fix 2: addresses and MTU 9000 on both halves of the QSFP port."""
+
+from collections.abc import Iterable
+
+from sparkinstall.node import Node
+from sparkinstall.probes import Probe, network
+from sparkinstall.resources import Resource
+from sparkinstall.resources.netplan import LiveLink, Netplan
+from sparkinstall.steps import Step
+
+
+class Network(Step):
+    name = "network"
+    why = "addresses and MTU 9000 on the QSFP link"
+    needs = ("packages",)
+
+    def wanted(self, node: Node) -> bool:
+        return node.several
+
+    def resources(self, node: Node) -> Iterable[Resource]:
+        if node.config.network.manage:
+            yield Netplan(node)
+            yield LiveLink(node)
+
+    def probes(self, node: Node) -> Iterable[Probe]:
+        return network.probes(node)

@@ -1,0 +1,131 @@
+"""Fixes 3 and 7 for Ray: started by systemd, at the QSFP address, with every variable set before."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from sparkinstall.node import Node
+from sparkinstall.probes import Probe
+from sparkinstall.probes import ray as probe
+from sparkinstall.resources import Resource, ray_ports, units
+from sparkinstall.resources.ray_token import RayToken, by_hand
+from sparkinstall.resources.rendered import Rendered
+from sparkinstall.resources.units import Cause, Service, UnitFile
+from sparkinstall.steps import Step
+from sparkinstall.steps.env_files import roce_gid
+from sparkinstall.system import Reader
+
+# Seconds: for the address to appear, for the head to answer, for this node to have joined.
+_ADDRESS, _HEAD, _JOINED = 60, 120, 90
+# Bytes. Ray would take 30 % of a memory that the model needs; vLLM passes little through it.
+_OBJECT_STORE = 2 * 2**30
+
+
+class Ray(Step):
+    name = "ray"
+    why = "Ray on the QSFP link, as a service"
+    needs = ("env-files", "firewall")
+
+    def wanted(self, node: Node) -> bool:
+        return node.several and node.config.cluster.executor == "ray"
+
+    def resources(self, node: Node) -> Iterable[Resource]:
+        yield RayToken(node)
+        yield before_start(node)
+        yield Rendered(probe.ray_nodes(node), "ray-nodes.py.j2", lambda _: {})
+        path = f"{units.FOLDER}/{probe.unit(node)}"
+        yield UnitFile(path, "ray.service.j2", partial(_values, node), noted_in=rendered(node))
+        depends = (path, node.env_file, node.ray_token, environment_stamp(node), *scripts(node))
+        yield Service(probe.unit(node), lambda _: depends, started(node, probe.unit(node)), causes(node))
+
+    def probes(self, node: Node) -> Iterable[Probe]:
+        return probe.probes(node)
+
+
+def before_start(node: Node) -> Rendered:
+    """The script that sees to it that a service does not start before its address is there."""
+    path = f"{probe.services(node)}/before-start"
+    return Rendered(path, "before-start.sh.j2", partial(_before_start, node), mode=0o755)
+
+
+def _before_start(node: Node, on: Reader) -> Mapping[str, Any]:
+    from shlex import quote
+
+    return {"patience": _ADDRESS, "roce_gid": quote(on.real(roce_gid(node)))}
+
+
+def scripts(node: Node) -> tuple[str, ...]:
+    """What a service of several nodes is started with (node paths)."""
+    return (before_start(node).path, probe.ray_nodes(node))
+
+
+def rendered(node: Node) -> str:
+    """Where is kept what the units were made from: /etc is no place for it."""
+    return f"{probe.services(node)}/units.json"
+
+
+def started(node: Node, unit: str) -> str:
+    """Where are kept the inputs of a service at its last start."""
+    return f"{probe.services(node)}/{unit}.json"
+
+
+def environment_stamp(node: Node) -> str:
+    """Which environment there is: written last when it is made."""
+    return f"{node.venv}/sparkinstall.json"
+
+
+def _values(node: Node, on: Reader) -> Mapping[str, Any]:
+    cluster = node.config.cluster
+    return {
+        "role": node.role,
+        "name": probe.unit(node).removesuffix(".service"),
+        "user": units.setting(node.user),
+        "env_file": units.setting(on.real(node.env_file)),
+        "hub_offline": node.config.hub.offline,
+        "before_start": units.program(on.real(before_start(node).path)),
+        "python": units.program(on.real(f"{node.venv}/bin/python")),
+        "ray": units.program(on.real(f"{node.venv}/bin/ray")),
+        "ray_nodes": units.word(on.real(probe.ray_nodes(node))),
+        "head": cluster.head,
+        "ray_port": cluster.ray_port,
+        "object_store": _OBJECT_STORE,
+        "patience": {"head": _HEAD, "joined": _JOINED, "whole": _ADDRESS + _HEAD + _JOINED + 30},
+        "ports": {name: value for name, value in vars(ray_ports).items() if name.isupper()},
+    }
+
+
+def causes(node: Node) -> tuple[Cause, ...]:
+    """What Ray and our scripts say when they do not start, and what to do about it."""
+    worker = node.role == "worker"
+    return (
+        Cause(
+            r"refuses the token|InvalidAuthToken|RAY_AUTH_TOKEN_PATH is set but|cannot be read$",
+            "the token of this node is not the same as the head's",
+            by_hand(node) if worker else "remove the token if it is damaged, then run `sparkinstall run ray`",
+        ),
+        Cause(
+            r"is on no interface",
+            "this node's address on the QSFP link is on no interface",
+            "see that the cable is in and run `sparkinstall run network`, or name the address with --address",
+        ),
+        Cause(
+            r"the head does not answer",
+            "the head does not answer",
+            "on the head: `systemctl status ray-head`, and `sparkinstall run ray`; then run this again",
+        ),
+        Cause(
+            r"is trying to use a port number|already running at|Address already in use",
+            "another program has one of Ray's ports: most likely a Ray that was started by hand",
+            "end that Ray with `ray stop`, or name another port with `cluster.ray_port`, then run this again",
+        ),
+        Cause(
+            r"No space left on device",
+            "the disk that holds /tmp is full: Ray keeps its logs and sockets there",
+            "free some space, then run this again",
+        ),
+        Cause(
+            r"has not joined the Ray",
+            "Ray runs, but this node is not one of its nodes",
+            "see that the firewall lets the QSFP link through, in both directions, then run this again",
+        ),
+    )

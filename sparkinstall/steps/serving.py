@@ -1,0 +1,141 @@
+"""vLLM as a service: the launches that its users know, one for each role."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from sparkinstall.node import Node, site_packages
+from sparkinstall.probes import Probe, serving
+from sparkinstall.probes import ray as ray_probe
+from sparkinstall.resources import Resource, units
+from sparkinstall.resources.rendered import Rendered
+from sparkinstall.resources.units import Cause, Service, UnitFile
+from sparkinstall.steps import Step
+from sparkinstall.steps import ray as ray_step
+from sparkinstall.steps.fp8 import cutlass_patch
+from sparkinstall.system import Reader
+
+_UNIT = f"{units.FOLDER}/{serving.UNIT}"
+# Seconds in which the other nodes must have joined Ray before vLLM is started; vLLM itself waits as long.
+_JOINED = 1800
+# What each node must keep for itself: vLLM (since 0.18) hands its own NCCL_* and UCX_* to every worker on Ray,
+# and the other node's interfaces, devices and GID may have other names.
+OWN_TO_EACH_NODE = (
+    *("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "NCCL_IB_DISABLE", "UCX_NET_DEVICES"),
+    "VLLM_CONFIG_ROOT",
+)
+
+
+class Serving(Step):
+    name = "serving"
+    why = "vLLM as a service"
+    needs = ("env-files", "ray")
+
+    def wanted(self, node: Node) -> bool:
+        return node.config.serving.model is not None
+
+    def resources(self, node: Node) -> Iterable[Resource]:
+        if not _runs_here(node):
+            return
+        depends = [_UNIT, node.env_file, ray_step.environment_stamp(node), f"{node.nccl_folder}/build.json"]
+        if node.several:
+            yield ray_step.before_start(node)
+            depends.append(ray_step.before_start(node).path)
+        if _with_ray(node):
+            own = f"{_config_root(node)}/ray_non_carry_over_env_vars.json"
+            yield Rendered(own, "ray-non-carry-over.json.j2", lambda _: {"names": list(OWN_TO_EACH_NODE)})
+            depends += [own, ray_probe.ray_nodes(node)]
+        yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node), noted_in=ray_step.rendered(node))
+        noted = ray_step.started(node, serving.UNIT)
+        yield Service(serving.UNIT, partial(_inputs, node, tuple(depends)), noted, _CAUSES)
+
+    def probes(self, node: Node) -> Iterable[Probe]:
+        return serving.probes(node)
+
+
+def _runs_here(node: Node) -> bool:
+    """On a worker with Ray vLLM is started by the head, through Ray."""
+    return node.role != "worker" or node.config.cluster.executor == "mp"
+
+
+def _with_ray(node: Node) -> bool:
+    return node.role == "head" and node.config.cluster.executor == "ray"
+
+
+def _config_root(node: Node) -> str:
+    return f"{ray_probe.services(node)}/vllm"
+
+
+def _inputs(node: Node, depends: tuple[str, ...], on: Reader) -> Iterable[str]:
+    site = site_packages(node, on)
+    return (*depends, f"{site}/{cutlass_patch().target}") if site else depends
+
+
+def _values(node: Node, on: Reader) -> Mapping[str, Any]:
+    return {
+        "user": units.setting(node.user),
+        "env_file": units.setting(on.real(node.env_file)),
+        "hub_offline": node.config.hub.offline,
+        "several": node.several,
+        "with_ray": _with_ray(node),
+        "environment": [units.assignment("VLLM_CONFIG_ROOT", on.real(_config_root(node)))] if _with_ray(node) else [],
+        "before_start": units.program(on.real(ray_step.before_start(node).path)),
+        "command": _command(node, on),
+    }
+
+
+def _command(node: Node, on: Reader) -> list[str]:
+    """The words of `ExecStart=`, ready to stand there."""
+    vllm = [on.real(f"{node.venv}/bin/vllm"), "serve", str(node.config.serving.model)]
+    if _with_ray(node):
+        # Not as a step before the start: that would hold up whoever starts it until the workers have come.
+        python, asks = on.real(f"{node.venv}/bin/python"), on.real(ray_probe.ray_nodes(node))
+        wait = [python, asks, ray_probe.head(node), str(_JOINED), "--count", str(len(node.members)), "--"]
+        vllm = [*wait, *vllm]
+    first, *rest = [*vllm, *arguments(node)]
+    return [units.program(first), *map(units.word, rest)]
+
+
+def arguments(node: Node) -> list[str]:
+    """What `vllm serve MODEL` is given on this node; those of `serving.arguments` come last, and so win.
+
+    `--trust-remote-code`, which the field's launches carry, runs code that comes with a model: it is for
+    `serving.arguments` to say. So are the parsers, which depend on the model.
+    """
+    return [*_api(node), *_share(node), *_limits(node), *node.config.serving.arguments]
+
+
+def _api(node: Node) -> list[str]:
+    if node.role == "worker":
+        return ["--headless"]
+    host = "0.0.0.0" if node.config.serving.allow else "127.0.0.1"
+    return ["--host", host, "--port", str(node.config.serving.port)]
+
+
+def _share(node: Node) -> list[str]:
+    """How the model is spread over the nodes: one GPU each."""
+    cluster, nodes = node.config.cluster, str(len(node.members))
+    if not node.several:
+        return []
+    words = ["--tensor-parallel-size", nodes, "--distributed-executor-backend", cluster.executor]
+    if cluster.executor == "mp":
+        words += ["--nnodes", nodes, "--node-rank", str(node.rank)]
+        words += ["--master-addr", cluster.head, "--master-port", str(cluster.master_port)]
+    return words
+
+
+def _limits(node: Node) -> list[str]:
+    settings = node.config.serving
+    memory = settings.memory or ("0.80" if node.several else "0.85")
+    length = settings.max_model_len or (16384 if node.several else 32768)
+    words = ["--gpu-memory-utilization", memory, "--max-model-len", str(length)]
+    return [*words, "--enforce-eager", "--enable-prefix-caching"]
+
+
+_CAUSES = (
+    Cause(
+        r"is on no interface",
+        "this node's address on the QSFP link is on no interface",
+        "see that the cable is in and run `sparkinstall run network`, or name the address with --address",
+    ),
+)

@@ -1,0 +1,332 @@
+"""`cluster`: who is what, in which order, what goes where, and what is said when a node fails."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparkinstall.config import Config
+from sparkinstall.errors import BadUsage, Blocked
+from sparkinstall.plans import catalogue, sameness
+from sparkinstall.plans.cluster import PHASES, members
+from sparkinstall.system.ssh import explained
+from tests.support.far_nodes import STEPS, VERSIONS, FarNodes, copied, look, problem, step
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return copied(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
+    nodes = FarNodes(tmp_path, *checkout)
+    nodes.add("spark-1")
+    nodes.add("spark-2")
+    return nodes
+
+
+def _verbs(far: FarNodes) -> list[tuple[str, str, str]]:
+    return [(call["host"], call["verb"], "+".join(call["only"])) for call in far.calls]
+
+
+# --- who is what
+
+
+def test_the_first_host_is_the_head_and_addresses_are_counted_on() -> None:
+    found = members(["a", "b", "me@c", "d"], Config())
+    assert [(m.host, m.role, m.rank, m.address) for m in found] == [
+        ("a", "head", 0, "192.168.100.10"),
+        ("b", "worker", 1, "192.168.100.11"),
+        ("me@c", "worker", 2, "192.168.100.12"),
+        ("d", "worker", 3, "192.168.100.13"),
+    ]
+    assert members(["a"], Config())[0].role == "single"
+
+
+@pytest.mark.parametrize("hosts", [["a", "b", "a"], ["-oProxyCommand=x", "b"], ["a b", "c"], ["a", ""], ["a\n", "b"]])
+def test_what_cannot_be_a_host_is_refused(hosts: list[str]) -> None:
+    with pytest.raises(BadUsage):
+        members(hosts, Config())
+
+
+def test_a_subnet_ends_somewhere() -> None:
+    with pytest.raises(BadUsage, match="no more addresses"):
+        members([f"n{n}" for n in range(300)], Config())
+
+
+def test_every_step_is_in_one_phase_of_every_node_that_can_have_it() -> None:
+    for whom in ("head", "workers"):
+        steps = [name for phase in PHASES if phase.whom in ("all", whom) for name in phase.steps]
+        assert len(steps) == len(set(steps))
+        assert {each.name for each in catalogue.STEPS} <= set(steps)
+
+
+# --- phases and barriers
+
+
+def test_all_phases_in_their_order_with_a_barrier_after_each(far: FarNodes) -> None:
+    far.answer("spark-2", slow=0.3)
+    code, said, log = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 0, said["errors"]
+    after = 0.0
+    for phase in (
+        {("spark-1", "look", ""), ("spark-2", "look", "")},
+        {("spark-1", "multi-node", "packages"), ("spark-2", "multi-node", "packages")},
+        {("spark-1", "multi-node", "network+firewall"), ("spark-2", "multi-node", "network+firewall")},
+        {("spark-1", "reach", ""), ("spark-2", "reach", "")},
+        {("spark-1", "confirm", ""), ("spark-2", "confirm", "")},
+        {(f"spark-{n}", "multi-node", "environment+nccl+nccl-fit+fp8") for n in (1, 2)},
+    ):
+        calls = [c for c in far.calls if (c["host"], c["verb"], "+".join(c["only"])) in phase and c["began"] > after]
+        calls = calls[: len(phase)]
+        assert {(c["host"], c["verb"], "+".join(c["only"])) for c in calls} == phase
+        assert min(c["began"] for c in calls) > after
+        after = max(c["ended"] for c in calls)
+    services = "env-files+ray+serving"
+    assert _verbs(far)[-5:-2] == [
+        ("spark-1", "multi-node", services),
+        ("spark-1", "token", ""),
+        ("spark-2", "multi-node", services),
+    ]
+    assert set(_verbs(far)[-2:]) == {("spark-1", "verify", ""), ("spark-2", "verify", "")}
+    assert "spark-2 │ network: done" in log
+    assert [node["role"] for node in said["data"]["nodes"]] == ["head", "worker"]
+
+
+def test_what_is_said_to_a_node_goes_through_stdin(far: FarNodes) -> None:
+    code, _, log = far.cluster("spark-1", "spark-2", "--yes", "--set", "serving.arguments=[--api-key, s3cret-key]")
+    assert code == 0
+    assert all(call["process"] == ["node", "attend"] for call in far.calls)
+    worker = [call for call in far.calls if call["host"] == "spark-2" and "ray" in call["only"]]
+    assert [call["stdin"] for call in worker] == ["t0ken-of-the-head"]
+    assert worker[0]["argv"][:3] == ["multi-node", "--role", "worker"]
+    assert "--token-file" in worker[0]["argv"]
+    assert 'cluster.workers=["192.168.100.11"]' in worker[0]["argv"]
+    assert "cluster.address=192.168.100.11" in worker[0]["argv"]
+    assert 'serving.arguments=["--api-key", "s3cret-key"]' in worker[0]["argv"]
+    assert "t0ken" not in log
+
+
+def test_the_network_is_confirmed_over_a_new_connection_alone(far: FarNodes) -> None:
+    far.cluster("spark-1", "spark-2", "--yes")
+    assert sorted(trip for trip in far.trips if trip.endswith("anew")) == ["spark-1 anew", "spark-2 anew"]
+    network = [call for call in far.calls if "network" in call["only"]]
+    assert all("--leave-armed" in call["argv"] for call in network)
+    (reach,) = [call for call in far.calls if call["verb"] == "reach" and call["host"] == "spark-1"]
+    assert reach["argv"][2] == "192.168.100.11"
+
+
+def test_a_network_that_cannot_be_reached_is_not_confirmed(far: FarNodes) -> None:
+    far.answer("spark-2", reach=[1, {}, [problem("192.168.100.10 does not answer over the link")]])
+    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 5
+    assert not [call for call in far.calls if call["verb"] == "confirm"]
+    assert said["errors"][0]["what"] == "spark-2: 192.168.100.10 does not answer over the link"
+
+
+def test_a_converged_cluster_is_asked_twice_and_not_touched(far: FarNodes) -> None:
+    for host in ("spark-1", "spark-2"):
+        far.answer(host, look=look("unchanged"))
+    code, said, _ = far.cluster("spark-1", "spark-2")
+    assert code == 0
+    assert {call["verb"] for call in far.calls} == {"look", "verify"}
+    assert [node["ssh_trips"] for node in said["data"]["nodes"]] == [2, 2]
+
+
+def test_a_network_left_unconfirmed_by_a_killed_run_is_confirmed(far: FarNodes) -> None:
+    far.answer("spark-1", look=look("unchanged"))
+    far.answer("spark-2", look=look("unchanged", armed=True), multi_node=[0, {"changed": False}, []])
+    code, _, _ = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 0
+    assert ("spark-2", "confirm", "") in _verbs(far)
+
+
+def test_another_token_on_a_worker_is_replaced(far: FarNodes) -> None:
+    far.answer("spark-1", look=look("unchanged"))
+    far.answer("spark-2", look=look("unchanged", token="other"))
+    assert far.cluster("spark-1", "spark-2", "--yes")[0] == 0
+    assert ("spark-2", "multi-node", "env-files+ray+serving") in _verbs(far)
+    assert ("spark-1", "multi-node", "env-files+ray+serving") not in _verbs(far)
+
+
+def test_one_node_failing_stops_the_next_barrier_and_hides_nothing(far: FarNodes) -> None:
+    far.answer("spark-1", multi_node__packages=[1, {}, [problem("apt could not install git")]])
+    code, said, log = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 5
+    assert said["status"] == "some-nodes"
+    assert ("spark-2", "multi-node", "packages") in _verbs(far)
+    assert not [call for call in far.calls if "network" in call["only"]]
+    first, second = said["data"]["nodes"]
+    assert [p["outcome"] for p in first["phases"]] == ["unchanged", "failed"]
+    assert [p["outcome"] for p in second["phases"]] == ["unchanged", "changed"]
+    assert said["errors"] == [{**problem("spark-1: apt could not install git"), "log": "spark-1:/l"}]
+    assert "spark-1 │ packages: failed: apt could not install git" in log
+
+
+def test_a_check_that_fails_on_one_node_stops_all(far: FarNodes) -> None:
+    sudo = {
+        "name": "sudo",
+        "verdict": "fail",
+        "found": "sudo asks for a password",
+        "mend": "x",
+        "title": "",
+        "seconds": 0,
+    }
+    far.answer("spark-2", look=look(preflight=[sudo]))
+    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 5
+    assert {call["verb"] for call in far.calls} == {"look"}
+    assert said["errors"][0]["code"] == "preflight"
+    assert "NOPASSWD" in said["errors"][0]["mend"]
+    assert far.cluster("spark-1", "spark-2", "--yes", "--ignore", "sudo")[0] == 0
+
+
+def test_an_obstacle_is_said_before_anything_is_begun(far: FarNodes) -> None:
+    taken = step("network")
+    taken["resources"] = [
+        {"key": "n", "state": "obstacle", "changed": False, "what": "eth0 is the LAN", "mend": "name it"}
+    ]
+    far.answer("spark-2", look=look(steps=[step("packages"), taken]))
+    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 5
+    assert said["errors"][0]["what"] == "spark-2: network: eth0 is the LAN"
+    assert {call["verb"] for call in far.calls} == {"look"}
+
+
+def test_a_node_that_is_off_is_named_and_the_others_are_asked(far: FarNodes) -> None:
+    (far.lab / "spark-1/ssh-says").write_text("ssh: connect to host spark-1 port 22: No route to host\n")
+    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 5
+    assert said["errors"][0]["code"] == "unreachable"
+    assert said["errors"][0]["what"] == "spark-1 does not answer"
+    assert _verbs(far) == [("spark-2", "look", "")]
+
+
+def test_versions_that_differ_stop_before_the_head_starts(far: FarNodes) -> None:
+    far.answer("spark-2", look=look(versions={**VERSIONS, "vllm": "0.22.1"}))
+    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 5
+    assert "spark-1 and spark-2" in said["errors"][0]["what"]
+    assert "0.18.1 on spark-1, 0.22.1 on spark-2" in said["errors"][0]["why"]
+    assert not [call for call in far.calls if "ray" in call["only"]]
+
+
+def test_nodes_with_the_same_versions_pass() -> None:
+    sameness.require_same([("a", VERSIONS), ("b", dict(VERSIONS))])
+    with pytest.raises(Blocked, match="NCCL"):
+        sameness.require_same([("a", VERSIONS), ("b", {k: v for k, v in VERSIONS.items() if k != "nccl"})])
+
+
+def test_it_asks_before_it_begins(far: FarNodes) -> None:
+    code, said, _ = far.cluster("spark-1", "spark-2")
+    assert code == 2
+    assert "--yes" in said["errors"][0]["mend"]
+    assert {call["verb"] for call in far.calls} == {"look"}
+
+
+@pytest.mark.parametrize("words", [("plan",), (), ("spark-1", "spark-1"), ("spark-1", "--only", "netwrok")])
+def test_what_cannot_be_asked_is_usage(far: FarNodes, words: tuple[str, ...]) -> None:
+    assert far.cluster(*words)[0] == 2
+    assert not far.calls
+
+
+# --- the other verbs
+
+
+def test_plan_touches_nothing(far: FarNodes) -> None:
+    code, said, _ = far.cluster("plan", "spark-1", "spark-2")
+    assert code == 0
+    assert {call["verb"] for call in far.calls} == {"look"}
+    assert [each["step"] for each in said["data"]["nodes"][1]["steps"]] == list(STEPS)
+
+
+def test_uninstall_begins_with_the_workers_and_needs_no_tool(far: FarNodes) -> None:
+    far.add("bare")
+    (far.lab / "bare/.local/share/sparkinstall/tool/made-from").unlink()
+    back: list[Any] = [0, {"touches": []}, []]
+    for host in ("spark-1", "spark-2"):
+        far.answer(host, uninstall=back)
+    assert far.cluster("uninstall", "spark-1", "spark-2", "bare")[0] == 2
+    code, said, _ = far.cluster("uninstall", "spark-1", "spark-2", "bare", "--yes")
+    assert [call["host"] for call in far.calls] == ["spark-2", "spark-1"]
+    assert code == 0, said["errors"]
+
+
+# --- what ssh says
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ("ssh: Could not resolve hostname nix: Name or service not known", "could not be resolved"),
+        ("ssh: connect to host a port 22: Connection timed out", "does not answer"),
+        ("ssh: connect to host a port 22: Connection refused", "nothing answers ssh"),
+        ("spark@a: Permission denied (publickey).", "does not let you in"),
+        ("No ED25519 host key is known for a and you have requested strict checking.\nHost key verification failed.",
+         "not known here yet"),
+        ("Timeout, server a not responding.", "was lost"),
+        ("Connection to a closed by remote host.", "was lost"),
+        ("client_loop: send disconnect: Broken pipe", "was lost"),
+        ("Permission denied: that is the far program\na\nb\nc\nConnection to a closed by remote host.", "was lost"),
+    ],
+)  # fmt: skip
+def test_what_ssh_says_is_told_in_words(said: str, words: str) -> None:
+    told = explained("me@a", said)
+    assert words in told.what
+    assert told.mend
+
+
+def test_a_changed_host_key_is_explained_and_checking_stays_on() -> None:
+    said = (
+        "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n"
+        "Offending ED25519 key in /home/me/.ssh/known_hosts:7\nHost key verification failed."
+    )
+    told = explained("me@spark-1", said)
+    assert "known_hosts:7" in told.why
+    assert "ssh-keygen -R spark-1" in told.mend
+    assert "StrictHostKeyChecking" not in told.mend
+
+
+# --- the tool on its way
+
+
+def test_the_digest_is_that_of_install_sh(checkout: tuple[Path, str]) -> None:
+    folder, digest = checkout
+    script = (folder / "install.sh").read_text().replace('main "$@"', f"HERE={folder}; digest_of_checkout")
+    done = subprocess.run(["sh"], input=script, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == digest
+
+
+@pytest.mark.network
+def test_the_tool_is_brought_to_a_node_that_has_none(far: FarNodes) -> None:
+    (far.lab / "fresh").mkdir()
+    code, said, log = far.cluster("plan", "fresh")
+    assert code == 0, said["errors"]
+    (node,) = said["data"]["nodes"]
+    assert (node["tool_brought"], node["ssh_trips"]) == (True, 3)
+    assert [each["step"] for each in node["steps"]][:2] == ["packages", "environment"]
+    assert "bringing sparkinstall" in log
+    code, said, _ = far.cluster("plan", "fresh")
+    assert said["data"]["nodes"][0]["ssh_trips"] == 1
+
+
+def test_a_far_run_ends_itself_when_nobody_listens_any_more(checkout: tuple[Path, str]) -> None:
+    argv = [sys.executable, "-m", "sparkinstall", "node", "attend"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, cwd=checkout[0]) as run:
+        assert run.stdin is not None
+        # An address that nobody has: it is pinged for half a minute.
+        asked = {"argv": ["node", "reach", "192.0.2.254", "192.0.2.253", "--json"], "stdin": ""}
+        run.stdin.write(json.dumps(asked).encode() + b"\n")
+        run.stdin.flush()
+        time.sleep(1.5)
+        assert run.poll() is None
+        closed = time.monotonic()
+        run.stdin.close()
+        assert run.wait(timeout=10) == 130
+        assert time.monotonic() - closed < 5

@@ -1,0 +1,95 @@
+"""A node as one of several: what its addresses may be, what its env files say, which GID its RDMA devices have."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sparkinstall.resources.rendered import render
+from tests.support.rehearsals import in_this_process, said, sparkinstall
+
+HEAD, WORKER = ("--role", "head"), ("--role", "worker")
+
+
+def plan_of(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """What `multi-node` says to these options before it does anything."""
+    return in_this_process("multi-node", "--root", root / "node", "--only", "packages", *args)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ((*WORKER, "--head", "10.1.2.3"), "192.168.100.11 is not in the head's subnet 10.1.2.0/24"),
+        ((*HEAD, "--head", "10.1.2.3", "--worker", "10.1.2.3"), "two nodes have the address 10.1.2.3"),
+        ((*HEAD, "--head", "10.1.2.0", "--worker", "10.1.2.3"), "is the subnet 10.1.2.0/24 itself"),
+        ((*HEAD, "--worker", "192.168.100.255"), "192.168.100.255 is the subnet"),
+        ((*HEAD, "--head", "192.168.101.10", "--worker", "192.168.101.11"), "both halves of the port"),
+        ((*WORKER, "--worker", "192.168.100.11", "--worker", "192.168.100.12"), "which of the workers"),
+        ((*WORKER, "--worker", "192.168.100.12", "--address", "192.168.100.13"), "is none of the workers"),
+        ((*HEAD, "--address", "192.168.100.13"), "the head's address is 192.168.100.10"),
+        ((*HEAD, "--head", "8.8.8.8"), "`cluster.head` must be a private IPv4 address"),
+        ((*HEAD, "--head", "spark-1"), "`cluster.head` must be an IPv4 address"),
+        ((*HEAD, "--interface", "a b"), "`network.interface` must be an interface name"),
+        ((*HEAD, "--set", "network.mtu=99999999"), "`network.mtu` must be a number from 1280 to 9978"),
+        ((*HEAD, "--set", "serving.allow=0.0.0.0/0"), "`serving.allow` must be a network and not the whole world"),
+        ((*HEAD, "--set", "serving.memory=1.5"), "`serving.memory` must be a number from 0.10 to 0.95"),
+    ],
+)
+def test_addresses_that_cannot_be_a_clusters_are_refused(
+    tmp_path: Path, options: tuple[str, ...], sentence: str
+) -> None:
+    answer = plan_of(tmp_path, *options)
+    assert answer.returncode == 2
+    assert sentence in " ".join(said(answer).split())
+    assert not (tmp_path / "node").exists()
+
+
+def test_the_role_is_asked_for() -> None:
+    answer = sparkinstall("multi-node")
+    assert answer.returncode == 2
+    assert "--role" in answer.stderr
+
+
+def gid_table(sys: Path, device: str, *entries: tuple[int, str, str]) -> None:
+    """An RDMA device's table as the kernel shows it."""
+    port = sys / device / "ports/1"
+    for index, value, kind in entries:
+        for folder, name, text in ((port / "gids", str(index), value), (port / "gid_attrs/types", str(index), kind)):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text + "\n")
+
+
+LOCAL = "fe80:0000:0000:0000:4cbb:47ff:fe2a:0001"
+MAPPED = "0000:0000:0000:0000:0000:ffff:c0a8:640a"
+TABLE = ((0, LOCAL, "IB/RoCE v1"), (1, LOCAL, "RoCE v2"), (2, MAPPED, "IB/RoCE v1"), (3, MAPPED, "RoCE v2"))
+MOVED = (*TABLE[:3], (5, MAPPED, "RoCE v2"), (10, MAPPED, "RoCE v2"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "answer"),
+    [
+        (TABLE, TABLE, "NCCL_IB_GID_INDEX=3\n"),
+        (MOVED, MOVED, "NCCL_IB_GID_INDEX=5\n"),
+        (TABLE, MOVED, ""),
+        (TABLE, TABLE[:2], ""),
+        (TABLE[:3], TABLE[:3], ""),
+    ],
+)
+def test_the_gid_is_read_at_each_start(
+    tmp_path: Path, first: tuple[tuple[int, str, str], ...], second: tuple[tuple[int, str, str], ...], answer: str
+) -> None:
+    gid_table(tmp_path / "sys", "rocep1s0f0", *first)
+    gid_table(tmp_path / "sys", "roceP2p1s0f0", *second)
+    script = tmp_path / "roce-gid"
+    script.write_bytes(render("roce-gid.sh.j2", {"stack": "0.18.1"}))
+    environment = {"PATH": "/usr/bin:/bin", "SYS": str(tmp_path / "sys"), "NCCL_IB_HCA": "rocep1s0f0,roceP2p1s0f0"}
+    run = subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == (answer, "")
+
+
+def test_a_device_that_is_gone_is_no_error(tmp_path: Path) -> None:
+    script = tmp_path / "roce-gid"
+    script.write_bytes(render("roce-gid.sh.j2", {"stack": "0.18.1"}))
+    environment = {"PATH": "/usr/bin:/bin", "SYS": str(tmp_path), "NCCL_IB_HCA": "rocep9s0f0"}
+    run = subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=True)
+    assert (run.stdout, run.stderr) == ("", "")

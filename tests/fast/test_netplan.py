@@ -1,0 +1,439 @@
+"""netplan's files: what configures the QSFP port is found, taken over and brought back; the real netplan judges."""
+
+import os
+import shutil
+import tempfile
+from ipaddress import IPv4Interface
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparkinstall.config import Layer, build
+from sparkinstall.errors import Problem
+from sparkinstall.events import silent
+from sparkinstall.node import Node
+from sparkinstall.plans.engine import converge
+from sparkinstall.plans.journaled import JournaledSystem
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.plans.uninstall import take_all_back
+from sparkinstall.probes import network
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, dead_man, netplan_files
+from sparkinstall.resources.netplan import LiveLink, Netplan, restoring, take_back
+from sparkinstall.stacks import load
+from sparkinstall.steps.network import Network
+from sparkinstall.system import Undo
+from sparkinstall.system.local import LocalReader, LocalSystem
+from tests.support.rehearsals import OLD, difference, files_with_times, tree
+
+pytestmark = pytest.mark.skipif(
+    shutil.which(netplan_files.PROGRAM) is None, reason="no netplan (apt-get install netplan.io)"
+)
+
+FIRST, SECOND = "enp1s0f0np0", "enP2p1s0f0np0"
+TARGET = "etc/netplan/40-cx7.yaml"
+LAN = "network: {version: 2, renderer: networkd, ethernets: {enP7s7: {dhcp4: true}}}\n"
+
+
+def node(**settings: object) -> Node:
+    """A head as the defaults have it, and `settings` with `__` for a dot."""
+    values = {"cluster.role": "head", **{name.replace("__", "."): value for name, value in settings.items()}}
+    config, _ = build([Layer("the test", values)])
+    here = Path("/nowhere")
+    return Node(config, load(config.stack), "aarch64", "aarch64", True, False, "/home/spark", here)
+
+
+class Rehearsed:
+    """A folder that stands for a node, with netplan files in it."""
+
+    def __init__(self, top: Path) -> None:
+        self.top, self.root = top, top / "node"
+        self.root.mkdir()
+        self.state = StateFolder(LocalSystem(str(self.root)))
+
+    def put(self, path: str, text: str, mode: int = 0o600) -> Path:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        file.chmod(mode)
+        return file
+
+    def check(self, of: Node | None = None) -> State:
+        return Netplan(of or node()).check(LocalReader(str(self.root)))
+
+    def make(self, of: Node | None = None) -> None:
+        with self.state.hold("all", silent):
+            log = self.top / "log"
+            (report,) = converge(
+                [Network()],
+                of or node(),
+                lambda step: JournaledSystem(self.state.system, self.state.journal(), step, log, silent),
+                silent,
+            )
+        if report.problem:
+            raise report.problem
+
+    def said(self, path: str = TARGET) -> dict[str, object]:
+        found: dict[str, object] = yaml.safe_load((self.root / path).read_text())["network"]
+        return found
+
+    def ethernets(self, path: str = TARGET) -> dict[str, dict[str, object]]:
+        found = self.said(path)["ethernets"]
+        assert isinstance(found, dict)
+        return found
+
+    def generated(self) -> set[str]:
+        """What netplan makes of the files, as the names of networkd's own."""
+        copy = self.top / "generated"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(self.root / "etc/netplan", copy / "etc/netplan")
+        answer = LocalReader().query(netplan_files.PROGRAM, "generate", "--root-dir", str(copy))
+        assert answer.ok, answer.err
+        return {path.name for path in copy.glob("run/systemd/network/*.network")}
+
+
+@pytest.fixture
+def rehearsed(tmp_path: Path) -> Rehearsed:
+    return Rehearsed(tmp_path)
+
+
+def test_both_halves_get_an_address_in_a_subnet_of_their_own(rehearsed: Rehearsed) -> None:
+    assert isinstance(rehearsed.check(), Drift)
+    rehearsed.make()
+    assert isinstance(rehearsed.check(), Satisfied)
+    one, other = rehearsed.ethernets()[FIRST], rehearsed.ethernets()[SECOND]
+    assert one["addresses"] == ["192.168.100.10/24"]
+    assert other["addresses"] == ["192.168.101.10/24"]
+    for each in (one, other):
+        wanted = {"mtu": 9000, "dhcp4": False, "dhcp6": False, "link-local": [], "renderer": "networkd"}
+        assert wanted.items() <= each.items()
+        assert each["optional"] is True
+    assert (rehearsed.root / TARGET).stat().st_mode & 0o777 == 0o600
+    assert rehearsed.generated() == {f"10-netplan-{name}.network" for name in (FIRST, SECOND)}
+
+
+def test_a_worker_of_a_small_subnet_keeps_its_host_part(rehearsed: Rehearsed) -> None:
+    worker = node(
+        cluster__role="worker",
+        cluster__head="10.1.2.65",
+        cluster__workers=["10.1.2.66", "10.1.2.67"],
+        cluster__address="10.1.2.67",
+        network__prefix_length=27,
+        network__twin_subnet="10.1.3.32",
+        network__mtu=4200,
+    )
+    rehearsed.make(worker)
+    assert rehearsed.ethernets()[FIRST]["addresses"] == ["10.1.2.67/27"]
+    assert rehearsed.ethernets()[SECOND]["addresses"] == ["10.1.3.35/27"]
+    assert rehearsed.ethernets()[FIRST]["mtu"] == 4200
+
+
+def test_it_is_only_for_several_nodes_and_where_it_is_wanted() -> None:
+    assert Network().wanted(node())
+    assert not Network().wanted(node(cluster__role="single"))
+    assert not Network().wanted(node(network__manage=False))
+
+
+def test_a_rehearsal_leaves_the_applying_to_the_node(rehearsed: Rehearsed) -> None:
+    state = LiveLink(node()).check(LocalReader(str(rehearsed.root)))
+    assert isinstance(state, LeftToNode)
+    assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in state.what
+    assert {each.look(LocalReader(str(rehearsed.root))).verdict for each in network.probes(node())} == {"skip"}
+
+
+def test_a_second_run_touches_nothing(rehearsed: Rehearsed) -> None:
+    rehearsed.put("etc/netplan/50-others.yaml", LAN)
+    rehearsed.make()
+    before = tree(rehearsed.root / "etc", files_with_times)
+    rehearsed.make()
+    assert tree(rehearsed.root / "etc", files_with_times) == before
+
+
+def test_a_loose_mode_is_mended(rehearsed: Rehearsed) -> None:
+    rehearsed.make()
+    (rehearsed.root / TARGET).chmod(0o644)
+    assert isinstance(rehearsed.check(), Drift)
+    rehearsed.make()
+    assert (rehearsed.root / TARGET).stat().st_mode & 0o777 == 0o600
+
+
+ELSEWHERE = {
+    "by name": f"ethernets: {{{FIRST}: {{dhcp4: true}}}}",
+    "both": f"ethernets: {{{FIRST}: {{addresses: [10.9.9.9/24]}}, {SECOND}: {{dhcp4: true}}}}",
+    "by match": f"ethernets: {{cx7: {{match: {{name: {FIRST}}}, dhcp4: true}}}}",
+    "by set-name": f"ethernets: {{x: {{match: {{macaddress: '02:00:00:00:00:01'}}, set-name: {SECOND}, mtu: 1500}}}}",
+    "by NetworkManager": (
+        "ethernets: {NM-14f59568-5076-387a-aef6-10adfcca2e26: {renderer: NetworkManager,"
+        f" match: {{name: {FIRST}}}, dhcp4: true, networkmanager: {{uuid: 14f59568-5076-387a-aef6-10adfcca2e26,"
+        " name: Wired connection 2}}}"
+    ),
+    "by NetworkManager's own words": (
+        "nm-devices: {NM-14f59568-5076-387a-aef6-10adfcca2e26: {renderer: NetworkManager, networkmanager:"
+        f" {{passthrough: {{connection.type: ethernet, connection.interface-name: {FIRST}}}}}}}}}"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE.values(), ids=ELSEWHERE)
+def test_a_file_that_is_only_of_our_port_goes_and_comes_back(rehearsed: Rehearsed, what: str) -> None:
+    theirs = rehearsed.put("etc/netplan/90-theirs.yaml", f"# mine\nnetwork: {{version: 2, {what}}}\n", 0o640)
+    os.utime(theirs, ns=(OLD, OLD))
+    before = tree(rehearsed.root, files_with_times)
+    state = rehearsed.check()
+    assert isinstance(state, Drift)
+    assert "90-theirs.yaml" in state.summary
+    assert "# mine" in state.before and "# mine" not in state.after
+    rehearsed.make()
+    assert not theirs.exists()
+    assert isinstance(rehearsed.check(), Satisfied)
+    take_all_back(rehearsed.state)
+    assert not (difference(before, tree(rehearsed.root, files_with_times)))
+
+
+def test_a_file_that_says_more_loses_only_our_port(rehearsed: Rehearsed) -> None:
+    theirs = rehearsed.put(
+        "etc/netplan/50-cloud-init.yaml",
+        "# kept by cloud-init\nnetwork:\n  version: 2\n  renderer: NetworkManager\n  ethernets:\n"
+        f"    enP7s7: {{dhcp4: yes, macaddress: 10:20:30:40:50:11}}\n    {FIRST}:\n      mtu: 1500\n"
+        "  wifis:\n    wlP9s9:\n      dhcp4: on\n      access-points:\n        home:\n"
+        "          password: not-to-be-shown\n",
+    )
+    before = tree(rehearsed.root, files_with_times)
+    state = rehearsed.check()
+    assert isinstance(state, Drift)
+    assert "not-to-be-shown" not in state.before + state.after
+    assert "wlP9s9" in state.after
+    rehearsed.make()
+    assert set(rehearsed.ethernets("etc/netplan/50-cloud-init.yaml")) == {"enP7s7"}
+    # As it was written: to YAML's older readers this number is not text.
+    assert "10:20:30:40:50:11" in theirs.read_text() and "password: not-to-be-shown" in theirs.read_text()
+    assert rehearsed.said("etc/netplan/50-cloud-init.yaml")["renderer"] == "NetworkManager"
+    assert rehearsed.ethernets()[FIRST]["renderer"] == "NetworkManager"
+    assert isinstance(rehearsed.check(), Satisfied)
+    take_all_back(rehearsed.state)
+    assert not (difference(before, tree(rehearsed.root, files_with_times)))
+
+
+def test_what_nvidias_file_says_of_the_other_port_stays(rehearsed: Rehearsed) -> None:
+    other = "enp1s0f1np1"
+    rehearsed.put(
+        TARGET,
+        "network:\n  version: 2\n  ethernets:\n"
+        f"    {FIRST}: {{link-local: [ ipv4 ]}}\n    {other}: {{link-local: [ ipv4 ]}}\n"
+        f"  bridges:\n    br0: {{interfaces: [{other}], dhcp4: no}}\n",
+    )
+    before = tree(rehearsed.root, files_with_times)
+    rehearsed.make()
+    assert rehearsed.ethernets()[other] == {"link-local": ["ipv4"]}
+    assert rehearsed.ethernets()[FIRST]["link-local"] == []
+    assert rehearsed.said()["bridges"] == {"br0": {"interfaces": [other], "dhcp4": False}}
+    assert isinstance(rehearsed.check(), Satisfied)
+    rehearsed.generated()
+    take_all_back(rehearsed.state)
+    assert not (difference(before, tree(rehearsed.root, files_with_times)))
+
+
+def test_a_cable_in_the_other_port_leaves_nothing_at_the_first(rehearsed: Rehearsed) -> None:
+    rehearsed.make()
+    moved = node(network__interface="enp1s0f1np1")
+    assert isinstance(rehearsed.check(moved), Drift)
+    rehearsed.make(moved)
+    assert set(rehearsed.ethernets()) == {"enp1s0f1np1", "enP2p1s0f1np1"}
+    assert isinstance(rehearsed.check(moved), Satisfied)
+
+
+def obstacle(state: State) -> str:
+    assert isinstance(state, Obstacle), state
+    assert state.mend
+    return state.what
+
+
+IN_THE_WAY = {
+    "pattern": ("ethernets: {all: {match: {name: 'en*'}, dhcp4: true}}", "`all` in"),
+    "driver": ("ethernets: {all: {match: {driver: mlx5_core}, dhcp4: true}}", "together with"),
+    "everything": ("ethernets: {all: {match: {}, dhcp4: true}}", "together with"),
+    "bond": (
+        f"ethernets: {{{FIRST}: {{}}, {SECOND}: {{}}}}, bonds: {{bond0: {{interfaces: [{FIRST}, {SECOND}]}}}}",
+        f"`bond0` (bonds) in /etc/netplan/50-theirs.yaml is made of {FIRST}",
+    ),
+    "bond of a name that matches": (
+        f"ethernets: {{one: {{match: {{name: {FIRST}}}}}}}, bonds: {{bond0: {{interfaces: [one]}}}}",
+        "is made of one",
+    ),
+    "bridge": (f"bridges: {{br0: {{interfaces: [{SECOND}]}}}}", "`br0`"),
+    "vlan": (f"vlans: {{v7: {{id: 7, link: {FIRST}}}}}", "`v7`"),
+    "address": ("ethernets: {enP7s7: {addresses: [192.168.101.10/16]}}", "192.168.101.10 is in use already"),
+    "address with a label": (
+        "ethernets: {enP7s7: {addresses: [{192.168.100.10/24: {label: x}}]}}",
+        "192.168.100.10 is in use already",
+    ),
+}
+
+
+@pytest.mark.parametrize(("what", "sentence"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+def test_what_cannot_be_taken_over_is_named(rehearsed: Rehearsed, what: str, sentence: str) -> None:
+    rehearsed.put("etc/netplan/50-theirs.yaml", f"network: {{version: 2, {what}}}\n")
+    said = obstacle(rehearsed.check())
+    assert sentence in said and "/etc/netplan/50-theirs.yaml" in said
+    with pytest.raises(Problem):
+        rehearsed.make()
+    assert not (rehearsed.root / TARGET).exists()
+
+
+@pytest.mark.parametrize("folder", ["lib", "run"])
+def test_a_file_that_would_come_back_is_not_touched(rehearsed: Rehearsed, folder: str) -> None:
+    rehearsed.put(f"{folder}/netplan/10-image.yaml", f"network: {{ethernets: {{{FIRST}: {{dhcp4: true}}}}}}\n")
+    assert f"/{folder}/netplan/10-image.yaml configures" in obstacle(rehearsed.check())
+    rehearsed.put("etc/netplan/10-image.yaml", "")
+    assert isinstance(rehearsed.check(), Drift)
+
+
+def test_a_profile_for_any_interface_gives_way(rehearsed: Rehearsed) -> None:
+    rehearsed.put(
+        "etc/netplan/90-NM-any.yaml",
+        "network: {version: 2, ethernets: {NM-any: {renderer: NetworkManager, match: {}, dhcp4: true, networkmanager:"
+        " {uuid: 14f59568-5076-387a-aef6-10adfcca2e26, name: any}}}}\n",
+    )
+    rehearsed.make()
+    assert (rehearsed.root / "etc/netplan/90-NM-any.yaml").exists()
+
+
+BAD = {
+    "no YAML": ("network: {version: 2\n", "is not YAML"),
+    "a tab": ("network:\n\tversion: 2\n", "is not YAML, line 2"),
+    "twice": (
+        f"network:\n  ethernets:\n    {FIRST}: {{}}\n    {FIRST}: {{}}\n",
+        f"line 4: the key `{FIRST}` stands twice",
+    ),
+    "a field twice": ("network: {ethernets: {a: {mtu: 1500, mtu: 9000}}}\n", "the key `mtu` stands twice"),
+    "too deep": ("[" * 500, "is not YAML"),
+    "bytes": ("\x00\x01", "is not YAML"),
+}
+
+
+@pytest.mark.parametrize(("text", "sentence"), BAD.values(), ids=BAD)
+def test_a_file_that_cannot_be_read_is_named(rehearsed: Rehearsed, text: str, sentence: str) -> None:
+    rehearsed.put("etc/netplan/50-theirs.yaml", text)
+    said = obstacle(rehearsed.check())
+    assert sentence in said and "/etc/netplan/50-theirs.yaml" in said
+
+
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "42\n", "network:\n", "network: [1]\n", "network: {ethernets: 7}\n"]
+)
+def test_a_file_of_another_shape_is_left_to_netplan(rehearsed: Rehearsed, text: str) -> None:
+    rehearsed.put("etc/netplan/50-theirs.yaml", text)
+    assert isinstance(rehearsed.check(), Drift)
+
+
+def test_netplan_itself_refuses_and_nothing_is_changed(rehearsed: Rehearsed) -> None:
+    rehearsed.put(
+        "etc/netplan/50-theirs.yaml", "network:\n  version: 2\n  ethernets:\n    eth9:\n      gatway4: 1.2.3.4\n"
+    )
+    before = tree(rehearsed.root / "etc")
+    with pytest.raises(Problem) as raised:
+        rehearsed.make()
+    assert "/etc/netplan/50-theirs.yaml:5:" in raised.value.why
+    assert "gatway4" in raised.value.why
+    assert "sparkinstall-netplan" not in raised.value.why
+    assert tree(rehearsed.root / "etc") == before
+
+
+def test_a_link_in_its_place_is_replaced_and_comes_back(rehearsed: Rehearsed) -> None:
+    rehearsed.put("etc/theirs.yaml", f"network: {{version: 2, ethernets: {{{FIRST}: {{mtu: 1500}}}}}}\n")
+    (rehearsed.root / "etc/netplan").mkdir()
+    (rehearsed.root / TARGET).symlink_to("../theirs.yaml")
+    before = tree(rehearsed.root, files_with_times)
+    rehearsed.make()
+    assert not (rehearsed.root / TARGET).is_symlink()
+    take_all_back(rehearsed.state)
+    assert not (difference(before, tree(rehearsed.root, files_with_times)))
+
+
+def test_what_was_changed_since_is_kept(rehearsed: Rehearsed) -> None:
+    rehearsed.make()
+    file = rehearsed.root / TARGET
+    file.write_text(file.read_text() + "# and mine\n")
+    kept = {each.subject: each.outcome for each in take_all_back(rehearsed.state)}
+    assert kept[f"/{TARGET}"] == "kept"
+
+
+def test_a_hidden_secret_is_hidden_however_it_is_written() -> None:
+    content = "password: one two\n- 'psk': \"three\"\n{auth: {password: four, x: y}}\nkeys:\n  private: five\n"
+    text = netplan_files.shown({"/etc/netplan/w.yaml": content.encode()})
+    assert not [word for word in ("one", "two", "three", "four", "five") if word in text]
+
+
+BEFORE = {
+    FIRST: {"mtu": 1500, "up": False, "addresses": []},
+    SECOND: {"mtu": 4200, "up": True, "addresses": ["10.1.1.1/8"]},
+}
+
+
+def test_what_interfaces_were_comes_back_in_order() -> None:
+    lines = restoring(
+        {
+            FIRST: {"mtu": 1500, "up": False, "addresses": []},
+            SECOND: {"mtu": 4200, "up": True, "addresses": ["10.1.1.1/8"]},
+        },
+        {FIRST: "192.168.100.10/24", SECOND: "10.1.1.1/8"},
+    ).splitlines()
+    assert lines[0] == "/usr/sbin/netplan apply"
+    assert [line.partition(" 2>")[0] for line in lines[1:]] == [
+        f"ip address del 192.168.100.10/24 dev {FIRST}",
+        f"ip link set dev {FIRST} mtu 1500",
+        f"ip link set dev {FIRST} down",
+        f"ip link set dev {SECOND} mtu 4200",
+        f"ip address replace 10.1.1.1/8 dev {SECOND}",
+    ]
+
+
+def test_taking_it_back_in_a_rehearsal_leaves_this_machine_alone(rehearsed: Rehearsed) -> None:
+    undo = Undo("netplan", "the QSFP link", {"lo": {"mtu": 1, "up": False, "addresses": []}}, {})
+    assert not take_back(rehearsed.state.system, [undo])
+
+
+WORDS = st.text("ab: #{[-'\"\\\n\té&*!|>%@", max_size=8)
+LEAVES = st.one_of(WORDS, st.booleans(), st.integers(-9, 9), st.none())
+FIELDS = st.dictionaries(st.sampled_from(["dhcp4", "routes", "x"]), st.one_of(LEAVES, st.lists(LEAVES)), max_size=3)
+OTHERS = st.dictionaries(WORDS.map(lambda word: "o" + word), FIELDS, max_size=3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(OTHERS, FIELDS, st.one_of(st.none(), OTHERS))
+def test_whatever_others_say_in_a_file_stays(others: dict[str, Any], ours: dict[str, Any], wifis: Any) -> None:
+    said = {"version": 2, "renderer": "networkd", "ethernets": {**others, FIRST: ours}, "wifis": wifis or {"w": {}}}
+    content = yaml.safe_dump({"network": said}, allow_unicode=True).encode()
+    kept = {**said, "ethernets": others} if others else {name: said[name] for name in ("version", "renderer", "wifis")}
+    elsewhere = netplan_files.without(netplan_files.NetplanFile("/etc/netplan/x.yaml", content), [("ethernets", FIRST)])
+    assert yaml.safe_load(elsewhere or b"") == {"network": kept}
+    former = netplan_files.NetplanFile(f"/{TARGET}", content)
+    half = netplan_files.Half(FIRST, IPv4Interface("192.168.100.10/24"))
+    joined = yaml.safe_load(netplan_files.rendered([half], 9000, "networkd", former, {FIRST}))["network"]
+    assert joined["ethernets"].pop(FIRST)["mtu"] == 9000
+    assert joined == {**kept, "ethernets": others}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.binary(max_size=80), st.sampled_from([b"", b"network:\n ethernets:\n  ", b"network: {ethernets: {a: {match: "])
+)
+def test_a_file_of_any_bytes_is_read_or_refused(tail: bytes, head: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        there = Path(folder, "etc/netplan")
+        there.mkdir(parents=True)
+        (there / "x.yaml").write_bytes(head + tail)
+        state = Netplan(node()).check(LocalReader(folder))
+    assert isinstance(state, Drift | Obstacle)
+
+
+def test_a_timer_is_armed_by_its_folder_alone(tmp_path: Path) -> None:
+    on = LocalReader(str(tmp_path))
+    assert not dead_man.armed(on)
+    (tmp_path / "run/sparkinstall-dead-man/network.confirmed").mkdir(parents=True)
+    assert not dead_man.armed(on)
+    (tmp_path / "run/sparkinstall-dead-man/network").mkdir()
+    assert dead_man.armed(on) and dead_man.armed(on, "network") and not dead_man.armed(on, "firewall")

@@ -1,0 +1,160 @@
+"""The token: made once, never shown, readable by its owner alone."""
+
+import io
+import os
+import stat
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sparkinstall.errors import BadUsage, Problem
+from sparkinstall.events import silent
+from sparkinstall.node import Node
+from sparkinstall.plans.journal import Journal
+from sparkinstall.plans.journaled import JournaledSystem
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.plans.uninstall import take_all_back
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied
+from sparkinstall.resources import ray_token as module
+from sparkinstall.resources.ray_token import RayToken, by_hand, given
+from sparkinstall.system.local import LocalSystem
+from tests.fast.test_units import node_of, system_of
+
+TOKEN = "0123456789abcdef-of-a-test"
+
+
+def with_file(node: Node, file: str) -> Node:
+    from dataclasses import replace
+
+    return replace(node, token_file=file)
+
+
+def token_at(root: Path) -> Path:
+    return root / "opt/sparkinstall/ray-token"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_remembered() -> None:
+    given.cache_clear()
+
+
+def test_the_head_makes_one_and_never_a_second(tmp_path: Path) -> None:
+    token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
+    assert isinstance(token.check(on), Drift)
+    token.apply(on)
+    assert isinstance(token.check(on), Satisfied)
+    made = token_at(tmp_path).read_text()
+    assert len(made) == 64
+    assert stat.S_IMODE(token_at(tmp_path).stat().st_mode) == 0o600
+    token.apply(on)
+    assert token_at(tmp_path).read_text() == made
+
+
+def test_it_is_in_no_state_journal_or_log(tmp_path: Path) -> None:
+    token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
+    state = token.check(on)
+    assert isinstance(state, Drift) and (state.before, state.after) == ("", "")
+    token.apply(on)
+    token_at(tmp_path).chmod(0o644)
+    said = repr(token.check(on))
+    token.apply(on)
+    made = token_at(tmp_path).read_text()
+    assert made not in said
+    for path in (tmp_path / "var").rglob("*"):
+        if path.is_file() and "originals" not in path.parts:
+            assert made not in path.read_text(), path
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o400])
+def test_one_that_others_can_read_is_closed_and_kept(mode: int, tmp_path: Path) -> None:
+    token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
+    token.apply(on)
+    made = token_at(tmp_path).read_text()
+    token_at(tmp_path).chmod(mode)
+    assert isinstance(token.check(on), Drift)
+    token.apply(on)
+    assert isinstance(token.check(on), Satisfied)
+    assert token_at(tmp_path).read_text() == made
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
+def test_one_that_belongs_to_somebody_else_is_taken_over(tmp_path: Path) -> None:
+    token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
+    token.apply(on)
+    os.chown(token_at(tmp_path), 12345, 12345)
+    assert isinstance(token.check(on), Drift)
+    token.apply(on)
+    assert isinstance(token.check(on), Satisfied)
+
+
+@pytest.mark.parametrize("rubbish", [b"", b"short", b"two words that are long enough", b"\x00" * 40])
+def test_rubbish_is_no_token(rubbish: bytes, tmp_path: Path) -> None:
+    token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
+    token_at(tmp_path).parent.mkdir(parents=True)
+    token_at(tmp_path).write_bytes(rubbish)
+    token_at(tmp_path).chmod(0o600)
+    assert isinstance(token.check(on), Drift)
+    file = tmp_path / "given"
+    file.write_bytes(rubbish)
+    with pytest.raises(BadUsage):
+        given(str(file))
+
+
+def test_a_folder_in_its_place_is_an_obstacle(tmp_path: Path) -> None:
+    token_at(tmp_path).mkdir(parents=True)
+    assert isinstance(RayToken(node_of(tmp_path, "head")).check(system_of(tmp_path)), Obstacle)
+
+
+def test_a_worker_takes_the_file_it_is_given_and_the_newer_one(tmp_path: Path) -> None:
+    file, on = tmp_path / "given", system_of(tmp_path)
+    for text in (TOKEN, TOKEN + "-two"):
+        file.write_text(text + "\n")
+        given.cache_clear()
+        token = RayToken(with_file(node_of(tmp_path, "worker"), str(file)))
+        assert isinstance(token.check(on), Drift)
+        token.apply(on)
+        assert isinstance(token.check(on), Satisfied)
+        assert token_at(tmp_path).read_text() == text
+    assert isinstance(RayToken(node_of(tmp_path, "worker")).check(on), Satisfied), "it need not be given again"
+
+
+def test_the_standard_input_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(TOKEN.encode() + b"\n")))
+    token, on = RayToken(with_file(node_of(tmp_path, "worker"), "-")), system_of(tmp_path)
+    assert isinstance(token.check(on), Drift)
+    token.apply(on)
+    assert isinstance(token.check(on), Satisfied)
+
+
+def test_a_file_that_is_not_there_is_said_in_words(tmp_path: Path) -> None:
+    with pytest.raises(BadUsage, match="cannot be read: No such file"):
+        given(str(tmp_path / "none"))
+
+
+def test_a_worker_in_a_rehearsal_leaves_it_to_the_node(tmp_path: Path) -> None:
+    assert isinstance(RayToken(node_of(tmp_path, "worker")).check(system_of(tmp_path)), LeftToNode)
+
+
+def test_a_worker_that_cannot_fetch_it_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An ssh that really fails, and quickly: the port is nobody's.
+    monkeypatch.setattr(module, "_SSH", ("ssh", "-o", "BatchMode=yes", "-p", "9"))
+    node = node_of(tmp_path, "worker", cluster__head="127.0.0.1", cluster__workers=["127.0.0.2"])
+    with pytest.raises(Problem) as caught:
+        RayToken(node).apply(system_of(tmp_path))
+    assert "127.0.0.1, could not be fetched" in caught.value.what
+    assert caught.value.why
+    assert "ssh 127.0.0.1 cat /opt/sparkinstall/ray-token | sparkinstall multi-node --role worker" in by_hand(node)
+    assert caught.value.mend == by_hand(node)
+
+
+def test_uninstall_removes_it(tmp_path: Path) -> None:
+    system = LocalSystem(str(tmp_path))
+    state = StateFolder(system)
+    state.home.mkdir(parents=True)
+    on = JournaledSystem(system, Journal(state.home, "run"), "ray", tmp_path / "log", silent)
+    RayToken(node_of(tmp_path, "head")).apply(on)
+    take_all_back(state)
+    assert not token_at(tmp_path).exists()
+    assert not (tmp_path / "opt").exists()

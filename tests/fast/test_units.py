@@ -1,0 +1,284 @@
+"""Units as systemd itself reads them: what is rendered, what is quoted, and what it would complain about."""
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparkinstall import stacks
+from sparkinstall.config import Config, Layer, build
+from sparkinstall.errors import Problem
+from sparkinstall.events import silent
+from sparkinstall.node import Node
+from sparkinstall.plans.journal import Journal
+from sparkinstall.plans.journaled import JournaledSystem
+from sparkinstall.probes import Finding, serving
+from sparkinstall.probes.ray import ray_nodes
+from sparkinstall.resources import LeftToNode, Satisfied, ray_ports, units
+from sparkinstall.resources.rendered import render
+from sparkinstall.resources.units import Cause, Service, UnitFile, complaints_of_systemd
+from sparkinstall.steps.ray import Ray
+from sparkinstall.steps.serving import Serving, arguments
+from sparkinstall.system.local import LocalReader, LocalSystem
+
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+
+
+def node_of(root: Path, role: str = "single", **settings: Any) -> Node:
+    """A node with these settings (dots as two underscores), rehearsed beneath `root`."""
+    values = {name.replace("__", "."): value for name, value in settings.items()}
+    config: Config = build([Layer("test", {"cluster.role": role, **values})])[0]
+    stack = stacks.load(config.stack)
+    return Node(config, stack, "x86_64", "x86_64", True, False, str(root), root / "cache")
+
+
+def system_of(root: Path) -> JournaledSystem:
+    home = root / "var/lib/sparkinstall"
+    home.mkdir(parents=True, exist_ok=True)
+    return JournaledSystem(LocalSystem(str(root)), Journal(home, "run"), "test", home / "log", silent)
+
+
+def unit_of(node: Node, step: Ray | Serving, on: LocalReader) -> tuple[UnitFile, str]:
+    """The step's unit file, and its text."""
+    (unit,) = [each for each in step.resources(node) if isinstance(each, UnitFile)]
+    values = unit.values(on)
+    assert isinstance(values, Mapping)
+    return unit, render(unit.template, {**values, "path": unit.path}).decode()
+
+
+CASES: tuple[tuple[str, Ray | Serving, dict[str, Any]], ...] = (
+    ("head", Ray(), {}),
+    ("worker", Ray(), {}),
+    ("single", Serving(), {"serving__model": "/srv/models/tiny"}),
+    ("head", Serving(), {"serving__model": "some/name"}),
+    ("head", Serving(), {"serving__model": "some/name", "cluster__executor": "mp"}),
+    ("worker", Serving(), {"serving__model": "some/name", "cluster__executor": "mp"}),
+)
+
+
+@needs_systemd
+@pytest.mark.parametrize(("role", "step", "settings"), CASES)
+def test_systemd_accepts_every_unit_without_a_word(
+    role: str, step: Any, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    node, on = node_of(tmp_path, role, **settings), LocalReader(str(tmp_path))
+    for name in ("ray", "vllm", "python"):
+        program = tmp_path / "opt/sparkinstall/venv/bin" / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.symlink_to("/bin/true")
+    unit, text = unit_of(node, step, on)
+    assert complaints_of_systemd(on, unit.name, text.encode()) == []
+
+
+@needs_systemd
+@pytest.mark.parametrize("line", ["Exekstart=/bin/true", "LimitNOFILE=many", "KillMode=gently"])
+def test_what_systemd_would_only_warn_about_is_refused(line: str, tmp_path: Path) -> None:
+    text = f"[Service]\nExecStart=/bin/true\n{line}\n"
+    assert complaints_of_systemd(LocalReader(str(tmp_path)), "some.service", text.encode())
+
+
+@needs_systemd
+def test_a_missing_program_counts_on_a_node_alone(tmp_path: Path) -> None:
+    text = b"[Service]\nExecStart=/no/such/program\n"
+    assert complaints_of_systemd(LocalReader(str(tmp_path)), "some.service", text) == []
+    assert "not executable" in complaints_of_systemd(LocalReader("/"), "some.service", text)[0]
+
+
+@needs_systemd
+def test_a_unit_that_systemd_refuses_does_not_replace_the_old_one(tmp_path: Path) -> None:
+    template = "ray-non-carry-over.json.j2"
+    unit = UnitFile(f"{units.FOLDER}/some.service", template, lambda _: {"names": ["no unit"]}, noted_in="/noted.json")
+    old = tmp_path / "etc/systemd/system/some.service"
+    old.parent.mkdir(parents=True)
+    old.write_text("old\n")
+    with pytest.raises(Problem, match="systemd does not accept"):
+        unit.apply(system_of(tmp_path))
+    assert old.read_text() == "old\n"
+
+
+def test_a_rehearsal_writes_the_unit_and_leaves_the_start_to_the_node(tmp_path: Path) -> None:
+    node, on = node_of(tmp_path, "head"), system_of(tmp_path)
+    kinds = []
+    for resource in Ray().resources(node):
+        if not isinstance(resource.check(on), LeftToNode):
+            resource.apply(on)
+        kinds.append(type(resource.check(on)))
+    assert kinds == [Satisfied] * 4 + [LeftToNode]
+    text = (tmp_path / "etc/systemd/system/ray-head.service").read_text()
+    assert f"{tmp_path}/opt/sparkinstall/venv/bin/ray start --head --block" in text
+    assert sorted(path.name for path in (tmp_path / "etc/systemd/system").iterdir()) == ["ray-head.service"]
+    journal = (tmp_path / "var/lib/sparkinstall/journal.jsonl").read_text()
+    assert '"units"' not in journal and '"service"' not in journal
+
+
+def test_a_worker_waits_for_the_head_and_names_it(tmp_path: Path) -> None:
+    node = node_of(tmp_path, "worker", cluster__head="192.168.7.1", cluster__ray_port=6400)
+    _, text = unit_of(node, Ray(), LocalReader(str(tmp_path)))
+    assert "--address=192.168.7.1:6400" in text
+    assert text.index("ray-nodes.py 192.168.7.1:6400 120") < text.index("ExecStart=")
+
+
+def test_every_port_of_ray_is_fixed_and_on_its_own(tmp_path: Path) -> None:
+    _, text = unit_of(node_of(tmp_path, "head"), Ray(), LocalReader(str(tmp_path)))
+    named = {name: value for name, value in vars(ray_ports).items() if name.isupper() and isinstance(value, int)}
+    ports = [value for name, value in named.items() if not name.endswith("_OF_VLLM")]
+    assert len(set(ports)) == len(ports)
+    assert all(f"={port}" in text for port in ports if port != ray_ports.CLIENT)
+    inside = [port for port in ports if port not in (ray_ports.CLIENT, ray_ports.DASHBOARD)]
+    assert (min(inside), max(inside)) == ray_ports.BETWEEN_NODES
+
+
+LAUNCHES: tuple[tuple[str, dict[str, Any], str], ...] = (
+    ("single", {}, "--host 127.0.0.1 --port 8000 --gpu-memory-utilization 0.85 --max-model-len 32768"),
+    ("single", {"serving__allow": "192.168.1.0/24"}, "--host 0.0.0.0 --port 8000"),
+    ("head", {}, "--tensor-parallel-size 2 --distributed-executor-backend ray --gpu-memory-utilization 0.80"),
+    ("head", {"serving__memory": "0.7", "serving__max_model_len": 9}, "--gpu-memory-utilization 0.7 --max-model-len 9"),
+    (
+        "worker",
+        {"cluster__executor": "mp"},
+        "--headless --tensor-parallel-size 2 --distributed-executor-backend mp --nnodes 2 --node-rank 1 "
+        "--master-addr 192.168.100.10 --master-port 29501",
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("role", "settings", "expected"), LAUNCHES)
+def test_launches_are_those_of_the_field(role: str, settings: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    words = " ".join(arguments(node_of(tmp_path, role, serving__model="m", **settings)))
+    assert expected in words
+    assert "--trust-remote-code" not in words
+
+
+def test_ones_own_arguments_come_last(tmp_path: Path) -> None:
+    own = ["--no-enforce-eager", "--trust-remote-code"]
+    assert arguments(node_of(tmp_path, serving__model="m", serving__arguments=own))[-2:] == own
+
+
+def test_a_worker_with_ray_has_no_unit_of_vllm(tmp_path: Path) -> None:
+    assert list(Serving().resources(node_of(tmp_path, "worker", serving__model="m"))) == []
+    assert not Serving().wanted(node_of(tmp_path))
+
+
+def test_vllm_on_ray_keeps_from_the_workers_what_is_the_heads_own(tmp_path: Path) -> None:
+    node, on = node_of(tmp_path, "head", serving__model="m"), system_of(tmp_path)
+    for resource in Serving().resources(node):
+        if not isinstance(resource.check(on), LeftToNode):
+            resource.apply(on)
+    folder = tmp_path / "opt/sparkinstall/services/vllm"
+    names = json.loads((folder / "ray_non_carry_over_env_vars.json").read_text())
+    assert {"NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_GID_INDEX"} <= set(names)
+    assert f'Environment="VLLM_CONFIG_ROOT={folder}"' in (tmp_path / "etc/systemd/system/vllm.service").read_text()
+
+
+def test_a_word_with_a_line_break_is_refused() -> None:
+    for quote in (units.word, units.program, units.setting, lambda value: units.assignment("A", value)):
+        with pytest.raises(ValueError, match="cannot stand in a unit"):
+            quote("a\nExecStartPre=/bin/false")
+
+
+def test_why_a_service_does_not_start_is_told_in_words() -> None:
+    service = Service("some.service", lambda _: (), "/noted", (Cause(r"refuses the token", "why", "mend"),))
+    told = ["sparkinstall: the head refuses the token of this node", "some.service: Failed"]
+    assert service._cause(told) == ("the head refuses the token of this node", "mend")
+    assert service._cause(["it refuses the token"]) == ("why", "mend")
+    assert service._cause(["something else"]) == ("", "")
+
+
+class TestRayNodes:
+    """The program that waits for Ray, where there is no Ray."""
+
+    @pytest.fixture
+    def program(self, tmp_path: Path) -> str:
+        node, on = node_of(tmp_path, "head"), system_of(tmp_path)
+        (script,) = [each for each in Ray().resources(node) if each.key.endswith("ray-nodes.py")]
+        script.apply(on)
+        return on.real(ray_nodes(node))
+
+    def test_a_head_that_is_not_up_is_said_in_bounded_time(self, program: str) -> None:
+        answer = subprocess.run(
+            [sys.executable, "-W", "error", program, "127.0.0.1:9", "0"], capture_output=True, text=True, timeout=20
+        )
+        assert answer.returncode == 1
+        assert answer.stderr.startswith("sparkinstall: the head does not answer at 127.0.0.1:9: Connection refused")
+
+
+class TestServing:
+    """The probe's sentences; that it passes on a real vLLM is for the nodes' tests."""
+
+    @pytest.fixture
+    def node(self, tmp_path: Path) -> Node:
+        python = tmp_path / "venv/bin/python"
+        python.parent.mkdir(parents=True)
+        python.symlink_to(sys.executable)
+        return node_of(tmp_path, prefix=str(tmp_path), serving__model="m", serving__port=self.port())
+
+    @staticmethod
+    def port() -> int:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            return int(free.getsockname()[1])
+
+    def test_a_rehearsal_serves_nothing(self, node: Node, tmp_path: Path) -> None:
+        assert look(node, LocalReader(str(tmp_path))).verdict == "skip"
+
+    def test_nothing_that_answers_is_a_failure_that_names_the_unit(self, node: Node) -> None:
+        found = look(node, LocalReader())
+        assert found.verdict == "fail"
+        assert f"nothing answers at 127.0.0.1:{node.config.serving.port}; vllm.service is" in found.found
+
+    def test_health_alone_does_not_pass(self, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(serving, "_PATIENCE", 1)
+        with answering(node.config.serving.port, hangs=True):
+            began = time.monotonic()
+            found = look(node, LocalReader())
+        assert (found.verdict, found.found) == ("fail", "no completion within 1 s, though /health says 200")
+        assert time.monotonic() - began < 20
+
+    def test_a_completion_passes(self, node: Node) -> None:
+        with answering(node.config.serving.port):
+            found = look(node, LocalReader())
+        assert found.verdict == "pass"
+        assert found.found.startswith("4 tokens of tiny in ")
+
+
+def look(node: Node, on: LocalReader) -> Finding:
+    (probe,) = serving.probes(node)
+    return probe.look(on)
+
+
+@contextmanager
+def answering(port: int, *, hangs: bool = False) -> Iterator[None]:
+    """A server with vLLM's addresses; `hangs`: as vLLM does when a node that it needs is gone."""
+
+    class Answers(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send({"data": [{"id": "tiny"}]})
+
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if hangs:
+                time.sleep(4)
+            self.send({"usage": {"completion_tokens": asked["max_tokens"]}})
+
+        def send(self, body: object) -> None:
+            self.send_response(200)
+            self.end_headers()
+            with suppress(BrokenPipeError):
+                self.wfile.write(json.dumps(body).encode())
+
+        def log_message(self, *words: object) -> None:
+            del words
+
+    with ThreadingHTTPServer(("127.0.0.1", port), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()

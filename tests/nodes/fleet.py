@@ -1,0 +1,82 @@
+"""Sparks on a cable, a terminal with the checkout on it, and what a person would type there."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.lab.commands import Completed
+from tests.lab.fleet import Fleet, FleetNode
+from tests.lab.node import Bind, FreshNode
+from tests.nodes.fresh import CHECKOUT, COMMAND, CONFIG, REPOSITORY, SPARK_UID
+from tests.support.cuda_toolkit import toolkit
+from tests.support.nccl_source import tarball
+
+STACKS = "tests/lab/stacks"
+LEFT_OUT = (".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__")
+CACHE = "/home/spark/.cache/sparkinstall"
+
+
+@contextmanager
+def two_sparks(*, port_1: bool = False) -> Iterator[Fleet]:
+    """`sparks(2)`."""
+    with sparks(2, port_1=port_1) as fleet:
+        yield fleet
+
+
+@contextmanager
+def sparks(count: int, *, port_1: bool = False) -> Iterator[Fleet]:
+    """Nodes with a CUDA toolkit, NCCL's source, a stack and a config each, and caches that outlive them.
+
+    The checkout is at the terminal; `install` makes a command of it there.
+    """
+    toolkit()
+    with Fleet(count, bind=_binds, terminal_bind=_caches("terminal"), port_1=port_1) as fleet:
+        _own_cache(fleet.terminal)
+        fleet.terminal.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
+        for node in fleet.nodes:
+            _equip(node)
+        yield fleet
+
+
+def install(fleet: Fleet) -> None:
+    """Make the command `sparkinstall` at the terminal, as the README says."""
+    fleet.on_terminal("./install.sh", "--tool-only", cwd=CHECKOUT, timeout=600)
+
+
+def sparkinstall(fleet: Fleet, *argv: str, **options: Any) -> Completed:
+    """The installed command at the terminal; options as of `FreshNode.run`, without a limit of a minute."""
+    return fleet.on_terminal(COMMAND, *argv, **{"cwd": "/home/spark", "timeout": 1800, **options})
+
+
+def _equip(node: FleetNode) -> None:
+    _own_cache(node)
+    # The folders on the way belong to the user, as if the checkout had been here.
+    node.run("mkdir", "-p", f"{CHECKOUT}/{STACKS}", user="spark")
+    node.push(REPOSITORY / STACKS, f"{CHECKOUT}/{STACKS}", owner="spark")
+    node.write("/etc/sparkinstall.yaml", CONFIG.format(tarball=tarball().name))
+
+
+def _own_cache(node: FreshNode) -> None:
+    node.run("chown", "spark:spark", "/home/spark/.cache")
+
+
+def _binds(index: int) -> Sequence[Bind]:
+    parts = [Bind(toolkit(), "/usr/local/cuda"), Bind(tarball().parent, "/srv/nccl")]
+    return [*parts, *_caches(str(index + 1))]
+
+
+def _caches(whose: str) -> list[Bind]:
+    """A cache for each, that what one has fetched or built is not by itself there for the others; uv's is shared."""
+    own, downloads = _folder(f"fleet-cache-{whose}"), _folder("node-cache/uv")
+    return [Bind(own, CACHE, read_only=False), Bind(downloads, f"{CACHE}/uv", read_only=False)]
+
+
+def _folder(name: str) -> Path:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "sparkinstall" / "tests" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (folder, folder.parent) if "/" in name else (folder,):
+        os.chown(path, SPARK_UID, SPARK_UID)
+    return folder

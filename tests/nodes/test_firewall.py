@@ -1,0 +1,296 @@
+"""Two nodes on a cable and a stranger on their LAN: who gets through to what, before, with and after the firewall.
+
+The nodes live through the whole file; the tests are their days, in order.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.cabling import LAN, PORT_0
+from tests.lab.fleet import Fleet, FleetNode
+from tests.lab.node import FreshNode
+from tests.nodes.fresh import CHECKOUT, COMMAND, REPOSITORY, sparkinstall
+from tests.support import services
+
+pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
+
+HEAD, WORKER = "192.168.100.10", "192.168.100.11"
+LAN_6 = "fd00:5e::1"
+# An address of the link that the terminal takes for itself.
+SPOOFED = "192.168.100.99"
+FRIEND, STRANGER = "198.51.100.200", "198.51.100.201"
+RULES = "/opt/sparkinstall/firewall.nft"
+UNIT = "sparkinstall-firewall"
+TABLE = ("/usr/sbin/nft", "list", "table", "inet", "sparkinstall")
+# All that asks for a GB10, its driver, its tools and its disk.
+NOT_A_SPARK = ("machine", "arch", "os", "driver", "memory", "python", "cuda", "disk")
+CLOSED = (*services.RAY, services.API, services.MEETING)
+PATIENCE = 45.0
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    with Fleet(2) as fresh:
+        fresh.terminal.push(Path(services.__file__), "/srv/services.py")
+        for address in (f"{FRIEND}/24", f"{STRANGER}/24"):
+            fresh.terminal.run("ip", "address", "add", address, "dev", LAN)
+        fresh.terminal.run("ip", "address", "add", "fd00:5e::9/64", "dev", LAN, "nodad")
+        fresh.terminal.run("ip", "address", "add", f"{SPOOFED}/32", "dev", "lo")
+        fresh.terminal.run("ip", "route", "add", "192.168.100.0/24", "via", fresh.nodes[0].address)
+        for node in fresh.nodes:
+            leave_out = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__", "tests"]
+            node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=leave_out)
+            node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=600)
+            node.push(Path(services.__file__), "/srv/services.py")
+            _furnish(node, HEAD if node is fresh.nodes[0] else WORKER)
+        yield fresh
+
+
+def _furnish(node: FleetNode, address: str) -> None:
+    """The link's addresses, which another step gives, and something at every port in question."""
+    for interface, subnet in zip(PORT_0, ("192.168.100", "192.168.101"), strict=True):
+        node.run("ip", "address", "add", f"{subnet}.{address.rpartition('.')[2]}/24", "dev", interface)
+    if address == HEAD:
+        node.run("ip", "address", "add", f"{LAN_6}/64", "dev", LAN, "nodad")
+    node.run("sysctl", "-qw", "net.ipv4.conf.all.rp_filter=0", f"net.ipv4.conf.{LAN}.rp_filter=0", check=False)
+    node.run("rm", "-f", "/run/heard")
+    served = ("python3", "/srv/services.py", "serve", address)
+    node.run("systemd-run", "-q", "--unit=served", *served)
+    until = time.monotonic() + PATIENCE
+    while node.run("systemctl", "is-active", "served").stdout and not _opens(node, f"{address}:{services.MOMENT}"):
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def _opens(asking: FreshNode, *places: str) -> set[str]:
+    return set(json.loads(asking.run("python3", "/srv/services.py", "ask", *places).stdout))
+
+
+def _asking(*more: str, role: str = "head") -> list[str]:
+    ignored = [word for name in NOT_A_SPARK for word in ("--ignore", name)]
+    return ["multi-node", "--role", role, "--only", "firewall", "--yes", *ignored, *more]
+
+
+def _set_up(node: FleetNode, *more: str, role: str = "head") -> dict[str, Any]:
+    """What `multi-node` says of the one step."""
+    said = json.loads(sparkinstall(node, *_asking("--json", *more, role=role)).stdout)
+    (step,) = said["data"]["steps"]
+    return dict(step)
+
+
+def _table(node: FleetNode) -> str:
+    return node.run(*TABLE, check=False).stdout
+
+
+def _places(address: str, *ports: int) -> set[str]:
+    return {f"{address}:{port}" for port in ports}
+
+
+def _heard(fleet: Fleet) -> set[str]:
+    """Who the head hears of packets that claim to come from the link, from the LAN, and from a friend there."""
+    head, stranger = fleet.nodes[0], fleet.terminal
+    send = (
+        "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);"
+        "s.bind(({!r}, 0)); s.sendto(b'x', ({!r}, {}))"
+    )
+    head.run("sh", "-c", ": > /run/heard")
+    for source in (SPOOFED, FRIEND):
+        stranger.run("python3", "-c", send.format(source, head.address, services.UDP))
+    time.sleep(0.5)
+    return set(head.read("/run/heard").split())
+
+
+def test_without_it_everybody_gets_through_to_everything(fleet: Fleet) -> None:
+    head = fleet.nodes[0]
+    everything = _places(head.address, *CLOSED, services.OWN) | _places(HEAD, services.MOMENT, *CLOSED)
+    everything |= _places(f"[{LAN_6}]", *CLOSED)
+    assert _opens(fleet.terminal, *everything) == everything
+    assert SPOOFED in _heard(fleet)
+
+
+def test_the_plan_shows_the_rules(fleet: Fleet) -> None:
+    settings = ("--only", "firewall", "--set", "cluster.role=head")
+    shown = sparkinstall(fleet.nodes[0], "plan", *settings).stdout
+    assert "ip daddr { 192.168.100.0/24, 192.168.101.0/24 } drop" in shown
+    assert "+[Service]" in shown or "[Service]" in shown
+    assert _table(fleet.nodes[0]) == ""
+
+
+def test_set_up_it_stands_alone(fleet: Fleet) -> None:
+    for node, role in zip(fleet.nodes, ("head", "worker"), strict=True):
+        assert _set_up(node, role=role)["outcome"] == "changed"
+        assert "policy accept" in _table(node)
+        assert node.run("systemctl", "is-enabled", UNIT).stdout.strip() == "enabled"
+        assert node.run("sh", "-c", "ls /run/sparkinstall-dead-man", check=False).stdout == ""
+        assert node.run("/usr/sbin/nft", "list", "tables").stdout.split() == ["table", "inet", "sparkinstall"]
+
+
+def _who_gets_through(fleet: Fleet) -> None:
+    head, worker = fleet.nodes
+    for asking in (fleet.terminal, worker):
+        assert _opens(asking, f"{head.address}:22", f"{HEAD}:22") == _places(head.address, 22) | _places(HEAD, 22)
+    peer = _places(HEAD, *CLOSED, services.MOMENT, services.OWN)
+    assert _opens(worker, *peer) == peer
+    assert _opens(head, *peer) == peer
+    closed = _places(head.address, *CLOSED) | _places(HEAD, *CLOSED, services.MOMENT, services.OWN)
+    closed |= _places(f"[{LAN_6}]", *CLOSED)
+    for asking in (fleet.terminal, worker):
+        on_the_lan = {place for place in closed if asking is not worker or not place.startswith(HEAD)}
+        assert _opens(asking, *on_the_lan) == set()
+    own = _places(head.address, services.OWN) | _places(f"[{LAN_6}]", services.OWN)
+    assert _opens(fleet.terminal, *own) == own
+    fleet.terminal.run("ping", "-c1", "-W2", head.address)
+    fleet.terminal.run("ping", "-c1", "-W2", LAN_6)
+
+
+def test_the_peer_gets_through_and_the_stranger_only_to_what_is_open_to_all(fleet: Fleet) -> None:
+    _who_gets_through(fleet)
+    assert _heard(fleet) == {FRIEND}
+
+
+def test_a_login_over_the_lan_goes_on(fleet: Fleet) -> None:
+    assert fleet.ssh(fleet.nodes[0], "hostname").stdout.strip() == "spark-1"
+
+
+def test_a_second_run_changes_nothing(fleet: Fleet) -> None:
+    head = fleet.nodes[0]
+    there = head.tree_digest("/opt/sparkinstall", "/etc", times=True)
+    assert _set_up(head)["outcome"] == "unchanged"
+    assert head.tree_digest("/opt/sparkinstall", "/etc", times=True) == there
+
+
+def test_what_somebody_changed_is_seen_and_mended(fleet: Fleet) -> None:
+    head = fleet.nodes[0]
+    good = _table(head)
+    head.run("/usr/sbin/nft", "insert rule inet sparkinstall input tcp dport 6379 accept")
+    assert f"{head.address}:6379" in _opens(fleet.terminal, f"{head.address}:6379")
+    shown = sparkinstall(head, "plan", "--only", "firewall").stdout
+    assert "somebody changed them" in shown
+    assert "tcp dport 6379 accept" in shown
+    assert _set_up(head)["outcome"] == "changed"
+    assert _table(head) == good
+
+
+def test_it_is_there_after_a_reboot(fleet: Fleet) -> None:
+    head = fleet.nodes[0]
+    head.reboot()
+    _furnish(head, HEAD)
+    assert head.run("systemctl", "is-active", UNIT, "ssh").stdout.split() == ["active", "active"]
+    _who_gets_through(fleet)
+    assert _set_up(head)["outcome"] == "unchanged"
+
+
+def test_the_distributions_own_unit_does_not_take_it_away(fleet: Fleet) -> None:
+    """Debian's /etc/nftables.conf flushes the ruleset, ours too; what comes with it also is somebody's."""
+    head = fleet.nodes[0]
+    good = _table(head)
+    head.run("systemctl", "start", "nftables")
+    assert _table(head) == ""
+    assert _set_up(head, "--set", "firewall.mode=on")["outcome"] == "changed"
+    for verb in ("restart", "reload"):
+        head.run("systemctl", verb, "nftables")
+        _wait_until(lambda: _table(head) == good)
+    head.run("systemctl", "stop", "nftables")
+    assert _set_up(head)["outcome"] == "changed"
+    assert _table(head) == good
+
+
+def test_a_change_that_nobody_confirms_goes_back_by_itself(fleet: Fleet) -> None:
+    head = fleet.nodes[0]
+    good, file = _table(head), head.read(RULES)
+    opened = ("--set", f"serving.allow={FRIEND}/32", "--set", "network.dead_man=30", "--leave-armed")
+    assert _set_up(head, *opened)["outcome"] == "changed"
+    assert FRIEND in _table(head)
+    _wait_until(lambda: _table(head) == good)
+    assert head.read(RULES) == file
+    assert head.run("systemctl", "is-enabled", UNIT).stdout.strip() == "enabled"
+
+
+def test_a_network_that_is_named_gets_to_the_api_and_no_other(fleet: Fleet) -> None:
+    head = fleet.nodes[0]
+    assert _set_up(head, "--set", f"serving.allow={FRIEND}/32")["outcome"] == "changed"
+    assert _from(fleet, FRIEND, services.API)
+    assert not _from(fleet, STRANGER, services.API)
+    assert not _from(fleet, FRIEND, services.RAY[0])
+    _wait_until(lambda: FRIEND in _table(head))
+
+
+def _from(fleet: Fleet, source: str, port: int) -> bool:
+    connect = f"import socket; socket.create_connection(({fleet.nodes[0].address!r}, {port}), 1, ({source!r}, 0))"
+    return fleet.terminal.run("python3", "-c", connect, check=False).returncode == 0
+
+
+def test_ssh_stays_open_where_it_really_listens(fleet: Fleet) -> None:
+    """Even at a port that would be Ray's."""
+    head, settings, port = fleet.nodes[0], "/etc/ssh/sshd_config.d/port.conf", services.RAY[-1] - 1
+    assert _opens(fleet.terminal, f"{head.address}:{port}") == set()
+    head.write(settings, f"Port 22\nPort {port}\n")
+    head.run("systemctl", "restart", "ssh")
+    assert _set_up(head)["outcome"] == "changed"
+    both = _places(head.address, 22, port)
+    assert _opens(fleet.terminal, *both) == both
+    head.run("rm", settings)
+    head.run("systemctl", "restart", "ssh")
+
+
+def test_uninstall_leaves_nothing(fleet: Fleet) -> None:
+    for node in fleet.nodes:
+        sparkinstall(node, "uninstall", "--yes")
+        assert node.run("/usr/sbin/nft", "list", "ruleset").stdout == ""
+        assert node.run("sh", "-c", f"ls {RULES} /etc/systemd/system/{UNIT}*", check=False).stdout == ""
+        assert node.run("systemctl", "is-enabled", UNIT, check=False).stdout.strip() in ("", "not-found")
+        assert node.run("test", "-e", "/opt/sparkinstall", check=False).returncode == 1
+
+
+def test_killed_before_it_confirms_the_timer_takes_the_rules_away(fleet: Fleet) -> None:
+    head = fleet.nodes[0]
+    command = (COMMAND, *_asking("--set", "network.dead_man=30"))
+    loaded = f"until {' '.join(TABLE)} > /dev/null 2>&1; do :; done"
+    with head.popen(*command, user="spark", cwd="/home/spark") as run:
+        head.run("sh", "-c", loaded)
+        head.signal(run, signal.SIGKILL)
+    assert head.run("ls", "/run/sparkinstall-dead-man").stdout.split() == ["firewall"]
+    assert _table(head)
+    _wait_until(lambda: not _table(head))
+    _wait_until(lambda: head.run("test", "-e", RULES, check=False).returncode == 1)
+    assert _opens(fleet.terminal, f"{head.address}:6379") == _places(head.address, 6379)
+
+
+def test_the_next_run_goes_on_and_uninstall_takes_it_back(fleet: Fleet) -> None:
+    head = fleet.nodes[0]
+    assert _set_up(head)["outcome"] == "changed"
+    assert _opens(fleet.terminal, f"{head.address}:6379") == set()
+    sparkinstall(head, "uninstall", "--yes")
+    assert _table(head) == ""
+
+
+OTHERS = "add table inet mine; add chain inet mine in { type filter hook input priority 0; policy drop; }"
+LETS_ALL_IN = "add rule inet mine in accept"
+
+
+def test_beside_another_firewall_it_is_left_to_a_person_unless_asked(fleet: Fleet) -> None:
+    worker = fleet.nodes[1]
+    worker.run("/usr/sbin/nft", f"{OTHERS}; {LETS_ALL_IN}")
+    left = _set_up(worker, role="worker")
+    assert left["outcome"] == "left"
+    assert "the nftables chain inet mine in filters here" in json.dumps(left)
+    assert "6379" in json.dumps(left)
+    assert _table(worker) == ""
+    assert _set_up(worker, "--set", "firewall.mode=on", role="worker")["outcome"] == "changed"
+    assert _opens(fleet.terminal, f"{worker.address}:6379") == set()
+    sparkinstall(worker, "uninstall", "--yes")
+    assert "chain in" in worker.run("/usr/sbin/nft", "list", "ruleset").stdout
+    assert _table(worker) == ""
+
+
+def _wait_until(so: Any) -> None:
+    until = time.monotonic() + PATIENCE
+    while not so():
+        assert time.monotonic() < until, "it did not become so"
+        time.sleep(0.5)

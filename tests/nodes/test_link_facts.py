@@ -1,0 +1,124 @@
+"""What the kernel itself shows of interfaces with the names of a Spark's, in a network namespace that ends with the
+test: carriers that cannot be read, routes, bridges and the like, and the address that ssh came in on."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab.commands import run
+
+pytestmark = [pytest.mark.layer2]
+
+CHECKOUT = Path(__file__).parents[2]
+LOOK = """
+import json
+from sparkinstall.probes import links
+from sparkinstall.system.local import LocalReader
+on = LocalReader()
+print(json.dumps({
+    "ports": [
+        [port.number, port.carrier, [[each.name, each.mtu, each.hca] for each in port.twins]]
+        for port in links.ports(on)
+    ],
+    "management": dict(links.management(on)),
+    "addresses": {name: list(each) for name, each in links.addresses(on).items()},
+}))
+"""
+CABLE = (
+    "ip link add enp1s0f0np0 type veth peer name far0",
+    "ip link add enP2p1s0f0np0 type veth peer name far1",
+    "ip link set far0 up",
+    "ip link set far1 up",
+)
+UP = (
+    "ip link set enp1s0f0np0 mtu 9000 up",
+    "ip link set enP2p1s0f0np0 up",
+    "ip address add 192.0.2.1/24 dev enp1s0f0np0",
+)
+
+
+def seen(*setup: str, ssh: str = "") -> dict[str, Any]:
+    """What is found after the commands of `setup`, as on a node of its own."""
+    script = [
+        "set -e",
+        # A new namespace's interfaces are in a sysfs that is mounted from within it.
+        "mount -t sysfs sysfs /sys",
+        *setup,
+        f"PYTHONPATH={shlex.quote(str(CHECKOUT))} SSH_CONNECTION={shlex.quote(ssh)}"
+        f" {shlex.quote(sys.executable)} -c {shlex.quote(LOOK)}",
+    ]
+    answer = run("unshare", "--net", "--mount", "sh", "-c", "\n".join(script))
+    return dict(json.loads(answer.stdout))
+
+
+def test_a_port_that_is_down_has_no_carrier_that_anybody_knows() -> None:
+    found = seen(*CABLE)
+    assert found["ports"] == [[0, None, [["enp1s0f0np0", 1500, ""], ["enP2p1s0f0np0", 1500, ""]]]]
+    assert found["management"] == {} and found["addresses"] == {}
+
+
+def test_a_port_that_is_up_has_its_carrier_mtu_and_addresses() -> None:
+    found = seen(*CABLE, *UP, "ip address add 198.51.100.1/25 dev enp1s0f0np0")
+    assert found["ports"] == [[0, True, [["enp1s0f0np0", 9000, ""], ["enP2p1s0f0np0", 1500, ""]]]]
+    assert found["addresses"] == {"enp1s0f0np0": ["192.0.2.1/24", "198.51.100.1/25"]}
+
+
+def test_a_pulled_cable_takes_the_carrier() -> None:
+    found = seen(*CABLE, *UP, "ip link set far0 down", "ip link set far1 down", "sleep 0.2")
+    assert [port[:2] for port in found["ports"]] == [[0, False]]
+
+
+@pytest.mark.parametrize("route", ["ip route add default via 192.0.2.9", "ip -6 route add default dev enp1s0f0np0"])
+def test_the_default_route_makes_management(route: str) -> None:
+    assert seen(*CABLE, *UP, route)["management"] == {"enp1s0f0np0": "has the default route"}
+
+
+def test_a_default_route_to_nowhere_does_not() -> None:
+    setup = ("ip route add unreachable default", "ip -6 route add unreachable default")
+    assert seen(*CABLE, *UP, "ip link set lo up", *setup)["management"] == {}
+
+
+@pytest.mark.parametrize(
+    ("client", "server", "expected"),
+    [
+        ("192.0.2.9", "192.0.2.1", ["enp1s0f0np0"]),
+        ("2001:db8::9", "2001:db8::1", ["enP2p1s0f0np0"]),
+        ("fe80::9", "fe80::5%enP2p1s0f0np0", ["enP2p1s0f0np0"]),
+        ("203.0.113.9", "203.0.113.1", []),
+    ],
+)
+def test_the_interface_that_ssh_came_in_on_is_management(client: str, server: str, expected: list[str]) -> None:
+    found = seen(
+        *CABLE,
+        *UP,
+        "ip address add 2001:db8::1/64 dev enP2p1s0f0np0 nodad",
+        "ip address add fe80::5/64 dev enp1s0f0np0 nodad",
+        "ip address add fe80::5/64 dev enP2p1s0f0np0 nodad",
+        ssh=f"{client} 50000 {server} 22",
+    )
+    assert found["management"] == dict.fromkeys(expected, "carries this ssh session")
+
+
+def test_the_members_of_a_bridge_with_the_default_route_are_management() -> None:
+    bridge = ("ip link add br0 type bridge", "ip link set br0 up", "ip link set enP2p1s0f0np0 master br0")
+    found = seen(
+        *CABLE, *UP, *bridge, "ip address add 198.51.100.1/24 dev br0", "ip route add default via 198.51.100.9"
+    )
+    assert found["management"] == {
+        "br0": "has the default route",
+        "enP2p1s0f0np0": "carries br0, which has the default route",
+    }
+
+
+def test_what_an_interface_with_the_default_route_runs_over_is_management() -> None:
+    """A macvlan, which kernels have more often than a VLAN: the link to what is below it is the same."""
+    lan = ("ip link add link enp1s0f0np0 name lan type macvlan", "ip link set lan up")
+    found = seen(*CABLE, *UP, *lan, "ip address add 198.51.100.1/24 dev lan", "ip route add default via 198.51.100.9")
+    assert found["management"] == {
+        "lan": "has the default route",
+        "enp1s0f0np0": "carries lan, which has the default route",
+    }

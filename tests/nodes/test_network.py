@@ -1,0 +1,272 @@
+"""The QSFP link of two nodes, set up for real: netplan applied, packets of 9000 bytes, and never locked out.
+
+Two nodes live through the whole file; the tests are their days, in order.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.lab import cabling
+from tests.lab.cabling import LAN, PORT_0
+from tests.lab.commands import Completed, run
+from tests.lab.fleet import ROUTER_ADDRESS, Fleet, FleetNode
+from tests.nodes.fleet import LEFT_OUT
+from tests.nodes.fresh import CHECKOUT, COMMAND, REPOSITORY, ignoring
+
+pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
+
+FIRST, SECOND = PORT_0
+TARGET = "/etc/netplan/40-cx7.yaml"
+THEIRS = "/etc/netplan/60-theirs.yaml"
+THEIR_LINES = f"# by hand\nnetwork: {{version: 2, ethernets: {{{FIRST}: {{addresses: [10.77.0.1/24], mtu: 2000}}}}}}\n"
+HEAD, WORKER = "192.168.100.10", "192.168.100.11"
+DEAD_MAN = 30
+ARMED = "/run/sparkinstall-dead-man/network"
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Fleet]:
+    with Fleet(2) as fleet:
+        for node in fleet.nodes:
+            node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
+            node.write("/etc/sparkinstall.yaml", f"network: {{dead_man: {DEAD_MAN}}}\n")
+            node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=600)
+        head = fleet.nodes[0]
+        head.write(THEIRS, THEIR_LINES, mode="0640")
+        head.run("touch", "-d", "2001-02-03 04:05:06.789", THEIRS)
+        head.run("netplan", "apply")
+        _until(lambda: "10.77.0.1/24" in _addresses(head, FIRST))
+        yield fleet
+
+
+@pytest.fixture(scope="module")
+def head(pair: Fleet) -> FleetNode:
+    return pair.nodes[0]
+
+
+@pytest.fixture(scope="module")
+def worker(pair: Fleet) -> FleetNode:
+    return pair.nodes[1]
+
+
+@pytest.fixture(scope="module")
+def before(head: FleetNode) -> dict[str, str]:
+    return head.tree_digest("/etc", times=True)
+
+
+def set_up(node: FleetNode, role: str, *more: str, check: bool = True) -> Completed:
+    return _tool(node, *_words(role, *more), check=check)
+
+
+def _words(role: str, *more: str) -> tuple[str, ...]:
+    return ("multi-node", "--role", role, "--only", "network", "--yes", *ignoring(), "--ignore", "cuda", *more)
+
+
+def _tool(node: FleetNode, *words: str, check: bool = True) -> Completed:
+    return node.run(COMMAND, *words, user="spark", cwd="/home/spark", check=check, timeout=300)
+
+
+def _live(node: FleetNode, interface: str) -> dict[str, object]:
+    found: list[dict[str, object]] = json.loads(node.run("ip", "-j", "-4", "address", "show", interface).stdout)
+    return found[0] if found else {}
+
+
+def _addresses(node: FleetNode, interface: str) -> list[str]:
+    found = _live(node, interface).get("addr_info", [])
+    assert isinstance(found, list)
+    return [f"{each['local']}/{each['prefixlen']}" for each in found]
+
+
+def _mtu(node: FleetNode, interface: str) -> int:
+    said = run("ip", "-n", node.plugs.netns, "-j", "link", "show", interface).stdout
+    return int(json.loads(said)[0]["mtu"])
+
+
+def _until(holds: Callable[[], bool], seconds: float = 15) -> None:
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "it did not come about"
+        time.sleep(0.05)
+
+
+def _exists(node: FleetNode, path: str) -> bool:
+    return (node.root / path.lstrip("/")).exists() or node.run("test", "-e", path, check=False).returncode == 0
+
+
+def is_set_up(node: FleetNode, address: str) -> bool:
+    other = address.replace("192.168.100.", "192.168.101.")
+    lives = [(_mtu(node, name), _addresses(node, name)) for name in PORT_0]
+    return lives == [(9000, [f"{address}/24"]), (9000, [f"{other}/24"])]
+
+
+def is_as_before(node: FleetNode, tree: dict[str, str]) -> bool:
+    lives = [(_mtu(node, name), _addresses(node, name)) for name in PORT_0]
+    return lives == [(2000, ["10.77.0.1/24"]), (1500, [])] and node.tree_digest("/etc", times=True).items() >= {
+        (path, what) for path, what in tree.items() if path.startswith("/etc/netplan/")
+    }
+
+
+@contextmanager
+def gateway_silent(pair: Fleet) -> Iterator[None]:
+    """From within this on, the router does not answer: what was reachable before is not any more."""
+    switch = pair._wires.switch
+    cabling.ip(switch, "link", "set", "lan", "down")
+    try:
+        yield
+    finally:
+        cabling.ip(switch, "link", "set", "lan", "up")
+        _until(lambda: pair.nodes[0].run("ping", "-c1", "-W1", ROUTER_ADDRESS, check=False).returncode == 0)
+
+
+def test_the_plan_shows_what_is_taken_over(head: FleetNode, before: dict[str, str]) -> None:
+    said = _planned(head)
+    assert "60-theirs.yaml" in said
+    assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in said
+    assert head.tree_digest("/etc", times=True) == before
+
+
+def test_a_subnet_that_the_lan_uses_is_refused(head: FleetNode) -> None:
+    said = _planned(head, "--set", "network.twin_subnet=198.51.100.128")
+    assert "the subnet 198.51.100.0/24 of enP2p1s0f0np0 is in use already: enP7s7 leads to 198.51.100.0/24" in said
+    assert "network.twin_subnet" in said
+
+
+def test_the_lans_interface_is_no_port(head: FleetNode) -> None:
+    said = _planned(head, "--set", f"network.interface={LAN}")
+    assert f"{LAN} must not be touched" in said, said
+
+
+def _planned(node: FleetNode, *more: str) -> str:
+    answer = _tool(node, "plan", "--only", "network", "--set", "cluster.role=head", *more, check=False)
+    return " ".join((answer.stdout + answer.stderr).split())
+
+
+def test_an_address_that_somebody_else_answers_to_is_refused(
+    head: FleetNode, worker: FleetNode, before: dict[str, str]
+) -> None:
+    worker.run("ip", "address", "add", f"{HEAD}/24", "dev", FIRST)
+    try:
+        answer = set_up(head, "head", "--json", check=False)
+    finally:
+        worker.run("ip", "address", "del", f"{HEAD}/24", "dev", FIRST)
+    (error,) = json.loads(answer.stdout)["errors"]
+    assert f"the address {HEAD} is in use already: 02:00:5e:00" in error["what"], error
+    assert is_as_before(head, before)
+    assert not _exists(head, ARMED)
+
+
+def test_a_gateway_that_is_lost_brings_everything_back_at_once(
+    pair: Fleet, head: FleetNode, before: dict[str, str]
+) -> None:
+    with head.popen(COMMAND, *_words("head", "--json"), user="spark", cwd="/home/spark") as process:
+        _until(lambda: _exists(head, ARMED), 60)
+        with gateway_silent(pair):
+            said, _ = process.communicate(timeout=60)
+    (error,) = json.loads(said)["errors"]
+    assert f"{ROUTER_ADDRESS} answered before and does not now; everything is as it was before" in error["what"]
+    assert not _exists(head, ARMED)
+    _until(lambda: is_as_before(head, before))
+
+
+def test_a_killed_tool_leaves_the_timer_which_brings_everything_back(
+    pair: Fleet, head: FleetNode, before: dict[str, str]
+) -> None:
+    _kill_after_the_apply(pair, head)
+    assert not _exists(head, THEIRS)
+    assert _mtu(head, FIRST) == 9000
+    _until(lambda: is_as_before(head, before), DEAD_MAN + 15)
+    _until(lambda: head.run("ls", "-A", str(Path(ARMED).parent)).stdout == "")
+    assert "dead-man" not in head.run("systemctl", "list-units", "--all", "--no-legend", "*dead-man*").stdout
+
+
+def test_a_run_after_a_killed_one_keeps_what_it_confirms(pair: Fleet, head: FleetNode) -> None:
+    _kill_after_the_apply(pair, head)
+    assert "confirm" in _planned(head)
+    assert "confirm the network" in set_up(head, "head").stderr
+    assert not _exists(head, ARMED)
+    time.sleep(DEAD_MAN)
+    assert is_set_up(head, HEAD)
+
+
+def _kill_after_the_apply(pair: Fleet, head: FleetNode) -> None:
+    with head.popen(COMMAND, *_words("head"), user="spark", cwd="/home/spark") as process:
+        _until(lambda: _exists(head, ARMED), 60)
+        with gateway_silent(pair):
+            _until(lambda: is_set_up(head, HEAD), 60)
+            head.signal(process, signal.SIGKILL)
+            process.wait(10)
+
+
+def test_a_peer_that_is_not_set_up_is_a_warning(head: FleetNode) -> None:
+    answer = json.loads(_tool(head, "verify", "--only", "network", "--json").stdout)
+    found = {probe["name"]: probe for probe in answer["data"]["probes"]}
+    # All is well but for the speed: the lab's wires say 10000 Mb/s.
+    assert found["link"]["found"].endswith(": 10000 Mb/s"), found["link"]
+    assert found["peers"]["verdict"] == "warn"
+    assert "set up the other node" in found["peers"]["mend"]
+
+
+def test_both_ends_carry_packets_of_9000_bytes(head: FleetNode, worker: FleetNode) -> None:
+    set_up(worker, "worker", "--address", WORKER)
+    assert is_set_up(worker, WORKER)
+    for node, peer in ((head, WORKER), (worker, HEAD)):
+        for to in (peer, peer.replace(".100.", ".101.")):
+            node.run("ping", "-c", "1", "-W", "5", "-M", "do", "-s", "8972", to)
+        answer = json.loads(_tool(node, "verify", "--only", "network", "--json").stdout)
+        found = {probe["name"]: probe for probe in answer["data"]["probes"]}
+        assert found["peers"]["verdict"] == "pass", found["peers"]
+
+
+def test_a_second_run_changes_nothing(head: FleetNode) -> None:
+    there = head.tree_digest("/etc", "/var/lib/sparkinstall", times=True)
+    answer = json.loads(set_up(head, "head", "--json").stdout)
+    assert answer["data"]["changed"] is False
+    assert head.tree_digest("/etc", "/var/lib/sparkinstall", times=True) == there
+
+
+def test_an_mtu_that_is_too_small_on_one_side_is_told(pair: Fleet, head: FleetNode, worker: FleetNode) -> None:
+    pair.set_mtu(1500, worker)
+    answer = json.loads(_tool(head, "verify", "--only", "network", "--json", check=False).stdout)
+    peers = {probe["name"]: probe for probe in answer["data"]["probes"]}["peers"]
+    assert answer["exit_code"] == 3 and peers["verdict"] == "fail"
+    assert f"{WORKER} answers small packets and not large ones" in peers["found"]
+    there = json.loads(_tool(worker, "verify", "--only", "network", "--json", check=False).stdout)
+    assert "has MTU 1500" in {probe["name"]: probe for probe in there["data"]["probes"]}["link"]["found"]
+    set_up(worker, "worker", "--address", WORKER)
+    assert json.loads(_tool(head, "verify", "--only", "network", "--json").stdout)["exit_code"] == 0
+
+
+def test_a_pulled_cable_is_told_and_the_address_stays(pair: Fleet, head: FleetNode) -> None:
+    pair.unplug(head)
+    try:
+        answer = json.loads(_tool(head, "verify", "--only", "network", "--json", check=False).stdout)
+        assert is_set_up(head, HEAD)
+    finally:
+        pair.plug(head)
+    assert "carrier" in json.dumps(answer)
+    assert answer["exit_code"] == 3
+
+
+def test_it_is_there_after_a_reboot(head: FleetNode, worker: FleetNode) -> None:
+    head.reboot()
+    _until(lambda: is_set_up(head, HEAD))
+    _until(lambda: worker.run("ping", "-c1", "-W1", "-M", "do", "-s", "8972", HEAD, check=False).returncode == 0)
+
+
+def test_uninstall_brings_back_every_byte_and_the_interfaces(
+    head: FleetNode, worker: FleetNode, before: dict[str, str]
+) -> None:
+    answer = _tool(head, "uninstall", "--yes")
+    assert "kept" not in answer.stdout
+    assert is_as_before(head, before)
+    after = head.tree_digest("/etc", times=True)
+    assert {path for path in before | after if before.get(path) != after.get(path)} <= {"/etc/netplan", "/etc"}
+    _tool(worker, "uninstall", "--yes")
+    assert [(_mtu(worker, name), _addresses(worker, name)) for name in PORT_0] == [(1500, []), (1500, [])]
+    assert not _exists(worker, TARGET)

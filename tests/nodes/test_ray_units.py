@@ -1,0 +1,250 @@
+"""Ray as units of systemd on two nodes with a cable between them: they start, come back, refuse, and go.
+
+The nodes live through the whole file; the tests are their days, in order.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import pytest
+
+from sparkinstall.resources import ray_ports, units
+from tests.lab.cabling import PORT_0, Cabling, ip
+from tests.lab.node import Bind, FreshNode
+from tests.nodes.fresh import REPOSITORY
+from tests.support import ray_environment
+from tests.support.ray_on_a_node import ADDRESSES
+
+pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
+
+CHECKOUT = "/srv/checkout"
+PREFIX = "/opt/sparkinstall"
+TOKEN = f"{PREFIX}/ray-token"
+NAMES = {"head": "multi-node-head", "worker": "multi-node-worker"}
+ENV = """\
+# As the step `env-files` makes it, but for NCCL and CUDA.
+set -a
+VLLM_HOST_IP="{address}"
+RAY_ADDRESS="{head}:6379"
+RAY_AUTH_MODE="token"
+RAY_AUTH_TOKEN_PATH="{token}"
+RAY_memory_usage_threshold="1.0"
+RAY_memory_monitor_refresh_ms="0"
+VIRTUAL_ENV="{prefix}/venv"
+{more}
+set +a
+: <<'SYSTEMD'
+PATH="{prefix}/venv/bin:/usr/local/bin:/usr/bin:/bin"
+SYSTEMD
+. "{prefix}/venv/bin/activate"
+"""
+SPREAD = """
+import json, ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as In
+ray.init(logging_level="ERROR")
+group = placement_group([{"GPU": 1}, {"GPU": 1}], strategy="STRICT_SPREAD")
+ray.get(group.ready(), timeout=60)
+where = ray.remote(num_cpus=0, num_gpus=1)(lambda: ray.util.get_node_ip_address())
+print(json.dumps(sorted(ray.get([where.options(scheduling_strategy=In(group, i)).remote() for i in (0, 1)]))))
+"""
+
+
+class Pair(NamedTuple):
+    head: FreshNode
+    worker: FreshNode
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with ExitStack() as stack:
+        wires = Cabling(direct=True)
+        stack.callback(wires.remove)
+        nodes = [stack.enter_context(_node(wires, role)) for role in ADDRESSES]
+        for node, role in zip(nodes, ADDRESSES, strict=True):
+            node.run("install", "-d", "-o", "spark", "-g", "spark", PREFIX)
+            write_env(node, role)
+        yield Pair(*nodes)
+
+
+def _node(wires: Cabling, role: str) -> FreshNode:
+    plugs = wires.give_place(role, PORT_0[:1])
+    wires.power_on(plugs)
+    ip(plugs.netns, "addr", "add", f"{ADDRESSES[role]}/24", "dev", PORT_0[0])
+    binds = [Bind(ray_environment.environment(), ray_environment.PLACE), Bind(REPOSITORY, CHECKOUT)]
+    return FreshNode(netns=plugs.netns, bind=binds)
+
+
+def write_env(node: FreshNode, role: str, *, address: str = "", more: str = "") -> None:
+    node.run("mkdir", "-p", f"{PREFIX}/env", user="spark")
+    values = {"head": ADDRESSES["head"], "token": TOKEN, "prefix": PREFIX, "more": more}
+    text = ENV.format(address=address or ADDRESSES[role], **values)
+    node.write(f"{PREFIX}/env/{NAMES[role]}.env", text, user="spark")
+
+
+def do(node: FreshNode, verb: str, role: str, *more: str, given: str | None = None, user: str = "spark") -> Any:
+    env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
+    program = (f"{PREFIX}/venv/bin/python", "-m", "tests.support.ray_on_a_node", verb, role, *more)
+    said = node.run(*program, user=user, env=env, input=given, cwd=CHECKOUT, timeout=400)
+    return json.loads(said.stdout.splitlines()[-1])
+
+
+def main_pid(node: FreshNode, unit: str) -> str:
+    return node.run("systemctl", "show", "-P", "MainPID", unit).stdout.strip()
+
+
+def until(so: Callable[[], bool], seconds: float = 120) -> float:
+    """Wait until it is so; how long that took."""
+    began = time.monotonic()
+    while not so():
+        assert time.monotonic() - began < seconds, f"not so after {seconds:g} s"
+        time.sleep(1)
+    return time.monotonic() - began
+
+
+def joined(pair: Pair) -> bool:
+    found = do(pair.head, "probe", "head")["ray-nodes"]
+    return bool(found["verdict"] == "pass")
+
+
+def test_words_arrive_as_they_are(pair: Pair) -> None:
+    hostile = ["%n", "$HOME ${HOME} $$", "a \"b\" 'c'", "back\\slash \\n \\x41", ";", "#", "-x", "ä ☃", "", "a=b", "|"]
+    program = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['A']]))"
+    words = " ".join(map(units.word, ["-c", program, *hostile]))
+    value = '%n $HOME \\ "'
+    text = f"[Service]\nType=oneshot\nEnvironment={units.assignment('A', value)}\n"
+    text += f"StandardOutput=file:/tmp/words\nExecStart=/usr/bin/python3 {words}\n"
+    pair.head.write("/etc/systemd/system/words.service", text)
+    pair.head.run("systemctl", "daemon-reload")
+    pair.head.run("systemctl", "start", "words.service")
+    assert json.loads(pair.head.read("/tmp/words")) == [hostile, value]
+
+
+def test_a_worker_whose_head_is_not_up_is_told_so_in_bounded_time(pair: Pair) -> None:
+    told = do(pair.worker, "converge", "worker", "token_file=-", given="0123456789abcdef-not-the-heads\n")
+    assert told["outcome"] == "failed"
+    assert told["what"] == "ray-worker.service does not start"
+    assert told["why"].startswith("the head does not answer at 192.0.2.1:6379: ")
+    assert "on the head" in told["mend"]
+    assert told["seconds"] < 60
+
+
+def test_an_address_on_no_interface_is_told_with_those_that_there_are(pair: Pair) -> None:
+    write_env(pair.head, "head", address="192.0.2.77")
+    told = do(pair.head, "converge", "head")
+    assert told["why"].startswith(
+        "the address 192.0.2.77 is on no interface after 3 s; there is: lo 127.0.0.1/8, enp1s0f0np0 192.0.2.1/24"
+    )
+    assert "sparkinstall run network" in told["mend"]
+    write_env(pair.head, "head")
+
+
+def test_the_head_starts(pair: Pair) -> None:
+    told = do(pair.head, "converge", "head")
+    assert told["outcome"] == "changed", told
+    assert pair.head.run("stat", "-c", "%a %U", TOKEN).stdout.split() == ["600", "spark"]
+    asked = do(pair.head, "probe", "head")["ray-nodes"]
+    assert asked["verdict"] == "fail"
+    assert "not in Ray: 192.0.2.2" in asked["found"]
+
+
+def test_a_wrong_token_is_refused_and_said(pair: Pair) -> None:
+    told = do(pair.worker, "converge", "worker")
+    assert told["what"] == "ray-worker.service does not start"
+    assert (
+        told["why"]
+        == f"the head at 192.0.2.1:6379 refuses the token of this node: {TOKEN} is not the same as the head's"
+    )
+    assert f"ssh 192.0.2.1 cat {TOKEN} | sparkinstall multi-node --role worker" in told["mend"]
+
+
+def test_with_the_heads_token_there_are_two_nodes_at_the_two_addresses(pair: Pair) -> None:
+    token = pair.head.run("cat", TOKEN).stdout
+    told = do(pair.worker, "converge", "worker", "token_file=-", given=token)
+    assert told["outcome"] == "changed", told
+    assert do(pair.head, "probe", "head")["ray-nodes"]["found"] == "192.0.2.1, 192.0.2.2"
+    assert do(pair.worker, "probe", "worker")["ray-nodes"]["verdict"] == "pass"
+
+
+def test_what_vllm_asks_of_ray_is_spread_over_both(pair: Pair) -> None:
+    script = f'. {PREFIX}/env/{NAMES["head"]}.env; exec python -W ignore -c "$0"'
+    said = pair.head.run("bash", "-c", script, SPREAD, user="spark", timeout=120)
+    assert json.loads(said.stdout.splitlines()[-1]) == list(ADDRESSES.values())
+
+
+def test_all_that_ray_listens_on_is_a_port_that_the_firewall_knows(pair: Pair) -> None:
+    for node, own in ((pair.head, (6379, ray_ports.CLIENT)), (pair.worker, ())):
+        lines = node.run("ss", "-ltnH").stdout.splitlines()
+        addresses = [line.split()[3] for line in lines]
+        open_ports = {int(each.rpartition(":")[2]) for each in addresses if not each.startswith(("127.", "[::1]"))}
+        first, last = ray_ports.BETWEEN_NODES
+        assert {port for port in open_ports if not first <= port <= last} - {22, *own} == set()
+
+
+def test_the_token_is_in_no_journal_and_no_argument(pair: Pair) -> None:
+    token = pair.head.run("cat", TOKEN).stdout.strip()
+    for node in pair:
+        assert token not in node.run("journalctl", "--no-pager").stdout
+        assert token not in node.run("ps", "axww", "-o", "args").stdout
+        assert (
+            token
+            not in node.run("sh", "-c", "cat /var/lib/sparkinstall/journal.jsonl /var/lib/sparkinstall/logs/*/*").stdout
+        )
+
+
+def test_a_second_run_changes_nothing_and_restarts_nothing(pair: Pair) -> None:
+    before = main_pid(pair.head, "ray-head")
+    assert do(pair.head, "converge", "head")["outcome"] == "unchanged"
+    assert main_pid(pair.head, "ray-head") == before
+
+
+def test_a_changed_env_file_restarts_it(pair: Pair) -> None:
+    before = main_pid(pair.worker, "ray-worker")
+    write_env(pair.worker, "worker", more='NCCL_DEBUG="INFO"')
+    (drift,) = do(pair.worker, "plan", "worker")["drifts"]
+    assert drift == f"start ray-worker.service: changed since its last start: {PREFIX}/env/multi-node-worker.env"
+    assert do(pair.worker, "converge", "worker")["outcome"] == "changed"
+    assert main_pid(pair.worker, "ray-worker") != before
+    assert do(pair.worker, "plan", "worker")["outcome"] == "unchanged"
+    until(lambda: joined(pair))
+
+
+@pytest.mark.parametrize(("whose", "process"), [("worker", "raylet"), ("head", "gcs_server")])
+def test_a_ray_that_is_killed_comes_back(pair: Pair, whose: str, process: str) -> None:
+    node = getattr(pair, whose)
+    before = main_pid(node, f"ray-{whose}")
+    node.run("pkill", "-9", "-x", process)
+    until(lambda: main_pid(node, f"ray-{whose}") not in (before, "0"), 60)
+    until(lambda: joined(pair), 150)
+
+
+def test_both_come_back_after_a_reboot(pair: Pair) -> None:
+    pair.worker.reboot()
+    until(lambda: joined(pair))
+    pair.head.reboot()
+    until(lambda: joined(pair), 180)
+
+
+def test_vllm_is_started_again_when_its_ray_is(pair: Pair) -> None:
+    # vLLM on Ray needs a GPU; what systemd makes of the two units shows with any program in vLLM's place.
+    pair.head.run("mkdir", "/etc/systemd/system/vllm.service.d")
+    stand_in = "[Service]\nExecStart=\nExecStart=/bin/sleep infinity\n"
+    pair.head.write("/etc/systemd/system/vllm.service.d/lab.conf", stand_in)
+    told = do(pair.head, "converge", "head", "step=serving", "serving.model=/srv/model")
+    assert told["outcome"] == "changed", told
+    before = main_pid(pair.head, "vllm")
+    pair.head.run("pkill", "-9", "-x", "gcs_server")
+    until(lambda: main_pid(pair.head, "vllm") not in ("0", before))
+
+
+def test_all_of_it_goes_again(pair: Pair) -> None:
+    for node, role in zip(pair, ADDRESSES, strict=True):
+        outcomes = {each["outcome"] for each in do(node, "uninstall", role)}
+        assert outcomes <= {"removed", "restored", "nothing"}, outcomes
+        shown = node.run("systemctl", "show", "-P", "LoadState", "-P", "ActiveState", f"ray-{role}").stdout.split()
+        assert shown == ["not-found", "inactive"]
+        assert node.run("pgrep", "-x", "raylet", check=False).stdout == ""
+        assert node.run("ls", PREFIX).stdout.split() == ["env", "venv"]

@@ -1,0 +1,147 @@
+"""Nodes that are folders: an `ssh` that is really `sh -c`, and a tool that writes down what it is asked.
+
+For the order of phases and what goes over the wire alone; tests/nodes has real nodes and real ssh.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparkinstall.plans import delivery
+
+_SSH = """\
+#!/bin/sh
+anew=shared
+while [ "$1" != -- ]; do
+    case $1 in ControlPath=none) anew=anew ;; -O) exit 0 ;; esac
+    shift
+done
+echo "$2 $anew" >>"$LAB/trips"
+if [ -e "$LAB/$2/ssh-says" ]; then cat "$LAB/$2/ssh-says" >&2; exit 255; fi
+HOME=$LAB/$2
+export HOME
+exec sh -c "$3"
+"""
+_TOOL = """\
+#!{python}
+import json, os, sys, time
+preface = json.loads(sys.stdin.readline())
+home, argv = os.environ["HOME"], preface["argv"]
+verb = argv[1] if argv[0] == "node" else argv[0]
+only = [argv[n + 1] for n, word in enumerate(argv) if word == "--only"]
+call = {{"host": os.path.basename(home), "verb": verb, "argv": argv, "stdin": preface["stdin"], "only": only,
+        "began": time.monotonic(), "process": sys.argv[1:]}}
+print("00:00:00 working", file=sys.stderr, flush=True)
+answers = json.load(open(home + "/answers.json"))
+key = next((k for k in (verb + ":" + only[0] if only else "", verb) if k in answers), None)
+time.sleep(answers.get("slow", 0))
+call["ended"] = time.monotonic()
+with open(os.environ["LAB"] + "/calls", "a") as log:
+    log.write(json.dumps(call) + chr(10))
+code, data, errors = answers[key] if key else (0, {{"changed": True}}, [])
+print(json.dumps({{"version": 1, "command": verb, "status": "", "exit_code": code, "data": data, "errors": errors}}))
+sys.exit(code)
+"""
+STEPS = ("packages", "environment", "nccl", "nccl-fit", "fp8", "network", "firewall", "env-files", "ray", "serving")
+VERSIONS = {"python": "3.12.3", "vllm": "0.18.1", "torch": "2.10.0", "ray": "2.60.0", "nccl": "2.28.9 121"}
+
+
+def step(name: str, outcome: str = "drift") -> dict[str, Any]:
+    """A step of a look's answer."""
+    state: dict[str, Any] = {"key": name, "changed": False, "state": "satisfied", "note": ""}
+    if outcome == "drift":
+        state = {"key": name, "changed": False, "state": "drift", "summary": f"make {name}", "before": "", "after": ""}
+    return {"step": name, "outcome": outcome, "seconds": 0.0, "held_by": None, "resources": [state], "error": None}
+
+
+def look(outcome: str = "drift", **more: Any) -> list[Any]:
+    """What `node look` answers."""
+    data = {
+        "preflight": [{"name": "disk", "verdict": "pass", "found": "enough", "mend": "", "title": "", "seconds": 0.0}],
+        "steps": [step(name, outcome) for name in STEPS],
+        "unproven": [],
+        "versions": VERSIONS,
+        "token": "abc",
+        "armed": False,
+        "user": "spark",
+        "executor": "ray",
+    }
+    return [0, {**data, **more}, []]
+
+
+def problem(what: str) -> dict[str, Any]:
+    """One error of an envelope."""
+    return {"code": "command", "what": what, "why": "so it is", "mend": "mend it", "log": "/l", "tail": ["the end"]}
+
+
+def copied(to: Path) -> tuple[Path, str]:
+    """A checkout of ours in the folder `to`, and its digest."""
+    for name, path in delivery.sources().items():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, to / name)
+    ask = [sys.executable, "-c", "from sparkinstall.plans import delivery; print(delivery.digest())"]
+    env = {**os.environ, "PYTHONPATH": str(to), "PYTHONDONTWRITEBYTECODE": "1"}
+    said = subprocess.run(ask, env=env, cwd=to, capture_output=True, text=True, check=True)
+    return to, said.stdout.strip()
+
+
+PROVEN = [0, {"checks": [], "probes": [], "fixes": []}, []]
+
+
+@dataclass(frozen=True)
+class FarNodes:
+    """The folder of all of them. Answers by verb, or by verb and first step: `multi-node:network`.
+
+    `checkout` is a copy of our sources that nobody edits while the tests run.
+    """
+
+    lab: Path
+    checkout: Path
+    digest: str
+
+    def add(self, host: str, **answers: Any) -> None:
+        """A node with the tool of this very version."""
+        tool = self.lab / host / ".local/share/sparkinstall/tool"
+        (tool / "bin").mkdir(parents=True)
+        (tool / "made-from").write_text(f"{self.digest} /usr/bin/python3\n")
+        program = tool / "bin/sparkinstall"
+        program.write_text(_TOOL.format(python=sys.executable))
+        program.chmod(0o755)
+        self.answer(host, **answers)
+
+    def answer(self, host: str, **answers: Any) -> None:
+        """Say from now on what this node answers."""
+        standard = {"look": look(), "verify": PROVEN, "token": [0, {"token": "t0ken-of-the-head"}, []]}
+        given = {name.replace("_", "-").replace("--", ":"): value for name, value in answers.items()}
+        (self.lab / host / "answers.json").write_text(json.dumps({**standard, **given}))
+
+    def cluster(self, *argv: str) -> tuple[int, Mapping[str, Any], str]:
+        """Exit code, the JSON object, and stderr of `sparkinstall cluster`."""
+        tools = self.lab / "bin"
+        tools.mkdir(exist_ok=True)
+        (tools / "ssh").write_text(_SSH)
+        (tools / "ssh").chmod(0o755)
+        paths = {"PATH": f"{tools}:{os.environ['PATH']}", "LAB": str(self.lab), "HOME": str(self.lab)}
+        env = {**os.environ, **paths, "PYTHONPATH": str(self.checkout)}
+        env.pop("XDG_DATA_HOME", None)
+        whole = [sys.executable, "-m", "sparkinstall", "cluster", *argv, "--json"]
+        done = subprocess.run(whole, env=env, cwd=self.lab, capture_output=True, text=True, timeout=60, check=False)
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout), done.stderr
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """What the tools were asked, in the order in which they ended."""
+        path = self.lab / "calls"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    @property
+    def trips(self) -> Sequence[str]:
+        """`host shared` or `host anew` for each command that ssh was given."""
+        return (self.lab / "trips").read_text().splitlines()

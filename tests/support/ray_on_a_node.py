@@ -1,0 +1,84 @@
+"""What the steps `ray` and `serving` do on a node, without the other steps, whose work the test does itself.
+
+    python -m tests.support.ray_on_a_node plan|converge|probe|uninstall ROLE [NAME=VALUE...]
+
+Prints one JSON object. NAME is a setting, or one of `token_file` and `step`. Waits of minutes are cut to seconds.
+"""
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from sparkinstall import stacks
+from sparkinstall.config import Layer, build, parse_assignment
+from sparkinstall.events import silent
+from sparkinstall.node import Node
+from sparkinstall.plans import engine
+from sparkinstall.plans.journaled import JournaledSystem
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.plans.uninstall import take_all_back
+from sparkinstall.resources import Drift
+from sparkinstall.steps import ray
+from sparkinstall.steps.serving import Serving
+from sparkinstall.system.local import LocalReader, LocalSystem
+
+ADDRESSES = {"head": "192.0.2.1", "worker": "192.0.2.2"}
+STEPS = {"ray": ray.Ray(), "serving": Serving()}
+
+
+def main() -> None:
+    verb, role, *more = sys.argv[1:]
+    values = dict(each.split("=", 1) for each in more)
+    token_file, step = values.pop("token_file", ""), STEPS[values.pop("step", "ray")]
+    ray._ADDRESS, ray._HEAD = 3, 5
+    node = replace(_node(role, values), token_file=token_file)
+    print(
+        json.dumps({"plan": _plan, "converge": _converge, "probe": _probe, "uninstall": _uninstall}[verb](node, step))
+    )
+
+
+def _node(role: str, values: dict[str, str]) -> Node:
+    cluster = {"cluster.role": role, "cluster.head": ADDRESSES["head"], "cluster.workers": [ADDRESSES["worker"]]}
+    settings = dict(parse_assignment(f"{name}={value}") for name, value in values.items())
+    config = build([Layer("test", {**cluster, **settings})])[0]
+    home = str(Path.home())
+    return Node(config, stacks.load(config.stack), "x86_64", "x86_64", False, False, home, Path(home, ".cache"))
+
+
+def _plan(node: Node, step: Any) -> Any:
+    (report,) = engine.plan([step], node, LocalReader())
+    return _told(report)
+
+
+def _converge(node: Node, step: Any) -> Any:
+    state = StateFolder(LocalSystem())
+    with state.hold("test", silent) as run:
+        journal = state.journal(run)
+        log = state.logs("test") / "log"
+        make = lambda name: JournaledSystem(state.system, journal, name, log, silent)  # noqa: E731
+        (report,) = engine.converge([step], node, make, silent)
+    return _told(report)
+
+
+def _told(report: engine.StepReport) -> Any:
+    problem = report.problem
+    drifts = [each.state.summary for each in report.checked if isinstance(each.state, Drift)]
+    told: dict[str, Any] = {"outcome": report.outcome, "seconds": report.seconds, "drifts": drifts}
+    if problem:
+        told |= {"what": problem.what, "why": problem.why, "mend": problem.mend, "tail": list(problem.tail)}
+    return told
+
+
+def _probe(node: Node, step: Any) -> Any:
+    return {probe.name: asdict(probe.look(LocalReader())) for probe in step.probes(node)}
+
+
+def _uninstall(node: Node, step: Any) -> Any:
+    del node, step
+    return [asdict(each) for each in take_all_back(StateFolder(LocalSystem()))]
+
+
+if __name__ == "__main__":
+    main()
