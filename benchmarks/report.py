@@ -32,7 +32,7 @@ def converged_table(found: Mapping[str, Spread], resources: int) -> str:
     rows = (
         (f"`{name}`" if "`" not in name else name, each, f"{each.times(ours):.1f} x") for name, each in found.items()
     )
-    return _table(
+    return table(
         f"A converged node, {resources} resources",
         ("", "median", "lowest - highest", "beside sparkinstall"),
         ((name, _seconds(each.median), _range(each), ratio) for name, each, ratio in rows),
@@ -42,7 +42,7 @@ def converged_table(found: Mapping[str, Spread], resources: int) -> str:
 def startup_table(found: Mapping[str, Spread]) -> str:
     """What it costs to start at all."""
     python, typer = found[startup.PYTHON], found[startup.TYPER]
-    return _table(
+    return table(
         "Starting",
         ("", "median", "lowest - highest", "beside Python", "beside Python and typer"),
         (
@@ -70,7 +70,7 @@ def fresh_table(found: Fresh) -> str:
         fair = abs(found.by_hand[make].others - found.whole.others) < _ALIKE
         ratio = f"{whole / found.installing:.1f} x" if fair else "void: unequally disturbed"
         rows.append((f"all by hand, with `{make}`", f"{whole:.1f}", "", ratio))
-    return _table(
+    return table(
         f"A fresh install: {part} and a small NCCL, warm caches",
         ("", "seconds", "cores that others took", "beside sparkinstall"),
         rows,
@@ -85,7 +85,7 @@ def engine_table(found: Fresh) -> str:
     """The engine's own time on that install."""
     wall, tools = found.engine["seconds"], found.engine["tools"]
     own, theirs = found.engine["own_cpu"], found.engine["tools_cpu"]
-    return _table(
+    return table(
         "The engine's own time on that install",
         ("", "engine", "tools", "share"),
         (
@@ -100,7 +100,7 @@ def engine_table(found: Fresh) -> str:
     )
 
 
-def _table(title: str, heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+def table(title: str, heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     lines = [f"## {title}\n", f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 

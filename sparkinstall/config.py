@@ -72,7 +72,10 @@ def _address(value: str) -> str | None:
     from ipaddress import IPv4Address
 
     try:
-        return None if IPv4Address(value).is_private else "must be a private IPv4 address"
+        found = IPv4Address(value)
+        # Python counts these among the private ones too.
+        nobodys = found.is_loopback or found.is_reserved or found.packed[0] == 0
+        return None if found.is_private and not nobodys else "must be a private IPv4 address"
     except ValueError:
         return "must be an IPv4 address such as 192.168.100.10"
 

@@ -1,7 +1,9 @@
 """Downloads that are resumed after a cut and used only once their hash is known to be right."""
 
+import fcntl
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,16 +40,26 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
     part = into.with_name(into.name + ".part")
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
-        with requests.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part)) as answer:
-            if not _is_whole(answer, part):
-                answer.raise_for_status()
-                _receive(answer, part, on_bytes)
-        part.replace(into)
+        with _alone(into):
+            if not into.exists():
+                with requests.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part)) as answer:
+                    if not _is_whole(answer, part):
+                        answer.raise_for_status()
+                        _receive(answer, part, on_bytes)
+                part.replace(into)
     except requests.RequestException as error:
         raise _unreachable(url, error) from error
     except OSError as error:
         raise storage_problem(error, f"downloading to {into}") from error
     return into
+
+
+@contextmanager
+def _alone(into: Path) -> Iterator[None]:
+    """Two runs for two nodes share a cache: the second one waits, and finds the file there."""
+    with open(into.with_name(f".{into.name}.lock"), "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _headers(part: Path) -> dict[str, str]:

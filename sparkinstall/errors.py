@@ -80,6 +80,12 @@ class Blocked(Problem):
     code = "blocked"
 
 
+class NeedsRoot(Problem):
+    """Only root can tell, and sudo asks for a password that nobody was there to give."""
+
+    code = "sudo"
+
+
 class Unreachable(Problem):
     """Another node cannot be reached over ssh, or the connection was lost."""
 

@@ -1,5 +1,6 @@
 """`sparkinstall cluster HOST HOST...`: the same on every node, from one terminal, over the user's own ssh."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,23 +101,26 @@ def _opened(hosts: list[str], asked: Asked, choice: Choice) -> "Iterator[Cluster
 
 
 class _Watch:
-    """A screen that can be put away while a question is asked."""
+    """A screen that can be put away while a question is asked. Nodes tell side by side."""
 
     def __init__(self, begin: Callable[[], Any]) -> None:
         self._begin = begin
         self._open: Any = None
         self._tell: Any = None
+        self._guard = threading.Lock()
 
     def tell(self, event: Any) -> None:
-        if self._open is None:
-            self._open = self._begin()
-            self._tell = self._open.__enter__()
-        self._tell(event)
+        with self._guard:
+            if self._open is None:
+                begun = self._begin()
+                self._tell, self._open = begun.__enter__(), begun
+            self._tell(event)
 
     def end(self) -> None:
-        if self._open is not None:
-            self._open.__exit__(None, None, None)
-        self._open = None
+        with self._guard:
+            was, self._open = self._open, None
+        if was is not None:
+            was.__exit__(None, None, None)
 
 
 def _settings(asked: Asked) -> tuple[Any, dict[str, Any]]:

@@ -25,7 +25,7 @@ from sparkinstall.redaction import redact
 
 _WORDS = {"unchanged": "as it should be", "changed": "done", "failed": "failed", "held": "not begun"}
 _ASKED = {"look": "asked", "compare": "asked", "token": "asked", "status": "asked", "reach": "reached",
-          "confirm": "confirmed", "verify": "proven", "uninstall": "taken back"}  # fmt: skip
+          "confirm": "confirmed", "copy": "copied", "verify": "proven", "uninstall": "taken back"}  # fmt: skip
 
 
 @contextmanager
@@ -52,6 +52,7 @@ class _Screen:
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self._rows: dict[tuple[str, str], _Row] = {}
+        self._hosts = list(hosts)
         self._width = max(map(len, hosts))
         self._spinner = Spinner("dots")
         self._guard = threading.Lock()
@@ -74,10 +75,15 @@ class _Screen:
             table.add_column(min_width=width, no_wrap=True)
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         before = ""
-        for (phase, host), row in self._rows.items():
+        for (phase, host), row in self._in_order():
             table.add_row(*self._cells(phase if phase != before else "", host, row))
             before = phase
         return table
+
+    def _in_order(self) -> list[tuple[tuple[str, str], _Row]]:
+        """By phase as they began, and by node as they were named: who is first to answer changes nothing."""
+        phases = list(dict.fromkeys(phase for phase, _ in self._rows))
+        return sorted(self._rows.items(), key=lambda each: (phases.index(each[0][0]), self._hosts.index(each[0][1])))
 
     def _cells(self, phase: str, host: str, row: _Row) -> tuple[RenderableType, ...]:
         if row.done:
@@ -131,6 +137,8 @@ def _outcome(done: Done) -> str:
     if done.outcome == "failed":
         more = f" (and {len(done.problems) - 1} more)" if len(done.problems) > 1 else ""
         return f"failed: {done.problems[0].what}{more}" if done.problems else "failed"
+    if warning := done.data.get("warning"):
+        return f"warning: {warning}"
     return _ASKED.get(done.phase, _WORDS[done.outcome])
 
 
@@ -141,13 +149,15 @@ def show_plan(cluster: Cluster) -> None:
     """What every node is, what its checks say, and what each step would change; equal nodes are told once."""
     out = console()
     out.print("[bold]Nodes[/]")
-    nodes = _grid(1, None, None, None)
+    nodes = _grid(1, max(len(far.host) for far in cluster.fars), len("worker"), None)
     for far in cluster.fars:
         nodes.add_row(
             "", far.host, far.member.role, f"{far.member.address} on the link" if len(cluster.fars) > 1 else ""
         )
     out.print(Padding(nodes, (0, 0, 0, 2), expand=False))
-    _show_checks(cluster.fars, out)
+    _show_checks(cluster, out)
+    if not any(far.look.get("steps") for far in cluster.fars):
+        return
     out.print("[bold]Plan[/]")
     table = _grid(1, 12, None, None)
     for name in dict.fromkeys(step["step"] for far in cluster.fars for step in far.look.get("steps", ())):
@@ -163,19 +173,31 @@ def _grid(*widths: int | None) -> Table:
     return table
 
 
-def _show_checks(fars: Sequence[Far], out: Console) -> None:
+def _show_checks(cluster: Cluster, out: Console) -> None:
+    fars, ignored = cluster.fars, cluster.wish.ignore
     checks = [(far.host, each) for far in fars for each in far.look.get("preflight", ())]
-    passed = sum(each["verdict"] == "pass" for _, each in checks)
-    out.print(f"[bold]Preflight[/]  {passed} of {len(checks)} checks passed on {len(fars)} nodes")
+    passed, asked = sum(each["verdict"] == "pass" for _, each in checks), len({host for host, _ in checks})
+    nodes = f"{asked} nodes" if asked == len(fars) else f"{asked} of {len(fars)} nodes; the others gave no answer"
+    out.print(f"[bold]Preflight[/]  {passed} of {len(checks)} checks passed on {nodes}" if checks else _NOBODY)
     told: dict[tuple[str, str, str, str], list[str]] = {}
     for host, each in checks:
         if each["verdict"] in ("warn", "fail"):
-            told.setdefault((each["verdict"], each["name"], each["found"], each["mend"]), []).append(host)
+            told.setdefault(_judged(each, ignored), []).append(host)
     table = _grid(1, 12, None, None)
     for (verdict, name, found, mend), hosts in told.items():
         table.add_row(sign(verdict), name, _whose(hosts, fars), escape(redact(found)))
         table.add_row("", "", "", f"[dim]→[/] {escape(mend)}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+_NOBODY = "[bold]Preflight[/]  no node gave an answer"
+
+
+def _judged(check: Mapping[str, Any], ignored: Sequence[str]) -> tuple[str, str, str, str]:
+    """Verdict, name, finding and mend; a failure that does not count is shown as a warning."""
+    if check["verdict"] == "fail" and check["name"] in ignored:
+        return "warn", check["name"], check["found"], f"ignored: --ignore {check['name']}"
+    return check["verdict"], check["name"], check["found"], check["mend"]
 
 
 def _told_once(fars: Sequence[Far], step: str) -> list[tuple[str, str, str]]:
@@ -233,7 +255,8 @@ def show_problems(cluster: Cluster) -> None:
         _show_rest(problem, out)
     well = [far.host for far in cluster.fars if far.host not in {done.host for done in bad}]
     if bad and well:
-        out.print(f"[dim]Nothing failed on {', '.join(well)}; what was done there stays done.[/]")
+        stays = "; what was done there stays done" if any(d.outcome == "changed" for d in cluster.done) else ""
+        out.print(f"[dim]Nothing failed on {escape(', '.join(well))}{stays}.[/]")
 
 
 def _show_rest(problem: Problem, out: Console) -> None:
@@ -248,9 +271,11 @@ def _show_rest(problem: Problem, out: Console) -> None:
 
 
 def show_nodes(cluster: Cluster, lines: Mapping[str, str]) -> None:
-    """One line a node."""
-    table = _grid(1, None, None)
+    """One line a node; of one that gave no answer nothing is known."""
+    table = _grid(1, max(len(far.host) for far in cluster.fars), None)
     for far in cluster.fars:
-        bad = any(done.outcome == "failed" for done in cluster.of(far))
-        table.add_row(sign("fail" if bad else "pass"), far.host, lines.get(far.host, ""))
+        bad = [done for done in cluster.of(far) if done.outcome == "failed"]
+        silent = bad and not any(done.data for done in cluster.of(far))
+        said = bad[0].problems[0].what if silent and bad[0].problems else lines.get(far.host, "")
+        table.add_row(sign("fail" if bad else "pass"), far.host, Text(redact(said)))
     console().print(Padding(table, (0, 0, 0, 2), expand=False))

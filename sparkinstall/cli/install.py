@@ -35,19 +35,19 @@ class Choice:
 
 def install(asked: Asked, choice: Choice) -> Answer:
     """Plan, check, ask, make it so, prove it."""
-    from sparkinstall.cli.session import open_session
-    from sparkinstall.plans import catalogue, engine
+    from sparkinstall.cli.session import looked_at, open_session
+    from sparkinstall.plans import catalogue
 
     session = open_session(asked)
     _refuse_another_prefix(session)
     steps = catalogue.chosen(session.node, choice.only, choice.skip)
-    reports = engine.plan(steps, session.node, session.system)
+    reports = looked_at(session, steps)
     if not choice.fresh:
         _refuse_obstacles(reports)
     so_already = all(report.outcome in ("unchanged", "left") for report in reports)
     if so_already and not choice.fresh and not session.state.unproven():
         return _nothing_to_do(session, steps, reports)
-    _refuse_what_needs_more(session.node, reports)
+    _refuse_what_needs_more(session.node, reports, choice.verb)
     preflight(session, choice)
     if not choice.json:
         _show_beginning(session, reports, asked.verbose)
@@ -89,7 +89,7 @@ def _refuse_obstacles(reports: "Sequence[StepReport]") -> None:
                 raise Blocked(f"{report.name}: {checked.state.what}", mend=checked.state.mend)
 
 
-def _refuse_what_needs_more(node: "Node", reports: "Sequence[StepReport]") -> None:
+def _refuse_what_needs_more(node: "Node", reports: "Sequence[StepReport]", verb: str) -> None:
     """A step that was chosen alone may need one that was not.
 
     Raises:
@@ -104,10 +104,10 @@ def _refuse_what_needs_more(node: "Node", reports: "Sequence[StepReport]") -> No
         needs = {c.state.waits_for for c in report.checked if isinstance(c.state, Unknown)} & known
         if needs:
             first = sorted(needs)[0]
-            raise BadUsage(
-                f"the step {report.name} needs {first} to be done before",
-                mend=f"`sparkinstall run {first} {report.name}`, or everything: `sparkinstall all`",
-            )
+            alone = f"`sparkinstall run {first} {report.name}`, or everything: `sparkinstall all`"
+            # What the node is among several is remembered once a run has ended well: say nothing that forgets it.
+            mend = f"add `--only {first}`, or leave `--only` out" if verb == "multi-node" else alone
+            raise BadUsage(f"the step {report.name} needs {first} to be done before", mend=mend)
 
 
 def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequence[StepReport]") -> Answer:
@@ -218,6 +218,8 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
 
     with watching(asked.verbose) as emit, session.system.sudo_kept(), session.state.hold(choice.verb, emit) as run:
         journal, logs = session.state.journal(run), session.state.logs(run)
+        if choice.verb == "multi-node":
+            _note_role(session)
         reports = engine.converge(
             steps,
             session.node,
@@ -231,6 +233,14 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
         looked = [_of_this_node(each) for each in looked]
         session.state.remember_unproven([each.probe.name for each in looked if each.finding.verdict == "fail"])
     return _conclude(session, reports, looked, choice)
+
+
+def _note_role(session: "Session") -> None:
+    """What this node is among several is kept before anything is made: after a run that failed, `all` must not take it
+    for a single one and stop what is up already."""
+    said, now = session.state.options(), session.options.get("settings") or {}
+    role = {name: value for name, value in now.items() if name.startswith("cluster.")}
+    session.state.remember_options({**said, "settings": {**said.get("settings", {}), **role}})
 
 
 def _of_this_node(looked: "Looked") -> "Looked":

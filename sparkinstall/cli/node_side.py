@@ -152,6 +152,61 @@ def _unreached(address: str, mtu: int) -> str:
 
 
 @app.command()
+def offer(
+    peers: Annotated[list[str], typer.Argument()],
+    set_: options.Set = None,
+    only: options.Only = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Give other nodes, at these addresses, what was downloaded and built here; the token is on stdin."""
+    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    answer("node", lambda: _offer(peers, asked, only or []), root=None, json=json, verbose=verbose)
+
+
+def _offer(peers: list[str], asked: Asked, only: list[str]) -> Answer:
+    import sys
+
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.plans import copying, handover
+
+    def announce(offered: copying.Offered) -> None:
+        print(handover.announcement(offered), file=sys.stderr, flush=True)
+
+    session, token = open_session(asked), sys.stdin.readline().strip()
+    print("listing what was downloaded and built", file=sys.stderr, flush=True)
+    return Answer(data=copying.serve(session.node, session.system, only, peers, token, announce))
+
+
+@app.command()
+def fetch(
+    set_: options.Set = None,
+    only: options.Only = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Take from the head what is lacking here; where it is, the token and the list's digest are on stdin."""
+    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    answer("node", lambda: _fetch(asked, only or []), root=None, json=json, verbose=verbose)
+
+
+def _fetch(asked: Asked, only: list[str]) -> Answer:
+    import sys
+
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.plans import copying, handover
+
+    def tell(done: int, total: int) -> None:
+        print(f"copied {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+    session = open_session(asked)
+    offered, token = handover.introduced(sys.stdin.readline())
+    arrived = copying.fetch(session.node, session.system, only, offered, token, tell)
+    data = {"changed": arrived.files > 0, "files": arrived.files, "bytes": arrived.size}
+    return Answer(data={**data, "warning": arrived.why_not} if arrived.why_not else data)
+
+
+@app.command()
 def confirm(json: options.Json = False, verbose: options.Verbose = False) -> None:
     """Keep the network that was applied: it was shown that the node can be reached."""
     answer("node", _confirm, root=None, json=json, verbose=verbose)

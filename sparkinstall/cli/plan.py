@@ -29,16 +29,16 @@ def plan(
 
 def _plan(asked: Asked, only: list[str], skip: list[str], detailed: bool) -> Answer:
     from sparkinstall.cli.envelope import finding_data, step_data
-    from sparkinstall.cli.session import open_session
+    from sparkinstall.cli.session import looked_at, open_session
     from sparkinstall.errors import Exit
     from sparkinstall.events import silent
-    from sparkinstall.plans import catalogue, engine, proof
+    from sparkinstall.plans import catalogue, proof
     from sparkinstall.probes.host import preflight
 
     session = open_session(asked)
     steps = catalogue.chosen(session.node, only, skip)
     looked = proof.look(preflight(session.node), session.system, silent)
-    reports = engine.plan(steps, session.node, session.system)
+    reports = looked_at(session, steps)
     drift = any(report.outcome in ("drift", "failed") for report in reports)
     failed = any(report.problem for report in reports)
 

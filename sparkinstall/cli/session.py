@@ -1,18 +1,24 @@
 """From a command line to a node: settings in layers, the stack, the state on the node."""
 
 import platform
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparkinstall import config as configuration
 from sparkinstall import members
 from sparkinstall.cli.options import Asked
 from sparkinstall.config import Config, Layer
-from sparkinstall.errors import BadConfig, BadUsage
+from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
 from sparkinstall.node import Node, user_cache
 from sparkinstall.plans.state import StateFolder
 from sparkinstall.system.local import LocalSystem
+
+if TYPE_CHECKING:
+    from sparkinstall.plans.engine import StepReport
+    from sparkinstall.steps import Step
 
 _RECORDED = "the last `all` or `run`"
 
@@ -98,7 +104,10 @@ def _settled(config: Config, sources: dict[str, str]) -> Config:
         cluster = replace(cluster, workers=(cluster.address,))
         config = replace(config, cluster=cluster)
     if cluster.role != "single":
+        from sparkinstall.resources import ray_ports
+
         members.require_sound(config)
+        ray_ports.require_apart(config)
     return config
 
 
@@ -133,6 +142,17 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any], asked: A
         confirm_later=asked.confirm_later,
         token_file=str(asked.token_file or ""),
     )
+
+
+def looked_at(session: Session, steps: "Sequence[Step]") -> "list[StepReport]":
+    """How everything stands. What only root can tell is asked again once the person at the terminal gave a password."""
+    from sparkinstall.plans import engine
+
+    reports = engine.plan(steps, session.node, session.system)
+    if sys.stdin.isatty() and any(isinstance(report.problem, NeedsRoot) for report in reports):
+        session.system.ask_for_sudo()
+        return engine.plan(steps, session.node, session.system)
+    return reports
 
 
 def _check_places(node: Node, system: LocalSystem) -> None:

@@ -17,12 +17,12 @@ def status(
 
 def _status(asked: Asked) -> Answer:
     from sparkinstall.cli.envelope import fix_data, step_data
-    from sparkinstall.cli.session import open_session
-    from sparkinstall.plans import catalogue, engine, fixes
+    from sparkinstall.cli.session import looked_at, open_session
+    from sparkinstall.plans import catalogue, fixes
 
     session = open_session(asked)
     records = session.state.journal().records()
-    reports = engine.plan(catalogue.of(session.node), session.node, session.system)
+    reports = looked_at(session, catalogue.of(session.node))
     standing = fixes.stand(session.node, reports, {})
     facts = {
         "installed": bool(records),

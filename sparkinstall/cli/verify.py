@@ -29,16 +29,16 @@ def verify(
 
 def _verify(asked: Asked, only: list[str], skip: list[str]) -> Answer:
     from sparkinstall.cli.envelope import finding_data, fix_data, step_data
-    from sparkinstall.cli.session import open_session
+    from sparkinstall.cli.session import looked_at, open_session
     from sparkinstall.errors import Exit, NotThere
     from sparkinstall.events import silent
-    from sparkinstall.plans import catalogue, engine, fixes, proof
+    from sparkinstall.plans import catalogue, fixes, proof
 
     session = open_session(asked)
     if not session.state.exists:
         raise NotThere(f"nothing of sparkinstall is in {session.system.root}", mend="`sparkinstall all` sets it up")
     steps = catalogue.chosen(session.node, only, skip)
-    reports = engine.plan(steps, session.node, session.system)
+    reports = looked_at(session, steps)
     looked = proof.look(proof.of_steps(steps, session.node), session.system, silent)
     findings = {each.probe.name: each.finding for each in looked}
     standing = [] if only or skip else fixes.stand(session.node, reports, findings)

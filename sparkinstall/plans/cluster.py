@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from sparkinstall.config import Config
 from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
-from sparkinstall.plans import sameness
+from sparkinstall.plans import copying, sameness
 from sparkinstall.plans.far import Far, Member, NoTool, OnLine, Said, assignments, repeated
+from sparkinstall.plans.handover import Handover
 from sparkinstall.system import processes
 
 Outcome = Literal["unchanged", "changed", "failed", "held"]
@@ -25,12 +26,14 @@ class Phase:
     whom: Whom = "all"
 
 
+_BUILDS = ("environment", "nccl", "nccl-fit", "fp8")
 _SERVICES = ("env-files", "ray", "serving")
 PHASES = (
     Phase("packages", ("packages",)),
     # Before the builds: what one node has built goes to the others over the fast link.
     Phase("network", ("network", "firewall")),
-    Phase("builds", ("environment", "nccl", "nccl-fit", "fp8")),
+    Phase("head builds", _BUILDS, "head"),
+    Phase("worker builds", _BUILDS, "workers"),
     Phase("head", _SERVICES, "head"),
     Phase("workers", _SERVICES, "workers"),
 )
@@ -209,6 +212,8 @@ class Cluster:
             if phase.name == "head":
                 self._require_same()
             due = [far for far in fars if self._is_due(far, phase)]
+            if phase.name == "worker builds":
+                self._copy(due)
             self._rest([far for far in fars if far not in due], phase.name)
             self._do(phase, due)
             self._barrier()
@@ -225,7 +230,7 @@ class Cluster:
 
     def _is_due(self, far: Far, phase: Phase) -> bool:
         """What an earlier phase has changed may have undone what the look had found."""
-        if far.changed or (phase.whom != "all" and far.look.get("unproven")):
+        if far.changed or (phase.steps is _SERVICES and far.look.get("unproven")):
             return True
         if phase.name == "workers" and far.look.get("token") != self.fars[0].look.get("token"):
             return True
@@ -242,6 +247,18 @@ class Cluster:
         self._at_once(phase.name, due, lambda far, on_line: self._set_up(far, self._steps(far, phase), on_line, token))
         if phase.name == "network" and not self.failed and len(self.fars) > 1:
             self._confirm(due)
+
+    def _copy(self, due: Sequence[Far]) -> None:
+        """What the head has downloaded and built goes into the caches of those that would do the same again."""
+        lacking = {far.host: [s for s in self._drifted(far) if s in copying.STEPS] for far in due}
+        steps = [step for step in copying.STEPS if any(step in each for each in lacking.values())]
+        workers = [far for far in due if lacking[far.host]]
+        if workers:
+            head = self.fars[0]
+            self._at_once("copy", [head, *workers], Handover(head, workers, steps, self.words).work)
+
+    def _drifted(self, far: Far) -> list[str]:
+        return [each["step"] for each in far.look["steps"] if each["outcome"] not in ("unchanged", "left")]
 
     def _confirm(self, due: Sequence[Far]) -> None:
         """Keep the new network only once every node was reached anew, and has reached all others over the link."""
@@ -392,12 +409,13 @@ def _in_the_way(far: Far) -> list[Problem]:
 
     What the services meet is left out: the workers' ones wait for the head.
     """
-    early = {step for phase in PHASES if phase.whom == "all" for step in phase.steps}
+    early = {step for phase in PHASES if phase.steps is not _SERVICES for step in phase.steps}
     problems = []
     for step in far.look.get("steps", ()):
         if step["step"] not in early:
             continue
-        if step["error"]:
+        # That sudo asks for a password is a check of its own, and said there.
+        if step["error"] and step["error"].get("code") != "sudo":
             problems.append(Problem(step["error"]["what"], why=step["error"]["why"], mend=step["error"]["mend"]))
         for resource in step["resources"]:
             if resource["state"] == "obstacle":

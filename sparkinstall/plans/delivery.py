@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import re
 import shutil
 import sys
 import tarfile
@@ -179,7 +180,8 @@ def _pip() -> list[str]:
 
 def _tags(of: Place) -> list[str]:
     """The wheels' names for the platform, the newest glibc first."""
-    minor = int(of.glibc.partition(".")[2] or 17) if of.glibc.startswith("2.") else 17
+    said = re.match(r"2\.([0-9]{1,3})", of.glibc)
+    minor = int(said[1]) if said else 17
     modern = [f"manylinux_2_{each}_{of.machine}" for each in range(minor, 16, -1)]
     old = ["manylinux2014", "manylinux2010", "manylinux1"]
     return [*modern, *(f"{each}_{of.machine}" for each in old), f"linux_{of.machine}"]

@@ -47,7 +47,7 @@ def _on_a_node(look: Callable[[Reader], Finding]) -> Callable[[Reader], Finding]
 
 
 def _qsfp(on: Reader, node: Node) -> Finding:
-    port = links.used_port(on, node)
+    port = links.port_to_look_at(on, node)
     names = " + ".join(each.name for each in port.twins)
     if len(port.twins) < 2:
         return warned(f"port {port.number}: {names} alone", "a Spark's port has two halves: is the other switched off?")
@@ -102,8 +102,10 @@ def _driver(on: Reader) -> Finding:
 
 
 def _cuda(on: Reader, node: Node) -> Finding:
+    if node.config.nccl.mode == "wheel":
+        return skipped("nothing is built here (nccl.mode: wheel)")
     home = cuda_home(node)
-    if on.rehearsal and (home is None or node.foreign or node.config.nccl.mode == "wheel"):
+    if on.rehearsal and (home is None or node.foreign):
         return skipped(_LEFT)
     if home is None:
         mend = "`sudo apt install cuda-toolkit-13-0`, or name yours with `nccl.cuda_home`, or take `nccl.mode: wheel`"

@@ -7,8 +7,9 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from sparkinstall.errors import Problem
+from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.node import Node
 from sparkinstall.system import Reader
 
@@ -23,6 +24,7 @@ _HALF = re.compile(r"en(?:P(?P<domain>[0-9]+))?(?P<place>p[0-9]+s[0-9]+f(?P<port
 _GID = re.compile(r"[0-9a-f]{4}(?::[0-9a-f]{4}){7}", re.IGNORECASE)
 _MAPPED = "0000:0000:0000:0000:0000:ffff:"
 _ROCE_V2 = "RoCE v2"
+_SESSION = "carries this ssh session"
 
 # Bits of a route's flags (linux/route.h).
 _RTF_UP, _RTF_REJECT = 0x1, 0x200
@@ -99,7 +101,7 @@ def management(on: Reader) -> Mapping[str, str]:
     )
     found = dict.fromkeys(routes, "has the default route")
     for name in _of_this_session(on):
-        found.setdefault(name, "carries this ssh session")
+        found.setdefault(name, _SESSION)
     for name in on.names(_NET):
         if on.entry(f"{_NET}/{name}/wireless") or on.entry(f"{_NET}/{name}/phy80211"):
             found.setdefault(name, "is Wi-Fi")
@@ -114,7 +116,27 @@ def used_port(on: Reader, node: Node) -> Port:
     Raises:
         LinkProblem: there is none, or more than one, or the one named must not be touched.
     """
-    found, barred, wanted = ports(on), management(on), node.config.network.interface
+    return _chosen(on, node, management(on))
+
+
+def port_to_look_at(on: Reader, node: Node) -> Port:
+    """The port as `used_port` tells it; where this ssh session came in over it, it may be looked at all the same.
+
+    Raises:
+        LinkProblem: there is none, or more than one.
+    """
+    barred = management(on)
+    try:
+        return _chosen(on, node, barred)
+    except LinkProblem:
+        free = {name: why for name, why in barred.items() if why != _SESSION}
+        if free == barred:
+            raise
+        return _chosen(on, node, free)
+
+
+def _chosen(on: Reader, node: Node, barred: Mapping[str, str]) -> Port:
+    found, wanted = ports(on), node.config.network.interface
     if wanted and wanted in barred:
         raise _refused(wanted, barred[wanted], found, barred)
     if on.rehearsal and not found:
@@ -231,7 +253,7 @@ def _text(on: Reader, path: str) -> str:
     """
     try:
         return (on.read(path) or b"").decode(errors="replace").strip()
-    except OSError:
+    except (OSError, NeedsRoot):
         return ""
 
 
@@ -246,12 +268,36 @@ def _numbers(on: Reader, folder: str) -> list[int]:
 
 def _of_this_session(on: Reader) -> tuple[str, ...]:
     """The interface that has the address at which this ssh session came in; sshd says which (SSH_CONNECTION)."""
-    words = os.environ.get("SSH_CONNECTION", "").split()
-    if on.rehearsal or len(words) != 4:
+    words = () if on.rehearsal else session()
+    if not words:
         return ()
     # A link-local address may be on several interfaces; the one that is meant stands behind it.
     address, _, scope = words[2].partition("%")
     return tuple(name for name, own, _ in _addresses(on) if own == address and scope in ("", name))
+
+
+def session() -> tuple[str, ...]:
+    """Client, its port, server and its port of the ssh session that this process belongs to; empty: there is none.
+
+    sudo takes the variable away; the shell before it still has it.
+    """
+    said, pid = os.environ.get("SSH_CONNECTION", ""), os.getppid()
+    while not said and pid > 1 and os.environ.get("SUDO_USER"):
+        said, pid = _of_process(pid)
+    words = tuple(said.split())
+    return words if len(words) == 4 else ()
+
+
+def _of_process(pid: int) -> tuple[str, int]:
+    """The variable as a process has it, and that process's parent (0: not to be told)."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        # The program's name stands in brackets and may hold any character.
+        parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return "", 0
+    found = (each.partition(b"=")[2] for each in variables if each.startswith(b"SSH_CONNECTION="))
+    return next(found, b"").decode(errors="replace"), parent
 
 
 def _addresses(on: Reader, *family: str) -> Iterator[tuple[str, str, int]]:

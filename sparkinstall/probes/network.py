@@ -1,7 +1,6 @@
 """How the QSFP link behaves: its halves as they are now, whether large packets arrive, and what must stay reachable."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network
@@ -119,14 +118,28 @@ class Reach:
 def reach(on: Reader, node: Node, only: Iterable[str] | None = None) -> Reach:
     """What can be reached now; `only` these addresses are asked for an answer, instead of gateways and peers."""
     there = live(on)
-    defaults = tuple((each.interface, each.gateway) for each in routes(on) if not each.to.prefixlen)
+    # Only a node that is managed over IPv6 alone waits for that: routers announce their route in their own time.
+    defaults = _defaults(on) or _defaults6(on)
     asked = only if only is not None else [*(gateway for _, gateway in defaults if gateway), *node.peers]
     kept = {name: there[name].addresses for name in links.management(on) if name in there}
     return Reach(defaults, kept, _session(on), frozenset(_that_answer(on, asked)))
 
 
+def _defaults(on: Reader) -> tuple[tuple[str, str], ...]:
+    return tuple((each.interface, each.gateway) for each in routes(on) if not each.to.prefixlen)
+
+
+def _defaults6(on: Reader) -> tuple[tuple[str, str], ...]:
+    found = [each for each in _asked(on, "-6", "route", "show", "default") if "dev" in each]
+    return tuple((each["dev"], _scoped(each.get("gateway", ""), each["dev"])) for each in found)
+
+
+def _scoped(address: str, interface: str) -> str:
+    return f"{address}%{interface}" if address.startswith("fe80:") else address
+
+
 def _session(on: Reader) -> str:
-    client = os.environ.get("SSH_CONNECTION", "").split(" ")[0]
+    client = next(iter(links.session()), "").partition("%")[0]
     asked = _asked(on, "route", "get", client) if client else []
     return str(asked[0].get("dev", "")) if asked else ""
 
@@ -140,7 +153,7 @@ def _that_answer(on: Reader, addresses: Iterable[str]) -> list[str]:
 def lost(before: Reach, on: Reader, node: Node) -> str:
     """What could be reached before and cannot be now, in words; empty: all of it can."""
     now, there = reach(on, node, before.answered), live(on)
-    if gone := sorted(set(before.defaults) - set(now.defaults)):
+    if gone := sorted(set(before.defaults) - {*_defaults(on), *_defaults6(on)}):
         return f"the default route over {gone[0][0]} is gone"
     for name, had in before.management.items():
         if missing := set(had) - set(there[name].addresses if name in there else ()):
@@ -184,7 +197,7 @@ def probes(node: Node) -> Iterable[Probe]:
 def _link(node: Node, on: Reader) -> Finding:
     if on.rehearsal:
         return skipped("a rehearsal has no QSFP port")
-    port, there, mtu = links.used_port(on, node), live(on), node.config.network.mtu
+    port, there, mtu = links.port_to_look_at(on, node), live(on), node.config.network.mtu
     expected = f"a carrier, MTU {mtu}, and an address in a subnet of its own on each half"
     if problem := _complaint(node, port, there):
         return failed(problem[0], problem[1], expected)

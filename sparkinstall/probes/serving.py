@@ -98,7 +98,8 @@ def _late(node: Node, on: Reader) -> Finding:
     besides = ", though /health says 200" if health.out.strip() == "200" else ""
     mend = f"restart it: `sudo systemctl restart {UNIT}`"
     if node.several:
-        mend = f"see that every node is there (`sparkinstall verify --only peers --only ray-nodes`), then {mend}"
+        nodes = "--only peers --only ray-nodes" if node.config.cluster.executor == "ray" else "--only peers"
+        mend = f"see that every node is there (`sparkinstall verify {nodes}`), then {mend}"
     return failed(f"no completion within {_PATIENCE} s{besides}", mend, f"{_TOKENS} tokens within {_PATIENCE} s")
 
 

@@ -35,15 +35,15 @@ _ARM = """\
 set -eu; umask 077
 home=$1 name=$2 unit=$3 seconds=$4 script=$5; shift 5
 mkdir -p "$home"; chmod 755 "$home"
-former=lost
-if systemctl is-active --quiet "$unit.timer"; then former=kept; systemctl stop "$unit.timer"; fi
+if systemctl is-active --quiet "$unit.timer"; then systemctl stop "$unit.timer"; fi
 waited=0
 while [ "$(systemctl show -P ActiveState "$unit.service")" = activating ] && [ $waited -lt 60 ]; do
   sleep 1; waited=$((waited + 1))
 done
 into=$home/$name
-if [ $former = lost ] || [ ! -d "$into" ]; then
-  rm -rf "$into" "$into".*
+# A folder that is there was neither put back nor confirmed, even if a kill has left it without its timer.
+if [ ! -d "$into" ]; then
+  rm -rf "$into".*
   into=$into.new
   mkdir "$into" "$into/files"; : > "$into/paths"
   printf '%s' "$script" > "$into/restore"
@@ -54,10 +54,15 @@ for line; do
   if [ -e "$path" ] || [ -L "$path" ]; then (cd "$into/files" && cp -a --parents "$path" .); fi
   printf '%s\\n' "$line" >> "$into/paths"
 done
-[ "$into" = "$home/$name" ] || mv -T "$into" "$home/$name"
+new=
+[ "$into" = "$home/$name" ] || { new=yes; mv -T "$into" "$home/$name"; }
 systemctl reset-failed "$unit.service" 2> /dev/null || true
 systemd-run --quiet --collect --unit="$unit" --on-active="$seconds" --timer-property=AccuracySec=100ms \\
-  --property=Type=oneshot /bin/sh "$home/$name/restore"
+  --property=Type=oneshot /bin/sh "$home/$name/restore" || {
+  # Nothing will be changed without a timer, so there is nothing to put back one day.
+  [ -z "$new" ] || rm -rf "$home/$name"
+  exit 1
+}
 """
 _DISARM = """\
 mv -T "$1/$2" "$1/$2.confirmed" || exit 9
@@ -84,8 +89,8 @@ def _waiting(on: Reader) -> tuple[str, ...]:
 def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence[str] = ()) -> None:
     """In `seconds` from now, put the files `keep` back as they are now and run `restore_script`, unless disarmed.
 
-    One of that name that is armed still is set anew, with the files and the script that it has: what it
-    remembers is the former state, and what is there now may be a killed run's.
+    One of that name that is armed still, or was when its run was killed, is set anew with the files and the script
+    that it has: what it remembers is the former state, and what is there now may be a killed run's.
 
     Args:
         restore_script: lines for /bin/sh, run by root.

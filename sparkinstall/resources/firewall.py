@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network
 from typing import Any
 
-from sparkinstall.errors import Problem
+from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.node import Node
 from sparkinstall.probes import links, network
 from sparkinstall.probes.firewalls import NFT, TABLE, another
@@ -106,7 +106,7 @@ def ssh_ports(on: Reader) -> tuple[int, ...]:
 
 
 def _no_root(said: str) -> Problem:
-    return Problem(
+    return NeedsRoot(
         "the firewall cannot be looked at",
         why=said.strip()[-300:],
         mend="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
@@ -118,7 +118,7 @@ def _quoted_set(names: Iterable[str]) -> str:
 
 
 def _interfaces(node: Node, on: Reader) -> tuple[str, ...]:
-    names = tuple(each.name for each in links.used_port(on, node).twins) if node.several else ()
+    names = tuple(each.name for each in links.port_to_look_at(on, node).twins) if node.several else ()
     for name in names:
         if not _INTERFACE.fullmatch(name):
             raise Problem(f"the interface {name!r} has a name that no rule can carry", mend="rename it, then run again")

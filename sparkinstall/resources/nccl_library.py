@@ -17,6 +17,8 @@ from sparkinstall.resources import Drift, LeftToNode, Satisfied, State
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Entry, Reader, System
 
+BROUGHT_LIBRARY, BROUGHT_STAMP = "libnccl.so", "build.json"
+
 # How long before a kill a compiler may have last written to an output that it never finished, in seconds.
 # Seen: 0.6 (nvcc, ld and generate.py write in place, and make takes any file that is there for a whole one).
 _SETTLED = 30
@@ -65,7 +67,7 @@ class NcclLibrary:
         if self.left:
             return LeftToNode(self.left)
         stamp = self._stamp(on)
-        recipe = self._recipe(on)
+        recipe = self.recipe(on)
         if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
             return Satisfied(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
         if on.rehearsal and (why := self.source.out_of_reach(on)):
@@ -80,7 +82,8 @@ class NcclLibrary:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _recipe(self, on: Reader) -> Recipe:
+    def recipe(self, on: Reader) -> Recipe:
+        """What would be built here."""
         return Recipe(
             self.source.version,
             self.arch,
@@ -105,10 +108,42 @@ class NcclLibrary:
             name = f"{base}/{entry.target}"
         return None
 
+    def brought(self, recipe: Recipe) -> Path:
+        """The real folder where a library that another node has built with this recipe waits."""
+        return self.source.cache / "brought" / recipe.id
+
     def apply(self, on: System) -> None:
         on.claim(self.folder)
+        if not self._take_brought(on):
+            self._build(on)
+
+    def _take_brought(self, on: System) -> bool:
+        """Whether there is a library from another node that could be ours, and was taken."""
+        recipe = self.recipe(on)
+        waiting = self.brought(recipe)
+        try:
+            stamp = json.loads((waiting / BROUGHT_STAMP).read_bytes())
+            content = (waiting / BROUGHT_LIBRARY).read_bytes()
+            if stamp["recipe"] != asdict(recipe) or stamp["sha256"] != hashlib.sha256(content).hexdigest():
+                return False
+            self._prove(on, str(waiting / BROUGHT_LIBRARY), recipe)
+        except (OSError, ValueError, KeyError, TypeError, Blocked):
+            # Nothing was lost: it is built here instead.
+            return False
+        self._install(on, recipe, content)
+        return True
+
+    def _install(self, on: System, recipe: Recipe, content: bytes) -> None:
+        build, name = f"build-{recipe.id}", f"libnccl.so.{recipe.version.split('-')[0]}"
+        on.clear(f"{self.folder}/{build}")
+        on.write(f"{self.folder}/{build}/lib/{name}", content, 0o755)
+        on.link(f"{self.folder}/{build}/lib/libnccl.so.2", name)
+        on.link(f"{self.folder}/lib", f"{build}/lib")
+        self._write_stamp(on, recipe)
+
+    def _build(self, on: System) -> None:
         source = self.source.bring(on, f"{self.folder}/source")
-        recipe = self._recipe(on)
+        recipe = self.recipe(on)
         build = f"build-{recipe.id}"
         self._make(on, on.real(source), on.real(f"{self.folder}/{build}"))
         self._prove(on, on.real(f"{self.folder}/{build}/lib/libnccl.so.2"), recipe)

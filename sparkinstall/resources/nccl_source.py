@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sparkinstall.system import Reader, System
 
 REPOSITORY = "https://github.com/NVIDIA/nccl.git"
 _VERSION_PARTS = re.compile(r"^NCCL_(?:MAJOR|MINOR|PATCH)\s*:=\s*(\d+)", re.MULTILINE)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNREACHABLE = ("Could not resolve host", "Connection refused", "Connection timed out", "unable to access")
 
 
@@ -66,6 +68,18 @@ class NcclSource:
         environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
         answer = on.query("git", "ls-remote", "--exit-code", REPOSITORY, self.tag, timeout=20, env=environment)
         return "" if answer.ok else f"{REPOSITORY} cannot be reached from here"
+
+    def hold_to(self, identity: str, on: Reader) -> None:
+        """Take another node's word for what the tarball must be, where it was never seen here."""
+        kind, _, sha256 = identity.partition(" ")
+        recorded = self._recorded(on)
+        is_open = self.kind == kind == "tarball" and not self.sha256 and self.where not in recorded
+        if is_open and _SHA256.fullmatch(sha256):
+            self._note({**recorded, self.where: sha256})
+
+    def _note(self, recorded: Mapping[str, Any]) -> None:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        self._record.write_text(json.dumps(recorded, indent=2) + "\n")
 
     @property
     def _mirror_folder(self) -> Path:
@@ -158,8 +172,7 @@ class NcclSource:
         found, recorded = sha256_of(tarball), self._recorded(on)
         expected = self.sha256 or recorded.get(self.where)
         if expected is None:
-            self.cache.mkdir(parents=True, exist_ok=True)
-            self._record.write_text(json.dumps({**recorded, self.where: found}, indent=2) + "\n")
+            self._note({**recorded, self.where: found})
         elif found != expected:
             # A download that is wrong would be taken again from the cache: it goes.
             if tarball.is_relative_to(self.cache):

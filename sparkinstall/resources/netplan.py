@@ -32,7 +32,7 @@ class _Plan:
 
     @cached_property
     def halves(self) -> tuple[files.Half, ...]:
-        twins = links.used_port(self.on, self.node).twins
+        twins = links.port_to_look_at(self.on, self.node).twins
         return tuple(files.Half(t.name, a) for t, a in zip(twins, network.own_addresses(self.node), strict=False))
 
     @property
@@ -82,7 +82,7 @@ class _Plan:
 
     def obstacle(self) -> Obstacle | None:
         """The first thing in the way."""
-        looks = (self._no_netplan, self._not_to_be_taken, self._lan)
+        looks = (self._no_netplan, self._not_to_be_taken, self._beside_netplan, self._lan)
         return next((found for look in looks if (found := look())), None)
 
     def _no_netplan(self) -> Obstacle | None:
@@ -113,6 +113,16 @@ class _Plan:
                 f"`{name}` ({kind}) in {file.path} is made of {part}, an interface of the QSFP port",
                 f"take {part} out of it (`sudoedit {file.path}`), or name another with `network.interface`",
             )
+        return None
+
+    def _beside_netplan(self) -> Obstacle | None:
+        for path, name in files.keyfiles(self.on):
+            if name in self.names:
+                remove = f"sudo rm {dead_man.quoted([path])} && sudo nmcli connection reload"
+                return Obstacle(
+                    f"NetworkManager has a profile of its own for {name}, {path}: at a boot it may win over netplan's",
+                    f"take it away (`{remove}`), then run again",
+                )
         return None
 
     def _lan(self) -> Obstacle | None:
@@ -188,6 +198,8 @@ class Netplan:
             return Obstacle(bad.what, bad.mend)
         if not plan.wanted:
             return Satisfied(", ".join(plan.names))
+        # Raises where the port may be looked at and not touched.
+        links.used_port(on, self.node)
         before = {path: on.read(path) for path in plan.wanted}
         return Drift(_summary(plan), files.shown(before), files.shown(plan.wanted))
 
@@ -234,6 +246,7 @@ class LiveLink:
             return LeftToNode(f"netplan applies it there: {', '.join(_then(each, mtu) for each in plan.halves)}")
         now = network.live(on)
         if any(not _is_so(each, mtu, now) for each in plan.halves):
+            links.used_port(on, self.node)
             before, after = (_now(each, now) for each in plan.halves), (_then(each, mtu) for each in plan.halves)
             return Drift("apply the network", "\n".join(before) + "\n", "\n".join(after) + "\n")
         if dead_man.armed(on, TIMER) and not self.node.confirm_later:
@@ -286,6 +299,7 @@ def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
     Raises:
         Problem: it did not; everything is as it was before.
     """
+    links.used_port(on, plan.node)
     config, paths = plan.node.config.network, tuple(plan.wanted)
     before, reach = _live_state(on, plan), network.reach(on, plan.node)
     added = {half.name: str(half.address) for half in plan.halves}
@@ -374,9 +388,12 @@ def take_back(on: LocalSystem, records: Iterable[Undo]) -> bool:
 
     Raises:
         CommandFailed: netplan refuses.
+        Blocked: this ssh session came in at an address that would go.
     """
     if on.rehearsal or not on.entry(files.PROGRAM):
         return False
+    records = tuple(records)
+    _refuse_own_way(on, records)
     if dead_man.armed(on, TIMER):
         dead_man.disarm(on, TIMER)
     before, added = _first_of(records)
@@ -390,6 +407,20 @@ def take_back(on: LocalSystem, records: Iterable[Undo]) -> bool:
             mend="look at the files in /etc/netplan, then run the same command again",
         )
     return True
+
+
+def _refuse_own_way(on: Reader, records: Iterable[Undo]) -> None:
+    """A session must not cut the branch that it sits on: nobody would be left to see how it ended."""
+    before, added = _first_of(records)
+    own = dict.fromkeys(links.session()[2:3])
+    for name, address in added.items():
+        had = {each.partition("/")[0] for each in before.get(name, {}).get("addresses", ())}
+        ip = address.partition("/")[0]
+        if ip in own and ip not in had and not _still_named(on, address):
+            raise Blocked(
+                f"{name} stays as it is for now: this ssh session came in at its address {ip}, which would go.",
+                mend="Come in over another interface, and run `sparkinstall uninstall` again.",
+            )
 
 
 def _first_of(records: Iterable[Undo]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -28,6 +28,8 @@ OWN_FOLDER = "/etc/netplan"
 _FOLDERS = ("/lib/netplan", "/run/netplan", OWN_FOLDER)
 """A file hides one of the same name in a folder before it."""
 
+_KEYFILES = "/etc/NetworkManager/system-connections"
+_INTERFACE_NAME = re.compile(r"(?m)^interface-name[ \t]*=[ \t]*(\S+)")
 _OURS = "# Interfaces: "
 _HEADER = """\
 # Written by sparkinstall: addresses and MTU of the QSFP port. Changes made here are overwritten; change
@@ -111,6 +113,16 @@ def read_all(on: Reader) -> tuple[NetplanFile, ...]:
     paths = {name: f"{folder}/{name}" for folder in _FOLDERS for name in on.names(folder) if name.endswith(".yaml")}
     found = (NetplanFile(paths[name], on.read(paths[name]) or b"") for name in sorted(paths))
     return tuple(_sound(each) for each in found)
+
+
+def keyfiles(on: Reader) -> Iterator[tuple[str, str]]:
+    """Profiles that NetworkManager keeps beside netplan's files: (path, the interface that it names)."""
+    for name in on.names(_KEYFILES):
+        if name.endswith(".nmconnection"):
+            path = f"{_KEYFILES}/{name}"
+            named = _INTERFACE_NAME.search((on.read(path) or b"").decode(errors="replace"))
+            if named:
+                yield path, named[1]
 
 
 def _sound(file: NetplanFile) -> NetplanFile:

@@ -4,6 +4,9 @@ Left to itself Ray (2.60) takes any free port for these, on every interface. The
 which Linux draws the ports of outgoing connections (32768 and above).
 """
 
+from sparkinstall.config import Config
+from sparkinstall.errors import BadConfig
+
 NODE_MANAGER = 20000
 OBJECT_MANAGER = 20001
 DASHBOARD_AGENT_HTTP = 20002
@@ -25,3 +28,29 @@ LAST_OF_VLLM = 29699
 
 # What other nodes must reach on every node, besides the head's own port (`cluster.ray_port`): first and last.
 BETWEEN_NODES = (NODE_MANAGER, LAST_WORKER)
+
+
+def require_apart(config: Config) -> None:
+    """See that no port is asked for twice, whichever executor there is: the other one is a setting away.
+
+    Raises:
+        BadConfig: one is.
+    """
+    fixed = (
+        ("Ray", BETWEEN_NODES),
+        ("Ray's dashboard", (DASHBOARD, DASHBOARD)),
+        ("Ray's client port", (CLIENT, CLIENT)),
+        ("vLLM's own processes", (FIRST_OF_VLLM, LAST_OF_VLLM)),
+    )
+    asked = {
+        "serving.port": config.serving.port,
+        "cluster.ray_port": config.cluster.ray_port,
+        "cluster.master_port": config.cluster.master_port,
+    }
+    for name, port in asked.items():
+        others = [(other, (its, its)) for other, its in asked.items() if other != name]
+        for other, (first, last) in (*others, *fixed):
+            if first <= port <= last:
+                raise BadConfig(
+                    f"`{name}` is {port}, which is the port of {other}", mend=f"set `{name}` to another one"
+                )

@@ -27,22 +27,31 @@ class Transport:
             return wanted
         if before == wanted or self._stays(before, wanted):
             return Satisfied(f"{before['transport']}: {before['why']}")
-        return Drift(f"NCCL talks over {_NAMES[wanted['transport']]}", as_text(before), as_text(wanted))
+        said = f"NCCL talks over {_NAMES[wanted['transport']]}: {wanted['why']}"
+        return Drift(said, as_text(before), as_text(wanted))
 
     def _decide(self, on: Reader) -> dict[str, Any] | Unknown | Obstacle:
-        asked, port = self.node.config.network.transport, links.used_port(on, self.node)
+        asked, port = self.node.config.network.transport, links.port_to_look_at(on, self.node)
         if asked == "socket":
             return _decision(port, "socket", "network.transport says so")
         if on.rehearsal:
-            return _decision(port, "socket", "a rehearsal has no RoCE devices; the node itself decides")
+            return _decision(port, "socket", _REHEARSED[asked])
         if not _has_address(on, port, self.node.address):
-            return Unknown("network")
+            return Unknown("network") if self.node.config.network.manage else self._left_to_others(port)
         why_not = links.roce_ready(on, port)
         if not why_not:
             return _decision(port, "roce", "both halves of the port have an RDMA device with an address")
         if asked == "roce":
             return Obstacle(f"RoCE was asked for, but {why_not}", mend=_SOCKETS)
         return _decision(port, "socket", why_not)
+
+    def _left_to_others(self, port: links.Port) -> Obstacle:
+        """No step of ours will give the port its address."""
+        return Obstacle(
+            f"{port.twins[0].name} has not this node's address {self.node.address}, and `network.manage` is false",
+            mend="give it that address, name the one that it has (`cluster.head` and `cluster.workers`, or --head, "
+            "--worker and --address), or let sparkinstall do it: `--set network.manage=true`",
+        )
 
     def _stays(self, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
         auto = self.node.config.network.transport == "auto"
@@ -56,6 +65,10 @@ class Transport:
 
 
 _SOCKETS = "sockets work everywhere: --set network.transport=socket"
+_REHEARSED = {
+    "auto": "a rehearsal has no RoCE devices; the node itself decides",
+    "roce": "a rehearsal has no RoCE devices; the node itself takes RoCE, or says why it cannot (network.transport)",
+}
 _NAMES = {"roce": "RoCE", "socket": "sockets"}
 
 

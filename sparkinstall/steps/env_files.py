@@ -6,13 +6,21 @@ from typing import Any
 
 from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe, processes
+from sparkinstall.probes import ray as ray_probe
 from sparkinstall.resources import Resource, Unknown, ray_ports
 from sparkinstall.resources.findings import recorded
+from sparkinstall.resources.former import FormerServices
 from sparkinstall.resources.rendered import Rendered
 from sparkinstall.resources.transport import Transport, decision_path
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
+# What each node must keep for itself: vLLM (since 0.18) hands its own NCCL_* and UCX_* to every worker on Ray,
+# and the other node's interfaces, devices and GID may have other names.
+OWN_TO_EACH_NODE = (
+    *("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "NCCL_IB_DISABLE", "UCX_NET_DEVICES"),
+    "VLLM_CONFIG_ROOT",
+)
 FILES = ("single-node", "multi-node-head", "multi-node-worker")
 _SPARK_PORT = {"interface": "enp1s0f0np0", "hcas": [], "transport": "socket"}
 
@@ -23,15 +31,34 @@ class EnvFiles(Step):
     needs = ("nccl-fit", "fp8", "network")
 
     def resources(self, node: Node) -> Iterable[Resource]:
+        yield FormerServices(node)
         if node.several:
             yield Transport(node)
         for name in FILES:
             path = f"{node.env_folder}/{name}.env"
             yield Rendered(path, f"{name}.env.j2", partial(_values, node))
         yield Rendered(roce_gid(node), "roce-gid.sh.j2", lambda _: {"stack": node.stack.name}, mode=0o755)
+        if with_ray(node):
+            yield kept_back(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
         return processes.probes(node)
+
+
+def with_ray(node: Node) -> bool:
+    """Whether a `vllm serve` on this node starts its workers on the others through Ray."""
+    return node.role == "head" and node.config.cluster.executor == "ray"
+
+
+def config_root(node: Node) -> str:
+    """Where vLLM looks for settings of its own on the head (a node path)."""
+    return f"{ray_probe.services(node)}/vllm"
+
+
+def kept_back(node: Node) -> Rendered:
+    """The list of what vLLM on the head does not hand to its workers, whoever starts it: the unit or a person."""
+    path = f"{config_root(node)}/ray_non_carry_over_env_vars.json"
+    return Rendered(path, "ray-non-carry-over.json.j2", lambda _: {"names": list(OWN_TO_EACH_NODE)})
 
 
 def roce_gid(node: Node) -> str:
@@ -71,6 +98,7 @@ def _of_several(node: Node, on: Reader) -> dict[str, Any]:
         "ray_token": on.real(node.ray_token),
         "first_port": ray_ports.FIRST_OF_VLLM,
         "roce_gid": on.real(roce_gid(node)),
+        "config_root": on.real(config_root(node)),
     }
 
 

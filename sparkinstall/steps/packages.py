@@ -21,7 +21,8 @@ class SystemPackages(Step):
             f"{python}-dev",
             "build-essential",
             "git",
-            *(("netplan.io", "iputils-ping") if node.several else ()),
+            *(("iputils-ping",) if node.several else ()),
+            *(("netplan.io",) if node.several and node.config.network.manage else ()),
             *(("nftables",) if node.filtered else ()),
             *node.config.packages.extra,
         )

@@ -12,18 +12,13 @@ from sparkinstall.resources.rendered import Rendered
 from sparkinstall.resources.units import Cause, Service, UnitFile
 from sparkinstall.steps import Step
 from sparkinstall.steps import ray as ray_step
+from sparkinstall.steps.env_files import kept_back, with_ray
 from sparkinstall.steps.fp8 import cutlass_patch
 from sparkinstall.system import Reader
 
 _UNIT = f"{units.FOLDER}/{serving.UNIT}"
 # Seconds in which the other nodes must have joined Ray before vLLM is started; vLLM itself waits as long.
 _JOINED = 1800
-# What each node must keep for itself: vLLM (since 0.18) hands its own NCCL_* and UCX_* to every worker on Ray,
-# and the other node's interfaces, devices and GID may have other names.
-OWN_TO_EACH_NODE = (
-    *("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "NCCL_IB_DISABLE", "UCX_NET_DEVICES"),
-    "VLLM_CONFIG_ROOT",
-)
 
 
 class Serving(Step):
@@ -41,10 +36,11 @@ class Serving(Step):
         if node.several:
             yield ray_step.before_start(node)
             depends.append(ray_step.before_start(node).path)
-        if _with_ray(node):
-            own = f"{_config_root(node)}/ray_non_carry_over_env_vars.json"
-            yield Rendered(own, "ray-non-carry-over.json.j2", lambda _: {"names": list(OWN_TO_EACH_NODE)})
-            depends += [own, ray_probe.ray_nodes(node)]
+        if with_ray(node):
+            depends += [kept_back(node).path, ray_probe.ray_nodes(node)]
+        if _with_head(node):
+            yield Rendered(_attends(node), "with-head.py.j2", lambda _: {})
+            depends.append(_attends(node))
         yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node), noted_in=ray_step.rendered(node))
         noted = ray_step.started(node, serving.UNIT)
         yield Service(serving.UNIT, partial(_inputs, node, tuple(depends)), noted, _CAUSES)
@@ -58,12 +54,14 @@ def _runs_here(node: Node) -> bool:
     return node.role != "worker" or node.config.cluster.executor == "mp"
 
 
-def _with_ray(node: Node) -> bool:
-    return node.role == "head" and node.config.cluster.executor == "ray"
+def _with_head(node: Node) -> bool:
+    """Without Ray a worker's vLLM does not notice that the head's has ended."""
+    return node.role == "worker" and node.config.cluster.executor == "mp"
 
 
-def _config_root(node: Node) -> str:
-    return f"{ray_probe.services(node)}/vllm"
+def _attends(node: Node) -> str:
+    """The program that ends a worker's vLLM with the head's (a node path)."""
+    return f"{ray_probe.services(node)}/with-head.py"
 
 
 def _inputs(node: Node, depends: tuple[str, ...], on: Reader) -> Iterable[str]:
@@ -77,8 +75,7 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
         "env_file": units.setting(on.real(node.env_file)),
         "hub_offline": node.config.hub.offline,
         "several": node.several,
-        "with_ray": _with_ray(node),
-        "environment": [units.assignment("VLLM_CONFIG_ROOT", on.real(_config_root(node)))] if _with_ray(node) else [],
+        "with_ray": with_ray(node),
         "before_start": units.program(on.real(ray_step.before_start(node).path)),
         "command": _command(node, on),
     }
@@ -87,11 +84,13 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
 def _command(node: Node, on: Reader) -> list[str]:
     """The words of `ExecStart=`, ready to stand there."""
     vllm = [on.real(f"{node.venv}/bin/vllm"), "serve", str(node.config.serving.model)]
-    if _with_ray(node):
+    python, cluster = on.real(f"{node.venv}/bin/python"), node.config.cluster
+    if with_ray(node):
         # Not as a step before the start: that would hold up whoever starts it until the workers have come.
-        python, asks = on.real(f"{node.venv}/bin/python"), on.real(ray_probe.ray_nodes(node))
-        wait = [python, asks, ray_probe.head(node), str(_JOINED), "--count", str(len(node.members)), "--"]
-        vllm = [*wait, *vllm]
+        asks = on.real(ray_probe.ray_nodes(node))
+        vllm = [python, asks, ray_probe.head(node), str(_JOINED), "--count", str(len(node.members)), "--", *vllm]
+    if _with_head(node):
+        vllm = [python, on.real(_attends(node)), cluster.head, str(cluster.master_port), *vllm]
     first, *rest = [*vllm, *arguments(node)]
     return [units.program(first), *map(units.word, rest)]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sparkinstall.errors import CommandFailed, Interrupted, storage_problem
+from sparkinstall.errors import CommandFailed, Interrupted, NeedsRoot, storage_problem
 from sparkinstall.system import Entry, Result, processes
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
@@ -90,9 +90,13 @@ class LocalReader:
     def _read_as_root(self, path: str, error: PermissionError) -> bytes | None:
         if not self.sudo:
             raise error
-        code, out, _ = processes.answer((*self.sudo, "cat", path), os.environ, 30)
+        code, out, said = processes.answer((*self.sudo, "cat", path), os.environ, 30)
         if code != 0:
-            raise error
+            raise NeedsRoot(
+                f"{path} can be read by root alone",
+                why=said.decode(errors="replace").strip()[-300:],
+                mend="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
+            ) from error
         return out
 
     def names(self, path: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from sparkinstall.config import Config
-from sparkinstall.errors import BadUsage, Blocked
+from sparkinstall.errors import BadUsage, Blocked, NeedsRoot
 from sparkinstall.plans import catalogue, sameness
 from sparkinstall.plans.cluster import PHASES, members
 from sparkinstall.system.ssh import explained
@@ -80,7 +80,9 @@ def test_all_phases_in_their_order_with_a_barrier_after_each(far: FarNodes) -> N
         {("spark-1", "multi-node", "network+firewall"), ("spark-2", "multi-node", "network+firewall")},
         {("spark-1", "reach", ""), ("spark-2", "reach", "")},
         {("spark-1", "confirm", ""), ("spark-2", "confirm", "")},
-        {(f"spark-{n}", "multi-node", "environment+nccl+nccl-fit+fp8") for n in (1, 2)},
+        {("spark-1", "multi-node", "environment+nccl+nccl-fit+fp8")},
+        {("spark-1", "offer", "environment+nccl")},
+        {("spark-2", "multi-node", "environment+nccl+nccl-fit+fp8")},
     ):
         calls = [c for c in far.calls if (c["host"], c["verb"], "+".join(c["only"])) in phase and c["began"] > after]
         calls = calls[: len(phase)]
@@ -184,6 +186,16 @@ def test_a_check_that_fails_on_one_node_stops_all(far: FarNodes) -> None:
     assert said["errors"][0]["code"] == "preflight"
     assert "NOPASSWD" in said["errors"][0]["mend"]
     assert far.cluster("spark-1", "spark-2", "--yes", "--ignore", "sudo")[0] == 0
+
+
+def test_a_password_for_sudo_is_asked_for_once(far: FarNodes) -> None:
+    """Where it is missing, the firewall cannot be looked at either: the same trouble is not told twice."""
+    sudo = {"name": "sudo", "verdict": "fail", "found": "sudo asks", "mend": "x", "title": "", "seconds": 0}
+    unseen = {**step("firewall", "failed"), "error": {**problem("cannot be looked at"), "code": NeedsRoot.code}}
+    far.answer("spark-2", look=look(preflight=[sudo], steps=[step("packages"), unseen]))
+    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 5
+    assert [each["code"] for each in said["errors"]] == ["preflight"]
 
 
 def test_an_obstacle_is_said_before_anything_is_begun(far: FarNodes) -> None:

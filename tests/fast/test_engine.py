@@ -8,7 +8,8 @@ from typing import Any, cast
 
 import pytest
 
-from sparkinstall.errors import Blocked, Problem
+from sparkinstall.cli.session import Session, looked_at
+from sparkinstall.errors import Blocked, NeedsRoot, Problem
 from sparkinstall.events import Event, ResourceApplied, StepEnded, StepStarted, silent
 from sparkinstall.node import Node
 from sparkinstall.plans import catalogue
@@ -205,3 +206,26 @@ def test_every_resource_is_given_the_system_of_its_own_step(tmp_path: Path) -> N
 
     converge([some("a", [Thing()]), some("b", [Thing()], needs=("a",))], NODE, system_for, silent)
     assert asked == ["a", "b"]
+
+
+@pytest.mark.parametrize(("terminal", "asked"), [(True, 1), (False, 0)])
+def test_what_only_root_can_tell_is_asked_again_after_the_password(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, asked: int
+) -> None:
+    class Guarded(Thing):
+        def check(self, on: Reader) -> State:
+            del on
+            if not times:
+                raise NeedsRoot("only root can tell")
+            return Satisfied()
+
+    class Asking(LocalSystem):
+        def ask_for_sudo(self) -> None:
+            times.append("asked")
+
+    times: list[str] = []
+    session = Session(NODE, Asking(), cast(Any, None), {}, {})
+    monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda _: terminal})())
+    (report,) = looked_at(session, [some("firewall", [Guarded()])])
+    assert len(times) == asked
+    assert report.outcome == ("unchanged" if terminal else "failed")

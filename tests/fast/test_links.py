@@ -4,8 +4,11 @@ The trees are made by tests/support/sysfs.py, which says what they were put toge
 GB10. What a real kernel shows of virtual interfaces is in tests/nodes/test_link_facts.py.
 """
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -246,6 +249,40 @@ def test_the_interface_of_this_ssh_session_is_management(monkeypatch: pytest.Mon
     for without in ("", "127.0.0.1", "127.0.0.1 1 203.0.113.200 22"):
         monkeypatch.setenv("SSH_CONNECTION", without)
         assert "lo" not in links.management(LocalReader())
+
+
+def over_the_link(monkeypatch: pytest.MonkeyPatch, interface: str) -> None:
+    """An ssh session that came in over `interface`."""
+    monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.1 22")
+    monkeypatch.setattr(links, "_addresses", lambda *_: iter([(interface, "192.0.2.1", 24)]))
+
+
+@pytest.mark.parametrize("named", [None, "enP2p1s0f0np0"])
+def test_a_port_that_carries_this_ssh_session_is_looked_at_and_not_touched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, named: str | None
+) -> None:
+    node = spark(tmp_path)
+    over_the_link(monkeypatch, "enp1s0f0np0")
+    assert "carries this ssh session" in refusal(node, named).why
+    assert halves(links.port_to_look_at(reader(node), asking(named))) == HALVES[0]
+
+
+def test_a_port_with_the_default_route_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    node = spark(tmp_path)
+    node.default_route("enp1s0f0np0")
+    over_the_link(monkeypatch, "enp1s0f0np0")
+    with pytest.raises(LinkProblem, match=r"must not be touched"):
+        links.port_to_look_at(reader(node), asking("enp1s0f0np0"))
+
+
+def test_sudo_does_not_hide_the_ssh_session() -> None:
+    """sudo takes SSH_CONNECTION out of the environment; the shell that started it has it still."""
+    ask = "from sparkinstall.probes import links; print(*links.session())"
+    through = ["env", "-u", "SSH_CONNECTION", "SUDO_USER=spark", sys.executable, "-c", ask]
+    shell = ["sh", "-c", '"$@"; exit $?', "sh", *through]
+    env = {**os.environ, "SSH_CONNECTION": "192.0.2.9 50000 192.0.2.1 22"}
+    said = subprocess.run(shell, env=env, capture_output=True, text=True, check=True, timeout=60)
+    assert said.stdout.split() == ["192.0.2.9", "50000", "192.0.2.1", "22"]
 
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="this machine has no iproute2")

@@ -1,12 +1,25 @@
 """A node as one of several: what its addresses may be, what its env files say, which GID its RDMA devices have."""
 
+import json
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from sparkinstall.config import Layer, build
+from sparkinstall.events import silent
+from sparkinstall.node import Node
+from sparkinstall.plans.proof import look
+from sparkinstall.probes.host import preflight
+from sparkinstall.resources import Drift, Obstacle, Unknown
+from sparkinstall.resources.packages import Packages
 from sparkinstall.resources.rendered import render
+from sparkinstall.resources.transport import Transport
+from sparkinstall.stacks import load
+from sparkinstall.steps.packages import SystemPackages
+from sparkinstall.system.local import LocalReader
 from tests.support.rehearsals import in_this_process, said, sparkinstall
+from tests.support.sysfs import spark
 
 HEAD, WORKER = ("--role", "head"), ("--role", "worker")
 
@@ -28,10 +41,14 @@ def plan_of(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
         ((*WORKER, "--worker", "192.168.100.12", "--address", "192.168.100.13"), "is none of the workers"),
         ((*HEAD, "--address", "192.168.100.13"), "the head's address is 192.168.100.10"),
         ((*HEAD, "--head", "8.8.8.8"), "`cluster.head` must be a private IPv4 address"),
+        ((*HEAD, "--head", "127.0.0.10", "--worker", "127.0.0.11"), "`cluster.head` must be a private IPv4 address"),
+        ((*HEAD, "--head", "0.0.0.5"), "`cluster.head` must be a private IPv4 address"),
         ((*HEAD, "--head", "spark-1"), "`cluster.head` must be an IPv4 address"),
         ((*HEAD, "--interface", "a b"), "`network.interface` must be an interface name"),
         ((*HEAD, "--set", "network.mtu=99999999"), "`network.mtu` must be a number from 1280 to 9978"),
         ((*HEAD, "--set", "serving.allow=0.0.0.0/0"), "`serving.allow` must be a network and not the whole world"),
+        ((*HEAD, "--set", "serving.port=20500"), "`serving.port` is 20500, which is the port of Ray"),
+        ((*HEAD, "--set", "cluster.ray_port=29501"), "`cluster.ray_port` is 29501, which is the port of cluster.master"),
         ((*HEAD, "--set", "serving.memory=1.5"), "`serving.memory` must be a number from 0.10 to 0.95"),
     ],
 )
@@ -42,6 +59,33 @@ def test_addresses_that_cannot_be_a_clusters_are_refused(
     assert answer.returncode == 2
     assert sentence in " ".join(said(answer).split())
     assert not (tmp_path / "node").exists()
+
+
+def test_a_part_alone_keeps_the_role(tmp_path: Path) -> None:
+    answer = in_this_process("multi-node", *HEAD, "--root", tmp_path / "node", "--only", "env-files")
+    assert answer.returncode == 2
+    assert "add `--only fp8`, or leave `--only` out" in said(answer)
+
+
+def test_what_a_node_is_among_several_outlives_a_run_that_failed(tmp_path: Path) -> None:
+    root = tmp_path / "node"
+    (root / "opt/sparkinstall").mkdir(parents=True)
+    (root / "opt/sparkinstall/services").write_text("in the way")
+    answer = in_this_process(
+        "multi-node",
+        *HEAD,
+        "--root",
+        root,
+        "--only",
+        "ray",
+        "--set",
+        "network.mtu=1500",
+        "--set",
+        "cluster.ray_port=7777",
+    )
+    assert answer.returncode == 1, said(answer)
+    kept = json.loads((root / "var/lib/sparkinstall/options.json").read_text())
+    assert kept == {"settings": {"cluster.role": "head", "cluster.ray_port": 7777}}, "and no other setting"
 
 
 def test_the_role_is_asked_for() -> None:
@@ -93,3 +137,57 @@ def test_a_device_that_is_gone_is_no_error(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "SYS": str(tmp_path), "NCCL_IB_HCA": "rocep9s0f0"}
     run = subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == ("", "")
+
+
+class Machine(LocalReader):
+    """A folder that is taken for a machine of its own."""
+
+    @property
+    def rehearsal(self) -> bool:
+        return False
+
+    def real(self, path: str) -> str:
+        return self.root + path
+
+
+def head_of_two(**settings: object) -> Node:
+    """A head as the defaults have it, and `settings` with `__` for a dot."""
+    values = {"cluster.role": "head", **{name.replace("__", "."): value for name, value in settings.items()}}
+    config, _ = build([Layer("the test", values)])
+    return Node(config, load(config.stack), "aarch64", "aarch64", False, False, "/home/spark", Path("/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"), [("auto", "the node itself decides"), ("roce", "the node itself takes RoCE")]
+)
+def test_a_rehearsal_says_that_its_sockets_are_only_its_own(tmp_path: Path, asked: str, says: str) -> None:
+    state = Transport(head_of_two(network__transport=asked)).check(LocalReader(str(tmp_path)))
+    assert isinstance(state, Drift)
+    assert "sockets" in state.summary
+    assert says in state.summary
+
+
+def test_a_network_that_is_not_ours_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SSH_CONNECTION", raising=False)
+    spark(tmp_path)
+    state = Transport(head_of_two(network__manage=False)).check(Machine(str(tmp_path)))
+    assert isinstance(state, Obstacle)
+    assert "enp1s0f0np0 has not this node's address 192.168.100.10" in state.what
+    assert "network.manage=true" in state.mend
+    assert isinstance(Transport(head_of_two()).check(Machine(str(tmp_path))), Unknown)
+
+
+@pytest.mark.parametrize(("manage", "there"), [(True, True), (False, False)])
+def test_netplan_is_only_installed_where_it_is_used(manage: bool, there: bool) -> None:
+    (packages,) = SystemPackages().resources(head_of_two(network__manage=manage))
+    assert isinstance(packages, Packages)
+    assert ("netplan.io" in packages.names) is there
+    assert {"iputils-ping", "nftables"} <= set(packages.names)
+
+
+def test_where_nothing_is_built_no_compiler_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for variable in ("CUDA_HOME", "SSH_CONNECTION"):
+        monkeypatch.delenv(variable, raising=False)
+    node = head_of_two(nccl__mode="wheel", nccl__cuda_home="/nowhere")
+    (cuda,) = [each for each in preflight(node) if each.name == "cuda"]
+    assert look([cuda], Machine(str(tmp_path)), silent)[0].finding.verdict == "skip"

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 import tempfile
 from ipaddress import IPv4Interface
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparkinstall.config import Layer, build
-from sparkinstall.errors import Problem
+from sparkinstall.errors import Blocked, Problem
 from sparkinstall.events import silent
 from sparkinstall.node import Node
 from sparkinstall.plans.engine import converge
@@ -35,6 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 FIRST, SECOND = "enp1s0f0np0", "enP2p1s0f0np0"
 TARGET = "etc/netplan/40-cx7.yaml"
+KEYFILES = "etc/NetworkManager/system-connections"
 LAN = "network: {version: 2, renderer: networkd, ethernets: {enP7s7: {dhcp4: true}}}\n"
 
 
@@ -134,7 +136,7 @@ def test_a_worker_of_a_small_subnet_keeps_its_host_part(rehearsed: Rehearsed) ->
 def test_it_is_only_for_several_nodes_and_where_it_is_wanted() -> None:
     assert Network().wanted(node())
     assert not Network().wanted(node(cluster__role="single"))
-    assert not Network().wanted(node(network__manage=False))
+    assert not list(Network().resources(node(network__manage=False)))
 
 
 def test_a_rehearsal_leaves_the_applying_to_the_node(rehearsed: Rehearsed) -> None:
@@ -291,6 +293,18 @@ def test_a_file_that_would_come_back_is_not_touched(rehearsed: Rehearsed, folder
     assert isinstance(rehearsed.check(), Drift)
 
 
+@pytest.mark.parametrize("line", [f"interface-name={FIRST}", f"interface-name = {SECOND} "])
+def test_a_profile_of_network_managers_own_is_in_the_way(rehearsed: Rehearsed, line: str) -> None:
+    """netplan does not know of it, and at the next boot either may win."""
+    rehearsed.put(f"{KEYFILES}/lan.nmconnection", "[connection]\nid=lan\ninterface-name=enP7s7\n")
+    assert isinstance(Netplan(node()).check(rehearsed.state.system), Drift)
+    rehearsed.put(f"{KEYFILES}/by hand.nmconnection", f"[connection]\nid=by hand\n{line}\n[ipv4]\nmethod=auto\n")
+    state = Netplan(node()).check(rehearsed.state.system)
+    assert isinstance(state, Obstacle)
+    assert "by hand.nmconnection" in state.what
+    assert "sudo rm '/etc/NetworkManager/system-connections/by hand.nmconnection'" in state.mend
+
+
 def test_a_profile_for_any_interface_gives_way(rehearsed: Rehearsed) -> None:
     rehearsed.put(
         "etc/netplan/90-NM-any.yaml",
@@ -437,3 +451,49 @@ def test_a_timer_is_armed_by_its_folder_alone(tmp_path: Path) -> None:
     assert not dead_man.armed(on)
     (tmp_path / "run/sparkinstall-dead-man/network").mkdir()
     assert dead_man.armed(on) and dead_man.armed(on, "network") and not dead_man.armed(on, "firewall")
+
+
+def test_an_uninstall_does_not_cut_the_session_it_runs_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    was = {FIRST: {"mtu": 1500, "up": True, "addresses": []}}
+    ours = Undo("netplan", "the QSFP link", was, {FIRST: "192.0.2.77/24"})
+    monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.77 22")
+    with pytest.raises(Blocked, match=f"{FIRST} stays as it is for now: this ssh session came in at its address"):
+        take_back(_Unlike(str(tmp_path)), [ours])
+
+
+class _Unlike(LocalSystem):
+    """A node that must not be touched: every program is one too many."""
+
+    @property
+    def rehearsal(self) -> bool:
+        return False
+
+    def query(self, *argv: str, **_: Any) -> Any:
+        raise AssertionError(argv)
+
+
+def _arming(tmp_path: Path, name: str = "network", runs: bool = False) -> int:
+    """The real script of `arm` in a folder of its own, with a systemd that does or does not take the timer."""
+    for program, code in (("systemctl", 3), ("systemd-run", 0 if runs else 1)):
+        (tmp_path / program).write_text(f"#!/bin/sh\nexit {code}\n")
+        (tmp_path / program).chmod(0o755)
+    kept = tmp_path / "kept.yaml"
+    words = ["sh", "-c", dead_man._ARM, "sh", str(tmp_path / "home"), name, "unit", "30", "true", f"{kept}|{kept}.new"]
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    return subprocess.run(words, env=env, check=False, timeout=30).returncode
+
+
+def test_a_timer_that_cannot_be_set_leaves_nothing_armed(tmp_path: Path) -> None:
+    assert _arming(tmp_path) != 0
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_a_run_killed_between_two_timers_does_not_lose_the_former_state(tmp_path: Path) -> None:
+    """The second timer stops the first one; what that remembers is older than what is there now."""
+    (tmp_path / "kept.yaml").write_text("the former state\n")
+    assert _arming(tmp_path, runs=True) == 0
+    (tmp_path / "kept.yaml").write_text("what a killed run has made of it\n")
+    remembered = Path(f"{tmp_path}/home/network/files{tmp_path}/kept.yaml")
+    for runs in (False, True):
+        assert (_arming(tmp_path, runs=runs) == 0) is runs
+        assert remembered.read_text() == "the former state\n"

@@ -24,9 +24,13 @@ from sparkinstall.plans.journal import Journal
 from sparkinstall.plans.journaled import JournaledSystem
 from sparkinstall.probes import Finding, serving
 from sparkinstall.probes.ray import ray_nodes
-from sparkinstall.resources import LeftToNode, Satisfied, ray_ports, units
+from sparkinstall.resources import Drift, LeftToNode, Satisfied, firewall, former, ray_ports, units
+from sparkinstall.resources.firewall import Part
+from sparkinstall.resources.former import FormerServices
 from sparkinstall.resources.rendered import render
 from sparkinstall.resources.units import Cause, Service, UnitFile, complaints_of_systemd
+from sparkinstall.steps.env_files import EnvFiles
+from sparkinstall.steps.firewall import Firewall
 from sparkinstall.steps.ray import Ray
 from sparkinstall.steps.serving import Serving, arguments
 from sparkinstall.system.local import LocalReader, LocalSystem
@@ -171,13 +175,62 @@ def test_a_worker_with_ray_has_no_unit_of_vllm(tmp_path: Path) -> None:
 
 def test_vllm_on_ray_keeps_from_the_workers_what_is_the_heads_own(tmp_path: Path) -> None:
     node, on = node_of(tmp_path, "head", serving__model="m"), system_of(tmp_path)
-    for resource in Serving().resources(node):
-        if not isinstance(resource.check(on), LeftToNode):
-            resource.apply(on)
+    on.write(node.fp8_decision, json.dumps({"fallback": False, "disabled_kernels": [], "why": "so"}).encode())
+    for resource in EnvFiles().resources(node):
+        resource.apply(on)
     folder = tmp_path / "opt/sparkinstall/services/vllm"
     names = json.loads((folder / "ray_non_carry_over_env_vars.json").read_text())
     assert {"NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_GID_INDEX"} <= set(names)
-    assert f'Environment="VLLM_CONFIG_ROOT={folder}"' in (tmp_path / "etc/systemd/system/vllm.service").read_text()
+    head, worker = (tmp_path / f"opt/sparkinstall/env/multi-node-{role}.env" for role in ("head", "worker"))
+    assert f'VLLM_CONFIG_ROOT="{folder}"\n' in head.read_text()
+    # What somebody has said in the folder that vLLM no longer looks into must still hold.
+    assert 'VLLM_NO_USAGE_STATS="1"\n' in head.read_text()
+    assert "VLLM_CONFIG_ROOT" not in worker.read_text()
+    assert str(folder / "ray_non_carry_over_env_vars.json") in _inputs(node, on)
+    without = node_of(tmp_path, "head", cluster__executor="mp")
+    assert [each for each in EnvFiles().resources(without) if "carry_over" in each.key] == []
+
+
+def _inputs(node: Node, on: JournaledSystem) -> list[str]:
+    """The files (real paths) whose change restarts vLLM."""
+    (service,) = [each for each in Serving().resources(node) if isinstance(each, Service)]
+    return [on.real(path) for path in service.inputs(on)]
+
+
+@pytest.mark.parametrize("role", ["single", "head", "worker"])
+@pytest.mark.parametrize("executor", ["ray", "mp"])
+@pytest.mark.parametrize("model", [None, "m"])
+def test_the_units_that_are_wanted_are_those_of_the_steps(
+    tmp_path: Path, role: str, executor: str, model: str | None
+) -> None:
+    node = node_of(tmp_path, role, cluster__executor=executor, serving__model=model)
+    found = [
+        each.of if isinstance(each, Part) else each
+        for step in (Ray(), Serving(), Firewall())
+        if step.wanted(node)
+        for each in step.resources(node)
+    ]
+    assert former.wanted(node) == {each.name for each in found if isinstance(each, Service)}
+
+
+def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path) -> None:
+    on, folder = system_of(tmp_path), tmp_path / "etc/systemd/system"
+    folder.mkdir(parents=True)
+    (folder / "vllm.service").write_text("# somebody's own\n[Service]\nExecStart=/bin/true\n")
+    for step in (Ray(), Firewall()):
+        for each in step.resources(node_of(tmp_path, "head")):
+            if not isinstance(each.check(on), LeftToNode):
+                each.apply(on)
+    assert {each.name for each in folder.iterdir()} == {"ray-head.service", firewall.UNIT, "vllm.service"}
+    as_head, as_worker, alone = (FormerServices(node_of(tmp_path, role)) for role in ("head", "worker", "single"))
+    assert isinstance(as_head.check(on), Satisfied)
+    state = as_worker.check(on)
+    assert isinstance(state, Drift)
+    assert state.summary == "stop ray-head.service: not asked for any more"
+    alone.apply(on)
+    assert isinstance(alone.check(on), Satisfied)
+    assert {each.name for each in folder.iterdir()} == {"vllm.service"}
+    assert not (tmp_path / "opt/sparkinstall/firewall.nft").exists(), "or `auto` would not look again"
 
 
 def test_a_word_with_a_line_break_is_refused() -> None:

@@ -7,10 +7,12 @@ skipped, and the end of the run says so in red.
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 
@@ -60,8 +62,17 @@ def arm64_missing() -> str | None:
     return _root_missing() or _tools_missing("mmdebstrap", "unshare") or _overlay_missing() or _emulation_missing()
 
 
+@cache
+def vllm_missing() -> str | None:
+    """Why vLLM's build for the CPU (layer 5) cannot run here, or None; two nodes of it take 7 GB of memory."""
+    if platform.machine() != "x86_64":
+        return f"there is no such build of vLLM for {platform.machine()}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return None if memory > 10e9 else f"only {memory / 1e9:.0f} GB of memory"
+
+
 # Other layers add a row of their own.
-LAYERS: dict[int, Missing] = {2: namespaces_missing, 3: nodes_missing, 6: arm64_missing}
+LAYERS: dict[int, Missing] = {2: namespaces_missing, 3: nodes_missing, 5: vllm_missing, 6: arm64_missing}
 
 
 def require(layer: int) -> None:
@@ -88,6 +99,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         number = marker.name.removeprefix("layer")
         if number.isdecimal() and int(number) in LAYERS:
             require(int(number))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """With several processes, each tells the one that the person sees."""
+    told = getattr(session.config, "workeroutput", None)
+    if told is not None:
+        told["skipped_layers"] = {str(layer): reason for layer, reason in _skipped.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """One of several processes has ended: what it skipped counts too."""
+    told = getattr(node, "workeroutput", {}).get("skipped_layers", {})
+    _skipped.update({int(layer): reason for layer, reason in told.items()})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

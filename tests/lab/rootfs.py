@@ -12,6 +12,8 @@ PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "netplan.io", "iproute2", "iputils-ping", "ca-certificates"),
     *("python3", "python3-venv", "kmod", "procps", "openssh-server", "sudo"),
     *("nftables", "iputils-arping", "iperf3", "ethtool"),
+    # What vLLM's build for the CPU loads.
+    *("libnuma1", "libtcmalloc-minimal4"),
 )
 
 # Timers that take apt's lock at a moment of their own, and a /tmp in memory, which a Spark does not have.

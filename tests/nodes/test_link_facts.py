@@ -41,7 +41,25 @@ UP = (
 )
 
 
-def seen(*setup: str, ssh: str = "") -> dict[str, Any]:
+LOSING = """
+import json, subprocess
+from pathlib import Path
+from sparkinstall.config import Layer, build
+from sparkinstall.node import Node
+from sparkinstall.probes import network
+from sparkinstall.stacks import load
+from sparkinstall.system.local import LocalReader
+config, _ = build([Layer("the test", {"cluster.role": "head"})])
+node = Node(config, load(config.stack), "aarch64", "aarch64", False, False, "/", Path("/nowhere"))
+on = LocalReader()
+before = network.reach(on, node)
+found = [network.lost(before, on, node)]
+subprocess.run(["ip", "-6", "route", "del", "default"], check=True)
+print(json.dumps([*found, network.lost(before, on, node)]))
+"""
+
+
+def seen(*setup: str, ssh: str = "", ask: str = LOOK) -> Any:
     """What is found after the commands of `setup`, as on a node of its own."""
     script = [
         "set -e",
@@ -49,10 +67,10 @@ def seen(*setup: str, ssh: str = "") -> dict[str, Any]:
         "mount -t sysfs sysfs /sys",
         *setup,
         f"PYTHONPATH={shlex.quote(str(CHECKOUT))} SSH_CONNECTION={shlex.quote(ssh)}"
-        f" {shlex.quote(sys.executable)} -c {shlex.quote(LOOK)}",
+        f" {shlex.quote(sys.executable)} -c {shlex.quote(ask)}",
     ]
     answer = run("unshare", "--net", "--mount", "sh", "-c", "\n".join(script))
-    return dict(json.loads(answer.stdout))
+    return json.loads(answer.stdout)
 
 
 def test_a_port_that_is_down_has_no_carrier_that_anybody_knows() -> None:
@@ -122,3 +140,15 @@ def test_what_an_interface_with_the_default_route_runs_over_is_management() -> N
         "lan": "has the default route",
         "enp1s0f0np0": "carries lan, which has the default route",
     }
+
+
+def test_a_node_that_is_managed_over_ipv6_alone_misses_its_default_route() -> None:
+    lan = ("ip address add 2001:db8::1/64 dev enP2p1s0f0np0 nodad", "ip -6 route add default via fe80::9 dev far1")
+    found = seen(*CABLE, *UP[1:2], "ip link set lo up", "ip link set far1 up", *lan, ask=LOSING)
+    assert found == ["", "the default route over far1 is gone"]
+
+
+def test_a_default_route_of_ipv4_is_enough() -> None:
+    """Routers announce that of IPv6 in their own time: nobody waits for it where there is another way."""
+    ways = ("ip route add default via 192.0.2.9", "ip -6 route add default dev enp1s0f0np0")
+    assert seen(*CABLE, *UP, *ways, ask=LOSING) == ["", ""]

@@ -41,6 +41,8 @@ print("00:00:00 working", file=sys.stderr, flush=True)
 answers = json.load(open(home + "/answers.json"))
 key = next((k for k in (verb + ":" + only[0] if only else "", verb) if k in answers), None)
 time.sleep(answers.get("slow", 0))
+if verb in answers.get("says", ()):
+    print(answers["says"][verb], file=sys.stderr, flush=True)
 call["ended"] = time.monotonic()
 with open(os.environ["LAB"] + "/calls", "a") as log:
     log.write(json.dumps(call) + chr(10))
@@ -123,6 +125,14 @@ class FarNodes:
 
     def cluster(self, *argv: str) -> tuple[int, Mapping[str, Any], str]:
         """Exit code, the JSON object, and stderr of `sparkinstall cluster`."""
+        env = self.environment()
+        whole = [sys.executable, "-m", "sparkinstall", "cluster", *argv, "--json"]
+        done = subprocess.run(whole, env=env, cwd=self.lab, capture_output=True, text=True, timeout=180, check=False)
+        assert done.stdout, done.stderr
+        return done.returncode, json.loads(done.stdout), done.stderr
+
+    def environment(self) -> dict[str, str]:
+        """The variables with which these nodes are found."""
         tools = self.lab / "bin"
         tools.mkdir(exist_ok=True)
         (tools / "ssh").write_text(_SSH)
@@ -130,10 +140,7 @@ class FarNodes:
         paths = {"PATH": f"{tools}:{os.environ['PATH']}", "LAB": str(self.lab), "HOME": str(self.lab)}
         env = {**os.environ, **paths, "PYTHONPATH": str(self.checkout)}
         env.pop("XDG_DATA_HOME", None)
-        whole = [sys.executable, "-m", "sparkinstall", "cluster", *argv, "--json"]
-        done = subprocess.run(whole, env=env, cwd=self.lab, capture_output=True, text=True, timeout=60, check=False)
-        assert done.stdout, done.stderr
-        return done.returncode, json.loads(done.stdout), done.stderr
+        return env
 
     @property
     def calls(self) -> list[dict[str, Any]]:

@@ -1,0 +1,100 @@
+"""What `cluster` shows on a terminal: a real pseudo-terminal, on which nodes that are folders are asked."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support.far_nodes import FarNodes, copied, look
+
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+DRIVER = {"name": "driver", "verdict": "fail", "found": "no driver", "mend": "install it", "title": "", "seconds": 0.0}
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return copied(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
+    nodes = FarNodes(tmp_path, *checkout)
+    nodes.add("127.0.0.1", slow=0.2)
+    nodes.add("spark-2")
+    nodes.add("gone")
+    (tmp_path / "gone/ssh-says").write_text("ssh: connect to host gone port 22: Connection timed out\n")
+    return nodes
+
+
+def on_a_terminal(far: FarNodes, argv: Sequence[str], width: int = 80) -> tuple[int, list[str]]:
+    """Exit code, and every line that was ever drawn, without colours."""
+    env = {name: value for name, value in far.environment().items() if name not in ("COLUMNS", "NO_COLOR")}
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    whole = [sys.executable, "-m", "sparkinstall", "cluster", *argv]
+    with subprocess.Popen(
+        whole, env={**env, "TERM": "xterm-256color"}, cwd=far.lab, stdin=theirs, stdout=theirs, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        drawn = b""
+        while more := _read(ours):
+            drawn += more
+        process.wait(timeout=60)
+    os.close(ours)
+    text = _CONTROL.sub("", drawn.decode())
+    return process.returncode, [line.rstrip() for line in re.split(r"[\r\n]+", text)]
+
+
+def _read(terminal: int) -> bytes:
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # nobody holds the other end any more
+        return b""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_nodes_that_tell_at_once_are_shown_in_the_order_of_the_command_line(far: FarNodes, width: int) -> None:
+    code, lines = on_a_terminal(far, ["127.0.0.1", "spark-2", "--yes"], width)
+    said = "\n".join(lines)
+    assert code == 0, said
+    assert "sparkinstall itself failed" not in said
+    for phase in ("look", "packages", "verify"):
+        assert re.search(rf"✓ +{phase} +127\.0\.0\.1 ", said), said
+        assert not re.search(rf"✓ +{phase} +spark-2 ", said), said
+    assert lines[-2] == "✓ The cluster of 2 nodes is set up and proven."
+    assert max(map(len, lines)) <= width
+
+
+def test_a_check_that_was_ignored_is_no_failure(far: FarNodes) -> None:
+    far.answer("127.0.0.1", look=look(preflight=[DRIVER]))
+    told = "\n".join(on_a_terminal(far, ["plan", "127.0.0.1", "spark-2", "--ignore", "driver"])[1])
+    assert re.search(r"! +driver +127\.0\.0\.1 +no driver\n +→ ignored: --ignore driver", told), told
+    assert "✗" not in told
+    assert re.search(r"✗ +driver +127\.0\.0\.1 +no driver", "\n".join(on_a_terminal(far, ["plan", "127.0.0.1"])[1]))
+
+
+@pytest.mark.parametrize("verb", ["verify", "status"])
+def test_of_a_node_that_does_not_answer_nothing_is_said_but_that(far: FarNodes, verb: str) -> None:
+    far.answer("127.0.0.1", status=[0, {"installed": False}, []])
+    code, lines = on_a_terminal(far, [verb, "127.0.0.1", "gone"])
+    assert code == 5
+    assert "  ✗  gone       gone does not answer" in lines
+    assert any(line.startswith("  ✓  127.0.0.1") for line in lines), lines
+    assert "Nothing failed on 127.0.0.1." in lines
+
+
+def test_checks_are_counted_on_the_nodes_that_were_asked(far: FarNodes) -> None:
+    told = "\n".join(on_a_terminal(far, ["plan", "127.0.0.1", "gone"])[1])
+    assert "1 of 1 checks passed on 1 of 2 nodes; the others gave no answer" in told
+    told = "\n".join(on_a_terminal(far, ["plan", "gone"])[1])
+    assert "no node gave an answer" in told
+    assert "single" in told
+    assert "…" not in told

@@ -1,0 +1,458 @@
+"""Wheels and NCCL from one node's cache to another's: whole, proven by their hashes, and never a way in or out."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparkinstall.plans import copying
+from sparkinstall.plans.handover import announcement
+from sparkinstall.resources.nccl_library import NcclLibrary
+from sparkinstall.resources.nccl_source import NcclSource
+from sparkinstall.resources.python_environment import uv
+from sparkinstall.system.local import LocalReader
+from sparkinstall.system.transfer import CopyFailed
+from tests.support.cuda_toolkit import toolkit
+from tests.support.far_nodes import FarNodes, copied, look, problem, step
+from tests.support.tiny_stack import tiny_stack
+from tests.support.two_caches import HEAD, OTHER, WORKER, Side, ended, fetched, offering
+
+ARCHIVE = "uv/archive-v0/AbCd_-0123456789"
+GOOD: dict[str, Any] = {"path": f"{ARCHIVE}/vllm/__init__.py", "size": 1, "mode": 0o644, "sha256": "0" * 64}
+
+
+class _Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *said: Any) -> None:
+        """The listing of a folder is an index; what is asked of it is not ours to print."""
+
+
+@contextmanager
+def _index(folder: Path) -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def _install(side: Side, lock: Path, index: str, *more: str) -> "subprocess.CompletedProcess[str]":
+    """What the environment's step does with uv, for the lock and from the index that are given."""
+    venv = side.home / "venv"
+    subprocess.run([uv(), "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
+    options = ["--require-hashes", "--only-binary", ":all:", "--python", str(venv), "--default-index", index]
+    env = {**side.environment, "UV_CACHE_DIR": str(side.cache / "uv"), "UV_LINK_MODE": "copy"}
+    return subprocess.run(
+        [uv(), "pip", "install", *options, "-r", str(lock), *more], env=env, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A head whose uv has really downloaded a wheel, and the index it came from, which is gone since."""
+    folder = tmp_path_factory.mktemp("head")
+    stack = tiny_stack(folder / "stack")
+    (folder / "index/vllm").mkdir(parents=True)
+    shutil.copy(next(stack.parent.glob("*.whl")), folder / "index/vllm")
+    with _index(folder / "index") as index:
+        done = _install(Side(folder, HEAD), stack.with_name("tiny.lock"), index)
+        assert done.returncode == 0, done.stderr
+    return folder, index
+
+
+@pytest.fixture
+def pair(tmp_path: Path, installed: tuple[Path, str]) -> tuple[Side, Side]:
+    shutil.copytree(installed[0], tmp_path / "head", symlinks=True)
+    (tmp_path / "worker").mkdir()
+    settings = (f"stack={tmp_path}/head/stack/tiny.yaml",)
+    return Side(tmp_path / "head", HEAD, settings), Side(tmp_path / "worker", WORKER, settings)
+
+
+def _archive(side: Side) -> Path:
+    (found,) = side.cache.glob("uv/archive-v*/*")
+    return found
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- wheels
+
+
+def test_the_other_node_installs_from_what_was_copied_with_no_network(
+    pair: tuple[Side, Side], installed: tuple[Path, str]
+) -> None:
+    head, worker = pair
+    lock = head.home / "stack/tiny.lock"
+    assert _install(worker, lock, installed[1], "--offline").returncode != 0
+    shutil.rmtree(worker.cache)
+    with offering(head, "environment") as offered:
+        code, data, error = fetched(worker, offered, "environment")
+        assert (code, error) == (0, "")
+        assert ended(offered)["sent"] == {WORKER: data["bytes"]}
+    assert data["changed"] is True
+    assert _tree(_archive(worker)) == _tree(_archive(head))
+    assert not list(worker.cache.glob("arriving/*"))
+    done = _install(worker, lock, installed[1], "--offline")
+    assert done.returncode == 0, done.stderr
+    assert list(worker.home.glob("venv/lib/*/site-packages/vllm/__init__.py"))
+
+
+def test_what_is_there_is_not_copied_again(pair: tuple[Side, Side]) -> None:
+    head, worker = pair
+    with offering(head, "environment") as offered:
+        assert fetched(worker, offered, "environment")[1]["files"] > 0
+    with offering(head, "environment") as offered:
+        assert fetched(worker, offered, "environment")[1] == {"changed": False, "files": 0, "bytes": 0}
+
+
+def test_several_are_served_at_once(pair: tuple[Side, Side], tmp_path: Path) -> None:
+    head, worker = pair
+    other = Side(tmp_path / "other", OTHER, worker.settings)
+    other.home.mkdir()
+    with offering(head, "environment", peers=(WORKER, OTHER)) as offered:
+        both = [side.start("fetch", "--only", "environment") for side in (worker, other)]
+        for each in both:
+            out, err = each.communicate(offered.as_given(), timeout=60)
+            assert each.returncode == 0, out + err
+        assert set(ended(offered)["sent"]) == {WORKER, OTHER}
+    assert _tree(_archive(worker)) == _tree(_archive(other)) == _tree(_archive(head))
+
+
+def test_another_stack_is_not_copied_and_said(pair: tuple[Side, Side], tmp_path: Path) -> None:
+    head, worker = pair
+    unlocked = tiny_stack(tmp_path / "unlocked", locked=False)
+    unlike = replace(worker, settings=(f"stack={unlocked}", "environment.python=3.13"))
+    with offering(head, "environment") as offered:
+        code, data, _ = fetched(unlike, offered, "environment")
+    assert code == 0
+    assert data["warning"] == "the wheels are not copied: the nodes have not the same Python, stack"
+    assert not (worker.cache / "uv").exists()
+
+
+def test_a_copy_that_was_killed_in_its_middle_is_gone_on_with(pair: tuple[Side, Side]) -> None:
+    head, worker = pair
+    with offering(head, "environment"):
+        pass
+    files = sorted(path for path in _archive(head).rglob("*") if path.is_file())
+    # The hashes are known by now; a pipe that nobody writes to keeps the head in the middle of the list.
+    content = files[2].read_bytes()
+    files[2].unlink()
+    _make_fifo(files[2])
+    with offering(head, "environment") as offered, worker.start("fetch", "--only", "environment") as fetch:
+        assert fetch.stdin is not None
+        fetch.stdin.write(offered.as_given())
+        fetch.stdin.flush()
+        staged = worker.cache / "arriving" / files[1].relative_to(head.cache)
+        until = time.monotonic() + 30
+        while not staged.exists():
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        fetch.send_signal(signal.SIGKILL)
+    assert not list(worker.cache.glob("uv/wheels-v*"))
+    files[2].unlink()
+    files[2].write_bytes(content)
+    with offering(head, "environment") as offered:
+        code, data, error = fetched(worker, offered, "environment")
+    assert (code, error) == (0, "")
+    whole = sum(1 for path in head.cache.glob("uv/*-v*/**/*") if path.suffix in (".rkyv", ".http", ".msgpack"))
+    assert data["files"] < whole + len(files)
+    assert _tree(_archive(worker)) == _tree(_archive(head))
+
+
+def _make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+# --- who may have it, and what is believed
+
+
+def test_a_wrong_token_gets_nothing_and_keeps_nobody_else_from_it(pair: tuple[Side, Side]) -> None:
+    head, worker = pair
+    with offering(head, "environment") as offered:
+        code, _, error = fetched(worker, offered, "environment", token="another")
+        assert code == 1
+        assert "does not take the token" in error
+        assert not list(worker.cache.glob("uv/*"))
+        assert fetched(worker, offered, "environment")[0] == 0
+
+
+def test_a_node_that_was_not_invited_gets_nothing(pair: tuple[Side, Side]) -> None:
+    head, worker = pair
+    with offering(head, "environment") as offered:
+        code, _, _ = fetched(replace(worker, address=OTHER), offered, "environment")
+    assert code == 1
+    assert not list(worker.cache.glob("uv/*"))
+
+
+def test_a_byte_that_changed_since_is_refused(pair: tuple[Side, Side]) -> None:
+    head, worker = pair
+    with offering(head, "environment"):
+        pass
+    (metadata,) = _archive(head).glob("*.dist-info/METADATA")
+    metadata.write_bytes(metadata.read_bytes().replace(b"vllm", b"evil"))
+    with offering(head, "environment") as offered:
+        code, _, error = fetched(worker, offered, "environment")
+    assert code == 1
+    assert "METADATA did not arrive as it was announced" in error
+    assert not list(worker.cache.glob("uv/*"))
+
+
+def test_a_list_that_ssh_has_not_announced_is_refused(pair: tuple[Side, Side]) -> None:
+    head, worker = pair
+    with offering(head, "environment") as offered:
+        code, _, error = fetched(worker, offered, "environment", digest="0" * 64)
+    assert code == 1
+    assert "not the one that ssh has announced" in error
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/etc/passwd", "../x", f"{ARCHIVE}/../../../x", f"{ARCHIVE}//x", f"{ARCHIVE}/x\0", f"{ARCHIVE}/a\nb", ARCHIVE,
+     "uv/archive-v0/../x", "uv/wheels-v7/pypi/six/../../../../x.http", "uv/wheels-v7/pypi/x.sh", "uv/sdists-v10/x",
+     "nccl/tarballs.json", "nccl/brought/0123456789ab/../../x", "hashes/x", ".bashrc", ""],
+)  # fmt: skip
+def test_a_path_that_has_no_place_in_a_cache_is_refused(path: str) -> None:
+    assert copying.understood(_listing([GOOD])).files
+    with pytest.raises(CopyFailed, match="no place in a cache"):
+        copying.understood(_listing([{**GOOD, "path": path}]))
+
+
+@pytest.mark.parametrize(
+    ("files", "wheels"),
+    [
+        ([{**GOOD, "mode": 0o4755}], []),
+        ([{**GOOD, "size": -1}], []),
+        ([{**GOOD, "sha256": "../x"}], []),
+        ([GOOD], [["uv/wheels-v7/pypi/six/1", "/etc"]]),
+        ([GOOD], [["uv/wheels-v7/pypi/six/1", "uv/archive-v0/../.."]]),
+        ([GOOD], [["uv/wheels-v7/../../../six", ARCHIVE]]),
+        ([GOOD, GOOD], []),
+        ([GOOD, {**GOOD, "path": GOOD["path"] + "/x"}], []),
+        ([{**GOOD, "path": "uv/wheels-v7/pypi/six/1/x.http"}], [["uv/wheels-v7/pypi/six/1", ARCHIVE]]),
+    ],
+)
+def test_a_list_that_could_lead_elsewhere_is_refused(files: list[Any], wheels: list[Any]) -> None:
+    with pytest.raises(CopyFailed):
+        copying.understood(_listing(files, wheels))
+
+
+@pytest.mark.parametrize("said", [b"", b"[]", b"null", b'{"files": [{}]}', b"\xff", b'{"of": 1, "files": 3}'])
+def test_what_is_no_list_is_refused(said: bytes) -> None:
+    with pytest.raises(CopyFailed, match="cannot be read"):
+        copying.understood(said)
+
+
+def _listing(files: list[Any], wheels: list[Any] | None = None) -> bytes:
+    return json.dumps({"of": {}, "files": files, "wheels": wheels or [], "nccl": {}}).encode()
+
+
+def test_a_link_in_the_cache_leads_nothing_out_of_it(pair: tuple[Side, Side], tmp_path: Path) -> None:
+    head, worker = pair
+    (bucket,) = head.cache.glob("uv/wheels-v*")
+    (tmp_path / "outside").mkdir()
+    (worker.cache / "uv").mkdir(parents=True)
+    (worker.cache / "uv" / bucket.name).symlink_to(tmp_path / "outside")
+    with offering(head, "environment") as offered:
+        code, _, error = fetched(worker, offered, "environment")
+    assert code == 1
+    assert "leads out of the cache" in error
+    assert not [path for path in (tmp_path / "outside").rglob("*") if path.is_file()]
+
+
+# --- NCCL
+
+
+_KERNEL = "__global__ void k(float* x) { *x *= 2; }\n"
+_VERSION = r"""
+int ncclGetVersion(int* v) { *v = 22907; return 0; }
+asm(".section .nv_fatbin,\"a\"\n.incbin \"k.fatbin\"\n.text\n");
+"""
+
+
+@pytest.fixture(scope="module")
+def small_nccl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that says it is NCCL 2.29.7 and has code for sm_121, as the checks want to see."""
+    folder = tmp_path_factory.mktemp("library")
+    (folder / "k.cu").write_text(_KERNEL)
+    (folder / "v.c").write_text(_VERSION)
+    compile_ = [str(toolkit() / "bin/nvcc"), "-fatbin", "-gencode", "arch=compute_121,code=sm_121", "k.cu"]
+    subprocess.run([*compile_, "-o", "k.fatbin"], cwd=folder, check=True)
+    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,--build-id", "v.c", "-o", "libnccl.so"], cwd=folder, check=True)
+    return folder / "libnccl.so"
+
+
+@pytest.fixture
+def built(tmp_path: Path, small_nccl: Path) -> tuple[Side, Side]:
+    """A head that has built NCCL from a tarball which the worker has never seen."""
+    where = str(tmp_path / "nccl.tar.gz")
+    settings = ("stack=0.32.0", f"nccl.source={where}", "nccl.version=2.29.7", f"nccl.cuda_home={toolkit()}")
+    head, worker = (Side(tmp_path / name, at, settings) for name, at in (("head", HEAD), ("worker", WORKER)))
+    (head.cache / "nccl").mkdir(parents=True)
+    (head.cache / "nccl/tarballs.json").write_text(json.dumps({where: "5" * 64}))
+    worker.home.mkdir()
+    source = NcclSource("2.29.7", "", "", where, None, head.cache / "nccl")
+    _as_built(NcclLibrary(f"{head.prefix}/nccl", source, "121", str(toolkit()), 0, None), small_nccl)
+    return head, worker
+
+
+def _as_built(library: NcclLibrary, so: Path) -> None:
+    recipe = library.recipe(LocalReader())
+    folder = Path(library.folder)
+    (folder / f"build-{recipe.id}/lib").mkdir(parents=True)
+    shutil.copy(so, folder / f"build-{recipe.id}/lib/libnccl.so.2")
+    (folder / "lib").symlink_to(f"build-{recipe.id}/lib")
+    found = Path(library.library).stat()
+    digest = hashlib.sha256(so.read_bytes()).hexdigest()
+    stamp = {"recipe": asdict(recipe), "library": [found.st_size, found.st_mtime_ns], "build_id": "", "sha256": digest}
+    (folder / "build.json").write_text(json.dumps(stamp))
+
+
+def _run_nccl(worker: Side, root: Path, *more: str) -> dict[str, Any]:
+    words = [word for each in (*worker.settings, *more) if "stack" not in each for word in ("--set", each)]
+    argv = ["run", "nccl", "--root", str(root), "--stack", "0.32.0", *words, "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sparkinstall", *argv],
+        env=worker.environment, cwd=worker.home, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.network
+def test_nccl_from_the_other_node_is_taken_instead_of_building(
+    built: tuple[Side, Side], small_nccl: Path, tmp_path: Path
+) -> None:
+    head, worker = built
+    with offering(head, "nccl") as offered:
+        code, data, error = fetched(worker, offered, "nccl")
+    assert (code, error, data["files"]) == (0, "", 2)
+    said = _run_nccl(worker, tmp_path / "node")
+    assert said["exit_code"] == 0, said["errors"]
+    made = tmp_path / "node/opt/sparkinstall/nccl/lib/libnccl.so.2"
+    assert made.read_bytes() == small_nccl.read_bytes()
+    assert _run_nccl(worker, tmp_path / "node")["data"]["changed"] is False
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("what", ["a byte", "the recipe", "the version", "the file"])
+def test_nccl_that_is_not_what_would_be_built_is_not_taken(built: tuple[Side, Side], tmp_path: Path, what: str) -> None:
+    head, worker = built
+    with offering(head, "nccl") as offered:
+        assert fetched(worker, offered, "nccl")[0] == 0
+    (waiting,) = worker.cache.glob("nccl/brought/*")
+    more = ["nccl.only_functions=AllReduce"] if what == "the recipe" else []
+    stamp = json.loads((waiting / "build.json").read_text())
+    if what != "the recipe":
+        marks = {"a byte": (b"ncclGetVersion", b"ncclGotVersion"), "the file": (b"\x7fELF", b"\x7fBLF")}
+        _tamper(waiting, stamp, *marks.get(what, _version_bytes()), honest=what != "a byte")
+    said = _run_nccl(worker, tmp_path / "node", *more)
+    assert said["exit_code"] != 0
+    assert "neither a file nor a folder" in said["errors"][0]["what"]
+    assert not list(tmp_path.glob("node/opt/sparkinstall/nccl/lib*"))
+
+
+def _version_bytes() -> tuple[bytes, bytes]:
+    return (22907).to_bytes(4, "little"), (22908).to_bytes(4, "little")
+
+
+def _tamper(waiting: Path, stamp: dict[str, Any], before: bytes, after: bytes, *, honest: bool) -> None:
+    """Change the library; `honest`: and what the stamp says of it, as another node could."""
+    content = (waiting / "libnccl.so").read_bytes()
+    assert before in content
+    (waiting / "libnccl.so").write_bytes(content.replace(before, after))
+    if honest:
+        stamp["sha256"] = hashlib.sha256((waiting / "libnccl.so").read_bytes()).hexdigest()
+        (waiting / "build.json").write_text(json.dumps(stamp))
+
+
+@pytest.mark.network
+def test_nccl_for_another_gpu_is_not_copied_and_said(built: tuple[Side, Side]) -> None:
+    head, worker = built
+    with offering(head, "nccl") as offered:
+        code, data, _ = fetched(replace(worker, settings=(*worker.settings, "nccl.arch=120")), offered, "nccl")
+    assert code == 0
+    assert data["warning"] == "NCCL is not copied: the nodes have not the same arch"
+    assert not list(worker.cache.glob("nccl/brought/*"))
+
+
+# --- as the terminal leads it
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return copied(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture
+def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
+    nodes = FarNodes(tmp_path, *checkout)
+    for host in ("spark-1", "spark-2"):
+        nodes.add(host, says={"offer": announcement(copying.Offered(4711, "d1gest"))})
+    return nodes
+
+
+def _builds(far: FarNodes, *verbs: str) -> list[tuple[str, str]]:
+    calls = [call for call in far.calls if call["verb"] in verbs or "nccl-fit" in call["only"]]
+    return [(call["host"], call["verb"]) for call in sorted(calls, key=lambda call: call["began"])]
+
+
+def test_the_head_builds_then_gives_and_then_the_workers_build(far: FarNodes) -> None:
+    code, said, log = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 0, said["errors"]
+    assert _builds(far, "offer", "fetch") == [
+        ("spark-1", "multi-node"),
+        ("spark-1", "offer"),
+        ("spark-2", "fetch"),
+        ("spark-2", "multi-node"),
+    ]
+    (offer,) = [call for call in far.calls if call["verb"] == "offer"]
+    (fetch,) = [call for call in far.calls if call["verb"] == "fetch"]
+    given = json.loads(fetch["stdin"])
+    assert given == {"token": offer["stdin"], "port": 4711, "digest": "d1gest"}
+    assert offer["argv"][2] == "192.168.100.11"
+    assert offer["only"] == fetch["only"] == ["environment", "nccl"]
+    assert len(offer["stdin"]) == 64
+    assert offer["stdin"] not in log + str(offer["argv"]) + str(fetch["argv"])
+    assert "d1gest" not in log
+
+
+def test_a_copy_that_fails_is_a_warning_and_the_worker_builds_for_itself(far: FarNodes) -> None:
+    broken = [1, {}, [problem("the other node broke off")]]
+    far.answer("spark-2", fetch=broken)
+    code, said, log = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 0, said["errors"]
+    (copy,) = [each for each in said["data"]["nodes"][1]["phases"] if each["phase"] == "copy"]
+    assert (copy["outcome"], copy["data"]["warning"]) == ("unchanged", "the other node broke off")
+    assert "spark-2 │ copy: warning: the other node broke off" in log
+    assert _builds(far)[-1] == ("spark-2", "multi-node")
+
+
+def test_a_head_that_offers_nothing_holds_nobody_up(far: FarNodes) -> None:
+    far.answer("spark-1", offer=[1, {}, [problem("nothing can be offered")]])
+    code, _, log = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 0
+    assert not [call for call in far.calls if call["verb"] == "fetch"]
+    assert "spark-1 │ copy: warning: nothing can be offered" in log
+    assert "downloaded and built here" in log
+
+
+def test_nothing_is_offered_where_only_the_head_has_to_build_or_nothing_can_be_copied(far: FarNodes) -> None:
+    far.answer("spark-2", look=look("unchanged"))
+    assert far.cluster("spark-1", "spark-2", "--yes")[0] == 0
+    steps = [step(name, "unchanged") for name in ("environment", "nccl")]
+    far.answer("spark-2", look=look(steps=[*steps, step("fp8")]))
+    assert far.cluster("spark-1", "spark-2", "--yes")[0] == 0
+    assert not [call for call in far.calls if call["verb"] in ("offer", "fetch")]

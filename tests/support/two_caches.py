@@ -1,0 +1,125 @@
+"""Two nodes that are a cache and a prefix each, and talk as a head and a worker do: real processes and sockets.
+
+They stand at 127.0.0.1 and 127.0.0.2, since every address of that network is this machine's. A config may not name
+those, so the verbs `node offer` and `node fetch` are told of them here, when all else is read.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+HEAD, WORKER, OTHER = "127.0.0.1", "127.0.0.2", "127.0.0.3"
+TOKEN = "a-token-of-these-tests"
+
+
+@dataclass(frozen=True)
+class Side:
+    """A node: everything of it is beneath `home`."""
+
+    home: Path
+    address: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def cache(self) -> Path:
+        return self.home / "cache/sparkinstall"
+
+    @property
+    def prefix(self) -> Path:
+        return self.home / "opt"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {"HOME": str(self.home), "XDG_CACHE_HOME": str(self.home / "cache"), "PYTHONPATH": str(REPOSITORY)}
+        return {**os.environ, **own}
+
+    def start(self, *argv: str) -> "subprocess.Popen[str]":
+        words = [word for each in (f"prefix={self.prefix}", *self.settings) for word in ("--set", each)]
+        whole = [sys.executable, "-m", "tests.support.two_caches", self.address, "node", *argv, *words, "--json"]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            whole, env=self.environment, cwd=self.home, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+        )
+
+
+@dataclass
+class Offered:
+    """An offer that is under way: what the head announced of it, and what it said in the end."""
+
+    process: "subprocess.Popen[str]"
+    port: int = 0
+    digest: str = ""
+    said: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_given(self, **other: Any) -> str:
+        return json.dumps({"token": TOKEN, "port": self.port, "digest": self.digest, **other}) + "\n"
+
+
+@contextmanager
+def offering(head: Side, *only: str, peers: tuple[str, ...] = (WORKER,)) -> Iterator[Offered]:
+    """An offer of the head for these steps; it is ended with the context unless it has ended itself."""
+    with head.start("offer", *peers, *(word for each in only for word in ("--only", each))) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(TOKEN + "\n")
+        process.stdin.flush()
+        offered = Offered(process)
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.startswith('{"offer"'):
+                offered.port, offered.digest = json.loads(line)["offer"].values()
+                break
+        else:
+            raise AssertionError("".join(lines) + (process.stdout.read() if process.stdout else ""))
+        try:
+            yield offered
+        finally:
+            process.terminate()
+
+
+def ended(offered: Offered) -> Mapping[str, Any]:
+    """What the offer says once all were served."""
+    out, err = offered.process.communicate(timeout=60)
+    assert offered.process.returncode == 0, out + err
+    return dict(json.loads(out)["data"])
+
+
+def fetched(worker: Side, offered: Offered, *only: str, **other: Any) -> tuple[int, dict[str, Any], str]:
+    """Exit code, data, and the first error of a fetch."""
+    with worker.start("fetch", *(word for each in only for word in ("--only", each))) as process:
+        out, err = process.communicate(offered.as_given(**other), timeout=60)
+    said = json.loads(out)
+    errors = [f"{each['what']} {each['why']}" for each in said["errors"]]
+    assert "Traceback" not in err, err
+    return said["exit_code"], said["data"], errors[0] if errors else ""
+
+
+def main() -> None:
+    """Run a verb as the node with the address that comes first."""
+    from sparkinstall.cli import app, session
+    from sparkinstall.config import ClusterConfig
+
+    address = sys.argv.pop(1)
+    workers = (WORKER, OTHER)
+    cluster = ClusterConfig(role="head" if address == HEAD else "worker", head=HEAD, workers=workers, address=address)
+    opened = session.open_session
+
+    def open_session(asked: Any) -> session.Session:
+        found = opened(asked)
+        config = replace(found.node.config, cluster=cluster)
+        return replace(found, node=replace(found.node, config=config))
+
+    session.open_session = open_session
+    app.main()
+
+
+if __name__ == "__main__":
+    main()

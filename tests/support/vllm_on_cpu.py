@@ -1,0 +1,173 @@
+"""vLLM as a node has it at /opt/sparkinstall/venv, but built for the CPU, and a model small enough for it."""
+
+import json
+import platform
+import random
+import shutil
+import struct
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tests.lab import cache, commands
+
+PLACE = "/opt/sparkinstall/venv"
+# The Python of the lab's nodes.
+PYTHON = "3.13"
+VERSION = "0.18.1"
+SECONDS = 1500
+REQUIREMENTS = Path(__file__).with_name("vllm-on-cpu.txt")
+SITE = f"lib/python{PYTHON}/site-packages"
+# vLLM's CPU workers insist on these two. The first comes with the node's own Debian.
+PRELOADED = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", f"{PLACE}/{SITE}/lib/libiomp5.so")
+# PyTorch's only build for x86_64 that the index has is for CUDA: its libraries must be there to be loaded. These
+# 1.4 GB are looked for only when there is a GPU.
+ONLY_FOR_A_GPU = (
+    *("nvidia/cudnn/lib/libcudnn_*", "nvidia/cuda_cupti/lib/libnvperf_*", "nvidia/nvshmem/lib/libnvshmem_device.*"),
+    *("torch/lib/libtorch_cuda_linalg.so", "torch/include", "torch/test", "lib/*.a", "lib/*.dbg", "bin"),
+)
+
+# Guarded: the processes that vLLM spawns import it too.
+_VLLM = f"#!{PLACE}/bin/python\nfrom vllm.entrypoints.cli.main import main\n\nif __name__ == '__main__':\n    main()\n"
+_ACTIVATE = f'PATH="{PLACE}/bin:$PATH"\nexport PATH\n'
+
+# The CPU's workers take all that have one name for this for processes of one machine, that share its memory.
+_ONE_MACHINE = 'instance_identifier = os.environ["VLLM_DIST_IDENT"]\n'
+_THIS_NODE = _ONE_MACHINE.replace("\n", " + os.uname().nodename\n")
+
+
+def environment() -> Path:
+    """A folder to be bound to `PLACE`; 5.2 GB, of which 2.5 GB are downloaded the first time."""
+    recipe = (REQUIREMENTS.read_text(), PYTHON, _VLLM, _ACTIVATE, _THIS_NODE, *ONLY_FOR_A_GPU)
+    return cache.kept("vllm-on-cpu", recipe, _build)
+
+
+def _build(tree: Path) -> None:
+    site, programs = tree / SITE, tree / "bin"
+    programs.mkdir()
+    _install(site)
+    for pattern in ONLY_FOR_A_GPU:
+        for each in site.glob(pattern):
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
+    _let_nodes_talk(site / "vllm/distributed/device_communicators/cpu_communicator.py")
+    # By this vLLM tells what it was built for.
+    named = site / f"vllm-{VERSION}+cpu.dist-info"
+    named.mkdir()
+    (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
+    (tree / "pyvenv.cfg").write_text(f"home = /usr/bin\nversion = {PYTHON}\n")
+    (tree / "sparkinstall.json").write_text("{}\n")
+    for name in ("python", "python3"):
+        (programs / name).symlink_to("/usr/bin/python3")
+    (programs / "activate").write_text(_ACTIVATE)
+    (programs / "vllm").write_text(_VLLM)
+    (programs / "vllm").chmod(0o755)
+
+
+def _let_nodes_talk(file: Path) -> None:
+    """Make two nodes' workers talk over the cable, as a GPU's do, and not through a memory that they do not share."""
+    before, found, after = file.read_text().partition(_ONE_MACHINE)
+    assert found, f"{file.name} is not as it was in vLLM {VERSION}"
+    file.write_text(before + _THIS_NODE + after)
+
+
+def _install(site: Path) -> None:
+    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
+    built_for = ("--python-version", PYTHON, "--python-platform", f"{platform.machine()}-manylinux_2_39")
+    # Without uv's own cache: it would keep a second copy of all of it.
+    quiet = ("--quiet", "--no-progress", "--no-cache", "--no-deps")
+    commands.run(
+        *(uv, "pip", "install", *quiet, "--target", str(site), *built_for, "-r", str(REQUIREMENTS)),
+        timeout=SECONDS,
+    )
+
+
+# A Qwen2 of 0.36 million parameters. Two nodes share its heads; vLLM's CPU kernels know heads of 32.
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD = 128, 256, 2, 4, 2, 32
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+VOCABULARY = 512
+CONTEXT = 1024
+_CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def model(folder: Path) -> Path:
+    """Write the model to `folder`: the same random weights each time, one token a byte, a chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = [*_bytes_as_characters(), *SPECIAL]
+    for name, content in {
+        "config.json": _config(),
+        "generation_config.json": {"eos_token_id": tokens.index("<|im_end|>")},
+        "tokenizer.json": _tokenizer(tokens),
+        "tokenizer_config.json": _tokenizer_config(),
+    }.items():
+        (folder / name).write_text(json.dumps(content))
+    (folder / "model.safetensors").write_bytes(b"".join(_safetensors()))
+    return folder
+
+
+def _config() -> dict[str, object]:
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+    rest = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True}
+    kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "dtype": "bfloat16"}
+    return {**kind, **sizes, **heads, **rest, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+
+
+def _bytes_as_characters() -> list[str]:
+    """A printable character for each byte, as GPT-2's byte-level BPE has them."""
+    plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(each) if each in plain else chr(next(others)) for each in range(256)]
+
+
+def _tokenizer(tokens: list[str]) -> dict[str, object]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    return {
+        "version": "1.0",
+        "added_tokens": [{"id": tokens.index(each), "content": each, **flags} for each in SPECIAL],
+        "pre_tokenizer": by_bytes,
+        "decoder": by_bytes,
+        "model": {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}, "merges": []},
+    }
+
+
+def _tokenizer_config() -> dict[str, object]:
+    ends = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **ends,
+        "model_max_length": CONTEXT,
+        "chat_template": _CHAT,
+    }
+
+
+def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    for layer in range(LAYERS):
+        within = f"model.layers.{layer}"
+        for name, wide in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            yield f"{within}.self_attn.{name}_proj.weight", (wide * HEAD, HIDDEN)
+            yield f"{within}.self_attn.{name}_proj.bias", (wide * HEAD,)
+        yield f"{within}.self_attn.o_proj.weight", (HIDDEN, HEADS * HEAD)
+        yield f"{within}.mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)
+        yield f"{within}.mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)
+        yield f"{within}.mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
+        yield f"{within}.input_layernorm.weight", (HIDDEN,)
+        yield f"{within}.post_attention_layernorm.weight", (HIDDEN,)
+    yield "model.norm.weight", (HIDDEN,)
+
+
+def _safetensors() -> Iterable[bytes]:
+    """The format of safetensors: the header's length, the header, and the numbers one after another."""
+    header, numbers, drawn = {}, bytearray(), random.Random(0)
+    for name, shape in _shapes():
+        began, count = len(numbers), shape[0] * (shape[1] if len(shape) > 1 else 1)
+        values = (1.0 if "norm" in name else drawn.gauss(0, 0.1) for _ in range(count))
+        # A bfloat16 is the upper half of a float.
+        numbers += b"".join(struct.pack("<f", value)[2:] for value in values)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [began, len(numbers)]}
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)), text, bytes(numbers)
