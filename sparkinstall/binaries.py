@@ -18,8 +18,9 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
+from sparkinstall.records import dataclass
 
 StrPath = str | os.PathLike[str]
 
@@ -53,7 +54,7 @@ class NotALibrary(ValueError):
     """The file is no 64-bit little-endian shared library, or cut short, or damaged: which file, and why."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GpuCode:
     """One piece of GPU code: a `cubin` runs as it is, `ptx` is compiled when it is loaded.
 

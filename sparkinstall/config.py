@@ -8,13 +8,14 @@ import re
 import reprlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from sparkinstall import safe_yaml
 from sparkinstall.errors import BadConfig
+from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 
 DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")

@@ -1,7 +1,8 @@
 """What the engine says while it works; the CLI turns these into a screen or plain lines."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+from sparkinstall.records import dataclass
 
 
 @dataclass(frozen=True)

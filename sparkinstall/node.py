@@ -1,10 +1,10 @@
 """The node that is being set up: its settings, its stack, and the places that follow from them."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 from sparkinstall.config import Config, safe_path
+from sparkinstall.records import dataclass
 from sparkinstall.stacks import Platform, Stack
 from sparkinstall.system import Reader
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+
+from sparkinstall.records import dataclass
 
 T = TypeVar("T")
 

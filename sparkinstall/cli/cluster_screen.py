@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -21,6 +21,7 @@ from sparkinstall.cli.render import console, sign
 from sparkinstall.errors import Problem
 from sparkinstall.plans.cluster import Cluster, Done, Line, Started, Tell
 from sparkinstall.plans.far import Far
+from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 
 _WORDS = {"unchanged": "as it should be", "changed": "done", "failed": "failed", "held": "not begun"}

@@ -2,11 +2,11 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, confirm
+from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from rich.console import Console

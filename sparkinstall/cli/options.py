@@ -1,11 +1,13 @@
 """The options that the verbs share."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from sparkinstall.records import dataclass
 
 _NODE, _CHOICE, _OUTPUT = "Which node", "Which parts", "Output"
 

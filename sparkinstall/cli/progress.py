@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -25,6 +25,7 @@ from sparkinstall.events import (
     StepStarted,
     WaitedFor,
 )  # fmt: skip
+from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 
 _OUTCOMES = {

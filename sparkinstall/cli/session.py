@@ -3,7 +3,7 @@
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from sparkinstall.config import Config, Layer
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
 from sparkinstall.node import Node, user_cache
 from sparkinstall.plans.state import StateFolder
+from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalSystem
 
 if TYPE_CHECKING:

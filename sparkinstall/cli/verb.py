@@ -4,13 +4,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
 from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem
+from sparkinstall.records import dataclass
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from sparkinstall.config import Config
@@ -11,6 +11,7 @@ from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
 from sparkinstall.plans import copying, sameness
 from sparkinstall.plans.far import Far, Member, NoTool, OnLine, Said, assignments, repeated
 from sparkinstall.plans.handover import Handover
+from sparkinstall.records import dataclass
 from sparkinstall.system import processes
 
 Outcome = Literal["unchanged", "changed", "failed", "held"]

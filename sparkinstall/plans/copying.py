@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from sparkinstall.downloads import sha256_of
 from sparkinstall.errors import storage_problem
 from sparkinstall.node import Node
 from sparkinstall.probes.facts import cores
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Satisfied
 from sparkinstall.resources.nccl_library import BROUGHT_LIBRARY, BROUGHT_STAMP, NcclLibrary
 from sparkinstall.resources.python_environment import PythonEnvironment, lock_of

@@ -9,7 +9,6 @@ import sys
 import tarfile
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 from sparkinstall.assets import asset
 from sparkinstall.errors import Problem
 from sparkinstall.node import user_cache
+from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalReader
 
 _PACKAGE = Path(__file__).resolve().parents[1]

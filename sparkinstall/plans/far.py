@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from sparkinstall.errors import PreflightFailed, Problem
 from sparkinstall.plans import delivery
+from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 from sparkinstall.system import Result
 from sparkinstall.system.ssh import Ssh, quoted

@@ -1,13 +1,14 @@
 """The eight fixes of a Spark, and how the node stands in each, as far as this version can tell."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from sparkinstall.node import Node
 from sparkinstall.plans import catalogue
 from sparkinstall.plans.engine import StepReport
 from sparkinstall.probes import Finding
+from sparkinstall.records import dataclass
 from sparkinstall.resources import LeftToNode
 
 Standing = Literal["proven", "done", "open", "left", "failed", "unneeded"]

@@ -8,11 +8,12 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 
 from sparkinstall.errors import Interrupted, Problem
 from sparkinstall.plans.copying import Offered
 from sparkinstall.plans.far import Far, OnLine, Said, repeated
+from sparkinstall.records import dataclass
 from sparkinstall.system import processes
 
 _OFFER = "offer"

@@ -10,11 +10,12 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sparkinstall.errors import JournalDamaged, storage_problem
+from sparkinstall.records import dataclass
 from sparkinstall.system import Undo
 from sparkinstall.system.local import replace_file
 

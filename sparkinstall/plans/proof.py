@@ -2,12 +2,12 @@
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from sparkinstall.errors import Problem
 from sparkinstall.events import Emit, ProbeStarted
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed
+from sparkinstall.records import dataclass
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 

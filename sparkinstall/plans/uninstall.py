@@ -2,13 +2,13 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from sparkinstall.errors import Problem, storage_problem
 from sparkinstall.events import Emit, silent
 from sparkinstall.plans.journal import Journal, Record
 from sparkinstall.plans.state import StateFolder
+from sparkinstall.records import dataclass
 from sparkinstall.resources import firewall, netplan, units
 from sparkinstall.resources.packages import take_back as take_packages_back
 from sparkinstall.system import Entry, Undo

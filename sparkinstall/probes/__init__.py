@@ -1,9 +1,9 @@
 """Behaviour: what really runs, measured; never what was written down."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Literal
 
+from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 Verdict = Literal["pass", "warn", "fail", "skip"]

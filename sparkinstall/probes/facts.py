@@ -3,8 +3,8 @@
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 
+from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 RELEASE_FILES = ("/etc/dgx-release", "/etc/fastos-release")

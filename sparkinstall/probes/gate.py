@@ -5,12 +5,12 @@ Everything is read from files, so that it also tells of wheels for another archi
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from sparkinstall import binaries
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Finding, failed, passed
+from sparkinstall.records import dataclass
 from sparkinstall.stacks import Pin
 from sparkinstall.system import Reader
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sparkinstall.node import Node, cuda_home
-from sparkinstall.probes import Finding, Probe, facts, failed, links, passed, skipped, warned
+from sparkinstall.probes import Finding, Probe, facts, failed, passed, skipped, warned
 from sparkinstall.system import Reader
 
 _GIB = 2**30
@@ -47,6 +47,8 @@ def _on_a_node(look: Callable[[Reader], Finding]) -> Callable[[Reader], Finding]
 
 
 def _qsfp(on: Reader, node: Node) -> Finding:
+    from sparkinstall.probes import links
+
     port = links.port_to_look_at(on, node)
     names = " + ".join(each.name for each in port.twins)
     if len(port.twins) < 2:

@@ -6,11 +6,11 @@ Nothing here is known by a name beforehand but the form that names of such a por
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.node import Node
+from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 _NET = "/sys/class/net"

@@ -2,12 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network
 from typing import Any, TypeVar
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, links, passed, skipped, warned
+from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 HEADERS = 28

@@ -4,7 +4,6 @@ import ast
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from sparkinstall import binaries
 from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 MODULES = ("torch", "triton", "transformers", "ray", "vllm")

@@ -3,9 +3,9 @@
 A resource answers `check()` (is it so? what would change?) and `apply()` (make it so).
 """
 
-from dataclasses import dataclass
 from typing import Protocol
 
+from sparkinstall.records import dataclass
 from sparkinstall.system import Reader, System
 
 

@@ -1,7 +1,6 @@
 """Files and links."""
 
-from dataclasses import dataclass
-
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Obstacle, Satisfied, State
 from sparkinstall.system import Reader, System
 

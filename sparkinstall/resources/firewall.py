@@ -5,21 +5,20 @@ What RDMA carries never meets it: the card hands that over without the kernel.
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from ipaddress import IPv4Interface, IPv4Network
 from typing import Any
 
 from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.node import Node
 from sparkinstall.probes import links, network
-from sparkinstall.probes.firewalls import NFT, TABLE, another
+from sparkinstall.probes.firewalls import NFT, TABLE, UNIT, another
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, LeftToNode, Resource, Satisfied, State, Unknown, dead_man, ray_ports
 from sparkinstall.resources.files import File
 from sparkinstall.resources.rendered import render
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
 
-UNIT = "sparkinstall-firewall.service"
 TIMER = "firewall"
 """The name of its dead man's handle."""
 UNDO = "nftables"

@@ -1,14 +1,14 @@
 """Services that this node ran in another role or with other settings: what is not asked for any more must not run."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from sparkinstall.node import Node
-from sparkinstall.probes import ray, serving
-from sparkinstall.resources import Drift, Satisfied, State, firewall, units
+from sparkinstall.probes import firewalls, ray, serving
+from sparkinstall.records import dataclass
+from sparkinstall.resources import Drift, Satisfied, State, units
 from sparkinstall.system import Reader, System, Undo
 
-_OURS = ("ray-head.service", "ray-worker.service", serving.UNIT, firewall.UNIT)
+_OURS = ("ray-head.service", "ray-worker.service", serving.UNIT, firewalls.UNIT)
 
 
 def wanted(node: Node) -> frozenset[str]:
@@ -16,7 +16,7 @@ def wanted(node: Node) -> frozenset[str]:
     cluster = node.config.cluster
     with_ray = node.several and cluster.executor == "ray"
     serves = node.config.serving.model is not None and (node.role != "worker" or not with_ray)
-    asked = {ray.unit(node): with_ray, serving.UNIT: serves, firewall.UNIT: node.filtered}
+    asked = {ray.unit(node): with_ray, serving.UNIT: serves, firewalls.UNIT: node.filtered}
     return frozenset(name for name, so in asked.items() if so)
 
 
@@ -50,8 +50,10 @@ class FormerServices:
 
     def _files(self, name: str) -> Iterable[str]:
         # The unit last: it is what a run that was killed in between is known by.
-        if name == firewall.UNIT:
-            yield firewall.rules_path(self.node)
+        if name == firewalls.UNIT:
+            from sparkinstall.resources.firewall import rules_path
+
+            yield rules_path(self.node)
         yield _path(name)
 
 

@@ -4,7 +4,6 @@ import json
 import mmap
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from sparkinstall.errors import CommandFailed
 from sparkinstall.node import Node, site_packages
 from sparkinstall.patches import PatchSet, UnknownContent
 from sparkinstall.probes.gate import extensions
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
 from sparkinstall.resources.findings import as_text, record, recorded
 from sparkinstall.system import Reader, Result, System

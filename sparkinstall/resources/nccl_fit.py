@@ -1,12 +1,12 @@
 """Whether the NCCL that will be preloaded has every symbol that this torch takes from it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparkinstall import binaries
 from sparkinstall.errors import Blocked
 from sparkinstall.node import Node, nccl_library, site_packages
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, LeftToNode, Satisfied, State, Unknown
 from sparkinstall.resources.findings import as_text, record, recorded
 from sparkinstall.system import Reader, System

@@ -6,13 +6,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sparkinstall import binaries
 from sparkinstall.errors import BadConfig, Blocked
 from sparkinstall.probes.facts import cores
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, LeftToNode, Satisfied, State
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Entry, Reader, System

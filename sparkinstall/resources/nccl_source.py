@@ -6,12 +6,12 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparkinstall.downloads import fetch, sha256_of
 from sparkinstall.errors import BadConfig, Blocked, CommandFailed
+from sparkinstall.records import dataclass
 from sparkinstall.system import Reader, System
 
 REPOSITORY = "https://github.com/NVIDIA/nccl.git"

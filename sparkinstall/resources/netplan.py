@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from sparkinstall.errors import Blocked, CommandFailed, Interrupted, Problem
 from sparkinstall.node import Node
 from sparkinstall.probes import links, network
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, dead_man
 from sparkinstall.resources import netplan_files as files
 from sparkinstall.system import Reader, System, Undo

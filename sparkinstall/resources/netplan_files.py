@@ -4,9 +4,7 @@ netplan joins all its files, and the lists in them: a second file for an interfa
 """
 
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from ipaddress import IPv4Interface
@@ -15,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 from sparkinstall import safe_yaml
 from sparkinstall.errors import Problem
+from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 if TYPE_CHECKING:
@@ -325,6 +324,8 @@ def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, byte
     Raises:
         Problem: it refuses them; carries its own words.
     """
+    import tempfile
+
     content = {**{each.path: each.content for each in files}, **wanted}
     with tempfile.TemporaryDirectory(prefix="sparkinstall-netplan-") as folder:
         for path, text in content.items():

@@ -3,9 +3,9 @@
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from sparkinstall.errors import CommandFailed
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, LeftToNode, Satisfied, State
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem

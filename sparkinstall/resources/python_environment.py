@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from sparkinstall.errors import Blocked, CommandFailed
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes.gate import Gate
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Satisfied, State, Unknown
 from sparkinstall.resources.findings import recorded
 from sparkinstall.stacks import Pin, parse_lock, render_lock

@@ -2,14 +2,13 @@
 
 import os
 import re
-import secrets
 import sys
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.node import Node
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State
 from sparkinstall.system import Reader, Result, System
 
@@ -87,6 +86,8 @@ class RayToken:
         return self._now(on) or self._new(on)
 
     def _new(self, on: Reader) -> bytes:
+        import secrets
+
         if self.node.role == "head":
             return secrets.token_hex(32).encode()
         answer = on.query(*_SSH, self.node.config.cluster.head, f"cat {self.node.ray_token}", timeout=_PATIENCE)

@@ -3,11 +3,11 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sparkinstall.assets import asset
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Satisfied, State, Unknown
 from sparkinstall.resources.files import File
 from sparkinstall.resources.findings import record, recorded

@@ -1,11 +1,11 @@
 """How NCCL talks between nodes: RoCE where its devices are really there, sockets elsewhere."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sparkinstall.node import Node
 from sparkinstall.probes import links
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
 from sparkinstall.resources.findings import as_text, record, recorded
 from sparkinstall.system import Reader, System

@@ -3,14 +3,13 @@
 import hashlib
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparkinstall.errors import CommandFailed, Problem
+from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, LeftToNode, Satisfied, State, Unknown
 from sparkinstall.resources.findings import record, recorded
 from sparkinstall.resources.rendered import Rendered
@@ -104,6 +103,8 @@ def complaints_of_systemd(on: Reader, name: str, content: bytes) -> list[str]:
     It ends with 0 for a key that it does not know, so what counts is what it says. Of other units it says
     things too: those are not ours to judge.
     """
+    import tempfile
+
     with tempfile.TemporaryDirectory(prefix="sparkinstall-units-") as scratch:
         unit = Path(scratch, name)
         unit.write_bytes(content)

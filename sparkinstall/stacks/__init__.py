@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
 from sparkinstall import safe_yaml
+from sparkinstall.records import dataclass
 
 DEFAULT = "0.18.1"
 

@@ -11,7 +11,6 @@ from sparkinstall.resources import Resource, Unknown, ray_ports
 from sparkinstall.resources.findings import recorded
 from sparkinstall.resources.former import FormerServices
 from sparkinstall.resources.rendered import Rendered
-from sparkinstall.resources.transport import Transport, decision_path
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -33,6 +32,9 @@ class EnvFiles(Step):
     def resources(self, node: Node) -> Iterable[Resource]:
         yield FormerServices(node)
         if node.several:
+            # Imported late, as below: a node alone has no use for it, and would start more slowly.
+            from sparkinstall.resources.transport import Transport
+
             yield Transport(node)
         for name in FILES:
             path = f"{node.env_folder}/{name}.env"
@@ -105,6 +107,8 @@ def _of_several(node: Node, on: Reader) -> dict[str, Any]:
 def _link(node: Node, on: Reader) -> dict[str, Any] | Unknown:
     """The link's interface and transport as they were found on this node, or that this was not done yet."""
     if node.several:
+        from sparkinstall.resources.transport import decision_path
+
         found = recorded(on, decision_path(node))
         if "transport" not in found:
             return Unknown("env-files")

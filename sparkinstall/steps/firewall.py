@@ -5,9 +5,8 @@ from functools import partial
 from typing import Any
 
 from sparkinstall.node import Node
-from sparkinstall.probes.firewalls import NFT
+from sparkinstall.probes.firewalls import NFT, UNIT
 from sparkinstall.resources import Resource
-from sparkinstall.resources.firewall import UNIT, LiveTable, Part, RulesFile, rules_path
 from sparkinstall.resources.units import FOLDER, Service, UnitFile
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
@@ -24,6 +23,9 @@ class Firewall(Step):
         return node.filtered
 
     def resources(self, node: Node) -> Iterable[Resource]:
+        # Imported late: a node without one would start more slowly.
+        from sparkinstall.resources.firewall import LiveTable, Part, RulesFile, rules_path
+
         unit = f"{FOLDER}/{UNIT}"
         yield RulesFile(node)
         yield Part(
@@ -35,5 +37,7 @@ class Firewall(Step):
 
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any]:
+    from sparkinstall.resources.firewall import rules_path
+
     del on
     return {"rules": rules_path(node), "nft": NFT}

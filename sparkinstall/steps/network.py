@@ -3,9 +3,8 @@
 from collections.abc import Iterable
 
 from sparkinstall.node import Node
-from sparkinstall.probes import Probe, network
+from sparkinstall.probes import Probe
 from sparkinstall.resources import Resource
-from sparkinstall.resources.netplan import LiveLink, Netplan
 from sparkinstall.steps import Step
 
 
@@ -18,9 +17,14 @@ class Network(Step):
         return node.several
 
     def resources(self, node: Node) -> Iterable[Resource]:
+        # Imported late, as below: a node alone has no use for it, and would start more slowly.
+        from sparkinstall.resources.netplan import LiveLink, Netplan
+
         if node.config.network.manage:
             yield Netplan(node)
             yield LiveLink(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
+        from sparkinstall.probes import network
+
         return network.probes(node)

@@ -76,6 +76,7 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
         "hub_offline": node.config.hub.offline,
         "several": node.several,
         "with_ray": with_ray(node),
+        "with_head": _with_head(node),
         "before_start": units.program(on.real(ray_step.before_start(node).path)),
         "command": _command(node, on),
     }

@@ -1,8 +1,9 @@
 """Looking at a node and touching it: two types, so that a check that writes is a type error."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from sparkinstall.records import dataclass
 
 
 @dataclass(frozen=True)

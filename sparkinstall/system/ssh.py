@@ -9,11 +9,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from sparkinstall.errors import Interrupted, Unreachable
+from sparkinstall.records import dataclass
 from sparkinstall.system import Result, processes
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from sparkinstall.errors import Problem
+from sparkinstall.records import dataclass
 
 PATIENCE = 60.0
 """How long an offer waits while nobody is connected, in seconds."""

@@ -22,9 +22,9 @@ from sparkinstall.events import silent
 from sparkinstall.node import Node
 from sparkinstall.plans.journal import Journal
 from sparkinstall.plans.journaled import JournaledSystem
-from sparkinstall.probes import Finding, serving
+from sparkinstall.probes import Finding, firewalls, serving
 from sparkinstall.probes.ray import ray_nodes
-from sparkinstall.resources import Drift, LeftToNode, Satisfied, firewall, former, ray_ports, units
+from sparkinstall.resources import Drift, LeftToNode, Satisfied, former, ray_ports, units
 from sparkinstall.resources.firewall import Part
 from sparkinstall.resources.former import FormerServices
 from sparkinstall.resources.rendered import render
@@ -221,7 +221,7 @@ def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path
         for each in step.resources(node_of(tmp_path, "head")):
             if not isinstance(each.check(on), LeftToNode):
                 each.apply(on)
-    assert {each.name for each in folder.iterdir()} == {"ray-head.service", firewall.UNIT, "vllm.service"}
+    assert {each.name for each in folder.iterdir()} == {"ray-head.service", firewalls.UNIT, "vllm.service"}
     as_head, as_worker, alone = (FormerServices(node_of(tmp_path, role)) for role in ("head", "worker", "single"))
     assert isinstance(as_head.check(on), Satisfied)
     state = as_worker.check(on)

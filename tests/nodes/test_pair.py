@@ -107,10 +107,11 @@ def _armed(node: FleetNode) -> bool:
 
 
 def _links(node: FleetNode) -> list[tuple[int, list[str]]]:
-    """MTU and addresses of both halves."""
-    rows = {row["ifname"]: row for row in json.loads(node.run("ip", "-j", "-4", "address").stdout)}
-    there = [rows.get(name, {}) for name in PORT_0]
-    return [(row.get("mtu", 0), [each["local"] for each in row.get("addr_info", ())]) for row in there]
+    """MTU and IPv4 addresses of both halves."""
+    rows = {row["ifname"]: row for row in json.loads(node.run("ip", "-j", "address").stdout)}
+    return [
+        (rows[name]["mtu"], [a["local"] for a in rows[name]["addr_info"] if a["family"] == "inet"]) for name in PORT_0
+    ]
 
 
 def _is_linked(node: FleetNode, address: str) -> bool:
@@ -192,15 +193,6 @@ def _main_pid(node: FleetNode) -> str:
     return node.run("systemctl", "show", "-P", "MainPID", unit).stdout.strip()
 
 
-def test_status_tells_of_every_node(pair: Fleet) -> None:
-    told = _cluster(pair, "status", *NAMES)
-    assert told.code == 0, told.errors
-    for node in told.data["nodes"]:
-        data = node["phases"][0]["data"]
-        assert data["installed"]
-        assert {fix["standing"] for fix in data["fixes"]} <= {"proven", "done"}, data["fixes"]
-
-
 # --- killed, and gone on with
 
 
@@ -213,7 +205,8 @@ def test_a_tool_that_is_killed_at_any_barrier_is_gone_on_with(pair: Fleet) -> No
         if answer:
             break
         begun.append(phase)
-    assert answer is not None and answer.code == 0, (begun, answer.errors, answer.log)
+    assert answer is not None
+    assert answer.code == 0, (begun, answer.errors, answer.log)
     assert {"look", "network", "reach", "confirm", "head", "workers", "verify"} <= set(begun), begun
     assert all("mtu: 9000" in node.read(NETPLAN) for node in pair.nodes)
     assert not any(_armed(node) for node in pair.nodes)
@@ -312,23 +305,61 @@ def test_a_cable_that_is_pulled_while_the_network_is_applied(pair: Fleet) -> Non
     assert all(_is_linked(node, address) for node, address in zip(pair.nodes, ADDRESSES, strict=True))
 
 
-# --- faults: each is told in words, and nothing is begun
+# --- deaths of nodes and services
 
 
-def test_an_mtu_too_small_and_halves_in_one_subnet_are_told_apart(pair: Fleet) -> None:
+def test_a_workers_ray_that_is_killed_comes_back(pair: Fleet) -> None:
     head, worker = pair.nodes
-    pair.set_mtu(1500, worker, interfaces=PORT_0[:1])
-    head.run("ip", "address", "add", "192.168.100.77/24", "dev", PORT_0[1])
-    try:
-        told = _cluster(pair, "verify", *NAMES, "--only", "network")
-    finally:
-        pair.set_mtu(9000, worker)
-        head.run("ip", "address", "del", "192.168.100.77/24", "dev", PORT_0[1])
-    assert told.code == 5
-    assert "enp1s0f0np0 and enP2p1s0f0np0 are in one subnet" in told.errors, told.errors
-    assert "192.168.100.11 answers small packets and not large ones" in told.errors
-    assert "enp1s0f0np0 has MTU 1500" in told.errors
-    assert _cluster(pair, "verify", *NAMES, "--only", "network").code == 0
+    lost = _nodes_of_ray(head)[1:]
+    worker.run("systemctl", "kill", "--signal=KILL", "ray-worker")
+    _until(lambda: _is_whole(head, without=lost), 90)
+
+
+def test_a_node_that_dies_between_the_plan_and_the_yes_is_named(pair: Fleet) -> None:
+    head, worker = pair.nodes
+    lost = _nodes_of_ray(head)[1:]
+    worker.run("sh", "-c", f"echo >> {ENV_FILES[1]}")
+    typed = " ".join((COMMAND, "cluster", *NAMES, *ignoring()))
+    with pair.start_on_terminal(*AT_A_KEYBOARD, typed, "/dev/null", stdin=-1, cwd="/home/spark") as run:
+        shown = _read_until(run, "Go on, on 2 nodes?")
+        worker.kill()
+        run.stdin.write("y\n")  # type: ignore[union-attr]
+        run.stdin.flush()  # type: ignore[union-attr]
+        rest, _ = run.communicate(timeout=150)
+    assert run.returncode == 5, shown + rest
+    assert "the connection to spark-2 was lost" in " ".join(rest.split()), rest
+    worker.boot()
+    _until(lambda: _is_whole(head, without=lost), 120)
+    told = _set_up(pair)
+    assert told.code == 0, told.errors
+
+
+def _read_until(run: Any, words: str) -> str:
+    said = ""
+    while words not in said:
+        more = run.stdout.read(1)
+        assert more, f"no {words!r} in: {said[-3000:]}"
+        said += more
+    return said
+
+
+# --- the head's Ray dies; until it is back, faults that are told before anything is begun
+
+
+@pytest.fixture(scope="module")
+def lost() -> dict[str, list[tuple[str, str]]]:
+    """The nodes that Ray had before a death, for the tests that come after it."""
+    return {}
+
+
+def test_a_heads_ray_that_is_killed_is_told_at_the_worker(pair: Fleet, lost: dict[str, list[tuple[str, str]]]) -> None:
+    head, worker = pair.nodes
+    lost["ray"] = _nodes_of_ray(head)
+    head.run("systemctl", "kill", "--signal=KILL", "ray-head")
+    said = json.loads(worker.run(COMMAND, "verify", "--only", "ray", "--json", user="spark", check=False).stdout)
+    (probe,) = said["data"]["probes"]
+    assert said["exit_code"] == 3
+    assert probe["found"].startswith(f"the head does not answer at {HEAD}:6379: "), probe
 
 
 @pytest.mark.parametrize(
@@ -384,6 +415,10 @@ def _an_address(node: FleetNode, address: str) -> Iterator[None]:
         node.run("ip", "address", "del", address, "dev", LAN)
 
 
+def test_the_heads_ray_came_back_by_itself(pair: Fleet, lost: dict[str, list[tuple[str, str]]]) -> None:
+    _until(lambda: _is_whole(pair.nodes[0], without=lost["ray"]), 180)
+
+
 def test_versions_that_differ_are_told_before_ray_is_touched(pair: Fleet) -> None:
     worker = pair.nodes[1]
     site = worker.run("sh", "-c", f"echo {PREFIX}/venv/lib/python3*/site-packages").stdout.strip()
@@ -400,60 +435,42 @@ def test_versions_that_differ_are_told_before_ray_is_touched(pair: Fleet) -> Non
     assert again.code == 0, again.errors
 
 
-# --- deaths of nodes and services
-
-
-def test_a_workers_ray_that_is_killed_comes_back(pair: Fleet) -> None:
+def test_an_mtu_too_small_and_halves_in_one_subnet_are_told_apart(pair: Fleet) -> None:
     head, worker = pair.nodes
-    lost = _nodes_of_ray(head)[1:]
-    worker.run("systemctl", "kill", "--signal=KILL", "ray-worker")
-    _until(lambda: _is_whole(head, without=lost), 90)
+    pair.set_mtu(1500, worker, interfaces=PORT_0[:1])
+    head.run("ip", "address", "add", "192.168.100.77/24", "dev", PORT_0[1])
+    try:
+        told = _cluster(pair, "verify", *NAMES, "--only", "network")
+    finally:
+        pair.set_mtu(9000, worker)
+        head.run("ip", "address", "del", "192.168.100.77/24", "dev", PORT_0[1])
+    assert told.code == 5
+    assert "enp1s0f0np0 and enP2p1s0f0np0 are in one subnet" in told.errors, told.errors
+    assert "192.168.100.11 answers small packets and not large ones" in told.errors
+    assert "enp1s0f0np0 has MTU 1500" in told.errors
+    assert _cluster(pair, "verify", *NAMES, "--only", "network").code == 0
 
 
-def test_a_node_that_dies_between_the_plan_and_the_yes_is_named(pair: Fleet) -> None:
-    head, worker = pair.nodes
-    lost = _nodes_of_ray(head)[1:]
-    worker.run("sh", "-c", f"echo >> {ENV_FILES[1]}")
-    typed = " ".join((COMMAND, "cluster", *NAMES, *ignoring()))
-    with pair.start_on_terminal(*AT_A_KEYBOARD, typed, "/dev/null", stdin=-1, cwd="/home/spark") as run:
-        shown = _read_until(run, "Go on, on 2 nodes?")
-        worker.kill()
-        run.stdin.write("y\n")  # type: ignore[union-attr]
-        run.stdin.flush()  # type: ignore[union-attr]
-        rest, _ = run.communicate(timeout=150)
-    assert run.returncode == 5, shown + rest
-    assert "the connection to spark-2 was lost" in " ".join(rest.split()) or "spark-2" in rest, rest
-    worker.boot()
-    _until(lambda: _is_whole(head, without=lost), 120)
-    told = _set_up(pair)
-    assert told.code == 0, told.errors
-
-
-def _read_until(run: Any, words: str) -> str:
-    said = ""
-    while words not in said:
-        more = run.stdout.read(1)
-        assert more, f"no {words!r} in: {said[-3000:]}"
-        said += more
-    return said
-
-
-def test_a_heads_ray_that_is_killed_comes_back(pair: Fleet) -> None:
-    head, worker = pair.nodes
-    lost = _nodes_of_ray(head)
-    head.run("systemctl", "kill", "--signal=KILL", "ray-head")
-    told = worker.run(COMMAND, "verify", "--only", "ray", user="spark", check=False)
-    assert told.returncode == 3
-    _until(lambda: _is_whole(head, without=lost), 150)
+# --- a reboot
 
 
 def test_a_head_that_is_rebooted_comes_back(pair: Fleet) -> None:
     head = pair.nodes[0]
     lost = _nodes_of_ray(head)
     head.reboot()
-    _until(lambda: _is_whole(head, without=lost), 150)
+    _until(lambda: _is_whole(head, without=lost), 180)
+    assert all(_is_linked(node, address) for node, address in zip(pair.nodes, ADDRESSES, strict=True))
     told = _cluster(pair, "verify", *NAMES)
     assert told.code == 0, told.errors
+
+
+def test_status_tells_of_every_node(pair: Fleet) -> None:
+    told = _cluster(pair, "status", *NAMES)
+    assert told.code == 0, told.errors
+    for node in told.data["nodes"]:
+        data = node["phases"][0]["data"]
+        assert data["installed"]
+        assert {fix["standing"] for fix in data["fixes"]} <= {"proven", "done"}, data["fixes"]
 
 
 # --- each node by itself, and everything back

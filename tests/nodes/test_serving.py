@@ -166,7 +166,7 @@ def alone(pair: Pair) -> str:
 
 def test_one_node_alone_serves_and_streams(pair: Pair, alone: str) -> None:
     assert alone
-    asked = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "ignore_eos": True}
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "ignore_eos": True}
     said = _ask(pair.head, "/v1/chat/completions", stream=True, **asked)
     events = [line.removeprefix("data: ") for line in said.splitlines() if line]
     assert events[-1] == "[DONE]"
