@@ -1,20 +1,43 @@
 """The verbs, bound to their files. Each imports what it needs when it is called."""
 
+from importlib import import_module
 from typing import NoReturn
 
 import typer
 
-from sparkinstall.cli import all as all_verb
-from sparkinstall.cli import cluster, multi_node, node_side, plan, run, settings, status, uninstall, verify
+# Each verb's file, and its function there; the order is that of the help.
+_VERBS = {
+    "all": ("all", "all_"),
+    "multi-node": ("multi_node", "multi_node"),
+    "cluster": ("cluster", "cluster"),
+    "plan": ("plan", "plan"),
+    "verify": ("verify", "verify"),
+    "uninstall": ("uninstall", "uninstall"),
+    "status": ("status", "status"),
+    "run": ("run", "run"),
+}
 
-app = typer.Typer(
-    help="From a fresh NVIDIA DGX Spark to a native, mended and proven vLLM, and back.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
-    epilog="Exit codes: 0 good, 1 failed, 2 usage, 3 drift, 4 preflight, 5 some nodes failed, 130 interrupted "
-    "(docs/exit-codes.md).",
-)
+
+def program(verb: str = "") -> typer.Typer:
+    """The whole command line; for a `verb` that there is, that one alone: it need not wait for the others."""
+    app = typer.Typer(
+        help="From a fresh NVIDIA DGX Spark to a native, mended and proven vLLM, and back.",
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+        epilog="Exit codes: 0 good, 1 failed, 2 usage, 3 drift, 4 preflight, 5 some nodes failed, 130 interrupted "
+        "(docs/exit-codes.md).",
+    )
+    app.callback()(_root)
+    for name in [verb] if verb in _VERBS else _VERBS:
+        file, function = _VERBS[name]
+        app.command(name)(getattr(import_module(f"sparkinstall.cli.{file}"), function))
+    if verb not in _VERBS:
+        from sparkinstall.cli import node_side, settings
+
+        app.add_typer(settings.app, name="settings")
+        app.add_typer(node_side.app, name="node", hidden=True)
+    return app
 
 
 def _version(asked: bool) -> None:
@@ -25,7 +48,6 @@ def _version(asked: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
@@ -34,8 +56,11 @@ def _root(
 
 def main() -> None:
     """Run the command line; with `--json` also what typer itself refuses comes as one object."""
+    import os
     import sys
 
+    completing = "_SPARKINSTALL_COMPLETE" in os.environ
+    app = program("" if completing else "".join(sys.argv[1:2]))
     if "--json" not in sys.argv:
         app(prog_name="sparkinstall")
     try:
@@ -56,15 +81,3 @@ def _tell_usage(what: str) -> NoReturn:
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
     print(envelope(verb, Exit.USAGE, {}, [BadUsage(what, mend="`sparkinstall --help` lists verbs and options")]))
     sys.exit(int(Exit.USAGE))
-
-
-app.command("all")(all_verb.all_)
-app.command("multi-node")(multi_node.multi_node)
-app.command("cluster")(cluster.cluster)
-app.command("plan")(plan.plan)
-app.command("verify")(verify.verify)
-app.command("uninstall")(uninstall.uninstall)
-app.command("status")(status.status)
-app.command("run")(run.run)
-app.add_typer(settings.app, name="settings")
-app.add_typer(node_side.app, name="node", hidden=True)

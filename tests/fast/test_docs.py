@@ -17,7 +17,7 @@ import typer
 from sparkinstall import __version__, errors, stacks
 from sparkinstall.cli import cluster as cluster_verb
 from sparkinstall.cli import envelope
-from sparkinstall.cli.app import app
+from sparkinstall.cli.app import program
 from sparkinstall.cli.multi_node import Role
 from sparkinstall.config import ClusterConfig, Config, ServingConfig, build, read_layer, settings
 from sparkinstall.errors import Exit, Problem
@@ -283,7 +283,7 @@ def test_the_version_has_its_changes() -> None:
 @cache
 def options_of() -> dict[str, set[str]]:
     """Verb -> its options; "" -> those of the program itself."""
-    root: Any = typer.main.get_command(app)
+    root: Any = typer.main.get_command(program())
     return dict(_options("", root))
 
 

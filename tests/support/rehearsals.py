@@ -16,7 +16,7 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from sparkinstall.cli.app import app
+from sparkinstall.cli.app import program
 
 CHECKOUT = Path(__file__).parents[2]
 SETTINGS = ("--set", "nccl.mode=wheel")
@@ -58,7 +58,7 @@ def in_this_process(*args: str | Path) -> subprocess.CompletedProcess[str]:
     """The same, without a process of its own: many small cases would spend their time on starting Python."""
     kept = signal.getsignal(signal.SIGTERM)
     try:
-        result = CliRunner().invoke(app, [str(arg) for arg in args], prog_name="sparkinstall")
+        result = CliRunner().invoke(program(), [str(arg) for arg in args], prog_name="sparkinstall")
     finally:
         signal.signal(signal.SIGTERM, kept)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
