@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sparkinstall import __version__
-from tests.support.rehearsals import CHECKOUT, envelope, environment, sparkinstall
+from tests.support.rehearsals import CHECKOUT, command, envelope, environment, sparkinstall
 
 VERBS = ("all", "plan", "verify", "uninstall", "status", "run", "settings")
 
@@ -30,7 +31,9 @@ def test_every_verb_has_help_with_its_options(verb: str) -> None:
 
 
 def test_completion_is_there_for_the_shell() -> None:
-    shown = sparkinstall("--show-completion", "bash", SHELL="/bin/bash")
+    # Which shell it is for is read off the processes above: there has to be one.
+    typed = f"{shlex.join(command('--show-completion'))}; exit $?"
+    shown = subprocess.run(["bash", "-c", typed], env=environment(), capture_output=True, text=True, check=False)
     assert "_SPARKINSTALL_COMPLETE" in shown.stdout
     words = sparkinstall(_SPARKINSTALL_COMPLETE="complete_bash", COMP_WORDS="sparkinstall un", COMP_CWORD="1")
     assert "uninstall" in words.stdout

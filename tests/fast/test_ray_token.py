@@ -138,14 +138,14 @@ def test_a_worker_in_a_rehearsal_leaves_it_to_the_node(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_cannot_fetch_it_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # An ssh that really fails, and quickly: the port is nobody's.
-    monkeypatch.setattr(module, "_SSH", ("ssh", "-o", "BatchMode=yes", "-p", "9"))
-    node = node_of(tmp_path, "worker", cluster__head="127.0.0.1", cluster__workers=["127.0.0.2"])
+    # An ssh that really fails, and quickly: what should carry its connection ends at once.
+    monkeypatch.setattr(module, "_SSH", ("ssh", "-o", "BatchMode=yes", "-o", "ProxyCommand=false"))
+    node = node_of(tmp_path, "worker")
     with pytest.raises(Problem) as caught:
         RayToken(node).apply(system_of(tmp_path))
-    assert "127.0.0.1, could not be fetched" in caught.value.what
+    assert "192.168.100.10, could not be fetched" in caught.value.what
     assert caught.value.why
-    assert "ssh 127.0.0.1 cat /opt/sparkinstall/ray-token | sparkinstall multi-node --role worker" in by_hand(node)
+    assert "ssh 192.168.100.10 cat /opt/sparkinstall/ray-token | sparkinstall multi-node --role worker" in by_hand(node)
     assert caught.value.mend == by_hand(node)
 
 
