@@ -10,11 +10,12 @@ from sparkinstall.errors import Blocked
 from sparkinstall.node import Node, nccl_library
 from sparkinstall.resources.findings import recorded
 from sparkinstall.resources.python_environment import installed
+from sparkinstall.resources.transport import Transport
 from sparkinstall.system import Reader
 
 _PACKAGES = ("vllm", "torch", "ray", "triton", "transformers")
 _DECIDES = ("version", "arch", "compiler", "source", "only_functions")
-_IN_WORDS = {"python": "Python", "nccl": "NCCL", "vllm": "vLLM"}
+_IN_WORDS = {"python": "Python", "nccl": "NCCL", "vllm": "vLLM", "transport": "transport for NCCL"}
 _VERSION = re.compile(rb"^version(?:_info)? *= *(\S+)", re.MULTILINE)
 
 
@@ -25,8 +26,8 @@ def versions(node: Node, on: Reader) -> dict[str, str]:
     python = _VERSION.search(on.read(f"{node.venv}/pyvenv.cfg") or b"")
     if python:
         found["python"] = python[1].decode(errors="replace")
-    nccl = _nccl(node, on)
-    return {**found, "nccl": nccl} if nccl else found
+    nccl, transport = _nccl(node, on), Transport(node).talks_over(on) if node.several else ""
+    return {**found, **({"nccl": nccl} if nccl else {}), **({"transport": transport} if transport else {})}
 
 
 def _nccl(node: Node, on: Reader) -> str | None:
@@ -59,9 +60,20 @@ def require_same(nodes: Sequence[tuple[str, Mapping[str, str]]]) -> None:
             raise Blocked(
                 f"{first} and {host} have not the same {', '.join(_IN_WORDS.get(n, n) for n in different)}",
                 why="; ".join(said),
-                mend="nothing was started. Give both the same: the same stack on every node, and "
-                f"`sparkinstall run environment nccl --fresh` on the one that is wrong ({first} or {host})",
+                mend=f"nothing was started. {_mend(different, first, host)}",
             )
+
+
+def _mend(different: Sequence[str], first: str, host: str) -> str:
+    if list(different) == ["transport"]:
+        return (
+            "RoCE on one and sockets on the other do not find each other: `sparkinstall plan` there says why it has no "
+            "RoCE; or take sockets on all: `--set network.transport=socket`"
+        )
+    return (
+        "Give both the same: the same stack on every node, and "
+        f"`sparkinstall run environment nccl --fresh` on the one that is wrong ({first} or {host})"
+    )
 
 
 def _of(found: Mapping[str, str], name: str) -> str:

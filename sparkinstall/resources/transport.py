@@ -53,6 +53,16 @@ class Transport:
             "--worker and --address), or let sparkinstall do it: `--set network.manage=true`",
         )
 
+    def talks_over(self, on: Reader) -> str:
+        """`roce` or `socket`, as it was decided or would be now; empty where that cannot be told yet."""
+        try:
+            wanted, before = self._decide(on), recorded(on, decision_path(self.node))
+        except links.LinkProblem:
+            return ""
+        if not isinstance(wanted, dict):
+            return ""
+        return str((before if self._stays(before, wanted) else wanted)["transport"])
+
     def _stays(self, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
         auto = self.node.config.network.transport == "auto"
         same_port = before.get("interface") == wanted["interface"]

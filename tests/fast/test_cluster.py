@@ -234,6 +234,14 @@ def test_nodes_with_the_same_versions_pass() -> None:
         sameness.require_same([("a", VERSIONS), ("b", {k: v for k, v in VERSIONS.items() if k != "nccl"})])
 
 
+def test_sockets_on_one_and_roce_on_the_other_do_not_start() -> None:
+    roce, sockets = {**VERSIONS, "transport": "roce"}, {**VERSIONS, "transport": "socket"}
+    sameness.require_same([("a", roce), ("b", roce)])
+    with pytest.raises(Blocked, match="transport for NCCL") as refused:
+        sameness.require_same([("a", roce), ("b", sockets)])
+    assert "network.transport=socket" in refused.value.mend
+
+
 def test_it_asks_before_it_begins(far: FarNodes) -> None:
     code, said, _ = far.cluster("spark-1", "spark-2")
     assert code == 2
