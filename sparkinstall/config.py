@@ -114,6 +114,12 @@ def _no_control(value: str) -> str | None:
     return None if value and value.isprintable() else "must be one line of printable text"
 
 
+def _argument(value: str) -> str | None:
+    if value.partition("=")[0] in ("--api-key", "--hf-token"):
+        return "must carry no secret: the unit and the list of processes show it to everybody"
+    return _no_control(value)
+
+
 def _source(value: str) -> str | None:
     if value.startswith("http://"):
         return "must be an https URL"
@@ -255,7 +261,7 @@ class ServingConfig:
         _like(_SHARE, "a number from 0.10 to 0.95"),
     )
     max_model_len: int = _setting(0, "vLLM's --max-model-len; 0: 32768 on one node, 16384 on several.", _not_below_zero)
-    arguments: tuple[str, ...] = _setting((), "Further arguments of `vllm serve`, one word each.", _no_control)
+    arguments: tuple[str, ...] = _setting((), "Further arguments of `vllm serve`, one word each.", _argument)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ _SHAPES = (
     # What ends a value is not part of it: the text may be JSON, which must stay JSON.
     re.compile(r"(?<=SERIAL_NUMBER=)(?:\\?[\"'])?[^\s\"'\\]+"),
     re.compile(r"(?i)(?<=authorization: bearer )[^\s\"'\\]+"),
+    re.compile(r"(?<=--api-key[= ])[^\s\"'\\]+"),
+    re.compile(r"(?<=--hf-token[= ])[^\s\"'\\]+"),
 )
 HIDDEN = "[hidden]"
 
