@@ -101,7 +101,7 @@ def test_all_phases_in_their_order_with_a_barrier_after_each(far: FarNodes) -> N
 
 
 def test_what_is_said_to_a_node_goes_through_stdin(far: FarNodes) -> None:
-    code, _, log = far.cluster("spark-1", "spark-2", "--yes", "--set", "serving.arguments=[--api-key, s3cret-key]")
+    code, _, log = far.cluster("spark-1", "spark-2", "--yes", "--set", 'serving.arguments=[--max-model-len, "4096"]')
     assert code == 0
     assert all(call["process"] == ["node", "attend"] for call in far.calls)
     worker = [call for call in far.calls if call["host"] == "spark-2" and "ray" in call["only"]]
@@ -110,7 +110,7 @@ def test_what_is_said_to_a_node_goes_through_stdin(far: FarNodes) -> None:
     assert "--token-file" in worker[0]["argv"]
     assert 'cluster.workers=["192.168.100.11"]' in worker[0]["argv"]
     assert "cluster.address=192.168.100.11" in worker[0]["argv"]
-    assert 'serving.arguments=["--api-key", "s3cret-key"]' in worker[0]["argv"]
+    assert 'serving.arguments=["--max-model-len", "4096"]' in worker[0]["argv"]
     assert "t0ken" not in log
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import cast
 
 WEB_PORTS = (80, 443)
 DNS_PORT = 53
@@ -87,7 +88,8 @@ class _Names(asyncio.DatagramProtocol):
         self._asked: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = transport
+        # Before Python 3.12 asyncio's own datagram transport is none by its class.
+        self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         task = asyncio.ensure_future(self._ask(data, addr))
@@ -101,7 +103,6 @@ class _Names(asyncio.DatagramProtocol):
             query.connect((self._server, DNS_PORT))
             await loop.sock_sendall(query, question)
             answer = await asyncio.wait_for(loop.sock_recv(query, 65535), NAME_SECONDS)
-            assert isinstance(self._transport, asyncio.DatagramTransport)
             self._transport.sendto(answer, asker)
 
 
