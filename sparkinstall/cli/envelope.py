@@ -79,7 +79,16 @@ def resource_data(checked: Checked) -> dict[str, Any]:
 
 
 def finding_data(probe: Probe, finding: Finding, seconds: float) -> dict[str, Any]:
-    return {"name": probe.name, "title": probe.title, "seconds": round(seconds, 3), **vars(finding)}
+    from sparkinstall.plans.fixes import number_of
+
+    return {
+        "name": probe.name,
+        "title": probe.title,
+        "level": probe.level,
+        "fix": number_of(probe.name),
+        "seconds": round(seconds, 3),
+        **vars(finding),
+    }
 
 
 def fix_data(state: "FixState") -> dict[str, Any]:

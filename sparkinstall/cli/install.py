@@ -116,8 +116,8 @@ def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequen
     from sparkinstall.events import silent
     from sparkinstall.plans import proof
 
-    quick = [probe for probe in proof.of_steps(steps, session.node) if probe.quick]
-    bad = [each for each in proof.look(quick, session.system, silent) if each.finding.verdict == "fail"]
+    static = [probe for probe in proof.of_steps(steps, session.node) if probe.level == "static"]
+    bad = [each for each in proof.look(static, session.system, silent) if each.finding.verdict == "fail"]
     if bad:
         return Answer(Exit.FAILED, {"changed": False}, problems=(_damaged(bad),))
     left = [report.name for report in reports if report.outcome == "left"]

@@ -24,6 +24,7 @@ from sparkinstall.events import (
     StepEnded,
     StepStarted,
     WaitedFor,
+    silent,
 )  # fmt: skip
 from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
@@ -55,6 +56,16 @@ def watching(verbose: bool) -> Iterator[Emit]:
         screen.leave(console(stderr=True))
     else:
         yield _Lines(verbose).take
+
+
+@contextmanager
+def asking() -> Iterator[Emit]:
+    """An `Emit` that shows on a terminal which probe is being asked; elsewhere it says nothing."""
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    with console(stderr=True).status("[dim]looking[/]", spinner="dots") as status:
+        yield lambda event: status.update(f"[dim]{event.name}[/]") if isinstance(event, ProbeStarted) else None
 
 
 class _Screen:

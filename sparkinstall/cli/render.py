@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkinstall.errors import Problem
+from sparkinstall.plans import fixes
 from sparkinstall.plans.engine import Checked, StepReport
 from sparkinstall.plans.fixes import FixState
 from sparkinstall.plans.proof import Looked
@@ -141,6 +142,33 @@ def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False
         if finding.mend and finding.verdict in ("fail", "warn"):
             table.add_row("", "", f"[dim]→[/] {escape(pointed(finding.mend, root))}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def show_proof(looked: Sequence[Looked], out: Console, root: str = "", verbose: bool = False) -> None:
+    """Every probe beneath its level, with what was expected where it was not found, and how to mend it."""
+    table = _columns(7, 1, 16, None)
+    level = ""
+    for each in looked:
+        finding, probe = each.finding, each.probe
+        name = Text("" if probe.level == level else probe.level, style="dim")
+        level = probe.level
+        table.add_row(name, sign(finding.verdict), probe.name, escape(redact(finding.found)) + _took(each.seconds))
+        bad = finding.verdict in ("fail", "warn")
+        if finding.expected and (bad or verbose) and finding.expected != finding.found:
+            table.add_row("", "", "", Text(f"expected: {redact(finding.expected)}", style="dim"))
+        if finding.mend and bad:
+            table.add_row("", "", "", _mend(each, root))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def _took(seconds: float) -> str:
+    return f"  ({seconds:.1f} s)" if seconds >= 1 else ""
+
+
+def _mend(looked: Looked, root: str) -> str:
+    number = fixes.number_of(looked.probe.name)
+    of_fix = f"  [dim](fix {number} of the eight)[/]" if number else ""
+    return f"[dim]→[/] {escape(pointed(looked.finding.mend, root))}{of_fix}"
 
 
 def show_preflight(looked: Sequence[Looked], out: Console) -> None:

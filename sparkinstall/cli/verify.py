@@ -1,13 +1,89 @@
 """`sparkinstall verify`: is everything so, and does it behave so? For people and for CI."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sparkinstall.cli.session import Session
     from sparkinstall.plans.engine import StepReport
+    from sparkinstall.plans.fixes import FixState
+    from sparkinstall.plans.proof import Chosen, Looked
+    from sparkinstall.probes import Level
+
+Names = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Only this step or probe (may repeat).", rich_help_panel="Which parts"),
+]
+NotNames = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="All but this step or probe (may repeat).", rich_help_panel="Which parts"),
+]
+HowFar = Annotated[
+    str | None,
+    typer.Option(
+        "--level",
+        metavar="LEVEL",
+        help="As far as this: static, node, gpu, link, cluster or serving; all the way without it.",
+        rich_help_panel="Which parts",
+    ),
+]
+Measure = Annotated[
+    bool,
+    typer.Option("--measure", help="Also what keeps the GPU or the link busy.", rich_help_panel="Which parts"),
+]
+Junit = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a JUnit report for CI.", rich_help_panel="Output")
+]
+Strict = Annotated[bool, typer.Option("--strict", help="What was skipped counts as failed.", rich_help_panel="Output")]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which checks and probes, and how strictly they are judged."""
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    level: "Level | None" = None
+    measure: bool = False
+    strict: bool = False
+    junit: Path | None = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a whole look at a node has found."""
+
+    reports: "Sequence[StepReport]"
+    looked: "Sequence[Looked]"
+    standing: "Sequence[FixState]"
+    strict: bool
+
+    @property
+    def drifted(self) -> "list[StepReport]":
+        return [report for report in self.reports if report.outcome not in ("unchanged", "left")]
+
+    @property
+    def failed(self) -> "list[Looked]":
+        return [each for each in self.looked if each.finding.verdict == "fail"]
+
+    @property
+    def skipped(self) -> list[str]:
+        """What was not looked at: probes, and steps that were left to the node."""
+        left = [report.name for report in self.reports if report.outcome == "left"]
+        return [*left, *(each.probe.name for each in self.looked if each.finding.verdict == "skip")]
+
+    @property
+    def wrong(self) -> bool:
+        return bool(self.drifted or self.failed or (self.strict and self.skipped))
 
 
 def verify(
@@ -17,60 +93,142 @@ def verify(
     set_: options.Set = None,
     platform: options.Platform = None,
     full: options.Full = None,
-    only: options.Only = None,
-    skip: options.Skip = None,
+    level: HowFar = None,
+    only: Names = None,
+    skip: NotNames = None,
+    measure: Measure = False,
+    strict: Strict = False,
+    junit: Junit = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Check everything and prove it on running processes; exit 3 if anything is not as it should be."""
     asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
-    answer("verify", lambda: _verify(asked, only or [], skip or []), root=root, json=json, verbose=verbose)
+
+    def body() -> Answer:
+        choice = Choice(tuple(only or ()), tuple(skip or ()), known_level(level), measure, strict, junit)
+        return _verify(asked, choice, json)
+
+    answer("verify", body, root=root, json=json, verbose=verbose)
 
 
-def _verify(asked: Asked, only: list[str], skip: list[str]) -> Answer:
-    from sparkinstall.cli.envelope import finding_data, fix_data, step_data
-    from sparkinstall.cli.session import looked_at, open_session
-    from sparkinstall.errors import Exit, NotThere
-    from sparkinstall.events import silent
-    from sparkinstall.plans import catalogue, fixes, proof
+def known_level(name: str | None) -> "Level | None":
+    """The level of that name.
 
-    session = open_session(asked)
+    Raises:
+        BadUsage: there is none.
+    """
+    from sparkinstall.plans.catalogue import require_known
+    from sparkinstall.probes import LEVELS
+
+    require_known([name] if name is not None else [], LEVELS, "level")
+    return next((level for level in LEVELS if level == name), None)
+
+
+def _verify(asked: Asked, choice: Choice, json: bool) -> Answer:
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.errors import Problem
+
+    try:
+        session = open_session(asked)
+        result = looked_through(session, choice, json)
+    except Problem as problem:
+        if choice.junit:
+            from sparkinstall.cli import junit
+
+            junit.write(choice.junit, junit.of_problem(problem), choice.strict)
+        raise
+    if choice.junit:
+        _report(choice.junit, result)
+    return _told(session, result, asked.verbose)
+
+
+def looked_through(session: "Session", choice: Choice, plain: bool) -> Result:
+    """Every check and every probe that was chosen; on a terminal, with what is being asked at the moment.
+
+    Raises:
+        NotThere: nothing of sparkinstall is here.
+        BadUsage: a name or a level that there is not.
+    """
+    from sparkinstall.cli.session import looked_at
+    from sparkinstall.errors import NotThere
+    from sparkinstall.plans import fixes, proof
+
+    chosen = proof.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)
     if not session.state.exists:
         raise NotThere(f"nothing of sparkinstall is in {session.system.root}", mend="`sparkinstall all` sets it up")
-    steps = catalogue.chosen(session.node, only, skip)
-    reports = looked_at(session, steps)
-    looked = proof.look(proof.of_steps(steps, session.node), session.system, silent)
+    reports = looked_at(session, chosen.steps)
+    looked = _probed(session, chosen, plain)
     findings = {each.probe.name: each.finding for each in looked}
-    standing = [] if only or skip else fixes.stand(session.node, reports, findings)
-    bad = [report for report in reports if report.outcome not in ("unchanged", "left")]
-    wrong = bool(bad) or any(finding.verdict == "fail" for finding in findings.values())
+    standing = fixes.stand(session.node, reports, findings) if chosen.whole else []
+    return Result(reports, looked, standing, choice.strict)
 
-    def show() -> None:
-        from sparkinstall.cli.render import console, show_findings, show_fixes, show_plan
 
-        out = console()
-        out.print(f"[bold]Checks[/]  {session.where}")
-        show_plan(reports, out, asked.verbose, session.root_option)
-        out.print("\n[bold]Proof[/]")
-        show_findings(looked, out, root=session.root_option)
-        if standing:
-            out.print("\n[bold]The eight fixes[/]")
-            show_fixes(standing, out, session.root_option)
-        if wrong:
-            out.print(f"\n[red bold]✗[/] not as it should be; {_way_out(bad, session.root_option)}")
-        else:
-            out.print("\n[green bold]✓[/] everything is as it should be")
+def _probed(session: "Session", chosen: "Chosen", plain: bool) -> "list[Looked]":
+    from sparkinstall.events import silent
+    from sparkinstall.plans import proof
+
+    if plain:
+        return proof.look(chosen.probes, session.system, silent)
+    from sparkinstall.cli.progress import asking
+
+    with asking() as emit:
+        return proof.look(chosen.probes, session.system, emit)
+
+
+def _report(path: Path, result: Result) -> None:
+    from sparkinstall.cli import junit
+
+    junit.write(path, [*junit.of_checks(result.reports), *junit.of_probes(result.looked)], result.strict)
+
+
+def _told(session: "Session", result: Result, verbose: bool) -> Answer:
+    from sparkinstall.cli.envelope import finding_data, fix_data, step_data
+    from sparkinstall.errors import Exit
 
     data = {
-        "checks": [step_data(report) for report in reports],
-        "probes": [finding_data(each.probe, each.finding, each.seconds) for each in looked],
-        "fixes": [fix_data(state) for state in standing],
+        "checks": [step_data(report) for report in result.reports],
+        "probes": [finding_data(each.probe, each.finding, each.seconds) for each in result.looked],
+        "fixes": [fix_data(state) for state in result.standing],
     }
-    return Answer(Exit.DRIFT if wrong else Exit.GOOD, data, show)
+    show = lambda: _show(session, result, verbose)  # noqa: E731
+    return Answer(Exit.DRIFT if result.wrong else Exit.GOOD, data, show)
 
 
-def _way_out(bad: "list[StepReport]", root: str) -> str:
-    """What mends it: the steps themselves, or making anew what is in place and yet does not behave."""
-    if bad:
+def _show(session: "Session", result: Result, verbose: bool) -> None:
+    from sparkinstall.cli.render import console, show_fixes, show_plan, show_proof
+
+    out = console()
+    if result.reports:
+        out.print(f"[bold]Checks[/]  {session.where}")
+        show_plan(result.reports, out, verbose, session.root_option)
+        out.print()
+    if result.looked:
+        out.print("[bold]Proof[/]")
+        show_proof(result.looked, out, session.root_option, verbose)
+        out.print()
+    if result.standing:
+        out.print("[bold]The eight fixes[/]")
+        show_fixes(result.standing, out, session.root_option)
+        out.print()
+    out.print(_conclusion(session, result))
+
+
+def _conclusion(session: "Session", result: Result) -> str:
+    skipped = ", ".join(result.skipped)
+    if result.drifted or result.failed:
+        return f"[red bold]✗[/] not as it should be; {_way_out(result, session.root_option)}"
+    if result.wrong:
+        return f"[red bold]✗[/] not looked at, and --strict was asked for: {skipped}"
+    warned = sum(each.finding.verdict == "warn" for each in result.looked)
+    notes = [f"{warned} warning{'s' if warned > 1 else ''}"] if warned else []
+    notes += [f"not looked at: {skipped}"] if skipped else []
+    return "[green bold]✓[/] everything is as it should be" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _way_out(result: Result, root: str) -> str:
+    """What mends it: the steps themselves, or what the probes say."""
+    if result.drifted:
         return f"`sparkinstall all{root}` mends it, or says what stands in its way"
-    return f"everything is in place, so make it anew: `sparkinstall run environment nccl fp8 env-files --fresh{root}`"
+    what = ", ".join(each.probe.name for each in result.failed)
+    return f"what to do about {what} stands above, behind →"

@@ -37,6 +37,11 @@ EIGHT = (
 )
 
 
+def number_of(probe: str) -> int | None:
+    """Which of the eight a probe proves; None: none of them alone."""
+    return next((fix.number for fix in EIGHT if probe in fix.probes), None)
+
+
 @dataclass(frozen=True)
 class FixState:
     fix: Fix

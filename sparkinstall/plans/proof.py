@@ -1,12 +1,13 @@
-"""Run probes. A probe that crashes is a failure of that probe, never of the run."""
+"""Choose probes and run them. A probe that crashes is a failure of that probe, never of the run."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from sparkinstall.errors import Problem
 from sparkinstall.events import Emit, ProbeStarted
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, failed
+from sparkinstall.plans import catalogue
+from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed
 from sparkinstall.records import dataclass
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
@@ -42,5 +43,51 @@ def _guarded(probe: Probe, on: Reader) -> Finding:
 
 
 def of_steps(steps: Sequence[Step], node: Node) -> list[Probe]:
-    """The probes of `steps`, in their order."""
-    return [probe for step in steps for probe in step.probes(node)]
+    """The probes of `steps`, in their order, but those that put a load on the node."""
+    return [probe for step in steps for probe in step.probes(node) if not probe.load]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a proof goes through. `whole`: nothing was left out by name."""
+
+    steps: tuple[Step, ...]
+    probes: tuple[Probe, ...]
+    whole: bool
+
+
+def chosen(
+    node: Node,
+    only: Collection[str] = (),
+    skip: Collection[str] = (),
+    level: Level | None = None,
+    measure: bool = False,
+) -> Chosen:
+    """The checks and probes of `node` that are asked for, the probes by level.
+
+    Args:
+        only, skip: names of steps (their checks and their probes) and of probes.
+        level: as far as this one; None: all the way.
+        measure: also what keeps the GPU or the link busy; what `only` names runs in any case.
+
+    Raises:
+        BadUsage: there is no step or probe of that name.
+    """
+    of_step = {step: list(step.probes(node)) for step in catalogue.of(node)}
+    names = [probe.name for probes in of_step.values() for probe in probes]
+    catalogue.require_known((*only, *skip), [*(step.name for step in catalogue.STEPS), *names], "step or probe")
+    far = LEVELS.index(level) if level else len(LEVELS)
+    steps = tuple(step for step in of_step if (not only or step.name in only) and step.name not in skip)
+    probes = [
+        probe
+        for step, probes in of_step.items()
+        for probe in probes
+        if probe.name in only
+        or (
+            step in steps
+            and probe.name not in skip
+            and LEVELS.index(probe.level) <= far
+            and (measure or not probe.load)
+        )
+    ]
+    return Chosen(steps, tuple(sorted(probes, key=lambda each: LEVELS.index(each.level))), not only and not skip)

@@ -1,12 +1,15 @@
 """Behaviour: what really runs, measured; never what was written down."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
+Level = Literal["static", "node", "gpu", "link", "cluster", "serving"]
+# From what costs nothing to what needs everything; `verify --level` goes as far as the one it names.
+LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,16 @@ def skipped(why: str) -> Finding:
 class Probe:
     """A named measurement. `name` is stable: `--ignore`, `--only` and scripts use it.
 
-    `quick`: it reads files only, so that even a run with nothing to do can afford it. `others`: it
-    needs the other nodes too, which may come up after this one.
+    `level`: `static` reads files only, so that even a run with nothing to do can afford it; `node` asks
+    the system and small processes; `gpu` loads vLLM's parts, and uses a GPU where there is one; `link`
+    and `cluster` need the other nodes; `serving` needs a model that is served. `others`: it needs the
+    other nodes too, which may come up after this one. `load`: it keeps the GPU or the link busy, so it
+    runs only where `--measure` asks for it.
     """
 
     name: str
     title: str
     look: Callable[[Reader], Finding]
-    quick: bool = False
+    level: Level
     others: bool = False
+    load: bool = False

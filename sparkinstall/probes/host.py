@@ -35,11 +35,11 @@ def preflight(node: Node) -> Iterable[Probe]:
         ("prefix", "the prefix is free or ours", lambda on: _prefix(on, node)),
     )
     for name, title, look in of_a_node:
-        yield Probe(name, title, _on_a_node(look))
+        yield Probe(name, title, _on_a_node(look), "node")
     for name, title, look in anywhere:
-        yield Probe(name, title, look)
+        yield Probe(name, title, look, "node")
     if node.several:
-        yield Probe("qsfp", "the QSFP port with the cable", _on_a_node(lambda on: _qsfp(on, node)))
+        yield Probe("qsfp", "the QSFP port with the cable", _on_a_node(lambda on: _qsfp(on, node)), "node")
 
 
 def _on_a_node(look: Callable[[Reader], Finding]) -> Callable[[Reader], Finding]:

@@ -190,8 +190,8 @@ def at_once(ask: Callable[[_T], _R], of: Sequence[_T]) -> list[_R]:
 
 def probes(node: Node) -> Iterable[Probe]:
     """The two measurements of the link."""
-    yield Probe("link", "the QSFP link and its two halves", lambda on: _link(node, on))
-    yield Probe("peers", "large packets to every other node", lambda on: _peers(node, on), others=True)
+    yield Probe("link", "the QSFP link and its two halves", lambda on: _link(node, on), "link")
+    yield Probe("peers", "large packets to every other node", lambda on: _peers(node, on), "link", others=True)
 
 
 def _link(node: Node, on: Reader) -> Finding:

@@ -80,9 +80,9 @@ def probes(node: Node) -> Iterable[Probe]:
     def process(on: Reader) -> InEnvironment:
         return shared.setdefault(id(on), InEnvironment(node, on))
 
-    yield Probe("imports", "vLLM and its parts import", lambda on: _imports(node, on, process(on)))
-    yield Probe("nccl-loaded", "the NCCL that is really loaded", lambda on: _nccl(node, on, process(on)))
-    yield Probe("host-ip", "vLLM takes the address of the env file", lambda on: _address(node, on, process(on)))
+    yield Probe("imports", "vLLM and its parts import", lambda on: _imports(node, on, process(on)), "gpu")
+    yield Probe("nccl-loaded", "the NCCL that is really loaded", lambda on: _nccl(node, on, process(on)), "gpu")
+    yield Probe("host-ip", "vLLM takes the address of the env file", lambda on: _address(node, on, process(on)), "gpu")
 
 
 def _not_here(node: Node, on: Reader) -> Finding | None:

@@ -35,7 +35,9 @@ def unit(node: Node) -> str:
 
 def probes(node: Node) -> Iterable[Probe]:
     """What shows that Ray holds the nodes together."""
-    yield Probe("ray-nodes", "Ray has the nodes at their QSFP addresses", lambda on: _nodes(node, on), others=True)
+    yield Probe(
+        "ray-nodes", "Ray has the nodes at their QSFP addresses", lambda on: _nodes(node, on), "cluster", others=True
+    )
 
 
 def _nodes(node: Node, on: Reader) -> Finding:

@@ -58,7 +58,7 @@ def serves(node: Node) -> bool:
 
 def probes(node: Node) -> Iterable[Probe]:
     """What shows that vLLM serves."""
-    yield Probe("serving", "a completion, within a time limit", lambda on: _serving(node, on))
+    yield Probe("serving", "a completion, within a time limit", lambda on: _serving(node, on), "serving")
 
 
 def _serving(node: Node, on: Reader) -> Finding:

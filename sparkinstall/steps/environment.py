@@ -26,9 +26,9 @@ class Environment(Step):
             yield Link(_in_home(node, node.config.environment.link), f"{node.prefix}/venv")
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        yield Probe("wheel-gate", "the packages fit together", lambda on: _gate(node, on), quick=True)
+        yield Probe("wheel-gate", "the packages fit together", lambda on: _gate(node, on), "static")
         yield Probe(
-            "reasoning-field", "where the thinking is in a stream", lambda on: reasoning_fields(node, on), quick=True
+            "reasoning-field", "where the thinking is in a stream", lambda on: reasoning_fields(node, on), "static"
         )
 
 

@@ -26,7 +26,7 @@ class Fp8(Step):
         yield PatchedFile(node, patch)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        yield Probe("fp8-path", "which FP8 kernels vLLM takes", lambda on: _path(node, on), quick=True)
+        yield Probe("fp8-path", "which FP8 kernels vLLM takes", lambda on: _path(node, on), "static")
 
 
 def _path(node: Node, on: Reader) -> Finding:

@@ -1,0 +1,119 @@
+"""`verify --junit`: checks and probes as JUnit XML, as GitHub's and GitLab's readers take it.
+
+The form is that of the Jenkins xUnit schema: a suite for the checks and one for each level. JUnit knows no
+warning, so one passes, and its words stand in `system-out`.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from sparkinstall.errors import Problem, storage_problem
+from sparkinstall.plans.engine import StepReport
+from sparkinstall.plans.proof import Looked
+from sparkinstall.probes import LEVELS
+from sparkinstall.records import dataclass
+from sparkinstall.redaction import redact
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Unknown
+
+# What XML 1.0 cannot hold, not even escaped.
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One test case. `bad` and `skipped` are the reason in words, or empty."""
+
+    suite: str
+    name: str
+    seconds: float = 0.0
+    bad: str = ""
+    skipped: str = ""
+    said: str = ""
+
+
+def of_checks(reports: Iterable[StepReport]) -> list[Case]:
+    """A case for each step: are its files, packages and services as they should be?"""
+    return [Case("checks", each.name, each.seconds, _bad(each), _left(each)) for each in reports]
+
+
+def _bad(report: StepReport) -> str:
+    if report.problem:
+        return f"{report.problem.what}\n{report.problem.mend}".strip()
+    states = [(checked.key, checked.state) for checked in report.checked]
+    said = [f"{key}: {state.summary}" for key, state in states if isinstance(state, Drift)]
+    said += [f"{key}: {state.what}" for key, state in states if isinstance(state, Obstacle)]
+    said += [f"{key}: known after {state.waits_for}" for key, state in states if isinstance(state, Unknown)]
+    return "\n".join(said)
+
+
+def _left(report: StepReport) -> str:
+    return "; ".join(f"left to the node: {c.state.what}" for c in report.checked if isinstance(c.state, LeftToNode))
+
+
+def of_probes(looked: Iterable[Looked]) -> list[Case]:
+    """A case for each probe, in the suite of its level."""
+    return [_case(each) for each in looked]
+
+
+def _case(looked: Looked) -> Case:
+    probe, finding = looked.probe, looked.finding
+    expected = f"\nexpected: {finding.expected}" if finding.expected else ""
+    mend = f"\nmend: {finding.mend}" if finding.mend else ""
+    words = f"{finding.found}{expected}{mend}"
+    bad, skipped = finding.verdict == "fail", finding.verdict == "skip"
+    return Case(
+        probe.level, probe.name, looked.seconds, words if bad else "", words if skipped else "",
+        "" if bad or skipped else f"{finding.verdict}: {words}",
+    )  # fmt: skip
+
+
+def of_problem(problem: Problem) -> list[Case]:
+    """What kept everything else from being looked at."""
+    return [Case("checks", "installed", bad=f"{problem.what}\n{problem.mend}".strip())]
+
+
+def write(path: Path, cases: Sequence[Case], strict: bool) -> None:
+    """Write the report; `strict`: what was skipped has failed.
+
+    Raises:
+        Storage: the file cannot be written.
+    """
+    whole = ElementTree.Element("testsuites", name="sparkinstall verify")
+    for suite in ("checks", *LEVELS):
+        mine = [case for case in cases if case.suite == suite]
+        if mine:
+            whole.append(_suite(suite, mine, strict))
+    try:
+        ElementTree.ElementTree(whole).write(path, encoding="utf-8", xml_declaration=True)
+    except OSError as error:
+        raise storage_problem(error, f"writing {path}") from error
+
+
+def _suite(name: str, cases: Sequence[Case], strict: bool) -> ElementTree.Element:
+    failures = sum(bool(case.bad or (strict and case.skipped)) for case in cases)
+    skipped = 0 if strict else sum(bool(case.skipped and not case.bad) for case in cases)
+    seconds = f"{sum(case.seconds for case in cases):.3f}"
+    words = {"name": f"sparkinstall.{name}", "tests": str(len(cases)), "failures": str(failures), "errors": "0"}
+    suite = ElementTree.Element("testsuite", {**words, "skipped": str(skipped), "time": seconds})
+    for case in cases:
+        _add(suite, case, strict)
+    return suite
+
+
+def _add(suite: ElementTree.Element, case: Case, strict: bool) -> None:
+    words = {"classname": f"sparkinstall.{case.suite}", "name": case.name, "time": f"{case.seconds:.3f}"}
+    element = ElementTree.SubElement(suite, "testcase", words)
+    reason = case.bad or case.skipped
+    if case.bad or (strict and case.skipped):
+        said = _fit(reason if case.bad else f"skipped, and --strict was asked for: {reason}")
+        ElementTree.SubElement(element, "failure", message=said.splitlines()[0], type="verify").text = said
+    elif case.skipped:
+        ElementTree.SubElement(element, "skipped", message=_fit(reason).splitlines()[0])
+    if case.said:
+        ElementTree.SubElement(element, "system-out").text = _fit(case.said)
+
+
+def _fit(text: str) -> str:
+    return _NO_XML.sub("?", redact(text)) or "?"
