@@ -1,5 +1,6 @@
-"""Where `templates/` and `patches/` are: in the wheel, or in the checkout they are edited in."""
+"""Where files are that are no code: `templates/` and `patches/`, and what is kept from run to run."""
 
+import os
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -17,3 +18,9 @@ def asset(name: str) -> Path:
         if candidate.exists():
             return candidate
     raise FileNotFoundError(f"sparkinstall's own {name!r} is missing: install the tool again")
+
+
+def user_cache() -> Path:
+    """Downloads and wheels, kept over runs so that a second one needs no network."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
+    return Path(base) / "sparkinstall"

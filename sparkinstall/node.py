@@ -152,9 +152,3 @@ def cuda_home(node: Node) -> str | None:
         if each and safe_path(each) is None and Path(each, "bin", "nvcc").is_file():
             return each
     return None
-
-
-def user_cache() -> Path:
-    """Downloads and wheels, kept over runs so that a second one needs no network."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    return Path(base) / "sparkinstall"

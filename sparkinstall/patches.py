@@ -14,9 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from sparkinstall.records import dataclass
+from sparkinstall.safe_yaml import load_table
 
 T = TypeVar("T")
 
@@ -172,8 +171,8 @@ def load(directory: Path) -> tuple[PatchSet, ...]:
     another file, a sha256 that is none or that stands in the table twice.
     """
     try:
-        table = yaml.load((directory / TABLE).read_bytes(), Loader=yaml.CSafeLoader)
-    except (OSError, yaml.YAMLError) as failure:
+        table = load_table((directory / TABLE).read_bytes())
+    except (OSError, ValueError) as failure:
         raise MalformedTable(f"{TABLE}: {failure}") from failure
     entries = _Row(table, TABLE, {"patches"}).rows("patches", {"name", "fix", "target", "variants", "kernels"})
     sets = tuple(_patch_set(entry, directory) for entry in entries)

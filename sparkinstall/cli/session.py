@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from sparkinstall import config as configuration
 from sparkinstall import members
+from sparkinstall.assets import user_cache
 from sparkinstall.cli.options import Asked
 from sparkinstall.config import Config, Layer
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
-from sparkinstall.node import Node, user_cache
+from sparkinstall.node import Node
 from sparkinstall.plans.state import StateFolder
 from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalSystem

@@ -67,14 +67,14 @@ def _show_plan(lines: list[str]) -> None:
 def _purge_cache() -> None:
     import shutil
 
-    from sparkinstall.node import user_cache
+    from sparkinstall.assets import user_cache
 
     shutil.rmtree(user_cache(), ignore_errors=True)
 
 
 def _answer(taken: "list[TakenBack]", purged: bool) -> Answer:
+    from sparkinstall.assets import user_cache
     from sparkinstall.errors import Exit, Problem
-    from sparkinstall.node import user_cache
 
     problems = tuple(
         Problem(

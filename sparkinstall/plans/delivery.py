@@ -13,9 +13,8 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from sparkinstall.assets import asset
+from sparkinstall.assets import asset, user_cache
 from sparkinstall.errors import Problem
-from sparkinstall.node import user_cache
 from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalReader
 
