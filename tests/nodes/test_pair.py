@@ -323,12 +323,16 @@ def test_a_node_that_dies_between_the_plan_and_the_yes_is_named(pair: Fleet) -> 
     with pair.start_on_terminal(*AT_A_KEYBOARD, typed, "/dev/null", stdin=-1, cwd="/home/spark") as run:
         shown = _read_until(run, "Go on, on 2 nodes?")
         worker.kill()
-        run.stdin.write("y\n")  # type: ignore[union-attr]
-        run.stdin.flush()  # type: ignore[union-attr]
-        rest, _ = run.communicate(timeout=150)
+        try:
+            run.stdin.write("y\n")  # type: ignore[union-attr]
+            run.stdin.flush()  # type: ignore[union-attr]
+            rest, _ = run.communicate(timeout=150)
+        finally:
+            worker.boot()
     assert run.returncode == 5, shown + rest
-    assert "the connection to spark-2 was lost" in " ".join(rest.split()), rest
-    worker.boot()
+    # Whether the open connection breaks first or a new one finds nobody is a matter of seconds.
+    words = " ".join(rest.split())
+    assert "the connection to spark-2 was lost" in words or "spark-2 does not answer" in words, rest
     _until(lambda: _is_whole(head, without=lost), 120)
     told = _set_up(pair)
     assert told.code == 0, told.errors
