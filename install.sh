@@ -87,7 +87,7 @@ need_spark_or_rehearsal() {
 }
 
 digest_of_checkout() {
-    (cd "$HERE" && find sparkinstall templates patches pyproject.toml requirements.lock -type f ! -name '*.pyc' \
+    (cd "$HERE" && find sparkinstall templates patches knowledge pyproject.toml requirements.lock -type f ! -name '*.pyc' \
         -exec sha256sum {} + | LC_ALL=C sort | sha256sum | cut -d' ' -f1)
 }
 

@@ -5,7 +5,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 
-from benchmarks import converged, startup
+from benchmarks import converged, diagnose, startup
 from benchmarks.fresh import Fresh
 from benchmarks.timing import Long, Spread
 
@@ -56,6 +56,22 @@ def startup_table(found: Mapping[str, Spread]) -> str:
             for name, each in found.items()
         ),
     )
+
+
+def diagnose_table(found: Mapping[str, diagnose.Read]) -> str:
+    """`sparkinstall diagnose` on large logs."""
+    heads = ("", "size", "seconds", "speed", "most memory")
+    rows = (
+        (
+            kind,
+            f"{read.size / 1e9:.1f} GB",
+            f"{read.seconds:.1f}",
+            f"{read.rate:.0f} MB/s",
+            f"{read.memory:.0f} MiB",
+        )
+        for kind, read in found.items()
+    )
+    return table("Reading a log with `sparkinstall diagnose`", heads, rows)
 
 
 def fresh_table(found: Fresh) -> str:

@@ -1,4 +1,4 @@
-"""Where files are that are no code: `templates/` and `patches/`, and what is kept from run to run."""
+"""Where files are that are no code: `templates/`, `patches/`, `knowledge/`, and what is kept from run to run."""
 
 import os
 from pathlib import Path

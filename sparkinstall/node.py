@@ -124,6 +124,11 @@ class Node:
         return f"{self.prefix}/fp8.json"
 
     @property
+    def transport_decision(self) -> str:
+        """Whether NCCL talks over RoCE or sockets, as it was decided."""
+        return f"{self.prefix}/transport.json"
+
+    @property
     def lock_record(self) -> str:
         """Where hashes that could not be known beforehand are recorded."""
         return f"{self.prefix}/locks/{self.stack.name}.{self.platform}.lock"

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,12 +11,14 @@ import typer
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, answer, confirm
+from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
 from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from sparkinstall.errors import Problem
     from sparkinstall.plans.cluster import Cluster
     from sparkinstall.plans.far import Far
+    from sparkinstall.probes import Level
 
 _LINK = "The cluster"
 
@@ -41,6 +44,10 @@ def cluster(
     only: options.Only = None,
     skip: options.Skip = None,
     ignore: options.Ignore = None,
+    level: HowFar = None,
+    measure: Measure = False,
+    strict: Strict = False,
+    junit: Junit = None,
     yes: options.Yes = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -49,31 +56,50 @@ def cluster(
     given = {"network.interface": interface, "serving.model": model}
     role = {name: value for name, value in given.items() if value is not None}
     asked = Asked(None, config, stack, tuple(set_ or ()), verbose=verbose, role=role)
-    choice = Choice(tuple(only or ()), tuple(skip or ()), tuple(ignore or ()), yes, json)
-    answer("cluster", lambda: _cluster(words, asked, choice), root=None, json=json, verbose=verbose)
+
+    def body() -> Answer:
+        names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
+        choice = Choice(*names, yes, json, known_level(level), measure, strict, junit)
+        return _cluster(words, asked, choice)
+
+    answer("cluster", body, root=None, json=json, verbose=verbose)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which steps, which checks do not count, and whether to ask."""
+    """Which steps, which checks do not count, and whether to ask; the rest is for `verify`."""
 
     only: tuple[str, ...]
     skip: tuple[str, ...]
     ignore: tuple[str, ...]
     yes: bool
     json: bool
+    level: "Level | None" = None
+    measure: bool = False
+    strict: bool = False
+    junit: Path | None = None
+
+    @property
+    def of_verify(self) -> list[str]:
+        """Options that were given and that `verify` alone has."""
+        given = {"--level": self.level, "--measure": self.measure, "--strict": self.strict, "--junit": self.junit}
+        return [name for name, value in given.items() if value]
 
 
 def _cluster(words: list[str], asked: Asked, choice: Choice) -> Answer:
+    from sparkinstall.cli import cluster_proof as proof
     from sparkinstall.errors import BadUsage
 
     verbs: dict[str, Callable[[Cluster, Choice], Answer]] = {
-        "plan": _plan, "verify": _verify, "status": _status, "uninstall": _uninstall,
+        "plan": _plan, "verify": proof.verify, "status": _status, "uninstall": _uninstall,
     }  # fmt: skip
     verb = words[0] if words[0] in verbs else ""
     hosts = words[1:] if verb else words
     if not hosts:
         raise BadUsage(f"which nodes? `cluster {verb}` names none", mend=f"sparkinstall cluster {verb} spark-1 spark-2")
+    if verb != "verify" and choice.of_verify:
+        option = choice.of_verify[0]
+        raise BadUsage(f"{option} is for `cluster verify`", mend=f"sparkinstall cluster verify {option} ... HOST...")
     with _opened(hosts, asked, choice) as nodes:
         return verbs.get(verb, _up)(nodes, choice)
 
@@ -86,7 +112,7 @@ def _opened(hosts: list[str], asked: Asked, choice: Choice) -> "Iterator[Cluster
     from sparkinstall.system import ssh
 
     wanted, values = _settings(asked)
-    wish = Wish(wanted, values, choice.only, choice.skip, choice.ignore)
+    wish = Wish(wanted, values, choice.only, choice.skip, choice.ignore, choice.level, choice.measure)
     _require_known_steps(choice)
     nodes = members(hosts, wanted)
     with ssh.sockets() as sockets:
@@ -125,8 +151,6 @@ class _Watch:
 
 def _settings(asked: Asked) -> tuple[Any, dict[str, Any]]:
     """The config, and those settings that were said here: they go to every node."""
-    from pathlib import Path
-
     from sparkinstall import config as configuration
 
     if asked.config:
@@ -162,7 +186,7 @@ def _up(nodes: "Cluster", choice: Choice) -> Answer:
         nodes.up()
     except Barrier:
         pass
-    return _end(nodes, choice, lambda: _show_up(nodes))
+    return end(nodes, choice, lambda: _show_up(nodes))
 
 
 def _tell_plan(nodes: "Cluster") -> None:
@@ -192,20 +216,7 @@ def _plan(nodes: "Cluster", choice: Choice) -> Answer:
     if not choice.json:
         _tell_plan(nodes)
     said = "" if _drifts(nodes) or nodes.failed else "\nNothing would be changed."
-    return _end(nodes, choice, lambda: print(said))
-
-
-def _verify(nodes: "Cluster", choice: Choice) -> Answer:
-    from sparkinstall.cli.cluster_screen import show_nodes
-
-    nodes.verify()
-    lines = {done.host: _proven(done.data) for done in nodes.done}
-    return _end(nodes, choice, lambda: show_nodes(nodes, lines))
-
-
-def _proven(data: Any) -> str:
-    probes = data.get("probes", ())
-    return f"{sum(each['verdict'] == 'pass' for each in probes)} of {len(probes)} probes passed" if probes else ""
+    return end(nodes, choice, lambda: print(said))
 
 
 def _status(nodes: "Cluster", choice: Choice) -> Answer:
@@ -213,7 +224,7 @@ def _status(nodes: "Cluster", choice: Choice) -> Answer:
 
     nodes.status()
     lines = {done.host: _standing(done.data) for done in nodes.done}
-    return _end(nodes, choice, lambda: show_nodes(nodes, lines))
+    return end(nodes, choice, lambda: show_nodes(nodes, lines))
 
 
 def _standing(data: Any) -> str:
@@ -235,7 +246,7 @@ def _uninstall(nodes: "Cluster", choice: Choice) -> Answer:
     except Barrier:
         pass
     lines = {done.host: _taken(done.data) for done in nodes.done}
-    return _end(nodes, choice, lambda: show_nodes(nodes, lines))
+    return end(nodes, choice, lambda: show_nodes(nodes, lines))
 
 
 def _taken(data: Any) -> str:
@@ -245,7 +256,8 @@ def _taken(data: Any) -> str:
     return f"{words}, kept {kept}" if kept else words
 
 
-def _end(nodes: "Cluster", choice: Choice, show: Callable[[], None]) -> Answer:
+def end(nodes: "Cluster", choice: Choice, show: Callable[[], None], **more: Any) -> Answer:
+    """What a verb of the cluster answers: `more` is in the JSON beside the nodes, `show` tells a person."""
     from sparkinstall.cli.cluster_screen import show_problems
     from sparkinstall.errors import Exit
 
@@ -253,7 +265,8 @@ def _end(nodes: "Cluster", choice: Choice, show: Callable[[], None]) -> Answer:
     problems = [_named(done.host, problem) for done in nodes.done for problem in done.problems]
     code = Exit.SOME_NODES if nodes.failed else Exit.GOOD
     if choice.json:
-        return Answer(code, {"nodes": [_node_data(nodes, far) for far in nodes.fars]}, problems=tuple(problems))
+        data = {"nodes": [_node_data(nodes, far) for far in nodes.fars], **more}
+        return Answer(code, data, problems=tuple(problems))
 
     def tell() -> None:
         show()

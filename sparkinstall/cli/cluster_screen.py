@@ -20,13 +20,20 @@ from sparkinstall.cli.progress import duration
 from sparkinstall.cli.render import console, sign
 from sparkinstall.errors import Problem
 from sparkinstall.plans.cluster import Cluster, Done, Line, Started, Tell
+from sparkinstall.plans.differences import Comparison, Weight
 from sparkinstall.plans.far import Far
+from sparkinstall.plans.measuring import Between
 from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 
 _WORDS = {"unchanged": "as it should be", "changed": "done", "failed": "failed", "held": "not begun"}
 _ASKED = {"look": "asked", "compare": "asked", "token": "asked", "status": "asked", "reach": "reached",
-          "confirm": "confirmed", "copy": "copied", "verify": "proven", "uninstall": "taken back"}  # fmt: skip
+          "confirm": "confirmed", "copy": "copied", "verify": "proven", "uninstall": "taken back",
+          "ready": "asked", **{f"{kind}-bandwidth": "measured" for kind in ("tcp", "rdma", "nccl")}}  # fmt: skip
+
+
+# What is between nodes has tables of its own, and is no node's fault alone.
+_BETWEEN = ("measure", "compare")
 
 
 @contextmanager
@@ -244,7 +251,7 @@ def show_problems(cluster: Cluster) -> None:
     """What went wrong, by phase and node; what several nodes say alike is told once. On stderr."""
     out = console(stderr=True)
     told: dict[tuple[str, ...], tuple[Problem, list[str]]] = {}
-    bad = [done for done in cluster.done if done.outcome == "failed"]
+    bad = [done for done in cluster.done if done.outcome == "failed" and done.phase not in _BETWEEN]
     for done in bad:
         for problem in done.problems:
             key = (done.phase, problem.what, problem.why, problem.mend, *problem.tail)
@@ -275,8 +282,46 @@ def show_nodes(cluster: Cluster, lines: Mapping[str, str]) -> None:
     """One line a node; of one that gave no answer nothing is known."""
     table = _grid(1, max(len(far.host) for far in cluster.fars), None)
     for far in cluster.fars:
-        bad = [done for done in cluster.of(far) if done.outcome == "failed"]
+        bad = [done for done in cluster.of(far) if done.outcome == "failed" and done.phase not in _BETWEEN]
         silent = bad and not any(done.data for done in cluster.of(far))
         said = bad[0].problems[0].what if silent and bad[0].problems else lines.get(far.host, "")
         table.add_row(sign("fail" if bad else "pass"), far.host, Text(redact(said)))
     console().print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+# --- the proof
+
+
+def show_bandwidth(measured: Sequence[Between]) -> None:
+    """A line for each measurement, and what to do beneath those that need it."""
+    out, table = console(), _grid(1, 14, None, None)
+    out.print("\n[bold]Bandwidth[/]")
+    for each in measured:
+        asking, responding = each.hosts
+        both = each.kind == "nccl" or each.measured is None
+        way = f"{asking} {'and' if both else 'to'} {responding}"
+        table.add_row(sign(each.finding.verdict), each.probe.name, way, Text(redact(each.finding.found)))
+        if each.finding.mend:
+            table.add_row("", "", "", f"[dim]→[/] {escape(each.finding.mend)}")
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+_WEIGHED: Mapping[Weight, str] = {"fail": "fail", "warn": "warn", "note": "skip"}
+
+
+def show_differences(found: Comparison) -> None:
+    """What the nodes differ in, a column for each; where they are alike, one line."""
+    out = console()
+    if not found.rows:
+        out.print(f"\n[green]✓[/] The nodes are alike in all {found.compared} things that were compared.")
+        return
+    out.print(f"\n[bold]Differences[/]  {len(found.rows)} of {found.compared} things that were compared")
+    table = _grid(1, None, *(None for _ in found.hosts))
+    table.add_row("", "", *(f"[dim]{escape(host)}[/]" for host in found.hosts))
+    for row in found.rows:
+        values = (Text(redact(value) or "-") for value in row.values)
+        table.add_row(sign(_WEIGHED[row.weight]), row.name, *values)
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+    for mend in dict.fromkeys(row.mend for row in found.rows if row.mend):
+        names = ", ".join(row.name for row in found.rows if row.mend == mend)
+        out.print(Padding(f"[dim]→[/] {escape(names)}: {escape(mend)}", (0, 0, 0, 2)))

@@ -229,7 +229,10 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
         )
         if not any(report.problem for report in reports):
             session.state.remember_options(session.options)
-        looked = proof.look(proof.of_steps(_sound(steps, reports), session.node), session.system, emit)
+        probes = proof.of_steps(_sound(steps, reports), session.node)
+        if not (choice.only or choice.skip):
+            probes += proof.of_no_step(session.node)
+        looked = proof.look(probes, session.system, emit)
         looked = [_of_this_node(each) for each in looked]
         session.state.remember_unproven([each.probe.name for each in looked if each.finding.verdict == "fail"])
     return _conclude(session, reports, looked, choice)

@@ -1,7 +1,8 @@
 """`verify --junit`: checks and probes as JUnit XML, as GitHub's and GitLab's readers take it.
 
 The form is that of the Jenkins xUnit schema: a suite for the checks and one for each level. JUnit knows no
-warning, so one passes, and its words stand in `system-out`.
+warning, so one passes, and its words stand in `system-out`. Reasons stand in an attribute and as text, since some
+readers show the one and some (GitLab) only the other.
 """
 
 import re
@@ -74,13 +75,26 @@ def of_problem(problem: Problem) -> list[Case]:
     return [Case("checks", "installed", bad=f"{problem.what}\n{problem.mend}".strip())]
 
 
+def begin(path: Path) -> None:
+    """Empty the report: should this run be killed, nobody takes the last one's for its own.
+
+    Raises:
+        Storage: the file cannot be written; better known before the work than after it.
+    """
+    try:
+        path.write_bytes(b"")
+    except OSError as error:
+        raise storage_problem(error, f"writing {path}") from error
+
+
 def write(path: Path, cases: Sequence[Case], strict: bool) -> None:
     """Write the report; `strict`: what was skipped has failed.
 
     Raises:
         Storage: the file cannot be written.
     """
-    whole = ElementTree.Element("testsuites", name="sparkinstall verify")
+    words = {"name": "sparkinstall verify", **_counted(cases, strict)}
+    whole = ElementTree.Element("testsuites", words)
     for suite in ("checks", *LEVELS):
         mine = [case for case in cases if case.suite == suite]
         if mine:
@@ -91,12 +105,16 @@ def write(path: Path, cases: Sequence[Case], strict: bool) -> None:
         raise storage_problem(error, f"writing {path}") from error
 
 
-def _suite(name: str, cases: Sequence[Case], strict: bool) -> ElementTree.Element:
+def _counted(cases: Sequence[Case], strict: bool) -> dict[str, str]:
     failures = sum(bool(case.bad or (strict and case.skipped)) for case in cases)
-    skipped = 0 if strict else sum(bool(case.skipped and not case.bad) for case in cases)
     seconds = f"{sum(case.seconds for case in cases):.3f}"
-    words = {"name": f"sparkinstall.{name}", "tests": str(len(cases)), "failures": str(failures), "errors": "0"}
-    suite = ElementTree.Element("testsuite", {**words, "skipped": str(skipped), "time": seconds})
+    return {"tests": str(len(cases)), "failures": str(failures), "errors": "0", "time": seconds}
+
+
+def _suite(name: str, cases: Sequence[Case], strict: bool) -> ElementTree.Element:
+    skipped = 0 if strict else sum(bool(case.skipped and not case.bad) for case in cases)
+    words = {"name": f"sparkinstall.{name}", **_counted(cases, strict), "skipped": str(skipped)}
+    suite = ElementTree.Element("testsuite", words)
     for case in cases:
         _add(suite, case, strict)
     return suite
@@ -107,12 +125,20 @@ def _add(suite: ElementTree.Element, case: Case, strict: bool) -> None:
     element = ElementTree.SubElement(suite, "testcase", words)
     reason = case.bad or case.skipped
     if case.bad or (strict and case.skipped):
-        said = _fit(reason if case.bad else f"skipped, and --strict was asked for: {reason}")
-        ElementTree.SubElement(element, "failure", message=said.splitlines()[0], type="verify").text = said
+        said = reason if case.bad else f"skipped, and --strict was asked for: {reason}"
+        _because(element, "failure", said).set("type", "verify")
     elif case.skipped:
-        ElementTree.SubElement(element, "skipped", message=_fit(reason).splitlines()[0])
+        _because(element, "skipped", reason)
     if case.said:
         ElementTree.SubElement(element, "system-out").text = _fit(case.said)
+
+
+def _because(element: ElementTree.Element, kind: str, said: str) -> ElementTree.Element:
+    text = _fit(said)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "?")
+    reason = ElementTree.SubElement(element, kind, message=first)
+    reason.text = text
+    return reason
 
 
 def _fit(text: str) -> str:

@@ -1,12 +1,15 @@
 """The far end of `sparkinstall cluster`: verbs that it runs on each node, and that are not for people."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, answer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 app = typer.Typer(help="What `sparkinstall cluster` runs on each node.", no_args_is_help=True)
 
@@ -204,6 +207,78 @@ def _fetch(asked: Asked, only: list[str]) -> Answer:
     arrived = copying.fetch(session.node, session.system, only, offered, token, tell)
     data = {"changed": arrived.files > 0, "files": arrived.files, "bytes": arrived.size}
     return Answer(data={**data, "warning": arrived.why_not} if arrived.why_not else data)
+
+
+@app.command()
+def measurable(
+    set_: options.Set = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """For each kind of measurement why this node cannot take part, or nothing."""
+    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    answer("node", lambda: _measurable(asked), root=None, json=json, verbose=verbose)
+
+
+def _measurable(asked: Asked) -> Answer:
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.plans import measuring
+
+    session = open_session(asked)
+    return Answer(data={"why_not": measuring.reasons(session.node, session.system)})
+
+
+@app.command()
+def respond(
+    kind: Annotated[str, typer.Argument()],
+    set_: options.Set = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Answer one measurement of the bandwidth, and say on stderr at which ports."""
+    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    answer("node", lambda: _respond(kind, asked), root=None, json=json, verbose=verbose)
+
+
+def _respond(kind: str, asked: Asked) -> Answer:
+    import sys
+
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.plans import measuring
+    from sparkinstall.probes.bandwidth import known
+
+    def announce(ports: "Sequence[int]") -> None:
+        print(measuring.announcement(ports), file=sys.stderr, flush=True)
+
+    session = open_session(asked)
+    return Answer(data={"lost": measuring.respond(session.node, session.system, known(kind), announce)})
+
+
+@app.command()
+def ask(
+    kind: Annotated[str, typer.Argument()],
+    peer: Annotated[str, typer.Argument()],
+    ports: Annotated[list[int], typer.Argument()],
+    set_: options.Set = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure the bandwidth to another node, which answers at these ports."""
+    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    answer("node", lambda: _ask(kind, peer, ports, asked), root=None, json=json, verbose=verbose)
+
+
+def _ask(kind: str, peer: str, ports: list[int], asked: Asked) -> Answer:
+    import sys
+
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.plans import measuring
+    from sparkinstall.probes.bandwidth import SECONDS, known
+
+    session = open_session(asked)
+    print(f"measuring for about {SECONDS} seconds", file=sys.stderr, flush=True)
+    measured, lost = measuring.ask(session.node, session.system, known(kind), peer, ports)
+    return Answer(data={"measured": vars(measured), "lost": lost})
 
 
 @app.command()

@@ -25,7 +25,7 @@ from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State
 _MANY_LINES = 40
 _LOG_WIDTH = 200
 _TRAILING = re.compile(" +\n")
-_COMMAND = re.compile(r"`(sparkinstall (?:all|plan|verify|status|uninstall|run)\b[^`]*)`")
+_COMMAND = re.compile(r"`(sparkinstall (?:all|plan|verify|doctor|support-bundle|status|uninstall|run)\b[^`]*)`")
 _SIGNS = {
     "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
     "unchanged": ("✓", "green"), "changed": ("✓", "green"), "left": ("·", "cyan"), "drift": ("+", "yellow"),

@@ -1,10 +1,15 @@
 """`sparkinstall settings show`: every setting, its value, and where that came from."""
 
+from typing import TYPE_CHECKING, Any
+
 import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, answer
+
+if TYPE_CHECKING:
+    from sparkinstall.cli.session import Session
 
 app = typer.Typer(help="Show every setting and where its value comes from.", no_args_is_help=True)
 
@@ -28,21 +33,27 @@ def show(
     answer("settings show", lambda: _show(asked), root=root, json=json, verbose=verbose)
 
 
-def _show(asked: Asked) -> Answer:
+def rows(session: "Session") -> dict[str, dict[str, Any]]:
+    """Each setting by its dotted name, with its value and where that came from."""
     from functools import reduce
-    from json import dumps as to_json
 
     from sparkinstall import config as configuration
-    from sparkinstall.cli.session import open_session
 
-    session = open_session(asked)
-    rows = {
+    return {
         setting.name: {
             "value": reduce(getattr, setting.name.split("."), session.node.config),
             "source": session.sources[setting.name],
         }
         for setting in configuration.settings()
     }
+
+
+def _show(asked: Asked) -> Answer:
+    from json import dumps as to_json
+
+    from sparkinstall.cli.session import open_session
+
+    settings = rows(open_session(asked))
 
     def show_rows() -> None:
         from rich.table import Table
@@ -52,10 +63,10 @@ def _show(asked: Asked) -> Answer:
         table = Table(box=None, pad_edge=False, header_style="dim")
         for heading in ("setting", "value", "from"):
             table.add_column(heading)
-        for name, row in rows.items():
+        for name, row in settings.items():
             value = row["value"] if isinstance(row["value"], str) else to_json(row["value"])
             style = "dim" if row["source"] == "default" else ""
             table.add_row(name, value, str(row["source"]), style=style)
         console().print(table)
 
-    return Answer(data={"settings": rows}, show=show_rows)
+    return Answer(data={"settings": settings}, show=show_rows)

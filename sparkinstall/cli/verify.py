@@ -1,7 +1,9 @@
 """`sparkinstall verify`: is everything so, and does it behave so? For people and for CI."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -106,8 +108,9 @@ def verify(
     asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
 
     def body() -> Answer:
-        choice = Choice(tuple(only or ()), tuple(skip or ()), known_level(level), measure, strict, junit)
-        return _verify(asked, choice, json)
+        with _reported(junit, strict):
+            choice = Choice(tuple(only or ()), tuple(skip or ()), known_level(level), measure, strict, junit)
+            return _verify(asked, choice, json)
 
     answer("verify", body, root=root, json=json, verbose=verbose)
 
@@ -125,22 +128,32 @@ def known_level(name: str | None) -> "Level | None":
     return next((level for level in LEVELS if level == name), None)
 
 
-def _verify(asked: Asked, choice: Choice, json: bool) -> Answer:
-    from sparkinstall.cli.session import open_session
+@contextmanager
+def _reported(path: Path | None, strict: bool) -> Iterator[None]:
+    """What keeps everything from being looked at stands in the report too."""
     from sparkinstall.errors import Problem
 
-    try:
-        session = open_session(asked)
-        result = looked_through(session, choice, json)
-    except Problem as problem:
-        if choice.junit:
-            from sparkinstall.cli import junit
+    if path is None:
+        yield
+        return
+    from sparkinstall.cli import junit
 
-            junit.write(choice.junit, junit.of_problem(problem), choice.strict)
+    junit.begin(path)
+    try:
+        yield
+    except Problem as problem:
+        junit.write(path, junit.of_problem(problem), strict)
         raise
+
+
+def _verify(asked: Asked, choice: Choice, json: bool) -> Answer:
+    from sparkinstall.cli.session import open_session
+
+    session = open_session(asked)
+    result = looked_through(session, choice, json)
     if choice.junit:
         _report(choice.junit, result)
-    return _told(session, result, asked.verbose)
+    return _told(session, result, asked.verbose, json)
 
 
 def looked_through(session: "Session", choice: Choice, plain: bool) -> Result:
@@ -182,17 +195,24 @@ def _report(path: Path, result: Result) -> None:
     junit.write(path, [*junit.of_checks(result.reports), *junit.of_probes(result.looked)], result.strict)
 
 
-def _told(session: "Session", result: Result, verbose: bool) -> Answer:
+def data(session: "Session", result: Result) -> dict[str, Any]:
+    """What `--json` prints; `comparables` is what `cluster verify` compares between the nodes."""
     from sparkinstall.cli.envelope import finding_data, fix_data, step_data
-    from sparkinstall.errors import Exit
+    from sparkinstall.plans import differences
 
-    data = {
+    return {
         "checks": [step_data(report) for report in result.reports],
         "probes": [finding_data(each.probe, each.finding, each.seconds) for each in result.looked],
         "fixes": [fix_data(state) for state in result.standing],
+        "comparables": differences.comparables(session.node, session.system),
     }
+
+
+def _told(session: "Session", result: Result, verbose: bool, json: bool) -> Answer:
+    from sparkinstall.errors import Exit
+
     show = lambda: _show(session, result, verbose)  # noqa: E731
-    return Answer(Exit.DRIFT if result.wrong else Exit.GOOD, data, show)
+    return Answer(Exit.DRIFT if result.wrong else Exit.GOOD, data(session, result) if json else {}, show)
 
 
 def _show(session: "Session", result: Result, verbose: bool) -> None:

@@ -3,14 +3,18 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any, Literal
 
 from sparkinstall.config import Config
 from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
-from sparkinstall.plans import copying, sameness
+from sparkinstall.members import require_sound
+from sparkinstall.plans import copying, differences, measuring, sameness
+from sparkinstall.plans.differences import Comparison
 from sparkinstall.plans.far import Far, Member, NoTool, OnLine, Said, assignments, repeated
 from sparkinstall.plans.handover import Handover
+from sparkinstall.plans.measuring import Between, Measurement
+from sparkinstall.probes import LEVELS, Level, bandwidth
 from sparkinstall.records import dataclass
 from sparkinstall.system import processes
 
@@ -73,13 +77,18 @@ Work = Callable[[Far, OnLine], Said]
 
 @dataclass(frozen=True)
 class Wish:
-    """What is wanted of all nodes: settings by name, and the choices of the command line."""
+    """What is wanted of all nodes: settings by name, and the choices of the command line.
+
+    `level`, `measure`: how far `verify` goes, as one node's own has it.
+    """
 
     config: Config
     settings: Mapping[str, Any]
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
+    level: Level | None = None
+    measure: bool = False
 
 
 def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:
@@ -87,6 +96,7 @@ def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:
 
     Raises:
         BadUsage: a host is named twice or cannot be one, or the subnet has no more addresses.
+        BadConfig: the addresses cannot be a cluster's.
     """
     for host in hosts:
         if hosts.count(host) > 1:
@@ -95,7 +105,9 @@ def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:
             raise BadUsage(f"{host!a} cannot be a host", mend="write it as you would after `ssh`")
     if len(hosts) == 1:
         return (Member(hosts[0], "single", 0, config.cluster.head),)
-    addresses = (config.cluster.head, *_workers(config, len(hosts) - 1))
+    workers = _workers(config, len(hosts) - 1)
+    require_sound(replace(config, cluster=replace(config.cluster, role="head", address=None, workers=workers)))
+    addresses = (config.cluster.head, *workers)
     roles = ("head", *["worker"] * (len(hosts) - 1))
     return tuple(
         Member(h, role, rank, a) for rank, (h, role, a) in enumerate(zip(hosts, roles, addresses, strict=True))
@@ -305,9 +317,52 @@ class Cluster:
         self._at_once("verify", self.fars, self._verify)
 
     def _verify(self, far: Far, on_line: OnLine) -> Said:
-        chosen = [*repeated("--only", self.wish.only), *repeated("--skip", self.wish.skip)]
+        wish = self.wish
+        chosen = [*repeated("--only", wish.only), *repeated("--skip", wish.skip)]
+        chosen += [*(["--level", wish.level] if wish.level else []), *(["--measure"] if wish.measure else [])]
         said = far.call("verify", *self.words(far), *chosen, on_line=on_line)
         return said if said.problems or not said.code else Said(said.code, said.data, (_not_proven(said),))
+
+    def compare(self) -> Comparison | None:
+        """What the nodes that `verify` has asked differ in; None where there are no two to be compared."""
+        asked = [(done.host, done.data["comparables"]) for done in self.done if done.data.get("comparables")]
+        if len(asked) < 2 or LEVELS.index(self.wish.level or LEVELS[-1]) < LEVELS.index("cluster"):
+            return None
+        found = differences.compared(asked)
+        if found.failed:
+            names = ", ".join(row.name for row in found.failed)
+            mends = "; ".join(dict.fromkeys(f"{row.name}: {row.mend}" for row in found.failed))
+            self.fail(self.fars[0].host, "compare", Problem(f"the nodes have not the same {names}", mend=mends))
+        return found
+
+    def measure(self) -> list[Between]:
+        """The bandwidth between the head and each worker, one measurement after the other."""
+        if len(self.fars) < 2:
+            return []
+        self._at_once("ready", self.fars, self._measurable)
+        why = {done.host: done.data.get("why_not", {}) for done in self.done if done.phase == "ready"}
+        head, kinds = self.fars[0], bandwidth.kinds(self.wish.config.network.transport)
+        found: list[Between] = []
+        for worker, kind in ((worker, kind) for worker in self.fars[1:] for kind in kinds):
+            out = measuring.left_out(head, worker, kind, why)
+            found += [out] if out else [self._between(*way, kind) for way in measuring.ways(head, worker, kind)]
+        return found
+
+    def _measurable(self, far: Far, on_line: OnLine) -> Said:
+        return far.call("node", "measurable", *self.words(far), on_line=on_line)
+
+    def _between(self, asking: Far, responding: Far, kind: bandwidth.Kind) -> Between:
+        started, one = time.monotonic(), Measurement(asking, responding, kind, self.words)
+        self._at_once(bandwidth.probe_name(kind), (asking, responding), one.work)
+        hosts, finding = (asking.host, responding.host), bandwidth.judged(one.result)
+        if finding.verdict == "fail":
+            said = f"{bandwidth.probe_name(kind)} to {responding.host}: {finding.found}"
+            self.fail(asking.host, "measure", Problem(said, mend=finding.mend))
+        return Between(hosts, kind, finding, time.monotonic() - started, one.result)
+
+    def fail(self, host: str, phase: str, problem: Problem) -> None:
+        """Note what is wrong though the node itself has not said so."""
+        self.done.append(Done(host, phase, "failed", problems=(problem,)))
 
     def status(self) -> None:
         """What is installed where."""

@@ -19,7 +19,7 @@ from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalReader
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_DIGESTED = ("templates", "patches", "pyproject.toml", "requirements.lock")
+_DIGESTED = ("templates", "patches", "knowledge", "pyproject.toml", "requirements.lock")
 _BESIDE = ("install.sh", "README.md", "LICENSE")
 _one_at_a_time = threading.Lock()
 MISSING = 90

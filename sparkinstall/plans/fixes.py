@@ -25,15 +25,21 @@ class Fix:
     between: bool = False
 
 
+_FP8_PROBES = ("fp8-path", "fp8-kernels", "fp8-product")
 EIGHT = (
-    Fix(1, "NCCL for this GPU, loaded by every process", ("nccl", "nccl-fit", "env-files"), ("nccl-loaded",)),
+    Fix(
+        1,
+        "NCCL for this GPU, loaded by every process",
+        ("nccl", "nccl-fit", "env-files"),
+        ("nccl-preload", "nccl-loaded", "running-nccl"),
+    ),
     Fix(2, "MTU 9000 on the QSFP links", ("network",), ("link", "peers"), between=True),
     Fix(3, "VLLM_HOST_IP is the node's QSFP address", ("network", "env-files"), ("host-ip",), between=True),
     Fix(4, "NCCL, Gloo and UCX take the QSFP link", ("network", "env-files"), between=True),
-    Fix(5, "FP8 without CUTLASS kernels of another chip", ("fp8", "env-files"), ("fp8-path",)),
-    Fix(6, "the same packages on every node", ("packages", "environment"), ("wheel-gate", "imports")),
+    Fix(5, "FP8 without CUTLASS kernels of another chip", ("fp8", "env-files"), _FP8_PROBES),
+    Fix(6, "the same packages on every node", ("packages", "environment"), ("wheel-gate", "wheel-files", "imports")),
     Fix(7, "Ray's memory monitor off", ("env-files",)),
-    Fix(8, "where the thinking is in a stream", ("environment",), ("reasoning-field",)),
+    Fix(8, "where the thinking is in a stream", ("environment",), ("reasoning-field", "serving-stream")),
 )
 
 

@@ -7,10 +7,13 @@ from sparkinstall.errors import Problem
 from sparkinstall.events import Emit, ProbeStarted
 from sparkinstall.node import Node
 from sparkinstall.plans import catalogue
-from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed
+from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, known_hosts
 from sparkinstall.records import dataclass
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
+
+HOSTS = "known-hosts"
+"""What the probes go by that belong to no step: they look for machines that are known to be bad."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,11 @@ def of_steps(steps: Sequence[Step], node: Node) -> list[Probe]:
     return [probe for step in steps for probe in step.probes(node) if not probe.load]
 
 
+def of_no_step(node: Node) -> list[Probe]:
+    """The probes of the machine itself, whatever is installed on it."""
+    return list(known_hosts.probes(node))
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What a proof goes through. `whole`: nothing was left out by name."""
@@ -66,28 +74,30 @@ def chosen(
     """The checks and probes of `node` that are asked for, the probes by level.
 
     Args:
-        only, skip: names of steps (their checks and their probes) and of probes.
+        only, skip: names of steps (their checks and their probes), of probes, and `known-hosts`.
         level: as far as this one; None: all the way.
         measure: also what keeps the GPU or the link busy; what `only` names runs in any case.
 
     Raises:
         BadUsage: there is no step or probe of that name.
     """
-    of_step = {step: list(step.probes(node)) for step in catalogue.of(node)}
-    names = [probe.name for probes in of_step.values() for probe in probes]
-    catalogue.require_known((*only, *skip), [*(step.name for step in catalogue.STEPS), *names], "step or probe")
+    groups = {step.name: list(step.probes(node)) for step in catalogue.of(node)} | {HOSTS: of_no_step(node)}
+    names = [probe.name for probes in groups.values() for probe in probes]
+    steps_there_are = [step.name for step in catalogue.STEPS]
+    catalogue.require_known((*only, *skip), [*steps_there_are, HOSTS, *names], "step or probe")
     far = LEVELS.index(level) if level else len(LEVELS)
-    steps = tuple(step for step in of_step if (not only or step.name in only) and step.name not in skip)
+    wanted = [name for name in groups if (not only or name in only) and name not in skip]
     probes = [
         probe
-        for step, probes in of_step.items()
+        for group, probes in groups.items()
         for probe in probes
         if probe.name in only
         or (
-            step in steps
+            group in wanted
             and probe.name not in skip
             and LEVELS.index(probe.level) <= far
             and (measure or not probe.load)
         )
     ]
+    steps = tuple(step for step in catalogue.of(node) if step.name in wanted)
     return Chosen(steps, tuple(sorted(probes, key=lambda each: LEVELS.index(each.level))), not only and not skip)

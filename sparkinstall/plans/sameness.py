@@ -13,7 +13,8 @@ from sparkinstall.resources.python_environment import installed
 from sparkinstall.resources.transport import Transport
 from sparkinstall.system import Reader
 
-_PACKAGES = ("vllm", "torch", "ray", "triton", "transformers")
+PACKAGES = ("vllm", "torch", "ray", "triton", "transformers")
+"""Those whose versions nodes must share."""
 _DECIDES = ("version", "arch", "compiler", "source", "only_functions")
 _IN_WORDS = {"python": "Python", "nccl": "NCCL", "vllm": "vLLM", "transport": "transport for NCCL"}
 _VERSION = re.compile(rb"^version(?:_info)? *= *(\S+)", re.MULTILINE)
@@ -22,7 +23,7 @@ _VERSION = re.compile(rb"^version(?:_info)? *= *(\S+)", re.MULTILINE)
 def versions(node: Node, on: Reader) -> dict[str, str]:
     """Name -> version of what is installed; what is not there yet is left out."""
     packages = installed(node, on)
-    found = {name: packages[name] for name in _PACKAGES if name in packages}
+    found = {name: packages[name] for name in PACKAGES if name in packages}
     python = _VERSION.search(on.read(f"{node.venv}/pyvenv.cfg") or b"")
     if python:
         found["python"] = python[1].decode(errors="replace")

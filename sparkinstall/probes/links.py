@@ -13,8 +13,8 @@ from sparkinstall.node import Node
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
-_NET = "/sys/class/net"
-_RDMA = "/sys/class/infiniband"
+NET = "/sys/class/net"
+RDMA = "/sys/class/infiniband"
 _DRIVER = "mlx5_core"
 _HALVES = 2
 
@@ -80,7 +80,7 @@ class Gid:
 
 def ports(on: Reader) -> tuple[Port, ...]:
     """Every QSFP port, in the order of their numbers."""
-    halves = [_half(on, name) for name in sorted(filter(_HALF.fullmatch, on.names(_NET)), key=_domain)]
+    halves = [_half(on, name) for name in sorted(filter(_HALF.fullmatch, on.names(NET)), key=_domain)]
     known = [half for half in halves if half is not None]
     numbers = sorted({half.port for half in known})
     return tuple(Port(each, tuple(half for half in known if half.port == each)[:_HALVES]) for each in numbers)
@@ -102,8 +102,8 @@ def management(on: Reader) -> Mapping[str, str]:
     found = dict.fromkeys(routes, "has the default route")
     for name in _of_this_session(on):
         found.setdefault(name, _SESSION)
-    for name in on.names(_NET):
-        if on.entry(f"{_NET}/{name}/wireless") or on.entry(f"{_NET}/{name}/phy80211"):
+    for name in on.names(NET):
+        if on.entry(f"{NET}/{name}/wireless") or on.entry(f"{NET}/{name}/phy80211"):
             found.setdefault(name, "is Wi-Fi")
     return _with_relatives(on, found)
 
@@ -160,10 +160,15 @@ def addresses(on: Reader) -> Mapping[str, tuple[str, ...]]:
 
 def gids(on: Reader, hca: str) -> tuple[Gid, ...]:
     """The table of an RDMA device; entries that are all zero are left out."""
-    table = f"{_RDMA}/{hca}/ports/1"
-    values = {index: _text(on, f"{table}/gids/{index}") for index in _numbers(on, f"{table}/gids")}
+    table = f"{RDMA}/{hca}/ports/1"
+    values = {index: text_of(on, f"{table}/gids/{index}") for index in _numbers(on, f"{table}/gids")}
     return tuple(
-        Gid(index, value, _text(on, f"{table}/gid_attrs/types/{index}"), _text(on, f"{table}/gid_attrs/ndevs/{index}"))
+        Gid(
+            index,
+            value,
+            text_of(on, f"{table}/gid_attrs/types/{index}"),
+            text_of(on, f"{table}/gid_attrs/ndevs/{index}"),
+        )
         for index, value in values.items()
         if _GID.fullmatch(value) and value.strip("0:")
     )
@@ -223,18 +228,18 @@ def _domain(name: str) -> tuple[int, str]:
 
 
 def _half(on: Reader, name: str) -> Interface | None:
-    form, driver = _HALF.fullmatch(name), on.entry(f"{_NET}/{name}/device/driver")
+    form, driver = _HALF.fullmatch(name), on.entry(f"{NET}/{name}/device/driver")
     # An interface without a device is a virtual one: nobody gives it such a name by chance.
     if form is None or (driver is not None and driver.target.rpartition("/")[2] != _DRIVER):
         return None
-    carrier = {"1": True, "0": False}.get(_text(on, f"{_NET}/{name}/carrier"))
-    mtu, speed = (_number(_text(on, f"{_NET}/{name}/{what}")) for what in ("mtu", "speed"))
+    carrier = {"1": True, "0": False}.get(text_of(on, f"{NET}/{name}/carrier"))
+    mtu, speed = (_number(text_of(on, f"{NET}/{name}/{what}")) for what in ("mtu", "speed"))
     return Interface(name, int(form["port"]), carrier, mtu, speed, _hca(on, name))
 
 
 def _hca(on: Reader, name: str) -> str:
-    devices = on.names(_RDMA)
-    listed = [each for each in devices if name in on.names(f"{_RDMA}/{each}/device/net")]
+    devices = on.names(RDMA)
+    listed = [each for each in devices if name in on.names(f"{RDMA}/{each}/device/net")]
     if len(listed) == 1:
         return listed[0]
     # Several devices beneath one card, or one that speaks for a bond: their tables of addresses name the interface.
@@ -242,11 +247,11 @@ def _hca(on: Reader, name: str) -> str:
 
 
 def _interfaces(on: Reader, hca: str) -> set[str]:
-    folder = f"{_RDMA}/{hca}/ports/1/gid_attrs/ndevs"
-    return {_text(on, f"{folder}/{index}") for index in on.names(folder)}
+    folder = f"{RDMA}/{hca}/ports/1/gid_attrs/ndevs"
+    return {text_of(on, f"{folder}/{index}") for index in on.names(folder)}
 
 
-def _text(on: Reader, path: str) -> str:
+def text_of(on: Reader, path: str) -> str:
     """What a file of the kernel says; empty where it is not there or says nothing.
 
     Some can be opened but not read, such as `carrier` of an interface that is down (EINVAL).
@@ -337,10 +342,10 @@ def _with_relatives(on: Reader, found: Mapping[str, str]) -> Mapping[str, str]:
 
 
 def _relatives(on: Reader, name: str) -> Iterator[tuple[str, str]]:
-    master = on.entry(f"{_NET}/{name}/master")
+    master = on.entry(f"{NET}/{name}/master")
     if master is not None:
         yield master.target.rpartition("/")[2], "is made of"
-    for each in on.names(f"{_NET}/{name}"):
+    for each in on.names(f"{NET}/{name}"):
         if each.startswith("lower_"):
             yield each.removeprefix("lower_"), "carries"
 
@@ -369,7 +374,7 @@ def _as_on_a_spark(wanted: str | None) -> Port:
 def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:
     port = next((each for each in found if wanted in _names(each)), None)
     if port is None:
-        there = wanted in on.names(_NET)
+        there = wanted in on.names(NET)
         what = f"{wanted} is no half of a QSFP port" if there else f"this node has no interface {wanted}"
         raise LinkProblem(what, why=_all_described(found, barred), mend=_advice(found, barred))
     for name in _names(port):
@@ -459,7 +464,7 @@ def _not_ready(on: Reader, half: Interface) -> str:
     if not half.hca:
         return f"{half.name} has no RDMA device"
     # The kernel writes a number before the word: `4: ACTIVE`.
-    state = _text(on, f"{_RDMA}/{half.hca}/ports/1/state").rpartition(": ")[2]
+    state = text_of(on, f"{RDMA}/{half.hca}/ports/1/state").rpartition(": ")[2]
     if state != "ACTIVE":
         return f"the RDMA device {half.hca} of {half.name} is {state or 'not to be found'} instead of ACTIVE"
     if any(each.type == _ROCE_V2 and each.address and each.interface == half.name for each in gids(on, half.hca)):

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import signal
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -10,42 +11,12 @@ from typing import Any
 
 from sparkinstall import binaries
 from sparkinstall.node import Node, nccl_library, site_packages
-from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.probes import Finding, Probe, failed, kernels, passed, skipped, warned
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 MODULES = ("torch", "triton", "transformers", "ray", "vllm")
 _TIMEOUT = 300.0
-_LOOK = """
-import contextlib, ctypes, importlib, io, json, os, sys
-modules, text = {}, io.StringIO()
-with contextlib.redirect_stdout(text):
-    for name in sys.argv[1].split(","):
-        try:
-            modules[name] = {"version": getattr(importlib.import_module(name), "__version__", "?")}
-        except BaseException as error:
-            modules[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
-    try:
-        try:
-            from vllm.utils.network_utils import get_ip
-        except ImportError:
-            from vllm.utils import get_ip
-        address = get_ip()
-    except BaseException as error:
-        address = ""
-maps = sorted({line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps") if "/libnccl" in line})
-class Found(ctypes.Structure):
-    _fields_ = [("file", ctypes.c_char_p), ("base", ctypes.c_void_p)] + [(n, ctypes.c_void_p) for n in ("name", "at")]
-version, found, everything = ctypes.c_int(), Found(), ctypes.CDLL(None)
-try:
-    everything.ncclGetVersion(ctypes.byref(version))
-    everything.dladdr(ctypes.cast(everything.ncclGetVersion, ctypes.c_void_p), ctypes.byref(found))
-except AttributeError:
-    pass
-print(json.dumps({"modules": modules, "nccl": maps, "nccl_bound": (found.file or b"").decode(),
-                  "nccl_version": version.value, "address": address,
-                  "wanted_address": os.environ.get("VLLM_HOST_IP", "")}))
-"""
 
 
 @dataclass(frozen=True)
@@ -59,17 +30,19 @@ class InEnvironment:
     def answer(self) -> dict[str, Any]:
         """What it said of itself; with the key `error` where it did not come so far."""
         env_file = self.on.real(self.node.env_file)
-        command = '. "$1" && exec python -c "$2" "$3"'
-        modules = "" if self.node.partial else ",".join(MODULES)
+        # -P: vLLM's own program does not look for modules in the folder where it was started, either.
+        command = '. "$1" && exec python -P -c "$2" "$3"'
+        look = Path(__file__).with_name("inside.py").read_text()
+        asked = {"modules": () if self.node.partial else MODULES, "arch": self.node.config.nccl.arch}
         env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home}
         said = self.on.query(
-            "bash", "-c", command, "bash", env_file, _LOOK, modules or "json", timeout=_TIMEOUT, env=env
+            "bash", "-c", command, "bash", env_file, look, json.dumps(asked), timeout=_TIMEOUT, env=env
         )
         try:
             found = json.loads(said.out.splitlines()[-1])
         except (ValueError, IndexError):
             last = [line for line in said.err.splitlines() if line.strip()][-1:]
-            return {"error": last[0] if last else f"it ended with code {said.code}"}
+            return {"error": last[0] if last else f"it ended with {_end(said.code)}"}
         return dict(found)
 
 
@@ -83,6 +56,25 @@ def probes(node: Node) -> Iterable[Probe]:
     yield Probe("imports", "vLLM and its parts import", lambda on: _imports(node, on, process(on)), "gpu")
     yield Probe("nccl-loaded", "the NCCL that is really loaded", lambda on: _nccl(node, on, process(on)), "gpu")
     yield Probe("host-ip", "vLLM takes the address of the env file", lambda on: _address(node, on, process(on)), "gpu")
+    yield from kernels.probes(node, lambda on: _answer(node, on, process(on)))
+
+
+def _answer(node: Node, on: Reader, process: InEnvironment) -> dict[str, Any] | Finding:
+    """What the process says of itself, or why it says nothing."""
+    if stop := _not_here(node, on):
+        return stop
+    if node.partial:
+        return skipped("torch, Triton and vLLM do not run in a rehearsal without --full")
+    if "error" in process.answer:
+        return failed(process.answer["error"], "run `sparkinstall all`")
+    return process.answer
+
+
+def _end(code: int) -> str:
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"code {code}"
 
 
 def _not_here(node: Node, on: Reader) -> Finding | None:
@@ -187,18 +179,24 @@ _PROTOCOLS = (
 
 def reasoning_fields(node: Node, on: Reader) -> Finding:
     """Fix 8: the names of the field in which this vLLM streams its thinking, read from its own class."""
-    site = site_packages(node, on)
-    if site is None:
+    if site_packages(node, on) is None:
         return failed("there is no environment", "run `sparkinstall all`")
-    for path in _PROTOCOLS:
-        names = delta_fields(on.read(f"{site}/{path}") or b"")
-        found = [name for name in names if name.startswith("reasoning")]
-        if found:
-            return passed("delta." + " and delta.".join(found))
+    if found := reasoning_names(node, on):
+        return passed("delta." + " and delta.".join(found))
     return failed(
         "vLLM's DeltaMessage has no field for reasoning",
         "report it: this vLLM is newer than sparkinstall knows",
     )
+
+
+def reasoning_names(node: Node, on: Reader) -> list[str]:
+    """The fields of a delta that carry thinking; none where no vLLM is installed that has them."""
+    site = site_packages(node, on)
+    for path in _PROTOCOLS:
+        names = delta_fields(on.read(f"{site}/{path}") or b"")
+        if found := [name for name in names if name.startswith("reasoning")]:
+            return found
+    return []
 
 
 def delta_fields(source: bytes) -> list[str]:

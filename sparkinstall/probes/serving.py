@@ -1,54 +1,24 @@
-"""vLLM as a client sees it: a completion that comes, within a time limit. /health alone proves nothing."""
+"""vLLM as a client sees it: a completion that comes, a stream, counters that move. /health alone proves nothing."""
 
-import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
 
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.probes import Finding, Probe, api, failed, passed, skipped, streams, warned
+from sparkinstall.probes.api import Api
+from sparkinstall.probes.processes import reasoning_names
 from sparkinstall.system import Reader
 
 UNIT = "vllm.service"
-# Seconds for a few tokens; on a node that computes at all they take less than one.
-_PATIENCE = 60
 # Seconds in which a large model has been loaded, or never will be.
 _LOADING = 1800
-_TOKENS = 4
-# In a process of its own: a socket's time limit is for each answer of the system, this one is for the whole.
-_COMPLETE = """
-import json, sys, urllib.error, urllib.request
-base, patience, tokens = f"http://127.0.0.1:{sys.argv[1]}", float(sys.argv[2]), int(sys.argv[3])
-opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-def get(path, body=None, within=patience):
-    headers = {"Content-Type": "application/json"}
-    data = json.dumps(body).encode() if body else None
-    return opener.open(urllib.request.Request(base + path, data, headers), timeout=within)
-def complete():
-    model = json.load(get("/v1/models", within=10))["data"][0]["id"]
-    asked = {"model": model, "max_tokens": tokens, "temperature": 0}
-    try:
-        answer = json.load(get("/v1/completions", {**asked, "prompt": "One, two,"}))
-    except urllib.error.HTTPError as error:
-        if error.code not in (400, 404, 405):
-            raise
-        message = {"role": "user", "content": "Count to three."}
-        answer = json.load(get("/v1/chat/completions", {**asked, "messages": [message]}))
-    return model, answer["usage"]["completion_tokens"]
-try:
-    model, made = complete()
-    print(json.dumps({"model": model, "tokens": made}))
-except urllib.error.HTTPError as error:
-    print(json.dumps({"error": f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"}))
-except (OSError, ValueError, LookupError, TypeError) as error:
-    why = getattr(error, "reason", error)
-    late, refused = isinstance(why, TimeoutError), isinstance(why, ConnectionRefusedError)
-    print(json.dumps({"error": str(why) or type(why).__name__, "late": late, "refused": refused}))
-"""
-_HEALTH = """
-import sys, urllib.request
-opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-print(opener.open(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5).status)
-"""
+# Seconds after which the counters must have seen what was asked for.
+_COUNTED = 1.0
+_GENERATED = "vllm:generation_tokens_total"
+# The second is what vLLM before 0.10 said.
+_CACHE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 
 
 def serves(node: Node) -> bool:
@@ -57,50 +27,134 @@ def serves(node: Node) -> bool:
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """What shows that vLLM serves."""
-    yield Probe("serving", "a completion, within a time limit", lambda on: _serving(node, on), "serving")
+    """What shows that vLLM serves; all of them ask the same API, and it once. Nothing on a worker, which has none."""
+    shared: dict[int, Api] = {}
+
+    def asked(on: Reader) -> Api:
+        return shared.setdefault(id(on), Api(node, on))
+
+    if serves(node):
+        yield Probe("serving", "a completion, within a time limit", lambda on: _serving(asked(on)), "serving")
+        yield Probe("serving-stream", "the thinking in a real stream", lambda on: _stream(asked(on)), "serving")
+        yield Probe("serving-metrics", "the counters of /metrics move", lambda on: _metrics(asked(on)), "serving")
 
 
-def _serving(node: Node, on: Reader) -> Finding:
-    if on.rehearsal:
-        return skipped("a rehearsal starts no services")
-    if not serves(node):
-        return skipped(f"the API is on the head, {node.config.cluster.head}")
-    began = time.monotonic()
-    answer = _asked(node, on)
-    if "tokens" in answer:
-        took = f"{time.monotonic() - began:.1f} s"
-        return passed(f"{answer['tokens']} tokens of {answer['model']} in {took}", f"within {_PATIENCE} s")
+def _serving(of: Api) -> Finding:
+    if of.on.rehearsal:
+        return skipped(_REHEARSAL)
+    answer, wanted = of.completion, f"within {api.PATIENCE} s"
+    if "error" in answer:
+        return _no_completion(of, answer)
+    if (model := str(of.node.config.serving.model)) not in (answer["model"], *answer["roots"]) and answer["roots"]:
+        return failed(f"it serves {answer['roots'][0]}", _other_model(of.node), model)
+    return passed(f"{answer['tokens']} tokens of {answer['model']} in {answer['seconds']:.1f} s", wanted)
+
+
+_REHEARSAL = "a rehearsal starts no services"
+
+
+def _other_model(node: Node) -> str:
+    return (
+        f"`sparkinstall run serving`, if `serving.model` was changed; otherwise another program has port "
+        f"{node.config.serving.port}: `serving.port`"
+    )
+
+
+def _no_completion(of: Api, answer: Mapping[str, Any]) -> Finding:
     if answer.get("late"):
-        return _late(node, on)
+        return _late(of, "no completion")
     if answer.get("refused"):
-        return _not_up(node, on)
-    return failed(str(answer["error"]), f"read `journalctl -u {UNIT}`", f"a completion within {_PATIENCE} s")
+        return _not_up(of.node, of.on)
+    if answer.get("status") == 401:
+        return _locked(of)
+    return failed(str(answer["error"]), f"read `journalctl -u {UNIT}`", f"a completion within {api.PATIENCE} s")
 
 
-def _asked(node: Node, on: Reader) -> dict[str, object]:
-    words = (_COMPLETE, str(node.config.serving.port), str(_PATIENCE), str(_TOKENS))
-    answer = on.query(_python(node, on), "-I", "-c", *words, timeout=_PATIENCE + 5)
-    if answer.code == 124:
-        return {"late": True}
-    try:
-        return dict(json.loads(answer.out))
-    except (ValueError, TypeError):
-        return {"error": next(iter(answer.err.splitlines()[-1:]), f"it ended with code {answer.code}")}
+def _locked(of: Api) -> Finding:
+    """The key is never asked for and never kept; who verifies may have it in the environment."""
+    if of.knows_key:
+        return failed(f"it does not take the key in {api.KEY}", f"give the one that {UNIT} was started with")
+    return failed(
+        "it asks for a key (HTTP 401)",
+        f"put the key into {api.KEY}, without showing it: `read -rs {api.KEY}; export {api.KEY}`; then verify again",
+    )
 
 
-def _python(node: Node, on: Reader) -> str:
-    return on.real(f"{node.venv}/bin/python")
-
-
-def _late(node: Node, on: Reader) -> Finding:
-    health = on.query(_python(node, on), "-I", "-c", _HEALTH, str(node.config.serving.port), timeout=10)
-    besides = ", though /health says 200" if health.out.strip() == "200" else ""
+def _late(of: Api, what: str) -> Finding:
+    besides = ", though /health says 200" if of.healthy else ""
     mend = f"restart it: `sudo systemctl restart {UNIT}`"
-    if node.several:
-        nodes = "--only peers --only ray-nodes" if node.config.cluster.executor == "ray" else "--only peers"
+    if of.node.several:
+        nodes = "--only peers --only ray-nodes" if of.node.config.cluster.executor == "ray" else "--only peers"
         mend = f"see that every node is there (`sparkinstall verify {nodes}`), then {mend}"
-    return failed(f"no completion within {_PATIENCE} s{besides}", mend, f"{_TOKENS} tokens within {_PATIENCE} s")
+    return failed(f"{what} within {api.PATIENCE} s{besides}", mend, f"{api.TOKENS} tokens within {api.PATIENCE} s")
+
+
+def _unasked(of: Api) -> Finding | None:
+    """Why there is no use in asking for more, as a skip; None: it answers."""
+    if of.on.rehearsal:
+        return skipped(_REHEARSAL)
+    return skipped("no completion came: see `serving`") if "error" in of.completion else None
+
+
+def _stream(of: Api) -> Finding:
+    if stop := _unasked(of):
+        return stop
+    answer = of.stream
+    if not answer.get("done"):
+        return _broken(of, answer)
+    if not answer["said"]:
+        return warned("a stream without a word", f"ask it something by hand, and read `journalctl -u {UNIT}`")
+    model, parser = str(of.completion["model"]), streams.parser_of(of.node.config.serving.arguments)
+    add, fields = streams.adding(of.node, of.on, model), reasoning_names(of.node, of.on)
+    finding = streams.judged(streams.Heard.of(answer), parser, fields, add)
+    return replace(finding, found=f"{finding.found}; first token after {answer['first']:.1f} s")
+
+
+def _broken(of: Api, answer: Mapping[str, Any]) -> Finding:
+    """A stream that did not come to its end."""
+    if answer.get("late"):
+        return _late(of, "no end of a stream")
+    if "chat template" in str(answer.get("error")):
+        return skipped("this model has no chat template: nobody can chat with it")
+    return failed(
+        str(answer.get("error", "the stream broke off")), f"read `journalctl -u {UNIT}`", "a stream to its end"
+    )
+
+
+def _metrics(of: Api) -> Finding:
+    if stop := _unasked(of):
+        return stop
+    before, ours = api.sample(of.completion.get("metrics", ()), _GENERATED), of.made
+    after = of.metrics()
+    if before is None or api.sample(after.get("metrics", ()), _GENERATED) is None:
+        return _no_metrics(of, after)
+    grown = _grown(after, before)
+    if grown < ours:
+        time.sleep(_COUNTED)
+        after = of.metrics()
+        grown = _grown(after, before)
+    counted = f"{_GENERATED} grew by {grown:.0f} while we made {ours}"
+    if grown < ours:
+        return failed(counted, f"another vLLM may answer here: `sudo systemctl restart {UNIT}`", f"{ours} or more")
+    cache = api.sample(after["metrics"], *_CACHE)
+    if cache is None:
+        return warned(f"{counted}, but there is no {_CACHE[0]}", _REPORT)
+    return passed(f"{counted}; {cache:.0%} of the KV cache is in use", f"{ours} or more")
+
+
+_REPORT = "report it: this vLLM is newer than sparkinstall knows"
+
+
+def _grown(after: Mapping[str, Any], before: float) -> float:
+    return (api.sample(after.get("metrics", ()), _GENERATED) or 0) - before
+
+
+def _no_metrics(of: Api, after: Mapping[str, Any]) -> Finding:
+    if "--disable-log-stats" in of.node.config.serving.arguments:
+        return warned(f"no {_GENERATED}", "take `--disable-log-stats` out of `serving.arguments`")
+    if why := after.get("metrics_status") or after.get("error"):
+        return warned(f"/metrics does not answer: {why}", f"read `journalctl -u {UNIT}`")
+    return warned(f"/metrics has no {_GENERATED}", _REPORT)
 
 
 def _not_up(node: Node, on: Reader) -> Finding:

@@ -84,7 +84,7 @@ _NAMES = {"roce": "RoCE", "socket": "sockets"}
 
 def decision_path(node: Node) -> str:
     """Where the decision is kept (a node path)."""
-    return f"{node.prefix}/transport.json"
+    return node.transport_decision
 
 
 def _decision(port: links.Port, transport: str, why: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe
+from sparkinstall.probes import Finding, Probe, wheel_files
 from sparkinstall.probes.gate import Gate
 from sparkinstall.probes.processes import reasoning_fields
 from sparkinstall.resources import Resource
@@ -30,6 +30,7 @@ class Environment(Step):
         yield Probe(
             "reasoning-field", "where the thinking is in a stream", lambda on: reasoning_fields(node, on), "static"
         )
+        yield Probe("wheel-files", "the files of the packages", lambda on: wheel_files.look(node, on), "node")
 
 
 def _gate(node: Node, on: Reader) -> Finding:

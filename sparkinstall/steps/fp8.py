@@ -36,8 +36,8 @@ def _path(node: Node, on: Reader) -> Finding:
     state = PatchedFile(node, cutlass_patch()).check(on)
     if not isinstance(state, Satisfied):
         return failed("vLLM's file is not as decided", "run `sparkinstall run fp8`", decision["why"])
-    kernels = "Triton's" if decision["fallback"] else "CUTLASS's"
-    return passed(f"{kernels} kernels ({decision['why']})")
+    kernels = "none of vLLM's CUTLASS kernels" if decision["fallback"] else "vLLM's CUTLASS kernels"
+    return passed(f"{kernels} ({decision['why']})")
 
 
 @lru_cache(maxsize=1)

@@ -25,6 +25,8 @@ class Network(Step):
             yield LiveLink(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        from sparkinstall.probes import network
+        from sparkinstall.probes import bandwidth, link_health, network
 
-        return network.probes(node)
+        yield from network.probes(node)
+        yield from link_health.probes(node)
+        yield from bandwidth.probes(node)

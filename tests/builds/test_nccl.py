@@ -76,6 +76,8 @@ def test_it_is_what_a_process_with_the_env_file_has_loaded(built: Rehearsal) -> 
     probes = {probe["name"]: probe for probe in built.run("verify")["data"]["probes"]}
     assert probes["nccl-loaded"]["verdict"] == "pass"
     assert "opt/sparkinstall/nccl/build-" in probes["nccl-loaded"]["found"]
+    assert probes["nccl-preload"]["verdict"] == "pass"
+    assert "sm_121" in probes["nccl-preload"]["found"]
 
 
 def test_it_is_not_built_again(built: Rehearsal) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from sparkinstall.config import Config
-from sparkinstall.errors import BadUsage, Blocked, NeedsRoot
+from sparkinstall.config import ClusterConfig, Config, NetworkConfig
+from sparkinstall.errors import BadConfig, BadUsage, Blocked, NeedsRoot
 from sparkinstall.plans import catalogue, sameness
 from sparkinstall.plans.cluster import PHASES, members
 from sparkinstall.system.ssh import explained
@@ -52,6 +52,19 @@ def test_the_first_host_is_the_head_and_addresses_are_counted_on() -> None:
 def test_what_cannot_be_a_host_is_refused(hosts: list[str]) -> None:
     with pytest.raises(BadUsage):
         members(hosts, Config())
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (Config(network=NetworkConfig(twin_subnet="192.168.100.0")), "both halves of the port would be in one subnet"),
+        (Config(cluster=ClusterConfig(head="10.77.0.1")), "192.168.100.11 is not in the head's subnet"),
+        (Config(cluster=ClusterConfig(workers=("192.168.100.10",))), "two nodes have the address 192.168.100.10"),
+    ],
+)
+def test_addresses_that_cannot_be_a_clusters_are_refused_before_anybody_is_asked(config: Config, sentence: str) -> None:
+    with pytest.raises(BadConfig, match=sentence):
+        members(["a", "b"], config)
 
 
 def test_a_subnet_ends_somewhere() -> None:

@@ -23,7 +23,7 @@ from sparkinstall.config import ClusterConfig, Config, ServingConfig, build, rea
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.node import Node
 from sparkinstall.plans import catalogue, cluster, engine, far, fixes, uninstall
-from sparkinstall.probes import Verdict
+from sparkinstall.probes import Verdict, nccl_tests
 from sparkinstall.probes.host import preflight
 from sparkinstall.resources import State, dead_man, firewall, ray_ports
 from sparkinstall.system.ssh import Ssh
@@ -203,7 +203,8 @@ def test_preflight_checks() -> None:
     assert f"{len(documented)} [checks]" in page("README.md")
 
 
-def test_probes() -> None:
+def test_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nccl_tests, "gpus", lambda: 2)
     documented = {row[0]: (row[1].strip("`"), row[2]) for row in rows(section("docs/checks.md", "## Probes"))}
     real = {probe.name: (step.name, probe.title) for step in catalogue.STEPS for probe in step.probes(HEAD)}
     assert documented == real

@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CARRIED = (
     "sparkinstall/_assets/templates/single-node.env.j2",
     "sparkinstall/_assets/patches/patches.yaml",
+    "sparkinstall/_assets/knowledge/logs/nccl.yaml",
     "sparkinstall/stacks/0.18.1.yaml",
     "sparkinstall/stacks/0.18.1.aarch64.lock",
 )

@@ -2,14 +2,9 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,7 @@ from sparkinstall.events import silent
 from sparkinstall.node import Node
 from sparkinstall.plans.journal import Journal
 from sparkinstall.plans.journaled import JournaledSystem
-from sparkinstall.probes import Finding, firewalls, serving
+from sparkinstall.probes import firewalls
 from sparkinstall.probes.ray import ray_nodes
 from sparkinstall.resources import Drift, LeftToNode, Satisfied, former, ray_ports, units
 from sparkinstall.resources.firewall import Part
@@ -263,75 +258,3 @@ class TestRayNodes:
         )
         assert answer.returncode == 1
         assert answer.stderr.startswith("sparkinstall: the head does not answer at 127.0.0.1:9: Connection refused")
-
-
-class TestServing:
-    """The probe's sentences; that it passes on a real vLLM is for the nodes' tests."""
-
-    @pytest.fixture
-    def node(self, tmp_path: Path) -> Node:
-        python = tmp_path / "venv/bin/python"
-        python.parent.mkdir(parents=True)
-        python.symlink_to(sys.executable)
-        return node_of(tmp_path, prefix=str(tmp_path), serving__model="m", serving__port=self.port())
-
-    @staticmethod
-    def port() -> int:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            return int(free.getsockname()[1])
-
-    def test_a_rehearsal_serves_nothing(self, node: Node, tmp_path: Path) -> None:
-        assert look(node, LocalReader(str(tmp_path))).verdict == "skip"
-
-    def test_nothing_that_answers_is_a_failure_that_names_the_unit(self, node: Node) -> None:
-        found = look(node, LocalReader())
-        assert found.verdict == "fail"
-        assert f"nothing answers at 127.0.0.1:{node.config.serving.port}; vllm.service is" in found.found
-
-    def test_health_alone_does_not_pass(self, node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(serving, "_PATIENCE", 1)
-        with answering(node.config.serving.port, hangs=True):
-            began = time.monotonic()
-            found = look(node, LocalReader())
-        assert (found.verdict, found.found) == ("fail", "no completion within 1 s, though /health says 200")
-        assert time.monotonic() - began < 20
-
-    def test_a_completion_passes(self, node: Node) -> None:
-        with answering(node.config.serving.port):
-            found = look(node, LocalReader())
-        assert found.verdict == "pass"
-        assert found.found.startswith("4 tokens of tiny in ")
-
-
-def look(node: Node, on: LocalReader) -> Finding:
-    (probe,) = serving.probes(node)
-    return probe.look(on)
-
-
-@contextmanager
-def answering(port: int, *, hangs: bool = False) -> Iterator[None]:
-    """A server with vLLM's addresses; `hangs`: as vLLM does when a node that it needs is gone."""
-
-    class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send({"data": [{"id": "tiny"}]})
-
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if hangs:
-                time.sleep(4)
-            self.send({"usage": {"completion_tokens": asked["max_tokens"]}})
-
-        def send(self, body: object) -> None:
-            self.send_response(200)
-            self.end_headers()
-            with suppress(BrokenPipeError):
-                self.wfile.write(json.dumps(body).encode())
-
-        def log_message(self, *words: object) -> None:
-            del words
-
-    with ThreadingHTTPServer(("127.0.0.1", port), Answers) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield
-        server.shutdown()

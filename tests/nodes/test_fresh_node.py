@@ -11,12 +11,15 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.node import FreshNode
+from tests.nodes.broken import ENV_FILE, SITE, changed, reinstall, said_of, serve, serve_no_more
 from tests.nodes.fresh import CHECKOUT, COMMAND, fresh_node, ignoring, sparkinstall
 
 pytestmark = [pytest.mark.layer3, pytest.mark.network]
 
 LIBRARY = "/opt/sparkinstall/nccl/lib/libnccl.so.2"
-ENV_FILE = "/opt/sparkinstall/env/single-node.env"
+W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
+# Seconds for `verify --level node`: 2 are asked of it, and these two cores have more to do.
+QUICK = 5
 # What apt, dpkg, ldconfig and logging leave by their own nature, and what the tool itself is (it stays).
 NOT_COMPARED = (
     "/proc", "/sys", "/dev", "/run", "/tmp", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg",
@@ -73,6 +76,7 @@ def test_a_killed_run_is_gone_on_with(node: FreshNode) -> None:
     assert not _exists(node, ENV_FILE)
     again = node.run("./install.sh", "--yes", *ignoring(), user="spark", cwd=CHECKOUT, timeout=2400)
     assert "is done" in again.stdout
+    assert "memory-guard" in again.stdout, "the machine itself was looked at too"
     assert _exists(node, LIBRARY)
 
 
@@ -92,10 +96,11 @@ def test_a_second_run_changes_nothing(node: FreshNode) -> None:
 def test_verify_proves_the_nccl_of_a_running_process(node: FreshNode) -> None:
     answer = json.loads(sparkinstall(node, "verify", "--json").stdout)
     probes = {probe["name"]: probe for probe in answer["data"]["probes"]}
-    assert {name: probe["verdict"] for name, probe in probes.items()} == {
-        "wheel-gate": "pass", "reasoning-field": "pass", "fp8-path": "pass",
-        "imports": "pass", "nccl-loaded": "pass", "host-ip": "pass",
+    wanted = {
+        "wheel-gate": "pass", "reasoning-field": "pass", "fp8-path": "pass", "wheel-files": "pass",
+        "nccl-preload": "pass", "imports": "pass", "nccl-loaded": "pass", "host-ip": "pass",
     }  # fmt: skip
+    assert {name: probes[name]["verdict"] for name in wanted} == wanted
     assert "/opt/sparkinstall/nccl/build-" in probes["nccl-loaded"]["found"]
     assert "2.29.7" in probes["nccl-loaded"]["found"]
     assert "vllm 0.22.1" in probes["imports"]["found"]
@@ -130,6 +135,96 @@ def test_the_env_file_says_the_same_to_a_shell_and_to_systemd(node: FreshNode) -
     assert "Ignoring invalid" not in journal
     node.run("rm", "/etc/systemd/system/show-env.service", "/run/of-systemd")
     node.run("systemctl", "daemon-reload")
+
+
+def test_the_level_node_is_quick_and_finds_nothing_wrong(node: FreshNode) -> None:
+    began = time.monotonic()
+    answer = json.loads(sparkinstall(node, "verify", "--level", "node", "--json").stdout)
+    assert time.monotonic() - began < QUICK
+    assert {probe["level"] for probe in answer["data"]["probes"]} == {"static", "node"}
+    verdicts = {probe["name"]: probe["verdict"] for probe in answer["data"]["probes"]}
+    # What only a Spark can tell: its GPU; and its kernel's journal, which no container has.
+    assert [name for name, verdict in verdicts.items() if verdict == "skip"] == [
+        "gpu-xid", "pcie-fatal", "driver-no-memory", "oom-killer", "gpu-low-power", "gpu-driver",
+    ]  # fmt: skip
+
+
+def test_a_second_nccl_is_told_where_it_would_win(node: FreshNode) -> None:
+    second = f"{SITE}/nvidia/nccl/lib/libnccl.so.2"
+    with changed(node, ENV_FILE, f"s|^LD_PRELOAD=.*|LD_PRELOAD={second}|"):
+        verdict, found = said_of(node, "nccl-preload")
+    assert verdict == "fail"
+    assert found.startswith(f"{second}, build-id ")
+    # A path alone does not choose: LD_PRELOAD wins.
+    with changed(node, ENV_FILE, f"s|^set -a|set -a\\nLD_LIBRARY_PATH={SITE}/nvidia/nccl/lib|"):
+        assert said_of(node, "nccl-preload")[0] == "pass"
+
+
+def test_a_preload_of_a_missing_file_is_told(node: FreshNode) -> None:
+    with changed(node, ENV_FILE, "s|^LD_PRELOAD=.*|LD_PRELOAD=/opt/nowhere/libnccl.so.2|"):
+        verdict, found = said_of(node, "nccl-preload")
+    assert verdict == "fail"
+    assert "/opt/nowhere/libnccl.so.2" in found and "cannot be preloaded" in found
+
+
+def test_a_changed_file_of_a_wheel_is_told(node: FreshNode) -> None:
+    with changed(node, f"{SITE}/vllm/envs.py", "s/import/import /"):
+        verdict, found = said_of(node, "wheel-files")
+    assert verdict == "fail"
+    assert found.startswith("vllm/envs.py has ")
+    # Of the same length and with the old date.
+    with changed(node, f"{SITE}/torch/version.py", "s/0/1/"):
+        assert said_of(node, "wheel-files") == ("fail", "torch/version.py was changed")
+    assert said_of(node, "wheel-files")[0] == "pass"
+
+
+def test_a_wheel_that_was_swapped_is_told(node: FreshNode) -> None:
+    """For another of the same version: its files are as its own RECORD says, and yet they are not what was locked."""
+    reinstall(node, "idna")
+    assert said_of(node, "wheel-files") == ("fail", "idna was installed again since")
+    mended = sparkinstall(node, "run", "environment", "--fresh", "--yes", *ignoring(), timeout=900)
+    assert mended.returncode == 0
+    assert said_of(node, "wheel-files")[0] == "pass"
+
+
+def test_a_file_that_lost_its_patch_is_told(node: FreshNode) -> None:
+    node.run("cp", "-a", f"{SITE}/{W8A8}", "/run/unpatched")
+    sparkinstall(node, "run", "fp8", "env-files", "--set", "fp8.fallback=on", "--yes", *ignoring())
+    assert said_of(node, "fp8-path")[0] == "pass"
+    node.run("cp", "-a", "/run/unpatched", f"{SITE}/{W8A8}")
+    assert said_of(node, "fp8-path") == ("fail", "vLLM's file is not as decided")
+    sparkinstall(node, "run", "fp8", "env-files", "--set", "fp8.fallback=auto", "--yes", *ignoring())
+    assert said_of(node, "fp8-path")[0] == "pass"
+
+
+def test_a_service_is_held_against_the_env_file(node: FreshNode) -> None:
+    serve(node)
+    assert said_of(node, "running-env") == ("pass", "vllm.service: as the env file says")
+    assert said_of(node, "running-nccl") == ("pass", "1 process of vllm.service")
+    with changed(node, ENV_FILE, "s/^RAY_memory_usage_threshold=.*/RAY_memory_usage_threshold=0.9/"):
+        verdict, found = said_of(node, "running-env")
+    assert verdict == "warn"
+    assert found == "vllm.service was started with RAY_memory_usage_threshold=1.0 (the file says 0.9)"
+
+
+def test_a_library_that_was_replaced_under_a_service_is_told(node: FreshNode) -> None:
+    serve(node)
+    real = node.run("readlink", "-f", LIBRARY).stdout.strip()
+    node.run("sh", "-c", 'cp -a "$1" "$1.new" && mv "$1.new" "$1"', "sh", real)
+    verdict, found = said_of(node, "running-nccl")
+    assert verdict == "warn"
+    assert found.endswith("replaced since the start")
+
+
+def test_a_service_with_the_nccl_of_a_wheel_is_told(node: FreshNode) -> None:
+    wheels = f"{SITE}/nvidia/nccl/lib/libnccl.so.2"
+    serve(node, "UnsetEnvironment=LD_PRELOAD", f"import ctypes; ctypes.CDLL('{wheels}')")
+    verdict, found = said_of(node, "running-nccl")
+    assert verdict == "fail"
+    assert wheels in found
+    assert said_of(node, "running-env") == ("warn", "vllm.service was started with no LD_PRELOAD")
+    serve_no_more(node)
+    assert said_of(node, "running-nccl") == ("skip", "vllm.service: not running")
 
 
 def test_it_survives_a_reboot(node: FreshNode) -> None:

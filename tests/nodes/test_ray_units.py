@@ -53,6 +53,17 @@ print(json.dumps(sorted(ray.get([where.options(scheduling_strategy=In(group, i))
 """
 
 
+LOOK = """
+import json, sys
+from sparkinstall.probes import running
+from sparkinstall.system.local import LocalReader
+from tests.support.ray_on_a_node import _node
+(probe,) = [each for each in running.probes(_node(sys.argv[1], {})) if each.name == "running-env"]
+found = probe.look(LocalReader())
+print(json.dumps([found.verdict, found.found]))
+"""
+
+
 class Pair(NamedTuple):
     head: FreshNode
     worker: FreshNode
@@ -90,6 +101,13 @@ def do(node: FreshNode, verb: str, role: str, *more: str, given: str | None = No
     program = (f"{PREFIX}/venv/bin/python", "-m", "tests.support.ray_on_a_node", verb, role, *more)
     said = node.run(*program, user=user, env=env, input=given, cwd=CHECKOUT, timeout=400)
     return json.loads(said.stdout.splitlines()[-1])
+
+
+def running_env(node: FreshNode, role: str) -> list[str]:
+    """What the probe of that name says of the running Ray: its verdict, and what it found."""
+    env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
+    said = node.run(f"{PREFIX}/venv/bin/python", "-c", LOOK, role, user="spark", env=env, cwd=CHECKOUT)
+    return list(json.loads(said.stdout))
 
 
 def main_pid(node: FreshNode, unit: str) -> str:
@@ -195,6 +213,16 @@ def test_the_token_is_in_no_journal_and_no_argument(pair: Pair) -> None:
         )
 
 
+def test_a_token_that_everybody_could_read_is_told_and_closed(pair: Pair) -> None:
+    before = main_pid(pair.head, "ray-head")
+    pair.head.run("chmod", "0644", TOKEN)
+    (drift,) = do(pair.head, "plan", "head")["drifts"]
+    assert drift == f"let nobody but spark read {TOKEN} (its mode is 644)"
+    assert do(pair.head, "converge", "head")["outcome"] == "changed"
+    assert pair.head.run("stat", "-c", "%a", TOKEN).stdout.strip() == "600"
+    assert main_pid(pair.head, "ray-head") == before
+
+
 def test_a_second_run_changes_nothing_and_restarts_nothing(pair: Pair) -> None:
     before = main_pid(pair.head, "ray-head")
     assert do(pair.head, "converge", "head")["outcome"] == "unchanged"
@@ -203,12 +231,15 @@ def test_a_second_run_changes_nothing_and_restarts_nothing(pair: Pair) -> None:
 
 def test_a_changed_env_file_restarts_it(pair: Pair) -> None:
     before = main_pid(pair.worker, "ray-worker")
+    assert running_env(pair.worker, "worker") == ["pass", "ray-worker.service: as the env file says"]
     write_env(pair.worker, "worker", more='NCCL_DEBUG="INFO"')
+    assert running_env(pair.worker, "worker") == ["warn", "ray-worker.service was started with no NCCL_DEBUG"]
     (drift,) = do(pair.worker, "plan", "worker")["drifts"]
     assert drift == f"start ray-worker.service: changed since its last start: {PREFIX}/env/multi-node-worker.env"
     assert do(pair.worker, "converge", "worker")["outcome"] == "changed"
     assert main_pid(pair.worker, "ray-worker") != before
     assert do(pair.worker, "plan", "worker")["outcome"] == "unchanged"
+    assert running_env(pair.worker, "worker")[0] == "pass"
     until(lambda: joined(pair))
 
 

@@ -22,8 +22,9 @@ pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer5, pytest
 
 CHECKOUT = "/srv/checkout"
 PREFIX = "/opt/sparkinstall"
-MODEL = "/srv/model"
+MODEL, THINKER = "/srv/model", "/srv/thinker"
 UNIT = "vllm.service"
+KEY = "VLLM_API_KEY"
 NAMES = {"single": "single-node", "head": "multi-node-head", "worker": "multi-node-worker"}
 SETTINGS = ("step=serving", "cluster.executor=mp", f"serving.model={MODEL}", "serving.max_model_len=512")
 # Seconds: two processes on two busy cores, that import PyTorch and meet.
@@ -60,6 +61,9 @@ print(urllib.request.urlopen(asked, timeout=float(sys.argv[3])).read().decode())
 """
 
 
+Found = dict[str, dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Pair:
     wires: Cabling
@@ -74,9 +78,11 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    model = vllm_on_cpu.model(tmp_path_factory.mktemp("model"))
-    model.chmod(0o755)
-    parts = [Bind(vllm_on_cpu.environment(), vllm_on_cpu.PLACE), Bind(REPOSITORY, CHECKOUT), Bind(model, MODEL)]
+    made = {MODEL: vllm_on_cpu.model, THINKER: vllm_on_cpu.thinking_model}
+    models = [Bind(make(tmp_path_factory.mktemp("model")), place) for place, make in made.items()]
+    for each in models:
+        each.host.chmod(0o755)
+    parts = [Bind(vllm_on_cpu.environment(), vllm_on_cpu.PLACE), Bind(REPOSITORY, CHECKOUT), *models]
     with ExitStack() as stack:
         wires = Cabling(direct=True)
         stack.callback(wires.remove)
@@ -106,30 +112,42 @@ def _write_env(node: FreshNode, role: str) -> None:
     node.write(f"{PREFIX}/env/{NAMES[role]}.env", text, user="spark")
 
 
-def _do(node: FreshNode, verb: str, role: str) -> Any:
-    env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
-    program = (f"{PREFIX}/venv/bin/python", "-m", "tests.support.ray_on_a_node", verb, role, *SETTINGS)
+def _do(node: FreshNode, verb: str, role: str, *settings: str, key: str = "") -> Any:
+    env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1", **({KEY: key} if key else {})}
+    program = (f"{PREFIX}/venv/bin/python", "-m", "tests.support.ray_on_a_node", verb, role, *SETTINGS, *settings)
     said = node.run(*program, user="spark", env=env, cwd=CHECKOUT, timeout=600)
     return json.loads(said.stdout.splitlines()[-1])
 
 
-def _set_up(node: FreshNode, role: str) -> None:
+def _set_up(node: FreshNode, role: str, *settings: str) -> None:
     _write_env(node, role)
-    told = _do(node, "converge", role)
+    told = _do(node, "converge", role, *settings)
     assert told["outcome"] == "changed", told
 
 
+def _all_probed(node: FreshNode, role: str, *settings: str, key: str = "") -> Found:
+    return dict(_do(node, "probe", role, *settings, key=key))
+
+
 def _probed(node: FreshNode, role: str) -> dict[str, Any]:
-    return dict(_do(node, "probe", role)["serving"])
+    return dict(_all_probed(node, role)["serving"])
 
 
-def _until_it_serves(node: FreshNode, role: str, seconds: float = LOADED) -> None:
-    """Wait until the probe passes; while vLLM loads it may only warn of that."""
-    deadline = time.monotonic() + seconds
-    while (found := _probed(node, role))["verdict"] != "pass":
-        assert found["verdict"] == "warn", (found, _journal(node))
+def _until_it_serves(node: FreshNode, role: str, *settings: str, key: str = "") -> Found:
+    """Wait until the probe passes; while vLLM loads it may only warn of that, and the others do not try."""
+    deadline = time.monotonic() + LOADED
+    while (found := _all_probed(node, role, *settings, key=key))["serving"]["verdict"] != "pass":
+        assert found["serving"]["verdict"] == "warn", (found, _journal(node))
         assert time.monotonic() < deadline, (found, _journal(node))
+        _assert_others_skip(found)
         time.sleep(2)
+    return found
+
+
+def _assert_others_skip(found: Found) -> None:
+    others = [each for name, each in found.items() if name != "serving"]
+    assert [each["found"] for each in others] == ["no completion came: see `serving`"] * 2
+    assert [each["verdict"] for each in others] == ["skip"] * 2
 
 
 def _journal(node: FreshNode, lines: int = 400) -> str:
@@ -156,6 +174,13 @@ def _continued(node: FreshNode) -> str:
     return str(said["choices"][0]["text"])
 
 
+def test_where_nothing_listens_serving_fails_and_the_others_do_not_wait(pair: Pair) -> None:
+    found = _all_probed(pair.head, "single")
+    assert found["serving"]["verdict"] == "fail"
+    assert found["serving"]["found"] == f"nothing answers at 127.0.0.1:8000; {UNIT} is inactive"
+    _assert_others_skip(found)
+
+
 @pytest.fixture(scope="module")
 def alone(pair: Pair) -> str:
     """What one node by itself answers."""
@@ -175,13 +200,81 @@ def test_one_node_alone_serves_and_streams(pair: Pair, alone: str) -> None:
     assert len(events) > 5
 
 
+def _thinking(*arguments: str) -> tuple[str, str]:
+    """Settings: the model that thinks, and what its vLLM is given besides."""
+    return f"serving.model={THINKER}", f"serving.arguments={json.dumps(arguments)}"
+
+
+def test_with_the_parser_the_thinking_is_in_its_field_and_without_the_key_nobody_is_told(pair: Pair) -> None:
+    node, settings, drop_in = pair.head, _thinking("--reasoning-parser", "qwen3"), "key.conf"
+    node.write(f"/etc/systemd/system/{UNIT}.d/{drop_in}", f"[Service]\nEnvironment={KEY}=sesame\n")
+    _set_up(node, "single", *settings)
+    found = _until_it_serves(node, "single", *settings, key="sesame")
+    assert [each["verdict"] for each in found.values()] == ["pass"] * 3, found
+    says = "the thinking in delta.reasoning, the answer in delta.content; first token after "
+    assert found["serving-stream"]["found"].startswith(says)
+    assert "grew by 16 while we made 16; 0% of the KV cache" in found["serving-metrics"]["found"]
+    locked = _all_probed(node, "single", *settings)
+    assert (locked["serving"]["verdict"], locked["serving"]["found"]) == ("fail", "it asks for a key (HTTP 401)")
+    _assert_others_skip(locked)
+    wrong = _all_probed(node, "single", *settings, key="simsim")["serving"]
+    assert (wrong["verdict"], wrong["found"]) == ("fail", f"it does not take the key in {KEY}")
+    node.run("rm", f"/etc/systemd/system/{UNIT}.d/{drop_in}")
+
+
+@pytest.fixture(scope="module")
+def unparsed(pair: Pair) -> Found:
+    """What is found of the model that thinks where nobody asked for a parser."""
+    _set_up(pair.head, "single", *_thinking())
+    return _until_it_serves(pair.head, "single", *_thinking())
+
+
+def test_without_the_parser_the_thinking_stands_in_the_answer(unparsed: Found) -> None:
+    stream = unparsed["serving-stream"]
+    assert stream["verdict"] == "warn"
+    assert stream["found"].startswith("raw <think> in delta.content: clients show the thinking as the answer; ")
+    assert stream["mend"].startswith("add `--reasoning-parser`, `NAME` to `serving.arguments`")
+
+
+def test_another_model_than_the_one_that_was_asked_for_is_a_failure(pair: Pair, unparsed: Found) -> None:
+    del unparsed
+    found = _probed(pair.head, "single")
+    assert (found["verdict"], found["found"], found["expected"]) == ("fail", f"it serves {THINKER}", MODEL)
+
+
+def test_an_engine_that_stands_still_is_not_served_by_a_healthy_api(pair: Pair, unparsed: Found) -> None:
+    del unparsed
+    signal = ("pkill", "--full", "VLLM::EngineCore", "--signal")
+    pair.head.run(*signal, "STOP")
+    try:
+        began = time.monotonic()
+        found = _all_probed(pair.head, "single", *_thinking())
+        took = time.monotonic() - began
+    finally:
+        pair.head.run(*signal, "CONT")
+    assert found["serving"]["found"] == "no completion within 60 s, though /health says 200"
+    assert found["serving"]["verdict"] == "fail"
+    _assert_others_skip(found)
+    assert took < PATIENCE + 15
+    assert _all_probed(pair.head, "single", *_thinking())["serving"]["verdict"] == "pass"
+
+
+def test_thinking_that_a_chat_template_opens_is_found_though_nothing_marks_it(pair: Pair) -> None:
+    settings = _thinking("--chat-template", f"{THINKER}/opening.jinja")
+    _set_up(pair.head, "single", *settings)
+    stream = _until_it_serves(pair.head, "single", *settings)["serving-stream"]
+    assert stream["verdict"] == "warn"
+    says = "the thinking is in delta.content, unmarked: the chat template opens it; first token after "
+    assert stream["found"].startswith(says)
+
+
 def test_two_nodes_share_the_model_and_answer_as_one(pair: Pair, alone: str) -> None:
     for role, node in pair.nodes.items():
         _set_up(node, role)
     _until_it_serves(pair.head, "head")
     assert [_state(node) for node in pair.nodes.values()] == [["active", "enabled"]] * 2
     assert _continued(pair.head) == alone
-    assert _probed(pair.worker, "worker")["verdict"] == "skip"
+    assert _all_probed(pair.worker, "worker") == {}, "a worker has no API"
     assert "TP rank 1" in _journal(pair.worker)
 
 

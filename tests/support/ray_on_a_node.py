@@ -72,7 +72,8 @@ def _told(report: engine.StepReport) -> Any:
 
 
 def _probe(node: Node, step: Any) -> Any:
-    return {probe.name: asdict(probe.look(LocalReader())) for probe in step.probes(node)}
+    on = LocalReader()
+    return {probe.name: asdict(probe.look(on)) for probe in step.probes(node)}
 
 
 def _uninstall(node: Node, step: Any) -> Any:

@@ -1,4 +1,4 @@
-"""vLLM as a node has it at /opt/sparkinstall/venv, but built for the CPU, and a model small enough for it."""
+"""vLLM as a node has it at /opt/sparkinstall/venv, but built for the CPU, and two models small enough for it."""
 
 import json
 import platform
@@ -6,7 +6,10 @@ import random
 import shutil
 import struct
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from math import prod
+from operator import add
 from pathlib import Path
 
 from tests.lab import cache, commands
@@ -92,25 +95,51 @@ _CHAT = (
 )
 
 
+# One that begins the thinking itself, as Qwen3.5's does: with the thought that has no end.
+_OPENING_CHAT = _CHAT.replace("assistant\n", "assistant\n<think>~")
+THINKING = ("<think>", "</think>")
+# What the thinking model says; each character has but one that follows it.
+THOUGHT, ANSWER, ENDLESS = "hm, six", "42", "~abc~"
+Weights = Iterable[tuple[str, tuple[int, ...], Sequence[float]]]
+
+
 def model(folder: Path) -> Path:
     """Write the model to `folder`: the same random weights each time, one token a byte, a chat template."""
+    return _write(folder, SPECIAL, tied=True, weights=_random())
+
+
+def thinking_model(folder: Path) -> Path:
+    """One whose next token depends on the last alone: it answers `<think>hm, six</think>42`, whatever it is asked.
+
+    With the chat template `opening.jinja` besides it never comes to an answer.
+    """
+    names = {name: 256 + place for place, name in enumerate((*SPECIAL, *THINKING))}
+    answer = ("\n", "<think>", *THOUGHT, "</think>", *ANSWER, "<|im_end|>")
+    chains = [[names.get(each) or ord(each) for each in said] for said in (answer, ENDLESS)]
+    follows = {one: following for chain in chains for one, following in pairwise(chain)}
+    _write(folder, (*SPECIAL, *THINKING), tied=False, weights=_chained(follows))
+    (folder / "opening.jinja").write_text(_OPENING_CHAT)
+    return folder
+
+
+def _write(folder: Path, added: Sequence[str], *, tied: bool, weights: Weights) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = [*_bytes_as_characters(), *SPECIAL]
+    tokens = [*_bytes_as_characters(), *added]
     for name, content in {
-        "config.json": _config(),
+        "config.json": {**_config(), "tie_word_embeddings": tied},
         "generation_config.json": {"eos_token_id": tokens.index("<|im_end|>")},
-        "tokenizer.json": _tokenizer(tokens),
+        "tokenizer.json": _tokenizer(tokens, added),
         "tokenizer_config.json": _tokenizer_config(),
     }.items():
         (folder / name).write_text(json.dumps(content))
-    (folder / "model.safetensors").write_bytes(b"".join(_safetensors()))
+    (folder / "model.safetensors").write_bytes(b"".join(_safetensors(weights)))
     return folder
 
 
 def _config() -> dict[str, object]:
     sizes = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_hidden_layers": LAYERS}
     heads = {"num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
-    rest = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "tie_word_embeddings": True}
+    rest = {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT}
     kind = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "dtype": "bfloat16"}
     return {**kind, **sizes, **heads, **rest, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 
@@ -122,12 +151,14 @@ def _bytes_as_characters() -> list[str]:
     return [chr(each) if each in plain else chr(next(others)) for each in range(256)]
 
 
-def _tokenizer(tokens: list[str]) -> dict[str, object]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+def _tokenizer(tokens: list[str], added: Sequence[str]) -> dict[str, object]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": tokens.index(each), "content": each, **flags} for each in SPECIAL],
+        "added_tokens": [
+            {"id": tokens.index(each), "content": each, "special": each in SPECIAL, **flags} for each in added
+        ],
         "pre_tokenizer": by_bytes,
         "decoder": by_bytes,
         "model": {"type": "BPE", "vocab": {token: number for number, token in enumerate(tokens)}, "merges": []},
@@ -160,12 +191,30 @@ def _shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "model.norm.weight", (HIDDEN,)
 
 
-def _safetensors() -> Iterable[bytes]:
-    """The format of safetensors: the header's length, the header, and the numbers one after another."""
-    header, numbers, drawn = {}, bytearray(), random.Random(0)
+def _random() -> Weights:
+    drawn = random.Random(0)
     for name, shape in _shapes():
-        began, count = len(numbers), shape[0] * (shape[1] if len(shape) > 1 else 1)
-        values = (1.0 if "norm" in name else drawn.gauss(0, 0.1) for _ in range(count))
+        yield name, shape, [1.0 if "norm" in name else drawn.gauss(0, 0.1) for _ in range(prod(shape))]
+
+
+def _chained(follows: Mapping[int, int]) -> Weights:
+    """Layers that add nothing, and a head in which a token's row is the embedding of the one that it follows."""
+    head = [0.0] * VOCABULARY * HIDDEN
+    for name, shape, values in _random():
+        if name == "model.embed_tokens.weight":
+            for one, following in follows.items():
+                row = slice(following * HIDDEN, (following + 1) * HIDDEN)
+                head[row] = map(add, head[row], values[one * HIDDEN : (one + 1) * HIDDEN])
+        silent = name.endswith(("o_proj.weight", "down_proj.weight"))
+        yield name, shape, [0.0] * len(values) if silent else values
+    yield "lm_head.weight", (VOCABULARY, HIDDEN), head
+
+
+def _safetensors(weights: Weights) -> Iterable[bytes]:
+    """The format of safetensors: the header's length, the header, and the numbers one after another."""
+    header, numbers = {}, bytearray()
+    for name, shape, values in weights:
+        began = len(numbers)
         # A bfloat16 is the upper half of a float.
         numbers += b"".join(struct.pack("<f", value)[2:] for value in values)
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [began, len(numbers)]}

@@ -1,0 +1,318 @@
+"""`sparkinstall diagnose`: which known failure a log tells of, in which lines, why, and what mends it."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparkinstall.cli import options
+from sparkinstall.cli.verb import Answer, answer
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from sparkinstall.log_search import Line, Search, Sighting
+    from sparkinstall.plans.diagnosis import Diagnosis, Found, Log, Reading
+    from sparkinstall.signatures import Signature
+
+_SHOWN_TELLING = 8
+
+Logs = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[FILE|-]...", help="Logs of vLLM, Ray, NCCL or the journal; `-` is stdin.", show_default=False
+    ),
+]
+Units = Annotated[
+    list[str] | None,
+    typer.Option("--unit", "-u", metavar="NAME", help="The journal of a unit since the start: vllm, ray-head, ..."),
+]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on reading, and tell each failure as it comes.")]
+Known = Annotated[bool, typer.Option("--known", help="List the failures that are known.")]
+
+
+def diagnose(
+    logs: Logs = None,
+    unit: Units = None,
+    follow: Follow = False,
+    known: Known = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Read logs and say which known failure it is, where, why, and what mends it; exit 3 if one was found."""
+
+    def body() -> Answer:
+        if known:
+            return _list_known()
+        named = tuple(logs or ())
+        return _diagnose(named, tuple(unit or ()), follow, talk=not json, verbose=verbose)
+
+    answer("diagnose", body, root=None, json=json, verbose=verbose)
+
+
+def _diagnose(files: "Sequence[str]", units: "Sequence[str]", follow: bool, talk: bool, verbose: bool) -> Answer:
+    from sparkinstall.errors import Exit
+    from sparkinstall.plans import diagnosis
+    from sparkinstall.signatures import load
+
+    logs = _logs(files, units, follow)
+    signatures = load()
+    readings = _followed(logs[0], signatures, talk) if follow else [_read(log, signatures) for log in logs]
+    found = diagnosis.judge(readings)
+    code = Exit.DRIFT if found.failures else Exit.GOOD
+    return Answer(code, _data(found), lambda: _show(found, verbose, told=follow))
+
+
+def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool) -> "list[Log]":
+    """What to read.
+
+    Raises:
+        BadUsage: nothing was named, or more than can be followed at once.
+    """
+    import sys
+
+    from sparkinstall.errors import BadUsage
+    from sparkinstall.plans import diagnosis
+
+    if not files and not units:
+        if sys.stdin.isatty():
+            raise BadUsage(
+                "which log?",
+                mend="name a file (`sparkinstall diagnose vllm.log`) or a unit (`sparkinstall diagnose --unit vllm`)",
+            )
+        files = ("-",)
+    if follow and len(files) + len(units) > 1:
+        raise BadUsage("only one log can be followed at a time", mend="start it once for each")
+    if files.count("-") > 1:
+        raise BadUsage("stdin can be read only once", mend="give `-` once")
+    return [
+        *(diagnosis.file_log(name, follow) for name in files),
+        *(diagnosis.unit_log(name, follow) for name in units),
+    ]
+
+
+def _read(log: "Log", signatures: "Sequence[Signature]") -> "Reading":
+    from sparkinstall.log_search import Search
+    from sparkinstall.plans.diagnosis import Reading
+
+    search = Search(signatures)
+    for piece in log.pieces():
+        search.feed(piece)
+    search.end()
+    return Reading(log.name, search)
+
+
+def _followed(log: "Log", signatures: "Sequence[Signature]", talk: bool) -> "list[Reading]":
+    """Read until the log ends or Ctrl-C, which is how a person ends it; tell what comes."""
+    from sparkinstall.cli.render import console
+    from sparkinstall.log_search import Search
+    from sparkinstall.plans.diagnosis import Reading
+
+    search, out = Search(signatures), console()
+    if talk:
+        console(stderr=True).print(f"[dim]following {log.name}; Ctrl-C ends it[/]")
+    try:
+        for piece in log.pieces():
+            for sighting in search.feed(piece):
+                _tell(sighting, search, talk, out)
+    except KeyboardInterrupt:
+        pass
+    for sighting in search.end():
+        _tell(sighting, search, talk, out)
+    return [Reading(log.name, search)]
+
+
+def _tell(sighting: "Sighting", search: "Search", talk: bool, out: "Console") -> None:
+    """One failure, at the moment it is met; what has brought it about is known if it came before."""
+    import time
+
+    from sparkinstall.plans import diagnosis
+
+    if not talk:
+        return
+    every = diagnosis.judge([diagnosis.Reading("", search)])
+    found = next(each for each in (*every.failures, *every.warnings) if each.signature is sighting.signature)
+    out.print(f"[dim]{time.strftime('%H:%M:%S')}[/]")
+    _show_found(found, out, several=False)
+    out.file.flush()
+
+
+# --- for people
+
+
+def _show(found: "Diagnosis", verbose: bool, told: bool) -> None:
+    from sparkinstall.cli.render import console
+
+    out = console()
+    several = len(found.readings) > 1
+    if not told:
+        for each in found.causes:
+            _show_found(each, out, several)
+        _show_consequences(found, out, several, verbose)
+        for each in found.warnings:
+            _show_found(each, out, several)
+    _show_telling(found, out, several, verbose)
+    out.print(_summary(found), style="dim")
+
+
+def _show_found(found: "Found", out: "Console", several: bool) -> None:
+    from rich.markup import escape
+
+    from sparkinstall.cli.render import sign
+
+    known = found.signature
+    out.print(sign("warn" if known.is_warning else "fail"), f"[bold]{escape(known.title)}[/]  [dim]{known.name}[/]")
+    _show_lines([(place.log, place.line) for place in found.places], out, several)
+    if found.count > len(found.places):
+        out.print(f"      [dim]{_count(found)} lines in all[/]")
+    if found.explained_by:
+        _field(out, "after", f"this follows from {', '.join(found.explained_by)}: mend that")
+    _field(out, "why", known.why)
+    of_fix = f" (fix {known.fix} of the eight)" if known.fix else ""
+    _field(out, "do", known.mend + of_fix)
+    if known.concerns:
+        _field(out, "for", known.concerns)
+    for at, link in enumerate(known.links):
+        _field(out, "" if at else "see", link)
+    out.print()
+
+
+def _show_lines(lines: "Sequence[tuple[str, Line]]", out: "Console", several: bool) -> None:
+    from itertools import groupby
+
+    from rich.text import Text
+
+    from sparkinstall.redaction import redact
+
+    for log, those in groupby(lines, lambda pair: pair[0]):
+        if several:
+            out.print(Text(f"    {log}", style="dim"))
+        table = _grid(9)
+        for _, line in those:
+            table.add_row(Text(f"{line.number} │", style="dim"), Text(redact(line.text)))
+        out.print(table)
+
+
+def _grid(width: int) -> "Table":
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 1))
+    table.add_column(min_width=width, justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+def _field(out: "Console", name: str, text: str) -> None:
+    from rich.text import Text
+
+    table = _grid(7)
+    table.add_row(Text(name, style="dim"), Text(text))
+    out.print(table)
+
+
+def _show_consequences(found: "Diagnosis", out: "Console", several: bool, verbose: bool) -> None:
+    if not found.consequences:
+        return
+    out.print("[bold]What followed from it[/]")
+    for each in found.consequences:
+        if verbose:
+            _show_found(each, out, several)
+            continue
+        first = each.places[0]
+        where = f"{first.log}:{first.line.number}" if several else f"line {first.line.number}"
+        again = f", {_count(each)} lines" if each.count > 1 else ""
+        out.print(f"  [dim]·[/] {each.signature.title}  [dim]{each.signature.name}, {where}{again}[/]")
+    out.print()
+
+
+def _show_telling(found: "Diagnosis", out: "Console", several: bool, verbose: bool) -> None:
+    if not found.telling:
+        return
+    out.print("No known failure is in it. These lines are the most telling ones:")
+    for log, each in found.telling if verbose else found.telling[:_SHOWN_TELLING]:
+        _show_lines([(log, each.line)], out, several)
+        if each.count > 1:
+            out.print(f"      [dim]{each.count} lines like this[/]")
+    out.print()
+
+
+def _count(found: "Found") -> str:
+    from sparkinstall.log_search import MOST
+
+    return f"{found.count:,} or more" if found.count >= MOST else f"{found.count:,}"
+
+
+def _summary(found: "Diagnosis") -> str:
+    lines = sum(each.search.lines for each in found.readings)
+    size = sum(each.search.bytes for each in found.readings)
+    how_large = f" ({size / 1e6:,.1f} MB)" if size >= 1e5 else ""
+    read = f"{_many(lines, 'line')}{how_large} read: "
+    if found.failures:
+        return f"{read}{_many(len(found.causes), 'cause')}, {_many(len(found.consequences), 'consequence')}"
+    if found.telling:
+        return f"{read}nothing known; `journalctl -k` and the logs of the other nodes may say more"
+    return f"{read}no known failure, and nothing that looks like one" if lines else "there was nothing to read"
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+# --- for programs
+
+
+def _data(found: "Diagnosis") -> dict[str, Any]:
+    every = (*found.failures, *found.warnings)
+    return {
+        "logs": [
+            {"name": each.name, "bytes": each.search.bytes, "lines": each.search.lines} for each in found.readings
+        ],
+        "found": [{**_signature_data(each.signature), **_found_data(each)} for each in every],
+        "telling": [
+            {"log": log, "line": each.line.number, "text": each.line.text, "count": each.count}
+            for log, each in found.telling
+        ],
+    }
+
+
+def _found_data(found: "Found") -> dict[str, Any]:
+    return {
+        "count": found.count,
+        "explained_by": list(found.explained_by),
+        "lines": [{"log": each.log, "line": each.line.number, "text": each.line.text} for each in found.places],
+    }
+
+
+def _signature_data(known: "Signature") -> dict[str, Any]:
+    return {
+        "name": known.name,
+        "title": known.title,
+        "severity": known.severity,
+        "fix": known.fix,
+        "why": known.why,
+        "mend": known.mend,
+        "concerns": known.concerns,
+        "links": list(known.links),
+    }
+
+
+def _list_known() -> Answer:
+    from sparkinstall.signatures import load
+
+    signatures = load()
+
+    def show() -> None:
+        from rich.table import Table
+
+        from sparkinstall.cli.render import console
+
+        table = Table(box=None, pad_edge=False, header_style="dim")
+        for heading in ("failure", "fix", "what it is"):
+            table.add_column(heading)
+        for each in signatures:
+            table.add_row(each.name, str(each.fix or ""), f"{each.title}{' (a warning)' if each.is_warning else ''}")
+        console().print(table)
+
+    return Answer(data={"known": [_signature_data(each) for each in signatures]}, show=show)

@@ -1,0 +1,282 @@
+"""`sparkinstall doctor`: what `verify` and the preflight find, told to a person; masked, so that it can be shown."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from sparkinstall.cli import options
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.cli.verify import Choice, HowFar, Measure, Names, NotNames, known_level
+from sparkinstall.records import dataclass
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from sparkinstall.cli.session import Session
+    from sparkinstall.masking import Mask
+    from sparkinstall.plans.checkup import Item, Weight
+
+_HEADINGS: "dict[Weight, tuple[str, str, str]]" = {
+    "broken": ("✗", "red", "Broken"),
+    "look-at": ("!", "yellow", "To look at"),
+    "well": ("✓", "green", "Well"),
+    "not-looked-at": ("·", "dim", "Not looked at"),
+}
+_MANY_LINES = 6
+
+
+@dataclass(frozen=True)
+class Checkup:
+    """What the doctor found, masked. `wrong`: the node is not as it should be, or that could not be told."""
+
+    machine: dict[str, str]
+    installed: bool
+    items: "tuple[Item, ...]"
+    wrong: bool
+    masked: str
+
+    def of(self, weight: "Weight") -> "list[Item]":
+        return [item for item in self.items if item.weight == weight]
+
+
+def doctor(
+    root: options.Root = None,
+    config: options.ConfigFile = None,
+    stack: options.Stack = None,
+    set_: options.Set = None,
+    platform: options.Platform = None,
+    full: options.Full = None,
+    level: HowFar = None,
+    only: Names = None,
+    skip: NotNames = None,
+    measure: Measure = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Say what is wrong here, what that means and what to do, worst first; masked, to be shown in public."""
+    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
+
+    def body() -> Answer:
+        with _problems_masked(asked):
+            choice = Choice(tuple(only or ()), tuple(skip or ()), known_level(level), measure)
+            return _doctor(asked, choice, json)
+
+    answer("doctor", body, root=root, json=json, verbose=verbose)
+
+
+@contextmanager
+def _problems_masked(asked: Asked) -> Iterator[None]:
+    """What keeps the doctor from looking is pasted in public like all the rest."""
+    from sparkinstall.cli.session import open_state
+    from sparkinstall.errors import Problem
+    from sparkinstall.masking import Mask
+    from sparkinstall.probes import identity
+
+    try:
+        yield
+    except Problem as problem:
+        mask = Mask(identity.known(open_state(replace(asked, root=None)).system))
+        problem.what, problem.why, problem.mend = map(mask.text, (problem.what, problem.why, problem.mend))
+        problem.tail = tuple(map(mask.text, problem.tail))
+        raise
+
+
+def _doctor(asked: Asked, choice: Choice, json: bool) -> Answer:
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.errors import Exit
+    from sparkinstall.masking import Mask
+    from sparkinstall.plans import checkup
+    from sparkinstall.probes import identity
+
+    session = open_session(asked)
+    mask = Mask(identity.known(session.system))
+    items, installed, wrong = _looked_at(session, choice, json)
+    shown = tuple(_shown(item, session, mask) for item in items)
+    machine: dict[str, str] = mask.data(checkup.machine(session.node, session.system))
+    found = Checkup(machine, installed, shown, wrong or any(each.weight == "broken" for each in shown), mask.told())
+    show = lambda: _show(found, session, asked.verbose)  # noqa: E731
+    return Answer(Exit.DRIFT if found.wrong else Exit.GOOD, _data(found), show)
+
+
+def _looked_at(session: "Session", choice: Choice, plain: bool) -> "tuple[list[Item], bool, bool]":
+    """The items; whether anything of ours is here; whether `verify` would call it wrong."""
+    from sparkinstall.cli.verify import looked_through
+    from sparkinstall.errors import BadUsage, NotThere, Problem
+    from sparkinstall.plans import checkup
+
+    try:
+        result = looked_through(session, choice, plain)
+    except BadUsage:
+        raise
+    except NotThere:
+        return [*_before(session, choice, False), *_of_machine(session, choice)], False, False
+    except Problem as problem:
+        kept = checkup.of_problem(problem)
+        return [kept, *_before(session, choice, True), *_of_machine(session, choice)], True, True
+    checks = checkup.of_checks(result.reports)
+    probes = checkup.of_probes(result.looked, session.node)
+    return [*_before(session, choice, True), *checks, *probes], True, result.wrong
+
+
+def _before(session: "Session", choice: Choice, installed: bool) -> "list[Item]":
+    """The checks before an installation; who names one thing does not ask for them."""
+    from sparkinstall.events import silent
+    from sparkinstall.plans import checkup, proof
+    from sparkinstall.probes.host import preflight
+
+    if choice.only:
+        return []
+    return checkup.of_preflight(proof.look(preflight(session.node), session.system, silent), installed)
+
+
+def _of_machine(session: "Session", choice: Choice) -> "list[Item]":
+    """What can be said of the machine alone, with nothing of ours on it."""
+    from sparkinstall.events import silent
+    from sparkinstall.plans import checkup, proof
+
+    chosen = proof.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)
+    own = {probe.name for probe in proof.of_no_step(session.node)}
+    probes = [probe for probe in chosen.probes if probe.name in own]
+    return checkup.of_probes(proof.look(probes, session.system, silent), session.node)
+
+
+def _shown(item: "Item", session: "Session", mask: "Mask") -> "Item":
+    from sparkinstall.cli.render import pointed
+
+    return replace(
+        item,
+        title=mask.text(item.title),
+        found=mask.text(item.found),
+        expected=mask.text(item.expected),
+        mend=mask.text(pointed(item.mend, session.root_option)),
+    )
+
+
+def _data(found: Checkup) -> dict[str, Any]:
+    groups = {weight.replace("-", "_"): [vars(item) for item in found.of(weight)] for weight in _HEADINGS}
+    return {"machine": found.machine, "installed": found.installed, **groups, "masked": found.masked}
+
+
+def _show(found: Checkup, session: "Session", verbose: bool) -> None:
+    from sparkinstall.cli.render import console
+
+    out = console()
+    out.print(", ".join(_named(name, value) for name, value in found.machine.items()), markup=False)
+    if not found.installed:
+        out.print(
+            f"sparkinstall has set nothing up here; `sparkinstall all{session.root_option}` does it", markup=False
+        )
+    out.print()
+    for weight in ("broken", "look-at"):
+        _show_bad(found, weight, out, verbose)
+    _show_well(found, out)
+    _show_rest(found, out)
+    out.print()
+    out.print(_conclusion(found))
+    masked = (
+        f"masked, so that it can be shown in public: {found.masked}" if found.masked else "nothing had to be masked"
+    )
+    out.print(f"[dim]{masked}[/]")
+
+
+def _named(name: str, value: str) -> str:
+    return value if name in ("machine", "gpu", "os") else f"{name} {value}"
+
+
+def _heading(weight: "Weight", count: int) -> str:
+    mark, colour, words = _HEADINGS[weight]
+    return f"[{colour}]{mark}[/] [bold]{words}[/] ({count})"
+
+
+def _show_bad(found: Checkup, weight: "Weight", out: "Console", verbose: bool) -> None:
+    items = found.of(weight)
+    if not items:
+        return
+    out.print(_heading(weight, len(items)))
+    for same in _together(items):
+        _show_same(same, out, verbose)
+    out.print()
+
+
+def _together(items: "Sequence[Item]") -> "list[list[Item]]":
+    """Where one thing is missing, many find the same; it is told once, where it was met first."""
+    groups: dict[tuple[str, str], list[Item]] = {}
+    for item in items:
+        groups.setdefault((item.found, item.mend), []).append(item)
+    return list(groups.values())
+
+
+def _show_same(items: "Sequence[Item]", out: "Console", verbose: bool) -> None:
+    from rich.markup import escape
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    first, names = items[0], ", ".join(item.name for item in items)
+    numbers = sorted({number for item in items for number in item.fixes})
+    title = f"  {escape(first.title)}" if len(items) == 1 and first.title != first.name else ""
+    eight = f"  [dim]fix {', '.join(map(str, numbers))} of the eight[/]" if numbers else ""
+    out.print(Padding(f"[bold]{escape(names)}[/]{title}{eight}", (0, 0, 0, 2), expand=False))
+    table = Table.grid(padding=(0, 2))
+    for label, text in _rows(first, verbose):
+        table.add_row(Text(label, style="dim"), Text(text))
+    out.print(Padding(table, (0, 0, 0, 4), expand=False))
+
+
+def _rows(item: "Item", verbose: bool) -> Iterator[tuple[str, str]]:
+    lines = item.found.splitlines()
+    kept = (
+        lines
+        if verbose or len(lines) <= _MANY_LINES
+        else [*lines[: _MANY_LINES - 1], f"... (-v shows all {len(lines)})"]
+    )
+    yield "found", "\n".join(kept)
+    if item.expected and item.expected != item.found:
+        yield "expected", item.expected
+    if item.means:
+        yield "means", item.means
+    if item.mend:
+        yield "do", item.mend
+
+
+def _show_well(found: Checkup, out: "Console") -> None:
+    from rich.markup import escape
+
+    items = found.of("well")
+    if items:
+        names = ", ".join(dict.fromkeys(item.name for item in items))
+        out.print(f"{_heading('well', len(items))}: {escape(names)}")
+
+
+def _show_rest(found: Checkup, out: "Console") -> None:
+    """What was not looked at, by its reason."""
+    from rich.markup import escape
+    from rich.padding import Padding
+
+    items = found.of("not-looked-at")
+    if not items:
+        return
+    out.print(f"{_heading('not-looked-at', len(items))}")
+    for reason in dict.fromkeys((item.found, item.mend) for item in items):
+        names = ", ".join(item.name for item in items if (item.found, item.mend) == reason)
+        do = f" [dim]→[/] {escape(reason[1])}" if reason[1] else ""
+        out.print(Padding(f"{escape(names)}: [dim]{escape(reason[0])}[/]{do}", (0, 0, 0, 2), expand=False))
+
+
+def _conclusion(found: Checkup) -> str:
+    broken, worth = len(found.of("broken")), len(found.of("look-at"))
+    if broken:
+        things = "1 thing is" if broken == 1 else f"{broken} things are"
+        return f"[red bold]✗[/] {things} broken; begin with the first" + _and_look_at(worth)
+    if found.wrong:
+        return "[yellow bold]![/] nothing is broken as far as could be seen, but root alone can see some of it"
+    ready = "everything that was looked at is well" if found.installed else "nothing stands in the way of setting it up"
+    return f"[green bold]✓[/] {ready}{_and_look_at(worth)}"
+
+
+def _and_look_at(worth: int) -> str:
+    return f"; {worth} worth a look" if worth else ""

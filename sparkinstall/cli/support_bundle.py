@@ -1,0 +1,205 @@
+"""`sparkinstall support-bundle`: one masked archive for an issue. Nothing is sent anywhere."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparkinstall.cli import options
+from sparkinstall.cli.options import Asked
+from sparkinstall.cli.verb import Answer, answer, confirm
+from sparkinstall.cli.verify import Choice, HowFar, known_level
+from sparkinstall.records import dataclass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sparkinstall.cli.session import Session
+    from sparkinstall.node import Node
+    from sparkinstall.plans.bundle import Bundle
+    from sparkinstall.system.local import LocalSystem
+
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="FILE", help="The archive, a .tar.gz; made here without it.", rich_help_panel="Output"
+    ),
+]
+_LARGEST = 25_000_000
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the other verbs say, by the member that it becomes, and what they could not say."""
+
+    parts: dict[str, Any]
+    missing: tuple[str, ...]
+
+
+def support_bundle(
+    output: Output = None,
+    root: options.Root = None,
+    config: options.ConfigFile = None,
+    level: HowFar = None,
+    yes: options.Yes = False,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Pack facts, journal, logs and a `verify` into one archive for an issue, masked; nothing is sent."""
+    asked = Asked(root, config, verbose=verbose)
+    body = lambda: _support_bundle(asked, output, Choice(level=known_level(level)), yes, json)  # noqa: E731
+    answer("support-bundle", body, root=root, json=json, verbose=verbose)
+
+
+def _support_bundle(asked: Asked, output: Path | None, choice: Choice, yes: bool, json: bool) -> Answer:
+    from sparkinstall.cli.session import open_state
+    from sparkinstall.masking import Mask
+    from sparkinstall.plans import bundle
+    from sparkinstall.probes import identity
+
+    path = _place(output, yes)
+    on = open_state(asked).system
+    mask = Mask(identity.known(on))
+    node, told = _told(asked, choice, on, json)
+    made = bundle.gather(node, on, mask, told.parts, told.missing)
+    size = _written(path, made.packed())
+    return Answer(data=_data(path, size, made), show=lambda: _show(path, size, made))
+
+
+def _place(output: Path | None, yes: bool) -> Path:
+    """Where the archive goes; asked for before the work begins.
+
+    Raises:
+        BadUsage: it cannot be a file there, or it is one already.
+    """
+    from sparkinstall.errors import BadUsage
+
+    path = (output or Path(time.strftime("sparkinstall-support-%Y%m%d-%H%M%S.tar.gz"))).expanduser().absolute()
+    if not path.parent.is_dir():
+        raise BadUsage(f"there is no folder {path.parent}", mend=f"make it first: mkdir -p {path.parent}")
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise BadUsage(f"{path} is no file", mend="name the archive itself: `--output FILE.tar.gz`")
+    if path.exists() or path.is_symlink():
+        confirm(f"{path} is there already. Replace it?", agreed=yes, default=False)
+    return path
+
+
+def _told(asked: Asked, choice: Choice, on: "LocalSystem", json: bool) -> "tuple[Node, Told]":
+    """The node, and what verbs say of it; one whose settings cannot be used is taken for one without any."""
+    from sparkinstall.cli.envelope import problem_data
+    from sparkinstall.cli.session import open_session
+    from sparkinstall.errors import Problem
+
+    missing: list[str] = []
+    try:
+        session = open_session(asked)
+    except Problem as problem:
+        node = _unset(on)
+        parts = {"settings.json": {"error": problem_data(problem)}}
+        missing.append(f"settings: {problem.what}")
+    else:
+        node = session.node
+        parts = {
+            "settings.json": _said(lambda: _settings(session), "settings", missing),
+            "verify.json": _said(lambda: _verify(session, choice, json), "verify", missing),
+        }
+    parts["preflight.json"] = _said(lambda: _preflight(node, on), "preflight", missing)
+    return node, Told(parts, tuple(missing))
+
+
+def _said(ask: "Callable[[], Any]", what: str, missing: list[str]) -> Any:
+    from sparkinstall.cli.envelope import problem_data
+    from sparkinstall.errors import Problem
+
+    try:
+        return ask()
+    except Problem as problem:
+        missing.append(f"{what}: {problem.what}")
+        return {"error": problem_data(problem)}
+    except Exception as error:  # a bug of ours is a good reason for this archive, not for there being none
+        import traceback
+
+        missing.append(f"{what}: {type(error).__name__}: {error}")
+        return {"traceback": traceback.format_exc().splitlines()}
+
+
+def _settings(session: "Session") -> dict[str, Any]:
+    from sparkinstall.cli.settings import rows
+
+    return rows(session)
+
+
+def _preflight(node: "Node", on: "LocalSystem") -> list[dict[str, Any]]:
+    """The checks before an installation, and the machine itself: where nothing is set up, there is nothing else."""
+    from sparkinstall.cli.envelope import finding_data
+    from sparkinstall.events import silent
+    from sparkinstall.plans import proof
+    from sparkinstall.probes.host import preflight
+
+    probes = [*preflight(node), *proof.of_no_step(node)]
+    found = proof.look((each for each in probes if not each.load), on, silent)
+    return [finding_data(each.probe, each.finding, each.seconds) for each in found]
+
+
+def _verify(session: "Session", choice: Choice, json: bool) -> dict[str, Any]:
+    from sparkinstall.cli.verify import data, looked_through
+
+    return data(session, looked_through(session, choice, json))
+
+
+def _unset(on: "LocalSystem") -> "Node":
+    """The node as it would be with no settings."""
+    import platform
+
+    from sparkinstall import stacks
+    from sparkinstall.assets import user_cache
+    from sparkinstall.config import Config
+    from sparkinstall.node import Node
+
+    machine = platform.machine()
+    return Node(
+        config=Config(), stack=stacks.load(stacks.DEFAULT), platform=machine, machine=machine,
+        rehearsal=on.rehearsal, full=False, home=str(Path.home()), cache=user_cache(),
+    )  # fmt: skip
+
+
+def _written(path: Path, data: bytes) -> int:
+    from sparkinstall.errors import Problem, storage_problem
+    from sparkinstall.system.local import replace_file
+
+    if len(data) > _LARGEST:
+        raise Problem(f"the archive would have {len(data) / 1e6:.0f} MB, too much for an issue", mend="report this")
+    try:
+        replace_file(str(path), data, 0o600)
+    except OSError as error:
+        raise storage_problem(error, f"writing {path}") from error
+    return len(data)
+
+
+def _data(path: Path, size: int, made: "Bundle") -> dict[str, Any]:
+    members = [{"name": each.name, "bytes": len(each.data)} for each in made.members]
+    return {
+        "path": str(path), "bytes": size, "members": members, "missing": list(made.missing), "masked": made.masked,
+    }  # fmt: skip
+
+
+def _show(path: Path, size: int, made: "Bundle") -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from sparkinstall.cli.render import console
+
+    out = console()
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    for member in made.members:
+        table.add_row(Text(f"  {member.name}"), Text(f"{len(member.data) / 1024:,.1f} KiB", style="dim"))
+    out.print(table)
+    for each in made.missing:
+        out.print(Text.assemble(("  ! ", "yellow"), f"not in it: {each}"))
+    out.print(f"\n[green bold]✓[/] {path} ({size / 1024:,.0f} KiB)", soft_wrap=True)
+    out.print("Nothing was sent anywhere. Look it over, then attach it to your issue.")
+    if made.masked:
+        out.print(Text(f"masked: {made.masked}", style="dim"))

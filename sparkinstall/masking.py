@@ -1,0 +1,354 @@
+"""Take out of a text what tells one machine and its people from all others, so that it can be shown in public.
+
+Each of these things gets a stand-in such as `<ip-1>`. The same thing has the same stand-in wherever it stands in one
+output, so that a reader can still follow it. Where it is not sure, a thing is taken for personal.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
+from typing import Any
+
+from sparkinstall.records import dataclass
+from sparkinstall.redaction import HIDDEN, redact
+
+_WORDS = {
+    "host": ("host name", "host names"), "user": ("user name", "user names"), "ip": ("address", "addresses"),
+    "mac": ("MAC address", "MAC addresses"), "guid": ("GUID", "GUIDs"), "uuid": ("UUID", "UUIDs"),
+    "serial": ("serial number or machine id", "serial numbers or machine ids"),
+    "mail": ("e-mail address", "e-mail addresses"), "ssid": ("network name", "network names"),
+}  # fmt: skip
+_STAND_IN = re.compile(rf"(<(?:{'|'.join(_WORDS)})-\d+>|{re.escape(HIDDEN)})")
+_ROUNDS = 6
+# A name may follow a colour code, or a line end as JSON writes it, without a gap.
+_COLOUR = r"(?:\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b|(?:\\u001b|\\x1b|\\033)\[[0-9;]*m)"
+_COLOURS = re.compile(_COLOUR)
+_COLOUR_BETWEEN = re.compile(rf"(?<=\w){_COLOUR}+(?=\w)")
+_FRONT = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=\\u[0-9A-Fa-f]{4}))"
+_BACK = r"(?![A-Za-z0-9])"
+
+# Names that machines and users have everywhere: nobody is told by them, and they are words of every log.
+_EVERYBODYS = frozenset(
+    {
+        *("admin", "cluster", "daemon", "debian", "default", "dgx", "dgx-spark", "domain", "gb10", "gpu", "guest"),
+        *("gx10", "head", "home", "host", "internet", "linux", "local", "localdomain", "localhost", "machine"),
+        *("network", "nobody", "node", "nvidia", "ray", "root", "server", "service", "spark", "sparkinstall"),
+        *("system", "test", "ubuntu", "user", "users", "vllm", "worker"),
+    }
+)
+_MACHINES_OWN = ("0.0.0.0/32", "127.0.0.0/8", "192.168.100.0/24", "192.168.101.0/24", "224.0.0.0/4", "255.0.0.0/8")
+_STAY = tuple(IPv4Network(each) for each in _MACHINES_OWN)
+_GO = tuple(IPv6Network(each) for each in ("2000::/3", "fc00::/7", "fe80::/10", "fec0::/10", "::ffff:0:0/96"))
+
+_HEX = "[0-9A-Fa-f]"
+_IPV4 = re.compile(r"(?<!\d)(?<!\d\.)(?:\d{1,3}\.){3}\d{1,3}(?!\d|\.\d)")
+_IPV6 = re.compile(
+    rf"(?:(?<![0-9A-Za-z_:])|(?<=[A-Za-z_]:)){_HEX}{{0,4}}:(?:{_HEX}{{0,4}}:){{1,6}}{_HEX}{{0,4}}"
+    r"(?:\.\d{1,3}){0,3}(?![0-9A-Za-z_])"
+)
+_VERSION_BEFORE = re.compile(
+    r"(?:[=~<>!]=\s*|\bv|\b[Vv]ersion\w*\W{1,4}|\b(?:driver|firmware|nvidia[-_][a-z0-9_-]+|lib(?:nccl|nv|cu)[a-z0-9_-]*|"
+    r"cu(?:da|dnn|blas|fft|rand|solver|sparse|file|pti)[a-z0-9_-]*)[\s(:=-]{0,6})$"
+)
+_WHEEL_BEHIND = re.compile(r"[-+](?:py\d|cp\d|\d|[a-z]+\d)")
+_MAC = re.compile(
+    rf"(?:(?<![0-9A-Za-z:])|(?<=[0-9A-Za-z]:)){_HEX}{{2}}([:-])(?:{_HEX}{{2}}\1){{4,18}}{_HEX}{{2}}(?!{_HEX})"
+)
+_GUID = re.compile(rf"(?<!{_HEX})(?<!{_HEX}:)(?:{_HEX}{{4}}:){{3}}{_HEX}{{4}}(?!:?{_HEX})")
+_NAMED_ID = re.compile(
+    r"(?i)((?:guid|phys_(?:switch|port)_id|switchid|portid|machine[-_ ]?id|boot[-_ ]?id|eui\.|wwn-0x)[\"']?\s*[:=]?\s*"
+    r"[\"']?)((?:0x)?[0-9a-f]{12,32})(?![0-9a-f])"
+)
+_MAC_IN_A_NAME = re.compile(rf"(?a)\b((?:enx|wlx))({_HEX}{{12}})\b")
+_UUID = re.compile(rf"(?<!{_HEX}){_HEX}{{8}}(?:-{_HEX}{{4}}){{3}}-{_HEX}{{12}}(?!{_HEX})")
+_MAIL = re.compile(r"(?a)(?<![\w.+%-])[\w.+%-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.([A-Za-z]{2,})\b")
+_UNITS = ("service", "socket", "timer", "slice", "mount", "target", "device", "path", "scope", "swap")
+_HOME = re.compile(r"(/home/)([A-Za-z_][\w.-]*)")
+_FACTORY = re.compile(r"(?ai)(?<![\w-])(?:spark|gx10|promaxgb10|zgx)-[0-9a-f]{4,8}(?![\w-])")
+_IN_THE_LAN = re.compile(
+    r"(?ai)(?<![\w./~-])(?!(?:threading|plumbum|system|self)\.local)[a-z0-9][\w-]*\.(?:local|lan|home\.arpa|fritz\.box)(?![\w-]|\.\w)"
+)
+_TORCH_PEER = re.compile(r"(?<=\[)[A-Za-z][\w.-]*(?=\]:\d{2,5}\b)")
+
+_KEY_BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.S)
+_TOKENS = re.compile(
+    r"(?a)\b(?:hf_[A-Za-z0-9]{20,}|(?:gh[pousr]_|github_pat_|glpat-|sk-|nvapi-|xox[bp]-)[\w-]{16,}|AKIA[A-Z0-9]{12,}|"
+    r"eyJ[\w-]{8,}\.[\w-]+\.[\w-]+)"
+)
+_SECRET_KEY = (
+    r"password|passwd|passphrase|psk|secret|secret[_-]key|api[_-]?key|access[_-]key|private[_-]?key|credentials?|"
+    r"(?:hf|hub|auth|access|refresh|bearer|ray|ngc|gh|github|session|api|wandb|cluster)[_-]?token"
+)
+_SERIAL_KEY = r"(?<![A-Za-z])serial(?:[ _-]?(?:number|num|no|nr|short))?\.?|(?<![A-Za-z0-9])s/?n"
+_SSID_KEY = r"(?<![A-Za-z])e?ssid"
+_VALUE = r"([\[({]?)(?:(\"(?:[^\"\\\n]|\\.)*\"?)|('(?:[^'\\\n]|\\.)*'?)|(BARE))"
+_NOTHING = re.compile(r"(?i)[\"']?(?:none|null|nil|true|false|n/a|\[?n/a\]?|not \w+|to be filled.*|\*+|)[\"']?")
+_NUMBERS = re.compile(r"[\d.]+")
+_FLAG = re.compile(r"--[\w-]*(?:key|token|password|secret)")
+
+
+def _keyed(key: str, bare: str, equals: str = r"[\"']?\s*[:=]\s*") -> re.Pattern[str]:
+    return re.compile(rf"(?i)((?:{key}){equals}){_VALUE.replace('BARE', bare)}")
+
+
+_KEYED_SECRET = _keyed(_SECRET_KEY, r"[^\s\"',;)}\]]+")
+_ENV_SECRET = re.compile(
+    r"(?a)\b([A-Z][A-Z0-9_]*(?:TOKEN|PASS|_KEY|_PAT)=)()(?:(\"[^\"\n]*\"?)|('[^'\n]*'?)|([^\s\"',;]+))"
+)
+_GIVEN_SECRET = re.compile(
+    r"((?<!-)--[\w-]*(?:key|token|password|secret)[= ])()(?:(\"[^\"\n]*\"?)|('[^'\n]*'?)|([^\s\"'-]\S*))"
+)
+_KEYED_SERIAL = _keyed(_SERIAL_KEY, r"(?=[\w./-]*\d)[\w./-]{4,}")
+_KEYED_SSID = _keyed(_SSID_KEY, r"[^\n\"',;<\\]+")
+_QUOTED_SSID = _keyed(_SSID_KEY, r"(?!)", r"\s+")
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known to be personal here. `homes`: the user's own folders; `serials`: also ids of the machine."""
+
+    hosts: tuple[str, ...] = ()
+    users: tuple[str, ...] = ()
+    homes: tuple[str, ...] = ()
+    serials: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+
+
+Stand = Callable[[re.Match[str]], str]
+Rule = tuple[tuple[str, ...], re.Pattern[str], Stand]
+"""Words first: where none of them stands in a line, in lower case, its pattern is not tried at all."""
+
+
+class Mask:
+    """The stand-ins of one output."""
+
+    def __init__(self, known: Known | None = None) -> None:
+        self._numbers: dict[str, dict[str, int]] = {}
+        self._home = self._secret = False
+        self._known = known or Known()
+        self._rules = [*self._of_secrets(), *self._of_shapes(), *self._of_names()]
+
+    def text(self, text: str) -> str:
+        """`text` without what is personal in it, and without colours. Doing it twice changes nothing more."""
+        text = _COLOURS.sub("", _COLOUR_BETWEEN.sub(" ", text)) if _COLOURS.search(text) else text
+        if "PRIVATE KEY-----" in text:
+            text = _KEY_BLOCK.sub(self._hidden, text)
+        return "\n".join(map(self._line, text.split("\n")))
+
+    def _line(self, line: str) -> str:
+        for _ in range(_ROUNDS):
+            # What one rule has taken out may lay open something to a rule before it.
+            before, line = line, self._once(line)
+            if line == before:
+                break
+        return line
+
+    def _once(self, line: str) -> str:
+        hidden = redact(line)
+        if hidden != line:
+            self._secret, line = True, hidden
+        lower = line.lower()
+        for words, pattern, stand_in in self._rules:
+            if any(word in lower for word in words) and pattern.search(line):
+                parts = _STAND_IN.split(line)
+                line = "".join(part if at % 2 else pattern.sub(stand_in, part) for at, part in enumerate(parts))
+        return line
+
+    def data(self, value: Any, key: str = "") -> Any:
+        """The same for values that JSON can hold; what a key says of its value counts."""
+        if isinstance(value, Mapping):
+            return {self.text(str(name)): self.data(each, str(name)) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._element(value, at, key) for at in range(len(value))]
+        if isinstance(value, str) or (isinstance(value, int | float) and _kind_of(key) == "serial"):
+            return self._under(key, str(value))
+        return value
+
+    def _element(self, values: list[Any] | tuple[Any, ...], at: int, key: str) -> Any:
+        before = values[at - 1] if at else None
+        if isinstance(before, str) and isinstance(values[at], str) and _FLAG.fullmatch(before):
+            self._secret = True
+            return HIDDEN
+        return self.data(values[at], key)
+
+    def _under(self, key: str, value: str) -> str:
+        kind = _kind_of(key)
+        if "version" in key.lower() and _NUMBERS.fullmatch(value):
+            return value
+        if kind is None or _NOTHING.fullmatch(value) or _STAND_IN.fullmatch(value):
+            return self.text(value)
+        if kind == "secret":
+            self._secret = True
+            return HIDDEN
+        return self._stand_in(kind, value)
+
+    def told(self) -> str:
+        """What was masked, in words; empty where there was nothing."""
+        counts = [(kind, len(self._numbers.get(kind, ()))) for kind in _WORDS]
+        said = [f"{count} {_WORDS[kind][count > 1]}" for kind, count in counts if count]
+        said += ["the home folder"] * self._home + ["credentials"] * self._secret
+        return ", ".join(said)
+
+    def _stand_in(self, kind: str, value: str) -> str:
+        numbers = self._numbers.setdefault(kind, {})
+        return f"<{kind}-{numbers.setdefault(value.lower(), len(numbers) + 1)}>"
+
+    # --- the rules, in their order
+
+    def _of_secrets(self) -> list[Rule]:
+        secret = self._value("secret")
+        return [
+            (("_", "-", "akia", "eyj"), _TOKENS, self._hidden),
+            (("pass", "psk", "secret", "key", "credential", "token"), _KEYED_SECRET, secret),
+            (("token=", "pass=", "_key=", "_pat="), _ENV_SECRET, secret),
+            (("--",), _GIVEN_SECRET, secret),
+        ]
+
+    def _of_shapes(self) -> list[Rule]:
+        ssid = self._value("ssid")
+        return [
+            (("@",), _MAIL, self._mail),
+            *((("/",), pattern, self._at_home) for pattern in _folders(self._known.homes)),
+            (("/home/",), _HOME, self._other_home),
+            *((words, pattern, self._whole("serial")) for words, pattern in _names(self._known.serials)),
+            ((":",), _IPV6, self._ipv6),
+            (("-",), _UUID, self._whole("uuid")),
+            (("guid", "_id", "-id", " id", "portid", "switchid", "eui.", "wwn-"), _NAMED_ID, self._behind("guid")),
+            (("enx", "wlx"), _MAC_IN_A_NAME, self._mac_in_a_name),
+            ((":", "-"), _MAC, self._mac),
+            ((":",), _GUID, self._guid),
+            ((".",), _IPV4, self._ipv4),
+            (("serial", "sn", "s/n"), _KEYED_SERIAL, self._value("serial")),
+            *((("ssid",), pattern, ssid) for pattern in (_KEYED_SSID, _QUOTED_SSID)),
+        ]
+
+    def _of_names(self) -> list[Rule]:
+        hosts = _names(self._known.hosts, r"(?<![\w/.-])", r"(?![\w/-]|\.\w)")
+        return [
+            *((words, pattern, self._whole("ssid")) for words, pattern in _names(self._known.networks)),
+            *((words, pattern, self._host) for words, pattern in hosts),
+            (("spark-", "gx10-", "zgx-", "gb10-"), _FACTORY, self._host),
+            ((".local", ".lan", ".home.arpa", ".fritz.box"), _IN_THE_LAN, self._host),
+            (("]:",), _TORCH_PEER, self._host),
+            *((words, pattern, self._whole("user")) for words, pattern in _names(self._known.users)),
+        ]
+
+    def _whole(self, kind: str) -> Stand:
+        return lambda found: self._stand_in(kind, found[0])
+
+    def _behind(self, kind: str) -> Stand:
+        """For a pattern with what stays in its first group and what goes in its second."""
+        return lambda found: found[1] + self._stand_in(kind, found[2])
+
+    def _value(self, kind: str) -> Stand:
+        """For a value behind its key, in quotes or bare."""
+
+        def stand_in(found: re.Match[str]) -> str:
+            quoted = found[3] or found[4]
+            value = (quoted[1:].rstrip(quoted[0]) if quoted else found[5]).strip()
+            if _NOTHING.fullmatch(value):
+                return found[0]
+            put = self._hidden(found) if kind == "secret" else self._stand_in(kind, value)
+            closed = quoted[-1:] if quoted and len(quoted) > 1 and quoted[-1] == quoted[0] else ""
+            return f"{found[1]}{found[2]}{quoted[:1] if quoted else ''}{put}{closed}"
+
+        return stand_in
+
+    def _hidden(self, found: re.Match[str]) -> str:
+        del found
+        self._secret = True
+        return HIDDEN
+
+    # --- what stays though it has the shape
+
+    def _host(self, found: re.Match[str]) -> str:
+        return found[0] if found[0].lower() in _EVERYBODYS else self._stand_in("host", found[0])
+
+    def _mail(self, found: re.Match[str]) -> str:
+        stays = found[1].lower() in _UNITS or found[0].startswith("git@")
+        return found[0] if stays else self._stand_in("mail", found[0])
+
+    def _at_home(self, found: re.Match[str]) -> str:
+        del found
+        self._home = True
+        return "~"
+
+    def _other_home(self, found: re.Match[str]) -> str:
+        return found[0] if found[2].lower() in _EVERYBODYS else found[1] + self._stand_in("user", found[2])
+
+    def _mac(self, found: re.Match[str]) -> str:
+        # Nobody's, and everybody's: 00:00:... and ff:ff:...
+        stays = set(found[0].lower()) - {":", "-"} in ({"0"}, {"f"})
+        return found[0] if stays else self._stand_in("mac", found[0].replace("-", ":"))
+
+    def _mac_in_a_name(self, found: re.Match[str]) -> str:
+        pairs = [found[2][at : at + 2] for at in range(0, 12, 2)]
+        return found[1] + self._stand_in("mac", ":".join(pairs))
+
+    def _guid(self, found: re.Match[str]) -> str:
+        return found[0] if set(found[0]) <= set("0:") else self._stand_in("guid", found[0])
+
+    def _ipv4(self, found: re.Match[str]) -> str:
+        around, first, end = found.string, found.start(), found.end()
+        if _VERSION_BEFORE.search(around[max(0, first - 40) : first]) or _WHEEL_BEHIND.match(around[end : end + 4]):
+            return found[0]
+        address = _address(found[0])
+        return self._address(found[0], address) if isinstance(address, IPv4Address) else found[0]
+
+    def _ipv6(self, found: re.Match[str]) -> str:
+        for text in (found[0], found[0].removesuffix(":")):
+            address = _address(text)
+            if isinstance(address, IPv6Address):
+                return self._address(text, address) + found[0][len(text) :]
+        return found[0]
+
+    def _address(self, text: str, address: IPv4Address | IPv6Address) -> str:
+        if isinstance(address, IPv6Address) and address.ipv4_mapped:
+            address = address.ipv4_mapped
+        if isinstance(address, IPv4Address):
+            stays = any(address in network for network in _STAY)
+        else:
+            stays = not any(address in network for network in _GO)
+        return text if stays else self._stand_in("ip", str(address))
+
+
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
+
+
+def _folders(given: tuple[str, ...]) -> list[re.Pattern[str]]:
+    homes = sorted({each.rstrip("/") for each in given} - {""}, key=lambda each: (-len(each), each))
+    return [re.compile(rf"(?<![\w.~-]){re.escape(each)}(?![\w-]|\.\w)") for each in homes]
+
+
+Named = tuple[tuple[str, ...], re.Pattern[str]]
+
+
+def _names(given: tuple[str, ...], front: str = r"(?<![\w-])", back: str = r"(?![\w-])") -> list[Named]:
+    """Words and patterns for names that are known, the longest first; nothing for what everybody has.
+
+    A short name (max, vm) is a part of too many other words: `front` and `back` say where it is none.
+    """
+    telling = {each for each in given if len(each) > 1 and each.lower() not in _EVERYBODYS}
+    return [
+        ((each.lower(),), _name(each, front, back)) for each in sorted(telling, key=lambda each: (-len(each), each))
+    ]
+
+
+def _name(name: str, front: str, back: str) -> re.Pattern[str]:
+    if len(name) > 4:
+        front, back = _FRONT, _BACK
+    return re.compile(f"{front}{re.escape(name)}{back}", re.IGNORECASE)
+
+
+_KINDS = tuple(
+    (re.compile(rf"(?:{pattern})$", re.IGNORECASE), kind)
+    for pattern, kind in ((_SECRET_KEY, "secret"), (_SERIAL_KEY, "serial"), (_SSID_KEY, "ssid"))
+)
+
+
+def _kind_of(key: str) -> str | None:
+    return next((kind for pattern, kind in _KINDS if pattern.search(key)), None)

@@ -1,0 +1,362 @@
+"""How much the QSFP link really carries: what is run for it on two nodes, what that says, what to think of it.
+
+Nothing here starts anything: it takes both ends, and a terminal that leads them (plans/measuring.py).
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import field
+from typing import Literal, get_args
+
+from sparkinstall.node import Node, nccl_library
+from sparkinstall.probes import Finding, Probe, facts, failed, link_health, links, passed, skipped, warned
+from sparkinstall.probes.network import own_addresses, twin_of
+from sparkinstall.records import dataclass
+from sparkinstall.system import Reader
+
+Kind = Literal["tcp", "rdma", "nccl"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+TITLES: Mapping[Kind, str] = {
+    "tcp": "what TCP carries over both halves",
+    "rdma": "what RDMA carries over both halves",
+    "nccl": "what NCCL carries between two nodes",
+}
+SECONDS = 5
+"""How long each is measured."""
+LIMIT = 30
+"""Seconds after which a program of a measurement is ended, whatever it waits for."""
+NCCL_LIMIT = 120
+"""The same where torch is loaded first."""
+
+_GIB = 1 << 30
+_PIECE = 1 << 26
+# NVIDIA's own 16 GB froze a node: GPU and system share their memory here.
+_SHARE = 16
+_STREAMS = "4"
+_DRIVER = "/proc/driver/nvidia/version"
+
+# The figures of the field for two Sparks on one cable, in Gb/s unless they say otherwise.
+RDMA_BOTH, ONE_HALF, TCP_UNTUNED, DEGRADED = 189.85, 98.0, 96.0, 13.0
+NCCL_MARK, NCCL_REACHED = 21.875, (18.9, 23.7)
+"""NVIDIA's pass mark for the bus bandwidth of all_gather, and what others have reached, in GB/s."""
+_NEARLY = 0.9
+# A degraded card was seen to give 8 to 25 Gb/s (NVIDIA/dgx-spark-playbooks#108).
+_CRAWLING = 30.0
+
+
+def known(name: str) -> Kind:
+    """The kind of that name.
+
+    Raises:
+        StopIteration: there is none; the terminal knows them all.
+    """
+    return next(kind for kind in KINDS if kind == name)
+
+
+def probe_name(kind: Kind) -> str:
+    """`tcp-bandwidth`, ..."""
+    return f"{kind}-bandwidth"
+
+
+def probes(node: Node) -> Iterable[Probe]:
+    """Their places in a node's own `verify --measure`, where they say what is needed to measure them."""
+    for kind in kinds(node.config.network.transport):
+        yield probe(node, kind)
+
+
+def kinds(transport: str) -> tuple[Kind, ...]:
+    """What there is to be measured with this `network.transport`."""
+    return tuple(kind for kind in KINDS if kind != "rdma" or transport != "socket")
+
+
+def probe(node: Node, kind: Kind) -> Probe:
+    """The probe of that kind, as one node alone can answer it."""
+    return Probe(
+        probe_name(kind), TITLES[kind], lambda on: skipped(why_not(node, on, kind) or _BOTH), "link", True, load=True
+    )
+
+
+_BOTH = (
+    "it takes both ends: `sparkinstall cluster verify --level link --measure spark-1 spark-2` on the machine from "
+    "which you reach the nodes measures it"
+)
+
+
+# --- what is run
+
+
+def why_not(node: Node, on: Reader, kind: Kind) -> str:
+    """Why this node cannot take part; empty where it can."""
+    if on.rehearsal:
+        return "a rehearsal has no QSFP port"
+    return {"tcp": _no_iperf, "rdma": _no_rdma, "nccl": _no_nccl}[kind](node, on)
+
+
+def _no_iperf(node: Node, on: Reader) -> str:
+    del node
+    return _missing(on, "iperf3", "iperf3")
+
+
+def _no_rdma(node: Node, on: Reader) -> str:
+    return links.roce_ready(on, links.port_to_look_at(on, node)) or _missing(on, "ib_write_bw", "perftest")
+
+
+def _missing(on: Reader, program: str, package: str) -> str:
+    there = on.query(program, "--version").code != 127
+    return "" if there else f"{program} is not installed: `sudo apt-get install {package}`"
+
+
+def _no_nccl(node: Node, on: Reader) -> str:
+    library = nccl_library(node, on)
+    if on.read(_DRIVER) is None:
+        return "there is no GPU here (no NVIDIA driver is loaded)"
+    if on.entry(node.env_file) is None or library is None or on.entry(library) is None:
+        return "the env file or NCCL is not there yet: `sparkinstall all`"
+    free = facts.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0)
+    return "" if size(free << 10) else f"only {free >> 10} MiB of memory are free: a measurement could freeze the node"
+
+
+def size(available: int) -> int:
+    """How many bytes NCCL may gather where `available` bytes of memory are: 1 GiB at most; 0: too little is free."""
+    return min(_GIB, available // _SHARE) // _PIECE * _PIECE
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program of a measurement. `over`: the interface or RDMA device that it uses."""
+
+    over: str
+    argv: tuple[str, ...]
+
+
+def programs(node: Node, on: Reader, kind: Kind, ports: Sequence[int], peer: str = "") -> tuple[Program, ...]:
+    """What is run on this node: a program for each half, or one for NCCL.
+
+    Args:
+        ports: one for each program, the same on both nodes.
+        peer: the other node's address on the first half, where this node is the one that asks; else it answers.
+    """
+    if kind == "nccl":
+        return (_gathering(node, on, ports[0], peer),)
+    halves = zip(links.port_to_look_at(on, node).twins, own_addresses(node), ports, strict=True)
+    peers = (peer, str(twin_of(node, peer).ip)) if peer else ("", "")
+    make = _iperf if kind == "tcp" else _ib_write_bw
+    return tuple(make(on, half, str(own.ip), port, to) for (half, own, port), to in zip(halves, peers, strict=True))
+
+
+def count(kind: Kind) -> int:
+    """How many programs, and ports, a measurement takes on each node."""
+    return 1 if kind == "nccl" else 2
+
+
+def _within(seconds: int, *argv: str) -> tuple[str, ...]:
+    # `timeout` ends it even where this whole program is killed.
+    return ("timeout", "-k", "2", str(seconds), *argv)
+
+
+def _iperf(on: Reader, half: links.Interface, own: str, port: int, peer: str) -> Program:
+    del on
+    asks = ("-c", peer, "-t", str(SECONDS), "-O", "1", "-P", _STREAMS, "-J", "--connect-timeout", "5000")
+    return Program(half.name, _within(LIMIT, "iperf3", *(asks if peer else ("-s", "-1")), "-B", own, "-p", str(port)))
+
+
+def _ib_write_bw(on: Reader, half: links.Interface, own: str, port: int, peer: str) -> Program:
+    index = links.roce_gid(on, half.hca, own)
+    device = ("-d", half.hca, "-i", "1", *(("-x", str(index)) if index is not None else ()))
+    how = ("-q", _STREAMS, "-D", str(SECONDS), "-F", "--report_gbits", "--bind_source_ip", own, "-p", str(port))
+    return Program(half.hca, _within(LIMIT, "ib_write_bw", *device, *how, *((peer,) if peer else ())))
+
+
+_START = '. "$1" && shift && NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET exec python -c "$@"'
+_GATHER = """
+import datetime, json, socket, sys, time
+rank, address, (port, most, seconds) = int(sys.argv[1]), sys.argv[2], map(int, sys.argv[3:])
+# At this address alone, and before torch is loaded: the other side may come at once.
+listening = socket.create_server((address, port)).detach() if rank == 0 else None
+import torch
+import torch.distributed as dist
+if not torch.cuda.is_available():
+    sys.exit("torch sees no GPU")
+limit = datetime.timedelta(seconds=60)
+store = dist.TCPStore(address, port, 2, rank == 0, limit, master_listen_fd=listening, use_libuv=False)
+dist.init_process_group("nccl", store=store, rank=rank, world_size=2, timeout=limit)
+store.set(f"most-{rank}", str(most))
+size = min(int(store.get("most-0")), int(store.get("most-1")))
+part = torch.full((size // 2,), rank + 1, dtype=torch.uint8, device="cuda")
+whole = torch.zeros(size, dtype=torch.uint8, device="cuda")
+def each(count):
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        dist.all_gather_into_tensor(whole, part)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / count
+each(3)
+if rank == 0:
+    store.set("count", str(max(1, int(seconds / each(5)))))
+else:
+    each(5)
+took = each(int(store.get("count")))
+right = whole[: size // 2].eq(1).all() and whole[size // 2 :].eq(2).all()
+# Of two nodes each sends its half: bus bandwidth as nccl-tests reckon it.
+print(json.dumps({"bus": size / 2 / took / 1e9, "size": size, "right": bool(right)}), flush=True)
+dist.barrier(device_ids=[0])
+dist.destroy_process_group()
+"""
+
+
+def _gathering(node: Node, on: Reader, port: int, peer: str) -> Program:
+    free = facts.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0) << 10
+    words = ("1", peer) if peer else ("0", node.address)
+    asked = (_GATHER, *words, str(port), str(size(free)), str(SECONDS))
+    return Program("nccl", _within(NCCL_LIMIT, "bash", "-c", _START, "bash", on.real(node.env_file), *asked))
+
+
+# --- what it says
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured between two nodes.
+
+    `halves`: Gb/s of each half by interface or RDMA device; `bus`: GB/s of NCCL's all_gather, `size` bytes of it, and
+    the `network` that NCCL took (`IB`, `Socket`). `why`: it came to nothing, in words. `lost`: counters of errors that
+    have grown meanwhile, by node.
+    """
+
+    kind: Kind
+    halves: Mapping[str, float]
+    bus: float = 0.0
+    size: int = 0
+    network: str = ""
+    why: str = ""
+    lost: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> float:
+        """Gb/s over everything."""
+        return self.bus * 8 if self.kind == "nccl" else sum(self.halves.values())
+
+
+def understood(kind: Kind, said: Mapping[str, tuple[str, str]]) -> Measured:
+    """What the asking side's programs have said: stdout and stderr of each, by what it used."""
+    if kind == "nccl":
+        return _of_nccl(*said["nccl"])
+    read = of_iperf if kind == "tcp" else of_ib_write_bw
+    halves = {over: read(out) for over, (out, _) in said.items()}
+    dumb = next((over for over, carried in halves.items() if carried is None), None)
+    if dumb is not None:
+        return Measured(kind, {}, why=f"{dumb}: {complaint(*said[dumb])}")
+    return Measured(kind, {over: carried for over, carried in halves.items() if carried is not None})
+
+
+def of_iperf(out: str) -> float | None:
+    """Gb/s that arrived, from `iperf3 -J`; None where it says nothing of it. Never raises."""
+    try:
+        return float(json.loads(out)["end"]["sum_received"]["bits_per_second"]) / 1e9
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+_ROW = re.compile(r"^ *[0-9]+ +[0-9]+ +[0-9.]+ +([0-9]+(?:\.[0-9]+)?) +[0-9.]+ *$", re.MULTILINE)
+
+
+def of_ib_write_bw(out: str) -> float | None:
+    """Gb/s on the average, from the last row that ib_write_bw prints with --report_gbits. Never raises."""
+    rows = _ROW.findall(out)
+    return float(rows[-1]) if rows else None
+
+
+_NETWORK = re.compile(r"(?:Using network|Assigned NET plugin) ([A-Za-z_]+)")
+
+
+def _of_nccl(out: str, err: str) -> Measured:
+    row = next((line for line in reversed(out.splitlines()) if line.startswith('{"bus"')), "")
+    network = _NETWORK.search(out)
+    if not row:
+        return Measured("nccl", {}, why=complaint("", err))
+    said = json.loads(row)
+    if not said["right"]:
+        return Measured("nccl", {}, why="what was gathered is not what was sent: the data arrived damaged")
+    return Measured("nccl", {}, float(said["bus"]), int(said["size"]), network[1] if network else "")
+
+
+def complaint(out: str, err: str) -> str:
+    """The last words of a program that came to nothing."""
+    try:
+        said = str(json.loads(out)["error"])
+    except (ValueError, KeyError, TypeError):
+        lines = [line.strip() for line in (err or out).splitlines() if line.strip()]
+        said = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
+    return said[-300:] or "no answer within its time"
+
+
+# --- what to think of it
+
+
+def judged(measured: Measured) -> Finding:
+    """The verdict: both halves, one half, sockets, or a degraded card."""
+    if measured.why:
+        return failed(measured.why, _UNREACHED)
+    finding = _of_bus(measured) if measured.kind == "nccl" else _of_halves(measured)
+    if measured.lost and finding.verdict == "pass":
+        said = "; ".join(f"on {host} {link_health.in_words(counters)}" for host, counters in measured.lost.items())
+        return warned(f"{finding.found}; meanwhile, {said}", _CABLE, finding.expected)
+    return finding
+
+
+def _of_halves(measured: Measured) -> Finding:
+    total, kind = measured.total, measured.kind
+    full = RDMA_BOTH if kind == "rdma" else TCP_UNTUNED
+    expected = f"about {full:.0f} Gb/s over both halves" + ("" if kind == "rdma" else ", untuned")
+    shares = " + ".join(f"{carried:.1f} {over}" for over, carried in measured.halves.items())
+    said = f"{total:.1f} Gb/s ({shares})"
+    weak, strong = min(measured.halves.values()), max(measured.halves.values())
+    if total < _CRAWLING and weak * 3 >= strong:
+        return failed(f"a degraded card: {said}; about {DEGRADED:.0f} Gb/s is how one shows", _POWER, expected)
+    if weak * 3 < strong:
+        name = min(measured.halves, key=lambda over: measured.halves[over])
+        return failed(f"one half: {said}; {name} carries a fraction of the other", _HALVES, expected)
+    if kind == "rdma" and total <= ONE_HALF / _NEARLY:
+        return failed(f"no more than one half carries alone: {said}", _HALVES, expected)
+    if total < full * _NEARLY:
+        return warned(f"less than both halves carry: {said}", _QUIET, expected)
+    return passed(f"both halves: {said}", expected)
+
+
+def _of_bus(measured: Measured) -> Finding:
+    low, high = NCCL_REACHED
+    expected = f"{NCCL_MARK} GB/s, NVIDIA's pass mark for two nodes; others reached {low} to {high}"
+    network = {"IB": "RoCE", "Socket": "sockets"}.get(measured.network, measured.network or "an unknown network")
+    said = f"{measured.bus:.2f} GB/s bus bandwidth over {network}, {measured.size >> 20} MiB gathered"
+    if measured.total < _CRAWLING:
+        return failed(f"a degraded card, or a wrong NCCL: {said}", f"{_WRONG_NCCL}; if not: {_POWER}", expected)
+    if measured.network == "Socket":
+        return warned(f"sockets: {said}; RoCE is several times faster", _WHY_SOCKETS, expected)
+    if measured.total <= ONE_HALF / _NEARLY:
+        return failed(f"no more than one half carries alone: {said}", _DEVICES, expected)
+    if measured.bus < low * _NEARLY:
+        return warned(f"less than others reached: {said}", _QUIET, expected)
+    if measured.bus < NCCL_MARK:
+        return warned(f"both halves, below the pass mark: {said}", _QUIET, expected)
+    return passed(f"both halves: {said}", expected)
+
+
+_AGAIN = "`sparkinstall cluster verify --level link --measure` with the nodes"
+_UNREACHED = (
+    "`sparkinstall verify --only peers` on both nodes shows whether they reach each other; a firewall other than ours "
+    "must let the other node in on the link"
+)
+_POWER = (
+    "switch both nodes off, take their power plugs out for a minute, and measure again: a ConnectX-7 that came up "
+    "degraded looks healthy otherwise (github.com/NVIDIA/dgx-spark-playbooks/pull/108)"
+)
+_HALVES = (
+    "`sparkinstall verify --level link` on both nodes: each half needs its carrier and its address, and for RoCE a GID"
+)
+_DEVICES = f"{_HALVES}; NCCL_IB_HCA in the env file must name the devices of both"
+_QUIET = f"stop what else uses the link and the GPU, and measure again: {_AGAIN}"
+_CABLE = f"put the cable in again at both ends, or try another one, and measure again: {_AGAIN}"
+_WHY_SOCKETS = "`sparkinstall plan` there says why it has no RoCE; `network.transport: auto` takes it where it can"
+_WRONG_NCCL = "`sparkinstall verify --only nccl-loaded` on both nodes tells the NCCL that is loaded"

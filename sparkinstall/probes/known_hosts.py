@@ -1,0 +1,233 @@
+"""Hosts that are known to be bad: rules as data (`knowledge/hosts.yaml`), and the few lookers that they name."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from datetime import date
+from functools import cached_property, lru_cache
+from typing import Any, Literal
+
+from sparkinstall.assets import asset
+from sparkinstall.node import Node
+from sparkinstall.probes import Finding, Probe, facts, passed, skipped
+from sparkinstall.records import dataclass
+from sparkinstall.system import Reader
+
+KNOWLEDGE = "knowledge/hosts.yaml"
+# Of the end of a boot's journal: a card that floods it says the same thing over and over.
+_LINES = 20000
+_GIB_KB = 2**20
+_ASK_GPU = "--query-gpu=name,driver_version,utilization.gpu,clocks.sm,power.draw"
+_MELLANOX = "0x15b3"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One kind of bad host. `looks` names the looker that is given `limits`; `checked`: when the evidence was read."""
+
+    name: str
+    title: str
+    looks: str
+    limits: Mapping[str, Any]
+    verdict: Literal["warn", "fail"]
+    expected: str
+    why: str
+    mend: str
+    concerns: str
+    checked: date
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What a looker saw; `bad`: it is what the rule warns of."""
+
+    bad: bool
+    words: str
+
+
+class CannotTell(Exception):
+    """The looker cannot see it on this node, and says why."""
+
+
+@dataclass(frozen=True)
+class Host:
+    """What several rules look at, asked once."""
+
+    on: Reader
+
+    @cached_property
+    def meminfo(self) -> Mapping[str, int]:
+        """`/proc/meminfo` in kB."""
+        return facts.parse_meminfo(self.on.read("/proc/meminfo") or b"")
+
+    @cached_property
+    def kernel(self) -> str:
+        """The release of the running kernel."""
+        return (self.on.read("/proc/sys/kernel/osrelease") or b"").decode(errors="replace").strip()
+
+    @cached_property
+    def journal(self) -> tuple[str, ...]:
+        """What the kernel has said since the boot; empty where that is not to be had."""
+        command = ("journalctl", "-k", "-b", "-q", "-o", "cat", "--no-pager", "-n", str(_LINES))
+        # Members of `adm` may read it; to others it looks empty, and is no error.
+        said = self.on.query(*command).out.splitlines() or self.on.query(*command, root=True).out.splitlines()
+        return tuple(said)
+
+    @cached_property
+    def gpu(self) -> Mapping[str, str]:
+        """The first GPU as nvidia-smi shows it; empty where it gives no answer."""
+        answer = self.on.query("nvidia-smi", _ASK_GPU, "--format=csv,noheader,nounits")
+        rows = [[cell.strip() for cell in line.split(",")] for line in answer.out.splitlines()]
+        if not answer.ok or not rows or len(rows[0]) != 5:
+            return {}
+        return dict(zip(("name", "driver", "busy", "mhz", "watts"), rows[0], strict=True))
+
+
+Looker = Callable[[Host, Mapping[str, Any]], Sight]
+
+
+def probes(node: Node) -> Iterable[Probe]:
+    """One probe a rule. They concern the machine, so a rehearsal has none of them."""
+    if node.rehearsal:
+        return
+    hosts: dict[int, Host] = {}
+
+    def judge(rule: Rule) -> Callable[[Reader], Finding]:
+        return lambda on: judged(rule, hosts.setdefault(id(on), Host(on)))
+
+    for rule in rules():
+        yield Probe(rule.name, rule.title, judge(rule), "node")
+
+
+def judged(rule: Rule, host: Host) -> Finding:
+    """What `rule` says of `host`."""
+    try:
+        sight = LOOKERS[rule.looks](host, rule.limits)
+    except CannotTell as why:
+        return skipped(str(why))
+    if not sight.bad:
+        return passed(sight.words, rule.expected)
+    return Finding(rule.verdict, f"{sight.words}: {rule.why}", rule.expected, f"{rule.mend} ({rule.evidence[0]})")
+
+
+@lru_cache(maxsize=1)
+def rules() -> tuple[Rule, ...]:
+    """The shipped rules, in their order."""
+    # Imported late: a run with nothing to do asks no rule, and starts without YAML.
+    from sparkinstall import safe_yaml
+
+    return tuple(_rule(row) for row in safe_yaml.load_table(asset(KNOWLEDGE).read_bytes()))
+
+
+def _rule(row: Mapping[str, Any]) -> Rule:
+    return Rule(**{**row, "checked": date.fromisoformat(row["checked"]), "evidence": tuple(row["evidence"])})
+
+
+def _stranded_memory(host: Host, limits: Mapping[str, Any]) -> Sight:
+    free, total = host.meminfo.get("CmaFree"), host.meminfo.get("CmaTotal")
+    if not host.meminfo:
+        raise CannotTell("there is no /proc/meminfo")
+    if free is None or total is None:
+        return Sight(False, f"kernel {host.kernel} has no such memory (CMA)")
+    words = f"CmaFree {free / _GIB_KB:.2f} GiB, CmaTotal {total / _GIB_KB:.2f} GiB, kernel {host.kernel}"
+    return Sight(free - total >= limits["cma_free_kb"], words)
+
+
+def _kernel_log(host: Host, limits: Mapping[str, Any]) -> Sight:
+    if not host.journal:
+        raise CannotTell("the kernel's journal of this boot is empty, or for root alone (`sudo -v` first)")
+    met = [line for line in host.journal if re.search(limits["pattern"], line)]
+    if len(met) < limits["times"]:
+        return Sight(False, "none")
+    times = "once" if len(met) == 1 else f"{len(met)} times, the last"
+    return Sight(True, f"{times}: {met[-1].strip()[:160].rstrip('.')}")
+
+
+def _low_power(host: Host, limits: Mapping[str, Any]) -> Sight:
+    gpu = _gpu(host)
+    if not facts.is_gb10(gpu["name"]):
+        return Sight(False, f"only known of a GB10; this is {gpu['name']}")
+    busy, mhz, watts = (_number(gpu[name]) for name in ("busy", "mhz", "watts"))
+    if busy is None or mhz is None or watts is None:
+        raise CannotTell("nvidia-smi does not tell how busy the GPU is, its clock, or its power")
+    words = f"{busy:.0f} % busy, {mhz:.0f} MHz, {watts:.0f} W"
+    if busy <= limits["busy_percent"]:
+        return Sight(False, f"{words}: it would show only under load")
+    return Sight(mhz < limits["sm_mhz"] and watts < limits["watts"], words)
+
+
+def _driver(host: Host, limits: Mapping[str, Any]) -> Sight:
+    driver = _gpu(host)["driver"]
+    return Sight(driver.split(".")[0] != limits["major"], driver)
+
+
+def _gpu(host: Host) -> Mapping[str, str]:
+    if not host.gpu:
+        raise CannotTell("nvidia-smi gives no answer")
+    return host.gpu
+
+
+def _number(cell: str) -> float | None:
+    """nvidia-smi writes `[N/A]` for what it cannot tell."""
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def _connectx(host: Host, limits: Mapping[str, Any]) -> Sight:
+    halves = {name: _bus(host.on, name) for name in host.on.names("/sys/class/net") if _is_connectx(host.on, name)}
+    if not halves:
+        return Sight(False, "no ConnectX is switched on (without a cable it may be off)")
+    told = {name: bus for name, bus in halves.items() if bus is not None}
+    slow = {name: bus for name, bus in told.items() if bus[0] < limits["gts"] or bus[1] < limits["lanes"]}
+    if not told:
+        raise CannotTell("the kernel does not tell the speed of the card's bus")
+    words = ", ".join(f"{name} {gts:g} GT/s x{lanes}" for name, (gts, lanes) in (slow or told).items())
+    return Sight(bool(slow), words + _firmware(host.on))
+
+
+def _is_connectx(on: Reader, name: str) -> bool:
+    return (on.read(f"/sys/class/net/{name}/device/vendor") or b"").strip() == _MELLANOX.encode()
+
+
+def _bus(on: Reader, name: str) -> tuple[float, int] | None:
+    """GT/s and lanes, as the kernel writes them: `32.0 GT/s PCIe` and `4`."""
+    device = f"/sys/class/net/{name}/device"
+    speed = re.match(rb"([\d.]+) GT/s", on.read(f"{device}/current_link_speed") or b"")
+    lanes = re.match(rb"\d+", on.read(f"{device}/current_link_width") or b"")
+    return (float(speed[1]), int(lanes[0])) if speed and lanes else None
+
+
+def _firmware(on: Reader) -> str:
+    base = "/sys/class/infiniband"
+    found = {(on.read(f"{base}/{name}/fw_ver") or b"").decode(errors="replace").strip() for name in on.names(base)}
+    return f"; firmware {', '.join(sorted(found - {''}))}" if found - {""} else ""
+
+
+def _page_cache(host: Host, limits: Mapping[str, Any]) -> Sight:
+    total, free, available = (host.meminfo.get(each, 0) for each in ("MemTotal", "MemFree", "MemAvailable"))
+    if not total:
+        raise CannotTell("there is no /proc/meminfo")
+    words = f"{free / _GIB_KB:.1f} GiB free, {(available - free) / _GIB_KB:.1f} GiB more could be"
+    return Sight(free < limits["share"] * total <= available, words)
+
+
+def _service(host: Host, limits: Mapping[str, Any]) -> Sight:
+    units = limits["units"]
+    states = host.on.query("systemctl", "is-active", *units).out.split()
+    if len(states) != len(units):
+        raise CannotTell("systemd gives no answer")
+    running = [unit for unit, state in zip(units, states, strict=True) if state == "active"]
+    return Sight(not running, ", ".join(running) or f"not running: {', '.join(units)}")
+
+
+LOOKERS: Mapping[str, Looker] = {
+    "stranded_memory": _stranded_memory,
+    "kernel_log": _kernel_log,
+    "low_power": _low_power,
+    "driver": _driver,
+    "connectx": _connectx,
+    "page_cache": _page_cache,
+    "service": _service,
+}

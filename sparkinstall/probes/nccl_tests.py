@@ -1,0 +1,208 @@
+"""nccl-tests, NVIDIA's own measurement of NCCL: built once against our library, and run through it."""
+
+import hashlib
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from sparkinstall.node import Node, cuda_home, nccl_library, site_packages
+from sparkinstall.probes import Finding, Probe, facts, failed, passed, skipped
+from sparkinstall.records import dataclass
+from sparkinstall.system import Reader, Result
+
+REPOSITORY = "https://github.com/NVIDIA/nccl-tests.git"
+TAG, COMMIT = "v2.19.6", "a0b82b2260cf5152b9f8c061bbf7eaf0ba096432"
+PROGRAMS = ("all_gather_perf", "all_reduce_perf")
+
+_BUILD_LIMIT, _RUN_LIMIT = 900.0, 120.0
+_GIB, _LEAST = 1 << 30, 1 << 23
+# Each GPU has what it sends, what it receives and what it should receive; and the node wants to live on.
+_SHARE = 8
+_VERSION = re.compile(rb"#define\s+NCCL_(?:MAJOR|MINOR|PATCH)\s+(\d+)")
+_BANDWIDTH = re.compile(r"^# Avg bus bandwidth\s*:\s*([0-9.]+)", re.MULTILINE)
+_LIBRARY = re.compile(r"nccl-library=(\d+)")
+_WRONG = re.compile(r"^# Out of bounds values\s*:\s*(\d+)", re.MULTILINE)
+
+
+class NotBuilt(Exception):
+    """nccl-tests cannot be had here; says why."""
+
+
+def probes(node: Node) -> Iterable[Probe]:
+    """The measurement between this node's own GPUs, where it has two: a Spark has one."""
+    if gpus() > 1:
+        yield Probe("nccl-local", "NCCL between the GPUs of this node", lambda on: _local(node, on), "gpu", load=True)
+
+
+def gpus() -> int:
+    """How many NVIDIA GPUs this machine has, by their device files."""
+    names = (name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name))
+    return sum(stat.S_ISCHR(os.stat(f"/dev/{name}").st_mode) for name in names)
+
+
+# --- the build
+
+
+def programs(node: Node, on: Reader) -> dict[str, Path]:
+    """The programs by name, built for `nccl.arch` at the first call and kept in the node's cache.
+
+    Raises:
+        NotBuilt: there is no NCCL, no compiler, no source, or it does not build.
+    """
+    library, home = nccl_library(node, on), cuda_home(node)
+    if library is None or on.entry(library) is None:
+        raise NotBuilt("there is no NCCL to measure: `sparkinstall all`")
+    if home is None:
+        raise NotBuilt("there is no CUDA toolkit to build nccl-tests with: `nccl.cuda_home`")
+    folder = node.cache / "nccl-tests" / _recipe(node, home)
+    if not all((folder / name).is_file() for name in PROGRAMS):
+        _build(node, on, home, folder)
+    return {name: folder / name for name in PROGRAMS}
+
+
+def _recipe(node: Node, home: str) -> str:
+    parts = (COMMIT, node.nccl_version, node.config.nccl.arch, str(Path(home, "bin/nvcc").stat().st_size))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
+
+def _build(node: Node, on: Reader, home: str, folder: Path) -> None:
+    # In the cache and nowhere on the node: to the node this is no change.
+    work = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    _source(on, folder.parent, work / "source")
+    _beside(node, on, work / "nccl")
+    _ran(on, *_make(node, home, work), doing="nccl-tests cannot be built")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in PROGRAMS:
+        (work / "build" / name).rename(folder / name)
+    shutil.rmtree(work)
+
+
+def _source(on: Reader, cache: Path, to: Path) -> None:
+    mirror = cache / f"nccl-tests-{TAG}.git"
+    if not (mirror / "HEAD").exists():
+        waiting = mirror.with_suffix(".new")
+        shutil.rmtree(waiting, ignore_errors=True)
+        clone = ("git", "clone", "--quiet", "--bare", "--depth", "1", "--branch", TAG, REPOSITORY)
+        _ran(on, *clone, str(waiting), doing=f"{REPOSITORY} cannot be fetched")
+        waiting.rename(mirror)
+    head = on.query("git", "-C", str(mirror), "rev-parse", f"{TAG}^{{commit}}").out.strip()
+    if head != COMMIT:
+        raise NotBuilt(f"{TAG} of {REPOSITORY} is {head or 'missing'}, and {COMMIT} is expected")
+    _ran(on, "git", "clone", "--quiet", "--branch", TAG, str(mirror), str(to), doing="nccl-tests cannot be unpacked")
+
+
+def _beside(node: Node, on: Reader, folder: Path) -> None:
+    """Our library and headers of its version, in the shape that nccl-tests look for."""
+    library = nccl_library(node, on)
+    assert library is not None
+    (folder / "lib").mkdir(parents=True)
+    (folder / "lib/libnccl.so").symlink_to(on.real(library))
+    (folder / "include").symlink_to(_headers(node, on))
+
+
+def _headers(node: Node, on: Reader) -> str:
+    builds = [f"{node.nccl_folder}/{name}/include" for name in on.names(node.nccl_folder)]
+    # A library that another node has built comes without headers; those of torch's own NCCL may fit.
+    for folder in (*builds, f"{site_packages(node, on)}/nvidia/nccl/include"):
+        version = b".".join(_VERSION.findall(on.read(f"{folder}/nccl.h") or b"")).decode()
+        if version == node.nccl_version.split("-")[0]:
+            return os.path.realpath(on.real(folder))
+    raise NotBuilt(f"there is no nccl.h of NCCL {node.nccl_version} to build nccl-tests with")
+
+
+def _make(node: Node, home: str, work: Path) -> tuple[str, ...]:
+    arch = node.config.nccl.arch
+    return (
+        *("make", f"-j{node.config.nccl.jobs or facts.cores()}", "-C", str(work / "source/src"), "build"),
+        *(f"BUILDDIR={work / 'build'}", f"NCCL_HOME={work / 'nccl'}", f"CUDA_HOME={home}", "CUDARTLIB=cudart_static"),
+        f"NVCC_GENCODE=-gencode=arch=compute_{arch},code=sm_{arch}",
+        f"BIN_FILES_LIST={' '.join(name.removesuffix('_perf') for name in PROGRAMS)}",
+    )
+
+
+def _ran(on: Reader, *argv: str, doing: str) -> None:
+    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+    answer = on.query(*argv, timeout=_BUILD_LIMIT, env=environment)
+    if not answer.ok:
+        raise NotBuilt(f"{doing}: {_last_line(answer)}")
+
+
+def _last_line(answer: Result) -> str:
+    lines = [line for line in (answer.err or answer.out).splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() or "fatal" in line.lower()]
+    return (telling or lines or [f"exit code {answer.code}"])[0].strip()[:300]
+
+
+# --- the measurement
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one program said: bus bandwidth in GB/s, values that came out wrong, the NCCL that it had loaded."""
+
+    bandwidth: float
+    wrong: int
+    library: str
+
+
+def read(output: str) -> Measured | None:
+    """What a program of nccl-tests printed; None where it did not come to its end."""
+    bandwidth, wrong, library = (each.search(output) for each in (_BANDWIDTH, _WRONG, _LIBRARY))
+    if not (bandwidth and wrong and library):
+        return None
+    number = int(library[1])
+    version = f"{number // 10000}.{number % 10000 // 100}.{number % 100}"
+    return Measured(float(bandwidth[1]), int(wrong[1]), version)
+
+
+def size(available: int, count: int) -> int:
+    """How many bytes may be moved where `available` ones are free, between `count` GPUs; 0: too few to measure."""
+    found = min(_GIB, available // (_SHARE * count))
+    return found if found >= _LEAST else 0
+
+
+def _local(node: Node, on: Reader) -> Finding:
+    if on.entry(node.env_file) is None:
+        return failed("there is no env file", "run `sparkinstall all`")
+    # The machine's own memory, also where a rehearsal stands for a node.
+    free = facts.parse_meminfo(Path("/proc/meminfo").read_bytes()).get("MemAvailable", 0) << 10
+    if not (amount := size(free, gpus())):
+        return skipped(f"only {free >> 20} MiB of memory are free: a measurement could freeze the node")
+    try:
+        built = programs(node, on)
+    except NotBuilt as why:
+        return skipped(str(why))
+    return _judged(node, {name: _run(node, on, path, amount) for name, path in built.items()})
+
+
+def _run(node: Node, on: Reader, program: Path, amount: int) -> Result:
+    argv = (str(program), "-b", str(amount), "-e", str(amount), "-g", str(gpus()))
+    environment = {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "HOME": node.home,
+        # NVLink's multicast is a matter of the whole fabric, which others may share; a Spark has none.
+        "NCCL_NVLS_ENABLE": "0",
+    }
+    start = ("bash", "-c", '. "$1" && shift && exec "$@"', "bash", on.real(node.env_file), *argv)
+    return on.query(*start, timeout=_RUN_LIMIT, env=environment)
+
+
+def _judged(node: Node, answers: dict[str, Result]) -> Finding:
+    wanted = f"NCCL {node.nccl_version}, and every value right"
+    found = []
+    for name, answer in answers.items():
+        measured = read(answer.out)
+        if not answer.ok or measured is None:
+            return failed(f"{name}: {_last_line(answer)}", "`nvidia-smi` tells whether the GPUs are free", wanted)
+        if measured.library != node.nccl_version.split("-")[0]:
+            return failed(f"{name} had NCCL {measured.library} loaded", "run `sparkinstall run env-files`", wanted)
+        if measured.wrong:
+            return failed(f"{name}: {measured.wrong} values are wrong", "do not use this NCCL: report it", wanted)
+        found.append(f"{name.removesuffix('_perf')} {measured.bandwidth:.1f} GB/s")
+    return passed(f"{', '.join(found)} (bus bandwidth, {gpus()} GPUs)", wanted)

@@ -1,0 +1,292 @@
+"""What is started with the env file, and what was: the NCCL of a small process, and the services as they run."""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparkinstall import binaries
+from sparkinstall.errors import NeedsRoot
+from sparkinstall.node import Node, nccl_library
+from sparkinstall.probes import Finding, Probe, failed, passed, ray, serving, skipped, warned
+from sparkinstall.records import dataclass
+from sparkinstall.redaction import is_secret_name
+from sparkinstall.system import Reader
+
+# `exec`, so that what is looked at is a process that began with these variables: LD_PRELOAD acts when one begins.
+_START = '. "$1" && exec python -I -c "$2"'
+_LOOK = """
+import ctypes, json
+class Found(ctypes.Structure):
+    _fields_ = [("file", ctypes.c_char_p)] + [(name, ctypes.c_void_p) for name in ("base", "name", "at")]
+version, found, everything = ctypes.c_int(), Found(), ctypes.CDLL(None)
+try:
+    everything.ncclGetVersion(ctypes.byref(version))
+    everything.dladdr(ctypes.cast(everything.ncclGetVersion, ctypes.c_void_p), ctypes.byref(found))
+except AttributeError:
+    pass
+maps = sorted({line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps") if "/libnccl" in line})
+print(json.dumps({"bound": (found.file or b"").decode(), "version": version.value, "mapped": maps}))
+"""
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+_ESCAPE = re.compile(r'\\(["\\`$])')
+_LIBRARY = re.compile(r" (/\S.*/libnccl\.so[^/\n]*)$", re.MULTILINE)
+_DELETED, _NONE = " (deleted)", "none"
+# What the env files name in some settings only: a process that still has one was started with another file.
+_SOMETIMES = (
+    *("LD_PRELOAD", "VLLM_NCCL_SO_PATH", "VLLM_DISABLED_KERNELS", "VLLM_CONFIG_ROOT", "RAY_ADDRESS", "RAY_AUTH_MODE"),
+    *("NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "NCCL_NET_GDR_LEVEL", "NCCL_P2P_DISABLE"),
+)
+
+
+def probes(node: Node) -> Iterable[Probe]:
+    """The quick half of the proof: no torch, no vLLM is loaded for it."""
+    yield Probe("nccl-preload", "the NCCL that a process starts with", lambda on: _preload(node, on), "node")
+    if units(node) and not node.rehearsal:
+        yield Probe("running-env", "the variables of the running services", lambda on: _env(node, on), "node")
+        yield Probe("running-nccl", "the NCCL in the running services", lambda on: _nccl(node, on), "node")
+
+
+def units(node: Node) -> tuple[str, ...]:
+    """The services of this node that start with the env file."""
+    with_ray = node.several and node.config.cluster.executor == "ray"
+    serves = node.config.serving.model is not None and not (node.role == "worker" and with_ray)
+    return (*((ray.unit(node),) if with_ray else ()), *((serving.UNIT,) if serves else ()))
+
+
+# --- a process that is started now
+
+
+def _preload(node: Node, on: Reader) -> Finding:
+    if on.entry(node.env_file) is None:
+        return failed("there is no env file", "run `sparkinstall all`")
+    if node.foreign:
+        return skipped(f"these wheels are for {node.platform}: nothing of them runs here")
+    path = nccl_library(node, on)
+    if path is None or on.entry(path) is None:
+        if on.rehearsal:
+            return skipped("no NCCL was built here: left to the node")
+        return failed("no NCCL was built", "run `sparkinstall all`")
+    library, env = on.real(path), {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": node.home}
+    said = on.query("bash", "-c", _START, "bash", on.real(node.env_file), _LOOK, env=env)
+    complaint = next((line for line in said.err.splitlines() if "LD_PRELOAD" in line), "")
+    if complaint:
+        return failed(complaint.strip(), _PRELOAD, library)
+    try:
+        return _judged(node, library, json.loads(said.out.splitlines()[-1]))
+    except (ValueError, IndexError):
+        last = [line for line in said.err.splitlines() if line.strip()][-1:]
+        return failed("".join(last) or f"it ended with code {said.code}", _PRELOAD, library)
+
+
+def _judged(node: Node, library: str, answer: Mapping[str, Any]) -> Finding:
+    wanted = f"{library}, build-id {_build_id(library)}"
+    bound = str(answer["bound"])
+    if not bound:
+        return failed("no NCCL is in a process that was started with the env file", _PRELOAD, wanted)
+    if not _same_build(bound, library):
+        return failed(f"{bound}, build-id {_build_id(bound)}", _PRELOAD, wanted)
+    version = _in_words(int(answer["version"]))
+    if version != node.nccl_version.split("-")[0]:
+        return failed(f"it says it is {version}", "run `sparkinstall run nccl`", node.nccl_version)
+    code = sorted({each.arch for each in binaries.gpu_code(bound) if each.kind == "cubin"})
+    told = f"{version}, build-id {_build_id(bound)[:12]}, code for {', '.join(code) or 'no GPU'}"
+    if f"sm_{node.config.nccl.arch}" not in code:
+        return warned(f"{told}: {bound}", _BUILD, f"code for sm_{node.config.nccl.arch}")
+    return passed(f"{told}{_beside(bound, answer['mapped'])}", wanted)
+
+
+def _beside(bound: str, mapped: Iterable[str]) -> str:
+    others = [each for each in mapped if not _is(each, bound)]
+    return f"; mapped besides: {', '.join(others)}" if others else ""
+
+
+def _build_id(path: str) -> str:
+    """In hex, as `file` shows it."""
+    try:
+        return binaries.build_id(path) or _NONE
+    except (OSError, binaries.NotALibrary):
+        return _NONE
+
+
+def _is(one: str, other: str) -> bool:
+    try:
+        return Path(one).samefile(other)
+    except OSError:
+        return False
+
+
+def _in_words(number: int) -> str:
+    """22809 -> 2.28.9 (NCCL's NCCL_VERSION macro since 2.9)."""
+    return f"{number // 10000}.{number % 10000 // 100}.{number % 100}"
+
+
+_BUILD = "`nccl.mode: source` builds one for this GPU"
+_PRELOAD = "run `sparkinstall all`: it writes the env file anew, and builds NCCL again where it is gone"
+
+
+# --- the services as they run
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of one of our services. `began`: clock ticks after the boot."""
+
+    pid: int
+    unit: str
+    name: str
+    began: int
+
+
+def processes_of(names: Iterable[str], on: Reader) -> list[Process]:
+    """The processes in the control groups of these services, whoever their parent is, the oldest first."""
+    wanted = {f"/{name}/": name for name in names}
+    found = []
+    for pid in map(int, filter(str.isdigit, on.names("/proc"))):
+        groups = (_of(on, pid, "cgroup") or b"").decode(errors="replace").splitlines()
+        unit = next((name for part, name in wanted.items() for group in groups if part in f"{group}/"), None)
+        if unit and (stat := _of(on, pid, "stat")):
+            # `pid (name) state parent ...`; the name may hold blanks and brackets.
+            name, _, rest = stat.decode(errors="replace").partition("(")[2].rpartition(")")
+            found.append(Process(pid, unit, name, int(rest.split()[19])))
+    return sorted(found, key=lambda each: (each.began, each.pid))
+
+
+def _of(on: Reader, pid: int, what: str) -> bytes | None:
+    """`/proc/PID/what`; None where the process has ended.
+
+    Raises:
+        NeedsRoot: it is another user's, and sudo asks for a password, or root may not look into it either.
+    """
+    try:
+        return on.read(f"/proc/{pid}/{what}")
+    except ProcessLookupError:
+        return None
+    except PermissionError as error:
+        raise NeedsRoot(f"/proc/{pid}/{what} cannot be read", mend="ask outside of a container") from error
+
+
+def _env(node: Node, on: Reader) -> Finding:
+    if isinstance(running := _running(node, on), Finding):
+        return running
+    # Those that systemd itself has started: what they start in turn may set variables for its own reasons.
+    first = {process.unit: process for process in reversed(running)}
+    try:
+        differs = {unit: list(_differences(node, on, process)) for unit, process in first.items()}
+    except NeedsRoot as problem:
+        return skipped(f"{problem.what}: {problem.mend}")
+    wrong = {unit: each for unit, each in differs.items() if each}
+    if not wrong:
+        return passed(f"{_listed(first)}: as the env file says", on.real(node.env_file))
+    told = "; ".join(f"{unit} was started with {', '.join(each)}" for unit, each in wrong.items())
+    stays = f"if it stays, `systemctl cat {' '.join(wrong)}` shows what else sets them"
+    return warned(told, f"{_restart(wrong)}; {stays}", f"as in {on.real(node.env_file)}")
+
+
+def _running(node: Node, on: Reader) -> list[Process] | Finding:
+    found = processes_of(units(node), on)
+    down = [unit for unit in units(node) if not any(each.unit == unit for each in found)]
+    if len(down) == len(units(node)):
+        return skipped(f"{_listed(down)}: not running")
+    return found
+
+
+def _differences(node: Node, on: Reader, process: Process) -> Iterator[str]:
+    has = _of(on, process.pid, "environ")
+    if not has:
+        return
+    now = dict(each.partition("=")[::2] for each in has.decode(errors="replace").split("\0") if "=" in each)
+    says = _read_by(process.unit, node, on)
+    for name in sorted(says):
+        if now.get(name) != says[name]:
+            yield _difference(name, now.get(name), says[name])
+    for name in _SOMETIMES:
+        if name in now and name not in says:
+            yield _difference(name, now[name], None)
+
+
+def _difference(name: str, now: str | None, says: str | None) -> str:
+    if is_secret_name(name):
+        return f"another {name}"
+    if now is None:
+        return f"no {name}"
+    return f"{name}={now} (the file says {says})" if says is not None else f"{name}={now} (the file has none)"
+
+
+def _read_by(unit: str, node: Node, on: Reader) -> dict[str, str]:
+    """What systemd would give the service now: the env file, then what its start finds out about the link."""
+    link = f"/run/{unit.removesuffix('.service')}/link.env"
+    return {name: value for path in (node.env_file, link) for name, value in assignments(on.read(path) or b"").items()}
+
+
+def assignments(content: bytes) -> dict[str, str]:
+    """The variables of one of our env files, as systemd's EnvironmentFile= takes them: all else is skipped."""
+    found = {}
+    for line in content.decode(errors="replace").splitlines():
+        if match := _ASSIGNMENT.fullmatch(line.strip()):
+            found[match[1]] = _unquoted(match[2])
+    return found
+
+
+def _unquoted(value: str) -> str:
+    inner = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
+    return _ESCAPE.sub(r"\1", inner)
+
+
+def _nccl(node: Node, on: Reader) -> Finding:
+    path = nccl_library(node, on)
+    if path is None or on.entry(path) is None:
+        return failed("no NCCL was built", "run `sparkinstall all`")
+    library = on.real(path)
+    if isinstance(running := _running(node, on), Finding):
+        return running
+    try:
+        with_nccl = {process: found for process in running if (found := _mapped(on, process))}
+    except NeedsRoot as problem:
+        return skipped(f"{problem.what}: {problem.mend}")
+    wanted = f"{library}, build-id {_build_id(library)}"
+    strange = {p: other for p, found in with_nccl.items() if (other := _other(found, library))}
+    if strange:
+        told = ", ".join(f"{p.name} (pid {p.pid}) has {path}" for p, path in strange.items())
+        return _of_strangers(told, {p.unit for p in strange}, list(strange.values()), wanted)
+    if not with_nccl:
+        return passed(f"{_counted(running)}, none of which has loaded one yet")
+    return passed(_counted(with_nccl), wanted)
+
+
+def _of_strangers(told: str, of_units: Iterable[str], paths: Iterable[str], wanted: str) -> Finding:
+    """A library that was replaced is an old start; another one is an env file that does not reach the process."""
+    if all(path.endswith(_DELETED) for path in paths):
+        return warned(f"{told}: replaced since the start", _restart(of_units), wanted)
+    return failed(
+        told, f"{_restart(of_units)}; LD_PRELOAD has to reach every process: `sparkinstall run ray serving`", wanted
+    )
+
+
+def _mapped(on: Reader, process: Process) -> tuple[str, ...]:
+    maps = _of(on, process.pid, "maps") or b""
+    return tuple(dict.fromkeys(_LIBRARY.findall(maps.decode(errors="replace"))))
+
+
+def _other(mapped: Iterable[str], library: str) -> str | None:
+    """The library that the process uses in place of ours; None where ours is there, whatever is mapped besides."""
+    others = [path for path in mapped if path.endswith(_DELETED) or not _same_build(path, library)]
+    return others[0] if len(others) == len(tuple(mapped)) else None
+
+
+def _same_build(path: str, library: str) -> bool:
+    return _is(path, library) or _build_id(path) == _build_id(library) != _NONE
+
+
+def _restart(of_units: Iterable[str]) -> str:
+    return f"`sudo systemctl restart {' '.join(sorted(set(of_units)))}`"
+
+
+def _counted(processes: Collection[Process]) -> str:
+    number = len(processes)
+    return f"{number} process{'es' if number != 1 else ''} of {_listed(each.unit for each in processes)}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))

@@ -1,0 +1,153 @@
+"""Where the thinking is in a stream that came: fix 8, from the deltas themselves."""
+
+import ast
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from sparkinstall.node import Node, site_packages
+from sparkinstall.probes import Finding, failed, passed, warned
+from sparkinstall.records import dataclass
+from sparkinstall.system import Reader
+
+_RAW = ("<think>", "</think>", "<seed:think>", "</seed:think>")
+# Parsers that keep the marks in the answer, for clients that look for them there.
+_KEEPS_RAW = "append_think"
+# Families whose models are not named as their parser is.
+_ALSO_NAMED = {"nemotron_v3": "nemotron3", "openai_gptoss": "gptoss"}
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A stream to its end. `said`: text by field of the deltas; `prompt`: the end of what the model was given."""
+
+    said: Mapping[str, str]
+    prompt: str
+    finish: str | None
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> "Heard":
+        return cls(answer.get("said", {}), answer.get("prompt", ""), answer.get("finish"))
+
+    @property
+    def content(self) -> str:
+        return self.said.get("content", "")
+
+    @property
+    def reasoning(self) -> list[str]:
+        """The fields that carried thinking."""
+        return [field for field in self.said if field.startswith("reasoning")]
+
+    @property
+    def raw(self) -> str | None:
+        """A mark of thinking that stands in the answer's text."""
+        return next((mark for mark in _RAW if mark in self.content), None)
+
+    @property
+    def opened(self) -> bool:
+        """Whether the chat template itself begins the thinking, as Qwen3.5's does: no mark will come."""
+        return self.prompt.rfind("<think>") > self.prompt.rfind("</think>")
+
+    @property
+    def closed(self) -> bool:
+        """Whether the chat template says that there is nothing to think."""
+        return "</think>" in self.prompt and not self.opened
+
+
+def judged(heard: Heard, parser: str | None, fields: Collection[str], add: str) -> Finding:
+    """What a stream shows.
+
+    Args:
+        parser: the one that vLLM was started with.
+        fields: what the installed vLLM calls its field for thinking; empty: not known.
+        add: how to set the parser that fits the model.
+    """
+    finding = _unparsed(heard, add) if parser is None else _misparsed(heard, parser)
+    if finding:
+        return finding
+    if strange := [field for field in heard.reasoning if fields and field not in fields]:
+        return failed(
+            f"the thinking is in delta.{strange[0]}, which the vLLM that is installed does not send",
+            "it was started before vLLM was changed: `sudo systemctl restart vllm.service`",
+            _expected(fields),
+        )
+    return passed(_where(heard, parser), _expected(fields))
+
+
+def _expected(fields: Collection[str]) -> str:
+    return "thinking, if any, in " + " and ".join(f"delta.{field}" for field in fields or ("reasoning",))
+
+
+def _unparsed(heard: Heard, add: str) -> Finding | None:
+    """What is wrong where no parser was asked for; vLLM has one of its own for gpt-oss."""
+    if heard.raw:
+        return warned(f"raw {heard.raw} in delta.content: clients show the thinking as the answer", add)
+    if heard.opened and not heard.reasoning:
+        return warned("the thinking is in delta.content, unmarked: the chat template opens it", add)
+    return None
+
+
+def _misparsed(heard: Heard, parser: str) -> Finding | None:
+    """What is wrong with a parser that was asked for."""
+    change = "it does not fit this model: the model's card names its `--reasoning-parser`, for `serving.arguments`"
+    if heard.raw and not parser.endswith(_KEEPS_RAW):
+        return failed(f"raw {heard.raw} in delta.content in spite of --reasoning-parser {parser}", change)
+    if heard.opened and not heard.reasoning and not heard.raw:
+        return failed(f"the thinking is in delta.content in spite of --reasoning-parser {parser}", change)
+    if heard.reasoning and not heard.content and (heard.finish == "stop" or heard.closed):
+        return warned(
+            f"all of the answer came in delta.{heard.reasoning[0]}, and none in delta.content",
+            f"--reasoning-parser {parser} takes this model for one that thinks: leave it out of `serving.arguments`",
+        )
+    return None
+
+
+def _where(heard: Heard, parser: str | None) -> str:
+    if heard.reasoning:
+        fields = " and ".join(f"delta.{field}" for field in heard.reasoning)
+        return f"the thinking in {fields}" + (", the answer in delta.content" if heard.content else "")
+    if heard.raw:
+        return f"the thinking in delta.content, marked, as --reasoning-parser {parser} has it"
+    return "no reasoning in this model's stream"
+
+
+def parser_of(arguments: Sequence[str]) -> str | None:
+    """The `--reasoning-parser` among vLLM's arguments; the last wins."""
+    parser = None
+    for place, word in enumerate(arguments):
+        name, given, value = word.partition("=")
+        if name.replace("_", "-") == "--reasoning-parser":
+            parser = value if given else "".join(arguments[place + 1 : place + 2])
+    return parser or None
+
+
+def adding(node: Node, on: Reader, model: str) -> str:
+    """How to set the parser that fits `model`, by the names that this vLLM knows."""
+    names = f"{model} {node.config.serving.model}"
+    parser = fitting(names, known_parsers(node, on))
+    which = parser or "NAME"
+    said = f"add `--reasoning-parser`, `{which}` to `serving.arguments`, then `sparkinstall run serving`"
+    return said if parser else f"{said}; the model's card says which"
+
+
+def fitting(names: str, parsers: Collection[str]) -> str | None:
+    """The parser whose family `names` has in it: qwen3 for Qwen3.5-35B-A3B; the longest that fits."""
+    plain = _plain(names)
+    fit = [parser for parser in parsers if _plain(_ALSO_NAMED.get(parser, parser)) in plain]
+    return max(fit, key=len, default=None)
+
+
+def _plain(text: str) -> str:
+    return re.sub("[^a-z0-9]", "", text.lower())
+
+
+def known_parsers(node: Node, on: Reader) -> list[str]:
+    """The reasoning parsers of the installed vLLM, read from its own table; none where there is no such table."""
+    source = on.read(f"{site_packages(node, on)}/vllm/reasoning/__init__.py") or b""
+    try:
+        body = ast.parse(source).body
+    except (SyntaxError, ValueError):
+        return []
+    tables = [each.value for each in body if isinstance(each, ast.Assign) and isinstance(each.value, ast.Dict)]
+    keys = [key.value for table in tables for key in table.keys if isinstance(key, ast.Constant)]
+    return [key for key in keys if isinstance(key, str)]

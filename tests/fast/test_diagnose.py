@@ -1,0 +1,555 @@
+"""Logs -> what `diagnose` makes of them: every signature by its examples, real logs, and anything at all."""
+
+import contextlib
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparkinstall import log_search, signatures
+from sparkinstall.config import settings as all_settings
+from sparkinstall.log_search import Search
+from sparkinstall.plans import catalogue, diagnosis
+from sparkinstall.plans.diagnosis import Diagnosis, Reading, judge
+from sparkinstall.plans.fixes import EIGHT
+from sparkinstall.signatures import MalformedSignature, Signature, load
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+LOGS = REPOSITORY / "tests/logs"
+INDEX = yaml.safe_load((LOGS / "index.yaml").read_text())
+KNOWN = load()
+BY_NAME = {each.name: each for each in KNOWN}
+EXAMPLES = [pytest.param(s, line, id=f"{s.name}-{at}") for s in KNOWN for at, line in enumerate(s.example)]
+HARMLESS = [pytest.param(s, line, id=f"{s.name}-{at}") for s in KNOWN for at, line in enumerate(s.harmless)]
+
+
+def read(data: bytes, sizes: Sequence[int] = (1 << 20,), known: Sequence[Signature] = KNOWN) -> Search:
+    """A log given in pieces of these sizes, over and over."""
+    search, at = Search(known), 0
+    while at < len(data):
+        for size in sizes:
+            search.feed(data[at : at + size])
+            at += size
+    search.end()
+    return search
+
+
+def diagnosed(*logs: bytes) -> Diagnosis:
+    return judge([Reading(f"log {at}", read(log)) for at, log in enumerate(logs)])
+
+
+def causes(found: Diagnosis) -> list[str]:
+    return [each.signature.name for each in found.causes]
+
+
+# --- the signatures
+
+
+@pytest.mark.parametrize(("known", "line"), EXAMPLES)
+def test_an_example_is_this_failure_and_no_other(known: Signature, line: str) -> None:
+    found = diagnosed(f"INFO all is well\n{line}\nINFO all is well\n".encode())
+    if known.is_warning:
+        assert [each.signature.name for each in found.warnings] == [known.name]
+        assert not found.failures
+    else:
+        assert causes(found) == [known.name]
+        assert found.causes[0].places[0].line.number == 2
+
+
+@pytest.mark.parametrize(("known", "line"), HARMLESS)
+def test_what_only_looks_like_it_is_nothing(known: Signature, line: str) -> None:
+    assert known.name not in read(line.encode()).sightings
+
+
+DRESSES: dict[str, Callable[[str], bytes]] = {
+    "colours": lambda line: (
+        f"\x1b[36m(RayWorkerWrapper pid=8)\x1b[0m \x1b[31mERROR\x1b[0m {line}\x1b[32m [repeated 3x]\x1b[0m\n".encode()
+    ),
+    "journal": lambda line: f"Nov 21 16:00:00 spark-3995 vllm[123]: {line}\n".encode(),
+    "Windows": lambda line: f"before\r\n{line}\r\nafter\r\n".encode(),
+    "a progress bar": lambda line: f"Loading:  10%|#  |\rLoading: 100%|###|\r{line}\n".encode(),
+    "rubbish": lambda line: b"\xff\xfe\x00\n" + line.encode() + b"\x00\xff",
+    "a very long line": lambda line: b"x" * 300_000 + b" " + line.encode() + b" " + b"y" * 300_000,
+}
+
+
+@pytest.mark.parametrize("dress", DRESSES)
+@pytest.mark.parametrize(
+    "known", [each for each in KNOWN if "^" not in each.pattern.pattern], ids=lambda each: each.name
+)
+def test_an_example_is_known_in_any_dress(known: Signature, dress: str) -> None:
+    assert known.name in read(DRESSES[dress](known.example[0]), (7777,)).sightings
+
+
+def test_each_of_the_eight_has_a_signature_and_there_are_many() -> None:
+    assert {each.fix for each in KNOWN if not each.is_warning} >= set(range(1, 9))
+    assert len([each for each in KNOWN if each.fix is None]) >= 25
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda each: each.name)
+def test_a_signature_says_what_a_person_needs(known: Signature) -> None:
+    assert known.title == known.title.strip(" .")
+    assert known.why.endswith(".")
+    assert all(link.startswith("https://") for link in known.links)
+    assert len(set(known.links)) == len(known.links)
+    for anchor in known.anchors:
+        assert "\n" not in anchor
+        assert len(anchor) >= 4
+
+
+def mentioned(pattern: str) -> set[str]:
+    return {name for each in KNOWN for name in re.findall(pattern, each.mend)}
+
+
+def test_what_a_mend_names_is_there() -> None:
+    from sparkinstall.cli.app import program
+
+    verbs = {command.name for command in program().registered_commands}
+    assert mentioned(r"`sparkinstall ([a-z-]+)") <= verbs | {"support-bundle"}
+    assert mentioned(r"`((?:serving|network|cluster|nccl|fp8|packages|environment)\.\w+)") <= {
+        each.name for each in all_settings()
+    }
+    assert mentioned(r"--set ([\w.]+)=") <= {each.name for each in all_settings()}
+    steps = {step.name for step in catalogue.STEPS}
+    probes = {probe for fix in EIGHT for probe in fix.probes} | set(
+        re.findall(r"^\| `([a-z0-9-]+)` \|", (REPOSITORY / "docs/checks.md").read_text(), re.M)
+    )
+    assert mentioned(r"--only ([a-z0-9-]+)") <= steps | probes
+    for run in mentioned(r"`sparkinstall run ([a-z0-9 -]+)`"):
+        assert {word for word in run.split() if not word.startswith("-")} <= steps, run
+
+
+def test_the_page_lists_every_signature() -> None:
+    page = (REPOSITORY / "docs/diagnose.md").read_text()
+    listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| ([^|]+) \|", page, re.M))
+    assert {name: title.strip() for name, title in listed.items() if name in BY_NAME} == {
+        each.name: each.title + (" (a warning)" if each.is_warning else "") for each in KNOWN
+    }
+
+
+GOOD: dict[str, Any] = {
+    "name": "some-failure", "title": "t", "anchors": ["abcd"], "regex": "abcd", "why": "w.", "mend": "m",
+    "links": ["https://a"], "example": ["abcd"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ("just a text", "must be a list"),
+        ([1], "it needs"),
+        ([{**GOOD, "regexp": "x"}], "it needs"),
+        ([{k: v for k, v in GOOD.items() if k != "links"}], "it needs"),
+        ([{**GOOD, "links": []}], "must not be empty"),
+        ([{**GOOD, "anchors": "abcd"}], "list of texts"),
+        ([{**GOOD, "regex": "(abcd"}], "regex"),
+        ([{**GOOD, "name": "Some Failure"}], "cannot be"),
+        ([{**GOOD, "fix": 9}], "cannot be"),
+        ([{**GOOD, "severity": "bad"}], "cannot be"),
+        ([GOOD, GOOD], "two signatures"),
+        ([{**GOOD, "consequence_of": ["unheard-of"]}], "unheard-of"),
+        ([{**GOOD, "consequence_of": ["some-failure"]}], "in a circle"),
+        ([{**GOOD, "consequence_of": ["b"]}, {**GOOD, "name": "b", "consequence_of": ["any"]}], "in a circle"),
+    ],
+)
+def test_a_bad_entry_is_refused_with_its_place(entries: Any, words: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(entries))
+    with pytest.raises(MalformedSignature, match=words):
+        load(tmp_path)
+
+
+# --- real logs
+
+
+def test_every_log_is_in_the_index() -> None:
+    assert sorted(each["log"] for each in INDEX) == sorted(path.name for path in LOGS.glob("*.log"))
+    assert all(each["how"] for each in INDEX)
+
+
+@pytest.mark.parametrize("entry", INDEX, ids=lambda entry: str(entry["log"]))
+def test_a_real_log(entry: dict[str, Any]) -> None:
+    found = diagnosed((LOGS / entry["log"]).read_bytes())
+    assert causes(found) == entry.get("causes", [])
+    assert [each.signature.name for each in found.consequences] == entry.get("consequences", [])
+    assert [each.signature.name for each in found.warnings] == entry.get("warnings", [])
+    if not found.failures:
+        assert [each.line.number for _, each in found.telling] == entry.get("telling", [])
+
+
+# --- causes and consequences
+
+
+def example(name: str) -> bytes:
+    return BY_NAME[name].example[0].encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "cause", ["oom-killer", "ray-memory-monitor", "nccl-versions-differ", "gpu-fell-off", "disk-full"]
+)
+def test_a_dead_engine_does_not_hide_its_cause(cause: str) -> None:
+    log = example("worker-died") + example("engine-dead") + example(cause) + example("engine-dead")
+    found = diagnosed(log)
+    assert causes(found) == [cause]
+    assert {each.signature.name for each in found.consequences} == {"worker-died", "engine-dead"}
+    assert all(cause in each.explained_by for each in found.consequences)
+
+
+def test_a_dead_engine_alone_is_the_cause_to_be_told() -> None:
+    assert causes(diagnosed(example("engine-dead"))) == ["engine-dead"]
+
+
+def test_a_dead_engine_follows_from_a_lost_worker() -> None:
+    assert causes(diagnosed(example("engine-dead") + example("worker-died"))) == ["worker-died"]
+
+
+def test_the_cause_may_be_in_another_log() -> None:
+    found = diagnosed(example("engine-dead"), b"\n\n" + example("oom-killer"))
+    assert [(each.log, each.line.number) for each in found.causes[0].places] == [("log 1", 3)]
+    assert [each.signature.name for each in found.consequences] == ["engine-dead"]
+
+
+def test_a_warning_explains_nothing() -> None:
+    found = diagnosed(example("nv-err-no-memory") + example("engine-dead"))
+    assert causes(found) == ["engine-dead"]
+
+
+def test_no_failure_is_explained_in_a_circle() -> None:
+    for each in (each for each in KNOWN if not each.is_warning):
+        found = diagnosed(b"".join(example(other.name) for other in KNOWN if other in (each, *_after(each))))
+        assert found.causes, each.name
+    assert causes(diagnosed(b"".join(example(each.name) for each in KNOWN)))
+
+
+def _after(known: Signature) -> list[Signature]:
+    return [each for each in KNOWN if known.name in each.consequence_of]
+
+
+# --- lines
+
+
+def test_lines_are_counted_and_the_first_are_kept() -> None:
+    found = diagnosed(b"ok\n" + example("disk-full") * 5 + b"ok\n").causes[0]
+    assert found.count == 5
+    assert [place.line.number for place in found.places] == [2, 3, 4]
+
+
+def test_a_count_ends_where_nobody_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_search, "MOST", 4)
+    monkeypatch.setattr(log_search, "HEARD", 4)
+    search = read(example("disk-full") * 50 + example("oom-killer"), (300,))
+    assert search.sightings["disk-full"].count == 4
+    assert list(search.sightings) == ["disk-full", "oom-killer"]
+    assert search.lines == 51
+
+
+def test_a_shown_line_has_no_host_no_secret_and_nothing_a_terminal_obeys(tmp_path: Path) -> None:
+    token = "hf_" + "a" * 30
+    log = tmp_path / "x.log"
+    log.write_text(
+        f"Nov 21 16:00:00 spark-3995 vllm[7]: \x1b]0;title\x07\x1b[2JOSError: No space left on device {token}\n"
+        "spark-3995:4121:4190 [0] bootstrap.cc:251 NCCL WARN Message truncated : received 176 bytes instead of 172\n"
+    )
+    ended = run("diagnose", str(log))
+    assert ended.returncode == 3
+    assert "spark-3995" not in ended.stdout
+    assert token not in ended.stdout
+    assert "\x1b" not in ended.stdout
+    assert "Nov 21 16:00:00 vllm[7]: OSError" in ended.stdout
+
+
+def test_a_line_of_any_length_is_shown_around_what_was_found() -> None:
+    (place,) = diagnosed(b"x" * 1500 + b" No space left on device " + b"y" * 9000).causes[0].places
+    assert "No space left on device" in place.line.text
+    assert len(place.line.text) < 420
+
+
+def test_an_unknown_log_shows_what_is_most_telling_first() -> None:
+    log = b"""INFO starting
+(EngineCore pid=7) ERROR 11-21 10:00:00 [core.py:9] something is odd 1
+(EngineCore pid=7) ERROR 11-21 10:00:01 [core.py:9] something is odd 2
+(EngineCore pid=7) ERROR 11-21 10:00:01 [core.py:9] Traceback (most recent call last):
+(EngineCore pid=7) ERROR 11-21 10:00:01 [core.py:9]   File "x.py", line 3, in f
+(EngineCore pid=7) ERROR 11-21 10:00:01 [core.py:9] quux.FrobnicationError: the widget is upside down
+"""
+    found = diagnosed(log)
+    assert not found.failures
+    assert [(each.line.number, each.count) for _, each in found.telling] == [(6, 1), (2, 2)]
+
+
+def test_a_log_with_nothing_in_it_says_nothing() -> None:
+    found = diagnosed(b"INFO 0 errors\nINFO no error was found\nall good\n")
+    assert (found.failures, found.warnings, found.telling) == ((), (), [])
+
+
+# --- any bytes, cut anywhere
+
+_PARTS = st.sampled_from(
+    [
+        *(each.example[0].encode() for each in KNOWN),
+        *(anchor.encode() for each in KNOWN for anchor in each.anchors),
+        *(b"\n", b"\r", b"\r\n", b"\x1b[31m", b"\x00", b"\xff", b" ", b"Error: x", b"ERROR ", b"FATAL", b"a" * 50),
+    ]
+)
+_STREAMS = st.lists(st.one_of(_PARTS, st.binary(max_size=20)), max_size=25).map(b"".join)
+
+
+def seen(search: Search) -> object:
+    return (
+        {name: (each.lines, each.count, each.last) for name, each in search.sightings.items()},
+        [(each.line, each.weight, each.count) for each in search.telling],
+        search.lines,
+        search.bytes,
+    )
+
+
+@given(_STREAMS, st.lists(st.integers(1, 200), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=200)
+def test_where_a_stream_is_cut_makes_no_difference(data: bytes, sizes: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_search, "REACH", 60)
+        patch.setattr(log_search, "LONG", 200)
+        assert seen(read(data, sizes)) == seen(read(data))
+
+
+@given(st.binary(max_size=400))
+@settings(deadline=None)
+def test_no_bytes_are_too_much(data: bytes) -> None:
+    search = read(data)
+    judge([Reading("x", search)])
+    assert search.lines == data.count(b"\n") + bool(data and not data.endswith(b"\n"))
+
+
+def test_memory_stays_flat_on_a_line_without_an_end() -> None:
+    search = Search(KNOWN)
+    for _ in range(64):
+        search.feed(b"0123456789abcdef" * 65536)
+        assert len(search._waiting) <= log_search.LONG
+    search.end()
+    assert (search.lines, search.bytes) == (1, 64 << 20)
+
+
+# --- the command
+
+
+def run(*argv: str, given: bytes | None = None) -> "subprocess.CompletedProcess[str]":
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "100"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "sparkinstall", *argv], input=given or b"", capture_output=True, env=environ
+    )
+    return subprocess.CompletedProcess(argv, ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+
+
+def test_what_a_person_is_told(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_bytes(b"ok\n" + example("nccl-versions-differ") + example("engine-dead") * 2)
+    ended = run("diagnose", str(log))
+    assert ended.returncode == 3
+    words = ended.stdout.split("What followed from it")
+    for expected in (
+        "nccl-versions-differ",
+        "2 │",
+        "why",
+        "fix 1 of the eight",
+        "https://github.com/NVIDIA/nccl/issues/1176",
+    ):
+        assert expected in words[0]
+    assert "engine-dead, line 3, 2 lines" in words[1]
+    assert ended.stderr == ""
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_json_is_one_envelope(packed: bool, tmp_path: Path) -> None:
+    log, data = tmp_path / "vllm.log", example("engine-dead") + example("oom-killer")
+    log.write_bytes(gzip.compress(data) if packed else data)
+    ended = run("diagnose", str(log), "--json")
+    said = json.loads(ended.stdout)
+    assert (ended.returncode, said["exit_code"], said["status"], said["errors"]) == (3, 3, "drift", [])
+    first, second = said["data"]["found"]
+    assert (first["name"], first["severity"], first["explained_by"]) == ("oom-killer", "failure", [])
+    assert first["lines"][0]["line"] == 2
+    assert (second["name"], second["explained_by"]) == ("engine-dead", ["oom-killer"])
+    assert said["data"]["logs"] == [{"name": str(log), "bytes": len(data), "lines": 2}]
+
+
+def test_a_good_log_and_a_warning_are_exit_0() -> None:
+    assert run("diagnose", "-", given=b"all good\n").returncode == 0
+    ended = run("diagnose", given=example("nv-err-no-memory"))
+    assert ended.returncode == 0
+    assert "nv-err-no-memory" in ended.stdout
+
+
+def test_several_logs_are_read_together(tmp_path: Path) -> None:
+    (tmp_path / "head.log").write_bytes(example("engine-dead"))
+    (tmp_path / "worker.log").write_bytes(example("ray-memory-monitor"))
+    ended = run("diagnose", str(tmp_path / "head.log"), str(tmp_path / "worker.log"))
+    assert ended.returncode == 3
+    assert f"{tmp_path}/worker.log\n" in ended.stdout.split("What followed")[0]
+    assert f"{tmp_path}/head.log:1" in ended.stdout.split("What followed")[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("/no/such/file",), "there is no file"),
+        (("/",), "is a folder"),
+        (("-", "-"), "stdin can be read only once"),
+        (("-", "/dev/null", "--follow"), "only one log can be followed"),
+    ],
+)
+def test_what_cannot_be_read_is_exit_2(argv: Sequence[str], words: str) -> None:
+    ended = run("diagnose", *argv, "--json")
+    assert ended.returncode == 2
+    assert words in json.loads(ended.stdout)["errors"][0]["what"]
+
+
+def test_a_damaged_archive_is_told(tmp_path: Path) -> None:
+    (tmp_path / "x.gz").write_bytes(gzip.compress(os.urandom(5000))[:3000])
+    ended = run("diagnose", str(tmp_path / "x.gz"))
+    assert ended.returncode == 2
+    assert "is damaged" in ended.stderr
+
+
+def test_the_known_ones_are_listed() -> None:
+    ended = run("diagnose", "--known", "--json")
+    assert [each["name"] for each in json.loads(ended.stdout)["data"]["known"]] == [each.name for each in KNOWN]
+
+
+# --- following
+
+
+class Followed:
+    """`diagnose --follow` as a person has it in a terminal, and what it has said so far."""
+
+    def __init__(self, *argv: str) -> None:
+        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "sparkinstall", "diagnose", "--follow", *argv],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, env=environ,
+        )  # fmt: skip
+        self.said = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self.said += line.decode()
+
+    def until(self, words: str) -> None:
+        deadline = time.monotonic() + 20
+        while words not in self.said:
+            assert time.monotonic() < deadline, self.said
+            time.sleep(0.05)
+
+    def end(self) -> int:
+        self._process.send_signal(signal.SIGINT)
+        code = self._process.wait(20)
+        self._reader.join(20)
+        assert self._process.stderr
+        assert b"Traceback" not in self._process.stderr.read()
+        for stream in (self._process.stdout, self._process.stderr, self._process.stdin):
+            if stream:
+                stream.close()
+        return code
+
+
+@contextlib.contextmanager
+def following(*argv: str) -> Iterator[Followed]:
+    followed = Followed(*argv)
+    try:
+        yield followed
+    finally:
+        followed._process.kill()
+        followed._process.wait()
+
+
+def test_a_failure_is_told_as_it_comes_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_bytes(b"starting\n")
+    with following(str(log)) as followed:
+        with log.open("ab") as out:
+            out.write(example("oom-killer"))
+        followed.until("oom-killer")
+        with log.open("ab") as out:
+            out.write(example("engine-dead"))
+        followed.until("this follows from oom-killer")
+        assert followed.end() == 3
+    assert followed.said.count("the kernel ran out of memory") == 1
+    assert "1 cause, 1 consequence" in followed.said
+
+
+def test_a_log_that_is_made_anew_is_read_on(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_bytes(example("disk-full") + b"x" * 1000 + b"\n")
+    with following(str(log)) as followed:
+        followed.until("disk-full")
+        log.rename(tmp_path / "vllm.log.1")
+        log.write_bytes(example("oom-killer"))
+        followed.until("oom-killer")
+        log.write_bytes(example("gpu-fell-off"))
+        followed.until("gpu-fell-off")
+        assert followed.end() == 3
+
+
+def test_nothing_found_while_following_is_exit_0(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_bytes(b"all good\n")
+    with following(str(log), "--json") as followed:
+        time.sleep(1)
+        assert followed.end() == 0
+    assert json.loads(followed.said)["data"]["logs"][0]["lines"] == 1
+
+
+# --- the journal
+
+JOURNALCTL = """#!/bin/sh
+# Says how it was asked, and then what a unit that died has said.
+echo "2026-11-21T16:00:00+0000 spark-1 asked[1]: $*"
+echo "2026-11-21T16:00:01+0000 spark-1 systemd[1]: vllm.service: Failed with result 'oom-kill'."
+"""
+
+
+@pytest.fixture
+def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in {"journalctl": JOURNALCTL, "systemctl": "#!/bin/sh\necho not-found\n"}.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+def test_a_unit_that_is_not_there_is_told(journal: Path) -> None:
+    ended = run("diagnose", "--unit", "vlm")
+    assert ended.returncode == 2
+    assert "there is no unit vlm.service here" in ended.stderr
+    del journal
+
+
+def test_a_unit_is_read_with_what_systemd_and_the_kernel_say_of_it(journal: Path) -> None:
+    (journal / "systemctl").write_text("#!/bin/sh\necho loaded\n")
+    log = diagnosis.unit_log("vllm")
+    data = b"".join(log.pieces())
+    assert b"_SYSTEMD_UNIT=vllm.service + UNIT=vllm.service + _TRANSPORT=kernel" in data
+    assert causes(diagnosed(data)) == ["oom-killer"]
+
+
+def test_signatures_of_others_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump([GOOD]))
+    (mine,) = load(tmp_path)
+    assert list(read(b"abcd", known=[mine]).sightings) == ["some-failure"]
+    assert replace(mine, title="x") != mine
+    assert signatures.FOLDER == "knowledge/logs"

@@ -1,0 +1,275 @@
+"""`doctor`: worst first, in words, with what to do; fit to be shown in public; never without an answer."""
+
+import getpass
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparkinstall.cli import doctor
+from sparkinstall.errors import Blocked, NeedsRoot
+from sparkinstall.plans import catalogue, checkup, fixes, meanings, proof
+from sparkinstall.plans.engine import Checked, StepReport
+from sparkinstall.plans.proof import Chosen, Looked
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.probes.host import preflight
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, Unknown
+from tests.fast.test_docs import HEAD
+from tests.support.rehearsals import envelope, in_this_process, said
+
+GOOD, USAGE, DRIFT = 0, 2, 3
+GROUPS = ("broken", "look_at", "well", "not_looked_at")
+
+Findings = Callable[..., None]
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    """A rehearsal that has a journal and nothing else: everything is still to be done."""
+    home = tmp_path / "node/var/lib/sparkinstall"
+    home.mkdir(parents=True)
+    (home / "journal.jsonl").touch()
+    return tmp_path / "node"
+
+
+@pytest.fixture
+def finds(monkeypatch: pytest.MonkeyPatch) -> Findings:
+    """The doctor finds this with its probes, and this before an installation."""
+
+    def these(probes: dict[str, Finding], before: dict[str, Finding] | None = None) -> None:
+        chosen = Chosen((), tuple(_probe(name, finding) for name, finding in probes.items()), False)
+        monkeypatch.setattr(proof, "chosen", lambda *_, **__: chosen)
+        first = [_probe(name, finding) for name, finding in (before or {}).items()]
+        monkeypatch.setattr("sparkinstall.probes.host.preflight", lambda _: first)
+
+    return these
+
+
+def _probe(name: str, finding: Finding) -> Probe:
+    return Probe(name, f"title of {name}", lambda _: finding, "node")
+
+
+def names(answer: dict[str, Any]) -> dict[str, list[str]]:
+    return {group: [item["name"] for item in answer["data"][group]] for group in GROUPS if answer["data"][group]}
+
+
+# --- what it says
+
+
+def test_the_worst_comes_first_with_what_it_means_and_what_to_do(finds: Findings, node: Path) -> None:
+    finds(
+        {
+            "fine": passed("x"),
+            "link": warned("13 Gb/s", "see the issue", "200 Gb/s"),
+            "unseen": skipped("no GPU here"),
+            "wheel-gate": failed("torch is the CPU build", "`sparkinstall run environment --fresh`", "a CUDA build"),
+        }
+    )
+    run = in_this_process("doctor", "--root", node)
+    lines = [line.strip() for line in run.stdout.splitlines()]
+    order = ["Broken (1)", "To look at (1)", "Well (1): fine", "Not looked at (1)", "1 thing is broken"]
+    places = [next(at for at, line in enumerate(lines) if each in line) for each in order]
+    assert places == sorted(places), run.stdout
+    assert "wheel-gate  title of wheel-gate  fix 6 of the eight" in lines
+    assert f"means     {meanings.PROBES['wheel-gate']}" in lines
+    assert f"do        `sparkinstall run environment --fresh --root {node}`" in lines
+    assert "unseen: no GPU here" in lines
+    assert run.returncode == DRIFT
+
+
+def test_one_line_about_the_machine_stands_on_top(finds: Findings, node: Path) -> None:
+    (node / "etc").mkdir()
+    (node / "etc/dgx-release").write_text('DGX_PRETTY_NAME="NVIDIA DGX Spark"\nDGX_SERIAL_NUMBER="1324500099999"\n')
+    finds({"fine": passed("x")})
+    run = in_this_process("doctor", "--root", node)
+    first = run.stdout.splitlines()[0]
+    assert first.startswith("NVIDIA DGX Spark, stack 0.18.1 for ") and ", sparkinstall " in first
+    assert "1324500099999" not in run.stdout
+
+
+def test_what_many_miss_is_told_once(finds: Findings, node: Path) -> None:
+    same = failed("there is no environment", "run `sparkinstall all`")
+    finds({"wheel-gate": same, "imports": same, "host-ip": same})
+    shown = in_this_process("doctor", "--root", node).stdout
+    assert "wheel-gate, imports, host-ip" in shown
+    assert shown.count("there is no environment") == 1
+    assert "3 things are broken" in shown
+    assert "fix 3, 6 of the eight" in shown
+
+
+def test_the_groups_are_in_the_json(finds: Findings, node: Path) -> None:
+    finds({"a": failed("x", "y"), "b": warned("x", "y"), "c": passed("x"), "d": skipped("x")}, {"os": passed("x")})
+    answer = envelope(in_this_process("doctor", "--root", node, "--json"))
+    assert names(answer) == {"broken": ["a"], "look_at": ["b"], "well": ["os", "c"], "not_looked_at": ["d"]}
+    assert set(answer["data"]) == {"machine", "installed", *GROUPS, "masked"}
+    fields = {"name", "kind", "weight", "title", "found", "expected", "means", "mend", "fixes", "seconds"}
+    assert set(answer["data"]["broken"][0]) == fields
+
+
+@pytest.mark.parametrize(
+    ("finding", "code"),
+    [(passed("x"), GOOD), (warned("x", "y"), GOOD), (skipped("x"), GOOD), (failed("x", "y"), DRIFT)],
+)
+def test_it_ends_like_verify(finds: Findings, node: Path, finding: Finding, code: int) -> None:
+    finds({"p": finding})
+    assert in_this_process("doctor", "--root", node).returncode == code
+    assert in_this_process("verify", "--root", node).returncode == code
+
+
+# --- where there is little to look at
+
+
+def test_a_node_with_nothing_on_it_is_looked_at_all_the_same(tmp_path: Path) -> None:
+    run = in_this_process("doctor", "--root", tmp_path / "node")
+    assert run.returncode == GOOD, said(run)
+    assert f"`sparkinstall all --root {tmp_path}/node` does it" in run.stdout
+    assert "nothing stands in the way of setting it up" in run.stdout
+    assert not (tmp_path / "node").exists()
+    answer = envelope(in_this_process("doctor", "--root", tmp_path / "node", "--json"))
+    assert answer["data"]["installed"] is False
+    assert {"clock", "disk"} <= set(names(answer)["well"])
+
+
+def test_what_cannot_be_set_up_is_broken(finds: Findings, tmp_path: Path) -> None:
+    finds({}, {"driver": failed("nvidia-smi gives no answer", "install the driver")})
+    run = in_this_process("doctor", "--root", tmp_path / "node")
+    assert run.returncode == DRIFT
+    assert meanings.PREFLIGHT["driver"] in run.stdout
+
+
+def test_the_machine_itself_is_asked_where_nothing_is_installed(
+    finds: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, other = _probe("gpu-xid", failed("XID 79", "power it off")), _probe("imports", failed("no", "no"))
+    finds({})
+    monkeypatch.setattr(proof, "chosen", lambda *_, **__: Chosen((), (own, other), True))
+    monkeypatch.setattr(proof, "of_no_step", lambda _: [own])
+    answer = envelope(in_this_process("doctor", "--root", tmp_path / "node", "--json"))
+    assert names(answer) == {"broken": ["gpu-xid"]}
+
+
+def test_what_another_user_has_set_up_stops_nothing(
+    finds: Findings, node: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: StateFolder) -> bool:
+        raise Blocked("it is of the user with the number 1000", mend="run sparkinstall as that user")
+
+    finds({}, {"clock": passed("x")})
+    monkeypatch.setattr(StateFolder, "exists", property(refuse))
+    run = in_this_process("doctor", "--root", node)
+    assert run.returncode == DRIFT
+    assert "run sparkinstall as that user" in run.stdout and "Well (1): clock" in run.stdout
+
+
+def test_a_name_alone_leaves_the_preflight_out(node: Path) -> None:
+    answer = envelope(in_this_process("doctor", "--root", node, "--only", "wheel-gate", "--json"))
+    assert [item["name"] for group in GROUPS for item in answer["data"][group]] == ["wheel-gate"]
+    wrong = in_this_process("doctor", "--root", node, "--only", "wheel-gat")
+    assert wrong.returncode == USAGE and "did you mean `wheel-gate`?" in said(wrong)
+
+
+# --- how single things are weighed
+
+
+def of_step(*states: Any, problem: Any = None) -> checkup.Item:
+    report = StepReport("nccl", "why", [Checked(f"k{at}", state) for at, state in enumerate(states)], problem)
+    (item,) = checkup.of_checks([report])
+    return item
+
+
+def test_checks_are_weighed() -> None:
+    assert of_step(Satisfied("")).weight == "well"
+    assert of_step(Satisfied(""), LeftToNode("x")).weight == "not-looked-at"
+    drift = of_step(Drift("build it"), Unknown("packages"), LeftToNode("x"))
+    assert (drift.weight, drift.found) == ("broken", "build it")
+    assert (drift.mend, drift.fixes) == ("`sparkinstall run nccl`", (1,))
+    assert of_step(Unknown("packages")).weight == "not-looked-at", "what waits for another step is not broken itself"
+    assert of_step(Obstacle("it is a dir", mend="move it away")).mend == "move it away"
+    assert of_step(problem=Blocked("x", mend="y")).mend == "y"
+
+
+def test_what_only_root_can_see_is_not_called_broken() -> None:
+    item = of_step(problem=NeedsRoot("/etc/netplan/40-cx7.yaml can be read by root alone"))
+    assert (item.weight, "sudo -v" in item.mend) == ("not-looked-at", True)
+
+
+@pytest.mark.parametrize(("installed", "weight"), [(True, "look-at"), (False, "broken")])
+def test_sudo_matters_less_once_the_node_is_set_up(installed: bool, weight: str) -> None:
+    looked = [Looked(_probe("sudo", failed("x", "y")), failed("x", "y"), 0.0)]
+    assert checkup.of_preflight(looked, installed)[0].weight == weight
+
+
+def test_everything_has_a_meaning() -> None:
+    assert set(meanings.PREFLIGHT) == {probe.name for probe in preflight(HEAD)}
+    assert set(meanings.STEPS) == {step.name for step in catalogue.STEPS}
+    real = {probe.name for step in catalogue.STEPS for probe in step.probes(HEAD)}
+    real |= {probe.name for probe in proof.of_no_step(HEAD)}
+    assert set(meanings.PROBES) <= real, "sentences for probes that there are not"
+    assert {name for fix in fixes.EIGHT for name in fix.probes} <= set(meanings.PROBES)
+
+
+# --- fit to be shown
+
+
+def test_nothing_personal_is_shown(finds: Findings, node: Path) -> None:
+    (node / "etc").mkdir()
+    (node / "etc/hostname").write_text("livingroom\n")
+    (node / "etc/passwd").write_text("marianne:x:1000:1000:Marianne Musterfrau,,,:/home/marianne:/bin/bash\n")
+    secrets = ["livingroom", "marianne", "Musterfrau", "10.11.12.13", "48:b0:2d:aa:bb:cc", "hf_abcdefghijklmnopqrstuv"]
+    finds({"p": failed(" ".join(secrets), f"ask {secrets[1]}", f"not {secrets[3]}")})
+    for options in ([], ["--json"], ["-v"]):
+        run = in_this_process("doctor", "--root", node, *options)
+        assert [secret for secret in secrets if secret in said(run)] == []
+    shown = in_this_process("doctor", "--root", node).stdout
+    assert (
+        "masked, so that it can be shown in public: 1 host name, 2 user names, 1 address, 1 MAC address, credentials"
+        in shown
+    )
+    assert "not <ip-1>" in shown
+
+
+def test_an_error_is_masked_too(tmp_path: Path) -> None:
+    home = str(Path.home())
+    run = in_this_process("doctor", "--root", tmp_path / "node", "--config", f"{home}/nowhere-at-all.yaml")
+    assert run.returncode == USAGE
+    assert "~/nowhere-at-all.yaml" in said(run) and f"{home}/nowhere" not in said(run)
+
+
+def test_the_names_of_this_machine_are_known() -> None:
+    from sparkinstall.probes import identity
+    from sparkinstall.system.local import LocalReader
+
+    known = identity.known(LocalReader())
+    assert socket.gethostname() in known.hosts
+    assert getpass.getuser() in known.users
+    assert str(Path.home()) in known.homes
+
+
+def test_networks_and_serials_are_known(tmp_path: Path) -> None:
+    from sparkinstall.probes import identity
+    from sparkinstall.system.local import LocalReader
+
+    for folder in ("etc/netplan", "etc/NetworkManager/system-connections", "sys/class/dmi/id"):
+        (tmp_path / folder).mkdir(parents=True)
+    wifi = (
+        'network:\n  wifis:\n    wlP9s9:\n      access-points:\n        "Casa Verde": {password: x}\n        Nord: {}\n'
+    )
+    (tmp_path / "etc/netplan/90-wifi.yaml").write_text(wifi)
+    (tmp_path / "etc/netplan/91-broken.yaml").write_text("network: [\n")
+    (tmp_path / "etc/NetworkManager/system-connections/Cafe Sol.nmconnection").write_text("x")
+    (tmp_path / "etc/dgx-release").write_text('DGX_SERIAL_NUMBER="1324500099999"\n')
+    (tmp_path / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    (tmp_path / "sys/class/dmi/id/product_serial").write_text("ABC-123456\n")
+    (tmp_path / "sys/class/dmi/id/board_serial").write_text("Default string\n")
+    known = identity.known(LocalReader(str(tmp_path)))
+    assert set(known.networks) == {"Cafe Sol", "Casa Verde", "Nord"}
+    assert set(known.serials) == {"0123456789abcdef0123456789abcdef", "1324500099999", "ABC-123456"}
+
+
+def test_a_long_list_is_cut_unless_all_of_it_is_asked_for() -> None:
+    item = checkup.Item("x", "check", "broken", "t", "\n".join(f"file {at}" for at in range(20)))
+    assert dict(doctor._rows(item, False))["found"].splitlines()[-1] == "... (-v shows all 20)"
+    assert len(dict(doctor._rows(item, True))["found"].splitlines()) == 20

@@ -1,0 +1,259 @@
+"""What differs between nodes, and what was measured between them, as `cluster verify` tells it."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from sparkinstall.plans import differences, sameness
+from sparkinstall.plans.differences import comparables, compared
+from tests.fast.test_bandwidth import OnASpark, card, node_with
+from tests.fast.test_cluster_screen import on_a_terminal
+from tests.support.far_nodes import FarNodes, copied
+from tests.support.sysfs import spark
+
+ALIKE = {"vllm": "0.18.1", "torch": "2.10.0", "mtu": "9000 + 9000", "kernel": "6.17.0-1029-nvidia", "env A": "1"}
+SITE = "opt/sparkinstall/venv/lib/python3.12/site-packages"
+RECORD = "vllm/__init__.py,sha256=aaaa,10\nvllm/version.py,sha256=bbbb,10\n"
+
+
+# --- the comparison
+
+
+def test_nodes_that_are_alike() -> None:
+    found = compared([("spark-1", ALIKE), ("spark-2", dict(ALIKE))])
+    assert (found.rows, found.compared) == ((), len(ALIKE))
+
+
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [("vllm", "fail"), ("torch", "fail"), ("ray", "fail"), ("python", "fail"), ("nccl", "fail"), ("transport", "fail"),
+     ("fp8-file", "fail"), ("vllm-files", "fail"), ("mtu", "fail"), ("kernel", "warn"), ("driver", "warn"),
+     ("firmware", "warn"), ("nccl-build-id", "warn"), ("env A", "warn"), ("gid", "note"), ("of tomorrow", "note")],
+)  # fmt: skip
+def test_what_differs_is_weighed(name: str, weight: str) -> None:
+    (row,) = compared([("a", {**ALIKE, name: "one"}), ("b", {**ALIKE, name: "two"})]).rows
+    assert (row.name, row.weight, row.values) == (name, weight, ("one", "two"))
+
+
+def test_what_one_node_lacks_is_a_difference_and_the_worst_comes_first() -> None:
+    without = {name: value for name, value in ALIKE.items() if name not in ("kernel", "vllm")}
+    found = compared([("a", ALIKE), ("b", ALIKE), ("c", without)])
+    assert [(row.name, row.values[2]) for row in found.rows] == [("vllm", ""), ("kernel", "")]
+    assert [row.name for row in found.failed] == ["vllm"]
+
+
+def test_all_that_must_be_the_same_before_ray_starts_is_weighed_as_a_failure() -> None:
+    for name in (*sameness.PACKAGES, "python", "nccl", "transport"):
+        assert differences.KINDS[name].weight == "fail"
+
+
+# --- what a node tells of itself
+
+
+@pytest.fixture
+def on(tmp_path: Path) -> OnASpark:
+    node = spark(tmp_path)
+    for half in ("enp1s0f0np0", "enP2p1s0f0np0"):
+        card(node, half)
+    for name, content in {
+        f"{SITE}/vllm-0.18.1.dist-info/RECORD": RECORD,
+        "opt/sparkinstall/fp8.json": '{"fallback": true}',
+        f"{SITE}/vllm/model_executor/layers/quantization/utils/w8a8_utils.py": "patched\n",
+        "opt/sparkinstall/env/multi-node-head.env": 'VLLM_HOST_IP="192.168.100.10"\nRAY_X="1.0"\n',
+        "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05  Release\n",
+        "proc/sys/kernel/osrelease": "6.17.0-1029-nvidia\n",
+        "etc/dgx-release": 'DGX_OTA_VERSION="7.3.1"\nDGX_OTA_VERSION="7.5.0"\nDGX_SERIAL_NUMBER="1234"\n',
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    return OnASpark(tmp_path, {"ip": "[]"})
+
+
+def changed(on: OnASpark, name: str, old: str, new: str) -> dict[str, str]:
+    """What is told after a change of one file, as far as it differs from what was told before."""
+    before, path = comparables(node_with(), on), Path(on.root, name)
+    path.write_text(path.read_text().replace(old, new))
+    after = comparables(node_with(), on)
+    return {key: after.get(key, "") for key in before.keys() | after.keys() if after.get(key) != before.get(key)}
+
+
+def test_a_node_tells_what_it_has(on: OnASpark) -> None:
+    told = comparables(node_with(), on)
+    assert told.items() >= {
+        "stack": "0.18.1", "vllm": "0.18.1", "fp8": "fallback on", "mtu": "1500 + 1500", "gid": "3 + 3",
+        "firmware": "28.45.4028", "driver": "580.95.05", "kernel": "6.17.0-1029-nvidia", "os": "7.5.0",
+        "env RAY_X": "1.0",
+    }.items()  # fmt: skip
+    assert "env VLLM_HOST_IP" not in told
+    assert "1234" not in json.dumps(told)
+
+
+def test_each_change_is_one_row(on: OnASpark) -> None:
+    record = f"{SITE}/vllm-0.18.1.dist-info/RECORD"
+    assert set(changed(on, record, "bbbb", "cccc")) == {"vllm-files"}
+    patched = f"{SITE}/vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
+    assert set(changed(on, patched, "patched", "by hand")) == {"fp8-file"}
+    assert changed(on, "opt/sparkinstall/fp8.json", "true", "false") == {"fp8": "fallback off"}
+    env = "opt/sparkinstall/env/multi-node-head.env"
+    assert changed(on, env, "1.0", "0.9") == {"env RAY_X": "0.9"}
+    assert changed(on, env, "100.10", "100.77") == {}
+    mtu = "sys/class/net/enP2p1s0f0np0/mtu"
+    assert changed(on, mtu, "1500", "9000") == {"mtu": "1500 + 9000"}
+
+
+def test_what_the_installer_writes_itself_makes_no_difference(on: OnASpark) -> None:
+    record = f"{SITE}/vllm-0.18.1.dist-info/RECORD"
+    own = "vllm-0.18.1.dist-info/INSTALLER,sha256=x,2\n../../../bin/vllm,sha256=y,9\nvllm/a.pyc,,\n"
+    assert changed(on, record, RECORD, own + RECORD) == {}
+
+
+# --- at the terminal
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    return copied(tmp_path_factory.mktemp("checkout"))
+
+
+PEERS = {"name": "peers", "title": "t", "level": "link", "verdict": "pass", "found": "yes", "mend": "", "seconds": 0.1}
+ALONE = {**PEERS, "name": "tcp-bandwidth", "verdict": "skip", "found": "it takes both ends"}
+CHECK = {"step": "network", "outcome": "unchanged", "seconds": 0.1, "held_by": None, "resources": [], "error": None}
+ABLE = {"tcp": "", "rdma": "enp1s0f0np0 has no RDMA device", "nccl": "there is no GPU here"}
+
+
+def proven(**told: str) -> list[Any]:
+    data = {"checks": [CHECK], "probes": [PEERS, ALONE], "fixes": [], "comparables": {**ALIKE, **told}}
+    return [0, data, []]
+
+
+def carried(*each: float) -> list[Any]:
+    halves = dict(zip(("enp1s0f0np0", "enP2p1s0f0np0"), each, strict=True))
+    measured = {"kind": "tcp", "halves": halves, "bus": 0.0, "size": 0, "network": "", "why": "", "lost": {}}
+    return [0, {"measured": measured, "lost": {}}, []]
+
+
+@pytest.fixture
+def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
+    nodes = FarNodes(tmp_path, *checkout)
+    for host in ("spark-1", "spark-2"):
+        nodes.add(host)
+        measures(nodes, host)
+    return nodes
+
+
+def measures(nodes: FarNodes, host: str, ask: Any = None, **more: Any) -> None:
+    answers = {
+        "verify": proven(),
+        "measurable": [0, {"why_not": ABLE}, []],
+        "respond": [0, {"lost": {}}, []],
+        "ask": ask or carried(47.0, 48.0),
+        "says": {"respond": json.dumps({"answers-at": [29699, 29698]})},
+    }
+    nodes.answer(host, **{**answers, **more})
+
+
+def test_alike_nodes_are_told_in_one_line(far: FarNodes) -> None:
+    code, lines = on_a_terminal(far, ["verify", "spark-1", "spark-2"], 100)
+    assert code == 0, lines
+    assert "✓ The nodes are alike in all 5 things that were compared." in lines
+
+
+def test_a_table_of_the_differences_alone(far: FarNodes) -> None:
+    measures(far, "spark-2", verify=proven(vllm="0.22.1", kernel="7.0.0-1019-nvidia"))
+    code, lines = on_a_terminal(far, ["verify", "spark-1", "spark-2"], 100)
+    rows = [" ".join(line.split()) for line in lines]
+    assert code == 5
+    assert "Differences 2 of 5 things that were compared" in rows
+    assert "✗ vllm 0.18.1 0.22.1" in rows
+    assert "! kernel 6.17.0-1029-nvidia 7.0.0-1019-nvidia" in rows
+    assert not any("torch" in row for row in rows)
+    code, said, _ = far.cluster("verify", "spark-1", "spark-2")
+    assert code == 5
+    assert said["data"]["differences"][0]["values"] == {"spark-1": "0.18.1", "spark-2": "0.22.1"}
+    assert "the nodes have not the same vllm" in said["errors"][0]["what"]
+
+
+def test_a_difference_that_is_only_a_warning_is_no_failure(far: FarNodes) -> None:
+    measures(far, "spark-2", verify=proven(kernel="7.0.0"))
+    code, said, _ = far.cluster("verify", "spark-1", "spark-2")
+    assert (code, [row["weight"] for row in said["data"]["differences"]]) == (0, ["warn"])
+    assert far.cluster("verify", "spark-1", "spark-2", "--level", "link")[1]["data"]["differences"] == []
+
+
+def test_nothing_is_measured_that_nobody_asked_for(far: FarNodes) -> None:
+    far.cluster("verify", "spark-1", "spark-2", "--level", "link")
+    assert {call["verb"] for call in far.calls} == {"verify"}
+    assert all(call["argv"][-3:-1] == ["--level", "link"] for call in far.calls)
+
+
+def test_each_way_is_measured_and_one_after_the_other(far: FarNodes) -> None:
+    measures(far, "spark-2", ask=carried(90.0, 0.1))
+    code, said, _ = far.cluster("verify", "spark-1", "spark-2", "--level", "link", "--measure")
+    told = {(each["name"], each["from"], each["to"]): each for each in said["data"]["bandwidth"]}
+    assert told["tcp-bandwidth", "spark-1", "spark-2"]["verdict"] == "pass"
+    assert told["tcp-bandwidth", "spark-2", "spark-1"]["found"].startswith("one half: 90.1 Gb/s")
+    assert told["rdma-bandwidth", "spark-1", "spark-2"]["found"] == "spark-1: enp1s0f0np0 has no RDMA device"
+    assert told["nccl-bandwidth", "spark-1", "spark-2"]["verdict"] == "skip"
+    assert code == 5
+    first, second = (call for call in far.calls if call["verb"] == "ask")
+    assert first["argv"][:6] == ["node", "ask", "tcp", "192.168.100.11", "29699", "29698"]
+    assert second["argv"][3] == "192.168.100.10"
+    assert first["ended"] < second["began"]
+
+
+def test_a_side_that_does_not_answer_is_a_failed_measurement(far: FarNodes) -> None:
+    bad = {"code": "failed", "what": "it did not start", "why": "", "mend": "", "log": "", "tail": []}
+    measures(far, "spark-2", respond=[1, {}, [bad]], says={})
+    _, said, _ = far.cluster("verify", "spark-1", "spark-2", "--level", "link", "--measure")
+    assert said["data"]["bandwidth"][0]["verdict"] == "fail"
+    assert said["data"]["bandwidth"][0]["found"] == "spark-2: it did not start"
+
+
+def test_strict_counts_what_was_skipped_but_not_what_was_measured_instead(far: FarNodes) -> None:
+    able = [0, {"why_not": dict.fromkeys(ABLE, "")}, []]
+    for host in ("spark-1", "spark-2"):
+        measures(far, host, measurable=able, ask=carried(95.0, 95.0))
+    words = ("verify", "spark-1", "spark-2", "--level", "link", "--strict")
+    only_tcp = ("--set", "network.transport=socket")
+    assert "tcp-bandwidth" in str(far.cluster(*words)[1]["errors"])
+    code, said, _ = far.cluster(*words, "--measure", *only_tcp)
+    assert [each["what"] for each in said["errors"] if "--strict" in each["what"]] == []
+    measures(far, "spark-1")
+    code, said, _ = far.cluster(*words, "--measure", *only_tcp)
+    assert code == 5
+    assert "spark-1: not looked at, and --strict was asked for: nccl-bandwidth to spark-2" in str(said["errors"])
+
+
+def test_junit_has_every_node_and_what_is_between_them(far: FarNodes, tmp_path: Path) -> None:
+    measures(far, "spark-2", verify=proven(mtu="1500 + 1500"))
+    path = tmp_path / "report.xml"
+    far.cluster("verify", "spark-1", "spark-2", "--measure", "--junit", str(path))
+    cases = {case.get("name"): {each.tag for each in case} for case in ElementTree.parse(path).iter("testcase")}
+    assert cases["spark-1: network"] == set()
+    assert cases["spark-2: peers"] == {"system-out"}
+    assert cases["tcp-bandwidth spark-1 spark-2"] == {"system-out"}
+    assert cases["nccl-bandwidth spark-1 spark-2"] == {"skipped"}
+    assert cases["same mtu"] == {"failure"}
+
+
+@pytest.mark.parametrize("words", [("--level", "link"), ("--measure",), ("--strict",), ("--junit", "x")])
+def test_what_belongs_to_verify_is_refused_elsewhere(far: FarNodes, words: tuple[str, ...]) -> None:
+    code, said, _ = far.cluster("spark-1", "spark-2", *words)
+    assert (code, words[0] in said["errors"][0]["what"]) == (2, True)
+    assert not far.calls
+
+
+def test_how_a_measurement_looks(far: FarNodes) -> None:
+    measures(far, "spark-2", ask=carried(90.0, 0.1))
+    _, lines = on_a_terminal(far, ["verify", "spark-1", "spark-2", "--measure"], 120)
+    rows = [" ".join(line.split()) for line in lines]
+    assert "Bandwidth" in rows
+    good = "✓ tcp-bandwidth spark-1 to spark-2 both halves: 95.0 Gb/s (47.0 enp1s0f0np0 + 48.0 enP2p1s0f0np0)"
+    assert good in rows
+    assert any(row.startswith("✗ tcp-bandwidth spark-2 to spark-1 one half: 90.1 Gb/s") for row in rows)
+    assert any(row.startswith("· nccl-bandwidth spark-1 and spark-2") for row in rows)
+    assert "✓ spark-1 1 of 1 probes passed" in rows
+    assert max(map(len, lines)) <= 120

@@ -1,0 +1,373 @@
+"""The probes of the API: their verdicts and time limits, against a small server that says what a case needs.
+
+Only the protocol is vLLM's here; that they judge a real vLLM rightly is for tests/nodes/test_serving.py.
+"""
+
+import json
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparkinstall import stacks
+from sparkinstall.config import Layer, build
+from sparkinstall.node import Node
+from sparkinstall.plans import fixes
+from sparkinstall.probes import Finding, api, serving, streams
+from sparkinstall.system.local import LocalReader
+
+Findings = dict[str, Finding]
+QWEN = "Qwen/Qwen3.5-35B-A3B"
+OPENED, CLOSED, PLAIN = "assistant\n<think>\n", "<think>\n\n</think>\n\n", "assistant\n"
+PARSER = {"serving.arguments": ["--reasoning-parser", "qwen3"]}
+
+
+@dataclass
+class Api:
+    """What the server says. `hangs`: the paths at which it says nothing; `counts`: tokens counted for one made."""
+
+    deltas: tuple[Mapping[str, str], ...] = ({"role": "assistant", "content": ""}, {"content": "1, "}, {"content": "2"})
+    prompt: str = PLAIN
+    finish: str = "stop"
+    ends: bool = True
+    hangs: tuple[str, ...] = ()
+    refuses: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    root: str = QWEN
+    key: str = ""
+    cache: str = "vllm:kv_cache_usage_perc"
+    counts: float = 1.0
+    made: int = 0
+    asked: list[str] = field(default_factory=list)
+
+    def metrics(self) -> str:
+        counted = f'vllm:generation_tokens_total{{engine="0",model_name="m"}} {self.made * self.counts}\n'
+        return (
+            f'# HELP x y\n{counted}vllm:generation_tokens_created{{engine="0"}} 1.7e+09\n{self.cache}{{e="0"}} 0.25\n'
+        )
+
+    def events(self, most: int) -> Iterator[str]:
+        yield _event({"choices": [{"delta": {"role": "assistant"}}], "prompt_token_ids": [1, 2, 3]})
+        for each in self.deltas:
+            self.made += 1
+            yield _event({"choices": [{"delta": each, "finish_reason": None}]})
+        yield _event({"choices": [{"delta": {}, "finish_reason": self.finish}]})
+        yield _event({"choices": [], "usage": {"completion_tokens": min(most, len(self.deltas))}})
+        if self.ends:
+            yield "data: [DONE]\n\n"
+
+
+def _event(what: object) -> str:
+    return f"data: {json.dumps(what)}\n\n"
+
+
+class Answers(BaseHTTPRequestHandler):
+    said: Api
+
+    def do_GET(self) -> None:
+        self.answer({})
+
+    def do_POST(self) -> None:
+        self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def answer(self, asked: Mapping[str, Any]) -> None:
+        self.said.asked.append(self.path)
+        if self.path in self.said.hangs:
+            time.sleep(4)
+        status, words = self.refusal() or (200, self.words(asked))
+        self.send_response(status)
+        self.end_headers()
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for each in words:
+                self.wfile.write(each.encode())
+
+    def refusal(self) -> tuple[int, Iterable[str]] | None:
+        key = self.said.key
+        if key and self.path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {key}":
+            return 401, ['{"error": "Unauthorized"}']
+        refused = self.said.refuses.get(self.path)
+        return (refused[0], [refused[1]]) if refused else None
+
+    def words(self, asked: Mapping[str, Any]) -> Iterable[str]:
+        said, tokens = self.said, int(asked.get("max_tokens", 0))
+        if asked.get("stream"):
+            return said.events(tokens)
+        said.made += tokens
+        models = {"data": [{"id": "m", "root": said.root} if said.root else {"id": "m"}]}
+        answers = {"/v1/models": models, "/detokenize": {"prompt": said.prompt}}
+        done = {"usage": {"completion_tokens": tokens}}
+        return [said.metrics() if self.path == "/metrics" else json.dumps(answers.get(self.path, done))]
+
+    def log_message(self, *words: object) -> None:
+        del words
+
+
+@contextmanager
+def answering(port: int, said: Api) -> Iterator[None]:
+    with ThreadingHTTPServer(("127.0.0.1", port), type("Of", (Answers,), {"said": said})) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A prefix with a Python, and of vLLM what the probes read."""
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    (tmp_path / "venv/bin/python").symlink_to(sys.executable)
+    vllm = tmp_path / "venv/lib/python3.12/site-packages/vllm"
+    for name, text in {
+        "entrypoints/openai/protocol.py": "class DeltaMessage:\n    content: str\n    reasoning: str\n",
+        "reasoning/__init__.py": '_THEM = {"deepseek_r1": ("a",), "qwen3": ("a",), "nemotron_v3": ("a",)}\n',
+    }.items():
+        (vllm / name).parent.mkdir(parents=True, exist_ok=True)
+        (vllm / name).write_text(text)
+    return tmp_path
+
+
+def node_of(place: Path, role: str = "single", **settings: Any) -> Node:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    values = {"prefix": str(place), "serving.model": QWEN, "serving.port": port, "cluster.role": role, **settings}
+    config = build([Layer("test", values)])[0]
+    return Node(config, stacks.load(config.stack), "x86_64", "x86_64", False, False, str(place), place / "cache")
+
+
+def look(node: Node, root: str = "/", only: str = "") -> Findings:
+    """What all of them find, as `verify` asks them: one after the other, with one reader."""
+    on = LocalReader(root)
+    return {probe.name: probe.look(on) for probe in serving.probes(node) if only in ("", probe.name)}
+
+
+def found(place: Path, said: Api, only: str = "", **settings: Any) -> Findings:
+    node = node_of(place, **settings)
+    with answering(node.config.serving.port, said):
+        return look(node, only=only)
+
+
+def test_a_worker_has_no_api_to_ask(place: Path) -> None:
+    assert list(serving.probes(node_of(place, "worker"))) == []
+    assert len(list(serving.probes(node_of(place, "head")))) == 3
+
+
+def test_a_rehearsal_serves_nothing(place: Path) -> None:
+    assert {each.verdict for each in look(node_of(place), str(place)).values()} == {"skip"}
+
+
+def test_all_is_well_and_the_api_is_asked_no_more_than_it_takes(place: Path) -> None:
+    said = Api()
+    findings = found(place, said)
+    assert [each.verdict for each in findings.values()] == ["pass"] * 3, findings
+    assert findings["serving"].found.startswith("4 tokens of m in ")
+    assert findings["serving-stream"].found.startswith("no reasoning in this model's stream; first token after 0.")
+    grew = "vllm:generation_tokens_total grew by 7 while we made 7; 25% of the KV cache is in use"
+    assert findings["serving-metrics"].found == grew
+    stream = ["/v1/chat/completions", "/detokenize"]
+    assert said.asked == ["/metrics", "/v1/models", "/v1/completions", *stream, "/metrics"]
+
+
+class TestWithoutACompletion:
+    def judged(self, findings: Findings) -> Finding:
+        """That of `serving`; the others do not try again."""
+        for name in ("serving-stream", "serving-metrics"):
+            assert (findings[name].verdict, findings[name].found) == ("skip", "no completion came: see `serving`")
+        return findings["serving"]
+
+    def test_nothing_that_answers_is_a_failure_that_names_the_unit(self, place: Path) -> None:
+        node = node_of(place)
+        finding = self.judged(look(node))
+        assert finding.verdict == "fail"
+        assert f"nothing answers at 127.0.0.1:{node.config.serving.port}; vllm.service is" in finding.found
+
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/metrics"])
+    def test_health_alone_does_not_pass(self, place: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(api, "PATIENCE", 1)
+        said, began = Api(hangs=(path,)), time.monotonic()
+        finding = self.judged(found(place, said))
+        assert (finding.verdict, finding.found) == ("fail", "no completion within 1 s, though /health says 200")
+        assert time.monotonic() - began < 20
+        assert said.asked.count(path) == 1, "the others did not wait again"
+
+    def test_what_the_api_says_of_an_error_is_shown(self, place: Path) -> None:
+        finding = self.judged(found(place, Api(refuses={"/v1/completions": (500, "EngineDeadError")})))
+        assert (finding.verdict, finding.found) == ("fail", "HTTP 500: EngineDeadError")
+
+    def test_a_key_that_is_wanted_is_said_and_a_wrong_one_too(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv(api.KEY, raising=False)
+        asks = self.judged(found(place, Api(key="sesame")))
+        assert (asks.verdict, asks.found) == ("fail", "it asks for a key (HTTP 401)")
+        assert f"export {api.KEY}" in asks.mend
+        monkeypatch.setenv(api.KEY, "simsim")
+        refuses = self.judged(found(place, Api(key="sesame")))
+        assert (refuses.verdict, refuses.found) == ("fail", f"it does not take the key in {api.KEY}")
+        monkeypatch.setenv(api.KEY, "sesame")
+        assert {each.verdict for each in found(place, Api(key="sesame")).values()} == {"pass"}
+
+
+def test_a_model_that_takes_no_bare_prompt_is_asked_in_a_chat(place: Path) -> None:
+    assert found(place, Api(refuses={"/v1/completions": (404, "not for this model")}))["serving"].verdict == "pass"
+
+
+def test_another_model_than_the_one_that_was_asked_for_is_a_failure(place: Path) -> None:
+    finding = found(place, Api(root="/models/other"))["serving"]
+    assert (finding.verdict, finding.found, finding.expected) == ("fail", "it serves /models/other", QWEN)
+    assert found(place, Api(root=""))["serving"].verdict == "pass", "a server that does not say is not judged"
+
+
+THINKING = ({"reasoning": "hm"}, {"content": "4"})
+RAW = ({"content": "<th"}, {"content": "ink>hm</think>4"})
+ALL_REASONING = ({"reasoning": "1, "}, {"reasoning": "2"})
+STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
+    "in its field": (Api(THINKING), PARSER, "pass", "the thinking in delta.reasoning, the answer in delta.content;"),
+    "still thinking": (Api(ALL_REASONING, OPENED, "length"), PARSER, "pass", "the thinking in delta.reasoning;"),
+    "not a model that thinks": (Api(), PARSER, "pass", "no reasoning in this model's stream;"),
+    "by itself": (Api(THINKING), {}, "pass", "the thinking in delta.reasoning, the answer in delta.content;"),
+    "raw": (Api(RAW), {}, "warn", "raw <think> in delta.content: clients show the thinking as the answer;"),
+    "only its end": (Api(({"content": "hm</think>4"},), OPENED), {}, "warn", "raw </think> in delta.content: "),
+    "unmarked": (Api(finish="length", prompt=OPENED), {}, "warn", "the thinking is in delta.content, unmarked: "),
+    "told not to think": (Api(prompt=CLOSED), {}, "pass", "no reasoning in this model's stream;"),
+    "raw with a parser": (
+        Api(RAW),
+        PARSER,
+        "fail",
+        "raw <think> in delta.content in spite of --reasoning-parser qwen3;",
+    ),
+    "unmarked with a parser": (Api(prompt=OPENED), PARSER, "fail", "the thinking is in delta.content in spite of "),
+    "the answer too": (Api(ALL_REASONING), PARSER, "warn", "all of the answer came in delta.reasoning, and none in "),
+    "told not to think, and cut off": (
+        Api(ALL_REASONING, CLOSED, "length"),
+        PARSER,
+        "warn",
+        "all of the answer came in ",
+    ),
+    "a field of another version": (
+        Api(({"reasoning_content": "hm"}, {"content": "4"})),
+        PARSER,
+        "fail",
+        "the thinking is in delta.reasoning_content, which the vLLM that is installed does not send;",
+    ),
+    "kept on purpose": (
+        Api(RAW, OPENED),
+        {"serving.arguments": ["--reasoning_parser=minimax_m2_append_think"]},
+        "pass",
+        "the thinking in delta.content, marked, as --reasoning-parser minimax_m2_append_think has it;",
+    ),
+    "nothing": (Api(()), {}, "warn", "a stream without a word"),
+    "broken off": (Api(ends=False), {}, "fail", "the stream broke off"),
+    "no chat": (
+        Api(refuses={"/v1/chat/completions": (400, "default chat template is no longer allowed")}),
+        {},
+        "skip",
+        "this model has no chat template: nobody can chat with it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_where_the_thinking_is(place: Path, name: str) -> None:
+    said, settings, verdict, says = STREAMS[name]
+    finding = found(place, said, "serving-stream", **settings)["serving-stream"]
+    assert (finding.verdict, finding.found[: len(says)]) == (verdict, says)
+    assert bool(finding.mend) == (verdict in ("warn", "fail"))
+
+
+def test_the_mend_names_the_parser_of_the_model(place: Path) -> None:
+    mend = found(place, Api(RAW))["serving-stream"].mend
+    assert mend.startswith("add `--reasoning-parser`, `qwen3` to `serving.arguments`")
+    unknown = found(place, Api(RAW, root="/models/mine"), **{"serving.model": "/models/mine"})["serving-stream"].mend
+    assert unknown.startswith("add `--reasoning-parser`, `NAME` to")
+
+
+def test_a_stream_that_stops_halfway_is_not_waited_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "PATIENCE", 1)
+    findings = found(place, Api(hangs=("/v1/chat/completions",)))
+    assert findings["serving"].verdict == "pass"
+    late = findings["serving-stream"]
+    assert (late.verdict, late.found) == ("fail", "no end of a stream within 1 s, though /health says 200")
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "verdict", "says"),
+    [
+        (Api(cache="vllm:gpu_cache_usage_perc"), {}, "pass", "25% of the KV cache is in use"),
+        (Api(counts=2), {}, "pass", "grew by 14 while we made 7"),
+        (Api(counts=0), {}, "fail", "grew by 0 while we made 7"),
+        (Api(cache="vllm:cache"), {}, "warn", "but there is no vllm:kv_cache_usage_perc"),
+        (Api(refuses={"/metrics": (404, "")}), {}, "warn", "/metrics does not answer: 404"),
+        (
+            Api(refuses={"/metrics": (200, "python_info 1\n")}),
+            {},
+            "warn",
+            "/metrics has no vllm:generation_tokens_total",
+        ),
+        (
+            Api(refuses={"/metrics": (200, "python_info 1\n")}),
+            {"serving.arguments": ["--disable-log-stats"]},
+            "warn",
+            "no vllm:generation_tokens_total",
+        ),
+    ],
+)
+def test_counters_must_move_by_what_was_asked(
+    place: Path, said: Api, settings: dict[str, Any], verdict: str, says: str
+) -> None:
+    finding = found(place, said, **settings)["serving-metrics"]
+    assert finding.verdict == verdict
+    assert says in finding.found
+
+
+def test_metrics_alone_count_what_the_completion_made(place: Path) -> None:
+    assert "grew by 4 while we made 4" in found(place, Api(), "serving-metrics")["serving-metrics"].found
+
+
+@pytest.mark.parametrize(
+    ("names", "parser"),
+    [
+        ("Qwen/Qwen3.5-122B-A10B-FP8", "qwen3"),
+        ("/models/NVIDIA-Nemotron-3-Nano-30B-A3B", "nemotron_v3"),
+        ("deepseek-ai/DeepSeek-R1-0528-Qwen3-8B", "deepseek_r1"),
+        ("meta-llama/Llama-3.1-8B", None),
+    ],
+)
+def test_the_parser_of_a_family(names: str, parser: str | None) -> None:
+    assert streams.fitting(names, ("deepseek_r1", "qwen3", "nemotron_v3")) == parser
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parser"),
+    [
+        ((), None),
+        (("--reasoning-parser", "qwen3", "--port", "1"), "qwen3"),
+        (("--reasoning_parser=glm45",), "glm45"),
+        (("--reasoning-parser", "qwen3", "--reasoning-parser=glm45"), "glm45"),
+        (("--reasoning-parser",), None),
+    ],
+)
+def test_the_parser_among_the_arguments(arguments: tuple[str, ...], parser: str | None) -> None:
+    assert streams.parser_of(arguments) == parser
+
+
+def test_the_client_of_the_docs_finds_the_thinking_in_every_way_that_it_comes() -> None:
+    text = Path(__file__).parents[2].joinpath("docs/troubleshooting.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    client: dict[str, Any] = {}
+    exec(code, client)
+    assert client["parts"]({"reasoning": "hm"}) == client["parts"]({"reasoning_content": "hm"}) == ("hm", "")
+    assert client["parts"]({"reasoning": None, "content": "4"}) == ("", "4")
+    assert client["split"]("<think>hm</think>4") == client["split"]("hm</think>4") == ("hm", "4")
+    assert client["split"]("4") == ("", "4")
+
+
+def test_the_stream_proves_fix_8() -> None:
+    assert fixes.number_of("serving-stream") == 8

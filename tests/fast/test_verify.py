@@ -1,0 +1,225 @@
+"""`verify`: what its options choose, what counts as wrong, and the report that CI gets in each case."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from sparkinstall.errors import BadUsage
+from sparkinstall.plans import catalogue, proof
+from sparkinstall.plans.proof import Chosen
+from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, passed, skipped, warned
+from tests.fast import test_docs
+from tests.fast.test_docs import HEAD, page
+from tests.support.rehearsals import envelope, in_this_process, said, sparkinstall
+
+GOOD, USAGE, DRIFT = 0, 2, 3
+EVERYTHING = proof.chosen(HEAD, measure=True)
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    """A rehearsal that has a journal and nothing else: everything is still to be done."""
+    home = tmp_path / "node/var/lib/sparkinstall"
+    home.mkdir(parents=True)
+    (home / "journal.jsonl").touch()
+    return tmp_path / "node"
+
+
+@pytest.fixture
+def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Verify these probes, and no step."""
+
+    def these(*findings: tuple[str, Finding]) -> None:
+        probes = tuple(Probe(name, name, lambda _, each=each: each, "node") for name, each in findings)  # type: ignore[misc]
+        monkeypatch.setattr(proof, "chosen", lambda *_, **__: Chosen((), probes, False))
+
+    yield these
+
+
+# --- what is chosen
+
+
+def names(chosen: Chosen) -> set[str]:
+    return {probe.name for probe in chosen.probes}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_goes_as_far_as_its_name_says(level: Level) -> None:
+    found = proof.chosen(HEAD, level=level, measure=True)
+    far = LEVELS.index(level)
+    assert names(found) == {p.name for p in EVERYTHING.probes if LEVELS.index(p.level) <= far}
+    assert [step.name for step in found.steps] == [step.name for step in catalogue.of(HEAD)], (
+        "checks are of every level"
+    )
+
+
+def test_the_levels_come_in_their_order() -> None:
+    order = [LEVELS.index(probe.level) for probe in EVERYTHING.probes]
+    assert order == sorted(order) and len(set(order)) > 3
+
+
+def test_a_step_stands_for_its_checks_and_its_probes() -> None:
+    found = proof.chosen(HEAD, only=["environment"])
+    assert [step.name for step in found.steps] == ["environment"]
+    assert {"wheel-gate", "reasoning-field"} <= names(found)
+    assert "nccl-loaded" not in names(found)
+    left = proof.chosen(HEAD, skip=["environment"])
+    assert "environment" not in [step.name for step in left.steps]
+    assert not {"wheel-gate", "reasoning-field"} & names(left) and "nccl-loaded" in names(left)
+
+
+def test_a_probe_alone() -> None:
+    found = proof.chosen(HEAD, only=["nccl-loaded"])
+    assert names(found) == {"nccl-loaded"} and not found.steps and not found.whole
+    assert "nccl-loaded" not in names(proof.chosen(HEAD, skip=["nccl-loaded"]))
+
+
+def test_load_is_put_on_only_where_it_is_asked_for() -> None:
+    loads = {probe.name for probe in EVERYTHING.probes if probe.load}
+    assert not loads & names(proof.chosen(HEAD))
+    for name in loads:
+        assert names(proof.chosen(HEAD, only=[name])) == {name}, "by its name it is asked for"
+
+
+@pytest.mark.parametrize(("option", "word"), [("only", "wheel-gat"), ("skip", "nccl-loadedd")])
+def test_a_name_that_there_is_not_is_refused_with_the_nearest(option: str, word: str) -> None:
+    with pytest.raises(BadUsage) as refused:
+        proof.chosen(HEAD, **{option: [word]})  # type: ignore[arg-type]
+    assert "did you mean" in refused.value.mend
+
+
+# --- how it ends
+
+
+@pytest.mark.parametrize(
+    ("findings", "strict", "code"),
+    [
+        ([passed("x")], True, GOOD),
+        ([warned("x", "y")], True, GOOD),
+        ([passed("x"), skipped("no GPU")], False, GOOD),
+        ([passed("x"), skipped("no GPU")], True, DRIFT),
+        ([failed("x", "y"), passed("x")], False, DRIFT),
+    ],
+)
+def test_exit_codes(probed: Any, node: Path, findings: list[Finding], strict: bool, code: int) -> None:
+    probed(*((f"p{at}", finding) for at, finding in enumerate(findings)))
+    options = ["--strict"] if strict else []
+    run = in_this_process("verify", "--root", node, *options)
+    assert run.returncode == code, said(run)
+    report = node.parent / "j.xml"
+    assert in_this_process("verify", "--root", node, "--junit", report, *options).returncode == code
+    assert (next(ElementTree.parse(report).getroot().iter("failure"), None) is not None) == (code == DRIFT)
+
+
+def test_the_conclusion_names_what_was_not_looked_at(probed: Any, node: Path) -> None:
+    probed(("seen", passed("x")), ("unseen", skipped("no GPU")))
+    assert "not looked at: unseen" in in_this_process("verify", "--root", node).stdout
+    assert "--strict was asked for: unseen" in in_this_process("verify", "--root", node, "--strict").stdout
+
+
+def test_a_probe_that_crashes_is_a_failure_of_it_alone(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(_: object) -> Finding:
+        raise ZeroDivisionError("boom")
+
+    probes = (Probe("crashes", "x", crash, "node"), Probe("runs", "x", lambda _: passed("fine"), "node"))
+    monkeypatch.setattr(proof, "chosen", lambda *_, **__: Chosen((), probes, False))
+    found = envelope(in_this_process("verify", "--root", node, "--json"))["data"]["probes"]
+    assert [each["verdict"] for each in found] == ["fail", "pass"]
+    assert "ZeroDivisionError: boom" in found[0]["found"]
+
+
+def test_what_is_not_done_is_drift_with_a_report(node: Path) -> None:
+    report = node.parent / "j.xml"
+    run = sparkinstall("verify", "--root", node, "--level", "static", "--junit", report)
+    assert run.returncode == DRIFT, said(run)
+    root = ElementTree.parse(report).getroot()
+    assert {suite.attrib["name"] for suite in root} == {"sparkinstall.checks", "sparkinstall.static"}
+    assert int(root.attrib["failures"]) > 3
+
+
+# --- the report where nothing could be looked at
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        ([], DRIFT, "nothing of sparkinstall is in"),
+        (["--level", "nod"], USAGE, "there is no level 'nod'"),
+        (["--only", "wheel-gat"], USAGE, "there is no step or probe"),
+        (["--set", "nonsense=1"], USAGE, "nonsense"),
+    ],
+)
+def test_a_report_says_why_nothing_was_looked_at(tmp_path: Path, options: list[str], code: int, says: str) -> None:
+    report = tmp_path / "j.xml"
+    report.write_text("<testsuites><testsuite name='of the last run'/></testsuites>")
+    run = in_this_process("verify", "--root", tmp_path / "node", "--junit", report, *options)
+    assert run.returncode == code, said(run)
+    (case,) = ElementTree.parse(report).getroot().iter("testcase")
+    failure = case.find("failure")
+    assert (case.attrib["name"], failure is not None and says in failure.attrib["message"]) == ("installed", True)
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, node: Path) -> None:
+    run = in_this_process("verify", "--root", node, "--junit", tmp_path / "no" / "j.xml", "--json")
+    errors = envelope(run)["errors"]
+    assert (run.returncode, errors[0]["code"]) == (1, "storage")
+
+
+# --- the workflows of docs/ci.md
+
+
+def workflows() -> list[Any]:
+    return [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page("docs/ci.md"), re.DOTALL)]
+
+
+def commands_of(value: Any) -> Iterator[str]:
+    """Every command of ours, wherever in a workflow."""
+    if isinstance(value, dict):
+        for each in value.values():
+            yield from commands_of(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from commands_of(each)
+    elif isinstance(value, str):
+        yield from (line for line in value.splitlines() if line.startswith("sparkinstall "))
+
+
+def test_the_workflows_are_what_their_readers_take() -> None:
+    github, gitlab, rehearsal = workflows()
+    # YAML 1.1 reads the word `on` as true.
+    assert set(github) == {"name", True, "permissions", "jobs"}
+    steps = github["jobs"]["verify"]["steps"]
+    assert all(("run" in step) != ("uses" in step) for step in steps)
+    report = next(step for step in steps if "junit" in step.get("uses", ""))
+    written = re.findall(r"--junit (\S+)", steps[0]["run"])
+    assert [report["with"]["report_paths"]] == written, "what is written is what is read"
+    assert report["if"] == "success() || failure()", "a report of what is wrong is the one that is wanted"
+    for job in (gitlab["verify"], rehearsal["rehearse"]):
+        assert job["artifacts"]["when"] == "always"
+        (file,) = re.findall(r"--junit (\S+)", " ".join(job["script"]))
+        assert job["artifacts"]["reports"]["junit"] == file and file.endswith(".xml")
+
+
+WORKFLOW_LINES = sorted(set(commands_of(workflows())))
+
+
+@pytest.mark.parametrize("line", WORKFLOW_LINES)
+def test_a_command_in_a_workflow_exists(line: str) -> None:
+    test_docs.test_a_command_in_the_documents_exists(test_docs.Said("docs/ci.md", line))
+
+
+def test_the_commands_of_the_workflows_are_found() -> None:
+    assert len(WORKFLOW_LINES) == 4 and any("--strict" in line for line in WORKFLOW_LINES)
+
+
+def test_the_rehearsals_verify_ends_well_for_ci(tmp_path: Path) -> None:
+    """The command of the page itself, on a rehearsal with nothing on it: the report is there though it failed."""
+    (line,) = [each for each in WORKFLOW_LINES if "verify --root" in each]
+    words = line.replace("./node", str(tmp_path / "node")).replace("spark.xml", str(tmp_path / "spark.xml")).split()
+    assert in_this_process(*words[1:]).returncode == DRIFT
+    assert ElementTree.parse(tmp_path / "spark.xml").getroot().attrib["failures"] == "1"

@@ -1,0 +1,74 @@
+"""Parts of a node that are broken on purpose for as long as a test looks at them, and what `verify` says of it."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tests.lab.node import FreshNode
+from tests.nodes.fresh import sparkinstall
+
+ENV_FILE = "/opt/sparkinstall/env/single-node.env"
+SITE = "/opt/sparkinstall/venv/lib/python3.13/site-packages"
+TOOL = "/home/spark/.local/share/sparkinstall/tool"
+UNIT = "/etc/systemd/system/vllm.service"
+UP = "/run/vllm/up"
+# As the unit of the step `serving`, with a program in vLLM's place that needs no GPU.
+SERVICE = """\
+[Service]
+Type=exec
+User=spark
+EnvironmentFile={env_file}
+{more}
+RuntimeDirectory=vllm
+ExecStart=/opt/sparkinstall/venv/bin/python -c "import time; {program}; open('{up}', 'w').close(); time.sleep(9999)"
+"""
+
+
+@contextmanager
+def changed(node: FreshNode, path: str, *edits: str) -> Iterator[None]:
+    """A file after these edits of sed, with the time that it had before; as it was again afterwards."""
+    kept = "/run/kept"
+    node.run("cp", "-a", path, kept)
+    words = [word for edit in edits for word in ("-e", edit)]
+    node.run("sed", "-i", *words, path)
+    node.run("touch", "-r", kept, path)
+    assert node.run("cmp", "-s", kept, path, check=False).returncode == 1, "the edit changed nothing"
+    try:
+        yield
+    finally:
+        node.run("cp", "-a", kept, path)
+
+
+def said_of(node: FreshNode, probe: str) -> tuple[str, str]:
+    """What a probe says, on a node that is to serve a model: its verdict, and what it found."""
+    model = ("--set", "serving.model=/srv/model")
+    answer = json.loads(sparkinstall(node, "verify", "--only", probe, *model, "--json", check=False).stdout)
+    (found,) = answer["data"]["probes"]
+    assert answer["exit_code"] == (3 if found["verdict"] == "fail" else 0)
+    return found["verdict"], found["found"]
+
+
+def reinstall(node: FreshNode, package: str) -> None:
+    """What a hand with a package manager does: the same version once more, from the cache."""
+    uv, python = f"{TOOL}/bin/uv", f"{SITE.partition('/lib/')[0]}/bin/python"
+    own = {"UV_CACHE_DIR": "/home/spark/.cache/sparkinstall/uv", "UV_OFFLINE": "1", "UV_LINK_MODE": "copy"}
+    node.run(uv, "pip", "install", "--reinstall", "--no-deps", "--python", python, package, user="spark", env=own)
+
+
+def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float = 30) -> None:
+    """Start `vllm.service` anew, with `more` in its unit and `program` (of Python) run in its process."""
+    node.write(UNIT, SERVICE.format(env_file=ENV_FILE, more=more, program=program, up=UP))
+    node.run("systemctl", "daemon-reload")
+    node.run("systemctl", "restart", "vllm.service")
+    until = time.monotonic() + seconds
+    while node.run("test", "-e", UP, check=False).returncode:
+        assert time.monotonic() < until, node.run("journalctl", "-u", "vllm.service", "--no-pager").stdout
+        time.sleep(0.2)
+
+
+def serve_no_more(node: FreshNode) -> None:
+    """As if there had never been a service."""
+    node.run("systemctl", "stop", "vllm.service")
+    node.run("rm", UNIT)
+    node.run("systemctl", "daemon-reload")
