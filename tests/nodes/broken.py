@@ -53,7 +53,8 @@ def reinstall(node: FreshNode, package: str) -> None:
     """What a hand with a package manager does: the same version once more, from the cache."""
     uv, python = f"{TOOL}/bin/uv", f"{SITE.partition('/lib/')[0]}/bin/python"
     own = {"UV_CACHE_DIR": "/home/spark/.cache/sparkinstall/uv", "UV_OFFLINE": "1", "UV_LINK_MODE": "copy"}
-    node.run(uv, "pip", "install", "--reinstall", "--no-deps", "--python", python, package, user="spark", env=own)
+    same = node.run("sh", "-c", f"basename {SITE}/{package}-*.dist-info .dist-info").stdout.strip().replace("-", "==")
+    node.run(uv, "pip", "install", "--reinstall", "--no-deps", "--python", python, same, user="spark", env=own)
 
 
 def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float = 30) -> None:
