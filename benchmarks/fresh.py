@@ -12,23 +12,28 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environments import Environment
-from benchmarks.timing import Command, Long, once
+from benchmarks.timing import Command, Long, Spread, in_turns, once
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import VERSION, tarball
 
 _STACK = "0.32.0"
+_ROUNDS = 5
 _FUNCTIONS = "AllReduce Sum f32 RING SIMPLE"
 _GENCODE = "-gencode=arch=compute_121,code=sm_121"
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """Seconds. `by_hand` by step, in the order in which they are done, one after the other."""
+    """Seconds. `by_hand` by step, in the order in which they are done, one after the other.
+
+    `verify` is `verify --level node` on what was installed.
+    """
 
     whole: Long
     proofs: float
     by_hand: Mapping[str, Long]
     engine: Mapping[str, float]
+    verify: Spread
     full: bool
 
     @property
@@ -43,6 +48,8 @@ def measure(tool: Environment, work: Path, full: bool) -> Fresh:
     work.mkdir(parents=True)
     lock = _warm_caches(tool, work, full)
     whole, engine, report = _ours(tool, work, full)
+    verify = _verify(tool, work / "node")
+    shutil.rmtree(work / "node")
     by_hand = _by_hand(tool, work / "by-hand", lock)
     shutil.rmtree(work)
     return Fresh(
@@ -50,6 +57,7 @@ def measure(tool: Environment, work: Path, full: bool) -> Fresh:
         proofs=sum(each["seconds"] for each in report["data"]["probes"]),
         by_hand=by_hand,
         engine=engine,
+        verify=verify,
         full=full,
     )
 
@@ -86,8 +94,12 @@ def _ours(tool: Environment, work: Path, full: bool) -> tuple[Long, dict[str, fl
     wrapper, found = Path(__file__).with_name("engine_share.py"), work / "engine.json"
     argv = (tool.python, "-P", str(wrapper), str(found), *_asked(work / "node", full), *options)
     whole, said = once(Command(argv))
-    shutil.rmtree(work / "node")
     return whole, json.loads(found.read_text()), json.loads(said)
+
+
+def _verify(tool: Environment, node: Path) -> Spread:
+    asked = (tool.program("sparkinstall"), "verify", "--root", str(node), "--level", "node")
+    return in_turns({"verify": Command(asked)}, _ROUNDS)["verify"]
 
 
 def _venv(tool: Environment, venv: Path) -> Command:

@@ -93,6 +93,13 @@ def fresh_table(found: Fresh) -> str:
     )
 
 
+def verify_table(found: Fresh) -> str:
+    """How long it takes to look at all of it."""
+    part = "the whole environment" if found.full else "vLLM's own wheel"
+    rows = [("`sparkinstall verify --level node`", _seconds(found.verify.median), _range(found.verify))]
+    return table(f"Looking at it again: {part} and NCCL", ("", "median", "lowest - highest"), rows)
+
+
 def _long(each: Long) -> tuple[str, str]:
     return f"{each.seconds:.1f}", f"{each.others:.1f}"
 

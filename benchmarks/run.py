@@ -57,6 +57,7 @@ def _sections(quick: bool, full: bool, rounds: int) -> Iterator[str]:
         found = fresh.measure(tool, work / "fresh", full)
         yield report.fresh_table(found)
         yield report.engine_table(found)
+        yield report.verify_table(found)
 
 
 def _say(what: str) -> None:

@@ -211,7 +211,12 @@ def _prefix(on: Reader, node: Node) -> Finding:
             "move it away, or choose another `prefix:` in the config",
             "a folder",
         )
-    ours = on.entry("/var/lib/sparkinstall/journal.jsonl") is not None
+    try:
+        ours = on.entry("/var/lib/sparkinstall/journal.jsonl") is not None
+    except PermissionError:
+        return failed(
+            f"{where} is there, and another user's sparkinstall made it", "run this as that user", "free, or ours"
+        )
     taken = [name for name in ("venv", "nccl", "env") if on.entry(f"{node.prefix}/{name}")]
     if taken and not ours:
         return failed(
