@@ -2,16 +2,15 @@
 
 import ast
 import json
-import os
 import signal
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sparkinstall import binaries
-from sparkinstall.node import Node, nccl_library, site_packages
-from sparkinstall.probes import Finding, Probe, failed, kernels, passed, skipped, warned
+from sparkinstall.node import Node, site_packages
+from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed, skipped
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
@@ -61,7 +60,7 @@ def probes(node: Node) -> Iterable[Probe]:
 
 def _answer(node: Node, on: Reader, process: InEnvironment) -> dict[str, Any] | Finding:
     """What the process says of itself, or why it says nothing."""
-    if stop := _not_here(node, on):
+    if stop := nccl.not_here(node, on):
         return stop
     if node.partial:
         return skipped("torch, Triton and vLLM do not run in a rehearsal without --full")
@@ -77,17 +76,8 @@ def _end(code: int) -> str:
         return f"code {code}"
 
 
-def _not_here(node: Node, on: Reader) -> Finding | None:
-    """Why no process can be started here, as a skip or a fail; None: it can."""
-    if on.entry(node.env_file) is None:
-        return failed("there is no env file", "run `sparkinstall all`")
-    if node.foreign:
-        return skipped(f"these wheels are for {node.platform}: nothing of them runs here")
-    return None
-
-
 def _imports(node: Node, on: Reader, process: InEnvironment) -> Finding:
-    if stop := _not_here(node, on):
+    if stop := nccl.not_here(node, on):
         return stop
     if node.partial:
         return skipped("a rehearsal installs vLLM's wheel alone (--full installs the rest)")
@@ -105,59 +95,23 @@ def _imports(node: Node, on: Reader, process: InEnvironment) -> Finding:
 
 
 def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
-    if stop := _not_here(node, on):
+    if stop := nccl.not_here(node, on):
         return stop
-    library = nccl_library(node, on)
-    if library is None or on.entry(library) is None:
-        return (
-            skipped("no NCCL was built here: left to the node")
-            if on.rehearsal
-            else failed("no NCCL was built", "run `sparkinstall all`")
-        )
-    if "error" in process.answer:
-        return failed(process.answer["error"], "run `sparkinstall all`", on.real(library))
-    return _compare_nccl(node, Path(on.real(library)), process.answer)
-
-
-def _compare_nccl(node: Node, library: Path, answer: dict[str, Any]) -> Finding:
-    bound, wanted = answer["nccl_bound"], f"{library}, build-id {binaries.build_id(library)}"
-    if not bound:
-        mapped = ", ".join(answer["nccl"])
-        return failed(f"torch would take {mapped}" if mapped else "no NCCL is loaded", _PRELOAD, wanted)
-    if binaries.build_id(bound) != binaries.build_id(library):
-        return failed(f"{bound}, build-id {binaries.build_id(bound)}", _PRELOAD, wanted)
-    version = _in_words(int(answer["nccl_version"]))
-    if version != node.nccl_version.split("-")[0]:
-        return failed(f"it says it is {version}", "run `sparkinstall run nccl`", node.nccl_version)
-    if f"sm_{node.config.nccl.arch}" not in {code.arch for code in binaries.gpu_code(library)}:
-        return warned(f"{version}, without code for sm_{node.config.nccl.arch}: {bound}", _BUILD, wanted)
-    return passed(f"{version}, {os.path.realpath(bound)}, build-id {_short_id(library)}{_beside(node, answer)}", wanted)
-
-
-def _short_id(library: Path) -> str:
-    return str(binaries.build_id(library))[:12]
-
-
-def _beside(node: Node, answer: dict[str, Any]) -> str:
-    """What a reader of the process's maps may wonder about."""
-    if node.partial:
-        return " (torch is not installed in this rehearsal)"
-    others = [path for path in answer["nccl"] if not os.path.samefile(path, answer["nccl_bound"])]
-    # torch from 2.11 opens the copy of its wheel by path as well; symbols are looked up in the preloaded one first.
-    return f"; mapped besides, bound by nobody: {', '.join(others)}" if others else ""
-
-
-_BUILD = "it works through PTX, if at all; `nccl.mode: source` builds one for this GPU"
-_PRELOAD = "start with the env file: `source single-node.env` sets LD_PRELOAD, which alone decides"
-
-
-def _in_words(number: int) -> str:
-    """22809 -> 2.28.9 (NCCL's NCCL_VERSION macro since 2.9)."""
-    return f"{number // 10000}.{number % 10000 // 100}.{number % 100}"
+    if isinstance(library := nccl.library(node, on), Finding):
+        return library
+    answer = process.answer
+    if "error" in answer:
+        return failed(answer["error"], "run `sparkinstall all`", library)
+    loaded = nccl.Loaded(answer["nccl_bound"], int(answer["nccl_version"]), answer["nccl"])
+    if not loaded.bound:
+        told = f"torch would take {', '.join(loaded.mapped)}" if loaded.mapped else "no NCCL is loaded"
+        return failed(told, nccl.ENV_ANEW, nccl.wanted(library))
+    found = nccl.judged(node, library, loaded)
+    return replace(found, found=f"{found.found} (torch is not installed in this rehearsal)") if node.partial else found
 
 
 def _address(node: Node, on: Reader, process: InEnvironment) -> Finding:
-    if stop := _not_here(node, on):
+    if stop := nccl.not_here(node, on):
         return stop
     if node.partial:
         return skipped("vLLM cannot be imported in a rehearsal without --full")

@@ -2,14 +2,11 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Collection, Iterable, Iterator
 
-from sparkinstall import binaries
 from sparkinstall.errors import NeedsRoot
-from sparkinstall.node import Node, nccl_library
-from sparkinstall.probes import Finding, Probe, failed, passed, ray, serving, skipped, warned
+from sparkinstall.node import Node
+from sparkinstall.probes import Finding, Probe, failed, nccl, passed, ray, serving, skipped, warned
 from sparkinstall.records import dataclass
 from sparkinstall.redaction import is_secret_name
 from sparkinstall.system import Reader
@@ -32,7 +29,7 @@ print(json.dumps({"bound": (found.file or b"").decode(), "version": version.valu
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 _ESCAPE = re.compile(r'\\(["\\`$])')
 _LIBRARY = re.compile(r" (/\S.*/libnccl\.so[^/\n]*)$", re.MULTILINE)
-_DELETED, _NONE = " (deleted)", "none"
+_DELETED = " (deleted)"
 # What the env files name in some settings only: a process that still has one was started with another file.
 _SOMETIMES = (
     *("LD_PRELOAD", "VLLM_NCCL_SO_PATH", "VLLM_DISABLED_KERNELS", "VLLM_CONFIG_ROOT", "RAY_ADDRESS", "RAY_AUTH_MODE"),
@@ -59,71 +56,24 @@ def units(node: Node) -> tuple[str, ...]:
 
 
 def _preload(node: Node, on: Reader) -> Finding:
-    if on.entry(node.env_file) is None:
-        return failed("there is no env file", "run `sparkinstall all`")
-    if node.foreign:
-        return skipped(f"these wheels are for {node.platform}: nothing of them runs here")
-    path = nccl_library(node, on)
-    if path is None or on.entry(path) is None:
-        if on.rehearsal:
-            return skipped("no NCCL was built here: left to the node")
-        return failed("no NCCL was built", "run `sparkinstall all`")
-    library, env = on.real(path), {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": node.home}
+    if stop := nccl.not_here(node, on):
+        return stop
+    if isinstance(library := nccl.library(node, on), Finding):
+        return library
+    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": node.home}
     said = on.query("bash", "-c", _START, "bash", on.real(node.env_file), _LOOK, env=env)
     complaint = next((line for line in said.err.splitlines() if "LD_PRELOAD" in line), "")
     if complaint:
-        return failed(complaint.strip(), _PRELOAD, library)
+        return failed(complaint.strip(), nccl.ENV_ANEW, library)
     try:
-        return _judged(node, library, json.loads(said.out.splitlines()[-1]))
+        loaded = nccl.Loaded(**json.loads(said.out.splitlines()[-1]))
     except (ValueError, IndexError):
         last = [line for line in said.err.splitlines() if line.strip()][-1:]
-        return failed("".join(last) or f"it ended with code {said.code}", _PRELOAD, library)
-
-
-def _judged(node: Node, library: str, answer: Mapping[str, Any]) -> Finding:
-    wanted = f"{library}, build-id {_build_id(library)}"
-    bound = str(answer["bound"])
-    if not bound:
-        return failed("no NCCL is in a process that was started with the env file", _PRELOAD, wanted)
-    if not _same_build(bound, library):
-        return failed(f"{bound}, build-id {_build_id(bound)}", _PRELOAD, wanted)
-    version = _in_words(int(answer["version"]))
-    if version != node.nccl_version.split("-")[0]:
-        return failed(f"it says it is {version}", "run `sparkinstall run nccl`", node.nccl_version)
-    code = sorted({each.arch for each in binaries.gpu_code(bound) if each.kind == "cubin"})
-    told = f"{version}, build-id {_build_id(bound)[:12]}, code for {', '.join(code) or 'no GPU'}"
-    if f"sm_{node.config.nccl.arch}" not in code:
-        return warned(f"{told}: {bound}", _BUILD, f"code for sm_{node.config.nccl.arch}")
-    return passed(f"{told}{_beside(bound, answer['mapped'])}", wanted)
-
-
-def _beside(bound: str, mapped: Iterable[str]) -> str:
-    others = [each for each in mapped if not _is(each, bound)]
-    return f"; mapped besides: {', '.join(others)}" if others else ""
-
-
-def _build_id(path: str) -> str:
-    """In hex, as `file` shows it."""
-    try:
-        return binaries.build_id(path) or _NONE
-    except (OSError, binaries.NotALibrary):
-        return _NONE
-
-
-def _is(one: str, other: str) -> bool:
-    try:
-        return Path(one).samefile(other)
-    except OSError:
-        return False
-
-
-def _in_words(number: int) -> str:
-    """22809 -> 2.28.9 (NCCL's NCCL_VERSION macro since 2.9)."""
-    return f"{number // 10000}.{number % 10000 // 100}.{number % 100}"
-
-
-_BUILD = "`nccl.mode: source` builds one for this GPU"
-_PRELOAD = "run `sparkinstall all`: it writes the env file anew, and builds NCCL again where it is gone"
+        return failed("".join(last) or f"it ended with code {said.code}", nccl.ENV_ANEW, library)
+    if not loaded.bound:
+        told = "no NCCL is in a process that was started with the env file"
+        return failed(told, nccl.ENV_ANEW, nccl.wanted(library))
+    return nccl.judged(node, library, loaded)
 
 
 # --- the services as they run
@@ -235,17 +185,15 @@ def _unquoted(value: str) -> str:
 
 
 def _nccl(node: Node, on: Reader) -> Finding:
-    path = nccl_library(node, on)
-    if path is None or on.entry(path) is None:
-        return failed("no NCCL was built", "run `sparkinstall all`")
-    library = on.real(path)
+    if isinstance(library := nccl.library(node, on), Finding):
+        return library
     if isinstance(running := _running(node, on), Finding):
         return running
     try:
         with_nccl = {process: found for process in running if (found := _mapped(on, process))}
     except NeedsRoot as problem:
         return skipped(f"{problem.what}: {problem.mend}")
-    wanted = f"{library}, build-id {_build_id(library)}"
+    wanted = nccl.wanted(library)
     strange = {p: other for p, found in with_nccl.items() if (other := _other(found, library))}
     if strange:
         told = ", ".join(f"{p.name} (pid {p.pid}) has {path}" for p, path in strange.items())
@@ -271,12 +219,8 @@ def _mapped(on: Reader, process: Process) -> tuple[str, ...]:
 
 def _other(mapped: Iterable[str], library: str) -> str | None:
     """The library that the process uses in place of ours; None where ours is there, whatever is mapped besides."""
-    others = [path for path in mapped if path.endswith(_DELETED) or not _same_build(path, library)]
+    others = [path for path in mapped if path.endswith(_DELETED) or not nccl.is_same_build(path, library)]
     return others[0] if len(others) == len(tuple(mapped)) else None
-
-
-def _same_build(path: str, library: str) -> bool:
-    return _is(path, library) or _build_id(path) == _build_id(library) != _NONE
 
 
 def _restart(of_units: Iterable[str]) -> str:
