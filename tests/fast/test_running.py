@@ -80,7 +80,7 @@ def test_a_process_that_starts_with_the_env_file_has_our_nccl(node: Node, tmp_pa
     found = looked(node, tmp_path, "nccl-preload")
     assert found.verdict == "pass", found
     build = str(binaries.build_id(ours(tmp_path)))
-    assert found.found == f"2.28.9, build-id {build[:12]}, code for sm_121"
+    assert found.found == f"2.28.9, {ours(tmp_path).resolve()}, build-id {build[:12]}, code for sm_121"
     assert found.expected == f"{ours(tmp_path)}, build-id {build}"
 
 
