@@ -10,7 +10,7 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from typing import Any
 
 from sparkinstall.records import dataclass
-from sparkinstall.redaction import HIDDEN, redact
+from sparkinstall.redaction import HIDDEN, LISTED, hide_in, redact
 
 _WORDS = {
     "host": ("host name", "host names"), "user": ("user name", "user names"), "ip": ("address", "addresses"),
@@ -76,27 +76,39 @@ _TOKENS = re.compile(
     r"eyJ[\w-]{8,}\.[\w-]+\.[\w-]+)"
 )
 _SECRET_KEY = (
-    r"password|passwd|passphrase|psk|secret|secret[_-]key|api[_-]?key|access[_-]key|private[_-]?key|credentials?|"
-    r"(?:hf|hub|auth|access|refresh|bearer|ray|ngc|gh|github|session|api|wandb|cluster)[_-]?token"
+    r"passwords?|passwd|passphrase|psk|secret|secret[_-]key|api[_-]?keys?|luks\.key|access[_-]key|private[_-]?key|credentials?|"
+    r"(?:hf|hub|auth|access|refresh|bearer|ray|ngc|gh|github|session|api|wandb|cluster|private)[_-]?token|"
+    # Alone it may also be a word of a model, and a figure of a benchmark.
+    r"(?:(?<![\w-])|(?<=\\[nrt]))token(?![\"']?\s*[:=]\s*(?:[\"']?<|[\d.]{1,8}(?![\w.-])))"
+)
+# Not every line that tells of tokens in a second.
+_SECRET_WORDS = (
+    *("pass", "psk", "secret", "key", "credential"),
+    *("token=", "token:", "token'", 'token"', "token ", "token\t", "token\\"),
 )
 _SERIAL_KEY = r"(?<![A-Za-z])serial(?:[ _-]?(?:number|num|no|nr|short))?\.?|(?<![A-Za-z0-9])s/?n"
 _SSID_KEY = r"(?<![A-Za-z])e?ssid"
 _VALUE = r"([\[({]?)(?:(\"(?:[^\"\\\n]|\\.)*\"?)|('(?:[^'\\\n]|\\.)*'?)|(BARE))"
 _NOTHING = re.compile(r"(?i)[\"']?(?:none|null|nil|true|false|n/a|\[?n/a\]?|not \w+|to be filled.*|\*+|)[\"']?")
 _NUMBERS = re.compile(r"[\d.]+")
-_FLAG = re.compile(r"--[\w-]*(?:key|token|password|secret)")
+_FLAG = re.compile(r"--[\w-]*(?:keys?|token|password|secret)")
+_USER = ("-u", "--user", "--proxy-user")
 
 
 def _keyed(key: str, bare: str, equals: str = r"[\"']?\s*[:=]\s*") -> re.Pattern[str]:
     return re.compile(rf"(?i)((?:{key}){equals}){_VALUE.replace('BARE', bare)}")
 
 
-_KEYED_SECRET = _keyed(_SECRET_KEY, r"[^\s\"',;)}\]]+")
+_LISTED_SECRETS = re.compile(rf"(?i)((?:{_SECRET_KEY}){LISTED}")
+# JSON in a string of JSON.
+_ESCAPED_SECRET = re.compile(rf"(?i)((?:{_SECRET_KEY})\\\"\s*:\s*)(\\\"(?:[^\"\\\n]|\\[^\"\n])*(?:\\\"|$))")
+_KEYED_SECRET = _keyed(_SECRET_KEY, r"(?![\[({]+(?:\s|$))[^\s\"',;)}\]]+")
 _ENV_SECRET = re.compile(
-    r"(?a)\b([A-Z][A-Z0-9_]*(?:TOKEN|PASS|_KEY|_PAT)=)()(?:(\"[^\"\n]*\"?)|('[^'\n]*'?)|([^\s\"',;]+))"
+    r"(?a)\b([A-Z][A-Z0-9_]*(?:TOKEN|PASS|_KEYS?|_PAT)=)()(?:(\"[^\"\n]*\"?)|('[^'\n]*'?)|([^\s\"',;]+))"
 )
 _GIVEN_SECRET = re.compile(
-    r"((?<!-)--[\w-]*(?:key|token|password|secret)[= ])()(?:(\"[^\"\n]*\"?)|('[^'\n]*'?)|([^\s\"'-]\S*))"
+    r"((?<!-)--[\w-]{0,40}(?:key|token|password|secret)(?:[= ]|[\"']\s*,\s*(?=[\"'](?!-))))()"
+    r"(?:(\"[^\"\n]*\"?)|('[^'\n]*'?)|([^\s\"'-]\S*))"
 )
 _KEYED_SERIAL = _keyed(_SERIAL_KEY, r"(?=[\w./-]*\d)[\w./-]{4,}")
 _KEYED_SSID = _keyed(_SSID_KEY, r"[^\n\"',;<\\]+")
@@ -133,6 +145,9 @@ class Mask:
         text = _COLOURS.sub("", _COLOUR_BETWEEN.sub(" ", text)) if _COLOURS.search(text) else text
         if "PRIVATE KEY-----" in text:
             text = _KEY_BLOCK.sub(self._hidden, text)
+        if "[\n" in text:
+            # A list may go over many lines, and only the first has the key.
+            text = self._without_lists(self._without_credentials(text))
         return "\n".join(map(self._line, text.split("\n")))
 
     def _line(self, line: str) -> str:
@@ -144,32 +159,46 @@ class Mask:
         return line
 
     def _once(self, line: str) -> str:
-        hidden = redact(line)
-        if hidden != line:
-            self._secret, line = True, hidden
+        line = self._without_credentials(line)
         lower = line.lower()
+        if ("[" in line or "(" in line) and any(word in lower for word in _SECRET_WORDS):
+            line = self._without_lists(line)
         for words, pattern, stand_in in self._rules:
             if any(word in lower for word in words) and pattern.search(line):
                 parts = _STAND_IN.split(line)
                 line = "".join(part if at % 2 else pattern.sub(stand_in, part) for at, part in enumerate(parts))
         return line
 
+    def _without_credentials(self, text: str) -> str:
+        hidden = redact(text)
+        self._secret = self._secret or hidden != text
+        return hidden
+
+    def _without_lists(self, text: str) -> str:
+        return _LISTED_SECRETS.sub(self._in_pieces, text)
+
     def data(self, value: Any, key: str = "") -> Any:
         """The same for values that JSON can hold; what a key says of its value counts."""
         if isinstance(value, Mapping):
             return {self.text(str(name)): self.data(each, str(name)) for name, each in value.items()}
         if isinstance(value, list | tuple):
-            return [self._element(value, at, key) for at in range(len(value))]
-        if isinstance(value, str) or (isinstance(value, int | float) and _kind_of(key) == "serial"):
+            return self._list(value, key)
+        if isinstance(value, str) or (_is_number(value) and _kind_of(key) in ("serial", "secret")):
             return self._under(key, str(value))
         return value
 
-    def _element(self, values: list[Any] | tuple[Any, ...], at: int, key: str) -> Any:
-        before = values[at - 1] if at else None
-        if isinstance(before, str) and isinstance(values[at], str) and _FLAG.fullmatch(before):
-            self._secret = True
-            return HIDDEN
-        return self.data(values[at], key)
+    def _list(self, values: list[Any] | tuple[Any, ...], key: str) -> list[Any]:
+        """A list may be a command: an option for secrets may have many, up to the next option."""
+        shown, secret, curl = [], False, False
+        for value in values:
+            option = isinstance(value, str) and value.startswith("-")
+            hide = secret and not option and (isinstance(value, str) or _is_number(value))
+            self._secret = self._secret or hide
+            shown.append(HIDDEN if hide else self.data(value, key))
+            if isinstance(value, str):
+                curl = curl or value.rpartition("/")[2] == "curl"
+                secret = bool(_FLAG.fullmatch(value) or (curl and value in _USER)) if option else secret
+        return shown
 
     def _under(self, key: str, value: str) -> str:
         kind = _kind_of(key)
@@ -199,8 +228,9 @@ class Mask:
         secret = self._value("secret")
         return [
             (("_", "-", "akia", "eyj"), _TOKENS, self._hidden),
-            (("pass", "psk", "secret", "key", "credential", "token"), _KEYED_SECRET, secret),
-            (("token=", "pass=", "_key=", "_pat="), _ENV_SECRET, secret),
+            (('\\"',), _ESCAPED_SECRET, self._in_pieces),
+            (_SECRET_WORDS, _KEYED_SECRET, secret),
+            (("token=", "pass=", "_key=", "_keys=", "_pat="), _ENV_SECRET, secret),
             (("--",), _GIVEN_SECRET, secret),
         ]
 
@@ -258,6 +288,11 @@ class Mask:
         del found
         self._secret = True
         return HIDDEN
+
+    def _in_pieces(self, found: re.Match[str]) -> str:
+        hidden = hide_in(found)
+        self._secret = self._secret or hidden != found[0]
+        return hidden
 
     # --- what stays though it has the shape
 
@@ -346,8 +381,12 @@ def _name(name: str, front: str, back: str) -> re.Pattern[str]:
 
 _KINDS = tuple(
     (re.compile(rf"(?:{pattern})$", re.IGNORECASE), kind)
-    for pattern, kind in ((_SECRET_KEY, "secret"), (_SERIAL_KEY, "serial"), (_SSID_KEY, "ssid"))
+    for pattern, kind in ((f"{_SECRET_KEY}|authorization", "secret"), (_SERIAL_KEY, "serial"), (_SSID_KEY, "ssid"))
 )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _kind_of(key: str) -> str | None:

@@ -5,17 +5,51 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
-_SHAPES = (
-    re.compile(r"(?<=://)[^/?#\s\"]+(?=@)"),
-    re.compile(r"\bhf_[A-Za-z0-9]{20,}"),
-    # What ends a value is not part of it: the text may be JSON, which must stay JSON.
-    re.compile(r"(?<=SERIAL_NUMBER=)(?:\\?[\"'])?[^\s\"'\\]+"),
-    re.compile(r"(?i)(?<=authorization: bearer )[^\s\"'\\]+"),
-    re.compile(r"(?<=--api-key[= ])[^\s\"'\\]+"),
-    re.compile(r"(?<=--hf-token[= ])[^\s\"'\\]+"),
-)
 HIDDEN = "[hidden]"
+
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+
+# What ends a value is not part of it: the text may be JSON, or hold JSON in a string, and must stay so.
+_QUOTE = r"\\?[\"']"
+_BARE = r"[^\s\"'\\]+"
+_QUOTED = (
+    r"(?:\"(?:[^\"\\\n]|\\.)*(?:\"|$)|'(?:[^'\"\\\n]|\\.)*(?:'|$)|"
+    r"\\\"(?:[^\"\\\n]|\\[^\"\n])*(?:\\\"|$))"
+)
+_PIECE = re.compile(r"(?:\\[^\"']|[^\s,\"'\\])+")
+_WORD = rf"(?:(?P<q>{_QUOTE})(?![\s,:}})\]])[^\"'\\\n]+(?:(?P=q))?|{_BARE})"
+_USER = r"(?<![\w-])(?:-u|--user|--proxy-user)"
+_FLAG = r"--(?:api[_-]keys?|hf[_-]token)"
+_URL_KEYS = r"[\w-]*(?:token|signature|credential|api[_-]?key)|sig|key|policy|password"
+
+LISTED = rf"{_QUOTE}?\s*[:=]\s*[\[(]\s*)((?:[\s,]*{_QUOTED})+)"
+"""The end of a pattern that begins with an open group and a key: what `hide_in` takes when its value is a list."""
+
+# First the words of which a text must have one, in lower case, for the pattern to be tried. What stays is in the
+# pattern's first group, what goes in its second.
+_Shapes = tuple[tuple[tuple[str, ...], re.Pattern[str]], ...]
+_WHOLE: _Shapes = (
+    (("://",), re.compile(r"(?<=://)()([^/?#\s\"]+)(?=@)")),
+    (("hf_",), re.compile(r"()(\bhf_[A-Za-z0-9]{20,})")),
+    (("serial_number=",), re.compile(r"(SERIAL_NUMBER=)((?:\\?[\"'])?[^\s\"'\\]+)")),
+    (
+        ("authorization",),
+        re.compile(rf"(?i)(authorization{_QUOTE}?\s*[:=,]\s*b?{_QUOTE}?(?:bearer|basic|token)\s+)({_BARE})"),
+    ),
+    (
+        ("token=", "sig", "credential=", "key=", "policy=", "password="),
+        re.compile(rf"(?i)((?:[?&;]|\\u0026)(?:{_URL_KEYS})=)([^&\s\"'\\]+)"),
+    ),
+)
+_IN_PIECES: _Shapes = (
+    (("--api", "--hf"), re.compile(rf"({_FLAG}(?:=|[ \t]+(?!--)))({_WORD})")),
+    # vLLM takes several keys: all words up to the next option.
+    (("--api",), re.compile(rf"(--api[_-]keys?)((?:[ \t]+(?!{_QUOTE}?-){_WORD})+)")),
+    (("--api", "--hf"), re.compile(rf"({_FLAG}{_QUOTE})((?:\s*,\s*(?!{_QUOTE}-){_QUOTED}(?!\s*:))+)")),
+    (("api_key", "api-key", "apikey"), re.compile(rf"(?i)(api[_-]?keys?{LISTED}")),
+    (("curl",), re.compile(rf"({_USER}(?:=|[ \t]*(?!-)))({_WORD})")),
+    (("curl",), re.compile(rf"({_USER}{_QUOTE}\s*,\s*)({_QUOTED})(?!\s*:)")),
+)
 
 
 def is_secret_name(name: str) -> bool:
@@ -36,10 +70,20 @@ def _own_secrets() -> tuple[str, ...]:
     return secrets_of(os.environ)
 
 
+def hide_in(found: re.Match[str]) -> str:
+    """The first group as it is, and the second with only its quotes, commas and gaps left."""
+    return found[1] + _PIECE.sub(HIDDEN, found[2])
+
+
 def redact(text: str) -> str:
     """`text` with credentials replaced by ``[hidden]``."""
     for secret in _own_secrets():
         text = text.replace(secret, HIDDEN)
-    for shape in _SHAPES:
-        text = shape.sub(HIDDEN, text)
+    lower = text.lower()
+    for words, shape in _WHOLE:
+        if any(word in lower for word in words):
+            text = shape.sub(rf"\1{HIDDEN}", text)
+    for words, shape in _IN_PIECES:
+        if any(word in lower for word in words):
+            text = shape.sub(hide_in, text)
     return text

@@ -27,8 +27,11 @@ Logs = Annotated[
 ]
 Units = Annotated[
     list[str] | None,
-    typer.Option("--unit", "-u", metavar="NAME", help="The journal of a unit since the start: vllm, ray-head, ..."),
+    typer.Option(
+        "--unit", "-u", metavar="NAME", help="The journal of a unit since its last start: vllm, ray-head, ..."
+    ),
 ]
+Boot = Annotated[bool, typer.Option("--boot", help="With --unit: all since the machine was started.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on reading, and tell each failure as it comes.")]
 Known = Annotated[bool, typer.Option("--known", help="List the failures that are known.")]
 
@@ -36,6 +39,7 @@ Known = Annotated[bool, typer.Option("--known", help="List the failures that are
 def diagnose(
     logs: Logs = None,
     unit: Units = None,
+    boot: Boot = False,
     follow: Follow = False,
     known: Known = False,
     json: options.Json = False,
@@ -47,17 +51,16 @@ def diagnose(
         if known:
             return _list_known()
         named = tuple(logs or ())
-        return _diagnose(named, tuple(unit or ()), follow, talk=not json, verbose=verbose)
+        return _diagnose(_logs(named, tuple(unit or ()), follow, boot), follow, talk=not json, verbose=verbose)
 
     answer("diagnose", body, root=None, json=json, verbose=verbose)
 
 
-def _diagnose(files: "Sequence[str]", units: "Sequence[str]", follow: bool, talk: bool, verbose: bool) -> Answer:
+def _diagnose(logs: "Sequence[Log]", follow: bool, talk: bool, verbose: bool) -> Answer:
     from sparkinstall.errors import Exit
     from sparkinstall.plans import diagnosis
     from sparkinstall.signatures import load
 
-    logs = _logs(files, units, follow)
     signatures = load()
     readings = _followed(logs[0], signatures, talk) if follow else [_read(log, signatures) for log in logs]
     found = diagnosis.judge(readings)
@@ -65,17 +68,20 @@ def _diagnose(files: "Sequence[str]", units: "Sequence[str]", follow: bool, talk
     return Answer(code, _data(found), lambda: _show(found, verbose, told=follow))
 
 
-def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool) -> "list[Log]":
+def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool, boot: bool) -> "list[Log]":
     """What to read.
 
     Raises:
         BadUsage: nothing was named, or more than can be followed at once.
+        NeedsRoot: the journal is not for this user.
     """
     import sys
 
     from sparkinstall.errors import BadUsage
     from sparkinstall.plans import diagnosis
 
+    if boot and not units:
+        raise BadUsage("--boot says how much of a unit's journal is read", mend="name the unit: `--unit vllm --boot`")
     if not files and not units:
         if sys.stdin.isatty():
             raise BadUsage(
@@ -89,7 +95,7 @@ def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool) -> "list
         raise BadUsage("stdin can be read only once", mend="give `-` once")
     return [
         *(diagnosis.file_log(name, follow) for name in files),
-        *(diagnosis.unit_log(name, follow) for name in units),
+        *(diagnosis.unit_log(name, follow, boot) for name in units),
     ]
 
 

@@ -175,7 +175,8 @@ def _show(found: Checkup, session: "Session", verbose: bool) -> None:
         _show_bad(found, weight, out, verbose)
     _show_well(found, out)
     _show_rest(found, out)
-    out.print()
+    if found.items:
+        out.print()
     out.print(_conclusion(found))
     masked = (
         f"masked, so that it can be shown in public: {found.masked}" if found.masked else "nothing had to be masked"
@@ -222,6 +223,8 @@ def _show_same(items: "Sequence[Item]", out: "Console", verbose: bool) -> None:
     eight = f"  [dim]fix {', '.join(map(str, numbers))} of the eight[/]" if numbers else ""
     out.print(Padding(f"[bold]{escape(names)}[/]{title}{eight}", (0, 0, 0, 2), expand=False))
     table = Table.grid(padding=(0, 2))
+    if len({item.means for item in items}) > 1:
+        first = replace(first, means="")
     for label, text in _rows(first, verbose):
         table.add_row(Text(label, style="dim"), Text(text))
     out.print(Padding(table, (0, 0, 0, 4), expand=False))
@@ -270,12 +273,20 @@ def _show_rest(found: Checkup, out: "Console") -> None:
 def _conclusion(found: Checkup) -> str:
     broken, worth = len(found.of("broken")), len(found.of("look-at"))
     if broken:
-        things = "1 thing is" if broken == 1 else f"{broken} things are"
-        return f"[red bold]✗[/] {things} broken; begin with the first" + _and_look_at(worth)
+        things = "1 thing is broken" if broken == 1 else f"{broken} things are broken; begin with the first"
+        return f"[red bold]✗[/] {things}{_and_look_at(worth)}"
     if found.wrong:
         return "[yellow bold]![/] nothing is broken as far as could be seen, but root alone can see some of it"
-    ready = "everything that was looked at is well" if found.installed else "nothing stands in the way of setting it up"
-    return f"[green bold]✓[/] {ready}{_and_look_at(worth)}"
+    return f"{_good(found)}{_and_look_at(worth)}"
+
+
+def _good(found: Checkup) -> str:
+    seen = [item for item in found.items if item.weight != "not-looked-at"]
+    if not seen:
+        return "[dim]·[/] nothing was looked at"
+    if not found.installed and any(item.kind == "preflight" for item in seen):
+        return "[green bold]✓[/] nothing stands in the way of setting it up"
+    return "[green bold]✓[/] everything that was looked at is well"
 
 
 def _and_look_at(worth: int) -> str:

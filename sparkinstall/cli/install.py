@@ -39,6 +39,8 @@ def install(asked: Asked, choice: Choice) -> Answer:
     from sparkinstall.plans import catalogue
 
     session = open_session(asked)
+    if problem := session.state.trouble(session.node):
+        raise problem
     _refuse_another_prefix(session)
     steps = catalogue.chosen(session.node, choice.only, choice.skip)
     reports = looked_at(session, steps)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from sparkinstall.errors import Problem, storage_problem
+from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.plans.engine import StepReport
 from sparkinstall.plans.proof import Looked
 from sparkinstall.probes import LEVELS
@@ -79,8 +79,13 @@ def begin(path: Path) -> None:
     """Empty the report: should this run be killed, nobody takes the last one's for its own.
 
     Raises:
+        BadUsage: it cannot be a file there.
         Storage: the file cannot be written; better known before the work than after it.
     """
+    if path.is_dir() or str(path) == "-":
+        raise BadUsage(f"--junit {path} is no file", mend="name the report itself: `--junit FILE.xml`")
+    if not path.parent.is_dir():
+        raise BadUsage(f"there is no folder {path.parent}", mend=f"make it first: mkdir -p {path.parent}")
     try:
         path.write_bytes(b"")
     except OSError as error:

@@ -1,12 +1,18 @@
 """`sparkinstall plan`: what `all` would do, and every difference; nothing is touched."""
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
 from sparkinstall.cli.verb import Answer, answer
+
+if TYPE_CHECKING:
+    from sparkinstall.errors import Problem
+    from sparkinstall.plans.engine import StepReport
+    from sparkinstall.plans.proof import Looked
 
 
 def plan(
@@ -40,21 +46,43 @@ def _plan(asked: Asked, only: list[str], skip: list[str], detailed: bool) -> Ans
     looked = proof.look(preflight(session.node), session.system, silent)
     reports = looked_at(session, steps)
     drift = any(report.outcome in ("drift", "failed") for report in reports)
-    failed = any(report.problem for report in reports)
+    trouble = session.state.trouble(session.node)
+    problems = [*([trouble] if trouble else []), *(report.problem for report in reports if report.problem)]
 
     def show() -> None:
-        from sparkinstall.cli.render import console, show_plan, show_preflight
+        from sparkinstall.cli.render import console, pointed, show_plan, show_preflight
 
         out = console()
         show_preflight(looked, out)
         out.print(f"[bold]Plan[/]  {session.where}")
         show_plan(reports, out, asked.verbose, session.root_option)
-        out.print("\nNothing would be changed." if not drift else "")
+        chosen = [*(f"--only {name}" for name in only), *(f"--skip {name}" for name in skip)]
+        said = _end(" ".join(("sparkinstall all", *chosen)), reports, looked, trouble)
+        out.print(f"\n{pointed(said, session.root_option)}", markup=False, soft_wrap=True)
 
     data = {
         "drift": drift,
         "preflight": [finding_data(each.probe, each.finding, each.seconds) for each in looked],
         "steps": [step_data(report) for report in reports],
     }
-    code = Exit.FAILED if failed else Exit.DRIFT if drift and detailed else Exit.GOOD
-    return Answer(code, data, show, tuple(r.problem for r in reports if r.problem))
+    code = Exit.FAILED if problems else Exit.DRIFT if drift and detailed else Exit.GOOD
+    return Answer(code, data, show, tuple(problems))
+
+
+def _end(command: str, reports: "Sequence[StepReport]", looked: "Sequence[Looked]", trouble: "Problem | None") -> str:
+    """What `all` would make of it, in one sentence."""
+    from sparkinstall.resources import Obstacle
+
+    if trouble:
+        return f"`{command}` would stop before the first step: the journal cannot be used"
+    stops = [r.name for r in reports if r.problem or any(isinstance(c.state, Obstacle) for c in r.checked)]
+    if stops:
+        return f"`{command}` would stop at {', '.join(stops)}: see above"
+    open_ = sum(report.outcome == "drift" for report in reports)
+    if not open_:
+        return "Nothing would be changed."
+    steps = "1 step" if open_ == 1 else f"{open_} steps"
+    unready = [each.probe.name for each in looked if each.finding.verdict == "fail"]
+    if unready:
+        return f"{steps} would be changed, but `{command}` would stop before the first: {', '.join(unready)}"
+    return f"{steps} would be changed: `{command}`"

@@ -24,6 +24,7 @@ from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State
 
 _MANY_LINES = 40
 _LOG_WIDTH = 200
+_NARROW = 110
 _TRAILING = re.compile(" +\n")
 _COMMAND = re.compile(r"`(sparkinstall (?:all|plan|verify|doctor|support-bundle|status|uninstall|run)\b[^`]*)`")
 _SIGNS = {
@@ -184,13 +185,24 @@ def show_preflight(looked: Sequence[Looked], out: Console) -> None:
 
 
 def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None:
-    """The eight fixes, one line each."""
-    table = _columns(1, 1, 43, 8, None)
+    """The eight fixes, one line each; on a narrow terminal a note that says more gets a line of its own."""
+    narrow, said = out.width < _NARROW, ""
+    table = _columns(1, 1, 43, 8, *(() if narrow else (None,)))
     for state in states:
         mark = sign(state.standing)
         note = Text(redact(pointed(state.note, root)), style="dim")
-        table.add_row(mark, str(state.fix.number), state.fix.title, Text(state.standing, style=mark.style), note)
-    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+        row = (mark, str(state.fix.number), state.fix.title, Text(state.standing, style=mark.style))
+        table.add_row(*row, *(() if narrow else (note,)))
+        if narrow and note.plain not in ("", said):
+            _show_table(table, out)
+            table, said = _columns(1, 1, 43, 8), note.plain
+            out.print(Padding(note, (0, 0, 0, 8)))
+    _show_table(table, out)
+
+
+def _show_table(table: Table, out: Console) -> None:
+    if table.row_count:
+        out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
 def show_problems(problems: Sequence[Problem], root: str = "") -> None:

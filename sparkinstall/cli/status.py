@@ -21,6 +21,8 @@ def _status(asked: Asked) -> Answer:
     from sparkinstall.plans import catalogue, fixes
 
     session = open_session(asked)
+    if problem := session.state.trouble(session.node):
+        raise problem
     records = session.state.journal().records()
     reports = looked_at(session, catalogue.of(session.node))
     standing = fixes.stand(session.node, reports, {})

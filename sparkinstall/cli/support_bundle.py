@@ -1,5 +1,8 @@
 """`sparkinstall support-bundle`: one masked archive for an issue. Nothing is sent anywhere."""
 
+import errno
+import os
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sparkinstall.cli.session import Session
+    from sparkinstall.errors import Storage
     from sparkinstall.node import Node
     from sparkinstall.plans.bundle import Bundle
     from sparkinstall.system.local import LocalSystem
@@ -72,6 +76,7 @@ def _place(output: Path | None, yes: bool) -> Path:
 
     Raises:
         BadUsage: it cannot be a file there, or it is one already.
+        Storage: the folder is not this user's to write to.
     """
     from sparkinstall.errors import BadUsage
 
@@ -80,7 +85,12 @@ def _place(output: Path | None, yes: bool) -> Path:
         raise BadUsage(f"there is no folder {path.parent}", mend=f"make it first: mkdir -p {path.parent}")
     if path.is_dir() or (path.exists() and not path.is_file()):
         raise BadUsage(f"{path} is no file", mend="name the archive itself: `--output FILE.tar.gz`")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
     if path.exists() or path.is_symlink():
+        if not (yes or sys.stdin.isatty()):
+            way_out = "add `--yes` to replace it, or name another file: `--output FILE.tar.gz`"
+            raise BadUsage(f"{path} is there already", mend=way_out)
         confirm(f"{path} is there already. Replace it?", agreed=yes, default=False)
     return path
 
@@ -100,12 +110,24 @@ def _told(asked: Asked, choice: Choice, on: "LocalSystem", json: bool) -> "tuple
         missing.append(f"settings: {problem.what}")
     else:
         node = session.node
+        missing += _of_journal(session)
         parts = {
             "settings.json": _said(lambda: _settings(session), "settings", missing),
             "verify.json": _said(lambda: _verify(session, choice, json), "verify", missing),
         }
     parts["preflight.json"] = _said(lambda: _preflight(node, on), "preflight", missing)
     return node, Told(parts, tuple(missing))
+
+
+def _of_journal(session: "Session") -> list[str]:
+    """What is wrong with the journal; as far as it can be read it is in the archive all the same."""
+    from sparkinstall.errors import Problem
+
+    try:
+        problem = session.state.trouble(session.node)
+    except Problem as refused:
+        problem = refused
+    return [f"journal: {problem.what}"] if problem else []
 
 
 def _said(ask: "Callable[[], Any]", what: str, missing: list[str]) -> Any:
@@ -165,7 +187,7 @@ def _unset(on: "LocalSystem") -> "Node":
 
 
 def _written(path: Path, data: bytes) -> int:
-    from sparkinstall.errors import Problem, storage_problem
+    from sparkinstall.errors import Problem
     from sparkinstall.system.local import replace_file
 
     if len(data) > _LARGEST:
@@ -173,8 +195,17 @@ def _written(path: Path, data: bytes) -> int:
     try:
         replace_file(str(path), data, 0o600)
     except OSError as error:
-        raise storage_problem(error, f"writing {path}") from error
+        raise _unwritable(path, error) from error
     return len(data)
+
+
+def _unwritable(path: Path, error: OSError) -> "Storage":
+    from sparkinstall.errors import storage_problem
+
+    # Without the name in it: that is the one under which the archive waits until it is whole.
+    problem = storage_problem(OSError(error.errno, error.strerror), f"writing {path}")
+    problem.mend = "name a place that you can write to: `--output FILE.tar.gz`"
+    return problem
 
 
 def _data(path: Path, size: int, made: "Bundle") -> dict[str, Any]:

@@ -32,7 +32,7 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     state = open_state(Asked(root))
     state.sweep()
     if not state.exists:
-        return Answer(data={"touches": []}, show=lambda: print(f"Nothing of sparkinstall is in {state.system.root}."))
+        return Answer(data={"touches": []}, show=lambda: print(_nothing(state)))
     touches = undoing.touches(state.journal().records())
     if not json:
         _show_plan([_in_words(touch, state) for touch in touches])
@@ -43,6 +43,10 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     if purge_cache:
         _purge_cache()
     return _answer(taken, purge_cache)
+
+
+def _nothing(state: "StateFolder") -> str:
+    return f"Nothing of sparkinstall is in {state.system.root}: there is no journal in {state.home}."
 
 
 _KINDS = {"path": "file or link", "dir": "folder, if empty", "tree": "folder, with all in it"}

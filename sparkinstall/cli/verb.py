@@ -1,5 +1,6 @@
 """The frame around every verb: errors in words, JSON, exit codes, Ctrl-C."""
 
+import os
 import signal
 import sys
 import traceback
@@ -10,8 +11,11 @@ from typing import Any, NoReturn
 
 import typer
 
-from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem
+from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem, storage_problem
 from sparkinstall.records import dataclass
+
+_LOOKING = ("plan", "verify", "doctor", "diagnose", "support-bundle", "status", "settings show")
+"""The verbs that change nothing, so that there is nothing to go on with."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,25 @@ def answer(verb: str, body: Callable[[], Answer], *, root: Path | None, json: bo
     except Problem as problem:
         given = Answer(problem.exit_code, problems=(problem,))
     except KeyboardInterrupt:
-        given = Answer(Exit.INTERRUPTED, problems=(_interrupted(),))
+        given = Answer(Exit.INTERRUPTED, problems=(Interrupted("interrupted"),))
     except typer.Abort:
         given = Answer(Exit.INTERRUPTED, problems=(Interrupted("not begun; nothing was changed"),))
     except Exception as error:
         if verbose:
             traceback.print_exc()
         given = Answer(Exit.FAILED, problems=(_bug(error),))
-    _tell(verb, given, json, f" --root {root}" if root else "")
-    sys.stdout.flush()
-    raise typer.Exit(int(given.code))
+    for each in given.problems:
+        _complete(each, verb)
+    code = given.code
+    try:
+        _tell(verb, given, json, f" --root {root}" if root else "")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has seen enough; click ends such a run in silence.
+        raise
+    except OSError as error:
+        code = _untold(error)
+    raise typer.Exit(int(code))
 
 
 def confirm(question: str, *, agreed: bool, default: bool) -> None:
@@ -77,8 +90,23 @@ def _as_interrupt(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _interrupted() -> Interrupted:
-    return Interrupted("interrupted", mend="run the same command again: it goes on where this one stopped")
+def _complete(problem: Problem, verb: str) -> None:
+    """What an interrupt means depends on the verb, which those who raise it do not know."""
+    if not isinstance(problem, Interrupted) or problem.what != "interrupted":
+        return
+    if verb in _LOOKING:
+        problem.what = "interrupted; nothing was changed"
+    else:
+        problem.mend = "run the same command again: it goes on where this one stopped"
+
+
+def _untold(error: OSError) -> Exit:
+    """Where the answer cannot be written (a full disk), one line says so."""
+    print(f"✗ {storage_problem(error, 'writing the output').what}", file=sys.stderr)
+    # What is still buffered would fail once more when Python ends.
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+    return Exit.FAILED
 
 
 def _bug(error: Exception) -> Problem:

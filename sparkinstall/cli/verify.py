@@ -168,13 +168,26 @@ def looked_through(session: "Session", choice: Choice, plain: bool) -> Result:
     from sparkinstall.plans import fixes, proof
 
     chosen = proof.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)
-    if not session.state.exists:
+    damaged = _journal(session)
+    if not damaged and not session.state.installed:
         raise NotThere(f"nothing of sparkinstall is in {session.system.root}", mend="`sparkinstall all` sets it up")
     reports = looked_at(session, chosen.steps)
-    looked = _probed(session, chosen, plain)
+    looked = [*damaged, *_probed(session, chosen, plain)]
     findings = {each.probe.name: each.finding for each in looked}
     standing = fixes.stand(session.node, reports, findings) if chosen.whole else []
     return Result(reports, looked, standing, choice.strict)
+
+
+def _journal(session: "Session") -> "list[Looked]":
+    """No check and no probe needs the journal, but `all` and `uninstall` do: told where it cannot be used."""
+    from sparkinstall.plans.proof import Looked
+    from sparkinstall.probes import Probe, failed
+
+    problem = session.state.trouble(session.node)
+    if problem is None:
+        return []
+    finding = failed(problem.what, problem.mend)
+    return [Looked(Probe("journal", "what was here before is known", lambda _: finding, "static"), finding, 0.0)]
 
 
 def _probed(session: "Session", chosen: "Chosen", plain: bool) -> "list[Looked]":

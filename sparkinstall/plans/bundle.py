@@ -36,7 +36,10 @@ _RUNS, _LEAST = 5, 1 << 16
 _PATIENCE = 20.0
 _KERNEL = "NVRM|Xid|mlx5|AER|Out of memory|oom-kill"
 _PACKAGES = re.compile(r"nvidia|libnvidia|cuda-|libnccl|linux-image|dgx|mlnx|rdma|libibverbs|netplan|python3\.1\d")
-_PROMPT = re.compile(r"((?:prompt|prompt_token_ids): )(?:'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\"|\[[^\]\n]*\])")
+# What was asked and answered, as vLLM's request logger writes it; a line may be cut.
+_ASKED = re.compile(
+    r"((?:prompt|\boutput)(?:_token_ids)?: )(?:'(?:[^'\\\n]|\\.)*'?|\"(?:[^\"\\\n]|\\.)*\"?|[\[(][^\])\n]*[\])]?)"
+)
 _IDENTITY = re.compile(r"(?im)^(.*\bidentity[\"']?\s*:[ \t]*)\S.*$")
 _ODD = re.compile(r"[^\w.+@=-]")
 
@@ -113,7 +116,7 @@ class _Gathering:
         self.on = on
         self._mask, self._missing = mask, missing
         self._members: dict[str, bytes] = {}
-        # Logs as they are: the signatures of known failures do not know stand-ins.
+        # Logs but for prompts and answers; not masked, as the signatures of known failures do not know stand-ins.
         self.heard: dict[str, str] = {}
 
     @contextmanager
@@ -145,7 +148,11 @@ class _Gathering:
 
     def add_text(self, name: str, text: str) -> None:
         with self.noting(name):
-            self.add(self._mask.text(name), self._mask.text(_PROMPT.sub(r"\1[hidden]", text)))
+            self.add(self._mask.text(name), self._mask.text(_unasked(text)))
+
+    def add_log(self, name: str, text: str) -> None:
+        self.heard[name] = _unasked(text)
+        self.add_text(name, text)
 
     def add_file(self, name: str, path: str, limit: int = _SMALL) -> None:
         with self.noting(path):
@@ -168,6 +175,10 @@ class _Gathering:
         members = {**self._members, "README.txt": b""}
         members["README.txt"] = _readme(sorted(members), missing, self._mask.told()).encode()
         return Bundle(tuple(Member(name, members[name]) for name in sorted(members)), missing, self._mask.told())
+
+
+def _unasked(text: str) -> str:
+    return _ASKED.sub(r"\1[hidden]", text)
 
 
 def _end(real: str, limit: int) -> bytes:
@@ -274,8 +285,7 @@ def _add_logs(found: _Gathering) -> None:
             with found.noting(f"{top}/{path}"):
                 text = found.end_of(f"{top}/{path}", min(_LOG, room))
                 room -= len(text)
-                found.heard[f"logs/{path}"] = text
-                found.add_text(f"logs/{path}", text)
+                found.add_log(f"logs/{path}", text)
             if room < _LEAST:
                 break
 
@@ -300,9 +310,8 @@ def _add_said(found: _Gathering, name: str, *which: str) -> None:
     if not answer.ok:
         answer = found.on.query(*command, timeout=_PATIENCE)
     if answer.out and not answer.out.startswith("-- No entries"):
-        text = answer.out[-_UNIT:]
-        found.heard[name] = text
-        found.add_text(name, text)
+        text = _whole_lines(answer.out[-_UNIT:].encode(), len(answer.out) > _UNIT).decode()
+        found.add_log(name, text)
 
 
 def _add_netplan(found: _Gathering) -> None:

@@ -17,6 +17,7 @@ from sparkinstall.system import Reader
 
 Weight = Literal["broken", "look-at", "not-looked-at", "well"]
 Kind = Literal["preflight", "check", "probe"]
+_FOUND = {"write": "missing", "change": "not as it should be"}
 
 _WEIGHTS: Mapping[Verdict, Weight] = {"fail": "broken", "warn": "look-at", "skip": "not-looked-at", "pass": "well"}
 _SUDO = "`sudo -v` in this terminal, then the same command again"
@@ -104,7 +105,9 @@ def _told(report: StepReport) -> tuple[Weight, str, str]:
 
 def _wrong(state: State) -> str:
     if isinstance(state, Drift):
-        return state.summary
+        # A plan says what will be done; here it is told what was found.
+        verb, _, file = state.summary.partition(" ")
+        return f"{_FOUND[verb]}: {file}" if verb in _FOUND else f"not done: {state.summary}"
     return state.what if isinstance(state, Obstacle) else ""
 
 

@@ -354,7 +354,8 @@ class Cluster:
     def _between(self, asking: Far, responding: Far, kind: bandwidth.Kind) -> Between:
         started, one = time.monotonic(), Measurement(asking, responding, kind, self.words)
         self._at_once(bandwidth.probe_name(kind), (asking, responding), one.work)
-        hosts, finding = (asking.host, responding.host), bandwidth.judged(one.result)
+        hosts = asking.host, responding.host
+        finding = bandwidth.judged(one.result, self.wish.config.network.transport)
         if finding.verdict == "fail":
             said = f"{bandwidth.probe_name(kind)} to {responding.host}: {finding.found}"
             self.fail(asking.host, "measure", Problem(said, mend=finding.mend))

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sparkinstall.errors import BadUsage, CommandFailed, storage_problem
+from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_problem
 from sparkinstall.log_search import Line, Search, Sighting, Telling
 from sparkinstall.records import dataclass
 from sparkinstall.signatures import ANY, Signature
@@ -20,6 +20,14 @@ BLOCK = 1 << 20
 """How much is read at once, in bytes."""
 _PAUSE = 0.2
 _GZIP = b"\x1f\x8b"
+
+# systemd's own marks (sd-messages.h): a unit begins to start, has started, is started again by systemd itself.
+_STARTING, _STARTED = "7d4958e842da4a758f6c1cdc7b36dcc5", "39f53479d3a045ac8e11786248231fbf"
+_AGAIN = "5eb03494b6584870a536b337290809b3"
+_MARKS = 12
+"""How many of these are read: more than two starts have."""
+_HIDDEN = ("not seeing messages from", "insufficient permissions")
+"""How journalctl says that there is more than this user may read."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +154,12 @@ def file_log(name: str, follow: bool = False) -> Log:
     return Log(name, lambda: _whole(path, packed))
 
 
-def unit_log(unit: str, follow: bool = False) -> Log:
-    """What a unit of systemd, systemd about it, and the kernel have said since the machine was started.
+def unit_log(unit: str, follow: bool = False, boot: bool = False) -> Log:
+    """What a unit of systemd, systemd about it, and the kernel have said since its last start, or since the `boot`.
 
     Raises:
         BadUsage: there is no such unit.
+        NeedsRoot: the journal is not for this user.
     """
     unit = unit if "." in unit else f"{unit}.service"
     known = LocalReader().query("systemctl", "show", "--property=LoadState", "--value", "--", unit)
@@ -159,7 +168,30 @@ def unit_log(unit: str, follow: bool = False) -> Log:
             f"there is no unit {unit} here",
             mend="those of sparkinstall are vllm, ray-head and ray-worker; `systemctl list-units` lists all",
         )
-    return Log(unit, lambda: _journal(unit, follow))
+    sudo = _allowed()
+    began = start_to_read_from(_marks(unit, sudo))
+    since = () if boot or began is None else (f"--since=@{began // 10**6}.{began % 10**6:06}",)
+    return Log(unit, lambda: _journal(unit, sudo, since, follow))
+
+
+def start_to_read_from(marks: Sequence[tuple[str, int]]) -> int | None:
+    """When the unit's last start began, of systemd's marks and their times in microseconds.
+
+    Where systemd itself has started it again, what tells why is in the run before: then that one's beginning.
+    """
+    last = _last_start(marks)
+    if last and marks[last - 1][0] == _AGAIN:
+        before = _last_start(marks[:last])
+        last = last if before is None else before
+    return None if last is None else marks[last][1]
+
+
+def _last_start(marks: Sequence[tuple[str, int]]) -> int | None:
+    """Where the marks of the last start begin: some kinds of units have one, others two."""
+    last = max((at for at, (mark, _) in enumerate(marks) if mark != _AGAIN), default=None)
+    if last and marks[last][0] == _STARTED and marks[last - 1][0] == _STARTING:
+        return last - 1
+    return last
 
 
 def _whole(path: Path, packed: bool) -> Iterator[bytes]:
@@ -201,11 +233,28 @@ def _was_replaced(path: Path, handle: int, at: int) -> bool:
     return there.st_ino != os.fstat(handle).st_ino or there.st_size < at
 
 
-def _journal(unit: str, follow: bool) -> Iterator[bytes]:
+def _marks(unit: str, sudo: Sequence[str]) -> list[tuple[str, int]]:
+    """What systemd has noted of the unit's starts since the boot, each with its time in microseconds."""
+    import json
+
+    wanted = (f"UNIT={unit}", *(f"MESSAGE_ID={each}" for each in (_STARTING, _STARTED, _AGAIN)))
+    form = ("--no-pager", "--boot", "--output=json", "--output-fields=MESSAGE_ID", f"--lines={_MARKS}")
+    asked = LocalReader().query(*sudo, "journalctl", *form, *wanted)
+    if any(words in asked.err for words in _HIDDEN):
+        raise NeedsRoot(
+            "you may not read the journal of the system",
+            why="it is for root and for the group adm, and sudo asks for a password",
+            mend="`sudo -v`, then the same again; or for good: `sudo usermod -aG adm $USER`, and log in anew",
+        )
+    entries = [json.loads(line) for line in asked.out.splitlines() if line.startswith("{")]
+    return [(str(each["MESSAGE_ID"]), int(each["__REALTIME_TIMESTAMP"])) for each in entries]
+
+
+def _journal(unit: str, sudo: Sequence[str], since: Sequence[str], follow: bool) -> Iterator[bytes]:
     onward = ("--follow", "--lines=all") if follow else ()
-    plain = ("journalctl", "--quiet", "--no-pager", "--boot", "--output=short-iso", *onward)
+    plain = ("journalctl", "--quiet", "--no-pager", "--boot", "--output=short-iso", *since, *onward)
     matches = (f"_SYSTEMD_UNIT={unit}", "+", f"UNIT={unit}", "+", "_TRANSPORT=kernel")
-    argv = (*_allowed(), *plain, *matches)
+    argv = (*sudo, *plain, *matches)
     process = processes.start(argv, os.environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if process is None or process.stdout is None:
         raise CommandFailed("there is no journalctl here", mend="give the log as a file, or through a pipe with `-`")

@@ -3,12 +3,15 @@
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Literal
 
-from sparkinstall.node import Node, site_packages
+from sparkinstall import binaries
+from sparkinstall.errors import Problem
+from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.plans import sameness
 from sparkinstall.probes import facts, link_health, links, network
-from sparkinstall.probes.links import LinkProblem, Port
+from sparkinstall.probes.links import Port
 from sparkinstall.records import dataclass
 from sparkinstall.resources.findings import recorded
 from sparkinstall.steps.fp8 import cutlass_patch
@@ -57,18 +60,17 @@ _DRIVER = re.compile(rb"(?:Kernel Module|for \S+) +([0-9][0-9.]+)")
 
 
 def comparables(node: Node, on: Reader) -> dict[str, str]:
-    """Name -> value of what should be the same on every node; what is not there is left out. Next to no time."""
-    found = {
-        **sameness.versions(node, on),
-        "stack": node.stack.name,
-        "lock": str(recorded(on, f"{node.venv}/sparkinstall.json").get("lock", ""))[:12],
-        **_of_files(node, on),
-        **_of_fp8(node, on),
-        **(_of_link(node, on) if node.several else {}),
-        **_of_system(on),
-        **{f"env {name}": value for name, value in _of_env(node, on).items() if name not in _OWN},
-    }
+    """Name -> value of what should be the same on every node; what is not there, or cannot be read, is left out."""
+    found = {"stack": node.stack.name}
+    for part in _PARTS:
+        # One file that cannot be read must not take all the rest with it.
+        with suppress(OSError, ValueError, Problem):
+            found |= part(node, on)
     return {name: value for name, value in found.items() if value}
+
+
+def _of_lock(node: Node, on: Reader) -> dict[str, str]:
+    return {"lock": str(recorded(on, f"{node.venv}/sparkinstall.json").get("lock", ""))[:12]}
 
 
 def _of_files(node: Node, on: Reader) -> dict[str, str]:
@@ -76,9 +78,14 @@ def _of_files(node: Node, on: Reader) -> dict[str, str]:
     site = site_packages(node, on)
     folders = on.names(site) if site else ()
     records = {name: f"{site}/{each}/RECORD" for each in folders if (name := _of_interest(each))}
-    found = {f"{name}-files": _digest(_contents(on.read(path) or b"")) for name, path in records.items()}
-    build = recorded(on, f"{node.nccl_folder}/build.json").get("build_id")
-    return {**found, "nccl-build-id": str(build)[:12]} if build else found
+    return {f"{name}-files": _digest(_contents(on.read(path) or b"")) for name, path in records.items()}
+
+
+def _of_nccl(node: Node, on: Reader) -> dict[str, str]:
+    """Of the library itself: what was noted when it was built says nothing of one that was put in its place."""
+    path = nccl_library(node, on)
+    found = binaries.build_id(on.real(path)) if path and on.entry(path) else None
+    return {"nccl-build-id": found[:12]} if found else {}
 
 
 def _of_interest(folder: str) -> str:
@@ -97,17 +104,19 @@ def _digest(content: bytes) -> str:
 
 
 def _of_fp8(node: Node, on: Reader) -> dict[str, str]:
-    decision, site = recorded(on, node.fp8_decision), site_packages(node, on)
-    file = on.read(f"{site}/{cutlass_patch().target}") if site else None
-    said = {True: "fallback on", False: "fallback off"}.get(decision.get("fallback", ""), "")
-    return {"fp8": said, "fp8-file": _digest(file or b"")}
+    decided = recorded(on, node.fp8_decision).get("fallback")
+    return {"fp8": f"fallback {'on' if decided else 'off'}"} if isinstance(decided, bool) else {}
+
+
+def _of_fp8_file(node: Node, on: Reader) -> dict[str, str]:
+    site = site_packages(node, on)
+    return {"fp8-file": _digest(on.read(f"{site}/{cutlass_patch().target}") or b"")} if site else {}
 
 
 def _of_link(node: Node, on: Reader) -> dict[str, str]:
-    try:
-        port = links.port_to_look_at(on, node)
-    except LinkProblem:
+    if not node.several:
         return {}
+    port = links.port_to_look_at(on, node)
     versions = {link_health.firmware(on, half) for half in port.twins} - {"", "N/A"}
     mtus = " + ".join(str(half.mtu) for half in port.twins)
     return {"mtu": mtus, "gid": _gids(node, on, port), "firmware": ", ".join(sorted(versions))}
@@ -119,7 +128,8 @@ def _gids(node: Node, on: Reader, port: Port) -> str:
     return " + ".join("none" if index is None else str(index) for index in found)
 
 
-def _of_system(on: Reader) -> dict[str, str]:
+def _of_system(node: Node, on: Reader) -> dict[str, str]:
+    del node
     if on.rehearsal:
         return {}
     driver = _DRIVER.search(on.read("/proc/driver/nvidia/version") or b"")
@@ -133,7 +143,13 @@ def _of_system(on: Reader) -> dict[str, str]:
 
 def _of_env(node: Node, on: Reader) -> dict[str, str]:
     text = (on.read(node.env_file) or b"").decode(errors="replace")
-    return {name: value.strip('"') for name, value in _ASSIGNMENT.findall(text)}
+    return {f"env {name}": value.strip('"') for name, value in _ASSIGNMENT.findall(text) if name not in _OWN}
+
+
+_PARTS = (
+    *(sameness.versions, _of_lock, _of_files, _of_nccl),
+    *(_of_fp8, _of_fp8_file, _of_link, _of_system, _of_env),
+)
 
 
 @dataclass(frozen=True)

@@ -67,15 +67,24 @@ def stand(node: Node, reports: Sequence[StepReport], findings: Mapping[str, Find
 
 
 def _for_node(fix: Fix, node: Node) -> Fix:
-    """`fix` without the steps that this node does not have: a network that somebody else manages."""
-    steps = {step.name for step in catalogue.of(node)}
-    return replace(fix, steps=tuple(name for name in fix.steps if name in steps))
+    """`fix` without the steps and the probes that this node does not have: a network that somebody else manages."""
+    steps = catalogue.of(node)
+    names = {step.name for step in steps}
+    probes = {probe.name for step in steps for probe in step.probes(node)}
+    return replace(
+        fix,
+        steps=tuple(name for name in fix.steps if name in names),
+        probes=tuple(name for name in fix.probes if name in probes),
+    )
 
 
 def _state(fix: Fix, reports: Mapping[str, StepReport], findings: Mapping[str, Finding]) -> FixState:
     mine = [reports[name] for name in fix.steps if name in reports]
+    bad = next((findings[name] for name in fix.probes if name in findings and findings[name].verdict == "fail"), None)
     if any(report.problem for report in mine):
         return FixState(fix, "failed", next(r.problem.what for r in mine if r.problem))
+    if bad:
+        return FixState(fix, "failed", bad.found)
     if len(mine) < len(fix.steps) or any(report.outcome in ("drift", "held") for report in mine):
         return FixState(fix, "open", "`sparkinstall plan` shows what is missing")
     return _proven(fix, mine, findings)
@@ -83,12 +92,10 @@ def _state(fix: Fix, reports: Mapping[str, StepReport], findings: Mapping[str, F
 
 def _proven(fix: Fix, mine: Sequence[StepReport], findings: Mapping[str, Finding]) -> FixState:
     asked = [findings[name] for name in fix.probes if name in findings]
-    bad = next((each for each in asked if each.verdict == "fail"), None)
-    if bad:
-        return FixState(fix, "failed", bad.found)
     left = next((c.state.what for r in mine for c in r.checked if isinstance(c.state, LeftToNode)), "")
     skipped = next((each.found for each in asked if each.verdict == "skip"), "")
     if left or skipped:
         return FixState(fix, "left", left or skipped)
-    good = asked and all(each.verdict == "pass" for each in asked)
+    # Proven is what every probe of it has shown: one that was not asked has shown nothing.
+    good = fix.probes and len(asked) == len(fix.probes) and all(each.verdict == "pass" for each in asked)
     return FixState(fix, "proven" if good else "done", "; ".join(each.found for each in asked))

@@ -7,6 +7,7 @@ that the touch was done: whoever takes it back looks at what is there.
 import hashlib
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sparkinstall.errors import JournalDamaged, storage_problem
+from sparkinstall.errors import Blocked, JournalDamaged, Problem, Storage, storage_problem
 from sparkinstall.records import dataclass
 from sparkinstall.system import Undo
 from sparkinstall.system.local import replace_file
@@ -47,6 +48,7 @@ class Journal:
 
         Raises:
             JournalDamaged: any other line cannot be read.
+            Blocked, Storage: the file is of another user, or cannot be read at all.
         """
         if self._known is None:
             self._known = list(self._read())
@@ -57,6 +59,12 @@ class Journal:
             lines = self.path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return
+        except PermissionError as error:
+            raise unreadable(self.path) from error
+        except OSError as error:
+            problem = storage_problem(error, f"reading the journal {self.path}")
+            problem.mend = problem.mend or "it must be a plain file: see what is there, and put the journal back"
+            raise problem from error
         # What follows the last newline was never finished: its touch has not begun.
         for number, line in enumerate(lines[:-1], start=1):
             yield self._parse(number, line)
@@ -147,6 +155,25 @@ class Journal:
         except OSError as error:
             raise storage_problem(error, f"writing the journal {self.path}") from error
         self._known = ordered
+
+
+def unreadable(path: Path) -> Problem:
+    """In words, why this user may not read a file of the state: it is another user's, or its mode is wrong."""
+    place, mode = path.parent, 0o000
+    try:
+        for place in (path.parent, path):
+            found = place.stat()
+            mode = stat.S_IMODE(found.st_mode)
+            if found.st_uid != os.geteuid():
+                return Blocked(
+                    f"{place} is of the user with the number {found.st_uid}: that user set this node up",
+                    mend="run sparkinstall as that user",
+                )
+    except PermissionError:
+        # The folder lets nobody look into it, so it is the folder whose mode is wrong.
+        place, mode = path.parent, stat.S_IMODE(path.parent.stat().st_mode)
+    rights = "u+rwx" if place == path.parent else "u+rw"
+    return Storage(f"{place} cannot be read (mode {mode:03o})", mend=f"chmod {rights} {place}")
 
 
 def _record(raw: dict[str, Any]) -> Record:

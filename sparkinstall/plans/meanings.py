@@ -35,6 +35,7 @@ STEPS: Mapping[str, str] = {
 """By the name of a step: for its files, packages and services, and for those of its probes that have no sentence."""
 
 PROBES: Mapping[str, str] = {
+    "journal": "`sparkinstall all` stops before it begins, and `sparkinstall uninstall` takes nothing back.",
     "link": "The nodes talk at half the speed, or not at all.",
     "peers": "Large packets are lost between the nodes: collectives hang or time out.",
     "link-health": "The link loses packets or runs below its rate: slow collectives, or ones that hang.",
@@ -67,7 +68,6 @@ PROBES: Mapping[str, str] = {
     "gpu-low-power": "The GPU runs at a fraction of its speed.",
     "gpu-driver": "Few have run this driver on this machine.",
     "connectx-pcie": "The link is slow though it looks healthy.",
-    "page-cache": "vLLM may refuse to start, for too little memory is free at that moment.",
     "memory-guard": "A model that grows too large freezes the whole machine.",
 }
 """By the name of a probe."""

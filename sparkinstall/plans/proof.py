@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 
-from sparkinstall.errors import Problem
+from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.events import Emit, ProbeStarted
 from sparkinstall.node import Node
 from sparkinstall.plans import catalogue
@@ -41,6 +42,9 @@ def _guarded(probe: Probe, on: Reader) -> Finding:
         return probe.look(on)
     except Problem as problem:
         return failed(problem.what, problem.mend)
+    except OSError as error:
+        storage = storage_problem(error, f"the probe {probe.name}")
+        return failed(storage.what, storage.mend)
     except Exception as error:  # a probe that crashes has not shown anything good
         return failed(f"the probe itself failed: {type(error).__name__}: {error}", "report it, with this line")
 
@@ -51,8 +55,16 @@ def of_steps(steps: Sequence[Step], node: Node) -> list[Probe]:
 
 
 def of_no_step(node: Node) -> list[Probe]:
-    """The probes of the machine itself, whatever is installed on it."""
-    return list(known_hosts.probes(node))
+    """The probes of the machine itself, whatever is installed on it, but those that put a load on it."""
+    return [probe for probe in known_hosts.probes(node) if not probe.load]
+
+
+def _names(node: Node) -> list[str]:
+    """Of all steps and probes that a node can have: a list for several nodes may be given to one alone."""
+    cluster, serving = replace(node.config.cluster, role="head"), replace(node.config.serving, model="any")
+    whole = replace(node, config=replace(node.config, cluster=cluster, serving=serving), rehearsal=False)
+    probes = [*(probe for step in catalogue.STEPS for probe in step.probes(whole)), *known_hosts.probes(whole)]
+    return [*(step.name for step in catalogue.STEPS), HOSTS, *(probe.name for probe in probes)]
 
 
 @dataclass(frozen=True)
@@ -79,25 +91,23 @@ def chosen(
         measure: also what keeps the GPU or the link busy; what `only` names runs in any case.
 
     Raises:
-        BadUsage: there is no step or probe of that name.
+        BadUsage: there is no step or probe of that name, or nothing is left.
     """
-    groups = {step.name: list(step.probes(node)) for step in catalogue.of(node)} | {HOSTS: of_no_step(node)}
-    names = [probe.name for probes in groups.values() for probe in probes]
-    steps_there_are = [step.name for step in catalogue.STEPS]
-    catalogue.require_known((*only, *skip), [*steps_there_are, HOSTS, *names], "step or probe")
+    groups = {step.name: list(step.probes(node)) for step in catalogue.of(node)}
+    groups[HOSTS] = list(known_hosts.probes(node))
+    catalogue.require_known((*only, *skip), _names(node), "step or probe")
     far = LEVELS.index(level) if level else len(LEVELS)
     wanted = [name for name in groups if (not only or name in only) and name not in skip]
     probes = [
         probe
         for group, probes in groups.items()
         for probe in probes
-        if probe.name in only
-        or (
-            group in wanted
-            and probe.name not in skip
-            and LEVELS.index(probe.level) <= far
-            and (measure or not probe.load)
-        )
+        if (group in wanted or probe.name in only)
+        and probe.name not in skip
+        and LEVELS.index(probe.level) <= far
+        and (measure or probe.name in only or not probe.load)
     ]
     steps = tuple(step for step in catalogue.of(node) if step.name in wanted)
+    if not steps and not probes:
+        raise BadUsage("nothing is left to look at", mend="leave out some of --only, --skip and --level")
     return Chosen(steps, tuple(sorted(probes, key=lambda each: LEVELS.index(each.level))), not only and not skip)

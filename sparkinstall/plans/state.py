@@ -10,12 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from sparkinstall.errors import Blocked, Busy, Problem, storage_problem
+from sparkinstall.errors import Busy, JournalDamaged, Problem, Storage, storage_problem
 from sparkinstall.events import Emit, WaitedFor
 from sparkinstall.system import Undo, processes
 from sparkinstall.system.local import LocalSystem, replace_file, sync_folder
 
 if TYPE_CHECKING:
+    from sparkinstall.node import Node
     from sparkinstall.plans.journal import Journal
 
 FOLDER = "/var/lib/sparkinstall"
@@ -33,10 +34,42 @@ class StateFolder:
 
     @property
     def exists(self) -> bool:
+        """Whether there is a journal, be it empty."""
         try:
-            return (self.home / "journal.jsonl").exists()
+            os.stat(self.home / "journal.jsonl")
+        except (FileNotFoundError, NotADirectoryError):
+            return False
         except PermissionError as error:
-            raise self._of_another_user() from error
+            raise self._unreadable("journal.jsonl") from error
+        return True
+
+    @property
+    def installed(self) -> bool:
+        """Whether anything was ever set up here, as far as the journal knows."""
+        return self.exists and bool(self.journal().records())
+
+    def trouble(self, node: "Node") -> Problem | None:
+        """What keeps `all` from going on and `uninstall` from taking back: a journal that cannot be read, or is gone.
+
+        Raises:
+            Blocked: another user set this node up.
+        """
+        try:
+            known = self.journal().records()
+        except (JournalDamaged, Storage) as problem:
+            return problem
+        # Written last, and by nobody else: an environment that has it is whole and ours.
+        made = not known and self.system.entry(f"{node.venv}/sparkinstall.json")
+        return self._lost(node) if made else None
+
+    def _lost(self, node: "Node") -> JournalDamaged:
+        prefix = self.system.real(node.prefix)
+        return JournalDamaged(
+            f"what sparkinstall has made is in {prefix}, but {self.home}/journal.jsonl is gone or empty",
+            why="without the journal, which says what was there before, uninstall could take nothing back",
+            mend=f"put the journal back from a backup; without one, move {prefix} away and run `sparkinstall all`: "
+            "what it makes from then on can be taken back",
+        )
 
     def journal(self, run: str = "") -> "Journal":
         from sparkinstall.plans.journal import Journal
@@ -51,9 +84,15 @@ class StateFolder:
         return folder
 
     def options(self) -> dict[str, Any]:
-        """What the last `all` was asked for on its command line (stack, platform, ...)."""
+        """What the last `all` was asked for on its command line (stack, platform, ...).
+
+        Raises:
+            Blocked, Storage: this user may not read it.
+        """
         try:
             found = json.loads((self.home / "options.json").read_text())
+        except PermissionError as error:
+            raise self._unreadable("options.json") from error
         except (OSError, ValueError):
             return {}
         return {name: found[name] for name in _usable(found)} if isinstance(found, dict) else {}
@@ -79,12 +118,10 @@ class StateFolder:
         with _in_words(f"writing {self.home / name}"):
             replace_file(str(self.home / name), text.encode(), 0o600)
 
-    def _of_another_user(self) -> Blocked:
-        owner = self.home.stat().st_uid
-        return Blocked(
-            f"{self.home} is of the user with the number {owner}: that user set this node up",
-            mend="run sparkinstall as that user",
-        )
+    def _unreadable(self, name: str) -> Problem:
+        from sparkinstall.plans.journal import unreadable
+
+        return unreadable(self.home / name)
 
     @contextmanager
     def hold(self, verb: str, emit: Emit) -> Iterator[str]:

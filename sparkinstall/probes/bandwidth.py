@@ -33,6 +33,8 @@ _GIB = 1 << 30
 _PIECE = 1 << 26
 # NVIDIA's own 16 GB froze a node: GPU and system share their memory here.
 _SHARE = 16
+# torch, a CUDA context and NCCL take their own beside what is gathered.
+_LEAST = 4 * _GIB
 _STREAMS = "4"
 _DRIVER = "/proc/driver/nvidia/version"
 
@@ -43,6 +45,8 @@ NCCL_MARK, NCCL_REACHED = 21.875, (18.9, 23.7)
 _NEARLY = 0.9
 # A degraded card was seen to give 8 to 25 Gb/s (NVIDIA/dgx-spark-playbooks#108).
 _CRAWLING = 30.0
+# GB/s of NCCL: sockets on a good card give more than a degraded card does in any way.
+_CRAWLING_BUS = 2.0
 
 
 def known(name: str) -> Kind:
@@ -114,11 +118,14 @@ def _no_nccl(node: Node, on: Reader) -> str:
     if on.entry(node.env_file) is None or library is None or on.entry(library) is None:
         return "the env file or NCCL is not there yet: `sparkinstall all`"
     free = facts.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0)
-    return "" if size(free << 10) else f"only {free >> 10} MiB of memory are free: a measurement could freeze the node"
+    risk = f"below {_LEAST // _GIB} a measurement could freeze the node"
+    return "" if size(free << 10) else f"only {free / (1 << 20):.1f} GiB of memory are available: {risk}"
 
 
 def size(available: int) -> int:
-    """How many bytes NCCL may gather where `available` bytes of memory are: 1 GiB at most; 0: too little is free."""
+    """How many bytes NCCL may gather where `available` bytes of memory are: 1 GiB at most; 0: too little for any."""
+    if available < _LEAST:
+        return 0
     return min(_GIB, available // _SHARE) // _PIECE * _PIECE
 
 
@@ -295,11 +302,11 @@ def complaint(out: str, err: str) -> str:
 # --- what to think of it
 
 
-def judged(measured: Measured) -> Finding:
-    """The verdict: both halves, one half, sockets, or a degraded card."""
+def judged(measured: Measured, transport: str = "auto") -> Finding:
+    """The verdict: both halves, one half, sockets, or a degraded card. `transport`: as `network.transport` says."""
     if measured.why:
         return failed(measured.why, _UNREACHED)
-    finding = _of_bus(measured) if measured.kind == "nccl" else _of_halves(measured)
+    finding = _of_bus(measured, transport) if measured.kind == "nccl" else _of_halves(measured)
     if measured.lost and finding.verdict == "pass":
         said = "; ".join(f"on {host} {link_health.in_words(counters)}" for host, counters in measured.lost.items())
         return warned(f"{finding.found}; meanwhile, {said}", _CABLE, finding.expected)
@@ -325,15 +332,15 @@ def _of_halves(measured: Measured) -> Finding:
     return passed(f"both halves: {said}", expected)
 
 
-def _of_bus(measured: Measured) -> Finding:
+def _of_bus(measured: Measured, transport: str) -> Finding:
     low, high = NCCL_REACHED
     expected = f"{NCCL_MARK} GB/s, NVIDIA's pass mark for two nodes; others reached {low} to {high}"
     network = {"IB": "RoCE", "Socket": "sockets"}.get(measured.network, measured.network or "an unknown network")
     said = f"{measured.bus:.2f} GB/s bus bandwidth over {network}, {measured.size >> 20} MiB gathered"
+    if measured.network == "Socket" and measured.bus >= _CRAWLING_BUS:
+        return _of_sockets(said, transport, expected)
     if measured.total < _CRAWLING:
         return failed(f"a degraded card, or a wrong NCCL: {said}", f"{_WRONG_NCCL}; if not: {_POWER}", expected)
-    if measured.network == "Socket":
-        return warned(f"sockets: {said}; RoCE is several times faster", _WHY_SOCKETS, expected)
     if measured.total <= ONE_HALF / _NEARLY:
         return failed(f"no more than one half carries alone: {said}", _DEVICES, expected)
     if measured.bus < low * _NEARLY:
@@ -341,6 +348,12 @@ def _of_bus(measured: Measured) -> Finding:
     if measured.bus < NCCL_MARK:
         return warned(f"both halves, below the pass mark: {said}", _QUIET, expected)
     return passed(f"both halves: {said}", expected)
+
+
+def _of_sockets(said: str, transport: str, expected: str) -> Finding:
+    if transport == "socket":
+        return passed(f"sockets, as `network.transport` says: {said}")
+    return warned(f"sockets: {said}; RoCE is several times faster", _WHY_SOCKETS, expected)
 
 
 _AGAIN = "`sparkinstall cluster verify --level link --measure` with the nodes"

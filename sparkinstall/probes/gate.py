@@ -32,6 +32,8 @@ class Gate:
         site = site_packages(self.node, on)
         if site is None:
             return failed("there is no environment", "run `sparkinstall all`")
+        if not has_vllm(on, site):
+            return failed("vllm is not installed", "run `sparkinstall all`")
         if not self.pins:
             return failed("there is no lock yet for these wheels", "run `sparkinstall all`")
         questions: tuple[Callable[[Reader, str], str | None], ...] = (
@@ -99,6 +101,11 @@ def _runtime_major(pin: Pin) -> str | None:
     """`nvidia-cuda-runtime-cu12` carries the major in its name, `nvidia-cuda-runtime` in its version."""
     named = re.search(r"-cu(\d+)$", pin.name)
     return named[1] if named else pin.version.split(".")[0]
+
+
+def has_vllm(on: Reader, site: str) -> bool:
+    """Whether vLLM is installed there, as its dist-info says: an installation that broke off has none."""
+    return any(name.startswith("vllm-") and name.endswith(".dist-info") for name in on.names(site))
 
 
 def extensions(on: Reader, site: str) -> tuple[Path, ...]:

@@ -30,9 +30,9 @@ def preflight(node: Node) -> Iterable[Probe]:
     anywhere: tuple[tuple[str, str, Callable[[Reader], Finding]], ...] = (
         ("python", f"Python {node.stack.python}", lambda _: _python(node)),
         ("cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node)),
-        ("disk", "free disk", lambda on: _disk(on, node)),
+        ("disk", "free disk", lambda on: _unless_shut(_disk, on, node)),
         ("clock", "clock", _clock),
-        ("prefix", "the prefix is free or ours", lambda on: _prefix(on, node)),
+        ("prefix", "the prefix is free or ours", lambda on: _unless_shut(_prefix, on, node)),
     )
     for name, title, look in of_a_node:
         yield Probe(name, title, _on_a_node(look), "node")
@@ -170,6 +170,22 @@ def _python(node: Node) -> Finding:
         "install it, or name another with `environment.python`",
         f"Python {node.stack.python}",
     )
+
+
+def _unless_shut(look: Callable[[Reader, Node], Finding], on: Reader, node: Node) -> Finding:
+    """What `look` finds; or which folder keeps it from looking."""
+    try:
+        return look(on, node)
+    except PermissionError as error:
+        shut = _shut(Path(str(error.filename)))
+    own = shut.stat().st_uid == os.geteuid()
+    mend = f"`chmod u+rwx {shut}`, then again" if own else f"run this as the user to whom {shut} belongs"
+    return failed(f"{shut} cannot be read", mend, "a folder that this user can read")
+
+
+def _shut(path: Path) -> Path:
+    """The outermost folder above `path` that this user cannot look into."""
+    return next((each for each in reversed(path.parents) if not os.access(each, os.R_OK | os.X_OK)), path.parent)
 
 
 def _disk(on: Reader, node: Node) -> Finding:

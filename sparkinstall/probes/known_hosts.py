@@ -10,19 +10,37 @@ from sparkinstall.assets import asset
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, facts, passed, skipped
 from sparkinstall.records import dataclass
-from sparkinstall.system import Reader
+from sparkinstall.system import Reader, Result
 
 KNOWLEDGE = "knowledge/hosts.yaml"
 # Of the end of a boot's journal: a card that floods it says the same thing over and over.
 _LINES = 20000
 _GIB_KB = 2**20
-_ASK_GPU = "--query-gpu=name,driver_version,utilization.gpu,clocks.sm,power.draw"
+_ASK_GPU = (
+    *("nvidia-smi", "--query-gpu=name,driver_version,utilization.gpu,clocks.sm,power.draw"),
+    "--format=csv,noheader,nounits",
+)
+# torch and a CUDA context take their own from a memory that all programs share.
+_ROOM_KB = 4 * _GIB_KB
+# Matrix products for some seconds, and in their midst the question in argv.
+_LOAD = """
+import subprocess, sys, time, torch
+some, asked, began = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16), None, time.monotonic()
+while asked is None or asked.poll() is None:
+    for _ in range(20):
+        some @ some
+    torch.cuda.synchronize()
+    if asked is None and time.monotonic() - began > 3:
+        asked = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
+sys.stdout.buffer.write(asked.stdout.read())
+"""
 _MELLANOX = "0x15b3"
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One kind of bad host. `looks` names the looker that is given `limits`; `checked`: when the evidence was read."""
+    """One kind of bad host. `looks` names the looker that is given `limits`; `checked`: when the evidence was read;
+    `load`: the looker keeps the GPU busy."""
 
     name: str
     title: str
@@ -35,6 +53,7 @@ class Rule:
     concerns: str
     checked: date
     evidence: tuple[str, ...]
+    load: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +73,7 @@ class Host:
     """What several rules look at, asked once."""
 
     on: Reader
+    node: Node
 
     @cached_property
     def meminfo(self) -> Mapping[str, int]:
@@ -76,11 +96,32 @@ class Host:
     @cached_property
     def gpu(self) -> Mapping[str, str]:
         """The first GPU as nvidia-smi shows it; empty where it gives no answer."""
-        answer = self.on.query("nvidia-smi", _ASK_GPU, "--format=csv,noheader,nounits")
-        rows = [[cell.strip() for cell in line.split(",")] for line in answer.out.splitlines()]
-        if not answer.ok or not rows or len(rows[0]) != 5:
-            return {}
-        return dict(zip(("name", "driver", "busy", "mhz", "watts"), rows[0], strict=True))
+        return _gpu_in(self.on.query(*_ASK_GPU))
+
+    def gpu_under_load(self) -> Mapping[str, str]:
+        """The same while the environment's own torch keeps the GPU busy, for some four seconds.
+
+        Raises:
+            CannotTell: there is no torch, too little memory, or nothing came of it.
+        """
+        python = f"{self.node.venv}/bin/python"
+        if self.on.entry(python) is None:
+            raise CannotTell("the GPU is idle, and there is no torch yet to keep it busy: `sparkinstall all`")
+        if self.meminfo.get("MemAvailable", 0) < _ROOM_KB:
+            raise CannotTell(f"the GPU is idle, and with less than {_ROOM_KB // _GIB_KB} GiB available no load is safe")
+        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home}
+        answer = self.on.query(self.on.real(python), "-c", _LOAD, *_ASK_GPU, timeout=60, env=env)
+        if found := _gpu_in(answer):
+            return found
+        said = [line for line in answer.err.splitlines() if line.strip()] or [f"exit code {answer.code}"]
+        raise CannotTell(f"the GPU is idle, and torch could not keep it busy: {said[-1].strip()[:200]}")
+
+
+def _gpu_in(answer: Result) -> Mapping[str, str]:
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.out.splitlines()]
+    if not answer.ok or not rows or len(rows[0]) != 5:
+        return {}
+    return dict(zip(("name", "driver", "busy", "mhz", "watts"), rows[0], strict=True))
 
 
 Looker = Callable[[Host, Mapping[str, Any]], Sight]
@@ -93,10 +134,10 @@ def probes(node: Node) -> Iterable[Probe]:
     hosts: dict[int, Host] = {}
 
     def judge(rule: Rule) -> Callable[[Reader], Finding]:
-        return lambda on: judged(rule, hosts.setdefault(id(on), Host(on)))
+        return lambda on: judged(rule, hosts.setdefault(id(on), Host(on, node)))
 
     for rule in rules():
-        yield Probe(rule.name, rule.title, judge(rule), "node")
+        yield Probe(rule.name, rule.title, judge(rule), "gpu" if rule.load else "node", load=rule.load)
 
 
 def judged(rule: Rule, host: Host) -> Finding:
@@ -147,13 +188,21 @@ def _low_power(host: Host, limits: Mapping[str, Any]) -> Sight:
     gpu = _gpu(host)
     if not facts.is_gb10(gpu["name"]):
         return Sight(False, f"only known of a GB10; this is {gpu['name']}")
+    busy, mhz, watts = _work(gpu)
+    if busy <= limits["busy_percent"]:
+        busy, mhz, watts = _work(host.gpu_under_load())
+    words = f"{busy:.0f} % busy, {mhz:.0f} MHz, {watts:.0f} W"
+    if busy <= limits["busy_percent"]:
+        raise CannotTell(f"{words}: it shows only under more load")
+    return Sight(mhz < limits["sm_mhz"] and watts < limits["watts"], words)
+
+
+def _work(gpu: Mapping[str, str]) -> tuple[float, float, float]:
+    """How busy the GPU is in percent, its clock in MHz, its power in W."""
     busy, mhz, watts = (_number(gpu[name]) for name in ("busy", "mhz", "watts"))
     if busy is None or mhz is None or watts is None:
         raise CannotTell("nvidia-smi does not tell how busy the GPU is, its clock, or its power")
-    words = f"{busy:.0f} % busy, {mhz:.0f} MHz, {watts:.0f} W"
-    if busy <= limits["busy_percent"]:
-        return Sight(False, f"{words}: it would show only under load")
-    return Sight(mhz < limits["sm_mhz"] and watts < limits["watts"], words)
+    return busy, mhz, watts
 
 
 def _driver(host: Host, limits: Mapping[str, Any]) -> Sight:
@@ -205,14 +254,6 @@ def _firmware(on: Reader) -> str:
     return f"; firmware {', '.join(sorted(found - {''}))}" if found - {""} else ""
 
 
-def _page_cache(host: Host, limits: Mapping[str, Any]) -> Sight:
-    total, free, available = (host.meminfo.get(each, 0) for each in ("MemTotal", "MemFree", "MemAvailable"))
-    if not total:
-        raise CannotTell("there is no /proc/meminfo")
-    words = f"{free / _GIB_KB:.1f} GiB free, {(available - free) / _GIB_KB:.1f} GiB more could be"
-    return Sight(free < limits["share"] * total <= available, words)
-
-
 def _service(host: Host, limits: Mapping[str, Any]) -> Sight:
     units = limits["units"]
     states = host.on.query("systemctl", "is-active", *units).out.split()
@@ -228,6 +269,5 @@ LOOKERS: Mapping[str, Looker] = {
     "low_power": _low_power,
     "driver": _driver,
     "connectx": _connectx,
-    "page_cache": _page_cache,
     "service": _service,
 }

@@ -138,10 +138,7 @@ def _complaint(on: Reader, port: Port, growing: Mapping[str, int], high: Mapping
     versions = {half.name: version for half in port.twins if (version := firmware(on, half))}
     if len(set(versions.values())) > 1:
         said = ", ".join(f"{version} on {name}" for name, version in versions.items())
-        return (
-            f"the halves have different firmware: {said}",
-            "install the DGX OS updates, and switch the node off and on",
-        )
+        return f"the halves have different firmware: {said}", _UPDATES
     return None
 
 

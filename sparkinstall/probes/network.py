@@ -240,11 +240,21 @@ def _peers(node: Node, on: Reader) -> Finding:
         return skipped("a rehearsal has no other nodes")
     if not node.peers:
         return skipped("there is no other node: `cluster.workers` is empty")
+    if missing := _not_here(node, on):
+        # A ping from an address that is not there fails, and would say nothing of the other node.
+        return failed(f"this node has not its own address {missing}", "run `sparkinstall run network` here")
     found = at_once(lambda each: _peer(node, on, each), node.peers)
     worst = max(found, key=lambda each: ("pass", "warn", "fail").index(each.verdict))
     if worst.verdict == "pass":
         return passed(f"{', '.join(node.peers)} answer packets of {node.config.network.mtu} bytes", worst.expected)
     return worst
+
+
+def _not_here(node: Node, on: Reader) -> str:
+    """Those of this node's own addresses that no interface has; empty also where `ip` tells nothing."""
+    have = {str(IPv4Interface(each).ip) for one in live(on).values() for each in one.addresses}
+    own = [str(each.ip) for each in own_addresses(node)]
+    return " and ".join(each for each in own if have and each not in have)
 
 
 def _peer(node: Node, on: Reader, peer: str) -> Finding:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkinstall.node import Node, site_packages
-from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed, skipped
+from sparkinstall.probes import Finding, Probe, failed, gate, kernels, nccl, passed, skipped
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
@@ -60,10 +60,10 @@ def probes(node: Node) -> Iterable[Probe]:
 
 def _answer(node: Node, on: Reader, process: InEnvironment) -> dict[str, Any] | Finding:
     """What the process says of itself, or why it says nothing."""
-    if stop := nccl.not_here(node, on):
-        return stop
     if node.partial:
         return skipped("torch, Triton and vLLM do not run in a rehearsal without --full")
+    if stop := nccl.not_here(node, on):
+        return stop
     if "error" in process.answer:
         return failed(process.answer["error"], "run `sparkinstall all`")
     return process.answer
@@ -77,10 +77,10 @@ def _end(code: int) -> str:
 
 
 def _imports(node: Node, on: Reader, process: InEnvironment) -> Finding:
-    if stop := nccl.not_here(node, on):
-        return stop
     if node.partial:
         return skipped("a rehearsal installs vLLM's wheel alone (--full installs the rest)")
+    if stop := nccl.not_here(node, on):
+        return stop
     if "error" in process.answer:
         return failed(process.answer["error"], "run `sparkinstall all`", ", ".join(MODULES))
     broken = {name: each["error"] for name, each in process.answer["modules"].items() if "error" in each}
@@ -111,10 +111,10 @@ def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
 
 
 def _address(node: Node, on: Reader, process: InEnvironment) -> Finding:
-    if stop := nccl.not_here(node, on):
-        return stop
     if node.partial:
         return skipped("vLLM cannot be imported in a rehearsal without --full")
+    if stop := nccl.not_here(node, on):
+        return stop
     answer = process.answer
     if "error" in answer or not answer.get("address"):
         return failed(answer.get("error", "vLLM's get_ip() gave no answer"), "run `sparkinstall all`")
@@ -133,8 +133,10 @@ _PROTOCOLS = (
 
 def reasoning_fields(node: Node, on: Reader) -> Finding:
     """Fix 8: the names of the field in which this vLLM streams its thinking, read from its own class."""
-    if site_packages(node, on) is None:
+    if (site := site_packages(node, on)) is None:
         return failed("there is no environment", "run `sparkinstall all`")
+    if not gate.has_vllm(on, site):
+        return failed("vllm is not installed", "run `sparkinstall all`")
     if found := reasoning_names(node, on):
         return passed("delta." + " and delta.".join(found))
     return failed(

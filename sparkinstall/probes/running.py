@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from sparkinstall.errors import NeedsRoot
 from sparkinstall.node import Node
@@ -143,10 +143,9 @@ def _running(node: Node, on: Reader) -> list[Process] | Finding:
 
 
 def _differences(node: Node, on: Reader, process: Process) -> Iterator[str]:
-    has = _of(on, process.pid, "environ")
-    if not has:
+    now = _variables(on, process)
+    if not now:
         return
-    now = dict(each.partition("=")[::2] for each in has.decode(errors="replace").split("\0") if "=" in each)
     says = _read_by(process.unit, node, on)
     for name in sorted(says):
         if now.get(name) != says[name]:
@@ -154,6 +153,12 @@ def _differences(node: Node, on: Reader, process: Process) -> Iterator[str]:
     for name in _SOMETIMES:
         if name in now and name not in says:
             yield _difference(name, now[name], None)
+
+
+def _variables(on: Reader, process: Process) -> dict[str, str]:
+    """What it was started with; empty where it has ended, or has written its title over them."""
+    has = _of(on, process.pid, "environ") or b""
+    return dict(each.partition("=")[::2] for each in has.decode(errors="replace").split("\0") if "=" in each)
 
 
 def _difference(name: str, now: str | None, says: str | None) -> str:
@@ -191,10 +196,10 @@ def _nccl(node: Node, on: Reader) -> Finding:
         return running
     try:
         with_nccl = {process: found for process in running if (found := _mapped(on, process))}
+        strange = {p: other for p, found in with_nccl.items() if (other := _other(on, p, found, library))}
     except NeedsRoot as problem:
         return skipped(f"{problem.what}: {problem.mend}")
     wanted = nccl.wanted(library)
-    strange = {p: other for p, found in with_nccl.items() if (other := _other(found, library))}
     if strange:
         told = ", ".join(f"{p.name} (pid {p.pid}) has {path}" for p, path in strange.items())
         return _of_strangers(told, {p.unit for p in strange}, list(strange.values()), wanted)
@@ -217,10 +222,19 @@ def _mapped(on: Reader, process: Process) -> tuple[str, ...]:
     return tuple(dict.fromkeys(_LIBRARY.findall(maps.decode(errors="replace"))))
 
 
-def _other(mapped: Iterable[str], library: str) -> str | None:
-    """The library that the process uses in place of ours; None where ours is there, whatever is mapped besides."""
+def _other(on: Reader, process: Process, mapped: Sequence[str], library: str) -> str | None:
+    """The library that the process uses in place of ours; None where it uses ours, whatever is mapped besides."""
     others = [path for path in mapped if path.endswith(_DELETED) or not nccl.is_same_build(path, library)]
-    return others[0] if len(others) == len(tuple(mapped)) else None
+    if not others or (len(others) < len(mapped) and _preloads(on, process, library)):
+        return None
+    return others[0]
+
+
+def _preloads(on: Reader, process: Process, library: str) -> bool:
+    """Of two libraries torch takes the one of its wheel, unless ours was there before; who hides it is believed."""
+    variables = _variables(on, process)
+    named = variables.get("LD_PRELOAD", "").replace(":", " ").split()
+    return not variables or any(nccl.is_same_build(path, library) for path in named)
 
 
 def _restart(of_units: Iterable[str]) -> str:

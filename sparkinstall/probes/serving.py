@@ -133,7 +133,7 @@ def _metrics(of: Api) -> Finding:
         time.sleep(_COUNTED)
         after = of.metrics()
         grown = _grown(after, before)
-    counted = f"{_GENERATED} grew by {grown:.0f} while we made {ours}"
+    counted = f"{_GENERATED} grew by {grown:.0f} tokens, of which the probes made {ours}"
     if grown < ours:
         return failed(counted, f"another vLLM may answer here: `sudo systemctl restart {UNIT}`", f"{ours} or more")
     cache = api.sample(after["metrics"], *_CACHE)
@@ -157,12 +157,19 @@ def _no_metrics(of: Api, after: Mapping[str, Any]) -> Finding:
     return warned(f"/metrics has no {_GENERATED}", _REPORT)
 
 
+_ASKED = "ActiveState,NRestarts,ExecMainStartTimestampMonotonic"
+
+
 def _not_up(node: Node, on: Reader) -> Finding:
     """Nothing listens: it is still loading, or it has ended."""
-    asked = on.query("systemctl", "show", UNIT, "--property=ActiveState,ExecMainStartTimestampMonotonic").out
+    asked = on.query("systemctl", "show", UNIT, f"--property={_ASKED}").out
     state = dict(line.split("=", 1) for line in asked.splitlines() if "=" in line)
     since = time.clock_gettime(time.CLOCK_MONOTONIC) - int(state.get("ExecMainStartTimestampMonotonic") or 0) / 1e6
     where = f"nothing answers at 127.0.0.1:{node.config.serving.port}"
+    # A unit that systemd starts over and over looks as if it were loading, for a while each time.
+    if again := int(state.get("NRestarts") or 0):
+        said = f"{where}; systemd has started it {again + 1} times"
+        return failed(said, f"`sparkinstall diagnose --unit {UNIT.removesuffix('.service')}`")
     if state.get("ActiveState") == "active" and since < _LOADING:
         return warned(
             f"{where}: it was started {since:.0f} s ago and still loads",

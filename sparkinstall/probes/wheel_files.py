@@ -27,10 +27,17 @@ def look(node: Node, on: Reader) -> Finding:
         return failed("there is no environment", "run `sparkinstall all`")
     made, ours = stamp.st_ctime_ns, _locked(node, on)
     folders = [name for name in on.names(site) if name.endswith(".dist-info") and _package(name) in ours]
-    wrong = [*_anew(on.real(site), folders, made), *_changed(on.real(site), folders, made)]
+    if not ours:
+        return failed("it is not known what was installed: installed.lock is gone or empty", _MEND)
+    gone = sorted(ours - {_package(name) for name in folders})
+    wrong = [
+        *(f"{name} is not installed" for name in gone),
+        *_anew(on.real(site), folders, made),
+        *_changed(on.real(site), folders, made),
+    ]
     if not wrong:
-        count = f"{len(folders)} package{'s' if len(folders) != 1 else ''}"
-        return passed(f"{count}, as their wheels brought them")
+        many = f"{len(folders)} packages, as their wheels brought them"
+        return passed(many if len(folders) != 1 else "1 package, as its wheel brought it")
     more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
     return failed("; ".join(wrong[:_SHOWN]) + more, _MEND, "every file as its wheel brought it")
 

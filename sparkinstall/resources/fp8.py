@@ -53,7 +53,7 @@ class Fp8Decision:
         if about is None:
             return Unknown("environment")
         known = recorded(on, self.node.fp8_decision)
-        if known.get("about") == about:
+        if known.get("about") == about and is_whole(known):
             return Satisfied(f"fallback {'on' if known['fallback'] else 'off'}: {known['why']}")
         return Drift(
             "find out whether vLLM's CUTLASS FP8 kernels run here",
@@ -121,6 +121,11 @@ class Fp8Decision:
             f"vLLM's extension carries {', '.join(near) or 'no code'} only, which is not for sm_{arch}",
             "code",
         )
+
+
+def is_whole(decision: Mapping[str, Any]) -> bool:
+    """Whether a recorded decision says what was decided and why; not so where the file was damaged."""
+    return isinstance(decision.get("fallback"), bool) and isinstance(decision.get("why"), str)
 
 
 def loadable(arch: str) -> set[str]:

@@ -98,7 +98,7 @@ def _end_running(sig: signal.Signals) -> None:
 def refuse_if_stopped() -> None:
     """Raise Interrupted once `stop_all` was called: threads that it cannot reach end here."""
     if _stopped.is_set():
-        raise Interrupted("interrupted", mend="run the same command again: it goes on where this one stopped")
+        raise Interrupted("interrupted")
 
 
 def answer(argv: tuple[str, ...], env: Mapping[str, str], timeout: float) -> tuple[int, bytes, bytes]:

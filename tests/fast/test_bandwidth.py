@@ -99,6 +99,7 @@ def gathered(bus: float, network: str = "IB") -> Measured:
         (gathered(3.04), "fail", "a degraded card, or a wrong NCCL"),
         (gathered(1.6), "fail", "a degraded card"),
         (gathered(11.0, "Socket"), "warn", "sockets"),
+        (gathered(3.5, "Socket"), "warn", "sockets"),
         (gathered(1.6, "Socket"), "fail", "a degraded card"),
     ],
 )
@@ -106,6 +107,12 @@ def test_the_figures_of_the_field(measured: Measured, verdict: str, begins: str)
     found = bandwidth.judged(measured)
     assert (found.verdict, found.found.startswith(begins)) == (verdict, True), found
     assert bool(found.mend) == (verdict != "pass")
+
+
+def test_sockets_that_were_asked_for_are_no_warning() -> None:
+    assert bandwidth.judged(gathered(3.5, "Socket"), "socket").verdict == "pass"
+    assert bandwidth.judged(gathered(1.6, "Socket"), "socket").verdict == "fail"
+    assert bandwidth.judged(gathered(23.7), "socket").verdict == "pass"
 
 
 def test_the_half_that_carries_less_is_named() -> None:
@@ -208,7 +215,15 @@ def test_no_words_are_a_crash(out: str, err: str) -> None:
 
 @pytest.mark.parametrize(
     ("available", "wanted"),
-    [(120 << 30, 1 << 30), (16 << 30, 1 << 30), (8 << 30, 512 << 20), (1 << 30, 64 << 20), (1023 << 20, 0), (0, 0)],
+    [
+        (120 << 30, 1 << 30),
+        (16 << 30, 1 << 30),
+        (8 << 30, 512 << 20),
+        (4 << 30, 256 << 20),
+        (4095 << 20, 0),
+        (1 << 30, 0),
+        (0, 0),
+    ],
 )
 def test_what_nccl_gathers_is_small_beside_what_is_free(available: int, wanted: int) -> None:
     assert bandwidth.size(available) == wanted
@@ -258,6 +273,19 @@ def test_a_node_alone_says_what_is_missing_and_then_that_it_takes_two(tmp_path: 
     assert "`sparkinstall cluster verify --level link --measure spark-1 spark-2`" in said
     assert "apt-get install perftest" in found_on(tmp_path, "rdma-bandwidth", {})[1]
     assert "no GPU" in found_on(tmp_path, "nccl-bandwidth", {})[1]
+
+
+def test_an_own_address_that_is_missing_is_not_the_other_nodes_fault(tmp_path: Path) -> None:
+    tree(tmp_path)
+    first = {"ifname": FIRST, "addr_info": [{"family": "inet", "local": "192.168.100.10", "prefixlen": 24}]}
+    pair = {"cluster__workers": ["192.168.100.11"]}
+    found = found_on(tmp_path, "peers", {"ip": json.dumps([first])}, **pair)
+    assert found == ("fail", "this node has not its own address 192.168.101.10")
+    own = [{"family": "inet", "local": "192.168.101.10", "prefixlen": 24}]
+    both = json.dumps([first, {"ifname": SECOND, "addr_info": own}])
+    assert found_on(tmp_path, "peers", {"ip": both, "ping": ""}, **pair)[0] == "pass"
+    # `ip` that tells nothing accuses nobody.
+    assert "does not answer" in found_on(tmp_path, "peers", {"ip": "[]"}, **pair)[1]
 
 
 def test_only_who_asks_for_it_is_measured() -> None:

@@ -3,15 +3,28 @@
 import json
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sparkinstall import __version__
-from tests.support.rehearsals import CHECKOUT, command, envelope, environment, sparkinstall
+from sparkinstall.errors import Interrupted
+from sparkinstall.probes import Probe, failed
+from tests.support.rehearsals import (
+    CHECKOUT,
+    begun,
+    command,
+    envelope,
+    environment,
+    in_this_process,
+    said,
+    sparkinstall,
+)
 
 VERBS = ("all", "plan", "verify", "uninstall", "status", "run", "settings")
 
@@ -58,6 +71,51 @@ def test_json_is_one_object_for_every_verb(verb: list[str], tmp_path: Path) -> N
 def test_plan_tells_by_its_exit_code_when_asked(tmp_path: Path) -> None:
     assert sparkinstall("plan", "--root", tmp_path / "node").returncode == 0
     assert sparkinstall("plan", "--root", tmp_path / "node", "--detailed-exitcode").returncode == 3
+
+
+def test_plan_ends_with_what_all_would_make_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparkinstall.probes.host.preflight", lambda _: [])
+    root = tmp_path / "node"
+    last = in_this_process("plan", "--root", root).stdout.splitlines()[-1]
+    assert re.fullmatch(rf"\d steps would be changed: `sparkinstall all --root {root}`", last)
+    one = in_this_process("plan", "--root", root, "--only", "env-files").stdout.splitlines()[-1]
+    assert one == f"1 step would be changed: `sparkinstall all --only env-files --root {root}`"
+    link = root / str(Path.home())[1:] / "vllm-env"
+    link.parent.mkdir(parents=True)
+    link.symlink_to("/elsewhere")
+    last = in_this_process("plan", "--root", root).stdout.splitlines()[-1]
+    assert last == f"`sparkinstall all --root {root}` would stop at environment: see above"
+    bad = Probe("clock", "x", lambda _: failed("it is 1970", "set it"), "static")
+    monkeypatch.setattr("sparkinstall.probes.host.preflight", lambda _: [bad])
+    last = in_this_process("plan", "--root", root, "--only", "env-files").stdout.splitlines()[-1]
+    assert last.endswith("would stop before the first: clock")
+
+
+@pytest.mark.parametrize("verb", [["plan"], ["plan", "--json"], ["status"], ["verify"]])
+def test_an_answer_that_cannot_be_written_is_one_line_on_stderr(verb: list[str], tmp_path: Path) -> None:
+    begun(tmp_path / "node")
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            command(*verb, "--root", tmp_path / "node"), cwd=CHECKOUT, env=environment(), stdin=subprocess.DEVNULL,
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert (run.returncode, run.stderr) == (1, "✗ writing the output failed: the disk is full\n")
+
+
+@pytest.mark.parametrize("verb", ["plan", "verify", "doctor", "status", "support-bundle", "all", "run"])
+@pytest.mark.parametrize("interrupt", [KeyboardInterrupt, lambda: Interrupted("interrupted")], ids=["key", "thread"])
+def test_an_interrupt_says_whether_there_is_something_to_go_on_with(
+    verb: str, interrupt: Callable[[], BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise interrupt()
+
+    monkeypatch.setattr("sparkinstall.cli.session._root", interrupted)
+    options = ["nccl"] if verb == "run" else ["--output", str(tmp_path / "x")] if verb == "support-bundle" else []
+    run = in_this_process(verb, "--root", tmp_path / "node", *options)
+    assert run.returncode == 130, said(run)
+    assert ("goes on where this one stopped" in said(run)) == (verb in ("all", "run")), said(run)
+    assert ("nothing was changed" in said(run)) == (verb not in ("all", "run")), said(run)
 
 
 def test_settings_say_where_they_come_from(tmp_path: Path) -> None:

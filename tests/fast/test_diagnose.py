@@ -408,6 +408,7 @@ def test_several_logs_are_read_together(tmp_path: Path) -> None:
         (("/",), "is a folder"),
         (("-", "-"), "stdin can be read only once"),
         (("-", "/dev/null", "--follow"), "only one log can be followed"),
+        (("/dev/null", "--boot"), "a unit's journal"),
     ],
 )
 def test_what_cannot_be_read_is_exit_2(argv: Sequence[str], words: str) -> None:
@@ -454,6 +455,14 @@ class Followed:
         while words not in self.said:
             assert time.monotonic() < deadline, self.said
             time.sleep(0.05)
+
+    def until_it_reads(self, log: Path) -> None:
+        deadline, files = time.monotonic() + 20, Path(f"/proc/{self._process.pid}/fd")
+        while str(log) not in map(os.path.realpath, files.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        # It is open; the line in it is read within the next pause.
+        time.sleep(0.5)
 
     def end(self) -> int:
         self._process.send_signal(signal.SIGINT)
@@ -509,15 +518,18 @@ def test_nothing_found_while_following_is_exit_0(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_bytes(b"all good\n")
     with following(str(log), "--json") as followed:
-        time.sleep(1)
+        followed.until_it_reads(log)
         assert followed.end() == 0
     assert json.loads(followed.said)["data"]["logs"][0]["lines"] == 1
 
 
 # --- the journal
 
+STARTING, STARTED = "7d4958e842da4a758f6c1cdc7b36dcc5", "39f53479d3a045ac8e11786248231fbf"
+AGAIN = "5eb03494b6584870a536b337290809b3"
 JOURNALCTL = """#!/bin/sh
-# Says how it was asked, and then what a unit that died has said.
+# Says how it was asked, and then what a unit that died has said; asked for marks, those in the file beside it.
+case "$*" in *--output=json*) cat "$0.err" >&2; exec cat "$0.marks" ;; esac
 echo "2026-11-21T16:00:00+0000 spark-1 asked[1]: $*"
 echo "2026-11-21T16:00:01+0000 spark-1 systemd[1]: vllm.service: Failed with result 'oom-kill'."
 """
@@ -528,6 +540,8 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in {"journalctl": JOURNALCTL, "systemctl": "#!/bin/sh\necho not-found\n"}.items():
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
+    (tmp_path / "journalctl.marks").write_text("-- No entries --\n")
+    (tmp_path / "journalctl.err").write_text("")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     return tmp_path
 
@@ -540,11 +554,63 @@ def test_a_unit_that_is_not_there_is_told(journal: Path) -> None:
 
 
 def test_a_unit_is_read_with_what_systemd_and_the_kernel_say_of_it(journal: Path) -> None:
-    (journal / "systemctl").write_text("#!/bin/sh\necho loaded\n")
-    log = diagnosis.unit_log("vllm")
-    data = b"".join(log.pieces())
+    data = unit_said(journal)
     assert b"_SYSTEMD_UNIT=vllm.service + UNIT=vllm.service + _TRANSPORT=kernel" in data
-    assert causes(diagnosed(data)) == ["oom-killer"]
+    assert causes(diagnosed(data)) == ["unit-out-of-memory"]
+
+
+def unit_said(journal: Path, marks: Sequence[tuple[str, int]] = (), boot: bool = False) -> bytes:
+    """All of a unit's log, where systemd has left these marks of its starts."""
+    (journal / "systemctl").write_text("#!/bin/sh\necho loaded\n")
+    entries = [{"MESSAGE_ID": mark, "__REALTIME_TIMESTAMP": str(at), "__CURSOR": "s=1"} for mark, at in marks]
+    if entries:
+        (journal / "journalctl.marks").write_text("".join(f"{json.dumps(each)}\n" for each in entries))
+    return b"".join(diagnosis.unit_log("vllm", boot=boot).pieces())
+
+
+def test_a_unit_is_read_from_its_last_start_on(journal: Path) -> None:
+    starts = [(STARTING, 5_000_000), (STARTED, 5_500_000), (STARTING, 1700000000_000042), (STARTED, 1700000000_900000)]
+    assert b"--boot --output=short-iso --since=@1700000000.000042 _SYSTEMD_UNIT" in unit_said(journal, starts)
+    assert b"--since" not in unit_said(journal, starts, boot=True)
+    (journal / "journalctl.marks").write_text("")
+    assert b"--since" not in unit_said(journal)
+
+
+@pytest.mark.parametrize(
+    ("marks", "begins"),
+    [
+        pytest.param([], None, id="none noted"),
+        pytest.param([(AGAIN, 9)], None, id="the start itself is no longer there"),
+        pytest.param([(STARTED, 1)], 1, id="a simple unit"),
+        pytest.param([(STARTING, 1), (STARTED, 2)], 1, id="a unit that says when it is ready"),
+        pytest.param([(STARTING, 1)], 1, id="still starting, or failed so"),
+        pytest.param([(STARTED, 1), (STARTED, 2), (STARTED, 3)], 3, id="restarted by a person"),
+        pytest.param([(STARTED, 1), (AGAIN, 2), (STARTED, 3)], 1, id="started again by systemd"),
+        pytest.param([(STARTED, 1), (AGAIN, 2), (STARTED, 3), (AGAIN, 4), (STARTED, 5)], 3, id="a loop"),
+        pytest.param([(STARTING, 1), (AGAIN, 2), (STARTING, 3), (AGAIN, 4), (STARTING, 5)], 3, id="a loop of starts"),
+        pytest.param([(STARTED, 1), (AGAIN, 2), (STARTED, 3), (STARTED, 4)], 4, id="mended in a loop, and restarted"),
+        pytest.param([(STARTING, 1), (STARTED, 2), (AGAIN, 3)], 1, id="about to be started again"),
+        pytest.param([(AGAIN, 2), (STARTING, 3), (STARTED, 4)], 3, id="the run before is no longer there"),
+    ],
+)
+def test_where_a_units_log_begins(marks: list[tuple[str, int]], begins: int | None) -> None:
+    assert diagnosis.start_to_read_from(marks) == begins
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "No journal files were opened due to insufficient permissions.\n",
+        "Hint: You are currently not seeing messages from other users and the system.\n",
+    ],
+)
+def test_a_journal_that_may_not_be_read_is_no_health(said: str, journal: Path) -> None:
+    (journal / "systemctl").write_text("#!/bin/sh\necho loaded\n")
+    (journal / "journalctl.err").write_text(said)
+    ended = run("diagnose", "--unit", "vllm", "--json")
+    (error,) = json.loads(ended.stdout)["errors"]
+    assert (ended.returncode, error["code"]) == (1, "sudo")
+    assert "sudo -v" in error["mend"]
 
 
 def test_signatures_of_others_can_be_read(tmp_path: Path) -> None:

@@ -14,11 +14,11 @@ from sparkinstall.plans import catalogue, checkup, fixes, meanings, proof
 from sparkinstall.plans.engine import Checked, StepReport
 from sparkinstall.plans.proof import Chosen, Looked
 from sparkinstall.plans.state import StateFolder
-from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.probes import Finding, Probe, failed, known_hosts, passed, skipped, warned
 from sparkinstall.probes.host import preflight
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, Unknown
 from tests.fast.test_docs import HEAD
-from tests.support.rehearsals import envelope, in_this_process, said
+from tests.support.rehearsals import begun, envelope, in_this_process, said
 
 GOOD, USAGE, DRIFT = 0, 2, 3
 GROUPS = ("broken", "look_at", "well", "not_looked_at")
@@ -29,10 +29,7 @@ Findings = Callable[..., None]
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
     """A rehearsal that has a journal and nothing else: everything is still to be done."""
-    home = tmp_path / "node/var/lib/sparkinstall"
-    home.mkdir(parents=True)
-    (home / "journal.jsonl").touch()
-    return tmp_path / "node"
+    return begun(tmp_path / "node")
 
 
 @pytest.fixture
@@ -98,6 +95,14 @@ def test_what_many_miss_is_told_once(finds: Findings, node: Path) -> None:
     assert shown.count("there is no environment") == 1
     assert "3 things are broken" in shown
     assert "fix 3, 6 of the eight" in shown
+    assert "means" not in shown, "it means something else for each of them"
+
+
+def test_one_thing_alone_is_not_the_first(finds: Findings, node: Path) -> None:
+    finds({"imports": failed("x", "y")})
+    alone = in_this_process("doctor", "--root", node).stdout
+    assert "1 thing is broken\n" in alone and "begin with the first" not in alone
+    assert f"means  {meanings.PROBES['imports']}" in alone
 
 
 def test_the_groups_are_in_the_json(finds: Findings, node: Path) -> None:
@@ -131,6 +136,12 @@ def test_a_node_with_nothing_on_it_is_looked_at_all_the_same(tmp_path: Path) -> 
     answer = envelope(in_this_process("doctor", "--root", tmp_path / "node", "--json"))
     assert answer["data"]["installed"] is False
     assert {"clock", "disk"} <= set(names(answer)["well"])
+
+
+def test_nothing_looked_at_is_nothing_promised(tmp_path: Path) -> None:
+    run = in_this_process("doctor", "--root", tmp_path / "node", "--only", "fp8")
+    assert "nothing was looked at" in run.stdout
+    assert "stands in the way" not in run.stdout
 
 
 def test_what_cannot_be_set_up_is_broken(finds: Findings, tmp_path: Path) -> None:
@@ -184,8 +195,10 @@ def test_checks_are_weighed() -> None:
     assert of_step(Satisfied("")).weight == "well"
     assert of_step(Satisfied(""), LeftToNode("x")).weight == "not-looked-at"
     drift = of_step(Drift("build it"), Unknown("packages"), LeftToNode("x"))
-    assert (drift.weight, drift.found) == ("broken", "build it")
+    assert (drift.weight, drift.found) == ("broken", "not done: build it")
     assert (drift.mend, drift.fixes) == ("`sparkinstall run nccl`", (1,))
+    assert of_step(Drift("write /opt/x.env")).found == "missing: /opt/x.env"
+    assert of_step(Drift("change /opt/x.env")).found == "not as it should be: /opt/x.env"
     assert of_step(Unknown("packages")).weight == "not-looked-at", "what waits for another step is not broken itself"
     assert of_step(Obstacle("it is a dir", mend="move it away")).mend == "move it away"
     assert of_step(problem=Blocked("x", mend="y")).mend == "y"
@@ -206,7 +219,7 @@ def test_everything_has_a_meaning() -> None:
     assert set(meanings.PREFLIGHT) == {probe.name for probe in preflight(HEAD)}
     assert set(meanings.STEPS) == {step.name for step in catalogue.STEPS}
     real = {probe.name for step in catalogue.STEPS for probe in step.probes(HEAD)}
-    real |= {probe.name for probe in proof.of_no_step(HEAD)}
+    real |= {probe.name for probe in known_hosts.probes(HEAD)} | {"journal"}
     assert set(meanings.PROBES) <= real, "sentences for probes that there are not"
     assert {name for fix in fixes.EIGHT for name in fix.probes} <= set(meanings.PROBES)
 

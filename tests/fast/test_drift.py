@@ -1,6 +1,7 @@
 """What differs between nodes, and what was measured between them, as `cluster verify` tells it."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -61,6 +62,7 @@ def on(tmp_path: Path) -> OnASpark:
     for name, content in {
         f"{SITE}/vllm-0.18.1.dist-info/RECORD": RECORD,
         "opt/sparkinstall/fp8.json": '{"fallback": true}',
+        "opt/sparkinstall/venv/sparkinstall.json": '{"lock": "feedfacefeedface"}',
         f"{SITE}/vllm/model_executor/layers/quantization/utils/w8a8_utils.py": "patched\n",
         "opt/sparkinstall/env/multi-node-head.env": 'VLLM_HOST_IP="192.168.100.10"\nRAY_X="1.0"\n',
         "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05  Release\n",
@@ -108,6 +110,36 @@ def test_what_the_installer_writes_itself_makes_no_difference(on: OnASpark) -> N
     record = f"{SITE}/vllm-0.18.1.dist-info/RECORD"
     own = "vllm-0.18.1.dist-info/INSTALLER,sha256=x,2\n../../../bin/vllm,sha256=y,9\nvllm/a.pyc,,\n"
     assert changed(on, record, RECORD, own + RECORD) == {}
+
+
+def test_what_cannot_be_read_is_left_out_and_takes_nothing_with_it(on: OnASpark) -> None:
+    whole = comparables(node_with(), on)
+
+    class Shut(OnASpark):
+        def read(self, path: str) -> bytes | None:
+            if path in ("/opt/sparkinstall/fp8.json", "/opt/sparkinstall/venv/sparkinstall.json"):
+                raise PermissionError(13, "Permission denied", path)
+            return super().read(path)
+
+    shut = comparables(node_with(), Shut(Path(on.root), on.programs))
+    assert shut == {name: value for name, value in whole.items() if name not in ("fp8", "lock")}
+
+
+def test_nccl_is_compared_by_the_library_itself(on: OnASpark) -> None:
+    """A library that was put in the place of ours is another one, whatever was noted when ours was built."""
+    folder = Path(on.root, "opt/sparkinstall/nccl")
+    (folder / "lib").mkdir(parents=True)
+    (folder / "build.json").write_text('{"build_id": "0123456789abcdef"}')
+    source = Path(on.root, "empty.c")
+    source.write_text("int nothing;\n")
+    told = []
+    for build in ("aa" * 20, "bb" * 20):
+        target = folder / "lib/libnccl.so.2"
+        subprocess.run(["cc", "-shared", f"-Wl,--build-id=0x{build}", "-o", target, source], check=True)
+        told.append(comparables(node_with(), on)["nccl-build-id"])
+    assert told == ["a" * 12, "b" * 12]
+    target.write_bytes(b"no library")
+    assert "nccl-build-id" not in comparables(node_with(), on)
 
 
 # --- at the terminal

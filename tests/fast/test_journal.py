@@ -1,6 +1,7 @@
 """The journal: what is in it is whole and in order, or the error says which line and nothing is touched."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -15,9 +16,12 @@ from sparkinstall.plans.state import StateFolder
 from sparkinstall.plans.uninstall import take_all_back
 from sparkinstall.system import Undo
 from sparkinstall.system.local import LocalSystem
+from tests.support.mounts import need_root
 from tests.support.rehearsals import (
     CHECKOUT,
     Rehearsal,
+    begun,
+    command,
     envelope,
     environment,
     everything_with_times,
@@ -158,6 +162,45 @@ def test_a_clock_that_jumps_back_does_not_change_the_order(tmp_path: Path, monke
     records = Journal(tmp_path).records()
     assert [record.at[:4] for record in records] == ["2026", "1971", "2030"]
     assert [record.n for record in records] == [1, 2, 3]
+
+
+# --- what this user may not read
+
+# Root without its power over other people's files is like anybody else.
+LIKE_ANYBODY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *command())
+
+
+def as_anybody(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LIKE_ANYBODY, *map(str, args)], cwd=CHECKOUT, env=environment(), capture_output=True, text=True, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", ["all", "run", "plan", "status", "verify", "uninstall"])
+@pytest.mark.parametrize("mode", [0o700, 0o755], ids=["folder", "journal"])
+def test_what_another_user_set_up_is_told_as_that(tmp_path: Path, verb: str, mode: int) -> None:
+    need_root()
+    home = begun(tmp_path / "node") / "var/lib/sparkinstall"
+    home.chmod(mode)
+    for path in (home, *home.iterdir()):
+        os.chown(path, 65534, 65534)
+    run = as_anybody(verb, *(["nccl"] if verb == "run" else []), "--root", tmp_path / "node", "--json")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["code"]) == (1, "blocked"), error
+    assert f"{home} is of the user with the number 65534" in error["what"] and "as that user" in error["mend"]
+
+
+@pytest.mark.parametrize("name", ["journal.jsonl", "options.json", "."])
+def test_a_wrong_mode_of_ones_own_is_told_with_the_way_out(tmp_path: Path, name: str) -> None:
+    need_root()
+    home = begun(tmp_path / "node") / "var/lib/sparkinstall"
+    (home / "options.json").write_text("{}")
+    (home / name).chmod(0)
+    (error,) = envelope(as_anybody("status", "--root", tmp_path / "node", "--json"))["errors"]
+    assert error["what"] == f"{home / name} cannot be read (mode 000)"
+    subprocess.run(error["mend"].split(), check=True)
+    assert as_anybody("status", "--root", tmp_path / "node").returncode == 0
 
 
 # --- the folder around it, and its lock

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparkinstall.cli import junit
 from sparkinstall.cli.junit import Case
-from sparkinstall.errors import BadConfig, Problem, Storage
+from sparkinstall.errors import BadConfig, BadUsage, Problem
 from sparkinstall.plans.engine import Checked, StepReport
 from sparkinstall.plans.proof import Looked
 from sparkinstall.probes import LEVELS, Finding, Probe, Verdict, failed, passed, skipped, warned
@@ -147,8 +147,10 @@ def test_what_kept_everything_from_being_looked_at(tmp_path: Path) -> None:
 
 
 def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(Storage, match="writing"):
-        junit.begin(tmp_path / "no" / "j.xml")
+    for place in (tmp_path / "no" / "j.xml", tmp_path, Path(""), Path("-")):
+        with pytest.raises(BadUsage) as refused:
+            junit.begin(place)
+        assert refused.value.mend
     path = tmp_path / "j.xml"
     path.write_text("of the last run")
     junit.begin(path)

@@ -59,7 +59,7 @@ class Recorded(LocalReader):
         self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
     ) -> Result:
         del timeout, env, root
-        said = self.answers.get(argv[0])
+        said = self.answers.get(Path(argv[0]).name)
         return Result(argv, 0 if said is not None else 127, said or "", "")
 
 
@@ -73,7 +73,8 @@ def host(root: Path, files: Mapping[str, str] = MappingProxyType({}), **answers:
         "nvidia-smi": "NVIDIA GB10, 580.173.02, 96, 2405, 61.20\n",
         "systemctl": "active\ninactive\ninactive\n",
     }
-    return Host(Recorded(root, {**said, **{name.replace("_", "-"): text for name, text in answers.items()}}))
+    reader = Recorded(root, {**said, **{name.replace("_", "-"): text for name, text in answers.items()}})
+    return Host(reader, real_node(root))
 
 
 def connectx(speed: str, lanes: str = "4", vendor: str = "0x15b3") -> dict[str, str]:
@@ -85,7 +86,9 @@ def connectx(speed: str, lanes: str = "4", vendor: str = "0x15b3") -> dict[str, 
     return files
 
 
-CACHED = MEMINFO.replace("119400000", "61000000")
+PYTHON = {"opt/sparkinstall/venv/bin/python": ""}
+IDLE = "NVIDIA GB10, 580.173.02, 3, 208, 4.33\n"
+STUCK = "NVIDIA GB10, 580.173.02, 96, 1377, 20.31\n"
 # name: what makes the host bad, what of that is told, and what looks like it and is good.
 BAD: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "stranded-memory": ({"proc/meminfo": STRANDED}, {}, "CmaFree 0.90 GiB, CmaTotal 0.00 GiB, kernel 6.17.0"),
@@ -97,10 +100,9 @@ BAD: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "pcie-fatal": ({}, {"journalctl": f"{KERNEL_GOOD}{AER_FATAL}\n"}, "once: pcieport 0000:00:00.0"),
     "driver-no-memory": ({}, {"journalctl": f"{NO_MEMORY}\n" * 23}, "23 times, the last: NVRM"),
     "oom-killer": ({}, {"journalctl": f"{KERNEL_GOOD}{OOM}\n"}, "once: VLLM::Worker_TP"),
-    "gpu-low-power": ({}, {"nvidia_smi": "NVIDIA GB10, 580.173.02, 96, 1377, 20.31\n"}, "96 % busy, 1377 MHz, 20 W"),
+    "gpu-low-power": ({}, {"nvidia_smi": STUCK}, "96 % busy, 1377 MHz, 20 W"),
     "gpu-driver": ({}, {"nvidia_smi": "NVIDIA GB10, 595.84, 0, 208, 4.10\n"}, "595.84"),
     "connectx-pcie": (connectx("16.0 GT/s PCIe"), {}, "enP2p1s0f0np0 16 GT/s x4; firmware 28.45.4028"),
-    "page-cache": ({"proc/meminfo": CACHED}, {}, "58.2 GiB free, 58.1 GiB more could be"),
     "memory-guard": (
         {},
         {"systemctl": "inactive\ninactive\ninactive\n"},
@@ -114,14 +116,12 @@ GOOD: list[tuple[str, dict[str, str], dict[str, str]]] = [
     ("stranded-memory", {"proc/meminfo": MEMINFO + "CmaTotal: 0 kB\nCmaFree: 0 kB\n"}, {}),
     ("gpu-xid", {}, {"journalctl": f"{KERNEL_GOOD}{XID_63}\n"}),
     ("pcie-fatal", {}, {"journalctl": f"{KERNEL_GOOD}{AER_SMALL}\n"}),
-    # At rest the clock is low, and means nothing.
-    ("gpu-low-power", {}, {"nvidia_smi": "NVIDIA GB10, 580.173.02, 3, 208, 4.33\n"}),
+    # At rest the clock is low, and means nothing: under the load that it is given it is high.
+    ("gpu-low-power", PYTHON, {"nvidia_smi": IDLE, "python": "NVIDIA GB10, 580.173.02, 97, 2405, 61.20\n"}),
     # A GPU of another kind has other clocks.
     ("gpu-low-power", {}, {"nvidia_smi": "NVIDIA GB100, 580.65.06, 99, 1200, 25.00\n"}),
     ("connectx-pcie", connectx("32.0 GT/s PCIe"), {}),
     ("connectx-pcie", connectx("2.5 GT/s PCIe", vendor="0x10ec"), {}),
-    # The memory is in use: no cache stands in the way.
-    ("page-cache", {"proc/meminfo": MEMINFO.replace("1194", "194").replace("1219", "219")}, {}),
     ("memory-guard", {}, {"systemctl": "inactive\nactive\ninactive\n"}),
 ]
 
@@ -160,6 +160,7 @@ def test_every_rule_has_a_bad_host_here() -> None:
         ("gpu-xid", {"journalctl": ""}, "the kernel's journal"),
         ("gpu-driver", {"nvidia_smi": ""}, "nvidia-smi gives no answer"),
         ("gpu-low-power", {"nvidia_smi": "NVIDIA GB10, 580.95.05, [N/A], 2405, [N/A]\n"}, "nvidia-smi does not tell"),
+        ("gpu-low-power", {"nvidia_smi": IDLE}, "the GPU is idle, and there is no torch yet"),
         ("memory-guard", {"systemctl": ""}, "systemd gives no answer"),
     ],
 )
@@ -169,6 +170,40 @@ def test_what_a_node_cannot_tell_is_skipped_with_the_reason(
     found = judged(RULES[name], host(tmp_path, {}, **answers))
     assert found.verdict == "skip"
     assert why in found.found
+
+
+def low_power(root: Path, files: Mapping[str, str] = MappingProxyType({}), **answers: str) -> tuple[str, str]:
+    found = judged(RULES["gpu-low-power"], host(root, {**PYTHON, **files}, **{"nvidia_smi": IDLE, **answers}))
+    return found.verdict, found.found
+
+
+def test_an_idle_gpu_is_judged_under_a_load_and_never_without(tmp_path: Path) -> None:
+    assert low_power(tmp_path, python=STUCK)[0] == "fail"
+    assert low_power(tmp_path, python=STUCK)[1].startswith("96 % busy, 1377 MHz, 20 W")
+    assert low_power(tmp_path, python=IDLE) == ("skip", "3 % busy, 208 MHz, 4 W: it shows only under more load")
+    assert low_power(tmp_path) == ("skip", "the GPU is idle, and torch could not keep it busy: exit code 127")
+
+
+def test_no_load_is_put_on_a_node_with_little_memory(tmp_path: Path) -> None:
+    little = {"proc/meminfo": MEMINFO.replace("121900000", "4000000")}
+    assert low_power(tmp_path, little, python=STUCK) == (
+        "skip",
+        "the GPU is idle, and with less than 4 GiB available no load is safe",
+    )
+
+
+def test_what_keeps_the_gpu_busy_is_asked_only_with_measure(tmp_path: Path) -> None:
+    node = real_node(tmp_path)
+    (low,) = (probe for probe in probes(node) if probe.load)
+    assert (low.name, low.level) == ("gpu-low-power", "gpu")
+    assert "gpu-low-power" not in {probe.name for probe in proof.chosen(node).probes}
+    assert "gpu-low-power" in {probe.name for probe in proof.chosen(node, measure=True).probes}
+    assert "gpu-low-power" not in {probe.name for probe in proof.of_no_step(node)}
+
+
+def test_that_the_page_cache_is_memory_in_use_is_no_rule() -> None:
+    """vLLM counts it as available where GPU and CPU share one memory (vllm/utils/mem_utils.py)."""
+    assert "page-cache" not in RULES
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
@@ -196,6 +231,7 @@ def test_several_rules_ask_each_program_once(tmp_path: Path) -> None:
             return super().query(*argv, timeout=timeout, env=env, root=root)
 
     reader = Counting(tmp_path, host(tmp_path).on.answers)  # type: ignore[attr-defined]
+    # The GPU is busy: no load is put on it.
     found: list[Finding] = [probe.look(reader) for probe in probes(real_node(tmp_path))]
     assert len(found) == len(RULES)
     assert sorted(asked) == ["journalctl", "nvidia-smi", "systemctl"]
@@ -211,11 +247,11 @@ def test_a_rehearsal_has_no_rules_about_the_machine_around_it(tmp_path: Path) ->
 
 def test_they_can_be_chosen_and_left_out_as_one(tmp_path: Path) -> None:
     node = real_node(tmp_path)
-    assert {probe.name for probe in proof.chosen(node, only=["known-hosts"]).probes} == set(RULES)
+    assert {probe.name for probe in proof.chosen(node, only=["known-hosts"], measure=True).probes} == set(RULES)
     assert proof.chosen(node, only=["known-hosts"]).steps == ()
     assert not {probe.name for probe in proof.chosen(node, skip=["known-hosts"]).probes} & set(RULES)
     assert {probe.name for probe in proof.chosen(node, only=["gpu-xid"]).probes} == {"gpu-xid"}
-    assert {probe.name for probe in proof.chosen(node, level="node").probes} >= set(RULES)
+    assert {probe.name for probe in proof.chosen(node, level="node").probes} >= set(RULES) - {"gpu-low-power"}
     assert not {probe.name for probe in proof.chosen(node, level="static").probes} & set(RULES)
     assert "known-hosts" not in {step.name for step in catalogue.STEPS}
 

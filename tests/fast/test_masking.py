@@ -3,6 +3,7 @@
 import json
 import string
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sparkinstall.masking import Known, Mask
+from sparkinstall.redaction import redact
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -63,7 +65,44 @@ GOES = {
     "a token by its name": ("HF_TOKEN=abc NGC_API_KEY='a b'", "HF_TOKEN=[hidden] NGC_API_KEY='[hidden]'"),
     "a password": ('password: "my pass word", x', 'password: "[hidden]", x'),
     "a key as Python writes it": ("{'api_key': ['abc123']}", "{'api_key': ['[hidden]']}"),
-    "a key that is given": ("vllm serve --api-key s3cret x", "vllm serve --api-key [hidden] x"),
+    "a key that is given": ("vllm serve --api-key s3cret --port 8", "vllm serve --api-key [hidden] --port 8"),
+    "several keys that are given": (
+        "--api-key k1 'k 2' k3 --port 8",
+        "--api-key [hidden] '[hidden] [hidden]' [hidden] --port 8",
+    ),
+    "a key and its value with =": ("serve --api-key=k1 Qwen/Q", "serve --api-key=[hidden] Qwen/Q"),
+    "a key in a list": (
+        "['--api-key', 'topsecretkey1', 'k2', '--port']",
+        "['--api-key', '[hidden]', '[hidden]', '--port']",
+    ),
+    "a key with a dash in front": ("--api-key=-k1 --api-key --port 8", "--api-key=[hidden] --api-key --port 8"),
+    "a key in a list of JSON": ('"--api-key", "k1", "k2"]', '"--api-key", "[hidden]", "[hidden]"]'),
+    "another key in a list": ("['--ssl-key-password', 'k1', '--port']", "['--ssl-key-password', '[hidden]', '--port']"),
+    "several keys as Python writes them": (
+        "{'api_key': ['k1', 'k2'], 'port': 8}",
+        "{'api_key': ['[hidden]', '[hidden]'], 'port': 8}",
+    ),
+    "keys of which one has a shape": (f"'api_key': ['hf_{'a' * 20}', 'k2']", "'api_key': ['[hidden]', '[hidden]']"),
+    "keys as JSON writes them": ('{"api_keys": ["k1", "k2"]}', '{"api_keys": ["[hidden]", "[hidden]"]}'),
+    "keys over many lines": (
+        '"passwords": ["x"], "secret": [\n "k1",\n "k2"\n]',
+        '"passwords": ["[hidden]"], "secret": [\n "[hidden]",\n "[hidden]"\n]',
+    ),
+    "keys of the environment": ("VLLM_API_KEYS=foo MY_KEYS=bar", "VLLM_API_KEYS=[hidden] MY_KEYS=[hidden]"),
+    "a token of no kind": ('{"token": "k1"} token: k2', '{"token": "[hidden]"} token: [hidden]'),
+    "a secret in JSON in JSON": (r'"{\"password\": \"k1\", \"n\": 5}"', r'"{\"password\": \"[hidden]\", \"n\": 5}"'),
+    "a header": ("Authorization: Basic dTpw", "Authorization: Basic [hidden]"),
+    "a header as Python writes it": ("{'Authorization': 'Bearer k1'}", "{'Authorization': 'Bearer [hidden]'}"),
+    "a header as a server keeps it": ("(b'authorization', b'Bearer k1')", "(b'authorization', b'Bearer [hidden]')"),
+    "a signed address": (
+        "x.co/f?token=k1&n=1&sig=k2 /g?X-Amz-Signature=k3",
+        "x.co/f?token=[hidden]&n=1&sig=[hidden] /g?X-Amz-Signature=[hidden]",
+    ),
+    "a key of the kernel's command line": ("ro rd.luks.key=/k1 quiet", "ro rd.luks.key=[hidden] quiet"),
+    "a user of curl": (
+        "curl -s -u me:k1 x; curl --user 'me:k 2'",
+        "curl -s -u [hidden] x; curl --user '[hidden] [hidden]'",
+    ),
     "a key block": ("-----BEGIN OPENSSH PRIVATE KEY-----\nabc\nde\n-----END OPENSSH PRIVATE KEY-----", "[hidden]"),
     "a password in an address": ("https://me:pw@host.example/x", "https://[hidden]@host.example/x"),
 }  # fmt: skip
@@ -90,6 +129,9 @@ def test_what_is_personal_goes(text: str, shown: str) -> None:
         "max_model_len --max-num-seqs vm.swappiness /proc/sys/vm/drop_caches maximum",
         "/home/nvidia/x root nvidia ubuntu localhost spark",
         "/opt/models/Qwen3.5-122B-A10B-FP8 Qwen/Qwen3-Omni-30B",
+        "token_ids: [1, 2] tokens: 7 max_tokens=9 Time per token: 12.5 ms, pad token: <|end|> ?max_tokens=5",
+        "docker run -u 1000:1000 --user me; usage: --api-key",
+        "curl --user-agent x",
         "max_tokens: 5 eos_token='</s>' api_key=None tokenizer=qwen RAY_AUTH_MODE=token",
         "RAY_AUTH_TOKEN_PATH=/opt/sparkinstall/ray-token --token-file x",
         "getty@tty1.service actions/checkout@v4.1 git@github.com:NVIDIA/nccl.git",
@@ -120,13 +162,18 @@ def test_the_key_of_a_value_counts() -> None:
         {
             "serial": 123456, "serial_number": "", "password": "x y", "hf_token": None, "version": "1.2.3.4",
             "ssid": "a b", "arguments": ["--api-key", "s3cret", "--port", "8000"], "tokens": 3,
-            "nested": [{"api_key": "k"}, True], "/home/alice": "n/a",
+            "more": ["vllm", "--api-key", "a", "b", 5, "--port", 8000, True], "api_keys": ["a", 7], "token": "t",
+            "of curl": ["/usr/bin/curl", "-u", "me:a", "-s", "x"], "of docker": ["docker", "-u", "1:1"], "passwd": 12,
+            "token_ids": [1, 2], "nested": [{"api_key": "k"}, True], "/home/alice": "n/a",
         }
     )  # fmt: skip
     assert found == {
         "serial": "<serial-1>", "serial_number": "", "password": "[hidden]", "hf_token": None, "version": "1.2.3.4",
         "ssid": "<ssid-1>", "arguments": ["--api-key", "[hidden]", "--port", "8000"], "tokens": 3,
-        "nested": [{"api_key": "[hidden]"}, True], "~": "n/a",
+        "more": ["vllm", "--api-key", "[hidden]", "[hidden]", "[hidden]", "--port", 8000, True],
+        "api_keys": ["[hidden]", "[hidden]"], "token": "[hidden]",
+        "of curl": ["/usr/bin/curl", "-u", "[hidden]", "-s", "x"], "of docker": ["docker", "-u", "1:1"],
+        "passwd": "[hidden]", "token_ids": [1, 2], "nested": [{"api_key": "[hidden]"}, True], "~": "n/a",
     }  # fmt: skip
 
 
@@ -203,7 +250,71 @@ def test_any_text_is_masked_once_and_for_all(text: str) -> None:
     assert Mask(KNOWN).text(once) == once
 
 
-@pytest.mark.parametrize("unit", ["a", "-", ":", "1.", "aa:", "a@", "a.", "token", "serial ", "=", "\\", "'", "SSID: "])
+words = st.text(string.ascii_letters + string.digits + "\\\"' -_/", min_size=1, max_size=12).map(
+    lambda text: f"Zq{text}"
+)
+WAYS: list[Callable[[list[str]], Any]] = [
+    lambda keys: ["vllm", "--api-key", *keys, "--port", "8000"],
+    lambda keys: {"api_keys": keys, "n": 1},
+    lambda keys: {"flag": "--api-key", "name": 5, "api_key": keys},
+    lambda keys: {"said": f"vllm serve --api-key {keys[0]}", "n": 5},
+    lambda keys: {"said": json.dumps(["--api-key", *keys]), "n": 5},
+    lambda keys: {"said": f"non-default args: { {'api_key': keys} }", "--api-key": 5},
+    lambda keys: {"Authorization": f"Bearer {keys[0]}", "n": 5},
+    lambda keys: {"said": f"curl -u {keys[0]} https://x/?token={keys[-1]}", "-u": 5},
+]
+
+
+@FEW
+@given(st.lists(words, min_size=1, max_size=3), st.sampled_from(WAYS))
+def test_json_stays_json_with_all_its_keys(keys: list[str], way: Callable[[list[str]], Any]) -> None:
+    made = way(keys)
+    for indent in (None, 1):
+        shown = json.loads(redact(json.dumps(made, indent=indent)))
+        assert list(shown) == list(made) or isinstance(made, list)
+        assert len(shown) == len(made)
+
+
+simple = st.text(string.ascii_letters + string.digits, min_size=1, max_size=12).map(lambda text: f"Zq{text}")
+
+
+@FEW
+@given(st.lists(simple, min_size=1, max_size=3), st.sampled_from(WAYS))
+def test_no_key_is_left_however_it_is_written(keys: list[str], way: Callable[[list[str]], Any]) -> None:
+    made = way(keys)
+    for text in (json.dumps(made), json.dumps(made, indent=1), repr(made)):
+        assert "Zq" not in redact(text) and "Zq" not in masked(text)
+    assert "Zq" not in repr(Mask(KNOWN).data(made))
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "a",
+        "-",
+        ":",
+        "1.",
+        "aa:",
+        "a@",
+        "a.",
+        "token",
+        "serial ",
+        "=",
+        "\\",
+        "'",
+        "SSID: ",
+        "--api-key ",
+        "'--api-key', ",
+        "?token",
+        "api_key: ['",
+        "curl -u ",
+        "--key",
+        "authorization: ",
+        "token: ",
+        "--api-key 'a ",
+        'api_keys=["a", ',
+    ],
+)
 def test_no_text_takes_long(unit: str) -> None:
     """A log may be one line without an end; what a pattern tries must not grow with its square."""
     started = time.monotonic()

@@ -277,10 +277,23 @@ def test_a_service_with_our_nccl_is_let_alone(served: Node, tmp_path: Path) -> N
     assert (found.verdict, found.found) == ("pass", "1 process of vllm.service")
 
 
-def test_a_copy_of_a_wheel_besides_ours_is_let_alone(served: Node, tmp_path: Path) -> None:
+def test_a_copy_of_a_wheel_besides_a_preloaded_one_is_let_alone(served: Node, tmp_path: Path) -> None:
     wheels = library(tmp_path / "site-packages/nvidia/nccl/lib/libnccl.so.2", 22907)
-    with service(tmp_path, {}, library(ours(tmp_path)), wheels):
+    own = library(ours(tmp_path))
+    with service(tmp_path, {"LD_PRELOAD": f"/nowhere.so:{own}"}, own, wheels):
         assert looked(served, tmp_path, "running-nccl").verdict == "pass"
+
+
+@pytest.mark.parametrize("preloaded", [{}, {"LD_PRELOAD": "/nowhere.so"}])
+def test_ours_by_path_beside_the_one_that_torch_takes_is_told(
+    served: Node, tmp_path: Path, preloaded: dict[str, str]
+) -> None:
+    """What VLLM_NCCL_SO_PATH alone makes: two NCCLs in one process."""
+    wheels = library(tmp_path / "site-packages/nvidia/nccl/lib/libnccl.so.2", 22907)
+    with service(tmp_path, {"HOME": "/home/spark", **preloaded}, wheels, library(ours(tmp_path))) as pid:
+        found = looked(served, tmp_path, "running-nccl")
+    assert found.verdict == "fail"
+    assert f"(pid {pid}) has {wheels}" in found.found
 
 
 def test_another_nccl_in_a_service_is_told(served: Node, tmp_path: Path) -> None:
@@ -353,7 +366,7 @@ def install(root: Path, node: Node, name: str, files: Mapping[str, bytes]) -> No
 
 def test_files_as_they_were_brought(packages: Node, tmp_path: Path) -> None:
     found = wheel_files.look(packages, LocalReader(str(tmp_path)))
-    assert (found.verdict, found.found) == ("pass", "1 package, as their wheels brought them")
+    assert (found.verdict, found.found) == ("pass", "1 package, as its wheel brought it")
 
 
 def test_a_file_that_was_only_touched_is_read_and_found_good(packages: Node, tmp_path: Path) -> None:
@@ -411,6 +424,18 @@ def test_the_file_that_we_patch_is_for_another_probe(packages: Node, tmp_path: P
     (tmp_path / packages.venv.lstrip("/") / "sparkinstall.json").write_text("{ }")
     (site_of(tmp_path, packages) / target).write_bytes(b"as we have it, patched\n")
     assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
+
+
+def test_a_locked_package_that_is_not_there_is_told(packages: Node, tmp_path: Path) -> None:
+    (site_of(tmp_path, packages) / "vllm-0.18.1.dist-info").rename(tmp_path / "elsewhere")
+    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    assert (found.verdict, found.found) == ("fail", "vllm is not installed")
+
+
+def test_nothing_to_compare_with_is_no_pass(packages: Node, tmp_path: Path) -> None:
+    (tmp_path / packages.venv.lstrip("/") / "installed.lock").unlink()
+    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    assert (found.verdict, "installed.lock is gone" in found.found) == ("fail", True)
 
 
 def test_without_an_environment_it_fails(tmp_path: Path) -> None:

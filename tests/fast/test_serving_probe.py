@@ -23,6 +23,7 @@ from sparkinstall.config import Layer, build
 from sparkinstall.node import Node
 from sparkinstall.plans import fixes
 from sparkinstall.probes import Finding, api, serving, streams
+from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
 
 Findings = dict[str, Finding]
@@ -169,7 +170,7 @@ def test_all_is_well_and_the_api_is_asked_no_more_than_it_takes(place: Path) -> 
     assert [each.verdict for each in findings.values()] == ["pass"] * 3, findings
     assert findings["serving"].found.startswith("4 tokens of m in ")
     assert findings["serving-stream"].found.startswith("no reasoning in this model's stream; first token after 0.")
-    grew = "vllm:generation_tokens_total grew by 7 while we made 7; 25% of the KV cache is in use"
+    grew = "vllm:generation_tokens_total grew by 7 tokens, of which the probes made 7; 25% of the KV cache is in use"
     assert findings["serving-metrics"].found == grew
     stream = ["/v1/chat/completions", "/detokenize"]
     assert said.asked == ["/metrics", "/v1/models", "/v1/completions", *stream, "/metrics"]
@@ -187,6 +188,25 @@ class TestWithoutACompletion:
         finding = self.judged(look(node))
         assert finding.verdict == "fail"
         assert f"nothing answers at 127.0.0.1:{node.config.serving.port}; vllm.service is" in finding.found
+
+    @pytest.mark.parametrize(
+        ("restarts", "verdict", "words"),
+        [(0, "warn", "it was started 0 s ago and still loads"), (3, "fail", "systemd has started it 4 times")],
+    )
+    def test_a_service_that_is_started_over_and_over_does_not_load(
+        self, place: Path, restarts: int, verdict: str, words: str
+    ) -> None:
+        class OfSystemd(LocalReader):
+            def query(self, *argv: str, **how: Any) -> Result:
+                now = int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6)
+                said = {"ActiveState": "active", "NRestarts": restarts, "ExecMainStartTimestampMonotonic": now}
+                asked = argv[-1].removeprefix("--property=").split(",")
+                lines = "".join(f"{name}={value}\n" for name, value in said.items() if name in asked)
+                return Result(argv, 0, lines, "") if argv[0] == "systemctl" else super().query(*argv, **how)
+
+        finding = serving._not_up(node_of(place), OfSystemd())
+        assert (finding.verdict, words in finding.found) == (verdict, True), finding
+        assert restarts == 0 or finding.mend == "`sparkinstall diagnose --unit vllm`"
 
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/metrics"])
     def test_health_alone_does_not_pass(self, place: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,8 +321,8 @@ def test_a_stream_that_stops_halfway_is_not_waited_for(place: Path, monkeypatch:
     ("said", "settings", "verdict", "says"),
     [
         (Api(cache="vllm:gpu_cache_usage_perc"), {}, "pass", "25% of the KV cache is in use"),
-        (Api(counts=2), {}, "pass", "grew by 14 while we made 7"),
-        (Api(counts=0), {}, "fail", "grew by 0 while we made 7"),
+        (Api(counts=2), {}, "pass", "grew by 14 tokens, of which the probes made 7"),
+        (Api(counts=0), {}, "fail", "grew by 0 tokens, of which the probes made 7"),
         (Api(cache="vllm:cache"), {}, "warn", "but there is no vllm:kv_cache_usage_perc"),
         (Api(refuses={"/metrics": (404, "")}), {}, "warn", "/metrics does not answer: 404"),
         (
@@ -328,7 +348,10 @@ def test_counters_must_move_by_what_was_asked(
 
 
 def test_metrics_alone_count_what_the_completion_made(place: Path) -> None:
-    assert "grew by 4 while we made 4" in found(place, Api(), "serving-metrics")["serving-metrics"].found
+    assert (
+        "grew by 4 tokens, of which the probes made 4"
+        in found(place, Api(), "serving-metrics")["serving-metrics"].found
+    )
 
 
 @pytest.mark.parametrize(

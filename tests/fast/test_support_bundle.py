@@ -13,13 +13,15 @@ from typing import Any
 
 import pytest
 
-from sparkinstall.errors import NeedsRoot
+from sparkinstall.cli import support_bundle
+from sparkinstall.errors import NeedsRoot, Storage
 from sparkinstall.masking import Known, Mask
 from sparkinstall.plans import bundle
 from sparkinstall.probes import identity
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
 from tests.fast.test_docs import NODE
+from tests.support.mounts import read_only
 from tests.support.rehearsals import envelope, in_this_process, said, sparkinstall, tree
 
 GOOD, FAILED, USAGE = 0, 1, 2
@@ -31,13 +33,18 @@ SECRETS = {
     "mac": "48:b0:2d:aa:bb:cc", "guid": "e89e:4903:0012:3456", "uuid": "12345678-1234-1234-1234-123456789abc",
     "mail": "marianne@example.com", "wifi": "Casa Verde", "wifi key": "correct horse",
     "ray": "ray-token-of-the-cluster",
-    "shadow": "$6$saltsalt$hash", "private key": "MIIEvQIBADANBg", "prompt": "my private question", "wpa": "teacher-17",
+    "shadow": "$6$saltsalt$hash", "private key": "MIIEvQIBADANBg", "prompt": "my private question",
+    "answer": "it's my private answer",
+    "answer's tokens": "31337, 4242", "wpa": "teacher-17",
 }  # fmt: skip
 SAID = (
     "Nov 21 16:35:46 {host} vllm[1]: \x1b[36m(EngineCore pid=1)\x1b[0m {user} at {lan}, {wan} and [{ipv6}]:80\n"
     "link/ether {mac} node_guid: {guid} GPU-{uuid} {mail} SSID: {wifi}\n"
     "Authorization: Bearer {token} api_key={short token} {hub token} /home/{user}/.cache SN: {serial}\n"
     "Received request x: prompt: '{prompt}', params: SamplingParams(n=1)\n"
+    'Generated response x (streaming complete): output: "{answer}", output_token_ids: [{answer\'s tokens}], '
+    "finish_reason: stop\n"
+    "Generated response y: output: '{prompt} CUDA out of memory\n"
     "{host}:1:9 [0] bootstrap.cc:251 NCCL WARN Message truncated : received 176 bytes instead of 172\n"
 )
 
@@ -135,9 +142,13 @@ def test_what_helps_is_in_it(node: Path) -> None:
     log = contents[f"logs/{RUN}/environment.log"].decode()
     assert "received 176 bytes instead of 172" in log and "\x1b" not in log
     assert "prompt: [hidden], params: SamplingParams(n=1)" in log
+    # A cut answer that tells of a failure is none.
+    diagnosed = contents["diagnose.json"].decode()
+    assert "private" not in diagnosed and "cuda-out-of-memory" not in diagnosed
+    assert "output: [hidden], output_token_ids: [hidden], finish_reason: stop" in log
     (known,) = [each for each in json.loads(contents["diagnose.json"])["found"] if each["fix"] == 1]
     (place,) = known["places"]
-    assert (place["log"], place["line"]) == (f"logs/{RUN}/environment.log", 5)
+    assert (place["log"], place["line"]) == (f"logs/{RUN}/environment.log", 7)
     assert "received 176 bytes instead of 172" in place["text"] and known["mend"]
     assert "NCCL_DEBUG=INFO" in contents["env/single-node.env"].decode()
     assert "192.168.100.10/24" in contents["netplan/40-cx7.yaml"].decode()
@@ -159,6 +170,8 @@ def test_a_damaged_journal_is_in_it_as_it_is(node: Path) -> None:
     first, second = contents["journal.jsonl"].decode().splitlines()
     assert json.loads(first)["undo"]["before"]["of"].startswith("<host-")
     assert second.startswith("{damaged <user-")
+    page = contents["README.txt"].decode().partition("What could not be read:")[2]
+    assert "journal.jsonl line 2 cannot be read" in page
 
 
 def test_its_own_page_names_every_member_and_what_is_missing(node: Path) -> None:
@@ -188,7 +201,7 @@ def test_an_archive_is_not_replaced_unasked(node: Path) -> None:
     path = node.parent / "out.tar.gz"
     path.write_text("somebody's own")
     run = in_this_process("support-bundle", "--root", node, "--level", "static", "--output", path)
-    assert run.returncode == USAGE and "--yes" in said(run)
+    assert run.returncode == USAGE and f"{path} is there already" in said(run) and "--yes" in said(run)
     assert path.read_text() == "somebody's own"
     made(node, "--yes")
 
@@ -197,6 +210,16 @@ def test_an_archive_is_not_replaced_unasked(node: Path) -> None:
 def test_a_place_where_it_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
     run = in_this_process("support-bundle", "--root", tmp_path / "node", "--output", tmp_path / name)
     assert run.returncode == USAGE, said(run)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_with_another_way(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with read_only(tmp_path / "there"):
+        run = in_this_process("support-bundle", "--root", tmp_path / "n", "--output", tmp_path / "there/x.tar.gz")
+    assert run.returncode == FAILED and "`--output FILE.tar.gz`" in said(run)
+    with pytest.raises(Storage, match=r"writing .*/x\.tar\.gz failed") as refused:
+        support_bundle._written(tmp_path / "gone/x.tar.gz", b"x")
+    assert "sparkinstall" not in refused.value.what, "nor the name under which it waits"
 
 
 def test_without_a_name_it_is_made_here_and_the_members_are_shown(

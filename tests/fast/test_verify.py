@@ -15,7 +15,8 @@ from sparkinstall.plans.proof import Chosen
 from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, passed, skipped, warned
 from tests.fast import test_docs
 from tests.fast.test_docs import HEAD, page
-from tests.support.rehearsals import envelope, in_this_process, said, sparkinstall
+from tests.support.mounts import read_only
+from tests.support.rehearsals import begun, envelope, in_this_process, said, sparkinstall
 
 GOOD, USAGE, DRIFT = 0, 2, 3
 EVERYTHING = proof.chosen(HEAD, measure=True)
@@ -24,10 +25,11 @@ EVERYTHING = proof.chosen(HEAD, measure=True)
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
     """A rehearsal that has a journal and nothing else: everything is still to be done."""
-    home = tmp_path / "node/var/lib/sparkinstall"
-    home.mkdir(parents=True)
-    (home / "journal.jsonl").touch()
-    return tmp_path / "node"
+    return begun(tmp_path / "node")
+
+
+def journal_of(node: Path) -> Path:
+    return node / "var/lib/sparkinstall/journal.jsonl"
 
 
 @pytest.fixture
@@ -165,9 +167,61 @@ def test_a_report_says_why_nothing_was_looked_at(tmp_path: Path, options: list[s
 
 
 def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, node: Path) -> None:
-    run = in_this_process("verify", "--root", node, "--junit", tmp_path / "no" / "j.xml", "--json")
-    errors = envelope(run)["errors"]
-    assert (run.returncode, errors[0]["code"]) == (1, "storage")
+    for place in (tmp_path / "no" / "j.xml", tmp_path, "", "-"):
+        run = in_this_process("verify", "--root", node, "--junit", place, "--json")
+        errors = envelope(run)["errors"]
+        assert (run.returncode, errors[0]["code"]) == (USAGE, "usage"), said(run)
+        assert errors[0]["mend"]
+    with read_only(tmp_path):
+        run = in_this_process("verify", "--root", node, "--junit", tmp_path / "j.xml", "--json")
+    assert (run.returncode, envelope(run)["errors"][0]["code"]) == (1, "storage")
+
+
+# --- the journal, which no check needs and everything that changes or takes back does
+
+
+def test_a_journal_that_cannot_be_used_is_told_by_name(probed: Any, node: Path) -> None:
+    probed(("fine", passed("x")))
+    assert in_this_process("verify", "--root", node).returncode == GOOD
+    with open(journal_of(node), "a") as out:
+        out.write("rubbish\n")
+    for verb, *where in (("verify", "probes"), ("doctor", "broken")):
+        run = in_this_process(verb, "--root", node, "--json")
+        (first, *_) = envelope(run)["data"][where[0]]
+        assert (run.returncode, first["name"]) == (DRIFT, "journal"), said(run)
+        assert "journal.jsonl line 3 cannot be read" in first["found"] and first["mend"]
+    report = node.parent / "j.xml"
+    assert in_this_process("verify", "--root", node, "--junit", report).returncode == DRIFT
+    failures = [
+        case.get("name") for case in ElementTree.parse(report).iter("testcase") if case.find("failure") is not None
+    ]
+    assert failures == ["journal"]
+
+
+def test_a_journal_that_is_a_folder_is_told_by_every_verb(node: Path) -> None:
+    journal_of(node).unlink()
+    journal_of(node).mkdir()
+    for verb, code in (("verify", DRIFT), ("doctor", DRIFT), ("plan", 1), ("status", 1), ("all", 1), ("uninstall", 1)):
+        run = in_this_process(verb, "--root", node)
+        assert run.returncode == code, said(run)
+        assert re.search(r"reading the journal .* failed: is a directory", said(run), re.IGNORECASE), said(run)
+        assert "itself failed" not in said(run)
+
+
+@pytest.mark.parametrize("content", [None, ""], ids=["gone", "empty"])
+def test_what_is_here_without_a_journal_is_not_called_well(node: Path, content: str | None) -> None:
+    journal_of(node).unlink()
+    if content is not None:
+        journal_of(node).write_text(content)
+    assert "nothing of sparkinstall is in" in said(in_this_process("verify", "--root", node))
+    (node / "opt/sparkinstall/venv").mkdir(parents=True)
+    (node / "opt/sparkinstall/venv/sparkinstall.json").write_text("{}")
+    for verb, code in (("verify", DRIFT), ("plan", 1), ("status", 1), ("all", 1)):
+        run = in_this_process(verb, "--root", node)
+        assert run.returncode == code and "journal.jsonl is gone or empty" in said(run), said(run)
+        assert "put the journal back" in said(run)
+    back = in_this_process("uninstall", "--root", node)
+    assert ("there is no journal" if content is None else "removed 0") in back.stdout
 
 
 # --- the workflows of docs/ci.md

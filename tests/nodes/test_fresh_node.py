@@ -141,7 +141,7 @@ def test_the_level_node_finds_nothing_wrong(node: FreshNode) -> None:
     verdicts = {probe["name"]: probe["verdict"] for probe in answer["data"]["probes"]}
     # What only a Spark can tell: its GPU; and its kernel's journal, which no container has.
     assert [name for name, verdict in verdicts.items() if verdict == "skip"] == [
-        "gpu-xid", "pcie-fatal", "driver-no-memory", "oom-killer", "gpu-low-power", "gpu-driver",
+        "gpu-xid", "pcie-fatal", "driver-no-memory", "oom-killer", "gpu-driver",
     ]  # fmt: skip
 
 

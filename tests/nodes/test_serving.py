@@ -213,7 +213,7 @@ def test_with_the_parser_the_thinking_is_in_its_field_and_without_the_key_nobody
     assert [each["verdict"] for each in found.values()] == ["pass"] * 3, found
     says = "the thinking in delta.reasoning, the answer in delta.content; first token after "
     assert found["serving-stream"]["found"].startswith(says)
-    assert "grew by 16 while we made 16; 0% of the KV cache" in found["serving-metrics"]["found"]
+    assert "grew by 16 tokens, of which the probes made 16; 0% of the KV cache" in found["serving-metrics"]["found"]
     locked = _all_probed(node, "single", *settings)
     assert (locked["serving"]["verdict"], locked["serving"]["found"]) == ("fail", "it asks for a key (HTTP 401)")
     _assert_others_skip(locked)

@@ -17,6 +17,9 @@ from typing import Any
 from typer.testing import CliRunner
 
 from sparkinstall.cli.app import program
+from sparkinstall.events import silent
+from sparkinstall.plans.state import StateFolder
+from sparkinstall.system.local import LocalSystem
 
 CHECKOUT = Path(__file__).parents[2]
 SETTINGS = ("--set", "nccl.mode=wheel")
@@ -122,6 +125,14 @@ class Rehearsal:
         hidden = [str((self.home / name).relative_to(self.root.parent)) for name in HISTORY]
         whole = tree(self.root.parent)
         return {path: what for path, what in whole.items() if not path.startswith(tuple(hidden))}
+
+
+def begun(root: Path) -> Path:
+    """A rehearsal in which nothing was made yet but the folders around its journal."""
+    root.mkdir()
+    with StateFolder(LocalSystem(str(root))).hold("all", silent):
+        pass
+    return root
 
 
 def tree(top: Path, times: Callable[[str], bool] | None = None) -> Tree:
