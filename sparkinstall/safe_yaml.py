@@ -43,13 +43,26 @@ def load_table(content: bytes, *, only_text: bool = False) -> Any:
         ValueError: it is no YAML, or larger or deeper than any file of ours.
     """
     digest = hashlib.sha256(content).hexdigest()
-    kept = user_cache() / "tables" / f"{digest}{'-text' if only_text else ''}.json"
+    kept = _tables() / f"{digest}{'-text' if only_text else ''}.json"
     try:
         return json.loads(kept.read_bytes())
     except (OSError, ValueError):
         values = _parsed(content, only_text)
         _keep(kept, values)
         return values
+
+
+def forget_tables() -> None:
+    """Remove what `load_table` has kept, and the cache with it where nothing else is in it."""
+    import shutil
+
+    shutil.rmtree(_tables(), ignore_errors=True)
+    with suppress(OSError):
+        user_cache().rmdir()
+
+
+def _tables() -> Path:
+    return user_cache() / "tables"
 
 
 def _parsed(content: bytes, only_text: bool) -> Any:

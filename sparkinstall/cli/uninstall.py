@@ -28,6 +28,7 @@ def uninstall(
 def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> Answer:
     from sparkinstall.cli.session import open_state
     from sparkinstall.plans import uninstall as undoing
+    from sparkinstall.safe_yaml import forget_tables
 
     state = open_state(Asked(root))
     state.sweep()
@@ -40,6 +41,7 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     if sys.stdin.isatty():
         state.system.ask_for_sudo()
     taken = undoing.take_all_back(state)
+    forget_tables()
     if purge_cache:
         _purge_cache()
     return _answer(taken, purge_cache)

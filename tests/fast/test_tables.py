@@ -66,3 +66,13 @@ def test_what_is_no_yaml_is_refused_each_time(content: bytes) -> None:
         with pytest.raises(ValueError, match=r"."):
             safe_yaml.load_table(content)
     assert not kept()
+
+
+def test_uninstall_forgets_them_and_leaves_downloads() -> None:
+    safe_yaml.load_table(TABLE)
+    safe_yaml.forget_tables()
+    assert not user_cache().exists()
+    safe_yaml.load_table(TABLE)
+    (user_cache() / "wheels").mkdir()
+    safe_yaml.forget_tables()
+    assert [path.name for path in user_cache().iterdir()] == ["wheels"]

@@ -41,7 +41,7 @@ UDEV_UNITS = ("systemd-udevd.service", "systemd-udevd-control.socket", "systemd-
 # share it, and one's `systemctl stop` could kill the other's service. So each starts in a group of its own.
 IN_OWN_GROUP = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs"; shift; n=$((n-1)); done; exec "$@"'
 
-BOOT_LIMIT = 60.0
+BOOT_LIMIT = 180.0
 RESTART_ASKED = 133  # nspawn's exit status after a reboot with --keep-unit
 
 
@@ -233,7 +233,7 @@ class FreshNode:
                 raise NodeError(self._with_console(f"{self.name} ended while it booted"))
             self.leader = _leader(self._nspawn.pid)
             if self.leader:
-                asked = self.run("systemctl", "is-system-running", "--wait", check=False)
+                asked = self.run("systemctl", "is-system-running", "--wait", check=False, timeout=BOOT_LIMIT)
                 self.state = asked.stdout.strip()
                 if self.state in {"running", "degraded"}:
                     return
