@@ -118,7 +118,7 @@ def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequen
     from sparkinstall.events import silent
     from sparkinstall.plans import proof
 
-    static = [probe for probe in proof.of_steps(steps, session.node) if probe.level == "static"]
+    static = proof.of_files(steps, session.node)
     bad = [each for each in proof.look(static, session.system, silent) if each.finding.verdict == "fail"]
     if bad:
         return Answer(Exit.FAILED, {"changed": False}, problems=(_damaged(bad),))

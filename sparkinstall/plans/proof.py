@@ -8,7 +8,7 @@ from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.events import Emit, ProbeStarted
 from sparkinstall.node import Node
 from sparkinstall.plans import catalogue
-from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, known_hosts
+from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed
 from sparkinstall.records import dataclass
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
@@ -54,16 +54,28 @@ def of_steps(steps: Sequence[Step], node: Node) -> list[Probe]:
     return [probe for step in steps for probe in step.probes(node) if not probe.load]
 
 
+def of_files(steps: Sequence[Step], node: Node) -> list[Probe]:
+    """Those that read files only; a step without such is not asked: it would load what a short run never needs."""
+    asked = of_steps([step for step in steps if step.looks_at_files], node)
+    return [probe for probe in asked if probe.level == "static"]
+
+
 def of_no_step(node: Node) -> list[Probe]:
     """The probes of the machine itself, whatever is installed on it, but those that put a load on it."""
-    return [probe for probe in known_hosts.probes(node) if not probe.load]
+    return [probe for probe in _of_the_machine(node) if not probe.load]
+
+
+def _of_the_machine(node: Node) -> list[Probe]:
+    from sparkinstall.probes import known_hosts
+
+    return list(known_hosts.probes(node))
 
 
 def _names(node: Node) -> list[str]:
     """Of all steps and probes that a node can have: a list for several nodes may be given to one alone."""
     cluster, serving = replace(node.config.cluster, role="head"), replace(node.config.serving, model="any")
     whole = replace(node, config=replace(node.config, cluster=cluster, serving=serving), rehearsal=False)
-    probes = [*(probe for step in catalogue.STEPS for probe in step.probes(whole)), *known_hosts.probes(whole)]
+    probes = [*(probe for step in catalogue.STEPS for probe in step.probes(whole)), *_of_the_machine(whole)]
     return [*(step.name for step in catalogue.STEPS), HOSTS, *(probe.name for probe in probes)]
 
 
@@ -94,7 +106,7 @@ def chosen(
         BadUsage: there is no step or probe of that name, or nothing is left.
     """
     groups = {step.name: list(step.probes(node)) for step in catalogue.of(node)}
-    groups[HOSTS] = list(known_hosts.probes(node))
+    groups[HOSTS] = _of_the_machine(node)
     catalogue.require_known((*only, *skip), _names(node), "step or probe")
     far = LEVELS.index(level) if level else len(LEVELS)
     wanted = [name for name in groups if (not only or name in only) and name not in skip]

@@ -8,7 +8,7 @@ from typing import Any
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, api, failed, passed, skipped, streams, warned
 from sparkinstall.probes.api import Api
-from sparkinstall.probes.processes import reasoning_names
+from sparkinstall.probes.reasoning import reasoning_names
 from sparkinstall.system import Reader
 
 UNIT = "vllm.service"

@@ -10,11 +10,15 @@ from sparkinstall.resources import Resource
 
 
 class Step(ABC):
-    """One part of a node. `needs` names the steps that must be done before."""
+    """One part of a node. `needs` names the steps that must be done before.
+
+    `looks_at_files`: some of its probes are static, so that even a run with nothing to do asks them.
+    """
 
     name: ClassVar[str]
     why: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    looks_at_files: ClassVar[bool] = False
 
     def wanted(self, node: Node) -> bool:
         """Whether `node` has this part at all; every node by default."""

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from sparkinstall.node import Node, cuda_home, nccl_library
-from sparkinstall.probes import Probe, nccl_tests, processes, running
+from sparkinstall.probes import Probe
 from sparkinstall.probes import ray as ray_probe
 from sparkinstall.resources import Resource, Unknown, ray_ports
 from sparkinstall.resources.findings import recorded
@@ -44,6 +44,8 @@ class EnvFiles(Step):
             yield kept_back(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
+        from sparkinstall.probes import nccl_tests, processes, running
+
         return (*running.probes(node), *processes.probes(node), *nccl_tests.probes(node))
 
 

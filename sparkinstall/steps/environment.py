@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, wheel_files
+from sparkinstall.probes import Finding, Probe
 from sparkinstall.probes.gate import Gate
-from sparkinstall.probes.processes import reasoning_fields
+from sparkinstall.probes.reasoning import reasoning_fields
 from sparkinstall.resources import Resource
 from sparkinstall.resources.files import Link
 from sparkinstall.resources.python_environment import PythonEnvironment, RecordedLock, lock_of
@@ -17,6 +17,7 @@ class Environment(Step):
     name = "environment"
     why = "vLLM and all it needs, pinned, in one venv"
     needs = ("packages",)
+    looks_at_files = True
 
     def resources(self, node: Node) -> Iterable[Resource]:
         if not node.wheels.complete:
@@ -30,11 +31,18 @@ class Environment(Step):
         yield Probe(
             "reasoning-field", "where the thinking is in a stream", lambda on: reasoning_fields(node, on), "static"
         )
-        yield Probe("wheel-files", "the files of the packages", lambda on: wheel_files.look(node, on), "node")
+        yield Probe("wheel-files", "the files of the packages", lambda on: _wheel_files(node, on), "node")
 
 
 def _gate(node: Node, on: Reader) -> Finding:
     return Gate(node, lock_of(node, on) or ()).look(on)
+
+
+def _wheel_files(node: Node, on: Reader) -> Finding:
+    # Imported late: a run with nothing to do asks static probes alone, and would start more slowly.
+    from sparkinstall.probes import wheel_files
+
+    return wheel_files.look(node, on)
 
 
 def _in_home(node: Node, path: str) -> str:

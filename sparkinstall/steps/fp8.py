@@ -18,6 +18,7 @@ class Fp8(Step):
     name = "fp8"
     why = "FP8 kernels that run on this GPU"
     needs = ("environment",)
+    looks_at_files = True
 
     def resources(self, node: Node) -> Iterable[Resource]:
         patch = cutlass_patch()

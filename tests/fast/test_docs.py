@@ -26,6 +26,7 @@ from sparkinstall.plans import catalogue, cluster, engine, far, fixes, uninstall
 from sparkinstall.probes import Verdict, nccl_tests
 from sparkinstall.probes.host import preflight
 from sparkinstall.resources import State, dead_man, firewall, ray_ports
+from sparkinstall.steps import Step
 from sparkinstall.system.ssh import Ssh
 from tools import config_reference
 
@@ -432,3 +433,8 @@ def test_the_speed_shown_is_the_one_measured() -> None:
     for row in rows:
         for figure in re.findall(r"[\d.]+ [sx](?= \|)", row):
             assert figure in measured or figure == "1 x", figure
+
+
+@pytest.mark.parametrize("step", catalogue.STEPS, ids=lambda step: str(step.name))
+def test_a_run_with_nothing_to_do_asks_every_static_probe(step: Step) -> None:
+    assert step.looks_at_files == any(probe.level == "static" for probe in step.probes(HEAD))

@@ -8,7 +8,7 @@ import pytest
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, host
-from sparkinstall.probes.processes import reasoning_fields
+from sparkinstall.probes.reasoning import reasoning_fields
 from sparkinstall.resources import Drift, Satisfied
 from sparkinstall.resources.fp8 import Fp8Decision
 from sparkinstall.steps.env_files import EnvFiles
