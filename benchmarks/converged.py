@@ -108,13 +108,17 @@ def _pyinfra(
     lines.append(f"files.link(path={str(declared.link)!r}, target={str(declared.venv)!r})")
     for path, source in _sources(declared, folder):
         if path in declared.rendered:
-            values = f"mode='644', root={str(declared.root)!r}"
+            values = f"mode={_mode(path)!r}, root={str(declared.root)!r}"
             lines.append(f"files.template(src={str(source)!r}, dest={str(path)!r}, {values})")
         else:
-            lines.append(f"files.put(src={str(source)!r}, dest={str(path)!r})")
+            lines.append(f"files.put(src={str(source)!r}, dest={str(path)!r}, mode={_mode(path)!r})")
     (folder / "deploy.py").write_text("\n".join(lines) + "\n")
     env = {"PATH": f"{uv_from.folder}/bin:/usr/bin:/bin", "VIRTUAL_ENV": str(declared.venv)} if uv_from else {}
     return Command((peer.program("pyinfra"), "-y", "@local", "deploy.py"), env, folder)
+
+
+def _mode(path: Path) -> str:
+    return f"{path.stat().st_mode & 0o7777:o}"
 
 
 def _pyinfra_folder(declared: Declared) -> str:
@@ -129,9 +133,9 @@ def _ansible(peer: Environment, declared: Declared, folder: Path, pin: dict[str,
     tasks = [pin, {"file": {"state": "link", "path": str(declared.link), "src": str(declared.venv)}}]
     for path, source in _sources(declared, folder):
         if path in declared.rendered:
-            tasks.append({"template": {"src": str(source), "dest": str(path), "mode": "0644"}})
+            tasks.append({"template": {"src": str(source), "dest": str(path), "mode": f"0{_mode(path)}"}})
         else:
-            tasks.append({"copy": {"src": str(source), "dest": str(path)}})
+            tasks.append({"copy": {"src": str(source), "dest": str(path), "mode": f"0{_mode(path)}"}})
     play = {
         "hosts": "localhost",
         "connection": "local",
@@ -173,5 +177,6 @@ def _require_that_it_mends(name: str, command: Command, declared: Declared) -> N
 
 
 def _state(declared: Declared) -> list[str]:
-    files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (*declared.contents, *declared.rendered)]
+    paths = (*declared.contents, *declared.rendered)
+    files = [f"{_mode(path)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths]
     return [*files, str(declared.link.readlink())]
