@@ -36,10 +36,12 @@ def cache() -> Path:
 
 
 def plain_environ(**more: str) -> dict[str, str]:
-    """This process's variables without those that would slow one tool and not another."""
+    """This process's variables without those that would slow one tool and not another, and `more`."""
     # Without bytecode each start compiles every module anew: no user of any of the tools runs them like that.
     left_out = ("PYTHON", "VIRTUAL_ENV", "SPARKINSTALL_", "ANSIBLE_", "PYINFRA_")
-    return {name: value for name, value in os.environ.items() if not name.startswith(left_out)} | more
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    # All of them find the interpreter that runs the benchmarks before any other.
+    return kept | {"PATH": f"{sys.base_prefix}/bin:{kept['PATH']}"} | more
 
 
 def peer(name: str) -> Environment:

@@ -120,6 +120,11 @@ class Node:
         return f"{self.prefix}/ray-token"
 
     @property
+    def bare_environment(self) -> dict[str, str]:
+        """What a program is started with where nothing of this process's own variables is to reach it."""
+        return {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.home}
+
+    @property
     def fp8_decision(self) -> str:
         return f"{self.prefix}/fp8.json"
 

@@ -1,6 +1,6 @@
 """The eight fixes of a Spark, and how the node stands in each, as far as this version can tell."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -57,23 +57,21 @@ class FixState:
 
 def stand(node: Node, reports: Sequence[StepReport], findings: Mapping[str, Finding]) -> list[FixState]:
     """How each of the eight stands on `node`, from what was checked and (if probed) found."""
-    by_name = {report.name: report for report in reports}
+    by_name, steps = {report.name: report for report in reports}, catalogue.of(node)
+    there = {step.name for step in steps}, {probe.name for step in steps for probe in step.probes(node)}
     return [
         FixState(fix, "unneeded", "on one node; for several: `sparkinstall multi-node`")
         if fix.between and not node.several
-        else _state(_for_node(fix, node), by_name, findings)
+        else _state(_of_what_is_there(fix, *there), by_name, findings)
         for fix in EIGHT
     ]
 
 
-def _for_node(fix: Fix, node: Node) -> Fix:
+def _of_what_is_there(fix: Fix, steps: Collection[str], probes: Collection[str]) -> Fix:
     """`fix` without the steps and the probes that this node does not have: a network that somebody else manages."""
-    steps = catalogue.of(node)
-    names = {step.name for step in steps}
-    probes = {probe.name for step in steps for probe in step.probes(node)}
     return replace(
         fix,
-        steps=tuple(name for name in fix.steps if name in names),
+        steps=tuple(name for name in fix.steps if name in steps),
         probes=tuple(name for name in fix.probes if name in probes),
     )
 

@@ -107,7 +107,8 @@ def chosen(
     """
     groups = {step.name: list(step.probes(node)) for step in catalogue.of(node)}
     groups[HOSTS] = _of_the_machine(node)
-    catalogue.require_known((*only, *skip), _names(node), "step or probe")
+    if only or skip:
+        catalogue.require_known((*only, *skip), _names(node), "step or probe")
     far = LEVELS.index(level) if level else len(LEVELS)
     wanted = [name for name in groups if (not only or name in only) and name not in skip]
     probes = [

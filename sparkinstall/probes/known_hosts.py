@@ -109,8 +109,8 @@ class Host:
             raise CannotTell("the GPU is idle, and there is no torch yet to keep it busy: `sparkinstall all`")
         if self.meminfo.get("MemAvailable", 0) < _ROOM_KB:
             raise CannotTell(f"the GPU is idle, and with less than {_ROOM_KB // _GIB_KB} GiB available no load is safe")
-        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home}
-        answer = self.on.query(self.on.real(python), "-c", _LOAD, *_ASK_GPU, timeout=60, env=env)
+        command = (self.on.real(python), "-c", _LOAD, *_ASK_GPU)
+        answer = self.on.query(*command, timeout=60, env=self.node.bare_environment)
         if found := _gpu_in(answer):
             return found
         said = [line for line in answer.err.splitlines() if line.strip()] or [f"exit code {answer.code}"]

@@ -53,7 +53,7 @@ def judged(node: Node, of_library: str, loaded: Loaded) -> Finding:
     bound, expected = loaded.bound, wanted(of_library)
     if not is_same_build(bound, of_library):
         return failed(wanted(bound), ENV_ANEW, expected)
-    version = _in_words(loaded.version)
+    version = in_words(loaded.version)
     if version != node.nccl_version.split("-")[0]:
         return failed(f"it says it is {version}", "run `sparkinstall run nccl`", node.nccl_version)
     code = sorted({each.arch for each in binaries.gpu_code(Path(bound)) if each.kind == "cubin"})
@@ -93,6 +93,6 @@ def is_same_file(one: str, other: str) -> bool:
         return False
 
 
-def _in_words(number: int) -> str:
+def in_words(number: int) -> str:
     """22809 -> 2.28.9 (NCCL's NCCL_VERSION macro since 2.9)."""
     return f"{number // 10000}.{number % 10000 // 100}.{number % 100}"

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sparkinstall.node import Node, cuda_home, nccl_library, site_packages
-from sparkinstall.probes import Finding, Probe, facts, failed, passed, skipped
+from sparkinstall.probes import Finding, Probe, facts, failed, nccl, passed, skipped
+from sparkinstall.probes.started import with_env_file
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader, Result
 
@@ -156,9 +157,7 @@ def read(output: str) -> Measured | None:
     bandwidth, wrong, library = (each.search(output) for each in (_BANDWIDTH, _WRONG, _LIBRARY))
     if not (bandwidth and wrong and library):
         return None
-    number = int(library[1])
-    version = f"{number // 10000}.{number % 10000 // 100}.{number % 100}"
-    return Measured(float(bandwidth[1]), int(wrong[1]), version)
+    return Measured(float(bandwidth[1]), int(wrong[1]), nccl.in_words(int(library[1])))
 
 
 def size(available: int, count: int) -> int:
@@ -183,14 +182,8 @@ def _local(node: Node, on: Reader) -> Finding:
 
 def _run(node: Node, on: Reader, program: Path, amount: int) -> Result:
     argv = (str(program), "-b", str(amount), "-e", str(amount), "-g", str(gpus()))
-    environment = {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "HOME": node.home,
-        # NVLink's multicast is a matter of the whole fabric, which others may share; a Spark has none.
-        "NCCL_NVLS_ENABLE": "0",
-    }
-    start = ("bash", "-c", '. "$1" && shift && exec "$@"', "bash", on.real(node.env_file), *argv)
-    return on.query(*start, timeout=_RUN_LIMIT, env=environment)
+    # NVLink's multicast is a matter of the whole fabric, which others may share; a Spark has none.
+    return with_env_file(node, on, *argv, timeout=_RUN_LIMIT, NCCL_NVLS_ENABLE="0")
 
 
 def _judged(node: Node, answers: dict[str, Result]) -> Finding:

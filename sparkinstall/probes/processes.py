@@ -10,6 +10,7 @@ from typing import Any
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed, skipped
+from sparkinstall.probes.started import with_env_file
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
@@ -27,15 +28,11 @@ class InEnvironment:
     @cached_property
     def answer(self) -> dict[str, Any]:
         """What it said of itself; with the key `error` where it did not come so far."""
-        env_file = self.on.real(self.node.env_file)
-        # -P: vLLM's own program does not look for modules in the folder where it was started, either.
-        command = '. "$1" && exec python -P -c "$2" "$3"'
         look = Path(__file__).with_name("inside.py").read_text()
         asked = {"modules": () if self.node.partial else MODULES, "arch": self.node.config.nccl.arch}
-        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home}
-        said = self.on.query(
-            "bash", "-c", command, "bash", env_file, look, json.dumps(asked), timeout=_TIMEOUT, env=env
-        )
+        # -P: vLLM's own program does not look for modules in the folder where it was started, either.
+        command = ("python", "-P", "-c", look, json.dumps(asked))
+        said = with_env_file(self.node, self.on, *command, timeout=_TIMEOUT)
         try:
             found = json.loads(said.out.splitlines()[-1])
         except (ValueError, IndexError):

@@ -5,12 +5,12 @@ from collections.abc import Iterable, Sequence
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped
+from sparkinstall.probes.started import with_env_file
 from sparkinstall.system import Reader
 
 # Ray answers at once or not at all.
 _PATIENCE = 10
 _OURS = "sparkinstall: "
-_ASK = '. "$1" && shift && exec python "$@"'
 
 
 def services(node: Node) -> str:
@@ -53,9 +53,8 @@ def _nodes(node: Node, on: Reader) -> Finding:
 
 def _ask(node: Node, on: Reader) -> list[str] | str:
     """The addresses of the nodes that are alive, or why there was no answer."""
-    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": node.home}
-    command = ("bash", "-c", _ASK, "bash", on.real(node.env_file), on.real(ray_nodes(node)), head(node), str(_PATIENCE))
-    answer = on.query(*command, timeout=_PATIENCE + 30, env=env)
+    command = ("python", on.real(ray_nodes(node)), head(node), str(_PATIENCE))
+    answer = with_env_file(node, on, *command, timeout=_PATIENCE + 30)
     if answer.code == 124:
         return f"Ray at {head(node)} gave no answer in time"
     told = [line.removeprefix(_OURS) for line in answer.err.splitlines() if line.startswith(_OURS)]

@@ -7,12 +7,11 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from sparkinstall.errors import NeedsRoot
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, ray, serving, skipped, warned
+from sparkinstall.probes.started import with_env_file
 from sparkinstall.records import dataclass
 from sparkinstall.redaction import is_secret_name
 from sparkinstall.system import Reader
 
-# `exec`, so that what is looked at is a process that began with these variables: LD_PRELOAD acts when one begins.
-_START = '. "$1" && exec python -I -c "$2"'
 _LOOK = """
 import ctypes, json
 class Found(ctypes.Structure):
@@ -60,8 +59,7 @@ def _preload(node: Node, on: Reader) -> Finding:
         return stop
     if isinstance(library := nccl.library(node, on), Finding):
         return library
-    env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": node.home}
-    said = on.query("bash", "-c", _START, "bash", on.real(node.env_file), _LOOK, env=env)
+    said = with_env_file(node, on, "python", "-I", "-c", _LOOK)
     complaint = next((line for line in said.err.splitlines() if "LD_PRELOAD" in line), "")
     if complaint:
         return failed(complaint.strip(), nccl.ENV_ANEW, library)

@@ -3,17 +3,22 @@
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from sparkinstall.assets import asset
 from sparkinstall.node import Node, site_packages
-from sparkinstall.probes import Finding, failed, passed
+from sparkinstall.probes import Finding, failed, passed, warned
 from sparkinstall.system import Reader
 
 _MEND = "make it anew: `sparkinstall run environment fp8 --fresh`"
 _SHOWN = 4
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+) ?(?:==|@)", re.MULTILINE)
+
+# The hash and the size of a file as its wheel has it, by the file's path; several where several wheels bring it.
+Forms = dict[str, list[tuple[str, str]]]
 
 
 def look(node: Node, on: Reader) -> Finding:
@@ -25,27 +30,65 @@ def look(node: Node, on: Reader) -> Finding:
     site, stamp = site_packages(node, on), _stat(on.real(f"{node.venv}/sparkinstall.json"))
     if site is None or stamp is None:
         return failed("there is no environment", "run `sparkinstall all`")
-    made, ours = stamp.st_ctime_ns, _locked(node, on)
-    folders = [name for name in on.names(site) if name.endswith(".dist-info") and _package(name) in ours]
+    ours, here, made = _locked(node, on), on.real(site), stamp.st_ctime_ns
     if not ours:
         return failed("it is not known what was installed: installed.lock is gone or empty", _MEND)
-    gone = sorted(ours - {_package(name) for name in folders})
-    wrong = [
-        *(f"{name} is not installed" for name in gone),
-        *_anew(on.real(site), folders, made),
-        *_changed(on.real(site), folders, made),
-    ]
-    if not wrong:
-        many = f"{len(folders)} packages, as their wheels brought them"
-        return passed(many if len(folders) != 1 else "1 package, as its wheel brought it")
-    more = f" and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
-    return failed("; ".join(wrong[:_SHOWN]) + more, _MEND, "every file as its wheel brought it")
+    folders = _folders(node, on, site)
+    wrong = _unlike(here, _brought(here, folders), made)
+    odd = _since_the_beginning(here, wrong, _forms(on.real(exceptions(node))), made)
+    said = [*_packages(here, folders, ours, made), *(f"{name} {why}" for name, why in wrong.items() if name not in odd)]
+    if said:
+        return failed(_some(said), _MEND, "every file as its wheel brought it")
+    if odd:
+        return warned(_some([f"{name} {wrong[name]}, since it was installed" for name in odd]), _of_a_record(node))
+    many = f"{len(folders)} packages, as their wheels brought them"
+    return passed(many if len(folders) != 1 else "1 package, as its wheel brought it")
+
+
+def unlike_their_records(node: Node, on: Reader) -> str:
+    """Rows, as RECORD has them, of the files that a new environment has in another size than their wheels say.
+
+    uv has compared each wheel with its hash, so most likely RECORD is wrong. No rows, no text.
+    """
+    import csv
+    import io
+
+    site, rows = site_packages(node, on), io.StringIO()
+    here = on.real(site) if site else ""
+    brought = _brought(here, _folders(node, on, site)) if site else {}
+    for name in _unlike(here, brought, time.time_ns()):
+        if found := _stat(path := f"{here}/{name}"):
+            csv.writer(rows).writerow((name, _sha256(path), found.st_size))
+    return rows.getvalue()
+
+
+def exceptions(node: Node) -> str:
+    """Where such rows are kept."""
+    return f"{node.venv}/not-as-recorded.csv"
 
 
 def _locked(node: Node, on: Reader) -> set[str]:
     """What the lock has put there; packages that somebody added are theirs."""
     lock = (on.read(f"{node.venv}/installed.lock") or b"").decode(errors="replace")
     return {_plain(name) for name in _PINNED.findall(lock)}
+
+
+def _folders(node: Node, on: Reader, site: str) -> list[str]:
+    """Where the metadata of the locked packages is."""
+    ours = _locked(node, on)
+    return [name for name in on.names(site) if name.endswith(".dist-info") and _package(name) in ours]
+
+
+def _some(said: Sequence[str]) -> str:
+    more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
+    return "; ".join(said[:_SHOWN]) + more
+
+
+def _of_a_record(node: Node) -> str:
+    return (
+        f"if that stays after `rm -r {node.cache}/uv` and `sparkinstall run environment fp8 --fresh`, "
+        "the wheel's own list of its files is wrong and nothing need be done"
+    )
 
 
 def _package(folder: str) -> str:
@@ -56,7 +99,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def _anew(site: str, folders: Iterable[str], made: int) -> Iterator[str]:
+def _packages(site: str, folders: Iterable[str], ours: set[str], made: int) -> Iterator[str]:
+    """What is wrong with whole packages."""
+    for name in sorted(ours - {_package(folder) for folder in folders}):
+        yield f"{name} is not installed"
     for folder in folders:
         record = _stat(f"{site}/{folder}/RECORD")
         if record is None:
@@ -65,15 +111,41 @@ def _anew(site: str, folders: Iterable[str], made: int) -> Iterator[str]:
             yield f"{_package(folder)} was installed again since"
 
 
-def _changed(site: str, folders: Iterable[str], made: int) -> Iterator[str]:
+def _unlike(site: str, brought: Forms, made: int) -> dict[str, str]:
+    """Why a file is not as any wheel brought it, for each that is not."""
+    ours = _patched()
+    return {
+        name: why
+        for name, forms in brought.items()
+        if name not in ours and (why := _complaint(f"{site}/{name}", forms, made))
+    }
+
+
+def _brought(site: str, folders: Sequence[str]) -> Forms:
+    """What the wheels of these packages have, by their own word, and by ours where that is known to be wrong."""
     # Some wheels bring the same file, each its own (those of nvidia-cutlass-dsl): whichever came last is right.
-    brought: dict[str, list[tuple[str, str]]] = {}
-    for folder in folders:
-        for name, digest, size in _rows(f"{site}/{folder}/RECORD"):
-            brought.setdefault(name, []).append((digest, size))
-    for name, forms in brought.items():
-        if name not in _patched() and (why := _complaint(f"{site}/{name}", forms, made)):
-            yield f"{name} {why}"
+    brought = _forms(*(f"{site}/{folder}/RECORD" for folder in folders))
+    for name, forms in _forms(*map(_known, folders)).items():
+        # Ours has the files of the wheels for every architecture.
+        if name in brought:
+            brought[name] += forms
+    return brought
+
+
+def _known(folder: str) -> str:
+    version = folder.removesuffix(".dist-info").rpartition("-")[2]
+    return str(asset("knowledge") / "records" / f"{_package(folder)}-{version}.csv")
+
+
+def _forms(*records: str) -> Forms:
+    found: Forms = {}
+    for name, digest, size in (row for record in records for row in _rows(record)):
+        found.setdefault(name, []).append((digest, size))
+    return found
+
+
+def _since_the_beginning(site: str, wrong: Iterable[str], at_first: Forms, made: int) -> list[str]:
+    return [name for name in wrong if name in at_first and not _complaint(f"{site}/{name}", at_first[name], made)]
 
 
 def _rows(record: str) -> Iterator[tuple[str, str, str]]:
@@ -121,7 +193,6 @@ def _stat(path: str) -> os.stat_result | None:
 @lru_cache(maxsize=1)
 def _patched() -> frozenset[str]:
     """Files that we change ourselves: whether they are right is for the probe `fp8-path` to say."""
-    from sparkinstall.assets import asset
     from sparkinstall.patches import load
 
     return frozenset(each.target for each in load(Path(asset("patches"))))

@@ -96,8 +96,8 @@ class Fp8Decision:
         return self._read_code(on)
 
     def _try_on_gpu(self, on: System) -> tuple[bool, str, str]:
-        env = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.node.home}
-        answer = on.query(on.real(f"{self.node.venv}/bin/python"), "-c", _TRY_ON_GPU, timeout=300, env=env)
+        command = (on.real(f"{self.node.venv}/bin/python"), "-c", _TRY_ON_GPU)
+        answer = on.query(*command, timeout=300, env=self.node.bare_environment)
         lines = answer.out.splitlines()
         if "ready" not in lines or answer.code == 124:
             raise CommandFailed(

@@ -199,6 +199,14 @@ class PythonEnvironment:
             _uv(on, self.node, [*argv, on.real(own), "--no-deps"])
         else:
             _uv(on, self.node, [*argv, on.real(whole)])
+        self._note_exceptions(on)
+
+    def _note_exceptions(self, on: System) -> None:
+        """Some wheels list their own files wrongly: what they have really brought can only be seen now."""
+        from sparkinstall.probes import wheel_files
+
+        if rows := wheel_files.unlike_their_records(self.node, on):
+            on.write(wheel_files.exceptions(self.node), rows.encode())
 
     def _platform_options(self) -> list[str]:
         if not self.node.partial and not self.node.foreign:

@@ -23,7 +23,7 @@ from sparkinstall.probes import bandwidth, link_health
 from sparkinstall.probes.bandwidth import Kind, Measured
 from sparkinstall.stacks import load
 from sparkinstall.system import Result
-from tests.fast.test_links import Machine
+from tests.support.machine import Machine
 from tests.support.sysfs import Sysfs, spark
 
 FIRST, SECOND = "enp1s0f0np0", "enP2p1s0f0np0"

@@ -14,12 +14,7 @@ from sparkinstall.errors import BadConfig, BadUsage, Blocked, NeedsRoot
 from sparkinstall.plans import catalogue, sameness
 from sparkinstall.plans.cluster import PHASES, members
 from sparkinstall.system.ssh import explained
-from tests.support.far_nodes import STEPS, VERSIONS, FarNodes, copied, look, problem, step
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    return copied(tmp_path_factory.mktemp("checkout"))
+from tests.support.far_nodes import STEPS, VERSIONS, FarNodes, look, problem, step
 
 
 @pytest.fixture

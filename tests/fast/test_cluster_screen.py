@@ -13,15 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.far_nodes import FarNodes, copied, look
+from tests.support.far_nodes import FarNodes, look
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 DRIVER = {"name": "driver", "verdict": "fail", "found": "no driver", "mend": "install it", "title": "", "seconds": 0.0}
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    return copied(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from sparkinstall.resources.python_environment import uv
 from sparkinstall.system.local import LocalReader
 from sparkinstall.system.transfer import CopyFailed
 from tests.support.cuda_toolkit import toolkit
-from tests.support.far_nodes import FarNodes, copied, look, problem, step
+from tests.support.far_nodes import FarNodes, look, problem, step
 from tests.support.tiny_stack import tiny_stack
 from tests.support.two_caches import HEAD, OTHER, WORKER, Side, ended, fetched, offering
 
@@ -389,11 +389,6 @@ def test_nccl_for_another_gpu_is_not_copied_and_said(built: tuple[Side, Side]) -
 
 
 # --- as the terminal leads it
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    return copied(tmp_path_factory.mktemp("checkout"))
 
 
 @pytest.fixture

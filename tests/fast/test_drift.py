@@ -12,7 +12,7 @@ from sparkinstall.plans import differences, sameness
 from sparkinstall.plans.differences import comparables, compared
 from tests.fast.test_bandwidth import OnASpark, card, node_with
 from tests.fast.test_cluster_screen import on_a_terminal
-from tests.support.far_nodes import FarNodes, copied
+from tests.support.far_nodes import FarNodes
 from tests.support.sysfs import spark
 
 ALIKE = {"vllm": "0.18.1", "torch": "2.10.0", "mtu": "9000 + 9000", "kernel": "6.17.0-1029-nvidia", "env A": "1"}
@@ -143,11 +143,6 @@ def test_nccl_is_compared_by_the_library_itself(on: OnASpark) -> None:
 
 
 # --- at the terminal
-
-
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    return copied(tmp_path_factory.mktemp("checkout"))
 
 
 PEERS = {"name": "peers", "title": "t", "level": "link", "verdict": "pass", "found": "yes", "mend": "", "seconds": 0.1}

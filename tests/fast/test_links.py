@@ -22,6 +22,7 @@ from sparkinstall.probes import links
 from sparkinstall.probes.links import LinkProblem, Port
 from sparkinstall.stacks import load
 from sparkinstall.system.local import LocalReader
+from tests.support.machine import Machine
 from tests.support.sysfs import V1, V2, Sysfs, mapped, spark
 
 HALVES = {
@@ -29,17 +30,6 @@ HALVES = {
     1: (("enp1s0f1np1", "rocep1s0f1"), ("enP2p1s0f1np1", "roceP2p1s0f1")),
 }
 fuzzed = settings(max_examples=60, deadline=None)
-
-
-class Machine(LocalReader):
-    """A folder that is taken for a machine of its own."""
-
-    @property
-    def rehearsal(self) -> bool:
-        return False
-
-    def real(self, path: str) -> str:
-        return self.root + path
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ from sparkinstall.resources.transport import Transport
 from sparkinstall.stacks import load
 from sparkinstall.steps.packages import SystemPackages
 from sparkinstall.system.local import LocalReader
+from tests.support.machine import Machine
 from tests.support.rehearsals import in_this_process, said, sparkinstall
 from tests.support.sysfs import spark
 
@@ -138,17 +139,6 @@ def test_a_device_that_is_gone_is_no_error(tmp_path: Path) -> None:
     environment = {"PATH": "/usr/bin:/bin", "SYS": str(tmp_path), "NCCL_IB_HCA": "rocep9s0f0"}
     run = subprocess.run(["sh", script], env=environment, capture_output=True, text=True, check=True)
     assert (run.stdout, run.stderr) == ("", "")
-
-
-class Machine(LocalReader):
-    """A folder that is taken for a machine of its own."""
-
-    @property
-    def rehearsal(self) -> bool:
-        return False
-
-    def real(self, path: str) -> str:
-        return self.root + path
 
 
 def head_of_two(**settings: object) -> Node:

@@ -8,6 +8,7 @@ import pytest
 from sparkinstall.resources import Drift, LeftToNode, Satisfied
 from sparkinstall.resources.packages import Packages, installed
 from sparkinstall.system.local import LocalReader
+from tests.support.machine import Machine
 
 STATUS = """\
 Package: git
@@ -29,17 +30,6 @@ Description: says
  Package: not-a-package
  Status: install ok installed
 """
-
-
-class Machine(LocalReader):
-    """A folder that is taken for a machine of its own."""
-
-    @property
-    def rehearsal(self) -> bool:
-        return False
-
-    def real(self, path: str) -> str:
-        return self.root + path
 
 
 @pytest.fixture

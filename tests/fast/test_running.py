@@ -1,7 +1,5 @@
 """What is started with the env file, and what runs: real processes and real libraries, each broken on purpose too."""
 
-import base64
-import hashlib
 import os
 import shutil
 import struct
@@ -18,7 +16,7 @@ import pytest
 
 from sparkinstall import binaries
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, running, wheel_files
+from sparkinstall.probes import Finding, running
 from sparkinstall.resources.rendered import quoted, render
 from sparkinstall.system.local import LocalReader
 from tests.fast.test_units import node_of
@@ -329,114 +327,3 @@ def test_a_service_that_has_loaded_none_is_let_alone(served: Node, tmp_path: Pat
     with service(tmp_path, {}):
         found = looked(served, tmp_path, "running-nccl")
     assert (found.verdict, found.found) == ("pass", "1 process of vllm.service, none of which has loaded one yet")
-
-
-# --- the files of the packages
-
-
-@pytest.fixture
-def packages(tmp_path: Path) -> Node:
-    """An environment of two packages, one of them not of the lock; all older than its stamp, as the step makes it."""
-    node = node_of(tmp_path)
-    for name in ("vllm", "added"):
-        install(tmp_path, node, name, {f"{name}/__init__.py": b"one = 1\n", f"{name}/_C.abi3.so": b"\x7fELF" * 50})
-    venv = tmp_path / node.venv.lstrip("/")
-    (venv / "installed.lock").write_text("vllm==0.18.1 \\\n    --hash=sha256:00\n")
-    time.sleep(0.02)
-    (venv / "sparkinstall.json").write_text("{}")
-    time.sleep(0.02)
-    return node
-
-
-def site_of(root: Path, node: Node) -> Path:
-    return root / node.venv.lstrip("/") / "lib/python3.12/site-packages"
-
-
-def install(root: Path, node: Node, name: str, files: Mapping[str, bytes]) -> None:
-    site, rows = site_of(root, node), ""
-    for path, content in files.items():
-        (site / path).parent.mkdir(parents=True, exist_ok=True)
-        (site / path).write_bytes(content)
-        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-        rows += f"{path},sha256={digest},{len(content)}\n"
-    folder = site / f"{name}-0.18.1.dist-info"
-    folder.mkdir(exist_ok=True)
-    (folder / "RECORD").write_text(f"{rows}{folder.name}/RECORD,,\n")
-
-
-def test_files_as_they_were_brought(packages: Node, tmp_path: Path) -> None:
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
-    assert (found.verdict, found.found) == ("pass", "1 package, as its wheel brought it")
-
-
-def test_a_file_that_was_only_touched_is_read_and_found_good(packages: Node, tmp_path: Path) -> None:
-    (site_of(tmp_path, packages) / "vllm/__init__.py").write_bytes(b"one = 1\n")
-    assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
-
-
-def test_a_file_of_the_same_size_with_an_old_date_is_told(packages: Node, tmp_path: Path) -> None:
-    path = site_of(tmp_path, packages) / "vllm/__init__.py"
-    times = path.stat()
-    path.write_bytes(b"one = 2\n")
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
-    assert (found.verdict, found.found) == ("fail", "vllm/__init__.py was changed")
-    assert "sparkinstall run environment fp8 --fresh" in found.mend
-
-
-def test_a_file_that_was_cut_or_removed_is_told(packages: Node, tmp_path: Path) -> None:
-    (site_of(tmp_path, packages) / "vllm/_C.abi3.so").write_bytes(b"\x7fELF")
-    (site_of(tmp_path, packages) / "vllm/__init__.py").unlink()
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
-    assert found.found == "vllm/__init__.py is gone; vllm/_C.abi3.so has 4 bytes instead of 200"
-
-
-def test_another_wheel_of_the_same_version_is_told(packages: Node, tmp_path: Path) -> None:
-    install(tmp_path, packages, "vllm", {"vllm/__init__.py": b"another = 1\n"})
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
-    assert (found.verdict, found.found) == ("fail", "vllm was installed again since")
-
-
-def test_what_somebody_added_is_theirs(packages: Node, tmp_path: Path) -> None:
-    (site_of(tmp_path, packages) / "added/__init__.py").unlink()
-    install(tmp_path, packages, "more", {"more/__init__.py": b""})
-    assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
-
-
-def test_a_file_that_two_wheels_bring_is_good_as_either_has_it(packages: Node, tmp_path: Path) -> None:
-    """As nvidia-cutlass-dsl-libs-base and -libs-cu13 do: whichever was unpacked last is there."""
-    install(tmp_path, packages, "other", {"shared.py": b"of the other\n"})
-    install(tmp_path, packages, "vllm", {"shared.py": b"of vllm\n"})
-    venv = tmp_path / packages.venv.lstrip("/")
-    (venv / "installed.lock").write_text("vllm==0.18.1 \\\n    --hash=sha256:00\nother==0.18.1\n")
-    time.sleep(0.02)
-    (venv / "sparkinstall.json").write_text("{ }")
-    time.sleep(0.02)
-    shared = site_of(tmp_path, packages) / "shared.py"
-    for content, verdict in ((b"of vllm\n", "pass"), (b"of the other\n", "pass"), (b"of nobody\n", "fail")):
-        shared.write_bytes(content)
-        assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == verdict
-
-
-def test_the_file_that_we_patch_is_for_another_probe(packages: Node, tmp_path: Path) -> None:
-    (target,) = wheel_files._patched()
-    install(tmp_path, packages, "vllm", {target: b"as vLLM has it\n"})
-    (tmp_path / packages.venv.lstrip("/") / "sparkinstall.json").write_text("{ }")
-    (site_of(tmp_path, packages) / target).write_bytes(b"as we have it, patched\n")
-    assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
-
-
-def test_a_locked_package_that_is_not_there_is_told(packages: Node, tmp_path: Path) -> None:
-    (site_of(tmp_path, packages) / "vllm-0.18.1.dist-info").rename(tmp_path / "elsewhere")
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
-    assert (found.verdict, found.found) == ("fail", "vllm is not installed")
-
-
-def test_nothing_to_compare_with_is_no_pass(packages: Node, tmp_path: Path) -> None:
-    (tmp_path / packages.venv.lstrip("/") / "installed.lock").unlink()
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
-    assert (found.verdict, "installed.lock is gone" in found.found) == ("fail", True)
-
-
-def test_without_an_environment_it_fails(tmp_path: Path) -> None:
-    assert wheel_files.look(node_of(tmp_path), LocalReader(str(tmp_path))).verdict == "fail"

@@ -1,7 +1,7 @@
 """Which layers of tests this machine can run: a pytest plugin for the markers `layer2`, `layer3` and so on.
 
-In CI (CI=true) or with SPARKINSTALL_ALL_LAYERS=1 a layer that cannot run is a failure. Elsewhere it is
-skipped, and the end of the run says so in red.
+In CI (CI=true) or with SPARKINSTALL_ALL_LAYERS=1 a layer that cannot run is a failure, and so is any other test that is
+skipped. Elsewhere it is skipped, and the end of the run says so in red.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import cache
 from typing import Any
 
@@ -99,6 +99,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         number = marker.name.removeprefix("layer")
         if number.isdecimal() and int(number) in LAYERS:
             require(int(number))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """In CI whatever is skipped has failed, for whichever reason: none may hide."""
+    del item, call
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and all_layers_wanted():
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext
+        report.outcome, report.longrepr = "failed", f"{reason}; and CI must run this"
+    return report
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -523,6 +523,29 @@ def test_a_layer_that_cannot_run_fails_in_ci_and_is_skipped_elsewhere(
         layers.require(9)
 
 
+SKIPPING = """
+import pytest
+@pytest.mark.skipif(True, reason="no such program")
+def test_marked(): ...
+def test_asked(): pytest.skip("no such index")
+@pytest.mark.xfail(strict=True, reason="known")
+def test_known(): assert False
+def test_good(): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "counts"), [("", "1 passed, 2 skipped, 1 xfailed"), ("true", "1 failed, 1 passed, 1 xfailed, 1 error")]
+)
+def test_whatever_is_skipped_fails_in_ci(setting: str, counts: str, tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text(SKIPPING)
+    settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CI": setting}
+    argv = [sys.executable, "-m", "pytest", "-p", "tests.lab.layers", "-p", "no:cacheprovider", "-rf", str(tmp_path)]
+    said = subprocess.run(argv, capture_output=True, text=True, env=settings, cwd=tmp_path).stdout
+    assert counts in said
+    assert ("no such index; and CI must run this" in said) == bool(setting)
+
+
 @pytest.fixture(scope="module")
 def spark() -> Iterator[arm64.Arm64]:
     with arm64.chroot() as tree:

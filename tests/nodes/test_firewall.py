@@ -15,7 +15,7 @@ import pytest
 from tests.lab.cabling import LAN, PORT_0
 from tests.lab.fleet import Fleet, FleetNode
 from tests.lab.node import FreshNode
-from tests.nodes.fresh import CHECKOUT, COMMAND, REPOSITORY, sparkinstall
+from tests.nodes.fresh import CHECKOUT, COMMAND, REPOSITORY, ignoring, sparkinstall
 from tests.support import services
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
@@ -28,8 +28,8 @@ FRIEND, STRANGER = "198.51.100.200", "198.51.100.201"
 RULES = "/opt/sparkinstall/firewall.nft"
 UNIT = "sparkinstall-firewall"
 TABLE = ("/usr/sbin/nft", "list", "table", "inet", "sparkinstall")
-# All that asks for a GB10, its driver, its tools and its disk.
-NOT_A_SPARK = ("machine", "arch", "os", "driver", "memory", "python", "cuda", "disk")
+# What this one step does not need and its nodes do not have.
+TOOLS = ("--ignore", "python", "--ignore", "cuda")
 CLOSED = (*services.RAY, services.API, services.MEETING)
 PATIENCE = 45.0
 
@@ -73,8 +73,7 @@ def _opens(asking: FreshNode, *places: str) -> set[str]:
 
 
 def _asking(*more: str, role: str = "head") -> list[str]:
-    ignored = [word for name in NOT_A_SPARK for word in ("--ignore", name)]
-    return ["multi-node", "--role", role, "--only", "firewall", "--yes", *ignored, *more]
+    return ["multi-node", "--role", role, "--only", "firewall", "--yes", *ignoring(), *TOOLS, *more]
 
 
 def _set_up(node: FleetNode, *more: str, role: str = "head") -> dict[str, Any]:

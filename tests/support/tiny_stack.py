@@ -26,10 +26,13 @@ _MEMBERS = {
 }
 
 
-def tiny_stack(folder: Path, *, hash_is_right: bool = True, locked: bool = True) -> Path:
-    """The stack's YAML file in `folder`, its wheel and lock beside it."""
+def tiny_stack(folder: Path, *, hash_is_right: bool = True, locked: bool = True, more: bytes = b"") -> Path:
+    """The stack's YAML file in `folder`, its wheel and lock beside it.
+
+    `more`: what the wheel's one module has beyond what RECORD says of it.
+    """
     folder.mkdir(parents=True)
-    wheel = _wheel(folder)
+    wheel = _wheel(folder, more)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest() if hash_is_right else "0" * 64
     (folder / "tiny.lock").write_text(f"vllm==0.18.1 \\\n    --hash=sha256:{digest}\n")
     text = _STACK if locked else _STACK.replace("{lock: tiny.lock}", "{}")
@@ -45,10 +48,14 @@ def no_index(stack: Path) -> dict[str, str]:
     return {**unset, "UV_CONFIG_FILE": str(settings), "XDG_CACHE_HOME": str(stack.parent / "cache")}
 
 
-def _wheel(folder: Path) -> Path:
+def _wheel(folder: Path, more: bytes) -> Path:
     path = folder / "vllm-0.18.1-py3-none-any.whl"
     record = "".join(f"{name},sha256={_hash(data)},{len(data)}\n" for name, data in _MEMBERS.items())
-    whole = {**_MEMBERS, "vllm-0.18.1.dist-info/RECORD": f"{record}vllm-0.18.1.dist-info/RECORD,,\n".encode()}
+    whole = {
+        **_MEMBERS,
+        "vllm/__init__.py": more,
+        "vllm-0.18.1.dist-info/RECORD": f"{record}vllm-0.18.1.dist-info/RECORD,,\n".encode(),
+    }
     with zipfile.ZipFile(path, "w") as wheel:
         for name, data in whole.items():
             wheel.writestr(zipfile.ZipInfo(name), data)

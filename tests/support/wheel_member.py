@@ -16,7 +16,9 @@ import re
 import shutil
 import subprocess
 import tempfile
+import time
 import tomllib
+import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -33,6 +35,7 @@ SPARK_PLATFORM = "aarch64-manylinux_2_39"
 BLOCK_BYTES = 1 << 19
 
 TIMEOUT_SECONDS = 180
+RETRY_SECONDS = (1, 4, 15)
 
 
 class Unavailable(Exception):
@@ -71,7 +74,7 @@ def opened_wheel(package: str, release: str, platform: str = SPARK_PLATFORM) -> 
     """The wheel as a zip whose bytes are fetched only as they are read. Raises `Unavailable`."""
     url = _wheel_url(package, release, platform)
     try:
-        with _opened(url) as stream, zipfile.ZipFile(stream) as wheel:
+        with opened_url(url) as stream, zipfile.ZipFile(stream) as wheel:
             yield wheel
     except (OSError, zipfile.BadZipFile) as failure:
         raise Unavailable(f"{package} {release}: {failure}") from failure
@@ -95,7 +98,7 @@ def _locked(requirement: str, platform: str) -> Mapping[str, Any]:
             input=requirement,
             capture_output=True,
             text=True,
-            env=_client_env(),
+            env=client_env(),
             timeout=300,
         )
     except (OSError, subprocess.TimeoutExpired) as failure:
@@ -106,7 +109,8 @@ def _locked(requirement: str, platform: str) -> Mapping[str, Any]:
     return package
 
 
-def _client_env() -> dict[str, str]:
+def client_env() -> dict[str, str]:
+    """The variables with which `uv` finds the index that this machine has set up."""
     # A machine set up for pip only must work too, and uv does not read pip's variable.
     env = dict(os.environ)
     if "PIP_INDEX_URL" in env and not {"UV_DEFAULT_INDEX", "UV_INDEX_URL"} & env.keys():
@@ -115,7 +119,8 @@ def _client_env() -> dict[str, str]:
 
 
 @contextmanager
-def _opened(url: str) -> Iterator[IO[bytes]]:
+def opened_url(url: str) -> Iterator[IO[bytes]]:
+    """A remote file as a stream that fetches what is read. Raises OSError."""
     with _get(url, "bytes=0-0") as first:
         total = re.fullmatch(r"bytes 0-0/(\d+)", first.headers.get("Content-Range", ""))
         if not total:
@@ -128,8 +133,18 @@ def _opened(url: str) -> Iterator[IO[bytes]]:
 
 def _get(url: str, byte_range: str) -> HTTPResponse:
     request = urllib.request.Request(url, headers={"Range": byte_range})
-    response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-    return response
+    for wait in (*RETRY_SECONDS, None):
+        try:
+            response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+            return response
+        except urllib.error.HTTPError:
+            raise
+        except OSError:
+            # A name that was not resolved, a connection that was refused: once is no failure of the index.
+            if wait is None:
+                raise
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
 
 
 class _Ranges(io.RawIOBase):

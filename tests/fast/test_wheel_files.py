@@ -1,0 +1,207 @@
+"""The installed files against their wheels: changed, cut, gone, swapped, and wheels that list their files wrongly."""
+
+import base64
+import csv
+import hashlib
+import os
+import time
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from sparkinstall.assets import asset
+from sparkinstall.node import Node
+from sparkinstall.probes import wheel_files
+from sparkinstall.system.local import LocalReader
+from tests.fast.test_units import node_of
+from tests.support.rehearsals import SETTINGS, Rehearsal, said
+from tests.support.tiny_stack import no_index, tiny_stack
+from tests.support.wheel_member import opened_wheel
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Node:
+    """An environment of two packages, one of them not of the lock; all older than its stamp, as the step makes it."""
+    node = node_of(tmp_path)
+    for name in ("vllm", "added"):
+        install(tmp_path, node, name, {f"{name}/__init__.py": b"one = 1\n", f"{name}/_C.abi3.so": b"\x7fELF" * 50})
+    venv = tmp_path / node.venv.lstrip("/")
+    (venv / "installed.lock").write_text("vllm==0.18.1 \\\n    --hash=sha256:00\n")
+    time.sleep(0.02)
+    (venv / "sparkinstall.json").write_text("{}")
+    time.sleep(0.02)
+    return node
+
+
+def site_of(root: Path, node: Node) -> Path:
+    return root / node.venv.lstrip("/") / "lib/python3.12/site-packages"
+
+
+def digest_of(content: bytes) -> str:
+    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+
+
+def install(root: Path, node: Node, name: str, files: Mapping[str, bytes], version: str = "0.18.1") -> None:
+    site, rows = site_of(root, node), ""
+    for path, content in files.items():
+        (site / path).parent.mkdir(parents=True, exist_ok=True)
+        (site / path).write_bytes(content)
+        digest = digest_of(content)
+        rows += f"{path},sha256={digest},{len(content)}\n"
+    folder = site / f"{name}-{version}.dist-info"
+    folder.mkdir(exist_ok=True)
+    (folder / "RECORD").write_text(f"{rows}{folder.name}/RECORD,,\n")
+
+
+def test_files_as_they_were_brought(packages: Node, tmp_path: Path) -> None:
+    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    assert (found.verdict, found.found) == ("pass", "1 package, as its wheel brought it")
+
+
+def test_a_file_that_was_only_touched_is_read_and_found_good(packages: Node, tmp_path: Path) -> None:
+    (site_of(tmp_path, packages) / "vllm/__init__.py").write_bytes(b"one = 1\n")
+    assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
+
+
+def test_a_file_of_the_same_size_with_an_old_date_is_told(packages: Node, tmp_path: Path) -> None:
+    path = site_of(tmp_path, packages) / "vllm/__init__.py"
+    times = path.stat()
+    path.write_bytes(b"one = 2\n")
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    assert (found.verdict, found.found) == ("fail", "vllm/__init__.py was changed")
+    assert "sparkinstall run environment fp8 --fresh" in found.mend
+
+
+def test_a_file_that_was_cut_or_removed_is_told(packages: Node, tmp_path: Path) -> None:
+    (site_of(tmp_path, packages) / "vllm/_C.abi3.so").write_bytes(b"\x7fELF")
+    (site_of(tmp_path, packages) / "vllm/__init__.py").unlink()
+    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    assert found.found == "vllm/__init__.py is gone; vllm/_C.abi3.so has 4 bytes instead of 200"
+
+
+def test_another_wheel_of_the_same_version_is_told(packages: Node, tmp_path: Path) -> None:
+    install(tmp_path, packages, "vllm", {"vllm/__init__.py": b"another = 1\n"})
+    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    assert (found.verdict, found.found) == ("fail", "vllm was installed again since")
+
+
+def test_what_somebody_added_is_theirs(packages: Node, tmp_path: Path) -> None:
+    (site_of(tmp_path, packages) / "added/__init__.py").unlink()
+    install(tmp_path, packages, "more", {"more/__init__.py": b""})
+    assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
+
+
+def test_a_file_that_two_wheels_bring_is_good_as_either_has_it(packages: Node, tmp_path: Path) -> None:
+    """As nvidia-cutlass-dsl-libs-base and -libs-cu13 do: whichever was unpacked last is there."""
+    install(tmp_path, packages, "other", {"shared.py": b"of the other\n"})
+    install(tmp_path, packages, "vllm", {"shared.py": b"of vllm\n"})
+    venv = tmp_path / packages.venv.lstrip("/")
+    (venv / "installed.lock").write_text("vllm==0.18.1 \\\n    --hash=sha256:00\nother==0.18.1\n")
+    time.sleep(0.02)
+    (venv / "sparkinstall.json").write_text("{ }")
+    time.sleep(0.02)
+    shared = site_of(tmp_path, packages) / "shared.py"
+    for content, verdict in ((b"of vllm\n", "pass"), (b"of the other\n", "pass"), (b"of nobody\n", "fail")):
+        shared.write_bytes(content)
+        assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == verdict
+
+
+def with_a_wrong_record(root: Path, node: Node, name: str, version: str) -> Path:
+    """A file that is longer than RECORD says, as a wheel brought it; installed before the stamp."""
+    path = f"{name}/lib.so"
+    install(root, node, name, {path: b"short"}, version)
+    (site_of(root, node) / path).write_bytes(b"longer")
+    lock = root / node.venv.lstrip("/") / "installed.lock"
+    lock.write_text(f"{lock.read_text()}{name}=={version}\n")
+    time.sleep(0.02)
+    lock.with_name("sparkinstall.json").write_text("{ }")
+    time.sleep(0.02)
+    return site_of(root, node) / path
+
+
+def test_a_wheel_whose_own_record_is_wrong_is_told_as_such(packages: Node, tmp_path: Path) -> None:
+    on = LocalReader(str(tmp_path))
+    file = with_a_wrong_record(tmp_path, packages, "odd", "1.0")
+    Path(on.real(wheel_files.exceptions(packages))).write_text(wheel_files.unlike_their_records(packages, on))
+    found = wheel_files.look(packages, on)
+    assert (found.verdict, found.found) == ("warn", "odd/lib.so has 6 bytes instead of 5, since it was installed")
+    assert "the wheel's own list of its files is wrong" in found.mend
+    for content in (b"", b"longed"):
+        file.write_bytes(content)
+        found = wheel_files.look(packages, on)
+        assert (found.verdict, found.found) == ("fail", f"odd/lib.so has {len(content)} bytes instead of 5")
+
+
+def test_a_wheel_that_is_known_to_have_a_wrong_record_is_good(
+    packages: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known, on = tmp_path / "knowledge/records", LocalReader(str(tmp_path))
+    known.mkdir(parents=True)
+    monkeypatch.setattr(wheel_files, "asset", lambda name: tmp_path / name)
+    file = with_a_wrong_record(tmp_path, packages, "Odd_Name", "1.0")
+    assert wheel_files.look(packages, on).verdict == "fail"
+    digest = digest_of(b"longer")
+    (known / "odd-name-1.0.csv").write_text(
+        f"Odd_Name/for_another_arch.so,{digest},1\nOdd_Name/lib.so,sha256={digest},6\n"
+    )
+    assert (wheel_files.look(packages, on).verdict, wheel_files.unlike_their_records(packages, on)) == ("pass", "")
+    file.write_bytes(b"longed")
+    assert wheel_files.look(packages, on).found == "Odd_Name/lib.so was changed"
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("path", sorted(asset("knowledge").glob("records/*.csv")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("platform", ["aarch64-manylinux_2_39", "x86_64-manylinux_2_39"])
+def test_what_is_known_of_records_is_what_the_wheels_have(path: Path, platform: str) -> None:
+    package, _, version = path.stem.rpartition("-")
+    known = {(name, digest, int(size)) for name, digest, size in csv.reader(path.read_text().splitlines())}
+    with opened_wheel(package, version, platform) as wheel:
+        names = {name for name, _, _ in known} & set(wheel.namelist())
+        sizes = {row[0]: row[2] for row in csv.reader(wheel.read(record_in(wheel)).decode().splitlines())}
+        assert names
+        for name in names:
+            content = wheel.read(name)
+            digest = digest_of(content)
+            assert (name, f"sha256={digest}", len(content)) in known
+            assert int(sizes[name]) != len(content)
+
+
+def record_in(wheel: zipfile.ZipFile) -> str:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/RECORD"))
+    return name
+
+
+def test_what_a_wheel_really_brought_is_noted_when_it_is_installed(tmp_path: Path) -> None:
+    stack = tiny_stack(tmp_path / "stack", more=b"one = 1\n")
+    node = Rehearsal(tmp_path / "node", (*SETTINGS, "--stack", str(stack)))
+    run = node.all("--json", **no_index(stack))
+    (noted,) = node.root.rglob("not-as-recorded.csv")
+    assert "Traceback" not in said(run)
+    assert noted.read_text().startswith("vllm/__init__.py,sha256=") and noted.read_text().endswith(",8\n")
+
+
+def test_the_file_that_we_patch_is_for_another_probe(packages: Node, tmp_path: Path) -> None:
+    (target,) = wheel_files._patched()
+    install(tmp_path, packages, "vllm", {target: b"as vLLM has it\n"})
+    (tmp_path / packages.venv.lstrip("/") / "sparkinstall.json").write_text("{ }")
+    (site_of(tmp_path, packages) / target).write_bytes(b"as we have it, patched\n")
+    assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
+
+
+def test_a_locked_package_that_is_not_there_is_told(packages: Node, tmp_path: Path) -> None:
+    (site_of(tmp_path, packages) / "vllm-0.18.1.dist-info").rename(tmp_path / "elsewhere")
+    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    assert (found.verdict, found.found) == ("fail", "vllm is not installed")
+
+
+def test_nothing_to_compare_with_is_no_pass(packages: Node, tmp_path: Path) -> None:
+    (tmp_path / packages.venv.lstrip("/") / "installed.lock").unlink()
+    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    assert (found.verdict, "installed.lock is gone" in found.found) == ("fail", True)
+
+
+def test_without_an_environment_it_fails(tmp_path: Path) -> None:
+    assert wheel_files.look(node_of(tmp_path), LocalReader(str(tmp_path))).verdict == "fail"

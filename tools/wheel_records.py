@@ -1,0 +1,75 @@
+"""Find the wheels of the shipped stacks that list their own files wrongly: a maintainer's tool, run from the root.
+
+    PYTHONPATH=. python tools/wheel_records.py
+
+Writes knowledge/records: the files that a wheel's RECORD has in another size than the wheel, as they really are. Of a
+wheel that is right, only its directory and its RECORD are fetched. Needs a `uv` on PATH and the ordinary Python index;
+wheels of other places are left out, and named.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import subprocess
+import sys
+import tomllib
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sparkinstall.stacks import Stack, load, names, parse_lock
+from tests.support.wheel_member import client_env, opened_url
+from tools.lock import GLIBC
+
+RECORDS = Path(__file__).resolve().parents[1] / "knowledge/records"
+_AT_ONCE = 6
+
+
+def main() -> None:
+    """Look into every wheel, and write a file for each package with a wrong list."""
+    wheels = {url: package for name in names() for url, package in _wheels(load(name))}
+    found: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for package, rows in zip(wheels.values(), pool.map(_wrong_rows, wheels), strict=True):
+            if rows:
+                found[package].update(rows)
+    for package, wrong in found.items():
+        text = "".join(f"{','.join(row)}\n" for row in sorted(wrong))
+        (RECORDS / f"{package}.csv").write_text(text, encoding="utf-8")
+    print(f"{len(wheels)} wheels; with a wrong RECORD: {', '.join(found) or 'none'}")
+
+
+def _wheels(stack: Stack) -> Iterator[tuple[str, str]]:
+    """Address and NAME-VERSION of every wheel of the stack's locks."""
+    for platform in stack.platforms.values():
+        pins = parse_lock(platform.lock_text())
+        if elsewhere := [pin.name for pin in pins if pin.url]:
+            print(f"{stack.name}, {platform.arch}: left out: {', '.join(elsewhere)}", file=sys.stderr)
+        ordinary = "".join(f"{pin.requirement}\n" for pin in pins if not pin.url)
+        argv = ["uv", "pip", "compile", "--quiet", "--no-deps", "--only-binary", ":all:", "--format", "pylock.toml"]
+        argv += ["--python-version", stack.python, "--python-platform", f"{platform.arch}-{GLIBC}", "-"]
+        made = subprocess.run(argv, input=ordinary, check=True, capture_output=True, text=True, env=client_env()).stdout
+        for package in tomllib.loads(made)["packages"]:
+            for wheel in package["wheels"]:
+                yield wheel["url"], f"{package['name']}-{package['version']}"
+
+
+def _wrong_rows(url: str) -> list[tuple[str, str, str]]:
+    with opened_url(url) as stream, zipfile.ZipFile(stream) as wheel:
+        (record,) = (name for name in wheel.namelist() if name.endswith(".dist-info/RECORD") and name.count("/") == 1)
+        said = {row[0]: row[2] for row in csv.reader(wheel.read(record).decode().splitlines()) if len(row) == 3}
+        sizes = {each.filename: f"{each.file_size}" for each in wheel.infolist()}
+        wrong = [name for name, size in said.items() if size and name in sizes and sizes[name] != size]
+        return [(name, _digest(wheel.read(name)), sizes[name]) for name in wrong]
+
+
+def _digest(content: bytes) -> str:
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+
+
+if __name__ == "__main__":
+    main()
