@@ -3,7 +3,9 @@
     python -m benchmarks.cluster        as root; boots nine containers; writes cluster.md; about 8 minutes
 
 The nodes are the tests' own (tests/lab/fleet.py): systemd as PID 1, real ssh from a terminal. All of them share the
-cores of one machine, so what grows with their number here is mostly the work of the nodes, not that of the terminal.
+cores of one machine, so what grows with their number is mostly the work of the nodes. That there are eight, each with
+cores of its own, is put together from what was measured: once, every node's answers are recorded; then a stand-in for
+the tool at each node gives them again, as many seconds after it was asked as one node alone takes.
 """
 
 import datetime
@@ -12,11 +14,12 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import environments
+from benchmarks import environments, recorded
 from benchmarks.report import table
 from benchmarks.timing import Spread
 from tests.lab.fleet import Fleet, FleetNode
@@ -31,8 +34,17 @@ WORK = "/home/spark/bench"
 UNIT = "sparkinstall-firewall.service"
 FILES = ("/etc/netplan/40-cx7.yaml", "/opt/sparkinstall/firewall.nft", f"/etc/systemd/system/{UNIT}")
 OURS, PYINFRA, ANSIBLE = "`sparkinstall cluster`", "pyinfra", "ansible-playbook"
+OWN_CORES = "`sparkinstall cluster`, the nodes' own work as on one node"
 # One node alone has no link to set up; with a network that may use its API it has a firewall.
 STEPS = ("--only", "network", "--only", "firewall", "--set", "serving.allow=198.51.100.0/24")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds by command, and how often ssh went to each node."""
+
+    spreads: dict[str, Spread]
+    trips: int
 
 
 def main() -> None:
@@ -40,26 +52,36 @@ def main() -> None:
     with sparks(max(COUNTS)) as fleet:
         install(fleet)
         _install_peers(fleet)
-        found = {count: _measure(fleet, fleet.nodes[:count]) for count in COUNTS}
+        found = dict(_all_counts(fleet))
     RESULTS.write_text("\n".join(_report(found)))
     print(RESULTS.read_text())
 
 
-def _install_peers(fleet: Fleet) -> None:
-    wanted = (f"pyinfra=={environments.PYINFRA}", f"ansible-core=={environments.ANSIBLE}")
-    fleet.on_terminal("python3", "-m", "venv", PEERS, timeout=300)
-    fleet.on_terminal(f"{PEERS}/bin/pip", "install", "-q", *wanted, timeout=900)
-    fleet.on_terminal("mkdir", "-p", WORK)
+def _all_counts(fleet: Fleet) -> Iterator[tuple[int, Measured]]:
+    alone: dict[str, float] = {}
+    for count in COUNTS:
+        nodes = fleet.nodes[:count]
+        ours, trips = _converged(fleet, nodes)
+        spreads = _in_turns(fleet, {OURS: ours, PYINFRA: _pyinfra(fleet, nodes), ANSIBLE: _ansible(fleet, nodes)})
+        with recorded.recording(nodes):
+            fleet.on_terminal(*ours, timeout=600)
+        alone = alone or recorded.seconds(nodes[0])
+        with recorded.replaying(nodes, alone):
+            spreads |= _in_turns(fleet, {OWN_CORES: ours})
+        yield count, Measured(spreads, trips)
 
 
-def _measure(fleet: Fleet, nodes: Sequence[FleetNode]) -> dict[str, Any]:
+def _converged(fleet: Fleet, nodes: Sequence[FleetNode]) -> tuple[tuple[str, ...], int]:
+    """The command that has nothing left to do on these nodes, and how often its ssh goes to each."""
     ours = (COMMAND, "cluster", *(node.name for node in nodes), *STEPS, "--yes", "--json", *ignoring())
     fleet.on_terminal(*ours, timeout=600)
-    said = json.loads(fleet.on_terminal(*ours, timeout=600).stdout)
-    nodes_said = said["data"]["nodes"]
-    if any(phase["outcome"] == "changed" for each in nodes_said for phase in each["phases"]):
+    said = json.loads(fleet.on_terminal(*ours, timeout=600).stdout)["data"]["nodes"]
+    if any(phase["outcome"] == "changed" for each in said for phase in each["phases"]):
         raise RuntimeError("the second `sparkinstall cluster` changed something")
-    commands = {OURS: ours, PYINFRA: _pyinfra(fleet, nodes), ANSIBLE: _ansible(fleet, nodes)}
+    return ours, max(each["ssh_trips"] for each in said)
+
+
+def _in_turns(fleet: Fleet, commands: Mapping[str, Sequence[str]]) -> dict[str, Spread]:
     taken: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(ROUNDS + 1):
         for name, argv in commands.items():
@@ -67,8 +89,14 @@ def _measure(fleet: Fleet, nodes: Sequence[FleetNode]) -> dict[str, Any]:
             fleet.on_terminal(*argv, cwd=WORK, env={"ANSIBLE_CONFIG": f"{WORK}/ansible.cfg"}, timeout=600)
             if turn:
                 taken[name].append(time.perf_counter() - started)
-    spreads = {name: Spread(statistics.median(each), min(each), max(each)) for name, each in taken.items()}
-    return {"spreads": spreads, "trips": max(each["ssh_trips"] for each in nodes_said)}
+    return {name: Spread(statistics.median(each), min(each), max(each)) for name, each in taken.items()}
+
+
+def _install_peers(fleet: Fleet) -> None:
+    wanted = (f"pyinfra=={environments.PYINFRA}", f"ansible-core=={environments.ANSIBLE}")
+    fleet.on_terminal("python3", "-m", "venv", PEERS, timeout=300)
+    fleet.on_terminal(f"{PEERS}/bin/pip", "install", "-q", *wanted, timeout=900)
+    fleet.on_terminal("mkdir", "-p", WORK)
 
 
 def _declared(fleet: Fleet, nodes: Sequence[FleetNode]) -> Iterator[tuple[str, list[str]]]:
@@ -108,31 +136,24 @@ def _ansible(fleet: Fleet, nodes: Sequence[FleetNode]) -> tuple[str, ...]:
     return (f"{PEERS}/bin/ansible-playbook", "-i", ",".join(n.name for n in nodes) + ",", "play.yml")
 
 
-def _report(found: dict[int, dict[str, Any]]) -> Iterator[str]:
+def _report(found: Mapping[int, Measured]) -> Iterator[str]:
     yield (
         f"# Several nodes, nothing left to do\n\nMade by `python -m benchmarks.cluster` on {datetime.date.today()}, "
         f"{len(os.sched_getaffinity(0))} cores shared by all nodes and the terminal, {platform.machine()}; "
         f"pyinfra {environments.PYINFRA}, ansible-core {environments.ANSIBLE}. Only the ratios mean something.\n"
+        "README.md in this folder says what is measured.\n"
     )
-    alone = found[COUNTS[0]]["spreads"]
-    rows = []
-    for count, each in found.items():
-        ours = each["spreads"][OURS]
-        for name, spread in each["spreads"].items():
-            trips = str(each["trips"]) if name == OURS else ""
-            growth, beside = f"{spread.times(alone[name]):.1f} x", f"{spread.times(ours):.1f} x"
-            seconds = (f"{spread.median:.2f} s", f"{spread.lowest:.2f} - {spread.highest:.2f}")
-            rows.append((f"{count}", name, *seconds, growth, beside, trips))
-    heads = (
-        "nodes",
-        "",
-        "median",
-        "lowest - highest",
-        "beside one node",
-        "beside sparkinstall",
-        "ssh round trips a node",
-    )
+    rows = [_row(count, name, found) for count, each in found.items() for name in each.spreads]
+    heads = ("nodes", "", "median", "lowest - highest", "beside one node", "beside sparkinstall", "ssh trips a node")
     yield table("The firewall, and with several nodes the network", heads, rows)
+
+
+def _row(count: int, name: str, found: Mapping[int, Measured]) -> tuple[str, ...]:
+    spread, ours, alone = (found[of].spreads[which] for of, which in ((count, name), (count, OURS), (COUNTS[0], name)))
+    seconds = (f"{spread.median:.2f} s", f"{spread.lowest:.2f} - {spread.highest:.2f}")
+    beside = "" if name == OWN_CORES else f"{spread.times(ours):.1f} x"
+    trips = f"{found[count].trips}" if name == OURS else ""
+    return (f"{count}", name, *seconds, f"{spread.times(alone):.1f} x", beside, trips)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.environments import Environment
 from benchmarks.timing import Command, Long, Spread, in_turns, once
+from sparkinstall.assets import user_cache
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import VERSION, tarball
 
@@ -26,19 +26,28 @@ _GENCODE = "-gencode=arch=compute_121,code=sm_121"
 class Fresh:
     """Seconds. `by_hand` by step, in the order in which they are done, one after the other.
 
-    `verify` is `verify --level node` on what was installed.
+    `again` is the same below another prefix, with the NCCL that was kept. `verify` is `verify --level node` on what was
+    installed.
     """
 
-    whole: Long
-    proofs: float
+    first: "Installed"
+    again: "Installed"
     by_hand: Mapping[str, Long]
     engine: Mapping[str, float]
     verify: Spread
     full: bool
 
+
+@dataclass(frozen=True)
+class Installed:
+    """One run of sparkinstall; `proofs` is the part of it that by hand nobody makes, in seconds."""
+
+    whole: Long
+    proofs: float
+
     @property
     def installing(self) -> float:
-        """What sparkinstall took without its proofs, which by hand nobody makes."""
+        """What it took without its proofs."""
         return self.whole.seconds - self.proofs
 
 
@@ -46,28 +55,33 @@ def measure(tool: Environment, work: Path, full: bool) -> Fresh:
     """One run each, one after the other."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    lock = _warm_caches(tool, work, full)
-    whole, engine, report = _ours(tool, work, full)
-    verify = _verify(tool, work / "node")
+    env = _cache_without_nccl(work)
+    lock = _warm_caches(tool, work, full, env)
+    first, engine = _ours(tool, work, full, env)
+    verify = _verify(tool, work / "node", env)
+    shutil.rmtree(work / "node")
+    again, _ = _ours(tool, work, full, env)
     shutil.rmtree(work / "node")
     by_hand = _by_hand(tool, work / "by-hand", lock)
     shutil.rmtree(work)
-    return Fresh(
-        whole=whole,
-        proofs=sum(each["seconds"] for each in report["data"]["probes"]),
-        by_hand=by_hand,
-        engine=engine,
-        verify=verify,
-        full=full,
-    )
+    return Fresh(first, again, by_hand, engine, verify, full)
 
 
-def _warm_caches(tool: Environment, work: Path, full: bool) -> Path:
+def _cache_without_nccl(work: Path) -> dict[str, str]:
+    """A cache for sparkinstall that has the wheels of the user's, and nothing that was built."""
+    wheels = user_cache() / "uv"
+    wheels.mkdir(parents=True, exist_ok=True)
+    (work / "cache/sparkinstall").mkdir(parents=True)
+    (work / "cache/sparkinstall/uv").symlink_to(wheels)
+    return {"XDG_CACHE_HOME": str(work / "cache")}
+
+
+def _warm_caches(tool: Environment, work: Path, full: bool, env: Mapping[str, str]) -> Path:
     """Install once with each of the two; the lock that sparkinstall installed from."""
     toolkit()
     node = work / "warm"
     asked = _asked(node, full)
-    Command((tool.program("sparkinstall"), *asked, "--set", "nccl.mode=wheel")).run()
+    Command((tool.program("sparkinstall"), *asked, "--set", "nccl.mode=wheel"), env).run()
     lock = work / "installed.lock"
     shutil.copy(node / "opt/sparkinstall/venv/installed.lock", lock)
     _venv(tool, work / "warm-pip").run()
@@ -82,8 +96,8 @@ def _asked(node: Path, full: bool) -> tuple[str, ...]:
     return ("all", "--root", str(node), "--stack", _STACK, part, "--json")
 
 
-def _ours(tool: Environment, work: Path, full: bool) -> tuple[Long, dict[str, float], Any]:
-    """Seconds as engine_share.py counts them, and sparkinstall's own report."""
+def _ours(tool: Environment, work: Path, full: bool, env: Mapping[str, str]) -> tuple[Installed, dict[str, float]]:
+    """The run, and the seconds that engine_share.py counts."""
     settings = {
         "source": str(tarball()),
         "version": VERSION,
@@ -93,13 +107,14 @@ def _ours(tool: Environment, work: Path, full: bool) -> tuple[Long, dict[str, fl
     options = [word for key, value in settings.items() for word in ("--set", f"nccl.{key}={value}")]
     wrapper, found = Path(__file__).with_name("engine_share.py"), work / "engine.json"
     argv = (tool.python, "-P", str(wrapper), str(found), *_asked(work / "node", full), *options)
-    whole, said = once(Command(argv))
-    return whole, json.loads(found.read_text()), json.loads(said)
+    whole, said = once(Command(argv, env))
+    probes = json.loads(said)["data"]["probes"]
+    return Installed(whole, sum(each["seconds"] for each in probes)), json.loads(found.read_text())
 
 
-def _verify(tool: Environment, node: Path) -> Spread:
+def _verify(tool: Environment, node: Path, env: Mapping[str, str]) -> Spread:
     asked = (tool.program("sparkinstall"), "verify", "--root", str(node), "--level", "node")
-    return in_turns({"verify": Command(asked)}, _ROUNDS)["verify"]
+    return in_turns({"verify": Command(asked, env)}, _ROUNDS)["verify"]
 
 
 def _venv(tool: Environment, venv: Path) -> Command:

@@ -25,7 +25,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes.facts import cores
 from sparkinstall.records import dataclass
 from sparkinstall.resources import Satisfied
-from sparkinstall.resources.nccl_library import BROUGHT_LIBRARY, BROUGHT_STAMP, NcclLibrary
+from sparkinstall.resources.nccl_library import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary
 from sparkinstall.resources.python_environment import PythonEnvironment, lock_of
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.system import Reader
@@ -38,7 +38,7 @@ _ARCHIVE = re.compile(r"uv/archive-v\d+/[\w-]+")
 _FILE = re.compile(rf"({_ARCHIVE.pattern})/.+")
 _POINTER = re.compile(r"uv/wheels-v\d+/.+\.(?:http|rev|msgpack)")
 _PAGE = re.compile(r"uv/simple-v\d+/.+\.rkyv")
-_LIBRARY = re.compile(r"nccl/brought/[0-9a-f]{12}/(?:libnccl\.so|build\.json)")
+_LIBRARY = re.compile(r"nccl/built/[0-9a-f]{12}/(?:libnccl\.so|build\.json)")
 _STEM = re.compile(r"uv/wheels-v\d+/.+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ARRIVING = "arriving"
@@ -138,8 +138,8 @@ def _nccl(node: Node) -> NcclLibrary | None:
 def _library(node: Node, library: NcclLibrary, on: Reader) -> list[tuple[Listed, Path]]:
     """The library and its stamp, where the stamp is true of it."""
     real, stamp = Path(on.real(library.library)), Path(on.real(f"{library.folder}/build.json"))
-    folder = _relative(node, library.brought(library.recipe(on)))
-    so, build = _listed(f"{folder}/{BROUGHT_LIBRARY}", real), _listed(f"{folder}/{BROUGHT_STAMP}", stamp)
+    folder = _relative(node, library.kept(library.recipe(on)))
+    so, build = _listed(f"{folder}/{KEPT_LIBRARY}", real), _listed(f"{folder}/{KEPT_STAMP}", stamp)
     is_true = json.loads(stamp.read_bytes()).get("sha256") == so.sha256
     return [(so, real), (build, stamp)] if is_true else []
 
@@ -384,7 +384,7 @@ class _Lack:
         for archive in {archive for _, archive in self._wheels}:
             if (self.waiting / archive).is_dir() and not (cache / archive).is_dir():
                 _move(self.waiting / archive, cache / archive, cache)
-        for path in sorted(self._paths, key=lambda path: path.endswith(BROUGHT_STAMP)):
+        for path in sorted(self._paths, key=lambda path: path.endswith(KEPT_STAMP)):
             _move(self.waiting / path, cache / path, cache)
         for stem, archive in self._wheels:
             _link(cache / stem, cache / archive, cache)

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from sparkinstall.resources import Drift, LeftToNode, Satisfied, State
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Entry, Reader, System
 
-BROUGHT_LIBRARY, BROUGHT_STAMP = "libnccl.so", "build.json"
+KEPT_LIBRARY, KEPT_STAMP = "libnccl.so", "build.json"
 
 # How long before a kill a compiler may have last written to an output that it never finished, in seconds.
 # Seen: 0.6 (nvcc, ld and generate.py write in place, and make takes any file that is there for a whole one).
@@ -71,9 +73,15 @@ class NcclLibrary:
         recipe = self.recipe(on)
         if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
             return Satisfied(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
+        if self._kept_stamp(recipe):
+            return self._drift(
+                f"install NCCL {recipe.version} for sm_{self.arch}, which was built before", stamp, recipe
+            )
         if on.rehearsal and (why := self.source.out_of_reach(on)):
             return LeftToNode(f"it builds NCCL {recipe.version} ({why})")
-        what = f"build NCCL {recipe.version} for sm_{self.arch} from {self.source.where}"
+        return self._drift(f"build NCCL {recipe.version} for sm_{self.arch} from {self.source.where}", stamp, recipe)
+
+    def _drift(self, what: str, stamp: Mapping[str, Any], recipe: Recipe) -> Drift:
         return Drift(what, _as_lines(stamp.get("recipe", {})), _as_lines(asdict(recipe)))
 
     def _stamp(self, on: Reader) -> dict[str, Any]:
@@ -109,26 +117,34 @@ class NcclLibrary:
             name = f"{base}/{entry.target}"
         return None
 
-    def brought(self, recipe: Recipe) -> Path:
-        """The real folder where a library that another node has built with this recipe waits."""
-        return self.source.cache / "brought" / recipe.id
+    def kept(self, recipe: Recipe) -> Path:
+        """The real folder where the library of this recipe is kept: built here before, or by another node."""
+        return self.source.cache / "built" / recipe.id
+
+    def _kept_stamp(self, recipe: Recipe) -> dict[str, Any] | None:
+        try:
+            stamp = json.loads((self.kept(recipe) / KEPT_STAMP).read_bytes())
+            return stamp if stamp["recipe"] == asdict(recipe) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def apply(self, on: System) -> None:
+        # What is as it should be, and asked for all the same, is wanted from its source.
+        anew = isinstance(self.check(on), Satisfied)
         on.claim(self.folder)
-        if not self._take_brought(on):
+        if anew or not self._take_kept(on):
             self._build(on)
 
-    def _take_brought(self, on: System) -> bool:
-        """Whether there is a library from another node that could be ours, and was taken."""
+    def _take_kept(self, on: System) -> bool:
+        """Whether a library of this recipe is kept, is what it says it is, and was installed."""
         recipe = self.recipe(on)
-        waiting = self.brought(recipe)
+        stamp, library = self._kept_stamp(recipe), self.kept(recipe) / KEPT_LIBRARY
         try:
-            stamp = json.loads((waiting / BROUGHT_STAMP).read_bytes())
-            content = (waiting / BROUGHT_LIBRARY).read_bytes()
-            if stamp["recipe"] != asdict(recipe) or stamp["sha256"] != hashlib.sha256(content).hexdigest():
+            content = library.read_bytes()
+            if stamp is None or stamp.get("sha256") != hashlib.sha256(content).hexdigest():
                 return False
-            self._prove(on, str(waiting / BROUGHT_LIBRARY), recipe)
-        except (OSError, ValueError, KeyError, TypeError, Blocked):
+            self._prove(on, str(library), recipe)
+        except (OSError, ValueError, Blocked):
             # Nothing was lost: it is built here instead.
             return False
         self._install(on, recipe, content)
@@ -151,6 +167,17 @@ class NcclLibrary:
         on.link(f"{self.folder}/lib", f"{build}/lib")
         on.clear(f"{self.folder}/{build}/obj")
         self._write_stamp(on, recipe)
+        self._keep(on, recipe)
+
+    def _keep(self, on: Reader, recipe: Recipe) -> None:
+        """For the next time: after an uninstall, below another prefix, for another stack with the same NCCL."""
+        folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: f"{self.folder}/build.json"}
+        # A cache that cannot be written to costs a build, some day.
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, path in files.items():
+                shutil.copyfile(on.real(path), folder / f"{name}.new")
+                (folder / f"{name}.new").replace(folder / name)
 
     def _make(self, on: System, source: str, build: str) -> None:
         unfinished = _unfinished(Path(build))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from sparkinstall import binaries
+from sparkinstall.assets import user_cache
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
 
@@ -21,10 +23,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Rehearsal:
-    """A rehearsal of stack 0.32.0 with a small build of NCCL 2.29.7."""
+    """A rehearsal of stack 0.32.0 with a small build of NCCL 2.29.7; its cache has wheels, and no NCCL yet."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cache: Path) -> None:
         self.root = folder / "node"
+        self.cache = cache
         self.options = [
             "--root", str(self.root), "--stack", "0.32.0", "--set", f"nccl.source={tarball()}",
             "--set", f"nccl.cuda_home={toolkit()}", "--set", "nccl.only_functions=AllReduce Sum f32 RING SIMPLE",
@@ -35,6 +38,7 @@ class Rehearsal:
         return subprocess.Popen(
             [sys.executable, "-m", "sparkinstall", *argv, *self.options, "--json"],
             cwd=REPOSITORY,
+            env={**os.environ, "XDG_CACHE_HOME": str(self.cache)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -48,19 +52,31 @@ class Rehearsal:
     def objects(self) -> int:
         return sum(1 for _ in self.root.glob("opt/sparkinstall/nccl/build-*/obj/**/*.o"))
 
+    def kill_after(self, objects: int, *argv: str) -> None:
+        """Start it, and SIGKILL it when so many objects are compiled."""
+        process, until = self.start(*argv), time.monotonic() + 600
+        while self.objects() < objects:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, wheels = tmp_path_factory.mktemp("cache"), user_cache() / "uv"
+    wheels.mkdir(parents=True, exist_ok=True)
+    (folder / "sparkinstall").mkdir()
+    (folder / "sparkinstall/uv").symlink_to(wheels)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Rehearsal]:
     """Built in two goes, with a SIGKILL between them."""
-    rehearsal = Rehearsal(tmp_path_factory.mktemp("nccl"))
-    first = rehearsal.start("all")
-    until = time.monotonic() + 600
-    while rehearsal.objects() < 40:
-        assert first.poll() is None, first.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.1)
-    os.kill(first.pid, signal.SIGKILL)
-    first.communicate()
+    rehearsal = Rehearsal(tmp_path_factory.mktemp("nccl"), cache)
+    rehearsal.kill_after(40, "all")
     rehearsal.run("all")
     yield rehearsal
 
@@ -84,6 +100,30 @@ def test_it_is_not_built_again(built: Rehearsal) -> None:
     before = built.library.stat().st_mtime_ns
     assert built.run("all")["data"]["changed"] is False
     assert built.library.stat().st_mtime_ns == before
+
+
+def test_below_another_prefix_it_is_what_was_built_before(built: Rehearsal, tmp_path: Path) -> None:
+    another = Rehearsal(tmp_path, built.cache)
+    (step,) = another.run("plan", "--only", "nccl")["data"]["steps"]
+    assert "install NCCL 2.29.7 for sm_121, which was built before" in str(step)
+    another.run("run", "nccl")
+    assert another.library.read_bytes() == built.library.read_bytes()
+    assert another.objects() == 0
+    assert another.run("run", "nccl")["data"]["changed"] is False
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_it_is_built_where_what_is_kept_is_damaged_or_not_wanted(
+    built: Rehearsal, tmp_path: Path, damaged: bool
+) -> None:
+    another = Rehearsal(tmp_path, tmp_path / "cache")
+    shutil.copytree(built.cache, another.cache, symlinks=True)
+    if damaged:
+        (kept,) = another.cache.glob("sparkinstall/nccl/built/*/libnccl.so")
+        kept.write_bytes(kept.read_bytes()[:-1])
+    else:
+        another.run("run", "nccl")
+    another.kill_after(1, "run", "nccl", *([] if damaged else ["--fresh"]))
 
 
 def test_another_recipe_would_be_a_build(built: Rehearsal) -> None:

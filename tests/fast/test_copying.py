@@ -223,7 +223,7 @@ def test_a_list_that_ssh_has_not_announced_is_refused(pair: tuple[Side, Side]) -
     "path",
     ["/etc/passwd", "../x", f"{ARCHIVE}/../../../x", f"{ARCHIVE}//x", f"{ARCHIVE}/x\0", f"{ARCHIVE}/a\nb", ARCHIVE,
      "uv/archive-v0/../x", "uv/wheels-v7/pypi/six/../../../../x.http", "uv/wheels-v7/pypi/x.sh", "uv/sdists-v10/x",
-     "nccl/tarballs.json", "nccl/brought/0123456789ab/../../x", "hashes/x", ".bashrc", ""],
+     "nccl/tarballs.json", "nccl/built/0123456789ab/../../x", "hashes/x", ".bashrc", ""],
 )  # fmt: skip
 def test_a_path_that_has_no_place_in_a_cache_is_refused(path: str) -> None:
     assert copying.understood(_listing([GOOD])).files
@@ -352,7 +352,7 @@ def test_nccl_that_is_not_what_would_be_built_is_not_taken(built: tuple[Side, Si
     head, worker = built
     with offering(head, "nccl") as offered:
         assert fetched(worker, offered, "nccl")[0] == 0
-    (waiting,) = worker.cache.glob("nccl/brought/*")
+    (waiting,) = worker.cache.glob("nccl/built/*")
     more = ["nccl.only_functions=AllReduce"] if what == "the recipe" else []
     stamp = json.loads((waiting / "build.json").read_text())
     if what != "the recipe":
@@ -385,7 +385,7 @@ def test_nccl_for_another_gpu_is_not_copied_and_said(built: tuple[Side, Side]) -
         code, data, _ = fetched(replace(worker, settings=(*worker.settings, "nccl.arch=120")), offered, "nccl")
     assert code == 0
     assert data["warning"] == "NCCL is not copied: the nodes have not the same arch"
-    assert not list(worker.cache.glob("nccl/brought/*"))
+    assert not list(worker.cache.glob("nccl/built/*"))
 
 
 # --- as the terminal leads it

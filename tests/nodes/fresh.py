@@ -1,6 +1,7 @@
 """A fresh Debian node with the checkout on it, and what a person would type there."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,8 @@ nccl:
 def fresh_node() -> Iterator[FreshNode]:
     """A node on this machine's network with a CUDA toolkit in its usual place and a cache that outlives it."""
     cache = _shared_cache()
+    # Here NCCL is built, whatever was kept on another day.
+    shutil.rmtree(cache / "nccl/built", ignore_errors=True)
     binds = [
         Bind(toolkit(), "/usr/local/cuda"),
         Bind(tarball().parent, "/srv/nccl"),
