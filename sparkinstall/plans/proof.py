@@ -3,6 +3,7 @@
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from itertools import groupby
 
 from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.events import Emit, ProbeStarted
@@ -28,13 +29,26 @@ class Looked:
 
 def look(probes: Iterable[Probe], on: Reader, emit: Emit) -> list[Looked]:
     """Ask every probe; all of them run, whatever one of them finds."""
-    found = []
-    for probe in probes:
-        emit(ProbeStarted(probe.name))
-        started = time.monotonic()
-        finding = _guarded(probe, on)
-        found.append(Looked(probe, finding, time.monotonic() - started))
+    found: list[Looked] = []
+    for waits, some in groupby(probes, lambda probe: probe.level == "link" and not probe.load):
+        group = list(some)
+        found += _side_by_side(group, on, emit) if waits else [_looked(probe, on, emit) for probe in group]
     return found
+
+
+def _side_by_side(probes: Sequence[Probe], on: Reader, emit: Emit) -> list[Looked]:
+    """Those of the link wait for answers and for counters to grow, all at the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=len(probes)) as pool:
+        return list(pool.map(lambda probe: _looked(probe, on, emit), probes))
+
+
+def _looked(probe: Probe, on: Reader, emit: Emit) -> Looked:
+    emit(ProbeStarted(probe.name))
+    started = time.monotonic()
+    finding = _guarded(probe, on)
+    return Looked(probe, finding, time.monotonic() - started)
 
 
 def _guarded(probe: Probe, on: Reader) -> Finding:

@@ -260,20 +260,26 @@ def _not_here(node: Node, on: Reader) -> str:
 def _peer(node: Node, on: Reader, peer: str) -> Finding:
     mtu = node.config.network.mtu
     expected = f"every node answers whole packets of {mtu} bytes on both halves"
-    here, there = own_addresses(node), (peer, str(twin_of(node, peer).ip))
-    small = [pings(on, to, source=str(own.ip)) for to, own in zip(there, here, strict=True)]
-    large = [
-        pings(on, to, size=mtu - HEADERS, source=str(own.ip)) if answers else False
-        for to, own, answers in zip(there, here, small, strict=True)
-    ]
+    here, there = (str(each.ip) for each in own_addresses(node)), (peer, str(twin_of(node, peer).ip))
+    ways = list(zip(there, here, strict=True))
+    if all(pings(on, to, count=1, size=mtu - HEADERS, source=own) for to, own in ways):
+        return passed(f"{peer} answers packets of {mtu} bytes", expected)
+    return _unlike_a_peer(node, on, peer, ways, expected)
+
+
+def _unlike_a_peer(node: Node, on: Reader, peer: str, ways: Sequence[tuple[str, str]], expected: str) -> Finding:
+    """What is wrong with a peer that has left a large packet unanswered: asked again, for one may get lost."""
+    mtu = node.config.network.mtu
+    small = [pings(on, to, source=own) for to, own in ways]
+    large = [a and pings(on, to, size=mtu - HEADERS, source=own) for (to, own), a in zip(ways, small, strict=True)]
     if not any(small):
         return warned(f"{peer} does not answer", "set up the other node, then `sparkinstall verify`", expected)
-    for to, answers, whole in zip(there, small, large, strict=True):
+    for (to, _), answers, whole in zip(ways, small, large, strict=True):
         if answers and not whole:
             said = f"{to} answers small packets and not large ones: its MTU, or that of a switch, is below {mtu}"
             return failed(said, "set up the other node (`sparkinstall run network` there)", expected)
     if not all(small):
-        silent = there[small.index(False)]
+        silent = ways[small.index(False)][0]
         said = f"{peer} answers on one half only: {silent} does not"
         return warned(said, "set up the other node with `network.manage: true`, then `sparkinstall verify`", expected)
     return passed(f"{peer} answers packets of {mtu} bytes", expected)
