@@ -1,6 +1,6 @@
 """`sparkinstall cluster` where nothing is left to do, on 1, 2, 4 and 8 nodes, beside pyinfra and Ansible.
 
-    python -m benchmarks.cluster        as root; boots nine containers; writes cluster.md; about 8 minutes
+    python -m benchmarks.cluster        as root; boots nine containers; writes cluster.md; 7 minutes
 
 The nodes are the tests' own (tests/lab/fleet.py): systemd as PID 1, real ssh from a terminal. All of them share the
 cores of one machine, so what grows with their number is mostly the work of the nodes. That there are eight, each with
@@ -12,7 +12,6 @@ import datetime
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 from benchmarks import environments, recorded
 from benchmarks.report import table
-from benchmarks.timing import Spread
+from benchmarks.timing import Spread, in_turns
 from tests.lab.fleet import Fleet, FleetNode
 from tests.nodes.fleet import install, sparks
 from tests.nodes.fresh import COMMAND, ignoring
@@ -62,12 +61,13 @@ def _all_counts(fleet: Fleet) -> Iterator[tuple[int, Measured]]:
     for count in COUNTS:
         nodes = fleet.nodes[:count]
         ours, trips = _converged(fleet, nodes)
-        spreads = _in_turns(fleet, {OURS: ours, PYINFRA: _pyinfra(fleet, nodes), ANSIBLE: _ansible(fleet, nodes)})
+        commands = {OURS: ours, PYINFRA: _pyinfra(fleet, nodes), ANSIBLE: _ansible(fleet, nodes)}
+        spreads = in_turns({name: AtTerminal(fleet, argv) for name, argv in commands.items()}, ROUNDS)
         with recorded.recording(nodes):
             fleet.on_terminal(*ours, timeout=600)
         alone = alone or recorded.seconds(nodes[0])
         with recorded.replaying(nodes, alone):
-            spreads |= _in_turns(fleet, {OWN_CORES: ours})
+            spreads |= in_turns({OWN_CORES: AtTerminal(fleet, ours)}, ROUNDS)
         yield count, Measured(spreads, trips)
 
 
@@ -81,15 +81,17 @@ def _converged(fleet: Fleet, nodes: Sequence[FleetNode]) -> tuple[tuple[str, ...
     return ours, max(each["ssh_trips"] for each in said)
 
 
-def _in_turns(fleet: Fleet, commands: Mapping[str, Sequence[str]]) -> dict[str, Spread]:
-    taken: dict[str, list[float]] = {name: [] for name in commands}
-    for turn in range(ROUNDS + 1):
-        for name, argv in commands.items():
-            started = time.perf_counter()
-            fleet.on_terminal(*argv, cwd=WORK, env={"ANSIBLE_CONFIG": f"{WORK}/ansible.cfg"}, timeout=600)
-            if turn:
-                taken[name].append(time.perf_counter() - started)
-    return {name: Spread(statistics.median(each), min(each), max(each)) for name, each in taken.items()}
+@dataclass(frozen=True)
+class AtTerminal:
+    """A command that somebody types at the terminal of the fleet."""
+
+    fleet: Fleet
+    argv: Sequence[str]
+
+    def seconds(self) -> float:
+        started = time.perf_counter()
+        self.fleet.on_terminal(*self.argv, cwd=WORK, env={"ANSIBLE_CONFIG": f"{WORK}/ansible.cfg"}, timeout=600)
+        return time.perf_counter() - started
 
 
 def _install_peers(fleet: Fleet) -> None:

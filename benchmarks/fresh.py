@@ -12,30 +12,14 @@ from pathlib import Path
 
 from benchmarks.environments import Environment
 from benchmarks.timing import Command, Long, Spread, in_turns, once
-from sparkinstall.assets import user_cache
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import VERSION, tarball
+from tests.support.wheel_cache import cache_of_wheels
 
 _STACK = "0.32.0"
 _ROUNDS = 5
 _FUNCTIONS = "AllReduce Sum f32 RING SIMPLE"
 _GENCODE = "-gencode=arch=compute_121,code=sm_121"
-
-
-@dataclass(frozen=True)
-class Fresh:
-    """Seconds. `by_hand` by step, in the order in which they are done, one after the other.
-
-    `again` is the same below another prefix, with the NCCL that was kept. `verify` is `verify --level node` on what was
-    installed.
-    """
-
-    first: "Installed"
-    again: "Installed"
-    by_hand: Mapping[str, Long]
-    engine: Mapping[str, float]
-    verify: Spread
-    full: bool
 
 
 @dataclass(frozen=True)
@@ -51,11 +35,28 @@ class Installed:
         return self.whole.seconds - self.proofs
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """Seconds. `by_hand` by step, in the order in which they are done, one after the other.
+
+    `again` is the same below another prefix, with the NCCL that was kept. `verify` is `verify --level node` on what was
+    installed.
+    """
+
+    first: Installed
+    again: Installed
+    by_hand: Mapping[str, Long]
+    engine: Mapping[str, float]
+    verify: Spread
+    full: bool
+
+
 def measure(tool: Environment, work: Path, full: bool) -> Fresh:
     """One run each, one after the other."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    env = _cache_without_nccl(work)
+    # What was built before, by whomever, is not in it.
+    env = {"XDG_CACHE_HOME": str(cache_of_wheels(work / "cache"))}
     lock = _warm_caches(tool, work, full, env)
     first, engine = _ours(tool, work, full, env)
     verify = _verify(tool, work / "node", env)
@@ -65,15 +66,6 @@ def measure(tool: Environment, work: Path, full: bool) -> Fresh:
     by_hand = _by_hand(tool, work / "by-hand", lock)
     shutil.rmtree(work)
     return Fresh(first, again, by_hand, engine, verify, full)
-
-
-def _cache_without_nccl(work: Path) -> dict[str, str]:
-    """A cache for sparkinstall that has the wheels of the user's, and nothing that was built."""
-    wheels = user_cache() / "uv"
-    wheels.mkdir(parents=True, exist_ok=True)
-    (work / "cache/sparkinstall").mkdir(parents=True)
-    (work / "cache/sparkinstall/uv").symlink_to(wheels)
-    return {"XDG_CACHE_HOME": str(work / "cache")}
 
 
 def _warm_caches(tool: Environment, work: Path, full: bool, env: Mapping[str, str]) -> Path:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from benchmarks.environments import plain_environ
 
@@ -46,7 +47,13 @@ class Spread:
         return self.median / other.median
 
 
-def in_turns(commands: Mapping[str, Command], rounds: int) -> dict[str, Spread]:
+class Timed(Protocol):
+    """What can be run and timed."""
+
+    def seconds(self) -> float: ...
+
+
+def in_turns(commands: Mapping[str, Timed], rounds: int) -> dict[str, Spread]:
     """Run all commands `rounds` times, A B C A B C; a first round that warms the caches does not count."""
     taken: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(rounds + 1):

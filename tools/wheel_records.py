@@ -9,9 +9,6 @@ wheels of other places are left out, and named.
 
 from __future__ import annotations
 
-import base64
-import csv
-import hashlib
 import subprocess
 import sys
 import tomllib
@@ -23,7 +20,8 @@ from pathlib import Path
 
 from sparkinstall.stacks import Stack, load, names, parse_lock
 from tests.support.wheel_member import client_env, opened_url
-from tools.lock import GLIBC
+from tests.support.wheel_record import recorded_hash, recorded_sizes
+from tools.lock import uv_argv
 
 RECORDS = Path(__file__).resolve().parents[1] / "knowledge/records"
 _AT_ONCE = 6
@@ -50,8 +48,7 @@ def _wheels(stack: Stack) -> Iterator[tuple[str, str]]:
         if elsewhere := [pin.name for pin in pins if pin.url]:
             print(f"{stack.name}, {platform.arch}: left out: {', '.join(elsewhere)}", file=sys.stderr)
         ordinary = "".join(f"{pin.requirement}\n" for pin in pins if not pin.url)
-        argv = ["uv", "pip", "compile", "--quiet", "--no-deps", "--only-binary", ":all:", "--format", "pylock.toml"]
-        argv += ["--python-version", stack.python, "--python-platform", f"{platform.arch}-{GLIBC}", "-"]
+        argv = [*uv_argv(stack, platform), "--no-deps", "-"]
         made = subprocess.run(argv, input=ordinary, check=True, capture_output=True, text=True, env=client_env()).stdout
         for package in tomllib.loads(made)["packages"]:
             for wheel in package["wheels"]:
@@ -60,15 +57,10 @@ def _wheels(stack: Stack) -> Iterator[tuple[str, str]]:
 
 def _wrong_rows(url: str) -> list[tuple[str, str, str]]:
     with opened_url(url) as stream, zipfile.ZipFile(stream) as wheel:
-        (record,) = (name for name in wheel.namelist() if name.endswith(".dist-info/RECORD") and name.count("/") == 1)
-        said = {row[0]: row[2] for row in csv.reader(wheel.read(record).decode().splitlines()) if len(row) == 3}
+        said = recorded_sizes(wheel)
         sizes = {each.filename: f"{each.file_size}" for each in wheel.infolist()}
         wrong = [name for name, size in said.items() if size and name in sizes and sizes[name] != size]
-        return [(name, _digest(wheel.read(name)), sizes[name]) for name in wrong]
-
-
-def _digest(content: bytes) -> str:
-    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
+        return [(name, recorded_hash(wheel.read(name)), sizes[name]) for name in wrong]
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def look(node: Node, on: Reader) -> Finding:
     ours, here, made = _locked(node, on), on.real(site), stamp.st_ctime_ns
     if not ours:
         return failed("it is not known what was installed: installed.lock is gone or empty", _MEND)
-    folders = _folders(node, on, site)
+    folders = _folders(on, site, ours)
     wrong = _unlike(here, _brought(here, folders), made)
     odd = _since_the_beginning(here, wrong, _forms(on.real(exceptions(node))), made)
     said = [*_packages(here, folders, ours, made), *(f"{name} {why}" for name, why in wrong.items() if name not in odd)]
@@ -53,13 +53,14 @@ def unlike_their_records(node: Node, on: Reader) -> str:
     import csv
     import io
 
-    site, rows = site_packages(node, on), io.StringIO()
-    here = on.real(site) if site else ""
-    brought = _brought(here, _folders(node, on, site)) if site else {}
-    for name in _unlike(here, brought, time.time_ns()):
+    if (site := site_packages(node, on)) is None:
+        return ""
+    here, text = on.real(site), io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    for name in _unlike(here, _brought(here, _folders(on, site, _locked(node, on))), time.time_ns()):
         if found := _stat(path := f"{here}/{name}"):
-            csv.writer(rows).writerow((name, _sha256(path), found.st_size))
-    return rows.getvalue()
+            rows.writerow((name, _sha256(path), found.st_size))
+    return text.getvalue()
 
 
 def exceptions(node: Node) -> str:
@@ -73,9 +74,8 @@ def _locked(node: Node, on: Reader) -> set[str]:
     return {_plain(name) for name in _PINNED.findall(lock)}
 
 
-def _folders(node: Node, on: Reader, site: str) -> list[str]:
+def _folders(on: Reader, site: str, ours: set[str]) -> list[str]:
     """Where the metadata of the locked packages is."""
-    ours = _locked(node, on)
     return [name for name in on.names(site) if name.endswith(".dist-info") and _package(name) in ours]
 
 

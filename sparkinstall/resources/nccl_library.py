@@ -73,15 +73,10 @@ class NcclLibrary:
         recipe = self.recipe(on)
         if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
             return Satisfied(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
-        if self._kept_stamp(recipe):
-            return self._drift(
-                f"install NCCL {recipe.version} for sm_{self.arch}, which was built before", stamp, recipe
-            )
-        if on.rehearsal and (why := self.source.out_of_reach(on)):
+        is_kept, name = bool(self._kept_stamp(recipe)), f"NCCL {recipe.version} for sm_{self.arch}"
+        if not is_kept and on.rehearsal and (why := self.source.out_of_reach(on)):
             return LeftToNode(f"it builds NCCL {recipe.version} ({why})")
-        return self._drift(f"build NCCL {recipe.version} for sm_{self.arch} from {self.source.where}", stamp, recipe)
-
-    def _drift(self, what: str, stamp: Mapping[str, Any], recipe: Recipe) -> Drift:
+        what = f"install {name}, which was built before" if is_kept else f"build {name} from {self.source.where}"
         return Drift(what, _as_lines(stamp.get("recipe", {})), _as_lines(asdict(recipe)))
 
     def _stamp(self, on: Reader) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from sparkinstall import binaries
-from sparkinstall.assets import user_cache
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
+from tests.support.wheel_cache import cache_of_wheels
 
 pytestmark = [pytest.mark.layer4, pytest.mark.network]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,11 +65,7 @@ class Rehearsal:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, wheels = tmp_path_factory.mktemp("cache"), user_cache() / "uv"
-    wheels.mkdir(parents=True, exist_ok=True)
-    (folder / "sparkinstall").mkdir()
-    (folder / "sparkinstall/uv").symlink_to(wheels)
-    return folder
+    return cache_of_wheels(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")

@@ -12,17 +12,11 @@ from sparkinstall.node import Node
 from sparkinstall.resources.fp8 import Fp8Decision, loadable
 from sparkinstall.stacks import load
 from sparkinstall.system.local import LocalSystem
+from tests.support.machine import Machine
 
 
-class WithDriver(LocalSystem):
+class WithDriver(Machine, LocalSystem):
     """This machine's folder as a node, with a driver loaded."""
-
-    @property
-    def rehearsal(self) -> bool:
-        return False
-
-    def real(self, path: str) -> str:
-        return self.root + path
 
     def read(self, path: str) -> bytes | None:
         return b"NVRM version: 580.95\n" if path == "/proc/driver/nvidia/version" else super().read(path)

@@ -1,11 +1,8 @@
 """The installed files against their wheels: changed, cut, gone, swapped, and wheels that list their files wrongly."""
 
-import base64
 import csv
-import hashlib
 import os
 import time
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from tests.fast.test_units import node_of
 from tests.support.rehearsals import SETTINGS, Rehearsal, said
 from tests.support.tiny_stack import no_index, tiny_stack
 from tests.support.wheel_member import opened_wheel
+from tests.support.wheel_record import recorded_hash, recorded_sizes
 
 
 @pytest.fixture
@@ -39,17 +37,12 @@ def site_of(root: Path, node: Node) -> Path:
     return root / node.venv.lstrip("/") / "lib/python3.12/site-packages"
 
 
-def digest_of(content: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
-
-
 def install(root: Path, node: Node, name: str, files: Mapping[str, bytes], version: str = "0.18.1") -> None:
     site, rows = site_of(root, node), ""
     for path, content in files.items():
         (site / path).parent.mkdir(parents=True, exist_ok=True)
         (site / path).write_bytes(content)
-        digest = digest_of(content)
-        rows += f"{path},sha256={digest},{len(content)}\n"
+        rows += f"{path},{recorded_hash(content)},{len(content)}\n"
     folder = site / f"{name}-{version}.dist-info"
     folder.mkdir(exist_ok=True)
     (folder / "RECORD").write_text(f"{rows}{folder.name}/RECORD,,\n")
@@ -143,10 +136,8 @@ def test_a_wheel_that_is_known_to_have_a_wrong_record_is_good(
     monkeypatch.setattr(wheel_files, "asset", lambda name: tmp_path / name)
     file = with_a_wrong_record(tmp_path, packages, "Odd_Name", "1.0")
     assert wheel_files.look(packages, on).verdict == "fail"
-    digest = digest_of(b"longer")
-    (known / "odd-name-1.0.csv").write_text(
-        f"Odd_Name/for_another_arch.so,{digest},1\nOdd_Name/lib.so,sha256={digest},6\n"
-    )
+    digest = recorded_hash(b"longer")
+    (known / "odd-name-1.0.csv").write_text(f"Odd_Name/for_another_arch.so,{digest},1\nOdd_Name/lib.so,{digest},6\n")
     assert (wheel_files.look(packages, on).verdict, wheel_files.unlike_their_records(packages, on)) == ("pass", "")
     file.write_bytes(b"longed")
     assert wheel_files.look(packages, on).found == "Odd_Name/lib.so was changed"
@@ -160,18 +151,12 @@ def test_what_is_known_of_records_is_what_the_wheels_have(path: Path, platform: 
     known = {(name, digest, int(size)) for name, digest, size in csv.reader(path.read_text().splitlines())}
     with opened_wheel(package, version, platform) as wheel:
         names = {name for name, _, _ in known} & set(wheel.namelist())
-        sizes = {row[0]: row[2] for row in csv.reader(wheel.read(record_in(wheel)).decode().splitlines())}
+        sizes = recorded_sizes(wheel)
         assert names
         for name in names:
             content = wheel.read(name)
-            digest = digest_of(content)
-            assert (name, f"sha256={digest}", len(content)) in known
+            assert (name, recorded_hash(content), len(content)) in known
             assert int(sizes[name]) != len(content)
-
-
-def record_in(wheel: zipfile.ZipFile) -> str:
-    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/RECORD"))
-    return name
 
 
 def test_what_a_wheel_really_brought_is_noted_when_it_is_installed(tmp_path: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
 import zipfile
 from pathlib import Path
+
+from tests.support.wheel_record import recorded_hash
 
 _STACK = """
 name: tiny
@@ -50,7 +51,7 @@ def no_index(stack: Path) -> dict[str, str]:
 
 def _wheel(folder: Path, more: bytes) -> Path:
     path = folder / "vllm-0.18.1-py3-none-any.whl"
-    record = "".join(f"{name},sha256={_hash(data)},{len(data)}\n" for name, data in _MEMBERS.items())
+    record = "".join(f"{name},{recorded_hash(data)},{len(data)}\n" for name, data in _MEMBERS.items())
     whole = {
         **_MEMBERS,
         "vllm/__init__.py": more,
@@ -60,7 +61,3 @@ def _wheel(folder: Path, more: bytes) -> Path:
         for name, data in whole.items():
             wheel.writestr(zipfile.ZipInfo(name), data)
     return path
-
-
-def _hash(data: bytes) -> str:
-    return base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()

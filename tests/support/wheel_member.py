@@ -133,18 +133,20 @@ def opened_url(url: str) -> Iterator[IO[bytes]]:
 
 def _get(url: str, byte_range: str) -> HTTPResponse:
     request = urllib.request.Request(url, headers={"Range": byte_range})
-    for wait in (*RETRY_SECONDS, None):
+    for seconds in RETRY_SECONDS:
         try:
-            response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
-            return response
+            return _answer(request)
         except urllib.error.HTTPError:
             raise
         except OSError:
             # A name that was not resolved, a connection that was refused: once is no failure of the index.
-            if wait is None:
-                raise
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+            time.sleep(seconds)
+    return _answer(request)
+
+
+def _answer(request: urllib.request.Request) -> HTTPResponse:
+    response: HTTPResponse = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+    return response
 
 
 class _Ranges(io.RawIOBase):
