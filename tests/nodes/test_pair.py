@@ -35,12 +35,15 @@ ARMED = "/run/sparkinstall-dead-man"
 # Something of each phase, and not what takes long to be proven.
 QUICK = tuple(word for step in ("network", "firewall", "nccl-fit", "env-files", "ray") for word in ("--only", step))
 OURS = (PREFIX, "/etc", "/var/lib/sparkinstall")
-# What Ray says itself, asked as a person would on the head; the file gives the address and the token.
+# What Ray says itself, asked as a person would on the head; the file gives the address and the token. A driver
+# prints what befalls other nodes among its own output, until it has left.
 ASK_RAY = f'. {ENV_FILES[0]}; exec timeout 20 python -W ignore -c "$0"'
 NODES_OF_RAY = """
 import json, ray
 ray.init(logging_level="ERROR")
-print(json.dumps([[node["NodeManagerAddress"], node["NodeID"]] for node in ray.nodes() if node["Alive"]]))
+found = [[node["NodeManagerAddress"], node["NodeID"]] for node in ray.nodes() if node["Alive"]]
+ray.shutdown()
+print(json.dumps(found))
 """
 # What a person would have to type to be asked the question: a terminal, which `script` gives.
 AT_A_KEYBOARD = ("script", "-qec")

@@ -49,7 +49,9 @@ ray.init(logging_level="ERROR")
 group = placement_group([{"GPU": 1}, {"GPU": 1}], strategy="STRICT_SPREAD")
 ray.get(group.ready(), timeout=60)
 where = ray.remote(num_cpus=0, num_gpus=1)(lambda: ray.util.get_node_ip_address())
-print(json.dumps(sorted(ray.get([where.options(scheduling_strategy=In(group, i)).remote() for i in (0, 1)]))))
+found = ray.get([where.options(scheduling_strategy=In(group, i)).remote() for i in (0, 1)])
+ray.shutdown()  # until then a driver prints what befalls other nodes among its own output
+print(json.dumps(sorted(found)))
 """
 
 
