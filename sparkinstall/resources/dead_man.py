@@ -1,74 +1,32 @@
 """A dead man's handle: a timer of systemd that puts things back unless the run says in time that all is well.
 
-It lives in systemd, not in this process: a tool or an ssh session that is killed cannot take it along.
+It lives in systemd, not in this process: a tool or an ssh session that is killed cannot take it along. Nor does a
+reboot, which is what people try with a machine that does not answer any more: a unit then puts things back at the boot.
 """
 
 from collections.abc import Iterable, Sequence
 
 from sparkinstall.errors import CommandFailed, Problem
+from sparkinstall.resources.rendered import render
 from sparkinstall.system import Reader, System
 from sparkinstall.system.local import LocalSystem, staged
 
-HOME = "/run/sparkinstall-dead-man"
-"""Gone after a reboot, as the timers are. Root's alone, since root runs what is in it."""
+HOME = "/var/lib/sparkinstall-dead-man"
+"""There as long as something waits for a confirmation. Root's alone, since root runs what is in it."""
 
+_TEMPLATE = "dead-man.sh.j2"
+_PLACES = {"home": HOME, "units": "/etc/systemd/system", "this_boot": "/run/sparkinstall-dead-man"}
 _UNIT = "sparkinstall-dead-man-"
 _FIRED = 9
-# Whoever moves the folder away first has won: the timer, or the run that confirms.
-_RESTORE = """\
-mv -T {home}/{name} {home}/{name}.firing || exit 0
-cd {home}/{name}.firing || exit 1
-while IFS='|' read -r path waiting; do
-  rm -f "$waiting"
-  if [ -e "files$path" ] || [ -L "files$path" ]; then
-    cp -a "files$path" "$waiting" && mv -fT "$waiting" "$path"
-  else
-    rm -f "$path"
-  fi
-done < paths
-{script}
-cd /
-rm -rf {home}/{name}.firing
-systemctl --no-block stop {unit}.timer
-"""
+# A shell reads its script while it runs: another timer's must not change beneath it.
 _ARM = """\
 set -eu; umask 077
-home=$1 name=$2 unit=$3 seconds=$4 script=$5; shift 5
-mkdir -p "$home"; chmod 755 "$home"
-if systemctl is-active --quiet "$unit.timer"; then systemctl stop "$unit.timer"; fi
-waited=0
-while [ "$(systemctl show -P ActiveState "$unit.service")" = activating ] && [ $waited -lt 60 ]; do
-  sleep 1; waited=$((waited + 1))
-done
-into=$home/$name
-# A folder that is there was neither put back nor confirmed, even if a kill has left it without its timer.
-if [ ! -d "$into" ]; then
-  rm -rf "$into".*
-  into=$into.new
-  mkdir "$into" "$into/files"; : > "$into/paths"
-  printf '%s' "$script" > "$into/restore"
-fi
-for line; do
-  path=${line%%|*}
-  grep -qxF "$line" "$into/paths" && continue
-  if [ -e "$path" ] || [ -L "$path" ]; then (cd "$into/files" && cp -a --parents "$path" .); fi
-  printf '%s\\n' "$line" >> "$into/paths"
-done
-new=
-[ "$into" = "$home/$name" ] || { new=yes; mv -T "$into" "$home/$name"; }
-systemctl reset-failed "$unit.service" 2> /dev/null || true
-systemd-run --quiet --collect --unit="$unit" --on-active="$seconds" --timer-property=AccuracySec=100ms \\
-  --property=Type=oneshot /bin/sh "$home/$name/restore" || {
-  # Nothing will be changed without a timer, so there is nothing to put back one day.
-  [ -z "$new" ] || rm -rf "$home/$name"
-  exit 1
-}
+mkdir -p "$0"; chmod 755 "$0"
+printf %s "$1" > "$0/.new"; mv -fT "$0/.new" "$0/dead-man.sh"
+shift
+exec /bin/sh "$0/dead-man.sh" arm "$@"
 """
-_DISARM = """\
-mv -T "$1/$2" "$1/$2.confirmed" || exit 9
-systemctl stop "$3.timer"
-rm -rf "$1/$2.confirmed"
-"""
+_CONFIRM = '[ -e "$0/dead-man.sh" ] || exit 9; exec /bin/sh "$0/dead-man.sh" confirm "$1"'
 
 
 class Fired(Problem):
@@ -99,11 +57,10 @@ def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence
     Raises:
         Problem: it could not be set; nothing was changed.
     """
-    unit = _UNIT + name
-    script = _RESTORE.format(home=HOME, name=name, unit=unit, script=restore_script)
+    program = render(_TEMPLATE, _PLACES).decode()
     lines = [f"{path}|{staged(path)}" for path in keep]
     try:
-        on.run("sh", "-c", _ARM, "sh", HOME, name, unit, str(seconds), script, *lines, root=True)
+        on.run("sh", "-c", _ARM, HOME, program, name, str(seconds), restore_script, *lines, root=True)
     except CommandFailed as failure:
         raise Problem(
             "the timer that would put things back could not be set; nothing was changed",
@@ -120,7 +77,7 @@ def disarm(on: System | LocalSystem, name: str) -> None:
         Fired: too late, the former state is back.
         Problem: the timer could not be stopped.
     """
-    answer = on.query("sh", "-c", _DISARM, "sh", HOME, name, _UNIT + name, root=True)
+    answer = on.query("sh", "-c", _CONFIRM, HOME, name, root=True)
     if answer.code == _FIRED:
         raise Fired(
             f"the {name} was put back as it was: nobody confirmed it in time",

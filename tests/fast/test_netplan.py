@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import tempfile
 from ipaddress import IPv4Interface
 from pathlib import Path
@@ -22,7 +21,7 @@ from sparkinstall.plans.journaled import JournaledSystem
 from sparkinstall.plans.state import StateFolder
 from sparkinstall.plans.uninstall import take_all_back
 from sparkinstall.probes import network
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, dead_man, netplan_files
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, netplan_files
 from sparkinstall.resources.netplan import LiveLink, Netplan, restoring, take_back
 from sparkinstall.stacks import load
 from sparkinstall.steps.network import Network
@@ -444,15 +443,6 @@ def test_a_file_of_any_bytes_is_read_or_refused(tail: bytes, head: bytes) -> Non
     assert isinstance(state, Drift | Obstacle)
 
 
-def test_a_timer_is_armed_by_its_folder_alone(tmp_path: Path) -> None:
-    on = LocalReader(str(tmp_path))
-    assert not dead_man.armed(on)
-    (tmp_path / "run/sparkinstall-dead-man/network.confirmed").mkdir(parents=True)
-    assert not dead_man.armed(on)
-    (tmp_path / "run/sparkinstall-dead-man/network").mkdir()
-    assert dead_man.armed(on) and dead_man.armed(on, "network") and not dead_man.armed(on, "firewall")
-
-
 def test_an_uninstall_does_not_cut_the_session_it_runs_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     was = {FIRST: {"mtu": 1500, "up": True, "addresses": []}}
     ours = Undo("netplan", "the QSFP link", was, {FIRST: "192.0.2.77/24"})
@@ -470,30 +460,3 @@ class _Unlike(LocalSystem):
 
     def query(self, *argv: str, **_: Any) -> Any:
         raise AssertionError(argv)
-
-
-def _arming(tmp_path: Path, name: str = "network", runs: bool = False) -> int:
-    """The real script of `arm` in a folder of its own, with a systemd that does or does not take the timer."""
-    for program, code in (("systemctl", 3), ("systemd-run", 0 if runs else 1)):
-        (tmp_path / program).write_text(f"#!/bin/sh\nexit {code}\n")
-        (tmp_path / program).chmod(0o755)
-    kept = tmp_path / "kept.yaml"
-    words = ["sh", "-c", dead_man._ARM, "sh", str(tmp_path / "home"), name, "unit", "30", "true", f"{kept}|{kept}.new"]
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    return subprocess.run(words, env=env, check=False, timeout=30).returncode
-
-
-def test_a_timer_that_cannot_be_set_leaves_nothing_armed(tmp_path: Path) -> None:
-    assert _arming(tmp_path) != 0
-    assert list((tmp_path / "home").iterdir()) == []
-
-
-def test_a_run_killed_between_two_timers_does_not_lose_the_former_state(tmp_path: Path) -> None:
-    """The second timer stops the first one; what that remembers is older than what is there now."""
-    (tmp_path / "kept.yaml").write_text("the former state\n")
-    assert _arming(tmp_path, runs=True) == 0
-    (tmp_path / "kept.yaml").write_text("what a killed run has made of it\n")
-    remembered = Path(f"{tmp_path}/home/network/files{tmp_path}/kept.yaml")
-    for runs in (False, True):
-        assert (_arming(tmp_path, runs=runs) == 0) is runs
-        assert remembered.read_text() == "the former state\n"

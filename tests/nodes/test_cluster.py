@@ -17,7 +17,7 @@ from tests.nodes.fresh import COMMAND, ignoring
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
 HEAD, WORKER = "192.168.100.10", "192.168.100.11"
-ARMED = "/run/sparkinstall-dead-man"
+ARMED = "/var/lib/sparkinstall-dead-man"
 NETPLAN = "/etc/netplan/40-cx7.yaml"
 LINK = ("--only", "packages", "--only", "network", "--only", "firewall")
 

@@ -126,7 +126,7 @@ def test_set_up_it_stands_alone(fleet: Fleet) -> None:
         assert _set_up(node, role=role)["outcome"] == "changed"
         assert "policy accept" in _table(node)
         assert node.run("systemctl", "is-enabled", UNIT).stdout.strip() == "enabled"
-        assert node.run("sh", "-c", "ls /run/sparkinstall-dead-man", check=False).stdout == ""
+        assert node.run("sh", "-c", "ls -d /var/lib/sparkinstall-dead-man", check=False).stdout == ""
         assert node.run("/usr/sbin/nft", "list", "tables").stdout.split() == ["table", "inet", "sparkinstall"]
 
 
@@ -254,7 +254,7 @@ def test_killed_before_it_confirms_the_timer_takes_the_rules_away(fleet: Fleet) 
     with head.popen(*command, user="spark", cwd="/home/spark") as run:
         head.run("sh", "-c", loaded)
         head.signal(run, signal.SIGKILL)
-    assert head.run("ls", "/run/sparkinstall-dead-man").stdout.split() == ["firewall"]
+    assert head.run("ls", "/var/lib/sparkinstall-dead-man").stdout.split() == ["dead-man.sh", "firewall"]
     assert _table(head)
     _wait_until(lambda: not _table(head))
     _wait_until(lambda: head.run("test", "-e", RULES, check=False).returncode == 1)

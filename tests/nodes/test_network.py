@@ -27,7 +27,8 @@ THEIRS = "/etc/netplan/60-theirs.yaml"
 THEIR_LINES = f"# by hand\nnetwork: {{version: 2, ethernets: {{{FIRST}: {{addresses: [10.77.0.1/24], mtu: 2000}}}}}}\n"
 HEAD, WORKER = "192.168.100.10", "192.168.100.11"
 DEAD_MAN = 30
-ARMED = "/run/sparkinstall-dead-man/network"
+ARMED = "/var/lib/sparkinstall-dead-man/network"
+AT_BOOT = "/etc/systemd/system/sparkinstall-dead-man.service"
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +182,19 @@ def test_a_killed_tool_leaves_the_timer_which_brings_everything_back(
     assert not _exists(head, THEIRS)
     assert _mtu(head, FIRST) == 9000
     _until(lambda: is_as_before(head, before), DEAD_MAN + 15)
-    _until(lambda: head.run("ls", "-A", str(Path(ARMED).parent)).stdout == "")
+    _until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
     assert "dead-man" not in head.run("systemctl", "list-units", "--all", "--no-legend", "*dead-man*").stdout
+
+
+def test_a_reboot_brings_back_what_nobody_had_confirmed(pair: Fleet, head: FleetNode, before: dict[str, str]) -> None:
+    """What one does with a machine that does not answer any more, long before the timer would run out."""
+    _kill_after_the_apply(pair, head, "--set", "network.dead_man=900")
+    head.reboot()
+    _until(lambda: is_as_before(head, before), 60)
+    _until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
+    assert head.run("systemctl", "is-failed", Path(AT_BOOT).name, check=False).stdout.strip() == "inactive"
+    changed = {path for path, what in head.tree_digest("/etc", times=True).items() if before.get(path) != what}
+    assert changed <= {"/etc/netplan", "/etc", "/etc/systemd/system", "/etc/systemd/system/multi-user.target.wants"}
 
 
 def test_a_run_after_a_killed_one_keeps_what_it_confirms(pair: Fleet, head: FleetNode) -> None:
@@ -194,8 +206,8 @@ def test_a_run_after_a_killed_one_keeps_what_it_confirms(pair: Fleet, head: Flee
     assert is_set_up(head, HEAD)
 
 
-def _kill_after_the_apply(pair: Fleet, head: FleetNode) -> None:
-    with head.popen(COMMAND, *_words("head"), user="spark", cwd="/home/spark") as process:
+def _kill_after_the_apply(pair: Fleet, head: FleetNode, *more: str) -> None:
+    with head.popen(COMMAND, *_words("head", *more), user="spark", cwd="/home/spark") as process:
         _until(lambda: _exists(head, ARMED), 60)
         with gateway_silent(pair):
             _until(lambda: is_set_up(head, HEAD), 60)

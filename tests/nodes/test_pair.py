@@ -31,7 +31,7 @@ PREFIX = "/opt/sparkinstall"
 NETPLAN = "/etc/netplan/40-cx7.yaml"
 TOKEN = f"{PREFIX}/ray-token"
 ENV_FILES = (f"{PREFIX}/env/multi-node-head.env", f"{PREFIX}/env/multi-node-worker.env")
-ARMED = "/run/sparkinstall-dead-man"
+ARMED = "/var/lib/sparkinstall-dead-man"
 # Something of each phase, and not what takes long to be proven.
 QUICK = tuple(word for step in ("network", "firewall", "nccl-fit", "env-files", "ray") for word in ("--only", step))
 OURS = (PREFIX, "/etc", "/var/lib/sparkinstall")
