@@ -107,16 +107,18 @@ def _cluster(words: list[str], asked: Asked, choice: Choice) -> Answer:
 @contextmanager
 def _opened(hosts: list[str], asked: Asked, choice: Choice) -> "Iterator[Cluster]":
     from sparkinstall.cli.cluster_screen import watching
+    from sparkinstall.plans.carried import carried
     from sparkinstall.plans.cluster import Cluster, Wish, members
     from sparkinstall.plans.far import Far
     from sparkinstall.system import ssh
 
-    wanted, values = _settings(asked)
+    wanted, given = _settings(asked)
+    values, files = carried(given)
     wish = Wish(wanted, values, choice.only, choice.skip, choice.ignore, choice.level, choice.measure)
     _require_known_steps(choice)
     nodes = members(hosts, wanted)
     with ssh.sockets() as sockets:
-        fars = [Far(member, ssh.Ssh(member.host, sockets), asked.verbose) for member in nodes]
+        fars = [Far(member, ssh.Ssh(member.host, sockets), asked.verbose, files) for member in nodes]
         watch = _Watch(lambda: watching(hosts, asked.verbose))
         try:
             yield Cluster(fars, wish, watch.tell, watch.end)

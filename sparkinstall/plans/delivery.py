@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sparkinstall.assets import asset, user_cache
 from sparkinstall.errors import Problem
+from sparkinstall.plans import carried
 from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalReader
 
@@ -24,6 +25,8 @@ _BESIDE = ("install.sh", "README.md", "LICENSE")
 _one_at_a_time = threading.Lock()
 MISSING = 90
 """The far shell's exit code where there is no tool of this very version; its stdout then says what is there."""
+LACKING = 91
+"""The far shell's exit code where the files that settings name were not carried yet."""
 
 # Every command line of `cluster` begins with it. $1 is the digest of the tool that is wanted, or `any`.
 _BEGIN = """\
@@ -33,8 +36,14 @@ made=
 [ ! -r "$home/tool/made-from" ] || read -r made rest <"$home/tool/made-from"
 [ "$1" = any ] && [ -n "$made" ] && made=any
 """
-_RUN = 'if [ "$made" = "$1" ] && [ -x "$tool" ]; then shift; exec "$tool" "$@"; fi\n'
-_TELL = """\
+_RUN = f"""\
+if [ "$made" = "$1" ] && [ -x "$tool" ]; then
+    [ "$2" = - ] || [ -d "$HOME/{carried.FOLDER}/$2" ] || exit {LACKING}
+    shift 2
+    exec "$tool" "$@"
+fi
+"""
+_TELL = f"""\
 for python in python3.13 python3.12 python3.11 python3 ''; do
     [ -n "$python" ] || break
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && break
@@ -42,14 +51,18 @@ done
 version=
 [ -z "$python" ] || version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null)
-printf '%s %s %s\\n' "$(uname -m)" "${version:-none}" "${glibc##* }"
-exit 90
+printf '%s %s %s\\n' "$(uname -m)" "${{version:-none}}" "${{glibc##* }}"
+exit {MISSING}
 """
 # A folder that is there is whole: it appears by one rename.
-_UNPACK = """\
-into=$home/delivered/$1
+_INTO = """\
 rm -rf "$into.new" && mkdir -p "$into.new" && tar -xf - -C "$into.new" || exit 1
 rm -rf "$into" && mv "$into.new" "$into" || exit 1
+"""
+_UNPACK = f"""\
+into=$home/delivered/$1
+{_INTO}"""
+_INSTALL = """\
 for other in "$home"/delivered/*; do [ "$other" = "$into" ] || rm -rf "$other"; done
 if [ -d "$into/wheelhouse" ]; then
     PIP_NO_INDEX=1 PIP_FIND_LINKS="$into/wheelhouse" PIP_CONFIG_FILE=/dev/null
@@ -77,13 +90,21 @@ def place(said: str) -> Place | None:
 
 
 def run_line() -> str:
-    """The shell's script that runs the tool of the digest in $1 with the rest, or ends with `MISSING`."""
+    """The shell's script that runs the tool of the digest in $1 with the words from $3 on.
+
+    It ends with `MISSING` where there is none, and with `LACKING` where what $2 names (`-`: nothing) was not carried.
+    """
     return _BEGIN + _RUN + _TELL
 
 
 def unpack_line() -> str:
     """The shell's script that takes the tool from stdin and installs it; $1 is its digest."""
-    return _BEGIN + _UNPACK
+    return _BEGIN + _UNPACK + _INSTALL
+
+
+def unpack_carried_line() -> str:
+    """The shell's script that takes what was carried from stdin; $1 is its digest."""
+    return f"into=$HOME/{carried.FOLDER}/$1\n{_INTO}"
 
 
 @lru_cache(maxsize=1)
@@ -130,10 +151,15 @@ def digest() -> str:
 
 def archive(wheelhouse: Path | None) -> bytes:
     """The sources, and the wheels that the tool needs, as one tar."""
-    packed = io.BytesIO()
     wheels = {f"wheelhouse/{path.name}": path for path in sorted(wheelhouse.iterdir())} if wheelhouse else {}
+    return packed({**sources(), **wheels})
+
+
+def packed(files: carried.Files) -> bytes:
+    """The files as one tar."""
+    packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as tar:
-        for name, path in {**sources(), **wheels}.items():
+        for name, path in files.items():
             content = path.read_bytes()
             entry = tarfile.TarInfo(name)
             entry.size, entry.mode, entry.mtime = len(content), 0o644, int(path.stat().st_mtime)

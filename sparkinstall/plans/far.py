@@ -7,6 +7,7 @@ from typing import Any
 
 from sparkinstall.errors import PreflightFailed, Problem
 from sparkinstall.plans import delivery
+from sparkinstall.plans.carried import Carried
 from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 from sparkinstall.system import Result
@@ -40,11 +41,15 @@ class NoTool(Problem):
 
 @dataclass
 class Far:
-    """A node and what is known of it. `changed`: a phase of this run has changed something there."""
+    """A node and what is known of it.
+
+    `carried`: what settings name and has to be there. `changed`: a phase of this run has changed something there.
+    """
 
     member: Member
     ssh: Ssh
     verbose: bool = False
+    carried: Carried | None = None
     brought: bool = False
     changed: bool = False
     look: Mapping[str, Any] = field(default_factory=dict)
@@ -68,7 +73,8 @@ class Far:
 
         Args:
             anew: over a connection of its own.
-            bring: install this very version first where it is missing; False: whichever is there will do.
+            bring: install this very version first where it is missing, and carry what is lacking; False: whichever
+                is there will do.
 
         Raises:
             Unreachable: ssh could not connect, or the connection was lost.
@@ -83,11 +89,15 @@ class Far:
                 raise NoTool(f"nothing of sparkinstall is on {self.host}")
             self._bring(result.out, on_line)
             result = self._run(preface, on_line, anew, bring)
+        if result.code == delivery.LACKING and self.carried:
+            self._carry(self.carried, on_line)
+            result = self._run(preface, on_line, anew, bring)
         return self._understood(result)
 
     def _run(self, preface: bytes, on_line: OnLine, anew: bool, bring: bool) -> Result:
         wanted = delivery.digest() if bring else "any"
-        command = quoted("sh", "-c", delivery.run_line(), "sparkinstall", wanted, "node", "attend")
+        lacking = self.carried.digest if self.carried and bring else "-"
+        command = quoted("sh", "-c", delivery.run_line(), "sparkinstall", wanted, lacking, "node", "attend")
         return self.ssh.run(command, stdin=preface, keep_open=True, on_line=on_line, anew=anew)
 
     def _bring(self, said: str, on_line: OnLine) -> None:
@@ -104,6 +114,19 @@ class Far:
         if not result.ok:
             raise _not_installed(self.host, result)
         self.brought = True
+
+    def _carry(self, what: Carried, on_line: OnLine) -> None:
+        on_line(f"bringing {', '.join(path.name for path in what.files.values())} to the node")
+        command = quoted("sh", "-c", delivery.unpack_carried_line(), "sparkinstall", what.digest)
+        result = self.ssh.run(command, stdin=delivery.packed(what.files), on_line=on_line)
+        if not result.ok:
+            said = [line for line in result.err.splitlines() if line.strip()][-6:]
+            raise Problem(
+                f"files that the settings name could not be brought to {self.host}",
+                why="".join(said[-1:]),
+                mend=f"mend that at the node ({self.host}), then run the same command again",
+                tail=said,
+            )
 
     def _understood(self, result: Result) -> Said:
         try:

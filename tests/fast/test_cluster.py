@@ -15,6 +15,7 @@ from sparkinstall.plans import catalogue, sameness
 from sparkinstall.plans.cluster import PHASES, members
 from sparkinstall.system.ssh import explained
 from tests.support.far_nodes import STEPS, VERSIONS, FarNodes, look, problem, step
+from tests.support.tiny_stack import tiny_stack
 
 
 @pytest.fixture
@@ -120,6 +121,77 @@ def test_what_is_said_to_a_node_goes_through_stdin(far: FarNodes) -> None:
     assert "cluster.address=192.168.100.11" in worker[0]["argv"]
     assert 'serving.arguments=["--max-model-len", "4096"]' in worker[0]["argv"]
     assert "t0ken" not in log
+
+
+def _carried(far: FarNodes, host: str, setting: str) -> Path:
+    """The file on the node that all its verbs were told to take for this setting."""
+    told = {word for call in far.calls if call["host"] == host for word in call["argv"] if word.startswith(setting)}
+    (only,) = told
+    place = only.partition("=")[2]
+    assert place.startswith("~/")
+    return far.lab / host / place.removeprefix("~/")
+
+
+def test_a_stack_of_ones_own_is_carried_to_every_node_once(far: FarNodes) -> None:
+    mine = tiny_stack(far.lab / "mine")
+    for host in ("spark-1", "spark-2"):
+        far.answer(host, look=look("unchanged"))
+    for trips in (4, 2):
+        code, said, _ = far.cluster("spark-1", "spark-2", "--stack", "mine/tiny.yaml")
+        assert code == 0, said["errors"]
+        assert [node["ssh_trips"] for node in said["data"]["nodes"]] == [trips, trips]
+    for host in ("spark-1", "spark-2"):
+        there = _carried(far, host, "stack=")
+        assert there.read_bytes() == mine.read_bytes()
+        assert there.with_name("tiny.lock").read_bytes() == mine.with_name("tiny.lock").read_bytes()
+
+
+def test_a_stack_that_was_changed_is_carried_anew(far: FarNodes) -> None:
+    mine = tiny_stack(far.lab / "mine")
+    assert far.cluster("plan", "spark-1", "--stack", "mine/tiny.yaml")[0] == 0
+    mine.write_text(mine.read_text() + "# changed\n")
+    (far.lab / "calls").unlink()
+    assert far.cluster("plan", "spark-1", "--stack", "mine/tiny.yaml")[0] == 0
+    assert _carried(far, "spark-1", "stack=").read_text().endswith("# changed\n")
+
+
+def test_a_tarball_of_nccls_source_is_carried_and_what_is_not_here_is_not(far: FarNodes) -> None:
+    (far.lab / "nccl.tar.gz").write_bytes(b"its content")
+    assert far.cluster("plan", "spark-1", "--set", "nccl.source=./nccl.tar.gz")[0] == 0
+    assert _carried(far, "spark-1", "nccl.source=").read_bytes() == b"its content"
+    (far.lab / "calls").unlink()
+    assert far.cluster("plan", "spark-1", "--set", "nccl.source=/on/the/nodes/nccl.tar.gz")[0] == 0
+    assert "nccl.source=/on/the/nodes/nccl.tar.gz" in far.calls[0]["argv"]
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "sentence"),
+    [
+        ("lock: tiny.lock", "lock: ../tiny.lock", "put it beside the stack's YAML file"),
+        ("lock: tiny.lock", "lock: gone.lock", "gone.lock cannot be carried to the nodes: No such file or directory"),
+        ("name: tiny", "name: [tiny]", "tiny.yaml: name must be letters"),
+    ],
+)
+def test_a_stack_that_cannot_be_carried_is_told_before_anybody_is_asked(
+    far: FarNodes, was: str, now: str, sentence: str
+) -> None:
+    mine = tiny_stack(far.lab / "mine")
+    mine.write_text(mine.read_text().replace(was, now))
+    code, said, _ = far.cluster("spark-1", "spark-2", "--stack", str(mine))
+    assert code == 2
+    (error,) = said["errors"]
+    assert error["code"] == "config" and sentence in f"{error['what']} {error['mend']}"
+    assert not far.calls
+
+
+def test_where_it_cannot_be_put_the_node_is_named(far: FarNodes) -> None:
+    tiny_stack(far.lab / "mine")
+    (far.lab / "spark-2/.local/share/sparkinstall/carried").write_text("in the way")
+    code, said, _ = far.cluster("plan", "spark-1", "spark-2", "--stack", "mine/tiny.yaml")
+    assert code == 5
+    (error,) = said["errors"]
+    assert error["what"] == "files that the settings name could not be brought to spark-2"
+    assert "carried" in error["why"]
 
 
 def test_the_network_is_confirmed_over_a_new_connection_alone(far: FarNodes) -> None:
