@@ -7,9 +7,11 @@ readers show the one and some (GitLab) only the other.
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
+from sparkinstall.cli.render import pointed
 from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.plans.engine import StepReport
 from sparkinstall.plans.proof import Looked
@@ -92,12 +94,13 @@ def begin(path: Path) -> None:
         raise storage_problem(error, f"writing {path}") from error
 
 
-def write(path: Path, cases: Sequence[Case], strict: bool) -> None:
-    """Write the report; `strict`: what was skipped has failed.
+def write(path: Path, cases: Sequence[Case], strict: bool, root: str = "") -> None:
+    """Write the report; `strict`: what was skipped has failed. `root`: the `--root` of this run, as an option.
 
     Raises:
         Storage: the file cannot be written.
     """
+    cases = [_pointed(case, root) for case in cases]
     words = {"name": "sparkinstall verify", **_counted(cases, strict)}
     whole = ElementTree.Element("testsuites", words)
     for suite in ("checks", *LEVELS):
@@ -108,6 +111,11 @@ def write(path: Path, cases: Sequence[Case], strict: bool) -> None:
         ElementTree.ElementTree(whole).write(path, encoding="utf-8", xml_declaration=True)
     except OSError as error:
         raise storage_problem(error, f"writing {path}") from error
+
+
+def _pointed(case: Case, root: str) -> Case:
+    bad, skipped, said = (pointed(each, root) for each in (case.bad, case.skipped, case.said))
+    return replace(case, bad=bad, skipped=skipped, said=said)
 
 
 def _counted(cases: Sequence[Case], strict: bool) -> dict[str, str]:

@@ -108,7 +108,7 @@ def verify(
     asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
 
     def body() -> Answer:
-        with _reported(junit, strict):
+        with _reported(junit, strict, f" --root {root}" if root else ""):
             choice = Choice(tuple(only or ()), tuple(skip or ()), known_level(level), measure, strict, junit)
             return _verify(asked, choice, json)
 
@@ -129,7 +129,7 @@ def known_level(name: str | None) -> "Level | None":
 
 
 @contextmanager
-def _reported(path: Path | None, strict: bool) -> Iterator[None]:
+def _reported(path: Path | None, strict: bool, root: str) -> Iterator[None]:
     """What keeps everything from being looked at stands in the report too."""
     from sparkinstall.errors import Problem
 
@@ -142,7 +142,7 @@ def _reported(path: Path | None, strict: bool) -> Iterator[None]:
     try:
         yield
     except Problem as problem:
-        junit.write(path, junit.of_problem(problem), strict)
+        junit.write(path, junit.of_problem(problem), strict, root)
         raise
 
 
@@ -152,7 +152,7 @@ def _verify(asked: Asked, choice: Choice, json: bool) -> Answer:
     session = open_session(asked)
     result = looked_through(session, choice, json)
     if choice.junit:
-        _report(choice.junit, result)
+        _report(choice.junit, result, session.root_option)
     return _told(session, result, asked.verbose, json)
 
 
@@ -202,10 +202,10 @@ def _probed(session: "Session", chosen: "Chosen", plain: bool) -> "list[Looked]"
         return proof.look(chosen.probes, session.system, emit)
 
 
-def _report(path: Path, result: Result) -> None:
+def _report(path: Path, result: Result, root: str) -> None:
     from sparkinstall.cli import junit
 
-    junit.write(path, [*junit.of_checks(result.reports), *junit.of_probes(result.looked)], result.strict)
+    junit.write(path, [*junit.of_checks(result.reports), *junit.of_probes(result.looked)], result.strict, root)
 
 
 def data(session: "Session", result: Result) -> dict[str, Any]:

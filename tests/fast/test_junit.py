@@ -146,6 +146,14 @@ def test_what_kept_everything_from_being_looked_at(tmp_path: Path) -> None:
     assert failure.text == "there is no level 'x'\ndid you mean y?"
 
 
+def test_the_commands_in_a_report_mean_the_rehearsal_that_was_looked_at(tmp_path: Path) -> None:
+    bad, left = failed("no NCCL", "`sparkinstall run nccl`"), skipped("set up with `sparkinstall all --root ./other`")
+    cases = junit.of_probes([look("a", bad), look("b", left)])
+    junit.write(tmp_path / "j.xml", cases, False, " --root ./node")
+    said = (tmp_path / "j.xml").read_text()
+    assert "`sparkinstall run nccl --root ./node`" in said and "`sparkinstall all --root ./other`" in said
+
+
 def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
     for place in (tmp_path / "no" / "j.xml", tmp_path, Path(""), Path("-")):
         with pytest.raises(BadUsage) as refused:
