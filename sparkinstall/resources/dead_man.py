@@ -18,15 +18,6 @@ _TEMPLATE = "dead-man.sh.j2"
 _PLACES = {"home": HOME, "units": "/etc/systemd/system", "this_boot": "/run/sparkinstall-dead-man"}
 _UNIT = "sparkinstall-dead-man-"
 _FIRED = 9
-# A shell reads its script while it runs: another timer's must not change beneath it.
-_ARM = """\
-set -eu; umask 077
-mkdir -p "$0"; chmod 755 "$0"
-printf %s "$1" > "$0/.new"; mv -fT "$0/.new" "$0/dead-man.sh"
-shift
-exec /bin/sh "$0/dead-man.sh" arm "$@"
-"""
-_CONFIRM = '[ -e "$0/dead-man.sh" ] || exit 9; exec /bin/sh "$0/dead-man.sh" confirm "$1"'
 
 
 class Fired(Problem):
@@ -57,10 +48,9 @@ def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence
     Raises:
         Problem: it could not be set; nothing was changed.
     """
-    program = render(_TEMPLATE, _PLACES).decode()
     lines = [f"{path}|{staged(path)}" for path in keep]
     try:
-        on.run("sh", "-c", _ARM, HOME, program, name, str(seconds), restore_script, *lines, root=True)
+        on.run(*_words("arm", _program(), name, str(seconds), restore_script, *lines), root=True)
     except CommandFailed as failure:
         raise Problem(
             "the timer that would put things back could not be set; nothing was changed",
@@ -77,7 +67,7 @@ def disarm(on: System | LocalSystem, name: str) -> None:
         Fired: too late, the former state is back.
         Problem: the timer could not be stopped.
     """
-    answer = on.query("sh", "-c", _CONFIRM, HOME, name, root=True)
+    answer = on.query(*_words("confirm", name), root=True)
     if answer.code == _FIRED:
         raise Fired(
             f"the {name} was put back as it was: nobody confirmed it in time",
@@ -89,6 +79,19 @@ def disarm(on: System | LocalSystem, name: str) -> None:
             why=answer.err.strip(),
             mend="run the same command again as a user who may use sudo",
         )
+
+
+def drop(on: System | LocalSystem, name: str) -> None:
+    """What there is now stays, or is put back in another way: nothing of `name` waits any more or is left.
+
+    Raises:
+        Fired: too late, the former state is back.
+        Problem: the timer could not be stopped.
+    """
+    if armed(on, name):
+        disarm(on, name)
+    elif on.entry(HOME):
+        on.query(*_words("forget", name), root=True)
 
 
 def confirm(on: System | LocalSystem) -> tuple[str, ...]:
@@ -108,6 +111,14 @@ def fire(on: System | LocalSystem, name: str) -> bool:
     on.query("systemctl", "start", f"{_UNIT}{name}.service", timeout=120, root=True)
     # Whatever systemd answers, who moved the folder away has done it: the timer may have been faster.
     return not armed(on, name)
+
+
+def _words(*words: str) -> tuple[str, ...]:
+    return ("sh", "-c", _program(), "dead-man.sh", *words)
+
+
+def _program() -> str:
+    return render(_TEMPLATE, _PLACES).decode()
 
 
 def quoted(words: Iterable[str]) -> str:

@@ -300,8 +300,7 @@ def take_back(on: LocalSystem) -> bool:
     Raises:
         Problem: it takes root, and that cannot be had.
     """
-    if dead_man.armed(on, TIMER):
-        dead_man.disarm(on, TIMER)
+    dead_man.drop(on, TIMER)
     if on.entry(NFT) is None or not live_table(on):
         return False
     answer = on.query(NFT, "delete", "table", *TABLE, root=True)

@@ -394,8 +394,7 @@ def take_back(on: LocalSystem, records: Iterable[Undo]) -> bool:
         return False
     records = tuple(records)
     _refuse_own_way(on, records)
-    if dead_man.armed(on, TIMER):
-        dead_man.disarm(on, TIMER)
+    dead_man.drop(on, TIMER)
     before, added = _first_of(records)
     kept = {name for name, address in added.items() if _still_named(on, address) and name in before}
     script = restoring({name: was for name, was in before.items() if name not in kept}, added)

@@ -125,7 +125,9 @@ def test_what_is_said_to_a_node_goes_through_stdin(far: FarNodes) -> None:
 
 def _carried(far: FarNodes, host: str, setting: str) -> Path:
     """The file on the node that all its verbs were told to take for this setting."""
-    told = {word for call in far.calls if call["host"] == host for word in call["argv"] if word.startswith(setting)}
+    told: set[str] = {
+        word for call in far.calls if call["host"] == host for word in call["argv"] if word.startswith(setting)
+    }
     (only,) = told
     place = only.partition("=")[2]
     assert place.startswith("~/")

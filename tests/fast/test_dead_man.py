@@ -23,16 +23,17 @@ def _arming(tmp_path: Path, name: str = "network", runs: bool = False) -> int:
     for program, code in (("systemctl", 3), ("systemd-run", 0 if runs else 1)):
         (tmp_path / program).write_text(f"#!/bin/sh\nexit {code}\n")
         (tmp_path / program).chmod(0o755)
-    kept = tmp_path / "kept.yaml"
-    program, told = _program(tmp_path), f"echo restored >> {tmp_path}/told"
-    return _sh(
-        tmp_path, "-c", dead_man._ARM, str(tmp_path / "home"), program, name, "30", told, f"{kept}|{kept}.new"
-    ).returncode
+    kept, script = tmp_path / "kept.yaml", f"echo restored >> {tmp_path}/told"
+    return _do(tmp_path, "arm", _program(tmp_path), name, "30", script, f"{kept}|{kept}.new").returncode
 
 
 def _program(tmp_path: Path) -> str:
     places = {name: str(tmp_path / name) for name in dead_man._PLACES}
     return render(dead_man._TEMPLATE, places).decode()
+
+
+def _do(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return _sh(tmp_path, "-c", _program(tmp_path), "dead-man.sh", *words)
 
 
 def _sh(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -89,12 +90,18 @@ def test_a_restoring_that_the_power_ended_is_begun_again_at_the_boot(tmp_path: P
 def test_what_was_confirmed_stays_at_a_boot(tmp_path: Path) -> None:
     assert _arming(tmp_path, runs=True) == _arming(tmp_path, "firewall", runs=True) == 0
     (tmp_path / "systemctl").write_text("#!/bin/sh\n")
-    confirm = ("-c", dead_man._CONFIRM, str(tmp_path / "home"))
-    assert _sh(tmp_path, *confirm, "network").returncode == 0
-    assert _sh(tmp_path, *confirm, "network").returncode == dead_man._FIRED
+    assert _do(tmp_path, "confirm", "network").returncode == 0
+    assert _do(tmp_path, "confirm", "network").returncode == dead_man._FIRED
     _boot(tmp_path)
     assert (tmp_path / "told").read_text() == "restored\n"
-    assert _sh(tmp_path, *confirm, "firewall").returncode == dead_man._FIRED
+    assert _do(tmp_path, "confirm", "firewall").returncode == dead_man._FIRED
+    assert _left(tmp_path) == []
+
+
+def test_what_a_killed_arming_has_left_goes(tmp_path: Path) -> None:
+    assert _arming(tmp_path, runs=True) == 0
+    (tmp_path / "home/network").rename(tmp_path / "home/network.new")
+    assert _do(tmp_path, "forget", "network").returncode == 0
     assert _left(tmp_path) == []
 
 

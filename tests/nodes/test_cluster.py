@@ -43,7 +43,8 @@ def _largest_ping(node: FleetNode, address: str) -> bool:
 
 
 def _armed(node: FleetNode) -> bool:
-    return bool(node.run("ls", "-A", ARMED, check=False).stdout.strip())
+    kept = ("-mindepth", "1", "-maxdepth", "1", "-type", "d", "-not", "-name", "*.new")
+    return bool(node.run("find", ARMED, *kept, check=False).stdout)
 
 
 def _until(true: Callable[[], bool], seconds: float = 60) -> None:

@@ -106,7 +106,8 @@ def _until(so: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def _armed(node: FleetNode) -> bool:
-    return bool(node.run("ls", "-A", ARMED, check=False).stdout.strip())
+    kept = ("-mindepth", "1", "-maxdepth", "1", "-type", "d", "-not", "-name", "*.new")
+    return bool(node.run("find", ARMED, *kept, check=False).stdout)
 
 
 def _links(node: FleetNode) -> list[tuple[int, list[str]]]:
