@@ -157,7 +157,7 @@ def test_a_copy_that_was_killed_in_its_middle_is_gone_on_with(pair: tuple[Side, 
         fetch.stdin.write(offered.as_given())
         fetch.stdin.flush()
         staged = worker.cache / "arriving" / files[1].relative_to(head.cache)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 60
         while not staged.exists():
             assert time.monotonic() < until
             time.sleep(0.01)

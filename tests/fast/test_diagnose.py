@@ -451,13 +451,13 @@ class Followed:
             self.said += line.decode()
 
     def until(self, words: str) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while words not in self.said:
             assert time.monotonic() < deadline, self.said
             time.sleep(0.05)
 
     def until_it_reads(self, log: Path) -> None:
-        deadline, files = time.monotonic() + 20, Path(f"/proc/{self._process.pid}/fd")
+        deadline, files = time.monotonic() + 60, Path(f"/proc/{self._process.pid}/fd")
         while str(log) not in map(os.path.realpath, files.iterdir()):
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -466,7 +466,7 @@ class Followed:
 
     def end(self) -> int:
         self._process.send_signal(signal.SIGINT)
-        code = self._process.wait(20)
+        code = self._process.wait(60)
         self._reader.join(20)
         assert self._process.stderr
         assert b"Traceback" not in self._process.stderr.read()

@@ -40,7 +40,7 @@ class Thing:
         del on
         self.made += 1
         if self.meets:
-            self.meets.wait(timeout=10)
+            self.meets.wait(timeout=60)
         if self.raises:
             raise self.raises
 

@@ -24,7 +24,7 @@ class CommandTimedOutError(AssertionError):
     """A command ran longer than its limit; the message ends with what it had said until then."""
 
 
-def run(*argv: str, timeout: float = 60, check: bool = True, env: dict[str, str] | None = None) -> Completed:
+def run(*argv: str, timeout: float = 180, check: bool = True, env: dict[str, str] | None = None) -> Completed:
     """Run a command of this machine and return what it said; `timeout` in seconds."""
     process = subprocess.Popen(
         argv,

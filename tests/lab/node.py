@@ -132,7 +132,7 @@ class FreshNode:
         env: Mapping[str, str] | None = None,
         input: str | None = None,  # noqa: A002 - subprocess.run's name for it
         cwd: str | None = None,
-        timeout: float = 60,
+        timeout: float = 180,
         check: bool = True,
     ) -> Completed:
         """Run a command and wait; CommandFailedError where it fails and `check` is on."""

@@ -57,7 +57,7 @@ def reinstall(node: FreshNode, package: str) -> None:
     node.run(uv, "pip", "install", "--reinstall", "--no-deps", "--python", python, same, user="spark", env=own)
 
 
-def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float = 30) -> None:
+def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float = 90) -> None:
     """Start `vllm.service` anew, with `more` in its unit and `program` (of Python) run in its process."""
     node.write(UNIT, SERVICE.format(env_file=ENV_FILE, more=more, program=program, up=UP))
     node.run("systemctl", "daemon-reload")

@@ -91,7 +91,7 @@ def _mtu(node: FleetNode, interface: str) -> int:
     return int(json.loads(said)[0]["mtu"])
 
 
-def _until(holds: Callable[[], bool], seconds: float = 15) -> None:
+def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < until, "it did not come about"
@@ -183,7 +183,7 @@ def test_a_killed_tool_leaves_the_timer_which_brings_everything_back(
     _kill_after_the_apply(pair, head)
     assert not _exists(head, THEIRS)
     assert _mtu(head, FIRST) == 9000
-    _until(lambda: is_as_before(head, before), DEAD_MAN + 15)
+    _until(lambda: is_as_before(head, before), DEAD_MAN + 60)
     _until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
     _until(lambda: not head.run("systemctl", "list-units", "--all", "--no-legend", "*dead-man*").stdout)
 
@@ -218,7 +218,7 @@ def _kill_after_the_apply(pair: Fleet, head: FleetNode, *more: str) -> None:
         with gateway_silent(pair):
             _until(lambda: is_set_up(head, HEAD), 60)
             head.signal(process, signal.SIGKILL)
-            process.wait(10)
+            process.wait(60)
 
 
 def test_a_peer_that_is_not_set_up_is_a_warning(head: FleetNode) -> None:

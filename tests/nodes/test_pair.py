@@ -272,7 +272,7 @@ def _kill(pair: Fleet, run: Process, *, everything: bool) -> None:
         pair.terminal.run("pkill", "-9", "-u", "spark", check=False)
     else:
         pair.terminal.signal(run, signal.SIGKILL)
-    run.wait(10)
+    run.wait(60)
 
 
 def test_a_lost_ssh_session_is_told_and_gone_on_with(pair: Fleet) -> None:
@@ -301,7 +301,7 @@ def test_a_cable_that_is_pulled_while_the_network_is_applied(pair: Fleet) -> Non
     assert told.code == 5, told
     assert "does not answer over the link" in told.errors or "the new network was not kept" in told.errors
     assert pair.ssh(head, "true").returncode == 0
-    _until(lambda: not any(_armed(node) for node in pair.nodes), 60)
+    _until(lambda: not any(_armed(node) for node in pair.nodes), 120)
     assert "mtu: 8000" in head.read(NETPLAN)
     pair.plug(head)
     again = _set_up(pair)
@@ -316,7 +316,7 @@ def test_a_workers_ray_that_is_killed_comes_back(pair: Fleet) -> None:
     head, worker = pair.nodes
     lost = _nodes_of_ray(head)[1:]
     worker.run("systemctl", "kill", "--signal=KILL", "ray-worker")
-    _until(lambda: _is_whole(head, without=lost), 90)
+    _until(lambda: _is_whole(head, without=lost), 180)
 
 
 def test_a_node_that_dies_between_the_plan_and_the_yes_is_named(pair: Fleet) -> None:
@@ -337,7 +337,7 @@ def test_a_node_that_dies_between_the_plan_and_the_yes_is_named(pair: Fleet) -> 
     # Whether the open connection breaks first or a new one finds nobody is a matter of seconds.
     words = " ".join(rest.split())
     assert "the connection to spark-2 was lost" in words or "spark-2 does not answer" in words, rest
-    _until(lambda: _is_whole(head, without=lost), 120)
+    _until(lambda: _is_whole(head, without=lost), 180)
     told = _set_up(pair)
     assert told.code == 0, told.errors
 

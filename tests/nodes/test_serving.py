@@ -255,7 +255,7 @@ def test_an_engine_that_stands_still_is_not_served_by_a_healthy_api(pair: Pair, 
     assert found["serving"]["found"] == "no completion within 60 s, though /health says 200"
     assert found["serving"]["verdict"] == "fail"
     _assert_others_skip(found)
-    assert took < PATIENCE + 15
+    assert took < PATIENCE + 45
     assert _all_probed(pair.head, "single", *_thinking())["serving"]["verdict"] == "pass"
 
 
@@ -290,7 +290,7 @@ def test_with_the_link_down_the_probe_says_so_though_health_is_well(pair: Pair) 
     assert found["verdict"] == "fail"
     assert found["found"] == "no completion within 60 s, though /health says 200"
     assert "`sparkinstall verify --only peers`" in found["mend"]
-    assert took < PATIENCE + 15
+    assert took < PATIENCE + 45
 
 
 def test_when_the_cable_is_back_it_serves_again_by_itself(pair: Pair) -> None:
