@@ -15,7 +15,7 @@ HOME = "/var/lib/sparkinstall-dead-man"
 """There as long as something waits for a confirmation. Root's alone, since root runs what is in it."""
 
 _TEMPLATE = "dead-man.sh.j2"
-_PLACES = {"home": HOME, "units": "/etc/systemd/system", "this_boot": "/run/sparkinstall-dead-man"}
+_PLACES = {"home": HOME, "units": "/etc/systemd/system", "lock": "/run/sparkinstall-dead-man.lock"}
 _UNIT = "sparkinstall-dead-man-"
 _FIRED = 9
 
@@ -48,6 +48,9 @@ def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence
     Raises:
         Problem: it could not be set; nothing was changed.
     """
+    for path in keep:
+        if "|" in path or not path.isprintable():
+            raise Problem(f"{path!a} could not be put back by a script", mend="give that file a name of letters")
     lines = [f"{path}|{staged(path)}" for path in keep]
     try:
         on.run(*_words("arm", _program(), name, str(seconds), restore_script, *lines), root=True)

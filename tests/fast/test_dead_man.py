@@ -1,116 +1,238 @@
 """The way back: its program as sh runs it, with a systemd that takes its timer, or does not."""
 
 import os
+import shutil
+import signal
 import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
+from sparkinstall.errors import Problem
 from sparkinstall.resources import dead_man
 from sparkinstall.resources.rendered import render
-from sparkinstall.system.local import LocalReader
+from sparkinstall.system.local import LocalReader, LocalSystem
+
+FORMER, NEW = "the former state\n", "what nobody has confirmed\n"
+# Every program that the script starts.
+STARTED = ("cat", "cp", "chmod", "find", "flock", "grep", "ln", "mkdir", "mv", "rm", "rmdir", "sync", "systemd-run")
+COUNTING = """\
+#!/bin/sh
+read -r count < {here}/count
+count=$((count + 1))
+echo $count > {here}/count
+read -r last < {here}/last
+[ $count != $last ] || kill -9 0
+exec {real} "$@"
+"""
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Path:
+    """A folder that stands for a node: systemd takes every timer, and none runs yet."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "kept.yaml").write_text(FORMER)
+    _program_that(tmp_path, "systemd-run", "exit 0")
+    _program_that(tmp_path, "systemctl", "exit 3")
+    return tmp_path
+
+
+def _program_that(node: Path, name: str, does: str) -> None:
+    (node / "bin" / name).write_text(f"#!/bin/sh\n{does}\n")
+    (node / "bin" / name).chmod(0o755)
+
+
+def _program(node: Path) -> str:
+    return render(dead_man._TEMPLATE, {name: str(node / name) for name in dead_man._PLACES}).decode()
+
+
+def _arm(node: Path, name: str = "network") -> int:
+    kept, script = node / "kept.yaml", f"echo {name} >> {node}/told"
+    return _do(node, "arm", _program(node), name, "30", script, f"{kept}|{kept}.new").returncode
+
+
+def _do(node: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return _sh(node, "-c", _program(node), "dead-man.sh", *words)
+
+
+def _sh(node: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": f"{node}/counting:{node}/bin:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["sh", *words], env=env, check=False, timeout=60, capture_output=True, text=True, start_new_session=True
+    )
+
+
+def _boot(node: Path) -> int:
+    """What the unit does after a reboot; where there is none, nothing."""
+    units = [*(node / "units/multi-user.target.wants").glob("*")]
+    for unit in units:
+        (command,) = [line for line in unit.read_text().splitlines() if line.startswith("ExecStart=/bin/sh ")]
+        return _sh(node, *command.split()[1:]).returncode
+    return 0
+
+
+def _left(node: Path) -> list[str]:
+    """The files that stand of the timers."""
+    return [each.name for each in (*(node / "units").rglob("*.service"), *(node / "home").rglob("*"))]
+
+
+def _told(node: Path) -> str:
+    return (node / "told").read_text() if (node / "told").exists() else ""
+
+
+def _killed_at_every_program(node: Path, *words: str) -> Iterator[int]:
+    """Run a verb once for every program that it starts, and kill all of it as that one starts."""
+    (node / "counting").mkdir()
+    for name in STARTED:
+        real = node / "bin" / name if (node / "bin" / name).exists() else shutil.which(name)
+        (node / "counting" / name).write_text(COUNTING.format(here=node, real=real))
+        (node / "counting" / name).chmod(0o755)
+    code, last = -signal.SIGKILL, 0
+    while code == -signal.SIGKILL:
+        last += 1
+        (node / "count").write_text("0\n")
+        (node / "last").write_text(f"{last}\n")
+        code = _do(node, *words).returncode
+        (node / "last").write_text("0\n")
+        yield code
+    assert code == 0 and last > 3
 
 
 def test_a_timer_is_armed_by_its_folder_alone(tmp_path: Path) -> None:
     on = LocalReader(str(tmp_path))
     assert not dead_man.armed(on)
-    (tmp_path / "var/lib/sparkinstall-dead-man/network.confirmed").mkdir(parents=True)
+    (tmp_path / "var/lib/sparkinstall-dead-man/network.gone").mkdir(parents=True)
     assert not dead_man.armed(on)
     (tmp_path / "var/lib/sparkinstall-dead-man/network").mkdir()
     assert dead_man.armed(on) and dead_man.armed(on, "network") and not dead_man.armed(on, "firewall")
 
 
-def _arming(tmp_path: Path, name: str = "network", runs: bool = False) -> int:
-    """The real script of `arm` in a folder of its own, with a systemd that does or does not take the timer."""
-    for program, code in (("systemctl", 3), ("systemd-run", 0 if runs else 1)):
-        (tmp_path / program).write_text(f"#!/bin/sh\nexit {code}\n")
-        (tmp_path / program).chmod(0o755)
-    kept, script = tmp_path / "kept.yaml", f"echo restored >> {tmp_path}/told"
-    return _do(tmp_path, "arm", _program(tmp_path), name, "30", script, f"{kept}|{kept}.new").returncode
-
-
-def _program(tmp_path: Path) -> str:
-    places = {name: str(tmp_path / name) for name in dead_man._PLACES}
-    return render(dead_man._TEMPLATE, places).decode()
-
-
-def _do(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return _sh(tmp_path, "-c", _program(tmp_path), "dead-man.sh", *words)
-
-
-def _sh(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    return subprocess.run(["sh", *words], env=env, check=False, timeout=30, capture_output=True, text=True)
-
-
-def _boot(tmp_path: Path) -> None:
-    """What the unit does after a reboot."""
-    (unit,) = (tmp_path / "units/multi-user.target.wants").iterdir()
-    (command,) = [line for line in unit.read_text().splitlines() if line.startswith("ExecStart=/bin/sh ")]
-    told = _sh(tmp_path, *command.split()[1:])
-    assert (told.returncode, told.stderr) == (0, "")
-
-
-def _left(tmp_path: Path) -> list[str]:
-    """The files that stand of the timers."""
-    there = [tmp_path / "this_boot", *(tmp_path / "units").rglob("*.service"), *(tmp_path / "home").rglob("*")]
-    return [each.name for each in there if each.exists()]
-
-
-def test_the_program_of_the_timer_is_sound(tmp_path: Path) -> None:
-    (tmp_path / "dead-man.sh").write_text(_program(tmp_path))
-    done = subprocess.run(["shellcheck", tmp_path / "dead-man.sh"], capture_output=True, text=True, check=False)
+def test_its_program_is_sound(node: Path) -> None:
+    (node / "dead-man.sh").write_text(_program(node))
+    done = subprocess.run(["shellcheck", node / "dead-man.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-def test_a_timer_that_cannot_be_set_leaves_nothing_armed(tmp_path: Path) -> None:
-    assert _arming(tmp_path) != 0
-    assert _left(tmp_path) == []
+def test_a_timer_that_cannot_be_set_leaves_nothing_armed(node: Path) -> None:
+    _program_that(node, "systemd-run", "exit 1")
+    assert _arm(node) == 1
+    assert _left(node) == []
 
 
-def test_a_boot_puts_back_what_was_not_confirmed(tmp_path: Path) -> None:
-    (tmp_path / "kept.yaml").write_text("the former state\n")
-    assert _arming(tmp_path, runs=True) == 0
-    assert _arming(tmp_path, "firewall", runs=True) == 0
-    (tmp_path / "kept.yaml").write_text("what nobody has confirmed\n")
-    _boot(tmp_path)
-    assert (tmp_path / "kept.yaml").read_text() == "the former state\n"
-    assert (tmp_path / "told").read_text() == "restored\n" * 2
-    assert _left(tmp_path) == []
+@pytest.mark.parametrize("name", ["a|b.yaml", "a\nb.yaml"])
+def test_a_file_whose_name_no_script_can_hold_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Problem, match="could not be put back"):
+        dead_man.arm(LocalSystem(str(tmp_path)), "network", "true", 30, [f"/etc/netplan/{name}"])
 
 
-def test_a_restoring_that_the_power_ended_is_begun_again_at_the_boot(tmp_path: Path) -> None:
-    (tmp_path / "kept.yaml").write_text("the former state\n")
-    assert _arming(tmp_path, runs=True) == 0
-    (tmp_path / "kept.yaml").unlink()
-    (tmp_path / "home/network").rename(tmp_path / "home/network.firing")
-    _boot(tmp_path)
-    assert (tmp_path / "kept.yaml").read_text() == "the former state\n"
-    assert _left(tmp_path) == []
+def test_it_puts_back_what_was_there_and_what_was_not(node: Path) -> None:
+    assert _arm(node) == 0
+    (node / "kept.yaml").write_text(NEW)
+    assert _do(node, "put-back", "network").returncode == 0
+    assert (node / "kept.yaml").read_text() == FORMER
+    (node / "kept.yaml").unlink()
+    assert _arm(node) == 0
+    (node / "kept.yaml").write_text(NEW)
+    assert _do(node, "put-back", "network").returncode == 0
+    assert not (node / "kept.yaml").exists()
+    assert _told(node) == "network\n" * 2 and _left(node) == []
 
 
-def test_what_was_confirmed_stays_at_a_boot(tmp_path: Path) -> None:
-    assert _arming(tmp_path, runs=True) == _arming(tmp_path, "firewall", runs=True) == 0
-    (tmp_path / "systemctl").write_text("#!/bin/sh\n")
-    assert _do(tmp_path, "confirm", "network").returncode == 0
-    assert _do(tmp_path, "confirm", "network").returncode == dead_man._FIRED
-    _boot(tmp_path)
-    assert (tmp_path / "told").read_text() == "restored\n"
-    assert _do(tmp_path, "confirm", "firewall").returncode == dead_man._FIRED
-    assert _left(tmp_path) == []
+def test_a_boot_puts_back_what_was_not_confirmed(node: Path) -> None:
+    assert _arm(node) == _arm(node, "firewall") == 0
+    (node / "kept.yaml").write_text(NEW)
+    assert _boot(node) == 0
+    assert (node / "kept.yaml").read_text() == FORMER
+    assert sorted(_told(node).split()) == ["firewall", "network"]
+    assert _left(node) == []
 
 
-def test_what_a_killed_arming_has_left_goes(tmp_path: Path) -> None:
-    assert _arming(tmp_path, runs=True) == 0
-    (tmp_path / "home/network").rename(tmp_path / "home/network.new")
-    assert _do(tmp_path, "forget", "network").returncode == 0
-    assert _left(tmp_path) == []
+def test_a_unit_of_the_boot_that_runs_without_one_leaves_it_to_the_timer(node: Path) -> None:
+    assert _arm(node) == 0
+    _program_that(node, "systemctl", '[ "$1" = is-active ]')
+    assert _boot(node) == 0
+    assert not _told(node) and (node / "home/network").is_dir()
 
 
-def test_a_run_killed_between_two_timers_does_not_lose_the_former_state(tmp_path: Path) -> None:
+def test_what_was_confirmed_stays_at_a_boot(node: Path) -> None:
+    assert _arm(node) == _arm(node, "firewall") == 0
+    assert _do(node, "confirm", "network").returncode == 0
+    assert _do(node, "confirm", "network").returncode == dead_man._FIRED
+    assert _boot(node) == 0
+    assert _told(node) == "firewall\n"
+    assert _do(node, "confirm", "firewall").returncode == dead_man._FIRED
+    assert _left(node) == []
+
+
+def test_what_cannot_be_put_back_is_kept_and_tried_again(node: Path) -> None:
+    """A full disk, say."""
+    assert _arm(node) == 0
+    (node / "kept.yaml").write_text(NEW)
+    _program_that(node, "cp", "exit 1")
+    assert _do(node, "put-back", "network").returncode != 0
+    assert (node / "home/network").is_dir()
+    (node / "bin/cp").unlink()
+    assert _do(node, "put-back", "network").returncode == 0
+    assert (node / "kept.yaml").read_text() == FORMER and _left(node) == []
+
+
+def test_a_run_killed_between_two_timers_does_not_lose_the_former_state(node: Path) -> None:
     """The second timer stops the first one; what that remembers is older than what is there now."""
-    (tmp_path / "kept.yaml").write_text("the former state\n")
-    assert _arming(tmp_path, runs=True) == 0
-    (tmp_path / "kept.yaml").write_text("what a killed run has made of it\n")
-    remembered = Path(f"{tmp_path}/home/network/files{tmp_path}/kept.yaml")
-    for runs in (False, True):
-        assert (_arming(tmp_path, runs=runs) == 0) is runs
-        assert remembered.read_text() == "the former state\n"
+    assert _arm(node) == 0
+    (node / "kept.yaml").write_text("what a killed run has made of it\n")
+    remembered = Path(f"{node}/home/network/files{node}/kept.yaml")
+    for code in (1, 0):
+        _program_that(node, "systemd-run", f"exit {code}")
+        assert _arm(node) == code
+        assert remembered.read_text() == FORMER
+
+
+def test_killed_anywhere_while_it_arms_nothing_is_lost_or_left(node: Path) -> None:
+    kept = f"{node}/kept.yaml|{node}/kept.yaml.new"
+    for _ in _killed_at_every_program(node, "arm", _program(node), "network", "30", "true", kept):
+        assert _boot(node) == 0
+        assert (node / "kept.yaml").read_text() == FORMER
+        assert _do(node, "forget", "network").returncode == 0
+        assert _left(node) == []
+
+
+def test_killed_anywhere_while_it_puts_back_the_boot_does_the_rest(node: Path) -> None:
+    assert _arm(node) == 0
+    (node / "kept.yaml").write_text(NEW)
+    for _ in _killed_at_every_program(node, "put-back", "network"):
+        assert _boot(node) == 0
+        assert (node / "kept.yaml").read_text() == FORMER
+        assert _left(node) == []
+        assert _arm(node) == 0
+        (node / "kept.yaml").write_text(NEW)
+
+
+def test_killed_anywhere_while_it_confirms_it_is_the_one_or_the_other(node: Path) -> None:
+    assert _arm(node) == 0
+    (node / "kept.yaml").write_text(NEW)
+    for code in _killed_at_every_program(node, "confirm", "network"):
+        waits = (node / "home/network").is_dir()
+        assert not waits or code
+        assert _boot(node) == 0
+        assert (node / "kept.yaml").read_text() == (FORMER if waits else NEW)
+        assert _do(node, "forget", "network").returncode == 0
+        assert _left(node) == []
+        (node / "kept.yaml").write_text(FORMER)
+        assert _arm(node) == 0
+        (node / "kept.yaml").write_text(NEW)
+
+
+def test_one_that_ends_takes_nothing_from_another_that_begins(node: Path) -> None:
+    assert _arm(node) == 0
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            ends, begins = pool.submit(_do, node, "put-back", "network"), pool.submit(_arm, node, "firewall")
+            assert ends.result().returncode == begins.result() == 0
+            assert (node / "home/dead-man.sh").exists() and (node / "home/firewall").is_dir()
+            ends, begins = pool.submit(_do, node, "confirm", "firewall"), pool.submit(_arm, node, "network")
+            assert ends.result().returncode == begins.result() == 0
+            assert (node / "home/dead-man.sh").exists() and (node / "home/network").is_dir()
+    assert _do(node, "confirm", "network").returncode == 0
+    assert _left(node) == []
