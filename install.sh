@@ -7,7 +7,7 @@
 #   ./install.sh --tool-only          install the command `sparkinstall` and stop
 #   ./install.sh --remove             remove that command again (`sparkinstall uninstall` comes before)
 #
-# Any other option goes to `sparkinstall all`.
+# Any other option goes to `sparkinstall all`; what neither of them knows is refused before anything is touched.
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -16,6 +16,14 @@ TOOL=$HOME_OF_TOOL/tool
 COMMAND=${XDG_BIN_HOME:-${HOME:-}/.local/bin}/sparkinstall
 # What apt installed for us alone, one a line, so that --remove can take it back.
 BOOTSTRAPPED=$HOME_OF_TOOL/apt-packages
+# Seconds that apt may keep us waiting for its package lists.
+PATIENCE=300
+# The options of `sparkinstall all`, with a value and without; a test holds them to the program's own.
+VALUED='--root --config --stack --set --platform --only --skip --ignore'
+PLAIN='--full --partial --yes --json --verbose'
+LETTERS=yv
+# Not empty once we make the environment: only then is one that stands aside ours to put back.
+making=
 
 say() { printf '%s\n' "$*" >&2; }
 
@@ -23,6 +31,67 @@ fail() {
     say "✗ $1"
     [ $# -lt 2 ] || say "  do    $2"
     exit "${3:-1}"
+}
+
+misused() {
+    fail "$1" "${2:-./install.sh --help shows what it knows}" 2
+}
+
+is_one_of() {
+    sought=$1
+    shift
+    for each in "$@"; do
+        [ "$each" != "$sought" ] || return 0
+    done
+    return 1
+}
+
+show_help() {
+    sed -n '2,/^set -eu/{/^set -eu/d;s/^# \{0,1\}//;p;}' "$0"
+    printf '%s\n' "Options of \`sparkinstall all\`: $VALUED (each with a value)," \
+        "$PLAIN -y -v; \`sparkinstall all --help\` explains them."
+}
+
+# A slip like --roots would else be found by `sparkinstall all` only, after the tool was installed; `remove` never.
+refuse_unknown() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --tool-only | --remove) misused "$1 has to stand alone" "./install.sh $1" ;;
+            --*=*) needs_value "${1%%=*}" "${1#*=}" ;;
+            --*)
+                if ! is_plain "$1"; then
+                    needs_value "$@"
+                    shift
+                fi
+                ;;
+            -?*) case ${1#-} in *[!$LETTERS]*) misused "there is no option $1" ;; esac ;;
+            *) refuse_word "$1" ;;
+        esac
+        shift
+    done
+}
+
+is_plain() {
+    # shellcheck disable=SC2086 # one word an option is what is wanted
+    is_one_of "$1" $PLAIN
+}
+
+# An empty value is most often a variable that was never set; for --root it would be the folder one stands in.
+needs_value() {
+    if is_plain "$1"; then misused "$1 takes no value"; fi
+    # shellcheck disable=SC2086
+    is_one_of "$1" $VALUED || misused "there is no option $1"
+    case ${2:-} in
+        '' | -*) misused "$1 needs a value" ;;
+    esac
+}
+
+refuse_word() {
+    # shellcheck disable=SC2086
+    if is_one_of "--$1" --tool-only --remove $VALUED $PLAIN; then
+        misused "'$1' is no option" "perhaps --$1 is meant"
+    fi
+    misused "'$1' belongs to no option"
 }
 
 need_checkout() {
@@ -46,10 +115,40 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-# No questions, patience with other runs of apt, and nothing is removed to make room.
+# No questions, patience with other runs of apt, nothing is removed to make room, and words that can be looked for.
 apt_get() {
-    as_root env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 \
+    as_root env LC_ALL=C DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 \
         apt-get -o DPkg::Lock::Timeout=600 --no-install-recommends "$@"
+}
+
+# The timeout above is for dpkg's lock; that of the lists is held for minutes on the first boots of a Spark.
+update_lists() {
+    waited=0
+    until heard=$(apt_get update -qq 2>&1); do
+        case $heard in
+            *"Could not get lock"* | *"Unable to lock"*) ;;
+            *)
+                say "$heard"
+                fail "apt could not read its package lists" "sudo apt-get update shows why"
+                ;;
+        esac
+        [ "$waited" -lt "$PATIENCE" ] || lists_stayed_held
+        [ "$waited" -gt 0 ] || say "apt's package lists are held by $(holder); waiting until they are free ..."
+        sleep 5
+        waited=$((waited + 5))
+    done
+    [ -z "$heard" ] || say "$heard"
+}
+
+# Whom apt blamed in $heard; older versions name nobody.
+holder() {
+    name=$(printf '%s\n' "$heard" | sed -n 's/.*held by process \([0-9]*\) (\(.*\)).*/\2 (process \1)/p' | head -n 1)
+    printf '%s\n' "${name:-another program}"
+}
+
+lists_stayed_held() {
+    fail "apt's package lists were held for $((PATIENCE / 60)) minutes by $(holder)" \
+        "let it end (sudo fuser -v /var/lib/apt/lists/lock shows who it is), then run this again"
 }
 
 is_rehearsal() {
@@ -68,7 +167,7 @@ need_ensurepip() {
     fi
     say "Installing $package, which $PYTHON needs to make an environment ..."
     mkdir -p "$HOME_OF_TOOL"
-    apt_get update -qq >&2 || fail "apt could not read its package lists" "sudo apt-get update shows why"
+    update_lists
     # A name followed by "[" would only be upgraded: it was here before us.
     planned=$(apt_get -s install --no-remove "$package" | sed -n 's/^Inst \([^ ]*\) (.*/\1/p')
     apt_get install -y -qq --no-remove "$package" >&2 ||
@@ -91,6 +190,25 @@ digest_of_checkout() {
         -exec sha256sum {} + | LC_ALL=C sort | sha256sum | cut -d' ' -f1)
 }
 
+# Two at once would take each other's half-made environment away. The folder above is the lock: it leaves no file
+# behind, and the kernel frees it when the last process that holds it has ended, however that was.
+take_turns() {
+    above=$(dirname "$HOME_OF_TOOL")
+    if [ ! -d "$above" ] || ! command -v flock >/dev/null 2>&1; then return 0; fi
+    exec 9<"$above"
+    answer=0
+    flock -n 9 2>/dev/null || answer=$?
+    # Anything else than 1 is a file system that cannot lock: then without.
+    [ "$answer" = 1 ] || return 0
+    say "Another install.sh is at work here; waiting until it has ended ..."
+    # In short waits: a Ctrl-C that comes just before one begins is lost on it, and heard after it.
+    until flock -w 1 9 || [ $? != 1 ]; do :; done
+}
+
+end_turn() {
+    exec 9<&-
+}
+
 # The former one is kept until the new one is whole: a failed update leaves a working command.
 install_tool() {
     wanted="$(digest_of_checkout) $PYTHON"
@@ -99,44 +217,93 @@ install_tool() {
     fi
     say "Installing the command sparkinstall in $TOOL ..."
     mkdir -p "$HOME_OF_TOOL"
-    if [ -e "$TOOL/made-from" ]; then
-        rm -rf "$TOOL.old"
-        mv "$TOOL" "$TOOL.old"
-    fi
-    rm -rf "$TOOL"
-    "$PYTHON" -m venv "$TOOL" || give_back "$PYTHON could not make an environment in $TOOL"
+    move_aside
+    quietly "$PYTHON" -m venv "$TOOL" || give_back "$PYTHON could not make an environment in $TOOL"
     run_pip install --quiet --require-hashes -r "$HERE/requirements.lock"
     run_pip install --quiet --no-deps --no-build-isolation --no-index "$HERE"
     printf '%s\n' "$wanted" >"$TOOL/made-from"
     rm -rf "$TOOL.old"
 }
 
+move_aside() {
+    making=yes
+    if [ -e "$TOOL/made-from" ]; then
+        rm -rf "$TOOL.old"
+        mv "$TOOL" "$TOOL.old"
+    fi
+    rm -rf "$TOOL"
+}
+
+# A program's words are kept until it fails: of one that Ctrl-C has ended nobody needs the traceback.
+quietly() {
+    ended=0
+    heard=$("$@" 2>&1) || ended=$?
+    [ -z "$heard" ] || say "$heard"
+    return "$ended"
+}
+
 # A program's paths are those of its environment: the former one can only come back to its own place.
-give_back() {
-    if [ -e "$TOOL.old" ]; then
+put_back() {
+    if [ -e "$TOOL.old" ] && [ ! -e "$TOOL/made-from" ]; then
         rm -rf "$TOOL"
         mv "$TOOL.old" "$TOOL"
     fi
+}
+
+give_back() {
+    put_back
     fail "$@"
 }
 
+# Whoever only waits for another install.sh has nothing to give back: what is half made there is the other's.
+interrupted() {
+    trap '' INT TERM HUP
+    [ -z "$making" ] || put_back
+    say "✗ interrupted; run it again: it goes on where this one stopped" || :
+    exit 130
+}
+
 run_pip() {
-    "$TOOL/bin/python" -m pip --disable-pip-version-check "$@" >&2 ||
+    quietly "$TOOL/bin/python" -m pip --disable-pip-version-check "$@" ||
         give_back "the tool's own packages could not be installed" \
             "look at the lines above; with the network mended, run this again"
 }
 
 link_command() {
     mkdir -p "$(dirname "$COMMAND")"
-    if { [ -e "$COMMAND" ] || [ -L "$COMMAND" ]; } && [ "$(readlink "$COMMAND")" != "$TOOL/bin/sparkinstall" ]; then
-        say "! $COMMAND is something else, and stays; the command is $TOOL/bin/sparkinstall"
+    if { [ ! -e "$COMMAND" ] && [ ! -L "$COMMAND" ]; } || is_linked; then ln -sfn "$TOOL/bin/sparkinstall" "$COMMAND"; fi
+}
+
+is_linked() {
+    [ -L "$COMMAND" ] && [ "$(readlink "$COMMAND")" = "$TOOL/bin/sparkinstall" ]
+}
+
+# Empty where the word `sparkinstall` is enough.
+how_to_call() {
+    folder=$(dirname "$COMMAND")
+    if ! is_linked; then
+        printf '%s\n' "! $COMMAND is something else, and stays; the command is $TOOL/bin/sparkinstall"
         return
     fi
-    ln -sfn "$TOOL/bin/sparkinstall" "$COMMAND"
-    case ":$PATH:" in
-        *":$(dirname "$COMMAND"):"*) ;;
-        *) say "! $(dirname "$COMMAND") is not on your PATH yet: log in again, or run $COMMAND" ;;
-    esac
+    case ":$PATH:" in *":$folder:"*) return ;; esac
+    if login_adds "$folder"; then
+        printf '%s\n' "! $folder is not on your PATH yet: log in again, or call the command as $COMMAND"
+    else
+        printf '%s\n' "! $folder is not on your PATH: the command is $COMMAND" \
+            "  do    export PATH=\"$folder:\$PATH\"   # put it into your shell's start-up file to keep it"
+    fi
+}
+
+# bash reads the first of these at login, and no other. Of other shells we promise nothing.
+login_adds() {
+    case "$1 ${SHELL:-}" in "$HOME/.local/bin "*/bash) ;; *) return 1 ;; esac
+    for file in .bash_profile .bash_login .profile; do
+        if [ -r "$HOME/$file" ]; then
+            grep -q '^[^#]*PATH=.*\.local/bin' "$HOME/$file"
+            return
+        fi
+    done
+    return 1
 }
 
 # Only what apt installed for us, and only if nothing else would go with it.
@@ -155,34 +322,65 @@ purge_bootstrapped() {
 }
 
 remove_tool() {
-    if [ -L "$COMMAND" ] && [ "$(readlink "$COMMAND")" = "$TOOL/bin/sparkinstall" ]; then rm -f "$COMMAND"; fi
+    take_turns
+    if [ ! -e "$HOME_OF_TOOL" ] && ! is_linked; then
+        say "Nothing to remove: the command sparkinstall is not installed here."
+        return
+    fi
+    if is_linked; then rm -f "$COMMAND"; fi
     if [ -s "$BOOTSTRAPPED" ]; then purge_bootstrapped; fi
     rm -rf "$HOME_OF_TOOL"
     say "Removed the command sparkinstall. What it set up on a node is taken back by \`sparkinstall uninstall\`."
 }
 
-main() {
-    [ -n "${HOME:-}" ] || fail "HOME is not set" "run this as a user with a home" 2
-    tool_only=
-    case ${1:-} in
-        --remove)
-            remove_tool
-            return
-            ;;
-        -h | --help)
-            sed -n '2,/^set -eu/{/^set -eu/d;s/^# \{0,1\}//;p;}' "$0"
-            return
-            ;;
-        --tool-only) tool_only=yes ;;
-    esac
-    need_checkout
-    [ -n "$tool_only" ] || need_spark_or_rehearsal "$@"
+provide_tool() {
     PYTHON=$(find_python)
     need_ensurepip "$@"
+    mkdir -p "$(dirname "$HOME_OF_TOOL")"
+    take_turns
     install_tool
     link_command
-    [ -z "$tool_only" ] || return 0
-    exec "$TOOL/bin/sparkinstall" all "$@"
+    end_turn
+}
+
+# How to call the command is said once more at the end: what was said before has long scrolled off.
+set_up() {
+    [ -n "$advice" ] || exec "$TOOL/bin/sparkinstall" all "$@"
+    # Ctrl-C reaches the program by itself, and it says what there is to say.
+    trap : INT TERM HUP
+    ended=0
+    "$TOOL/bin/sparkinstall" all "$@" || ended=$?
+    say "$advice" || :
+    exit "$ended"
+}
+
+# --tool-only and --remove do not mix with anything; the rest is for `sparkinstall all`.
+read_words() {
+    only=
+    case "$# ${1:-}" in
+        "1 --tool-only" | "1 --remove") only=$1 ;;
+        *) refuse_unknown "$@" ;;
+    esac
+}
+
+main() {
+    [ -n "${HOME:-}" ] || fail "HOME is not set" "run this as a user with a home" 2
+    if is_one_of -h "$@" || is_one_of --help "$@"; then
+        show_help
+        return
+    fi
+    read_words "$@"
+    trap interrupted INT TERM HUP
+    if [ "$only" = --remove ]; then
+        remove_tool
+        return
+    fi
+    need_checkout
+    [ -n "$only" ] || need_spark_or_rehearsal "$@"
+    provide_tool "$@"
+    advice=$(how_to_call)
+    [ -z "$advice" ] || say "$advice"
+    [ -n "$only" ] || set_up "$@"
 }
 
 main "$@"

@@ -61,8 +61,14 @@ def _like(pattern: re.Pattern[str], what: str) -> Callable[[str], str | None]:
     return lambda value: None if pattern.fullmatch(value) else f"must be {what}"
 
 
-def _one_of(*choices: str) -> Callable[[str], str | None]:
-    return lambda value: None if value in choices else f"must be one of {', '.join(choices)}"
+class _OneOf:
+    """One of a few words; which they are is asked again to say the nearest."""
+
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
+
+    def __call__(self, value: str) -> str | None:
+        return None if value in self.choices else f"must be one of {', '.join(self.choices)}"
 
 
 def _port(value: int) -> str | None:
@@ -151,7 +157,7 @@ class NcclConfig:
     mode: str = _setting(
         "source",
         "`source` builds NCCL for this GPU; `wheel` takes the one that comes with torch.",
-        _one_of("source", "wheel"),
+        _OneOf("source", "wheel"),
     )
     source: str = _setting(
         "git",
@@ -187,7 +193,7 @@ class Fp8Config:
     fallback: str = _setting(
         "auto",
         "Take Triton's FP8 kernels instead of CUTLASS: `auto` decides by looking, `on` and `off` overrule.",
-        _one_of("auto", "on", "off"),
+        _OneOf("auto", "on", "off"),
     )
 
 
@@ -196,7 +202,7 @@ class ClusterConfig:
     role: str = _setting(
         "single",
         "What this node is: `single`, or `head` or `worker` of several (`multi-node --role` sets it).",
-        _one_of("single", "head", "worker"),
+        _OneOf("single", "head", "worker"),
     )
     head: str = _setting("192.168.100.10", "The head's address on the QSFP link.", _address)
     workers: tuple[str, ...] = _setting(
@@ -208,7 +214,7 @@ class ClusterConfig:
     executor: str = _setting(
         "ray",
         "What spreads vLLM over the nodes: `ray`, or `mp` (vLLM's own processes, without Ray).",
-        _one_of("ray", "mp"),
+        _OneOf("ray", "mp"),
     )
     ray_port: int = _setting(6379, "Ray's port on the head.", _port)
     master_port: int = _setting(29501, "The port on the head where the processes of `mp` meet.", _port)
@@ -230,7 +236,7 @@ class NetworkConfig:
     transport: str = _setting(
         "auto",
         "How NCCL talks between nodes: `roce`, `socket`, or `auto` (RoCE where its devices are really there).",
-        _one_of("auto", "roce", "socket"),
+        _OneOf("auto", "roce", "socket"),
     )
     dead_man: int = _setting(
         90, "Seconds after which a network that was not confirmed is put back as it was.", _dead_man
@@ -242,7 +248,7 @@ class FirewallConfig:
     mode: str = _setting(
         "auto",
         "Close Ray, NCCL and the API to all but the link: `on`, `off`, or `auto` (off where another firewall runs).",
-        _one_of("auto", "on", "off"),
+        _OneOf("auto", "on", "off"),
     )
 
 
@@ -352,7 +358,21 @@ def _yaml(content: bytes, what: str) -> Any:
     except safe_yaml.TooMuch as error:
         raise BadConfig(f"{what} is larger or deeper than any settings are", mend="is it the right file?") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
+        if line := _line_of_tab(error, content):
+            mend = "YAML takes no tab before a name: indent with blanks"
+            raise BadConfig(f"{what} is not YAML: there is a tab in line {line}", mend=mend) from error
         raise BadConfig(f"{what} is not YAML: {_where(error)}") from error
+
+
+def _line_of_tab(error: Exception, content: bytes) -> int:
+    """The line, from 1, whose indentation has the tab that libyaml calls a character which starts no token; 0: none."""
+    mark = getattr(error, "problem_mark", None)
+    lines = content.decode(errors="replace").splitlines()
+    if mark is None or mark.line >= len(lines):
+        return 0
+    line = lines[mark.line]
+    indented_with = line[: len(line) - len(line.lstrip())]
+    return int(mark.line) + 1 if "\t" in indented_with and mark.column <= len(indented_with) else 0
 
 
 def _where(error: Exception) -> str:
@@ -405,7 +425,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     """`KEY=VALUE` of a command line; the value is read as YAML.
 
     Raises:
-        BadConfig: no `=` in it, an unknown key, or a value that is no YAML.
+        BadConfig: no `=` in it, an unknown key, or a value that is no YAML or cannot be used.
     """
     name, equals, value = text.partition("=")
     if not equals:
@@ -415,7 +435,10 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise _unknown(name, set(known), "--set")
     parsed = _yaml(value.encode(errors="replace"), f"--set {name}")
     # `--set nccl.arch=90` means text: what a number is to YAML may be a name to us.
-    return name, value if _takes_text(known[name].type) and parsed is not None else parsed
+    meant = value if _takes_text(known[name].type) and parsed is not None else parsed
+    # Looked at here, where it is known which option it came with: `build` knows the command line as a whole.
+    _checked(known[name], meant, "--set")
+    return name, meant
 
 
 def _takes_text(kind: Any) -> bool:
@@ -461,8 +484,15 @@ def _checked_item(setting: Setting, value: Any, where: str) -> Any:
 def _valid(setting: Setting, value: Any, where: str) -> Any:
     complaint = setting.valid(value) if setting.valid else None
     if complaint:
-        raise BadConfig(f"{where} {complaint}, not {redact(_show(value))}")
+        raise BadConfig(f"{where} {complaint}, not {redact(_show(value))}", mend=_nearest(setting, value))
     return value
+
+
+def _nearest(setting: Setting, value: Any) -> str:
+    if not isinstance(setting.valid, _OneOf):
+        return ""
+    near = get_close_matches(value[:80].lower(), setting.valid.choices, n=1, cutoff=0.6)
+    return f"did you mean `{near[0]}`?" if near else ""
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -40,7 +40,7 @@ Later ones win:
 1. the default
 2. {files};
    or, instead of both, the one file that `--config FILE` or the variable `SPARKINSTALL_CONFIG` names
-3. the options of the last `sparkinstall all` or `run` that did something on this node or in this rehearsal
+3. the options of the last `sparkinstall all` or `run` that began to change this node or rehearsal
    (`settings show` calls it "the last `all` or `run`")
 4. the options of this command line: `--set KEY=VALUE`, `--stack`
 

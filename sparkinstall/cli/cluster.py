@@ -27,7 +27,8 @@ def cluster(
     words: Annotated[
         list[str],
         typer.Argument(
-            metavar="[plan|verify|status|uninstall] HOST...",
+            # The blanks keep rich from taking it for markup, and the usage line of an error from losing it.
+            metavar="[ plan|verify|status|uninstall ] HOST...",
             help="The nodes as you write them after `ssh`, the head first. A verb before them asks for that alone.",
         ),
     ],
@@ -94,18 +95,38 @@ def _cluster(words: list[str], asked: Asked, choice: Choice) -> Answer:
         "plan": _plan, "verify": proof.verify, "status": _status, "uninstall": _uninstall,
     }  # fmt: skip
     verb = words[0] if words[0] in verbs else ""
+    _refuse_misspelt(words, list(verbs))
     hosts = words[1:] if verb else words
     if not hosts:
         raise BadUsage(f"which nodes? `cluster {verb}` names none", mend=f"sparkinstall cluster {verb} spark-1 spark-2")
     if verb != "verify" and choice.of_verify:
         option = choice.of_verify[0]
         raise BadUsage(f"{option} is for `cluster verify`", mend=f"sparkinstall cluster verify {option} ... HOST...")
-    with _opened(hosts, asked, choice) as nodes:
+    with _opened(hosts, asked, choice, carries=verb not in ("status", "uninstall")) as nodes:
         return verbs.get(verb, _up)(nodes, choice)
 
 
+def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
+    """A verb with a slip in it would be taken for a host, and the others be set up with it.
+
+    Raises:
+        BadUsage: the first word is nearly a verb, and hosts follow.
+    """
+    from difflib import get_close_matches
+
+    from sparkinstall.errors import BadUsage
+
+    near = get_close_matches(words[0].lower(), verbs, n=1, cutoff=0.75)
+    if near and words[0] not in verbs and len(words) > 1:
+        raise BadUsage(
+            f"`cluster` has no verb `{words[0]}`",
+            mend=f"did you mean the verb `{near[0]}`? A host of that name is `USER@{words[0]}`, or its address",
+        )
+
+
 @contextmanager
-def _opened(hosts: list[str], asked: Asked, choice: Choice) -> "Iterator[Cluster]":
+def _opened(hosts: list[str], asked: Asked, choice: Choice, *, carries: bool) -> "Iterator[Cluster]":
+    """The nodes; `carries`: with the files that settings name."""
     from sparkinstall.cli.cluster_screen import watching
     from sparkinstall.plans.carried import carried
     from sparkinstall.plans.cluster import Cluster, Wish, members
@@ -113,7 +134,7 @@ def _opened(hosts: list[str], asked: Asked, choice: Choice) -> "Iterator[Cluster
     from sparkinstall.system import ssh
 
     wanted, given = _settings(asked)
-    values, files = carried(given)
+    values, files = carried(given) if carries else (given, ())
     wish = Wish(wanted, values, choice.only, choice.skip, choice.ignore, choice.level, choice.measure)
     _require_known_steps(choice)
     nodes = members(hosts, wanted)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from sparkinstall.errors import Problem
     from sparkinstall.log_search import Line, Search, Sighting
     from sparkinstall.plans.diagnosis import Diagnosis, Found, Log, Reading
     from sparkinstall.signatures import Signature
@@ -50,13 +51,13 @@ def diagnose(
     def body() -> Answer:
         if known:
             return _list_known()
-        named = tuple(logs or ())
-        return _diagnose(_logs(named, tuple(unit or ()), follow, boot), follow, talk=not json, verbose=verbose)
+        named, units = tuple(logs or ()), tuple(unit or ())
+        return _diagnose(_logs(named, units, follow, boot), units, follow, talk=not json, verbose=verbose)
 
     answer("diagnose", body, root=None, json=json, verbose=verbose)
 
 
-def _diagnose(logs: "Sequence[Log]", follow: bool, talk: bool, verbose: bool) -> Answer:
+def _diagnose(logs: "Sequence[Log]", units: "Sequence[str]", follow: bool, talk: bool, verbose: bool) -> Answer:
     from sparkinstall.errors import Exit
     from sparkinstall.plans import diagnosis
     from sparkinstall.signatures import load
@@ -64,8 +65,25 @@ def _diagnose(logs: "Sequence[Log]", follow: bool, talk: bool, verbose: bool) ->
     signatures = load()
     readings = _followed(logs[0], signatures, talk) if follow else [_read(log, signatures) for log in logs]
     found = diagnosis.judge(readings)
-    code = Exit.DRIFT if found.failures else Exit.GOOD
-    return Answer(code, _data(found), lambda: _show(found, verbose, told=follow))
+    silent = () if follow else _silent(readings, units)
+    code = Exit.DRIFT if found.failures else Exit.FAILED if silent else Exit.GOOD
+    return Answer(code, _data(found), lambda: _show(found, verbose, told=follow), silent)
+
+
+def _silent(readings: "Sequence[Reading]", units: "Sequence[str]") -> "tuple[Problem, ...]":
+    """The units of which the journal says nothing at all: that is no good news of them. Units are read last."""
+    from sparkinstall.errors import Problem
+
+    of_units = readings[len(readings) - len(units) :]
+    return tuple(
+        Problem(
+            f"there is no journal entry of a unit `{unit}`",
+            mend="is the name right (`systemctl list-units --all`)? Has it been started since the machine was? "
+            "May you read the journal (with `sudo`, or in the group adm)?",
+        )
+        for unit, reading in zip(units, of_units, strict=True)
+        if not reading.search.lines
+    )
 
 
 def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool, boot: bool) -> "list[Log]":

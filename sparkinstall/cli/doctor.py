@@ -31,13 +31,17 @@ _MANY_LINES = 6
 
 @dataclass(frozen=True)
 class Checkup:
-    """What the doctor found, masked. `wrong`: the node is not as it should be, or that could not be told."""
+    """What the doctor found, masked. `wrong`: the node is not as it should be, or that could not be told.
+
+    `root_option` is masked as well: the folder of a rehearsal may be in somebody's home.
+    """
 
     machine: dict[str, str]
     installed: bool
     items: "tuple[Item, ...]"
     wrong: bool
     masked: str
+    root_option: str
 
     def of(self, weight: "Weight") -> "list[Item]":
         return [item for item in self.items if item.weight == weight]
@@ -71,6 +75,7 @@ def doctor(
 @contextmanager
 def _problems_masked(asked: Asked) -> Iterator[None]:
     """What keeps the doctor from looking is pasted in public like all the rest."""
+    from sparkinstall.cli.render import pointed
     from sparkinstall.cli.session import open_state
     from sparkinstall.errors import Problem
     from sparkinstall.masking import Mask
@@ -80,7 +85,9 @@ def _problems_masked(asked: Asked) -> Iterator[None]:
         yield
     except Problem as problem:
         mask = Mask(identity.known(open_state(replace(asked, root=None)).system))
-        problem.what, problem.why, problem.mend = map(mask.text, (problem.what, problem.why, problem.mend))
+        # Pointed at the node before it is masked: the frame around the verb would add the folder as it is.
+        mend = pointed(problem.mend, f" --root {asked.root}" if asked.root else "")
+        problem.what, problem.why, problem.mend = map(mask.text, (problem.what, problem.why, mend))
         problem.tail = tuple(map(mask.text, problem.tail))
         raise
 
@@ -97,8 +104,10 @@ def _doctor(asked: Asked, choice: Choice, json: bool) -> Answer:
     items, installed, wrong = _looked_at(session, choice, json)
     shown = tuple(_shown(item, session, mask) for item in items)
     machine: dict[str, str] = mask.data(checkup.machine(session.node, session.system))
-    found = Checkup(machine, installed, shown, wrong or any(each.weight == "broken" for each in shown), mask.told())
-    show = lambda: _show(found, session, asked.verbose)  # noqa: E731
+    broken = any(each.weight == "broken" for each in shown)
+    root = mask.text(session.root_option)
+    found = Checkup(machine, installed, shown, wrong or broken, mask.told(), root)
+    show = lambda: _show(found, asked.verbose)  # noqa: E731
     return Answer(Exit.DRIFT if found.wrong else Exit.GOOD, _data(found), show)
 
 
@@ -161,15 +170,13 @@ def _data(found: Checkup) -> dict[str, Any]:
     return {"machine": found.machine, "installed": found.installed, **groups, "masked": found.masked}
 
 
-def _show(found: Checkup, session: "Session", verbose: bool) -> None:
+def _show(found: Checkup, verbose: bool) -> None:
     from sparkinstall.cli.render import console
 
     out = console()
     out.print(", ".join(_named(name, value) for name, value in found.machine.items()), markup=False)
     if not found.installed:
-        out.print(
-            f"sparkinstall has set nothing up here; `sparkinstall all{session.root_option}` does it", markup=False
-        )
+        out.print(f"sparkinstall has set nothing up here; `sparkinstall all{found.root_option}` does it", markup=False)
     out.print()
     for weight in ("broken", "look-at"):
         _show_bad(found, weight, out, verbose)

@@ -48,7 +48,7 @@ def install(asked: Asked, choice: Choice) -> Answer:
         _refuse_obstacles(reports)
     so_already = all(report.outcome in ("unchanged", "left") for report in reports)
     if so_already and not choice.fresh and not session.state.unproven():
-        return _nothing_to_do(session, steps, reports)
+        return _nothing_to_do(session, steps, reports, choice.verb)
     _refuse_what_needs_more(session.node, reports, choice.verb)
     preflight(session, choice)
     if not choice.json:
@@ -107,12 +107,12 @@ def _refuse_what_needs_more(node: "Node", reports: "Sequence[StepReport]", verb:
         if needs:
             first = sorted(needs)[0]
             alone = f"`sparkinstall run {first} {report.name}`, or everything: `sparkinstall all`"
-            # What the node is among several is remembered once a run has ended well: say nothing that forgets it.
+            # What the node is among several is not remembered of a run that never began: say nothing that forgets it.
             mend = f"add `--only {first}`, or leave `--only` out" if verb == "multi-node" else alone
             raise BadUsage(f"the step {report.name} needs {first} to be done before", mend=mend)
 
 
-def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequence[StepReport]") -> Answer:
+def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequence[StepReport]", verb: str) -> Answer:
     from sparkinstall.cli.envelope import step_data
     from sparkinstall.errors import Exit
     from sparkinstall.events import silent
@@ -122,6 +122,7 @@ def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequen
     bad = [each for each in proof.look(static, session.system, silent) if each.finding.verdict == "fail"]
     if bad:
         return Answer(Exit.FAILED, {"changed": False}, problems=(_damaged(bad),))
+    _settle_options(session, verb)
     left = [report.name for report in reports if report.outcome == "left"]
 
     def show() -> None:
@@ -130,6 +131,15 @@ def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequen
             print(f"  Left to the node: {', '.join(left)}. `sparkinstall plan{session.root_option}` says why.")
 
     return Answer(data={"changed": False, "steps": [step_data(report) for report in reports]}, show=show)
+
+
+def _settle_options(session: "Session", verb: str) -> None:
+    """Who broke off a run and asks for what was there before finds it so: that run must not be gone on with later."""
+    from sparkinstall.events import silent
+
+    if session.state.exists and session.state.options() != session.options:
+        with session.state.hold(verb, silent):
+            session.state.remember_options(session.options)
 
 
 def _damaged(bad: "Sequence[Looked]") -> "Problem":
@@ -220,8 +230,8 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
 
     with watching(asked.verbose) as emit, session.system.sudo_kept(), session.state.hold(choice.verb, emit) as run:
         journal, logs = session.state.journal(run), session.state.logs(run)
-        if choice.verb == "multi-node":
-            _note_role(session)
+        # Before anything is made: a bare `all` goes on with what a run was for that failed or was broken off.
+        session.state.remember_options(session.options)
         reports = engine.converge(
             steps,
             session.node,
@@ -229,8 +239,6 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
             emit,
             choice.fresh,
         )
-        if not any(report.problem for report in reports):
-            session.state.remember_options(session.options)
         probes = proof.of_steps(_sound(steps, reports), session.node)
         if not (choice.only or choice.skip):
             probes += proof.of_no_step(session.node)
@@ -238,14 +246,6 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
         looked = [_of_this_node(each) for each in looked]
         session.state.remember_unproven([each.probe.name for each in looked if each.finding.verdict == "fail"])
     return _conclude(session, reports, looked, choice)
-
-
-def _note_role(session: "Session") -> None:
-    """What this node is among several is kept before anything is made: after a run that failed, `all` must not take it
-    for a single one and stop what is up already."""
-    said, now = session.state.options(), session.options.get("settings") or {}
-    role = {name: value for name, value in now.items() if name.startswith("cluster.")}
-    session.state.remember_options({**said, "settings": {**said.get("settings", {}), **role}})
 
 
 def _of_this_node(looked: "Looked") -> "Looked":

@@ -34,6 +34,7 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     state.sweep()
     if not state.exists:
         return Answer(data={"touches": []}, show=lambda: print(_nothing(state)))
+    state.require_free()
     touches = undoing.touches(state.journal().records())
     if not json:
         _show_plan([_in_words(touch, state) for touch in touches])

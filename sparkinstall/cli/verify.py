@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from sparkinstall.plans.proof import Chosen, Looked
     from sparkinstall.probes import Level
 
+_FEW_NAMES = 4
+
 Names = Annotated[
     list[str] | None,
     typer.Option(metavar="NAME", help="Only this step or probe (may repeat).", rich_help_panel="Which parts"),
@@ -187,7 +189,7 @@ def _journal(session: "Session") -> "list[Looked]":
     if problem is None:
         return []
     finding = failed(problem.what, problem.mend)
-    return [Looked(Probe("journal", "what was here before is known", lambda _: finding, "static"), finding, 0.0)]
+    return [Looked(Probe("journal", "the record of what was here before", lambda _: finding, "static"), finding, 0.0)]
 
 
 def _probed(session: "Session", chosen: "Chosen", plain: bool) -> "list[Looked]":
@@ -244,19 +246,24 @@ def _show(session: "Session", result: Result, verbose: bool) -> None:
         out.print("[bold]The eight fixes[/]")
         show_fixes(result.standing, out, session.root_option)
         out.print()
-    out.print(_conclusion(session, result))
+    out.print(_conclusion(session, result, verbose))
 
 
-def _conclusion(session: "Session", result: Result) -> str:
-    skipped = ", ".join(result.skipped)
+def _conclusion(session: "Session", result: Result, verbose: bool) -> str:
     if result.drifted or result.failed:
         return f"[red bold]✗[/] not as it should be; {_way_out(result, session.root_option)}"
     if result.wrong:
-        return f"[red bold]✗[/] not looked at, and --strict was asked for: {skipped}"
+        return f"[red bold]✗[/] not looked at, and --strict was asked for: {', '.join(result.skipped)}"
     warned = sum(each.finding.verdict == "warn" for each in result.looked)
     notes = [f"{warned} warning{'s' if warned > 1 else ''}"] if warned else []
-    notes += [f"not looked at: {skipped}"] if skipped else []
-    return "[green bold]✓[/] everything is as it should be" + (f" ({'; '.join(notes)})" if notes else "")
+    notes += [_unseen(result.skipped, verbose)] if result.skipped else []
+    well = "everything that was looked at is well" if result.skipped else "everything is as it should be"
+    return f"[green bold]✓[/] {well}" + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def _unseen(names: "Sequence[str]", verbose: bool) -> str:
+    which = ", ".join(names) if verbose or len(names) <= _FEW_NAMES else "-v names them"
+    return f"{len(names)} not looked at: {which}"
 
 
 def _way_out(result: Result, root: str) -> str:

@@ -2,8 +2,8 @@
 
 import hashlib
 import os.path
-from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from sparkinstall import stacks
@@ -13,66 +13,70 @@ from sparkinstall.records import dataclass
 FOLDER = ".local/share/sparkinstall/carried"
 """Below the home of the user on the node; in it a folder by the name of a digest is whole."""
 
-Files = Mapping[str, Path]
-
 
 @dataclass(frozen=True)
 class Carried:
-    """`files` by where they stand on the node, below a folder that `digest` names."""
+    """`files` by where they stand below a folder of their own; the first is the one that the setting names."""
 
-    digest: str
-    files: Files
+    files: Mapping[str, bytes]
+
+    @property
+    def digest(self) -> str:
+        lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(self.files.items())]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    @property
+    def place(self) -> str:
+        """The path that a node is told."""
+        return f"~/{FOLDER}/{self.digest}/{next(iter(self.files))}"
 
 
-def carried(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], Carried | None]:
-    """The settings as nodes are told them, and what has to be there for that; None: nothing.
+def carried(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[Carried, ...]]:
+    """The settings as nodes are told them, and what has to be there for that.
 
     A path that leads to nothing here is left as it is: it may be meant for the nodes.
 
     Raises:
         BadConfig: the stack is none, its locks stand elsewhere than beside it, or a file cannot be read.
     """
-    named = {"stack": _stack(settings.get("stack")), "nccl.source": _tarball(settings.get("nccl.source"))}
-    files = {name: path for each in named.values() for name, path in each.items()}
-    if not files:
-        return settings, None
-    digest = _digest(files)
-    there = {setting: f"~/{FOLDER}/{digest}/{next(iter(each))}" for setting, each in named.items() if each}
-    return {**settings, **there}, Carried(digest, files)
+    found = {name: files(settings[name]) for name, files in _KINDS.items() if os.path.isfile(settings.get(name) or "")}
+    some = {name: Carried(files) for name, files in found.items() if files}
+    return {**settings, **{name: each.place for name, each in some.items()}}, tuple(some.values())
 
 
-def _stack(named: Any) -> Files:
-    """The stack's own file first, then its locks."""
-    if not named or named in stacks.names() or not os.path.isfile(named):
+def _stack(named: str) -> Mapping[str, bytes]:
+    if named in stacks.names():
         return {}
     try:
-        stack = stacks.load(str(named))
+        stack = stacks.load(named)
     except stacks.StackError as error:
         raise BadConfig(str(error)) from error
-    locks = {each.lock for each in stack.platforms.values() if each.lock}
-    return {f"stack/{_beside(path, stack)}": path for path in (stack.source, *sorted(locks))}
+    own = _read(stack.source)
+    locks = sorted({each.lock for each in stack.platforms.values() if each.lock})
+    return {stack.source.name: own, **{_beside(lock, stack.source, own): _read(lock) for lock in locks}}
 
 
-def _beside(path: Path, stack: stacks.Stack) -> PurePosixPath:
-    folder = stack.source.parent
-    if not path.is_relative_to(folder) or ".." in path.parts:
+def _beside(lock: Path, source: Path, own: bytes) -> str:
+    """Where the lock is from the stack's file, by which the stack finds it on the nodes too."""
+    if not lock.is_relative_to(source.parent) or ".." in lock.parts or str(lock).encode() in own:
         raise BadConfig(
-            f"the lock {path} of the stack {stack.source.name} cannot be carried to the nodes",
+            f"the lock {lock} of the stack {source.name} cannot be carried to the nodes",
             mend="put it beside the stack's YAML file, and name it there without a folder",
         )
-    return PurePosixPath(path.relative_to(folder))
+    return str(lock.relative_to(source.parent))
 
 
-def _tarball(named: Any) -> Files:
-    """A folder is not carried: a build may stand in it, of gigabytes."""
-    if not named or "/" not in str(named) or not os.path.isfile(named):
-        return {}
-    return {f"nccl/{Path(str(named)).name}": Path(str(named))}
+def _tarball(named: str) -> Mapping[str, bytes]:
+    # Without a folder it is a word, such as `git`, and no path.
+    return {Path(named).name: _read(Path(named))} if "/" in named else {}
 
 
-def _digest(files: Files) -> str:
+def _read(path: Path) -> bytes:
     try:
-        lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {name}\n" for name, path in sorted(files.items())]
+        return path.read_bytes()
     except OSError as error:
         raise BadConfig(f"{error.filename} cannot be carried to the nodes: {error.strerror}") from error
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+# A folder as NCCL's source is not carried: a build may stand in it, of gigabytes.
+_KINDS: Mapping[str, Callable[[str], Mapping[str, bytes]]] = {"stack": _stack, "nccl.source": _tarball}

@@ -8,7 +8,8 @@ import shutil
 import sys
 import tarfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from sparkinstall.system.local import LocalReader
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DIGESTED = ("templates", "patches", "knowledge", "pyproject.toml", "requirements.lock")
 _BESIDE = ("install.sh", "README.md", "LICENSE")
+_WHOLE = ".whole"
 _one_at_a_time = threading.Lock()
 MISSING = 90
 """The far shell's exit code where there is no tool of this very version; its stdout then says what is there."""
@@ -38,7 +40,7 @@ made=
 """
 _RUN = f"""\
 if [ "$made" = "$1" ] && [ -x "$tool" ]; then
-    [ "$2" = - ] || [ -d "$HOME/{carried.FOLDER}/$2" ] || exit {LACKING}
+    for each in $2; do [ -e "$HOME/{carried.FOLDER}/$each/{_WHOLE}" ] || exit {LACKING}; done
     shift 2
     exec "$tool" "$@"
 fi
@@ -55,15 +57,22 @@ printf '%s %s %s\\n' "$(uname -m)" "${{version:-none}}" "${{glibc##* }}"
 exit {MISSING}
 """
 # A folder that is there is whole: it appears by one rename.
-_INTO = """\
-rm -rf "$into.new" && mkdir -p "$into.new" && tar -xf - -C "$into.new" || exit 1
-rm -rf "$into" && mv "$into.new" "$into" || exit 1
+_INTO = f"""\
+mkdir -p "${{into%/*}}" && new=$(mktemp -d "$into.XXXXXX") || exit 1
+if tar -xf - -C "$new" && [ -e "$new/{_WHOLE}" ]; then
+    mv -T "$new" "$into" 2>/dev/null || rm -rf "$new"
+else
+    rm -rf "$new"
+fi
+[ -e "$into/{_WHOLE}" ] || exit 1
 """
 _UNPACK = f"""\
 into=$home/delivered/$1
 {_INTO}"""
 _INSTALL = """\
-for other in "$home"/delivered/*; do [ "$other" = "$into" ] || rm -rf "$other"; done
+for other in "$home"/delivered/*; do
+    case $other in "$into" | "$into".*) ;; *) rm -rf "$other" ;; esac
+done
 if [ -d "$into/wheelhouse" ]; then
     PIP_NO_INDEX=1 PIP_FIND_LINKS="$into/wheelhouse" PIP_CONFIG_FILE=/dev/null
     export PIP_NO_INDEX PIP_FIND_LINKS PIP_CONFIG_FILE
@@ -92,7 +101,7 @@ def place(said: str) -> Place | None:
 def run_line() -> str:
     """The shell's script that runs the tool of the digest in $1 with the words from $3 on.
 
-    It ends with `MISSING` where there is none, and with `LACKING` where what $2 names (`-`: nothing) was not carried.
+    It ends with `MISSING` where there is none, and with `LACKING` where one of the digests in $2 was not carried.
     """
     return _BEGIN + _RUN + _TELL
 
@@ -152,17 +161,16 @@ def digest() -> str:
 def archive(wheelhouse: Path | None) -> bytes:
     """The sources, and the wheels that the tool needs, as one tar."""
     wheels = {f"wheelhouse/{path.name}": path for path in sorted(wheelhouse.iterdir())} if wheelhouse else {}
-    return packed({**sources(), **wheels})
+    return packed({name: path.read_bytes() for name, path in {**sources(), **wheels}.items()})
 
 
-def packed(files: carried.Files) -> bytes:
-    """The files as one tar."""
-    packed = io.BytesIO()
+def packed(files: Mapping[str, bytes]) -> bytes:
+    """The files as one tar; its last member shows that nothing was cut off."""
+    packed, now = io.BytesIO(), int(time.time())
     with tarfile.open(fileobj=packed, mode="w") as tar:
-        for name, path in files.items():
-            content = path.read_bytes()
+        for name, content in {**files, _WHOLE: b""}.items():
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mode, entry.mtime = len(content), 0o644, int(path.stat().st_mtime)
+            entry.size, entry.mode, entry.mtime = len(content), 0o644, now
             tar.addfile(entry, io.BytesIO(content))
     return packed.getvalue()
 

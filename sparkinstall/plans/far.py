@@ -49,7 +49,7 @@ class Far:
     member: Member
     ssh: Ssh
     verbose: bool = False
-    carried: Carried | None = None
+    carried: tuple[Carried, ...] = ()
     brought: bool = False
     changed: bool = False
     look: Mapping[str, Any] = field(default_factory=dict)
@@ -73,8 +73,7 @@ class Far:
 
         Args:
             anew: over a connection of its own.
-            bring: install this very version first where it is missing, and carry what is lacking; False: whichever
-                is there will do.
+            bring: install this very version first where it is missing; False: whichever is there will do.
 
         Raises:
             Unreachable: ssh could not connect, or the connection was lost.
@@ -89,15 +88,16 @@ class Far:
                 raise NoTool(f"nothing of sparkinstall is on {self.host}")
             self._bring(result.out, on_line)
             result = self._run(preface, on_line, anew, bring)
-        if result.code == delivery.LACKING and self.carried:
-            self._carry(self.carried, on_line)
+        if result.code == delivery.LACKING:
+            for each in self.carried:
+                self._carry(each, on_line)
             result = self._run(preface, on_line, anew, bring)
         return self._understood(result)
 
     def _run(self, preface: bytes, on_line: OnLine, anew: bool, bring: bool) -> Result:
         wanted = delivery.digest() if bring else "any"
-        lacking = self.carried.digest if self.carried and bring else "-"
-        command = quoted("sh", "-c", delivery.run_line(), "sparkinstall", wanted, lacking, "node", "attend")
+        needed = " ".join(each.digest for each in self.carried)
+        command = quoted("sh", "-c", delivery.run_line(), "sparkinstall", wanted, needed, "node", "attend")
         return self.ssh.run(command, stdin=preface, keep_open=True, on_line=on_line, anew=anew)
 
     def _bring(self, said: str, on_line: OnLine) -> None:
@@ -116,7 +116,7 @@ class Far:
         self.brought = True
 
     def _carry(self, what: Carried, on_line: OnLine) -> None:
-        on_line(f"bringing {', '.join(path.name for path in what.files.values())} to the node")
+        on_line(f"bringing {', '.join(what.files)} to the node")
         command = quoted("sh", "-c", delivery.unpack_carried_line(), "sparkinstall", what.digest)
         result = self.ssh.run(command, stdin=delivery.packed(what.files), on_line=on_line)
         if not result.ok:

@@ -137,6 +137,22 @@ class StateFolder:
             yield run
             _say_who(handle, {})
 
+    def require_free(self) -> None:
+        """Look whether another run is at work, before this one asks anybody anything; nothing is made or kept.
+
+        Raises:
+            Busy: another run holds the node.
+        """
+        try:
+            handle = open(self.home / "lock")  # noqa: SIM115 - closed below, and what keeps it shut `hold` will tell
+        except OSError:
+            return
+        with handle:
+            # Without a name in it nobody is at work: to try it all the same could turn away a run that just begins.
+            holder = _who(handle)
+            if holder and not _locked(handle):
+                raise _at_work(holder)
+
     def _lock(self, emit: Emit) -> IO[str]:
         while True:
             with _in_words(f"making {self.home}"), self._alone():
@@ -155,11 +171,7 @@ class StateFolder:
     def _take(self, handle: IO[str], emit: Emit) -> None:
         holder = _who(handle)
         if not _locked(handle):
-            raise Busy(
-                f"another sparkinstall is at work here (`{holder.get('verb', '?')}`, "
-                f"pid {holder.get('pid', '?')}, since {holder.get('since', '?')})",
-                mend="wait until it has ended, then run this again",
-            )
+            raise _at_work(holder)
         # A run that ended well leaves the file empty; a name in it is that of a killed one.
         if holder.get("run") and processes.end_leftovers(str(holder["run"])):
             emit(WaitedFor("the programs of a killed run; they were still running and have been ended"))
@@ -175,9 +187,19 @@ class StateFolder:
         top = missing[-1]
         try:
             self._make_at_once(top, missing)
-        except PermissionError:
+        except PermissionError as error:
+            if not self.system.sudo:
+                raise self._not_ours(top.parent) from error
             self.system.make_one_dir(FOLDER, 0o700)
             self._begin(self.home, [])
+
+    def _not_ours(self, folder: Path) -> Storage:
+        """Where sudo is not asked, as in a rehearsal, nobody can make a folder in one that is not theirs."""
+        return Storage(
+            f"{self.home} cannot be made: permission denied",
+            why=f"you may not write to the folder {folder}",
+            mend=f"choose a folder of your own (`--root`), or make this one yours to write to: chmod u+wx {folder}",
+        )
 
     def _make_at_once(self, top: Path, missing: list[Path]) -> None:
         # Folders and first records appear together by one rename: no kill can leave half of them.
@@ -284,6 +306,14 @@ def _locked(handle: IO[str] | int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def _at_work(holder: Mapping[str, Any]) -> Busy:
+    return Busy(
+        f"another sparkinstall is at work here (`{holder.get('verb', '?')}`, "
+        f"pid {holder.get('pid', '?')}, since {holder.get('since', '?')})",
+        mend="wait until it has ended, then run this again",
+    )
 
 
 def _who(handle: IO[str]) -> dict[str, Any]:

@@ -54,11 +54,21 @@ class Gpu:
 
 def gpu(on: Reader) -> Gpu | None:
     """The first GPU, or None where nvidia-smi is missing or answers with an error."""
+    found = gpu_or_complaint(on)
+    return found if isinstance(found, Gpu) else None
+
+
+def gpu_or_complaint(on: Reader) -> Gpu | str:
+    """The first GPU, or the first line that nvidia-smi says in its place; empty where it says nothing or is missing."""
     if on.rehearsal:
-        return None
+        return ""
     answer = on.query("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.out.splitlines()]
-    return Gpu(*rows[0]) if answer.ok and rows and len(rows[0]) == 3 else None
+    if answer.ok and rows and len(rows[0]) == 3:
+        return Gpu(*rows[0])
+    said = [line.strip() for line in (answer.out + answer.err).splitlines() if line.strip()]
+    # What is said of a program that is not there is the shell's, not its own.
+    return _printable(said[0]) if said and answer.code != 127 else ""
 
 
 def release(on: Reader) -> Mapping[str, str]:

@@ -14,17 +14,18 @@ from sparkinstall.system import Reader
 _GIB = 2**30
 _FULL_DISK = 30 * _GIB
 _PARTIAL_DISK = 4 * _GIB
+_REBOOT_WANTED = "/run/reboot-required"
 _LEFT = "a rehearsal: the node itself will be asked"
 
 
 def preflight(node: Node) -> Iterable[Probe]:
     """Every check, in the order in which a person would ask."""
     of_a_node: tuple[tuple[str, str, Callable[[Reader], Finding]], ...] = (
-        ("machine", "is a DGX Spark or a twin of it (GB10)", _machine),
-        ("arch", "is 64-bit Arm", _arch),
-        ("os", "runs Ubuntu 24.04 (DGX OS 7)", _os),
+        ("machine", "a DGX Spark or a twin of it (GB10)", _machine),
+        ("arch", "64-bit Arm", _arch),
+        ("os", "Ubuntu 24.04 (DGX OS 7)", _os),
         ("driver", "NVIDIA driver 580", _driver),
-        ("sudo", "may use sudo", _sudo),
+        ("sudo", "the use of sudo", _sudo),
         ("memory", "memory", _memory),
     )
     anywhere: tuple[tuple[str, str, Callable[[Reader], Finding]], ...] = (
@@ -32,7 +33,7 @@ def preflight(node: Node) -> Iterable[Probe]:
         ("cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node)),
         ("disk", "free disk", lambda on: _unless_shut(_disk, on, node)),
         ("clock", "clock", _clock),
-        ("prefix", "the prefix is free or ours", lambda on: _unless_shut(_prefix, on, node)),
+        ("prefix", "a prefix that is free or ours", lambda on: _unless_shut(_prefix, on, node)),
     )
     for name, title, look in of_a_node:
         yield Probe(name, title, _on_a_node(look), "node")
@@ -92,15 +93,23 @@ def _os(on: Reader) -> Finding:
 
 
 def _driver(on: Reader) -> Finding:
-    gpu = facts.gpu(on)
-    if gpu is None:
-        return failed(
-            "nvidia-smi gives no answer", "install the driver: `sudo apt install nvidia-driver-580-open`, then reboot",
-            "580.x",
-        )  # fmt: skip
+    gpu = facts.gpu_or_complaint(on)
+    if isinstance(gpu, str):
+        found = f"nvidia-smi says: {gpu}" if gpu else "nvidia-smi gives no answer"
+        return failed(found, _driver_mend(on, gpu), "580.x")
     if gpu.driver.split(".")[0] == "580":
         return passed(gpu.driver)
     return warned(gpu.driver, "the field has run 580.x; another driver may work, but few have tried it", "580.x")
+
+
+def _driver_mend(on: Reader, complaint: str) -> str:
+    """A Spark comes with its driver. One package of it, put in by hand, has left GPUs that did not come up any more."""
+    if "version mismatch" in complaint or on.entry(_REBOOT_WANTED):
+        return "reboot first: an update waits for it (`sudo reboot`)"
+    return (
+        "take NVIDIA's own update, in the DGX Dashboard or by `sudo apt update && sudo apt dist-upgrade && "
+        "sudo fwupdmgr refresh && sudo fwupdmgr upgrade`, then reboot. One driver package by itself can stop the GPU"
+    )
 
 
 def _cuda(on: Reader, node: Node) -> Finding:

@@ -227,13 +227,20 @@ def _number(cell: str) -> float | None:
 def _connectx(host: Host, limits: Mapping[str, Any]) -> Sight:
     halves = {name: _bus(host.on, name) for name in host.on.names("/sys/class/net") if _is_connectx(host.on, name)}
     if not halves:
-        return Sight(False, "no ConnectX is switched on (without a cable it may be off)")
+        return Sight(False, _without_a_card(host.on))
     told = {name: bus for name, bus in halves.items() if bus is not None}
     slow = {name: bus for name, bus in told.items() if bus[0] < limits["gts"] or bus[1] < limits["lanes"]}
     if not told:
         raise CannotTell("the kernel does not tell the speed of the card's bus")
     words = ", ".join(f"{name} {gts:g} GT/s x{lanes}" for name, (gts, lanes) in (slow or told).items())
     return Sight(bool(slow), words + _firmware(host.on))
+
+
+def _without_a_card(on: Reader) -> str:
+    # Imported late: only a node whose card is not to be seen needs it.
+    from sparkinstall.probes import links
+
+    return f"the ConnectX-7 is {links.SWITCHED_OFF}" if links.switched_off(on) else "no ConnectX is on the bus"
 
 
 def _is_connectx(on: Reader, name: str) -> bool:
@@ -263,6 +270,16 @@ def _service(host: Host, limits: Mapping[str, Any]) -> Sight:
     return Sight(not running, ", ".join(running) or f"not running: {', '.join(units)}")
 
 
+def _file(host: Host, limits: Mapping[str, Any]) -> Sight:
+    """A file that costs a node its link; one by itself has none."""
+    path = limits["path"]
+    if host.on.entry(path) is None:
+        return Sight(False, f"there is no {path}")
+    return Sight(
+        host.node.several, f"{path} is there{'' if host.node.several else ', and one node alone needs no link'}"
+    )
+
+
 LOOKERS: Mapping[str, Looker] = {
     "stranded_memory": _stranded_memory,
     "kernel_log": _kernel_log,
@@ -270,4 +287,5 @@ LOOKERS: Mapping[str, Looker] = {
     "driver": _driver,
     "connectx": _connectx,
     "service": _service,
+    "file": _file,
 }

@@ -26,6 +26,12 @@ _MAPPED = "0000:0000:0000:0000:0000:ffff:"
 _ROCE_V2 = "RoCE v2"
 _SESSION = "carries this ssh session"
 
+# DGX OS (since 26.02) takes the card off its bus while it is of no use, where this file is: dgx-spark-mlnx-hotplug.
+HOTPLUG = "/etc/nvidia/cx7-hotplug-enabled"
+# The kernel's side of it (NVIDIA/NV-Kernels #271): 0 while no cable counts as plugged in.
+_PLUGGED_IN = "/sys/devices/platform/MTKP0001:00/pcie_hotplug/debug_state"
+SWITCHED_OFF = "switched off to save power until a cable is in and the other node is on"
+
 # Bits of a route's flags (linux/route.h).
 _RTF_UP, _RTF_REJECT = 0x1, 0x200
 
@@ -141,7 +147,14 @@ def _chosen(on: Reader, node: Node, barred: Mapping[str, str]) -> Port:
         raise _refused(wanted, barred[wanted], found, barred)
     if on.rehearsal and not found:
         return _as_on_a_spark(wanted)
+    if not found and switched_off(on):
+        raise _off()
     return _named_port(on, wanted, found, barred) if wanted else _cabled_port(found, barred)
+
+
+def switched_off(on: Reader) -> bool:
+    """Whether a ConnectX-7 that is not to be seen is one that DGX OS has switched off."""
+    return on.entry(HOTPLUG) is not None or text_of(on, _PLUGGED_IN) == "0"
 
 
 def addresses(on: Reader) -> Mapping[str, tuple[str, ...]]:
@@ -400,6 +413,17 @@ def _cabled_port(found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:
         return free[0]
     raise LinkProblem(
         _what_is_unclear(found, free, cabled), why=_all_described(found, barred), mend=_advice(found, barred)
+    )
+
+
+def _off() -> LinkProblem:
+    # Not among what to do: to ask the card itself. mstflint after a replug can bring the kernel down
+    # (Mellanox/mstflint #1786).
+    return LinkProblem(
+        "this node has no QSFP port",
+        why=f"its card, a ConnectX-7, is {SWITCHED_OFF}",
+        mend="put the cable in at both ends and switch both nodes on. If it stays off, reboot both with the cable in; "
+        f"or let it always be on: `sudo mv {HOTPLUG} {HOTPLUG.removesuffix('enabled')}disabled`, then reboot both",
     )
 
 

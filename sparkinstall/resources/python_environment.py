@@ -10,7 +10,9 @@ from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+from sparkinstall import stacks
 from sparkinstall.errors import Blocked, CommandFailed
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes.gate import Gate
@@ -224,7 +226,7 @@ def _uv(on: System, node: Node, argv: list[str]) -> None:
         on.run(*argv, env=_uv_env(node), watch=Downloads(on.progress).read)
     except CommandFailed as failure:
         if not _is_cut(failure):
-            raise _explained(failure) from failure
+            raise _explained(failure, node) from failure
         _uv_offline(on, node, argv, failure)
 
 
@@ -233,7 +235,7 @@ def _uv_offline(on: System, node: Node, argv: list[str], cut: CommandFailed) -> 
     try:
         on.run(*argv, "--offline", env=_uv_env(node))
     except CommandFailed as failure:
-        raise _explained(cut) from failure
+        raise _explained(cut, node) from failure
 
 
 def _uv_env(node: Node) -> dict[str, str]:
@@ -252,7 +254,7 @@ def _is_cut(failure: CommandFailed) -> bool:
     return any(sign in line for sign in _CUT for line in failure.tail)
 
 
-def _explained(failure: CommandFailed) -> CommandFailed:
+def _explained(failure: CommandFailed, node: Node) -> CommandFailed:
     said = "\n".join(failure.tail)
     if "Hash mismatch" in said:
         failure.why = "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"
@@ -262,10 +264,31 @@ def _explained(failure: CommandFailed) -> CommandFailed:
         failure.mend = (
             "behind a proxy, name the system's certificates: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"
         )
+    elif address := _not_fetched(said, node):
+        failure.why = f"the stack {node.stack.name} names a wheel by its address, and it cannot be fetched: {address}"
+        failure.mend = _another_way(address, node)
     elif _is_cut(failure):
         failure.why = "the package index cannot be reached, or the connection broke off"
         failure.mend = "mend the network, then run the same command again: what has arrived is kept"
     return failure
+
+
+def _not_fetched(said: str, node: Node) -> str:
+    """The address of the wheel that uv asked for in vain; empty where it was the index, or something else."""
+    # uv writes an address as it was given, or with its special characters spelled out, and may break it in two.
+    unbroken = unquote("".join(said.replace("`", "").split()))
+    addresses = (pin.url for pin in node.wheels.wheels if pin.url)
+    return next((each for each in addresses if f"Failedtofetch:{unquote(each)}" in unbroken), "")
+
+
+def _another_way(address: str, node: Node) -> str:
+    host = urlsplit(address).hostname
+    mend = f"let this node reach {host}, then run the same command again: what has arrived is kept"
+    shipped = (stacks.load(name) for name in stacks.names())
+    for other in shipped:
+        if node.platform in other.platforms and not other.platforms[node.platform].wheels:
+            return f"{mend}. Or take a stack that the ordinary package index has alone: `--stack {other.name}`"
+    return mend
 
 
 def lock_of(node: Node, on: Reader) -> tuple[Pin, ...] | None:

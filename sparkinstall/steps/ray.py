@@ -15,8 +15,10 @@ from sparkinstall.steps import Step
 from sparkinstall.steps.env_files import roce_gid
 from sparkinstall.system import Reader
 
-# Seconds: for the address to appear, for the head to answer, for this node to have joined.
-_ADDRESS, _HEAD, _JOINED = 60, 120, 90
+# Seconds: for the address to appear, for the head to answer, for this node to have joined. Each of the first two is so
+# long that five starts take longer than systemd's limit counts (ray.service.j2): a node whose card is off because the
+# other one is must not give up before that one is on again.
+_ADDRESS, _HEAD, _JOINED = 120, 120, 90
 # Bytes. Ray would take 30 % of a memory that the model needs; vLLM passes little through it.
 _OBJECT_STORE = 2 * 2**30
 
@@ -106,7 +108,8 @@ def causes(node: Node) -> tuple[Cause, ...]:
         Cause(
             r"is on no interface",
             "this node's address on the QSFP link is on no interface",
-            "see that the cable is in and run `sparkinstall run network`, or name the address with --address",
+            "see that the cable is in and the other node is on (else DGX OS may switch the card off), and run "
+            "`sparkinstall run network`; or name the address with --address",
         ),
         Cause(
             r"the head does not answer",

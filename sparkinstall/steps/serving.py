@@ -76,7 +76,6 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
         "hub_offline": node.config.hub.offline,
         "several": node.several,
         "with_ray": with_ray(node),
-        "with_head": _with_head(node),
         "before_start": units.program(on.real(ray_step.before_start(node).path)),
         "command": _command(node, on),
     }
@@ -136,6 +135,7 @@ _CAUSES = (
     Cause(
         r"is on no interface",
         "this node's address on the QSFP link is on no interface",
-        "see that the cable is in and run `sparkinstall run network`, or name the address with --address",
+        "see that the cable is in and the other node is on (else DGX OS may switch the card off), and run "
+        "`sparkinstall run network`; or name the address with --address",
     ),
 )

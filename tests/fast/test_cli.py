@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparkinstall import __version__
-from sparkinstall.errors import Interrupted
+from sparkinstall.errors import BadUsage, Interrupted
 from sparkinstall.probes import Probe, failed
 from tests.support.rehearsals import (
     CHECKOUT,
@@ -41,6 +41,32 @@ def test_every_verb_has_help_with_its_options(verb: str) -> None:
     text = sparkinstall(verb, "--help").stdout
     assert "--root" in text
     assert "--json" in text
+
+
+def test_the_usage_line_of_cluster_names_its_verbs() -> None:
+    run = sparkinstall("cluster", COLUMNS="120")
+    assert run.returncode == 2
+    usage = next(line for line in run.stderr.splitlines() if "Usage:" in line)
+    assert "[ plan|verify|status|uninstall ] HOST..." in usage
+
+
+@pytest.mark.parametrize(
+    ("word", "verb"), [("pln", "plan"), ("PLAN", "plan"), ("verfy", "verify"), ("statsu", "status")]
+)
+def test_a_verb_of_cluster_with_a_slip_in_it_is_no_host(word: str, verb: str) -> None:
+    run = in_this_process("cluster", word, "spark-1", "spark-2", "--json")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["what"]) == (2, f"`cluster` has no verb `{word}`")
+    assert f"did you mean the verb `{verb}`?" in error["mend"] and f"`USER@{word}`" in error["mend"]
+
+
+@pytest.mark.parametrize("words", [["spark-1", "spark-2"], ["pln"], ["me@pln", "spark-2"], ["192.168.1.7", "spark-2"]])
+def test_a_host_is_not_taken_for_a_verb(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(hosts: list[str], *_: object, **__: object) -> None:
+        raise BadUsage(f"hosts: {hosts}")
+
+    monkeypatch.setattr("sparkinstall.cli.cluster._opened", opened)
+    assert envelope(in_this_process("cluster", *words, "--json"))["errors"][0]["what"] == f"hosts: {words}"
 
 
 def test_completion_is_there_for_the_shell() -> None:

@@ -1,9 +1,11 @@
 """`cluster`: who is what, in which order, what goes where, and what is said when a node fails."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 
 from sparkinstall.config import ClusterConfig, Config, NetworkConfig
 from sparkinstall.errors import BadConfig, BadUsage, Blocked, NeedsRoot
-from sparkinstall.plans import catalogue, sameness
+from sparkinstall.plans import catalogue, delivery, sameness
+from sparkinstall.plans.carried import FOLDER, carried
 from sparkinstall.plans.cluster import PHASES, members
 from sparkinstall.system.ssh import explained
 from tests.support.far_nodes import STEPS, VERSIONS, FarNodes, look, problem, step
@@ -148,6 +151,52 @@ def test_a_stack_of_ones_own_is_carried_to_every_node_once(far: FarNodes) -> Non
         assert there.with_name("tiny.lock").read_bytes() == mine.with_name("tiny.lock").read_bytes()
 
 
+def test_a_stack_that_changes_leaves_the_tarball_where_it_is(far: FarNodes) -> None:
+    """By its path NCCL's source is known again: another one would be another build."""
+    mine = tiny_stack(far.lab / "mine")
+    (far.lab / "nccl.tar.gz").write_bytes(b"its content")
+    words = ("plan", "spark-1", "--stack", "mine/tiny.yaml", "--set", "nccl.source=./nccl.tar.gz")
+    places = []
+    for _ in range(2):
+        assert far.cluster(*words)[0] == 0
+        places.append((_carried(far, "spark-1", "nccl.source="), _carried(far, "spark-1", "stack=")))
+        (far.lab / "calls").unlink()
+        mine.write_text(mine.read_text() + "# changed\n")
+    assert places[0][0] == places[1][0] and places[0][1] != places[1][1]
+
+
+def test_two_terminals_carry_at_the_same_time(far: FarNodes) -> None:
+    tiny_stack(far.lab / "mine")
+    for host in ("spark-1", "spark-2"):
+        far.answer(host, look=look("unchanged"))
+    with ThreadPoolExecutor(4) as pool:
+        ends = list(pool.map(lambda _: far.cluster("plan", "spark-1", "--stack", "mine/tiny.yaml")[0], range(4)))
+    assert ends == [0] * 4
+    (one,) = _carried(far, "spark-1", "stack=").parents[1].iterdir()
+    assert sorted(each.name for each in one.iterdir()) == [".whole", "tiny.lock", "tiny.yaml"]
+
+
+def test_what_was_cut_on_its_way_is_carried_again(far: FarNodes) -> None:
+    mine = tiny_stack(far.lab / "mine")
+    (what,) = carried({"stack": str(mine)})[1]
+    cut = delivery.packed(what.files)[:1536]
+    home = {"HOME": str(far.lab / "spark-1"), "PATH": os.environ["PATH"]}
+    unpack = ["sh", "-c", delivery.unpack_carried_line(), "sparkinstall", what.digest]
+    assert subprocess.run(unpack, input=cut, env=home, check=False, capture_output=True).returncode == 1
+    assert not list((far.lab / "spark-1" / FOLDER).iterdir())
+    assert far.cluster("plan", "spark-1", "--stack", str(mine))[0] == 0
+    assert _carried(far, "spark-1", "stack=").exists()
+
+
+def test_to_take_back_needs_no_stack(far: FarNodes) -> None:
+    (far.lab / "config.yaml").write_text("stack: ./mine/tiny.yaml\n")
+    mine = tiny_stack(far.lab / "mine")
+    mine.with_name("tiny.lock").unlink()
+    for verb in ("status", "uninstall"):
+        assert far.cluster(verb, "spark-1", "--config", "config.yaml", "--yes")[0] == 0
+    assert far.cluster("plan", "spark-1", "--config", "config.yaml")[0] == 2
+
+
 def test_a_stack_that_was_changed_is_carried_anew(far: FarNodes) -> None:
     mine = tiny_stack(far.lab / "mine")
     assert far.cluster("plan", "spark-1", "--stack", "mine/tiny.yaml")[0] == 0
@@ -170,6 +219,7 @@ def test_a_tarball_of_nccls_source_is_carried_and_what_is_not_here_is_not(far: F
     ("was", "now", "sentence"),
     [
         ("lock: tiny.lock", "lock: ../tiny.lock", "put it beside the stack's YAML file"),
+        ("lock: tiny.lock", "lock: {mine}/tiny.lock", "put it beside the stack's YAML file"),
         ("lock: tiny.lock", "lock: gone.lock", "gone.lock cannot be carried to the nodes: No such file or directory"),
         ("name: tiny", "name: [tiny]", "tiny.yaml: name must be letters"),
     ],
@@ -178,7 +228,7 @@ def test_a_stack_that_cannot_be_carried_is_told_before_anybody_is_asked(
     far: FarNodes, was: str, now: str, sentence: str
 ) -> None:
     mine = tiny_stack(far.lab / "mine")
-    mine.write_text(mine.read_text().replace(was, now))
+    mine.write_text(mine.read_text().replace(was, now.format(mine=mine.parent)))
     code, said, _ = far.cluster("spark-1", "spark-2", "--stack", str(mine))
     assert code == 2
     (error,) = said["errors"]

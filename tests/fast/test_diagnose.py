@@ -95,6 +95,18 @@ def test_an_example_is_known_in_any_dress(known: Signature, dress: str) -> None:
     assert known.name in read(DRESSES[dress](known.example[0]), (7777,)).sightings
 
 
+README_SYMPTOMS = re.findall(r"^\| ([1-8]) \| `([^`]+)`[^|]*\|", (REPOSITORY / "README.md").read_text(), re.M)
+
+
+@pytest.mark.parametrize(("number", "line"), README_SYMPTOMS)
+def test_a_symptom_as_the_readme_quotes_it_is_known(number: str, line: str) -> None:
+    assert [each.signature.fix for each in diagnosed(line.encode()).causes] == [int(number)]
+
+
+def test_the_readmes_symptoms_are_found() -> None:
+    assert [number for number, _ in README_SYMPTOMS] == ["1", "3", "5", "6", "7"]
+
+
 def test_each_of_the_eight_has_a_signature_and_there_are_many() -> None:
     assert {each.fix for each in KNOWN if not each.is_warning} >= set(range(1, 9))
     assert len([each for each in KNOWN if each.fix is None]) >= 25
@@ -551,6 +563,21 @@ def test_a_unit_that_is_not_there_is_told(journal: Path) -> None:
     assert ended.returncode == 2
     assert "there is no unit vlm.service here" in ended.stderr
     del journal
+
+
+def test_a_unit_without_a_line_is_no_health(journal: Path) -> None:
+    (journal / "systemctl").write_text("#!/bin/sh\nexit 1\n")
+    (journal / "journalctl").write_text("#!/bin/sh\nexit 0\n")
+    ended = run("diagnose", "--unit", "vlm")
+    assert ended.returncode == 1
+    assert "there is no journal entry of a unit `vlm`" in ended.stderr
+    assert "`systemctl list-units --all`" in ended.stderr and "group adm" in ended.stderr
+    log = journal / "x.log"
+    log.write_text("INFO all is well\n")
+    (error,) = json.loads(run("diagnose", str(log), "--unit", "vlm", "--json").stdout)["errors"]
+    assert error["what"] == "there is no journal entry of a unit `vlm`"
+    log.write_bytes(example("triton-missing"))
+    assert run("diagnose", str(log), "--unit", "vlm").returncode == 3
 
 
 def test_a_unit_is_read_with_what_systemd_and_the_kernel_say_of_it(journal: Path) -> None:

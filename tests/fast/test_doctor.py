@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sparkinstall.cli import doctor
-from sparkinstall.errors import Blocked, NeedsRoot
+from sparkinstall.errors import BadUsage, Blocked, NeedsRoot
 from sparkinstall.plans import catalogue, checkup, fixes, meanings, proof
 from sparkinstall.plans.engine import Checked, StepReport
 from sparkinstall.plans.proof import Chosen, Looked
@@ -249,6 +249,25 @@ def test_an_error_is_masked_too(tmp_path: Path) -> None:
     run = in_this_process("doctor", "--root", tmp_path / "node", "--config", f"{home}/nowhere-at-all.yaml")
     assert run.returncode == USAGE
     assert "~/nowhere-at-all.yaml" in said(run) and f"{home}/nowhere" not in said(run)
+
+
+def test_the_folder_of_a_rehearsal_is_masked_too(
+    tmp_path: Path, finds: Findings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home/marianne"
+    home.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    finds({}, {"clock": passed("x")})
+    run = in_this_process("doctor", "--root", home / "node")
+    assert "`sparkinstall all --root ~/node` does it" in run.stdout
+    assert "the home folder" in run.stdout and str(home) not in said(run)
+    monkeypatch.setattr(proof, "chosen", _blocked)
+    refused = in_this_process("doctor", "--root", home / "node")
+    assert "`sparkinstall uninstall --root ~/node`" in said(refused) and str(home) not in said(refused)
+
+
+def _blocked(*_: object, **__: object) -> Chosen:
+    raise BadUsage("it cannot be", mend="`sparkinstall uninstall`")
 
 
 def test_the_names_of_this_machine_are_known() -> None:

@@ -1,12 +1,20 @@
 """`install.sh` in the shells it may meet, with what it may not find."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+
+from sparkinstall.cli.app import program
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "install.sh"
@@ -74,6 +82,358 @@ def test_a_python_without_ensurepip_is_explained_in_a_rehearsal(tmp_path: Path) 
     assert done.returncode == 4
     assert "-venv is missing" in done.stderr
     assert not (tmp_path / ".local").exists()
+
+
+# --- a machine whose Python, apt and sudo are played: minutes and a network are not needed
+
+_PYTHON = """\
+#!/bin/sh
+case "$1 $2" in
+    "-c import ensurepip") [ ! -e "$HOME/no-ensurepip" ]; exit ;;
+    "-m venv") ;;
+    *) exec {python} "$@" ;;
+esac
+mkdir -p "$3/bin"
+cp "$HOME/fake-tool" "$3/bin/sparkinstall"
+cp "$HOME/fake-pip" "$3/bin/python"
+# What a real one does while it waits for a disk, and what it says to Ctrl-C.
+exec {python} -c 'import os, time
+print("begun", file=open(os.environ["HOME"] + "/made", "a"), flush=True)
+while os.path.exists(os.environ["HOME"] + "/hold"): time.sleep(0.02)'
+"""
+_APT = """\
+#!/bin/sh
+case "$*" in
+    *" update "*)
+        echo update >>"$HOME/apt"
+        [ "$(wc -l <"$HOME/apt")" -gt "$(cat "$HOME/held")" ] || { cat "$HOME/complaint" >&2; exit 100; } ;;
+    *" -s "*) echo "Inst python3-venv (1 Debian [all])" ;;
+    *" install "*) rm "$HOME/no-ensurepip" ;;
+esac
+"""
+_HELD = """\
+E: Could not get lock /var/lib/apt/lists/lock. It is held by process 812 (apt-get)
+E: Unable to lock directory /var/lib/apt/lists/
+"""
+
+
+class Machine:
+    """A home with nothing in it, and beside it the programs that come first on the PATH."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home, self.bin = folder / "home", folder / "bin"
+        self.home.mkdir()
+        self.bin.mkdir()
+        self.command = self.home / ".local/bin/sparkinstall"
+        self.tool = self.home / ".local/share/sparkinstall/tool"
+        self.env = {
+            **os.environ, "HOME": str(self.home), "PATH": f"{self.bin}:{os.environ['PATH']}", "SHELL": "/bin/bash",
+            "XDG_DATA_HOME": "", "XDG_BIN_HOME": "",
+        }  # fmt: skip
+        self._put(self.bin / "python3.13", _PYTHON.format(python=sys.executable))
+        self._put(self.home / "fake-pip", "#!/bin/sh\n")
+        self._put(self.home / "fake-tool", '#!/bin/sh\necho "$@"\n')
+        self._put(self.bin / "apt-get", _APT)
+        self._put(self.bin / "sudo", '#!/bin/sh\nexec "$@"\n')
+        self._put(self.bin / "sleep", '#!/bin/sh\necho "$@" >>"$HOME/slept"\n')
+
+    def _put(self, path: Path, text: str) -> None:
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def plays(self, name: str, text: str) -> None:
+        """What the program does in the environments that are made from now on."""
+        self._put(self.home / name, f"#!/bin/sh\n{text}\n")
+
+    def lacks_ensurepip(self, held: int, complaint: str = _HELD) -> None:
+        """So many times apt complains before it reads its lists."""
+        for name, text in (("no-ensurepip", ""), ("held", f"{held}\n"), ("complaint", complaint)):
+            (self.home / name).write_text(text)
+
+    def lines(self, name: str) -> list[str]:
+        path = self.home / name
+        return path.read_text().splitlines() if path.exists() else []
+
+    def start(self, *argv: str) -> "subprocess.Popen[str]":
+        # In a group of its own, as a terminal has it; a run in the background would leave SIGINT ignored.
+        return subprocess.Popen(
+            ["env", "--default-signal=INT,TERM,HUP", "sh", str(SCRIPT), *argv],
+            env=self.env, cwd=self.home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, *argv: str) -> "subprocess.CompletedProcess[str]":
+        process = self.start(*argv)
+        out, err = process.communicate(timeout=60)
+        return subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+    def start_and_hold(self, *argv: str) -> "subprocess.Popen[str]":
+        """A run that is making the environment, until `hold` is taken away."""
+        (self.home / "hold").touch()
+        begun = len(self.lines("made"))
+        process = self.start(*argv)
+        _until(lambda: len(self.lines("made")) > begun)
+        return process
+
+    def let_go(self) -> None:
+        (self.home / "hold").unlink()
+
+
+def _until(so: Callable[[], object]) -> None:
+    end = time.monotonic() + 30
+    while not so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def _ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    _, err = process.communicate(timeout=60)
+    return process.returncode, err
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+# --- apt
+
+
+def test_it_waits_for_the_package_lists_and_says_for_whom(machine: Machine) -> None:
+    machine.lacks_ensurepip(held=3)
+    done = machine.run("--tool-only")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("held by apt-get (process 812); waiting") == 1
+    assert machine.lines("slept") == ["5", "5", "5"]
+    assert (machine.tool.parent / "apt-packages").read_text() == "python3-venv\n"
+
+
+def test_it_waits_five_minutes_for_the_lists_and_no_longer(machine: Machine) -> None:
+    machine.lacks_ensurepip(held=1000)
+    done = machine.run("--tool-only")
+    assert done.returncode == 1
+    assert "held for 5 minutes by apt-get (process 812)" in done.stderr
+    assert "run this again" in done.stderr
+    assert machine.lines("slept") == ["5"] * 60
+
+
+def test_a_holder_without_a_name_is_waited_for_too(machine: Machine) -> None:
+    machine.lacks_ensurepip(held=1, complaint="E: Unable to lock directory /var/lib/apt/lists/\n")
+    done = machine.run("--tool-only")
+    assert done.returncode == 0
+    assert "held by another program; waiting" in done.stderr
+
+
+def test_what_else_is_wrong_with_apt_is_not_waited_for(machine: Machine) -> None:
+    machine.lacks_ensurepip(held=1000, complaint="E: Malformed entry 1 in list file /etc/apt/sources.list\n")
+    done = machine.run("--tool-only")
+    assert done.returncode == 1
+    assert "Malformed entry 1" in done.stderr
+    assert machine.lines("slept") == []
+
+
+# --- two at once, and Ctrl-C
+
+
+def test_the_second_of_two_waits_and_finds_the_tool_in_place(machine: Machine) -> None:
+    first = machine.start_and_hold("--tool-only")
+    second = machine.start("--tool-only")
+    assert second.stderr is not None
+    assert "Another install.sh is at work" in second.stderr.readline()
+    assert (machine.tool / "bin/python").exists()
+    machine.let_go()
+    assert _ended(first)[0] == 0
+    code, said = _ended(second)
+    assert (code, "Installing" in said) == (0, False)
+    assert machine.lines("made") == ["begun"]
+
+
+def test_ctrl_c_on_the_one_that_waits_leaves_the_other_alone(machine: Machine) -> None:
+    assert machine.run("--tool-only").returncode == 0
+    (machine.tool / "made-from").write_text("another checkout\n")
+    first = machine.start_and_hold("--tool-only")
+    second = machine.start("--tool-only")
+    assert second.stderr is not None
+    assert "Another install.sh is at work" in second.stderr.readline()
+    os.killpg(second.pid, signal.SIGINT)
+    assert _ended(second)[0] == 130
+    machine.let_go()
+    assert _ended(first)[0] == 0
+    assert (machine.tool / "made-from").read_text() != "another checkout\n"
+
+
+def test_a_killed_run_leaves_no_lock(machine: Machine) -> None:
+    killed = machine.start_and_hold("--tool-only")
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert _ended(killed)[0] == -signal.SIGKILL
+    machine.let_go()
+    done = machine.run("--tool-only")
+    assert done.returncode == 0
+    assert "Another" not in done.stderr
+    assert os.access(machine.command, os.X_OK)
+
+
+def test_without_flock_it_goes_on_without(machine: Machine, tmp_path: Path) -> None:
+    tools = tmp_path / "few"
+    tools.mkdir()
+    for name in (
+        *("sh", "env", "dirname", "sed", "id", "cat", "find", "sha256sum", "sort", "cut", "rm", "mkdir", "mv", "cp"),
+        *("ln", "readlink", "grep"),
+    ):
+        (tools / name).symlink_to(shutil.which(name) or "")
+    machine.env["PATH"] = f"{machine.bin}:{tools}"
+    assert machine.run("--tool-only").returncode == 0
+    assert machine.run("--remove").returncode == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_says_so_and_gives_the_former_tool_back(machine: Machine, number: signal.Signals) -> None:
+    assert machine.run("--tool-only").returncode == 0
+    (machine.tool / "made-from").write_text("another checkout\n")
+    held = machine.start_and_hold("--tool-only")
+    os.killpg(held.pid, number)
+    code, said = _ended(held)
+    assert code == 130
+    assert "Traceback" not in said
+    # Of other signals than Ctrl-C the shell itself says a word.
+    first, *words, last = said.splitlines()
+    assert first.startswith("Installing")
+    assert words in ([], ["Terminated"], ["Hangup"])
+    assert last == "✗ interrupted; run it again: it goes on where this one stopped"
+    assert (machine.tool / "made-from").read_text() == "another checkout\n"
+    assert not machine.tool.with_name("tool.old").exists()
+    machine.let_go()
+    assert machine.run("--tool-only").returncode == 0
+    assert (machine.tool / "made-from").read_text() != "another checkout\n"
+
+
+def test_what_pip_says_is_shown_where_it_fails(machine: Machine) -> None:
+    machine.plays("fake-pip", "echo 'no route to the index' >&2; exit 1")
+    done = machine.run("--tool-only")
+    assert done.returncode == 1
+    assert "no route to the index" in done.stderr
+    assert "packages could not be installed" in done.stderr
+
+
+# --- words
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("remove", "perhaps --remove is meant"),
+        ("verify", "'verify' belongs to no option"),
+        ("--full ./node", "'./node' belongs to no option"),
+        ("--remvoe", "there is no option --remvoe"),
+        ("--roots ./node", "there is no option --roots"),
+        ("--roots=./node", "there is no option --roots"),
+        ("-x", "there is no option -x"),
+        ("-yx", "there is no option -yx"),
+        ("--", "there is no option --"),
+        ("--tool-only nonsense", "--tool-only has to stand alone"),
+        ("--yes --tool-only", "--tool-only has to stand alone"),
+        ("--remove --yes", "--remove has to stand alone"),
+        ("--root", "--root needs a value"),
+        ("--root=", "--root needs a value"),
+        ("--root --yes", "--root needs a value"),
+        ("--yes=no", "--yes takes no value"),
+    ],
+)
+def test_what_nobody_knows_is_refused_before_anything_is_touched(machine: Machine, words: str, said: str) -> None:
+    before = sorted(machine.home.iterdir())
+    done = machine.run(*words.split(" "))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "  do    " in done.stderr
+    assert sorted(machine.home.iterdir()) == before
+
+
+def test_an_empty_folder_is_no_folder(machine: Machine) -> None:
+    assert "--root needs a value" in machine.run("--root", "").stderr
+
+
+def test_the_options_are_those_of_the_program() -> None:
+    command: Any = typer.main.get_command(program())
+    valued: set[str] = set()
+    plain: set[str] = set()
+    letters: set[str] = set()
+    for option in command.commands["all"].params:
+        for name in (*option.opts, *option.secondary_opts):
+            if name in ("-h", "--help"):
+                continue
+            (letters if not name.startswith("--") else plain if option.is_flag else valued).add(name)
+    said = dict(re.findall(r"^(VALUED|PLAIN|LETTERS)='?([^'\n]*)'?$", SCRIPT.read_text(), re.MULTILINE))
+    assert set(said["VALUED"].split()) == valued
+    assert set(said["PLAIN"].split()) == plain
+    assert {f"-{letter}" for letter in said["LETTERS"]} == letters
+
+
+def test_what_the_program_knows_gets_there(machine: Machine) -> None:
+    words = ("--root", "./my node", "--set=prefix=/x", "--only", "nccl", "--full", "-yv", "--json")
+    done = machine.run(*words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"all {' '.join(words)}\n"
+
+
+# --- how it ends
+
+
+def test_the_command_is_taken_back_once(machine: Machine) -> None:
+    assert machine.run("--tool-only").returncode == 0
+    assert "Removed the command" in machine.run("--remove").stderr
+    assert not machine.command.is_symlink()
+    again = machine.run("--remove")
+    assert again.returncode == 0
+    assert again.stderr.startswith("Nothing to remove")
+    assert sorted(path.name for path in (machine.home / ".local").rglob("*")) == ["bin", "share"]
+
+
+def test_the_last_word_tells_how_to_call_the_command(machine: Machine) -> None:
+    machine.plays("fake-tool", '[ "$1" = all ] || exit 0; echo "all is done" >&2; exit 3')
+    done = machine.run("--root", "./node")
+    assert done.returncode == 3
+    after = done.stderr.partition("all is done\n")[2]
+    assert str(machine.command) in after
+    assert f'export PATH="{machine.command.parent}:$PATH"' in after
+    assert "log in again" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "promised"),
+    [
+        (".profile", '    PATH="$HOME/.local/bin:$PATH"', True),
+        (".profile", '# PATH="$HOME/.local/bin:$PATH"', False),
+        (".bash_profile", "umask 022", False),
+    ],
+)
+def test_to_log_in_again_is_said_where_that_helps(machine: Machine, file: str, line: str, promised: bool) -> None:
+    (machine.home / ".profile").write_text('PATH="$HOME/.local/bin:$PATH"\n')
+    (machine.home / file).write_text(f"{line}\n")
+    said = machine.run("--tool-only").stderr
+    assert ("log in again" in said) is promised
+    assert ("export PATH=" in said) is not promised
+    assert said.count(str(machine.command)) == 1
+
+
+def test_on_the_path_there_is_nothing_to_tell(machine: Machine) -> None:
+    machine.env["PATH"] += f":{machine.command.parent}"
+    assert "PATH" not in machine.run("--root", "./node").stderr
+
+
+def test_ctrl_c_while_the_node_is_set_up_is_left_to_the_program(machine: Machine) -> None:
+    machine.plays(
+        "fake-tool",
+        '[ "$1" = all ] || exit 0; trap \'echo "stopped well" >&2; exit 130\' INT\n'
+        "echo up; while :; do /bin/sleep 0.1; done",
+    )
+    run = machine.start("--root", "./node")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "up\n"
+    os.killpg(run.pid, signal.SIGINT)
+    code, said = _ended(run)
+    assert code == 130
+    assert "stopped well" in said
+    assert "interrupted; run it again" not in said
 
 
 @pytest.mark.network

@@ -44,6 +44,10 @@ NO_MEMORY = (
 # MiaAI-Lab/DeepSeek-v4-Flash-DSpark-2x-DGX-Spark #146 begins so; the rest is the kernel's own form (pcie/aer.c).
 AER_FATAL = "pcieport 0000:00:00.0: AER: Uncorrectable (Fatal) error message received from 0000:00:00.0"
 AER_SMALL = "pcieport 0002:00:00.0: AER: Correctable error message received from 0002:01:00.0"
+# As mlx5_core writes it (events.c); the first stands where a link carries 13 Gb/s, the second on good links too
+# (NVIDIA/dgx-spark-playbooks #108).
+NO_BUDGET = "mlx5_core 0000:01:00.0: mlx5_pcie_event:322:(pid 412): PCIe slot power capability was not advertised."
+ONLY_27_W = "mlx5_core 0000:01:00.0: mlx5_pcie_event:326:(pid 412): Detected insufficient power on the PCIe slot (27W)."
 # tobias-weiss.org, on memory in a cluster of two Sparks.
 OOM = "VLLM::Worker_TP invoked oom-killer: gfp_mask=0x102cc2(GFP_HIGHUSER), order=0, oom_score_adj=500"
 
@@ -63,7 +67,7 @@ class Recorded(LocalReader):
         return Result(argv, 0 if said is not None else 127, said or "", "")
 
 
-def host(root: Path, files: Mapping[str, str] = MappingProxyType({}), **answers: str) -> Host:
+def host(root: Path, files: Mapping[str, str] = MappingProxyType({}), role: str = "single", **answers: str) -> Host:
     good = {"proc/meminfo": MEMINFO, "proc/sys/kernel/osrelease": "6.17.0-1032-nvidia\n"}
     for name, text in {**good, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ def host(root: Path, files: Mapping[str, str] = MappingProxyType({}), **answers:
         "systemctl": "active\ninactive\ninactive\n",
     }
     reader = Recorded(root, {**said, **{name.replace("_", "-"): text for name, text in answers.items()}})
-    return Host(reader, real_node(root))
+    return Host(reader, real_node(root, role))
 
 
 def connectx(speed: str, lanes: str = "4", vendor: str = "0x15b3") -> dict[str, str]:
@@ -87,6 +91,7 @@ def connectx(speed: str, lanes: str = "4", vendor: str = "0x15b3") -> dict[str, 
 
 
 PYTHON = {"opt/sparkinstall/venv/bin/python": ""}
+HOTPLUG = {"etc/nvidia/cx7-hotplug-enabled": ""}
 IDLE = "NVIDIA GB10, 580.173.02, 3, 208, 4.33\n"
 STUCK = "NVIDIA GB10, 580.173.02, 96, 1377, 20.31\n"
 # name: what makes the host bad, what of that is told, and what looks like it and is good.
@@ -103,6 +108,12 @@ BAD: dict[str, tuple[dict[str, str], dict[str, str], str]] = {
     "gpu-low-power": ({}, {"nvidia_smi": STUCK}, "96 % busy, 1377 MHz, 20 W"),
     "gpu-driver": ({}, {"nvidia_smi": "NVIDIA GB10, 595.84, 0, 208, 4.10\n"}, "595.84"),
     "connectx-pcie": (connectx("16.0 GT/s PCIe"), {}, "enP2p1s0f0np0 16 GT/s x4; firmware 28.45.4028"),
+    "connectx-hotplug": (HOTPLUG, {"role": "head"}, "/etc/nvidia/cx7-hotplug-enabled is there: DGX OS"),
+    "connectx-power": (
+        {},
+        {"journalctl": f"{KERNEL_GOOD}{NO_BUDGET}\n{ONLY_27_W}\n"},
+        "once: mlx5_core 0000:01:00.0: mlx5_pcie_event:322:(pid 412): PCIe slot power",
+    ),
     "memory-guard": (
         {},
         {"systemctl": "inactive\ninactive\ninactive\n"},
@@ -122,6 +133,10 @@ GOOD: list[tuple[str, dict[str, str], dict[str, str]]] = [
     ("gpu-low-power", {}, {"nvidia_smi": "NVIDIA GB100, 580.65.06, 99, 1200, 25.00\n"}),
     ("connectx-pcie", connectx("32.0 GT/s PCIe"), {}),
     ("connectx-pcie", connectx("2.5 GT/s PCIe", vendor="0x10ec"), {}),
+    # One node alone needs no link; and where the feature was switched off, the file has another name.
+    ("connectx-hotplug", HOTPLUG, {}),
+    ("connectx-hotplug", {"etc/nvidia/cx7-hotplug-disabled": ""}, {"role": "worker"}),
+    ("connectx-power", {}, {"journalctl": f"{KERNEL_GOOD}{ONLY_27_W}\n"}),
     ("memory-guard", {}, {"systemctl": "inactive\nactive\ninactive\n"}),
 ]
 
@@ -201,6 +216,29 @@ def test_what_keeps_the_gpu_busy_is_asked_only_with_measure(tmp_path: Path) -> N
     assert "gpu-low-power" not in {probe.name for probe in proof.of_no_step(node)}
 
 
+def test_one_node_alone_is_told_why_a_card_that_may_switch_itself_off_is_no_matter(tmp_path: Path) -> None:
+    found = judged(RULES["connectx-hotplug"], host(tmp_path, HOTPLUG))
+    assert found.found == "/etc/nvidia/cx7-hotplug-enabled is there, and one node alone needs no link"
+
+
+def test_a_card_that_is_not_to_be_seen_is_told_as_switched_off_or_missing(tmp_path: Path) -> None:
+    rule = RULES["connectx-pcie"]
+    assert judged(rule, host(tmp_path)).found == "no ConnectX is on the bus"
+    off = "the ConnectX-7 is switched off to save power until a cable is in and the other node is on"
+    assert judged(rule, host(tmp_path, HOTPLUG)).found == off
+
+
+def test_earlyoom_is_told_to_look_at_memory_alone() -> None:
+    """Left to itself it acts when memory and swap are both short, and DGX OS has 16 GB of swap (earlyoom(1), `-s`)."""
+    assert "-s 100" in RULES["memory-guard"].mend and "restart earlyoom" in RULES["memory-guard"].mend
+
+
+def test_no_driver_package_is_to_be_installed_by_itself() -> None:
+    folder = Path(__file__).parents[2]
+    for path in (*folder.glob("knowledge/**/*.yaml"), *folder.glob("docs/*.md"), *folder.glob("sparkinstall/**/*.py")):
+        assert not re.search(r"install nvidia-driver", path.read_text(encoding="utf-8")), path
+
+
 def test_that_the_page_cache_is_memory_in_use_is_no_rule() -> None:
     """vLLM counts it as available where GPU and CPU share one memory (vllm/utils/mem_utils.py)."""
     assert "page-cache" not in RULES
@@ -237,8 +275,8 @@ def test_several_rules_ask_each_program_once(tmp_path: Path) -> None:
     assert sorted(asked) == ["journalctl", "nvidia-smi", "systemctl"]
 
 
-def real_node(root: Path) -> Node:
-    return replace(node_of(root), rehearsal=False)
+def real_node(root: Path, role: str = "single") -> Node:
+    return replace(node_of(root, role), rehearsal=False)
 
 
 def test_a_rehearsal_has_no_rules_about_the_machine_around_it(tmp_path: Path) -> None:

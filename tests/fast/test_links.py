@@ -336,6 +336,41 @@ def test_a_node_without_a_port_is_told_what_was_looked_for(tmp_path: Path) -> No
     assert told.what == "this node has no QSFP port" and "mlx5_core" in told.why and "lspci" in told.mend
 
 
+# NVIDIA/NV-Kernels #271 names the folder; the flag file is in NVIDIA's guide to the Holoscan sensor bridge.
+DEBUG_STATE = "sys/devices/platform/MTKP0001:00/pcie_hotplug/debug_state"
+
+
+@pytest.mark.parametrize("named", [None, "enp1s0f0np0"])
+@pytest.mark.parametrize(("path", "content"), [(links.HOTPLUG.lstrip("/"), ""), (DEBUG_STATE, "0\n")])
+def test_a_card_that_dgx_os_has_switched_off_is_told_from_a_missing_one(
+    tmp_path: Path, path: str, content: str, named: str | None
+) -> None:
+    node = Sysfs(tmp_path)
+    node.card("enP7s7", "r8127", True)
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(content)
+    told = refusal(node, named)
+    assert told.what == "this node has no QSFP port"
+    assert "switched off to save power until a cable is in and the other node is on" in told.why
+    assert "cable in at both ends" in told.mend and "reboot both with the cable in" in told.mend
+    assert "`sudo mv /etc/nvidia/cx7-hotplug-enabled /etc/nvidia/cx7-hotplug-disabled`" in told.mend
+    assert "mstflint" not in told.mend
+
+
+def test_a_card_that_is_on_is_used_whatever_could_switch_it_off(tmp_path: Path) -> None:
+    node = spark(tmp_path)
+    (tmp_path / "etc/nvidia").mkdir(parents=True)
+    (tmp_path / links.HOTPLUG.lstrip("/")).touch()
+    assert halves(links.used_port(reader(node), asking())) == HALVES[0]
+
+
+def test_a_card_that_counts_as_plugged_in_and_is_not_there_is_a_missing_one(tmp_path: Path) -> None:
+    node = Sysfs(tmp_path)
+    (tmp_path / DEBUG_STATE).parent.mkdir(parents=True)
+    (tmp_path / DEBUG_STATE).write_text("1\n")
+    assert "lspci" in refusal(node).mend
+
+
 @pytest.mark.parametrize("name", ["enP7s7", "wlP9s9"])
 def test_a_management_interface_is_refused_whatever_the_config_says(tmp_path: Path, name: str) -> None:
     told = refusal(spark(tmp_path), name)

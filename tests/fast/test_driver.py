@@ -1,0 +1,74 @@
+"""What nvidia-smi says -> what the preflight check `driver` says, and what it tells a person to do.
+
+The complaints are nvidia-smi's own words, from NVIDIA/open-gpu-kernel-modules #862 and vllm-project/vllm #1772.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from sparkinstall.probes import Finding, facts
+from sparkinstall.probes.host import preflight
+from sparkinstall.system import Result
+from tests.fast.test_units import node_of
+from tests.support.machine import Machine
+
+MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
+
+
+class WithSmi(Machine):
+    """A machine whose nvidia-smi ends with `code` and says `out`."""
+
+    def __init__(self, root: Path, code: int, out: str, err: str = "") -> None:
+        super().__init__(str(root))
+        self.answer = code, out, err
+
+    def query(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
+    ) -> Result:
+        del timeout, env, root
+        return Result(argv, *self.answer)
+
+
+def driver(on: Machine, root: Path) -> Finding:
+    (check,) = [each for each in preflight(node_of(root)) if each.name == "driver"]
+    return check.look(on)
+
+
+def test_a_driver_that_is_there_passes(tmp_path: Path) -> None:
+    on = WithSmi(tmp_path, 0, "NVIDIA GB10, 12.1, 580.95.05\n")
+    assert (driver(on, tmp_path).verdict, driver(on, tmp_path).found) == ("pass", "580.95.05")
+    assert facts.gpu(on) == facts.Gpu("NVIDIA GB10", "12.1", "580.95.05")
+
+
+@pytest.mark.parametrize(
+    "complaint", ["No devices were found", "NVIDIA-SMI has failed because it couldn't communicate"]
+)
+def test_what_nvidia_smi_complains_of_is_shown_and_nvidias_own_update_is_the_mend(
+    tmp_path: Path, complaint: str
+) -> None:
+    found = driver(WithSmi(tmp_path, 6, f"{complaint}\nMake sure ...\n"), tmp_path)
+    assert (found.verdict, found.found) == ("fail", f"nvidia-smi says: {complaint}")
+    assert "DGX Dashboard" in found.mend and "sudo apt dist-upgrade" in found.mend and "fwupdmgr upgrade" in found.mend
+    assert "apt install" not in found.mend
+
+
+def test_a_driver_that_waits_for_a_reboot_is_told_to_reboot_and_nothing_else(tmp_path: Path) -> None:
+    mismatch = driver(WithSmi(tmp_path, 18, f"{MISMATCH}\nNVML library version: 580.95\n"), tmp_path)
+    assert mismatch.found == f"nvidia-smi says: {MISMATCH}"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/reboot-required").touch()
+    waiting = driver(WithSmi(tmp_path, 9, "", "No devices were found\n"), tmp_path)
+    for each in (mismatch, waiting):
+        assert "reboot first" in each.mend and "apt" not in each.mend
+
+
+@pytest.mark.parametrize(("code", "err"), [(127, "nvidia-smi: not found"), (124, "")])
+def test_an_nvidia_smi_that_is_missing_or_hangs_says_nothing(tmp_path: Path, code: int, err: str) -> None:
+    found = driver(WithSmi(tmp_path, code, "", err), tmp_path)
+    assert found.found == "nvidia-smi gives no answer" and "DGX Dashboard" in found.mend
+
+
+def test_what_nvidia_smi_says_cannot_steer_a_terminal(tmp_path: Path) -> None:
+    assert facts.gpu_or_complaint(WithSmi(tmp_path, 1, "\x1b[2Jgone\n")) == "?[2Jgone"

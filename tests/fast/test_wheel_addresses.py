@@ -1,0 +1,57 @@
+"""A wheel that a stack names by its address and that cannot be fetched: the error names it, and a way out."""
+
+from pathlib import Path
+
+import pytest
+
+from sparkinstall import stacks
+from sparkinstall.config import Config
+from sparkinstall.errors import CommandFailed
+from sparkinstall.node import Node
+from sparkinstall.resources.python_environment import _explained
+from tests.support.rehearsals import SETTINGS, Rehearsal, envelope, said
+from tests.support.tiny_stack import no_index, tiny_stack
+
+# Nothing listens at the port for "discard".
+ADDRESS = "https://127.0.0.1:9/whl/vllm-0.18.1%2Bcu130-py3-none-any.whl"
+WAY_OUT = "`--stack 0.22.1`"
+
+
+def test_a_wheel_at_an_address_that_does_not_answer_is_named_with_a_way_out(tmp_path: Path) -> None:
+    stack = tiny_stack(tmp_path / "stack", locked=False)
+    wheels = f"{{wheels: [{{url: '{ADDRESS}'}}]}}"
+    stack.write_text(stack.read_text().replace("{}", wheels))
+    node = Rehearsal(tmp_path / "node", (*SETTINGS, "--stack", str(stack), "--platform", "aarch64"))
+    run = node.all("--json", **{**no_index(stack), "UV_HTTP_RETRIES": "0"})
+    error = next(each for each in envelope(run)["errors"] if "127.0.0.1" in each["why"])
+    assert run.returncode == 1, said(run)
+    assert error["why"].endswith(ADDRESS) and "cannot be fetched" in error["why"]
+    assert "let this node reach 127.0.0.1" in error["mend"] and WAY_OUT in error["mend"]
+
+
+# uv 0.13.8's own words for an address whose file is not there, with its arguments replaced.
+NOT_FOUND = """error: Failed to download `{name} @ {url}`
+  cause: Failed to fetch: {url}
+  cause: HTTP status client error (404 File not found) for url ({url})"""
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_wheel_that_is_gone_from_its_address_is_named(number: int, tmp_path: Path) -> None:
+    node = arm_node(tmp_path)
+    pin = node.wheels.wheels[number]
+    failure = _explained(CommandFailed("uv", tail=NOT_FOUND.format(name=pin.name, url=pin.url).splitlines()), node)
+    assert pin.url and pin.url in failure.why
+    assert WAY_OUT in failure.mend and f"reach {pin.url.split('/')[2]}," in failure.mend
+
+
+def test_an_index_that_cannot_be_reached_is_no_wheel_at_an_address(tmp_path: Path) -> None:
+    tail = [
+        "  cause: Failed to fetch: https://index.example/simple/vllm/",
+        "  cause: error sending request for url (https://index.example/simple/vllm/)",
+    ]
+    failure = _explained(CommandFailed("uv", tail=tail), arm_node(tmp_path))
+    assert failure.why.startswith("the package index cannot be reached") and "--stack" not in failure.mend
+
+
+def arm_node(root: Path) -> Node:
+    return Node(Config(), stacks.load("0.18.1"), "aarch64", "x86_64", True, False, str(root), root / "cache")
