@@ -86,7 +86,7 @@ def _problems_masked(asked: Asked) -> Iterator[None]:
     except Problem as problem:
         mask = Mask(identity.known(open_state(replace(asked, root=None)).system))
         # Pointed at the node before it is masked: the frame around the verb would add the folder as it is.
-        mend = pointed(problem.mend, f" --root {asked.root}" if asked.root else "")
+        mend = pointed(problem.mend, options.root_option(asked.root))
         problem.what, problem.why, problem.mend = map(mask.text, (problem.what, problem.why, mend))
         problem.tail = tuple(map(mask.text, problem.tail))
         raise

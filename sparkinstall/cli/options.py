@@ -92,3 +92,8 @@ class Asked:
             "settings": {**recorded.get("settings", {}), **self.values()} or None,
         }
         return {**recorded, **{name: value for name, value in said.items() if value is not None}}
+
+
+def root_option(root: Path | None) -> str:
+    """What a further command line needs to mean the same node, as it was given."""
+    return f" --root {root}" if root else ""

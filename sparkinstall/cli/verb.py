@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import typer
 
+from sparkinstall.cli.options import root_option
 from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem, storage_problem
 from sparkinstall.records import dataclass
 
@@ -48,7 +49,7 @@ def answer(verb: str, body: Callable[[], Answer], *, root: Path | None, json: bo
         _complete(each, verb)
     code = given.code
     try:
-        _tell(verb, given, json, f" --root {root}" if root else "")
+        _tell(verb, given, json, root_option(root))
         sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read has seen enough; click ends such a run in silence.

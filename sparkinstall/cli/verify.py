@@ -110,7 +110,7 @@ def verify(
     asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
 
     def body() -> Answer:
-        with _reported(junit, strict, f" --root {root}" if root else ""):
+        with _reported(junit, strict, options.root_option(root)):
             choice = Choice(tuple(only or ()), tuple(skip or ()), known_level(level), measure, strict, junit)
             return _verify(asked, choice, json)
 

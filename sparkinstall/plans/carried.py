@@ -1,6 +1,5 @@
 """Files of this machine that settings name, carried to the nodes: a stack of one's own, a tarball of NCCL's source."""
 
-import hashlib
 import os.path
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,10 +7,8 @@ from typing import Any
 
 from sparkinstall import stacks
 from sparkinstall.errors import BadConfig
+from sparkinstall.plans import delivery
 from sparkinstall.records import dataclass
-
-FOLDER = ".local/share/sparkinstall/carried"
-"""Below the home of the user on the node; in it a folder by the name of a digest is whole."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +19,12 @@ class Carried:
 
     @property
     def digest(self) -> str:
-        lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(self.files.items())]
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return delivery.digest_of(self.files)
 
     @property
     def place(self) -> str:
         """The path that a node is told."""
-        return f"~/{FOLDER}/{self.digest}/{next(iter(self.files))}"
+        return f"~/{delivery.CARRIED}/{self.digest}/{next(iter(self.files))}"
 
 
 def carried(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[Carried, ...]]:

@@ -16,13 +16,15 @@ from pathlib import Path
 
 from sparkinstall.assets import asset, user_cache
 from sparkinstall.errors import Problem
-from sparkinstall.plans import carried
 from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalReader
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DIGESTED = ("templates", "patches", "knowledge", "pyproject.toml", "requirements.lock")
 _BESIDE = ("install.sh", "README.md", "LICENSE")
+CARRIED = ".local/share/sparkinstall/carried"
+"""Below the home of the user on the node: what settings name; a folder in it by the name of a digest is whole."""
+
 _WHOLE = ".whole"
 _one_at_a_time = threading.Lock()
 MISSING = 90
@@ -40,7 +42,7 @@ made=
 """
 _RUN = f"""\
 if [ "$made" = "$1" ] && [ -x "$tool" ]; then
-    for each in $2; do [ -e "$HOME/{carried.FOLDER}/$each/{_WHOLE}" ] || exit {LACKING}; done
+    for each in $2; do [ -e "$HOME/{CARRIED}/$each/{_WHOLE}" ] || exit {LACKING}; done
     shift 2
     exec "$tool" "$@"
 fi
@@ -113,7 +115,7 @@ def unpack_line() -> str:
 
 def unpack_carried_line() -> str:
     """The shell's script that takes what was carried from stdin; $1 is its digest."""
-    return f"into=$HOME/{carried.FOLDER}/$1\n{_INTO}"
+    return f"into=$HOME/{CARRIED}/$1\n{_INTO}"
 
 
 @lru_cache(maxsize=1)
@@ -149,12 +151,12 @@ def _beneath(name: str, path: Path) -> Iterator[tuple[str, Path]]:
 @lru_cache(maxsize=1)
 def digest() -> str:
     """The tool's digest, as `digest_of_checkout` of install.sh makes it."""
-    beside = set(_BESIDE)
-    lines = sorted(
-        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {name}\n".encode()
-        for name, path in sources().items()
-        if name not in beside
-    )
+    return digest_of({name: path.read_bytes() for name, path in sources().items() if name not in _BESIDE})
+
+
+def digest_of(files: Mapping[str, bytes]) -> str:
+    """The sha256 of what `sha256sum` says of the files, sorted."""
+    lines = sorted(f"{hashlib.sha256(content).hexdigest()}  {name}\n".encode() for name, content in files.items())
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 

@@ -19,6 +19,13 @@ from sparkinstall.system import Reader
 # long that five starts take longer than systemd's limit counts (ray.service.j2): a node whose card is off because the
 # other one is must not give up before that one is on again.
 _ADDRESS, _HEAD, _JOINED = 120, 120, 90
+NO_ADDRESS = Cause(
+    r"is on no interface",
+    "this node's address on the QSFP link is on no interface",
+    "see that the cable is in and the other node is on (else DGX OS may switch the card off), and run "
+    "`sparkinstall run network`; or name the address with --address",
+)
+"""What `before_start` says, in words."""
 # Bytes. Ray would take 30 % of a memory that the model needs; vLLM passes little through it.
 _OBJECT_STORE = 2 * 2**30
 
@@ -105,12 +112,7 @@ def causes(node: Node) -> tuple[Cause, ...]:
             "the token of this node is not the same as the head's",
             by_hand(node) if worker else "remove the token if it is damaged, then run `sparkinstall run ray`",
         ),
-        Cause(
-            r"is on no interface",
-            "this node's address on the QSFP link is on no interface",
-            "see that the cable is in and the other node is on (else DGX OS may switch the card off), and run "
-            "`sparkinstall run network`; or name the address with --address",
-        ),
+        NO_ADDRESS,
         Cause(
             r"the head does not answer",
             "the head does not answer",

@@ -9,7 +9,7 @@ from sparkinstall.probes import Probe, serving
 from sparkinstall.probes import ray as ray_probe
 from sparkinstall.resources import Resource, units
 from sparkinstall.resources.rendered import Rendered
-from sparkinstall.resources.units import Cause, Service, UnitFile
+from sparkinstall.resources.units import Service, UnitFile
 from sparkinstall.steps import Step
 from sparkinstall.steps import ray as ray_step
 from sparkinstall.steps.env_files import kept_back, with_ray
@@ -43,7 +43,7 @@ class Serving(Step):
             depends.append(_attends(node))
         yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node), noted_in=ray_step.rendered(node))
         noted = ray_step.started(node, serving.UNIT)
-        yield Service(serving.UNIT, partial(_inputs, node, tuple(depends)), noted, _CAUSES)
+        yield Service(serving.UNIT, partial(_inputs, node, tuple(depends)), noted, (ray_step.NO_ADDRESS,))
 
     def probes(self, node: Node) -> Iterable[Probe]:
         return serving.probes(node)
@@ -129,13 +129,3 @@ def _limits(node: Node) -> list[str]:
     length = settings.max_model_len or (16384 if node.several else 32768)
     words = ["--gpu-memory-utilization", memory, "--max-model-len", str(length)]
     return [*words, "--enforce-eager", "--enable-prefix-caching"]
-
-
-_CAUSES = (
-    Cause(
-        r"is on no interface",
-        "this node's address on the QSFP link is on no interface",
-        "see that the cable is in and the other node is on (else DGX OS may switch the card off), and run "
-        "`sparkinstall run network`; or name the address with --address",
-    ),
-)

@@ -14,7 +14,7 @@ import pytest
 from sparkinstall.config import ClusterConfig, Config, NetworkConfig
 from sparkinstall.errors import BadConfig, BadUsage, Blocked, NeedsRoot
 from sparkinstall.plans import catalogue, delivery, sameness
-from sparkinstall.plans.carried import FOLDER, carried
+from sparkinstall.plans.carried import carried
 from sparkinstall.plans.cluster import PHASES, members
 from sparkinstall.system.ssh import explained
 from tests.support.far_nodes import STEPS, VERSIONS, FarNodes, look, problem, step
@@ -183,7 +183,7 @@ def test_what_was_cut_on_its_way_is_carried_again(far: FarNodes) -> None:
     home = {"HOME": str(far.lab / "spark-1"), "PATH": os.environ["PATH"]}
     unpack = ["sh", "-c", delivery.unpack_carried_line(), "sparkinstall", what.digest]
     assert subprocess.run(unpack, input=cut, env=home, check=False, capture_output=True).returncode == 1
-    assert not list((far.lab / "spark-1" / FOLDER).iterdir())
+    assert not list((far.lab / "spark-1" / delivery.CARRIED).iterdir())
     assert far.cluster("plan", "spark-1", "--stack", str(mine))[0] == 0
     assert _carried(far, "spark-1", "stack=").exists()
 

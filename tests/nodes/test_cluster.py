@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 
 from tests.lab.fleet import Fleet, FleetNode
-from tests.nodes.fleet import install, sparkinstall, two_sparks
+from tests.nodes.fleet import armed, install, sparkinstall, two_sparks
 from tests.nodes.fresh import COMMAND, ignoring
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
 HEAD, WORKER = "192.168.100.10", "192.168.100.11"
-ARMED = "/var/lib/sparkinstall-dead-man"
 NETPLAN = "/etc/netplan/40-cx7.yaml"
 LINK = ("--only", "packages", "--only", "network", "--only", "firewall")
 
@@ -40,11 +39,6 @@ def _set_up(fleet: Fleet, *more: str) -> tuple[int, dict[str, Any], str]:
 
 def _largest_ping(node: FleetNode, address: str) -> bool:
     return node.run("ping", "-c", "2", "-W", "2", "-M", "do", "-s", "8972", address, check=False).returncode == 0
-
-
-def _armed(node: FleetNode) -> bool:
-    kept = ("-mindepth", "1", "-maxdepth", "1", "-type", "d", "-not", "-name", "*.new")
-    return bool(node.run("find", ARMED, *kept, check=False).stdout)
 
 
 def _until(true: Callable[[], bool], seconds: float = 60) -> None:
@@ -82,8 +76,8 @@ def test_the_network_comes_up_is_reached_anew_and_confirmed(pair: Fleet) -> None
     head, worker = pair.nodes
     assert _largest_ping(head, WORKER)
     assert _largest_ping(worker, HEAD)
-    assert not _armed(head)
-    assert not _armed(worker)
+    assert not armed(head)
+    assert not armed(worker)
     assert "spark-2 │ confirm: confirmed" in log
 
 
@@ -109,10 +103,10 @@ def test_a_run_that_is_killed_in_the_network_phase_locks_nobody_out(pair: Fleet)
     words = ("cluster", "spark-1", "spark-2", *LINK, *ignoring(), "--yes", "--json", *changed)
     head = pair.nodes[0]
     with pair.start_on_terminal(COMMAND, *words, cwd="/home/spark") as run:
-        _until(lambda: _armed(head))
+        _until(lambda: armed(head))
         pair.terminal.run("pkill", "-9", "-u", "spark", check=False)
         run.wait()
-    _until(lambda: not _armed(head) and not head.run("pgrep", "-f", "attend", check=False).stdout, 180)
+    _until(lambda: not armed(head) and not head.run("pgrep", "-f", "attend", check=False).stdout, 180)
     assert "mtu: 9000" in head.read(NETPLAN)
     code, said, log = _set_up(pair, *changed)
     assert code == 0, (said["errors"], log)
@@ -125,14 +119,14 @@ def test_a_node_that_dies_in_the_middle_is_named(pair: Fleet) -> None:
     changed = ("--set", "network.dead_man=30", "--set", "network.mtu=8000")
     words = ("cluster", "spark-1", "spark-2", *LINK, *ignoring(), "--yes", "--json", *changed)
     with pair.start_on_terminal(COMMAND, *words, cwd="/home/spark") as run:
-        _until(lambda: _armed(head))
+        _until(lambda: armed(head))
         worker.kill()
         out, _ = run.communicate(timeout=200)
     said = json.loads(out)
     assert said["exit_code"] == 5
     assert any("spark-2" in error["what"] for error in said["errors"])
     worker.boot()
-    _until(lambda: not _armed(head), 120)
+    _until(lambda: not armed(head), 120)
     code, said, log = _set_up(pair, "--set", "network.mtu=9000")
     assert code == 0, (said["errors"], log)
 

@@ -18,7 +18,7 @@ import pytest
 from tests.lab.cabling import LAN, PORT_0
 from tests.lab.commands import Completed, Process
 from tests.lab.fleet import Fleet, FleetNode
-from tests.nodes.fleet import install, sparkinstall, two_sparks
+from tests.nodes.fleet import armed, install, sparkinstall, two_sparks
 from tests.nodes.fresh import COMMAND, ignoring
 from tests.nodes.test_fresh_node import NOT_COMPARED
 
@@ -31,7 +31,6 @@ PREFIX = "/opt/sparkinstall"
 NETPLAN = "/etc/netplan/40-cx7.yaml"
 TOKEN = f"{PREFIX}/ray-token"
 ENV_FILES = (f"{PREFIX}/env/multi-node-head.env", f"{PREFIX}/env/multi-node-worker.env")
-ARMED = "/var/lib/sparkinstall-dead-man"
 # Something of each phase, and not what takes long to be proven.
 QUICK = tuple(word for step in ("network", "firewall", "nccl-fit", "env-files", "ray") for word in ("--only", step))
 OURS = (PREFIX, "/etc", "/var/lib/sparkinstall")
@@ -105,11 +104,6 @@ def _until(so: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-def _armed(node: FleetNode) -> bool:
-    kept = ("-mindepth", "1", "-maxdepth", "1", "-type", "d", "-not", "-name", "*.new")
-    return bool(node.run("find", ARMED, *kept, check=False).stdout)
-
-
 def _links(node: FleetNode) -> list[tuple[int, list[str]]]:
     """MTU and IPv4 addresses of both halves."""
     rows = {row["ifname"]: row for row in json.loads(node.run("ip", "-j", "address").stdout)}
@@ -169,7 +163,7 @@ def test_both_halves_carry_packets_of_9000_bytes_both_ways(pair: Fleet) -> None:
     assert _is_linked(worker, WORKER)
     for node, other in ((head, WORKER), (worker, HEAD)):
         assert all(_carries_9000(node, to) for to in (other, SECOND_HALF[other]))
-    assert not _armed(head) and not _armed(worker)
+    assert not armed(head) and not armed(worker)
 
 
 def test_the_token_is_the_same_and_nobody_else_can_read_it(pair: Fleet) -> None:
@@ -213,7 +207,7 @@ def test_a_tool_that_is_killed_at_any_barrier_is_gone_on_with(pair: Fleet) -> No
     assert answer.code == 0, (begun, answer.errors, answer.log)
     assert {"look", "network", "reach", "confirm", "head", "workers", "verify"} <= set(begun), begun
     assert all("mtu: 9000" in node.read(NETPLAN) for node in pair.nodes)
-    assert not any(_armed(node) for node in pair.nodes)
+    assert not any(armed(node) for node in pair.nodes)
     assert _is_whole(pair.nodes[0])
     assert all(_is_linked(node, address) for node, address in zip(pair.nodes, ADDRESSES, strict=True))
 
@@ -295,13 +289,13 @@ def test_a_cable_that_is_pulled_while_the_network_is_applied(pair: Fleet) -> Non
     _spoil(pair)
     head = pair.nodes[0]
     with _running(pair, "--set", "network.dead_man=30") as run:
-        _until(lambda: _armed(head))
+        _until(lambda: armed(head))
         pair.unplug(head)
         told = run.told()
     assert told.code == 5, told
     assert "does not answer over the link" in told.errors or "the new network was not kept" in told.errors
     assert pair.ssh(head, "true").returncode == 0
-    _until(lambda: not any(_armed(node) for node in pair.nodes), 120)
+    _until(lambda: not any(armed(node) for node in pair.nodes), 120)
     assert "mtu: 8000" in head.read(NETPLAN)
     pair.plug(head)
     again = _set_up(pair)
