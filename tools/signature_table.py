@@ -5,7 +5,7 @@ PYTHONPATH=. python tools/signature_table.py
 
 from pathlib import Path
 
-from sparkinstall.signatures import Signature, load
+from sparkinstall.diagnose.signatures import Signature, load
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/diagnose.md"
 BEGIN, END = "<!-- known failures -->\n", "<!-- end -->\n"

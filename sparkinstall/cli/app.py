@@ -78,7 +78,7 @@ def main() -> None:
 def _tell_usage(what: str) -> NoReturn:
     import sys
 
-    from sparkinstall.cli.envelope import envelope
+    from sparkinstall.cli.json_output import envelope
     from sparkinstall.errors import BadUsage, Exit
 
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")

@@ -10,14 +10,14 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer, confirm
+from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
 from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
+    from sparkinstall.cluster.orchestrate import Cluster
+    from sparkinstall.cluster.remote import Far
     from sparkinstall.errors import Problem
-    from sparkinstall.plans.cluster import Cluster
-    from sparkinstall.plans.far import Far
     from sparkinstall.probes import Level
 
 _LINK = "The cluster"
@@ -128,10 +128,10 @@ def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
 def _opened(hosts: list[str], asked: Asked, choice: Choice, *, carries: bool) -> "Iterator[Cluster]":
     """The nodes; `carries`: with the files that settings name."""
     from sparkinstall.cli.cluster_screen import watching
-    from sparkinstall.plans.carried import carried
-    from sparkinstall.plans.cluster import Cluster, Wish, members
-    from sparkinstall.plans.far import Far
-    from sparkinstall.system import ssh
+    from sparkinstall.cluster import ssh
+    from sparkinstall.cluster.orchestrate import Cluster, Wish, members
+    from sparkinstall.cluster.remote import Far
+    from sparkinstall.cluster.uploads import carried
 
     wanted, given = _settings(asked)
     values, files = carried(given) if carries else (given, ())
@@ -191,13 +191,13 @@ def _settings(asked: Asked) -> tuple[Any, dict[str, Any]]:
 
 
 def _require_known_steps(choice: Choice) -> None:
-    from sparkinstall.plans import catalogue
+    from sparkinstall.core import catalogue
 
     catalogue.require_known(choice.only + choice.skip, [step.name for step in catalogue.STEPS], "step")
 
 
 def _up(nodes: "Cluster", choice: Choice) -> Answer:
-    from sparkinstall.plans.cluster import Barrier
+    from sparkinstall.cluster.orchestrate import Barrier
 
     try:
         nodes.look()
@@ -225,7 +225,7 @@ def _drifts(nodes: "Cluster") -> bool:
 
 
 def _show_up(nodes: "Cluster") -> None:
-    from sparkinstall.cli.render import console
+    from sparkinstall.cli.text_output import console
 
     if nodes.failed:
         return
@@ -260,7 +260,7 @@ def _standing(data: Any) -> str:
 
 def _uninstall(nodes: "Cluster", choice: Choice) -> Answer:
     from sparkinstall.cli.cluster_screen import show_nodes
-    from sparkinstall.plans.cluster import Barrier
+    from sparkinstall.cluster.orchestrate import Barrier
 
     hosts = ", ".join(far.host for far in nodes.fars)
     confirm(f"Take back all that sparkinstall did on {hosts}?", agreed=choice.yes, default=False)
@@ -308,7 +308,7 @@ def _named(host: str, problem: "Problem") -> "Problem":
 
 
 def _node_data(nodes: "Cluster", far: "Far") -> dict[str, Any]:
-    from sparkinstall.cli.envelope import problem_data
+    from sparkinstall.cli.json_output import problem_data
 
     phases = [
         {

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from sparkinstall.cli import junit
 from sparkinstall.cli.cluster import Choice, end
 from sparkinstall.cli.cluster_screen import show_bandwidth, show_differences, show_nodes
-from sparkinstall.cli.envelope import finding_data
-from sparkinstall.cli.verb import Answer
+from sparkinstall.cli.json_output import finding_data
+from sparkinstall.cli.run_command import Answer
+from sparkinstall.cluster.bandwidth import Between
+from sparkinstall.cluster.differences import Comparison
+from sparkinstall.cluster.orchestrate import Cluster, Done
 from sparkinstall.errors import Problem
-from sparkinstall.plans.cluster import Cluster, Done
-from sparkinstall.plans.differences import Comparison
-from sparkinstall.plans.measuring import Between
 from sparkinstall.probes import bandwidth
 
 if TYPE_CHECKING:

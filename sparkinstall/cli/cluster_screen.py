@@ -16,13 +16,13 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from sparkinstall.cli.progress import duration
-from sparkinstall.cli.render import console, sign
+from sparkinstall.cli.live_output import duration
+from sparkinstall.cli.text_output import console, sign
+from sparkinstall.cluster.bandwidth import Between
+from sparkinstall.cluster.differences import Comparison, Weight
+from sparkinstall.cluster.orchestrate import Cluster, Done, Line, Started, Tell
+from sparkinstall.cluster.remote import Far
 from sparkinstall.errors import Problem
-from sparkinstall.plans.cluster import Cluster, Done, Line, Started, Tell
-from sparkinstall.plans.differences import Comparison, Weight
-from sparkinstall.plans.far import Far
-from sparkinstall.plans.measuring import Between
 from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 

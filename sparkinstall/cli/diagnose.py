@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.cli.run_command import Answer, answer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from sparkinstall.diagnose.judge import Diagnosis, Found, Log, Reading
+    from sparkinstall.diagnose.search import Line, Search, Sighting
+    from sparkinstall.diagnose.signatures import Signature
     from sparkinstall.errors import Problem
-    from sparkinstall.log_search import Line, Search, Sighting
-    from sparkinstall.plans.diagnosis import Diagnosis, Found, Log, Reading
-    from sparkinstall.signatures import Signature
 
 _SHOWN_TELLING = 8
 
@@ -58,13 +58,13 @@ def diagnose(
 
 
 def _diagnose(logs: "Sequence[Log]", units: "Sequence[str]", follow: bool, talk: bool, verbose: bool) -> Answer:
+    from sparkinstall.diagnose import judge
+    from sparkinstall.diagnose.signatures import load
     from sparkinstall.errors import Exit
-    from sparkinstall.plans import diagnosis
-    from sparkinstall.signatures import load
 
     signatures = load()
     readings = _followed(logs[0], signatures, talk) if follow else [_read(log, signatures) for log in logs]
-    found = diagnosis.judge(readings)
+    found = judge.judge(readings)
     silent = () if follow else _silent(readings, units)
     code = Exit.DRIFT if found.failures else Exit.FAILED if silent else Exit.GOOD
     return Answer(code, _data(found), lambda: _show(found, verbose, told=follow), silent)
@@ -95,8 +95,8 @@ def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool, boot: bo
     """
     import sys
 
+    from sparkinstall.diagnose import judge
     from sparkinstall.errors import BadUsage
-    from sparkinstall.plans import diagnosis
 
     if boot and not units:
         raise BadUsage("--boot says how much of a unit's journal is read", mend="name the unit: `--unit vllm --boot`")
@@ -112,14 +112,14 @@ def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool, boot: bo
     if files.count("-") > 1:
         raise BadUsage("stdin can be read only once", mend="give `-` once")
     return [
-        *(diagnosis.file_log(name, follow) for name in files),
-        *(diagnosis.unit_log(name, follow, boot) for name in units),
+        *(judge.file_log(name, follow) for name in files),
+        *(judge.unit_log(name, follow, boot) for name in units),
     ]
 
 
 def _read(log: "Log", signatures: "Sequence[Signature]") -> "Reading":
-    from sparkinstall.log_search import Search
-    from sparkinstall.plans.diagnosis import Reading
+    from sparkinstall.diagnose.judge import Reading
+    from sparkinstall.diagnose.search import Search
 
     search = Search(signatures)
     for piece in log.pieces():
@@ -130,9 +130,9 @@ def _read(log: "Log", signatures: "Sequence[Signature]") -> "Reading":
 
 def _followed(log: "Log", signatures: "Sequence[Signature]", talk: bool) -> "list[Reading]":
     """Read until the log ends or Ctrl-C, which is how a person ends it; tell what comes."""
-    from sparkinstall.cli.render import console
-    from sparkinstall.log_search import Search
-    from sparkinstall.plans.diagnosis import Reading
+    from sparkinstall.cli.text_output import console
+    from sparkinstall.diagnose.judge import Reading
+    from sparkinstall.diagnose.search import Search
 
     search, out = Search(signatures), console()
     if talk:
@@ -152,11 +152,11 @@ def _tell(sighting: "Sighting", search: "Search", talk: bool, out: "Console") ->
     """One failure, at the moment it is met; what has brought it about is known if it came before."""
     import time
 
-    from sparkinstall.plans import diagnosis
+    from sparkinstall.diagnose import judge
 
     if not talk:
         return
-    every = diagnosis.judge([diagnosis.Reading("", search)])
+    every = judge.judge([judge.Reading("", search)])
     found = next(each for each in (*every.failures, *every.warnings) if each.signature is sighting.signature)
     out.print(f"[dim]{time.strftime('%H:%M:%S')}[/]")
     _show_found(found, out, several=False)
@@ -167,7 +167,7 @@ def _tell(sighting: "Sighting", search: "Search", talk: bool, out: "Console") ->
 
 
 def _show(found: "Diagnosis", verbose: bool, told: bool) -> None:
-    from sparkinstall.cli.render import console
+    from sparkinstall.cli.text_output import console
 
     out = console()
     several = len(found.readings) > 1
@@ -184,7 +184,7 @@ def _show(found: "Diagnosis", verbose: bool, told: bool) -> None:
 def _show_found(found: "Found", out: "Console", several: bool) -> None:
     from rich.markup import escape
 
-    from sparkinstall.cli.render import sign
+    from sparkinstall.cli.text_output import sign
 
     known = found.signature
     out.print(sign("warn" if known.is_warning else "fail"), f"[bold]{escape(known.title)}[/]  [dim]{known.name}[/]")
@@ -263,7 +263,7 @@ def _show_telling(found: "Diagnosis", out: "Console", several: bool, verbose: bo
 
 
 def _count(found: "Found") -> str:
-    from sparkinstall.log_search import MOST
+    from sparkinstall.diagnose.search import MOST
 
     return f"{found.count:,} or more" if found.count >= MOST else f"{found.count:,}"
 
@@ -323,14 +323,14 @@ def _signature_data(known: "Signature") -> dict[str, Any]:
 
 
 def _list_known() -> Answer:
-    from sparkinstall.signatures import load
+    from sparkinstall.diagnose.signatures import load
 
     signatures = load()
 
     def show() -> None:
         from rich.table import Table
 
-        from sparkinstall.cli.render import console
+        from sparkinstall.cli.text_output import console
 
         table = Table(box=None, pad_edge=False, header_style="dim")
         for heading in ("failure", "fix", "what it is"):

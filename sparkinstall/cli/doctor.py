@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.cli.run_command import Answer, answer
 from sparkinstall.cli.verify import Choice, HowFar, Measure, Names, NotNames, known_level
 from sparkinstall.records import dataclass
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparkinstall.cli.session import Session
-    from sparkinstall.masking import Mask
-    from sparkinstall.plans.checkup import Item, Weight
+    from sparkinstall.support.doctor import Item, Weight
+    from sparkinstall.support.mask import Mask
 
 _HEADINGS: "dict[Weight, tuple[str, str, str]]" = {
     "broken": ("✗", "red", "Broken"),
@@ -75,11 +75,11 @@ def doctor(
 @contextmanager
 def _problems_masked(asked: Asked) -> Iterator[None]:
     """What keeps the doctor from looking is pasted in public like all the rest."""
-    from sparkinstall.cli.render import pointed
     from sparkinstall.cli.session import open_state
+    from sparkinstall.cli.text_output import pointed
     from sparkinstall.errors import Problem
-    from sparkinstall.masking import Mask
-    from sparkinstall.probes import identity
+    from sparkinstall.support import identity
+    from sparkinstall.support.mask import Mask
 
     try:
         yield
@@ -95,15 +95,14 @@ def _problems_masked(asked: Asked) -> Iterator[None]:
 def _doctor(asked: Asked, choice: Choice, json: bool) -> Answer:
     from sparkinstall.cli.session import open_session
     from sparkinstall.errors import Exit
-    from sparkinstall.masking import Mask
-    from sparkinstall.plans import checkup
-    from sparkinstall.probes import identity
+    from sparkinstall.support import doctor, identity
+    from sparkinstall.support.mask import Mask
 
     session = open_session(asked)
     mask = Mask(identity.known(session.system))
     items, installed, wrong = _looked_at(session, choice, json)
     shown = tuple(_shown(item, session, mask) for item in items)
-    machine: dict[str, str] = mask.data(checkup.machine(session.node, session.system))
+    machine: dict[str, str] = mask.data(doctor.machine_facts(session.node, session.system))
     broken = any(each.weight == "broken" for each in shown)
     root = mask.text(session.root_option)
     found = Checkup(machine, installed, shown, wrong or broken, mask.told(), root)
@@ -115,7 +114,7 @@ def _looked_at(session: "Session", choice: Choice, plain: bool) -> "tuple[list[I
     """The items; whether anything of ours is here; whether `verify` would call it wrong."""
     from sparkinstall.cli.verify import looked_through
     from sparkinstall.errors import BadUsage, NotThere, Problem
-    from sparkinstall.plans import checkup
+    from sparkinstall.support import doctor
 
     try:
         result = looked_through(session, choice, plain)
@@ -124,37 +123,39 @@ def _looked_at(session: "Session", choice: Choice, plain: bool) -> "tuple[list[I
     except NotThere:
         return [*_before(session, choice, False), *_of_machine(session, choice)], False, False
     except Problem as problem:
-        kept = checkup.of_problem(problem)
+        kept = doctor.of_problem(problem)
         return [kept, *_before(session, choice, True), *_of_machine(session, choice)], True, True
-    checks = checkup.of_checks(result.reports)
-    probes = checkup.of_probes(result.looked, session.node)
+    checks = doctor.of_checks(result.reports)
+    probes = doctor.of_probes(result.looked, session.node)
     return [*_before(session, choice, True), *checks, *probes], True, result.wrong
 
 
 def _before(session: "Session", choice: Choice, installed: bool) -> "list[Item]":
     """The checks before an installation; who names one thing does not ask for them."""
+    from sparkinstall.core import checks
     from sparkinstall.events import silent
-    from sparkinstall.plans import checkup, proof
-    from sparkinstall.probes.host import preflight
+    from sparkinstall.probes.preflight import preflight
+    from sparkinstall.support import doctor
 
     if choice.only:
         return []
-    return checkup.of_preflight(proof.look(preflight(session.node), session.system, silent), installed)
+    return doctor.of_preflight(checks.look(preflight(session.node), session.system, silent), installed)
 
 
 def _of_machine(session: "Session", choice: Choice) -> "list[Item]":
     """What can be said of the machine alone, with nothing of ours on it."""
+    from sparkinstall.core import checks
     from sparkinstall.events import silent
-    from sparkinstall.plans import checkup, proof
+    from sparkinstall.support import doctor
 
-    chosen = proof.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)
-    own = {probe.name for probe in proof.of_no_step(session.node)}
+    chosen = checks.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)
+    own = {probe.name for probe in checks.of_no_step(session.node)}
     probes = [probe for probe in chosen.probes if probe.name in own]
-    return checkup.of_probes(proof.look(probes, session.system, silent), session.node)
+    return doctor.of_probes(checks.look(probes, session.system, silent), session.node)
 
 
 def _shown(item: "Item", session: "Session", mask: "Mask") -> "Item":
-    from sparkinstall.cli.render import pointed
+    from sparkinstall.cli.text_output import pointed
 
     return replace(
         item,
@@ -171,7 +172,7 @@ def _data(found: Checkup) -> dict[str, Any]:
 
 
 def _show(found: Checkup, verbose: bool) -> None:
-    from sparkinstall.cli.render import console
+    from sparkinstall.cli.text_output import console
 
     out = console()
     out.print(", ".join(_named(name, value) for name, value in found.machine.items()), markup=False)

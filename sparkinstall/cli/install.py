@@ -5,18 +5,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, confirm
+from sparkinstall.cli.run_command import Answer, confirm
 from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sparkinstall.cli.session import Session
+    from sparkinstall.core.checks import Looked
+    from sparkinstall.core.engine import StepReport
+    from sparkinstall.core.fixes import FixState
     from sparkinstall.errors import Problem
     from sparkinstall.node import Node
-    from sparkinstall.plans.engine import StepReport
-    from sparkinstall.plans.fixes import FixState
-    from sparkinstall.plans.proof import Looked
     from sparkinstall.steps import Step
 
 
@@ -36,7 +36,7 @@ class Choice:
 def install(asked: Asked, choice: Choice) -> Answer:
     """Plan, check, ask, make it so, prove it."""
     from sparkinstall.cli.session import looked_at, open_session
-    from sparkinstall.plans import catalogue
+    from sparkinstall.core import catalogue
 
     session = open_session(asked)
     if problem := session.state.trouble(session.node):
@@ -97,8 +97,8 @@ def _refuse_what_needs_more(node: "Node", reports: "Sequence[StepReport]", verb:
     Raises:
         BadUsage: nothing was begun.
     """
+    from sparkinstall.core import catalogue
     from sparkinstall.errors import BadUsage
-    from sparkinstall.plans import catalogue
     from sparkinstall.resources import Unknown
 
     known = {step.name for step in catalogue.of(node)} - {report.name for report in reports}
@@ -113,13 +113,13 @@ def _refuse_what_needs_more(node: "Node", reports: "Sequence[StepReport]", verb:
 
 
 def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequence[StepReport]", verb: str) -> Answer:
-    from sparkinstall.cli.envelope import step_data
+    from sparkinstall.cli.json_output import step_data
+    from sparkinstall.core import checks
     from sparkinstall.errors import Exit
     from sparkinstall.events import silent
-    from sparkinstall.plans import proof
 
-    static = proof.of_files(steps, session.node)
-    bad = [each for each in proof.look(static, session.system, silent) if each.finding.verdict == "fail"]
+    static = checks.of_files(steps, session.node)
+    bad = [each for each in checks.look(static, session.system, silent) if each.finding.verdict == "fail"]
     if bad:
         return Answer(Exit.FAILED, {"changed": False}, problems=(_damaged(bad),))
     _settle_options(session, verb)
@@ -159,21 +159,21 @@ def preflight(session: "Session", choice: Choice) -> None:
         PreflightFailed: with all failures in words.
         BadUsage: `--ignore` names no check.
     """
+    from sparkinstall.core import catalogue, checks
     from sparkinstall.errors import PreflightFailed
     from sparkinstall.events import silent
-    from sparkinstall.plans import catalogue, proof
-    from sparkinstall.probes.host import preflight as checks
+    from sparkinstall.probes import preflight as preflight_probes
 
-    probes = list(checks(session.node))
+    probes = list(preflight_probes.preflight(session.node))
     catalogue.require_known(choice.ignore, [probe.name for probe in probes], "check")
-    looked = [_ignored(each, choice.ignore) for each in proof.look(probes, session.system, silent)]
+    looked = [_ignored(each, choice.ignore) for each in checks.look(probes, session.system, silent)]
     if sys.stdin.isatty() and [each.probe.name for each in looked if each.finding.verdict == "fail"] == ["sudo"]:
         # All that is missing is the password: a person is there to give it.
         session.system.ask_for_sudo()
-        looked = [_ignored(each, choice.ignore) for each in proof.look(probes, session.system, silent)]
+        looked = [_ignored(each, choice.ignore) for each in checks.look(probes, session.system, silent)]
     bad = [each for each in looked if each.finding.verdict == "fail"]
     if not choice.json:
-        from sparkinstall.cli.render import console, show_preflight
+        from sparkinstall.cli.text_output import console, show_preflight
 
         show_preflight(looked, console())
     if bad:
@@ -203,7 +203,7 @@ def _way_out(bad: "Sequence[Looked]") -> str:
 
 
 def _show_beginning(session: "Session", reports: "Sequence[StepReport]", verbose: bool) -> None:
-    from sparkinstall.cli.render import console, show_plan
+    from sparkinstall.cli.text_output import console, show_plan
 
     out = console()
     out.print(f"[bold]Plan[/]  {session.where}")
@@ -216,7 +216,7 @@ def _show_beginning(session: "Session", reports: "Sequence[StepReport]", verbose
 def _without_diffs(report: "StepReport") -> "StepReport":
     from dataclasses import replace
 
-    from sparkinstall.plans.engine import Checked
+    from sparkinstall.core.engine import Checked
     from sparkinstall.resources import Drift
 
     brief = [Checked(c.key, Drift(c.state.summary)) if isinstance(c.state, Drift) else c for c in report.checked]
@@ -224,9 +224,9 @@ def _without_diffs(report: "StepReport") -> "StepReport":
 
 
 def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked: Asked) -> Answer:
-    from sparkinstall.cli.progress import watching
-    from sparkinstall.plans import engine, proof
-    from sparkinstall.plans.journaled import JournaledSystem
+    from sparkinstall.cli.live_output import watching
+    from sparkinstall.core import checks, engine
+    from sparkinstall.journal.system import JournaledSystem
 
     with watching(asked.verbose) as emit, session.system.sudo_kept(), session.state.hold(choice.verb, emit) as run:
         journal, logs = session.state.journal(run), session.state.logs(run)
@@ -239,10 +239,10 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
             emit,
             choice.fresh,
         )
-        probes = proof.of_steps(_sound(steps, reports), session.node)
+        probes = checks.of_steps(_sound(steps, reports), session.node)
         if not (choice.only or choice.skip):
-            probes += proof.of_no_step(session.node)
-        looked = proof.look(probes, session.system, emit)
+            probes += checks.of_no_step(session.node)
+        looked = checks.look(probes, session.system, emit)
         looked = [_of_this_node(each) for each in looked]
         session.state.remember_unproven([each.probe.name for each in looked if each.finding.verdict == "fail"])
     return _conclude(session, reports, looked, choice)
@@ -267,9 +267,9 @@ def _sound(steps: "Sequence[Step]", reports: "Sequence[StepReport]") -> "list[St
 def _conclude(
     session: "Session", reports: "Sequence[StepReport]", looked: "Sequence[Looked]", choice: Choice
 ) -> Answer:
-    from sparkinstall.cli.envelope import finding_data, fix_data, step_data
+    from sparkinstall.cli.json_output import finding_data, fix_data, step_data
+    from sparkinstall.core import fixes
     from sparkinstall.errors import Exit, Problem
-    from sparkinstall.plans import fixes
 
     problems = [report.problem for report in reports if report.problem]
     findings = {each.probe.name: each.finding for each in looked}
@@ -293,7 +293,7 @@ def _conclude(
 
 
 def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequence[FixState]", failed: bool) -> None:
-    from sparkinstall.cli.render import console, show_findings, show_fixes
+    from sparkinstall.cli.text_output import console, show_findings, show_fixes
 
     out = console()
     if looked:
@@ -309,7 +309,7 @@ def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequenc
 
 def _show_next(session: "Session", out: "Console") -> None:
     """What to do now; a part that was made may have left another one behind."""
-    from sparkinstall.plans import catalogue, engine
+    from sparkinstall.core import catalogue, engine
 
     reports = engine.plan(catalogue.of(session.node), session.node, session.system)
     behind = [report.name for report in reports if report.outcome not in ("unchanged", "left")]

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
-from sparkinstall.cli.render import pointed
+from sparkinstall.cli.text_output import pointed
+from sparkinstall.core.checks import Looked
+from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadUsage, Problem, storage_problem
-from sparkinstall.plans.engine import StepReport
-from sparkinstall.plans.proof import Looked
 from sparkinstall.probes import LEVELS
 from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact

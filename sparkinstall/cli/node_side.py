@@ -6,7 +6,7 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.cli.run_command import Answer, answer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -86,24 +86,25 @@ def look(
 
 
 def _look(asked: Asked, only: list[str], skip: list[str]) -> Answer:
-    from sparkinstall.cli.envelope import finding_data, step_data
+    from sparkinstall.cli.json_output import finding_data, step_data
     from sparkinstall.cli.session import open_session
+    from sparkinstall.cluster import sameness
+    from sparkinstall.core import catalogue, checks, engine
     from sparkinstall.events import silent
-    from sparkinstall.plans import catalogue, engine, proof, sameness
-    from sparkinstall.probes.host import preflight
-    from sparkinstall.resources import dead_man
+    from sparkinstall.probes.preflight import preflight
+    from sparkinstall.resources import rollback
 
     session = open_session(asked)
     node, system = session.node, session.system
     reports = engine.plan(catalogue.chosen(node, only, skip), node, system)
-    looked = proof.look(preflight(node), system, silent)
+    looked = checks.look(preflight(node), system, silent)
     data = {
         "preflight": [finding_data(each.probe, each.finding, each.seconds) for each in looked],
         "steps": [step_data(report) for report in reports],
         "unproven": session.state.unproven(),
         "versions": sameness.versions(node, system),
         "token": sameness.token_digest(node, system),
-        "armed": dead_man.armed(system),
+        "armed": rollback.armed(system),
         "user": node.user,
         "executor": node.config.cluster.executor,
     }
@@ -171,14 +172,14 @@ def _offer(peers: list[str], asked: Asked, only: list[str]) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
-    from sparkinstall.plans import copying, handover
+    from sparkinstall.cluster import artifacts, handover
 
-    def announce(offered: copying.Offered) -> None:
+    def announce(offered: artifacts.Offered) -> None:
         print(handover.announcement(offered), file=sys.stderr, flush=True)
 
     session, token = open_session(asked), sys.stdin.readline().strip()
     print("listing what was downloaded and built", file=sys.stderr, flush=True)
-    return Answer(data=copying.serve(session.node, session.system, only, peers, token, announce))
+    return Answer(data=artifacts.serve(session.node, session.system, only, peers, token, announce))
 
 
 @app.command()
@@ -197,14 +198,14 @@ def _fetch(asked: Asked, only: list[str]) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
-    from sparkinstall.plans import copying, handover
+    from sparkinstall.cluster import artifacts, handover
 
     def tell(done: int, total: int) -> None:
         print(f"copied {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
 
     session = open_session(asked)
     offered, token = handover.introduced(sys.stdin.readline())
-    arrived = copying.fetch(session.node, session.system, only, offered, token, tell)
+    arrived = artifacts.fetch(session.node, session.system, only, offered, token, tell)
     data = {"changed": arrived.files > 0, "files": arrived.files, "bytes": arrived.size}
     return Answer(data={**data, "warning": arrived.why_not} if arrived.why_not else data)
 
@@ -222,10 +223,10 @@ def measurable(
 
 def _measurable(asked: Asked) -> Answer:
     from sparkinstall.cli.session import open_session
-    from sparkinstall.plans import measuring
+    from sparkinstall.cluster import bandwidth
 
     session = open_session(asked)
-    return Answer(data={"why_not": measuring.reasons(session.node, session.system)})
+    return Answer(data={"why_not": bandwidth.reasons(session.node, session.system)})
 
 
 @app.command()
@@ -244,14 +245,14 @@ def _respond(kind: str, asked: Asked) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
-    from sparkinstall.plans import measuring
+    from sparkinstall.cluster import bandwidth
     from sparkinstall.probes.bandwidth import known
 
     def announce(ports: "Sequence[int]") -> None:
-        print(measuring.announcement(ports), file=sys.stderr, flush=True)
+        print(bandwidth.announcement(ports), file=sys.stderr, flush=True)
 
     session = open_session(asked)
-    return Answer(data={"lost": measuring.respond(session.node, session.system, known(kind), announce)})
+    return Answer(data={"lost": bandwidth.respond(session.node, session.system, known(kind), announce)})
 
 
 @app.command()
@@ -272,12 +273,12 @@ def _ask(kind: str, peer: str, ports: list[int], asked: Asked) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
-    from sparkinstall.plans import measuring
+    from sparkinstall.cluster import bandwidth
     from sparkinstall.probes.bandwidth import SECONDS, known
 
     session = open_session(asked)
     print(f"measuring for about {SECONDS} seconds", file=sys.stderr, flush=True)
-    measured, lost = measuring.ask(session.node, session.system, known(kind), peer, ports)
+    measured, lost = bandwidth.ask(session.node, session.system, known(kind), peer, ports)
     return Answer(data={"measured": vars(measured), "lost": lost})
 
 
@@ -288,10 +289,10 @@ def confirm(json: options.Json = False, verbose: options.Verbose = False) -> Non
 
 
 def _confirm() -> Answer:
-    from sparkinstall.resources import dead_man
+    from sparkinstall.resources import rollback
     from sparkinstall.system.local import LocalSystem
 
-    return Answer(data={"confirmed": dead_man.confirm(LocalSystem())})
+    return Answer(data={"confirmed": rollback.confirm(LocalSystem())})
 
 
 @app.command()

@@ -7,12 +7,12 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.cli.run_command import Answer, answer
 
 if TYPE_CHECKING:
+    from sparkinstall.core.checks import Looked
+    from sparkinstall.core.engine import StepReport
     from sparkinstall.errors import Problem
-    from sparkinstall.plans.engine import StepReport
-    from sparkinstall.plans.proof import Looked
 
 
 def plan(
@@ -34,23 +34,23 @@ def plan(
 
 
 def _plan(asked: Asked, only: list[str], skip: list[str], detailed: bool) -> Answer:
-    from sparkinstall.cli.envelope import finding_data, step_data
+    from sparkinstall.cli.json_output import finding_data, step_data
     from sparkinstall.cli.session import looked_at, open_session
+    from sparkinstall.core import catalogue, checks
     from sparkinstall.errors import Exit
     from sparkinstall.events import silent
-    from sparkinstall.plans import catalogue, proof
-    from sparkinstall.probes.host import preflight
+    from sparkinstall.probes.preflight import preflight
 
     session = open_session(asked)
     steps = catalogue.chosen(session.node, only, skip)
-    looked = proof.look(preflight(session.node), session.system, silent)
+    looked = checks.look(preflight(session.node), session.system, silent)
     reports = looked_at(session, steps)
     drift = any(report.outcome in ("drift", "failed") for report in reports)
     trouble = session.state.trouble(session.node)
     problems = [*([trouble] if trouble else []), *(report.problem for report in reports if report.problem)]
 
     def show() -> None:
-        from sparkinstall.cli.render import console, pointed, show_plan, show_preflight
+        from sparkinstall.cli.text_output import console, pointed, show_plan, show_preflight
 
         out = console()
         show_preflight(looked, out)

@@ -7,7 +7,7 @@ import typer
 from sparkinstall.cli import options
 from sparkinstall.cli.install import Choice, install
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import answer
+from sparkinstall.cli.run_command import answer
 
 
 def run(

@@ -13,13 +13,13 @@ from sparkinstall.assets import user_cache
 from sparkinstall.cli.options import Asked
 from sparkinstall.config import Config, Layer
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
+from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.node import Node
-from sparkinstall.plans.state import StateFolder
 from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalSystem
 
 if TYPE_CHECKING:
-    from sparkinstall.plans.engine import StepReport
+    from sparkinstall.core.engine import StepReport
     from sparkinstall.steps import Step
 
 _RECORDED = "the last `all` or `run`"
@@ -148,7 +148,7 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any], asked: A
 
 def looked_at(session: Session, steps: "Sequence[Step]") -> "list[StepReport]":
     """How everything stands. What only root can tell is asked again once the person at the terminal gave a password."""
-    from sparkinstall.plans import engine
+    from sparkinstall.core import engine
 
     reports = engine.plan(steps, session.node, session.system)
     if sys.stdin.isatty() and any(isinstance(report.problem, NeedsRoot) for report in reports):

@@ -6,7 +6,7 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.cli.run_command import Answer, answer
 
 if TYPE_CHECKING:
     from sparkinstall.cli.session import Session
@@ -58,7 +58,7 @@ def _show(asked: Asked) -> Answer:
     def show_rows() -> None:
         from rich.table import Table
 
-        from sparkinstall.cli.render import console
+        from sparkinstall.cli.text_output import console
 
         table = Table(box=None, pad_edge=False, header_style="dim")
         for heading in ("setting", "value", "from"):

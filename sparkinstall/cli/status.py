@@ -2,7 +2,7 @@
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.cli.run_command import Answer, answer
 
 
 def status(
@@ -16,9 +16,9 @@ def status(
 
 
 def _status(asked: Asked) -> Answer:
-    from sparkinstall.cli.envelope import fix_data, step_data
+    from sparkinstall.cli.json_output import fix_data, step_data
     from sparkinstall.cli.session import looked_at, open_session
-    from sparkinstall.plans import catalogue, fixes
+    from sparkinstall.core import catalogue, fixes
 
     session = open_session(asked)
     if problem := session.state.trouble(session.node):
@@ -37,7 +37,7 @@ def _status(asked: Asked) -> Answer:
     }
 
     def show() -> None:
-        from sparkinstall.cli.render import console, show_fixes
+        from sparkinstall.cli.text_output import console, show_fixes
 
         out = console()
         if not records:

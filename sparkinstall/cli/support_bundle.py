@@ -11,7 +11,7 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer, confirm
+from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.verify import Choice, HowFar, known_level
 from sparkinstall.records import dataclass
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sparkinstall.cli.session import Session
     from sparkinstall.errors import Storage
     from sparkinstall.node import Node
-    from sparkinstall.plans.bundle import Bundle
+    from sparkinstall.support.bundle import Bundle
     from sparkinstall.system.local import LocalSystem
 
 Output = Annotated[
@@ -58,9 +58,8 @@ def support_bundle(
 
 def _support_bundle(asked: Asked, output: Path | None, choice: Choice, yes: bool, json: bool) -> Answer:
     from sparkinstall.cli.session import open_state
-    from sparkinstall.masking import Mask
-    from sparkinstall.plans import bundle
-    from sparkinstall.probes import identity
+    from sparkinstall.support import bundle, identity
+    from sparkinstall.support.mask import Mask
 
     path = _place(output, yes)
     on = open_state(asked).system
@@ -97,7 +96,7 @@ def _place(output: Path | None, yes: bool) -> Path:
 
 def _told(asked: Asked, choice: Choice, on: "LocalSystem", json: bool) -> "tuple[Node, Told]":
     """The node, and what verbs say of it; one whose settings cannot be used is taken for one without any."""
-    from sparkinstall.cli.envelope import problem_data
+    from sparkinstall.cli.json_output import problem_data
     from sparkinstall.cli.session import open_session
     from sparkinstall.errors import Problem
 
@@ -131,7 +130,7 @@ def _of_journal(session: "Session") -> list[str]:
 
 
 def _said(ask: "Callable[[], Any]", what: str, missing: list[str]) -> Any:
-    from sparkinstall.cli.envelope import problem_data
+    from sparkinstall.cli.json_output import problem_data
     from sparkinstall.errors import Problem
 
     try:
@@ -154,13 +153,13 @@ def _settings(session: "Session") -> dict[str, Any]:
 
 def _preflight(node: "Node", on: "LocalSystem") -> list[dict[str, Any]]:
     """The checks before an installation, and the machine itself: where nothing is set up, there is nothing else."""
-    from sparkinstall.cli.envelope import finding_data
+    from sparkinstall.cli.json_output import finding_data
+    from sparkinstall.core import checks
     from sparkinstall.events import silent
-    from sparkinstall.plans import proof
-    from sparkinstall.probes.host import preflight
+    from sparkinstall.probes.preflight import preflight
 
-    probes = [*preflight(node), *proof.of_no_step(node)]
-    found = proof.look((each for each in probes if not each.load), on, silent)
+    probes = [*preflight(node), *checks.of_no_step(node)]
+    found = checks.look((each for each in probes if not each.load), on, silent)
     return [finding_data(each.probe, each.finding, each.seconds) for each in found]
 
 
@@ -219,7 +218,7 @@ def _show(path: Path, size: int, made: "Bundle") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from sparkinstall.cli.render import console
+    from sparkinstall.cli.text_output import console
 
     out = console()
     table = Table.grid(padding=(0, 2))

@@ -7,11 +7,11 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer, confirm
+from sparkinstall.cli.run_command import Answer, answer, confirm
 
 if TYPE_CHECKING:
-    from sparkinstall.plans.state import StateFolder
-    from sparkinstall.plans.uninstall import TakenBack, Touch
+    from sparkinstall.journal.state_dir import StateFolder
+    from sparkinstall.journal.undo import TakenBack, Touch
 
 
 def uninstall(
@@ -27,7 +27,7 @@ def uninstall(
 
 def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> Answer:
     from sparkinstall.cli.session import open_state
-    from sparkinstall.plans import uninstall as undoing
+    from sparkinstall.journal import undo as undoing
     from sparkinstall.safe_yaml import forget_tables
 
     state = open_state(Asked(root))
@@ -63,7 +63,7 @@ def _in_words(touch: "Touch", state: "StateFolder") -> str:
 
 
 def _show_plan(lines: list[str]) -> None:
-    from sparkinstall.cli.render import console
+    from sparkinstall.cli.text_output import console
 
     out = console()
     out.print("[bold]To take back[/]")

@@ -9,16 +9,16 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Asked
-from sparkinstall.cli.verb import Answer, answer
+from sparkinstall.cli.run_command import Answer, answer
 from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sparkinstall.cli.session import Session
-    from sparkinstall.plans.engine import StepReport
-    from sparkinstall.plans.fixes import FixState
-    from sparkinstall.plans.proof import Chosen, Looked
+    from sparkinstall.core.checks import Chosen, Looked
+    from sparkinstall.core.engine import StepReport
+    from sparkinstall.core.fixes import FixState
     from sparkinstall.probes import Level
 
 _FEW_NAMES = 4
@@ -123,7 +123,7 @@ def known_level(name: str | None) -> "Level | None":
     Raises:
         BadUsage: there is none.
     """
-    from sparkinstall.plans.catalogue import require_known
+    from sparkinstall.core.catalogue import require_known
     from sparkinstall.probes import LEVELS
 
     require_known([name] if name is not None else [], LEVELS, "level")
@@ -166,10 +166,10 @@ def looked_through(session: "Session", choice: Choice, plain: bool) -> Result:
         BadUsage: a name or a level that there is not.
     """
     from sparkinstall.cli.session import looked_at
+    from sparkinstall.core import checks, fixes
     from sparkinstall.errors import NotThere
-    from sparkinstall.plans import fixes, proof
 
-    chosen = proof.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)
+    chosen = checks.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)
     damaged = _journal(session)
     if not damaged and not session.state.installed:
         raise NotThere(f"nothing of sparkinstall is in {session.system.root}", mend="`sparkinstall all` sets it up")
@@ -182,7 +182,7 @@ def looked_through(session: "Session", choice: Choice, plain: bool) -> Result:
 
 def _journal(session: "Session") -> "list[Looked]":
     """No check and no probe needs the journal, but `all` and `uninstall` do: told where it cannot be used."""
-    from sparkinstall.plans.proof import Looked
+    from sparkinstall.core.checks import Looked
     from sparkinstall.probes import Probe, failed
 
     problem = session.state.trouble(session.node)
@@ -193,15 +193,15 @@ def _journal(session: "Session") -> "list[Looked]":
 
 
 def _probed(session: "Session", chosen: "Chosen", plain: bool) -> "list[Looked]":
+    from sparkinstall.core import checks
     from sparkinstall.events import silent
-    from sparkinstall.plans import proof
 
     if plain:
-        return proof.look(chosen.probes, session.system, silent)
-    from sparkinstall.cli.progress import asking
+        return checks.look(chosen.probes, session.system, silent)
+    from sparkinstall.cli.live_output import asking
 
     with asking() as emit:
-        return proof.look(chosen.probes, session.system, emit)
+        return checks.look(chosen.probes, session.system, emit)
 
 
 def _report(path: Path, result: Result, root: str) -> None:
@@ -212,8 +212,8 @@ def _report(path: Path, result: Result, root: str) -> None:
 
 def data(session: "Session", result: Result) -> dict[str, Any]:
     """What `--json` prints; `comparables` is what `cluster verify` compares between the nodes."""
-    from sparkinstall.cli.envelope import finding_data, fix_data, step_data
-    from sparkinstall.plans import differences
+    from sparkinstall.cli.json_output import finding_data, fix_data, step_data
+    from sparkinstall.cluster import differences
 
     return {
         "checks": [step_data(report) for report in result.reports],
@@ -231,7 +231,7 @@ def _told(session: "Session", result: Result, verbose: bool, json: bool) -> Answ
 
 
 def _show(session: "Session", result: Result, verbose: bool) -> None:
-    from sparkinstall.cli.render import console, show_fixes, show_plan, show_proof
+    from sparkinstall.cli.text_output import console, show_fixes, show_plan, show_proof
 
     out = console()
     if result.reports:

@@ -1,6 +1,6 @@
 """How much the QSFP link really carries: what is run for it on two nodes, what that says, what to think of it.
 
-Nothing here starts anything: it takes both ends, and a terminal that leads them (plans/measuring.py).
+Nothing here starts anything: it takes both ends, and a terminal that leads them (cluster/bandwidth.py).
 """
 
 import json
@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import field
 from typing import Literal, get_args
 
+from sparkinstall.facts import machine, qsfp
 from sparkinstall.node import Node, nccl_library
-from sparkinstall.probes import Finding, Probe, facts, failed, link_health, links, passed, skipped, warned
+from sparkinstall.probes import Finding, Probe, failed, link_health, passed, skipped, warned
 from sparkinstall.probes.network import own_addresses, twin_of
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
@@ -103,7 +104,7 @@ def _no_iperf(node: Node, on: Reader) -> str:
 
 
 def _no_rdma(node: Node, on: Reader) -> str:
-    return links.roce_ready(on, links.port_to_look_at(on, node)) or _missing(on, "ib_write_bw", "perftest")
+    return qsfp.roce_ready(on, qsfp.port_to_look_at(on, node)) or _missing(on, "ib_write_bw", "perftest")
 
 
 def _missing(on: Reader, program: str, package: str) -> str:
@@ -117,7 +118,7 @@ def _no_nccl(node: Node, on: Reader) -> str:
         return "there is no GPU here (no NVIDIA driver is loaded)"
     if on.entry(node.env_file) is None or library is None or on.entry(library) is None:
         return "the env file or NCCL is not there yet: `sparkinstall all`"
-    free = facts.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0)
+    free = machine.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0)
     risk = f"below {_LEAST // _GIB} a measurement could freeze the node"
     return "" if size(free << 10) else f"only {free / (1 << 20):.1f} GiB of memory are available: {risk}"
 
@@ -146,7 +147,7 @@ def programs(node: Node, on: Reader, kind: Kind, ports: Sequence[int], peer: str
     """
     if kind == "nccl":
         return (_gathering(node, on, ports[0], peer),)
-    halves = zip(links.port_to_look_at(on, node).twins, own_addresses(node), ports, strict=True)
+    halves = zip(qsfp.port_to_look_at(on, node).twins, own_addresses(node), ports, strict=True)
     peers = (peer, str(twin_of(node, peer).ip)) if peer else ("", "")
     make = _iperf if kind == "tcp" else _ib_write_bw
     return tuple(make(on, half, str(own.ip), port, to) for (half, own, port), to in zip(halves, peers, strict=True))
@@ -162,14 +163,14 @@ def _within(seconds: int, *argv: str) -> tuple[str, ...]:
     return ("timeout", "-k", "2", str(seconds), *argv)
 
 
-def _iperf(on: Reader, half: links.Interface, own: str, port: int, peer: str) -> Program:
+def _iperf(on: Reader, half: qsfp.Interface, own: str, port: int, peer: str) -> Program:
     del on
     asks = ("-c", peer, "-t", str(SECONDS), "-O", "1", "-P", _STREAMS, "-J", "--connect-timeout", "5000")
     return Program(half.name, _within(LIMIT, "iperf3", *(asks if peer else ("-s", "-1")), "-B", own, "-p", str(port)))
 
 
-def _ib_write_bw(on: Reader, half: links.Interface, own: str, port: int, peer: str) -> Program:
-    index = links.roce_gid(on, half.hca, own)
+def _ib_write_bw(on: Reader, half: qsfp.Interface, own: str, port: int, peer: str) -> Program:
+    index = qsfp.roce_gid(on, half.hca, own)
     device = ("-d", half.hca, "-i", "1", *(("-x", str(index)) if index is not None else ()))
     how = ("-q", _STREAMS, "-D", str(SECONDS), "-F", "--report_gbits", "--bind_source_ip", own, "-p", str(port))
     return Program(half.hca, _within(LIMIT, "ib_write_bw", *device, *how, *((peer,) if peer else ())))
@@ -214,7 +215,7 @@ dist.destroy_process_group()
 
 
 def _gathering(node: Node, on: Reader, port: int, peer: str) -> Program:
-    free = facts.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0) << 10
+    free = machine.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0) << 10
     words = ("1", peer) if peer else ("0", node.address)
     asked = (_GATHER, *words, str(port), str(size(free)), str(SECONDS))
     return Program("nccl", _within(NCCL_LIMIT, "bash", "-c", _START, "bash", on.real(node.env_file), *asked))

@@ -7,8 +7,9 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from sparkinstall.assets import asset
+from sparkinstall.facts import machine
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, facts, passed, skipped
+from sparkinstall.probes import Finding, Probe, passed, skipped
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader, Result
 
@@ -78,7 +79,7 @@ class Host:
     @cached_property
     def meminfo(self) -> Mapping[str, int]:
         """`/proc/meminfo` in kB."""
-        return facts.parse_meminfo(self.on.read("/proc/meminfo") or b"")
+        return machine.parse_meminfo(self.on.read("/proc/meminfo") or b"")
 
     @cached_property
     def kernel(self) -> str:
@@ -186,7 +187,7 @@ def _kernel_log(host: Host, limits: Mapping[str, Any]) -> Sight:
 
 def _low_power(host: Host, limits: Mapping[str, Any]) -> Sight:
     gpu = _gpu(host)
-    if not facts.is_gb10(gpu["name"]):
+    if not machine.is_gb10(gpu["name"]):
         return Sight(False, f"only known of a GB10; this is {gpu['name']}")
     busy, mhz, watts = _work(gpu)
     if busy <= limits["busy_percent"]:
@@ -238,9 +239,9 @@ def _connectx(host: Host, limits: Mapping[str, Any]) -> Sight:
 
 def _without_a_card(on: Reader) -> str:
     # Imported late: only a node whose card is not to be seen needs it.
-    from sparkinstall.probes import links
+    from sparkinstall.facts import qsfp
 
-    return f"the ConnectX-7 is {links.SWITCHED_OFF}" if links.switched_off(on) else "no ConnectX is on the bus"
+    return f"the ConnectX-7 is {qsfp.SWITCHED_OFF}" if qsfp.switched_off(on) else "no ConnectX is on the bus"
 
 
 def _is_connectx(on: Reader, name: str) -> bool:

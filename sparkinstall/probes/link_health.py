@@ -5,9 +5,10 @@ import time
 from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Interface
 
+from sparkinstall.facts import qsfp
+from sparkinstall.facts.qsfp import NET, RDMA, Interface, Port, text_of
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, failed, links, passed, skipped, warned
-from sparkinstall.probes.links import NET, RDMA, Interface, Port, text_of
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
 from sparkinstall.probes.network import own_addresses
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
@@ -116,7 +117,7 @@ def lanes(on: Reader, half: Interface) -> tuple[int, float]:
 def _health(node: Node, on: Reader) -> Finding:
     if on.rehearsal:
         return skipped("a rehearsal has no QSFP port")
-    port = links.port_to_look_at(on, node)
+    port = qsfp.port_to_look_at(on, node)
     before = counted(on, port)
     time.sleep(_PAUSE)
     now = counted(on, port)
@@ -175,11 +176,11 @@ def _gids(node: Node, on: Reader) -> Finding:
         return skipped("it was not decided yet whether NCCL talks over RoCE: `sparkinstall all` does that")
     if transport == "socket":
         return passed("NCCL talks over sockets on this node, and needs none")
-    port = links.port_to_look_at(on, node)
+    port = qsfp.port_to_look_at(on, node)
     expected = "each half's RDMA device is ACTIVE and has a RoCE v2 GID for that half's address"
-    if why := links.roce_ready(on, port):
+    if why := qsfp.roce_ready(on, port):
         return failed(why, _ROCE, expected)
-    found = {half.hca: (str(own.ip), links.roce_gid(on, half.hca, str(own.ip))) for half, own in _halves(node, port)}
+    found = {half.hca: (str(own.ip), qsfp.roce_gid(on, half.hca, str(own.ip))) for half, own in _halves(node, port)}
     for hca, (address, index) in found.items():
         if index is None:
             return failed(f"{hca} has no RoCE v2 GID for {address}", _ROCE, expected)

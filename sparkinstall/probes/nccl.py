@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparkinstall import binaries
+from sparkinstall import elf
 from sparkinstall.node import Node, nccl_library
 from sparkinstall.probes import Finding, failed, passed, skipped, warned
 from sparkinstall.records import dataclass
@@ -56,7 +56,7 @@ def judged(node: Node, of_library: str, loaded: Loaded) -> Finding:
     version = in_words(loaded.version)
     if version != node.nccl_version.split("-")[0]:
         return failed(f"it says it is {version}", "run `sparkinstall run nccl`", node.nccl_version)
-    code = sorted({each.arch for each in binaries.gpu_code(Path(bound)) if each.kind == "cubin"})
+    code = sorted({each.arch for each in elf.gpu_code(Path(bound)) if each.kind == "cubin"})
     told = (
         f"{version}, {Path(bound).resolve()}, build-id {build_id(bound)[:12]}, code for {', '.join(code) or 'no GPU'}"
     )
@@ -75,8 +75,8 @@ def _beside(loaded: Loaded) -> str:
 def build_id(path: str) -> str:
     """In hex, as `file` shows it."""
     try:
-        return binaries.build_id(Path(path)) or NO_BUILD_ID
-    except (OSError, binaries.NotALibrary):
+        return elf.build_id(Path(path)) or NO_BUILD_ID
+    except (OSError, elf.NotALibrary):
         return NO_BUILD_ID
 
 

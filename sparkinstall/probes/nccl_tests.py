@@ -8,9 +8,10 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from sparkinstall.facts import machine
 from sparkinstall.node import Node, cuda_home, nccl_library, site_packages
-from sparkinstall.probes import Finding, Probe, facts, failed, nccl, passed, skipped
-from sparkinstall.probes.started import with_env_file
+from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped
+from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader, Result
 
@@ -120,7 +121,7 @@ def _headers(node: Node, on: Reader) -> str:
 def _make(node: Node, home: str, work: Path) -> tuple[str, ...]:
     arch = node.config.nccl.arch
     return (
-        *("make", f"-j{node.config.nccl.jobs or facts.cores()}", "-C", str(work / "source/src"), "build"),
+        *("make", f"-j{node.config.nccl.jobs or machine.cores()}", "-C", str(work / "source/src"), "build"),
         *(f"BUILDDIR={work / 'build'}", f"NCCL_HOME={work / 'nccl'}", f"CUDA_HOME={home}", "CUDARTLIB=cudart_static"),
         f"NVCC_GENCODE=-gencode=arch=compute_{arch},code=sm_{arch}",
         f"BIN_FILES_LIST={' '.join(name.removesuffix('_perf') for name in PROGRAMS)}",
@@ -170,7 +171,7 @@ def _local(node: Node, on: Reader) -> Finding:
     if on.entry(node.env_file) is None:
         return failed("there is no env file", "run `sparkinstall all`")
     # The machine's own memory, also where a rehearsal stands for a node.
-    free = facts.parse_meminfo(Path("/proc/meminfo").read_bytes()).get("MemAvailable", 0) << 10
+    free = machine.parse_meminfo(Path("/proc/meminfo").read_bytes()).get("MemAvailable", 0) << 10
     if not (amount := size(free, gpus())):
         return skipped(f"only {free >> 20} MiB of memory are free: a measurement could freeze the node")
     try:

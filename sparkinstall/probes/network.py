@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Interface, IPv4Network
 from typing import Any, TypeVar
 
+from sparkinstall.facts import qsfp
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, failed, links, passed, skipped, warned
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
 from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
@@ -121,7 +122,7 @@ def reach(on: Reader, node: Node, only: Iterable[str] | None = None) -> Reach:
     # Only a node that is managed over IPv6 alone waits for that: routers announce their route in their own time.
     defaults = _defaults(on) or _defaults6(on)
     asked = only if only is not None else [*(gateway for _, gateway in defaults if gateway), *node.peers]
-    kept = {name: there[name].addresses for name in links.management(on) if name in there}
+    kept = {name: there[name].addresses for name in qsfp.management(on) if name in there}
     return Reach(defaults, kept, _session(on), frozenset(_that_answer(on, asked)))
 
 
@@ -139,7 +140,7 @@ def _scoped(address: str, interface: str) -> str:
 
 
 def _session(on: Reader) -> str:
-    client = next(iter(links.session()), "").partition("%")[0]
+    client = next(iter(qsfp.session()), "").partition("%")[0]
     asked = _asked(on, "route", "get", client) if client else []
     return str(asked[0].get("dev", "")) if asked else ""
 
@@ -197,7 +198,7 @@ def probes(node: Node) -> Iterable[Probe]:
 def _link(node: Node, on: Reader) -> Finding:
     if on.rehearsal:
         return skipped("a rehearsal has no QSFP port")
-    port, there, mtu = links.port_to_look_at(on, node), live(on), node.config.network.mtu
+    port, there, mtu = qsfp.port_to_look_at(on, node), live(on), node.config.network.mtu
     expected = f"a carrier, MTU {mtu}, and an address in a subnet of its own on each half"
     if problem := _complaint(node, port, there):
         return failed(problem[0], problem[1], expected)
@@ -210,7 +211,7 @@ def _link(node: Node, on: Reader) -> Finding:
     return passed(f"{said}, MTU {mtu}" + (f", {speed // 1000} Gb/s" if speed else ""), expected)
 
 
-def _complaint(node: Node, port: links.Port, there: Mapping[str, Live]) -> tuple[str, str] | None:
+def _complaint(node: Node, port: qsfp.Port, there: Mapping[str, Live]) -> tuple[str, str] | None:
     """What is wrong with the port and how to mend it."""
     if len(port.twins) < 2:
         return f"{port.twins[0].name} has no second half", "look at `lspci`: each port shows as two devices"
@@ -227,7 +228,7 @@ def _complaint(node: Node, port: links.Port, there: Mapping[str, Live]) -> tuple
     return _shared_subnet(port, there)
 
 
-def _shared_subnet(port: links.Port, there: Mapping[str, Live]) -> tuple[str, str] | None:
+def _shared_subnet(port: qsfp.Port, there: Mapping[str, Live]) -> tuple[str, str] | None:
     one, other = ([IPv4Interface(a).network for a in there[each.name].addresses] for each in port.twins)
     if any(mine.overlaps(its) for mine in one for its in other):
         names = " and ".join(each.name for each in port.twins)

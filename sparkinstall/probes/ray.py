@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped
-from sparkinstall.probes.started import with_env_file
+from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.system import Reader
 
 # Ray answers at once or not at all.

@@ -1,7 +1,7 @@
 """Where vLLM puts a model's thinking in a stream, read from its own source."""
 
 from sparkinstall.node import Node, site_packages
-from sparkinstall.probes import Finding, failed, gate, passed
+from sparkinstall.probes import Finding, failed, passed, wheels
 from sparkinstall.system import Reader
 
 # Where DeltaMessage has lived since vLLM 0.10, newest first.
@@ -16,7 +16,7 @@ def reasoning_fields(node: Node, on: Reader) -> Finding:
     """Fix 8: the names of the field in which this vLLM streams its thinking, read from its own class."""
     if (site := site_packages(node, on)) is None:
         return failed("there is no environment", "run `sparkinstall all`")
-    if not gate.has_vllm(on, site):
+    if not wheels.has_vllm(on, site):
         return failed("vllm is not installed", "run `sparkinstall all`")
     if found := reasoning_names(node, on):
         return passed("delta." + " and delta.".join(found))

@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, api, failed, passed, skipped, streams, warned
-from sparkinstall.probes.api import Api
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, streams, vllm_client, warned
 from sparkinstall.probes.reasoning import reasoning_names
+from sparkinstall.probes.vllm_client import Api
 from sparkinstall.system import Reader
 
 UNIT = "vllm.service"
@@ -42,7 +42,7 @@ def probes(node: Node) -> Iterable[Probe]:
 def _serving(of: Api) -> Finding:
     if of.on.rehearsal:
         return skipped(_REHEARSAL)
-    answer, wanted = of.completion, f"within {api.PATIENCE} s"
+    answer, wanted = of.completion, f"within {vllm_client.PATIENCE} s"
     if "error" in answer:
         return _no_completion(of, answer)
     if (model := str(of.node.config.serving.model)) not in (answer["model"], *answer["roots"]) and answer["roots"]:
@@ -67,16 +67,17 @@ def _no_completion(of: Api, answer: Mapping[str, Any]) -> Finding:
         return _not_up(of.node, of.on)
     if answer.get("status") == 401:
         return _locked(of)
-    return failed(str(answer["error"]), f"read `journalctl -u {UNIT}`", f"a completion within {api.PATIENCE} s")
+    return failed(str(answer["error"]), f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")
 
 
 def _locked(of: Api) -> Finding:
     """The key is never asked for and never kept; who verifies may have it in the environment."""
     if of.knows_key:
-        return failed(f"it does not take the key in {api.KEY}", f"give the one that {UNIT} was started with")
+        return failed(f"it does not take the key in {vllm_client.KEY}", f"give the one that {UNIT} was started with")
     return failed(
         "it asks for a key (HTTP 401)",
-        f"put the key into {api.KEY}, without showing it: `read -rs {api.KEY}; export {api.KEY}`; then verify again",
+        f"put the key into {vllm_client.KEY}, without showing it: "
+        f"`read -rs {vllm_client.KEY}; export {vllm_client.KEY}`; then verify again",
     )
 
 
@@ -86,7 +87,11 @@ def _late(of: Api, what: str) -> Finding:
     if of.node.several:
         nodes = "--only peers --only ray-nodes" if of.node.config.cluster.executor == "ray" else "--only peers"
         mend = f"see that every node is there (`sparkinstall verify {nodes}`), then {mend}"
-    return failed(f"{what} within {api.PATIENCE} s{besides}", mend, f"{api.TOKENS} tokens within {api.PATIENCE} s")
+    return failed(
+        f"{what} within {vllm_client.PATIENCE} s{besides}",
+        mend,
+        f"{vllm_client.TOKENS} tokens within {vllm_client.PATIENCE} s",
+    )
 
 
 def _unasked(of: Api) -> Finding | None:
@@ -124,9 +129,9 @@ def _broken(of: Api, answer: Mapping[str, Any]) -> Finding:
 def _metrics(of: Api) -> Finding:
     if stop := _unasked(of):
         return stop
-    before, ours = api.sample(of.completion.get("metrics", ()), _GENERATED), of.made
+    before, ours = vllm_client.sample(of.completion.get("metrics", ()), _GENERATED), of.made
     after = of.metrics()
-    if before is None or api.sample(after.get("metrics", ()), _GENERATED) is None:
+    if before is None or vllm_client.sample(after.get("metrics", ()), _GENERATED) is None:
         return _no_metrics(of, after)
     grown = _grown(after, before)
     if grown < ours:
@@ -136,7 +141,7 @@ def _metrics(of: Api) -> Finding:
     counted = f"{_GENERATED} grew by {grown:.0f} tokens, of which the probes made {ours}"
     if grown < ours:
         return failed(counted, f"another vLLM may answer here: `sudo systemctl restart {UNIT}`", f"{ours} or more")
-    cache = api.sample(after["metrics"], *_CACHE)
+    cache = vllm_client.sample(after["metrics"], *_CACHE)
     if cache is None:
         return warned(f"{counted}, but there is no {_CACHE[0]}", _REPORT)
     return passed(f"{counted}; {cache:.0%} of the KV cache is in use", f"{ours} or more")
@@ -146,7 +151,7 @@ _REPORT = "report it: this vLLM is newer than sparkinstall knows"
 
 
 def _grown(after: Mapping[str, Any], before: float) -> float:
-    return (api.sample(after.get("metrics", ()), _GENERATED) or 0) - before
+    return (vllm_client.sample(after.get("metrics", ()), _GENERATED) or 0) - before
 
 
 def _no_metrics(of: Api, after: Mapping[str, Any]) -> Finding:

@@ -9,13 +9,14 @@ from ipaddress import IPv4Interface, IPv4Network
 from typing import Any
 
 from sparkinstall.errors import NeedsRoot, Problem
+from sparkinstall.facts import qsfp
+from sparkinstall.facts.packet_filters import NFT, TABLE, UNIT, another
 from sparkinstall.node import Node
-from sparkinstall.probes import links, network
-from sparkinstall.probes.firewalls import NFT, TABLE, UNIT, another
+from sparkinstall.probes import network
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Resource, Satisfied, State, Unknown, dead_man, ray_ports
+from sparkinstall.resources import Drift, LeftToNode, Resource, Satisfied, State, Unknown, ray_ports, rollback
 from sparkinstall.resources.files import File
-from sparkinstall.resources.rendered import render
+from sparkinstall.resources.template import render
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
 
@@ -117,7 +118,7 @@ def _quoted_set(names: Iterable[str]) -> str:
 
 
 def _interfaces(node: Node, on: Reader) -> tuple[str, ...]:
-    names = tuple(each.name for each in links.port_to_look_at(on, node).twins) if node.several else ()
+    names = tuple(each.name for each in qsfp.port_to_look_at(on, node).twins) if node.several else ()
     for name in names:
         if not _INTERFACE.fullmatch(name):
             raise Problem(f"the interface {name!r} has a name that no rule can carry", mend="rename it, then run again")
@@ -214,7 +215,7 @@ class LiveTable:
             return Drift("load the firewall's changed rules" if live else "load the firewall's rules")
         listed = as_nft_lists(on, wanted)
         if live == listed:
-            waits = dead_man.armed(on, TIMER) and not self.node.confirm_later
+            waits = rollback.armed(on, TIMER) and not self.node.confirm_later
             return Drift("confirm the firewall that a former run loaded") if waits else Satisfied(f"table {_NAME}")
         return Drift(f"load the firewall's rules{' again: somebody changed them' if live else ''}", live, listed)
 
@@ -226,7 +227,7 @@ class LiveTable:
         if lost := network.lost(before, on, self.node):
             raise _put_back(on, lost)
         if not self.node.confirm_later:
-            dead_man.disarm(on, TIMER)
+            rollback.disarm(on, TIMER)
 
 
 def _reach(on: Reader, node: Node) -> network.Reach:
@@ -235,7 +236,7 @@ def _reach(on: Reader, node: Node) -> network.Reach:
 
 
 def _put_back(on: System, lost: str) -> Problem:
-    back = "the former rules are back" if dead_man.fire(on, TIMER) else "the former rules come back within minutes"
+    back = "the former rules are back" if rollback.fire(on, TIMER) else "the former rules come back within minutes"
     return Problem(
         f"the firewall's rules were loaded, and then {lost}; {back}",
         mend="set `firewall.mode: off` in the config if this node cannot have them, or report this",
@@ -244,7 +245,7 @@ def _put_back(on: System, lost: str) -> Problem:
 
 def _arm(on: System, node: Node) -> None:
     path = rules_path(node)
-    dead_man.arm(on, TIMER, _RESTORE.format(path=path), node.config.network.dead_man, keep=(path,))
+    rollback.arm(on, TIMER, _RESTORE.format(path=path), node.config.network.dead_man, keep=(path,))
 
 
 def live_table(on: Reader) -> str:
@@ -300,7 +301,7 @@ def take_back(on: LocalSystem) -> bool:
     Raises:
         Problem: it takes root, and that cannot be had.
     """
-    dead_man.drop(on, TIMER)
+    rollback.drop(on, TIMER)
     if on.entry(NFT) is None or not live_table(on):
         return False
     answer = on.query(NFT, "delete", "table", *TABLE, root=True)

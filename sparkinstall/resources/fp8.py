@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparkinstall import binaries, patches
+from sparkinstall import elf, patches
 from sparkinstall.errors import CommandFailed
 from sparkinstall.node import Node, site_packages
 from sparkinstall.patches import PatchSet, UnknownContent
-from sparkinstall.probes.gate import extensions
+from sparkinstall.probes.wheels import extensions
 from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
-from sparkinstall.resources.findings import as_text, record, recorded
+from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, Result, System
 
 _DRIVER = "/proc/driver/nvidia/version"
@@ -110,7 +110,7 @@ class Fp8Decision:
     def _read_code(self, on: System) -> tuple[bool, str, str]:
         site = site_packages(self.node, on) or ""
         carriers = [path for path in extensions(on, site) if _mentions(path, b"cutlass_scaled_mm")]
-        found = {code.arch for path in carriers for code in binaries.gpu_code(path) if code.kind == "cubin"}
+        found = {code.arch for path in carriers for code in elf.gpu_code(path) if code.kind == "cubin"}
         arch = self.node.config.nccl.arch
         usable = sorted(found & loadable(arch))
         if usable:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sparkinstall.facts import qsfp
 from sparkinstall.node import Node
-from sparkinstall.probes import links
 from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
-from sparkinstall.resources.findings import as_text, record, recorded
+from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, System
 
 
@@ -31,21 +31,21 @@ class Transport:
         return Drift(said, as_text(before), as_text(wanted))
 
     def _decide(self, on: Reader) -> dict[str, Any] | Unknown | Obstacle:
-        asked, port = self.node.config.network.transport, links.port_to_look_at(on, self.node)
+        asked, port = self.node.config.network.transport, qsfp.port_to_look_at(on, self.node)
         if asked == "socket":
             return _decision(port, "socket", "network.transport says so")
         if on.rehearsal:
             return _decision(port, "socket", _REHEARSED[asked])
         if not _has_address(on, port, self.node.address):
             return Unknown("network") if self.node.config.network.manage else self._left_to_others(port)
-        why_not = links.roce_ready(on, port)
+        why_not = qsfp.roce_ready(on, port)
         if not why_not:
             return _decision(port, "roce", "both halves of the port have an RDMA device with an address")
         if asked == "roce":
             return Obstacle(f"RoCE was asked for, but {why_not}", mend=_SOCKETS)
         return _decision(port, "socket", why_not)
 
-    def _left_to_others(self, port: links.Port) -> Obstacle:
+    def _left_to_others(self, port: qsfp.Port) -> Obstacle:
         """No step of ours will give the port its address."""
         return Obstacle(
             f"{port.twins[0].name} has not this node's address {self.node.address}, and `network.manage` is false",
@@ -57,7 +57,7 @@ class Transport:
         """`roce` or `socket`, as it was decided or would be now; empty where that cannot be told yet."""
         try:
             wanted, before = self._decide(on), recorded(on, decision_path(self.node))
-        except links.LinkProblem:
+        except qsfp.LinkProblem:
             return ""
         if not isinstance(wanted, dict):
             return ""
@@ -87,11 +87,11 @@ def decision_path(node: Node) -> str:
     return node.transport_decision
 
 
-def _decision(port: links.Port, transport: str, why: str) -> dict[str, Any]:
+def _decision(port: qsfp.Port, transport: str, why: str) -> dict[str, Any]:
     hcas = [each.hca for each in port.twins if each.hca]
     return {"transport": transport, "why": why, "interface": port.twins[0].name, "hcas": hcas}
 
 
-def _has_address(on: Reader, port: links.Port, address: str) -> bool:
-    known = links.addresses(on)
+def _has_address(on: Reader, port: qsfp.Port, address: str) -> bool:
+    known = qsfp.addresses(on)
     return any(each.split("/")[0] == address for each in known.get(port.twins[0].name, ()))

@@ -8,9 +8,9 @@ from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe
 from sparkinstall.probes import ray as ray_probe
 from sparkinstall.resources import Resource, Unknown, ray_ports
-from sparkinstall.resources.findings import recorded
-from sparkinstall.resources.former import FormerServices
-from sparkinstall.resources.rendered import Rendered
+from sparkinstall.resources.decisions import recorded
+from sparkinstall.resources.stale_services import FormerServices
+from sparkinstall.resources.template import Rendered
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -44,9 +44,9 @@ class EnvFiles(Step):
             yield kept_back(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        from sparkinstall.probes import nccl_tests, processes, running
+        from sparkinstall.probes import environment, nccl_tests, services
 
-        return (*running.probes(node), *processes.probes(node), *nccl_tests.probes(node))
+        return (*services.probes(node), *environment.probes(node), *nccl_tests.probes(node))
 
 
 def with_ray(node: Node) -> bool:

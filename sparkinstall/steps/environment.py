@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe
-from sparkinstall.probes.gate import Gate
 from sparkinstall.probes.reasoning import reasoning_fields
+from sparkinstall.probes.wheels import Gate
 from sparkinstall.resources import Resource
 from sparkinstall.resources.files import Link
-from sparkinstall.resources.python_environment import PythonEnvironment, RecordedLock, lock_of
+from sparkinstall.resources.venv import PythonEnvironment, RecordedLock, lock_of
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 

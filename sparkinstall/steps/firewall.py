@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from sparkinstall.facts.packet_filters import NFT, UNIT
 from sparkinstall.node import Node
-from sparkinstall.probes.firewalls import NFT, UNIT
 from sparkinstall.resources import Resource
-from sparkinstall.resources.units import FOLDER, Service, UnitFile
+from sparkinstall.resources.systemd import FOLDER, Service, UnitFile
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 

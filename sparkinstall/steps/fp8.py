@@ -8,7 +8,7 @@ from sparkinstall.node import Node
 from sparkinstall.patches import PatchSet, load
 from sparkinstall.probes import Finding, Probe, failed, passed
 from sparkinstall.resources import Obstacle, Resource, Satisfied, Unknown
-from sparkinstall.resources.findings import recorded
+from sparkinstall.resources.decisions import recorded
 from sparkinstall.resources.fp8 import Fp8Decision, PatchedFile, is_whole
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader

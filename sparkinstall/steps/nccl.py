@@ -20,7 +20,7 @@ class Nccl(Step):
         settings = node.config.nccl
         if settings.mode == "wheel":
             return
-        from sparkinstall.resources.nccl_library import NcclLibrary
+        from sparkinstall.resources.nccl import NcclLibrary
 
         yield NcclLibrary(
             folder=node.nccl_folder,

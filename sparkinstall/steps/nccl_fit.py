@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from sparkinstall.node import Node
 from sparkinstall.resources import Resource
-from sparkinstall.resources.nccl_fit import NcclFitsTorch
+from sparkinstall.resources.nccl_abi import NcclFitsTorch
 from sparkinstall.steps import Step
 
 

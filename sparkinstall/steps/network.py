@@ -18,7 +18,7 @@ class Network(Step):
 
     def resources(self, node: Node) -> Iterable[Resource]:
         # Imported late, as below: a node alone has no use for it, and would start more slowly.
-        from sparkinstall.resources.netplan import LiveLink, Netplan
+        from sparkinstall.resources.netplan.live import LiveLink, Netplan
 
         if node.config.network.manage:
             yield Netplan(node)

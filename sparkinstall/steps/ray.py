@@ -7,10 +7,10 @@ from typing import Any
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe
 from sparkinstall.probes import ray as probe
-from sparkinstall.resources import Resource, ray_ports, units
+from sparkinstall.resources import Resource, ray_ports, systemd
 from sparkinstall.resources.ray_token import RayToken, by_hand
-from sparkinstall.resources.rendered import Rendered
-from sparkinstall.resources.units import Cause, Service, UnitFile
+from sparkinstall.resources.systemd import Cause, Service, UnitFile
+from sparkinstall.resources.template import Rendered
 from sparkinstall.steps import Step
 from sparkinstall.steps.env_files import roce_gid
 from sparkinstall.system import Reader
@@ -42,7 +42,7 @@ class Ray(Step):
         yield RayToken(node)
         yield before_start(node)
         yield Rendered(probe.ray_nodes(node), "ray-nodes.py.j2", lambda _: {})
-        path = f"{units.FOLDER}/{probe.unit(node)}"
+        path = f"{systemd.FOLDER}/{probe.unit(node)}"
         yield UnitFile(path, "ray.service.j2", partial(_values, node), noted_in=rendered(node))
         depends = (path, node.env_file, node.ray_token, environment_stamp(node), *scripts(node))
         yield Service(probe.unit(node), lambda _: depends, started(node, probe.unit(node)), causes(node))
@@ -88,13 +88,13 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
     return {
         "role": node.role,
         "name": probe.unit(node).removesuffix(".service"),
-        "user": units.setting(node.user),
-        "env_file": units.setting(on.real(node.env_file)),
+        "user": systemd.setting(node.user),
+        "env_file": systemd.setting(on.real(node.env_file)),
         "hub_offline": node.config.hub.offline,
-        "before_start": units.program(on.real(before_start(node).path)),
-        "python": units.program(on.real(f"{node.venv}/bin/python")),
-        "ray": units.program(on.real(f"{node.venv}/bin/ray")),
-        "ray_nodes": units.word(on.real(probe.ray_nodes(node))),
+        "before_start": systemd.program(on.real(before_start(node).path)),
+        "python": systemd.program(on.real(f"{node.venv}/bin/python")),
+        "ray": systemd.program(on.real(f"{node.venv}/bin/ray")),
+        "ray_nodes": systemd.word(on.real(probe.ray_nodes(node))),
         "head": cluster.head,
         "ray_port": cluster.ray_port,
         "object_store": _OBJECT_STORE,

@@ -7,16 +7,16 @@ from typing import Any
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Probe, serving
 from sparkinstall.probes import ray as ray_probe
-from sparkinstall.resources import Resource, units
-from sparkinstall.resources.rendered import Rendered
-from sparkinstall.resources.units import Service, UnitFile
+from sparkinstall.resources import Resource, systemd
+from sparkinstall.resources.systemd import Service, UnitFile
+from sparkinstall.resources.template import Rendered
 from sparkinstall.steps import Step
 from sparkinstall.steps import ray as ray_step
 from sparkinstall.steps.env_files import kept_back, with_ray
 from sparkinstall.steps.fp8 import cutlass_patch
 from sparkinstall.system import Reader
 
-_UNIT = f"{units.FOLDER}/{serving.UNIT}"
+_UNIT = f"{systemd.FOLDER}/{serving.UNIT}"
 # Seconds in which the other nodes must have joined Ray before vLLM is started; vLLM itself waits as long.
 _JOINED = 1800
 
@@ -71,12 +71,12 @@ def _inputs(node: Node, depends: tuple[str, ...], on: Reader) -> Iterable[str]:
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any]:
     return {
-        "user": units.setting(node.user),
-        "env_file": units.setting(on.real(node.env_file)),
+        "user": systemd.setting(node.user),
+        "env_file": systemd.setting(on.real(node.env_file)),
         "hub_offline": node.config.hub.offline,
         "several": node.several,
         "with_ray": with_ray(node),
-        "before_start": units.program(on.real(ray_step.before_start(node).path)),
+        "before_start": systemd.program(on.real(ray_step.before_start(node).path)),
         "command": _command(node, on),
     }
 
@@ -92,7 +92,7 @@ def _command(node: Node, on: Reader) -> list[str]:
     if _with_head(node):
         vllm = [python, on.real(_attends(node)), cluster.head, str(cluster.master_port), *vllm]
     first, *rest = [*vllm, *arguments(node)]
-    return [units.program(first), *map(units.word, rest)]
+    return [systemd.program(first), *map(systemd.word, rest)]
 
 
 def arguments(node: Node) -> list[str]:

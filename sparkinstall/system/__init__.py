@@ -37,7 +37,7 @@ class Result:
 class Undo:
     """How to take one touch back: what `subject` was before, and what we left there.
 
-    `kind` names the function that takes it back (plans/uninstall.py); `before` and `after` are
+    `kind` names the function that takes it back (journal/undo.py); `before` and `after` are
     plain JSON values. `after` tells our own work from what somebody else changed since.
     """
 

@@ -114,7 +114,7 @@ class LocalReader:
 
 
 class LocalSystem(LocalReader):
-    """Touches the machine. It knows nothing of the journal: plans/journaled.py stands before it."""
+    """Touches the machine. It knows nothing of the journal: journal/system.py stands before it."""
 
     def place(self, path: str, data: bytes, mode: int) -> None:
         """Replace a file atomically, escalating where the folder is not ours."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from sparkinstall import binaries
+from sparkinstall import elf
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
 from tests.support.wheel_cache import cache_of_wheels
@@ -78,9 +78,9 @@ def built(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Reh
 
 
 def test_the_file_itself_says_that_it_is_for_sm_121(built: Rehearsal) -> None:
-    assert "sm_121" in {code.arch for code in binaries.gpu_code(built.library)}
+    assert "sm_121" in {code.arch for code in elf.gpu_code(built.library)}
     stamp = json.loads((built.root / "opt/sparkinstall/nccl/build.json").read_text())
-    assert stamp["build_id"] == binaries.build_id(built.library)
+    assert stamp["build_id"] == elf.build_id(built.library)
     assert stamp["recipe"]["version"] == "2.29.7"
 
 

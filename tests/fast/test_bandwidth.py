@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkinstall.config import Layer, build
+from sparkinstall.core import checks
 from sparkinstall.node import Node
-from sparkinstall.plans import proof
 from sparkinstall.probes import bandwidth, link_health
 from sparkinstall.probes.bandwidth import Kind, Measured
 from sparkinstall.stacks import load
@@ -257,8 +257,8 @@ def test_the_asking_side_goes_to_the_same_half_of_the_other_node(tmp_path: Path)
 
 def found_on(tmp_path: Path, name: str, programs: Mapping[str, str], **settings: object) -> tuple[str, str]:
     on, node = OnASpark(tmp_path, programs), node_with(**settings)
-    chosen = proof.chosen(node, only=[name])
-    (looked,) = [each for each in proof.look(chosen.probes, on, lambda _: None) if each.probe.name == name]
+    chosen = checks.chosen(node, only=[name])
+    (looked,) = [each for each in checks.look(chosen.probes, on, lambda _: None) if each.probe.name == name]
     return looked.finding.verdict, looked.finding.found
 
 
@@ -289,13 +289,13 @@ def test_an_own_address_that_is_missing_is_not_the_other_nodes_fault(tmp_path: P
 
 
 def test_only_who_asks_for_it_is_measured() -> None:
-    names = {probe.name for probe in proof.chosen(node_with()).probes}
+    names = {probe.name for probe in checks.chosen(node_with()).probes}
     assert not names & {"tcp-bandwidth", "rdma-bandwidth", "nccl-bandwidth"}
     assert {"link-health", "gids"} <= names
-    measured = {probe.name for probe in proof.chosen(node_with(), measure=True).probes}
+    measured = {probe.name for probe in checks.chosen(node_with(), measure=True).probes}
     assert measured - names >= {"tcp-bandwidth", "rdma-bandwidth", "nccl-bandwidth"}
     assert "rdma-bandwidth" not in {
-        probe.name for probe in proof.chosen(node_with(network__transport="socket"), measure=True).probes
+        probe.name for probe in checks.chosen(node_with(network__transport="socket"), measure=True).probes
     }
 
 

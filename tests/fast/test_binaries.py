@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparkinstall.binaries import (
+from sparkinstall.elf import (
     GpuCode,
     NotALibrary,
     build_id,

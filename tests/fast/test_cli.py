@@ -100,7 +100,7 @@ def test_plan_tells_by_its_exit_code_when_asked(tmp_path: Path) -> None:
 
 
 def test_plan_ends_with_what_all_would_make_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparkinstall.probes.host.preflight", lambda _: [])
+    monkeypatch.setattr("sparkinstall.probes.preflight.preflight", lambda _: [])
     root = tmp_path / "node"
     last = in_this_process("plan", "--root", root).stdout.splitlines()[-1]
     assert re.fullmatch(rf"\d steps would be changed: `sparkinstall all --root {root}`", last)
@@ -112,7 +112,7 @@ def test_plan_ends_with_what_all_would_make_of_it(tmp_path: Path, monkeypatch: p
     last = in_this_process("plan", "--root", root).stdout.splitlines()[-1]
     assert last == f"`sparkinstall all --root {root}` would stop at environment: see above"
     bad = Probe("clock", "x", lambda _: failed("it is 1970", "set it"), "static")
-    monkeypatch.setattr("sparkinstall.probes.host.preflight", lambda _: [bad])
+    monkeypatch.setattr("sparkinstall.probes.preflight.preflight", lambda _: [bad])
     last = in_this_process("plan", "--root", root, "--only", "env-files").stdout.splitlines()[-1]
     assert last.endswith("would stop before the first: clock")
 

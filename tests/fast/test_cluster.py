@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from sparkinstall.cluster import bootstrap, sameness
+from sparkinstall.cluster.orchestrate import PHASES, members
+from sparkinstall.cluster.ssh import explained
+from sparkinstall.cluster.uploads import carried
 from sparkinstall.config import ClusterConfig, Config, NetworkConfig
+from sparkinstall.core import catalogue
 from sparkinstall.errors import BadConfig, BadUsage, Blocked, NeedsRoot
-from sparkinstall.plans import catalogue, delivery, sameness
-from sparkinstall.plans.carried import carried
-from sparkinstall.plans.cluster import PHASES, members
-from sparkinstall.system.ssh import explained
 from tests.support.far_nodes import STEPS, VERSIONS, FarNodes, look, problem, step
 from tests.support.tiny_stack import tiny_stack
 
@@ -179,11 +180,11 @@ def test_two_terminals_carry_at_the_same_time(far: FarNodes) -> None:
 def test_what_was_cut_on_its_way_is_carried_again(far: FarNodes) -> None:
     mine = tiny_stack(far.lab / "mine")
     (what,) = carried({"stack": str(mine)})[1]
-    cut = delivery.packed(what.files)[:1536]
+    cut = bootstrap.packed(what.files)[:1536]
     home = {"HOME": str(far.lab / "spark-1"), "PATH": os.environ["PATH"]}
-    unpack = ["sh", "-c", delivery.unpack_carried_line(), "sparkinstall", what.digest]
+    unpack = ["sh", "-c", bootstrap.unpack_carried_line(), "sparkinstall", what.digest]
     assert subprocess.run(unpack, input=cut, env=home, check=False, capture_output=True).returncode == 1
-    assert not list((far.lab / "spark-1" / delivery.CARRIED).iterdir())
+    assert not list((far.lab / "spark-1" / bootstrap.CARRIED).iterdir())
     assert far.cluster("plan", "spark-1", "--stack", str(mine))[0] == 0
     assert _carried(far, "spark-1", "stack=").exists()
 

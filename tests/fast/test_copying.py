@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 
-from sparkinstall.plans import copying
-from sparkinstall.plans.handover import announcement
-from sparkinstall.resources.nccl_library import NcclLibrary
+from sparkinstall.cluster import artifacts
+from sparkinstall.cluster.handover import announcement
+from sparkinstall.cluster.transfer import CopyFailed
+from sparkinstall.resources.nccl import NcclLibrary
 from sparkinstall.resources.nccl_source import NcclSource
-from sparkinstall.resources.python_environment import uv
+from sparkinstall.resources.venv import uv
 from sparkinstall.system.local import LocalReader
-from sparkinstall.system.transfer import CopyFailed
 from tests.support.cuda_toolkit import toolkit
 from tests.support.far_nodes import FarNodes, look, problem, step
 from tests.support.tiny_stack import tiny_stack
@@ -226,9 +226,9 @@ def test_a_list_that_ssh_has_not_announced_is_refused(pair: tuple[Side, Side]) -
      "nccl/tarballs.json", "nccl/built/0123456789ab/../../x", "hashes/x", ".bashrc", ""],
 )  # fmt: skip
 def test_a_path_that_has_no_place_in_a_cache_is_refused(path: str) -> None:
-    assert copying.understood(_listing([GOOD])).files
+    assert artifacts.understood(_listing([GOOD])).files
     with pytest.raises(CopyFailed, match="no place in a cache"):
-        copying.understood(_listing([{**GOOD, "path": path}]))
+        artifacts.understood(_listing([{**GOOD, "path": path}]))
 
 
 @pytest.mark.parametrize(
@@ -247,13 +247,13 @@ def test_a_path_that_has_no_place_in_a_cache_is_refused(path: str) -> None:
 )
 def test_a_list_that_could_lead_elsewhere_is_refused(files: list[Any], wheels: list[Any]) -> None:
     with pytest.raises(CopyFailed):
-        copying.understood(_listing(files, wheels))
+        artifacts.understood(_listing(files, wheels))
 
 
 @pytest.mark.parametrize("said", [b"", b"[]", b"null", b'{"files": [{}]}', b"\xff", b'{"of": 1, "files": 3}'])
 def test_what_is_no_list_is_refused(said: bytes) -> None:
     with pytest.raises(CopyFailed, match="cannot be read"):
-        copying.understood(said)
+        artifacts.understood(said)
 
 
 def _listing(files: list[Any], wheels: list[Any] | None = None) -> bytes:
@@ -395,7 +395,7 @@ def test_nccl_for_another_gpu_is_not_copied_and_said(built: tuple[Side, Side]) -
 def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
     nodes = FarNodes(tmp_path, *checkout)
     for host in ("spark-1", "spark-2"):
-        nodes.add(host, says={"offer": announcement(copying.Offered(4711, "d1gest"))})
+        nodes.add(host, says={"offer": announcement(artifacts.Offered(4711, "d1gest"))})
     return nodes
 
 

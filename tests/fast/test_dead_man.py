@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from sparkinstall.errors import Problem
-from sparkinstall.resources import dead_man
-from sparkinstall.resources.rendered import render
+from sparkinstall.resources import rollback
+from sparkinstall.resources.template import render
 from sparkinstall.system.local import LocalReader, LocalSystem
 
 FORMER, NEW = "the former state\n", "what nobody has confirmed\n"
@@ -45,7 +45,7 @@ def _program_that(node: Path, name: str, does: str) -> None:
 
 
 def _program(node: Path) -> str:
-    return render(dead_man._TEMPLATE, {name: str(node / name) for name in dead_man._PLACES}).decode()
+    return render(rollback._TEMPLATE, {name: str(node / name) for name in rollback._PLACES}).decode()
 
 
 def _arm(node: Path, name: str = "network") -> int:
@@ -102,11 +102,11 @@ def _killed_at_every_program(node: Path, *words: str) -> Iterator[int]:
 
 def test_a_timer_is_armed_by_its_folder_alone(tmp_path: Path) -> None:
     on = LocalReader(str(tmp_path))
-    assert not dead_man.armed(on)
+    assert not rollback.armed(on)
     (tmp_path / "var/lib/sparkinstall-dead-man/network.gone").mkdir(parents=True)
-    assert not dead_man.armed(on)
+    assert not rollback.armed(on)
     (tmp_path / "var/lib/sparkinstall-dead-man/network").mkdir()
-    assert dead_man.armed(on) and dead_man.armed(on, "network") and not dead_man.armed(on, "firewall")
+    assert rollback.armed(on) and rollback.armed(on, "network") and not rollback.armed(on, "firewall")
 
 
 def test_its_program_is_sound(node: Path) -> None:
@@ -124,7 +124,7 @@ def test_a_timer_that_cannot_be_set_leaves_nothing_armed(node: Path) -> None:
 @pytest.mark.parametrize("name", ["a|b.yaml", "a\nb.yaml"])
 def test_a_file_whose_name_no_script_can_hold_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(Problem, match="could not be put back"):
-        dead_man.arm(LocalSystem(str(tmp_path)), "network", "true", 30, [f"/etc/netplan/{name}"])  # type: ignore[arg-type]
+        rollback.arm(LocalSystem(str(tmp_path)), "network", "true", 30, [f"/etc/netplan/{name}"])  # type: ignore[arg-type]
 
 
 def test_it_puts_back_what_was_there_and_what_was_not(node: Path) -> None:
@@ -159,10 +159,10 @@ def test_a_unit_of_the_boot_that_runs_without_one_leaves_it_to_the_timer(node: P
 def test_what_was_confirmed_stays_at_a_boot(node: Path) -> None:
     assert _arm(node) == _arm(node, "firewall") == 0
     assert _do(node, "confirm", "network").returncode == 0
-    assert _do(node, "confirm", "network").returncode == dead_man._FIRED
+    assert _do(node, "confirm", "network").returncode == rollback._FIRED
     assert _boot(node) == 0
     assert _told(node) == "firewall\n"
-    assert _do(node, "confirm", "firewall").returncode == dead_man._FIRED
+    assert _do(node, "confirm", "firewall").returncode == rollback._FIRED
     assert _left(node) == []
 
 

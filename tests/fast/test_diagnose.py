@@ -20,13 +20,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparkinstall import log_search, signatures
 from sparkinstall.config import settings as all_settings
-from sparkinstall.log_search import Search
-from sparkinstall.plans import catalogue, diagnosis
-from sparkinstall.plans.diagnosis import Diagnosis, Reading, judge
-from sparkinstall.plans.fixes import EIGHT
-from sparkinstall.signatures import MalformedSignature, Signature, load
+from sparkinstall.core import catalogue
+from sparkinstall.core.fixes import EIGHT
+from sparkinstall.diagnose import judge as judge_module
+from sparkinstall.diagnose import search as log_search
+from sparkinstall.diagnose import signatures
+from sparkinstall.diagnose.judge import Diagnosis, Reading, judge
+from sparkinstall.diagnose.search import Search
+from sparkinstall.diagnose.signatures import MalformedSignature, Signature, load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOGS = REPOSITORY / "tests/logs"
@@ -592,7 +594,7 @@ def unit_said(journal: Path, marks: Sequence[tuple[str, int]] = (), boot: bool =
     entries = [{"MESSAGE_ID": mark, "__REALTIME_TIMESTAMP": str(at), "__CURSOR": "s=1"} for mark, at in marks]
     if entries:
         (journal / "journalctl.marks").write_text("".join(f"{json.dumps(each)}\n" for each in entries))
-    return b"".join(diagnosis.unit_log("vllm", boot=boot).pieces())
+    return b"".join(judge_module.unit_log("vllm", boot=boot).pieces())
 
 
 def test_a_unit_is_read_from_its_last_start_on(journal: Path) -> None:
@@ -621,7 +623,7 @@ def test_a_unit_is_read_from_its_last_start_on(journal: Path) -> None:
     ],
 )
 def test_where_a_units_log_begins(marks: list[tuple[str, int]], begins: int | None) -> None:
-    assert diagnosis.start_to_read_from(marks) == begins
+    assert judge_module.start_to_read_from(marks) == begins
 
 
 @pytest.mark.parametrize(

@@ -16,18 +16,20 @@ import typer
 
 from sparkinstall import __version__, errors, stacks
 from sparkinstall.cli import cluster as cluster_verb
-from sparkinstall.cli import envelope
+from sparkinstall.cli import json_output
 from sparkinstall.cli.app import program
 from sparkinstall.cli.multi_node import Role
+from sparkinstall.cluster import orchestrate, remote
+from sparkinstall.cluster.ssh import Ssh
 from sparkinstall.config import ClusterConfig, Config, ServingConfig, build, read_layer, settings
+from sparkinstall.core import catalogue, engine, fixes
 from sparkinstall.errors import Exit, Problem
+from sparkinstall.journal import undo
 from sparkinstall.node import Node
-from sparkinstall.plans import catalogue, cluster, engine, far, fixes, uninstall
 from sparkinstall.probes import Verdict, nccl_tests
-from sparkinstall.probes.host import preflight
-from sparkinstall.resources import State, dead_man, firewall, ray_ports
+from sparkinstall.probes.preflight import preflight
+from sparkinstall.resources import State, firewall, ray_ports, rollback
 from sparkinstall.steps import Step
-from sparkinstall.system.ssh import Ssh
 from tools import config_reference
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -114,7 +116,7 @@ def test_the_settings_in_the_readme_are_good(text: str, tmp_path: Path) -> None:
 
 def test_exit_codes() -> None:
     documented = {int(code): status.strip("`") for code, status, _ in rows(page("docs/exit-codes.md"))[: len(Exit)]}
-    assert documented == {int(code): envelope._STATUS[code] for code in Exit}
+    assert documented == {int(code): json_output._STATUS[code] for code in Exit}
 
 
 def test_exit_codes_of_each_verb() -> None:
@@ -132,7 +134,7 @@ def kinds_of(kind: type[Problem]) -> Iterator[type[Problem]]:
 def test_error_codes() -> None:
     documented = {code: int(number) for code, number, _ in rows(section("docs/json.md", "## Error codes"))}
     ours = [kind for kind in kinds_of(Problem) if kind.__module__.startswith("sparkinstall.")]
-    assert {kind.__module__ for kind in ours} >= {errors.__name__, dead_man.__name__}
+    assert {kind.__module__ for kind in ours} >= {errors.__name__, rollback.__name__}
     assert documented == {kind.code: int(kind.exit_code) for kind in ours}
 
 
@@ -154,24 +156,24 @@ def test_fields_of_a_state(kind: Any) -> None:
 
 def test_outcomes_of_an_uninstall() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "uninstall"]
-    outcomes = get_args(uninstall.TakenBack.__annotations__["outcome"])
+    outcomes = get_args(undo.TakenBack.__annotations__["outcome"])
     assert {"touches", "subject", "outcome", "note", *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
 def test_fields_of_a_node_of_a_cluster() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "cluster"]
-    one = far.Far(far.Member("spark-1", "head", 0, "192.168.100.10"), Ssh("spark-1", None))
-    whole = cluster.Cluster(
-        [one], cluster.Wish(Config(), {}), lambda _: None, done=[cluster.Done("spark-1", "look", "changed")]
+    one = remote.Far(remote.Member("spark-1", "head", 0, "192.168.100.10"), Ssh("spark-1", None))
+    whole = orchestrate.Cluster(
+        [one], orchestrate.Wish(Config(), {}), lambda _: None, done=[orchestrate.Done("spark-1", "look", "changed")]
     )
     data = cluster_verb._node_data(whole, one)
-    outcomes = get_args(cluster.Outcome)
+    outcomes = get_args(orchestrate.Outcome)
     assert {"nodes", *data, *data["phases"][0], *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
 def test_kinds_of_touches() -> None:
     text = section("docs/how-it-works.md", "## The journal").split("kinds of touch:")[1].partition("\n\n")[0]
-    assert set(re.findall(r"`(\w+)`", text)) == set(uninstall._UNDOERS)
+    assert set(re.findall(r"`(\w+)`", text)) == set(undo._UNDOERS)
 
 
 def test_standing_words() -> None:
@@ -180,10 +182,10 @@ def test_standing_words() -> None:
 
 def test_the_envelope_in_the_docs_has_the_fields_of_a_real_one() -> None:
     shown = json.loads(re.findall(r"```json\n(.*?)```", page("docs/json.md"), re.DOTALL)[0])
-    real = json.loads(envelope.envelope("plan", Exit.USAGE, {}, [errors.BadConfig("x")]))
+    real = json.loads(json_output.envelope("plan", Exit.USAGE, {}, [errors.BadConfig("x")]))
     assert shown.keys() == real.keys()
     assert shown["errors"][0].keys() == real["errors"][0].keys()
-    assert shown["version"] == envelope.VERSION
+    assert shown["version"] == json_output.VERSION
 
 
 @pytest.mark.parametrize("text", re.findall(r"```json\n(.*?)```", page("docs/json.md"), re.DOTALL))
@@ -224,7 +226,7 @@ def test_phases_of_a_cluster() -> None:
     documented = {
         row[0]: (row[1], tuple(re.findall(r"`([\w-]+)`", row[2]))) for row in table if row[1] in _WHERE.values()
     }
-    real = {phase.name: (_WHERE[phase.whom], phase.steps) for phase in cluster.PHASES}
+    real = {phase.name: (_WHERE[phase.whom], phase.steps) for phase in orchestrate.PHASES}
     assert [(name, of) for name, of in documented.items() if name in real] == list(real.items())
 
 

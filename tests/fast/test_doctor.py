@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 
 from sparkinstall.cli import doctor
+from sparkinstall.core import catalogue, checks, fixes, meanings
+from sparkinstall.core.checks import Chosen, Looked
+from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.errors import BadUsage, Blocked, NeedsRoot
-from sparkinstall.plans import catalogue, checkup, fixes, meanings, proof
-from sparkinstall.plans.engine import Checked, StepReport
-from sparkinstall.plans.proof import Chosen, Looked
-from sparkinstall.plans.state import StateFolder
+from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.probes import Finding, Probe, failed, known_hosts, passed, skipped, warned
-from sparkinstall.probes.host import preflight
+from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, Unknown
+from sparkinstall.support import doctor as checkup
 from tests.fast.test_docs import HEAD
 from tests.support.rehearsals import begun, envelope, in_this_process, said
 
@@ -38,9 +39,9 @@ def finds(monkeypatch: pytest.MonkeyPatch) -> Findings:
 
     def these(probes: dict[str, Finding], before: dict[str, Finding] | None = None) -> None:
         chosen = Chosen((), tuple(_probe(name, finding) for name, finding in probes.items()), False)
-        monkeypatch.setattr(proof, "chosen", lambda *_, **__: chosen)
+        monkeypatch.setattr(checks, "chosen", lambda *_, **__: chosen)
         first = [_probe(name, finding) for name, finding in (before or {}).items()]
-        monkeypatch.setattr("sparkinstall.probes.host.preflight", lambda _: first)
+        monkeypatch.setattr("sparkinstall.probes.preflight.preflight", lambda _: first)
 
     return these
 
@@ -156,8 +157,8 @@ def test_the_machine_itself_is_asked_where_nothing_is_installed(
 ) -> None:
     own, other = _probe("gpu-xid", failed("XID 79", "power it off")), _probe("imports", failed("no", "no"))
     finds({})
-    monkeypatch.setattr(proof, "chosen", lambda *_, **__: Chosen((), (own, other), True))
-    monkeypatch.setattr(proof, "of_no_step", lambda _: [own])
+    monkeypatch.setattr(checks, "chosen", lambda *_, **__: Chosen((), (own, other), True))
+    monkeypatch.setattr(checks, "of_no_step", lambda _: [own])
     answer = envelope(in_this_process("doctor", "--root", tmp_path / "node", "--json"))
     assert names(answer) == {"broken": ["gpu-xid"]}
 
@@ -261,7 +262,7 @@ def test_the_folder_of_a_rehearsal_is_masked_too(
     run = in_this_process("doctor", "--root", home / "node")
     assert "`sparkinstall all --root ~/node` does it" in run.stdout
     assert "the home folder" in run.stdout and str(home) not in said(run)
-    monkeypatch.setattr(proof, "chosen", _blocked)
+    monkeypatch.setattr(checks, "chosen", _blocked)
     refused = in_this_process("doctor", "--root", home / "node")
     assert "`sparkinstall uninstall --root ~/node`" in said(refused) and str(home) not in said(refused)
 
@@ -271,7 +272,7 @@ def _blocked(*_: object, **__: object) -> Chosen:
 
 
 def test_the_names_of_this_machine_are_known() -> None:
-    from sparkinstall.probes import identity
+    from sparkinstall.support import identity
     from sparkinstall.system.local import LocalReader
 
     known = identity.known(LocalReader())
@@ -281,7 +282,7 @@ def test_the_names_of_this_machine_are_known() -> None:
 
 
 def test_networks_and_serials_are_known(tmp_path: Path) -> None:
-    from sparkinstall.probes import identity
+    from sparkinstall.support import identity
     from sparkinstall.system.local import LocalReader
 
     for folder in ("etc/netplan", "etc/NetworkManager/system-connections", "sys/class/dmi/id"):

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sparkinstall.plans import differences, sameness
-from sparkinstall.plans.differences import comparables, compared
+from sparkinstall.cluster import differences, sameness
+from sparkinstall.cluster.differences import comparables, compared
 from tests.fast.test_bandwidth import OnASpark, card, node_with
 from tests.fast.test_cluster_screen import on_a_terminal
 from tests.support.far_nodes import FarNodes

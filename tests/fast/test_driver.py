@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sparkinstall.probes import Finding, facts
-from sparkinstall.probes.host import preflight
+from sparkinstall.facts import machine
+from sparkinstall.probes import Finding
+from sparkinstall.probes.preflight import preflight
 from sparkinstall.system import Result
 from tests.fast.test_units import node_of
 from tests.support.machine import Machine
@@ -39,7 +40,7 @@ def driver(on: Machine, root: Path) -> Finding:
 def test_a_driver_that_is_there_passes(tmp_path: Path) -> None:
     on = WithSmi(tmp_path, 0, "NVIDIA GB10, 12.1, 580.95.05\n")
     assert (driver(on, tmp_path).verdict, driver(on, tmp_path).found) == ("pass", "580.95.05")
-    assert facts.gpu(on) == facts.Gpu("NVIDIA GB10", "12.1", "580.95.05")
+    assert machine.gpu(on) == machine.Gpu("NVIDIA GB10", "12.1", "580.95.05")
 
 
 @pytest.mark.parametrize(
@@ -71,4 +72,4 @@ def test_an_nvidia_smi_that_is_missing_or_hangs_says_nothing(tmp_path: Path, cod
 
 
 def test_what_nvidia_smi_says_cannot_steer_a_terminal(tmp_path: Path) -> None:
-    assert facts.gpu_or_complaint(WithSmi(tmp_path, 1, "\x1b[2Jgone\n")) == "?[2Jgone"
+    assert machine.gpu_or_complaint(WithSmi(tmp_path, 1, "\x1b[2Jgone\n")) == "?[2Jgone"

@@ -9,11 +9,11 @@ from typing import Any, cast
 import pytest
 
 from sparkinstall.cli.session import Session, looked_at
+from sparkinstall.core import catalogue
+from sparkinstall.core.engine import StepReport, converge, ordered, plan
 from sparkinstall.errors import Blocked, NeedsRoot, Problem
 from sparkinstall.events import Event, ResourceApplied, StepEnded, StepStarted, silent
 from sparkinstall.node import Node
-from sparkinstall.plans import catalogue
-from sparkinstall.plans.engine import StepReport, converge, ordered, plan
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Resource, Satisfied, State, Unknown
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes

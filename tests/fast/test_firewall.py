@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from sparkinstall import config as configuration
 from sparkinstall.config import Layer
+from sparkinstall.core import engine
 from sparkinstall.errors import BadConfig
+from sparkinstall.facts import packet_filters
 from sparkinstall.node import Node
-from sparkinstall.plans import engine
-from sparkinstall.probes import firewalls
 from sparkinstall.resources import Drift, LeftToNode, firewall
 from sparkinstall.stacks import load
 from sparkinstall.steps.firewall import Firewall
@@ -42,11 +42,11 @@ def _rules(root: Path, node: Node) -> list[str]:
 @pytest.fixture(scope="module")
 def nft() -> str:
     """nft where it can be asked without changing this machine."""
-    if not os.access(firewalls.NFT, os.X_OK):
+    if not os.access(packet_filters.NFT, os.X_OK):
         pytest.skip("no nft (apt-get install nftables)")
-    if subprocess.run([*ALONE, firewalls.NFT, "list", "tables"], capture_output=True).returncode:
+    if subprocess.run([*ALONE, packet_filters.NFT, "list", "tables"], capture_output=True).returncode:
         pytest.skip("no user namespaces for an ordinary user here")
-    return firewalls.NFT
+    return packet_filters.NFT
 
 
 def _listed(nft: str, *rulesets: str) -> str:
@@ -211,12 +211,12 @@ FIREWALLS = {
 @pytest.mark.parametrize("ruleset", NO_FIREWALL.values(), ids=NO_FIREWALL)
 def test_what_is_no_firewall(nft: str, ruleset: str, tmp_path: Path) -> None:
     ours = firewall.rules(_node(**HEAD), LocalReader(str(tmp_path)))
-    assert firewalls.filtering_chain(_listed(nft, ours, *([ruleset] if ruleset else []))) is None
+    assert packet_filters.filtering_chain(_listed(nft, ours, *([ruleset] if ruleset else []))) is None
 
 
 @pytest.mark.parametrize("ruleset", FIREWALLS.values(), ids=FIREWALLS)
 def test_what_is_a_firewall(nft: str, ruleset: str) -> None:
-    found = firewalls.filtering_chain(_listed(nft, ruleset))
+    found = packet_filters.filtering_chain(_listed(nft, ruleset))
     assert found is not None
     assert found[2] == "input"
 
@@ -227,9 +227,9 @@ def test_the_reject_of_iptables_counts() -> None:
     hook = {"type": "filter", "hook": "input", "prio": 0, "policy": "accept"}
     reject = {**place, "chain": "INPUT", "expr": [{"counter": {}}, {"xt": {"type": "target", "name": "REJECT"}}]}
     items = [{"chain": {**place, "name": "INPUT", **hook}}, {"rule": reject}]
-    assert firewalls.filtering_chain(json.dumps({"nftables": items})) == ("ip", "filter", "INPUT")
+    assert packet_filters.filtering_chain(json.dumps({"nftables": items})) == ("ip", "filter", "INPUT")
     reject["expr"][1] = {"xt": {"type": "target", "name": "LOG"}}  # type: ignore[index]
-    assert firewalls.filtering_chain(json.dumps({"nftables": items})) is None
+    assert packet_filters.filtering_chain(json.dumps({"nftables": items})) is None
 
 
 LEGACY = "-P INPUT ACCEPT\n-P FORWARD DROP\n-N DOCKER\n-N mine\n-A DOCKER -j DROP\n-A mine -p tcp -j ACCEPT\n"
@@ -246,4 +246,4 @@ LEGACY = "-P INPUT ACCEPT\n-P FORWARD DROP\n-N DOCKER\n-N mine\n-A DOCKER -j DRO
     ],
 )
 def test_legacy_iptables(more: str, drops: bool) -> None:
-    assert firewalls.legacy_drops((LEGACY + more).splitlines()) is drops
+    assert packet_filters.legacy_drops((LEGACY + more).splitlines()) is drops

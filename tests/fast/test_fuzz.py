@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from sparkinstall import config, redaction
 from sparkinstall.config import Config, Layer
 from sparkinstall.errors import BadConfig, JournalDamaged
-from sparkinstall.plans.journal import Journal
-from sparkinstall.probes.facts import parse_meminfo, parse_release
-from sparkinstall.resources.rendered import quoted
+from sparkinstall.facts.machine import parse_meminfo, parse_release
+from sparkinstall.journal.journal import Journal
+from sparkinstall.resources.template import quoted
 from sparkinstall.system import Undo
 
 settings.register_profile("fast", max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, host
+from sparkinstall.probes import Finding, preflight
 from sparkinstall.probes.reasoning import reasoning_fields
 from sparkinstall.resources import Drift, Satisfied
 from sparkinstall.resources.fp8 import Fp8Decision
@@ -119,7 +119,7 @@ def test_a_folder_that_is_shut_is_named_with_what_to_do(
 ) -> None:
     shut = tmp_path / "opt/sparkinstall/venv"
     monkeypatch.setattr(os, "access", lambda path, _mode: path != shut)
-    (probe,) = (each for each in host.preflight(node) if each.name == name)
+    (probe,) = (each for each in preflight.preflight(node) if each.name == name)
     finding = probe.look(Shut(str(tmp_path)))
     assert (finding.verdict, finding.found) == ("fail", f"{shut} cannot be read")
     assert finding.mend == f"`chmod u+rwx {shut}`, then again"

@@ -11,9 +11,9 @@ import pytest
 
 from sparkinstall.errors import Busy, JournalDamaged, Storage
 from sparkinstall.events import Event, silent
-from sparkinstall.plans.journal import Journal
-from sparkinstall.plans.state import StateFolder
-from sparkinstall.plans.uninstall import take_all_back
+from sparkinstall.journal.journal import Journal
+from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.journal.undo import take_all_back
 from sparkinstall.system import Undo
 from sparkinstall.system.local import LocalSystem
 from tests.support.mounts import need_root
@@ -229,8 +229,8 @@ HOLD_ONCE = """
 import sys
 from sparkinstall.errors import Busy
 from sparkinstall.events import silent
-from sparkinstall.plans.state import StateFolder
-from sparkinstall.plans.uninstall import take_all_back
+from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.journal.undo import take_all_back
 from sparkinstall.system.local import LocalSystem
 
 state = StateFolder(LocalSystem(sys.argv[1]))

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from sparkinstall.cli import junit
 from sparkinstall.cli.junit import Case
+from sparkinstall.core.checks import Looked
+from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.errors import BadConfig, BadUsage, Problem
-from sparkinstall.plans.engine import Checked, StepReport
-from sparkinstall.plans.proof import Looked
 from sparkinstall.probes import LEVELS, Finding, Probe, Verdict, failed, passed, skipped, warned
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, Unknown
 
@@ -129,10 +129,10 @@ def test_readers_that_know_texts_only_and_those_that_know_attributes_only_see_th
 
 def test_no_two_cases_have_one_name(tmp_path: Path) -> None:
     """GitLab leaves out the second of two cases with the same class and name."""
-    from sparkinstall.plans import catalogue, proof
+    from sparkinstall.core import catalogue, checks
     from tests.fast.test_docs import HEAD
 
-    chosen = proof.chosen(HEAD, measure=True)
+    chosen = checks.chosen(HEAD, measure=True)
     reports = [StepReport(step.name, step.why) for step in catalogue.of(HEAD)]
     looked = [Looked(probe, passed("x"), 0.0) for probe in chosen.probes]
     root = written(tmp_path / "j.xml", [*junit.of_checks(reports), *junit.of_probes(looked)])

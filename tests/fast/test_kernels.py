@@ -10,8 +10,10 @@ import pytest
 
 from sparkinstall.config import Config, NcclConfig
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, inside, kernels, nccl_tests, processes
-from sparkinstall.resources.rendered import render
+from sparkinstall.payloads import inspect_env
+from sparkinstall.probes import Finding, kernels, nccl_tests
+from sparkinstall.probes import environment as environment_probes
+from sparkinstall.resources.template import render
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
 from tests.fast.test_units import node_of
@@ -165,7 +167,7 @@ def environment(node: Node, root: Path, **modules: str) -> Node:
     site, programs = root / "site", root / node.venv.lstrip("/") / "bin"
     site.mkdir()
     programs.mkdir(parents=True)
-    for name, source in {**dict.fromkeys(processes.MODULES, ""), **modules}.items():
+    for name, source in {**dict.fromkeys(environment_probes.MODULES, ""), **modules}.items():
         (site / f"{name}.py").write_text(f"__version__ = '1.0'\n{source}")
     (programs / "python").symlink_to(sys.executable)
     (programs / "activate").write_text(f'export PATH="{programs}:$PATH" PYTHONPATH="{site}"\n')
@@ -186,7 +188,7 @@ NEEDS_NOTHING = "def get_ip(): return '127.0.0.1'\n"
 
 def looked(node: Node, root: Path) -> dict[str, Finding]:
     on = LocalReader(str(root))
-    return {probe.name: probe.look(on) for probe in processes.probes(node)}
+    return {probe.name: probe.look(on) for probe in environment_probes.probes(node)}
 
 
 def test_one_crash_takes_nothing_else_down(node: Node, tmp_path: Path) -> None:
@@ -240,8 +242,8 @@ def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         yield {"arch": asked["arch"]}
         time.sleep(60)
 
-    monkeypatch.setattr(inside, "_LIMIT", 0.2)
-    facts = inside._ended(*inside._started(hangs, {"arch": "121"}))
+    monkeypatch.setattr(inspect_env, "_LIMIT", 0.2)
+    facts = inspect_env._ended(*inspect_env._started(hangs, {"arch": "121"}))
     assert facts == {"arch": "121", "ended": "no answer within 0.2 s"}
 
 

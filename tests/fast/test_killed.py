@@ -177,8 +177,8 @@ LINGERING = """
 import os, signal, sys
 from pathlib import Path
 from sparkinstall.events import silent
-from sparkinstall.plans.journaled import JournaledSystem
-from sparkinstall.plans.state import StateFolder
+from sparkinstall.journal.system import JournaledSystem
+from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.system.local import LocalSystem
 
 system = LocalSystem(sys.argv[1])

@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 import pytest
 
+from sparkinstall.core import catalogue, checks
 from sparkinstall.node import Node
-from sparkinstall.plans import catalogue, proof
 from sparkinstall.probes import Finding
 from sparkinstall.probes.known_hosts import LOOKERS, Host, judged, probes, rules
 from sparkinstall.system import Result
@@ -211,9 +211,9 @@ def test_what_keeps_the_gpu_busy_is_asked_only_with_measure(tmp_path: Path) -> N
     node = real_node(tmp_path)
     (low,) = (probe for probe in probes(node) if probe.load)
     assert (low.name, low.level) == ("gpu-low-power", "gpu")
-    assert "gpu-low-power" not in {probe.name for probe in proof.chosen(node).probes}
-    assert "gpu-low-power" in {probe.name for probe in proof.chosen(node, measure=True).probes}
-    assert "gpu-low-power" not in {probe.name for probe in proof.of_no_step(node)}
+    assert "gpu-low-power" not in {probe.name for probe in checks.chosen(node).probes}
+    assert "gpu-low-power" in {probe.name for probe in checks.chosen(node, measure=True).probes}
+    assert "gpu-low-power" not in {probe.name for probe in checks.of_no_step(node)}
 
 
 def test_one_node_alone_is_told_why_a_card_that_may_switch_itself_off_is_no_matter(tmp_path: Path) -> None:
@@ -285,12 +285,12 @@ def test_a_rehearsal_has_no_rules_about_the_machine_around_it(tmp_path: Path) ->
 
 def test_they_can_be_chosen_and_left_out_as_one(tmp_path: Path) -> None:
     node = real_node(tmp_path)
-    assert {probe.name for probe in proof.chosen(node, only=["known-hosts"], measure=True).probes} == set(RULES)
-    assert proof.chosen(node, only=["known-hosts"]).steps == ()
-    assert not {probe.name for probe in proof.chosen(node, skip=["known-hosts"]).probes} & set(RULES)
-    assert {probe.name for probe in proof.chosen(node, only=["gpu-xid"]).probes} == {"gpu-xid"}
-    assert {probe.name for probe in proof.chosen(node, level="node").probes} >= set(RULES) - {"gpu-low-power"}
-    assert not {probe.name for probe in proof.chosen(node, level="static").probes} & set(RULES)
+    assert {probe.name for probe in checks.chosen(node, only=["known-hosts"], measure=True).probes} == set(RULES)
+    assert checks.chosen(node, only=["known-hosts"]).steps == ()
+    assert not {probe.name for probe in checks.chosen(node, skip=["known-hosts"]).probes} & set(RULES)
+    assert {probe.name for probe in checks.chosen(node, only=["gpu-xid"]).probes} == {"gpu-xid"}
+    assert {probe.name for probe in checks.chosen(node, level="node").probes} >= set(RULES) - {"gpu-low-power"}
+    assert not {probe.name for probe in checks.chosen(node, level="static").probes} & set(RULES)
     assert "known-hosts" not in {step.name for step in catalogue.STEPS}
 
 

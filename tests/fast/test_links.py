@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from sparkinstall import config
 from sparkinstall.config import Config, Layer
+from sparkinstall.facts import qsfp
+from sparkinstall.facts.qsfp import LinkProblem, Port
 from sparkinstall.node import Node
-from sparkinstall.probes import links
-from sparkinstall.probes.links import LinkProblem, Port
 from sparkinstall.stacks import load
 from sparkinstall.system.local import LocalReader
 from tests.support.machine import Machine
@@ -54,7 +54,7 @@ def halves(port: Port) -> tuple[tuple[str, str], ...]:
 
 def refusal(node: Sysfs, interface: str | None = None) -> LinkProblem:
     with pytest.raises(LinkProblem) as told:
-        links.used_port(reader(node), asking(interface))
+        qsfp.used_port(reader(node), asking(interface))
     return told.value
 
 
@@ -63,7 +63,7 @@ def refusal(node: Sysfs, interface: str | None = None) -> LinkProblem:
 
 @pytest.mark.parametrize("cable", [0, 1])
 def test_the_port_with_the_cable_and_its_twin_are_found_on_either_port(tmp_path: Path, cable: int) -> None:
-    found = links.used_port(reader(spark(tmp_path, cable)), asking())
+    found = qsfp.used_port(reader(spark(tmp_path, cable)), asking())
     assert halves(found) == HALVES[cable]
     assert (found.number, found.carrier) == (cable, True)
     assert {(each.port, each.carrier, each.mtu, each.speed) for each in found.twins} == {(cable, True, 1500, 200000)}
@@ -72,7 +72,7 @@ def test_the_port_with_the_cable_and_its_twin_are_found_on_either_port(tmp_path:
 def test_both_ports_are_listed_by_number_and_nothing_else_is_one(tmp_path: Path) -> None:
     node = spark(tmp_path)
     (tmp_path / "sys/class/net/bonding_masters").write_text("\n")
-    found = links.ports(reader(node))
+    found = qsfp.ports(reader(node))
     assert [(each.number, halves(each)) for each in found] == [(0, HALVES[0]), (1, HALVES[1])]
     assert [each.carrier for each in found] == [True, False]
 
@@ -85,7 +85,7 @@ def test_both_ports_are_listed_by_number_and_nothing_else_is_one(tmp_path: Path)
 def test_other_names_are_no_halves_of_a_port(tmp_path: Path, name: str) -> None:
     node = Sysfs(tmp_path)
     node.card(name, carrier=True)
-    assert links.ports(reader(node)) == ()
+    assert qsfp.ports(reader(node)) == ()
 
 
 @pytest.mark.parametrize(("driver", "counts"), [("mlx5_core", True), ("ixgbe", False), ("mlx5_core.sf", False)])
@@ -94,13 +94,13 @@ def test_the_driver_tells_a_connectx_from_another_card_with_such_a_name(
 ) -> None:
     node = Sysfs(tmp_path)
     node.card("enp1s0f0np0", driver)
-    assert bool(links.ports(reader(node))) is counts
+    assert bool(qsfp.ports(reader(node))) is counts
 
 
 def test_an_interface_without_a_device_counts_by_its_name(tmp_path: Path) -> None:
     node = Sysfs(tmp_path)
     node.virtual("enp1s0f0np0")
-    assert halves(links.used_port(reader(node), asking())) == (("enp1s0f0np0", ""),)
+    assert halves(qsfp.used_port(reader(node), asking())) == (("enp1s0f0np0", ""),)
 
 
 def test_of_an_interface_that_is_down_nobody_knows_the_carrier(tmp_path: Path) -> None:
@@ -108,10 +108,10 @@ def test_of_an_interface_that_is_down_nobody_knows_the_carrier(tmp_path: Path) -
     node.card("enp1s0f0np0", carrier=None)
     with pytest.raises(OSError):  # as the kernel itself answers
         reader(node).read("/sys/class/net/enp1s0f0np0/carrier")
-    (port,) = links.ports(reader(node))
+    (port,) = qsfp.ports(reader(node))
     assert (port.carrier, port.twins[0].carrier, port.twins[0].speed) == (None, None, 0)
     node.card("enP2p1s0f0np0", carrier=False)
-    assert links.ports(reader(node))[0].carrier is False
+    assert qsfp.ports(reader(node))[0].carrier is False
 
 
 def test_one_half_with_a_carrier_is_enough_for_the_port(tmp_path: Path) -> None:
@@ -119,14 +119,14 @@ def test_one_half_with_a_carrier_is_enough_for_the_port(tmp_path: Path) -> None:
     node.card("enp1s0f0np0", carrier=None)
     node.card("enP2p1s0f0np0", carrier=True)
     node.card("enp1s0f1np1", carrier=False)
-    assert links.used_port(reader(node), asking()).number == 0
+    assert qsfp.used_port(reader(node), asking()).number == 0
 
 
 def test_twins_stand_in_the_order_of_their_pci_domains(tmp_path: Path) -> None:
     node = Sysfs(tmp_path)
     for name in ("enP10p1s0f0np0", "enP2p1s0f0np0"):
         node.card(name)
-    assert [each.name for each in links.ports(reader(node))[0].twins] == ["enP2p1s0f0np0", "enP10p1s0f0np0"]
+    assert [each.name for each in qsfp.ports(reader(node))[0].twins] == ["enP2p1s0f0np0", "enP10p1s0f0np0"]
 
 
 # --- RDMA devices, by the kernel's own links
@@ -140,13 +140,13 @@ def test_rdma_devices_are_found_whatever_their_names(tmp_path: Path) -> None:
     # What the naming rule would have called the second half's device, on the first half's card.
     node.card("enp1s0f1np1")
     node.hca("roceP2p1s0f0", "enp1s0f1np1")
-    assert halves(links.ports(reader(node))[0]) == (("enp1s0f0np0", "mlx5_3"), ("enP2p1s0f0np0", "mlx5_0"))
+    assert halves(qsfp.ports(reader(node))[0]) == (("enp1s0f0np0", "mlx5_3"), ("enP2p1s0f0np0", "mlx5_0"))
 
 
 def test_a_node_without_rdma_has_ports_without_rdma_devices(tmp_path: Path) -> None:
     node = spark(tmp_path)
     shutil.rmtree(tmp_path / "sys/class/infiniband")
-    assert halves(links.used_port(reader(node), asking())) == (("enp1s0f0np0", ""), ("enP2p1s0f0np0", ""))
+    assert halves(qsfp.used_port(reader(node), asking())) == (("enp1s0f0np0", ""), ("enP2p1s0f0np0", ""))
 
 
 def test_several_interfaces_beneath_one_device_do_not_confuse_it(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_several_interfaces_beneath_one_device_do_not_confuse_it(tmp_path: Path)
     node = spark(tmp_path)
     for each in ("enp1s0f0npf0vf0", "enp1s0f0npf0vf1"):
         (tmp_path / "sys/class/net/enp1s0f0np0/device/net" / each).mkdir()
-    assert halves(links.used_port(reader(node), asking())) == HALVES[0]
+    assert halves(qsfp.used_port(reader(node), asking())) == HALVES[0]
 
 
 def test_of_several_rdma_devices_of_one_card_that_which_names_the_interface_counts(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_of_several_rdma_devices_of_one_card_that_which_names_the_interface_coun
     node.gids("mlx5_0", "enp1s0f0npf0vf0", mapped("192.0.2.9"))
     node.hca("mlx5_1", "enp1s0f0np0")
     node.gids("mlx5_1", "enp1s0f0np0", mapped("192.0.2.1"))
-    assert halves(links.ports(reader(node))[0]) == (("enp1s0f0np0", "mlx5_1"),)
+    assert halves(qsfp.ports(reader(node))[0]) == (("enp1s0f0np0", "mlx5_1"),)
 
 
 def test_an_rdma_device_that_hangs_beneath_another_card_is_found_by_its_table(tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_an_rdma_device_that_hangs_beneath_another_card_is_found_by_its_table(tm
     node.card("enp1s0f1np1", carrier=True)
     node.hca("mlx5_bond_0", "enp1s0f1np1", beneath="enp1s0f0np0")
     node.gids("mlx5_bond_0", "enp1s0f1np1", mapped("192.0.2.1"))
-    assert [halves(each) for each in links.ports(reader(node))] == [
+    assert [halves(each) for each in qsfp.ports(reader(node))] == [
         (("enp1s0f0np0", "mlx5_bond_0"),),
         (("enp1s0f1np1", "mlx5_bond_0"),),
     ]
@@ -186,11 +186,11 @@ def test_an_rdma_device_that_hangs_beneath_another_card_is_found_by_its_table(tm
 def test_the_default_route_and_wifi_are_management(tmp_path: Path) -> None:
     node = spark(tmp_path)
     node.default_route6("wlP9s9")
-    assert links.management(reader(node)) == {"enP7s7": "has the default route", "wlP9s9": "has the default route"}
+    assert qsfp.management(reader(node)) == {"enP7s7": "has the default route", "wlP9s9": "has the default route"}
 
 
 def test_wifi_is_management_even_without_a_route(tmp_path: Path) -> None:
-    assert links.management(reader(spark(tmp_path)))["wlP9s9"] == "is Wi-Fi"
+    assert qsfp.management(reader(spark(tmp_path)))["wlP9s9"] == "is Wi-Fi"
 
 
 def test_a_route_to_nowhere_is_no_default_route(tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_route_to_nowhere_is_no_default_route(tmp_path: Path) -> None:
     node.default_route("enp1s0f0np0", flags=0x201)
     node.default_route("enp1s0f1np1", flags=0x2)
     node.default_route6("lo", flags=0x200200)
-    assert links.management(reader(node)) == {}
+    assert qsfp.management(reader(node)) == {}
 
 
 def test_what_a_management_interface_runs_over_is_management_too(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_what_a_management_interface_runs_over_is_management_too(tmp_path: Path)
     node.above("bond0.7", "bond0")
     node.above("br0", "bond0.7", master=True)
     node.default_route("br0")
-    found = links.management(reader(node))
+    found = qsfp.management(reader(node))
     assert set(found) == {"enP7s7", "wlP9s9", "br0", "bond0.7", "bond0", "enp1s0f0np0", "enP2p1s0f0np0"}
     assert found["bond0"] == "carries bond0.7, which carries br0, which has the default route"
 
@@ -218,7 +218,7 @@ def test_what_a_management_interface_is_a_member_of_is_management_too(tmp_path: 
     node = spark(tmp_path)
     node.virtual("br0")
     node.above("br0", "enP7s7", "enp1s0f1np1", master=True)
-    found = links.management(reader(node))
+    found = qsfp.management(reader(node))
     assert found["br0"] == "is made of enP7s7, which has the default route"
     assert "enp1s0f1np1" in found and "enp1s0f0np0" not in found
 
@@ -227,24 +227,24 @@ def test_a_vlan_upon_the_qsfp_port_does_not_make_it_management(tmp_path: Path) -
     node = spark(tmp_path)
     node.virtual("enp1s0f0np0.7")
     node.above("enp1s0f0np0.7", "enp1s0f0np0")
-    assert set(links.management(reader(node))) == {"enP7s7", "wlP9s9"}
+    assert set(qsfp.management(reader(node))) == {"enP7s7", "wlP9s9"}
 
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="this machine has no iproute2")
 def test_the_interface_of_this_ssh_session_is_management(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On this machine's own loopback, as its own `ip` tells."""
     monkeypatch.setenv("SSH_CONNECTION", "127.0.0.1 50000 127.0.0.1 22")
-    assert links.management(LocalReader())["lo"] == "carries this ssh session"
-    assert links.management(LocalReader(str(tmp_path))) == {}, "a rehearsal is not the machine the session is on"
+    assert qsfp.management(LocalReader())["lo"] == "carries this ssh session"
+    assert qsfp.management(LocalReader(str(tmp_path))) == {}, "a rehearsal is not the machine the session is on"
     for without in ("", "127.0.0.1", "127.0.0.1 1 203.0.113.200 22"):
         monkeypatch.setenv("SSH_CONNECTION", without)
-        assert "lo" not in links.management(LocalReader())
+        assert "lo" not in qsfp.management(LocalReader())
 
 
 def over_the_link(monkeypatch: pytest.MonkeyPatch, interface: str) -> None:
     """An ssh session that came in over `interface`."""
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.1 22")
-    monkeypatch.setattr(links, "_addresses", lambda *_: iter([(interface, "192.0.2.1", 24)]))
+    monkeypatch.setattr(qsfp, "_addresses", lambda *_: iter([(interface, "192.0.2.1", 24)]))
 
 
 @pytest.mark.parametrize("named", [None, "enP2p1s0f0np0"])
@@ -254,7 +254,7 @@ def test_a_port_that_carries_this_ssh_session_is_looked_at_and_not_touched(
     node = spark(tmp_path)
     over_the_link(monkeypatch, "enp1s0f0np0")
     assert "carries this ssh session" in refusal(node, named).why
-    assert halves(links.port_to_look_at(reader(node), asking(named))) == HALVES[0]
+    assert halves(qsfp.port_to_look_at(reader(node), asking(named))) == HALVES[0]
 
 
 def test_a_port_with_the_default_route_is_not_even_looked_at(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -262,12 +262,12 @@ def test_a_port_with_the_default_route_is_not_even_looked_at(monkeypatch: pytest
     node.default_route("enp1s0f0np0")
     over_the_link(monkeypatch, "enp1s0f0np0")
     with pytest.raises(LinkProblem, match=r"must not be touched"):
-        links.port_to_look_at(reader(node), asking("enp1s0f0np0"))
+        qsfp.port_to_look_at(reader(node), asking("enp1s0f0np0"))
 
 
 def test_sudo_does_not_hide_the_ssh_session() -> None:
     """sudo takes SSH_CONNECTION out of the environment; the shell that started it has it still."""
-    ask = "from sparkinstall.probes import links; print(*links.session())"
+    ask = "from sparkinstall.probes import links; print(*qsfp.session())"
     through = ["env", "-u", "SSH_CONNECTION", "SUDO_USER=spark", sys.executable, "-c", ask]
     shell = ["sh", "-c", '"$@"; exit $?', "sh", *through]
     env = {**os.environ, "SSH_CONNECTION": "192.0.2.9 50000 192.0.2.1 22"}
@@ -277,14 +277,14 @@ def test_sudo_does_not_hide_the_ssh_session() -> None:
 
 @pytest.mark.skipif(shutil.which("ip") is None, reason="this machine has no iproute2")
 def test_addresses_are_those_that_ip_tells(tmp_path: Path) -> None:
-    assert "127.0.0.1/8" in links.addresses(LocalReader())["lo"]
-    assert links.addresses(LocalReader(str(tmp_path))) == {}
+    assert "127.0.0.1/8" in qsfp.addresses(LocalReader())["lo"]
+    assert qsfp.addresses(LocalReader(str(tmp_path))) == {}
 
 
 def test_where_ip_cannot_be_asked_nothing_is_taken_for_granted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.1 22")
-    for ask in (links.management, links.addresses):
+    for ask in (qsfp.management, qsfp.addresses):
         with pytest.raises(LinkProblem, match="ip -j addr") as told:
             ask(LocalReader())
         assert "iproute2" in told.value.mend
@@ -298,7 +298,7 @@ def test_the_port_that_is_named_is_taken_by_either_of_its_halves(tmp_path: Path)
     for name in (name for port in HALVES.values() for name, _ in port):
         node.card(name, carrier=True)
     for number, port in HALVES.items():
-        assert [links.used_port(reader(node), asking(name)).number for name, _ in port] == [number, number]
+        assert [qsfp.used_port(reader(node), asking(name)).number for name, _ in port] == [number, number]
 
 
 def test_two_cables_are_an_error_that_lists_both_ports_and_names_the_option(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_the_only_port_is_taken_whatever_its_carrier(tmp_path: Path, carrier: bo
     node = Sysfs(tmp_path)
     for name, _ in HALVES[1]:
         node.card(name, carrier=carrier)
-    assert links.used_port(reader(node), asking()).number == 1
+    assert qsfp.used_port(reader(node), asking()).number == 1
 
 
 def test_a_node_without_a_port_is_told_what_was_looked_for(tmp_path: Path) -> None:
@@ -341,7 +341,7 @@ DEBUG_STATE = "sys/devices/platform/MTKP0001:00/pcie_hotplug/debug_state"
 
 
 @pytest.mark.parametrize("named", [None, "enp1s0f0np0"])
-@pytest.mark.parametrize(("path", "content"), [(links.HOTPLUG.lstrip("/"), ""), (DEBUG_STATE, "0\n")])
+@pytest.mark.parametrize(("path", "content"), [(qsfp.HOTPLUG.lstrip("/"), ""), (DEBUG_STATE, "0\n")])
 def test_a_card_that_dgx_os_has_switched_off_is_told_from_a_missing_one(
     tmp_path: Path, path: str, content: str, named: str | None
 ) -> None:
@@ -360,8 +360,8 @@ def test_a_card_that_dgx_os_has_switched_off_is_told_from_a_missing_one(
 def test_a_card_that_is_on_is_used_whatever_could_switch_it_off(tmp_path: Path) -> None:
     node = spark(tmp_path)
     (tmp_path / "etc/nvidia").mkdir(parents=True)
-    (tmp_path / links.HOTPLUG.lstrip("/")).touch()
-    assert halves(links.used_port(reader(node), asking())) == HALVES[0]
+    (tmp_path / qsfp.HOTPLUG.lstrip("/")).touch()
+    assert halves(qsfp.used_port(reader(node), asking())) == HALVES[0]
 
 
 def test_a_card_that_counts_as_plugged_in_and_is_not_there_is_a_missing_one(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_the_cable_beside_a_port_with_the_default_route_is_found(tmp_path: Path)
     node = spark(tmp_path, cable=1)
     node.default_route("enp1s0f0np0")
     (tmp_path / "sys/class/net/enp1s0f0np0/carrier").write_text("1\n")
-    assert links.used_port(reader(node), asking()).number == 1
+    assert qsfp.used_port(reader(node), asking()).number == 1
 
 
 @pytest.mark.parametrize(
@@ -412,14 +412,14 @@ def test_the_port_without_the_cable_is_refused_while_the_other_one_has_it(tmp_pa
 
 
 def test_the_named_port_is_kept_while_no_other_one_has_a_cable(tmp_path: Path) -> None:
-    assert links.used_port(reader(spark(tmp_path, cable=None)), asking("enp1s0f1np1")).number == 1
+    assert qsfp.used_port(reader(spark(tmp_path, cable=None)), asking("enp1s0f1np1")).number == 1
 
 
 def test_the_named_port_is_kept_while_it_is_down(tmp_path: Path) -> None:
     node = Sysfs(tmp_path)
     node.card("enp1s0f0np0", carrier=None)
     node.card("enp1s0f1np1", carrier=True)
-    assert links.used_port(reader(node), asking("enp1s0f0np0")).number == 0
+    assert qsfp.used_port(reader(node), asking("enp1s0f0np0")).number == 0
 
 
 # --- rehearsals
@@ -429,26 +429,26 @@ def test_the_named_port_is_kept_while_it_is_down(tmp_path: Path) -> None:
     ("named", "number"), [(None, 0), ("enp1s0f0np0", 0), ("enP2p1s0f0np0", 0), ("enp1s0f1np1", 1), ("enP2p1s0f1np1", 1)]
 )
 def test_a_rehearsal_has_the_ports_of_a_spark(tmp_path: Path, named: str | None, number: int) -> None:
-    found = links.used_port(LocalReader(str(tmp_path)), asking(named))
+    found = qsfp.used_port(LocalReader(str(tmp_path)), asking(named))
     assert (found.number, halves(found), found.carrier) == (number, HALVES[number], None)
 
 
 def test_a_rehearsal_with_interfaces_of_its_own_uses_them(tmp_path: Path) -> None:
     spark(tmp_path, cable=1)
-    assert halves(links.used_port(LocalReader(str(tmp_path)), asking())) == HALVES[1]
+    assert halves(qsfp.used_port(LocalReader(str(tmp_path)), asking())) == HALVES[1]
 
 
 @pytest.mark.parametrize("name", ["enP7s7", "wlP9s9", "eth0", "enp1s0f0np1"])
 def test_a_rehearsal_takes_no_other_name_either(tmp_path: Path, name: str) -> None:
     with pytest.raises(LinkProblem, match="no half of a QSFP port"):
-        links.used_port(LocalReader(str(tmp_path)), asking(name))
+        qsfp.used_port(LocalReader(str(tmp_path)), asking(name))
 
 
 # --- the table of addresses
 
 
 def test_the_table_is_read_in_the_order_of_its_numbers_and_without_empty_entries(tmp_path: Path) -> None:
-    found = links.gids(reader(spark(tmp_path, gid=9)), "rocep1s0f0")
+    found = qsfp.gids(reader(spark(tmp_path, gid=9)), "rocep1s0f0")
     assert [(each.index, each.type, each.address) for each in found] == [
         (0, V1, ""), (1, V2, ""), (9, V1, "192.168.100.10"), (10, V2, "192.168.100.10"),
     ]  # fmt: skip
@@ -458,36 +458,36 @@ def test_the_table_is_read_in_the_order_of_its_numbers_and_without_empty_entries
 @pytest.mark.parametrize("first", [2, 4, 10])
 def test_the_index_is_read_wherever_it_has_moved(tmp_path: Path, first: int) -> None:
     on = reader(spark(tmp_path, gid=first))
-    assert links.roce_gid(on, "rocep1s0f0", "192.168.100.10") == first + 1
-    assert links.roce_gid(on, "roceP2p1s0f0", "192.168.101.10") == first + 1
+    assert qsfp.roce_gid(on, "rocep1s0f0", "192.168.100.10") == first + 1
+    assert qsfp.roce_gid(on, "roceP2p1s0f0", "192.168.101.10") == first + 1
 
 
 def test_there_is_no_index_for_another_address_kind_or_device(tmp_path: Path) -> None:
     node = spark(tmp_path)
     on = reader(node)
-    assert links.roce_gid(on, "rocep1s0f0", "192.168.100.11") is None
-    assert links.roce_gid(on, "rocep1s0f1", "192.168.100.10") is None
-    assert links.roce_gid(on, "mlx5_0", "192.168.100.10") is None
+    assert qsfp.roce_gid(on, "rocep1s0f0", "192.168.100.11") is None
+    assert qsfp.roce_gid(on, "rocep1s0f1", "192.168.100.10") is None
+    assert qsfp.roce_gid(on, "mlx5_0", "192.168.100.10") is None
     node.gid("rocep1s0f0", 3, mapped("192.168.100.10"), V1, "enp1s0f0np0")
-    assert links.roce_gid(on, "rocep1s0f0", "192.168.100.10") is None
+    assert qsfp.roce_gid(on, "rocep1s0f0", "192.168.100.10") is None
 
 
 def test_roce_is_ready_on_a_port_with_devices_links_and_addresses(tmp_path: Path) -> None:
     on = reader(spark(tmp_path, cable=1))
-    assert links.roce_ready(on, links.used_port(on, asking())) == ""
+    assert qsfp.roce_ready(on, qsfp.used_port(on, asking())) == ""
 
 
 def test_roce_is_not_ready_without_devices(tmp_path: Path) -> None:
     on = reader(spark(tmp_path))
     shutil.rmtree(tmp_path / "sys/class/infiniband/roceP2p1s0f0/", ignore_errors=True)
     (tmp_path / "sys/class/infiniband/roceP2p1s0f0").unlink()
-    assert links.roce_ready(on, links.used_port(on, asking())) == "enP2p1s0f0np0 has no RDMA device"
+    assert qsfp.roce_ready(on, qsfp.used_port(on, asking())) == "enP2p1s0f0np0 has no RDMA device"
 
 
 def test_roce_is_not_ready_on_a_device_that_is_down(tmp_path: Path) -> None:
     on = reader(spark(tmp_path))
     (tmp_path / "sys/class/infiniband/rocep1s0f0/ports/1/state").write_text("1: DOWN\n")
-    told = links.roce_ready(on, links.used_port(on, asking()))
+    told = qsfp.roce_ready(on, qsfp.used_port(on, asking()))
     assert told == "the RDMA device rocep1s0f0 of enp1s0f0np0 is DOWN instead of ACTIVE"
 
 
@@ -497,13 +497,13 @@ def test_roce_is_not_ready_on_a_device_that_is_down(tmp_path: Path) -> None:
 def test_roce_is_not_ready_without_an_address_of_each_half(tmp_path: Path, kind: str, interface: str) -> None:
     node = spark(tmp_path)
     node.gid("roceP2p1s0f0", 3, mapped("192.168.101.10"), kind, interface)
-    told = links.roce_ready(reader(node), links.used_port(reader(node), asking()))
+    told = qsfp.roce_ready(reader(node), qsfp.used_port(reader(node), asking()))
     assert told == "the RDMA device roceP2p1s0f0 has no RoCE v2 GID for an IPv4 address of enP2p1s0f0np0"
 
 
 def test_in_a_rehearsal_without_devices_roce_is_not_ready(tmp_path: Path) -> None:
     on = LocalReader(str(tmp_path))
-    assert "rocep1s0f0" in links.roce_ready(on, links.used_port(on, asking()))
+    assert "rocep1s0f0" in qsfp.roce_ready(on, qsfp.used_port(on, asking()))
 
 
 # --- parsers, on whatever hypothesis can think of
@@ -512,8 +512,8 @@ def test_in_a_rehearsal_without_devices_roce_is_not_ready(tmp_path: Path) -> Non
 @fuzzed
 @given(st.ip_addresses(v=4))
 def test_the_address_of_a_gid_comes_back(address: object) -> None:
-    assert links.mapped_address(mapped(str(address))) == str(address)
-    assert links.mapped_address(mapped(str(address)).upper()) == str(address)
+    assert qsfp.mapped_address(mapped(str(address))) == str(address)
+    assert qsfp.mapped_address(mapped(str(address)).upper()) == str(address)
 
 
 @fuzzed
@@ -524,7 +524,7 @@ def test_the_address_of_a_gid_comes_back(address: object) -> None:
 @example("::ffff:192.168.100.10")
 @example("")
 def test_no_other_text_is_the_gid_of_an_address(text: str) -> None:
-    answer = links.mapped_address(text)
+    answer = qsfp.mapped_address(text)
     assert (answer != "") == bool(re.fullmatch(r"(?i)(0000:){5}ffff:[0-9a-f]{4}:[0-9a-f]{4}", text) and text.isascii())
 
 
@@ -534,7 +534,7 @@ def test_no_other_text_is_the_gid_of_an_address(text: str) -> None:
 @example(b"\xff\xfe\t00000000\t0\t0003\t0\t0\t0\t00000000\n")
 @example(b"0" * 32 + b" 00 0 0 0 0 0 0 -1 x\n")
 def test_routes_are_read_from_anything(content: bytes) -> None:
-    for read in (links.default_routes, links.default_routes6):
+    for read in (qsfp.default_routes, qsfp.default_routes6):
         assert all(name and not name.isspace() for name in read(content))
 
 
@@ -549,7 +549,7 @@ def test_the_default_routes_are_those_to_everywhere_that_are_in_use(rows: list[t
         f"{name}\t{to:08X}\t010200C0\t{flags:04X}\t0\t0\t100\t{mask:08X}\t0\t0\t0" for name, to, flags, mask in rows
     ]
     expected = [name for name, to, flags, mask in rows if to == mask == 0 and flags & 1 and not flags & 0x200]
-    assert list(links.default_routes("\n".join(["Iface\tDestination", *lines]).encode())) == list(
+    assert list(qsfp.default_routes("\n".join(["Iface\tDestination", *lines]).encode())) == list(
         dict.fromkeys(expected)
     )
 
@@ -560,4 +560,4 @@ def test_the_default_routes_of_ipv6_too(rows: list[tuple[str, int, int, int]]) -
     zero = "0" * 32
     lines = [f"{to:032x} {size:02x} {zero} 00 {zero} 400 1 0 {flags:08x} {name:>8}" for name, to, size, flags in rows]
     expected = [name for name, to, size, flags in rows if to == size == 0 and flags & 1 and not flags & 0x200]
-    assert list(links.default_routes6("\n".join(lines).encode())) == list(dict.fromkeys(expected))
+    assert list(qsfp.default_routes6("\n".join(lines).encode())) == list(dict.fromkeys(expected))

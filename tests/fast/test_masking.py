@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sparkinstall.masking import Known, Mask
 from sparkinstall.redaction import redact
+from sparkinstall.support.mask import Known, Mask
 
 FEW = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 

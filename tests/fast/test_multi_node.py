@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from sparkinstall.config import Layer, build
+from sparkinstall.core.checks import look
 from sparkinstall.events import silent
 from sparkinstall.node import Node
-from sparkinstall.plans.proof import look
-from sparkinstall.probes.host import preflight
+from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import Drift, Obstacle, Unknown
 from sparkinstall.resources.packages import Packages
-from sparkinstall.resources.rendered import render
+from sparkinstall.resources.template import render
 from sparkinstall.resources.transport import Transport
 from sparkinstall.stacks import load
 from sparkinstall.steps.packages import SystemPackages

@@ -13,25 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparkinstall.config import Layer, build
+from sparkinstall.core.engine import converge
 from sparkinstall.errors import Blocked, Problem
 from sparkinstall.events import silent
+from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.journal.system import JournaledSystem
+from sparkinstall.journal.undo import take_all_back
 from sparkinstall.node import Node
-from sparkinstall.plans.engine import converge
-from sparkinstall.plans.journaled import JournaledSystem
-from sparkinstall.plans.state import StateFolder
-from sparkinstall.plans.uninstall import take_all_back
 from sparkinstall.probes import network
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, netplan_files
-from sparkinstall.resources.netplan import LiveLink, Netplan, restoring, take_back
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State
+from sparkinstall.resources.netplan import files
+from sparkinstall.resources.netplan.live import LiveLink, Netplan, restoring, take_back
 from sparkinstall.stacks import load
 from sparkinstall.steps.network import Network
 from sparkinstall.system import Undo
 from sparkinstall.system.local import LocalReader, LocalSystem
 from tests.support.rehearsals import OLD, difference, files_with_times, tree
 
-pytestmark = pytest.mark.skipif(
-    shutil.which(netplan_files.PROGRAM) is None, reason="no netplan (apt-get install netplan.io)"
-)
+pytestmark = pytest.mark.skipif(shutil.which(files.PROGRAM) is None, reason="no netplan (apt-get install netplan.io)")
 
 FIRST, SECOND = "enp1s0f0np0", "enP2p1s0f0np0"
 TARGET = "etc/netplan/40-cx7.yaml"
@@ -91,7 +90,7 @@ class Rehearsed:
         copy = self.top / "generated"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(self.root / "etc/netplan", copy / "etc/netplan")
-        answer = LocalReader().query(netplan_files.PROGRAM, "generate", "--root-dir", str(copy))
+        answer = LocalReader().query(files.PROGRAM, "generate", "--root-dir", str(copy))
         assert answer.ok, answer.err
         return {path.name for path in copy.glob("run/systemd/network/*.network")}
 
@@ -376,7 +375,7 @@ def test_what_was_changed_since_is_kept(rehearsed: Rehearsed) -> None:
 
 def test_a_hidden_secret_is_hidden_however_it_is_written() -> None:
     content = "password: one two\n- 'psk': \"three\"\n{auth: {password: four, x: y}}\nkeys:\n  private: five\n"
-    text = netplan_files.shown({"/etc/netplan/w.yaml": content.encode()})
+    text = files.shown({"/etc/netplan/w.yaml": content.encode()})
     assert not [word for word in ("one", "two", "three", "four", "five") if word in text]
 
 
@@ -421,11 +420,11 @@ def test_whatever_others_say_in_a_file_stays(others: dict[str, Any], ours: dict[
     said = {"version": 2, "renderer": "networkd", "ethernets": {**others, FIRST: ours}, "wifis": wifis or {"w": {}}}
     content = yaml.safe_dump({"network": said}, allow_unicode=True).encode()
     kept = {**said, "ethernets": others} if others else {name: said[name] for name in ("version", "renderer", "wifis")}
-    elsewhere = netplan_files.without(netplan_files.NetplanFile("/etc/netplan/x.yaml", content), [("ethernets", FIRST)])
+    elsewhere = files.without(files.NetplanFile("/etc/netplan/x.yaml", content), [("ethernets", FIRST)])
     assert yaml.safe_load(elsewhere or b"") == {"network": kept}
-    former = netplan_files.NetplanFile(f"/{TARGET}", content)
-    half = netplan_files.Half(FIRST, IPv4Interface("192.168.100.10/24"))
-    joined = yaml.safe_load(netplan_files.rendered([half], 9000, "networkd", former, {FIRST}))["network"]
+    former = files.NetplanFile(f"/{TARGET}", content)
+    half = files.Half(FIRST, IPv4Interface("192.168.100.10/24"))
+    joined = yaml.safe_load(files.rendered([half], 9000, "networkd", former, {FIRST}))["network"]
     assert joined["ethernets"].pop(FIRST)["mtu"] == 9000
     assert joined == {**kept, "ethernets": others}
 

@@ -11,11 +11,11 @@ import pytest
 
 from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.events import silent
+from sparkinstall.journal.journal import Journal
+from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.journal.system import JournaledSystem
+from sparkinstall.journal.undo import take_all_back
 from sparkinstall.node import Node
-from sparkinstall.plans.journal import Journal
-from sparkinstall.plans.journaled import JournaledSystem
-from sparkinstall.plans.state import StateFolder
-from sparkinstall.plans.uninstall import take_all_back
 from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied
 from sparkinstall.resources import ray_token as module
 from sparkinstall.resources.ray_token import RayToken, by_hand, given

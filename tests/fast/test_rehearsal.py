@@ -61,7 +61,7 @@ def test_code_for_the_family_leaves_cutlass_alone(spark: Rehearsal) -> None:
 
 def test_the_wheel_is_the_one_of_a_spark(spark: Rehearsal) -> None:
     (extension,) = spark.root.glob("opt/sparkinstall/venv/lib/python3.*/site-packages/vllm/_C.abi3.so")
-    from sparkinstall.binaries import machine
+    from sparkinstall.elf import machine
 
     assert machine(extension) == "aarch64"
 

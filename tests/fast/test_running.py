@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from sparkinstall import binaries
+from sparkinstall import elf
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, running
-from sparkinstall.resources.rendered import quoted, render
+from sparkinstall.probes import Finding, services
+from sparkinstall.resources.template import quoted, render
 from sparkinstall.system.local import LocalReader
 from tests.fast.test_units import node_of
 
@@ -66,7 +66,7 @@ def write_env(node: Node, root: Path, nccl: Path | str, **more: Any) -> None:
 
 
 def looked(node: Node, root: Path, name: str) -> Finding:
-    probe = next(probe for probe in running.probes(node) if probe.name == name)
+    probe = next(probe for probe in services.probes(node) if probe.name == name)
     return probe.look(LocalReader(str(root)))
 
 
@@ -77,7 +77,7 @@ def test_a_process_that_starts_with_the_env_file_has_our_nccl(node: Node, tmp_pa
     library(ours(tmp_path))
     found = looked(node, tmp_path, "nccl-preload")
     assert found.verdict == "pass", found
-    build = str(binaries.build_id(ours(tmp_path)))
+    build = str(elf.build_id(ours(tmp_path)))
     assert found.found == f"2.28.9, {ours(tmp_path).resolve()}, build-id {build[:12]}, code for sm_121"
     assert found.expected == f"{ours(tmp_path)}, build-id {build}"
 
@@ -96,7 +96,7 @@ def test_a_second_nccl_that_is_preloaded_before_ours_is_told(node: Node, tmp_pat
     write_env(node, tmp_path, f"{second}:{ours(tmp_path)}")
     found = looked(node, tmp_path, "nccl-preload")
     assert found.verdict == "fail"
-    assert found.found == f"{second}, build-id {binaries.build_id(second)}"
+    assert found.found == f"{second}, build-id {elf.build_id(second)}"
 
 
 def test_a_preload_of_a_file_that_is_not_there_is_told(node: Node, tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def record(root: Path, pid: int, unit: str) -> None:
 
 def variables(node: Node, root: Path) -> dict[str, str]:
     """As systemd gives them to the service."""
-    of_file = running.assignments((root / node.env_file.lstrip("/")).read_bytes())
+    of_file = services.assignments((root / node.env_file.lstrip("/")).read_bytes())
     return {**of_file, "LD_PRELOAD": "", "HOME": "/home/spark", "INVOCATION_ID": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -223,7 +223,7 @@ def test_what_a_service_sets_for_its_own_children_is_its_own_matter(served: Node
 
 
 def test_a_secret_is_named_and_not_shown() -> None:
-    secret = running._difference("RAY_AUTH_TOKEN_PATH", "/opt/old-token", "/opt/token")
+    secret = services._difference("RAY_AUTH_TOKEN_PATH", "/opt/old-token", "/opt/token")
     assert secret == "another RAY_AUTH_TOKEN_PATH"
 
 
@@ -236,7 +236,7 @@ def test_services_that_do_not_run_are_skipped(served: Node, tmp_path: Path) -> N
 
 def test_only_a_node_with_services_is_asked(tmp_path: Path) -> None:
     def names(node: Node) -> list[str]:
-        return [probe.name for probe in running.probes(node)]
+        return [probe.name for probe in services.probes(node)]
 
     whole = ["nccl-preload", "running-env", "running-nccl"]
     alone = replace(node_of(tmp_path), rehearsal=False)
@@ -244,9 +244,9 @@ def test_only_a_node_with_services_is_asked(tmp_path: Path) -> None:
     assert names(node_of(tmp_path, serving__model="/srv/model")) == ["nccl-preload"], "a rehearsal starts none"
     assert names(serving_node(tmp_path)) == whole
     assert names(replace(node_of(tmp_path, "worker"), rehearsal=False)) == whole
-    assert running.units(serving_node(tmp_path, "head")) == ("ray-head.service", "vllm.service")
-    assert running.units(serving_node(tmp_path, "worker")) == ("ray-worker.service",)
-    assert running.units(serving_node(tmp_path, "worker", cluster__executor="mp")) == ("vllm.service",)
+    assert services.units(serving_node(tmp_path, "head")) == ("ray-head.service", "vllm.service")
+    assert services.units(serving_node(tmp_path, "worker")) == ("ray-worker.service",)
+    assert services.units(serving_node(tmp_path, "worker", cluster__executor="mp")) == ("vllm.service",)
 
 
 def test_a_process_that_may_not_be_looked_into_is_skipped(served: Node, tmp_path: Path) -> None:
@@ -258,7 +258,7 @@ def test_a_process_that_may_not_be_looked_into_is_skipped(served: Node, tmp_path
 
     library(ours(tmp_path))
     with service(tmp_path, {}) as pid:
-        found = {probe.name: probe.look(Guarded(str(tmp_path))) for probe in running.probes(served)}
+        found = {probe.name: probe.look(Guarded(str(tmp_path))) for probe in services.probes(served)}
     assert found["running-env"].verdict == found["running-nccl"].verdict == "skip"
     assert found["running-env"].found == f"/proc/{pid}/environ cannot be read: ask outside of a container"
 
@@ -266,7 +266,7 @@ def test_a_process_that_may_not_be_looked_into_is_skipped(served: Node, tmp_path
 @pytest.mark.parametrize("value", ['a "b" $HOME', "back\\slash", "`x`", "plain", "it's", ""])
 def test_the_env_file_is_read_as_it_was_written(value: str) -> None:
     text = f"# A=1\nset -a\nNAME={quoted(value)}\nset +a\n. /x/activate\n[ -r x ] || echo B=1\n"
-    assert running.assignments(text.encode()) == {"NAME": value}
+    assert services.assignments(text.encode()) == {"NAME": value}
 
 
 def test_a_service_with_our_nccl_is_let_alone(served: Node, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ import pytest
 
 from sparkinstall import stacks
 from sparkinstall.config import Layer, build
+from sparkinstall.core import fixes
 from sparkinstall.node import Node
-from sparkinstall.plans import fixes
-from sparkinstall.probes import Finding, api, serving, streams
+from sparkinstall.probes import Finding, serving, streams, vllm_client
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
 
@@ -210,7 +210,7 @@ class TestWithoutACompletion:
 
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/metrics"])
     def test_health_alone_does_not_pass(self, place: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(api, "PATIENCE", 1)
+        monkeypatch.setattr(vllm_client, "PATIENCE", 1)
         said, began = Api(hangs=(path,)), time.monotonic()
         finding = self.judged(found(place, said))
         assert (finding.verdict, finding.found) == ("fail", "no completion within 1 s, though /health says 200")
@@ -224,14 +224,14 @@ class TestWithoutACompletion:
     def test_a_key_that_is_wanted_is_said_and_a_wrong_one_too(
         self, place: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.delenv(api.KEY, raising=False)
+        monkeypatch.delenv(vllm_client.KEY, raising=False)
         asks = self.judged(found(place, Api(key="sesame")))
         assert (asks.verdict, asks.found) == ("fail", "it asks for a key (HTTP 401)")
-        assert f"export {api.KEY}" in asks.mend
-        monkeypatch.setenv(api.KEY, "simsim")
+        assert f"export {vllm_client.KEY}" in asks.mend
+        monkeypatch.setenv(vllm_client.KEY, "simsim")
         refuses = self.judged(found(place, Api(key="sesame")))
-        assert (refuses.verdict, refuses.found) == ("fail", f"it does not take the key in {api.KEY}")
-        monkeypatch.setenv(api.KEY, "sesame")
+        assert (refuses.verdict, refuses.found) == ("fail", f"it does not take the key in {vllm_client.KEY}")
+        monkeypatch.setenv(vllm_client.KEY, "sesame")
         assert {each.verdict for each in found(place, Api(key="sesame")).values()} == {"pass"}
 
 
@@ -310,7 +310,7 @@ def test_the_mend_names_the_parser_of_the_model(place: Path) -> None:
 
 
 def test_a_stream_that_stops_halfway_is_not_waited_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "PATIENCE", 1)
+    monkeypatch.setattr(vllm_client, "PATIENCE", 1)
     findings = found(place, Api(hangs=("/v1/chat/completions",)))
     assert findings["serving"].verdict == "pass"
     late = findings["serving-stream"]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from sparkinstall.core import catalogue
 from sparkinstall.downloads import fetch
 from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Storage
 from sparkinstall.events import silent
-from sparkinstall.plans import catalogue
-from sparkinstall.plans.journaled import JournaledSystem
-from sparkinstall.plans.state import StateFolder
+from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.probes import Probe, failed
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system.local import LocalSystem
@@ -302,7 +302,7 @@ def test_a_run_that_does_not_begin_is_not_remembered(tmp_path: Path, asked: tupl
 
 def test_a_run_that_preflight_stops_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Probe("clock", "x", lambda _: failed("it is 1970", "set it"), "static")
-    monkeypatch.setattr("sparkinstall.probes.host.preflight", lambda _: [bad])
+    monkeypatch.setattr("sparkinstall.probes.preflight.preflight", lambda _: [bad])
     root = begun(tmp_path / "node")
     assert in_this_process("all", "--stack", "0.22.1", "--root", root).returncode == 4
     assert StateFolder(LocalSystem(str(root))).options() == {}

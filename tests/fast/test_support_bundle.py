@@ -15,9 +15,8 @@ import pytest
 
 from sparkinstall.cli import support_bundle
 from sparkinstall.errors import NeedsRoot, Storage
-from sparkinstall.masking import Known, Mask
-from sparkinstall.plans import bundle
-from sparkinstall.probes import identity
+from sparkinstall.support import bundle, identity
+from sparkinstall.support.mask import Known, Mask
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
 from tests.fast.test_docs import NODE

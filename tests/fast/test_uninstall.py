@@ -8,9 +8,9 @@ import pytest
 
 from sparkinstall.errors import Blocked
 from sparkinstall.events import silent
-from sparkinstall.plans.journaled import JournaledSystem
-from sparkinstall.plans.state import StateFolder
-from sparkinstall.plans.uninstall import TakenBack, take_all_back
+from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.journal.system import JournaledSystem
+from sparkinstall.journal.undo import TakenBack, take_all_back
 from sparkinstall.system import Undo
 from sparkinstall.system.local import LocalSystem, staged
 from tests.support.rehearsals import (

@@ -15,16 +15,16 @@ from sparkinstall import stacks
 from sparkinstall.config import Config, Layer, build
 from sparkinstall.errors import Problem
 from sparkinstall.events import silent
+from sparkinstall.facts import packet_filters
+from sparkinstall.journal.journal import Journal
+from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.node import Node
-from sparkinstall.plans.journal import Journal
-from sparkinstall.plans.journaled import JournaledSystem
-from sparkinstall.probes import firewalls
 from sparkinstall.probes.ray import ray_nodes
-from sparkinstall.resources import Drift, LeftToNode, Satisfied, former, ray_ports, units
+from sparkinstall.resources import Drift, LeftToNode, Satisfied, ray_ports, stale_services, systemd
 from sparkinstall.resources.firewall import Part
-from sparkinstall.resources.former import FormerServices
-from sparkinstall.resources.rendered import render
-from sparkinstall.resources.units import Cause, Service, UnitFile, complaints_of_systemd
+from sparkinstall.resources.stale_services import FormerServices
+from sparkinstall.resources.systemd import Cause, Service, UnitFile, complaints_of_systemd
+from sparkinstall.resources.template import render
 from sparkinstall.steps import ray
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.firewall import Firewall
@@ -98,7 +98,9 @@ def test_a_missing_program_counts_on_a_node_alone(tmp_path: Path) -> None:
 @needs_systemd
 def test_a_unit_that_systemd_refuses_does_not_replace_the_old_one(tmp_path: Path) -> None:
     template = "ray-non-carry-over.json.j2"
-    unit = UnitFile(f"{units.FOLDER}/some.service", template, lambda _: {"names": ["no unit"]}, noted_in="/noted.json")
+    unit = UnitFile(
+        f"{systemd.FOLDER}/some.service", template, lambda _: {"names": ["no unit"]}, noted_in="/noted.json"
+    )
     old = tmp_path / "etc/systemd/system/some.service"
     old.parent.mkdir(parents=True)
     old.write_text("old\n")
@@ -251,7 +253,7 @@ def test_the_units_that_are_wanted_are_those_of_the_steps(
         if step.wanted(node)
         for each in step.resources(node)
     ]
-    assert former.wanted(node) == {each.name for each in found if isinstance(each, Service)}
+    assert stale_services.wanted(node) == {each.name for each in found if isinstance(each, Service)}
 
 
 def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path) -> None:
@@ -262,7 +264,7 @@ def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path
         for each in step.resources(node_of(tmp_path, "head")):
             if not isinstance(each.check(on), LeftToNode):
                 each.apply(on)
-    assert {each.name for each in folder.iterdir()} == {"ray-head.service", firewalls.UNIT, "vllm.service"}
+    assert {each.name for each in folder.iterdir()} == {"ray-head.service", packet_filters.UNIT, "vllm.service"}
     as_head, as_worker, alone = (FormerServices(node_of(tmp_path, role)) for role in ("head", "worker", "single"))
     assert isinstance(as_head.check(on), Satisfied)
     state = as_worker.check(on)
@@ -275,7 +277,7 @@ def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path
 
 
 def test_a_word_with_a_line_break_is_refused() -> None:
-    for quote in (units.word, units.program, units.setting, lambda value: units.assignment("A", value)):
+    for quote in (systemd.word, systemd.program, systemd.setting, lambda value: systemd.assignment("A", value)):
         with pytest.raises(ValueError, match="cannot stand in a unit"):
             quote("a\nExecStartPre=/bin/false")
 

@@ -9,11 +9,11 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from sparkinstall.core import catalogue, checks, fixes
+from sparkinstall.core.checks import Chosen
+from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.core.fixes import FixState
 from sparkinstall.errors import BadUsage
-from sparkinstall.plans import catalogue, fixes, proof
-from sparkinstall.plans.engine import Checked, StepReport
-from sparkinstall.plans.fixes import FixState
-from sparkinstall.plans.proof import Chosen
 from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, passed, skipped, warned
 from sparkinstall.resources import Satisfied
 from tests.fast import test_docs
@@ -22,7 +22,7 @@ from tests.support.mounts import read_only
 from tests.support.rehearsals import begun, envelope, in_this_process, said, sparkinstall
 
 GOOD, USAGE, DRIFT = 0, 2, 3
-EVERYTHING = proof.chosen(HEAD, measure=True)
+EVERYTHING = checks.chosen(HEAD, measure=True)
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     def these(*findings: tuple[str, Finding]) -> None:
         probes = tuple(Probe(name, name, lambda _, each=each: each, "node") for name, each in findings)  # type: ignore[misc]
-        monkeypatch.setattr(proof, "chosen", lambda *_, **__: Chosen((), probes, False))
+        monkeypatch.setattr(checks, "chosen", lambda *_, **__: Chosen((), probes, False))
 
     yield these
 
@@ -55,7 +55,7 @@ def names(chosen: Chosen) -> set[str]:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_level_goes_as_far_as_its_name_says(level: Level) -> None:
-    found = proof.chosen(HEAD, level=level, measure=True)
+    found = checks.chosen(HEAD, level=level, measure=True)
     far = LEVELS.index(level)
     assert names(found) == {p.name for p in EVERYTHING.probes if LEVELS.index(p.level) <= far}
     assert [step.name for step in found.steps] == [step.name for step in catalogue.of(HEAD)], (
@@ -69,32 +69,32 @@ def test_the_levels_come_in_their_order() -> None:
 
 
 def test_a_step_stands_for_its_checks_and_its_probes() -> None:
-    found = proof.chosen(HEAD, only=["environment"])
+    found = checks.chosen(HEAD, only=["environment"])
     assert [step.name for step in found.steps] == ["environment"]
     assert {"wheel-gate", "reasoning-field"} <= names(found)
     assert "nccl-loaded" not in names(found)
-    left = proof.chosen(HEAD, skip=["environment"])
+    left = checks.chosen(HEAD, skip=["environment"])
     assert "environment" not in [step.name for step in left.steps]
     assert not {"wheel-gate", "reasoning-field"} & names(left) and "nccl-loaded" in names(left)
 
 
 def test_a_probe_alone() -> None:
-    found = proof.chosen(HEAD, only=["nccl-loaded"])
+    found = checks.chosen(HEAD, only=["nccl-loaded"])
     assert names(found) == {"nccl-loaded"} and not found.steps and not found.whole
-    assert "nccl-loaded" not in names(proof.chosen(HEAD, skip=["nccl-loaded"]))
+    assert "nccl-loaded" not in names(checks.chosen(HEAD, skip=["nccl-loaded"]))
 
 
 def test_load_is_put_on_only_where_it_is_asked_for() -> None:
     loads = {probe.name for probe in EVERYTHING.probes if probe.load}
-    assert not loads & names(proof.chosen(HEAD))
+    assert not loads & names(checks.chosen(HEAD))
     for name in loads:
-        assert names(proof.chosen(HEAD, only=[name])) == {name}, "by its name it is asked for"
+        assert names(checks.chosen(HEAD, only=[name])) == {name}, "by its name it is asked for"
 
 
 @pytest.mark.parametrize(("option", "word"), [("only", "wheel-gat"), ("skip", "nccl-loadedd")])
 def test_a_name_that_there_is_not_is_refused_with_the_nearest(option: str, word: str) -> None:
     with pytest.raises(BadUsage) as refused:
-        proof.chosen(HEAD, **{option: [word]})  # type: ignore[arg-type]
+        checks.chosen(HEAD, **{option: [word]})  # type: ignore[arg-type]
     assert "did you mean" in refused.value.mend
 
 
@@ -112,14 +112,14 @@ def standing_of(findings: dict[str, Finding]) -> dict[int, FixState]:
 def test_a_fix_that_looks_better_for_less_looking_says_so(finding: Finding) -> None:
     everything = standing_of({probe.name: finding for probe in EVERYTHING.probes})
     for level in LEVELS:
-        part = standing_of(dict.fromkeys(names(proof.chosen(HEAD, level=level, measure=True)), finding))
+        part = standing_of(dict.fromkeys(names(checks.chosen(HEAD, level=level, measure=True)), finding))
         for number, state in part.items():
             better = ORDER.index(state.standing) < ORDER.index(everything[number].standing)
             assert not better or "; not asked: " in state.note, (level, number)
 
 
 def test_a_fix_says_which_of_its_probes_were_not_asked() -> None:
-    static = {probe.name: passed("x") for probe in proof.chosen(HEAD, level="static").probes}
+    static = {probe.name: passed("x") for probe in checks.chosen(HEAD, level="static").probes}
     found = standing_of(static)[5]
     assert (found.standing, found.note) == ("done", "by its files; not asked: fp8-kernels, fp8-product")
     assert standing_of({})[1].note.endswith("not asked: nccl-preload, nccl-loaded, running-nccl")
@@ -172,7 +172,7 @@ def test_a_probe_that_crashes_is_a_failure_of_it_alone(node: Path, monkeypatch: 
         raise ZeroDivisionError("boom")
 
     probes = (Probe("crashes", "x", crash, "node"), Probe("runs", "x", lambda _: passed("fine"), "node"))
-    monkeypatch.setattr(proof, "chosen", lambda *_, **__: Chosen((), probes, False))
+    monkeypatch.setattr(checks, "chosen", lambda *_, **__: Chosen((), probes, False))
     found = envelope(in_this_process("verify", "--root", node, "--json"))["data"]["probes"]
     assert [each["verdict"] for each in found] == ["fail", "pass"]
     assert "ZeroDivisionError: boom" in found[0]["found"]

@@ -8,7 +8,7 @@ from sparkinstall import stacks
 from sparkinstall.config import Config
 from sparkinstall.errors import CommandFailed
 from sparkinstall.node import Node
-from sparkinstall.resources.python_environment import _explained
+from sparkinstall.resources.venv import _explained
 from tests.support.rehearsals import SETTINGS, Rehearsal, envelope, said
 from tests.support.tiny_stack import no_index, tiny_stack
 

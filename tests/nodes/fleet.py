@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sparkinstall.resources import dead_man
+from sparkinstall.resources import rollback
 from tests.lab.commands import Completed
 from tests.lab.fleet import Fleet, FleetNode
 from tests.lab.node import Bind, FreshNode
@@ -86,4 +86,4 @@ def _folder(name: str) -> Path:
 def armed(node: FleetNode) -> bool:
     """Whether a way back waits for a confirmation there, or is being gone."""
     kept = ("-mindepth", "1", "-maxdepth", "1", "-type", "d", "-not", "-name", "*.new")
-    return bool(node.run("find", dead_man.HOME, *kept, check=False).stdout)
+    return bool(node.run("find", rollback.HOME, *kept, check=False).stdout)

@@ -16,16 +16,16 @@ pytestmark = [pytest.mark.layer2]
 CHECKOUT = Path(__file__).parents[2]
 LOOK = """
 import json
-from sparkinstall.probes import links
+from sparkinstall.facts import qsfp
 from sparkinstall.system.local import LocalReader
 on = LocalReader()
 print(json.dumps({
     "ports": [
         [port.number, port.carrier, [[each.name, each.mtu, each.hca] for each in port.twins]]
-        for port in links.ports(on)
+        for port in qsfp.ports(on)
     ],
-    "management": dict(links.management(on)),
-    "addresses": {name: list(each) for name, each in links.addresses(on).items()},
+    "management": dict(qsfp.management(on)),
+    "addresses": {name: list(each) for name, each in qsfp.addresses(on).items()},
 }))
 """
 CABLE = (

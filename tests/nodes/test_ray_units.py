@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sparkinstall.resources import ray_ports, units
+from sparkinstall.resources import ray_ports, systemd
 from tests.lab.cabling import PORT_0, Cabling, ip
 from tests.lab.node import Bind, FreshNode
 from tests.nodes.fresh import REPOSITORY
@@ -57,10 +57,10 @@ print(json.dumps(sorted(found)))
 
 LOOK = """
 import json, sys
-from sparkinstall.probes import running
+from sparkinstall.probes import services
 from sparkinstall.system.local import LocalReader
 from tests.support.ray_on_a_node import _node
-(probe,) = [each for each in running.probes(_node(sys.argv[1], {})) if each.name == "running-env"]
+(probe,) = [each for each in services.probes(_node(sys.argv[1], {})) if each.name == "running-env"]
 found = probe.look(LocalReader())
 print(json.dumps([found.verdict, found.found]))
 """
@@ -133,9 +133,9 @@ def joined(pair: Pair) -> bool:
 def test_words_arrive_as_they_are(pair: Pair) -> None:
     hostile = ["%n", "$HOME ${HOME} $$", "a \"b\" 'c'", "back\\slash \\n \\x41", ";", "#", "-x", "ä ☃", "", "a=b", "|"]
     program = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['A']]))"
-    words = " ".join(map(units.word, ["-c", program, *hostile]))
+    words = " ".join(map(systemd.word, ["-c", program, *hostile]))
     value = '%n $HOME \\ "'
-    text = f"[Service]\nType=oneshot\nEnvironment={units.assignment('A', value)}\n"
+    text = f"[Service]\nType=oneshot\nEnvironment={systemd.assignment('A', value)}\n"
     text += f"StandardOutput=file:/tmp/words\nExecStart=/usr/bin/python3 {words}\n"
     pair.head.write("/etc/systemd/system/words.service", text)
     pair.head.run("systemctl", "daemon-reload")

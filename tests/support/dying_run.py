@@ -15,7 +15,7 @@ _seen = 0
 
 
 def _die_at_line(when: str, number: int) -> None:
-    from sparkinstall.plans.journal import Journal
+    from sparkinstall.journal.journal import Journal
 
     append = Journal._append
 

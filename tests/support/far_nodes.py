@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparkinstall.plans import delivery
+from sparkinstall.cluster import bootstrap
 
 _SSH = """\
 #!/bin/sh
@@ -84,10 +84,10 @@ def problem(what: str) -> dict[str, Any]:
 
 def copied(to: Path) -> tuple[Path, str]:
     """A checkout of ours in the folder `to`, and its digest."""
-    for name, path in delivery.sources().items():
+    for name, path in bootstrap.sources().items():
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to / name)
-    ask = [sys.executable, "-c", "from sparkinstall.plans import delivery; print(delivery.digest())"]
+    ask = [sys.executable, "-c", "from sparkinstall.cluster import bootstrap; print(bootstrap.digest())"]
     env = {**os.environ, "PYTHONPATH": str(to), "PYTHONDONTWRITEBYTECODE": "1"}
     said = subprocess.run(ask, env=env, cwd=to, capture_output=True, text=True, check=True)
     return to, said.stdout.strip()

@@ -13,12 +13,12 @@ from typing import Any
 
 from sparkinstall import stacks
 from sparkinstall.config import Layer, build, parse_assignment
+from sparkinstall.core import engine
 from sparkinstall.events import silent
+from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.journal.system import JournaledSystem
+from sparkinstall.journal.undo import take_all_back
 from sparkinstall.node import Node
-from sparkinstall.plans import engine
-from sparkinstall.plans.journaled import JournaledSystem
-from sparkinstall.plans.state import StateFolder
-from sparkinstall.plans.uninstall import take_all_back
 from sparkinstall.resources import Drift
 from sparkinstall.steps import ray
 from sparkinstall.steps.serving import Serving

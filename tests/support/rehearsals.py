@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from sparkinstall.cli.app import program
 from sparkinstall.events import silent
-from sparkinstall.plans.state import StateFolder
+from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.system.local import LocalSystem
 
 CHECKOUT = Path(__file__).parents[2]

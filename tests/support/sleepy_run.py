@@ -54,7 +54,7 @@ class Two(One):
 def main() -> None:
     """Run sparkinstall with these steps in place of its own."""
     from sparkinstall.__main__ import main as run
-    from sparkinstall.plans import catalogue
+    from sparkinstall.core import catalogue
     from sparkinstall.system import processes
 
     steps: Any = catalogue

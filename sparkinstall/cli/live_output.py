@@ -1,0 +1,197 @@
+"""What is seen while a run works: a living screen on a terminal, plain lines in a log."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from sparkinstall.cli.text_output import console, sign
+from sparkinstall.events import (  # fmt: skip
+    Emit,
+    Event,
+    LineRead,
+    ProbeStarted,
+    Progressed,
+    ResourceApplied,
+    StepEnded,
+    StepStarted,
+    WaitedFor,
+    silent,
+)
+from sparkinstall.records import dataclass
+from sparkinstall.redaction import redact
+
+_OUTCOMES = {
+    "unchanged": "as it should be", "changed": "done", "left": "left to the node", "failed": "failed",
+    "held": "not begun", "drift": "not as it should be",
+}  # fmt: skip
+_BAR = 18
+
+
+@dataclass
+class _Running:
+    since: float = field(default_factory=time.monotonic)
+    line: str = ""
+    done: int = 0
+    total: int = 0
+    unit: str = ""
+    ended: StepEnded | None = None
+
+
+@contextmanager
+def watching(verbose: bool) -> Iterator[Emit]:
+    """An `Emit` that shows the run on stderr as long as the context lasts."""
+    if sys.stderr.isatty() and not verbose:
+        screen = _Screen()
+        with Live(screen, console=console(stderr=True), refresh_per_second=8, transient=True):
+            yield screen.take
+        screen.leave(console(stderr=True))
+    else:
+        yield _Lines(verbose).take
+
+
+@contextmanager
+def asking() -> Iterator[Emit]:
+    """An `Emit` that shows on a terminal which probe is being asked; elsewhere it says nothing."""
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    with console(stderr=True).status("[dim]looking[/]", spinner="dots") as status:
+        yield lambda event: status.update(f"[dim]{event.name}[/]") if isinstance(event, ProbeStarted) else None
+
+
+class _Screen:
+    """The steps, one line each, redrawn."""
+
+    def __init__(self) -> None:
+        self._steps: dict[str, _Running] = {}
+        self._said = ""
+        self._spinner = Spinner("dots")
+        self._guard = threading.Lock()
+
+    def take(self, event: Event) -> None:
+        with self._guard:
+            if isinstance(event, StepStarted):
+                self._steps[event.step] = _Running()
+            elif isinstance(event, StepEnded):
+                self._steps.setdefault(event.step, _Running()).ended = event
+            elif isinstance(event, LineRead | Progressed) and event.step in self._steps:
+                self._advance(self._steps[event.step], event)
+            elif isinstance(event, ProbeStarted):
+                self._said = f"proving: {event.name}"
+            elif isinstance(event, WaitedFor):
+                self._said = event.what
+
+    def _advance(self, running: _Running, event: LineRead | Progressed) -> None:
+        if isinstance(event, LineRead):
+            running.line = event.line.strip() or running.line
+        else:
+            running.done, running.total, running.unit = event.done, event.total, event.unit
+
+    def __rich__(self) -> RenderableType:
+        with self._guard:
+            rows: list[RenderableType] = [self._table()]
+            if self._said:
+                rows.append(Text(f"    {self._said}", style="dim"))
+            return Group(*rows)
+
+    def _table(self) -> Table:
+        table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        for width in (3, 12, 8):
+            table.add_column(min_width=width, no_wrap=True)
+        # The last column alone gives way when a line is long.
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        for name, running in self._steps.items():
+            table.add_row(*_row(name, running, self._spinner))
+        return table
+
+    def leave(self, out: Console) -> None:
+        """Print the last state for good, without what was only of the moment."""
+        self._said = ""
+        out.print(self._table())
+        out.print()
+
+
+def _row(name: str, running: _Running, spinner: Spinner) -> tuple[RenderableType, ...]:
+    if running.ended:
+        what = _OUTCOMES.get(running.ended.outcome, running.ended.outcome)
+        note = f"{what}: {redact(running.ended.note)}" if running.ended.note else what
+        mark = Text("  ") + sign(running.ended.outcome)
+        return mark, name, Text(duration(running.ended.seconds), style="dim", justify="right"), Text(note)
+    now = time.monotonic()
+    spun = spinner.render(now)
+    mark = Text("  ") + (spun if isinstance(spun, Text) else Text("*"))
+    took = Text(duration(now - running.since), style="dim", justify="right")
+    return mark, name, took, Text(_doing(running), style="dim")
+
+
+def _doing(running: _Running) -> str:
+    if not running.unit:
+        return running.line
+    amount = _amount(running.done, running.total, running.unit)
+    if running.total:
+        filled = _BAR * min(running.done, running.total) // running.total
+        amount = f"{'━' * filled}{'─' * (_BAR - filled)} {amount}"
+    return f"{amount}  {running.line}"
+
+
+def _amount(done: int, total: int, unit: str) -> str:
+    if unit == "bytes":
+        return f"{done / 2**20:.0f} of {total / 2**20:.0f} MiB" if total else f"{done / 2**20:.0f} MiB"
+    return f"{done} of {total} {unit}" if total else f"{done} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """`0.4 s`, `12 s`, `3 m 05 s`."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 60 else f"{int(seconds) // 60} m {int(seconds) % 60:02d} s"
+
+
+class _Lines:
+    """Plain lines with a time, for logs; progress only as it passes each tenth."""
+
+    def __init__(self, verbose: bool) -> None:
+        self._verbose = verbose
+        self._tenth: dict[str, int] = {}
+        self._guard = threading.Lock()
+
+    def take(self, event: Event) -> None:
+        text = redact(self._text(event))
+        if text:
+            with self._guard:
+                print(time.strftime("%H:%M:%S"), text, file=sys.stderr, flush=True)
+
+    def _text(self, event: Event) -> str:
+        match event:
+            case StepStarted(step):
+                return f"{step}: begins"
+            case ResourceApplied(step, _, summary):
+                return f"{step}: {summary}"
+            case StepEnded(step, outcome, seconds, note):
+                return f"{step}: {_OUTCOMES.get(outcome, outcome)} ({duration(seconds)}){' - ' + note if note else ''}"
+            case LineRead(step, line):
+                return f"{step} | {line}" if self._verbose and line.strip() else ""
+            case Progressed():
+                return self._progress(event)
+            case WaitedFor(what):
+                return what
+            case _:
+                return ""
+
+    def _progress(self, event: Progressed) -> str:
+        if not event.total:
+            return ""
+        tenth = 10 * event.done // event.total
+        if self._tenth.get(event.step) == tenth:
+            return ""
+        self._tenth[event.step] = tenth
+        return f"{event.step}: {_amount(event.done, event.total, event.unit)}"

@@ -1,0 +1,220 @@
+"""How things look to a person: plans, diffs, findings, problems."""
+
+import difflib
+import io
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TextIO, cast
+
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from sparkinstall.core import fixes
+from sparkinstall.core.checks import Looked
+from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.core.fixes import FixState
+from sparkinstall.errors import Problem
+from sparkinstall.probes import Verdict
+from sparkinstall.redaction import redact
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, Unknown
+
+_MANY_LINES = 40
+_LOG_WIDTH = 200
+_NARROW = 110
+_TRAILING = re.compile(" +\n")
+_COMMAND = re.compile(r"`(sparkinstall (?:all|plan|verify|doctor|support-bundle|status|uninstall|run)\b[^`]*)`")
+_SIGNS = {
+    "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
+    "unchanged": ("✓", "green"), "changed": ("✓", "green"), "left": ("·", "cyan"), "drift": ("+", "yellow"),
+    "failed": ("✗", "red"), "held": ("·", "dim"), "proven": ("✓", "green"), "done": ("✓", "green"),
+    "open": ("+", "yellow"), "unneeded": ("·", "dim"),
+}  # fmt: skip
+
+
+def console(stderr: bool = False) -> Console:
+    """A console as wide as the terminal; what goes to a log or a pipe is not folded at 80."""
+    stream = sys.stderr if stderr else sys.stdout
+    if stream.isatty():
+        return Console(stderr=stderr, highlight=False)
+    return Console(file=cast("TextIO", _Trimmed(stream)), highlight=False, width=_LOG_WIDTH)
+
+
+class _Trimmed(io.TextIOBase):
+    """A log without the blanks that rich fills a table's lines up with."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(_TRAILING.sub("\n", text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def pointed(text: str, root: str) -> str:
+    """The commands in `text` so that they mean the same node: with the `--root` of this run."""
+    return _COMMAND.sub(lambda found: found[0] if "--root" in found[0] else f"`{found[1]}{root}`", text)
+
+
+def sign(of: str) -> Text:
+    """The one character in front of a line, with its colour."""
+    mark, colour = _SIGNS[of]
+    return Text(mark, style=colour)
+
+
+def _columns(*widths: int | None) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for width in widths:
+        table.add_column(min_width=width, no_wrap=width is not None)
+    return table
+
+
+def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False, root: str = "") -> None:
+    """What every step would do, then the differences."""
+    table = _columns(1, 12, None)
+    for report in reports:
+        for at, (mark, line) in enumerate(_plan_lines(report)):
+            table.add_row(sign(mark), report.name if at == 0 else "", Text(redact(pointed(line, root))))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+    for report in reports:
+        for checked in report.checked:
+            if isinstance(checked.state, Drift) and checked.state.after:
+                show_diff(checked, checked.state, out, verbose)
+
+
+def _plan_lines(report: StepReport) -> list[tuple[str, str]]:
+    if report.problem:
+        return [("failed", report.problem.what)]
+    lines = [_state_line(checked.state) for checked in report.checked]
+    good = [line for mark, line in lines if mark == "unchanged"]
+    rest = [each for each in lines if each[0] != "unchanged"]
+    notes = "; ".join(note for note in good if note)
+    if not rest:
+        return [("unchanged", notes or "as it should be")]
+    return list(dict.fromkeys(rest))
+
+
+def _state_line(state: State) -> tuple[str, str]:
+    if isinstance(state, Satisfied):
+        return "unchanged", state.note
+    if isinstance(state, Drift):
+        return "drift", state.summary
+    if isinstance(state, Unknown):
+        return "held", f"known after {state.waits_for}"
+    if isinstance(state, LeftToNode):
+        return "left", f"left to the node: {state.what}"
+    assert isinstance(state, Obstacle)
+    return "failed", f"{state.what} - {state.mend}" if state.mend else state.what
+
+
+def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> None:
+    """A unified diff; a long one is cut unless every line was asked for."""
+    before, after = drift.before.splitlines(), drift.after.splitlines()
+    lines = list(difflib.unified_diff(before, after, "now", "then", lineterm="", n=2))[2:]
+    if not lines:
+        return
+    out.print()
+    out.print(f"  [bold]{escape(checked.key)}[/]")
+    shown = lines if verbose else lines[:_MANY_LINES]
+    for line in shown:
+        style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "dim")
+        out.print(Text("    " + redact(line), style=style))
+    if len(shown) < len(lines):
+        out.print(f"    [dim]... {len(lines) - len(shown)} more lines (-v shows them)[/]")
+
+
+def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False, root: str = "") -> None:
+    """One line a probe; the mend beneath those that need one."""
+    table = _columns(1, 16, None)
+    for each in looked:
+        finding = each.finding
+        if only_bad and finding.verdict in ("pass", "skip"):
+            continue
+        expected = (
+            f" [dim](expected: {escape(finding.expected)})[/]" if finding.expected and finding.verdict != "pass" else ""
+        )
+        table.add_row(sign(finding.verdict), each.probe.name, escape(redact(finding.found)) + expected)
+        if finding.mend and finding.verdict in ("fail", "warn"):
+            table.add_row("", "", f"[dim]→[/] {escape(pointed(finding.mend, root))}")
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def show_proof(looked: Sequence[Looked], out: Console, root: str = "", verbose: bool = False) -> None:
+    """Every probe beneath its level, with what was expected where it was not found, and how to mend it."""
+    table = _columns(7, 1, 16, None)
+    level = ""
+    for each in looked:
+        finding, probe = each.finding, each.probe
+        name = Text("" if probe.level == level else probe.level, style="dim")
+        level = probe.level
+        table.add_row(name, sign(finding.verdict), probe.name, escape(redact(finding.found)) + _took(each.seconds))
+        bad = finding.verdict in ("fail", "warn")
+        if finding.expected and (bad or verbose) and finding.expected != finding.found:
+            table.add_row("", "", "", Text(f"expected: {redact(finding.expected)}", style="dim"))
+        if finding.mend and bad:
+            table.add_row("", "", "", _mend(each, root))
+    out.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def _took(seconds: float) -> str:
+    return f"  ({seconds:.1f} s)" if seconds >= 1 else ""
+
+
+def _mend(looked: Looked, root: str) -> str:
+    number = fixes.number_of(looked.probe.name)
+    of_fix = f"  [dim](fix {number} of the eight)[/]" if number else ""
+    return f"[dim]→[/] {escape(pointed(looked.finding.mend, root))}{of_fix}"
+
+
+def show_preflight(looked: Sequence[Looked], out: Console) -> None:
+    """How many checks passed, and those that did not."""
+    counts = [each.finding.verdict for each in looked]
+    words = [f"{counts.count('pass')} checks passed"]
+    verdicts: tuple[tuple[Verdict, str], ...] = (
+        ("fail", "failed"), ("warn", "with a warning"), ("skip", "need the node itself"),
+    )  # fmt: skip
+    words += [f"{counts.count(verdict)} {word}" for verdict, word in verdicts if counts.count(verdict)]
+    out.print(f"[bold]Preflight[/]  {', '.join(words)}")
+    show_findings(looked, out, only_bad=True)
+
+
+def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None:
+    """The eight fixes, one line each; on a narrow terminal a note that says more gets a line of its own."""
+    narrow, said = out.width < _NARROW, ""
+    table = _columns(1, 1, 43, 8, *(() if narrow else (None,)))
+    for state in states:
+        mark = sign(state.standing)
+        note = Text(redact(pointed(state.note, root)), style="dim")
+        row = (mark, str(state.fix.number), state.fix.title, Text(state.standing, style=mark.style))
+        table.add_row(*row, *(() if narrow else (note,)))
+        if narrow and note.plain not in ("", said):
+            _show_table(table, out)
+            table, said = _columns(1, 1, 43, 8), note.plain
+            out.print(Padding(note, (0, 0, 0, 8)))
+    _show_table(table, out)
+
+
+def _show_table(table: Table, out: Console) -> None:
+    if table.row_count:
+        out.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def show_problems(problems: Sequence[Problem], root: str = "") -> None:
+    """Errors go to stderr: what happened, why, the last lines, the log, and what to do."""
+    out = console(stderr=True)
+    for problem in problems:
+        out.print(f"[red bold]✗[/] {escape(redact(problem.what))}")
+        if problem.why:
+            out.print(f"  [dim]why[/]   {escape(redact(problem.why))}")
+        for line in problem.tail:
+            out.print(Text(f"  │ {redact(line)}", style="dim"))
+        if problem.log:
+            out.print(f"  [dim]log[/]   {escape(problem.log)}")
+        if problem.mend:
+            out.print(Padding(f"[dim]do[/]    {escape(pointed(problem.mend, root))}", (0, 0, 0, 2), expand=False))

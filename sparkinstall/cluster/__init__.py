@@ -1,0 +1,1 @@
+"""Several nodes over ssh: protocol, agent, phases, file transfer, drift."""

@@ -1,0 +1,417 @@
+"""What one node has downloaded and built, for the others: the wheels of the stack in uv's cache, and NCCL.
+
+It goes from cache to cache, never into what is installed: each node's own steps take it from there, with their own
+checks. A node that finds nothing there downloads and builds as if it were alone.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from sparkinstall.cluster.transfer import CopyFailed, Listed, Receiver, Sender, receiving
+from sparkinstall.downloads import sha256_of
+from sparkinstall.errors import storage_problem
+from sparkinstall.facts.machine import cores
+from sparkinstall.node import Node
+from sparkinstall.records import dataclass
+from sparkinstall.resources import Satisfied
+from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary
+from sparkinstall.resources.venv import PythonEnvironment, lock_of
+from sparkinstall.steps.nccl import Nccl
+from sparkinstall.system import Reader
+
+STEPS = ("environment", "nccl")
+"""The steps whose work can be copied."""
+
+_ARCHIVE = re.compile(r"uv/archive-v\d+/[\w-]+")
+_FILE = re.compile(rf"({_ARCHIVE.pattern})/.+")
+_POINTER = re.compile(r"uv/wheels-v\d+/.+\.(?:http|rev|msgpack)")
+_PAGE = re.compile(r"uv/simple-v\d+/.+\.rkyv")
+_LIBRARY = re.compile(r"nccl/built/[0-9a-f]{12}/(?:libnccl\.so|build\.json)")
+_STEM = re.compile(r"uv/wheels-v\d+/.+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_ARRIVING = "arriving"
+_MODES = 0o755
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a node offers. `wheels`: uv's name of each, and the folder of its files; both relative to the cache.
+
+    `of` is what must be the same on both nodes for the wheels to be of use; `nccl` the recipe of the library.
+    """
+
+    of: Mapping[str, str]
+    wheels: tuple[tuple[str, str], ...] = ()
+    files: tuple[Listed, ...] = ()
+    nccl: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_bytes(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """What came over: files, and their bytes in all. `why_not` is said of what did not fit this node."""
+
+    files: int = 0
+    size: int = 0
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """Where the head's list is to be had, and its sha256; it comes over ssh, as the token does."""
+
+    port: int
+    digest: str
+
+
+# --- what a node offers
+
+
+def serve(
+    node: Node, on: Reader, steps: Sequence[str], peers: Sequence[str], token: str, announce: Callable[[Offered], None]
+) -> Mapping[str, Any]:
+    """Give what this node has to each of `peers` (addresses on the link) that asks for it; what came of that.
+
+    Raises:
+        CopyFailed: this node has not its address on the link.
+        Storage: what it has cannot be read.
+    """
+    try:
+        manifest, files = offer(node, on, steps)
+    except OSError as error:
+        raise storage_problem(error, "listing what the other nodes can have") from error
+    listing = manifest.as_bytes()
+    sizes = [each.size for each in manifest.files]
+    sender = Sender(node.address, frozenset(peers), token, listing, list(zip(files, sizes, strict=True)))
+    with sender.listening() as listener:
+        announce(Offered(listener.getsockname()[1], hashlib.sha256(listing).hexdigest()))
+        sender.serve(listener)
+    return {"files": len(files), "bytes": sum(sizes), "sent": sender.sent}
+
+
+def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Manifest, list[Path]]:
+    """What this node can give for these steps, and the real file of each entry."""
+    files: list[tuple[Listed, Path]] = []
+    wheels: list[tuple[str, str]] = []
+    recipe: dict[str, Any] = {}
+    if "environment" in steps:
+        wheels, files = _wheels(node, on)
+    library = _nccl(node) if "nccl" in steps else None
+    if library and isinstance(library.check(on), Satisfied) and (entries := _library(node, library, on)):
+        recipe = {**asdict(library.recipe(on)), "where": library.source.where}
+        files += entries
+    manifest = Manifest(likeness(node), tuple(wheels), tuple(listed for listed, _ in files), recipe)
+    return manifest, [path for _, path in files]
+
+
+def likeness(node: Node) -> dict[str, str]:
+    """What decides whether another node's wheels are those that this one would download."""
+    wheels = node.wheels
+    pins = wheels.lock_text() if wheels.lock else wheels.open_text()
+    return {
+        "machine": node.machine,
+        "platform": node.platform,
+        "Python": node.config.environment.python or node.stack.python,
+        "stack": hashlib.sha256(pins.encode()).hexdigest()[:16],
+        "uv": version("uv"),
+    }
+
+
+def _nccl(node: Node) -> NcclLibrary | None:
+    return next((each for each in Nccl().resources(node) if isinstance(each, NcclLibrary)), None)
+
+
+def _library(node: Node, library: NcclLibrary, on: Reader) -> list[tuple[Listed, Path]]:
+    """The library and its stamp, where the stamp is true of it."""
+    real, stamp = Path(on.real(library.library)), Path(on.real(f"{library.folder}/build.json"))
+    folder = _relative(node, library.kept(library.recipe(on)))
+    so, build = _listed(f"{folder}/{KEPT_LIBRARY}", real), _listed(f"{folder}/{KEPT_STAMP}", stamp)
+    is_true = json.loads(stamp.read_bytes()).get("sha256") == so.sha256
+    return [(so, real), (build, stamp)] if is_true else []
+
+
+def _listed(path: str, real: Path) -> Listed:
+    found = real.stat()
+    return Listed(path, found.st_size, found.st_mode & _MODES, sha256_of(real))
+
+
+def _wheels(node: Node, on: Reader) -> tuple[list[tuple[str, str]], list[tuple[Listed, Path]]]:
+    """What uv needs of its cache to install the lock without a network: index pages, metadata, wheels' contents."""
+    uv = node.cache / "uv"
+    pins = {pin.name: pin.version for pin in lock_of(node, on) or ()}
+    stems, small = [], []
+    for path in _named(uv.glob("wheels-v*"), pins):
+        mine = [each for each in path.iterdir() if each.name.startswith(f"{pins[path.name]}-")]
+        stems += [each for each in mine if each.is_symlink() and each.is_dir()]
+        small += [each for each in mine if _POINTER.fullmatch(_relative(node, each))]
+    for page in uv.glob("simple-v*/**/*.rkyv"):
+        small += [page] if page.stem in pins else []
+    archives = {each: archive for each in stems if (archive := _archive(uv, each))}
+    with ThreadPoolExecutor(max_workers=cores()) as pool:
+        files = [each for some in pool.map(partial(_contents, node), sorted(set(archives.values()))) for each in some]
+    files += [(_listed(_relative(node, each), each), each) for each in sorted(small)]
+    return sorted((_relative(node, a), _relative(node, b)) for a, b in archives.items()), files
+
+
+def _named(buckets: Iterator[Path], names: Mapping[str, str]) -> list[Path]:
+    """The folders that uv keeps for these packages, at whatever depth: an index's own, or an address's."""
+    found = []
+    for bucket in buckets:
+        for base, folders, _ in os.walk(bucket):
+            found += [Path(base, each) for each in folders if each in names]
+            folders[:] = [each for each in folders if each not in names]
+    return found
+
+
+def _archive(uv: Path, stem: Path) -> Path | None:
+    """The folder of a wheel's contents, which uv's name for the wheel leads to."""
+    archive = uv.joinpath(*Path(os.readlink(stem)).parts[-2:])
+    return archive if archive.is_dir() and archive.parent.parent == uv else None
+
+
+def _relative(node: Node, path: Path) -> str:
+    return str(path.relative_to(node.cache))
+
+
+def _contents(node: Node, archive: Path) -> list[tuple[Listed, Path]]:
+    """The files of an unpacked wheel. uv never changes one, so its hashes are made once and remembered."""
+    record = node.cache / "hashes" / archive.name
+    try:
+        known = [Listed(*each) for each in json.loads(record.read_bytes())]
+    except (OSError, ValueError, TypeError):
+        prefix = _relative(node, archive)
+        paths = sorted(Path(base, name) for base, _, names in os.walk(archive) for name in names)
+        known = [_listed(f"{prefix}/{path.relative_to(archive)}", path) for path in paths]
+        _keep(record, json.dumps([list(vars(each).values()) for each in known]))
+    return [(each, node.cache / each.path) for each in known]
+
+
+def _keep(record: Path, text: str) -> None:
+    record.parent.mkdir(parents=True, exist_ok=True)
+    waiting = record.with_name(f"{record.name}.{os.getpid()}.new")
+    waiting.write_text(text)
+    waiting.replace(record)
+
+
+# --- what a node takes
+
+
+def fetch(
+    node: Node, on: Reader, steps: Sequence[str], offered: Offered, token: str, tell: Callable[[int, int], None]
+) -> Arrived:
+    """Take from the head what is lacking here; `tell` is told how many bytes of how many are there.
+
+    Raises:
+        CopyFailed: the head cannot be reached, or what it sends is not what it announced.
+        Storage: it cannot be written.
+    """
+    with receiving(node.config.cluster.head, offered.port, token, offered.digest, node.address) as receiver:
+        return accept(node, on, receiver, steps, tell)
+
+
+def understood(listing: bytes) -> Manifest:
+    """The other node's list.
+
+    Raises:
+        CopyFailed: it names a place that is not a cache's, or is no such list.
+    """
+    try:
+        said = json.loads(listing)
+        files = tuple(Listed(str(e["path"]), int(e["size"]), int(e["mode"]), str(e["sha256"])) for e in said["files"])
+        wheels = tuple((str(stem), str(archive)) for stem, archive in said["wheels"])
+        manifest = Manifest(dict(said["of"]), wheels, files, dict(said["nccl"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CopyFailed("the other node's list of files cannot be read") from error
+    _require_harmless(manifest)
+    return manifest
+
+
+def _require_harmless(manifest: Manifest) -> None:
+    for each in manifest.files:
+        known = any(_is_at(each.path, kind) for kind in (_FILE, _POINTER, _PAGE, _LIBRARY))
+        if not known or each.size < 0 or each.mode & ~_MODES or not _SHA256.fullmatch(each.sha256):
+            raise _misplaced(each.path)
+    for stem, archive in manifest.wheels:
+        if not _is_at(stem, _STEM) or not _is_at(archive, _ARCHIVE):
+            raise _misplaced(stem)
+    ends = [*(each.path for each in manifest.files), *(stem for stem, _ in manifest.wheels)]
+    # A file beneath one that is a file or a link itself would land somewhere else.
+    whole = set(ends)
+    if len(whole) < len(ends) or any(not whole.isdisjoint(_folders(path)) for path in ends):
+        raise CopyFailed("the other node offers one file beneath another, or twice")
+
+
+def _is_at(path: str, kind: re.Pattern[str]) -> bool:
+    is_plain = path.isprintable() and not any(part in ("", ".", "..") for part in path.split("/"))
+    return is_plain and kind.fullmatch(path) is not None
+
+
+def _misplaced(path: str) -> CopyFailed:
+    return CopyFailed(f"the other node offers {path!a}, which has no place in a cache")
+
+
+def _folders(path: str) -> Iterator[str]:
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
+def accept(
+    node: Node,
+    on: Reader,
+    receiver: Receiver,
+    steps: Sequence[str],
+    tell: Callable[[int, int], None] = lambda *_: None,
+) -> Arrived:
+    """Bring what this node lacks for these steps into its cache.
+
+    Raises:
+        CopyFailed: the list is not to be trusted, a file is wrong, or the connection broke off. What had
+            arrived well is gone on with by the next copy.
+        Storage: it cannot be written.
+    """
+    manifest = understood(receiver.listing)
+    try:
+        with _alone(node.cache / _ARRIVING) as waiting:
+            lack = _Lack(node, on, manifest, waiting)
+            wanted = lack.of(steps)
+            _require_room(node, wanted)
+            receiver.take(wanted, waiting, tell)
+            lack.place()
+            shutil.rmtree(waiting, ignore_errors=True)
+    except (BrokenPipeError, ConnectionError, TimeoutError):
+        raise
+    except OSError as error:
+        raise storage_problem(error, "copying from another node") from error
+    return Arrived(len(wanted), sum(each.size for _, each in wanted), "; ".join(lack.reasons))
+
+
+@contextmanager
+def _alone(waiting: Path) -> Iterator[Path]:
+    waiting.mkdir(parents=True, exist_ok=True)
+    with open(waiting.with_name(f"{waiting.name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CopyFailed("another copy to this node is under way") from error
+        yield waiting
+
+
+def _require_room(node: Node, wanted: Sequence[tuple[int, Listed]]) -> None:
+    needed, free = sum(each.size for _, each in wanted), shutil.disk_usage(node.cache).free
+    if needed > free:
+        raise CopyFailed(f"there is no room in {node.cache}: {needed >> 20} MiB are needed, {free >> 20} are free")
+
+
+@dataclass
+class _Lack:
+    """What of another node's `manifest` this one has use for and does not have; it arrives in `waiting`."""
+
+    node: Node
+    on: Reader
+    manifest: Manifest
+    waiting: Path
+    reasons: list[str] = field(default_factory=list)
+    _wheels: list[tuple[str, str]] = field(default_factory=list)
+    _paths: list[str] = field(default_factory=list)
+
+    def of(self, steps: Sequence[str]) -> list[tuple[int, Listed]]:
+        """Those to be brought, each with its place in the list."""
+        mine: set[str] = set()
+        if "environment" in steps and self._has_use_for_wheels():
+            mine |= self._of_wheels()
+        if "nccl" in steps and self._has_use_for_nccl():
+            built = [each for each in self.manifest.files if _LIBRARY.fullmatch(each.path)]
+            mine |= {each.path for each in built if not _is(self.node.cache / each.path, each)}
+        listed = [(n, each) for n, each in enumerate(self.manifest.files) if each.path in mine]
+        self._paths = [each.path for _, each in listed if not _FILE.fullmatch(each.path)]
+        return [(n, each) for n, each in listed if not _is(self.waiting / each.path, each)]
+
+    def _has_use_for_wheels(self) -> bool:
+        if not self.manifest.wheels or isinstance(PythonEnvironment(self.node).check(self.on), Satisfied):
+            return False
+        own = likeness(self.node)
+        different = [name for name in own if own[name] != self.manifest.of.get(name)]
+        if different:
+            self.reasons.append(f"the wheels are not copied: the nodes have not the same {', '.join(different)}")
+        return not different
+
+    def _of_wheels(self) -> set[str]:
+        self._wheels = [pair for pair in self.manifest.wheels if not (self.node.cache / pair[0]).is_dir()]
+        archives = {archive for _, archive in self._wheels if not (self.node.cache / archive).is_dir()}
+        stems = tuple(f"{stem}." for stem, _ in self._wheels)
+        return {each.path for each in self.manifest.files if self._is_lacking(each, archives, stems)}
+
+    def _is_lacking(self, listed: Listed, archives: set[str], stems: tuple[str, ...]) -> bool:
+        within = _FILE.fullmatch(listed.path)
+        if within:
+            return within[1] in archives
+        if _POINTER.fullmatch(listed.path):
+            # uv's note of a wheel that is there already speaks of the copy that is there.
+            return listed.path.startswith(stems) or not (self.node.cache / listed.path).exists()
+        return bool(_PAGE.fullmatch(listed.path)) and not _is(self.node.cache / listed.path, listed)
+
+    def _has_use_for_nccl(self) -> bool:
+        offered, library = dict(self.manifest.nccl), _nccl(self.node)
+        if not offered or library is None or isinstance(library.check(self.on), Satisfied):
+            return False
+        where = str(offered.pop("where", ""))
+        if where == library.source.where:
+            library.source.hold_to(str(offered.get("source", "")), self.on)
+        own = asdict(library.recipe(self.on))
+        different = [name for name in own if own[name] != offered.get(name)]
+        if different:
+            self.reasons.append(f"NCCL is not copied: the nodes have not the same {', '.join(different)}")
+        return not different
+
+    def place(self) -> None:
+        """Put what has arrived where uv and the NCCL step look for it: contents first, what leads to them last."""
+        cache = self.node.cache
+        for archive in {archive for _, archive in self._wheels}:
+            if (self.waiting / archive).is_dir() and not (cache / archive).is_dir():
+                _move(self.waiting / archive, cache / archive, cache)
+        for path in sorted(self._paths, key=lambda path: path.endswith(KEPT_STAMP)):
+            _move(self.waiting / path, cache / path, cache)
+        for stem, archive in self._wheels:
+            _link(cache / stem, cache / archive, cache)
+
+
+def _is(path: Path, listed: Listed) -> bool:
+    """Whether this file is there as it is listed."""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size != listed.size:
+        return False
+    return sha256_of(path) == listed.sha256
+
+
+def _move(waiting: Path, to: Path, cache: Path) -> None:
+    _make_room(to, cache)
+    waiting.replace(to)
+
+
+def _link(stem: Path, archive: Path, cache: Path) -> None:
+    _make_room(stem, cache)
+    waiting = stem.with_name(f".{stem.name}.{os.getpid()}.new")
+    waiting.symlink_to(os.path.relpath(archive, stem.parent))
+    waiting.replace(stem)
+
+
+def _make_room(to: Path, cache: Path) -> None:
+    """Make the folder; a link on the way to it must not lead out of the cache."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    top = cache / to.relative_to(cache).parts[0]
+    if not to.parent.resolve().is_relative_to(top.resolve()):
+        raise CopyFailed(f"{to.parent} leads out of the cache", mend="move that link away")

@@ -1,0 +1,173 @@
+"""One node of several, from the terminal: the tool is brought to it, and answers there as it would to a person."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from typing import Any
+
+from sparkinstall.cluster import bootstrap
+from sparkinstall.cluster.ssh import Ssh, quoted
+from sparkinstall.cluster.uploads import Carried
+from sparkinstall.errors import PreflightFailed, Problem
+from sparkinstall.records import dataclass
+from sparkinstall.redaction import redact
+from sparkinstall.system import Result
+
+OnLine = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A node of the cluster: how ssh finds it, and what it is there. `address` is the one on the QSFP link."""
+
+    host: str
+    role: str
+    rank: int
+    address: str
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a verb said on the far node, from its one JSON object."""
+
+    code: int
+    data: Mapping[str, Any]
+    problems: tuple[Problem, ...]
+
+
+class NoTool(Problem):
+    """Nothing of sparkinstall is on the node."""
+
+
+@dataclass
+class Far:
+    """A node and what is known of it.
+
+    `carried`: what settings name and has to be there. `changed`: a phase of this run has changed something there.
+    """
+
+    member: Member
+    ssh: Ssh
+    verbose: bool = False
+    carried: tuple[Carried, ...] = ()
+    brought: bool = False
+    changed: bool = False
+    look: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def host(self) -> str:
+        return self.member.host
+
+    def call(
+        self,
+        *argv: str,
+        on_line: OnLine,
+        given: str = "",
+        anew: bool = False,
+        bring: bool = True,
+    ) -> Said:
+        """Run a verb of the tool there, with `--json`.
+
+        The words go through stdin, as does what is `given` to the verb's own stdin: command lines can be seen
+        by every user of a machine. That stdin stays open; when this end is gone, the far run ends itself.
+
+        Args:
+            anew: over a connection of its own.
+            bring: install this very version first where it is missing; False: whichever is there will do.
+
+        Raises:
+            Unreachable: ssh could not connect, or the connection was lost.
+            NoTool: there is none, and none is to be brought.
+            Problem: the tool cannot run there.
+        """
+        whole = [*argv, "--json", *(["-v"] if self.verbose else [])]
+        preface = (json.dumps({"argv": whole, "stdin": given}) + "\n").encode()
+        result = self._run(preface, on_line, anew, bring)
+        if result.code == bootstrap.MISSING:
+            if not bring:
+                raise NoTool(f"nothing of sparkinstall is on {self.host}")
+            self._bring(result.out, on_line)
+            result = self._run(preface, on_line, anew, bring)
+        if result.code == bootstrap.LACKING:
+            for each in self.carried:
+                self._carry(each, on_line)
+            result = self._run(preface, on_line, anew, bring)
+        return self._understood(result)
+
+    def _run(self, preface: bytes, on_line: OnLine, anew: bool, bring: bool) -> Result:
+        wanted = bootstrap.digest() if bring else "any"
+        needed = " ".join(each.digest for each in self.carried)
+        command = quoted("sh", "-c", bootstrap.run_line(), "sparkinstall", wanted, needed, "node", "attend")
+        return self.ssh.run(command, stdin=preface, keep_open=True, on_line=on_line, anew=anew)
+
+    def _bring(self, said: str, on_line: OnLine) -> None:
+        place = bootstrap.place(said)
+        if place is None or place.python is None:
+            raise PreflightFailed(
+                f"{self.host} has no Python 3.11 or newer, which sparkinstall needs",
+                mend=f"at the node: `sudo apt-get install python3` ({self.host})",
+            )
+        on_line("bringing sparkinstall to the node")
+        tar = bootstrap.archive(bootstrap.wheelhouse(place))
+        command = quoted("sh", "-c", bootstrap.unpack_line(), "sparkinstall", bootstrap.digest())
+        result = self.ssh.run(command, stdin=tar, on_line=on_line)
+        if not result.ok:
+            raise _not_installed(self.host, result)
+        self.brought = True
+
+    def _carry(self, what: Carried, on_line: OnLine) -> None:
+        on_line(f"bringing {', '.join(what.files)} to the node")
+        command = quoted("sh", "-c", bootstrap.unpack_carried_line(), "sparkinstall", what.digest)
+        result = self.ssh.run(command, stdin=bootstrap.packed(what.files), on_line=on_line)
+        if not result.ok:
+            said = [line for line in result.err.splitlines() if line.strip()][-6:]
+            raise Problem(
+                f"files that the settings name could not be brought to {self.host}",
+                why="".join(said[-1:]),
+                mend=f"mend that at the node ({self.host}), then run the same command again",
+                tail=said,
+            )
+
+    def _understood(self, result: Result) -> Said:
+        try:
+            whole = json.loads(result.out.strip().splitlines()[-1])
+            problems = tuple(self._problem(each) for each in whole["errors"])
+            return Said(int(whole["exit_code"]), whole["data"], problems)
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise Problem(
+                f"sparkinstall gave no answer on {self.host} (exit {result.code})",
+                mend=f"look there: `ssh {self.host}`, then `sparkinstall status`",
+                tail=[redact(line) for line in result.err.splitlines()[-8:]],
+            ) from error
+
+    def _problem(self, error: Mapping[str, Any]) -> Problem:
+        log = f"{self.host}:{error['log']}" if error["log"] else ""
+        known = Problem(str(error["what"]), why=error["why"], mend=error["mend"], log=log, tail=error["tail"])
+        known.code = str(error["code"])
+        return known
+
+
+def _not_installed(host: str, result: Result) -> Problem:
+    said = [line for line in result.err.splitlines() if line.strip()]
+    reason = next((line.removeprefix("✗ ") for line in said if line.startswith("✗")), said[-1] if said else "")
+    mend = next((line.strip().removeprefix("do").strip() for line in said if line.startswith("  do ")), "")
+    return Problem(
+        f"sparkinstall could not be installed on {host}",
+        why=reason,
+        mend=mend or f"mend that at the node ({host}), then run the same command again",
+        tail=said[-6:],
+    )
+
+
+def assignments(values: Mapping[str, Any]) -> list[str]:
+    """The settings as options of a verb."""
+    return [word for name, value in values.items() for word in ("--set", f"{name}={_as_yaml(value)}")]
+
+
+def _as_yaml(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+def repeated(option: str, names: Sequence[str]) -> list[str]:
+    """`--ignore os --ignore arch`."""
+    return [word for name in names for word in (option, name)]

@@ -1,0 +1,1 @@
+"""Use cases of one node, the engine, and the catalogue of steps, checks and fixes."""

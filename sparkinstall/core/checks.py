@@ -1,0 +1,140 @@
+"""Choose probes and run them. A probe that crashes is a failure of that probe, never of the run."""
+
+import time
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+from itertools import groupby
+
+from sparkinstall.core import catalogue
+from sparkinstall.errors import BadUsage, Problem, storage_problem
+from sparkinstall.events import Emit, ProbeStarted
+from sparkinstall.node import Node
+from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed
+from sparkinstall.records import dataclass
+from sparkinstall.steps import Step
+from sparkinstall.system import Reader
+
+HOSTS = "known-hosts"
+"""What the probes go by that belong to no step: they look for machines that are known to be bad."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A probe, what it found, and how long it took in seconds."""
+
+    probe: Probe
+    finding: Finding
+    seconds: float
+
+
+def look(probes: Iterable[Probe], on: Reader, emit: Emit) -> list[Looked]:
+    """Ask every probe; all of them run, whatever one of them finds."""
+    found: list[Looked] = []
+    for waits, some in groupby(probes, lambda probe: probe.level == "link" and not probe.load):
+        group = list(some)
+        found += _side_by_side(group, on, emit) if waits else [_looked(probe, on, emit) for probe in group]
+    return found
+
+
+def _side_by_side(probes: Sequence[Probe], on: Reader, emit: Emit) -> list[Looked]:
+    """Those of the link wait for answers and for counters to grow, all at the same time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(max_workers=len(probes)) as pool:
+        return list(pool.map(lambda probe: _looked(probe, on, emit), probes))
+
+
+def _looked(probe: Probe, on: Reader, emit: Emit) -> Looked:
+    emit(ProbeStarted(probe.name))
+    started = time.monotonic()
+    finding = _guarded(probe, on)
+    return Looked(probe, finding, time.monotonic() - started)
+
+
+def _guarded(probe: Probe, on: Reader) -> Finding:
+    try:
+        return probe.look(on)
+    except Problem as problem:
+        return failed(problem.what, problem.mend)
+    except OSError as error:
+        storage = storage_problem(error, f"the probe {probe.name}")
+        return failed(storage.what, storage.mend)
+    except Exception as error:  # a probe that crashes has not shown anything good
+        return failed(f"the probe itself failed: {type(error).__name__}: {error}", "report it, with this line")
+
+
+def of_steps(steps: Sequence[Step], node: Node) -> list[Probe]:
+    """The probes of `steps`, in their order, but those that put a load on the node."""
+    return [probe for step in steps for probe in step.probes(node) if not probe.load]
+
+
+def of_files(steps: Sequence[Step], node: Node) -> list[Probe]:
+    """Those that read files only; a step without such is not asked: it would load what a short run never needs."""
+    asked = of_steps([step for step in steps if step.looks_at_files], node)
+    return [probe for probe in asked if probe.level == "static"]
+
+
+def of_no_step(node: Node) -> list[Probe]:
+    """The probes of the machine itself, whatever is installed on it, but those that put a load on it."""
+    return [probe for probe in _of_the_machine(node) if not probe.load]
+
+
+def _of_the_machine(node: Node) -> list[Probe]:
+    from sparkinstall.probes import known_hosts
+
+    return list(known_hosts.probes(node))
+
+
+def _names(node: Node) -> list[str]:
+    """Of all steps and probes that a node can have: a list for several nodes may be given to one alone."""
+    cluster, serving = replace(node.config.cluster, role="head"), replace(node.config.serving, model="any")
+    whole = replace(node, config=replace(node.config, cluster=cluster, serving=serving), rehearsal=False)
+    probes = [*(probe for step in catalogue.STEPS for probe in step.probes(whole)), *_of_the_machine(whole)]
+    return [*(step.name for step in catalogue.STEPS), HOSTS, *(probe.name for probe in probes)]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a proof goes through. `whole`: nothing was left out by name."""
+
+    steps: tuple[Step, ...]
+    probes: tuple[Probe, ...]
+    whole: bool
+
+
+def chosen(
+    node: Node,
+    only: Collection[str] = (),
+    skip: Collection[str] = (),
+    level: Level | None = None,
+    measure: bool = False,
+) -> Chosen:
+    """The checks and probes of `node` that are asked for, the probes by level.
+
+    Args:
+        only, skip: names of steps (their checks and their probes), of probes, and `known-hosts`.
+        level: as far as this one; None: all the way.
+        measure: also what keeps the GPU or the link busy; what `only` names runs in any case.
+
+    Raises:
+        BadUsage: there is no step or probe of that name, or nothing is left.
+    """
+    groups = {step.name: list(step.probes(node)) for step in catalogue.of(node)}
+    groups[HOSTS] = _of_the_machine(node)
+    if only or skip:
+        catalogue.require_known((*only, *skip), _names(node), "step or probe")
+    far = LEVELS.index(level) if level else len(LEVELS)
+    wanted = [name for name in groups if (not only or name in only) and name not in skip]
+    probes = [
+        probe
+        for group, probes in groups.items()
+        for probe in probes
+        if (group in wanted or probe.name in only)
+        and probe.name not in skip
+        and LEVELS.index(probe.level) <= far
+        and (measure or probe.name in only or not probe.load)
+    ]
+    steps = tuple(step for step in catalogue.of(node) if step.name in wanted)
+    if not steps and not probes:
+        raise BadUsage("nothing is left to look at", mend="leave out some of --only, --skip and --level")
+    return Chosen(steps, tuple(sorted(probes, key=lambda each: LEVELS.index(each.level))), not only and not skip)

@@ -1,0 +1,1 @@
+"""Known failures in logs: search, signatures, and the judgement of cause and consequence."""

@@ -1,0 +1,275 @@
+"""From logs to a diagnosis: where they are read from, and which of the failures found is the cause of the others."""
+
+import contextlib
+import gzip
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from sparkinstall.diagnose.search import Line, Search, Sighting, Telling
+from sparkinstall.diagnose.signatures import ANY, Signature
+from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_problem
+from sparkinstall.records import dataclass
+from sparkinstall.system import processes
+from sparkinstall.system.local import LocalReader
+
+BLOCK = 1 << 20
+"""How much is read at once, in bytes."""
+_PAUSE = 0.2
+_GZIP = b"\x1f\x8b"
+
+# systemd's own marks (sd-messages.h): a unit begins to start, has started, is started again by systemd itself.
+_STARTING, _STARTED = "7d4958e842da4a758f6c1cdc7b36dcc5", "39f53479d3a045ac8e11786248231fbf"
+_AGAIN = "5eb03494b6584870a536b337290809b3"
+_MARKS = 12
+"""How many of these are read: more than two starts have."""
+_HIDDEN = ("not seeing messages from", "insufficient permissions")
+"""How journalctl says that there is more than this user may read."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is to be read: its name for people, and the pieces that it comes in."""
+
+    name: str
+    pieces: Callable[[], Iterator[bytes]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A log that has been read."""
+
+    name: str
+    search: Search
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of one of the logs."""
+
+    log: str
+    line: Line
+
+
+@dataclass(frozen=True)
+class Found:
+    """A known failure: the first places, how often it came, and the names of the failures here that explain it."""
+
+    signature: Signature
+    places: tuple[Place, ...]
+    count: int
+    explained_by: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What all logs together say. `failures`: causes first, then what followed; each in the order of the logs."""
+
+    readings: tuple[Reading, ...]
+    failures: tuple[Found, ...]
+    warnings: tuple[Found, ...]
+
+    @property
+    def causes(self) -> tuple[Found, ...]:
+        return tuple(each for each in self.failures if not each.explained_by)
+
+    @property
+    def consequences(self) -> tuple[Found, ...]:
+        return tuple(each for each in self.failures if each.explained_by)
+
+    @property
+    def telling(self) -> list[tuple[str, Telling]]:
+        """Where no failure is known: the lines that are most worth reading, with the log they are in."""
+        if self.failures:
+            return []
+        every = [(reading.name, each) for reading in self.readings for each in reading.search.telling]
+        return sorted(every, key=lambda pair: -pair[1].weight)
+
+
+def judge(readings: Sequence[Reading]) -> Diagnosis:
+    """Put together what was found in each log; a cause may be in another log than what it brought about."""
+    found = _together(readings)
+    names = {each.signature.name for each in found if not each.signature.is_warning}
+    failures = [
+        Found(each.signature, each.places, each.count, explained_by(each.signature, found))
+        for each in found
+        if each.signature.name in names
+    ]
+    failures.sort(key=lambda each: bool(each.explained_by))
+    return Diagnosis(tuple(readings), tuple(failures), tuple(each for each in found if each.signature.is_warning))
+
+
+def explained_by(signature: Signature, found: Iterable[Found]) -> tuple[str, ...]:
+    """Which of the failures that were found have brought this one about."""
+    others = [each.signature for each in found if not each.signature.is_warning and each.signature is not signature]
+    return tuple(
+        other.name
+        for other in others
+        if other.name in signature.consequence_of
+        or (ANY in signature.consequence_of and ANY not in other.consequence_of)
+    )
+
+
+def _together(readings: Sequence[Reading]) -> list[Found]:
+    sightings: dict[str, list[tuple[str, Sighting]]] = {}
+    for reading in readings:
+        for sighting in sorted(reading.search.sightings.values(), key=lambda each: each.lines[0].number):
+            sightings.setdefault(sighting.signature.name, []).append((reading.name, sighting))
+    return [
+        Found(
+            each[0][1].signature,
+            tuple(Place(name, line) for name, sighting in each for line in sighting.lines),
+            sum(sighting.count for _, sighting in each),
+        )
+        for each in sightings.values()
+    ]
+
+
+# --- where logs come from
+
+
+def file_log(name: str, follow: bool = False) -> Log:
+    """A file, also one that gzip has packed; `-` is stdin. With `follow` it is read on as it grows.
+
+    Raises:
+        BadUsage: it is no file that can be read.
+    """
+    if name == "-":
+        return Log("stdin", _stdin)
+    path = Path(name)
+    if path.is_dir():
+        raise BadUsage(f"{name} is a folder", mend="name the log itself, or several: `sparkinstall diagnose DIR/*.log`")
+    try:
+        with path.open("rb") as file:
+            packed = file.read(2) == _GZIP
+    except FileNotFoundError as error:
+        raise BadUsage(f"there is no file {name}", mend="`-` reads stdin; `--unit NAME` reads the journal") from error
+    except PermissionError as error:
+        raise BadUsage(f"{name} cannot be read by you", mend=f"sudo cat {name} | sparkinstall diagnose -") from error
+    if follow and not packed:
+        return Log(name, lambda: _growing(path))
+    return Log(name, lambda: _whole(path, packed))
+
+
+def unit_log(unit: str, follow: bool = False, boot: bool = False) -> Log:
+    """What a unit of systemd, systemd about it, and the kernel have said since its last start, or since the `boot`.
+
+    Raises:
+        BadUsage: there is no such unit.
+        NeedsRoot: the journal is not for this user.
+    """
+    unit = unit if "." in unit else f"{unit}.service"
+    known = LocalReader().query("systemctl", "show", "--property=LoadState", "--value", "--", unit)
+    if known.ok and known.out.strip() == "not-found":
+        raise BadUsage(
+            f"there is no unit {unit} here",
+            mend="those of sparkinstall are vllm, ray-head and ray-worker; `systemctl list-units` lists all",
+        )
+    sudo = _allowed()
+    began = start_to_read_from(_marks(unit, sudo))
+    since = () if boot or began is None else (f"--since=@{began // 10**6}.{began % 10**6:06}",)
+    return Log(unit, lambda: _journal(unit, sudo, since, follow))
+
+
+def start_to_read_from(marks: Sequence[tuple[str, int]]) -> int | None:
+    """When the unit's last start began, of systemd's marks and their times in microseconds.
+
+    Where systemd itself has started it again, what tells why is in the run before: then that one's beginning.
+    """
+    last = _last_start(marks)
+    if last and marks[last - 1][0] == _AGAIN:
+        before = _last_start(marks[:last])
+        last = last if before is None else before
+    return None if last is None else marks[last][1]
+
+
+def _last_start(marks: Sequence[tuple[str, int]]) -> int | None:
+    """Where the marks of the last start begin: some kinds of units have one, others two."""
+    last = max((at for at, (mark, _) in enumerate(marks) if mark != _AGAIN), default=None)
+    if last and marks[last][0] == _STARTED and marks[last - 1][0] == _STARTING:
+        return last - 1
+    return last
+
+
+def _whole(path: Path, packed: bool) -> Iterator[bytes]:
+    try:
+        with gzip.open(path) if packed else path.open("rb", buffering=0) as file:
+            while data := file.read(BLOCK):
+                yield data
+    except (OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno:
+            raise storage_problem(error, f"reading {path}") from error
+        raise BadUsage(f"{path} is damaged: {error}", mend="unpack what can be saved: `zcat FILE | ...`") from error
+
+
+def _stdin() -> Iterator[bytes]:
+    while data := os.read(sys.stdin.fileno(), BLOCK):
+        yield data
+
+
+def _growing(path: Path) -> Iterator[bytes]:
+    """What is there, then what comes, also where the file is made anew: without an end."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(path.open("rb", buffering=0))
+        while True:
+            data = file.read(BLOCK)
+            yield data
+            if data:
+                continue
+            time.sleep(_PAUSE)
+            if _was_replaced(path, file.fileno(), file.tell()):
+                stack.close()
+                file = stack.enter_context(path.open("rb", buffering=0))
+
+
+def _was_replaced(path: Path, handle: int, at: int) -> bool:
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return there.st_ino != os.fstat(handle).st_ino or there.st_size < at
+
+
+def _marks(unit: str, sudo: Sequence[str]) -> list[tuple[str, int]]:
+    """What systemd has noted of the unit's starts since the boot, each with its time in microseconds."""
+    import json
+
+    wanted = (f"UNIT={unit}", *(f"MESSAGE_ID={each}" for each in (_STARTING, _STARTED, _AGAIN)))
+    form = ("--no-pager", "--boot", "--output=json", "--output-fields=MESSAGE_ID", f"--lines={_MARKS}")
+    asked = LocalReader().query(*sudo, "journalctl", *form, *wanted)
+    if any(words in asked.err for words in _HIDDEN):
+        raise NeedsRoot(
+            "you may not read the journal of the system",
+            why="it is for root and for the group adm, and sudo asks for a password",
+            mend="`sudo -v`, then the same again; or for good: `sudo usermod -aG adm $USER`, and log in anew",
+        )
+    entries = [json.loads(line) for line in asked.out.splitlines() if line.startswith("{")]
+    return [(str(each["MESSAGE_ID"]), int(each["__REALTIME_TIMESTAMP"])) for each in entries]
+
+
+def _journal(unit: str, sudo: Sequence[str], since: Sequence[str], follow: bool) -> Iterator[bytes]:
+    onward = ("--follow", "--lines=all") if follow else ()
+    plain = ("journalctl", "--quiet", "--no-pager", "--boot", "--output=short-iso", *since, *onward)
+    matches = (f"_SYSTEMD_UNIT={unit}", "+", f"UNIT={unit}", "+", "_TRANSPORT=kernel")
+    argv = (*sudo, *plain, *matches)
+    process = processes.start(argv, os.environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if process is None or process.stdout is None:
+        raise CommandFailed("there is no journalctl here", mend="give the log as a file, or through a pipe with `-`")
+    try:
+        while data := os.read(process.stdout.fileno(), BLOCK):
+            yield data
+        if process.wait():
+            raise CommandFailed(f"`{' '.join(argv)}` failed", mend="run it by hand: it says why")
+    finally:
+        processes.kill_group(process.pid)
+        process.wait()
+        processes.ended(process)
+
+
+def _allowed() -> tuple[str, ...]:
+    """What to put before journalctl: a plain user sees only some lines, if sudo can be had without a question all."""
+    reader = LocalReader()
+    return reader.sudo if reader.sudo and reader.query(*reader.sudo, "true").ok else ()

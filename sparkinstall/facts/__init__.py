@@ -1,0 +1,1 @@
+"""Read-only knowledge of this machine."""

@@ -1,0 +1,205 @@
+"""Take everything back, from the journal alone, last touch first."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from sparkinstall.errors import Problem, storage_problem
+from sparkinstall.events import Emit, silent
+from sparkinstall.journal.journal import Journal, Record
+from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.records import dataclass
+from sparkinstall.resources import firewall, systemd
+from sparkinstall.resources.netplan import live
+from sparkinstall.resources.packages import take_back as take_packages_back
+from sparkinstall.system import Entry, Undo
+from sparkinstall.system.local import LocalSystem
+
+_META = ("mode", "uid", "gid", "mtime_ns")
+
+
+@dataclass(frozen=True)
+class TakenBack:
+    """What became of one touch. `kept` and `failed` stay in the journal; `note` says why."""
+
+    subject: str
+    outcome: Literal["restored", "removed", "nothing", "kept", "failed"]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Touch:
+    """All records of one subject as one: the first original, and what we left there last."""
+
+    undo: Undo
+    records: tuple[Record, ...]
+
+
+def touches(records: list[Record]) -> list[Touch]:
+    """One `Touch` a subject, in the order in which they are to be taken back."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.undo.kind, record.undo.subject), []).append(record)
+    found = []
+    for (kind, subject), group in groups.items():
+        undo = Undo(kind, subject, group[0].undo.before, group[-1].undo.after)
+        found.append(Touch(undo, tuple(group)))
+    return sorted(found, key=lambda touch: touch.records[0].n, reverse=True)
+
+
+def take_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    """Take one touch back; a touch that is no longer there is `nothing`."""
+    try:
+        return _UNDOERS[touch.undo.kind](touch, on, journal)
+    except Problem as problem:
+        return TakenBack(touch.undo.subject, "failed", f"{problem.what} {problem.mend}".strip())
+    except KeyError as missing:
+        return TakenBack(touch.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
+    except OSError as error:
+        return TakenBack(touch.undo.subject, "failed", storage_problem(error, "taking it back").what)
+
+
+def _path_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    path, before = touch.undo.subject, touch.undo.before
+    now = fingerprint(on, path)
+    if _same(now, before):
+        on.unlink_staged(path)
+        # A killed uninstall may have brought the content back and not yet the rest.
+        _restore_meta(path, before, on)
+        return TakenBack(path, "nothing")
+    if not any(_same(now, record.undo.after) for record in touch.records):
+        where = f"; its original is {journal.home}/originals/{before['sha256']}" if "sha256" in before else ""
+        return TakenBack(path, "kept", f"changed since by somebody else{where}")
+    if before["kind"] == "absent":
+        on.unlink(path)
+        return TakenBack(path, "removed")
+    _restore(path, before, on, journal)
+    return TakenBack(path, "restored")
+
+
+def _restore(path: str, before: Mapping[str, Any], on: LocalSystem, journal: Journal) -> None:
+    if before["kind"] == "link":
+        on.place_link(path, before["target"])
+        return
+    on.place(path, journal.original(before["sha256"]), before["mode"])
+    _restore_meta(path, before, on)
+
+
+def _restore_meta(path: str, before: Mapping[str, Any], on: LocalSystem) -> None:
+    now = on.entry(path)
+    if now is None or "mtime_ns" not in before:
+        return
+    if (now.mode, now.uid, now.gid, now.mtime_ns) != tuple(before[name] for name in _META):
+        on.restore_meta(path, before["mode"], before["uid"], before["gid"], before["mtime_ns"])
+
+
+def fingerprint(on: LocalSystem, path: str) -> dict[str, Any]:
+    """What is at `path`, in the journal's words."""
+    entry: Entry | None = on.entry(path)
+    if entry is None:
+        return {"kind": "absent"}
+    if entry.kind == "link":
+        return {"kind": "link", "target": entry.target}
+    if entry.kind == "file":
+        return {
+            "kind": "file",
+            "sha256": hashlib.sha256(on.read(path) or b"").hexdigest(),
+            "mode": entry.mode,
+        }
+    return {"kind": entry.kind}
+
+
+def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    return all(now[name] == then.get(name) for name in now)
+
+
+def _dir_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    path = touch.undo.subject
+    if on.entry(path) is None:
+        return TakenBack(path, "nothing")
+    if on.remove_dir(path):
+        return TakenBack(path, "removed")
+    return TakenBack(path, "kept", f"holds what is not sparkinstall's: {', '.join(on.names(path)[:3])}")
+
+
+def _tree_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    path, before = touch.undo.subject, touch.undo.before
+    outcome: Literal["removed", "nothing"] = "removed" if on.entry(path) else "nothing"
+    on.remove_tree(path)
+    if before["kind"] == "dir":
+        on.make_one_dir(path, before["mode"])
+        _restore_meta(path, before, on)
+    return TakenBack(path, outcome)
+
+
+def _packages_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    names = tuple(name for record in touch.records for name in record.undo.after["packages"])
+    removed, kept = take_packages_back(on, names)
+    if kept:
+        return TakenBack(touch.undo.subject, "kept", f"others need them: {', '.join(kept)}")
+    return TakenBack(touch.undo.subject, "removed" if removed else "nothing", ", ".join(removed))
+
+
+def _service_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    name = touch.undo.subject
+    return TakenBack(name, "removed" if systemd.take_service_back(on, name) else "nothing", "stopped and disabled")
+
+
+def _units_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    name = touch.undo.subject
+    return TakenBack(name, "restored" if systemd.take_units_back(on, name, touch.undo.before) else "nothing")
+
+
+def _netplan_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    done = live.take_back(on, [record.undo for record in touch.records])
+    return TakenBack(touch.undo.subject, "restored" if done else "nothing")
+
+
+def _nftables_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+    del journal
+    return TakenBack(touch.undo.subject, "removed" if firewall.take_back(on) else "nothing")
+
+
+_UNDOERS: dict[str, Callable[[Touch, LocalSystem, Journal], TakenBack]] = {
+    "path": _path_back,
+    "dir": _dir_back,
+    "tree": _tree_back,
+    "packages": _packages_back,
+    "netplan": _netplan_back,
+    "nftables": _nftables_back,
+    "service": _service_back,
+    "units": _units_back,
+}
+
+
+def take_all_back(state: StateFolder, emit: Emit = silent) -> list[TakenBack]:
+    """Take back every touch of the journal, last first; the state goes too unless something was kept.
+
+    Raises:
+        Busy: another run holds the node.
+        JournalDamaged: the journal cannot be read; nothing was touched.
+    """
+    with state.hold("uninstall", emit):
+        journal = state.journal()
+        own, others = _apart(touches(journal.records()), state)
+        taken = [(touch, take_back(touch, state.system, journal)) for touch in others]
+        staying = [touch for touch, result in taken if result.outcome in ("kept", "failed")]
+        # Folders alone do not stay: what is in them now is not ours, and never will be.
+        if any(touch.undo.kind != "dir" for touch in staying):
+            journal.rewrite([record for t in (*own, *staying) for record in t.records])
+        else:
+            state.remove([touch.undo.subject for touch in reversed(own)])
+    return [result for _, result in taken]
+
+
+def _apart(found: list[Touch], state: StateFolder) -> tuple[list[Touch], list[Touch]]:
+    """The folders around the state itself, which go last, and all the rest."""
+    ours = {str(parent) for parent in (state.home, *state.home.parents)}
+    own = [t for t in found if t.undo.kind == "dir" and state.system.real(t.undo.subject) in ours]
+    return own, [t for t in found if t not in own]

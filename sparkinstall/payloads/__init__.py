@@ -1,0 +1,1 @@
+"""Programs that run inside the node's own Python environment."""

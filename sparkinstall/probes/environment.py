@@ -1,0 +1,119 @@
+"""What a process that starts with the env file really is: which modules, which NCCL, which address."""
+
+import json
+import signal
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sparkinstall.node import Node
+from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed, skipped
+from sparkinstall.probes.env_file import with_env_file
+from sparkinstall.records import dataclass
+from sparkinstall.system import Reader
+
+MODULES = ("torch", "triton", "transformers", "ray", "vllm")
+_TIMEOUT = 300.0
+
+
+@dataclass(frozen=True)
+class InEnvironment:
+    """One process, started with the env file as a service would be; asked once for all probes."""
+
+    node: Node
+    on: Reader
+
+    @cached_property
+    def answer(self) -> dict[str, Any]:
+        """What it said of itself; with the key `error` where it did not come so far."""
+        look = Path(__file__).parents[1].joinpath("payloads", "inspect_env.py").read_text()
+        asked = {"modules": () if self.node.partial else MODULES, "arch": self.node.config.nccl.arch}
+        # -P: vLLM's own program does not look for modules in the folder where it was started, either.
+        command = ("python", "-P", "-c", look, json.dumps(asked))
+        said = with_env_file(self.node, self.on, *command, timeout=_TIMEOUT)
+        try:
+            found = json.loads(said.out.splitlines()[-1])
+        except (ValueError, IndexError):
+            last = [line for line in said.err.splitlines() if line.strip()][-1:]
+            return {"error": last[0] if last else f"it ended with {_end(said.code)}"}
+        return dict(found)
+
+
+def probes(node: Node) -> Iterable[Probe]:
+    """The probes of a process; all ask the same one."""
+    shared: dict[int, InEnvironment] = {}
+
+    def process(on: Reader) -> InEnvironment:
+        return shared.setdefault(id(on), InEnvironment(node, on))
+
+    yield Probe("imports", "vLLM and its parts import", lambda on: _imports(node, on, process(on)), "gpu")
+    yield Probe("nccl-loaded", "the NCCL that is really loaded", lambda on: _nccl(node, on, process(on)), "gpu")
+    yield Probe("host-ip", "vLLM takes the address of the env file", lambda on: _address(node, on, process(on)), "gpu")
+    yield from kernels.probes(node, lambda on: _answer(node, on, process(on)))
+
+
+def _answer(node: Node, on: Reader, process: InEnvironment) -> dict[str, Any] | Finding:
+    """What the process says of itself, or why it says nothing."""
+    if node.partial:
+        return skipped("torch, Triton and vLLM do not run in a rehearsal without --full")
+    if stop := nccl.not_here(node, on):
+        return stop
+    if "error" in process.answer:
+        return failed(process.answer["error"], "run `sparkinstall all`")
+    return process.answer
+
+
+def _end(code: int) -> str:
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"code {code}"
+
+
+def _imports(node: Node, on: Reader, process: InEnvironment) -> Finding:
+    if node.partial:
+        return skipped("a rehearsal installs vLLM's wheel alone (--full installs the rest)")
+    if stop := nccl.not_here(node, on):
+        return stop
+    if "error" in process.answer:
+        return failed(process.answer["error"], "run `sparkinstall all`", ", ".join(MODULES))
+    broken = {name: each["error"] for name, each in process.answer["modules"].items() if "error" in each}
+    if broken:
+        return failed(
+            "; ".join(f"{n}: {why}" for n, why in broken.items()),
+            "run `sparkinstall all`",
+            ", ".join(MODULES),
+        )
+    versions = {name: each["version"] for name, each in process.answer["modules"].items()}
+    return passed(", ".join(f"{name} {version}" for name, version in versions.items()))
+
+
+def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
+    if stop := nccl.not_here(node, on):
+        return stop
+    if isinstance(library := nccl.library(node, on), Finding):
+        return library
+    answer = process.answer
+    if "error" in answer:
+        return failed(answer["error"], "run `sparkinstall all`", library)
+    loaded = nccl.Loaded(answer["nccl_bound"], int(answer["nccl_version"]), answer["nccl"])
+    if not loaded.bound:
+        told = f"torch would take {', '.join(loaded.mapped)}" if loaded.mapped else "no NCCL is loaded"
+        return failed(told, nccl.ENV_ANEW, nccl.wanted(library))
+    found = nccl.judged(node, library, loaded)
+    return replace(found, found=f"{found.found} (torch is not installed in this rehearsal)") if node.partial else found
+
+
+def _address(node: Node, on: Reader, process: InEnvironment) -> Finding:
+    if node.partial:
+        return skipped("vLLM cannot be imported in a rehearsal without --full")
+    if stop := nccl.not_here(node, on):
+        return stop
+    answer = process.answer
+    if "error" in answer or not answer.get("address"):
+        return failed(answer.get("error", "vLLM's get_ip() gave no answer"), "run `sparkinstall all`")
+    if answer["address"] != answer["wanted_address"]:
+        return failed(answer["address"], "set VLLM_HOST_IP through the env file", answer["wanted_address"])
+    return passed(answer["address"], answer["wanted_address"])

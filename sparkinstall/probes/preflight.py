@@ -1,0 +1,253 @@
+"""Preflight: is this node one that can be set up? All run before any stops; names are stable."""
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sparkinstall.facts import machine
+from sparkinstall.node import Node, cuda_home
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.system import Reader
+
+_GIB = 2**30
+_FULL_DISK = 30 * _GIB
+_PARTIAL_DISK = 4 * _GIB
+_REBOOT_WANTED = "/run/reboot-required"
+_LEFT = "a rehearsal: the node itself will be asked"
+
+
+def preflight(node: Node) -> Iterable[Probe]:
+    """Every check, in the order in which a person would ask."""
+    of_a_node: tuple[tuple[str, str, Callable[[Reader], Finding]], ...] = (
+        ("machine", "a DGX Spark or a twin of it (GB10)", _machine),
+        ("arch", "64-bit Arm", _arch),
+        ("os", "Ubuntu 24.04 (DGX OS 7)", _os),
+        ("driver", "NVIDIA driver 580", _driver),
+        ("sudo", "the use of sudo", _sudo),
+        ("memory", "memory", _memory),
+    )
+    anywhere: tuple[tuple[str, str, Callable[[Reader], Finding]], ...] = (
+        ("python", f"Python {node.stack.python}", lambda _: _python(node)),
+        ("cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node)),
+        ("disk", "free disk", lambda on: _unless_shut(_disk, on, node)),
+        ("clock", "clock", _clock),
+        ("prefix", "a prefix that is free or ours", lambda on: _unless_shut(_prefix, on, node)),
+    )
+    for name, title, look in of_a_node:
+        yield Probe(name, title, _on_a_node(look), "node")
+    for name, title, look in anywhere:
+        yield Probe(name, title, look, "node")
+    if node.several:
+        yield Probe("qsfp", "the QSFP port with the cable", _on_a_node(lambda on: _qsfp(on, node)), "node")
+
+
+def _on_a_node(look: Callable[[Reader], Finding]) -> Callable[[Reader], Finding]:
+    return lambda on: skipped(_LEFT) if on.rehearsal else look(on)
+
+
+def _qsfp(on: Reader, node: Node) -> Finding:
+    from sparkinstall.facts import qsfp
+
+    port = qsfp.port_to_look_at(on, node)
+    names = " + ".join(each.name for each in port.twins)
+    if len(port.twins) < 2:
+        return warned(f"port {port.number}: {names} alone", "a Spark's port has two halves: is the other switched off?")
+    return passed(f"port {port.number}: {names}")
+
+
+def _machine(on: Reader) -> Finding:
+    if machine.has_gb10(on):
+        return passed(machine.product(on) or "NVIDIA GB10")
+    gpu = machine.gpu(on)
+    if gpu and machine.is_gb10(gpu.name):
+        return passed(gpu.name)
+    what = gpu.name if gpu else "no GB10 on the PCI bus"
+    return failed(
+        f"{what}{_named(on)}",
+        "this is for a DGX Spark; anywhere else, rehearse it: `sparkinstall all --root ./node`",
+        "NVIDIA GB10",
+    )
+
+
+def _named(on: Reader) -> str:
+    name = machine.product(on)
+    return f" ({name})" if name else ""
+
+
+def _arch(on: Reader) -> Finding:
+    del on
+    machine = platform.machine()
+    if machine == "aarch64":
+        return passed(machine)
+    return failed(machine, "a DGX Spark is aarch64; rehearse with `--root ./node --platform aarch64`", "aarch64")
+
+
+def _os(on: Reader) -> Finding:
+    found = machine.os_release(on)
+    name = found.get("PRETTY_NAME", "unknown")
+    if found.get("ID") == "ubuntu" and found.get("VERSION_ID") == "24.04":
+        return passed(name)
+    return failed(name, "made for DGX OS 7 (Ubuntu 24.04); at your own risk: `--ignore os`", "Ubuntu 24.04")
+
+
+def _driver(on: Reader) -> Finding:
+    gpu = machine.gpu_or_complaint(on)
+    if isinstance(gpu, str):
+        found = f"nvidia-smi says: {gpu}" if gpu else "nvidia-smi gives no answer"
+        return failed(found, _driver_mend(on, gpu), "580.x")
+    if gpu.driver.split(".")[0] == "580":
+        return passed(gpu.driver)
+    return warned(gpu.driver, "the field has run 580.x; another driver may work, but few have tried it", "580.x")
+
+
+def _driver_mend(on: Reader, complaint: str) -> str:
+    """A Spark comes with its driver. One package of it, put in by hand, has left GPUs that did not come up any more."""
+    if "version mismatch" in complaint or on.entry(_REBOOT_WANTED):
+        return "reboot first: an update waits for it (`sudo reboot`)"
+    return (
+        "take NVIDIA's own update, in the DGX Dashboard or by `sudo apt update && sudo apt dist-upgrade && "
+        "sudo fwupdmgr refresh && sudo fwupdmgr upgrade`, then reboot. One driver package by itself can stop the GPU"
+    )
+
+
+def _cuda(on: Reader, node: Node) -> Finding:
+    if node.config.nccl.mode == "wheel":
+        return skipped("nothing is built here (nccl.mode: wheel)")
+    home = cuda_home(node)
+    if on.rehearsal and (home is None or node.foreign):
+        return skipped(_LEFT)
+    if home is None:
+        mend = "`sudo apt install cuda-toolkit-13-0`, or name yours with `nccl.cuda_home`, or take `nccl.mode: wheel`"
+        return failed("no nvcc found", mend, "/usr/local/cuda")
+    return _nvcc_finding(on, node, home)
+
+
+def _nvcc_finding(on: Reader, node: Node, home: str) -> Finding:
+    version = on.query(f"{home}/bin/nvcc", "--version").out.rpartition("release ")[2].split(",")[0]
+    known = on.query(f"{home}/bin/nvcc", "--list-gpu-arch").out.split()
+    wanted = f"compute_{node.config.nccl.arch.rstrip('af')}"
+    if wanted not in known:
+        return failed(
+            f"nvcc {version} does not know {wanted}",
+            "install CUDA 13.0 or newer, or set `nccl.arch` to one of "
+            + ", ".join(each.removeprefix("compute_") for each in known),
+            wanted,
+        )
+    return passed(f"{version} in {home}")
+
+
+def _sudo(on: Reader) -> Finding:
+    if os.geteuid() == 0 and os.environ.get("SUDO_USER"):
+        return warned(
+            "running as root through sudo: the link, the cache and the command go to root's home",
+            "run it as yourself: sparkinstall asks sudo for the few commands that need it",
+        )
+    if os.geteuid() == 0:
+        return passed("running as root")
+    answer = on.query("sudo", "-n", "true")
+    if answer.ok:
+        return passed("without a password")
+    if answer.code == 127:
+        return failed("sudo is not installed", "install it as root: `apt-get install sudo`", "sudo")
+    return failed(
+        "sudo asks for a password",
+        "run `sudo -v` in this terminal, then the same command again",
+        "sudo without a question",
+    )
+
+
+def _memory(on: Reader) -> Finding:
+    info = machine.parse_meminfo(on.read("/proc/meminfo") or b"")
+    gib = info.get("MemTotal", 0) / 2**20
+    if gib >= 56:
+        return passed(f"{gib:.1f} GiB")
+    return failed(f"{gib:.1f} GiB", "a DGX Spark has 128 GB (a few have 64); is this one?", "56 GiB or more")
+
+
+def _python(node: Node) -> Finding:
+    wanted = node.config.environment.python or f"python{node.stack.python}"
+    if shutil.which(wanted):
+        return passed(wanted)
+    if node.partial:
+        return passed(f"{platform.python_version()} stands in for it (vLLM's wheel fits any)")
+    if not node.rehearsal and node.config.environment.python is None:
+        return passed(f"the step `packages` installs {wanted}")
+    return failed(
+        f"{wanted} is not here",
+        "install it, or name another with `environment.python`",
+        f"Python {node.stack.python}",
+    )
+
+
+def _unless_shut(look: Callable[[Reader, Node], Finding], on: Reader, node: Node) -> Finding:
+    """What `look` finds; or which folder keeps it from looking."""
+    try:
+        return look(on, node)
+    except PermissionError as error:
+        shut = _shut(Path(str(error.filename)))
+    own = shut.stat().st_uid == os.geteuid()
+    mend = f"`chmod u+rwx {shut}`, then again" if own else f"run this as the user to whom {shut} belongs"
+    return failed(f"{shut} cannot be read", mend, "a folder that this user can read")
+
+
+def _shut(path: Path) -> Path:
+    """The outermost folder above `path` that this user cannot look into."""
+    return next((each for each in reversed(path.parents) if not os.access(each, os.R_OK | os.X_OK)), path.parent)
+
+
+def _disk(on: Reader, node: Node) -> Finding:
+    place = Path(on.real(node.prefix))
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    wanted = _PARTIAL_DISK if node.partial else _FULL_DISK
+    if on.entry(f"{node.venv}/sparkinstall.json") or free >= wanted:
+        return passed(f"{free / _GIB:.0f} GiB free")
+    return failed(
+        f"{free / _GIB:.0f} GiB free below {place}",
+        "free some space, or choose a larger disk with `prefix:` in the config",
+        f"{wanted / _GIB:.0f} GiB",
+    )
+
+
+def _clock(on: Reader) -> Finding:
+    del on
+    # Certificates are checked against the clock; one that is years off makes every download fail.
+    made = os.stat(__file__).st_mtime
+    if time.time() < made - 86400:
+        return failed(
+            time.strftime("%Y-%m-%d %H:%M"),
+            "set it: `sudo timedatectl set-ntp true`",
+            "after this tool was installed",
+        )
+    return passed(time.strftime("%Y-%m-%d %H:%M"))
+
+
+def _prefix(on: Reader, node: Node) -> Finding:
+    where = on.real(node.prefix)
+    entry = on.entry(node.prefix)
+    if entry is None:
+        return passed(f"{where} is free")
+    if entry.kind != "dir":
+        return failed(
+            f"{where} is a {entry.kind}",
+            "move it away, or choose another `prefix:` in the config",
+            "a folder",
+        )
+    try:
+        ours = on.entry("/var/lib/sparkinstall/journal.jsonl") is not None
+    except PermissionError:
+        return failed(
+            f"{where} is there, and another user's sparkinstall made it", "run this as that user", "free, or ours"
+        )
+    taken = [name for name in ("venv", "nccl", "env") if on.entry(f"{node.prefix}/{name}")]
+    if taken and not ours:
+        return failed(
+            f"{where} holds {', '.join(taken)}, and no journal of ours says why",
+            "move it away, or choose another `prefix:` in the config",
+            "free, or made by sparkinstall",
+        )
+    return passed(f"{where} is ours" if taken else f"{where} is free")

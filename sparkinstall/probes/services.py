@@ -1,0 +1,248 @@
+"""What is started with the env file, and what was: the NCCL of a small process, and the services as they run."""
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from sparkinstall.errors import NeedsRoot
+from sparkinstall.node import Node
+from sparkinstall.probes import Finding, Probe, failed, nccl, passed, ray, serving, skipped, warned
+from sparkinstall.probes.env_file import with_env_file
+from sparkinstall.records import dataclass
+from sparkinstall.redaction import is_secret_name
+from sparkinstall.system import Reader
+
+_LOOK = """
+import ctypes, json
+class Found(ctypes.Structure):
+    _fields_ = [("file", ctypes.c_char_p)] + [(name, ctypes.c_void_p) for name in ("base", "name", "at")]
+version, found, everything = ctypes.c_int(), Found(), ctypes.CDLL(None)
+try:
+    everything.ncclGetVersion(ctypes.byref(version))
+    everything.dladdr(ctypes.cast(everything.ncclGetVersion, ctypes.c_void_p), ctypes.byref(found))
+except AttributeError:
+    pass
+maps = sorted({line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps") if "/libnccl" in line})
+print(json.dumps({"bound": (found.file or b"").decode(), "version": version.value, "mapped": maps}))
+"""
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
+_ESCAPE = re.compile(r'\\(["\\`$])')
+_LIBRARY = re.compile(r" (/\S.*/libnccl\.so[^/\n]*)$", re.MULTILINE)
+_DELETED = " (deleted)"
+# What the env files name in some settings only: a process that still has one was started with another file.
+_SOMETIMES = (
+    *("LD_PRELOAD", "VLLM_NCCL_SO_PATH", "VLLM_DISABLED_KERNELS", "VLLM_CONFIG_ROOT", "RAY_ADDRESS", "RAY_AUTH_MODE"),
+    *("NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "NCCL_NET_GDR_LEVEL", "NCCL_P2P_DISABLE"),
+)
+
+
+def probes(node: Node) -> Iterable[Probe]:
+    """The quick half of the proof: no torch, no vLLM is loaded for it."""
+    yield Probe("nccl-preload", "the NCCL that a process starts with", lambda on: _preload(node, on), "node")
+    if units(node) and not node.rehearsal:
+        yield Probe("running-env", "the variables of the running services", lambda on: _env(node, on), "node")
+        yield Probe("running-nccl", "the NCCL in the running services", lambda on: _nccl(node, on), "node")
+
+
+def units(node: Node) -> tuple[str, ...]:
+    """The services of this node that start with the env file."""
+    with_ray = node.several and node.config.cluster.executor == "ray"
+    serves = node.config.serving.model is not None and not (node.role == "worker" and with_ray)
+    return (*((ray.unit(node),) if with_ray else ()), *((serving.UNIT,) if serves else ()))
+
+
+# --- a process that is started now
+
+
+def _preload(node: Node, on: Reader) -> Finding:
+    if stop := nccl.not_here(node, on):
+        return stop
+    if isinstance(library := nccl.library(node, on), Finding):
+        return library
+    said = with_env_file(node, on, "python", "-I", "-c", _LOOK)
+    complaint = next((line for line in said.err.splitlines() if "LD_PRELOAD" in line), "")
+    if complaint:
+        return failed(complaint.strip(), nccl.ENV_ANEW, library)
+    try:
+        loaded = nccl.Loaded(**json.loads(said.out.splitlines()[-1]))
+    except (ValueError, IndexError):
+        last = [line for line in said.err.splitlines() if line.strip()][-1:]
+        return failed("".join(last) or f"it ended with code {said.code}", nccl.ENV_ANEW, library)
+    if not loaded.bound:
+        told = "no NCCL is in a process that was started with the env file"
+        return failed(told, nccl.ENV_ANEW, nccl.wanted(library))
+    return nccl.judged(node, library, loaded)
+
+
+# --- the services as they run
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process of one of our services. `began`: clock ticks after the boot."""
+
+    pid: int
+    unit: str
+    name: str
+    began: int
+
+
+def processes_of(names: Iterable[str], on: Reader) -> list[Process]:
+    """The processes in the control groups of these services, whoever their parent is, the oldest first."""
+    wanted = {f"/{name}/": name for name in names}
+    found = []
+    for pid in map(int, filter(str.isdigit, on.names("/proc"))):
+        groups = (_of(on, pid, "cgroup") or b"").decode(errors="replace").splitlines()
+        unit = next((name for part, name in wanted.items() for group in groups if part in f"{group}/"), None)
+        if unit and (stat := _of(on, pid, "stat")):
+            # `pid (name) state parent ...`; the name may hold blanks and brackets.
+            name, _, rest = stat.decode(errors="replace").partition("(")[2].rpartition(")")
+            found.append(Process(pid, unit, name, int(rest.split()[19])))
+    return sorted(found, key=lambda each: (each.began, each.pid))
+
+
+def _of(on: Reader, pid: int, what: str) -> bytes | None:
+    """`/proc/PID/what`; None where the process has ended.
+
+    Raises:
+        NeedsRoot: it is another user's, and sudo asks for a password, or root may not look into it either.
+    """
+    try:
+        return on.read(f"/proc/{pid}/{what}")
+    except ProcessLookupError:
+        return None
+    except PermissionError as error:
+        raise NeedsRoot(f"/proc/{pid}/{what} cannot be read", mend="ask outside of a container") from error
+
+
+def _env(node: Node, on: Reader) -> Finding:
+    if isinstance(running := _running(node, on), Finding):
+        return running
+    # Those that systemd itself has started: what they start in turn may set variables for its own reasons.
+    first = {process.unit: process for process in reversed(running)}
+    try:
+        differs = {unit: list(_differences(node, on, process)) for unit, process in first.items()}
+    except NeedsRoot as problem:
+        return skipped(f"{problem.what}: {problem.mend}")
+    wrong = {unit: each for unit, each in differs.items() if each}
+    if not wrong:
+        return passed(f"{_listed(first)}: as the env file says", on.real(node.env_file))
+    told = "; ".join(f"{unit} was started with {', '.join(each)}" for unit, each in wrong.items())
+    stays = f"if it stays, `systemctl cat {' '.join(wrong)}` shows what else sets them"
+    return warned(told, f"{_restart(wrong)}; {stays}", f"as in {on.real(node.env_file)}")
+
+
+def _running(node: Node, on: Reader) -> list[Process] | Finding:
+    found = processes_of(units(node), on)
+    down = [unit for unit in units(node) if not any(each.unit == unit for each in found)]
+    if len(down) == len(units(node)):
+        return skipped(f"{_listed(down)}: not running")
+    return found
+
+
+def _differences(node: Node, on: Reader, process: Process) -> Iterator[str]:
+    now = _variables(on, process)
+    if not now:
+        return
+    says = _read_by(process.unit, node, on)
+    for name in sorted(says):
+        if now.get(name) != says[name]:
+            yield _difference(name, now.get(name), says[name])
+    for name in _SOMETIMES:
+        if name in now and name not in says:
+            yield _difference(name, now[name], None)
+
+
+def _variables(on: Reader, process: Process) -> dict[str, str]:
+    """What it was started with; empty where it has ended, or has written its title over them."""
+    has = _of(on, process.pid, "environ") or b""
+    return dict(each.partition("=")[::2] for each in has.decode(errors="replace").split("\0") if "=" in each)
+
+
+def _difference(name: str, now: str | None, says: str | None) -> str:
+    if is_secret_name(name):
+        return f"another {name}"
+    if now is None:
+        return f"no {name}"
+    return f"{name}={now} (the file says {says})" if says is not None else f"{name}={now} (the file has none)"
+
+
+def _read_by(unit: str, node: Node, on: Reader) -> dict[str, str]:
+    """What systemd would give the service now: the env file, then what its start finds out about the link."""
+    link = f"/run/{unit.removesuffix('.service')}/link.env"
+    return {name: value for path in (node.env_file, link) for name, value in assignments(on.read(path) or b"").items()}
+
+
+def assignments(content: bytes) -> dict[str, str]:
+    """The variables of one of our env files, as systemd's EnvironmentFile= takes them: all else is skipped."""
+    found = {}
+    for line in content.decode(errors="replace").splitlines():
+        if match := _ASSIGNMENT.fullmatch(line.strip()):
+            found[match[1]] = _unquoted(match[2])
+    return found
+
+
+def _unquoted(value: str) -> str:
+    inner = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
+    return _ESCAPE.sub(r"\1", inner)
+
+
+def _nccl(node: Node, on: Reader) -> Finding:
+    if isinstance(library := nccl.library(node, on), Finding):
+        return library
+    if isinstance(running := _running(node, on), Finding):
+        return running
+    try:
+        with_nccl = {process: found for process in running if (found := _mapped(on, process))}
+        strange = {p: other for p, found in with_nccl.items() if (other := _other(on, p, found, library))}
+    except NeedsRoot as problem:
+        return skipped(f"{problem.what}: {problem.mend}")
+    wanted = nccl.wanted(library)
+    if strange:
+        told = ", ".join(f"{p.name} (pid {p.pid}) has {path}" for p, path in strange.items())
+        return _of_strangers(told, {p.unit for p in strange}, list(strange.values()), wanted)
+    if not with_nccl:
+        return passed(f"{_counted(running)}, none of which has loaded one yet")
+    return passed(_counted(with_nccl), wanted)
+
+
+def _of_strangers(told: str, of_units: Iterable[str], paths: Iterable[str], wanted: str) -> Finding:
+    """A library that was replaced is an old start; another one is an env file that does not reach the process."""
+    if all(path.endswith(_DELETED) for path in paths):
+        return warned(f"{told}: replaced since the start", _restart(of_units), wanted)
+    return failed(
+        told, f"{_restart(of_units)}; LD_PRELOAD has to reach every process: `sparkinstall run ray serving`", wanted
+    )
+
+
+def _mapped(on: Reader, process: Process) -> tuple[str, ...]:
+    maps = _of(on, process.pid, "maps") or b""
+    return tuple(dict.fromkeys(_LIBRARY.findall(maps.decode(errors="replace"))))
+
+
+def _other(on: Reader, process: Process, mapped: Sequence[str], library: str) -> str | None:
+    """The library that the process uses in place of ours; None where it uses ours, whatever is mapped besides."""
+    others = [path for path in mapped if path.endswith(_DELETED) or not nccl.is_same_build(path, library)]
+    if not others or (len(others) < len(mapped) and _preloads(on, process, library)):
+        return None
+    return others[0]
+
+
+def _preloads(on: Reader, process: Process, library: str) -> bool:
+    """Of two libraries torch takes the one of its wheel, unless ours was there before; who hides it is believed."""
+    variables = _variables(on, process)
+    named = variables.get("LD_PRELOAD", "").replace(":", " ").split()
+    return not variables or any(nccl.is_same_build(path, library) for path in named)
+
+
+def _restart(of_units: Iterable[str]) -> str:
+    return f"`sudo systemctl restart {' '.join(sorted(set(of_units)))}`"
+
+
+def _counted(processes: Collection[Process]) -> str:
+    number = len(processes)
+    return f"{number} process{'es' if number != 1 else ''} of {_listed(each.unit for each in processes)}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(dict.fromkeys(names))

@@ -1,0 +1,268 @@
+"""NCCL built from source for one GPU architecture: once, and never again while nothing it is made of changes."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sparkinstall import elf
+from sparkinstall.errors import BadConfig, Blocked
+from sparkinstall.facts.machine import cores
+from sparkinstall.records import dataclass
+from sparkinstall.resources import Drift, LeftToNode, Satisfied, State
+from sparkinstall.resources.nccl_source import NcclSource
+from sparkinstall.system import Entry, Reader, System
+
+KEPT_LIBRARY, KEPT_STAMP = "libnccl.so", "build.json"
+
+# How long before a kill a compiler may have last written to an output that it never finished, in seconds.
+# Seen: 0.6 (nvcc, ld and generate.py write in place, and make takes any file that is there for a whole one).
+_SETTLED = 30
+_CUDART_VERSION = re.compile(rb"#define\s+CUDART_VERSION\s+(\d+)")
+_ASK_VERSION = (
+    "import ctypes,sys; v=ctypes.c_int(); l=ctypes.CDLL(sys.argv[1]); l.ncclGetVersion(ctypes.byref(v)); print(v.value)"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what the built library is. Two equal recipes need no second build."""
+
+    version: str
+    arch: str
+    compiler: str
+    source: str
+    only_functions: str | None
+
+    @property
+    def id(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class NcclLibrary:
+    """`folder`/lib/libnccl.so.2, built from `source` by the toolkit in `cuda_home` (a real path)."""
+
+    folder: str
+    source: NcclSource
+    arch: str
+    cuda_home: str | None
+    jobs: int
+    only_functions: str | None
+    left: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"nccl:{self.folder}/lib/libnccl.so.2"
+
+    @property
+    def library(self) -> str:
+        return f"{self.folder}/lib/libnccl.so.2"
+
+    def check(self, on: Reader) -> State:
+        if self.left:
+            return LeftToNode(self.left)
+        stamp = self._stamp(on)
+        recipe = self.recipe(on)
+        if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
+            return Satisfied(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
+        is_kept, name = bool(self._kept_stamp(recipe)), f"NCCL {recipe.version} for sm_{self.arch}"
+        if not is_kept and on.rehearsal and (why := self.source.out_of_reach(on)):
+            return LeftToNode(f"it builds NCCL {recipe.version} ({why})")
+        what = f"install {name}, which was built before" if is_kept else f"build {name} from {self.source.where}"
+        return Drift(what, _as_lines(stamp.get("recipe", {})), _as_lines(asdict(recipe)))
+
+    def _stamp(self, on: Reader) -> dict[str, Any]:
+        try:
+            found = json.loads(on.read(f"{self.folder}/build.json") or b"{}")
+        except ValueError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def recipe(self, on: Reader) -> Recipe:
+        """What would be built here."""
+        return Recipe(
+            self.source.version,
+            self.arch,
+            compiler_id(self.cuda_home),
+            self.source.identity(on),
+            self.only_functions,
+        )
+
+    def _identity(self, on: Reader) -> list[int] | None:
+        """Size and time of the file that the name leads to; a changed library changes them."""
+        entry = self._file(on)
+        return [entry.size, entry.mtime_ns] if entry else None
+
+    def _file(self, on: Reader) -> Entry | None:
+        folder = on.entry(f"{self.folder}/lib")
+        base = f"{self.folder}/{folder.target}" if folder and folder.kind == "link" else f"{self.folder}/lib"
+        name = f"{base}/libnccl.so.2"
+        for _ in range(3):
+            entry = on.entry(name)
+            if entry is None or entry.kind != "link":
+                return entry
+            name = f"{base}/{entry.target}"
+        return None
+
+    def kept(self, recipe: Recipe) -> Path:
+        """The real folder where the library of this recipe is kept: built here before, or by another node."""
+        return self.source.cache / "built" / recipe.id
+
+    def _kept_stamp(self, recipe: Recipe) -> dict[str, Any] | None:
+        try:
+            stamp = json.loads((self.kept(recipe) / KEPT_STAMP).read_bytes())
+            return stamp if stamp["recipe"] == asdict(recipe) else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def apply(self, on: System) -> None:
+        # What is as it should be, and asked for all the same, is wanted from its source.
+        anew = isinstance(self.check(on), Satisfied)
+        on.claim(self.folder)
+        if anew or not self._take_kept(on):
+            self._build(on)
+
+    def _take_kept(self, on: System) -> bool:
+        """Whether a library of this recipe is kept, is what it says it is, and was installed."""
+        recipe = self.recipe(on)
+        stamp, library = self._kept_stamp(recipe), self.kept(recipe) / KEPT_LIBRARY
+        try:
+            content = library.read_bytes()
+            if stamp is None or stamp.get("sha256") != hashlib.sha256(content).hexdigest():
+                return False
+            self._prove(on, str(library), recipe)
+        except (OSError, ValueError, Blocked):
+            # Nothing was lost: it is built here instead.
+            return False
+        self._install(on, recipe, content)
+        return True
+
+    def _install(self, on: System, recipe: Recipe, content: bytes) -> None:
+        build, name = f"build-{recipe.id}", f"libnccl.so.{recipe.version.split('-')[0]}"
+        on.clear(f"{self.folder}/{build}")
+        on.write(f"{self.folder}/{build}/lib/{name}", content, 0o755)
+        on.link(f"{self.folder}/{build}/lib/libnccl.so.2", name)
+        on.link(f"{self.folder}/lib", f"{build}/lib")
+        self._write_stamp(on, recipe)
+
+    def _build(self, on: System) -> None:
+        source = self.source.bring(on, f"{self.folder}/source")
+        recipe = self.recipe(on)
+        build = f"build-{recipe.id}"
+        self._make(on, on.real(source), on.real(f"{self.folder}/{build}"))
+        self._prove(on, on.real(f"{self.folder}/{build}/lib/libnccl.so.2"), recipe)
+        on.link(f"{self.folder}/lib", f"{build}/lib")
+        on.clear(f"{self.folder}/{build}/obj")
+        self._write_stamp(on, recipe)
+        self._keep(on, recipe)
+
+    def _keep(self, on: Reader, recipe: Recipe) -> None:
+        """For the next time: after an uninstall, below another prefix, for another stack with the same NCCL."""
+        folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: f"{self.folder}/build.json"}
+        # A cache that cannot be written to costs a build, some day.
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, path in files.items():
+                shutil.copyfile(on.real(path), folder / f"{name}.new")
+                (folder / f"{name}.new").replace(folder / name)
+
+    def _make(self, on: System, source: str, build: str) -> None:
+        unfinished = _unfinished(Path(build))
+        if unfinished:
+            on.run("rm", "-rf", "--", *unfinished)
+        jobs = self.jobs or cores()
+        argv = [
+            "make",
+            f"-j{jobs}",
+            "-C",
+            source,
+            "src.build",
+            f"BUILDDIR={build}",
+            f"CUDA_HOME={self.cuda_home}",
+        ]
+        argv.append(f"NVCC_GENCODE=-gencode=arch=compute_{self.arch},code=sm_{self.arch}")
+        if self.only_functions:
+            argv.append(f"ONLY_FUNCS={self.only_functions}")
+        listed = on.query(*argv, "-n", timeout=120).out
+        on.run(*argv, watch=_Compiled(on.progress, total=listed.count("Compiling")).read)
+
+    def _prove(self, on: System, library: str, recipe: Recipe) -> None:
+        archs = {code.arch for code in elf.gpu_code(Path(library))}
+        if f"sm_{self.arch}" not in archs:
+            raise Blocked(f"the NCCL that was built has no sm_{self.arch} code in it", why=f"it has {sorted(archs)}")
+        answer = on.query(sys.executable, "-c", _ASK_VERSION, library)
+        if answer.out.strip() != str(version_number(recipe.version)):
+            raise Blocked(
+                f"the NCCL that was built is not {recipe.version}: it says {answer.out.strip() or answer.err.strip()}",
+                mend="`nccl.source` is the source of another version: name the right one, or set `nccl.version`",
+            )
+
+    def _write_stamp(self, on: System, recipe: Recipe) -> None:
+        real = Path(on.real(self.library))
+        stamp = {
+            "recipe": asdict(recipe),
+            "library": self._identity(on),
+            "build_id": elf.build_id(real),
+            "sha256": hashlib.sha256(real.read_bytes()).hexdigest(),
+        }
+        on.write(f"{self.folder}/build.json", json.dumps(stamp, indent=2, sort_keys=True).encode() + b"\n")
+
+
+def _as_lines(recipe: Mapping[str, Any]) -> str:
+    return "".join(f"{name}: {value}\n" for name, value in recipe.items() if value is not None)
+
+
+@dataclass
+class _Compiled:
+    """Counts the units that make says it compiles."""
+
+    on_progress: Callable[[int, int, str], None]
+    total: int
+    done: int = 0
+
+    def read(self, line: str) -> None:
+        if line.startswith("Compiling"):
+            self.done += 1
+            self.on_progress(self.done, self.total, "files")
+
+
+def _unfinished(build: Path) -> list[str]:
+    """What a killed build may have left half written: all that was written last, and the generated sources
+    and linked files around it."""
+    files = {
+        Path(base, name): os.lstat(os.path.join(base, name)) for base, _, names in os.walk(build) for name in names
+    }
+    if not files:
+        return []
+    newest = max(found.st_mtime for found in files.values())
+    doubtful = [path for path, found in files.items() if found.st_size == 0 or found.st_mtime > newest - _SETTLED]
+    # generate.py writes many files and then the list of them: half of them without the list are not seen as missing.
+    generated = {parent for path in doubtful for parent in path.parents if parent.name == "gensrc"}
+    linked = [build / "lib", build / "bin"]
+    return sorted(str(path) for path in {*doubtful, *generated, *linked})
+
+
+def version_number(version: str) -> int:
+    """`2.28.9` as ncclGetVersion() gives it: 22809 (NCCL's NCCL_VERSION macro)."""
+    numbers = [int(part) for part in version.split("-")[0].split(".")]
+    if len(numbers) != 3:
+        raise BadConfig(f"`nccl.version` must be three numbers such as 2.28.9, not {version}")
+    return numbers[0] * 10000 + numbers[1] * 100 + numbers[2]
+
+
+def compiler_id(cuda_home: str | None) -> str:
+    """Which CUDA compiler this is, without running it."""
+    if cuda_home is None:
+        return "none"
+    header = Path(cuda_home, "include", "cuda_runtime_api.h")
+    found = _CUDART_VERSION.search(header.read_bytes()) if header.is_file() else None
+    version = int(found[1]) if found else 0
+    return f"CUDA {version // 1000}.{version % 1000 // 10}, nvcc of {Path(cuda_home, 'bin/nvcc').stat().st_size} bytes"

@@ -1,0 +1,69 @@
+"""Whether the NCCL that will be preloaded has every symbol that this torch takes from it."""
+
+from pathlib import Path
+from typing import Any
+
+from sparkinstall import elf
+from sparkinstall.errors import Blocked
+from sparkinstall.node import Node, nccl_library, site_packages
+from sparkinstall.records import dataclass
+from sparkinstall.resources import Drift, LeftToNode, Satisfied, State, Unknown
+from sparkinstall.resources.decisions import as_text, record, recorded
+from sparkinstall.system import Reader, System
+
+_SYMBOLS = "nccl"
+
+
+@dataclass(frozen=True)
+class NcclFitsTorch:
+    """A library that lacks a symbol would break `import torch` for whoever sources the env file."""
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return "nccl-fits-torch"
+
+    @property
+    def _path(self) -> str:
+        return f"{self.node.prefix}/nccl-fits-torch.json"
+
+    def check(self, on: Reader) -> State:
+        library, torch = self._pair(on)
+        if self.node.partial:
+            return LeftToNode("it compares NCCL's symbols with torch's (torch is not installed here without --full)")
+        if on.rehearsal and library is None:
+            return LeftToNode("it compares NCCL's symbols with torch's (no NCCL was built here)")
+        if torch is None or library is None:
+            return Unknown("environment" if torch is None else "nccl")
+        about = _about(library, torch)
+        if recorded(on, self._path).get("about") == about:
+            return Satisfied(f"{recorded(on, self._path)['symbols']} symbols")
+        return Drift("compare NCCL's symbols with those that torch needs", "", as_text(about))
+
+    def _pair(self, on: Reader) -> tuple[Path | None, Path | None]:
+        site, library = site_packages(self.node, on), nccl_library(self.node, on)
+        torch = Path(on.real(f"{site}/torch/lib/libtorch_cuda.so"))
+        nccl = Path(on.real(library)) if library else None
+        return (nccl if nccl and nccl.exists() else None), (torch if site and torch.exists() else None)
+
+    def apply(self, on: System) -> None:
+        library, torch = self._pair(on)
+        assert library and torch, "the engine applies only what can be told"
+        needed = elf.undefined_symbols(torch, _SYMBOLS)
+        missing = sorted(needed - elf.defined_symbols(library, _SYMBOLS))
+        if missing:
+            raise Blocked(
+                f"NCCL {self.node.nccl_version} lacks what this torch needs: {', '.join(missing[:4])}",
+                why=f"torch was built with a newer NCCL; loading {library} would break `import torch`",
+                mend=f"take the NCCL that the stack names ({self.node.stack.nccl.version}), or `nccl.mode: wheel`",
+            )
+        record(on, self._path, {"about": _about(library, torch), "symbols": len(needed)})
+
+
+def _about(library: Path, torch: Path) -> dict[str, Any]:
+    """What is compared; raises NotALibrary where one of them is damaged."""
+    return {
+        "nccl": elf.build_id(library),
+        "torch": elf.build_id(torch) or str(torch.stat().st_size),
+    }

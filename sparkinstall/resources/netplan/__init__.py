@@ -1,0 +1,1 @@
+"""netplan for the QSFP ports: its files, and the live interfaces."""

@@ -1,0 +1,440 @@
+"""The QSFP port in netplan's files, and as it is live: addresses, MTU, and never locked out by a change of them."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+from sparkinstall.errors import Blocked, CommandFailed, Interrupted, Problem
+from sparkinstall.facts import qsfp
+from sparkinstall.node import Node
+from sparkinstall.probes import network
+from sparkinstall.records import dataclass
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, rollback
+from sparkinstall.resources.netplan import files
+from sparkinstall.system import Reader, System, Undo
+from sparkinstall.system.local import LocalSystem
+
+TIMER = "network"
+"""The name under which the dead man's handle is armed."""
+
+_SERVICES = {"networkd": "systemd-networkd", "NetworkManager": "NetworkManager"}
+_PATIENCE = 40.0
+"""How long a network that was just applied may take to settle, in seconds; at most two thirds of the timer's."""
+_UNDO = "netplan"
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What one look at the node and its files gave: enough to judge them, and to make them so."""
+
+    on: Reader
+    node: Node
+
+    @cached_property
+    def halves(self) -> tuple[files.Half, ...]:
+        twins = qsfp.port_to_look_at(self.on, self.node).twins
+        return tuple(files.Half(t.name, a) for t, a in zip(twins, network.own_addresses(self.node), strict=False))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(half.name for half in self.halves)
+
+    @cached_property
+    def read(self) -> tuple[files.NetplanFile, ...]:
+        return files.read_all(self.on)
+
+    @cached_property
+    def claims(self) -> list[files.Claim]:
+        return files.claims(self.read, self.names, files.devices(self.on, self.names))
+
+    @cached_property
+    def target(self) -> files.NetplanFile | None:
+        return next((each for each in self.read if each.path == files.TARGET), None)
+
+    @property
+    def former(self) -> frozenset[str]:
+        """Interfaces that an earlier run set up, and that are not to be any more."""
+        return (self.target.formerly_ours if self.target else frozenset()) - set(self.names)
+
+    @cached_property
+    def wanted(self) -> dict[str, bytes | None]:
+        """Every file that has to change, and its content then; None: it goes."""
+        found: dict[str, bytes | None] = {}
+        for file in {claim.file.path: claim.file for claim in self.claims}.values():
+            if file.path != files.TARGET:
+                taken = [(claim.kind, claim.id) for claim in self.claims if claim.file == file]
+                found[file.path] = files.without(file, taken)
+        if not self._target_is_right():
+            found[files.TARGET] = self._target_content
+        return found
+
+    @cached_property
+    def _target_content(self) -> bytes:
+        mine = {claim.id for claim in self.claims if claim.file.path == files.TARGET}
+        dropped = mine | set(self.target.formerly_ours if self.target else ())
+        by = _renderer(self.on, self.read)
+        return files.rendered(self.halves, self.node.config.network.mtu, by, self.target, dropped)
+
+    def _target_is_right(self) -> bool:
+        entry = self.on.entry(files.TARGET)
+        whole = entry is not None and entry.kind == "file" and entry.mode == 0o600
+        return whole and self.target is not None and self.target.content == self._target_content
+
+    def obstacle(self) -> Obstacle | None:
+        """The first thing in the way."""
+        looks = (self._no_netplan, self._not_to_be_taken, self._beside_netplan, self._lan)
+        return next((found for look in looks if (found := look())), None)
+
+    def _no_netplan(self) -> Obstacle | None:
+        if self.on.rehearsal or self.on.entry(files.PROGRAM):
+            return None
+        return Obstacle(
+            "this node has no netplan",
+            "install it (`sudo apt-get install netplan.io`), or set the links up yourself and say"
+            " `network.manage: false`",
+        )
+
+    def _not_to_be_taken(self) -> Obstacle | None:
+        names = ", ".join(self.names)
+        for claim in self.claims:
+            if not claim.file.ours_to_change:
+                return Obstacle(
+                    f"{claim.file.path} configures {names} (`{claim.id}`), and comes back at every boot or upgrade",
+                    f"take `{claim.id}` out where that file is made, or hide it with an empty"
+                    f" {files.OWN_FOLDER}/{claim.file.name}",
+                )
+            if claim.others:
+                return Obstacle(
+                    f"`{claim.id}` in {claim.file.path} configures {names} together with {claim.others}",
+                    f"make it fit the others only (`sudoedit {claim.file.path}`), then run again",
+                )
+        for file, kind, name, part in files.made_of(self.read, {*self.names, *(claim.id for claim in self.claims)}):
+            return Obstacle(
+                f"`{name}` ({kind}) in {file.path} is made of {part}, an interface of the QSFP port",
+                f"take {part} out of it (`sudoedit {file.path}`), or name another with `network.interface`",
+            )
+        return None
+
+    def _beside_netplan(self) -> Obstacle | None:
+        for path, name in files.keyfiles(self.on):
+            if name in self.names:
+                remove = f"sudo rm {rollback.quoted([path])} && sudo nmcli connection reload"
+                return Obstacle(
+                    f"NetworkManager has a profile of its own for {name}, {path}: at a boot it may win over netplan's",
+                    f"take it away (`{remove}`), then run again",
+                )
+        return None
+
+    def _lan(self) -> Obstacle | None:
+        return self._twice_in_files() or (None if self.on.rehearsal else self._lan_live())
+
+    def _twice_in_files(self) -> Obstacle | None:
+        wanted = {str(half.address.ip) for half in self.halves}
+        taken = {(claim.file.path, claim.kind, claim.id) for claim in self.claims}
+        former = {(files.TARGET, "ethernets", name) for name in self.former}
+        for file in self.read:
+            for kind, name, fields in file.definitions():
+                if (file.path, kind, name) not in taken | former and (both := wanted & _addresses_in(fields)):
+                    return _in_use(min(both), f"`{name}` in {file.path} has it")
+        return None
+
+    def _lan_live(self) -> Obstacle | None:
+        ours = {*self.names, *self.former, "lo"}
+        for name, there in qsfp.addresses(self.on).items():
+            both = {str(half.address.ip) for half in self.halves} & {each.partition("/")[0] for each in there}
+            if name not in ours and both:
+                return _in_use(min(both), f"{name} has it")
+        for route in network.routes(self.on):
+            for half in self.halves:
+                if route.interface not in ours and route.to.prefixlen and route.to.overlaps(half.address.network):
+                    return Obstacle(
+                        f"the subnet {half.address.network} of {half.name} is in use already: {route.interface} leads"
+                        f" to {route.to}",
+                        "choose others with `cluster.head`, `cluster.workers` and `network.twin_subnet`",
+                    )
+        return None
+
+
+def _in_use(address: str, by: str) -> Obstacle:
+    return Obstacle(
+        f"the address {address} is in use already: {by}",
+        "choose another with `cluster.head`, `cluster.workers` or `cluster.address` (and `network.twin_subnet`)",
+    )
+
+
+def _addresses_in(fields: Mapping[str, Any]) -> set[str]:
+    said = fields.get("addresses")
+    # Each is text, or a mapping from the text to its options.
+    words = [next(iter(each), "") if isinstance(each, dict) else str(each) for each in said or ()]
+    return {word.partition("/")[0] for word in words}
+
+
+def _renderer(on: Reader, read: Sequence[files.NetplanFile]) -> str:
+    """The renderer that the files name, unless only the other one runs."""
+    said = files.renderer(read)
+    if on.rehearsal or said not in _SERVICES:
+        return said
+    answers = on.query("systemctl", "is-active", *_SERVICES.values()).out.split()
+    running = [name for name, answer in zip(_SERVICES, answers, strict=False) if answer == "active"]
+    return said if said in running or not running else running[0]
+
+
+@dataclass(frozen=True)
+class Netplan:
+    """netplan's files give the QSFP port its addresses and MTU, and no other file speaks of it."""
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return f"netplan:{files.TARGET}"
+
+    def check(self, on: Reader) -> State:
+        plan = _Plan(on, self.node)
+        try:
+            if obstacle := plan.obstacle():
+                return obstacle
+        except files.BadFile as bad:
+            return Obstacle(bad.what, bad.mend)
+        if not plan.wanted:
+            return Satisfied(", ".join(plan.names))
+        # Raises where the port may be looked at and not touched.
+        qsfp.used_port(on, self.node)
+        before = {path: on.read(path) for path in plan.wanted}
+        return Drift(_summary(plan), files.shown(before), files.shown(plan.wanted))
+
+    def apply(self, on: System) -> None:
+        plan = _Plan(on, self.node)
+        files.validate(on, plan.read, plan.wanted)
+        if on.rehearsal:
+            _write(on, plan.wanted)
+        else:
+            _refuse_answered(on, plan)
+            _guarded(on, plan, lambda: _write(on, plan.wanted))
+
+
+def _summary(plan: _Plan) -> str:
+    taken = sorted(path for path in plan.wanted if path != files.TARGET)
+    also = f", taking over what {', '.join(taken)} says of it" if taken else ""
+    return f"set up {' and '.join(plan.names)} with MTU {plan.node.config.network.mtu} in {files.TARGET}{also}"
+
+
+def _write(on: System, wanted: Mapping[str, bytes | None]) -> None:
+    # Ours comes first: a run that is killed in between leaves the interfaces with one file too many, not too few.
+    for path in sorted(wanted, key=lambda each: each != files.TARGET):
+        content, entry = wanted[path], on.entry(path)
+        if content is None:
+            on.remove(path)
+        else:
+            on.write(path, content, 0o600 if path == files.TARGET or entry is None else entry.mode)
+
+
+@dataclass(frozen=True)
+class LiveLink:
+    """The QSFP interfaces are up with the MTU and the addresses that the file gives them."""
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return "link:qsfp"
+
+    def check(self, on: Reader) -> State:
+        plan = _Plan(on, self.node)
+        mtu = self.node.config.network.mtu
+        if on.rehearsal:
+            return LeftToNode(f"netplan applies it there: {', '.join(_then(each, mtu) for each in plan.halves)}")
+        now = network.live(on)
+        if any(not _is_so(each, mtu, now) for each in plan.halves):
+            qsfp.used_port(on, self.node)
+            before, after = (_now(each, now) for each in plan.halves), (_then(each, mtu) for each in plan.halves)
+            return Drift("apply the network", "\n".join(before) + "\n", "\n".join(after) + "\n")
+        if rollback.armed(on, TIMER) and not self.node.confirm_later:
+            return Drift("confirm the network that an earlier run has left unconfirmed")
+        return Satisfied()
+
+    def apply(self, on: System) -> None:
+        _guarded(on, _Plan(on, self.node), lambda: None)
+
+
+def _is_so(half: files.Half, mtu: int, now: Mapping[str, network.Live]) -> bool:
+    there = now.get(half.name)
+    if there is None or not there.up or there.mtu != mtu:
+        return False
+    # NetworkManager gives an address only where there is a carrier; `verify` says what is missing then.
+    return str(half.address) in there.addresses or not there.carrier
+
+
+def _then(half: files.Half, mtu: int) -> str:
+    return f"{half.name}: {half.address}, MTU {mtu}"
+
+
+def _now(half: files.Half, now: Mapping[str, network.Live]) -> str:
+    there = now.get(half.name)
+    if there is None or not there.up:
+        return f"{half.name}: down"
+    return f"{half.name}: {', '.join(there.addresses) or 'no address'}, MTU {there.mtu}"
+
+
+def _refuse_answered(on: Reader, plan: _Plan) -> None:
+    """Somebody else on the cable may have our address.
+
+    Raises:
+        Blocked: that is so.
+    """
+    now = network.live(on)
+    for half in plan.halves:
+        there = now.get(half.name)
+        ip = str(half.address.ip)
+        if not there or not there.carrier or ip in {each.partition("/")[0] for each in there.addresses}:
+            continue
+        if owner := network.neighbour(on, half.name, ip):
+            found = _in_use(ip, f"{owner} answers to it on {half.name}")
+            raise Blocked(found.what, mend=found.mend)
+
+
+def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
+    """Make a change of the network with a dead man's handle: it stays only if what was reachable still is.
+
+    Raises:
+        Problem: it did not; everything is as it was before.
+    """
+    qsfp.used_port(on, plan.node)
+    config, paths = plan.node.config.network, tuple(plan.wanted)
+    before, reach = _live_state(on, plan), network.reach(on, plan.node)
+    added = {half.name: str(half.address) for half in plan.halves}
+    on.promise(Undo(_UNDO, "the QSFP link", before, added))
+    rollback.arm(on, TIMER, restoring(before, added), config.dead_man, paths)
+    until = time.monotonic() + min(_PATIENCE, config.dead_man * 2 / 3)
+    try:
+        change()
+        on.run(files.PROGRAM, "apply", root=True)
+        _settle(on, plan, reach, until)
+    except (Problem, OSError) as problem:
+        raise _put_back(on, problem) from problem
+    if not plan.node.confirm_later:
+        rollback.disarm(on, TIMER)
+
+
+def _settle(on: Reader, plan: _Plan, reach: network.Reach, until: float) -> None:
+    """Wait until the links are as they should be and all that answered before answers again."""
+    while problem := _unsettled(on, plan) or network.lost(reach, on, plan.node):
+        if time.monotonic() > until:
+            raise Problem(
+                f"the new network was not kept: {problem}",
+                mend="look at the cable and at `journalctl -u systemd-networkd -u NetworkManager`, then run again",
+            )
+        time.sleep(0.5)
+
+
+def _unsettled(on: Reader, plan: _Plan) -> str:
+    now, mtu = network.live(on), plan.node.config.network.mtu
+    return next((_now(each, now) for each in plan.halves if not _is_so(each, mtu, now)), "")
+
+
+def _put_back(on: System, problem: Exception) -> Problem:
+    """The former state at once, without waiting for the timer; and the problem, which says so."""
+    later = "the former network comes back by itself when the timer runs out"
+    try:
+        became = "everything is as it was before" if rollback.fire(on, TIMER) else later
+    except Interrupted:
+        return Interrupted(f"interrupted; {later}", mend="wait for that, then run the same command again")
+    if not isinstance(problem, Problem):
+        return Problem(f"{problem}; {became}")
+    said = Problem(f"{problem.what}; {became}", why=problem.why, mend=problem.mend, log=problem.log, tail=problem.tail)
+    said.code = problem.code
+    return said
+
+
+def _live_state(on: Reader, plan: _Plan) -> dict[str, Any]:
+    """The interfaces as they are, in the journal's words. Addresses that DHCP gave come back by themselves."""
+    now = network.live(on)
+    found = {}
+    for name in sorted({*plan.names, *plan.former}):
+        if there := now.get(name):
+            kept = [each for each in there.addresses if each not in there.leased]
+            found[name] = {"mtu": there.mtu, "up": there.up, "addresses": kept}
+    return found
+
+
+def restoring(before: Mapping[str, Any], added: Mapping[str, str]) -> str:
+    """Lines for /bin/sh that make the interfaces what they were, once netplan's files are so.
+
+    `netplan apply` leaves an MTU that no file names as it is.
+    """
+    lines = [f"{files.PROGRAM} apply"]
+    for name, was in before.items():
+        lines += [_line(*words) for words in _changes(name, was, added.get(name))]
+    return "\n".join(lines)
+
+
+def _changes(name: str, was: Mapping[str, Any], added: str | None) -> Iterable[tuple[str, ...]]:
+    if added and added not in was["addresses"]:
+        yield "ip", "address", "del", added, "dev", name
+    yield "ip", "link", "set", "dev", name, "mtu", str(was["mtu"])
+    yield from (("ip", "address", "replace", each, "dev", name) for each in was["addresses"])
+    if not was["up"]:
+        yield "ip", "link", "set", "dev", name, "down"
+
+
+def _line(*words: str) -> str:
+    return rollback.quoted(words) + " 2> /dev/null || true"
+
+
+def take_back(on: LocalSystem, records: Iterable[Undo]) -> bool:
+    """After the files are back: apply them, and give the interfaces their MTU and addresses of before.
+
+    Returns whether there was anything to do.
+
+    Raises:
+        CommandFailed: netplan refuses.
+        Blocked: this ssh session came in at an address that would go.
+    """
+    if on.rehearsal or not on.entry(files.PROGRAM):
+        return False
+    records = tuple(records)
+    _refuse_own_way(on, records)
+    rollback.drop(on, TIMER)
+    before, added = _first_of(records)
+    kept = {name for name, address in added.items() if _still_named(on, address) and name in before}
+    script = restoring({name: was for name, was in before.items() if name not in kept}, added)
+    answer = on.query("sh", "-ec", script, timeout=120, root=True)
+    if not answer.ok:
+        raise CommandFailed(
+            "`netplan apply` failed",
+            why=(answer.err or answer.out).strip()[-300:],
+            mend="look at the files in /etc/netplan, then run the same command again",
+        )
+    return True
+
+
+def _refuse_own_way(on: Reader, records: Iterable[Undo]) -> None:
+    """A session must not cut the branch that it sits on: nobody would be left to see how it ended."""
+    before, added = _first_of(records)
+    own = dict.fromkeys(qsfp.session()[2:3])
+    for name, address in added.items():
+        had = {each.partition("/")[0] for each in before.get(name, {}).get("addresses", ())}
+        ip = address.partition("/")[0]
+        if ip in own and ip not in had and not _still_named(on, address):
+            raise Blocked(
+                f"{name} stays as it is for now: this ssh session came in at its address {ip}, which would go.",
+                mend="Come in over another interface, and run `sparkinstall uninstall` again.",
+            )
+
+
+def _first_of(records: Iterable[Undo]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What each interface was before the first change, and what it was given last."""
+    before: dict[str, Any] = {}
+    added: dict[str, str] = {}
+    for undo in records:
+        for name, was in undo.before.items():
+            before.setdefault(name, was)
+        added.update(undo.after)
+    return before, added
+
+
+def _still_named(on: Reader, address: str) -> bool:
+    """Whether a file that stays, since somebody else changed it, still gives out this address."""
+    folder = files.OWN_FOLDER
+    return any(address.encode() in (on.read(f"{folder}/{name}") or b"") for name in on.names(folder))

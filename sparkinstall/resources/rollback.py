@@ -1,0 +1,131 @@
+"""A dead man's handle: a timer of systemd that puts things back unless the run says in time that all is well.
+
+It lives in systemd, not in this process: a tool or an ssh session that is killed cannot take it along. Nor does a
+reboot, which is what people try with a machine that does not answer any more: a unit then puts things back at the boot.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from sparkinstall.errors import CommandFailed, Problem
+from sparkinstall.resources.template import render
+from sparkinstall.system import Reader, System
+from sparkinstall.system.local import LocalSystem, staged
+
+HOME = "/var/lib/sparkinstall-dead-man"
+"""There as long as something waits for a confirmation. Root's alone, since root runs what is in it."""
+
+_TEMPLATE = "dead-man.sh.j2"
+_PLACES = {"home": HOME, "units": "/etc/systemd/system", "lock": "/run/sparkinstall-dead-man.lock"}
+_UNIT = "sparkinstall-dead-man-"
+_FIRED = 9
+
+
+class Fired(Problem):
+    """The confirmation came too late: the timer has put things back."""
+
+    code = "dead-man"
+
+
+def armed(on: Reader, name: str | None = None) -> bool:
+    """Whether the timer `name`, or any, waits for a confirmation."""
+    return bool(_waiting(on) if name is None else on.entry(f"{HOME}/{name}"))
+
+
+def _waiting(on: Reader) -> tuple[str, ...]:
+    return tuple(name for name in on.names(HOME) if "." not in name)
+
+
+def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence[str] = ()) -> None:
+    """In `seconds` from now, put the files `keep` back as they are now and run `restore_script`, unless disarmed.
+
+    One of that name that is armed still, or was when its run was killed, is set anew with the files and the script
+    that it has: what it remembers is the former state, and what is there now may be a killed run's.
+
+    Args:
+        restore_script: lines for /bin/sh, run by root.
+        keep: absolute paths; one that is not there is removed again.
+
+    Raises:
+        Problem: it could not be set; nothing was changed.
+    """
+    for path in keep:
+        if "|" in path or not path.isprintable():
+            raise Problem(f"{path!a} could not be put back by a script", mend="give that file a name of letters")
+    lines = [f"{path}|{staged(path)}" for path in keep]
+    try:
+        on.run(*_words("arm", _program(), name, str(seconds), restore_script, *lines), root=True)
+    except CommandFailed as failure:
+        raise Problem(
+            "the timer that would put things back could not be set; nothing was changed",
+            why=" ".join(failure.tail[-2:]),
+            mend="systemd must run here, and this user must be allowed to use sudo",
+            log=failure.log,
+        ) from failure
+
+
+def disarm(on: System | LocalSystem, name: str) -> None:
+    """All is well with `name`: what there is now stays.
+
+    Raises:
+        Fired: too late, the former state is back.
+        Problem: the timer could not be stopped.
+    """
+    answer = on.query(*_words("confirm", name), root=True)
+    if answer.code == _FIRED:
+        raise Fired(
+            f"the {name} was put back as it was: nobody confirmed it in time",
+            mend="give it longer with `network.dead_man` in the config, then run the same command again",
+        )
+    if not answer.ok:
+        raise Problem(
+            f"the timer that would put the {name} back could not be stopped",
+            why=answer.err.strip(),
+            mend="run the same command again as a user who may use sudo",
+        )
+
+
+def drop(on: System | LocalSystem, name: str) -> None:
+    """What there is now stays, or is put back in another way: nothing of `name` waits any more or is left.
+
+    Raises:
+        Fired: too late, the former state is back.
+        Problem: the timer could not be stopped.
+    """
+    if armed(on, name):
+        disarm(on, name)
+    elif on.entry(HOME):
+        on.query(*_words("forget", name), root=True)
+
+
+def confirm(on: System | LocalSystem) -> tuple[str, ...]:
+    """Keep all that waits for a confirmation; what that was (empty: nothing waits, or it is too late).
+
+    Raises:
+        Fired: a timer was faster.
+    """
+    names = _waiting(on)
+    for name in names:
+        disarm(on, name)
+    return names
+
+
+def fire(on: System | LocalSystem, name: str) -> bool:
+    """Put things back now; whether that was done. systemd does it: it goes on though the run is killed."""
+    on.query("systemctl", "start", f"{_UNIT}{name}.service", timeout=120, root=True)
+    # Whatever systemd answers, who moved the folder away has done it: the timer may have been faster.
+    return not armed(on, name)
+
+
+def _words(*words: str) -> tuple[str, ...]:
+    return ("sh", "-c", _program(), "dead-man.sh", *words)
+
+
+def _program() -> str:
+    return render(_TEMPLATE, _PLACES).decode()
+
+
+def quoted(words: Iterable[str]) -> str:
+    """`words` as one line for /bin/sh."""
+    import shlex
+
+    return shlex.join(words)

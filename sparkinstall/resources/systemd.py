@@ -1,0 +1,258 @@
+"""Units of systemd: their files, and services that run from the files that are there now."""
+
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparkinstall.errors import CommandFailed, Problem
+from sparkinstall.records import dataclass
+from sparkinstall.resources import Drift, LeftToNode, Satisfied, State, Unknown
+from sparkinstall.resources.decisions import record, recorded
+from sparkinstall.resources.template import Rendered
+from sparkinstall.system import Reader, System, Undo
+from sparkinstall.system.local import LocalSystem
+
+FOLDER = "/etc/systemd/system"
+_PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
+_PROPERTIES = ("LoadState", "UnitFileState", "ActiveState", "NeedDaemonReload")
+_RUNNING = ("active", "activating", "reloading")
+# Lines that our own scripts print for a person: they say why in words.
+_OURS = "sparkinstall: "
+_TAIL = 12
+_STOPPING = 300.0
+
+
+def word(value: str) -> str:
+    """`value` as one argument of an `Exec...=` line: no specifier, variable or quote in it means anything.
+
+    Raises:
+        ValueError: a control character, which a unit cannot carry.
+    """
+    return value if _PLAIN.fullmatch(value) else f'"{_unquotable(value).replace("$", "$$")}"'
+
+
+def program(path: str) -> str:
+    """`path` as the first word of an `Exec...=` line, in which systemd replaces no variables."""
+    return path if _PLAIN.fullmatch(path) else f'"{_unquotable(path)}"'
+
+
+def assignment(name: str, value: str) -> str:
+    """`name=value` for an `Environment=` line."""
+    return f'"{name}={_unquotable(value)}"'
+
+
+def _unquotable(value: str) -> str:
+    if not value.isprintable():
+        raise ValueError(f"{value!r} cannot stand in a unit")
+    return value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+
+
+def setting(value: str) -> str:
+    """`value` for a line such as `EnvironmentFile=`, which is taken as it is but for specifiers."""
+    if not value.isprintable():
+        raise ValueError(f"{value!r} cannot stand in a unit")
+    return value.replace("%", "%%")
+
+
+@dataclass(frozen=True)
+class UnitFile(Rendered):
+    """A file in /etc/systemd/system that systemd accepts without a word, and has read.
+
+    `noted_in` (a node path): where is kept what it was made from.
+    """
+
+    noted_in: str = ""
+
+    @property
+    def name(self) -> str:
+        """The unit's name, with its ending."""
+        return self.path.rpartition("/")[2]
+
+    @property
+    def _record(self) -> str:
+        return self.noted_in or super()._record
+
+    def apply(self, on: System) -> None:
+        values = self._values(on)
+        assert not isinstance(values, Unknown), "the engine applies only what can be told"
+        self._refuse_what_systemd_does_not_know(on, self._file(values).content)
+        if not on.rehearsal:
+            on.promise(Undo("units", self.name, _standing(on, self.name), {}))
+        super().apply(on)
+        if not on.rehearsal:
+            on.run("systemctl", "daemon-reload", root=True)
+
+    def _refuse_what_systemd_does_not_know(self, on: Reader, content: bytes) -> None:
+        complaints = complaints_of_systemd(on, self.name, content)
+        if complaints:
+            raise Problem(
+                f"systemd does not accept {self.path}; the old one stays",
+                why="; ".join(complaints),
+                mend="look at the settings that go into it (`sparkinstall settings show`); if they are good, report it",
+                tail=complaints,
+            )
+
+
+def complaints_of_systemd(on: Reader, name: str, content: bytes) -> list[str]:
+    """What `systemd-analyze verify` says of a unit that is not in place yet; nothing where there is no systemd.
+
+    It ends with 0 for a key that it does not know, so what counts is what it says. Of other units it says
+    things too: those are not ours to judge.
+    """
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix="sparkinstall-units-") as scratch:
+        unit = Path(scratch, name)
+        unit.write_bytes(content)
+        # The colon at the end stands for systemd's own folders.
+        env = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_UNIT_PATH": f"{scratch}:{on.real(FOLDER)}:"}
+        answer = on.query("systemd-analyze", "verify", "--man=no", str(unit), env=env)
+    if answer.code == 127:
+        return []
+    lines = [line.replace(f"{scratch}/", "") for line in answer.err.splitlines() if name in line]
+    # A rehearsal installs only some of the programs.
+    return [line for line in lines if not (on.rehearsal and "is not executable" in line)]
+
+
+@dataclass(frozen=True)
+class Cause:
+    """A known reason why a service does not start: what it prints, what that means, what to do."""
+
+    pattern: str
+    why: str
+    mend: str
+
+
+@dataclass(frozen=True)
+class Service:
+    """A service that is enabled, runs, and was started from its inputs as they are now.
+
+    `inputs` tells the files (node paths) that it depends on; their digests at its last start are kept in
+    `noted_in`. So nobody has to remember to restart it: a changed input is drift like any other.
+    """
+
+    name: str
+    inputs: Callable[[Reader], Iterable[str]]
+    noted_in: str
+    causes: tuple[Cause, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"service:{self.name}"
+
+    def check(self, on: Reader) -> State:
+        if on.rehearsal:
+            return LeftToNode(f"systemd starts {self.name} there")
+        now = show(on, self.name)
+        wrong = [*self._not_running(now), *self._outdated(on, now)]
+        return Drift(f"start {self.name}: {', '.join(wrong)}") if wrong else Satisfied("enabled, running")
+
+    def _not_running(self, now: Mapping[str, str]) -> Iterable[str]:
+        if now["LoadState"] != "loaded":
+            yield "it is new"
+            return
+        if now["ActiveState"] != "active":
+            yield f"it is {now['ActiveState'] or 'unknown'}"
+        if now["UnitFileState"] != "enabled":
+            yield "it would not start at boot"
+
+    def _outdated(self, on: Reader, now: Mapping[str, str]) -> Iterable[str]:
+        if now["LoadState"] != "loaded":
+            return
+        if now["NeedDaemonReload"] == "yes":
+            yield "systemd has not read its file"
+        then, today = recorded(on, self.noted_in), self._digests(on)
+        changed = sorted(path for path in {*then, *today} if then.get(path) != today.get(path))
+        if changed:
+            yield f"changed since its last start: {', '.join(changed)}" if then else "it was started by somebody else"
+
+    def _digests(self, on: Reader) -> dict[str, str]:
+        return {path: hashlib.sha256(on.read(path) or b"").hexdigest() for path in self.inputs(on)}
+
+    def apply(self, on: System) -> None:
+        on.promise(Undo("service", self.name, _standing(on, self.name), {"enabled": True, "active": True}))
+        inputs, began = self._digests(on), int(time.time())
+        on.run("systemctl", "daemon-reload", root=True)
+        on.run("systemctl", "enable", self.name, root=True)
+        # systemd counts the starts before too, and after too many of them starts nothing until it is told to forget.
+        if show(on, self.name)["ActiveState"] != "inactive":
+            on.run("systemctl", "reset-failed", self.name, root=True)
+        try:
+            # The unit's own TimeoutStartSec bounds this.
+            on.run("systemctl", "restart", self.name, root=True)
+        except CommandFailed as failure:
+            raise self._explained(on, failure, began) from failure
+        record(on, self.noted_in, inputs)
+
+    def _explained(self, on: Reader, failure: CommandFailed, began: int) -> Problem:
+        lines = self._said(on, began)
+        why, mend = self._cause(lines)
+        return Problem(
+            f"{self.name} does not start",
+            why=why or failure.why,
+            mend=mend or f"read all that it said with `journalctl -u {self.name} -n 200`, mend it, then run again",
+            log=failure.log,
+            tail=lines[-_TAIL:] or failure.tail,
+        )
+
+    def _said(self, on: Reader, began: int) -> list[str]:
+        command = ("journalctl", "-u", self.name, "-o", "cat", "--no-pager", "-n", "400", f"--since=@{began - 1}")
+        said = on.query(*command, root=True).out.splitlines()
+        return [line for line in said if line.strip()]
+
+    def _cause(self, lines: list[str]) -> tuple[str, str]:
+        """Why it did not start, as far as that is known, and what to do about it."""
+        told = [line.removeprefix(_OURS) for line in lines if line.startswith(_OURS)]
+        for cause in self.causes:
+            if any(re.search(cause.pattern, line) for line in lines):
+                return (told[-1] if told else cause.why), cause.mend
+        return (told[-1] if told else ""), ""
+
+
+def show(on: Reader, name: str) -> dict[str, str]:
+    """What systemd knows of a unit; empty words where it answers nothing."""
+    asked = [f"--property={each}" for each in _PROPERTIES]
+    answer = on.query("systemctl", "show", name, *asked)
+    found = dict(line.split("=", 1) for line in answer.out.splitlines() if "=" in line)
+    return {each: found.get(each, "") for each in _PROPERTIES}
+
+
+def _standing(on: Reader, name: str) -> dict[str, Any]:
+    now = show(on, name)
+    return {"enabled": now["UnitFileState"] == "enabled", "active": now["ActiveState"] in _RUNNING}
+
+
+def take_service_back(on: LocalSystem, name: str) -> bool:
+    """Stop and disable a service; whether there was anything to do."""
+    was = _standing(on, name)
+    if was["active"]:
+        _systemctl(on, "stop", name)
+    if was["enabled"]:
+        _systemctl(on, "disable", name)
+    if show(on, name)["ActiveState"] == "failed":
+        _systemctl(on, "reset-failed", name)
+    return bool(was["active"] or was["enabled"])
+
+
+def take_units_back(on: LocalSystem, name: str, before: Mapping[str, Any]) -> bool:
+    """Let systemd read its files anew, now that ours is gone; what ran from somebody else's runs again."""
+    _systemctl(on, "daemon-reload")
+    if before.get("enabled"):
+        _systemctl(on, "enable", name)
+    if before.get("active"):
+        _systemctl(on, "start", name)
+    return bool(before.get("enabled") or before.get("active"))
+
+
+def _systemctl(on: LocalSystem, *words: str) -> None:
+    answer = on.query("systemctl", *words, timeout=_STOPPING, root=True)
+    if not answer.ok:
+        raise CommandFailed(
+            f"`systemctl {' '.join(words)}` failed",
+            why=answer.err.strip()[-300:],
+            mend="see what `systemctl status` says of it, then run the same command again",
+        )

@@ -1,0 +1,321 @@
+"""The environment: one venv at one path, filled by uv from a lock with hashes."""
+
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from sparkinstall import stacks
+from sparkinstall.errors import Blocked, CommandFailed
+from sparkinstall.node import Node, site_packages
+from sparkinstall.probes.wheels import Gate
+from sparkinstall.records import dataclass
+from sparkinstall.resources import Drift, Satisfied, State, Unknown
+from sparkinstall.resources.decisions import recorded
+from sparkinstall.stacks import Pin, parse_lock, render_lock
+from sparkinstall.system import Reader, System
+
+_SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_DOWNLOADING = re.compile(r"Downloading (\S+) \(([\d.]+)([KMG]iB)\)")
+_DOWNLOADED = re.compile(r"Downloaded (\S+)")
+_CUT = (
+    "Could not connect",
+    "error sending request",
+    "connection closed",
+    "timed out",
+    "dns error",
+    "Connection reset",
+)
+
+
+@lru_cache(maxsize=1)
+def uv() -> str:
+    """The uv that came with sparkinstall."""
+    from uv import find_uv_bin
+
+    return str(find_uv_bin())
+
+
+def uv_platform(platform: str) -> str:
+    """uv's name for a node of DGX OS 7 (glibc 2.39)."""
+    return f"{platform}-manylinux_2_39"
+
+
+@dataclass(frozen=True)
+class RecordedLock:
+    """A lock made whole on the node at the first install, where the shipped one cannot know every hash.
+
+    From then on it is held to: the same versions and the same bytes, or an error.
+    """
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return f"lock:{self.node.lock_record}"
+
+    def check(self, on: Reader) -> State:
+        if on.entry(self.node.lock_record):
+            return Satisfied("hashes recorded at the first install and held to since")
+        names = self.node.wheels.unhashed
+        what = f"the hashes of {', '.join(names)}" if names else f"the versions and hashes of {self.node.stack.name}"
+        return Drift(f"record {what}, which nobody could know beforehand")
+
+    def apply(self, on: System) -> None:
+        import tempfile
+
+        # A record is never made anew, not even by --fresh: that is what holding to it means.
+        if on.entry(self.node.lock_record):
+            return
+        self.node.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.node.cache, prefix="lock-") as scratch:
+            wanted, made = Path(scratch, "wanted.in"), Path(scratch, "made.lock")
+            wanted.write_text(self.node.wheels.open_text())
+            _uv(on, self.node, [uv(), "pip", "compile", *self._options(), "-o", str(made), str(wanted)])
+            whole = self.node.wheels.close(made.read_text())
+        on.write(self.node.lock_record, whole.encode())
+
+    def _options(self) -> list[str]:
+        node = self.node
+        options = ["--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--only-binary=:all:"]
+        options += ["--no-python-downloads", "--color", "never", "--python-version", node.stack.python]
+        if node.stack.as_of and not node.wheels.lock:
+            # Pins may be newer than the day; what they leave open may not.
+            options += ["--exclude-newer", node.stack.as_of]
+            options += [f"--exclude-newer-package={pin.name}=false" for pin in node.stack.requirements]
+        return [*options, "--python-platform", uv_platform(node.platform)]
+
+
+@dataclass
+class Downloads:
+    """uv's announcements, added up: bytes that have arrived, of bytes announced."""
+
+    on_progress: Callable[[int, int, str], None]
+    sizes: dict[str, int] = field(default_factory=dict)
+    done: int = 0
+
+    def read(self, line: str) -> None:
+        """Take one line of uv's output."""
+        if match := _DOWNLOADING.search(line):
+            self.sizes[match[1]] = int(float(match[2]) * _SIZES[match[3]])
+        elif match := _DOWNLOADED.search(line):
+            self.done += self.sizes.get(match[1], 0)
+        else:
+            return
+        self.on_progress(self.done, sum(self.sizes.values()), "bytes")
+
+
+@dataclass(frozen=True)
+class PythonEnvironment:
+    """The venv holds the lock's pins, all of them or (in a rehearsal) vLLM's own wheel, and passes the gate."""
+
+    node: Node
+
+    @property
+    def key(self) -> str:
+        return f"venv:{self.node.venv}"
+
+    def check(self, on: Reader) -> State:
+        lock = lock_of(self.node, on)
+        if lock is None:
+            return Unknown("the hashes are recorded")
+        pins = self._wanted(lock)
+        stamp = recorded(on, f"{self.node.venv}/sparkinstall.json")
+        there = installed(self.node, on)
+        if not Path(on.real(f"{self.node.venv}/bin/python")).exists():
+            there = {}
+        if stamp == self._stamp(lock) and all(there.get(pin.name) == pin.version for pin in pins):
+            return Satisfied(self._note(lock))
+        return Drift(self._summary(pins), _listing(there), _listing({pin.name: pin.version for pin in pins}))
+
+    def _wanted(self, lock: Sequence[Pin]) -> list[Pin]:
+        return [pin for pin in lock if not self.node.partial or pin.name == "vllm"]
+
+    def _summary(self, pins: Sequence[Pin]) -> str:
+        stack = self.node.stack
+        if self.node.partial:
+            return f"install vllm {stack.vllm} for {self.node.platform} and resolve the rest of stack {stack.name}"
+        return f"install the {len(pins)} packages of stack {stack.name} (vllm {stack.vllm})"
+
+    def _note(self, lock: Sequence[Pin]) -> str:
+        stack = self.node.stack
+        if self.node.partial:
+            rest = f"the {len(lock) - 1} others of its lock resolve (--full installs them)"
+            return f"vllm {stack.vllm} for {self.node.platform}; {rest}"
+        return f"{len(lock)} packages of stack {stack.name}"
+
+    def _stamp(self, lock: Sequence[Pin]) -> dict[str, Any]:
+        return {
+            "lock": hashlib.sha256(render_lock(lock).encode()).hexdigest(),
+            "stack": self.node.stack.name,
+            "platform": self.node.platform,
+            "python": self.node.config.environment.python or self.node.stack.python,
+            "part": "vllm" if self.node.partial else "all",
+        }
+
+    def apply(self, on: System) -> None:
+        node = self.node
+        lock = lock_of(node, on)
+        assert lock is not None, "the engine applies only what can be told"
+        # What a killed run left may be half a package that looks whole: it is made anew, from uv's cache.
+        on.claim(node.venv)
+        on.clear(node.venv)
+        on.claim(node.venv)
+        # A node takes the system's Python, the same everywhere and with Python.h; uv would rather take its own.
+        whose = [] if node.rehearsal else ["--no-managed-python"]
+        _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
+        self._fill(on, lock)
+        finding = Gate(node, lock).look(on)
+        if finding.verdict != "pass":
+            raise Blocked(
+                f"the stack {node.stack.name} does not pass the wheel gate: {finding.found}",
+                mend=finding.mend,
+            )
+        stamp = json.dumps(self._stamp(lock), indent=2, sort_keys=True)
+        on.write(f"{node.venv}/sparkinstall.json", stamp.encode() + b"\n")
+
+    def _interpreter(self, on: System) -> str:
+        wanted = self.node.config.environment.python or self.node.stack.python
+        if not self.node.partial:
+            return wanted
+        found = on.query(
+            uv(), "python", "find", "--no-python-downloads", wanted, env={**os.environ, **_uv_env(self.node)}
+        )
+        return found.out.strip() if found.ok else sys.executable
+
+    def _fill(self, on: System, lock: Sequence[Pin]) -> None:
+        whole, own = f"{self.node.venv}/sparkinstall.lock", f"{self.node.venv}/installed.lock"
+        on.write(whole, render_lock(lock).encode())
+        on.write(own, render_lock(self._wanted(lock)).encode())
+        argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--only-binary", ":all:"]
+        argv += ["--python", on.real(self.node.venv), *self._platform_options(), "-r"]
+        if self.node.partial:
+            _uv(on, self.node, [*argv, on.real(whole), "--dry-run"])
+            _uv(on, self.node, [*argv, on.real(own), "--no-deps"])
+        else:
+            _uv(on, self.node, [*argv, on.real(whole)])
+        self._note_exceptions(on)
+
+    def _note_exceptions(self, on: System) -> None:
+        """Some wheels list their own files wrongly: what they have really brought can only be seen now."""
+        from sparkinstall.probes import wheel_files
+
+        if rows := wheel_files.unlike_their_records(self.node, on):
+            on.write(wheel_files.exceptions(self.node), rows.encode())
+
+    def _platform_options(self) -> list[str]:
+        if not self.node.partial and not self.node.foreign:
+            return []
+        return [
+            "--python-platform",
+            uv_platform(self.node.platform),
+            "--python-version",
+            self.node.stack.python,
+        ]
+
+
+def _uv(on: System, node: Node, argv: list[str]) -> None:
+    try:
+        on.run(*argv, env=_uv_env(node), watch=Downloads(on.progress).read)
+    except CommandFailed as failure:
+        if not _is_cut(failure):
+            raise _explained(failure, node) from failure
+        _uv_offline(on, node, argv, failure)
+
+
+def _uv_offline(on: System, node: Node, argv: list[str], cut: CommandFailed) -> None:
+    """Everything may be in the cache already: a second time needs no network."""
+    try:
+        on.run(*argv, "--offline", env=_uv_env(node))
+    except CommandFailed as failure:
+        raise _explained(cut, node) from failure
+
+
+def _uv_env(node: Node) -> dict[str, str]:
+    return {
+        "UV_CACHE_DIR": str(node.cache / "uv"),
+        # A file that is shared with the cache, and edited in place in the environment, would come back damaged.
+        "UV_LINK_MODE": "copy",
+        "UV_PYTHON_INSTALL_DIR": str(node.cache / "python"),
+        "UV_NO_PROGRESS": "1",
+        "UV_SYSTEM_CERTS": "1",
+        "VIRTUAL_ENV": "",
+    }
+
+
+def _is_cut(failure: CommandFailed) -> bool:
+    return any(sign in line for sign in _CUT for line in failure.tail)
+
+
+def _explained(failure: CommandFailed, node: Node) -> CommandFailed:
+    said = "\n".join(failure.tail)
+    if "Hash mismatch" in said:
+        failure.why = "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"
+        failure.mend = "nothing of it was installed; run again, and if it stays, do not go on: report it"
+    elif "certificate" in said:
+        failure.why = "the package index's certificate is not trusted"
+        failure.mend = (
+            "behind a proxy, name the system's certificates: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"
+        )
+    elif address := _not_fetched(said, node):
+        failure.why = f"the stack {node.stack.name} names a wheel by its address, and it cannot be fetched: {address}"
+        failure.mend = _another_way(address, node)
+    elif _is_cut(failure):
+        failure.why = "the package index cannot be reached, or the connection broke off"
+        failure.mend = "mend the network, then run the same command again: what has arrived is kept"
+    return failure
+
+
+def _not_fetched(said: str, node: Node) -> str:
+    """The address of the wheel that uv asked for in vain; empty where it was the index, or something else."""
+    # uv writes an address as it was given, or with its special characters spelled out, and may break it in two.
+    unbroken = unquote("".join(said.replace("`", "").split()))
+    addresses = (pin.url for pin in node.wheels.wheels if pin.url)
+    return next((each for each in addresses if f"Failedtofetch:{unquote(each)}" in unbroken), "")
+
+
+def _another_way(address: str, node: Node) -> str:
+    host = urlsplit(address).hostname
+    mend = f"let this node reach {host}, then run the same command again: what has arrived is kept"
+    shipped = (stacks.load(name) for name in stacks.names())
+    for other in shipped:
+        if node.platform in other.platforms and not other.platforms[node.platform].wheels:
+            return f"{mend}. Or take a stack that the ordinary package index has alone: `--stack {other.name}`"
+    return mend
+
+
+def lock_of(node: Node, on: Reader) -> tuple[Pin, ...] | None:
+    """The pins to install: those shipped if every hash is known, else those recorded.
+
+    None before there are any.
+    """
+    if node.wheels.complete:
+        return parse_lock(node.wheels.lock_text())
+    found = on.read(node.lock_record)
+    return parse_lock(found.decode()) if found is not None else None
+
+
+def installed(node: Node, on: Reader) -> dict[str, str]:
+    """Name -> version of what the environment's folder says is installed."""
+    site = site_packages(node, on)
+    found = {}
+    for name in on.names(site) if site else ():
+        if name.endswith(".dist-info"):
+            package, _, version = name.removesuffix(".dist-info").rpartition("-")
+            found[_plain(package)] = version
+    return found
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _listing(pins: dict[str, str]) -> str:
+    return "".join(f"{name}=={version}\n" for name, version in sorted(pins.items()))

@@ -1,0 +1,1 @@
+"""Doctor, support bundle, and the masking of personal data."""

@@ -1,0 +1,135 @@
+"""Everything that was looked at on a node, put in order for a person: what is broken, what to look at, what is well."""
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+from sparkinstall import __version__
+from sparkinstall.core import catalogue, fixes, meanings
+from sparkinstall.core.checks import Looked
+from sparkinstall.core.engine import StepReport
+from sparkinstall.errors import NeedsRoot, Problem
+from sparkinstall.facts import machine
+from sparkinstall.node import Node
+from sparkinstall.probes import Verdict
+from sparkinstall.records import dataclass
+from sparkinstall.resources import Drift, LeftToNode, Obstacle, State, Unknown
+from sparkinstall.system import Reader
+
+Weight = Literal["broken", "look-at", "not-looked-at", "well"]
+Kind = Literal["preflight", "check", "probe"]
+_FOUND = {"write": "missing", "change": "not as it should be"}
+
+_WEIGHTS: Mapping[Verdict, Weight] = {"fail": "broken", "warn": "look-at", "skip": "not-looked-at", "pass": "well"}
+_SUDO = "`sudo -v` in this terminal, then the same command again"
+# A node that is set up lives without these until something is to be made anew.
+_ONLY_TO_SET_UP = frozenset({"sudo", "python", "cuda", "disk", "prefix"})
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing that was looked at. `fixes`: those of the eight that it belongs to; `means` is for who has it."""
+
+    name: str
+    kind: Kind
+    weight: Weight
+    title: str
+    found: str
+    expected: str = ""
+    means: str = ""
+    mend: str = ""
+    fixes: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+def machine_facts(node: Node, on: Reader) -> dict[str, str]:
+    """The machine and what runs on it, by name; in a rehearsal only what is set up there. Nothing of it is personal."""
+    ours = {"stack": f"{node.stack.name} for {node.platform}", "sparkinstall": __version__}
+    if on.rehearsal:
+        return {"machine": machine.product(on) or "a rehearsal", **ours}
+    gpu = machine.gpu(on)
+    found = {
+        "machine": machine.product(on) or "an unnamed machine",
+        "gpu": gpu.name if gpu else "",
+        "driver": gpu.driver if gpu else "",
+        "kernel": platform.release(),
+        "os": machine.os_release(on).get("PRETTY_NAME", ""),
+    }
+    return {**{name: value for name, value in found.items() if value}, **ours}
+
+
+def of_preflight(looked: Iterable[Looked], installed: bool) -> list[Item]:
+    """Is this a node that can be set up? Where it has been, some of it no longer matters that much."""
+    return [_checked_before(each, installed) for each in looked]
+
+
+def _checked_before(looked: Looked, installed: bool) -> Item:
+    probe, finding = looked.probe, looked.finding
+    weight = _WEIGHTS[finding.verdict]
+    if weight == "broken" and installed and probe.name in _ONLY_TO_SET_UP:
+        weight = "look-at"
+    means = meanings.PREFLIGHT.get(probe.name, "")
+    return Item(
+        probe.name, "preflight", weight, probe.title, finding.found, finding.expected, means, finding.mend,
+        seconds=looked.seconds,
+    )  # fmt: skip
+
+
+def of_checks(reports: Iterable[StepReport]) -> list[Item]:
+    """Are the files, packages and services of each step as they should be?"""
+    return [_of_step(each) for each in reports]
+
+
+def _of_step(report: StepReport) -> Item:
+    weight, found, mend = _told(report)
+    return Item(
+        report.name, "check", weight, report.why, found, means=meanings.STEPS.get(report.name, ""), mend=mend,
+        fixes=tuple(fix.number for fix in fixes.EIGHT if report.name in fix.steps), seconds=report.seconds,
+    )  # fmt: skip
+
+
+def _told(report: StepReport) -> tuple[Weight, str, str]:
+    if report.problem:
+        weight: Weight = "not-looked-at" if isinstance(report.problem, NeedsRoot) else "broken"
+        return weight, report.problem.what, _SUDO if weight == "not-looked-at" else report.problem.mend
+    states = [checked.state for checked in report.checked]
+    wrong = list(dict.fromkeys(said for said in map(_wrong, states) if said))
+    if wrong:
+        way_out = next((state.mend for state in states if isinstance(state, Obstacle) and state.mend), "")
+        return "broken", "\n".join(wrong), way_out or f"`sparkinstall run {report.name}`"
+    # What waits for another step is not broken itself.
+    waits = [f"known after {state.waits_for}" for state in states if isinstance(state, Unknown)]
+    left = [f"left to the node: {state.what}" for state in states if isinstance(state, LeftToNode)]
+    unseen = list(dict.fromkeys([*waits, *left]))
+    return ("not-looked-at", "; ".join(unseen), "") if unseen else ("well", "as it should be", "")
+
+
+def _wrong(state: State) -> str:
+    if isinstance(state, Drift):
+        # A plan says what will be done; here it is told what was found.
+        verb, _, file = state.summary.partition(" ")
+        return f"{_FOUND[verb]}: {file}" if verb in _FOUND else f"not done: {state.summary}"
+    return state.what if isinstance(state, Obstacle) else ""
+
+
+def of_probes(looked: Sequence[Looked], node: Node) -> list[Item]:
+    """Does it behave so?"""
+    if not looked:
+        return []
+    steps = {probe.name: step.name for step in catalogue.of(node) for probe in step.probes(node)}
+    return [_of_probe(each, steps.get(each.probe.name, "")) for each in looked]
+
+
+def _of_probe(looked: Looked, step: str) -> Item:
+    probe, finding = looked.probe, looked.finding
+    number = fixes.number_of(probe.name)
+    return Item(
+        probe.name, "probe", _WEIGHTS[finding.verdict], probe.title, finding.found, finding.expected,
+        meanings.of_probe(probe.name, step), finding.mend, (number,) if number else (), looked.seconds,
+    )  # fmt: skip
+
+
+def of_problem(problem: Problem) -> Item:
+    """What keeps all that is installed from being looked at."""
+    means = "Nothing of what sparkinstall has set up could be looked at."
+    return Item("installed", "check", "broken", "what sparkinstall has set up", problem.what, "", means, problem.mend)
