@@ -104,7 +104,7 @@ def _mtu(value: int) -> str | None:
     return None if 1280 <= value <= 9978 else "must be a number from 1280 to 9978 (the links take 9000)"
 
 
-def _dead_man(value: int) -> str | None:
+def _rollback_seconds(value: int) -> str | None:
     return None if 30 <= value <= 900 else "must be a number of seconds from 30 to 900"
 
 
@@ -238,8 +238,8 @@ class NetworkConfig:
         "How NCCL talks between nodes: `roce`, `socket`, or `auto` (RoCE where its devices are really there).",
         _OneOf("auto", "roce", "socket"),
     )
-    dead_man: int = _setting(
-        90, "Seconds after which a network that was not confirmed is put back as it was.", _dead_man
+    rollback_seconds: int = _setting(
+        90, "Seconds after which a network that was not confirmed is put back as it was.", _rollback_seconds
     )
 
 
@@ -341,9 +341,9 @@ def read_layer(path: Path) -> Layer:
         with open(path, "rb") as file:
             content = file.read(_LARGEST_FILE + 1)
     except IsADirectoryError as error:
-        raise BadConfig(f"the config {path} is a folder", mend="name a YAML file with --config") from error
+        raise BadConfig(f"the config {path} is a folder", hint="name a YAML file with --config") from error
     except (OSError, ValueError) as error:
-        raise BadConfig(f"the config {path} cannot be read: {_where(error)}", mend="name a YAML file") from error
+        raise BadConfig(f"the config {path} cannot be read: {_where(error)}", hint="name a YAML file") from error
     raw = _yaml(content, f"the config {path}")
     if raw is not None and not isinstance(raw, dict):
         raise BadConfig(f"the config {path} must be `key: value` lines, not a {type(raw).__name__}")
@@ -356,11 +356,11 @@ def _yaml(content: bytes, what: str) -> Any:
     try:
         return safe_yaml.load(content)
     except safe_yaml.TooMuch as error:
-        raise BadConfig(f"{what} is larger or deeper than any settings are", mend="is it the right file?") from error
+        raise BadConfig(f"{what} is larger or deeper than any settings are", hint="is it the right file?") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         if line := _line_of_tab(error, content):
-            mend = "YAML takes no tab before a name: indent with blanks"
-            raise BadConfig(f"{what} is not YAML: there is a tab in line {line}", mend=mend) from error
+            hint = "YAML takes no tab before a name: indent with blanks"
+            raise BadConfig(f"{what} is not YAML: there is a tab in line {line}", hint=hint) from error
         raise BadConfig(f"{what} is not YAML: {_where(error)}") from error
 
 
@@ -407,7 +407,7 @@ def _unknown(name: str, known: set[str], source: str) -> BadConfig:
         each for each in sorted(known) if each.rpartition(".")[2] == name.rpartition(".")[2]
     ]
     hint = f"did you mean `{near[0]}`?" if near else "`sparkinstall settings show` lists the known ones"
-    return BadConfig(f"{source}: unknown setting `{name}`", mend=hint)
+    return BadConfig(f"{source}: unknown setting `{name}`", hint=hint)
 
 
 def anchored(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
@@ -484,7 +484,7 @@ def _checked_item(setting: Setting, value: Any, where: str) -> Any:
 def _valid(setting: Setting, value: Any, where: str) -> Any:
     complaint = setting.valid(value) if setting.valid else None
     if complaint:
-        raise BadConfig(f"{where} {complaint}, not {redact(_show(value))}", mend=_nearest(setting, value))
+        raise BadConfig(f"{where} {complaint}, not {redact(_show(value))}", hint=_nearest(setting, value))
     return value
 
 

@@ -99,6 +99,6 @@ def _receive(answer: "requests.Response", part: Path, on_bytes: Callable[[int, i
 def _unreachable(url: str, error: Exception) -> CommandFailed:
     return CommandFailed(
         f"{url} could not be downloaded",
-        why=str(error).split("(Caused by")[-1].strip(" )")[:200],
-        mend="look at the network, then run the same command again: what has arrived is kept and gone on with",
+        cause=str(error).split("(Caused by")[-1].strip(" )")[:200],
+        hint="look at the network, then run the same command again: what has arrived is kept and gone on with",
     )

@@ -23,9 +23,11 @@ class Problem(Exception):
     code = "failed"
     exit_code = Exit.FAILED
 
-    def __init__(self, what: str, *, why: str = "", mend: str = "", log: str = "", tail: Sequence[str] = ()) -> None:
-        super().__init__(what)
-        self.what, self.why, self.mend, self.log, self.tail = what, why, mend, log, tuple(tail)
+    def __init__(
+        self, message: str, *, cause: str = "", hint: str = "", log: str = "", output: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.message, self.cause, self.hint, self.log, self.output = message, cause, hint, log, tuple(output)
 
 
 class BadConfig(Problem):
@@ -120,7 +122,7 @@ _STORAGE = {
 
 def storage_problem(error: OSError, doing: str) -> Storage:
     """Put an operating-system error into words; `doing` is what was being done ("writing /etc/x")."""
-    why, mend = _STORAGE.get(error.errno or 0, (error.strerror or str(error), ""))
+    why, hint = _STORAGE.get(error.errno or 0, (error.strerror or str(error), ""))
     path = error.filename if isinstance(error.filename, str) else ""
     where = f" ({path})" if path and path not in doing else ""
-    return Storage(f"{doing} failed: {why}{where}", mend=mend)
+    return Storage(f"{doing} failed: {why}{where}", hint=hint)

@@ -17,11 +17,11 @@ def require_sound(config: Config) -> None:
     link = IPv4Interface(f"{cluster.head}/{length}").network
     for each in everyone:
         if everyone.count(each) > 1:
-            raise BadConfig(f"two nodes have the address {each}", mend=_NAMED)
+            raise BadConfig(f"two nodes have the address {each}", hint=_NAMED)
         if IPv4Address(each) not in link:
-            raise BadConfig(f"{each} is not in the head's subnet {link}", mend=_NAMED)
+            raise BadConfig(f"{each} is not in the head's subnet {link}", hint=_NAMED)
         if IPv4Address(each) in (link.network_address, link.broadcast_address):
-            raise BadConfig(f"{each} is the subnet {link} itself, not a node in it", mend=_NAMED)
+            raise BadConfig(f"{each} is the subnet {link} itself, not a node in it", hint=_NAMED)
     _require_twin_apart(config)
     _require_own(config)
 
@@ -37,7 +37,7 @@ def _require_twin_apart(config: Config) -> None:
     if link.overlaps(twin):
         raise BadConfig(
             f"both halves of the port would be in one subnet: {link} and {twin}; NCCL and routing break on that",
-            mend="set `network.twin_subnet` to another one",
+            hint="set `network.twin_subnet` to another one",
         )
 
 
@@ -46,14 +46,14 @@ def _require_own(config: Config) -> None:
     if cluster.role == "head" and cluster.address not in (None, cluster.head):
         raise BadConfig(
             f"the head's address is {cluster.head}, and this node, the head, is to be {cluster.address}",
-            mend="name it once, with `--head`",
+            hint="name it once, with `--head`",
         )
     if cluster.role == "worker" and cluster.address is None and len(cluster.workers) > 1:
         raise BadConfig(
-            f"which of the workers {', '.join(cluster.workers)} is this node?", mend="say so with `--address`"
+            f"which of the workers {', '.join(cluster.workers)} is this node?", hint="say so with `--address`"
         )
     if cluster.role == "worker" and cluster.address is not None and cluster.address not in cluster.workers:
         raise BadConfig(
             f"{cluster.address} is none of the workers {', '.join(cluster.workers)}",
-            mend="name all of them, with `cluster.workers` or one `--worker` each",
+            hint="name all of them, with `cluster.workers` or one `--worker` each",
         )

@@ -2,7 +2,7 @@
 
 from sparkinstall.cli import options
 from sparkinstall.cli.install import Choice, install
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import answer
 
 
@@ -21,6 +21,6 @@ def all_(
     verbose: options.Verbose = False,
 ) -> None:
     """Set up this node: install, mend, prove. A second run changes nothing."""
-    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
+    asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose)
     choice = Choice(tuple(only or ()), tuple(skip or ()), tuple(ignore or ()), yes, json)
     answer("all", lambda: install(asked, choice), root=root, json=json, verbose=verbose)

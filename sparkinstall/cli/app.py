@@ -82,5 +82,5 @@ def _tell_usage(what: str) -> NoReturn:
     from sparkinstall.errors import BadUsage, Exit
 
     verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-    print(envelope(verb, Exit.USAGE, {}, [BadUsage(what, mend="`sparkinstall --help` lists verbs and options")]))
+    print(envelope(verb, Exit.USAGE, {}, [BadUsage(what, hint="`sparkinstall --help` lists verbs and options")]))
     sys.exit(int(Exit.USAGE))

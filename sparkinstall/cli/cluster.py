@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
 from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from sparkinstall.cluster.orchestrate import Cluster
-    from sparkinstall.cluster.remote import Far
+    from sparkinstall.cluster.remote import RemoteNode
     from sparkinstall.errors import Problem
     from sparkinstall.probes import Level
 
@@ -56,7 +56,7 @@ def cluster(
     """Set up several nodes from one terminal: phase by phase, all of them side by side."""
     given = {"network.interface": interface, "serving.model": model}
     role = {name: value for name, value in given.items() if value is not None}
-    asked = Asked(None, config, stack, tuple(set_ or ()), verbose=verbose, role=role)
+    asked = Target(None, config, stack, tuple(set_ or ()), verbose=verbose, role=role)
 
     def body() -> Answer:
         names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
@@ -87,7 +87,7 @@ class Choice:
         return [name for name, value in given.items() if value]
 
 
-def _cluster(words: list[str], asked: Asked, choice: Choice) -> Answer:
+def _cluster(words: list[str], asked: Target, choice: Choice) -> Answer:
     from sparkinstall.cli import cluster_proof as proof
     from sparkinstall.errors import BadUsage
 
@@ -98,10 +98,10 @@ def _cluster(words: list[str], asked: Asked, choice: Choice) -> Answer:
     _refuse_misspelt(words, list(verbs))
     hosts = words[1:] if verb else words
     if not hosts:
-        raise BadUsage(f"which nodes? `cluster {verb}` names none", mend=f"sparkinstall cluster {verb} spark-1 spark-2")
+        raise BadUsage(f"which nodes? `cluster {verb}` names none", hint=f"sparkinstall cluster {verb} spark-1 spark-2")
     if verb != "verify" and choice.of_verify:
         option = choice.of_verify[0]
-        raise BadUsage(f"{option} is for `cluster verify`", mend=f"sparkinstall cluster verify {option} ... HOST...")
+        raise BadUsage(f"{option} is for `cluster verify`", hint=f"sparkinstall cluster verify {option} ... HOST...")
     with _opened(hosts, asked, choice, carries=verb not in ("status", "uninstall")) as nodes:
         return verbs.get(verb, _up)(nodes, choice)
 
@@ -120,26 +120,26 @@ def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
     if near and words[0] not in verbs and len(words) > 1:
         raise BadUsage(
             f"`cluster` has no verb `{words[0]}`",
-            mend=f"did you mean the verb `{near[0]}`? A host of that name is `USER@{words[0]}`, or its address",
+            hint=f"did you mean the verb `{near[0]}`? A host of that name is `USER@{words[0]}`, or its address",
         )
 
 
 @contextmanager
-def _opened(hosts: list[str], asked: Asked, choice: Choice, *, carries: bool) -> "Iterator[Cluster]":
+def _opened(hosts: list[str], asked: Target, choice: Choice, *, carries: bool) -> "Iterator[Cluster]":
     """The nodes; `carries`: with the files that settings name."""
     from sparkinstall.cli.cluster_screen import watching
     from sparkinstall.cluster import ssh
-    from sparkinstall.cluster.orchestrate import Cluster, Wish, members
-    from sparkinstall.cluster.remote import Far
+    from sparkinstall.cluster.orchestrate import Cluster, ClusterOptions, members
+    from sparkinstall.cluster.remote import RemoteNode
     from sparkinstall.cluster.uploads import carried
 
     wanted, given = _settings(asked)
     values, files = carried(given) if carries else (given, ())
-    wish = Wish(wanted, values, choice.only, choice.skip, choice.ignore, choice.level, choice.measure)
+    wish = ClusterOptions(wanted, values, choice.only, choice.skip, choice.ignore, choice.level, choice.measure)
     _require_known_steps(choice)
     nodes = members(hosts, wanted)
     with ssh.sockets() as sockets:
-        fars = [Far(member, ssh.Ssh(member.host, sockets), asked.verbose, files) for member in nodes]
+        fars = [RemoteNode(member, ssh.Ssh(member.host, sockets), asked.verbose, files) for member in nodes]
         watch = _Watch(lambda: watching(hosts, asked.verbose))
         try:
             yield Cluster(fars, wish, watch.tell, watch.end)
@@ -172,7 +172,7 @@ class _Watch:
             was.__exit__(None, None, None)
 
 
-def _settings(asked: Asked) -> tuple[Any, dict[str, Any]]:
+def _settings(asked: Target) -> tuple[Any, dict[str, Any]]:
     """The config, and those settings that were said here: they go to every node."""
     from sparkinstall import config as configuration
 
@@ -221,7 +221,7 @@ def _tell_plan(nodes: "Cluster") -> None:
 
 def _drifts(nodes: "Cluster") -> bool:
     steps = [step for far in nodes.fars for step in far.look.get("steps", ())]
-    return any(step["outcome"] not in ("unchanged", "left") for step in steps)
+    return any(step["outcome"] not in ("unchanged", "node_only") for step in steps)
 
 
 def _show_up(nodes: "Cluster") -> None:
@@ -303,11 +303,11 @@ def _named(host: str, problem: "Problem") -> "Problem":
     from copy import copy
 
     named = copy(problem)
-    named.what = problem.what if host in problem.what else f"{host}: {problem.what}"
+    named.message = problem.message if host in problem.message else f"{host}: {problem.message}"
     return named
 
 
-def _node_data(nodes: "Cluster", far: "Far") -> dict[str, Any]:
+def _node_data(nodes: "Cluster", far: "RemoteNode") -> dict[str, Any]:
     from sparkinstall.cli.json_output import problem_data
 
     phases = [

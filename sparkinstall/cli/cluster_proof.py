@@ -58,7 +58,7 @@ def _proven(data: Mapping[str, Any], measured: bool) -> str:
 def _count_skipped(nodes: Cluster, measured: Sequence[Between]) -> None:
     """What was not looked at is a failure of its node."""
     for done in _proofs(nodes):
-        left = [each["step"] for each in done.data.get("checks", ()) if each["outcome"] == "left"]
+        left = [each["step"] for each in done.data.get("checks", ()) if each["outcome"] == "node_only"]
         left += [each["name"] for each in _probes(done.data, bool(measured)) if each["verdict"] == "skip"]
         between = [each for each in measured if each.hosts[0] == done.host and each.finding.verdict == "skip"]
         left += [f"{each.probe.name} to {each.hosts[1]}" for each in between]
@@ -78,7 +78,7 @@ def _rows(found: Comparison | None) -> list[dict[str, Any]]:
         return []
     return [
         {"name": row.name, "weight": row.weight, "values": dict(zip(found.hosts, row.values, strict=True)),
-         "mend": row.mend} for row in found.rows
+         "hint": row.hint} for row in found.rows
     ]  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None
     """JUnit's cases: each node's, with its name in front, and what is between them."""
     for done in _proofs(nodes):
         for problem in done.problems if not done.data else ():
-            yield junit.Case("checks", f"{done.host}: asked", done.seconds, f"{problem.what}\n{problem.mend}".strip())
+            yield junit.Case("checks", f"{done.host}: asked", done.seconds, f"{problem.message}\n{problem.hint}".strip())
         for check in done.data.get("checks", ()):
             yield _case_of_check(done.host, check)
         for each in _probes(done.data, bool(measured)):
@@ -96,22 +96,22 @@ def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None
     for row in _rows(found):
         said = ", ".join(f"{host}: {value or 'none'}" for host, value in row["values"].items())
         verdict = row["weight"] if row["weight"] == "fail" else "warn"
-        yield _case("cluster", f"same {row['name']}", {"verdict": verdict, "found": said, "mend": row["mend"]})
+        yield _case("cluster", f"same {row['name']}", {"verdict": verdict, "found": said, "hint": row["hint"]})
     if found and not found.rows:
         said = f"the nodes are alike in {found.compared} things"
-        yield _case("cluster", "same everything", {"verdict": "pass", "found": said, "mend": ""})
+        yield _case("cluster", "same everything", {"verdict": "pass", "found": said, "hint": ""})
 
 
 def _case(suite: str, name: str, said: Mapping[str, Any]) -> "Case":
-    words = "\n".join(filter(None, (said["found"], said["mend"] and f"mend: {said['mend']}")))
+    words = "\n".join(filter(None, (said["found"], said["hint"] and f"hint: {said['hint']}")))
     bad, skipped = (words if said["verdict"] == verdict else "" for verdict in ("fail", "skip"))
     rest = "" if bad or skipped else f"{said['verdict']}: {words}"
     return junit.Case(suite, name, said.get("seconds", 0.0), bad, skipped, rest)
 
 
 def _case_of_check(host: str, check: Mapping[str, Any]) -> "Case":
-    states = [each.get("summary") or each.get("what") for each in check["resources"] if each["state"] != "satisfied"]
-    words = "\n".join(filter(None, [(check["error"] or {}).get("what"), *states])) or check["outcome"]
-    good, left = check["outcome"] == "unchanged", check["outcome"] == "left"
+    states = [each.get("summary") or each.get("message") or each.get("reason") for each in check["resources"] if each["state"] != "ok"]
+    words = "\n".join(filter(None, [(check["error"] or {}).get("message"), *states])) or check["outcome"]
+    good, left = check["outcome"] == "unchanged", check["outcome"] == "node_only"
     name = f"{host}: {check['step']}"
     return junit.Case("checks", name, check["seconds"], "" if good or left else words, words if left else "")

@@ -21,12 +21,12 @@ from sparkinstall.cli.text_output import console, sign
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.differences import Comparison, Weight
 from sparkinstall.cluster.orchestrate import Cluster, Done, Line, Started, Tell
-from sparkinstall.cluster.remote import Far
+from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.errors import Problem
 from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 
-_WORDS = {"unchanged": "as it should be", "changed": "done", "failed": "failed", "held": "not begun"}
+_WORDS = {"unchanged": "as it should be", "changed": "done", "failed": "failed", "blocked": "not begun"}
 _ASKED = {"look": "asked", "compare": "asked", "token": "asked", "status": "asked", "reach": "reached",
           "confirm": "confirmed", "copy": "copied", "verify": "proven", "uninstall": "taken back",
           "ready": "asked", **{f"{kind}-bandwidth": "measured" for kind in ("tcp", "rdma", "nccl")}}  # fmt: skip
@@ -144,7 +144,7 @@ def _without_time(line: str) -> str:
 def _outcome(done: Done) -> str:
     if done.outcome == "failed":
         more = f" (and {len(done.problems) - 1} more)" if len(done.problems) > 1 else ""
-        return f"failed: {done.problems[0].what}{more}" if done.problems else "failed"
+        return f"failed: {done.problems[0].message}{more}" if done.problems else "failed"
     if warning := done.data.get("warning"):
         return f"warning: {warning}"
     return _ASKED.get(done.phase, _WORDS[done.outcome])
@@ -192,9 +192,9 @@ def _show_checks(cluster: Cluster, out: Console) -> None:
         if each["verdict"] in ("warn", "fail"):
             told.setdefault(_judged(each, ignored), []).append(host)
     table = _grid(1, 12, None, None)
-    for (verdict, name, found, mend), hosts in told.items():
+    for (verdict, name, found, hint), hosts in told.items():
         table.add_row(sign(verdict), name, _whose(hosts, fars), escape(redact(found)))
-        table.add_row("", "", "", f"[dim]→[/] {escape(mend)}")
+        table.add_row("", "", "", f"[dim]→[/] {escape(hint)}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
@@ -205,10 +205,10 @@ def _judged(check: Mapping[str, Any], ignored: Sequence[str]) -> tuple[str, str,
     """Verdict, name, finding and mend; a failure that does not count is shown as a warning."""
     if check["verdict"] == "fail" and check["name"] in ignored:
         return "warn", check["name"], check["found"], f"ignored: --ignore {check['name']}"
-    return check["verdict"], check["name"], check["found"], check["mend"]
+    return check["verdict"], check["name"], check["found"], check["hint"]
 
 
-def _told_once(fars: Sequence[Far], step: str) -> list[tuple[str, str, str]]:
+def _told_once(fars: Sequence[RemoteNode], step: str) -> list[tuple[str, str, str]]:
     """Mark, nodes and words of each thing there is to say of a step."""
     told: dict[tuple[str, str], list[str]] = {}
     having = [far for far in fars if any(each["step"] == step for each in far.look.get("steps", ()))]
@@ -219,13 +219,13 @@ def _told_once(fars: Sequence[Far], step: str) -> list[tuple[str, str, str]]:
     return [(mark, _whose(hosts, fars), line) for (mark, line), hosts in told.items()]
 
 
-def _whose(hosts: Sequence[str], fars: Sequence[Far]) -> str:
+def _whose(hosts: Sequence[str], fars: Sequence[RemoteNode]) -> str:
     return "all" if len(hosts) == len(fars) and len(fars) > 1 else ", ".join(hosts)
 
 
 def _lines(step: Mapping[str, Any]) -> list[tuple[str, str]]:
     if step["error"]:
-        return [("failed", step["error"]["what"])]
+        return [("failed", step["error"]["message"])]
     rest = [line for each in step["resources"] if (line := _line(each))]
     return rest or [("unchanged", "as it should be")]
 
@@ -235,11 +235,11 @@ def _line(resource: Mapping[str, Any]) -> tuple[str, str] | None:
         case "drift":
             return "drift", resource["summary"]
         case "unknown":
-            return "held", f"known after {resource['waits_for']}"
-        case "lefttonode":
-            return "left", f"left to the node: {resource['what']}"
-        case "obstacle":
-            return "failed", " - ".join(filter(None, (resource["what"], resource["mend"])))
+            return "blocked", f"known after {resource['waits_for']}"
+        case "node_only":
+            return "node_only", f"node only: {resource['reason']}"
+        case "conflict":
+            return "failed", " - ".join(filter(None, (resource["message"], resource["hint"])))
         case _:
             return None
 
@@ -254,11 +254,11 @@ def show_problems(cluster: Cluster) -> None:
     bad = [done for done in cluster.done if done.outcome == "failed" and done.phase not in _BETWEEN]
     for done in bad:
         for problem in done.problems:
-            key = (done.phase, problem.what, problem.why, problem.mend, *problem.tail)
+            key = (done.phase, problem.message, problem.cause, problem.hint, *problem.output)
             told.setdefault(key, (problem, []))[1].append(done.host)
     for (phase, *_), (problem, hosts) in told.items():
         out.print(
-            f"[red bold]✗[/] [bold]{escape(', '.join(hosts))}[/] [dim]({phase})[/] {escape(redact(problem.what))}"
+            f"[red bold]✗[/] [bold]{escape(', '.join(hosts))}[/] [dim]({phase})[/] {escape(redact(problem.message))}"
         )
         _show_rest(problem, out)
     well = [far.host for far in cluster.fars if far.host not in {done.host for done in bad}]
@@ -268,14 +268,14 @@ def show_problems(cluster: Cluster) -> None:
 
 
 def _show_rest(problem: Problem, out: Console) -> None:
-    if problem.why:
-        out.print(Padding(f"[dim]why[/]   {escape(redact(problem.why))}", (0, 0, 0, 2)))
-    for line in problem.tail:
+    if problem.cause:
+        out.print(Padding(f"[dim]why[/]   {escape(redact(problem.cause))}", (0, 0, 0, 2)))
+    for line in problem.output:
         out.print(Text(f"  │ {redact(line)}", style="dim"))
     if problem.log:
         out.print(f"  [dim]log[/]   {escape(problem.log)}")
-    if problem.mend:
-        out.print(Padding(f"[dim]do[/]    {escape(problem.mend)}", (0, 0, 0, 2)))
+    if problem.hint:
+        out.print(Padding(f"[dim]do[/]    {escape(problem.hint)}", (0, 0, 0, 2)))
 
 
 def show_nodes(cluster: Cluster, lines: Mapping[str, str]) -> None:
@@ -284,7 +284,7 @@ def show_nodes(cluster: Cluster, lines: Mapping[str, str]) -> None:
     for far in cluster.fars:
         bad = [done for done in cluster.of(far) if done.outcome == "failed" and done.phase not in _BETWEEN]
         silent = bad and not any(done.data for done in cluster.of(far))
-        said = bad[0].problems[0].what if silent and bad[0].problems else lines.get(far.host, "")
+        said = bad[0].problems[0].message if silent and bad[0].problems else lines.get(far.host, "")
         table.add_row(sign("fail" if bad else "pass"), far.host, Text(redact(said)))
     console().print(Padding(table, (0, 0, 0, 2), expand=False))
 
@@ -301,8 +301,8 @@ def show_bandwidth(measured: Sequence[Between]) -> None:
         both = each.kind == "nccl" or each.measured is None
         way = f"{asking} {'and' if both else 'to'} {responding}"
         table.add_row(sign(each.finding.verdict), each.probe.name, way, Text(redact(each.finding.found)))
-        if each.finding.mend:
-            table.add_row("", "", "", f"[dim]→[/] {escape(each.finding.mend)}")
+        if each.finding.hint:
+            table.add_row("", "", "", f"[dim]→[/] {escape(each.finding.hint)}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
@@ -322,6 +322,6 @@ def show_differences(found: Comparison) -> None:
         values = (Text(redact(value) or "-") for value in row.values)
         table.add_row(sign(_WEIGHED[row.weight]), row.name, *values)
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
-    for mend in dict.fromkeys(row.mend for row in found.rows if row.mend):
-        names = ", ".join(row.name for row in found.rows if row.mend == mend)
-        out.print(Padding(f"[dim]→[/] {escape(names)}: {escape(mend)}", (0, 0, 0, 2)))
+    for hint in dict.fromkeys(row.hint for row in found.rows if row.hint):
+        names = ", ".join(row.name for row in found.rows if row.hint == hint)
+        out.print(Padding(f"[dim]→[/] {escape(names)}: {escape(hint)}", (0, 0, 0, 2)))

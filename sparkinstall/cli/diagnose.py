@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sparkinstall.diagnose.judge import Diagnosis, Found, Log, Reading
-    from sparkinstall.diagnose.search import Line, Search, Sighting
+    from sparkinstall.diagnose.search import Line, Search, Match
     from sparkinstall.diagnose.signatures import Signature
     from sparkinstall.errors import Problem
 
@@ -78,7 +78,7 @@ def _silent(readings: "Sequence[Reading]", units: "Sequence[str]") -> "tuple[Pro
     return tuple(
         Problem(
             f"there is no journal entry of a unit `{unit}`",
-            mend="is the name right (`systemctl list-units --all`)? Has it been started since the machine was? "
+            hint="is the name right (`systemctl list-units --all`)? Has it been started since the machine was? "
             "May you read the journal (with `sudo`, or in the group adm)?",
         )
         for unit, reading in zip(units, of_units, strict=True)
@@ -99,18 +99,18 @@ def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool, boot: bo
     from sparkinstall.errors import BadUsage
 
     if boot and not units:
-        raise BadUsage("--boot says how much of a unit's journal is read", mend="name the unit: `--unit vllm --boot`")
+        raise BadUsage("--boot says how much of a unit's journal is read", hint="name the unit: `--unit vllm --boot`")
     if not files and not units:
         if sys.stdin.isatty():
             raise BadUsage(
                 "which log?",
-                mend="name a file (`sparkinstall diagnose vllm.log`) or a unit (`sparkinstall diagnose --unit vllm`)",
+                hint="name a file (`sparkinstall diagnose vllm.log`) or a unit (`sparkinstall diagnose --unit vllm`)",
             )
         files = ("-",)
     if follow and len(files) + len(units) > 1:
-        raise BadUsage("only one log can be followed at a time", mend="start it once for each")
+        raise BadUsage("only one log can be followed at a time", hint="start it once for each")
     if files.count("-") > 1:
-        raise BadUsage("stdin can be read only once", mend="give `-` once")
+        raise BadUsage("stdin can be read only once", hint="give `-` once")
     return [
         *(judge.file_log(name, follow) for name in files),
         *(judge.unit_log(name, follow, boot) for name in units),
@@ -148,7 +148,7 @@ def _followed(log: "Log", signatures: "Sequence[Signature]", talk: bool) -> "lis
     return [Reading(log.name, search)]
 
 
-def _tell(sighting: "Sighting", search: "Search", talk: bool, out: "Console") -> None:
+def _tell(sighting: "Match", search: "Search", talk: bool, out: "Console") -> None:
     """One failure, at the moment it is met; what has brought it about is known if it came before."""
     import time
 
@@ -195,7 +195,7 @@ def _show_found(found: "Found", out: "Console", several: bool) -> None:
         _field(out, "after", f"this follows from {', '.join(found.explained_by)}: mend that")
     _field(out, "why", known.why)
     of_fix = f" (fix {known.fix} of the eight)" if known.fix else ""
-    _field(out, "do", known.mend + of_fix)
+    _field(out, "do", known.hint + of_fix)
     if known.concerns:
         _field(out, "for", known.concerns)
     for at, link in enumerate(known.links):
@@ -316,7 +316,7 @@ def _signature_data(known: "Signature") -> dict[str, Any]:
         "severity": known.severity,
         "fix": known.fix,
         "why": known.why,
-        "mend": known.mend,
+        "hint": known.hint,
         "concerns": known.concerns,
         "links": list(known.links),
     }

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
 from sparkinstall.cli.verify import Choice, HowFar, Measure, Names, NotNames, known_level
 from sparkinstall.records import dataclass
@@ -62,7 +62,7 @@ def doctor(
     verbose: options.Verbose = False,
 ) -> None:
     """Say what is wrong here, what that means and what to do, worst first; masked, to be shown in public."""
-    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
+    asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose)
 
     def body() -> Answer:
         with _problems_masked(asked):
@@ -73,7 +73,7 @@ def doctor(
 
 
 @contextmanager
-def _problems_masked(asked: Asked) -> Iterator[None]:
+def _problems_masked(asked: Target) -> Iterator[None]:
     """What keeps the doctor from looking is pasted in public like all the rest."""
     from sparkinstall.cli.session import open_state
     from sparkinstall.cli.text_output import pointed
@@ -86,13 +86,13 @@ def _problems_masked(asked: Asked) -> Iterator[None]:
     except Problem as problem:
         mask = Mask(identity.known(open_state(replace(asked, root=None)).system))
         # Pointed at the node before it is masked: the frame around the verb would add the folder as it is.
-        mend = pointed(problem.mend, options.root_option(asked.root))
-        problem.what, problem.why, problem.mend = map(mask.text, (problem.what, problem.why, mend))
-        problem.tail = tuple(map(mask.text, problem.tail))
+        hint = pointed(problem.hint, options.root_option(asked.root))
+        problem.message, problem.cause, problem.hint = map(mask.text, (problem.message, problem.cause, hint))
+        problem.output = tuple(map(mask.text, problem.output))
         raise
 
 
-def _doctor(asked: Asked, choice: Choice, json: bool) -> Answer:
+def _doctor(asked: Target, choice: Choice, json: bool) -> Answer:
     from sparkinstall.cli.session import open_session
     from sparkinstall.errors import Exit
     from sparkinstall.support import doctor, identity
@@ -162,7 +162,7 @@ def _shown(item: "Item", session: "Session", mask: "Mask") -> "Item":
         title=mask.text(item.title),
         found=mask.text(item.found),
         expected=mask.text(item.expected),
-        mend=mask.text(pointed(item.mend, session.root_option)),
+        hint=mask.text(pointed(item.hint, session.root_option)),
     )
 
 
@@ -215,7 +215,7 @@ def _together(items: "Sequence[Item]") -> "list[list[Item]]":
     """Where one thing is missing, many find the same; it is told once, where it was met first."""
     groups: dict[tuple[str, str], list[Item]] = {}
     for item in items:
-        groups.setdefault((item.found, item.mend), []).append(item)
+        groups.setdefault((item.found, item.hint), []).append(item)
     return list(groups.values())
 
 
@@ -250,8 +250,8 @@ def _rows(item: "Item", verbose: bool) -> Iterator[tuple[str, str]]:
         yield "expected", item.expected
     if item.means:
         yield "means", item.means
-    if item.mend:
-        yield "do", item.mend
+    if item.hint:
+        yield "do", item.hint
 
 
 def _show_well(found: Checkup, out: "Console") -> None:
@@ -272,8 +272,8 @@ def _show_rest(found: Checkup, out: "Console") -> None:
     if not items:
         return
     out.print(f"{_heading('not-looked-at', len(items))}")
-    for reason in dict.fromkeys((item.found, item.mend) for item in items):
-        names = ", ".join(item.name for item in items if (item.found, item.mend) == reason)
+    for reason in dict.fromkeys((item.found, item.hint) for item in items):
+        names = ", ".join(item.name for item in items if (item.found, item.hint) == reason)
         do = f" [dim]→[/] {escape(reason[1])}" if reason[1] else ""
         out.print(Padding(f"{escape(names)}: [dim]{escape(reason[0])}[/]{do}", (0, 0, 0, 2), expand=False))
 

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, confirm
 from sparkinstall.records import dataclass
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from sparkinstall.cli.session import Session
-    from sparkinstall.core.checks import Looked
+    from sparkinstall.core.checks import ProbeResult
     from sparkinstall.core.engine import StepReport
     from sparkinstall.core.fixes import FixState
     from sparkinstall.errors import Problem
@@ -33,7 +33,7 @@ class Choice:
     verb: str = "all"
 
 
-def install(asked: Asked, choice: Choice) -> Answer:
+def install(asked: Target, choice: Choice) -> Answer:
     """Plan, check, ask, make it so, prove it."""
     from sparkinstall.cli.session import looked_at, open_session
     from sparkinstall.core import catalogue
@@ -45,8 +45,8 @@ def install(asked: Asked, choice: Choice) -> Answer:
     steps = catalogue.chosen(session.node, choice.only, choice.skip)
     reports = looked_at(session, steps)
     if not choice.fresh:
-        _refuse_obstacles(reports)
-    so_already = all(report.outcome in ("unchanged", "left") for report in reports)
+        _refuse_conflicts(reports)
+    so_already = all(report.outcome in ("unchanged", "node_only") for report in reports)
     if so_already and not choice.fresh and not session.state.unproven():
         return _nothing_to_do(session, steps, reports, choice.verb)
     _refuse_what_needs_more(session.node, reports, choice.verb)
@@ -72,23 +72,23 @@ def _refuse_another_prefix(session: "Session") -> None:
         raise Blocked(
             f"this node was set up in {session.system.real(elsewhere[0].rpartition('/')[0])}, "
             f"and `prefix` is {session.node.prefix} now",
-            mend="take that back first (`sparkinstall uninstall`), or set `prefix` to what it was",
+            hint="take that back first (`sparkinstall uninstall`), or set `prefix` to what it was",
         )
 
 
-def _refuse_obstacles(reports: "Sequence[StepReport]") -> None:
+def _refuse_conflicts(reports: "Sequence[StepReport]") -> None:
     """What stands in the way is said before hours are spent on the rest.
 
     Raises:
         Blocked: something that is not ours to move is where something of ours has to be.
     """
     from sparkinstall.errors import Blocked
-    from sparkinstall.resources import Obstacle
+    from sparkinstall.resources import Conflict
 
     for report in reports:
         for checked in report.checked:
-            if isinstance(checked.state, Obstacle):
-                raise Blocked(f"{report.name}: {checked.state.what}", mend=checked.state.mend)
+            if isinstance(checked.state, Conflict):
+                raise Blocked(f"{report.name}: {checked.state.message}", hint=checked.state.hint)
 
 
 def _refuse_what_needs_more(node: "Node", reports: "Sequence[StepReport]", verb: str) -> None:
@@ -108,8 +108,8 @@ def _refuse_what_needs_more(node: "Node", reports: "Sequence[StepReport]", verb:
             first = sorted(needs)[0]
             alone = f"`sparkinstall run {first} {report.name}`, or everything: `sparkinstall all`"
             # What the node is among several is not remembered of a run that never began: say nothing that forgets it.
-            mend = f"add `--only {first}`, or leave `--only` out" if verb == "multi-node" else alone
-            raise BadUsage(f"the step {report.name} needs {first} to be done before", mend=mend)
+            hint = f"add `--only {first}`, or leave `--only` out" if verb == "multi-node" else alone
+            raise BadUsage(f"the step {report.name} needs {first} to be done before", hint=hint)
 
 
 def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequence[StepReport]", verb: str) -> Answer:
@@ -123,7 +123,7 @@ def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequen
     if bad:
         return Answer(Exit.FAILED, {"changed": False}, problems=(_damaged(bad),))
     _settle_options(session, verb)
-    left = [report.name for report in reports if report.outcome == "left"]
+    left = [report.name for report in reports if report.outcome == "node_only"]
 
     def show() -> None:
         print(f"✓ {session.where}: everything is as it should be; nothing was changed.")
@@ -142,13 +142,13 @@ def _settle_options(session: "Session", verb: str) -> None:
             session.state.remember_options(session.options)
 
 
-def _damaged(bad: "Sequence[Looked]") -> "Problem":
+def _damaged(bad: "Sequence[ProbeResult]") -> "Problem":
     from sparkinstall.errors import Problem
 
     return Problem(
         "everything is where it was put, but it is damaged",
-        why="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad),
-        mend="make it anew: `sparkinstall run environment fp8 --fresh`",
+        cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad),
+        hint="make it anew: `sparkinstall run environment fp8 --force`",
     )
 
 
@@ -179,23 +179,23 @@ def preflight(session: "Session", choice: Choice) -> None:
     if bad:
         raise PreflightFailed(
             f"{session.where} is not ready: {', '.join(each.probe.name for each in bad)} failed; nothing was changed",
-            why="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad) if choice.json else "",
-            mend=_way_out(bad),
+            cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad) if choice.json else "",
+            hint=_way_out(bad),
         )
 
 
-def _ignored(looked: "Looked", names: "Sequence[str]") -> "Looked":
+def _ignored(looked: "ProbeResult", names: "Sequence[str]") -> "ProbeResult":
     """A failure that does not count is still shown, as a warning."""
     from dataclasses import replace
 
     if looked.finding.verdict != "fail" or looked.probe.name not in names:
         return looked
     return replace(
-        looked, finding=replace(looked.finding, verdict="warn", mend=f"ignored: --ignore {looked.probe.name}")
+        looked, finding=replace(looked.finding, verdict="warn", hint=f"ignored: --ignore {looked.probe.name}")
     )
 
 
-def _way_out(bad: "Sequence[Looked]") -> str:
+def _way_out(bad: "Sequence[ProbeResult]") -> str:
     names = {each.probe.name for each in bad}
     if "machine" in names:
         return "on a machine that is no DGX Spark, rehearse: `sparkinstall all --root ./node`"
@@ -223,7 +223,7 @@ def _without_diffs(report: "StepReport") -> "StepReport":
     return replace(report, checked=brief)
 
 
-def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked: Asked) -> Answer:
+def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked: Target) -> Answer:
     from sparkinstall.cli.live_output import watching
     from sparkinstall.core import checks, engine
     from sparkinstall.journal.system import JournaledSystem
@@ -248,24 +248,24 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
     return _conclude(session, reports, looked, choice)
 
 
-def _of_this_node(looked: "Looked") -> "Looked":
+def _of_this_node(looked: "ProbeResult") -> "ProbeResult":
     """While one node is set up, the others may not be there yet: what is missing of them does not fail this one."""
     from dataclasses import replace
 
     if looked.finding.verdict != "fail" or not looked.probe.others:
         return looked
-    later = f"set up the other nodes, then `sparkinstall verify`; if that fails too: {looked.finding.mend}"
-    return replace(looked, finding=replace(looked.finding, verdict="warn", mend=later))
+    later = f"set up the other nodes, then `sparkinstall verify`; if that fails too: {looked.finding.hint}"
+    return replace(looked, finding=replace(looked.finding, verdict="warn", hint=later))
 
 
 def _sound(steps: "Sequence[Step]", reports: "Sequence[StepReport]") -> "list[Step]":
     """The steps that have something to prove: those that did not fail."""
-    bad = {report.name for report in reports if report.outcome in ("failed", "held")}
+    bad = {report.name for report in reports if report.outcome in ("failed", "blocked")}
     return [step for step in steps if step.name not in bad]
 
 
 def _conclude(
-    session: "Session", reports: "Sequence[StepReport]", looked: "Sequence[Looked]", choice: Choice
+    session: "Session", reports: "Sequence[StepReport]", looked: "Sequence[ProbeResult]", choice: Choice
 ) -> Answer:
     from sparkinstall.cli.json_output import finding_data, fix_data, step_data
     from sparkinstall.core import fixes
@@ -276,7 +276,7 @@ def _conclude(
     bad = [name for name, finding in findings.items() if finding.verdict == "fail"]
     if bad and not problems:
         problems.append(
-            Problem(f"installed, but not proven: {', '.join(bad)}", mend="`sparkinstall verify` shows more")
+            Problem(f"installed, but not proven: {', '.join(bad)}", hint="`sparkinstall verify` shows more")
         )
     standing = fixes.stand(session.node, reports, findings)
     data = {
@@ -292,7 +292,7 @@ def _conclude(
     return Answer(Exit.FAILED if problems else Exit.GOOD, data, show, tuple(problems))
 
 
-def _show_end(session: "Session", looked: "Sequence[Looked]", standing: "Sequence[FixState]", failed: bool) -> None:
+def _show_end(session: "Session", looked: "Sequence[ProbeResult]", standing: "Sequence[FixState]", failed: bool) -> None:
     from sparkinstall.cli.text_output import console, show_findings, show_fixes
 
     out = console()
@@ -312,7 +312,7 @@ def _show_next(session: "Session", out: "Console") -> None:
     from sparkinstall.core import catalogue, engine
 
     reports = engine.plan(catalogue.of(session.node), session.node, session.system)
-    behind = [report.name for report in reports if report.outcome not in ("unchanged", "left")]
+    behind = [report.name for report in reports if report.outcome not in ("unchanged", "node_only")]
     if behind:
         out.print(f"[green bold]✓[/] done. [yellow]Open now:[/] {', '.join(behind)}. Next:")
         out.print(f"    sparkinstall all{session.root_option}", markup=False)

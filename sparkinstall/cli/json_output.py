@@ -49,11 +49,11 @@ def _redacted(value: Any) -> Any:
 def problem_data(problem: Problem) -> dict[str, Any]:
     return {
         "code": problem.code,
-        "what": problem.what,
-        "why": problem.why,
-        "mend": problem.mend,
+        "message": problem.message,
+        "cause": problem.cause,
+        "hint": problem.hint,
         "log": problem.log,
-        "tail": list(problem.tail),
+        "output": list(problem.output),
     }
 
 
@@ -62,7 +62,7 @@ def step_data(report: StepReport) -> dict[str, Any]:
         "step": report.name,
         "outcome": report.outcome,
         "seconds": round(report.seconds, 3),
-        "held_by": report.held_by or None,
+        "blocked_by": report.blocked_by or None,
         "resources": [resource_data(each) for each in report.checked],
         "error": problem_data(report.problem) if report.problem else None,
     }

@@ -12,13 +12,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from sparkinstall.cli.text_output import pointed
-from sparkinstall.core.checks import Looked
+from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.probes import LEVELS
 from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Unknown
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Unknown
 
 # What XML 1.0 cannot hold, not even escaped.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -43,28 +43,28 @@ def of_checks(reports: Iterable[StepReport]) -> list[Case]:
 
 def _bad(report: StepReport) -> str:
     if report.problem:
-        return f"{report.problem.what}\n{report.problem.mend}".strip()
+        return f"{report.problem.message}\n{report.problem.hint}".strip()
     states = [(checked.key, checked.state) for checked in report.checked]
     said = [f"{key}: {state.summary}" for key, state in states if isinstance(state, Drift)]
-    said += [f"{key}: {state.what}" for key, state in states if isinstance(state, Obstacle)]
+    said += [f"{key}: {state.message}" for key, state in states if isinstance(state, Conflict)]
     said += [f"{key}: known after {state.waits_for}" for key, state in states if isinstance(state, Unknown)]
     return "\n".join(said)
 
 
 def _left(report: StepReport) -> str:
-    return "; ".join(f"left to the node: {c.state.what}" for c in report.checked if isinstance(c.state, LeftToNode))
+    return "; ".join(f"left to the node: {c.state.reason}" for c in report.checked if isinstance(c.state, NodeOnly))
 
 
-def of_probes(looked: Iterable[Looked]) -> list[Case]:
+def of_probes(looked: Iterable[ProbeResult]) -> list[Case]:
     """A case for each probe, in the suite of its level."""
     return [_case(each) for each in looked]
 
 
-def _case(looked: Looked) -> Case:
+def _case(looked: ProbeResult) -> Case:
     probe, finding = looked.probe, looked.finding
     expected = f"\nexpected: {finding.expected}" if finding.expected else ""
-    mend = f"\nmend: {finding.mend}" if finding.mend else ""
-    words = f"{finding.found}{expected}{mend}"
+    hint = f"\nhint: {finding.hint}" if finding.hint else ""
+    words = f"{finding.found}{expected}{hint}"
     bad, skipped = finding.verdict == "fail", finding.verdict == "skip"
     return Case(
         probe.level, probe.name, looked.seconds, words if bad else "", words if skipped else "",
@@ -74,7 +74,7 @@ def _case(looked: Looked) -> Case:
 
 def of_problem(problem: Problem) -> list[Case]:
     """What kept everything else from being looked at."""
-    return [Case("checks", "installed", bad=f"{problem.what}\n{problem.mend}".strip())]
+    return [Case("checks", "installed", bad=f"{problem.message}\n{problem.hint}".strip())]
 
 
 def begin(path: Path) -> None:
@@ -85,9 +85,9 @@ def begin(path: Path) -> None:
         Storage: the file cannot be written; better known before the work than after it.
     """
     if path.is_dir() or str(path) == "-":
-        raise BadUsage(f"--junit {path} is no file", mend="name the report itself: `--junit FILE.xml`")
+        raise BadUsage(f"--junit {path} is no file", hint="name the report itself: `--junit FILE.xml`")
     if not path.parent.is_dir():
-        raise BadUsage(f"there is no folder {path.parent}", mend=f"make it first: mkdir -p {path.parent}")
+        raise BadUsage(f"there is no folder {path.parent}", hint=f"make it first: mkdir -p {path.parent}")
     try:
         path.write_bytes(b"")
     except OSError as error:

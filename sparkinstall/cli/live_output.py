@@ -30,8 +30,8 @@ from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 
 _OUTCOMES = {
-    "unchanged": "as it should be", "changed": "done", "left": "left to the node", "failed": "failed",
-    "held": "not begun", "drift": "not as it should be",
+    "unchanged": "as it should be", "changed": "done", "node_only": "left to the node", "failed": "failed",
+    "blocked": "not begun", "drift": "not as it should be",
 }  # fmt: skip
 _BAR = 18
 

@@ -9,7 +9,7 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.install import Choice, install
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import answer
 
 _LINK = "The cluster"
@@ -64,7 +64,7 @@ def multi_node(
 ) -> None:
     """Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember what it is."""
     given = _as_settings(role, head, worker, address, interface, model)
-    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose, given, leave_armed, token_file)
+    asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose, given, leave_armed, token_file)
     choice = Choice(tuple(only or ()), tuple(skip or ()), tuple(ignore or ()), yes, json, verb="multi-node")
     answer("multi-node", lambda: install(asked, choice), root=root, json=json, verbose=verbose)
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
 
 if TYPE_CHECKING:
@@ -81,11 +81,11 @@ def look(
     verbose: options.Verbose = False,
 ) -> None:
     """Plan, preflight and versions in one answer."""
-    asked = Asked(config=config, settings=tuple(set_ or ()), verbose=verbose)
+    asked = Target(config=config, settings=tuple(set_ or ()), verbose=verbose)
     answer("node", lambda: _look(asked, only or [], skip or []), root=None, json=json, verbose=verbose)
 
 
-def _look(asked: Asked, only: list[str], skip: list[str]) -> Answer:
+def _look(asked: Target, only: list[str], skip: list[str]) -> Answer:
     from sparkinstall.cli.json_output import finding_data, step_data
     from sparkinstall.cli.session import open_session
     from sparkinstall.cluster import sameness
@@ -119,11 +119,11 @@ def reach(
     verbose: options.Verbose = False,
 ) -> None:
     """Ping other nodes over the link, with small packets and with the largest."""
-    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    asked = Target(settings=tuple(set_ or ()), verbose=verbose)
     answer("node", lambda: _reach(addresses, asked), root=None, json=json, verbose=verbose)
 
 
-def _reach(addresses: list[str], asked: Asked) -> Answer:
+def _reach(addresses: list[str], asked: Target) -> Answer:
     import time
 
     from sparkinstall.cli.session import open_session
@@ -138,7 +138,7 @@ def _reach(addresses: list[str], asked: Asked) -> Answer:
         if not waiting:
             return Answer(data={"reached": addresses})
     problems = tuple(
-        Problem(why, mend="look at the cable, and at `ip -br address` on both nodes") for why in waiting.values()
+        Problem(why, hint="look at the cable, and at `ip -br address` on both nodes") for why in waiting.values()
     )
     return Answer(Exit.FAILED, {"reached": [each for each in addresses if each not in waiting]}, problems=problems)
 
@@ -164,11 +164,11 @@ def offer(
     verbose: options.Verbose = False,
 ) -> None:
     """Give other nodes, at these addresses, what was downloaded and built here; the token is on stdin."""
-    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    asked = Target(settings=tuple(set_ or ()), verbose=verbose)
     answer("node", lambda: _offer(peers, asked, only or []), root=None, json=json, verbose=verbose)
 
 
-def _offer(peers: list[str], asked: Asked, only: list[str]) -> Answer:
+def _offer(peers: list[str], asked: Target, only: list[str]) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
@@ -190,11 +190,11 @@ def fetch(
     verbose: options.Verbose = False,
 ) -> None:
     """Take from the head what is lacking here; where it is, the token and the list's digest are on stdin."""
-    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    asked = Target(settings=tuple(set_ or ()), verbose=verbose)
     answer("node", lambda: _fetch(asked, only or []), root=None, json=json, verbose=verbose)
 
 
-def _fetch(asked: Asked, only: list[str]) -> Answer:
+def _fetch(asked: Target, only: list[str]) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
@@ -217,11 +217,11 @@ def measurable(
     verbose: options.Verbose = False,
 ) -> None:
     """For each kind of measurement why this node cannot take part, or nothing."""
-    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    asked = Target(settings=tuple(set_ or ()), verbose=verbose)
     answer("node", lambda: _measurable(asked), root=None, json=json, verbose=verbose)
 
 
-def _measurable(asked: Asked) -> Answer:
+def _measurable(asked: Target) -> Answer:
     from sparkinstall.cli.session import open_session
     from sparkinstall.cluster import bandwidth
 
@@ -237,11 +237,11 @@ def respond(
     verbose: options.Verbose = False,
 ) -> None:
     """Answer one measurement of the bandwidth, and say on stderr at which ports."""
-    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    asked = Target(settings=tuple(set_ or ()), verbose=verbose)
     answer("node", lambda: _respond(kind, asked), root=None, json=json, verbose=verbose)
 
 
-def _respond(kind: str, asked: Asked) -> Answer:
+def _respond(kind: str, asked: Target) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
@@ -265,11 +265,11 @@ def ask(
     verbose: options.Verbose = False,
 ) -> None:
     """Measure the bandwidth to another node, which answers at these ports."""
-    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    asked = Target(settings=tuple(set_ or ()), verbose=verbose)
     answer("node", lambda: _ask(kind, peer, ports, asked), root=None, json=json, verbose=verbose)
 
 
-def _ask(kind: str, peer: str, ports: list[int], asked: Asked) -> Answer:
+def _ask(kind: str, peer: str, ports: list[int], asked: Target) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
@@ -302,16 +302,16 @@ def token(
     verbose: options.Verbose = False,
 ) -> None:
     """The cluster's Ray token, for the terminal that hands it to the workers."""
-    asked = Asked(settings=tuple(set_ or ()), verbose=verbose)
+    asked = Target(settings=tuple(set_ or ()), verbose=verbose)
     answer("node", lambda: _token(asked), root=None, json=json, verbose=verbose)
 
 
-def _token(asked: Asked) -> Answer:
+def _token(asked: Target) -> Answer:
     from sparkinstall.cli.session import open_session
     from sparkinstall.errors import Problem
 
     session = open_session(asked)
     found = session.system.read(session.node.ray_token)
     if not found:
-        raise Problem("the head has no Ray token yet", mend="run the same command again: the head makes it")
+        raise Problem("the head has no Ray token yet", hint="run the same command again: the head makes it")
     return Answer(data={"token": found.decode().strip()})

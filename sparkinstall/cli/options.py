@@ -56,7 +56,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every line of ev
 
 
 @dataclass(frozen=True)
-class Asked:
+class Target:
     """What one command line asked for. `None`: not said, so the last `all` or the config decides.
 
     `role` holds what the options of `multi-node` say, as settings. `confirm_later` and `token_file`

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
 
 if TYPE_CHECKING:
-    from sparkinstall.core.checks import Looked
+    from sparkinstall.core.checks import ProbeResult
     from sparkinstall.core.engine import StepReport
     from sparkinstall.errors import Problem
 
@@ -29,11 +29,11 @@ def plan(
     verbose: options.Verbose = False,
 ) -> None:
     """Show what `all` would do, with every difference; change nothing."""
-    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
+    asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose)
     answer("plan", lambda: _plan(asked, only or [], skip or [], detailed), root=root, json=json, verbose=verbose)
 
 
-def _plan(asked: Asked, only: list[str], skip: list[str], detailed: bool) -> Answer:
+def _plan(asked: Target, only: list[str], skip: list[str], detailed: bool) -> Answer:
     from sparkinstall.cli.json_output import finding_data, step_data
     from sparkinstall.cli.session import looked_at, open_session
     from sparkinstall.core import catalogue, checks
@@ -69,13 +69,13 @@ def _plan(asked: Asked, only: list[str], skip: list[str], detailed: bool) -> Ans
     return Answer(code, data, show, tuple(problems))
 
 
-def _end(command: str, reports: "Sequence[StepReport]", looked: "Sequence[Looked]", trouble: "Problem | None") -> str:
+def _end(command: str, reports: "Sequence[StepReport]", looked: "Sequence[ProbeResult]", trouble: "Problem | None") -> str:
     """What `all` would make of it, in one sentence."""
-    from sparkinstall.resources import Obstacle
+    from sparkinstall.resources import Conflict
 
     if trouble:
         return f"`{command}` would stop before the first step: the journal cannot be used"
-    stops = [r.name for r in reports if r.problem or any(isinstance(c.state, Obstacle) for c in r.checked)]
+    stops = [r.name for r in reports if r.problem or any(isinstance(c.state, Conflict) for c in r.checked)]
     if stops:
         return f"`{command}` would stop at {', '.join(stops)}: see above"
     open_ = sum(report.outcome == "drift" for report in reports)

@@ -6,7 +6,7 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.install import Choice, install
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import answer
 
 
@@ -14,7 +14,7 @@ def run(
     steps: Annotated[
         list[str], typer.Argument(metavar="STEP...", help="Steps by name: `sparkinstall plan` lists them.")
     ],
-    fresh: Annotated[bool, typer.Option("--fresh", help="Make it anew although it is as it should be.")] = False,
+    fresh: Annotated[bool, typer.Option("--force", help="Make it anew although it is as it should be.")] = False,
     root: options.Root = None,
     config: options.ConfigFile = None,
     stack: options.Stack = None,
@@ -27,6 +27,6 @@ def run(
     verbose: options.Verbose = False,
 ) -> None:
     """Do these steps only, not those that they need."""
-    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
+    asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose)
     choice = Choice(tuple(steps), (), tuple(ignore or ()), yes, json, fresh, "run")
     answer("run", lambda: install(asked, choice), root=root, json=json, verbose=verbose)

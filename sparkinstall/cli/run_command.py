@@ -69,7 +69,7 @@ def confirm(question: str, *, agreed: bool, default: bool) -> None:
     if agreed:
         return
     if not sys.stdin.isatty():
-        raise BadUsage("there is no terminal to ask on", mend="add `--yes` if that is what you want")
+        raise BadUsage("there is no terminal to ask on", hint="add `--yes` if that is what you want")
     if not typer.confirm(question, default=default):
         raise Interrupted("not begun; nothing was changed")
 
@@ -93,17 +93,17 @@ def _as_interrupt(_number: int, _frame: object) -> NoReturn:
 
 def _complete(problem: Problem, verb: str) -> None:
     """What an interrupt means depends on the verb, which those who raise it do not know."""
-    if not isinstance(problem, Interrupted) or problem.what != "interrupted":
+    if not isinstance(problem, Interrupted) or problem.message != "interrupted":
         return
     if verb in _LOOKING:
-        problem.what = "interrupted; nothing was changed"
+        problem.message = "interrupted; nothing was changed"
     else:
-        problem.mend = "run the same command again: it goes on where this one stopped"
+        problem.hint = "run the same command again: it goes on where this one stopped"
 
 
 def _untold(error: OSError) -> Exit:
     """Where the answer cannot be written (a full disk), one line says so."""
-    print(f"✗ {storage_problem(error, 'writing the output').what}", file=sys.stderr)
+    print(f"✗ {storage_problem(error, 'writing the output').message}", file=sys.stderr)
     # What is still buffered would fail once more when Python ends.
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
@@ -115,5 +115,5 @@ def _bug(error: Exception) -> Problem:
     place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
     return Problem(
         f"sparkinstall itself failed: {type(error).__name__}: {error}{place}",
-        mend="this is a bug of ours; `-v` shows where. What was done is in the journal, and running again goes on",
+        hint="this is a bug of ours; `-v` shows where. What was done is in the journal, and running again goes on",
     )

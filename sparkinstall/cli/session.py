@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparkinstall import config as configuration
 from sparkinstall import members
 from sparkinstall.assets import user_cache
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.config import Config, Layer
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
 from sparkinstall.journal.state_dir import StateFolder
@@ -47,7 +47,7 @@ class Session:
         return f" --root {self.system.root}" if self.node.rehearsal else ""
 
 
-def open_session(asked: Asked) -> Session:
+def open_session(asked: Target) -> Session:
     """Resolve what was asked.
 
     Raises:
@@ -61,7 +61,7 @@ def open_session(asked: Asked) -> Session:
         node = _node(_settled(config, sources), system, options, asked)
     except BadConfig as problem:
         if state.options():
-            problem.mend += f" (options of former runs are remembered in {state.home}/options.json)"
+            problem.hint += f" (options of former runs are remembered in {state.home}/options.json)"
         raise
     _check_places(node, system)
     return Session(node, system, state, sources, options)
@@ -72,17 +72,17 @@ def _root(root: Path | None) -> str:
         return "/"
     full = root.expanduser().absolute()
     if full.resolve() == Path("/"):
-        raise BadUsage("--root / is this machine itself", mend="leave --root out to set it up, or name a folder")
+        raise BadUsage("--root / is this machine itself", hint="leave --root out to set it up, or name a folder")
     if full.exists() and not full.is_dir():
-        raise BadUsage(f"--root {root} is not a folder", mend="name a folder; it is made where there is none")
+        raise BadUsage(f"--root {root} is not a folder", hint="name a folder; it is made where there is none")
     if not full.parent.is_dir():
         raise BadUsage(
-            f"--root {root}: there is no folder {full.parent}", mend=f"make it first: mkdir -p {full.parent}"
+            f"--root {root}: there is no folder {full.parent}", hint=f"make it first: mkdir -p {full.parent}"
         )
     return str(full.parent.resolve() / full.name)
 
 
-def _layers(asked: Asked, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:
+def _layers(asked: Target, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:
     files = [configuration.read_layer(path) for path in _config_files(options.get("config"))]
     return [*files, Layer(_RECORDED, recorded.get("settings", {})), Layer("the command line", asked.values())]
 
@@ -113,7 +113,7 @@ def _settled(config: Config, sources: dict[str, str]) -> Config:
     return config
 
 
-def _node(config: Config, system: LocalSystem, options: dict[str, Any], asked: Asked) -> Node:
+def _node(config: Config, system: LocalSystem, options: dict[str, Any], asked: Target) -> Node:
     from sparkinstall import stacks
 
     try:
@@ -123,14 +123,14 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any], asked: A
     machine = platform.machine()
     wanted = options.get("platform") or machine
     if not system.rehearsal and (options.get("platform") or options.get("full") is not None):
-        raise BadUsage("--platform and --full are for a rehearsal", mend="add `--root ./node`")
+        raise BadUsage("--platform and --full are for a rehearsal", hint="add `--root ./node`")
     if wanted not in stack.platforms:
         known = ", ".join(stack.platforms)
-        raise BadUsage(f"stack {stack.name} has no wheels for {wanted}", mend=f"it has them for: {known}")
+        raise BadUsage(f"stack {stack.name} has no wheels for {wanted}", hint=f"it has them for: {known}")
     if config.nccl.source == "git" and config.nccl.version not in (None, stack.nccl.version):
         raise BadConfig(
             f"`nccl.version` is {config.nccl.version}, but stack {stack.name} pins the repository at {stack.nccl.tag}",
-            mend="name a tarball or a folder of that version with `nccl.source`, or leave `nccl.version` out",
+            hint="name a tarball or a folder of that version with `nccl.source`, or leave `nccl.version` out",
         )
     return Node(
         config=config,
@@ -160,9 +160,9 @@ def looked_at(session: Session, steps: "Sequence[Step]") -> "list[StepReport]":
 def _check_places(node: Node, system: LocalSystem) -> None:
     complaint = configuration.safe_path(system.real(node.prefix))
     if complaint:
-        raise BadUsage(f"{system.real(node.prefix)!a} {complaint}", mend="choose another folder for --root")
+        raise BadUsage(f"{system.real(node.prefix)!a} {complaint}", hint="choose another folder for --root")
 
 
-def open_state(asked: Asked) -> StateFolder:
+def open_state(asked: Target) -> StateFolder:
     """The state of the node alone: for what must work whatever the settings say."""
     return StateFolder(LocalSystem(_root(asked.root)))

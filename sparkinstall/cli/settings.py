@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def show(
     verbose: options.Verbose = False,
 ) -> None:
     """Print each setting with its value and where it came from."""
-    asked = Asked(root, config, stack, tuple(set_ or ()), verbose=verbose)
+    asked = Target(root, config, stack, tuple(set_ or ()), verbose=verbose)
     answer("settings show", lambda: _show(asked), root=root, json=json, verbose=verbose)
 
 
@@ -48,7 +48,7 @@ def rows(session: "Session") -> dict[str, dict[str, Any]]:
     }
 
 
-def _show(asked: Asked) -> Answer:
+def _show(asked: Target) -> Answer:
     from json import dumps as to_json
 
     from sparkinstall.cli.session import open_session

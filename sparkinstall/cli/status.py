@@ -1,7 +1,7 @@
 """`sparkinstall status`: what is here, since when, and how the eight fixes stand."""
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
 
 
@@ -12,10 +12,10 @@ def status(
     verbose: options.Verbose = False,
 ) -> None:
     """Tell what is installed and how the eight fixes stand (nothing is started; `verify` proves)."""
-    answer("status", lambda: _status(Asked(root, config, verbose=verbose)), root=root, json=json, verbose=verbose)
+    answer("status", lambda: _status(Target(root, config, verbose=verbose)), root=root, json=json, verbose=verbose)
 
 
-def _status(asked: Asked) -> Answer:
+def _status(asked: Target) -> Answer:
     from sparkinstall.cli.json_output import fix_data, step_data
     from sparkinstall.cli.session import looked_at, open_session
     from sparkinstall.core import catalogue, fixes

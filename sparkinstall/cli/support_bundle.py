@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.verify import Choice, HowFar, known_level
 from sparkinstall.records import dataclass
@@ -51,12 +51,12 @@ def support_bundle(
     verbose: options.Verbose = False,
 ) -> None:
     """Pack facts, journal, logs and a `verify` into one archive for an issue, masked; nothing is sent."""
-    asked = Asked(root, config, verbose=verbose)
+    asked = Target(root, config, verbose=verbose)
     body = lambda: _support_bundle(asked, output, Choice(level=known_level(level)), yes, json)  # noqa: E731
     answer("support-bundle", body, root=root, json=json, verbose=verbose)
 
 
-def _support_bundle(asked: Asked, output: Path | None, choice: Choice, yes: bool, json: bool) -> Answer:
+def _support_bundle(asked: Target, output: Path | None, choice: Choice, yes: bool, json: bool) -> Answer:
     from sparkinstall.cli.session import open_state
     from sparkinstall.support import bundle, identity
     from sparkinstall.support.mask import Mask
@@ -81,20 +81,20 @@ def _place(output: Path | None, yes: bool) -> Path:
 
     path = (output or Path(time.strftime("sparkinstall-support-%Y%m%d-%H%M%S.tar.gz"))).expanduser().absolute()
     if not path.parent.is_dir():
-        raise BadUsage(f"there is no folder {path.parent}", mend=f"make it first: mkdir -p {path.parent}")
+        raise BadUsage(f"there is no folder {path.parent}", hint=f"make it first: mkdir -p {path.parent}")
     if path.is_dir() or (path.exists() and not path.is_file()):
-        raise BadUsage(f"{path} is no file", mend="name the archive itself: `--output FILE.tar.gz`")
+        raise BadUsage(f"{path} is no file", hint="name the archive itself: `--output FILE.tar.gz`")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise _unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
     if path.exists() or path.is_symlink():
         if not (yes or sys.stdin.isatty()):
             way_out = "add `--yes` to replace it, or name another file: `--output FILE.tar.gz`"
-            raise BadUsage(f"{path} is there already", mend=way_out)
+            raise BadUsage(f"{path} is there already", hint=way_out)
         confirm(f"{path} is there already. Replace it?", agreed=yes, default=False)
     return path
 
 
-def _told(asked: Asked, choice: Choice, on: "LocalSystem", json: bool) -> "tuple[Node, Told]":
+def _told(asked: Target, choice: Choice, on: "LocalSystem", json: bool) -> "tuple[Node, Told]":
     """The node, and what verbs say of it; one whose settings cannot be used is taken for one without any."""
     from sparkinstall.cli.json_output import problem_data
     from sparkinstall.cli.session import open_session
@@ -106,7 +106,7 @@ def _told(asked: Asked, choice: Choice, on: "LocalSystem", json: bool) -> "tuple
     except Problem as problem:
         node = _unset(on)
         parts = {"settings.json": {"error": problem_data(problem)}}
-        missing.append(f"settings: {problem.what}")
+        missing.append(f"settings: {problem.message}")
     else:
         node = session.node
         missing += _of_journal(session)
@@ -126,7 +126,7 @@ def _of_journal(session: "Session") -> list[str]:
         problem = session.state.trouble(session.node)
     except Problem as refused:
         problem = refused
-    return [f"journal: {problem.what}"] if problem else []
+    return [f"journal: {problem.message}"] if problem else []
 
 
 def _said(ask: "Callable[[], Any]", what: str, missing: list[str]) -> Any:
@@ -136,7 +136,7 @@ def _said(ask: "Callable[[], Any]", what: str, missing: list[str]) -> Any:
     try:
         return ask()
     except Problem as problem:
-        missing.append(f"{what}: {problem.what}")
+        missing.append(f"{what}: {problem.message}")
         return {"error": problem_data(problem)}
     except Exception as error:  # a bug of ours is a good reason for this archive, not for there being none
         import traceback
@@ -190,7 +190,7 @@ def _written(path: Path, data: bytes) -> int:
     from sparkinstall.system.local import replace_file
 
     if len(data) > _LARGEST:
-        raise Problem(f"the archive would have {len(data) / 1e6:.0f} MB, too much for an issue", mend="report this")
+        raise Problem(f"the archive would have {len(data) / 1e6:.0f} MB, too much for an issue", hint="report this")
     try:
         replace_file(str(path), data, 0o600)
     except OSError as error:
@@ -203,7 +203,7 @@ def _unwritable(path: Path, error: OSError) -> "Storage":
 
     # Without the name in it: that is the one under which the archive waits until it is whole.
     problem = storage_problem(OSError(error.errno, error.strerror), f"writing {path}")
-    problem.mend = "name a place that you can write to: `--output FILE.tar.gz`"
+    problem.hint = "name a place that you can write to: `--output FILE.tar.gz`"
     return problem
 
 

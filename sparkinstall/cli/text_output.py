@@ -14,13 +14,13 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkinstall.core import fixes
-from sparkinstall.core.checks import Looked
+from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.core.fixes import FixState
 from sparkinstall.errors import Problem
 from sparkinstall.probes import Verdict
 from sparkinstall.redaction import redact
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, Unknown
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, State, Unknown
 
 _MANY_LINES = 40
 _LOG_WIDTH = 200
@@ -29,9 +29,9 @@ _TRAILING = re.compile(" +\n")
 _COMMAND = re.compile(r"`(sparkinstall (?:all|plan|verify|doctor|support-bundle|status|uninstall|run)\b[^`]*)`")
 _SIGNS = {
     "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
-    "unchanged": ("✓", "green"), "changed": ("✓", "green"), "left": ("·", "cyan"), "drift": ("+", "yellow"),
-    "failed": ("✗", "red"), "held": ("·", "dim"), "proven": ("✓", "green"), "done": ("✓", "green"),
-    "open": ("+", "yellow"), "unneeded": ("·", "dim"),
+    "unchanged": ("✓", "green"), "changed": ("✓", "green"), "node_only": ("·", "cyan"), "drift": ("+", "yellow"),
+    "failed": ("✗", "red"), "blocked": ("·", "dim"), "proven": ("✓", "green"), "done": ("✓", "green"),
+    "missing": ("+", "yellow"), "not_applicable": ("·", "dim"),
 }  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False
 
 def _plan_lines(report: StepReport) -> list[tuple[str, str]]:
     if report.problem:
-        return [("failed", report.problem.what)]
+        return [("failed", report.problem.message)]
     lines = [_state_line(checked.state) for checked in report.checked]
     good = [line for mark, line in lines if mark == "unchanged"]
     rest = [each for each in lines if each[0] != "unchanged"]
@@ -101,16 +101,16 @@ def _plan_lines(report: StepReport) -> list[tuple[str, str]]:
 
 
 def _state_line(state: State) -> tuple[str, str]:
-    if isinstance(state, Satisfied):
+    if isinstance(state, Ok):
         return "unchanged", state.note
     if isinstance(state, Drift):
         return "drift", state.summary
     if isinstance(state, Unknown):
-        return "held", f"known after {state.waits_for}"
-    if isinstance(state, LeftToNode):
-        return "left", f"left to the node: {state.what}"
-    assert isinstance(state, Obstacle)
-    return "failed", f"{state.what} - {state.mend}" if state.mend else state.what
+        return "blocked", f"known after {state.waits_for}"
+    if isinstance(state, NodeOnly):
+        return "node_only", f"left to the node: {state.reason}"
+    assert isinstance(state, Conflict)
+    return "failed", f"{state.message} - {state.hint}" if state.hint else state.message
 
 
 def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> None:
@@ -129,7 +129,7 @@ def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> No
         out.print(f"    [dim]... {len(lines) - len(shown)} more lines (-v shows them)[/]")
 
 
-def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False, root: str = "") -> None:
+def show_findings(looked: Sequence[ProbeResult], out: Console, only_bad: bool = False, root: str = "") -> None:
     """One line a probe; the mend beneath those that need one."""
     table = _columns(1, 16, None)
     for each in looked:
@@ -140,12 +140,12 @@ def show_findings(looked: Sequence[Looked], out: Console, only_bad: bool = False
             f" [dim](expected: {escape(finding.expected)})[/]" if finding.expected and finding.verdict != "pass" else ""
         )
         table.add_row(sign(finding.verdict), each.probe.name, escape(redact(finding.found)) + expected)
-        if finding.mend and finding.verdict in ("fail", "warn"):
-            table.add_row("", "", f"[dim]→[/] {escape(pointed(finding.mend, root))}")
+        if finding.hint and finding.verdict in ("fail", "warn"):
+            table.add_row("", "", f"[dim]→[/] {escape(pointed(finding.hint, root))}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
-def show_proof(looked: Sequence[Looked], out: Console, root: str = "", verbose: bool = False) -> None:
+def show_proof(looked: Sequence[ProbeResult], out: Console, root: str = "", verbose: bool = False) -> None:
     """Every probe beneath its level, with what was expected where it was not found, and how to mend it."""
     table = _columns(7, 1, 16, None)
     level = ""
@@ -157,8 +157,8 @@ def show_proof(looked: Sequence[Looked], out: Console, root: str = "", verbose: 
         bad = finding.verdict in ("fail", "warn")
         if finding.expected and (bad or verbose) and finding.expected != finding.found:
             table.add_row("", "", "", Text(f"expected: {redact(finding.expected)}", style="dim"))
-        if finding.mend and bad:
-            table.add_row("", "", "", _mend(each, root))
+        if finding.hint and bad:
+            table.add_row("", "", "", _hint(each, root))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
@@ -166,13 +166,13 @@ def _took(seconds: float) -> str:
     return f"  ({seconds:.1f} s)" if seconds >= 1 else ""
 
 
-def _mend(looked: Looked, root: str) -> str:
+def _hint(looked: ProbeResult, root: str) -> str:
     number = fixes.number_of(looked.probe.name)
     of_fix = f"  [dim](fix {number} of the eight)[/]" if number else ""
-    return f"[dim]→[/] {escape(pointed(looked.finding.mend, root))}{of_fix}"
+    return f"[dim]→[/] {escape(pointed(looked.finding.hint, root))}{of_fix}"
 
 
-def show_preflight(looked: Sequence[Looked], out: Console) -> None:
+def show_preflight(looked: Sequence[ProbeResult], out: Console) -> None:
     """How many checks passed, and those that did not."""
     counts = [each.finding.verdict for each in looked]
     words = [f"{counts.count('pass')} checks passed"]
@@ -209,12 +209,12 @@ def show_problems(problems: Sequence[Problem], root: str = "") -> None:
     """Errors go to stderr: what happened, why, the last lines, the log, and what to do."""
     out = console(stderr=True)
     for problem in problems:
-        out.print(f"[red bold]✗[/] {escape(redact(problem.what))}")
-        if problem.why:
-            out.print(f"  [dim]why[/]   {escape(redact(problem.why))}")
-        for line in problem.tail:
+        out.print(f"[red bold]✗[/] {escape(redact(problem.message))}")
+        if problem.cause:
+            out.print(f"  [dim]why[/]   {escape(redact(problem.cause))}")
+        for line in problem.output:
             out.print(Text(f"  │ {redact(line)}", style="dim"))
         if problem.log:
             out.print(f"  [dim]log[/]   {escape(problem.log)}")
-        if problem.mend:
-            out.print(Padding(f"[dim]do[/]    {escape(pointed(problem.mend, root))}", (0, 0, 0, 2), expand=False))
+        if problem.hint:
+            out.print(Padding(f"[dim]do[/]    {escape(pointed(problem.hint, root))}", (0, 0, 0, 2), expand=False))

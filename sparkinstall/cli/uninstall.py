@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
 
 if TYPE_CHECKING:
     from sparkinstall.journal.state_dir import StateFolder
-    from sparkinstall.journal.undo import TakenBack, Touch
+    from sparkinstall.journal.undo import Undone, Change
 
 
 def uninstall(
@@ -30,18 +30,18 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     from sparkinstall.journal import undo as undoing
     from sparkinstall.safe_yaml import forget_tables
 
-    state = open_state(Asked(root))
+    state = open_state(Target(root))
     state.sweep()
     if not state.exists:
         return Answer(data={"touches": []}, show=lambda: print(_nothing(state)))
     state.require_free()
-    touches = undoing.touches(state.journal().records())
+    changes = undoing.changes(state.journal().records())
     if not json:
-        _show_plan([_in_words(touch, state) for touch in touches])
+        _show_plan([_in_words(touch, state) for touch in changes])
     confirm("Take all of it back?", agreed=yes or state.system.rehearsal, default=False)
     if sys.stdin.isatty():
         state.system.ask_for_sudo()
-    taken = undoing.take_all_back(state)
+    taken = undoing.undo_all(state)
     forget_tables()
     if purge_cache:
         _purge_cache()
@@ -55,7 +55,7 @@ def _nothing(state: "StateFolder") -> str:
 _KINDS = {"path": "file or link", "dir": "folder, if empty", "tree": "folder, with all in it"}
 
 
-def _in_words(touch: "Touch", state: "StateFolder") -> str:
+def _in_words(touch: "Change", state: "StateFolder") -> str:
     if touch.undo.kind == "packages":
         names = sorted({name for record in touch.records for name in record.undo.after["packages"]})
         return f"{'packages':24}{', '.join(names)}"
@@ -79,14 +79,14 @@ def _purge_cache() -> None:
     shutil.rmtree(user_cache(), ignore_errors=True)
 
 
-def _answer(taken: "list[TakenBack]", purged: bool) -> Answer:
+def _answer(taken: "list[Undone]", purged: bool) -> Answer:
     from sparkinstall.assets import user_cache
     from sparkinstall.errors import Exit, Problem
 
     problems = tuple(
         Problem(
             f"{each.subject} could not be taken back: {each.note}",
-            mend="mend that, then run `sparkinstall uninstall` again",
+            hint="mend that, then run `sparkinstall uninstall` again",
         )
         for each in taken
         if each.outcome == "failed"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Asked
+from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
 from sparkinstall.records import dataclass
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sparkinstall.cli.session import Session
-    from sparkinstall.core.checks import Chosen, Looked
+    from sparkinstall.core.checks import Chosen, ProbeResult
     from sparkinstall.core.engine import StepReport
     from sparkinstall.core.fixes import FixState
     from sparkinstall.probes import Level
@@ -67,22 +67,22 @@ class Result:
     """What a whole look at a node has found."""
 
     reports: "Sequence[StepReport]"
-    looked: "Sequence[Looked]"
+    looked: "Sequence[ProbeResult]"
     standing: "Sequence[FixState]"
     strict: bool
 
     @property
     def drifted(self) -> "list[StepReport]":
-        return [report for report in self.reports if report.outcome not in ("unchanged", "left")]
+        return [report for report in self.reports if report.outcome not in ("unchanged", "node_only")]
 
     @property
-    def failed(self) -> "list[Looked]":
+    def failed(self) -> "list[ProbeResult]":
         return [each for each in self.looked if each.finding.verdict == "fail"]
 
     @property
     def skipped(self) -> list[str]:
         """What was not looked at: probes, and steps that were left to the node."""
-        left = [report.name for report in self.reports if report.outcome == "left"]
+        left = [report.name for report in self.reports if report.outcome == "node_only"]
         return [*left, *(each.probe.name for each in self.looked if each.finding.verdict == "skip")]
 
     @property
@@ -107,7 +107,7 @@ def verify(
     verbose: options.Verbose = False,
 ) -> None:
     """Check everything and prove it on running processes; exit 3 if anything is not as it should be."""
-    asked = Asked(root, config, stack, tuple(set_ or ()), platform, full, verbose)
+    asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose)
 
     def body() -> Answer:
         with _reported(junit, strict, options.root_option(root)):
@@ -148,7 +148,7 @@ def _reported(path: Path | None, strict: bool, root: str) -> Iterator[None]:
         raise
 
 
-def _verify(asked: Asked, choice: Choice, json: bool) -> Answer:
+def _verify(asked: Target, choice: Choice, json: bool) -> Answer:
     from sparkinstall.cli.session import open_session
 
     session = open_session(asked)
@@ -172,7 +172,7 @@ def looked_through(session: "Session", choice: Choice, plain: bool) -> Result:
     chosen = checks.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)
     damaged = _journal(session)
     if not damaged and not session.state.installed:
-        raise NotThere(f"nothing of sparkinstall is in {session.system.root}", mend="`sparkinstall all` sets it up")
+        raise NotThere(f"nothing of sparkinstall is in {session.system.root}", hint="`sparkinstall all` sets it up")
     reports = looked_at(session, chosen.steps)
     looked = [*damaged, *_probed(session, chosen, plain)]
     findings = {each.probe.name: each.finding for each in looked}
@@ -180,19 +180,19 @@ def looked_through(session: "Session", choice: Choice, plain: bool) -> Result:
     return Result(reports, looked, standing, choice.strict)
 
 
-def _journal(session: "Session") -> "list[Looked]":
+def _journal(session: "Session") -> "list[ProbeResult]":
     """No check and no probe needs the journal, but `all` and `uninstall` do: told where it cannot be used."""
-    from sparkinstall.core.checks import Looked
+    from sparkinstall.core.checks import ProbeResult
     from sparkinstall.probes import Probe, failed
 
     problem = session.state.trouble(session.node)
     if problem is None:
         return []
-    finding = failed(problem.what, problem.mend)
-    return [Looked(Probe("journal", "the record of what was here before", lambda _: finding, "static"), finding, 0.0)]
+    finding = failed(problem.message, problem.hint)
+    return [ProbeResult(Probe("journal", "the record of what was here before", lambda _: finding, "static"), finding, 0.0)]
 
 
-def _probed(session: "Session", chosen: "Chosen", plain: bool) -> "list[Looked]":
+def _probed(session: "Session", chosen: "Chosen", plain: bool) -> "list[ProbeResult]":
     from sparkinstall.core import checks
     from sparkinstall.events import silent
 

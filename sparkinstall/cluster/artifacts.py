@@ -25,7 +25,7 @@ from sparkinstall.errors import storage_problem
 from sparkinstall.facts.machine import cores
 from sparkinstall.node import Node
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Satisfied
+from sparkinstall.resources import Ok
 from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary
 from sparkinstall.resources.venv import PythonEnvironment, lock_of
 from sparkinstall.steps.nccl import Nccl
@@ -111,7 +111,7 @@ def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Manifest, list[
     if "environment" in steps:
         wheels, files = _wheels(node, on)
     library = _nccl(node) if "nccl" in steps else None
-    if library and isinstance(library.check(on), Satisfied) and (entries := _library(node, library, on)):
+    if library and isinstance(library.check(on), Ok) and (entries := _library(node, library, on)):
         recipe = {**asdict(library.recipe(on)), "where": library.source.where}
         files += entries
     manifest = Manifest(likeness(node), tuple(wheels), tuple(listed for listed, _ in files), recipe)
@@ -342,7 +342,7 @@ class _Lack:
         return [(n, each) for n, each in listed if not _is(self.waiting / each.path, each)]
 
     def _has_use_for_wheels(self) -> bool:
-        if not self.manifest.wheels or isinstance(PythonEnvironment(self.node).check(self.on), Satisfied):
+        if not self.manifest.wheels or isinstance(PythonEnvironment(self.node).check(self.on), Ok):
             return False
         own = likeness(self.node)
         different = [name for name in own if own[name] != self.manifest.of.get(name)]
@@ -367,7 +367,7 @@ class _Lack:
 
     def _has_use_for_nccl(self) -> bool:
         offered, library = dict(self.manifest.nccl), _nccl(self.node)
-        if not offered or library is None or isinstance(library.check(self.on), Satisfied):
+        if not offered or library is None or isinstance(library.check(self.on), Ok):
             return False
         where = str(offered.pop("where", ""))
         if where == library.source.where:
@@ -414,4 +414,4 @@ def _make_room(to: Path, cache: Path) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     top = cache / to.relative_to(cache).parts[0]
     if not to.parent.resolve().is_relative_to(top.resolve()):
-        raise CopyFailed(f"{to.parent} leads out of the cache", mend="move that link away")
+        raise CopyFailed(f"{to.parent} leads out of the cache", hint="move that link away")

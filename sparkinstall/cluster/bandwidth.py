@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import field, replace
 
-from sparkinstall.cluster.remote import Far, OnLine, Said
+from sparkinstall.cluster.remote import RemoteNode, OnLine, Reply
 from sparkinstall.errors import Interrupted, Problem
 from sparkinstall.facts import qsfp
 from sparkinstall.node import Node
@@ -44,7 +44,7 @@ def _why_not(node: Node, on: Reader, kind: Kind) -> str:
     try:
         return bandwidth.why_not(node, on, kind)
     except Problem as problem:
-        return problem.what
+        return problem.message
 
 
 def respond(node: Node, on: Reader, kind: Kind, announce: Callable[[Sequence[int]], None]) -> dict[str, int]:
@@ -99,7 +99,7 @@ def _free_ports(on: Reader, count: int) -> list[int]:
     taken = _listening(on)
     free = [port for port in known if port not in taken][:count]
     if len(free) < count:
-        raise NotMeasured("no port is free for a measurement", mend="stop what listens at 29600 - 29699 (`ss -ltn`)")
+        raise NotMeasured("no port is free for a measurement", hint="stop what listens at 29600 - 29699 (`ss -ltn`)")
     return free
 
 
@@ -119,7 +119,7 @@ def _wait_until_listening(on: Reader, ports: Sequence[int], running: Mapping[str
         ended = next((each.result() for each in running.values() if each.done()), None)
         if ended is not None or time.monotonic() > until:
             said = bandwidth.complaint(ended.out, ended.err) if ended else f"it listens nowhere after {_PATIENCE:g} s"
-            raise NotMeasured(f"the answering side of a measurement did not start: {said}", mend=_START)
+            raise NotMeasured(f"the answering side of a measurement did not start: {said}", hint=_START)
         time.sleep(0.05)
 
 
@@ -162,10 +162,10 @@ class Between:
 class Measurement:
     """One measurement: `asking` sends to `responding`; `words` are a node's settings as options."""
 
-    asking: Far
-    responding: Far
+    asking: RemoteNode
+    responding: RemoteNode
     kind: Kind
-    words: Callable[[Far], list[str]]
+    words: Callable[[RemoteNode], list[str]]
     _measured: Measured | None = None
     _why: str = ""
     _lost: dict[str, Mapping[str, int]] = field(default_factory=dict)
@@ -178,24 +178,24 @@ class Measurement:
         measured = self._measured or Measured(self.kind, {}, why=self._why or "no node gave an answer")
         return replace(measured, lost=self._lost)
 
-    def work(self, far: Far, on_line: OnLine) -> Said:
+    def work(self, far: RemoteNode, on_line: OnLine) -> Reply:
         """This node's part. That it came to nothing is a result, and no failure of the phase."""
         try:
             said = self._respond(on_line) if far is self.responding else self._ask(on_line)
         except Interrupted:
             raise
         except Problem as problem:
-            said = Said(0, {}, (problem,))
+            said = Reply(0, {}, (problem,))
         finally:
             if far is self.responding:
                 self._settled.set()
         for each in said.problems[:1]:
-            self._why = f"{far.host}: {each.what}" + (f" ({each.why})" if each.why else "")
+            self._why = f"{far.host}: {each.message}" + (f" ({each.cause})" if each.cause else "")
         if said.data.get("lost"):
             self._lost[far.host] = said.data["lost"]
-        return Said(0, {}, ())
+        return Reply(0, {}, ())
 
-    def _respond(self, on_line: OnLine) -> Said:
+    def _respond(self, on_line: OnLine) -> Reply:
         def listen(line: str) -> None:
             if (found := _announced(line)) is not None:
                 self._ports = found
@@ -205,11 +205,11 @@ class Measurement:
 
         return self.responding.call("node", "respond", self.kind, *self.words(self.responding), on_line=listen)
 
-    def _ask(self, on_line: OnLine) -> Said:
+    def _ask(self, on_line: OnLine) -> Reply:
         while not self._settled.wait(1):
             processes.refuse_if_stopped()
         if self._ports is None:
-            return Said(0, {}, ())
+            return Reply(0, {}, ())
         argv = ("node", "ask", self.kind, self.responding.member.address, *map(str, self._ports))
         said = self.asking.call(*argv, *self.words(self.asking), on_line=on_line)
         if not said.problems:
@@ -217,12 +217,12 @@ class Measurement:
         return said
 
 
-def ways(head: Far, worker: Far, kind: Kind) -> list[tuple[Far, Far]]:
+def ways(head: RemoteNode, worker: RemoteNode, kind: Kind) -> list[tuple[RemoteNode, RemoteNode]]:
     """Who sends to whom: each to the other, but where both send at once anyway."""
     return [(head, worker)] if kind == "nccl" else [(head, worker), (worker, head)]
 
 
-def left_out(asking: Far, responding: Far, kind: Kind, why: Mapping[str, Mapping[str, str]]) -> Between | None:
+def left_out(asking: RemoteNode, responding: RemoteNode, kind: Kind, why: Mapping[str, Mapping[str, str]]) -> Between | None:
     """What is said of a measurement that one of the two nodes cannot take part in; None: both can."""
     for far in (asking, responding):
         if reason := why.get(far.host, {}).get(kind, "it gave no answer"):

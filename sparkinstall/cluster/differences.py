@@ -27,11 +27,11 @@ class Kind:
     """Something to be compared. `mend` is done on the node that is wrong."""
 
     weight: Weight
-    mend: str
+    hint: str
 
 
 _THERE = "on the node that is wrong"
-_PACKAGES = f"`sparkinstall run environment --fresh` {_THERE}"
+_PACKAGES = f"`sparkinstall run environment --force` {_THERE}"
 _UPDATES = "the same updates of DGX OS on every node (`sudo apt-get update`, `sudo apt-get full-upgrade`), and a reboot"
 _ENV = f"`sparkinstall run env-files` {_THERE}, with the same settings as on the others"
 _LOOKED_UP = "nothing: each node looks it up for itself whenever it starts something"
@@ -39,11 +39,11 @@ KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("stack", "python", *sameness.PACKAGES), Kind("fail", _PACKAGES)),
     "lock": Kind("fail", _PACKAGES),
     **{f"{name}-files": Kind("fail", _PACKAGES) for name in sameness.PACKAGES},
-    "nccl": Kind("fail", f"`sparkinstall run nccl --fresh` {_THERE}"),
+    "nccl": Kind("fail", f"`sparkinstall run nccl --force` {_THERE}"),
     # Two builds of one recipe differ: nvcc writes names of temporary files into what it makes.
     "nccl-build-id": Kind("warn", "`sparkinstall cluster` with the nodes copies the head's NCCL to those without one"),
     "transport": Kind("fail", "`sparkinstall plan` says why a node has no RoCE; or `network.transport: socket` on all"),
-    "fp8": Kind("fail", f"`sparkinstall run fp8 --fresh` {_THERE}, or decide it for all: `fp8.fallback: on` or `off`"),
+    "fp8": Kind("fail", f"`sparkinstall run fp8 --force` {_THERE}, or decide it for all: `fp8.fallback: on` or `off`"),
     "fp8-file": Kind("fail", f"`sparkinstall run fp8` {_THERE}"),
     "mtu": Kind("fail", f"`sparkinstall run network` {_THERE}"),
     "gid": Kind("note", _LOOKED_UP),
@@ -160,7 +160,7 @@ class Row:
     name: str
     weight: Weight
     values: tuple[str, ...]
-    mend: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def compared(nodes: Sequence[tuple[str, Mapping[str, str]]]) -> Comparison:
     """Compare what each node has told of itself, by host; what a node does not have is an empty value."""
     names = list(dict.fromkeys(name for _, told in nodes for name in told))
     told = {name: tuple(values.get(name, "") for _, values in nodes) for name in names}
-    rows = [Row(name, _kind(name).weight, each, _kind(name).mend) for name, each in told.items() if len(set(each)) > 1]
+    rows = [Row(name, _kind(name).weight, each, _kind(name).hint) for name, each in told.items() if len(set(each)) > 1]
     order: Sequence[Weight] = ("fail", "warn", "note")
     return Comparison(
         tuple(host for host, _ in nodes), tuple(sorted(rows, key=lambda row: order.index(row.weight))), len(names)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, field
 
 from sparkinstall.cluster.artifacts import Offered
-from sparkinstall.cluster.remote import Far, OnLine, Said, repeated
+from sparkinstall.cluster.remote import RemoteNode, OnLine, Reply, repeated
 from sparkinstall.errors import Interrupted, Problem
 from sparkinstall.records import dataclass
 from sparkinstall.system import processes
@@ -47,27 +47,27 @@ def introduced(said: str) -> tuple[Offered, str]:
 class Handover:
     """`steps` of the head's work for `workers`; `words` are the settings of a node as options of a verb."""
 
-    head: Far
-    workers: Sequence[Far]
+    head: RemoteNode
+    workers: Sequence[RemoteNode]
     steps: Sequence[str]
-    words: Callable[[Far], list[str]]
+    words: Callable[[RemoteNode], list[str]]
     _token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
     _offered: Offered | None = None
     _settled: threading.Event = field(default_factory=threading.Event)
 
-    def work(self, far: Far, on_line: OnLine) -> Said:
+    def work(self, far: RemoteNode, on_line: OnLine) -> Reply:
         """This node's part."""
         try:
             return self._offer(on_line) if far is self.head else self._fetch(far, on_line)
         except Interrupted:
             raise
         except Problem as problem:
-            return _warned(f"{problem.what}{f' ({problem.why})' if problem.why else ''}")
+            return _warned(f"{problem.message}{f' ({problem.cause})' if problem.cause else ''}")
         finally:
             if far is self.head:
                 self._settled.set()
 
-    def _offer(self, on_line: OnLine) -> Said:
+    def _offer(self, on_line: OnLine) -> Reply:
         def listen(line: str) -> None:
             if found := _announced(line):
                 self._offered = found
@@ -79,7 +79,7 @@ class Handover:
         argv = ("node", "offer", *peers, *self.words(self.head), *repeated("--only", self.steps))
         return _forgiven(self.head.call(*argv, on_line=listen, given=self._token))
 
-    def _fetch(self, far: Far, on_line: OnLine) -> Said:
+    def _fetch(self, far: RemoteNode, on_line: OnLine) -> Reply:
         while not self._settled.wait(1):
             processes.refuse_if_stopped()
         if self._offered is None:
@@ -89,9 +89,9 @@ class Handover:
         return _forgiven(far.call(*argv, on_line=on_line, given=given))
 
 
-def _forgiven(said: Said) -> Said:
-    return _warned(said.problems[0].what) if said.problems else Said(0, said.data, ())
+def _forgiven(said: Reply) -> Reply:
+    return _warned(said.problems[0].message) if said.problems else Reply(0, said.data, ())
 
 
-def _warned(why: str) -> Said:
-    return Said(0, {"changed": False, "warning": why}, ())
+def _warned(why: str) -> Reply:
+    return Reply(0, {"changed": False, "warning": why}, ())

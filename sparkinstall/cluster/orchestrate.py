@@ -10,7 +10,7 @@ from sparkinstall.cluster import artifacts, bandwidth, differences, sameness
 from sparkinstall.cluster.bandwidth import Between, Measurement
 from sparkinstall.cluster.differences import Comparison
 from sparkinstall.cluster.handover import Handover
-from sparkinstall.cluster.remote import Far, Member, NoTool, OnLine, Said, assignments, repeated
+from sparkinstall.cluster.remote import RemoteNode, Member, NoTool, OnLine, Reply, assignments, repeated
 from sparkinstall.config import Config
 from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
 from sparkinstall.members import require_sound
@@ -19,8 +19,8 @@ from sparkinstall.probes import bandwidth as bandwidth_probes
 from sparkinstall.records import dataclass
 from sparkinstall.system import processes
 
-Outcome = Literal["unchanged", "changed", "failed", "held"]
-Whom = Literal["all", "head", "workers"]
+Outcome = Literal["unchanged", "changed", "failed", "blocked"]
+Targets = Literal["all", "head", "workers"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Phase:
 
     name: str
     steps: tuple[str, ...]
-    whom: Whom = "all"
+    whom: Targets = "all"
 
 
 _BUILDS = ("environment", "nccl", "nccl-fit", "fp8")
@@ -73,11 +73,11 @@ class Done:
 
 
 Tell = Callable[[Started | Line | Done], None]
-Work = Callable[[Far, OnLine], Said]
+Work = Callable[[RemoteNode, OnLine], Reply]
 
 
 @dataclass(frozen=True)
-class Wish:
+class ClusterOptions:
     """What is wanted of all nodes: settings by name, and the choices of the command line.
 
     `level`, `measure`: how far `verify` goes, as one node's own has it.
@@ -101,9 +101,9 @@ def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:
     """
     for host in hosts:
         if hosts.count(host) > 1:
-            raise BadUsage(f"{host} is named twice", mend="name every node once, the head first")
+            raise BadUsage(f"{host} is named twice", hint="name every node once, the head first")
         if host.startswith("-") or not host.isprintable() or any(c.isspace() for c in host) or not host:
-            raise BadUsage(f"{host!a} cannot be a host", mend="write it as you would after `ssh`")
+            raise BadUsage(f"{host!a} cannot be a host", hint="write it as you would after `ssh`")
     if len(hosts) == 1:
         return (Member(hosts[0], "single", 0, config.cluster.head),)
     workers = _workers(config, len(hosts) - 1)
@@ -126,7 +126,7 @@ def _workers(config: Config, count: int) -> tuple[str, ...]:
     if further and further[-1] >= link.broadcast_address:
         raise BadUsage(
             f"{link} has no more addresses after {max(named)} for {len(further)} further nodes",
-            mend="name all of them with `cluster.workers`",
+            hint="name all of them with `cluster.workers`",
         )
     return (*known, *(str(each) for each in further))
 
@@ -142,8 +142,8 @@ class Cluster:
     `pause` puts away what `tell` shows, so that something else can be said.
     """
 
-    fars: Sequence[Far]
-    wish: Wish
+    fars: Sequence[RemoteNode]
+    wish: ClusterOptions
     tell: Tell
     pause: Callable[[], None] = lambda: None
     done: list[Done] = field(default_factory=list)
@@ -152,13 +152,13 @@ class Cluster:
     def failed(self) -> bool:
         return any(each.outcome == "failed" for each in self.done)
 
-    def of(self, far: Far) -> list[Done]:
+    def of(self, far: RemoteNode) -> list[Done]:
         """What became of each phase on this node."""
         return [each for each in self.done if each.host == far.host]
 
     # --- what is said to a node
 
-    def words(self, far: Far) -> list[str]:
+    def words(self, far: RemoteNode) -> list[str]:
         """The settings that make this node what it is, as options."""
         mine: dict[str, Any] = {**self.wish.settings, "cluster.role": far.member.role}
         if far.member.role != "single":
@@ -167,7 +167,7 @@ class Cluster:
             mine["cluster.address"] = far.member.address
         return assignments(mine)
 
-    def _set_up(self, far: Far, steps: Sequence[str], on_line: OnLine, token: str = "") -> Said:
+    def _set_up(self, far: RemoteNode, steps: Sequence[str], on_line: OnLine, token: str = "") -> Reply:
         argv = ["all"] if far.member.role == "single" else ["multi-node", "--role", far.member.role]
         if far.member.role != "single" and "network" in steps:
             argv.append("--leave-armed")
@@ -191,7 +191,7 @@ class Cluster:
             self._judge(far)
         self._barrier()
 
-    def _look(self, far: Far, on_line: OnLine) -> Said:
+    def _look(self, far: RemoteNode, on_line: OnLine) -> Reply:
         chosen = [*repeated("--only", self.wish.only), *repeated("--skip", self.wish.skip)]
         said = far.call("node", "look", *self.words(far), *chosen, on_line=on_line)
         far.look = said.data
@@ -204,7 +204,7 @@ class Cluster:
         if known:
             require_known(self.wish.ignore, known, "check")
 
-    def _judge(self, far: Far) -> None:
+    def _judge(self, far: RemoteNode) -> None:
         """Say of a node that could be asked why it cannot be set up."""
         problems = [*_unready(far, self.wish.ignore), *_in_the_way(far)]
         if problems and far.look:
@@ -234,15 +234,15 @@ class Cluster:
         self.verify()
         self._barrier()
 
-    def _whom(self, whom: Whom) -> Sequence[Far]:
+    def _whom(self, whom: Targets) -> Sequence[RemoteNode]:
         return {"all": self.fars, "head": self.fars[:1], "workers": self.fars[1:]}[whom]
 
-    def _steps(self, far: Far, phase: Phase) -> list[str]:
+    def _steps(self, far: RemoteNode, phase: Phase) -> list[str]:
         """Those steps of the phase that this node has and that were chosen."""
         there = {each["step"] for each in far.look["steps"]}
         return [step for step in phase.steps if step in there]
 
-    def _is_due(self, far: Far, phase: Phase) -> bool:
+    def _is_due(self, far: RemoteNode, phase: Phase) -> bool:
         """What an earlier phase has changed may have undone what the look had found."""
         if far.changed or (phase.steps is _SERVICES and far.look.get("unproven")):
             return True
@@ -252,9 +252,9 @@ class Cluster:
             # A killed run left it unconfirmed: it is as it should be, but not for long.
             return True
         mine = [each for each in far.look["steps"] if each["step"] in phase.steps]
-        return any(each["outcome"] not in ("unchanged", "left") for each in mine)
+        return any(each["outcome"] not in ("unchanged", "node_only") for each in mine)
 
-    def _do(self, phase: Phase, due: Sequence[Far]) -> None:
+    def _do(self, phase: Phase, due: Sequence[RemoteNode]) -> None:
         if not due:
             return
         token = self._token() if phase.name == "workers" and "ray" in self._steps(due[0], phase) else ""
@@ -262,7 +262,7 @@ class Cluster:
         if phase.name == "network" and not self.failed and len(self.fars) > 1:
             self._confirm(due)
 
-    def _copy(self, due: Sequence[Far]) -> None:
+    def _copy(self, due: Sequence[RemoteNode]) -> None:
         """What the head has downloaded and built goes into the caches of those that would do the same again."""
         lacking = {far.host: [s for s in self._drifted(far) if s in artifacts.STEPS] for far in due}
         steps = [step for step in artifacts.STEPS if any(step in each for each in lacking.values())]
@@ -271,17 +271,17 @@ class Cluster:
             head = self.fars[0]
             self._at_once("copy", [head, *workers], Handover(head, workers, steps, self.words).work)
 
-    def _drifted(self, far: Far) -> list[str]:
-        return [each["step"] for each in far.look["steps"] if each["outcome"] not in ("unchanged", "left")]
+    def _drifted(self, far: RemoteNode) -> list[str]:
+        return [each["step"] for each in far.look["steps"] if each["outcome"] not in ("unchanged", "node_only")]
 
-    def _confirm(self, due: Sequence[Far]) -> None:
+    def _confirm(self, due: Sequence[RemoteNode]) -> None:
         """Keep the new network only once every node was reached anew, and has reached all others over the link."""
         self._at_once("reach", due, self._reach)
         # The nodes put their former networks back by themselves: not confirming is all it takes.
         self._barrier()
         self._at_once("confirm", due, lambda far, on_line: far.call("node", "confirm", on_line=on_line))
 
-    def _reach(self, far: Far, on_line: OnLine) -> Said:
+    def _reach(self, far: RemoteNode, on_line: OnLine) -> Reply:
         others = [each.member.address for each in self.fars if each is not far]
         return far.call("node", "reach", *others, *self.words(far), on_line=on_line, anew=True)
 
@@ -303,11 +303,11 @@ class Cluster:
         """The head's Ray token, which goes from its stdout to the workers' stdin and nowhere else."""
         if self.fars[0].look.get("executor") != "ray":
             return ""
-        said: list[Said] = []
+        said: list[Reply] = []
 
-        def ask(far: Far, on_line: OnLine) -> Said:
+        def ask(far: RemoteNode, on_line: OnLine) -> Reply:
             said.append(far.call("node", "token", *self.words(far), on_line=on_line))
-            return Said(said[0].code, {}, said[0].problems)
+            return Reply(said[0].code, {}, said[0].problems)
 
         self._at_once("token", self.fars[:1], ask)
         self._barrier()
@@ -317,12 +317,12 @@ class Cluster:
         """Every check and every probe, on every node."""
         self._at_once("verify", self.fars, self._verify)
 
-    def _verify(self, far: Far, on_line: OnLine) -> Said:
+    def _verify(self, far: RemoteNode, on_line: OnLine) -> Reply:
         wish = self.wish
         chosen = [*repeated("--only", wish.only), *repeated("--skip", wish.skip)]
         chosen += [*(["--level", wish.level] if wish.level else []), *(["--measure"] if wish.measure else [])]
         said = far.call("verify", *self.words(far), *chosen, on_line=on_line)
-        return said if said.problems or not said.code else Said(said.code, said.data, (_not_proven(said),))
+        return said if said.problems or not said.code else Reply(said.code, said.data, (_not_proven(said),))
 
     def compare(self) -> Comparison | None:
         """What the nodes that `verify` has asked differ in; None where there are no two to be compared."""
@@ -332,8 +332,8 @@ class Cluster:
         found = differences.compared(asked)
         if found.failed:
             names = ", ".join(row.name for row in found.failed)
-            mends = "; ".join(dict.fromkeys(f"{row.name}: {row.mend}" for row in found.failed))
-            self.fail(self.fars[0].host, "compare", Problem(f"the nodes have not the same {names}", mend=mends))
+            mends = "; ".join(dict.fromkeys(f"{row.name}: {row.hint}" for row in found.failed))
+            self.fail(self.fars[0].host, "compare", Problem(f"the nodes have not the same {names}", hint=mends))
         return found
 
     def measure(self) -> list[Between]:
@@ -349,17 +349,17 @@ class Cluster:
             found += [out] if out else [self._between(*way, kind) for way in bandwidth.ways(head, worker, kind)]
         return found
 
-    def _measurable(self, far: Far, on_line: OnLine) -> Said:
+    def _measurable(self, far: RemoteNode, on_line: OnLine) -> Reply:
         return far.call("node", "measurable", *self.words(far), on_line=on_line)
 
-    def _between(self, asking: Far, responding: Far, kind: bandwidth_probes.Kind) -> Between:
+    def _between(self, asking: RemoteNode, responding: RemoteNode, kind: bandwidth_probes.Kind) -> Between:
         started, one = time.monotonic(), Measurement(asking, responding, kind, self.words)
         self._at_once(bandwidth_probes.probe_name(kind), (asking, responding), one.work)
         hosts = asking.host, responding.host
         finding = bandwidth_probes.judged(one.result, self.wish.config.network.transport)
         if finding.verdict == "fail":
             said = f"{bandwidth_probes.probe_name(kind)} to {responding.host}: {finding.found}"
-            self.fail(asking.host, "measure", Problem(said, mend=finding.mend))
+            self.fail(asking.host, "measure", Problem(said, hint=finding.hint))
         return Between(hosts, kind, finding, time.monotonic() - started, one.result)
 
     def fail(self, host: str, phase: str, problem: Problem) -> None:
@@ -382,7 +382,7 @@ class Cluster:
 
     # --- side by side
 
-    def _at_once(self, phase: str, fars: Sequence[Far], work: Work) -> None:
+    def _at_once(self, phase: str, fars: Sequence[RemoteNode], work: Work) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
         stop = threading.Event()
@@ -397,16 +397,16 @@ class Cluster:
                 processes.stop_all()
                 raise
 
-    def _one(self, phase: str, far: Far, work: Work, stop: threading.Event) -> Done:
+    def _one(self, phase: str, far: RemoteNode, work: Work, stop: threading.Event) -> Done:
         if stop.is_set():
-            return Done(far.host, phase, "held")
+            return Done(far.host, phase, "blocked")
         self.tell(Started(far.host, phase))
         started = time.monotonic()
         done = _judged(far, phase, work, lambda text: self.tell(Line(far.host, phase, text)), started)
         self.tell(done)
         return done
 
-    def _rest(self, fars: Iterable[Far], phase: str) -> None:
+    def _rest(self, fars: Iterable[RemoteNode], phase: str) -> None:
         for far in fars:
             self._add(Done(far.host, phase, "unchanged"))
 
@@ -420,15 +420,15 @@ class Cluster:
             raise Barrier(f"stopped: {', '.join(bad)}")
 
 
-def _as_it_is(far: Far, on_line: OnLine, *argv: str) -> Said:
+def _as_it_is(far: RemoteNode, on_line: OnLine, *argv: str) -> Reply:
     """Ask the tool that is there, of whichever version; where there is none there is nothing."""
     try:
         return far.call(*argv, on_line=on_line, bring=False)
     except NoTool:
-        return Said(0, {}, ())
+        return Reply(0, {}, ())
 
 
-def _judged(far: Far, phase: str, work: Work, on_line: OnLine, started: float) -> Done:
+def _judged(far: RemoteNode, phase: str, work: Work, on_line: OnLine, started: float) -> Done:
     try:
         said = work(far, on_line)
     except Interrupted:
@@ -443,15 +443,15 @@ def _judged(far: Far, phase: str, work: Work, on_line: OnLine, started: float) -
     return Done(far.host, phase, outcome, seconds, said.data)
 
 
-def _unready(far: Far, ignored: Sequence[str]) -> list[Problem]:
+def _unready(far: RemoteNode, ignored: Sequence[str]) -> list[Problem]:
     """The checks that failed; nothing to be done is nothing to be ready for."""
-    if all(step["outcome"] in ("unchanged", "left") for step in far.look.get("steps", ())):
+    if all(step["outcome"] in ("unchanged", "node_only") for step in far.look.get("steps", ())):
         return []
     bad = [c for c in far.look.get("preflight", ()) if c["verdict"] == "fail" and c["name"] not in ignored]
-    return [PreflightFailed(f"not ready: {c['name']}: {c['found']}", mend=_mend(far, c)) for c in bad]
+    return [PreflightFailed(f"not ready: {c['name']}: {c['found']}", hint=_hint(far, c)) for c in bad]
 
 
-def _mend(far: Far, check: Mapping[str, Any]) -> str:
+def _hint(far: RemoteNode, check: Mapping[str, Any]) -> str:
     if check["name"] == "sudo":
         user = far.look.get("user", "USER")
         return (
@@ -459,10 +459,10 @@ def _mend(far: Far, check: Mapping[str, Any]) -> str:
             f"(`sudo visudo -f /etc/sudoers.d/{user}`: `{user} ALL=(ALL) NOPASSWD: ALL`), "
             f"or run `sparkinstall multi-node` at the node itself"
         )
-    return str(check["mend"])
+    return str(check["hint"])
 
 
-def _in_the_way(far: Far) -> list[Problem]:
+def _in_the_way(far: RemoteNode) -> list[Problem]:
     """What stands in the way of a phase, said before hours are spent on the others.
 
     What the services meet is left out: the workers' ones wait for the head.
@@ -474,19 +474,19 @@ def _in_the_way(far: Far) -> list[Problem]:
             continue
         # That sudo asks for a password is a check of its own, and said there.
         if step["error"] and step["error"].get("code") != "sudo":
-            problems.append(Problem(step["error"]["what"], why=step["error"]["why"], mend=step["error"]["mend"]))
+            problems.append(Problem(step["error"]["message"], cause=step["error"]["cause"], hint=step["error"]["hint"]))
         for resource in step["resources"]:
-            if resource["state"] == "obstacle":
-                problems.append(Problem(f"{step['step']}: {resource['what']}", mend=resource["mend"]))
+            if resource["state"] == "conflict":
+                problems.append(Problem(f"{step['step']}: {resource['message']}", hint=resource["hint"]))
     return problems
 
 
-def _not_proven(said: Said) -> Problem:
-    steps = [s["step"] for s in said.data.get("checks", ()) if s["outcome"] not in ("unchanged", "left")]
+def _not_proven(said: Reply) -> Problem:
+    steps = [s["step"] for s in said.data.get("checks", ()) if s["outcome"] not in ("unchanged", "node_only")]
     probes = [p for p in said.data.get("probes", ()) if p["verdict"] == "fail"]
     parts = [*steps, *(probe["name"] for probe in probes)]
     return Problem(
         f"not as it should be: {', '.join(parts) or 'verify says no'}",
-        why="; ".join(f"{probe['name']}: {probe['found']}" for probe in probes),
-        mend="; ".join(dict.fromkeys(p["mend"] for p in probes if p["mend"])) or "`sparkinstall plan` there shows more",
+        cause="; ".join(f"{probe['name']}: {probe['found']}" for probe in probes),
+        hint="; ".join(dict.fromkeys(p["hint"] for p in probes if p["hint"])) or "`sparkinstall plan` there shows more",
     )

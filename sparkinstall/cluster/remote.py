@@ -27,7 +27,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Said:
+class Reply:
     """What a verb said on the far node, from its one JSON object."""
 
     code: int
@@ -40,7 +40,7 @@ class NoTool(Problem):
 
 
 @dataclass
-class Far:
+class RemoteNode:
     """A node and what is known of it.
 
     `carried`: what settings name and has to be there. `changed`: a phase of this run has changed something there.
@@ -65,7 +65,7 @@ class Far:
         given: str = "",
         anew: bool = False,
         bring: bool = True,
-    ) -> Said:
+    ) -> Reply:
         """Run a verb of the tool there, with `--json`.
 
         The words go through stdin, as does what is `given` to the verb's own stdin: command lines can be seen
@@ -105,7 +105,7 @@ class Far:
         if place is None or place.python is None:
             raise PreflightFailed(
                 f"{self.host} has no Python 3.11 or newer, which sparkinstall needs",
-                mend=f"at the node: `sudo apt-get install python3` ({self.host})",
+                hint=f"at the node: `sudo apt-get install python3` ({self.host})",
             )
         on_line("bringing sparkinstall to the node")
         tar = bootstrap.archive(bootstrap.wheelhouse(place))
@@ -123,26 +123,26 @@ class Far:
             said = [line for line in result.err.splitlines() if line.strip()][-6:]
             raise Problem(
                 f"files that the settings name could not be brought to {self.host}",
-                why="".join(said[-1:]),
-                mend=f"mend that at the node ({self.host}), then run the same command again",
-                tail=said,
+                cause="".join(said[-1:]),
+                hint=f"mend that at the node ({self.host}), then run the same command again",
+                output=said,
             )
 
-    def _understood(self, result: Result) -> Said:
+    def _understood(self, result: Result) -> Reply:
         try:
             whole = json.loads(result.out.strip().splitlines()[-1])
             problems = tuple(self._problem(each) for each in whole["errors"])
-            return Said(int(whole["exit_code"]), whole["data"], problems)
+            return Reply(int(whole["exit_code"]), whole["data"], problems)
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise Problem(
                 f"sparkinstall gave no answer on {self.host} (exit {result.code})",
-                mend=f"look there: `ssh {self.host}`, then `sparkinstall status`",
-                tail=[redact(line) for line in result.err.splitlines()[-8:]],
+                hint=f"look there: `ssh {self.host}`, then `sparkinstall status`",
+                output=[redact(line) for line in result.err.splitlines()[-8:]],
             ) from error
 
     def _problem(self, error: Mapping[str, Any]) -> Problem:
         log = f"{self.host}:{error['log']}" if error["log"] else ""
-        known = Problem(str(error["what"]), why=error["why"], mend=error["mend"], log=log, tail=error["tail"])
+        known = Problem(str(error["message"]), cause=error["cause"], hint=error["hint"], log=log, output=error["output"])
         known.code = str(error["code"])
         return known
 
@@ -150,12 +150,12 @@ class Far:
 def _not_installed(host: str, result: Result) -> Problem:
     said = [line for line in result.err.splitlines() if line.strip()]
     reason = next((line.removeprefix("✗ ") for line in said if line.startswith("✗")), said[-1] if said else "")
-    mend = next((line.strip().removeprefix("do").strip() for line in said if line.startswith("  do ")), "")
+    hint = next((line.strip().removeprefix("do").strip() for line in said if line.startswith("  do ")), "")
     return Problem(
         f"sparkinstall could not be installed on {host}",
-        why=reason,
-        mend=mend or f"mend that at the node ({host}), then run the same command again",
-        tail=said[-6:],
+        cause=reason,
+        hint=hint or f"mend that at the node ({host}), then run the same command again",
+        output=said[-6:],
     )
 
 

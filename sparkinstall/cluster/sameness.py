@@ -60,12 +60,12 @@ def require_same(nodes: Sequence[tuple[str, Mapping[str, str]]]) -> None:
             said = (f"{_IN_WORDS.get(n, n)}: {_of(wanted, n)} on {first}, {_of(found, n)} on {host}" for n in different)
             raise Blocked(
                 f"{first} and {host} have not the same {', '.join(_IN_WORDS.get(n, n) for n in different)}",
-                why="; ".join(said),
-                mend=f"nothing was started. {_mend(different, first, host)}",
+                cause="; ".join(said),
+                hint=f"nothing was started. {_hint(different, first, host)}",
             )
 
 
-def _mend(different: Sequence[str], first: str, host: str) -> str:
+def _hint(different: Sequence[str], first: str, host: str) -> str:
     if list(different) == ["transport"]:
         return (
             "RoCE on one and sockets on the other do not find each other: `sparkinstall plan` there says why it has no "
@@ -73,7 +73,7 @@ def _mend(different: Sequence[str], first: str, host: str) -> str:
         )
     return (
         "Give both the same: the same stack on every node, and "
-        f"`sparkinstall run environment nccl --fresh` on the one that is wrong ({first} or {host})"
+        f"`sparkinstall run environment nccl --force` on the one that is wrong ({first} or {host})"
     )
 
 

@@ -73,7 +73,7 @@ class Ssh:
             argv, self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         if process is None:
-            raise Unreachable("there is no ssh here", mend="install it: `sudo apt-get install openssh-client`")
+            raise Unreachable("there is no ssh here", hint="install it: `sudo apt-get install openssh-client`")
         code, out, err = _conversation(process, stdin, keep_open, on_line)
         processes.refuse_if_stopped()
         if code == _FAILED or code < 0:
@@ -188,8 +188,8 @@ def explained(host: str, said: str, connected: bool = False) -> Unreachable:
         return _cut(host, "")
     return Unreachable(
         f"ssh to {host} failed: {lines[-1] if lines else 'it gave no reason'}",
-        mend=f"`ssh {host} true` shows it; when that works, run the same command again",
-        tail=lines[-5:],
+        hint=f"`ssh {host} true` shows it; when that works, run the same command again",
+        output=lines[-5:],
     )
 
 
@@ -198,8 +198,8 @@ def _changed_key(host: str, said: str) -> Unreachable:
     where = f"the line {place[1]}" if place else "a line of your known_hosts file"
     return Unreachable(
         f"{host} shows another host key than the one that you know",
-        why=f"{where} has the key it had before: either the node was set up anew, or something else answers for it",
-        mend=f"compare the fingerprint at the node itself (`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`); "
+        cause=f"{where} has the key it had before: either the node was set up anew, or something else answers for it",
+        hint=f"compare the fingerprint at the node itself (`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`); "
         f"only if it is the node's new key, take the old one out (`ssh-keygen -R {_plain(host)}`) "
         "and connect once by hand",
     )
@@ -209,7 +209,7 @@ def _unknown_key(host: str, said: str) -> Unreachable:
     del said
     return Unreachable(
         f"the host key of {host} is not known here yet",
-        mend=f"connect once by hand (`ssh {host}`), compare the fingerprint, and say yes",
+        hint=f"connect once by hand (`ssh {host}`), compare the fingerprint, and say yes",
     )
 
 
@@ -217,8 +217,8 @@ def _denied(host: str, said: str) -> Unreachable:
     line = next((each for each in said.splitlines() if "Permission denied" in each), "")
     return Unreachable(
         f"{host} does not let you in",
-        why=line.strip(),
-        mend=f"`ssh {host} true` must work without a question: bring your key there (`ssh-copy-id {host}`), "
+        cause=line.strip(),
+        hint=f"`ssh {host} true` must work without a question: bring your key there (`ssh-copy-id {host}`), "
         "and have a key with a passphrase in your agent (`ssh-add`)",
     )
 
@@ -227,14 +227,14 @@ def _unresolved(host: str, said: str) -> Unreachable:
     del said
     return Unreachable(
         f"there is no host {_plain(host)}: its name could not be resolved",
-        mend="look at the spelling, or give it an address or a `Host` entry in ~/.ssh/config",
+        hint="look at the spelling, or give it an address or a `Host` entry in ~/.ssh/config",
     )
 
 
 def _silent(host: str, said: str) -> Unreachable:
     del said
     return Unreachable(
-        f"{host} does not answer", mend="is it switched on, and on this network? `ping` and the address will tell"
+        f"{host} does not answer", hint="is it switched on, and on this network? `ping` and the address will tell"
     )
 
 
@@ -242,15 +242,15 @@ def _refused(host: str, said: str) -> Unreachable:
     del said
     return Unreachable(
         f"{host} is there, but nothing answers ssh on it",
-        mend="start it at the node: `sudo systemctl enable --now ssh`",
+        hint="start it at the node: `sudo systemctl enable --now ssh`",
     )
 
 
 def _cut(host: str, said: str) -> Unreachable:
     return Unreachable(
         f"the connection to {host} was lost: the node died, or its network went",
-        why=next((line.strip() for line in reversed(said.splitlines()) if any(sign in line for sign in _LOST)), ""),
-        mend="when the node answers again, run the same command again: it goes on; "
+        cause=next((line.strip() for line in reversed(said.splitlines()) if any(sign in line for sign in _LOST)), ""),
+        hint="when the node answers again, run the same command again: it goes on; "
         "a network that was not confirmed is put back by the node itself",
     )
 

@@ -191,7 +191,7 @@ class Receiver:
             to.unlink()
             raise CopyFailed(
                 f"{listed.path} did not arrive as it was announced",
-                why=f"expected sha256 {listed.sha256}, found {found}",
+                cause=f"expected sha256 {listed.sha256}, found {found}",
             )
 
     def _pour(self, size: int, out: BinaryIO, buffer: memoryview) -> str:
@@ -200,7 +200,7 @@ class Receiver:
         while size:
             got = self._stream.readinto(buffer[: min(size, len(buffer))])
             if not got:
-                raise CopyFailed("the other node broke off", mend="run the same command again: it goes on")
+                raise CopyFailed("the other node broke off", hint="run the same command again: it goes on")
             digest.update(buffer[:got])
             out.write(buffer[:got])
             size -= got

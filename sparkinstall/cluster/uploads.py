@@ -57,7 +57,7 @@ def _beside(lock: Path, source: Path, own: bytes) -> str:
     if not lock.is_relative_to(source.parent) or ".." in lock.parts or str(lock).encode() in own:
         raise BadConfig(
             f"the lock {lock} of the stack {source.name} cannot be carried to the nodes",
-            mend="put it beside the stack's YAML file, and name it there without a folder",
+            hint="put it beside the stack's YAML file, and name it there without a folder",
         )
     return str(lock.relative_to(source.parent))
 

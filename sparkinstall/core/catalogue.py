@@ -53,4 +53,4 @@ def require_known(asked: Iterable[str], known: Sequence[str], what: str) -> None
         if name not in known:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
-            raise BadUsage(f"there is no {what} {name!r}", mend=hint)
+            raise BadUsage(f"there is no {what} {name!r}", hint=hint)

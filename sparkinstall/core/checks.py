@@ -19,7 +19,7 @@ HOSTS = "known-hosts"
 
 
 @dataclass(frozen=True)
-class Looked:
+class ProbeResult:
     """A probe, what it found, and how long it took in seconds."""
 
     probe: Probe
@@ -27,16 +27,16 @@ class Looked:
     seconds: float
 
 
-def look(probes: Iterable[Probe], on: Reader, emit: Emit) -> list[Looked]:
+def look(probes: Iterable[Probe], on: Reader, emit: Emit) -> list[ProbeResult]:
     """Ask every probe; all of them run, whatever one of them finds."""
-    found: list[Looked] = []
+    found: list[ProbeResult] = []
     for waits, some in groupby(probes, lambda probe: probe.level == "link" and not probe.load):
         group = list(some)
         found += _side_by_side(group, on, emit) if waits else [_looked(probe, on, emit) for probe in group]
     return found
 
 
-def _side_by_side(probes: Sequence[Probe], on: Reader, emit: Emit) -> list[Looked]:
+def _side_by_side(probes: Sequence[Probe], on: Reader, emit: Emit) -> list[ProbeResult]:
     """Those of the link wait for answers and for counters to grow, all at the same time."""
     from concurrent.futures import ThreadPoolExecutor
 
@@ -44,21 +44,21 @@ def _side_by_side(probes: Sequence[Probe], on: Reader, emit: Emit) -> list[Looke
         return list(pool.map(lambda probe: _looked(probe, on, emit), probes))
 
 
-def _looked(probe: Probe, on: Reader, emit: Emit) -> Looked:
+def _looked(probe: Probe, on: Reader, emit: Emit) -> ProbeResult:
     emit(ProbeStarted(probe.name))
     started = time.monotonic()
     finding = _guarded(probe, on)
-    return Looked(probe, finding, time.monotonic() - started)
+    return ProbeResult(probe, finding, time.monotonic() - started)
 
 
 def _guarded(probe: Probe, on: Reader) -> Finding:
     try:
         return probe.look(on)
     except Problem as problem:
-        return failed(problem.what, problem.mend)
+        return failed(problem.message, problem.hint)
     except OSError as error:
         storage = storage_problem(error, f"the probe {probe.name}")
-        return failed(storage.what, storage.mend)
+        return failed(storage.message, storage.hint)
     except Exception as error:  # a probe that crashes has not shown anything good
         return failed(f"the probe itself failed: {type(error).__name__}: {error}", "report it, with this line")
 
@@ -136,5 +136,5 @@ def chosen(
     ]
     steps = tuple(step for step in catalogue.of(node) if step.name in wanted)
     if not steps and not probes:
-        raise BadUsage("nothing is left to look at", mend="leave out some of --only, --skip and --level")
+        raise BadUsage("nothing is left to look at", hint="leave out some of --only, --skip and --level")
     return Chosen(steps, tuple(sorted(probes, key=lambda each: LEVELS.index(each.level))), not only and not skip)

@@ -10,14 +10,14 @@ from sparkinstall.errors import Blocked, Interrupted, Problem, storage_problem
 from sparkinstall.events import Emit, ResourceApplied, StepEnded, StepStarted
 from sparkinstall.node import Node
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Resource, Satisfied, State, Unknown
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Resource, Ok, State, Unknown
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-Outcome = Literal["unchanged", "changed", "drift", "left", "failed", "held"]
+Outcome = Literal["unchanged", "changed", "drift", "node_only", "failed", "blocked"]
 
 
 @dataclass(frozen=True)
@@ -37,21 +37,21 @@ class StepReport:
     why: str
     checked: list[Checked] = field(default_factory=list)
     problem: Problem | None = None
-    held_by: str = ""
+    blocked_by: str = ""
     seconds: float = 0.0
 
     @property
     def outcome(self) -> Outcome:
         if self.problem:
             return "failed"
-        if self.held_by:
-            return "held"
-        if any(isinstance(each.state, Drift | Unknown | Obstacle) for each in self.checked):
+        if self.blocked_by:
+            return "blocked"
+        if any(isinstance(each.state, Drift | Unknown | Conflict) for each in self.checked):
             return "drift"
         if any(each.changed for each in self.checked):
             return "changed"
-        left = any(isinstance(each.state, LeftToNode) for each in self.checked)
-        return "left" if left else "unchanged"
+        left = any(isinstance(each.state, NodeOnly) for each in self.checked)
+        return "node_only" if left else "unchanged"
 
 
 Visit = Callable[[Step, StepReport], None]
@@ -103,34 +103,34 @@ def converge(
 
 def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, fresh: bool) -> None:
     state = resource.check(on)
-    if isinstance(state, LeftToNode) or (isinstance(state, Satisfied) and not fresh):
+    if isinstance(state, NodeOnly) or (isinstance(state, Ok) and not fresh):
         report.checked.append(Checked(resource.key, state))
         return
     _refuse_what_cannot_be(resource, state)
     resource.apply(on)
     after = resource.check(on)
-    if not isinstance(after, Satisfied | LeftToNode):
+    if not isinstance(after, Ok | NodeOnly):
         raise _not_converged(resource, after)
     report.checked.append(Checked(resource.key, after, changed=True))
     emit(ResourceApplied(report.name, resource.key, state.summary if isinstance(state, Drift) else "made anew"))
 
 
 def _refuse_what_cannot_be(resource: Resource, state: State) -> None:
-    if isinstance(state, Obstacle):
-        raise Blocked(state.what, mend=state.mend)
+    if isinstance(state, Conflict):
+        raise Blocked(state.message, hint=state.hint)
     if isinstance(state, Unknown):
         raise Blocked(
             f"{resource.key} cannot be told before the step `{state.waits_for}` has been done",
-            mend=f"run `sparkinstall run {state.waits_for}` first, or everything with `sparkinstall all`",
+            hint=f"run `sparkinstall run {state.waits_for}` first, or everything with `sparkinstall all`",
         )
 
 
 def _not_converged(resource: Resource, state: State) -> Problem:
-    said = getattr(state, "summary", "") or getattr(state, "what", "") or str(state)
+    said = getattr(state, "summary", "") or getattr(state, "message", "") or str(state)
     return Problem(
         f"{resource.key} was made, but looked at again it is not as it should be",
-        why=said,
-        mend="something else may be changing it at the same time; `sparkinstall plan` shows the difference",
+        cause=said,
+        hint="something else may be changing it at the same time; `sparkinstall plan` shows the difference",
     )
 
 
@@ -145,7 +145,7 @@ def _guarded(step: Step, report: StepReport, visit: Visit) -> None:
     except Exception as error:  # a crashed check is a result of its step, not the end of the run
         report.problem = Problem(
             f"step {step.name} met what it does not know: {type(error).__name__}: {error}",
-            mend=f"make the step anew: `sparkinstall run {step.name} --fresh`; if that does not help, report it",
+            hint=f"make the step anew: `sparkinstall run {step.name} --force`; if that does not help, report it",
         )
     finally:
         report.seconds = time.monotonic() - started
@@ -173,7 +173,7 @@ def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepR
             while waiting or running:
                 for step in _ready(waiting, running.values(), reports):
                     waiting.remove(step)
-                    if reports[step.name].held_by:
+                    if reports[step.name].blocked_by:
                         _tell_end(reports[step.name], emit)
                     else:
                         running[pool.submit(one, step)] = step
@@ -191,9 +191,9 @@ def _ready(waiting: list[Step], running: Iterable[Step], reports: dict[str, Step
     open_names = {s.name for s in waiting} | {s.name for s in running}
     ready = []
     for step in waiting:
-        failed = [n for n in step.needs if n in reports and reports[n].outcome in ("failed", "held")]
+        failed = [n for n in step.needs if n in reports and reports[n].outcome in ("failed", "blocked")]
         if failed:
-            reports[step.name].held_by = failed[0]
+            reports[step.name].blocked_by = failed[0]
             ready.append(step)
         elif not set(step.needs) & open_names:
             ready.append(step)
@@ -201,5 +201,5 @@ def _ready(waiting: list[Step], running: Iterable[Step], reports: dict[str, Step
 
 
 def _tell_end(report: StepReport, emit: Emit) -> None:
-    note = report.problem.what if report.problem else (f"needs {report.held_by}" if report.held_by else "")
+    note = report.problem.message if report.problem else (f"needs {report.blocked_by}" if report.blocked_by else "")
     emit(StepEnded(report.name, report.outcome, report.seconds, note))

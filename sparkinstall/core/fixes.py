@@ -9,9 +9,9 @@ from sparkinstall.core.engine import StepReport
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding
 from sparkinstall.records import dataclass
-from sparkinstall.resources import LeftToNode
+from sparkinstall.resources import NodeOnly
 
-Standing = Literal["proven", "done", "open", "left", "failed", "unneeded"]
+Standing = Literal["proven", "done", "missing", "node_only", "failed", "not_applicable"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Fix:
 
 
 _FP8_PROBES = ("fp8-path", "fp8-kernels", "fp8-product")
-EIGHT = (
+FIXES = (
     Fix(
         1,
         "NCCL for this GPU, loaded by every process",
@@ -45,7 +45,7 @@ EIGHT = (
 
 def number_of(probe: str) -> int | None:
     """Which of the eight a probe proves; None: none of them alone."""
-    return next((fix.number for fix in EIGHT if probe in fix.probes), None)
+    return next((fix.number for fix in FIXES if probe in fix.probes), None)
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,10 @@ def stand(node: Node, reports: Sequence[StepReport], findings: Mapping[str, Find
     by_name, steps = {report.name: report for report in reports}, catalogue.of(node)
     there = {step.name for step in steps}, {probe.name for step in steps for probe in step.probes(node)}
     return [
-        FixState(fix, "unneeded", "on one node; for several: `sparkinstall multi-node`")
+        FixState(fix, "not_applicable", "on one node; for several: `sparkinstall multi-node`")
         if fix.between and not node.several
         else _state(_of_what_is_there(fix, *there), by_name, findings)
-        for fix in EIGHT
+        for fix in FIXES
     ]
 
 
@@ -80,20 +80,20 @@ def _state(fix: Fix, reports: Mapping[str, StepReport], findings: Mapping[str, F
     mine = [reports[name] for name in fix.steps if name in reports]
     bad = next((findings[name] for name in fix.probes if name in findings and findings[name].verdict == "fail"), None)
     if any(report.problem for report in mine):
-        return FixState(fix, "failed", next(r.problem.what for r in mine if r.problem))
+        return FixState(fix, "failed", next(r.problem.message for r in mine if r.problem))
     if bad:
         return FixState(fix, "failed", bad.found)
-    if len(mine) < len(fix.steps) or any(report.outcome in ("drift", "held") for report in mine):
-        return FixState(fix, "open", "`sparkinstall plan` shows what is missing")
+    if len(mine) < len(fix.steps) or any(report.outcome in ("drift", "blocked") for report in mine):
+        return FixState(fix, "missing", "`sparkinstall plan` shows what is missing")
     return _proven(fix, mine, findings)
 
 
 def _proven(fix: Fix, mine: Sequence[StepReport], findings: Mapping[str, Finding]) -> FixState:
     asked = [findings[name] for name in fix.probes if name in findings]
-    left = next((c.state.what for r in mine for c in r.checked if isinstance(c.state, LeftToNode)), "")
+    left = next((c.state.reason for r in mine for c in r.checked if isinstance(c.state, NodeOnly)), "")
     skipped = next((each.found for each in asked if each.verdict == "skip"), "")
     if left or skipped:
-        return FixState(fix, "left", left or skipped)
+        return FixState(fix, "node_only", left or skipped)
     # Who looks at less must not be told more: what was not asked is named.
     if silent := [name for name in fix.probes if name not in findings]:
         return FixState(fix, "done", f"by its files; not asked: {', '.join(silent)}")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sparkinstall.diagnose.search import Line, Search, Sighting, Telling
+from sparkinstall.diagnose.search import Line, Search, Match, Suspect
 from sparkinstall.diagnose.signatures import ANY, Signature
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_problem
 from sparkinstall.records import dataclass
@@ -81,7 +81,7 @@ class Diagnosis:
         return tuple(each for each in self.failures if each.explained_by)
 
     @property
-    def telling(self) -> list[tuple[str, Telling]]:
+    def telling(self) -> list[tuple[str, Suspect]]:
         """Where no failure is known: the lines that are most worth reading, with the log they are in."""
         if self.failures:
             return []
@@ -114,7 +114,7 @@ def explained_by(signature: Signature, found: Iterable[Found]) -> tuple[str, ...
 
 
 def _together(readings: Sequence[Reading]) -> list[Found]:
-    sightings: dict[str, list[tuple[str, Sighting]]] = {}
+    sightings: dict[str, list[tuple[str, Match]]] = {}
     for reading in readings:
         for sighting in sorted(reading.search.sightings.values(), key=lambda each: each.lines[0].number):
             sightings.setdefault(sighting.signature.name, []).append((reading.name, sighting))
@@ -141,14 +141,14 @@ def file_log(name: str, follow: bool = False) -> Log:
         return Log("stdin", _stdin)
     path = Path(name)
     if path.is_dir():
-        raise BadUsage(f"{name} is a folder", mend="name the log itself, or several: `sparkinstall diagnose DIR/*.log`")
+        raise BadUsage(f"{name} is a folder", hint="name the log itself, or several: `sparkinstall diagnose DIR/*.log`")
     try:
         with path.open("rb") as file:
             packed = file.read(2) == _GZIP
     except FileNotFoundError as error:
-        raise BadUsage(f"there is no file {name}", mend="`-` reads stdin; `--unit NAME` reads the journal") from error
+        raise BadUsage(f"there is no file {name}", hint="`-` reads stdin; `--unit NAME` reads the journal") from error
     except PermissionError as error:
-        raise BadUsage(f"{name} cannot be read by you", mend=f"sudo cat {name} | sparkinstall diagnose -") from error
+        raise BadUsage(f"{name} cannot be read by you", hint=f"sudo cat {name} | sparkinstall diagnose -") from error
     if follow and not packed:
         return Log(name, lambda: _growing(path))
     return Log(name, lambda: _whole(path, packed))
@@ -166,7 +166,7 @@ def unit_log(unit: str, follow: bool = False, boot: bool = False) -> Log:
     if known.ok and known.out.strip() == "not-found":
         raise BadUsage(
             f"there is no unit {unit} here",
-            mend="those of sparkinstall are vllm, ray-head and ray-worker; `systemctl list-units` lists all",
+            hint="those of sparkinstall are vllm, ray-head and ray-worker; `systemctl list-units` lists all",
         )
     sudo = _allowed()
     began = start_to_read_from(_marks(unit, sudo))
@@ -202,7 +202,7 @@ def _whole(path: Path, packed: bool) -> Iterator[bytes]:
     except (OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno:
             raise storage_problem(error, f"reading {path}") from error
-        raise BadUsage(f"{path} is damaged: {error}", mend="unpack what can be saved: `zcat FILE | ...`") from error
+        raise BadUsage(f"{path} is damaged: {error}", hint="unpack what can be saved: `zcat FILE | ...`") from error
 
 
 def _stdin() -> Iterator[bytes]:
@@ -243,8 +243,8 @@ def _marks(unit: str, sudo: Sequence[str]) -> list[tuple[str, int]]:
     if any(words in asked.err for words in _HIDDEN):
         raise NeedsRoot(
             "you may not read the journal of the system",
-            why="it is for root and for the group adm, and sudo asks for a password",
-            mend="`sudo -v`, then the same again; or for good: `sudo usermod -aG adm $USER`, and log in anew",
+            cause="it is for root and for the group adm, and sudo asks for a password",
+            hint="`sudo -v`, then the same again; or for good: `sudo usermod -aG adm $USER`, and log in anew",
         )
     entries = [json.loads(line) for line in asked.out.splitlines() if line.startswith("{")]
     return [(str(each["MESSAGE_ID"]), int(each["__REALTIME_TIMESTAMP"])) for each in entries]
@@ -257,12 +257,12 @@ def _journal(unit: str, sudo: Sequence[str], since: Sequence[str], follow: bool)
     argv = (*sudo, *plain, *matches)
     process = processes.start(argv, os.environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if process is None or process.stdout is None:
-        raise CommandFailed("there is no journalctl here", mend="give the log as a file, or through a pipe with `-`")
+        raise CommandFailed("there is no journalctl here", hint="give the log as a file, or through a pipe with `-`")
     try:
         while data := os.read(process.stdout.fileno(), BLOCK):
             yield data
         if process.wait():
-            raise CommandFailed(f"`{' '.join(argv)}` failed", mend="run it by hand: it says why")
+            raise CommandFailed(f"`{' '.join(argv)}` failed", hint="run it by hand: it says why")
     finally:
         processes.kill_group(process.pid)
         process.wait()

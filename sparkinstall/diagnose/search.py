@@ -60,7 +60,7 @@ class Line:
 
 
 @dataclass
-class Sighting:
+class Match:
     """One known failure in a log: the first lines, the number of the last one, and how many there are, up to `MOST`."""
 
     signature: Signature
@@ -76,7 +76,7 @@ class Sighting:
 
 
 @dataclass
-class Telling:
+class Suspect:
     """A line that nobody has explained yet but that may say what is wrong, and how often its like came."""
 
     line: Line
@@ -94,8 +94,8 @@ class Search:
                 self._meanings.setdefault(anchor.encode(), []).append(each)
         for word in _TELLING_WORDS:
             self._meanings.setdefault(word.encode(), []).append(None)
-        self.sightings: dict[str, Sighting] = {}
-        self._telling: dict[str, Telling] = {}
+        self.sightings: dict[str, Match] = {}
+        self._telling: dict[str, Suspect] = {}
         self._heard = self._heard_at = 0
         self.bytes = self.lines = 0
         self._waiting = b""
@@ -121,7 +121,7 @@ class Search:
         seen = self.sightings.get(meant.name)
         return seen is not None and seen.count >= MOST
 
-    def feed(self, data: bytes) -> list[Sighting]:
+    def feed(self, data: bytes) -> list[Match]:
         """The next piece; the failures that were not met before it."""
         self.bytes += len(data)
         self._waiting = self._waiting + data if self._waiting else data
@@ -130,7 +130,7 @@ class Search:
             return self._look(len(self._waiting) - REACH - self._longest, REACH)
         return self._look(whole, 0) if whole else []
 
-    def end(self) -> list[Sighting]:
+    def end(self) -> list[Match]:
         """No more is to come; the failures in a last line that has no end."""
         rest = self._waiting[self._seen :]
         found = self._look(len(self._waiting), 0)
@@ -138,11 +138,11 @@ class Search:
         return found
 
     @property
-    def telling(self) -> list[Telling]:
+    def telling(self) -> list[Suspect]:
         """What may be worth reading where nothing is known, the most telling first."""
         return sorted(self._telling.values(), key=lambda each: (-each.weight, each.line.number))
 
-    def _look(self, upto: int, keep: int) -> list[Sighting]:
+    def _look(self, upto: int, keep: int) -> list[Match]:
         """Look at what begins before `upto`, and forget all but the last `keep` bytes before that."""
         known = len(self.sightings)
         data, at, number = self._waiting, 0, self._number
@@ -175,7 +175,7 @@ class Search:
         text = around(data, start, end)
         if found := meant.pattern.search(text):
             if seen is None:
-                seen = self.sightings[meant.name] = Sighting(meant)
+                seen = self.sightings[meant.name] = Match(meant)
             seen.see(Line(number, shown(text, found.end())))
             self._enough |= seen.count >= MOST
 
@@ -194,7 +194,7 @@ class Search:
         if known := self._telling.get(key):
             known.count += 1
         elif len(self._telling) < _TELLING_KEPT:
-            self._telling[key] = Telling(Line(number, shown(text, 0)), weight)
+            self._telling[key] = Suspect(Line(number, shown(text, 0)), weight)
 
 
 def around(data: bytes, start: int, end: int) -> str:

@@ -18,7 +18,7 @@ ANY = "any"
 
 Severity = Literal["failure", "warning"]
 
-_NEEDED = frozenset({"name", "title", "anchors", "regex", "why", "mend", "links", "example"})
+_NEEDED = frozenset({"name", "title", "anchors", "regex", "why", "hint", "links", "example"})
 _OTHERS = frozenset({"fix", "severity", "concerns", "consequence_of", "harmless"})
 _NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 
@@ -41,7 +41,7 @@ class Signature:
     anchors: tuple[str, ...]
     pattern: re.Pattern[str]
     why: str
-    mend: str
+    hint: str
     links: tuple[str, ...]
     example: tuple[str, ...]
     fix: int | None = None
@@ -89,7 +89,7 @@ def _signature(entry: Any, where: str) -> Signature:
         raise MalformedSignature(f"{where}: the name, the severity or the fix cannot be: {name}, {severity}, {fix}")
     return Signature(
         name, _text(entry, "title"), severity, _texts(entry, "anchors", where), _pattern(entry, where),
-        _text(entry, "why"), _text(entry, "mend"), _texts(entry, "links", where), _texts(entry, "example", where),
+        _text(entry, "why"), _text(entry, "hint"), _texts(entry, "links", where), _texts(entry, "example", where),
         fix, _text(entry, "concerns"), _texts(entry, "consequence_of", where), _texts(entry, "harmless", where),
     )  # fmt: skip
 

@@ -330,8 +330,8 @@ def _addresses(on: Reader, *family: str) -> Iterator[tuple[str, str, int]]:
     if not isinstance(rows, list):
         raise LinkProblem(
             "`ip -j addr` does not say which addresses this node has",
-            why=answer.err.strip()[-300:],
-            mend="is iproute2 installed? `sudo apt-get install iproute2`",
+            cause=answer.err.strip()[-300:],
+            hint="is iproute2 installed? `sudo apt-get install iproute2`",
         )
     # Some versions of ip leave an empty object where they left an interface out.
     yield from (
@@ -370,8 +370,8 @@ def _as_on_a_spark(wanted: str | None) -> Port:
     if form is None:
         raise LinkProblem(
             f"{name} is no half of a QSFP port",
-            why="such a half has a name like enp1s0f0np0 or enP2p1s0f1np1",
-            mend=_naming("enp1s0f0np0"),
+            cause="such a half has a name like enp1s0f0np0 or enP2p1s0f1np1",
+            hint=_naming("enp1s0f0np0"),
         )
     number, place = int(form["port"]), form["place"]
     second = f"P{form['domain'] or 2}"
@@ -389,7 +389,7 @@ def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mappin
     if port is None:
         there = wanted in on.names(NET)
         what = f"{wanted} is no half of a QSFP port" if there else f"this node has no interface {wanted}"
-        raise LinkProblem(what, why=_all_described(found, barred), mend=_advice(found, barred))
+        raise LinkProblem(what, cause=_all_described(found, barred), hint=_advice(found, barred))
     for name in _names(port):
         if name in barred:
             raise _refused(name, barred[name], found, barred)
@@ -397,8 +397,8 @@ def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mappin
     if port.carrier is False and cabled:
         raise LinkProblem(
             f"{wanted} has no carrier, but port {cabled[0].number} has one: the cable is in the other port",
-            why=_all_described(found, barred),
-            mend=f"{_naming(cabled[0].twins[0].name)}, or put the cable into port {port.number}",
+            cause=_all_described(found, barred),
+            hint=f"{_naming(cabled[0].twins[0].name)}, or put the cable into port {port.number}",
         )
     return port
 
@@ -412,7 +412,7 @@ def _cabled_port(found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:
     if len(free) == 1 and not any(each.carrier for each in found):
         return free[0]
     raise LinkProblem(
-        _what_is_unclear(found, free, cabled), why=_all_described(found, barred), mend=_advice(found, barred)
+        _what_is_unclear(found, free, cabled), cause=_all_described(found, barred), hint=_advice(found, barred)
     )
 
 
@@ -421,8 +421,8 @@ def _off() -> LinkProblem:
     # (Mellanox/mstflint #1786).
     return LinkProblem(
         "this node has no QSFP port",
-        why=f"its card, a ConnectX-7, is {SWITCHED_OFF}",
-        mend="put the cable in at both ends and switch both nodes on. If it stays off, reboot both with the cable in; "
+        cause=f"its card, a ConnectX-7, is {SWITCHED_OFF}",
+        hint="put the cable in at both ends and switch both nodes on. If it stays off, reboot both with the cable in; "
         f"or let it always be on: `sudo mv {HOTPLUG} {HOTPLUG.removesuffix('enabled')}disabled`, then reboot both",
     )
 
@@ -439,7 +439,7 @@ def _what_is_unclear(found: tuple[Port, ...], free: list[Port], cabled: list[Por
 
 def _refused(name: str, why: str, found: tuple[Port, ...], barred: Mapping[str, str]) -> LinkProblem:
     return LinkProblem(
-        f"{name} must not be touched: it {why}", why=_all_described(found, barred), mend=_advice(found, barred)
+        f"{name} must not be touched: it {why}", cause=_all_described(found, barred), hint=_advice(found, barred)
     )
 
 

@@ -63,7 +63,7 @@ class Journal:
             raise unreadable(self.path) from error
         except OSError as error:
             problem = storage_problem(error, f"reading the journal {self.path}")
-            problem.mend = problem.mend or "it must be a plain file: see what is there, and put the journal back"
+            problem.hint = problem.hint or "it must be a plain file: see what is there, and put the journal back"
             raise problem from error
         # What follows the last newline was never finished: its touch has not begun.
         for number, line in enumerate(lines[:-1], start=1):
@@ -75,14 +75,14 @@ class Journal:
             if raw["v"] != VERSION:
                 raise JournalDamaged(
                     f"{self.path} line {number} was written by another version of sparkinstall (format {raw['v']})",
-                    mend="use the version that wrote it, or a newer one",
+                    hint="use the version that wrote it, or a newer one",
                 )
             return _record(raw)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise JournalDamaged(
                 f"{self.path} line {number} cannot be read",
-                why="the file was changed by something else than sparkinstall, or the disk failed",
-                mend=f"keep a copy of {self.home}, mend or delete that line, and run again; nothing was changed",
+                cause="the file was changed by something else than sparkinstall, or the disk failed",
+                hint=f"keep a copy of {self.home}, mend or delete that line, and run again; nothing was changed",
             ) from error
 
     def add(self, step: str, undo: Undo) -> None:
@@ -142,7 +142,7 @@ class Journal:
         if hashlib.sha256(data).hexdigest() != sha256:
             raise JournalDamaged(
                 f"the original {path} is gone or damaged",
-                mend="restore it from a backup of the disk, or delete the journal's record of it",
+                hint="restore it from a backup of the disk, or delete the journal's record of it",
             )
         return data
 
@@ -167,13 +167,13 @@ def unreadable(path: Path) -> Problem:
             if found.st_uid != os.geteuid():
                 return Blocked(
                     f"{place} is of the user with the number {found.st_uid}: that user set this node up",
-                    mend="run sparkinstall as that user",
+                    hint="run sparkinstall as that user",
                 )
     except PermissionError:
         # The folder lets nobody look into it, so it is the folder whose mode is wrong.
         place, mode = path.parent, stat.S_IMODE(path.parent.stat().st_mode)
     rights = "u+rwx" if place == path.parent else "u+rw"
-    return Storage(f"{place} cannot be read (mode {mode:03o})", mend=f"chmod {rights} {place}")
+    return Storage(f"{place} cannot be read (mode {mode:03o})", hint=f"chmod {rights} {place}")
 
 
 def _record(raw: dict[str, Any]) -> Record:

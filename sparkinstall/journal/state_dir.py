@@ -66,8 +66,8 @@ class StateFolder:
         prefix = self.system.real(node.prefix)
         return JournalDamaged(
             f"what sparkinstall has made is in {prefix}, but {self.home}/journal.jsonl is gone or empty",
-            why="without the journal, which says what was there before, uninstall could take nothing back",
-            mend=f"put the journal back from a backup; without one, move {prefix} away and run `sparkinstall all`: "
+            cause="without the journal, which says what was there before, uninstall could take nothing back",
+            hint=f"put the journal back from a backup; without one, move {prefix} away and run `sparkinstall all`: "
             "what it makes from then on can be taken back",
         )
 
@@ -197,8 +197,8 @@ class StateFolder:
         """Where sudo is not asked, as in a rehearsal, nobody can make a folder in one that is not theirs."""
         return Storage(
             f"{self.home} cannot be made: permission denied",
-            why=f"you may not write to the folder {folder}",
-            mend=f"choose a folder of your own (`--root`), or make this one yours to write to: chmod u+wx {folder}",
+            cause=f"you may not write to the folder {folder}",
+            hint=f"choose a folder of your own (`--root`), or make this one yours to write to: chmod u+wx {folder}",
         )
 
     def _make_at_once(self, top: Path, missing: list[Path]) -> None:
@@ -229,7 +229,7 @@ class StateFolder:
             until = time.monotonic() + _PATIENCE
             while not _locked(folder):
                 if time.monotonic() > until:
-                    raise Busy(f"somebody holds a lock on {Path(self.system.root).parent}", mend="`lslocks` shows who")
+                    raise Busy(f"somebody holds a lock on {Path(self.system.root).parent}", hint="`lslocks` shows who")
                 time.sleep(0.05)
             yield
         finally:
@@ -312,7 +312,7 @@ def _at_work(holder: Mapping[str, Any]) -> Busy:
     return Busy(
         f"another sparkinstall is at work here (`{holder.get('verb', '?')}`, "
         f"pid {holder.get('pid', '?')}, since {holder.get('since', '?')})",
-        mend="wait until it has ended, then run this again",
+        hint="wait until it has ended, then run this again",
     )
 
 

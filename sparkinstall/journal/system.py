@@ -82,7 +82,7 @@ class JournaledSystem:
         if was.kind != "file":
             raise Blocked(
                 f"{self.real(path)} is a {was.kind}, where sparkinstall needs a file of its own",
-                mend="move it away, then run again",
+                hint="move it away, then run again",
             )
         content = self.read(path) or b""
         own = {"kind": "file", "sha256": hashlib.sha256(content).hexdigest(), "mode": was.mode}
@@ -117,7 +117,7 @@ class JournaledSystem:
         if self.rehearsal and not Path(self.real(folder)).resolve().is_relative_to(Path(self._raw.root).resolve()):
             raise Blocked(
                 f"{self.real(folder)} leads out of the rehearsal, to {Path(self.real(folder)).resolve()}",
-                mend="move that link away, or rehearse in another folder",
+                hint="move that link away, or rehearse in another folder",
             )
 
     def claim(self, path: str) -> None:
@@ -136,7 +136,7 @@ class JournaledSystem:
         if was.kind != "dir" or self.names(path):
             raise Blocked(
                 f"{self.real(path)} is already there and is not sparkinstall's",
-                mend="move it away, or choose another place with `prefix:` in the config",
+                hint="move it away, or choose another place with `prefix:` in the config",
             )
         return {"kind": "dir", "mode": was.mode, "uid": was.uid, "gid": was.gid, "mtime_ns": was.mtime_ns}
 
@@ -182,16 +182,16 @@ class JournaledSystem:
 
     def _failure(self, result: Result) -> CommandFailed:
         lines = [line for line in result.out.splitlines() if line.strip()]
-        why, mend = "", "read the log, mend the cause, and run the same command again: it goes on from here"
+        why, hint = "", "read the log, mend the cause, and run the same command again: it goes on from here"
         if _NO_SPACE in result.out:
-            why, mend = "the disk is full", "free some space, then run the same command again: it goes on"
+            why, hint = "the disk is full", "free some space, then run the same command again: it goes on"
         program = next(part for part in result.argv if part not in ("sudo", "-n"))
         return CommandFailed(
             f"`{PurePosixPath(program).name}` ended with code {result.code}",
-            why=why,
-            mend=mend,
+            cause=why,
+            hint=hint,
             log=str(self._log),
-            tail=lines[-_TAIL:],
+            output=lines[-_TAIL:],
         )
 
     def progress(self, done: int, total: int, unit: str) -> None:

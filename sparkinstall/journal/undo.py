@@ -19,7 +19,7 @@ _META = ("mode", "uid", "gid", "mtime_ns")
 
 
 @dataclass(frozen=True)
-class TakenBack:
+class Undone:
     """What became of one touch. `kept` and `failed` stay in the journal; `note` says why."""
 
     subject: str
@@ -28,14 +28,14 @@ class TakenBack:
 
 
 @dataclass(frozen=True)
-class Touch:
+class Change:
     """All records of one subject as one: the first original, and what we left there last."""
 
     undo: Undo
     records: tuple[Record, ...]
 
 
-def touches(records: list[Record]) -> list[Touch]:
+def changes(records: list[Record]) -> list[Change]:
     """One `Touch` a subject, in the order in which they are to be taken back."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
@@ -43,38 +43,38 @@ def touches(records: list[Record]) -> list[Touch]:
     found = []
     for (kind, subject), group in groups.items():
         undo = Undo(kind, subject, group[0].undo.before, group[-1].undo.after)
-        found.append(Touch(undo, tuple(group)))
+        found.append(Change(undo, tuple(group)))
     return sorted(found, key=lambda touch: touch.records[0].n, reverse=True)
 
 
-def take_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+def take_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     """Take one touch back; a touch that is no longer there is `nothing`."""
     try:
         return _UNDOERS[touch.undo.kind](touch, on, journal)
     except Problem as problem:
-        return TakenBack(touch.undo.subject, "failed", f"{problem.what} {problem.mend}".strip())
+        return Undone(touch.undo.subject, "failed", f"{problem.message} {problem.hint}".strip())
     except KeyError as missing:
-        return TakenBack(touch.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
+        return Undone(touch.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
     except OSError as error:
-        return TakenBack(touch.undo.subject, "failed", storage_problem(error, "taking it back").what)
+        return Undone(touch.undo.subject, "failed", storage_problem(error, "taking it back").message)
 
 
-def _path_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+def _path_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     path, before = touch.undo.subject, touch.undo.before
     now = fingerprint(on, path)
     if _same(now, before):
         on.unlink_staged(path)
         # A killed uninstall may have brought the content back and not yet the rest.
         _restore_meta(path, before, on)
-        return TakenBack(path, "nothing")
+        return Undone(path, "nothing")
     if not any(_same(now, record.undo.after) for record in touch.records):
         where = f"; its original is {journal.home}/originals/{before['sha256']}" if "sha256" in before else ""
-        return TakenBack(path, "kept", f"changed since by somebody else{where}")
+        return Undone(path, "kept", f"changed since by somebody else{where}")
     if before["kind"] == "absent":
         on.unlink(path)
-        return TakenBack(path, "removed")
+        return Undone(path, "removed")
     _restore(path, before, on, journal)
-    return TakenBack(path, "restored")
+    return Undone(path, "restored")
 
 
 def _restore(path: str, before: Mapping[str, Any], on: LocalSystem, journal: Journal) -> None:
@@ -113,17 +113,17 @@ def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     return all(now[name] == then.get(name) for name in now)
 
 
-def _dir_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+def _dir_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     del journal
     path = touch.undo.subject
     if on.entry(path) is None:
-        return TakenBack(path, "nothing")
+        return Undone(path, "nothing")
     if on.remove_dir(path):
-        return TakenBack(path, "removed")
-    return TakenBack(path, "kept", f"holds what is not sparkinstall's: {', '.join(on.names(path)[:3])}")
+        return Undone(path, "removed")
+    return Undone(path, "kept", f"holds what is not sparkinstall's: {', '.join(on.names(path)[:3])}")
 
 
-def _tree_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+def _tree_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     del journal
     path, before = touch.undo.subject, touch.undo.before
     outcome: Literal["removed", "nothing"] = "removed" if on.entry(path) else "nothing"
@@ -131,42 +131,42 @@ def _tree_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
     if before["kind"] == "dir":
         on.make_one_dir(path, before["mode"])
         _restore_meta(path, before, on)
-    return TakenBack(path, outcome)
+    return Undone(path, outcome)
 
 
-def _packages_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+def _packages_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     del journal
     names = tuple(name for record in touch.records for name in record.undo.after["packages"])
     removed, kept = take_packages_back(on, names)
     if kept:
-        return TakenBack(touch.undo.subject, "kept", f"others need them: {', '.join(kept)}")
-    return TakenBack(touch.undo.subject, "removed" if removed else "nothing", ", ".join(removed))
+        return Undone(touch.undo.subject, "kept", f"others need them: {', '.join(kept)}")
+    return Undone(touch.undo.subject, "removed" if removed else "nothing", ", ".join(removed))
 
 
-def _service_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+def _service_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     del journal
     name = touch.undo.subject
-    return TakenBack(name, "removed" if systemd.take_service_back(on, name) else "nothing", "stopped and disabled")
+    return Undone(name, "removed" if systemd.take_service_back(on, name) else "nothing", "stopped and disabled")
 
 
-def _units_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+def _units_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     del journal
     name = touch.undo.subject
-    return TakenBack(name, "restored" if systemd.take_units_back(on, name, touch.undo.before) else "nothing")
+    return Undone(name, "restored" if systemd.take_units_back(on, name, touch.undo.before) else "nothing")
 
 
-def _netplan_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+def _netplan_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     del journal
     done = live.take_back(on, [record.undo for record in touch.records])
-    return TakenBack(touch.undo.subject, "restored" if done else "nothing")
+    return Undone(touch.undo.subject, "restored" if done else "nothing")
 
 
-def _nftables_back(touch: Touch, on: LocalSystem, journal: Journal) -> TakenBack:
+def _nftables_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     del journal
-    return TakenBack(touch.undo.subject, "removed" if firewall.take_back(on) else "nothing")
+    return Undone(touch.undo.subject, "removed" if firewall.take_back(on) else "nothing")
 
 
-_UNDOERS: dict[str, Callable[[Touch, LocalSystem, Journal], TakenBack]] = {
+_UNDOERS: dict[str, Callable[[Change, LocalSystem, Journal], Undone]] = {
     "path": _path_back,
     "dir": _dir_back,
     "tree": _tree_back,
@@ -178,7 +178,7 @@ _UNDOERS: dict[str, Callable[[Touch, LocalSystem, Journal], TakenBack]] = {
 }
 
 
-def take_all_back(state: StateFolder, emit: Emit = silent) -> list[TakenBack]:
+def undo_all(state: StateFolder, emit: Emit = silent) -> list[Undone]:
     """Take back every touch of the journal, last first; the state goes too unless something was kept.
 
     Raises:
@@ -187,7 +187,7 @@ def take_all_back(state: StateFolder, emit: Emit = silent) -> list[TakenBack]:
     """
     with state.hold("uninstall", emit):
         journal = state.journal()
-        own, others = _apart(touches(journal.records()), state)
+        own, others = _apart(changes(journal.records()), state)
         taken = [(touch, take_back(touch, state.system, journal)) for touch in others]
         staying = [touch for touch, result in taken if result.outcome in ("kept", "failed")]
         # Folders alone do not stay: what is in them now is not ours, and never will be.
@@ -198,7 +198,7 @@ def take_all_back(state: StateFolder, emit: Emit = silent) -> list[TakenBack]:
     return [result for _, result in taken]
 
 
-def _apart(found: list[Touch], state: StateFolder) -> tuple[list[Touch], list[Touch]]:
+def _apart(found: list[Change], state: StateFolder) -> tuple[list[Change], list[Change]]:
     """The folders around the state itself, which go last, and all the rest."""
     ours = {str(parent) for parent in (state.home, *state.home.parents)}
     own = [t for t in found if t.undo.kind == "dir" and state.system.real(t.undo.subject) in ours]

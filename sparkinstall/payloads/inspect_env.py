@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-Asked = dict[str, Any]
+Target = dict[str, Any]
 Facts = dict[str, Any]
 
 # Seconds for a child: a first Triton kernel takes 2, the first use of a GPU up to 10.
@@ -94,7 +94,7 @@ def _address() -> str:
 # --- children
 
 
-def _started(part: Callable[[Asked], Iterator[Facts]], asked: Asked) -> tuple[int, int, float]:
+def _started(part: Callable[[Target], Iterator[Facts]], asked: Target) -> tuple[int, int, float]:
     """A child that answers `part`: its process, where it says what it finds (one line each), and until when."""
     reads, writes = os.pipe()
     if child := os.fork():
@@ -164,7 +164,7 @@ def product(a, b, out, SIZE: tl.constexpr):
 _SIZE = 32
 
 
-def triton_kernel(asked: Asked) -> Iterator[Facts]:
+def triton_kernel(asked: Target) -> Iterator[Facts]:
     """A matrix product in Triton: compiled anew, and on a GPU run and compared."""
     os.environ["TRITON_CACHE_DIR"] = asked["folder"]
     with open(os.path.join(asked["folder"], "sparkinstall_kernel.py"), "w") as file:
@@ -231,7 +231,7 @@ _ROWS, _WIDE = 32, 256
 _FIRST_WITH_FP8 = 89
 
 
-def fp8(asked: Asked) -> Iterator[Facts]:
+def fp8(asked: Target) -> Iterator[Facts]:
     """The kernels that vLLM picks for FP8, by its own selection; on a GPU, a product of each with them."""
     if "vllm" not in sys.modules:
         yield {"not_asked": "vLLM cannot be imported"}

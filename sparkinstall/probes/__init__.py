@@ -19,19 +19,19 @@ class Finding:
     verdict: Verdict
     found: str
     expected: str = ""
-    mend: str = ""
+    hint: str = ""
 
 
 def passed(found: str, expected: str = "") -> Finding:
     return Finding("pass", found, expected)
 
 
-def warned(found: str, mend: str, expected: str = "") -> Finding:
-    return Finding("warn", found, expected, mend)
+def warned(found: str, hint: str, expected: str = "") -> Finding:
+    return Finding("warn", found, expected, hint)
 
 
-def failed(found: str, mend: str, expected: str = "") -> Finding:
-    return Finding("fail", found, expected, mend)
+def failed(found: str, hint: str, expected: str = "") -> Finding:
+    return Finding("fail", found, expected, hint)
 
 
 def skipped(why: str) -> Finding:

@@ -13,7 +13,7 @@ Answer = Mapping[str, Any]
 _OFF_BY = 0.1
 # Python's words for a vLLM whose functions are not where they were.
 _UNKNOWN = ("ImportError", "ModuleNotFoundError", "AttributeError", "TypeError", "KeyError")
-_ANEW = "`sparkinstall run fp8 --fresh` decides anew; `--set fp8.fallback=on` keeps vLLM off its CUTLASS kernels"
+_ANEW = "`sparkinstall run fp8 --force` decides anew; `--set fp8.fallback=on` keeps vLLM off its CUTLASS kernels"
 
 
 def probes(node: Node, asked: Callable[[Reader], Answer | Finding]) -> Iterable[Probe]:
@@ -37,14 +37,14 @@ def _triton(node: Node, on: Reader, answer: Answer) -> Finding:
     wanted = f"a kernel for sm_{facts['arch']}" if "arch" in facts else ""
     with_ptxas = f"ptxas {facts['ptxas_version']}, {facts['ptxas']}" if "ptxas" in facts else ""
     if complaint := _complaint(facts):
-        return failed("; ".join(each for each in (complaint, with_ptxas) if each), _triton_mend(complaint), wanted)
+        return failed("; ".join(each for each in (complaint, with_ptxas) if each), _triton_hint(complaint), wanted)
     if not facts["target"].startswith(f"sm_{facts['arch']}"):
-        return failed(f"a kernel for {facts['target'] or 'nothing'}; {with_ptxas}", _triton_mend(""), wanted)
+        return failed(f"a kernel for {facts['target'] or 'nothing'}; {with_ptxas}", _triton_hint(""), wanted)
     ran = f"compiled, not run: {facts['not_run']}" if facts["not_run"] else "compiled and run"
     return passed(f"{facts['target']}, {ran} ({with_ptxas})", wanted)
 
 
-def _triton_mend(complaint: str) -> str:
+def _triton_hint(complaint: str) -> str:
     if "ptxas" in complaint.lower():
         return "unset TRITON_PTXAS_BLACKWELL_PATH (TRITON_PTXAS_PATH is not read), or name a ptxas that knows this GPU"
     if complaint.startswith(_UNKNOWN):

@@ -50,7 +50,7 @@ class Rule:
     verdict: Literal["warn", "fail"]
     expected: str
     why: str
-    mend: str
+    hint: str
     concerns: str
     checked: date
     evidence: tuple[str, ...]
@@ -58,7 +58,7 @@ class Rule:
 
 
 @dataclass(frozen=True)
-class Sight:
+class Observation:
     """What a looker saw; `bad`: it is what the rule warns of."""
 
     bad: bool
@@ -125,7 +125,7 @@ def _gpu_in(answer: Result) -> Mapping[str, str]:
     return dict(zip(("name", "driver", "busy", "mhz", "watts"), rows[0], strict=True))
 
 
-Looker = Callable[[Host, Mapping[str, Any]], Sight]
+Detector = Callable[[Host, Mapping[str, Any]], Observation]
 
 
 def probes(node: Node) -> Iterable[Probe]:
@@ -144,12 +144,12 @@ def probes(node: Node) -> Iterable[Probe]:
 def judged(rule: Rule, host: Host) -> Finding:
     """What `rule` says of `host`."""
     try:
-        sight = LOOKERS[rule.looks](host, rule.limits)
+        sight = DETECTORS[rule.looks](host, rule.limits)
     except CannotTell as why:
         return skipped(str(why))
     if not sight.bad:
         return passed(sight.words, rule.expected)
-    return Finding(rule.verdict, f"{sight.words}: {rule.why}", rule.expected, f"{rule.mend} ({rule.evidence[0]})")
+    return Finding(rule.verdict, f"{sight.words}: {rule.why}", rule.expected, f"{rule.hint} ({rule.evidence[0]})")
 
 
 @lru_cache(maxsize=1)
@@ -165,37 +165,37 @@ def _rule(row: Mapping[str, Any]) -> Rule:
     return Rule(**{**row, "checked": date.fromisoformat(row["checked"]), "evidence": tuple(row["evidence"])})
 
 
-def _stranded_memory(host: Host, limits: Mapping[str, Any]) -> Sight:
+def _stranded_memory(host: Host, limits: Mapping[str, Any]) -> Observation:
     free, total = host.meminfo.get("CmaFree"), host.meminfo.get("CmaTotal")
     if not host.meminfo:
         raise CannotTell("there is no /proc/meminfo")
     if free is None or total is None:
-        return Sight(False, f"kernel {host.kernel} has no such memory (CMA)")
+        return Observation(False, f"kernel {host.kernel} has no such memory (CMA)")
     words = f"CmaFree {free / _GIB_KB:.2f} GiB, CmaTotal {total / _GIB_KB:.2f} GiB, kernel {host.kernel}"
-    return Sight(free - total >= limits["cma_free_kb"], words)
+    return Observation(free - total >= limits["cma_free_kb"], words)
 
 
-def _kernel_log(host: Host, limits: Mapping[str, Any]) -> Sight:
+def _kernel_log(host: Host, limits: Mapping[str, Any]) -> Observation:
     if not host.journal:
         raise CannotTell("the kernel's journal of this boot is empty, or for root alone (`sudo -v` first)")
     met = [line for line in host.journal if re.search(limits["pattern"], line)]
     if len(met) < limits["times"]:
-        return Sight(False, "none")
+        return Observation(False, "none")
     times = "once" if len(met) == 1 else f"{len(met)} times, the last"
-    return Sight(True, f"{times}: {met[-1].strip()[:160].rstrip('.')}")
+    return Observation(True, f"{times}: {met[-1].strip()[:160].rstrip('.')}")
 
 
-def _low_power(host: Host, limits: Mapping[str, Any]) -> Sight:
+def _low_power(host: Host, limits: Mapping[str, Any]) -> Observation:
     gpu = _gpu(host)
     if not machine.is_gb10(gpu["name"]):
-        return Sight(False, f"only known of a GB10; this is {gpu['name']}")
+        return Observation(False, f"only known of a GB10; this is {gpu['name']}")
     busy, mhz, watts = _work(gpu)
     if busy <= limits["busy_percent"]:
         busy, mhz, watts = _work(host.gpu_under_load())
     words = f"{busy:.0f} % busy, {mhz:.0f} MHz, {watts:.0f} W"
     if busy <= limits["busy_percent"]:
         raise CannotTell(f"{words}: it shows only under more load")
-    return Sight(mhz < limits["sm_mhz"] and watts < limits["watts"], words)
+    return Observation(mhz < limits["sm_mhz"] and watts < limits["watts"], words)
 
 
 def _work(gpu: Mapping[str, str]) -> tuple[float, float, float]:
@@ -206,9 +206,9 @@ def _work(gpu: Mapping[str, str]) -> tuple[float, float, float]:
     return busy, mhz, watts
 
 
-def _driver(host: Host, limits: Mapping[str, Any]) -> Sight:
+def _driver(host: Host, limits: Mapping[str, Any]) -> Observation:
     driver = _gpu(host)["driver"]
-    return Sight(driver.split(".")[0] != limits["major"], driver)
+    return Observation(driver.split(".")[0] != limits["major"], driver)
 
 
 def _gpu(host: Host) -> Mapping[str, str]:
@@ -225,16 +225,16 @@ def _number(cell: str) -> float | None:
         return None
 
 
-def _connectx(host: Host, limits: Mapping[str, Any]) -> Sight:
+def _connectx(host: Host, limits: Mapping[str, Any]) -> Observation:
     halves = {name: _bus(host.on, name) for name in host.on.names("/sys/class/net") if _is_connectx(host.on, name)}
     if not halves:
-        return Sight(False, _without_a_card(host.on))
+        return Observation(False, _without_a_card(host.on))
     told = {name: bus for name, bus in halves.items() if bus is not None}
     slow = {name: bus for name, bus in told.items() if bus[0] < limits["gts"] or bus[1] < limits["lanes"]}
     if not told:
         raise CannotTell("the kernel does not tell the speed of the card's bus")
     words = ", ".join(f"{name} {gts:g} GT/s x{lanes}" for name, (gts, lanes) in (slow or told).items())
-    return Sight(bool(slow), words + _firmware(host.on))
+    return Observation(bool(slow), words + _firmware(host.on))
 
 
 def _without_a_card(on: Reader) -> str:
@@ -262,26 +262,26 @@ def _firmware(on: Reader) -> str:
     return f"; firmware {', '.join(sorted(found - {''}))}" if found - {""} else ""
 
 
-def _service(host: Host, limits: Mapping[str, Any]) -> Sight:
+def _service(host: Host, limits: Mapping[str, Any]) -> Observation:
     units = limits["units"]
     states = host.on.query("systemctl", "is-active", *units).out.split()
     if len(states) != len(units):
         raise CannotTell("systemd gives no answer")
     running = [unit for unit, state in zip(units, states, strict=True) if state == "active"]
-    return Sight(not running, ", ".join(running) or f"not running: {', '.join(units)}")
+    return Observation(not running, ", ".join(running) or f"not running: {', '.join(units)}")
 
 
-def _file(host: Host, limits: Mapping[str, Any]) -> Sight:
+def _file(host: Host, limits: Mapping[str, Any]) -> Observation:
     """A file that costs a node its link; one by itself has none."""
     path = limits["path"]
     if host.on.entry(path) is None:
-        return Sight(False, f"there is no {path}")
-    return Sight(
+        return Observation(False, f"there is no {path}")
+    return Observation(
         host.node.several, f"{path} is there{'' if host.node.several else ', and one node alone needs no link'}"
     )
 
 
-LOOKERS: Mapping[str, Looker] = {
+DETECTORS: Mapping[str, Detector] = {
     "stranded_memory": _stranded_memory,
     "kernel_log": _kernel_log,
     "low_power": _low_power,

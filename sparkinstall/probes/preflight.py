@@ -97,13 +97,13 @@ def _driver(on: Reader) -> Finding:
     gpu = machine.gpu_or_complaint(on)
     if isinstance(gpu, str):
         found = f"nvidia-smi says: {gpu}" if gpu else "nvidia-smi gives no answer"
-        return failed(found, _driver_mend(on, gpu), "580.x")
+        return failed(found, _driver_hint(on, gpu), "580.x")
     if gpu.driver.split(".")[0] == "580":
         return passed(gpu.driver)
     return warned(gpu.driver, "the field has run 580.x; another driver may work, but few have tried it", "580.x")
 
 
-def _driver_mend(on: Reader, complaint: str) -> str:
+def _driver_hint(on: Reader, complaint: str) -> str:
     """A Spark comes with its driver. One package of it, put in by hand, has left GPUs that did not come up any more."""
     if "version mismatch" in complaint or on.entry(_REBOOT_WANTED):
         return "reboot first: an update waits for it (`sudo reboot`)"
@@ -120,8 +120,8 @@ def _cuda(on: Reader, node: Node) -> Finding:
     if on.rehearsal and (home is None or node.foreign):
         return skipped(_LEFT)
     if home is None:
-        mend = "`sudo apt install cuda-toolkit-13-0`, or name yours with `nccl.cuda_home`, or take `nccl.mode: wheel`"
-        return failed("no nvcc found", mend, "/usr/local/cuda")
+        hint = "`sudo apt install cuda-toolkit-13-0`, or name yours with `nccl.cuda_home`, or take `nccl.mode: wheel`"
+        return failed("no nvcc found", hint, "/usr/local/cuda")
     return _nvcc_finding(on, node, home)
 
 
@@ -189,8 +189,8 @@ def _unless_shut(look: Callable[[Reader, Node], Finding], on: Reader, node: Node
     except PermissionError as error:
         shut = _shut(Path(str(error.filename)))
     own = shut.stat().st_uid == os.geteuid()
-    mend = f"`chmod u+rwx {shut}`, then again" if own else f"run this as the user to whom {shut} belongs"
-    return failed(f"{shut} cannot be read", mend, "a folder that this user can read")
+    hint = f"`chmod u+rwx {shut}`, then again" if own else f"run this as the user to whom {shut} belongs"
+    return failed(f"{shut} cannot be read", hint, "a folder that this user can read")
 
 
 def _shut(path: Path) -> Path:

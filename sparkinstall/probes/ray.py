@@ -71,8 +71,8 @@ def _compare(node: Node, found: Sequence[str]) -> Finding:
     wanted = node.members if node.role == "head" else (node.address,)
     missing, strange = sorted(set(wanted) - set(found)), sorted(set(found) - set(node.members))
     if missing:
-        mend = f"on each of them: `sparkinstall run ray`, and read `journalctl -u ray-worker`; here: {_FIREWALL}"
-        return failed(f"not in Ray: {', '.join(missing)}; there are {_listed(found)}", mend, _listed(wanted))
+        hint = f"on each of them: `sparkinstall run ray`, and read `journalctl -u ray-worker`; here: {_FIREWALL}"
+        return failed(f"not in Ray: {', '.join(missing)}; there are {_listed(found)}", hint, _listed(wanted))
     if strange:
         return failed(
             f"nodes at other addresses: {', '.join(strange)}",

@@ -112,7 +112,7 @@ def _of(on: Reader, pid: int, what: str) -> bytes | None:
     except ProcessLookupError:
         return None
     except PermissionError as error:
-        raise NeedsRoot(f"/proc/{pid}/{what} cannot be read", mend="ask outside of a container") from error
+        raise NeedsRoot(f"/proc/{pid}/{what} cannot be read", hint="ask outside of a container") from error
 
 
 def _env(node: Node, on: Reader) -> Finding:
@@ -123,7 +123,7 @@ def _env(node: Node, on: Reader) -> Finding:
     try:
         differs = {unit: list(_differences(node, on, process)) for unit, process in first.items()}
     except NeedsRoot as problem:
-        return skipped(f"{problem.what}: {problem.mend}")
+        return skipped(f"{problem.message}: {problem.hint}")
     wrong = {unit: each for unit, each in differs.items() if each}
     if not wrong:
         return passed(f"{_listed(first)}: as the env file says", on.real(node.env_file))
@@ -196,7 +196,7 @@ def _nccl(node: Node, on: Reader) -> Finding:
         with_nccl = {process: found for process in running if (found := _mapped(on, process))}
         strange = {p: other for p, found in with_nccl.items() if (other := _other(on, p, found, library))}
     except NeedsRoot as problem:
-        return skipped(f"{problem.what}: {problem.mend}")
+        return skipped(f"{problem.message}: {problem.hint}")
     wanted = nccl.wanted(library)
     if strange:
         told = ", ".join(f"{p.name} (pid {p.pid}) has {path}" for p, path in strange.items())

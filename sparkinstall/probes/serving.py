@@ -83,13 +83,13 @@ def _locked(of: Api) -> Finding:
 
 def _late(of: Api, what: str) -> Finding:
     besides = ", though /health says 200" if of.healthy else ""
-    mend = f"restart it: `sudo systemctl restart {UNIT}`"
+    hint = f"restart it: `sudo systemctl restart {UNIT}`"
     if of.node.several:
         nodes = "--only peers --only ray-nodes" if of.node.config.cluster.executor == "ray" else "--only peers"
-        mend = f"see that every node is there (`sparkinstall verify {nodes}`), then {mend}"
+        hint = f"see that every node is there (`sparkinstall verify {nodes}`), then {hint}"
     return failed(
         f"{what} within {vllm_client.PATIENCE} s{besides}",
-        mend,
+        hint,
         f"{vllm_client.TOKENS} tokens within {vllm_client.PATIENCE} s",
     )
 

@@ -13,7 +13,7 @@ from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Finding, failed, passed, warned
 from sparkinstall.system import Reader
 
-_MEND = "make it anew: `sparkinstall run environment fp8 --fresh`"
+_HINT = "make it anew: `sparkinstall run environment fp8 --force`"
 _SHOWN = 4
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+) ?(?:==|@)", re.MULTILINE)
 
@@ -32,13 +32,13 @@ def look(node: Node, on: Reader) -> Finding:
         return failed("there is no environment", "run `sparkinstall all`")
     ours, here, made = _locked(node, on), on.real(site), stamp.st_ctime_ns
     if not ours:
-        return failed("it is not known what was installed: installed.lock is gone or empty", _MEND)
+        return failed("it is not known what was installed: installed.lock is gone or empty", _HINT)
     folders = _folders(on, site, ours)
     wrong = _unlike(here, _brought(here, folders), made)
     odd = _since_the_beginning(here, wrong, _forms(on.real(exceptions(node))), made)
     said = [*_packages(here, folders, ours, made), *(f"{name} {why}" for name, why in wrong.items() if name not in odd)]
     if said:
-        return failed(_some(said), _MEND, "every file as its wheel brought it")
+        return failed(_some(said), _HINT, "every file as its wheel brought it")
     if odd:
         return warned(_some([f"{name} {wrong[name]}, since it was installed" for name in odd]), _of_a_record(node))
     many = f"{len(folders)} packages, as their wheels brought them"
@@ -86,7 +86,7 @@ def _some(said: Sequence[str]) -> str:
 
 def _of_a_record(node: Node) -> str:
     return (
-        f"if that stays after `rm -r {node.cache}/uv` and `sparkinstall run environment fp8 --fresh`, "
+        f"if that stays after `rm -r {node.cache}/uv` and `sparkinstall run environment fp8 --force`, "
         "the wheel's own list of its files is wrong and nothing need be done"
     )
 

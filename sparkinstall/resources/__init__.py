@@ -10,7 +10,7 @@ from sparkinstall.system import Reader, System
 
 
 @dataclass(frozen=True)
-class Satisfied:
+class Ok:
     """It is so. `note` says what a reader may want to know of it."""
 
     note: str = ""
@@ -33,21 +33,21 @@ class Unknown:
 
 
 @dataclass(frozen=True)
-class LeftToNode:
+class NodeOnly:
     """Only a real node can do this; a rehearsal does not, and says so."""
 
-    what: str
+    reason: str
 
 
 @dataclass(frozen=True)
-class Obstacle:
+class Conflict:
     """It is not so and will not be made so: something stands in the way that is not ours to move."""
 
-    what: str
-    mend: str = ""
+    message: str
+    hint: str = ""
 
 
-State = Satisfied | Drift | Unknown | LeftToNode | Obstacle
+State = Ok | Drift | Unknown | NodeOnly | Conflict
 
 
 class Resource(Protocol):

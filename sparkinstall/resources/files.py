@@ -1,7 +1,7 @@
 """Files and links."""
 
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, Obstacle, Satisfied, State
+from sparkinstall.resources import Drift, Conflict, Ok, State
 from sparkinstall.system import Reader, System
 
 
@@ -20,7 +20,7 @@ class File:
     def check(self, on: Reader) -> State:
         entry, now = on.entry(self.path), on.read(self.path)
         if entry and entry.kind == "file" and now == self.content and entry.mode == self.mode:
-            return Satisfied()
+            return Ok()
         if now == self.content and entry:
             return Drift(
                 f"set the mode of {self.path} to {self.mode:o}",
@@ -54,11 +54,11 @@ class Link:
         if entry is None:
             return Drift(f"link {on.real(self.path)} to {on.real(self.target)}", "", f"-> {on.real(self.target)}\n")
         if entry.kind == "link" and entry.target == on.real(self.target):
-            return Satisfied()
+            return Ok()
         was = f"a link to {entry.target}" if entry.kind == "link" else f"a {entry.kind}"
-        return Obstacle(
+        return Conflict(
             f"{on.real(self.path)} is {was} already",
-            mend="move it away, or set `environment.link: null` in the config (or --set environment.link=null)",
+            hint="move it away, or set `environment.link: null` in the config (or --set environment.link=null)",
         )
 
     def apply(self, on: System) -> None:

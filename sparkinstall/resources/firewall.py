@@ -14,7 +14,7 @@ from sparkinstall.facts.packet_filters import NFT, TABLE, UNIT, another
 from sparkinstall.node import Node
 from sparkinstall.probes import network
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Resource, Satisfied, State, Unknown, ray_ports, rollback
+from sparkinstall.resources import Drift, NodeOnly, Resource, Ok, State, Unknown, ray_ports, rollback
 from sparkinstall.resources.files import File
 from sparkinstall.resources.template import render
 from sparkinstall.system import Reader, System, Undo
@@ -108,8 +108,8 @@ def ssh_ports(on: Reader) -> tuple[int, ...]:
 def _no_root(said: str) -> Problem:
     return NeedsRoot(
         "the firewall cannot be looked at",
-        why=said.strip()[-300:],
-        mend="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
+        cause=said.strip()[-300:],
+        hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
     )
 
 
@@ -121,7 +121,7 @@ def _interfaces(node: Node, on: Reader) -> tuple[str, ...]:
     names = tuple(each.name for each in qsfp.port_to_look_at(on, node).twins) if node.several else ()
     for name in names:
         if not _INTERFACE.fullmatch(name):
-            raise Problem(f"the interface {name!r} has a name that no rule can carry", mend="rename it, then run again")
+            raise Problem(f"the interface {name!r} has a name that no rule can carry", hint="rename it, then run again")
     return names
 
 
@@ -147,7 +147,7 @@ class Part:
 
     def check(self, on: Reader) -> State:
         other = left_to(self.node, on)
-        return LeftToNode(f"not made: {other} filters here") if other else self.of.check(on)
+        return NodeOnly(f"not made: {other} filters here") if other else self.of.check(on)
 
     def apply(self, on: System) -> None:
         self.of.apply(on)
@@ -178,7 +178,7 @@ class RulesFile:
 
     def check(self, on: Reader) -> State:
         other = left_to(self.node, on)
-        return LeftToNode(_by_hand(self.node, on, other)) if other else self._file(on).check(on)
+        return NodeOnly(_by_hand(self.node, on, other)) if other else self._file(on).check(on)
 
     def _file(self, on: Reader) -> File:
         return File(rules_path(self.node), rules(self.node, on).encode())
@@ -205,7 +205,7 @@ class LiveTable:
     def check(self, on: Reader) -> State:
         wanted = rules(self.node, on)
         if on.rehearsal:
-            return LeftToNode(f"the node loads the rules; {_rehearsed(on, wanted)}")
+            return NodeOnly(f"the node loads the rules; {_rehearsed(on, wanted)}")
         if on.entry(NFT) is None:
             return Unknown("packages")
         return self._compared(on, live_table(on), wanted)
@@ -216,7 +216,7 @@ class LiveTable:
         listed = as_nft_lists(on, wanted)
         if live == listed:
             waits = rollback.armed(on, TIMER) and not self.node.confirm_later
-            return Drift("confirm the firewall that a former run loaded") if waits else Satisfied(f"table {_NAME}")
+            return Drift("confirm the firewall that a former run loaded") if waits else Ok(f"table {_NAME}")
         return Drift(f"load the firewall's rules{' again: somebody changed them' if live else ''}", live, listed)
 
     def apply(self, on: System) -> None:
@@ -239,13 +239,13 @@ def _put_back(on: System, lost: str) -> Problem:
     back = "the former rules are back" if rollback.fire(on, TIMER) else "the former rules come back within minutes"
     return Problem(
         f"the firewall's rules were loaded, and then {lost}; {back}",
-        mend="set `firewall.mode: off` in the config if this node cannot have them, or report this",
+        hint="set `firewall.mode: off` in the config if this node cannot have them, or report this",
     )
 
 
 def _arm(on: System, node: Node) -> None:
     path = rules_path(node)
-    rollback.arm(on, TIMER, _RESTORE.format(path=path), node.config.network.dead_man, keep=(path,))
+    rollback.arm(on, TIMER, _RESTORE.format(path=path), node.config.network.rollback_seconds, keep=(path,))
 
 
 def live_table(on: Reader) -> str:
@@ -272,8 +272,8 @@ def as_nft_lists(on: Reader, text: str) -> str:
     if not answer.ok:
         raise Problem(
             "nft does not take the firewall's rules; nothing was loaded",
-            why=answer.err.strip()[-300:],
-            mend="is the kernel's nf_tables there (`sudo nft list tables`)? If it is, report this",
+            cause=answer.err.strip()[-300:],
+            hint="is the kernel's nf_tables there (`sudo nft list tables`)? If it is, report this",
         )
     return answer.out
 
@@ -292,7 +292,7 @@ def _rehearsed(on: Reader, text: str) -> str:
     answer = on.query("unshare", "--map-root-user", "--net", NFT, "-c", text)
     if answer.ok:
         return "nft found them good"
-    raise Problem("nft does not take the firewall's rules", why=answer.err.strip()[-300:], mend="report this")
+    raise Problem("nft does not take the firewall's rules", cause=answer.err.strip()[-300:], hint="report this")
 
 
 def take_back(on: LocalSystem) -> bool:

@@ -13,7 +13,7 @@ from sparkinstall.node import Node, site_packages
 from sparkinstall.patches import PatchSet, UnknownContent
 from sparkinstall.probes.wheels import extensions
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
+from sparkinstall.resources import Drift, Conflict, Ok, State, Unknown
 from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, Result, System
 
@@ -54,7 +54,7 @@ class Fp8Decision:
             return Unknown("environment")
         known = recorded(on, self.node.fp8_decision)
         if known.get("about") == about and is_whole(known):
-            return Satisfied(f"fallback {'on' if known['fallback'] else 'off'}: {known['why']}")
+            return Ok(f"fallback {'on' if known['fallback'] else 'off'}: {known['why']}")
         return Drift(
             "find out whether vLLM's CUTLASS FP8 kernels run here",
             as_text(known.get("about", {})),
@@ -102,8 +102,8 @@ class Fp8Decision:
         if "ready" not in lines or answer.code == 124:
             raise CommandFailed(
                 "the GPU could not be asked whether vLLM's CUTLASS FP8 kernels run on it",
-                why=(answer.err.strip() or f"exit code {answer.code}").splitlines()[-1],
-                mend="see that `nvidia-smi` works and the GPU is free, or decide with `fp8.fallback: on` or `off`",
+                cause=(answer.err.strip() or f"exit code {answer.code}").splitlines()[-1],
+                hint="see that `nvidia-smi` works and the GPU is free, or decide with `fp8.fallback: on` or `off`",
             )
         return _verdict(lines[-1], answer)
 
@@ -175,9 +175,9 @@ class PatchedFile:
         try:
             wanted = self._wanted(now, decision)
         except UnknownContent as problem:
-            return Obstacle(str(problem), mend="install the stack anew: `sparkinstall run environment --fresh`")
+            return Conflict(str(problem), hint="install the stack anew: `sparkinstall run environment --force`")
         if now == wanted:
-            return Satisfied("patched" if decision["fallback"] else "as it came: CUTLASS runs here")
+            return Ok("patched" if decision["fallback"] else "as it came: CUTLASS runs here")
         verb = "patch" if decision["fallback"] else "take the patch out of"
         return Drift(f"{verb} {self.patch.target}", now.decode(), wanted.decode())
 

@@ -16,7 +16,7 @@ from sparkinstall import elf
 from sparkinstall.errors import BadConfig, Blocked
 from sparkinstall.facts.machine import cores
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Satisfied, State
+from sparkinstall.resources import Drift, NodeOnly, Ok, State
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Entry, Reader, System
 
@@ -68,14 +68,14 @@ class NcclLibrary:
 
     def check(self, on: Reader) -> State:
         if self.left:
-            return LeftToNode(self.left)
+            return NodeOnly(self.left)
         stamp = self._stamp(on)
         recipe = self.recipe(on)
         if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
-            return Satisfied(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
+            return Ok(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
         is_kept, name = bool(self._kept_stamp(recipe)), f"NCCL {recipe.version} for sm_{self.arch}"
         if not is_kept and on.rehearsal and (why := self.source.out_of_reach(on)):
-            return LeftToNode(f"it builds NCCL {recipe.version} ({why})")
+            return NodeOnly(f"it builds NCCL {recipe.version} ({why})")
         what = f"install {name}, which was built before" if is_kept else f"build {name} from {self.source.where}"
         return Drift(what, _as_lines(stamp.get("recipe", {})), _as_lines(asdict(recipe)))
 
@@ -125,7 +125,7 @@ class NcclLibrary:
 
     def apply(self, on: System) -> None:
         # What is as it should be, and asked for all the same, is wanted from its source.
-        anew = isinstance(self.check(on), Satisfied)
+        anew = isinstance(self.check(on), Ok)
         on.claim(self.folder)
         if anew or not self._take_kept(on):
             self._build(on)
@@ -197,12 +197,12 @@ class NcclLibrary:
     def _prove(self, on: System, library: str, recipe: Recipe) -> None:
         archs = {code.arch for code in elf.gpu_code(Path(library))}
         if f"sm_{self.arch}" not in archs:
-            raise Blocked(f"the NCCL that was built has no sm_{self.arch} code in it", why=f"it has {sorted(archs)}")
+            raise Blocked(f"the NCCL that was built has no sm_{self.arch} code in it", cause=f"it has {sorted(archs)}")
         answer = on.query(sys.executable, "-c", _ASK_VERSION, library)
         if answer.out.strip() != str(version_number(recipe.version)):
             raise Blocked(
                 f"the NCCL that was built is not {recipe.version}: it says {answer.out.strip() or answer.err.strip()}",
-                mend="`nccl.source` is the source of another version: name the right one, or set `nccl.version`",
+                hint="`nccl.source` is the source of another version: name the right one, or set `nccl.version`",
             )
 
     def _write_stamp(self, on: System, recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ from sparkinstall import elf
 from sparkinstall.errors import Blocked
 from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Satisfied, State, Unknown
+from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
 from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, System
 
@@ -31,14 +31,14 @@ class NcclFitsTorch:
     def check(self, on: Reader) -> State:
         library, torch = self._pair(on)
         if self.node.partial:
-            return LeftToNode("it compares NCCL's symbols with torch's (torch is not installed here without --full)")
+            return NodeOnly("it compares NCCL's symbols with torch's (torch is not installed here without --full)")
         if on.rehearsal and library is None:
-            return LeftToNode("it compares NCCL's symbols with torch's (no NCCL was built here)")
+            return NodeOnly("it compares NCCL's symbols with torch's (no NCCL was built here)")
         if torch is None or library is None:
             return Unknown("environment" if torch is None else "nccl")
         about = _about(library, torch)
         if recorded(on, self._path).get("about") == about:
-            return Satisfied(f"{recorded(on, self._path)['symbols']} symbols")
+            return Ok(f"{recorded(on, self._path)['symbols']} symbols")
         return Drift("compare NCCL's symbols with those that torch needs", "", as_text(about))
 
     def _pair(self, on: Reader) -> tuple[Path | None, Path | None]:
@@ -55,8 +55,8 @@ class NcclFitsTorch:
         if missing:
             raise Blocked(
                 f"NCCL {self.node.nccl_version} lacks what this torch needs: {', '.join(missing[:4])}",
-                why=f"torch was built with a newer NCCL; loading {library} would break `import torch`",
-                mend=f"take the NCCL that the stack names ({self.node.stack.nccl.version}), or `nccl.mode: wheel`",
+                cause=f"torch was built with a newer NCCL; loading {library} would break `import torch`",
+                hint=f"take the NCCL that the stack names ({self.node.stack.nccl.version}), or `nccl.mode: wheel`",
             )
         record(on, self._path, {"about": _about(library, torch), "symbols": len(needed)})
 

@@ -101,7 +101,7 @@ class NcclSource:
         if found != self.version.split("-")[0]:
             raise Blocked(
                 f"{self.where} is the source of NCCL {found or 'of no known version'}, not of {self.version}",
-                mend="name the right source with `nccl.source`, or say with `nccl.version` that you want this one",
+                hint="name the right source with `nccl.source`, or say with `nccl.version` that you want this one",
             )
 
     def _clone(self, on: System, to: str) -> str:
@@ -113,8 +113,8 @@ class NcclSource:
             shutil.rmtree(mirror, ignore_errors=True)
             raise Blocked(
                 f"the tag {self.tag} of {REPOSITORY} is not the commit it was",
-                why=f"expected {self.commit}, found {head or 'nothing'}",
-                mend="somebody moved the tag, or the download is damaged: look before you go on",
+                cause=f"expected {self.commit}, found {head or 'nothing'}",
+                hint="somebody moved the tag, or the download is damaged: look before you go on",
             )
         on.clear(to)
         on.run("git", "clone", "--quiet", "--branch", self.tag, str(mirror), on.real(to))
@@ -152,7 +152,7 @@ class NcclSource:
                 archive.extractall(on.real(to), filter="data")
         except (tarfile.TarError, EOFError, OSError) as error:
             raise Blocked(
-                f"{self.where} cannot be unpacked: {error}", mend="is it NCCL's source, and whole?"
+                f"{self.where} cannot be unpacked: {error}", hint="is it NCCL's source, and whole?"
             ) from error
         return self._top(on, to)
 
@@ -164,7 +164,7 @@ class NcclSource:
         if not path.is_file():
             raise BadConfig(
                 f"`nccl.source` {self.where} is neither a file nor a folder",
-                mend="name NCCL's tarball or source folder, or leave the setting out to take the upstream repository",
+                hint="name NCCL's tarball or source folder, or leave the setting out to take the upstream repository",
             )
         return path
 
@@ -179,8 +179,8 @@ class NcclSource:
                 tarball.unlink()
             raise Blocked(
                 f"{self.where} does not have the hash it must have",
-                why=f"expected sha256 {expected}, found {found}",
-                mend="it is damaged or not the same file any more; nothing of it was used",
+                cause=f"expected sha256 {expected}, found {found}",
+                hint="it is damaged or not the same file any more; nothing of it was used",
             )
 
     def _top(self, on: Reader, to: str) -> str:
@@ -188,13 +188,13 @@ class NcclSource:
         for folder in (to, *(f"{to}/{name}" for name in on.names(to))):
             if on.entry(f"{folder}/src") and on.entry(f"{folder}/makefiles"):
                 return folder
-        raise Blocked(f"{self.where} holds no NCCL source", mend="NCCL's top folder has `src` and `makefiles` in it")
+        raise Blocked(f"{self.where} holds no NCCL source", hint="NCCL's top folder has `src` and `makefiles` in it")
 
 
 def _unreachable(failure: CommandFailed) -> CommandFailed:
-    if any(sign in line for sign in _UNREACHABLE for line in failure.tail):
-        failure.why = f"{REPOSITORY} cannot be reached"
-        failure.mend = "name a tarball or a folder with `nccl.source`, or mend the network and run again"
+    if any(sign in line for sign in _UNREACHABLE for line in failure.output):
+        failure.cause = f"{REPOSITORY} cannot be reached"
+        failure.hint = "name a tarball or a folder with `nccl.source`, or mend the network and run again"
     return failure
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from sparkinstall.errors import CommandFailed
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Satisfied, State
+from sparkinstall.resources import Drift, NodeOnly, Ok, State
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
 
@@ -48,10 +48,10 @@ class Packages:
 
     def check(self, on: Reader) -> State:
         if on.rehearsal:
-            return LeftToNode(f"apt installs there what is missing of {', '.join(self.names)}")
+            return NodeOnly(f"apt installs there what is missing of {', '.join(self.names)}")
         missing = self._missing(on)
         if not missing:
-            return Satisfied(f"{len(self.names)} packages")
+            return Ok(f"{len(self.names)} packages")
         return Drift(
             f"install {', '.join(missing)}",
             before="".join(f"{name}\n" for name in self.names if name not in missing),
@@ -77,7 +77,7 @@ class Packages:
                 on.run(*_APT, "update", root=True)
                 return
             except CommandFailed as failure:
-                if time.monotonic() > until or not any(_LISTS_HELD in line for line in failure.tail):
+                if time.monotonic() > until or not any(_LISTS_HELD in line for line in failure.output):
                     raise
                 time.sleep(5)
 
@@ -87,8 +87,8 @@ class Packages:
         if not simulated.ok:
             raise CommandFailed(
                 "apt cannot install what is missing",
-                why=simulated.err.strip() or simulated.out.strip()[-300:],
-                mend="mend apt's sources (`sudo apt-get update` shows what is wrong), then run again",
+                cause=simulated.err.strip() or simulated.out.strip()[-300:],
+                hint="mend apt's sources (`sudo apt-get update` shows what is wrong), then run again",
             )
         there = installed(on)
         names = [name for verb, name in _SIMULATED.findall(simulated.out) if verb == "Inst"]
@@ -106,8 +106,8 @@ def take_back(on: LocalSystem, names: Iterable[str]) -> tuple[list[str], list[st
         if not answer.ok:
             raise CommandFailed(
                 "apt could not remove the packages",
-                why=(answer.err or answer.out).strip()[-300:],
-                mend="run `sudo dpkg --configure -a`, then the same command again",
+                cause=(answer.err or answer.out).strip()[-300:],
+                hint="run `sudo dpkg --configure -a`, then the same command again",
             )
     return removable, needed
 
@@ -122,7 +122,7 @@ def _needed_by_others(on: LocalSystem, ours: list[str]) -> list[str]:
         simulated = on.query(*_APT, "-s", "purge", *candidates, timeout=120)
         if not simulated.ok:
             raise CommandFailed(
-                "apt cannot tell what removing the packages would take along", why=simulated.err.strip()
+                "apt cannot tell what removing the packages would take along", cause=simulated.err.strip()
             )
         removed = {name for verb, name in _SIMULATED.findall(simulated.out) if verb != "Inst"}
         others = {name.split(":")[0] for name in removed} - set(ours)

@@ -52,5 +52,5 @@ def require_apart(config: Config) -> None:
         for other, (first, last) in (*others, *fixed):
             if first <= port <= last:
                 raise BadConfig(
-                    f"`{name}` is {port}, which is the port of {other}", mend=f"set `{name}` to another one"
+                    f"`{name}` is {port}, which is the port of {other}", hint=f"set `{name}` to another one"
                 )

@@ -9,7 +9,7 @@ from pathlib import Path
 from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.node import Node
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, State
 from sparkinstall.system import Reader, Result, System
 
 MODE = 0o600
@@ -30,12 +30,12 @@ def given(file: str) -> bytes:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", "") or "it cannot be"
         raise BadUsage(
-            f"--token-file {file} cannot be read: {why}", mend="name the file, or - and pipe it in"
+            f"--token-file {file} cannot be read: {why}", hint="name the file, or - and pipe it in"
         ) from error
     if not _TOKEN.fullmatch(token):
         raise BadUsage(
             f"--token-file {file} holds no token: one line of 16 to 1024 printable characters without spaces",
-            mend="the head's token is in its file `ray-token` beneath the prefix",
+            hint="the head's token is in its file `ray-token` beneath the prefix",
         )
     return token
 
@@ -53,14 +53,14 @@ class RayToken:
     def check(self, on: Reader) -> State:
         path, entry = self.node.ray_token, on.entry(self.node.ray_token)
         if entry and entry.kind != "file":
-            return Obstacle(f"{on.real(path)} is a {entry.kind}, where the token belongs", mend="move it away")
+            return Conflict(f"{on.real(path)} is a {entry.kind}, where the token belongs", hint="move it away")
         now = self._now(on)
         if now is None or (self.node.token_file and now != given(self.node.token_file)):
             return self._missing(on)
         assert entry is not None, "what was read is there"
         if entry.mode != MODE or entry.uid != os.geteuid():
             return Drift(f"let nobody but {self.node.user} read {path} (its mode is {entry.mode:o})")
-        return Satisfied("0600")
+        return Ok("0600")
 
     def _now(self, on: Reader) -> bytes | None:
         """The token that is there, if it can be one."""
@@ -73,7 +73,7 @@ class RayToken:
         if self.node.role == "head":
             return Drift(f"make the token that all nodes share, {self.node.ray_token}")
         if on.rehearsal:
-            return LeftToNode(f"the worker takes the token of the head, {self.node.config.cluster.head}")
+            return NodeOnly(f"the worker takes the token of the head, {self.node.config.cluster.head}")
         return Drift(f"fetch the token of the head, {self.node.config.cluster.head}, over ssh")
 
     def apply(self, on: System) -> None:
@@ -100,7 +100,7 @@ class RayToken:
         head = self.node.config.cluster.head
         said = [line for line in answer.err.splitlines() if line.strip()][-1:]
         why = "ssh ran past its time limit" if answer.code == 124 else "".join(said) or "the head's file holds no token"
-        return Problem(f"the token of the head, {head}, could not be fetched", why=why, mend=by_hand(self.node))
+        return Problem(f"the token of the head, {head}, could not be fetched", cause=why, hint=by_hand(self.node))
 
 
 def by_hand(node: Node) -> str:

@@ -11,19 +11,19 @@ from sparkinstall.resources.template import render
 from sparkinstall.system import Reader, System
 from sparkinstall.system.local import LocalSystem, staged
 
-HOME = "/var/lib/sparkinstall-dead-man"
+HOME = "/var/lib/sparkinstall-rollback"
 """There as long as something waits for a confirmation. Root's alone, since root runs what is in it."""
 
-_TEMPLATE = "dead-man.sh.j2"
-_PLACES = {"home": HOME, "units": "/etc/systemd/system", "lock": "/run/sparkinstall-dead-man.lock"}
-_UNIT = "sparkinstall-dead-man-"
+_TEMPLATE = "rollback.sh.j2"
+_PLACES = {"home": HOME, "units": "/etc/systemd/system", "lock": "/run/sparkinstall-rollback.lock"}
+_UNIT = "sparkinstall-rollback-"
 _FIRED = 9
 
 
-class Fired(Problem):
+class RolledBack(Problem):
     """The confirmation came too late: the timer has put things back."""
 
-    code = "dead-man"
+    code = "rollback"
 
 
 def armed(on: Reader, name: str | None = None) -> bool:
@@ -50,15 +50,15 @@ def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence
     """
     for path in keep:
         if "|" in path or not path.isprintable():
-            raise Problem(f"{path!a} could not be put back by a script", mend="give that file a name of letters")
+            raise Problem(f"{path!a} could not be put back by a script", hint="give that file a name of letters")
     lines = [f"{path}|{staged(path)}" for path in keep]
     try:
         on.run(*_words("arm", _program(), name, str(seconds), restore_script, *lines), root=True)
     except CommandFailed as failure:
         raise Problem(
             "the timer that would put things back could not be set; nothing was changed",
-            why=" ".join(failure.tail[-2:]),
-            mend="systemd must run here, and this user must be allowed to use sudo",
+            cause=" ".join(failure.output[-2:]),
+            hint="systemd must run here, and this user must be allowed to use sudo",
             log=failure.log,
         ) from failure
 
@@ -72,15 +72,15 @@ def disarm(on: System | LocalSystem, name: str) -> None:
     """
     answer = on.query(*_words("confirm", name), root=True)
     if answer.code == _FIRED:
-        raise Fired(
+        raise RolledBack(
             f"the {name} was put back as it was: nobody confirmed it in time",
-            mend="give it longer with `network.dead_man` in the config, then run the same command again",
+            hint="give it longer with `network.rollback_seconds` in the config, then run the same command again",
         )
     if not answer.ok:
         raise Problem(
             f"the timer that would put the {name} back could not be stopped",
-            why=answer.err.strip(),
-            mend="run the same command again as a user who may use sudo",
+            cause=answer.err.strip(),
+            hint="run the same command again as a user who may use sudo",
         )
 
 
@@ -117,7 +117,7 @@ def fire(on: System | LocalSystem, name: str) -> bool:
 
 
 def _words(*words: str) -> tuple[str, ...]:
-    return ("sh", "-c", _program(), "dead-man.sh", *words)
+    return ("sh", "-c", _program(), "rollback.sh", *words)
 
 
 def _program() -> str:

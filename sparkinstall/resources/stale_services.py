@@ -6,7 +6,7 @@ from sparkinstall.facts import packet_filters
 from sparkinstall.node import Node
 from sparkinstall.probes import ray, serving
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, Satisfied, State, systemd
+from sparkinstall.resources import Drift, Ok, State, systemd
 from sparkinstall.system import Reader, System, Undo
 
 _OURS = ("ray-head.service", "ray-worker.service", serving.UNIT, packet_filters.UNIT)
@@ -22,7 +22,7 @@ def wanted(node: Node) -> frozenset[str]:
 
 
 @dataclass(frozen=True)
-class FormerServices:
+class StaleServices:
     """Units of ours that nothing asks for any more are stopped and gone. A Ray of the former role would hold the
     ports of the new one, and a firewall that was switched off would still filter."""
 
@@ -34,7 +34,7 @@ class FormerServices:
 
     def check(self, on: Reader) -> State:
         former = self._former(on)
-        return Drift(f"stop {', '.join(former)}: not asked for any more") if former else Satisfied()
+        return Drift(f"stop {', '.join(former)}: not asked for any more") if former else Ok()
 
     def _former(self, on: Reader) -> list[str]:
         return [name for name in _OURS if name not in wanted(self.node) and _is_ours(on, _path(name))]

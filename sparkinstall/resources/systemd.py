@@ -10,9 +10,9 @@ from typing import Any
 
 from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Satisfied, State, Unknown
+from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
 from sparkinstall.resources.decisions import record, recorded
-from sparkinstall.resources.template import Rendered
+from sparkinstall.resources.template import Template
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
 
@@ -59,7 +59,7 @@ def setting(value: str) -> str:
 
 
 @dataclass(frozen=True)
-class UnitFile(Rendered):
+class UnitFile(Template):
     """A file in /etc/systemd/system that systemd accepts without a word, and has read.
 
     `noted_in` (a node path): where is kept what it was made from.
@@ -91,9 +91,9 @@ class UnitFile(Rendered):
         if complaints:
             raise Problem(
                 f"systemd does not accept {self.path}; the old one stays",
-                why="; ".join(complaints),
-                mend="look at the settings that go into it (`sparkinstall settings show`); if they are good, report it",
-                tail=complaints,
+                cause="; ".join(complaints),
+                hint="look at the settings that go into it (`sparkinstall settings show`); if they are good, report it",
+                output=complaints,
             )
 
 
@@ -124,7 +124,7 @@ class Cause:
 
     pattern: str
     why: str
-    mend: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ class Service:
 
     def check(self, on: Reader) -> State:
         if on.rehearsal:
-            return LeftToNode(f"systemd starts {self.name} there")
+            return NodeOnly(f"systemd starts {self.name} there")
         now = show(on, self.name)
         wrong = [*self._not_running(now), *self._outdated(on, now)]
-        return Drift(f"start {self.name}: {', '.join(wrong)}") if wrong else Satisfied("enabled, running")
+        return Drift(f"start {self.name}: {', '.join(wrong)}") if wrong else Ok("enabled, running")
 
     def _not_running(self, now: Mapping[str, str]) -> Iterable[str]:
         if now["LoadState"] != "loaded":
@@ -190,13 +190,13 @@ class Service:
 
     def _explained(self, on: Reader, failure: CommandFailed, began: int) -> Problem:
         lines = self._said(on, began)
-        why, mend = self._cause(lines)
+        why, hint = self._cause(lines)
         return Problem(
             f"{self.name} does not start",
-            why=why or failure.why,
-            mend=mend or f"read all that it said with `journalctl -u {self.name} -n 200`, mend it, then run again",
+            cause=why or failure.cause,
+            hint=hint or f"read all that it said with `journalctl -u {self.name} -n 200`, mend it, then run again",
             log=failure.log,
-            tail=lines[-_TAIL:] or failure.tail,
+            output=lines[-_TAIL:] or failure.output,
         )
 
     def _said(self, on: Reader, began: int) -> list[str]:
@@ -209,7 +209,7 @@ class Service:
         told = [line.removeprefix(_OURS) for line in lines if line.startswith(_OURS)]
         for cause in self.causes:
             if any(re.search(cause.pattern, line) for line in lines):
-                return (told[-1] if told else cause.why), cause.mend
+                return (told[-1] if told else cause.why), cause.hint
         return (told[-1] if told else ""), ""
 
 
@@ -253,6 +253,6 @@ def _systemctl(on: LocalSystem, *words: str) -> None:
     if not answer.ok:
         raise CommandFailed(
             f"`systemctl {' '.join(words)}` failed",
-            why=answer.err.strip()[-300:],
-            mend="see what `systemctl status` says of it, then run the same command again",
+            cause=answer.err.strip()[-300:],
+            hint="see what `systemctl status` says of it, then run the same command again",
         )

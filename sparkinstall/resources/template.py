@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparkinstall.assets import asset
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, Satisfied, State, Unknown
+from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.resources.decisions import record, recorded
 from sparkinstall.resources.files import File
 from sparkinstall.system import Reader, System
@@ -51,7 +51,7 @@ def render(template: str, values: Mapping[str, Any]) -> bytes:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class Template:
     """`path` is `template` filled with what `values` finds on the node, or says that it cannot be told yet."""
 
     path: str
@@ -68,9 +68,9 @@ class Rendered:
         if isinstance(values, Unknown):
             return values
         if self._was_made_from(values, on):
-            return Satisfied()
+            return Ok()
         state = self._file(values).check(on)
-        return Drift(f"note what {self.path} was made from") if isinstance(state, Satisfied) else state
+        return Drift(f"note what {self.path} was made from") if isinstance(state, Ok) else state
 
     def _values(self, on: Reader) -> Mapping[str, Any] | Unknown:
         values = self.values(on)

@@ -6,7 +6,7 @@ from typing import Any
 from sparkinstall.facts import qsfp
 from sparkinstall.node import Node
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, Obstacle, Satisfied, State, Unknown
+from sparkinstall.resources import Drift, Conflict, Ok, State, Unknown
 from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, System
 
@@ -26,11 +26,11 @@ class Transport:
         if not isinstance(wanted, dict):
             return wanted
         if before == wanted or self._stays(before, wanted):
-            return Satisfied(f"{before['transport']}: {before['why']}")
+            return Ok(f"{before['transport']}: {before['why']}")
         said = f"NCCL talks over {_NAMES[wanted['transport']]}: {wanted['why']}"
         return Drift(said, as_text(before), as_text(wanted))
 
-    def _decide(self, on: Reader) -> dict[str, Any] | Unknown | Obstacle:
+    def _decide(self, on: Reader) -> dict[str, Any] | Unknown | Conflict:
         asked, port = self.node.config.network.transport, qsfp.port_to_look_at(on, self.node)
         if asked == "socket":
             return _decision(port, "socket", "network.transport says so")
@@ -42,14 +42,14 @@ class Transport:
         if not why_not:
             return _decision(port, "roce", "both halves of the port have an RDMA device with an address")
         if asked == "roce":
-            return Obstacle(f"RoCE was asked for, but {why_not}", mend=_SOCKETS)
+            return Conflict(f"RoCE was asked for, but {why_not}", hint=_SOCKETS)
         return _decision(port, "socket", why_not)
 
-    def _left_to_others(self, port: qsfp.Port) -> Obstacle:
+    def _left_to_others(self, port: qsfp.Port) -> Conflict:
         """No step of ours will give the port its address."""
-        return Obstacle(
+        return Conflict(
             f"{port.twins[0].name} has not this node's address {self.node.address}, and `network.manage` is false",
-            mend="give it that address, name the one that it has (`cluster.head` and `cluster.workers`, or --head, "
+            hint="give it that address, name the one that it has (`cluster.head` and `cluster.workers`, or --head, "
             "--worker and --address), or let sparkinstall do it: `--set network.manage=true`",
         )
 

@@ -17,7 +17,7 @@ from sparkinstall.errors import Blocked, CommandFailed
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes.wheels import Gate
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, Satisfied, State, Unknown
+from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.resources.decisions import recorded
 from sparkinstall.stacks import Pin, parse_lock, render_lock
 from sparkinstall.system import Reader, System
@@ -63,7 +63,7 @@ class RecordedLock:
 
     def check(self, on: Reader) -> State:
         if on.entry(self.node.lock_record):
-            return Satisfied("hashes recorded at the first install and held to since")
+            return Ok("hashes recorded at the first install and held to since")
         names = self.node.wheels.unhashed
         what = f"the hashes of {', '.join(names)}" if names else f"the versions and hashes of {self.node.stack.name}"
         return Drift(f"record {what}, which nobody could know beforehand")
@@ -71,7 +71,7 @@ class RecordedLock:
     def apply(self, on: System) -> None:
         import tempfile
 
-        # A record is never made anew, not even by --fresh: that is what holding to it means.
+        # A record is never made anew, not even by --force: that is what holding to it means.
         if on.entry(self.node.lock_record):
             return
         self.node.cache.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ class PythonEnvironment:
         if not Path(on.real(f"{self.node.venv}/bin/python")).exists():
             there = {}
         if stamp == self._stamp(lock) and all(there.get(pin.name) == pin.version for pin in pins):
-            return Satisfied(self._note(lock))
+            return Ok(self._note(lock))
         return Drift(self._summary(pins), _listing(there), _listing({pin.name: pin.version for pin in pins}))
 
     def _wanted(self, lock: Sequence[Pin]) -> list[Pin]:
@@ -176,7 +176,7 @@ class PythonEnvironment:
         if finding.verdict != "pass":
             raise Blocked(
                 f"the stack {node.stack.name} does not pass the wheel gate: {finding.found}",
-                mend=finding.mend,
+                hint=finding.hint,
             )
         stamp = json.dumps(self._stamp(lock), indent=2, sort_keys=True)
         on.write(f"{node.venv}/sparkinstall.json", stamp.encode() + b"\n")
@@ -251,25 +251,25 @@ def _uv_env(node: Node) -> dict[str, str]:
 
 
 def _is_cut(failure: CommandFailed) -> bool:
-    return any(sign in line for sign in _CUT for line in failure.tail)
+    return any(sign in line for sign in _CUT for line in failure.output)
 
 
 def _explained(failure: CommandFailed, node: Node) -> CommandFailed:
-    said = "\n".join(failure.tail)
+    said = "\n".join(failure.output)
     if "Hash mismatch" in said:
-        failure.why = "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"
-        failure.mend = "nothing of it was installed; run again, and if it stays, do not go on: report it"
+        failure.cause = "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"
+        failure.hint = "nothing of it was installed; run again, and if it stays, do not go on: report it"
     elif "certificate" in said:
-        failure.why = "the package index's certificate is not trusted"
-        failure.mend = (
+        failure.cause = "the package index's certificate is not trusted"
+        failure.hint = (
             "behind a proxy, name the system's certificates: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"
         )
     elif address := _not_fetched(said, node):
-        failure.why = f"the stack {node.stack.name} names a wheel by its address, and it cannot be fetched: {address}"
-        failure.mend = _another_way(address, node)
+        failure.cause = f"the stack {node.stack.name} names a wheel by its address, and it cannot be fetched: {address}"
+        failure.hint = _another_way(address, node)
     elif _is_cut(failure):
-        failure.why = "the package index cannot be reached, or the connection broke off"
-        failure.mend = "mend the network, then run the same command again: what has arrived is kept"
+        failure.cause = "the package index cannot be reached, or the connection broke off"
+        failure.hint = "mend the network, then run the same command again: what has arrived is kept"
     return failure
 
 
@@ -283,12 +283,12 @@ def _not_fetched(said: str, node: Node) -> str:
 
 def _another_way(address: str, node: Node) -> str:
     host = urlsplit(address).hostname
-    mend = f"let this node reach {host}, then run the same command again: what has arrived is kept"
+    hint = f"let this node reach {host}, then run the same command again: what has arrived is kept"
     shipped = (stacks.load(name) for name in stacks.names())
     for other in shipped:
         if node.platform in other.platforms and not other.platforms[node.platform].wheels:
-            return f"{mend}. Or take a stack that the ordinary package index has alone: `--stack {other.name}`"
-    return mend
+            return f"{hint}. Or take a stack that the ordinary package index has alone: `--stack {other.name}`"
+    return hint
 
 
 def lock_of(node: Node, on: Reader) -> tuple[Pin, ...] | None:

@@ -9,8 +9,8 @@ from sparkinstall.probes import Probe
 from sparkinstall.probes import ray as ray_probe
 from sparkinstall.resources import Resource, Unknown, ray_ports
 from sparkinstall.resources.decisions import recorded
-from sparkinstall.resources.stale_services import FormerServices
-from sparkinstall.resources.template import Rendered
+from sparkinstall.resources.stale_services import StaleServices
+from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -30,7 +30,7 @@ class EnvFiles(Step):
     needs = ("nccl-fit", "fp8", "network")
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        yield FormerServices(node)
+        yield StaleServices(node)
         if node.several:
             # Imported late, as below: a node alone has no use for it, and would start more slowly.
             from sparkinstall.resources.transport import Transport
@@ -38,8 +38,8 @@ class EnvFiles(Step):
             yield Transport(node)
         for name in FILES:
             path = f"{node.env_folder}/{name}.env"
-            yield Rendered(path, f"{name}.env.j2", partial(_values, node))
-        yield Rendered(roce_gid(node), "roce-gid.sh.j2", lambda _: {"stack": node.stack.name}, mode=0o755)
+            yield Template(path, f"{name}.env.j2", partial(_values, node))
+        yield Template(roce_gid(node), "roce-gid.sh.j2", lambda _: {"stack": node.stack.name}, mode=0o755)
         if with_ray(node):
             yield kept_back(node)
 
@@ -59,10 +59,10 @@ def config_root(node: Node) -> str:
     return f"{ray_probe.services(node)}/vllm"
 
 
-def kept_back(node: Node) -> Rendered:
+def kept_back(node: Node) -> Template:
     """The list of what vLLM on the head does not hand to its workers, whoever starts it: the unit or a person."""
     path = f"{config_root(node)}/ray_non_carry_over_env_vars.json"
-    return Rendered(path, "ray-non-carry-over.json.j2", lambda _: {"names": list(OWN_TO_EACH_NODE)})
+    return Template(path, "ray-non-carry-over.json.j2", lambda _: {"names": list(OWN_TO_EACH_NODE)})
 
 
 def roce_gid(node: Node) -> str:

@@ -7,7 +7,7 @@ from sparkinstall.assets import asset
 from sparkinstall.node import Node
 from sparkinstall.patches import PatchSet, load
 from sparkinstall.probes import Finding, Probe, failed, passed
-from sparkinstall.resources import Obstacle, Resource, Satisfied, Unknown
+from sparkinstall.resources import Conflict, Resource, Ok, Unknown
 from sparkinstall.resources.decisions import recorded
 from sparkinstall.resources.fp8 import Fp8Decision, PatchedFile, is_whole
 from sparkinstall.steps import Step
@@ -35,13 +35,13 @@ def _path(node: Node, on: Reader) -> Finding:
     if on.entry(node.fp8_decision) is None:
         return failed("nothing was decided yet", "run `sparkinstall all`")
     if not is_whole(decision):
-        return failed(f"{node.fp8_decision}, the decision, is damaged", "run `sparkinstall run fp8 --fresh`")
+        return failed(f"{node.fp8_decision}, the decision, is damaged", "run `sparkinstall run fp8 --force`")
     state, expected = PatchedFile(node, cutlass_patch()).check(on), "patched" if decision["fallback"] else "not patched"
-    if isinstance(state, Obstacle):
-        return failed(state.what, state.mend, expected)
+    if isinstance(state, Conflict):
+        return failed(state.message, state.hint, expected)
     if isinstance(state, Unknown):
-        return failed(f"{cutlass_patch().target} is gone", "run `sparkinstall run environment fp8 --fresh`", expected)
-    if not isinstance(state, Satisfied):
+        return failed(f"{cutlass_patch().target} is gone", "run `sparkinstall run environment fp8 --force`", expected)
+    if not isinstance(state, Ok):
         return failed("vLLM's file is not as decided", "run `sparkinstall run fp8`", expected)
     kernels = "none of vLLM's CUTLASS kernels" if decision["fallback"] else "vLLM's CUTLASS kernels"
     return passed(f"{kernels} ({decision['why']})")

@@ -10,7 +10,7 @@ from sparkinstall.probes import ray as probe
 from sparkinstall.resources import Resource, ray_ports, systemd
 from sparkinstall.resources.ray_token import RayToken, by_hand
 from sparkinstall.resources.systemd import Cause, Service, UnitFile
-from sparkinstall.resources.template import Rendered
+from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step
 from sparkinstall.steps.env_files import roce_gid
 from sparkinstall.system import Reader
@@ -41,7 +41,7 @@ class Ray(Step):
     def resources(self, node: Node) -> Iterable[Resource]:
         yield RayToken(node)
         yield before_start(node)
-        yield Rendered(probe.ray_nodes(node), "ray-nodes.py.j2", lambda _: {})
+        yield Template(probe.ray_nodes(node), "ray-nodes.py.j2", lambda _: {})
         path = f"{systemd.FOLDER}/{probe.unit(node)}"
         yield UnitFile(path, "ray.service.j2", partial(_values, node), noted_in=rendered(node))
         depends = (path, node.env_file, node.ray_token, environment_stamp(node), *scripts(node))
@@ -51,10 +51,10 @@ class Ray(Step):
         return probe.probes(node)
 
 
-def before_start(node: Node) -> Rendered:
+def before_start(node: Node) -> Template:
     """The script that sees to it that a service does not start before its address is there."""
     path = f"{probe.services(node)}/before-start"
-    return Rendered(path, "before-start.sh.j2", partial(_before_start, node), mode=0o755)
+    return Template(path, "before-start.sh.j2", partial(_before_start, node), mode=0o755)
 
 
 def _before_start(node: Node, on: Reader) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ from sparkinstall.probes import Probe, serving
 from sparkinstall.probes import ray as ray_probe
 from sparkinstall.resources import Resource, systemd
 from sparkinstall.resources.systemd import Service, UnitFile
-from sparkinstall.resources.template import Rendered
+from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step
 from sparkinstall.steps import ray as ray_step
 from sparkinstall.steps.env_files import kept_back, with_ray
@@ -39,7 +39,7 @@ class Serving(Step):
         if with_ray(node):
             depends += [kept_back(node).path, ray_probe.ray_nodes(node)]
         if _with_head(node):
-            yield Rendered(_attends(node), "with-head.py.j2", lambda _: {})
+            yield Template(_attends(node), "with-head.py.j2", lambda _: {})
             depends.append(_attends(node))
         yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node), noted_in=ray_step.rendered(node))
         noted = ray_step.started(node, serving.UNIT)

@@ -128,7 +128,7 @@ class _Gathering:
         try:
             yield
         except Problem as problem:
-            self._missing.append(f"{what}: {problem.what}")
+            self._missing.append(f"{what}: {problem.message}")
         except OSError as error:
             self._missing.append(f"{what}: {(error.strerror or str(error)).lower()}")
         except Exception as error:  # of all things, this must not end on what is broken
@@ -356,7 +356,7 @@ def _failure(found: judge.Found) -> dict[str, Any]:
     places = [{"log": place.log, "line": place.line.number, "text": place.line.text} for place in found.places]
     return {
         "name": signature.name, "title": signature.title, "severity": signature.severity, "fix": signature.fix,
-        "count": found.count, "explained_by": list(found.explained_by), "places": places, "mend": signature.mend,
+        "count": found.count, "explained_by": list(found.explained_by), "places": places, "hint": signature.hint,
     }  # fmt: skip
 
 

@@ -6,14 +6,14 @@ from typing import Literal
 
 from sparkinstall import __version__
 from sparkinstall.core import catalogue, fixes, meanings
-from sparkinstall.core.checks import Looked
+from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.facts import machine
 from sparkinstall.node import Node
 from sparkinstall.probes import Verdict
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, State, Unknown
+from sparkinstall.resources import Drift, NodeOnly, Conflict, State, Unknown
 from sparkinstall.system import Reader
 
 Weight = Literal["broken", "look-at", "not-looked-at", "well"]
@@ -37,7 +37,7 @@ class Item:
     found: str
     expected: str = ""
     means: str = ""
-    mend: str = ""
+    hint: str = ""
     fixes: tuple[int, ...] = ()
     seconds: float = 0.0
 
@@ -58,19 +58,19 @@ def machine_facts(node: Node, on: Reader) -> dict[str, str]:
     return {**{name: value for name, value in found.items() if value}, **ours}
 
 
-def of_preflight(looked: Iterable[Looked], installed: bool) -> list[Item]:
+def of_preflight(looked: Iterable[ProbeResult], installed: bool) -> list[Item]:
     """Is this a node that can be set up? Where it has been, some of it no longer matters that much."""
     return [_checked_before(each, installed) for each in looked]
 
 
-def _checked_before(looked: Looked, installed: bool) -> Item:
+def _checked_before(looked: ProbeResult, installed: bool) -> Item:
     probe, finding = looked.probe, looked.finding
     weight = _WEIGHTS[finding.verdict]
     if weight == "broken" and installed and probe.name in _ONLY_TO_SET_UP:
         weight = "look-at"
     means = meanings.PREFLIGHT.get(probe.name, "")
     return Item(
-        probe.name, "preflight", weight, probe.title, finding.found, finding.expected, means, finding.mend,
+        probe.name, "preflight", weight, probe.title, finding.found, finding.expected, means, finding.hint,
         seconds=looked.seconds,
     )  # fmt: skip
 
@@ -81,25 +81,25 @@ def of_checks(reports: Iterable[StepReport]) -> list[Item]:
 
 
 def _of_step(report: StepReport) -> Item:
-    weight, found, mend = _told(report)
+    weight, found, hint = _told(report)
     return Item(
-        report.name, "check", weight, report.why, found, means=meanings.STEPS.get(report.name, ""), mend=mend,
-        fixes=tuple(fix.number for fix in fixes.EIGHT if report.name in fix.steps), seconds=report.seconds,
+        report.name, "check", weight, report.why, found, means=meanings.STEPS.get(report.name, ""), hint=hint,
+        fixes=tuple(fix.number for fix in fixes.FIXES if report.name in fix.steps), seconds=report.seconds,
     )  # fmt: skip
 
 
 def _told(report: StepReport) -> tuple[Weight, str, str]:
     if report.problem:
         weight: Weight = "not-looked-at" if isinstance(report.problem, NeedsRoot) else "broken"
-        return weight, report.problem.what, _SUDO if weight == "not-looked-at" else report.problem.mend
+        return weight, report.problem.message, _SUDO if weight == "not-looked-at" else report.problem.hint
     states = [checked.state for checked in report.checked]
     wrong = list(dict.fromkeys(said for said in map(_wrong, states) if said))
     if wrong:
-        way_out = next((state.mend for state in states if isinstance(state, Obstacle) and state.mend), "")
+        way_out = next((state.hint for state in states if isinstance(state, Conflict) and state.hint), "")
         return "broken", "\n".join(wrong), way_out or f"`sparkinstall run {report.name}`"
     # What waits for another step is not broken itself.
     waits = [f"known after {state.waits_for}" for state in states if isinstance(state, Unknown)]
-    left = [f"left to the node: {state.what}" for state in states if isinstance(state, LeftToNode)]
+    left = [f"left to the node: {state.reason}" for state in states if isinstance(state, NodeOnly)]
     unseen = list(dict.fromkeys([*waits, *left]))
     return ("not-looked-at", "; ".join(unseen), "") if unseen else ("well", "as it should be", "")
 
@@ -109,10 +109,10 @@ def _wrong(state: State) -> str:
         # A plan says what will be done; here it is told what was found.
         verb, _, file = state.summary.partition(" ")
         return f"{_FOUND[verb]}: {file}" if verb in _FOUND else f"not done: {state.summary}"
-    return state.what if isinstance(state, Obstacle) else ""
+    return state.message if isinstance(state, Conflict) else ""
 
 
-def of_probes(looked: Sequence[Looked], node: Node) -> list[Item]:
+def of_probes(looked: Sequence[ProbeResult], node: Node) -> list[Item]:
     """Does it behave so?"""
     if not looked:
         return []
@@ -120,16 +120,16 @@ def of_probes(looked: Sequence[Looked], node: Node) -> list[Item]:
     return [_of_probe(each, steps.get(each.probe.name, "")) for each in looked]
 
 
-def _of_probe(looked: Looked, step: str) -> Item:
+def _of_probe(looked: ProbeResult, step: str) -> Item:
     probe, finding = looked.probe, looked.finding
     number = fixes.number_of(probe.name)
     return Item(
         probe.name, "probe", _WEIGHTS[finding.verdict], probe.title, finding.found, finding.expected,
-        meanings.of_probe(probe.name, step), finding.mend, (number,) if number else (), looked.seconds,
+        meanings.of_probe(probe.name, step), finding.hint, (number,) if number else (), looked.seconds,
     )  # fmt: skip
 
 
 def of_problem(problem: Problem) -> Item:
     """What keeps all that is installed from being looked at."""
     means = "Nothing of what sparkinstall has set up could be looked at."
-    return Item("installed", "check", "broken", "what sparkinstall has set up", problem.what, "", means, problem.mend)
+    return Item("installed", "check", "broken", "what sparkinstall has set up", problem.message, "", means, problem.hint)

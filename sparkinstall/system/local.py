@@ -94,8 +94,8 @@ class LocalReader:
         if code != 0:
             raise NeedsRoot(
                 f"{path} can be read by root alone",
-                why=said.decode(errors="replace").strip()[-300:],
-                mend="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
+                cause=said.decode(errors="replace").strip()[-300:],
+                hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
             ) from error
         return out
 
@@ -214,8 +214,8 @@ class LocalSystem(LocalReader):
         if not answer.ok:
             raise CommandFailed(
                 f"`sudo {argv[0]}` failed on {argv[-1]}",
-                why=answer.err.strip(),
-                mend="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
+                cause=answer.err.strip(),
+                hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
             )
 
 

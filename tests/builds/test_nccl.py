@@ -119,7 +119,7 @@ def test_it_is_built_where_what_is_kept_is_damaged_or_not_wanted(
         kept.write_bytes(kept.read_bytes()[:-1])
     else:
         another.run("run", "nccl")
-    another.kill_after(1, "run", "nccl", *([] if damaged else ["--fresh"]))
+    another.kill_after(1, "run", "nccl", *([] if damaged else ["--force"]))
 
 
 def test_another_recipe_would_be_a_build(built: Rehearsal) -> None:
@@ -134,12 +134,12 @@ def test_an_arch_that_nvcc_does_not_know_is_refused_before_time_is_lost(built: R
 
 def test_a_source_of_another_version_is_refused(built: Rehearsal) -> None:
     answer = built.run("run", "nccl", "--set", "nccl.version=2.28.9", code=1)
-    assert "is the source of NCCL 2.29.7, not of 2.28.9" in answer["errors"][0]["what"]
+    assert "is the source of NCCL 2.29.7, not of 2.28.9" in answer["errors"][0]["message"]
 
 
 def test_a_tarball_with_another_hash_is_refused(built: Rehearsal) -> None:
     answer = built.run("run", "nccl", "--set", f"nccl.sha256={'0' * 64}", code=1)
-    assert "does not have the hash" in answer["errors"][0]["what"]
+    assert "does not have the hash" in answer["errors"][0]["message"]
     assert built.library.exists()
 
 

@@ -38,8 +38,8 @@ def refused(around: Path, *args: str | Path, code: int = USAGE) -> dict[str, str
     assert "Traceback" not in said(shown) + said(told)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", shown.stderr), "a control character reached the terminal"
     errors = envelope(told)["errors"]
-    assert len(errors) == 1 and len(errors[0]["what"].splitlines()) == 1
-    assert errors[0]["what"].split()[0] in shown.stderr
+    assert len(errors) == 1 and len(errors[0]["message"].splitlines()) == 1
+    assert errors[0]["message"].split()[0] in shown.stderr
     return dict(errors[0])
 
 
@@ -91,13 +91,13 @@ def config_of(tmp_path: Path, content: bytes | str) -> Path:
 def test_a_config_that_cannot_be_used(tmp_path: Path, content: bytes | str, says: str) -> None:
     path = config_of(tmp_path, content)
     error = refused(tmp_path, "settings", "show", "--config", path)
-    assert re.search(says, error["what"] + " " + error["mend"]), error
+    assert re.search(says, error["message"] + " " + error["hint"]), error
     assert error["code"] == "config"
 
 
 def test_a_config_that_is_no_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.yaml", tmp_path / "config.yaml" / "beneath", tmp_path / ("x" * 5000)):
-        assert refused(tmp_path, "settings", "show", "--config", path)["mend"]
+        assert refused(tmp_path, "settings", "show", "--config", path)["hint"]
 
 
 PREFIXES = [
@@ -130,7 +130,7 @@ PREFIXES = [
 @pytest.mark.parametrize("prefix", PREFIXES, ids=ascii)
 def test_a_prefix_that_cannot_be_used(tmp_path: Path, prefix: str) -> None:
     error = refused(tmp_path, "settings", "show", "--root", tmp_path / "node", "--set", f"prefix={prefix}")
-    assert re.search("`prefix` must|prefix is not YAML", error["what"])
+    assert re.search("`prefix` must|prefix is not YAML", error["message"])
 
 
 def test_a_prefix_that_cannot_be_used_stops_every_verb(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_a_prefix_that_cannot_be_used_stops_every_verb(tmp_path: Path) -> None:
 )
 def test_an_assignment_that_cannot_be_used(tmp_path: Path, assignment: str, says: str) -> None:
     error = refused(tmp_path, "settings", "show", "--set", assignment)
-    assert re.search(says, f"{error['what']} {error['mend']}"), error
+    assert re.search(says, f"{error['message']} {error['hint']}"), error
 
 
 # --- stacks, roots, names
@@ -168,7 +168,7 @@ def test_an_assignment_that_cannot_be_used(tmp_path: Path, assignment: str, says
     [("0.18.2", "did you mean 0.18.1"), ("nothing-like-it", "There is no stack"), (".", "is a directory")],
 )
 def test_a_stack_that_is_not_there(tmp_path: Path, stack: str, says: str) -> None:
-    assert says in refused(tmp_path, "plan", "--root", tmp_path / "node", "--stack", stack)["what"]
+    assert says in refused(tmp_path, "plan", "--root", tmp_path / "node", "--stack", stack)["message"]
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"name: x", b"[" * 100_000, b"name: [\n"])
@@ -189,7 +189,7 @@ def test_a_root_that_cannot_be_used(tmp_path: Path) -> None:
         (tmp_path / "a$(id)", "must be an absolute path of letters"),
         (tmp_path / "a\nb", "must not contain a line break"),
     ):
-        assert says in refused(tmp_path, "plan", "--root", root)["what"], root
+        assert says in refused(tmp_path, "plan", "--root", root)["message"], root
 
 
 @pytest.mark.parametrize(
@@ -203,18 +203,18 @@ def test_a_root_that_cannot_be_used(tmp_path: Path) -> None:
     ],
 )
 def test_a_name_that_is_not_known(tmp_path: Path, args: list[str], says: str) -> None:
-    assert says in refused(tmp_path, *args, "--root", tmp_path / "node")["mend"]
+    assert says in refused(tmp_path, *args, "--root", tmp_path / "node")["hint"]
 
 
 @pytest.mark.parametrize("option", [["--full"], ["--partial"], ["--platform", "aarch64"]])
 def test_what_is_for_a_rehearsal_alone_is_refused_without_a_root(tmp_path: Path, option: list[str]) -> None:
     error = refused(tmp_path, "plan", *option)
-    assert "for a rehearsal" in error["what"] and "--root" in error["mend"]
+    assert "for a rehearsal" in error["message"] and "--root" in error["hint"]
 
 
 def test_this_machine_is_no_spark_and_is_left_alone(tmp_path: Path) -> None:
     error = refused(tmp_path, "all", code=PREFLIGHT)
-    assert "nothing was changed" in error["what"] and "--root ./node" in error["mend"]
+    assert "nothing was changed" in error["message"] and "--root ./node" in error["hint"]
     assert not Path("/var/lib/sparkinstall").exists()
 
 
@@ -223,7 +223,7 @@ def test_without_a_terminal_and_without_yes_nothing_is_begun(tmp_path: Path) -> 
     names = [probe["name"] for probe in envelope(in_this_process("plan", "--json"))["data"]["preflight"]]
     ignoring = [word for name in names for word in ("--ignore", name)]
     error = refused(tmp_path, "all", *ignoring)
-    assert "no terminal" in error["what"] and "--yes" in error["mend"]
+    assert "no terminal" in error["message"] and "--yes" in error["hint"]
     assert not Path("/var/lib/sparkinstall").exists() and not Path("/opt/sparkinstall").exists()
 
 
@@ -246,9 +246,9 @@ def test_an_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
     run = sparkinstall("plan", "--json", "--set", "nccl.arch=99", "--set", f"nccl.cuda_home={home}")
     found = {probe["name"]: probe for probe in envelope(run)["data"]["preflight"]}["cuda"]
     assert found["verdict"] == "fail" and "does not know compute_99" in found["found"]
-    assert "121" in found["mend"]
+    assert "121" in found["hint"]
     error = refused(tmp_path, "plan", "--set", "nccl.arch=blackwell")
-    assert "must be an architecture number such as 121" in error["what"]
+    assert "must be an architecture number such as 121" in error["message"]
 
 
 # --- JSON
@@ -260,7 +260,7 @@ def test_with_json_there_is_one_object_and_nothing_else_on_stdout(tmp_path: Path
     answer = envelope(in_this_process(*verb, "--root", tmp_path / "file", "--json"))
     assert answer["command"] == " ".join(verb).removesuffix(" env-files")
     assert (answer["version"], answer["status"], answer["exit_code"]) == (1, "usage", USAGE)
-    assert set(answer["errors"][0]) == {"code", "what", "why", "mend", "log", "tail"}
+    assert set(answer["errors"][0]) == {"code", "message", "cause", "hint", "log", "output"}
 
 
 # --- the machine's own files

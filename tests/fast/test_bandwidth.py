@@ -106,7 +106,7 @@ def gathered(bus: float, network: str = "IB") -> Measured:
 def test_the_figures_of_the_field(measured: Measured, verdict: str, begins: str) -> None:
     found = bandwidth.judged(measured)
     assert (found.verdict, found.found.startswith(begins)) == (verdict, True), found
-    assert bool(found.mend) == (verdict != "pass")
+    assert bool(found.hint) == (verdict != "pass")
 
 
 def test_sockets_that_were_asked_for_are_no_warning() -> None:

@@ -56,8 +56,8 @@ def test_the_usage_line_of_cluster_names_its_verbs() -> None:
 def test_a_verb_of_cluster_with_a_slip_in_it_is_no_host(word: str, verb: str) -> None:
     run = in_this_process("cluster", word, "spark-1", "spark-2", "--json")
     (error,) = envelope(run)["errors"]
-    assert (run.returncode, error["what"]) == (2, f"`cluster` has no verb `{word}`")
-    assert f"did you mean the verb `{verb}`?" in error["mend"] and f"`USER@{word}`" in error["mend"]
+    assert (run.returncode, error["message"]) == (2, f"`cluster` has no verb `{word}`")
+    assert f"did you mean the verb `{verb}`?" in error["hint"] and f"`USER@{word}`" in error["hint"]
 
 
 @pytest.mark.parametrize("words", [["spark-1", "spark-2"], ["pln"], ["me@pln", "spark-2"], ["192.168.1.7", "spark-2"]])
@@ -66,7 +66,7 @@ def test_a_host_is_not_taken_for_a_verb(words: list[str], monkeypatch: pytest.Mo
         raise BadUsage(f"hosts: {hosts}")
 
     monkeypatch.setattr("sparkinstall.cli.cluster._opened", opened)
-    assert envelope(in_this_process("cluster", *words, "--json"))["errors"][0]["what"] == f"hosts: {words}"
+    assert envelope(in_this_process("cluster", *words, "--json"))["errors"][0]["message"] == f"hosts: {words}"
 
 
 def test_completion_is_there_for_the_shell() -> None:

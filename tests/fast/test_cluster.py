@@ -233,7 +233,7 @@ def test_a_stack_that_cannot_be_carried_is_told_before_anybody_is_asked(
     code, said, _ = far.cluster("spark-1", "spark-2", "--stack", str(mine))
     assert code == 2
     (error,) = said["errors"]
-    assert error["code"] == "config" and sentence in f"{error['what']} {error['mend']}"
+    assert error["code"] == "config" and sentence in f"{error['message']} {error['hint']}"
     assert not far.calls
 
 
@@ -243,8 +243,8 @@ def test_where_it_cannot_be_put_the_node_is_named(far: FarNodes) -> None:
     code, said, _ = far.cluster("plan", "spark-1", "spark-2", "--stack", "mine/tiny.yaml")
     assert code == 5
     (error,) = said["errors"]
-    assert error["what"] == "files that the settings name could not be brought to spark-2"
-    assert "carried" in error["why"]
+    assert error["message"] == "files that the settings name could not be brought to spark-2"
+    assert "carried" in error["cause"]
 
 
 def test_the_network_is_confirmed_over_a_new_connection_alone(far: FarNodes) -> None:
@@ -261,7 +261,7 @@ def test_a_network_that_cannot_be_reached_is_not_confirmed(far: FarNodes) -> Non
     code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
     assert not [call for call in far.calls if call["verb"] == "confirm"]
-    assert said["errors"][0]["what"] == "spark-2: 192.168.100.10 does not answer over the link"
+    assert said["errors"][0]["message"] == "spark-2: 192.168.100.10 does not answer over the link"
 
 
 def test_a_converged_cluster_is_asked_twice_and_not_touched(far: FarNodes) -> None:
@@ -308,7 +308,7 @@ def test_a_check_that_fails_on_one_node_stops_all(far: FarNodes) -> None:
         "name": "sudo",
         "verdict": "fail",
         "found": "sudo asks for a password",
-        "mend": "x",
+        "hint": "x",
         "title": "",
         "seconds": 0,
     }
@@ -317,13 +317,13 @@ def test_a_check_that_fails_on_one_node_stops_all(far: FarNodes) -> None:
     assert code == 5
     assert {call["verb"] for call in far.calls} == {"look"}
     assert said["errors"][0]["code"] == "preflight"
-    assert "NOPASSWD" in said["errors"][0]["mend"]
+    assert "NOPASSWD" in said["errors"][0]["hint"]
     assert far.cluster("spark-1", "spark-2", "--yes", "--ignore", "sudo")[0] == 0
 
 
 def test_a_password_for_sudo_is_asked_for_once(far: FarNodes) -> None:
     """Where it is missing, the firewall cannot be looked at either: the same trouble is not told twice."""
-    sudo = {"name": "sudo", "verdict": "fail", "found": "sudo asks", "mend": "x", "title": "", "seconds": 0}
+    sudo = {"name": "sudo", "verdict": "fail", "found": "sudo asks", "hint": "x", "title": "", "seconds": 0}
     unseen = {**step("firewall", "failed"), "error": {**problem("cannot be looked at"), "code": NeedsRoot.code}}
     far.answer("spark-2", look=look(preflight=[sudo], steps=[step("packages"), unseen]))
     code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
@@ -334,12 +334,12 @@ def test_a_password_for_sudo_is_asked_for_once(far: FarNodes) -> None:
 def test_an_obstacle_is_said_before_anything_is_begun(far: FarNodes) -> None:
     taken = step("network")
     taken["resources"] = [
-        {"key": "n", "state": "obstacle", "changed": False, "what": "eth0 is the LAN", "mend": "name it"}
+        {"key": "n", "state": "conflict", "changed": False, "message": "eth0 is the LAN", "hint": "name it"}
     ]
     far.answer("spark-2", look=look(steps=[step("packages"), taken]))
     code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
-    assert said["errors"][0]["what"] == "spark-2: network: eth0 is the LAN"
+    assert said["errors"][0]["message"] == "spark-2: network: eth0 is the LAN"
     assert {call["verb"] for call in far.calls} == {"look"}
 
 
@@ -348,7 +348,7 @@ def test_a_node_that_is_off_is_named_and_the_others_are_asked(far: FarNodes) -> 
     code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
     assert said["errors"][0]["code"] == "unreachable"
-    assert said["errors"][0]["what"] == "spark-1 does not answer"
+    assert said["errors"][0]["message"] == "spark-1 does not answer"
     assert _verbs(far) == [("spark-2", "look", "")]
 
 
@@ -356,8 +356,8 @@ def test_versions_that_differ_stop_before_the_head_starts(far: FarNodes) -> None
     far.answer("spark-2", look=look(versions={**VERSIONS, "vllm": "0.22.1"}))
     code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
-    assert "spark-1 and spark-2" in said["errors"][0]["what"]
-    assert "0.18.1 on spark-1, 0.22.1 on spark-2" in said["errors"][0]["why"]
+    assert "spark-1 and spark-2" in said["errors"][0]["message"]
+    assert "0.18.1 on spark-1, 0.22.1 on spark-2" in said["errors"][0]["cause"]
     assert not [call for call in far.calls if "ray" in call["only"]]
 
 
@@ -372,13 +372,13 @@ def test_sockets_on_one_and_roce_on_the_other_do_not_start() -> None:
     sameness.require_same([("a", roce), ("b", roce)])
     with pytest.raises(Blocked, match="transport for NCCL") as refused:
         sameness.require_same([("a", roce), ("b", sockets)])
-    assert "network.transport=socket" in refused.value.mend
+    assert "network.transport=socket" in refused.value.hint
 
 
 def test_it_asks_before_it_begins(far: FarNodes) -> None:
     code, said, _ = far.cluster("spark-1", "spark-2")
     assert code == 2
-    assert "--yes" in said["errors"][0]["mend"]
+    assert "--yes" in said["errors"][0]["hint"]
     assert {call["verb"] for call in far.calls} == {"look"}
 
 
@@ -430,8 +430,8 @@ def test_uninstall_begins_with_the_workers_and_needs_no_tool(far: FarNodes) -> N
 )  # fmt: skip
 def test_what_ssh_says_is_told_in_words(said: str, words: str) -> None:
     told = explained("me@a", said)
-    assert words in told.what
-    assert told.mend
+    assert words in told.message
+    assert told.hint
 
 
 def test_a_changed_host_key_is_explained_and_checking_stays_on() -> None:
@@ -440,9 +440,9 @@ def test_a_changed_host_key_is_explained_and_checking_stays_on() -> None:
         "Offending ED25519 key in /home/me/.ssh/known_hosts:7\nHost key verification failed."
     )
     told = explained("me@spark-1", said)
-    assert "known_hosts:7" in told.why
-    assert "ssh-keygen -R spark-1" in told.mend
-    assert "StrictHostKeyChecking" not in told.mend
+    assert "known_hosts:7" in told.cause
+    assert "ssh-keygen -R spark-1" in told.hint
+    assert "StrictHostKeyChecking" not in told.hint
 
 
 # --- the tool on its way

@@ -16,7 +16,7 @@ import pytest
 from tests.support.far_nodes import FarNodes, look
 
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-DRIVER = {"name": "driver", "verdict": "fail", "found": "no driver", "mend": "install it", "title": "", "seconds": 0.0}
+DRIVER = {"name": "driver", "verdict": "fail", "found": "no driver", "hint": "install it", "title": "", "seconds": 0.0}
 
 
 @pytest.fixture

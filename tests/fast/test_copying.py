@@ -347,7 +347,7 @@ def test_nccl_from_the_other_node_is_taken_instead_of_building(
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("what", ["a byte", "the recipe", "the version", "the file"])
+@pytest.mark.parametrize("message", ["a byte", "the recipe", "the version", "the file"])
 def test_nccl_that_is_not_what_would_be_built_is_not_taken(built: tuple[Side, Side], tmp_path: Path, what: str) -> None:
     head, worker = built
     with offering(head, "nccl") as offered:
@@ -360,7 +360,7 @@ def test_nccl_that_is_not_what_would_be_built_is_not_taken(built: tuple[Side, Si
         _tamper(waiting, stamp, *marks.get(what, _version_bytes()), honest=what != "a byte")
     said = _run_nccl(worker, tmp_path / "node", *more)
     assert said["exit_code"] != 0
-    assert "neither a file nor a folder" in said["errors"][0]["what"]
+    assert "neither a file nor a folder" in said["errors"][0]["message"]
     assert not list(tmp_path.glob("node/opt/sparkinstall/nccl/lib*"))
 
 

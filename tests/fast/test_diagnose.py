@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
-from sparkinstall.core.fixes import EIGHT
+from sparkinstall.core.fixes import FIXES
 from sparkinstall.diagnose import judge as judge_module
 from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose import signatures
@@ -126,7 +126,7 @@ def test_a_signature_says_what_a_person_needs(known: Signature) -> None:
 
 
 def mentioned(pattern: str) -> set[str]:
-    return {name for each in KNOWN for name in re.findall(pattern, each.mend)}
+    return {name for each in KNOWN for name in re.findall(pattern, each.hint)}
 
 
 def test_what_a_mend_names_is_there() -> None:
@@ -139,7 +139,7 @@ def test_what_a_mend_names_is_there() -> None:
     }
     assert mentioned(r"--set ([\w.]+)=") <= {each.name for each in all_settings()}
     steps = {step.name for step in catalogue.STEPS}
-    probes = {probe for fix in EIGHT for probe in fix.probes} | set(
+    probes = {probe for fix in FIXES for probe in fix.probes} | set(
         re.findall(r"^\| `([a-z0-9-]+)` \|", (REPOSITORY / "docs/checks.md").read_text(), re.M)
     )
     assert mentioned(r"--only ([a-z0-9-]+)") <= steps | probes
@@ -156,7 +156,7 @@ def test_the_page_lists_every_signature() -> None:
 
 
 GOOD: dict[str, Any] = {
-    "name": "some-failure", "title": "t", "anchors": ["abcd"], "regex": "abcd", "why": "w.", "mend": "m",
+    "name": "some-failure", "title": "t", "anchors": ["abcd"], "regex": "abcd", "why": "w.", "hint": "m",
     "links": ["https://a"], "example": ["abcd"],
 }  # fmt: skip
 
@@ -639,7 +639,7 @@ def test_a_journal_that_may_not_be_read_is_no_health(said: str, journal: Path) -
     ended = run("diagnose", "--unit", "vllm", "--json")
     (error,) = json.loads(ended.stdout)["errors"]
     assert (ended.returncode, error["code"]) == (1, "sudo")
-    assert "sudo -v" in error["mend"]
+    assert "sudo -v" in error["hint"]
 
 
 def test_signatures_of_others_can_be_read(tmp_path: Path) -> None:

@@ -156,15 +156,15 @@ def test_fields_of_a_state(kind: Any) -> None:
 
 def test_outcomes_of_an_uninstall() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "uninstall"]
-    outcomes = get_args(undo.TakenBack.__annotations__["outcome"])
+    outcomes = get_args(undo.Undone.__annotations__["outcome"])
     assert {"touches", "subject", "outcome", "note", *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
 def test_fields_of_a_node_of_a_cluster() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "cluster"]
-    one = remote.Far(remote.Member("spark-1", "head", 0, "192.168.100.10"), Ssh("spark-1", None))
+    one = remote.RemoteNode(remote.Member("spark-1", "head", 0, "192.168.100.10"), Ssh("spark-1", None))
     whole = orchestrate.Cluster(
-        [one], orchestrate.Wish(Config(), {}), lambda _: None, done=[orchestrate.Done("spark-1", "look", "changed")]
+        [one], orchestrate.ClusterOptions(Config(), {}), lambda _: None, done=[orchestrate.Done("spark-1", "look", "changed")]
     )
     data = cluster_verb._node_data(whole, one)
     outcomes = get_args(orchestrate.Outcome)
@@ -251,7 +251,7 @@ def test_ports_that_the_firewall_closes() -> None:
 
 def test_the_eight_have_a_symptom_each() -> None:
     numbers = re.findall(r"^### (\d)\. ", section("docs/troubleshooting.md", "## The eight symptoms"), re.MULTILINE)
-    assert numbers == [str(fix.number) for fix in fixes.EIGHT]
+    assert numbers == [str(fix.number) for fix in fixes.FIXES]
 
 
 def test_stacks_in_the_readme() -> None:
@@ -305,7 +305,7 @@ VERBS = tuple(name for name in options_of() if name and name != "settings")
 
 
 @dataclass(frozen=True)
-class Said:
+class Reply:
     """A command line in a document."""
 
     page: str
@@ -319,18 +319,18 @@ class Said:
 _PIPED = r"(?:ssh [^|`]+ \| )?"
 
 
-def commands() -> Iterator[Said]:
+def commands() -> Iterator[Reply]:
     """Every command line of ours: in code blocks, with or without a prompt, and between backticks."""
     for path in PAGES:
         name = str(path.relative_to(REPOSITORY))
         blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
         for line in "".join(blocks).splitlines():
             if match := re.match(rf"\s*(?:\$ )?{_PIPED}((?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) .*)", line):
-                yield Said(name, match[1])
+                yield Reply(name, match[1])
         prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`([^`\n]+)`", prose + "\n" + "\n".join(blocks)):
             if match := re.match(rf"{_PIPED}((?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) .*)", span):
-                yield Said(name, match[1])
+                yield Reply(name, match[1])
 
 
 SAID = sorted(set(commands()), key=lambda said: (said.page, said.line))
@@ -341,7 +341,7 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("said", SAID, ids=lambda said: f"{said.page}: {said.line}")
-def test_a_command_in_the_documents_exists(said: Said) -> None:
+def test_a_command_in_the_documents_exists(said: Reply) -> None:
     tokens = [token for token in said.tokens if not re.match(r"\w+=", token)]
     program, *rest = tokens
     verb = _verb(program, rest)

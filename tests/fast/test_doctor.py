@@ -10,13 +10,13 @@ import pytest
 
 from sparkinstall.cli import doctor
 from sparkinstall.core import catalogue, checks, fixes, meanings
-from sparkinstall.core.checks import Chosen, Looked
+from sparkinstall.core.checks import Chosen, ProbeResult
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.errors import BadUsage, Blocked, NeedsRoot
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.probes import Finding, Probe, failed, known_hosts, passed, skipped, warned
 from sparkinstall.probes.preflight import preflight
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, Unknown
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, Unknown
 from sparkinstall.support import doctor as checkup
 from tests.fast.test_docs import HEAD
 from tests.support.rehearsals import begun, envelope, in_this_process, said
@@ -63,7 +63,7 @@ def test_the_worst_comes_first_with_what_it_means_and_what_to_do(finds: Findings
             "fine": passed("x"),
             "link": warned("13 Gb/s", "see the issue", "200 Gb/s"),
             "unseen": skipped("no GPU here"),
-            "wheel-gate": failed("torch is the CPU build", "`sparkinstall run environment --fresh`", "a CUDA build"),
+            "wheel-gate": failed("torch is the CPU build", "`sparkinstall run environment --force`", "a CUDA build"),
         }
     )
     run = in_this_process("doctor", "--root", node)
@@ -73,7 +73,7 @@ def test_the_worst_comes_first_with_what_it_means_and_what_to_do(finds: Findings
     assert places == sorted(places), run.stdout
     assert "wheel-gate  title of wheel-gate  fix 6 of the eight" in lines
     assert f"means     {meanings.PROBES['wheel-gate']}" in lines
-    assert f"do        `sparkinstall run environment --fresh --root {node}`" in lines
+    assert f"do        `sparkinstall run environment --force --root {node}`" in lines
     assert "unseen: no GPU here" in lines
     assert run.returncode == DRIFT
 
@@ -111,7 +111,7 @@ def test_the_groups_are_in_the_json(finds: Findings, node: Path) -> None:
     answer = envelope(in_this_process("doctor", "--root", node, "--json"))
     assert names(answer) == {"broken": ["a"], "look_at": ["b"], "well": ["os", "c"], "not_looked_at": ["d"]}
     assert set(answer["data"]) == {"machine", "installed", *GROUPS, "masked"}
-    fields = {"name", "kind", "weight", "title", "found", "expected", "means", "mend", "fixes", "seconds"}
+    fields = {"name", "kind", "weight", "title", "found", "expected", "means", "hint", "fixes", "seconds"}
     assert set(answer["data"]["broken"][0]) == fields
 
 
@@ -167,7 +167,7 @@ def test_what_another_user_has_set_up_stops_nothing(
     finds: Findings, node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: StateFolder) -> bool:
-        raise Blocked("it is of the user with the number 1000", mend="run sparkinstall as that user")
+        raise Blocked("it is of the user with the number 1000", hint="run sparkinstall as that user")
 
     finds({}, {"clock": passed("x")})
     monkeypatch.setattr(StateFolder, "exists", property(refuse))
@@ -193,26 +193,26 @@ def of_step(*states: Any, problem: Any = None) -> checkup.Item:
 
 
 def test_checks_are_weighed() -> None:
-    assert of_step(Satisfied("")).weight == "well"
-    assert of_step(Satisfied(""), LeftToNode("x")).weight == "not-looked-at"
-    drift = of_step(Drift("build it"), Unknown("packages"), LeftToNode("x"))
+    assert of_step(Ok("")).weight == "well"
+    assert of_step(Ok(""), NodeOnly("x")).weight == "not-looked-at"
+    drift = of_step(Drift("build it"), Unknown("packages"), NodeOnly("x"))
     assert (drift.weight, drift.found) == ("broken", "not done: build it")
-    assert (drift.mend, drift.fixes) == ("`sparkinstall run nccl`", (1,))
+    assert (drift.hint, drift.fixes) == ("`sparkinstall run nccl`", (1,))
     assert of_step(Drift("write /opt/x.env")).found == "missing: /opt/x.env"
     assert of_step(Drift("change /opt/x.env")).found == "not as it should be: /opt/x.env"
     assert of_step(Unknown("packages")).weight == "not-looked-at", "what waits for another step is not broken itself"
-    assert of_step(Obstacle("it is a dir", mend="move it away")).mend == "move it away"
-    assert of_step(problem=Blocked("x", mend="y")).mend == "y"
+    assert of_step(Conflict("it is a dir", hint="move it away")).hint == "move it away"
+    assert of_step(problem=Blocked("x", hint="y")).hint == "y"
 
 
 def test_what_only_root_can_see_is_not_called_broken() -> None:
     item = of_step(problem=NeedsRoot("/etc/netplan/40-cx7.yaml can be read by root alone"))
-    assert (item.weight, "sudo -v" in item.mend) == ("not-looked-at", True)
+    assert (item.weight, "sudo -v" in item.hint) == ("not-looked-at", True)
 
 
 @pytest.mark.parametrize(("installed", "weight"), [(True, "look-at"), (False, "broken")])
 def test_sudo_matters_less_once_the_node_is_set_up(installed: bool, weight: str) -> None:
-    looked = [Looked(_probe("sudo", failed("x", "y")), failed("x", "y"), 0.0)]
+    looked = [ProbeResult(_probe("sudo", failed("x", "y")), failed("x", "y"), 0.0)]
     assert checkup.of_preflight(looked, installed)[0].weight == weight
 
 
@@ -222,7 +222,7 @@ def test_everything_has_a_meaning() -> None:
     real = {probe.name for step in catalogue.STEPS for probe in step.probes(HEAD)}
     real |= {probe.name for probe in known_hosts.probes(HEAD)} | {"journal"}
     assert set(meanings.PROBES) <= real, "sentences for probes that there are not"
-    assert {name for fix in fixes.EIGHT for name in fix.probes} <= set(meanings.PROBES)
+    assert {name for fix in fixes.FIXES for name in fix.probes} <= set(meanings.PROBES)
 
 
 # --- fit to be shown
@@ -268,7 +268,7 @@ def test_the_folder_of_a_rehearsal_is_masked_too(
 
 
 def _blocked(*_: object, **__: object) -> Chosen:
-    raise BadUsage("it cannot be", mend="`sparkinstall uninstall`")
+    raise BadUsage("it cannot be", hint="`sparkinstall uninstall`")
 
 
 def test_the_names_of_this_machine_are_known() -> None:

@@ -145,9 +145,9 @@ def test_nccl_is_compared_by_the_library_itself(on: OnASpark) -> None:
 # --- at the terminal
 
 
-PEERS = {"name": "peers", "title": "t", "level": "link", "verdict": "pass", "found": "yes", "mend": "", "seconds": 0.1}
+PEERS = {"name": "peers", "title": "t", "level": "link", "verdict": "pass", "found": "yes", "hint": "", "seconds": 0.1}
 ALONE = {**PEERS, "name": "tcp-bandwidth", "verdict": "skip", "found": "it takes both ends"}
-CHECK = {"step": "network", "outcome": "unchanged", "seconds": 0.1, "held_by": None, "resources": [], "error": None}
+CHECK = {"step": "network", "outcome": "unchanged", "seconds": 0.1, "blocked_by": None, "resources": [], "error": None}
 ABLE = {"tcp": "", "rdma": "enp1s0f0np0 has no RDMA device", "nccl": "there is no GPU here"}
 
 
@@ -200,7 +200,7 @@ def test_a_table_of_the_differences_alone(far: FarNodes) -> None:
     code, said, _ = far.cluster("verify", "spark-1", "spark-2")
     assert code == 5
     assert said["data"]["differences"][0]["values"] == {"spark-1": "0.18.1", "spark-2": "0.22.1"}
-    assert "the nodes have not the same vllm" in said["errors"][0]["what"]
+    assert "the nodes have not the same vllm" in said["errors"][0]["message"]
 
 
 def test_a_difference_that_is_only_a_warning_is_no_failure(far: FarNodes) -> None:
@@ -232,7 +232,7 @@ def test_each_way_is_measured_and_one_after_the_other(far: FarNodes) -> None:
 
 
 def test_a_side_that_does_not_answer_is_a_failed_measurement(far: FarNodes) -> None:
-    bad = {"code": "failed", "what": "it did not start", "why": "", "mend": "", "log": "", "tail": []}
+    bad = {"code": "failed", "message": "it did not start", "cause": "", "hint": "", "log": "", "output": []}
     measures(far, "spark-2", respond=[1, {}, [bad]], says={})
     _, said, _ = far.cluster("verify", "spark-1", "spark-2", "--level", "link", "--measure")
     assert said["data"]["bandwidth"][0]["verdict"] == "fail"
@@ -247,7 +247,7 @@ def test_strict_counts_what_was_skipped_but_not_what_was_measured_instead(far: F
     only_tcp = ("--set", "network.transport=socket")
     assert "tcp-bandwidth" in str(far.cluster(*words)[1]["errors"])
     code, said, _ = far.cluster(*words, "--measure", *only_tcp)
-    assert [each["what"] for each in said["errors"] if "--strict" in each["what"]] == []
+    assert [each["message"] for each in said["errors"] if "--strict" in each["message"]] == []
     measures(far, "spark-1")
     code, said, _ = far.cluster(*words, "--measure", *only_tcp)
     assert code == 5
@@ -269,7 +269,7 @@ def test_junit_has_every_node_and_what_is_between_them(far: FarNodes, tmp_path: 
 @pytest.mark.parametrize("words", [("--level", "link"), ("--measure",), ("--strict",), ("--junit", "x")])
 def test_what_belongs_to_verify_is_refused_elsewhere(far: FarNodes, words: tuple[str, ...]) -> None:
     code, said, _ = far.cluster("spark-1", "spark-2", *words)
-    assert (code, words[0] in said["errors"][0]["what"]) == (2, True)
+    assert (code, words[0] in said["errors"][0]["message"]) == (2, True)
     assert not far.calls
 
 

@@ -14,7 +14,7 @@ from sparkinstall.core.engine import StepReport, converge, ordered, plan
 from sparkinstall.errors import Blocked, NeedsRoot, Problem
 from sparkinstall.events import Event, ResourceApplied, StepEnded, StepStarted, silent
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Resource, Satisfied, State, Unknown
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Resource, Ok, State, Unknown
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes
 from sparkinstall.system.local import LocalSystem
@@ -27,7 +27,7 @@ class Thing:
     """Stands as `states` says, one look after the other (the last for good); counts how often it was made."""
 
     key: str = "thing"
-    states: list[State] = field(default_factory=lambda: [Drift("make it"), Satisfied()])
+    states: list[State] = field(default_factory=lambda: [Drift("make it"), Ok()])
     raises: BaseException | None = None
     made: int = 0
     meets: threading.Barrier | None = None
@@ -70,7 +70,7 @@ def done(*steps: Step, fresh: bool = False) -> dict[str, StepReport]:
 
 
 def satisfied(note: str = "") -> Thing:
-    return Thing(states=[Satisfied(note)])
+    return Thing(states=[Ok(note)])
 
 
 def test_a_step_comes_after_what_it_needs_whatever_the_order_given() -> None:
@@ -103,22 +103,22 @@ def test_what_does_not_become_so_fails() -> None:
     thing = Thing(states=[Drift("make it"), Drift("it is still crooked")])
     report = done(some("a", [thing]))["a"]
     assert report.outcome == "failed" and report.problem is not None
-    assert "looked at again it is not as it should be" in report.problem.what
-    assert report.problem.why == "it is still crooked"
+    assert "looked at again it is not as it should be" in report.problem.message
+    assert report.problem.cause == "it is still crooked"
 
 
-@pytest.mark.parametrize("state", [Unknown("b"), Obstacle("a wall", "climb it")])
+@pytest.mark.parametrize("state", [Unknown("b"), Conflict("a wall", "climb it")])
 def test_what_cannot_be_told_or_stands_in_the_way_is_not_made(state: State) -> None:
     thing = Thing(states=[state])
     report = done(some("a", [thing]))["a"]
     assert report.outcome == "failed" and thing.made == 0
-    assert isinstance(report.problem, Blocked) and report.problem.mend
+    assert isinstance(report.problem, Blocked) and report.problem.hint
 
 
 def test_what_only_a_node_can_do_is_left_and_does_not_fail() -> None:
-    before, after = Thing(states=[LeftToNode("apt")]), Thing(states=[Drift("half of it"), LeftToNode("the rest")])
+    before, after = Thing(states=[NodeOnly("apt")]), Thing(states=[Drift("half of it"), NodeOnly("the rest")])
     reports = done(some("a", [before]), some("b", [after], needs=("a",)), some("c", [Thing()], needs=("b",)))
-    assert (reports["a"].outcome, reports["c"].outcome) == ("left", "changed")
+    assert (reports["a"].outcome, reports["c"].outcome) == ("node_only", "changed")
     assert before.made == 0 and reports["b"].problem is None
 
 
@@ -131,14 +131,14 @@ def test_a_failed_step_stops_only_what_needs_it() -> None:
         some("d", [Thing()]),
         some("e", [Thing()], needs=("d",)),
     )
-    assert [reports[name].outcome for name in "abcde"] == ["failed", "held", "held", "changed", "changed"]
-    assert (reports["b"].held_by, reports["c"].held_by) == ("a", "b")
+    assert [reports[name].outcome for name in "abcde"] == ["failed", "blocked", "blocked", "changed", "changed"]
+    assert (reports["b"].blocked_by, reports["c"].blocked_by) == ("a", "b")
     assert never.made == 0
 
 
 def test_a_full_disk_in_a_step_is_put_into_words() -> None:
     problem = done(some("a", [Thing(raises=OSError(28, "No space left on device"))]))["a"].problem
-    assert problem is not None and problem.code == "storage" and "the disk is full" in problem.what
+    assert problem is not None and problem.code == "storage" and "the disk is full" in problem.message
 
 
 def test_the_rest_of_a_step_is_not_begun_after_a_failure() -> None:
@@ -163,9 +163,9 @@ def test_a_bug_in_a_step_is_a_failure_of_that_step() -> None:
     reports = done(
         some("a", [Thing(raises=ZeroDivisionError("by zero"))]), some("b", needs=("a",)), some("c", [Thing()])
     )
-    assert [reports[name].outcome for name in "abc"] == ["failed", "held", "changed"]
+    assert [reports[name].outcome for name in "abc"] == ["failed", "blocked", "changed"]
     problem = reports["a"].problem
-    assert problem is not None and "ZeroDivisionError: by zero" in problem.what and problem.mend
+    assert problem is not None and "ZeroDivisionError: by zero" in problem.message and problem.hint
 
 
 def test_an_interrupt_ends_the_programs_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,9 +177,9 @@ def test_an_interrupt_ends_the_programs_of_all_steps(monkeypatch: pytest.MonkeyP
 
 
 def test_plan_looks_and_touches_nothing() -> None:
-    things = [Thing(), Thing(states=[Unknown("a")]), Thing(states=[LeftToNode("x")]), Thing(states=[Obstacle("x")])]
+    things = [Thing(), Thing(states=[Unknown("a")]), Thing(states=[NodeOnly("x")]), Thing(states=[Conflict("x")])]
     reports = plan([some(str(number), [thing]) for number, thing in enumerate(things)], NODE, system())
-    assert [report.outcome for report in reports] == ["drift", "drift", "left", "drift"]
+    assert [report.outcome for report in reports] == ["drift", "drift", "node_only", "drift"]
     assert not any(thing.made for thing in things)
 
 
@@ -190,7 +190,7 @@ def test_what_happens_is_told_in_order() -> None:
     assert events[1] == ResourceApplied("a", "x", "make it")
     converge([some("a", [Thing(raises=Problem("broken"))]), some("b", needs=("a",))], NODE, system, events.append)
     ends = [(event.step, event.outcome, event.note) for event in events[3:] if isinstance(event, StepEnded)]
-    assert ends == [("a", "failed", "broken"), ("b", "held", "needs a")]
+    assert ends == [("a", "failed", "broken"), ("b", "blocked", "needs a")]
 
 
 def test_nothing_chosen_is_nothing_done() -> None:
@@ -217,7 +217,7 @@ def test_what_only_root_can_tell_is_asked_again_after_the_password(
             del on
             if not times:
                 raise NeedsRoot("only root can tell")
-            return Satisfied()
+            return Ok()
 
     class Asking(LocalSystem):
         def ask_for_sudo(self) -> None:

@@ -18,7 +18,7 @@ from sparkinstall.core import engine
 from sparkinstall.errors import BadConfig
 from sparkinstall.facts import packet_filters
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, LeftToNode, firewall
+from sparkinstall.resources import Drift, NodeOnly, firewall
 from sparkinstall.stacks import load
 from sparkinstall.steps.firewall import Firewall
 from sparkinstall.system.local import LocalReader
@@ -182,9 +182,9 @@ def test_a_plan_shows_the_rules_and_a_rehearsal_loads_none(tmp_path: Path, nft: 
     assert isinstance(file, Drift)
     assert f"ip daddr {{ {LINK} }} drop" in file.after
     live = states["nftables:inet sparkinstall"]
-    assert isinstance(live, LeftToNode)
+    assert isinstance(live, NodeOnly)
     assert shutil.which(nft)
-    assert "nft found them good" in live.what
+    assert "nft found them good" in live.reason
 
 
 INPUT = "chain input { type filter hook input priority 0; policy %s; %s }"

@@ -78,7 +78,7 @@ def complain_or(tmp_path: Path, content: bytes) -> Config | None:
     try:
         built, sources = config.build([config.read_layer(path)])
     except BadConfig as problem:
-        assert problem.what.isprintable() and len(problem.what) < 400, problem.what
+        assert problem.message.isprintable() and len(problem.message) < 400, problem.message
         return None
     assert set(sources) == set(NAMES)
     return built
@@ -132,7 +132,7 @@ def test_any_assignment_is_one_or_a_complaint(text: str) -> None:
             name, value = config.parse_assignment(assignment)
             config.build([Layer("--set", {name: value})])
         except BadConfig as problem:
-            assert problem.what.isprintable(), problem.what
+            assert problem.message.isprintable(), problem.message
 
 
 @given(st.text(max_size=60) | st.text("/.a", max_size=12))
@@ -168,7 +168,7 @@ def test_any_bytes_are_a_journal_or_damaged(tmp_path: Path, content: bytes, ende
     try:
         records = Journal(tmp_path).records()
     except JournalDamaged as problem:
-        assert "line" in problem.what and problem.mend
+        assert "line" in problem.message and problem.hint
     else:
         assert len(records) == 0 or ended or b"\n" in content
 

@@ -9,7 +9,7 @@ import pytest
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, preflight
 from sparkinstall.probes.reasoning import reasoning_fields
-from sparkinstall.resources import Drift, Satisfied
+from sparkinstall.resources import Drift, Ok
 from sparkinstall.resources.fp8 import Fp8Decision
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.environment import Environment
@@ -46,13 +46,13 @@ def test_a_vllm_that_never_came_is_not_blamed_on_the_lock(node: Node, tmp_path: 
     (tmp_path / SITE / "vllm-0.18.1.dist-info").rename(tmp_path / "gone")
     finding = found(node, tmp_path, name)
     assert (finding.verdict, finding.found) == ("fail", "vllm is not installed")
-    assert finding.mend == "run `sparkinstall all`"
+    assert finding.hint == "run `sparkinstall all`"
 
 
 def test_with_it_the_fields_are_read(node: Node, tmp_path: Path) -> None:
     assert reasoning_fields(node, LocalReader(str(tmp_path))).verdict == "pass"
     put(tmp_path, f"{SITE}/vllm/entrypoints/openai/protocol.py", "class DeltaMessage:\n    content: str\n")
-    assert "newer" in reasoning_fields(node, LocalReader(str(tmp_path))).mend
+    assert "newer" in reasoning_fields(node, LocalReader(str(tmp_path))).hint
 
 
 @pytest.mark.parametrize("name", ["imports", "host-ip", "triton-compiles", "fp8-kernels", "fp8-product"])
@@ -70,7 +70,7 @@ def test_a_patched_file_that_somebody_edited_is_told_as_such(node: Node, tmp_pat
     put(tmp_path, f"{SITE}/{cutlass_patch().target}", "edited = True\n")
     finding = found(node, tmp_path, "fp8-path")
     assert (finding.verdict, finding.expected) == ("fail", "patched")
-    assert "run environment" in finding.mend and "`sparkinstall run fp8`" not in finding.mend
+    assert "run environment" in finding.hint and "`sparkinstall run fp8`" not in finding.hint
 
 
 def test_a_file_that_is_gone_is_told(node: Node, tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_damaged_decision_is_called_so(node: Node, tmp_path: Path, text: str) 
     put(tmp_path, "opt/sparkinstall/fp8.json", text)
     finding = found(node, tmp_path, "fp8-path")
     assert finding.verdict == "fail" and finding.found.endswith("is damaged")
-    assert finding.mend == "run `sparkinstall run fp8 --fresh`"
+    assert finding.hint == "run `sparkinstall run fp8 --force`"
 
 
 def test_a_damaged_decision_is_made_anew(node: Node, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_damaged_decision_is_made_anew(node: Node, tmp_path: Path) -> None:
     decision, on = Fp8Decision(node, ()), LocalReader(str(tmp_path))
     about = decision._about(on)
     put(tmp_path, "opt/sparkinstall/fp8.json", json.dumps({"about": about, "fallback": True, "why": "so"}))
-    assert isinstance(decision.check(on), Satisfied)
+    assert isinstance(decision.check(on), Ok)
     put(tmp_path, "opt/sparkinstall/fp8.json", json.dumps({"about": about, "fallback": True}))
     assert isinstance(decision.check(on), Drift)
 
@@ -122,4 +122,4 @@ def test_a_folder_that_is_shut_is_named_with_what_to_do(
     (probe,) = (each for each in preflight.preflight(node) if each.name == name)
     finding = probe.look(Shut(str(tmp_path)))
     assert (finding.verdict, finding.found) == ("fail", f"{shut} cannot be read")
-    assert finding.mend == f"`chmod u+rwx {shut}`, then again"
+    assert finding.hint == f"`chmod u+rwx {shut}`, then again"

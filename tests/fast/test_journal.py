@@ -13,7 +13,7 @@ from sparkinstall.errors import Busy, JournalDamaged, Storage
 from sparkinstall.events import Event, silent
 from sparkinstall.journal.journal import Journal
 from sparkinstall.journal.state_dir import StateFolder
-from sparkinstall.journal.undo import take_all_back
+from sparkinstall.journal.undo import undo_all
 from sparkinstall.system import Undo
 from sparkinstall.system.local import LocalSystem
 from tests.support.mounts import need_root
@@ -112,7 +112,7 @@ def test_every_verb_stops_at_a_damaged_line(tmp_path: Path, verb: str) -> None:
     said = envelope(run_)
     if verb != "all":
         assert (said["exit_code"], said["errors"][0]["code"]) == (1, "journal")
-        assert "line 5 " in said["errors"][0]["what"] and said["errors"][0]["mend"]
+        assert "line 5 " in said["errors"][0]["message"] and said["errors"][0]["hint"]
         assert tree(tmp_path, everything_with_times) == first
 
 
@@ -188,7 +188,7 @@ def test_what_another_user_set_up_is_told_as_that(tmp_path: Path, verb: str, mod
     run = as_anybody(verb, *(["nccl"] if verb == "run" else []), "--root", tmp_path / "node", "--json")
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["code"]) == (1, "blocked"), error
-    assert f"{home} is of the user with the number 65534" in error["what"] and "as that user" in error["mend"]
+    assert f"{home} is of the user with the number 65534" in error["message"] and "as that user" in error["hint"]
 
 
 @pytest.mark.parametrize("name", ["journal.jsonl", "options.json", "."])
@@ -198,8 +198,8 @@ def test_a_wrong_mode_of_ones_own_is_told_with_the_way_out(tmp_path: Path, name:
     (home / "options.json").write_text("{}")
     (home / name).chmod(0)
     (error,) = envelope(as_anybody("status", "--root", tmp_path / "node", "--json"))["errors"]
-    assert error["what"] == f"{home / name} cannot be read (mode 000)"
-    subprocess.run(error["mend"].split(), check=True)
+    assert error["message"] == f"{home / name} cannot be read (mode 000)"
+    subprocess.run(error["hint"].split(), check=True)
     assert as_anybody("status", "--root", tmp_path / "node").returncode == 0
 
 
@@ -209,7 +209,7 @@ def test_a_wrong_mode_of_ones_own_is_told_with_the_way_out(tmp_path: Path, name:
 def test_the_folders_around_the_state_go_with_it(tmp_path: Path) -> None:
     with state_of(tmp_path / "node").hold("all", silent):
         pass
-    take_all_back(state_of(tmp_path / "node"))
+    undo_all(state_of(tmp_path / "node"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from sparkinstall.cli import junit
 from sparkinstall.cli.junit import Case
-from sparkinstall.core.checks import Looked
+from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.errors import BadConfig, BadUsage, Problem
 from sparkinstall.probes import LEVELS, Finding, Probe, Verdict, failed, passed, skipped, warned
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, Unknown
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, Unknown
 
 # The rules of junit-10.xsd of Jenkins' xUnit plugin for what is written here: attributes (with * those that must be
 # there), and what may stand inside.
@@ -73,18 +73,18 @@ def written(path: Path, cases: list[Case], strict: bool = False) -> ElementTree.
     return root
 
 
-def look(name: str, finding: Finding, level: str = "node", seconds: float = 0.25) -> Looked:
-    return Looked(
+def look(name: str, finding: Finding, level: str = "node", seconds: float = 0.25) -> ProbeResult:
+    return ProbeResult(
         Probe(name, name, lambda _: finding, next(each for each in LEVELS if each == level)), finding, seconds
     )
 
 
 REPORTS = [
-    StepReport("good", "x", [Checked("file:/a", Satisfied("as it should be"))], seconds=1234.5),
+    StepReport("good", "x", [Checked("file:/a", Ok("as it should be"))], seconds=1234.5),
     StepReport("drifts", "x", [Checked("file:/b", Drift("write /b")), Checked("file:/c", Unknown("good"))]),
-    StepReport("left", "x", [Checked("packages", LeftToNode("apt installs them"))]),
-    StepReport("blocked", "x", [Checked("link:/d", Obstacle("it is a dir", mend="move it away"))]),
-    StepReport("broken", "x", problem=Problem("the disk is full", mend="free some space")),
+    StepReport("left", "x", [Checked("packages", NodeOnly("apt installs them"))]),
+    StepReport("blocked", "x", [Checked("link:/d", Conflict("it is a dir", hint="move it away"))]),
+    StepReport("broken", "x", problem=Problem("the disk is full", hint="free some space")),
 ]
 LOOKED = [
     look("fine", passed("4 of 4"), "static"),
@@ -105,9 +105,9 @@ def test_every_outcome_is_in_it_as_ci_has_to_take_it(tmp_path: Path) -> None:
     assert {name for name, case in cases.items() if case.find("skipped") is not None} == {"left", "unseen"}
     failure = cases["wrong"].find("failure")
     assert failure is not None and failure.attrib["message"] == "CPU torch"
-    assert failure.text == "CPU torch\nexpected: CUDA 13\nmend: `sparkinstall run environment`"
+    assert failure.text == "CPU torch\nexpected: CUDA 13\nhint: `sparkinstall run environment`"
     said = cases["slow"].find("system-out")
-    assert said is not None and said.text == "warn: 13 Gb/s\nexpected: 200 Gb/s\nmend: see the issue"
+    assert said is not None and said.text == "warn: 13 Gb/s\nexpected: 200 Gb/s\nhint: see the issue"
     assert cases["good"].attrib["time"] == "1234.500"
 
 
@@ -134,14 +134,14 @@ def test_no_two_cases_have_one_name(tmp_path: Path) -> None:
 
     chosen = checks.chosen(HEAD, measure=True)
     reports = [StepReport(step.name, step.why) for step in catalogue.of(HEAD)]
-    looked = [Looked(probe, passed("x"), 0.0) for probe in chosen.probes]
+    looked = [ProbeResult(probe, passed("x"), 0.0) for probe in chosen.probes]
     root = written(tmp_path / "j.xml", [*junit.of_checks(reports), *junit.of_probes(looked)])
     names = [(case.attrib["classname"], case.attrib["name"]) for case in root.iter("testcase")]
     assert len(names) == len(set(names)) == len(reports) + len(looked)
 
 
 def test_what_kept_everything_from_being_looked_at(tmp_path: Path) -> None:
-    root = written(tmp_path / "j.xml", junit.of_problem(BadConfig("there is no level 'x'", mend="did you mean y?")))
+    root = written(tmp_path / "j.xml", junit.of_problem(BadConfig("there is no level 'x'", hint="did you mean y?")))
     (failure,) = root.iter("failure")
     assert failure.text == "there is no level 'x'\ndid you mean y?"
 
@@ -158,7 +158,7 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path)
     for place in (tmp_path / "no" / "j.xml", tmp_path, Path(""), Path("-")):
         with pytest.raises(BadUsage) as refused:
             junit.begin(place)
-        assert refused.value.mend
+        assert refused.value.hint
     path = tmp_path / "j.xml"
     path.write_text("of the last run")
     junit.begin(path)

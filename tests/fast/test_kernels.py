@@ -123,7 +123,7 @@ def test_a_product_is_near_the_exact_one(
     found = judged(node, tmp_path, "fp8-product", answer)
     assert found.verdict == verdict
     if "ended" in more or verdict == "fail":
-        assert found.mend
+        assert found.hint
 
 
 def test_the_kernel_that_took_its_process_with_it_is_named(node: Node, tmp_path: Path) -> None:
@@ -149,12 +149,12 @@ def test_the_kernel_that_took_its_process_with_it_is_named(node: Node, tmp_path:
 def test_what_triton_made(node: Node, tmp_path: Path, change: dict[str, Any], verdict: str, text: str) -> None:
     found = judged(node, tmp_path, "triton-compiles", {"triton_kernel": {**TRITON, **change}})
     assert (found.verdict, text in found.found) == (verdict, True), found
-    assert bool(found.mend) == (verdict == "fail")
+    assert bool(found.hint) == (verdict == "fail")
 
 
 def test_the_variable_that_triton_does_not_read_is_named(node: Node, tmp_path: Path) -> None:
     answer = {"triton_kernel": {**TRITON, "error": "PTXASError: PTXAS error: Internal Triton PTX codegen error"}}
-    assert "TRITON_PTXAS_PATH is not read" in judged(node, tmp_path, "triton-compiles", answer).mend
+    assert "TRITON_PTXAS_PATH is not read" in judged(node, tmp_path, "triton-compiles", answer).hint
 
 
 # --- the process itself

@@ -166,10 +166,10 @@ def test_an_uninstall_that_is_killed_is_gone_on_with(grounds: list[Ground], tmp_
     counting = tmp_path / "touches"
     assert grounds[0].node.all().returncode == 0
     assert grounds[0].node.uninstall(through=DYING, DYING_COUNT=str(counting)).returncode == 0
-    touches = int(counting.read_text())
-    assert touches > 20
+    changes = int(counting.read_text())
+    assert changes > 20
     # Among the files, in the middle of the environment, and in the last moments of the state itself.
-    moments = [str(n) for n in (8, touches // 2, touches - 6, touches - 1)]
+    moments = [str(n) for n in (8, changes // 2, changes - 6, changes - 1)]
     both({ground: moments[number::SIDE_BY_SIDE] for number, ground in enumerate(grounds)}, job)
 
 

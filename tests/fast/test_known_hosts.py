@@ -16,7 +16,7 @@ import pytest
 from sparkinstall.core import catalogue, checks
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding
-from sparkinstall.probes.known_hosts import LOOKERS, Host, judged, probes, rules
+from sparkinstall.probes.known_hosts import DETECTORS, Host, judged, probes, rules
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
 from tests.fast.test_units import node_of
@@ -148,14 +148,14 @@ def test_a_bad_host_is_told(name: str, tmp_path: Path) -> None:
     assert found.verdict == RULES[name].verdict
     assert found.found.startswith(words)
     assert RULES[name].why in found.found
-    assert found.mend.startswith(RULES[name].mend[:20])
-    assert "https://" in found.mend
+    assert found.hint.startswith(RULES[name].hint[:20])
+    assert "https://" in found.hint
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
 def test_a_good_host_is_let_alone(name: str, tmp_path: Path) -> None:
     found = judged(RULES[name], host(tmp_path))
-    assert (found.verdict, found.mend) == ("pass", ""), found
+    assert (found.verdict, found.hint) == ("pass", ""), found
 
 
 @pytest.mark.parametrize(("name", "files", "answers"), GOOD)
@@ -230,7 +230,7 @@ def test_a_card_that_is_not_to_be_seen_is_told_as_switched_off_or_missing(tmp_pa
 
 def test_earlyoom_is_told_to_look_at_memory_alone() -> None:
     """Left to itself it acts when memory and swap are both short, and DGX OS has 16 GB of swap (earlyoom(1), `-s`)."""
-    assert "-s 100" in RULES["memory-guard"].mend and "restart earlyoom" in RULES["memory-guard"].mend
+    assert "-s 100" in RULES["memory-guard"].hint and "restart earlyoom" in RULES["memory-guard"].hint
 
 
 def test_no_driver_package_is_to_be_installed_by_itself() -> None:
@@ -248,11 +248,11 @@ def test_that_the_page_cache_is_memory_in_use_is_no_rule() -> None:
 def test_a_rule_is_whole(name: str) -> None:
     rule = RULES[name]
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", name)
-    assert rule.looks in LOOKERS
+    assert rule.looks in DETECTORS
     assert rule.verdict in ("warn", "fail")
     assert date(2026, 1, 1) < rule.checked
     assert rule.evidence and all(re.fullmatch(r"https://[^\s]+", link) for link in rule.evidence)
-    for text in (rule.title, rule.expected, rule.why, rule.mend, rule.concerns):
+    for text in (rule.title, rule.expected, rule.why, rule.hint, rule.concerns):
         assert text == text.strip() and text
     if "pattern" in rule.limits:
         re.compile(rule.limits["pattern"])

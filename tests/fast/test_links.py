@@ -253,7 +253,7 @@ def test_a_port_that_carries_this_ssh_session_is_looked_at_and_not_touched(
 ) -> None:
     node = spark(tmp_path)
     over_the_link(monkeypatch, "enp1s0f0np0")
-    assert "carries this ssh session" in refusal(node, named).why
+    assert "carries this ssh session" in refusal(node, named).cause
     assert halves(qsfp.port_to_look_at(reader(node), asking(named))) == HALVES[0]
 
 
@@ -287,7 +287,7 @@ def test_where_ip_cannot_be_asked_nothing_is_taken_for_granted(monkeypatch: pyte
     for ask in (qsfp.management, qsfp.addresses):
         with pytest.raises(LinkProblem, match="ip -j addr") as told:
             ask(LocalReader())
-        assert "iproute2" in told.value.mend
+        assert "iproute2" in told.value.hint
 
 
 # --- the port that is used, and what is refused
@@ -305,12 +305,12 @@ def test_two_cables_are_an_error_that_lists_both_ports_and_names_the_option(tmp_
     node = spark(tmp_path, cable=0)
     (tmp_path / "sys/class/net/enp1s0f1np1/carrier").write_text("1\n")
     told = refusal(node)
-    assert "2 QSFP ports have a carrier" in told.what
-    assert told.why == (
+    assert "2 QSFP ports have a carrier" in told.message
+    assert told.cause == (
         "port 0: enp1s0f0np0 + enP2p1s0f0np0, carrier, 200000 Mb/s; "
         "port 1: enp1s0f1np1 + enP2p1s0f1np1, carrier, 200000 Mb/s"
     )
-    assert "--interface enp1s0f0np0" in told.mend and "network.interface" in told.mend
+    assert "--interface enp1s0f0np0" in told.hint and "network.interface" in told.hint
 
 
 @pytest.mark.parametrize(("carrier", "words"), [(False, "no carrier"), (None, "not known")])
@@ -319,8 +319,8 @@ def test_no_cable_in_two_ports_is_an_error_that_lists_them(tmp_path: Path, carri
     for name in (name for port in HALVES.values() for name, _ in port):
         node.card(name, carrier=carrier)
     told = refusal(node)
-    assert "no QSFP port" in told.what and told.why.count(words) == 2
-    assert "ip link set enp1s0f0np0 up" in told.mend and "--interface" in told.mend
+    assert "no QSFP port" in told.message and told.cause.count(words) == 2
+    assert "ip link set enp1s0f0np0 up" in told.hint and "--interface" in told.hint
 
 
 @pytest.mark.parametrize("carrier", [True, False, None])
@@ -333,7 +333,7 @@ def test_the_only_port_is_taken_whatever_its_carrier(tmp_path: Path, carrier: bo
 
 def test_a_node_without_a_port_is_told_what_was_looked_for(tmp_path: Path) -> None:
     told = refusal(Sysfs(tmp_path))
-    assert told.what == "this node has no QSFP port" and "mlx5_core" in told.why and "lspci" in told.mend
+    assert told.message == "this node has no QSFP port" and "mlx5_core" in told.cause and "lspci" in told.hint
 
 
 # NVIDIA/NV-Kernels #271 names the folder; the flag file is in NVIDIA's guide to the Holoscan sensor bridge.
@@ -350,11 +350,11 @@ def test_a_card_that_dgx_os_has_switched_off_is_told_from_a_missing_one(
     (tmp_path / path).parent.mkdir(parents=True)
     (tmp_path / path).write_text(content)
     told = refusal(node, named)
-    assert told.what == "this node has no QSFP port"
-    assert "switched off to save power until a cable is in and the other node is on" in told.why
-    assert "cable in at both ends" in told.mend and "reboot both with the cable in" in told.mend
-    assert "`sudo mv /etc/nvidia/cx7-hotplug-enabled /etc/nvidia/cx7-hotplug-disabled`" in told.mend
-    assert "mstflint" not in told.mend
+    assert told.message == "this node has no QSFP port"
+    assert "switched off to save power until a cable is in and the other node is on" in told.cause
+    assert "cable in at both ends" in told.hint and "reboot both with the cable in" in told.hint
+    assert "`sudo mv /etc/nvidia/cx7-hotplug-enabled /etc/nvidia/cx7-hotplug-disabled`" in told.hint
+    assert "mstflint" not in told.hint
 
 
 def test_a_card_that_is_on_is_used_whatever_could_switch_it_off(tmp_path: Path) -> None:
@@ -368,14 +368,14 @@ def test_a_card_that_counts_as_plugged_in_and_is_not_there_is_a_missing_one(tmp_
     node = Sysfs(tmp_path)
     (tmp_path / DEBUG_STATE).parent.mkdir(parents=True)
     (tmp_path / DEBUG_STATE).write_text("1\n")
-    assert "lspci" in refusal(node).mend
+    assert "lspci" in refusal(node).hint
 
 
 @pytest.mark.parametrize("name", ["enP7s7", "wlP9s9"])
 def test_a_management_interface_is_refused_whatever_the_config_says(tmp_path: Path, name: str) -> None:
     told = refusal(spark(tmp_path), name)
-    assert told.what.startswith(f"{name} must not be touched: it ")
-    assert "port 0: enp1s0f0np0 + enP2p1s0f0np0" in told.why and "--interface enp1s0f0np0" in told.mend
+    assert told.message.startswith(f"{name} must not be touched: it ")
+    assert "port 0: enp1s0f0np0 + enP2p1s0f0np0" in told.cause and "--interface enp1s0f0np0" in told.hint
 
 
 @pytest.mark.parametrize("named", [None, "enp1s0f0np0", "enP2p1s0f0np0"])
@@ -383,8 +383,8 @@ def test_a_qsfp_port_with_the_default_route_is_refused_too(tmp_path: Path, named
     node = spark(tmp_path)
     node.default_route("enP2p1s0f0np0")
     told = refusal(node, named)
-    assert "enP2p1s0f0np0 has the default route" in told.why
-    assert "another interface" in told.mend and "--interface" not in told.mend
+    assert "enP2p1s0f0np0 has the default route" in told.cause
+    assert "another interface" in told.hint and "--interface" not in told.hint
 
 
 def test_the_cable_beside_a_port_with_the_default_route_is_found(tmp_path: Path) -> None:
@@ -400,15 +400,15 @@ def test_the_cable_beside_a_port_with_the_default_route_is_found(tmp_path: Path)
 )
 def test_a_name_that_cannot_be_is_refused_with_the_candidates(tmp_path: Path, name: str, what: str) -> None:
     told = refusal(spark(tmp_path, cable=1), name)
-    assert told.what == what
-    assert "enp1s0f0np0" in told.why and "enp1s0f1np1" in told.why and "--interface enp1s0f1np1" in told.mend
+    assert told.message == what
+    assert "enp1s0f0np0" in told.cause and "enp1s0f1np1" in told.cause and "--interface enp1s0f1np1" in told.hint
 
 
 def test_the_port_without_the_cable_is_refused_while_the_other_one_has_it(tmp_path: Path) -> None:
     node = spark(tmp_path, cable=1)
     told = refusal(node, "enp1s0f0np0")
-    assert "enp1s0f0np0 has no carrier, but port 1 has one" in told.what
-    assert "--interface enp1s0f1np1" in told.mend
+    assert "enp1s0f0np0 has no carrier, but port 1 has one" in told.message
+    assert "--interface enp1s0f1np1" in told.hint
 
 
 def test_the_named_port_is_kept_while_no_other_one_has_a_cable(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from sparkinstall.core.checks import look
 from sparkinstall.events import silent
 from sparkinstall.node import Node
 from sparkinstall.probes.preflight import preflight
-from sparkinstall.resources import Drift, Obstacle, Unknown
+from sparkinstall.resources import Drift, Conflict, Unknown
 from sparkinstall.resources.packages import Packages
 from sparkinstall.resources.template import render
 from sparkinstall.resources.transport import Transport
@@ -162,9 +162,9 @@ def test_a_network_that_is_not_ours_is_not_waited_for(monkeypatch: pytest.Monkey
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
     spark(tmp_path)
     state = Transport(head_of_two(network__manage=False)).check(Machine(str(tmp_path)))
-    assert isinstance(state, Obstacle)
-    assert "enp1s0f0np0 has not this node's address 192.168.100.10" in state.what
-    assert "network.manage=true" in state.mend
+    assert isinstance(state, Conflict)
+    assert "enp1s0f0np0 has not this node's address 192.168.100.10" in state.message
+    assert "network.manage=true" in state.hint
     assert isinstance(Transport(head_of_two()).check(Machine(str(tmp_path))), Unknown)
 
 

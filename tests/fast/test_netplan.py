@@ -18,10 +18,10 @@ from sparkinstall.errors import Blocked, Problem
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
-from sparkinstall.journal.undo import take_all_back
+from sparkinstall.journal.undo import undo_all
 from sparkinstall.node import Node
 from sparkinstall.probes import network
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, State
 from sparkinstall.resources.netplan import files
 from sparkinstall.resources.netplan.live import LiveLink, Netplan, restoring, take_back
 from sparkinstall.stacks import load
@@ -103,7 +103,7 @@ def rehearsed(tmp_path: Path) -> Rehearsed:
 def test_both_halves_get_an_address_in_a_subnet_of_their_own(rehearsed: Rehearsed) -> None:
     assert isinstance(rehearsed.check(), Drift)
     rehearsed.make()
-    assert isinstance(rehearsed.check(), Satisfied)
+    assert isinstance(rehearsed.check(), Ok)
     one, other = rehearsed.ethernets()[FIRST], rehearsed.ethernets()[SECOND]
     assert one["addresses"] == ["192.168.100.10/24"]
     assert other["addresses"] == ["192.168.101.10/24"]
@@ -139,8 +139,8 @@ def test_it_is_only_for_several_nodes_and_where_it_is_wanted() -> None:
 
 def test_a_rehearsal_leaves_the_applying_to_the_node(rehearsed: Rehearsed) -> None:
     state = LiveLink(node()).check(LocalReader(str(rehearsed.root)))
-    assert isinstance(state, LeftToNode)
-    assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in state.what
+    assert isinstance(state, NodeOnly)
+    assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in state.reason
     assert {each.look(LocalReader(str(rehearsed.root))).verdict for each in network.probes(node())} == {"skip"}
 
 
@@ -177,7 +177,7 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("what", ELSEWHERE.values(), ids=ELSEWHERE)
+@pytest.mark.parametrize("message", ELSEWHERE.values(), ids=ELSEWHERE)
 def test_a_file_that_is_only_of_our_port_goes_and_comes_back(rehearsed: Rehearsed, what: str) -> None:
     theirs = rehearsed.put("etc/netplan/90-theirs.yaml", f"# mine\nnetwork: {{version: 2, {what}}}\n", 0o640)
     os.utime(theirs, ns=(OLD, OLD))
@@ -188,8 +188,8 @@ def test_a_file_that_is_only_of_our_port_goes_and_comes_back(rehearsed: Rehearse
     assert "# mine" in state.before and "# mine" not in state.after
     rehearsed.make()
     assert not theirs.exists()
-    assert isinstance(rehearsed.check(), Satisfied)
-    take_all_back(rehearsed.state)
+    assert isinstance(rehearsed.check(), Ok)
+    undo_all(rehearsed.state)
     assert not (difference(before, tree(rehearsed.root, files_with_times)))
 
 
@@ -212,8 +212,8 @@ def test_a_file_that_says_more_loses_only_our_port(rehearsed: Rehearsed) -> None
     assert "10:20:30:40:50:11" in theirs.read_text() and "password: not-to-be-shown" in theirs.read_text()
     assert rehearsed.said("etc/netplan/50-cloud-init.yaml")["renderer"] == "NetworkManager"
     assert rehearsed.ethernets()[FIRST]["renderer"] == "NetworkManager"
-    assert isinstance(rehearsed.check(), Satisfied)
-    take_all_back(rehearsed.state)
+    assert isinstance(rehearsed.check(), Ok)
+    undo_all(rehearsed.state)
     assert not (difference(before, tree(rehearsed.root, files_with_times)))
 
 
@@ -230,9 +230,9 @@ def test_what_nvidias_file_says_of_the_other_port_stays(rehearsed: Rehearsed) ->
     assert rehearsed.ethernets()[other] == {"link-local": ["ipv4"]}
     assert rehearsed.ethernets()[FIRST]["link-local"] == []
     assert rehearsed.said()["bridges"] == {"br0": {"interfaces": [other], "dhcp4": False}}
-    assert isinstance(rehearsed.check(), Satisfied)
+    assert isinstance(rehearsed.check(), Ok)
     rehearsed.generated()
-    take_all_back(rehearsed.state)
+    undo_all(rehearsed.state)
     assert not (difference(before, tree(rehearsed.root, files_with_times)))
 
 
@@ -242,13 +242,13 @@ def test_a_cable_in_the_other_port_leaves_nothing_at_the_first(rehearsed: Rehear
     assert isinstance(rehearsed.check(moved), Drift)
     rehearsed.make(moved)
     assert set(rehearsed.ethernets()) == {"enp1s0f1np1", "enP2p1s0f1np1"}
-    assert isinstance(rehearsed.check(moved), Satisfied)
+    assert isinstance(rehearsed.check(moved), Ok)
 
 
 def obstacle(state: State) -> str:
-    assert isinstance(state, Obstacle), state
-    assert state.mend
-    return state.what
+    assert isinstance(state, Conflict), state
+    assert state.hint
+    return state.message
 
 
 IN_THE_WAY = {
@@ -273,7 +273,7 @@ IN_THE_WAY = {
 }
 
 
-@pytest.mark.parametrize(("what", "sentence"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+@pytest.mark.parametrize(("message", "sentence"), IN_THE_WAY.values(), ids=IN_THE_WAY)
 def test_what_cannot_be_taken_over_is_named(rehearsed: Rehearsed, what: str, sentence: str) -> None:
     rehearsed.put("etc/netplan/50-theirs.yaml", f"network: {{version: 2, {what}}}\n")
     said = obstacle(rehearsed.check())
@@ -298,9 +298,9 @@ def test_a_profile_of_network_managers_own_is_in_the_way(rehearsed: Rehearsed, l
     assert isinstance(Netplan(node()).check(rehearsed.state.system), Drift)
     rehearsed.put(f"{KEYFILES}/by hand.nmconnection", f"[connection]\nid=by hand\n{line}\n[ipv4]\nmethod=auto\n")
     state = Netplan(node()).check(rehearsed.state.system)
-    assert isinstance(state, Obstacle)
-    assert "by hand.nmconnection" in state.what
-    assert "sudo rm '/etc/NetworkManager/system-connections/by hand.nmconnection'" in state.mend
+    assert isinstance(state, Conflict)
+    assert "by hand.nmconnection" in state.message
+    assert "sudo rm '/etc/NetworkManager/system-connections/by hand.nmconnection'" in state.hint
 
 
 def test_a_profile_for_any_interface_gives_way(rehearsed: Rehearsed) -> None:
@@ -348,9 +348,9 @@ def test_netplan_itself_refuses_and_nothing_is_changed(rehearsed: Rehearsed) -> 
     before = tree(rehearsed.root / "etc")
     with pytest.raises(Problem) as raised:
         rehearsed.make()
-    assert "/etc/netplan/50-theirs.yaml:5:" in raised.value.why
-    assert "gatway4" in raised.value.why
-    assert "sparkinstall-netplan" not in raised.value.why
+    assert "/etc/netplan/50-theirs.yaml:5:" in raised.value.cause
+    assert "gatway4" in raised.value.cause
+    assert "sparkinstall-netplan" not in raised.value.cause
     assert tree(rehearsed.root / "etc") == before
 
 
@@ -361,7 +361,7 @@ def test_a_link_in_its_place_is_replaced_and_comes_back(rehearsed: Rehearsed) ->
     before = tree(rehearsed.root, files_with_times)
     rehearsed.make()
     assert not (rehearsed.root / TARGET).is_symlink()
-    take_all_back(rehearsed.state)
+    undo_all(rehearsed.state)
     assert not (difference(before, tree(rehearsed.root, files_with_times)))
 
 
@@ -369,7 +369,7 @@ def test_what_was_changed_since_is_kept(rehearsed: Rehearsed) -> None:
     rehearsed.make()
     file = rehearsed.root / TARGET
     file.write_text(file.read_text() + "# and mine\n")
-    kept = {each.subject: each.outcome for each in take_all_back(rehearsed.state)}
+    kept = {each.subject: each.outcome for each in undo_all(rehearsed.state)}
     assert kept[f"/{TARGET}"] == "kept"
 
 
@@ -439,7 +439,7 @@ def test_a_file_of_any_bytes_is_read_or_refused(tail: bytes, head: bytes) -> Non
         there.mkdir(parents=True)
         (there / "x.yaml").write_bytes(head + tail)
         state = Netplan(node()).check(LocalReader(folder))
-    assert isinstance(state, Drift | Obstacle)
+    assert isinstance(state, Drift | Conflict)
 
 
 def test_an_uninstall_does_not_cut_the_session_it_runs_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparkinstall.resources import Drift, LeftToNode, Satisfied
+from sparkinstall.resources import Drift, NodeOnly, Ok
 from sparkinstall.resources.packages import Packages, installed
 from sparkinstall.system.local import LocalReader
 from tests.support.machine import Machine
@@ -45,14 +45,14 @@ def test_only_what_is_whole_counts(machine: Machine) -> None:
 
 
 def test_what_is_missing_is_named_and_nothing_else(machine: Machine) -> None:
-    assert isinstance(Packages(("git", "awk")).check(machine), Satisfied)
+    assert isinstance(Packages(("git", "awk")).check(machine), Ok)
     state = Packages(("git", "python3.12-dev")).check(machine)
     assert isinstance(state, Drift)
     assert state.summary == "install python3.12-dev"
 
 
 def test_a_rehearsal_leaves_them_to_the_node(tmp_path: Path) -> None:
-    assert isinstance(Packages(("git",)).check(LocalReader(str(tmp_path))), LeftToNode)
+    assert isinstance(Packages(("git",)).check(LocalReader(str(tmp_path))), NodeOnly)
 
 
 @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="this machine has no dpkg to compare with")

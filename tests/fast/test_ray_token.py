@@ -14,9 +14,9 @@ from sparkinstall.events import silent
 from sparkinstall.journal.journal import Journal
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
-from sparkinstall.journal.undo import take_all_back
+from sparkinstall.journal.undo import undo_all
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok
 from sparkinstall.resources import ray_token as module
 from sparkinstall.resources.ray_token import RayToken, by_hand, given
 from sparkinstall.system.local import LocalSystem
@@ -44,7 +44,7 @@ def test_the_head_makes_one_and_never_a_second(tmp_path: Path) -> None:
     token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
     assert isinstance(token.check(on), Drift)
     token.apply(on)
-    assert isinstance(token.check(on), Satisfied)
+    assert isinstance(token.check(on), Ok)
     made = token_at(tmp_path).read_text()
     assert len(made) == 64
     assert stat.S_IMODE(token_at(tmp_path).stat().st_mode) == 0o600
@@ -75,7 +75,7 @@ def test_one_that_others_can_read_is_closed_and_kept(mode: int, tmp_path: Path) 
     token_at(tmp_path).chmod(mode)
     assert isinstance(token.check(on), Drift)
     token.apply(on)
-    assert isinstance(token.check(on), Satisfied)
+    assert isinstance(token.check(on), Ok)
     assert token_at(tmp_path).read_text() == made
 
 
@@ -86,7 +86,7 @@ def test_one_that_belongs_to_somebody_else_is_taken_over(tmp_path: Path) -> None
     os.chown(token_at(tmp_path), 12345, 12345)
     assert isinstance(token.check(on), Drift)
     token.apply(on)
-    assert isinstance(token.check(on), Satisfied)
+    assert isinstance(token.check(on), Ok)
 
 
 @pytest.mark.parametrize("rubbish", [b"", b"short", b"two words that are long enough", b"\x00" * 40])
@@ -104,7 +104,7 @@ def test_rubbish_is_no_token(rubbish: bytes, tmp_path: Path) -> None:
 
 def test_a_folder_in_its_place_is_an_obstacle(tmp_path: Path) -> None:
     token_at(tmp_path).mkdir(parents=True)
-    assert isinstance(RayToken(node_of(tmp_path, "head")).check(system_of(tmp_path)), Obstacle)
+    assert isinstance(RayToken(node_of(tmp_path, "head")).check(system_of(tmp_path)), Conflict)
 
 
 def test_a_worker_takes_the_file_it_is_given_and_the_newer_one(tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_a_worker_takes_the_file_it_is_given_and_the_newer_one(tmp_path: Path) -
         token = RayToken(with_file(node_of(tmp_path, "worker"), str(file)))
         assert isinstance(token.check(on), Drift)
         token.apply(on)
-        assert isinstance(token.check(on), Satisfied)
+        assert isinstance(token.check(on), Ok)
         assert token_at(tmp_path).read_text() == text
-    assert isinstance(RayToken(node_of(tmp_path, "worker")).check(on), Satisfied), "it need not be given again"
+    assert isinstance(RayToken(node_of(tmp_path, "worker")).check(on), Ok), "it need not be given again"
 
 
 def test_the_standard_input_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,7 +125,7 @@ def test_the_standard_input_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     token, on = RayToken(with_file(node_of(tmp_path, "worker"), "-")), system_of(tmp_path)
     assert isinstance(token.check(on), Drift)
     token.apply(on)
-    assert isinstance(token.check(on), Satisfied)
+    assert isinstance(token.check(on), Ok)
 
 
 def test_a_file_that_is_not_there_is_said_in_words(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_file_that_is_not_there_is_said_in_words(tmp_path: Path) -> None:
 
 
 def test_a_worker_in_a_rehearsal_leaves_it_to_the_node(tmp_path: Path) -> None:
-    assert isinstance(RayToken(node_of(tmp_path, "worker")).check(system_of(tmp_path)), LeftToNode)
+    assert isinstance(RayToken(node_of(tmp_path, "worker")).check(system_of(tmp_path)), NodeOnly)
 
 
 def test_a_worker_that_cannot_fetch_it_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +143,10 @@ def test_a_worker_that_cannot_fetch_it_says_what_to_type(tmp_path: Path, monkeyp
     node = node_of(tmp_path, "worker")
     with pytest.raises(Problem) as caught:
         RayToken(node).apply(system_of(tmp_path))
-    assert "192.168.100.10, could not be fetched" in caught.value.what
-    assert caught.value.why
+    assert "192.168.100.10, could not be fetched" in caught.value.message
+    assert caught.value.cause
     assert "ssh 192.168.100.10 cat /opt/sparkinstall/ray-token | sparkinstall multi-node --role worker" in by_hand(node)
-    assert caught.value.mend == by_hand(node)
+    assert caught.value.hint == by_hand(node)
 
 
 def test_uninstall_removes_it(tmp_path: Path) -> None:
@@ -155,6 +155,6 @@ def test_uninstall_removes_it(tmp_path: Path) -> None:
     state.home.mkdir(parents=True)
     on = JournaledSystem(system, Journal(state.home, "run"), "ray", tmp_path / "log", silent)
     RayToken(node_of(tmp_path, "head")).apply(on)
-    take_all_back(state)
+    undo_all(state)
     assert not token_at(tmp_path).exists()
     assert not (tmp_path / "opt").exists()

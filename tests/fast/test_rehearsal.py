@@ -85,17 +85,17 @@ def test_a_half_patched_file_is_an_error_that_names_it_and_changes_nothing(old: 
     path.write_text(half)
     answer = envelope(old.all("--json"))
     assert answer["exit_code"] == 1
-    assert W8A8 in answer["errors"][0]["what"]
-    assert "sha256" in answer["errors"][0]["what"]
-    assert "run environment --fresh" in answer["errors"][0]["mend"]
+    assert W8A8 in answer["errors"][0]["message"]
+    assert "sha256" in answer["errors"][0]["message"]
+    assert "run environment --force" in answer["errors"][0]["hint"]
     assert path.read_text() == half
-    fresh = sparkinstall("run", "environment", "fp8", "--fresh", "--root", old.root)
+    fresh = sparkinstall("run", "environment", "fp8", "--force", "--root", old.root)
     assert fresh.returncode == 0, fresh.stderr
     assert path.read_text() == whole
 
 
 def test_a_part_that_was_made_anew_says_what_is_open_now(old: Rehearsal) -> None:
-    fresh = sparkinstall("run", "environment", "--fresh", "--root", old.root)
+    fresh = sparkinstall("run", "environment", "--force", "--root", old.root)
     assert fresh.returncode == 0
     assert "Open now: fp8" in fresh.stdout
     assert old.all().returncode == 0
@@ -112,8 +112,8 @@ def test_verify_is_good_and_says_what_it_could_not_see(old: Rehearsal) -> None:
 def test_the_eight_fixes_are_told_truthfully(old: Rehearsal) -> None:
     answer = envelope(sparkinstall("status", "--json", "--root", old.root))
     standing = {fix["number"]: fix["standing"] for fix in answer["data"]["fixes"]}
-    assert standing[2] == "unneeded"
-    assert standing[6] == "left"
+    assert standing[2] == "not_applicable"
+    assert standing[6] == "node_only"
     assert "proven" not in standing.values()
 
 
@@ -171,4 +171,4 @@ def test_a_stack_without_a_lock_is_recorded_once_and_held_to(tmp_path: Path) -> 
     lock.write_text(before + vllm + "0" * 64 + after[64:])
     answer = envelope(rehearsal.all("--json"))
     assert answer["exit_code"] == 1
-    assert "does not have the hash" in answer["errors"][0]["why"]
+    assert "does not have the hash" in answer["errors"][0]["cause"]

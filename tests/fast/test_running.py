@@ -105,7 +105,7 @@ def test_a_preload_of_a_file_that_is_not_there_is_told(node: Node, tmp_path: Pat
     found = looked(node, tmp_path, "nccl-preload")
     assert found.verdict == "fail"
     assert "cannot be preloaded" in found.found and "gone/libnccl.so.2" in found.found
-    assert "sparkinstall all" in found.mend
+    assert "sparkinstall all" in found.hint
 
 
 def test_an_env_file_that_names_no_nccl_is_told(node: Node, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ def test_what_changed_since_the_start_is_told_with_the_restart(served: Node, tmp
         "vllm.service was started with CUDA_HOME=/usr/local/cuda-12.8 (the file says /usr/local/cuda), "
         "no RAY_memory_usage_threshold, VLLM_DISABLED_KERNELS=CutlassFP8ScaledMMLinearKernel (the file has none)"
     )
-    assert found.mend.startswith("`sudo systemctl restart vllm.service`")
+    assert found.hint.startswith("`sudo systemctl restart vllm.service`")
 
 
 def test_what_a_service_sets_for_its_own_children_is_its_own_matter(served: Node, tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_a_library_that_was_replaced_since_the_start_is_told(served: Node, tmp_p
         found = looked(served, tmp_path, "running-nccl")
     assert found.verdict == "warn"
     assert "replaced since the start" in found.found
-    assert found.mend == "`sudo systemctl restart vllm.service`"
+    assert found.hint == "`sudo systemctl restart vllm.service`"
 
 
 def test_a_library_without_a_build_id_is_not_taken_for_ours(served: Node, tmp_path: Path) -> None:

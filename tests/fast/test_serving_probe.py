@@ -206,7 +206,7 @@ class TestWithoutACompletion:
 
         finding = serving._not_up(node_of(place), OfSystemd())
         assert (finding.verdict, words in finding.found) == (verdict, True), finding
-        assert restarts == 0 or finding.mend == "`sparkinstall diagnose --unit vllm`"
+        assert restarts == 0 or finding.hint == "`sparkinstall diagnose --unit vllm`"
 
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/metrics"])
     def test_health_alone_does_not_pass(self, place: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +227,7 @@ class TestWithoutACompletion:
         monkeypatch.delenv(vllm_client.KEY, raising=False)
         asks = self.judged(found(place, Api(key="sesame")))
         assert (asks.verdict, asks.found) == ("fail", "it asks for a key (HTTP 401)")
-        assert f"export {vllm_client.KEY}" in asks.mend
+        assert f"export {vllm_client.KEY}" in asks.hint
         monkeypatch.setenv(vllm_client.KEY, "simsim")
         refuses = self.judged(found(place, Api(key="sesame")))
         assert (refuses.verdict, refuses.found) == ("fail", f"it does not take the key in {vllm_client.KEY}")
@@ -299,13 +299,13 @@ def test_where_the_thinking_is(place: Path, name: str) -> None:
     said, settings, verdict, says = STREAMS[name]
     finding = found(place, said, "serving-stream", **settings)["serving-stream"]
     assert (finding.verdict, finding.found[: len(says)]) == (verdict, says)
-    assert bool(finding.mend) == (verdict in ("warn", "fail"))
+    assert bool(finding.hint) == (verdict in ("warn", "fail"))
 
 
 def test_the_mend_names_the_parser_of_the_model(place: Path) -> None:
-    mend = found(place, Api(RAW))["serving-stream"].mend
-    assert mend.startswith("add `--reasoning-parser`, `qwen3` to `serving.arguments`")
-    unknown = found(place, Api(RAW, root="/models/mine"), **{"serving.model": "/models/mine"})["serving-stream"].mend
+    hint = found(place, Api(RAW))["serving-stream"].hint
+    assert hint.startswith("add `--reasoning-parser`, `qwen3` to `serving.arguments`")
+    unknown = found(place, Api(RAW, root="/models/mine"), **{"serving.model": "/models/mine"})["serving-stream"].hint
     assert unknown.startswith("add `--reasoning-parser`, `NAME` to")
 
 

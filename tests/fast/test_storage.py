@@ -49,14 +49,14 @@ def test_a_full_disk_is_told_and_with_more_space_the_same_command_goes_on(tmp_pa
     with small_disk(tmp_path / "disk", "64m") as disk:
         node = Rehearsal(disk / "node")
         first = envelope(node.all("--json"))
-        assert first["status"] == "preflight" and "disk" in first["errors"][0]["what"]
+        assert first["status"] == "preflight" and "disk" in first["errors"][0]["message"]
         assert list(disk.iterdir()) == [], "nothing was touched"
 
         node = Rehearsal(disk / "node", (*SETTINGS, "--ignore", "disk"))
         run = node.all("--json")
         full = envelope(run)
-        assert (full["exit_code"], full["errors"][0]["why"]) == (1, "the disk is full"), said(run)
-        assert "run the same command again" in full["errors"][0]["mend"]
+        assert (full["exit_code"], full["errors"][0]["cause"]) == (1, "the disk is full"), said(run)
+        assert "run the same command again" in full["errors"][0]["hint"]
         assert "Traceback" not in said(run)
         resize(disk, "1500m")
         run = node.all("--json")
@@ -98,7 +98,7 @@ def test_a_full_state_disk_is_told_from_the_first_moment(tmp_path: Path) -> None
         run = Rehearsal(tmp_path / "node", (*SETTINGS, "--ignore", "disk")).all("--json")
         answer = envelope(run)
         assert (answer["exit_code"], answer["errors"][0]["code"]) == (1, "storage"), said(run)
-        assert "full" in answer["errors"][0]["what"] and "Traceback" not in said(run)
+        assert "full" in answer["errors"][0]["message"] and "Traceback" not in said(run)
 
 
 @pytest.mark.parametrize("place", ["opt", "var/lib", ""])
@@ -111,7 +111,7 @@ def test_a_read_only_place_is_told_and_nothing_is_lost(tmp_path: Path, place: st
         run = node.all("--json")
         answer = envelope(run)
         assert answer["exit_code"] == 1 and answer["errors"][0]["code"] == "storage", said(run)
-        assert "read-only" in answer["errors"][0]["what"] and answer["errors"][0]["mend"]
+        assert "read-only" in answer["errors"][0]["message"] and answer["errors"][0]["hint"]
         assert "Traceback" not in said(run)
     assert node.uninstall().returncode == 0
     assert tree(tmp_path, files_with_times) == first
@@ -127,9 +127,9 @@ def test_a_folder_that_is_not_ours_to_write_to_is_named(tmp_path: Path, name: st
     )
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["code"]) == (1, "storage"), error
-    assert error["what"] == f"{closed / name}/var/lib/sparkinstall cannot be made: permission denied"
-    assert error["why"] == f"you may not write to the folder {closed}"
-    assert "--root" in error["mend"] and f"chmod u+wx {closed}" in error["mend"]
+    assert error["message"] == f"{closed / name}/var/lib/sparkinstall cannot be made: permission denied"
+    assert error["cause"] == f"you may not write to the folder {closed}"
+    assert "--root" in error["hint"] and f"chmod u+wx {closed}" in error["hint"]
     assert list(closed.iterdir()) == []
 
 
@@ -149,7 +149,7 @@ def test_a_cut_download_is_gone_on_with(tmp_path: Path) -> None:
         for _ in range(2):
             with pytest.raises(CommandFailed) as cut:
                 fetch(server.url, tmp_path / "file", lambda *amount: told.append(amount))
-            assert "what has arrived is kept" in cut.value.mend
+            assert "what has arrived is kept" in cut.value.hint
             assert not (tmp_path / "file").exists()
         got = fetch(server.url, tmp_path / "file", lambda *amount: told.append(amount))
         assert same(got)
@@ -208,7 +208,7 @@ def test_a_wheel_with_another_hash_than_the_locks_is_not_installed(tmp_path: Pat
     node.root.parent.mkdir()
     run = node.all("--json", **no_index(stack))
     error = envelope(run)["errors"][0]
-    assert "hash" in error["why"] and error["mend"] and error["log"], said(run)
+    assert "hash" in error["cause"] and error["hint"] and error["log"], said(run)
     assert not list(node.root.rglob("vllm"))
     assert node.uninstall().returncode == 0
     assert list(node.root.parent.iterdir()) == []
@@ -222,7 +222,7 @@ def test_nccls_tarball_with_another_hash_is_not_unpacked_and_not_kept(tmp_path: 
         on.claim("/nccl")
         with pytest.raises(Blocked, match="does not have the hash it must have") as wrong:
             source.bring(on, "/nccl/source")
-        assert hashlib.sha256(CONTENT).hexdigest() in wrong.value.why
+        assert hashlib.sha256(CONTENT).hexdigest() in wrong.value.cause
         assert not (tmp_path / "node/nccl/source").exists()
         assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".tar"]
 
@@ -364,7 +364,7 @@ def test_a_second_run_beside_the_first_is_told_who_is_at_work(tmp_path: Path) ->
     for second in (node.all("--json"), node.uninstall("--json")):
         answer = envelope(second)
         assert (answer["exit_code"], answer["errors"][0]["code"]) == (1, "busy")
-        assert re.search(rf"`all`, pid {run.pid}, since", answer["errors"][0]["what"])
+        assert re.search(rf"`all`, pid {run.pid}, since", answer["errors"][0]["message"])
     os.kill(run.pid, signal.SIGCONT)
     text, _ = run.communicate(timeout=120)
     assert run.returncode == 0, text
@@ -395,7 +395,7 @@ def test_a_clock_that_is_years_off_is_told_before_anything_is_touched(tmp_path: 
     node = Rehearsal(tmp_path / "node")
     run = node.all("--json", through="tests.support.wrong_clock", CLOCK_SECONDS="86400")
     answer = envelope(run)
-    assert answer["status"] == "preflight" and "clock" in answer["errors"][0]["what"], said(run)
+    assert answer["status"] == "preflight" and "clock" in answer["errors"][0]["message"], said(run)
     assert not node.root.exists()
 
 

@@ -148,7 +148,7 @@ def test_what_helps_is_in_it(node: Path) -> None:
     (known,) = [each for each in json.loads(contents["diagnose.json"])["found"] if each["fix"] == 1]
     (place,) = known["places"]
     assert (place["log"], place["line"]) == (f"logs/{RUN}/environment.log", 7)
-    assert "received 176 bytes instead of 172" in place["text"] and known["mend"]
+    assert "received 176 bytes instead of 172" in place["text"] and known["hint"]
     assert "NCCL_DEBUG=INFO" in contents["env/single-node.env"].decode()
     assert "192.168.100.10/24" in contents["netplan/40-cx7.yaml"].decode()
     assert json.loads(contents["decisions/fp8.json"])["why"] == "sm_120a only"
@@ -218,7 +218,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_with_another_way(tmp_path: P
     assert run.returncode == FAILED and "`--output FILE.tar.gz`" in said(run)
     with pytest.raises(Storage, match=r"writing .*/x\.tar\.gz failed") as refused:
         support_bundle._written(tmp_path / "gone/x.tar.gz", b"x")
-    assert "sparkinstall" not in refused.value.what, "nor the name under which it waits"
+    assert "sparkinstall" not in refused.value.message, "nor the name under which it waits"
 
 
 def test_without_a_name_it_is_made_here_and_the_members_are_shown(

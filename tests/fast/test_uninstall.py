@@ -10,7 +10,7 @@ from sparkinstall.errors import Blocked
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
-from sparkinstall.journal.undo import TakenBack, take_all_back
+from sparkinstall.journal.undo import Undone, undo_all
 from sparkinstall.system import Undo
 from sparkinstall.system.local import LocalSystem, staged
 from tests.support.rehearsals import (
@@ -41,17 +41,17 @@ def state_of(root: Path) -> StateFolder:
     return StateFolder(LocalSystem(str(root)))
 
 
-def touched(root: Path, *touches: tuple[Any, ...]) -> None:
+def touched(root: Path, *changes: tuple[Any, ...]) -> None:
     """Make touches (the name of a `System`'s method, then its arguments) in one run."""
     state = state_of(root)
     with state.hold("all", silent) as run:
         on = JournaledSystem(state.system, state.journal(run), "test", state.logs(run) / "test.log", silent)
-        for name, *arguments in touches:
+        for name, *arguments in changes:
             getattr(on, name)(*arguments)
 
 
-def taken_back(root: Path) -> dict[str, TakenBack]:
-    return {each.subject: each for each in take_all_back(state_of(root))}
+def taken_back(root: Path) -> dict[str, Undone]:
+    return {each.subject: each for each in undo_all(state_of(root))}
 
 
 def before(root: Path) -> Tree:
@@ -192,7 +192,7 @@ def test_an_empty_folder_that_became_ours_is_empty_again(root: Path) -> None:
     assert (root / "opt/sparkinstall/venv").stat().st_mode & 0o7777 == 0o700
 
 
-@pytest.mark.parametrize("what", ["a full folder", "a file", "a link to an empty folder"])
+@pytest.mark.parametrize("message", ["a full folder", "a file", "a link to an empty folder"])
 def test_what_is_not_ours_is_not_claimed(root: Path, what: str) -> None:
     place = root / "place"
     if what == "a full folder":

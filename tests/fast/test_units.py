@@ -20,9 +20,9 @@ from sparkinstall.journal.journal import Journal
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.node import Node
 from sparkinstall.probes.ray import ray_nodes
-from sparkinstall.resources import Drift, LeftToNode, Satisfied, ray_ports, stale_services, systemd
+from sparkinstall.resources import Drift, NodeOnly, Ok, ray_ports, stale_services, systemd
 from sparkinstall.resources.firewall import Part
-from sparkinstall.resources.stale_services import FormerServices
+from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.systemd import Cause, Service, UnitFile, complaints_of_systemd
 from sparkinstall.resources.template import render
 from sparkinstall.steps import ray
@@ -113,10 +113,10 @@ def test_a_rehearsal_writes_the_unit_and_leaves_the_start_to_the_node(tmp_path: 
     node, on = node_of(tmp_path, "head"), system_of(tmp_path)
     kinds = []
     for resource in Ray().resources(node):
-        if not isinstance(resource.check(on), LeftToNode):
+        if not isinstance(resource.check(on), NodeOnly):
             resource.apply(on)
         kinds.append(type(resource.check(on)))
-    assert kinds == [Satisfied] * 4 + [LeftToNode]
+    assert kinds == [Ok] * 4 + [NodeOnly]
     text = (tmp_path / "etc/systemd/system/ray-head.service").read_text()
     assert f"{tmp_path}/opt/sparkinstall/venv/bin/ray start --head --block" in text
     assert sorted(path.name for path in (tmp_path / "etc/systemd/system").iterdir()) == ["ray-head.service"]
@@ -262,16 +262,16 @@ def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path
     (folder / "vllm.service").write_text("# somebody's own\n[Service]\nExecStart=/bin/true\n")
     for step in (Ray(), Firewall()):
         for each in step.resources(node_of(tmp_path, "head")):
-            if not isinstance(each.check(on), LeftToNode):
+            if not isinstance(each.check(on), NodeOnly):
                 each.apply(on)
     assert {each.name for each in folder.iterdir()} == {"ray-head.service", packet_filters.UNIT, "vllm.service"}
-    as_head, as_worker, alone = (FormerServices(node_of(tmp_path, role)) for role in ("head", "worker", "single"))
-    assert isinstance(as_head.check(on), Satisfied)
+    as_head, as_worker, alone = (StaleServices(node_of(tmp_path, role)) for role in ("head", "worker", "single"))
+    assert isinstance(as_head.check(on), Ok)
     state = as_worker.check(on)
     assert isinstance(state, Drift)
     assert state.summary == "stop ray-head.service: not asked for any more"
     alone.apply(on)
-    assert isinstance(alone.check(on), Satisfied)
+    assert isinstance(alone.check(on), Ok)
     assert {each.name for each in folder.iterdir()} == {"vllm.service"}
     assert not (tmp_path / "opt/sparkinstall/firewall.nft").exists(), "or `auto` would not look again"
 
@@ -283,10 +283,10 @@ def test_a_word_with_a_line_break_is_refused() -> None:
 
 
 def test_why_a_service_does_not_start_is_told_in_words() -> None:
-    service = Service("some.service", lambda _: (), "/noted", (Cause(r"refuses the token", "why", "mend"),))
+    service = Service("some.service", lambda _: (), "/noted", (Cause(r"refuses the token", "why", "hint"),))
     told = ["sparkinstall: the head refuses the token of this node", "some.service: Failed"]
-    assert service._cause(told) == ("the head refuses the token of this node", "mend")
-    assert service._cause(["it refuses the token"]) == ("why", "mend")
+    assert service._cause(told) == ("the head refuses the token of this node", "hint")
+    assert service._cause(["it refuses the token"]) == ("why", "hint")
     assert service._cause(["something else"]) == ("", "")
 
 

@@ -15,7 +15,7 @@ from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.core.fixes import FixState
 from sparkinstall.errors import BadUsage
 from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, passed, skipped, warned
-from sparkinstall.resources import Satisfied
+from sparkinstall.resources import Ok
 from tests.fast import test_docs
 from tests.fast.test_docs import HEAD, page
 from tests.support.mounts import read_only
@@ -95,13 +95,13 @@ def test_load_is_put_on_only_where_it_is_asked_for() -> None:
 def test_a_name_that_there_is_not_is_refused_with_the_nearest(option: str, word: str) -> None:
     with pytest.raises(BadUsage) as refused:
         checks.chosen(HEAD, **{option: [word]})  # type: ignore[arg-type]
-    assert "did you mean" in refused.value.mend
+    assert "did you mean" in refused.value.hint
 
 
 # --- how the eight fixes stand
 
-ORDER = ("proven", "done", "left")
-AS_IT_SHOULD_BE = [StepReport(step.name, "x", [Checked("k", Satisfied(""))]) for step in catalogue.STEPS]
+ORDER = ("proven", "done", "node_only")
+AS_IT_SHOULD_BE = [StepReport(step.name, "x", [Checked("k", Ok(""))]) for step in catalogue.STEPS]
 
 
 def standing_of(findings: dict[str, Finding]) -> dict[int, FixState]:
@@ -214,7 +214,7 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path,
         run = in_this_process("verify", "--root", node, "--junit", place, "--json")
         errors = envelope(run)["errors"]
         assert (run.returncode, errors[0]["code"]) == (USAGE, "usage"), said(run)
-        assert errors[0]["mend"]
+        assert errors[0]["hint"]
     with read_only(tmp_path):
         run = in_this_process("verify", "--root", node, "--junit", tmp_path / "j.xml", "--json")
     assert (run.returncode, envelope(run)["errors"][0]["code"]) == (1, "storage")
@@ -232,7 +232,7 @@ def test_a_journal_that_cannot_be_used_is_told_by_name(probed: Any, node: Path) 
         run = in_this_process(verb, "--root", node, "--json")
         (first, *_) = envelope(run)["data"][where[0]]
         assert (run.returncode, first["name"]) == (DRIFT, "journal"), said(run)
-        assert "journal.jsonl line 3 cannot be read" in first["found"] and first["mend"]
+        assert "journal.jsonl line 3 cannot be read" in first["found"] and first["hint"]
         assert first["title"] == "the record of what was here before", "it must not read as if that were so"
     report = node.parent / "j.xml"
     assert in_this_process("verify", "--root", node, "--junit", report).returncode == DRIFT
@@ -308,7 +308,7 @@ WORKFLOW_LINES = sorted(set(commands_of(workflows())))
 
 @pytest.mark.parametrize("line", WORKFLOW_LINES)
 def test_a_command_in_a_workflow_exists(line: str) -> None:
-    test_docs.test_a_command_in_the_documents_exists(test_docs.Said("docs/ci.md", line))
+    test_docs.test_a_command_in_the_documents_exists(test_docs.Reply("docs/ci.md", line))
 
 
 def test_the_commands_of_the_workflows_are_found() -> None:

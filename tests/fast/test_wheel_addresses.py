@@ -23,10 +23,10 @@ def test_a_wheel_at_an_address_that_does_not_answer_is_named_with_a_way_out(tmp_
     stack.write_text(stack.read_text().replace("{}", wheels))
     node = Rehearsal(tmp_path / "node", (*SETTINGS, "--stack", str(stack), "--platform", "aarch64"))
     run = node.all("--json", **{**no_index(stack), "UV_HTTP_RETRIES": "0"})
-    error = next(each for each in envelope(run)["errors"] if "127.0.0.1" in each["why"])
+    error = next(each for each in envelope(run)["errors"] if "127.0.0.1" in each["cause"])
     assert run.returncode == 1, said(run)
-    assert error["why"].endswith(ADDRESS) and "cannot be fetched" in error["why"]
-    assert "let this node reach 127.0.0.1" in error["mend"] and WAY_OUT in error["mend"]
+    assert error["cause"].endswith(ADDRESS) and "cannot be fetched" in error["cause"]
+    assert "let this node reach 127.0.0.1" in error["hint"] and WAY_OUT in error["hint"]
 
 
 # uv 0.13.8's own words for an address whose file is not there, with its arguments replaced.
@@ -39,9 +39,9 @@ NOT_FOUND = """error: Failed to download `{name} @ {url}`
 def test_a_wheel_that_is_gone_from_its_address_is_named(number: int, tmp_path: Path) -> None:
     node = arm_node(tmp_path)
     pin = node.wheels.wheels[number]
-    failure = _explained(CommandFailed("uv", tail=NOT_FOUND.format(name=pin.name, url=pin.url).splitlines()), node)
-    assert pin.url and pin.url in failure.why
-    assert WAY_OUT in failure.mend and f"reach {pin.url.split('/')[2]}," in failure.mend
+    failure = _explained(CommandFailed("uv", output=NOT_FOUND.format(name=pin.name, url=pin.url).splitlines()), node)
+    assert pin.url and pin.url in failure.cause
+    assert WAY_OUT in failure.hint and f"reach {pin.url.split('/')[2]}," in failure.hint
 
 
 def test_an_index_that_cannot_be_reached_is_no_wheel_at_an_address(tmp_path: Path) -> None:
@@ -49,8 +49,8 @@ def test_an_index_that_cannot_be_reached_is_no_wheel_at_an_address(tmp_path: Pat
         "  cause: Failed to fetch: https://index.example/simple/vllm/",
         "  cause: error sending request for url (https://index.example/simple/vllm/)",
     ]
-    failure = _explained(CommandFailed("uv", tail=tail), arm_node(tmp_path))
-    assert failure.why.startswith("the package index cannot be reached") and "--stack" not in failure.mend
+    failure = _explained(CommandFailed("uv", output=tail), arm_node(tmp_path))
+    assert failure.cause.startswith("the package index cannot be reached") and "--stack" not in failure.hint
 
 
 def arm_node(root: Path) -> Node:

@@ -65,7 +65,7 @@ def test_a_file_of_the_same_size_with_an_old_date_is_told(packages: Node, tmp_pa
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     found = wheel_files.look(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, found.found) == ("fail", "vllm/__init__.py was changed")
-    assert "sparkinstall run environment fp8 --fresh" in found.mend
+    assert "sparkinstall run environment fp8 --force" in found.hint
 
 
 def test_a_file_that_was_cut_or_removed_is_told(packages: Node, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_a_wheel_whose_own_record_is_wrong_is_told_as_such(packages: Node, tmp_p
     Path(on.real(wheel_files.exceptions(packages))).write_text(wheel_files.unlike_their_records(packages, on))
     found = wheel_files.look(packages, on)
     assert (found.verdict, found.found) == ("warn", "odd/lib.so has 6 bytes instead of 5, since it was installed")
-    assert "the wheel's own list of its files is wrong" in found.mend
+    assert "the wheel's own list of its files is wrong" in found.hint
     for content in (b"", b"longed"):
         file.write_bytes(content)
         found = wheel_files.look(packages, on)

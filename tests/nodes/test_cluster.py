@@ -66,7 +66,7 @@ def test_a_user_without_sudo_is_told_what_to_allow(pair: Fleet) -> None:
     assert [node["host"] for node in said["data"]["nodes"] if node["phases"][-1]["outcome"] == "failed"] == [
         "plain@spark-2"
     ]
-    assert any("sudo" in error["what"] + error["why"] for error in said["errors"]), said["errors"]
+    assert any("sudo" in error["message"] + error["cause"] for error in said["errors"]), said["errors"]
     assert not _largest_ping(pair.nodes[0], WORKER)
 
 
@@ -99,7 +99,7 @@ def test_status_and_verify_tell_of_every_node(pair: Fleet) -> None:
 
 def test_a_run_that_is_killed_in_the_network_phase_locks_nobody_out(pair: Fleet) -> None:
     """The terminal's tool and its ssh sessions are gone; the node goes back by itself, and a re-run goes on."""
-    changed = ("--set", "network.dead_man=30", "--set", "network.mtu=8000")
+    changed = ("--set", "network.rollback_seconds=30", "--set", "network.mtu=8000")
     words = ("cluster", "spark-1", "spark-2", *LINK, *ignoring(), "--yes", "--json", *changed)
     head = pair.nodes[0]
     with pair.start_on_terminal(COMMAND, *words, cwd="/home/spark") as run:
@@ -116,7 +116,7 @@ def test_a_run_that_is_killed_in_the_network_phase_locks_nobody_out(pair: Fleet)
 
 def test_a_node_that_dies_in_the_middle_is_named(pair: Fleet) -> None:
     head, worker = pair.nodes
-    changed = ("--set", "network.dead_man=30", "--set", "network.mtu=8000")
+    changed = ("--set", "network.rollback_seconds=30", "--set", "network.mtu=8000")
     words = ("cluster", "spark-1", "spark-2", *LINK, *ignoring(), "--yes", "--json", *changed)
     with pair.start_on_terminal(COMMAND, *words, cwd="/home/spark") as run:
         _until(lambda: armed(head))
@@ -124,7 +124,7 @@ def test_a_node_that_dies_in_the_middle_is_named(pair: Fleet) -> None:
         out, _ = run.communicate(timeout=200)
     said = json.loads(out)
     assert said["exit_code"] == 5
-    assert any("spark-2" in error["what"] for error in said["errors"])
+    assert any("spark-2" in error["message"] for error in said["errors"])
     worker.boot()
     _until(lambda: not armed(head), 120)
     code, said, log = _set_up(pair, "--set", "network.mtu=9000")
@@ -137,9 +137,9 @@ def test_a_host_key_that_changed_is_explained(pair: Fleet) -> None:
     assert code == 5
     (error,) = said["errors"]
     assert error["code"] == "unreachable"
-    assert "another host key" in error["what"]
-    assert "known_hosts:" in error["why"]
-    assert "ssh-keygen -R" in error["mend"]
+    assert "another host key" in error["message"]
+    assert "known_hosts:" in error["cause"]
+    assert "ssh-keygen -R" in error["hint"]
     pair.terminal.know(pair.nodes)
 
 

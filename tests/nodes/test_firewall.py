@@ -126,7 +126,7 @@ def test_set_up_it_stands_alone(fleet: Fleet) -> None:
         assert _set_up(node, role=role)["outcome"] == "changed"
         assert "policy accept" in _table(node)
         assert node.run("systemctl", "is-enabled", UNIT).stdout.strip() == "enabled"
-        assert node.run("sh", "-c", "ls -d /var/lib/sparkinstall-dead-man", check=False).stdout == ""
+        assert node.run("sh", "-c", "ls -d /var/lib/sparkinstall-rollback", check=False).stdout == ""
         assert node.run("/usr/sbin/nft", "list", "tables").stdout.split() == ["table", "inet", "sparkinstall"]
 
 
@@ -203,7 +203,7 @@ def test_the_distributions_own_unit_does_not_take_it_away(fleet: Fleet) -> None:
 def test_a_change_that_nobody_confirms_goes_back_by_itself(fleet: Fleet) -> None:
     head = fleet.nodes[0]
     good, file = _table(head), head.read(RULES)
-    opened = ("--set", f"serving.allow={FRIEND}/32", "--set", "network.dead_man=30", "--leave-armed")
+    opened = ("--set", f"serving.allow={FRIEND}/32", "--set", "network.rollback_seconds=30", "--leave-armed")
     assert _set_up(head, *opened)["outcome"] == "changed"
     assert FRIEND in _table(head)
     _wait_until(lambda: _table(head) == good)
@@ -249,12 +249,12 @@ def test_uninstall_leaves_nothing(fleet: Fleet) -> None:
 
 def test_killed_before_it_confirms_the_timer_takes_the_rules_away(fleet: Fleet) -> None:
     head = fleet.nodes[0]
-    command = (COMMAND, *_asking("--set", "network.dead_man=30"))
+    command = (COMMAND, *_asking("--set", "network.rollback_seconds=30"))
     loaded = f"until {' '.join(TABLE)} > /dev/null 2>&1; do :; done"
     with head.popen(*command, user="spark", cwd="/home/spark") as run:
         head.run("sh", "-c", loaded)
         head.signal(run, signal.SIGKILL)
-    assert head.run("ls", "/var/lib/sparkinstall-dead-man").stdout.split() == ["dead-man.sh", "firewall"]
+    assert head.run("ls", "/var/lib/sparkinstall-rollback").stdout.split() == ["rollback.sh", "firewall"]
     assert _table(head)
     _wait_until(lambda: not _table(head))
     _wait_until(lambda: head.run("test", "-e", RULES, check=False).returncode == 1)
@@ -277,7 +277,7 @@ def test_beside_another_firewall_it_is_left_to_a_person_unless_asked(fleet: Flee
     worker = fleet.nodes[1]
     worker.run("/usr/sbin/nft", f"{OTHERS}; {LETS_ALL_IN}")
     left = _set_up(worker, role="worker")
-    assert left["outcome"] == "left"
+    assert left["outcome"] == "node_only"
     assert "the nftables chain inet mine in filters here" in json.dumps(left)
     assert "6379" in json.dumps(left)
     assert _table(worker) == ""

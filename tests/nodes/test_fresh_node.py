@@ -178,7 +178,7 @@ def test_a_wheel_that_was_swapped_is_told(node: FreshNode) -> None:
     """For another of the same version: its files are as its own RECORD says, and yet they are not what was locked."""
     reinstall(node, "idna")
     assert said_of(node, "wheel-files") == ("fail", "idna was installed again since")
-    mended = sparkinstall(node, "run", "environment", "--fresh", "--yes", *ignoring(), timeout=900)
+    mended = sparkinstall(node, "run", "environment", "--force", "--yes", *ignoring(), timeout=900)
     assert mended.returncode == 0
     assert said_of(node, "wheel-files")[0] == "pass"
 
@@ -247,7 +247,7 @@ def test_what_was_changed_is_mended(node: FreshNode) -> None:
 
 def test_without_the_network_everything_is_made_again(node: FreshNode) -> None:
     offline = {"UV_OFFLINE": "1"}
-    node.run(COMMAND, "run", "environment", "--fresh", "--yes", *ignoring(), user="spark", env=offline, timeout=900)
+    node.run(COMMAND, "run", "environment", "--force", "--yes", *ignoring(), user="spark", env=offline, timeout=900)
     assert json.loads(sparkinstall(node, "plan", "--json").stdout)["data"]["drift"] is False
 
 

@@ -27,8 +27,8 @@ THEIRS = "/etc/netplan/60-theirs.yaml"
 THEIR_LINES = f"# by hand\nnetwork: {{version: 2, ethernets: {{{FIRST}: {{addresses: [10.77.0.1/24], mtu: 2000}}}}}}\n"
 HEAD, WORKER = "192.168.100.10", "192.168.100.11"
 DEAD_MAN = 30
-ARMED = "/var/lib/sparkinstall-dead-man/network"
-AT_BOOT = "/etc/systemd/system/sparkinstall-dead-man.service"
+ARMED = "/var/lib/sparkinstall-rollback/network"
+AT_BOOT = "/etc/systemd/system/sparkinstall-rollback.service"
 # Their times change with what comes and goes in them.
 FOLDERS = {"/etc", "/etc/netplan", "/etc/systemd/system", "/etc/systemd/system/multi-user.target.wants"}
 
@@ -38,7 +38,7 @@ def pair() -> Iterator[Fleet]:
     with Fleet(2) as fleet:
         for node in fleet.nodes:
             node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
-            node.write("/etc/sparkinstall.yaml", f"network: {{dead_man: {DEAD_MAN}}}\n")
+            node.write("/etc/sparkinstall.yaml", f"network: {{rollback: {DEAD_MAN}}}\n")
             node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=600)
         head = fleet.nodes[0]
         head.write(THEIRS, THEIR_LINES, mode="0640")
@@ -159,7 +159,7 @@ def test_an_address_that_somebody_else_answers_to_is_refused(
     finally:
         worker.run("ip", "address", "del", f"{HEAD}/24", "dev", FIRST)
     (error,) = json.loads(answer.stdout)["errors"]
-    assert f"the address {HEAD} is in use already: 02:00:5e:00" in error["what"], error
+    assert f"the address {HEAD} is in use already: 02:00:5e:00" in error["message"], error
     assert is_as_before(head, before)
     assert not _exists(head, ARMED)
 
@@ -172,7 +172,7 @@ def test_a_gateway_that_is_lost_brings_everything_back_at_once(
         with gateway_silent(pair):
             said, _ = process.communicate(timeout=60)
     (error,) = json.loads(said)["errors"]
-    assert f"{ROUTER_ADDRESS} answered before and does not now; everything is as it was before" in error["what"]
+    assert f"{ROUTER_ADDRESS} answered before and does not now; everything is as it was before" in error["message"]
     assert not _exists(head, ARMED)
     _until(lambda: is_as_before(head, before))
 
@@ -185,12 +185,12 @@ def test_a_killed_tool_leaves_the_timer_which_brings_everything_back(
     assert _mtu(head, FIRST) == 9000
     _until(lambda: is_as_before(head, before), DEAD_MAN + 60)
     _until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
-    _until(lambda: not head.run("systemctl", "list-units", "--all", "--no-legend", "*dead-man*").stdout)
+    _until(lambda: not head.run("systemctl", "list-units", "--all", "--no-legend", "*rollback*").stdout)
 
 
 def test_a_reboot_brings_back_what_nobody_had_confirmed(pair: Fleet, head: FleetNode, before: dict[str, str]) -> None:
     """What one does with a machine that does not answer any more, long before the timer would run out."""
-    _kill_after_the_apply(pair, head, "--set", "network.dead_man=900")
+    _kill_after_the_apply(pair, head, "--set", "network.rollback_seconds=900")
     head.reboot()
     _until(lambda: is_as_before(head, before), 60)
     _until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
@@ -227,7 +227,7 @@ def test_a_peer_that_is_not_set_up_is_a_warning(head: FleetNode) -> None:
     # All is well but for the speed: the lab's wires say 10000 Mb/s.
     assert found["link"]["found"].endswith(": 10000 Mb/s"), found["link"]
     assert found["peers"]["verdict"] == "warn"
-    assert "set up the other node" in found["peers"]["mend"]
+    assert "set up the other node" in found["peers"]["hint"]
 
 
 def test_both_ends_carry_packets_of_9000_bytes(head: FleetNode, worker: FleetNode) -> None:

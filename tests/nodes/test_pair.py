@@ -77,7 +77,7 @@ def _cluster(fleet: Fleet, *words: str) -> Told:
 
 def _told(answer: Completed) -> Told:
     said = json.loads(answer.stdout)
-    errors = "\n".join(f"{each['what']} | {each['why']} | {each['mend']}" for each in said["errors"])
+    errors = "\n".join(f"{each['message']} | {each['cause']} | {each['hint']}" for each in said["errors"])
     return Told(answer.returncode, said["data"], errors, answer.stderr)
 
 
@@ -288,7 +288,7 @@ def test_a_lost_ssh_session_is_told_and_gone_on_with(pair: Fleet) -> None:
 def test_a_cable_that_is_pulled_while_the_network_is_applied(pair: Fleet) -> None:
     _spoil(pair)
     head = pair.nodes[0]
-    with _running(pair, "--set", "network.dead_man=30") as run:
+    with _running(pair, "--set", "network.rollback_seconds=30") as run:
         _until(lambda: armed(head))
         pair.unplug(head)
         told = run.told()

@@ -146,19 +146,19 @@ def test_words_arrive_as_they_are(pair: Pair) -> None:
 def test_a_worker_whose_head_is_not_up_is_told_so_in_bounded_time(pair: Pair) -> None:
     told = do(pair.worker, "converge", "worker", "token_file=-", given="0123456789abcdef-not-the-heads\n")
     assert told["outcome"] == "failed"
-    assert told["what"] == "ray-worker.service does not start"
-    assert told["why"].startswith("the head does not answer at 192.0.2.1:6379: ")
-    assert "on the head" in told["mend"]
+    assert told["message"] == "ray-worker.service does not start"
+    assert told["cause"].startswith("the head does not answer at 192.0.2.1:6379: ")
+    assert "on the head" in told["hint"]
     assert told["seconds"] < 60
 
 
 def test_an_address_on_no_interface_is_told_with_those_that_there_are(pair: Pair) -> None:
     write_env(pair.head, "head", address="192.0.2.77")
     told = do(pair.head, "converge", "head")
-    assert told["why"].startswith(
+    assert told["cause"].startswith(
         "the address 192.0.2.77 is on no interface after 3 s; there is: lo 127.0.0.1/8, enp1s0f0np0 192.0.2.1/24"
     )
-    assert "sparkinstall run network" in told["mend"]
+    assert "sparkinstall run network" in told["hint"]
     write_env(pair.head, "head")
 
 
@@ -173,12 +173,12 @@ def test_the_head_starts(pair: Pair) -> None:
 
 def test_a_wrong_token_is_refused_and_said(pair: Pair) -> None:
     told = do(pair.worker, "converge", "worker")
-    assert told["what"] == "ray-worker.service does not start"
+    assert told["message"] == "ray-worker.service does not start"
     assert (
-        told["why"]
+        told["cause"]
         == f"the head at 192.0.2.1:6379 refuses the token of this node: {TOKEN} is not the same as the head's"
     )
-    assert f"ssh 192.0.2.1 cat {TOKEN} | sparkinstall multi-node --role worker" in told["mend"]
+    assert f"ssh 192.0.2.1 cat {TOKEN} | sparkinstall multi-node --role worker" in told["hint"]
 
 
 def test_with_the_heads_token_there_are_two_nodes_at_the_two_addresses(pair: Pair) -> None:

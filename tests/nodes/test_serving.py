@@ -233,7 +233,7 @@ def test_without_the_parser_the_thinking_stands_in_the_answer(unparsed: Found) -
     stream = unparsed["serving-stream"]
     assert stream["verdict"] == "warn"
     assert stream["found"].startswith("raw <think> in delta.content: clients show the thinking as the answer; ")
-    assert stream["mend"].startswith("add `--reasoning-parser`, `NAME` to `serving.arguments`")
+    assert stream["hint"].startswith("add `--reasoning-parser`, `NAME` to `serving.arguments`")
 
 
 def test_another_model_than_the_one_that_was_asked_for_is_a_failure(pair: Pair, unparsed: Found) -> None:
@@ -289,7 +289,7 @@ def test_with_the_link_down_the_probe_says_so_though_health_is_well(pair: Pair) 
         pair.wires.insert(pair.plugs, PORT_0[:1])
     assert found["verdict"] == "fail"
     assert found["found"] == "no completion within 60 s, though /health says 200"
-    assert "`sparkinstall verify --only peers`" in found["mend"]
+    assert "`sparkinstall verify --only peers`" in found["hint"]
     assert took < PATIENCE + 45
 
 

@@ -56,16 +56,16 @@ VERSIONS = {"python": "3.12.3", "vllm": "0.18.1", "torch": "2.10.0", "ray": "2.6
 
 def step(name: str, outcome: str = "drift") -> dict[str, Any]:
     """A step of a look's answer."""
-    state: dict[str, Any] = {"key": name, "changed": False, "state": "satisfied", "note": ""}
+    state: dict[str, Any] = {"key": name, "changed": False, "state": "ok", "note": ""}
     if outcome == "drift":
         state = {"key": name, "changed": False, "state": "drift", "summary": f"make {name}", "before": "", "after": ""}
-    return {"step": name, "outcome": outcome, "seconds": 0.0, "held_by": None, "resources": [state], "error": None}
+    return {"step": name, "outcome": outcome, "seconds": 0.0, "blocked_by": None, "resources": [state], "error": None}
 
 
 def look(outcome: str = "drift", **more: Any) -> list[Any]:
     """What `node look` answers."""
     data = {
-        "preflight": [{"name": "disk", "verdict": "pass", "found": "enough", "mend": "", "title": "", "seconds": 0.0}],
+        "preflight": [{"name": "disk", "verdict": "pass", "found": "enough", "hint": "", "title": "", "seconds": 0.0}],
         "steps": [step(name, outcome) for name in STEPS],
         "unproven": [],
         "versions": VERSIONS,
@@ -79,7 +79,7 @@ def look(outcome: str = "drift", **more: Any) -> list[Any]:
 
 def problem(what: str) -> dict[str, Any]:
     """One error of an envelope."""
-    return {"code": "command", "what": what, "why": "so it is", "mend": "mend it", "log": "/l", "tail": ["the end"]}
+    return {"code": "command", "message": what, "cause": "so it is", "hint": "mend it", "log": "/l", "output": ["the end"]}
 
 
 def copied(to: Path) -> tuple[Path, str]:

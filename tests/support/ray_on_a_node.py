@@ -17,7 +17,7 @@ from sparkinstall.core import engine
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
-from sparkinstall.journal.undo import take_all_back
+from sparkinstall.journal.undo import undo_all
 from sparkinstall.node import Node
 from sparkinstall.resources import Drift
 from sparkinstall.steps import ray
@@ -67,7 +67,7 @@ def _told(report: engine.StepReport) -> Any:
     drifts = [each.state.summary for each in report.checked if isinstance(each.state, Drift)]
     told: dict[str, Any] = {"outcome": report.outcome, "seconds": report.seconds, "drifts": drifts}
     if problem:
-        told |= {"what": problem.what, "why": problem.why, "mend": problem.mend, "tail": list(problem.tail)}
+        told |= {"message": problem.message, "cause": problem.cause, "hint": problem.hint, "output": list(problem.output)}
     return told
 
 
@@ -78,7 +78,7 @@ def _probe(node: Node, step: Any) -> Any:
 
 def _uninstall(node: Node, step: Any) -> Any:
     del node, step
-    return [asdict(each) for each in take_all_back(StateFolder(LocalSystem()))]
+    return [asdict(each) for each in undo_all(StateFolder(LocalSystem()))]
 
 
 if __name__ == "__main__":

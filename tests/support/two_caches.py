@@ -97,7 +97,7 @@ def fetched(worker: Side, offered: Offered, *only: str, **other: Any) -> tuple[i
     with worker.start("fetch", *(word for each in only for word in ("--only", each))) as process:
         out, err = process.communicate(offered.as_given(**other), timeout=60)
     said = json.loads(out)
-    errors = [f"{each['what']} {each['why']}" for each in said["errors"]]
+    errors = [f"{each['message']} {each['cause']}" for each in said["errors"]]
     assert "Traceback" not in err, err
     return said["exit_code"], said["data"], errors[0] if errors else ""
 

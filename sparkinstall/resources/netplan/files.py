@@ -133,7 +133,7 @@ def _sound(file: NetplanFile) -> NetplanFile:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         said = f"{getattr(error, 'problem', None) or error}".splitlines()[0]
-        raise BadFile(f"{file.path} is not YAML{where}: {said}", mend=f"mend it (`sudoedit {file.path}`)") from error
+        raise BadFile(f"{file.path} is not YAML{where}: {said}", hint=f"mend it (`sudoedit {file.path}`)") from error
     return file
 
 
@@ -340,8 +340,8 @@ def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, byte
         said = [line for line in (answer.err or answer.out).replace(folder, "").splitlines() if _is_said(line)]
     raise Problem(
         "netplan refuses the files as they would be; nothing was changed",
-        why="\n".join(said),
-        mend="mend the file that it names (in /etc/netplan), then run the same command again",
+        cause="\n".join(said),
+        hint="mend the file that it names (in /etc/netplan), then run the same command again",
     )
 
 

@@ -10,7 +10,7 @@ from sparkinstall.facts import qsfp
 from sparkinstall.node import Node
 from sparkinstall.probes import network
 from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, LeftToNode, Obstacle, Satisfied, State, rollback
+from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, State, rollback
 from sparkinstall.resources.netplan import files
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
@@ -81,55 +81,55 @@ class _Plan:
         whole = entry is not None and entry.kind == "file" and entry.mode == 0o600
         return whole and self.target is not None and self.target.content == self._target_content
 
-    def obstacle(self) -> Obstacle | None:
+    def obstacle(self) -> Conflict | None:
         """The first thing in the way."""
         looks = (self._no_netplan, self._not_to_be_taken, self._beside_netplan, self._lan)
         return next((found for look in looks if (found := look())), None)
 
-    def _no_netplan(self) -> Obstacle | None:
+    def _no_netplan(self) -> Conflict | None:
         if self.on.rehearsal or self.on.entry(files.PROGRAM):
             return None
-        return Obstacle(
+        return Conflict(
             "this node has no netplan",
             "install it (`sudo apt-get install netplan.io`), or set the links up yourself and say"
             " `network.manage: false`",
         )
 
-    def _not_to_be_taken(self) -> Obstacle | None:
+    def _not_to_be_taken(self) -> Conflict | None:
         names = ", ".join(self.names)
         for claim in self.claims:
             if not claim.file.ours_to_change:
-                return Obstacle(
+                return Conflict(
                     f"{claim.file.path} configures {names} (`{claim.id}`), and comes back at every boot or upgrade",
                     f"take `{claim.id}` out where that file is made, or hide it with an empty"
                     f" {files.OWN_FOLDER}/{claim.file.name}",
                 )
             if claim.others:
-                return Obstacle(
+                return Conflict(
                     f"`{claim.id}` in {claim.file.path} configures {names} together with {claim.others}",
                     f"make it fit the others only (`sudoedit {claim.file.path}`), then run again",
                 )
         for file, kind, name, part in files.made_of(self.read, {*self.names, *(claim.id for claim in self.claims)}):
-            return Obstacle(
+            return Conflict(
                 f"`{name}` ({kind}) in {file.path} is made of {part}, an interface of the QSFP port",
                 f"take {part} out of it (`sudoedit {file.path}`), or name another with `network.interface`",
             )
         return None
 
-    def _beside_netplan(self) -> Obstacle | None:
+    def _beside_netplan(self) -> Conflict | None:
         for path, name in files.keyfiles(self.on):
             if name in self.names:
                 remove = f"sudo rm {rollback.quoted([path])} && sudo nmcli connection reload"
-                return Obstacle(
+                return Conflict(
                     f"NetworkManager has a profile of its own for {name}, {path}: at a boot it may win over netplan's",
                     f"take it away (`{remove}`), then run again",
                 )
         return None
 
-    def _lan(self) -> Obstacle | None:
+    def _lan(self) -> Conflict | None:
         return self._twice_in_files() or (None if self.on.rehearsal else self._lan_live())
 
-    def _twice_in_files(self) -> Obstacle | None:
+    def _twice_in_files(self) -> Conflict | None:
         wanted = {str(half.address.ip) for half in self.halves}
         taken = {(claim.file.path, claim.kind, claim.id) for claim in self.claims}
         former = {(files.TARGET, "ethernets", name) for name in self.former}
@@ -139,7 +139,7 @@ class _Plan:
                     return _in_use(min(both), f"`{name}` in {file.path} has it")
         return None
 
-    def _lan_live(self) -> Obstacle | None:
+    def _lan_live(self) -> Conflict | None:
         ours = {*self.names, *self.former, "lo"}
         for name, there in qsfp.addresses(self.on).items():
             both = {str(half.address.ip) for half in self.halves} & {each.partition("/")[0] for each in there}
@@ -148,7 +148,7 @@ class _Plan:
         for route in network.routes(self.on):
             for half in self.halves:
                 if route.interface not in ours and route.to.prefixlen and route.to.overlaps(half.address.network):
-                    return Obstacle(
+                    return Conflict(
                         f"the subnet {half.address.network} of {half.name} is in use already: {route.interface} leads"
                         f" to {route.to}",
                         "choose others with `cluster.head`, `cluster.workers` and `network.twin_subnet`",
@@ -156,8 +156,8 @@ class _Plan:
         return None
 
 
-def _in_use(address: str, by: str) -> Obstacle:
-    return Obstacle(
+def _in_use(address: str, by: str) -> Conflict:
+    return Conflict(
         f"the address {address} is in use already: {by}",
         "choose another with `cluster.head`, `cluster.workers` or `cluster.address` (and `network.twin_subnet`)",
     )
@@ -196,9 +196,9 @@ class Netplan:
             if obstacle := plan.obstacle():
                 return obstacle
         except files.BadFile as bad:
-            return Obstacle(bad.what, bad.mend)
+            return Conflict(bad.message, bad.hint)
         if not plan.wanted:
-            return Satisfied(", ".join(plan.names))
+            return Ok(", ".join(plan.names))
         # Raises where the port may be looked at and not touched.
         qsfp.used_port(on, self.node)
         before = {path: on.read(path) for path in plan.wanted}
@@ -244,7 +244,7 @@ class LiveLink:
         plan = _Plan(on, self.node)
         mtu = self.node.config.network.mtu
         if on.rehearsal:
-            return LeftToNode(f"netplan applies it there: {', '.join(_then(each, mtu) for each in plan.halves)}")
+            return NodeOnly(f"netplan applies it there: {', '.join(_then(each, mtu) for each in plan.halves)}")
         now = network.live(on)
         if any(not _is_so(each, mtu, now) for each in plan.halves):
             qsfp.used_port(on, self.node)
@@ -252,7 +252,7 @@ class LiveLink:
             return Drift("apply the network", "\n".join(before) + "\n", "\n".join(after) + "\n")
         if rollback.armed(on, TIMER) and not self.node.confirm_later:
             return Drift("confirm the network that an earlier run has left unconfirmed")
-        return Satisfied()
+        return Ok()
 
     def apply(self, on: System) -> None:
         _guarded(on, _Plan(on, self.node), lambda: None)
@@ -291,7 +291,7 @@ def _refuse_answered(on: Reader, plan: _Plan) -> None:
             continue
         if owner := network.neighbour(on, half.name, ip):
             found = _in_use(ip, f"{owner} answers to it on {half.name}")
-            raise Blocked(found.what, mend=found.mend)
+            raise Blocked(found.message, hint=found.hint)
 
 
 def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
@@ -305,8 +305,8 @@ def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
     before, reach = _live_state(on, plan), network.reach(on, plan.node)
     added = {half.name: str(half.address) for half in plan.halves}
     on.promise(Undo(_UNDO, "the QSFP link", before, added))
-    rollback.arm(on, TIMER, restoring(before, added), config.dead_man, paths)
-    until = time.monotonic() + min(_PATIENCE, config.dead_man * 2 / 3)
+    rollback.arm(on, TIMER, restoring(before, added), config.rollback_seconds, paths)
+    until = time.monotonic() + min(_PATIENCE, config.rollback_seconds * 2 / 3)
     try:
         change()
         on.run(files.PROGRAM, "apply", root=True)
@@ -323,7 +323,7 @@ def _settle(on: Reader, plan: _Plan, reach: network.Reach, until: float) -> None
         if time.monotonic() > until:
             raise Problem(
                 f"the new network was not kept: {problem}",
-                mend="look at the cable and at `journalctl -u systemd-networkd -u NetworkManager`, then run again",
+                hint="look at the cable and at `journalctl -u systemd-networkd -u NetworkManager`, then run again",
             )
         time.sleep(0.5)
 
@@ -339,10 +339,10 @@ def _put_back(on: System, problem: Exception) -> Problem:
     try:
         became = "everything is as it was before" if rollback.fire(on, TIMER) else later
     except Interrupted:
-        return Interrupted(f"interrupted; {later}", mend="wait for that, then run the same command again")
+        return Interrupted(f"interrupted; {later}", hint="wait for that, then run the same command again")
     if not isinstance(problem, Problem):
         return Problem(f"{problem}; {became}")
-    said = Problem(f"{problem.what}; {became}", why=problem.why, mend=problem.mend, log=problem.log, tail=problem.tail)
+    said = Problem(f"{problem.message}; {became}", cause=problem.cause, hint=problem.hint, log=problem.log, output=problem.output)
     said.code = problem.code
     return said
 
@@ -403,8 +403,8 @@ def take_back(on: LocalSystem, records: Iterable[Undo]) -> bool:
     if not answer.ok:
         raise CommandFailed(
             "`netplan apply` failed",
-            why=(answer.err or answer.out).strip()[-300:],
-            mend="look at the files in /etc/netplan, then run the same command again",
+            cause=(answer.err or answer.out).strip()[-300:],
+            hint="look at the files in /etc/netplan, then run the same command again",
         )
     return True
 
@@ -419,7 +419,7 @@ def _refuse_own_way(on: Reader, records: Iterable[Undo]) -> None:
         if ip in own and ip not in had and not _still_named(on, address):
             raise Blocked(
                 f"{name} stays as it is for now: this ssh session came in at its address {ip}, which would go.",
-                mend="Come in over another interface, and run `sparkinstall uninstall` again.",
+                hint="Come in over another interface, and run `sparkinstall uninstall` again.",
             )
 
 

@@ -54,7 +54,7 @@ def _arm(node: Path, name: str = "network") -> int:
 
 
 def _do(node: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return _sh(node, "-c", _program(node), "dead-man.sh", *words)
+    return _sh(node, "-c", _program(node), "rollback.sh", *words)
 
 
 def _sh(node: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -103,15 +103,15 @@ def _killed_at_every_program(node: Path, *words: str) -> Iterator[int]:
 def test_a_timer_is_armed_by_its_folder_alone(tmp_path: Path) -> None:
     on = LocalReader(str(tmp_path))
     assert not rollback.armed(on)
-    (tmp_path / "var/lib/sparkinstall-dead-man/network.gone").mkdir(parents=True)
+    (tmp_path / "var/lib/sparkinstall-rollback/network.gone").mkdir(parents=True)
     assert not rollback.armed(on)
-    (tmp_path / "var/lib/sparkinstall-dead-man/network").mkdir()
+    (tmp_path / "var/lib/sparkinstall-rollback/network").mkdir()
     assert rollback.armed(on) and rollback.armed(on, "network") and not rollback.armed(on, "firewall")
 
 
 def test_its_program_is_sound(node: Path) -> None:
-    (node / "dead-man.sh").write_text(_program(node))
-    done = subprocess.run(["shellcheck", node / "dead-man.sh"], capture_output=True, text=True, check=False)
+    (node / "rollback.sh").write_text(_program(node))
+    done = subprocess.run(["shellcheck", node / "rollback.sh"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
@@ -230,9 +230,9 @@ def test_one_that_ends_takes_nothing_from_another_that_begins(node: Path) -> Non
         for _ in range(10):
             ends, begins = pool.submit(_do, node, "put-back", "network"), pool.submit(_arm, node, "firewall")
             assert ends.result().returncode == begins.result() == 0
-            assert (node / "home/dead-man.sh").exists() and (node / "home/firewall").is_dir()
+            assert (node / "home/rollback.sh").exists() and (node / "home/firewall").is_dir()
             ends, begins = pool.submit(_do, node, "confirm", "firewall"), pool.submit(_arm, node, "network")
             assert ends.result().returncode == begins.result() == 0
-            assert (node / "home/dead-man.sh").exists() and (node / "home/network").is_dir()
+            assert (node / "home/rollback.sh").exists() and (node / "home/network").is_dir()
     assert _do(node, "confirm", "network").returncode == 0
     assert _left(node) == []
