@@ -8,14 +8,15 @@ import re
 import reprlib
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from msgspec import Struct, field
+from msgspec.structs import fields
 
 from sparkinstall import safe_yaml
 from sparkinstall.errors import BadConfig
-from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 
 DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")
@@ -134,162 +135,178 @@ def _source(value: str) -> str | None:
     return _no_control(value)
 
 
-def _setting(default: Any, doc: str, valid: Callable[[Any], str | None] | None = None) -> Any:
-    return field(default=default, metadata={"doc": doc, "valid": valid})
+class About(Struct, frozen=True):
+    """What a setting is for, and why a value cannot be used (None: it can)."""
+
+    doc: str
+    valid: Callable[[Any], str | None] | None = None
 
 
-@dataclass(frozen=True)
-class EnvironmentConfig:
-    link: str | None = _setting(
-        "~/vllm-env",
-        "A symbolic link to the environment, for hands that are used to it; null: none.",
-        _link_path,
-    )
-    python: str | None = _setting(
-        None,
-        "The Python to build the environment with (a path or a name); null: the stack's version.",
-        _no_control,
-    )
+class EnvironmentConfig(Struct, frozen=True):
+    link: Annotated[
+        str | None, About("A symbolic link to the environment, for hands that are used to it; null: none.", _link_path)
+    ] = "~/vllm-env"
+    python: Annotated[
+        str | None,
+        About("The Python to build the environment with (a path or a name); null: the stack's version.", _no_control),
+    ] = None
 
 
-@dataclass(frozen=True)
-class NcclConfig:
-    mode: str = _setting(
-        "source",
-        "`source` builds NCCL for this GPU; `wheel` takes the one that comes with torch.",
-        _OneOf("source", "wheel"),
-    )
-    source: str = _setting(
-        "git",
-        "`git` (the upstream repository), a tarball (path or https URL), or a source folder.",
-        _source,
-    )
-    sha256: str | None = _setting(
-        None,
-        "The tarball's sha256; null: recorded at first use and held to.",
-        _like(_SHA256, "64 hexadecimal digits"),
-    )
-    version: str | None = _setting(
-        None,
-        "The NCCL version to build, e.g. `2.28.9`; null: the stack's own.",
-        _like(_VERSION, "a version such as 2.28.9"),
-    )
-    arch: str = _setting(
-        "121",
-        "The GPU architecture to build for (121 = GB10).",
-        _like(_ARCH, "an architecture number such as 121 or 90a"),
-    )
-    cuda_home: str | None = _setting(None, "The CUDA toolkit; null: looked for.", safe_path)
-    jobs: int = _setting(0, "How many compilers run at once; 0: one for each core.", _not_negative)
-    only_functions: str | None = _setting(
-        None,
-        "Build a part of the collectives only (NCCL's ONLY_FUNCS); for trying things out.",
-        _like(_FUNCTIONS, "words such as AllReduce Sum f32 RING *"),
-    )
+class NcclConfig(Struct, frozen=True):
+    mode: Annotated[
+        str,
+        About(
+            "`source` builds NCCL for this GPU; `wheel` takes the one that comes with torch.", _OneOf("source", "wheel")
+        ),
+    ] = "source"
+    source: Annotated[
+        str, About("`git` (the upstream repository), a tarball (path or https URL), or a source folder.", _source)
+    ] = "git"
+    sha256: Annotated[
+        str | None,
+        About(
+            "The tarball's sha256; null: recorded at first use and held to.", _like(_SHA256, "64 hexadecimal digits")
+        ),
+    ] = None
+    version: Annotated[
+        str | None,
+        About(
+            "The NCCL version to build, e.g. `2.28.9`; null: the stack's own.",
+            _like(_VERSION, "a version such as 2.28.9"),
+        ),
+    ] = None
+    arch: Annotated[
+        str,
+        About(
+            "The GPU architecture to build for (121 = GB10).", _like(_ARCH, "an architecture number such as 121 or 90a")
+        ),
+    ] = "121"
+    cuda_home: Annotated[str | None, About("The CUDA toolkit; null: looked for.", safe_path)] = None
+    jobs: Annotated[int, About("How many compilers run at once; 0: one for each core.", _not_negative)] = 0
+    only_functions: Annotated[
+        str | None,
+        About(
+            "Build a part of the collectives only (NCCL's ONLY_FUNCS); for trying things out.",
+            _like(_FUNCTIONS, "words such as AllReduce Sum f32 RING *"),
+        ),
+    ] = None
 
 
-@dataclass(frozen=True)
-class Fp8Config:
-    fallback: str = _setting(
-        "auto",
-        "Take Triton's FP8 kernels instead of CUTLASS: `auto` decides by looking, `on` and `off` overrule.",
-        _OneOf("auto", "on", "off"),
-    )
+class Fp8Config(Struct, frozen=True):
+    fallback: Annotated[
+        str,
+        About(
+            "Take Triton's FP8 kernels instead of CUTLASS: `auto` decides by looking, `on` and `off` overrule.",
+            _OneOf("auto", "on", "off"),
+        ),
+    ] = "auto"
 
 
-@dataclass(frozen=True)
-class ClusterConfig:
-    role: str = _setting(
-        "single",
-        "What this node is: `single`, or `head` or `worker` of several (`multi-node --role` sets it).",
-        _OneOf("single", "head", "worker"),
-    )
-    head: str = _setting("192.168.100.10", "The head's address on the QSFP link.", _address)
-    workers: tuple[str, ...] = _setting(
-        ("192.168.100.11",), "The workers' addresses on the QSFP link; their order is their rank.", _address
-    )
-    address: str | None = _setting(
-        None, "This node's address on the QSFP link; null: the head's, or that of the only worker.", _address
-    )
-    executor: str = _setting(
-        "ray",
-        "What spreads vLLM over the nodes: `ray`, or `mp` (vLLM's own processes, without Ray).",
-        _OneOf("ray", "mp"),
-    )
-    ray_port: int = _setting(6379, "Ray's port on the head.", _port)
-    master_port: int = _setting(29501, "The port on the head where the processes of `mp` meet.", _port)
+class ClusterConfig(Struct, frozen=True):
+    role: Annotated[
+        str,
+        About(
+            "What this node is: `single`, or `head` or `worker` of several (`multi-node --role` sets it).",
+            _OneOf("single", "head", "worker"),
+        ),
+    ] = "single"
+    head: Annotated[str, About("The head's address on the QSFP link.", _address)] = "192.168.100.10"
+    workers: Annotated[
+        tuple[str, ...], About("The workers' addresses on the QSFP link; their order is their rank.", _address)
+    ] = ("192.168.100.11",)
+    address: Annotated[
+        str | None,
+        About("This node's address on the QSFP link; null: the head's, or that of the only worker.", _address),
+    ] = None
+    executor: Annotated[
+        str,
+        About(
+            "What spreads vLLM over the nodes: `ray`, or `mp` (vLLM's own processes, without Ray).", _OneOf("ray", "mp")
+        ),
+    ] = "ray"
+    ray_port: Annotated[int, About("Ray's port on the head.", _port)] = 6379
+    master_port: Annotated[int, About("The port on the head where the processes of `mp` meet.", _port)] = 29501
 
 
-@dataclass(frozen=True)
-class NetworkConfig:
-    interface: str | None = _setting(
-        None,
-        "The QSFP interface that has the cable; null: the one with a carrier.",
-        _like(_INTERFACE, "an interface name"),
+class NetworkConfig(Struct, frozen=True):
+    interface: Annotated[
+        str | None,
+        About(
+            "The QSFP interface that has the cable; null: the one with a carrier.",
+            _like(_INTERFACE, "an interface name"),
+        ),
+    ] = None
+    manage: Annotated[
+        bool, About("Write netplan for the QSFP port; false: it is set up already, and only looked at.")
+    ] = True
+    prefix_length: Annotated[int, About("How many bits of an address on the link name its subnet.", _prefix_length)] = (
+        24
     )
-    manage: bool = _setting(True, "Write netplan for the QSFP port; false: it is set up already, and only looked at.")
-    prefix_length: int = _setting(24, "How many bits of an address on the link name its subnet.", _prefix_length)
-    twin_subnet: str = _setting(
-        "192.168.101.0", "The subnet of the port's second half, of the same length: twins must not share one.", _address
-    )
-    mtu: int = _setting(9000, "The MTU of the QSFP interfaces; the same on every node.", _mtu)
-    transport: str = _setting(
-        "auto",
-        "How NCCL talks between nodes: `roce`, `socket`, or `auto` (RoCE where its devices are really there).",
-        _OneOf("auto", "roce", "socket"),
-    )
-    rollback_seconds: int = _setting(
-        90, "Seconds after which a network that was not confirmed is put back as it was.", _rollback_seconds
-    )
+    twin_subnet: Annotated[
+        str, About("The subnet of the port's second half, of the same length: twins must not share one.", _address)
+    ] = "192.168.101.0"
+    mtu: Annotated[int, About("The MTU of the QSFP interfaces; the same on every node.", _mtu)] = 9000
+    transport: Annotated[
+        str,
+        About(
+            "How NCCL talks between nodes: `roce`, `socket`, or `auto` (RoCE where its devices are really there).",
+            _OneOf("auto", "roce", "socket"),
+        ),
+    ] = "auto"
+    rollback_seconds: Annotated[
+        int, About("Seconds after which a network that was not confirmed is put back as it was.", _rollback_seconds)
+    ] = 90
 
 
-@dataclass(frozen=True)
-class FirewallConfig:
-    mode: str = _setting(
-        "auto",
-        "Close Ray, NCCL and the API to all but the link: `on`, `off`, or `auto` (off where another firewall runs).",
-        _OneOf("auto", "on", "off"),
-    )
+class FirewallConfig(Struct, frozen=True):
+    mode: Annotated[
+        str,
+        About(
+            "Close Ray, NCCL and the API to all but the link: `on`, `off`, or `auto` (off if another firewall runs).",
+            _OneOf("auto", "on", "off"),
+        ),
+    ] = "auto"
 
 
-@dataclass(frozen=True)
-class ServingConfig:
-    model: str | None = _setting(
-        None, "The model that the unit `vllm` serves (a folder or a name); null: no unit.", _no_control
-    )
-    port: int = _setting(8000, "The API's port.", _port)
-    allow: str | None = _setting(
-        None, "A network that may use the API, such as 192.168.1.0/24; null: this node alone.", _network
-    )
-    memory: str | None = _setting(
-        None,
-        "vLLM's --gpu-memory-utilization; null: 0.85 on one node, 0.80 on several.",
-        _like(_SHARE, "a number from 0.10 to 0.95"),
-    )
-    max_model_len: int = _setting(0, "vLLM's --max-model-len; 0: 32768 on one node, 16384 on several.", _not_below_zero)
-    arguments: tuple[str, ...] = _setting((), "Further arguments of `vllm serve`, one word each.", _argument)
+class ServingConfig(Struct, frozen=True):
+    model: Annotated[
+        str | None, About("The model that the unit `vllm` serves (a folder or a name); null: no unit.", _no_control)
+    ] = None
+    port: Annotated[int, About("The API's port.", _port)] = 8000
+    allow: Annotated[
+        str | None, About("A network that may use the API, such as 192.168.1.0/24; null: this node alone.", _network)
+    ] = None
+    memory: Annotated[
+        str | None,
+        About(
+            "vLLM's --gpu-memory-utilization; null: 0.85 on one node, 0.80 on several.",
+            _like(_SHARE, "a number from 0.10 to 0.95"),
+        ),
+    ] = None
+    max_model_len: Annotated[
+        int, About("vLLM's --max-model-len; 0: 32768 on one node, 16384 on several.", _not_below_zero)
+    ] = 0
+    arguments: Annotated[tuple[str, ...], About("Further arguments of `vllm serve`, one word each.", _argument)] = ()
 
 
-@dataclass(frozen=True)
-class HubConfig:
-    offline: bool = _setting(True, "HF_HUB_OFFLINE=1 in single-node.env: models are on the disk, nothing is fetched.")
+class HubConfig(Struct, frozen=True):
+    offline: Annotated[
+        bool, About("HF_HUB_OFFLINE=1 in single-node.env: models are on the disk, nothing is fetched.")
+    ] = True
 
 
-@dataclass(frozen=True)
-class PackagesConfig:
-    extra: tuple[str, ...] = _setting(
-        (),
-        "Debian packages to have besides those that the steps need.",
-        _like(_PACKAGE, "a Debian package name"),
-    )
+class PackagesConfig(Struct, frozen=True):
+    extra: Annotated[
+        tuple[str, ...],
+        About("Debian packages to have besides those that the steps need.", _like(_PACKAGE, "a Debian package name")),
+    ] = ()
 
 
-@dataclass(frozen=True)
-class Config:
-    prefix: str = _setting("/opt/sparkinstall", "Where everything goes; the same on every node.", safe_path)
-    stack: str = _setting(
-        "0.18.1", "The set of pins: a shipped name, or the path of a YAML file of your own.", _no_control
-    )
+class Config(Struct, frozen=True):
+    prefix: Annotated[str, About("Where everything goes; the same on every node.", safe_path)] = "/opt/sparkinstall"
+    stack: Annotated[
+        str, About("The set of pins: a shipped name, or the path of a YAML file of your own.", _no_control)
+    ] = "0.18.1"
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     nccl: NcclConfig = field(default_factory=NcclConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)
@@ -301,8 +318,7 @@ class Config:
     packages: PackagesConfig = field(default_factory=PackagesConfig)
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(Struct, frozen=True):
     """One leaf of the config: its dotted name, type, default and what it is for."""
 
     name: str
@@ -312,8 +328,7 @@ class Setting:
     valid: Callable[[Any], str | None] | None
 
 
-@dataclass(frozen=True)
-class Layer:
+class Layer(Struct, frozen=True):
     """Values by dotted name, and where they come from in words."""
 
     source: str
@@ -322,13 +337,14 @@ class Layer:
 
 def settings(of: type[Any] = Config, under: str = "") -> Iterator[Setting]:
     """Every leaf of the config, in the order of the file."""
-    hints = get_type_hints(of)
+    hints = get_type_hints(of, include_extras=True)
     for each in fields(of):
         name, kind = under + each.name, hints[each.name]
-        if is_dataclass(kind) and isinstance(kind, type):
-            yield from settings(kind, name + ".")
+        if get_origin(kind) is Annotated:
+            bare, about = get_args(kind)
+            yield Setting(name, bare, each.default, about.doc, about.valid)
         else:
-            yield Setting(name, kind, each.default, each.metadata["doc"], each.metadata["valid"])
+            yield from settings(kind, name + ".")
 
 
 def read_layer(path: Path) -> Layer:
@@ -529,6 +545,6 @@ def _assemble(of: type[Any], values: Mapping[str, Any], under: str = "") -> Any:
     given = {}
     for each in fields(of):
         kind, name = hints[each.name], under + each.name
-        nested = is_dataclass(kind) and isinstance(kind, type)
+        nested = isinstance(kind, type) and issubclass(kind, Struct)
         given[each.name] = _assemble(kind, values, name + ".") if nested else values[name]
     return of(**given)

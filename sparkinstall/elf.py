@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-from sparkinstall.records import dataclass
+from msgspec import Struct
 
 StrPath = str | os.PathLike[str]
 
@@ -54,8 +54,7 @@ class NotALibrary(ValueError):
     """The file is no 64-bit little-endian shared library, or cut short, or damaged: which file, and why."""
 
 
-@dataclass(frozen=True)
-class GpuCode:
+class GpuCode(Struct, frozen=True):
     """One piece of GPU code: a `cubin` runs as it is, `ptx` is compiled when it is loaded.
 
     `arch` is nvcc's own name. For a cubin `sm_120`, `sm_120a` (12.0 alone) or `sm_120f` (its family, 12.1

@@ -2,31 +2,27 @@
 
 from collections.abc import Callable
 
-from sparkinstall.records import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True)
-class StepStarted:
+class StepStarted(Struct, frozen=True):
     step: str
 
 
-@dataclass(frozen=True)
-class ResourceApplied:
+class ResourceApplied(Struct, frozen=True):
     step: str
     key: str
     summary: str
 
 
-@dataclass(frozen=True)
-class LineRead:
+class LineRead(Struct, frozen=True):
     """One line that a program printed."""
 
     step: str
     line: str
 
 
-@dataclass(frozen=True)
-class Progressed:
+class Progressed(Struct, frozen=True):
     """`done` of `total` units (files of a build, bytes of a download); `total` 0 = not known."""
 
     step: str
@@ -35,8 +31,7 @@ class Progressed:
     unit: str
 
 
-@dataclass(frozen=True)
-class StepEnded:
+class StepEnded(Struct, frozen=True):
     """`outcome` is one of: unchanged, changed, left, failed, held."""
 
     step: str
@@ -45,13 +40,11 @@ class StepEnded:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class ProbeStarted:
+class ProbeStarted(Struct, frozen=True):
     name: str
 
 
-@dataclass(frozen=True)
-class WaitedFor:
+class WaitedFor(Struct, frozen=True):
     """The run waits for something outside itself."""
 
     what: str

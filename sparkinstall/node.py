@@ -3,14 +3,14 @@
 import os
 from pathlib import Path
 
+from msgspec import Struct
+
 from sparkinstall.config import Config, safe_path
-from sparkinstall.records import dataclass
 from sparkinstall.stacks import Platform, Stack
 from sparkinstall.system import Reader
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(Struct, frozen=True):
     """`platform` is the architecture whose wheels are taken, `machine` that of this computer.
 
     In a rehearsal, `full` asks for the whole environment instead of vLLM's own wheel. `cache` and

@@ -14,7 +14,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparkinstall.records import dataclass
+from msgspec import Struct
+
 from sparkinstall.safe_yaml import load_table
 
 T = TypeVar("T")
@@ -46,8 +47,7 @@ class State(Enum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True)
-class Hunk:
+class Hunk(Struct, frozen=True):
     """Lines that replace lines, with their ends; line numbers count from 1 on each side."""
 
     before_line: int
@@ -60,8 +60,7 @@ class Hunk:
         return Hunk(self.after_line, self.after, self.before_line, self.before)
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(Struct, frozen=True):
     """One content of the target as releases ship it, and what the patch makes of it."""
 
     target: str
@@ -77,8 +76,7 @@ class Variant:
         return known.get(digest(content), State.UNKNOWN)
 
 
-@dataclass(frozen=True)
-class KernelRange:
+class KernelRange(Struct, frozen=True):
     """Kernel classes to name in `VLLM_DISABLED_KERNELS` for releases from `since` on and before `below`.
 
     `without_patch`: these names are the whole fix by themselves, even where the patch cannot be applied.
@@ -95,8 +93,7 @@ class KernelRange:
         return _release_key(self.since) <= at and (self.below is None or at < _release_key(self.below))
 
 
-@dataclass(frozen=True)
-class PatchSet:
+class PatchSet(Struct, frozen=True):
     """One fix of a file over all releases of the package: its variants, and what goes with the patch."""
 
     name: str
@@ -268,8 +265,7 @@ def _release_key(release: str) -> tuple[int, int, int]:
     return int(major), int(minor), int(patch)
 
 
-@dataclass(frozen=True)
-class _Row:
+class _Row(Struct, frozen=True):
     """A mapping of the table whose entries are asked for by type; errors say where in the table it is."""
 
     entry: Mapping[str, Any]

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from msgspec import Struct
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
-from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from sparkinstall.cluster.orchestrate import Cluster
@@ -66,8 +66,7 @@ def cluster(
     answer("cluster", body, root=None, json=json, verbose=verbose)
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """Which steps, which checks do not count, and whether to ask; the rest is for `verify`."""
 
     only: tuple[str, ...]

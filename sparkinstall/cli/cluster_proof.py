@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import asdict
+
 from sparkinstall.cli import junit
 from sparkinstall.cli.cluster import Choice, end
 from sparkinstall.cli.cluster_screen import show_bandwidth, show_differences, show_nodes
@@ -69,7 +71,7 @@ def _count_skipped(nodes: Cluster, measured: Sequence[Between]) -> None:
 def _as_data(between: Between) -> dict[str, Any]:
     asking, responding = between.hosts
     said = finding_data(between.probe, between.finding, between.seconds)
-    figures = vars(between.measured) if between.measured else {}
+    figures = asdict(between.measured) if between.measured else {}
     return {**said, "from": asking, "to": responding, "measured": figures}
 
 
@@ -86,7 +88,9 @@ def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None
     """JUnit's cases: each node's, with its name in front, and what is between them."""
     for done in _proofs(nodes):
         for problem in done.problems if not done.data else ():
-            yield junit.Case("checks", f"{done.host}: asked", done.seconds, f"{problem.message}\n{problem.hint}".strip())
+            yield junit.Case(
+                "checks", f"{done.host}: asked", done.seconds, f"{problem.message}\n{problem.hint}".strip()
+            )
         for check in done.data.get("checks", ()):
             yield _case_of_check(done.host, check)
         for each in _probes(done.data, bool(measured)):
@@ -110,7 +114,11 @@ def _case(suite: str, name: str, said: Mapping[str, Any]) -> "Case":
 
 
 def _case_of_check(host: str, check: Mapping[str, Any]) -> "Case":
-    states = [each.get("summary") or each.get("message") or each.get("reason") for each in check["resources"] if each["state"] != "ok"]
+    states = [
+        each.get("summary") or each.get("message") or each.get("reason")
+        for each in check["resources"]
+        if each["state"] != "ok"
+    ]
     words = "\n".join(filter(None, [(check["error"] or {}).get("message"), *states])) or check["outcome"]
     good, left = check["outcome"] == "unchanged", check["outcome"] == "node_only"
     name = f"{host}: {check['step']}"

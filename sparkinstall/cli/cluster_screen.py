@@ -5,9 +5,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field
 from typing import Any
 
+from msgspec import Struct, field
 from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.markup import escape
@@ -23,7 +23,6 @@ from sparkinstall.cluster.differences import Comparison, Weight
 from sparkinstall.cluster.orchestrate import Cluster, Done, Line, Started, Tell
 from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.errors import Problem
-from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 
 _WORDS = {"unchanged": "as it should be", "changed": "done", "failed": "failed", "blocked": "not begun"}
@@ -48,8 +47,7 @@ def watching(hosts: Sequence[str], verbose: bool) -> Iterator[Tell]:
         yield _Log(hosts, verbose).take
 
 
-@dataclass
-class _Row:
+class _Row(Struct):
     since: float = field(default_factory=time.monotonic)
     line: str = ""
     done: Done | None = None

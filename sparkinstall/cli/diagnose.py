@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from sparkinstall.diagnose.judge import Diagnosis, Found, Log, Reading
-    from sparkinstall.diagnose.search import Line, Search, Match
+    from sparkinstall.diagnose.search import Line, Match, Search
     from sparkinstall.diagnose.signatures import Signature
     from sparkinstall.errors import Problem
 

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import asdict, replace
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
 from sparkinstall.cli.verify import Choice, HowFar, Measure, Names, NotNames, known_level
-from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,8 +30,7 @@ _HEADINGS: "dict[Weight, tuple[str, str, str]]" = {
 _MANY_LINES = 6
 
 
-@dataclass(frozen=True)
-class Checkup:
+class Checkup(Struct, frozen=True):
     """What the doctor found, masked. `wrong`: the node is not as it should be, or that could not be told.
 
     `root_option` is masked as well: the folder of a rehearsal may be in somebody's home.
@@ -167,7 +167,7 @@ def _shown(item: "Item", session: "Session", mask: "Mask") -> "Item":
 
 
 def _data(found: Checkup) -> dict[str, Any]:
-    groups = {weight.replace("-", "_"): [vars(item) for item in found.of(weight)] for weight in _HEADINGS}
+    groups = {weight.replace("-", "_"): [asdict(item) for item in found.of(weight)] for weight in _HEADINGS}
     return {"machine": found.machine, "installed": found.installed, **groups, "masked": found.masked}
 
 

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, confirm
-from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,8 +22,7 @@ if TYPE_CHECKING:
     from sparkinstall.steps import Step
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """Which steps, which checks do not count, and whether to ask."""
 
     only: tuple[str, ...] = ()
@@ -186,7 +187,6 @@ def preflight(session: "Session", choice: Choice) -> None:
 
 def _ignored(looked: "ProbeResult", names: "Sequence[str]") -> "ProbeResult":
     """A failure that does not count is still shown, as a warning."""
-    from dataclasses import replace
 
     if looked.finding.verdict != "fail" or looked.probe.name not in names:
         return looked
@@ -214,7 +214,6 @@ def _show_beginning(session: "Session", reports: "Sequence[StepReport]", verbose
 
 
 def _without_diffs(report: "StepReport") -> "StepReport":
-    from dataclasses import replace
 
     from sparkinstall.core.engine import Checked
     from sparkinstall.resources import Drift
@@ -250,7 +249,6 @@ def _make_so(session: "Session", steps: "Sequence[Step]", choice: Choice, asked:
 
 def _of_this_node(looked: "ProbeResult") -> "ProbeResult":
     """While one node is set up, the others may not be there yet: what is missing of them does not fail this one."""
-    from dataclasses import replace
 
     if looked.finding.verdict != "fail" or not looked.probe.others:
         return looked
@@ -292,7 +290,9 @@ def _conclude(
     return Answer(Exit.FAILED if problems else Exit.GOOD, data, show, tuple(problems))
 
 
-def _show_end(session: "Session", looked: "Sequence[ProbeResult]", standing: "Sequence[FixState]", failed: bool) -> None:
+def _show_end(
+    session: "Session", looked: "Sequence[ProbeResult]", standing: "Sequence[FixState]", failed: bool
+) -> None:
     from sparkinstall.cli.text_output import console, show_findings, show_fixes
 
     out = console()

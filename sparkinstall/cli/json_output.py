@@ -4,6 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec import to_builtins
+from msgspec.structs import asdict
+
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.probes import Finding, Probe
@@ -72,9 +75,8 @@ def resource_data(checked: Checked) -> dict[str, Any]:
     state = checked.state
     return {
         "key": checked.key,
-        "state": type(state).__name__.lower(),
         "changed": checked.changed,
-        **vars(state),
+        **to_builtins(state),
     }
 
 
@@ -87,7 +89,7 @@ def finding_data(probe: Probe, finding: Finding, seconds: float) -> dict[str, An
         "level": probe.level,
         "fix": number_of(probe.name),
         "seconds": round(seconds, 3),
-        **vars(finding),
+        **asdict(finding),
     }
 
 

@@ -7,25 +7,25 @@ readers show the one and some (GitLab) only the other.
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparkinstall.cli.text_output import pointed
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.probes import LEVELS
-from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Unknown
 
 # What XML 1.0 cannot hold, not even escaped.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(Struct, frozen=True):
     """One test case. `bad` and `skipped` are the reason in words, or empty."""
 
     suite: str

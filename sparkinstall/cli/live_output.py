@@ -5,8 +5,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import field
 
+from msgspec import Struct, field
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.spinner import Spinner
@@ -26,7 +26,6 @@ from sparkinstall.events import (  # fmt: skip
     WaitedFor,
     silent,
 )
-from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 
 _OUTCOMES = {
@@ -36,8 +35,7 @@ _OUTCOMES = {
 _BAR = 18
 
 
-@dataclass
-class _Running:
+class _Running(Struct):
     since: float = field(default_factory=time.monotonic)
     line: str = ""
     done: int = 0

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from msgspec.structs import asdict
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Target
@@ -279,7 +280,7 @@ def _ask(kind: str, peer: str, ports: list[int], asked: Target) -> Answer:
     session = open_session(asked)
     print(f"measuring for about {SECONDS} seconds", file=sys.stderr, flush=True)
     measured, lost = bandwidth.ask(session.node, session.system, known(kind), peer, ports)
-    return Answer(data={"measured": vars(measured), "lost": lost})
+    return Answer(data={"measured": asdict(measured), "lost": lost})
 
 
 @app.command()

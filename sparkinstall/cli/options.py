@@ -1,13 +1,11 @@
 """The options that the verbs share."""
 
 from collections.abc import Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from sparkinstall.records import dataclass
+from msgspec import Struct, field
 
 _NODE, _CHOICE, _OUTPUT = "Which node", "Which parts", "Output"
 
@@ -55,8 +53,7 @@ Json = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every line of every program.", rich_help_panel=_OUTPUT)]
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Struct, frozen=True):
     """What one command line asked for. `None`: not said, so the last `all` or the config decides.
 
     `role` holds what the options of `multi-node` say, as settings. `confirm_later` and `token_file`

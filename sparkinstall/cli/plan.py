@@ -69,7 +69,9 @@ def _plan(asked: Target, only: list[str], skip: list[str], detailed: bool) -> An
     return Answer(code, data, show, tuple(problems))
 
 
-def _end(command: str, reports: "Sequence[StepReport]", looked: "Sequence[ProbeResult]", trouble: "Problem | None") -> str:
+def _end(
+    command: str, reports: "Sequence[StepReport]", looked: "Sequence[ProbeResult]", trouble: "Problem | None"
+) -> str:
     """What `all` would make of it, in one sentence."""
     from sparkinstall.resources import Conflict
 

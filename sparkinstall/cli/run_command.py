@@ -5,22 +5,20 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
+from msgspec import Struct, field
 
 from sparkinstall.cli.options import root_option
 from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem, storage_problem
-from sparkinstall.records import dataclass
 
 _LOOKING = ("plan", "verify", "doctor", "diagnose", "support-bundle", "status", "settings show")
 """The verbs that change nothing, so that there is nothing to go on with."""
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(Struct, frozen=True):
     """What a verb has to say: an exit code, data for JSON, and how a person is shown it."""
 
     code: Exit = Exit.GOOD

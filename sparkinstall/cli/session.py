@@ -3,9 +3,11 @@
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparkinstall import config as configuration
 from sparkinstall import members
@@ -15,7 +17,6 @@ from sparkinstall.config import Config, Layer
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.node import Node
-from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalSystem
 
 if TYPE_CHECKING:
@@ -25,8 +26,7 @@ if TYPE_CHECKING:
 _RECORDED = "the last `all` or `run`"
 
 
-@dataclass(frozen=True)
-class Session:
+class Session(Struct, frozen=True):
     """Everything a verb works with. `sources` says where each setting came from."""
 
     node: Node

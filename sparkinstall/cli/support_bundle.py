@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from msgspec import Struct
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.verify import Choice, HowFar, known_level
-from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,8 +33,7 @@ Output = Annotated[
 _LARGEST = 25_000_000
 
 
-@dataclass(frozen=True)
-class Told:
+class Told(Struct, frozen=True):
     """What the other verbs say, by the member that it becomes, and what they could not say."""
 
     parts: dict[str, Any]

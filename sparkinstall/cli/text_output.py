@@ -20,7 +20,7 @@ from sparkinstall.core.fixes import FixState
 from sparkinstall.errors import Problem
 from sparkinstall.probes import Verdict
 from sparkinstall.redaction import redact
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, State, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, Unknown
 
 _MANY_LINES = 40
 _LOG_WIDTH = 200

@@ -4,6 +4,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import typer
+from msgspec.structs import asdict
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Target
@@ -11,7 +12,7 @@ from sparkinstall.cli.run_command import Answer, answer, confirm
 
 if TYPE_CHECKING:
     from sparkinstall.journal.state_dir import StateFolder
-    from sparkinstall.journal.undo import Undone, Change
+    from sparkinstall.journal.undo import Change, Undone
 
 
 def uninstall(
@@ -102,4 +103,4 @@ def _answer(taken: "list[Undone]", purged: bool) -> Answer:
             print(f"Downloads are kept in {user_cache()} (--purge-cache removes them).")
 
     code = Exit.FAILED if problems else Exit.GOOD
-    return Answer(code, {"touches": [vars(each) for each in taken]}, show, problems)
+    return Answer(code, {"touches": [asdict(each) for each in taken]}, show, problems)

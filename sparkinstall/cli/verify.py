@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from msgspec import Struct
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
-from sparkinstall.records import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,8 +50,7 @@ Junit = Annotated[
 Strict = Annotated[bool, typer.Option("--strict", help="What was skipped counts as failed.", rich_help_panel="Output")]
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """Which checks and probes, and how strictly they are judged."""
 
     only: tuple[str, ...] = ()
@@ -62,8 +61,7 @@ class Choice:
     junit: Path | None = None
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True):
     """What a whole look at a node has found."""
 
     reports: "Sequence[StepReport]"
@@ -189,7 +187,9 @@ def _journal(session: "Session") -> "list[ProbeResult]":
     if problem is None:
         return []
     finding = failed(problem.message, problem.hint)
-    return [ProbeResult(Probe("journal", "the record of what was here before", lambda _: finding, "static"), finding, 0.0)]
+    return [
+        ProbeResult(Probe("journal", "the record of what was here before", lambda _: finding, "static"), finding, 0.0)
+    ]
 
 
 def _probed(session: "Session", chosen: "Chosen", plain: bool) -> "list[ProbeResult]":

@@ -13,18 +13,19 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct, field, to_builtins
+from msgspec.structs import asdict, astuple
 
 from sparkinstall.cluster.transfer import CopyFailed, Listed, Receiver, Sender, receiving
 from sparkinstall.downloads import sha256_of
 from sparkinstall.errors import storage_problem
 from sparkinstall.facts.machine import cores
 from sparkinstall.node import Node
-from sparkinstall.records import dataclass
 from sparkinstall.resources import Ok
 from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary
 from sparkinstall.resources.venv import PythonEnvironment, lock_of
@@ -45,8 +46,7 @@ _ARRIVING = "arriving"
 _MODES = 0o755
 
 
-@dataclass(frozen=True)
-class Manifest:
+class Manifest(Struct, frozen=True):
     """What a node offers. `wheels`: uv's name of each, and the folder of its files; both relative to the cache.
 
     `of` is what must be the same on both nodes for the wheels to be of use; `nccl` the recipe of the library.
@@ -58,11 +58,10 @@ class Manifest:
     nccl: Mapping[str, Any] = field(default_factory=dict)
 
     def as_bytes(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(to_builtins(self)).encode()
 
 
-@dataclass(frozen=True)
-class Arrived:
+class Arrived(Struct, frozen=True):
     """What came over: files, and their bytes in all. `why_not` is said of what did not fit this node."""
 
     files: int = 0
@@ -70,8 +69,7 @@ class Arrived:
     why_not: str = ""
 
 
-@dataclass(frozen=True)
-class Offered:
+class Offered(Struct, frozen=True):
     """Where the head's list is to be had, and its sha256; it comes over ssh, as the token does."""
 
     port: int
@@ -196,7 +194,7 @@ def _contents(node: Node, archive: Path) -> list[tuple[Listed, Path]]:
         prefix = _relative(node, archive)
         paths = sorted(Path(base, name) for base, _, names in os.walk(archive) for name in names)
         known = [_listed(f"{prefix}/{path.relative_to(archive)}", path) for path in paths]
-        _keep(record, json.dumps([list(vars(each).values()) for each in known]))
+        _keep(record, json.dumps([astuple(each) for each in known]))
     return [(each, node.cache / each.path) for each in known]
 
 
@@ -317,8 +315,7 @@ def _require_room(node: Node, wanted: Sequence[tuple[int, Listed]]) -> None:
         raise CopyFailed(f"there is no room in {node.cache}: {needed >> 20} MiB are needed, {free >> 20} are free")
 
 
-@dataclass
-class _Lack:
+class _Lack(Struct):
     """What of another node's `manifest` this one has use for and does not have; it arrives in `waiting`."""
 
     node: Node

@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import field, replace
 
-from sparkinstall.cluster.remote import RemoteNode, OnLine, Reply
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from sparkinstall.cluster.remote import OnLine, RemoteNode, Reply
 from sparkinstall.errors import Interrupted, Problem
 from sparkinstall.facts import qsfp
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, bandwidth, link_health, skipped
 from sparkinstall.probes.bandwidth import KINDS, Kind, Measured, Program
-from sparkinstall.records import dataclass
 from sparkinstall.resources import ray_ports
 from sparkinstall.system import Reader, Result, processes
 
@@ -141,8 +142,7 @@ def _announced(line: str) -> list[int] | None:
 # --- at the terminal
 
 
-@dataclass(frozen=True)
-class Between:
+class Between(Struct, frozen=True):
     """What came over from the first of `hosts` to the second, and what to think of it. `seconds` is wall time."""
 
     hosts: tuple[str, str]
@@ -158,8 +158,7 @@ class Between:
         return Probe(name, title, lambda _: self.finding, "link", others=True, load=True)
 
 
-@dataclass
-class Measurement:
+class Measurement(Struct):
     """One measurement: `asking` sends to `responding`; `words` are a node's settings as options."""
 
     asking: RemoteNode
@@ -222,7 +221,9 @@ def ways(head: RemoteNode, worker: RemoteNode, kind: Kind) -> list[tuple[RemoteN
     return [(head, worker)] if kind == "nccl" else [(head, worker), (worker, head)]
 
 
-def left_out(asking: RemoteNode, responding: RemoteNode, kind: Kind, why: Mapping[str, Mapping[str, str]]) -> Between | None:
+def left_out(
+    asking: RemoteNode, responding: RemoteNode, kind: Kind, why: Mapping[str, Mapping[str, str]]
+) -> Between | None:
     """What is said of a measurement that one of the two nodes cannot take part in; None: both can."""
     for far in (asking, responding):
         if reason := why.get(far.host, {}).get(kind, "it gave no answer"):

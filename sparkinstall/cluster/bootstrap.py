@@ -14,9 +14,10 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from msgspec import Struct
+
 from sparkinstall.assets import asset, user_cache
 from sparkinstall.errors import Problem
-from sparkinstall.records import dataclass
 from sparkinstall.system.local import LocalReader
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -83,8 +84,7 @@ sh "$into/install.sh" --tool-only </dev/null >&2
 """
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """What a node said of itself when it had no tool of ours: `python` is None where there is none new enough."""
 
     machine: str

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Literal
 
+from msgspec import Struct
+
 from sparkinstall import elf
 from sparkinstall.cluster import sameness
 from sparkinstall.errors import Problem
@@ -13,7 +15,6 @@ from sparkinstall.facts import machine, qsfp
 from sparkinstall.facts.qsfp import Port
 from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.probes import link_health, network
-from sparkinstall.records import dataclass
 from sparkinstall.resources.decisions import recorded
 from sparkinstall.steps.fp8 import cutlass_patch
 from sparkinstall.system import Reader
@@ -22,8 +23,7 @@ Weight = Literal["fail", "warn", "note"]
 """Nodes that differ in it: do not work together; work, and may behave differently; are well, but it is good to know."""
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(Struct, frozen=True):
     """Something to be compared. `mend` is done on the node that is wrong."""
 
     weight: Weight
@@ -153,8 +153,7 @@ _PARTS = (
 )
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(Struct, frozen=True):
     """Something that is not the same on all nodes, with what each has, in the order of the nodes."""
 
     name: str
@@ -163,8 +162,7 @@ class Row:
     hint: str
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(Struct, frozen=True):
     """What nodes differ in, the worst first, of so many things that were `compared`."""
 
     hosts: tuple[str, ...]

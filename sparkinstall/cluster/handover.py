@@ -8,12 +8,12 @@ import json
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, field
+
+from msgspec import Struct, field, to_builtins
 
 from sparkinstall.cluster.artifacts import Offered
-from sparkinstall.cluster.remote import RemoteNode, OnLine, Reply, repeated
+from sparkinstall.cluster.remote import OnLine, RemoteNode, Reply, repeated
 from sparkinstall.errors import Interrupted, Problem
-from sparkinstall.records import dataclass
 from sparkinstall.system import processes
 
 _OFFER = "offer"
@@ -21,7 +21,7 @@ _OFFER = "offer"
 
 def announcement(offered: Offered) -> str:
     """The line of stderr in which the head says where its list is."""
-    return json.dumps({_OFFER: asdict(offered)})
+    return json.dumps({_OFFER: to_builtins(offered)})
 
 
 def _announced(line: str) -> Offered | None:
@@ -34,7 +34,7 @@ def _announced(line: str) -> Offered | None:
 
 def introduction(offered: Offered, token: str) -> str:
     """What a worker is told on its stdin."""
-    return json.dumps({"token": token, **asdict(offered)})
+    return json.dumps({"token": token, **to_builtins(offered)})
 
 
 def introduced(said: str) -> tuple[Offered, str]:
@@ -43,15 +43,24 @@ def introduced(said: str) -> tuple[Offered, str]:
     return Offered(int(known["port"]), str(known["digest"])), str(known["token"])
 
 
-@dataclass
-class Handover:
+class Secret(str):
+    """32 random bytes in hex, which no `repr` shows."""
+
+    def __new__(cls) -> "Secret":
+        return super().__new__(cls, secrets.token_hex(32))
+
+    def __repr__(self) -> str:
+        return "Secret()"
+
+
+class Handover(Struct):
     """`steps` of the head's work for `workers`; `words` are the settings of a node as options of a verb."""
 
     head: RemoteNode
     workers: Sequence[RemoteNode]
     steps: Sequence[str]
     words: Callable[[RemoteNode], list[str]]
-    _token: str = field(default_factory=lambda: secrets.token_hex(32), repr=False)
+    _token: Secret = field(default_factory=Secret)
     _offered: Offered | None = None
     _settled: threading.Event = field(default_factory=threading.Event)
 

@@ -3,28 +3,28 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import field, replace
 from typing import Any, Literal
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from sparkinstall.cluster import artifacts, bandwidth, differences, sameness
 from sparkinstall.cluster.bandwidth import Between, Measurement
 from sparkinstall.cluster.differences import Comparison
 from sparkinstall.cluster.handover import Handover
-from sparkinstall.cluster.remote import RemoteNode, Member, NoTool, OnLine, Reply, assignments, repeated
+from sparkinstall.cluster.remote import Member, NoTool, OnLine, RemoteNode, Reply, assignments, repeated
 from sparkinstall.config import Config
 from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
 from sparkinstall.members import require_sound
 from sparkinstall.probes import LEVELS, Level
 from sparkinstall.probes import bandwidth as bandwidth_probes
-from sparkinstall.records import dataclass
 from sparkinstall.system import processes
 
 Outcome = Literal["unchanged", "changed", "failed", "blocked"]
 Targets = Literal["all", "head", "workers"]
 
 
-@dataclass(frozen=True)
-class Phase:
+class Phase(Struct, frozen=True):
     """Steps that are done between two barriers, and on which nodes."""
 
     name: str
@@ -45,14 +45,12 @@ PHASES = (
 )
 
 
-@dataclass(frozen=True)
-class Started:
+class Started(Struct, frozen=True):
     host: str
     phase: str
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(Struct, frozen=True):
     """One line that a node said."""
 
     host: str
@@ -60,8 +58,7 @@ class Line:
     text: str
 
 
-@dataclass(frozen=True)
-class Done:
+class Done(Struct, frozen=True):
     """What became of a phase on one node. `seconds` is wall time."""
 
     host: str
@@ -76,8 +73,7 @@ Tell = Callable[[Started | Line | Done], None]
 Work = Callable[[RemoteNode, OnLine], Reply]
 
 
-@dataclass(frozen=True)
-class ClusterOptions:
+class ClusterOptions(Struct, frozen=True):
     """What is wanted of all nodes: settings by name, and the choices of the command line.
 
     `level`, `measure`: how far `verify` goes, as one node's own has it.
@@ -135,8 +131,7 @@ class Barrier(Problem):
     """Some nodes failed, so none goes on."""
 
 
-@dataclass
-class Cluster:
+class Cluster(Struct):
     """The nodes of one command line; the head is the first. `done` is what each phase came to, in order.
 
     `pause` puts away what `tell` shows, so that something else can be said.

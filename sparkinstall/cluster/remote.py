@@ -2,22 +2,21 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from typing import Any
+
+from msgspec import Struct, field
 
 from sparkinstall.cluster import bootstrap
 from sparkinstall.cluster.ssh import Ssh, quoted
 from sparkinstall.cluster.uploads import Carried
 from sparkinstall.errors import PreflightFailed, Problem
-from sparkinstall.records import dataclass
 from sparkinstall.redaction import redact
 from sparkinstall.system import Result
 
 OnLine = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(Struct, frozen=True):
     """A node of the cluster: how ssh finds it, and what it is there. `address` is the one on the QSFP link."""
 
     host: str
@@ -26,8 +25,7 @@ class Member:
     address: str
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(Struct, frozen=True):
     """What a verb said on the far node, from its one JSON object."""
 
     code: int
@@ -39,8 +37,7 @@ class NoTool(Problem):
     """Nothing of sparkinstall is on the node."""
 
 
-@dataclass
-class RemoteNode:
+class RemoteNode(Struct):
     """A node and what is known of it.
 
     `carried`: what settings name and has to be there. `changed`: a phase of this run has changed something there.
@@ -142,7 +139,9 @@ class RemoteNode:
 
     def _problem(self, error: Mapping[str, Any]) -> Problem:
         log = f"{self.host}:{error['log']}" if error["log"] else ""
-        known = Problem(str(error["message"]), cause=error["cause"], hint=error["hint"], log=log, output=error["output"])
+        known = Problem(
+            str(error["message"]), cause=error["cause"], hint=error["hint"], log=log, output=error["output"]
+        )
         known.code = str(error["code"])
         return known
 

@@ -9,12 +9,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
+from msgspec import Struct, field
+
 from sparkinstall.errors import Interrupted, Unreachable
-from sparkinstall.records import dataclass
 from sparkinstall.system import Result, processes
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ _FAILED = 255
 _TAIL = 40
 
 
-@dataclass
-class Ssh:
+class Ssh(Struct):
     """One host, as the user would write it after `ssh`. `trips` counts the commands that went there.
 
     `sockets` is a private folder (a real path) for the connection that all commands share; None: each has its own.

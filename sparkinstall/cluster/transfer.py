@@ -15,12 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import field
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from msgspec import Struct, field
+
 from sparkinstall.errors import Problem
-from sparkinstall.records import dataclass
 
 PATIENCE = 60.0
 """How long an offer waits while nobody is connected, in seconds."""
@@ -42,8 +42,7 @@ class CopyFailed(Problem):
     """Files did not come over from another node, or are not those that were promised."""
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(Struct, frozen=True):
     """A file of the list: where it belongs (relative), its size in bytes, its permission bits, its hash."""
 
     path: str
@@ -52,8 +51,7 @@ class Listed:
     sha256: str
 
 
-@dataclass
-class Sender:
+class Sender(Struct):
     """Gives `listing` and then those of `files` that are asked for to each of `peers` (addresses), once each.
 
     `files` are real paths and their sizes in bytes, in the order of the list.

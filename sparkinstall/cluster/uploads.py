@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall import stacks
 from sparkinstall.cluster import bootstrap
 from sparkinstall.errors import BadConfig
-from sparkinstall.records import dataclass
 
 
-@dataclass(frozen=True)
-class Carried:
+class Carried(Struct, frozen=True):
     """`files` by where they stand below a folder of their own; the first is the one that the setting names."""
 
     files: Mapping[str, bytes]

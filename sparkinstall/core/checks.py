@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 from itertools import groupby
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparkinstall.core import catalogue
 from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.events import Emit, ProbeStarted
 from sparkinstall.node import Node
 from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed
-from sparkinstall.records import dataclass
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -18,8 +19,7 @@ HOSTS = "known-hosts"
 """What the probes go by that belong to no step: they look for machines that are known to be bad."""
 
 
-@dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(Struct, frozen=True):
     """A probe, what it found, and how long it took in seconds."""
 
     probe: Probe
@@ -93,8 +93,7 @@ def _names(node: Node) -> list[str]:
     return [*(step.name for step in catalogue.STEPS), HOSTS, *(probe.name for probe in probes)]
 
 
-@dataclass(frozen=True)
-class Chosen:
+class Chosen(Struct, frozen=True):
     """What a proof goes through. `whole`: nothing was left out by name."""
 
     steps: tuple[Step, ...]

@@ -3,14 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import field
 from typing import TYPE_CHECKING, Literal
+
+from msgspec import Struct, field
 
 from sparkinstall.errors import Blocked, Interrupted, Problem, storage_problem
 from sparkinstall.events import Emit, ResourceApplied, StepEnded, StepStarted
 from sparkinstall.node import Node
-from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Resource, Ok, State, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 Outcome = Literal["unchanged", "changed", "drift", "node_only", "failed", "blocked"]
 
 
-@dataclass(frozen=True)
-class Checked:
+class Checked(Struct, frozen=True):
     """A resource and how it stands; `changed` if this run made it so."""
 
     key: str
@@ -29,8 +28,7 @@ class Checked:
     changed: bool = False
 
 
-@dataclass
-class StepReport:
+class StepReport(Struct):
     """What a visit of one step found and did. `seconds` is wall time."""
 
     name: str

@@ -1,21 +1,21 @@
 """The eight fixes of a Spark, and how the node stands in each, as far as this version can tell."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from sparkinstall.core import catalogue
 from sparkinstall.core.engine import StepReport
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding
-from sparkinstall.records import dataclass
 from sparkinstall.resources import NodeOnly
 
 Standing = Literal["proven", "done", "missing", "node_only", "failed", "not_applicable"]
 
 
-@dataclass(frozen=True)
-class Fix:
+class Fix(Struct, frozen=True):
     """One of the eight. `steps` make it so, `probes` prove it; `between`: only nodes of several need it."""
 
     number: int
@@ -48,8 +48,7 @@ def number_of(probe: str) -> int | None:
     return next((fix.number for fix in FIXES if probe in fix.probes), None)
 
 
-@dataclass(frozen=True)
-class FixState:
+class FixState(Struct, frozen=True):
     fix: Fix
     standing: Standing
     note: str = ""

@@ -9,10 +9,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from sparkinstall.diagnose.search import Line, Search, Match, Suspect
+from msgspec import Struct
+
+from sparkinstall.diagnose.search import Line, Match, Search, Suspect
 from sparkinstall.diagnose.signatures import ANY, Signature
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_problem
-from sparkinstall.records import dataclass
 from sparkinstall.system import processes
 from sparkinstall.system.local import LocalReader
 
@@ -30,32 +31,28 @@ _HIDDEN = ("not seeing messages from", "insufficient permissions")
 """How journalctl says that there is more than this user may read."""
 
 
-@dataclass(frozen=True)
-class Log:
+class Log(Struct, frozen=True):
     """What is to be read: its name for people, and the pieces that it comes in."""
 
     name: str
     pieces: Callable[[], Iterator[bytes]]
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(Struct, frozen=True):
     """A log that has been read."""
 
     name: str
     search: Search
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(Struct, frozen=True):
     """A line of one of the logs."""
 
     log: str
     line: Line
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Struct, frozen=True):
     """A known failure: the first places, how often it came, and the names of the failures here that explain it."""
 
     signature: Signature
@@ -64,8 +61,7 @@ class Found:
     explained_by: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Struct, frozen=True):
     """What all logs together say. `failures`: causes first, then what followed; each in the order of the logs."""
 
     readings: tuple[Reading, ...]

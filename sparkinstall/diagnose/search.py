@@ -8,8 +8,9 @@ import re
 from collections.abc import Sequence
 from operator import itemgetter
 
+from msgspec import Struct
+
 from sparkinstall.diagnose.signatures import Signature
-from sparkinstall.records import dataclass
 
 REACH = 2048
 """How far around a literal its pattern is looked for, in bytes; and never beyond the line."""
@@ -51,16 +52,14 @@ _NO_NEWS = re.compile(r"^(?:Traceback \(most recent|File \"|During handling of|T
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(Struct, frozen=True):
     """A line of a log: its number from 1, and its text as it can be shown."""
 
     number: int
     text: str
 
 
-@dataclass
-class Match:
+class Match(Struct):
     """One known failure in a log: the first lines, the number of the last one, and how many there are, up to `MOST`."""
 
     signature: Signature
@@ -75,8 +74,7 @@ class Match:
             self.lines = (*self.lines, line)
 
 
-@dataclass
-class Suspect:
+class Suspect(Struct):
     """A line that nobody has explained yet but that may say what is wrong, and how often its like came."""
 
     line: Line

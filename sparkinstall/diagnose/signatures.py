@@ -8,9 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from msgspec import Struct
+
 from sparkinstall import safe_yaml
 from sparkinstall.assets import asset
-from sparkinstall.records import dataclass
 
 FOLDER = "knowledge/logs"
 ANY = "any"
@@ -27,8 +28,7 @@ class MalformedSignature(Exception):
     """A file of `knowledge/logs` cannot be used as it is written. Says which entry, and why."""
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(Struct, frozen=True):
     """One known failure. A line is it if one of the `anchors` stands there and `pattern` is found around it.
 
     `fix` is one of the eight, or None. `consequence_of` names the failures that bring this one about, or holds `ANY`.

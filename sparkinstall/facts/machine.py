@@ -4,7 +4,8 @@ import os
 import re
 from collections.abc import Mapping
 
-from sparkinstall.records import dataclass
+from msgspec import Struct
+
 from sparkinstall.system import Reader
 
 RELEASE_FILES = ("/etc/dgx-release", "/etc/fastos-release")
@@ -43,8 +44,7 @@ def parse_meminfo(content: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in rows}
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(Struct, frozen=True):
     """What nvidia-smi says; `capability` such as 12.1."""
 
     name: str

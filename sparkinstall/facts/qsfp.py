@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+from msgspec import Struct
+
 from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.node import Node
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 NET = "/sys/class/net"
@@ -40,8 +41,7 @@ class LinkProblem(Problem):
     """The QSFP port cannot be told; the message lists the candidates and names the option."""
 
 
-@dataclass(frozen=True)
-class Interface:
+class Interface(Struct, frozen=True):
     """One half of a QSFP port. `carrier` None: the interface is down, so nobody knows. `speed` in Mb/s, 0: not told.
 
     `hca` is its RDMA device; empty where there is none.
@@ -55,8 +55,7 @@ class Interface:
     hca: str = ""
 
 
-@dataclass(frozen=True)
-class Port:
+class Port(Struct, frozen=True):
     """A physical port and its halves (twins), the first PCI domain's first."""
 
     number: int
@@ -69,8 +68,7 @@ class Port:
         return any(known) if known else None
 
 
-@dataclass(frozen=True)
-class Gid:
+class Gid(Struct, frozen=True):
     """One entry of an RDMA device's table of addresses. `type` such as `RoCE v2`."""
 
     index: int

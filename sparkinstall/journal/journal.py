@@ -11,20 +11,19 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct, to_builtins
+
 from sparkinstall.errors import Blocked, JournalDamaged, Problem, Storage, storage_problem
-from sparkinstall.records import dataclass
 from sparkinstall.system import Undo
 from sparkinstall.system.local import replace_file
 
 VERSION = 1
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(Struct, frozen=True):
     """One touch. `n` gives the order (a clock may jump); `at` is for people."""
 
     n: int
@@ -93,7 +92,7 @@ class Journal:
             last = known[-1].n if known else 0
             record = Record(last + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.run, step, undo)
             try:
-                self._append(json.dumps({"v": VERSION, **asdict(record)}, sort_keys=True).encode() + b"\n")
+                self._append(json.dumps({"v": VERSION, **to_builtins(record)}, sort_keys=True).encode() + b"\n")
             except OSError as error:
                 raise storage_problem(error, f"writing the journal {self.path}") from error
             self._known = [*known, record]
@@ -149,7 +148,7 @@ class Journal:
     def rewrite(self, records: list[Record]) -> None:
         """Keep only `records`; for what an uninstall could not take back."""
         ordered = sorted(records, key=lambda record: record.n)
-        lines = [json.dumps({"v": VERSION, **asdict(record)}, sort_keys=True) for record in ordered]
+        lines = [json.dumps({"v": VERSION, **to_builtins(record)}, sort_keys=True) for record in ordered]
         try:
             replace_file(str(self.path), "".join(line + "\n" for line in lines).encode(), 0o600)
         except OSError as error:

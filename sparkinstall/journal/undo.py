@@ -4,11 +4,12 @@ import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from msgspec import Struct
+
 from sparkinstall.errors import Problem, storage_problem
 from sparkinstall.events import Emit, silent
 from sparkinstall.journal.journal import Journal, Record
 from sparkinstall.journal.state_dir import StateFolder
-from sparkinstall.records import dataclass
 from sparkinstall.resources import firewall, systemd
 from sparkinstall.resources.netplan import live
 from sparkinstall.resources.packages import take_back as take_packages_back
@@ -18,8 +19,7 @@ from sparkinstall.system.local import LocalSystem
 _META = ("mode", "uid", "gid", "mtime_ns")
 
 
-@dataclass(frozen=True)
-class Undone:
+class Undone(Struct, frozen=True):
     """What became of one touch. `kept` and `failed` stay in the journal; `note` says why."""
 
     subject: str
@@ -27,8 +27,7 @@ class Undone:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(Struct, frozen=True):
     """All records of one subject as one: the first original, and what we left there last."""
 
     undo: Undo

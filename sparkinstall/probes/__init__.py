@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Literal, get_args
 
-from sparkinstall.records import dataclass
+from msgspec import Struct
+
 from sparkinstall.system import Reader
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
@@ -12,8 +13,7 @@ Level = Literal["static", "node", "gpu", "link", "cluster", "serving"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(Struct, frozen=True):
     """What a probe found. `mend` is what to do, and stands on every fail and warn."""
 
     verdict: Verdict
@@ -38,8 +38,7 @@ def skipped(why: str) -> Finding:
     return Finding("skip", why)
 
 
-@dataclass(frozen=True)
-class Probe:
+class Probe(Struct, frozen=True):
     """A named measurement. `name` is stable: `--ignore`, `--only` and scripts use it.
 
     `level`: `static` reads files only, so that even a run with nothing to do can afford it; `node` asks

@@ -6,14 +6,14 @@ Nothing here starts anything: it takes both ends, and a terminal that leads them
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import field
 from typing import Literal, get_args
+
+from msgspec import Struct, field
 
 from sparkinstall.facts import machine, qsfp
 from sparkinstall.node import Node, nccl_library
 from sparkinstall.probes import Finding, Probe, failed, link_health, passed, skipped, warned
 from sparkinstall.probes.network import own_addresses, twin_of
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 Kind = Literal["tcp", "rdma", "nccl"]
@@ -130,8 +130,7 @@ def size(available: int) -> int:
     return min(_GIB, available // _SHARE) // _PIECE * _PIECE
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(Struct, frozen=True):
     """One program of a measurement. `over`: the interface or RDMA device that it uses."""
 
     over: str
@@ -224,8 +223,7 @@ def _gathering(node: Node, on: Reader, port: int, peer: str) -> Program:
 # --- what it says
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(Struct, frozen=True):
     """What was measured between two nodes.
 
     `halves`: Gb/s of each half by interface or RDMA device; `bus`: GB/s of NCCL's all_gather, `size` bytes of it, and

@@ -3,23 +3,23 @@
 import json
 import signal
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed, skipped
 from sparkinstall.probes.env_file import with_env_file
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 MODULES = ("torch", "triton", "transformers", "ray", "vllm")
 _TIMEOUT = 300.0
 
 
-@dataclass(frozen=True)
-class InEnvironment:
+class InEnvironment(Struct, frozen=True, dict=True):
     """One process, started with the env file as a service would be; asked once for all probes."""
 
     node: Node

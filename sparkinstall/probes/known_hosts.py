@@ -6,11 +6,12 @@ from datetime import date
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
+from msgspec import Struct
+
 from sparkinstall.assets import asset
 from sparkinstall.facts import machine
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, passed, skipped
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader, Result
 
 KNOWLEDGE = "knowledge/hosts.yaml"
@@ -38,8 +39,7 @@ sys.stdout.buffer.write(asked.stdout.read())
 _MELLANOX = "0x15b3"
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(Struct, frozen=True):
     """One kind of bad host. `looks` names the looker that is given `limits`; `checked`: when the evidence was read;
     `load`: the looker keeps the GPU busy."""
 
@@ -57,8 +57,7 @@ class Rule:
     load: bool = False
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(Struct, frozen=True):
     """What a looker saw; `bad`: it is what the rule warns of."""
 
     bad: bool
@@ -69,8 +68,7 @@ class CannotTell(Exception):
     """The looker cannot see it on this node, and says why."""
 
 
-@dataclass(frozen=True)
-class Host:
+class Host(Struct, frozen=True, dict=True):
     """What several rules look at, asked once."""
 
     on: Reader

@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Interface
 
+from msgspec import Struct
+
 from sparkinstall.facts import qsfp
 from sparkinstall.facts.qsfp import NET, RDMA, Interface, Port, text_of
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
 from sparkinstall.probes.network import own_addresses
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 # Seconds between two readings of the counters.
@@ -43,8 +44,7 @@ def probes(node: Node) -> Iterable[Probe]:
     yield Probe("gids", "RoCE finds each half by its address", lambda on: _gids(node, on), "link")
 
 
-@dataclass(frozen=True)
-class Counted:
+class Counted(Struct, frozen=True):
     """Counters by `interface counter`, and the packets that came in by interface."""
 
     errors: Mapping[str, int]

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from msgspec import Struct
+
 from sparkinstall import elf
 from sparkinstall.node import Node, nccl_library
 from sparkinstall.probes import Finding, failed, passed, skipped, warned
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 NO_BUILD_ID = "none"
@@ -14,8 +15,7 @@ ENV_ANEW = "run `sparkinstall all`: it writes the env file anew, and builds NCCL
 _FOR_THIS_GPU = "it works through PTX, if at all; `nccl.mode: source` builds one for this GPU"
 
 
-@dataclass(frozen=True)
-class Loaded:
+class Loaded(Struct, frozen=True):
     """What a process says: the file that its NCCL symbols bind to (empty: none), that one's version as NCCL counts
     (22809 is 2.28.9), and every libnccl in its maps."""
 

@@ -8,11 +8,12 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from msgspec import Struct
+
 from sparkinstall.facts import machine
 from sparkinstall.node import Node, cuda_home, nccl_library, site_packages
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped
 from sparkinstall.probes.env_file import with_env_file
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader, Result
 
 REPOSITORY = "https://github.com/NVIDIA/nccl-tests.git"
@@ -144,8 +145,7 @@ def _last_line(answer: Result) -> str:
 # --- the measurement
 
 
-@dataclass(frozen=True)
-class Measured:
+class Measured(Struct, frozen=True):
     """What one program said: bus bandwidth in GB/s, values that came out wrong, the NCCL that it had loaded."""
 
     bandwidth: float

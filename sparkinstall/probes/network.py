@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Interface, IPv4Network
 from typing import Any, TypeVar
 
+from msgspec import Struct
+
 from sparkinstall.facts import qsfp
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 HEADERS = 28
@@ -18,8 +19,7 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
-@dataclass(frozen=True)
-class Live:
+class Live(Struct, frozen=True):
     """An interface as it is now. `addresses`: IPv4, with prefix length; `leased` those that DHCP gave."""
 
     name: str
@@ -48,8 +48,7 @@ def _live(said: Mapping[str, Any]) -> Live:
     )
 
 
-@dataclass(frozen=True)
-class Route:
+class Route(Struct, frozen=True):
     """One IPv4 route of the main table; `gateway` empty where the subnet is on the link itself."""
 
     to: IPv4Network
@@ -103,8 +102,7 @@ def neighbour(on: Reader, interface: str, address: str) -> str:
     return next((str(each.get("lladdr")) for each in found if "REACHABLE" in each.get("state", ())), "")
 
 
-@dataclass(frozen=True)
-class Reach:
+class Reach(Struct, frozen=True):
     """What a node can reach, to be compared after its network was changed.
 
     `session`: the interface over which this ssh session comes; empty where there is none.

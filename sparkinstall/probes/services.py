@@ -4,11 +4,12 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+from msgspec import Struct
+
 from sparkinstall.errors import NeedsRoot
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, ray, serving, skipped, warned
 from sparkinstall.probes.env_file import with_env_file
-from sparkinstall.records import dataclass
 from sparkinstall.redaction import is_secret_name
 from sparkinstall.system import Reader
 
@@ -77,8 +78,7 @@ def _preload(node: Node, on: Reader) -> Finding:
 # --- the services as they run
 
 
-@dataclass(frozen=True)
-class Process:
+class Process(Struct, frozen=True):
     """A process of one of our services. `began`: clock ticks after the boot."""
 
     pid: int

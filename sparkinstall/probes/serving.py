@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, streams, vllm_client, warned

@@ -5,9 +5,10 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Finding, failed, passed, warned
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 _RAW = ("<think>", "</think>", "<seed:think>", "</seed:think>")
@@ -17,8 +18,7 @@ _KEEPS_RAW = "append_think"
 _ALSO_NAMED = {"nemotron_v3": "nemotron3", "openai_gptoss": "gptoss"}
 
 
-@dataclass(frozen=True)
-class Heard:
+class Heard(Struct, frozen=True):
     """A stream to its end. `said`: text by field of the deltas; `prompt`: the end of what the model was given."""
 
     said: Mapping[str, str]

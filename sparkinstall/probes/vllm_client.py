@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall.node import Node
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 # Seconds for a few tokens; on a node that computes at all they take less than one.
@@ -93,8 +94,7 @@ print(opener.open(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=5).status)
 """
 
 
-@dataclass(frozen=True)
-class Api:
+class Api(Struct, frozen=True, dict=True):
     """The API of this node's vLLM; asked once for all probes."""
 
     node: Node

@@ -7,10 +7,11 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from msgspec import Struct
+
 from sparkinstall import elf
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Finding, failed, passed
-from sparkinstall.records import dataclass
 from sparkinstall.stacks import Pin
 from sparkinstall.system import Reader
 
@@ -20,8 +21,7 @@ _LOCAL_CUDA = re.compile(r"\+cu(\d+)\d")
 _REMAKE = "choose another stack with --stack, or report it: the stack's lock is wrong for this machine"
 
 
-@dataclass(frozen=True)
-class Gate:
+class Gate(Struct, frozen=True):
     """The questions for one environment; `pins` is its lock, asked where a rehearsal has not installed it all."""
 
     node: Node

@@ -5,19 +5,18 @@ A resource answers `check()` (is it so? what would change?) and `apply()` (make 
 
 from typing import Protocol
 
-from sparkinstall.records import dataclass
+from msgspec import Struct
+
 from sparkinstall.system import Reader, System
 
 
-@dataclass(frozen=True)
-class Ok:
+class Ok(Struct, frozen=True, tag_field="state", tag="ok"):
     """It is so. `note` says what a reader may want to know of it."""
 
     note: str = ""
 
 
-@dataclass(frozen=True)
-class Drift:
+class Drift(Struct, frozen=True, tag_field="state", tag="drift"):
     """It is not so. `before` and `after` are text to be compared line by line; may be empty."""
 
     summary: str
@@ -25,22 +24,19 @@ class Drift:
     after: str = ""
 
 
-@dataclass(frozen=True)
-class Unknown:
+class Unknown(Struct, frozen=True, tag_field="state", tag="unknown"):
     """It cannot be told before the step `waits_for` has been done."""
 
     waits_for: str
 
 
-@dataclass(frozen=True)
-class NodeOnly:
+class NodeOnly(Struct, frozen=True, tag_field="state", tag="node_only"):
     """Only a real node can do this; a rehearsal does not, and says so."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class Conflict:
+class Conflict(Struct, frozen=True, tag_field="state", tag="conflict"):
     """It is not so and will not be made so: something stands in the way that is not ours to move."""
 
     message: str

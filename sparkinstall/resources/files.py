@@ -1,12 +1,12 @@
 """Files and links."""
 
-from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, Conflict, Ok, State
+from msgspec import Struct
+
+from sparkinstall.resources import Conflict, Drift, Ok, State
 from sparkinstall.system import Reader, System
 
 
-@dataclass(frozen=True)
-class File:
+class File(Struct, frozen=True):
     """A file with this content and mode."""
 
     path: str
@@ -38,8 +38,7 @@ class File:
         on.write(self.path, self.content, self.mode)
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(Struct, frozen=True):
     """A symbolic link for people; what they have put in its place themselves is left alone."""
 
     path: str

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Interface, IPv4Network
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.facts import qsfp
 from sparkinstall.facts.packet_filters import NFT, TABLE, UNIT, another
 from sparkinstall.node import Node
 from sparkinstall.probes import network
-from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, NodeOnly, Resource, Ok, State, Unknown, ray_ports, rollback
+from sparkinstall.resources import Drift, NodeOnly, Ok, Resource, State, Unknown, ray_ports, rollback
 from sparkinstall.resources.files import File
 from sparkinstall.resources.template import render
 from sparkinstall.system import Reader, System, Undo
@@ -134,8 +135,7 @@ def left_to(node: Node, on: Reader) -> str:
     return another(on) if asks else ""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Struct, frozen=True):
     """A part of the firewall that says nothing where another firewall is at work: RulesFile has said it."""
 
     node: Node
@@ -166,8 +166,7 @@ def _by_hand(node: Node, on: Reader, other: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class RulesFile:
+class RulesFile(Struct, frozen=True):
     """The file of the rules. nft has found them good before they are written."""
 
     node: Node
@@ -192,8 +191,7 @@ class RulesFile:
         file.apply(on)
 
 
-@dataclass(frozen=True)
-class LiveTable:
+class LiveTable(Struct, frozen=True):
     """The kernel has exactly these rules. A change puts itself back unless the node can still be reached."""
 
     node: Node

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall import elf, patches
 from sparkinstall.errors import CommandFailed
 from sparkinstall.node import Node, site_packages
 from sparkinstall.patches import PatchSet, UnknownContent
 from sparkinstall.probes.wheels import extensions
-from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, Conflict, Ok, State, Unknown
+from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown
 from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, Result, System
 
@@ -37,8 +38,7 @@ except RuntimeError as error:
 """
 
 
-@dataclass(frozen=True)
-class Fp8Decision:
+class Fp8Decision(Struct, frozen=True):
     """`node.fp8_decision` says whether the fallback is on, why, and which build of vLLM that is true of."""
 
     node: Node
@@ -155,8 +155,7 @@ def _mentions(path: Path, name: bytes) -> bool:
         return content.find(name) >= 0
 
 
-@dataclass(frozen=True)
-class PatchedFile:
+class PatchedFile(Struct, frozen=True):
     """One file of the environment, patched or as it came, as the decision in `node.fp8_decision` says."""
 
     node: Node

@@ -8,14 +8,15 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import asdict
 
 from sparkinstall import elf
 from sparkinstall.errors import BadConfig, Blocked
 from sparkinstall.facts.machine import cores
-from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, NodeOnly, Ok, State
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Entry, Reader, System
@@ -31,8 +32,7 @@ _ASK_VERSION = (
 )
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(Struct, frozen=True):
     """All that decides what the built library is. Two equal recipes need no second build."""
 
     version: str
@@ -46,8 +46,7 @@ class Recipe:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class NcclLibrary:
+class NcclLibrary(Struct, frozen=True):
     """`folder`/lib/libnccl.so.2, built from `source` by the toolkit in `cuda_home` (a real path)."""
 
     folder: str
@@ -220,8 +219,7 @@ def _as_lines(recipe: Mapping[str, Any]) -> str:
     return "".join(f"{name}: {value}\n" for name, value in recipe.items() if value is not None)
 
 
-@dataclass
-class _Compiled:
+class _Compiled(Struct):
     """Counts the units that make says it compiles."""
 
     on_progress: Callable[[int, int, str], None]

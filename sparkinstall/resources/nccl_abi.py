@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall import elf
 from sparkinstall.errors import Blocked
 from sparkinstall.node import Node, nccl_library, site_packages
-from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
 from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, System
@@ -14,8 +15,7 @@ from sparkinstall.system import Reader, System
 _SYMBOLS = "nccl"
 
 
-@dataclass(frozen=True)
-class NcclFitsTorch:
+class NcclFitsTorch(Struct, frozen=True):
     """A library that lacks a symbol would break `import torch` for whoever sources the env file."""
 
     node: Node

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall.downloads import fetch, sha256_of
 from sparkinstall.errors import BadConfig, Blocked, CommandFailed
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader, System
 
 REPOSITORY = "https://github.com/NVIDIA/nccl.git"
@@ -20,8 +21,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _UNREACHABLE = ("Could not resolve host", "Connection refused", "Connection timed out", "unable to access")
 
 
-@dataclass(frozen=True)
-class NcclSource:
+class NcclSource(Struct, frozen=True):
     """NCCL `version` from `where` ("git", a tarball's path or URL, or a folder).
 
     `commit` is what the tag must be; `sha256` what the tarball must have, None: recorded at first use.

@@ -4,8 +4,9 @@ import re
 import time
 from collections.abc import Iterable
 
+from msgspec import Struct
+
 from sparkinstall.errors import CommandFailed
-from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, NodeOnly, Ok, State
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
@@ -36,8 +37,7 @@ def installed(on: Reader) -> set[str]:
     return names
 
 
-@dataclass(frozen=True)
-class Packages:
+class Packages(Struct, frozen=True):
     """The Debian packages `names` are installed."""
 
     names: tuple[str, ...]

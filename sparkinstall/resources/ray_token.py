@@ -6,10 +6,11 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+from msgspec import Struct
+
 from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.node import Node
-from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, State
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State
 from sparkinstall.system import Reader, Result, System
 
 MODE = 0o600
@@ -40,8 +41,7 @@ def given(file: str) -> bytes:
     return token
 
 
-@dataclass(frozen=True)
-class RayToken:
+class RayToken(Struct, frozen=True):
     """The token is on this node and only its owner can read it. The head makes it; the workers are given it."""
 
     node: Node

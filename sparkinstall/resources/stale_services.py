@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 
+from msgspec import Struct
+
 from sparkinstall.facts import packet_filters
 from sparkinstall.node import Node
 from sparkinstall.probes import ray, serving
-from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Ok, State, systemd
 from sparkinstall.system import Reader, System, Undo
 
@@ -21,8 +22,7 @@ def wanted(node: Node) -> frozenset[str]:
     return frozenset(name for name, so in asked.items() if so)
 
 
-@dataclass(frozen=True)
-class StaleServices:
+class StaleServices(Struct, frozen=True):
     """Units of ours that nothing asks for any more are stopped and gone. A Ray of the former role would hold the
     ports of the new one, and a firewall that was switched off would still filter."""
 

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall.errors import CommandFailed, Problem
-from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
 from sparkinstall.resources.decisions import record, recorded
 from sparkinstall.resources.template import Template
@@ -58,8 +59,7 @@ def setting(value: str) -> str:
     return value.replace("%", "%%")
 
 
-@dataclass(frozen=True)
-class UnitFile(Template):
+class UnitFile(Template, frozen=True):
     """A file in /etc/systemd/system that systemd accepts without a word, and has read.
 
     `noted_in` (a node path): where is kept what it was made from.
@@ -118,8 +118,7 @@ def complaints_of_systemd(on: Reader, name: str, content: bytes) -> list[str]:
     return [line for line in lines if not (on.rehearsal and "is not executable" in line)]
 
 
-@dataclass(frozen=True)
-class Cause:
+class Cause(Struct, frozen=True):
     """A known reason why a service does not start: what it prints, what that means, what to do."""
 
     pattern: str
@@ -127,8 +126,7 @@ class Cause:
     hint: str
 
 
-@dataclass(frozen=True)
-class Service:
+class Service(Struct, frozen=True):
     """A service that is enabled, runs, and was started from its inputs as they are now.
 
     `inputs` tells the files (node paths) that it depends on; their digests at its last start are kept in

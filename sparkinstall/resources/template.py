@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from msgspec import Struct
+
 from sparkinstall.assets import asset
-from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.resources.decisions import record, recorded
 from sparkinstall.resources.files import File
@@ -50,8 +51,7 @@ def render(template: str, values: Mapping[str, Any]) -> bytes:
     return _templates().get_template(template).render(**values).encode()
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(Struct, frozen=True):
     """`path` is `template` filled with what `values` finds on the node, or says that it cannot be told yet."""
 
     path: str

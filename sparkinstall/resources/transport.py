@@ -3,16 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall.facts import qsfp
 from sparkinstall.node import Node
-from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, Conflict, Ok, State, Unknown
+from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown
 from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, System
 
 
-@dataclass(frozen=True)
-class Transport:
+class Transport(Struct, frozen=True):
     """The decision, written down: a cable that is out for a moment must not turn RoCE into sockets."""
 
     node: Node

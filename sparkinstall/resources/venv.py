@@ -6,17 +6,17 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from msgspec import Struct, field
+
 from sparkinstall import stacks
 from sparkinstall.errors import Blocked, CommandFailed
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes.wheels import Gate
-from sparkinstall.records import dataclass
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.resources.decisions import recorded
 from sparkinstall.stacks import Pin, parse_lock, render_lock
@@ -48,8 +48,7 @@ def uv_platform(platform: str) -> str:
     return f"{platform}-manylinux_2_39"
 
 
-@dataclass(frozen=True)
-class RecordedLock:
+class RecordedLock(Struct, frozen=True):
     """A lock made whole on the node at the first install, where the shipped one cannot know every hash.
 
     From then on it is held to: the same versions and the same bytes, or an error.
@@ -93,8 +92,7 @@ class RecordedLock:
         return [*options, "--python-platform", uv_platform(node.platform)]
 
 
-@dataclass
-class Downloads:
+class Downloads(Struct):
     """uv's announcements, added up: bytes that have arrived, of bytes announced."""
 
     on_progress: Callable[[int, int, str], None]
@@ -112,8 +110,7 @@ class Downloads:
         self.on_progress(self.done, sum(self.sizes.values()), "bytes")
 
 
-@dataclass(frozen=True)
-class PythonEnvironment:
+class PythonEnvironment(Struct, frozen=True):
     """The venv holds the lock's pins, all of them or (in a rehearsal) vLLM's own wheel, and passes the gate."""
 
     node: Node

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote
 
+from msgspec import Struct
+from msgspec.structs import replace
+
 from sparkinstall import safe_yaml
-from sparkinstall.records import dataclass
 
 DEFAULT = "0.18.1"
 
@@ -41,8 +42,7 @@ class StackError(ValueError):
     """A stack or a lock that cannot be used: one sentence, with what to do about it."""
 
 
-@dataclass(frozen=True)
-class Pin:
+class Pin(Struct, frozen=True):
     """One package at one version; `url` only where the wheel is named by address."""
 
     name: str
@@ -56,8 +56,7 @@ class Pin:
         return f"{self.name} @ {self.url}" if self.url else f"{self.name}=={self.version}"
 
 
-@dataclass(frozen=True)
-class NcclPin:
+class NcclPin(Struct, frozen=True):
     """The NCCL that a stack builds from source: upstream's tag, and the commit that it must be."""
 
     version: str
@@ -65,8 +64,7 @@ class NcclPin:
     commit: str
 
 
-@dataclass(frozen=True)
-class Platform:
+class Platform(Struct, frozen=True):
     """What a stack is on one architecture.
 
     `requirements` are the stack's pins, those replaced whose wheels come from an address of their own.
@@ -121,8 +119,7 @@ class Platform:
         return render_lock(pins.values())
 
 
-@dataclass(frozen=True)
-class Stack:
+class Stack(Struct, frozen=True):
     """A named set of pins. Source of the numbers: the wheels' own metadata, through `tools/lock.py`."""
 
     name: str
@@ -309,8 +306,7 @@ def _canonical(name: str) -> str:
 # --- YAML
 
 
-@dataclass(frozen=True)
-class _Table:
+class _Table(Struct, frozen=True):
     """A mapping of the file: says where it stands when a value in it is wrong."""
 
     where: str

@@ -7,7 +7,7 @@ from sparkinstall.assets import asset
 from sparkinstall.node import Node
 from sparkinstall.patches import PatchSet, load
 from sparkinstall.probes import Finding, Probe, failed, passed
-from sparkinstall.resources import Conflict, Resource, Ok, Unknown
+from sparkinstall.resources import Conflict, Ok, Resource, Unknown
 from sparkinstall.resources.decisions import recorded
 from sparkinstall.resources.fp8 import Fp8Decision, PatchedFile, is_whole
 from sparkinstall.steps import Step

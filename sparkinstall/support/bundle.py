@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall import __version__, safe_yaml
 from sparkinstall.diagnose import judge, search, signatures
 from sparkinstall.errors import Problem
@@ -22,7 +24,6 @@ from sparkinstall.facts import machine, packet_filters
 from sparkinstall.journal.state_dir import FOLDER
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import serving
-from sparkinstall.records import dataclass
 from sparkinstall.resources import systemd
 from sparkinstall.resources.netplan import files
 from sparkinstall.support import doctor
@@ -63,16 +64,14 @@ _WHAT = {
 }
 
 
-@dataclass(frozen=True)
-class Member:
+class Member(Struct, frozen=True):
     """A file of the archive; its name is below `TOP`."""
 
     name: str
     data: bytes
 
 
-@dataclass(frozen=True)
-class Bundle:
+class Bundle(Struct, frozen=True):
     """What is to be packed. `missing`: what could not be read and why, masked. `masked`: what was, in words."""
 
     members: tuple[Member, ...]

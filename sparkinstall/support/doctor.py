@@ -4,6 +4,8 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
+from msgspec import Struct
+
 from sparkinstall import __version__
 from sparkinstall.core import catalogue, fixes, meanings
 from sparkinstall.core.checks import ProbeResult
@@ -12,8 +14,7 @@ from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.facts import machine
 from sparkinstall.node import Node
 from sparkinstall.probes import Verdict
-from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, NodeOnly, Conflict, State, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, State, Unknown
 from sparkinstall.system import Reader
 
 Weight = Literal["broken", "look-at", "not-looked-at", "well"]
@@ -26,8 +27,7 @@ _SUDO = "`sudo -v` in this terminal, then the same command again"
 _ONLY_TO_SET_UP = frozenset({"sudo", "python", "cuda", "disk", "prefix"})
 
 
-@dataclass(frozen=True)
-class Item:
+class Item(Struct, frozen=True):
     """One thing that was looked at. `fixes`: those of the eight that it belongs to; `means` is for who has it."""
 
     name: str
@@ -132,4 +132,6 @@ def _of_probe(looked: ProbeResult, step: str) -> Item:
 def of_problem(problem: Problem) -> Item:
     """What keeps all that is installed from being looked at."""
     means = "Nothing of what sparkinstall has set up could be looked at."
-    return Item("installed", "check", "broken", "what sparkinstall has set up", problem.message, "", means, problem.hint)
+    return Item(
+        "installed", "check", "broken", "what sparkinstall has set up", problem.message, "", means, problem.hint
+    )

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Any
 
-from sparkinstall.records import dataclass
+from msgspec import Struct
+
 from sparkinstall.redaction import HIDDEN, LISTED, hide_in, redact
 
 _WORDS = {
@@ -115,8 +116,7 @@ _KEYED_SSID = _keyed(_SSID_KEY, r"[^\n\"',;<\\]+")
 _QUOTED_SSID = _keyed(_SSID_KEY, r"(?!)", r"\s+")
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(Struct, frozen=True):
     """What is known to be personal here. `homes`: the user's own folders; `serials`: also ids of the machine."""
 
     hosts: tuple[str, ...] = ()

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol
 
-from sparkinstall.records import dataclass
+from msgspec import Struct
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """What is at a path. `size` in bytes, `mode` the permission bits, `mtime_ns` since the epoch."""
 
     kind: Literal["file", "dir", "link", "other"]
@@ -19,8 +18,7 @@ class Entry:
     target: str = ""
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(Struct, frozen=True):
     """What a program answered. `code` 127: not found; 124: it ran past its time limit."""
 
     argv: tuple[str, ...]
@@ -33,8 +31,7 @@ class Result:
         return self.code == 0
 
 
-@dataclass(frozen=True)
-class Undo:
+class Undo(Struct, frozen=True):
     """How to take one touch back: what `subject` was before, and what we left there.
 
     `kind` names the function that takes it back (journal/undo.py); `before` and `after` are

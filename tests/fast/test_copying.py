@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import asdict
 
 from sparkinstall.cluster import artifacts
 from sparkinstall.cluster.handover import announcement
@@ -347,7 +348,7 @@ def test_nccl_from_the_other_node_is_taken_instead_of_building(
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("message", ["a byte", "the recipe", "the version", "the file"])
+@pytest.mark.parametrize("what", ["a byte", "the recipe", "the version", "the file"])
 def test_nccl_that_is_not_what_would_be_built_is_not_taken(built: tuple[Side, Side], tmp_path: Path, what: str) -> None:
     head, worker = built
     with offering(head, "nccl") as offered:

@@ -5,7 +5,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import typer
+from msgspec.structs import replace
 
 from sparkinstall import __version__, errors, stacks
 from sparkinstall.cli import cluster as cluster_verb
@@ -142,7 +143,7 @@ def test_words_of_the_json() -> None:
     text = section("docs/json.md", "## Words in `data`")
     outcomes, states = (text.split(head)[1].split("\n\n")[0] for head in ("| `outcome` |", "| `state` |"))
     assert {row[0] for row in rows(outcomes)} == set(get_args(engine.Outcome))
-    assert {row[0] for row in rows(states)} == {kind.__name__.lower() for kind in get_args(State)}
+    assert {row[0] for row in rows(states)} == {kind.__struct_config__.tag for kind in get_args(State)}
     for word in (*get_args(Verdict), *get_args(fixes.Standing)):
         assert f"`{word}`" in text, word
 
@@ -150,8 +151,8 @@ def test_words_of_the_json() -> None:
 @pytest.mark.parametrize("kind", get_args(State), ids=lambda kind: str(kind.__name__))
 def test_fields_of_a_state(kind: Any) -> None:
     states = section("docs/json.md", "## Words in `data`").split("| `state` |")[1].split("\n\n")[0]
-    (text,) = [row[1] for row in rows(states) if row[0] == kind.__name__.lower()]
-    assert set(re.findall(r"`(\w+)`", text)) == set(kind.__dataclass_fields__)
+    (text,) = [row[1] for row in rows(states) if row[0] == kind.__struct_config__.tag]
+    assert set(re.findall(r"`(\w+)`", text)) == set(kind.__struct_fields__)
 
 
 def test_outcomes_of_an_uninstall() -> None:
@@ -164,7 +165,10 @@ def test_fields_of_a_node_of_a_cluster() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "cluster"]
     one = remote.RemoteNode(remote.Member("spark-1", "head", 0, "192.168.100.10"), Ssh("spark-1", None))
     whole = orchestrate.Cluster(
-        [one], orchestrate.ClusterOptions(Config(), {}), lambda _: None, done=[orchestrate.Done("spark-1", "look", "changed")]
+        [one],
+        orchestrate.ClusterOptions(Config(), {}),
+        lambda _: None,
+        done=[orchestrate.Done("spark-1", "look", "changed")],
     )
     data = cluster_verb._node_data(whole, one)
     outcomes = get_args(orchestrate.Outcome)

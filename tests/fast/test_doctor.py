@@ -16,7 +16,7 @@ from sparkinstall.errors import BadUsage, Blocked, NeedsRoot
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.probes import Finding, Probe, failed, known_hosts, passed, skipped, warned
 from sparkinstall.probes.preflight import preflight
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Unknown
 from sparkinstall.support import doctor as checkup
 from tests.fast.test_docs import HEAD
 from tests.support.rehearsals import begun, envelope, in_this_process, said

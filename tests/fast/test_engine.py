@@ -14,7 +14,7 @@ from sparkinstall.core.engine import StepReport, converge, ordered, plan
 from sparkinstall.errors import Blocked, NeedsRoot, Problem
 from sparkinstall.events import Event, ResourceApplied, StepEnded, StepStarted, silent
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Resource, Ok, State, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes
 from sparkinstall.system.local import LocalSystem

@@ -13,7 +13,7 @@ from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.errors import BadConfig, BadUsage, Problem
 from sparkinstall.probes import LEVELS, Finding, Probe, Verdict, failed, passed, skipped, warned
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Unknown
 
 # The rules of junit-10.xsd of Jenkins' xUnit plugin for what is written here: attributes (with * those that must be
 # there), and what may stand inside.

@@ -6,12 +6,12 @@ beneath a folder, and what programs answer is given as it was posted.
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+from msgspec.structs import replace
 
 from sparkinstall.core import catalogue, checks
 from sparkinstall.node import Node

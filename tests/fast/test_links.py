@@ -267,7 +267,7 @@ def test_a_port_with_the_default_route_is_not_even_looked_at(monkeypatch: pytest
 
 def test_sudo_does_not_hide_the_ssh_session() -> None:
     """sudo takes SSH_CONNECTION out of the environment; the shell that started it has it still."""
-    ask = "from sparkinstall.probes import links; print(*qsfp.session())"
+    ask = "from sparkinstall.facts import qsfp; print(*qsfp.session())"
     through = ["env", "-u", "SSH_CONNECTION", "SUDO_USER=spark", sys.executable, "-c", ask]
     shell = ["sh", "-c", '"$@"; exit $?', "sh", *through]
     env = {**os.environ, "SSH_CONNECTION": "192.0.2.9 50000 192.0.2.1 22"}

@@ -11,7 +11,7 @@ from sparkinstall.core.checks import look
 from sparkinstall.events import silent
 from sparkinstall.node import Node
 from sparkinstall.probes.preflight import preflight
-from sparkinstall.resources import Drift, Conflict, Unknown
+from sparkinstall.resources import Conflict, Drift, Unknown
 from sparkinstall.resources.packages import Packages
 from sparkinstall.resources.template import render
 from sparkinstall.resources.transport import Transport

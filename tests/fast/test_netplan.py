@@ -21,7 +21,7 @@ from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.journal.undo import undo_all
 from sparkinstall.node import Node
 from sparkinstall.probes import network
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, State
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State
 from sparkinstall.resources.netplan import files
 from sparkinstall.resources.netplan.live import LiveLink, Netplan, restoring, take_back
 from sparkinstall.stacks import load
@@ -177,7 +177,7 @@ ELSEWHERE = {
 }
 
 
-@pytest.mark.parametrize("message", ELSEWHERE.values(), ids=ELSEWHERE)
+@pytest.mark.parametrize("what", ELSEWHERE.values(), ids=ELSEWHERE)
 def test_a_file_that_is_only_of_our_port_goes_and_comes_back(rehearsed: Rehearsed, what: str) -> None:
     theirs = rehearsed.put("etc/netplan/90-theirs.yaml", f"# mine\nnetwork: {{version: 2, {what}}}\n", 0o640)
     os.utime(theirs, ns=(OLD, OLD))
@@ -273,7 +273,7 @@ IN_THE_WAY = {
 }
 
 
-@pytest.mark.parametrize(("message", "sentence"), IN_THE_WAY.values(), ids=IN_THE_WAY)
+@pytest.mark.parametrize(("what", "sentence"), IN_THE_WAY.values(), ids=IN_THE_WAY)
 def test_what_cannot_be_taken_over_is_named(rehearsed: Rehearsed, what: str, sentence: str) -> None:
     rehearsed.put("etc/netplan/50-theirs.yaml", f"network: {{version: 2, {what}}}\n")
     said = obstacle(rehearsed.check())

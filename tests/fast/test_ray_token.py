@@ -16,7 +16,7 @@ from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.journal.undo import undo_all
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok
 from sparkinstall.resources import ray_token as module
 from sparkinstall.resources.ray_token import RayToken, by_hand, given
 from sparkinstall.system.local import LocalSystem

@@ -192,7 +192,7 @@ def test_an_empty_folder_that_became_ours_is_empty_again(root: Path) -> None:
     assert (root / "opt/sparkinstall/venv").stat().st_mode & 0o7777 == 0o700
 
 
-@pytest.mark.parametrize("message", ["a full folder", "a file", "a link to an empty folder"])
+@pytest.mark.parametrize("what", ["a full folder", "a file", "a link to an empty folder"])
 def test_what_is_not_ours_is_not_claimed(root: Path, what: str) -> None:
     place = root / "place"
     if what == "a full folder":

@@ -79,7 +79,14 @@ def look(outcome: str = "drift", **more: Any) -> list[Any]:
 
 def problem(what: str) -> dict[str, Any]:
     """One error of an envelope."""
-    return {"code": "command", "message": what, "cause": "so it is", "hint": "mend it", "log": "/l", "output": ["the end"]}
+    return {
+        "code": "command",
+        "message": what,
+        "cause": "so it is",
+        "hint": "mend it",
+        "log": "/l",
+        "output": ["the end"],
+    }
 
 
 def copied(to: Path) -> tuple[Path, str]:

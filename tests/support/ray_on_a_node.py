@@ -7,9 +7,11 @@ Prints one JSON object. NAME is a setting, or one of `token_file` and `step`. Wa
 
 import json
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from msgspec import to_builtins as asdict
+from msgspec.structs import replace
 
 from sparkinstall import stacks
 from sparkinstall.config import Layer, build, parse_assignment
@@ -67,7 +69,12 @@ def _told(report: engine.StepReport) -> Any:
     drifts = [each.state.summary for each in report.checked if isinstance(each.state, Drift)]
     told: dict[str, Any] = {"outcome": report.outcome, "seconds": report.seconds, "drifts": drifts}
     if problem:
-        told |= {"message": problem.message, "cause": problem.cause, "hint": problem.hint, "output": list(problem.output)}
+        told |= {
+            "message": problem.message,
+            "cause": problem.cause,
+            "hint": problem.hint,
+            "output": list(problem.output),
+        }
     return told
 
 

@@ -11,9 +11,10 @@ from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from msgspec import Struct
+
 from sparkinstall import safe_yaml
 from sparkinstall.errors import Problem
-from sparkinstall.records import dataclass
 from sparkinstall.system import Reader
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ class BadFile(Problem):
     code = "netplan"
 
 
-@dataclass(frozen=True)
-class Device:
+class Device(Struct, frozen=True):
     """An interface as a `match:` sees it."""
 
     name: str
@@ -64,8 +64,7 @@ class Device:
     driver: str = ""
 
 
-@dataclass(frozen=True)
-class NetplanFile:
+class NetplanFile(Struct, frozen=True, dict=True):
     """One file that netplan reads. `said`: its `network` section, every scalar as the text that was written."""
 
     path: str
@@ -197,8 +196,7 @@ def is_pattern(fields: Mapping[str, Any]) -> bool:
     return bool(set("*?[") & set(str(match.get("name", "*"))))
 
 
-@dataclass(frozen=True)
-class Claim:
+class Claim(Struct, frozen=True):
     """A definition that configures one of our interfaces. `others`: what else it configures, in words."""
 
     file: NetplanFile
@@ -271,8 +269,7 @@ def _drop(network: "yaml.Node | None", dropped: set[tuple[str, str]]) -> None:
     network.value = [(kind, group) for kind, group in network.value if not _is_mapping(group) or group.value]
 
 
-@dataclass(frozen=True)
-class Half:
+class Half(Struct, frozen=True):
     """One half of the port as it should be."""
 
     name: str

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from msgspec import Struct
+
 from sparkinstall.errors import Blocked, CommandFailed, Interrupted, Problem
 from sparkinstall.facts import qsfp
 from sparkinstall.node import Node
 from sparkinstall.probes import network
-from sparkinstall.records import dataclass
-from sparkinstall.resources import Drift, NodeOnly, Conflict, Ok, State, rollback
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, rollback
 from sparkinstall.resources.netplan import files
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
@@ -24,8 +25,7 @@ _PATIENCE = 40.0
 _UNDO = "netplan"
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(Struct, frozen=True, dict=True):
     """What one look at the node and its files gave: enough to judge them, and to make them so."""
 
     on: Reader
@@ -180,8 +180,7 @@ def _renderer(on: Reader, read: Sequence[files.NetplanFile]) -> str:
     return said if said in running or not running else running[0]
 
 
-@dataclass(frozen=True)
-class Netplan:
+class Netplan(Struct, frozen=True):
     """netplan's files give the QSFP port its addresses and MTU, and no other file speaks of it."""
 
     node: Node
@@ -230,8 +229,7 @@ def _write(on: System, wanted: Mapping[str, bytes | None]) -> None:
             on.write(path, content, 0o600 if path == files.TARGET or entry is None else entry.mode)
 
 
-@dataclass(frozen=True)
-class LiveLink:
+class LiveLink(Struct, frozen=True):
     """The QSFP interfaces are up with the MTU and the addresses that the file gives them."""
 
     node: Node
@@ -342,7 +340,9 @@ def _put_back(on: System, problem: Exception) -> Problem:
         return Interrupted(f"interrupted; {later}", hint="wait for that, then run the same command again")
     if not isinstance(problem, Problem):
         return Problem(f"{problem}; {became}")
-    said = Problem(f"{problem.message}; {became}", cause=problem.cause, hint=problem.hint, log=problem.log, output=problem.output)
+    said = Problem(
+        f"{problem.message}; {became}", cause=problem.cause, hint=problem.hint, log=problem.log, output=problem.output
+    )
     said.code = problem.code
     return said
 
