@@ -230,7 +230,7 @@ import sys
 from sparkinstall.errors import Busy
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
-from sparkinstall.journal.undo import take_all_back
+from sparkinstall.journal.undo import undo_all
 from sparkinstall.system.local import LocalSystem
 
 state = StateFolder(LocalSystem(sys.argv[1]))
@@ -238,7 +238,7 @@ for _ in range(60):
     try:
         with state.hold("all", silent) as run:
             state.journal(run).records()
-        take_all_back(state)
+        undo_all(state)
     except Busy:
         pass
 """

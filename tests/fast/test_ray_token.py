@@ -26,7 +26,7 @@ TOKEN = "0123456789abcdef-of-a-test"
 
 
 def with_file(node: Node, file: str) -> Node:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     return replace(node, token_file=file)
 

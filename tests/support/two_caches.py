@@ -10,9 +10,11 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAD, WORKER, OTHER = "127.0.0.1", "127.0.0.2", "127.0.0.3"
