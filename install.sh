@@ -14,7 +14,7 @@ HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 HOME_OF_TOOL=${XDG_DATA_HOME:-${HOME:-}/.local/share}/sparkinstall
 TOOL=$HOME_OF_TOOL/tool
 COMMAND=${XDG_BIN_HOME:-${HOME:-}/.local/bin}/sparkinstall
-# What apt installed for us alone, one a line, so that --remove can take it back.
+# Packages that apt installed for us alone, one a line, so that --remove can purge them.
 BOOTSTRAPPED=$HOME_OF_TOOL/apt-packages
 # Seconds that apt may keep us waiting for its package lists.
 PATIENCE=300
@@ -22,7 +22,7 @@ PATIENCE=300
 VALUED='--root --config --stack --set --platform --only --skip --ignore'
 PLAIN='--full --partial --yes --json --verbose'
 LETTERS=yv
-# Not empty once we make the environment: only then is one that stands aside ours to put back.
+# Not empty once we make the environment: only then may we restore the one that was moved aside.
 making=
 
 say() { printf '%s\n' "$*" >&2; }
@@ -171,7 +171,7 @@ need_ensurepip() {
     # A name followed by "[" would only be upgraded: it was here before us.
     planned=$(apt_get -s install --no-remove "$package" | sed -n 's/^Inst \([^ ]*\) (.*/\1/p')
     apt_get install -y -qq --no-remove "$package" >&2 ||
-        fail "apt could not install $package" "mend apt (sudo apt-get update), then run this again"
+        fail "apt could not install $package" "fix apt (sudo apt-get update), then run this again"
     printf '%s\n' "$planned" >>"$BOOTSTRAPPED"
 }
 
@@ -200,7 +200,7 @@ take_turns() {
     flock -n 9 2>/dev/null || answer=$?
     # Anything else than 1 is a file system that cannot lock: then without.
     [ "$answer" = 1 ] || return 0
-    say "Another install.sh is at work here; waiting until it has ended ..."
+    say "Another install.sh is at work here; waiting for it to finish ..."
     # In short waits: a Ctrl-C that comes just before one begins is lost on it, and heard after it.
     until flock -w 1 9 || [ $? != 1 ]; do :; done
 }
@@ -259,14 +259,14 @@ give_back() {
 interrupted() {
     trap '' INT TERM HUP
     [ -z "$making" ] || put_back
-    say "✗ interrupted; run it again: it goes on where this one stopped" || :
+    say "✗ interrupted; run it again: it continues where this one stopped" || :
     exit 130
 }
 
 run_pip() {
     quietly "$TOOL/bin/python" -m pip --disable-pip-version-check "$@" ||
         give_back "the tool's own packages could not be installed" \
-            "look at the lines above; with the network mended, run this again"
+            "read the lines above, check the network, and run this again"
 }
 
 link_command() {
@@ -330,7 +330,7 @@ remove_tool() {
     if is_linked; then rm -f "$COMMAND"; fi
     if [ -s "$BOOTSTRAPPED" ]; then purge_bootstrapped; fi
     rm -rf "$HOME_OF_TOOL"
-    say "Removed the command sparkinstall. What it set up on a node is taken back by \`sparkinstall uninstall\`."
+    say "Removed the command sparkinstall. What it set up on a node is undone by \`sparkinstall uninstall\`."
 }
 
 provide_tool() {

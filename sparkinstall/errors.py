@@ -95,7 +95,7 @@ class Unreachable(Problem):
 
 
 class JournalDamaged(Problem):
-    """The journal cannot be read, so nothing may be changed or taken back by it."""
+    """The journal cannot be read, so nothing may be changed or undone."""
 
     code = "journal"
 

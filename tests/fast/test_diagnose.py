@@ -428,7 +428,7 @@ def test_several_logs_are_read_together(tmp_path: Path) -> None:
 def test_what_cannot_be_read_is_exit_2(argv: Sequence[str], words: str) -> None:
     ended = run("diagnose", *argv, "--json")
     assert ended.returncode == 2
-    assert words in json.loads(ended.stdout)["errors"][0]["what"]
+    assert words in json.loads(ended.stdout)["errors"][0]["message"]
 
 
 def test_a_damaged_archive_is_told(tmp_path: Path) -> None:
@@ -577,7 +577,7 @@ def test_a_unit_without_a_line_is_no_health(journal: Path) -> None:
     log = journal / "x.log"
     log.write_text("INFO all is well\n")
     (error,) = json.loads(run("diagnose", str(log), "--unit", "vlm", "--json").stdout)["errors"]
-    assert error["what"] == "there is no journal entry of a unit `vlm`"
+    assert error["message"] == "there is no journal entry of a unit `vlm`"
     log.write_bytes(example("triton-missing"))
     assert run("diagnose", str(log), "--unit", "vlm").returncode == 3
 

@@ -299,7 +299,7 @@ def test_an_interrupted_run_says_so_and_gives_the_former_tool_back(machine: Mach
     first, *words, last = said.splitlines()
     assert first.startswith("Installing")
     assert words in ([], ["Terminated"], ["Hangup"])
-    assert last == "✗ interrupted; run it again: it goes on where this one stopped"
+    assert last == "✗ interrupted; run it again: it continues where this one stopped"
     assert (machine.tool / "made-from").read_text() == "another checkout\n"
     assert not machine.tool.with_name("tool.old").exists()
     machine.let_go()
