@@ -4,7 +4,7 @@
     PYTHONPATH=. python tools/lock.py 0.22.1 tests/lab/stacks/lab-full.yaml
     PYTHONPATH=. python tools/lock.py --check         # write nothing, exit 1 where a lock differs
 
-Needs a `uv` on PATH (made with 0.13.8) and the ordinary Python index, whichever uv is set to use. Only
+Runs the `uv` of this Python environment against the ordinary Python index, whichever uv is set to use. Only
 metadata is downloaded, and no address of that index reaches a lock. Two runs give the same bytes: what a
 stack does not pin is resolved as of its day `as_of`, for which the index has to tell upload times.
 
@@ -22,6 +22,8 @@ import sys
 import tempfile
 import tomllib
 from pathlib import Path
+
+from uv import find_uv_bin
 
 from sparkinstall.stacks import Pin, Platform, Stack, StackError, load, names, render_lock
 
@@ -83,7 +85,7 @@ def resolve(stack: Stack, platform: Platform) -> list[Pin]:
 
 def uv_argv(stack: Stack, platform: Platform) -> list[str]:
     # A pylock.toml has only the wheels that fit; a requirements file would have the hashes of all.
-    argv = ["uv", "pip", "compile", "--quiet", "--format", "pylock.toml", "--no-header", "--no-annotate"]
+    argv = [find_uv_bin(), "pip", "compile", "--quiet", "--format", "pylock.toml", "--no-header", "--no-annotate"]
     argv += ["--only-binary", ":all:", "--python-version", stack.python]
     argv += ["--python-platform", f"{platform.arch}-{GLIBC}"]
     if stack.as_of:

@@ -3,7 +3,7 @@
     PYTHONPATH=. python tools/wheel_records.py
 
 Writes knowledge/records: the files that a wheel's RECORD has in another size than the wheel, as they really are. Of a
-wheel that is right, only its directory and its RECORD are fetched. Needs a `uv` on PATH and the ordinary Python index;
+wheel that is right, only its directory and its RECORD are fetched. Needs the ordinary Python index;
 wheels of other places are left out, and named.
 """
 

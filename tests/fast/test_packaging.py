@@ -32,7 +32,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(out), ".", cwd=REPOSITORY)
     (sdist,) = out.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
-        archive.extractall(out, filter="data")
+        archive.extractall(out)
     source = out / sdist.name.removesuffix(".tar.gz")
     _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), ".", cwd=source)
     return next(out.glob("*.whl"))

@@ -7,11 +7,11 @@ the machine's own gcc.
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
+
+from uv import find_uv_bin
 
 # The CUDA of DGX OS 7. `cuobjdump` has no part in compiling, and the index has no 13.0 of it.
 PACKAGES = (
@@ -58,14 +58,10 @@ def _install(kept: Path) -> None:
 
 
 def _fetch(site: Path) -> None:
-    command = [*_installer(), "install", "--quiet", "--no-deps", "--only-binary=:all:", "--target", str(site)]
+    command = [find_uv_bin(), "pip", "install", "--quiet", "--no-deps", "--only-binary=:all:", "--target", str(site)]
     run = subprocess.run([*command, *PACKAGES], capture_output=True, text=True, timeout=INSTALL_SECONDS)
     if run.returncode:
         raise RuntimeError(f"{' '.join(command)}: {run.stderr.strip()[-2000:]}")
-
-
-def _installer() -> list[str]:
-    return ["uv", "pip"] if shutil.which("uv") else [sys.executable, "-m", "pip"]
 
 
 def _link_like_a_toolkit(home: Path) -> None:

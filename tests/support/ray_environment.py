@@ -1,9 +1,9 @@
 """An environment as a node has it at /opt/sparkinstall/venv, with Ray, what sparkinstall needs, and nothing else."""
 
 import platform
-import shutil
-import sys
 from pathlib import Path
+
+from uv import find_uv_bin
 
 from tests.lab import cache, commands
 
@@ -43,7 +43,7 @@ def _build(tree: Path) -> None:
         "--python-platform",
         f"{platform.machine()}-manylinux_2_39",
     )
-    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
+    uv = find_uv_bin()
     commands.run(uv, "pip", "install", "--quiet", "--no-progress", *target, *NEEDED, timeout=SECONDS)
     (tree / "pyvenv.cfg").write_text(f"home = /usr/bin\nversion = {PYTHON}\n")
     (tree / "sparkinstall.json").write_text("{}\n")

@@ -5,12 +5,13 @@ import platform
 import random
 import shutil
 import struct
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from operator import add
 from pathlib import Path
+
+from uv import find_uv_bin
 
 from tests.lab import cache, commands
 
@@ -74,7 +75,7 @@ def _let_nodes_talk(file: Path) -> None:
 
 
 def _install(site: Path) -> None:
-    uv = shutil.which("uv", path=str(Path(sys.executable).parent)) or "uv"
+    uv = find_uv_bin()
     built_for = ("--python-version", PYTHON, "--python-platform", f"{platform.machine()}-manylinux_2_39")
     # Without uv's own cache: it would keep a second copy of all of it.
     quiet = ("--quiet", "--no-progress", "--no-cache", "--no-deps")

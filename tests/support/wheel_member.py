@@ -28,6 +28,8 @@ from http.client import HTTPResponse
 from pathlib import Path
 from typing import IO, Any
 
+from uv import find_uv_bin
+
 # What a DGX Spark installs; DGX OS 7 is Ubuntu 24.04, hence glibc 2.39.
 SPARK_PLATFORM = "aarch64-manylinux_2_39"
 
@@ -90,7 +92,7 @@ def _wheel_url(package: str, release: str, platform: str) -> str:
 
 def _locked(requirement: str, platform: str) -> Mapping[str, Any]:
     """What uv resolves `requirement` to: the one package of a pylock, with its wheels' addresses."""
-    command = ["uv", "pip", "compile", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-header"]
+    command = [find_uv_bin(), "pip", "compile", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-header"]
     target = ["--format", "pylock.toml", "--python-version", "3.12", "--python-platform", platform, "-"]
     try:
         run = subprocess.run(
