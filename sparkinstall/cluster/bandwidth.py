@@ -86,7 +86,7 @@ def _running(on: Reader, programs: Sequence[Program]) -> "Iterator[dict[str, Fut
     """The programs side by side, by what each uses; none of them outlives the context."""
     with ThreadPoolExecutor(max_workers=len(programs)) as pool:
         try:
-            running = {each.over: pool.submit(on.query, *each.argv, timeout=_LIMIT) for each in programs}
+            running = {each.over: pool.submit(on.ask, *each.argv, timeout=_LIMIT) for each in programs}
             yield running
             wait(running.values())
         except BaseException:

@@ -202,7 +202,7 @@ def _download(lock: Path, into: Path, of: Place) -> bool:
     argv += ["--no-deps", "--only-binary", ":all:", "--python-version", of.python or "", "--dest", str(into)]
     for tag in _tags(of):
         argv += ["--platform", tag]
-    return LocalReader().query(*argv, timeout=600).ok
+    return LocalReader().ask(*argv, timeout=600).ok
 
 
 def _pip() -> list[str]:

@@ -158,7 +158,7 @@ def unit_log(unit: str, follow: bool = False, boot: bool = False) -> Log:
         NeedsRoot: the journal is not for this user.
     """
     unit = unit if "." in unit else f"{unit}.service"
-    known = LocalReader().query("systemctl", "show", "--property=LoadState", "--value", "--", unit)
+    known = LocalReader().ask("systemctl", "show", "--property=LoadState", "--value", "--", unit)
     if known.ok and known.out.strip() == "not-found":
         raise BadUsage(
             f"there is no unit {unit} here",
@@ -235,7 +235,7 @@ def _marks(unit: str, sudo: Sequence[str]) -> list[tuple[str, int]]:
 
     wanted = (f"UNIT={unit}", *(f"MESSAGE_ID={each}" for each in (_STARTING, _STARTED, _AGAIN)))
     form = ("--no-pager", "--boot", "--output=json", "--output-fields=MESSAGE_ID", f"--lines={_MARKS}")
-    asked = LocalReader().query(*sudo, "journalctl", *form, *wanted)
+    asked = LocalReader().ask(*sudo, "journalctl", *form, *wanted)
     if any(words in asked.err for words in _HIDDEN):
         raise NeedsRoot(
             "you may not read the journal of the system",
@@ -268,4 +268,4 @@ def _journal(unit: str, sudo: Sequence[str], since: Sequence[str], follow: bool)
 def _allowed() -> tuple[str, ...]:
     """What to put before journalctl: a plain user sees only some lines, if sudo can be had without a question all."""
     reader = LocalReader()
-    return reader.sudo if reader.sudo and reader.query(*reader.sudo, "true").ok else ()
+    return reader.sudo if reader.sudo and reader.ask(*reader.sudo, "true").ok else ()

@@ -62,7 +62,7 @@ def gpu_or_complaint(on: Reader) -> Gpu | str:
     """The first GPU, or the first line that nvidia-smi says in its place; empty where it says nothing or is missing."""
     if on.rehearsal:
         return ""
-    answer = on.query("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
+    answer = on.ask("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.out.splitlines()]
     if answer.ok and rows and len(rows[0]) == 3:
         return Gpu(*rows[0])

@@ -36,11 +36,11 @@ def _ufw(on: Reader) -> str:
 
 def _firewalld(on: Reader) -> str:
     unit = "/usr/lib/systemd/system/firewalld.service"
-    return "firewalld" if on.entry(unit) and on.query("systemctl", "-q", "is-active", "firewalld").ok else ""
+    return "firewalld" if on.entry(unit) and on.ask("systemctl", "-q", "is-active", "firewalld").ok else ""
 
 
 def _nftables(on: Reader) -> str:
-    answer = on.query(NFT, "-j", "list", "ruleset", root=True)
+    answer = on.ask(NFT, "-j", "list", "ruleset", root=True)
     chain = filtering_chain(answer.out) if answer.ok else None
     return f"the nftables chain {' '.join(chain)}" if chain else ""
 
@@ -97,7 +97,7 @@ def _legacy(on: Reader) -> str:
     for names, program in (("ip_tables_names", "iptables-legacy"), ("ip6_tables_names", "ip6tables-legacy")):
         # The program would load the kernel's module where nobody uses it.
         if b"filter" in (on.read(f"/proc/net/{names}") or b"").split():
-            answer = on.query(f"/usr/sbin/{program}", "-S", root=True)
+            answer = on.ask(f"/usr/sbin/{program}", "-S", root=True)
             if legacy_drops(answer.out.splitlines()):
                 return program.removesuffix("-legacy")
     return ""

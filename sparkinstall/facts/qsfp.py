@@ -320,7 +320,7 @@ def _addresses(on: Reader, *family: str) -> Iterator[tuple[str, str, int]]:
     """Interface, address and prefix length of all that `ip` lists."""
     import json
 
-    answer = on.query("ip", "-j", *family, "addr")
+    answer = on.ask("ip", "-j", *family, "addr")
     try:
         rows = json.loads(answer.out or "[]") if answer.ok else None
     except ValueError:

@@ -108,7 +108,7 @@ def _no_rdma(node: Node, on: Reader) -> str:
 
 
 def _missing(on: Reader, program: str, package: str) -> str:
-    there = on.query(program, "--version").code != 127
+    there = on.ask(program, "--version").code != 127
     return "" if there else f"{program} is not installed: `sudo apt-get install {package}`"
 
 

@@ -10,4 +10,4 @@ _START = '. "$1" && shift && exec "$@"'
 def with_env_file(node: Node, on: Reader, *argv: str, timeout: float = 30, **more: str) -> Result:
     """What the program answers; `more` are variables that the env file may overrule. `timeout` in seconds."""
     start = ("bash", "-c", _START, "bash", on.real(node.env_file), *argv)
-    return on.query(*start, timeout=timeout, env={**node.bare_environment, **more})
+    return on.ask(*start, timeout=timeout, env={**node.bare_environment, **more})

@@ -89,13 +89,13 @@ class Host(Struct, frozen=True, dict=True):
         """What the kernel has said since the boot; empty where that is not to be had."""
         command = ("journalctl", "-k", "-b", "-q", "-o", "cat", "--no-pager", "-n", str(_LINES))
         # Members of `adm` may read it; to others it looks empty, and is no error.
-        said = self.on.query(*command).out.splitlines() or self.on.query(*command, root=True).out.splitlines()
+        said = self.on.ask(*command).out.splitlines() or self.on.ask(*command, root=True).out.splitlines()
         return tuple(said)
 
     @cached_property
     def gpu(self) -> Mapping[str, str]:
         """The first GPU as nvidia-smi shows it; empty where it gives no answer."""
-        return _gpu_in(self.on.query(*_ASK_GPU))
+        return _gpu_in(self.on.ask(*_ASK_GPU))
 
     def gpu_under_load(self) -> Mapping[str, str]:
         """The same while the environment's own torch keeps the GPU busy, for some four seconds.
@@ -109,7 +109,7 @@ class Host(Struct, frozen=True, dict=True):
         if self.meminfo.get("MemAvailable", 0) < _ROOM_KB:
             raise CannotTell(f"the GPU is idle, and with less than {_ROOM_KB // _GIB_KB} GiB available no load is safe")
         command = (self.on.real(python), "-c", _LOAD, *_ASK_GPU)
-        answer = self.on.query(*command, timeout=60, env=self.node.bare_environment)
+        answer = self.on.ask(*command, timeout=60, env=self.node.bare_environment)
         if found := _gpu_in(answer):
             return found
         said = [line for line in answer.err.splitlines() if line.strip()] or [f"exit code {answer.code}"]
@@ -262,7 +262,7 @@ def _firmware(on: Reader) -> str:
 
 def _service(host: Host, limits: Mapping[str, Any]) -> Observation:
     units = limits["units"]
-    states = host.on.query("systemctl", "is-active", *units).out.split()
+    states = host.on.ask("systemctl", "is-active", *units).out.split()
     if len(states) != len(units):
         raise CannotTell("systemd gives no answer")
     running = [unit for unit, state in zip(units, states, strict=True) if state == "active"]

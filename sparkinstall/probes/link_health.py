@@ -102,7 +102,7 @@ def firmware(on: Reader, half: Interface) -> str:
 
 
 def _of_ethtool(on: Reader, label: str, *words: str) -> str:
-    rows = (line.partition(":") for line in on.query("ethtool", *words).out.splitlines())
+    rows = (line.partition(":") for line in on.ask("ethtool", *words).out.splitlines())
     return next((value.strip() for name, _, value in rows if name.strip() == label), "")
 
 

@@ -94,7 +94,7 @@ def _source(on: Reader, cache: Path, to: Path) -> None:
         clone = ("git", "clone", "--quiet", "--bare", "--depth", "1", "--branch", TAG, REPOSITORY)
         _ran(on, *clone, str(waiting), doing=f"{REPOSITORY} cannot be fetched")
         waiting.rename(mirror)
-    head = on.query("git", "-C", str(mirror), "rev-parse", f"{TAG}^{{commit}}").out.strip()
+    head = on.ask("git", "-C", str(mirror), "rev-parse", f"{TAG}^{{commit}}").out.strip()
     if head != COMMIT:
         raise NotBuilt(f"{TAG} of {REPOSITORY} is {head or 'missing'}, and {COMMIT} is expected")
     _ran(on, "git", "clone", "--quiet", "--branch", TAG, str(mirror), str(to), doing="nccl-tests cannot be unpacked")
@@ -131,7 +131,7 @@ def _make(node: Node, home: str, work: Path) -> tuple[str, ...]:
 
 def _ran(on: Reader, *argv: str, doing: str) -> None:
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    answer = on.query(*argv, timeout=_BUILD_LIMIT, env=environment)
+    answer = on.ask(*argv, timeout=_BUILD_LIMIT, env=environment)
     if not answer.ok:
         raise NotBuilt(f"{doing}: {_last_line(answer)}")
 

@@ -68,7 +68,7 @@ def _route(said: Mapping[str, Any]) -> Route:
 
 def _asked(on: Reader, *words: str) -> list[dict[str, Any]]:
     try:
-        found = json.loads(on.query("ip", "-j", *words).out or "[]")
+        found = json.loads(on.ask("ip", "-j", *words).out or "[]")
     except ValueError:
         return []
     return [each for each in found if isinstance(each, dict)]
@@ -96,7 +96,7 @@ def neighbour(on: Reader, interface: str, address: str) -> str:
     A ping goes out for the sake of the question that comes before it: whose address is this?
     """
     # What the kernel remembers of the address may be long past.
-    on.query("ip", "neighbour", "flush", "to", address, "dev", interface, root=True)
+    on.ask("ip", "neighbour", "flush", "to", address, "dev", interface, root=True)
     _ping(on, "-c", "1", "-I", interface, address)
     found = _asked(on, "neighbour", "show", "to", address, "dev", interface)
     return next((str(each.get("lladdr")) for each in found if "REACHABLE" in each.get("state", ())), "")
@@ -172,10 +172,10 @@ def pings(on: Reader, address: str, *, count: int = 2, size: int = 0, source: st
 
 def _ping(on: Reader, *words: str) -> bool:
     asked = ("ping", "-n", "-q", "-W", "1", *words)
-    answer = on.query(*asked, timeout=10)
+    answer = on.ask(*asked, timeout=10)
     if "not permitted" in answer.err:
         # Where an ordinary user may not ping (net.ipv4.ping_group_range), root may.
-        answer = on.query(*asked, timeout=10, root=True)
+        answer = on.ask(*asked, timeout=10, root=True)
     return answer.ok
 
 

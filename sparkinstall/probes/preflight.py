@@ -126,8 +126,8 @@ def _cuda(on: Reader, node: Node) -> Finding:
 
 
 def _nvcc_finding(on: Reader, node: Node, home: str) -> Finding:
-    version = on.query(f"{home}/bin/nvcc", "--version").out.rpartition("release ")[2].split(",")[0]
-    known = on.query(f"{home}/bin/nvcc", "--list-gpu-arch").out.split()
+    version = on.ask(f"{home}/bin/nvcc", "--version").out.rpartition("release ")[2].split(",")[0]
+    known = on.ask(f"{home}/bin/nvcc", "--list-gpu-arch").out.split()
     wanted = f"compute_{node.config.nccl.arch.rstrip('af')}"
     if wanted not in known:
         return failed(
@@ -147,7 +147,7 @@ def _sudo(on: Reader) -> Finding:
         )
     if os.geteuid() == 0:
         return passed("running as root")
-    answer = on.query("sudo", "-n", "true")
+    answer = on.ask("sudo", "-n", "true")
     if answer.ok:
         return passed("without a password")
     if answer.code == 127:

@@ -168,7 +168,7 @@ _ASKED = "ActiveState,NRestarts,ExecMainStartTimestampMonotonic"
 
 def _not_up(node: Node, on: Reader) -> Finding:
     """Nothing listens: it is still loading, or it has ended."""
-    asked = on.query("systemctl", "show", UNIT, f"--property={_ASKED}").out
+    asked = on.ask("systemctl", "show", UNIT, f"--property={_ASKED}").out
     state = dict(line.split("=", 1) for line in asked.splitlines() if "=" in line)
     since = time.clock_gettime(time.CLOCK_MONOTONIC) - int(state.get("ExecMainStartTimestampMonotonic") or 0) / 1e6
     where = f"nothing answers at 127.0.0.1:{node.config.serving.port}"

@@ -123,7 +123,7 @@ class Api(Struct, frozen=True, dict=True):
     @property
     def healthy(self) -> bool:
         """What /health says, which is no more than that there is a process."""
-        said = self.on.query(self._python, "-I", "-c", _HEALTH, str(self.node.config.serving.port), timeout=10)
+        said = self.on.ask(self._python, "-I", "-c", _HEALTH, str(self.node.config.serving.port), timeout=10)
         return said.out.strip() == "200"
 
     @property
@@ -132,7 +132,7 @@ class Api(Struct, frozen=True, dict=True):
 
     def _asked(self, verb: str, tokens: int = 0, model: str = "") -> dict[str, Any]:
         words = (verb, str(self.node.config.serving.port), str(PATIENCE), str(tokens), model)
-        answer = self.on.query(self._python, "-I", "-c", _CLIENT, *words, timeout=PATIENCE + 5)
+        answer = self.on.ask(self._python, "-I", "-c", _CLIENT, *words, timeout=PATIENCE + 5)
         if answer.code == 124:
             return {"error": "it did not answer", "late": True}
         try:

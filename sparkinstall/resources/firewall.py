@@ -97,11 +97,11 @@ def ssh_ports(on: Reader) -> tuple[int, ...]:
     """
     if on.rehearsal:
         return (22,)
-    listening = on.query("ss", "-Hltnp", root=True)
+    listening = on.ask("ss", "-Hltnp", root=True)
     if not listening.ok:
         raise _no_root(listening.err)
-    settings = on.query(_SSHD, "-T", root=True).out
-    sockets = on.query("systemctl", "show", "-p", "Listen", "ssh.socket", "sshd.socket").out
+    settings = on.ask(_SSHD, "-T", root=True).out
+    sockets = on.ask("systemctl", "show", "-p", "Listen", "ssh.socket", "sshd.socket").out
     found = _LISTENING.findall(listening.out) + _PORT_SETTING.findall(settings) + _SOCKET.findall(sockets)
     return tuple(sorted({22, *map(int, found)}))
 
@@ -252,12 +252,12 @@ def live_table(on: Reader) -> str:
     Raises:
         Problem: it takes root, and that cannot be had.
     """
-    tables = on.query(NFT, "list", "tables", root=True)
+    tables = on.ask(NFT, "list", "tables", root=True)
     if not tables.ok:
         raise _no_root(tables.err)
     if f"table {_NAME}" not in tables.out.splitlines():
         return ""
-    return on.query(NFT, "-nn", "list", "table", *TABLE, root=True).out
+    return on.ask(NFT, "-nn", "list", "table", *TABLE, root=True).out
 
 
 def as_nft_lists(on: Reader, text: str) -> str:
@@ -266,7 +266,7 @@ def as_nft_lists(on: Reader, text: str) -> str:
     Raises:
         Problem: nft refuses it.
     """
-    answer = on.query("unshare", "--net", "sh", "-c", _TRY, "sh", text, root=True)
+    answer = on.ask("unshare", "--net", "sh", "-c", _TRY, "sh", text, root=True)
     if not answer.ok:
         raise Problem(
             "nft does not take the firewall's rules; nothing was loaded",
@@ -282,12 +282,12 @@ def _rehearsed(on: Reader, text: str) -> str:
     Raises:
         Problem: it refuses them.
     """
-    alone = on.query("unshare", "--map-root-user", "--net", NFT, "list", "tables")
+    alone = on.ask("unshare", "--map-root-user", "--net", NFT, "list", "tables")
     if alone.code == 127 or "No such file" in alone.err:
         return "they were not tried here, where there is no nft"
     if not alone.ok:
         return "they were not tried here: nft needs rights of root or a user namespace"
-    answer = on.query("unshare", "--map-root-user", "--net", NFT, "-c", text)
+    answer = on.ask("unshare", "--map-root-user", "--net", NFT, "-c", text)
     if answer.ok:
         return "nft found them good"
     raise Problem("nft does not take the firewall's rules", cause=answer.err.strip()[-300:], hint="report this")
@@ -302,7 +302,7 @@ def take_back(on: LocalSystem) -> bool:
     rollback.drop(on, TIMER)
     if on.entry(NFT) is None or not live_table(on):
         return False
-    answer = on.query(NFT, "delete", "table", *TABLE, root=True)
+    answer = on.ask(NFT, "delete", "table", *TABLE, root=True)
     if not answer.ok:
         raise _no_root(answer.err)
     return True

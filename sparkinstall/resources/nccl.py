@@ -190,14 +190,14 @@ class NcclLibrary(Struct, frozen=True):
         argv.append(f"NVCC_GENCODE=-gencode=arch=compute_{self.arch},code=sm_{self.arch}")
         if self.only_functions:
             argv.append(f"ONLY_FUNCS={self.only_functions}")
-        listed = on.query(*argv, "-n", timeout=120).out
+        listed = on.ask(*argv, "-n", timeout=120).out
         on.run(*argv, watch=_Compiled(on.progress, total=listed.count("Compiling")).read)
 
     def _prove(self, on: System, library: str, recipe: Recipe) -> None:
         archs = {code.arch for code in elf.gpu_code(Path(library))}
         if f"sm_{self.arch}" not in archs:
             raise Blocked(f"the NCCL that was built has no sm_{self.arch} code in it", cause=f"it has {sorted(archs)}")
-        answer = on.query(sys.executable, "-c", _ASK_VERSION, library)
+        answer = on.ask(sys.executable, "-c", _ASK_VERSION, library)
         if answer.out.strip() != str(version_number(recipe.version)):
             raise Blocked(
                 f"the NCCL that was built is not {recipe.version}: it says {answer.out.strip() or answer.err.strip()}",

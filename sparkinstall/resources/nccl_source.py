@@ -66,7 +66,7 @@ class NcclSource(Struct, frozen=True):
         if self.kind != "git" or (self._mirror_folder / "HEAD").exists():
             return ""
         environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-        answer = on.query("git", "ls-remote", "--exit-code", REPOSITORY, self.tag, timeout=20, env=environment)
+        answer = on.ask("git", "ls-remote", "--exit-code", REPOSITORY, self.tag, timeout=20, env=environment)
         return "" if answer.ok else f"{REPOSITORY} cannot be reached from here"
 
     def hold_to(self, identity: str, on: Reader) -> None:
@@ -108,7 +108,7 @@ class NcclSource(Struct, frozen=True):
         mirror = self._mirror_folder
         if not (mirror / "HEAD").exists():
             self._mirror(on, mirror)
-        head = on.query("git", "-C", str(mirror), "rev-parse", f"{self.tag}^{{commit}}").out.strip()
+        head = on.ask("git", "-C", str(mirror), "rev-parse", f"{self.tag}^{{commit}}").out.strip()
         if head != self.commit:
             shutil.rmtree(mirror, ignore_errors=True)
             raise Blocked(

@@ -83,7 +83,7 @@ class Packages(Struct, frozen=True):
 
     def _planned(self, on: System, missing: Iterable[str]) -> list[str]:
         """All that apt is about to install, dependencies too; what it would upgrade is not ours."""
-        simulated = on.query(*_APT, "-s", *_INSTALL, *missing, timeout=120)
+        simulated = on.ask(*_APT, "-s", *_INSTALL, *missing, timeout=120)
         if not simulated.ok:
             raise CommandFailed(
                 "apt cannot install what is missing",
@@ -102,7 +102,7 @@ def take_back(on: LocalSystem, names: Iterable[str]) -> tuple[list[str], list[st
     needed = _needed_by_others(on, ours)
     removable = [name for name in ours if name not in needed]
     if removable:
-        answer = on.query(*on.sudo, *_APT, "purge", *removable, timeout=1800)
+        answer = on.ask(*on.sudo, *_APT, "purge", *removable, timeout=1800)
         if not answer.ok:
             raise CommandFailed(
                 "apt could not remove the packages",
@@ -119,7 +119,7 @@ def _needed_by_others(on: LocalSystem, ours: list[str]) -> list[str]:
         candidates = [name for name in ours if name not in needed]
         if not candidates:
             return needed
-        simulated = on.query(*_APT, "-s", "purge", *candidates, timeout=120)
+        simulated = on.ask(*_APT, "-s", "purge", *candidates, timeout=120)
         if not simulated.ok:
             raise CommandFailed(
                 "apt cannot tell what removing the packages would take along", cause=simulated.err.strip()
@@ -132,7 +132,7 @@ def _needed_by_others(on: LocalSystem, ours: list[str]) -> list[str]:
 
 
 def _dependencies(on: LocalSystem, of: Iterable[str], among: list[str]) -> list[str]:
-    answer = on.query(
+    answer = on.ask(
         "apt-cache",
         "depends",
         "--recurse",

@@ -90,7 +90,7 @@ class RayToken(Struct, frozen=True):
 
         if self.node.role == "head":
             return secrets.token_hex(32).encode()
-        answer = on.query(*_SSH, self.node.config.cluster.head, f"cat {self.node.ray_token}", timeout=_PATIENCE)
+        answer = on.ask(*_SSH, self.node.config.cluster.head, f"cat {self.node.ray_token}", timeout=_PATIENCE)
         token = answer.out.strip().encode()
         if answer.ok and _TOKEN.fullmatch(token):
             return token

@@ -70,7 +70,7 @@ def disarm(on: System | LocalSystem, name: str) -> None:
         Fired: too late, the former state is back.
         Problem: the timer could not be stopped.
     """
-    answer = on.query(*_words("confirm", name), root=True)
+    answer = on.ask(*_words("confirm", name), root=True)
     if answer.code == _FIRED:
         raise RolledBack(
             f"the {name} was put back as it was: nobody confirmed it in time",
@@ -94,7 +94,7 @@ def drop(on: System | LocalSystem, name: str) -> None:
     if armed(on, name):
         disarm(on, name)
     elif on.entry(HOME):
-        on.query(*_words("forget", name), root=True)
+        on.ask(*_words("forget", name), root=True)
 
 
 def confirm(on: System | LocalSystem) -> tuple[str, ...]:
@@ -111,7 +111,7 @@ def confirm(on: System | LocalSystem) -> tuple[str, ...]:
 
 def fire(on: System | LocalSystem, name: str) -> bool:
     """Put things back now; whether that was done. systemd does it: it goes on though the run is killed."""
-    on.query("systemctl", "start", f"{_UNIT}{name}.service", timeout=120, root=True)
+    on.ask("systemctl", "start", f"{_UNIT}{name}.service", timeout=120, root=True)
     # Whatever systemd answers, who moved the folder away has done it: the timer may have been faster.
     return not armed(on, name)
 

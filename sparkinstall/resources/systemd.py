@@ -110,7 +110,7 @@ def complaints_of_systemd(on: Reader, name: str, content: bytes) -> list[str]:
         unit.write_bytes(content)
         # The colon at the end stands for systemd's own folders.
         env = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_UNIT_PATH": f"{scratch}:{on.real(FOLDER)}:"}
-        answer = on.query("systemd-analyze", "verify", "--man=no", str(unit), env=env)
+        answer = on.ask("systemd-analyze", "verify", "--man=no", str(unit), env=env)
     if answer.code == 127:
         return []
     lines = [line.replace(f"{scratch}/", "") for line in answer.err.splitlines() if name in line]
@@ -199,7 +199,7 @@ class Service(Struct, frozen=True):
 
     def _said(self, on: Reader, began: int) -> list[str]:
         command = ("journalctl", "-u", self.name, "-o", "cat", "--no-pager", "-n", "400", f"--since=@{began - 1}")
-        said = on.query(*command, root=True).out.splitlines()
+        said = on.ask(*command, root=True).out.splitlines()
         return [line for line in said if line.strip()]
 
     def _cause(self, lines: list[str]) -> tuple[str, str]:
@@ -214,7 +214,7 @@ class Service(Struct, frozen=True):
 def show(on: Reader, name: str) -> dict[str, str]:
     """What systemd knows of a unit; empty words where it answers nothing."""
     asked = [f"--property={each}" for each in _PROPERTIES]
-    answer = on.query("systemctl", "show", name, *asked)
+    answer = on.ask("systemctl", "show", name, *asked)
     found = dict(line.split("=", 1) for line in answer.out.splitlines() if "=" in line)
     return {each: found.get(each, "") for each in _PROPERTIES}
 
@@ -247,7 +247,7 @@ def take_units_back(on: LocalSystem, name: str, before: Mapping[str, Any]) -> bo
 
 
 def _systemctl(on: LocalSystem, *words: str) -> None:
-    answer = on.query("systemctl", *words, timeout=_STOPPING, root=True)
+    answer = on.ask("systemctl", *words, timeout=_STOPPING, root=True)
     if not answer.ok:
         raise CommandFailed(
             f"`systemctl {' '.join(words)}` failed",

@@ -182,7 +182,7 @@ class PythonEnvironment(Struct, frozen=True):
         wanted = self.node.config.environment.python or self.node.stack.python
         if not self.node.partial:
             return wanted
-        found = on.query(
+        found = on.ask(
             uv(), "python", "find", "--no-python-downloads", wanted, env={**os.environ, **_uv_env(self.node)}
         )
         return found.out.strip() if found.ok else sys.executable

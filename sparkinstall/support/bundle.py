@@ -226,7 +226,7 @@ def _python_packages(node: Node, on: Reader) -> list[str]:
 
 
 def _debian_packages(on: Reader) -> list[str]:
-    said = on.query("dpkg-query", "-W", "-f=${Package}==${Version}\\n", timeout=_PATIENCE).out
+    said = on.ask("dpkg-query", "-W", "-f=${Package}==${Version}\\n", timeout=_PATIENCE).out
     return [line for line in said.splitlines() if _PACKAGES.match(line)]
 
 
@@ -237,7 +237,7 @@ def _programs(on: Reader) -> dict[str, str]:
         ("ibv_devinfo",), ("df", "-h"), ("systemctl", "--failed", "--no-pager", "--plain"),
         *(("ethtool", "-i", name) for name in on.names("/sys/class/net") if _is_fast(on, name)),
     ]  # fmt: skip
-    answers = {" ".join(argv): on.query(*argv, timeout=_PATIENCE) for argv in asked}
+    answers = {" ".join(argv): on.ask(*argv, timeout=_PATIENCE) for argv in asked}
     return {name: (answer.out + answer.err)[:_SMALL] for name, answer in answers.items() if answer.code != 127}
 
 
@@ -308,9 +308,9 @@ def _add_units(found: _Gathering) -> None:
 def _add_said(found: _Gathering, name: str, *which: str) -> None:
     """The end of what the system's journal has of it, as root where that goes without asking."""
     command = ("journalctl", *which, "--no-pager", "-o", "short-iso", "-n", "2000")
-    answer = found.on.query(*command, timeout=_PATIENCE, root=True)
+    answer = found.on.ask(*command, timeout=_PATIENCE, root=True)
     if not answer.ok:
-        answer = found.on.query(*command, timeout=_PATIENCE)
+        answer = found.on.ask(*command, timeout=_PATIENCE)
     if answer.out and not answer.out.startswith("-- No entries"):
         text = _whole_lines(answer.out[-_UNIT:].encode(), len(answer.out) > _UNIT).decode()
         found.add_log(name, text)

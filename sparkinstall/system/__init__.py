@@ -63,9 +63,7 @@ class Reader(Protocol):
     def names(self, path: str) -> tuple[str, ...]:
         """The sorted names in a folder; empty where there is none."""
 
-    def query(
-        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
-    ) -> Result:
+    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         """Ask a program something; it must not change the node. Never raises for what it answers.
 
         Args:

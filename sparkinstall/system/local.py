@@ -43,7 +43,7 @@ class LocalReader:
 
     def ask_for_sudo(self) -> None:
         """Let sudo ask its password once, at the terminal, where it would ask at all."""
-        if self.sudo and not self.query(*self.sudo, "true").ok:
+        if self.sudo and not self.ask(*self.sudo, "true").ok:
             processes.with_terminal("sudo", "-v")
 
     @contextmanager
@@ -64,7 +64,7 @@ class LocalReader:
     def _keep_sudo(self, ended: threading.Event) -> None:
         with suppress(Interrupted):
             while not ended.wait(_SUDO_LASTS):
-                self.query(*self.sudo, "-v")
+                self.ask(*self.sudo, "-v")
 
     def real(self, path: str) -> str:
         return path if not self.rehearsal else self.root + path.rstrip("/")
@@ -105,9 +105,7 @@ class LocalReader:
         except (FileNotFoundError, NotADirectoryError):
             return ()
 
-    def query(
-        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
-    ) -> Result:
+    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         chosen = env if env is not None else {**os.environ, "LC_ALL": "C.UTF-8"}
         code, out, err = processes.answer((*self.sudo, *argv) if root else argv, chosen, timeout)
         return Result(argv, code, out.decode(errors="replace"), err.decode(errors="replace"))
@@ -210,7 +208,7 @@ class LocalSystem(LocalReader):
     def _escalate(self, *argv: str) -> None:
         if not self.sudo:
             raise PermissionError(13, "Permission denied", argv[-1])
-        answer = self.query(*self.sudo, *argv, timeout=_LONG)
+        answer = self.ask(*self.sudo, *argv, timeout=_LONG)
         if not answer.ok:
             raise CommandFailed(
                 f"`sudo {argv[0]}` failed on {argv[-1]}",

@@ -38,9 +38,7 @@ class OnASpark(Machine):
         super().__init__(str(root))
         self.programs = programs
 
-    def query(
-        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
-    ) -> Result:
+    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         del timeout, env, root
         there = argv[0] in self.programs
         return Result(argv, 0 if there else 127, self.programs.get(argv[0], ""), "")

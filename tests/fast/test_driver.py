@@ -25,9 +25,7 @@ class WithSmi(Machine):
         super().__init__(str(root))
         self.answer = code, out, err
 
-    def query(
-        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
-    ) -> Result:
+    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         del timeout, env, root
         return Result(argv, *self.answer)
 

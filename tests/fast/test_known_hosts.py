@@ -59,9 +59,7 @@ class Recorded(LocalReader):
         super().__init__(str(root))
         self.answers = answers
 
-    def query(
-        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
-    ) -> Result:
+    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         del timeout, env, root
         said = self.answers.get(Path(argv[0]).name)
         return Result(argv, 0 if said is not None else 127, said or "", "")
@@ -262,11 +260,11 @@ def test_several_rules_ask_each_program_once(tmp_path: Path) -> None:
     asked: list[str] = []
 
     class Counting(Recorded):
-        def query(
+        def ask(
             self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
         ) -> Result:
             asked.append(argv[0])
-            return super().query(*argv, timeout=timeout, env=env, root=root)
+            return super().ask(*argv, timeout=timeout, env=env, root=root)
 
     reader = Counting(tmp_path, host(tmp_path).on.answers)  # type: ignore[attr-defined]
     # The GPU is busy: no load is put on it.

@@ -90,7 +90,7 @@ class Rehearsed:
         copy = self.top / "generated"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(self.root / "etc/netplan", copy / "etc/netplan")
-        answer = LocalReader().query(files.PROGRAM, "generate", "--root-dir", str(copy))
+        answer = LocalReader().ask(files.PROGRAM, "generate", "--root-dir", str(copy))
         assert answer.ok, answer.err
         return {path.name for path in copy.glob("run/systemd/network/*.network")}
 
@@ -457,5 +457,5 @@ class _Unlike(LocalSystem):
     def rehearsal(self) -> bool:
         return False
 
-    def query(self, *argv: str, **_: Any) -> Any:
+    def ask(self, *argv: str, **_: Any) -> Any:
         raise AssertionError(argv)

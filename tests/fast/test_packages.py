@@ -58,6 +58,6 @@ def test_a_rehearsal_leaves_them_to_the_node(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="this machine has no dpkg to compare with")
 def test_dpkg_itself_says_the_same() -> None:
     here = LocalReader()
-    listed = here.query("dpkg-query", "-W", "-f", "${Package} ${db:Status-Abbrev}\n").out.splitlines()
+    listed = here.ask("dpkg-query", "-W", "-f", "${Package} ${db:Status-Abbrev}\n").out.splitlines()
     whole = {line.split()[0] for line in listed if line.split()[1:] == ["ii"]}
     assert whole <= installed(here)

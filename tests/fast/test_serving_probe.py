@@ -197,12 +197,12 @@ class TestWithoutACompletion:
         self, place: Path, restarts: int, verdict: str, words: str
     ) -> None:
         class OfSystemd(LocalReader):
-            def query(self, *argv: str, **how: Any) -> Result:
+            def ask(self, *argv: str, **how: Any) -> Result:
                 now = int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6)
                 said = {"ActiveState": "active", "NRestarts": restarts, "ExecMainStartTimestampMonotonic": now}
                 asked = argv[-1].removeprefix("--property=").split(",")
                 lines = "".join(f"{name}={value}\n" for name, value in said.items() if name in asked)
-                return Result(argv, 0, lines, "") if argv[0] == "systemctl" else super().query(*argv, **how)
+                return Result(argv, 0, lines, "") if argv[0] == "systemctl" else super().ask(*argv, **how)
 
         finding = serving._not_up(node_of(place), OfSystemd())
         assert (finding.verdict, words in finding.found) == (verdict, True), finding

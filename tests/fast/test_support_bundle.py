@@ -294,9 +294,7 @@ class OfAPerson(LocalReader):
     def rehearsal(self) -> bool:
         return False
 
-    def query(
-        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
-    ) -> Result:
+    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         del timeout, env
         if root:
             return Result(argv, 1, "", "sudo: a password is required")

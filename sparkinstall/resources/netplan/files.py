@@ -331,7 +331,7 @@ def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, byte
                 there.parent.mkdir(parents=True, exist_ok=True)
                 there.write_bytes(text)
                 there.chmod(0o600)
-        answer = on.query(PROGRAM, "generate", "--root-dir", folder)
+        answer = on.ask(PROGRAM, "generate", "--root-dir", folder)
         if answer.ok or (answer.code == 127 and on.rehearsal):
             return
         said = [line for line in (answer.err or answer.out).replace(folder, "").splitlines() if _is_said(line)]

@@ -175,7 +175,7 @@ def _renderer(on: Reader, read: Sequence[files.NetplanFile]) -> str:
     said = files.renderer(read)
     if on.rehearsal or said not in _SERVICES:
         return said
-    answers = on.query("systemctl", "is-active", *_SERVICES.values()).out.split()
+    answers = on.ask("systemctl", "is-active", *_SERVICES.values()).out.split()
     running = [name for name, answer in zip(_SERVICES, answers, strict=False) if answer == "active"]
     return said if said in running or not running else running[0]
 
@@ -399,7 +399,7 @@ def take_back(on: LocalSystem, records: Iterable[Undo]) -> bool:
     before, added = _first_of(records)
     kept = {name for name, address in added.items() if _still_named(on, address) and name in before}
     script = restoring({name: was for name, was in before.items() if name not in kept}, added)
-    answer = on.query("sh", "-ec", script, timeout=120, root=True)
+    answer = on.ask("sh", "-ec", script, timeout=120, root=True)
     if not answer.ok:
         raise CommandFailed(
             "`netplan apply` failed",
