@@ -254,7 +254,7 @@ def test_killed_before_it_confirms_the_timer_takes_the_rules_away(fleet: Fleet) 
     with head.popen(*command, user="spark", cwd="/home/spark") as run:
         head.run("sh", "-c", loaded)
         head.signal(run, signal.SIGKILL)
-    assert head.run("ls", "/var/lib/sparkinstall-rollback").stdout.split() == ["rollback.sh", "firewall"]
+    assert head.run("ls", "/var/lib/sparkinstall-rollback").stdout.split() == ["firewall", "rollback.sh"]
     assert _table(head)
     _wait_until(lambda: not _table(head))
     _wait_until(lambda: head.run("test", "-e", RULES, check=False).returncode == 1)

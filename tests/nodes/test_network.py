@@ -26,7 +26,7 @@ TARGET = "/etc/netplan/40-cx7.yaml"
 THEIRS = "/etc/netplan/60-theirs.yaml"
 THEIR_LINES = f"# by hand\nnetwork: {{version: 2, ethernets: {{{FIRST}: {{addresses: [10.77.0.1/24], mtu: 2000}}}}}}\n"
 HEAD, WORKER = "192.168.100.10", "192.168.100.11"
-DEAD_MAN = 30
+ROLLBACK_SECONDS = 30
 ARMED = "/var/lib/sparkinstall-rollback/network"
 AT_BOOT = "/etc/systemd/system/sparkinstall-rollback.service"
 # Their times change with what comes and goes in them.
@@ -38,7 +38,7 @@ def pair() -> Iterator[Fleet]:
     with Fleet(2) as fleet:
         for node in fleet.nodes:
             node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
-            node.write("/etc/sparkinstall.yaml", f"network: {{rollback: {DEAD_MAN}}}\n")
+            node.write("/etc/sparkinstall.yaml", f"network: {{rollback_seconds: {ROLLBACK_SECONDS}}}\n")
             node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=600)
         head = fleet.nodes[0]
         head.write(THEIRS, THEIR_LINES, mode="0640")
@@ -183,7 +183,7 @@ def test_a_killed_tool_leaves_the_timer_which_brings_everything_back(
     _kill_after_the_apply(pair, head)
     assert not _exists(head, THEIRS)
     assert _mtu(head, FIRST) == 9000
-    _until(lambda: is_as_before(head, before), DEAD_MAN + 60)
+    _until(lambda: is_as_before(head, before), ROLLBACK_SECONDS + 60)
     _until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
     _until(lambda: not head.run("systemctl", "list-units", "--all", "--no-legend", "*rollback*").stdout)
 
@@ -203,7 +203,7 @@ def test_a_run_after_a_killed_one_keeps_what_it_confirms(pair: Fleet, head: Flee
     assert "confirm" in _planned(head)
     assert "confirm the network" in set_up(head, "head").stderr
     assert not _exists(head, ARMED)
-    time.sleep(DEAD_MAN)
+    time.sleep(ROLLBACK_SECONDS)
     assert is_set_up(head, HEAD)
 
 
