@@ -23,7 +23,7 @@ _FIRED = 9
 class RolledBack(Problem):
     """The confirmation came too late: the timer has put things back."""
 
-    code = "rollback"
+    code = "rolled-back"
 
 
 def armed(on: Reader, name: str | None = None) -> bool:

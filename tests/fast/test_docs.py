@@ -181,7 +181,7 @@ def test_kinds_of_touches() -> None:
 
 
 def test_standing_words() -> None:
-    assert words("docs/checks.md", "## How the eight fixes stand") == set(get_args(fixes.Standing))
+    assert words("docs/checks.md", "## How the fixes stand") == set(get_args(fixes.Standing))
 
 
 def test_the_envelope_in_the_docs_has_the_fields_of_a_real_one() -> None:
