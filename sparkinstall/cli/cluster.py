@@ -53,7 +53,7 @@ def cluster(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Set up several nodes from one terminal: phase by phase, all of them side by side."""
+    """Set up several nodes from one terminal: phase by phase, in parallel."""
     given = {"network.interface": interface, "serving.model": model}
     role = {name: value for name, value in given.items() if value is not None}
     asked = Target(None, config, stack, tuple(set_ or ()), verbose=verbose, role=role)
@@ -101,12 +101,12 @@ def _cluster(words: list[str], asked: Target, choice: Choice) -> Answer:
     if verb != "verify" and choice.of_verify:
         option = choice.of_verify[0]
         raise BadUsage(f"{option} is for `cluster verify`", hint=f"sparkinstall cluster verify {option} ... HOST...")
-    with _opened(hosts, asked, choice, carries=verb not in ("status", "uninstall")) as nodes:
-        return verbs.get(verb, _up)(nodes, choice)
+    with _opened(hosts, asked, choice, carries=verb not in ("status", "uninstall")) as opened:
+        return verbs.get(verb, _up)(opened, choice)
 
 
 def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
-    """A verb with a slip in it would be taken for a host, and the others be set up with it.
+    """Refuse a misspelt verb: it would count as a host, and the other hosts would be set up.
 
     Raises:
         BadUsage: the first word is nearly a verb, and hosts follow.
@@ -134,18 +134,17 @@ def _opened(hosts: list[str], asked: Target, choice: Choice, *, carries: bool) -
 
     wanted, given = _settings(asked)
     values, files = carried(given) if carries else (given, ())
-    wish = ClusterOptions(wanted, values, choice.only, choice.skip, choice.ignore, choice.level, choice.measure)
+    every = ClusterOptions(wanted, values, choice.only, choice.skip, choice.ignore, choice.level, choice.measure)
     _require_known_steps(choice)
-    nodes = members(hosts, wanted)
     with ssh.sockets() as sockets:
-        fars = [RemoteNode(member, ssh.Ssh(member.host, sockets), asked.verbose, files) for member in nodes]
+        nodes = [RemoteNode(each, ssh.Ssh(each.host, sockets), asked.verbose, files) for each in members(hosts, wanted)]
         watch = _Watch(lambda: watching(hosts, asked.verbose))
         try:
-            yield Cluster(fars, wish, watch.tell, watch.end)
+            yield Cluster(nodes, every, watch.tell, watch.end)
         finally:
             watch.end()
-            for far in fars:
-                far.ssh.close()
+            for node in nodes:
+                node.ssh.close()
 
 
 class _Watch:
@@ -195,58 +194,58 @@ def _require_known_steps(choice: Choice) -> None:
     catalogue.require_known(choice.only + choice.skip, [step.name for step in catalogue.STEPS], "step")
 
 
-def _up(nodes: "Cluster", choice: Choice) -> Answer:
+def _up(cluster: "Cluster", choice: Choice) -> Answer:
     from sparkinstall.cluster.orchestrate import Barrier
 
     try:
-        nodes.look()
+        cluster.look()
         if not choice.json:
-            _tell_plan(nodes)
-        nodes.require_ready()
-        if _drifts(nodes):
-            confirm(f"Go on, on {len(nodes.fars)} nodes?", agreed=choice.yes, default=True)
-        nodes.up()
+            _tell_plan(cluster)
+        cluster.require_ready()
+        if _drifts(cluster):
+            confirm(f"Go on, on {len(cluster.nodes)} nodes?", agreed=choice.yes, default=True)
+        cluster.up()
     except Barrier:
         pass
-    return end(nodes, choice, lambda: _show_up(nodes))
+    return end(cluster, choice, lambda: _show_up(cluster))
 
 
-def _tell_plan(nodes: "Cluster") -> None:
+def _tell_plan(cluster: "Cluster") -> None:
     from sparkinstall.cli.cluster_screen import show_plan
 
-    nodes.pause()
-    show_plan(nodes)
+    cluster.pause()
+    show_plan(cluster)
 
 
-def _drifts(nodes: "Cluster") -> bool:
-    steps = [step for far in nodes.fars for step in far.look.get("steps", ())]
+def _drifts(cluster: "Cluster") -> bool:
+    steps = [step for node in cluster.nodes for step in node.look.get("steps", ())]
     return any(step["outcome"] not in ("unchanged", "node_only") for step in steps)
 
 
-def _show_up(nodes: "Cluster") -> None:
+def _show_up(cluster: "Cluster") -> None:
     from sparkinstall.cli.text_output import console
 
-    if nodes.failed:
+    if cluster.failed:
         return
-    changed = any(done.outcome == "changed" for done in nodes.done)
-    what = "is set up and proven" if changed else "is as it should be; nothing was changed"
-    console().print(f"[green bold]✓[/] The cluster of {len(nodes.fars)} nodes {what}.")
+    changed = any(done.outcome == "changed" for done in cluster.done)
+    what = "is set up and proven" if changed else "is up to date; nothing was changed"
+    console().print(f"[green bold]✓[/] The cluster of {len(cluster.nodes)} nodes {what}.")
 
 
-def _plan(nodes: "Cluster", choice: Choice) -> Answer:
-    nodes.look()
+def _plan(cluster: "Cluster", choice: Choice) -> Answer:
+    cluster.look()
     if not choice.json:
-        _tell_plan(nodes)
-    said = "" if _drifts(nodes) or nodes.failed else "\nNothing would be changed."
-    return end(nodes, choice, lambda: print(said))
+        _tell_plan(cluster)
+    said = "" if _drifts(cluster) or cluster.failed else "\nNothing would be changed."
+    return end(cluster, choice, lambda: print(said))
 
 
-def _status(nodes: "Cluster", choice: Choice) -> Answer:
+def _status(cluster: "Cluster", choice: Choice) -> Answer:
     from sparkinstall.cli.cluster_screen import show_nodes
 
-    nodes.status()
-    lines = {done.host: _standing(done.data) for done in nodes.done}
-    return end(nodes, choice, lambda: show_nodes(nodes, lines))
+    cluster.status()
+    lines = {done.host: _standing(done.data) for done in cluster.done}
+    return end(cluster, choice, lambda: show_nodes(cluster, lines))
 
 
 def _standing(data: Any) -> str:
@@ -257,18 +256,18 @@ def _standing(data: Any) -> str:
     return f"stack {data['stack']}, {well} of {len(fixes)} fixes done, last change {data['last_change']}"
 
 
-def _uninstall(nodes: "Cluster", choice: Choice) -> Answer:
+def _uninstall(cluster: "Cluster", choice: Choice) -> Answer:
     from sparkinstall.cli.cluster_screen import show_nodes
     from sparkinstall.cluster.orchestrate import Barrier
 
-    hosts = ", ".join(far.host for far in nodes.fars)
-    confirm(f"Take back all that sparkinstall did on {hosts}?", agreed=choice.yes, default=False)
+    hosts = ", ".join(node.host for node in cluster.nodes)
+    confirm(f"Uninstall everything that sparkinstall installed on {hosts}?", agreed=choice.yes, default=False)
     try:
-        nodes.uninstall()
+        cluster.uninstall()
     except Barrier:
         pass
-    lines = {done.host: _taken(done.data) for done in nodes.done}
-    return end(nodes, choice, lambda: show_nodes(nodes, lines))
+    lines = {done.host: _taken(done.data) for done in cluster.done}
+    return end(cluster, choice, lambda: show_nodes(cluster, lines))
 
 
 def _taken(data: Any) -> str:
@@ -278,21 +277,21 @@ def _taken(data: Any) -> str:
     return f"{words}, kept {kept}" if kept else words
 
 
-def end(nodes: "Cluster", choice: Choice, show: Callable[[], None], **more: Any) -> Answer:
-    """What a verb of the cluster answers: `more` is in the JSON beside the nodes, `show` tells a person."""
+def end(cluster: "Cluster", choice: Choice, show: Callable[[], None], **more: Any) -> Answer:
+    """The result of a verb of `cluster`: `more` joins the nodes in the JSON, `show` prints it for a person."""
     from sparkinstall.cli.cluster_screen import show_problems
     from sparkinstall.errors import Exit
 
-    nodes.pause()
-    problems = [_named(done.host, problem) for done in nodes.done for problem in done.problems]
-    code = Exit.SOME_NODES if nodes.failed else Exit.GOOD
+    cluster.pause()
+    problems = [_named(done.host, problem) for done in cluster.done for problem in done.problems]
+    code = Exit.SOME_NODES if cluster.failed else Exit.GOOD
     if choice.json:
-        data = {"nodes": [_node_data(nodes, far) for far in nodes.fars], **more}
+        data = {"nodes": [_node_data(cluster, node) for node in cluster.nodes], **more}
         return Answer(code, data, problems=tuple(problems))
 
     def tell() -> None:
         show()
-        show_problems(nodes)
+        show_problems(cluster)
 
     return Answer(code, show=tell)
 
@@ -306,7 +305,7 @@ def _named(host: str, problem: "Problem") -> "Problem":
     return named
 
 
-def _node_data(nodes: "Cluster", far: "RemoteNode") -> dict[str, Any]:
+def _node_data(cluster: "Cluster", node: "RemoteNode") -> dict[str, Any]:
     from sparkinstall.cli.json_output import problem_data
 
     phases = [
@@ -317,18 +316,18 @@ def _node_data(nodes: "Cluster", far: "RemoteNode") -> dict[str, Any]:
             "errors": [problem_data(each) for each in done.problems],
             "data": done.data if done.phase != "look" else {},
         }
-        for done in nodes.of(far)
+        for done in cluster.of(node)
     ]
-    member = far.member
+    member = node.member
     return {
-        "host": far.host,
+        "host": node.host,
         "role": member.role,
         "rank": member.rank,
         "address": member.address,
-        "ssh_trips": far.ssh.trips,
-        "tool_brought": far.brought,
-        "preflight": far.look.get("preflight", []),
-        "steps": far.look.get("steps", []),
-        "versions": far.look.get("versions", {}),
+        "ssh_trips": node.ssh.trips,
+        "tool_brought": node.brought,
+        "preflight": node.look.get("preflight", []),
+        "steps": node.look.get("steps", []),
+        "versions": node.look.get("versions", {}),
         "phases": phases,
     }

@@ -11,7 +11,7 @@ from sparkinstall.cli.cluster_screen import show_bandwidth, show_differences, sh
 from sparkinstall.cli.json_output import finding_data
 from sparkinstall.cli.run_command import Answer
 from sparkinstall.cluster.bandwidth import Between
-from sparkinstall.cluster.differences import Comparison
+from sparkinstall.cluster.drift import Comparison
 from sparkinstall.cluster.orchestrate import Cluster, Done
 from sparkinstall.errors import Problem
 from sparkinstall.probes import bandwidth
@@ -58,14 +58,14 @@ def _proven(data: Mapping[str, Any], measured: bool) -> str:
 
 
 def _count_skipped(nodes: Cluster, measured: Sequence[Between]) -> None:
-    """What was not looked at is a failure of its node."""
+    """With --strict, a skipped check or probe is a failure of its node."""
     for done in _proofs(nodes):
         left = [each["step"] for each in done.data.get("checks", ()) if each["outcome"] == "node_only"]
         left += [each["name"] for each in _probes(done.data, bool(measured)) if each["verdict"] == "skip"]
         between = [each for each in measured if each.hosts[0] == done.host and each.finding.verdict == "skip"]
         left += [f"{each.probe.name} to {each.hosts[1]}" for each in between]
         if left:
-            nodes.fail(done.host, "strict", Problem(f"not looked at, and --strict was asked for: {', '.join(left)}"))
+            nodes.fail(done.host, "strict", Problem(f"skipped, which --strict counts as failed: {', '.join(left)}"))
 
 
 def _as_data(between: Between) -> dict[str, Any]:

@@ -19,15 +19,15 @@ from rich.text import Text
 from sparkinstall.cli.live_output import duration
 from sparkinstall.cli.text_output import console, sign
 from sparkinstall.cluster.bandwidth import Between
-from sparkinstall.cluster.differences import Comparison, Weight
+from sparkinstall.cluster.drift import Comparison, Weight
 from sparkinstall.cluster.orchestrate import Cluster, Done, Line, Started, Tell
 from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.errors import Problem
 from sparkinstall.redaction import redact
 
-_WORDS = {"unchanged": "as it should be", "changed": "done", "failed": "failed", "blocked": "not begun"}
+_WORDS = {"unchanged": "up to date", "changed": "done", "failed": "failed", "blocked": "not started"}
 _ASKED = {"look": "asked", "compare": "asked", "token": "asked", "status": "asked", "reach": "reached",
-          "confirm": "confirmed", "copy": "copied", "verify": "proven", "uninstall": "taken back",
+          "confirm": "confirmed", "copy": "copied", "verify": "proven", "uninstall": "uninstalled",
           "ready": "asked", **{f"{kind}-bandwidth": "measured" for kind in ("tcp", "rdma", "nccl")}}  # fmt: skip
 
 
@@ -155,19 +155,19 @@ def show_plan(cluster: Cluster) -> None:
     """What every node is, what its checks say, and what each step would change; equal nodes are told once."""
     out = console()
     out.print("[bold]Nodes[/]")
-    nodes = _grid(1, max(len(far.host) for far in cluster.fars), len("worker"), None)
-    for far in cluster.fars:
+    nodes = _grid(1, max(len(node.host) for node in cluster.nodes), len("worker"), None)
+    for node in cluster.nodes:
         nodes.add_row(
-            "", far.host, far.member.role, f"{far.member.address} on the link" if len(cluster.fars) > 1 else ""
+            "", node.host, node.member.role, f"{node.member.address} on the link" if len(cluster.nodes) > 1 else ""
         )
     out.print(Padding(nodes, (0, 0, 0, 2), expand=False))
     _show_checks(cluster, out)
-    if not any(far.look.get("steps") for far in cluster.fars):
+    if not any(node.look.get("steps") for node in cluster.nodes):
         return
     out.print("[bold]Plan[/]")
     table = _grid(1, 12, None, None)
-    for name in dict.fromkeys(step["step"] for far in cluster.fars for step in far.look.get("steps", ())):
-        for at, (mark, whose, line) in enumerate(_told_once(cluster.fars, name)):
+    for name in dict.fromkeys(step["step"] for node in cluster.nodes for step in node.look.get("steps", ())):
+        for at, (mark, whose, line) in enumerate(_told_once(cluster.nodes, name)):
             table.add_row(sign(mark), name if at == 0 else "", whose, Text(redact(line)))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
@@ -180,18 +180,18 @@ def _grid(*widths: int | None) -> Table:
 
 
 def _show_checks(cluster: Cluster, out: Console) -> None:
-    fars, ignored = cluster.fars, cluster.wish.ignore
-    checks = [(far.host, each) for far in fars for each in far.look.get("preflight", ())]
+    nodes, ignored = cluster.nodes, cluster.options.ignore
+    checks = [(node.host, each) for node in nodes for each in node.look.get("preflight", ())]
     passed, asked = sum(each["verdict"] == "pass" for _, each in checks), len({host for host, _ in checks})
-    nodes = f"{asked} nodes" if asked == len(fars) else f"{asked} of {len(fars)} nodes; the others gave no answer"
-    out.print(f"[bold]Preflight[/]  {passed} of {len(checks)} checks passed on {nodes}" if checks else _NOBODY)
+    count = f"{asked} nodes" if asked == len(nodes) else f"{asked} of {len(nodes)} nodes; the others gave no answer"
+    out.print(f"[bold]Preflight[/]  {passed} of {len(checks)} checks passed on {count}" if checks else _NOBODY)
     told: dict[tuple[str, str, str, str], list[str]] = {}
     for host, each in checks:
         if each["verdict"] in ("warn", "fail"):
             told.setdefault(_judged(each, ignored), []).append(host)
     table = _grid(1, 12, None, None)
     for (verdict, name, found, hint), hosts in told.items():
-        table.add_row(sign(verdict), name, _whose(hosts, fars), escape(redact(found)))
+        table.add_row(sign(verdict), name, _whose(hosts, nodes), escape(redact(found)))
         table.add_row("", "", "", f"[dim]→[/] {escape(hint)}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
@@ -200,32 +200,32 @@ _NOBODY = "[bold]Preflight[/]  no node gave an answer"
 
 
 def _judged(check: Mapping[str, Any], ignored: Sequence[str]) -> tuple[str, str, str, str]:
-    """Verdict, name, finding and mend; a failure that does not count is shown as a warning."""
+    """Verdict, name, finding and hint; a failure that does not count is shown as a warning."""
     if check["verdict"] == "fail" and check["name"] in ignored:
         return "warn", check["name"], check["found"], f"ignored: --ignore {check['name']}"
     return check["verdict"], check["name"], check["found"], check["hint"]
 
 
-def _told_once(fars: Sequence[RemoteNode], step: str) -> list[tuple[str, str, str]]:
+def _told_once(nodes: Sequence[RemoteNode], step: str) -> list[tuple[str, str, str]]:
     """Mark, nodes and words of each thing there is to say of a step."""
     told: dict[tuple[str, str], list[str]] = {}
-    having = [far for far in fars if any(each["step"] == step for each in far.look.get("steps", ()))]
-    for far in having:
-        found = next(each for each in far.look["steps"] if each["step"] == step)
+    having = [node for node in nodes if any(each["step"] == step for each in node.look.get("steps", ()))]
+    for node in having:
+        found = next(each for each in node.look["steps"] if each["step"] == step)
         for line in dict.fromkeys(_lines(found)):
-            told.setdefault(line, []).append(far.host)
-    return [(mark, _whose(hosts, fars), line) for (mark, line), hosts in told.items()]
+            told.setdefault(line, []).append(node.host)
+    return [(mark, _whose(hosts, nodes), line) for (mark, line), hosts in told.items()]
 
 
-def _whose(hosts: Sequence[str], fars: Sequence[RemoteNode]) -> str:
-    return "all" if len(hosts) == len(fars) and len(fars) > 1 else ", ".join(hosts)
+def _whose(hosts: Sequence[str], nodes: Sequence[RemoteNode]) -> str:
+    return "all" if len(hosts) == len(nodes) and len(nodes) > 1 else ", ".join(hosts)
 
 
 def _lines(step: Mapping[str, Any]) -> list[tuple[str, str]]:
     if step["error"]:
         return [("failed", step["error"]["message"])]
     rest = [line for each in step["resources"] if (line := _line(each))]
-    return rest or [("unchanged", "as it should be")]
+    return rest or [("unchanged", "up to date")]
 
 
 def _line(resource: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -259,7 +259,7 @@ def show_problems(cluster: Cluster) -> None:
             f"[red bold]✗[/] [bold]{escape(', '.join(hosts))}[/] [dim]({phase})[/] {escape(redact(problem.message))}"
         )
         _show_rest(problem, out)
-    well = [far.host for far in cluster.fars if far.host not in {done.host for done in bad}]
+    well = [node.host for node in cluster.nodes if node.host not in {done.host for done in bad}]
     if bad and well:
         stays = "; what was done there stays done" if any(d.outcome == "changed" for d in cluster.done) else ""
         out.print(f"[dim]Nothing failed on {escape(', '.join(well))}{stays}.[/]")
@@ -278,12 +278,12 @@ def _show_rest(problem: Problem, out: Console) -> None:
 
 def show_nodes(cluster: Cluster, lines: Mapping[str, str]) -> None:
     """One line a node; of one that gave no answer nothing is known."""
-    table = _grid(1, max(len(far.host) for far in cluster.fars), None)
-    for far in cluster.fars:
-        bad = [done for done in cluster.of(far) if done.outcome == "failed" and done.phase not in _BETWEEN]
-        silent = bad and not any(done.data for done in cluster.of(far))
-        said = bad[0].problems[0].message if silent and bad[0].problems else lines.get(far.host, "")
-        table.add_row(sign("fail" if bad else "pass"), far.host, Text(redact(said)))
+    table = _grid(1, max(len(node.host) for node in cluster.nodes), None)
+    for node in cluster.nodes:
+        bad = [done for done in cluster.of(node) if done.outcome == "failed" and done.phase not in _BETWEEN]
+        silent = bad and not any(done.data for done in cluster.of(node))
+        said = bad[0].problems[0].message if silent and bad[0].problems else lines.get(node.host, "")
+        table.add_row(sign("fail" if bad else "pass"), node.host, Text(redact(said)))
     console().print(Padding(table, (0, 0, 0, 2), expand=False))
 
 

@@ -89,7 +89,7 @@ def look(
 def _look(asked: Target, only: list[str], skip: list[str]) -> Answer:
     from sparkinstall.cli.json_output import finding_data, step_data
     from sparkinstall.cli.session import open_session
-    from sparkinstall.cluster import sameness
+    from sparkinstall.cluster import drift
     from sparkinstall.core import catalogue, checks, engine
     from sparkinstall.events import silent
     from sparkinstall.probes.preflight import preflight
@@ -103,8 +103,8 @@ def _look(asked: Target, only: list[str], skip: list[str]) -> Answer:
         "preflight": [finding_data(each.probe, each.finding, each.seconds) for each in looked],
         "steps": [step_data(report) for report in reports],
         "unproven": session.state.unproven(),
-        "versions": sameness.versions(node, system),
-        "token": sameness.token_digest(node, system),
+        "versions": drift.versions(node, system),
+        "token": drift.token_digest(node, system),
         "armed": rollback.armed(system),
         "user": node.user,
         "executor": node.config.cluster.executor,
@@ -173,10 +173,10 @@ def _offer(peers: list[str], asked: Target, only: list[str]) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
-    from sparkinstall.cluster import artifacts, handover
+    from sparkinstall.cluster import artifacts
 
     def announce(offered: artifacts.Offered) -> None:
-        print(handover.announcement(offered), file=sys.stderr, flush=True)
+        print(artifacts.announcement(offered), file=sys.stderr, flush=True)
 
     session, token = open_session(asked), sys.stdin.readline().strip()
     print("listing what was downloaded and built", file=sys.stderr, flush=True)
@@ -199,13 +199,13 @@ def _fetch(asked: Target, only: list[str]) -> Answer:
     import sys
 
     from sparkinstall.cli.session import open_session
-    from sparkinstall.cluster import artifacts, handover
+    from sparkinstall.cluster import artifacts
 
     def tell(done: int, total: int) -> None:
         print(f"copied {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
 
     session = open_session(asked)
-    offered, token = handover.introduced(sys.stdin.readline())
+    offered, token = artifacts.introduced(sys.stdin.readline())
     arrived = artifacts.fetch(session.node, session.system, only, offered, token, tell)
     data = {"changed": arrived.files > 0, "files": arrived.files, "bytes": arrived.size}
     return Answer(data={**data, "warning": arrived.why_not} if arrived.why_not else data)

@@ -213,13 +213,13 @@ def _report(path: Path, result: Result, root: str) -> None:
 def data(session: "Session", result: Result) -> dict[str, Any]:
     """What `--json` prints; `comparables` is what `cluster verify` compares between the nodes."""
     from sparkinstall.cli.json_output import finding_data, fix_data, step_data
-    from sparkinstall.cluster import differences
+    from sparkinstall.cluster import drift
 
     return {
         "checks": [step_data(report) for report in result.reports],
         "probes": [finding_data(each.probe, each.finding, each.seconds) for each in result.looked],
         "fixes": [fix_data(state) for state in result.standing],
-        "comparables": differences.comparables(session.node, session.system),
+        "comparables": drift.comparables(session.node, session.system),
     }
 
 

@@ -2,6 +2,9 @@
 
 It goes from cache to cache, never into what is installed: each node's own steps take it from there, with their own
 checks. A node that finds nothing there downloads and builds as if it were alone.
+
+The terminal only introduces the nodes: through ssh it gives both one token, and the workers the digest of the head's
+list. A copy that fails is a warning and never a failure: the worker downloads and builds instead.
 """
 
 import fcntl
@@ -9,7 +12,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -21,16 +26,17 @@ from typing import Any
 from msgspec import Struct, field, to_builtins
 from msgspec.structs import asdict, astuple
 
+from sparkinstall.cluster.remote import OnLine, RemoteNode, Reply, repeated
 from sparkinstall.cluster.transfer import CopyFailed, Listed, Receiver, Sender, receiving
 from sparkinstall.downloads import sha256_of
-from sparkinstall.errors import storage_problem
+from sparkinstall.errors import Interrupted, Problem, storage_problem
 from sparkinstall.facts.machine import cores
 from sparkinstall.node import Node
 from sparkinstall.resources import Ok
 from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary
 from sparkinstall.resources.venv import PythonEnvironment, lock_of
 from sparkinstall.steps.nccl import Nccl
-from sparkinstall.system import Reader
+from sparkinstall.system import Reader, processes
 
 STEPS = ("environment", "nccl")
 """The steps whose work can be copied."""
@@ -412,3 +418,95 @@ def _make_room(to: Path, cache: Path) -> None:
     top = cache / to.relative_to(cache).parts[0]
     if not to.parent.resolve().is_relative_to(top.resolve()):
         raise CopyFailed(f"{to.parent} leads out of the cache", hint="move that link away")
+
+
+# --- at the terminal
+
+_OFFER = "offer"
+
+
+def announcement(offered: Offered) -> str:
+    """The line of stderr in which the head says where its list is."""
+    return json.dumps({_OFFER: to_builtins(offered)})
+
+
+def _parse_announcement(line: str) -> Offered | None:
+    try:
+        said = json.loads(line)[_OFFER]
+        return Offered(int(said["port"]), str(said["digest"]))
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
+def introduction(offered: Offered, token: str) -> str:
+    """What a worker is told on its stdin."""
+    return json.dumps({"token": token, **to_builtins(offered)})
+
+
+def introduced(said: str) -> tuple[Offered, str]:
+    """The other end of `introduction`: the offer and the token."""
+    known = json.loads(said)
+    return Offered(int(known["port"]), str(known["digest"])), str(known["token"])
+
+
+class Secret(str):
+    """32 random bytes in hex, which no `repr` shows."""
+
+    def __new__(cls) -> "Secret":
+        return super().__new__(cls, secrets.token_hex(32))
+
+    def __repr__(self) -> str:
+        return "Secret()"
+
+
+class Handover(Struct):
+    """`steps` of the head's work for `workers`; `words` are the settings of a node as options of a verb."""
+
+    head: RemoteNode
+    workers: Sequence[RemoteNode]
+    steps: Sequence[str]
+    words: Callable[[RemoteNode], list[str]]
+    _token: Secret = field(default_factory=Secret)
+    _offered: Offered | None = None
+    _ready: threading.Event = field(default_factory=threading.Event)
+
+    def work(self, node: RemoteNode, on_line: OnLine) -> Reply:
+        """This node's part."""
+        try:
+            return self._offer(on_line) if node is self.head else self._fetch(node, on_line)
+        except Interrupted:
+            raise
+        except Problem as problem:
+            return _warned(f"{problem.message}{f' ({problem.cause})' if problem.cause else ''}")
+        finally:
+            if node is self.head:
+                self._ready.set()
+
+    def _offer(self, on_line: OnLine) -> Reply:
+        def listen(line: str) -> None:
+            if found := _parse_announcement(line):
+                self._offered = found
+                self._ready.set()
+            else:
+                on_line(line)
+
+        peers = [each.member.address for each in self.workers]
+        argv = ("node", "offer", *peers, *self.words(self.head), *repeated("--only", self.steps))
+        return _forgiven(self.head.call(*argv, on_line=listen, given=self._token))
+
+    def _fetch(self, node: RemoteNode, on_line: OnLine) -> Reply:
+        while not self._ready.wait(1):
+            processes.refuse_if_stopped()
+        if self._offered is None:
+            return _warned(f"{self.head.host} offers nothing: what is missing is downloaded and built here")
+        argv = ("node", "fetch", *self.words(node), *repeated("--only", self.steps))
+        given = introduction(self._offered, self._token)
+        return _forgiven(node.call(*argv, on_line=on_line, given=given))
+
+
+def _forgiven(said: Reply) -> Reply:
+    return _warned(said.problems[0].message) if said.problems else Reply(0, said.data, ())
+
+
+def _warned(why: str) -> Reply:
+    return Reply(0, {"changed": False, "warning": why}, ())

@@ -132,7 +132,7 @@ def announcement(ports: Sequence[int]) -> str:
     return json.dumps({_ANSWERS: list(ports)})
 
 
-def _announced(line: str) -> list[int] | None:
+def _parse_announcement(line: str) -> list[int] | None:
     try:
         return [int(port) for port in json.loads(line)[_ANSWERS]]
     except (ValueError, KeyError, TypeError, IndexError):
@@ -169,7 +169,7 @@ class Measurement(Struct):
     _why: str = ""
     _lost: dict[str, Mapping[str, int]] = field(default_factory=dict)
     _ports: Sequence[int] | None = None
-    _settled: threading.Event = field(default_factory=threading.Event)
+    _ready: threading.Event = field(default_factory=threading.Event)
 
     @property
     def result(self) -> Measured:
@@ -177,35 +177,35 @@ class Measurement(Struct):
         measured = self._measured or Measured(self.kind, {}, why=self._why or "no node gave an answer")
         return replace(measured, lost=self._lost)
 
-    def work(self, far: RemoteNode, on_line: OnLine) -> Reply:
+    def work(self, node: RemoteNode, on_line: OnLine) -> Reply:
         """This node's part. That it came to nothing is a result, and no failure of the phase."""
         try:
-            said = self._respond(on_line) if far is self.responding else self._ask(on_line)
+            said = self._respond(on_line) if node is self.responding else self._ask(on_line)
         except Interrupted:
             raise
         except Problem as problem:
             said = Reply(0, {}, (problem,))
         finally:
-            if far is self.responding:
-                self._settled.set()
+            if node is self.responding:
+                self._ready.set()
         for each in said.problems[:1]:
-            self._why = f"{far.host}: {each.message}" + (f" ({each.cause})" if each.cause else "")
+            self._why = f"{node.host}: {each.message}" + (f" ({each.cause})" if each.cause else "")
         if said.data.get("lost"):
-            self._lost[far.host] = said.data["lost"]
+            self._lost[node.host] = said.data["lost"]
         return Reply(0, {}, ())
 
     def _respond(self, on_line: OnLine) -> Reply:
         def listen(line: str) -> None:
-            if (found := _announced(line)) is not None:
+            if (found := _parse_announcement(line)) is not None:
                 self._ports = found
-                self._settled.set()
+                self._ready.set()
             else:
                 on_line(line)
 
         return self.responding.call("node", "respond", self.kind, *self.words(self.responding), on_line=listen)
 
     def _ask(self, on_line: OnLine) -> Reply:
-        while not self._settled.wait(1):
+        while not self._ready.wait(1):
             processes.refuse_if_stopped()
         if self._ports is None:
             return Reply(0, {}, ())
@@ -225,7 +225,7 @@ def left_out(
     asking: RemoteNode, responding: RemoteNode, kind: Kind, why: Mapping[str, Mapping[str, str]]
 ) -> Between | None:
     """What is said of a measurement that one of the two nodes cannot take part in; None: both can."""
-    for far in (asking, responding):
-        if reason := why.get(far.host, {}).get(kind, "it gave no answer"):
-            return Between((asking.host, responding.host), kind, skipped(f"{far.host}: {reason}"))
+    for node in (asking, responding):
+        if reason := why.get(node.host, {}).get(kind, "it gave no answer"):
+            return Between((asking.host, responding.host), kind, skipped(f"{node.host}: {reason}"))
     return None

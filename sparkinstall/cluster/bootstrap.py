@@ -132,7 +132,7 @@ def sources() -> dict[str, Path]:
     except FileNotFoundError as error:
         raise Problem(
             f"this installation of sparkinstall cannot be brought to other nodes: {error}",
-            hint="install it anew with ./install.sh from a checkout",
+            hint="reinstall it with ./install.sh from a checkout",
         ) from error
     return found
 

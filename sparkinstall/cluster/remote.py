@@ -1,4 +1,4 @@
-"""One node of several, from the terminal: the tool is brought to it, and answers there as it would to a person."""
+"""A node over ssh, as the terminal sees it: the tool is installed there, runs a verb, and replies in JSON."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ class Member(Struct, frozen=True):
 
 
 class Reply(Struct, frozen=True):
-    """What a verb said on the far node, from its one JSON object."""
+    """What a verb replied on the remote node: its JSON object."""
 
     code: int
     data: Mapping[str, Any]
@@ -60,16 +60,16 @@ class RemoteNode(Struct):
         *argv: str,
         on_line: OnLine,
         given: str = "",
-        anew: bool = False,
+        new_connection: bool = False,
         bring: bool = True,
     ) -> Reply:
         """Run a verb of the tool there, with `--json`.
 
         The words go through stdin, as does what is `given` to the verb's own stdin: command lines can be seen
-        by every user of a machine. That stdin stays open; when this end is gone, the far run ends itself.
+        by every user of a machine. That stdin stays open; when this end is gone, the remote run ends itself.
 
         Args:
-            anew: over a connection of its own.
+            new_connection: use a connection of its own.
             bring: install this very version first where it is missing; False: whichever is there will do.
 
         Raises:
@@ -79,23 +79,23 @@ class RemoteNode(Struct):
         """
         whole = [*argv, "--json", *(["-v"] if self.verbose else [])]
         preface = (json.dumps({"argv": whole, "stdin": given}) + "\n").encode()
-        result = self._run(preface, on_line, anew, bring)
+        result = self._run(preface, on_line, new_connection, bring)
         if result.code == bootstrap.MISSING:
             if not bring:
                 raise NoTool(f"nothing of sparkinstall is on {self.host}")
             self._bring(result.out, on_line)
-            result = self._run(preface, on_line, anew, bring)
+            result = self._run(preface, on_line, new_connection, bring)
         if result.code == bootstrap.LACKING:
             for each in self.carried:
                 self._carry(each, on_line)
-            result = self._run(preface, on_line, anew, bring)
+            result = self._run(preface, on_line, new_connection, bring)
         return self._understood(result)
 
-    def _run(self, preface: bytes, on_line: OnLine, anew: bool, bring: bool) -> Result:
+    def _run(self, preface: bytes, on_line: OnLine, new_connection: bool, bring: bool) -> Result:
         wanted = bootstrap.digest() if bring else "any"
         needed = " ".join(each.digest for each in self.carried)
         command = quoted("sh", "-c", bootstrap.run_line(), "sparkinstall", wanted, needed, "node", "attend")
-        return self.ssh.run(command, stdin=preface, keep_open=True, on_line=on_line, anew=anew)
+        return self.ssh.run(command, stdin=preface, keep_open=True, on_line=on_line, new_connection=new_connection)
 
     def _bring(self, said: str, on_line: OnLine) -> None:
         place = bootstrap.place(said)
@@ -121,7 +121,7 @@ class RemoteNode(Struct):
             raise Problem(
                 f"files that the settings name could not be brought to {self.host}",
                 cause="".join(said[-1:]),
-                hint=f"mend that at the node ({self.host}), then run the same command again",
+                hint=f"fix it at the node ({self.host}), then run the same command again",
                 output=said,
             )
 
@@ -153,7 +153,7 @@ def _not_installed(host: str, result: Result) -> Problem:
     return Problem(
         f"sparkinstall could not be installed on {host}",
         cause=reason,
-        hint=hint or f"mend that at the node ({host}), then run the same command again",
+        hint=hint or f"fix it at the node ({host}), then run the same command again",
         output=said[-6:],
     )
 

@@ -53,7 +53,7 @@ class Ssh(Struct):
         stdin: bytes = b"",
         keep_open: bool = False,
         on_line: Callable[[str], None] = lambda _: None,
-        anew: bool = False,
+        new_connection: bool = False,
     ) -> Result:
         """Run a command line of the far shell; its stdout is in the result, its stderr is told line by line too.
 
@@ -61,13 +61,13 @@ class Ssh(Struct):
             stdin: given to it first.
             keep_open: do not close its stdin then, so that it can tell when this end is gone.
             on_line: is given each line of stderr.
-            anew: over a connection of its own, which shows that the host can still be reached.
+            new_connection: over a connection of its own, which shows that the host can still be reached.
 
         Raises:
             Unreachable: ssh could not connect, or the connection was lost.
         """
         self.trips += 1
-        argv = ("ssh", *self._options(anew), "--", self.host, command)
+        argv = ("ssh", *self._options(new_connection), "--", self.host, command)
         process = processes.start(
             argv, self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -76,11 +76,11 @@ class Ssh(Struct):
         code, out, err = _conversation(process, stdin, keep_open, on_line)
         processes.refuse_if_stopped()
         if code == _FAILED or code < 0:
-            raise explained(self.host, err, connected=self.trips > 1 and not anew)
+            raise explained(self.host, err, connected=self.trips > 1 and not new_connection)
         return Result(argv, code, out.decode(errors="replace"), err)
 
-    def _options(self, anew: bool) -> list[str]:
-        shared = self.sockets is not None and not anew
+    def _options(self, new_connection: bool) -> list[str]:
+        shared = self.sockets is not None and not new_connection
         path = ["ControlMaster=auto", f"ControlPath={self.sockets}/%C", "ControlPersist=60"]
         chosen = [*_OPTIONS, *(path if shared else ["ControlMaster=no", "ControlPath=none"])]
         # -T: no terminal there, whatever the config says.
@@ -196,10 +196,10 @@ def _changed_key(host: str, said: str) -> Unreachable:
     place = _OFFENDING.search(said)
     where = f"the line {place[1]}" if place else "a line of your known_hosts file"
     return Unreachable(
-        f"{host} shows another host key than the one that you know",
-        cause=f"{where} has the key it had before: either the node was set up anew, or something else answers for it",
+        f"the host key of {host} has changed",
+        cause=f"{where} holds its former key: the node was reinstalled, or another machine answers for it",
         hint=f"compare the fingerprint at the node itself (`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`); "
-        f"only if it is the node's new key, take the old one out (`ssh-keygen -R {_plain(host)}`) "
+        f"only if it is the node's new key, remove the old one (`ssh-keygen -R {_plain(host)}`) "
         "and connect once by hand",
     )
 
@@ -250,7 +250,7 @@ def _cut(host: str, said: str) -> Unreachable:
         f"the connection to {host} was lost: the node died, or its network went",
         cause=next((line.strip() for line in reversed(said.splitlines()) if any(sign in line for sign in _LOST)), ""),
         hint="when the node answers again, run the same command again: it goes on; "
-        "a network that was not confirmed is put back by the node itself",
+        "the node itself rolls back a network change that was not confirmed",
     )
 
 

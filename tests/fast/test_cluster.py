@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sparkinstall.cluster import bootstrap, sameness
+from sparkinstall.cluster import bootstrap, drift
 from sparkinstall.cluster.orchestrate import PHASES, members
 from sparkinstall.cluster.ssh import explained
 from sparkinstall.cluster.uploads import carried
@@ -362,16 +362,16 @@ def test_versions_that_differ_stop_before_the_head_starts(far: FarNodes) -> None
 
 
 def test_nodes_with_the_same_versions_pass() -> None:
-    sameness.require_same([("a", VERSIONS), ("b", dict(VERSIONS))])
+    drift.require_same([("a", VERSIONS), ("b", dict(VERSIONS))])
     with pytest.raises(Blocked, match="NCCL"):
-        sameness.require_same([("a", VERSIONS), ("b", {k: v for k, v in VERSIONS.items() if k != "nccl"})])
+        drift.require_same([("a", VERSIONS), ("b", {k: v for k, v in VERSIONS.items() if k != "nccl"})])
 
 
 def test_sockets_on_one_and_roce_on_the_other_do_not_start() -> None:
     roce, sockets = {**VERSIONS, "transport": "roce"}, {**VERSIONS, "transport": "socket"}
-    sameness.require_same([("a", roce), ("b", roce)])
+    drift.require_same([("a", roce), ("b", roce)])
     with pytest.raises(Blocked, match="transport for NCCL") as refused:
-        sameness.require_same([("a", roce), ("b", sockets)])
+        drift.require_same([("a", roce), ("b", sockets)])
     assert "network.transport=socket" in refused.value.hint
 
 

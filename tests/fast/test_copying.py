@@ -21,7 +21,7 @@ import pytest
 from msgspec.structs import asdict
 
 from sparkinstall.cluster import artifacts
-from sparkinstall.cluster.handover import announcement
+from sparkinstall.cluster.artifacts import announcement
 from sparkinstall.cluster.transfer import CopyFailed
 from sparkinstall.resources.nccl import NcclLibrary
 from sparkinstall.resources.nccl_source import NcclSource

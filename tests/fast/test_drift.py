@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sparkinstall.cluster import differences, sameness
-from sparkinstall.cluster.differences import comparables, compared
+from sparkinstall.cluster import drift
+from sparkinstall.cluster.drift import comparables, compared
 from tests.fast.test_bandwidth import OnASpark, card, node_with
 from tests.fast.test_cluster_screen import on_a_terminal
 from tests.support.far_nodes import FarNodes
@@ -47,8 +47,8 @@ def test_what_one_node_lacks_is_a_difference_and_the_worst_comes_first() -> None
 
 
 def test_all_that_must_be_the_same_before_ray_starts_is_weighed_as_a_failure() -> None:
-    for name in (*sameness.PACKAGES, "python", "nccl", "transport"):
-        assert differences.KINDS[name].weight == "fail"
+    for name in (*drift.PACKAGES, "python", "nccl", "transport"):
+        assert drift.KINDS[name].weight == "fail"
 
 
 # --- what a node tells of itself
@@ -200,7 +200,7 @@ def test_a_table_of_the_differences_alone(far: FarNodes) -> None:
     code, said, _ = far.cluster("verify", "spark-1", "spark-2")
     assert code == 5
     assert said["data"]["differences"][0]["values"] == {"spark-1": "0.18.1", "spark-2": "0.22.1"}
-    assert "the nodes have not the same vllm" in said["errors"][0]["message"]
+    assert "the nodes differ in vllm" in said["errors"][0]["message"]
 
 
 def test_a_difference_that_is_only_a_warning_is_no_failure(far: FarNodes) -> None:
@@ -251,7 +251,7 @@ def test_strict_counts_what_was_skipped_but_not_what_was_measured_instead(far: F
     measures(far, "spark-1")
     code, said, _ = far.cluster(*words, "--measure", *only_tcp)
     assert code == 5
-    assert "spark-1: not looked at, and --strict was asked for: nccl-bandwidth to spark-2" in str(said["errors"])
+    assert "spark-1: skipped, which --strict counts as failed: nccl-bandwidth to spark-2" in str(said["errors"])
 
 
 def test_junit_has_every_node_and_what_is_between_them(far: FarNodes, tmp_path: Path) -> None:

@@ -431,7 +431,7 @@ def test_versions_that_differ_are_told_before_ray_is_touched(pair: Fleet) -> Non
     finally:
         worker.run("mv", other, real)
     assert told.code == 5
-    assert "spark-1 and spark-2 have not the same triton" in told.errors, told.errors
+    assert "spark-1 and spark-2 differ in triton" in told.errors, told.errors
     assert "triton: 3.6.0 on spark-1, 3.5.1 on spark-2" in told.errors
     again = _set_up(pair)
     assert again.code == 0, again.errors
