@@ -65,9 +65,9 @@ def main() -> None:
     completing = "_SPARKINSTALL_COMPLETE" in os.environ
     app = program("" if completing else "".join(sys.argv[1:2]))
     if "--json" not in sys.argv:
-        app(prog_name="sparkinstall")
+        app(prog_name="sparkinstall", obj=main)
     try:
-        sys.exit(app(prog_name="sparkinstall", standalone_mode=False))
+        sys.exit(app(prog_name="sparkinstall", standalone_mode=False, obj=main))
     except Exception as error:
         # typer's own exceptions have moved between packages; what they have in common is this.
         if not hasattr(error, "format_message"):

@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from msgspec import Struct
 
 from sparkinstall.cli import options
+from sparkinstall.cli.cluster_result import ClusterChoice, end
 from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
 
 if TYPE_CHECKING:
     from sparkinstall.cluster.orchestrate import Cluster
-    from sparkinstall.cluster.remote import RemoteNode
-    from sparkinstall.errors import Problem
-    from sparkinstall.probes import Level
 
 _LINK = "The cluster"
 
@@ -60,37 +57,17 @@ def cluster(
 
     def body() -> Answer:
         names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
-        choice = Choice(*names, yes, json, known_level(level), measure, strict, junit)
+        choice = ClusterChoice(*names, yes, json, known_level(level), measure, strict, junit)
         return _cluster(words, asked, choice)
 
     answer("cluster", body, root=None, json=json, verbose=verbose)
 
 
-class Choice(Struct, frozen=True):
-    """Which steps, which checks do not count, and whether to ask; the rest is for `verify`."""
-
-    only: tuple[str, ...]
-    skip: tuple[str, ...]
-    ignore: tuple[str, ...]
-    yes: bool
-    json: bool
-    level: "Level | None" = None
-    measure: bool = False
-    strict: bool = False
-    junit: Path | None = None
-
-    @property
-    def of_verify(self) -> list[str]:
-        """Options that were given and that `verify` alone has."""
-        given = {"--level": self.level, "--measure": self.measure, "--strict": self.strict, "--junit": self.junit}
-        return [name for name, value in given.items() if value]
-
-
-def _cluster(words: list[str], asked: Target, choice: Choice) -> Answer:
+def _cluster(words: list[str], asked: Target, choice: ClusterChoice) -> Answer:
     from sparkinstall.cli import cluster_proof as proof
     from sparkinstall.errors import BadUsage
 
-    verbs: dict[str, Callable[[Cluster, Choice], Answer]] = {
+    verbs: dict[str, Callable[[Cluster, ClusterChoice], Answer]] = {
         "plan": _plan, "verify": proof.verify, "status": _status, "uninstall": _uninstall,
     }  # fmt: skip
     verb = words[0] if words[0] in verbs else ""
@@ -124,7 +101,7 @@ def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
 
 
 @contextmanager
-def _opened(hosts: list[str], asked: Target, choice: Choice, *, carries: bool) -> "Iterator[Cluster]":
+def _opened(hosts: list[str], asked: Target, choice: ClusterChoice, *, carries: bool) -> "Iterator[Cluster]":
     """The nodes; `carries`: with the files that settings name."""
     from sparkinstall.cli.cluster_screen import watching
     from sparkinstall.cluster import ssh
@@ -188,13 +165,13 @@ def _settings(asked: Target) -> tuple[Any, dict[str, Any]]:
     return config, {name: value for name, value in said.items() if name not in ("cluster.role", "cluster.address")}
 
 
-def _require_known_steps(choice: Choice) -> None:
+def _require_known_steps(choice: ClusterChoice) -> None:
     from sparkinstall.core import catalogue
 
     catalogue.require_known(choice.only + choice.skip, [step.name for step in catalogue.STEPS], "step")
 
 
-def _up(cluster: "Cluster", choice: Choice) -> Answer:
+def _up(cluster: "Cluster", choice: ClusterChoice) -> Answer:
     from sparkinstall.cluster.orchestrate import Barrier
 
     try:
@@ -232,7 +209,7 @@ def _show_up(cluster: "Cluster") -> None:
     console().print(f"[green bold]✓[/] The cluster of {len(cluster.nodes)} nodes {what}.")
 
 
-def _plan(cluster: "Cluster", choice: Choice) -> Answer:
+def _plan(cluster: "Cluster", choice: ClusterChoice) -> Answer:
     cluster.look()
     if not choice.json:
         _tell_plan(cluster)
@@ -240,7 +217,7 @@ def _plan(cluster: "Cluster", choice: Choice) -> Answer:
     return end(cluster, choice, lambda: print(said))
 
 
-def _status(cluster: "Cluster", choice: Choice) -> Answer:
+def _status(cluster: "Cluster", choice: ClusterChoice) -> Answer:
     from sparkinstall.cli.cluster_screen import show_nodes
 
     cluster.status()
@@ -256,7 +233,7 @@ def _standing(data: Any) -> str:
     return f"stack {data['stack']}, {well} of {len(fixes)} fixes done, last change {data['last_change']}"
 
 
-def _uninstall(cluster: "Cluster", choice: Choice) -> Answer:
+def _uninstall(cluster: "Cluster", choice: ClusterChoice) -> Answer:
     from sparkinstall.cli.cluster_screen import show_nodes
     from sparkinstall.cluster.orchestrate import Barrier
 
@@ -275,59 +252,3 @@ def _taken(data: Any) -> str:
     kept = outcomes.count("kept")
     words = f"restored {outcomes.count('restored')}, removed {outcomes.count('removed')}"
     return f"{words}, kept {kept}" if kept else words
-
-
-def end(cluster: "Cluster", choice: Choice, show: Callable[[], None], **more: Any) -> Answer:
-    """The result of a verb of `cluster`: `more` joins the nodes in the JSON, `show` prints it for a person."""
-    from sparkinstall.cli.cluster_screen import show_problems
-    from sparkinstall.errors import Exit
-
-    cluster.pause()
-    problems = [_named(done.host, problem) for done in cluster.done for problem in done.problems]
-    code = Exit.SOME_NODES if cluster.failed else Exit.GOOD
-    if choice.json:
-        data = {"nodes": [_node_data(cluster, node) for node in cluster.nodes], **more}
-        return Answer(code, data, problems=tuple(problems))
-
-    def tell() -> None:
-        show()
-        show_problems(cluster)
-
-    return Answer(code, show=tell)
-
-
-def _named(host: str, problem: "Problem") -> "Problem":
-    """The problem with its node in front, for those who see all errors in one list."""
-    from copy import copy
-
-    named = copy(problem)
-    named.message = problem.message if host in problem.message else f"{host}: {problem.message}"
-    return named
-
-
-def _node_data(cluster: "Cluster", node: "RemoteNode") -> dict[str, Any]:
-    from sparkinstall.cli.json_output import problem_data
-
-    phases = [
-        {
-            "phase": done.phase,
-            "outcome": done.outcome,
-            "seconds": round(done.seconds, 3),
-            "errors": [problem_data(each) for each in done.problems],
-            "data": done.data if done.phase != "look" else {},
-        }
-        for done in cluster.of(node)
-    ]
-    member = node.member
-    return {
-        "host": node.host,
-        "role": member.role,
-        "rank": member.rank,
-        "address": member.address,
-        "ssh_trips": node.ssh.trips,
-        "tool_brought": node.brought,
-        "preflight": node.look.get("preflight", []),
-        "steps": node.look.get("steps", []),
-        "versions": node.look.get("versions", {}),
-        "phases": phases,
-    }

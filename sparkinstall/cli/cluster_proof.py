@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import asdict
 
 from sparkinstall.cli import junit
-from sparkinstall.cli.cluster import Choice, end
+from sparkinstall.cli.cluster_result import ClusterChoice, end
 from sparkinstall.cli.cluster_screen import show_bandwidth, show_differences, show_nodes
 from sparkinstall.cli.json_output import finding_data
 from sparkinstall.cli.run_command import Answer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MEASURED = frozenset(map(bandwidth.probe_name, bandwidth.KINDS))
 
 
-def verify(nodes: Cluster, choice: Choice) -> Answer:
+def verify(nodes: Cluster, choice: ClusterChoice) -> Answer:
     """Ask every node, measure between them if that is wanted, and compare them."""
     nodes.verify()
     measured = nodes.measure() if choice.measure else []

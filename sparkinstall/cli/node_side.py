@@ -19,8 +19,11 @@ _TRIES = 8
 
 
 @app.command()
-def attend() -> None:
-    """Run the verb that the first line of stdin names; end it when stdin ends, for then nobody listens any more."""
+def attend(context: typer.Context) -> None:
+    """Run the verb that the first line of stdin names; end it when stdin ends: the caller is gone then.
+
+    The context's object is the function that runs a command line, which the program passes in.
+    """
     import json
     import os
     import sys
@@ -31,9 +34,7 @@ def attend() -> None:
     _give(str(preface["stdin"]))
     threading.Thread(target=_end_when_alone, args=(watched,), daemon=True).start()
     sys.argv[1:] = [str(word) for word in preface["argv"]]
-    from sparkinstall.cli import app as whole
-
-    whole.main()
+    context.obj()
 
 
 def _first_line() -> bytes:

@@ -16,8 +16,7 @@ import typer
 from msgspec.structs import replace
 
 from sparkinstall import __version__, errors, stacks
-from sparkinstall.cli import cluster as cluster_verb
-from sparkinstall.cli import json_output
+from sparkinstall.cli import cluster_result, json_output
 from sparkinstall.cli.app import program
 from sparkinstall.cli.multi_node import Role
 from sparkinstall.cluster import orchestrate, remote
@@ -170,7 +169,7 @@ def test_fields_of_a_node_of_a_cluster() -> None:
         lambda _: None,
         done=[orchestrate.Done("spark-1", "look", "changed")],
     )
-    data = cluster_verb._node_data(whole, one)
+    data = cluster_result.node_data(whole, one)
     outcomes = get_args(orchestrate.Outcome)
     assert {"nodes", *data, *data["phases"][0], *outcomes} == set(re.findall(r"`(\w+)`", text))
 

@@ -1,0 +1,86 @@
+"""The options of `sparkinstall cluster`, and the result that each of its verbs gives."""
+
+from collections.abc import Callable
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct
+
+from sparkinstall.cli.cluster_screen import show_problems
+from sparkinstall.cli.json_output import problem_data
+from sparkinstall.cli.run_command import Answer
+from sparkinstall.cluster.orchestrate import Cluster
+from sparkinstall.cluster.remote import RemoteNode
+from sparkinstall.errors import Exit, Problem
+from sparkinstall.probes import Level
+
+
+class ClusterChoice(Struct, frozen=True):
+    """Which steps, which checks do not count, and whether to ask; the rest is for `verify`."""
+
+    only: tuple[str, ...]
+    skip: tuple[str, ...]
+    ignore: tuple[str, ...]
+    yes: bool
+    json: bool
+    level: Level | None = None
+    measure: bool = False
+    strict: bool = False
+    junit: Path | None = None
+
+    @property
+    def of_verify(self) -> list[str]:
+        """Options that were given and that `verify` alone has."""
+        given = {"--level": self.level, "--measure": self.measure, "--strict": self.strict, "--junit": self.junit}
+        return [name for name, value in given.items() if value]
+
+
+def end(cluster: Cluster, choice: ClusterChoice, show: Callable[[], None], **more: Any) -> Answer:
+    """The result of a verb of `cluster`: `more` joins the nodes in the JSON, `show` prints it for a person."""
+    cluster.pause()
+    problems = [_named(done.host, problem) for done in cluster.done for problem in done.problems]
+    code = Exit.SOME_NODES if cluster.failed else Exit.GOOD
+    if choice.json:
+        data = {"nodes": [node_data(cluster, node) for node in cluster.nodes], **more}
+        return Answer(code, data, problems=tuple(problems))
+
+    def tell() -> None:
+        show()
+        show_problems(cluster)
+
+    return Answer(code, show=tell)
+
+
+def _named(host: str, problem: Problem) -> Problem:
+    """The problem with its node in front, for those who see all errors in one list."""
+    named = copy(problem)
+    named.message = problem.message if host in problem.message else f"{host}: {problem.message}"
+    return named
+
+
+def node_data(cluster: Cluster, node: RemoteNode) -> dict[str, Any]:
+    """The JSON of one node (docs/json.md)."""
+    phases = [
+        {
+            "phase": done.phase,
+            "outcome": done.outcome,
+            "seconds": round(done.seconds, 3),
+            "errors": [problem_data(each) for each in done.problems],
+            "data": done.data if done.phase != "look" else {},
+        }
+        for done in cluster.of(node)
+    ]
+    member = node.member
+    return {
+        "host": node.host,
+        "role": member.role,
+        "rank": member.rank,
+        "address": member.address,
+        "ssh_trips": node.ssh.trips,
+        "tool_brought": node.brought,
+        "preflight": node.look.get("preflight", []),
+        "steps": node.look.get("steps", []),
+        "versions": node.look.get("versions", {}),
+        "phases": phases,
+    }
