@@ -195,8 +195,9 @@ def _tell_plan(cluster: "Cluster") -> None:
 
 
 def _drifts(cluster: "Cluster") -> bool:
-    steps = [step for node in cluster.nodes for step in node.look.get("steps", ())]
-    return any(step["outcome"] not in ("unchanged", "node_only") for step in steps)
+    from sparkinstall.cluster.orchestrate import is_due
+
+    return any(is_due(report) for node in cluster.nodes for report in node.look.reports)
 
 
 def _show_up(cluster: "Cluster") -> None:

@@ -1,7 +1,7 @@
 """`sparkinstall cluster verify`: every node's own proof, the bandwidth between them, and what they differ in."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from msgspec.structs import asdict
 
@@ -10,14 +10,13 @@ from sparkinstall.cli.cluster_result import ClusterChoice, end
 from sparkinstall.cli.cluster_screen import show_bandwidth, show_differences, show_nodes
 from sparkinstall.cli.json_output import finding_data
 from sparkinstall.cli.run_command import Answer
+from sparkinstall.cluster import protocol
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.drift import Comparison
 from sparkinstall.cluster.orchestrate import Cluster, Done
+from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Problem
-from sparkinstall.probes import bandwidth
-
-if TYPE_CHECKING:
-    from sparkinstall.cli.junit import Case
+from sparkinstall.probes import bandwidth, failed, passed, warned
 
 _MEASURED = frozenset(map(bandwidth.probe_name, bandwidth.KINDS))
 
@@ -31,7 +30,7 @@ def verify(nodes: Cluster, choice: ClusterChoice) -> Answer:
         _count_skipped(nodes, measured)
     if choice.junit:
         junit.write(choice.junit, [*_cases(nodes, measured, found)], choice.strict)
-    lines = {done.host: _proven(done.data, bool(measured)) for done in _proofs(nodes)}
+    lines = {done.host: _proven(verified, bool(measured)) for done, verified in _proofs(nodes)}
 
     def show() -> None:
         show_nodes(nodes, lines)
@@ -43,25 +42,25 @@ def verify(nodes: Cluster, choice: ClusterChoice) -> Answer:
     return end(nodes, choice, show, bandwidth=[_as_data(each) for each in measured], differences=_rows(found))
 
 
-def _proofs(nodes: Cluster) -> list[Done]:
-    return [done for done in nodes.done if done.phase == "verify"]
+def _proofs(nodes: Cluster) -> list[tuple[Done, protocol.Verified]]:
+    return [(each, protocol.read(each.data, protocol.Verified)) for each in nodes.done if each.phase == "verify"]
 
 
-def _probes(data: Mapping[str, Any], measured: bool) -> list[Mapping[str, Any]]:
-    """A node's probes, but those whose place a measurement between the nodes has taken."""
-    return [each for each in data.get("probes", ()) if not (measured and each["name"] in _MEASURED)]
+def _probes(verified: protocol.Verified, measured: bool) -> list[ProbeResult]:
+    """A node's probes, without those that a measurement between the nodes replaces."""
+    return [each for each in verified.results if not (measured and each.probe.name in _MEASURED)]
 
 
-def _proven(data: Mapping[str, Any], measured: bool) -> str:
-    probes = _probes(data, measured)
-    return f"{sum(each['verdict'] == 'pass' for each in probes)} of {len(probes)} probes passed" if probes else ""
+def _proven(verified: protocol.Verified, measured: bool) -> str:
+    verdicts = [each.finding.verdict for each in _probes(verified, measured)]
+    return f"{verdicts.count('pass')} of {len(verdicts)} probes passed" if verdicts else ""
 
 
 def _count_skipped(nodes: Cluster, measured: Sequence[Between]) -> None:
     """With --strict, a skipped check or probe is a failure of its node."""
-    for done in _proofs(nodes):
-        left = [each["step"] for each in done.data.get("checks", ()) if each["outcome"] == "node_only"]
-        left += [each["name"] for each in _probes(done.data, bool(measured)) if each["verdict"] == "skip"]
+    for done, verified in _proofs(nodes):
+        left = [each.name for each in verified.reports if each.outcome == "node_only"]
+        left += [each.probe.name for each in _probes(verified, bool(measured)) if each.finding.verdict == "skip"]
         between = [each for each in measured if each.hosts[0] == done.host and each.finding.verdict == "skip"]
         left += [f"{each.probe.name} to {each.hosts[1]}" for each in between]
         if left:
@@ -84,42 +83,24 @@ def _rows(found: Comparison | None) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None) -> "Iterator[Case]":
-    """JUnit's cases: each node's, with its name in front, and what is between them."""
-    for done in _proofs(nodes):
+def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None) -> Iterator[junit.Case]:
+    """JUnit's cases: each node's, with its host in front, and what was found between the nodes."""
+    for done, verified in _proofs(nodes):
         for problem in done.problems if not done.data else ():
-            yield junit.Case(
-                "checks", f"{done.host}: asked", done.seconds, f"{problem.message}\n{problem.hint}".strip()
-            )
-        for check in done.data.get("checks", ()):
-            yield _case_of_check(done.host, check)
-        for each in _probes(done.data, bool(measured)):
-            yield _case(each["level"], f"{done.host}: {each['name']}", each)
-    for between in measured:
-        yield _case("link", " ".join((between.probe.name, *between.hosts)), _as_data(between))
-    for row in _rows(found):
-        said = ", ".join(f"{host}: {value or 'none'}" for host, value in row["values"].items())
-        verdict = row["weight"] if row["weight"] == "fail" else "warn"
-        yield _case("cluster", f"same {row['name']}", {"verdict": verdict, "found": said, "hint": row["hint"]})
-    if found and not found.rows:
-        said = f"the nodes are alike in {found.compared} things"
-        yield _case("cluster", "same everything", {"verdict": "pass", "found": said, "hint": ""})
+            why = f"{problem.message}\n{problem.hint}".strip()
+            yield junit.Case("checks", f"{done.host}: asked", done.seconds, why)
+        yield from junit.of_checks(verified.reports, done.host)
+        yield from junit.of_probes(_probes(verified, bool(measured)), done.host)
+    for each in measured:
+        yield junit.of_finding("link", " ".join((each.probe.name, *each.hosts)), each.finding, each.seconds)
+    if found:
+        yield from _drift_cases(found)
 
 
-def _case(suite: str, name: str, said: Mapping[str, Any]) -> "Case":
-    words = "\n".join(filter(None, (said["found"], said["hint"] and f"hint: {said['hint']}")))
-    bad, skipped = (words if said["verdict"] == verdict else "" for verdict in ("fail", "skip"))
-    rest = "" if bad or skipped else f"{said['verdict']}: {words}"
-    return junit.Case(suite, name, said.get("seconds", 0.0), bad, skipped, rest)
-
-
-def _case_of_check(host: str, check: Mapping[str, Any]) -> "Case":
-    states = [
-        each.get("summary") or each.get("message") or each.get("reason")
-        for each in check["resources"]
-        if each["state"] != "ok"
-    ]
-    words = "\n".join(filter(None, [(check["error"] or {}).get("message"), *states])) or check["outcome"]
-    good, left = check["outcome"] == "unchanged", check["outcome"] == "node_only"
-    name = f"{host}: {check['step']}"
-    return junit.Case("checks", name, check["seconds"], "" if good or left else words, words if left else "")
+def _drift_cases(found: Comparison) -> Iterator[junit.Case]:
+    for row in found.rows:
+        values = ", ".join(f"{host}: {value or 'none'}" for host, value in zip(found.hosts, row.values, strict=True))
+        finding = failed(values, row.hint) if row.weight == "fail" else warned(values, row.hint)
+        yield junit.of_finding("cluster", f"same {row.name}", finding)
+    if not found.rows:
+        yield junit.of_finding("cluster", "same everything", passed(f"the nodes are equal in {found.compared} values"))

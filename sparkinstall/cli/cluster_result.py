@@ -8,7 +8,7 @@ from typing import Any
 from msgspec import Struct
 
 from sparkinstall.cli.cluster_screen import show_problems
-from sparkinstall.cli.json_output import problem_data
+from sparkinstall.cli.json_output import finding_data, problem_data, step_data
 from sparkinstall.cli.run_command import Answer
 from sparkinstall.cluster.orchestrate import Cluster
 from sparkinstall.cluster.remote import RemoteNode
@@ -79,8 +79,8 @@ def node_data(cluster: Cluster, node: RemoteNode) -> dict[str, Any]:
         "address": member.address,
         "ssh_trips": node.ssh.trips,
         "tool_brought": node.brought,
-        "preflight": node.look.get("preflight", []),
-        "steps": node.look.get("steps", []),
-        "versions": node.look.get("versions", {}),
+        "preflight": [finding_data(each.probe, each.finding, each.seconds) for each in node.look.results],
+        "steps": [step_data(each) for each in node.look.reports],
+        "versions": dict(node.look.versions),
         "phases": phases,
     }

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from msgspec import Struct, field
 from rich.console import Console, RenderableType
@@ -17,11 +16,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkinstall.cli.live_output import duration
-from sparkinstall.cli.text_output import console, sign
+from sparkinstall.cli.text_output import console, plan_lines, sign
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.drift import Comparison, Weight
 from sparkinstall.cluster.orchestrate import Cluster, Done, Line, Started, Tell
 from sparkinstall.cluster.remote import RemoteNode
+from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Problem
 from sparkinstall.redaction import redact
 
@@ -162,11 +162,11 @@ def show_plan(cluster: Cluster) -> None:
         )
     out.print(Padding(nodes, (0, 0, 0, 2), expand=False))
     _show_checks(cluster, out)
-    if not any(node.look.get("steps") for node in cluster.nodes):
+    if not any(node.look.steps for node in cluster.nodes):
         return
     out.print("[bold]Plan[/]")
     table = _grid(1, 12, None, None)
-    for name in dict.fromkeys(step["step"] for node in cluster.nodes for step in node.look.get("steps", ())):
+    for name in dict.fromkeys(step.step for node in cluster.nodes for step in node.look.steps):
         for at, (mark, whose, line) in enumerate(_told_once(cluster.nodes, name)):
             table.add_row(sign(mark), name if at == 0 else "", whose, Text(redact(line)))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
@@ -181,13 +181,13 @@ def _grid(*widths: int | None) -> Table:
 
 def _show_checks(cluster: Cluster, out: Console) -> None:
     nodes, ignored = cluster.nodes, cluster.options.ignore
-    checks = [(node.host, each) for node in nodes for each in node.look.get("preflight", ())]
-    passed, asked = sum(each["verdict"] == "pass" for _, each in checks), len({host for host, _ in checks})
+    checks = [(node.host, each) for node in nodes for each in node.look.results]
+    passed, asked = sum(each.finding.verdict == "pass" for _, each in checks), len({host for host, _ in checks})
     count = f"{asked} nodes" if asked == len(nodes) else f"{asked} of {len(nodes)} nodes; the others gave no answer"
     out.print(f"[bold]Preflight[/]  {passed} of {len(checks)} checks passed on {count}" if checks else _NOBODY)
     told: dict[tuple[str, str, str, str], list[str]] = {}
     for host, each in checks:
-        if each["verdict"] in ("warn", "fail"):
+        if each.finding.verdict in ("warn", "fail"):
             told.setdefault(_judged(each, ignored), []).append(host)
     table = _grid(1, 12, None, None)
     for (verdict, name, found, hint), hosts in told.items():
@@ -199,47 +199,26 @@ def _show_checks(cluster: Cluster, out: Console) -> None:
 _NOBODY = "[bold]Preflight[/]  no node gave an answer"
 
 
-def _judged(check: Mapping[str, Any], ignored: Sequence[str]) -> tuple[str, str, str, str]:
-    """Verdict, name, finding and hint; a failure that does not count is shown as a warning."""
-    if check["verdict"] == "fail" and check["name"] in ignored:
-        return "warn", check["name"], check["found"], f"ignored: --ignore {check['name']}"
-    return check["verdict"], check["name"], check["found"], check["hint"]
+def _judged(check: ProbeResult, ignored: Sequence[str]) -> tuple[str, str, str, str]:
+    """Verdict, name, finding and hint; an ignored failure is shown as a warning."""
+    name, finding = check.probe.name, check.finding
+    if finding.verdict == "fail" and name in ignored:
+        return "warn", name, finding.found, f"ignored: --ignore {name}"
+    return finding.verdict, name, finding.found, finding.hint
 
 
 def _told_once(nodes: Sequence[RemoteNode], step: str) -> list[tuple[str, str, str]]:
     """Mark, nodes and words of each thing there is to say of a step."""
     told: dict[tuple[str, str], list[str]] = {}
-    having = [node for node in nodes if any(each["step"] == step for each in node.look.get("steps", ()))]
-    for node in having:
-        found = next(each for each in node.look["steps"] if each["step"] == step)
-        for line in dict.fromkeys(_lines(found)):
-            told.setdefault(line, []).append(node.host)
+    for node in nodes:
+        for report in (each for each in node.look.reports if each.name == step):
+            for line in plan_lines(report):
+                told.setdefault(line, []).append(node.host)
     return [(mark, _whose(hosts, nodes), line) for (mark, line), hosts in told.items()]
 
 
 def _whose(hosts: Sequence[str], nodes: Sequence[RemoteNode]) -> str:
     return "all" if len(hosts) == len(nodes) and len(nodes) > 1 else ", ".join(hosts)
-
-
-def _lines(step: Mapping[str, Any]) -> list[tuple[str, str]]:
-    if step["error"]:
-        return [("failed", step["error"]["message"])]
-    rest = [line for each in step["resources"] if (line := _line(each))]
-    return rest or [("unchanged", "up to date")]
-
-
-def _line(resource: Mapping[str, Any]) -> tuple[str, str] | None:
-    match resource["state"]:
-        case "drift":
-            return "drift", resource["summary"]
-        case "unknown":
-            return "blocked", f"known after {resource['waits_for']}"
-        case "node_only":
-            return "node_only", f"node only: {resource['reason']}"
-        case "conflict":
-            return "failed", " - ".join(filter(None, (resource["message"], resource["hint"])))
-        case _:
-            return None
 
 
 # --- the end

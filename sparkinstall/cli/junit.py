@@ -17,9 +17,9 @@ from sparkinstall.cli.text_output import pointed
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadUsage, Problem, storage_problem
-from sparkinstall.probes import LEVELS
+from sparkinstall.probes import LEVELS, Finding
 from sparkinstall.redaction import redact
-from sparkinstall.resources import Conflict, Drift, NodeOnly, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Unknown, describe
 
 # What XML 1.0 cannot hold, not even escaped.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -36,9 +36,13 @@ class Case(Struct, frozen=True):
     said: str = ""
 
 
-def of_checks(reports: Iterable[StepReport]) -> list[Case]:
-    """A case for each step: are its files, packages and services as they should be?"""
-    return [Case("checks", each.name, each.seconds, _bad(each), _left(each)) for each in reports]
+def of_checks(reports: Iterable[StepReport], host: str = "") -> list[Case]:
+    """A case for each step: are its files, packages and services up to date? `host` goes before its name."""
+    return [Case("checks", _named(host, each.name), each.seconds, _bad(each), _left(each)) for each in reports]
+
+
+def _named(host: str, name: str) -> str:
+    return f"{host}: {name}" if host else name
 
 
 def _bad(report: StepReport) -> str:
@@ -52,22 +56,22 @@ def _bad(report: StepReport) -> str:
 
 
 def _left(report: StepReport) -> str:
-    return "; ".join(f"left to the node: {c.state.reason}" for c in report.checked if isinstance(c.state, NodeOnly))
+    return "; ".join(describe(c.state)[1] for c in report.checked if isinstance(c.state, NodeOnly))
 
 
-def of_probes(looked: Iterable[ProbeResult]) -> list[Case]:
-    """A case for each probe, in the suite of its level."""
-    return [_case(each) for each in looked]
+def of_probes(results: Iterable[ProbeResult], host: str = "") -> list[Case]:
+    """A case for each probe, in the suite of its level; `host` goes before its name."""
+    return [of_finding(r.probe.level, _named(host, r.probe.name), r.finding, r.seconds) for r in results]
 
 
-def _case(looked: ProbeResult) -> Case:
-    probe, finding = looked.probe, looked.finding
+def of_finding(suite: str, name: str, finding: Finding, seconds: float = 0.0) -> Case:
+    """The case of one finding."""
     expected = f"\nexpected: {finding.expected}" if finding.expected else ""
     hint = f"\nhint: {finding.hint}" if finding.hint else ""
     words = f"{finding.found}{expected}{hint}"
     bad, skipped = finding.verdict == "fail", finding.verdict == "skip"
     return Case(
-        probe.level, probe.name, looked.seconds, words if bad else "", words if skipped else "",
+        suite, name, seconds, words if bad else "", words if skipped else "",
         "" if bad or skipped else f"{finding.verdict}: {words}",
     )  # fmt: skip
 

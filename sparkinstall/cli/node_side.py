@@ -2,12 +2,14 @@
 
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 from msgspec.structs import asdict
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
+from sparkinstall.cluster import protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,16 +26,15 @@ def attend(context: typer.Context) -> None:
 
     The context's object is the function that runs a command line, which the program passes in.
     """
-    import json
     import os
     import sys
     import threading
 
-    preface = json.loads(_first_line())
+    request = msgspec.json.decode(_first_line(), type=protocol.Request)
     watched = os.dup(0)
-    _give(str(preface["stdin"]))
+    _give(request.stdin)
     threading.Thread(target=_end_when_alone, args=(watched,), daemon=True).start()
-    sys.argv[1:] = [str(word) for word in preface["argv"]]
+    sys.argv[1:] = request.argv
     context.obj()
 
 

@@ -20,7 +20,7 @@ from sparkinstall.core.fixes import FixState
 from sparkinstall.errors import Problem
 from sparkinstall.probes import Verdict
 from sparkinstall.redaction import redact
-from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, Unknown
+from sparkinstall.resources import Drift, describe
 
 _MANY_LINES = 40
 _LOG_WIDTH = 200
@@ -79,7 +79,7 @@ def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False
     """What every step would do, then the differences."""
     table = _columns(1, 12, None)
     for report in reports:
-        for at, (mark, line) in enumerate(_plan_lines(report)):
+        for at, (mark, line) in enumerate(plan_lines(report)):
             table.add_row(sign(mark), report.name if at == 0 else "", Text(redact(pointed(line, root))))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
     for report in reports:
@@ -88,29 +88,17 @@ def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False
                 show_diff(checked, checked.state, out, verbose)
 
 
-def _plan_lines(report: StepReport) -> list[tuple[str, str]]:
+def plan_lines(report: StepReport) -> list[tuple[str, str]]:
+    """Sign and sentence of each thing that a plan says of a step."""
     if report.problem:
         return [("failed", report.problem.message)]
-    lines = [_state_line(checked.state) for checked in report.checked]
+    lines = [describe(checked.state) for checked in report.checked]
     good = [line for mark, line in lines if mark == "unchanged"]
     rest = [each for each in lines if each[0] != "unchanged"]
     notes = "; ".join(note for note in good if note)
     if not rest:
-        return [("unchanged", notes or "as it should be")]
+        return [("unchanged", notes or "up to date")]
     return list(dict.fromkeys(rest))
-
-
-def _state_line(state: State) -> tuple[str, str]:
-    if isinstance(state, Ok):
-        return "unchanged", state.note
-    if isinstance(state, Drift):
-        return "drift", state.summary
-    if isinstance(state, Unknown):
-        return "blocked", f"known after {state.waits_for}"
-    if isinstance(state, NodeOnly):
-        return "node_only", f"left to the node: {state.reason}"
-    assert isinstance(state, Conflict)
-    return "failed", f"{state.message} - {state.hint}" if state.hint else state.message
 
 
 def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from sparkinstall.cluster import protocol
 from sparkinstall.cluster.remote import OnLine, RemoteNode, Reply
 from sparkinstall.errors import Interrupted, Problem
 from sparkinstall.facts import qsfp
@@ -190,8 +191,8 @@ class Measurement(Struct):
                 self._ready.set()
         for each in said.problems[:1]:
             self._why = f"{node.host}: {each.message}" + (f" ({each.cause})" if each.cause else "")
-        if said.data.get("lost"):
-            self._lost[node.host] = said.data["lost"]
+        if lost := protocol.read(said.data, protocol.Responded).lost:
+            self._lost[node.host] = lost
         return Reply(0, {}, ())
 
     def _respond(self, on_line: OnLine) -> Reply:
@@ -212,7 +213,7 @@ class Measurement(Struct):
         argv = ("node", "ask", self.kind, self.responding.member.address, *map(str, self._ports))
         said = self.asking.call(*argv, *self.words(self.asking), on_line=on_line)
         if not said.problems:
-            self._measured = Measured(**said.data["measured"])
+            self._measured = protocol.read(said.data, protocol.Asked).measured
         return said
 
 

@@ -8,16 +8,18 @@ from typing import Any, Literal
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.cluster import artifacts, bandwidth, drift
+from sparkinstall.cluster import artifacts, bandwidth, drift, protocol
 from sparkinstall.cluster.artifacts import Handover
 from sparkinstall.cluster.bandwidth import Between, Measurement
 from sparkinstall.cluster.drift import Comparison
 from sparkinstall.cluster.remote import Member, NoTool, OnLine, RemoteNode, Reply, assignments, repeated
 from sparkinstall.config import Config
+from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
 from sparkinstall.members import require_sound
 from sparkinstall.probes import LEVELS, Level
 from sparkinstall.probes import bandwidth as bandwidth_probes
+from sparkinstall.resources import Conflict
 from sparkinstall.system import processes
 
 Outcome = Literal["unchanged", "changed", "failed", "blocked"]
@@ -151,6 +153,9 @@ class Cluster(Struct):
         """What became of each phase on this node."""
         return [each for each in self.done if each.host == node.host]
 
+    def _of_phase(self, phase: str) -> list[Done]:
+        return [each for each in self.done if each.phase == phase]
+
     # --- what is said to a node
 
     def words(self, node: RemoteNode) -> list[str]:
@@ -170,7 +175,7 @@ class Cluster(Struct):
             argv += ["--token-file", "-"]
         argv += [*self.words(node), *repeated("--only", steps), *repeated("--ignore", self.options.ignore), "--yes"]
         said = node.call(*argv, on_line=on_line, given=token)
-        node.changed |= bool(said.data.get("changed"))
+        node.changed |= protocol.read(said.data, protocol.Applied).changed
         return said
 
     # --- the phases
@@ -189,13 +194,13 @@ class Cluster(Struct):
     def _look(self, node: RemoteNode, on_line: OnLine) -> Reply:
         chosen = [*repeated("--only", self.options.only), *repeated("--skip", self.options.skip)]
         said = node.call("node", "look", *self.words(node), *chosen, on_line=on_line)
-        node.look = said.data
+        node.look = protocol.read(said.data, protocol.Look)
         return said
 
     def _require_known_checks(self) -> None:
         from sparkinstall.core.catalogue import require_known
 
-        known = [check["name"] for node in self.nodes for check in node.look.get("preflight", ())]
+        known = [each.probe.name for node in self.nodes for each in node.look.results]
         if known:
             require_known(self.options.ignore, known, "check")
 
@@ -234,20 +239,19 @@ class Cluster(Struct):
 
     def _steps(self, node: RemoteNode, phase: Phase) -> list[str]:
         """Those steps of the phase that this node has and that were chosen."""
-        there = {each["step"] for each in node.look["steps"]}
+        there = {each.step for each in node.look.steps}
         return [step for step in phase.steps if step in there]
 
     def _is_due(self, node: RemoteNode, phase: Phase) -> bool:
         """What an earlier phase has changed may have undone what the look had found."""
-        if node.changed or (phase.steps is _SERVICES and node.look.get("unproven")):
+        if node.changed or (phase.steps is _SERVICES and node.look.unproven):
             return True
-        if phase.name == "workers" and node.look.get("token") != self.nodes[0].look.get("token"):
+        if phase.name == "workers" and node.look.token != self.nodes[0].look.token:
             return True
-        if phase.name == "network" and node.look.get("armed"):
+        if phase.name == "network" and node.look.armed:
             # A killed run left it unconfirmed: the rollback timer will undo it.
             return True
-        mine = [each for each in node.look["steps"] if each["step"] in phase.steps]
-        return any(each["outcome"] not in ("unchanged", "node_only") for each in mine)
+        return any(step in phase.steps for step in self._drifted(node))
 
     def _do(self, phase: Phase, due: Sequence[RemoteNode]) -> None:
         if not due:
@@ -269,7 +273,7 @@ class Cluster(Struct):
             self._at_once("copy", [head, *workers], Handover(head, workers, steps, self.words).work)
 
     def _drifted(self, node: RemoteNode) -> list[str]:
-        return [each["step"] for each in node.look["steps"] if each["outcome"] not in ("unchanged", "node_only")]
+        return [each.name for each in node.look.reports if is_due(each)]
 
     def _confirm(self, due: Sequence[RemoteNode]) -> None:
         """Keep the new network only when each node was reached over a new connection and over the link."""
@@ -291,14 +295,14 @@ class Cluster(Struct):
             for node in stale:
                 node.changed = False
         try:
-            drift.require_same([(node.host, node.look.get("versions", {})) for node in self.nodes])
+            drift.require_same([(node.host, node.look.versions) for node in self.nodes])
         except Problem as problem:
             self._add(Done(self.nodes[0].host, "compare", "failed", problems=(problem,)))
             self._barrier()
 
     def _token(self) -> str:
         """The head's Ray token, which goes from its stdout to the workers' stdin and nowhere else."""
-        if self.nodes[0].look.get("executor") != "ray":
+        if self.nodes[0].look.executor != "ray":
             return ""
         said: list[Reply] = []
 
@@ -308,7 +312,7 @@ class Cluster(Struct):
 
         self._at_once("token", self.nodes[:1], ask)
         self._barrier()
-        return str(said[0].data["token"])
+        return protocol.read(said[0].data, protocol.Token).token
 
     def verify(self) -> None:
         """Every check and every probe, on every node."""
@@ -322,8 +326,11 @@ class Cluster(Struct):
         return said if said.problems or not said.code else Reply(said.code, said.data, (_not_proven(said),))
 
     def compare(self) -> Comparison | None:
-        """What the nodes that `verify` has asked differ in; None where there are no two to be compared."""
-        asked = [(done.host, done.data["comparables"]) for done in self.done if done.data.get("comparables")]
+        """The differences between the nodes that `verify` asked; None if fewer than two replied."""
+        verified = [
+            (each.host, protocol.read(each.data, protocol.Verified)) for each in self.done if each.phase == "verify"
+        ]
+        asked = [(host, each.comparables) for host, each in verified if each.comparables]
         if len(asked) < 2 or LEVELS.index(self.options.level or LEVELS[-1]) < LEVELS.index("cluster"):
             return None
         found = drift.compared(asked)
@@ -338,7 +345,11 @@ class Cluster(Struct):
         if len(self.nodes) < 2:
             return []
         self._at_once("ready", self.nodes, self._measurable)
-        why = {done.host: done.data.get("why_not", {}) for done in self.done if done.phase == "ready"}
+        why = {
+            done.host: protocol.read(done.data, protocol.Measurable).why_not
+            for done in self.done
+            if done.phase == "ready"
+        }
         head, kinds = self.nodes[0], bandwidth_probes.kinds(self.options.config.network.transport)
         found: list[Between] = []
         for worker, kind in ((worker, kind) for worker in self.nodes[1:] for kind in kinds):
@@ -436,54 +447,63 @@ def _judged(node: RemoteNode, phase: str, work: Work, on_line: OnLine, started: 
     if said.problems or said.code:
         problems = said.problems or (Problem(f"`{phase}` ended with {said.code} and did not say why"),)
         return Done(node.host, phase, "failed", seconds, said.data, problems)
-    outcome: Outcome = "changed" if said.data.get("changed") else "unchanged"
+    outcome: Outcome = "changed" if protocol.read(said.data, protocol.Applied).changed else "unchanged"
     return Done(node.host, phase, outcome, seconds, said.data)
 
 
+def is_due(report: StepReport) -> bool:
+    """Whether the step has anything to apply on its node."""
+    return report.outcome not in ("unchanged", "node_only")
+
+
 def _unready(node: RemoteNode, ignored: Sequence[str]) -> list[Problem]:
-    """The checks that failed; nothing to be done is nothing to be ready for."""
-    if all(step["outcome"] in ("unchanged", "node_only") for step in node.look.get("steps", ())):
+    """The failed checks of a node; where nothing is to be applied, none of them counts."""
+    if not any(map(is_due, node.look.reports)):
         return []
-    bad = [c for c in node.look.get("preflight", ()) if c["verdict"] == "fail" and c["name"] not in ignored]
-    return [PreflightFailed(f"not ready: {c['name']}: {c['found']}", hint=_hint(node, c)) for c in bad]
+    bad = [c for c in node.look.results if c.finding.verdict == "fail" and c.probe.name not in ignored]
+    return [
+        PreflightFailed(f"not ready: {c.probe.name}: {c.finding.found}", hint=_hint(node, c.probe.name, c.finding.hint))
+        for c in bad
+    ]
 
 
-def _hint(node: RemoteNode, check: Mapping[str, Any]) -> str:
-    if check["name"] == "sudo":
-        user = node.look.get("user", "USER")
-        return (
-            f"let {user} use sudo there without a password while the cluster is set up "
-            f"(`sudo visudo -f /etc/sudoers.d/{user}`: `{user} ALL=(ALL) NOPASSWD: ALL`), "
-            f"or run `sparkinstall multi-node` at the node itself"
-        )
-    return str(check["hint"])
+def _hint(node: RemoteNode, check: str, hint: str) -> str:
+    if check != "sudo":
+        return hint
+    user = node.look.user
+    return (
+        f"let {user} use sudo there without a password while the cluster is set up "
+        f"(`sudo visudo -f /etc/sudoers.d/{user}`: `{user} ALL=(ALL) NOPASSWD: ALL`), "
+        f"or run `sparkinstall multi-node` at the node itself"
+    )
 
 
 def _in_the_way(node: RemoteNode) -> list[Problem]:
-    """What stands in the way of a phase, said before hours are spent on the others.
+    """What will block a phase, reported before hours are spent on the others.
 
-    What the services meet is left out: the workers' ones wait for the head.
+    The services are left out: those of the workers wait for the head.
     """
     early = {step for phase in PHASES if phase.steps is not _SERVICES for step in phase.steps}
     problems = []
-    for step in node.look.get("steps", ()):
-        if step["step"] not in early:
+    for report in node.look.reports:
+        if report.name not in early:
             continue
-        # That sudo asks for a password is a check of its own, and said there.
-        if step["error"] and step["error"].get("code") != "sudo":
-            problems.append(Problem(step["error"]["message"], cause=step["error"]["cause"], hint=step["error"]["hint"]))
-        for resource in step["resources"]:
-            if resource["state"] == "conflict":
-                problems.append(Problem(f"{step['step']}: {resource['message']}", hint=resource["hint"]))
+        # A password for sudo is a check of its own, and reported there.
+        if report.problem and report.problem.code != "sudo":
+            problems.append(report.problem)
+        states = (each.state for each in report.checked)
+        problems += [Problem(f"{report.name}: {s.message}", hint=s.hint) for s in states if isinstance(s, Conflict)]
     return problems
 
 
-def _not_proven(said: Reply) -> Problem:
-    steps = [s["step"] for s in said.data.get("checks", ()) if s["outcome"] not in ("unchanged", "node_only")]
-    probes = [p for p in said.data.get("probes", ()) if p["verdict"] == "fail"]
-    parts = [*steps, *(probe["name"] for probe in probes)]
+def _not_proven(reply: Reply) -> Problem:
+    verified = protocol.read(reply.data, protocol.Verified)
+    steps = [report.name for report in verified.reports if is_due(report)]
+    probes = [each for each in verified.results if each.finding.verdict == "fail"]
+    parts = [*steps, *(each.probe.name for each in probes)]
     return Problem(
         f"drift: {', '.join(parts) or 'verify failed'}",
-        cause="; ".join(f"{probe['name']}: {probe['found']}" for probe in probes),
-        hint="; ".join(dict.fromkeys(p["hint"] for p in probes if p["hint"])) or "`sparkinstall plan` there shows more",
+        cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in probes),
+        hint="; ".join(dict.fromkeys(each.finding.hint for each in probes if each.finding.hint))
+        or "`sparkinstall plan` there shows more",
     )

@@ -4,9 +4,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import Struct, field
 
-from sparkinstall.cluster import bootstrap
+from sparkinstall.cluster import bootstrap, protocol
 from sparkinstall.cluster.ssh import Ssh, quoted
 from sparkinstall.cluster.uploads import Carried
 from sparkinstall.errors import PreflightFailed, Problem
@@ -49,7 +50,7 @@ class RemoteNode(Struct):
     carried: tuple[Carried, ...] = ()
     brought: bool = False
     changed: bool = False
-    look: Mapping[str, Any] = field(default_factory=dict)
+    look: protocol.Look = field(default_factory=protocol.Look)
 
     @property
     def host(self) -> str:
@@ -78,7 +79,7 @@ class RemoteNode(Struct):
             Problem: the tool cannot run there.
         """
         whole = [*argv, "--json", *(["-v"] if self.verbose else [])]
-        preface = (json.dumps({"argv": whole, "stdin": given}) + "\n").encode()
+        preface = msgspec.json.encode(protocol.Request(tuple(whole), str(given))) + b"\n"
         result = self._run(preface, on_line, new_connection, bring)
         if result.code == bootstrap.MISSING:
             if not bring:
@@ -127,23 +128,15 @@ class RemoteNode(Struct):
 
     def _understood(self, result: Result) -> Reply:
         try:
-            whole = json.loads(result.out.strip().splitlines()[-1])
-            problems = tuple(self._problem(each) for each in whole["errors"])
-            return Reply(int(whole["exit_code"]), whole["data"], problems)
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            envelope = protocol.decode(result.out.strip().splitlines()[-1].encode())
+        except (msgspec.MsgspecError, IndexError) as error:
             raise Problem(
                 f"sparkinstall gave no answer on {self.host} (exit {result.code})",
                 hint=f"look there: `ssh {self.host}`, then `sparkinstall status`",
                 output=[redact(line) for line in result.err.splitlines()[-8:]],
             ) from error
-
-    def _problem(self, error: Mapping[str, Any]) -> Problem:
-        log = f"{self.host}:{error['log']}" if error["log"] else ""
-        known = Problem(
-            str(error["message"]), cause=error["cause"], hint=error["hint"], log=log, output=error["output"]
-        )
-        known.code = str(error["code"])
-        return known
+        problems = tuple(each.problem(self.host) for each in envelope.errors)
+        return Reply(envelope.exit_code, envelope.data, problems)
 
 
 def _not_installed(host: str, result: Result) -> Problem:

@@ -46,6 +46,21 @@ class Conflict(Struct, frozen=True, tag_field="state", tag="conflict"):
 State = Ok | Drift | Unknown | NodeOnly | Conflict
 
 
+def describe(state: State) -> tuple[str, str]:
+    """The sign and the sentence of a state, the same in every view."""
+    match state:
+        case Ok(note):
+            return "unchanged", note
+        case Drift(summary):
+            return "drift", summary
+        case Unknown(waits_for):
+            return "blocked", f"known after {waits_for}"
+        case NodeOnly(reason):
+            return "node_only", f"node only: {reason}"
+        case Conflict(message, hint):
+            return "failed", f"{message} - {hint}" if hint else message
+
+
 class Resource(Protocol):
     """A thing that should be so, declared once; `key` names it in plans, logs and the journal."""
 
