@@ -504,8 +504,8 @@ class Handover(Struct):
         return _forgiven(node.call(*argv, on_line=on_line, given=given))
 
 
-def _forgiven(said: Reply) -> Reply:
-    return _warned(said.problems[0].message) if said.problems else Reply(0, said.data, ())
+def _forgiven(reply: Reply) -> Reply:
+    return _warned(reply.problems[0].message) if reply.problems else Reply(0, reply.data, ())
 
 
 def _warned(why: str) -> Reply:

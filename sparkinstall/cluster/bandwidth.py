@@ -181,17 +181,17 @@ class Measurement(Struct):
     def work(self, node: RemoteNode, on_line: OnLine) -> Reply:
         """This node's part. That it came to nothing is a result, and no failure of the phase."""
         try:
-            said = self._respond(on_line) if node is self.responding else self._ask(on_line)
+            reply = self._respond(on_line) if node is self.responding else self._ask(on_line)
         except Interrupted:
             raise
         except Problem as problem:
-            said = Reply(0, {}, (problem,))
+            reply = Reply(0, {}, (problem,))
         finally:
             if node is self.responding:
                 self._ready.set()
-        for each in said.problems[:1]:
+        for each in reply.problems[:1]:
             self._why = f"{node.host}: {each.message}" + (f" ({each.cause})" if each.cause else "")
-        if lost := protocol.read(said.data, protocol.Responded).lost:
+        if lost := protocol.read(reply.data, protocol.Responded).lost:
             self._lost[node.host] = lost
         return Reply(0, {}, ())
 
@@ -211,10 +211,10 @@ class Measurement(Struct):
         if self._ports is None:
             return Reply(0, {}, ())
         argv = ("node", "ask", self.kind, self.responding.member.address, *map(str, self._ports))
-        said = self.asking.call(*argv, *self.words(self.asking), on_line=on_line)
-        if not said.problems:
-            self._measured = protocol.read(said.data, protocol.Asked).measured
-        return said
+        reply = self.asking.call(*argv, *self.words(self.asking), on_line=on_line)
+        if not reply.problems:
+            self._measured = protocol.read(reply.data, protocol.Asked).measured
+        return reply
 
 
 def ways(head: RemoteNode, worker: RemoteNode, kind: Kind) -> list[tuple[RemoteNode, RemoteNode]]:

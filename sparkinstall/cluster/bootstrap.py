@@ -29,9 +29,9 @@ CARRIED = ".local/share/sparkinstall/carried"
 _WHOLE = ".whole"
 _one_at_a_time = threading.Lock()
 MISSING = 90
-"""The far shell's exit code where there is no tool of this very version; its stdout then says what is there."""
+"""The remote shell's exit code where there is no tool of this very version; its stdout then says what is there."""
 LACKING = 91
-"""The far shell's exit code where the files that settings name were not carried yet."""
+"""The remote shell's exit code where the files that settings name were not carried yet."""
 
 # Every command line of `cluster` begins with it. $1 is the digest of the tool that is wanted, or `any`.
 _BEGIN = """\
@@ -93,7 +93,7 @@ class Place(Struct, frozen=True):
 
 
 def place(said: str) -> Place | None:
-    """The answer of a far shell that ended with `MISSING`."""
+    """The answer of a remote shell that ended with `MISSING`."""
     words = (said.strip().splitlines() or [""])[-1].split()
     if len(words) < 2:
         return None

@@ -174,9 +174,9 @@ class Cluster(Struct):
         if token:
             argv += ["--token-file", "-"]
         argv += [*self.words(node), *repeated("--only", steps), *repeated("--ignore", self.options.ignore), "--yes"]
-        said = node.call(*argv, on_line=on_line, given=token)
-        node.changed |= protocol.read(said.data, protocol.Applied).changed
-        return said
+        reply = node.call(*argv, on_line=on_line, given=token)
+        node.changed |= protocol.read(reply.data, protocol.Applied).changed
+        return reply
 
     # --- the phases
 
@@ -193,9 +193,9 @@ class Cluster(Struct):
 
     def _look(self, node: RemoteNode, on_line: OnLine) -> Reply:
         chosen = [*repeated("--only", self.options.only), *repeated("--skip", self.options.skip)]
-        said = node.call("node", "look", *self.words(node), *chosen, on_line=on_line)
-        node.look = protocol.read(said.data, protocol.Look)
-        return said
+        reply = node.call("node", "look", *self.words(node), *chosen, on_line=on_line)
+        node.look = protocol.read(reply.data, protocol.Look)
+        return reply
 
     def _require_known_checks(self) -> None:
         from sparkinstall.core.catalogue import require_known
@@ -304,15 +304,15 @@ class Cluster(Struct):
         """The head's Ray token, which goes from its stdout to the workers' stdin and nowhere else."""
         if self.nodes[0].look.executor != "ray":
             return ""
-        said: list[Reply] = []
+        replies: list[Reply] = []
 
         def ask(node: RemoteNode, on_line: OnLine) -> Reply:
-            said.append(node.call("node", "token", *self.words(node), on_line=on_line))
-            return Reply(said[0].code, {}, said[0].problems)
+            replies.append(node.call("node", "token", *self.words(node), on_line=on_line))
+            return Reply(replies[0].code, {}, replies[0].problems)
 
         self._at_once("token", self.nodes[:1], ask)
         self._barrier()
-        return protocol.read(said[0].data, protocol.Token).token
+        return protocol.read(replies[0].data, protocol.Token).token
 
     def verify(self) -> None:
         """Every check and every probe, on every node."""
@@ -322,8 +322,8 @@ class Cluster(Struct):
         options = self.options
         chosen = [*repeated("--only", options.only), *repeated("--skip", options.skip)]
         chosen += [*(["--level", options.level] if options.level else []), *(["--measure"] if options.measure else [])]
-        said = node.call("verify", *self.words(node), *chosen, on_line=on_line)
-        return said if said.problems or not said.code else Reply(said.code, said.data, (_not_proven(said),))
+        reply = node.call("verify", *self.words(node), *chosen, on_line=on_line)
+        return reply if reply.problems or not reply.code else Reply(reply.code, reply.data, (_not_proven(reply),))
 
     def compare(self) -> Comparison | None:
         """The differences between the nodes that `verify` asked; None if fewer than two replied."""
@@ -366,8 +366,8 @@ class Cluster(Struct):
         hosts = asking.host, responding.host
         finding = bandwidth_probes.judged(one.result, self.options.config.network.transport)
         if finding.verdict == "fail":
-            said = f"{bandwidth_probes.probe_name(kind)} to {responding.host}: {finding.found}"
-            self.fail(asking.host, "measure", Problem(said, hint=finding.hint))
+            sentence = f"{bandwidth_probes.probe_name(kind)} to {responding.host}: {finding.found}"
+            self.fail(asking.host, "measure", Problem(sentence, hint=finding.hint))
         return Between(hosts, kind, finding, time.monotonic() - started, one.result)
 
     def fail(self, host: str, phase: str, problem: Problem) -> None:
@@ -438,17 +438,17 @@ def _as_it_is(node: RemoteNode, on_line: OnLine, *argv: str) -> Reply:
 
 def _judged(node: RemoteNode, phase: str, work: Work, on_line: OnLine, started: float) -> Done:
     try:
-        said = work(node, on_line)
+        reply = work(node, on_line)
     except Interrupted:
         raise
     except Problem as problem:
         return Done(node.host, phase, "failed", time.monotonic() - started, problems=(problem,))
     seconds = time.monotonic() - started
-    if said.problems or said.code:
-        problems = said.problems or (Problem(f"`{phase}` ended with {said.code} and did not say why"),)
-        return Done(node.host, phase, "failed", seconds, said.data, problems)
-    outcome: Outcome = "changed" if protocol.read(said.data, protocol.Applied).changed else "unchanged"
-    return Done(node.host, phase, outcome, seconds, said.data)
+    if reply.problems or reply.code:
+        problems = reply.problems or (Problem(f"`{phase}` ended with {reply.code} and did not say why"),)
+        return Done(node.host, phase, "failed", seconds, reply.data, problems)
+    outcome: Outcome = "changed" if protocol.read(reply.data, protocol.Applied).changed else "unchanged"
+    return Done(node.host, phase, outcome, seconds, reply.data)
 
 
 def is_due(report: StepReport) -> bool:

@@ -55,7 +55,7 @@ class Ssh(Struct):
         on_line: Callable[[str], None] = lambda _: None,
         new_connection: bool = False,
     ) -> Result:
-        """Run a command line of the far shell; its stdout is in the result, its stderr is told line by line too.
+        """Run a command line of the remote shell; its stdout is in the result, its stderr is told line by line too.
 
         Args:
             stdin: given to it first.
@@ -110,7 +110,7 @@ def sockets() -> Iterator[Path]:
 
 
 def quoted(*argv: str) -> str:
-    """The words as the far shell has to be given them."""
+    """The words as the remote shell has to be given them."""
     return shlex.join(argv)
 
 
@@ -178,7 +178,7 @@ def explained(host: str, said: str, connected: bool = False) -> Unreachable:
     `connected`: there was a connection before; where commands share one, it dies without a word.
     """
     lines = [line for line in said.splitlines() if line.strip()]
-    # What the far program had said before is in there too: ssh's own words come last.
+    # What the remote program had said before is in there too: ssh's own words come last.
     own = "\n".join(lines[-4:])
     for signs, words in _WORDS:
         if any(sign in (said if words is _changed_key else own) for sign in signs):
