@@ -37,7 +37,7 @@ def cache() -> Path:
 
 def plain_environ(**more: str) -> dict[str, str]:
     """This process's variables without those that would slow one tool and not another, and `more`."""
-    # Without bytecode each start compiles every module anew: no user of any of the tools runs them like that.
+    # Without bytecode each start compiles every module again: no user of any of the tools runs them like that.
     left_out = ("PYTHON", "VIRTUAL_ENV", "SPARKINSTALL_", "ANSIBLE_", "PYINFRA_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     # All of them find the interpreter that runs the benchmarks before any other.
@@ -55,7 +55,7 @@ def peer(name: str) -> Environment:
 
 
 def sparkinstall() -> Environment:
-    """This checkout as install.sh installs it: its locked requirements, then the package itself, each time anew."""
+    """This checkout as install.sh installs it: its locked requirements, then the package, from scratch."""
     made = Environment(cache() / "sparkinstall")
     _make(made)
     _fill(made, "--require-hashes", "-r", str(CHECKOUT / "requirements.lock"))

@@ -1,3 +1,3 @@
-"""One command from a fresh NVIDIA DGX Spark to a native, mended and proven vLLM."""
+"""Set up a native, patched and verified vLLM on a DGX Spark, and undo it."""
 
 __version__ = "0.1.0"

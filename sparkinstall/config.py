@@ -254,7 +254,7 @@ class NetworkConfig(Struct, frozen=True):
         ),
     ] = "auto"
     rollback_seconds: Annotated[
-        int, About("Seconds after which a network that was not confirmed is put back as it was.", _rollback_seconds)
+        int, About("Seconds after which an unconfirmed network change is rolled back.", _rollback_seconds)
     ] = 90
 
 

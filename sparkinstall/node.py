@@ -14,7 +14,7 @@ class Node(Struct, frozen=True):
     """`platform` is the architecture whose wheels are taken, `machine` that of this computer.
 
     In a rehearsal, `full` asks for the whole environment instead of vLLM's own wheel. `cache` and
-    `home` are real paths. `confirm_later`: a new network is put back unless somebody else confirms it.
+    `home` are real paths. `confirm_later`: a network change is rolled back unless another process confirms it.
     `token_file`: where the cluster's token was put for this run alone.
     """
 

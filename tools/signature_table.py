@@ -12,7 +12,7 @@ BEGIN, END = "<!-- known failures -->\n", "<!-- end -->\n"
 
 
 def table() -> str:
-    """Every signature: name, title, and which of the eight it belongs to."""
+    """Every signature: name, title, and the fix that it belongs to."""
     rows = [f"| `{each.name}` | {each.title}{_warning(each)} | {each.fix or ''} |" for each in load()]
     return "\n".join(["| failure | what it is | fix |", "|---|---|---|", *rows, ""])
 

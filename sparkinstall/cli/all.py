@@ -1,4 +1,4 @@
-"""`sparkinstall all`: from whatever the node is to what it should be, proven."""
+"""`sparkinstall all`: from whatever state the node is in to the desired one, verified."""
 
 from sparkinstall.cli import options
 from sparkinstall.cli.install import Choice, install
@@ -20,7 +20,7 @@ def all_(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Set up this node: install, mend, prove. A second run changes nothing."""
+    """Set up this node: install, patch, verify. A second run changes nothing."""
     asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose)
     choice = Choice(tuple(only or ()), tuple(skip or ()), tuple(ignore or ()), yes, json)
     answer("all", lambda: install(asked, choice), root=root, json=json, verbose=verbose)

@@ -24,7 +24,7 @@ _VERBS = {
 def program(verb: str = "") -> typer.Typer:
     """The whole command line; for a `verb` that there is, that one alone: it need not wait for the others."""
     app = typer.Typer(
-        help="From a fresh NVIDIA DGX Spark to a native, mended and proven vLLM, and back.",
+        help="Set up a native, patched and verified vLLM on a DGX Spark, and undo it.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},

@@ -1,4 +1,4 @@
-"""`sparkinstall diagnose`: which known failure a log tells of, in which lines, why, and what mends it."""
+"""`sparkinstall diagnose`: which known failure a log shows, in which lines, why, and what to do."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +46,7 @@ def diagnose(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Read logs and say which known failure it is, where, why, and what mends it; exit 3 if one was found."""
+    """Read logs and name the known failure, its lines, its cause and what to do; exit 3 if one was found."""
 
     def body() -> Answer:
         if known:
@@ -192,9 +192,9 @@ def _show_found(found: "Found", out: "Console", several: bool) -> None:
     if found.count > len(found.places):
         out.print(f"      [dim]{_count(found)} lines in all[/]")
     if found.explained_by:
-        _field(out, "after", f"this follows from {', '.join(found.explained_by)}: mend that")
+        _field(out, "after", f"a consequence of {', '.join(found.explained_by)}: fix that first")
     _field(out, "why", known.why)
-    of_fix = f" (fix {known.fix} of the eight)" if known.fix else ""
+    of_fix = f" (fix {known.fix})" if known.fix else ""
     _field(out, "do", known.hint + of_fix)
     if known.concerns:
         _field(out, "for", known.concerns)

@@ -25,13 +25,13 @@ _HEADINGS: "dict[Weight, tuple[str, str, str]]" = {
     "broken": ("✗", "red", "Broken"),
     "look-at": ("!", "yellow", "To look at"),
     "well": ("✓", "green", "Well"),
-    "not-looked-at": ("·", "dim", "Not looked at"),
+    "not-looked-at": ("·", "dim", "Skipped"),
 }
 _MANY_LINES = 6
 
 
 class Checkup(Struct, frozen=True):
-    """What the doctor found, masked. `wrong`: the node is not as it should be, or that could not be told.
+    """What the doctor found, masked. `wrong`: there is drift or a failure, or that could not be determined.
 
     `root_option` is masked as well: the folder of a rehearsal may be in somebody's home.
     """
@@ -228,8 +228,8 @@ def _show_same(items: "Sequence[Item]", out: "Console", verbose: bool) -> None:
     first, names = items[0], ", ".join(item.name for item in items)
     numbers = sorted({number for item in items for number in item.fixes})
     title = f"  {escape(first.title)}" if len(items) == 1 and first.title != first.name else ""
-    eight = f"  [dim]fix {', '.join(map(str, numbers))} of the eight[/]" if numbers else ""
-    out.print(Padding(f"[bold]{escape(names)}[/]{title}{eight}", (0, 0, 0, 2), expand=False))
+    of_fix = f"  [dim]fix {', '.join(map(str, numbers))}[/]" if numbers else ""
+    out.print(Padding(f"[bold]{escape(names)}[/]{title}{of_fix}", (0, 0, 0, 2), expand=False))
     table = Table.grid(padding=(0, 2))
     if len({item.means for item in items}) > 1:
         first = replace(first, means="")
@@ -264,7 +264,7 @@ def _show_well(found: Checkup, out: "Console") -> None:
 
 
 def _show_rest(found: Checkup, out: "Console") -> None:
-    """What was not looked at, by its reason."""
+    """What was skipped, by its reason."""
     from rich.markup import escape
     from rich.padding import Padding
 
@@ -284,17 +284,17 @@ def _conclusion(found: Checkup) -> str:
         things = "1 thing is broken" if broken == 1 else f"{broken} things are broken; begin with the first"
         return f"[red bold]✗[/] {things}{_and_look_at(worth)}"
     if found.wrong:
-        return "[yellow bold]![/] nothing is broken as far as could be seen, but root alone can see some of it"
+        return "[yellow bold]![/] no problem found, but some checks need root"
     return f"{_good(found)}{_and_look_at(worth)}"
 
 
 def _good(found: Checkup) -> str:
     seen = [item for item in found.items if item.weight != "not-looked-at"]
     if not seen:
-        return "[dim]·[/] nothing was looked at"
+        return "[dim]·[/] nothing was checked"
     if not found.installed and any(item.kind == "preflight" for item in seen):
         return "[green bold]✓[/] nothing stands in the way of setting it up"
-    return "[green bold]✓[/] everything that was looked at is well"
+    return "[green bold]✓[/] no problem found in what was checked"
 
 
 def _and_look_at(worth: int) -> str:

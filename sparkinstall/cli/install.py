@@ -73,7 +73,7 @@ def _refuse_another_prefix(session: "Session") -> None:
         raise Blocked(
             f"this node was set up in {session.system.real(elsewhere[0].rpartition('/')[0])}, "
             f"and `prefix` is {session.node.prefix} now",
-            hint="take that back first (`sparkinstall uninstall`), or set `prefix` to what it was",
+            hint="uninstall that first (`sparkinstall uninstall`), or set `prefix` to its former value",
         )
 
 
@@ -127,9 +127,9 @@ def _nothing_to_do(session: "Session", steps: "Sequence[Step]", reports: "Sequen
     left = [report.name for report in reports if report.outcome == "node_only"]
 
     def show() -> None:
-        print(f"✓ {session.where}: everything is as it should be; nothing was changed.")
+        print(f"✓ {session.where}: everything is up to date; nothing was changed.")
         if left:
-            print(f"  Left to the node: {', '.join(left)}. `sparkinstall plan{session.root_option}` says why.")
+            print(f"  Node only: {', '.join(left)}. `sparkinstall plan{session.root_option}` says why.")
 
     return Answer(data={"changed": False, "steps": [step_data(report) for report in reports]}, show=show)
 
@@ -147,9 +147,9 @@ def _damaged(bad: "Sequence[ProbeResult]") -> "Problem":
     from sparkinstall.errors import Problem
 
     return Problem(
-        "everything is where it was put, but it is damaged",
+        "the installation is complete but damaged",
         cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad),
-        hint="make it anew: `sparkinstall run environment fp8 --force`",
+        hint="reinstall: `sparkinstall run environment fp8 --force`",
     )
 
 
@@ -199,7 +199,7 @@ def _way_out(bad: "Sequence[ProbeResult]") -> str:
     names = {each.probe.name for each in bad}
     if "machine" in names:
         return "on a machine that is no DGX Spark, rehearse: `sparkinstall all --root ./node`"
-    return "mend these, or go on at your own risk: " + " ".join(f"--ignore {name}" for name in sorted(names))
+    return "fix these, or continue at your own risk: " + " ".join(f"--ignore {name}" for name in sorted(names))
 
 
 def _show_beginning(session: "Session", reports: "Sequence[StepReport]", verbose: bool) -> None:
@@ -300,7 +300,7 @@ def _show_end(
         out.print("[bold]Proof[/]")
         show_findings(looked, out, root=session.root_option)
     if standing:
-        out.print("\n[bold]The eight fixes[/]")
+        out.print("\n[bold]The fixes[/]")
         show_fixes(standing, out, session.root_option)
     out.print()
     if not failed:
@@ -320,8 +320,8 @@ def _show_next(session: "Session", out: "Console") -> None:
     out.print(f"[green bold]✓[/] {session.where} is done. Next:")
     for line in _next_lines(session):
         out.print(f"    {line}", markup=False, soft_wrap=True)
-    out.print(f"    sparkinstall verify{session.root_option}      [dim]proves it again, at any time[/]")
-    out.print(f"    sparkinstall uninstall{session.root_option}   [dim]takes everything back[/]")
+    out.print(f"    sparkinstall verify{session.root_option}      [dim]verifies again, at any time[/]")
+    out.print(f"    sparkinstall uninstall{session.root_option}   [dim]undoes everything[/]")
 
 
 def _next_lines(session: "Session") -> list[str]:

@@ -29,8 +29,8 @@ from sparkinstall.events import (  # fmt: skip
 from sparkinstall.redaction import redact
 
 _OUTCOMES = {
-    "unchanged": "as it should be", "changed": "done", "node_only": "left to the node", "failed": "failed",
-    "blocked": "not begun", "drift": "not as it should be",
+    "unchanged": "up to date", "changed": "done", "node_only": "node only", "failed": "failed",
+    "blocked": "not started", "drift": "drift",
 }  # fmt: skip
 _BAR = 18
 

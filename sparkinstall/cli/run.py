@@ -14,7 +14,7 @@ def run(
     steps: Annotated[
         list[str], typer.Argument(metavar="STEP...", help="Steps by name: `sparkinstall plan` lists them.")
     ],
-    fresh: Annotated[bool, typer.Option("--force", help="Make it anew although it is as it should be.")] = False,
+    fresh: Annotated[bool, typer.Option("--force", help="Reinstall even if it is up to date.")] = False,
     root: options.Root = None,
     config: options.ConfigFile = None,
     stack: options.Stack = None,

@@ -1,4 +1,4 @@
-"""`sparkinstall status`: what is here, since when, and how the eight fixes stand."""
+"""`sparkinstall status`: what is here, since when, and how the fixes stand."""
 
 from sparkinstall.cli import options
 from sparkinstall.cli.options import Target
@@ -11,7 +11,7 @@ def status(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Tell what is installed and how the eight fixes stand (nothing is started; `verify` proves)."""
+    """Show what is installed and how the fixes stand (starts nothing; `verify` proves)."""
     answer("status", lambda: _status(Target(root, config, verbose=verbose)), root=root, json=json, verbose=verbose)
 
 
@@ -49,7 +49,7 @@ def _status(asked: Target) -> Answer:
         for name, value in facts.items():
             if name != "installed":
                 out.print(f"  [dim]{name.replace('_', ' '):12}[/] {value}")
-        out.print("\n[bold]The eight fixes[/]  [dim]as files say; `sparkinstall verify` looks at running processes[/]")
+        out.print("\n[bold]The fixes[/]  [dim]by files; `sparkinstall verify` checks running processes[/]")
         show_fixes(standing, out, session.root_option)
 
     data = {**facts, "steps": [step_data(r) for r in reports], "fixes": [fix_data(s) for s in standing]}

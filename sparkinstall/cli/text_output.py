@@ -118,7 +118,7 @@ def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> No
 
 
 def show_findings(looked: Sequence[ProbeResult], out: Console, only_bad: bool = False, root: str = "") -> None:
-    """One line a probe; the mend beneath those that need one."""
+    """One line a probe; the hint beneath those that need one."""
     table = _columns(1, 16, None)
     for each in looked:
         finding = each.finding
@@ -134,7 +134,7 @@ def show_findings(looked: Sequence[ProbeResult], out: Console, only_bad: bool = 
 
 
 def show_proof(looked: Sequence[ProbeResult], out: Console, root: str = "", verbose: bool = False) -> None:
-    """Every probe beneath its level, with what was expected where it was not found, and how to mend it."""
+    """Every probe beneath its level, with what was expected where it was not found, and what to do."""
     table = _columns(7, 1, 16, None)
     level = ""
     for each in looked:
@@ -156,7 +156,7 @@ def _took(seconds: float) -> str:
 
 def _hint(looked: ProbeResult, root: str) -> str:
     number = fixes.number_of(looked.probe.name)
-    of_fix = f"  [dim](fix {number} of the eight)[/]" if number else ""
+    of_fix = f"  [dim](fix {number})[/]" if number else ""
     return f"[dim]→[/] {escape(pointed(looked.finding.hint, root))}{of_fix}"
 
 
@@ -173,7 +173,7 @@ def show_preflight(looked: Sequence[ProbeResult], out: Console) -> None:
 
 
 def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None:
-    """The eight fixes, one line each; on a narrow terminal a note that says more gets a line of its own."""
+    """The fixes, one line each; on a narrow terminal a note that says more gets a line of its own."""
     narrow, said = out.width < _NARROW, ""
     table = _columns(1, 1, 43, 8, *(() if narrow else (None,)))
     for state in states:

@@ -22,7 +22,7 @@ def uninstall(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Take everything back: every file byte for byte, every package that was not there before."""
+    """Undo everything: every file byte for byte, every package that was not there before."""
     answer("uninstall", lambda: _uninstall(root, purge_cache, yes, json), root=root, json=json, verbose=verbose)
 
 
@@ -67,7 +67,7 @@ def _show_plan(lines: list[str]) -> None:
     from sparkinstall.cli.text_output import console
 
     out = console()
-    out.print("[bold]To take back[/]")
+    out.print("[bold]To undo[/]")
     for line in lines:
         out.print(f"  {line}", markup=False)
 
@@ -86,8 +86,8 @@ def _answer(taken: "list[Undone]", purged: bool) -> Answer:
 
     problems = tuple(
         Problem(
-            f"{each.subject} could not be taken back: {each.note}",
-            hint="mend that, then run `sparkinstall uninstall` again",
+            f"{each.subject} could not be undone: {each.note}",
+            hint="fix that, then run `sparkinstall uninstall` again",
         )
         for each in taken
         if each.outcome == "failed"

@@ -79,7 +79,7 @@ class Result(Struct, frozen=True):
 
     @property
     def skipped(self) -> list[str]:
-        """What was not looked at: probes, and steps that were left to the node."""
+        """What was skipped: probes, and steps that are node only."""
         left = [report.name for report in self.reports if report.outcome == "node_only"]
         return [*left, *(each.probe.name for each in self.looked if each.finding.verdict == "skip")]
 
@@ -104,7 +104,7 @@ def verify(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Check everything and prove it on running processes; exit 3 if anything is not as it should be."""
+    """Check everything and prove it on running processes; exit 3 if there is drift or a failure."""
     asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose)
 
     def body() -> Answer:
@@ -243,7 +243,7 @@ def _show(session: "Session", result: Result, verbose: bool) -> None:
         show_proof(result.looked, out, session.root_option, verbose)
         out.print()
     if result.standing:
-        out.print("[bold]The eight fixes[/]")
+        out.print("[bold]The fixes[/]")
         show_fixes(result.standing, out, session.root_option)
         out.print()
     out.print(_conclusion(session, result, verbose))
@@ -251,24 +251,26 @@ def _show(session: "Session", result: Result, verbose: bool) -> None:
 
 def _conclusion(session: "Session", result: Result, verbose: bool) -> str:
     if result.drifted or result.failed:
-        return f"[red bold]✗[/] not as it should be; {_way_out(result, session.root_option)}"
+        return (
+            f"[red bold]✗[/] {'drift' if result.drifted else 'failure'} found; {_way_out(result, session.root_option)}"
+        )
     if result.wrong:
-        return f"[red bold]✗[/] not looked at, and --strict was asked for: {', '.join(result.skipped)}"
+        return f"[red bold]✗[/] skipped, and --strict was given: {', '.join(result.skipped)}"
     warned = sum(each.finding.verdict == "warn" for each in result.looked)
     notes = [f"{warned} warning{'s' if warned > 1 else ''}"] if warned else []
     notes += [_unseen(result.skipped, verbose)] if result.skipped else []
-    well = "everything that was looked at is well" if result.skipped else "everything is as it should be"
+    well = "everything that was checked is ok" if result.skipped else "everything is ok"
     return f"[green bold]✓[/] {well}" + (f" ({'; '.join(notes)})" if notes else "")
 
 
 def _unseen(names: "Sequence[str]", verbose: bool) -> str:
     which = ", ".join(names) if verbose or len(names) <= _FEW_NAMES else "-v names them"
-    return f"{len(names)} not looked at: {which}"
+    return f"{len(names)} skipped: {which}"
 
 
 def _way_out(result: Result, root: str) -> str:
-    """What mends it: the steps themselves, or what the probes say."""
+    """What to do: run the steps, or follow the hints of the probes."""
     if result.drifted:
-        return f"`sparkinstall all{root}` mends it, or says what stands in its way"
+        return f"`sparkinstall all{root}` fixes it or explains why it cannot"
     what = ", ".join(each.probe.name for each in result.failed)
-    return f"what to do about {what} stands above, behind →"
+    return f"see the → hints above for {what}"

@@ -85,23 +85,23 @@ def _look(step: Step, report: StepReport, node: Node, on: Reader) -> None:
 
 
 def converge(
-    steps: Sequence[Step], node: Node, system_for: Callable[[str], System], emit: Emit, fresh: bool = False
+    steps: Sequence[Step], node: Node, system_for: Callable[[str], System], emit: Emit, force: bool = False
 ) -> list[StepReport]:
     """Make everything so. Steps that do not need each other run side by side; a failed step holds
-    only those that need it. `fresh` makes anew what is satisfied already."""
+    only those that need it. `force` applies again what is up to date."""
 
     def visit(step: Step, report: StepReport) -> None:
         on = system_for(step.name)
         for resource in step.resources(node):
             processes.refuse_if_stopped()
-            _make_so(resource, on, report, emit, fresh)
+            _make_so(resource, on, report, emit, force)
 
     return _side_by_side(ordered(steps), visit, emit)
 
 
-def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, fresh: bool) -> None:
+def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, force: bool) -> None:
     state = resource.check(on)
-    if isinstance(state, NodeOnly) or (isinstance(state, Ok) and not fresh):
+    if isinstance(state, NodeOnly) or (isinstance(state, Ok) and not force):
         report.checked.append(Checked(resource.key, state))
         return
     _refuse_what_cannot_be(resource, state)
@@ -110,7 +110,7 @@ def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, fre
     if not isinstance(after, Ok | NodeOnly):
         raise _not_converged(resource, after)
     report.checked.append(Checked(resource.key, after, changed=True))
-    emit(ResourceApplied(report.name, resource.key, state.summary if isinstance(state, Drift) else "made anew"))
+    emit(ResourceApplied(report.name, resource.key, state.summary if isinstance(state, Drift) else "applied again"))
 
 
 def _refuse_what_cannot_be(resource: Resource, state: State) -> None:
@@ -118,16 +118,16 @@ def _refuse_what_cannot_be(resource: Resource, state: State) -> None:
         raise Blocked(state.message, hint=state.hint)
     if isinstance(state, Unknown):
         raise Blocked(
-            f"{resource.key} cannot be told before the step `{state.waits_for}` has been done",
+            f"the state of {resource.key} is unknown until step `{state.waits_for}` has run",
             hint=f"run `sparkinstall run {state.waits_for}` first, or everything with `sparkinstall all`",
         )
 
 
 def _not_converged(resource: Resource, state: State) -> Problem:
-    said = getattr(state, "summary", "") or getattr(state, "message", "") or str(state)
+    found = getattr(state, "summary", "") or getattr(state, "message", "") or str(state)
     return Problem(
-        f"{resource.key} was made, but looked at again it is not as it should be",
-        cause=said,
+        f"{resource.key} is still not in the desired state after it was applied",
+        cause=found,
         hint="something else may be changing it at the same time; `sparkinstall plan` shows the difference",
     )
 
@@ -142,8 +142,8 @@ def _guarded(step: Step, report: StepReport, visit: Visit) -> None:
         report.problem = storage_problem(error, f"step {step.name}")
     except Exception as error:  # a crashed check is a result of its step, not the end of the run
         report.problem = Problem(
-            f"step {step.name} met what it does not know: {type(error).__name__}: {error}",
-            hint=f"make the step anew: `sparkinstall run {step.name} --force`; if that does not help, report it",
+            f"step {step.name} failed with an internal error: {type(error).__name__}: {error}",
+            hint=f"run the step from scratch: `sparkinstall run {step.name} --force`; if that does not help, report it",
         )
     finally:
         report.seconds = time.monotonic() - started
@@ -160,7 +160,7 @@ def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepR
 
     def one(step: Step) -> None:
         if stop.is_set():
-            reports[step.name].problem = Interrupted("interrupted before it began")
+            reports[step.name].problem = Interrupted("interrupted before it started")
             return
         emit(StepStarted(step.name))
         _guarded(step, reports[step.name], visit)

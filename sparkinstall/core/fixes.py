@@ -1,4 +1,4 @@
-"""The eight fixes of a Spark, and how the node stands in each, as far as this version can tell."""
+"""The fixes of a Spark, and how each stands on the node."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
@@ -16,7 +16,7 @@ Standing = Literal["proven", "done", "missing", "node_only", "failed", "not_appl
 
 
 class Fix(Struct, frozen=True):
-    """One of the eight. `steps` make it so, `probes` prove it; `between`: only nodes of several need it."""
+    """A fix: `steps` apply it, `probes` prove it; `between`: only nodes of several need it."""
 
     number: int
     title: str
@@ -39,12 +39,12 @@ FIXES = (
     Fix(5, "FP8 without CUTLASS kernels of another chip", ("fp8", "env-files"), _FP8_PROBES),
     Fix(6, "the same packages on every node", ("packages", "environment"), ("wheel-gate", "wheel-files", "imports")),
     Fix(7, "Ray's memory monitor off", ("env-files",)),
-    Fix(8, "where the thinking is in a stream", ("environment",), ("reasoning-field", "serving-stream")),
+    Fix(8, "the reasoning field of a stream", ("environment",), ("reasoning-field", "serving-stream")),
 )
 
 
 def number_of(probe: str) -> int | None:
-    """Which of the eight a probe proves; None: none of them alone."""
+    """The number of the fix that a probe proves; None: no single one."""
     return next((fix.number for fix in FIXES if probe in fix.probes), None)
 
 
@@ -55,7 +55,7 @@ class FixState(Struct, frozen=True):
 
 
 def stand(node: Node, reports: Sequence[StepReport], findings: Mapping[str, Finding]) -> list[FixState]:
-    """How each of the eight stands on `node`, from what was checked and (if probed) found."""
+    """How each fix stands on `node`, by the checks and, if run, the probes."""
     by_name, steps = {report.name: report for report in reports}, catalogue.of(node)
     there = {step.name for step in steps}, {probe.name for step in steps for probe in step.probes(node)}
     return [

@@ -35,7 +35,7 @@ STEPS: Mapping[str, str] = {
 """By the name of a step: for its files, packages and services, and for those of its probes that have no sentence."""
 
 PROBES: Mapping[str, str] = {
-    "journal": "`sparkinstall all` stops before it begins, and `sparkinstall uninstall` takes nothing back.",
+    "journal": "`sparkinstall all` stops before it starts, and `sparkinstall uninstall` restores nothing.",
     "link": "The nodes talk at half the speed, or not at all.",
     "peers": "Large packets are lost between the nodes: collectives hang or time out.",
     "link-health": "The link loses packets or runs below its rate: slow collectives, or ones that hang.",

@@ -207,7 +207,7 @@ def _stdin() -> Iterator[bytes]:
 
 
 def _growing(path: Path) -> Iterator[bytes]:
-    """What is there, then what comes, also where the file is made anew: without an end."""
+    """What is there, then what is appended, also after the file was replaced; endless."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("rb", buffering=0))
         while True:
@@ -240,7 +240,7 @@ def _marks(unit: str, sudo: Sequence[str]) -> list[tuple[str, int]]:
         raise NeedsRoot(
             "you may not read the journal of the system",
             cause="it is for root and for the group adm, and sudo asks for a password",
-            hint="`sudo -v`, then the same again; or for good: `sudo usermod -aG adm $USER`, and log in anew",
+            hint="`sudo -v`, then the same again; or for good: `sudo usermod -aG adm $USER`, and log in again",
         )
     entries = [json.loads(line) for line in asked.out.splitlines() if line.startswith("{")]
     return [(str(each["MESSAGE_ID"]), int(each["__REALTIME_TIMESTAMP"])) for each in entries]

@@ -199,7 +199,7 @@ def around(data: bytes, start: int, end: int) -> str:
     """The line around a place, at most `REACH` bytes to each side: no colours, nothing that a terminal obeys."""
     first, last = max(0, start - REACH), min(len(data), end + REACH)
     before = max(data.rfind(b"\n", first, start), data.rfind(b"\r", first, start)) + 1
-    # A progress bar writes its line anew after each \r.
+    # A progress bar rewrites its line after each \r.
     after = min((at for at in (data.find(b"\n", end, last), data.find(b"\r", end, last)) if at >= 0), default=last)
     text = data[max(first, before) : after].decode("utf-8", "replace")
     return _CONTROL.sub("", _COLOURS.sub("", text)).replace("\t", " ")

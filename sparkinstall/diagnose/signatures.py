@@ -31,7 +31,7 @@ class MalformedSignature(Exception):
 class Signature(Struct, frozen=True):
     """One known failure. A line is it if one of the `anchors` stands there and `pattern` is found around it.
 
-    `fix` is one of the eight, or None. `consequence_of` names the failures that bring this one about, or holds `ANY`.
+    `fix` is the number of a fix, or None. `consequence_of` names the failures that cause this one, or holds `ANY`.
     `harmless` are lines that look alike and must not match.
     """
 

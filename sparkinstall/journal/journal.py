@@ -1,7 +1,7 @@
 """The journal: before every touch, what was there before. One line a touch, in JSON, appended and synced.
 
 A record holds what was (`before`) and what will be (`after`), so it needs no second record to say
-that the touch was done: whoever takes it back looks at what is there.
+that the touch was done: whoever undoes it checks what is there.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ class Journal:
             raise JournalDamaged(
                 f"{self.path} line {number} cannot be read",
                 cause="the file was changed by something else than sparkinstall, or the disk failed",
-                hint=f"keep a copy of {self.home}, mend or delete that line, and run again; nothing was changed",
+                hint=f"keep a copy of {self.home}, repair or delete that line, and run again; nothing was changed",
             ) from error
 
     def add(self, step: str, undo: Undo) -> None:
@@ -146,7 +146,7 @@ class Journal:
         return data
 
     def rewrite(self, records: list[Record]) -> None:
-        """Keep only `records`; for what an uninstall could not take back."""
+        """Keep only `records`; for what an uninstall could not undo."""
         ordered = sorted(records, key=lambda record: record.n)
         lines = [json.dumps({"v": VERSION, **to_builtins(record)}, sort_keys=True) for record in ordered]
         try:

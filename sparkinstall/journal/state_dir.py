@@ -49,7 +49,7 @@ class StateFolder:
         return self.exists and bool(self.journal().records())
 
     def trouble(self, node: "Node") -> Problem | None:
-        """What keeps `all` from going on and `uninstall` from taking back: a journal that cannot be read, or is gone.
+        """What stops `all` and `uninstall`: a journal that cannot be read, or is gone.
 
         Raises:
             Blocked: another user set this node up.
@@ -66,9 +66,9 @@ class StateFolder:
         prefix = self.system.real(node.prefix)
         return JournalDamaged(
             f"what sparkinstall has made is in {prefix}, but {self.home}/journal.jsonl is gone or empty",
-            cause="without the journal, which says what was there before, uninstall could take nothing back",
+            cause="without the journal, which records what was there before, uninstall can restore nothing",
             hint=f"put the journal back from a backup; without one, move {prefix} away and run `sparkinstall all`: "
-            "what it makes from then on can be taken back",
+            "what it changes from then on can be undone",
         )
 
     def journal(self, run: str = "") -> "Journal":

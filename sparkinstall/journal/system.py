@@ -180,7 +180,7 @@ class JournaledSystem:
 
     def _failure(self, result: Result) -> CommandFailed:
         lines = [line for line in result.out.splitlines() if line.strip()]
-        why, hint = "", "read the log, mend the cause, and run the same command again: it goes on from here"
+        why, hint = "", "read the log, fix the cause, and run the same command again: it continues from here"
         if _NO_SPACE in result.out:
             why, hint = "the disk is full", "free some space, then run the same command again: it goes on"
         program = next(part for part in result.argv if part not in ("sudo", "-n"))

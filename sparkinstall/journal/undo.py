@@ -1,4 +1,4 @@
-"""Take everything back, from the journal alone, last touch first."""
+"""Undo everything, from the journal alone, last change first."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ class Change(Struct, frozen=True):
 
 
 def changes(records: list[Record]) -> list[Change]:
-    """One `Touch` a subject, in the order in which they are to be taken back."""
+    """One `Touch` a subject, in the order in which they are undone."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.undo.kind, record.undo.subject), []).append(record)
@@ -55,7 +55,7 @@ def take_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     except KeyError as missing:
         return Undone(touch.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
     except OSError as error:
-        return Undone(touch.undo.subject, "failed", storage_problem(error, "taking it back").message)
+        return Undone(touch.undo.subject, "failed", storage_problem(error, "undoing it").message)
 
 
 def _path_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
@@ -178,7 +178,7 @@ _UNDOERS: dict[str, Callable[[Change, LocalSystem, Journal], Undone]] = {
 
 
 def undo_all(state: StateFolder, emit: Emit = silent) -> list[Undone]:
-    """Take back every touch of the journal, last first; the state goes too unless something was kept.
+    """Undo every change of the journal, last first; the state goes too unless something was kept.
 
     Raises:
         Busy: another run holds the node.

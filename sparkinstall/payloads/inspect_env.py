@@ -165,7 +165,7 @@ _SIZE = 32
 
 
 def triton_kernel(asked: Target) -> Iterator[Facts]:
-    """A matrix product in Triton: compiled anew, and on a GPU run and compared."""
+    """A matrix product in Triton: compiled now, and on a GPU run and compared."""
     os.environ["TRITON_CACHE_DIR"] = asked["folder"]
     with open(os.path.join(asked["folder"], "sparkinstall_kernel.py"), "w") as file:
         file.write(_KERNEL)

@@ -14,7 +14,7 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 class Finding(Struct, frozen=True):
-    """What a probe found. `mend` is what to do, and stands on every fail and warn."""
+    """What a probe found. Every fail and warn has a `hint`: what to do."""
 
     verdict: Verdict
     found: str

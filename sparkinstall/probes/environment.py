@@ -101,7 +101,7 @@ def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
     loaded = nccl.Loaded(answer["nccl_bound"], int(answer["nccl_version"]), answer["nccl"])
     if not loaded.bound:
         told = f"torch would take {', '.join(loaded.mapped)}" if loaded.mapped else "no NCCL is loaded"
-        return failed(told, nccl.ENV_ANEW, nccl.wanted(library))
+        return failed(told, nccl.REWRITE_ENV, nccl.wanted(library))
     found = nccl.judged(node, library, loaded)
     return replace(found, found=f"{found.found} (torch is not installed in this rehearsal)") if node.partial else found
 

@@ -13,7 +13,7 @@ Answer = Mapping[str, Any]
 _OFF_BY = 0.1
 # Python's words for a vLLM whose functions are not where they were.
 _UNKNOWN = ("ImportError", "ModuleNotFoundError", "AttributeError", "TypeError", "KeyError")
-_ANEW = "`sparkinstall run fp8 --force` decides anew; `--set fp8.fallback=on` keeps vLLM off its CUTLASS kernels"
+_DECIDE_AGAIN = "`sparkinstall run fp8 --force` decides again; `--set fp8.fallback=on` avoids vLLM's CUTLASS kernels"
 
 
 def probes(node: Node, asked: Callable[[Reader], Answer | Finding]) -> Iterable[Probe]:
@@ -94,7 +94,7 @@ def _unasked(facts: Answer) -> Finding:
         return skipped(f"vLLM's selection cannot be asked without a GPU: {complaint}")
     if complaint.startswith(_UNKNOWN):
         return skipped(f"this vLLM chooses in another way than sparkinstall knows: {complaint}")
-    return failed(complaint or "vLLM's selection gave no answer", _ANEW)
+    return failed(complaint or "vLLM's selection gave no answer", _DECIDE_AGAIN)
 
 
 def _product(node: Node, on: Reader, answer: Answer) -> Finding:
@@ -111,7 +111,7 @@ def _product(node: Node, on: Reader, answer: Answer) -> Finding:
         return _broken(facts, complaint, wanted)
     # Not "off by more": what is no number is not less either.
     if not all(value < _OFF_BY for value in off_by.values()):
-        return failed(found, _ANEW, wanted)
+        return failed(found, _DECIDE_AGAIN, wanted)
     return passed(found, wanted)
 
 
@@ -119,4 +119,4 @@ def _broken(facts: Answer, complaint: str, wanted: str) -> Finding:
     name = facts.get("trying", "")
     if complaint.startswith(_UNKNOWN):
         return skipped(f"this vLLM multiplies in another way than sparkinstall knows: {complaint}")
-    return failed(f"{name}, {facts['picked'].get(name, 'vLLM')}: {complaint}", _ANEW, wanted)
+    return failed(f"{name}, {facts['picked'].get(name, 'vLLM')}: {complaint}", _DECIDE_AGAIN, wanted)

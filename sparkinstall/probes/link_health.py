@@ -128,7 +128,7 @@ def _health(node: Node, on: Reader) -> Finding:
 
 
 def _complaint(on: Reader, port: Port, growing: Mapping[str, int], high: Mapping[str, int]) -> tuple[str, str] | None:
-    """What is wrong and how to mend it, the worst first."""
+    """What is wrong and what to do, the worst first."""
     if growing:
         return f"growing within a second: {in_words(growing)}", _CABLE
     for half in port.twins:

@@ -11,7 +11,7 @@ from sparkinstall.probes import Finding, failed, passed, skipped, warned
 from sparkinstall.system import Reader
 
 NO_BUILD_ID = "none"
-ENV_ANEW = "run `sparkinstall all`: it writes the env file anew, and builds NCCL again where it is gone"
+REWRITE_ENV = "run `sparkinstall all`: it rewrites the env file, and rebuilds NCCL if it is missing"
 _FOR_THIS_GPU = "it works through PTX, if at all; `nccl.mode: source` builds one for this GPU"
 
 
@@ -39,7 +39,7 @@ def library(node: Node, on: Reader) -> str | Finding:
     if path is not None and on.entry(path) is not None:
         return on.real(path)
     if on.rehearsal:
-        return skipped("no NCCL was built here: left to the node")
+        return skipped("node only: no NCCL was built here")
     return failed("no NCCL was built", "run `sparkinstall all`")
 
 
@@ -52,7 +52,7 @@ def judged(node: Node, of_library: str, loaded: Loaded) -> Finding:
     """Whether `loaded`, which is bound to something, is `of_library`, of the right version, with code for this GPU."""
     bound, expected = loaded.bound, wanted(of_library)
     if not is_same_build(bound, of_library):
-        return failed(wanted(bound), ENV_ANEW, expected)
+        return failed(wanted(bound), REWRITE_ENV, expected)
     version = in_words(loaded.version)
     if version != node.nccl_version.split("-")[0]:
         return failed(f"it says it is {version}", "run `sparkinstall run nccl`", node.nccl_version)

@@ -210,7 +210,7 @@ def _link(node: Node, on: Reader) -> Finding:
 
 
 def _complaint(node: Node, port: qsfp.Port, there: Mapping[str, Live]) -> tuple[str, str] | None:
-    """What is wrong with the port and how to mend it."""
+    """What is wrong with the port and what to do."""
     if len(port.twins) < 2:
         return f"{port.twins[0].name} has no second half", "look at `lspci`: each port shows as two devices"
     for each, address in zip(port.twins, own_addresses(node), strict=True):

@@ -63,15 +63,15 @@ def _preload(node: Node, on: Reader) -> Finding:
     said = with_env_file(node, on, "python", "-I", "-c", _LOOK)
     complaint = next((line for line in said.err.splitlines() if "LD_PRELOAD" in line), "")
     if complaint:
-        return failed(complaint.strip(), nccl.ENV_ANEW, library)
+        return failed(complaint.strip(), nccl.REWRITE_ENV, library)
     try:
         loaded = nccl.Loaded(**json.loads(said.out.splitlines()[-1]))
     except (ValueError, IndexError):
         last = [line for line in said.err.splitlines() if line.strip()][-1:]
-        return failed("".join(last) or f"it ended with code {said.code}", nccl.ENV_ANEW, library)
+        return failed("".join(last) or f"it ended with code {said.code}", nccl.REWRITE_ENV, library)
     if not loaded.bound:
         told = "no NCCL is in a process that was started with the env file"
-        return failed(told, nccl.ENV_ANEW, nccl.wanted(library))
+        return failed(told, nccl.REWRITE_ENV, nccl.wanted(library))
     return nccl.judged(node, library, loaded)
 
 

@@ -36,7 +36,7 @@ def probes(node: Node) -> Iterable[Probe]:
 
     if serves(node):
         yield Probe("serving", "a completion, within a time limit", lambda on: _serving(asked(on)), "serving")
-        yield Probe("serving-stream", "the thinking in a real stream", lambda on: _stream(asked(on)), "serving")
+        yield Probe("serving-stream", "reasoning field in a live stream", lambda on: _stream(asked(on)), "serving")
         yield Probe("serving-metrics", "the counters of /metrics move", lambda on: _metrics(asked(on)), "serving")
 
 
@@ -183,5 +183,5 @@ def _not_up(node: Node, on: Reader) -> Finding:
         )
     return failed(
         f"{where}; {UNIT} is {state.get('ActiveState') or 'unknown'}",
-        f"read `journalctl -u {UNIT}`, mend the cause, then `sparkinstall run serving`",
+        f"read `journalctl -u {UNIT}`, fix the cause, then `sparkinstall run serving`",
     )

@@ -1,4 +1,4 @@
-"""Where the thinking is in a stream that came: fix 8, from the deltas themselves."""
+"""The field in which a stream carries reasoning: fix 8, from the deltas themselves."""
 
 import ast
 import re
@@ -45,7 +45,7 @@ class Heard(Struct, frozen=True):
 
     @property
     def opened(self) -> bool:
-        """Whether the chat template itself begins the thinking, as Qwen3.5's does: no mark will come."""
+        """Whether the chat template itself opens the reasoning, as Qwen3.5's does: no mark will come."""
         return self.prompt.rfind("<think>") > self.prompt.rfind("</think>")
 
     @property
@@ -67,7 +67,7 @@ def judged(heard: Heard, parser: str | None, fields: Collection[str], add: str) 
         return finding
     if strange := [field for field in heard.reasoning if fields and field not in fields]:
         return failed(
-            f"the thinking is in delta.{strange[0]}, which the vLLM that is installed does not send",
+            f"reasoning is in delta.{strange[0]}, which the installed vLLM does not send",
             "it was started before vLLM was changed: `sudo systemctl restart vllm.service`",
             _expected(fields),
         )
@@ -81,9 +81,9 @@ def _expected(fields: Collection[str]) -> str:
 def _unparsed(heard: Heard, add: str) -> Finding | None:
     """What is wrong where no parser was asked for; vLLM has one of its own for gpt-oss."""
     if heard.raw:
-        return warned(f"raw {heard.raw} in delta.content: clients show the thinking as the answer", add)
+        return warned(f"raw {heard.raw} in delta.content: clients show reasoning as the answer", add)
     if heard.opened and not heard.reasoning:
-        return warned("the thinking is in delta.content, unmarked: the chat template opens it", add)
+        return warned("reasoning is in delta.content, unmarked: the chat template opens it", add)
     return None
 
 
@@ -93,7 +93,7 @@ def _misparsed(heard: Heard, parser: str) -> Finding | None:
     if heard.raw and not parser.endswith(_KEEPS_RAW):
         return failed(f"raw {heard.raw} in delta.content in spite of --reasoning-parser {parser}", change)
     if heard.opened and not heard.reasoning and not heard.raw:
-        return failed(f"the thinking is in delta.content in spite of --reasoning-parser {parser}", change)
+        return failed(f"reasoning is in delta.content in spite of --reasoning-parser {parser}", change)
     if heard.reasoning and not heard.content and (heard.finish == "stop" or heard.closed):
         return warned(
             f"all of the answer came in delta.{heard.reasoning[0]}, and none in delta.content",
@@ -105,9 +105,9 @@ def _misparsed(heard: Heard, parser: str) -> Finding | None:
 def _where(heard: Heard, parser: str | None) -> str:
     if heard.reasoning:
         fields = " and ".join(f"delta.{field}" for field in heard.reasoning)
-        return f"the thinking in {fields}" + (", the answer in delta.content" if heard.content else "")
+        return f"reasoning in {fields}" + (", the answer in delta.content" if heard.content else "")
     if heard.raw:
-        return f"the thinking in delta.content, marked, as --reasoning-parser {parser} has it"
+        return f"reasoning in delta.content, marked, as --reasoning-parser {parser} has it"
     return "no reasoning in this model's stream"
 
 

@@ -13,7 +13,7 @@ from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Finding, failed, passed, warned
 from sparkinstall.system import Reader
 
-_HINT = "make it anew: `sparkinstall run environment fp8 --force`"
+_HINT = "reinstall: `sparkinstall run environment fp8 --force`"
 _SHOWN = 4
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+) ?(?:==|@)", re.MULTILINE)
 

@@ -1,6 +1,6 @@
-"""Nouns: a file, the packages, a Python environment, a built library, a patched file.
+"""Resources: a file, the packages, a Python environment, a built library, a patched file.
 
-A resource answers `check()` (is it so? what would change?) and `apply()` (make it so).
+A resource answers `check()` (is the node in the desired state? what would change?) and `apply()`.
 """
 
 from typing import Protocol
@@ -11,13 +11,13 @@ from sparkinstall.system import Reader, System
 
 
 class Ok(Struct, frozen=True, tag_field="state", tag="ok"):
-    """It is so. `note` says what a reader may want to know of it."""
+    """The node is in the desired state. `note`: details for a reader."""
 
     note: str = ""
 
 
 class Drift(Struct, frozen=True, tag_field="state", tag="drift"):
-    """It is not so. `before` and `after` are text to be compared line by line; may be empty."""
+    """The node differs. `before` and `after` are texts to compare line by line; may be empty."""
 
     summary: str
     before: str = ""
@@ -25,19 +25,19 @@ class Drift(Struct, frozen=True, tag_field="state", tag="drift"):
 
 
 class Unknown(Struct, frozen=True, tag_field="state", tag="unknown"):
-    """It cannot be told before the step `waits_for` has been done."""
+    """The state is unknown until step `waits_for` has run."""
 
     waits_for: str
 
 
 class NodeOnly(Struct, frozen=True, tag_field="state", tag="node_only"):
-    """Only a real node can do this; a rehearsal does not, and says so."""
+    """Cannot be done in a rehearsal, and why."""
 
     reason: str
 
 
 class Conflict(Struct, frozen=True, tag_field="state", tag="conflict"):
-    """It is not so and will not be made so: something stands in the way that is not ours to move."""
+    """Drift that will not be applied: something is in the way that is not ours to change."""
 
     message: str
     hint: str = ""
@@ -62,7 +62,7 @@ def describe(state: State) -> tuple[str, str]:
 
 
 class Resource(Protocol):
-    """A thing that should be so, declared once; `key` names it in plans, logs and the journal."""
+    """A desired state, declared once; `key` names it in plans, logs and the journal."""
 
     @property
     def key(self) -> str: ...

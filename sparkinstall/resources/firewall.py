@@ -22,9 +22,9 @@ from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
 
 TIMER = "firewall"
-"""The name of its dead man's handle."""
+"""The name of its rollback timer."""
 UNDO = "nftables"
-"""The kind of undo whose touches `take_back` takes back."""
+"""The kind of undo that `take_back` handles."""
 
 _NAME = " ".join(TABLE)
 _SSHD = "/usr/sbin/sshd"
@@ -35,7 +35,7 @@ _SOCKET = re.compile(r"^Listen=\S*?(\d+) \(Stream\)$", re.MULTILINE)
 
 # A namespace that is gone when the shell ends: what nft makes of the rules, without a rule for this node.
 _TRY = f'"{NFT}" "$1" && "{NFT}" -nn list table {_NAME}'
-# What the dead man's handle runs once the former file is back, or gone where there was none.
+# What the rollback timer runs once the former file is restored, or removed if there was none.
 _RESTORE = f"""\
 {NFT} delete table {_NAME}
 if [ -e {{path}} ]; then {NFT} -f {{path}}; else systemctl disable {UNIT}; systemctl stop {UNIT}; fi
@@ -186,13 +186,13 @@ class RulesFile(Struct, frozen=True):
         file = self._file(on)
         if not on.rehearsal:
             as_nft_lists(on, file.content.decode())
-            # The former file is remembered before it goes: it is what is put back.
+            # The former file is recorded before it is replaced: it is what a rollback restores.
             _arm(on, self.node)
         file.apply(on)
 
 
 class LiveTable(Struct, frozen=True):
-    """The kernel has exactly these rules. A change puts itself back unless the node can still be reached."""
+    """The kernel has exactly these rules. A change is rolled back unless the node can still be reached."""
 
     node: Node
 

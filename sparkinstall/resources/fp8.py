@@ -174,7 +174,7 @@ class PatchedFile(Struct, frozen=True):
         try:
             wanted = self._wanted(now, decision)
         except UnknownContent as problem:
-            return Conflict(str(problem), hint="install the stack anew: `sparkinstall run environment --force`")
+            return Conflict(str(problem), hint="reinstall the stack: `sparkinstall run environment --force`")
         if now == wanted:
             return Ok("patched" if decision["fallback"] else "as it came: CUTLASS runs here")
         verb = "patch" if decision["fallback"] else "take the patch out of"

@@ -123,10 +123,10 @@ class NcclLibrary(Struct, frozen=True):
             return None
 
     def apply(self, on: System) -> None:
-        # What is as it should be, and asked for all the same, is wanted from its source.
-        anew = isinstance(self.check(on), Ok)
+        # With --force an up-to-date library is built from source again.
+        rebuild = isinstance(self.check(on), Ok)
         on.claim(self.folder)
-        if anew or not self._take_kept(on):
+        if rebuild or not self._take_kept(on):
             self._build(on)
 
     def _take_kept(self, on: System) -> bool:

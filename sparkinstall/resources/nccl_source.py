@@ -194,7 +194,7 @@ class NcclSource(Struct, frozen=True):
 def _unreachable(failure: CommandFailed) -> CommandFailed:
     if any(sign in line for sign in _UNREACHABLE for line in failure.output):
         failure.cause = f"{REPOSITORY} cannot be reached"
-        failure.hint = "name a tarball or a folder with `nccl.source`, or mend the network and run again"
+        failure.hint = "name a tarball or a folder with `nccl.source`, or check the network and run again"
     return failure
 
 

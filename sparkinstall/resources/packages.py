@@ -88,7 +88,7 @@ class Packages(Struct, frozen=True):
             raise CommandFailed(
                 "apt cannot install what is missing",
                 cause=simulated.err.strip() or simulated.out.strip()[-300:],
-                hint="mend apt's sources (`sudo apt-get update` shows what is wrong), then run again",
+                hint="fix apt's sources (`sudo apt-get update` shows what is wrong), then run again",
             )
         there = installed(on)
         names = [name for verb, name in _SIMULATED.findall(simulated.out) if verb == "Inst"]

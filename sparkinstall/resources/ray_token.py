@@ -77,7 +77,7 @@ class RayToken(Struct, frozen=True):
         return Drift(f"fetch the token of the head, {self.node.config.cluster.head}, over ssh")
 
     def apply(self, on: System) -> None:
-        # A good one is never made anew: the other nodes have it too.
+        # A good one is never replaced: the other nodes have it too.
         on.write(self.node.ray_token, self._wanted(on), MODE)
 
     def _wanted(self, on: Reader) -> bytes:

@@ -1,7 +1,7 @@
-"""A dead man's handle: a timer of systemd that puts things back unless the run says in time that all is well.
+"""The rollback timer: a systemd timer that restores the former state unless the run confirms the change in time.
 
 It lives in systemd, not in this process: a tool or an ssh session that is killed cannot take it along. Nor does a
-reboot, which is what people try with a machine that does not answer any more: a unit then puts things back at the boot.
+reboot, which is what people try with a machine that does not answer any more: a unit then rolls back at boot.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ _FIRED = 9
 
 
 class RolledBack(Problem):
-    """The confirmation came too late: the timer has put things back."""
+    """The confirmation came too late: the change was rolled back."""
 
     code = "rolled-back"
 
@@ -36,9 +36,9 @@ def _waiting(on: Reader) -> tuple[str, ...]:
 
 
 def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence[str] = ()) -> None:
-    """In `seconds` from now, put the files `keep` back as they are now and run `restore_script`, unless disarmed.
+    """In `seconds` from now, restore the files `keep` as they are now and run `restore_script`, unless disarmed.
 
-    One of that name that is armed still, or was when its run was killed, is set anew with the files and the script
+    One of that name that is still armed, or was when its run was killed, is started again with the files and the script
     that it has: what it remembers is the former state, and what is there now may be a killed run's.
 
     Args:
@@ -50,13 +50,13 @@ def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence
     """
     for path in keep:
         if "|" in path or not path.isprintable():
-            raise Problem(f"{path!a} could not be put back by a script", hint="give that file a name of letters")
+            raise Problem(f"{path!a} could not be restored by a script", hint="give that file a name of letters")
     lines = [f"{path}|{staged(path)}" for path in keep]
     try:
         on.run(*_words("arm", _program(), name, str(seconds), restore_script, *lines), root=True)
     except CommandFailed as failure:
         raise Problem(
-            "the timer that would put things back could not be set; nothing was changed",
+            "the rollback timer could not be started; nothing was changed",
             cause=" ".join(failure.output[-2:]),
             hint="systemd must run here, and this user must be allowed to use sudo",
             log=failure.log,
@@ -64,7 +64,7 @@ def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence
 
 
 def disarm(on: System | LocalSystem, name: str) -> None:
-    """All is well with `name`: what there is now stays.
+    """Confirm `name`: the change stays.
 
     Raises:
         Fired: too late, the former state is back.
@@ -73,19 +73,19 @@ def disarm(on: System | LocalSystem, name: str) -> None:
     answer = on.ask(*_words("confirm", name), root=True)
     if answer.code == _FIRED:
         raise RolledBack(
-            f"the {name} was put back as it was: nobody confirmed it in time",
+            f"the {name} change was rolled back: it was not confirmed in time",
             hint="give it longer with `network.rollback_seconds` in the config, then run the same command again",
         )
     if not answer.ok:
         raise Problem(
-            f"the timer that would put the {name} back could not be stopped",
+            f"the rollback timer of the {name} could not be stopped",
             cause=answer.err.strip(),
             hint="run the same command again as a user who may use sudo",
         )
 
 
 def drop(on: System | LocalSystem, name: str) -> None:
-    """What there is now stays, or is put back in another way: nothing of `name` waits any more or is left.
+    """Cancel the pending rollback `name` and remove its files.
 
     Raises:
         Fired: too late, the former state is back.
@@ -110,7 +110,7 @@ def confirm(on: System | LocalSystem) -> tuple[str, ...]:
 
 
 def fire(on: System | LocalSystem, name: str) -> bool:
-    """Put things back now; whether that was done. systemd does it: it goes on though the run is killed."""
+    """Roll back now; whether that was done. systemd does it, so it continues even if the run is killed."""
     on.ask("systemctl", "start", f"{_UNIT}{name}.service", timeout=120, root=True)
     # Whatever systemd answers, who moved the folder away has done it: the timer may have been faster.
     return not armed(on, name)

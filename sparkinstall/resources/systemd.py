@@ -192,7 +192,7 @@ class Service(Struct, frozen=True):
         return Problem(
             f"{self.name} does not start",
             cause=why or failure.cause,
-            hint=hint or f"read all that it said with `journalctl -u {self.name} -n 200`, mend it, then run again",
+            hint=hint or f"read all that it said with `journalctl -u {self.name} -n 200`, fix it, then run again",
             log=failure.log,
             output=lines[-_TAIL:] or failure.output,
         )
@@ -237,7 +237,7 @@ def take_service_back(on: LocalSystem, name: str) -> bool:
 
 
 def take_units_back(on: LocalSystem, name: str, before: Mapping[str, Any]) -> bool:
-    """Let systemd read its files anew, now that ours is gone; what ran from somebody else's runs again."""
+    """Reload systemd, now that our file is gone; start again what ran from a foreign unit."""
     _systemctl(on, "daemon-reload")
     if before.get("enabled"):
         _systemctl(on, "enable", name)

@@ -70,7 +70,7 @@ class RecordedLock(Struct, frozen=True):
     def apply(self, on: System) -> None:
         import tempfile
 
-        # A record is never made anew, not even by --force: that is what holding to it means.
+        # A record is never replaced, not even by --force: that is what pinning means.
         if on.entry(self.node.lock_record):
             return
         self.node.cache.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ class PythonEnvironment(Struct, frozen=True):
         node = self.node
         lock = lock_of(node, on)
         assert lock is not None, "the engine applies only what can be told"
-        # What a killed run left may be half a package that looks whole: it is made anew, from uv's cache.
+        # What a killed run left may be half a package that looks whole: it is installed again, from uv's cache.
         on.claim(node.venv)
         on.clear(node.venv)
         on.claim(node.venv)
@@ -266,7 +266,7 @@ def _explained(failure: CommandFailed, node: Node) -> CommandFailed:
         failure.hint = _another_way(address, node)
     elif _is_cut(failure):
         failure.cause = "the package index cannot be reached, or the connection broke off"
-        failure.hint = "mend the network, then run the same command again: what has arrived is kept"
+        failure.hint = "check the network and run the command again; the download resumes where it stopped"
     return failure
 
 

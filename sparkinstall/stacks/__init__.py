@@ -352,7 +352,7 @@ def _parse_yaml(text: str, path: Path) -> dict[str, object]:
         values = safe_yaml.load_table(text.encode(), only_text=True)
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
-        raise StackError(f"{path.name} is not YAML ({reason}): mend it there.") from error
+        raise StackError(f"{path.name} is not YAML ({reason}): correct it there.") from error
     if not isinstance(values, dict):
         raise StackError(f"{path.name} is not a stack: it must be a mapping with the keys {_either(_STACK_KEYS)}.")
     return values

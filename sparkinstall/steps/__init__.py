@@ -1,4 +1,4 @@
-"""Sentences made of nouns: one file a step. A step says what should be so; the engine makes it so."""
+"""One file per step. A step declares the desired state of a part of a node; the engine applies it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ class Step(ABC):
 
     @abstractmethod
     def resources(self, node: Node) -> Iterable[Resource]:
-        """What should be so on `node`, in the order in which it can be made so."""
+        """The desired state of `node`, in the order in which it can be applied."""
 
     def probes(self, node: Node) -> Iterable[Probe]:
         """What shows that it behaves so; nothing by default."""

@@ -29,7 +29,7 @@ class Environment(Step):
     def probes(self, node: Node) -> Iterable[Probe]:
         yield Probe("wheel-gate", "the packages fit together", lambda on: _gate(node, on), "static")
         yield Probe(
-            "reasoning-field", "where the thinking is in a stream", lambda on: reasoning_fields(node, on), "static"
+            "reasoning-field", "the reasoning field of a stream", lambda on: reasoning_fields(node, on), "static"
         )
         yield Probe("wheel-files", "the files of the packages", lambda on: _wheel_files(node, on), "node")
 

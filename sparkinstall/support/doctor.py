@@ -1,4 +1,4 @@
-"""Everything that was looked at on a node, put in order for a person: what is broken, what to look at, what is well."""
+"""The results of all checks and probes of a node, ordered for a person: broken, to look at, ok."""
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,16 +19,16 @@ from sparkinstall.system import Reader
 
 Weight = Literal["broken", "look-at", "not-looked-at", "well"]
 Kind = Literal["preflight", "check", "probe"]
-_FOUND = {"write": "missing", "change": "not as it should be"}
+_FOUND = {"write": "missing", "change": "differs"}
 
 _WEIGHTS: Mapping[Verdict, Weight] = {"fail": "broken", "warn": "look-at", "skip": "not-looked-at", "pass": "well"}
 _SUDO = "`sudo -v` in this terminal, then the same command again"
-# A node that is set up lives without these until something is to be made anew.
+# A node that is set up lives without these until something is to be reinstalled.
 _ONLY_TO_SET_UP = frozenset({"sudo", "python", "cuda", "disk", "prefix"})
 
 
 class Item(Struct, frozen=True):
-    """One thing that was looked at. `fixes`: those of the eight that it belongs to; `means` is for who has it."""
+    """One check or probe. `fixes`: numbers of the fixes that it belongs to; `means`: its impact, for a person."""
 
     name: str
     kind: Kind
@@ -76,7 +76,7 @@ def _checked_before(looked: ProbeResult, installed: bool) -> Item:
 
 
 def of_checks(reports: Iterable[StepReport]) -> list[Item]:
-    """Are the files, packages and services of each step as they should be?"""
+    """Are the files, packages and services of each step up to date?"""
     return [_of_step(each) for each in reports]
 
 
@@ -99,9 +99,9 @@ def _told(report: StepReport) -> tuple[Weight, str, str]:
         return "broken", "\n".join(wrong), way_out or f"`sparkinstall run {report.name}`"
     # What waits for another step is not broken itself.
     waits = [f"known after {state.waits_for}" for state in states if isinstance(state, Unknown)]
-    left = [f"left to the node: {state.reason}" for state in states if isinstance(state, NodeOnly)]
+    left = [f"node only: {state.reason}" for state in states if isinstance(state, NodeOnly)]
     unseen = list(dict.fromkeys([*waits, *left]))
-    return ("not-looked-at", "; ".join(unseen), "") if unseen else ("well", "as it should be", "")
+    return ("not-looked-at", "; ".join(unseen), "") if unseen else ("well", "ok", "")
 
 
 def _wrong(state: State) -> str:

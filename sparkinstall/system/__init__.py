@@ -34,7 +34,7 @@ class Result(Struct, frozen=True):
 class Undo(Struct, frozen=True):
     """How to take one touch back: what `subject` was before, and what we left there.
 
-    `kind` names the function that takes it back (journal/undo.py); `before` and `after` are
+    `kind` names the undo function (journal/undo.py); `before` and `after` are
     plain JSON values. `after` tells our own work from what somebody else changed since.
     """
 
@@ -99,7 +99,7 @@ class System(Reader, Protocol):
         """Remove a claimed folder, or one within it, with all that is in it."""
 
     def promise(self, undo: Undo) -> None:
-        """Journal how to take back what the next `run` does."""
+        """Journal how to undo what the next `run` does."""
 
     def run(
         self,

@@ -252,8 +252,8 @@ def test_ports_that_the_firewall_closes() -> None:
             assert str(port) in section("docs/multi-node.md", "## Ray"), name
 
 
-def test_the_eight_have_a_symptom_each() -> None:
-    numbers = re.findall(r"^### (\d)\. ", section("docs/troubleshooting.md", "## The eight symptoms"), re.MULTILINE)
+def test_every_fix_has_a_symptom() -> None:
+    numbers = re.findall(r"^### (\d)\. ", section("docs/troubleshooting.md", "## The symptoms"), re.MULTILINE)
     assert numbers == [str(fix.number) for fix in fixes.FIXES]
 
 

@@ -71,7 +71,7 @@ def test_the_worst_comes_first_with_what_it_means_and_what_to_do(finds: Findings
     order = ["Broken (1)", "To look at (1)", "Well (1): fine", "Not looked at (1)", "1 thing is broken"]
     places = [next(at for at, line in enumerate(lines) if each in line) for each in order]
     assert places == sorted(places), run.stdout
-    assert "wheel-gate  title of wheel-gate  fix 6 of the eight" in lines
+    assert "wheel-gate  title of wheel-gate  fix 6" in lines
     assert f"means     {meanings.PROBES['wheel-gate']}" in lines
     assert f"do        `sparkinstall run environment --force --root {node}`" in lines
     assert "unseen: no GPU here" in lines
@@ -95,7 +95,7 @@ def test_what_many_miss_is_told_once(finds: Findings, node: Path) -> None:
     assert "wheel-gate, imports, host-ip" in shown
     assert shown.count("there is no environment") == 1
     assert "3 things are broken" in shown
-    assert "fix 3, 6 of the eight" in shown
+    assert "fix 3, 6" in shown
     assert "means" not in shown, "it means something else for each of them"
 
 
@@ -199,7 +199,7 @@ def test_checks_are_weighed() -> None:
     assert (drift.weight, drift.found) == ("broken", "not done: build it")
     assert (drift.hint, drift.fixes) == ("`sparkinstall run nccl`", (1,))
     assert of_step(Drift("write /opt/x.env")).found == "missing: /opt/x.env"
-    assert of_step(Drift("change /opt/x.env")).found == "not as it should be: /opt/x.env"
+    assert of_step(Drift("change /opt/x.env")).found == "differs: /opt/x.env"
     assert of_step(Unknown("packages")).weight == "not-looked-at", "what waits for another step is not broken itself"
     assert of_step(Conflict("it is a dir", hint="move it away")).hint == "move it away"
     assert of_step(problem=Blocked("x", hint="y")).hint == "y"

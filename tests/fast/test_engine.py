@@ -103,7 +103,7 @@ def test_what_does_not_become_so_fails() -> None:
     thing = Thing(states=[Drift("make it"), Drift("it is still crooked")])
     report = done(some("a", [thing]))["a"]
     assert report.outcome == "failed" and report.problem is not None
-    assert "looked at again it is not as it should be" in report.problem.message
+    assert "is still not in the desired state after it was applied" in report.problem.message
     assert report.problem.cause == "it is still crooked"
 
 

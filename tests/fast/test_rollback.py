@@ -130,12 +130,12 @@ def test_a_file_whose_name_no_script_can_hold_is_refused(name: str, tmp_path: Pa
 def test_it_puts_back_what_was_there_and_what_was_not(node: Path) -> None:
     assert _arm(node) == 0
     (node / "kept.yaml").write_text(NEW)
-    assert _do(node, "put-back", "network").returncode == 0
+    assert _do(node, "restore", "network").returncode == 0
     assert (node / "kept.yaml").read_text() == FORMER
     (node / "kept.yaml").unlink()
     assert _arm(node) == 0
     (node / "kept.yaml").write_text(NEW)
-    assert _do(node, "put-back", "network").returncode == 0
+    assert _do(node, "restore", "network").returncode == 0
     assert not (node / "kept.yaml").exists()
     assert _told(node) == "network\n" * 2 and _left(node) == []
 
@@ -171,10 +171,10 @@ def test_what_cannot_be_put_back_is_kept_and_tried_again(node: Path) -> None:
     assert _arm(node) == 0
     (node / "kept.yaml").write_text(NEW)
     _program_that(node, "cp", "exit 1")
-    assert _do(node, "put-back", "network").returncode != 0
+    assert _do(node, "restore", "network").returncode != 0
     assert (node / "home/network").is_dir()
     (node / "bin/cp").unlink()
-    assert _do(node, "put-back", "network").returncode == 0
+    assert _do(node, "restore", "network").returncode == 0
     assert (node / "kept.yaml").read_text() == FORMER and _left(node) == []
 
 
@@ -201,7 +201,7 @@ def test_killed_anywhere_while_it_arms_nothing_is_lost_or_left(node: Path) -> No
 def test_killed_anywhere_while_it_puts_back_the_boot_does_the_rest(node: Path) -> None:
     assert _arm(node) == 0
     (node / "kept.yaml").write_text(NEW)
-    for _ in _killed_at_every_program(node, "put-back", "network"):
+    for _ in _killed_at_every_program(node, "restore", "network"):
         assert _boot(node) == 0
         assert (node / "kept.yaml").read_text() == FORMER
         assert _left(node) == []
@@ -228,7 +228,7 @@ def test_one_that_ends_takes_nothing_from_another_that_begins(node: Path) -> Non
     assert _arm(node) == 0
     with ThreadPoolExecutor(8) as pool:
         for _ in range(10):
-            ends, begins = pool.submit(_do, node, "put-back", "network"), pool.submit(_arm, node, "firewall")
+            ends, begins = pool.submit(_do, node, "restore", "network"), pool.submit(_arm, node, "firewall")
             assert ends.result().returncode == begins.result() == 0
             assert (node / "home/rollback.sh").exists() and (node / "home/firewall").is_dir()
             ends, begins = pool.submit(_do, node, "confirm", "firewall"), pool.submit(_arm, node, "network")

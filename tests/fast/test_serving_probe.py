@@ -249,13 +249,13 @@ THINKING = ({"reasoning": "hm"}, {"content": "4"})
 RAW = ({"content": "<th"}, {"content": "ink>hm</think>4"})
 ALL_REASONING = ({"reasoning": "1, "}, {"reasoning": "2"})
 STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
-    "in its field": (Api(THINKING), PARSER, "pass", "the thinking in delta.reasoning, the answer in delta.content;"),
-    "still thinking": (Api(ALL_REASONING, OPENED, "length"), PARSER, "pass", "the thinking in delta.reasoning;"),
+    "in its field": (Api(THINKING), PARSER, "pass", "reasoning in delta.reasoning, the answer in delta.content;"),
+    "still thinking": (Api(ALL_REASONING, OPENED, "length"), PARSER, "pass", "reasoning in delta.reasoning;"),
     "not a model that thinks": (Api(), PARSER, "pass", "no reasoning in this model's stream;"),
-    "by itself": (Api(THINKING), {}, "pass", "the thinking in delta.reasoning, the answer in delta.content;"),
-    "raw": (Api(RAW), {}, "warn", "raw <think> in delta.content: clients show the thinking as the answer;"),
+    "by itself": (Api(THINKING), {}, "pass", "reasoning in delta.reasoning, the answer in delta.content;"),
+    "raw": (Api(RAW), {}, "warn", "raw <think> in delta.content: clients show reasoning as the answer;"),
     "only its end": (Api(({"content": "hm</think>4"},), OPENED), {}, "warn", "raw </think> in delta.content: "),
-    "unmarked": (Api(finish="length", prompt=OPENED), {}, "warn", "the thinking is in delta.content, unmarked: "),
+    "unmarked": (Api(finish="length", prompt=OPENED), {}, "warn", "reasoning is in delta.content, unmarked: "),
     "told not to think": (Api(prompt=CLOSED), {}, "pass", "no reasoning in this model's stream;"),
     "raw with a parser": (
         Api(RAW),
@@ -263,7 +263,7 @@ STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
         "fail",
         "raw <think> in delta.content in spite of --reasoning-parser qwen3;",
     ),
-    "unmarked with a parser": (Api(prompt=OPENED), PARSER, "fail", "the thinking is in delta.content in spite of "),
+    "unmarked with a parser": (Api(prompt=OPENED), PARSER, "fail", "reasoning is in delta.content in spite of "),
     "the answer too": (Api(ALL_REASONING), PARSER, "warn", "all of the answer came in delta.reasoning, and none in "),
     "told not to think, and cut off": (
         Api(ALL_REASONING, CLOSED, "length"),
@@ -275,13 +275,13 @@ STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
         Api(({"reasoning_content": "hm"}, {"content": "4"})),
         PARSER,
         "fail",
-        "the thinking is in delta.reasoning_content, which the vLLM that is installed does not send;",
+        "reasoning is in delta.reasoning_content, which the installed vLLM does not send;",
     ),
     "kept on purpose": (
         Api(RAW, OPENED),
         {"serving.arguments": ["--reasoning_parser=minimax_m2_append_think"]},
         "pass",
-        "the thinking in delta.content, marked, as --reasoning-parser minimax_m2_append_think has it;",
+        "reasoning in delta.content, marked, as --reasoning-parser minimax_m2_append_think has it;",
     ),
     "nothing": (Api(()), {}, "warn", "a stream without a word"),
     "broken off": (Api(ends=False), {}, "fail", "the stream broke off"),

@@ -153,18 +153,18 @@ def test_exit_codes(probed: Any, node: Path, findings: list[Finding], strict: bo
 
 def test_the_conclusion_names_what_was_not_looked_at(probed: Any, node: Path) -> None:
     probed(("seen", passed("x")), ("unseen", skipped("no GPU")))
-    assert "not looked at: unseen" in in_this_process("verify", "--root", node).stdout
-    assert "--strict was asked for: unseen" in in_this_process("verify", "--root", node, "--strict").stdout
+    assert "skipped: unseen" in in_this_process("verify", "--root", node).stdout
+    assert "--strict was given: unseen" in in_this_process("verify", "--root", node, "--strict").stdout
 
 
 def test_what_was_not_looked_at_is_not_called_as_it_should_be(probed: Any, node: Path) -> None:
     probed(("seen", passed("x")))
-    assert "everything is as it should be" in in_this_process("verify", "--root", node).stdout
+    assert "everything is ok" in in_this_process("verify", "--root", node).stdout
     probed(("seen", warned("x", "y")), *((f"unseen-{at}", skipped("no GPU")) for at in range(5)))
     last = in_this_process("verify", "--root", node).stdout.splitlines()[-1]
-    assert last == "✓ everything that was looked at is well (1 warning; 5 not looked at: -v names them)"
+    assert last == "✓ everything that was checked is ok (1 warning; 5 skipped: -v names them)"
     last = in_this_process("verify", "--root", node, "-v").stdout.splitlines()[-1]
-    assert "5 not looked at: unseen-0, unseen-1, unseen-2, unseen-3, unseen-4)" in last
+    assert "5 skipped: unseen-0, unseen-1, unseen-2, unseen-3, unseen-4)" in last
 
 
 def test_a_probe_that_crashes_is_a_failure_of_it_alone(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:

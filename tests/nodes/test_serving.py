@@ -211,7 +211,7 @@ def test_with_the_parser_the_thinking_is_in_its_field_and_without_the_key_nobody
     _set_up(node, "single", *settings)
     found = _until_it_serves(node, "single", *settings, key="sesame")
     assert [each["verdict"] for each in found.values()] == ["pass"] * 3, found
-    says = "the thinking in delta.reasoning, the answer in delta.content; first token after "
+    says = "reasoning in delta.reasoning, the answer in delta.content; first token after "
     assert found["serving-stream"]["found"].startswith(says)
     assert "grew by 16 tokens, of which the probes made 16; 0% of the KV cache" in found["serving-metrics"]["found"]
     locked = _all_probed(node, "single", *settings)
@@ -232,7 +232,7 @@ def unparsed(pair: Pair) -> Found:
 def test_without_the_parser_the_thinking_stands_in_the_answer(unparsed: Found) -> None:
     stream = unparsed["serving-stream"]
     assert stream["verdict"] == "warn"
-    assert stream["found"].startswith("raw <think> in delta.content: clients show the thinking as the answer; ")
+    assert stream["found"].startswith("raw <think> in delta.content: clients show reasoning as the answer; ")
     assert stream["hint"].startswith("add `--reasoning-parser`, `NAME` to `serving.arguments`")
 
 
@@ -264,7 +264,7 @@ def test_thinking_that_a_chat_template_opens_is_found_though_nothing_marks_it(pa
     _set_up(pair.head, "single", *settings)
     stream = _until_it_serves(pair.head, "single", *settings)["serving-stream"]
     assert stream["verdict"] == "warn"
-    says = "the thinking is in delta.content, unmarked: the chat template opens it; first token after "
+    says = "reasoning is in delta.content, unmarked: the chat template opens it; first token after "
     assert stream["found"].startswith(says)
 
 

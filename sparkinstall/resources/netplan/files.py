@@ -34,7 +34,7 @@ _OURS = "# Interfaces: "
 _HEADER = """\
 # Written by sparkinstall: addresses and MTU of the QSFP port. Changes made here are overwritten; change
 # the settings `network` and `cluster` instead, then run `sparkinstall run network`.
-# To take it back: `sparkinstall uninstall`, which also brings back what stood here before.
+# To undo it: `sparkinstall uninstall`, which also restores what was here before.
 """
 _WHY = """\
       # A boot does not wait for a cable that is out.
@@ -132,7 +132,7 @@ def _sound(file: NetplanFile) -> NetplanFile:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         said = f"{getattr(error, 'problem', None) or error}".splitlines()[0]
-        raise BadFile(f"{file.path} is not YAML{where}: {said}", hint=f"mend it (`sudoedit {file.path}`)") from error
+        raise BadFile(f"{file.path} is not YAML{where}: {said}", hint=f"correct it (`sudoedit {file.path}`)") from error
     return file
 
 
@@ -270,7 +270,7 @@ def _drop(network: "yaml.Node | None", dropped: set[tuple[str, str]]) -> None:
 
 
 class Half(Struct, frozen=True):
-    """One half of the port as it should be."""
+    """The desired state of one half of the port."""
 
     name: str
     address: IPv4Interface
@@ -338,7 +338,7 @@ def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, byte
     raise Problem(
         "netplan refuses the files as they would be; nothing was changed",
         cause="\n".join(said),
-        hint="mend the file that it names (in /etc/netplan), then run the same command again",
+        hint="correct the file that it names (in /etc/netplan), then run the same command again",
     )
 
 

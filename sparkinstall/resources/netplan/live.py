@@ -17,7 +17,7 @@ from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
 
 TIMER = "network"
-"""The name under which the dead man's handle is armed."""
+"""The name of its rollback timer."""
 
 _SERVICES = {"networkd": "systemd-networkd", "NetworkManager": "NetworkManager"}
 _PATIENCE = 40.0
@@ -293,7 +293,7 @@ def _refuse_answered(on: Reader, plan: _Plan) -> None:
 
 
 def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
-    """Make a change of the network with a dead man's handle: it stays only if what was reachable still is.
+    """Change the network under a rollback timer: the change stays only if what was reachable still is.
 
     Raises:
         Problem: it did not; everything is as it was before.
@@ -316,7 +316,7 @@ def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
 
 
 def _settle(on: Reader, plan: _Plan, reach: network.Reach, until: float) -> None:
-    """Wait until the links are as they should be and all that answered before answers again."""
+    """Wait until the links are up and all that answered before answers again."""
     while problem := _unsettled(on, plan) or network.lost(reach, on, plan.node):
         if time.monotonic() > until:
             raise Problem(
