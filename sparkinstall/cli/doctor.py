@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 _HEADINGS: "dict[Weight, tuple[str, str, str]]" = {
     "broken": ("✗", "red", "Broken"),
     "look-at": ("!", "yellow", "To look at"),
-    "well": ("✓", "green", "Well"),
-    "not-looked-at": ("·", "dim", "Skipped"),
+    "ok": ("✓", "green", "Ok"),
+    "skipped": ("·", "dim", "Skipped"),
 }
 _MANY_LINES = 6
 
@@ -257,10 +257,10 @@ def _rows(item: "Item", verbose: bool) -> Iterator[tuple[str, str]]:
 def _show_well(found: Checkup, out: "Console") -> None:
     from rich.markup import escape
 
-    items = found.of("well")
+    items = found.of("ok")
     if items:
         names = ", ".join(dict.fromkeys(item.name for item in items))
-        out.print(f"{_heading('well', len(items))}: {escape(names)}")
+        out.print(f"{_heading('ok', len(items))}: {escape(names)}")
 
 
 def _show_rest(found: Checkup, out: "Console") -> None:
@@ -268,10 +268,10 @@ def _show_rest(found: Checkup, out: "Console") -> None:
     from rich.markup import escape
     from rich.padding import Padding
 
-    items = found.of("not-looked-at")
+    items = found.of("skipped")
     if not items:
         return
-    out.print(f"{_heading('not-looked-at', len(items))}")
+    out.print(f"{_heading('skipped', len(items))}")
     for reason in dict.fromkeys((item.found, item.hint) for item in items):
         names = ", ".join(item.name for item in items if (item.found, item.hint) == reason)
         do = f" [dim]→[/] {escape(reason[1])}" if reason[1] else ""
@@ -289,7 +289,7 @@ def _conclusion(found: Checkup) -> str:
 
 
 def _good(found: Checkup) -> str:
-    seen = [item for item in found.items if item.weight != "not-looked-at"]
+    seen = [item for item in found.items if item.weight != "skipped"]
     if not seen:
         return "[dim]·[/] nothing was checked"
     if not found.installed and any(item.kind == "preflight" for item in seen):

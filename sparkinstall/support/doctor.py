@@ -17,11 +17,11 @@ from sparkinstall.probes import Verdict
 from sparkinstall.resources import Conflict, Drift, NodeOnly, State, Unknown
 from sparkinstall.system import Reader
 
-Weight = Literal["broken", "look-at", "not-looked-at", "well"]
+Weight = Literal["broken", "look-at", "skipped", "ok"]
 Kind = Literal["preflight", "check", "probe"]
 _FOUND = {"write": "missing", "change": "differs"}
 
-_WEIGHTS: Mapping[Verdict, Weight] = {"fail": "broken", "warn": "look-at", "skip": "not-looked-at", "pass": "well"}
+_WEIGHTS: Mapping[Verdict, Weight] = {"fail": "broken", "warn": "look-at", "skip": "skipped", "pass": "ok"}
 _SUDO = "`sudo -v` in this terminal, then the same command again"
 # A node that is set up lives without these until something is to be reinstalled.
 _ONLY_TO_SET_UP = frozenset({"sudo", "python", "cuda", "disk", "prefix"})
@@ -90,8 +90,8 @@ def _of_step(report: StepReport) -> Item:
 
 def _told(report: StepReport) -> tuple[Weight, str, str]:
     if report.problem:
-        weight: Weight = "not-looked-at" if isinstance(report.problem, NeedsRoot) else "broken"
-        return weight, report.problem.message, _SUDO if weight == "not-looked-at" else report.problem.hint
+        weight: Weight = "skipped" if isinstance(report.problem, NeedsRoot) else "broken"
+        return weight, report.problem.message, _SUDO if weight == "skipped" else report.problem.hint
     states = [checked.state for checked in report.checked]
     wrong = list(dict.fromkeys(said for said in map(_wrong, states) if said))
     if wrong:
@@ -101,7 +101,7 @@ def _told(report: StepReport) -> tuple[Weight, str, str]:
     waits = [f"known after {state.waits_for}" for state in states if isinstance(state, Unknown)]
     left = [f"node only: {state.reason}" for state in states if isinstance(state, NodeOnly)]
     unseen = list(dict.fromkeys([*waits, *left]))
-    return ("not-looked-at", "; ".join(unseen), "") if unseen else ("well", "ok", "")
+    return ("skipped", "; ".join(unseen), "") if unseen else ("ok", "ok", "")
 
 
 def _wrong(state: State) -> str:

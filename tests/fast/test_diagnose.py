@@ -509,7 +509,7 @@ def test_a_failure_is_told_as_it_comes_and_ctrl_c_ends_it(tmp_path: Path) -> Non
         followed.until("oom-killer")
         with log.open("ab") as out:
             out.write(example("engine-dead"))
-        followed.until("this follows from oom-killer")
+        followed.until("a consequence of oom-killer")
         assert followed.end() == 3
     assert followed.said.count("the kernel ran out of memory") == 1
     assert "1 cause, 1 consequence" in followed.said

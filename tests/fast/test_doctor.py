@@ -22,7 +22,7 @@ from tests.fast.test_docs import HEAD
 from tests.support.rehearsals import begun, envelope, in_this_process, said
 
 GOOD, USAGE, DRIFT = 0, 2, 3
-GROUPS = ("broken", "look_at", "well", "not_looked_at")
+GROUPS = ("broken", "look_at", "ok", "skipped")
 
 Findings = Callable[..., None]
 
@@ -68,7 +68,7 @@ def test_the_worst_comes_first_with_what_it_means_and_what_to_do(finds: Findings
     )
     run = in_this_process("doctor", "--root", node)
     lines = [line.strip() for line in run.stdout.splitlines()]
-    order = ["Broken (1)", "To look at (1)", "Well (1): fine", "Not looked at (1)", "1 thing is broken"]
+    order = ["Broken (1)", "To look at (1)", "Ok (1): fine", "Skipped (1)", "1 thing is broken"]
     places = [next(at for at, line in enumerate(lines) if each in line) for each in order]
     assert places == sorted(places), run.stdout
     assert "wheel-gate  title of wheel-gate  fix 6" in lines
@@ -109,7 +109,7 @@ def test_one_thing_alone_is_not_the_first(finds: Findings, node: Path) -> None:
 def test_the_groups_are_in_the_json(finds: Findings, node: Path) -> None:
     finds({"a": failed("x", "y"), "b": warned("x", "y"), "c": passed("x"), "d": skipped("x")}, {"os": passed("x")})
     answer = envelope(in_this_process("doctor", "--root", node, "--json"))
-    assert names(answer) == {"broken": ["a"], "look_at": ["b"], "well": ["os", "c"], "not_looked_at": ["d"]}
+    assert names(answer) == {"broken": ["a"], "look_at": ["b"], "ok": ["os", "c"], "skipped": ["d"]}
     assert set(answer["data"]) == {"machine", "installed", *GROUPS, "masked"}
     fields = {"name", "kind", "weight", "title", "found", "expected", "means", "hint", "fixes", "seconds"}
     assert set(answer["data"]["broken"][0]) == fields
@@ -136,12 +136,12 @@ def test_a_node_with_nothing_on_it_is_looked_at_all_the_same(tmp_path: Path) -> 
     assert not (tmp_path / "node").exists()
     answer = envelope(in_this_process("doctor", "--root", tmp_path / "node", "--json"))
     assert answer["data"]["installed"] is False
-    assert {"clock", "disk"} <= set(names(answer)["well"])
+    assert {"clock", "disk"} <= set(names(answer)["ok"])
 
 
 def test_nothing_looked_at_is_nothing_promised(tmp_path: Path) -> None:
     run = in_this_process("doctor", "--root", tmp_path / "node", "--only", "fp8")
-    assert "nothing was looked at" in run.stdout
+    assert "nothing was checked" in run.stdout
     assert "stands in the way" not in run.stdout
 
 
@@ -173,7 +173,7 @@ def test_what_another_user_has_set_up_stops_nothing(
     monkeypatch.setattr(StateFolder, "exists", property(refuse))
     run = in_this_process("doctor", "--root", node)
     assert run.returncode == DRIFT
-    assert "run sparkinstall as that user" in run.stdout and "Well (1): clock" in run.stdout
+    assert "run sparkinstall as that user" in run.stdout and "Ok (1): clock" in run.stdout
 
 
 def test_a_name_alone_leaves_the_preflight_out(node: Path) -> None:
@@ -193,21 +193,21 @@ def of_step(*states: Any, problem: Any = None) -> checkup.Item:
 
 
 def test_checks_are_weighed() -> None:
-    assert of_step(Ok("")).weight == "well"
-    assert of_step(Ok(""), NodeOnly("x")).weight == "not-looked-at"
+    assert of_step(Ok("")).weight == "ok"
+    assert of_step(Ok(""), NodeOnly("x")).weight == "skipped"
     drift = of_step(Drift("build it"), Unknown("packages"), NodeOnly("x"))
     assert (drift.weight, drift.found) == ("broken", "not done: build it")
     assert (drift.hint, drift.fixes) == ("`sparkinstall run nccl`", (1,))
     assert of_step(Drift("write /opt/x.env")).found == "missing: /opt/x.env"
     assert of_step(Drift("change /opt/x.env")).found == "differs: /opt/x.env"
-    assert of_step(Unknown("packages")).weight == "not-looked-at", "what waits for another step is not broken itself"
+    assert of_step(Unknown("packages")).weight == "skipped", "what waits for another step is not broken itself"
     assert of_step(Conflict("it is a dir", hint="move it away")).hint == "move it away"
     assert of_step(problem=Blocked("x", hint="y")).hint == "y"
 
 
 def test_what_only_root_can_see_is_not_called_broken() -> None:
     item = of_step(problem=NeedsRoot("/etc/netplan/40-cx7.yaml can be read by root alone"))
-    assert (item.weight, "sudo -v" in item.hint) == ("not-looked-at", True)
+    assert (item.weight, "sudo -v" in item.hint) == ("skipped", True)
 
 
 @pytest.mark.parametrize(("installed", "weight"), [(True, "look-at"), (False, "broken")])

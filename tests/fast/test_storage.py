@@ -379,10 +379,10 @@ def test_an_uninstall_beside_a_run_shows_no_list_first(tmp_path: Path) -> None:
         before = tree(root, everything_with_times)
         run = in_this_process("uninstall", "--root", root)
         assert run.returncode == 1 and f"`all`, pid {os.getpid()}" in said(run), said(run)
-        assert "To take back" not in run.stdout
+        assert "To undo" not in run.stdout
         assert tree(root, everything_with_times) == before
     run = in_this_process("uninstall", "--root", root)
-    assert run.returncode == 0 and "To take back" in run.stdout, said(run)
+    assert run.returncode == 0 and "To undo" in run.stdout, said(run)
 
 
 def test_what_a_killed_run_left_in_its_lock_stops_no_uninstall(tmp_path: Path) -> None:
