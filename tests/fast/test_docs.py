@@ -104,8 +104,8 @@ def test_the_rule_of_a_setting_is_in_its_own_words() -> None:
     assert takes["packages.extra"] == "a list; each a Debian package name"
 
 
-@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", "".join(map(page, ["README.md"])), re.DOTALL))
-def test_the_settings_in_the_readme_are_good(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", "".join(map(page, ["docs/usage.md"])), re.DOTALL))
+def test_the_settings_on_the_usage_page_are_good(text: str, tmp_path: Path) -> None:
     path = tmp_path / "sparkinstall.yaml"
     path.write_text(text)
     build([read_layer(path)])
@@ -175,7 +175,7 @@ def test_fields_of_a_node_of_a_cluster() -> None:
 
 
 def test_kinds_of_touches() -> None:
-    text = section("docs/how-it-works.md", "## The journal").split("kinds of touch:")[1].partition("\n\n")[0]
+    text = section("docs/how-it-works.md", "## The journal").split("kinds of change:")[1].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", text)) == set(undo._UNDOERS)
 
 
@@ -225,7 +225,7 @@ def test_steps_in_the_readme() -> None:
 
 def test_phases_of_a_cluster() -> None:
     """In their order, with the steps of each."""
-    table = rows(section("README.md", "## Two Sparks and more"))
+    table = rows(section("docs/multi-node.md", "## Phases"))
     documented = {
         row[0]: (row[1], tuple(re.findall(r"`([\w-]+)`", row[2]))) for row in table if row[1] in _WHERE.values()
     }
@@ -236,8 +236,8 @@ def test_phases_of_a_cluster() -> None:
 _WHERE = {"all": "all nodes", "head": "the head", "workers": "the workers"}
 
 
-def test_defaults_in_the_readme() -> None:
-    table = rows(section("README.md", "### The settings that matter"))
+def test_defaults_of_the_settings_that_matter() -> None:
+    table = rows(section("docs/multi-node.md", "## The settings that matter"))
     real = {setting.name: setting.default for setting in settings()}
     assert table
     for name, default, _ in table:
@@ -252,8 +252,8 @@ def test_ports_that_the_firewall_closes() -> None:
             assert str(port) in section("docs/multi-node.md", "## Ray"), name
 
 
-def test_every_fix_has_a_symptom() -> None:
-    numbers = re.findall(r"^### (\d)\. ", section("docs/troubleshooting.md", "## The symptoms"), re.MULTILINE)
+def test_the_eight_have_a_symptom_each() -> None:
+    numbers = re.findall(r"^### (\d)\. ", section("docs/troubleshooting.md", "## Symptoms by fix"), re.MULTILINE)
     assert numbers == [str(fix.number) for fix in fixes.FIXES]
 
 
@@ -276,7 +276,7 @@ def test_what_is_recorded_at_the_first_install_is_said() -> None:
         if platform.unhashed
     }
     assert open_ones == {("0.18.1", "aarch64"): ("vllm", "torchaudio")}
-    assert "**vllm and torchaudio, could not be known beforehand" in page("README.md")
+    assert "**The hashes of two of them, vllm and torchaudio, were not known in advance" in page("README.md")
 
 
 def test_the_version_has_its_changes() -> None:
@@ -386,9 +386,8 @@ def _names_are_known(verb: str, rest: list[str]) -> None:
         assert rest[1:2] == [] or rest[1] in steps
 
 
-def test_options_in_the_readme_are_all_there_are() -> None:
-    table = section("README.md", "## Verbs and options") + section("README.md", "## Rehearsal")
-    said = set(re.findall(r"(--[a-z-]+)", table))
+def test_the_usage_page_names_every_option() -> None:
+    said = set(re.findall(r"(--[a-z-]+)", page("docs/usage.md")))
     real = {option for options in options_of().values() for option in options if option.startswith("--")}
     assert real - said == {"--help", "--version", "--show-completion", "--partial"}
 
