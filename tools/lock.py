@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        stale = [lock for name in arguments.stacks or names() for lock in remake(load(name), arguments.check)]
+        differing = [lock for name in arguments.stacks or names() for lock in remake(load(name), arguments.check)]
     except StackError as error:
         print(error, file=sys.stderr)
         return 1
-    return 1 if arguments.check and stale else 0
+    return 1 if arguments.check and differing else 0
 
 
 def remake(stack: Stack, check: bool) -> list[Path]:
@@ -50,17 +50,18 @@ def remake(stack: Stack, check: bool) -> list[Path]:
 
     Raises StackError when uv finds no solution.
     """
-    stale = []
-    for platform in stack.platforms.values():
-        if platform.lock is None:
-            continue
-        text = lock_text(stack, platform)
-        if not platform.lock.exists() or platform.lock.read_text(encoding="utf-8") != text:
-            stale.append(platform.lock)
-            print(f"{platform.lock.name}: {'differs' if check else 'written'}", file=sys.stderr)
-            if not check:
-                platform.lock.write_text(text, encoding="utf-8")
-    return stale
+    differing = stale(stack)
+    for lock, text in differing.items():
+        print(f"{lock.name}: {'differs' if check else 'written'}", file=sys.stderr)
+        if not check:
+            lock.write_text(text, encoding="utf-8")
+    return list(differing)
+
+
+def stale(stack: Stack) -> dict[Path, str]:
+    """The stack's locks that are not what they should be, each with the text it should have; StackError as above."""
+    made = {each.lock: lock_text(stack, each) for each in stack.platforms.values() if each.lock is not None}
+    return {lock: text for lock, text in made.items() if not lock.exists() or lock.read_text(encoding="utf-8") != text}
 
 
 def lock_text(stack: Stack, platform: Platform) -> str:
@@ -86,7 +87,8 @@ def resolve(stack: Stack, platform: Platform) -> list[Pin]:
 def uv_argv(stack: Stack, platform: Platform) -> list[str]:
     # A pylock.toml has only the wheels that fit; a requirements file would have the hashes of all.
     argv = [find_uv_bin(), "pip", "compile", "--quiet", "--format", "pylock.toml", "--no-header", "--no-annotate"]
-    argv += ["--only-binary", ":all:", "--python-version", stack.python]
+    # Any Python will do, since nothing is built: without one named, uv would download the stack's.
+    argv += ["--only-binary", ":all:", "--python", sys.executable, "--python-version", stack.python]
     argv += ["--python-platform", f"{platform.arch}-{GLIBC}"]
     if stack.as_of:
         argv += ["--exclude-newer", f"{stack.as_of}T00:00:00Z"]

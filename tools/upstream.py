@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python tools/upstream.py
 
-Two questions, whose answers depend on the package index of the day and so are no test: does the resolver still make
-each lock byte for byte, and is the newest vLLM one whose file `patches/patches.yaml` lists? Nothing is written.
+The answers depend on the package index of the day and so are no test: does the resolver still make each lock byte for
+byte, does `patches/patches.yaml` list the newest vLLM, and is there a stack of it? Nothing is written.
 
 Exit codes: 0 nothing is new; 3 something is, one line each on stdout; 1 the index could not be asked.
 """
@@ -11,22 +11,23 @@ Exit codes: 0 nothing is new; 3 something is, one line each on stdout; 1 the ind
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from sparkinstall.assets import asset
-from sparkinstall.patches import PatchSet, UnknownContent, load
+from sparkinstall.patches import PatchSet, load
 from sparkinstall.stacks import StackError, names
 from sparkinstall.stacks import load as load_stack
 from tests.support.wheel_member import Unavailable, newest_release, wheel_member
-from tools.lock import remake
+from tools.lock import stale
 
 NEWS, FAILED = 3, 1
+LOCKED = (*names(), "tests/lab/stacks/lab-full.yaml")
 
 
 def main() -> int:
     """Print each piece of news; the exit code."""
     try:
-        news = [*stale_locks(), *(line for patch in load(asset("patches")) for line in unlisted_release(patch))]
+        news = [*stale_locks(LOCKED), *news_of_vllm(newest_release())]
     except (StackError, Unavailable) as failure:
         print(failure, file=sys.stderr)
         return FAILED
@@ -34,22 +35,27 @@ def main() -> int:
     return NEWS if news else 0
 
 
-def stale_locks() -> Iterator[str]:
+def stale_locks(stacks: Iterable[str]) -> Iterator[str]:
     """The locks that the resolver makes differently today. Raises StackError when uv finds no solution."""
-    for name in names():
-        for lock in remake(load_stack(name), check=True):
+    for name in stacks:
+        for lock in stale(load_stack(name)):
             yield f"{lock.name}: the resolver makes another lock today (tools/lock.py {name})"
 
 
-def unlisted_release(patch: PatchSet) -> Iterator[str]:
-    """The newest vLLM, if the patch set does not list it. Raises Unavailable when the index cannot be asked."""
-    newest = newest_release()
-    try:
-        variant = patch.known(wheel_member(newest, patch.target))
-    except UnknownContent:
+def news_of_vllm(newest: str) -> Iterator[str]:
+    """What the newest vLLM asks for. Raises Unavailable when the index has not the files that the patches change."""
+    for patch in load(asset("patches")):
+        yield from unlisted_release(patch, newest, wheel_member(newest, patch.target))
+    if newest not in names():
+        yield f"vLLM {newest}: no shipped stack has it"
+
+
+def unlisted_release(patch: PatchSet, newest: str, content: bytes) -> Iterator[str]:
+    """The newest vLLM, with its `content` of the patch's target, if the patch does not list it."""
+    variant = patch.variant_of(content)
+    if variant is None:
         yield f"vLLM {newest}: {patch.target} has changed; {patch.name} needs a new variant"
-        return
-    if newest not in variant.releases:
+    elif newest not in variant.releases:
         yield f"vLLM {newest}: its file is that of {variant.releases[-1]}; add it to patches/patches.yaml"
 
 

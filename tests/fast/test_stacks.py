@@ -324,7 +324,9 @@ def test_the_module_brings_no_yaml_until_a_file_is_read() -> None:
 def test_uv_accepts_a_complete_lock(stack: Stack, platform: Platform, tmp_path: Path) -> None:
     # Resolves with dependencies, so a package that the lock lacks is an error. A dry run does not compare hashes.
     argv = [find_uv_bin(), "pip", "install", "--quiet", "--dry-run", "--require-hashes", "--only-binary", ":all:"]
-    argv += ["--python-platform", f"{platform.arch}-manylinux_2_39", "--python-version", stack.python]
+    # Any Python will do for a dry run: without one named, uv would look for the stack's.
+    argv += ["--python", sys.executable, "--python-version", stack.python]
+    argv += ["--python-platform", f"{platform.arch}-manylinux_2_39"]
     argv += ["--target", str(tmp_path), "-r", str(platform.lock)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

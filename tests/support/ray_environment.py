@@ -8,16 +8,7 @@ from uv import find_uv_bin
 from tests.lab import cache, commands
 
 RAY = "2.60.0"
-NEEDED = (
-    f"ray=={RAY}",
-    "jinja2>=3.1",
-    "plumbum>=1.9",
-    "pyyaml>=6.0",
-    "requests>=2.31",
-    "uv>=0.9",
-    "typer<0.26",
-    "rich",
-)
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.lock"
 PLACE = "/opt/sparkinstall/venv"
 # The Python of the lab's nodes.
 PYTHON = "3.13"
@@ -29,7 +20,7 @@ _ACTIVATE = f'PATH="{PLACE}/bin:$PATH"\nexport PATH\n'
 
 def environment() -> Path:
     """A folder to be bound to `PLACE`; 220 MB the first time."""
-    return cache.kept("ray", (*NEEDED, PYTHON, _RAY, _ACTIVATE), _build)
+    return cache.kept("ray", (RAY, REQUIREMENTS.read_text(), PYTHON, _RAY, _ACTIVATE), _build)
 
 
 def _build(tree: Path) -> None:
@@ -43,8 +34,8 @@ def _build(tree: Path) -> None:
         "--python-platform",
         f"{platform.machine()}-manylinux_2_39",
     )
-    uv = find_uv_bin()
-    commands.run(uv, "pip", "install", "--quiet", "--no-progress", *target, *NEEDED, timeout=SECONDS)
+    wanted = (f"ray=={RAY}", "-r", str(REQUIREMENTS))
+    commands.run(find_uv_bin(), "pip", "install", "--quiet", "--no-progress", *target, *wanted, timeout=SECONDS)
     (tree / "pyvenv.cfg").write_text(f"home = /usr/bin\nversion = {PYTHON}\n")
     (tree / "sparkinstall.json").write_text("{}\n")
     for name in ("python", "python3"):

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import tomllib
@@ -93,10 +94,11 @@ def _wheel_url(package: str, release: str, platform: str) -> str:
 def _locked(requirement: str, platform: str) -> Mapping[str, Any]:
     """What uv resolves `requirement` to: the one package of a pylock, with its wheels' addresses."""
     command = [find_uv_bin(), "pip", "compile", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-header"]
-    target = ["--format", "pylock.toml", "--python-version", "3.12", "--python-platform", platform, "-"]
+    # Any Python will do, since nothing is built: without one named, uv would download 3.12.
+    target = ["--python", sys.executable, "--python-version", "3.12", "--python-platform", platform]
     try:
         run = subprocess.run(
-            command + target,
+            [*command, *target, "--format", "pylock.toml", "-"],
             input=requirement,
             capture_output=True,
             text=True,
