@@ -16,43 +16,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from sparkinstall.config import Layer, build
 from sparkinstall.core import checks
-from sparkinstall.node import Node
 from sparkinstall.probes import bandwidth, link_health
 from sparkinstall.probes.bandwidth import Kind, Measured
-from sparkinstall.stacks import load
-from sparkinstall.system import Result
-from tests.support.machine import Machine
-from tests.support.sysfs import Sysfs, spark
+from tests.support.machine import Machine, OnASpark
+from tests.support.nodes import node_with
+from tests.support.sysfs import Sysfs, card, spark
 
 FIRST, SECOND = "enp1s0f0np0", "enP2p1s0f0np0"
 HCAS = ("rocep1s0f0", "roceP2p1s0f0")
 HEAD = {"cluster.role": "head"}
 
 
-class OnASpark(Machine):
-    """A tree, and programs that answer what a case says; those that it does not name are not installed."""
-
-    def __init__(self, root: Path, programs: Mapping[str, str]) -> None:
-        super().__init__(str(root))
-        self.programs = programs
-
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        del timeout, env, root
-        there = argv[0] in self.programs
-        return Result(argv, 0 if there else 127, self.programs.get(argv[0], ""), "")
-
-
 @pytest.fixture(autouse=True)
 def no_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
     monkeypatch.setattr(link_health, "_PAUSE", 0.0)
-
-
-def node_with(**settings: object) -> Node:
-    config = build([Layer("test", {**HEAD, **{name.replace("__", "."): value for name, value in settings.items()}})])[0]
-    return Node(config, load("0.18.1"), "aarch64", "aarch64", False, False, "/home/spark", Path("/nowhere"))
 
 
 def tree(tmp_path: Path) -> Sysfs:
@@ -305,14 +284,6 @@ def counters(node: Sysfs, half: str, **counts: int) -> None:
     folder.mkdir(exist_ok=True)
     for name, count in counts.items():
         (folder / name).write_text(f"{count}\n")
-
-
-def card(node: Sysfs, half: str, lanes: str = "4", rate: str = "32.0 GT/s PCIe", version: str = "28.45.4028") -> None:
-    device = node.root / "sys/class/net" / half / "device"
-    (device / "current_link_width").write_text(f"{lanes}\n")
-    (device / "current_link_speed").write_text(f"{rate}\n")
-    (hca,) = (device / "infiniband").iterdir()
-    (hca / "fw_ver").write_text(f"{version}\n")
 
 
 @pytest.fixture

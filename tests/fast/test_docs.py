@@ -13,7 +13,6 @@ from typing import Any, get_args
 
 import pytest
 import typer
-from msgspec.structs import replace
 
 from sparkinstall import __version__, errors, stacks
 from sparkinstall.cli import cluster_result, json_output
@@ -21,54 +20,17 @@ from sparkinstall.cli.app import program
 from sparkinstall.cli.multi_node import Role
 from sparkinstall.cluster import orchestrate, remote
 from sparkinstall.cluster.ssh import Ssh
-from sparkinstall.config import ClusterConfig, Config, ServingConfig, build, read_layer, settings
+from sparkinstall.config import Config, build, read_layer, settings
 from sparkinstall.core import catalogue, engine, fixes
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.journal import undo
-from sparkinstall.node import Node
 from sparkinstall.probes import Verdict, nccl_tests
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import State, firewall, ray_ports, rollback
 from sparkinstall.steps import Step
+from tests.support.documents import PAGES, REPOSITORY, commands_of, page, rows, section, words, workflows
+from tests.support.nodes import HEAD, NODE
 from tools import config_reference
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-PAGES = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("patches/*.md")])
-NODE = Node(
-    config=Config(),
-    stack=stacks.load(stacks.DEFAULT),
-    platform="aarch64",
-    machine="aarch64",
-    rehearsal=False,
-    full=False,
-    home="/nowhere",
-    cache=Path("/nowhere"),
-)
-# One of several that serves: it has every step, check and probe that there is.
-HEAD = replace(NODE, config=Config(cluster=ClusterConfig(role="head"), serving=ServingConfig(model="m")))
-
-
-def page(name: str) -> str:
-    return (REPOSITORY / name).read_text(encoding="utf-8")
-
-
-def section(name: str, heading: str) -> str:
-    """What stands under a heading, up to the next of its level or of one above."""
-    level = len(heading.split(" ")[0])
-    text = re.split(rf"^{re.escape(heading)}$", page(name), flags=re.M)[1]
-    # Not a single #: a comment in a block of commands begins so too.
-    return re.split(rf"^#{{2,{level}}} ", text, maxsplit=1, flags=re.M)[0]
-
-
-def rows(text: str) -> list[list[str]]:
-    """The cells of the table rows whose first cell is a name or a number; not those of the head."""
-    lines = re.findall(r"^\| (`[^`]+`|\d+) \|(.*)\|$(?!\n\|---)", text, re.MULTILINE)
-    return [[first.strip("`"), *(cell.strip() for cell in rest.split("|"))] for first, rest in lines]
-
-
-def words(name: str, heading: str) -> set[str]:
-    return {row[0] for row in rows(section(name, heading))}
-
 
 # --- settings
 
@@ -336,7 +298,8 @@ def commands() -> Iterator[Reply]:
                 yield Reply(name, match[1])
 
 
-SAID = sorted(set(commands()), key=lambda said: (said.page, said.line))
+IN_WORKFLOWS = [Reply("docs/ci.md", line) for line in commands_of(workflows())]
+SAID = sorted({*commands(), *IN_WORKFLOWS}, key=lambda said: (said.page, said.line))
 
 
 def test_commands_are_found() -> None:

@@ -18,7 +18,7 @@ from sparkinstall.probes import Finding, Probe, failed, known_hosts, passed, ski
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Unknown
 from sparkinstall.support import doctor as checkup
-from tests.fast.test_docs import HEAD
+from tests.support.nodes import HEAD
 from tests.support.rehearsals import begun, envelope, in_this_process, said
 
 GOOD, USAGE, DRIFT = 0, 2, 3

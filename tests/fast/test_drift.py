@@ -10,10 +10,11 @@ import pytest
 
 from sparkinstall.cluster import drift
 from sparkinstall.cluster.drift import comparables, compared
-from tests.fast.test_bandwidth import OnASpark, card, node_with
-from tests.fast.test_cluster_screen import on_a_terminal
 from tests.support.far_nodes import FarNodes
-from tests.support.sysfs import spark
+from tests.support.machine import OnASpark
+from tests.support.nodes import node_with
+from tests.support.sysfs import card, spark
+from tests.support.terminal import on_a_terminal
 
 ALIKE = {"vllm": "0.18.1", "torch": "2.10.0", "mtu": "9000 + 9000", "kernel": "6.17.0-1029-nvidia", "env A": "1"}
 SITE = "opt/sparkinstall/venv/lib/python3.12/site-packages"

@@ -12,8 +12,8 @@ from sparkinstall.facts import machine
 from sparkinstall.probes import Finding
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.system import Result
-from tests.fast.test_units import node_of
 from tests.support.machine import Machine
+from tests.support.nodes import node_of
 
 MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
 

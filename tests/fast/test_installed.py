@@ -16,7 +16,7 @@ from sparkinstall.steps.environment import Environment
 from sparkinstall.steps.fp8 import Fp8, cutlass_patch
 from sparkinstall.system import Entry
 from sparkinstall.system.local import LocalReader
-from tests.fast.test_units import node_of
+from tests.support.nodes import node_of
 
 SITE = "opt/sparkinstall/venv/lib/python3.12/site-packages"
 DELTA = "class DeltaMessage:\n    reasoning: str\n"

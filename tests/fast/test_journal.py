@@ -20,8 +20,8 @@ from tests.support.mounts import need_root
 from tests.support.rehearsals import (
     CHECKOUT,
     Rehearsal,
+    as_anybody,
     begun,
-    command,
     envelope,
     environment,
     everything_with_times,
@@ -165,16 +165,6 @@ def test_a_clock_that_jumps_back_does_not_change_the_order(tmp_path: Path, monke
 
 
 # --- what this user may not read
-
-# Root without its power over other people's files is like anybody else.
-LIKE_ANYBODY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *command())
-
-
-def as_anybody(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LIKE_ANYBODY, *map(str, args)], cwd=CHECKOUT, env=environment(), capture_output=True, text=True, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", ["all", "run", "plan", "status", "verify", "uninstall"])

@@ -130,7 +130,7 @@ def test_readers_that_know_texts_only_and_those_that_know_attributes_only_see_th
 def test_no_two_cases_have_one_name(tmp_path: Path) -> None:
     """GitLab leaves out the second of two cases with the same class and name."""
     from sparkinstall.core import catalogue, checks
-    from tests.fast.test_docs import HEAD
+    from tests.support.nodes import HEAD
 
     chosen = checks.chosen(HEAD, measure=True)
     reports = [StepReport(step.name, step.why) for step in catalogue.of(HEAD)]

@@ -16,7 +16,7 @@ from sparkinstall.probes import environment as environment_probes
 from sparkinstall.resources.template import render
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
-from tests.fast.test_units import node_of
+from tests.support.nodes import node_of
 
 # As vLLM's own selection answered for sm_121 on a machine without a GPU, in the order of PICKED_FOR.
 NAMES = ("block", "per-tensor", "per-channel")

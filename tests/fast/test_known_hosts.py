@@ -19,7 +19,7 @@ from sparkinstall.probes import Finding
 from sparkinstall.probes.known_hosts import DETECTORS, Host, judged, probes, rules
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
-from tests.fast.test_units import node_of
+from tests.support.nodes import node_of
 
 RULES = {rule.name: rule for rule in rules()}
 

@@ -115,3 +115,15 @@ def test_check_is_given_a_reader_and_apply_a_system() -> None:
                 assert isinstance(annotation, ast.Name) and annotation.id == wanted, f"{path.name}: {node.name}"
                 found += 1
     assert found > 10
+
+
+def test_no_test_module_imports_another() -> None:
+    tests = PACKAGE.parent / "tests"
+    offenders = [
+        f"{path.relative_to(tests)} imports {node.module}"
+        for path in tests.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tests.")
+        if any(part.startswith("test_") for part in [*node.module.split("."), *(each.name for each in node.names)])
+    ]
+    assert not offenders, "what several of them need belongs in tests/support"

@@ -20,7 +20,7 @@ from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok
 from sparkinstall.resources import ray_token as module
 from sparkinstall.resources.ray_token import RayToken, by_hand, given
 from sparkinstall.system.local import LocalSystem
-from tests.fast.test_units import node_of, system_of
+from tests.support.nodes import node_of, system_of
 
 TOKEN = "0123456789abcdef-of-a-test"
 

@@ -19,7 +19,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes import Finding, services
 from sparkinstall.resources.template import quoted, render
 from sparkinstall.system.local import LocalReader
-from tests.fast.test_units import node_of
+from tests.support.nodes import node_of
 
 SOURCE = """
 int ncclGetVersion(int *version) { *version = %d; return 0; }

@@ -20,12 +20,12 @@ from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.probes import Probe, failed
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system.local import LocalSystem
-from tests.fast.test_journal import as_anybody
 from tests.support.cut_downloads import CutServer, served
 from tests.support.mounts import need_root, read_only, resize, small_disk
 from tests.support.rehearsals import (
     SETTINGS,
     Rehearsal,
+    as_anybody,
     begun,
     envelope,
     everything_with_times,

@@ -19,8 +19,8 @@ from sparkinstall.support import bundle, identity
 from sparkinstall.support.mask import Known, Mask
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
-from tests.fast.test_docs import NODE
 from tests.support.mounts import read_only
+from tests.support.nodes import NODE
 from tests.support.rehearsals import envelope, in_this_process, said, sparkinstall, tree
 
 GOOD, FAILED, USAGE = 0, 1, 2

@@ -11,12 +11,8 @@ from typing import Any
 
 import pytest
 
-from sparkinstall import stacks
-from sparkinstall.config import Config, Layer, build
 from sparkinstall.errors import Problem
-from sparkinstall.events import silent
 from sparkinstall.facts import packet_filters
-from sparkinstall.journal.journal import Journal
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.node import Node
 from sparkinstall.probes.ray import ray_nodes
@@ -30,23 +26,10 @@ from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.firewall import Firewall
 from sparkinstall.steps.ray import Ray
 from sparkinstall.steps.serving import Serving, arguments
-from sparkinstall.system.local import LocalReader, LocalSystem
+from sparkinstall.system.local import LocalReader
+from tests.support.nodes import node_of, system_of
 
 needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
-
-
-def node_of(root: Path, role: str = "single", **settings: Any) -> Node:
-    """A node with these settings (dots as two underscores), rehearsed beneath `root`."""
-    values = {name.replace("__", "."): value for name, value in settings.items()}
-    config: Config = build([Layer("test", {"cluster.role": role, **values})])[0]
-    stack = stacks.load(config.stack)
-    return Node(config, stack, "x86_64", "x86_64", True, False, str(root), root / "cache")
-
-
-def system_of(root: Path) -> JournaledSystem:
-    home = root / "var/lib/sparkinstall"
-    home.mkdir(parents=True, exist_ok=True)
-    return JournaledSystem(LocalSystem(str(root)), Journal(home, "run"), "test", home / "log", silent)
 
 
 def unit_of(node: Node, step: Ray | Serving, on: LocalReader) -> tuple[UnitFile, str]:

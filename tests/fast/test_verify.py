@@ -7,7 +7,6 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import yaml
 
 from sparkinstall.core import catalogue, checks, fixes
 from sparkinstall.core.checks import Chosen
@@ -16,9 +15,9 @@ from sparkinstall.core.fixes import FixState
 from sparkinstall.errors import BadUsage
 from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, passed, skipped, warned
 from sparkinstall.resources import Ok
-from tests.fast import test_docs
-from tests.fast.test_docs import HEAD, page
+from tests.support.documents import commands_of, workflows
 from tests.support.mounts import read_only
+from tests.support.nodes import HEAD
 from tests.support.rehearsals import begun, envelope, in_this_process, said, sparkinstall
 
 GOOD, USAGE, DRIFT = 0, 2, 3
@@ -271,22 +270,6 @@ def test_what_is_here_without_a_journal_is_not_called_well(node: Path, content: 
 # --- the workflows of docs/ci.md
 
 
-def workflows() -> list[Any]:
-    return [yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", page("docs/ci.md"), re.DOTALL)]
-
-
-def commands_of(value: Any) -> Iterator[str]:
-    """Every command of ours, wherever in a workflow."""
-    if isinstance(value, dict):
-        for each in value.values():
-            yield from commands_of(each)
-    elif isinstance(value, list):
-        for each in value:
-            yield from commands_of(each)
-    elif isinstance(value, str):
-        yield from (line for line in value.splitlines() if line.startswith("sparkinstall "))
-
-
 def test_the_workflows_are_what_their_readers_take() -> None:
     github, gitlab, rehearsal = workflows()
     # YAML 1.1 reads the word `on` as true.
@@ -304,11 +287,6 @@ def test_the_workflows_are_what_their_readers_take() -> None:
 
 
 WORKFLOW_LINES = sorted(set(commands_of(workflows())))
-
-
-@pytest.mark.parametrize("line", WORKFLOW_LINES)
-def test_a_command_in_a_workflow_exists(line: str) -> None:
-    test_docs.test_a_command_in_the_documents_exists(test_docs.Reply("docs/ci.md", line))
 
 
 def test_the_commands_of_the_workflows_are_found() -> None:

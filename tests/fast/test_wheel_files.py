@@ -12,7 +12,7 @@ from sparkinstall.assets import asset
 from sparkinstall.node import Node
 from sparkinstall.probes import wheel_files
 from sparkinstall.system.local import LocalReader
-from tests.fast.test_units import node_of
+from tests.support.nodes import node_of
 from tests.support.rehearsals import SETTINGS, Rehearsal, said
 from tests.support.tiny_stack import no_index, tiny_stack
 from tests.support.wheel_member import opened_wheel

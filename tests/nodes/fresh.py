@@ -61,3 +61,10 @@ def ignoring() -> list[str]:
 def sparkinstall(node: FreshNode, *argv: str, check: bool = True, timeout: float = 1800) -> Completed:
     """The installed command, as the ordinary user `spark`."""
     return node.run(COMMAND, *argv, user="spark", cwd="/home/spark", check=check, timeout=timeout)
+
+
+NOT_COMPARED = (
+    "/proc", "/sys", "/dev", "/run", "/tmp", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg",
+    "/var/lib/systemd", "/etc/ld.so.cache", "/home/spark/.cache", "/home/spark/.local", CHECKOUT, "/usr/local/cuda",
+    "/srv", "/usr/share/man", "/usr/lib/python3*/__pycache__", "*/__pycache__",
+)  # fmt: skip

@@ -13,20 +13,15 @@ import pytest
 from sparkinstall.probes.known_hosts import rules
 from tests.lab.node import FreshNode
 from tests.nodes.broken import ENV_FILE, SITE, changed, reinstall, said_of, serve, serve_no_more
-from tests.nodes.fresh import CHECKOUT, COMMAND, fresh_node, ignoring, sparkinstall
+from tests.nodes.fresh import CHECKOUT, COMMAND, NOT_COMPARED, fresh_node, ignoring, sparkinstall
 
 pytestmark = [pytest.mark.layer3, pytest.mark.network]
 
 LIBRARY = "/opt/sparkinstall/nccl/lib/libnccl.so.2"
 W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
+
+
 # What apt, dpkg, ldconfig and logging leave by their own nature, and what the tool itself is (it stays).
-NOT_COMPARED = (
-    "/proc", "/sys", "/dev", "/run", "/tmp", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg",
-    "/var/lib/systemd", "/etc/ld.so.cache", "/home/spark/.cache", "/home/spark/.local", CHECKOUT, "/usr/local/cuda",
-    "/srv", "/usr/share/man", "/usr/lib/python3*/__pycache__", "*/__pycache__",
-)  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def node() -> Iterator[FreshNode]:
     with fresh_node() as fresh:

@@ -19,8 +19,7 @@ from tests.lab.cabling import LAN, PORT_0
 from tests.lab.commands import Completed, Process
 from tests.lab.fleet import Fleet, FleetNode
 from tests.nodes.fleet import armed, install, sparkinstall, two_sparks
-from tests.nodes.fresh import COMMAND, ignoring
-from tests.nodes.test_fresh_node import NOT_COMPARED
+from tests.nodes.fresh import COMMAND, NOT_COMPARED, ignoring
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 

@@ -152,3 +152,11 @@ def _link(path: Path, target: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     target.mkdir(parents=True, exist_ok=True)
     path.symlink_to(os.path.relpath(target, path.parent.resolve()))
+
+
+def card(node: Sysfs, half: str, lanes: str = "4", rate: str = "32.0 GT/s PCIe", version: str = "28.45.4028") -> None:
+    device = node.root / "sys/class/net" / half / "device"
+    (device / "current_link_width").write_text(f"{lanes}\n")
+    (device / "current_link_speed").write_text(f"{rate}\n")
+    (hca,) = (device / "infiniband").iterdir()
+    (hca / "fw_ver").write_text(f"{version}\n")

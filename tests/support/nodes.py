@@ -1,0 +1,48 @@
+"""Nodes that tests ask about, and the system that journals what is done to one beneath a folder."""
+
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from sparkinstall import stacks
+from sparkinstall.config import ClusterConfig, Config, Layer, ServingConfig, build
+from sparkinstall.events import silent
+from sparkinstall.journal.journal import Journal
+from sparkinstall.journal.system import JournaledSystem
+from sparkinstall.node import Node
+from sparkinstall.system.local import LocalSystem
+
+NODE = Node(
+    config=Config(),
+    stack=stacks.load(stacks.DEFAULT),
+    platform="aarch64",
+    machine="aarch64",
+    rehearsal=False,
+    full=False,
+    home="/nowhere",
+    cache=Path("/nowhere"),
+)
+# One of several that serves: it has every step, check and probe that there is.
+HEAD = replace(NODE, config=Config(cluster=ClusterConfig(role="head"), serving=ServingConfig(model="m")))
+
+
+def node_of(root: Path, role: str = "single", **settings: Any) -> Node:
+    """A node with these settings (dots as two underscores), rehearsed beneath `root`."""
+    values = {name.replace("__", "."): value for name, value in settings.items()}
+    config: Config = build([Layer("test", {"cluster.role": role, **values})])[0]
+    stack = stacks.load(config.stack)
+    return Node(config, stack, "x86_64", "x86_64", True, False, str(root), root / "cache")
+
+
+def system_of(root: Path) -> JournaledSystem:
+    home = root / "var/lib/sparkinstall"
+    home.mkdir(parents=True, exist_ok=True)
+    return JournaledSystem(LocalSystem(str(root)), Journal(home, "run"), "test", home / "log", silent)
+
+
+def node_with(**settings: object) -> Node:
+    """A Spark at the head of a cluster, with these settings (dots as two underscores)."""
+    named = {name.replace("__", "."): value for name, value in settings.items()}
+    config = build([Layer("test", {"cluster.role": "head", **named})])[0]
+    return Node(config, stacks.load("0.18.1"), "aarch64", "aarch64", False, False, "/home/spark", Path("/nowhere"))
