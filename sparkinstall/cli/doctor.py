@@ -233,12 +233,12 @@ def _show_same(items: "Sequence[Item]", out: "Console", verbose: bool) -> None:
     table = Table.grid(padding=(0, 2))
     if len({item.means for item in items}) > 1:
         first = replace(first, means="")
-    for label, text in _rows(first, verbose):
+    for label, text in item_rows(first, verbose):
         table.add_row(Text(label, style="dim"), Text(text))
     out.print(Padding(table, (0, 0, 0, 4), expand=False))
 
 
-def _rows(item: "Item", verbose: bool) -> Iterator[tuple[str, str]]:
+def item_rows(item: "Item", verbose: bool) -> Iterator[tuple[str, str]]:
     lines = item.found.splitlines()
     kept = (
         lines

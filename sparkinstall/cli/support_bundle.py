@@ -65,7 +65,7 @@ def _support_bundle(asked: Target, output: Path | None, choice: Choice, yes: boo
     mask = Mask(identity.known(on))
     node, told = _told(asked, choice, on, json)
     made = bundle.gather(node, on, mask, told.parts, told.missing)
-    size = _written(path, made.packed())
+    size = write_bundle(path, made.packed())
     return Answer(data=_data(path, size, made), show=lambda: _show(path, size, made))
 
 
@@ -184,7 +184,7 @@ def _unset(on: "LocalSystem") -> "Node":
     )  # fmt: skip
 
 
-def _written(path: Path, data: bytes) -> int:
+def write_bundle(path: Path, data: bytes) -> int:
     from sparkinstall.errors import Problem
     from sparkinstall.system.local import replace_file
 

@@ -40,9 +40,9 @@ def main() -> None:
     answer: Facts = {"modules": {name: _imported(name) for name in asked["modules"]}}
     with tempfile.TemporaryDirectory() as folder:
         asked["folder"] = folder
-        children = {part.__name__: _started(part, asked) for part in (triton_kernel, fp8)}
+        children = {part.__name__: start_child(part, asked) for part in (triton_kernel, fp8)}
         answer |= _nccl() | {"address": _address(), "wanted_address": os.environ.get("VLLM_HOST_IP", "")}
-        answer |= {name: _ended(*child) for name, child in children.items()}
+        answer |= {name: end_child(*child) for name, child in children.items()}
     os.write(out, json.dumps(answer).encode() + b"\n")
 
 
@@ -94,7 +94,7 @@ def _address() -> str:
 # --- children
 
 
-def _started(part: Callable[[Target], Iterator[Facts]], asked: Target) -> tuple[int, int, float]:
+def start_child(part: Callable[[Target], Iterator[Facts]], asked: Target) -> tuple[int, int, float]:
     """A child that answers `part`: its process, where it says what it finds (one line each), and until when."""
     reads, writes = os.pipe()
     if child := os.fork():
@@ -109,7 +109,7 @@ def _started(part: Callable[[Target], Iterator[Facts]], asked: Target) -> tuple[
         os._exit(0)
 
 
-def _ended(child: int, reads: int, until: float) -> Facts:
+def end_child(child: int, reads: int, until: float) -> Facts:
     """All that a child found; with `ended` where something else than its last line was its end."""
     said, late = _all_of(reads, until)
     if late:

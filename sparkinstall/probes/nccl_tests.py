@@ -178,7 +178,7 @@ def _local(node: Node, on: Reader) -> Finding:
         built = programs(node, on)
     except NotBuilt as why:
         return skipped(str(why))
-    return _judged(node, {name: _run(node, on, path, amount) for name, path in built.items()})
+    return judged(node, {name: _run(node, on, path, amount) for name, path in built.items()})
 
 
 def _run(node: Node, on: Reader, program: Path, amount: int) -> Result:
@@ -187,7 +187,7 @@ def _run(node: Node, on: Reader, program: Path, amount: int) -> Result:
     return with_env_file(node, on, *argv, timeout=_RUN_LIMIT, NCCL_NVLS_ENABLE="0")
 
 
-def _judged(node: Node, answers: dict[str, Result]) -> Finding:
+def judged(node: Node, answers: dict[str, Result]) -> Finding:
     wanted = f"NCCL {node.nccl_version}, and every value right"
     found = []
     for name, answer in answers.items():

@@ -147,10 +147,10 @@ def _differences(node: Node, on: Reader, process: Process) -> Iterator[str]:
     says = _read_by(process.unit, node, on)
     for name in sorted(says):
         if now.get(name) != says[name]:
-            yield _difference(name, now.get(name), says[name])
+            yield difference(name, now.get(name), says[name])
     for name in _SOMETIMES:
         if name in now and name not in says:
-            yield _difference(name, now[name], None)
+            yield difference(name, now[name], None)
 
 
 def _variables(on: Reader, process: Process) -> dict[str, str]:
@@ -159,7 +159,7 @@ def _variables(on: Reader, process: Process) -> dict[str, str]:
     return dict(each.partition("=")[::2] for each in has.decode(errors="replace").split("\0") if "=" in each)
 
 
-def _difference(name: str, now: str | None, says: str | None) -> str:
+def difference(name: str, now: str | None, says: str | None) -> str:
     if is_secret_name(name):
         return f"another {name}"
     if now is None:

@@ -65,7 +65,7 @@ def _no_completion(of: Api, answer: Mapping[str, Any]) -> Finding:
     if answer.get("late"):
         return _late(of, "no completion")
     if answer.get("refused"):
-        return _not_up(of.node, of.on)
+        return not_up(of.node, of.on)
     if answer.get("status") == 401:
         return _locked(of)
     return failed(str(answer["error"]), f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")
@@ -166,7 +166,7 @@ def _no_metrics(of: Api, after: Mapping[str, Any]) -> Finding:
 _ASKED = "ActiveState,NRestarts,ExecMainStartTimestampMonotonic"
 
 
-def _not_up(node: Node, on: Reader) -> Finding:
+def not_up(node: Node, on: Reader) -> Finding:
     """Nothing listens: it is still loading, or it has ended."""
     asked = on.ask("systemctl", "show", UNIT, f"--property={_ASKED}").out
     state = dict(line.split("=", 1) for line in asked.splitlines() if "=" in line)

@@ -113,7 +113,7 @@ def _packages(site: str, folders: Iterable[str], ours: set[str], made: int) -> I
 
 def _unlike(site: str, brought: Forms, made: int) -> dict[str, str]:
     """Why a file is not as any wheel brought it, for each that is not."""
-    ours = _patched()
+    ours = patched_files()
     return {
         name: why
         for name, forms in brought.items()
@@ -191,7 +191,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 @lru_cache(maxsize=1)
-def _patched() -> frozenset[str]:
+def patched_files() -> frozenset[str]:
     """Files that we change ourselves: whether they are right is for the probe `fp8-path` to say."""
     from sparkinstall.patches import load
 

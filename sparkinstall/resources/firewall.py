@@ -59,7 +59,7 @@ def rules(node: Node, on: Reader) -> str:
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any]:
     allow, api = node.config.serving.allow, node.config.serving.port
-    closed = [(api, api), *(_ports_between_nodes(node) if node.several else ())]
+    closed = [(api, api), *(ports_between_nodes(node) if node.several else ())]
     return {
         "ssh": [str(port) for port in ssh_ports(on)],
         "names": _quoted_set(_interfaces(node, on)),
@@ -159,7 +159,7 @@ def _by_hand(node: Node, on: Reader, other: str) -> str:
     if not node.several:
         return f"{other} filters here (firewall.mode: auto): with it, open {api_words}"
     names, link = " and ".join(_interfaces(node, on)), " and ".join(map(str, subnets(node)))
-    closed = ", ".join(merged(_ports_between_nodes(node)))
+    closed = ", ".join(merged(ports_between_nodes(node)))
     return (
         f"{other} filters here (firewall.mode: auto): with it, let {link} in on {names}, and on every other interface "
         f"close TCP ports {closed} and all that is sent to {link}; open {api_words}"
@@ -308,7 +308,7 @@ def take_back(on: LocalSystem) -> bool:
     return True
 
 
-def _ports_between_nodes(node: Node) -> list[tuple[int, int]]:
+def ports_between_nodes(node: Node) -> list[tuple[int, int]]:
     """Ray's ports and the one where vLLM's own processes meet: first and last of each range."""
     cluster = node.config.cluster
     single = (cluster.ray_port, ray_ports.DASHBOARD, ray_ports.CLIENT, cluster.master_port)

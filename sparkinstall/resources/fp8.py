@@ -49,7 +49,7 @@ class Fp8Decision(Struct, frozen=True):
         return "fp8-decision"
 
     def check(self, on: Reader) -> State:
-        about = self._about(on)
+        about = self.about(on)
         if about is None:
             return Unknown("environment")
         known = recorded(on, self.node.fp8_decision)
@@ -61,7 +61,7 @@ class Fp8Decision(Struct, frozen=True):
             as_text(about),
         )
 
-    def _about(self, on: Reader) -> dict[str, Any] | None:
+    def about(self, on: Reader) -> dict[str, Any] | None:
         """What the decision depends on; None before vLLM is installed."""
         site = site_packages(self.node, on)
         built = [(path.name, path.stat().st_size) for path in extensions(on, site)] if site else []
@@ -79,7 +79,7 @@ class Fp8Decision(Struct, frozen=True):
     def apply(self, on: System) -> None:
         fallback, why, how = self._decide(on)
         finding = {
-            "about": self._about(on),
+            "about": self.about(on),
             "fallback": fallback,
             "why": why,
             "how": how,

@@ -188,7 +188,7 @@ class Service(Struct, frozen=True):
 
     def _explained(self, on: Reader, failure: CommandFailed, began: int) -> Problem:
         lines = self._said(on, began)
-        why, hint = self._cause(lines)
+        why, hint = self.cause_in(lines)
         return Problem(
             f"{self.name} does not start",
             cause=why or failure.cause,
@@ -202,7 +202,7 @@ class Service(Struct, frozen=True):
         said = on.ask(*command, root=True).out.splitlines()
         return [line for line in said if line.strip()]
 
-    def _cause(self, lines: list[str]) -> tuple[str, str]:
+    def cause_in(self, lines: list[str]) -> tuple[str, str]:
         """Why it did not start, as far as that is known, and what to do about it."""
         told = [line.removeprefix(_OURS) for line in lines if line.startswith(_OURS)]
         for cause in self.causes:

@@ -223,7 +223,7 @@ def _uv(on: System, node: Node, argv: list[str]) -> None:
         on.run(*argv, env=_uv_env(node), watch=Downloads(on.progress).read)
     except CommandFailed as failure:
         if not _is_cut(failure):
-            raise _explained(failure, node) from failure
+            raise explain_failed_install(failure, node) from failure
         _uv_offline(on, node, argv, failure)
 
 
@@ -232,7 +232,7 @@ def _uv_offline(on: System, node: Node, argv: list[str], cut: CommandFailed) -> 
     try:
         on.run(*argv, "--offline", env=_uv_env(node))
     except CommandFailed as failure:
-        raise _explained(cut, node) from failure
+        raise explain_failed_install(cut, node) from failure
 
 
 def _uv_env(node: Node) -> dict[str, str]:
@@ -251,7 +251,7 @@ def _is_cut(failure: CommandFailed) -> bool:
     return any(sign in line for sign in _CUT for line in failure.output)
 
 
-def _explained(failure: CommandFailed, node: Node) -> CommandFailed:
+def explain_failed_install(failure: CommandFailed, node: Node) -> CommandFailed:
     said = "\n".join(failure.output)
     if "Hash mismatch" in said:
         failure.cause = "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"

@@ -207,7 +207,7 @@ def test_defaults_of_the_settings_that_matter() -> None:
 
 
 def test_ports_that_the_firewall_closes() -> None:
-    closed = firewall.merged([(HEAD.config.serving.port,) * 2, *firewall._ports_between_nodes(HEAD)])
+    closed = firewall.merged([(HEAD.config.serving.port,) * 2, *firewall.ports_between_nodes(HEAD)])
     assert f"TCP {', '.join(closed)}" in section("docs/multi-node.md", "## The firewall")
     for name, port in vars(ray_ports).items():
         if name.isupper() and isinstance(port, int):

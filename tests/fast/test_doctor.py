@@ -304,5 +304,5 @@ def test_networks_and_serials_are_known(tmp_path: Path) -> None:
 
 def test_a_long_list_is_cut_unless_all_of_it_is_asked_for() -> None:
     item = checkup.Item("x", "check", "broken", "t", "\n".join(f"file {at}" for at in range(20)))
-    assert dict(doctor._rows(item, False))["found"].splitlines()[-1] == "... (-v shows all 20)"
-    assert len(dict(doctor._rows(item, True))["found"].splitlines()) == 20
+    assert dict(doctor.item_rows(item, False))["found"].splitlines()[-1] == "... (-v shows all 20)"
+    assert len(dict(doctor.item_rows(item, True))["found"].splitlines()) == 20

@@ -90,7 +90,7 @@ def test_a_damaged_decision_is_called_so(node: Node, tmp_path: Path, text: str) 
 def test_a_damaged_decision_is_made_anew(node: Node, tmp_path: Path) -> None:
     put(tmp_path, f"{SITE}/vllm/_C.abi3.so", "")
     decision, on = Fp8Decision(node, ()), LocalReader(str(tmp_path))
-    about = decision._about(on)
+    about = decision.about(on)
     put(tmp_path, "opt/sparkinstall/fp8.json", json.dumps({"about": about, "fallback": True, "why": "so"}))
     assert isinstance(decision.check(on), Ok)
     put(tmp_path, "opt/sparkinstall/fp8.json", json.dumps({"about": about, "fallback": True}))

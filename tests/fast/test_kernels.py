@@ -243,7 +243,7 @@ def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(60)
 
     monkeypatch.setattr(inspect_env, "_LIMIT", 0.2)
-    facts = inspect_env._ended(*inspect_env._started(hangs, {"arch": "121"}))
+    facts = inspect_env.end_child(*inspect_env.start_child(hangs, {"arch": "121"}))
     assert facts == {"arch": "121", "ended": "no answer within 0.2 s"}
 
 
@@ -258,7 +258,7 @@ PRINTED = """\
 
 
 def answers(node: Node, **programs: Result) -> Finding:
-    return nccl_tests._judged(replace(node, config=Config(nccl=NcclConfig(version="2.29.7"))), programs)
+    return nccl_tests.judged(replace(node, config=Config(nccl=NcclConfig(version="2.29.7"))), programs)
 
 
 def printed(text: str, code: int = 0) -> Result:

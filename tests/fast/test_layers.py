@@ -1,6 +1,7 @@
 """The floors of the package: imports point down, never in a circle, and each large library stays on its floor."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,3 +128,14 @@ def test_no_test_module_imports_another() -> None:
         if any(part.startswith("test_") for part in [*node.module.split("."), *(each.name for each in node.names)])
     ]
     assert not offenders, "what several of them need belongs in tests/support"
+
+
+def test_no_test_calls_a_private_function() -> None:
+    offenders = [
+        f"{path.name}:{node.lineno} {ast.unparse(node.func)}"
+        for path in (PACKAGE.parent / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
+        if re.match("_[a-z]", node.func.attr) and node.func.value.id not in ("self", "cls", "os")
+    ]
+    assert not offenders, "test what others can call"

@@ -223,7 +223,7 @@ def test_what_a_service_sets_for_its_own_children_is_its_own_matter(served: Node
 
 
 def test_a_secret_is_named_and_not_shown() -> None:
-    secret = services._difference("RAY_AUTH_TOKEN_PATH", "/opt/old-token", "/opt/token")
+    secret = services.difference("RAY_AUTH_TOKEN_PATH", "/opt/old-token", "/opt/token")
     assert secret == "another RAY_AUTH_TOKEN_PATH"
 
 

@@ -204,7 +204,7 @@ class TestWithoutACompletion:
                 lines = "".join(f"{name}={value}\n" for name, value in said.items() if name in asked)
                 return Result(argv, 0, lines, "") if argv[0] == "systemctl" else super().ask(*argv, **how)
 
-        finding = serving._not_up(node_of(place), OfSystemd())
+        finding = serving.not_up(node_of(place), OfSystemd())
         assert (finding.verdict, words in finding.found) == (verdict, True), finding
         assert restarts == 0 or finding.hint == "`sparkinstall diagnose --unit vllm`"
 

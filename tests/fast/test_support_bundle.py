@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_with_another_way(tmp_path: P
         run = in_this_process("support-bundle", "--root", tmp_path / "n", "--output", tmp_path / "there/x.tar.gz")
     assert run.returncode == FAILED and "`--output FILE.tar.gz`" in said(run)
     with pytest.raises(Storage, match=r"writing .*/x\.tar\.gz failed") as refused:
-        support_bundle._written(tmp_path / "gone/x.tar.gz", b"x")
+        support_bundle.write_bundle(tmp_path / "gone/x.tar.gz", b"x")
     assert "sparkinstall" not in refused.value.message, "nor the name under which it waits"
 
 

@@ -268,9 +268,9 @@ def test_a_word_with_a_line_break_is_refused() -> None:
 def test_why_a_service_does_not_start_is_told_in_words() -> None:
     service = Service("some.service", lambda _: (), "/noted", (Cause(r"refuses the token", "why", "hint"),))
     told = ["sparkinstall: the head refuses the token of this node", "some.service: Failed"]
-    assert service._cause(told) == ("the head refuses the token of this node", "hint")
-    assert service._cause(["it refuses the token"]) == ("why", "hint")
-    assert service._cause(["something else"]) == ("", "")
+    assert service.cause_in(told) == ("the head refuses the token of this node", "hint")
+    assert service.cause_in(["it refuses the token"]) == ("why", "hint")
+    assert service.cause_in(["something else"]) == ("", "")
 
 
 class TestRayNodes:

@@ -8,7 +8,7 @@ from sparkinstall import stacks
 from sparkinstall.config import Config
 from sparkinstall.errors import CommandFailed
 from sparkinstall.node import Node
-from sparkinstall.resources.venv import _explained
+from sparkinstall.resources.venv import explain_failed_install
 from tests.support.rehearsals import SETTINGS, Rehearsal, envelope, said
 from tests.support.tiny_stack import no_index, tiny_stack
 
@@ -39,7 +39,9 @@ NOT_FOUND = """error: Failed to download `{name} @ {url}`
 def test_a_wheel_that_is_gone_from_its_address_is_named(number: int, tmp_path: Path) -> None:
     node = arm_node(tmp_path)
     pin = node.wheels.wheels[number]
-    failure = _explained(CommandFailed("uv", output=NOT_FOUND.format(name=pin.name, url=pin.url).splitlines()), node)
+    failure = explain_failed_install(
+        CommandFailed("uv", output=NOT_FOUND.format(name=pin.name, url=pin.url).splitlines()), node
+    )
     assert pin.url and pin.url in failure.cause
     assert WAY_OUT in failure.hint and f"reach {pin.url.split('/')[2]}," in failure.hint
 
@@ -49,7 +51,7 @@ def test_an_index_that_cannot_be_reached_is_no_wheel_at_an_address(tmp_path: Pat
         "  cause: Failed to fetch: https://index.example/simple/vllm/",
         "  cause: error sending request for url (https://index.example/simple/vllm/)",
     ]
-    failure = _explained(CommandFailed("uv", output=tail), arm_node(tmp_path))
+    failure = explain_failed_install(CommandFailed("uv", output=tail), arm_node(tmp_path))
     assert failure.cause.startswith("the package index cannot be reached") and "--stack" not in failure.hint
 
 

@@ -169,7 +169,7 @@ def test_what_a_wheel_really_brought_is_noted_when_it_is_installed(tmp_path: Pat
 
 
 def test_the_file_that_we_patch_is_for_another_probe(packages: Node, tmp_path: Path) -> None:
-    (target,) = wheel_files._patched()
+    (target,) = wheel_files.patched_files()
     install(tmp_path, packages, "vllm", {target: b"as vLLM has it\n"})
     (tmp_path / packages.venv.lstrip("/") / "sparkinstall.json").write_text("{ }")
     (site_of(tmp_path, packages) / target).write_bytes(b"as we have it, patched\n")

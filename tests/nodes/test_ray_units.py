@@ -59,8 +59,8 @@ LOOK = """
 import json, sys
 from sparkinstall.probes import services
 from sparkinstall.system.local import LocalReader
-from tests.support.ray_on_a_node import _node
-(probe,) = [each for each in services.probes(_node(sys.argv[1], {})) if each.name == "running-env"]
+from tests.support.ray_on_a_node import declared_node
+(probe,) = [each for each in services.probes(declared_node(sys.argv[1], {})) if each.name == "running-env"]
 found = probe.look(LocalReader())
 print(json.dumps([found.verdict, found.found]))
 """

@@ -35,13 +35,13 @@ def main() -> None:
     values = dict(each.split("=", 1) for each in more)
     token_file, step = values.pop("token_file", ""), STEPS[values.pop("step", "ray")]
     ray._ADDRESS, ray._HEAD = 3, 5
-    node = replace(_node(role, values), token_file=token_file)
+    node = replace(declared_node(role, values), token_file=token_file)
     print(
         json.dumps({"plan": _plan, "converge": _converge, "probe": _probe, "uninstall": _uninstall}[verb](node, step))
     )
 
 
-def _node(role: str, values: dict[str, str]) -> Node:
+def declared_node(role: str, values: dict[str, str]) -> Node:
     cluster = {"cluster.role": role, "cluster.head": ADDRESSES["head"], "cluster.workers": [ADDRESSES["worker"]]}
     settings = dict(parse_assignment(f"{name}={value}") for name, value in values.items())
     config = build([Layer("test", {**cluster, **settings})])[0]
