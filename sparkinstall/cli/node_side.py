@@ -147,7 +147,7 @@ def _reach(addresses: list[str], asked: Target) -> Answer:
 
 
 def _unreached(address: str, mtu: int) -> str:
-    from sparkinstall.probes.network import HEADERS, pings
+    from sparkinstall.facts.network import HEADERS, pings
     from sparkinstall.system.local import LocalReader
 
     on = LocalReader()

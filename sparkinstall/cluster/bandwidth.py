@@ -17,9 +17,9 @@ from msgspec.structs import replace
 from sparkinstall.cluster import protocol
 from sparkinstall.cluster.remote import OnLine, RemoteNode, Reply
 from sparkinstall.errors import Interrupted, Problem
-from sparkinstall.facts import qsfp
+from sparkinstall.facts import card, qsfp
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, bandwidth, link_health, skipped
+from sparkinstall.probes import Finding, Probe, bandwidth, skipped
 from sparkinstall.probes.bandwidth import KINDS, Kind, Measured, Program
 from sparkinstall.resources import ray_ports
 from sparkinstall.system import Reader, Result, processes
@@ -77,9 +77,9 @@ def _counting(node: Node, on: Reader) -> Iterator[dict[str, int]]:
     """Filled at the end with the counters of errors that have grown."""
     grown: dict[str, int] = {}
     port = qsfp.port_to_look_at(on, node)
-    before = link_health.counted(on, port)
+    before = card.counted(on, port)
     yield grown
-    grown.update(link_health.grown(before, link_health.counted(on, port)))
+    grown.update(card.grown(before, card.counted(on, port)))
 
 
 @contextmanager

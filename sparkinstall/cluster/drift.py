@@ -11,11 +11,10 @@ from msgspec import Struct
 
 from sparkinstall import elf
 from sparkinstall.errors import Blocked, Problem
-from sparkinstall.facts import machine, qsfp
+from sparkinstall.facts import card, machine, network, qsfp
+from sparkinstall.facts.decisions import recorded
 from sparkinstall.facts.qsfp import Port
 from sparkinstall.node import Node, nccl_library, site_packages
-from sparkinstall.probes import link_health, network
-from sparkinstall.resources.decisions import recorded
 from sparkinstall.resources.transport import Transport
 from sparkinstall.resources.venv import installed
 from sparkinstall.steps.fp8 import cutlass_patch
@@ -131,7 +130,7 @@ def _of_link(node: Node, on: Reader) -> dict[str, str]:
     if not node.several:
         return {}
     port = qsfp.port_to_look_at(on, node)
-    versions = {link_health.firmware(on, half) for half in port.twins} - {"", "N/A"}
+    versions = {card.firmware(on, half) for half in port.twins} - {"", "N/A"}
     mtus = " + ".join(str(half.mtu) for half in port.twins)
     return {"mtu": mtus, "gid": _gids(node, on, port), "firmware": ", ".join(sorted(versions))}
 

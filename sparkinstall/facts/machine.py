@@ -4,8 +4,6 @@ import os
 import re
 from collections.abc import Mapping
 
-from msgspec import Struct
-
 from sparkinstall.system import Reader
 
 RELEASE_FILES = ("/etc/dgx-release", "/etc/fastos-release")
@@ -24,7 +22,7 @@ def parse_release(content: bytes) -> dict[str, str]:
     for line in content[:65536].decode(errors="replace").splitlines():
         match = _ASSIGNMENT.fullmatch(line)
         if match and not _SECRET_KEYS.search(match[1]):
-            found[match[1]] = _printable(_unquoted(match[2].strip()))
+            found[match[1]] = printable(_unquoted(match[2].strip()))
     return found
 
 
@@ -33,7 +31,7 @@ def _unquoted(value: str) -> str:
     return value[1:-1] if quoted else value
 
 
-def _printable(value: str) -> str:
+def printable(value: str) -> str:
     """A release file comes from outside: no escape sequence of it may reach a terminal."""
     return "".join(c if c.isprintable() else "?" for c in value)[:200]
 
@@ -42,33 +40,6 @@ def parse_meminfo(content: bytes) -> dict[str, int]:
     """`/proc/meminfo` in kB."""
     rows = re.findall(r"^([A-Za-z0-9_()]+):\s+(\d+)", content.decode(errors="replace"), re.MULTILINE)
     return {name: int(value) for name, value in rows}
-
-
-class Gpu(Struct, frozen=True):
-    """What nvidia-smi says; `capability` such as 12.1."""
-
-    name: str
-    capability: str
-    driver: str
-
-
-def gpu(on: Reader) -> Gpu | None:
-    """The first GPU, or None where nvidia-smi is missing or answers with an error."""
-    found = gpu_or_complaint(on)
-    return found if isinstance(found, Gpu) else None
-
-
-def gpu_or_complaint(on: Reader) -> Gpu | str:
-    """The first GPU, or the first line that nvidia-smi says in its place; empty where it says nothing or is missing."""
-    if on.rehearsal:
-        return ""
-    answer = on.ask("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader")
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.out.splitlines()]
-    if answer.ok and rows and len(rows[0]) == 3:
-        return Gpu(*rows[0])
-    said = [line.strip() for line in (answer.out + answer.err).splitlines() if line.strip()]
-    # What is said of a program that is not there is the shell's, not its own.
-    return _printable(said[0]) if said and answer.code != 127 else ""
 
 
 def release(on: Reader) -> Mapping[str, str]:
@@ -100,7 +71,7 @@ def product(on: Reader) -> str:
     """The machine's name for people ("NVIDIA DGX Spark", "GX10", ...); empty where nothing tells."""
     found = release(on)
     dmi = (on.read("/sys/class/dmi/id/product_name") or b"").decode(errors="replace").strip()
-    names = (found.get("DGX_PRETTY_NAME"), found.get("DGX_PLATFORM"), found.get("NAME"), _printable(dmi))
+    names = (found.get("DGX_PRETTY_NAME"), found.get("DGX_PLATFORM"), found.get("NAME"), printable(dmi))
     return next((name for name in names if name), "")
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from sparkinstall.errors import NeedsRoot, Problem
+from sparkinstall.errors import Problem
+from sparkinstall.facts import ip
+from sparkinstall.facts.sysfs import CONNECTX_DRIVER, NET, RDMA, driver_of, text_of
 from sparkinstall.node import Node
 from sparkinstall.system import Reader
 
-NET = "/sys/class/net"
-RDMA = "/sys/class/infiniband"
-_DRIVER = "mlx5_core"
 _HALVES = 2
 
 # systemd's name for a port of a card with several: PCI domain (none: 0), bus, slot, function, and the port's own
@@ -163,10 +162,7 @@ def addresses(on: Reader) -> Mapping[str, tuple[str, ...]]:
     """
     if on.rehearsal:
         return {}
-    found: dict[str, tuple[str, ...]] = {}
-    for name, address, length in _addresses(on, "-4"):
-        found[name] = (*found.get(name, ()), f"{address}/{length}")
-    return found
+    return {name: each.addresses for name, each in _live(on).items() if each.addresses}
 
 
 def gids(on: Reader, hca: str) -> tuple[Gid, ...]:
@@ -239,9 +235,9 @@ def _domain(name: str) -> tuple[int, str]:
 
 
 def _half(on: Reader, name: str) -> Interface | None:
-    form, driver = _HALF.fullmatch(name), on.entry(f"{NET}/{name}/device/driver")
+    form = _HALF.fullmatch(name)
     # An interface without a device is a virtual one: nobody gives it such a name by chance.
-    if form is None or (driver is not None and driver.target.rpartition("/")[2] != _DRIVER):
+    if form is None or driver_of(on, name) not in ("", CONNECTX_DRIVER):
         return None
     carrier = {"1": True, "0": False}.get(text_of(on, f"{NET}/{name}/carrier"))
     mtu, speed = (_number(text_of(on, f"{NET}/{name}/{what}")) for what in ("mtu", "speed"))
@@ -262,17 +258,6 @@ def _interfaces(on: Reader, hca: str) -> set[str]:
     return {text_of(on, f"{folder}/{index}") for index in on.names(folder)}
 
 
-def text_of(on: Reader, path: str) -> str:
-    """What a file of the kernel says; empty where it is not there or says nothing.
-
-    Some can be opened but not read, such as `carrier` of an interface that is down (EINVAL).
-    """
-    try:
-        return (on.read(path) or b"").decode(errors="replace").strip()
-    except (OSError, NeedsRoot):
-        return ""
-
-
 def _number(text: str) -> int:
     # -1 is what `speed` says of a link that is down.
     return int(text) if text.isascii() and text.isdecimal() else 0
@@ -289,7 +274,7 @@ def _of_this_session(on: Reader) -> tuple[str, ...]:
         return ()
     # A link-local address may be on several interfaces; the one that is meant stands behind it.
     address, _, scope = words[2].partition("%")
-    return tuple(name for name, own, _ in _addresses(on) if own == address and scope in ("", name))
+    return tuple(name for name, each in _live(on).items() if address in each.all_addresses and scope in ("", name))
 
 
 def session() -> tuple[str, ...]:
@@ -316,28 +301,15 @@ def _of_process(pid: int) -> tuple[str, int]:
     return next(found, b"").decode(errors="replace"), parent
 
 
-def _addresses(on: Reader, *family: str) -> Iterator[tuple[str, str, int]]:
-    """Interface, address and prefix length of all that `ip` lists."""
-    import json
-
-    answer = on.ask("ip", "-j", *family, "addr")
-    try:
-        rows = json.loads(answer.out or "[]") if answer.ok else None
-    except ValueError:
-        rows = None
-    if not isinstance(rows, list):
+def _live(on: Reader) -> Mapping[str, ip.Live]:
+    found = ip.live_or_complaint(on)
+    if isinstance(found, str):
         raise LinkProblem(
             "`ip -j addr` does not say which addresses this node has",
-            cause=answer.err.strip()[-300:],
+            cause=found[-300:],
             hint="is iproute2 installed? `sudo apt-get install iproute2`",
         )
-    # Some versions of ip leave an empty object where they left an interface out.
-    yield from (
-        (row["ifname"], each["local"], each["prefixlen"])
-        for row in rows
-        for each in row.get("addr_info", ())
-        if "local" in each
-    )
+    return found
 
 
 def _with_relatives(on: Reader, found: Mapping[str, str]) -> Mapping[str, str]:
@@ -462,7 +434,7 @@ def _naming(name: str) -> str:
 
 def _all_described(found: tuple[Port, ...], barred: Mapping[str, str]) -> str:
     if not found:
-        return f"no interface has a name such as enp1s0f0np0 and {_DRIVER} as its driver"
+        return f"no interface has a name such as enp1s0f0np0 and {CONNECTX_DRIVER} as its driver"
     return "; ".join(_described(each, barred) for each in found)
 
 

@@ -10,10 +10,10 @@ from typing import Literal, get_args
 
 from msgspec import Struct, field
 
-from sparkinstall.facts import machine, qsfp
+from sparkinstall.facts import card, machine, qsfp
+from sparkinstall.facts.network import own_addresses, twin_of
 from sparkinstall.node import Node, nccl_library
-from sparkinstall.probes import Finding, Probe, failed, link_health, passed, skipped, warned
-from sparkinstall.probes.network import own_addresses, twin_of
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
 from sparkinstall.system import Reader
 
 Kind = Literal["tcp", "rdma", "nccl"]
@@ -307,7 +307,7 @@ def judged(measured: Measured, transport: str = "auto") -> Finding:
         return failed(measured.why, _UNREACHED)
     finding = _of_bus(measured, transport) if measured.kind == "nccl" else _of_halves(measured)
     if measured.lost and finding.verdict == "pass":
-        said = "; ".join(f"on {host} {link_health.in_words(counters)}" for host, counters in measured.lost.items())
+        said = "; ".join(f"on {host} {card.in_words(counters)}" for host, counters in measured.lost.items())
         return warned(f"{finding.found}; meanwhile, {said}", _CABLE, finding.expected)
     return finding
 

@@ -1,9 +1,9 @@
 """The kernels that really run: what vLLM picks for FP8, whether their product is right, and whether Triton compiles."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from sparkinstall.facts.decisions import recorded
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped
 from sparkinstall.system import Reader
@@ -57,7 +57,7 @@ def _complaint(facts: Answer) -> str:
 
 
 def _picked(node: Node, on: Reader, answer: Answer) -> Finding:
-    facts, decision = answer["fp8"], _decision(node, on)
+    facts, decision = answer["fp8"], recorded(on, node.fp8_decision)
     if "not_asked" in facts:
         return skipped(facts["not_asked"])
     if "fallback" not in decision:
@@ -77,14 +77,6 @@ def _picked(node: Node, on: Reader, answer: Answer) -> Finding:
 def is_cutlass(kernel: str) -> bool:
     """Whether a kernel that vLLM names is its own CUTLASS one; FlashInfer's are not of vLLM's extension."""
     return "cutlass" in kernel.lower() and not kernel.startswith("FlashInfer")
-
-
-def _decision(node: Node, on: Reader) -> Mapping[str, Any]:
-    try:
-        found = json.loads(on.read(node.fp8_decision) or b"{}")
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _unasked(facts: Answer) -> Finding:

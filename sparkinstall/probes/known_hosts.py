@@ -9,19 +9,17 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from sparkinstall.assets import asset
-from sparkinstall.facts import machine
+from sparkinstall.facts import card, gpu, machine, qsfp
+from sparkinstall.facts.gpu import Gpu
+from sparkinstall.facts.sysfs import NET, is_connectx
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, passed, skipped
-from sparkinstall.system import Reader, Result
+from sparkinstall.system import Reader
 
 KNOWLEDGE = "knowledge/hosts.yaml"
 # Of the end of a boot's journal: a card that floods it says the same thing over and over.
 _LINES = 20000
 _GIB_KB = 2**20
-_ASK_GPU = (
-    *("nvidia-smi", "--query-gpu=name,driver_version,utilization.gpu,clocks.sm,power.draw"),
-    "--format=csv,noheader,nounits",
-)
 # torch and a CUDA context take their own from a memory that all programs share.
 _ROOM_KB = 4 * _GIB_KB
 # Matrix products for some seconds, and in their midst the question in argv.
@@ -36,7 +34,6 @@ while asked is None or asked.poll() is None:
         asked = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
 sys.stdout.buffer.write(asked.stdout.read())
 """
-_MELLANOX = "0x15b3"
 
 
 class Rule(Struct, frozen=True):
@@ -93,11 +90,11 @@ class Host(Struct, frozen=True, dict=True):
         return tuple(said)
 
     @cached_property
-    def gpu(self) -> Mapping[str, str]:
-        """The first GPU as nvidia-smi shows it; empty where it gives no answer."""
-        return _gpu_in(self.on.ask(*_ASK_GPU))
+    def gpu(self) -> Gpu | None:
+        """The first GPU; None where nvidia-smi gives no answer."""
+        return gpu.understood(self.on.ask(*gpu.QUERY))
 
-    def gpu_under_load(self) -> Mapping[str, str]:
+    def gpu_under_load(self) -> Gpu:
         """The same while the environment's own torch keeps the GPU busy, for some four seconds.
 
         Raises:
@@ -108,19 +105,12 @@ class Host(Struct, frozen=True, dict=True):
             raise CannotTell("the GPU is idle, and there is no torch yet to keep it busy: `sparkinstall all`")
         if self.meminfo.get("MemAvailable", 0) < _ROOM_KB:
             raise CannotTell(f"the GPU is idle, and with less than {_ROOM_KB // _GIB_KB} GiB available no load is safe")
-        command = (self.on.real(python), "-c", _LOAD, *_ASK_GPU)
+        command = (self.on.real(python), "-c", _LOAD, *gpu.QUERY)
         answer = self.on.ask(*command, timeout=60, env=self.node.bare_environment)
-        if found := _gpu_in(answer):
+        if found := gpu.understood(answer):
             return found
         said = [line for line in answer.err.splitlines() if line.strip()] or [f"exit code {answer.code}"]
         raise CannotTell(f"the GPU is idle, and torch could not keep it busy: {said[-1].strip()[:200]}")
-
-
-def _gpu_in(answer: Result) -> Mapping[str, str]:
-    rows = [[cell.strip() for cell in line.split(",")] for line in answer.out.splitlines()]
-    if not answer.ok or not rows or len(rows[0]) != 5:
-        return {}
-    return dict(zip(("name", "driver", "busy", "mhz", "watts"), rows[0], strict=True))
 
 
 Detector = Callable[[Host, Mapping[str, Any]], Observation]
@@ -184,10 +174,10 @@ def _kernel_log(host: Host, limits: Mapping[str, Any]) -> Observation:
 
 
 def _low_power(host: Host, limits: Mapping[str, Any]) -> Observation:
-    gpu = _gpu(host)
-    if not machine.is_gb10(gpu["name"]):
-        return Observation(False, f"only known of a GB10; this is {gpu['name']}")
-    busy, mhz, watts = _work(gpu)
+    found = _gpu(host)
+    if not machine.is_gb10(found.name):
+        return Observation(False, f"only known of a GB10; this is {found.name}")
+    busy, mhz, watts = _work(found)
     if busy <= limits["busy_percent"]:
         busy, mhz, watts = _work(host.gpu_under_load())
     words = f"{busy:.0f} % busy, {mhz:.0f} MHz, {watts:.0f} W"
@@ -196,68 +186,36 @@ def _low_power(host: Host, limits: Mapping[str, Any]) -> Observation:
     return Observation(mhz < limits["sm_mhz"] and watts < limits["watts"], words)
 
 
-def _work(gpu: Mapping[str, str]) -> tuple[float, float, float]:
+def _work(of: Gpu) -> tuple[float, float, float]:
     """How busy the GPU is in percent, its clock in MHz, its power in W."""
-    busy, mhz, watts = (_number(gpu[name]) for name in ("busy", "mhz", "watts"))
-    if busy is None or mhz is None or watts is None:
+    if of.busy is None or of.mhz is None or of.watts is None:
         raise CannotTell("nvidia-smi does not tell how busy the GPU is, its clock, or its power")
-    return busy, mhz, watts
+    return of.busy, of.mhz, of.watts
 
 
 def _driver(host: Host, limits: Mapping[str, Any]) -> Observation:
-    driver = _gpu(host)["driver"]
+    driver = _gpu(host).driver
     return Observation(driver.split(".")[0] != limits["major"], driver)
 
 
-def _gpu(host: Host) -> Mapping[str, str]:
-    if not host.gpu:
+def _gpu(host: Host) -> Gpu:
+    if host.gpu is None:
         raise CannotTell("nvidia-smi gives no answer")
     return host.gpu
 
 
-def _number(cell: str) -> float | None:
-    """nvidia-smi writes `[N/A]` for what it cannot tell."""
-    try:
-        return float(cell)
-    except ValueError:
-        return None
-
-
 def _connectx(host: Host, limits: Mapping[str, Any]) -> Observation:
-    halves = {name: _bus(host.on, name) for name in host.on.names("/sys/class/net") if _is_connectx(host.on, name)}
-    if not halves:
-        return Observation(False, _without_a_card(host.on))
-    told = {name: bus for name, bus in halves.items() if bus is not None}
-    slow = {name: bus for name, bus in told.items() if bus[0] < limits["gts"] or bus[1] < limits["lanes"]}
+    found = {name: card.lanes(host.on, name) for name in host.on.names(NET) if is_connectx(host.on, name)}
+    if not found:
+        off = qsfp.switched_off(host.on)
+        return Observation(False, f"the ConnectX-7 is {qsfp.SWITCHED_OFF}" if off else "no ConnectX is on the bus")
+    told = {name: bus for name, bus in found.items() if all(bus)}
+    slow = {name: bus for name, bus in told.items() if bus[1] < limits["gts"] or bus[0] < limits["lanes"]}
     if not told:
         raise CannotTell("the kernel does not tell the speed of the card's bus")
-    words = ", ".join(f"{name} {gts:g} GT/s x{lanes}" for name, (gts, lanes) in (slow or told).items())
-    return Observation(bool(slow), words + _firmware(host.on))
-
-
-def _without_a_card(on: Reader) -> str:
-    # Imported late: only a node whose card is not to be seen needs it.
-    from sparkinstall.facts import qsfp
-
-    return f"the ConnectX-7 is {qsfp.SWITCHED_OFF}" if qsfp.switched_off(on) else "no ConnectX is on the bus"
-
-
-def _is_connectx(on: Reader, name: str) -> bool:
-    return (on.read(f"/sys/class/net/{name}/device/vendor") or b"").strip() == _MELLANOX.encode()
-
-
-def _bus(on: Reader, name: str) -> tuple[float, int] | None:
-    """GT/s and lanes, as the kernel writes them: `32.0 GT/s PCIe` and `4`."""
-    device = f"/sys/class/net/{name}/device"
-    speed = re.match(rb"([\d.]+) GT/s", on.read(f"{device}/current_link_speed") or b"")
-    lanes = re.match(rb"\d+", on.read(f"{device}/current_link_width") or b"")
-    return (float(speed[1]), int(lanes[0])) if speed and lanes else None
-
-
-def _firmware(on: Reader) -> str:
-    base = "/sys/class/infiniband"
-    found = {(on.read(f"{base}/{name}/fw_ver") or b"").decode(errors="replace").strip() for name in on.names(base)}
-    return f"; firmware {', '.join(sorted(found - {''}))}" if found - {""} else ""
+    words = ", ".join(f"{name} {gts:g} GT/s x{lanes}" for name, (lanes, gts) in (slow or told).items())
+    versions = ", ".join(card.rdma_firmware(host.on))
+    return Observation(bool(slow), words + (f"; firmware {versions}" if versions else ""))
 
 
 def _service(host: Host, limits: Mapping[str, Any]) -> Observation:

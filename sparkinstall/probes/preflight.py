@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sparkinstall.facts import machine
+from sparkinstall.facts.gpu import first_gpu, gpu_or_complaint
 from sparkinstall.node import Node, cuda_home
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
 from sparkinstall.system import Reader
@@ -61,7 +62,7 @@ def _qsfp(on: Reader, node: Node) -> Finding:
 def _machine(on: Reader) -> Finding:
     if machine.has_gb10(on):
         return passed(machine.product(on) or "NVIDIA GB10")
-    gpu = machine.gpu(on)
+    gpu = first_gpu(on)
     if gpu and machine.is_gb10(gpu.name):
         return passed(gpu.name)
     what = gpu.name if gpu else "no GB10 on the PCI bus"
@@ -94,7 +95,7 @@ def _os(on: Reader) -> Finding:
 
 
 def _driver(on: Reader) -> Finding:
-    gpu = machine.gpu_or_complaint(on)
+    gpu = gpu_or_complaint(on)
     if isinstance(gpu, str):
         found = f"nvidia-smi says: {gpu}" if gpu else "nvidia-smi gives no answer"
         return failed(found, _driver_hint(on, gpu), "580.x")

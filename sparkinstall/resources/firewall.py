@@ -11,10 +11,9 @@ from typing import Any
 from msgspec import Struct
 
 from sparkinstall.errors import NeedsRoot, Problem
-from sparkinstall.facts import qsfp
+from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.facts.packet_filters import NFT, TABLE, UNIT, another
 from sparkinstall.node import Node
-from sparkinstall.probes import network
 from sparkinstall.resources import Drift, NodeOnly, Ok, Resource, State, Unknown, ray_ports, rollback
 from sparkinstall.resources.files import File
 from sparkinstall.resources.template import render
@@ -229,7 +228,7 @@ class LiveTable(Struct, frozen=True):
 
 
 def _reach(on: Reader, node: Node) -> network.Reach:
-    gateways = [each.gateway for each in network.routes(on) if each.gateway and not each.to.prefixlen]
+    gateways = [each.gateway for each in ip.routes(on) if each.gateway and not each.to.prefixlen]
     return network.reach(on, node, [*gateways, *(node.peers if node.several else ())])
 
 

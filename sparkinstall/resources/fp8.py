@@ -11,11 +11,11 @@ from msgspec import Struct
 
 from sparkinstall import elf, patches
 from sparkinstall.errors import CommandFailed
+from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.node import Node, site_packages
 from sparkinstall.patches import PatchSet, UnknownContent
 from sparkinstall.probes.wheels import extensions
 from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown
-from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, Result, System
 
 _DRIVER = "/proc/driver/nvidia/version"
@@ -85,7 +85,7 @@ class Fp8Decision(Struct, frozen=True):
             "how": how,
             "disabled_kernels": list(self.kernels) if fallback else [],
         }
-        record(on, self.node.fp8_decision, finding)
+        on.write(self.node.fp8_decision, as_text(finding).encode())
 
     def _decide(self, on: System) -> tuple[bool, str, str]:
         asked = self.node.config.fp8.fallback

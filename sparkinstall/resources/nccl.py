@@ -16,6 +16,7 @@ from msgspec.structs import asdict
 
 from sparkinstall import elf
 from sparkinstall.errors import BadConfig, Blocked
+from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.machine import cores
 from sparkinstall.resources import Drift, NodeOnly, Ok, State
 from sparkinstall.resources.nccl_source import NcclSource
@@ -68,7 +69,7 @@ class NcclLibrary(Struct, frozen=True):
     def check(self, on: Reader) -> State:
         if self.left:
             return NodeOnly(self.left)
-        stamp = self._stamp(on)
+        stamp = recorded(on, self._stamp_path)
         recipe = self.recipe(on)
         if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
             return Ok(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
@@ -78,12 +79,9 @@ class NcclLibrary(Struct, frozen=True):
         what = f"install {name}, which was built before" if is_kept else f"build {name} from {self.source.where}"
         return Drift(what, _as_lines(stamp.get("recipe", {})), _as_lines(asdict(recipe)))
 
-    def _stamp(self, on: Reader) -> dict[str, Any]:
-        try:
-            found = json.loads(on.read(f"{self.folder}/build.json") or b"{}")
-        except ValueError:
-            return {}
-        return found if isinstance(found, dict) else {}
+    @property
+    def _stamp_path(self) -> str:
+        return f"{self.folder}/build.json"
 
     def recipe(self, on: Reader) -> Recipe:
         """What would be built here."""
@@ -165,7 +163,7 @@ class NcclLibrary(Struct, frozen=True):
 
     def _keep(self, on: Reader, recipe: Recipe) -> None:
         """For the next time: after an uninstall, below another prefix, for another stack with the same NCCL."""
-        folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: f"{self.folder}/build.json"}
+        folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: self._stamp_path}
         # A cache that cannot be written to costs a build, some day.
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +210,7 @@ class NcclLibrary(Struct, frozen=True):
             "build_id": elf.build_id(real),
             "sha256": hashlib.sha256(real.read_bytes()).hexdigest(),
         }
-        on.write(f"{self.folder}/build.json", json.dumps(stamp, indent=2, sort_keys=True).encode() + b"\n")
+        on.write(self._stamp_path, as_text(stamp).encode())
 
 
 def _as_lines(recipe: Mapping[str, Any]) -> str:

@@ -7,9 +7,9 @@ from msgspec import Struct
 
 from sparkinstall import elf
 from sparkinstall.errors import Blocked
+from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
-from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, System
 
 _SYMBOLS = "nccl"
@@ -58,7 +58,8 @@ class NcclFitsTorch(Struct, frozen=True):
                 cause=f"torch was built with a newer NCCL; loading {library} would break `import torch`",
                 hint=f"take the NCCL that the stack names ({self.node.stack.nccl.version}), or `nccl.mode: wheel`",
             )
-        record(on, self._path, {"about": _about(library, torch), "symbols": len(needed)})
+        decision = {"about": _about(library, torch), "symbols": len(needed)}
+        on.write(self._path, as_text(decision).encode())
 
 
 def _about(library: Path, torch: Path) -> dict[str, Any]:

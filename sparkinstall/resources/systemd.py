@@ -11,8 +11,8 @@ from typing import Any
 from msgspec import Struct
 
 from sparkinstall.errors import CommandFailed, Problem
+from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
-from sparkinstall.resources.decisions import record, recorded
 from sparkinstall.resources.template import Template
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
@@ -184,7 +184,7 @@ class Service(Struct, frozen=True):
             on.run("systemctl", "restart", self.name, root=True)
         except CommandFailed as failure:
             raise self._explained(on, failure, began) from failure
-        record(on, self.noted_in, inputs)
+        on.write(self.noted_in, as_text(inputs).encode())
 
     def _explained(self, on: Reader, failure: CommandFailed, began: int) -> Problem:
         lines = self._said(on, began)

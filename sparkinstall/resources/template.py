@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from msgspec import Struct
 
 from sparkinstall.assets import asset
+from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.resources import Drift, Ok, State, Unknown
-from sparkinstall.resources.decisions import record, recorded
 from sparkinstall.resources.files import File
 from sparkinstall.system import Reader, System
 
@@ -96,7 +96,8 @@ class Template(Struct, frozen=True):
         file = self._file(values)
         file.apply(on)
         made = [inputs_digest(values), hashlib.sha256(file.content).hexdigest()]
-        record(on, self._record, {**recorded(on, self._record), self.path: made})
+        notes = {**recorded(on, self._record), self.path: made}
+        on.write(self._record, as_text(notes).encode())
 
 
 def inputs_digest(values: Mapping[str, Any]) -> str:

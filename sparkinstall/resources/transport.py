@@ -6,9 +6,9 @@ from typing import Any
 from msgspec import Struct
 
 from sparkinstall.facts import qsfp
+from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown
-from sparkinstall.resources.decisions import as_text, record, recorded
 from sparkinstall.system import Reader, System
 
 
@@ -22,7 +22,7 @@ class Transport(Struct, frozen=True):
         return "transport"
 
     def check(self, on: Reader) -> State:
-        wanted, before = self._decide(on), recorded(on, decision_path(self.node))
+        wanted, before = self._decide(on), recorded(on, self.node.transport_decision)
         if not isinstance(wanted, dict):
             return wanted
         if before == wanted or self._stays(before, wanted):
@@ -56,7 +56,7 @@ class Transport(Struct, frozen=True):
     def talks_over(self, on: Reader) -> str:
         """`roce` or `socket`, as it was decided or would be now; empty where that cannot be told yet."""
         try:
-            wanted, before = self._decide(on), recorded(on, decision_path(self.node))
+            wanted, before = self._decide(on), recorded(on, self.node.transport_decision)
         except qsfp.LinkProblem:
             return ""
         if not isinstance(wanted, dict):
@@ -71,7 +71,7 @@ class Transport(Struct, frozen=True):
     def apply(self, on: System) -> None:
         decision = self._decide(on)
         assert isinstance(decision, dict), "the engine applies only what can be told"
-        record(on, decision_path(self.node), decision)
+        on.write(self.node.transport_decision, as_text(decision).encode())
 
 
 _SOCKETS = "sockets work everywhere: --set network.transport=socket"
@@ -80,11 +80,6 @@ _REHEARSED = {
     "roce": "a rehearsal has no RoCE devices; the node itself takes RoCE, or says why it cannot (network.transport)",
 }
 _NAMES = {"roce": "RoCE", "socket": "sockets"}
-
-
-def decision_path(node: Node) -> str:
-    """Where the decision is kept (a node path)."""
-    return node.transport_decision
 
 
 def _decision(port: qsfp.Port, transport: str, why: str) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The environment: one venv at one path, filled by uv from a lock with hashes."""
 
 import hashlib
-import json
 import os
 import re
 import sys
@@ -15,10 +14,10 @@ from msgspec import Struct, field
 
 from sparkinstall import stacks
 from sparkinstall.errors import Blocked, CommandFailed
+from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes.wheels import Gate
 from sparkinstall.resources import Drift, Ok, State, Unknown
-from sparkinstall.resources.decisions import recorded
 from sparkinstall.stacks import Pin, parse_lock, render_lock
 from sparkinstall.system import Reader, System
 
@@ -175,8 +174,7 @@ class PythonEnvironment(Struct, frozen=True):
                 f"the stack {node.stack.name} does not pass the wheel gate: {finding.found}",
                 hint=finding.hint,
             )
-        stamp = json.dumps(self._stamp(lock), indent=2, sort_keys=True)
-        on.write(f"{node.venv}/sparkinstall.json", stamp.encode() + b"\n")
+        on.write(f"{node.venv}/sparkinstall.json", as_text(self._stamp(lock)).encode())
 
     def _interpreter(self, on: System) -> str:
         wanted = self.node.config.environment.python or self.node.stack.python

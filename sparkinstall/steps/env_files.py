@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from sparkinstall.facts.decisions import recorded
 from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe
 from sparkinstall.probes import ray as ray_probe
 from sparkinstall.resources import Resource, Unknown, ray_ports
-from sparkinstall.resources.decisions import recorded
 from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step
@@ -109,9 +109,7 @@ def _of_several(node: Node, on: Reader) -> dict[str, Any]:
 def _link(node: Node, on: Reader) -> dict[str, Any] | Unknown:
     """The link's interface and transport as they were found on this node, or that this was not done yet."""
     if node.several:
-        from sparkinstall.resources.transport import decision_path
-
-        found = recorded(on, decision_path(node))
+        found = recorded(on, node.transport_decision)
         if "transport" not in found:
             return Unknown("env-files")
     else:

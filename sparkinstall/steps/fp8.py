@@ -4,11 +4,11 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from sparkinstall.assets import asset
+from sparkinstall.facts.decisions import recorded
 from sparkinstall.node import Node
 from sparkinstall.patches import PatchSet, load
 from sparkinstall.probes import Finding, Probe, failed, passed
 from sparkinstall.resources import Conflict, Ok, Resource, Unknown
-from sparkinstall.resources.decisions import recorded
 from sparkinstall.resources.fp8 import Fp8Decision, PatchedFile, is_whole
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader

@@ -25,8 +25,7 @@ class Network(Step):
             yield LiveLink(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        from sparkinstall.probes import bandwidth, link_health, network
+        from sparkinstall.probes import bandwidth, link
 
-        yield from network.probes(node)
-        yield from link_health.probes(node)
+        yield from link.probes(node)
         yield from bandwidth.probes(node)

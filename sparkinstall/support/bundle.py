@@ -21,6 +21,7 @@ from sparkinstall import __version__, safe_yaml
 from sparkinstall.diagnose import judge, search, signatures
 from sparkinstall.errors import Problem
 from sparkinstall.facts import machine, packet_filters
+from sparkinstall.facts.sysfs import is_connectx
 from sparkinstall.journal.state_dir import FOLDER
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import serving
@@ -235,15 +236,10 @@ def _programs(on: Reader) -> dict[str, str]:
     asked = [
         ("uname", "-a"), ("nvidia-smi", "-q"), ("ip", "-br", "link"), ("ip", "-br", "address"), ("rdma", "link"),
         ("ibv_devinfo",), ("df", "-h"), ("systemctl", "--failed", "--no-pager", "--plain"),
-        *(("ethtool", "-i", name) for name in on.names("/sys/class/net") if _is_fast(on, name)),
+        *(("ethtool", "-i", name) for name in on.names("/sys/class/net") if is_connectx(on, name)),
     ]  # fmt: skip
     answers = {" ".join(argv): on.ask(*argv, timeout=_PATIENCE) for argv in asked}
     return {name: (answer.out + answer.err)[:_SMALL] for name, answer in answers.items() if answer.code != 127}
-
-
-def _is_fast(on: Reader, name: str) -> bool:
-    driver = on.entry(f"/sys/class/net/{name}/device/driver")
-    return driver is not None and driver.target.endswith("/mlx5_core")
 
 
 def _state(on: Reader) -> dict[str, Any]:

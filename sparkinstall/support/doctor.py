@@ -12,6 +12,7 @@ from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.facts import machine
+from sparkinstall.facts.gpu import first_gpu
 from sparkinstall.node import Node
 from sparkinstall.probes import Verdict
 from sparkinstall.resources import Conflict, Drift, NodeOnly, State, Unknown
@@ -47,7 +48,7 @@ def machine_facts(node: Node, on: Reader) -> dict[str, str]:
     ours = {"stack": f"{node.stack.name} for {node.platform}", "sparkinstall": __version__}
     if on.rehearsal:
         return {"machine": machine.product(on) or "a rehearsal", **ours}
-    gpu = machine.gpu(on)
+    gpu = first_gpu(on)
     found = {
         "machine": machine.product(on) or "an unnamed machine",
         "gpu": gpu.name if gpu else "",

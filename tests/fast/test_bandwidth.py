@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from sparkinstall.core import checks
-from sparkinstall.probes import bandwidth, link_health
+from sparkinstall.probes import bandwidth, link
 from sparkinstall.probes.bandwidth import Kind, Measured
 from tests.support.machine import Machine, OnASpark
 from tests.support.nodes import node_with
@@ -31,7 +31,7 @@ HEAD = {"cluster.role": "head"}
 @pytest.fixture(autouse=True)
 def no_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
-    monkeypatch.setattr(link_health, "_PAUSE", 0.0)
+    monkeypatch.setattr(link, "_PAUSE", 0.0)
 
 
 def tree(tmp_path: Path) -> Sysfs:
@@ -325,7 +325,7 @@ def test_errors_that_grow_while_it_is_looked(healthy: Sysfs, monkeypatch: pytest
     folder.mkdir()
     (folder / "out_of_sequence").write_text("5\n")
     now = folder / "out_of_sequence"
-    monkeypatch.setattr("sparkinstall.probes.link_health.time.sleep", lambda _: now.write_text("9\n"))
+    monkeypatch.setattr("sparkinstall.probes.link.time.sleep", lambda _: now.write_text("9\n"))
     verdict, said = found_on(healthy.root, "link-health", {})
     assert verdict == "warn"
     assert said == f"growing within a second: {SECOND} out_of_sequence 4: RDMA packets to this node are lost on the way"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparkinstall.facts import machine
+from sparkinstall.facts.gpu import Gpu, first_gpu, gpu_or_complaint
 from sparkinstall.probes import Finding
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.system import Result
@@ -36,9 +36,9 @@ def driver(on: Machine, root: Path) -> Finding:
 
 
 def test_a_driver_that_is_there_passes(tmp_path: Path) -> None:
-    on = WithSmi(tmp_path, 0, "NVIDIA GB10, 12.1, 580.95.05\n")
+    on = WithSmi(tmp_path, 0, "NVIDIA GB10, 12.1, 580.95.05, 3, [N/A], 4.3\n")
     assert (driver(on, tmp_path).verdict, driver(on, tmp_path).found) == ("pass", "580.95.05")
-    assert machine.gpu(on) == machine.Gpu("NVIDIA GB10", "12.1", "580.95.05")
+    assert first_gpu(on) == Gpu("NVIDIA GB10", "12.1", "580.95.05", 3, None, 4.3)
 
 
 @pytest.mark.parametrize(
@@ -70,4 +70,4 @@ def test_an_nvidia_smi_that_is_missing_or_hangs_says_nothing(tmp_path: Path, cod
 
 
 def test_what_nvidia_smi_says_cannot_steer_a_terminal(tmp_path: Path) -> None:
-    assert machine.gpu_or_complaint(WithSmi(tmp_path, 1, "\x1b[2Jgone\n")) == "?[2Jgone"
+    assert gpu_or_complaint(WithSmi(tmp_path, 1, "\x1b[2Jgone\n")) == "?[2Jgone"

@@ -55,7 +55,7 @@ def host(root: Path, files: Mapping[str, str] = MappingProxyType({}), role: str 
         (root / name).write_text(text)
     said = {
         "journalctl": KERNEL_GOOD,
-        "nvidia-smi": "NVIDIA GB10, 580.173.02, 96, 2405, 61.20\n",
+        "nvidia-smi": "NVIDIA GB10, 12.1, 580.173.02, 96, 2405, 61.20\n",
         "systemctl": "active\ninactive\ninactive\n",
     }
     reader = Recorded(root, {**said, **{name.replace("_", "-"): text for name, text in answers.items()}})
@@ -104,8 +104,8 @@ def test_every_rule_has_a_bad_host_among_the_cases() -> None:
 
 
 PYTHON = {"opt/sparkinstall/venv/bin/python": ""}
-IDLE = "NVIDIA GB10, 580.173.02, 3, 208, 4.33\n"
-STUCK = "NVIDIA GB10, 580.173.02, 96, 1377, 20.31\n"
+IDLE = "NVIDIA GB10, 12.1, 580.173.02, 3, 208, 4.33\n"
+STUCK = "NVIDIA GB10, 12.1, 580.173.02, 96, 1377, 20.31\n"
 
 
 def low_power(root: Path, files: Mapping[str, str] = MappingProxyType({}), **answers: str) -> tuple[str, str]:

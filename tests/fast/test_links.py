@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from sparkinstall import config
 from sparkinstall.config import Config, Layer
-from sparkinstall.facts import qsfp
+from sparkinstall.facts import ip, qsfp
 from sparkinstall.facts.qsfp import LinkProblem, Port
 from sparkinstall.node import Node
 from sparkinstall.stacks import load
@@ -244,7 +244,8 @@ def test_the_interface_of_this_ssh_session_is_management(monkeypatch: pytest.Mon
 def over_the_link(monkeypatch: pytest.MonkeyPatch, interface: str) -> None:
     """An ssh session that came in over `interface`."""
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.1 22")
-    monkeypatch.setattr(qsfp, "_addresses", lambda *_: iter([(interface, "192.0.2.1", 24)]))
+    live = ip.Live(interface, 1500, True, True, ("192.0.2.1/24",), (), ("192.0.2.1",))
+    monkeypatch.setattr(ip, "live_or_complaint", lambda _: {interface: live})
 
 
 @pytest.mark.parametrize("named", [None, "enP2p1s0f0np0"])
@@ -267,7 +268,7 @@ def test_a_port_with_the_default_route_is_not_even_looked_at(monkeypatch: pytest
 
 def test_sudo_does_not_hide_the_ssh_session() -> None:
     """sudo takes SSH_CONNECTION out of the environment; the shell that started it has it still."""
-    ask = "from sparkinstall.facts import qsfp; print(*qsfp.session())"
+    ask = "from sparkinstall.facts import ip, qsfp; print(*qsfp.session())"
     through = ["env", "-u", "SSH_CONNECTION", "SUDO_USER=spark", sys.executable, "-c", ask]
     shell = ["sh", "-c", '"$@"; exit $?', "sh", *through]
     env = {**os.environ, "SSH_CONNECTION": "192.0.2.9 50000 192.0.2.1 22"}

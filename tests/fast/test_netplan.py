@@ -20,7 +20,7 @@ from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.journal.undo import undo_all
 from sparkinstall.node import Node
-from sparkinstall.probes import network
+from sparkinstall.probes import link
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State
 from sparkinstall.resources.netplan import files
 from sparkinstall.resources.netplan.live import LiveLink, Netplan, restoring, take_back
@@ -141,7 +141,7 @@ def test_a_rehearsal_leaves_the_applying_to_the_node(rehearsed: Rehearsed) -> No
     state = LiveLink(node()).check(LocalReader(str(rehearsed.root)))
     assert isinstance(state, NodeOnly)
     assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in state.reason
-    assert {each.look(LocalReader(str(rehearsed.root))).verdict for each in network.probes(node())} == {"skip"}
+    assert {each.look(LocalReader(str(rehearsed.root))).verdict for each in link.probes(node())} == {"skip"}
 
 
 def test_a_second_run_touches_nothing(rehearsed: Rehearsed) -> None:

@@ -46,7 +46,7 @@ import json, subprocess
 from pathlib import Path
 from sparkinstall.config import Layer, build
 from sparkinstall.node import Node
-from sparkinstall.probes import network
+from sparkinstall.facts import network
 from sparkinstall.stacks import load
 from sparkinstall.system.local import LocalReader
 config, _ = build([Layer("the test", {"cluster.role": "head"})])

@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from sparkinstall import safe_yaml
 from sparkinstall.errors import Problem
+from sparkinstall.facts.sysfs import CONNECTX_DRIVER, NET, driver_of, text_of
 from sparkinstall.system import Reader
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ _KEEPS = """\
 """
 # A definition of another kind that is made of an interface names it so.
 _MADE_OF = ("interfaces", "link")
-_DRIVER = "mlx5_core"
 _SECRET = re.compile(r"(?im)^(.*?\b(?:password|psk|pin|key|private|preshared)[\"']?\s*:[ \t]*)[^\s{\[].*$")
 
 
@@ -157,15 +157,14 @@ def renderer(files: Iterable[NetplanFile]) -> str:
 
 def devices(on: Reader, names: Iterable[str]) -> tuple[Device, ...]:
     """The interfaces of this node and `names`; in a rehearsal the latter alone, as a Spark has them."""
-    there = on.names("/sys/class/net")
-    return tuple(_device(on, name) if name in there else Device(name, driver=_DRIVER) for name in {*there, *names})
+    there = on.names(NET)
+    return tuple(
+        _device(on, name) if name in there else Device(name, driver=CONNECTX_DRIVER) for name in {*there, *names}
+    )
 
 
 def _device(on: Reader, name: str) -> Device:
-    folder = f"/sys/class/net/{name}"
-    driver = on.entry(f"{folder}/device/driver")
-    mac = (on.read(f"{folder}/address") or b"").decode(errors="replace").strip()
-    return Device(name, mac, driver.target.rpartition("/")[2] if driver else "")
+    return Device(name, text_of(on, f"{NET}/{name}/address"), driver_of(on, name))
 
 
 def covers(name: str, fields: Mapping[str, Any], device: Device) -> bool:

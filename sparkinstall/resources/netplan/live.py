@@ -8,9 +8,9 @@ from typing import Any
 from msgspec import Struct
 
 from sparkinstall.errors import Blocked, CommandFailed, Interrupted, Problem
-from sparkinstall.facts import qsfp
+from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.node import Node
-from sparkinstall.probes import network
+from sparkinstall.probes.network import neighbour
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, rollback
 from sparkinstall.resources.netplan import files
 from sparkinstall.system import Reader, System, Undo
@@ -145,7 +145,7 @@ class _Plan(Struct, frozen=True, dict=True):
             both = {str(half.address.ip) for half in self.halves} & {each.partition("/")[0] for each in there}
             if name not in ours and both:
                 return _in_use(min(both), f"{name} has it")
-        for route in network.routes(self.on):
+        for route in ip.routes(self.on):
             for half in self.halves:
                 if route.interface not in ours and route.to.prefixlen and route.to.overlaps(half.address.network):
                     return Conflict(
@@ -243,7 +243,7 @@ class LiveLink(Struct, frozen=True):
         mtu = self.node.config.network.mtu
         if on.rehearsal:
             return NodeOnly(f"netplan applies it there: {', '.join(_then(each, mtu) for each in plan.halves)}")
-        now = network.live(on)
+        now = ip.live(on)
         if any(not _is_so(each, mtu, now) for each in plan.halves):
             qsfp.used_port(on, self.node)
             before, after = (_now(each, now) for each in plan.halves), (_then(each, mtu) for each in plan.halves)
@@ -256,7 +256,7 @@ class LiveLink(Struct, frozen=True):
         _guarded(on, _Plan(on, self.node), lambda: None)
 
 
-def _is_so(half: files.Half, mtu: int, now: Mapping[str, network.Live]) -> bool:
+def _is_so(half: files.Half, mtu: int, now: Mapping[str, ip.Live]) -> bool:
     there = now.get(half.name)
     if there is None or not there.up or there.mtu != mtu:
         return False
@@ -268,7 +268,7 @@ def _then(half: files.Half, mtu: int) -> str:
     return f"{half.name}: {half.address}, MTU {mtu}"
 
 
-def _now(half: files.Half, now: Mapping[str, network.Live]) -> str:
+def _now(half: files.Half, now: Mapping[str, ip.Live]) -> str:
     there = now.get(half.name)
     if there is None or not there.up:
         return f"{half.name}: down"
@@ -281,14 +281,14 @@ def _refuse_answered(on: Reader, plan: _Plan) -> None:
     Raises:
         Blocked: that is so.
     """
-    now = network.live(on)
+    now = ip.live(on)
     for half in plan.halves:
         there = now.get(half.name)
-        ip = str(half.address.ip)
-        if not there or not there.carrier or ip in {each.partition("/")[0] for each in there.addresses}:
+        address = str(half.address.ip)
+        if not there or not there.carrier or address in {each.partition("/")[0] for each in there.addresses}:
             continue
-        if owner := network.neighbour(on, half.name, ip):
-            found = _in_use(ip, f"{owner} answers to it on {half.name}")
+        if owner := neighbour(on, half.name, address):
+            found = _in_use(address, f"{owner} answers to it on {half.name}")
             raise Blocked(found.message, hint=found.hint)
 
 
@@ -327,7 +327,7 @@ def _settle(on: Reader, plan: _Plan, reach: network.Reach, until: float) -> None
 
 
 def _unsettled(on: Reader, plan: _Plan) -> str:
-    now, mtu = network.live(on), plan.node.config.network.mtu
+    now, mtu = ip.live(on), plan.node.config.network.mtu
     return next((_now(each, now) for each in plan.halves if not _is_so(each, mtu, now)), "")
 
 
@@ -349,7 +349,7 @@ def _put_back(on: System, problem: Exception) -> Problem:
 
 def _live_state(on: Reader, plan: _Plan) -> dict[str, Any]:
     """The interfaces as they are, in the journal's words. Addresses that DHCP gave come back by themselves."""
-    now = network.live(on)
+    now = ip.live(on)
     found = {}
     for name in sorted({*plan.names, *plan.former}):
         if there := now.get(name):

@@ -1,0 +1,117 @@
+"""This node among others: its addresses on the QSFP link, and what it reaches, to be compared after a change."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Interface, IPv4Network
+from typing import TypeVar
+
+from msgspec import Struct
+
+from sparkinstall.facts import ip, qsfp
+from sparkinstall.node import Node
+from sparkinstall.system import Reader
+
+HEADERS = 28
+"""Bytes of the IPv4 and ICMP headers: a ping of MTU - 28 bytes is a packet of MTU bytes."""
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def own_addresses(node: Node) -> tuple[IPv4Interface, IPv4Interface]:
+    """This node's address on the first half of the port, and on the second: the same host in the other subnet."""
+    network = node.config.network
+    first = IPv4Interface(f"{node.address}/{network.prefix_length}")
+    return first, twin_of(node, node.address)
+
+
+def twin_of(node: Node, address: str) -> IPv4Interface:
+    """The address on the second half of the node that has `address` on the first."""
+    network = node.config.network
+    one = IPv4Interface(f"{address}/{network.prefix_length}")
+    other = IPv4Network(f"{network.twin_subnet}/{network.prefix_length}", strict=False)
+    host = int(one.ip) & int(one.network.hostmask)
+    return IPv4Interface(f"{other.network_address + host}/{network.prefix_length}")
+
+
+class Reach(Struct, frozen=True):
+    """What a node can reach, to be compared after its network was changed.
+
+    `session`: the interface over which this ssh session comes; empty where there is none.
+    """
+
+    defaults: tuple[tuple[str, str], ...]
+    management: Mapping[str, tuple[str, ...]]
+    session: str
+    answered: frozenset[str]
+
+
+def reach(on: Reader, node: Node, only: Iterable[str] | None = None) -> Reach:
+    """What can be reached now; `only` these addresses are asked for an answer, instead of gateways and peers."""
+    there = ip.live(on)
+    # Only a node that is managed over IPv6 alone waits for that: routers announce their route in their own time.
+    defaults = _defaults(on) or _defaults6(on)
+    asked = only if only is not None else [*(gateway for _, gateway in defaults if gateway), *node.peers]
+    kept = {name: there[name].addresses for name in qsfp.management(on) if name in there}
+    return Reach(defaults, kept, _session(on), frozenset(_that_answer(on, asked)))
+
+
+def _defaults(on: Reader) -> tuple[tuple[str, str], ...]:
+    return tuple((each.interface, each.gateway) for each in ip.routes(on) if not each.to.prefixlen)
+
+
+def _defaults6(on: Reader) -> tuple[tuple[str, str], ...]:
+    found = [each for each in ip.asked(on, "-6", "route", "show", "default") if "dev" in each]
+    return tuple((each["dev"], _scoped(each.get("gateway", ""), each["dev"])) for each in found)
+
+
+def _scoped(address: str, interface: str) -> str:
+    return f"{address}%{interface}" if address.startswith("fe80:") else address
+
+
+def _session(on: Reader) -> str:
+    client = next(iter(qsfp.session()), "").partition("%")[0]
+    asked = ip.asked(on, "route", "get", client) if client else []
+    return str(asked[0].get("dev", "")) if asked else ""
+
+
+def _that_answer(on: Reader, addresses: Iterable[str]) -> list[str]:
+    asked = sorted(set(addresses))
+    answered = at_once(lambda each: pings(on, each, count=1), asked)
+    return [each for each, answers in zip(asked, answered, strict=True) if answers]
+
+
+def lost(before: Reach, on: Reader, node: Node) -> str:
+    """What could be reached before and cannot be now, in words; empty: all of it can."""
+    now, there = reach(on, node, before.answered), ip.live(on)
+    if gone := sorted(set(before.defaults) - {*_defaults(on), *_defaults6(on)}):
+        return f"the default route over {gone[0][0]} is gone"
+    for name, had in before.management.items():
+        if missing := set(had) - set(there[name].addresses if name in there else ()):
+            return f"{name} has lost its address {min(missing)}"
+    if before.session and before.session != now.session:
+        return f"this ssh session's way back, over {before.session}, is gone"
+    silent = sorted(before.answered - now.answered)
+    return f"{silent[0]} answered before and does not now" if silent else ""
+
+
+def pings(on: Reader, address: str, *, count: int = 2, size: int = 0, source: str = "") -> bool:
+    """Whether `address` answers; with a `size` (bytes), to packets of that size that must not be cut up."""
+    large = ("-M", "do", "-s", str(size)) if size else ()
+    origin = ("-I", source) if source else ()
+    return ping(on, "-c", str(count), "-i", "0.2", *large, *origin, address)
+
+
+def ping(on: Reader, *words: str) -> bool:
+    """Whether `ping` with these words gets an answer."""
+    asked = ("ping", "-n", "-q", "-W", "1", *words)
+    answer = on.ask(*asked, timeout=10)
+    if "not permitted" in answer.err:
+        # Where an ordinary user may not ping (net.ipv4.ping_group_range), root may.
+        answer = on.ask(*asked, timeout=10, root=True)
+    return answer.ok
+
+
+def at_once(ask: Callable[[_T], _R], of: Sequence[_T]) -> list[_R]:
+    """`ask` of each, side by side: a peer that is silent costs its second once."""
+    with ThreadPoolExecutor(max_workers=max(1, min(len(of), 16))) as pool:
+        return list(pool.map(ask, of))

@@ -1,0 +1,31 @@
+"""Interfaces as the kernel shows them in /sys: what their files say, which driver they have, whose card they are."""
+
+from sparkinstall.errors import NeedsRoot
+from sparkinstall.system import Reader
+
+NET = "/sys/class/net"
+RDMA = "/sys/class/infiniband"
+CONNECTX_DRIVER = "mlx5_core"
+_MELLANOX = "0x15b3"
+
+
+def text_of(on: Reader, path: str) -> str:
+    """What a file of the kernel says; empty where it is not there or says nothing.
+
+    Some can be opened but not read, such as `carrier` of an interface that is down (EINVAL).
+    """
+    try:
+        return (on.read(path) or b"").decode(errors="replace").strip()
+    except (OSError, NeedsRoot):
+        return ""
+
+
+def driver_of(on: Reader, interface: str) -> str:
+    """The name of an interface's driver; empty for a virtual interface."""
+    link = on.entry(f"{NET}/{interface}/device/driver")
+    return link.target.rpartition("/")[2] if link else ""
+
+
+def is_connectx(on: Reader, interface: str) -> bool:
+    """Whether the interface is a port of a ConnectX card."""
+    return driver_of(on, interface) == CONNECTX_DRIVER or text_of(on, f"{NET}/{interface}/device/vendor") == _MELLANOX

@@ -1,0 +1,205 @@
+"""How the QSFP link behaves: its halves, large packets to other nodes, counted errors, firmware, and RoCE's GIDs."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Interface
+
+from sparkinstall.facts import card, ip, qsfp
+from sparkinstall.facts.decisions import recorded
+from sparkinstall.facts.network import HEADERS, at_once, own_addresses, pings, twin_of
+from sparkinstall.facts.qsfp import Interface, Port
+from sparkinstall.facts.sysfs import NET, text_of
+from sparkinstall.node import Node
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.system import Reader
+
+_FULL_SPEED = 200_000
+# Seconds between two readings of the counters.
+_PAUSE = 1.0
+# Of all packets since the boot: so many errors are no accident of a cable that was put in.
+_TOLERATED, _FEW = 1e-5, 100
+
+
+def probes(node: Node) -> Iterable[Probe]:
+    """What can be seen of the link without keeping it busy."""
+    yield Probe("link", "the QSFP link and its two halves", lambda on: _link(node, on), "link")
+    yield Probe("peers", "large packets to every other node", lambda on: _peers(node, on), "link", others=True)
+    yield Probe("link-health", "the link's errors, lanes and firmware", lambda on: _health(node, on), "link")
+    yield Probe("gids", "RoCE finds each half by its address", lambda on: _gids(node, on), "link")
+
+
+def _link(node: Node, on: Reader) -> Finding:
+    if on.rehearsal:
+        return skipped("a rehearsal has no QSFP port")
+    port, there, mtu = qsfp.port_to_look_at(on, node), ip.live(on), node.config.network.mtu
+    expected = f"a carrier, MTU {mtu}, and an address in a subnet of its own on each half"
+    if problem := _complaint(node, port, there):
+        return failed(problem[0], problem[1], expected)
+    speed = min(each.speed for each in port.twins)
+    said = ", ".join(f"{each.name} {addr.ip}" for each, addr in zip(port.twins, own_addresses(node), strict=False))
+    if 0 < speed < _FULL_SPEED:
+        return warned(
+            f"{said}: {speed} Mb/s", "the cable or the other end does not carry 200 Gb/s: try another cable", expected
+        )
+    return passed(f"{said}, MTU {mtu}" + (f", {speed // 1000} Gb/s" if speed else ""), expected)
+
+
+def _complaint(node: Node, port: Port, there: Mapping[str, ip.Live]) -> tuple[str, str] | None:
+    """What is wrong with the port and what to do."""
+    if len(port.twins) < 2:
+        return f"{port.twins[0].name} has no second half", "look at `lspci`: each port shows as two devices"
+    for each, address in zip(port.twins, own_addresses(node), strict=True):
+        now = there.get(each.name)
+        if now is None or not now.up:
+            return f"{each.name} is down", "run `sparkinstall run network`"
+        if not now.carrier:
+            return f"{each.name} has no carrier", "plug the cable in at both ends, and switch the other node on"
+        if now.mtu != node.config.network.mtu:
+            return f"{each.name} has MTU {now.mtu}", "run `sparkinstall run network`"
+        if str(address) not in now.addresses:
+            return f"{each.name} has not the address {address}", "run `sparkinstall run network`"
+    return _shared_subnet(port, there)
+
+
+def _shared_subnet(port: Port, there: Mapping[str, ip.Live]) -> tuple[str, str] | None:
+    one, other = ([IPv4Interface(a).network for a in there[each.name].addresses] for each in port.twins)
+    if any(mine.overlaps(its) for mine in one for its in other):
+        names = " and ".join(each.name for each in port.twins)
+        return f"{names} are in one subnet", "take the further address away; `ip -4 address` shows all of them"
+    return None
+
+
+def _peers(node: Node, on: Reader) -> Finding:
+    if on.rehearsal:
+        return skipped("a rehearsal has no other nodes")
+    if not node.peers:
+        return skipped("there is no other node: `cluster.workers` is empty")
+    if missing := _not_here(node, on):
+        # A ping from an address that is not there fails, and would say nothing of the other node.
+        return failed(f"this node has not its own address {missing}", "run `sparkinstall run network` here")
+    found = at_once(lambda each: _peer(node, on, each), node.peers)
+    worst = max(found, key=lambda each: ("pass", "warn", "fail").index(each.verdict))
+    if worst.verdict == "pass":
+        return passed(f"{', '.join(node.peers)} answer packets of {node.config.network.mtu} bytes", worst.expected)
+    return worst
+
+
+def _not_here(node: Node, on: Reader) -> str:
+    """Those of this node's own addresses that no interface has; empty also where `ip` tells nothing."""
+    have = {str(IPv4Interface(each).ip) for one in ip.live(on).values() for each in one.addresses}
+    own = [str(each.ip) for each in own_addresses(node)]
+    return " and ".join(each for each in own if have and each not in have)
+
+
+def _peer(node: Node, on: Reader, peer: str) -> Finding:
+    mtu = node.config.network.mtu
+    expected = f"every node answers whole packets of {mtu} bytes on both halves"
+    here, there = (str(each.ip) for each in own_addresses(node)), (peer, str(twin_of(node, peer).ip))
+    ways = list(zip(there, here, strict=True))
+    if all(pings(on, to, count=1, size=mtu - HEADERS, source=own) for to, own in ways):
+        return passed(f"{peer} answers packets of {mtu} bytes", expected)
+    return _unlike_a_peer(node, on, peer, ways, expected)
+
+
+def _unlike_a_peer(node: Node, on: Reader, peer: str, ways: Sequence[tuple[str, str]], expected: str) -> Finding:
+    """What is wrong with a peer that has left a large packet unanswered: asked again, for one may get lost."""
+    mtu = node.config.network.mtu
+    small = [pings(on, to, source=own) for to, own in ways]
+    large = [a and pings(on, to, size=mtu - HEADERS, source=own) for (to, own), a in zip(ways, small, strict=True)]
+    if not any(small):
+        return warned(f"{peer} does not answer", "set up the other node, then `sparkinstall verify`", expected)
+    for (to, _), answers, whole in zip(ways, small, large, strict=True):
+        if answers and not whole:
+            said = f"{to} answers small packets and not large ones: its MTU, or that of a switch, is below {mtu}"
+            return failed(said, "set up the other node (`sparkinstall run network` there)", expected)
+    if not all(small):
+        silent = ways[small.index(False)][0]
+        said = f"{peer} answers on one half only: {silent} does not"
+        return warned(said, "set up the other node with `network.manage: true`, then `sparkinstall verify`", expected)
+    return passed(f"{peer} answers packets of {mtu} bytes", expected)
+
+
+def _health(node: Node, on: Reader) -> Finding:
+    if on.rehearsal:
+        return skipped("a rehearsal has no QSFP port")
+    port = qsfp.port_to_look_at(on, node)
+    before = card.counted(on, port)
+    time.sleep(_PAUSE)
+    now = card.counted(on, port)
+    expected = "no errors, and the same firmware on both halves"
+    if complaint := _trouble(on, port, card.grown(before, now), _many(now)):
+        return warned(*complaint, expected)
+    return passed(_facts(on, port, now), expected)
+
+
+def _many(so_far: card.Counted) -> dict[str, int]:
+    """Counters that stand higher since the boot than a cable that was put in explains."""
+    found = {}
+    for name, count in so_far.errors.items():
+        interface, _, counter = name.partition(" ")
+        # It grows whenever the other node starts.
+        if counter != "carrier_changes" and count > max(_FEW, so_far.packets[interface] * _TOLERATED):
+            found[name] = count
+    return found
+
+
+def _trouble(on: Reader, port: Port, growing: Mapping[str, int], high: Mapping[str, int]) -> tuple[str, str] | None:
+    """What is wrong and what to do, the worst first."""
+    if growing:
+        return f"growing within a second: {card.in_words(growing)}", _CABLE
+    for half in port.twins:
+        if text_of(on, f"{NET}/{half.name}/duplex") == "half":
+            return f"{half.name} runs half duplex", _CABLE
+    if high:
+        return f"since the boot: {card.in_words(high)}", _CABLE
+    versions = {half.name: version for half in port.twins if (version := card.firmware(on, half))}
+    if len(set(versions.values())) > 1:
+        said = ", ".join(f"{version} on {name}" for name, version in versions.items())
+        return f"the halves have different firmware: {said}", _UPDATES
+    return None
+
+
+_CABLE = "put the cable in again at both ends, or try another one; then `sparkinstall verify --only link-health`"
+_UPDATES = "install the updates of DGX OS, and switch the node off and on"
+
+
+def _facts(on: Reader, port: Port, now: card.Counted) -> str:
+    # What to think of the lanes is for `connectx-pcie`, one of the known-bad hosts.
+    widths = sorted({card.lanes(on, half.name) for half in port.twins})
+    known = [f"PCIe x{width} at {rate:g} GT/s" for width, rate in widths if width]
+    fec = {card.ethtool(on, "Active FEC encoding", "--show-fec", half.name) for half in port.twins} - {""}
+    versions = {card.firmware(on, half) for half in port.twins} - {"", "N/A"}
+    known += [f"FEC {each}" for each in sorted(fec)] + [f"firmware {each}" for each in sorted(versions)]
+    errors = {name: count for name, count in now.errors.items() if count and not name.endswith("carrier_changes")}
+    few = ", ".join(f"{name} {count}" for name, count in errors.items())
+    known.append(f"few errors since the boot ({few}), none in this second" if few else "no errors since the boot")
+    return ", ".join(known)
+
+
+def _gids(node: Node, on: Reader) -> Finding:
+    if on.rehearsal:
+        return skipped("a rehearsal has no RDMA devices")
+    transport = recorded(on, node.transport_decision).get("transport")
+    if not transport:
+        return skipped("it was not decided yet whether NCCL talks over RoCE: `sparkinstall all` does that")
+    if transport == "socket":
+        return passed("NCCL talks over sockets on this node, and needs none")
+    port = qsfp.port_to_look_at(on, node)
+    expected = "each half's RDMA device is ACTIVE and has a RoCE v2 GID for that half's address"
+    if why := qsfp.roce_ready(on, port):
+        return failed(why, _ROCE, expected)
+    found = {half.hca: (str(own.ip), qsfp.roce_gid(on, half.hca, str(own.ip))) for half, own in _halves(node, port)}
+    for hca, (address, index) in found.items():
+        if index is None:
+            return failed(f"{hca} has no RoCE v2 GID for {address}", _ROCE, expected)
+    return passed(", ".join(f"{hca} index {index}: {address}" for hca, (address, index) in found.items()), expected)
+
+
+def _halves(node: Node, port: Port) -> list[tuple[Interface, IPv4Interface]]:
+    return list(zip(port.twins, own_addresses(node), strict=False))
+
+
+_ROCE = (
+    "`sparkinstall run network` gives the halves their addresses, from which the card makes the GIDs; "
+    "if they stay away, take sockets on all nodes: `--set network.transport=socket`"
+)
