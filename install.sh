@@ -7,7 +7,7 @@
 #   ./install.sh --tool-only          install the command `sparkinstall` and stop
 #   ./install.sh --remove             remove that command again (`sparkinstall uninstall` comes before)
 #
-# Any other option goes to `sparkinstall all`; what neither of them knows is refused before anything is touched.
+# Any other option goes to `sparkinstall all`; an option that neither knows is refused before anything is touched.
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)

@@ -100,5 +100,5 @@ def _unreachable(url: str, error: Exception) -> CommandFailed:
     return CommandFailed(
         f"{url} could not be downloaded",
         cause=str(error).split("(Caused by")[-1].strip(" )")[:200],
-        hint="look at the network, then run the same command again: what has arrived is kept and gone on with",
+        hint="check the network and run the same command again; the download resumes where it stopped",
     )

@@ -74,7 +74,9 @@ def _cluster(words: list[str], asked: Target, choice: ClusterChoice) -> Answer:
     _refuse_misspelt(words, list(verbs))
     hosts = words[1:] if verb else words
     if not hosts:
-        raise BadUsage(f"which nodes? `cluster {verb}` names none", hint=f"sparkinstall cluster {verb} spark-1 spark-2")
+        raise BadUsage(
+            f"`cluster {verb}` needs the names of the nodes", hint=f"sparkinstall cluster {verb} spark-1 spark-2"
+        )
     if verb != "verify" and choice.of_verify:
         option = choice.of_verify[0]
         raise BadUsage(f"{option} is for `cluster verify`", hint=f"sparkinstall cluster verify {option} ... HOST...")

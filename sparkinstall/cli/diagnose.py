@@ -254,7 +254,7 @@ def _show_consequences(found: "Diagnosis", out: "Console", several: bool, verbos
 def _show_telling(found: "Diagnosis", out: "Console", several: bool, verbose: bool) -> None:
     if not found.telling:
         return
-    out.print("No known failure is in it. These lines are the most telling ones:")
+    out.print("No known failure found. The most suspicious lines:")
     for log, each in found.telling if verbose else found.telling[:_SHOWN_TELLING]:
         _show_lines([(log, each.line)], out, several)
         if each.count > 1:

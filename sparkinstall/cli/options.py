@@ -40,11 +40,11 @@ Only = Annotated[
 ]
 Skip = Annotated[
     list[str] | None,
-    typer.Option(metavar="STEP", help="All but this step (may repeat).", rich_help_panel=_CHOICE),
+    typer.Option(metavar="STEP", help="Skip this step (may repeat).", rich_help_panel=_CHOICE),
 ]
 Ignore = Annotated[
     list[str] | None,
-    typer.Option(metavar="CHECK", help="Go on although this check fails (may repeat).", rich_help_panel=_CHOICE),
+    typer.Option(metavar="CHECK", help="Ignore this check if it fails (may repeat).", rich_help_panel=_CHOICE),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", rich_help_panel=_OUTPUT)]
 Json = Annotated[

@@ -38,7 +38,7 @@ def answer(verb: str, body: Callable[[], Answer], *, root: Path | None, json: bo
     except KeyboardInterrupt:
         given = Answer(Exit.INTERRUPTED, problems=(Interrupted("interrupted"),))
     except typer.Abort:
-        given = Answer(Exit.INTERRUPTED, problems=(Interrupted("not begun; nothing was changed"),))
+        given = Answer(Exit.INTERRUPTED, problems=(Interrupted("cancelled; nothing was changed"),))
     except Exception as error:
         if verbose:
             traceback.print_exc()
@@ -69,7 +69,7 @@ def confirm(question: str, *, agreed: bool, default: bool) -> None:
     if not sys.stdin.isatty():
         raise BadUsage("there is no terminal to ask on", hint="add `--yes` if that is what you want")
     if not typer.confirm(question, default=default):
-        raise Interrupted("not begun; nothing was changed")
+        raise Interrupted("cancelled; nothing was changed")
 
 
 def _tell(verb: str, given: Answer, json: bool, root: str) -> None:

@@ -29,7 +29,7 @@ Names = Annotated[
 ]
 NotNames = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="All but this step or probe (may repeat).", rich_help_panel="Which parts"),
+    typer.Option(metavar="NAME", help="Skip this step or probe (may repeat).", rich_help_panel="Which parts"),
 ]
 HowFar = Annotated[
     str | None,

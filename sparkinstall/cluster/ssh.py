@@ -247,7 +247,7 @@ def _refused(host: str, said: str) -> Unreachable:
 
 def _cut(host: str, said: str) -> Unreachable:
     return Unreachable(
-        f"the connection to {host} was lost: the node died, or its network went",
+        f"the connection to {host} was lost: the node or its network went down",
         cause=next((line.strip() for line in reversed(said.splitlines()) if any(sign in line for sign in _LOST)), ""),
         hint="when the node answers again, run the same command again: it goes on; "
         "the node itself rolls back a network change that was not confirmed",

@@ -137,7 +137,7 @@ class Search:
 
     @property
     def telling(self) -> list[Suspect]:
-        """What may be worth reading where nothing is known, the most telling first."""
+        """The most suspicious lines of a log without a known failure, the best first."""
         return sorted(self._telling.values(), key=lambda each: (-each.weight, each.line.number))
 
     def _look(self, upto: int, keep: int) -> list[Match]:

@@ -76,7 +76,7 @@ def _peers(node: Node, on: Reader) -> Finding:
         return skipped("there is no other node: `cluster.workers` is empty")
     if missing := _not_here(node, on):
         # A ping from an address that is not there fails, and would say nothing of the other node.
-        return failed(f"this node has not its own address {missing}", "run `sparkinstall run network` here")
+        return failed(f"this node's own address is not configured: {missing}", "run `sparkinstall run network` here")
     found = at_once(lambda each: _peer(node, on, each), node.peers)
     worst = max(found, key=lambda each: ("pass", "warn", "fail").index(each.verdict))
     if worst.verdict == "pass":

@@ -17,7 +17,7 @@ _GIB = 2**30
 _FULL_DISK = 30 * _GIB
 _PARTIAL_DISK = 4 * _GIB
 _REBOOT_WANTED = "/run/reboot-required"
-_LEFT = "a rehearsal: the node itself will be asked"
+_LEFT = "not checked in a rehearsal; checked on the node"
 
 
 def preflight(node: Node) -> Iterable[Probe]:

@@ -70,7 +70,7 @@ def _preload(node: Node, on: Reader) -> Finding:
         last = [line for line in said.err.splitlines() if line.strip()][-1:]
         return failed("".join(last) or f"it ended with code {said.code}", nccl.REWRITE_ENV, library)
     if not loaded.bound:
-        told = "no NCCL is in a process that was started with the env file"
+        told = "a process started with the env file has not loaded NCCL"
         return failed(told, nccl.REWRITE_ENV, nccl.wanted(library))
     return nccl.judged(node, library, loaded)
 

@@ -74,7 +74,9 @@ def _no_completion(of: Api, answer: Mapping[str, Any]) -> Finding:
 def _locked(of: Api) -> Finding:
     """The key is never asked for and never kept; who verifies may have it in the environment."""
     if of.knows_key:
-        return failed(f"it does not take the key in {vllm_client.KEY}", f"give the one that {UNIT} was started with")
+        return failed(
+            f"the API rejects the key in {vllm_client.KEY}", f"set it to the key that {UNIT} was started with"
+        )
     return failed(
         "it asks for a key (HTTP 401)",
         f"put the key into {vllm_client.KEY}, without showing it: "

@@ -268,7 +268,7 @@ def as_nft_lists(on: Reader, text: str) -> str:
     answer = on.ask("unshare", "--net", "sh", "-c", _TRY, "sh", text, root=True)
     if not answer.ok:
         raise Problem(
-            "nft does not take the firewall's rules; nothing was loaded",
+            "nft rejected the firewall's rules; nothing was loaded",
             cause=answer.err.strip()[-300:],
             hint="is the kernel's nf_tables there (`sudo nft list tables`)? If it is, report this",
         )
@@ -289,7 +289,7 @@ def _rehearsed(on: Reader, text: str) -> str:
     answer = on.ask("unshare", "--map-root-user", "--net", NFT, "-c", text)
     if answer.ok:
         return "nft found them good"
-    raise Problem("nft does not take the firewall's rules", cause=answer.err.strip()[-300:], hint="report this")
+    raise Problem("nft rejected the firewall's rules", cause=answer.err.strip()[-300:], hint="report this")
 
 
 def take_back(on: LocalSystem) -> bool:

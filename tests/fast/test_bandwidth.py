@@ -257,7 +257,7 @@ def test_an_own_address_that_is_missing_is_not_the_other_nodes_fault(tmp_path: P
     first = {"ifname": FIRST, "addr_info": [{"family": "inet", "local": "192.168.100.10", "prefixlen": 24}]}
     pair = {"cluster__workers": ["192.168.100.11"]}
     found = found_on(tmp_path, "peers", {"ip": json.dumps([first])}, **pair)
-    assert found == ("fail", "this node has not its own address 192.168.101.10")
+    assert found == ("fail", "this node's own address is not configured: 192.168.101.10")
     own = [{"family": "inet", "local": "192.168.101.10", "prefixlen": 24}]
     both = json.dumps([first, {"ifname": SECOND, "addr_info": own}])
     assert found_on(tmp_path, "peers", {"ip": both, "ping": ""}, **pair)[0] == "pass"

@@ -112,7 +112,7 @@ def test_an_env_file_that_names_no_nccl_is_told(node: Node, tmp_path: Path) -> N
     library(ours(tmp_path))
     write_env(node, tmp_path, "")
     found = looked(node, tmp_path, "nccl-preload")
-    assert (found.verdict, found.found) == ("fail", "no NCCL is in a process that was started with the env file")
+    assert (found.verdict, found.found) == ("fail", "a process started with the env file has not loaded NCCL")
 
 
 def test_another_version_is_told(node: Node, tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ class TestWithoutACompletion:
         assert f"export {vllm_client.KEY}" in asks.hint
         monkeypatch.setenv(vllm_client.KEY, "simsim")
         refuses = self.judged(found(place, Api(key="sesame")))
-        assert (refuses.verdict, refuses.found) == ("fail", f"it does not take the key in {vllm_client.KEY}")
+        assert (refuses.verdict, refuses.found) == ("fail", f"the API rejects the key in {vllm_client.KEY}")
         monkeypatch.setenv(vllm_client.KEY, "sesame")
         assert {each.verdict for each in found(place, Api(key="sesame")).values()} == {"pass"}
 
