@@ -3,24 +3,20 @@
 import os
 from pathlib import Path
 
-from msgspec import Struct
-
-from sparkinstall.config import Config, safe_path
-from sparkinstall.stacks import Platform, Stack
+from sparkinstall.config import safe_path
+from sparkinstall.layout import Layout
+from sparkinstall.stacks import Platform
 from sparkinstall.system import Reader
 
 
-class Node(Struct, frozen=True):
-    """`platform` is the architecture whose wheels are taken, `machine` that of this computer.
+class Node(Layout, frozen=True):
+    """Settings, stack and paths of a node. `machine` is the architecture of this computer.
 
     In a rehearsal, `full` asks for the whole environment instead of vLLM's own wheel. `cache` and
     `home` are real paths. `confirm_later`: a network change is rolled back unless another process confirms it.
     `token_file`: where the cluster's token was put for this run alone.
     """
 
-    config: Config
-    stack: Stack
-    platform: str
     machine: str
     rehearsal: bool
     full: bool
@@ -45,24 +41,8 @@ class Node(Struct, frozen=True):
         return self.stack.platforms[self.platform]
 
     @property
-    def prefix(self) -> str:
-        return self.config.prefix
-
-    @property
-    def venv(self) -> str:
-        return f"{self.prefix}/venv"
-
-    @property
-    def nccl_folder(self) -> str:
-        return f"{self.prefix}/nccl"
-
-    @property
     def nccl_version(self) -> str:
         return self.config.nccl.version or self.stack.nccl.version
-
-    @property
-    def env_folder(self) -> str:
-        return f"{self.prefix}/env"
 
     @property
     def user(self) -> str:
@@ -70,11 +50,6 @@ class Node(Struct, frozen=True):
         import pwd
 
         return pwd.getpwuid(os.geteuid()).pw_name
-
-    @property
-    def role(self) -> str:
-        """`single`, `head` or `worker`."""
-        return self.config.cluster.role
 
     @property
     def several(self) -> bool:
@@ -109,34 +84,14 @@ class Node(Struct, frozen=True):
         return self.members.index(self.address)
 
     @property
-    def env_file(self) -> str:
-        """The variables that this node's services start with."""
-        names = {"single": "single-node", "head": "multi-node-head", "worker": "multi-node-worker"}
-        return f"{self.env_folder}/{names[self.role]}.env"
-
-    @property
-    def ray_token(self) -> str:
-        """The secret that all nodes of a cluster share; readable by its owner alone."""
-        return f"{self.prefix}/ray-token"
+    def ray_address(self) -> str:
+        """Where the head's Ray answers, as address:port."""
+        return f"{self.config.cluster.head}:{self.config.cluster.ray_port}"
 
     @property
     def bare_environment(self) -> dict[str, str]:
         """What a program is started with where nothing of this process's own variables is to reach it."""
         return {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.home}
-
-    @property
-    def fp8_decision(self) -> str:
-        return f"{self.prefix}/fp8.json"
-
-    @property
-    def transport_decision(self) -> str:
-        """Whether NCCL talks over RoCE or sockets, as it was decided."""
-        return f"{self.prefix}/transport.json"
-
-    @property
-    def lock_record(self) -> str:
-        """Where hashes that could not be known beforehand are recorded."""
-        return f"{self.prefix}/locks/{self.stack.name}.{self.platform}.lock"
 
 
 def site_packages(node: Node, on: Reader) -> str | None:

@@ -83,7 +83,7 @@ def comparables(node: Node, on: Reader) -> dict[str, str]:
 
 
 def _of_lock(node: Node, on: Reader) -> dict[str, str]:
-    return {"lock": str(recorded(on, f"{node.venv}/sparkinstall.json").get("lock", ""))[:12]}
+    return {"lock": str(recorded(on, node.venv_stamp).get("lock", ""))[:12]}
 
 
 def _of_files(node: Node, on: Reader) -> dict[str, str]:
@@ -173,7 +173,7 @@ def versions(node: Node, on: Reader) -> dict[str, str]:
 def _nccl(node: Node, on: Reader) -> str | None:
     if node.config.nccl.mode == "source":
         # Not the build-id: two builds of one recipe differ in it.
-        recipe = recorded(on, f"{node.nccl_folder}/build.json").get("recipe")
+        recipe = recorded(on, node.nccl_stamp).get("recipe")
         return " ".join(str(recipe.get(name)) for name in _DECIDES) if isinstance(recipe, dict) else None
     path = nccl_library(node, on)
     real = Path(on.real(path)) if path else None

@@ -8,7 +8,6 @@ from sparkinstall.system import Reader
 
 # Not by PATH: an ordinary user's has no sbin.
 NFT = "/usr/sbin/nft"
-UNIT = "sparkinstall-firewall.service"
 TABLE = ("inet", "sparkinstall")
 
 # Chains of programs that filter their own traffic only.

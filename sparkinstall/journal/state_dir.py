@@ -59,7 +59,7 @@ class StateFolder:
         except (JournalDamaged, Storage) as problem:
             return problem
         # Written last, and by nobody else: an environment that has it is whole and ours.
-        made = not known and self.system.entry(f"{node.venv}/sparkinstall.json")
+        made = not known and self.system.entry(node.venv_stamp)
         return self._lost(node) if made else None
 
     def _lost(self, node: "Node") -> JournalDamaged:

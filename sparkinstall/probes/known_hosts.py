@@ -100,7 +100,7 @@ class Host(Struct, frozen=True, dict=True):
         Raises:
             CannotTell: there is no torch, too little memory, or nothing came of it.
         """
-        python = f"{self.node.venv}/bin/python"
+        python = self.node.python
         if self.on.entry(python) is None:
             raise CannotTell("the GPU is idle, and there is no torch yet to keep it busy: `sparkinstall all`")
         if self.meminfo.get("MemAvailable", 0) < _ROOM_KB:

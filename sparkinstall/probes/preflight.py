@@ -205,7 +205,7 @@ def _disk(on: Reader, node: Node) -> Finding:
         place = place.parent
     free = shutil.disk_usage(place).free
     wanted = _PARTIAL_DISK if node.partial else _FULL_DISK
-    if on.entry(f"{node.venv}/sparkinstall.json") or free >= wanted:
+    if on.entry(node.venv_stamp) or free >= wanted:
         return passed(f"{free / _GIB:.0f} GiB free")
     return failed(
         f"{free / _GIB:.0f} GiB free below {place}",

@@ -13,26 +13,6 @@ _PATIENCE = 10
 _OURS = "sparkinstall: "
 
 
-def services(node: Node) -> str:
-    """The folder of what the services are started with (a node path)."""
-    return f"{node.prefix}/services"
-
-
-def ray_nodes(node: Node) -> str:
-    """The program that asks the running Ray for its nodes (a node path)."""
-    return f"{services(node)}/ray-nodes.py"
-
-
-def head(node: Node) -> str:
-    """Where the head's Ray answers."""
-    return f"{node.config.cluster.head}:{node.config.cluster.ray_port}"
-
-
-def unit(node: Node) -> str:
-    """The name of Ray's unit on this node."""
-    return f"ray-{node.role}.service"
-
-
 def probes(node: Node) -> Iterable[Probe]:
     """What shows that Ray holds the nodes together."""
     yield Probe(
@@ -43,20 +23,20 @@ def probes(node: Node) -> Iterable[Probe]:
 def _nodes(node: Node, on: Reader) -> Finding:
     if on.rehearsal:
         return skipped("a rehearsal starts no services")
-    if on.entry(ray_nodes(node)) is None or on.entry(node.env_file) is None:
+    if on.entry(node.ray_nodes) is None or on.entry(node.env_file) is None:
         return failed("Ray was not set up", "run `sparkinstall all`")
     found = _ask(node, on)
     if isinstance(found, str):
-        return failed(found, f"read `journalctl -u {unit(node)}`; start it with `sparkinstall run ray`")
+        return failed(found, f"read `journalctl -u {node.ray_unit}`; start it with `sparkinstall run ray`")
     return _compare(node, found)
 
 
 def _ask(node: Node, on: Reader) -> list[str] | str:
     """The addresses of the nodes that are alive, or why there was no answer."""
-    command = ("python", on.real(ray_nodes(node)), head(node), str(_PATIENCE))
+    command = ("python", on.real(node.ray_nodes), node.ray_address, str(_PATIENCE))
     answer = with_env_file(node, on, *command, timeout=_PATIENCE + 30)
     if answer.code == 124:
-        return f"Ray at {head(node)} gave no answer in time"
+        return f"Ray at {node.ray_address} gave no answer in time"
     told = [line.removeprefix(_OURS) for line in answer.err.splitlines() if line.startswith(_OURS)]
     if told:
         return told[-1]

@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from msgspec import Struct
 
 from sparkinstall.errors import NeedsRoot
+from sparkinstall.layout import VLLM_UNIT
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, failed, nccl, passed, ray, serving, skipped, warned
+from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped, warned
 from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.redaction import is_secret_name
 from sparkinstall.system import Reader
@@ -49,7 +50,7 @@ def units(node: Node) -> tuple[str, ...]:
     """The services of this node that start with the env file."""
     with_ray = node.several and node.config.cluster.executor == "ray"
     serves = node.config.serving.model is not None and not (node.role == "worker" and with_ray)
-    return (*((ray.unit(node),) if with_ray else ()), *((serving.UNIT,) if serves else ()))
+    return (*((node.ray_unit,) if with_ray else ()), *((VLLM_UNIT,) if serves else ()))
 
 
 # --- a process that is started now

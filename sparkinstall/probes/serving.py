@@ -6,13 +6,13 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from sparkinstall.layout import VLLM_UNIT as UNIT
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, streams, vllm_client, warned
 from sparkinstall.probes.reasoning import reasoning_names
 from sparkinstall.probes.vllm_client import Api
 from sparkinstall.system import Reader
 
-UNIT = "vllm.service"
 # Seconds in which a large model has been loaded, or never will be.
 _LOADING = 1800
 # Seconds after which the counters must have seen what was asked for.

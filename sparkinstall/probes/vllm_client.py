@@ -142,7 +142,7 @@ class Api(Struct, frozen=True, dict=True):
 
     @property
     def _python(self) -> str:
-        return self.on.real(f"{self.node.venv}/bin/python")
+        return self.on.real(self.node.python)
 
 
 def sample(lines: Iterable[str], *names: str) -> float | None:

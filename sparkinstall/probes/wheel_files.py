@@ -27,7 +27,7 @@ def look(node: Node, on: Reader) -> Finding:
     The kernel notes in a file's ctime when anybody touched it, and no program sets that back: what is older than the
     environment's own stamp need not be read.
     """
-    site, stamp = site_packages(node, on), _stat(on.real(f"{node.venv}/sparkinstall.json"))
+    site, stamp = site_packages(node, on), _stat(on.real(node.venv_stamp))
     if site is None or stamp is None:
         return failed("there is no environment", "run `sparkinstall all`")
     ours, here, made = _locked(node, on), on.real(site), stamp.st_ctime_ns
@@ -70,7 +70,7 @@ def exceptions(node: Node) -> str:
 
 def _locked(node: Node, on: Reader) -> set[str]:
     """What the lock has put there; packages that somebody added are theirs."""
-    lock = (on.read(f"{node.venv}/installed.lock") or b"").decode(errors="replace")
+    lock = (on.read(node.installed_lock) or b"").decode(errors="replace")
     return {_plain(name) for name in _PINNED.findall(lock)}
 
 

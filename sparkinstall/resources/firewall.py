@@ -12,7 +12,8 @@ from msgspec import Struct
 
 from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.facts import ip, network, qsfp
-from sparkinstall.facts.packet_filters import NFT, TABLE, UNIT, another
+from sparkinstall.facts.packet_filters import NFT, TABLE, another
+from sparkinstall.layout import FIREWALL_UNIT
 from sparkinstall.node import Node
 from sparkinstall.resources import Drift, NodeOnly, Ok, Resource, State, Unknown, ray_ports, rollback
 from sparkinstall.resources.files import File
@@ -37,13 +38,8 @@ _TRY = f'"{NFT}" "$1" && "{NFT}" -nn list table {_NAME}'
 # What the rollback timer runs once the former file is restored, or removed if there was none.
 _RESTORE = f"""\
 {NFT} delete table {_NAME}
-if [ -e {{path}} ]; then {NFT} -f {{path}}; else systemctl disable {UNIT}; systemctl stop {UNIT}; fi
+if [ -e {{path}} ]; then {NFT} -f {{path}}; else systemctl disable {FIREWALL_UNIT}; systemctl stop {FIREWALL_UNIT}; fi
 """
-
-
-def rules_path(node: Node) -> str:
-    """The file that nft loads (a node path)."""
-    return f"{node.prefix}/firewall.nft"
 
 
 def rules(node: Node, on: Reader) -> str:
@@ -53,7 +49,7 @@ def rules(node: Node, on: Reader) -> str:
         LinkProblem: the QSFP port cannot be told.
         Problem: without root it cannot be told where sshd listens.
     """
-    return render("firewall.nft.j2", {"path": rules_path(node), **_values(node, on)}).decode()
+    return render("firewall.nft.j2", {"path": node.firewall_rules, **_values(node, on)}).decode()
 
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any]:
@@ -130,7 +126,7 @@ def left_to(node: Node, on: Reader) -> str:
 
     What was ours once stays so: a firewall that came later does not open what we had closed.
     """
-    asks = node.config.firewall.mode == "auto" and on.entry(rules_path(node)) is None
+    asks = node.config.firewall.mode == "auto" and on.entry(node.firewall_rules) is None
     return another(on) if asks else ""
 
 
@@ -172,14 +168,14 @@ class RulesFile(Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        return f"file:{rules_path(self.node)}"
+        return f"file:{self.node.firewall_rules}"
 
     def check(self, on: Reader) -> State:
         other = left_to(self.node, on)
         return NodeOnly(_by_hand(self.node, on, other)) if other else self._file(on).check(on)
 
     def _file(self, on: Reader) -> File:
-        return File(rules_path(self.node), rules(self.node, on).encode())
+        return File(self.node.firewall_rules, rules(self.node, on).encode())
 
     def apply(self, on: System) -> None:
         file = self._file(on)
@@ -208,7 +204,7 @@ class LiveTable(Struct, frozen=True):
         return self._compared(on, live_table(on), wanted)
 
     def _compared(self, on: Reader, live: str, wanted: str) -> State:
-        if on.read(rules_path(self.node)) != wanted.encode():
+        if on.read(self.node.firewall_rules) != wanted.encode():
             return Drift("load the firewall's changed rules" if live else "load the firewall's rules")
         listed = as_nft_lists(on, wanted)
         if live == listed:
@@ -220,7 +216,7 @@ class LiveTable(Struct, frozen=True):
         before = _reach(on, self.node)
         on.promise(Undo(UNDO, _NAME, {"kind": "absent"}, {"kind": "table"}))
         _arm(on, self.node)
-        on.run(NFT, "-f", rules_path(self.node), root=True)
+        on.run(NFT, "-f", self.node.firewall_rules, root=True)
         if lost := network.lost(before, on, self.node):
             raise _put_back(on, lost)
         if not self.node.confirm_later:
@@ -241,7 +237,7 @@ def _put_back(on: System, lost: str) -> Problem:
 
 
 def _arm(on: System, node: Node) -> None:
-    path = rules_path(node)
+    path = node.firewall_rules
     rollback.arm(on, TIMER, _RESTORE.format(path=path), node.config.network.rollback_seconds, keep=(path,))
 
 

@@ -96,7 +96,7 @@ class Fp8Decision(Struct, frozen=True):
         return self._read_code(on)
 
     def _try_on_gpu(self, on: System) -> tuple[bool, str, str]:
-        command = (on.real(f"{self.node.venv}/bin/python"), "-c", _TRY_ON_GPU)
+        command = (on.real(self.node.python), "-c", _TRY_ON_GPU)
         answer = on.ask(*command, timeout=300, env=self.node.bare_environment)
         lines = answer.out.splitlines()
         if "ready" not in lines or answer.code == 124:

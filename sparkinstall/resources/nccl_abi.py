@@ -24,10 +24,6 @@ class NcclFitsTorch(Struct, frozen=True):
     def key(self) -> str:
         return "nccl-fits-torch"
 
-    @property
-    def _path(self) -> str:
-        return f"{self.node.prefix}/nccl-fits-torch.json"
-
     def check(self, on: Reader) -> State:
         library, torch = self._pair(on)
         if self.node.partial:
@@ -37,8 +33,8 @@ class NcclFitsTorch(Struct, frozen=True):
         if torch is None or library is None:
             return Unknown("environment" if torch is None else "nccl")
         about = _about(library, torch)
-        if recorded(on, self._path).get("about") == about:
-            return Ok(f"{recorded(on, self._path)['symbols']} symbols")
+        if recorded(on, self.node.nccl_abi_decision).get("about") == about:
+            return Ok(f"{recorded(on, self.node.nccl_abi_decision)['symbols']} symbols")
         return Drift("compare NCCL's symbols with those that torch needs", "", as_text(about))
 
     def _pair(self, on: Reader) -> tuple[Path | None, Path | None]:
@@ -59,7 +55,7 @@ class NcclFitsTorch(Struct, frozen=True):
                 hint=f"take the NCCL that the stack names ({self.node.stack.nccl.version}), or `nccl.mode: wheel`",
             )
         decision = {"about": _about(library, torch), "symbols": len(needed)}
-        on.write(self._path, as_text(decision).encode())
+        on.write(self.node.nccl_abi_decision, as_text(decision).encode())
 
 
 def _about(library: Path, torch: Path) -> dict[str, Any]:

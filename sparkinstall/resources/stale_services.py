@@ -4,13 +4,12 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from sparkinstall.facts import packet_filters
+from sparkinstall.layout import FIREWALL_UNIT, RAY_UNITS, VLLM_UNIT, unit_path
 from sparkinstall.node import Node
-from sparkinstall.probes import ray, serving
-from sparkinstall.resources import Drift, Ok, State, systemd
+from sparkinstall.resources import Drift, Ok, State
 from sparkinstall.system import Reader, System, Undo
 
-_OURS = ("ray-head.service", "ray-worker.service", serving.UNIT, packet_filters.UNIT)
+_OURS = (*RAY_UNITS, VLLM_UNIT, FIREWALL_UNIT)
 
 
 def wanted(node: Node) -> frozenset[str]:
@@ -18,7 +17,7 @@ def wanted(node: Node) -> frozenset[str]:
     cluster = node.config.cluster
     with_ray = node.several and cluster.executor == "ray"
     serves = node.config.serving.model is not None and (node.role != "worker" or not with_ray)
-    asked = {ray.unit(node): with_ray, serving.UNIT: serves, packet_filters.UNIT: node.filtered}
+    asked = {node.ray_unit: with_ray, VLLM_UNIT: serves, FIREWALL_UNIT: node.filtered}
     return frozenset(name for name, so in asked.items() if so)
 
 
@@ -37,7 +36,7 @@ class StaleServices(Struct, frozen=True):
         return Drift(f"stop {', '.join(former)}: not asked for any more") if former else Ok()
 
     def _former(self, on: Reader) -> list[str]:
-        return [name for name in _OURS if name not in wanted(self.node) and _is_ours(on, _path(name))]
+        return [name for name in _OURS if name not in wanted(self.node) and _is_ours(on, unit_path(name))]
 
     def apply(self, on: System) -> None:
         for name in self._former(on):
@@ -51,15 +50,9 @@ class StaleServices(Struct, frozen=True):
 
     def _files(self, name: str) -> Iterable[str]:
         # The unit last: it is what a run that was killed in between is known by.
-        if name == packet_filters.UNIT:
-            from sparkinstall.resources.firewall import rules_path
-
-            yield rules_path(self.node)
-        yield _path(name)
-
-
-def _path(name: str) -> str:
-    return f"{systemd.FOLDER}/{name}"
+        if name == FIREWALL_UNIT:
+            yield self.node.firewall_rules
+        yield unit_path(name)
 
 
 def _is_ours(on: Reader, path: str) -> bool:

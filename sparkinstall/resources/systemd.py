@@ -12,12 +12,12 @@ from msgspec import Struct
 
 from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.layout import UNIT_FOLDER
 from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
 from sparkinstall.resources.template import Template
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
 
-FOLDER = "/etc/systemd/system"
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 _PROPERTIES = ("LoadState", "UnitFileState", "ActiveState", "NeedDaemonReload")
 _RUNNING = ("active", "activating", "reloading")
@@ -109,7 +109,7 @@ def complaints_of_systemd(on: Reader, name: str, content: bytes) -> list[str]:
         unit = Path(scratch, name)
         unit.write_bytes(content)
         # The colon at the end stands for systemd's own folders.
-        env = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_UNIT_PATH": f"{scratch}:{on.real(FOLDER)}:"}
+        env = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_UNIT_PATH": f"{scratch}:{on.real(UNIT_FOLDER)}:"}
         answer = on.ask("systemd-analyze", "verify", "--man=no", str(unit), env=env)
     if answer.code == 127:
         return []

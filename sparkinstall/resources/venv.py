@@ -123,9 +123,9 @@ class PythonEnvironment(Struct, frozen=True):
         if lock is None:
             return Unknown("the hashes are recorded")
         pins = self._wanted(lock)
-        stamp = recorded(on, f"{self.node.venv}/sparkinstall.json")
+        stamp = recorded(on, self.node.venv_stamp)
         there = installed(self.node, on)
-        if not Path(on.real(f"{self.node.venv}/bin/python")).exists():
+        if not Path(on.real(self.node.python)).exists():
             there = {}
         if stamp == self._stamp(lock) and all(there.get(pin.name) == pin.version for pin in pins):
             return Ok(self._note(lock))
@@ -174,7 +174,7 @@ class PythonEnvironment(Struct, frozen=True):
                 f"the stack {node.stack.name} does not pass the wheel gate: {finding.found}",
                 hint=finding.hint,
             )
-        on.write(f"{node.venv}/sparkinstall.json", as_text(self._stamp(lock)).encode())
+        on.write(node.venv_stamp, as_text(self._stamp(lock)).encode())
 
     def _interpreter(self, on: System) -> str:
         wanted = self.node.config.environment.python or self.node.stack.python
@@ -186,7 +186,7 @@ class PythonEnvironment(Struct, frozen=True):
         return found.out.strip() if found.ok else sys.executable
 
     def _fill(self, on: System, lock: Sequence[Pin]) -> None:
-        whole, own = f"{self.node.venv}/sparkinstall.lock", f"{self.node.venv}/installed.lock"
+        whole, own = self.node.venv_lock, self.node.installed_lock
         on.write(whole, render_lock(lock).encode())
         on.write(own, render_lock(self._wanted(lock)).encode())
         argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--only-binary", ":all:"]

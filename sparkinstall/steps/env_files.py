@@ -7,7 +7,6 @@ from typing import Any
 from sparkinstall.facts.decisions import recorded
 from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe
-from sparkinstall.probes import ray as ray_probe
 from sparkinstall.resources import Resource, Unknown, ray_ports
 from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.template import Template
@@ -39,7 +38,7 @@ class EnvFiles(Step):
         for name in FILES:
             path = f"{node.env_folder}/{name}.env"
             yield Template(path, f"{name}.env.j2", partial(_values, node))
-        yield Template(roce_gid(node), "roce-gid.sh.j2", lambda _: {"stack": node.stack.name}, mode=0o755)
+        yield Template(node.roce_gid, "roce-gid.sh.j2", lambda _: {"stack": node.stack.name}, mode=0o755)
         if with_ray(node):
             yield kept_back(node)
 
@@ -54,20 +53,9 @@ def with_ray(node: Node) -> bool:
     return node.role == "head" and node.config.cluster.executor == "ray"
 
 
-def config_root(node: Node) -> str:
-    """Where vLLM looks for settings of its own on the head (a node path)."""
-    return f"{ray_probe.services(node)}/vllm"
-
-
 def kept_back(node: Node) -> Template:
     """The list of what vLLM on the head does not hand to its workers, whoever starts it: the unit or a person."""
-    path = f"{config_root(node)}/ray_non_carry_over_env_vars.json"
-    return Template(path, "ray-non-carry-over.json.j2", lambda _: {"names": list(OWN_TO_EACH_NODE)})
-
-
-def roce_gid(node: Node) -> str:
-    """The program that tells which GID the RDMA devices have at the moment (a node path)."""
-    return f"{node.env_folder}/roce-gid"
+    return Template(node.vllm_kept_back, "ray-non-carry-over.json.j2", lambda _: {"names": list(OWN_TO_EACH_NODE)})
 
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any] | Unknown:
@@ -101,8 +89,8 @@ def _of_several(node: Node, on: Reader) -> dict[str, Any]:
         "executor": node.config.cluster.executor,
         "ray_token": on.real(node.ray_token),
         "first_port": ray_ports.FIRST_OF_VLLM,
-        "roce_gid": on.real(roce_gid(node)),
-        "config_root": on.real(config_root(node)),
+        "roce_gid": on.real(node.roce_gid),
+        "config_root": on.real(node.vllm_config),
     }
 
 

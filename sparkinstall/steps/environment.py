@@ -24,7 +24,7 @@ class Environment(Step):
             yield RecordedLock(node)
         yield PythonEnvironment(node)
         if node.config.environment.link:
-            yield Link(_in_home(node, node.config.environment.link), f"{node.prefix}/venv")
+            yield Link(_in_home(node, node.config.environment.link), node.venv)
 
     def probes(self, node: Node) -> Iterable[Probe]:
         yield Probe("wheel-gate", "the packages fit together", lambda on: _gate(node, on), "static")

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from sparkinstall.facts.packet_filters import NFT, UNIT
+from sparkinstall.facts.packet_filters import NFT
+from sparkinstall.layout import FIREWALL_UNIT, unit_path
 from sparkinstall.node import Node
 from sparkinstall.resources import Resource
-from sparkinstall.resources.systemd import FOLDER, Service, UnitFile
+from sparkinstall.resources.systemd import Service, UnitFile
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -24,20 +25,18 @@ class Firewall(Step):
 
     def resources(self, node: Node) -> Iterable[Resource]:
         # Imported late: a node without one would start more slowly.
-        from sparkinstall.resources.firewall import LiveTable, Part, RulesFile, rules_path
+        from sparkinstall.resources.firewall import LiveTable, Part, RulesFile
 
-        unit = f"{FOLDER}/{UNIT}"
+        unit = unit_path(FIREWALL_UNIT)
         yield RulesFile(node)
         yield Part(
-            node, UnitFile(unit, f"{UNIT}.j2", partial(_values, node), noted_in=f"{node.prefix}/firewall-unit.json")
+            node, UnitFile(unit, f"{FIREWALL_UNIT}.j2", partial(_values, node), noted_in=node.firewall_unit_record)
         )
         yield Part(node, LiveTable(node))
-        inputs = (rules_path(node), unit)
-        yield Part(node, Service(UNIT, lambda _: inputs, noted_in=f"{node.prefix}/firewall.json"))
+        inputs = (node.firewall_rules, unit)
+        yield Part(node, Service(FIREWALL_UNIT, lambda _: inputs, noted_in=node.firewall_started_record))
 
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any]:
-    from sparkinstall.resources.firewall import rules_path
-
     del on
-    return {"rules": rules_path(node), "nft": NFT}
+    return {"rules": node.firewall_rules, "nft": NFT}

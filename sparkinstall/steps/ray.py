@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from sparkinstall.layout import unit_path
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe
 from sparkinstall.probes import ray as probe
@@ -12,7 +13,6 @@ from sparkinstall.resources.ray_token import RayToken, by_hand
 from sparkinstall.resources.systemd import Cause, Service, UnitFile
 from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step
-from sparkinstall.steps.env_files import roce_gid
 from sparkinstall.system import Reader
 
 # Seconds: for the address to appear, for the head to answer, for this node to have joined. Each of the first two is so
@@ -41,11 +41,11 @@ class Ray(Step):
     def resources(self, node: Node) -> Iterable[Resource]:
         yield RayToken(node)
         yield before_start(node)
-        yield Template(probe.ray_nodes(node), "ray-nodes.py.j2", lambda _: {})
-        path = f"{systemd.FOLDER}/{probe.unit(node)}"
-        yield UnitFile(path, "ray.service.j2", partial(_values, node), noted_in=rendered(node))
-        depends = (path, node.env_file, node.ray_token, environment_stamp(node), *scripts(node))
-        yield Service(probe.unit(node), lambda _: depends, started(node, probe.unit(node)), causes(node))
+        yield Template(node.ray_nodes, "ray-nodes.py.j2", lambda _: {})
+        path = unit_path(node.ray_unit)
+        yield UnitFile(path, "ray.service.j2", partial(_values, node), noted_in=node.units_record)
+        depends = (path, node.env_file, node.ray_token, node.venv_stamp, node.before_start, node.ray_nodes)
+        yield Service(node.ray_unit, lambda _: depends, node.started_record(node.ray_unit), causes(node))
 
     def probes(self, node: Node) -> Iterable[Probe]:
         return probe.probes(node)
@@ -53,48 +53,27 @@ class Ray(Step):
 
 def before_start(node: Node) -> Template:
     """The script that sees to it that a service does not start before its address is there."""
-    path = f"{probe.services(node)}/before-start"
-    return Template(path, "before-start.sh.j2", partial(_before_start, node), mode=0o755)
+    return Template(node.before_start, "before-start.sh.j2", partial(_before_start, node), mode=0o755)
 
 
 def _before_start(node: Node, on: Reader) -> Mapping[str, Any]:
     from shlex import quote
 
-    return {"patience": _ADDRESS, "roce_gid": quote(on.real(roce_gid(node)))}
-
-
-def scripts(node: Node) -> tuple[str, ...]:
-    """What a service of several nodes is started with (node paths)."""
-    return (before_start(node).path, probe.ray_nodes(node))
-
-
-def rendered(node: Node) -> str:
-    """Where is kept what the units were made from: /etc is no place for it."""
-    return f"{probe.services(node)}/units.json"
-
-
-def started(node: Node, unit: str) -> str:
-    """Where are kept the inputs of a service at its last start."""
-    return f"{probe.services(node)}/{unit}.json"
-
-
-def environment_stamp(node: Node) -> str:
-    """Which environment there is: written last when it is made."""
-    return f"{node.venv}/sparkinstall.json"
+    return {"patience": _ADDRESS, "roce_gid": quote(on.real(node.roce_gid))}
 
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any]:
     cluster = node.config.cluster
     return {
         "role": node.role,
-        "name": probe.unit(node).removesuffix(".service"),
+        "name": node.ray_unit.removesuffix(".service"),
         "user": systemd.setting(node.user),
         "env_file": systemd.setting(on.real(node.env_file)),
         "hub_offline": node.config.hub.offline,
-        "before_start": systemd.program(on.real(before_start(node).path)),
-        "python": systemd.program(on.real(f"{node.venv}/bin/python")),
+        "before_start": systemd.program(on.real(node.before_start)),
+        "python": systemd.program(on.real(node.python)),
         "ray": systemd.program(on.real(f"{node.venv}/bin/ray")),
-        "ray_nodes": systemd.word(on.real(probe.ray_nodes(node))),
+        "ray_nodes": systemd.word(on.real(node.ray_nodes)),
         "head": cluster.head,
         "ray_port": cluster.ray_port,
         "object_store": _OBJECT_STORE,

@@ -4,19 +4,19 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from sparkinstall.layout import VLLM_UNIT, unit_path
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Probe, serving
-from sparkinstall.probes import ray as ray_probe
 from sparkinstall.resources import Resource, systemd
 from sparkinstall.resources.systemd import Service, UnitFile
 from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step
 from sparkinstall.steps import ray as ray_step
-from sparkinstall.steps.env_files import kept_back, with_ray
+from sparkinstall.steps.env_files import with_ray
 from sparkinstall.steps.fp8 import cutlass_patch
 from sparkinstall.system import Reader
 
-_UNIT = f"{systemd.FOLDER}/{serving.UNIT}"
+_UNIT = unit_path(VLLM_UNIT)
 # Seconds in which the other nodes must have joined Ray before vLLM is started; vLLM itself waits as long.
 _JOINED = 1800
 
@@ -32,18 +32,18 @@ class Serving(Step):
     def resources(self, node: Node) -> Iterable[Resource]:
         if not _runs_here(node):
             return
-        depends = [_UNIT, node.env_file, ray_step.environment_stamp(node), f"{node.nccl_folder}/build.json"]
+        depends = [_UNIT, node.env_file, node.venv_stamp, node.nccl_stamp]
         if node.several:
             yield ray_step.before_start(node)
-            depends.append(ray_step.before_start(node).path)
+            depends.append(node.before_start)
         if with_ray(node):
-            depends += [kept_back(node).path, ray_probe.ray_nodes(node)]
+            depends += [node.vllm_kept_back, node.ray_nodes]
         if _with_head(node):
-            yield Template(_attends(node), "with-head.py.j2", lambda _: {})
-            depends.append(_attends(node))
-        yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node), noted_in=ray_step.rendered(node))
-        noted = ray_step.started(node, serving.UNIT)
-        yield Service(serving.UNIT, partial(_inputs, node, tuple(depends)), noted, (ray_step.NO_ADDRESS,))
+            yield Template(node.with_head, "with-head.py.j2", lambda _: {})
+            depends.append(node.with_head)
+        yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node), noted_in=node.units_record)
+        inputs, noted = partial(_inputs, node, tuple(depends)), node.started_record(VLLM_UNIT)
+        yield Service(VLLM_UNIT, inputs, noted, (ray_step.NO_ADDRESS,))
 
     def probes(self, node: Node) -> Iterable[Probe]:
         return serving.probes(node)
@@ -59,11 +59,6 @@ def _with_head(node: Node) -> bool:
     return node.role == "worker" and node.config.cluster.executor == "mp"
 
 
-def _attends(node: Node) -> str:
-    """The program that ends a worker's vLLM with the head's (a node path)."""
-    return f"{ray_probe.services(node)}/with-head.py"
-
-
 def _inputs(node: Node, depends: tuple[str, ...], on: Reader) -> Iterable[str]:
     site = site_packages(node, on)
     return (*depends, f"{site}/{cutlass_patch().target}") if site else depends
@@ -76,7 +71,7 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
         "hub_offline": node.config.hub.offline,
         "several": node.several,
         "with_ray": with_ray(node),
-        "before_start": systemd.program(on.real(ray_step.before_start(node).path)),
+        "before_start": systemd.program(on.real(node.before_start)),
         "command": _command(node, on),
     }
 
@@ -84,13 +79,13 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
 def _command(node: Node, on: Reader) -> list[str]:
     """The words of `ExecStart=`, ready to stand there."""
     vllm = [on.real(f"{node.venv}/bin/vllm"), "serve", str(node.config.serving.model)]
-    python, cluster = on.real(f"{node.venv}/bin/python"), node.config.cluster
+    python, cluster = on.real(node.python), node.config.cluster
     if with_ray(node):
         # Not as a step before the start: that would hold up whoever starts it until the workers have come.
-        asks = on.real(ray_probe.ray_nodes(node))
-        vllm = [python, asks, ray_probe.head(node), str(_JOINED), "--count", str(len(node.members)), "--", *vllm]
+        asks = on.real(node.ray_nodes)
+        vllm = [python, asks, node.ray_address, str(_JOINED), "--count", str(len(node.members)), "--", *vllm]
     if _with_head(node):
-        vllm = [python, on.real(_attends(node)), cluster.head, str(cluster.master_port), *vllm]
+        vllm = [python, on.real(node.with_head), cluster.head, str(cluster.master_port), *vllm]
     first, *rest = [*vllm, *arguments(node)]
     return [systemd.program(first), *map(systemd.word, rest)]
 

@@ -20,12 +20,11 @@ from msgspec import Struct
 from sparkinstall import __version__, safe_yaml
 from sparkinstall.diagnose import judge, search, signatures
 from sparkinstall.errors import Problem
-from sparkinstall.facts import machine, packet_filters
+from sparkinstall.facts import machine
 from sparkinstall.facts.sysfs import is_connectx
 from sparkinstall.journal.state_dir import FOLDER
+from sparkinstall.layout import FIREWALL_UNIT, RAY_UNITS, VLLM_UNIT, unit_path
 from sparkinstall.node import Node, site_packages
-from sparkinstall.probes import serving
-from sparkinstall.resources import systemd
 from sparkinstall.resources.netplan import files
 from sparkinstall.support import doctor
 from sparkinstall.support.mask import Mask
@@ -34,7 +33,7 @@ from sparkinstall.system import Reader
 TOP = "sparkinstall-support"
 """The folder in the archive."""
 
-_UNITS = ("ray-head.service", "ray-worker.service", serving.UNIT, packet_filters.UNIT)
+_UNITS = (*RAY_UNITS, VLLM_UNIT, FIREWALL_UNIT)
 _MIB = 1 << 20
 _JOURNAL, _LOG, _ALL_LOGS, _UNIT, _SMALL = 2 * _MIB, 2 * _MIB, 6 * _MIB, _MIB, _MIB // 2
 _RUNS, _LEAST = 5, 1 << 16
@@ -261,7 +260,7 @@ def _record(line: str, mask: Mask) -> str:
 
 
 def _add_files(found: _Gathering, node: Node) -> None:
-    decisions = (node.fp8_decision, node.transport_decision, f"{node.nccl_folder}/build.json")
+    decisions = (node.fp8_decision, node.transport_decision, node.nccl_stamp)
     for path in decisions:
         found.add_file(f"decisions/{path.rpartition('/')[2]}", path)
     with found.noting(node.env_folder):
@@ -290,7 +289,7 @@ def _add_logs(found: _Gathering) -> None:
 
 def _add_units(found: _Gathering) -> None:
     for unit in _UNITS:
-        path = f"{systemd.FOLDER}/{unit}"
+        path = unit_path(unit)
         found.add_file(f"units/{unit}", path)
         with found.noting(f"{path}.d"):
             for name in found.on.names(f"{path}.d"):

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from sparkinstall.errors import Problem
-from sparkinstall.facts import packet_filters
 from sparkinstall.journal.system import JournaledSystem
+from sparkinstall.layout import FIREWALL_UNIT, UNIT_FOLDER
 from sparkinstall.node import Node
-from sparkinstall.probes.ray import ray_nodes
 from sparkinstall.resources import Drift, NodeOnly, Ok, ray_ports, stale_services, systemd
 from sparkinstall.resources.firewall import Part
 from sparkinstall.resources.stale_services import StaleServices
@@ -81,9 +80,7 @@ def test_a_missing_program_counts_on_a_node_alone(tmp_path: Path) -> None:
 @needs_systemd
 def test_a_unit_that_systemd_refuses_does_not_replace_the_old_one(tmp_path: Path) -> None:
     template = "ray-non-carry-over.json.j2"
-    unit = UnitFile(
-        f"{systemd.FOLDER}/some.service", template, lambda _: {"names": ["no unit"]}, noted_in="/noted.json"
-    )
+    unit = UnitFile(f"{UNIT_FOLDER}/some.service", template, lambda _: {"names": ["no unit"]}, noted_in="/noted.json")
     old = tmp_path / "etc/systemd/system/some.service"
     old.parent.mkdir(parents=True)
     old.write_text("old\n")
@@ -247,7 +244,7 @@ def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path
         for each in step.resources(node_of(tmp_path, "head")):
             if not isinstance(each.check(on), NodeOnly):
                 each.apply(on)
-    assert {each.name for each in folder.iterdir()} == {"ray-head.service", packet_filters.UNIT, "vllm.service"}
+    assert {each.name for each in folder.iterdir()} == {"ray-head.service", FIREWALL_UNIT, "vllm.service"}
     as_head, as_worker, alone = (StaleServices(node_of(tmp_path, role)) for role in ("head", "worker", "single"))
     assert isinstance(as_head.check(on), Ok)
     state = as_worker.check(on)
@@ -281,7 +278,7 @@ class TestRayNodes:
         node, on = node_of(tmp_path, "head"), system_of(tmp_path)
         (script,) = [each for each in Ray().resources(node) if each.key.endswith("ray-nodes.py")]
         script.apply(on)
-        return on.real(ray_nodes(node))
+        return on.real(node.ray_nodes)
 
     def test_a_head_that_is_not_up_is_said_in_bounded_time(self, program: str) -> None:
         answer = subprocess.run(
