@@ -6,10 +6,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from sparkinstall.facts import vllm
+from sparkinstall.facts.vllm import GENERATED_TOKENS, KV_CACHE_USAGE
 from sparkinstall.layout import VLLM_UNIT as UNIT
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, streams, vllm_client, warned
-from sparkinstall.probes.reasoning import reasoning_names
 from sparkinstall.probes.vllm_client import Api
 from sparkinstall.system import Reader
 
@@ -17,9 +18,6 @@ from sparkinstall.system import Reader
 _LOADING = 1800
 # Seconds after which the counters must have seen what was asked for.
 _COUNTED = 1.0
-_GENERATED = "vllm:generation_tokens_total"
-# The second is what vLLM before 0.10 said.
-_CACHE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 
 
 def serves(node: Node) -> bool:
@@ -113,7 +111,7 @@ def _stream(of: Api) -> Finding:
     if not answer["said"]:
         return warned("a stream without a word", f"ask it something by hand, and read `journalctl -u {UNIT}`")
     model, parser = str(of.completion["model"]), streams.parser_of(of.node.config.serving.arguments)
-    add, fields = streams.adding(of.node, of.on, model), reasoning_names(of.node, of.on)
+    add, fields = streams.adding(of.node, of.on, model), vllm.reasoning_fields(of.node, of.on)
     finding = streams.judged(streams.Heard.of(answer), parser, fields, add)
     return replace(finding, found=f"{finding.found}; first token after {answer['first']:.1f} s")
 
@@ -132,21 +130,21 @@ def _broken(of: Api, answer: Mapping[str, Any]) -> Finding:
 def _metrics(of: Api) -> Finding:
     if stop := _unasked(of):
         return stop
-    before, ours = vllm_client.sample(of.completion.get("metrics", ()), _GENERATED), of.made
+    before, ours = vllm_client.sample(of.completion.get("metrics", ()), GENERATED_TOKENS), of.made
     after = of.metrics()
-    if before is None or vllm_client.sample(after.get("metrics", ()), _GENERATED) is None:
+    if before is None or vllm_client.sample(after.get("metrics", ()), GENERATED_TOKENS) is None:
         return _no_metrics(of, after)
     grown = _grown(after, before)
     if grown < ours:
         time.sleep(_COUNTED)
         after = of.metrics()
         grown = _grown(after, before)
-    counted = f"{_GENERATED} grew by {grown:.0f} tokens, of which the probes made {ours}"
+    counted = f"{GENERATED_TOKENS} grew by {grown:.0f} tokens, of which the probes made {ours}"
     if grown < ours:
         return failed(counted, f"another vLLM may answer here: `sudo systemctl restart {UNIT}`", f"{ours} or more")
-    cache = vllm_client.sample(after["metrics"], *_CACHE)
+    cache = vllm_client.sample(after["metrics"], *KV_CACHE_USAGE)
     if cache is None:
-        return warned(f"{counted}, but there is no {_CACHE[0]}", _REPORT)
+        return warned(f"{counted}, but there is no {KV_CACHE_USAGE[0]}", _REPORT)
     return passed(f"{counted}; {cache:.0%} of the KV cache is in use", f"{ours} or more")
 
 
@@ -154,15 +152,15 @@ _REPORT = "report it: this vLLM is newer than sparkinstall knows"
 
 
 def _grown(after: Mapping[str, Any], before: float) -> float:
-    return (vllm_client.sample(after.get("metrics", ()), _GENERATED) or 0) - before
+    return (vllm_client.sample(after.get("metrics", ()), GENERATED_TOKENS) or 0) - before
 
 
 def _no_metrics(of: Api, after: Mapping[str, Any]) -> Finding:
     if "--disable-log-stats" in of.node.config.serving.arguments:
-        return warned(f"no {_GENERATED}", "take `--disable-log-stats` out of `serving.arguments`")
+        return warned(f"no {GENERATED_TOKENS}", "take `--disable-log-stats` out of `serving.arguments`")
     if why := after.get("metrics_status") or after.get("error"):
         return warned(f"/metrics does not answer: {why}", f"read `journalctl -u {UNIT}`")
-    return warned(f"/metrics has no {_GENERATED}", _REPORT)
+    return warned(f"/metrics has no {GENERATED_TOKENS}", _REPORT)
 
 
 _ASKED = "ActiveState,NRestarts,ExecMainStartTimestampMonotonic"

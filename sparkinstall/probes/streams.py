@@ -1,13 +1,13 @@
 """The field in which a stream carries reasoning: fix 8, from the deltas themselves."""
 
-import ast
 import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
 
-from sparkinstall.node import Node, site_packages
+from sparkinstall.facts.vllm import reasoning_parsers
+from sparkinstall.node import Node
 from sparkinstall.probes import Finding, failed, passed, warned
 from sparkinstall.system import Reader
 
@@ -124,7 +124,7 @@ def parser_of(arguments: Sequence[str]) -> str | None:
 def adding(node: Node, on: Reader, model: str) -> str:
     """How to set the parser that fits `model`, by the names that this vLLM knows."""
     names = f"{model} {node.config.serving.model}"
-    parser = fitting(names, known_parsers(node, on))
+    parser = fitting(names, reasoning_parsers(node, on))
     which = parser or "NAME"
     said = f"add `--reasoning-parser`, `{which}` to `serving.arguments`, then `sparkinstall run serving`"
     return said if parser else f"{said}; the model's card says which"
@@ -139,15 +139,3 @@ def fitting(names: str, parsers: Collection[str]) -> str | None:
 
 def _plain(text: str) -> str:
     return re.sub("[^a-z0-9]", "", text.lower())
-
-
-def known_parsers(node: Node, on: Reader) -> list[str]:
-    """The reasoning parsers of the installed vLLM, read from its own table; none where there is no such table."""
-    source = on.read(f"{site_packages(node, on)}/vllm/reasoning/__init__.py") or b""
-    try:
-        body = ast.parse(source).body
-    except (SyntaxError, ValueError):
-        return []
-    tables = [each.value for each in body if isinstance(each, ast.Assign) and isinstance(each.value, ast.Dict)]
-    keys = [key.value for table in tables for key in table.keys if isinstance(key, ast.Constant)]
-    return [key for key in keys if isinstance(key, str)]

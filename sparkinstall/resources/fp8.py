@@ -12,9 +12,9 @@ from msgspec import Struct
 from sparkinstall import elf, patches
 from sparkinstall.errors import CommandFailed
 from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.facts.vllm import FP8_OPERATOR, extensions
 from sparkinstall.node import Node, site_packages
 from sparkinstall.patches import PatchSet, UnknownContent
-from sparkinstall.probes.wheels import extensions
 from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown
 from sparkinstall.system import Reader, Result, System
 
@@ -109,7 +109,7 @@ class Fp8Decision(Struct, frozen=True):
 
     def _read_code(self, on: System) -> tuple[bool, str, str]:
         site = site_packages(self.node, on) or ""
-        carriers = [path for path in extensions(on, site) if _mentions(path, b"cutlass_scaled_mm")]
+        carriers = [path for path in extensions(on, site) if _mentions(path, FP8_OPERATOR)]
         found = {code.arch for path in carriers for code in elf.gpu_code(path) if code.kind == "cubin"}
         arch = self.node.config.nccl.arch
         usable = sorted(found & loadable(arch))
@@ -150,7 +150,7 @@ def _verdict(last: str, answer: Result) -> tuple[bool, str, str]:
 
 
 def _mentions(path: Path, name: bytes) -> bool:
-    """Whether a library has `name` in it: which extension holds an operator changes from release to release."""
+    """Whether a library has `name` in it."""
     with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(name) >= 0
 

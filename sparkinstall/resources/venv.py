@@ -14,9 +14,10 @@ from msgspec import Struct, field
 
 from sparkinstall import stacks
 from sparkinstall.errors import Blocked, CommandFailed
+from sparkinstall.facts import wheel_files
 from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.facts.wheels import OTHER_STACK, Gate
 from sparkinstall.node import Node, site_packages
-from sparkinstall.probes.wheels import Gate
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.stacks import Pin, parse_lock, render_lock
 from sparkinstall.system import Reader, System
@@ -168,11 +169,10 @@ class PythonEnvironment(Struct, frozen=True):
         whose = [] if node.rehearsal else ["--no-managed-python"]
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)
-        finding = Gate(node, lock).look(on)
-        if finding.verdict != "pass":
+        if complaint := Gate(node, lock).complaint(on):
             raise Blocked(
-                f"the stack {node.stack.name} does not pass the wheel gate: {finding.found}",
-                hint=finding.hint,
+                f"the stack {node.stack.name} does not pass the wheel gate: {complaint}",
+                hint=OTHER_STACK,
             )
         on.write(node.venv_stamp, as_text(self._stamp(lock)).encode())
 
@@ -200,10 +200,8 @@ class PythonEnvironment(Struct, frozen=True):
 
     def _note_exceptions(self, on: System) -> None:
         """Some wheels list their own files wrongly: what they have really brought can only be seen now."""
-        from sparkinstall.probes import wheel_files
-
         if rows := wheel_files.unlike_their_records(self.node, on):
-            on.write(wheel_files.exceptions(self.node), rows.encode())
+            on.write(self.node.wheel_exceptions, rows.encode())
 
     def _platform_options(self) -> list[str]:
         if not self.node.partial and not self.node.foreign:

@@ -3,14 +3,11 @@
 from collections.abc import Iterable
 
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe
-from sparkinstall.probes.reasoning import reasoning_fields
-from sparkinstall.probes.wheels import Gate
+from sparkinstall.probes import Probe, wheels
 from sparkinstall.resources import Resource
 from sparkinstall.resources.files import Link
 from sparkinstall.resources.venv import PythonEnvironment, RecordedLock, lock_of
 from sparkinstall.steps import Step
-from sparkinstall.system import Reader
 
 
 class Environment(Step):
@@ -27,22 +24,16 @@ class Environment(Step):
             yield Link(_in_home(node, node.config.environment.link), node.venv)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        yield Probe("wheel-gate", "the packages fit together", lambda on: _gate(node, on), "static")
         yield Probe(
-            "reasoning-field", "the reasoning field of a stream", lambda on: reasoning_fields(node, on), "static"
+            "wheel-gate",
+            "the packages fit together",
+            lambda on: wheels.gate(node, lock_of(node, on) or (), on),
+            "static",
         )
-        yield Probe("wheel-files", "the files of the packages", lambda on: _wheel_files(node, on), "node")
-
-
-def _gate(node: Node, on: Reader) -> Finding:
-    return Gate(node, lock_of(node, on) or ()).look(on)
-
-
-def _wheel_files(node: Node, on: Reader) -> Finding:
-    # Imported late: a run with nothing to do asks static probes alone, and would start more slowly.
-    from sparkinstall.probes import wheel_files
-
-    return wheel_files.look(node, on)
+        yield Probe(
+            "reasoning-field", "the reasoning field of a stream", lambda on: wheels.reasoning_fields(node, on), "static"
+        )
+        yield Probe("wheel-files", "the files of the packages", lambda on: wheels.files(node, on), "node")
 
 
 def _in_home(node: Node, path: str) -> str:

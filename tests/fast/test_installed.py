@@ -8,7 +8,7 @@ import pytest
 
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, preflight
-from sparkinstall.probes.reasoning import reasoning_fields
+from sparkinstall.probes.wheels import reasoning_fields
 from sparkinstall.resources import Drift, Ok
 from sparkinstall.resources.fp8 import Fp8Decision
 from sparkinstall.steps.env_files import EnvFiles

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from sparkinstall.assets import asset
+from sparkinstall.facts import wheel_files
 from sparkinstall.node import Node
-from sparkinstall.probes import wheel_files
+from sparkinstall.probes import wheels
 from sparkinstall.system.local import LocalReader
 from tests.support.nodes import node_of
 from tests.support.rehearsals import SETTINGS, Rehearsal, said
@@ -49,13 +50,13 @@ def install(root: Path, node: Node, name: str, files: Mapping[str, bytes], versi
 
 
 def test_files_as_they_were_brought(packages: Node, tmp_path: Path) -> None:
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, found.found) == ("pass", "1 package, as its wheel brought it")
 
 
 def test_a_file_that_was_only_touched_is_read_and_found_good(packages: Node, tmp_path: Path) -> None:
     (site_of(tmp_path, packages) / "vllm/__init__.py").write_bytes(b"one = 1\n")
-    assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
+    assert wheels.files(packages, LocalReader(str(tmp_path))).verdict == "pass"
 
 
 def test_a_file_of_the_same_size_with_an_old_date_is_told(packages: Node, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_a_file_of_the_same_size_with_an_old_date_is_told(packages: Node, tmp_pa
     times = path.stat()
     path.write_bytes(b"one = 2\n")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, found.found) == ("fail", "vllm/__init__.py was changed")
     assert "sparkinstall run environment fp8 --force" in found.hint
 
@@ -71,20 +72,20 @@ def test_a_file_of_the_same_size_with_an_old_date_is_told(packages: Node, tmp_pa
 def test_a_file_that_was_cut_or_removed_is_told(packages: Node, tmp_path: Path) -> None:
     (site_of(tmp_path, packages) / "vllm/_C.abi3.so").write_bytes(b"\x7fELF")
     (site_of(tmp_path, packages) / "vllm/__init__.py").unlink()
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert found.found == "vllm/__init__.py is gone; vllm/_C.abi3.so has 4 bytes instead of 200"
 
 
 def test_another_wheel_of_the_same_version_is_told(packages: Node, tmp_path: Path) -> None:
     install(tmp_path, packages, "vllm", {"vllm/__init__.py": b"another = 1\n"})
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, found.found) == ("fail", "vllm was installed again since")
 
 
 def test_what_somebody_added_is_theirs(packages: Node, tmp_path: Path) -> None:
     (site_of(tmp_path, packages) / "added/__init__.py").unlink()
     install(tmp_path, packages, "more", {"more/__init__.py": b""})
-    assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
+    assert wheels.files(packages, LocalReader(str(tmp_path))).verdict == "pass"
 
 
 def test_a_file_that_two_wheels_bring_is_good_as_either_has_it(packages: Node, tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_a_file_that_two_wheels_bring_is_good_as_either_has_it(packages: Node, t
     shared = site_of(tmp_path, packages) / "shared.py"
     for content, verdict in ((b"of vllm\n", "pass"), (b"of the other\n", "pass"), (b"of nobody\n", "fail")):
         shared.write_bytes(content)
-        assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == verdict
+        assert wheels.files(packages, LocalReader(str(tmp_path))).verdict == verdict
 
 
 def with_a_wrong_record(root: Path, node: Node, name: str, version: str) -> Path:
@@ -118,13 +119,13 @@ def with_a_wrong_record(root: Path, node: Node, name: str, version: str) -> Path
 def test_a_wheel_whose_own_record_is_wrong_is_told_as_such(packages: Node, tmp_path: Path) -> None:
     on = LocalReader(str(tmp_path))
     file = with_a_wrong_record(tmp_path, packages, "odd", "1.0")
-    Path(on.real(wheel_files.exceptions(packages))).write_text(wheel_files.unlike_their_records(packages, on))
-    found = wheel_files.look(packages, on)
+    Path(on.real(packages.wheel_exceptions)).write_text(wheel_files.unlike_their_records(packages, on))
+    found = wheels.files(packages, on)
     assert (found.verdict, found.found) == ("warn", "odd/lib.so has 6 bytes instead of 5, since it was installed")
     assert "the wheel's own list of its files is wrong" in found.hint
     for content in (b"", b"longed"):
         file.write_bytes(content)
-        found = wheel_files.look(packages, on)
+        found = wheels.files(packages, on)
         assert (found.verdict, found.found) == ("fail", f"odd/lib.so has {len(content)} bytes instead of 5")
 
 
@@ -135,12 +136,12 @@ def test_a_wheel_that_is_known_to_have_a_wrong_record_is_good(
     known.mkdir(parents=True)
     monkeypatch.setattr(wheel_files, "asset", lambda name: tmp_path / name)
     file = with_a_wrong_record(tmp_path, packages, "Odd_Name", "1.0")
-    assert wheel_files.look(packages, on).verdict == "fail"
+    assert wheels.files(packages, on).verdict == "fail"
     digest = recorded_hash(b"longer")
     (known / "odd-name-1.0.csv").write_text(f"Odd_Name/for_another_arch.so,{digest},1\nOdd_Name/lib.so,{digest},6\n")
-    assert (wheel_files.look(packages, on).verdict, wheel_files.unlike_their_records(packages, on)) == ("pass", "")
+    assert (wheels.files(packages, on).verdict, wheel_files.unlike_their_records(packages, on)) == ("pass", "")
     file.write_bytes(b"longed")
-    assert wheel_files.look(packages, on).found == "Odd_Name/lib.so was changed"
+    assert wheels.files(packages, on).found == "Odd_Name/lib.so was changed"
 
 
 @pytest.mark.network
@@ -173,20 +174,20 @@ def test_the_file_that_we_patch_is_for_another_probe(packages: Node, tmp_path: P
     install(tmp_path, packages, "vllm", {target: b"as vLLM has it\n"})
     (tmp_path / packages.venv.lstrip("/") / "sparkinstall.json").write_text("{ }")
     (site_of(tmp_path, packages) / target).write_bytes(b"as we have it, patched\n")
-    assert wheel_files.look(packages, LocalReader(str(tmp_path))).verdict == "pass"
+    assert wheels.files(packages, LocalReader(str(tmp_path))).verdict == "pass"
 
 
 def test_a_locked_package_that_is_not_there_is_told(packages: Node, tmp_path: Path) -> None:
     (site_of(tmp_path, packages) / "vllm-0.18.1.dist-info").rename(tmp_path / "elsewhere")
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, found.found) == ("fail", "vllm is not installed")
 
 
 def test_nothing_to_compare_with_is_no_pass(packages: Node, tmp_path: Path) -> None:
     (tmp_path / packages.venv.lstrip("/") / "installed.lock").unlink()
-    found = wheel_files.look(packages, LocalReader(str(tmp_path)))
+    found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, "installed.lock is gone" in found.found) == ("fail", True)
 
 
 def test_without_an_environment_it_fails(tmp_path: Path) -> None:
-    assert wheel_files.look(node_of(tmp_path), LocalReader(str(tmp_path))).verdict == "fail"
+    assert wheels.files(node_of(tmp_path), LocalReader(str(tmp_path))).verdict == "fail"

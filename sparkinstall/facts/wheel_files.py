@@ -8,41 +8,50 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
+from msgspec import Struct
+
 from sparkinstall.assets import asset
 from sparkinstall.node import Node, site_packages
-from sparkinstall.probes import Finding, failed, passed, warned
 from sparkinstall.system import Reader
 
-_HINT = "reinstall: `sparkinstall run environment fp8 --force`"
-_SHOWN = 4
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+) ?(?:==|@)", re.MULTILINE)
 
 # The hash and the size of a file as its wheel has it, by the file's path; several where several wheels bring it.
 Forms = dict[str, list[tuple[str, str]]]
 
 
-def look(node: Node, on: Reader) -> Finding:
+class Comparison(Struct, frozen=True):
+    """What the installed files are to what their wheels brought.
+
+    `locked`: whether the lock is known; `packages`: how many of it are there. `wrong`: what is wrong, in words;
+    `since_installed`: what differs from the wheel's own list of files, and did so when it was installed.
+    """
+
+    locked: bool
+    packages: int
+    wrong: tuple[str, ...]
+    since_installed: tuple[str, ...]
+
+
+def compare(node: Node, on: Reader) -> Comparison | None:
     """The sizes of all files that the lock's wheels brought; the hashes of those that were touched since.
 
     The kernel notes in a file's ctime when anybody touched it, and no program sets that back: what is older than the
-    environment's own stamp need not be read.
+    environment's own stamp need not be read. None where there is no environment.
     """
     site, stamp = site_packages(node, on), _stat(on.real(node.venv_stamp))
     if site is None or stamp is None:
-        return failed("there is no environment", "run `sparkinstall all`")
+        return None
     ours, here, made = _locked(node, on), on.real(site), stamp.st_ctime_ns
-    if not ours:
-        return failed("it is not known what was installed: installed.lock is gone or empty", _HINT)
     folders = _folders(on, site, ours)
-    wrong = _unlike(here, _brought(here, folders), made)
-    odd = _since_the_beginning(here, wrong, _forms(on.real(exceptions(node))), made)
-    said = [*_packages(here, folders, ours, made), *(f"{name} {why}" for name, why in wrong.items() if name not in odd)]
-    if said:
-        return failed(_some(said), _HINT, "every file as its wheel brought it")
-    if odd:
-        return warned(_some([f"{name} {wrong[name]}, since it was installed" for name in odd]), _of_a_record(node))
-    many = f"{len(folders)} packages, as their wheels brought them"
-    return passed(many if len(folders) != 1 else "1 package, as its wheel brought it")
+    unlike = _unlike(here, _brought(here, folders), made)
+    at_first = _forms(on.real(node.wheel_exceptions))
+    odd = [name for name in unlike if name in at_first and not _complaint(f"{here}/{name}", at_first[name], made)]
+    wrong = [
+        *_packages(here, folders, ours, made),
+        *(f"{name} {why}" for name, why in unlike.items() if name not in odd),
+    ]
+    return Comparison(bool(ours), len(folders), tuple(wrong), tuple(f"{name} {unlike[name]}" for name in odd))
 
 
 def unlike_their_records(node: Node, on: Reader) -> str:
@@ -63,11 +72,6 @@ def unlike_their_records(node: Node, on: Reader) -> str:
     return text.getvalue()
 
 
-def exceptions(node: Node) -> str:
-    """Where such rows are kept."""
-    return f"{node.venv}/not-as-recorded.csv"
-
-
 def _locked(node: Node, on: Reader) -> set[str]:
     """What the lock has put there; packages that somebody added are theirs."""
     lock = (on.read(node.installed_lock) or b"").decode(errors="replace")
@@ -77,18 +81,6 @@ def _locked(node: Node, on: Reader) -> set[str]:
 def _folders(on: Reader, site: str, ours: set[str]) -> list[str]:
     """Where the metadata of the locked packages is."""
     return [name for name in on.names(site) if name.endswith(".dist-info") and _package(name) in ours]
-
-
-def _some(said: Sequence[str]) -> str:
-    more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
-    return "; ".join(said[:_SHOWN]) + more
-
-
-def _of_a_record(node: Node) -> str:
-    return (
-        f"if that stays after `rm -r {node.cache}/uv` and `sparkinstall run environment fp8 --force`, "
-        "the wheel's own list of its files is wrong and nothing need be done"
-    )
 
 
 def _package(folder: str) -> str:
@@ -142,10 +134,6 @@ def _forms(*records: str) -> Forms:
     for name, digest, size in (row for record in records for row in _rows(record)):
         found.setdefault(name, []).append((digest, size))
     return found
-
-
-def _since_the_beginning(site: str, wrong: Iterable[str], at_first: Forms, made: int) -> list[str]:
-    return [name for name in wrong if name in at_first and not _complaint(f"{site}/{name}", at_first[name], made)]
 
 
 def _rows(record: str) -> Iterator[tuple[str, str, str]]:

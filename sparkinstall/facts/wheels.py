@@ -1,0 +1,98 @@
+"""Whether the installed wheels fit together: torch, CUDA, Triton, Ray, Python.h.
+
+Everything is read from files, so that it also tells of wheels for another architecture.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from sparkinstall.facts.vllm import cuda_majors
+from sparkinstall.node import Node, site_packages
+from sparkinstall.stacks import Pin
+from sparkinstall.system import Reader
+
+_TORCH_CUDA = re.compile(rb"^cuda\s*(?::[^=]+)?=\s*['\"](\d+)\.", re.MULTILINE)
+OTHER_STACK = "choose another stack with --stack, or report it: the stack's lock is wrong for this machine"
+"""What to do about wheels that do not fit together."""
+_LOCAL_CUDA = re.compile(r"\+cu(\d+)\d")
+
+
+class Gate(Struct, frozen=True):
+    """The questions for one environment; `pins` is its lock, asked where a rehearsal has not installed it all."""
+
+    node: Node
+    pins: Sequence[Pin]
+
+    def complaint(self, on: Reader) -> str:
+        """The first reason why these wheels do not work together; empty: they do."""
+        site = site_packages(self.node, on)
+        if site is None:
+            return "there is no environment"
+        questions: tuple[Callable[[Reader, str], str], ...] = (
+            self._torch_is_cuda, self._cuda_is_one, self._triton, self._ray, self._headers,
+        )  # fmt: skip
+        return next((complaint for ask in questions if (complaint := ask(on, site))), "")
+
+    def torch_major(self, on: Reader, site: str) -> str | None:
+        """The major version of torch's CUDA; None for a build without it."""
+        if not self.node.partial:
+            match = _TORCH_CUDA.search(on.read(f"{site}/torch/version.py") or b"")
+            return match[1].decode() if match else None
+        for pin in self.pins:
+            if pin.name == "torch" and (local := _LOCAL_CUDA.search(pin.version)):
+                return local[1]
+        return next((_runtime_major(pin) for pin in self.pins if pin.name.startswith("nvidia-cuda-runtime")), None)
+
+    def _torch_is_cuda(self, on: Reader, site: str) -> str:
+        if self.torch_major(on, site):
+            return ""
+        return f"torch {self._version('torch')} is a build without CUDA: it cannot use the GPU"
+
+    def _cuda_is_one(self, on: Reader, site: str) -> str:
+        torch, needed = self.torch_major(on, site), cuda_majors(on, site)
+        if not needed:
+            return "vLLM's compiled extension is missing"
+        if needed != {torch}:
+            return (
+                f"vLLM's extension needs libcudart.so.{'/'.join(sorted(needed))}, "
+                f"but torch {self._version('torch')} brings CUDA {torch}"
+            )
+        return ""
+
+    def _triton(self, on: Reader, site: str) -> str:
+        return "" if self._has(on, site, "triton") else "triton is missing: models cannot be inspected or run"
+
+    def _ray(self, on: Reader, site: str) -> str:
+        return "" if self._has(on, site, "ray") else "ray is missing: vLLM no longer brings it along"
+
+    def _has(self, on: Reader, site: str, name: str) -> bool:
+        if self.node.partial:
+            return any(pin.name == name for pin in self.pins)
+        return on.entry(f"{site}/{name}/__init__.py") is not None
+
+    def _headers(self, on: Reader, site: str) -> str:
+        if self.node.partial or self.node.foreign or python_header(on, self.node, site):
+            return ""
+        return f"Python.h is missing: Triton compiles its launcher here (package python{self.node.stack.python}-dev)"
+
+    def _version(self, name: str) -> str:
+        return next((pin.version for pin in self.pins if pin.name == name), "?")
+
+
+def _runtime_major(pin: Pin) -> str | None:
+    """`nvidia-cuda-runtime-cu12` carries the major in its name, `nvidia-cuda-runtime` in its version."""
+    named = re.search(r"-cu(\d+)$", pin.name)
+    return named[1] if named else pin.version.split(".")[0]
+
+
+def python_header(on: Reader, node: Node, site: str) -> Path | None:
+    """Python.h of the interpreter that the environment was made with."""
+    config = (on.read(f"{node.venv}/pyvenv.cfg") or b"").decode(errors="replace")
+    home = re.search(r"^home\s*=\s*(.+)$", config, re.MULTILINE)
+    minor = Path(site).parent.name
+    candidates = [Path(home[1].strip()).parent / "include" / minor / "Python.h"] if home else []
+    candidates.append(Path("/usr/include", minor, "Python.h"))
+    return next((path for path in candidates if path.is_file()), None)
