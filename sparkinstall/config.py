@@ -367,28 +367,12 @@ def read_layer(path: Path) -> Layer:
 
 
 def _yaml(content: bytes, what: str) -> Any:
-    import yaml
-
     try:
         return safe_yaml.load(content)
     except safe_yaml.TooMuch as error:
         raise BadConfig(f"{what} is larger or deeper than any settings are", hint="is it the right file?") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        if line := _line_of_tab(error, content):
-            hint = "YAML takes no tab before a name: indent with blanks"
-            raise BadConfig(f"{what} is not YAML: there is a tab in line {line}", hint=hint) from error
-        raise BadConfig(f"{what} is not YAML: {_where(error)}") from error
-
-
-def _line_of_tab(error: Exception, content: bytes) -> int:
-    """The line, from 1, whose indentation has the tab that libyaml calls a character which starts no token; 0: none."""
-    mark = getattr(error, "problem_mark", None)
-    lines = content.decode(errors="replace").splitlines()
-    if mark is None or mark.line >= len(lines):
-        return 0
-    line = lines[mark.line]
-    indented_with = line[: len(line) - len(line.lstrip())]
-    return int(mark.line) + 1 if "\t" in indented_with and mark.column <= len(indented_with) else 0
+    except safe_yaml.NotYaml as error:
+        raise BadConfig(f"{what} is not YAML: {error}", hint=error.hint) from error
 
 
 def _where(error: Exception) -> str:

@@ -8,22 +8,23 @@ hand, a patch that was cut half way) is `UnknownContent`, never something to try
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from sparkinstall.safe_yaml import load_table
-
-T = TypeVar("T")
+from sparkinstall import schema
+from sparkinstall.schema import Malformed
 
 TABLE = "patches.yaml"
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _RELEASE = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?")
+_Release = Annotated[str, schema.like(_RELEASE.pattern, "a release such as 0.18.1")]
+_Releases = Annotated[tuple[_Release, ...], Meta(min_length=1, title="a list of releases such as 0.18.1, at least one")]
+_Sha256 = Annotated[str, schema.like("[0-9a-f]{64}", "64 hexadecimal digits")]
 _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
 
 
@@ -33,10 +34,6 @@ class UnknownContent(Exception):
     def __init__(self, path: str, found: str, wanted: str) -> None:
         super().__init__(f"{path}: sha256 {found} is not {wanted}; the file is left as it is")
         self.path, self.found = path, found
-
-
-class MalformedTable(Exception):
-    """`patches.yaml`, or a patch that it names, cannot be used. Says where and why."""
 
 
 class State(Enum):
@@ -76,16 +73,16 @@ class Variant(Struct, frozen=True):
         return known.get(digest(content), State.UNKNOWN)
 
 
-class KernelRange(Struct, frozen=True):
+class KernelRange(Struct, frozen=True, forbid_unknown_fields=True):
     """Kernel classes to name in `VLLM_DISABLED_KERNELS` for releases from `since` on and before `below`.
 
     `without_patch`: these names are the whole fix by themselves, even where the patch cannot be applied.
     """
 
-    since: str
-    below: str | None
+    since: _Release
     disable: tuple[str, ...]
     without_patch: bool
+    below: _Release | None = None
 
     def holds(self, release: str) -> bool:
         """Whether `release` lies in the range; suffixes such as `+cu130` or `rc1` do not count."""
@@ -121,6 +118,27 @@ class PatchSet(Struct, frozen=True):
     def kernels_for(self, release: str) -> KernelRange | None:
         """What `VLLM_DISABLED_KERNELS` must name for `release`; None for a release older than the table."""
         return next((k for k in self.kernels if k.holds(release)), None)
+
+
+class _Variant(Struct, frozen=True, forbid_unknown_fields=True):
+    """A row of `variants` in the table."""
+
+    releases: _Releases
+    patch: str
+    original: _Sha256
+    patched: _Sha256
+
+
+class _PatchSet(Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    fix: int
+    target: str
+    variants: tuple[_Variant, ...]
+    kernels: tuple[KernelRange, ...]
+
+
+class _Table(Struct, frozen=True, forbid_unknown_fields=True):
+    patches: tuple[_PatchSet, ...]
 
 
 def digest(content: bytes) -> str:
@@ -164,45 +182,27 @@ def _require(path: str, content: bytes, wanted: str) -> None:
 def load(directory: Path) -> tuple[PatchSet, ...]:
     """The patch sets of `directory/patches.yaml` with their patches read.
 
-    Raises `MalformedTable`: bad YAML, a missing, unknown or ill-typed entry, a patch that is absent or is for
+    Raises `Malformed`: bad YAML, a missing, unknown or ill-typed entry, a patch that is absent or is for
     another file, a sha256 that is none or that stands in the table twice.
     """
-    try:
-        table = load_table((directory / TABLE).read_bytes())
-    except (OSError, ValueError) as failure:
-        raise MalformedTable(f"{TABLE}: {failure}") from failure
-    entries = _Row(table, TABLE, {"patches"}).rows("patches", {"name", "fix", "target", "variants", "kernels"})
-    sets = tuple(_patch_set(entry, directory) for entry in entries)
+    table = schema.read_file(_Table, directory / TABLE)
+    sets = tuple(
+        PatchSet(each.name, each.fix, each.target, _variants(each, directory), each.kernels) for each in table.patches
+    )
     _refuse_doubles(sets)
     return sets
 
 
-def _patch_set(row: _Row, directory: Path) -> PatchSet:
-    target = row.text("target")
-    variants = row.rows("variants", {"releases", "patch", "original", "patched"})
-    kernels = row.rows("kernels", {"since", "below", "disable", "without_patch"})
-    return PatchSet(
-        name=row.text("name"),
-        fix=row.of(int, "fix"),
-        target=target,
-        variants=tuple(_variant(entry, target, directory) for entry in variants),
-        kernels=tuple(_kernel_range(entry) for entry in kernels),
-    )
+def _variants(given: _PatchSet, directory: Path) -> tuple[Variant, ...]:
+    return tuple(_variant(each, given.target, directory) for each in given.variants)
 
 
-def _variant(row: _Row, target: str, directory: Path) -> Variant:
-    patch = row.text("patch")
+def _variant(given: _Variant, target: str, directory: Path) -> Variant:
     try:
-        hunks = tuple(parse((directory / patch).read_bytes(), target))
+        hunks = tuple(parse((directory / given.patch).read_bytes(), target))
     except (OSError, ValueError) as failure:
-        raise MalformedTable(f"{row.where}: {patch}: {failure}") from failure
-    return Variant(target, patch, row.sha256("original"), row.sha256("patched"), row.releases("releases"), hunks)
-
-
-def _kernel_range(row: _Row) -> KernelRange:
-    since, *_ = row.releases("since")
-    below = row.releases("below")[0] if "below" in row.entry else None
-    return KernelRange(since, below, row.texts("disable"), row.of(bool, "without_patch"))
+        raise Malformed(TABLE, f"{given.patch}: {failure}") from failure
+    return Variant(target, given.patch, given.original, given.patched, given.releases, hunks)
 
 
 def _refuse_doubles(sets: Sequence[PatchSet]) -> None:
@@ -210,7 +210,7 @@ def _refuse_doubles(sets: Sequence[PatchSet]) -> None:
     for variant in (v for patch_set in sets for v in patch_set.variants):
         for known in (variant.original, variant.patched):
             if known in seen:
-                raise MalformedTable(f"{TABLE}: sha256 {known} stands there twice")
+                raise Malformed(TABLE, f"sha256 {known} stands there twice")
             seen.add(known)
 
 
@@ -263,47 +263,3 @@ def _release_key(release: str) -> tuple[int, int, int]:
         raise ValueError(f"{release!r} is not a release such as 0.18.1")
     major, minor, patch = numbers.groups(default="0")
     return int(major), int(minor), int(patch)
-
-
-class _Row(Struct, frozen=True):
-    """A mapping of the table whose entries are asked for by type; errors say where in the table it is."""
-
-    entry: Mapping[str, Any]
-    where: str
-    keys: set[str]
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.entry, dict):
-            raise MalformedTable(f"{self.where}: a mapping is needed, this is {self.entry!r}")
-        if unknown := self.entry.keys() - self.keys:
-            raise MalformedTable(f"{self.where}: unknown {sorted(map(str, unknown))}")
-
-    def of(self, kind: type[T], key: str) -> T:
-        value = self.entry.get(key)
-        # type(), since a bool is an int for isinstance().
-        if type(value) is not kind:
-            raise MalformedTable(f"{self.where}: {key} must be a {kind.__name__}, this is {value!r}")
-        return value
-
-    def text(self, key: str) -> str:
-        return self.of(str, key)
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        values = self.of(list, key)
-        if not all(isinstance(value, str) for value in values):
-            raise MalformedTable(f"{self.where}: {key} must be texts, this is {values!r}")
-        return tuple(values)
-
-    def rows(self, key: str, keys: set[str]) -> tuple[_Row, ...]:
-        return tuple(_Row(entry, f"{self.where}: {key}[{at}]", keys) for at, entry in enumerate(self.of(list, key)))
-
-    def sha256(self, key: str) -> str:
-        if not _SHA256.fullmatch(value := self.text(key)):
-            raise MalformedTable(f"{self.where}: {key} must be 64 hex digits, this is {value!r}")
-        return value
-
-    def releases(self, key: str) -> tuple[str, ...]:
-        values = (self.text(key),) if isinstance(self.entry.get(key), str) else self.texts(key)
-        if not values or not all(_RELEASE.fullmatch(value) for value in values):
-            raise MalformedTable(f"{self.where}: {key} must be releases such as 0.18.1, this is {values!r}")
-        return values

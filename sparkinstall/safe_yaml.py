@@ -1,125 +1,117 @@
 """YAML from people: libyaml's speed, without the crash that deep nesting gives it."""
 
-import hashlib
-import json
-import os
-from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
-
-from sparkinstall.assets import user_cache
 
 _LARGEST = 1 << 20
 _DEEPEST = 20
 
 
-class TooMuch(ValueError):
+class NotYaml(ValueError):
+    """A text that cannot be read as YAML: why and where, in one line, and what to do about it if that is known."""
+
+    def __init__(self, why: str, hint: str = "") -> None:
+        super().__init__(why)
+        self.hint = hint
+
+
+class TooMuch(NotYaml):
     """The text is larger or deeper than any file of ours."""
 
 
 def load(content: bytes, *, only_text: bool = False) -> Any:
-    """The values of a YAML text; with `only_text` every scalar stays the text that was written (3.10 is no 3.1).
+    """The values of a YAML text; with `only_text` every scalar stays the text that was written (3.10 is not 3.1).
 
     Raises:
+        NotYaml: it is not YAML, or has a key twice.
         TooMuch: more than 1 MiB, or nested more than 20 deep: libyaml's loader would end the process.
-        yaml.YAMLError, ValueError, RecursionError: it is no YAML.
     """
     import yaml
 
-    if len(content) > _LARGEST or _depth(content) > _DEEPEST:
+    try:
+        _require_bounds(content)
+        loader = (yaml.CBaseLoader if only_text else yaml.CSafeLoader)(content)
+        root = loader.get_single_node()
+        _refuse_repeated_keys(root)
+        return None if root is None else loader.construct_document(root)
+    except NotYaml:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise _explained(error, content) from error
+
+
+def line_of(content: bytes, path: Sequence[str | int]) -> int:
+    """The line, from 1, of the key or item at `path` in a text that `load` has read, or of what is nearest to it."""
+    import yaml
+
+    node = yaml.compose(content, Loader=yaml.CSafeLoader)
+    line = node.start_mark.line + 1 if node else 0
+    for step in path:
+        parts = _parts(node) if node else {}
+        if step not in parts:
+            break
+        mark, node = parts[step]
+        line = mark.line + 1
+    return int(line)
+
+
+def _parts(node: Any) -> dict[Any, tuple[Any, Any]]:
+    """What a collection holds, by key or index: where it begins, and its node."""
+    if node.id == "mapping":
+        return {key.value: (key.start_mark, value) for key, value in node.value if key.id == "scalar"}
+    return {at: (item.start_mark, item) for at, item in enumerate(node.value)} if node.id == "sequence" else {}
+
+
+def _explained(error: Exception, content: bytes) -> NotYaml:
+    mark = getattr(error, "problem_mark", None)
+    if mark and _is_at_tab(mark, content):
+        return NotYaml(f"there is a tab in line {mark.line + 1}", "YAML takes no tab before a name: indent with blanks")
+    lines = str(getattr(error, "problem", None) or error).splitlines()
+    place = f", line {mark.line + 1}" if mark else ""
+    return NotYaml(f"{ascii(lines[0])[1:-1] if lines else type(error).__name__}{place}")
+
+
+def _is_at_tab(mark: Any, content: bytes) -> bool:
+    """Whether it is a tab in the indentation that libyaml calls a character which cannot start any token."""
+    lines = content.decode(errors="replace").splitlines()
+    if mark.line >= len(lines):
+        return False
+    line = lines[mark.line]
+    indented_with = line[: len(line) - len(line.lstrip())]
+    return "\t" in indented_with and mark.column <= len(indented_with)
+
+
+def _require_bounds(content: bytes) -> None:
+    import yaml
+
+    depth = 0
+    if len(content) > _LARGEST:
         raise TooMuch("larger or deeper than any file of ours")
-    _refuse_repeated_keys(yaml.compose(content, Loader=yaml.CSafeLoader))
-    return yaml.load(content, Loader=yaml.CBaseLoader if only_text else yaml.CSafeLoader)
-
-
-def load_table(content: bytes, *, only_text: bool = False) -> Any:
-    """The values of a table of ours (a stack, the patches), as `load` gives them, parsed once.
-
-    What a text says is kept as JSON under its sha256, as Python keeps its bytecode: a run with nothing to do
-    would otherwise spend a tenth of its time on YAML.
-
-    Raises:
-        ValueError: it is no YAML, or larger or deeper than any file of ours.
-    """
-    digest = hashlib.sha256(content).hexdigest()
-    kept = _tables() / f"{digest}{'-text' if only_text else ''}.json"
-    try:
-        return json.loads(kept.read_bytes())
-    except (OSError, ValueError):
-        values = _parsed(content, only_text)
-        _keep(kept, values)
-        return values
-
-
-def forget_tables() -> None:
-    """Remove what `load_table` has kept, and the cache with it where nothing else is in it."""
-    import shutil
-
-    shutil.rmtree(_tables(), ignore_errors=True)
-    with suppress(OSError):
-        user_cache().rmdir()
-
-
-def _tables() -> Path:
-    return user_cache() / "tables"
-
-
-def _parsed(content: bytes, only_text: bool) -> Any:
-    import yaml
-
-    try:
-        return load(content, only_text=only_text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(str(error)) from error
-
-
-def _keep(path: Path, values: Any) -> None:
-    # What JSON has no word for (a date) is not kept: it would come back as something else.
-    with suppress(OSError, TypeError):
-        text = json.dumps(values)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(text)
-        part.replace(path)
+    for event in yaml.parse(content, Loader=yaml.CSafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise TooMuch("larger or deeper than any file of ours")
 
 
 def _refuse_repeated_keys(node: Any) -> None:
-    """YAML forbids a key that stands twice, and yet its loaders take the last one without a word."""
-    import yaml
-
+    """YAML forbids a repeated key, and yet its loaders silently take the last one."""
     for each in _mappings(node, set()):
         seen: set[tuple[str, str]] = set()
         for key, _ in each.value:
-            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key `{key.value}` stands twice", key.start_mark
-                )
+            if key.id == "scalar" and (key.tag, key.value) in seen:
+                name, line = ascii(key.value)[1:-1], key.start_mark.line + 1
+                raise NotYaml(f"the key `{name}` stands twice, line {line}")
             seen.add((key.tag, str(key.value)))
 
 
 def _mappings(node: Any, known: set[int]) -> Iterator[Any]:
     """Every mapping below `node`; what an alias names again is looked at once."""
-    import yaml
-
-    if not isinstance(node, yaml.CollectionNode) or id(node) in known:
+    if node is None or node.id == "scalar" or id(node) in known:
         return
     known.add(id(node))
-    pairs = isinstance(node, yaml.MappingNode)
+    pairs = node.id == "mapping"
     if pairs:
         yield node
     for each in node.value:
         for part in each if pairs else (each,):
             yield from _mappings(part, known)
-
-
-def _depth(content: bytes) -> int:
-    import yaml
-
-    depth = deepest = 0
-    for event in yaml.parse(content, Loader=yaml.CSafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        deepest = max(deepest, depth)
-        if deepest > _DEEPEST:
-            break
-    return deepest

@@ -29,7 +29,6 @@ def uninstall(
 def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> Answer:
     from sparkinstall.cli.session import open_state
     from sparkinstall.journal import undo as undoing
-    from sparkinstall.safe_yaml import forget_tables
 
     state = open_state(Target(root))
     state.sweep()
@@ -43,7 +42,6 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     if sys.stdin.isatty():
         state.system.ask_for_sudo()
     taken = undoing.undo_all(state)
-    forget_tables()
     if purge_cache:
         _purge_cache()
     return _answer(taken, purge_cache)

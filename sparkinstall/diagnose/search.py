@@ -171,7 +171,7 @@ class Search:
         if seen and (seen.count >= MOST or seen.last == number):
             return
         text = around(data, start, end)
-        if found := meant.pattern.search(text):
+        if found := meant.regex.search(text):
             if seen is None:
                 seen = self.sightings[meant.name] = Match(meant)
             seen.see(Line(number, shown(text, found.end())))

@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct, to_builtins
 
+from sparkinstall import schema
 from sparkinstall.errors import Blocked, JournalDamaged, Problem, Storage, storage_problem
 from sparkinstall.system import Undo
 from sparkinstall.system.local import replace_file
@@ -76,10 +76,12 @@ class Journal:
                     f"{self.path} line {number} was written by another version of sparkinstall (format {raw['v']})",
                     hint="use the version that wrote it, or a newer one",
                 )
-            return _record(raw)
+            # A value of the wrong type would be found out in the middle of an uninstall.
+            return schema.read(Record, raw, "the line")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
+            why = f": {error.complaint}" if isinstance(error, schema.Malformed) else ""
             raise JournalDamaged(
-                f"{self.path} line {number} cannot be read",
+                f"{self.path} line {number} cannot be read{why}",
                 cause="the file was changed by something else than sparkinstall, or the disk failed",
                 hint=f"keep a copy of {self.home}, repair or delete that line, and run again; nothing was changed",
             ) from error
@@ -173,14 +175,3 @@ def unreadable(path: Path) -> Problem:
         place, mode = path.parent, stat.S_IMODE(path.parent.stat().st_mode)
     rights = "u+rwx" if place == path.parent else "u+rw"
     return Storage(f"{place} cannot be read (mode {mode:03o})", hint=f"chmod {rights} {place}")
-
-
-def _record(raw: dict[str, Any]) -> Record:
-    """A line as a record; a value of the wrong type would be found out in the middle of an uninstall."""
-    undo = Undo(**raw["undo"])
-    texts = (raw["at"], raw["run"], raw["step"], undo.kind, undo.subject)
-    if type(raw["n"]) is not int or not all(isinstance(text, str) for text in texts):
-        raise TypeError("a value of the wrong type")
-    if not isinstance(undo.before, dict) or not isinstance(undo.after, dict):
-        raise TypeError("a value of the wrong type")
-    return Record(raw["n"], raw["at"], raw["run"], raw["step"], undo)

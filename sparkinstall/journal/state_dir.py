@@ -10,6 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from msgspec import Struct, to_builtins
+
+from sparkinstall import schema
 from sparkinstall.errors import Busy, JournalDamaged, Problem, Storage, storage_problem
 from sparkinstall.events import Emit, WaitedFor
 from sparkinstall.system import Undo, processes
@@ -22,7 +25,14 @@ if TYPE_CHECKING:
 FOLDER = "/var/lib/sparkinstall"
 _PATIENCE = 20.0
 
-_OPTIONS: Mapping[str, type] = {"config": str, "settings": dict, "platform": str, "full": bool}
+
+class Options(Struct, frozen=True, omit_defaults=True):
+    """What the last `all` was asked for on its command line, as options.json keeps it; None: it was not said."""
+
+    config: str | None = None
+    settings: dict[str, Any] | None = None
+    platform: str | None = None
+    full: bool | None = None
 
 
 class StateFolder:
@@ -90,12 +100,12 @@ class StateFolder:
             Blocked, Storage: this user may not read it.
         """
         try:
-            found = json.loads((self.home / "options.json").read_text())
+            kept = json.loads((self.home / "options.json").read_text())
+            return dict(to_builtins(schema.read(Options, kept, "options.json")))
         except PermissionError as error:
             raise self._unreadable("options.json") from error
         except (OSError, ValueError):
             return {}
-        return {name: found[name] for name in _usable(found)} if isinstance(found, dict) else {}
 
     def remember_options(self, options: Mapping[str, Any]) -> None:
         """Keep `options`, without touching a file that already says so."""
@@ -286,11 +296,6 @@ def _in_words(doing: str, but: type[OSError] | tuple[()] = ()) -> Iterator[None]
         raise
     except OSError as error:
         raise storage_problem(error, doing) from error
-
-
-def _usable(options: Mapping[str, Any]) -> Iterator[str]:
-    """The names of those options that `all` could have written."""
-    return (name for name, value in options.items() if name in _OPTIONS and isinstance(value, _OPTIONS[name]))
 
 
 def _is_at(handle: IO[str], path: Path) -> bool:

@@ -7,7 +7,9 @@ from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from sparkinstall import schema
 from sparkinstall.assets import asset
 from sparkinstall.facts import card, gpu, machine, qsfp
 from sparkinstall.facts.gpu import Gpu
@@ -36,14 +38,14 @@ sys.stdout.buffer.write(asked.stdout.read())
 """
 
 
-class Rule(Struct, frozen=True):
+class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     """One kind of bad host. `looks` names the looker that is given `limits`; `checked`: when the evidence was read;
     `load`: the looker keeps the GPU busy."""
 
     name: str
     title: str
     looks: str
-    limits: Mapping[str, Any]
+    limits: Any
     verdict: Literal["warn", "fail"]
     expected: str
     why: str
@@ -52,6 +54,10 @@ class Rule(Struct, frozen=True):
     checked: date
     evidence: tuple[str, ...]
     load: bool = False
+
+    def __post_init__(self) -> None:
+        if self.looks not in DETECTORS:
+            raise ValueError(f"looks names no detector: use {schema.either(tuple(DETECTORS))}")
 
 
 class Observation(Struct, frozen=True):
@@ -113,7 +119,43 @@ class Host(Struct, frozen=True, dict=True):
         raise CannotTell(f"the GPU is idle, and torch could not keep it busy: {said[-1].strip()[:200]}")
 
 
-Detector = Callable[[Host, Mapping[str, Any]], Observation]
+class CmaLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    cma_free_kb: int
+
+
+class KernelLogLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    pattern: re.Pattern[str]
+    times: int
+
+
+class PowerLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    busy_percent: int
+    sm_mhz: int
+    watts: int
+
+
+class DriverLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    major: str
+
+
+class BusLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    gts: int
+    lanes: int
+
+
+class ServiceLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    units: tuple[str, ...]
+
+
+class FileLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    path: str
+
+
+class Detector(Struct, frozen=True):
+    """What a rule's `looks` names: the type of the rule's `limits`, and what is done with them."""
+
+    limits: type[Any]
+    look: Callable[[Host, Any], Observation]
 
 
 def probes(node: Node) -> Iterable[Probe]:
@@ -132,7 +174,7 @@ def probes(node: Node) -> Iterable[Probe]:
 def judged(rule: Rule, host: Host) -> Finding:
     """What `rule` says of `host`."""
     try:
-        sight = DETECTORS[rule.looks](host, rule.limits)
+        sight = DETECTORS[rule.looks].look(host, rule.limits)
     except CannotTell as why:
         return skipped(str(why))
     if not sight.bad:
@@ -143,47 +185,45 @@ def judged(rule: Rule, host: Host) -> Finding:
 @lru_cache(maxsize=1)
 def rules() -> tuple[Rule, ...]:
     """The shipped rules, in their order."""
-    # Imported late: a run with nothing to do asks no rule, and starts without YAML.
-    from sparkinstall import safe_yaml
-
-    return tuple(_rule(row) for row in safe_yaml.load_table(asset(KNOWLEDGE).read_bytes()))
+    found = schema.read_file(tuple[Rule, ...], asset(KNOWLEDGE))
+    return tuple(replace(each, limits=_limits(each)) for each in found)
 
 
-def _rule(row: Mapping[str, Any]) -> Rule:
-    return Rule(**{**row, "checked": date.fromisoformat(row["checked"]), "evidence": tuple(row["evidence"])})
+def _limits(rule: Rule) -> Any:
+    return schema.read(DETECTORS[rule.looks].limits, rule.limits, f"{KNOWLEDGE}, {rule.name}", at="limits")
 
 
-def _stranded_memory(host: Host, limits: Mapping[str, Any]) -> Observation:
+def _stranded_memory(host: Host, limits: CmaLimits) -> Observation:
     free, total = host.meminfo.get("CmaFree"), host.meminfo.get("CmaTotal")
     if not host.meminfo:
         raise CannotTell("there is no /proc/meminfo")
     if free is None or total is None:
         return Observation(False, f"kernel {host.kernel} has no such memory (CMA)")
     words = f"CmaFree {free / _GIB_KB:.2f} GiB, CmaTotal {total / _GIB_KB:.2f} GiB, kernel {host.kernel}"
-    return Observation(free - total >= limits["cma_free_kb"], words)
+    return Observation(free - total >= limits.cma_free_kb, words)
 
 
-def _kernel_log(host: Host, limits: Mapping[str, Any]) -> Observation:
+def _kernel_log(host: Host, limits: KernelLogLimits) -> Observation:
     if not host.journal:
         raise CannotTell("the kernel's journal of this boot is empty, or for root alone (`sudo -v` first)")
-    met = [line for line in host.journal if re.search(limits["pattern"], line)]
-    if len(met) < limits["times"]:
+    met = [line for line in host.journal if limits.pattern.search(line)]
+    if len(met) < limits.times:
         return Observation(False, "none")
     times = "once" if len(met) == 1 else f"{len(met)} times, the last"
     return Observation(True, f"{times}: {met[-1].strip()[:160].rstrip('.')}")
 
 
-def _low_power(host: Host, limits: Mapping[str, Any]) -> Observation:
+def _low_power(host: Host, limits: PowerLimits) -> Observation:
     found = _gpu(host)
     if not machine.is_gb10(found.name):
         return Observation(False, f"only known of a GB10; this is {found.name}")
     busy, mhz, watts = _work(found)
-    if busy <= limits["busy_percent"]:
+    if busy <= limits.busy_percent:
         busy, mhz, watts = _work(host.gpu_under_load())
     words = f"{busy:.0f} % busy, {mhz:.0f} MHz, {watts:.0f} W"
-    if busy <= limits["busy_percent"]:
+    if busy <= limits.busy_percent:
         raise CannotTell(f"{words}: it shows only under more load")
-    return Observation(mhz < limits["sm_mhz"] and watts < limits["watts"], words)
+    return Observation(mhz < limits.sm_mhz and watts < limits.watts, words)
 
 
 def _work(of: Gpu) -> tuple[float, float, float]:
@@ -193,9 +233,9 @@ def _work(of: Gpu) -> tuple[float, float, float]:
     return of.busy, of.mhz, of.watts
 
 
-def _driver(host: Host, limits: Mapping[str, Any]) -> Observation:
+def _driver(host: Host, limits: DriverLimits) -> Observation:
     driver = _gpu(host).driver
-    return Observation(driver.split(".")[0] != limits["major"], driver)
+    return Observation(driver.split(".")[0] != limits.major, driver)
 
 
 def _gpu(host: Host) -> Gpu:
@@ -204,13 +244,13 @@ def _gpu(host: Host) -> Gpu:
     return host.gpu
 
 
-def _connectx(host: Host, limits: Mapping[str, Any]) -> Observation:
+def _connectx(host: Host, limits: BusLimits) -> Observation:
     found = {name: card.lanes(host.on, name) for name in host.on.names(NET) if is_connectx(host.on, name)}
     if not found:
         off = qsfp.switched_off(host.on)
         return Observation(False, f"the ConnectX-7 is {qsfp.SWITCHED_OFF}" if off else "no ConnectX is on the bus")
     told = {name: bus for name, bus in found.items() if all(bus)}
-    slow = {name: bus for name, bus in told.items() if bus[1] < limits["gts"] or bus[0] < limits["lanes"]}
+    slow = {name: bus for name, bus in told.items() if bus[1] < limits.gts or bus[0] < limits.lanes}
     if not told:
         raise CannotTell("the kernel does not tell the speed of the card's bus")
     words = ", ".join(f"{name} {gts:g} GT/s x{lanes}" for name, (lanes, gts) in (slow or told).items())
@@ -218,8 +258,8 @@ def _connectx(host: Host, limits: Mapping[str, Any]) -> Observation:
     return Observation(bool(slow), words + (f"; firmware {versions}" if versions else ""))
 
 
-def _service(host: Host, limits: Mapping[str, Any]) -> Observation:
-    units = limits["units"]
+def _service(host: Host, limits: ServiceLimits) -> Observation:
+    units = limits.units
     states = host.on.ask("systemctl", "is-active", *units).out.split()
     if len(states) != len(units):
         raise CannotTell("systemd gives no answer")
@@ -227,9 +267,9 @@ def _service(host: Host, limits: Mapping[str, Any]) -> Observation:
     return Observation(not running, ", ".join(running) or f"not running: {', '.join(units)}")
 
 
-def _file(host: Host, limits: Mapping[str, Any]) -> Observation:
+def _file(host: Host, limits: FileLimits) -> Observation:
     """A file that costs a node its link; one by itself has none."""
-    path = limits["path"]
+    path = limits.path
     if host.on.entry(path) is None:
         return Observation(False, f"there is no {path}")
     return Observation(
@@ -238,11 +278,11 @@ def _file(host: Host, limits: Mapping[str, Any]) -> Observation:
 
 
 DETECTORS: Mapping[str, Detector] = {
-    "stranded_memory": _stranded_memory,
-    "kernel_log": _kernel_log,
-    "low_power": _low_power,
-    "driver": _driver,
-    "connectx": _connectx,
-    "service": _service,
-    "file": _file,
+    "stranded_memory": Detector(CmaLimits, _stranded_memory),
+    "kernel_log": Detector(KernelLogLimits, _kernel_log),
+    "low_power": Detector(PowerLimits, _low_power),
+    "driver": Detector(DriverLimits, _driver),
+    "connectx": Detector(BusLimits, _connectx),
+    "service": Detector(ServiceLimits, _service),
+    "file": Detector(FileLimits, _file),
 }

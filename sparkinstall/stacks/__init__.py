@@ -11,24 +11,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import unquote
 
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparkinstall import safe_yaml
+from sparkinstall import schema
+from sparkinstall.schema import either, like
 
 DEFAULT = "0.18.1"
 
 _HERE = Path(__file__).resolve().parent
-_STACK_KEYS = ("name", "summary", "vllm", "python", "as_of", "requirements", "nccl", "platforms")
-_NCCL_KEYS = ("version", "tag", "commit")
-_ARCHITECTURES = ("aarch64", "x86_64")
-_PLATFORM_KEYS = ("lock", "wheels", "needs")
-_WHEEL_KEYS = ("url", "sha256")
 
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _VERSION = r"[0-9](?:[A-Za-z0-9.!+]*[A-Za-z0-9])?"
@@ -56,12 +52,12 @@ class Pin(Struct, frozen=True):
         return f"{self.name} @ {self.url}" if self.url else f"{self.name}=={self.version}"
 
 
-class NcclPin(Struct, frozen=True):
+class NcclPin(Struct, frozen=True, forbid_unknown_fields=True):
     """The NCCL that a stack builds from source: upstream's tag, and the commit that it must be."""
 
-    version: str
-    tag: str
-    commit: str
+    version: Annotated[str, like(r"\d+\.\d+\.\d+", "a version like 2.28.9")]
+    tag: Annotated[str, like(_NAME, "a tag such as v2.28.9-1")]
+    commit: Annotated[str, like("[0-9a-f]{40}", "the 40 hexadecimal digits of a commit")]
 
 
 class Platform(Struct, frozen=True):
@@ -137,6 +133,61 @@ class Stack(Struct, frozen=True):
         return next((pin.version for pin in self.requirements if pin.name == package), None)
 
 
+# --- a stack's file
+
+
+_Line = Annotated[str, like(r"[^\n]+", "one line of text")]
+_PinText = Annotated[
+    str,
+    like(f"{_NAME} ?=={_VERSION}", "a pin like ray==2.60.0: name and version alone, an address belongs under wheels"),
+]
+
+
+class _Wheel(Struct, frozen=True, forbid_unknown_fields=True):
+    url: Annotated[str, like(r"https://\S+", "an https address")]
+    sha256: Annotated[str, like("[0-9a-f]{64}", "64 hexadecimal digits")] | None = None
+
+    def __post_init__(self) -> None:
+        if _pin_of_wheel(self.url) is None:
+            raise ValueError("url must be the address of a wheel, ending in the wheel's file name")
+
+    @property
+    def pin(self) -> Pin:
+        found = _pin_of_wheel(self.url)
+        assert found, "looked at when it was read"
+        return replace(found, hashes=(f"sha256:{self.sha256}",)) if self.sha256 else found
+
+
+class _Platform(Struct, frozen=True, forbid_unknown_fields=True):
+    lock: Annotated[str, like(r"[^\x00\n]+", "a file's path")] | None = None
+    wheels: tuple[_Wheel, ...] = ()
+    needs: tuple[_PinText, ...] = ()
+
+
+class _Platforms(Struct, frozen=True, forbid_unknown_fields=True):
+    aarch64: _Platform | None = None
+    x86_64: _Platform | None = None
+
+    def __post_init__(self) -> None:
+        if not self.aarch64 and not self.x86_64:
+            raise ValueError("is empty: name aarch64 or x86_64")
+
+
+class _File(Struct, frozen=True, forbid_unknown_fields=True):
+    name: Annotated[str, like(_NAME, "letters, digits and ._-")]
+    summary: _Line
+    vllm: _Line
+    python: Annotated[str, like(r"3\.\d+", 'a version like "3.12"')]
+    requirements: tuple[_PinText, ...]
+    nccl: NcclPin
+    platforms: _Platforms
+    as_of: Annotated[str, like(r"\d{4}-\d\d-\d\d", "a day like 2026-04-30")] | None = None
+
+    def __post_init__(self) -> None:
+        if not any(_parse_pin(pin, 0) == Pin("vllm", self.vllm) for pin in self.requirements):
+            raise ValueError(f"vllm must be in requirements too, as vllm=={self.vllm}")
+
+
 # --- stacks
 
 
@@ -152,7 +203,11 @@ def load(name_or_path: str) -> Stack:
     wrong type, a pin that is none.
     """
     path = _HERE / f"{name_or_path}.yaml" if name_or_path in names() else _own(name_or_path)
-    return _stack(_Table(path.name, _parse_yaml(_read(path), path), _STACK_KEYS), path)
+    try:
+        # Every scalar as it was written: 3.10 is not 3.1.
+        return _stack(schema.read_yaml(_File, _read(path).encode(), path.name, only_text=True), path)
+    except schema.Malformed as error:
+        raise StackError(str(error)) from error
 
 
 def _own(name_or_path: str) -> Path:
@@ -164,73 +219,44 @@ def _own(name_or_path: str) -> Path:
             return path.resolve()
     except (OSError, RuntimeError) as error:
         raise StackError(f"The stack {name_or_path!r} cannot be looked at ({error}): check its path.") from error
-    near = _nearest(name_or_path, names())
-    raise StackError(f"There is no stack {name_or_path!r}{near}: use {_either(names())}, or a YAML file's path.")
+    near = schema.nearest(name_or_path, names(), cutoff=0.5)
+    known = f"{near and f' ({near})'}: use {either(names())}, or a YAML file's path."
+    raise StackError(f"There is no stack {name_or_path!r}{known}")
 
 
-def _stack(table: _Table, path: Path) -> Stack:
-    requirements = _pins(table, "requirements")
-    stack = Stack(
-        name=table.text("name", _NAME, "letters, digits and ._-"),
-        summary=table.text("summary"),
-        vllm=table.text("vllm"),
-        python=table.text("python", r"3\.\d+", 'a version like "3.12"'),
+def _stack(file: _File, path: Path) -> Stack:
+    requirements = _pins(file.requirements, "requirements", path)
+    platforms = {"aarch64": file.platforms.aarch64, "x86_64": file.platforms.x86_64}
+    return Stack(
+        name=file.name,
+        summary=file.summary,
+        vllm=file.vllm,
+        python=file.python,
         requirements=requirements,
-        nccl=_nccl(table.table("nccl", _NCCL_KEYS)),
-        platforms=_platforms(table.table("platforms", _ARCHITECTURES), requirements, path.parent),
+        nccl=file.nccl,
+        platforms={arch: _platform(each, arch, requirements, path) for arch, each in platforms.items() if each},
         source=path,
-        as_of=table.text("as_of", r"\d{4}-\d\d-\d\d", "a day like 2026-04-30") if "as_of" in table.values else None,
-    )
-    if stack.version_of("vllm") != stack.vllm:
-        raise table.error("vllm", f"must be in requirements too, as vllm=={stack.vllm}")
-    return stack
-
-
-def _nccl(table: _Table) -> NcclPin:
-    return NcclPin(
-        version=table.text("version", r"\d+\.\d+\.\d+", "a version like 2.28.9"),
-        tag=table.text("tag", _NAME, "a tag such as v2.28.9-1"),
-        commit=table.text("commit", r"[0-9a-f]{40}", "the 40 hexadecimal digits of a commit"),
+        as_of=file.as_of,
     )
 
 
-def _platforms(table: _Table, requirements: tuple[Pin, ...], folder: Path) -> dict[str, Platform]:
-    if not table.values:
-        raise StackError(f"{table.where} is empty: name {_either(_ARCHITECTURES)}.")
-    return {arch: _platform(table.table(arch, _PLATFORM_KEYS), arch, requirements, folder) for arch in table.values}
-
-
-def _platform(table: _Table, arch: str, requirements: tuple[Pin, ...], folder: Path) -> Platform:
-    wheels = tuple(_wheel(wheel) for wheel in table.tables("wheels", _WHEEL_KEYS))
+def _platform(given: _Platform, arch: str, requirements: tuple[Pin, ...], path: Path) -> Platform:
+    wheels = tuple(each.pin for each in given.wheels)
     named = {wheel.name for wheel in wheels}
     return Platform(
         arch=arch,
         requirements=(*(pin for pin in requirements if pin.name not in named), *wheels),
-        lock=folder / table.text("lock", r"[^\x00\n]+", "a file's path") if "lock" in table.values else None,
+        lock=path.parent / given.lock if given.lock else None,
         wheels=wheels,
-        needs=_pins(table, "needs") if "needs" in table.values else (),
+        needs=_pins(given.needs, f"platforms.{arch}.needs", path),
     )
 
 
-def _wheel(table: _Table) -> Pin:
-    url = table.text("url", r"https://\S+", "an https address")
-    pin = _pin_of_wheel(url)
-    if pin is None:
-        raise table.error("url", "must be the address of a wheel, ending in the wheel's file name")
-    if "sha256" not in table.values:
-        return pin
-    digest = table.text("sha256", r"[0-9a-f]{64}", "64 hexadecimal digits")
-    return replace(pin, hashes=(f"sha256:{digest}",))
-
-
-def _pins(table: _Table, key: str) -> tuple[Pin, ...]:
+def _pins(pins: tuple[str, ...], key: str, path: Path) -> tuple[Pin, ...]:
     try:
-        pins = parse_lock("\n".join(table.texts(key)))
+        return parse_lock("\n".join(pins))
     except StackError as error:
-        raise table.error(key, f"must be a list of pins like ray==2.60.0 ({error})") from error
-    if any(pin.url or pin.hashes for pin in pins):
-        raise table.error(key, "must be names and versions alone: an address belongs under wheels")
-    return pins
+        raise StackError(f"{path.name}: `{key}`: {error}") from error
 
 
 # --- locks
@@ -303,59 +329,7 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# --- YAML
-
-
-class _Table(Struct, frozen=True):
-    """A mapping of the file: says where it stands when a value in it is wrong."""
-
-    where: str
-    values: Mapping[str, object]
-    known: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        for key in self.values:
-            if key not in self.known:
-                near = _nearest(key, self.known)
-                raise StackError(f"{self.where} has the unknown key {key[:80]!r}{near}: use {_either(self.known)}.")
-
-    def error(self, key: str, message: str) -> StackError:
-        return StackError(f"{self.where}: {key} {message}.")
-
-    def text(self, key: str, pattern: str = r"[^\n]+", meaning: str = "one line of text") -> str:
-        value = self.values.get(key)
-        if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise self.error(key, f"{'must be' if key in self.values else 'is missing: it is'} {meaning}")
-        return value
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        value = self.values.get(key)
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(key, "must be a list of texts" if key in self.values else "is missing: it is a list")
-        return tuple(value)
-
-    def table(self, key: str, known: tuple[str, ...]) -> _Table:
-        value = self.values.get(key)
-        if not isinstance(value, dict):
-            raise self.error(key, f"must be a mapping with the keys {_either(known)}")
-        return _Table(f"{self.where}, {key}", value, known)
-
-    def tables(self, key: str, known: tuple[str, ...]) -> tuple[_Table, ...]:
-        value = self.values.get(key, [])
-        if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-            raise self.error(key, f"must be a list of mappings with the keys {_either(known)}")
-        return tuple(_Table(f"{self.where}, {key}[{n}]", item, known) for n, item in enumerate(value))
-
-
-def _parse_yaml(text: str, path: Path) -> dict[str, object]:
-    try:
-        values = safe_yaml.load_table(text.encode(), only_text=True)
-    except ValueError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise StackError(f"{path.name} is not YAML ({reason}): correct it there.") from error
-    if not isinstance(values, dict):
-        raise StackError(f"{path.name} is not a stack: it must be a mapping with the keys {_either(_STACK_KEYS)}.")
-    return values
+# --- files
 
 
 def _read(path: Path) -> str:
@@ -365,16 +339,6 @@ def _read(path: Path) -> str:
         raise StackError(f"{path} does not exist: make it with tools/lock.py, or leave `lock` out.") from error
     except (OSError, ValueError) as error:
         raise StackError(f"{path} cannot be read ({error}): give a text file that you may read.") from error
-
-
-def _nearest(wrong: str, known: Iterable[str]) -> str:
-    near = get_close_matches(wrong[:80], tuple(known), n=1, cutoff=0.5)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _either(choices: Iterable[str]) -> str:
-    *some, last = choices
-    return f"{', '.join(some)} or {last}" if some else last
 
 
 def _by_version(name: str) -> tuple[tuple[int, str], ...]:

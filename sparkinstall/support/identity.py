@@ -104,11 +104,9 @@ def _netplan(on: Reader) -> Iterator[str]:
 
 
 def _access_points(on: Reader, path: str) -> Iterator[str]:
-    import yaml
-
     try:
         network = safe_yaml.load(on.read(path) or b"", only_text=True)["network"]
-    except yaml.YAMLError:
+    except safe_yaml.NotYaml:
         return
     for device in _values(network.get("wifis")):
         for name, point in (device.get("access-points") or {}).items():

@@ -31,7 +31,7 @@ class Result(Struct, frozen=True):
         return self.code == 0
 
 
-class Undo(Struct, frozen=True):
+class Undo(Struct, frozen=True, forbid_unknown_fields=True):
     """How to take one touch back: what `subject` was before, and what we left there.
 
     `kind` names the undo function (journal/undo.py); `before` and `after` are

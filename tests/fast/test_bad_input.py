@@ -165,7 +165,7 @@ def test_an_assignment_that_cannot_be_used(tmp_path: Path, assignment: str, says
 
 @pytest.mark.parametrize(
     ("stack", "says"),
-    [("0.18.2", "did you mean 0.18.1"), ("nothing-like-it", "There is no stack"), (".", "is a directory")],
+    [("0.18.2", "did you mean `0.18.1`"), ("nothing-like-it", "There is no stack"), (".", "is a directory")],
 )
 def test_a_stack_that_is_not_there(tmp_path: Path, stack: str, says: str) -> None:
     assert says in refused(tmp_path, "plan", "--root", tmp_path / "node", "--stack", stack)["message"]

@@ -28,7 +28,8 @@ from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose import signatures
 from sparkinstall.diagnose.judge import Diagnosis, Reading, judge
 from sparkinstall.diagnose.search import Search
-from sparkinstall.diagnose.signatures import MalformedSignature, Signature, load
+from sparkinstall.diagnose.signatures import Signature, load
+from sparkinstall.schema import Malformed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOGS = REPOSITORY / "tests/logs"
@@ -90,9 +91,7 @@ DRESSES: dict[str, Callable[[str], bytes]] = {
 
 
 @pytest.mark.parametrize("dress", DRESSES)
-@pytest.mark.parametrize(
-    "known", [each for each in KNOWN if "^" not in each.pattern.pattern], ids=lambda each: each.name
-)
+@pytest.mark.parametrize("known", [each for each in KNOWN if "^" not in each.regex.pattern], ids=lambda each: each.name)
 def test_an_example_is_known_in_any_dress(known: Signature, dress: str) -> None:
     assert known.name in read(DRESSES[dress](known.example[0]), (7777,)).sightings
 
@@ -165,15 +164,15 @@ GOOD: dict[str, Any] = {
     ("entries", "words"),
     [
         ("just a text", "must be a list"),
-        ([1], "it needs"),
-        ([{**GOOD, "regexp": "x"}], "it needs"),
-        ([{k: v for k, v in GOOD.items() if k != "links"}], "it needs"),
-        ([{**GOOD, "links": []}], "must not be empty"),
-        ([{**GOOD, "anchors": "abcd"}], "list of texts"),
-        ([{**GOOD, "regex": "(abcd"}], "regex"),
-        ([{**GOOD, "name": "Some Failure"}], "cannot be"),
-        ([{**GOOD, "fix": 9}], "cannot be"),
-        ([{**GOOD, "severity": "bad"}], "cannot be"),
+        ([1], r"x.yaml, line 1: `\[0\]` must be a mapping with the keys name"),
+        ([{**GOOD, "regexp": "x"}], r"unknown key `\[0\].regexp`: .*did you mean `regex`"),
+        ([{k: v for k, v in GOOD.items() if k != "links"}], r"`\[0\].links` is missing"),
+        ([{**GOOD, "links": []}], "links` must be a list of text, at least one, not"),
+        ([{**GOOD, "anchors": "abcd"}], "anchors` must be a list of text"),
+        ([{**GOOD, "regex": "(abcd"}], r"`\[0\].regex` is not a regular expression: missing"),
+        ([{**GOOD, "name": "Some Failure"}], "name` must be words in lower case"),
+        ([{**GOOD, "fix": 9}], "fix` must be the number of a fix, not 9"),
+        ([{**GOOD, "severity": "bad"}], "severity` must be one of failure, warning, not 'bad'"),
         ([GOOD, GOOD], "two signatures"),
         ([{**GOOD, "consequence_of": ["unheard-of"]}], "unheard-of"),
         ([{**GOOD, "consequence_of": ["some-failure"]}], "in a circle"),
@@ -182,7 +181,7 @@ GOOD: dict[str, Any] = {
 )
 def test_a_bad_entry_is_refused_with_its_place(entries: Any, words: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(entries))
-    with pytest.raises(MalformedSignature, match=words):
+    with pytest.raises(Malformed, match=words):
         load(tmp_path)
 
 

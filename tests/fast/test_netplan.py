@@ -315,10 +315,10 @@ def test_a_profile_for_any_interface_gives_way(rehearsed: Rehearsed) -> None:
 
 BAD = {
     "no YAML": ("network: {version: 2\n", "is not YAML"),
-    "a tab": ("network:\n\tversion: 2\n", "is not YAML, line 2"),
+    "a tab": ("network:\n\tversion: 2\n", "is not YAML: there is a tab in line 2"),
     "twice": (
         f"network:\n  ethernets:\n    {FIRST}: {{}}\n    {FIRST}: {{}}\n",
-        f"line 4: the key `{FIRST}` stands twice",
+        f"the key `{FIRST}` stands twice, line 4",
     ),
     "a field twice": ("network: {ethernets: {a: {mtu: 1500, mtu: 9000}}}\n", "the key `mtu` stands twice"),
     "too deep": ("[" * 500, "is not YAML"),

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 
 from sparkinstall.assets import asset
 from sparkinstall.patches import (
-    MalformedTable,
     PatchSet,
     State,
     UnknownContent,
@@ -26,6 +25,7 @@ from sparkinstall.patches import (
     parse,
     revert,
 )
+from sparkinstall.schema import Malformed
 from tests.support.wheel_member import Unavailable, wheel_member
 
 (CUTLASS,) = load(asset("patches"))
@@ -294,39 +294,42 @@ KERNELS = ("patches", 0, "kernels", 0)
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "a mapping is needed"),
-        ({"patches": {}}, "patches must be a list"),
-        ({}, "patches must be a list"),
-        (spoilt("other", value=1), r"unknown \['other'\]"),
-        (spoilt("patches", 0, value="x"), r"patches\[0\]: a mapping is needed"),
-        (spoilt("patches", 0, "fix", value=True), "fix must be a int"),
-        (spoilt("patches", 0, "target", value=None), "target must be a str"),
-        (spoilt(*VARIANT, "orginal", value="x"), r"variants\[0\]: unknown \['orginal'\]"),
-        (spoilt(*VARIANT, "original", value="f411c8bc"), "original must be 64 hex digits"),
+        (None, "it must be a mapping with the key patches, not null"),
+        ({"patches": {}}, "line 1: `patches` must be a list"),
+        ({}, "`patches` is missing: it must be a list"),
+        (spoilt("other", value=1), "unknown key `other`: use patches"),
+        (spoilt("patches", 0, value="x"), r"line 2: `patches\[0\]` must be a mapping"),
+        (spoilt("patches", 0, "fix", value=True), r"`patches\[0\].fix` must be a number, not True"),
+        (spoilt("patches", 0, "target", value=None), "target` must be text, not null"),
+        (
+            spoilt(*VARIANT, "orginal", value="x"),
+            r"variants\[0\].orginal`: .*did you mean `original`",
+        ),
+        (spoilt(*VARIANT, "original", value="f411c8bc"), "original` must be 64 hexadecimal digits, not 'f411c8bc'"),
         (spoilt(*VARIANT, "original", value=digest(AFTER)), "stands there twice"),
-        (spoilt(*VARIANT, "releases", value=[]), "releases must be releases"),
-        (spoilt(*VARIANT, "releases", value=[0.18]), "releases must be texts"),
-        (spoilt(*VARIANT, "releases", value=["new"]), "releases must be releases"),
+        (spoilt(*VARIANT, "releases", value=[]), "releases` must be a list of releases such as"),
+        (spoilt(*VARIANT, "releases", value=[0.18]), r"releases\[0\]` must be a release such as 0.18.1, not 0.18"),
+        (spoilt(*VARIANT, "releases", value=["new"]), r"releases\[0\]` must be a release such as"),
         (spoilt(*VARIANT, "patch", value="none.patch"), r"none\.patch.*No such file"),
-        (spoilt(*KERNELS, "below", value=2.0), "below must be a list"),
-        (spoilt(*KERNELS, "without_patch", value="yes"), "without_patch must be a bool"),
-        (spoilt(*KERNELS, "disable", value="K"), "disable must be a list"),
+        (spoilt(*KERNELS, "below", value=2.0), "below` must be a release such as"),
+        (spoilt(*KERNELS, "without_patch", value="yes"), "without_patch` must be true or false, not 'yes'"),
+        (spoilt(*KERNELS, "disable", value="K"), "disable` must be a list of text, not 'K'"),
     ],
 )
 def test_a_malformed_table_says_where(tmp_path: Path, content: object, says: str) -> None:
-    with pytest.raises(MalformedTable, match=says):
+    with pytest.raises(Malformed, match=says):
         loaded(tmp_path, content)
 
 
 @pytest.mark.parametrize("yaml_text", [b"patches: [", b"\xff\xfe\x00"])
 def test_bad_yaml_is_a_malformed_table(tmp_path: Path, yaml_text: bytes) -> None:
     (tmp_path / "patches.yaml").write_bytes(yaml_text)
-    with pytest.raises(MalformedTable, match=r"patches\.yaml"):
+    with pytest.raises(Malformed, match=r"patches\.yaml"):
         load(tmp_path)
 
 
 def test_no_table_is_a_malformed_table(tmp_path: Path) -> None:
-    with pytest.raises(MalformedTable, match=r"patches\.yaml"):
+    with pytest.raises(Malformed, match=r"patches\.yaml"):
         load(tmp_path)
 
 
@@ -344,7 +347,7 @@ def test_no_table_is_a_malformed_table(tmp_path: Path) -> None:
     ],
 )
 def test_a_malformed_patch_says_why(tmp_path: Path, diff: bytes, says: str) -> None:
-    with pytest.raises(MalformedTable, match=says):
+    with pytest.raises(Malformed, match=says):
         loaded(tmp_path, table(), diff)
 
 

@@ -124,15 +124,10 @@ def keyfiles(on: Reader) -> Iterator[tuple[str, str]]:
 
 
 def _sound(file: NetplanFile) -> NetplanFile:
-    import yaml
-
     try:
         assert file.said is not None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        said = f"{getattr(error, 'problem', None) or error}".splitlines()[0]
-        raise BadFile(f"{file.path} is not YAML{where}: {said}", hint=f"correct it (`sudoedit {file.path}`)") from error
+    except safe_yaml.NotYaml as error:
+        raise BadFile(f"{file.path} is not YAML: {error}", hint=f"correct it (`sudoedit {file.path}`)") from error
     return file
 
 
