@@ -57,6 +57,11 @@ class Node(Layout, frozen=True):
         return self.role != "single"
 
     @property
+    def with_ray(self) -> bool:
+        """Whether Ray holds the nodes together, and so starts vLLM on the workers."""
+        return self.several and self.config.cluster.executor == "ray"
+
+    @property
     def filtered(self) -> bool:
         """Whether ports that only the link needs are closed to all others."""
         open_to_others = self.several or self.config.serving.allow is not None

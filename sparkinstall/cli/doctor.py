@@ -126,7 +126,7 @@ def _looked_at(session: "Session", choice: Choice, plain: bool) -> "tuple[list[I
         kept = doctor.of_problem(problem)
         return [kept, *_before(session, choice, True), *_of_machine(session, choice)], True, True
     checks = doctor.of_checks(result.reports)
-    probes = doctor.of_probes(result.looked, session.node)
+    probes = doctor.of_probes(result.looked)
     return [*_before(session, choice, True), *checks, *probes], True, result.wrong
 
 
@@ -151,7 +151,7 @@ def _of_machine(session: "Session", choice: Choice) -> "list[Item]":
     chosen = checks.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)
     own = {probe.name for probe in checks.of_no_step(session.node)}
     probes = [probe for probe in chosen.probes if probe.name in own]
-    return doctor.of_probes(checks.look(probes, session.system, silent), session.node)
+    return doctor.of_probes(checks.look(probes, session.system, silent))
 
 
 def _shown(item: "Item", session: "Session", mask: "Mask") -> "Item":

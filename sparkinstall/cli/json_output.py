@@ -81,13 +81,11 @@ def resource_data(checked: Checked) -> dict[str, Any]:
 
 
 def finding_data(probe: Probe, finding: Finding, seconds: float) -> dict[str, Any]:
-    from sparkinstall.core.fixes import number_of
-
     return {
         "name": probe.name,
         "title": probe.title,
         "level": probe.level,
-        "fix": number_of(probe.name),
+        "fix": probe.fix.number if probe.fix else None,
         "seconds": round(seconds, 3),
         **asdict(finding),
     }

@@ -13,7 +13,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from sparkinstall.core import fixes
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.core.fixes import FixState
@@ -155,8 +154,8 @@ def _took(seconds: float) -> str:
 
 
 def _hint(looked: ProbeResult, root: str) -> str:
-    number = fixes.number_of(looked.probe.name)
-    of_fix = f"  [dim](fix {number})[/]" if number else ""
+    fix = looked.probe.fix
+    of_fix = f"  [dim](fix {fix.number})[/]" if fix else ""
     return f"[dim]→[/] {escape(pointed(looked.finding.hint, root))}{of_fix}"
 
 

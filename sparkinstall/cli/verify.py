@@ -187,9 +187,14 @@ def _journal(session: "Session") -> "list[ProbeResult]":
     if problem is None:
         return []
     finding = failed(problem.message, problem.hint)
-    return [
-        ProbeResult(Probe("journal", "the record of what was here before", lambda _: finding, "static"), finding, 0.0)
-    ]
+    probe = Probe(
+        "journal",
+        "the record of what was here before",
+        lambda _: finding,
+        "static",
+        "`sparkinstall all` stops before it starts, and `sparkinstall uninstall` restores nothing.",
+    )
+    return [ProbeResult(probe, finding, 0.0)]
 
 
 def _probed(session: "Session", chosen: "Chosen", plain: bool) -> "list[ProbeResult]":

@@ -155,8 +155,7 @@ class Between(Struct, frozen=True):
     @property
     def probe(self) -> Probe:
         """The probe whose place it takes."""
-        name, title = bandwidth.probe_name(self.kind), bandwidth.TITLES[self.kind]
-        return Probe(name, title, lambda _: self.finding, "link", others=True, load=True)
+        return bandwidth.declared(self.kind, lambda _: self.finding)
 
 
 class Measurement(Struct):

@@ -14,12 +14,14 @@ from sparkinstall.cluster.bandwidth import Between, Measurement
 from sparkinstall.cluster.drift import Comparison
 from sparkinstall.cluster.remote import Member, NoTool, OnLine, RemoteNode, Reply, assignments, repeated
 from sparkinstall.config import Config
+from sparkinstall.core import catalogue
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
 from sparkinstall.members import require_sound
 from sparkinstall.probes import LEVELS, Level
 from sparkinstall.probes import bandwidth as bandwidth_probes
 from sparkinstall.resources import Conflict
+from sparkinstall.steps import StepPhase
 from sparkinstall.system import processes
 
 Outcome = Literal["unchanged", "changed", "failed", "blocked"]
@@ -27,23 +29,37 @@ Targets = Literal["all", "head", "workers"]
 
 
 class Phase(Struct, frozen=True):
-    """Steps that are done between two barriers, and on which nodes."""
+    """The steps that declare `of`, done between two barriers, on the nodes that `whom` names.
+
+    `armed`: it changes the network under the rollback timer, and confirms it. `copied`: what the head has made goes
+    to the nodes first. `same`: it begins only if all nodes have the same packages. `services`: it starts what the
+    proof is about, so failed probes make it due; only it can tell what is in the way. `token`: the nodes need the
+    head's Ray token.
+    """
 
     name: str
-    steps: tuple[str, ...]
+    of: StepPhase
     whom: Targets = "all"
+    armed: bool = False
+    copied: bool = False
+    same: bool = False
+    services: bool = False
+    token: bool = False
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Names, in the order of the catalogue."""
+        return tuple(step.name for step in catalogue.STEPS if step.phase == self.of)
 
 
-_BUILDS = ("environment", "nccl", "nccl-fit", "fp8")
-_SERVICES = ("env-files", "ray", "serving")
 PHASES = (
-    Phase("packages", ("packages",)),
+    Phase("packages", "packages"),
     # Before the builds: what one node has built goes to the others over the fast link.
-    Phase("network", ("network", "firewall")),
-    Phase("head builds", _BUILDS, "head"),
-    Phase("worker builds", _BUILDS, "workers"),
-    Phase("head", _SERVICES, "head"),
-    Phase("workers", _SERVICES, "workers"),
+    Phase("network", "network", armed=True),
+    Phase("head builds", "build", "head"),
+    Phase("worker builds", "build", "workers", copied=True),
+    Phase("head", "services", "head", same=True, services=True),
+    Phase("workers", "services", "workers", services=True, token=True),
 )
 
 
@@ -198,11 +214,9 @@ class Cluster(Struct):
         return reply
 
     def _require_known_checks(self) -> None:
-        from sparkinstall.core.catalogue import require_known
-
         known = [each.probe.name for node in self.nodes for each in node.look.results]
         if known:
-            require_known(self.options.ignore, known, "check")
+            catalogue.require_known(self.options.ignore, known, "check")
 
     def _judge(self, node: RemoteNode) -> None:
         """Say of a node that could be asked why it cannot be set up."""
@@ -223,10 +237,10 @@ class Cluster(Struct):
             nodes = [node for node in self._whom(phase.whom) if self._steps(node, phase)]
             if not nodes:
                 continue
-            if phase.name == "head":
+            if phase.same:
                 self._require_same()
             due = [node for node in nodes if self._is_due(node, phase)]
-            if phase.name == "worker builds":
+            if phase.copied:
                 self._copy(due)
             self._rest([node for node in nodes if node not in due], phase.name)
             self._do(phase, due)
@@ -244,11 +258,11 @@ class Cluster(Struct):
 
     def _is_due(self, node: RemoteNode, phase: Phase) -> bool:
         """What an earlier phase has changed may have undone what the look had found."""
-        if node.changed or (phase.steps is _SERVICES and node.look.unproven):
+        if node.changed or (phase.services and node.look.unproven):
             return True
-        if phase.name == "workers" and node.look.token != self.nodes[0].look.token:
+        if phase.token and node.look.token != self.nodes[0].look.token:
             return True
-        if phase.name == "network" and node.look.armed:
+        if phase.armed and node.look.armed:
             # A killed run left it unconfirmed: the rollback timer will undo it.
             return True
         return any(step in phase.steps for step in self._drifted(node))
@@ -256,11 +270,11 @@ class Cluster(Struct):
     def _do(self, phase: Phase, due: Sequence[RemoteNode]) -> None:
         if not due:
             return
-        token = self._token() if phase.name == "workers" and "ray" in self._steps(due[0], phase) else ""
+        token = self._token() if phase.token and "ray" in self._steps(due[0], phase) else ""
         self._at_once(
             phase.name, due, lambda node, on_line: self._set_up(node, self._steps(node, phase), on_line, token)
         )
-        if phase.name == "network" and not self.failed and len(self.nodes) > 1:
+        if phase.armed and not self.failed and len(self.nodes) > 1:
             self._confirm(due)
 
     def _copy(self, due: Sequence[RemoteNode]) -> None:
@@ -483,7 +497,7 @@ def _in_the_way(node: RemoteNode) -> list[Problem]:
 
     The services are left out: those of the workers wait for the head.
     """
-    early = {step for phase in PHASES if phase.steps is not _SERVICES for step in phase.steps}
+    early = {step for phase in PHASES if not phase.services for step in phase.steps}
     problems = []
     for report in node.look.reports:
         if report.name not in early:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import Struct, field
 
+from sparkinstall.core import fixes
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.errors import Problem
@@ -93,11 +94,13 @@ class ProbeMessage(Struct, frozen=True):
     expected: str = ""
     hint: str = ""
     seconds: float = 0.0
+    fix: int | None = None
 
     def result(self) -> ProbeResult:
         """The result as the node itself has it."""
         finding = Finding(self.verdict, self.found, self.expected, self.hint)
-        return ProbeResult(Probe(self.name, self.title, lambda _: finding, self.level), finding, self.seconds)
+        probe = Probe(self.name, self.title, lambda _: finding, self.level, fix=fixes.numbered(self.fix))
+        return ProbeResult(probe, finding, self.seconds)
 
 
 class Look(Struct, frozen=True, dict=True):

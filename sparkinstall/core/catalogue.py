@@ -31,6 +31,11 @@ STEPS: tuple[Step, ...] = (
 )
 
 
+def named(name: str) -> Step:
+    """The step of that name."""
+    return next(step for step in STEPS if step.name == name)
+
+
 def of(node: Node) -> Sequence[Step]:
     """The steps that this node has."""
     return [step for step in STEPS if step.wanted(node)]

@@ -69,9 +69,8 @@ def of_steps(steps: Sequence[Step], node: Node) -> list[Probe]:
 
 
 def of_files(steps: Sequence[Step], node: Node) -> list[Probe]:
-    """Those that read files only; a step without such is not asked: it would load what a short run never needs."""
-    asked = of_steps([step for step in steps if step.looks_at_files], node)
-    return [probe for probe in asked if probe.level == "static"]
+    """Those that read files only."""
+    return [probe for probe in of_steps(steps, node) if probe.level == "static"]
 
 
 def of_no_step(node: Node) -> list[Probe]:

@@ -12,6 +12,7 @@ from msgspec import Meta, Struct
 
 from sparkinstall import schema
 from sparkinstall.assets import asset
+from sparkinstall.core.fixes import FIXES
 from sparkinstall.schema import Malformed
 
 FOLDER = "knowledge/logs"
@@ -40,7 +41,7 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     links: _Some
     example: _Some
     severity: Literal["failure", "warning"] = "failure"
-    fix: Annotated[int, Meta(ge=1, le=8, title="the number of a fix")] | None = None
+    fix: Annotated[int, Meta(ge=1, le=FIXES[-1].number, title="the number of a fix")] | None = None
     concerns: str = ""
     consequence_of: tuple[_Line, ...] = ()
     harmless: tuple[_Line, ...] = ()

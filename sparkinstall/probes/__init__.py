@@ -5,6 +5,7 @@ from typing import Literal, get_args
 
 from msgspec import Struct
 
+from sparkinstall.fixes import Fix
 from sparkinstall.system import Reader
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
@@ -43,14 +44,17 @@ class Probe(Struct, frozen=True):
 
     `level`: `static` reads files only, so that even a run with nothing to do can afford it; `node` asks
     the system and small processes; `gpu` loads vLLM's parts, and uses a GPU where there is one; `link`
-    and `cluster` need the other nodes; `serving` needs a model that is served. `others`: it needs the
-    other nodes too, which may come up after this one. `load`: it keeps the GPU or the link busy, so it
-    runs only where `--measure` asks for it.
+    and `cluster` need the other nodes; `serving` needs a model that is served. `impact`: what it means for
+    a person when it fails, one sentence. `fix`: the fix that it proves. `others`: it needs the other nodes
+    too, which may come up after this one. `load`: it keeps the GPU or the link busy, so it runs only where
+    `--measure` asks for it.
     """
 
     name: str
     title: str
     look: Callable[[Reader], Finding]
     level: Level
+    impact: str = ""
+    fix: Fix | None = None
     others: bool = False
     load: bool = False

@@ -5,7 +5,7 @@ Nothing here starts anything: it takes both ends, and a terminal that leads them
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
 from msgspec import Struct, field
@@ -22,6 +22,12 @@ TITLES: Mapping[Kind, str] = {
     "tcp": "what TCP carries over both halves",
     "rdma": "what RDMA carries over both halves",
     "nccl": "what NCCL carries between two nodes",
+}
+_SLOW_MODEL = "A model on several nodes answers more slowly than it could."
+_IMPACTS: Mapping[Kind, str] = {
+    "tcp": "Collectives over sockets, and the loading of models, take longer than they need to.",
+    "rdma": _SLOW_MODEL,
+    "nccl": _SLOW_MODEL,
 }
 SECONDS = 5
 """How long each is measured."""
@@ -77,9 +83,12 @@ def kinds(transport: str) -> tuple[Kind, ...]:
 
 def probe(node: Node, kind: Kind) -> Probe:
     """The probe of that kind, as one node alone can answer it."""
-    return Probe(
-        probe_name(kind), TITLES[kind], lambda on: skipped(why_not(node, on, kind) or _BOTH), "link", True, load=True
-    )
+    return declared(kind, lambda on: skipped(why_not(node, on, kind) or _BOTH))
+
+
+def declared(kind: Kind, look: Callable[[Reader], Finding]) -> Probe:
+    """The probe of that kind; `look` answers for it."""
+    return Probe(probe_name(kind), TITLES[kind], look, "link", _IMPACTS[kind], others=True, load=True)
 
 
 _BOTH = (

@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sparkinstall import fixes
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed, skipped
 from sparkinstall.probes.env_file import with_env_file
@@ -48,9 +49,30 @@ def probes(node: Node) -> Iterable[Probe]:
     def process(on: Reader) -> InEnvironment:
         return shared.setdefault(id(on), InEnvironment(node, on))
 
-    yield Probe("imports", "vLLM and its parts import", lambda on: _imports(node, on, process(on)), "gpu")
-    yield Probe("nccl-loaded", "the NCCL that is really loaded", lambda on: _nccl(node, on, process(on)), "gpu")
-    yield Probe("host-ip", "vLLM takes the address of the env file", lambda on: _address(node, on, process(on)), "gpu")
+    yield Probe(
+        "imports",
+        "vLLM and its parts import",
+        lambda on: _imports(node, on, process(on)),
+        "gpu",
+        "vLLM does not start.",
+        fixes.PACKAGES,
+    )
+    yield Probe(
+        "nccl-loaded",
+        "the NCCL that is really loaded",
+        lambda on: _nccl(node, on, process(on)),
+        "gpu",
+        nccl.MISMATCH,
+        fixes.NCCL,
+    )
+    yield Probe(
+        "host-ip",
+        "vLLM takes the address of the env file",
+        lambda on: _address(node, on, process(on)),
+        "gpu",
+        "Ray and vLLM name this node differently: `Expected 2 unique IPs but got 3`.",
+        fixes.HOST_IP,
+    )
     yield from kernels.probes(node, lambda on: _answer(node, on, process(on)))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from sparkinstall import fixes
 from sparkinstall.facts.decisions import recorded
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped
@@ -26,9 +27,29 @@ def probes(node: Node, asked: Callable[[Reader], Answer | Finding]) -> Iterable[
 
         return look
 
-    yield Probe("triton-compiles", "Triton compiles for this GPU", told(_triton), "gpu")
-    yield Probe("fp8-kernels", "the FP8 kernels that vLLM picks", told(_picked), "gpu")
-    yield Probe("fp8-product", "an FP8 product is right", told(_product), "gpu")
+    yield Probe(
+        "triton-compiles",
+        "Triton compiles for this GPU",
+        told(_triton),
+        "gpu",
+        "vLLM ends at its first kernel, or at the first one of another shape.",
+    )
+    yield Probe(
+        "fp8-kernels",
+        "the FP8 kernels that vLLM picks",
+        told(_picked),
+        "gpu",
+        "FP8 models may end with `Error Internal`, or run slower than they could.",
+        fixes.FP8,
+    )
+    yield Probe(
+        "fp8-product",
+        "an FP8 product is right",
+        told(_product),
+        "gpu",
+        "FP8 models answer wrongly, or end with `Error Internal`.",
+        fixes.FP8,
+    )
 
 
 def _triton(node: Node, on: Reader, answer: Answer) -> Finding:

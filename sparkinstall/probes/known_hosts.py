@@ -49,6 +49,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     verdict: Literal["warn", "fail"]
     expected: str
     why: str
+    impact: str
     hint: str
     concerns: str
     checked: date
@@ -168,7 +169,7 @@ def probes(node: Node) -> Iterable[Probe]:
         return lambda on: judged(rule, hosts.setdefault(id(on), Host(on, node)))
 
     for rule in rules():
-        yield Probe(rule.name, rule.title, judge(rule), "gpu" if rule.load else "node", load=rule.load)
+        yield Probe(rule.name, rule.title, judge(rule), "gpu" if rule.load else "node", rule.impact, load=rule.load)
 
 
 def judged(rule: Rule, host: Host) -> Finding:

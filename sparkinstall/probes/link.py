@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Interface
 
+from sparkinstall import fixes
 from sparkinstall.facts import card, ip, qsfp
 from sparkinstall.facts.decisions import recorded
 from sparkinstall.facts.network import HEADERS, at_once, own_addresses, pings, twin_of
@@ -22,10 +23,37 @@ _TOLERATED, _FEW = 1e-5, 100
 
 def probes(node: Node) -> Iterable[Probe]:
     """What can be seen of the link without keeping it busy."""
-    yield Probe("link", "the QSFP link and its two halves", lambda on: _link(node, on), "link")
-    yield Probe("peers", "large packets to every other node", lambda on: _peers(node, on), "link", others=True)
-    yield Probe("link-health", "the link's errors, lanes and firmware", lambda on: _health(node, on), "link")
-    yield Probe("gids", "RoCE finds each half by its address", lambda on: _gids(node, on), "link")
+    yield Probe(
+        "link",
+        "the QSFP link and its two halves",
+        lambda on: _link(node, on),
+        "link",
+        "The nodes talk at half the speed, or not at all.",
+        fixes.MTU,
+    )
+    yield Probe(
+        "peers",
+        "large packets to every other node",
+        lambda on: _peers(node, on),
+        "link",
+        "Large packets are lost between the nodes: collectives hang or time out.",
+        fixes.MTU,
+        others=True,
+    )
+    yield Probe(
+        "link-health",
+        "the link's errors, lanes and firmware",
+        lambda on: _health(node, on),
+        "link",
+        "The link loses packets or runs below its rate: slow collectives, or ones that hang.",
+    )
+    yield Probe(
+        "gids",
+        "RoCE finds each half by its address",
+        lambda on: _gids(node, on),
+        "link",
+        "NCCL falls back to sockets, or does not start: RoCE has no address to go by.",
+    )
 
 
 def _link(node: Node, on: Reader) -> Finding:

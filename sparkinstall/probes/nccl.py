@@ -12,6 +12,8 @@ from sparkinstall.system import Reader
 
 NO_BUILD_ID = "none"
 REWRITE_ENV = "run `sparkinstall all`: it rewrites the env file, and rebuilds NCCL if it is missing"
+MISMATCH = "Nodes with different NCCLs end at the first collective: `Message truncated`."
+"""The impact of another NCCL than that of the other nodes."""
 _FOR_THIS_GPU = "it works through PTX, if at all; `nccl.mode: source` builds one for this GPU"
 
 

@@ -37,7 +37,14 @@ class NotBuilt(Exception):
 def probes(node: Node) -> Iterable[Probe]:
     """The measurement between this node's own GPUs, where it has two: a Spark has one."""
     if gpus() > 1:
-        yield Probe("nccl-local", "NCCL between the GPUs of this node", lambda on: _local(node, on), "gpu", load=True)
+        yield Probe(
+            "nccl-local",
+            "NCCL between the GPUs of this node",
+            lambda on: _local(node, on),
+            "gpu",
+            "A model on several GPUs answers more slowly than it could.",
+            load=True,
+        )
 
 
 def gpus() -> int:

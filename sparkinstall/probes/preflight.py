@@ -22,27 +22,55 @@ _LEFT = "not checked in a rehearsal; checked on the node"
 
 def preflight(node: Node) -> Iterable[Probe]:
     """Every check, in the order in which a person would ask."""
-    of_a_node: tuple[tuple[str, str, Callable[[Reader], Finding]], ...] = (
-        ("machine", "a DGX Spark or a twin of it (GB10)", _machine),
-        ("arch", "64-bit Arm", _arch),
-        ("os", "Ubuntu 24.04 (DGX OS 7)", _os),
-        ("driver", "NVIDIA driver 580", _driver),
-        ("sudo", "the use of sudo", _sudo),
-        ("memory", "memory", _memory),
-    )
-    anywhere: tuple[tuple[str, str, Callable[[Reader], Finding]], ...] = (
-        ("python", f"Python {node.stack.python}", lambda _: _python(node)),
-        ("cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node)),
-        ("disk", "free disk", lambda on: _unless_shut(_disk, on, node)),
-        ("clock", "clock", _clock),
-        ("prefix", "a prefix that is free or ours", lambda on: _unless_shut(_prefix, on, node)),
-    )
-    for name, title, look in of_a_node:
-        yield Probe(name, title, _on_a_node(look), "node")
-    for name, title, look in anywhere:
-        yield Probe(name, title, look, "node")
+    yield Probe(
+        "machine", "a DGX Spark or a twin of it (GB10)", _on_a_node(_machine), "node",
+        "This tool's fixes are for a GB10. Nothing else is set up without `--ignore machine`.",
+    )  # fmt: skip
+    yield Probe(
+        "arch", "64-bit Arm", _on_a_node(_arch), "node",
+        "The wheels and the NCCL for a DGX Spark are for 64-bit Arm; they do not run here.",
+    )  # fmt: skip
+    yield Probe(
+        "os", "Ubuntu 24.04 (DGX OS 7)", _on_a_node(_os), "node",
+        "The packages of another system have other names and versions; the field has run none of them.",
+    )  # fmt: skip
+    yield Probe(
+        "driver", "NVIDIA driver 580", _on_a_node(_driver), "node",
+        "Without a driver that answers there is no CUDA: vLLM ends at its start.",
+    )  # fmt: skip
+    yield Probe(
+        "sudo", "the use of sudo", _on_a_node(_sudo), "node",
+        "Parts that only root can see or change are left out.",
+    )  # fmt: skip
+    yield Probe(
+        "memory", "memory", _on_a_node(_memory), "node",
+        "The models that a DGX Spark is bought for do not fit.",
+    )  # fmt: skip
+    yield Probe(
+        "python", f"Python {node.stack.python}", lambda _: _python(node), "node",
+        "vLLM's environment cannot be made.",
+    )  # fmt: skip
+    yield Probe(
+        "cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node), "node",
+        "NCCL cannot be built for this GPU.",
+    )  # fmt: skip
+    yield Probe(
+        "disk", "free disk", lambda on: _unless_shut(_disk, on, node), "node",
+        "The environment or a model's download will break off in the middle.",
+    )  # fmt: skip
+    yield Probe(
+        "clock", "clock", _clock, "node",
+        "Every download fails, for no certificate is valid at this time.",
+    )  # fmt: skip
+    yield Probe(
+        "prefix", "a prefix that is free or ours", lambda on: _unless_shut(_prefix, on, node), "node",
+        "sparkinstall will not touch what others have put there, so it cannot set the node up.",
+    )  # fmt: skip
     if node.several:
-        yield Probe("qsfp", "the QSFP port with the cable", _on_a_node(lambda on: _qsfp(on, node)), "node")
+        yield Probe(
+            "qsfp", "the QSFP port with the cable", _on_a_node(lambda on: _qsfp(on, node)), "node",
+            "The nodes cannot talk over the fast link.",
+        )  # fmt: skip
 
 
 def _on_a_node(look: Callable[[Reader], Finding]) -> Callable[[Reader], Finding]:

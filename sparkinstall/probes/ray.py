@@ -16,7 +16,12 @@ _OURS = "sparkinstall: "
 def probes(node: Node) -> Iterable[Probe]:
     """What shows that Ray holds the nodes together."""
     yield Probe(
-        "ray-nodes", "Ray has the nodes at their QSFP addresses", lambda on: _nodes(node, on), "cluster", others=True
+        "ray-nodes",
+        "Ray has the nodes at their QSFP addresses",
+        lambda on: _nodes(node, on),
+        "cluster",
+        "vLLM waits for GPUs that never come, and gives up.",
+        others=True,
     )
 
 

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from msgspec import Struct
 
+from sparkinstall import fixes
 from sparkinstall.errors import NeedsRoot
-from sparkinstall.layout import VLLM_UNIT
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped, warned
 from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.redaction import is_secret_name
+from sparkinstall.services import env_units
 from sparkinstall.system import Reader
 
 _LOOK = """
@@ -40,17 +41,30 @@ _SOMETIMES = (
 
 def probes(node: Node) -> Iterable[Probe]:
     """The quick half of the proof: no torch, no vLLM is loaded for it."""
-    yield Probe("nccl-preload", "the NCCL that a process starts with", lambda on: _preload(node, on), "node")
-    if units(node) and not node.rehearsal:
-        yield Probe("running-env", "the variables of the running services", lambda on: _env(node, on), "node")
-        yield Probe("running-nccl", "the NCCL in the running services", lambda on: _nccl(node, on), "node")
-
-
-def units(node: Node) -> tuple[str, ...]:
-    """The services of this node that start with the env file."""
-    with_ray = node.several and node.config.cluster.executor == "ray"
-    serves = node.config.serving.model is not None and not (node.role == "worker" and with_ray)
-    return (*((node.ray_unit,) if with_ray else ()), *((VLLM_UNIT,) if serves else ()))
+    yield Probe(
+        "nccl-preload",
+        "the NCCL that a process starts with",
+        lambda on: _preload(node, on),
+        "node",
+        "NCCL is another one than the node was set up with, or it is not loaded at all.",
+        fixes.NCCL,
+    )
+    if env_units(node) and not node.rehearsal:
+        yield Probe(
+            "running-env",
+            "the variables of the running services",
+            lambda on: _env(node, on),
+            "node",
+            "What runs has not got the variables that were set since: it needs a restart.",
+        )
+        yield Probe(
+            "running-nccl",
+            "the NCCL in the running services",
+            lambda on: _nccl(node, on),
+            "node",
+            nccl.MISMATCH,
+            fixes.NCCL,
+        )
 
 
 # --- a process that is started now
@@ -134,9 +148,9 @@ def _env(node: Node, on: Reader) -> Finding:
 
 
 def _running(node: Node, on: Reader) -> list[Process] | Finding:
-    found = processes_of(units(node), on)
-    down = [unit for unit in units(node) if not any(each.unit == unit for each in found)]
-    if len(down) == len(units(node)):
+    found = processes_of(env_units(node), on)
+    down = [unit for unit in env_units(node) if not any(each.unit == unit for each in found)]
+    if len(down) == len(env_units(node)):
         return skipped(f"{_listed(down)}: not running")
     return found
 

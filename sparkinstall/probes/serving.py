@@ -6,6 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from sparkinstall import fixes
 from sparkinstall.facts import vllm
 from sparkinstall.facts.vllm import GENERATED_TOKENS, KV_CACHE_USAGE
 from sparkinstall.layout import VLLM_UNIT as UNIT
@@ -33,9 +34,28 @@ def probes(node: Node) -> Iterable[Probe]:
         return shared.setdefault(id(on), Api(node, on))
 
     if serves(node):
-        yield Probe("serving", "a completion, within a time limit", lambda on: _serving(asked(on)), "serving")
-        yield Probe("serving-stream", "reasoning field in a live stream", lambda on: _stream(asked(on)), "serving")
-        yield Probe("serving-metrics", "the counters of /metrics move", lambda on: _metrics(asked(on)), "serving")
+        yield Probe(
+            "serving",
+            "a completion, within a time limit",
+            lambda on: _serving(asked(on)),
+            "serving",
+            "Requests get no answer, though the service may run and call itself healthy.",
+        )
+        yield Probe(
+            "serving-stream",
+            "reasoning field in a live stream",
+            lambda on: _stream(asked(on)),
+            "serving",
+            "A client may show no thinking, or show it as raw text.",
+            fixes.REASONING,
+        )
+        yield Probe(
+            "serving-metrics",
+            "the counters of /metrics move",
+            lambda on: _metrics(asked(on)),
+            "serving",
+            "Nobody sees how busy the model is, or how long it lets its users wait.",
+        )
 
 
 def _serving(of: Api) -> Finding:

@@ -4,21 +4,11 @@ from collections.abc import Iterable
 
 from msgspec import Struct
 
-from sparkinstall.layout import FIREWALL_UNIT, RAY_UNITS, VLLM_UNIT, unit_path
+from sparkinstall.layout import FIREWALL_UNIT, unit_path
 from sparkinstall.node import Node
 from sparkinstall.resources import Drift, Ok, State
+from sparkinstall.services import UNITS
 from sparkinstall.system import Reader, System, Undo
-
-_OURS = (*RAY_UNITS, VLLM_UNIT, FIREWALL_UNIT)
-
-
-def wanted(node: Node) -> frozenset[str]:
-    """The units that the settings ask for on this node."""
-    cluster = node.config.cluster
-    with_ray = node.several and cluster.executor == "ray"
-    serves = node.config.serving.model is not None and (node.role != "worker" or not with_ray)
-    asked = {node.ray_unit: with_ray, VLLM_UNIT: serves, FIREWALL_UNIT: node.filtered}
-    return frozenset(name for name, so in asked.items() if so)
 
 
 class StaleServices(Struct, frozen=True):
@@ -36,7 +26,7 @@ class StaleServices(Struct, frozen=True):
         return Drift(f"stop {', '.join(former)}: not asked for any more") if former else Ok()
 
     def _former(self, on: Reader) -> list[str]:
-        return [name for name in _OURS if name not in wanted(self.node) and _is_ours(on, unit_path(name))]
+        return [unit.name for unit in UNITS if not unit.wanted(self.node) and _is_ours(on, unit_path(unit.name))]
 
     def apply(self, on: System) -> None:
         for name in self._former(on):

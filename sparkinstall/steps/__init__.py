@@ -2,23 +2,30 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from sparkinstall.fixes import Fix
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe
 from sparkinstall.resources import Resource
 
+StepPhase = Literal["packages", "network", "build", "services"]
+"""When a step is due on several nodes; `cluster` makes its phases of it."""
+
 
 class Step(ABC):
-    """One part of a node. `needs` names the steps that must be done before.
+    """One part of a node.
 
-    `looks_at_files`: some of its probes are static, so that even a run with nothing to do asks them.
+    `needs` names the steps that must be done before. `impact`: what drift in it means for a person, one
+    sentence. `fixes`: those that it applies, alone or with other steps.
     """
 
     name: ClassVar[str]
     why: ClassVar[str]
+    phase: ClassVar[StepPhase]
+    impact: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
-    looks_at_files: ClassVar[bool] = False
+    fixes: ClassVar[tuple[Fix, ...]] = ()
 
     def wanted(self, node: Node) -> bool:
         """Whether `node` has this part at all; every node by default."""

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 from sparkinstall.facts.decisions import recorded
+from sparkinstall.fixes import FP8, HOST_IP, MEMORY_MONITOR, NCCL, TRANSPORT
 from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe
 from sparkinstall.resources import Resource, Unknown, ray_ports
@@ -27,6 +28,15 @@ class EnvFiles(Step):
     name = "env-files"
     why = "variables for one node, a head and a worker"
     needs = ("nccl-fit", "fp8", "network")
+    phase = "services"
+    impact = "What is started with the env files does not have all of the fixes."
+    fixes = (
+        NCCL,
+        HOST_IP,
+        TRANSPORT,
+        FP8,
+        MEMORY_MONITOR,
+    )
 
     def resources(self, node: Node) -> Iterable[Resource]:
         yield StaleServices(node)
@@ -39,18 +49,13 @@ class EnvFiles(Step):
             path = f"{node.env_folder}/{name}.env"
             yield Template(path, f"{name}.env.j2", partial(_values, node))
         yield Template(node.roce_gid, "roce-gid.sh.j2", lambda _: {"stack": node.stack.name}, mode=0o755)
-        if with_ray(node):
+        if node.with_ray and node.role == "head":
             yield kept_back(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
         from sparkinstall.probes import environment, nccl_tests, services
 
         return (*services.probes(node), *environment.probes(node), *nccl_tests.probes(node))
-
-
-def with_ray(node: Node) -> bool:
-    """Whether a `vllm serve` on this node starts its workers on the others through Ray."""
-    return node.role == "head" and node.config.cluster.executor == "ray"
 
 
 def kept_back(node: Node) -> Template:

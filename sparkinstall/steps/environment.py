@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from sparkinstall.fixes import PACKAGES, REASONING
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe, wheels
 from sparkinstall.resources import Resource
@@ -14,7 +15,12 @@ class Environment(Step):
     name = "environment"
     why = "vLLM and all it needs, pinned, in one venv"
     needs = ("packages",)
-    looks_at_files = True
+    phase = "build"
+    impact = "vLLM may not start, or behave otherwise than on the other nodes."
+    fixes = (
+        PACKAGES,
+        REASONING,
+    )
 
     def resources(self, node: Node) -> Iterable[Resource]:
         if not node.wheels.complete:
@@ -29,11 +35,25 @@ class Environment(Step):
             "the packages fit together",
             lambda on: wheels.gate(node, lock_of(node, on) or (), on),
             "static",
+            "vLLM cannot load a model with these packages, whatever its settings are.",
+            PACKAGES,
         )
         yield Probe(
-            "reasoning-field", "the reasoning field of a stream", lambda on: wheels.reasoning_fields(node, on), "static"
+            "reasoning-field",
+            "the reasoning field of a stream",
+            lambda on: wheels.reasoning_fields(node, on),
+            "static",
+            "A client may show no thinking, or show it as raw text.",
+            REASONING,
         )
-        yield Probe("wheel-files", "the files of the packages", lambda on: wheels.files(node, on), "node")
+        yield Probe(
+            "wheel-files",
+            "the files of the packages",
+            lambda on: wheels.files(node, on),
+            "node",
+            "vLLM may run code that nobody has released, and behave like no other node.",
+            PACKAGES,
+        )
 
 
 def _in_home(node: Node, path: str) -> str:

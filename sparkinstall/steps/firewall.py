@@ -19,6 +19,8 @@ class Firewall(Step):
     name = "firewall"
     why = "Ray, NCCL and the API only on the QSFP link"
     needs = ("packages", "network")
+    phase = "network"
+    impact = "Ray and the API can be reached by everybody in the LAN."
 
     def wanted(self, node: Node) -> bool:
         return node.filtered

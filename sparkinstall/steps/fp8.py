@@ -5,6 +5,7 @@ from functools import lru_cache
 
 from sparkinstall.assets import asset
 from sparkinstall.facts.decisions import recorded
+from sparkinstall.fixes import FP8
 from sparkinstall.node import Node
 from sparkinstall.patches import PatchSet, load
 from sparkinstall.probes import Finding, Probe, failed, passed
@@ -18,7 +19,9 @@ class Fp8(Step):
     name = "fp8"
     why = "FP8 kernels that run on this GPU"
     needs = ("environment",)
-    looks_at_files = True
+    phase = "build"
+    impact = "FP8 models may end with `Error Internal`, or run slower than they could."
+    fixes = (FP8,)
 
     def resources(self, node: Node) -> Iterable[Resource]:
         patch = cutlass_patch()
@@ -27,7 +30,14 @@ class Fp8(Step):
         yield PatchedFile(node, patch)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        yield Probe("fp8-path", "which FP8 kernels vLLM takes", lambda on: _path(node, on), "static")
+        yield Probe(
+            "fp8-path",
+            "which FP8 kernels vLLM takes",
+            lambda on: _path(node, on),
+            "static",
+            "FP8 models may end with `Error Internal`.",
+            FP8,
+        )
 
 
 def _path(node: Node, on: Reader) -> Finding:

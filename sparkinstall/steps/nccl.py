@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from sparkinstall.fixes import NCCL
 from sparkinstall.node import Node, cuda_home
 from sparkinstall.resources import Resource
 from sparkinstall.steps import Step
@@ -15,6 +16,9 @@ class Nccl(Step):
     name = "nccl"
     why = "NCCL built for this GPU, the same on every node"
     needs = ("packages",)
+    phase = "build"
+    impact = "Several nodes cannot start together: `Message truncated`, or a refused connection."
+    fixes = (NCCL,)
 
     def resources(self, node: Node) -> Iterable[Resource]:
         settings = node.config.nccl

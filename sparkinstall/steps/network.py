@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from sparkinstall.fixes import HOST_IP, MTU, TRANSPORT
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe
 from sparkinstall.resources import Resource
@@ -12,6 +13,13 @@ class Network(Step):
     name = "network"
     why = "addresses and MTU 9000 on the QSFP link"
     needs = ("packages",)
+    phase = "network"
+    impact = "The nodes talk slowly, or not at all."
+    fixes = (
+        MTU,
+        HOST_IP,
+        TRANSPORT,
+    )
 
     def wanted(self, node: Node) -> bool:
         return node.several

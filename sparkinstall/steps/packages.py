@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from sparkinstall.fixes import PACKAGES
 from sparkinstall.node import Node
 from sparkinstall.resources import Resource
 from sparkinstall.resources.packages import Packages
@@ -13,6 +14,9 @@ class SystemPackages(Step):
 
     name = "packages"
     why = "Debian packages: Python and its headers, compiler, git"
+    phase = "packages"
+    impact = "Triton compiles on this node, and fails without the headers and the compiler."
+    fixes = (PACKAGES,)
 
     def resources(self, node: Node) -> Iterable[Resource]:
         python = f"python{node.stack.python}"

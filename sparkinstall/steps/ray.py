@@ -34,9 +34,11 @@ class Ray(Step):
     name = "ray"
     why = "Ray on the QSFP link, as a service"
     needs = ("env-files", "firewall")
+    phase = "services"
+    impact = "vLLM cannot be spread over the nodes."
 
     def wanted(self, node: Node) -> bool:
-        return node.several and node.config.cluster.executor == "ray"
+        return node.with_ray
 
     def resources(self, node: Node) -> Iterable[Resource]:
         yield RayToken(node)

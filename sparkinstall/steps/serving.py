@@ -10,9 +10,9 @@ from sparkinstall.probes import Probe, serving
 from sparkinstall.resources import Resource, systemd
 from sparkinstall.resources.systemd import Service, UnitFile
 from sparkinstall.resources.template import Template
+from sparkinstall.services import VLLM
 from sparkinstall.steps import Step
 from sparkinstall.steps import ray as ray_step
-from sparkinstall.steps.env_files import with_ray
 from sparkinstall.steps.fp8 import cutlass_patch
 from sparkinstall.system import Reader
 
@@ -25,18 +25,20 @@ class Serving(Step):
     name = "serving"
     why = "vLLM as a service"
     needs = ("env-files", "ray")
+    phase = "services"
+    impact = "The model is not served as it was asked for."
 
     def wanted(self, node: Node) -> bool:
         return node.config.serving.model is not None
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        if not _runs_here(node):
+        if not VLLM.wanted(node):
             return
         depends = [_UNIT, node.env_file, node.venv_stamp, node.nccl_stamp]
         if node.several:
             yield ray_step.before_start(node)
             depends.append(node.before_start)
-        if with_ray(node):
+        if node.with_ray:
             depends += [node.vllm_kept_back, node.ray_nodes]
         if _with_head(node):
             yield Template(node.with_head, "with-head.py.j2", lambda _: {})
@@ -49,14 +51,9 @@ class Serving(Step):
         return serving.probes(node)
 
 
-def _runs_here(node: Node) -> bool:
-    """On a worker with Ray vLLM is started by the head, through Ray."""
-    return node.role != "worker" or node.config.cluster.executor == "mp"
-
-
 def _with_head(node: Node) -> bool:
     """Without Ray a worker's vLLM does not notice that the head's has ended."""
-    return node.role == "worker" and node.config.cluster.executor == "mp"
+    return node.role == "worker" and not node.with_ray
 
 
 def _inputs(node: Node, depends: tuple[str, ...], on: Reader) -> Iterable[str]:
@@ -70,7 +67,7 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
         "env_file": systemd.setting(on.real(node.env_file)),
         "hub_offline": node.config.hub.offline,
         "several": node.several,
-        "with_ray": with_ray(node),
+        "with_ray": node.with_ray,
         "before_start": systemd.program(on.real(node.before_start)),
         "command": _command(node, on),
     }
@@ -80,7 +77,7 @@ def _command(node: Node, on: Reader) -> list[str]:
     """The words of `ExecStart=`, ready to stand there."""
     vllm = [on.real(f"{node.venv}/bin/vllm"), "serve", str(node.config.serving.model)]
     python, cluster = on.real(node.python), node.config.cluster
-    if with_ray(node):
+    if node.with_ray:
         # Not as a step before the start: that would hold up whoever starts it until the workers have come.
         asks = on.real(node.ray_nodes)
         vllm = [python, asks, node.ray_address, str(_JOINED), "--count", str(len(node.members)), "--", *vllm]

@@ -23,9 +23,10 @@ from sparkinstall.errors import Problem
 from sparkinstall.facts import machine
 from sparkinstall.facts.sysfs import is_connectx
 from sparkinstall.journal.state_dir import FOLDER
-from sparkinstall.layout import FIREWALL_UNIT, RAY_UNITS, VLLM_UNIT, unit_path
+from sparkinstall.layout import unit_path
 from sparkinstall.node import Node, site_packages
 from sparkinstall.resources.netplan import files
+from sparkinstall.services import UNITS
 from sparkinstall.support import doctor
 from sparkinstall.support.mask import Mask
 from sparkinstall.system import Reader
@@ -33,7 +34,6 @@ from sparkinstall.system import Reader
 TOP = "sparkinstall-support"
 """The folder in the archive."""
 
-_UNITS = (*RAY_UNITS, VLLM_UNIT, FIREWALL_UNIT)
 _MIB = 1 << 20
 _JOURNAL, _LOG, _ALL_LOGS, _UNIT, _SMALL = 2 * _MIB, 2 * _MIB, 6 * _MIB, _MIB, _MIB // 2
 _RUNS, _LEAST = 5, 1 << 16
@@ -288,14 +288,15 @@ def _add_logs(found: _Gathering) -> None:
 
 
 def _add_units(found: _Gathering) -> None:
-    for unit in _UNITS:
+    names = [unit.name for unit in UNITS]
+    for unit in names:
         path = unit_path(unit)
         found.add_file(f"units/{unit}", path)
         with found.noting(f"{path}.d"):
             for name in found.on.names(f"{path}.d"):
                 found.add_file(f"units/{unit}.d/{name}", f"{path}.d/{name}")
     if not found.on.rehearsal:
-        for unit in _UNITS:
+        for unit in names:
             _add_said(found, f"units/{unit}.log", "-u", unit)
         _add_said(found, "units/kernel.log", "-k", "-g", _KERNEL)
 

@@ -1,13 +1,13 @@
 """The results of all checks and probes of a node, ordered for a person: broken, to look at, ok."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from msgspec import Struct
 
 from sparkinstall import __version__
-from sparkinstall.core import catalogue, fixes, meanings
+from sparkinstall.core import catalogue
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import NeedsRoot, Problem
@@ -69,9 +69,8 @@ def _checked_before(looked: ProbeResult, installed: bool) -> Item:
     weight = _WEIGHTS[finding.verdict]
     if weight == "broken" and installed and probe.name in _ONLY_TO_SET_UP:
         weight = "look-at"
-    means = meanings.PREFLIGHT.get(probe.name, "")
     return Item(
-        probe.name, "preflight", weight, probe.title, finding.found, finding.expected, means, finding.hint,
+        probe.name, "preflight", weight, probe.title, finding.found, finding.expected, probe.impact, finding.hint,
         seconds=looked.seconds,
     )  # fmt: skip
 
@@ -83,9 +82,10 @@ def of_checks(reports: Iterable[StepReport]) -> list[Item]:
 
 def _of_step(report: StepReport) -> Item:
     weight, found, hint = _told(report)
+    step = catalogue.named(report.name)
     return Item(
-        report.name, "check", weight, report.why, found, means=meanings.STEPS.get(report.name, ""), hint=hint,
-        fixes=tuple(fix.number for fix in fixes.FIXES if report.name in fix.steps), seconds=report.seconds,
+        report.name, "check", weight, report.why, found, means=step.impact, hint=hint,
+        fixes=tuple(fix.number for fix in step.fixes), seconds=report.seconds,
     )  # fmt: skip
 
 
@@ -113,20 +113,16 @@ def _wrong(state: State) -> str:
     return state.message if isinstance(state, Conflict) else ""
 
 
-def of_probes(looked: Sequence[ProbeResult], node: Node) -> list[Item]:
+def of_probes(looked: Iterable[ProbeResult]) -> list[Item]:
     """Does it behave so?"""
-    if not looked:
-        return []
-    steps = {probe.name: step.name for step in catalogue.of(node) for probe in step.probes(node)}
-    return [_of_probe(each, steps.get(each.probe.name, "")) for each in looked]
+    return [_of_probe(each) for each in looked]
 
 
-def _of_probe(looked: ProbeResult, step: str) -> Item:
+def _of_probe(looked: ProbeResult) -> Item:
     probe, finding = looked.probe, looked.finding
-    number = fixes.number_of(probe.name)
     return Item(
         probe.name, "probe", _WEIGHTS[finding.verdict], probe.title, finding.found, finding.expected,
-        meanings.of_probe(probe.name, step), finding.hint, (number,) if number else (), looked.seconds,
+        probe.impact, finding.hint, (probe.fix.number,) if probe.fix else (), looked.seconds,
     )  # fmt: skip
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from sparkinstall.cli import doctor
-from sparkinstall.core import catalogue, checks, fixes, meanings
+from sparkinstall.core import catalogue, checks, fixes
 from sparkinstall.core.checks import Chosen, ProbeResult
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.errors import BadUsage, Blocked, NeedsRoot
@@ -22,6 +23,12 @@ from tests.support.nodes import HEAD
 from tests.support.rehearsals import begun, envelope, in_this_process, said
 
 GOOD, USAGE, DRIFT = 0, 2, 3
+DECLARED = {
+    probe.name: probe
+    for probe in (
+        *preflight(HEAD), *known_hosts.probes(HEAD), *(each for step in catalogue.STEPS for each in step.probes(HEAD))
+    )
+}  # fmt: skip
 GROUPS = ("broken", "look_at", "ok", "skipped")
 
 Findings = Callable[..., None]
@@ -47,7 +54,8 @@ def finds(monkeypatch: pytest.MonkeyPatch) -> Findings:
 
 
 def _probe(name: str, finding: Finding) -> Probe:
-    return Probe(name, f"title of {name}", lambda _: finding, "node")
+    declared = DECLARED.get(name, Probe(name, "", lambda _: finding, "node"))
+    return replace(declared, title=f"title of {name}", look=lambda _: finding)
 
 
 def names(answer: dict[str, Any]) -> dict[str, list[str]]:
@@ -72,7 +80,7 @@ def test_the_worst_comes_first_with_what_it_means_and_what_to_do(finds: Findings
     places = [next(at for at, line in enumerate(lines) if each in line) for each in order]
     assert places == sorted(places), run.stdout
     assert "wheel-gate  title of wheel-gate  fix 6" in lines
-    assert f"means     {meanings.PROBES['wheel-gate']}" in lines
+    assert f"means     {DECLARED['wheel-gate'].impact}" in lines
     assert f"do        `sparkinstall run environment --force --root {node}`" in lines
     assert "unseen: no GPU here" in lines
     assert run.returncode == DRIFT
@@ -103,7 +111,7 @@ def test_one_thing_alone_is_not_the_first(finds: Findings, node: Path) -> None:
     finds({"imports": failed("x", "y")})
     alone = in_this_process("doctor", "--root", node).stdout
     assert "1 thing is broken\n" in alone and "begin with the first" not in alone
-    assert f"means  {meanings.PROBES['imports']}" in alone
+    assert f"means  {DECLARED['imports'].impact}" in alone
 
 
 def test_the_groups_are_in_the_json(finds: Findings, node: Path) -> None:
@@ -149,7 +157,7 @@ def test_what_cannot_be_set_up_is_broken(finds: Findings, tmp_path: Path) -> Non
     finds({}, {"driver": failed("nvidia-smi gives no answer", "install the driver")})
     run = in_this_process("doctor", "--root", tmp_path / "node")
     assert run.returncode == DRIFT
-    assert meanings.PREFLIGHT["driver"] in run.stdout
+    assert DECLARED["driver"].impact in run.stdout
 
 
 def test_the_machine_itself_is_asked_where_nothing_is_installed(
@@ -217,12 +225,13 @@ def test_sudo_matters_less_once_the_node_is_set_up(installed: bool, weight: str)
 
 
 def test_everything_has_a_meaning() -> None:
-    assert set(meanings.PREFLIGHT) == {probe.name for probe in preflight(HEAD)}
-    assert set(meanings.STEPS) == {step.name for step in catalogue.STEPS}
-    real = {probe.name for step in catalogue.STEPS for probe in step.probes(HEAD)}
-    real |= {probe.name for probe in known_hosts.probes(HEAD)} | {"journal"}
-    assert set(meanings.PROBES) <= real, "sentences for probes that there are not"
-    assert {name for fix in fixes.FIXES for name in fix.probes} <= set(meanings.PROBES)
+    impacts = [step.impact for step in catalogue.STEPS] + [probe.impact for probe in DECLARED.values()]
+    assert [each for each in impacts if not each.endswith(".") or each != each.strip()] == []
+
+
+def test_fixes_have_one_number_each_and_what_proves_one_belongs_to_a_step_that_applies_it() -> None:
+    assert len({fix.number for fix in fixes.FIXES}) == len(fixes.FIXES)
+    assert {probe.fix for probe in DECLARED.values() if probe.fix} <= set(fixes.FIXES)
 
 
 # --- fit to be shown

@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "sparkinstall"
 
-# From the top; folders on one line stand side by side. Modules beside the folders are leaves, but for `node`:
-# settings, stack and the places that follow from them, which is why it stands on `system`.
+# From the top; folders on one line stand side by side. Modules beside the folders are leaves, but for `node`
+# (settings, stack and the places that follow from them), which stands on `system`, and `services`, which stands on it.
 FLOORS = (
     ("__main__",),
     ("cli",),
@@ -19,7 +19,7 @@ FLOORS = (
     ("resources",),
     ("probes",),
     ("facts",),
-    ("node",),
+    ("node", "services"),
     ("system",),
     ("payloads", "leaves"),
 )

@@ -18,6 +18,7 @@ from sparkinstall import elf
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, services
 from sparkinstall.resources.template import quoted, render
+from sparkinstall.services import env_units
 from sparkinstall.system.local import LocalReader
 from tests.support.nodes import node_of
 
@@ -244,9 +245,9 @@ def test_only_a_node_with_services_is_asked(tmp_path: Path) -> None:
     assert names(node_of(tmp_path, serving__model="/srv/model")) == ["nccl-preload"], "a rehearsal starts none"
     assert names(serving_node(tmp_path)) == whole
     assert names(replace(node_of(tmp_path, "worker"), rehearsal=False)) == whole
-    assert services.units(serving_node(tmp_path, "head")) == ("ray-head.service", "vllm.service")
-    assert services.units(serving_node(tmp_path, "worker")) == ("ray-worker.service",)
-    assert services.units(serving_node(tmp_path, "worker", cluster__executor="mp")) == ("vllm.service",)
+    assert env_units(serving_node(tmp_path, "head")) == ("ray-head.service", "vllm.service")
+    assert env_units(serving_node(tmp_path, "worker")) == ("ray-worker.service",)
+    assert env_units(serving_node(tmp_path, "worker", cluster__executor="mp")) == ("vllm.service",)
 
 
 def test_a_process_that_may_not_be_looked_into_is_skipped(served: Node, tmp_path: Path) -> None:

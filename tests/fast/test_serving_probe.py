@@ -20,11 +20,12 @@ import pytest
 
 from sparkinstall import stacks
 from sparkinstall.config import Layer, build
-from sparkinstall.core import fixes
+from sparkinstall.fixes import REASONING
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, serving, streams, vllm_client
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
+from tests.support.nodes import HEAD
 
 Findings = dict[str, Finding]
 QWEN = "Qwen/Qwen3.5-35B-A3B"
@@ -393,4 +394,4 @@ def test_the_client_of_the_docs_finds_the_thinking_in_every_way_that_it_comes() 
 
 
 def test_the_stream_proves_fix_8() -> None:
-    assert fixes.number_of("serving-stream") == 8
+    assert {probe.name: probe.fix for probe in serving.probes(HEAD)}["serving-stream"] == REASONING

@@ -15,11 +15,12 @@ from sparkinstall.errors import Problem
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.layout import FIREWALL_UNIT, UNIT_FOLDER
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, NodeOnly, Ok, ray_ports, stale_services, systemd
+from sparkinstall.resources import Drift, NodeOnly, Ok, ray_ports, systemd
 from sparkinstall.resources.firewall import Part
 from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.systemd import Cause, Service, UnitFile, complaints_of_systemd
 from sparkinstall.resources.template import render
+from sparkinstall.services import UNITS
 from sparkinstall.steps import ray
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.firewall import Firewall
@@ -233,7 +234,8 @@ def test_the_units_that_are_wanted_are_those_of_the_steps(
         if step.wanted(node)
         for each in step.resources(node)
     ]
-    assert stale_services.wanted(node) == {each.name for each in found if isinstance(each, Service)}
+    wanted = {unit.name for unit in UNITS if unit.wanted(node)}
+    assert wanted == {each.name for each in found if isinstance(each, Service)}
 
 
 def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path) -> None:

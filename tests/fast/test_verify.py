@@ -97,7 +97,7 @@ def test_a_name_that_there_is_not_is_refused_with_the_nearest(option: str, word:
     assert "did you mean" in refused.value.hint
 
 
-# --- how the eight fixes stand
+# --- how the fixes stand
 
 ORDER = ("proven", "done", "node_only")
 AS_IT_SHOULD_BE = [StepReport(step.name, "x", [Checked("k", Ok(""))]) for step in catalogue.STEPS]
@@ -121,7 +121,7 @@ def test_a_fix_says_which_of_its_probes_were_not_asked() -> None:
     static = {probe.name: passed("x") for probe in checks.chosen(HEAD, level="static").probes}
     found = standing_of(static)[5]
     assert (found.standing, found.note) == ("done", "by its files; not asked: fp8-kernels, fp8-product")
-    assert standing_of({})[1].note.endswith("not asked: nccl-preload, nccl-loaded, running-nccl")
+    assert standing_of({})[1].note.endswith("not asked: nccl-preload, running-nccl, nccl-loaded")
     assert not standing_of({})[7].note, "there is no probe to ask"
     everything = standing_of({probe.name: passed("x") for probe in EVERYTHING.probes})
     assert everything[5].standing == "proven"

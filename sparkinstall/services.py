@@ -1,0 +1,36 @@
+"""The services that sparkinstall sets up, and the nodes that run each."""
+
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from sparkinstall.layout import FIREWALL_UNIT, RAY_UNITS, VLLM_UNIT
+from sparkinstall.node import Node
+
+
+class Unit(Struct, frozen=True):
+    """A systemd unit. `wanted`: whether the settings ask for it on a node. `env_file`: it starts with the env file."""
+
+    name: str
+    wanted: Callable[[Node], bool]
+    env_file: bool = True
+
+
+def _of_ray(name: str) -> Unit:
+    return Unit(name, lambda node: node.with_ray and node.ray_unit == name)
+
+
+# On a worker with Ray the head starts vLLM, through Ray.
+VLLM = Unit(
+    VLLM_UNIT, lambda node: node.config.serving.model is not None and (node.role != "worker" or not node.with_ray)
+)
+UNITS = (
+    *map(_of_ray, RAY_UNITS),
+    VLLM,
+    Unit(FIREWALL_UNIT, lambda node: node.filtered, env_file=False),
+)
+
+
+def env_units(node: Node) -> tuple[str, ...]:
+    """The units of this node that start with the env file."""
+    return tuple(unit.name for unit in UNITS if unit.env_file and unit.wanted(node))
