@@ -1,5 +1,6 @@
 """The verbs, bound to their files. Each imports what it needs when it is called."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import NoReturn
 
@@ -36,10 +37,10 @@ def program(verb: str = "") -> typer.Typer:
         file, function = _VERBS[name]
         app.command(name)(getattr(import_module(f"sparkinstall.cli.{file}"), function))
     if verb not in _VERBS:
-        from sparkinstall.cli import node_side, settings
+        from sparkinstall.cli import node, settings
 
         app.add_typer(settings.app, name="settings")
-        app.add_typer(node_side.app, name="node", hidden=True)
+        app.add_typer(node.app, name="node", hidden=True)
     return app
 
 
@@ -57,30 +58,31 @@ def _root(
     del version
 
 
-def main() -> None:
-    """Run the command line; with `--json` also what typer itself refuses comes as one object."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command line (None: this process's own); with `--json` usage errors are one JSON object too."""
     import os
     import sys
 
+    words = list(sys.argv[1:] if argv is None else argv)
     completing = "_SPARKINSTALL_COMPLETE" in os.environ
-    app = program("" if completing else "".join(sys.argv[1:2]))
-    if "--json" not in sys.argv:
-        app(prog_name="sparkinstall", obj=main)
+    app = program("" if completing else "".join(words[:1]))
+    if "--json" not in words:
+        app(words, prog_name="sparkinstall", obj=main)
     try:
-        sys.exit(app(prog_name="sparkinstall", standalone_mode=False, obj=main))
+        sys.exit(app(words, prog_name="sparkinstall", standalone_mode=False, obj=main))
     except Exception as error:
         # typer's own exceptions have moved between packages; what they have in common is this.
         if not hasattr(error, "format_message"):
             raise
-        _tell_usage(error.format_message())
+        _tell_usage(words, error.format_message())
 
 
-def _tell_usage(what: str) -> NoReturn:
+def _tell_usage(words: Sequence[str], what: str) -> NoReturn:
     import sys
 
     from sparkinstall.cli.json_output import envelope
     from sparkinstall.errors import BadUsage, Exit
 
-    verb = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    verb = next((word for word in words if not word.startswith("-")), "")
     print(envelope(verb, Exit.USAGE, {}, [BadUsage(what, hint="`sparkinstall --help` lists verbs and options")]))
     sys.exit(int(Exit.USAGE))

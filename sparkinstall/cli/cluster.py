@@ -1,7 +1,7 @@
 """`sparkinstall cluster HOST HOST...`: the same on every node, from one terminal, over the user's own ssh."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +13,8 @@ from sparkinstall.cli.cluster_result import ClusterChoice, end
 from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
+from sparkinstall.cluster.protocol import Status, Uninstalled
+from sparkinstall.journal.undo import Undone
 
 if TYPE_CHECKING:
     from sparkinstall.cluster.orchestrate import Cluster
@@ -224,16 +226,15 @@ def _status(cluster: "Cluster", choice: ClusterChoice) -> Answer:
     from sparkinstall.cli.cluster_screen import show_nodes
 
     cluster.status()
-    lines = {done.host: _standing(done.data) for done in cluster.done}
+    lines = {done.host: _standing(status) for done, status in cluster.replies("status", Status)}
     return end(cluster, choice, lambda: show_nodes(cluster, lines))
 
 
-def _standing(data: Any) -> str:
-    if not data.get("installed"):
+def _standing(status: Status) -> str:
+    if not status.installed:
         return "nothing of sparkinstall is here"
-    fixes = [each["standing"] for each in data.get("fixes", ())]
-    well = sum(each in ("proven", "done") for each in fixes)
-    return f"stack {data['stack']}, {well} of {len(fixes)} fixes done, last change {data['last_change']}"
+    done = sum(each.standing in ("proven", "done") for each in status.fixes)
+    return f"stack {status.stack}, {done} of {len(status.fixes)} fixes done, last change {status.last_change}"
 
 
 def _uninstall(cluster: "Cluster", choice: ClusterChoice) -> Answer:
@@ -246,12 +247,12 @@ def _uninstall(cluster: "Cluster", choice: ClusterChoice) -> Answer:
         cluster.uninstall()
     except Barrier:
         pass
-    lines = {done.host: _taken(done.data) for done in cluster.done}
+    lines = {done.host: _undone(reply.touches) for done, reply in cluster.replies("uninstall", Uninstalled)}
     return end(cluster, choice, lambda: show_nodes(cluster, lines))
 
 
-def _taken(data: Any) -> str:
-    outcomes = [each["outcome"] for each in data.get("touches", ())]
+def _undone(touches: Sequence[Undone]) -> str:
+    outcomes = [each.outcome for each in touches]
     kept = outcomes.count("kept")
     words = f"restored {outcomes.count('restored')}, removed {outcomes.count('removed')}"
     return f"{words}, kept {kept}" if kept else words

@@ -10,10 +10,10 @@ from sparkinstall.cli.cluster_result import ClusterChoice, end
 from sparkinstall.cli.cluster_screen import show_bandwidth, show_differences, show_nodes
 from sparkinstall.cli.json_output import finding_data
 from sparkinstall.cli.run_command import Answer
-from sparkinstall.cluster import protocol
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.drift import Comparison
-from sparkinstall.cluster.orchestrate import Cluster, Done
+from sparkinstall.cluster.orchestrate import Cluster
+from sparkinstall.cluster.protocol import Verified
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Problem
 from sparkinstall.probes import bandwidth, failed, passed, warned
@@ -30,7 +30,7 @@ def verify(nodes: Cluster, choice: ClusterChoice) -> Answer:
         _count_skipped(nodes, measured)
     if choice.junit:
         junit.write(choice.junit, [*_cases(nodes, measured, found)], choice.strict)
-    lines = {done.host: _proven(verified, bool(measured)) for done, verified in _proofs(nodes)}
+    lines = {done.host: _proven(verified, bool(measured)) for done, verified in nodes.replies("verify", Verified)}
 
     def show() -> None:
         show_nodes(nodes, lines)
@@ -42,23 +42,19 @@ def verify(nodes: Cluster, choice: ClusterChoice) -> Answer:
     return end(nodes, choice, show, bandwidth=[_as_data(each) for each in measured], differences=_rows(found))
 
 
-def _proofs(nodes: Cluster) -> list[tuple[Done, protocol.Verified]]:
-    return [(each, protocol.read(each.data, protocol.Verified)) for each in nodes.done if each.phase == "verify"]
-
-
-def _probes(verified: protocol.Verified, measured: bool) -> list[ProbeResult]:
+def _probes(verified: Verified, measured: bool) -> list[ProbeResult]:
     """A node's probes, without those that a measurement between the nodes replaces."""
     return [each for each in verified.results if not (measured and each.probe.name in _MEASURED)]
 
 
-def _proven(verified: protocol.Verified, measured: bool) -> str:
+def _proven(verified: Verified, measured: bool) -> str:
     verdicts = [each.finding.verdict for each in _probes(verified, measured)]
     return f"{verdicts.count('pass')} of {len(verdicts)} probes passed" if verdicts else ""
 
 
 def _count_skipped(nodes: Cluster, measured: Sequence[Between]) -> None:
     """With --strict, a skipped check or probe is a failure of its node."""
-    for done, verified in _proofs(nodes):
+    for done, verified in nodes.replies("verify", Verified):
         left = [each.name for each in verified.reports if each.outcome == "node_only"]
         left += [each.probe.name for each in _probes(verified, bool(measured)) if each.finding.verdict == "skip"]
         between = [each for each in measured if each.hosts[0] == done.host and each.finding.verdict == "skip"]
@@ -85,7 +81,7 @@ def _rows(found: Comparison | None) -> list[dict[str, Any]]:
 
 def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None) -> Iterator[junit.Case]:
     """JUnit's cases: each node's, with its host in front, and what was found between the nodes."""
-    for done, verified in _proofs(nodes):
+    for done, verified in nodes.replies("verify", Verified):
         for problem in done.problems if not done.data else ():
             why = f"{problem.message}\n{problem.hint}".strip()
             yield junit.Case("checks", f"{done.host}: asked", done.seconds, why)

@@ -5,10 +5,10 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, to_builtins
 
 from sparkinstall.cli.cluster_screen import show_problems
-from sparkinstall.cli.json_output import finding_data, problem_data, step_data
+from sparkinstall.cli.json_output import problem_data
 from sparkinstall.cli.run_command import Answer
 from sparkinstall.cluster.orchestrate import Cluster
 from sparkinstall.cluster.remote import RemoteNode
@@ -61,13 +61,13 @@ def _named(host: str, problem: Problem) -> Problem:
 
 def node_data(cluster: Cluster, node: RemoteNode) -> dict[str, Any]:
     """The JSON of one node (docs/json.md)."""
-    phases = [
+    phases: list[dict[str, Any]] = [
         {
             "phase": done.phase,
             "outcome": done.outcome,
             "seconds": round(done.seconds, 3),
             "errors": [problem_data(each) for each in done.problems],
-            "data": done.data if done.phase != "look" else {},
+            "data": to_builtins(done.data) if done.data and done.phase != "look" else {},
         }
         for done in cluster.of(node)
     ]
@@ -79,8 +79,8 @@ def node_data(cluster: Cluster, node: RemoteNode) -> dict[str, Any]:
         "address": member.address,
         "ssh_trips": node.ssh.trips,
         "tool_brought": node.brought,
-        "preflight": [finding_data(each.probe, each.finding, each.seconds) for each in node.look.results],
-        "steps": [step_data(each) for each in node.look.reports],
+        "preflight": to_builtins(node.look.preflight),
+        "steps": to_builtins(node.look.steps),
         "versions": dict(node.look.versions),
         "phases": phases,
     }

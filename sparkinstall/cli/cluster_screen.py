@@ -20,6 +20,7 @@ from sparkinstall.cli.text_output import console, plan_lines, sign
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.drift import Comparison, Weight
 from sparkinstall.cluster.orchestrate import Cluster, Done, Line, Started, Tell
+from sparkinstall.cluster.protocol import Fetched
 from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Problem
@@ -143,8 +144,8 @@ def _outcome(done: Done) -> str:
     if done.outcome == "failed":
         more = f" (and {len(done.problems) - 1} more)" if len(done.problems) > 1 else ""
         return f"failed: {done.problems[0].message}{more}" if done.problems else "failed"
-    if warning := done.data.get("warning"):
-        return f"warning: {warning}"
+    if isinstance(done.data, Fetched) and done.data.warning:
+        return f"warning: {done.data.warning}"
     return _ASKED.get(done.phase, _WORDS[done.outcome])
 
 

@@ -2,20 +2,18 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from msgspec import to_builtins
-from msgspec.structs import asdict
+from msgspec import Struct, to_builtins
 
-from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.cluster.protocol import VERSION, Error, FixMessage, ProbeMessage, StepMessage
+from sparkinstall.core.checks import ProbeResult
+from sparkinstall.core.engine import StepReport
+from sparkinstall.core.fixes import FixState
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.probes import Finding, Probe
 from sparkinstall.redaction import redact
 
-if TYPE_CHECKING:
-    from sparkinstall.core.fixes import FixState
-
-VERSION = 1
 _STATUS = {
     Exit.GOOD: "good",
     Exit.FAILED: "failed",
@@ -27,14 +25,14 @@ _STATUS = {
 }
 
 
-def envelope(command: str, code: Exit, data: Mapping[str, Any], problems: Sequence[Problem]) -> str:
+def envelope(command: str, code: Exit, data: Struct | Mapping[str, Any], problems: Sequence[Problem]) -> str:
     """One line of JSON; the same shape whether the command went well or not."""
     whole = {
         "version": VERSION,
         "command": command,
         "status": _STATUS[code],
         "exit_code": int(code),
-        "data": data,
+        "data": to_builtins(data, enc_hook=str),
         "errors": [problem_data(problem) for problem in problems],
     }
     return json.dumps(_redacted(whole), default=str)
@@ -50,51 +48,20 @@ def _redacted(value: Any) -> Any:
 
 
 def problem_data(problem: Problem) -> dict[str, Any]:
-    return {
-        "code": problem.code,
-        "message": problem.message,
-        "cause": problem.cause,
-        "hint": problem.hint,
-        "log": problem.log,
-        "output": list(problem.output),
-    }
+    return _as_dict(Error.of(problem))
 
 
 def step_data(report: StepReport) -> dict[str, Any]:
-    return {
-        "step": report.name,
-        "outcome": report.outcome,
-        "seconds": round(report.seconds, 3),
-        "blocked_by": report.blocked_by or None,
-        "resources": [resource_data(each) for each in report.checked],
-        "error": problem_data(report.problem) if report.problem else None,
-    }
-
-
-def resource_data(checked: Checked) -> dict[str, Any]:
-    state = checked.state
-    return {
-        "key": checked.key,
-        "changed": checked.changed,
-        **to_builtins(state),
-    }
+    return _as_dict(StepMessage.of(report))
 
 
 def finding_data(probe: Probe, finding: Finding, seconds: float) -> dict[str, Any]:
-    return {
-        "name": probe.name,
-        "title": probe.title,
-        "level": probe.level,
-        "fix": probe.fix.number if probe.fix else None,
-        "seconds": round(seconds, 3),
-        **asdict(finding),
-    }
+    return _as_dict(ProbeMessage.of(ProbeResult(probe, finding, seconds)))
 
 
-def fix_data(state: "FixState") -> dict[str, Any]:
-    return {
-        "number": state.fix.number,
-        "title": state.fix.title,
-        "standing": state.standing,
-        "note": state.note,
-    }
+def fix_data(state: FixState) -> dict[str, Any]:
+    return _as_dict(FixMessage.of(state))
+
+
+def _as_dict(message: Struct) -> dict[str, Any]:
+    return dict(to_builtins(message))

@@ -22,7 +22,7 @@ class Answer(Struct, frozen=True):
     """What a verb has to say: an exit code, data for JSON, and how a person is shown it."""
 
     code: Exit = Exit.GOOD
-    data: Mapping[str, Any] = field(default_factory=dict)
+    data: Struct | Mapping[str, Any] = field(default_factory=dict)
     show: Callable[[], None] = lambda: None
     problems: tuple[Problem, ...] = ()
 

@@ -21,19 +21,20 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from msgspec import Struct, field, to_builtins
-from msgspec.structs import asdict, astuple
+import msgspec
+from msgspec import UNSET, Struct, field
+from msgspec.structs import astuple
 
-from sparkinstall.cluster.remote import OnLine, RemoteNode, Reply, repeated
+from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, OfferOpen, Reply, announced
+from sparkinstall.cluster.remote import OnLine, RemoteNode, repeated
 from sparkinstall.cluster.transfer import CopyFailed, Listed, Receiver, Sender, receiving
 from sparkinstall.downloads import sha256_of
 from sparkinstall.errors import Interrupted, Problem, storage_problem
 from sparkinstall.facts.machine import cores
 from sparkinstall.node import Node
 from sparkinstall.resources import Ok
-from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary
+from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary, Recipe
 from sparkinstall.resources.venv import PythonEnvironment, lock_of
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.system import Reader, processes
@@ -52,43 +53,32 @@ _ARRIVING = "arriving"
 _MODES = 0o755
 
 
+class BuiltNccl(Struct, frozen=True):
+    """The recipe of a library, and the place that its source was taken from."""
+
+    recipe: Recipe
+    where: str
+
+
 class Manifest(Struct, frozen=True):
     """What a node offers. `wheels`: uv's name of each, and the folder of its files; both relative to the cache.
 
-    `of` is what must be the same on both nodes for the wheels to be of use; `nccl` the recipe of the library.
+    `of` is what must be the same on both nodes for the wheels to be of use.
     """
 
     of: Mapping[str, str]
     wheels: tuple[tuple[str, str], ...] = ()
     files: tuple[Listed, ...] = ()
-    nccl: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_bytes(self) -> bytes:
-        return json.dumps(to_builtins(self)).encode()
-
-
-class Arrived(Struct, frozen=True):
-    """What came over: files, and their bytes in all. `why_not` is said of what did not fit this node."""
-
-    files: int = 0
-    size: int = 0
-    why_not: str = ""
-
-
-class Offered(Struct, frozen=True):
-    """Where the head's list is to be had, and its sha256; it comes over ssh, as the token does."""
-
-    port: int
-    digest: str
+    nccl: BuiltNccl | None = None
 
 
 # --- what a node offers
 
 
 def serve(
-    node: Node, on: Reader, steps: Sequence[str], peers: Sequence[str], token: str, announce: Callable[[Offered], None]
-) -> Mapping[str, Any]:
-    """Give what this node has to each of `peers` (addresses on the link) that asks for it; what came of that.
+    node: Node, on: Reader, steps: Sequence[str], peers: Sequence[str], token: str, announce: Callable[[Offer], None]
+) -> Offered:
+    """Send what this node has to each of `peers` (addresses on the link) that asks for it.
 
     Raises:
         CopyFailed: this node has not its address on the link.
@@ -98,27 +88,27 @@ def serve(
         manifest, files = offer(node, on, steps)
     except OSError as error:
         raise storage_problem(error, "listing what the other nodes can have") from error
-    listing = manifest.as_bytes()
+    listing = msgspec.json.encode(manifest)
     sizes = [each.size for each in manifest.files]
     sender = Sender(node.address, frozenset(peers), token, listing, list(zip(files, sizes, strict=True)))
     with sender.listening() as listener:
-        announce(Offered(listener.getsockname()[1], hashlib.sha256(listing).hexdigest()))
+        announce(Offer(listener.getsockname()[1], hashlib.sha256(listing).hexdigest()))
         sender.serve(listener)
-    return {"files": len(files), "bytes": sum(sizes), "sent": sender.sent}
+    return Offered(len(files), sum(sizes), sender.sent)
 
 
 def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Manifest, list[Path]]:
     """What this node can give for these steps, and the real file of each entry."""
     files: list[tuple[Listed, Path]] = []
     wheels: list[tuple[str, str]] = []
-    recipe: dict[str, Any] = {}
+    built = None
     if "environment" in steps:
         wheels, files = _wheels(node, on)
     library = _nccl(node) if "nccl" in steps else None
     if library and isinstance(library.check(on), Ok) and (entries := _library(node, library, on)):
-        recipe = {**asdict(library.recipe(on)), "where": library.source.where}
+        built = BuiltNccl(library.recipe(on), library.source.where)
         files += entries
-    manifest = Manifest(likeness(node), tuple(wheels), tuple(listed for listed, _ in files), recipe)
+    manifest = Manifest(likeness(node), tuple(wheels), tuple(listed for listed, _ in files), built)
     return manifest, [path for _, path in files]
 
 
@@ -215,15 +205,15 @@ def _keep(record: Path, text: str) -> None:
 
 
 def fetch(
-    node: Node, on: Reader, steps: Sequence[str], offered: Offered, token: str, tell: Callable[[int, int], None]
-) -> Arrived:
-    """Take from the head what is lacking here; `tell` is told how many bytes of how many are there.
+    node: Node, on: Reader, steps: Sequence[str], head: Introduction, tell: Callable[[int, int], None]
+) -> Fetched:
+    """Fetch missing artifacts from the head; `tell` is called with the bytes that arrived and their total.
 
     Raises:
         CopyFailed: the head cannot be reached, or what it sends is not what it announced.
         Storage: it cannot be written.
     """
-    with receiving(node.config.cluster.head, offered.port, token, offered.digest, node.address) as receiver:
+    with receiving(node.config.cluster.head, head.port, head.token, head.digest, node.address) as receiver:
         return accept(node, on, receiver, steps, tell)
 
 
@@ -234,11 +224,8 @@ def understood(listing: bytes) -> Manifest:
         CopyFailed: it names a place that is not a cache's, or is no such list.
     """
     try:
-        said = json.loads(listing)
-        files = tuple(Listed(str(e["path"]), int(e["size"]), int(e["mode"]), str(e["sha256"])) for e in said["files"])
-        wheels = tuple((str(stem), str(archive)) for stem, archive in said["wheels"])
-        manifest = Manifest(dict(said["of"]), wheels, files, dict(said["nccl"]))
-    except (ValueError, KeyError, TypeError) as error:
+        manifest = msgspec.json.decode(listing, type=Manifest)
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise CopyFailed("the other node's list of files cannot be read") from error
     _require_harmless(manifest)
     return manifest
@@ -280,7 +267,7 @@ def accept(
     receiver: Receiver,
     steps: Sequence[str],
     tell: Callable[[int, int], None] = lambda *_: None,
-) -> Arrived:
+) -> Fetched:
     """Bring what this node lacks for these steps into its cache.
 
     Raises:
@@ -301,7 +288,8 @@ def accept(
         raise
     except OSError as error:
         raise storage_problem(error, "copying from another node") from error
-    return Arrived(len(wanted), sum(each.size for _, each in wanted), "; ".join(lack.reasons))
+    size = sum(each.size for _, each in wanted)
+    return Fetched(bool(wanted), len(wanted), size, "; ".join(lack.reasons) or UNSET)
 
 
 @contextmanager
@@ -369,14 +357,13 @@ class _Lack(Struct):
         return bool(_PAGE.fullmatch(listed.path)) and not _is(self.node.cache / listed.path, listed)
 
     def _has_use_for_nccl(self) -> bool:
-        offered, library = dict(self.manifest.nccl), _nccl(self.node)
-        if not offered or library is None or isinstance(library.check(self.on), Ok):
+        offered, library = self.manifest.nccl, _nccl(self.node)
+        if offered is None or library is None or isinstance(library.check(self.on), Ok):
             return False
-        where = str(offered.pop("where", ""))
-        if where == library.source.where:
-            library.source.hold_to(str(offered.get("source", "")), self.on)
-        own = asdict(library.recipe(self.on))
-        different = [name for name in own if own[name] != offered.get(name)]
+        if offered.where == library.source.where:
+            library.source.hold_to(offered.recipe.source, self.on)
+        own = library.recipe(self.on)
+        different = [each for each in own.__struct_fields__ if getattr(own, each) != getattr(offered.recipe, each)]
         if different:
             self.reasons.append(f"NCCL is not copied: the nodes have not the same {', '.join(different)}")
         return not different
@@ -422,32 +409,6 @@ def _make_room(to: Path, cache: Path) -> None:
 
 # --- at the terminal
 
-_OFFER = "offer"
-
-
-def announcement(offered: Offered) -> str:
-    """The line of stderr in which the head says where its list is."""
-    return json.dumps({_OFFER: to_builtins(offered)})
-
-
-def _parse_announcement(line: str) -> Offered | None:
-    try:
-        said = json.loads(line)[_OFFER]
-        return Offered(int(said["port"]), str(said["digest"]))
-    except (ValueError, KeyError, TypeError, IndexError):
-        return None
-
-
-def introduction(offered: Offered, token: str) -> str:
-    """What a worker is told on its stdin."""
-    return json.dumps({"token": token, **to_builtins(offered)})
-
-
-def introduced(said: str) -> tuple[Offered, str]:
-    """The other end of `introduction`: the offer and the token."""
-    known = json.loads(said)
-    return Offered(int(known["port"]), str(known["digest"])), str(known["token"])
-
 
 class Secret(str):
     """32 random bytes in hex, which no `repr` shows."""
@@ -467,13 +428,13 @@ class Handover(Struct):
     steps: Sequence[str]
     words: Callable[[RemoteNode], list[str]]
     _token: Secret = field(default_factory=Secret)
-    _offered: Offered | None = None
+    _offer: Offer | None = None
     _ready: threading.Event = field(default_factory=threading.Event)
 
-    def work(self, node: RemoteNode, on_line: OnLine) -> Reply:
-        """This node's part."""
+    def work(self, node: RemoteNode, on_line: OnLine) -> Reply[Offered | Fetched]:
+        """Run this node's part. A failed copy is a warning: the node downloads and builds by itself."""
         try:
-            return self._offer(on_line) if node is self.head else self._fetch(node, on_line)
+            return self._serve(on_line) if node is self.head else self._fetch(node, on_line)
         except Interrupted:
             raise
         except Problem as problem:
@@ -482,31 +443,31 @@ class Handover(Struct):
             if node is self.head:
                 self._ready.set()
 
-    def _offer(self, on_line: OnLine) -> Reply:
+    def _serve(self, on_line: OnLine) -> Reply[Offered | Fetched]:
         def listen(line: str) -> None:
-            if found := _parse_announcement(line):
-                self._offered = found
+            if found := announced(line, OfferOpen):
+                self._offer = found.offer
                 self._ready.set()
             else:
                 on_line(line)
 
         peers = [each.member.address for each in self.workers]
         argv = ("node", "offer", *peers, *self.words(self.head), *repeated("--only", self.steps))
-        return _forgiven(self.head.call(*argv, on_line=listen, given=self._token))
+        return _forgiven(self.head.call(Offered, *argv, on_line=listen, stdin=self._token))
 
-    def _fetch(self, node: RemoteNode, on_line: OnLine) -> Reply:
+    def _fetch(self, node: RemoteNode, on_line: OnLine) -> Reply[Offered | Fetched]:
         while not self._ready.wait(1):
             processes.refuse_if_stopped()
-        if self._offered is None:
+        if self._offer is None:
             return _warned(f"{self.head.host} offers nothing: what is missing is downloaded and built here")
         argv = ("node", "fetch", *self.words(node), *repeated("--only", self.steps))
-        given = introduction(self._offered, self._token)
-        return _forgiven(node.call(*argv, on_line=on_line, given=given))
+        head = Introduction(str(self._token), self._offer.port, self._offer.digest)
+        return _forgiven(node.call(Fetched, *argv, on_line=on_line, stdin=msgspec.json.encode(head).decode()))
 
 
-def _forgiven(reply: Reply) -> Reply:
-    return _warned(reply.problems[0].message) if reply.problems else Reply(0, reply.data, ())
+def _forgiven(reply: Reply[Offered | Fetched]) -> Reply[Offered | Fetched]:
+    return _warned(reply.problems[0].message) if reply.problems else Reply(data=reply.data)
 
 
-def _warned(why: str) -> Reply:
-    return Reply(0, {"changed": False, "warning": why}, ())
+def _warned(why: str) -> Reply[Offered | Fetched]:
+    return Reply(data=Fetched(warning=why))

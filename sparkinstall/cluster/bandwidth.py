@@ -4,7 +4,6 @@ The side that answers listens at its QSFP address, at ports that our firewall cl
 itself: when it was asked, when its time is over, or when the terminal is gone.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,8 +13,8 @@ from contextlib import contextmanager
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.cluster import protocol
-from sparkinstall.cluster.remote import OnLine, RemoteNode, Reply
+from sparkinstall.cluster.protocol import Asked, Listening, Reply, Responded, announced
+from sparkinstall.cluster.remote import OnLine, RemoteNode
 from sparkinstall.errors import Interrupted, Problem
 from sparkinstall.facts import card, qsfp
 from sparkinstall.node import Node
@@ -24,7 +23,6 @@ from sparkinstall.probes.bandwidth import KINDS, Kind, Measured, Program
 from sparkinstall.resources import ray_ports
 from sparkinstall.system import Reader, Result, processes
 
-_ANSWERS = "answers-at"
 # Seconds that a program may take until it listens.
 _PATIENCE = 20.0
 _LIMIT = bandwidth.NCCL_LIMIT + 10
@@ -49,11 +47,8 @@ def _why_not(node: Node, on: Reader, kind: Kind) -> str:
         return problem.message
 
 
-def respond(node: Node, on: Reader, kind: Kind, announce: Callable[[Sequence[int]], None]) -> dict[str, int]:
-    """Run the answering side once; `announce` is given its ports when it listens at all of them.
-
-    Returns:
-        The counters of errors that have grown meanwhile.
+def respond(node: Node, on: Reader, kind: Kind, announce: Callable[[Listening], None]) -> Responded:
+    """Run the answering side once; `announce` is called when it listens at all of its ports.
 
     Raises:
         NotMeasured: it does not come to listen.
@@ -61,15 +56,15 @@ def respond(node: Node, on: Reader, kind: Kind, announce: Callable[[Sequence[int
     ports = _free_ports(on, bandwidth.count(kind))
     with _counting(node, on) as grown, _running(on, bandwidth.programs(node, on, kind, ports)) as running:
         _wait_until_listening(on, ports, running)
-        announce(ports)
-    return grown
+        announce(Listening(tuple(ports)))
+    return Responded(grown)
 
 
-def ask(node: Node, on: Reader, kind: Kind, peer: str, ports: Sequence[int]) -> tuple[Measured, dict[str, int]]:
-    """Run the asking side against the node at `peer`, its address on the first half; and what `respond` returns."""
+def ask(node: Node, on: Reader, kind: Kind, peer: str, ports: Sequence[int]) -> Asked:
+    """Run the asking side against the node at `peer`, its address on the first half."""
     with _counting(node, on) as grown, _running(on, bandwidth.programs(node, on, kind, ports, peer)) as running:
         said = {over: (each.result().out, each.result().err) for over, each in running.items()}
-    return bandwidth.understood(kind, said), grown
+    return Asked(bandwidth.understood(kind, said), grown)
 
 
 @contextmanager
@@ -128,18 +123,6 @@ def _wait_until_listening(on: Reader, ports: Sequence[int], running: Mapping[str
 _START = "`sparkinstall verify --level link` there shows what is wrong with the link"
 
 
-def announcement(ports: Sequence[int]) -> str:
-    """The line of stderr in which the answering side says where it listens."""
-    return json.dumps({_ANSWERS: list(ports)})
-
-
-def _parse_announcement(line: str) -> list[int] | None:
-    try:
-        return [int(port) for port in json.loads(line)[_ANSWERS]]
-    except (ValueError, KeyError, TypeError, IndexError):
-        return None
-
-
 # --- at the terminal
 
 
@@ -177,42 +160,44 @@ class Measurement(Struct):
         measured = self._measured or Measured(self.kind, {}, why=self._why or "no node gave an answer")
         return replace(measured, lost=self._lost)
 
-    def work(self, node: RemoteNode, on_line: OnLine) -> Reply:
-        """This node's part. That it came to nothing is a result, and no failure of the phase."""
+    def work(self, node: RemoteNode, on_line: OnLine) -> Reply[Responded]:
+        """Run this node's part. A failed measurement is a result, not a failure of the phase."""
+        reply: Reply[Responded | Asked]
         try:
             reply = self._respond(on_line) if node is self.responding else self._ask(on_line)
         except Interrupted:
             raise
         except Problem as problem:
-            reply = Reply(0, {}, (problem,))
+            reply = Reply(problems=(problem,))
         finally:
             if node is self.responding:
                 self._ready.set()
         for each in reply.problems[:1]:
             self._why = f"{node.host}: {each.message}" + (f" ({each.cause})" if each.cause else "")
-        if lost := protocol.read(reply.data, protocol.Responded).lost:
-            self._lost[node.host] = lost
-        return Reply(0, {}, ())
+        if reply.data and reply.data.lost:
+            self._lost[node.host] = reply.data.lost
+        return Reply()
 
-    def _respond(self, on_line: OnLine) -> Reply:
+    def _respond(self, on_line: OnLine) -> Reply[Responded]:
         def listen(line: str) -> None:
-            if (found := _parse_announcement(line)) is not None:
-                self._ports = found
+            if found := announced(line, Listening):
+                self._ports = found.answers_at
                 self._ready.set()
             else:
                 on_line(line)
 
-        return self.responding.call("node", "respond", self.kind, *self.words(self.responding), on_line=listen)
+        words = self.words(self.responding)
+        return self.responding.call(Responded, "node", "respond", self.kind, *words, on_line=listen)
 
-    def _ask(self, on_line: OnLine) -> Reply:
+    def _ask(self, on_line: OnLine) -> Reply[Asked]:
         while not self._ready.wait(1):
             processes.refuse_if_stopped()
         if self._ports is None:
-            return Reply(0, {}, ())
+            return Reply()
         argv = ("node", "ask", self.kind, self.responding.member.address, *map(str, self._ports))
-        reply = self.asking.call(*argv, *self.words(self.asking), on_line=on_line)
-        if not reply.problems:
-            self._measured = protocol.read(reply.data, protocol.Asked).measured
+        reply = self.asking.call(Asked, *argv, *self.words(self.asking), on_line=on_line)
+        if reply.data and not reply.problems:
+            self._measured = reply.data.measured
         return reply
 
 

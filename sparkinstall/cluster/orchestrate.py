@@ -3,16 +3,29 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.cluster import artifacts, bandwidth, drift, protocol
+from sparkinstall.cluster import artifacts, bandwidth, drift
 from sparkinstall.cluster.artifacts import Handover
 from sparkinstall.cluster.bandwidth import Between, Measurement
 from sparkinstall.cluster.drift import Comparison
-from sparkinstall.cluster.remote import Member, NoTool, OnLine, RemoteNode, Reply, assignments, repeated
+from sparkinstall.cluster.protocol import (
+    Applied,
+    Confirmed,
+    Fetched,
+    Look,
+    Measurable,
+    Reached,
+    Reply,
+    Status,
+    Token,
+    Uninstalled,
+    Verified,
+)
+from sparkinstall.cluster.remote import Member, NoTool, OnLine, RemoteNode, assignments, repeated
 from sparkinstall.config import Config
 from sparkinstall.core import catalogue
 from sparkinstall.core.engine import StepReport
@@ -77,18 +90,19 @@ class Line(Struct, frozen=True):
 
 
 class Done(Struct, frozen=True):
-    """What became of a phase on one node. `seconds` is wall time."""
+    """What became of a phase on one node: its verb's message, if it gave one. `seconds` is wall time."""
 
     host: str
     phase: str
     outcome: Outcome
     seconds: float = 0.0
-    data: Mapping[str, Any] = field(default_factory=dict)
-    problems: tuple[Problem, ...] = ()
+    data: Struct | None = None
+    problems: Sequence[Problem] = ()
 
 
 Tell = Callable[[Started | Line | Done], None]
-Work = Callable[[RemoteNode, OnLine], Reply]
+Work = Callable[[RemoteNode, OnLine], Reply[Struct]]
+_Message = TypeVar("_Message", bound=Struct)
 
 
 class ClusterOptions(Struct, frozen=True):
@@ -169,8 +183,10 @@ class Cluster(Struct):
         """What became of each phase on this node."""
         return [each for each in self.done if each.host == node.host]
 
-    def _of_phase(self, phase: str) -> list[Done]:
-        return [each for each in self.done if each.phase == phase]
+    def replies(self, phase: str, message: type[_Message]) -> list[tuple[Done, _Message]]:
+        """What each node replied in a phase; an empty message where it gave none."""
+        ended = [each for each in self.done if each.phase == phase]
+        return [(each, each.data if isinstance(each.data, message) else message()) for each in ended]
 
     # --- what is said to a node
 
@@ -183,15 +199,15 @@ class Cluster(Struct):
             mine["cluster.address"] = node.member.address
         return assignments(mine)
 
-    def _set_up(self, node: RemoteNode, steps: Sequence[str], on_line: OnLine, token: str = "") -> Reply:
+    def _set_up(self, node: RemoteNode, steps: Sequence[str], on_line: OnLine, token: str = "") -> Reply[Applied]:
         argv = ["all"] if node.member.role == "single" else ["multi-node", "--role", node.member.role]
         if node.member.role != "single" and "network" in steps:
             argv.append("--leave-armed")
         if token:
             argv += ["--token-file", "-"]
         argv += [*self.words(node), *repeated("--only", steps), *repeated("--ignore", self.options.ignore), "--yes"]
-        reply = node.call(*argv, on_line=on_line, given=token)
-        node.changed |= protocol.read(reply.data, protocol.Applied).changed
+        reply = node.call(Applied, *argv, on_line=on_line, stdin=token)
+        node.changed |= bool(reply.data and reply.data.changed)
         return reply
 
     # --- the phases
@@ -207,10 +223,10 @@ class Cluster(Struct):
             self._judge(node)
         self._barrier()
 
-    def _look(self, node: RemoteNode, on_line: OnLine) -> Reply:
+    def _look(self, node: RemoteNode, on_line: OnLine) -> Reply[Look]:
         chosen = [*repeated("--only", self.options.only), *repeated("--skip", self.options.skip)]
-        reply = node.call("node", "look", *self.words(node), *chosen, on_line=on_line)
-        node.look = protocol.read(reply.data, protocol.Look)
+        reply = node.call(Look, "node", "look", *self.words(node), *chosen, on_line=on_line)
+        node.look = reply.data or Look()
         return reply
 
     def _require_known_checks(self) -> None:
@@ -294,11 +310,11 @@ class Cluster(Struct):
         self._at_once("reach", due, self._reach)
         # Without a confirmation the nodes roll back by themselves.
         self._barrier()
-        self._at_once("confirm", due, lambda node, on_line: node.call("node", "confirm", on_line=on_line))
+        self._at_once("confirm", due, lambda node, on_line: node.call(Confirmed, "node", "confirm", on_line=on_line))
 
-    def _reach(self, node: RemoteNode, on_line: OnLine) -> Reply:
+    def _reach(self, node: RemoteNode, on_line: OnLine) -> Reply[Reached]:
         others = [each.member.address for each in self.nodes if each is not node]
-        return node.call("node", "reach", *others, *self.words(node), on_line=on_line, new_connection=True)
+        return node.call(Reached, "node", "reach", *others, *self.words(node), on_line=on_line, new_connection=True)
 
     def _require_same(self) -> None:
         """Raises Barrier where Python, vLLM, torch, Ray or NCCL are not the same on all nodes."""
@@ -318,33 +334,35 @@ class Cluster(Struct):
         """The head's Ray token, which goes from its stdout to the workers' stdin and nowhere else."""
         if self.nodes[0].look.executor != "ray":
             return ""
-        replies: list[Reply] = []
+        found = Token()
 
-        def ask(node: RemoteNode, on_line: OnLine) -> Reply:
-            replies.append(node.call("node", "token", *self.words(node), on_line=on_line))
-            return Reply(replies[0].code, {}, replies[0].problems)
+        def ask(node: RemoteNode, on_line: OnLine) -> Reply[Token]:
+            nonlocal found
+            reply = node.call(Token, "node", "token", *self.words(node), on_line=on_line)
+            found = reply.data or found
+            # Without the message: `done`, which keeps the replies, is printed.
+            return Reply(reply.code, problems=reply.problems)
 
         self._at_once("token", self.nodes[:1], ask)
         self._barrier()
-        return protocol.read(replies[0].data, protocol.Token).token
+        return found.token
 
     def verify(self) -> None:
         """Every check and every probe, on every node."""
         self._at_once("verify", self.nodes, self._verify)
 
-    def _verify(self, node: RemoteNode, on_line: OnLine) -> Reply:
+    def _verify(self, node: RemoteNode, on_line: OnLine) -> Reply[Verified]:
         options = self.options
         chosen = [*repeated("--only", options.only), *repeated("--skip", options.skip)]
         chosen += [*(["--level", options.level] if options.level else []), *(["--measure"] if options.measure else [])]
-        reply = node.call("verify", *self.words(node), *chosen, on_line=on_line)
-        return reply if reply.problems or not reply.code else Reply(reply.code, reply.data, (_not_proven(reply),))
+        reply = node.call(Verified, "verify", *self.words(node), *chosen, on_line=on_line)
+        if reply.problems or not reply.code:
+            return reply
+        return Reply(reply.code, reply.data, (_not_proven(reply.data or Verified()),))
 
     def compare(self) -> Comparison | None:
         """The differences between the nodes that `verify` asked; None if fewer than two replied."""
-        verified = [
-            (each.host, protocol.read(each.data, protocol.Verified)) for each in self.done if each.phase == "verify"
-        ]
-        asked = [(host, each.comparables) for host, each in verified if each.comparables]
+        asked = [(done.host, each.comparables) for done, each in self.replies("verify", Verified) if each.comparables]
         if len(asked) < 2 or LEVELS.index(self.options.level or LEVELS[-1]) < LEVELS.index("cluster"):
             return None
         found = drift.compared(asked)
@@ -359,11 +377,7 @@ class Cluster(Struct):
         if len(self.nodes) < 2:
             return []
         self._at_once("ready", self.nodes, self._measurable)
-        why = {
-            done.host: protocol.read(done.data, protocol.Measurable).why_not
-            for done in self.done
-            if done.phase == "ready"
-        }
+        why = {done.host: each.why_not for done, each in self.replies("ready", Measurable)}
         head, kinds = self.nodes[0], bandwidth_probes.kinds(self.options.config.network.transport)
         found: list[Between] = []
         for worker, kind in ((worker, kind) for worker in self.nodes[1:] for kind in kinds):
@@ -371,8 +385,8 @@ class Cluster(Struct):
             found += [out] if out else [self._between(*way, kind) for way in bandwidth.ways(head, worker, kind)]
         return found
 
-    def _measurable(self, node: RemoteNode, on_line: OnLine) -> Reply:
-        return node.call("node", "measurable", *self.words(node), on_line=on_line)
+    def _measurable(self, node: RemoteNode, on_line: OnLine) -> Reply[Measurable]:
+        return node.call(Measurable, "node", "measurable", *self.words(node), on_line=on_line)
 
     def _between(self, asking: RemoteNode, responding: RemoteNode, kind: bandwidth_probes.Kind) -> Between:
         started, one = time.monotonic(), Measurement(asking, responding, kind, self.words)
@@ -390,7 +404,7 @@ class Cluster(Struct):
 
     def status(self) -> None:
         """What is installed where."""
-        self._at_once("status", self.nodes, lambda node, on_line: _as_it_is(node, on_line, "status"))
+        self._at_once("status", self.nodes, lambda node, on_line: _as_it_is(node, on_line, Status, "status"))
 
     def uninstall(self) -> None:
         """Uninstall everything, the workers first: they depend on the head.
@@ -399,7 +413,9 @@ class Cluster(Struct):
             Barrier: a worker failed; the head was left as it is.
         """
         for nodes in (self.nodes[1:], self.nodes[:1]):
-            self._at_once("uninstall", nodes, lambda node, on_line: _as_it_is(node, on_line, "uninstall", "--yes"))
+            self._at_once(
+                "uninstall", nodes, lambda node, on_line: _as_it_is(node, on_line, Uninstalled, "uninstall", "--yes")
+            )
             self._barrier()
 
     # --- side by side
@@ -442,12 +458,12 @@ class Cluster(Struct):
             raise Barrier(f"stopped: {', '.join(bad)}")
 
 
-def _as_it_is(node: RemoteNode, on_line: OnLine, *argv: str) -> Reply:
-    """Ask the tool that is there, of whichever version; where there is none there is nothing."""
+def _as_it_is(node: RemoteNode, on_line: OnLine, message: type[_Message], *argv: str) -> Reply[_Message]:
+    """Ask the sparkinstall that is there, of any version; where there is none, the reply is empty."""
     try:
-        return node.call(*argv, on_line=on_line, bring=False)
+        return node.call(message, *argv, on_line=on_line, bring=False)
     except NoTool:
-        return Reply(0, {}, ())
+        return Reply()
 
 
 def _judged(node: RemoteNode, phase: str, work: Work, on_line: OnLine, started: float) -> Done:
@@ -461,8 +477,8 @@ def _judged(node: RemoteNode, phase: str, work: Work, on_line: OnLine, started: 
     if reply.problems or reply.code:
         problems = reply.problems or (Problem(f"`{phase}` ended with {reply.code} and did not say why"),)
         return Done(node.host, phase, "failed", seconds, reply.data, problems)
-    outcome: Outcome = "changed" if protocol.read(reply.data, protocol.Applied).changed else "unchanged"
-    return Done(node.host, phase, outcome, seconds, reply.data)
+    changed = isinstance(reply.data, Applied | Fetched) and reply.data.changed
+    return Done(node.host, phase, "changed" if changed else "unchanged", seconds, reply.data)
 
 
 def is_due(report: StepReport) -> bool:
@@ -510,8 +526,7 @@ def _in_the_way(node: RemoteNode) -> list[Problem]:
     return problems
 
 
-def _not_proven(reply: Reply) -> Problem:
-    verified = protocol.read(reply.data, protocol.Verified)
+def _not_proven(verified: Verified) -> Problem:
     steps = [report.name for report in verified.reports if is_due(report)]
     probes = [each for each in verified.results if each.finding.verdict == "fail"]
     parts = [*steps, *(each.probe.name for each in probes)]

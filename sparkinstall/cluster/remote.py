@@ -1,13 +1,14 @@
-"""A node over ssh, as the terminal sees it: the tool is installed there, runs a verb, and replies in JSON."""
+"""A node over ssh, as the terminal sees it: sparkinstall is installed there, runs a verb, and replies in JSON."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec import Struct, field
 
 from sparkinstall.cluster import bootstrap, protocol
+from sparkinstall.cluster.protocol import Reply
 from sparkinstall.cluster.ssh import Ssh, quoted
 from sparkinstall.cluster.uploads import Carried
 from sparkinstall.errors import PreflightFailed, Problem
@@ -15,6 +16,7 @@ from sparkinstall.redaction import redact
 from sparkinstall.system import Result
 
 OnLine = Callable[[str], None]
+_Message = TypeVar("_Message")
 
 
 class Member(Struct, frozen=True):
@@ -26,22 +28,15 @@ class Member(Struct, frozen=True):
     address: str
 
 
-class Reply(Struct, frozen=True):
-    """What a verb replied on the remote node: its JSON object."""
-
-    code: int
-    data: Mapping[str, Any]
-    problems: tuple[Problem, ...]
-
-
 class NoTool(Problem):
-    """Nothing of sparkinstall is on the node."""
+    """sparkinstall is not on the node."""
 
 
 class RemoteNode(Struct):
     """A node and what is known of it.
 
-    `carried`: what settings name and has to be there. `changed`: a phase of this run has changed something there.
+    `carried`: files of this machine that settings name and the node needs. `brought`: this run installed sparkinstall
+    there. `changed`: a phase of this run changed something there.
     """
 
     member: Member
@@ -58,39 +53,40 @@ class RemoteNode(Struct):
 
     def call(
         self,
+        message: type[_Message],
         *argv: str,
         on_line: OnLine,
-        given: str = "",
+        stdin: str = "",
         new_connection: bool = False,
         bring: bool = True,
-    ) -> Reply:
-        """Run a verb of the tool there, with `--json`.
+    ) -> Reply[_Message]:
+        """Run a verb there with `--json`, which replies with a `message`.
 
-        The words go through stdin, as does what is `given` to the verb's own stdin: command lines can be seen
-        by every user of a machine. That stdin stays open; when this end is gone, the remote run ends itself.
+        The words of the verb and its stdin go through the stdin of ssh: every user of a machine can see command lines.
+        That stdin stays open; when this end is gone, the remote run ends itself.
 
         Args:
-            new_connection: use a connection of its own.
-            bring: install this very version first where it is missing; False: whichever is there will do.
+            new_connection: use a new connection.
+            bring: install exactly this version first where it is missing; False: any version will do.
 
         Raises:
             Unreachable: ssh could not connect, or the connection was lost.
-            NoTool: there is none, and none is to be brought.
-            Problem: the tool cannot run there.
+            NoTool: sparkinstall is not there, and `bring` is False.
+            Problem: sparkinstall cannot run there, or its reply cannot be read.
         """
         whole = [*argv, "--json", *(["-v"] if self.verbose else [])]
-        preface = msgspec.json.encode(protocol.Request(tuple(whole), str(given))) + b"\n"
+        preface = msgspec.json.encode(protocol.Request(tuple(whole), str(stdin))) + b"\n"
         result = self._run(preface, on_line, new_connection, bring)
         if result.code == bootstrap.MISSING:
             if not bring:
-                raise NoTool(f"nothing of sparkinstall is on {self.host}")
+                raise NoTool(f"sparkinstall is not installed on {self.host}")
             self._bring(result.out, on_line)
             result = self._run(preface, on_line, new_connection, bring)
         if result.code == bootstrap.LACKING:
             for each in self.carried:
                 self._carry(each, on_line)
             result = self._run(preface, on_line, new_connection, bring)
-        return self._understood(result)
+        return self._decoded(result, message)
 
     def _run(self, preface: bytes, on_line: OnLine, new_connection: bool, bring: bool) -> Result:
         wanted = bootstrap.digest() if bring else "any"
@@ -98,14 +94,14 @@ class RemoteNode(Struct):
         command = quoted("sh", "-c", bootstrap.run_line(), "sparkinstall", wanted, needed, "node", "attend")
         return self.ssh.run(command, stdin=preface, keep_open=True, on_line=on_line, new_connection=new_connection)
 
-    def _bring(self, said: str, on_line: OnLine) -> None:
-        place = bootstrap.place(said)
+    def _bring(self, out: str, on_line: OnLine) -> None:
+        place = bootstrap.place(out)
         if place is None or place.python is None:
             raise PreflightFailed(
                 f"{self.host} has no Python 3.11 or newer, which sparkinstall needs",
                 hint=f"at the node: `sudo apt-get install python3` ({self.host})",
             )
-        on_line("bringing sparkinstall to the node")
+        on_line("installing sparkinstall on the node")
         tar = bootstrap.archive(bootstrap.wheelhouse(place))
         command = quoted("sh", "-c", bootstrap.unpack_line(), "sparkinstall", bootstrap.digest())
         result = self.ssh.run(command, stdin=tar, on_line=on_line)
@@ -113,41 +109,39 @@ class RemoteNode(Struct):
             raise _not_installed(self.host, result)
         self.brought = True
 
-    def _carry(self, what: Carried, on_line: OnLine) -> None:
-        on_line(f"bringing {', '.join(what.files)} to the node")
-        command = quoted("sh", "-c", bootstrap.unpack_carried_line(), "sparkinstall", what.digest)
-        result = self.ssh.run(command, stdin=bootstrap.packed(what.files), on_line=on_line)
+    def _carry(self, carried: Carried, on_line: OnLine) -> None:
+        on_line(f"copying {', '.join(carried.files)} to the node")
+        command = quoted("sh", "-c", bootstrap.unpack_carried_line(), "sparkinstall", carried.digest)
+        result = self.ssh.run(command, stdin=bootstrap.packed(carried.files), on_line=on_line)
         if not result.ok:
-            said = [line for line in result.err.splitlines() if line.strip()][-6:]
+            output = [line for line in result.err.splitlines() if line.strip()][-6:]
             raise Problem(
-                f"files that the settings name could not be brought to {self.host}",
-                cause="".join(said[-1:]),
+                f"files that the settings name could not be copied to {self.host}",
+                cause="".join(output[-1:]),
                 hint=f"fix it at the node ({self.host}), then run the same command again",
-                output=said,
+                output=output,
             )
 
-    def _understood(self, result: Result) -> Reply:
+    def _decoded(self, result: Result, message: type[_Message]) -> Reply[_Message]:
         try:
-            envelope = protocol.decode(result.out.strip().splitlines()[-1].encode())
+            return protocol.decode(result.out.strip().splitlines()[-1].encode(), message, self.host)
         except (msgspec.MsgspecError, IndexError) as error:
             raise Problem(
-                f"sparkinstall gave no answer on {self.host} (exit {result.code})",
-                hint=f"look there: `ssh {self.host}`, then `sparkinstall status`",
+                f"sparkinstall gave no reply on {self.host} (exit {result.code})",
+                hint=f"see why at the node: `ssh {self.host}`, then `sparkinstall status`",
                 output=[redact(line) for line in result.err.splitlines()[-8:]],
             ) from error
-        problems = tuple(each.problem(self.host) for each in envelope.errors)
-        return Reply(envelope.exit_code, envelope.data, problems)
 
 
 def _not_installed(host: str, result: Result) -> Problem:
-    said = [line for line in result.err.splitlines() if line.strip()]
-    reason = next((line.removeprefix("✗ ") for line in said if line.startswith("✗")), said[-1] if said else "")
-    hint = next((line.strip().removeprefix("do").strip() for line in said if line.startswith("  do ")), "")
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    reason = next((line.removeprefix("✗ ") for line in lines if line.startswith("✗")), lines[-1] if lines else "")
+    hint = next((line.strip().removeprefix("do").strip() for line in lines if line.startswith("  do ")), "")
     return Problem(
         f"sparkinstall could not be installed on {host}",
         cause=reason,
         hint=hint or f"fix it at the node ({host}), then run the same command again",
-        output=said[-6:],
+        output=lines[-6:],
     )
 
 

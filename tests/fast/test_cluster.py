@@ -222,7 +222,7 @@ def test_a_tarball_of_nccls_source_is_carried_and_what_is_not_here_is_not(far: F
         ("lock: tiny.lock", "lock: ../tiny.lock", "put it beside the stack's YAML file"),
         ("lock: tiny.lock", "lock: {mine}/tiny.lock", "put it beside the stack's YAML file"),
         ("lock: tiny.lock", "lock: gone.lock", "gone.lock cannot be carried to the nodes: No such file or directory"),
-        ("name: tiny", "name: [tiny]", "tiny.yaml: name must be letters"),
+        ("name: tiny", "name: [tiny]", "`name` must be letters"),
     ],
 )
 def test_a_stack_that_cannot_be_carried_is_told_before_anybody_is_asked(
@@ -243,7 +243,7 @@ def test_where_it_cannot_be_put_the_node_is_named(far: FarNodes) -> None:
     code, said, _ = far.cluster("plan", "spark-1", "spark-2", "--stack", "mine/tiny.yaml")
     assert code == 5
     (error,) = said["errors"]
-    assert error["message"] == "files that the settings name could not be brought to spark-2"
+    assert error["message"] == "files that the settings name could not be copied to spark-2"
     assert "carried" in error["cause"]
 
 
@@ -463,7 +463,7 @@ def test_the_tool_is_brought_to_a_node_that_has_none(far: FarNodes) -> None:
     (node,) = said["data"]["nodes"]
     assert (node["tool_brought"], node["ssh_trips"]) == (True, 3)
     assert [each["step"] for each in node["steps"]][:2] == ["packages", "environment"]
-    assert "bringing sparkinstall" in log
+    assert "installing sparkinstall" in log
     code, said, _ = far.cluster("plan", "fresh")
     assert said["data"]["nodes"][0]["ssh_trips"] == 1
 

@@ -17,11 +17,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import asdict
 
 from sparkinstall.cluster import artifacts
-from sparkinstall.cluster.artifacts import announcement
+from sparkinstall.cluster.protocol import Offer, OfferOpen
 from sparkinstall.cluster.transfer import CopyFailed
 from sparkinstall.resources.nccl import NcclLibrary
 from sparkinstall.resources.nccl_source import NcclSource
@@ -258,7 +259,7 @@ def test_what_is_no_list_is_refused(said: bytes) -> None:
 
 
 def _listing(files: list[Any], wheels: list[Any] | None = None) -> bytes:
-    return json.dumps({"of": {}, "files": files, "wheels": wheels or [], "nccl": {}}).encode()
+    return json.dumps({"of": {}, "files": files, "wheels": wheels or [], "nccl": None}).encode()
 
 
 def test_a_link_in_the_cache_leads_nothing_out_of_it(pair: tuple[Side, Side], tmp_path: Path) -> None:
@@ -396,7 +397,7 @@ def test_nccl_for_another_gpu_is_not_copied_and_said(built: tuple[Side, Side]) -
 def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
     nodes = FarNodes(tmp_path, *checkout)
     for host in ("spark-1", "spark-2"):
-        nodes.add(host, says={"offer": announcement(artifacts.Offered(4711, "d1gest"))})
+        nodes.add(host, says={"offer": msgspec.json.encode(OfferOpen(Offer(4711, "d1gest"))).decode()})
     return nodes
 
 

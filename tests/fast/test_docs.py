@@ -18,7 +18,7 @@ from sparkinstall import __version__, errors, stacks
 from sparkinstall.cli import cluster_result, json_output
 from sparkinstall.cli.app import program
 from sparkinstall.cli.multi_node import Role
-from sparkinstall.cluster import orchestrate, remote
+from sparkinstall.cluster import orchestrate, protocol, remote
 from sparkinstall.cluster.ssh import Ssh
 from sparkinstall.config import Config, build, read_layer, settings
 from sparkinstall.core import catalogue, engine, fixes
@@ -149,7 +149,7 @@ def test_the_envelope_in_the_docs_has_the_fields_of_a_real_one() -> None:
     real = json.loads(json_output.envelope("plan", Exit.USAGE, {}, [errors.BadConfig("x")]))
     assert shown.keys() == real.keys()
     assert shown["errors"][0].keys() == real["errors"][0].keys()
-    assert shown["version"] == json_output.VERSION
+    assert shown["version"] == protocol.VERSION
 
 
 @pytest.mark.parametrize("text", re.findall(r"```json\n(.*?)```", page("docs/json.md"), re.DOTALL))

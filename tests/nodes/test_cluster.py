@@ -52,7 +52,7 @@ def test_a_plan_brings_the_tool_and_touches_nothing_else(pair: Fleet) -> None:
     before = [node.tree_digest("/etc") for node in pair.nodes]
     code, said, log = _cluster(pair, "plan", "spark-1", "spark-2")
     assert code == 0, said["errors"]
-    assert "bringing sparkinstall to the node" in log
+    assert "installing sparkinstall on the node" in log
     assert [node["tool_brought"] for node in said["data"]["nodes"]] == [True, True]
     network = [step for step in said["data"]["nodes"][1]["steps"] if step["step"] == "network"]
     assert network[0]["outcome"] == "drift"

@@ -1,0 +1,167 @@
+"""The far end: what a node does for the terminal of `sparkinstall cluster`. Each function returns its reply."""
+
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+from msgspec import Struct
+
+from sparkinstall.cluster import artifacts, drift
+from sparkinstall.cluster.protocol import (
+    Confirmed,
+    Fetched,
+    Introduction,
+    Look,
+    Offer,
+    Offered,
+    OfferOpen,
+    ProbeMessage,
+    Reached,
+    Request,
+    StepMessage,
+    Token,
+)
+from sparkinstall.core import catalogue, checks, engine
+from sparkinstall.errors import Problem
+from sparkinstall.events import silent
+from sparkinstall.facts.network import HEADERS, pings
+from sparkinstall.node import Node
+from sparkinstall.probes.preflight import preflight
+from sparkinstall.resources import rollback
+from sparkinstall.system import Reader
+from sparkinstall.system.local import LocalSystem
+
+_LONGEST_REQUEST = 1 << 22
+_TRIES = 8
+
+
+def serve(run: Callable[[Sequence[str]], None]) -> None:
+    """Read a request from stdin and `run` its verb; end the verb when stdin ends: the caller is gone then.
+
+    Raises:
+        EOFError: stdin ended before the request did.
+    """
+    request = msgspec.json.decode(_first_line(), type=Request)
+    sys.stdin = io.StringIO(request.stdin)
+    threading.Thread(target=_end_when_alone, daemon=True).start()
+    run(request.argv)
+
+
+def _first_line() -> bytes:
+    line = b""
+    while not line.endswith(b"\n") and len(line) < _LONGEST_REQUEST:
+        more = os.read(0, 65536)
+        if not more:
+            raise EOFError
+        line += more
+    return line
+
+
+def _end_when_alone() -> None:
+    while os.read(0, 4096):
+        pass
+    # Nobody reads the output any more; that must not end a step in its middle.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.kill(os.getpid(), signal.SIGHUP)
+
+
+def tell(text: str) -> None:
+    """Show a line at the terminal while the verb runs."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def announce(announcement: Struct) -> None:
+    """Send a message to the terminal while the verb runs."""
+    tell(msgspec.json.encode(announcement).decode())
+
+
+def look(node: Node, on: Reader, unproven: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> Look:
+    """Plan, preflight and versions in one reply.
+
+    Raises:
+        BadUsage: `only` or `skip` names a step that there is not.
+    """
+    return Look(
+        steps=tuple(map(StepMessage.of, engine.plan(catalogue.chosen(node, only, skip), node, on))),
+        preflight=tuple(map(ProbeMessage.of, checks.look(preflight(node), on, silent))),
+        unproven=tuple(unproven),
+        versions=drift.versions(node, on),
+        token=drift.token_digest(node, on),
+        armed=rollback.armed(on),
+        user=node.user,
+        executor=node.config.cluster.executor,
+    )
+
+
+def reach(node: Node, on: Reader, addresses: Sequence[str]) -> tuple[Reached, Sequence[Problem]]:
+    """Ping other nodes over the link, with small packets and with the largest; a problem for each that fails."""
+    waiting = dict.fromkeys(addresses, "")
+    for attempt in range(_TRIES):
+        # A link that was just set up needs a moment: its neighbour may come up later.
+        time.sleep(1 if attempt else 0)
+        waiting = {each: why for each in waiting if (why := _unreached(on, each, node.config.network.mtu))}
+        if not waiting:
+            break
+    hint = "check the cable, and `ip -br address` on both nodes"
+    reached = tuple(each for each in addresses if each not in waiting)
+    return Reached(reached), tuple(Problem(why, hint=hint) for why in waiting.values())
+
+
+def _unreached(on: Reader, address: str, mtu: int) -> str:
+    if pings(on, address, count=1, size=mtu - HEADERS):
+        return ""
+    if pings(on, address):
+        return f"{address} answers small packets, but none of {mtu} bytes: the MTU is not {mtu} on the whole path"
+    return f"{address} does not answer over the link"
+
+
+def offer(node: Node, on: Reader, peers: Sequence[str], only: Sequence[str], token: str) -> Offered:
+    """Send what was downloaded and built here to the nodes at these addresses, which prove that they know the token.
+
+    Raises:
+        CopyFailed, Storage: as `artifacts.serve`.
+    """
+
+    def open_to(offer: Offer) -> None:
+        announce(OfferOpen(offer))
+
+    tell("listing what was downloaded and built")
+    return artifacts.serve(node, on, only, peers, token, open_to)
+
+
+def fetch(node: Node, on: Reader, only: Sequence[str], introduction: str) -> Fetched:
+    """Fetch missing artifacts from the head, which the introduction, as JSON, describes.
+
+    Raises:
+        CopyFailed, Storage: as `artifacts.fetch`.
+    """
+
+    def progress(done: int, total: int) -> None:
+        tell(f"copied {done / 1e9:.1f} of {total / 1e9:.1f} GB")
+
+    head = msgspec.json.decode(introduction, type=Introduction)
+    return artifacts.fetch(node, on, only, head, progress)
+
+
+def confirm() -> Confirmed:
+    """Keep the network that was applied: the node can be reached."""
+    return Confirmed(rollback.confirm(LocalSystem()))
+
+
+def token(node: Node, on: Reader) -> Token:
+    """The Ray token of this node, the head.
+
+    Raises:
+        Problem: there is none yet.
+    """
+    found = on.read(node.ray_token)
+    if not found:
+        raise Problem("the head has no Ray token yet", hint="run the same command again: the head creates it")
+    return Token(found.decode().strip())
