@@ -9,7 +9,6 @@ for another chip) is asked in a child of this one, so that the other answers com
 # mypy: disable-error-code="import-not-found, misc"
 
 import contextlib
-import ctypes
 import importlib
 import inspect
 import json
@@ -22,6 +21,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from sparkinstall.payloads.loaded_nccl import loaded_nccl
 
 Target = dict[str, Any]
 Facts = dict[str, Any]
@@ -41,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         asked["folder"] = folder
         children = {part.__name__: start_child(part, asked) for part in (triton_kernel, fp8)}
-        answer |= _nccl() | {"address": _address(), "wanted_address": os.environ.get("VLLM_HOST_IP", "")}
+        answer |= {"nccl": loaded_nccl(), "address": _address(), "wanted_address": os.environ.get("VLLM_HOST_IP", "")}
         answer |= {name: end_child(*child) for name, child in children.items()}
     os.write(out, json.dumps(answer).encode() + b"\n")
 
@@ -58,26 +59,6 @@ def _in_words(error: BaseException) -> str:
     # A compiler's own complaint stands behind that of whoever called it.
     why = next((line for line in said if "fatal" in line and line != said[0]), "")
     return ": ".join(each.strip()[:300] for each in (type(error).__name__, said[0], why) if each)
-
-
-def _nccl() -> Facts:
-    """Which NCCL files are mapped, and which of them a symbol of NCCL is bound to."""
-
-    class Found(ctypes.Structure):
-        _fields_ = (
-            ("file", ctypes.c_char_p),
-            ("base", ctypes.c_void_p),
-            ("name", ctypes.c_void_p),
-            ("at", ctypes.c_void_p),
-        )
-
-    version, found, everything = ctypes.c_int(), Found(), ctypes.CDLL(None)
-    with contextlib.suppress(AttributeError):
-        everything.ncclGetVersion(ctypes.byref(version))
-        everything.dladdr(ctypes.cast(everything.ncclGetVersion, ctypes.c_void_p), ctypes.byref(found))
-    with open("/proc/self/maps") as lines:
-        mapped = sorted({line.split(maxsplit=5)[-1].strip() for line in lines if "/libnccl" in line})
-    return {"nccl": mapped, "nccl_bound": (found.file or b"").decode(), "nccl_version": version.value}
 
 
 def _address() -> str:

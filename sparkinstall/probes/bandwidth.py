@@ -8,8 +8,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, get_args
 
+import msgspec
 from msgspec import Struct, field
 
+from sparkinstall import payloads
 from sparkinstall.facts import card, machine, qsfp
 from sparkinstall.facts.network import own_addresses, twin_of
 from sparkinstall.node import Node, nccl_library
@@ -185,47 +187,12 @@ def _ib_write_bw(on: Reader, half: qsfp.Interface, own: str, port: int, peer: st
 
 
 _START = '. "$1" && shift && NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET exec python -c "$@"'
-_GATHER = """
-import datetime, json, socket, sys, time
-rank, address, (port, most, seconds) = int(sys.argv[1]), sys.argv[2], map(int, sys.argv[3:])
-# At this address alone, and before torch is loaded: the other side may come at once.
-listening = socket.create_server((address, port)).detach() if rank == 0 else None
-import torch
-import torch.distributed as dist
-if not torch.cuda.is_available():
-    sys.exit("torch sees no GPU")
-limit = datetime.timedelta(seconds=60)
-store = dist.TCPStore(address, port, 2, rank == 0, limit, master_listen_fd=listening, use_libuv=False)
-dist.init_process_group("nccl", store=store, rank=rank, world_size=2, timeout=limit)
-store.set(f"most-{rank}", str(most))
-size = min(int(store.get("most-0")), int(store.get("most-1")))
-part = torch.full((size // 2,), rank + 1, dtype=torch.uint8, device="cuda")
-whole = torch.zeros(size, dtype=torch.uint8, device="cuda")
-def each(count):
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(count):
-        dist.all_gather_into_tensor(whole, part)
-    torch.cuda.synchronize()
-    return (time.perf_counter() - began) / count
-each(3)
-if rank == 0:
-    store.set("count", str(max(1, int(seconds / each(5)))))
-else:
-    each(5)
-took = each(int(store.get("count")))
-right = whole[: size // 2].eq(1).all() and whole[size // 2 :].eq(2).all()
-# Of two nodes each sends its half: bus bandwidth as nccl-tests reckon it.
-print(json.dumps({"bus": size / 2 / took / 1e9, "size": size, "right": bool(right)}), flush=True)
-dist.barrier(device_ids=[0])
-dist.destroy_process_group()
-"""
 
 
 def _gathering(node: Node, on: Reader, port: int, peer: str) -> Program:
     free = machine.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0) << 10
     words = ("1", peer) if peer else ("0", node.address)
-    asked = (_GATHER, *words, str(port), str(size(free)), str(SECONDS))
+    asked = (payloads.source("nccl_bandwidth"), *words, str(port), str(size(free)), str(SECONDS))
     return Program("nccl", _within(NCCL_LIMIT, "bash", "-c", _START, "bash", on.real(node.env_file), *asked))
 
 
@@ -286,15 +253,23 @@ def of_ib_write_bw(out: str) -> float | None:
 _NETWORK = re.compile(r"(?:Using network|Assigned NET plugin) ([A-Za-z_]+)")
 
 
+class _Gathered(Struct, frozen=True):
+    """The reply of payloads/nccl_bandwidth.py."""
+
+    bus: float
+    size: int
+    right: bool
+
+
 def _of_nccl(out: str, err: str) -> Measured:
     row = next((line for line in reversed(out.splitlines()) if line.startswith('{"bus"')), "")
     network = _NETWORK.search(out)
     if not row:
         return Measured("nccl", {}, why=complaint("", err))
-    said = json.loads(row)
-    if not said["right"]:
+    said = msgspec.json.decode(row, type=_Gathered)
+    if not said.right:
         return Measured("nccl", {}, why="what was gathered is not what was sent: the data arrived damaged")
-    return Measured("nccl", {}, float(said["bus"]), int(said["size"]), network[1] if network else "")
+    return Measured("nccl", {}, said.bus, said.size, network[1] if network else "")
 
 
 def complaint(out: str, err: str) -> str:

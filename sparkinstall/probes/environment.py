@@ -4,13 +4,13 @@ import json
 import signal
 from collections.abc import Iterable
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparkinstall import fixes
+from sparkinstall import fixes, payloads
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed, skipped
 from sparkinstall.probes.env_file import with_env_file
@@ -29,10 +29,9 @@ class InEnvironment(Struct, frozen=True, dict=True):
     @cached_property
     def answer(self) -> dict[str, Any]:
         """What it said of itself; with the key `error` where it did not come so far."""
-        look = Path(__file__).parents[1].joinpath("payloads", "inspect_env.py").read_text()
         asked = {"modules": () if self.node.partial else MODULES, "arch": self.node.config.nccl.arch}
         # -P: vLLM's own program does not look for modules in the folder where it was started, either.
-        command = ("python", "-P", "-c", look, json.dumps(asked))
+        command = ("python", "-P", "-c", payloads.source("inspect_env"), json.dumps(asked))
         said = with_env_file(self.node, self.on, *command, timeout=_TIMEOUT)
         try:
             found = json.loads(said.out.splitlines()[-1])
@@ -120,7 +119,7 @@ def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
     answer = process.answer
     if "error" in answer:
         return failed(answer["error"], "run `sparkinstall all`", library)
-    loaded = nccl.Loaded(answer["nccl_bound"], int(answer["nccl_version"]), answer["nccl"])
+    loaded = msgspec.convert(answer["nccl"], nccl.Loaded)
     if not loaded.bound:
         told = f"torch would take {', '.join(loaded.mapped)}" if loaded.mapped else "no NCCL is loaded"
         return failed(told, nccl.REWRITE_ENV, nccl.wanted(library))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparkinstall import schema
+from sparkinstall import payloads, schema
 from sparkinstall.assets import asset
 from sparkinstall.facts import card, gpu, machine, qsfp
 from sparkinstall.facts.gpu import Gpu
@@ -24,18 +24,6 @@ _LINES = 20000
 _GIB_KB = 2**20
 # torch and a CUDA context take their own from a memory that all programs share.
 _ROOM_KB = 4 * _GIB_KB
-# Matrix products for some seconds, and in their midst the question in argv.
-_LOAD = """
-import subprocess, sys, time, torch
-some, asked, began = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16), None, time.monotonic()
-while asked is None or asked.poll() is None:
-    for _ in range(20):
-        some @ some
-    torch.cuda.synchronize()
-    if asked is None and time.monotonic() - began > 3:
-        asked = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE)
-sys.stdout.buffer.write(asked.stdout.read())
-"""
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
@@ -112,7 +100,7 @@ class Host(Struct, frozen=True, dict=True):
             raise CannotTell("the GPU is idle, and there is no torch yet to keep it busy: `sparkinstall all`")
         if self.meminfo.get("MemAvailable", 0) < _ROOM_KB:
             raise CannotTell(f"the GPU is idle, and with less than {_ROOM_KB // _GIB_KB} GiB available no load is safe")
-        command = (self.on.real(python), "-c", _LOAD, *gpu.QUERY)
+        command = (self.on.real(python), "-c", payloads.source("gpu_load"), *gpu.QUERY)
         answer = self.on.ask(*command, timeout=60, env=self.node.bare_environment)
         if found := gpu.understood(answer):
             return found

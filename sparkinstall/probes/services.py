@@ -1,12 +1,12 @@
 """What is started with the env file, and what was: the NCCL of a small process, and the services as they run."""
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
+import msgspec
 from msgspec import Struct
 
-from sparkinstall import fixes
+from sparkinstall import fixes, payloads
 from sparkinstall.errors import NeedsRoot
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped, warned
@@ -15,19 +15,6 @@ from sparkinstall.redaction import is_secret_name
 from sparkinstall.services import env_units
 from sparkinstall.system import Reader
 
-_LOOK = """
-import ctypes, json
-class Found(ctypes.Structure):
-    _fields_ = [("file", ctypes.c_char_p)] + [(name, ctypes.c_void_p) for name in ("base", "name", "at")]
-version, found, everything = ctypes.c_int(), Found(), ctypes.CDLL(None)
-try:
-    everything.ncclGetVersion(ctypes.byref(version))
-    everything.dladdr(ctypes.cast(everything.ncclGetVersion, ctypes.c_void_p), ctypes.byref(found))
-except AttributeError:
-    pass
-maps = sorted({line.split(maxsplit=5)[-1].strip() for line in open("/proc/self/maps") if "/libnccl" in line})
-print(json.dumps({"bound": (found.file or b"").decode(), "version": version.value, "mapped": maps}))
-"""
 _ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 _ESCAPE = re.compile(r'\\(["\\`$])')
 _LIBRARY = re.compile(r" (/\S.*/libnccl\.so[^/\n]*)$", re.MULTILINE)
@@ -75,12 +62,12 @@ def _preload(node: Node, on: Reader) -> Finding:
         return stop
     if isinstance(library := nccl.library(node, on), Finding):
         return library
-    said = with_env_file(node, on, "python", "-I", "-c", _LOOK)
+    said = with_env_file(node, on, "python", "-I", "-c", payloads.source("loaded_nccl"))
     complaint = next((line for line in said.err.splitlines() if "LD_PRELOAD" in line), "")
     if complaint:
         return failed(complaint.strip(), nccl.REWRITE_ENV, library)
     try:
-        loaded = nccl.Loaded(**json.loads(said.out.splitlines()[-1]))
+        loaded = msgspec.json.decode(said.out.splitlines()[-1], type=nccl.Loaded)
     except (ValueError, IndexError):
         last = [line for line in said.err.splitlines() if line.strip()][-1:]
         return failed("".join(last) or f"it ended with code {said.code}", nccl.REWRITE_ENV, library)

@@ -1,8 +1,7 @@
 """vLLM as a client sees it: a completion that comes, a stream, counters that move. /health alone proves nothing."""
 
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from msgspec.structs import replace
 
@@ -12,7 +11,7 @@ from sparkinstall.facts.vllm import GENERATED_TOKENS, KV_CACHE_USAGE
 from sparkinstall.layout import VLLM_UNIT as UNIT
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, streams, vllm_client, warned
-from sparkinstall.probes.vllm_client import Api
+from sparkinstall.probes.vllm_client import Api, Reply
 from sparkinstall.system import Reader
 
 # Seconds in which a large model has been loaded, or never will be.
@@ -62,11 +61,11 @@ def _serving(of: Api) -> Finding:
     if of.on.rehearsal:
         return skipped(_REHEARSAL)
     answer, wanted = of.completion, f"within {vllm_client.PATIENCE} s"
-    if "error" in answer:
+    if answer.error:
         return _no_completion(of, answer)
-    if (model := str(of.node.config.serving.model)) not in (answer["model"], *answer["roots"]) and answer["roots"]:
-        return failed(f"it serves {answer['roots'][0]}", _other_model(of.node), model)
-    return passed(f"{answer['tokens']} tokens of {answer['model']} in {answer['seconds']:.1f} s", wanted)
+    if (model := str(of.node.config.serving.model)) not in (answer.model, *answer.roots) and answer.roots:
+        return failed(f"it serves {answer.roots[0]}", _other_model(of.node), model)
+    return passed(f"{answer.tokens} tokens of {answer.model} in {answer.seconds:.1f} s", wanted)
 
 
 _REHEARSAL = "a rehearsal starts no services"
@@ -79,14 +78,14 @@ def _other_model(node: Node) -> str:
     )
 
 
-def _no_completion(of: Api, answer: Mapping[str, Any]) -> Finding:
-    if answer.get("late"):
+def _no_completion(of: Api, answer: Reply) -> Finding:
+    if answer.late:
         return _late(of, "no completion")
-    if answer.get("refused"):
+    if answer.refused:
         return not_up(of.node, of.on)
-    if answer.get("status") == 401:
+    if answer.status == 401:
         return _locked(of)
-    return failed(str(answer["error"]), f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")
+    return failed(answer.error, f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")
 
 
 def _locked(of: Api) -> Finding:
@@ -119,40 +118,38 @@ def _unasked(of: Api) -> Finding | None:
     """Why there is no use in asking for more, as a skip; None: it answers."""
     if of.on.rehearsal:
         return skipped(_REHEARSAL)
-    return skipped("no completion came: see `serving`") if "error" in of.completion else None
+    return skipped("no completion came: see `serving`") if of.completion.error else None
 
 
 def _stream(of: Api) -> Finding:
     if stop := _unasked(of):
         return stop
     answer = of.stream
-    if not answer.get("done"):
+    if not answer.done:
         return _broken(of, answer)
-    if not answer["said"]:
+    if not answer.said:
         return warned("a stream without a word", f"ask it something by hand, and read `journalctl -u {UNIT}`")
-    model, parser = str(of.completion["model"]), streams.parser_of(of.node.config.serving.arguments)
+    model, parser = of.completion.model, streams.parser_of(of.node.config.serving.arguments)
     add, fields = streams.adding(of.node, of.on, model), vllm.reasoning_fields(of.node, of.on)
-    finding = streams.judged(streams.Heard.of(answer), parser, fields, add)
-    return replace(finding, found=f"{finding.found}; first token after {answer['first']:.1f} s")
+    finding = streams.judged(streams.Heard(answer.said, answer.prompt, answer.finish), parser, fields, add)
+    return replace(finding, found=f"{finding.found}; first token after {answer.first:.1f} s")
 
 
-def _broken(of: Api, answer: Mapping[str, Any]) -> Finding:
+def _broken(of: Api, answer: Reply) -> Finding:
     """A stream that did not come to its end."""
-    if answer.get("late"):
+    if answer.late:
         return _late(of, "no end of a stream")
-    if "chat template" in str(answer.get("error")):
+    if "chat template" in answer.error:
         return skipped("this model has no chat template: nobody can chat with it")
-    return failed(
-        str(answer.get("error", "the stream broke off")), f"read `journalctl -u {UNIT}`", "a stream to its end"
-    )
+    return failed(answer.error or "the stream broke off", f"read `journalctl -u {UNIT}`", "a stream to its end")
 
 
 def _metrics(of: Api) -> Finding:
     if stop := _unasked(of):
         return stop
-    before, ours = vllm_client.sample(of.completion.get("metrics", ()), GENERATED_TOKENS), of.made
+    before, ours = vllm_client.sample(of.completion.metrics, GENERATED_TOKENS), of.made
     after = of.metrics()
-    if before is None or vllm_client.sample(after.get("metrics", ()), GENERATED_TOKENS) is None:
+    if before is None or vllm_client.sample(after.metrics, GENERATED_TOKENS) is None:
         return _no_metrics(of, after)
     grown = _grown(after, before)
     if grown < ours:
@@ -162,7 +159,7 @@ def _metrics(of: Api) -> Finding:
     counted = f"{GENERATED_TOKENS} grew by {grown:.0f} tokens, of which the probes made {ours}"
     if grown < ours:
         return failed(counted, f"another vLLM may answer here: `sudo systemctl restart {UNIT}`", f"{ours} or more")
-    cache = vllm_client.sample(after["metrics"], *KV_CACHE_USAGE)
+    cache = vllm_client.sample(after.metrics, *KV_CACHE_USAGE)
     if cache is None:
         return warned(f"{counted}, but there is no {KV_CACHE_USAGE[0]}", _REPORT)
     return passed(f"{counted}; {cache:.0%} of the KV cache is in use", f"{ours} or more")
@@ -171,14 +168,14 @@ def _metrics(of: Api) -> Finding:
 _REPORT = "report it: this vLLM is newer than sparkinstall knows"
 
 
-def _grown(after: Mapping[str, Any], before: float) -> float:
-    return (vllm_client.sample(after.get("metrics", ()), GENERATED_TOKENS) or 0) - before
+def _grown(after: Reply, before: float) -> float:
+    return (vllm_client.sample(after.metrics, GENERATED_TOKENS) or 0) - before
 
 
-def _no_metrics(of: Api, after: Mapping[str, Any]) -> Finding:
+def _no_metrics(of: Api, after: Reply) -> Finding:
     if "--disable-log-stats" in of.node.config.serving.arguments:
         return warned(f"no {GENERATED_TOKENS}", "take `--disable-log-stats` out of `serving.arguments`")
-    if why := after.get("metrics_status") or after.get("error"):
+    if why := after.metrics_status or after.error:
         return warned(f"/metrics does not answer: {why}", f"read `journalctl -u {UNIT}`")
     return warned(f"/metrics has no {GENERATED_TOKENS}", _REPORT)
 

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 from msgspec import Struct
 
@@ -24,10 +23,6 @@ class Heard(Struct, frozen=True):
     said: Mapping[str, str]
     prompt: str
     finish: str | None
-
-    @classmethod
-    def of(cls, answer: Mapping[str, Any]) -> "Heard":
-        return cls(answer.get("said", {}), answer.get("prompt", ""), answer.get("finish"))
 
     @property
     def content(self) -> str:

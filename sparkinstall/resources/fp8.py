@@ -1,15 +1,15 @@
 """Fix 5: whether vLLM must keep off its CUTLASS FP8 kernels, found out once per build of vLLM."""
 
-import json
 import mmap
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
-from sparkinstall import elf, patches
+from sparkinstall import elf, patches, payloads
 from sparkinstall.errors import CommandFailed
 from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.vllm import FP8_OPERATOR, extensions
@@ -19,23 +19,6 @@ from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown
 from sparkinstall.system import Reader, Result, System
 
 _DRIVER = "/proc/driver/nvidia/version"
-# In a process of its own: a kernel for another chip may take the process with it.
-_TRY_ON_GPU = """
-import json, torch
-from vllm import _custom_ops as ops
-one = torch.ones(1, device="cuda")
-a = torch.randn(64, 128, device="cuda").to(torch.float8_e4m3fn)
-b = torch.randn(128, 64, device="cuda").t().contiguous().t().to(torch.float8_e4m3fn)
-torch.cuda.synchronize()
-print("ready", flush=True)
-try:
-    out = ops.cutlass_scaled_mm(a, b, one, one, torch.bfloat16)
-    want = a.float() @ b.float()
-    good = bool(torch.allclose(out.float(), want, rtol=0.05, atol=0.5))
-    print(json.dumps({"works": good, "said": "" if good else "a wrong product"}))
-except RuntimeError as error:
-    print(json.dumps({"works": False, "said": str(error).splitlines()[0]}))
-"""
 
 
 class Fp8Decision(Struct, frozen=True):
@@ -96,7 +79,7 @@ class Fp8Decision(Struct, frozen=True):
         return self._read_code(on)
 
     def _try_on_gpu(self, on: System) -> tuple[bool, str, str]:
-        command = (on.real(self.node.python), "-c", _TRY_ON_GPU)
+        command = (on.real(self.node.python), "-c", payloads.source("cutlass_fp8"))
         answer = on.ask(*command, timeout=300, env=self.node.bare_environment)
         lines = answer.out.splitlines()
         if "ready" not in lines or answer.code == 124:
@@ -139,14 +122,21 @@ def loadable(arch: str) -> set[str]:
     return family | {f"sm_{digits}a"}
 
 
+class _Tried(Struct, frozen=True):
+    """The reply of payloads/cutlass_fp8.py."""
+
+    works: bool
+    said: str
+
+
 def _verdict(last: str, answer: Result) -> tuple[bool, str, str]:
     if last == "ready":
         end = (answer.err.strip() or f"exit code {answer.code}").splitlines()[-1]
         return True, f"cutlass_scaled_mm took its process with it: {end}", "gpu"
-    said = json.loads(last)
-    if said["works"]:
+    tried = msgspec.json.decode(last, type=_Tried)
+    if tried.works:
         return False, "cutlass_scaled_mm gave the right product on this GPU", "gpu"
-    return True, f"cutlass_scaled_mm failed on this GPU: {said['said']}", "gpu"
+    return True, f"cutlass_scaled_mm failed on this GPU: {tried.said}", "gpu"
 
 
 def _mentions(path: Path, name: bytes) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from sparkinstall import elf
+from sparkinstall import elf, payloads
 from sparkinstall.errors import BadConfig, Blocked
 from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.machine import cores
@@ -28,9 +28,6 @@ KEPT_LIBRARY, KEPT_STAMP = "libnccl.so", "build.json"
 # Seen: 0.6 (nvcc, ld and generate.py write in place, and make takes any file that is there for a whole one).
 _SETTLED = 30
 _CUDART_VERSION = re.compile(rb"#define\s+CUDART_VERSION\s+(\d+)")
-_ASK_VERSION = (
-    "import ctypes,sys; v=ctypes.c_int(); l=ctypes.CDLL(sys.argv[1]); l.ncclGetVersion(ctypes.byref(v)); print(v.value)"
-)
 
 
 class Recipe(Struct, frozen=True):
@@ -195,7 +192,7 @@ class NcclLibrary(Struct, frozen=True):
         archs = {code.arch for code in elf.gpu_code(Path(library))}
         if f"sm_{self.arch}" not in archs:
             raise Blocked(f"the NCCL that was built has no sm_{self.arch} code in it", cause=f"it has {sorted(archs)}")
-        answer = on.ask(sys.executable, "-c", _ASK_VERSION, library)
+        answer = on.ask(sys.executable, "-c", payloads.source("nccl_version"), library)
         if answer.out.strip() != str(version_number(recipe.version)):
             raise Blocked(
                 f"the NCCL that was built is not {recipe.version}: it says {answer.out.strip() or answer.err.strip()}",

@@ -4,11 +4,13 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from sparkinstall import payloads
 from sparkinstall.layout import unit_path
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe
 from sparkinstall.probes import ray as probe
 from sparkinstall.resources import Resource, ray_ports, systemd
+from sparkinstall.resources.files import File
 from sparkinstall.resources.ray_token import RayToken, by_hand
 from sparkinstall.resources.systemd import Cause, Service, UnitFile
 from sparkinstall.resources.template import Template
@@ -43,7 +45,7 @@ class Ray(Step):
     def resources(self, node: Node) -> Iterable[Resource]:
         yield RayToken(node)
         yield before_start(node)
-        yield Template(node.ray_nodes, "ray-nodes.py.j2", lambda _: {})
+        yield File(node.ray_nodes, payloads.as_file("ray_nodes"))
         path = unit_path(node.ray_unit)
         yield UnitFile(path, "ray.service.j2", partial(_values, node), noted_in=node.units_record)
         depends = (path, node.env_file, node.ray_token, node.venv_stamp, node.before_start, node.ray_nodes)

@@ -4,12 +4,13 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from sparkinstall import payloads
 from sparkinstall.layout import VLLM_UNIT, unit_path
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Probe, serving
 from sparkinstall.resources import Resource, systemd
+from sparkinstall.resources.files import File
 from sparkinstall.resources.systemd import Service, UnitFile
-from sparkinstall.resources.template import Template
 from sparkinstall.services import VLLM
 from sparkinstall.steps import Step
 from sparkinstall.steps import ray as ray_step
@@ -41,7 +42,7 @@ class Serving(Step):
         if node.with_ray:
             depends += [node.vllm_kept_back, node.ray_nodes]
         if _with_head(node):
-            yield Template(node.with_head, "with-head.py.j2", lambda _: {})
+            yield File(node.with_head, payloads.as_file("with_head"))
             depends.append(node.with_head)
         yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node), noted_in=node.units_record)
         inputs, noted = partial(_inputs, node, tuple(depends)), node.started_record(VLLM_UNIT)

@@ -3,8 +3,11 @@
     ray-nodes.py HEAD:PORT SECONDS [--has ADDRESS] [--count N] [-- COMMAND...]
 
 Waits until the head answers and takes this node's token, ADDRESS is one of the nodes, and there are N of them;
-then runs COMMAND in its own place. {{ path }}, made by sparkinstall.
+then runs COMMAND in its own place.
 """
+
+# What is imported late is the environment's, not ours.
+# mypy: disable-error-code="import-not-found"
 
 import argparse
 import json
@@ -13,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from typing import NoReturn
 
 
 class Refused(Exception):
@@ -39,15 +43,15 @@ def main() -> None:
     print(json.dumps(found))
 
 
-def replace_by(command):
+def replace_by(command: list[str]) -> NoReturn:
     try:
         os.execv(command[0], command)
     except OSError as error:
         fail(f"{command[0]} cannot be run: {error.strerror}")
 
 
-def arguments():
-    words, command = sys.argv[1:], []
+def arguments() -> tuple[argparse.Namespace, list[str]]:
+    words, command = sys.argv[1:], list[str]()
     if "--" in words:
         at = words.index("--")
         words, command = words[:at], words[at + 1 :]
@@ -59,7 +63,7 @@ def arguments():
     return parser.parse_args(words), command
 
 
-def look(asked):
+def look(asked: argparse.Namespace) -> tuple[str, list[str]]:
     """What is not so yet, in words (empty: all is), and the addresses."""
     try:
         found = alive(asked.head)
@@ -76,7 +80,7 @@ def look(asked):
     return "", found
 
 
-def alive(head):
+def alive(head: str) -> list[str]:
     """Addresses of the nodes that are alive."""
     host, _, port = head.rpartition(":")
     socket.create_connection((host, int(port)), timeout=3).close()
@@ -90,14 +94,14 @@ def alive(head):
     return sorted({each.node_manager_address for each in nodes if each.state == each.ALIVE})
 
 
-def refusal(head, said):
+def refusal(head: str, said: str) -> str:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
     if "cannot be opened" in said:
         return f"the token {path} is not there or cannot be read"
     return f"the head at {head} refuses the token of this node: {path} is not the same as the head's"
 
 
-def fail(sentence):
+def fail(sentence: str) -> NoReturn:
     print(f"sparkinstall: {sentence}", file=sys.stderr, flush=True)
     os._exit(1)
 

@@ -1,0 +1,120 @@
+"""Ask the vLLM on this node once and print the answer as JSON: `Reply` in probes/vllm_client.py.
+
+argv[1] is JSON: `verb` (complete, stream, metrics, health), `port`, `patience` in seconds, `tokens`, `model`.
+"""
+
+import http.client
+import json
+import os
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+Answer = dict[str, Any]
+QUESTION = [{"role": "user", "content": "Count to three."}]
+# Of the prompt, enough to see whether the chat template opens the reasoning.
+PROMPT_END = 16
+
+
+class Client:
+    """`answer` fills as the answers come, so that what came before an error is kept."""
+
+    def __init__(self, asked: dict[str, Any]) -> None:
+        self.port, self.model = asked["port"], asked["model"]
+        self.few = {"max_tokens": asked["tokens"], "temperature": 0}
+        self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.answer: Answer = {}
+
+    def ask(self, path: str, **body: Any) -> Any:
+        key = os.environ.get("VLLM_API_KEY")
+        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        data = json.dumps(body).encode() if body else None
+        return self.opener.open(urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers))
+
+    def health(self) -> None:
+        self.answer["status"] = self.ask("/health").status
+
+    def metrics(self) -> None:
+        try:
+            lines = self.ask("/metrics").read().decode().splitlines()
+            self.answer["metrics"] = [each for each in lines if each.startswith("vllm:") and "_bucket" not in each]
+        except urllib.error.HTTPError as error:
+            self.answer["metrics_status"] = error.code
+
+    def complete(self) -> None:
+        self.metrics()
+        served = json.load(self.ask("/v1/models"))["data"]
+        self.answer["model"] = model = served[0]["id"]
+        self.answer["roots"] = [each["root"] for each in served if each.get("root")]
+        began = time.monotonic()
+        try:
+            said = json.load(self.ask("/v1/completions", model=model, prompt="One, two,", **self.few))
+        except urllib.error.HTTPError as error:
+            if error.code not in (400, 404, 405):
+                raise
+            said = json.load(self.ask("/v1/chat/completions", model=model, messages=QUESTION, **self.few))
+        self.answer["tokens"] = said["usage"]["completion_tokens"]
+        self.answer["seconds"] = time.monotonic() - began
+
+    def stream(self) -> None:
+        began, prompt = time.monotonic(), list[int]()
+        how = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+        for line in self.ask("/v1/chat/completions", model=self.model, messages=QUESTION, **self.few, **how):
+            data = line.partition(b"data:")[2].strip()
+            if data == b"[DONE]":
+                self.answer["done"] = True
+                break
+            event = json.loads(data or b"{}")
+            if event.get("error"):
+                raise ValueError(event["error"]["message"])
+            prompt = event.get("prompt_token_ids") or prompt
+            self.take(event, began)
+        self.answer["prompt"] = self.text_of(prompt[-PROMPT_END:])
+
+    def take(self, event: dict[str, Any], began: float) -> None:
+        """One event of a stream."""
+        said, answer = self.answer.setdefault("said", {}), self.answer
+        for choice in event.get("choices", []):
+            answer["finish"] = choice.get("finish_reason")
+            for field, text in choice["delta"].items():
+                if field != "role" and text and isinstance(text, str):
+                    answer.setdefault("first", time.monotonic() - began)
+                    said[field] = said.get(field, "") + text
+                    answer["tokens"] = answer.get("tokens", 0) + 1
+        if event.get("usage"):
+            answer["tokens"] = event["usage"]["completion_tokens"]
+
+    def text_of(self, tokens: list[int]) -> str:
+        try:
+            return str(json.load(self.ask("/detokenize", model=self.model, tokens=tokens))["prompt"]) if tokens else ""
+        except (OSError, ValueError, LookupError):
+            return ""
+
+
+def main() -> None:
+    asked = json.loads(sys.argv[1])
+    client, patience = Client(asked), asked["patience"]
+
+    def too_late(*_: object) -> None:
+        raise TimeoutError(f"no answer within {patience} s")
+
+    # A socket's time limit is for each answer of the system; the alarm is for the whole.
+    signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(patience)
+    try:
+        getattr(client, asked["verb"])()
+    except urllib.error.HTTPError as error:
+        said = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
+        client.answer.update(status=error.code, error=said)
+    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+        why = getattr(error, "reason", error)
+        late, refused = isinstance(why, TimeoutError), isinstance(why, ConnectionRefusedError)
+        client.answer.update(error=str(why) or type(why).__name__, late=late, refused=refused)
+    print(json.dumps(client.answer))
+
+
+if __name__ == "__main__":
+    main()
