@@ -1,4 +1,4 @@
-"""Where files are that are no code: `templates/`, `patches/`, `knowledge/`, and what is kept from run to run."""
+"""Locate data files (`templates/`, `patches/`, `knowledge/`) and the user's cache."""
 
 import os
 from pathlib import Path
@@ -7,9 +7,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def asset(name: str) -> Path:
-    """The folder or file `name`, e.g. ``asset("patches")``.
+    """Return the path of the data folder or file `name`, e.g. ``asset("patches")``.
 
-    An editable install has no packaged copy, so the checkout around the package is looked at second.
+    An editable install has no packaged copy, so the checkout around the package is the fallback.
 
     Raises:
         FileNotFoundError: the installation is incomplete.
@@ -17,10 +17,10 @@ def asset(name: str) -> Path:
     for candidate in (_PACKAGE / "_assets" / name, _PACKAGE.parent / name):
         if candidate.exists():
             return candidate
-    raise FileNotFoundError(f"sparkinstall's own {name!r} is missing: install the tool again")
+    raise FileNotFoundError(f"sparkinstall's data {name!r} is missing: reinstall the tool")
 
 
 def user_cache() -> Path:
-    """Downloads and wheels, kept over runs so that a second one needs no network."""
+    """Return the folder of downloads and wheels, kept between runs so that later ones need no network."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
     return Path(base) / "sparkinstall"

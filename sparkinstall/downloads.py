@@ -1,4 +1,4 @@
-"""Downloads that are resumed after a cut and used only once their hash is known to be right."""
+"""Download files, resuming after an interruption, and hash them. Callers compare the hash before use."""
 
 import fcntl
 import hashlib
@@ -12,26 +12,26 @@ from sparkinstall.errors import CommandFailed, storage_problem
 if TYPE_CHECKING:
     import requests
 
-# Small: what has arrived of a piece is lost when the connection breaks off within it.
+# Small, because a partly received chunk is lost when the connection breaks off.
 _CHUNK = 1 << 16
 _TIMEOUT = (15, 60)
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, read in pieces."""
+    """Return the sha256 of a file in hex, read in pieces."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
-    """`url` as the file `into`, which appears only when it is whole; a former part is gone on with.
+    """Download `url` to `into`, which appears only when it is complete; resume a partial download.
 
     Args:
-        on_bytes: is told (bytes so far, bytes in all or 0).
+        on_bytes: called with (bytes so far, total bytes or 0).
 
     Raises:
-        CommandFailed: the server cannot be reached, refuses, or breaks off.
-        Storage: it cannot be written.
+        CommandFailed: the server cannot be reached, refuses, or closes the connection early.
+        Storage: the file cannot be written.
     """
     import requests
 
@@ -40,12 +40,12 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
     part = into.with_name(into.name + ".part")
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(into):
+        with _locked(into):
             if not into.exists():
-                with requests.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part)) as answer:
-                    if not _is_whole(answer, part):
-                        answer.raise_for_status()
-                        _receive(answer, part, on_bytes)
+                with requests.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part)) as response:
+                    if not _is_complete(response, part):
+                        response.raise_for_status()
+                        _receive(response, part, on_bytes)
                 part.replace(into)
     except requests.RequestException as error:
         raise _unreachable(url, error) from error
@@ -55,45 +55,45 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
 
 
 @contextmanager
-def _alone(into: Path) -> Iterator[None]:
-    """Two runs for two nodes share a cache: the second one waits, and finds the file there."""
+def _locked(into: Path) -> Iterator[None]:
+    """Lock the download: of two runs that share a cache, the second waits and finds the file."""
     with open(into.with_name(f".{into.name}.lock"), "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _headers(part: Path) -> dict[str, str]:
-    # A server that packs the file on the way would send other bytes than those whose hash is known.
+    # A compressed transfer would contain other bytes than those whose hash is known.
     plain = {"Accept-Encoding": "identity"}
     return {**plain, "Range": f"bytes={part.stat().st_size}-"} if part.exists() else plain
 
 
-def _is_whole(answer: "requests.Response", part: Path) -> bool:
-    """Whether all had arrived already when a former run was killed: a server has nothing after the end."""
-    if answer.status_code != 416:
+def _is_complete(response: "requests.Response", part: Path) -> bool:
+    """Return whether a killed run had already received everything: the server then answers 416."""
+    if response.status_code != 416:
         return False
-    if answer.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
+    if response.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
         return True
     part.unlink()
     return False
 
 
-def _receive(answer: "requests.Response", part: Path, on_bytes: Callable[[int, int], None]) -> None:
+def _receive(response: "requests.Response", part: Path, on_bytes: Callable[[int, int], None]) -> None:
     import requests
 
-    there = part.stat().st_size if part.exists() else 0
-    resumed = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {there}-")
-    if answer.status_code == 206 and not resumed:
-        raise requests.ConnectionError("it sends another part than the one that was asked for")
-    done = there if resumed else 0
-    total = done + int(answer.headers.get("Content-Length", 0))
+    size = part.stat().st_size if part.exists() else 0
+    resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {size}-")
+    if response.status_code == 206 and not resumed:
+        raise requests.ConnectionError("the server sent another range than the requested one")
+    done = size if resumed else 0
+    total = done + int(response.headers.get("Content-Length", 0))
     with open(part, "ab" if resumed else "wb") as out:
-        for chunk in answer.iter_content(_CHUNK):
+        for chunk in response.iter_content(_CHUNK):
             out.write(chunk)
             done += len(chunk)
             on_bytes(done, total)
     if total and done < total:
-        raise requests.ConnectionError(f"it broke off after {done} of {total} bytes")
+        raise requests.ConnectionError(f"the connection closed after {done} of {total} bytes")
 
 
 def _unreachable(url: str, error: Exception) -> CommandFailed:

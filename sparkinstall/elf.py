@@ -1,15 +1,14 @@
-"""What a shared library says of itself: whose build it is, what it needs, which GPUs its code is for.
+"""Read an ELF shared library: build id, needed libraries, symbols, GPU architectures.
 
-Read from the file alone: nothing is loaded or run, no CUDA toolkit is needed, and a library for another
-machine reads as well as one for ours. Only the tables asked about are read, so that a 1 GB file costs
-neither seconds nor memory.
+Nothing is loaded or run, no CUDA toolkit is needed, and libraries of other architectures can be read too.
+Only the requested tables are read, so a 1 GB file costs neither seconds nor memory.
 
-Reads are positioned reads, not a memory map: a library that a linker or an installer cuts short while we
-look at it is then a `NotALibrary`, where a map would end this process with SIGBUS.
+Reads use pread, not mmap: if a linker or an installer truncates the library meanwhile, the result is
+`NotALibrary`; a memory map would end this process with SIGBUS.
 
-Sources: the ELF gABI for the tables. NVIDIA does not publish the fatbin container; its layout was read from
-files that the compilers of CUDA 12 and 13 made, and agrees with `cuobjdump` on vLLM, PyTorch and NCCL wheels
-of both machines.
+Sources: the ELF gABI for the tables. NVIDIA does not publish the fatbin container; its layout was derived from
+output of the CUDA 12 and 13 compilers, and agrees with `cuobjdump` on the vLLM, PyTorch and NCCL wheels of
+both architectures.
 """
 
 from __future__ import annotations
@@ -46,19 +45,19 @@ _CONTAINER_MAGIC = 0xBA55ED50
 # kind, version, size of this header, size of the code after it, (its unpacked form), arch, (name), flags
 _ENTRY = struct.Struct("<HHIQ12xI8xQ")
 _ENTRY_KINDS: dict[int, Literal["ptx", "cubin"]] = {1: "ptx", 2: "cubin"}
-# The suffix of sm_120a and sm_120f stands in the flags, not in the code: nothing has to be decompressed.
+# The suffix of sm_120a and sm_120f is in the flags, not in the code: nothing has to be decompressed.
 _ARCH_SPECIFIC, _FAMILY_SPECIFIC = 1 << 20, 1 << 21
 
 
 class NotALibrary(ValueError):
-    """The file is no 64-bit little-endian shared library, or cut short, or damaged: which file, and why."""
+    """The file is not a 64-bit little-endian shared library, or is truncated or damaged. Names the file and why."""
 
 
 class GpuCode(Struct, frozen=True):
-    """One piece of GPU code: a `cubin` runs as it is, `ptx` is compiled when it is loaded.
+    """One piece of GPU code: a `cubin` runs as it is; `ptx` is compiled when it is loaded.
 
-    `arch` is nvcc's own name. For a cubin `sm_120`, `sm_120a` (12.0 alone) or `sm_120f` (its family, 12.1
-    too); for PTX `compute_120` and the like.
+    `arch` is nvcc's name: `sm_120`, `sm_120a` (12.0 only) or `sm_120f` (its family, including 12.1) for a cubin,
+    `compute_120` and the like for PTX.
     """
 
     kind: Literal["cubin", "ptx"]
@@ -66,9 +65,9 @@ class GpuCode(Struct, frozen=True):
 
 
 def build_id(path: StrPath) -> str | None:
-    """The GNU build-id in hex, as `file` and `readelf -n` print it; None where the linker wrote none.
+    """Return the GNU build-id in hex, as `file` and `readelf -n` print it; None if the linker wrote none.
 
-    Raises `NotALibrary`; `OSError` where the file cannot be opened. So does every function here.
+    Every function here raises `NotALibrary`, or `OSError` if the file cannot be opened.
     """
     with _opened(path) as library:
         for section in library.sections:
@@ -78,49 +77,49 @@ def build_id(path: StrPath) -> str | None:
 
 
 def needed(path: StrPath) -> tuple[str, ...]:
-    """The libraries that it asks the loader for (DT_NEEDED), in order: `libcudart.so.13`."""
+    """Return the needed libraries (DT_NEEDED) in order, e.g. `libcudart.so.13`."""
     with _opened(path) as library:
         return tuple(_dynamic_strings(library, _DT_NEEDED))
 
 
 def rpath(path: StrPath) -> tuple[str, ...]:
-    """The folders of DT_RPATH, in order and unexpanded (`$ORIGIN/..`): searched before LD_LIBRARY_PATH.
+    """Return the folders of DT_RPATH, in order and unexpanded (`$ORIGIN/..`): searched before LD_LIBRARY_PATH.
 
-    The loader ignores them in a library that has a `runpath` too (ld.so(8)).
+    The loader ignores them in a library that also has a `runpath` (ld.so(8)).
     """
     with _opened(path) as library:
         return tuple(_folders(_dynamic_strings(library, _DT_RPATH)))
 
 
 def runpath(path: StrPath) -> tuple[str, ...]:
-    """The folders of DT_RUNPATH, in order and unexpanded: searched only after LD_LIBRARY_PATH."""
+    """Return the folders of DT_RUNPATH, in order and unexpanded: searched after LD_LIBRARY_PATH."""
     with _opened(path) as library:
         return tuple(_folders(_dynamic_strings(library, _DT_RUNPATH)))
 
 
 def machine(path: StrPath) -> str:
-    """What it runs on, as `uname -m` says it: `x86_64`, `aarch64`; any other by number, `elf-machine-243`."""
+    """Return the architecture as `uname -m` names it (`x86_64`, `aarch64`); others by number (`elf-machine-243`)."""
     with _opened(path) as library:
         return _MACHINES.get(library.machine, f"elf-machine-{library.machine}")
 
 
 def undefined_symbols(path: StrPath, prefix: str) -> frozenset[str]:
-    """The names beginning with `prefix` that other libraries must bring, or this one does not load.
+    """Return the symbols beginning with `prefix` that other libraries must define for this one to load.
 
-    Weak ones are left out: the loader puts up with their absence.
+    Weak symbols are left out: the loader tolerates their absence.
     """
     return _symbols(path, prefix, lambda binding, _, section: not section and binding != _STB_WEAK)
 
 
 def defined_symbols(path: StrPath, prefix: str) -> frozenset[str]:
-    """The names beginning with `prefix` that it offers to others, without their versions."""
+    """Return the exported symbols beginning with `prefix`, without their versions."""
     return _symbols(path, prefix, lambda _, visibility, section: bool(section) and visibility in _VISIBLE_OUTSIDE)
 
 
 def gpu_code(path: StrPath) -> tuple[GpuCode, ...]:
-    """Every cubin and PTX that the driver can load from it, one item each and in file order; or none.
+    """Return every cubin and PTX that the driver can load, in file order.
 
-    The pieces that `cuobjdump` lists. Not counted: code for a later link only (`__nv_relfatbin`, LTO).
+    These are the pieces that `cuobjdump` lists, without code for a later link (`__nv_relfatbin`, LTO).
     """
     with _opened(path) as library:
         return tuple(code for section in library.named(".nv_fatbin") for code in _fatbin(library, section))
@@ -135,7 +134,7 @@ class _Section(NamedTuple):
 
 
 class _Library:
-    """An open ELF shared library: its header and section table, and reads that never leave the file."""
+    """An open ELF shared library: header, section table and bounds-checked reads."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -151,17 +150,17 @@ class _Library:
 
     def _section_table(self, offset: int, entry: int, count: int) -> tuple[_Section, ...]:
         if not count or entry != _SECTION.size:
-            raise _DamageError("it has no section table")
+            raise _DamageError("no section table")
         rows = _SECTION.iter_unpack(self.read(offset, entry * count))
         return tuple(_Section(row[0], row[1], row[4], row[5], row[6]) for row in rows)
 
     def read(self, offset: int, size: int) -> bytes:
-        # Checked before the read: a damaged size must not become an allocation of that size.
+        # Check before the read: a damaged size must not become an allocation of that size.
         if offset + size > self._size:
-            raise _DamageError(f"cut short: {size} bytes expected at {offset}, and the file has {self._size}")
+            raise _DamageError(f"truncated: {size} bytes expected at {offset}, but the file has {self._size}")
         data = os.pread(self._descriptor, size, offset)
         if len(data) < size:
-            raise _DamageError(f"cut short while it was read: {len(data)} of {size} bytes at {offset}")
+            raise _DamageError(f"truncated during the read: {len(data)} of {size} bytes at {offset}")
         return data
 
     def unpack(self, layout: struct.Struct, offset: int) -> tuple[Any, ...]:
@@ -172,12 +171,12 @@ class _Library:
 
     def table(self, section: _Section, layout: struct.Struct) -> Iterator[tuple[Any, ...]]:
         if section.size % layout.size:
-            raise _DamageError(f"a table of {section.size} bytes does not hold rows of {layout.size}")
+            raise _DamageError(f"a table of {section.size} bytes cannot hold rows of {layout.size}")
         return layout.iter_unpack(self.content(section))
 
     def linked(self, index: int) -> _Section:
         if index >= len(self.sections):
-            raise _DamageError(f"section {index} is named, and there are {len(self.sections)}")
+            raise _DamageError(f"section {index} is referenced, but there are only {len(self.sections)}")
         return self.sections[index]
 
     def of_kind(self, kind: int) -> Iterator[_Section]:
@@ -189,7 +188,7 @@ class _Library:
 
 
 class _DamageError(Exception):
-    """Why a file is not readable as a library; leaves this module as `NotALibrary` with the file's name."""
+    """Why a file cannot be read as a library; becomes a `NotALibrary` with the file's name."""
 
 
 @contextmanager
@@ -204,11 +203,11 @@ def _opened(path: StrPath) -> Iterator[_Library]:
 def _string(strings: bytes, offset: int) -> str:
     end = strings.find(b"\0", offset)
     if end < 0:
-        raise _DamageError(f"a name at {offset} does not end")
+        raise _DamageError(f"the name at {offset} has no end")
     try:
         return strings[offset:end].decode()
     except UnicodeDecodeError:
-        raise _DamageError(f"a name at {offset} is not text") from None
+        raise _DamageError(f"the name at {offset} is not UTF-8") from None
 
 
 def _dynamic_strings(library: _Library, wanted: int) -> Iterator[str]:
@@ -233,7 +232,7 @@ def _build_id_in(notes: bytes) -> str | None:
         start = name + _padded(name_size)
         if kind == _NT_GNU_BUILD_ID and notes[name : name + name_size] == b"GNU\0":
             if start + size > len(notes):
-                raise _DamageError("the build-id is cut short")
+                raise _DamageError("the build-id is truncated")
             return notes[start : start + size].hex()
         at = start + _padded(size)
     return None
@@ -256,7 +255,7 @@ def _symbols(path: StrPath, prefix: str, wanted: Callable[[int, int, int], bool]
 def _rows_named(
     rows: Iterator[tuple[Any, ...]], names: bytes, prefix: bytes, wanted: Callable[[int, int, int], bool]
 ) -> Iterator[int]:
-    # The name first: of 100,000 symbols a few dozen begin with the prefix, the others need no second look.
+    # Compare the name first: only a few dozen of 100,000 symbols begin with the prefix.
     for name, info, other, section, _, _ in rows:
         known = name and names.startswith(prefix, name) and info >> 4 != _STB_LOCAL
         if known and wanted(info >> 4, other & 3, section):
@@ -268,7 +267,7 @@ def _fatbin(library: _Library, section: _Section) -> Iterator[GpuCode]:
         while start < end:
             kind, _, header, payload, arch, flags = library.unpack(_ENTRY, start)
             if header < _ENTRY.size or start + header + payload > end:
-                raise _DamageError(f"the GPU code at {start} leaves its container")
+                raise _DamageError(f"the GPU code at {start} exceeds its container")
             if kind in _ENTRY_KINDS:
                 yield _code(_ENTRY_KINDS[kind], arch, flags)
             start += header + payload
@@ -284,7 +283,7 @@ def _containers(library: _Library, start: int, end: int) -> Iterator[tuple[int, 
 
 
 def _after_padding(library: _Library, start: int, end: int) -> int:
-    # Where the next container begins is the linker's choice (128 bytes on, on aarch64); zeros lie between.
+    # The linker chooses the alignment of containers (128 bytes on aarch64) and fills the gap with zeros.
     while start < end:
         ahead = library.read(start, min(256, end - start))
         if rest := ahead.lstrip(b"\0"):

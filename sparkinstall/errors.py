@@ -1,4 +1,4 @@
-"""What a user is told when something goes wrong: what happened, why, and what to do."""
+"""Errors for users: what failed, why, and what to do. Also the exit codes."""
 
 import errno
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class Exit(IntEnum):
 
 
 class Problem(Exception):
-    """Something a person can act on. `code` is stable and part of the JSON output."""
+    """An error that the user can act on. `code` is stable and part of the JSON output."""
 
     code = "failed"
     exit_code = Exit.FAILED
@@ -31,21 +31,21 @@ class Problem(Exception):
 
 
 class BadConfig(Problem):
-    """The config file, an option or a stack cannot be used as it is written."""
+    """The config file, an option or a stack is invalid."""
 
     code = "config"
     exit_code = Exit.USAGE
 
 
 class NotThere(Problem):
-    """There is nothing to look at: this node or rehearsal was never set up."""
+    """This node or rehearsal was never set up."""
 
     code = "not-there"
     exit_code = Exit.DRIFT
 
 
 class BadUsage(Problem):
-    """The command line asks for something that cannot be."""
+    """The command line is invalid."""
 
     code = "usage"
     exit_code = Exit.USAGE
@@ -59,31 +59,31 @@ class PreflightFailed(Problem):
 
 
 class Busy(Problem):
-    """Another run holds the node."""
+    """Another run holds the lock of this node."""
 
     code = "busy"
 
 
 class Storage(Problem):
-    """A disk is full, read-only, or not ours to write to."""
+    """A disk is full, read-only, or not writable for this user."""
 
     code = "storage"
 
 
 class CommandFailed(Problem):
-    """A program that a step ran ended with an error."""
+    """A program exited with an error, or could not be run."""
 
     code = "command"
 
 
 class Blocked(Problem):
-    """A resource found something in its way that it will not overwrite."""
+    """A resource found something that it must not overwrite."""
 
     code = "blocked"
 
 
 class NeedsRoot(Problem):
-    """Only root can tell, and sudo asks for a password that nobody was there to give."""
+    """The check needs root, and sudo needs a password that cannot be asked for."""
 
     code = "sudo"
 
@@ -95,7 +95,7 @@ class Unreachable(Problem):
 
 
 class JournalDamaged(Problem):
-    """The journal cannot be read, so nothing may be changed or undone."""
+    """The journal cannot be read, so nothing can be changed or undone."""
 
     code = "journal"
 
@@ -108,20 +108,20 @@ class Interrupted(Problem):
 
 
 _STORAGE = {
-    errno.ENOSPC: ("the disk is full", "free some space, then run the same command again: it goes on"),
+    errno.ENOSPC: ("the disk is full", "free some space, then run the same command again: it resumes"),
     errno.EDQUOT: ("your disk quota is used up", "free some space, then run the same command again"),
     errno.EROFS: (
         "the file system is read-only",
         "mount it writable, or choose another place with `prefix:` in the config",
     ),
-    errno.EACCES: ("permission denied", "run as a user who may use sudo, or choose a place of your own"),
-    errno.EPERM: ("not permitted", "run as a user who may use sudo, or choose a place of your own"),
-    errno.EIO: ("the disk answers with an error", "look at `dmesg`: the disk may be failing"),
+    errno.EACCES: ("permission denied", "run as a user who may use sudo, or choose a folder of your own"),
+    errno.EPERM: ("not permitted", "run as a user who may use sudo, or choose a folder of your own"),
+    errno.EIO: ("the disk reports an I/O error", "see `dmesg`: the disk may be failing"),
 }
 
 
 def storage_problem(error: OSError, doing: str) -> Storage:
-    """Put an operating-system error into words; `doing` is what was being done ("writing /etc/x")."""
+    """Turn an OSError into a `Storage` problem; `doing` names the action ("writing /etc/x")."""
     why, hint = _STORAGE.get(error.errno or 0, (error.strerror or str(error), ""))
     path = error.filename if isinstance(error.filename, str) else ""
     where = f" ({path})" if path and path not in doing else ""

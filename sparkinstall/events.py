@@ -1,4 +1,4 @@
-"""What the engine says while it works; the CLI turns these into a screen or plain lines."""
+"""Progress events of the engine. The CLI renders them as a live screen or plain lines."""
 
 from collections.abc import Callable
 
@@ -45,7 +45,7 @@ class ProbeStarted(Struct, frozen=True):
 
 
 class WaitedFor(Struct, frozen=True):
-    """The run waits for something outside itself."""
+    """The run waits for something external."""
 
     what: str
 
@@ -55,5 +55,5 @@ Emit = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """An `Emit` for callers who do not look."""
+    """Discard the event."""
     del event

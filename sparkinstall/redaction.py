@@ -1,4 +1,4 @@
-"""Keep secrets and the serial number out of everything that is printed or stored."""
+"""Redact credentials and the serial number from everything that is printed or stored."""
 
 import os
 import re
@@ -9,7 +9,7 @@ HIDDEN = "[hidden]"
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
 
-# What ends a value is not part of it: the text may be JSON, or hold JSON in a string, and must stay so.
+# The delimiter after a value must survive: the text may be JSON, or contain JSON in a string.
 _QUOTE = r"\\?[\"']"
 _BARE = r"[^\s\"'\\]+"
 _QUOTED = (
@@ -23,10 +23,9 @@ _FLAG = r"--(?:api[_-]keys?|hf[_-]token)"
 _URL_KEYS = r"[\w-]*(?:token|signature|credential|api[_-]?key)|sig|key|policy|password"
 
 LISTED = rf"{_QUOTE}?\s*[:=]\s*[\[(]\s*)((?:[\s,]*{_QUOTED})+)"
-"""The end of a pattern that begins with an open group and a key: what `hide_in` takes when its value is a list."""
+"""The rest of a pattern that begins with an open group and a key: matches a list of values, for `hide_in`."""
 
-# First the words of which a text must have one, in lower case, for the pattern to be tried. What stays is in the
-# pattern's first group, what goes in its second.
+# The pattern is tried only if the lower-case text contains one of the words. Group 1 is kept, group 2 is hidden.
 _Shapes = tuple[tuple[tuple[str, ...], re.Pattern[str]], ...]
 _WHOLE: _Shapes = (
     (("://",), re.compile(r"(?<=://)()([^/?#\s\"]+)(?=@)")),
@@ -43,7 +42,7 @@ _WHOLE: _Shapes = (
 )
 _IN_PIECES: _Shapes = (
     (("--api", "--hf"), re.compile(rf"({_FLAG}(?:=|[ \t]+(?!--)))({_WORD})")),
-    # vLLM takes several keys: all words up to the next option.
+    # vLLM accepts several keys: all words up to the next option.
     (("--api",), re.compile(rf"(--api[_-]keys?)((?:[ \t]+(?!{_QUOTE}?-){_WORD})+)")),
     (("--api", "--hf"), re.compile(rf"({_FLAG}{_QUOTE})((?:\s*,\s*(?!{_QUOTE}-){_QUOTED}(?!\s*:))+)")),
     (("api_key", "api-key", "apikey"), re.compile(rf"(?i)(api[_-]?keys?{LISTED}")),
@@ -53,14 +52,14 @@ _IN_PIECES: _Shapes = (
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a variable of this name holds something that must not be shown."""
+    """Return whether an environment variable of this name holds a secret."""
     return bool(_SECRET_NAME.search(name))
 
 
 def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:
-    """Values of the environment that must not be shown, longest first."""
+    """Return the secret values of the environment, longest first."""
     values = [value for name, value in environ.items() if is_secret_name(name)]
-    # Output is read line by line, so a key of many lines is met one line at a time.
+    # Output is redacted line by line, so each line of a multi-line key counts.
     found = {part for value in values for part in (value, *value.splitlines()) if len(part) >= 6}
     return tuple(sorted(found, key=len, reverse=True))
 
@@ -71,12 +70,12 @@ def _own_secrets() -> tuple[str, ...]:
 
 
 def hide_in(found: re.Match[str]) -> str:
-    """The first group as it is, and the second with only its quotes, commas and gaps left."""
+    """Keep the first group; hide all of the second but quotes, commas and spaces."""
     return found[1] + _PIECE.sub(HIDDEN, found[2])
 
 
 def redact(text: str) -> str:
-    """`text` with credentials replaced by ``[hidden]``."""
+    """Return `text` with credentials replaced by ``[hidden]``."""
     for secret in _own_secrets():
         text = text.replace(secret, HIDDEN)
     lower = text.lower()

@@ -1,4 +1,4 @@
-"""`sparkinstall diagnose`: which known failure a log shows, in which lines, why, and what to do."""
+"""`sparkinstall diagnose`: find known failures in logs, with their cause and what to do."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,12 +29,12 @@ Logs = Annotated[
 Units = Annotated[
     list[str] | None,
     typer.Option(
-        "--unit", "-u", metavar="NAME", help="The journal of a unit since its last start: vllm, ray-head, ..."
+        "--unit", "-u", metavar="NAME", help="Read the journal of a unit since its last start: vllm, ray-head, ..."
     ),
 ]
-Boot = Annotated[bool, typer.Option("--boot", help="With --unit: all since the machine was started.")]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on reading, and tell each failure as it comes.")]
-Known = Annotated[bool, typer.Option("--known", help="List the failures that are known.")]
+Boot = Annotated[bool, typer.Option("--boot", help="With --unit: read everything since the last boot.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Keep reading, and print each failure as it appears.")]
+Known = Annotated[bool, typer.Option("--known", help="List the known failures.")]
 
 
 def diagnose(
@@ -46,7 +46,7 @@ def diagnose(
     json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Read logs and name the known failure, its lines, its cause and what to do; exit 3 if one was found."""
+    """Find known failures in logs: lines, cause and what to do; exit 3 if one was found."""
 
     def body() -> Answer:
         if known:
@@ -63,23 +63,23 @@ def _diagnose(logs: "Sequence[Log]", units: "Sequence[str]", follow: bool, talk:
     from sparkinstall.errors import Exit
 
     signatures = load()
-    readings = _followed(logs[0], signatures, talk) if follow else [_read(log, signatures) for log in logs]
+    readings = _follow(logs[0], signatures, talk) if follow else [_read(log, signatures) for log in logs]
     found = judge.judge(readings)
     silent = () if follow else _silent(readings, units)
     code = Exit.DRIFT if found.failures else Exit.FAILED if silent else Exit.GOOD
-    return Answer(code, _data(found), lambda: _show(found, verbose, told=follow), silent)
+    return Answer(code, _data(found), lambda: _show(found, verbose, already_shown=follow), silent)
 
 
 def _silent(readings: "Sequence[Reading]", units: "Sequence[str]") -> "tuple[Problem, ...]":
-    """The units of which the journal says nothing at all: that is no good news of them. Units are read last."""
+    """Return a problem for each unit without journal entries: silence proves nothing. Units are read last."""
     from sparkinstall.errors import Problem
 
     of_units = readings[len(readings) - len(units) :]
     return tuple(
         Problem(
-            f"there is no journal entry of a unit `{unit}`",
-            hint="is the name right (`systemctl list-units --all`)? Has it been started since the machine was? "
-            "May you read the journal (with `sudo`, or in the group adm)?",
+            f"the journal has no entries of unit `{unit}`",
+            hint="check the name (`systemctl list-units --all`), that the unit was started since the last boot, "
+            "and that you may read the journal (with `sudo`, or in the group adm)",
         )
         for unit, reading in zip(units, of_units, strict=True)
         if not reading.search.lines
@@ -87,11 +87,11 @@ def _silent(readings: "Sequence[Reading]", units: "Sequence[str]") -> "tuple[Pro
 
 
 def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool, boot: bool) -> "list[Log]":
-    """What to read.
+    """Return the logs to read.
 
     Raises:
-        BadUsage: nothing was named, or more than can be followed at once.
-        NeedsRoot: the journal is not for this user.
+        BadUsage: no log was named, or more than one is to be followed.
+        NeedsRoot: this user may not read the journal.
     """
     import sys
 
@@ -99,18 +99,18 @@ def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool, boot: bo
     from sparkinstall.errors import BadUsage
 
     if boot and not units:
-        raise BadUsage("--boot says how much of a unit's journal is read", hint="name the unit: `--unit vllm --boot`")
+        raise BadUsage("--boot needs a unit", hint="name the unit: `--unit vllm --boot`")
     if not files and not units:
         if sys.stdin.isatty():
             raise BadUsage(
-                "which log?",
+                "no log was named",
                 hint="name a file (`sparkinstall diagnose vllm.log`) or a unit (`sparkinstall diagnose --unit vllm`)",
             )
         files = ("-",)
     if follow and len(files) + len(units) > 1:
-        raise BadUsage("only one log can be followed at a time", hint="start it once for each")
+        raise BadUsage("only one log can be followed at a time", hint="run the command once for each log")
     if files.count("-") > 1:
-        raise BadUsage("stdin can be read only once", hint="give `-` once")
+        raise BadUsage("stdin can be read only once", hint="name `-` once")
     return [
         *(judge.file_log(name, follow) for name in files),
         *(judge.unit_log(name, follow, boot) for name in units),
@@ -128,8 +128,8 @@ def _read(log: "Log", signatures: "Sequence[Signature]") -> "Reading":
     return Reading(log.name, search)
 
 
-def _followed(log: "Log", signatures: "Sequence[Signature]", talk: bool) -> "list[Reading]":
-    """Read until the log ends or Ctrl-C, which is how a person ends it; tell what comes."""
+def _follow(log: "Log", signatures: "Sequence[Signature]", talk: bool) -> "list[Reading]":
+    """Read until the log ends or Ctrl-C, and print each failure as it appears."""
     from sparkinstall.cli.text_output import console
     from sparkinstall.diagnose.judge import Reading
     from sparkinstall.diagnose.search import Search
@@ -140,16 +140,16 @@ def _followed(log: "Log", signatures: "Sequence[Signature]", talk: bool) -> "lis
     try:
         for piece in log.pieces():
             for sighting in search.feed(piece):
-                _tell(sighting, search, talk, out)
+                _print_new(sighting, search, talk, out)
     except KeyboardInterrupt:
         pass
     for sighting in search.end():
-        _tell(sighting, search, talk, out)
+        _print_new(sighting, search, talk, out)
     return [Reading(log.name, search)]
 
 
-def _tell(sighting: "Match", search: "Search", talk: bool, out: "Console") -> None:
-    """One failure, at the moment it is met; what has brought it about is known if it came before."""
+def _print_new(sighting: "Match", search: "Search", talk: bool, out: "Console") -> None:
+    """Print one failure as it appears, with its cause if that came before."""
     import time
 
     from sparkinstall.diagnose import judge
@@ -166,12 +166,12 @@ def _tell(sighting: "Match", search: "Search", talk: bool, out: "Console") -> No
 # --- for people
 
 
-def _show(found: "Diagnosis", verbose: bool, told: bool) -> None:
+def _show(found: "Diagnosis", verbose: bool, already_shown: bool) -> None:
     from sparkinstall.cli.text_output import console
 
     out = console()
     several = len(found.readings) > 1
-    if not told:
+    if not already_shown:
         for each in found.causes:
             _show_found(each, out, several)
         _show_consequences(found, out, several, verbose)
@@ -239,7 +239,7 @@ def _field(out: "Console", name: str, text: str) -> None:
 def _show_consequences(found: "Diagnosis", out: "Console", several: bool, verbose: bool) -> None:
     if not found.consequences:
         return
-    out.print("[bold]What followed from it[/]")
+    out.print("[bold]Consequences[/]")
     for each in found.consequences:
         if verbose:
             _show_found(each, out, several)
@@ -276,8 +276,8 @@ def _summary(found: "Diagnosis") -> str:
     if found.failures:
         return f"{read}{_many(len(found.causes), 'cause')}, {_many(len(found.consequences), 'consequence')}"
     if found.telling:
-        return f"{read}nothing known; `journalctl -k` and the logs of the other nodes may say more"
-    return f"{read}no known failure, and nothing that looks like one" if lines else "there was nothing to read"
+        return f"{read}no known failure; see also `journalctl -k` and the logs of the other nodes"
+    return f"{read}no known failure, and no suspicious lines" if lines else "the log is empty"
 
 
 def _many(number: int, what: str) -> str:

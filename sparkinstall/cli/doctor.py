@@ -105,7 +105,7 @@ def _doctor(asked: Target, choice: Choice, json: bool) -> Answer:
     machine: dict[str, str] = mask.data(doctor.machine_facts(session.node, session.system))
     broken = any(each.weight == "broken" for each in shown)
     root = mask.text(session.root_option)
-    found = Checkup(machine, installed, shown, wrong or broken, mask.told(), root)
+    found = Checkup(machine, installed, shown, wrong or broken, mask.summary(), root)
     show = lambda: _show(found, asked.verbose)  # noqa: E731
     return Answer(Exit.DRIFT if found.wrong else Exit.GOOD, _data(found), show)
 

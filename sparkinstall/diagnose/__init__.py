@@ -1,1 +1,1 @@
-"""Known failures in logs: search, signatures, and the judgement of cause and consequence."""
+"""Find known failures in logs and tell causes from consequences."""

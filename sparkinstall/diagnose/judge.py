@@ -1,4 +1,4 @@
-"""From logs to a diagnosis: where they are read from, and which of the failures found is the cause of the others."""
+"""Diagnose logs: read them from files or the journal, and tell which failure caused the others."""
 
 import contextlib
 import gzip
@@ -18,21 +18,21 @@ from sparkinstall.system import processes
 from sparkinstall.system.local import LocalReader
 
 BLOCK = 1 << 20
-"""How much is read at once, in bytes."""
+"""Bytes per read."""
 _PAUSE = 0.2
 _GZIP = b"\x1f\x8b"
 
-# systemd's own marks (sd-messages.h): a unit begins to start, has started, is started again by systemd itself.
+# systemd's message ids (sd-messages.h): unit starting, unit started, unit restart scheduled.
 _STARTING, _STARTED = "7d4958e842da4a758f6c1cdc7b36dcc5", "39f53479d3a045ac8e11786248231fbf"
 _AGAIN = "5eb03494b6584870a536b337290809b3"
 _MARKS = 12
-"""How many of these are read: more than two starts have."""
+"""How many of these entries are read: more than two starts have."""
 _HIDDEN = ("not seeing messages from", "insufficient permissions")
-"""How journalctl says that there is more than this user may read."""
+"""What journalctl prints if this user may not read all entries."""
 
 
 class Log(Struct, frozen=True):
-    """What is to be read: its name for people, and the pieces that it comes in."""
+    """A log to read: its display name and an iterator over its blocks."""
 
     name: str
     pieces: Callable[[], Iterator[bytes]]
@@ -53,7 +53,7 @@ class Place(Struct, frozen=True):
 
 
 class Found(Struct, frozen=True):
-    """A known failure: the first places, how often it came, and the names of the failures here that explain it."""
+    """A known failure found in the logs: its first places, number of lines, and the names of its causes."""
 
     signature: Signature
     places: tuple[Place, ...]
@@ -62,7 +62,7 @@ class Found(Struct, frozen=True):
 
 
 class Diagnosis(Struct, frozen=True):
-    """What all logs together say. `failures`: causes first, then what followed; each in the order of the logs."""
+    """The result for all logs together. `failures`: causes, then consequences, each in the order of the logs."""
 
     readings: tuple[Reading, ...]
     failures: tuple[Found, ...]
@@ -78,7 +78,7 @@ class Diagnosis(Struct, frozen=True):
 
     @property
     def telling(self) -> list[tuple[str, Suspect]]:
-        """Where no failure is known: the lines that are most worth reading, with the log they are in."""
+        """The most suspicious lines with their log; empty if a known failure was found."""
         if self.failures:
             return []
         every = [(reading.name, each) for reading in self.readings for each in reading.search.telling]
@@ -86,7 +86,7 @@ class Diagnosis(Struct, frozen=True):
 
 
 def judge(readings: Sequence[Reading]) -> Diagnosis:
-    """Put together what was found in each log; a cause may be in another log than what it brought about."""
+    """Combine the results of all logs: a cause may be in another log than its consequence."""
     found = _together(readings)
     names = {each.signature.name for each in found if not each.signature.is_warning}
     failures = [
@@ -99,7 +99,7 @@ def judge(readings: Sequence[Reading]) -> Diagnosis:
 
 
 def explained_by(signature: Signature, found: Iterable[Found]) -> tuple[str, ...]:
-    """Which of the failures that were found have brought this one about."""
+    """Return the names of the failures in `found` that caused this one."""
     others = [each.signature for each in found if not each.signature.is_warning and each.signature is not signature]
     return tuple(
         other.name
@@ -124,56 +124,56 @@ def _together(readings: Sequence[Reading]) -> list[Found]:
     ]
 
 
-# --- where logs come from
+# --- sources of logs
 
 
 def file_log(name: str, follow: bool = False) -> Log:
-    """A file, also one that gzip has packed; `-` is stdin. With `follow` it is read on as it grows.
+    """Return the log in a file, plain or gzip; `-` is stdin. With `follow` reading continues as the file grows.
 
     Raises:
-        BadUsage: it is no file that can be read.
+        BadUsage: the file cannot be read.
     """
     if name == "-":
         return Log("stdin", _stdin)
     path = Path(name)
     if path.is_dir():
-        raise BadUsage(f"{name} is a folder", hint="name the log itself, or several: `sparkinstall diagnose DIR/*.log`")
+        raise BadUsage(f"{name} is a folder", hint="name one or more files: `sparkinstall diagnose DIR/*.log`")
     try:
         with path.open("rb") as file:
             packed = file.read(2) == _GZIP
     except FileNotFoundError as error:
-        raise BadUsage(f"there is no file {name}", hint="`-` reads stdin; `--unit NAME` reads the journal") from error
+        raise BadUsage(f"no such file: {name}", hint="`-` reads stdin; `--unit NAME` reads the journal") from error
     except PermissionError as error:
-        raise BadUsage(f"{name} cannot be read by you", hint=f"sudo cat {name} | sparkinstall diagnose -") from error
+        raise BadUsage(f"you may not read {name}", hint=f"sudo cat {name} | sparkinstall diagnose -") from error
     if follow and not packed:
         return Log(name, lambda: _growing(path))
     return Log(name, lambda: _whole(path, packed))
 
 
 def unit_log(unit: str, follow: bool = False, boot: bool = False) -> Log:
-    """What a unit of systemd, systemd about it, and the kernel have said since its last start, or since the `boot`.
+    """Return the journal of a unit, systemd's messages about it and the kernel's, since its last start or the `boot`.
 
     Raises:
         BadUsage: there is no such unit.
-        NeedsRoot: the journal is not for this user.
+        NeedsRoot: this user may not read the journal.
     """
     unit = unit if "." in unit else f"{unit}.service"
     known = LocalReader().ask("systemctl", "show", "--property=LoadState", "--value", "--", unit)
     if known.ok and known.out.strip() == "not-found":
         raise BadUsage(
-            f"there is no unit {unit} here",
-            hint="those of sparkinstall are vllm, ray-head and ray-worker; `systemctl list-units` lists all",
+            f"no such unit: {unit}",
+            hint="sparkinstall's units are vllm, ray-head and ray-worker; `systemctl list-units` lists all units",
         )
-    sudo = _allowed()
-    began = start_to_read_from(_marks(unit, sudo))
-    since = () if boot or began is None else (f"--since=@{began // 10**6}.{began % 10**6:06}",)
+    sudo = _sudo_prefix()
+    start = start_to_read_from(_marks(unit, sudo))
+    since = () if boot or start is None else (f"--since=@{start // 10**6}.{start % 10**6:06}",)
     return Log(unit, lambda: _journal(unit, sudo, since, follow))
 
 
 def start_to_read_from(marks: Sequence[tuple[str, int]]) -> int | None:
-    """When the unit's last start began, of systemd's marks and their times in microseconds.
+    """Return when the unit's last start start, from systemd's message ids and their times in microseconds.
 
-    Where systemd itself has started it again, what tells why is in the run before: then that one's beginning.
+    If systemd restarted the unit, the reason is in the run before: return the beginning of that one.
     """
     last = _last_start(marks)
     if last and marks[last - 1][0] == _AGAIN:
@@ -183,7 +183,7 @@ def start_to_read_from(marks: Sequence[tuple[str, int]]) -> int | None:
 
 
 def _last_start(marks: Sequence[tuple[str, int]]) -> int | None:
-    """Where the marks of the last start begin: some kinds of units have one, others two."""
+    """Return the index of the first entry of the last start: some types of units have one, others two."""
     last = max((at for at, (mark, _) in enumerate(marks) if mark != _AGAIN), default=None)
     if last and marks[last][0] == _STARTED and marks[last - 1][0] == _STARTING:
         return last - 1
@@ -198,7 +198,7 @@ def _whole(path: Path, packed: bool) -> Iterator[bytes]:
     except (OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno:
             raise storage_problem(error, f"reading {path}") from error
-        raise BadUsage(f"{path} is damaged: {error}", hint="unpack what can be saved: `zcat FILE | ...`") from error
+        raise BadUsage(f"{path} is damaged: {error}", hint="unpack the readable part: `zcat FILE | ...`") from error
 
 
 def _stdin() -> Iterator[bytes]:
@@ -207,7 +207,7 @@ def _stdin() -> Iterator[bytes]:
 
 
 def _growing(path: Path) -> Iterator[bytes]:
-    """What is there, then what is appended, also after the file was replaced; endless."""
+    """Yield the file's content, then what is appended, also after the file was replaced. Never ends."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("rb", buffering=0))
         while True:
@@ -223,49 +223,49 @@ def _growing(path: Path) -> Iterator[bytes]:
 
 def _was_replaced(path: Path, handle: int, at: int) -> bool:
     try:
-        there = path.stat()
+        current = path.stat()
     except FileNotFoundError:
         return False
-    return there.st_ino != os.fstat(handle).st_ino or there.st_size < at
+    return current.st_ino != os.fstat(handle).st_ino or current.st_size < at
 
 
 def _marks(unit: str, sudo: Sequence[str]) -> list[tuple[str, int]]:
-    """What systemd has noted of the unit's starts since the boot, each with its time in microseconds."""
+    """Return systemd's entries about the unit's starts since the boot: message id and time in microseconds."""
     import json
 
     wanted = (f"UNIT={unit}", *(f"MESSAGE_ID={each}" for each in (_STARTING, _STARTED, _AGAIN)))
     form = ("--no-pager", "--boot", "--output=json", "--output-fields=MESSAGE_ID", f"--lines={_MARKS}")
-    asked = LocalReader().ask(*sudo, "journalctl", *form, *wanted)
-    if any(words in asked.err for words in _HIDDEN):
+    answer = LocalReader().ask(*sudo, "journalctl", *form, *wanted)
+    if any(words in answer.err for words in _HIDDEN):
         raise NeedsRoot(
-            "you may not read the journal of the system",
-            cause="it is for root and for the group adm, and sudo asks for a password",
-            hint="`sudo -v`, then the same again; or for good: `sudo usermod -aG adm $USER`, and log in again",
+            "you may not read the system journal",
+            cause="it is readable by root and the group adm, and sudo needs a password",
+            hint="`sudo -v`, then repeat the command; or permanently: `sudo usermod -aG adm $USER`, and log in again",
         )
-    entries = [json.loads(line) for line in asked.out.splitlines() if line.startswith("{")]
+    entries = [json.loads(line) for line in answer.out.splitlines() if line.startswith("{")]
     return [(str(each["MESSAGE_ID"]), int(each["__REALTIME_TIMESTAMP"])) for each in entries]
 
 
 def _journal(unit: str, sudo: Sequence[str], since: Sequence[str], follow: bool) -> Iterator[bytes]:
-    onward = ("--follow", "--lines=all") if follow else ()
-    plain = ("journalctl", "--quiet", "--no-pager", "--boot", "--output=short-iso", *since, *onward)
+    following = ("--follow", "--lines=all") if follow else ()
+    plain = ("journalctl", "--quiet", "--no-pager", "--boot", "--output=short-iso", *since, *following)
     matches = (f"_SYSTEMD_UNIT={unit}", "+", f"UNIT={unit}", "+", "_TRANSPORT=kernel")
     argv = (*sudo, *plain, *matches)
     process = processes.start(argv, os.environ, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     if process is None or process.stdout is None:
-        raise CommandFailed("there is no journalctl here", hint="give the log as a file, or through a pipe with `-`")
+        raise CommandFailed("journalctl not found", hint="pass the log as a file, or through a pipe with `-`")
     try:
         while data := os.read(process.stdout.fileno(), BLOCK):
             yield data
         if process.wait():
-            raise CommandFailed(f"`{' '.join(argv)}` failed", hint="run it by hand: it says why")
+            raise CommandFailed(f"`{' '.join(argv)}` failed", hint="run it by hand to see why")
     finally:
         processes.kill_group(process.pid)
         process.wait()
         processes.ended(process)
 
 
-def _allowed() -> tuple[str, ...]:
-    """What to put before journalctl: a plain user sees only some lines, if sudo can be had without a question all."""
+def _sudo_prefix() -> tuple[str, ...]:
+    """Return the sudo prefix for journalctl, if sudo needs no password: a plain user sees only some entries."""
     reader = LocalReader()
     return reader.sudo if reader.sudo and reader.ask(*reader.sudo, "true").ok else ()

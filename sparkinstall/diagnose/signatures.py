@@ -1,6 +1,6 @@
-"""Known failures as the logs show them: one entry of `knowledge/logs/*.yaml` each, and what may be said of it.
+"""Load the signatures of known failures from `knowledge/logs/*.yaml`.
 
-How they are found in a log is in log_search.py; how to add one is told in knowledge/README.md.
+search.py finds them in a log; knowledge/README.md explains how to add one.
 """
 
 import re
@@ -17,7 +17,7 @@ from sparkinstall.schema import Malformed
 
 FOLDER = "knowledge/logs"
 ANY = "any"
-"""In `consequence_of`: whatever other failure there is has caused this one."""
+"""In `consequence_of`: any other failure found is a cause of this one."""
 
 
 _Line = Annotated[str, schema.like(r"[^\n]+", "one line of text")]
@@ -26,10 +26,10 @@ _Name = Annotated[str, schema.like("[a-z0-9]+(-[a-z0-9]+)*", "words in lower cas
 
 
 class Signature(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One known failure. A line is it if one of the `anchors` stands there and `regex` is found around it.
+    """One known failure. A line matches if it contains one of the `anchors` and `regex` matches around it.
 
-    `fix` is the number of a fix, or None. `consequence_of` names the failures that cause this one, or holds `ANY`.
-    `harmless` are lines that look alike and must not match.
+    `fix` is the number of a fix, or None. `consequence_of` names the failures that cause this one, or contains `ANY`.
+    `harmless` are similar lines that must not match.
     """
 
     name: _Name
@@ -52,10 +52,10 @@ class Signature(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def load(folder: Path | None = None) -> tuple[Signature, ...]:
-    """Every signature of the folder (those of the tool by default), in the order of files and entries.
+    """Return every signature of the folder (the shipped ones by default), in the order of files and entries.
 
     Raises:
-        Malformed: an entry is not as it must be, or two have one name.
+        Malformed: an entry is invalid, or two have the same name.
     """
     files = sorted((folder or asset(FOLDER)).glob("*.yaml"))
     found = [each for file in files for each in schema.read_file(tuple[Signature, ...], file)]
@@ -74,7 +74,7 @@ def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
 
 
 def _refuse_circles(signatures: Iterable[Signature]) -> None:
-    """Of failures that explain each other none would be left as the cause."""
+    """Raise Malformed if failures explain each other: none would remain as the cause."""
     from graphlib import CycleError, TopologicalSorter
 
     first = [each.name for each in signatures if ANY not in each.consequence_of]

@@ -1,6 +1,6 @@
-"""One archive with what somebody far away needs to see of a node, masked. It is made of reads; nothing is sent.
+"""Build the support bundle: one archive of masked facts, logs and state of a node. It only reads and sends nothing.
 
-It is made when things are broken, so a part that cannot be read is named in it and never stops the rest.
+It is made when things are broken, so a part that cannot be read is listed in the archive and never stops the rest.
 """
 
 import gzip
@@ -32,16 +32,16 @@ from sparkinstall.support.mask import Mask
 from sparkinstall.system import Reader
 
 TOP = "sparkinstall-support"
-"""The folder in the archive."""
+"""Name of the top folder in the archive."""
 
 _MIB = 1 << 20
 _JOURNAL, _LOG, _ALL_LOGS, _UNIT, _SMALL = 2 * _MIB, 2 * _MIB, 6 * _MIB, _MIB, _MIB // 2
 _RUNS, _LEAST = 5, 1 << 16
-_PATIENCE = 20.0
+_TIMEOUT = 20.0
 _KERNEL = "NVRM|Xid|mlx5|AER|Out of memory|oom-kill"
 _PACKAGES = re.compile(r"nvidia|libnvidia|cuda-|libnccl|linux-image|dgx|mlnx|rdma|libibverbs|netplan|python3\.1\d")
-# What was asked and answered, as vLLM's request logger writes it; a line may be cut.
-_ASKED = re.compile(
+# Prompts and outputs as vLLM's request logger writes them; a line may be truncated.
+_PROMPTS = re.compile(
     r"((?:prompt|\boutput)(?:_token_ids)?: )(?:'(?:[^'\\\n]|\\.)*'?|\"(?:[^\"\\\n]|\\.)*\"?|[\[(][^\])\n]*[\])]?)"
 )
 _IDENTITY = re.compile(r"(?im)^(.*\bidentity[\"']?\s*:[ \t]*)\S.*$")
@@ -50,17 +50,17 @@ _ODD = re.compile(r"[^\w.+@=-]")
 _WHAT = {
     "README.txt": "this page",
     "facts.json": "the machine: driver, kernel, memory, network cards, versions of packages",
-    "settings.json": "each setting, and where its value came from",
-    "state.json": "what the last run was asked for, and what it could not prove",
-    "journal.jsonl": "what sparkinstall has changed on this node",
-    "preflight.json": "is it a node that can be set up, and one of those that are known to be bad?",
-    "verify.json": "`sparkinstall verify`, run for this archive, without load",
-    "diagnose.json": "known failures that the logs in here tell of",
-    "decisions": "what was decided on this node: FP8 kernels, transport, the build of NCCL",
-    "env": "the variables that the services start with",
-    "logs": "the logs of the last runs, the ends of them",
-    "netplan": "the network's configuration",
-    "units": "the services: their files, and the end of what they said",
+    "settings.json": "each setting and its origin",
+    "state.json": "the options of the last run and its failed probes",
+    "journal.jsonl": "the changes that sparkinstall made on this node",
+    "preflight.json": "preflight checks, and the rules for known-bad hosts",
+    "verify.json": "result of `sparkinstall verify`, run for this archive, without load",
+    "diagnose.json": "known failures found in these logs",
+    "decisions": "decisions made on this node: FP8 kernels, transport, NCCL build",
+    "env": "environment variables of the services",
+    "logs": "the ends of the logs of the last runs",
+    "netplan": "network configuration",
+    "units": "unit files of the services, and the ends of their logs",
 }
 
 
@@ -72,14 +72,14 @@ class Member(Struct, frozen=True):
 
 
 class Bundle(Struct, frozen=True):
-    """What is to be packed. `missing`: what could not be read and why, masked. `masked`: what was, in words."""
+    """Contents of the archive. `missing`: what could not be read and why, masked. `masked`: kinds of masked values."""
 
     members: tuple[Member, ...]
     missing: tuple[str, ...]
     masked: str
 
     def packed(self) -> bytes:
-        """A tar.gz: plain files, owned by nobody in particular."""
+        """Return the archive as tar.gz: plain files without an owner."""
         whole, now = io.BytesIO(), int(time.time())
         with gzip.GzipFile("", "wb", 9, whole, 0) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
             for member in self.members:
@@ -89,15 +89,15 @@ class Bundle(Struct, frozen=True):
         return whole.getvalue()
 
 
-def gather(node: Node, on: Reader, mask: Mask, told: Mapping[str, Any], missing: Iterable[str] = ()) -> Bundle:
-    """Read everything that belongs into the archive.
+def gather(node: Node, on: Reader, mask: Mask, results: Mapping[str, Any], missing: Iterable[str] = ()) -> Bundle:
+    """Collect the contents of the archive.
 
     Args:
-        told: results of other verbs and settings, by the name of the JSON member that they become.
-        missing: what could not be found out before.
+        results: settings and results of other verbs, by the name of their JSON member.
+        missing: what the caller could not read.
     """
     found = _Gathering(on, mask, list(missing))
-    for name, data in told.items():
+    for name, data in results.items():
         found.add_json(name, lambda data=data: data)  # type: ignore[misc]
     found.add_json("facts.json", lambda: _facts(node, on))
     found.add_json("state.json", lambda: _state(on))
@@ -107,34 +107,34 @@ def gather(node: Node, on: Reader, mask: Mask, told: Mapping[str, Any], missing:
     _add_logs(found)
     _add_units(found)
     _add_netplan(found)
-    found.add_json("diagnose.json", lambda: _diagnosed(found.heard))
+    found.add_json("diagnose.json", lambda: _diagnose(found.logs))
     return found.bundle()
 
 
 class _Gathering:
-    """Members as they are found, masked at once; and what could not be found."""
+    """Collects members, masking each at once, and notes what could not be read."""
 
     def __init__(self, on: Reader, mask: Mask, missing: list[str]) -> None:
         self.on = on
         self._mask, self._missing = mask, missing
         self._members: dict[str, bytes] = {}
-        # Logs but for prompts and answers; not masked, as the signatures of known failures do not know stand-ins.
-        self.heard: dict[str, str] = {}
+        # Logs without prompts and outputs; unmasked, because the signatures of known failures expect the original text.
+        self.logs: dict[str, str] = {}
 
     @contextmanager
     def noting(self, what: str) -> Iterator[None]:
-        """What goes wrong in here is named in the archive."""
+        """List errors of this block in the archive instead of raising them."""
         try:
             yield
         except Problem as problem:
             self._missing.append(f"{what}: {problem.message}")
         except OSError as error:
             self._missing.append(f"{what}: {(error.strerror or str(error)).lower()}")
-        except Exception as error:  # of all things, this must not end on what is broken
+        except Exception as error:  # a broken node is what the archive is for
             self._missing.append(f"{what}: {type(error).__name__}: {error}")
 
     def add(self, name: str, text: str) -> None:
-        """A member; `text` has been masked. An empty one tells nothing."""
+        """Add a member of masked text, unless it is empty."""
         parts = [_ODD.sub("_", part.replace("<", "").replace(">", "")) for part in name.split("/")]
         safe = "/".join(part for part in parts if part.strip("."))
         while safe in self._members:
@@ -150,10 +150,10 @@ class _Gathering:
 
     def add_text(self, name: str, text: str) -> None:
         with self.noting(name):
-            self.add(self._mask.text(name), self._mask.text(_unasked(text)))
+            self.add(self._mask.text(name), self._mask.text(_without_prompts(text)))
 
     def add_log(self, name: str, text: str) -> None:
-        self.heard[name] = _unasked(text)
+        self.logs[name] = _without_prompts(text)
         self.add_text(name, text)
 
     def add_file(self, name: str, path: str, limit: int = _SMALL) -> None:
@@ -161,26 +161,26 @@ class _Gathering:
             self.add_text(name, self.end_of(path, limit))
 
     def end_of(self, path: str, limit: int) -> str:
-        """The last `limit` bytes of a plain file; empty where there is none. Links are not followed."""
+        """Return the last `limit` bytes of a regular file, or "". Links are not followed."""
         entry = self.on.entry(path)
         if entry is None or entry.kind != "file":
             return ""
         try:
             data = _end(self.on.real(path), limit)
         except PermissionError:
-            # Through sudo, where that needs no password.
+            # Read through sudo, if that needs no password.
             data = (self.on.read(path) or b"")[-limit:]
         return _whole_lines(data, entry.size > limit).decode(errors="replace")
 
     def bundle(self) -> Bundle:
         missing = tuple(map(self._mask.text, self._missing))
         members = {**self._members, "README.txt": b""}
-        members["README.txt"] = _readme(sorted(members), missing, self._mask.told()).encode()
-        return Bundle(tuple(Member(name, members[name]) for name in sorted(members)), missing, self._mask.told())
+        members["README.txt"] = _readme(sorted(members), missing, self._mask.summary()).encode()
+        return Bundle(tuple(Member(name, members[name]) for name in sorted(members)), missing, self._mask.summary())
 
 
-def _unasked(text: str) -> str:
-    return _ASKED.sub(r"\1[hidden]", text)
+def _without_prompts(text: str) -> str:
+    return _PROMPTS.sub(r"\1[hidden]", text)
 
 
 def _end(real: str, limit: int) -> bytes:
@@ -191,8 +191,8 @@ def _end(real: str, limit: int) -> bytes:
 
 
 def _whole_lines(data: bytes, cut: bool) -> bytes:
-    # Half a line at the front might hold half a secret, which looks like none.
-    return b"[cut: the end follows]\n" + data.partition(b"\n")[2] if cut else data
+    # A truncated first line might contain half a secret, which no pattern recognizes.
+    return b"[truncated: only the end follows]\n" + data.partition(b"\n")[2] if cut else data
 
 
 # --- the parts
@@ -210,7 +210,7 @@ def _facts(node: Node, on: Reader) -> dict[str, Any]:
         "python_packages": _python_packages(node, on),
     }
     if on.rehearsal:
-        return {**found, "rehearsal": "the machine around it is not the node, and was not asked"}
+        return {**found, "rehearsal": "facts of the machine that runs the rehearsal are left out: it is not the node"}
     return {**found, "cpus": machine.cores(), "debian_packages": _debian_packages(on), "programs": _programs(on)}
 
 
@@ -219,25 +219,25 @@ def _line(on: Reader, path: str) -> str:
 
 
 def _python_packages(node: Node, on: Reader) -> list[str]:
-    """`name==version` of what is in the environment, from the names of its folders."""
+    """Return `name==version` of each package in the environment, from the names of its .dist-info folders."""
     site = site_packages(node, on)
     stems = [name.removesuffix(".dist-info") for name in on.names(site or "") if name.endswith(".dist-info")]
     return ["==".join(stem.rsplit("-", 1)) for stem in stems]
 
 
 def _debian_packages(on: Reader) -> list[str]:
-    said = on.ask("dpkg-query", "-W", "-f=${Package}==${Version}\\n", timeout=_PATIENCE).out
-    return [line for line in said.splitlines() if _PACKAGES.match(line)]
+    listed = on.ask("dpkg-query", "-W", "-f=${Package}==${Version}\\n", timeout=_TIMEOUT).out
+    return [line for line in listed.splitlines() if _PACKAGES.match(line)]
 
 
 def _programs(on: Reader) -> dict[str, str]:
-    """What programs say of the machine, by their command line; those that are not here are left out."""
-    asked = [
+    """Return the output of programs by their command line; missing programs are left out."""
+    commands = [
         ("uname", "-a"), ("nvidia-smi", "-q"), ("ip", "-br", "link"), ("ip", "-br", "address"), ("rdma", "link"),
         ("ibv_devinfo",), ("df", "-h"), ("systemctl", "--failed", "--no-pager", "--plain"),
         *(("ethtool", "-i", name) for name in on.names("/sys/class/net") if is_connectx(on, name)),
     ]  # fmt: skip
-    answers = {" ".join(argv): on.ask(*argv, timeout=_PATIENCE) for argv in asked}
+    answers = {" ".join(argv): on.ask(*argv, timeout=_TIMEOUT) for argv in commands}
     return {name: (answer.out + answer.err)[:_SMALL] for name, answer in answers.items() if answer.code != 127}
 
 
@@ -247,7 +247,7 @@ def _state(on: Reader) -> dict[str, Any]:
 
 
 def _journal(found: _Gathering, mask: Mask) -> str:
-    """Line by line, since one that cannot be read may be the very reason for this archive."""
+    """Mask the journal line by line: a damaged line may be the reason for this archive."""
     lines = found.end_of(f"{FOLDER}/journal.jsonl", _JOURNAL).splitlines()
     return "".join(f"{_record(line, mask)}\n" for line in lines)
 
@@ -270,7 +270,7 @@ def _add_files(found: _Gathering, node: Node) -> None:
 
 
 def _add_logs(found: _Gathering) -> None:
-    """The newest runs first, until there is no more room."""
+    """Add logs of the newest runs until the size limit is reached."""
     room, top = _ALL_LOGS, f"{FOLDER}/logs"
     with found.noting(top):
         paths = [
@@ -297,16 +297,16 @@ def _add_units(found: _Gathering) -> None:
                 found.add_file(f"units/{unit}.d/{name}", f"{path}.d/{name}")
     if not found.on.rehearsal:
         for unit in names:
-            _add_said(found, f"units/{unit}.log", "-u", unit)
-        _add_said(found, "units/kernel.log", "-k", "-g", _KERNEL)
+            _add_journal(found, f"units/{unit}.log", "-u", unit)
+        _add_journal(found, "units/kernel.log", "-k", "-g", _KERNEL)
 
 
-def _add_said(found: _Gathering, name: str, *which: str) -> None:
-    """The end of what the system's journal has of it, as root where that goes without asking."""
+def _add_journal(found: _Gathering, name: str, *which: str) -> None:
+    """Add the end of the system journal of a unit or the kernel, as root if sudo needs no password."""
     command = ("journalctl", *which, "--no-pager", "-o", "short-iso", "-n", "2000")
-    answer = found.on.ask(*command, timeout=_PATIENCE, root=True)
+    answer = found.on.ask(*command, timeout=_TIMEOUT, root=True)
     if not answer.ok:
-        answer = found.on.ask(*command, timeout=_PATIENCE)
+        answer = found.on.ask(*command, timeout=_TIMEOUT)
     if answer.out and not answer.out.startswith("-- No entries"):
         text = _whole_lines(answer.out[-_UNIT:].encode(), len(answer.out) > _UNIT).decode()
         found.add_log(name, text)
@@ -326,24 +326,24 @@ def _netplan(path: str, content: bytes) -> str:
     try:
         safe_yaml.load(content)
     except Exception as error:
-        # The names of Wi-Fi networks are found as YAML; what is none may hold some that are not known.
+        # Wi-Fi names are read from the YAML; a file that cannot be parsed may contain unknown ones.
         if b"access-points" in content:
-            raise Problem("it is no YAML, and there is Wi-Fi in it: left out") from error
+            raise Problem("left out: it contains Wi-Fi settings but is not valid YAML") from error
     return _IDENTITY.sub(r"\1[hidden]", files.shown({path: content}))
 
 
-def _diagnosed(heard: Mapping[str, str]) -> dict[str, Any]:
-    """The known failures in the logs; that there is none in them is worth knowing too."""
-    if not heard:
+def _diagnose(logs: Mapping[str, str]) -> dict[str, Any]:
+    """Return the known failures in the logs, also if there are none."""
+    if not logs:
         return {}
     known, readings = signatures.load(), []
-    for name, text in heard.items():
+    for name, text in logs.items():
         reading = search.Search(known)
         reading.feed(text.encode())
         reading.end()
         readings.append(judge.Reading(name, reading))
     judged = judge.judge(readings)
-    return {"logs": list(heard), "found": [_failure(each) for each in (*judged.failures, *judged.warnings)]}
+    return {"logs": list(logs), "found": [_failure(each) for each in (*judged.failures, *judged.warnings)]}
 
 
 def _failure(found: judge.Found) -> dict[str, Any]:
@@ -357,17 +357,17 @@ def _failure(found: judge.Found) -> dict[str, Any]:
 
 def _readme(names: Iterable[str], missing: Iterable[str], masked: str) -> str:
     today = time.strftime("%Y-%m-%d", time.gmtime())
-    whats = {name: _WHAT.get(name) or _WHAT.get(name.split("/")[0], "") for name in names}
+    meanings = {name: _WHAT.get(name) or _WHAT.get(name.split("/")[0], "") for name in names}
     lines = [
         f"Made by sparkinstall {__version__} on {today}. Nothing was sent anywhere.",
         "",
-        *(f"  {name:44} {what}".rstrip() for name, what in whats.items()),
+        *(f"  {name:44} {what}".rstrip() for name, what in meanings.items()),
         "",
         "What could not be read:",
         *(f"  {each}" for each in missing or ("nothing",)),
         "",
-        f"Masked: {masked or 'nothing had to be'}.",
-        "A stand-in such as <ip-1> is the same thing in all files.",
-        "A program cannot know what only you know to be private: look the files over before you show them.",
+        f"Masked: {masked or 'nothing'}.",
+        "A placeholder such as <ip-1> stands for the same value in all files.",
+        "A program cannot recognize everything private: review the files before you share them.",
     ]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""The results of all checks and probes of a node, ordered for a person: broken, to look at, ok."""
+"""Sort the results of all checks and probes of a node by severity: broken, look at, skipped, ok."""
 
 import platform
 from collections.abc import Iterable, Mapping
@@ -24,12 +24,12 @@ _FOUND = {"write": "missing", "change": "differs"}
 
 _WEIGHTS: Mapping[Verdict, Weight] = {"fail": "broken", "warn": "look-at", "skip": "skipped", "pass": "ok"}
 _SUDO = "`sudo -v` in this terminal, then the same command again"
-# A node that is set up lives without these until something is to be reinstalled.
+# A node that is set up needs these only to reinstall something.
 _ONLY_TO_SET_UP = frozenset({"sudo", "python", "cuda", "disk", "prefix"})
 
 
 class Item(Struct, frozen=True):
-    """One check or probe. `fixes`: numbers of the fixes that it belongs to; `means`: its impact, for a person."""
+    """One check or probe. `fixes`: numbers of its fixes; `means`: the impact of a failure."""
 
     name: str
     kind: Kind
@@ -44,7 +44,7 @@ class Item(Struct, frozen=True):
 
 
 def machine_facts(node: Node, on: Reader) -> dict[str, str]:
-    """The machine and what runs on it, by name; in a rehearsal only what is set up there. Nothing of it is personal."""
+    """Return machine and software versions by name, without personal data; in a rehearsal only what is set up there."""
     ours = {"stack": f"{node.stack.name} for {node.platform}", "sparkinstall": __version__}
     if on.rehearsal:
         return {"machine": machine.product(on) or "a rehearsal", **ours}
@@ -59,29 +59,29 @@ def machine_facts(node: Node, on: Reader) -> dict[str, str]:
     return {**{name: value for name, value in found.items() if value}, **ours}
 
 
-def of_preflight(looked: Iterable[ProbeResult], installed: bool) -> list[Item]:
-    """Is this a node that can be set up? Where it has been, some of it no longer matters that much."""
-    return [_checked_before(each, installed) for each in looked]
+def of_preflight(result: Iterable[ProbeResult], installed: bool) -> list[Item]:
+    """Turn preflight results into items; on a node that is `installed`, some failures weigh less."""
+    return [_of_preflight(each, installed) for each in result]
 
 
-def _checked_before(looked: ProbeResult, installed: bool) -> Item:
-    probe, finding = looked.probe, looked.finding
+def _of_preflight(result: ProbeResult, installed: bool) -> Item:
+    probe, finding = result.probe, result.finding
     weight = _WEIGHTS[finding.verdict]
     if weight == "broken" and installed and probe.name in _ONLY_TO_SET_UP:
         weight = "look-at"
     return Item(
         probe.name, "preflight", weight, probe.title, finding.found, finding.expected, probe.impact, finding.hint,
-        seconds=looked.seconds,
+        seconds=result.seconds,
     )  # fmt: skip
 
 
 def of_checks(reports: Iterable[StepReport]) -> list[Item]:
-    """Are the files, packages and services of each step up to date?"""
+    """Turn the checks of steps into items: are files, packages and services up to date?"""
     return [_of_step(each) for each in reports]
 
 
 def _of_step(report: StepReport) -> Item:
-    weight, found, hint = _told(report)
+    weight, found, hint = _judged(report)
     step = catalogue.named(report.name)
     return Item(
         report.name, "check", weight, report.why, found, means=step.impact, hint=hint,
@@ -89,16 +89,16 @@ def _of_step(report: StepReport) -> Item:
     )  # fmt: skip
 
 
-def _told(report: StepReport) -> tuple[Weight, str, str]:
+def _judged(report: StepReport) -> tuple[Weight, str, str]:
     if report.problem:
         weight: Weight = "skipped" if isinstance(report.problem, NeedsRoot) else "broken"
         return weight, report.problem.message, _SUDO if weight == "skipped" else report.problem.hint
     states = [checked.state for checked in report.checked]
-    wrong = list(dict.fromkeys(said for said in map(_wrong, states) if said))
+    wrong = list(dict.fromkeys(text for text in map(_wrong, states) if text))
     if wrong:
-        way_out = next((state.hint for state in states if isinstance(state, Conflict) and state.hint), "")
-        return "broken", "\n".join(wrong), way_out or f"`sparkinstall run {report.name}`"
-    # What waits for another step is not broken itself.
+        hint = next((state.hint for state in states if isinstance(state, Conflict) and state.hint), "")
+        return "broken", "\n".join(wrong), hint or f"`sparkinstall run {report.name}`"
+    # A resource that waits for another step is not broken itself.
     waits = [f"known after {state.waits_for}" for state in states if isinstance(state, Unknown)]
     left = [f"node only: {state.reason}" for state in states if isinstance(state, NodeOnly)]
     unseen = list(dict.fromkeys([*waits, *left]))
@@ -107,28 +107,28 @@ def _told(report: StepReport) -> tuple[Weight, str, str]:
 
 def _wrong(state: State) -> str:
     if isinstance(state, Drift):
-        # A plan says what will be done; here it is told what was found.
+        # The summary names the action of a plan; say what was found instead.
         verb, _, file = state.summary.partition(" ")
         return f"{_FOUND[verb]}: {file}" if verb in _FOUND else f"not done: {state.summary}"
     return state.message if isinstance(state, Conflict) else ""
 
 
-def of_probes(looked: Iterable[ProbeResult]) -> list[Item]:
-    """Does it behave so?"""
-    return [_of_probe(each) for each in looked]
+def of_probes(result: Iterable[ProbeResult]) -> list[Item]:
+    """Turn probe results into items: does the node behave as configured?"""
+    return [_of_probe(each) for each in result]
 
 
-def _of_probe(looked: ProbeResult) -> Item:
-    probe, finding = looked.probe, looked.finding
+def _of_probe(result: ProbeResult) -> Item:
+    probe, finding = result.probe, result.finding
     return Item(
         probe.name, "probe", _WEIGHTS[finding.verdict], probe.title, finding.found, finding.expected,
-        probe.impact, finding.hint, (probe.fix.number,) if probe.fix else (), looked.seconds,
+        probe.impact, finding.hint, (probe.fix.number,) if probe.fix else (), result.seconds,
     )  # fmt: skip
 
 
 def of_problem(problem: Problem) -> Item:
-    """What keeps all that is installed from being looked at."""
-    means = "Nothing of what sparkinstall has set up could be looked at."
+    """Turn a problem that prevents all checks into an item."""
+    means = "Nothing that sparkinstall set up could be checked."
     return Item(
-        "installed", "check", "broken", "what sparkinstall has set up", problem.message, "", means, problem.hint
+        "installed", "check", "broken", "installation by sparkinstall", problem.message, "", means, problem.hint
     )

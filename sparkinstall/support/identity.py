@@ -1,4 +1,4 @@
-"""What tells this machine and its people from others. It is read for one purpose only: to be masked."""
+"""Read what identifies this machine and its users, only in order to mask it."""
 
 import os
 import pwd
@@ -20,12 +20,12 @@ _SERIAL_LINE = re.compile(rb"(?im)^\s*(?:export\s+)?\w*(?:SERIAL|UUID|ASSET)\w*=
 _KEYFILES = "/etc/NetworkManager/system-connections"
 _NETPLAN = ("/etc/netplan", "/run/netplan", "/lib/netplan")
 _FIRST_PERSON, _LAST_PERSON = 1000, 60000
-# What boards have where nobody wrote a serial number.
+# Placeholders of boards without a serial number.
 _NO_SERIAL = re.compile(r"(?i)(?:default|none|not|to be|system|0+$|n/a|unknown|empty|virtual)")
 
 
 def known(on: Reader) -> Known:
-    """What is personal on the node, and on this machine where that only stands for one; as far as it can be read."""
+    """Return the identifying names and ids of the node and of the machine that runs this, as far as readable."""
     return Known(
         hosts=_gathered(_own_hosts, lambda: _hosts(on)),
         users=_gathered(_own_users, lambda: _people(on)),
@@ -41,7 +41,7 @@ def _gathered(*sources: Callable[[], Iterable[str]]) -> tuple[str, ...]:
         try:
             found.update(dict.fromkeys(each for each in source() if each))
         except (Problem, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            # Without it what has a shape is masked all the same.
+            # Values with a recognizable shape are masked even without this source.
             continue
     return tuple(found)
 
@@ -56,7 +56,7 @@ def _hosts(on: Reader) -> Iterator[str]:
     yield from (name, name.split(".")[0])
     for line in _text(on, "/etc/hosts").splitlines():
         for each in line.split("#")[0].split()[1:]:
-            # ip6-localnet and the like stand in every such file.
+            # ip6-localnet and the like are in every hosts file.
             if not each.startswith("ip6-"):
                 yield from (each, each.split(".")[0])
 

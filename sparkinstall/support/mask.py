@@ -1,7 +1,7 @@
-"""Take out of a text what tells one machine and its people from all others, so that it can be shown in public.
+"""Replace personal and machine-identifying data with stable placeholders, so that a text can be made public.
 
-Each of these things gets a stand-in such as `<ip-1>`. The same thing has the same stand-in wherever it stands in one
-output, so that a reader can still follow it. Where it is not sure, a thing is taken for personal.
+A value has the same placeholder, such as `<ip-1>`, everywhere in one output, so that a reader can follow it.
+In doubt a value counts as personal.
 """
 
 import re
@@ -19,17 +19,17 @@ _WORDS = {
     "serial": ("serial number or machine id", "serial numbers or machine ids"),
     "mail": ("e-mail address", "e-mail addresses"), "ssid": ("network name", "network names"),
 }  # fmt: skip
-_STAND_IN = re.compile(rf"(<(?:{'|'.join(_WORDS)})-\d+>|{re.escape(HIDDEN)})")
+_PLACEHOLDER = re.compile(rf"(<(?:{'|'.join(_WORDS)})-\d+>|{re.escape(HIDDEN)})")
 _ROUNDS = 6
-# A name may follow a colour code, or a line end as JSON writes it, without a gap.
+# A name may directly follow a colour code or an escaped line end of JSON.
 _COLOUR = r"(?:\x1b\[[0-9;?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)?|\x1b|(?:\\u001b|\\x1b|\\033)\[[0-9;]*m)"
 _COLOURS = re.compile(_COLOUR)
 _COLOUR_BETWEEN = re.compile(rf"(?<=\w){_COLOUR}+(?=\w)")
 _FRONT = r"(?:(?<![A-Za-z0-9])|(?<=\\[nrtbf])|(?<=\\u[0-9A-Fa-f]{4}))"
 _BACK = r"(?![A-Za-z0-9])"
 
-# Names that machines and users have everywhere: nobody is told by them, and they are words of every log.
-_EVERYBODYS = frozenset(
+# Common names of machines and users: they identify nobody and are words of every log.
+_COMMON_NAMES = frozenset(
     {
         *("admin", "cluster", "daemon", "debian", "default", "dgx", "dgx-spark", "domain", "gb10", "gpu", "guest"),
         *("gx10", "head", "home", "host", "internet", "linux", "local", "localdomain", "localhost", "machine"),
@@ -79,10 +79,10 @@ _TOKENS = re.compile(
 _SECRET_KEY = (
     r"passwords?|passwd|passphrase|psk|secret|secret[_-]key|api[_-]?keys?|luks\.key|access[_-]key|private[_-]?key|credentials?|"
     r"(?:hf|hub|auth|access|refresh|bearer|ray|ngc|gh|github|session|api|wandb|cluster|private)[_-]?token|"
-    # Alone it may also be a word of a model, and a figure of a benchmark.
+    # `token` alone may also be a word of a model or a figure of a benchmark.
     r"(?:(?<![\w-])|(?<=\\[nrt]))token(?![\"']?\s*[:=]\s*(?:[\"']?<|[\d.]{1,8}(?![\w.-])))"
 )
-# Not every line that tells of tokens in a second.
+# `token` with a delimiter, to skip lines about tokens per second.
 _SECRET_WORDS = (
     *("pass", "psk", "secret", "key", "credential"),
     *("token=", "token:", "token'", 'token"', "token ", "token\t", "token\\"),
@@ -90,7 +90,7 @@ _SECRET_WORDS = (
 _SERIAL_KEY = r"(?<![A-Za-z])serial(?:[ _-]?(?:number|num|no|nr|short))?\.?|(?<![A-Za-z0-9])s/?n"
 _SSID_KEY = r"(?<![A-Za-z])e?ssid"
 _VALUE = r"([\[({]?)(?:(\"(?:[^\"\\\n]|\\.)*\"?)|('(?:[^'\\\n]|\\.)*'?)|(BARE))"
-_NOTHING = re.compile(r"(?i)[\"']?(?:none|null|nil|true|false|n/a|\[?n/a\]?|not \w+|to be filled.*|\*+|)[\"']?")
+_EMPTY_VALUE = re.compile(r"(?i)[\"']?(?:none|null|nil|true|false|n/a|\[?n/a\]?|not \w+|to be filled.*|\*+|)[\"']?")
 _NUMBERS = re.compile(r"[\d.]+")
 _FLAG = re.compile(r"--[\w-]*(?:keys?|token|password|secret)")
 _USER = ("-u", "--user", "--proxy-user")
@@ -101,7 +101,7 @@ def _keyed(key: str, bare: str, equals: str = r"[\"']?\s*[:=]\s*") -> re.Pattern
 
 
 _LISTED_SECRETS = re.compile(rf"(?i)((?:{_SECRET_KEY}){LISTED}")
-# JSON in a string of JSON.
+# JSON inside a JSON string.
 _ESCAPED_SECRET = re.compile(rf"(?i)((?:{_SECRET_KEY})\\\"\s*:\s*)(\\\"(?:[^\"\\\n]|\\[^\"\n])*(?:\\\"|$))")
 _KEYED_SECRET = _keyed(_SECRET_KEY, r"(?![\[({]+(?:\s|$))[^\s\"',;)}\]]+")
 _ENV_SECRET = re.compile(
@@ -117,7 +117,7 @@ _QUOTED_SSID = _keyed(_SSID_KEY, r"(?!)", r"\s+")
 
 
 class Known(Struct, frozen=True):
-    """What is known to be personal here. `homes`: the user's own folders; `serials`: also ids of the machine."""
+    """Personal data known for this node. `homes`: the user's home folders; `serials`: includes machine ids."""
 
     hosts: tuple[str, ...] = ()
     users: tuple[str, ...] = ()
@@ -126,13 +126,13 @@ class Known(Struct, frozen=True):
     networks: tuple[str, ...] = ()
 
 
-Stand = Callable[[re.Match[str]], str]
-Rule = tuple[tuple[str, ...], re.Pattern[str], Stand]
-"""Words first: where none of them stands in a line, in lower case, its pattern is not tried at all."""
+Replacement = Callable[[re.Match[str]], str]
+Rule = tuple[tuple[str, ...], re.Pattern[str], Replacement]
+"""(words, pattern, replacement): the pattern is tried only if the lower-case line contains one of the words."""
 
 
 class Mask:
-    """The stand-ins of one output."""
+    """The placeholders of one output."""
 
     def __init__(self, known: Known | None = None) -> None:
         self._numbers: dict[str, dict[str, int]] = {}
@@ -141,18 +141,18 @@ class Mask:
         self._rules = [*self._of_secrets(), *self._of_shapes(), *self._of_names()]
 
     def text(self, text: str) -> str:
-        """`text` without what is personal in it, and without colours. Doing it twice changes nothing more."""
+        """Return `text` masked and without colours. Masking twice changes nothing more."""
         text = _COLOURS.sub("", _COLOUR_BETWEEN.sub(" ", text)) if _COLOURS.search(text) else text
         if "PRIVATE KEY-----" in text:
             text = _KEY_BLOCK.sub(self._hidden, text)
         if "[\n" in text:
-            # A list may go over many lines, and only the first has the key.
+            # A list may span many lines, and only the first has the key.
             text = self._without_lists(self._without_credentials(text))
         return "\n".join(map(self._line, text.split("\n")))
 
     def _line(self, line: str) -> str:
         for _ in range(_ROUNDS):
-            # What one rule has taken out may lay open something to a rule before it.
+            # A replacement may expose a value to an earlier rule.
             before, line = line, self._once(line)
             if line == before:
                 break
@@ -163,10 +163,10 @@ class Mask:
         lower = line.lower()
         if ("[" in line or "(" in line) and any(word in lower for word in _SECRET_WORDS):
             line = self._without_lists(line)
-        for words, pattern, stand_in in self._rules:
+        for words, pattern, replacement in self._rules:
             if any(word in lower for word in words) and pattern.search(line):
-                parts = _STAND_IN.split(line)
-                line = "".join(part if at % 2 else pattern.sub(stand_in, part) for at, part in enumerate(parts))
+                parts = _PLACEHOLDER.split(line)
+                line = "".join(part if at % 2 else pattern.sub(replacement, part) for at, part in enumerate(parts))
         return line
 
     def _without_credentials(self, text: str) -> str:
@@ -178,7 +178,7 @@ class Mask:
         return _LISTED_SECRETS.sub(self._in_pieces, text)
 
     def data(self, value: Any, key: str = "") -> Any:
-        """The same for values that JSON can hold; what a key says of its value counts."""
+        """Mask JSON values; the name of a key may mark its value as personal."""
         if isinstance(value, Mapping):
             return {self.text(str(name)): self.data(each, str(name)) for name, each in value.items()}
         if isinstance(value, list | tuple):
@@ -188,7 +188,7 @@ class Mask:
         return value
 
     def _list(self, values: list[Any] | tuple[Any, ...], key: str) -> list[Any]:
-        """A list may be a command: an option for secrets may have many, up to the next option."""
+        """Mask a list. It may be a command: an option for secrets takes all values up to the next option."""
         shown, secret, curl = [], False, False
         for value in values:
             option = isinstance(value, str) and value.startswith("-")
@@ -204,25 +204,25 @@ class Mask:
         kind = _kind_of(key)
         if "version" in key.lower() and _NUMBERS.fullmatch(value):
             return value
-        if kind is None or _NOTHING.fullmatch(value) or _STAND_IN.fullmatch(value):
+        if kind is None or _EMPTY_VALUE.fullmatch(value) or _PLACEHOLDER.fullmatch(value):
             return self.text(value)
         if kind == "secret":
             self._secret = True
             return HIDDEN
-        return self._stand_in(kind, value)
+        return self._placeholder(kind, value)
 
-    def told(self) -> str:
-        """What was masked, in words; empty where there was nothing."""
+    def summary(self) -> str:
+        """Return in words what was masked; empty if nothing was."""
         counts = [(kind, len(self._numbers.get(kind, ()))) for kind in _WORDS]
-        said = [f"{count} {_WORDS[kind][count > 1]}" for kind, count in counts if count]
-        said += ["the home folder"] * self._home + ["credentials"] * self._secret
-        return ", ".join(said)
+        parts = [f"{count} {_WORDS[kind][count > 1]}" for kind, count in counts if count]
+        parts += ["the home folder"] * self._home + ["credentials"] * self._secret
+        return ", ".join(parts)
 
-    def _stand_in(self, kind: str, value: str) -> str:
+    def _placeholder(self, kind: str, value: str) -> str:
         numbers = self._numbers.setdefault(kind, {})
         return f"<{kind}-{numbers.setdefault(value.lower(), len(numbers) + 1)}>"
 
-    # --- the rules, in their order
+    # --- the rules, in order
 
     def _of_secrets(self) -> list[Rule]:
         secret = self._value("secret")
@@ -263,26 +263,26 @@ class Mask:
             *((words, pattern, self._whole("user")) for words, pattern in _names(self._known.users)),
         ]
 
-    def _whole(self, kind: str) -> Stand:
-        return lambda found: self._stand_in(kind, found[0])
+    def _whole(self, kind: str) -> Replacement:
+        return lambda found: self._placeholder(kind, found[0])
 
-    def _behind(self, kind: str) -> Stand:
-        """For a pattern with what stays in its first group and what goes in its second."""
-        return lambda found: found[1] + self._stand_in(kind, found[2])
+    def _behind(self, kind: str) -> Replacement:
+        """Return a replacement that keeps group 1 and masks group 2."""
+        return lambda found: found[1] + self._placeholder(kind, found[2])
 
-    def _value(self, kind: str) -> Stand:
-        """For a value behind its key, in quotes or bare."""
+    def _value(self, kind: str) -> Replacement:
+        """Return a replacement for a value after its key, quoted or bare."""
 
-        def stand_in(found: re.Match[str]) -> str:
+        def replacement(found: re.Match[str]) -> str:
             quoted = found[3] or found[4]
             value = (quoted[1:].rstrip(quoted[0]) if quoted else found[5]).strip()
-            if _NOTHING.fullmatch(value):
+            if _EMPTY_VALUE.fullmatch(value):
                 return found[0]
-            put = self._hidden(found) if kind == "secret" else self._stand_in(kind, value)
+            put = self._hidden(found) if kind == "secret" else self._placeholder(kind, value)
             closed = quoted[-1:] if quoted and len(quoted) > 1 and quoted[-1] == quoted[0] else ""
             return f"{found[1]}{found[2]}{quoted[:1] if quoted else ''}{put}{closed}"
 
-        return stand_in
+        return replacement
 
     def _hidden(self, found: re.Match[str]) -> str:
         del found
@@ -294,14 +294,14 @@ class Mask:
         self._secret = self._secret or hidden != found[0]
         return hidden
 
-    # --- what stays though it has the shape
+    # --- exceptions: values that match a pattern but identify nobody
 
     def _host(self, found: re.Match[str]) -> str:
-        return found[0] if found[0].lower() in _EVERYBODYS else self._stand_in("host", found[0])
+        return found[0] if found[0].lower() in _COMMON_NAMES else self._placeholder("host", found[0])
 
     def _mail(self, found: re.Match[str]) -> str:
         stays = found[1].lower() in _UNITS or found[0].startswith("git@")
-        return found[0] if stays else self._stand_in("mail", found[0])
+        return found[0] if stays else self._placeholder("mail", found[0])
 
     def _at_home(self, found: re.Match[str]) -> str:
         del found
@@ -309,19 +309,19 @@ class Mask:
         return "~"
 
     def _other_home(self, found: re.Match[str]) -> str:
-        return found[0] if found[2].lower() in _EVERYBODYS else found[1] + self._stand_in("user", found[2])
+        return found[0] if found[2].lower() in _COMMON_NAMES else found[1] + self._placeholder("user", found[2])
 
     def _mac(self, found: re.Match[str]) -> str:
-        # Nobody's, and everybody's: 00:00:... and ff:ff:...
+        # The null address and broadcast: 00:00:... and ff:ff:...
         stays = set(found[0].lower()) - {":", "-"} in ({"0"}, {"f"})
-        return found[0] if stays else self._stand_in("mac", found[0].replace("-", ":"))
+        return found[0] if stays else self._placeholder("mac", found[0].replace("-", ":"))
 
     def _mac_in_a_name(self, found: re.Match[str]) -> str:
         pairs = [found[2][at : at + 2] for at in range(0, 12, 2)]
-        return found[1] + self._stand_in("mac", ":".join(pairs))
+        return found[1] + self._placeholder("mac", ":".join(pairs))
 
     def _guid(self, found: re.Match[str]) -> str:
-        return found[0] if set(found[0]) <= set("0:") else self._stand_in("guid", found[0])
+        return found[0] if set(found[0]) <= set("0:") else self._placeholder("guid", found[0])
 
     def _ipv4(self, found: re.Match[str]) -> str:
         around, first, end = found.string, found.start(), found.end()
@@ -344,7 +344,7 @@ class Mask:
             stays = any(address in network for network in _STAY)
         else:
             stays = not any(address in network for network in _GO)
-        return text if stays else self._stand_in("ip", str(address))
+        return text if stays else self._placeholder("ip", str(address))
 
 
 def _address(text: str) -> IPv4Address | IPv6Address | None:
@@ -363,13 +363,13 @@ Named = tuple[tuple[str, ...], re.Pattern[str]]
 
 
 def _names(given: tuple[str, ...], front: str = r"(?<![\w-])", back: str = r"(?![\w-])") -> list[Named]:
-    """Words and patterns for names that are known, the longest first; nothing for what everybody has.
+    """Return words and patterns for known names, longest first, without common names.
 
-    A short name (max, vm) is a part of too many other words: `front` and `back` say where it is none.
+    A short name (max, vm) is part of too many other words: `front` and `back` are its boundaries.
     """
-    telling = {each for each in given if len(each) > 1 and each.lower() not in _EVERYBODYS}
+    distinctive = {each for each in given if len(each) > 1 and each.lower() not in _COMMON_NAMES}
     return [
-        ((each.lower(),), _name(each, front, back)) for each in sorted(telling, key=lambda each: (-len(each), each))
+        ((each.lower(),), _name(each, front, back)) for each in sorted(distinctive, key=lambda each: (-len(each), each))
     ]
 
 

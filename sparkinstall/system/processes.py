@@ -1,4 +1,4 @@
-"""Programs: started in a process group of their own, with exactly the environment given."""
+"""Run programs, each in its own process group and with exactly the given environment."""
 
 import os
 import shutil
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     Process = subprocess.Popen[bytes]
 
 RUN_MARK = "SPARKINSTALL_RUN"
-"""Set in every program we start, so that a later run can end what a killed one left behind."""
+"""Environment variable of every program we start, so that a later run can kill those of a killed run."""
 
 _GRACE = 10.0
-"""How long after TERM a program may go on, in seconds: apt must not be cut off in the middle of a package."""
-_PATIENCE = 5.0
-"""How long the programs of a killed run are looked for, in seconds."""
+"""Seconds between TERM and KILL: apt must not be killed in the middle of a package."""
+_LEFTOVER_TIMEOUT = 5.0
+"""Seconds during which programs of a killed run are searched for."""
 
 _running: set[int] = set()
 _stopped = threading.Event()
@@ -28,16 +28,16 @@ _guard = threading.Lock()
 
 
 def start(argv: tuple[str, ...], env: Mapping[str, str], **options: Any) -> "Process | None":
-    """Start `argv`, or answer None where there is no such program.
+    """Start `argv`; return None if there is no such program.
 
     Raises:
-        Interrupted: Ctrl-C has ended all programs, and no other is to begin.
+        Interrupted: Ctrl-C has stopped this run; no more programs are started.
     """
     refuse_if_stopped()
     where = shutil.which(argv[0], path=env.get("PATH", os.defpath))
     if where is None:
         return None
-    # A group and not a session of its own: sudo remembers a password for the terminal of the session.
+    # A process group, not a session: sudo caches the password per terminal session.
     process = _command(where).popen(list(argv[1:]), env=dict(env), process_group=0, bufsize=-1, **options)
     with _guard:
         _running.add(process.pid)
@@ -45,7 +45,7 @@ def start(argv: tuple[str, ...], env: Mapping[str, str], **options: Any) -> "Pro
 
 
 def _command(where: str) -> Any:
-    # plumbum is imported late (0.1 s): a converged node needs no program at all.
+    # plumbum takes 0.1 s to import, and a converged node runs no program at all.
     from plumbum.machines.local import LocalCommand, LocalMachine
 
     class Exact(LocalMachine):
@@ -60,13 +60,13 @@ def _command(where: str) -> Any:
 
 
 def ended(process: "Process") -> None:
-    """Forget a program that has been waited for."""
+    """Forget a program that has ended and been waited for."""
     with _guard:
         _running.discard(process.pid)
 
 
 def kill_group(pid: int, sig: signal.Signals = signal.SIGKILL) -> None:
-    """Signal a program and all it started."""
+    """Signal a program and everything it started in its process group."""
     try:
         os.killpg(pid, sig)
     except (ProcessLookupError, PermissionError):
@@ -74,15 +74,15 @@ def kill_group(pid: int, sig: signal.Signals = signal.SIGKILL) -> None:
 
 
 def with_terminal(*argv: str) -> bool:
-    """Run a program that talks to the person at the terminal; whether it ended well."""
+    """Run a program that uses the terminal; return whether it succeeded."""
     return shutil.which(argv[0]) is not None and subprocess.call(argv) == 0
 
 
 def stop_all() -> None:
-    """End every program this process has started, and start none any more; for Ctrl-C."""
+    """On Ctrl-C: end every program that this process has started, and start no more."""
     _stopped.set()
     _end_running(signal.SIGTERM)
-    # Some ignore TERM; a person who pressed Ctrl-C does not wait for those.
+    # Some programs ignore TERM, and nobody who pressed Ctrl-C waits for them.
     killing = threading.Timer(_GRACE, _end_running, (signal.SIGKILL,))
     killing.daemon = True
     killing.start()
@@ -96,13 +96,13 @@ def _end_running(sig: signal.Signals) -> None:
 
 
 def refuse_if_stopped() -> None:
-    """Raise Interrupted once `stop_all` was called: threads that it cannot reach end here."""
+    """Raise Interrupted once `stop_all` was called, so that other threads end too."""
     if _stopped.is_set():
         raise Interrupted("interrupted")
 
 
 def answer(argv: tuple[str, ...], env: Mapping[str, str], timeout: float) -> tuple[int, bytes, bytes]:
-    """Exit code, stdout and stderr; 127 not found, 124 past `timeout` seconds."""
+    """Run `argv`; return exit code (127 not found, 124 after `timeout` seconds), stdout and stderr."""
     process = start(argv, env, stdin=subprocess.DEVNULL)
     if process is None:
         return 127, b"", f"{argv[0]}: not found".encode()
@@ -129,14 +129,14 @@ def stream(
     cwd: str | None,
     keep_open: tuple[int, ...] = (),
 ) -> int:
-    """Run to the end, each line of stdout and stderr given to `on_line`; the exit code, 127 not found."""
+    """Run `argv` and pass each line of stdout and stderr to `on_line`; return the exit code (127 not found)."""
     process = start(argv, env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=cwd, pass_fds=keep_open)
     if process is None:
         on_line(f"{argv[0]}: not found")
         return 127
     try:
         for raw in cast(IO[bytes], process.stdout):
-            # A progress bar redraws its line with \r: only the last drawing is the line.
+            # A progress bar redraws its line after \r: keep only the last state.
             on_line(raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
         return process.wait()
     except BaseException:
@@ -149,21 +149,21 @@ def stream(
 
 
 def end_leftovers(run: str) -> int:
-    """Kill what is still running of the killed run `run`; how many programs that were.
+    """Kill the programs that the killed run `run` left behind; return how many.
 
-    They are known by the mark in their environment; programs of other users are not ours to end.
+    They are found by `RUN_MARK` in their environment; programs of other users cannot be read and are left alone.
     """
     ended: set[int] = set()
-    until = time.monotonic() + _PATIENCE
-    # Looked for again until there is none: one may have started another meanwhile, and a killed one
-    # still has its files open for a moment.
-    while (found := _marked(f"{RUN_MARK}={run}".encode())) and time.monotonic() < until:
+    until = time.monotonic() + _LEFTOVER_TIMEOUT
+    # Repeat until none is left: a program may have started another meanwhile, and a killed one keeps its
+    # files open for a moment.
+    while (found := _pids_with(f"{RUN_MARK}={run}".encode())) and time.monotonic() < until:
         ended |= {pid for pid in found if _kill(pid)}
         time.sleep(0.02)
     return len(ended)
 
 
-def _marked(mark: bytes) -> list[int]:
+def _pids_with(mark: bytes) -> list[int]:
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
     return [pid for pid in pids if mark in _environ_of(pid)]
 

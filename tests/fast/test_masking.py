@@ -147,14 +147,14 @@ def test_the_same_is_the_same_all_over_one_output() -> None:
     mask = Mask(KNOWN)
     assert mask.text("10.0.0.7 10.0.0.8") == "<ip-1> <ip-2>"
     assert mask.data({"b": ["10.0.0.8", "10.0.0.9"]}) == {"b": ["<ip-2>", "<ip-3>"]}
-    assert mask.told() == "3 addresses"
+    assert mask.summary() == "3 addresses"
 
 
 def test_what_was_masked_is_told() -> None:
     mask = Mask(KNOWN)
-    assert mask.told() == ""
+    assert mask.summary() == ""
     mask.text("alice@kitchen /home/alice HF_TOKEN=x 10.0.0.7")
-    assert mask.told() == "1 host name, 1 user name, 1 address, the home folder, credentials"
+    assert mask.summary() == "1 host name, 1 user name, 1 address, the home folder, credentials"
 
 
 def test_the_key_of_a_value_counts() -> None:

@@ -353,7 +353,7 @@ def test_long_logs_are_cut_at_whole_lines_and_the_newest_runs_win(node: Path) ->
     runs = sorted({name.split("/")[1] for name in contents if name.startswith("logs/")})
     assert runs == [f"20261122-00000{at}-1" for at in (4, 5, 6)]
     kept = contents["logs/20261122-000006-1/nccl.log"].decode().splitlines()
-    assert kept[0] == "[cut: the end follows]" and set(kept[1:]) == {line}
+    assert kept[0] == "[truncated: only the end follows]" and set(kept[1:]) == {line}
     assert sum(map(len, contents.values())) < 8_000_000
 
 
