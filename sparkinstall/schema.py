@@ -33,12 +33,12 @@ _PLAIN: dict[Any, str] = {
 
 
 class Malformed(ValueError):
-    """Data is not as it must be. The text says where and why; `complaint` is the same without the place."""
+    """Data is not as it must be. `message` says where and why, `complaint` only why."""
 
     def __init__(self, where: str, complaint: str, hint: str = "", line: int = 0) -> None:
         place = f"{where}, line {line}" if line else where
-        super().__init__(f"{place}: {complaint}{f' ({hint})' if hint else ''}")
-        self.complaint, self.hint = complaint, hint
+        self.message, self.complaint, self.hint = f"{place}: {complaint}", complaint, hint
+        super().__init__(f"{self.message} ({hint})" if hint else self.message)
 
 
 def read(kind: type[T], data: Any, where: str, *, content: bytes = b"", at: str = "") -> T:
@@ -56,7 +56,8 @@ def read(kind: type[T], data: Any, where: str, *, content: bytes = b"", at: str 
         return msgspec.convert(data, kind, dec_hook=_custom)
     except ValidationError as error:
         path, complaint, hint = _explained(kind, data, str(error), at)
-        line = safe_yaml.line_of(content, path) if path and content else 0
+        steps = (*filter(None, at.split(".")), *path)
+        line = safe_yaml.line_of(content, steps) if steps and content else 0
         raise Malformed(where, complaint, hint, line) from error
 
 
@@ -142,7 +143,7 @@ def _explained(kind: Any, data: Any, text: str, at: str) -> tuple[_Steps, str, s
 
 def _about_value(wanted: Any, found: Any, why: str, name: str) -> tuple[str, str]:
     place = f"`{name}` " if name else "it "
-    if not why.startswith(("Expected", "Invalid")):
+    if not why.startswith(("Expected", "Invalid", "Integer")):
         return place + why.replace("Object contains unknown field", "has the unknown key"), ""
     choices = [str(each) for each in get_args(_bare(wanted)[0])] if _is_choice(wanted) else []
     hint = nearest(found.lower(), choices) if isinstance(found, str) else ""
@@ -154,7 +155,7 @@ def words(kind: Any) -> str:
     bare, title = _bare(kind)
     if title:
         return title
-    if isinstance(bare, types.UnionType) or get_origin(bare) is Union:
+    if _is_union(bare):
         titles = [each for each in map(words, get_args(bare)) if each != "null" or bare == str | None]
         return " or ".join(titles)
     if get_origin(bare) in (tuple, list):
@@ -177,6 +178,10 @@ def _bare(kind: Any) -> tuple[Any, str]:
     return kind, title
 
 
+def _is_union(kind: Any) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
+
+
 def _is_choice(kind: Any) -> bool:
     return get_origin(_bare(kind)[0]) is Literal
 
@@ -189,7 +194,7 @@ def _keys(kind: Any) -> tuple[str, ...]:
 def _type_at(kind: Any, path: _Steps) -> Any:
     for step in path:
         bare = _bare(kind)[0]
-        members = get_args(bare) if isinstance(bare, types.UnionType) else (bare,)
+        members = get_args(bare) if _is_union(bare) else (bare,)
         fits = [each for each in members if (bool(_keys(each)) if isinstance(step, str) else get_args(each))]
         if not fits:
             return kind

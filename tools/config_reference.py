@@ -1,9 +1,9 @@
-"""Make docs/config.md from the settings in sparkinstall/config.py: a maintainer's tool, run from the repository's root.
+"""Make docs/config.md from sparkinstall/config/schema.py: a maintainer's tool, run from the repository's root.
 
     PYTHONPATH=. python tools/config_reference.py            # write docs/config.md
     PYTHONPATH=. python tools/config_reference.py --check    # write nothing, exit 1 where it is not what it would be
 
-Types, defaults and rules are read from the code: a rule is asked what it takes by giving it what none takes.
+Types, defaults and rules are read from the code.
 """
 
 from __future__ import annotations
@@ -15,18 +15,15 @@ import types
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Union, get_args, get_origin
 
 from sparkinstall.config import DEFAULT_FILES, Setting, settings
+from sparkinstall.schema import words
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "config.md"
 
-_WORDS = {str: "text", int: "number", bool: "true or false", types.NoneType: "null"}
-# A value that no rule takes, so that the rule says what it does take.
-_REFUSED = {str: "\0", int: -1}
-
 _HEAD = """\
-<!-- Made by tools/config_reference.py from sparkinstall/config.py. Change it there, then run the tool. -->
+<!-- Made by tools/config_reference.py from sparkinstall/config/schema.py. Change it there, then run the tool. -->
 
 # Settings
 
@@ -64,7 +61,7 @@ Every setting with its default. Keep the lines that you change, and drop the res
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Make docs/config.md from sparkinstall/config.py.")
+    parser = argparse.ArgumentParser(description="Make docs/config.md from sparkinstall/config/schema.py.")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is stale")
     wanted, text = parser.parse_args(argv).check, reference()
     if REFERENCE.exists() and REFERENCE.read_text(encoding="utf-8") == text:
@@ -102,16 +99,18 @@ def _table(section: str, of: list[Setting]) -> str:
 
 
 def takes(setting: Setting) -> str:
-    """What a setting takes, in the words of its own rule where it has one."""
-    if setting.type == tuple[str, ...]:
-        return f"a list; each {_rule(setting, str) or 'text'}"
-    kinds = get_args(setting.type) or (setting.type,)
-    return ", or ".join(_rule(setting, kind) or _WORDS[kind] for kind in kinds)
+    """What a setting takes, in the words of its type, or of its own check where it has one."""
+    kind = get_args(setting.type)[0]
+    if get_origin(kind) is tuple:
+        return f"a list; each {_rule(setting, get_args(kind)[0])}"
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (setting.type,)
+    return ", or ".join(_rule(setting, each) for each in members)
 
 
 def _rule(setting: Setting, kind: Any) -> str:
-    refusal = setting.valid(_REFUSED[kind]) if setting.valid and kind in _REFUSED else None
-    return (refusal or "").removeprefix("must be ")
+    # A check is asked what it takes by giving it what none takes.
+    refusal = setting.check("\0") if setting.check and words(kind) == "text" else None
+    return (refusal or words(kind)).removeprefix("must be ")
 
 
 def yaml_value(value: Any) -> str:

@@ -10,10 +10,10 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparkinstall import config as configuration
-from sparkinstall import members
 from sparkinstall.assets import user_cache
 from sparkinstall.cli.options import Target
 from sparkinstall.config import Config, Layer
+from sparkinstall.config import cluster as members
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.node import Node

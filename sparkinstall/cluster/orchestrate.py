@@ -27,10 +27,10 @@ from sparkinstall.cluster.protocol import (
 )
 from sparkinstall.cluster.remote import Member, NoTool, OnLine, RemoteNode, assignments, repeated
 from sparkinstall.config import Config
+from sparkinstall.config.cluster import require_sound
 from sparkinstall.core import catalogue
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
-from sparkinstall.members import require_sound
 from sparkinstall.probes import LEVELS, Level
 from sparkinstall.probes import bandwidth as bandwidth_probes
 from sparkinstall.resources import Conflict

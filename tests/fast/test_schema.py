@@ -84,7 +84,7 @@ def test_what_is_shown_of_a_value_is_short_and_has_no_secret() -> None:
 
 
 def test_a_host_rule_that_names_no_detector_is_refused() -> None:
-    row = dict.fromkeys(("name", "title", "expected", "why", "hint", "concerns"), "x")
+    row = dict.fromkeys(("name", "title", "impact", "expected", "why", "hint", "concerns"), "x")
     rule = {**row, "looks": "nothing", "limits": {}, "verdict": "warn", "checked": "2026-11-21", "evidence": ["x"]}
     with pytest.raises(Malformed, match="looks names no detector: use stranded_memory, "):
         read(Rule, rule, "hosts.yaml")

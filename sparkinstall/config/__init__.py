@@ -1,0 +1,30 @@
+"""The settings: their types, and how layers of values become one config."""
+
+from sparkinstall.config.checks import safe_path
+from sparkinstall.config.layers import DEFAULT_FILES, Layer, anchored, build, parse_assignment, read_layer
+from sparkinstall.config.schema import (
+    ClusterConfig,
+    Config,
+    NcclConfig,
+    NetworkConfig,
+    ServingConfig,
+    Setting,
+    settings,
+)
+
+__all__ = (
+    "DEFAULT_FILES",
+    "ClusterConfig",
+    "Config",
+    "Layer",
+    "NcclConfig",
+    "NetworkConfig",
+    "ServingConfig",
+    "Setting",
+    "anchored",
+    "build",
+    "parse_assignment",
+    "read_layer",
+    "safe_path",
+    "settings",
+)

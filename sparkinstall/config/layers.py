@@ -1,0 +1,156 @@
+"""Values for the settings from layers (files, what was remembered, the command line), each with its source."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from sparkinstall import safe_yaml, schema
+from sparkinstall.config.schema import Config, Setting, settings
+from sparkinstall.errors import BadConfig
+from sparkinstall.schema import Malformed, nearest, show
+
+DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")
+
+# Settings that may name a file, and the endings that tell a file from a name.
+_PATHS = ("stack", "nccl.source", "nccl.cuda_home")
+_FILES = (".yaml", ".yml", ".gz", ".xz", ".bz2", ".tgz", ".tar")
+# Of a file that cannot be settings no more is read than shows it.
+_LARGEST_FILE = 1 << 20
+
+
+class Layer(Struct, frozen=True):
+    """Values by dotted name, and where they come from in words; `content` is the YAML text that has them, if any."""
+
+    source: str
+    values: Mapping[str, Any]
+    content: bytes = b""
+
+    def place(self, name: str) -> str:
+        """The source, with the line of a setting where that is known."""
+        line = safe_yaml.line_of(self.content, name.split(".")) if self.content else 0
+        return f"{self.source}, line {line}" if line else self.source
+
+
+def read_layer(path: Path) -> Layer:
+    """The values of a YAML file.
+
+    Raises:
+        BadConfig: it cannot be read, is no YAML, or names a key that is not known.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_LARGEST_FILE + 1)
+    except IsADirectoryError as error:
+        raise BadConfig(f"the config {path} is a folder", hint="name a YAML file with --config") from error
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise BadConfig(f"the config {path} cannot be read: {why}", hint="name a YAML file") from error
+    raw = _yaml(content, f"the config {path}")
+    if raw is not None and not isinstance(raw, dict):
+        raise BadConfig(f"the config {path} must be `key: value` lines, not a {type(raw).__name__}")
+    values = dict(_flat(raw or {}, Layer(str(path), {}, content)))
+    return Layer(str(path), anchored(values, path.absolute().parent), content)
+
+
+def _yaml(content: bytes, what: str) -> Any:
+    try:
+        return safe_yaml.load(content)
+    except safe_yaml.TooMuch as error:
+        raise BadConfig(f"{what} is larger or deeper than any settings are", hint="is it the right file?") from error
+    except safe_yaml.NotYaml as error:
+        raise BadConfig(f"{what} is not YAML: {error}", hint=error.hint) from error
+
+
+def _flat(raw: Mapping[Any, Any], of: Layer, under: str = "") -> Iterator[tuple[str, Any]]:
+    known = {each.name for each in settings()}
+    for key, value in raw.items():
+        name = f"{under}{key}"
+        if name in known:
+            yield name, value
+        elif any(each.startswith(name + ".") for each in known):
+            if value is not None and not isinstance(value, dict):
+                raise BadConfig(f"{of.place(name)}: `{name}` is a section: write its settings beneath it, one a line")
+            yield from _flat(value or {}, of, name + ".")
+        else:
+            raise _unknown(name, of.place(name))
+
+
+def _unknown(name: str, place: str) -> BadConfig:
+    known = [each.name for each in settings()]
+    name = ascii(name)[1:-1][:80]
+    same_leaf = [f"did you mean `{each}`?" for each in known if each.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = nearest(name, [*known, *{each.split(".")[0] for each in known}]) or next(iter(sorted(same_leaf)), "")
+    return BadConfig(
+        f"{place}: unknown setting `{name}`", hint=near or "`sparkinstall settings show` lists the known ones"
+    )
+
+
+def anchored(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """`values` with relative paths made absolute: they are read again later, from another folder."""
+    return {name: _anchored(value, base) if name in _PATHS else value for name, value in values.items()}
+
+
+def _anchored(value: Any, base: Path) -> Any:
+    names_a_file = isinstance(value, str) and "://" not in value and ("/" in value or Path(value).suffix in _FILES)
+    # os.path takes any text; Path would raise for a user or a character that cannot be.
+    return os.path.abspath(os.path.join(base, os.path.expanduser(value))) if names_a_file else value
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE` of a command line; the value is read as YAML.
+
+    Raises:
+        BadConfig: no `=` in it, an unknown key, or a value that is no YAML or cannot be used.
+    """
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise BadConfig(f"--set {show(text)}: write it as KEY=VALUE")
+    known = {each.name: each for each in settings()}
+    if name not in known:
+        raise _unknown(name, "--set")
+    parsed = _yaml(value.encode(errors="replace"), f"--set {name}")
+    # `--set nccl.arch=90` means text: what a number is to YAML may be a name to us.
+    meant = value if known[name].takes_text and parsed is not None else parsed
+    # Looked at here, where it is known which option it came with: `build` knows the command line as a whole.
+    _checked(known[name], meant, Layer("--set", {}))
+    return name, meant
+
+
+def build(layers: Sequence[Layer]) -> tuple[Config, dict[str, str]]:
+    """The config of `layers` (later ones win) and, for each setting, where its value came from.
+
+    Raises:
+        BadConfig: a value is of the wrong type or cannot be used.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for setting in settings():
+        layer = next((each for each in reversed(layers) if setting.name in each.values), None)
+        sources[setting.name] = layer.source if layer else "default"
+        if layer:
+            *sections, leaf = setting.name.split(".")
+            section = values.setdefault(sections[0], {}) if sections else values
+            section[leaf] = _checked(setting, layer.values[setting.name], layer)
+    return msgspec.convert(values, Config), sources
+
+
+def _checked(setting: Setting, value: Any, layer: Layer) -> Any:
+    if isinstance(value, bool) and setting.takes_text:
+        # `fallback: off` is a truth value to YAML and a word to whoever wrote it.
+        value = "on" if value else "off"
+    try:
+        found = schema.read(setting.type, value, layer.source, content=layer.content, at=setting.name)
+    except Malformed as error:
+        numeric = isinstance(value, int | float) and setting.takes_text
+        quote = f' (write it in quotes: "{value}")' if numeric else ""
+        raise BadConfig(f"{error.message}{quote}", hint=error.hint) from error
+    items = {f"[{at}]": each for at, each in enumerate(found)} if isinstance(found, tuple) else {"": found}
+    for at, each in items.items():
+        complaint = setting.check(each) if setting.check and each is not None else None
+        if complaint:
+            raise BadConfig(f"{layer.place(setting.name)}: `{setting.name}{at}` {complaint}, not {show(each)}")
+    return found

@@ -1,0 +1,218 @@
+"""The settings as types: what each takes, its default, and what it is for. docs/config.md is made from them."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from msgspec import Meta, Struct, field
+from msgspec.structs import fields
+
+from sparkinstall.config import checks
+from sparkinstall.schema import like
+
+Line = Annotated[str, checks.one_line]
+SafePath = Annotated[str, checks.safe_path]
+LinkPath = Annotated[str, checks.link_path]
+Address = Annotated[str, checks.private_address]
+Network = Annotated[str, checks.network]
+Argument = Annotated[str, checks.argument]
+Source = Annotated[str, checks.source]
+Port = Annotated[int, Meta(ge=1, le=65535, title="a port from 1 to 65535")]
+Sha256 = Annotated[str, like("[0-9a-f]{64}", "64 hexadecimal digits")]
+NcclVersion = Annotated[str, like(r"\d+\.\d+(\.\d+)?(-\d+)?", "a version such as 2.28.9")]
+Arch = Annotated[str, like("[0-9]{2,3}[af]?", "an architecture number such as 121 or 90a")]
+Functions = Annotated[str, like("[A-Za-z0-9_*| ]+", "words such as AllReduce Sum f32 RING *")]
+Interface = Annotated[str, like("[A-Za-z0-9._-]{1,15}", "an interface name")]
+Share = Annotated[str, like(r"0\.[1-8][0-9]?|0\.9[0-5]?", "a number from 0.10 to 0.95")]
+# A name that ends in `-` would tell apt to remove the package.
+Package = Annotated[str, like("[a-z0-9][a-z0-9+.-]*[a-z0-9+]", "a Debian package name")]
+
+
+def doc(text: str) -> Meta:
+    """What a setting is for."""
+    return Meta(description=text)
+
+
+class EnvironmentConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    link: Annotated[
+        LinkPath | None, doc("A symbolic link to the environment, for hands that are used to it; null: none.")
+    ] = "~/vllm-env"
+    python: Annotated[
+        Line | None, doc("The Python to build the environment with (a path or a name); null: the stack's version.")
+    ] = None
+
+
+class NcclConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    mode: Annotated[
+        Literal["source", "wheel"],
+        doc("`source` builds NCCL for this GPU; `wheel` takes the one that comes with torch."),
+    ] = "source"
+    source: Annotated[
+        Source, doc("`git` (the upstream repository), a tarball (path or https URL), or a source folder.")
+    ] = "git"
+    sha256: Annotated[Sha256 | None, doc("The tarball's sha256; null: recorded at first use and held to.")] = None
+    version: Annotated[NcclVersion | None, doc("The NCCL version to build, e.g. `2.28.9`; null: the stack's own.")] = (
+        None
+    )
+    arch: Annotated[Arch, doc("The GPU architecture to build for (121 = GB10).")] = "121"
+    cuda_home: Annotated[SafePath | None, doc("The CUDA toolkit; null: looked for.")] = None
+    jobs: Annotated[
+        int,
+        Meta(ge=0, le=1024, title="a number from 0 to 1024"),
+        doc("How many compilers run at once; 0: one for each core."),
+    ] = 0
+    only_functions: Annotated[
+        Functions | None, doc("Build a part of the collectives only (NCCL's ONLY_FUNCS); for trying things out.")
+    ] = None
+
+
+class Fp8Config(Struct, frozen=True, forbid_unknown_fields=True):
+    fallback: Annotated[
+        Literal["auto", "on", "off"],
+        doc("Take Triton's FP8 kernels instead of CUTLASS: `auto` decides by looking, `on` and `off` overrule."),
+    ] = "auto"
+
+
+class ClusterConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    role: Annotated[
+        Literal["single", "head", "worker"],
+        doc("What this node is: `single`, or `head` or `worker` of several (`multi-node --role` sets it)."),
+    ] = "single"
+    head: Annotated[Address, doc("The head's address on the QSFP link.")] = "192.168.100.10"
+    workers: Annotated[
+        tuple[Address, ...], doc("The workers' addresses on the QSFP link; their order is their rank.")
+    ] = ("192.168.100.11",)
+    address: Annotated[
+        Address | None, doc("This node's address on the QSFP link; null: the head's, or that of the only worker.")
+    ] = None
+    executor: Annotated[
+        Literal["ray", "mp"],
+        doc("What spreads vLLM over the nodes: `ray`, or `mp` (vLLM's own processes, without Ray)."),
+    ] = "ray"
+    ray_port: Annotated[Port, doc("Ray's port on the head.")] = 6379
+    master_port: Annotated[Port, doc("The port on the head where the processes of `mp` meet.")] = 29501
+
+
+class NetworkConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    interface: Annotated[
+        Interface | None, doc("The QSFP interface that has the cable; null: the one with a carrier.")
+    ] = None
+    manage: Annotated[
+        bool, doc("Write netplan for the QSFP port; false: it is set up already, and only looked at.")
+    ] = True
+    prefix_length: Annotated[
+        int,
+        Meta(ge=8, le=30, title="a number from 8 to 30"),
+        doc("How many bits of an address on the link name its subnet."),
+    ] = 24
+    twin_subnet: Annotated[
+        Address, doc("The subnet of the port's second half, of the same length: twins must not share one.")
+    ] = "192.168.101.0"
+    mtu: Annotated[
+        int,
+        Meta(ge=1280, le=9978, title="a number from 1280 to 9978 (the links take 9000)"),
+        doc("The MTU of the QSFP interfaces; the same on every node."),
+    ] = 9000
+    transport: Annotated[
+        Literal["auto", "roce", "socket"],
+        doc("How NCCL talks between nodes: `roce`, `socket`, or `auto` (RoCE where its devices are really there)."),
+    ] = "auto"
+    rollback_seconds: Annotated[
+        int,
+        Meta(ge=30, le=900, title="a number of seconds from 30 to 900"),
+        doc("Seconds after which an unconfirmed network change is rolled back."),
+    ] = 90
+
+
+class FirewallConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    mode: Annotated[
+        Literal["auto", "on", "off"],
+        doc("Close Ray, NCCL and the API to all but the link: `on`, `off`, or `auto` (off if another firewall runs)."),
+    ] = "auto"
+
+
+class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    model: Annotated[Line | None, doc("The model that the unit `vllm` serves (a folder or a name); null: no unit.")] = (
+        None
+    )
+    port: Annotated[Port, doc("The API's port.")] = 8000
+    allow: Annotated[
+        Network | None, doc("A network that may use the API, such as 192.168.1.0/24; null: this node alone.")
+    ] = None
+    memory: Annotated[
+        Share | None, doc("vLLM's --gpu-memory-utilization; null: 0.85 on one node, 0.80 on several.")
+    ] = None
+    max_model_len: Annotated[
+        int,
+        Meta(ge=0, le=1 << 24, title="a number from 0 to 16777216"),
+        doc("vLLM's --max-model-len; 0: 32768 on one node, 16384 on several."),
+    ] = 0
+    arguments: Annotated[tuple[Argument, ...], doc("Further arguments of `vllm serve`, one word each.")] = ()
+
+
+class HubConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    offline: Annotated[
+        bool, doc("HF_HUB_OFFLINE=1 in single-node.env: models are on the disk, nothing is fetched.")
+    ] = True
+
+
+class PackagesConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    extra: Annotated[tuple[Package, ...], doc("Debian packages to have besides those that the steps need.")] = ()
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    prefix: Annotated[SafePath, doc("Where everything goes; the same on every node.")] = "/opt/sparkinstall"
+    stack: Annotated[Line, doc("The set of pins: a shipped name, or the path of a YAML file of your own.")] = "0.18.1"
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    nccl: NcclConfig = field(default_factory=NcclConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    firewall: FirewallConfig = field(default_factory=FirewallConfig)
+    serving: ServingConfig = field(default_factory=ServingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    packages: PackagesConfig = field(default_factory=PackagesConfig)
+
+
+class Setting(Struct, frozen=True):
+    """One leaf of the config: its dotted name, type, default and what it is for.
+
+    `check` gives the complaint about a value (an item, where there are several) that its type allows, or None.
+    """
+
+    name: str
+    type: Any
+    default: Any
+    doc: str
+    check: Callable[[Any], str | None] | None
+
+    @property
+    def takes_text(self) -> bool:
+        """Whether one text is a value of it."""
+        bare = get_args(self.type)[0]
+        return bare is str or (get_origin(bare) is not tuple and bool(get_args(bare)))
+
+
+@lru_cache(maxsize=1)
+def settings() -> tuple[Setting, ...]:
+    """Every leaf of the config, in the order of the file."""
+    return tuple(_settings(Config, ""))
+
+
+def _settings(of: type[Any], under: str) -> Iterator[Setting]:
+    hints = get_type_hints(of, include_extras=True)
+    for each in fields(of):
+        name, kind = under + each.name, hints[each.name]
+        if get_origin(kind) is Annotated:
+            text = next(extra.description for extra in kind.__metadata__ if getattr(extra, "description", None))
+            check = next((each for each in _extras(kind) if callable(each)), None)
+            yield Setting(name, kind, each.default, text, check)
+        else:
+            yield from _settings(kind, name + ".")
+
+
+def _extras(kind: Any) -> Iterator[Any]:
+    """What the annotations of a type hold, at whatever depth."""
+    yield from getattr(kind, "__metadata__", ())
+    for each in get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind):
+        yield from _extras(each)
