@@ -21,6 +21,7 @@ DELTA_MESSAGE_FILES = (
 REASONING_PARSERS_FILE = "vllm/reasoning/__init__.py"
 FP8_OPERATOR = b"cutlass_scaled_mm"
 """The operator of the CUTLASS FP8 kernels; which extension holds it changes from release to release."""
+METRICS_FILE = "vllm/v1/metrics/loggers.py"
 GENERATED_TOKENS = "vllm:generation_tokens_total"
 KV_CACHE_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 """The metric, newest name first: the second is that of vLLM before 0.10."""

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-_SIBLING = re.compile(r"^from sparkinstall\.payloads\.(\w+) import .*$", re.MULTILINE)
+_SIBLING = re.compile(r"^from sparkinstall\.payloads\.(\w+) import (?:\([^)]*\)|.*)$", re.MULTILINE)
 _MAIN = '\n\nif __name__ == "__main__":'
 
 

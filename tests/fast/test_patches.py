@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from sparkinstall.patches import (
     revert,
 )
 from sparkinstall.schema import Malformed
-from tests.support.wheel_member import Unavailable, wheel_member
+from tests.support.wheel_member import needed_member
 
 (CUTLASS,) = load(asset("patches"))
 
@@ -40,16 +39,6 @@ KERNEL_CHOICE = "vllm/model_executor/kernels/linear/__init__.py"
 GATES = ("cutlass_fp8_supported", "cutlass_block_fp8_supported")
 
 
-def from_wheel(release: str, member: str) -> bytes:
-    """A wheel's own file. Without an index the test is skipped, but in CI that is a failure."""
-    try:
-        return wheel_member(release, member)
-    except Unavailable as failure:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"NOT TESTED, the package index is needed: {failure}")
-
-
 @pytest.fixture(params=RELEASES)
 def release(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -57,7 +46,7 @@ def release(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def original(release: str) -> bytes:
-    return from_wheel(release, CUTLASS.target)
+    return needed_member(release, CUTLASS.target)
 
 
 @pytest.fixture
@@ -177,12 +166,12 @@ def fp8_kernels(source: bytes) -> Iterator[tuple[str, Callable[..., tuple[bool, 
     ],
 )
 def test_every_kernel_class_of_the_wheel_is_named(release: str, obeys_patch: set[str]) -> None:
-    kernels = dict(fp8_kernels(from_wheel(release, KERNEL_FILE)))
+    kernels = dict(fp8_kernels(needed_member(release, KERNEL_FILE)))
     assert {name for name, asked in kernels.items() if not asked(None, 121)[0]} == obeys_patch
     named = CUTLASS.kernels_for(release)
     assert named is not None
     assert set(named.disable) == kernels.keys()
-    assert b"in envs.VLLM_DISABLED_KERNELS" in from_wheel(release, KERNEL_CHOICE)
+    assert b"in envs.VLLM_DISABLED_KERNELS" in needed_member(release, KERNEL_CHOICE)
 
 
 @pytest.mark.parametrize(

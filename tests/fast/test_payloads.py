@@ -36,6 +36,16 @@ def test_payload_as_text_is_whole_and_imports_nothing_of_ours(name: str) -> None
     assert payloads.source(name).count('if __name__ == "__main__":') <= 1
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_siblings_in_one_text_define_no_name_twice(name: str) -> None:
+    body = ast.parse(payloads.source(name)).body
+    names = [node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != "main"]
+    names += [
+        each.id for node in body if isinstance(node, ast.Assign) for each in node.targets if isinstance(each, ast.Name)
+    ]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_vllm_client_where_nothing_listens_says_refused() -> None:
     asked = {"verb": "health", "port": 9, "patience": 1, "tokens": 0, "model": ""}
     assert json.loads(said("vllm_client", json.dumps(asked)).stdout)["refused"] is True

@@ -1,0 +1,160 @@
+"""vLLM from within its own process: its address, the FP8 kernels that it picks, and a product with each.
+
+tests/fast/test_vllm_internals.py holds every name that is taken from vLLM here against the wheels of the shipped
+stacks. What is read from outside is in facts/vllm.py.
+"""
+
+# What is imported here is the environment's, not ours.
+# mypy: disable-error-code="import-not-found, misc"
+
+import inspect
+from typing import Any
+
+WAYS = ("block", "per-tensor", "per-channel")
+"""How weights and activations can be scaled."""
+_BLOCK = 128
+_ROWS, _WIDE = 32, 256
+# As vLLM's own platform for CUDA has it, which cannot be had where there is no driver.
+_FIRST_WITH_FP8 = 89
+
+
+def own_address() -> str:
+    """What vLLM takes for this node's address; empty where it cannot tell."""
+    try:
+        try:
+            from vllm.utils.network_utils import get_ip
+        except ImportError:
+            from vllm.utils import get_ip
+        return str(get_ip())
+    except BaseException:
+        return ""
+
+
+def pretend_to_be(arch: int) -> None:
+    """Tell vLLM which GPU to choose for, where there is none that it could ask.
+
+    As a platform plugin does (its entry point for hardware that it does not know): the base class, with the
+    capability given. All that chooses is vLLM's own.
+    """
+    from vllm import platforms
+    from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+
+    class Given(Platform):
+        _enum = PlatformEnum.CUDA
+        device_name = device_type = "cuda"
+        dispatch_key = "CUDA"
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> Any:
+            del device_id
+            return DeviceCapability(*divmod(arch, 10))
+
+        @classmethod
+        def supports_fp8(cls) -> bool:
+            return arch >= _FIRST_WITH_FP8
+
+    platforms.current_platform = Given()
+
+
+def configured() -> Any:
+    """vLLM's settings as `--enforce-eager` makes them: some kernels look there before they agree, and none is to be
+    compiled here for a minute first."""
+    from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
+
+    eager = CompilationConfig(mode=0, custom_ops=["all"])
+    return set_current_vllm_config(VllmConfig(compilation_config=eager))
+
+
+def picked_kernel(name: str) -> str:
+    """The name of the kernel for one way of scaling, or of vLLM's own function up to 0.19."""
+    from vllm.model_executor.kernels import linear
+
+    if name == "block" and not hasattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS"):
+        return f"W8A8BlockFp8LinearOp.{_old_block().w8a8_blockscale_op.__name__}"
+    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS if name == "block" else linear._POSSIBLE_FP8_KERNELS
+    takes = inspect.signature(linear.choose_scaled_mm_linear_kernel).parameters
+    scheme = {"quantization": "fp8_block_w8a8" if name == "block" else "fp8_w8a8"}
+    more = scheme if "quantization" in takes else {}
+    return str(linear.choose_scaled_mm_linear_kernel(_layer_config(name), kernels, **more).__name__)
+
+
+def _scaling(name: str) -> tuple[Any, Any]:
+    """How activations and weights are scaled, in vLLM's words."""
+    from vllm.model_executor.layers.quantization.utils import quant_utils as q
+
+    return {
+        "block": lambda: (q.kFp8Dynamic128Sym, q.kFp8Static128BlockSym),
+        "per-tensor": lambda: (q.kFp8DynamicTensorSym, q.kFp8StaticTensorSym),
+        "per-channel": lambda: (q.kFp8DynamicTokenSym, q.kFp8StaticChannelSym),
+    }[name]()
+
+
+def _layer_config(name: str) -> Any:
+    from dataclasses import fields
+
+    from vllm.model_executor.kernels.linear import FP8ScaledMMLinearLayerConfig
+
+    known = {each.name for each in fields(FP8ScaledMMLinearLayerConfig)}
+    return FP8ScaledMMLinearLayerConfig(**{key: value for key, value in _scheme(name).items() if key in known})
+
+
+def _scheme(name: str) -> dict[str, Any]:
+    import torch
+
+    activation, weight = _scaling(name)
+    both = {"activation_quant_key": activation, "weight_quant_key": weight}
+    return {**both, "input_dtype": torch.bfloat16, "out_dtype": torch.bfloat16, "weight_shape": (_WIDE, _WIDE)}
+
+
+def _old_block() -> Any:
+    from vllm.model_executor.layers.quantization.utils import fp8_utils, w8a8_utils
+    from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
+
+    shapes = {"weight_group_shape": GroupShape(_BLOCK, _BLOCK), "act_quant_group_shape": GroupShape(1, _BLOCK)}
+    supported = w8a8_utils.cutlass_block_fp8_supported()
+    return fp8_utils.W8A8BlockFp8LinearOp(**shapes, cutlass_block_fp8_supported=supported)
+
+
+def product_error(name: str) -> float:
+    """How far a product with the kernel that vLLM picks is from the exact one, relative to it."""
+    import torch
+
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randn(_ROWS, _WIDE, device=device, dtype=torch.bfloat16)
+    exact, weight, scale = _weights(name, torch.randn(_WIDE, _WIDE, device=device) * 0.05)
+    wanted = x.float() @ exact.t()
+    found = _multiplied(name, x, weight, scale).float()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def _weights(name: str, real: Any) -> tuple[Any, Any, Any]:
+    """Weights as FP8 stands for them, the FP8 numbers, and their scales."""
+    import torch
+
+    parts = _WIDE // _BLOCK
+    if name == "block":
+        largest = real.abs().reshape(parts, _BLOCK, parts, _BLOCK).amax(dim=(1, 3))
+    else:
+        largest = real.abs().max() if name == "per-tensor" else real.abs().amax(dim=1, keepdim=True)
+    scale = largest / torch.finfo(torch.float8_e4m3fn).max
+    spread = scale.repeat_interleave(_BLOCK, 0).repeat_interleave(_BLOCK, 1) if name == "block" else scale
+    short = (real / spread).to(torch.float8_e4m3fn)
+    return short.float() * spread, short, scale
+
+
+def _multiplied(name: str, x: Any, weight: Any, scale: Any) -> Any:
+    import torch
+    from vllm.model_executor.kernels import linear
+
+    if name == "block" and not hasattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS"):
+        return _old_block().apply(input=x, weight=weight, weight_scale=scale)
+    takes = inspect.signature(linear.init_fp8_linear_kernel).parameters
+    kernel = linear.init_fp8_linear_kernel(**{key: value for key, value in _scheme(name).items() if key in takes})
+    layer = torch.nn.Module()
+    # Only block scales come with the weights in rows of outputs; the others want the inputs first.
+    layer.weight = torch.nn.Parameter(weight if name == "block" else weight.t(), requires_grad=False)
+    layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
+    layer.input_scale = layer.input_scale_ub = None
+    kernel.process_weights_after_loading(layer)
+    return kernel.apply_weights(layer, x)

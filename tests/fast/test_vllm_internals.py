@@ -1,0 +1,157 @@
+"""What sparkinstall knows of vLLM's internals, against the wheel of every shipped stack."""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from sparkinstall import payloads, stacks
+from sparkinstall.assets import asset
+from sparkinstall.facts import vllm
+from sparkinstall.patches import State, load
+from tests.support.nodes import node_of
+from tests.support.wheel_member import NoMember, needed_member
+
+pytestmark = pytest.mark.network
+
+LINEAR = "vllm.model_executor.kernels.linear"
+# The payload takes whichever of them the release has.
+EITHER = (
+    {("vllm.utils.network_utils", "get_ip"), ("vllm.utils", "get_ip")},
+    {
+        (LINEAR, "_POSSIBLE_FP8_BLOCK_KERNELS"),
+        ("vllm.model_executor.layers.quantization.utils.fp8_utils", "W8A8BlockFp8LinearOp"),
+    },
+)
+PAYLOADS = ("vllm_internals", "cutlass_fp8")
+
+
+@pytest.fixture(params=stacks.names())
+def release(request: pytest.FixtureRequest) -> str:
+    return stacks.load(str(request.param)).vllm
+
+
+@cache
+def source(release: str, module: str) -> bytes | None:
+    """The source of a module of the wheel; None where it has no such module."""
+    path = module.replace(".", "/")
+    for member in (f"{path}.py", f"{path}/__init__.py"):
+        try:
+            return needed_member(release, member)
+        except NoMember:
+            continue
+    return None
+
+
+def defined(body: list[ast.stmt]) -> Iterator[str]:
+    """The names that a module's statements give it."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (each.asname or each.name.partition(".")[0] for each in node.names)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (each.id for each in targets if isinstance(each, ast.Name))
+        elif isinstance(node, ast.If | ast.Try):
+            yield from defined([*node.body, *node.orelse])
+
+
+def has(release: str, module: str, name: str) -> bool:
+    """Whether `name` can be imported from `module`."""
+    text = source(release, module)
+    return text is not None and (
+        name in defined(ast.parse(text).body) or source(release, f"{module}.{name}") is not None
+    )
+
+
+def taken(release: str, name: str) -> Iterator[tuple[str, str]]:
+    """Module and name of all that a payload imports from vLLM, and of the attributes that it takes of modules."""
+    tree, modules = ast.parse(payloads.source(name)), dict[str, str]()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "vllm":
+            for each in node.names:
+                yield node.module, each.name
+                modules[each.asname or each.name] = f"{node.module}.{each.name}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and isinstance(node.value, ast.Name):
+            module = modules.get(node.value.id)
+            if module and source(release, module) is not None:
+                yield module, node.attr
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_payload_takes_from_vllm_only_what_the_wheel_has(release: str, payload: str) -> None:
+    wanted = set(taken(release, payload))
+    missing = {each for each in wanted if not has(release, *each)}
+    assert wanted and missing <= set().union(*EITHER)
+    for names in EITHER:
+        assert not names <= missing
+
+
+def function(release: str, name: str) -> ast.FunctionDef:
+    body = ast.parse(source(release, LINEAR) or b"").body
+    return next(each for each in body if isinstance(each, ast.FunctionDef) and each.name == name)
+
+
+def required(of: ast.FunctionDef) -> tuple[list[str], list[str]]:
+    """The parameters without a default: by position, and by name alone."""
+    positional = of.args.args[: len(of.args.args) - len(of.args.defaults)]
+    named = [each for each, default in zip(of.args.kwonlyargs, of.args.kw_defaults, strict=True) if default is None]
+    return [each.arg for each in positional], [each.arg for each in named]
+
+
+def test_kernel_selection_takes_the_arguments_that_the_payload_gives(release: str) -> None:
+    first, named = required(function(release, "choose_scaled_mm_linear_kernel"))
+    assert len(first) == 2 and set(named) <= {"quantization"}
+    scheme = next(
+        each
+        for each in ast.parse(payloads.source("vllm_internals")).body
+        if isinstance(each, ast.FunctionDef) and each.name == "_scheme"
+    )
+    given = {
+        key.value
+        for each in ast.walk(scheme)
+        if isinstance(each, ast.Dict)
+        for key in each.keys
+        if isinstance(key, ast.Constant)
+    }
+    first, named = required(function(release, "init_fp8_linear_kernel"))
+    assert {*first, *named} <= given
+
+
+def test_delta_message_has_a_reasoning_field(release: str) -> None:
+    texts = [source(release, path.removesuffix(".py").replace("/", ".")) for path in vllm.DELTA_MESSAGE_FILES]
+    fields = [field for text in texts for field in vllm.delta_fields(text or b"")]
+    assert "content" in fields
+    assert "reasoning" in fields or "reasoning_content" in fields
+
+
+def test_reasoning_parsers_are_read_from_the_table(release: str) -> None:
+    parsers = vllm.parsers_in(needed_member(release, vllm.REASONING_PARSERS_FILE))
+    assert {"deepseek_r1", "qwen3"} <= set(parsers)
+
+
+def test_metrics_have_the_names_that_the_probe_reads(release: str) -> None:
+    text = needed_member(release, vllm.METRICS_FILE).decode()
+    # Prometheus' client adds the ending to a counter.
+    assert f'"{vllm.GENERATED_TOKENS.removesuffix("_total")}"' in text
+    assert any(f'"{name}"' in text for name in vllm.KV_CACHE_USAGE)
+
+
+def test_variables_that_stay_on_the_head_are_read_from_the_file_that_the_step_writes(
+    release: str, tmp_path: Path
+) -> None:
+    name = Path(node_of(tmp_path).vllm_kept_back).name
+    assert name in (source(release, "vllm.ray.ray_env") or b"").decode()
+
+
+def test_every_patch_has_the_variant_of_the_stack(release: str) -> None:
+    for patch in load(asset("patches")):
+        original = needed_member(release, patch.target)
+        variant = patch.known(original)
+        assert release in variant.releases
+        assert variant.state_of(original) is State.ORIGINAL
+        assert patch.kernels_for(release) is not None
