@@ -1,23 +1,33 @@
 """`sparkinstall cluster HOST HOST...`: the same on every node, from one terminal, over the user's own ssh."""
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from msgspec.structs import replace
 
+from sparkinstall import config as configuration
 from sparkinstall.cli import options
-from sparkinstall.cli.cluster_result import ClusterChoice, end
+from sparkinstall.cli.cluster_live import Watch
+from sparkinstall.cli.cluster_proof import verify
+from sparkinstall.cli.cluster_result import end
+from sparkinstall.cli.cluster_text import show_nodes, show_plan
 from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
+from sparkinstall.cli.text_output import console
 from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
+from sparkinstall.cluster import ssh
+from sparkinstall.cluster.orchestrate import Barrier, Cluster, ClusterOptions, is_due, members
 from sparkinstall.cluster.protocol import Status, Uninstalled
+from sparkinstall.cluster.remote import RemoteNode
+from sparkinstall.cluster.uploads import carried
+from sparkinstall.config import Config
+from sparkinstall.core import catalogue
+from sparkinstall.errors import BadUsage
 from sparkinstall.journal.undo import Undone
-
-if TYPE_CHECKING:
-    from sparkinstall.cluster.orchestrate import Cluster
 
 _LINK = "The cluster"
 
@@ -55,35 +65,28 @@ def cluster(
     """Set up several nodes from one terminal: phase by phase, in parallel."""
     given = {"network.interface": interface, "serving.model": model}
     role = {name: value for name, value in given.items() if value is not None}
-    asked = Target(None, config, stack, tuple(set_ or ()), verbose=verbose, role=role)
+    target = Target(None, config, stack, tuple(set_ or ()), verbose=verbose, role=role)
 
     def body() -> Answer:
         names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
-        choice = ClusterChoice(*names, yes, json, known_level(level), measure, strict, junit)
-        return _cluster(words, asked, choice)
+        wanted = ClusterOptions(*_settings(target), *names, known_level(level), measure, strict, junit, yes, json)
+        return _cluster(words, wanted, verbose)
 
     answer("cluster", body, root=None, json=json, verbose=verbose)
 
 
-def _cluster(words: list[str], asked: Target, choice: ClusterChoice) -> Answer:
-    from sparkinstall.cli import cluster_proof as proof
-    from sparkinstall.errors import BadUsage
-
-    verbs: dict[str, Callable[[Cluster, ClusterChoice], Answer]] = {
-        "plan": _plan, "verify": proof.verify, "status": _status, "uninstall": _uninstall,
-    }  # fmt: skip
+def _cluster(words: list[str], wanted: ClusterOptions, verbose: bool) -> Answer:
+    verbs = {"plan": _plan, "verify": verify, "status": _status, "uninstall": _uninstall}
     verb = words[0] if words[0] in verbs else ""
     _refuse_misspelt(words, list(verbs))
     hosts = words[1:] if verb else words
     if not hosts:
-        raise BadUsage(
-            f"`cluster {verb}` needs the names of the nodes", hint=f"sparkinstall cluster {verb} spark-1 spark-2"
-        )
-    if verb != "verify" and choice.of_verify:
-        option = choice.of_verify[0]
+        raise BadUsage(f"`cluster {verb}` names no nodes", hint=f"sparkinstall cluster {verb} spark-1 spark-2")
+    if verb != "verify" and wanted.of_verify:
+        option = wanted.of_verify[0]
         raise BadUsage(f"{option} is for `cluster verify`", hint=f"sparkinstall cluster verify {option} ... HOST...")
-    with _opened(hosts, asked, choice, carries=verb not in ("status", "uninstall")) as opened:
-        return verbs.get(verb, _up)(opened, choice)
+    with _opened(hosts, wanted, verbose, carries=verb not in ("status", "uninstall")) as opened:
+        return verbs.get(verb, _up)(opened)
 
 
 def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
@@ -92,10 +95,6 @@ def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
     Raises:
         BadUsage: the first word is nearly a verb, and hosts follow.
     """
-    from difflib import get_close_matches
-
-    from sparkinstall.errors import BadUsage
-
     near = get_close_matches(words[0].lower(), verbs, n=1, cutoff=0.75)
     if near and words[0] not in verbs and len(words) > 1:
         raise BadUsage(
@@ -105,108 +104,62 @@ def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
 
 
 @contextmanager
-def _opened(hosts: list[str], asked: Target, choice: ClusterChoice, *, carries: bool) -> "Iterator[Cluster]":
+def _opened(hosts: list[str], wanted: ClusterOptions, verbose: bool, *, carries: bool) -> Iterator[Cluster]:
     """The nodes; `carries`: with the files that settings name."""
-    from sparkinstall.cli.cluster_screen import watching
-    from sparkinstall.cluster import ssh
-    from sparkinstall.cluster.orchestrate import Cluster, ClusterOptions, members
-    from sparkinstall.cluster.remote import RemoteNode
-    from sparkinstall.cluster.uploads import carried
-
-    wanted, given = _settings(asked)
-    values, files = carried(given) if carries else (given, ())
-    every = ClusterOptions(wanted, values, choice.only, choice.skip, choice.ignore, choice.level, choice.measure)
-    _require_known_steps(choice)
+    settings, files = carried(wanted.settings) if carries else (wanted.settings, ())
+    catalogue.require_known(wanted.only + wanted.skip, [step.name for step in catalogue.STEPS], "step")
     with ssh.sockets() as sockets:
-        nodes = [RemoteNode(each, ssh.Ssh(each.host, sockets), asked.verbose, files) for each in members(hosts, wanted)]
-        watch = _Watch(lambda: watching(hosts, asked.verbose))
+        found = members(hosts, wanted.config)
+        nodes = [RemoteNode(each, ssh.Ssh(each.host, sockets), verbose, files) for each in found]
+        watch = Watch(hosts, verbose)
         try:
-            yield Cluster(nodes, every, watch.tell, watch.end)
+            yield Cluster(nodes, replace(wanted, settings=settings), watch.tell, watch.end)
         finally:
             watch.end()
             for node in nodes:
                 node.ssh.close()
 
 
-class _Watch:
-    """A screen that can be put away while a question is asked. Nodes tell side by side."""
-
-    def __init__(self, begin: Callable[[], Any]) -> None:
-        self._begin = begin
-        self._open: Any = None
-        self._tell: Any = None
-        self._guard = threading.Lock()
-
-    def tell(self, event: Any) -> None:
-        with self._guard:
-            if self._open is None:
-                begun = self._begin()
-                self._tell, self._open = begun.__enter__(), begun
-            self._tell(event)
-
-    def end(self) -> None:
-        with self._guard:
-            was, self._open = self._open, None
-        if was is not None:
-            was.__exit__(None, None, None)
-
-
-def _settings(asked: Target) -> tuple[Any, dict[str, Any]]:
-    """The config, and those settings that were said here: they go to every node."""
-    from sparkinstall import config as configuration
-
-    if asked.config:
-        files = [asked.config]
+def _settings(target: Target) -> tuple[Config, dict[str, Any]]:
+    """The config, and the settings that are given here: they go to every node."""
+    if target.config:
+        files = [target.config]
     else:
         known = [Path(each).expanduser() for each in configuration.DEFAULT_FILES]
         files = [each for each in known if each.exists()]
     layers = [
         *(configuration.read_layer(each) for each in files),
-        configuration.Layer("the command line", asked.values()),
+        configuration.Layer("the command line", target.values()),
     ]
     config, _ = configuration.build(layers)
     said = {name: value for layer in layers for name, value in layer.values.items()}
     return config, {name: value for name, value in said.items() if name not in ("cluster.role", "cluster.address")}
 
 
-def _require_known_steps(choice: ClusterChoice) -> None:
-    from sparkinstall.core import catalogue
-
-    catalogue.require_known(choice.only + choice.skip, [step.name for step in catalogue.STEPS], "step")
-
-
-def _up(cluster: "Cluster", choice: ClusterChoice) -> Answer:
-    from sparkinstall.cluster.orchestrate import Barrier
-
+def _up(cluster: Cluster) -> Answer:
     try:
         cluster.look()
-        if not choice.json:
-            _tell_plan(cluster)
+        _tell_plan(cluster)
         cluster.require_ready()
         if _drifts(cluster):
-            confirm(f"Go on, on {len(cluster.nodes)} nodes?", agreed=choice.yes, default=True)
+            confirm(f"Go on, on {len(cluster.nodes)} nodes?", agreed=cluster.options.yes, default=True)
         cluster.up()
     except Barrier:
         pass
-    return end(cluster, choice, lambda: _show_up(cluster))
+    return end(cluster, lambda: _show_up(cluster))
 
 
-def _tell_plan(cluster: "Cluster") -> None:
-    from sparkinstall.cli.cluster_screen import show_plan
+def _tell_plan(cluster: Cluster) -> None:
+    if not cluster.options.json:
+        cluster.pause()
+        show_plan(cluster)
 
-    cluster.pause()
-    show_plan(cluster)
 
-
-def _drifts(cluster: "Cluster") -> bool:
-    from sparkinstall.cluster.orchestrate import is_due
-
+def _drifts(cluster: Cluster) -> bool:
     return any(is_due(report) for node in cluster.nodes for report in node.look.reports)
 
 
-def _show_up(cluster: "Cluster") -> None:
-    from sparkinstall.cli.text_output import console
-
+def _show_up(cluster: Cluster) -> None:
     if cluster.failed:
         return
     changed = any(done.outcome == "changed" for done in cluster.done)
@@ -214,20 +167,29 @@ def _show_up(cluster: "Cluster") -> None:
     console().print(f"[green bold]✓[/] The cluster of {len(cluster.nodes)} nodes {what}.")
 
 
-def _plan(cluster: "Cluster", choice: ClusterChoice) -> Answer:
+def _plan(cluster: Cluster) -> Answer:
     cluster.look()
-    if not choice.json:
-        _tell_plan(cluster)
+    _tell_plan(cluster)
     said = "" if _drifts(cluster) or cluster.failed else "\nNothing would be changed."
-    return end(cluster, choice, lambda: print(said))
+    return end(cluster, lambda: print(said))
 
 
-def _status(cluster: "Cluster", choice: ClusterChoice) -> Answer:
-    from sparkinstall.cli.cluster_screen import show_nodes
-
+def _status(cluster: Cluster) -> Answer:
     cluster.status()
     lines = {done.host: _standing(status) for done, status in cluster.replies("status", Status)}
-    return end(cluster, choice, lambda: show_nodes(cluster, lines))
+    return end(cluster, lambda: show_nodes(cluster, lines))
+
+
+def _uninstall(cluster: Cluster) -> Answer:
+    hosts = ", ".join(node.host for node in cluster.nodes)
+    question = f"Uninstall everything that sparkinstall installed on {hosts}?"
+    confirm(question, agreed=cluster.options.yes, default=False)
+    try:
+        cluster.uninstall()
+    except Barrier:
+        pass
+    lines = {done.host: _undone(reply.touches) for done, reply in cluster.replies("uninstall", Uninstalled)}
+    return end(cluster, lambda: show_nodes(cluster, lines))
 
 
 def _standing(status: Status) -> str:
@@ -235,20 +197,6 @@ def _standing(status: Status) -> str:
         return "nothing of sparkinstall is here"
     done = sum(each.standing in ("proven", "done") for each in status.fixes)
     return f"stack {status.stack}, {done} of {len(status.fixes)} fixes done, last change {status.last_change}"
-
-
-def _uninstall(cluster: "Cluster", choice: ClusterChoice) -> Answer:
-    from sparkinstall.cli.cluster_screen import show_nodes
-    from sparkinstall.cluster.orchestrate import Barrier
-
-    hosts = ", ".join(node.host for node in cluster.nodes)
-    confirm(f"Uninstall everything that sparkinstall installed on {hosts}?", agreed=choice.yes, default=False)
-    try:
-        cluster.uninstall()
-    except Barrier:
-        pass
-    lines = {done.host: _undone(reply.touches) for done, reply in cluster.replies("uninstall", Uninstalled)}
-    return end(cluster, choice, lambda: show_nodes(cluster, lines))
 
 
 def _undone(touches: Sequence[Undone]) -> str:

@@ -6,8 +6,8 @@ from typing import Any
 from msgspec.structs import asdict
 
 from sparkinstall.cli import junit
-from sparkinstall.cli.cluster_result import ClusterChoice, end
-from sparkinstall.cli.cluster_screen import show_bandwidth, show_differences, show_nodes
+from sparkinstall.cli.cluster_result import end
+from sparkinstall.cli.cluster_text import show_bandwidth, show_differences, show_nodes
 from sparkinstall.cli.json_output import finding_data
 from sparkinstall.cli.run_command import Answer
 from sparkinstall.cluster.bandwidth import Between
@@ -21,15 +21,15 @@ from sparkinstall.probes import bandwidth, failed, passed, warned
 _MEASURED = frozenset(map(bandwidth.probe_name, bandwidth.KINDS))
 
 
-def verify(nodes: Cluster, choice: ClusterChoice) -> Answer:
+def verify(nodes: Cluster) -> Answer:
     """Ask every node, measure between them if that is wanted, and compare them."""
     nodes.verify()
-    measured = nodes.measure() if choice.measure else []
+    measured = nodes.measure() if nodes.options.measure else []
     found = nodes.compare()
-    if choice.strict:
+    if nodes.options.strict:
         _count_skipped(nodes, measured)
-    if choice.junit:
-        junit.write(choice.junit, [*_cases(nodes, measured, found)], choice.strict)
+    if nodes.options.junit:
+        junit.write(nodes.options.junit, [*_cases(nodes, measured, found)], nodes.options.strict)
     lines = {done.host: _proven(verified, bool(measured)) for done, verified in nodes.replies("verify", Verified)}
 
     def show() -> None:
@@ -39,7 +39,7 @@ def verify(nodes: Cluster, choice: ClusterChoice) -> Answer:
         if found:
             show_differences(found)
 
-    return end(nodes, choice, show, bandwidth=[_as_data(each) for each in measured], differences=_rows(found))
+    return end(nodes, show, bandwidth=[_as_data(each) for each in measured], differences=_rows(found))
 
 
 def _probes(verified: Verified, measured: bool) -> list[ProbeResult]:

@@ -1,47 +1,25 @@
-"""The options of `sparkinstall cluster`, and the result that each of its verbs gives."""
+"""The result of every verb of `sparkinstall cluster`."""
 
 from collections.abc import Callable
 from copy import copy
-from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, to_builtins
+from msgspec import to_builtins
 
-from sparkinstall.cli.cluster_screen import show_problems
+from sparkinstall.cli.cluster_text import show_problems
 from sparkinstall.cli.json_output import problem_data
 from sparkinstall.cli.run_command import Answer
 from sparkinstall.cluster.orchestrate import Cluster
 from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.errors import Exit, Problem
-from sparkinstall.probes import Level
 
 
-class ClusterChoice(Struct, frozen=True):
-    """Which steps, which checks do not count, and whether to ask; the rest is for `verify`."""
-
-    only: tuple[str, ...]
-    skip: tuple[str, ...]
-    ignore: tuple[str, ...]
-    yes: bool
-    json: bool
-    level: Level | None = None
-    measure: bool = False
-    strict: bool = False
-    junit: Path | None = None
-
-    @property
-    def of_verify(self) -> list[str]:
-        """Options that were given and that `verify` alone has."""
-        given = {"--level": self.level, "--measure": self.measure, "--strict": self.strict, "--junit": self.junit}
-        return [name for name, value in given.items() if value]
-
-
-def end(cluster: Cluster, choice: ClusterChoice, show: Callable[[], None], **more: Any) -> Answer:
+def end(cluster: Cluster, show: Callable[[], None], **more: Any) -> Answer:
     """The result of a verb of `cluster`: `more` joins the nodes in the JSON, `show` prints it for a person."""
     cluster.pause()
     problems = [_named(done.host, problem) for done in cluster.done for problem in done.problems]
     code = Exit.SOME_NODES if cluster.failed else Exit.GOOD
-    if choice.json:
+    if cluster.options.json:
         data = {"nodes": [node_data(cluster, node) for node in cluster.nodes], **more}
         return Answer(code, data, problems=tuple(problems))
 

@@ -3,8 +3,9 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from msgspec import Struct, field
 from rich.console import Console, Group, RenderableType
@@ -47,13 +48,19 @@ class _Running(Struct):
 @contextmanager
 def watching(verbose: bool) -> Iterator[Emit]:
     """An `Emit` that shows the run on stderr as long as the context lasts."""
-    if sys.stderr.isatty() and not verbose:
-        screen = _Screen()
-        with Live(screen, console=console(stderr=True), refresh_per_second=8, transient=True):
-            yield screen.take
-        screen.leave(console(stderr=True))
-    else:
-        yield _Lines(verbose).take
+    with shown(_Screen(), _Lines(verbose), verbose) as emit:
+        yield emit
+
+
+@contextmanager
+def shown(screen: "LiveTable", lines: Any, verbose: bool) -> Iterator[Callable[[Any], None]]:
+    """The `take` of the view that fits: on a terminal that of `screen`, in a log or with `verbose` that of `lines`."""
+    if verbose or not sys.stderr.isatty():
+        yield lines.take
+        return
+    with Live(screen, console=console(stderr=True), refresh_per_second=8, transient=True):
+        yield screen.take
+    screen.leave(console(stderr=True))
 
 
 @contextmanager
@@ -66,17 +73,67 @@ def asking() -> Iterator[Emit]:
         yield lambda event: status.update(f"[dim]{event.name}[/]") if isinstance(event, ProbeStarted) else None
 
 
-class _Screen:
-    """The steps, one line each, redrawn."""
+Row = tuple[RenderableType, ...]
+
+
+class LiveTable:
+    """One line per task, redrawn. The last column alone gives way when a line is long; the others have `widths`."""
+
+    def __init__(self, *widths: int) -> None:
+        self.guard = threading.Lock()
+        self._widths = widths
+        self._spinner = Spinner("dots")
+
+    def take(self, event: Any) -> None:
+        """Note an event."""
+        raise NotImplementedError
+
+    def rows(self) -> Iterator[Row]:
+        """The lines as they are now, made by `ended` and `running`."""
+        raise NotImplementedError
+
+    def ended(self, outcome: str, names: Sequence[str], seconds: float | None, text: str) -> Row:
+        return Text("  ") + sign(outcome), *names, _took(seconds), Text(text)
+
+    def running(self, names: Sequence[str], since: float, text: str) -> Row:
+        now = time.monotonic()
+        frame = self._spinner.render(now)
+        mark = Text("  ") + (frame if isinstance(frame, Text) else Text("*"))
+        return mark, *names, _took(now - since), Text(text, style="dim")
+
+    def __rich__(self) -> RenderableType:
+        with self.guard:
+            return self.table()
+
+    def table(self) -> Table:
+        table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+        for width in self._widths:
+            table.add_column(min_width=width, no_wrap=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+    def leave(self, out: Console) -> None:
+        """Print the last state for good."""
+        out.print(self.table())
+        out.print()
+
+
+def _took(seconds: float | None) -> Text:
+    return Text("" if seconds is None else duration(seconds), style="dim", justify="right")
+
+
+class _Screen(LiveTable):
+    """The steps, one line each."""
 
     def __init__(self) -> None:
+        super().__init__(3, 12, 8)
         self._steps: dict[str, _Running] = {}
         self._said = ""
-        self._spinner = Spinner("dots")
-        self._guard = threading.Lock()
 
     def take(self, event: Event) -> None:
-        with self._guard:
+        with self.guard:
             if isinstance(event, StepStarted):
                 self._steps[event.step] = _Running()
             elif isinstance(event, StepEnded):
@@ -95,40 +152,20 @@ class _Screen:
             running.done, running.total, running.unit = event.done, event.total, event.unit
 
     def __rich__(self) -> RenderableType:
-        with self._guard:
-            rows: list[RenderableType] = [self._table()]
+        with self.guard:
+            rows: list[RenderableType] = [self.table()]
             if self._said:
                 rows.append(Text(f"    {self._said}", style="dim"))
             return Group(*rows)
 
-    def _table(self) -> Table:
-        table = Table.grid(padding=(0, 2, 0, 0), expand=True)
-        for width in (3, 12, 8):
-            table.add_column(min_width=width, no_wrap=True)
-        # The last column alone gives way when a line is long.
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+    def rows(self) -> Iterator[Row]:
         for name, running in self._steps.items():
-            table.add_row(*_row(name, running, self._spinner))
-        return table
-
-    def leave(self, out: Console) -> None:
-        """Print the last state for good, without what was only of the moment."""
-        self._said = ""
-        out.print(self._table())
-        out.print()
-
-
-def _row(name: str, running: _Running, spinner: Spinner) -> tuple[RenderableType, ...]:
-    if running.ended:
-        what = _OUTCOMES.get(running.ended.outcome, running.ended.outcome)
-        note = f"{what}: {redact(running.ended.note)}" if running.ended.note else what
-        mark = Text("  ") + sign(running.ended.outcome)
-        return mark, name, Text(duration(running.ended.seconds), style="dim", justify="right"), Text(note)
-    now = time.monotonic()
-    spun = spinner.render(now)
-    mark = Text("  ") + (spun if isinstance(spun, Text) else Text("*"))
-    took = Text(duration(now - running.since), style="dim", justify="right")
-    return mark, name, took, Text(_doing(running), style="dim")
+            if ended := running.ended:
+                outcome = _OUTCOMES.get(ended.outcome, ended.outcome)
+                text = f"{outcome}: {redact(ended.note)}" if ended.note else outcome
+                yield self.ended(ended.outcome, (name,), ended.seconds, text)
+            else:
+                yield self.running((name,), running.since, _doing(running))
 
 
 def _doing(running: _Running) -> str:

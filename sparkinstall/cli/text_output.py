@@ -67,7 +67,8 @@ def sign(of: str) -> Text:
     return Text(mark, style=colour)
 
 
-def _columns(*widths: int | None) -> Table:
+def columns(*widths: int | None) -> Table:
+    """A table without lines; a column with a width is at least that wide and never folded."""
     table = Table.grid(padding=(0, 2))
     for width in widths:
         table.add_column(min_width=width, no_wrap=width is not None)
@@ -76,7 +77,7 @@ def _columns(*widths: int | None) -> Table:
 
 def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False, root: str = "") -> None:
     """What every step would do, then the differences."""
-    table = _columns(1, 12, None)
+    table = columns(1, 12, None)
     for report in reports:
         for at, (mark, line) in enumerate(plan_lines(report)):
             table.add_row(sign(mark), report.name if at == 0 else "", Text(redact(pointed(line, root))))
@@ -118,7 +119,7 @@ def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> No
 
 def show_findings(looked: Sequence[ProbeResult], out: Console, only_bad: bool = False, root: str = "") -> None:
     """One line a probe; the hint beneath those that need one."""
-    table = _columns(1, 16, None)
+    table = columns(1, 16, None)
     for each in looked:
         finding = each.finding
         if only_bad and finding.verdict in ("pass", "skip"):
@@ -134,7 +135,7 @@ def show_findings(looked: Sequence[ProbeResult], out: Console, only_bad: bool = 
 
 def show_proof(looked: Sequence[ProbeResult], out: Console, root: str = "", verbose: bool = False) -> None:
     """Every probe beneath its level, with what was expected where it was not found, and what to do."""
-    table = _columns(7, 1, 16, None)
+    table = columns(7, 1, 16, None)
     level = ""
     for each in looked:
         finding, probe = each.finding, each.probe
@@ -174,7 +175,7 @@ def show_preflight(looked: Sequence[ProbeResult], out: Console) -> None:
 def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None:
     """The fixes, one line each; on a narrow terminal a note that says more gets a line of its own."""
     narrow, said = out.width < _NARROW, ""
-    table = _columns(1, 1, 43, 8, *(() if narrow else (None,)))
+    table = columns(1, 1, 43, 8, *(() if narrow else (None,)))
     for state in states:
         mark = sign(state.standing)
         note = Text(redact(pointed(state.note, root)), style="dim")
@@ -182,7 +183,7 @@ def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None
         table.add_row(*row, *(() if narrow else (note,)))
         if narrow and note.plain not in ("", said):
             _show_table(table, out)
-            table, said = _columns(1, 1, 43, 8), note.plain
+            table, said = columns(1, 1, 43, 8), note.plain
             out.print(Padding(note, (0, 0, 0, 8)))
     _show_table(table, out)
 
@@ -193,15 +194,20 @@ def _show_table(table: Table, out: Console) -> None:
 
 
 def show_problems(problems: Sequence[Problem], root: str = "") -> None:
-    """Errors go to stderr: what happened, why, the last lines, the log, and what to do."""
+    """Print problems on stderr."""
     out = console(stderr=True)
     for problem in problems:
-        out.print(f"[red bold]✗[/] {escape(redact(problem.message))}")
-        if problem.cause:
-            out.print(f"  [dim]why[/]   {escape(redact(problem.cause))}")
-        for line in problem.output:
-            out.print(Text(f"  │ {redact(line)}", style="dim"))
-        if problem.log:
-            out.print(f"  [dim]log[/]   {escape(problem.log)}")
-        if problem.hint:
-            out.print(Padding(f"[dim]do[/]    {escape(pointed(problem.hint, root))}", (0, 0, 0, 2), expand=False))
+        show_problem(problem, out, root=root)
+
+
+def show_problem(problem: Problem, out: Console, where: str = "", root: str = "") -> None:
+    """What failed (`where`: markup in front of it), why, the last lines of output, the log, and what to do."""
+    out.print(f"[red bold]✗[/] {where}{escape(redact(problem.message))}")
+    if problem.cause:
+        out.print(Padding(f"[dim]why[/]   {escape(redact(problem.cause))}", (0, 0, 0, 2), expand=False))
+    for line in problem.output:
+        out.print(Text(f"  │ {redact(line)}", style="dim"))
+    if problem.log:
+        out.print(f"  [dim]log[/]   {escape(problem.log)}")
+    if problem.hint:
+        out.print(Padding(f"[dim]do[/]    {escape(pointed(problem.hint, root))}", (0, 0, 0, 2), expand=False))

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from msgspec import Struct, field
@@ -106,10 +107,7 @@ _Message = TypeVar("_Message", bound=Struct)
 
 
 class ClusterOptions(Struct, frozen=True):
-    """What is wanted of all nodes: settings by name, and the choices of the command line.
-
-    `level`, `measure`: as for `verify` on one node.
-    """
+    """The options of `cluster`. `settings` by name go to every node; `level` to `junit` are for `verify`."""
 
     config: Config
     settings: Mapping[str, Any]
@@ -118,6 +116,16 @@ class ClusterOptions(Struct, frozen=True):
     ignore: tuple[str, ...] = ()
     level: Level | None = None
     measure: bool = False
+    strict: bool = False
+    junit: Path | None = None
+    yes: bool = False
+    json: bool = False
+
+    @property
+    def of_verify(self) -> list[str]:
+        """The given options that only `verify` has."""
+        given = {"--level": self.level, "--measure": self.measure, "--strict": self.strict, "--junit": self.junit}
+        return [name for name, value in given.items() if value]
 
 
 def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:

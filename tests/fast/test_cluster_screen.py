@@ -55,8 +55,8 @@ def test_of_a_node_that_does_not_answer_nothing_is_said_but_that(far: FarNodes, 
 
 def test_checks_are_counted_on_the_nodes_that_were_asked(far: FarNodes) -> None:
     told = "\n".join(on_a_terminal(far, ["plan", "127.0.0.1", "gone"])[1])
-    assert "1 of 1 checks passed on 1 of 2 nodes; the others gave no answer" in told
+    assert "1 of 1 checks passed on 1 of 2 nodes; the others gave no reply" in told
     told = "\n".join(on_a_terminal(far, ["plan", "gone"])[1])
-    assert "no node gave an answer" in told
+    assert "no node gave a reply" in told
     assert "single" in told
     assert "…" not in told

@@ -186,7 +186,7 @@ def measures(nodes: FarNodes, host: str, ask: Any = None, **more: Any) -> None:
 def test_alike_nodes_are_told_in_one_line(far: FarNodes) -> None:
     code, lines = on_a_terminal(far, ["verify", "spark-1", "spark-2"], 100)
     assert code == 0, lines
-    assert "✓ The nodes are alike in all 5 things that were compared." in lines
+    assert "✓ The nodes are equal in all 5 values that were compared." in lines
 
 
 def test_a_table_of_the_differences_alone(far: FarNodes) -> None:
@@ -194,7 +194,7 @@ def test_a_table_of_the_differences_alone(far: FarNodes) -> None:
     code, lines = on_a_terminal(far, ["verify", "spark-1", "spark-2"], 100)
     rows = [" ".join(line.split()) for line in lines]
     assert code == 5
-    assert "Differences 2 of 5 things that were compared" in rows
+    assert "Differences 2 of 5 values that were compared" in rows
     assert "✗ vllm 0.18.1 0.22.1" in rows
     assert "! kernel 6.17.0-1029-nvidia 7.0.0-1019-nvidia" in rows
     assert not any("torch" in row for row in rows)

@@ -1,0 +1,122 @@
+"""What is seen while several nodes work: on a terminal a line for each node and phase, elsewhere plain lines."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+
+from msgspec import Struct, field
+
+from sparkinstall.cli.live_output import LiveTable, Row, duration, shown
+from sparkinstall.cluster.orchestrate import Done, Line, Started, Tell
+from sparkinstall.cluster.protocol import Fetched
+from sparkinstall.redaction import redact
+
+_OUTCOMES = {"unchanged": "up to date", "changed": "done", "failed": "failed", "blocked": "not started"}
+# Of a phase that applies nothing, its own word says more than "up to date".
+_DONE = {
+    **dict.fromkeys(("look", "compare", "token", "status", "ready"), "asked"),
+    **dict.fromkeys(("tcp-bandwidth", "rdma-bandwidth", "nccl-bandwidth"), "measured"),
+    "reach": "reached", "confirm": "confirmed", "copy": "copied", "verify": "proven", "uninstall": "uninstalled",
+}  # fmt: skip
+
+
+class Watch:
+    """The live view of these hosts. It opens with the first event, and can be put away while a question is asked.
+
+    Nodes tell side by side.
+    """
+
+    def __init__(self, hosts: Sequence[str], verbose: bool) -> None:
+        self._hosts, self._verbose = hosts, verbose
+        self._view: AbstractContextManager[Tell] | None = None
+        self._tell: Tell
+        self._guard = threading.Lock()
+
+    def tell(self, event: Started | Line | Done) -> None:
+        with self._guard:
+            if self._view is None:
+                self._view = shown(_Screen(self._hosts), _Lines(self._hosts), self._verbose)
+                self._tell = self._view.__enter__()
+            self._tell(event)
+
+    def end(self) -> None:
+        with self._guard:
+            view, self._view = self._view, None
+        if view is not None:
+            view.__exit__(None, None, None)
+
+
+class _Progress(Struct):
+    since: float = field(default_factory=time.monotonic)
+    line: str = ""
+    done: Done | None = None
+
+
+class _Screen(LiveTable):
+    def __init__(self, hosts: Sequence[str]) -> None:
+        super().__init__(3, 9, max(map(len, hosts)), 8)
+        self._rows: dict[tuple[str, str], _Progress] = {}
+        self._hosts = list(hosts)
+
+    def take(self, event: Started | Line | Done) -> None:
+        with self.guard:
+            row = self._rows.setdefault((event.phase, event.host), _Progress())
+            if isinstance(event, Line):
+                row.line = _without_time(event.text) or row.line
+            elif isinstance(event, Done):
+                row.done = event
+
+    def rows(self) -> Iterator[Row]:
+        """By phase as they began, and by node as they were named: which node is first changes nothing."""
+        phases = list(dict.fromkeys(phase for phase, _ in self._rows))
+        order = sorted(self._rows, key=lambda each: (phases.index(each[0]), self._hosts.index(each[1])))
+        before = ""
+        for phase, host in order:
+            row, names = self._rows[phase, host], (phase if phase != before else "", host)
+            before = phase
+            if row.done:
+                yield self.ended(row.done.outcome, names, row.done.seconds or None, _outcome(row.done))
+            else:
+                yield self.running(names, row.since, redact(row.line))
+
+
+class _Lines:
+    """Each line with its node in front."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self._width = max(map(len, hosts))
+        self._guard = threading.Lock()
+
+    def take(self, event: Started | Line | Done) -> None:
+        text = _as_line(event)
+        if text:
+            with self._guard:
+                print(f"{event.host:{self._width}} │ {redact(text)}", file=sys.stderr, flush=True)
+
+
+def _as_line(event: Started | Line | Done) -> str:
+    match event:
+        case Started(_, phase):
+            return f"{phase}: begins"
+        case Line(_, _, text):
+            return f"  {_without_time(text)}" if text.strip() else ""
+        case Done():
+            took = f" ({duration(event.seconds)})" if event.seconds else ""
+            return f"{event.phase}: {_outcome(event)}{took}"
+
+
+def _without_time(line: str) -> str:
+    """A node's own log line without its time of day."""
+    head, _, rest = line.partition(" ")
+    return rest if len(head) == 8 and head[2] == head[5] == ":" else line
+
+
+def _outcome(done: Done) -> str:
+    if done.outcome == "failed":
+        more = f" (and {len(done.problems) - 1} more)" if len(done.problems) > 1 else ""
+        return f"failed: {done.problems[0].message}{more}" if done.problems else "failed"
+    if isinstance(done.data, Fetched) and done.data.warning:
+        return f"warning: {done.data.warning}"
+    return _DONE.get(done.phase, _OUTCOMES[done.outcome])
