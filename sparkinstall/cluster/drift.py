@@ -13,6 +13,8 @@ from sparkinstall import elf
 from sparkinstall.errors import Blocked, Problem
 from sparkinstall.facts import card, machine, network, qsfp
 from sparkinstall.facts.decisions import recorded
+from sparkinstall.facts.env_file import assignments
+from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.qsfp import Port
 from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.resources.transport import Transport
@@ -68,7 +70,6 @@ _OWN = {
     *("VLLM_HOST_IP", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_IB_HCA"),
     *("UCX_NET_DEVICES", "VLLM_CONFIG_ROOT", "VLLM_NO_USAGE_STATS"),
 }
-_ASSIGNMENT = re.compile(r"^([A-Za-z_]\w*)=(.*)$", re.MULTILINE)
 _DRIVER = re.compile(rb"(?:Kernel Module|for \S+) +([0-9][0-9.]+)")
 
 
@@ -145,7 +146,7 @@ def _of_system(node: Node, on: Reader) -> dict[str, str]:
     del node
     if on.rehearsal:
         return {}
-    driver = _DRIVER.search(on.read("/proc/driver/nvidia/version") or b"")
+    driver = _DRIVER.search(on.read(DRIVER_FILE) or b"")
     release = machine.release(on)
     return {
         "driver": driver[1].decode() if driver else "",
@@ -155,8 +156,8 @@ def _of_system(node: Node, on: Reader) -> dict[str, str]:
 
 
 def _of_env(node: Node, on: Reader) -> dict[str, str]:
-    text = (on.read(node.env_file) or b"").decode(errors="replace")
-    return {f"env {name}": value.strip('"') for name, value in _ASSIGNMENT.findall(text) if name not in _OWN}
+    found = assignments(on.read(node.env_file) or b"")
+    return {f"env {name}": value for name, value in found.items() if name not in _OWN}
 
 
 def versions(node: Node, on: Reader) -> dict[str, str]:

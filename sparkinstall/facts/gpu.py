@@ -13,6 +13,10 @@ QUERY = (
 """The program that `understood` reads the answer of."""
 
 
+DRIVER_FILE = "/proc/driver/nvidia/version"
+"""What the loaded driver says of itself."""
+
+
 class Gpu(Struct, frozen=True):
     """The first GPU. `capability` such as 12.1; `busy` in percent, `mhz` of its clock, `watts`: None where not told."""
 

@@ -42,6 +42,11 @@ def parse_meminfo(content: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in rows}
 
 
+def available_memory(on: Reader) -> int:
+    """Bytes that programs can still take; 0 where the kernel does not tell."""
+    return parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0) << 10
+
+
 def release(on: Reader) -> Mapping[str, str]:
     """The release file of DGX OS or of an OEM's image; empty where there is none."""
     merged: dict[str, str] = {}

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from sparkinstall.assets import asset
 from sparkinstall.node import Node, site_packages
+from sparkinstall.stacks import canonical
 from sparkinstall.system import Reader
 
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+) ?(?:==|@)", re.MULTILINE)
@@ -75,7 +76,7 @@ def unlike_their_records(node: Node, on: Reader) -> str:
 def _locked(node: Node, on: Reader) -> set[str]:
     """What the lock has put there; packages that somebody added are theirs."""
     lock = (on.read(node.installed_lock) or b"").decode(errors="replace")
-    return {_plain(name) for name in _PINNED.findall(lock)}
+    return {canonical(name) for name in _PINNED.findall(lock)}
 
 
 def _folders(on: Reader, site: str, ours: set[str]) -> list[str]:
@@ -84,11 +85,7 @@ def _folders(on: Reader, site: str, ours: set[str]) -> list[str]:
 
 
 def _package(folder: str) -> str:
-    return _plain(folder.removesuffix(".dist-info").rpartition("-")[0])
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return canonical(folder.removesuffix(".dist-info").rpartition("-")[0])
 
 
 def _packages(site: str, folders: Iterable[str], ours: set[str], made: int) -> Iterator[str]:

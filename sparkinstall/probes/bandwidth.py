@@ -13,6 +13,7 @@ from msgspec import Struct, field
 
 from sparkinstall import payloads
 from sparkinstall.facts import card, machine, qsfp
+from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.network import own_addresses, twin_of
 from sparkinstall.node import Node, nccl_library
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
@@ -45,7 +46,6 @@ _SHARE = 16
 # torch, a CUDA context and NCCL take their own beside what is gathered.
 _LEAST = 4 * _GIB
 _STREAMS = "4"
-_DRIVER = "/proc/driver/nvidia/version"
 
 # The figures of the field for two Sparks on one cable, in Gb/s unless they say otherwise.
 RDMA_BOTH, ONE_HALF, TCP_UNTUNED, DEGRADED = 189.85, 98.0, 96.0, 13.0
@@ -125,13 +125,13 @@ def _missing(on: Reader, program: str, package: str) -> str:
 
 def _no_nccl(node: Node, on: Reader) -> str:
     library = nccl_library(node, on)
-    if on.read(_DRIVER) is None:
+    if on.read(DRIVER_FILE) is None:
         return "there is no GPU here (no NVIDIA driver is loaded)"
     if on.entry(node.env_file) is None or library is None or on.entry(library) is None:
         return "the env file or NCCL is not there yet: `sparkinstall all`"
-    free = machine.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0)
+    free = machine.available_memory(on)
     risk = f"below {_LEAST // _GIB} a measurement could freeze the node"
-    return "" if size(free << 10) else f"only {free / (1 << 20):.1f} GiB of memory are available: {risk}"
+    return "" if size(free) else f"only {free / _GIB:.1f} GiB of memory are available: {risk}"
 
 
 def size(available: int) -> int:
@@ -190,7 +190,7 @@ _START = '. "$1" && shift && NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET exec pyt
 
 
 def _gathering(node: Node, on: Reader, port: int, peer: str) -> Program:
-    free = machine.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0) << 10
+    free = machine.available_memory(on)
     words = ("1", peer) if peer else ("0", node.address)
     asked = (payloads.source("nccl_bandwidth"), *words, str(port), str(size(free)), str(SECONDS))
     return Program("nccl", _within(NCCL_LIMIT, "bash", "-c", _START, "bash", on.real(node.env_file), *asked))

@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from sparkinstall import fixes, payloads
 from sparkinstall.errors import NeedsRoot
+from sparkinstall.facts.env_file import assignments
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped, warned
 from sparkinstall.probes.env_file import with_env_file
@@ -15,8 +16,6 @@ from sparkinstall.redaction import is_secret_name
 from sparkinstall.services import env_units
 from sparkinstall.system import Reader
 
-_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)")
-_ESCAPE = re.compile(r'\\(["\\`$])')
 _LIBRARY = re.compile(r" (/\S.*/libnccl\.so[^/\n]*)$", re.MULTILINE)
 _DELETED = " (deleted)"
 # What the env files name in some settings only: a process that still has one was started with another file.
@@ -173,20 +172,6 @@ def _read_by(unit: str, node: Node, on: Reader) -> dict[str, str]:
     """What systemd would give the service now: the env file, then what its start finds out about the link."""
     link = f"/run/{unit.removesuffix('.service')}/link.env"
     return {name: value for path in (node.env_file, link) for name, value in assignments(on.read(path) or b"").items()}
-
-
-def assignments(content: bytes) -> dict[str, str]:
-    """The variables of one of our env files, as systemd's EnvironmentFile= takes them: all else is skipped."""
-    found = {}
-    for line in content.decode(errors="replace").splitlines():
-        if match := _ASSIGNMENT.fullmatch(line.strip()):
-            found[match[1]] = _unquoted(match[2])
-    return found
-
-
-def _unquoted(value: str) -> str:
-    inner = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
-    return _ESCAPE.sub(r"\1", inner)
 
 
 def _nccl(node: Node, on: Reader) -> Finding:

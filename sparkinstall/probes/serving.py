@@ -7,6 +7,7 @@ from msgspec.structs import replace
 
 from sparkinstall import fixes
 from sparkinstall.facts import vllm
+from sparkinstall.facts.units import show
 from sparkinstall.facts.vllm import GENERATED_TOKENS, KV_CACHE_USAGE
 from sparkinstall.layout import VLLM_UNIT as UNIT
 from sparkinstall.node import Node
@@ -180,25 +181,21 @@ def _no_metrics(of: Api, after: Reply) -> Finding:
     return warned(f"/metrics has no {GENERATED_TOKENS}", _REPORT)
 
 
-_ASKED = "ActiveState,NRestarts,ExecMainStartTimestampMonotonic"
-
-
 def not_up(node: Node, on: Reader) -> Finding:
     """Nothing listens: it is still loading, or it has ended."""
-    asked = on.ask("systemctl", "show", UNIT, f"--property={_ASKED}").out
-    state = dict(line.split("=", 1) for line in asked.splitlines() if "=" in line)
-    since = time.clock_gettime(time.CLOCK_MONOTONIC) - int(state.get("ExecMainStartTimestampMonotonic") or 0) / 1e6
+    state = show(on, UNIT, "ActiveState", "NRestarts", "ExecMainStartTimestampMonotonic")
+    since = time.clock_gettime(time.CLOCK_MONOTONIC) - int(state["ExecMainStartTimestampMonotonic"] or 0) / 1e6
     where = f"nothing answers at 127.0.0.1:{node.config.serving.port}"
     # A unit that systemd starts over and over looks as if it were loading, for a while each time.
-    if again := int(state.get("NRestarts") or 0):
+    if again := int(state["NRestarts"] or 0):
         said = f"{where}; systemd has started it {again + 1} times"
         return failed(said, f"`sparkinstall diagnose --unit {UNIT.removesuffix('.service')}`")
-    if state.get("ActiveState") == "active" and since < _LOADING:
+    if state["ActiveState"] == "active" and since < _LOADING:
         return warned(
             f"{where}: it was started {since:.0f} s ago and still loads",
             f"follow it with `journalctl -fu {UNIT}`, then run `sparkinstall verify --only serving`",
         )
     return failed(
-        f"{where}; {UNIT} is {state.get('ActiveState') or 'unknown'}",
+        f"{where}; {UNIT} is {state['ActiveState'] or 'unknown'}",
         f"read `journalctl -u {UNIT}`, fix the cause, then `sparkinstall run serving`",
     )

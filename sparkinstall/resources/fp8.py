@@ -12,13 +12,12 @@ from msgspec import Struct
 from sparkinstall import elf, patches, payloads
 from sparkinstall.errors import CommandFailed
 from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.vllm import FP8_OPERATOR, extensions
 from sparkinstall.node import Node, site_packages
 from sparkinstall.patches import PatchSet, UnknownContent
 from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown
 from sparkinstall.system import Reader, Result, System
-
-_DRIVER = "/proc/driver/nvidia/version"
 
 
 class Fp8Decision(Struct, frozen=True):
@@ -50,7 +49,7 @@ class Fp8Decision(Struct, frozen=True):
         built = [(path.name, path.stat().st_size) for path in extensions(on, site)] if site else []
         if not built:
             return None
-        driver = b"" if on.rehearsal else on.read(_DRIVER) or b""
+        driver = b"" if on.rehearsal else on.read(DRIVER_FILE) or b""
         return {
             "vllm": self.node.stack.vllm,
             "extensions": [f"{name} {size}" for name, size in built],
@@ -74,7 +73,7 @@ class Fp8Decision(Struct, frozen=True):
         asked = self.node.config.fp8.fallback
         if asked != "auto":
             return asked == "on", f"`fp8.fallback: {asked}`", "config"
-        if not on.rehearsal and on.read(_DRIVER):
+        if not on.rehearsal and on.read(DRIVER_FILE):
             return self._try_on_gpu(on)
         return self._read_code(on)
 

@@ -12,6 +12,7 @@ from msgspec import Struct
 
 from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.facts.units import show
 from sparkinstall.layout import UNIT_FOLDER
 from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
 from sparkinstall.resources.template import Template
@@ -145,7 +146,7 @@ class Service(Struct, frozen=True):
     def check(self, on: Reader) -> State:
         if on.rehearsal:
             return NodeOnly(f"systemd starts {self.name} there")
-        now = show(on, self.name)
+        now = show(on, self.name, *_PROPERTIES)
         wrong = [*self._not_running(now), *self._outdated(on, now)]
         return Drift(f"start {self.name}: {', '.join(wrong)}") if wrong else Ok("enabled, running")
 
@@ -177,7 +178,7 @@ class Service(Struct, frozen=True):
         on.run("systemctl", "daemon-reload", root=True)
         on.run("systemctl", "enable", self.name, root=True)
         # systemd counts the starts before too, and after too many of them starts nothing until it is told to forget.
-        if show(on, self.name)["ActiveState"] != "inactive":
+        if show(on, self.name, "ActiveState")["ActiveState"] != "inactive":
             on.run("systemctl", "reset-failed", self.name, root=True)
         try:
             # The unit's own TimeoutStartSec bounds this.
@@ -211,16 +212,8 @@ class Service(Struct, frozen=True):
         return (told[-1] if told else ""), ""
 
 
-def show(on: Reader, name: str) -> dict[str, str]:
-    """What systemd knows of a unit; empty words where it answers nothing."""
-    asked = [f"--property={each}" for each in _PROPERTIES]
-    answer = on.ask("systemctl", "show", name, *asked)
-    found = dict(line.split("=", 1) for line in answer.out.splitlines() if "=" in line)
-    return {each: found.get(each, "") for each in _PROPERTIES}
-
-
 def _standing(on: Reader, name: str) -> dict[str, Any]:
-    now = show(on, name)
+    now = show(on, name, *_PROPERTIES)
     return {"enabled": now["UnitFileState"] == "enabled", "active": now["ActiveState"] in _RUNNING}
 
 
@@ -231,7 +224,7 @@ def take_service_back(on: LocalSystem, name: str) -> bool:
         _systemctl(on, "stop", name)
     if was["enabled"]:
         _systemctl(on, "disable", name)
-    if show(on, name)["ActiveState"] == "failed":
+    if show(on, name, "ActiveState")["ActiveState"] == "failed":
         _systemctl(on, "reset-failed", name)
     return bool(was["active"] or was["enabled"])
 

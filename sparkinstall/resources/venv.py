@@ -19,7 +19,7 @@ from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.wheels import OTHER_STACK, Gate
 from sparkinstall.node import Node, site_packages
 from sparkinstall.resources import Drift, Ok, State, Unknown
-from sparkinstall.stacks import Pin, parse_lock, render_lock
+from sparkinstall.stacks import Pin, canonical, parse_lock, render_lock
 from sparkinstall.system import Reader, System
 
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -302,12 +302,8 @@ def installed(node: Node, on: Reader) -> dict[str, str]:
     for name in on.names(site) if site else ():
         if name.endswith(".dist-info"):
             package, _, version = name.removesuffix(".dist-info").rpartition("-")
-            found[_plain(package)] = version
+            found[canonical(package)] = version
     return found
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def _listing(pins: dict[str, str]) -> str:

@@ -307,10 +307,10 @@ def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
 
 def _parse_pin(line: str, number: int) -> Pin:
     if match := _PIN.fullmatch(line):
-        return Pin(_canonical(match[1]), match[2], hashes=_hashes(match[3]))
+        return Pin(canonical(match[1]), match[2], hashes=_hashes(match[3]))
     if match := _WHEEL_PIN.fullmatch(line):
         pin = _pin_of_wheel(match[2])
-        if pin and pin.name == _canonical(match[1]):
+        if pin and pin.name == canonical(match[1]):
             return replace(pin, hashes=_hashes(match[3]))
     raise StackError(f"Line {number} of the lock is not a pin with sha256 hashes: {line[:80]!r}; remake the lock.")
 
@@ -322,10 +322,11 @@ def _hashes(options: str) -> tuple[str, ...]:
 def _pin_of_wheel(url: str) -> Pin | None:
     """What a wheel says it is in its file name; None where the address is not a wheel's."""
     match = _WHEEL_FILE.fullmatch(unquote(url.rsplit("/", 1)[-1]))
-    return Pin(_canonical(match[1]), match[2], url=url) if match else None
+    return Pin(canonical(match[1]), match[2], url=url) if match else None
 
 
-def _canonical(name: str) -> str:
+def canonical(name: str) -> str:
+    """The name of a package as PEP 503 has it, so that two spellings compare equal."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -15,6 +15,7 @@ import pytest
 from msgspec.structs import replace
 
 from sparkinstall import elf
+from sparkinstall.facts.env_file import assignments
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, services
 from sparkinstall.resources.template import quoted, render
@@ -182,7 +183,7 @@ def record(root: Path, pid: int, unit: str) -> None:
 
 def variables(node: Node, root: Path) -> dict[str, str]:
     """As systemd gives them to the service."""
-    of_file = services.assignments((root / node.env_file.lstrip("/")).read_bytes())
+    of_file = assignments((root / node.env_file.lstrip("/")).read_bytes())
     return {**of_file, "LD_PRELOAD": "", "HOME": "/home/spark", "INVOCATION_ID": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -267,7 +268,7 @@ def test_a_process_that_may_not_be_looked_into_is_skipped(served: Node, tmp_path
 @pytest.mark.parametrize("value", ['a "b" $HOME', "back\\slash", "`x`", "plain", "it's", ""])
 def test_the_env_file_is_read_as_it_was_written(value: str) -> None:
     text = f"# A=1\nset -a\nNAME={quoted(value)}\nset +a\n. /x/activate\n[ -r x ] || echo B=1\n"
-    assert services.assignments(text.encode()) == {"NAME": value}
+    assert assignments(text.encode()) == {"NAME": value}
 
 
 def test_a_service_with_our_nccl_is_let_alone(served: Node, tmp_path: Path) -> None:
