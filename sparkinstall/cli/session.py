@@ -13,7 +13,7 @@ from sparkinstall import config as configuration
 from sparkinstall.assets import user_cache
 from sparkinstall.cli.options import Target
 from sparkinstall.config import Config, Layer
-from sparkinstall.config import cluster as members
+from sparkinstall.config.cluster import require_sound
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.node import Node
@@ -106,10 +106,7 @@ def _settled(config: Config, sources: dict[str, str]) -> Config:
         cluster = replace(cluster, workers=(cluster.address,))
         config = replace(config, cluster=cluster)
     if cluster.role != "single":
-        from sparkinstall.resources import ray_ports
-
-        members.require_sound(config)
-        ray_ports.require_apart(config)
+        require_sound(config)
     return config
 
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from msgspec import Struct, field
 from msgspec.structs import replace
 
+from sparkinstall import ray_ports
 from sparkinstall.cluster.protocol import Asked, Listening, Reply, Responded, announced
 from sparkinstall.cluster.remote import OnLine, RemoteNode
 from sparkinstall.errors import Interrupted, Problem
@@ -20,7 +21,6 @@ from sparkinstall.facts import card, qsfp
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, bandwidth, skipped
 from sparkinstall.probes.bandwidth import KINDS, Kind, Measured, Program
-from sparkinstall.resources import ray_ports
 from sparkinstall.system import Reader, Result, processes
 
 # Seconds that a program may take until it listens.

@@ -1,17 +1,18 @@
-"""The nodes of a cluster, by their addresses on the QSFP link: whether they can be one."""
+"""Whether the addresses and ports of a cluster can work together."""
 
+from ipaddress import IPv4Address, IPv4Interface
+
+from sparkinstall import ray_ports
 from sparkinstall.config import Config
 from sparkinstall.errors import BadConfig
 
 
 def require_sound(config: Config) -> None:
-    """See that the addresses are different ones of one subnet, and that this node's is among them.
+    """Check that the addresses differ, are in one subnet and include this node's, and that no port is used twice.
 
     Raises:
-        BadConfig: they are not.
+        BadConfig: one of these is not so.
     """
-    from ipaddress import IPv4Address, IPv4Interface
-
     cluster, length = config.cluster, config.network.prefix_length
     everyone = (cluster.head, *cluster.workers)
     link = IPv4Interface(f"{cluster.head}/{length}").network
@@ -24,14 +25,13 @@ def require_sound(config: Config) -> None:
             raise BadConfig(f"{each} is the subnet {link} itself, not a node in it", hint=_NAMED)
     _require_twin_apart(config)
     _require_own(config)
+    _require_ports_apart(config)
 
 
 _NAMED = "name them with `cluster.head` and `cluster.workers`, or `--head` and `--worker`"
 
 
 def _require_twin_apart(config: Config) -> None:
-    from ipaddress import IPv4Interface
-
     link = IPv4Interface(f"{config.cluster.head}/{config.network.prefix_length}").network
     twin = IPv4Interface(f"{config.network.twin_subnet}/{config.network.prefix_length}").network
     if link.overlaps(twin):
@@ -57,3 +57,25 @@ def _require_own(config: Config) -> None:
             f"{cluster.address} is none of the workers {', '.join(cluster.workers)}",
             hint="name all of them, with `cluster.workers` or one `--worker` each",
         )
+
+
+def _require_ports_apart(config: Config) -> None:
+    # Whichever executor is set: the other one is one setting away.
+    fixed = (
+        ("Ray", ray_ports.BETWEEN_NODES),
+        ("Ray's dashboard", (ray_ports.DASHBOARD, ray_ports.DASHBOARD)),
+        ("Ray's client port", (ray_ports.CLIENT, ray_ports.CLIENT)),
+        ("vLLM's own processes", (ray_ports.FIRST_OF_VLLM, ray_ports.LAST_OF_VLLM)),
+    )
+    asked = {
+        "serving.port": config.serving.port,
+        "cluster.ray_port": config.cluster.ray_port,
+        "cluster.master_port": config.cluster.master_port,
+    }
+    for name, port in asked.items():
+        others = [(other, (its, its)) for other, its in asked.items() if other != name]
+        for other, (first, last) in (*others, *fixed):
+            if first <= port <= last:
+                raise BadConfig(
+                    f"`{name}` is {port}, which is the port of {other}", hint=f"set `{name}` to another one"
+                )

@@ -10,12 +10,13 @@ from typing import Any
 
 from msgspec import Struct
 
+from sparkinstall import ray_ports
 from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.facts.packet_filters import NFT, TABLE, another
 from sparkinstall.layout import FIREWALL_UNIT
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, NodeOnly, Ok, Resource, State, Unknown, ray_ports, rollback
+from sparkinstall.resources import Drift, NodeOnly, Ok, Resource, State, Unknown, rollback
 from sparkinstall.resources.files import File
 from sparkinstall.resources.template import render
 from sparkinstall.system import Reader, System, Undo

@@ -4,11 +4,12 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from sparkinstall import ray_ports
 from sparkinstall.facts.decisions import recorded
 from sparkinstall.fixes import FP8, HOST_IP, MEMORY_MONITOR, NCCL, TRANSPORT
 from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe
-from sparkinstall.resources import Resource, Unknown, ray_ports
+from sparkinstall.resources import Resource, Unknown
 from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step

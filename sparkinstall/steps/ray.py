@@ -4,12 +4,12 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-from sparkinstall import payloads
+from sparkinstall import payloads, ray_ports
 from sparkinstall.layout import unit_path
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe
 from sparkinstall.probes import ray as probe
-from sparkinstall.resources import Resource, ray_ports, systemd
+from sparkinstall.resources import Resource, systemd
 from sparkinstall.resources.files import File
 from sparkinstall.resources.ray_token import RayToken, by_hand
 from sparkinstall.resources.systemd import Cause, Service, UnitFile

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 import typer
 
-from sparkinstall import __version__, errors, stacks
+from sparkinstall import __version__, errors, ray_ports, stacks
 from sparkinstall.cli import cluster_result, json_output
 from sparkinstall.cli.app import program
 from sparkinstall.cli.multi_node import Role
@@ -26,7 +26,7 @@ from sparkinstall.errors import Exit, Problem
 from sparkinstall.journal import undo
 from sparkinstall.probes import Verdict, nccl_tests
 from sparkinstall.probes.preflight import preflight
-from sparkinstall.resources import State, firewall, ray_ports, rollback
+from sparkinstall.resources import State, firewall, rollback
 from tests.support.documents import PAGES, REPOSITORY, commands_of, page, rows, section, words, workflows
 from tests.support.nodes import HEAD, NODE
 from tools import config_reference

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from sparkinstall import ray_ports
 from sparkinstall.errors import Problem
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.layout import FIREWALL_UNIT, UNIT_FOLDER
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, NodeOnly, Ok, ray_ports, systemd
+from sparkinstall.resources import Drift, NodeOnly, Ok, systemd
 from sparkinstall.resources.firewall import Part
 from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.systemd import Cause, Service, UnitFile, complaints_of_systemd

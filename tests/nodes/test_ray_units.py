@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from sparkinstall.resources import ray_ports, systemd
+from sparkinstall import ray_ports
+from sparkinstall.resources import systemd
 from tests.lab.cabling import PORT_0, Cabling, ip
 from tests.lab.node import Bind, FreshNode
 from tests.nodes.fresh import REPOSITORY

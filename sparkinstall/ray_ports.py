@@ -1,0 +1,27 @@
+"""Ray's ports, all of them fixed: a firewall cannot open ports that change at each start.
+
+By default Ray (2.60) takes any free port for these, on every interface. They are below the range from which Linux
+takes the ports of outgoing connections (32768 and above).
+"""
+
+NODE_MANAGER = 20000
+OBJECT_MANAGER = 20001
+DASHBOARD_AGENT_HTTP = 20002
+DASHBOARD_AGENT_GRPC = 20003
+RUNTIME_ENV_AGENT = 20004
+METRICS = 20005
+# Each worker process and each program that joins (`vllm serve` is one) takes one of these.
+FIRST_WORKER = 20010
+LAST_WORKER = 20999
+
+# The head alone, on loopback.
+DASHBOARD = 8265
+# The head alone, where grpcio is installed: it cannot be switched off; nothing here uses it.
+CLIENT = 10001
+
+# vLLM's own processes meet at random ports, unless VLLM_PORT names the first to try.
+FIRST_OF_VLLM = 29600
+LAST_OF_VLLM = 29699
+
+# What other nodes must reach on every node, besides the head's own port (`cluster.ray_port`): first and last.
+BETWEEN_NODES = (NODE_MANAGER, LAST_WORKER)
