@@ -11,7 +11,7 @@ from sparkinstall.core import catalogue
 from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.events import Emit, ProbeStarted
 from sparkinstall.node import Node
-from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed
+from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, skipped
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -52,6 +52,8 @@ def _looked(probe: Probe, on: Reader, emit: Emit) -> ProbeResult:
 
 
 def _guarded(probe: Probe, on: Reader) -> Finding:
+    if on.rehearsal and probe.needs_node:
+        return skipped(probe.needs_node)
     try:
         return probe.look(on)
     except Problem as problem:

@@ -10,7 +10,7 @@ from msgspec import Struct, field
 from sparkinstall.errors import Blocked, Interrupted, Problem, storage_problem
 from sparkinstall.events import Emit, ResourceApplied, StepEnded, StepStarted
 from sparkinstall.node import Node
-from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown, state_of
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes
 
@@ -80,8 +80,16 @@ def plan(steps: Sequence[Step], node: Node, on: Reader) -> list[StepReport]:
 
 
 def _look(step: Step, report: StepReport, node: Node, on: Reader) -> None:
-    for resource in step.resources(node):
-        report.checked.append(Checked(resource.key, resource.check(on)))
+    for resource in _resources(step, report, node, on):
+        report.checked.append(Checked(resource.key, state_of(resource, on)))
+
+
+def _resources(step: Step, report: StepReport, node: Node, on: Reader) -> Iterable[Resource]:
+    """Those of the step; none where the node leaves it to somebody else, which the report then says."""
+    if reason := "" if on.rehearsal else step.left_to(node, on):
+        report.checked.append(Checked(step.name, NodeOnly(reason)))
+        return ()
+    return step.resources(node)
 
 
 def converge(
@@ -92,7 +100,7 @@ def converge(
 
     def visit(step: Step, report: StepReport) -> None:
         on = system_for(step.name)
-        for resource in step.resources(node):
+        for resource in _resources(step, report, node, on):
             processes.refuse_if_stopped()
             _make_so(resource, on, report, emit, force)
 
@@ -100,13 +108,13 @@ def converge(
 
 
 def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, force: bool) -> None:
-    state = resource.check(on)
+    state = state_of(resource, on)
     if isinstance(state, NodeOnly) or (isinstance(state, Ok) and not force):
         report.checked.append(Checked(resource.key, state))
         return
     _refuse_what_cannot_be(resource, state)
     resource.apply(on)
-    after = resource.check(on)
+    after = state_of(resource, on)
     if not isinstance(after, Ok | NodeOnly):
         raise _not_converged(resource, after)
     report.checked.append(Checked(resource.key, after, changed=True))

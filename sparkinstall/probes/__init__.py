@@ -45,9 +45,9 @@ class Probe(Struct, frozen=True):
     `level`: `static` reads files only, so that even a run with nothing to do can afford it; `node` asks
     the system and small processes; `gpu` loads vLLM's parts, and uses a GPU where there is one; `link`
     and `cluster` need the other nodes; `serving` needs a model that is served. `impact`: what it means for
-    a person when it fails, one sentence. `fix`: the fix that it proves. `others`: it needs the other nodes
-    too, which may come up after this one. `load`: it keeps the GPU or the link busy, so it runs only where
-    `--measure` asks for it.
+    a person when it fails, one sentence. `fix`: the fix that it proves. `needs_node`: why a rehearsal skips
+    it; empty: it does not. `others`: it needs the other nodes too, which may come up after this one. `load`:
+    it keeps the GPU or the link busy, so it runs only where `--measure` asks for it.
     """
 
     name: str
@@ -56,5 +56,6 @@ class Probe(Struct, frozen=True):
     level: Level
     impact: str = ""
     fix: Fix | None = None
+    needs_node: str = ""
     others: bool = False
     load: bool = False

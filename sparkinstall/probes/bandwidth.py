@@ -90,7 +90,9 @@ def probe(node: Node, kind: Kind) -> Probe:
 
 def declared(kind: Kind, look: Callable[[Reader], Finding]) -> Probe:
     """The probe of that kind; `look` answers for it."""
-    return Probe(probe_name(kind), TITLES[kind], look, "link", _IMPACTS[kind], others=True, load=True)
+    return Probe(
+        probe_name(kind), TITLES[kind], look, "link", _IMPACTS[kind], None, "a rehearsal has no QSFP port", True, True
+    )
 
 
 _BOTH = (
@@ -104,8 +106,6 @@ _BOTH = (
 
 def why_not(node: Node, on: Reader, kind: Kind) -> str:
     """Why this node cannot take part; empty where it can."""
-    if on.rehearsal:
-        return "a rehearsal has no QSFP port"
     return {"tcp": _no_iperf, "rdma": _no_rdma, "nccl": _no_nccl}[kind](node, on)
 
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from sparkinstall import fixes, payloads
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed, skipped
+from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed
 from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.system import Reader
 
@@ -48,6 +48,7 @@ def probes(node: Node) -> Iterable[Probe]:
     def process(on: Reader) -> InEnvironment:
         return shared.setdefault(id(on), InEnvironment(node, on))
 
+    alone = "a rehearsal installs vLLM's wheel alone (--full installs the rest)" if node.partial else ""
     yield Probe(
         "imports",
         "vLLM and its parts import",
@@ -55,6 +56,7 @@ def probes(node: Node) -> Iterable[Probe]:
         "gpu",
         "vLLM does not start.",
         fixes.PACKAGES,
+        needs_node=alone,
     )
     yield Probe(
         "nccl-loaded",
@@ -71,14 +73,13 @@ def probes(node: Node) -> Iterable[Probe]:
         "gpu",
         "Ray and vLLM name this node differently: `Expected 2 unique IPs but got 3`.",
         fixes.HOST_IP,
+        needs_node=alone,
     )
-    yield from kernels.probes(node, lambda on: _answer(node, on, process(on)))
+    yield from kernels.probes(node, lambda on: _answer(node, on, process(on)), alone)
 
 
 def _answer(node: Node, on: Reader, process: InEnvironment) -> dict[str, Any] | Finding:
     """What the process says of itself, or why it says nothing."""
-    if node.partial:
-        return skipped("torch, Triton and vLLM do not run in a rehearsal without --full")
     if stop := nccl.not_here(node, on):
         return stop
     if "error" in process.answer:
@@ -94,8 +95,6 @@ def _end(code: int) -> str:
 
 
 def _imports(node: Node, on: Reader, process: InEnvironment) -> Finding:
-    if node.partial:
-        return skipped("a rehearsal installs vLLM's wheel alone (--full installs the rest)")
     if stop := nccl.not_here(node, on):
         return stop
     if "error" in process.answer:
@@ -128,8 +127,6 @@ def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
 
 
 def _address(node: Node, on: Reader, process: InEnvironment) -> Finding:
-    if node.partial:
-        return skipped("vLLM cannot be imported in a rehearsal without --full")
     if stop := nccl.not_here(node, on):
         return stop
     answer = process.answer

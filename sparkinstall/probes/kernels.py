@@ -17,7 +17,7 @@ _UNKNOWN = ("ImportError", "ModuleNotFoundError", "AttributeError", "TypeError",
 _DECIDE_AGAIN = "`sparkinstall run fp8 --force` decides again; `--set fp8.fallback=on` avoids vLLM's CUTLASS kernels"
 
 
-def probes(node: Node, asked: Callable[[Reader], Answer | Finding]) -> Iterable[Probe]:
+def probes(node: Node, asked: Callable[[Reader], Answer | Finding], needs_node: str) -> Iterable[Probe]:
     """The probes of what `asked` says of a process of the environment; a Finding: why there is none."""
 
     def told(judge: Callable[[Node, Reader, Answer], Finding]) -> Callable[[Reader], Finding]:
@@ -33,6 +33,7 @@ def probes(node: Node, asked: Callable[[Reader], Answer | Finding]) -> Iterable[
         told(_triton),
         "gpu",
         "vLLM ends at its first kernel, or at the first one of another shape.",
+        needs_node=needs_node,
     )
     yield Probe(
         "fp8-kernels",
@@ -41,6 +42,7 @@ def probes(node: Node, asked: Callable[[Reader], Answer | Finding]) -> Iterable[
         "gpu",
         "FP8 models may end with `Error Internal`, or run slower than they could.",
         fixes.FP8,
+        needs_node,
     )
     yield Probe(
         "fp8-product",
@@ -49,6 +51,7 @@ def probes(node: Node, asked: Callable[[Reader], Answer | Finding]) -> Iterable[
         "gpu",
         "FP8 models answer wrongly, or end with `Error Internal`.",
         fixes.FP8,
+        needs_node,
     )
 
 

@@ -14,6 +14,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
 from sparkinstall.system import Reader
 
+_NO_PORT = "a rehearsal has no QSFP port"
 _FULL_SPEED = 200_000
 # Seconds between two readings of the counters.
 _PAUSE = 1.0
@@ -30,6 +31,7 @@ def probes(node: Node) -> Iterable[Probe]:
         "link",
         "The nodes talk at half the speed, or not at all.",
         fixes.MTU,
+        needs_node=_NO_PORT,
     )
     yield Probe(
         "peers",
@@ -39,6 +41,7 @@ def probes(node: Node) -> Iterable[Probe]:
         "Large packets are lost between the nodes: collectives hang or time out.",
         fixes.MTU,
         others=True,
+        needs_node="a rehearsal has no other nodes",
     )
     yield Probe(
         "link-health",
@@ -46,6 +49,7 @@ def probes(node: Node) -> Iterable[Probe]:
         lambda on: _health(node, on),
         "link",
         "The link loses packets or runs below its rate: slow collectives, or ones that hang.",
+        needs_node=_NO_PORT,
     )
     yield Probe(
         "gids",
@@ -53,12 +57,11 @@ def probes(node: Node) -> Iterable[Probe]:
         lambda on: _gids(node, on),
         "link",
         "NCCL falls back to sockets, or does not start: RoCE has no address to go by.",
+        needs_node="a rehearsal has no RDMA devices",
     )
 
 
 def _link(node: Node, on: Reader) -> Finding:
-    if on.rehearsal:
-        return skipped("a rehearsal has no QSFP port")
     port, there, mtu = qsfp.port_to_look_at(on, node), ip.live(on), node.config.network.mtu
     expected = f"a carrier, MTU {mtu}, and an address in a subnet of its own on each half"
     if problem := _complaint(node, port, there):
@@ -98,8 +101,6 @@ def _shared_subnet(port: Port, there: Mapping[str, ip.Live]) -> tuple[str, str] 
 
 
 def _peers(node: Node, on: Reader) -> Finding:
-    if on.rehearsal:
-        return skipped("a rehearsal has no other nodes")
     if not node.peers:
         return skipped("there is no other node: `cluster.workers` is empty")
     if missing := _not_here(node, on):
@@ -148,8 +149,6 @@ def _unlike_a_peer(node: Node, on: Reader, peer: str, ways: Sequence[tuple[str, 
 
 
 def _health(node: Node, on: Reader) -> Finding:
-    if on.rehearsal:
-        return skipped("a rehearsal has no QSFP port")
     port = qsfp.port_to_look_at(on, node)
     before = card.counted(on, port)
     time.sleep(_PAUSE)
@@ -205,8 +204,6 @@ def _facts(on: Reader, port: Port, now: card.Counted) -> str:
 
 
 def _gids(node: Node, on: Reader) -> Finding:
-    if on.rehearsal:
-        return skipped("a rehearsal has no RDMA devices")
     transport = recorded(on, node.transport_decision).get("transport")
     if not transport:
         return skipped("it was not decided yet whether NCCL talks over RoCE: `sparkinstall all` does that")

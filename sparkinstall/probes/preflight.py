@@ -23,28 +23,29 @@ _LEFT = "not checked in a rehearsal; checked on the node"
 def preflight(node: Node) -> Iterable[Probe]:
     """Every check, in the order in which a person would ask."""
     yield Probe(
-        "machine", "a DGX Spark or a twin of it (GB10)", _on_a_node(_machine), "node",
-        "This tool's fixes are for a GB10. Nothing else is set up without `--ignore machine`.",
+        "machine", "a DGX Spark or a twin of it (GB10)", _machine, "node",
+        "This tool's fixes are for a GB10. Nothing else is set up without `--ignore machine`.", needs_node=_LEFT,
     )  # fmt: skip
     yield Probe(
-        "arch", "64-bit Arm", _on_a_node(_arch), "node",
-        "The wheels and the NCCL for a DGX Spark are for 64-bit Arm; they do not run here.",
+        "arch", "64-bit Arm", _arch, "node",
+        "The wheels and the NCCL for a DGX Spark are for 64-bit Arm; they do not run here.", needs_node=_LEFT,
     )  # fmt: skip
     yield Probe(
-        "os", "Ubuntu 24.04 (DGX OS 7)", _on_a_node(_os), "node",
+        "os", "Ubuntu 24.04 (DGX OS 7)", _os, "node",
         "The packages of another system have other names and versions; the field has run none of them.",
+        needs_node=_LEFT,
     )  # fmt: skip
     yield Probe(
-        "driver", "NVIDIA driver 580", _on_a_node(_driver), "node",
-        "Without a driver that answers there is no CUDA: vLLM ends at its start.",
+        "driver", "NVIDIA driver 580", _driver, "node",
+        "Without a driver that answers there is no CUDA: vLLM ends at its start.", needs_node=_LEFT,
     )  # fmt: skip
     yield Probe(
-        "sudo", "the use of sudo", _on_a_node(_sudo), "node",
-        "Parts that only root can see or change are left out.",
+        "sudo", "the use of sudo", _sudo, "node",
+        "Parts that only root can see or change are left out.", needs_node=_LEFT,
     )  # fmt: skip
     yield Probe(
-        "memory", "memory", _on_a_node(_memory), "node",
-        "The models that a DGX Spark is bought for do not fit.",
+        "memory", "memory", _memory, "node",
+        "The models that a DGX Spark is bought for do not fit.", needs_node=_LEFT,
     )  # fmt: skip
     yield Probe(
         "python", f"Python {node.stack.python}", lambda _: _python(node), "node",
@@ -68,13 +69,9 @@ def preflight(node: Node) -> Iterable[Probe]:
     )  # fmt: skip
     if node.several:
         yield Probe(
-            "qsfp", "the QSFP port with the cable", _on_a_node(lambda on: _qsfp(on, node)), "node",
-            "The nodes cannot talk over the fast link.",
+            "qsfp", "the QSFP port with the cable", lambda on: _qsfp(on, node), "node",
+            "The nodes cannot talk over the fast link.", needs_node=_LEFT,
         )  # fmt: skip
-
-
-def _on_a_node(look: Callable[[Reader], Finding]) -> Callable[[Reader], Finding]:
-    return lambda on: skipped(_LEFT) if on.rehearsal else look(on)
 
 
 def _qsfp(on: Reader, node: Node) -> Finding:

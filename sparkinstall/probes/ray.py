@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, failed, passed, skipped
+from sparkinstall.probes import Finding, Probe, failed, passed
 from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.system import Reader
 
@@ -22,12 +22,11 @@ def probes(node: Node) -> Iterable[Probe]:
         "cluster",
         "vLLM waits for GPUs that never come, and gives up.",
         others=True,
+        needs_node="a rehearsal starts no services",
     )
 
 
 def _nodes(node: Node, on: Reader) -> Finding:
-    if on.rehearsal:
-        return skipped("a rehearsal starts no services")
     if on.entry(node.ray_nodes) is None or on.entry(node.env_file) is None:
         return failed("Ray was not set up", "run `sparkinstall all`")
     found = _ask(node, on)

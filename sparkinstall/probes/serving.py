@@ -15,6 +15,7 @@ from sparkinstall.probes import Finding, Probe, failed, passed, skipped, streams
 from sparkinstall.probes.vllm_client import Api, Reply
 from sparkinstall.system import Reader
 
+_REHEARSAL = "a rehearsal starts no services"
 # Seconds in which a large model has been loaded, or never will be.
 _LOADING = 1800
 # Seconds after which the counters must have seen what was asked for.
@@ -40,6 +41,7 @@ def probes(node: Node) -> Iterable[Probe]:
             lambda on: _serving(asked(on)),
             "serving",
             "Requests get no answer, though the service may run and call itself healthy.",
+            needs_node=_REHEARSAL,
         )
         yield Probe(
             "serving-stream",
@@ -48,6 +50,7 @@ def probes(node: Node) -> Iterable[Probe]:
             "serving",
             "A client may show no thinking, or show it as raw text.",
             fixes.REASONING,
+            needs_node=_REHEARSAL,
         )
         yield Probe(
             "serving-metrics",
@@ -55,21 +58,17 @@ def probes(node: Node) -> Iterable[Probe]:
             lambda on: _metrics(asked(on)),
             "serving",
             "Nobody sees how busy the model is, or how long it lets its users wait.",
+            needs_node=_REHEARSAL,
         )
 
 
 def _serving(of: Api) -> Finding:
-    if of.on.rehearsal:
-        return skipped(_REHEARSAL)
     answer, wanted = of.completion, f"within {vllm_client.PATIENCE} s"
     if answer.error:
         return _no_completion(of, answer)
     if (model := str(of.node.config.serving.model)) not in (answer.model, *answer.roots) and answer.roots:
         return failed(f"it serves {answer.roots[0]}", _other_model(of.node), model)
     return passed(f"{answer.tokens} tokens of {answer.model} in {answer.seconds:.1f} s", wanted)
-
-
-_REHEARSAL = "a rehearsal starts no services"
 
 
 def _other_model(node: Node) -> str:
@@ -117,8 +116,6 @@ def _late(of: Api, what: str) -> Finding:
 
 def _unasked(of: Api) -> Finding | None:
     """Why there is no use in asking for more, as a skip; None: it answers."""
-    if of.on.rehearsal:
-        return skipped(_REHEARSAL)
     return skipped("no completion came: see `serving`") if of.completion.error else None
 
 

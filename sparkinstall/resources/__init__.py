@@ -3,7 +3,7 @@
 A resource answers `check()` (is the node in the desired state? what would change?) and `apply()`.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -70,3 +70,18 @@ class Resource(Protocol):
     def check(self, on: Reader) -> State: ...
 
     def apply(self, on: System) -> None: ...
+
+
+@runtime_checkable
+class OnNode(Resource, Protocol):
+    """A resource that a rehearsal cannot have, or not always; the engine asks it in a rehearsal only."""
+
+    def node_only(self, on: Reader) -> str:
+        """Why this is for the node itself to do; empty: it can be done here."""
+
+
+def state_of(resource: Resource, on: Reader) -> State:
+    """How a resource stands; node only where a rehearsal cannot have it."""
+    if on.rehearsal and isinstance(resource, OnNode) and (reason := resource.node_only(on)):
+        return NodeOnly(reason)
+    return resource.check(on)

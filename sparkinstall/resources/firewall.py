@@ -16,7 +16,7 @@ from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.facts.packet_filters import NFT, TABLE, another
 from sparkinstall.layout import FIREWALL_UNIT
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, NodeOnly, Ok, Resource, State, Unknown, rollback
+from sparkinstall.resources import Drift, Ok, State, Unknown, rollback
 from sparkinstall.resources.files import File
 from sparkinstall.resources.template import render
 from sparkinstall.system import Reader, System, Undo
@@ -123,30 +123,13 @@ def _interfaces(node: Node, on: Reader) -> tuple[str, ...]:
 
 
 def left_to(node: Node, on: Reader) -> str:
-    """The firewall that is at work here and to which the settings leave the node; empty: there is none.
+    """The firewall that is at work here and to which the settings leave the node, and what to do with it by hand.
 
-    What was ours once stays so: a firewall that came later does not open what we had closed.
+    Empty where there is none. What was ours once stays so: a firewall that came later does not open what we had closed.
     """
     asks = node.config.firewall.mode == "auto" and on.entry(node.firewall_rules) is None
-    return another(on) if asks else ""
-
-
-class Part(Struct, frozen=True):
-    """A part of the firewall that says nothing where another firewall is at work: RulesFile has said it."""
-
-    node: Node
-    of: Resource
-
-    @property
-    def key(self) -> str:
-        return self.of.key
-
-    def check(self, on: Reader) -> State:
-        other = left_to(self.node, on)
-        return NodeOnly(f"not made: {other} filters here") if other else self.of.check(on)
-
-    def apply(self, on: System) -> None:
-        self.of.apply(on)
+    other = another(on) if asks else ""
+    return _by_hand(node, on, other) if other else ""
 
 
 def _by_hand(node: Node, on: Reader, other: str) -> str:
@@ -172,8 +155,7 @@ class RulesFile(Struct, frozen=True):
         return f"file:{self.node.firewall_rules}"
 
     def check(self, on: Reader) -> State:
-        other = left_to(self.node, on)
-        return NodeOnly(_by_hand(self.node, on, other)) if other else self._file(on).check(on)
+        return self._file(on).check(on)
 
     def _file(self, on: Reader) -> File:
         return File(self.node.firewall_rules, rules(self.node, on).encode())
@@ -196,13 +178,13 @@ class LiveTable(Struct, frozen=True):
     def key(self) -> str:
         return f"nftables:{_NAME}"
 
+    def node_only(self, on: Reader) -> str:
+        return f"the node loads the rules; {_rehearsed(on, rules(self.node, on))}"
+
     def check(self, on: Reader) -> State:
-        wanted = rules(self.node, on)
-        if on.rehearsal:
-            return NodeOnly(f"the node loads the rules; {_rehearsed(on, wanted)}")
         if on.entry(NFT) is None:
             return Unknown("packages")
-        return self._compared(on, live_table(on), wanted)
+        return self._compared(on, live_table(on), rules(self.node, on))
 
     def _compared(self, on: Reader, live: str, wanted: str) -> State:
         if on.read(self.node.firewall_rules) != wanted.encode():

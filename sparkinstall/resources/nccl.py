@@ -18,7 +18,7 @@ from sparkinstall import elf, payloads
 from sparkinstall.errors import BadConfig, Blocked
 from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.machine import cores
-from sparkinstall.resources import Drift, NodeOnly, Ok, State
+from sparkinstall.resources import Drift, Ok, State
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Entry, Reader, System
 
@@ -54,6 +54,7 @@ class NcclLibrary(Struct, frozen=True):
     jobs: int
     only_functions: str | None
     left: str = ""
+    """Why a rehearsal cannot build it here; empty: it can."""
 
     @property
     def key(self) -> str:
@@ -63,16 +64,19 @@ class NcclLibrary(Struct, frozen=True):
     def library(self) -> str:
         return f"{self.folder}/lib/libnccl.so.2"
 
+    def node_only(self, on: Reader) -> str:
+        # What is there, or is kept, needs no source.
+        if self.left or isinstance(self.check(on), Ok) or self._kept_stamp(self.recipe(on)):
+            return self.left
+        why = self.source.out_of_reach(on)
+        return f"it builds NCCL {self.source.version} ({why})" if why else ""
+
     def check(self, on: Reader) -> State:
-        if self.left:
-            return NodeOnly(self.left)
         stamp = recorded(on, self._stamp_path)
         recipe = self.recipe(on)
         if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
             return Ok(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
         is_kept, name = bool(self._kept_stamp(recipe)), f"NCCL {recipe.version} for sm_{self.arch}"
-        if not is_kept and on.rehearsal and (why := self.source.out_of_reach(on)):
-            return NodeOnly(f"it builds NCCL {recipe.version} ({why})")
         what = f"install {name}, which was built before" if is_kept else f"build {name} from {self.source.where}"
         return Drift(what, _as_lines(stamp.get("recipe", {})), _as_lines(asdict(recipe)))
 

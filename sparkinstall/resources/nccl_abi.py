@@ -9,7 +9,7 @@ from sparkinstall import elf
 from sparkinstall.errors import Blocked
 from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.node import Node, nccl_library, site_packages
-from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
+from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.system import Reader, System
 
 _SYMBOLS = "nccl"
@@ -24,12 +24,13 @@ class NcclFitsTorch(Struct, frozen=True):
     def key(self) -> str:
         return "nccl-fits-torch"
 
+    def node_only(self, on: Reader) -> str:
+        if self.node.partial:
+            return "it compares NCCL's symbols with torch's (torch is not installed here without --full)"
+        return "" if self._pair(on)[0] else "it compares NCCL's symbols with torch's (no NCCL was built here)"
+
     def check(self, on: Reader) -> State:
         library, torch = self._pair(on)
-        if self.node.partial:
-            return NodeOnly("it compares NCCL's symbols with torch's (torch is not installed here without --full)")
-        if on.rehearsal and library is None:
-            return NodeOnly("it compares NCCL's symbols with torch's (no NCCL was built here)")
         if torch is None or library is None:
             return Unknown("environment" if torch is None else "nccl")
         about = _about(library, torch)

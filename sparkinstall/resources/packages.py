@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from msgspec import Struct
 
 from sparkinstall.errors import CommandFailed
-from sparkinstall.resources import Drift, NodeOnly, Ok, State
+from sparkinstall.resources import Drift, Ok, State
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
 
@@ -46,9 +46,11 @@ class Packages(Struct, frozen=True):
     def key(self) -> str:
         return "packages"
 
+    def node_only(self, on: Reader) -> str:
+        del on
+        return f"apt installs there what is missing of {', '.join(self.names)}"
+
     def check(self, on: Reader) -> State:
-        if on.rehearsal:
-            return NodeOnly(f"apt installs there what is missing of {', '.join(self.names)}")
         missing = self._missing(on)
         if not missing:
             return Ok(f"{len(self.names)} packages")

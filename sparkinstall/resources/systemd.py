@@ -14,7 +14,7 @@ from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.units import show
 from sparkinstall.layout import UNIT_FOLDER
-from sparkinstall.resources import Drift, NodeOnly, Ok, State, Unknown
+from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.resources.template import Template
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
@@ -81,11 +81,12 @@ class UnitFile(Template, frozen=True):
         values = self._values(on)
         assert not isinstance(values, Unknown), "the engine applies only what can be told"
         self._refuse_what_systemd_does_not_know(on, self._file(values).content)
-        if not on.rehearsal:
-            on.promise(Undo("units", self.name, _standing(on, self.name), {}))
+        if on.rehearsal:
+            super().apply(on)
+            return
+        on.promise(Undo("units", self.name, _standing(on, self.name), {}))
         super().apply(on)
-        if not on.rehearsal:
-            on.run("systemctl", "daemon-reload", root=True)
+        on.run("systemctl", "daemon-reload", root=True)
 
     def _refuse_what_systemd_does_not_know(self, on: Reader, content: bytes) -> None:
         complaints = complaints_of_systemd(on, self.name, content)
@@ -143,9 +144,11 @@ class Service(Struct, frozen=True):
     def key(self) -> str:
         return f"service:{self.name}"
 
+    def node_only(self, on: Reader) -> str:
+        del on
+        return f"systemd starts {self.name} there"
+
     def check(self, on: Reader) -> State:
-        if on.rehearsal:
-            return NodeOnly(f"systemd starts {self.name} there")
         now = show(on, self.name, *_PROPERTIES)
         wrong = [*self._not_running(now), *self._outdated(on, now)]
         return Drift(f"start {self.name}: {', '.join(wrong)}") if wrong else Ok("enabled, running")

@@ -8,6 +8,7 @@ from sparkinstall.fixes import Fix
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe
 from sparkinstall.resources import Resource
+from sparkinstall.system import Reader
 
 StepPhase = Literal["packages", "network", "build", "services"]
 """When a step is due on several nodes; `cluster` makes its phases of it."""
@@ -31,6 +32,11 @@ class Step(ABC):
         """Whether `node` has this part at all; every node by default."""
         del node
         return True
+
+    def left_to(self, node: Node, on: Reader) -> str:
+        """Why this node leaves the step to somebody else; empty, the default: it does not. Never in a rehearsal."""
+        del node, on
+        return ""
 
     @abstractmethod
     def resources(self, node: Node) -> Iterable[Resource]:

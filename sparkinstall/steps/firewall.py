@@ -25,18 +25,21 @@ class Firewall(Step):
     def wanted(self, node: Node) -> bool:
         return node.filtered
 
+    def left_to(self, node: Node, on: Reader) -> str:
+        from sparkinstall.resources import firewall
+
+        return firewall.left_to(node, on)
+
     def resources(self, node: Node) -> Iterable[Resource]:
         # Imported late: a node without one would start more slowly.
-        from sparkinstall.resources.firewall import LiveTable, Part, RulesFile
+        from sparkinstall.resources.firewall import LiveTable, RulesFile
 
         unit = unit_path(FIREWALL_UNIT)
         yield RulesFile(node)
-        yield Part(
-            node, UnitFile(unit, f"{FIREWALL_UNIT}.j2", partial(_values, node), noted_in=node.firewall_unit_record)
-        )
-        yield Part(node, LiveTable(node))
+        yield UnitFile(unit, f"{FIREWALL_UNIT}.j2", partial(_values, node), noted_in=node.firewall_unit_record)
+        yield LiveTable(node)
         inputs = (node.firewall_rules, unit)
-        yield Part(node, Service(FIREWALL_UNIT, lambda _: inputs, noted_in=node.firewall_started_record))
+        yield Service(FIREWALL_UNIT, lambda _: inputs, noted_in=node.firewall_started_record)
 
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any]:

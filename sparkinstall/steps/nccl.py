@@ -54,8 +54,6 @@ def source(node: Node) -> "NcclSource":
 
 def _left(node: Node) -> str:
     """Why a rehearsal cannot build NCCL here, or nothing."""
-    if not node.rehearsal:
-        return ""
     if node.foreign:
         return f"it builds NCCL {node.nccl_version} (this machine is no {node.platform})"
     if cuda_home(node) is None:

@@ -55,7 +55,7 @@ def finds(monkeypatch: pytest.MonkeyPatch) -> Findings:
 
 def _probe(name: str, finding: Finding) -> Probe:
     declared = DECLARED.get(name, Probe(name, "", lambda _: finding, "node"))
-    return replace(declared, title=f"title of {name}", look=lambda _: finding)
+    return replace(declared, title=f"title of {name}", look=lambda _: finding, needs_node="")
 
 
 def names(answer: dict[str, Any]) -> dict[str, list[str]]:

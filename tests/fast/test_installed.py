@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sparkinstall.core import checks
+from sparkinstall.events import silent
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, preflight
 from sparkinstall.probes.wheels import reasoning_fields
@@ -38,7 +40,7 @@ def node(tmp_path: Path) -> Node:
 
 def found(node: Node, root: Path, name: str) -> Finding:
     (probe,) = (each for step in (Environment(), Fp8(), EnvFiles()) for each in step.probes(node) if each.name == name)
-    return probe.look(LocalReader(str(root)))
+    return checks.look([probe], LocalReader(str(root)), silent)[0].finding
 
 
 @pytest.mark.parametrize("name", ["wheel-gate", "reasoning-field"])

@@ -9,6 +9,8 @@ import pytest
 from msgspec.structs import replace
 
 from sparkinstall.config import Config, NcclConfig
+from sparkinstall.core import checks
+from sparkinstall.events import silent
 from sparkinstall.node import Node
 from sparkinstall.payloads import inspect_env
 from sparkinstall.probes import Finding, kernels, nccl_tests
@@ -39,7 +41,7 @@ def node(tmp_path: Path) -> Node:
 
 
 def judged(node: Node, root: Path, name: str, answer: Mapping[str, Any]) -> Finding:
-    probe = next(probe for probe in kernels.probes(node, lambda _: answer) if probe.name == name)
+    probe = next(probe for probe in kernels.probes(node, lambda _: answer, "") if probe.name == name)
     return probe.look(LocalReader(str(root)))
 
 
@@ -188,7 +190,8 @@ NEEDS_NOTHING = "def get_ip(): return '127.0.0.1'\n"
 
 def looked(node: Node, root: Path) -> dict[str, Finding]:
     on = LocalReader(str(root))
-    return {probe.name: probe.look(on) for probe in environment_probes.probes(node)}
+    found = checks.look(environment_probes.probes(node), on, silent)
+    return {each.probe.name: each.finding for each in found}
 
 
 def test_one_crash_takes_nothing_else_down(node: Node, tmp_path: Path) -> None:

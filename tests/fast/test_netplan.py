@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparkinstall.config import Layer, build
+from sparkinstall.core import checks
 from sparkinstall.core.engine import converge
 from sparkinstall.errors import Blocked, Problem
 from sparkinstall.events import silent
@@ -21,7 +22,7 @@ from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.journal.undo import undo_all
 from sparkinstall.node import Node
 from sparkinstall.probes import link
-from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, state_of
 from sparkinstall.resources.netplan import files
 from sparkinstall.resources.netplan.live import LiveLink, Netplan, restoring, take_back
 from sparkinstall.stacks import load
@@ -138,10 +139,11 @@ def test_it_is_only_for_several_nodes_and_where_it_is_wanted() -> None:
 
 
 def test_a_rehearsal_leaves_the_applying_to_the_node(rehearsed: Rehearsed) -> None:
-    state = LiveLink(node()).check(LocalReader(str(rehearsed.root)))
+    state = state_of(LiveLink(node()), LocalReader(str(rehearsed.root)))
     assert isinstance(state, NodeOnly)
     assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in state.reason
-    assert {each.look(LocalReader(str(rehearsed.root))).verdict for each in link.probes(node())} == {"skip"}
+    found = checks.look(link.probes(node()), LocalReader(str(rehearsed.root)), silent)
+    assert {each.finding.verdict for each in found} == {"skip"}
 
 
 def test_a_second_run_touches_nothing(rehearsed: Rehearsed) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparkinstall.resources import Drift, NodeOnly, Ok
+from sparkinstall.resources import Drift, NodeOnly, Ok, state_of
 from sparkinstall.resources.packages import Packages, installed
 from sparkinstall.system.local import LocalReader
 from tests.support.machine import Machine
@@ -52,7 +52,7 @@ def test_what_is_missing_is_named_and_nothing_else(machine: Machine) -> None:
 
 
 def test_a_rehearsal_leaves_them_to_the_node(tmp_path: Path) -> None:
-    assert isinstance(Packages(("git",)).check(LocalReader(str(tmp_path))), NodeOnly)
+    assert isinstance(state_of(Packages(("git",)), LocalReader(str(tmp_path))), NodeOnly)
 
 
 @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="this machine has no dpkg to compare with")

@@ -20,6 +20,8 @@ import pytest
 
 from sparkinstall import stacks
 from sparkinstall.config import Layer, build
+from sparkinstall.core import checks
+from sparkinstall.events import silent
 from sparkinstall.fixes import REASONING
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, serving, streams, vllm_client
@@ -147,7 +149,8 @@ def node_of(place: Path, role: str = "single", **settings: Any) -> Node:
 def look(node: Node, root: str = "/", only: str = "") -> Findings:
     """What all of them find, as `verify` asks them: one after the other, with one reader."""
     on = LocalReader(root)
-    return {probe.name: probe.look(on) for probe in serving.probes(node) if only in ("", probe.name)}
+    asked = [probe for probe in serving.probes(node) if only in ("", probe.name)]
+    return {each.probe.name: each.finding for each in checks.look(asked, on, silent)}
 
 
 def found(place: Path, said: Api, only: str = "", **settings: Any) -> Findings:

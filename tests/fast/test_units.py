@@ -16,8 +16,7 @@ from sparkinstall.errors import Problem
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.layout import FIREWALL_UNIT, UNIT_FOLDER
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, NodeOnly, Ok, systemd
-from sparkinstall.resources.firewall import Part
+from sparkinstall.resources import Drift, NodeOnly, Ok, state_of, systemd
 from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.systemd import Cause, Service, UnitFile, complaints_of_systemd
 from sparkinstall.resources.template import render
@@ -95,9 +94,9 @@ def test_a_rehearsal_writes_the_unit_and_leaves_the_start_to_the_node(tmp_path: 
     node, on = node_of(tmp_path, "head"), system_of(tmp_path)
     kinds = []
     for resource in Ray().resources(node):
-        if not isinstance(resource.check(on), NodeOnly):
+        if not isinstance(state_of(resource, on), NodeOnly):
             resource.apply(on)
-        kinds.append(type(resource.check(on)))
+        kinds.append(type(state_of(resource, on)))
     assert kinds == [Ok] * 4 + [NodeOnly]
     text = (tmp_path / "etc/systemd/system/ray-head.service").read_text()
     assert f"{tmp_path}/opt/sparkinstall/venv/bin/ray start --head --block" in text
@@ -229,12 +228,8 @@ def test_the_units_that_are_wanted_are_those_of_the_steps(
     tmp_path: Path, role: str, executor: str, model: str | None
 ) -> None:
     node = node_of(tmp_path, role, cluster__executor=executor, serving__model=model)
-    found = [
-        each.of if isinstance(each, Part) else each
-        for step in (Ray(), Serving(), Firewall())
-        if step.wanted(node)
-        for each in step.resources(node)
-    ]
+    steps = [step for step in (Ray(), Serving(), Firewall()) if step.wanted(node)]
+    found = [each for step in steps for each in step.resources(node)]
     wanted = {unit.name for unit in UNITS if unit.wanted(node)}
     assert wanted == {each.name for each in found if isinstance(each, Service)}
 
@@ -245,7 +240,7 @@ def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path
     (folder / "vllm.service").write_text("# somebody's own\n[Service]\nExecStart=/bin/true\n")
     for step in (Ray(), Firewall()):
         for each in step.resources(node_of(tmp_path, "head")):
-            if not isinstance(each.check(on), NodeOnly):
+            if not isinstance(state_of(each, on), NodeOnly):
                 each.apply(on)
     assert {each.name for each in folder.iterdir()} == {"ray-head.service", FIREWALL_UNIT, "vllm.service"}
     as_head, as_worker, alone = (StaleServices(node_of(tmp_path, role)) for role in ("head", "worker", "single"))

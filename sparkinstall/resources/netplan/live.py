@@ -11,7 +11,7 @@ from sparkinstall.errors import Blocked, CommandFailed, Interrupted, Problem
 from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.node import Node
 from sparkinstall.probes.network import neighbour
-from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, rollback
+from sparkinstall.resources import Conflict, Drift, Ok, State, rollback
 from sparkinstall.resources.netplan import files
 from sparkinstall.system import Reader, System, Undo
 from sparkinstall.system.local import LocalSystem
@@ -238,12 +238,12 @@ class LiveLink(Struct, frozen=True):
     def key(self) -> str:
         return "link:qsfp"
 
+    def node_only(self, on: Reader) -> str:
+        halves, mtu = _Plan(on, self.node).halves, self.node.config.network.mtu
+        return f"netplan applies it there: {', '.join(_then(each, mtu) for each in halves)}"
+
     def check(self, on: Reader) -> State:
-        plan = _Plan(on, self.node)
-        mtu = self.node.config.network.mtu
-        if on.rehearsal:
-            return NodeOnly(f"netplan applies it there: {', '.join(_then(each, mtu) for each in plan.halves)}")
-        now = ip.live(on)
+        plan, mtu, now = _Plan(on, self.node), self.node.config.network.mtu, ip.live(on)
         if any(not _is_so(each, mtu, now) for each in plan.halves):
             qsfp.used_port(on, self.node)
             before, after = (_now(each, now) for each in plan.halves), (_then(each, mtu) for each in plan.halves)
