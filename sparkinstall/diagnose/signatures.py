@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from sparkinstall import schema
 from sparkinstall.assets import asset
 from sparkinstall.core.fixes import FIXES
+from sparkinstall.diagnose.literals import required_literals
 from sparkinstall.schema import Malformed
 
 FOLDER = "knowledge/logs"
@@ -20,27 +22,30 @@ ANY = "any"
 """In `consequence_of`: any other failure found is a cause of this one."""
 
 
+_SHORTEST = 4
 _Line = Annotated[str, schema.like(r"[^\n]+", "one line of text")]
 _Some = Annotated[tuple[_Line, ...], Meta(min_length=1, title="a list of text, at least one")]
+_Anchor = Annotated[str, schema.like(rf"[^\n]{{{_SHORTEST},}}", f"text of at least {_SHORTEST} characters")]
 _Name = Annotated[str, schema.like("[a-z0-9]+(-[a-z0-9]+)*", "words in lower case, joined by `-`")]
 
 
 class Signature(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One known failure. A line matches if it contains one of the `anchors` and `regex` matches around it.
 
+    Where an entry gives no `anchors`, `load` derives them from the regex.
     `fix` is the number of a fix, or None. `consequence_of` names the failures that cause this one, or contains `ANY`.
     `harmless` are similar lines that must not match.
     """
 
     name: _Name
     title: _Line
-    anchors: _Some
     regex: re.Pattern[str]
     why: _Line
     hint: _Line
     links: _Some
     example: _Some
     severity: Literal["failure", "warning"] = "failure"
+    anchors: tuple[_Anchor, ...] = ()
     fix: Annotated[int, Meta(ge=1, le=FIXES[-1].number, title="the number of a fix")] | None = None
     concerns: str = ""
     consequence_of: tuple[_Line, ...] = ()
@@ -59,8 +64,16 @@ def load(folder: Path | None = None) -> tuple[Signature, ...]:
     """
     files = sorted((folder or asset(FOLDER)).glob("*.yaml"))
     found = [each for file in files for each in schema.read_file(tuple[Signature, ...], file)]
+    found = [replace(each, anchors=each.anchors or _anchors(each)) for each in found]
     _refuse_bad_references(found)
     return tuple(found)
+
+
+def _anchors(signature: Signature) -> tuple[str, ...]:
+    found = required_literals(signature.regex.pattern)
+    if not found or min(map(len, found)) < _SHORTEST:
+        raise Malformed(FOLDER, f"{signature.name}: no literal text follows from the regex: give `anchors`")
+    return found
 
 
 def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
