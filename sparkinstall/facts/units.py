@@ -1,4 +1,4 @@
-"""Units as systemd knows them."""
+"""What systemd knows: the properties of a unit, and its journal."""
 
 from sparkinstall.system import Reader
 
@@ -8,3 +8,13 @@ def show(on: Reader, unit: str, *properties: str) -> dict[str, str]:
     answer = on.ask("systemctl", "show", unit, f"--property={','.join(properties)}")
     found = dict(line.split("=", 1) for line in answer.out.splitlines() if "=" in line)
     return {each: found.get(each, "") for each in properties}
+
+
+def journal(on: Reader, *which: str, timeout: float = 30) -> str:
+    """What journalctl prints of the entries that `which` selects; empty where there are none.
+
+    As root where sudo needs no password, else what this user may read: members of `adm` may read all.
+    """
+    command = ("journalctl", *which, "-q", "--no-pager")
+    answer = on.ask(*command, timeout=timeout, root=True)
+    return answer.out if answer.ok else on.ask(*command, timeout=timeout).out

@@ -14,6 +14,7 @@ from sparkinstall.assets import asset
 from sparkinstall.facts import card, gpu, machine, qsfp
 from sparkinstall.facts.gpu import Gpu
 from sparkinstall.facts.sysfs import NET, is_connectx
+from sparkinstall.facts.units import journal
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, passed, skipped
 from sparkinstall.system import Reader
@@ -79,10 +80,7 @@ class Host(Struct, frozen=True, dict=True):
     @cached_property
     def journal(self) -> tuple[str, ...]:
         """What the kernel has said since the boot; empty where that is not to be had."""
-        command = ("journalctl", "-k", "-b", "-q", "-o", "cat", "--no-pager", "-n", str(_LINES))
-        # Members of `adm` may read it; to others it looks empty, and is no error.
-        said = self.on.ask(*command).out.splitlines() or self.on.ask(*command, root=True).out.splitlines()
-        return tuple(said)
+        return tuple(journal(self.on, "-k", "-b", "-o", "cat", "-n", str(_LINES)).splitlines())
 
     @cached_property
     def gpu(self) -> Gpu | None:

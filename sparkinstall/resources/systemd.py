@@ -12,7 +12,7 @@ from msgspec import Struct
 
 from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.facts.decisions import as_text, recorded
-from sparkinstall.facts.units import show
+from sparkinstall.facts.units import journal, show
 from sparkinstall.layout import UNIT_FOLDER
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.resources.template import Template
@@ -202,9 +202,8 @@ class Service(Struct, frozen=True):
         )
 
     def _said(self, on: Reader, began: int) -> list[str]:
-        command = ("journalctl", "-u", self.name, "-o", "cat", "--no-pager", "-n", "400", f"--since=@{began - 1}")
-        said = on.ask(*command, root=True).out.splitlines()
-        return [line for line in said if line.strip()]
+        said = journal(on, "-u", self.name, "-o", "cat", "-n", "400", f"--since=@{began - 1}")
+        return [line for line in said.splitlines() if line.strip()]
 
     def cause_in(self, lines: list[str]) -> tuple[str, str]:
         """Why it did not start, as far as that is known, and what to do about it."""

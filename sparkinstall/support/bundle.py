@@ -22,6 +22,7 @@ from sparkinstall.diagnose import judge, search, signatures
 from sparkinstall.errors import Problem
 from sparkinstall.facts import machine
 from sparkinstall.facts.sysfs import is_connectx
+from sparkinstall.facts.units import journal
 from sparkinstall.journal.state_dir import FOLDER
 from sparkinstall.layout import unit_path
 from sparkinstall.node import Node, site_packages
@@ -302,14 +303,9 @@ def _add_units(found: _Gathering) -> None:
 
 
 def _add_journal(found: _Gathering, name: str, *which: str) -> None:
-    """Add the end of the system journal of a unit or the kernel, as root if sudo needs no password."""
-    command = ("journalctl", *which, "--no-pager", "-o", "short-iso", "-n", "2000")
-    answer = found.on.ask(*command, timeout=_TIMEOUT, root=True)
-    if not answer.ok:
-        answer = found.on.ask(*command, timeout=_TIMEOUT)
-    if answer.out and not answer.out.startswith("-- No entries"):
-        text = _whole_lines(answer.out[-_UNIT:].encode(), len(answer.out) > _UNIT).decode()
-        found.add_log(name, text)
+    """Add the end of the system journal of a unit or the kernel."""
+    if said := journal(found.on, *which, "-o", "short-iso", "-n", "2000", timeout=_TIMEOUT):
+        found.add_log(name, _whole_lines(said[-_UNIT:].encode(), len(said) > _UNIT).decode())
 
 
 def _add_netplan(found: _Gathering) -> None:

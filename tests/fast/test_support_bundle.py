@@ -312,7 +312,7 @@ def test_what_the_services_said_is_asked_of_the_system(node: Path) -> None:
     on = OfAPerson(str(node))
     on.answers = {
         "journalctl -u vllm.service": fill(SAID),
-        "journalctl -u ray-head.service": "-- No entries --\n",
+        "journalctl -u ray-head.service": "",
         "journalctl -k -g NVRM": "2026-11-21 kernel: NVRM: Xid (PCI:000f:01:00): 79, GPU has fallen off the bus.\n",
         "ethtool -i enp1s0f0np0": "driver: mlx5_core\nfirmware-version: 28.45.4028\n",
         "ip -br link": fill("enp1s0f0np0 UP {mac} <BROADCAST>\n"),
