@@ -80,7 +80,7 @@ class Template(Struct, frozen=True):
         return File(self.path, render(self.template, values), self.mode)
 
     def _was_made_from(self, values: Mapping[str, Any], on: Reader) -> bool:
-        """Whether the file is, to the byte, what these same values and templates once gave: a third of the time
+        """Whether the file is, to the byte, what these same values and templates once gave: a quarter of the time
         of a run with nothing to do would go into filling them again."""
         made, entry = recorded(on, self._record).get(self.path), on.entry(self.path)
         content = on.read(self.path) if entry and entry.kind == "file" and entry.mode == self.mode else None
