@@ -1,10 +1,10 @@
-"""What one node has downloaded and built, for the others: the wheels of the stack in uv's cache, and NCCL.
+"""Copies of downloads and builds from the head to the workers: the stack's wheels in uv's cache, and NCCL.
 
-It goes from cache to cache, never into what is installed: each node's own steps take it from there, with their own
-checks. A node that finds nothing there downloads and builds as if it were alone.
+Artifacts go from cache to cache, never into an installation: the worker's own steps install them from its cache, with
+their own checks. A worker whose cache lacks them downloads and builds. So a failed copy is a warning, never a failure.
 
-The terminal only introduces the nodes: through ssh it gives both one token, and the workers the digest of the head's
-list. A copy that fails is a warning and never a failure: the worker downloads and builds instead.
+The terminal only introduces the nodes: over ssh it gives both of them a token, and the workers the digest of the head's
+list.
 """
 
 import fcntl
@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,8 +25,8 @@ import msgspec
 from msgspec import UNSET, Struct, field
 from msgspec.structs import astuple
 
-from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, OfferOpen, Reply, announced
-from sparkinstall.cluster.remote import OnLine, RemoteNode, repeated
+from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, OfferOpen, Reply
+from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode, repeated
 from sparkinstall.cluster.transfer import CopyFailed, Listed, Receiver, Sender, receiving
 from sparkinstall.downloads import sha256_of
 from sparkinstall.errors import Interrupted, Problem, storage_problem
@@ -37,10 +36,10 @@ from sparkinstall.resources import Ok
 from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary, Recipe
 from sparkinstall.resources.venv import PythonEnvironment, lock_of
 from sparkinstall.steps.nccl import Nccl
-from sparkinstall.system import Reader, processes
+from sparkinstall.system import Reader
 
 STEPS = ("environment", "nccl")
-"""The steps whose work can be copied."""
+"""The steps whose artifacts can be copied."""
 
 _ARCHIVE = re.compile(r"uv/archive-v\d+/[\w-]+")
 _FILE = re.compile(rf"({_ARCHIVE.pattern})/.+")
@@ -54,16 +53,16 @@ _MODES = 0o755
 
 
 class BuiltNccl(Struct, frozen=True):
-    """The recipe of a library, and the place that its source was taken from."""
+    """The recipe of the head's library, and where its source is from."""
 
     recipe: Recipe
     where: str
 
 
 class Manifest(Struct, frozen=True):
-    """What a node offers. `wheels`: uv's name of each, and the folder of its files; both relative to the cache.
+    """What a node offers. `wheels`: uv's name of each wheel, and the folder of its files; both relative to the cache.
 
-    `of` is what must be the same on both nodes for the wheels to be of use.
+    `of`: what must be equal on both nodes for the wheels to be usable.
     """
 
     of: Mapping[str, str]
@@ -78,16 +77,16 @@ class Manifest(Struct, frozen=True):
 def serve(
     node: Node, on: Reader, steps: Sequence[str], peers: Sequence[str], token: str, announce: Callable[[Offer], None]
 ) -> Offered:
-    """Send what this node has to each of `peers` (addresses on the link) that asks for it.
+    """Send this node's artifacts of `steps` to each of `peers` (addresses on the link) that asks.
 
     Raises:
-        CopyFailed: this node has not its address on the link.
-        Storage: what it has cannot be read.
+        CopyFailed: this node does not have its address on the link.
+        Storage: an artifact cannot be read.
     """
     try:
         manifest, files = offer(node, on, steps)
     except OSError as error:
-        raise storage_problem(error, "listing what the other nodes can have") from error
+        raise storage_problem(error, "listing the artifacts") from error
     listing = msgspec.json.encode(manifest)
     sizes = [each.size for each in manifest.files]
     sender = Sender(node.address, frozenset(peers), token, listing, list(zip(files, sizes, strict=True)))
@@ -98,7 +97,7 @@ def serve(
 
 
 def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Manifest, list[Path]]:
-    """What this node can give for these steps, and the real file of each entry."""
+    """The artifacts that this node has of `steps`, and the real path of each file."""
     files: list[tuple[Listed, Path]] = []
     wheels: list[tuple[str, str]] = []
     built = None
@@ -113,7 +112,7 @@ def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Manifest, list[
 
 
 def likeness(node: Node) -> dict[str, str]:
-    """What decides whether another node's wheels are those that this one would download."""
+    """What decides whether another node's wheels are the ones that this node would download."""
     wheels = node.wheels
     pins = wheels.lock_text() if wheels.lock else wheels.open_text()
     return {
@@ -130,7 +129,7 @@ def _nccl(node: Node) -> NcclLibrary | None:
 
 
 def _library(node: Node, library: NcclLibrary, on: Reader) -> list[tuple[Listed, Path]]:
-    """The library and its stamp, where the stamp is true of it."""
+    """The library and its stamp; nothing where the stamp does not match the library."""
     real, stamp = Path(on.real(library.library)), Path(on.real(f"{library.folder}/build.json"))
     folder = _relative(node, library.kept(library.recipe(on)))
     so, build = _listed(f"{folder}/{KEPT_LIBRARY}", real), _listed(f"{folder}/{KEPT_STAMP}", stamp)
@@ -144,7 +143,7 @@ def _listed(path: str, real: Path) -> Listed:
 
 
 def _wheels(node: Node, on: Reader) -> tuple[list[tuple[str, str]], list[tuple[Listed, Path]]]:
-    """What uv needs of its cache to install the lock without a network: index pages, metadata, wheels' contents."""
+    """What uv needs to install the lock without a network: index pages, metadata and contents of the wheels."""
     uv = node.cache / "uv"
     pins = {pin.name: pin.version for pin in lock_of(node, on) or ()}
     stems, small = [], []
@@ -162,7 +161,7 @@ def _wheels(node: Node, on: Reader) -> tuple[list[tuple[str, str]], list[tuple[L
 
 
 def _named(buckets: Iterator[Path], names: Mapping[str, str]) -> list[Path]:
-    """The folders that uv keeps for these packages, at whatever depth: an index's own, or an address's."""
+    """uv's folders of these packages, at any depth: they are kept by index or by address."""
     found = []
     for bucket in buckets:
         for base, folders, _ in os.walk(bucket):
@@ -172,7 +171,7 @@ def _named(buckets: Iterator[Path], names: Mapping[str, str]) -> list[Path]:
 
 
 def _archive(uv: Path, stem: Path) -> Path | None:
-    """The folder of a wheel's contents, which uv's name for the wheel leads to."""
+    """The folder of a wheel's contents, to which uv's name of the wheel is a link."""
     archive = uv.joinpath(*Path(os.readlink(stem)).parts[-2:])
     return archive if archive.is_dir() and archive.parent.parent == uv else None
 
@@ -182,7 +181,7 @@ def _relative(node: Node, path: Path) -> str:
 
 
 def _contents(node: Node, archive: Path) -> list[tuple[Listed, Path]]:
-    """The files of an unpacked wheel. uv never changes one, so its hashes are made once and remembered."""
+    """The files of an unpacked wheel. uv never changes them, so their hashes are computed once and kept."""
     record = node.cache / "hashes" / archive.name
     try:
         known = [Listed(*each) for each in json.loads(record.read_bytes())]
@@ -201,7 +200,7 @@ def _keep(record: Path, text: str) -> None:
     waiting.replace(record)
 
 
-# --- what a node takes
+# --- what a node fetches
 
 
 def fetch(
@@ -211,7 +210,7 @@ def fetch(
 
     Raises:
         CopyFailed: the head cannot be reached, or what it sends is not what it announced.
-        Storage: it cannot be written.
+        Storage: the cache cannot be written.
     """
     with receiving(node.config.cluster.head, head.port, head.token, head.digest, node.address) as receiver:
         return accept(node, on, receiver, steps, tell)
@@ -221,7 +220,7 @@ def understood(listing: bytes) -> Manifest:
     """The other node's list.
 
     Raises:
-        CopyFailed: it names a place that is not a cache's, or is no such list.
+        CopyFailed: it is not a list, or a path in it does not belong into a cache.
     """
     try:
         manifest = msgspec.json.decode(listing, type=Manifest)
@@ -240,10 +239,10 @@ def _require_harmless(manifest: Manifest) -> None:
         if not _is_at(stem, _STEM) or not _is_at(archive, _ARCHIVE):
             raise _misplaced(stem)
     ends = [*(each.path for each in manifest.files), *(stem for stem, _ in manifest.wheels)]
-    # A file beneath one that is a file or a link itself would land somewhere else.
+    # A file beneath a file or a link would be written to another place.
     whole = set(ends)
     if len(whole) < len(ends) or any(not whole.isdisjoint(_folders(path)) for path in ends):
-        raise CopyFailed("the other node offers one file beneath another, or twice")
+        raise CopyFailed("the other node offers a file twice, or one beneath another")
 
 
 def _is_at(path: str, kind: re.Pattern[str]) -> bool:
@@ -252,7 +251,7 @@ def _is_at(path: str, kind: re.Pattern[str]) -> bool:
 
 
 def _misplaced(path: str) -> CopyFailed:
-    return CopyFailed(f"the other node offers {path!a}, which has no place in a cache")
+    return CopyFailed(f"the other node offers {path!a}, which does not belong into a cache")
 
 
 def _folders(path: str) -> Iterator[str]:
@@ -268,28 +267,28 @@ def accept(
     steps: Sequence[str],
     tell: Callable[[int, int], None] = lambda *_: None,
 ) -> Fetched:
-    """Bring what this node lacks for these steps into its cache.
+    """Copy the missing artifacts of `steps` into this node's cache.
 
     Raises:
-        CopyFailed: the list is not to be trusted, a file is wrong, or the connection broke off. What had
-            arrived well is gone on with by the next copy.
-        Storage: it cannot be written.
+        CopyFailed: the list is not acceptable, a file is wrong, or the connection broke. The next copy resumes with
+            the files that arrived.
+        Storage: the cache cannot be written.
     """
     manifest = understood(receiver.listing)
     try:
         with _alone(node.cache / _ARRIVING) as waiting:
-            lack = _Lack(node, on, manifest, waiting)
-            wanted = lack.of(steps)
+            missing = _Missing(node, on, manifest, waiting)
+            wanted = missing.of(steps)
             _require_room(node, wanted)
             receiver.take(wanted, waiting, tell)
-            lack.place()
+            missing.place()
             shutil.rmtree(waiting, ignore_errors=True)
     except (BrokenPipeError, ConnectionError, TimeoutError):
         raise
     except OSError as error:
         raise storage_problem(error, "copying from another node") from error
     size = sum(each.size for _, each in wanted)
-    return Fetched(bool(wanted), len(wanted), size, "; ".join(lack.reasons) or UNSET)
+    return Fetched(bool(wanted), len(wanted), size, "; ".join(missing.reasons) or UNSET)
 
 
 @contextmanager
@@ -299,18 +298,18 @@ def _alone(waiting: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise CopyFailed("another copy to this node is under way") from error
+            raise CopyFailed("another copy to this node is running") from error
         yield waiting
 
 
 def _require_room(node: Node, wanted: Sequence[tuple[int, Listed]]) -> None:
     needed, free = sum(each.size for _, each in wanted), shutil.disk_usage(node.cache).free
     if needed > free:
-        raise CopyFailed(f"there is no room in {node.cache}: {needed >> 20} MiB are needed, {free >> 20} are free")
+        raise CopyFailed(f"not enough space in {node.cache}: {needed >> 20} MiB needed, {free >> 20} MiB free")
 
 
-class _Lack(Struct):
-    """What of another node's `manifest` this one has use for and does not have; it arrives in `waiting`."""
+class _Missing(Struct):
+    """What this node needs of another node's `manifest` and does not have; it arrives in the folder `waiting`."""
 
     node: Node
     on: Reader
@@ -321,42 +320,42 @@ class _Lack(Struct):
     _paths: list[str] = field(default_factory=list)
 
     def of(self, steps: Sequence[str]) -> list[tuple[int, Listed]]:
-        """Those to be brought, each with its place in the list."""
+        """The files to copy, each with its index in the list."""
         mine: set[str] = set()
-        if "environment" in steps and self._has_use_for_wheels():
+        if "environment" in steps and self._can_use_wheels():
             mine |= self._of_wheels()
-        if "nccl" in steps and self._has_use_for_nccl():
+        if "nccl" in steps and self._can_use_nccl():
             built = [each for each in self.manifest.files if _LIBRARY.fullmatch(each.path)]
             mine |= {each.path for each in built if not _is(self.node.cache / each.path, each)}
         listed = [(n, each) for n, each in enumerate(self.manifest.files) if each.path in mine]
         self._paths = [each.path for _, each in listed if not _FILE.fullmatch(each.path)]
         return [(n, each) for n, each in listed if not _is(self.waiting / each.path, each)]
 
-    def _has_use_for_wheels(self) -> bool:
+    def _can_use_wheels(self) -> bool:
         if not self.manifest.wheels or isinstance(PythonEnvironment(self.node).check(self.on), Ok):
             return False
         own = likeness(self.node)
         different = [name for name in own if own[name] != self.manifest.of.get(name)]
         if different:
-            self.reasons.append(f"the wheels are not copied: the nodes have not the same {', '.join(different)}")
+            self.reasons.append(f"wheels not copied: the nodes differ in {', '.join(different)}")
         return not different
 
     def _of_wheels(self) -> set[str]:
         self._wheels = [pair for pair in self.manifest.wheels if not (self.node.cache / pair[0]).is_dir()]
         archives = {archive for _, archive in self._wheels if not (self.node.cache / archive).is_dir()}
         stems = tuple(f"{stem}." for stem, _ in self._wheels)
-        return {each.path for each in self.manifest.files if self._is_lacking(each, archives, stems)}
+        return {each.path for each in self.manifest.files if self._is_missing(each, archives, stems)}
 
-    def _is_lacking(self, listed: Listed, archives: set[str], stems: tuple[str, ...]) -> bool:
+    def _is_missing(self, listed: Listed, archives: set[str], stems: tuple[str, ...]) -> bool:
         within = _FILE.fullmatch(listed.path)
         if within:
             return within[1] in archives
         if _POINTER.fullmatch(listed.path):
-            # uv's note of a wheel that is there already speaks of the copy that is there.
+            # Where uv has the wheel already, its record describes that copy.
             return listed.path.startswith(stems) or not (self.node.cache / listed.path).exists()
         return bool(_PAGE.fullmatch(listed.path)) and not _is(self.node.cache / listed.path, listed)
 
-    def _has_use_for_nccl(self) -> bool:
+    def _can_use_nccl(self) -> bool:
         offered, library = self.manifest.nccl, _nccl(self.node)
         if offered is None or library is None or isinstance(library.check(self.on), Ok):
             return False
@@ -365,11 +364,11 @@ class _Lack(Struct):
         own = library.recipe(self.on)
         different = [each for each in own.__struct_fields__ if getattr(own, each) != getattr(offered.recipe, each)]
         if different:
-            self.reasons.append(f"NCCL is not copied: the nodes have not the same {', '.join(different)}")
+            self.reasons.append(f"NCCL not copied: the nodes differ in {', '.join(different)}")
         return not different
 
     def place(self) -> None:
-        """Put what has arrived where uv and the NCCL step look for it: contents first, what leads to them last."""
+        """Move what arrived to where uv and the NCCL step read it: contents first, links to them last."""
         cache = self.node.cache
         for archive in {archive for _, archive in self._wheels}:
             if (self.waiting / archive).is_dir() and not (cache / archive).is_dir():
@@ -381,7 +380,7 @@ class _Lack(Struct):
 
 
 def _is(path: Path, listed: Listed) -> bool:
-    """Whether this file is there as it is listed."""
+    """Whether the file exists with the listed size and hash."""
     if path.is_symlink() or not path.is_file() or path.stat().st_size != listed.size:
         return False
     return sha256_of(path) == listed.sha256
@@ -400,7 +399,7 @@ def _link(stem: Path, archive: Path, cache: Path) -> None:
 
 
 def _make_room(to: Path, cache: Path) -> None:
-    """Make the folder; a link on the way to it must not lead out of the cache."""
+    """Make the parent folder. A link in its path must not lead out of the cache."""
     to.parent.mkdir(parents=True, exist_ok=True)
     top = cache / to.relative_to(cache).parts[0]
     if not to.parent.resolve().is_relative_to(top.resolve()):
@@ -421,15 +420,14 @@ class Secret(str):
 
 
 class Handover(Struct):
-    """`steps` of the head's work for `workers`; `words` are the settings of a node as options of a verb."""
+    """Copies the artifacts of `steps` from the head to `workers`; `words`: the settings of a node as options."""
 
     head: RemoteNode
     workers: Sequence[RemoteNode]
     steps: Sequence[str]
     words: Callable[[RemoteNode], list[str]]
     _token: Secret = field(default_factory=Secret)
-    _offer: Offer | None = None
-    _ready: threading.Event = field(default_factory=threading.Event)
+    _offer: Announcement[OfferOpen] = field(default_factory=lambda: Announcement(OfferOpen))
 
     def work(self, node: RemoteNode, on_line: OnLine) -> Reply[Offered | Fetched]:
         """Run this node's part. A failed copy is a warning: the node downloads and builds by itself."""
@@ -441,27 +439,19 @@ class Handover(Struct):
             return _warned(f"{problem.message}{f' ({problem.cause})' if problem.cause else ''}")
         finally:
             if node is self.head:
-                self._ready.set()
+                self._offer.end()
 
     def _serve(self, on_line: OnLine) -> Reply[Offered | Fetched]:
-        def listen(line: str) -> None:
-            if found := announced(line, OfferOpen):
-                self._offer = found.offer
-                self._ready.set()
-            else:
-                on_line(line)
-
         peers = [each.member.address for each in self.workers]
         argv = ("node", "offer", *peers, *self.words(self.head), *repeated("--only", self.steps))
-        return _forgiven(self.head.call(Offered, *argv, on_line=listen, stdin=self._token))
+        return _forgiven(self.head.call(Offered, *argv, on_line=self._offer.listen(on_line), stdin=self._token))
 
     def _fetch(self, node: RemoteNode, on_line: OnLine) -> Reply[Offered | Fetched]:
-        while not self._ready.wait(1):
-            processes.refuse_if_stopped()
-        if self._offer is None:
-            return _warned(f"{self.head.host} offers nothing: what is missing is downloaded and built here")
+        found = self._offer.wait()
+        if found is None:
+            return _warned(f"{self.head.host} offers nothing: this node downloads and builds what is missing")
         argv = ("node", "fetch", *self.words(node), *repeated("--only", self.steps))
-        head = Introduction(str(self._token), self._offer.port, self._offer.digest)
+        head = Introduction(str(self._token), found.offer.port, found.offer.digest)
         return _forgiven(node.call(Fetched, *argv, on_line=on_line, stdin=msgspec.json.encode(head).decode()))
 
 

@@ -1,10 +1,9 @@
-"""Bandwidth between two nodes, as one terminal leads it: one node answers once, the other asks and says what came over.
+"""Bandwidth between two nodes, directed by one terminal: one node answers once, the other asks and reports the result.
 
-The side that answers listens at its QSFP address, at ports that our firewall closes to everybody else, and ends by
-itself: when it was asked, when its time is over, or when the terminal is gone.
+The answering side listens at its QSFP address, at ports that our firewall closes to all but the link. It ends by
+itself: after the measurement, after a time limit, or when the terminal is gone.
 """
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,8 +13,8 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from sparkinstall import ray_ports
-from sparkinstall.cluster.protocol import Asked, Listening, Reply, Responded, announced
-from sparkinstall.cluster.remote import OnLine, RemoteNode
+from sparkinstall.cluster.protocol import Asked, Listening, Reply, Responded
+from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode
 from sparkinstall.errors import Interrupted, Problem
 from sparkinstall.facts import card, qsfp
 from sparkinstall.node import Node
@@ -23,13 +22,13 @@ from sparkinstall.probes import Finding, Probe, bandwidth, skipped
 from sparkinstall.probes.bandwidth import KINDS, Kind, Measured, Program
 from sparkinstall.system import Reader, Result, processes
 
-# Seconds that a program may take until it listens.
+# Seconds until a program listens.
 _PATIENCE = 20.0
 _LIMIT = bandwidth.NCCL_LIMIT + 10
 
 
 class NotMeasured(Problem):
-    """A measurement between two nodes came to nothing."""
+    """A measurement between two nodes failed."""
 
 
 # --- on a node
@@ -51,7 +50,7 @@ def respond(node: Node, on: Reader, kind: Kind, announce: Callable[[Listening], 
     """Run the answering side once; `announce` is called when it listens at all of its ports.
 
     Raises:
-        NotMeasured: it does not come to listen.
+        NotMeasured: no port is free, or the answering side does not start to listen.
     """
     ports = _free_ports(on, bandwidth.count(kind))
     with _counting(node, on) as grown, _running(on, bandwidth.programs(node, on, kind, ports)) as running:
@@ -63,13 +62,13 @@ def respond(node: Node, on: Reader, kind: Kind, announce: Callable[[Listening], 
 def ask(node: Node, on: Reader, kind: Kind, peer: str, ports: Sequence[int]) -> Asked:
     """Run the asking side against the node at `peer`, its address on the first half."""
     with _counting(node, on) as grown, _running(on, bandwidth.programs(node, on, kind, ports, peer)) as running:
-        said = {over: (each.result().out, each.result().err) for over, each in running.items()}
-    return Asked(bandwidth.understood(kind, said), grown)
+        output = {over: (each.result().out, each.result().err) for over, each in running.items()}
+    return Asked(bandwidth.understood(kind, output), grown)
 
 
 @contextmanager
 def _counting(node: Node, on: Reader) -> Iterator[dict[str, int]]:
-    """Filled at the end with the counters of errors that have grown."""
+    """A mapping that at the end of the context holds the error counters that grew."""
     grown: dict[str, int] = {}
     port = qsfp.port_to_look_at(on, node)
     before = card.counted(on, port)
@@ -79,7 +78,7 @@ def _counting(node: Node, on: Reader) -> Iterator[dict[str, int]]:
 
 @contextmanager
 def _running(on: Reader, programs: Sequence[Program]) -> "Iterator[dict[str, Future[Result]]]":
-    """The programs side by side, by what each uses; none of them outlives the context."""
+    """Run the programs in parallel; their results by interface or device. None of them outlives the context."""
     with ThreadPoolExecutor(max_workers=len(programs)) as pool:
         try:
             running = {each.over: pool.submit(on.ask, *each.argv, timeout=_LIMIT) for each in programs}
@@ -91,7 +90,7 @@ def _running(on: Reader, programs: Sequence[Program]) -> "Iterator[dict[str, Fut
 
 
 def _free_ports(on: Reader, count: int) -> list[int]:
-    """Ports from the end of vLLM's, which our firewall closes to all but the link."""
+    """The last free ports of vLLM's range, which our firewall closes to all but the link."""
     known = range(ray_ports.LAST_OF_VLLM, ray_ports.FIRST_OF_VLLM - 1, -1)
     taken = _listening(on)
     free = [port for port in known if port not in taken][:count]
@@ -115,19 +114,19 @@ def _wait_until_listening(on: Reader, ports: Sequence[int], running: Mapping[str
     while not _listening(on).issuperset(ports):
         ended = next((each.result() for each in running.values() if each.done()), None)
         if ended is not None or time.monotonic() > until:
-            said = bandwidth.complaint(ended.out, ended.err) if ended else f"it listens nowhere after {_PATIENCE:g} s"
-            raise NotMeasured(f"the answering side of a measurement did not start: {said}", hint=_START)
+            why = bandwidth.complaint(ended.out, ended.err) if ended else f"no port is open after {_PATIENCE:g} s"
+            raise NotMeasured(f"the answering side of a measurement did not start: {why}", hint=_START)
         time.sleep(0.05)
 
 
-_START = "`sparkinstall verify --level link` there shows what is wrong with the link"
+_START = "`sparkinstall verify --level link` on that node checks the link"
 
 
 # --- at the terminal
 
 
 class Between(Struct, frozen=True):
-    """What came over from the first of `hosts` to the second, and what to think of it. `seconds` is wall time."""
+    """The bandwidth from the first of `hosts` to the second, and its verdict. `seconds` is wall time."""
 
     hosts: tuple[str, str]
     kind: Kind
@@ -137,7 +136,7 @@ class Between(Struct, frozen=True):
 
     @property
     def probe(self) -> Probe:
-        """The probe whose place it takes."""
+        """The probe that this measurement replaces."""
         return bandwidth.declared(self.kind, lambda _: self.finding)
 
 
@@ -151,13 +150,12 @@ class Measurement(Struct):
     _measured: Measured | None = None
     _why: str = ""
     _lost: dict[str, Mapping[str, int]] = field(default_factory=dict)
-    _ports: Sequence[int] | None = None
-    _ready: threading.Event = field(default_factory=threading.Event)
+    _listening: Announcement[Listening] = field(default_factory=lambda: Announcement(Listening))
 
     @property
     def result(self) -> Measured:
-        """What came of it; once both nodes have done their work."""
-        measured = self._measured or Measured(self.kind, {}, why=self._why or "no node gave an answer")
+        """The result, once both nodes have done their work."""
+        measured = self._measured or Measured(self.kind, {}, why=self._why or "no node gave a reply")
         return replace(measured, lost=self._lost)
 
     def work(self, node: RemoteNode, on_line: OnLine) -> Reply[Responded]:
@@ -171,7 +169,7 @@ class Measurement(Struct):
             reply = Reply(problems=(problem,))
         finally:
             if node is self.responding:
-                self._ready.set()
+                self._listening.end()
         for each in reply.problems[:1]:
             self._why = f"{node.host}: {each.message}" + (f" ({each.cause})" if each.cause else "")
         if reply.data and reply.data.lost:
@@ -179,22 +177,14 @@ class Measurement(Struct):
         return Reply()
 
     def _respond(self, on_line: OnLine) -> Reply[Responded]:
-        def listen(line: str) -> None:
-            if found := announced(line, Listening):
-                self._ports = found.answers_at
-                self._ready.set()
-            else:
-                on_line(line)
-
-        words = self.words(self.responding)
-        return self.responding.call(Responded, "node", "respond", self.kind, *words, on_line=listen)
+        argv = ("node", "respond", self.kind, *self.words(self.responding))
+        return self.responding.call(Responded, *argv, on_line=self._listening.listen(on_line))
 
     def _ask(self, on_line: OnLine) -> Reply[Asked]:
-        while not self._ready.wait(1):
-            processes.refuse_if_stopped()
-        if self._ports is None:
+        listening = self._listening.wait()
+        if listening is None:
             return Reply()
-        argv = ("node", "ask", self.kind, self.responding.member.address, *map(str, self._ports))
+        argv = ("node", "ask", self.kind, self.responding.member.address, *map(str, listening.answers_at))
         reply = self.asking.call(Asked, *argv, *self.words(self.asking), on_line=on_line)
         if reply.data and not reply.problems:
             self._measured = reply.data.measured
@@ -202,15 +192,15 @@ class Measurement(Struct):
 
 
 def ways(head: RemoteNode, worker: RemoteNode, kind: Kind) -> list[tuple[RemoteNode, RemoteNode]]:
-    """Who sends to whom: each to the other, but where both send at once anyway."""
+    """The pairs of sender and receiver: both directions, but one for NCCL, where both send at once."""
     return [(head, worker)] if kind == "nccl" else [(head, worker), (worker, head)]
 
 
 def left_out(
     asking: RemoteNode, responding: RemoteNode, kind: Kind, why: Mapping[str, Mapping[str, str]]
 ) -> Between | None:
-    """What is said of a measurement that one of the two nodes cannot take part in; None: both can."""
+    """A skipped measurement where one of the two nodes cannot take part; None: both can."""
     for node in (asking, responding):
-        if reason := why.get(node.host, {}).get(kind, "it gave no answer"):
+        if reason := why.get(node.host, {}).get(kind, "it gave no reply"):
             return Between((asking.host, responding.host), kind, skipped(f"{node.host}: {reason}"))
     return None

@@ -1,8 +1,9 @@
 """A node over ssh, as the terminal sees it: sparkinstall is installed there, runs a verb, and replies in JSON."""
 
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from msgspec import Struct, field
@@ -13,7 +14,7 @@ from sparkinstall.cluster.ssh import Ssh, quoted
 from sparkinstall.cluster.uploads import Carried
 from sparkinstall.errors import PreflightFailed, Problem
 from sparkinstall.redaction import redact
-from sparkinstall.system import Result
+from sparkinstall.system import Result, processes
 
 OnLine = Callable[[str], None]
 _Message = TypeVar("_Message")
@@ -26,6 +27,41 @@ class Member(Struct, frozen=True):
     role: str
     rank: int
     address: str
+
+
+class Announcement(Generic[_Message]):
+    """What the verb of one node announces while it runs, and the work of another node waits for."""
+
+    def __init__(self, message: type[_Message]) -> None:
+        self._message = message
+        self._found: _Message | None = None
+        self._over = threading.Event()
+
+    def listen(self, on_line: OnLine) -> OnLine:
+        """`on_line` for the verb that announces: every other line is passed on."""
+
+        def take(line: str) -> None:
+            if found := protocol.announced(line, self._message):
+                self._found = found
+                self._over.set()
+            else:
+                on_line(line)
+
+        return take
+
+    def end(self) -> None:
+        """Note that the verb has ended: it announces nothing more."""
+        self._over.set()
+
+    def wait(self) -> _Message | None:
+        """The announcement; None: the verb ended without one.
+
+        Raises:
+            Interrupted: the run was interrupted.
+        """
+        while not self._over.wait(1):
+            processes.refuse_if_stopped()
+        return self._found
 
 
 class NoTool(Problem):

@@ -1,7 +1,7 @@
-"""Files from one node to others over plain TCP on the link: none without the token, none with another hash.
+"""Files from one node to others over plain TCP on the link, to peers that know the token, checked by their hashes.
 
-Not through ssh, whose ciphers are slower than the cable. What has to be secret or trusted (the token, the digest
-of the list) has come over ssh before; the token itself never crosses this wire, only the proof that one has it.
+Not over ssh, whose ciphers are slower than the cable. What must be secret or trusted (the token, the digest of the
+list) came over ssh before; the token itself is never sent here, only a proof that the peer knows it (HMAC of a nonce).
 """
 
 import hashlib
@@ -23,12 +23,12 @@ from msgspec import Struct, field
 from sparkinstall.errors import Problem
 
 PATIENCE = 60.0
-"""How long an offer waits while nobody is connected, in seconds."""
+"""Seconds that an offer waits while no peer is connected."""
 
 _GREETING = 10.0
-# Seconds without a byte after which the other side counts as gone: its disk may be slow.
+# Seconds without a byte after which the peer counts as gone: its disk may be slow.
 _SILENCE = 60.0
-# A node that goes on with a former copy reads again what it has of it.
+# Seconds until a peer asks for files: one that resumes a copy first hashes what it has.
 _THINKING = 900.0
 _AT_ONCE = 16
 _LONGEST_LIST = 1 << 28
@@ -39,11 +39,11 @@ _TOLD_EVERY = 2.0
 
 
 class CopyFailed(Problem):
-    """Files did not come over from another node, or are not those that were promised."""
+    """A copy from another node failed, or its files are not the announced ones."""
 
 
 class Listed(Struct, frozen=True):
-    """A file of the list: where it belongs (relative), its size in bytes, its permission bits, its hash."""
+    """A file of the list: its relative path, its size in bytes, its permission bits, its hash."""
 
     path: str
     size: int
@@ -52,7 +52,7 @@ class Listed(Struct, frozen=True):
 
 
 class Sender(Struct):
-    """Gives `listing` and then those of `files` that are asked for to each of `peers` (addresses), once each.
+    """Sends `listing`, and then the requested ones of `files`, to each of `peers` (addresses), once each.
 
     `files` are real paths and their sizes in bytes, in the order of the list.
     """
@@ -68,7 +68,7 @@ class Sender(Struct):
 
     @contextmanager
     def listening(self) -> Iterator[socket.socket]:
-        """A socket at this address alone, at a port that the kernel chooses.
+        """A socket at this address only, at a port that the kernel chooses.
 
         Raises:
             CopyFailed: this node does not have the address.
@@ -82,7 +82,7 @@ class Sender(Struct):
             yield listener
 
     def serve(self, listener: socket.socket, patience: float = PATIENCE) -> None:
-        """Until each peer was served once, or nobody was connected for `patience` seconds."""
+        """Serve until each peer was served once, or no peer was connected for `patience` seconds."""
         alone_since = time.monotonic()
         while self.peers - self.sent.keys() or self._busy:
             if self._busy:
@@ -110,7 +110,7 @@ class Sender(Struct):
                 if _is_invited(connection, self.token):
                     self._give(connection, address)
         except (OSError, ValueError, CopyFailed):
-            # The other side says what became of it; here the next one is waiting.
+            # The peer reports the failure; here the next one is waiting.
             pass
         finally:
             self._count(-1)
@@ -126,7 +126,7 @@ class Sender(Struct):
             for n in wanted:
                 sent += _send_file(connection, *self.files[int(n)])
         except IndexError as error:
-            raise CopyFailed("it asks for what is not on the list") from error
+            raise CopyFailed("it asks for a file that is not on the list") from error
         finally:
             self.sent[address] = sent
 
@@ -147,12 +147,12 @@ def _send_file(connection: socket.socket, path: Path, size: int) -> int:
         return 0
     with open(path, "rb") as content:
         if connection.sendfile(content, count=size) != size:
-            raise CopyFailed(f"{path} has become shorter")
+            raise CopyFailed(f"{path} became shorter")
     return size
 
 
 class Receiver:
-    """The other end of a `Sender`, once it has taken the token. `listing` is the list that was promised."""
+    """The other end of a `Sender` that accepted the token. `listing` is the announced list."""
 
     def __init__(self, connection: socket.socket, digest: str) -> None:
         self._connection = connection
@@ -160,15 +160,15 @@ class Receiver:
         self._told = time.monotonic()
         self.listing = _framed(cast(BinaryIO, self._stream))
         if hashlib.sha256(self.listing).hexdigest() != digest:
-            raise CopyFailed("the list of files is not the one that ssh has announced")
+            raise CopyFailed("the list of files is not the one announced over ssh")
 
     def take(
         self, wanted: Sequence[tuple[int, Listed]], into: Path, on_bytes: Callable[[int, int], None] = lambda *_: None
     ) -> None:
-        """Bring files into the folder `into`; `wanted` has each one's place in the list.
+        """Copy files into the folder `into`; `wanted` has the index of each in the list.
 
         Raises:
-            CopyFailed: the connection broke off, or a file does not have the hash of the list; that file is gone.
+            CopyFailed: the connection broke, or a file does not have its listed hash; that file is deleted.
         """
         _send_framed(self._connection, json.dumps([n for n, _ in wanted]).encode())
         total, done, buffer = sum(each.size for _, each in wanted), 0, memoryview(bytearray(_PIECE))
@@ -188,17 +188,17 @@ class Receiver:
         if found != listed.sha256:
             to.unlink()
             raise CopyFailed(
-                f"{listed.path} did not arrive as it was announced",
+                f"{listed.path} is not the announced file",
                 cause=f"expected sha256 {listed.sha256}, found {found}",
             )
 
     def _pour(self, size: int, out: BinaryIO, buffer: memoryview) -> str:
-        """Write the next `size` bytes of the stream; their sha256."""
+        """Write the next `size` bytes of the stream to `out`, and return their sha256."""
         digest = hashlib.sha256()
         while size:
             got = self._stream.readinto(buffer[: min(size, len(buffer))])
             if not got:
-                raise CopyFailed("the other node broke off", hint="run the same command again: it goes on")
+                raise CopyFailed("the other node closed the connection", hint="run the same command again: it resumes")
             digest.update(buffer[:got])
             out.write(buffer[:got])
             size -= got
@@ -207,10 +207,10 @@ class Receiver:
 
 @contextmanager
 def receiving(address: str, port: int, token: str, digest: str, own_address: str = "") -> Iterator[Receiver]:
-    """The files that are offered at `address`, asked for from `own_address`; `digest` is the sha256 of their list.
+    """A connection from `own_address` to the sender at `address`; `digest` is the sha256 of its list.
 
     Raises:
-        CopyFailed: it cannot be reached, refuses the token, breaks off, or has another list.
+        CopyFailed: the sender cannot be reached, refuses the token, closes the connection, or has another list.
     """
     source = (own_address, 0) if own_address else None
     try:
@@ -219,11 +219,11 @@ def receiving(address: str, port: int, token: str, digest: str, own_address: str
             connection.settimeout(_SILENCE)
             yield Receiver(connection, digest)
     except (ConnectionError, TimeoutError) as error:
-        raise CopyFailed(f"the copy from {address} broke off: {error}") from error
+        raise CopyFailed(f"the copy from {address} failed: {error}") from error
 
 
 def _read_nonce(connection: socket.socket) -> bytes:
-    # Unbuffered: what comes after it belongs to the next reader.
+    # Unbuffered: the bytes after the nonce are for the next reader.
     with connection.makefile("rb", buffering=0) as said:
         return _exactly(cast(BinaryIO, said), _NONCE)
 
@@ -244,6 +244,6 @@ def _exactly(said: BinaryIO, length: int) -> bytes:
     while len(whole) < length:
         more = said.read(length - len(whole))
         if not more:
-            raise CopyFailed("the other node does not take the token, or broke off")
+            raise CopyFailed("the other node refused the token, or closed the connection")
         whole += more
     return bytes(whole)
