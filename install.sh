@@ -1,28 +1,28 @@
 #!/bin/sh
-# Gives sparkinstall an environment of its own, then runs `sparkinstall all` with the options given.
+# Installs sparkinstall in its own environment, then runs `sparkinstall all` with the given options.
 #
 #   ./install.sh                      set up this DGX Spark
-#   ./install.sh --root ./node        rehearse beneath ./node, on any Linux machine; besides it only
-#                                     ~/.local (the command) and ~/.cache (downloads) are written to
+#   ./install.sh --root ./node        rehearse below ./node, on any Linux machine; writes only there,
+#                                     to ~/.local (the command) and ~/.cache (downloads)
 #   ./install.sh --tool-only          install the command `sparkinstall` and stop
-#   ./install.sh --remove             remove that command again (`sparkinstall uninstall` comes before)
+#   ./install.sh --remove             remove that command (run `sparkinstall uninstall` first)
 #
-# Any other option goes to `sparkinstall all`; an option that neither knows is refused before anything is touched.
+# Other options are passed to `sparkinstall all`; an unknown option is an error, and nothing is changed.
 set -eu
 
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 HOME_OF_TOOL=${XDG_DATA_HOME:-${HOME:-}/.local/share}/sparkinstall
 TOOL=$HOME_OF_TOOL/tool
 COMMAND=${XDG_BIN_HOME:-${HOME:-}/.local/bin}/sparkinstall
-# Packages that apt installed for us alone, one a line, so that --remove can purge them.
+# Packages that apt installed only for us, one per line, so that --remove can purge them.
 BOOTSTRAPPED=$HOME_OF_TOOL/apt-packages
-# Seconds that apt may keep us waiting for its package lists.
+# Seconds to wait for the lock of apt's package lists.
 PATIENCE=300
-# The options of `sparkinstall all`, with a value and without; a test holds them to the program's own.
+# The options of `sparkinstall all` with and without a value; a test compares them with the program.
 VALUED='--root --config --stack --set --platform --only --skip --ignore'
 PLAIN='--full --partial --yes --json --verbose'
 LETTERS=yv
-# Not empty once we make the environment: only then may we restore the one that was moved aside.
+# Set once we create the environment: only then may we restore the one that was moved aside.
 making=
 
 say() { printf '%s\n' "$*" >&2; }
@@ -34,7 +34,7 @@ fail() {
 }
 
 misused() {
-    fail "$1" "${2:-./install.sh --help shows what it knows}" 2
+    fail "$1" "${2:-see ./install.sh --help}" 2
 }
 
 is_one_of() {
@@ -52,11 +52,11 @@ show_help() {
         "$PLAIN -y -v; \`sparkinstall all --help\` explains them."
 }
 
-# A slip like --roots would else be found by `sparkinstall all` only, after the tool was installed; `remove` never.
+# Otherwise a typo such as --roots would be found only by `sparkinstall all`, after the tool was installed.
 refuse_unknown() {
     while [ $# -gt 0 ]; do
         case $1 in
-            --tool-only | --remove) misused "$1 has to stand alone" "./install.sh $1" ;;
+            --tool-only | --remove) misused "$1 cannot be combined with other options" "./install.sh $1" ;;
             --*=*) needs_value "${1%%=*}" "${1#*=}" ;;
             --*)
                 if ! is_plain "$1"; then
@@ -64,7 +64,7 @@ refuse_unknown() {
                     shift
                 fi
                 ;;
-            -?*) case ${1#-} in *[!$LETTERS]*) misused "there is no option $1" ;; esac ;;
+            -?*) case ${1#-} in *[!$LETTERS]*) misused "unknown option $1" ;; esac ;;
             *) refuse_word "$1" ;;
         esac
         shift
@@ -72,15 +72,15 @@ refuse_unknown() {
 }
 
 is_plain() {
-    # shellcheck disable=SC2086 # one word an option is what is wanted
+    # shellcheck disable=SC2086 # one word per option
     is_one_of "$1" $PLAIN
 }
 
-# An empty value is most often a variable that was never set; for --root it would be the folder one stands in.
+# An empty value is mostly an unset variable; for --root it would mean the current folder.
 needs_value() {
     if is_plain "$1"; then misused "$1 takes no value"; fi
     # shellcheck disable=SC2086
-    is_one_of "$1" $VALUED || misused "there is no option $1"
+    is_one_of "$1" $VALUED || misused "unknown option $1"
     case ${2:-} in
         '' | -*) misused "$1 needs a value" ;;
     esac
@@ -89,17 +89,17 @@ needs_value() {
 refuse_word() {
     # shellcheck disable=SC2086
     if is_one_of "--$1" --tool-only --remove $VALUED $PLAIN; then
-        misused "'$1' is no option" "perhaps --$1 is meant"
+        misused "'$1' is not an option" "did you mean --$1?"
     fi
-    misused "'$1' belongs to no option"
+    misused "unexpected argument '$1'"
 }
 
 need_checkout() {
     [ -f "$HERE/requirements.lock" ] ||
-        fail "install.sh has to stand in sparkinstall's own folder" "clone the repository and run it there" 2
+        fail "install.sh must be in the repository of sparkinstall" "clone the repository and run it there" 2
 }
 
-# The newest Python that is new enough; the tool's own, not the one that vLLM will run with.
+# Find the newest Python for the tool; vLLM gets its own.
 find_python() {
     for name in python3.13 python3.12 python3.11 python3; do
         if command -v "$name" >/dev/null 2>&1 &&
@@ -115,21 +115,21 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-# No questions, patience with other runs of apt, nothing is removed to make room, and words that can be looked for.
+# No questions, waits for other runs of apt, and English messages that can be matched.
 apt_get() {
     as_root env LC_ALL=C DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 \
         apt-get -o DPkg::Lock::Timeout=600 --no-install-recommends "$@"
 }
 
-# The timeout above is for dpkg's lock; that of the lists is held for minutes on the first boots of a Spark.
+# The timeout above is for dpkg's lock; the lock of the lists is held for minutes after the first boots of a Spark.
 update_lists() {
     waited=0
-    until heard=$(apt_get update -qq 2>&1); do
-        case $heard in
+    until output=$(apt_get update -qq 2>&1); do
+        case $output in
             *"Could not get lock"* | *"Unable to lock"*) ;;
             *)
-                say "$heard"
-                fail "apt could not read its package lists" "sudo apt-get update shows why"
+                say "$output"
+                fail "apt could not update its package lists" "run sudo apt-get update to see why"
                 ;;
         esac
         [ "$waited" -lt "$PATIENCE" ] || lists_stayed_held
@@ -137,18 +137,18 @@ update_lists() {
         sleep 5
         waited=$((waited + 5))
     done
-    [ -z "$heard" ] || say "$heard"
+    [ -z "$output" ] || say "$output"
 }
 
-# Whom apt blamed in $heard; older versions name nobody.
+# The process that apt names in $output; older versions name none.
 holder() {
-    name=$(printf '%s\n' "$heard" | sed -n 's/.*held by process \([0-9]*\) (\(.*\)).*/\2 (process \1)/p' | head -n 1)
+    name=$(printf '%s\n' "$output" | sed -n 's/.*held by process \([0-9]*\) (\(.*\)).*/\2 (process \1)/p' | head -n 1)
     printf '%s\n' "${name:-another program}"
 }
 
 lists_stayed_held() {
     fail "apt's package lists were held for $((PATIENCE / 60)) minutes by $(holder)" \
-        "let it end (sudo fuser -v /var/lib/apt/lists/lock shows who it is), then run this again"
+        "wait until it ends (sudo fuser -v /var/lib/apt/lists/lock shows it), then run this again"
 }
 
 is_rehearsal() {
@@ -158,31 +158,31 @@ is_rehearsal() {
     return 1
 }
 
-# Debian and Ubuntu keep the part of Python that fills an environment in a package of its own.
+# Debian and Ubuntu ship ensurepip in a separate package.
 need_ensurepip() {
     if "$PYTHON" -c 'import ensurepip' >/dev/null 2>&1; then return 0; fi
     package=$("$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
     if is_rehearsal "$@" || ! command -v apt-get >/dev/null 2>&1; then
-        fail "$PYTHON cannot make an environment: $package is missing" "sudo apt-get install $package" 4
+        fail "$PYTHON cannot create an environment: $package is missing" "sudo apt-get install $package" 4
     fi
-    say "Installing $package, which $PYTHON needs to make an environment ..."
+    say "Installing $package, which $PYTHON needs to create an environment ..."
     mkdir -p "$HOME_OF_TOOL"
     update_lists
-    # A name followed by "[" would only be upgraded: it was here before us.
+    # A name followed by "[" is only upgraded: it was installed before.
     planned=$(apt_get -s install --no-remove "$package" | sed -n 's/^Inst \([^ ]*\) (.*/\1/p')
     apt_get install -y -qq --no-remove "$package" >&2 ||
         fail "apt could not install $package" "fix apt (sudo apt-get update), then run this again"
     printf '%s\n' "$planned" >>"$BOOTSTRAPPED"
 }
 
-# A real set-up is for a Spark alone; everything else is told so before sudo is used for anything.
+# Only a Spark is set up for real; refuse other machines before sudo is used.
 need_spark_or_rehearsal() {
     if is_rehearsal "$@"; then return 0; fi
     case " $* " in *" --ignore machine "* | *" --ignore=machine "*) return 0 ;; esac
     if [ -e /etc/dgx-release ] || [ -e /etc/fastos-release ]; then return 0; fi
     if grep -qsx 0x2e12 /sys/bus/pci/devices/*/device; then return 0; fi
-    fail "this machine is no DGX Spark (no GB10 on its PCI bus); nothing was changed" \
-        "rehearse it beneath a folder: ./install.sh --root ./node" 4
+    fail "this machine is not a DGX Spark (no GB10 on its PCI bus); nothing was changed" \
+        "rehearse below a folder: ./install.sh --root ./node" 4
 }
 
 digest_of_checkout() {
@@ -190,18 +190,18 @@ digest_of_checkout() {
         -exec sha256sum {} + | LC_ALL=C sort | sha256sum | cut -d' ' -f1)
 }
 
-# Two at once would take each other's half-made environment away. The folder above is the lock: it leaves no file
-# behind, and the kernel frees it when the last process that holds it has ended, however that was.
+# Two runs at once would delete each other's unfinished environment. The parent folder is the lock: it leaves no file
+# behind, and the kernel releases it when the last process that holds it ends.
 take_turns() {
     above=$(dirname "$HOME_OF_TOOL")
     if [ ! -d "$above" ] || ! command -v flock >/dev/null 2>&1; then return 0; fi
     exec 9<"$above"
     answer=0
     flock -n 9 2>/dev/null || answer=$?
-    # Anything else than 1 is a file system that cannot lock: then without.
+    # Other codes than 1 mean a file system without locks: go on without one.
     [ "$answer" = 1 ] || return 0
-    say "Another install.sh is at work here; waiting for it to finish ..."
-    # In short waits: a Ctrl-C that comes just before one begins is lost on it, and heard after it.
+    say "Another install.sh is running; waiting for it to finish ..."
+    # Short waits, because a Ctrl-C just before flock starts is handled only after it ends.
     until flock -w 1 9 || [ $? != 1 ]; do :; done
 }
 
@@ -209,7 +209,7 @@ end_turn() {
     exec 9<&-
 }
 
-# The former one is kept until the new one is whole: a failed update leaves a working command.
+# Keep the former environment until the new one is complete: a failed update leaves a working command.
 install_tool() {
     wanted="$(digest_of_checkout) $PYTHON"
     if [ "$(cat "$TOOL/made-from" 2>/dev/null)" = "$wanted" ] && "$TOOL/bin/sparkinstall" --version >/dev/null 2>&1; then
@@ -218,7 +218,7 @@ install_tool() {
     say "Installing the command sparkinstall in $TOOL ..."
     mkdir -p "$HOME_OF_TOOL"
     move_aside
-    quietly "$PYTHON" -m venv "$TOOL" || give_back "$PYTHON could not make an environment in $TOOL"
+    quietly "$PYTHON" -m venv "$TOOL" || give_back "$PYTHON could not create an environment in $TOOL"
     run_pip install --quiet --require-hashes -r "$HERE/requirements.lock"
     run_pip install --quiet --no-deps --no-build-isolation --no-index "$HERE"
     printf '%s\n' "$wanted" >"$TOOL/made-from"
@@ -234,15 +234,15 @@ move_aside() {
     rm -rf "$TOOL"
 }
 
-# A program's words are kept until it fails: of one that Ctrl-C has ended nobody needs the traceback.
+# Print a program's output only after it ended: nobody needs the traceback of a program that Ctrl-C ended.
 quietly() {
     ended=0
-    heard=$("$@" 2>&1) || ended=$?
-    [ -z "$heard" ] || say "$heard"
+    output=$("$@" 2>&1) || ended=$?
+    [ -z "$output" ] || say "$output"
     return "$ended"
 }
 
-# A program's paths are those of its environment: the former one can only come back to its own place.
+# Programs contain the path of their environment, so the former one must return to the same path.
 put_back() {
     if [ -e "$TOOL.old" ] && [ ! -e "$TOOL/made-from" ]; then
         rm -rf "$TOOL"
@@ -255,7 +255,7 @@ give_back() {
     fail "$@"
 }
 
-# Whoever only waits for another install.sh has nothing to give back: what is half made there is the other's.
+# A run that only waits for another has nothing to restore: the unfinished environment is the other's.
 interrupted() {
     trap '' INT TERM HUP
     [ -z "$making" ] || put_back
@@ -266,7 +266,7 @@ interrupted() {
 run_pip() {
     quietly "$TOOL/bin/python" -m pip --disable-pip-version-check "$@" ||
         give_back "the tool's own packages could not be installed" \
-            "read the lines above, check the network, and run this again"
+            "see the messages above, check the network, and run this again"
 }
 
 link_command() {
@@ -278,11 +278,11 @@ is_linked() {
     [ -L "$COMMAND" ] && [ "$(readlink "$COMMAND")" = "$TOOL/bin/sparkinstall" ]
 }
 
-# Empty where the word `sparkinstall` is enough.
+# Print advice, or nothing if plain `sparkinstall` works.
 how_to_call() {
     folder=$(dirname "$COMMAND")
     if ! is_linked; then
-        printf '%s\n' "! $COMMAND is something else, and stays; the command is $TOOL/bin/sparkinstall"
+        printf '%s\n' "! $COMMAND is another program and was kept; the command is $TOOL/bin/sparkinstall"
         return
     fi
     case ":$PATH:" in *":$folder:"*) return ;; esac
@@ -290,11 +290,11 @@ how_to_call() {
         printf '%s\n' "! $folder is not on your PATH yet: log in again, or call the command as $COMMAND"
     else
         printf '%s\n' "! $folder is not on your PATH: the command is $COMMAND" \
-            "  do    export PATH=\"$folder:\$PATH\"   # put it into your shell's start-up file to keep it"
+            "  do    export PATH=\"$folder:\$PATH\"   # add it to your shell's start-up file to keep it"
     fi
 }
 
-# bash reads the first of these at login, and no other. Of other shells we promise nothing.
+# bash reads only the first of these at login. Other shells are not covered.
 login_adds() {
     case "$1 ${SHELL:-}" in "$HOME/.local/bin "*/bash) ;; *) return 1 ;; esac
     for file in .bash_profile .bash_login .profile; do
@@ -306,10 +306,10 @@ login_adds() {
     return 1
 }
 
-# Only what apt installed for us, and only if nothing else would go with it.
+# Purge only what apt installed for us, and only if no other package depends on it.
 purge_bootstrapped() {
     ours=$(sort -u "$BOOTSTRAPPED" | tr '\n' ' ')
-    # shellcheck disable=SC2086 # one word a package is what is wanted
+    # shellcheck disable=SC2086 # one word per package
     for name in $(apt_get -s purge $ours | sed -n 's/^\(Purg\|Remv\) \([^ ]*\).*/\2/p'); do
         case " $ours" in *" $name "*) ;; *)
             say "! kept the packages $ours: $name needs them"
@@ -330,7 +330,7 @@ remove_tool() {
     if is_linked; then rm -f "$COMMAND"; fi
     if [ -s "$BOOTSTRAPPED" ]; then purge_bootstrapped; fi
     rm -rf "$HOME_OF_TOOL"
-    say "Removed the command sparkinstall. What it set up on a node is undone by \`sparkinstall uninstall\`."
+    say "Removed the command sparkinstall. A node that it set up is undone by \`sparkinstall uninstall\`."
 }
 
 provide_tool() {
@@ -343,10 +343,10 @@ provide_tool() {
     end_turn
 }
 
-# How to call the command is said once more at the end: what was said before has long scrolled off.
+# Repeat at the end how to call the command: the first message has scrolled away.
 set_up() {
     [ -n "$advice" ] || exec "$TOOL/bin/sparkinstall" all "$@"
-    # Ctrl-C reaches the program by itself, and it says what there is to say.
+    # Ctrl-C reaches the program itself, which reports it.
     trap : INT TERM HUP
     ended=0
     "$TOOL/bin/sparkinstall" all "$@" || ended=$?
@@ -354,7 +354,7 @@ set_up() {
     exit "$ended"
 }
 
-# --tool-only and --remove do not mix with anything; the rest is for `sparkinstall all`.
+# --tool-only and --remove stand alone; all other options are for `sparkinstall all`.
 read_words() {
     only=
     case "$# ${1:-}" in

@@ -1,9 +1,9 @@
 """Try vLLM's CUTLASS FP8 product on the GPU: print `ready`, then JSON with `works` and `said`.
 
-A kernel for another chip may take the process with it: then `ready` is the last line.
+A kernel for another GPU may crash the process: then `ready` is the last line.
 """
 
-# What is imported here is the environment's, not ours.
+# These imports exist in the node's environment only.
 # mypy: disable-error-code="import-not-found"
 
 import json
@@ -21,7 +21,7 @@ def main() -> None:
     try:
         found = ops.cutlass_scaled_mm(a, b, one, one, torch.bfloat16)
         good = bool(torch.allclose(found.float(), a.float() @ b.float(), rtol=0.05, atol=0.5))
-        print(json.dumps({"works": good, "said": "" if good else "a wrong product"}))
+        print(json.dumps({"works": good, "said": "" if good else "the product is wrong"}))
     except RuntimeError as error:
         print(json.dumps({"works": False, "said": str(error).splitlines()[0]}))
 

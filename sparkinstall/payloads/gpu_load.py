@@ -1,6 +1,6 @@
-"""Keep the GPU busy with matrix products; after three seconds of it run the program in argv and print its output."""
+"""Keep the GPU busy with matrix products; after three seconds run the program in argv and print its output."""
 
-# What is imported here is the environment's, not ours.
+# These imports exist in the node's environment only.
 # mypy: disable-error-code="import-not-found"
 
 import subprocess

@@ -1,11 +1,11 @@
-"""What a process of the node's environment says of itself, for all probes of level gpu at once.
+"""Inspect the node's environment from inside, for all probes of level gpu at once.
 
-The environment's own Python is given this text, started as a service would be: nothing of
-sparkinstall is to be had there. torch and vLLM are imported once. What may take its process with it (a kernel
-for another chip) is asked in a child of this one, so that the other answers come through all the same.
+The environment's Python runs this text as a service would run it; sparkinstall cannot be imported there. torch and
+vLLM are imported once. Whatever may crash the process (a kernel for another GPU) runs in a child, so that the other
+answers still arrive.
 """
 
-# What is imported here is the environment's, not ours.
+# These imports exist in the node's environment only.
 # mypy: disable-error-code="import-not-found, misc"
 
 import contextlib
@@ -35,16 +35,16 @@ from sparkinstall.payloads.vllm_internals import (
 Target = dict[str, Any]
 Facts = dict[str, Any]
 
-# Seconds for a child: a first Triton kernel takes 2, the first use of a GPU up to 10.
+# Time limit of a child in seconds: a first Triton kernel takes 2, the first use of a GPU up to 10.
 _LIMIT = 120.0
-# A context on the GPU takes half of this from a memory that all programs share; in kB.
+# Free memory needed, in kB: twice what a CUDA context takes from the memory that all programs share.
 _ROOM = 2 * 1024 * 1024
 
 
 def main() -> None:
     """Answer the questions in argv[1] (JSON: modules, arch) with one line of JSON."""
     asked, out = json.loads(sys.argv[1]), os.dup(1)
-    # What libraries print must not get between the lines of the answer.
+    # Output of libraries must not mix with the answer.
     os.dup2(2, 1)
     answer: Facts = {"modules": {name: _imported(name) for name in asked["modules"]}}
     with tempfile.TemporaryDirectory() as folder:
@@ -68,7 +68,7 @@ def _imported(name: str) -> Facts:
 
 def _in_words(error: BaseException) -> str:
     said = str(error).strip().splitlines() or [""]
-    # A compiler's own complaint stands behind that of whoever called it.
+    # The message of a compiler follows that of its caller.
     why = next((line for line in said if "fatal" in line and line != said[0]), "")
     return ": ".join(each.strip()[:300] for each in (type(error).__name__, said[0], why) if each)
 
@@ -77,7 +77,7 @@ def _in_words(error: BaseException) -> str:
 
 
 def start_child(part: Callable[[Target], Iterator[Facts]], asked: Target) -> tuple[int, int, float]:
-    """A child that answers `part`: its process, where it says what it finds (one line each), and until when."""
+    """Fork a child that runs `part`; return its process, the pipe with its facts (one line each), and its deadline."""
     reads, writes = os.pipe()
     if child := os.fork():
         os.close(writes)
@@ -92,7 +92,7 @@ def start_child(part: Callable[[Target], Iterator[Facts]], asked: Target) -> tup
 
 
 def end_child(child: int, reads: int, until: float) -> Facts:
-    """All that a child found; with `ended` where something else than its last line was its end."""
+    """Return all facts of a child, with `ended` if it was killed or timed out."""
     said, late = _all_of(reads, until)
     if late:
         os.kill(child, signal.SIGKILL)
@@ -107,7 +107,7 @@ def end_child(child: int, reads: int, until: float) -> Facts:
 
 
 def _all_of(reads: int, until: float) -> tuple[bytes, bool]:
-    """What was written to a pipe up to its end, and whether that was waited for in vain."""
+    """Read a pipe to its end; return the bytes and whether the deadline passed first."""
     said = b""
     while select.select([reads], [], [], max(0.0, until - time.monotonic()))[0]:
         more = os.read(reads, 65536)
@@ -118,7 +118,7 @@ def _all_of(reads: int, until: float) -> tuple[bytes, bool]:
 
 
 def _without_gpu() -> str:
-    """Why nothing can run on a GPU here, or nothing."""
+    """Return why nothing can run on a GPU here, or ""."""
     import torch
 
     if torch.cuda.is_available():
@@ -132,7 +132,7 @@ def _without_gpu() -> str:
 
 # --- Triton
 
-# In a file of its own: Triton reads the source of its kernels.
+# Written to a file, because Triton reads the source of its kernels.
 _KERNEL = """
 import triton
 import triton.language as tl
@@ -147,7 +147,7 @@ _SIZE = 32
 
 
 def triton_kernel(asked: Target) -> Iterator[Facts]:
-    """A matrix product in Triton: compiled now, and on a GPU run and compared."""
+    """Compile a matrix product in Triton; on a GPU, run it and compare the result."""
     os.environ["TRITON_CACHE_DIR"] = asked["folder"]
     with open(os.path.join(asked["folder"], "sparkinstall_kernel.py"), "w") as file:
         file.write(_KERNEL)
@@ -169,12 +169,12 @@ def _capability() -> int:
 
 
 def _ptxas(arch: int) -> Facts:
-    """The assembler that Triton's own code takes for `arch`."""
+    """Return the assembler that Triton itself selects for `arch`."""
     from triton.backends.nvidia import compiler
 
     takes_arch = bool(inspect.signature(compiler.get_ptxas).parameters)
     tool = compiler.get_ptxas(arch) if takes_arch else compiler.get_ptxas()
-    # Up to 3.2 a pair, later an object.
+    # A pair up to Triton 3.2, an object since.
     path, version = tool if isinstance(tool, tuple) else (tool.path, tool.version)
     return {"ptxas": os.path.realpath(path), "ptxas_version": version}
 
@@ -200,7 +200,7 @@ def _ran(kernel: Any) -> str:
 
 
 def _target(compiled: Any) -> str:
-    """What the kernel was assembled for; raises KeyError where there is no machine code."""
+    """Return the target of the kernel's machine code. Raises KeyError if there is none."""
     found = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
     return found[1] if found and compiled.asm["cubin"] else ""
 
@@ -209,7 +209,7 @@ def _target(compiled: Any) -> str:
 
 
 def fp8(asked: Target) -> Iterator[Facts]:
-    """The kernels that vLLM picks for FP8, by its own selection; on a GPU, a product of each with them."""
+    """Report the FP8 kernels that vLLM's own selection picks; on a GPU, also the error of a product with each."""
     if "vllm" not in sys.modules:
         yield {"not_asked": "vLLM cannot be imported"}
         return

@@ -17,7 +17,7 @@ class _Found(ctypes.Structure):
 
 
 def loaded_nccl() -> dict[str, object]:
-    """`bound`: the file that a symbol of NCCL binds to; its `version` (22809 is 2.28.9); `mapped`: every libnccl."""
+    """Return `bound` (the file that NCCL resolves to), its `version` (22809 is 2.28.9) and every `mapped` libnccl."""
     version, found, everything = ctypes.c_int(), _Found(), ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
         everything.ncclGetVersion(ctypes.byref(version))

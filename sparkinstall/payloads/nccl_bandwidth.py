@@ -1,10 +1,10 @@
 """Measure all_gather between two nodes: RANK ADDRESS PORT BYTES SECONDS.
 
-Both ends run it: rank 0 listens at ADDRESS, rank 1 connects. The smaller BYTES is gathered for SECONDS. Rank 0 and 1
-print JSON: `bus` (GB/s), `size` (bytes), `right` (whether what arrived is what was sent).
+Both ends run it: rank 0 listens at ADDRESS, rank 1 connects. The smaller BYTES is gathered for SECONDS. Both ranks
+print JSON: `bus` (GB/s), `size` (bytes), `right` (whether the received data is correct).
 """
 
-# What is imported here is the environment's, not ours; torch is imported late.
+# These imports exist in the node's environment only; torch is imported late.
 # mypy: disable-error-code="import-not-found"
 
 import datetime
@@ -19,7 +19,7 @@ LIMIT = datetime.timedelta(seconds=60)
 
 def main() -> None:
     rank, address, (port, most, seconds) = int(sys.argv[1]), sys.argv[2], map(int, sys.argv[3:])
-    # At this address alone, and before torch is loaded: the other side may come at once.
+    # Listen at this address only, and before torch is loaded: the other end may connect at once.
     listening = socket.create_server((address, port)).detach() if rank == 0 else None
     import torch
     import torch.distributed as dist
@@ -42,14 +42,14 @@ def main() -> None:
         store.set("count", str(max(1, int(seconds / once))))
     took = timed(gather, int(store.get("count")))
     right = whole[: size // 2].eq(1).all() and whole[size // 2 :].eq(2).all()
-    # Of two nodes each sends its half: bus bandwidth as nccl-tests reckon it.
+    # Each of the two nodes sends half: bus bandwidth as defined by nccl-tests.
     print(json.dumps({"bus": size / 2 / took / 1e9, "size": size, "right": bool(right)}), flush=True)
     dist.barrier(device_ids=[0])
     dist.destroy_process_group()
 
 
 def timed(do: Callable[[], None], count: int) -> float:
-    """Seconds for one time, measured over `count` times."""
+    """Return the mean seconds per call over `count` calls."""
     import torch
 
     torch.cuda.synchronize()

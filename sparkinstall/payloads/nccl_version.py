@@ -1,4 +1,4 @@
-"""Print the version that the NCCL library in argv[1] says it is, as NCCL counts: 22809 is 2.28.9."""
+"""Print the version that the NCCL library in argv[1] reports: 22809 is 2.28.9."""
 
 import ctypes
 import sys

@@ -1,12 +1,12 @@
-"""Asks the running Ray for its nodes, within a time limit, and prints the addresses of those that are alive.
+"""Ask the running Ray for its nodes, within a time limit, and print the addresses of those that are alive.
 
     ray-nodes.py HEAD:PORT SECONDS [--has ADDRESS] [--count N] [-- COMMAND...]
 
-Waits until the head answers and takes this node's token, ADDRESS is one of the nodes, and there are N of them;
-then runs COMMAND in its own place.
+Wait until the head accepts this node's token, ADDRESS is one of the nodes, and there are N of them; then replace
+this process by COMMAND.
 """
 
-# What is imported late is the environment's, not ours.
+# The late imports exist in the node's environment only.
 # mypy: disable-error-code="import-not-found"
 
 import argparse
@@ -20,14 +20,14 @@ from typing import NoReturn
 
 
 class Refused(Exception):
-    """The head answers, and does not take the token."""
+    """The head rejects the token."""
 
 
 def main() -> None:
     asked, command = arguments()
     give_up_at = time.monotonic() + asked.seconds
-    # Ray's client may hang where something else than Ray answers.
-    watchdog = threading.Timer(asked.seconds + 20, fail, [f"what answers at {asked.head} is no Ray"])
+    # Ray's client may hang if something other than Ray answers.
+    watchdog = threading.Timer(asked.seconds + 20, fail, [f"the program that listens at {asked.head} is not Ray"])
     watchdog.daemon = True
     watchdog.start()
     while True:
@@ -64,7 +64,7 @@ def arguments() -> tuple[argparse.Namespace, list[str]]:
 
 
 def look(asked: argparse.Namespace) -> tuple[str, list[str]]:
-    """What is not so yet, in words (empty: all is), and the addresses."""
+    """Return in words what is still missing ("" if nothing), and the addresses of the nodes."""
     try:
         found = alive(asked.head)
     except Refused as refusal:
@@ -72,7 +72,7 @@ def look(asked: argparse.Namespace) -> tuple[str, list[str]]:
     except OSError as error:
         return f"the head does not answer at {asked.head}: {error.strerror or error}", []
     except Exception as error:
-        return f"the head at {asked.head} gives no answer: {type(error).__name__}", []
+        return f"the head at {asked.head} does not answer: {type(error).__name__}", []
     if asked.has and asked.has not in found:
         return f"{asked.has} has not joined the Ray of {asked.head}; its nodes: {', '.join(found) or 'none'}", found
     if len(found) < asked.count:
@@ -81,7 +81,7 @@ def look(asked: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def alive(head: str) -> list[str]:
-    """Addresses of the nodes that are alive."""
+    """Return the addresses of the nodes that are alive."""
     host, _, port = head.rpartition(":")
     socket.create_connection((host, int(port)), timeout=3).close()
     from ray._raylet import GcsClient
@@ -97,8 +97,8 @@ def alive(head: str) -> list[str]:
 def refusal(head: str, said: str) -> str:
     path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
     if "cannot be opened" in said:
-        return f"the token {path} is not there or cannot be read"
-    return f"the head at {head} refuses the token of this node: {path} is not the same as the head's"
+        return f"the token {path} is missing or unreadable"
+    return f"the head at {head} rejects this node's token: {path} differs from the head's"
 
 
 def fail(sentence: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Ask the vLLM on this node once and print the answer as JSON: `Reply` in probes/vllm_client.py.
+"""Send one request to the vLLM on this node and print the result as JSON: `Reply` in probes/vllm_client.py.
 
 argv[1] is JSON: `verb` (complete, stream, metrics, health), `port`, `patience` in seconds, `tokens`, `model`.
 """
@@ -15,12 +15,12 @@ from typing import Any
 
 Answer = dict[str, Any]
 QUESTION = [{"role": "user", "content": "Count to three."}]
-# Of the prompt, enough to see whether the chat template opens the reasoning.
+# Characters of the prompt that show whether the chat template opens the reasoning.
 PROMPT_END = 16
 
 
 class Client:
-    """`answer` fills as the answers come, so that what came before an error is kept."""
+    """Collects results in `answer`, so that what arrived before an error is kept."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
         self.port, self.model = asked["port"], asked["model"]
@@ -75,7 +75,7 @@ class Client:
         self.answer["prompt"] = self.text_of(prompt[-PROMPT_END:])
 
     def take(self, event: dict[str, Any], began: float) -> None:
-        """One event of a stream."""
+        """Add one event of a stream."""
         said, answer = self.answer.setdefault("said", {}), self.answer
         for choice in event.get("choices", []):
             answer["finish"] = choice.get("finish_reason")
@@ -101,7 +101,7 @@ def main() -> None:
     def too_late(*_: object) -> None:
         raise TimeoutError(f"no answer within {patience} s")
 
-    # A socket's time limit is for each answer of the system; the alarm is for the whole.
+    # The socket's timeout limits a single read, the alarm the whole request.
     signal.signal(signal.SIGALRM, too_late)
     signal.alarm(patience)
     try:

@@ -1,25 +1,25 @@
-"""vLLM from within its own process: its address, the FP8 kernels that it picks, and a product with each.
+"""Call vLLM's internals in a process of the node's environment: its address, its FP8 kernels, a product with each.
 
-tests/fast/test_vllm_internals.py holds every name that is taken from vLLM here against the wheels of the shipped
-stacks. What is read from outside is in facts/vllm.py.
+tests/fast/test_vllm_internals.py compares every name used here with the wheels of the shipped stacks. facts/vllm.py
+has what is read from files.
 """
 
-# What is imported here is the environment's, not ours.
+# These imports exist in the node's environment only.
 # mypy: disable-error-code="import-not-found, misc"
 
 import inspect
 from typing import Any
 
 WAYS = ("block", "per-tensor", "per-channel")
-"""How weights and activations can be scaled."""
+"""Kinds of scaling of weights and activations."""
 _BLOCK = 128
 _ROWS, _WIDE = 32, 256
-# As vLLM's own platform for CUDA has it, which cannot be had where there is no driver.
+# As in vLLM's CUDA platform, which cannot be imported without a driver.
 _FIRST_WITH_FP8 = 89
 
 
 def own_address() -> str:
-    """What vLLM takes for this node's address; empty where it cannot tell."""
+    """Return the address that vLLM uses for this node; "" if vLLM finds none."""
     try:
         try:
             from vllm.utils.network_utils import get_ip
@@ -31,10 +31,9 @@ def own_address() -> str:
 
 
 def pretend_to_be(arch: int) -> None:
-    """Tell vLLM which GPU to choose for, where there is none that it could ask.
+    """Set the GPU capability that vLLM selects kernels for, if there is no GPU.
 
-    As a platform plugin does (its entry point for hardware that it does not know): the base class, with the
-    capability given. All that chooses is vLLM's own.
+    This is what a platform plugin does: the base class, with a given capability. The selection remains vLLM's own.
     """
     from vllm import platforms
     from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
@@ -57,8 +56,7 @@ def pretend_to_be(arch: int) -> None:
 
 
 def configured() -> Any:
-    """vLLM's settings as `--enforce-eager` makes them: some kernels look there before they agree, and none is to be
-    compiled here for a minute first."""
+    """Return vLLM's config with `--enforce-eager`: some kernels read it, and compilation would take a minute."""
     from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 
     eager = CompilationConfig(mode=0, custom_ops=["all"])
@@ -66,7 +64,7 @@ def configured() -> Any:
 
 
 def picked_kernel(name: str) -> str:
-    """The name of the kernel for one way of scaling, or of vLLM's own function up to 0.19."""
+    """Return the name of the kernel for one kind of scaling, or of vLLM's function up to 0.19."""
     from vllm.model_executor.kernels import linear
 
     if name == "block" and not hasattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS"):
@@ -79,7 +77,7 @@ def picked_kernel(name: str) -> str:
 
 
 def _scaling(name: str) -> tuple[Any, Any]:
-    """How activations and weights are scaled, in vLLM's words."""
+    """Return the scaling of activations and weights as vLLM's quantization keys."""
     from vllm.model_executor.layers.quantization.utils import quant_utils as q
 
     return {
@@ -116,7 +114,7 @@ def _old_block() -> Any:
 
 
 def product_error(name: str) -> float:
-    """How far a product with the kernel that vLLM picks is from the exact one, relative to it."""
+    """Return the relative error of a product with the kernel that vLLM picks."""
     import torch
 
     torch.manual_seed(0)
@@ -129,7 +127,7 @@ def product_error(name: str) -> float:
 
 
 def _weights(name: str, real: Any) -> tuple[Any, Any, Any]:
-    """Weights as FP8 stands for them, the FP8 numbers, and their scales."""
+    """Return the dequantized weights, the FP8 weights, and their scales."""
     import torch
 
     parts = _WIDE // _BLOCK
@@ -152,7 +150,7 @@ def _multiplied(name: str, x: Any, weight: Any, scale: Any) -> Any:
     takes = inspect.signature(linear.init_fp8_linear_kernel).parameters
     kernel = linear.init_fp8_linear_kernel(**{key: value for key, value in _scheme(name).items() if key in takes})
     layer = torch.nn.Module()
-    # Only block scales come with the weights in rows of outputs; the others want the inputs first.
+    # Block-scaled kernels take the weights as (outputs, inputs), the others as (inputs, outputs).
     layer.weight = torch.nn.Parameter(weight if name == "block" else weight.t(), requires_grad=False)
     layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
     layer.input_scale = layer.input_scale_ub = None

@@ -1,6 +1,6 @@
-"""Run vLLM on a worker without Ray, and end it when the head's has ended: HEAD PORT PROGRAM...
+"""Run vLLM on a worker without Ray, and end it when the head's vLLM ends: HEAD PORT PROGRAM...
 
-vLLM (0.18) notices neither that its head has ended nor that it was started again: it stays, and the head waits.
+vLLM (0.18) does not notice that its head has ended or restarted: it keeps running, and the head waits for it.
 """
 
 import os
@@ -15,16 +15,16 @@ def main() -> None:
     vllm = os.getpid()
     if os.fork() == 0:
         attend(head, port)
-        print(f"sparkinstall: vLLM on the head, {head}, has ended; this one is started again too", flush=True)
+        print(f"sparkinstall: vLLM on the head {head} has ended; this one restarts too", flush=True)
         if os.getppid() == vllm:
-            # For systemd a TERM would be an orderly end, after which nothing is started again.
+            # systemd would count SIGTERM as a clean exit and not restart the unit.
             os.kill(vllm, signal.SIGKILL)
         os._exit(0)
     os.execv(program[0], program)
 
 
 def attend(head: str, port: int) -> None:
-    """Return when what listens at the head has ended. A cable that is out for a while does not end it."""
+    """Return when the process that listens at the head has ended. A briefly unplugged cable does not count."""
     while True:
         try:
             link = socket.create_connection((head, port), timeout=10)
@@ -33,7 +33,7 @@ def attend(head: str, port: int) -> None:
             time.sleep(1)
     link.settimeout(None)
     link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Asked each minute: a head that was switched off and is back answers that it knows of no connection.
+    # Keepalive each minute: a head that was off and is back resets the unknown connection.
     for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 60), (socket.TCP_KEEPCNT, 127)):
         link.setsockopt(socket.IPPROTO_TCP, option, value)
     try:

@@ -47,4 +47,4 @@ class StaleServices(Struct, frozen=True):
 
 def _is_ours(on: Reader, path: str) -> bool:
     first = (on.read(path) or b"").partition(b"\n")[0].decode(errors="replace")
-    return first == f"# {on.real(path)}, made by sparkinstall."
+    return first == f"# {on.real(path)}, created by sparkinstall."

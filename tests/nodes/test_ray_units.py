@@ -157,7 +157,7 @@ def test_an_address_on_no_interface_is_told_with_those_that_there_are(pair: Pair
     write_env(pair.head, "head", address="192.0.2.77")
     told = do(pair.head, "converge", "head")
     assert told["cause"].startswith(
-        "the address 192.0.2.77 is on no interface after 3 s; there is: lo 127.0.0.1/8, enp1s0f0np0 192.0.2.1/24"
+        "the address 192.0.2.77 is on no interface after 3 s; found: lo 127.0.0.1/8, enp1s0f0np0 192.0.2.1/24"
     )
     assert "sparkinstall run network" in told["hint"]
     write_env(pair.head, "head")
@@ -175,10 +175,7 @@ def test_the_head_starts(pair: Pair) -> None:
 def test_a_wrong_token_is_refused_and_said(pair: Pair) -> None:
     told = do(pair.worker, "converge", "worker")
     assert told["message"] == "ray-worker.service does not start"
-    assert (
-        told["cause"]
-        == f"the head at 192.0.2.1:6379 refuses the token of this node: {TOKEN} is not the same as the head's"
-    )
+    assert told["cause"] == f"the head at 192.0.2.1:6379 rejects this node's token: {TOKEN} differs from the head's"
     assert f"ssh 192.0.2.1 cat {TOKEN} | sparkinstall multi-node --role worker" in told["hint"]
 
 

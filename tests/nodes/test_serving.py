@@ -306,7 +306,7 @@ def test_a_worker_is_started_again_with_its_head(pair: Pair) -> None:
     pair.head.run("systemctl", "restart", UNIT, timeout=120)
     _until_it_serves(pair.head, "head")
     assert _main_pid(pair.worker) != before
-    assert "sparkinstall: vLLM on the head, 192.0.2.1, has ended" in _journal(pair.worker, 2000)
+    assert "sparkinstall: vLLM on the head 192.0.2.1 has ended" in _journal(pair.worker, 2000)
     assert _do(pair.worker, "plan", "worker")["outcome"] == "unchanged"
 
 
