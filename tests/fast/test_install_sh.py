@@ -239,7 +239,7 @@ def test_the_second_of_two_waits_and_finds_the_tool_in_place(machine: Machine) -
     first = machine.start_and_hold("--tool-only")
     second = machine.start("--tool-only")
     assert second.stderr is not None
-    assert "Another install.sh is at work" in second.stderr.readline()
+    assert "Another install.sh is running" in second.stderr.readline()
     assert (machine.tool / "bin/python").exists()
     machine.let_go()
     assert _ended(first)[0] == 0
@@ -254,7 +254,7 @@ def test_ctrl_c_on_the_one_that_waits_leaves_the_other_alone(machine: Machine) -
     first = machine.start_and_hold("--tool-only")
     second = machine.start("--tool-only")
     assert second.stderr is not None
-    assert "Another install.sh is at work" in second.stderr.readline()
+    assert "Another install.sh is running" in second.stderr.readline()
     os.killpg(second.pid, signal.SIGINT)
     assert _ended(second)[0] == 130
     machine.let_go()
@@ -327,8 +327,8 @@ def test_what_pip_says_is_shown_where_it_fails(machine: Machine) -> None:
         ("--remvoe", "unknown option --remvoe"),
         ("--roots ./node", "unknown option --roots"),
         ("--roots=./node", "unknown option --roots"),
-        ("-x", "there is no option -x"),
-        ("-yx", "there is no option -yx"),
+        ("-x", "unknown option -x"),
+        ("-yx", "unknown option -yx"),
         ("--", "unknown option --"),
         ("--tool-only nonsense", "--tool-only cannot be combined with other options"),
         ("--yes --tool-only", "--tool-only cannot be combined with other options"),
