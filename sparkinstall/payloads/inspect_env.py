@@ -219,9 +219,11 @@ def fp8(asked: Target) -> Iterator[Facts]:
     yield {"not_run": why, "given_arch": asked["arch"] if why == "no GPU" else ""}
     with configured():
         yield {"picked": {name: picked_kernel(name) for name in WAYS}}
+        off_by: dict[str, float] = {}
         for name in () if why else ("per-tensor", "per-channel", "block"):
             yield {"trying": name}
-            yield {f"off_by {name}": product_error(name)}
+            off_by[name] = product_error(name)
+            yield {"off_by": off_by}
         yield {"trying": ""}
 
 

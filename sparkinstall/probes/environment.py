@@ -2,9 +2,8 @@
 
 import json
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cached_property
-from typing import Any
 
 import msgspec
 from msgspec import Struct
@@ -14,10 +13,31 @@ from sparkinstall import fixes, payloads
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed
 from sparkinstall.probes.env_file import with_env_file
+from sparkinstall.probes.nccl import Loaded
 from sparkinstall.system import Reader
 
 MODULES = ("torch", "triton", "transformers", "ray", "vllm")
 _TIMEOUT = 300.0
+
+
+class Module(Struct, frozen=True):
+    """A module that was imported, or the `error` in words."""
+
+    version: str = ""
+    error: str = ""
+
+
+class Reply(kernels.Answer, frozen=True):
+    """What payloads/inspect_env.py says of its process; `error`: why it did not come so far.
+
+    `address` is what vLLM takes for this node's own, `wanted_address` what the env file says.
+    """
+
+    error: str = ""
+    modules: Mapping[str, Module] = {}
+    nccl: Loaded = Loaded("", 0, ())
+    address: str = ""
+    wanted_address: str = ""
 
 
 class InEnvironment(Struct, frozen=True, dict=True):
@@ -27,18 +47,18 @@ class InEnvironment(Struct, frozen=True, dict=True):
     on: Reader
 
     @cached_property
-    def answer(self) -> dict[str, Any]:
-        """What it said of itself; with the key `error` where it did not come so far."""
+    def answer(self) -> Reply:
+        """What it said of itself."""
         asked = {"modules": () if self.node.partial else MODULES, "arch": self.node.config.nccl.arch}
         # -P: vLLM's own program does not look for modules in the folder where it was started, either.
         command = ("python", "-P", "-c", payloads.source("inspect_env"), json.dumps(asked))
         said = with_env_file(self.node, self.on, *command, timeout=_TIMEOUT)
         try:
-            found = json.loads(said.out.splitlines()[-1])
+            # Not msgspec's decoder: a product may be off by what is no number (NaN).
+            return msgspec.convert(json.loads(said.out.splitlines()[-1]), Reply)
         except (ValueError, IndexError):
             last = [line for line in said.err.splitlines() if line.strip()][-1:]
-            return {"error": last[0] if last else f"it ended with {_end(said.code)}"}
-        return dict(found)
+            return Reply(error=last[0] if last else f"it ended with {_end(said.code)}")
 
 
 def probes(node: Node) -> Iterable[Probe]:
@@ -78,13 +98,12 @@ def probes(node: Node) -> Iterable[Probe]:
     yield from kernels.probes(node, lambda on: _answer(node, on, process(on)), alone)
 
 
-def _answer(node: Node, on: Reader, process: InEnvironment) -> dict[str, Any] | Finding:
+def _answer(node: Node, on: Reader, process: InEnvironment, wanted: str = "") -> Reply | Finding:
     """What the process says of itself, or why it says nothing."""
     if stop := nccl.not_here(node, on):
         return stop
-    if "error" in process.answer:
-        return failed(process.answer["error"], "run `sparkinstall all`")
-    return process.answer
+    answer = process.answer
+    return failed(answer.error, "run `sparkinstall all`", wanted) if answer.error else answer
 
 
 def _end(code: int) -> str:
@@ -95,19 +114,11 @@ def _end(code: int) -> str:
 
 
 def _imports(node: Node, on: Reader, process: InEnvironment) -> Finding:
-    if stop := nccl.not_here(node, on):
-        return stop
-    if "error" in process.answer:
-        return failed(process.answer["error"], "run `sparkinstall all`", ", ".join(MODULES))
-    broken = {name: each["error"] for name, each in process.answer["modules"].items() if "error" in each}
-    if broken:
-        return failed(
-            "; ".join(f"{n}: {why}" for n, why in broken.items()),
-            "run `sparkinstall all`",
-            ", ".join(MODULES),
-        )
-    versions = {name: each["version"] for name, each in process.answer["modules"].items()}
-    return passed(", ".join(f"{name} {version}" for name, version in versions.items()))
+    if isinstance(answer := _answer(node, on, process, ", ".join(MODULES)), Finding):
+        return answer
+    if broken := [f"{name}: {each.error}" for name, each in answer.modules.items() if each.error]:
+        return failed("; ".join(broken), "run `sparkinstall all`", ", ".join(MODULES))
+    return passed(", ".join(f"{name} {each.version}" for name, each in answer.modules.items()))
 
 
 def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
@@ -115,10 +126,9 @@ def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
         return stop
     if isinstance(library := nccl.library(node, on), Finding):
         return library
-    answer = process.answer
-    if "error" in answer:
-        return failed(answer["error"], "run `sparkinstall all`", library)
-    loaded = msgspec.convert(answer["nccl"], nccl.Loaded)
+    if isinstance(answer := _answer(node, on, process, library), Finding):
+        return answer
+    loaded = answer.nccl
     if not loaded.bound:
         told = f"torch would take {', '.join(loaded.mapped)}" if loaded.mapped else "no NCCL is loaded"
         return failed(told, nccl.REWRITE_ENV, nccl.wanted(library))
@@ -127,11 +137,10 @@ def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
 
 
 def _address(node: Node, on: Reader, process: InEnvironment) -> Finding:
-    if stop := nccl.not_here(node, on):
-        return stop
-    answer = process.answer
-    if "error" in answer or not answer.get("address"):
-        return failed(answer.get("error", "vLLM's get_ip() gave no answer"), "run `sparkinstall all`")
-    if answer["address"] != answer["wanted_address"]:
-        return failed(answer["address"], "set VLLM_HOST_IP through the env file", answer["wanted_address"])
-    return passed(answer["address"], answer["wanted_address"])
+    if isinstance(answer := _answer(node, on, process), Finding):
+        return answer
+    if not answer.address:
+        return failed("vLLM's get_ip() gave no answer", "run `sparkinstall all`")
+    if answer.address != answer.wanted_address:
+        return failed(answer.address, "set VLLM_HOST_IP through the env file", answer.wanted_address)
+    return passed(answer.address, answer.wanted_address)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -41,7 +42,8 @@ def node(tmp_path: Path) -> Node:
 
 
 def judged(node: Node, root: Path, name: str, answer: Mapping[str, Any]) -> Finding:
-    probe = next(probe for probe in kernels.probes(node, lambda _: answer, "") if probe.name == name)
+    reply = msgspec.convert(answer, kernels.Answer)
+    probe = next(probe for probe in kernels.probes(node, lambda _: reply, "") if probe.name == name)
     return probe.look(LocalReader(str(root)))
 
 
@@ -118,10 +120,8 @@ def test_before_the_decision_there_is_nothing_to_compare_with(node: Node, tmp_pa
 def test_a_product_is_near_the_exact_one(
     node: Node, tmp_path: Path, off_by: tuple[float, ...], more: dict[str, Any], verdict: str
 ) -> None:
-    named = {
-        f"off_by {name}": value for name, value in zip(("per-tensor", "per-channel", "block"), off_by, strict=False)
-    }
-    answer = picked(CLASSES, **{"given_arch": "", "not_run": "", **named, **more})
+    named = dict(zip(("per-tensor", "per-channel", "block"), off_by, strict=False))
+    answer = picked(CLASSES, **{"given_arch": "", "not_run": "", "off_by": named, **more})
     found = judged(node, tmp_path, "fp8-product", answer)
     assert found.verdict == verdict
     if "ended" in more or verdict == "fail":
