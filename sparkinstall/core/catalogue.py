@@ -11,7 +11,6 @@ from sparkinstall.steps.environment import Environment
 from sparkinstall.steps.firewall import Firewall
 from sparkinstall.steps.fp8 import Fp8
 from sparkinstall.steps.nccl import Nccl
-from sparkinstall.steps.nccl_fit import NcclFit
 from sparkinstall.steps.network import Network
 from sparkinstall.steps.packages import SystemPackages
 from sparkinstall.steps.ray import Ray
@@ -23,7 +22,6 @@ STEPS: tuple[Step, ...] = (
     Environment(),
     Nccl(),
     Firewall(),
-    NcclFit(),
     Fp8(),
     EnvFiles(),
     Ray(),

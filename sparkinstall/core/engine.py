@@ -9,6 +9,7 @@ from msgspec import Struct, field
 
 from sparkinstall.errors import Blocked, Interrupted, Problem, storage_problem
 from sparkinstall.events import Emit, ResourceApplied, StepEnded, StepStarted
+from sparkinstall.fixes import Fix
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown, state_of
 from sparkinstall.steps import Step
@@ -21,11 +22,12 @@ Outcome = Literal["unchanged", "changed", "drift", "node_only", "failed", "block
 
 
 class Checked(Struct, frozen=True):
-    """A resource and how it stands; `changed` if this run made it so."""
+    """A resource and how it stands; `changed` if this run made it so. `fix`: the one it concerns; None: its step's."""
 
     key: str
     state: State
     changed: bool = False
+    fix: Fix | None = None
 
 
 class StepReport(Struct):
@@ -81,7 +83,11 @@ def plan(steps: Sequence[Step], node: Node, on: Reader) -> list[StepReport]:
 
 def _look(step: Step, report: StepReport, node: Node, on: Reader) -> None:
     for resource in _resources(step, report, node, on):
-        report.checked.append(Checked(resource.key, state_of(resource, on)))
+        report.checked.append(_checked(resource, state_of(resource, on)))
+
+
+def _checked(resource: Resource, state: State, changed: bool = False) -> Checked:
+    return Checked(resource.key, state, changed, getattr(resource, "fix", None))
 
 
 def _resources(step: Step, report: StepReport, node: Node, on: Reader) -> Iterable[Resource]:
@@ -110,14 +116,14 @@ def converge(
 def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, force: bool) -> None:
     state = state_of(resource, on)
     if isinstance(state, NodeOnly) or (isinstance(state, Ok) and not force):
-        report.checked.append(Checked(resource.key, state))
+        report.checked.append(_checked(resource, state))
         return
     _refuse_what_cannot_be(resource, state)
     resource.apply(on)
     after = state_of(resource, on)
     if not isinstance(after, Ok | NodeOnly):
         raise _not_converged(resource, after)
-    report.checked.append(Checked(resource.key, after, changed=True))
+    report.checked.append(_checked(resource, after, changed=True))
     emit(ResourceApplied(report.name, resource.key, state.summary if isinstance(state, Drift) else "applied again"))
 
 

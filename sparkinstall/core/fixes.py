@@ -62,7 +62,8 @@ def _state(fix: Fix, steps: Sequence[StepReport | None], probes: Mapping[str, Fi
 
 def _proven(fix: Fix, mine: Sequence[StepReport], probes: Mapping[str, Finding | None]) -> FixState:
     asked = [each for each in probes.values() if each]
-    left = next((c.state.reason for r in mine for c in r.checked if isinstance(c.state, NodeOnly)), "")
+    checked = [each for report in mine for each in report.checked if each.fix in (None, fix)]
+    left = next((each.state.reason for each in checked if isinstance(each.state, NodeOnly)), "")
     skipped = next((each.found for each in asked if each.verdict == "skip"), "")
     if left or skipped:
         return FixState(fix, "node_only", left or skipped)

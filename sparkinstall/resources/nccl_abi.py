@@ -1,13 +1,14 @@
 """Whether the NCCL that will be preloaded has every symbol that this torch takes from it."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from msgspec import Struct
 
 from sparkinstall import elf
 from sparkinstall.errors import Blocked
 from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.fixes import NCCL, Fix
 from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.system import Reader, System
@@ -18,6 +19,7 @@ _SYMBOLS = "nccl"
 class NcclFitsTorch(Struct, frozen=True):
     """A library that lacks a symbol would break `import torch` for whoever sources the env file."""
 
+    fix: ClassVar[Fix] = NCCL
     node: Node
 
     @property

@@ -10,6 +10,7 @@ from sparkinstall.fixes import FP8, HOST_IP, MEMORY_MONITOR, NCCL, TRANSPORT
 from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe
 from sparkinstall.resources import Resource, Unknown
+from sparkinstall.resources.nccl_abi import NcclFitsTorch
 from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step
@@ -28,7 +29,7 @@ _SPARK_PORT = {"interface": "enp1s0f0np0", "hcas": [], "transport": "socket"}
 class EnvFiles(Step):
     name = "env-files"
     why = "variables for one node, a head and a worker"
-    needs = ("nccl-fit", "fp8", "network")
+    needs = ("nccl", "fp8", "network")
     phase = "services"
     impact = "What is started with the env files does not have all of the fixes."
     fixes = (
@@ -40,6 +41,8 @@ class EnvFiles(Step):
     )
 
     def resources(self, node: Node) -> Iterable[Resource]:
+        # Before anything names the library: one that lacks a symbol would break `import torch`.
+        yield NcclFitsTorch(node)
         yield StaleServices(node)
         if node.several:
             # Imported late, as below: a node alone has no use for it, and would start more slowly.

@@ -93,9 +93,9 @@ def test_all_phases_in_their_order_with_a_barrier_after_each(far: FarNodes) -> N
         {("spark-1", "multi-node", "network+firewall"), ("spark-2", "multi-node", "network+firewall")},
         {("spark-1", "reach", ""), ("spark-2", "reach", "")},
         {("spark-1", "confirm", ""), ("spark-2", "confirm", "")},
-        {("spark-1", "multi-node", "environment+nccl+nccl-fit+fp8")},
+        {("spark-1", "multi-node", "environment+nccl+fp8")},
         {("spark-1", "offer", "environment+nccl")},
-        {("spark-2", "multi-node", "environment+nccl+nccl-fit+fp8")},
+        {("spark-2", "multi-node", "environment+nccl+fp8")},
     ):
         calls = [c for c in far.calls if (c["host"], c["verb"], "+".join(c["only"])) in phase and c["began"] > after]
         calls = calls[: len(phase)]

@@ -402,7 +402,7 @@ def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
 
 
 def _builds(far: FarNodes, *verbs: str) -> list[tuple[str, str]]:
-    calls = [call for call in far.calls if call["verb"] in verbs or "nccl-fit" in call["only"]]
+    calls = [call for call in far.calls if call["verb"] in verbs or "fp8" in call["only"]]
     return [(call["host"], call["verb"]) for call in sorted(calls, key=lambda call: call["began"])]
 
 

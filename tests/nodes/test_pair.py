@@ -31,7 +31,7 @@ NETPLAN = "/etc/netplan/40-cx7.yaml"
 TOKEN = f"{PREFIX}/ray-token"
 ENV_FILES = (f"{PREFIX}/env/multi-node-head.env", f"{PREFIX}/env/multi-node-worker.env")
 # Something of each phase, and not what takes long to be proven.
-QUICK = tuple(word for step in ("network", "firewall", "nccl-fit", "env-files", "ray") for word in ("--only", step))
+QUICK = tuple(word for step in ("network", "firewall", "env-files", "ray") for word in ("--only", step))
 OURS = (PREFIX, "/etc", "/var/lib/sparkinstall")
 # What Ray says itself, asked as a person would on the head; the file gives the address and the token. A driver
 # prints what befalls other nodes among its own output, until it has left.
@@ -426,7 +426,7 @@ def test_versions_that_differ_are_told_before_ray_is_touched(pair: Fleet) -> Non
     real, other = f"{site}/triton-3.6.0.dist-info", f"{site}/triton-3.5.1.dist-info"
     worker.run("mv", real, other)
     try:
-        told = _set_up(pair, "--skip", "environment", "--skip", "nccl-fit", "--skip", "fp8")
+        told = _set_up(pair, "--skip", "environment", "--skip", "fp8")
     finally:
         worker.run("mv", other, real)
     assert told.code == 5

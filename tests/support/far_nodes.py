@@ -50,7 +50,7 @@ code, data, errors = answers[key] if key else (0, {{"changed": True}}, [])
 print(json.dumps({{"version": 1, "command": verb, "status": "", "exit_code": code, "data": data, "errors": errors}}))
 sys.exit(code)
 """
-STEPS = ("packages", "environment", "nccl", "nccl-fit", "fp8", "network", "firewall", "env-files", "ray", "serving")
+STEPS = ("packages", "environment", "nccl", "fp8", "network", "firewall", "env-files", "ray", "serving")
 VERSIONS = {"python": "3.12.3", "vllm": "0.18.1", "torch": "2.10.0", "ray": "2.60.0", "nccl": "2.28.9 121"}
 
 
