@@ -129,7 +129,7 @@ def _stream(of: Api) -> Finding:
         return warned("a stream without a word", f"ask it something by hand, and read `journalctl -u {UNIT}`")
     model, parser = of.completion.model, streams.parser_of(of.node.config.serving.arguments)
     add, fields = streams.adding(of.node, of.on, model), vllm.reasoning_fields(of.node, of.on)
-    finding = streams.judged(streams.Heard(answer.said, answer.prompt, answer.finish), parser, fields, add)
+    finding = streams.judged(streams.Transcript(answer.said, answer.prompt, answer.finish), parser, fields, add)
     return replace(finding, found=f"{finding.found}; first token after {answer.first:.1f} s")
 
 

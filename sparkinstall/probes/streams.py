@@ -17,7 +17,7 @@ _KEEPS_RAW = "append_think"
 _ALSO_NAMED = {"nemotron_v3": "nemotron3", "openai_gptoss": "gptoss"}
 
 
-class Heard(Struct, frozen=True):
+class Transcript(Struct, frozen=True):
     """A stream to its end. `said`: text by field of the deltas; `prompt`: the end of what the model was given."""
 
     said: Mapping[str, str]
@@ -49,7 +49,7 @@ class Heard(Struct, frozen=True):
         return "</think>" in self.prompt and not self.opened
 
 
-def judged(heard: Heard, parser: str | None, fields: Collection[str], add: str) -> Finding:
+def judged(transcript: Transcript, parser: str | None, fields: Collection[str], add: str) -> Finding:
     """What a stream shows.
 
     Args:
@@ -57,51 +57,51 @@ def judged(heard: Heard, parser: str | None, fields: Collection[str], add: str) 
         fields: what the installed vLLM calls its field for thinking; empty: not known.
         add: how to set the parser that fits the model.
     """
-    finding = _unparsed(heard, add) if parser is None else _misparsed(heard, parser)
+    finding = _unparsed(transcript, add) if parser is None else _misparsed(transcript, parser)
     if finding:
         return finding
-    if strange := [field for field in heard.reasoning if fields and field not in fields]:
+    if strange := [field for field in transcript.reasoning if fields and field not in fields]:
         return failed(
             f"reasoning is in delta.{strange[0]}, which the installed vLLM does not send",
             "it was started before vLLM was changed: `sudo systemctl restart vllm.service`",
             _expected(fields),
         )
-    return passed(_where(heard, parser), _expected(fields))
+    return passed(_where(transcript, parser), _expected(fields))
 
 
 def _expected(fields: Collection[str]) -> str:
     return "thinking, if any, in " + " and ".join(f"delta.{field}" for field in fields or ("reasoning",))
 
 
-def _unparsed(heard: Heard, add: str) -> Finding | None:
+def _unparsed(transcript: Transcript, add: str) -> Finding | None:
     """What is wrong where no parser was asked for; vLLM has one of its own for gpt-oss."""
-    if heard.raw:
-        return warned(f"raw {heard.raw} in delta.content: clients show reasoning as the answer", add)
-    if heard.opened and not heard.reasoning:
+    if transcript.raw:
+        return warned(f"raw {transcript.raw} in delta.content: clients show reasoning as the answer", add)
+    if transcript.opened and not transcript.reasoning:
         return warned("reasoning is in delta.content, unmarked: the chat template opens it", add)
     return None
 
 
-def _misparsed(heard: Heard, parser: str) -> Finding | None:
+def _misparsed(transcript: Transcript, parser: str) -> Finding | None:
     """What is wrong with a parser that was asked for."""
     change = "it does not fit this model: the model's card names its `--reasoning-parser`, for `serving.arguments`"
-    if heard.raw and not parser.endswith(_KEEPS_RAW):
-        return failed(f"raw {heard.raw} in delta.content in spite of --reasoning-parser {parser}", change)
-    if heard.opened and not heard.reasoning and not heard.raw:
+    if transcript.raw and not parser.endswith(_KEEPS_RAW):
+        return failed(f"raw {transcript.raw} in delta.content in spite of --reasoning-parser {parser}", change)
+    if transcript.opened and not transcript.reasoning and not transcript.raw:
         return failed(f"reasoning is in delta.content in spite of --reasoning-parser {parser}", change)
-    if heard.reasoning and not heard.content and (heard.finish == "stop" or heard.closed):
+    if transcript.reasoning and not transcript.content and (transcript.finish == "stop" or transcript.closed):
         return warned(
-            f"all of the answer came in delta.{heard.reasoning[0]}, and none in delta.content",
+            f"all of the answer came in delta.{transcript.reasoning[0]}, and none in delta.content",
             f"--reasoning-parser {parser} takes this model for one that thinks: leave it out of `serving.arguments`",
         )
     return None
 
 
-def _where(heard: Heard, parser: str | None) -> str:
-    if heard.reasoning:
-        fields = " and ".join(f"delta.{field}" for field in heard.reasoning)
-        return f"reasoning in {fields}" + (", the answer in delta.content" if heard.content else "")
-    if heard.raw:
+def _where(transcript: Transcript, parser: str | None) -> str:
+    if transcript.reasoning:
+        fields = " and ".join(f"delta.{field}" for field in transcript.reasoning)
+        return f"reasoning in {fields}" + (", the answer in delta.content" if transcript.content else "")
+    if transcript.raw:
         return f"reasoning in delta.content, marked, as --reasoning-parser {parser} has it"
     return "no reasoning in this model's stream"
 
