@@ -23,7 +23,7 @@ from sparkinstall.cluster import ssh
 from sparkinstall.cluster.orchestrate import Barrier, Cluster, ClusterOptions, is_due, members
 from sparkinstall.cluster.protocol import Status, Uninstalled
 from sparkinstall.cluster.remote import RemoteNode
-from sparkinstall.cluster.uploads import carried
+from sparkinstall.cluster.uploads import uploads
 from sparkinstall.config import Config
 from sparkinstall.core import catalogue
 from sparkinstall.errors import BadUsage
@@ -85,7 +85,7 @@ def _cluster(words: list[str], wanted: ClusterOptions, verbose: bool) -> Answer:
     if verb != "verify" and wanted.of_verify:
         option = wanted.of_verify[0]
         raise BadUsage(f"{option} is for `cluster verify`", hint=f"sparkinstall cluster verify {option} ... HOST...")
-    with _opened(hosts, wanted, verbose, carries=verb not in ("status", "uninstall")) as opened:
+    with _opened(hosts, wanted, verbose, uploading=verb not in ("status", "uninstall")) as opened:
         return verbs.get(verb, _up)(opened)
 
 
@@ -104,9 +104,9 @@ def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
 
 
 @contextmanager
-def _opened(hosts: list[str], wanted: ClusterOptions, verbose: bool, *, carries: bool) -> Iterator[Cluster]:
-    """The nodes; `carries`: with the files that settings name."""
-    settings, files = carried(wanted.settings) if carries else (wanted.settings, ())
+def _opened(hosts: list[str], wanted: ClusterOptions, verbose: bool, *, uploading: bool) -> Iterator[Cluster]:
+    """The nodes; `uploading`: with the files that settings name."""
+    settings, files = uploads(wanted.settings) if uploading else (wanted.settings, ())
     catalogue.require_known(wanted.only + wanted.skip, [step.name for step in catalogue.STEPS], "step")
     with ssh.sockets() as sockets:
         found = members(hosts, wanted.config)

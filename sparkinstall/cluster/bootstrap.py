@@ -1,4 +1,4 @@
-"""The tool itself, brought to a node: the same sources there as here, installed by the same script."""
+"""sparkinstall installs itself on a node: the same sources there as here, by the same install.sh."""
 
 import hashlib
 import io
@@ -23,17 +23,17 @@ from sparkinstall.system.local import LocalReader
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DIGESTED = ("templates", "patches", "knowledge", "pyproject.toml", "requirements.lock")
 _BESIDE = ("install.sh", "README.md", "LICENSE")
-CARRIED = ".local/share/sparkinstall/carried"
-"""Below the home of the user on the node: what settings name; a folder in it by the name of a digest is whole."""
+UPLOADS = ".local/share/sparkinstall/uploads"
+"""Folder below the home on the node for files that settings name: one complete folder per digest."""
 
 _WHOLE = ".whole"
 _one_at_a_time = threading.Lock()
 MISSING = 90
-"""The remote shell's exit code where there is no tool of this very version; its stdout then says what is there."""
+"""Exit code of the remote shell where sparkinstall of exactly this version is missing; stdout describes the node."""
 LACKING = 91
-"""The remote shell's exit code where the files that settings name were not carried yet."""
+"""Exit code of the remote shell where an upload is missing."""
 
-# Every command line of `cluster` begins with it. $1 is the digest of the tool that is wanted, or `any`.
+# Every command line of `cluster` begins with this. $1 is the digest of the wanted version, or `any`.
 _BEGIN = """\
 home=${XDG_DATA_HOME:-$HOME/.local/share}/sparkinstall
 tool=$home/tool/bin/sparkinstall
@@ -43,7 +43,7 @@ made=
 """
 _RUN = f"""\
 if [ "$made" = "$1" ] && [ -x "$tool" ]; then
-    for each in $2; do [ -e "$HOME/{CARRIED}/$each/{_WHOLE}" ] || exit {LACKING}; done
+    for each in $2; do [ -e "$HOME/{UPLOADS}/$each/{_WHOLE}" ] || exit {LACKING}; done
     shift 2
     exec "$tool" "$@"
 fi
@@ -59,7 +59,7 @@ glibc=$(getconf GNU_LIBC_VERSION 2>/dev/null)
 printf '%s %s %s\\n' "$(uname -m)" "${{version:-none}}" "${{glibc##* }}"
 exit {MISSING}
 """
-# A folder that is there is whole: it appears by one rename.
+# An existing folder is complete: it appears by one rename.
 _INTO = f"""\
 mkdir -p "${{into%/*}}" && new=$(mktemp -d "$into.XXXXXX") || exit 1
 if tar -xf - -C "$new" && [ -e "$new/{_WHOLE}" ]; then
@@ -85,45 +85,45 @@ sh "$into/install.sh" --tool-only </dev/null >&2
 
 
 class Place(Struct, frozen=True):
-    """What a node said of itself when it had no tool of ours: `python` is None where there is none new enough."""
+    """What a node without sparkinstall reports of itself. `python` is None where no version is new enough."""
 
     machine: str
     python: str | None
     glibc: str
 
 
-def place(said: str) -> Place | None:
-    """The answer of a remote shell that ended with `MISSING`."""
-    words = (said.strip().splitlines() or [""])[-1].split()
+def place(out: str) -> Place | None:
+    """The place that a remote shell printed before it exited with `MISSING`; None: it printed none."""
+    words = (out.strip().splitlines() or [""])[-1].split()
     if len(words) < 2:
         return None
     return Place(words[0], None if words[1] == "none" else words[1], words[2] if len(words) > 2 else "2.17")
 
 
 def run_line() -> str:
-    """The shell's script that runs the tool of the digest in $1 with the words from $3 on.
+    """Shell script that runs sparkinstall of the digest in $1 with the arguments from $3 on.
 
-    It ends with `MISSING` where there is none, and with `LACKING` where one of the digests in $2 was not carried.
+    It exits with `MISSING` where that version is missing, and with `LACKING` where an upload named in $2 is missing.
     """
     return _BEGIN + _RUN + _TELL
 
 
 def unpack_line() -> str:
-    """The shell's script that takes the tool from stdin and installs it; $1 is its digest."""
+    """Shell script that unpacks sparkinstall from stdin and installs it; $1 is its digest."""
     return _BEGIN + _UNPACK + _INSTALL
 
 
-def unpack_carried_line() -> str:
-    """The shell's script that takes what was carried from stdin; $1 is its digest."""
-    return f"into=$HOME/{CARRIED}/$1\n{_INTO}"
+def unpack_upload_line() -> str:
+    """Shell script that unpacks an upload from stdin; $1 is its digest."""
+    return f"into=$HOME/{UPLOADS}/$1\n{_INTO}"
 
 
 @lru_cache(maxsize=1)
 def sources() -> dict[str, Path]:
-    """Every file that a node needs to make the tool, by its path in the checkout.
+    """Every file that a node needs to install sparkinstall, by its path in the checkout.
 
     Raises:
-        Problem: this installation does not carry them.
+        Problem: this installation lacks one.
     """
     try:
         found = dict(_beneath("sparkinstall", _PACKAGE))
@@ -131,7 +131,7 @@ def sources() -> dict[str, Path]:
             found.update(_beneath(name, asset(name)))
     except FileNotFoundError as error:
         raise Problem(
-            f"this installation of sparkinstall cannot be brought to other nodes: {error}",
+            f"this installation of sparkinstall cannot be copied to other nodes: {error}",
             hint="reinstall it with ./install.sh from a checkout",
         ) from error
     return found
@@ -150,24 +150,24 @@ def _beneath(name: str, path: Path) -> Iterator[tuple[str, Path]]:
 
 @lru_cache(maxsize=1)
 def digest() -> str:
-    """The tool's digest, as `digest_of_checkout` of install.sh makes it."""
+    """The digest of this version, computed like `digest_of_checkout` in install.sh."""
     return digest_of({name: path.read_bytes() for name, path in sources().items() if name not in _BESIDE})
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
-    """The sha256 of what `sha256sum` says of the files, sorted."""
+    """The sha256 of the sorted output of `sha256sum` for the files."""
     lines = sorted(f"{hashlib.sha256(content).hexdigest()}  {name}\n".encode() for name, content in files.items())
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
 def archive(wheelhouse: Path | None) -> bytes:
-    """The sources, and the wheels that the tool needs, as one tar."""
+    """The sources, and the wheels of the locked requirements, as one tar."""
     wheels = {f"wheelhouse/{path.name}": path for path in sorted(wheelhouse.iterdir())} if wheelhouse else {}
     return packed({name: path.read_bytes() for name, path in {**sources(), **wheels}.items()})
 
 
 def packed(files: Mapping[str, bytes]) -> bytes:
-    """The files as one tar; its last member shows that nothing was cut off."""
+    """The files as one tar; its last member proves that the tar is complete."""
     packed, now = io.BytesIO(), int(time.time())
     with tarfile.open(fileobj=packed, mode="w") as tar:
         for name, content in {**files, _WHOLE: b""}.items():
@@ -178,11 +178,11 @@ def packed(files: Mapping[str, bytes]) -> bytes:
 
 
 def wheelhouse(of: Place) -> Path | None:
-    """A folder with the wheels of the tool's lock for such a node, kept in the cache; None: they cannot be had here."""
+    """A folder in the cache with the wheels of requirements.lock for such a node; None: the download failed."""
     lock = sources()["requirements.lock"]
     key = hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
     folder = user_cache() / "wheelhouse" / f"{key}-{of.python}-{of.machine}"
-    # Nodes are served side by side, and most of them want the same wheels.
+    # Nodes are served in parallel, and most of them need the same wheels.
     with _one_at_a_time:
         if folder.is_dir():
             return folder
@@ -214,9 +214,9 @@ def _pip() -> list[str]:
 
 
 def _tags(of: Place) -> list[str]:
-    """The wheels' names for the platform, the newest glibc first."""
-    said = re.match(r"2\.([0-9]{1,3})", of.glibc)
-    minor = int(said[1]) if said else 17
+    """Platform tags of wheels that run on the node, the newest glibc first."""
+    version = re.match(r"2\.([0-9]{1,3})", of.glibc)
+    minor = int(version[1]) if version else 17
     modern = [f"manylinux_2_{each}_{of.machine}" for each in range(minor, 16, -1)]
     old = ["manylinux2014", "manylinux2010", "manylinux1"]
     return [*modern, *(f"{each}_{of.machine}" for each in old), f"linux_{of.machine}"]

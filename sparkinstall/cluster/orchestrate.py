@@ -1,8 +1,10 @@
-"""Several nodes, phase by phase: each phase runs on all nodes in parallel, and ends with a barrier."""
+"""Several nodes, phase by phase: each phase runs on its nodes in parallel and ends with a barrier."""
 
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -83,7 +85,7 @@ class Started(Struct, frozen=True):
 
 
 class Line(Struct, frozen=True):
-    """One line that a node said."""
+    """A line that a node wrote to stderr."""
 
     host: str
     phase: str
@@ -91,7 +93,7 @@ class Line(Struct, frozen=True):
 
 
 class Done(Struct, frozen=True):
-    """What became of a phase on one node: its verb's message, if it gave one. `seconds` is wall time."""
+    """The outcome of a phase on one node; `data` is the reply of its verb. `seconds` is wall time."""
 
     host: str
     phase: str
@@ -132,8 +134,8 @@ def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:
     """The hosts as nodes: the first is the head, the others are the workers in their order.
 
     Raises:
-        BadUsage: a host is named twice or cannot be one, or the subnet has no more addresses.
-        BadConfig: the addresses cannot be a cluster's.
+        BadUsage: a host is named twice or cannot be one, or the subnet has too few addresses.
+        BadConfig: the addresses or ports of the config cannot be a cluster's.
     """
     for host in hosts:
         if hosts.count(host) > 1:
@@ -152,9 +154,7 @@ def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:
 
 
 def _workers(config: Config, count: int) -> tuple[str, ...]:
-    """The workers' addresses; those that the config does not name follow the highest that it does."""
-    from ipaddress import IPv4Address, IPv4Interface
-
+    """The workers' addresses: those of the config, then the ones that follow the highest of them."""
     known = config.cluster.workers[:count]
     named = [IPv4Address(each) for each in (config.cluster.head, *known)]
     link = IPv4Interface(f"{config.cluster.head}/{config.network.prefix_length}").network
@@ -162,19 +162,19 @@ def _workers(config: Config, count: int) -> tuple[str, ...]:
     if further and further[-1] >= link.broadcast_address:
         raise BadUsage(
             f"{link} has no more addresses after {max(named)} for {len(further)} further nodes",
-            hint="name all of them with `cluster.workers`",
+            hint="name all of them in `cluster.workers`",
         )
     return (*known, *(str(each) for each in further))
 
 
 class Barrier(Problem):
-    """Some nodes failed, so none goes on."""
+    """A node failed, so all stop."""
 
 
 class Cluster(Struct):
-    """The nodes of one command line; the head is the first. `done` is what each phase came to, in order.
+    """The nodes of one command line, the head first. `done`: the outcome of each phase and node, in order.
 
-    `pause` puts away what `tell` shows, so that something else can be said.
+    `tell` is called with every event. `pause` closes the live view, so that something else can be printed.
     """
 
     nodes: Sequence[RemoteNode]
@@ -188,7 +188,7 @@ class Cluster(Struct):
         return any(each.outcome == "failed" for each in self.done)
 
     def of(self, node: RemoteNode) -> list[Done]:
-        """What became of each phase on this node."""
+        """The outcome of each phase on this node."""
         return [each for each in self.done if each.host == node.host]
 
     def replies(self, phase: str, message: type[_Message]) -> list[tuple[Done, _Message]]:
@@ -196,10 +196,10 @@ class Cluster(Struct):
         ended = [each for each in self.done if each.phase == phase]
         return [(each, each.data if isinstance(each.data, message) else message()) for each in ended]
 
-    # --- what is said to a node
+    # --- requests
 
     def words(self, node: RemoteNode) -> list[str]:
-        """The settings that make this node what it is, as options."""
+        """The settings of this node, as options."""
         mine: dict[str, Any] = {**self.options.settings, "cluster.role": node.member.role}
         if node.member.role != "single":
             mine["cluster.head"] = self.nodes[0].member.address
@@ -221,12 +221,16 @@ class Cluster(Struct):
     # --- the phases
 
     def look(self) -> None:
-        """Bring the tool, and learn how every node stands; nothing but the tool is touched."""
+        """Install sparkinstall where it is missing, and read the state of every node; nothing else is changed."""
         self._at_once("look", self.nodes, self._look)
         self._require_known_checks()
 
     def require_ready(self) -> None:
-        """Raises Barrier where a node could not be asked, or cannot be set up; that is said of all of them."""
+        """Report every node that gave no reply or cannot be set up.
+
+        Raises:
+            Barrier: there is such a node.
+        """
         for node in self.nodes:
             self._judge(node)
         self._barrier()
@@ -243,8 +247,8 @@ class Cluster(Struct):
             catalogue.require_known(self.options.ignore, known, "check")
 
     def _judge(self, node: RemoteNode) -> None:
-        """Say of a node that could be asked why it cannot be set up."""
-        problems = [*_unready(node, self.options.ignore), *_in_the_way(node)]
+        """Report why a node that replied cannot be set up."""
+        problems = [*_unready(node, self.options.ignore), *_conflicts(node)]
         if problems and node.look:
             at = next(n for n, each in enumerate(self.done) if each.host == node.host and each.phase == "look")
             before = self.done[at]
@@ -252,7 +256,7 @@ class Cluster(Struct):
             self.tell(self.done[at])
 
     def up(self) -> None:
-        """Everything that `look` found missing, with a barrier after each phase, and then the proof.
+        """Apply everything that `look` found missing, with a barrier after each phase; then verify.
 
         Raises:
             Barrier: a node failed; the others stopped at the same barrier.
@@ -276,12 +280,12 @@ class Cluster(Struct):
         return {"all": self.nodes, "head": self.nodes[:1], "workers": self.nodes[1:]}[whom]
 
     def _steps(self, node: RemoteNode, phase: Phase) -> list[str]:
-        """Those steps of the phase that this node has and that were chosen."""
+        """The chosen steps of the phase that this node has."""
         there = {each.step for each in node.look.steps}
         return [step for step in phase.steps if step in there]
 
     def _is_due(self, node: RemoteNode, phase: Phase) -> bool:
-        """What an earlier phase has changed may have undone what the look had found."""
+        """Whether the phase has work there. What an earlier phase changed may have outdated what `look` found."""
         if node.changed or (phase.services and node.look.unproven):
             return True
         if phase.token and node.look.token != self.nodes[0].look.token:
@@ -302,10 +306,10 @@ class Cluster(Struct):
             self._confirm(due)
 
     def _copy(self, due: Sequence[RemoteNode]) -> None:
-        """What the head has downloaded and built goes into the caches of those that would do the same again."""
-        lacking = {node.host: [s for s in self._drifted(node) if s in artifacts.STEPS] for node in due}
-        steps = [step for step in artifacts.STEPS if any(step in each for each in lacking.values())]
-        workers = [node for node in due if lacking[node.host]]
+        """Copy the head's artifacts into the caches of the nodes that would download and build the same."""
+        missing = {node.host: [s for s in self._drifted(node) if s in artifacts.STEPS] for node in due}
+        steps = [step for step in artifacts.STEPS if any(step in each for each in missing.values())]
+        workers = [node for node in due if missing[node.host]]
         if workers:
             head = self.nodes[0]
             self._at_once("copy", [head, *workers], Handover(head, workers, steps, self.words).work)
@@ -314,9 +318,9 @@ class Cluster(Struct):
         return [each.name for each in node.look.reports if is_due(each)]
 
     def _confirm(self, due: Sequence[RemoteNode]) -> None:
-        """Keep the new network only when each node was reached over a new connection and over the link."""
+        """Keep the new network only after each node was reached over a new connection and over the link."""
         self._at_once("reach", due, self._reach)
-        # Without a confirmation the nodes roll back by themselves.
+        # Without a confirmation the nodes roll the network back.
         self._barrier()
         self._at_once("confirm", due, lambda node, on_line: node.call(Confirmed, "node", "confirm", on_line=on_line))
 
@@ -325,7 +329,11 @@ class Cluster(Struct):
         return node.call(Reached, "node", "reach", *others, *self.words(node), on_line=on_line, new_connection=True)
 
     def _require_same(self) -> None:
-        """Raises Barrier where Python, vLLM, torch, Ray or NCCL are not the same on all nodes."""
+        """Compare Python, vLLM, torch, Ray and NCCL of all nodes.
+
+        Raises:
+            Barrier: they differ.
+        """
         stale = [node for node in self.nodes if node.changed]
         if stale:
             self._at_once("compare", stale, self._look)
@@ -339,7 +347,7 @@ class Cluster(Struct):
             self._barrier()
 
     def _token(self) -> str:
-        """The head's Ray token, which goes from its stdout to the workers' stdin and nowhere else."""
+        """The head's Ray token, which is passed from its stdout to the workers' stdin and nowhere else."""
         if self.nodes[0].look.executor != "ray":
             return ""
         found = Token()
@@ -356,7 +364,7 @@ class Cluster(Struct):
         return found.token
 
     def verify(self) -> None:
-        """Every check and every probe, on every node."""
+        """Run every check and every probe on every node."""
         self._at_once("verify", self.nodes, self._verify)
 
     def _verify(self, node: RemoteNode, on_line: OnLine) -> Reply[Verified]:
@@ -407,11 +415,11 @@ class Cluster(Struct):
         return Between(hosts, kind, finding, time.monotonic() - started, one.result)
 
     def fail(self, host: str, phase: str, problem: Problem) -> None:
-        """Note what is wrong though the node itself has not said so."""
+        """Record a failure that the node itself did not report."""
         self.done.append(Done(host, phase, "failed", problems=(problem,)))
 
     def status(self) -> None:
-        """What is installed where."""
+        """Ask every node what is installed."""
         self._at_once("status", self.nodes, lambda node, on_line: _as_it_is(node, on_line, Status, "status"))
 
     def uninstall(self) -> None:
@@ -426,11 +434,9 @@ class Cluster(Struct):
             )
             self._barrier()
 
-    # --- side by side
+    # --- in parallel
 
     def _at_once(self, phase: str, nodes: Sequence[RemoteNode], work: Work) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
         stop = threading.Event()
         if not nodes:
             return
@@ -483,7 +489,7 @@ def _judged(node: RemoteNode, phase: str, work: Work, on_line: OnLine, started: 
         return Done(node.host, phase, "failed", time.monotonic() - started, problems=(problem,))
     seconds = time.monotonic() - started
     if reply.problems or reply.code:
-        problems = reply.problems or (Problem(f"`{phase}` ended with {reply.code} and did not say why"),)
+        problems = reply.problems or (Problem(f"`{phase}` exited with {reply.code} without a message"),)
         return Done(node.host, phase, "failed", seconds, reply.data, problems)
     changed = isinstance(reply.data, Applied | Fetched) and reply.data.changed
     return Done(node.host, phase, "changed" if changed else "unchanged", seconds, reply.data)
@@ -495,7 +501,7 @@ def is_due(report: StepReport) -> bool:
 
 
 def _unready(node: RemoteNode, ignored: Sequence[str]) -> list[Problem]:
-    """The failed checks of a node; where nothing is to be applied, none of them counts."""
+    """The failed checks of a node; none counts where nothing is to be applied."""
     if not any(map(is_due, node.look.reports)):
         return []
     bad = [c for c in node.look.results if c.finding.verdict == "fail" and c.probe.name not in ignored]
@@ -516,17 +522,17 @@ def _hint(node: RemoteNode, check: str, hint: str) -> str:
     )
 
 
-def _in_the_way(node: RemoteNode) -> list[Problem]:
-    """What will block a phase, reported before hours are spent on the others.
+def _conflicts(node: RemoteNode) -> list[Problem]:
+    """What would stop a phase, reported before hours are spent on the others.
 
-    The services are left out: those of the workers wait for the head.
+    Services are left out: those of the workers wait for the head.
     """
     early = {step for phase in PHASES if not phase.services for step in phase.steps}
     problems = []
     for report in node.look.reports:
         if report.name not in early:
             continue
-        # A password for sudo is a check of its own, and reported there.
+        # A missing password for sudo is reported by its own check.
         if report.problem and report.problem.code != "sudo":
             problems.append(report.problem)
         states = (each.state for each in report.checked)
@@ -542,5 +548,5 @@ def _not_proven(verified: Verified) -> Problem:
         f"drift: {', '.join(parts) or 'verify failed'}",
         cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in probes),
         hint="; ".join(dict.fromkeys(each.finding.hint for each in probes if each.finding.hint))
-        or "`sparkinstall plan` there shows more",
+        or "`sparkinstall plan` on that node shows more",
     )

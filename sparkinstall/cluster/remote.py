@@ -11,7 +11,7 @@ from msgspec import Struct, field
 from sparkinstall.cluster import bootstrap, protocol
 from sparkinstall.cluster.protocol import Reply
 from sparkinstall.cluster.ssh import Ssh, quoted
-from sparkinstall.cluster.uploads import Carried
+from sparkinstall.cluster.uploads import Upload
 from sparkinstall.errors import PreflightFailed, Problem
 from sparkinstall.redaction import redact
 from sparkinstall.system import Result, processes
@@ -71,14 +71,14 @@ class NoTool(Problem):
 class RemoteNode(Struct):
     """A node and what is known of it.
 
-    `carried`: files of this machine that settings name and the node needs. `brought`: this run installed sparkinstall
-    there. `changed`: a phase of this run changed something there.
+    `uploads`: files of this machine that settings name. `brought`: this run installed sparkinstall there. `changed`: a
+    phase of this run changed something there.
     """
 
     member: Member
     ssh: Ssh
     verbose: bool = False
-    carried: tuple[Carried, ...] = ()
+    uploads: tuple[Upload, ...] = ()
     brought: bool = False
     changed: bool = False
     look: protocol.Look = field(default_factory=protocol.Look)
@@ -119,14 +119,14 @@ class RemoteNode(Struct):
             self._bring(result.out, on_line)
             result = self._run(preface, on_line, new_connection, bring)
         if result.code == bootstrap.LACKING:
-            for each in self.carried:
-                self._carry(each, on_line)
+            for each in self.uploads:
+                self._upload(each, on_line)
             result = self._run(preface, on_line, new_connection, bring)
         return self._decoded(result, message)
 
     def _run(self, preface: bytes, on_line: OnLine, new_connection: bool, bring: bool) -> Result:
         wanted = bootstrap.digest() if bring else "any"
-        needed = " ".join(each.digest for each in self.carried)
+        needed = " ".join(each.digest for each in self.uploads)
         command = quoted("sh", "-c", bootstrap.run_line(), "sparkinstall", wanted, needed, "node", "attend")
         return self.ssh.run(command, stdin=preface, keep_open=True, on_line=on_line, new_connection=new_connection)
 
@@ -145,10 +145,10 @@ class RemoteNode(Struct):
             raise _not_installed(self.host, result)
         self.brought = True
 
-    def _carry(self, carried: Carried, on_line: OnLine) -> None:
-        on_line(f"copying {', '.join(carried.files)} to the node")
-        command = quoted("sh", "-c", bootstrap.unpack_carried_line(), "sparkinstall", carried.digest)
-        result = self.ssh.run(command, stdin=bootstrap.packed(carried.files), on_line=on_line)
+    def _upload(self, upload: Upload, on_line: OnLine) -> None:
+        on_line(f"copying {', '.join(upload.files)} to the node")
+        command = quoted("sh", "-c", bootstrap.unpack_upload_line(), "sparkinstall", upload.digest)
+        result = self.ssh.run(command, stdin=bootstrap.packed(upload.files), on_line=on_line)
         if not result.ok:
             output = [line for line in result.err.splitlines() if line.strip()][-6:]
             raise Problem(

@@ -1,4 +1,4 @@
-"""Another machine over the user's own OpenSSH: its keys, agent, config and jump hosts, as they stand."""
+"""Another machine over the user's own OpenSSH, with its keys, agent, config and jump hosts."""
 
 import os
 import re
@@ -20,8 +20,8 @@ from sparkinstall.system import Result, processes
 if TYPE_CHECKING:
     from sparkinstall.system.processes import Process
 
-# Nobody is there to answer a question, and a node that is gone is noticed within a minute.
-# A RemoteCommand of the user's config would stand in the way of ours.
+# Nobody can answer a question; a node that is gone is noticed within a minute.
+# A RemoteCommand in the user's config would conflict with ours.
 _OPTIONS = (
     "BatchMode=yes",
     "RemoteCommand=none",
@@ -29,16 +29,16 @@ _OPTIONS = (
     "ServerAliveInterval=10",
     "ServerAliveCountMax=4",
 )
-# ssh names a socket %C (40 characters) and 17 more while it is made; the kernel takes 107 in all.
+# The path of a socket is %C (40 characters), and 17 more while ssh creates it; the kernel allows 107 in all.
 _LONGEST_FOLDER = 48
 _FAILED = 255
 _TAIL = 40
 
 
 class Ssh(Struct):
-    """One host, as the user would write it after `ssh`. `trips` counts the commands that went there.
+    """One host, as the user would write it after `ssh`. `trips` counts the commands that ran there.
 
-    `sockets` is a private folder (a real path) for the connection that all commands share; None: each has its own.
+    `sockets` is a private folder (a real path) for the connection that all commands share; None: one per command.
     """
 
     host: str
@@ -55,13 +55,13 @@ class Ssh(Struct):
         on_line: Callable[[str], None] = lambda _: None,
         new_connection: bool = False,
     ) -> Result:
-        """Run a command line of the remote shell; its stdout is in the result, its stderr is told line by line too.
+        """Run a command line in the remote shell.
 
         Args:
-            stdin: given to it first.
-            keep_open: do not close its stdin then, so that it can tell when this end is gone.
-            on_line: is given each line of stderr.
-            new_connection: over a connection of its own, which shows that the host can still be reached.
+            stdin: what to write to its stdin first.
+            keep_open: do not close its stdin then, so that it notices when this end is gone.
+            on_line: called with each line of stderr.
+            new_connection: use a new connection, which proves that the host can still be reached.
 
         Raises:
             Unreachable: ssh could not connect, or the connection was lost.
@@ -72,7 +72,7 @@ class Ssh(Struct):
             argv, self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         if process is None:
-            raise Unreachable("there is no ssh here", hint="install it: `sudo apt-get install openssh-client`")
+            raise Unreachable("ssh is not installed here", hint="install it: `sudo apt-get install openssh-client`")
         code, out, err = _conversation(process, stdin, keep_open, on_line)
         processes.refuse_if_stopped()
         if code == _FAILED or code < 0:
@@ -87,14 +87,14 @@ class Ssh(Struct):
         return ["-T", *(word for option in chosen for word in ("-o", option))]
 
     def close(self) -> None:
-        """End the shared connection; there is none: fine."""
+        """End the shared connection, if there is one."""
         if self.sockets is None or not any(self.sockets.iterdir()):
             return
         try:
             path = f"ControlPath={self.sockets}/%C"
             processes.answer(("ssh", "-o", path, "-O", "exit", "--", self.host), self.environment, 5)
         except Interrupted:
-            # After Ctrl-C no program is started any more; the connection ends by itself in a minute.
+            # After Ctrl-C no program is started; the connection ends by itself in a minute.
             pass
 
 
@@ -110,7 +110,7 @@ def sockets() -> Iterator[Path]:
 
 
 def quoted(*argv: str) -> str:
-    """The words as the remote shell has to be given them."""
+    """The words as one command line for the remote shell."""
     return shlex.join(argv)
 
 
@@ -129,7 +129,7 @@ def _conversation(
         for each in readers:
             each.start()
         code = process.wait()
-        # Whoever still holds the other end of these pipes is not the command: it has ended.
+        # The command has ended: a process that still holds the other end of these pipes is not waited for.
         readers[1].join()
         readers[0].join(timeout=2)
         return code, b"".join(out), "\n".join(said[-_TAIL:])
@@ -156,7 +156,7 @@ def _tell(to: IO[bytes], stdin: bytes, keep_open: bool) -> None:
         if not keep_open:
             to.close()
     except (OSError, ValueError):
-        # It ended before it had read everything: its exit code says what there is to say.
+        # The command ended before it had read everything: its exit code tells the rest.
         pass
 
 
@@ -168,23 +168,81 @@ def _listen(stream: IO[bytes], said: list[str], on_line: Callable[[str], None]) 
         on_line(line)
 
 
+class _Failure(Struct, frozen=True):
+    """What ssh prints when it fails, and what a user is told. `{host}` is as given, `{name}` its bare name.
+
+    `quoted`: the line with the sign is the cause.
+    """
+
+    signs: tuple[str, ...]
+    message: str
+    hint: str
+    quoted: bool = False
+
+
 _OFFENDING = re.compile(r"Offending \S+ key in (\S+)")
-_LOST = ("Timeout, server", "Broken pipe", "Connection reset", "closed by remote host", "Connection to ", "closed by")
+_CHANGED_KEY = _Failure(
+    ("REMOTE HOST IDENTIFICATION HAS CHANGED",),
+    "the host key of {host} has changed",
+    "compare the fingerprint at the node itself (`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`); "
+    "only if it is the node's new key, remove the old one (`ssh-keygen -R {name}`) and connect once by hand",
+)
+_LOST = _Failure(
+    ("Timeout, server", "Broken pipe", "Connection reset", "closed by remote host", "Connection to ", "closed by"),
+    "the connection to {host} was lost: the node or its network went down",
+    "when the node answers again, run the same command again: it resumes; "
+    "the node itself rolls back a network change that was not confirmed",
+    quoted=True,
+)
+_FAILURES = (
+    _Failure(
+        ("Host key verification failed",),
+        "the host key of {host} is unknown here",
+        "connect once by hand (`ssh {host}`), compare the fingerprint, and accept it",
+    ),
+    _Failure(
+        ("Permission denied", "Too many authentication failures"),
+        "{host} refuses your login",
+        "`ssh {host} true` must work without a question: copy your key there (`ssh-copy-id {host}`), "
+        "and add a key with a passphrase to your agent (`ssh-add`)",
+        quoted=True,
+    ),
+    _Failure(
+        ("Could not resolve hostname",),
+        "the name of host {name} could not be resolved",
+        "check the spelling, or give it an address or a `Host` entry in ~/.ssh/config",
+    ),
+    _Failure(
+        ("Connection refused",),
+        "{host} is up, but refuses ssh connections",
+        "start sshd at the node: `sudo systemctl enable --now ssh`",
+    ),
+    _Failure(
+        ("timed out", "No route to host", "Network is unreachable", "Host is down"),
+        "{host} does not answer",
+        "check that it is switched on and on this network (`ping`)",
+    ),
+    _LOST,
+)
 
 
 def explained(host: str, said: str, connected: bool = False) -> Unreachable:
-    """What ssh said, in words a person can act on.
+    """What ssh printed, as an error with a hint.
 
-    `connected`: there was a connection before; where commands share one, it dies without a word.
+    `connected`: there was a connection before; a shared one ends without any message.
     """
     lines = [line for line in said.splitlines() if line.strip()]
-    # What the remote program had said before is in there too: ssh's own words come last.
-    own = "\n".join(lines[-4:])
-    for signs, words in _WORDS:
-        if any(sign in (said if words is _changed_key else own) for sign in signs):
-            return words(host, said)
+    if _CHANGED_KEY.signs[0] in said:
+        place = _OFFENDING.search(said)
+        where = f"the line {place[1]}" if place else "a line of your known_hosts file"
+        cause = f"{where} holds its former key: the node was reinstalled, or another machine answers for it"
+        return _unreachable(_CHANGED_KEY, host, cause)
+    # The output of the remote program is in there too: ssh's own messages come last.
+    for failure in _FAILURES:
+        if quote := next((line for line in lines[:-5:-1] if any(sign in line for sign in failure.signs)), ""):
+            return _unreachable(failure, host, quote.strip() if failure.quoted else "")
     if connected:
-        return _cut(host, "")
+        return _unreachable(_LOST, host, "")
     return Unreachable(
         f"ssh to {host} failed: {lines[-1] if lines else 'it gave no reason'}",
         hint=f"`ssh {host} true` shows it; when that works, run the same command again",
@@ -192,79 +250,6 @@ def explained(host: str, said: str, connected: bool = False) -> Unreachable:
     )
 
 
-def _changed_key(host: str, said: str) -> Unreachable:
-    place = _OFFENDING.search(said)
-    where = f"the line {place[1]}" if place else "a line of your known_hosts file"
-    return Unreachable(
-        f"the host key of {host} has changed",
-        cause=f"{where} holds its former key: the node was reinstalled, or another machine answers for it",
-        hint=f"compare the fingerprint at the node itself (`ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub`); "
-        f"only if it is the node's new key, remove the old one (`ssh-keygen -R {_plain(host)}`) "
-        "and connect once by hand",
-    )
-
-
-def _unknown_key(host: str, said: str) -> Unreachable:
-    del said
-    return Unreachable(
-        f"the host key of {host} is not known here yet",
-        hint=f"connect once by hand (`ssh {host}`), compare the fingerprint, and say yes",
-    )
-
-
-def _denied(host: str, said: str) -> Unreachable:
-    line = next((each for each in said.splitlines() if "Permission denied" in each), "")
-    return Unreachable(
-        f"{host} does not let you in",
-        cause=line.strip(),
-        hint=f"`ssh {host} true` must work without a question: bring your key there (`ssh-copy-id {host}`), "
-        "and have a key with a passphrase in your agent (`ssh-add`)",
-    )
-
-
-def _unresolved(host: str, said: str) -> Unreachable:
-    del said
-    return Unreachable(
-        f"there is no host {_plain(host)}: its name could not be resolved",
-        hint="look at the spelling, or give it an address or a `Host` entry in ~/.ssh/config",
-    )
-
-
-def _silent(host: str, said: str) -> Unreachable:
-    del said
-    return Unreachable(
-        f"{host} does not answer", hint="is it switched on, and on this network? `ping` and the address will tell"
-    )
-
-
-def _refused(host: str, said: str) -> Unreachable:
-    del said
-    return Unreachable(
-        f"{host} is there, but nothing answers ssh on it",
-        hint="start it at the node: `sudo systemctl enable --now ssh`",
-    )
-
-
-def _cut(host: str, said: str) -> Unreachable:
-    return Unreachable(
-        f"the connection to {host} was lost: the node or its network went down",
-        cause=next((line.strip() for line in reversed(said.splitlines()) if any(sign in line for sign in _LOST)), ""),
-        hint="when the node answers again, run the same command again: it goes on; "
-        "the node itself rolls back a network change that was not confirmed",
-    )
-
-
-def _plain(host: str) -> str:
-    """The host's name without a user and what belongs to a URL."""
-    return host.removeprefix("ssh://").rpartition("@")[2].split("/")[0]
-
-
-_WORDS: tuple[tuple[tuple[str, ...], Callable[[str, str], Unreachable]], ...] = (
-    (("REMOTE HOST IDENTIFICATION HAS CHANGED",), _changed_key),
-    (("Host key verification failed",), _unknown_key),
-    (("Permission denied", "Too many authentication failures"), _denied),
-    (("Could not resolve hostname",), _unresolved),
-    (("Connection refused",), _refused),
-    (("timed out", "No route to host", "Network is unreachable", "Host is down"), _silent),
-    (_LOST, _cut),
-)
+def _unreachable(failure: _Failure, host: str, cause: str) -> Unreachable:
+    names = {"host": host, "name": host.removeprefix("ssh://").rpartition("@")[2].split("/")[0]}
+    return Unreachable(failure.message.format(**names), cause=cause, hint=failure.hint.format(**names))

@@ -1,4 +1,4 @@
-"""Files of this machine that settings name, carried to the nodes: a stack of one's own, a tarball of NCCL's source."""
+"""Files of this machine that settings name and the nodes need: a custom stack, a tarball of NCCL's source."""
 
 import os.path
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from sparkinstall.cluster import bootstrap
 from sparkinstall.errors import BadConfig
 
 
-class Carried(Struct, frozen=True):
-    """`files` by where they stand below a folder of their own; the first is the one that the setting names."""
+class Upload(Struct, frozen=True):
+    """`files` by their path below the folder of the upload; the first is the one that the setting names."""
 
     files: Mapping[str, bytes]
 
@@ -23,20 +23,20 @@ class Carried(Struct, frozen=True):
 
     @property
     def place(self) -> str:
-        """The path that a node is told."""
-        return f"~/{bootstrap.CARRIED}/{self.digest}/{next(iter(self.files))}"
+        """The path of the first file on a node."""
+        return f"~/{bootstrap.UPLOADS}/{self.digest}/{next(iter(self.files))}"
 
 
-def carried(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[Carried, ...]]:
-    """The settings as nodes are told them, and what has to be there for that.
+def uploads(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[Upload, ...]]:
+    """The settings with paths on the nodes, and the files to copy there.
 
-    A path that leads to nothing here is left as it is: it may be meant for the nodes.
+    A path that does not exist here is not changed: it may be one of the nodes.
 
     Raises:
-        BadConfig: the stack is none, its locks stand elsewhere than beside it, or a file cannot be read.
+        BadConfig: the stack is invalid, its locks are not beside it, or a file cannot be read.
     """
     found = {name: files(settings[name]) for name, files in _KINDS.items() if os.path.isfile(settings.get(name) or "")}
-    some = {name: Carried(files) for name, files in found.items() if files}
+    some = {name: Upload(files) for name, files in found.items() if files}
     return {**settings, **{name: each.place for name, each in some.items()}}, tuple(some.values())
 
 
@@ -53,17 +53,17 @@ def _stack(named: str) -> Mapping[str, bytes]:
 
 
 def _beside(lock: Path, source: Path, own: bytes) -> str:
-    """Where the lock is from the stack's file, by which the stack finds it on the nodes too."""
+    """The lock's path relative to the stack's file, where the stack finds it on the nodes too."""
     if not lock.is_relative_to(source.parent) or ".." in lock.parts or str(lock).encode() in own:
         raise BadConfig(
-            f"the lock {lock} of the stack {source.name} cannot be carried to the nodes",
-            hint="put it beside the stack's YAML file, and name it there without a folder",
+            f"the lock {lock} of the stack {source.name} cannot be copied to the nodes",
+            hint="put it beside the stack's YAML file, and name it without a folder",
         )
     return str(lock.relative_to(source.parent))
 
 
 def _tarball(named: str) -> Mapping[str, bytes]:
-    # Without a folder it is a word, such as `git`, and no path.
+    # Without a folder it is a word such as `git`, not a path.
     return {Path(named).name: _read(Path(named))} if "/" in named else {}
 
 
@@ -71,8 +71,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise BadConfig(f"{error.filename} cannot be carried to the nodes: {error.strerror}") from error
+        raise BadConfig(f"{error.filename} cannot be copied to the nodes: {error.strerror}") from error
 
 
-# A folder as NCCL's source is not carried: a build may stand in it, of gigabytes.
+# A folder of NCCL's source is not copied: it may contain a build of gigabytes.
 _KINDS: Mapping[str, Callable[[str], Mapping[str, bytes]]] = {"stack": _stack, "nccl.source": _tarball}

@@ -14,7 +14,7 @@ import pytest
 from sparkinstall.cluster import bootstrap, drift
 from sparkinstall.cluster.orchestrate import PHASES, members
 from sparkinstall.cluster.ssh import explained
-from sparkinstall.cluster.uploads import carried
+from sparkinstall.cluster.uploads import uploads
 from sparkinstall.config import ClusterConfig, Config, NetworkConfig
 from sparkinstall.core import catalogue
 from sparkinstall.errors import BadConfig, BadUsage, Blocked, NeedsRoot
@@ -179,12 +179,12 @@ def test_two_terminals_carry_at_the_same_time(far: FarNodes) -> None:
 
 def test_what_was_cut_on_its_way_is_carried_again(far: FarNodes) -> None:
     mine = tiny_stack(far.lab / "mine")
-    (what,) = carried({"stack": str(mine)})[1]
+    (what,) = uploads({"stack": str(mine)})[1]
     cut = bootstrap.packed(what.files)[:1536]
     home = {"HOME": str(far.lab / "spark-1"), "PATH": os.environ["PATH"]}
-    unpack = ["sh", "-c", bootstrap.unpack_carried_line(), "sparkinstall", what.digest]
+    unpack = ["sh", "-c", bootstrap.unpack_upload_line(), "sparkinstall", what.digest]
     assert subprocess.run(unpack, input=cut, env=home, check=False, capture_output=True).returncode == 1
-    assert not list((far.lab / "spark-1" / bootstrap.CARRIED).iterdir())
+    assert not list((far.lab / "spark-1" / bootstrap.UPLOADS).iterdir())
     assert far.cluster("plan", "spark-1", "--stack", str(mine))[0] == 0
     assert _carried(far, "spark-1", "stack=").exists()
 
@@ -221,7 +221,7 @@ def test_a_tarball_of_nccls_source_is_carried_and_what_is_not_here_is_not(far: F
     [
         ("lock: tiny.lock", "lock: ../tiny.lock", "put it beside the stack's YAML file"),
         ("lock: tiny.lock", "lock: {mine}/tiny.lock", "put it beside the stack's YAML file"),
-        ("lock: tiny.lock", "lock: gone.lock", "gone.lock cannot be carried to the nodes: No such file or directory"),
+        ("lock: tiny.lock", "lock: gone.lock", "gone.lock cannot be copied to the nodes: No such file or directory"),
         ("name: tiny", "name: [tiny]", "`name` must be letters"),
     ],
 )
@@ -239,12 +239,12 @@ def test_a_stack_that_cannot_be_carried_is_told_before_anybody_is_asked(
 
 def test_where_it_cannot_be_put_the_node_is_named(far: FarNodes) -> None:
     tiny_stack(far.lab / "mine")
-    (far.lab / "spark-2/.local/share/sparkinstall/carried").write_text("in the way")
+    (far.lab / "spark-2/.local/share/sparkinstall/uploads").write_text("in the way")
     code, said, _ = far.cluster("plan", "spark-1", "spark-2", "--stack", "mine/tiny.yaml")
     assert code == 5
     (error,) = said["errors"]
     assert error["message"] == "files that the settings name could not be copied to spark-2"
-    assert "carried" in error["cause"]
+    assert "uploads" in error["cause"]
 
 
 def test_the_network_is_confirmed_over_a_new_connection_alone(far: FarNodes) -> None:
@@ -418,10 +418,10 @@ def test_uninstall_begins_with_the_workers_and_needs_no_tool(far: FarNodes) -> N
     [
         ("ssh: Could not resolve hostname nix: Name or service not known", "could not be resolved"),
         ("ssh: connect to host a port 22: Connection timed out", "does not answer"),
-        ("ssh: connect to host a port 22: Connection refused", "nothing answers ssh"),
-        ("spark@a: Permission denied (publickey).", "does not let you in"),
+        ("ssh: connect to host a port 22: Connection refused", "refuses ssh connections"),
+        ("spark@a: Permission denied (publickey).", "refuses your login"),
         ("No ED25519 host key is known for a and you have requested strict checking.\nHost key verification failed.",
-         "not known here yet"),
+         "unknown here"),
         ("Timeout, server a not responding.", "was lost"),
         ("Connection to a closed by remote host.", "was lost"),
         ("client_loop: send disconnect: Broken pipe", "was lost"),
