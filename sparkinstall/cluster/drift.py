@@ -12,11 +12,12 @@ from msgspec import Struct
 from sparkinstall import elf
 from sparkinstall.errors import Blocked, Problem
 from sparkinstall.facts import card, machine, network, qsfp
-from sparkinstall.facts.decisions import recorded
+from sparkinstall.facts.decisions import Fp8Fallback, VenvStamp, recorded
 from sparkinstall.facts.env_file import assignments
 from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.qsfp import Port
 from sparkinstall.node import Node, nccl_library, site_packages
+from sparkinstall.resources.nccl import Stamp
 from sparkinstall.resources.transport import Transport
 from sparkinstall.resources.venv import installed
 from sparkinstall.steps.fp8 import cutlass_patch
@@ -84,7 +85,8 @@ def comparables(node: Node, on: Reader) -> dict[str, str]:
 
 
 def _of_lock(node: Node, on: Reader) -> dict[str, str]:
-    return {"lock": str(recorded(on, node.venv_stamp).get("lock", ""))[:12]}
+    stamp = recorded(on, node.venv_stamp, VenvStamp)
+    return {"lock": stamp.lock[:12]} if stamp else {}
 
 
 def _of_files(node: Node, on: Reader) -> dict[str, str]:
@@ -118,8 +120,8 @@ def _digest(content: bytes) -> str:
 
 
 def _of_fp8(node: Node, on: Reader) -> dict[str, str]:
-    decided = recorded(on, node.fp8_decision).get("fallback")
-    return {"fp8": f"fallback {'on' if decided else 'off'}"} if isinstance(decided, bool) else {}
+    decided = recorded(on, node.fp8_decision, Fp8Fallback)
+    return {"fp8": f"fallback {'on' if decided.fallback else 'off'}"} if decided else {}
 
 
 def _of_fp8_file(node: Node, on: Reader) -> dict[str, str]:
@@ -174,8 +176,8 @@ def versions(node: Node, on: Reader) -> dict[str, str]:
 def _nccl(node: Node, on: Reader) -> str | None:
     if node.config.nccl.mode == "source":
         # Not the build-id: two builds of one recipe differ in it.
-        recipe = recorded(on, node.nccl_stamp).get("recipe")
-        return " ".join(str(recipe.get(name)) for name in _DECIDES) if isinstance(recipe, dict) else None
+        stamp = recorded(on, node.nccl_stamp, Stamp)
+        return " ".join(str(getattr(stamp.recipe, name)) for name in _DECIDES) if stamp else None
     path = nccl_library(node, on)
     real = Path(on.real(path)) if path else None
     return elf.build_id(real) if real is not None and real.is_file() else None

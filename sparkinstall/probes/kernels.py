@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from msgspec import Struct
 
 from sparkinstall import fixes
-from sparkinstall.facts.decisions import recorded
+from sparkinstall.facts.decisions import Fp8Fallback, recorded
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped
 from sparkinstall.system import Reader
@@ -122,18 +122,18 @@ def _triton_hint(complaint: str) -> str:
 
 
 def _picked(node: Node, on: Reader, answer: Answer) -> Finding:
-    said, decision = answer.fp8, recorded(on, node.fp8_decision)
+    said, decision = answer.fp8, recorded(on, node.fp8_decision, Fp8Fallback)
     if said.not_asked:
         return skipped(said.not_asked)
-    if "fallback" not in decision:
+    if decision is None:
         return failed("nothing was decided yet", "run `sparkinstall all`")
     if not said.picked:
         return _unasked(said)
     found = ", ".join(f"{name}: {kernel}" for name, kernel in said.picked.items())
     found += f" (for sm_{said.given_arch}; no GPU here)" if said.given_arch else ""
-    if not decision["fallback"]:
+    if not decision.fallback:
         return passed(found)
-    wanted = f"none of vLLM's CUTLASS kernels: {decision['why']}"
+    wanted = f"none of vLLM's CUTLASS kernels: {decision.why}"
     if any(is_cutlass(kernel) for kernel in said.picked.values()):
         return failed(found, "`sparkinstall run fp8 env-files`, and start vLLM with the env file", wanted)
     return passed(found, wanted)

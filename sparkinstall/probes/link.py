@@ -6,7 +6,7 @@ from ipaddress import IPv4Interface
 
 from sparkinstall import fixes
 from sparkinstall.facts import card, ip, qsfp
-from sparkinstall.facts.decisions import recorded
+from sparkinstall.facts.decisions import NcclTransport, recorded
 from sparkinstall.facts.network import HEADERS, at_once, own_addresses, pings, twin_of
 from sparkinstall.facts.qsfp import Interface, Port
 from sparkinstall.facts.sysfs import NET, text_of
@@ -204,10 +204,10 @@ def _facts(on: Reader, port: Port, now: card.Counted) -> str:
 
 
 def _gids(node: Node, on: Reader) -> Finding:
-    transport = recorded(on, node.transport_decision).get("transport")
-    if not transport:
+    decided = recorded(on, node.transport_decision, NcclTransport)
+    if decided is None:
         return skipped("it was not decided yet whether NCCL talks over RoCE: `sparkinstall all` does that")
-    if transport == "socket":
+    if decided.transport == "socket":
         return passed("NCCL talks over sockets on this node, and needs none")
     port = qsfp.port_to_look_at(on, node)
     expected = "each half's RDMA device is ACTIVE and has a RoCE v2 GID for that half's address"

@@ -2,7 +2,6 @@
 
 import mmap
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from msgspec import Struct
 
 from sparkinstall import elf, patches, payloads
 from sparkinstall.errors import CommandFailed
-from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.facts.decisions import Fp8Fallback, as_text, recorded
 from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.vllm import FP8_OPERATOR, extensions
 from sparkinstall.node import Node, site_packages
@@ -34,12 +33,12 @@ class Fp8Decision(Struct, frozen=True):
         about = self.about(on)
         if about is None:
             return Unknown("environment")
-        known = recorded(on, self.node.fp8_decision)
-        if known.get("about") == about and is_whole(known):
-            return Ok(f"fallback {'on' if known['fallback'] else 'off'}: {known['why']}")
+        known = recorded(on, self.node.fp8_decision, Fp8Fallback)
+        if known and known.about == about:
+            return Ok(f"fallback {'on' if known.fallback else 'off'}: {known.why}")
         return Drift(
             "find out whether vLLM's CUTLASS FP8 kernels run here",
-            as_text(known.get("about", {})),
+            as_text(known and known.about),
             as_text(about),
         )
 
@@ -60,14 +59,8 @@ class Fp8Decision(Struct, frozen=True):
 
     def apply(self, on: System) -> None:
         fallback, why, how = self._decide(on)
-        finding = {
-            "about": self.about(on),
-            "fallback": fallback,
-            "why": why,
-            "how": how,
-            "disabled_kernels": list(self.kernels) if fallback else [],
-        }
-        on.write(self.node.fp8_decision, as_text(finding).encode())
+        decision = Fp8Fallback(fallback, why, how, self.kernels if fallback else (), self.about(on) or {})
+        on.write(self.node.fp8_decision, as_text(decision).encode())
 
     def _decide(self, on: System) -> tuple[bool, str, str]:
         asked = self.node.config.fp8.fallback
@@ -103,11 +96,6 @@ class Fp8Decision(Struct, frozen=True):
             f"vLLM's extension carries {', '.join(near) or 'no code'} only, which is not for sm_{arch}",
             "code",
         )
-
-
-def is_whole(decision: Mapping[str, Any]) -> bool:
-    """Whether a recorded decision says what was decided and why; not so where the file was damaged."""
-    return isinstance(decision.get("fallback"), bool) and isinstance(decision.get("why"), str)
 
 
 def loadable(arch: str) -> set[str]:
@@ -156,17 +144,17 @@ class PatchedFile(Struct, frozen=True):
 
     def check(self, on: Reader) -> State:
         path = self._path(on)
-        decision = recorded(on, self.node.fp8_decision)
-        if path is None or "fallback" not in decision:
+        decision = recorded(on, self.node.fp8_decision, Fp8Fallback)
+        if path is None or decision is None:
             return Unknown("environment" if path is None else "fp8-decision")
         now = on.read(path) or b""
         try:
-            wanted = self._wanted(now, decision)
+            wanted = self._wanted(now, decision.fallback)
         except UnknownContent as problem:
             return Conflict(str(problem), hint="reinstall the stack: `sparkinstall run environment --force`")
         if now == wanted:
-            return Ok("patched" if decision["fallback"] else "as it came: CUTLASS runs here")
-        verb = "patch" if decision["fallback"] else "take the patch out of"
+            return Ok("patched" if decision.fallback else "as it came: CUTLASS runs here")
+        verb = "patch" if decision.fallback else "take the patch out of"
         return Drift(f"{verb} {self.patch.target}", now.decode(), wanted.decode())
 
     def _path(self, on: Reader) -> str | None:
@@ -174,14 +162,14 @@ class PatchedFile(Struct, frozen=True):
         path = f"{site}/{self.patch.target}"
         return path if site and on.entry(path) else None
 
-    def _wanted(self, now: bytes, decision: Mapping[str, Any]) -> bytes:
+    def _wanted(self, now: bytes, fallback: bool) -> bytes:
         variant = self.patch.known(now)
         patched = variant.state_of(now) is patches.State.PATCHED
-        if decision["fallback"] == patched:
+        if fallback == patched:
             return now
-        return patches.apply(now, variant) if decision["fallback"] else patches.revert(now, variant)
+        return patches.apply(now, variant) if fallback else patches.revert(now, variant)
 
     def apply(self, on: System) -> None:
-        path = self._path(on)
-        assert path is not None
-        on.write(path, self._wanted(on.read(path) or b"", recorded(on, self.node.fp8_decision)))
+        path, decision = self._path(on), recorded(on, self.node.fp8_decision, Fp8Fallback)
+        assert path and decision, "the engine applies only what can be told"
+        on.write(path, self._wanted(on.read(path) or b"", decision.fallback))

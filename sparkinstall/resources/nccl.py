@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict
 
@@ -44,6 +44,15 @@ class Recipe(Struct, frozen=True):
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
+class Stamp(Struct, frozen=True):
+    """What a library was built from, and what it is; `library`: size and mtime_ns of its file."""
+
+    recipe: Recipe
+    sha256: str = ""
+    build_id: str | None = None
+    library: tuple[int, int] | None = None
+
+
 class NcclLibrary(Struct, frozen=True):
     """`folder`/lib/libnccl.so.2, built from `source` by the toolkit in `cuda_home` (a real path)."""
 
@@ -72,13 +81,13 @@ class NcclLibrary(Struct, frozen=True):
         return f"it builds NCCL {self.source.version} ({why})" if why else ""
 
     def check(self, on: Reader) -> State:
-        stamp = recorded(on, self._stamp_path)
+        stamp = recorded(on, self._stamp_path, Stamp)
         recipe = self.recipe(on)
-        if stamp and stamp.get("recipe") == asdict(recipe) and stamp.get("library") == self._identity(on):
-            return Ok(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp['build_id'])[:12]}")
+        if stamp and stamp.recipe == recipe and stamp.library == self._identity(on):
+            return Ok(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp.build_id)[:12]}")
         is_kept, name = bool(self._kept_stamp(recipe)), f"NCCL {recipe.version} for sm_{self.arch}"
         what = f"install {name}, which was built before" if is_kept else f"build {name} from {self.source.where}"
-        return Drift(what, _as_lines(stamp.get("recipe", {})), _as_lines(asdict(recipe)))
+        return Drift(what, _as_lines(stamp.recipe) if stamp else "", _as_lines(recipe))
 
     @property
     def _stamp_path(self) -> str:
@@ -94,10 +103,10 @@ class NcclLibrary(Struct, frozen=True):
             self.only_functions,
         )
 
-    def _identity(self, on: Reader) -> list[int] | None:
+    def _identity(self, on: Reader) -> tuple[int, int] | None:
         """Size and time of the file that the name leads to; a changed library changes them."""
         entry = self._file(on)
-        return [entry.size, entry.mtime_ns] if entry else None
+        return (entry.size, entry.mtime_ns) if entry else None
 
     def _file(self, on: Reader) -> Entry | None:
         folder = on.entry(f"{self.folder}/lib")
@@ -114,11 +123,11 @@ class NcclLibrary(Struct, frozen=True):
         """The real folder where the library of this recipe is kept: built here before, or by another node."""
         return self.source.cache / "built" / recipe.id
 
-    def _kept_stamp(self, recipe: Recipe) -> dict[str, Any] | None:
+    def _kept_stamp(self, recipe: Recipe) -> Stamp | None:
         try:
-            stamp = json.loads((self.kept(recipe) / KEPT_STAMP).read_bytes())
-            return stamp if stamp["recipe"] == asdict(recipe) else None
-        except (OSError, ValueError, KeyError, TypeError):
+            stamp = msgspec.json.decode((self.kept(recipe) / KEPT_STAMP).read_bytes(), type=Stamp)
+            return stamp if stamp.recipe == recipe else None
+        except (OSError, msgspec.DecodeError):
             return None
 
     def apply(self, on: System) -> None:
@@ -134,7 +143,7 @@ class NcclLibrary(Struct, frozen=True):
         stamp, library = self._kept_stamp(recipe), self.kept(recipe) / KEPT_LIBRARY
         try:
             content = library.read_bytes()
-            if stamp is None or stamp.get("sha256") != hashlib.sha256(content).hexdigest():
+            if stamp is None or stamp.sha256 != hashlib.sha256(content).hexdigest():
                 return False
             self._prove(on, str(library), recipe)
         except (OSError, ValueError, Blocked):
@@ -205,17 +214,13 @@ class NcclLibrary(Struct, frozen=True):
 
     def _write_stamp(self, on: System, recipe: Recipe) -> None:
         real = Path(on.real(self.library))
-        stamp = {
-            "recipe": asdict(recipe),
-            "library": self._identity(on),
-            "build_id": elf.build_id(real),
-            "sha256": hashlib.sha256(real.read_bytes()).hexdigest(),
-        }
+        digest = hashlib.sha256(real.read_bytes()).hexdigest()
+        stamp = Stamp(recipe, digest, elf.build_id(real), self._identity(on))
         on.write(self._stamp_path, as_text(stamp).encode())
 
 
-def _as_lines(recipe: Mapping[str, Any]) -> str:
-    return "".join(f"{name}: {value}\n" for name, value in recipe.items() if value is not None)
+def _as_lines(recipe: Recipe) -> str:
+    return "".join(f"{name}: {value}\n" for name, value in asdict(recipe).items() if value is not None)
 
 
 class _Compiled(Struct):

@@ -1,13 +1,13 @@
 """Whether the NCCL that will be preloaded has every symbol that this torch takes from it."""
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from msgspec import Struct
 
 from sparkinstall import elf
 from sparkinstall.errors import Blocked
-from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.facts.decisions import SymbolCheck, as_text, recorded
 from sparkinstall.fixes import NCCL, Fix
 from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.resources import Drift, Ok, State, Unknown
@@ -36,8 +36,9 @@ class NcclFitsTorch(Struct, frozen=True):
         if torch is None or library is None:
             return Unknown("environment" if torch is None else "nccl")
         about = _about(library, torch)
-        if recorded(on, self.node.nccl_abi_decision).get("about") == about:
-            return Ok(f"{recorded(on, self.node.nccl_abi_decision)['symbols']} symbols")
+        known = recorded(on, self.node.nccl_abi_decision, SymbolCheck)
+        if known and known.about == about:
+            return Ok(f"{known.symbols} symbols")
         return Drift("compare NCCL's symbols with those that torch needs", "", as_text(about))
 
     def _pair(self, on: Reader) -> tuple[Path | None, Path | None]:
@@ -57,13 +58,13 @@ class NcclFitsTorch(Struct, frozen=True):
                 cause=f"torch was built with a newer NCCL; loading {library} would break `import torch`",
                 hint=f"take the NCCL that the stack names ({self.node.stack.nccl.version}), or `nccl.mode: wheel`",
             )
-        decision = {"about": _about(library, torch), "symbols": len(needed)}
+        decision = SymbolCheck(_about(library, torch), len(needed))
         on.write(self.node.nccl_abi_decision, as_text(decision).encode())
 
 
-def _about(library: Path, torch: Path) -> dict[str, Any]:
+def _about(library: Path, torch: Path) -> dict[str, str]:
     """What is compared; raises NotALibrary where one of them is damaged."""
     return {
-        "nccl": elf.build_id(library),
+        "nccl": elf.build_id(library) or str(library.stat().st_size),
         "torch": elf.build_id(torch) or str(torch.stat().st_size),
     }

@@ -167,7 +167,7 @@ class Service(Struct, frozen=True):
             return
         if now["NeedDaemonReload"] == "yes":
             yield "systemd has not read its file"
-        then, today = recorded(on, self.noted_in), self._digests(on)
+        then, today = recorded(on, self.noted_in, dict[str, str]) or {}, self._digests(on)
         changed = sorted(path for path in {*then, *today} if then.get(path) != today.get(path))
         if changed:
             yield f"changed since its last start: {', '.join(changed)}" if then else "it was started by somebody else"

@@ -82,9 +82,12 @@ class Template(Struct, frozen=True):
     def _was_made_from(self, values: Mapping[str, Any], on: Reader) -> bool:
         """Whether the file is, to the byte, what these same values and templates once gave: a quarter of the time
         of a run with nothing to do would go into filling them again."""
-        made, entry = recorded(on, self._record).get(self.path), on.entry(self.path)
+        made, entry = self._notes(on).get(self.path), on.entry(self.path)
         content = on.read(self.path) if entry and entry.kind == "file" and entry.mode == self.mode else None
-        return content is not None and made == [inputs_digest(values), hashlib.sha256(content).hexdigest()]
+        return content is not None and made == (inputs_digest(values), hashlib.sha256(content).hexdigest())
+
+    def _notes(self, on: Reader) -> dict[str, tuple[str, str]]:
+        return recorded(on, self._record, dict[str, tuple[str, str]]) or {}
 
     @property
     def _record(self) -> str:
@@ -95,8 +98,8 @@ class Template(Struct, frozen=True):
         assert not isinstance(values, Unknown), "the engine applies only what can be told"
         file = self._file(values)
         file.apply(on)
-        made = [inputs_digest(values), hashlib.sha256(file.content).hexdigest()]
-        notes = {**recorded(on, self._record), self.path: made}
+        made = (inputs_digest(values), hashlib.sha256(file.content).hexdigest())
+        notes = {**self._notes(on), self.path: made}
         on.write(self._record, as_text(notes).encode())
 
 

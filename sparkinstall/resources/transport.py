@@ -1,12 +1,11 @@
 """How NCCL talks between nodes: RoCE where its devices are really there, sockets elsewhere."""
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 from msgspec import Struct
 
 from sparkinstall.facts import qsfp
-from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.facts.decisions import NcclTransport, as_text, recorded
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown
 from sparkinstall.system import Reader, System
@@ -22,15 +21,15 @@ class Transport(Struct, frozen=True):
         return "transport"
 
     def check(self, on: Reader) -> State:
-        wanted, before = self._decide(on), recorded(on, self.node.transport_decision)
-        if not isinstance(wanted, dict):
+        wanted, before = self._decide(on), recorded(on, self.node.transport_decision, NcclTransport)
+        if not isinstance(wanted, NcclTransport):
             return wanted
-        if before == wanted or self._stays(before, wanted):
-            return Ok(f"{before['transport']}: {before['why']}")
-        said = f"NCCL talks over {_NAMES[wanted['transport']]}: {wanted['why']}"
+        if before and (before == wanted or self._stays(before, wanted)):
+            return Ok(f"{before.transport}: {before.why}")
+        said = f"NCCL talks over {_NAMES[wanted.transport]}: {wanted.why}"
         return Drift(said, as_text(before), as_text(wanted))
 
-    def _decide(self, on: Reader) -> dict[str, Any] | Unknown | Conflict:
+    def _decide(self, on: Reader) -> NcclTransport | Unknown | Conflict:
         asked, port = self.node.config.network.transport, qsfp.port_to_look_at(on, self.node)
         if asked == "socket":
             return _decision(port, "socket", "network.transport says so")
@@ -56,21 +55,20 @@ class Transport(Struct, frozen=True):
     def talks_over(self, on: Reader) -> str:
         """`roce` or `socket`, as it was decided or would be now; empty where that cannot be told yet."""
         try:
-            wanted, before = self._decide(on), recorded(on, self.node.transport_decision)
+            wanted, before = self._decide(on), recorded(on, self.node.transport_decision, NcclTransport)
         except qsfp.LinkProblem:
             return ""
-        if not isinstance(wanted, dict):
+        if not isinstance(wanted, NcclTransport):
             return ""
-        return str((before if self._stays(before, wanted) else wanted)["transport"])
+        return before.transport if before and self._stays(before, wanted) else wanted.transport
 
-    def _stays(self, before: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    def _stays(self, before: NcclTransport, wanted: NcclTransport) -> bool:
         auto = self.node.config.network.transport == "auto"
-        same_port = before.get("interface") == wanted["interface"]
-        return auto and same_port and before.get("transport") == "roce"
+        return auto and before.interface == wanted.interface and before.transport == "roce"
 
     def apply(self, on: System) -> None:
         decision = self._decide(on)
-        assert isinstance(decision, dict), "the engine applies only what can be told"
+        assert isinstance(decision, NcclTransport), "the engine applies only what can be told"
         on.write(self.node.transport_decision, as_text(decision).encode())
 
 
@@ -82,9 +80,8 @@ _REHEARSED = {
 _NAMES = {"roce": "RoCE", "socket": "sockets"}
 
 
-def _decision(port: qsfp.Port, transport: str, why: str) -> dict[str, Any]:
-    hcas = [each.hca for each in port.twins if each.hca]
-    return {"transport": transport, "why": why, "interface": port.twins[0].name, "hcas": hcas}
+def _decision(port: qsfp.Port, transport: Literal["roce", "socket"], why: str) -> NcclTransport:
+    return NcclTransport(transport, why, port.twins[0].name, tuple(each.hca for each in port.twins if each.hca))
 
 
 def _has_address(on: Reader, port: qsfp.Port, address: str) -> bool:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from msgspec import Struct, field
@@ -15,7 +14,7 @@ from msgspec import Struct, field
 from sparkinstall import stacks
 from sparkinstall.errors import Blocked, CommandFailed
 from sparkinstall.facts import wheel_files
-from sparkinstall.facts.decisions import as_text, recorded
+from sparkinstall.facts.decisions import VenvStamp, as_text, recorded
 from sparkinstall.facts.wheels import OTHER_STACK, Gate
 from sparkinstall.node import Node, site_packages
 from sparkinstall.resources import Drift, Ok, State, Unknown
@@ -124,7 +123,7 @@ class PythonEnvironment(Struct, frozen=True):
         if lock is None:
             return Unknown("the hashes are recorded")
         pins = self._wanted(lock)
-        stamp = recorded(on, self.node.venv_stamp)
+        stamp = recorded(on, self.node.venv_stamp, VenvStamp)
         there = installed(self.node, on)
         if not Path(on.real(self.node.python)).exists():
             there = {}
@@ -148,14 +147,14 @@ class PythonEnvironment(Struct, frozen=True):
             return f"vllm {stack.vllm} for {self.node.platform}; {rest}"
         return f"{len(lock)} packages of stack {stack.name}"
 
-    def _stamp(self, lock: Sequence[Pin]) -> dict[str, Any]:
-        return {
-            "lock": hashlib.sha256(render_lock(lock).encode()).hexdigest(),
-            "stack": self.node.stack.name,
-            "platform": self.node.platform,
-            "python": self.node.config.environment.python or self.node.stack.python,
-            "part": "vllm" if self.node.partial else "all",
-        }
+    def _stamp(self, lock: Sequence[Pin]) -> VenvStamp:
+        return VenvStamp(
+            lock=hashlib.sha256(render_lock(lock).encode()).hexdigest(),
+            stack=self.node.stack.name,
+            platform=self.node.platform,
+            python=self.node.config.environment.python or self.node.stack.python,
+            part="vllm" if self.node.partial else "all",
+        )
 
     def apply(self, on: System) -> None:
         node = self.node

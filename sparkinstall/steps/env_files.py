@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from msgspec.structs import replace
+
 from sparkinstall import ray_ports
-from sparkinstall.facts.decisions import recorded
+from sparkinstall.facts.decisions import Fp8Fallback, NcclTransport, recorded
 from sparkinstall.fixes import FP8, HOST_IP, MEMORY_MONITOR, NCCL, TRANSPORT
 from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe
@@ -23,7 +25,7 @@ OWN_TO_EACH_NODE = (
     "VLLM_CONFIG_ROOT",
 )
 FILES = ("single-node", "multi-node-head", "multi-node-worker")
-_SPARK_PORT = {"interface": "enp1s0f0np0", "hcas": [], "transport": "socket"}
+_SPARK_PORT = NcclTransport("socket", interface="enp1s0f0np0")
 
 
 class EnvFiles(Step):
@@ -68,23 +70,23 @@ def kept_back(node: Node) -> Template:
 
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any] | Unknown:
-    decision, link = recorded(on, node.fp8_decision), _link(node, on)
-    if "fallback" not in decision:
+    decision, link = recorded(on, node.fp8_decision, Fp8Fallback), _link(node, on)
+    if decision is None:
         return Unknown("fp8")
     if isinstance(link, Unknown):
         return link
     return {**_of_one_node(node, on, decision), **_of_several(node, on), **link}
 
 
-def _of_one_node(node: Node, on: Reader, fp8: Mapping[str, Any]) -> dict[str, Any]:
+def _of_one_node(node: Node, on: Reader, fp8: Fp8Fallback) -> dict[str, Any]:
     library = nccl_library(node, on)
     return {
         "stack": node.stack.name,
         "venv": on.real(node.venv),
         "library": on.real(library) if library and on.entry(library) else "",
         "cuda_home": cuda_home(node) or "/usr/local/cuda",
-        "disabled_kernels": fp8["disabled_kernels"],
-        "fp8_why": fp8["why"],
+        "disabled_kernels": list(fp8.disabled_kernels),
+        "fp8_why": fp8.why,
         "hub_offline": node.config.hub.offline,
     }
 
@@ -106,20 +108,20 @@ def _of_several(node: Node, on: Reader) -> dict[str, Any]:
 def _link(node: Node, on: Reader) -> dict[str, Any] | Unknown:
     """The link's interface and transport as they were found on this node, or that this was not done yet."""
     if node.several:
-        found = recorded(on, node.transport_decision)
-        if "transport" not in found:
+        found = recorded(on, node.transport_decision, NcclTransport)
+        if found is None:
             return Unknown("env-files")
     else:
-        found = {**_SPARK_PORT, "interface": node.config.network.interface or _SPARK_PORT["interface"]}
+        found = replace(_SPARK_PORT, interface=node.config.network.interface or _SPARK_PORT.interface)
     return {
-        "interface": found["interface"],
-        "hcas": found["hcas"],
-        "transport": found["transport"],
+        "interface": found.interface,
+        "hcas": list(found.hcas),
+        "transport": found.transport,
         "transport_why": _in_words(node, found),
     }
 
 
-def _in_words(node: Node, found: Mapping[str, Any]) -> str:
+def _in_words(node: Node, found: NcclTransport) -> str:
     if not node.several:
         return "Sockets, on a Spark's first port: `sparkinstall multi-node` looks which port and transport it is here"
-    return ("RoCE: " if found["transport"] == "roce" else "Sockets: ") + str(found["why"])
+    return ("RoCE: " if found.transport == "roce" else "Sockets: ") + found.why

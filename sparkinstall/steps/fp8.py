@@ -4,13 +4,13 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from sparkinstall.assets import asset
-from sparkinstall.facts.decisions import recorded
+from sparkinstall.facts.decisions import Fp8Fallback, recorded
 from sparkinstall.fixes import FP8
 from sparkinstall.node import Node
 from sparkinstall.patches import PatchSet, load
 from sparkinstall.probes import Finding, Probe, failed, passed
 from sparkinstall.resources import Conflict, Ok, Resource, Unknown
-from sparkinstall.resources.fp8 import Fp8Decision, PatchedFile, is_whole
+from sparkinstall.resources.fp8 import Fp8Decision, PatchedFile
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -41,20 +41,20 @@ class Fp8(Step):
 
 
 def _path(node: Node, on: Reader) -> Finding:
-    decision = recorded(on, node.fp8_decision)
+    decision = recorded(on, node.fp8_decision, Fp8Fallback)
     if on.entry(node.fp8_decision) is None:
         return failed("nothing was decided yet", "run `sparkinstall all`")
-    if not is_whole(decision):
+    if decision is None:
         return failed(f"{node.fp8_decision}, the decision, is damaged", "run `sparkinstall run fp8 --force`")
-    state, expected = PatchedFile(node, cutlass_patch()).check(on), "patched" if decision["fallback"] else "not patched"
+    state, expected = PatchedFile(node, cutlass_patch()).check(on), "patched" if decision.fallback else "not patched"
     if isinstance(state, Conflict):
         return failed(state.message, state.hint, expected)
     if isinstance(state, Unknown):
         return failed(f"{cutlass_patch().target} is gone", "run `sparkinstall run environment fp8 --force`", expected)
     if not isinstance(state, Ok):
         return failed("vLLM's file is not as decided", "run `sparkinstall run fp8`", expected)
-    kernels = "none of vLLM's CUTLASS kernels" if decision["fallback"] else "vLLM's CUTLASS kernels"
-    return passed(f"{kernels} ({decision['why']})")
+    kernels = "none of vLLM's CUTLASS kernels" if decision.fallback else "vLLM's CUTLASS kernels"
+    return passed(f"{kernels} ({decision.why})")
 
 
 @lru_cache(maxsize=1)

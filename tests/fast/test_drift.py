@@ -62,7 +62,7 @@ def on(tmp_path: Path) -> OnASpark:
         card(node, half)
     for name, content in {
         f"{SITE}/vllm-0.18.1.dist-info/RECORD": RECORD,
-        "opt/sparkinstall/fp8.json": '{"fallback": true}',
+        "opt/sparkinstall/fp8.json": '{"fallback": true, "why": "so"}',
         "opt/sparkinstall/venv/sparkinstall.json": '{"lock": "feedfacefeedface"}',
         f"{SITE}/vllm/model_executor/layers/quantization/utils/w8a8_utils.py": "patched\n",
         "opt/sparkinstall/env/multi-node-head.env": 'VLLM_HOST_IP="192.168.100.10"\nRAY_X="1.0"\n',
