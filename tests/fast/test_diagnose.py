@@ -22,7 +22,6 @@ from msgspec.structs import replace
 
 from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
-from sparkinstall.core.fixes import FIXES
 from sparkinstall.diagnose import judge as judge_module
 from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose import signatures
@@ -30,6 +29,7 @@ from sparkinstall.diagnose.judge import Diagnosis, Reading, judge
 from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import Signature, load
 from sparkinstall.schema import Malformed
+from tests.support.nodes import FIXES_OF_SPARKS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOGS = REPOSITORY / "tests/logs"
@@ -109,7 +109,7 @@ def test_the_readmes_symptoms_are_found() -> None:
 
 
 def test_each_fix_has_a_signature_and_there_are_many() -> None:
-    assert {each.fix for each in KNOWN if not each.is_warning} >= {fix.number for fix in FIXES}
+    assert {each.fix for each in KNOWN if not each.is_warning} >= {fix.number for fix in FIXES_OF_SPARKS}
     assert len([each for each in KNOWN if each.fix is None]) >= 25
 
 

@@ -28,7 +28,7 @@ from sparkinstall.probes import Verdict, nccl_tests
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import State, firewall, rollback
 from tests.support.documents import PAGES, REPOSITORY, commands_of, page, rows, section, words, workflows
-from tests.support.nodes import HEAD, NODE
+from tests.support.nodes import FIXES_OF_SPARKS, HEAD, NODE
 from tools import config_reference
 
 # --- settings
@@ -215,9 +215,9 @@ def test_ports_that_the_firewall_closes() -> None:
             assert str(port) in section("docs/multi-node.md", "## Ray"), name
 
 
-def test_every_fix_has_a_symptom() -> None:
-    numbers = re.findall(r"^### (\d)\. ", section("docs/troubleshooting.md", "## Symptoms by fix"), re.MULTILINE)
-    assert numbers == [str(fix.number) for fix in fixes.FIXES]
+def test_every_fix_of_a_spark_has_a_symptom() -> None:
+    numbers = re.findall(r"^### (\d+)\. ", section("docs/troubleshooting.md", "## Symptoms by fix"), re.MULTILINE)
+    assert numbers == [str(fix.number) for fix in FIXES_OF_SPARKS]
 
 
 def test_stacks_in_the_readme() -> None:

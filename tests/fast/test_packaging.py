@@ -52,5 +52,5 @@ def test_it_installs_from_its_lock_and_plans(wheel: Path, tmp_path: Path) -> Non
     said = _run(str(tmp_path / "tool/bin/sparkinstall"), "plan", "--json", "--root", "./node", cwd=tmp_path)
     plan = json.loads(said)
     assert plan["exit_code"] == 0
-    assert [step["step"] for step in plan["data"]["steps"]][:2] == ["packages", "environment"]
+    assert {"packages", "environment"} <= {step["step"] for step in plan["data"]["steps"]}
     assert not (tmp_path / "node").exists()

@@ -5,9 +5,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from sparkinstall import stacks
+from sparkinstall import fixes, stacks
 from sparkinstall.config import ClusterConfig, Config, Layer, ServingConfig, build
 from sparkinstall.events import silent
+from sparkinstall.fixes import Fix
 from sparkinstall.journal.journal import Journal
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.node import Node
@@ -23,6 +24,8 @@ NODE = Node(
     home="/nowhere",
     cache=Path("/nowhere"),
 )
+# Those that several steps share; a step may declare another one of its own.
+FIXES_OF_SPARKS = tuple(each for each in vars(fixes).values() if isinstance(each, Fix))
 # One of several that serves: it has every step, check and probe that there is.
 HEAD = replace(NODE, config=Config(cluster=ClusterConfig(role="head"), serving=ServingConfig(model="m")))
 
