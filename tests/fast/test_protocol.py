@@ -1,0 +1,98 @@
+"""The messages between the nodes: one end decodes what the other encodes; the unknown is ignored or refused."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+
+from sparkinstall.cluster import protocol
+from sparkinstall.cluster.protocol import Fetched, Listening, Look, ProbeMessage, StepMessage
+from sparkinstall.core import fixes
+from sparkinstall.core.checks import ProbeResult
+from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.errors import Blocked, Problem
+from sparkinstall.probes import Probe, warned
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, Unknown, describe
+
+STATES = (Ok("9 GB"), Drift("change it", "a", "b"), Unknown("nccl"), NodeOnly("no GPU"), Conflict("taken", "name it"))
+
+
+def envelope(data: Any, **other: Any) -> bytes:
+    return json.dumps({"version": protocol.VERSION, "exit_code": 0, "data": data, "errors": [], **other}).encode()
+
+
+@pytest.mark.parametrize("state", STATES, ids=lambda state: type(state).__name__)
+def test_a_state_that_was_sent_is_described_alike(state: State) -> None:
+    message = StepMessage.of(StepReport("network", "", [Checked("eth0", state, changed=True)]))
+    sent = msgspec.json.decode(msgspec.json.encode(message), type=StepMessage).report()
+    assert (sent.name, sent.outcome, len(sent.checked)) == ("network", message.outcome, 1)
+    assert (sent.checked[0].key, sent.checked[0].changed) == ("eth0", True)
+    assert describe(sent.checked[0].state) == describe(state)
+
+
+def test_a_resource_is_one_flat_object() -> None:
+    message = StepMessage.of(StepReport("network", "", [Checked("eth0", Ok("9000"))]))
+    (resource,) = msgspec.to_builtins(message)["resources"]
+    assert resource == {"key": "eth0", "changed": False, "state": "ok", "note": "9000"}
+
+
+def test_a_problem_that_was_sent_keeps_its_code_and_names_the_node_of_its_log() -> None:
+    problem = Blocked("it is taken", cause="someone", hint="move it", log="/var/log/x", output=["a", "b"])
+    errors = [msgspec.to_builtins(protocol.Error.of(problem))]
+    (sent,) = protocol.decode(envelope({}, errors=errors, exit_code=1), Look, "spark-2").problems
+    assert (sent.code, sent.message, sent.cause, sent.hint) == ("blocked", "it is taken", "someone", "move it")
+    assert (sent.log, list(sent.output)) == ("spark-2:/var/log/x", ["a", "b"])
+
+
+def test_a_probe_that_was_sent_keeps_its_finding_and_its_fix() -> None:
+    probe = Probe("link", "the link", lambda _: warned("slow", "look"), "link", fix=fixes.numbered(2))
+    message = ProbeMessage.of(ProbeResult(probe, warned("slow", "look"), 0.5))
+    sent = msgspec.json.decode(msgspec.json.encode(message), type=ProbeMessage).result()
+    assert (sent.probe.name, sent.probe.level, sent.seconds) == ("link", "link", 0.5)
+    assert sent.finding == warned("slow", "look")
+    assert message.fix == 2 and sent.probe.fix == fixes.numbered(2)
+
+
+def test_fields_of_a_newer_node_are_ignored() -> None:
+    step = {"step": "x", "new": 1, "resources": [{"key": "k", "state": "ok", "newer": [2]}]}
+    reply = protocol.decode(envelope({"steps": [step], "more": {}}, newest=True), Look)
+    assert reply.data is not None
+    assert [report.name for report in reply.data.reports] == ["x"]
+
+
+def test_another_version_is_refused() -> None:
+    with pytest.raises(Problem, match="replies in version 2 of the protocol") as refused:
+        protocol.decode(b'{"version": 2, "everything": "else"}', Look)
+    assert "same version" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"steps": [{"step": "x", "resources": [{"key": "k", "state": "upside-down"}]}]},
+        {"preflight": [{"name": "disk", "verdict": "perhaps", "found": ""}]},
+        {"steps": 3},
+        [],
+    ],
+)
+def test_what_is_no_such_message_is_refused(data: Any) -> None:
+    with pytest.raises(Problem, match="does not follow the protocol"):
+        protocol.decode(envelope(data), Look)
+
+
+@pytest.mark.parametrize("reply", [b"", b"Killed", b"[]", b'{"version": 1}', b'{"version": 1, "data": {}}'])
+def test_what_is_no_envelope_is_no_reply(reply: bytes) -> None:
+    with pytest.raises(msgspec.MsgspecError):
+        protocol.decode(reply, Look)
+
+
+def test_a_verb_that_failed_has_no_message() -> None:
+    reply = protocol.decode(envelope({}, exit_code=1), Fetched)
+    assert (reply.code, reply.data) == (1, None)
+
+
+@pytest.mark.parametrize("line", ["", "00:00:00 working", "{", '{"answers-at": "all"}', '{"offer": {}}', "\udc80"])
+def test_only_an_announcement_is_one(line: str) -> None:
+    assert protocol.announced('{"answers-at": [1, 2]}', Listening) == Listening((1, 2))
+    assert protocol.announced(line, Listening) is None
