@@ -2,8 +2,8 @@
 
 from sparkinstall.cli import options
 from sparkinstall.cli.install import Choice, install
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import answer
+from sparkinstall.core.session import Target
 
 
 def all_(

@@ -15,7 +15,6 @@ from sparkinstall.cli.cluster_live import Watch
 from sparkinstall.cli.cluster_proof import verify
 from sparkinstall.cli.cluster_result import end
 from sparkinstall.cli.cluster_text import show_nodes, show_plan
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.text_output import console
 from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
@@ -26,6 +25,7 @@ from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.cluster.uploads import uploads
 from sparkinstall.config import Config
 from sparkinstall.core import catalogue
+from sparkinstall.core.session import Target
 from sparkinstall.errors import BadUsage
 from sparkinstall.journal.undo import Undone
 

@@ -8,16 +8,16 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
 from sparkinstall.cli.verify import Choice, HowFar, Measure, Names, NotNames, known_level
+from sparkinstall.core.session import Target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import Console
 
-    from sparkinstall.cli.session import Session
+    from sparkinstall.core.session import Session
     from sparkinstall.support.doctor import Item, Weight
     from sparkinstall.support.mask import Mask
 
@@ -75,8 +75,8 @@ def doctor(
 @contextmanager
 def _problems_masked(asked: Target) -> Iterator[None]:
     """What keeps the doctor from looking is pasted in public like all the rest."""
-    from sparkinstall.cli.session import open_state
     from sparkinstall.cli.text_output import pointed
+    from sparkinstall.core.session import open_state
     from sparkinstall.errors import Problem
     from sparkinstall.support import identity
     from sparkinstall.support.mask import Mask
@@ -93,7 +93,7 @@ def _problems_masked(asked: Target) -> Iterator[None]:
 
 
 def _doctor(asked: Target, choice: Choice, json: bool) -> Answer:
-    from sparkinstall.cli.session import open_session
+    from sparkinstall.core.session import open_session
     from sparkinstall.errors import Exit
     from sparkinstall.support import doctor, identity
     from sparkinstall.support.mask import Mask

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, confirm
+from sparkinstall.core.session import Target
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from sparkinstall.cli.session import Session
     from sparkinstall.core.checks import ProbeResult
     from sparkinstall.core.engine import StepReport
     from sparkinstall.core.fixes import FixState
+    from sparkinstall.core.session import Session
     from sparkinstall.errors import Problem
     from sparkinstall.node import Node
     from sparkinstall.steps import Step
@@ -36,8 +36,8 @@ class Choice(Struct, frozen=True):
 
 def install(asked: Target, choice: Choice) -> Answer:
     """Plan, check, ask, make it so, prove it."""
-    from sparkinstall.cli.session import looked_at, open_session
     from sparkinstall.core import catalogue
+    from sparkinstall.core.session import looked_at, open_session
 
     session = open_session(asked)
     if problem := session.state.trouble(session.node):

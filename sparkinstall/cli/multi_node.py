@@ -9,8 +9,8 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.install import Choice, install
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import answer
+from sparkinstall.core.session import Target
 
 _LINK = "The cluster"
 

@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
-from sparkinstall.cli.session import Session, open_session
 from sparkinstall.cluster import agent, bandwidth
 from sparkinstall.cluster.protocol import Measurable
+from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.errors import Exit
 from sparkinstall.probes.bandwidth import SECONDS, known
 

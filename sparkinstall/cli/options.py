@@ -1,11 +1,9 @@
 """The options that the verbs share."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from msgspec import Struct, field
 
 _NODE, _CHOICE, _OUTPUT = "Which node", "Which parts", "Output"
 
@@ -51,44 +49,6 @@ Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout (docs/json.md).", rich_help_panel=_OUTPUT)
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every line of every program.", rich_help_panel=_OUTPUT)]
-
-
-class Target(Struct, frozen=True):
-    """What one command line asked for. `None`: not said, so the last `all` or the config decides.
-
-    `role` holds what the options of `multi-node` say, as settings. `confirm_later` and `token_file`
-    are for this run alone.
-    """
-
-    root: Path | None = None
-    config: Path | None = None
-    stack: str | None = None
-    settings: tuple[str, ...] = ()
-    platform: str | None = None
-    full: bool | None = None
-    verbose: bool = False
-    role: Mapping[str, Any] = field(default_factory=dict)
-    confirm_later: bool = False
-    token_file: Path | None = None
-
-    def values(self) -> dict[str, Any]:
-        """The settings that were given, by name; paths as they are meant from this folder."""
-        from sparkinstall import config
-
-        given = dict(config.parse_assignment(each) for each in self.settings)
-        if self.stack is not None:
-            given["stack"] = self.stack
-        return config.anchored({**given, **self.role}, Path.cwd())
-
-    def after(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
-        """The options that later verbs go on with: these, over those of former runs."""
-        said = {
-            "config": str(self.config.resolve()) if self.config else None,
-            "platform": self.platform,
-            "full": self.full,
-            "settings": {**recorded.get("settings", {}), **self.values()} or None,
-        }
-        return {**recorded, **{name: value for name, value in said.items() if value is not None}}
 
 
 def root_option(root: Path | None) -> str:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
+from sparkinstall.core.session import Target
 
 if TYPE_CHECKING:
     from sparkinstall.core.checks import ProbeResult
@@ -35,8 +35,8 @@ def plan(
 
 def _plan(asked: Target, only: list[str], skip: list[str], detailed: bool) -> Answer:
     from sparkinstall.cli.json_output import finding_data, step_data
-    from sparkinstall.cli.session import looked_at, open_session
     from sparkinstall.core import catalogue, checks
+    from sparkinstall.core.session import looked_at, open_session
     from sparkinstall.errors import Exit
     from sparkinstall.events import silent
     from sparkinstall.probes.preflight import preflight

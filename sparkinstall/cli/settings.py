@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
+from sparkinstall.core.session import Target
 
 if TYPE_CHECKING:
-    from sparkinstall.cli.session import Session
+    from sparkinstall.core.session import Session
 
 app = typer.Typer(help="Show every setting and where its value comes from.", no_args_is_help=True)
 
@@ -51,7 +51,7 @@ def rows(session: "Session") -> dict[str, dict[str, Any]]:
 def _show(asked: Target) -> Answer:
     from json import dumps as to_json
 
-    from sparkinstall.cli.session import open_session
+    from sparkinstall.core.session import open_session
 
     settings = rows(open_session(asked))
 

@@ -1,8 +1,8 @@
 """`sparkinstall status`: what is here, since when, and how the fixes stand."""
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
+from sparkinstall.core.session import Target
 
 
 def status(
@@ -17,8 +17,8 @@ def status(
 
 def _status(asked: Target) -> Answer:
     from sparkinstall.cli.json_output import fix_data, step_data
-    from sparkinstall.cli.session import looked_at, open_session
     from sparkinstall.core import catalogue, fixes
+    from sparkinstall.core.session import looked_at, open_session
 
     session = open_session(asked)
     if problem := session.state.trouble(session.node):

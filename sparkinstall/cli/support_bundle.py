@@ -11,14 +11,14 @@ import typer
 from msgspec import Struct
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
 from sparkinstall.cli.verify import Choice, HowFar, known_level
+from sparkinstall.core.session import Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sparkinstall.cli.session import Session
+    from sparkinstall.core.session import Session
     from sparkinstall.errors import Storage
     from sparkinstall.node import Node
     from sparkinstall.support.bundle import Bundle
@@ -56,7 +56,7 @@ def support_bundle(
 
 
 def _support_bundle(asked: Target, output: Path | None, choice: Choice, yes: bool, json: bool) -> Answer:
-    from sparkinstall.cli.session import open_state
+    from sparkinstall.core.session import open_state
     from sparkinstall.support import bundle, identity
     from sparkinstall.support.mask import Mask
 
@@ -96,7 +96,7 @@ def _place(output: Path | None, yes: bool) -> Path:
 def _told(asked: Target, choice: Choice, on: "LocalSystem", json: bool) -> "tuple[Node, Told]":
     """The node, and what verbs say of it; one whose settings cannot be used is taken for one without any."""
     from sparkinstall.cli.json_output import problem_data
-    from sparkinstall.cli.session import open_session
+    from sparkinstall.core.session import open_session
     from sparkinstall.errors import Problem
 
     missing: list[str] = []

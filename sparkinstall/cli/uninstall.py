@@ -7,8 +7,8 @@ import typer
 from msgspec.structs import asdict
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer, confirm
+from sparkinstall.core.session import Target
 
 if TYPE_CHECKING:
     from sparkinstall.journal.state_dir import StateFolder
@@ -27,7 +27,7 @@ def uninstall(
 
 
 def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> Answer:
-    from sparkinstall.cli.session import open_state
+    from sparkinstall.core.session import open_state
     from sparkinstall.journal import undo as undoing
 
     state = open_state(Target(root))

@@ -9,16 +9,16 @@ import typer
 from msgspec import Struct
 
 from sparkinstall.cli import options
-from sparkinstall.cli.options import Target
 from sparkinstall.cli.run_command import Answer, answer
+from sparkinstall.core.session import Target
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sparkinstall.cli.session import Session
     from sparkinstall.core.checks import Chosen, ProbeResult
     from sparkinstall.core.engine import StepReport
     from sparkinstall.core.fixes import FixState
+    from sparkinstall.core.session import Session
     from sparkinstall.probes import Level
 
 _FEW_NAMES = 4
@@ -147,7 +147,7 @@ def _reported(path: Path | None, strict: bool, root: str) -> Iterator[None]:
 
 
 def _verify(asked: Target, choice: Choice, json: bool) -> Answer:
-    from sparkinstall.cli.session import open_session
+    from sparkinstall.core.session import open_session
 
     session = open_session(asked)
     result = looked_through(session, choice, json)
@@ -163,8 +163,8 @@ def looked_through(session: "Session", choice: Choice, plain: bool) -> Result:
         NotThere: nothing of sparkinstall is here.
         BadUsage: a name or a level that there is not.
     """
-    from sparkinstall.cli.session import looked_at
     from sparkinstall.core import checks, fixes
+    from sparkinstall.core.session import looked_at
     from sparkinstall.errors import NotThere
 
     chosen = checks.chosen(session.node, choice.only, choice.skip, choice.level, choice.measure)

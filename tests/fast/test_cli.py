@@ -136,7 +136,7 @@ def test_an_interrupt_says_whether_there_is_something_to_go_on_with(
     def interrupted(*_: object) -> None:
         raise interrupt()
 
-    monkeypatch.setattr("sparkinstall.cli.session._root", interrupted)
+    monkeypatch.setattr("sparkinstall.core.session._root", interrupted)
     options = ["nccl"] if verb == "run" else ["--output", str(tmp_path / "x")] if verb == "support-bundle" else []
     run = in_this_process(verb, "--root", tmp_path / "node", *options)
     assert run.returncode == 130, said(run)

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from sparkinstall.cli.session import Session, looked_at
 from sparkinstall.core import catalogue
 from sparkinstall.core.engine import StepReport, converge, ordered, plan
+from sparkinstall.core.session import Session, looked_at
 from sparkinstall.errors import Blocked, NeedsRoot, Problem
 from sparkinstall.events import Event, ResourceApplied, StepEnded, StepStarted, silent
 from sparkinstall.node import Node

@@ -106,16 +106,17 @@ def fetched(worker: Side, offered: Offered, *only: str, **other: Any) -> tuple[i
 
 def main() -> None:
     """Run a verb as the node with the address that comes first."""
-    from sparkinstall.cli import app, session
+    from sparkinstall.cli import app
     from sparkinstall.config import ClusterConfig
+    from sparkinstall.core import session
 
     address = sys.argv.pop(1)
     workers = (WORKER, OTHER)
     cluster = ClusterConfig(role="head" if address == HEAD else "worker", head=HEAD, workers=workers, address=address)
     opened = session.open_session
 
-    def open_session(asked: Any) -> session.Session:
-        found = opened(asked)
+    def open_session(target: session.Target) -> session.Session:
+        found = opened(target)
         config = replace(found.node.config, cluster=cluster)
         return replace(found, node=replace(found.node, config=config))
 

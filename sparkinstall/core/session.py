@@ -2,32 +2,66 @@
 
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from sparkinstall import config as configuration
+from sparkinstall import stacks
 from sparkinstall.assets import user_cache
-from sparkinstall.cli.options import Target
 from sparkinstall.config import Config, Layer
 from sparkinstall.config.cluster import require_sound
+from sparkinstall.core import engine
+from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.node import Node
+from sparkinstall.steps import Step
 from sparkinstall.system.local import LocalSystem
-
-if TYPE_CHECKING:
-    from sparkinstall.core.engine import StepReport
-    from sparkinstall.steps import Step
 
 _RECORDED = "the last `all` or `run`"
 
 
+class Target(Struct, frozen=True):
+    """The node that a command line means. `None`: not given, so the last `all` or the config decides.
+
+    `role` holds the options of `multi-node` as settings. `confirm_later` and `token_file` are for this run alone.
+    """
+
+    root: Path | None = None
+    config: Path | None = None
+    stack: str | None = None
+    settings: tuple[str, ...] = ()
+    platform: str | None = None
+    full: bool | None = None
+    verbose: bool = False
+    role: Mapping[str, Any] = field(default_factory=dict)
+    confirm_later: bool = False
+    token_file: Path | None = None
+
+    def values(self) -> dict[str, Any]:
+        """Return the given settings by name; paths are absolute."""
+        given = dict(configuration.parse_assignment(each) for each in self.settings)
+        if self.stack is not None:
+            given["stack"] = self.stack
+        return configuration.anchored({**given, **self.role}, Path.cwd())
+
+    def after(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the options that later verbs continue with: these, over those of former runs."""
+        said = {
+            "config": str(self.config.resolve()) if self.config else None,
+            "platform": self.platform,
+            "full": self.full,
+            "settings": {**recorded.get("settings", {}), **self.values()} or None,
+        }
+        return {**recorded, **{name: value for name, value in said.items() if value is not None}}
+
+
 class Session(Struct, frozen=True):
-    """Everything a verb works with. `sources` says where each setting came from."""
+    """One node as a use case needs it. `sources`: the origin of each setting."""
 
     node: Node
     system: LocalSystem
@@ -37,28 +71,28 @@ class Session(Struct, frozen=True):
 
     @property
     def where(self) -> str:
-        """The node in words."""
+        """Name the node in words."""
         place = f"the rehearsal in {self.system.root}" if self.node.rehearsal else "this node"
         return f"{place} (stack {self.node.stack.name}, {self.node.platform})"
 
     @property
     def root_option(self) -> str:
-        """What a further command line needs to mean the same node."""
+        """Return the `--root` that a further command line needs to mean the same node."""
         return f" --root {self.system.root}" if self.node.rehearsal else ""
 
 
-def open_session(asked: Target) -> Session:
-    """Resolve what was asked.
+def open_session(target: Target) -> Session:
+    """Resolve what was target.
 
     Raises:
         BadUsage, BadConfig: it cannot be used as it is; nothing was touched.
     """
-    system = LocalSystem(_root(asked.root))
+    system = LocalSystem(_root(target.root))
     state = StateFolder(system)
-    options = asked.after(state.options())
+    options = target.after(state.options())
     try:
-        config, sources = configuration.build(_layers(asked, state.options(), options))
-        node = _node(_settled(config, sources), system, options, asked)
+        config, sources = configuration.build(_layers(target, state.options(), options))
+        node = _node(_settled(config, sources), system, options, target)
     except BadConfig as problem:
         if state.options():
             problem.hint += f" (options of former runs are remembered in {state.home}/options.json)"
@@ -82,9 +116,9 @@ def _root(root: Path | None) -> str:
     return str(full.parent.resolve() / full.name)
 
 
-def _layers(asked: Target, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:
+def _layers(target: Target, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:
     files = [configuration.read_layer(path) for path in _config_files(options.get("config"))]
-    return [*files, Layer(_RECORDED, recorded.get("settings", {})), Layer("the command line", asked.values())]
+    return [*files, Layer(_RECORDED, recorded.get("settings", {})), Layer("the command line", target.values())]
 
 
 def _config_files(named: str | None) -> list[Path]:
@@ -110,9 +144,7 @@ def _settled(config: Config, sources: dict[str, str]) -> Config:
     return config
 
 
-def _node(config: Config, system: LocalSystem, options: dict[str, Any], asked: Target) -> Node:
-    from sparkinstall import stacks
-
+def _node(config: Config, system: LocalSystem, options: dict[str, Any], target: Target) -> Node:
     try:
         stack = stacks.load(config.stack)
     except stacks.StackError as error:
@@ -138,15 +170,13 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any], asked: T
         full=bool(options.get("full")),
         home=str(Path.home()),
         cache=user_cache(),
-        confirm_later=asked.confirm_later,
-        token_file=str(asked.token_file or ""),
+        confirm_later=target.confirm_later,
+        token_file=str(target.token_file or ""),
     )
 
 
-def looked_at(session: Session, steps: "Sequence[Step]") -> "list[StepReport]":
-    """How everything stands. What only root can tell is asked again once the person at the terminal gave a password."""
-    from sparkinstall.core import engine
-
+def looked_at(session: Session, steps: Sequence[Step]) -> list[StepReport]:
+    """Check every resource of `steps`; on a terminal, ask for the password of sudo if a check needs root."""
     reports = engine.plan(steps, session.node, session.system)
     if sys.stdin.isatty() and any(isinstance(report.problem, NeedsRoot) for report in reports):
         session.system.ask_for_sudo()
@@ -160,6 +190,6 @@ def _check_places(node: Node, system: LocalSystem) -> None:
         raise BadUsage(f"{system.real(node.prefix)!a} {complaint}", hint="choose another folder for --root")
 
 
-def open_state(asked: Target) -> StateFolder:
-    """The state of the node alone: for what must work whatever the settings say."""
-    return StateFolder(LocalSystem(_root(asked.root)))
+def open_state(target: Target) -> StateFolder:
+    """Open the state of the node alone: for what must work whatever the settings say."""
+    return StateFolder(LocalSystem(_root(target.root)))
