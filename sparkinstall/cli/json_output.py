@@ -14,7 +14,7 @@ from sparkinstall.errors import Exit, Problem
 from sparkinstall.probes import Finding, Probe
 from sparkinstall.redaction import redact
 
-_STATUS = {
+STATUS = {
     Exit.GOOD: "good",
     Exit.FAILED: "failed",
     Exit.USAGE: "usage",
@@ -30,7 +30,7 @@ def envelope(command: str, code: Exit, data: Struct | Mapping[str, Any], problem
     whole = {
         "version": VERSION,
         "command": command,
-        "status": _STATUS[code],
+        "status": STATUS[code],
         "exit_code": int(code),
         "data": to_builtins(data, enc_hook=str),
         "errors": [problem_data(problem) for problem in problems],

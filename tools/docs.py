@@ -1,0 +1,496 @@
+"""Generate what the documents derive from the code: a maintainer's tool, run from the repository's root.
+
+    PYTHONPATH=. python tools/docs.py            # write the pages
+    PYTHONPATH=. python tools/docs.py --check    # write nothing; exit 1 and name the pages that are stale
+
+A page has it between `<!-- generated: NAME -->` and `<!-- end -->`. Some columns of a table hold words of people, who
+explain more than the code declares: the tool keeps these, row by row, and gives a new row what the code says of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pkgutil
+import re
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from importlib import import_module
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+from unittest.mock import patch
+
+import typer
+from msgspec.structs import replace
+
+import sparkinstall
+from sparkinstall import stacks
+from sparkinstall.cli import json_output
+from sparkinstall.cli.app import program
+from sparkinstall.cluster import orchestrate
+from sparkinstall.config import ClusterConfig, Config, ServingConfig, Setting, settings
+from sparkinstall.core import catalogue, engine, fixes
+from sparkinstall.diagnose import signatures
+from sparkinstall.errors import Exit, Problem
+from sparkinstall.fixes import Fix
+from sparkinstall.node import Node
+from sparkinstall.probes import LEVELS, Probe, Verdict, known_hosts, nccl_tests
+from sparkinstall.probes.preflight import preflight
+from sparkinstall.resources import State
+from sparkinstall.schema import words
+from sparkinstall.steps import Step
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+_BLOCK = re.compile(r"(<!-- generated: ([a-z -]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
+
+ALONE = Node(Config(), stacks.load(stacks.DEFAULT), "aarch64", "aarch64", False, False, "/nowhere", Path("/nowhere"))
+SEVERAL = replace(ALONE, config=Config(cluster=ClusterConfig(role="head")))
+# It has every step, check and probe that there is.
+SERVING = replace(ALONE, config=Config(cluster=ClusterConfig(role="head"), serving=ServingConfig(model="m")))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Generate what the documents derive from the code.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
+    check = parser.parse_args(argv).check
+    pages = stale()
+    for path, text in pages.items():
+        if not check:
+            path.write_text(text, encoding="utf-8")
+        print(f"{path.relative_to(REPOSITORY)}{' is stale: run tools/docs.py' if check else ''}", file=sys.stderr)
+    return int(check and bool(pages))
+
+
+def stale() -> dict[Path, str]:
+    """The pages that are not what the tool generates, with what they should be."""
+    paths = sorted((*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")))
+    pages = {path: path.read_text(encoding="utf-8") for path in paths}
+    new = {path: generated(text) for path, text in pages.items() if "<!-- generated" in text}
+    return {path: text for path, text in new.items() if text != pages[path]}
+
+
+def generated(page: str) -> str:
+    """A page with all that it derives from the code as the code says it now."""
+
+    def block(match: re.Match[str]) -> str:
+        begin, name, old, end = match.groups()
+        # A table begins on a line of its own; a number or a list stands within a sentence.
+        new = "\n" + GENERATORS[name](old) if old.startswith("\n") else GENERATORS[name](old)
+        return begin + new + end
+
+    return _BLOCK.sub(block, page)
+
+
+Generator = Callable[[str], str]
+GENERATORS: dict[str, Generator] = {}
+"""What stands between two markers, by its name, from what stands there now."""
+
+
+def generates(name: str) -> Callable[[Generator], Generator]:
+    def register(generator: Generator) -> Generator:
+        GENERATORS[name] = generator
+        return generator
+
+    return register
+
+
+# --- tables
+
+
+class Words(str):
+    """A cell that people write: what the table has there, else this."""
+
+
+def table(old: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table. The words of people are taken from the old one, by the first cell and the column's name."""
+    kept = _rows(old)
+    lines = [_line(columns), "|" + "---|" * len(columns)]
+    for row in rows:
+        mine = kept.get(row[0].replace("|", r"\|"), {})
+        cells = zip(columns, row, strict=True)
+        lines.append(_line([mine.get(at, cell) if isinstance(cell, Words) else _escaped(cell) for at, cell in cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _rows(text: str) -> dict[str, dict[str, str]]:
+    """First cell of each row -> its cells by the names of the columns."""
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line] for line in lines]
+    return {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", r"\|")
+
+
+def code(name: object) -> str:
+    return f"`{name}`"
+
+
+def listed(names: Iterable[object]) -> str:
+    """`a`, `b` and `c`."""
+    *first, last = map(code, names)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+# --- settings
+
+
+@generates("settings")
+def _settings(_: str) -> str:
+    return "\n".join(_settings_of(section, list(of)) for section, of in _sections())
+
+
+def _sections() -> Iterator[tuple[str, Iterator[Setting]]]:
+    return groupby(settings(), key=lambda setting: setting.name.rpartition(".")[0])
+
+
+def _settings_of(section: str, of: list[Setting]) -> str:
+    rows = ([code(each.name), code(yaml_value(each.default)), takes(each), each.doc] for each in of)
+    return (f"### `{section}`\n\n" if section else "") + table("", ["setting", "default", "takes", "what"], rows)
+
+
+def takes(setting: Setting) -> str:
+    """What a setting takes, in the words of its type, or of its own check where it has one."""
+    kind = get_args(setting.type)[0]
+    if get_origin(kind) is tuple:
+        return f"a list; each {_rule(setting, get_args(kind)[0])}"
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (setting.type,)
+    return ", or ".join(_rule(setting, each) for each in members)
+
+
+def _rule(setting: Setting, kind: Any) -> str:
+    # A check is asked what it takes by giving it what none takes.
+    refusal = setting.check("\0") if setting.check and words(kind) == "text" else None
+    return (refusal or words(kind)).removeprefix("must be ")
+
+
+def yaml_value(value: Any) -> str:
+    """A default as it stands in a YAML file. JSON is YAML, and quotes what YAML would take for a number."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value)
+
+
+@generates("all defaults")
+def _all_defaults(_: str) -> str:
+    return f"```yaml\n{example()}```\n"
+
+
+def example() -> str:
+    """A config file with every default."""
+    return "\n".join(_example_section(section, list(of)) for section, of in _sections())
+
+
+def _example_section(section: str, of: list[Setting]) -> str:
+    indent = "  " if section else ""
+    lines = [f"{section}:"] if section else []
+    for each in of:
+        lines += [f"{indent}# {each.doc}", f"{indent}{each.name.rpartition('.')[2]}: {yaml_value(each.default)}"]
+    return "\n".join(lines) + "\n"
+
+
+@generates("settings that matter")
+def _settings_that_matter(old: str) -> str:
+    """People choose the settings; the code knows the defaults."""
+    defaults = {code(each.name): code(yaml_value(each.default)) for each in settings()}
+    return table(old, ["setting", "default", "what"], ([name, defaults[name], Words()] for name in _rows(old)))
+
+
+# --- words and codes
+
+
+@generates("exit codes")
+def _exit_codes(old: str) -> str:
+    rows = ([str(int(each)), code(json_output.STATUS[each]), Words()] for each in Exit)
+    return table(old, ["code", "status", "when"], rows)
+
+
+@generates("error codes")
+def _error_codes(old: str) -> str:
+    kinds = {each.code: each for each in reversed(problems())}
+    order = sorted(kinds, key=lambda name: (kinds[name].exit_code, name))
+    rows = ([code(name), str(int(kinds[name].exit_code)), Words(_first_line(kinds[name]))] for name in order)
+    return table(old, ["code", "exit", "meaning"], rows)
+
+
+def problems() -> list[type[Problem]]:
+    """Every kind of error that the code has, the general one first."""
+    for module in pkgutil.walk_packages(sparkinstall.__path__, "sparkinstall."):
+        if not module.name.startswith(("sparkinstall.payloads.", "sparkinstall.__main__")):
+            import_module(module.name)
+    return [kind for kind in _with_subclasses(Problem) if kind.__module__.startswith("sparkinstall.")]
+
+
+def _with_subclasses(kind: type[Problem]) -> Iterator[type[Problem]]:
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _with_subclasses(each)
+
+
+def _first_line(of: Any) -> str:
+    return str(of.__doc__ or "").split("\n")[0]
+
+
+@generates("outcomes")
+def _outcomes(old: str) -> str:
+    return table(old, ["`outcome`", "meaning"], ([code(each), Words()] for each in get_args(engine.Outcome)))
+
+
+@generates("states")
+def _states(old: str) -> str:
+    columns = ["`state`", "fields beside `key` and `changed`", "what"]
+    rows = (
+        [code(each.__struct_config__.tag), ", ".join(map(code, each.__struct_fields__)), Words(_first_line(each))]
+        for each in get_args(State)
+    )
+    return table(old, columns, rows)
+
+
+@generates("standings")
+def _standings(old: str) -> str:
+    """A table where there is one, else a list."""
+    names = get_args(fixes.Standing)
+    return table(old, ["word", "meaning"], ([code(each), Words()] for each in names)) if "|" in old else listed(names)
+
+
+@generates("verdicts")
+def _verdicts(_: str) -> str:
+    return listed(get_args(Verdict))
+
+
+@generates("levels")
+def _levels(old: str) -> str:
+    rows = ([code(each), Words()] for each in LEVELS)
+    return table(old, ["level", "what its probes do"], rows) if "|" in old else listed(LEVELS)
+
+
+# --- steps, phases, fixes
+
+
+@generates("steps")
+def _steps(old: str) -> str:
+    rows = ([code(step.name), _where(step), Words(step.why)] for step in catalogue.STEPS)
+    return table(old, ["step", "on", "what"], rows)
+
+
+def _where(step: Step) -> str:
+    if step.wanted(ALONE):
+        return "every node"
+    return "several nodes" if step.wanted(SEVERAL) else "a model is named"
+
+
+@generates("steps of every node")
+def _steps_of_every_node(_: str) -> str:
+    return listed(step.name for step in catalogue.of(ALONE))
+
+
+@generates("steps of several nodes")
+def _steps_of_several_nodes(_: str) -> str:
+    return listed(step.name for step in catalogue.STEPS if _where(step) == "several nodes")
+
+
+_WHOM = {"all": "all nodes", "head": "the head", "workers": "the workers"}
+
+
+@generates("phases")
+def _phases(old: str) -> str:
+    return table(old, ["phase", "where", "steps", "what"], _phase_rows())
+
+
+def _phase_rows() -> Iterator[Sequence[str]]:
+    yield "look", "all nodes", "", Words()
+    for phase in orchestrate.PHASES:
+        if phase.copied:
+            yield "copy", "head to workers", "", Words()
+        yield code(phase.name), _WHOM[phase.whom], ", ".join(map(code, phase.steps)), Words()
+    yield "verify", "all nodes", "", Words()
+
+
+@generates("fixes")
+def _fixes(old: str) -> str:
+    columns = ["#", "fix", "on", "without it", "what sparkinstall does"]
+    rows = ([str(fix.number), fix.title, _on(fix), Words(), Words(_impact(fix))] for fix in fixes.FIXES)
+    return table(old, columns, rows)
+
+
+def _on(fix: Fix) -> str:
+    return "several nodes" if fix.between else "every node"
+
+
+def _impact(fix: Fix) -> str:
+    return next(step.why for step in catalogue.STEPS if fix in step.fixes)
+
+
+@generates("fixes by step and probe")
+def _fixes_by_step_and_probe(_: str) -> str:
+    rows = [
+        [
+            str(fix.number),
+            fix.title,
+            ", ".join(code(step.name) for step in catalogue.STEPS if fix in step.fixes),
+            ", ".join(code(probe.name) for _, probe in probes() if probe.fix == fix),
+        ]
+        for fix in fixes.FIXES
+    ]
+    return table("", ["#", "fix", "steps that apply it", "probes that prove it"], rows)
+
+
+# --- checks and probes
+
+
+@cache
+def probes() -> tuple[tuple[Step, Probe], ...]:
+    """Every probe of a step, with the step."""
+    # A machine with two GPUs has one more.
+    with patch.object(nccl_tests, "gpus", lambda: 2):
+        return tuple((step, probe) for step in catalogue.STEPS for probe in step.probes(SERVING))
+
+
+@generates("preflight checks")
+def _preflight_checks(old: str) -> str:
+    columns = ["name", "title", "in a rehearsal", "passes if", "if it fails"]
+    rows = (
+        [code(each.name), each.title, "node only" if each.needs_node else "checked", Words(), Words(each.impact)]
+        for each in preflight(SERVING)
+    )
+    return table(old, columns, rows)
+
+
+@generates("hints of preflight checks")
+def _hints_of_preflight_checks(old: str) -> str:
+    rows = ([code(each.name), Words(each.impact)] for each in preflight(SERVING))
+    return table(old, ["check", "what to do"], rows)
+
+
+@generates("number of checks")
+def _number_of_checks(_: str) -> str:
+    return str(len(list(preflight(SERVING))))
+
+
+@generates("probes")
+def _probes(old: str) -> str:
+    columns = ["name", "step", "level", "fix", "title", "how it looks", "if it fails"]
+    rows = (
+        [
+            *(code(probe.name), code(step.name), probe.level, str(probe.fix.number) if probe.fix else ""),
+            *(probe.title, Words(), probe.impact),
+        ]
+        for step, probe in probes()
+    )
+    return table(old, columns, rows)
+
+
+@generates("known bad hosts")
+def _known_bad_hosts(_: str) -> str:
+    columns = ["name", "what it looks at", "verdict", "what it concerns", "last checked", "evidence"]
+    rows = (
+        [code(rule.name), rule.title, rule.verdict, rule.concerns, str(rule.checked), _links(rule.evidence)]
+        for rule in known_hosts.rules()
+    )
+    return table("", columns, rows)
+
+
+def _links(addresses: Sequence[str]) -> str:
+    return ", ".join(f"[{number}]({address})" for number, address in enumerate(addresses, 1))
+
+
+# --- failures, stacks
+
+
+@generates("failures")
+def _failures(_: str) -> str:
+    rows = (
+        [code(each.name), each.title + (" (a warning)" if each.is_warning else ""), str(each.fix or "")]
+        for each in signatures.load()
+    )
+    return table("", ["failure", "what it is", "fix"], rows)
+
+
+@generates("number of failures")
+def _number_of_failures(_: str) -> str:
+    return str(len(signatures.load()))
+
+
+@generates("stacks")
+def _stacks(old: str) -> str:
+    columns = ["`--stack`", "torch", "triton", "transformers", "CUDA", "NCCL", "for whom"]
+    return table(old, columns, (_stack_row(stacks.load(name)) for name in stacks.names()))
+
+
+def _stack_row(stack: stacks.Stack) -> Sequence[str]:
+    name = code(stack.name) + (" (default)" if stack.name == stacks.DEFAULT else "")
+    versions = (stack.version_of(each) or "" for each in ("torch", "triton", "transformers"))
+    return name, *versions, Words("13"), stack.nccl.version, Words()
+
+
+# --- verbs and options
+
+
+@cache
+def commands() -> dict[str, Any]:
+    """Verb -> its command, in the order of the help, without what `cluster` runs on the nodes."""
+    return dict(_commands("", typer.main.get_command(program())))
+
+
+def _commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+    subs = getattr(command, "commands", {})
+    if name and not subs:
+        yield name, command
+    for sub, inner in subs.items():
+        if not inner.hidden:
+            yield from _commands(f"{name} {sub}".strip(), inner)
+
+
+@generates("verbs")
+def _verbs(_: str) -> str:
+    rows = ([code(f"{name} {_arguments(each)}".strip()), _help(each)] for name, each in commands().items())
+    return table("", ["verb", "what"], rows)
+
+
+@generates("names of verbs")
+def _names_of_verbs(_: str) -> str:
+    return listed(commands())
+
+
+def _arguments(command: Any) -> str:
+    return " ".join(each.metavar for each in command.params if each.param_type_name == "argument")
+
+
+def _help(command: Any) -> str:
+    return " ".join(str(command.help).split())
+
+
+@generates("options")
+def _options(_: str) -> str:
+    found: dict[tuple[str, str], list[str]] = {}
+    for name, command in commands().items():
+        for each in command.params:
+            if each.param_type_name == "option" and not each.hidden:
+                found.setdefault((_spelled(each), str(each.help)), []).append(name)
+    rows = ([option, what, _among(verbs)] for (option, what), verbs in found.items())
+    return table("", ["option", "what", "of"], rows)
+
+
+def _spelled(option: Any) -> str:
+    names = [*sorted(option.opts, key=len), *option.secondary_opts]
+    kinds = getattr(option.type, "choices", ())
+    default = "" if option.is_flag else "PATH" if hasattr(option.type, "path_type") else "NAME"
+    value = option.metavar or "|".join(kinds) or default
+    return ", ".join(code(f"{name} {value}".strip()) for name in names)
+
+
+def _among(verbs: Sequence[str]) -> str:
+    others = [verb for verb in commands() if verb not in verbs]
+    if not others:
+        return "all verbs"
+    return f"all but {listed(others)}" if len(others) < 4 else ", ".join(map(code, verbs))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
