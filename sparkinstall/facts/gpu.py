@@ -1,4 +1,4 @@
-"""The GPU as nvidia-smi shows it."""
+"""The GPU as nvidia-smi reports it."""
 
 from msgspec import Struct
 
@@ -10,7 +10,7 @@ QUERY = (
     "--query-gpu=name,compute_cap,driver_version,utilization.gpu,clocks.sm,power.draw",
     "--format=csv,noheader,nounits",
 )
-"""The program that `understood` reads the answer of."""
+"""The command whose output `understood` parses."""
 
 
 DRIVER_FILE = "/proc/driver/nvidia/version"
@@ -18,7 +18,7 @@ DRIVER_FILE = "/proc/driver/nvidia/version"
 
 
 class Gpu(Struct, frozen=True):
-    """The first GPU. `capability` such as 12.1; `busy` in percent, `mhz` of its clock, `watts`: None where not told."""
+    """The first GPU. `capability` such as 12.1; `busy` (percent), `mhz` (SM clock) and `watts` are None if unknown."""
 
     name: str
     capability: str
@@ -29,25 +29,25 @@ class Gpu(Struct, frozen=True):
 
 
 def first_gpu(on: Reader) -> Gpu | None:
-    """The first GPU, or None where nvidia-smi is missing or answers with an error."""
+    """Return the first GPU, or None if nvidia-smi is missing or fails."""
     found = gpu_or_complaint(on)
     return found if isinstance(found, Gpu) else None
 
 
 def gpu_or_complaint(on: Reader) -> Gpu | str:
-    """The first GPU, or the first line that nvidia-smi says in its place; empty where it says nothing or is missing."""
+    """Return the first GPU, or the first line of nvidia-smi's error; "" if it prints none or is missing."""
     if on.rehearsal:
         return ""
     answer = on.ask(*QUERY)
     if found := understood(answer):
         return found
     said = [line.strip() for line in (answer.out + answer.err).splitlines() if line.strip()]
-    # What is said of a program that is not there is the shell's, not its own.
+    # "not found" is not a message of nvidia-smi.
     return printable(said[0]) if said and answer.code != 127 else ""
 
 
 def understood(answer: Result) -> Gpu | None:
-    """The first GPU in an answer to `QUERY`."""
+    """Return the first GPU in the result of `QUERY`."""
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.out.splitlines()]
     if not answer.ok or not rows or len(rows[0]) != 6:
         return None
@@ -56,7 +56,7 @@ def understood(answer: Result) -> Gpu | None:
 
 
 def _number(cell: str) -> float | None:
-    """nvidia-smi writes `[N/A]` for what it cannot tell."""
+    """Parse a number; nvidia-smi writes `[N/A]` for unknown ones."""
     try:
         return float(cell)
     except ValueError:

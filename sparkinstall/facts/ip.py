@@ -1,4 +1,4 @@
-"""What `ip` says of this node: interfaces with their addresses, and IPv4 routes."""
+"""Interfaces, addresses and IPv4 routes of this node, from `ip`."""
 
 import json
 from collections.abc import Mapping
@@ -11,9 +11,9 @@ from sparkinstall.system import Reader
 
 
 class Live(Struct, frozen=True):
-    """An interface as it is now. `addresses`: IPv4, with prefix length; `leased` those that DHCP gave.
+    """The current state of an interface. `addresses`: IPv4 with prefix length; `leased`: those from DHCP.
 
-    `all_addresses`: those of IPv6 too, without a length.
+    `all_addresses`: IPv4 and IPv6, without prefix length.
     """
 
     name: str
@@ -26,26 +26,26 @@ class Live(Struct, frozen=True):
 
 
 def live(on: Reader) -> dict[str, Live]:
-    """Every interface by name; empty where `ip` gives no answer."""
+    """Return every interface by name; {} if `ip` fails."""
     found = live_or_complaint(on)
     return {} if isinstance(found, str) else found
 
 
 def live_or_complaint(on: Reader) -> dict[str, Live] | str:
-    """Every interface by name, or what `ip` says where it gives no answer."""
+    """Return every interface by name, or the error message of `ip`."""
     answer = on.ask("ip", "-j", "address")
-    # Some versions of ip leave an empty object where they left an interface out.
+    # Some versions of ip print an empty object for an interface that they leave out.
     found = {each["ifname"]: _live(each) for each in _objects(answer.out) if "ifname" in each}
     return found if answer.ok and found else answer.err.strip()
 
 
-def _live(said: Mapping[str, Any]) -> Live:
-    every = [each for each in said.get("addr_info", ()) if "local" in each]
+def _live(shown: Mapping[str, Any]) -> Live:
+    every = [each for each in shown.get("addr_info", ()) if "local" in each]
     found = [each for each in every if each.get("family") == "inet"]
-    flags = said.get("flags", ())
+    flags = shown.get("flags", ())
     return Live(
-        name=said["ifname"],
-        mtu=said.get("mtu", 0),
+        name=shown["ifname"],
+        mtu=shown.get("mtu", 0),
         up="UP" in flags,
         carrier="LOWER_UP" in flags,
         addresses=tuple(f"{each['local']}/{each['prefixlen']}" for each in found),
@@ -55,7 +55,7 @@ def _live(said: Mapping[str, Any]) -> Live:
 
 
 class Route(Struct, frozen=True):
-    """One IPv4 route of the main table; `gateway` empty where the subnet is on the link itself."""
+    """One IPv4 route of the main table; `gateway` is "" for a directly connected subnet."""
 
     to: IPv4Network
     interface: str
@@ -63,17 +63,17 @@ class Route(Struct, frozen=True):
 
 
 def routes(on: Reader) -> tuple[Route, ...]:
-    """The IPv4 routes that lead somewhere."""
+    """Return the IPv4 routes that have an interface."""
     return tuple(_route(each) for each in asked(on, "-4", "route", "show", "table", "main") if "dev" in each)
 
 
-def _route(said: Mapping[str, Any]) -> Route:
-    to = "0.0.0.0/0" if said["dst"] == "default" else said["dst"]
-    return Route(IPv4Network(to, strict=False), said["dev"], said.get("gateway", ""))
+def _route(shown: Mapping[str, Any]) -> Route:
+    to = "0.0.0.0/0" if shown["dst"] == "default" else shown["dst"]
+    return Route(IPv4Network(to, strict=False), shown["dev"], shown.get("gateway", ""))
 
 
 def asked(on: Reader, *words: str) -> list[dict[str, Any]]:
-    """The objects that `ip -j WORDS` prints; none where it gives no answer."""
+    """Return the objects that `ip -j WORDS` prints; [] if it fails."""
     return _objects(on.ask("ip", "-j", *words).out)
 
 

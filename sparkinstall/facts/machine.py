@@ -1,4 +1,4 @@
-"""What kind of machine this is, read from its own files. The serial number is dropped unread."""
+"""Identify the kind of machine from its files. The serial number is discarded."""
 
 import os
 import re
@@ -14,9 +14,9 @@ _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)")
 
 
 def parse_release(content: bytes) -> dict[str, str]:
-    """`KEY=VALUE` lines, quoted or not; of a key that repeats, the last wins. Never raises.
+    """Parse `KEY=VALUE` lines, quoted or not; the last value of a repeated key wins. Never raises.
 
-    Keys that name the single machine (the serial number) are left out, so that nothing can print them.
+    Keys that identify the machine (the serial number) are left out, so that nothing can print them.
     """
     found: dict[str, str] = {}
     for line in content[:65536].decode(errors="replace").splitlines():
@@ -32,12 +32,12 @@ def _unquoted(value: str) -> str:
 
 
 def printable(value: str) -> str:
-    """A release file comes from outside: no escape sequence of it may reach a terminal."""
+    """Remove control characters: a release file is untrusted, and no escape sequence may reach a terminal."""
     return "".join(c if c.isprintable() else "?" for c in value)[:200]
 
 
 def parse_meminfo(content: bytes) -> dict[str, int]:
-    """`/proc/meminfo` in kB."""
+    """Parse `/proc/meminfo`; values in kB."""
     rows = re.findall(r"^([A-Za-z0-9_()]+):\s+(\d+)", content.decode(errors="replace"), re.MULTILINE)
     return {name: int(value) for name, value in rows}
 
@@ -48,7 +48,7 @@ def available_memory(on: Reader) -> int:
 
 
 def release(on: Reader) -> Mapping[str, str]:
-    """The release file of DGX OS or of an OEM's image; empty where there is none."""
+    """Return the release file of DGX OS or of an OEM's image; {} if there is none."""
     merged: dict[str, str] = {}
     for path in reversed(RELEASE_FILES):
         merged |= parse_release(on.read(path) or b"")
@@ -60,7 +60,7 @@ def os_release(on: Reader) -> Mapping[str, str]:
 
 
 def has_gb10(on: Reader) -> bool:
-    """Whether the PCI bus holds a GB10 (10de:2e12), or the driver names one."""
+    """Return whether the PCI bus has a GB10 (10de:2e12), or the driver reports one."""
     for device in on.names("/sys/bus/pci/devices"):
         base = f"/sys/bus/pci/devices/{device}"
         ids = [(on.read(f"{base}/{part}") or b"").decode(errors="replace").strip() for part in ("vendor", "device")]
@@ -73,7 +73,7 @@ def has_gb10(on: Reader) -> bool:
 
 
 def product(on: Reader) -> str:
-    """The machine's name for people ("NVIDIA DGX Spark", "GX10", ...); empty where nothing tells."""
+    """Return the product name ("NVIDIA DGX Spark", "GX10", ...), or "" if unknown."""
     found = release(on)
     dmi = (on.read("/sys/class/dmi/id/product_name") or b"").decode(errors="replace").strip()
     names = (found.get("DGX_PRETTY_NAME"), found.get("DGX_PLATFORM"), found.get("NAME"), printable(dmi))
@@ -81,7 +81,7 @@ def product(on: Reader) -> str:
 
 
 def is_gb10(name: str) -> bool:
-    """Whether a GPU's name is GB10 and not, say, GB100."""
+    """Return whether a GPU's name is GB10 and not, for example, GB100."""
     return bool(_GB10_NAME.search(name))
 
 

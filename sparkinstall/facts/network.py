@@ -1,4 +1,4 @@
-"""This node among others: its addresses on the QSFP link, and what it reaches, to be compared after a change."""
+"""This node's addresses on the QSFP link, and what it can reach before and after a network change."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +18,14 @@ _R = TypeVar("_R")
 
 
 def own_addresses(node: Node) -> tuple[IPv4Interface, IPv4Interface]:
-    """This node's address on the first half of the port, and on the second: the same host in the other subnet."""
+    """Return this node's addresses on both halves of the port: the same host number in two subnets."""
     network = node.config.network
     first = IPv4Interface(f"{node.address}/{network.prefix_length}")
     return first, twin_of(node, node.address)
 
 
 def twin_of(node: Node, address: str) -> IPv4Interface:
-    """The address on the second half of the node that has `address` on the first."""
+    """Return the second half's address of the node that has `address` on its first half."""
     network = node.config.network
     one = IPv4Interface(f"{address}/{network.prefix_length}")
     other = IPv4Network(f"{network.twin_subnet}/{network.prefix_length}", strict=False)
@@ -34,9 +34,9 @@ def twin_of(node: Node, address: str) -> IPv4Interface:
 
 
 class Reach(Struct, frozen=True):
-    """What a node can reach, to be compared after its network was changed.
+    """What a node can reach, for comparison after a network change.
 
-    `session`: the interface over which this ssh session comes; empty where there is none.
+    `session`: the interface of this ssh session, or "".
     """
 
     defaults: tuple[tuple[str, str], ...]
@@ -46,9 +46,9 @@ class Reach(Struct, frozen=True):
 
 
 def reach(on: Reader, node: Node, only: Iterable[str] | None = None) -> Reach:
-    """What can be reached now; `only` these addresses are asked for an answer, instead of gateways and peers."""
+    """Return what can be reached now; ping `only` these addresses if given, else gateways and peers."""
     there = ip.live(on)
-    # Only a node that is managed over IPv6 alone waits for that: routers announce their route in their own time.
+    # Check IPv6 routes only on a node managed over IPv6 alone: routers announce them at their own pace.
     defaults = _defaults(on) or _defaults6(on)
     asked = only if only is not None else [*(gateway for _, gateway in defaults if gateway), *node.peers]
     kept = {name: there[name].addresses for name in qsfp.management(on) if name in there}
@@ -81,37 +81,37 @@ def _that_answer(on: Reader, addresses: Iterable[str]) -> list[str]:
 
 
 def lost(before: Reach, on: Reader, node: Node) -> str:
-    """What could be reached before and cannot be now, in words; empty: all of it can."""
+    """Describe the first thing that was reachable before and no longer is; "" if nothing was lost."""
     now, there = reach(on, node, before.answered), ip.live(on)
     if gone := sorted(set(before.defaults) - {*_defaults(on), *_defaults6(on)}):
         return f"the default route over {gone[0][0]} is gone"
     for name, had in before.management.items():
         if missing := set(had) - set(there[name].addresses if name in there else ()):
-            return f"{name} has lost its address {min(missing)}"
+            return f"{name} lost its address {min(missing)}"
     if before.session and before.session != now.session:
-        return f"this ssh session's way back, over {before.session}, is gone"
+        return f"the route of this ssh session over {before.session} is gone"
     silent = sorted(before.answered - now.answered)
-    return f"{silent[0]} answered before and does not now" if silent else ""
+    return f"{silent[0]} no longer answers" if silent else ""
 
 
 def pings(on: Reader, address: str, *, count: int = 2, size: int = 0, source: str = "") -> bool:
-    """Whether `address` answers; with a `size` (bytes), to packets of that size that must not be cut up."""
+    """Return whether `address` answers; with `size`, to unfragmented packets of that many bytes."""
     large = ("-M", "do", "-s", str(size)) if size else ()
     origin = ("-I", source) if source else ()
     return ping(on, "-c", str(count), "-i", "0.2", *large, *origin, address)
 
 
 def ping(on: Reader, *words: str) -> bool:
-    """Whether `ping` with these words gets an answer."""
+    """Return whether `ping` with these arguments gets an answer."""
     asked = ("ping", "-n", "-q", "-W", "1", *words)
     answer = on.ask(*asked, timeout=10)
     if "not permitted" in answer.err:
-        # Where an ordinary user may not ping (net.ipv4.ping_group_range), root may.
+        # net.ipv4.ping_group_range may allow ping to root only.
         answer = on.ask(*asked, timeout=10, root=True)
     return answer.ok
 
 
 def at_once(ask: Callable[[_T], _R], of: Sequence[_T]) -> list[_R]:
-    """`ask` of each, side by side: a peer that is silent costs its second once."""
+    """Call `ask` for each in parallel, so that silent peers cost one timeout together."""
     with ThreadPoolExecutor(max_workers=max(1, min(len(of), 16))) as pool:
         return list(pool.map(ask, of))

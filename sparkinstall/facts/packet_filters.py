@@ -1,4 +1,4 @@
-"""What else filters the packets that come in on this node: ufw, firewalld, somebody's own rules."""
+"""Detect other packet filters on this node: ufw, firewalld, own nftables or iptables rules."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -6,11 +6,11 @@ from typing import Any
 
 from sparkinstall.system import Reader
 
-# Not by PATH: an ordinary user's has no sbin.
+# Absolute paths: an ordinary user's PATH has no sbin.
 NFT = "/usr/sbin/nft"
 TABLE = ("inet", "sparkinstall")
 
-# Chains of programs that filter their own traffic only.
+# Chains of programs that filter only their own traffic.
 _OWN_TRAFFIC = ("DOCKER", "LIBVIRT", "KUBE-", "CNI-", "NETAVARK", "ts-", "f2b-")
 _OWN_TABLES = ("f2b-table", "docker-bridges")
 _DROPPING = {"drop", "reject", "vmap", "queue"}
@@ -19,9 +19,9 @@ Chain = tuple[str, str, str]
 
 
 def another(on: Reader) -> str:
-    """The firewall that is at work here and is not ours, in words; empty where there is none.
+    """Describe the active firewall that is not ours; "" if there is none.
 
-    What the kernel has is only looked at where nft is installed. Docker's tables, fail2ban's and their like are none.
+    The kernel's rules are read only if nft is installed. Tables of Docker, fail2ban and the like do not count.
     """
     return _ufw(on) or _firewalld(on) or _nftables(on) or _legacy(on)
 
@@ -43,7 +43,7 @@ def _nftables(on: Reader) -> str:
 
 
 def filtering_chain(ruleset: str) -> Chain | None:
-    """Family, table and name of a chain that drops packets which come in; `ruleset` is nft's own JSON."""
+    """Return family, table and name of a chain that drops incoming packets; `ruleset` is nft's JSON."""
     items = json.loads(ruleset)["nftables"]
     chains = {_place(each["chain"], "name"): each["chain"] for each in items if "chain" in each}
     rules: dict[Chain, list[Any]] = {}
@@ -78,7 +78,7 @@ def _drops(chain: Chain, rules: Mapping[Chain, list[Any]], seen: set[Chain]) -> 
 
 
 def _rejects(expression: Mapping[str, Any]) -> bool:
-    """iptables' REJECT stays iptables' own in nft's JSON."""
+    """Return whether an expression is iptables' REJECT, which nft's JSON shows as `xt`."""
     extension = expression.get("xt") or {}
     return extension.get("type") == "target" and extension.get("name") in ("REJECT", "TARPIT")
 
@@ -92,7 +92,7 @@ def _targets(expressions: list[Mapping[str, Any]]) -> Iterator[str]:
 
 def _legacy(on: Reader) -> str:
     for names, program in (("ip_tables_names", "iptables-legacy"), ("ip6_tables_names", "ip6tables-legacy")):
-        # The program would load the kernel's module where nobody uses it.
+        # The program would load the kernel module even if nobody uses it.
         if b"filter" in (on.read(f"/proc/net/{names}") or b"").split():
             answer = on.ask(f"/usr/sbin/{program}", "-S", root=True)
             if legacy_drops(answer.out.splitlines()):
@@ -101,7 +101,7 @@ def _legacy(on: Reader) -> str:
 
 
 def legacy_drops(lines: list[str]) -> bool:
-    """Whether iptables' own listing drops or rejects what comes in."""
+    """Return whether a listing of iptables drops or rejects incoming packets."""
     return "-P INPUT DROP" in lines or _legacy_chain_drops("INPUT", lines, set())
 
 

@@ -1,6 +1,6 @@
-"""The QSFP ports of this node, as the kernel shows them: which has the cable, its two halves, their RDMA devices.
+"""The QSFP ports of this node as the kernel shows them: which has the cable, its halves, their RDMA devices.
 
-Nothing here is known by a name beforehand but the form that names of such a port have.
+No interface name is assumed, only the pattern of names of such a port.
 """
 
 import os
@@ -18,32 +18,32 @@ from sparkinstall.system import Reader
 
 _HALVES = 2
 
-# systemd's name for a port of a card with several: PCI domain (none: 0), bus, slot, function, and the port's own
-# number. Of a ConnectX-7 the function and the port are the same number.
+# systemd's name of a port on a multi-port card: PCI domain (none: 0), bus, slot, function, and port number.
+# On a ConnectX-7 function and port have the same number.
 _HALF = re.compile(r"en(?:P(?P<domain>[0-9]+))?(?P<place>p[0-9]+s[0-9]+f(?P<port>[0-9]+))np(?P=port)")
 _GID = re.compile(r"[0-9a-f]{4}(?::[0-9a-f]{4}){7}", re.IGNORECASE)
 _MAPPED = "0000:0000:0000:0000:0000:ffff:"
 _ROCE_V2 = "RoCE v2"
 _SESSION = "carries this ssh session"
 
-# DGX OS (since 26.02) takes the card off its bus while it is of no use, where this file is: dgx-spark-mlnx-hotplug.
+# If this file exists, DGX OS (since 26.02, dgx-spark-mlnx-hotplug) removes an unused card from its bus.
 HOTPLUG = "/etc/nvidia/cx7-hotplug-enabled"
 # The kernel's side of it (NVIDIA/NV-Kernels #271): 0 while no cable counts as plugged in.
 _PLUGGED_IN = "/sys/devices/platform/MTKP0001:00/pcie_hotplug/debug_state"
-SWITCHED_OFF = "switched off to save power until a cable is in and the other node is on"
+SWITCHED_OFF = "switched off to save power until a cable is plugged in and the other node is on"
 
 # Bits of a route's flags (linux/route.h).
 _RTF_UP, _RTF_REJECT = 0x1, 0x200
 
 
 class LinkProblem(Problem):
-    """The QSFP port cannot be told; the message lists the candidates and names the option."""
+    """The QSFP port cannot be determined; the message lists the candidates and names the option."""
 
 
 class Interface(Struct, frozen=True):
-    """One half of a QSFP port. `carrier` None: the interface is down, so nobody knows. `speed` in Mb/s, 0: not told.
+    """One half of a QSFP port. `carrier` is None while the interface is down; `speed` in Mb/s, 0 if unknown.
 
-    `hca` is its RDMA device; empty where there is none.
+    `hca` is its RDMA device, or "".
     """
 
     name: str
@@ -55,20 +55,20 @@ class Interface(Struct, frozen=True):
 
 
 class Port(Struct, frozen=True):
-    """A physical port and its halves (twins), the first PCI domain's first."""
+    """A physical port and its halves (twins), ordered by PCI domain."""
 
     number: int
     twins: tuple[Interface, ...]
 
     @property
     def carrier(self) -> bool | None:
-        """True where any half has one; None where no half is up."""
+        """True if any half has a carrier; None if no half is up."""
         known = [each.carrier for each in self.twins if each.carrier is not None]
         return any(known) if known else None
 
 
 class Gid(Struct, frozen=True):
-    """One entry of an RDMA device's table of addresses. `type` such as `RoCE v2`."""
+    """One entry of an RDMA device's GID table. `type` such as `RoCE v2`."""
 
     index: int
     value: str
@@ -77,12 +77,12 @@ class Gid(Struct, frozen=True):
 
     @property
     def address(self) -> str:
-        """The IPv4 address that it stands for; empty where it stands for another."""
+        """The IPv4 address that it represents, or ""."""
         return mapped_address(self.value)
 
 
 def ports(on: Reader) -> tuple[Port, ...]:
-    """Every QSFP port, in the order of their numbers."""
+    """Return every QSFP port, by number."""
     halves = [_half(on, name) for name in sorted(filter(_HALF.fullmatch, on.names(NET)), key=_domain)]
     known = [half for half in halves if half is not None]
     numbers = sorted({half.port for half in known})
@@ -90,10 +90,10 @@ def ports(on: Reader) -> tuple[Port, ...]:
 
 
 def management(on: Reader) -> Mapping[str, str]:
-    """Interfaces that must never be touched, each with why: the default route's, that of this ssh session, Wi-Fi.
+    """Return interfaces that must never be changed, with the reason: default route, this ssh session, Wi-Fi.
 
-    A why goes on after the interface's name: "has the default route". In a rehearsal, which is not
-    the machine that the ssh session is on, only the files beneath the root count.
+    A reason continues the interface's name: "has the default route". A rehearsal reads only the files below its root,
+    not this machine's ssh session.
 
     Raises:
         LinkProblem: `ip` cannot tell which interface has this ssh session's address.
@@ -112,21 +112,21 @@ def management(on: Reader) -> Mapping[str, str]:
 
 
 def used_port(on: Reader, node: Node) -> Port:
-    """The port with the cable, or the one that `network.interface` names.
+    """Return the port with the cable, or the one that `network.interface` names.
 
-    In a rehearsal, which has no ports of its own: port 0 as a Spark has it.
+    A rehearsal has no ports and gets port 0 of a Spark.
 
     Raises:
-        LinkProblem: there is none, or more than one, or the one named must not be touched.
+        LinkProblem: there is none or more than one, or the named one must not be changed.
     """
     return _chosen(on, node, management(on))
 
 
 def port_to_look_at(on: Reader, node: Node) -> Port:
-    """The port as `used_port` tells it; where this ssh session came in over it, it may be looked at all the same.
+    """Return the same port as `used_port`, for reading only, so also if this ssh session uses it.
 
     Raises:
-        LinkProblem: there is none, or more than one.
+        LinkProblem: there is none or more than one.
     """
     barred = management(on)
     try:
@@ -150,15 +150,15 @@ def _chosen(on: Reader, node: Node, barred: Mapping[str, str]) -> Port:
 
 
 def switched_off(on: Reader) -> bool:
-    """Whether a ConnectX-7 that is not to be seen is one that DGX OS has switched off."""
+    """Return whether DGX OS has switched the ConnectX-7 off."""
     return on.entry(HOTPLUG) is not None or text_of(on, _PLUGGED_IN) == "0"
 
 
 def addresses(on: Reader) -> Mapping[str, tuple[str, ...]]:
-    """The IPv4 addresses of each interface that has any, as `a.b.c.d/length`; empty in a rehearsal.
+    """Return the IPv4 addresses by interface, as `a.b.c.d/length`; {} in a rehearsal.
 
     Raises:
-        LinkProblem: `ip` gives no answer.
+        LinkProblem: `ip` fails.
     """
     if on.rehearsal:
         return {}
@@ -166,7 +166,7 @@ def addresses(on: Reader) -> Mapping[str, tuple[str, ...]]:
 
 
 def gids(on: Reader, hca: str) -> tuple[Gid, ...]:
-    """The table of an RDMA device; entries that are all zero are left out."""
+    """Return the GID table of an RDMA device, without zero entries."""
     table = f"{RDMA}/{hca}/ports/1"
     values = {index: text_of(on, f"{table}/gids/{index}") for index in _numbers(on, f"{table}/gids")}
     return tuple(
@@ -182,42 +182,40 @@ def gids(on: Reader, hca: str) -> tuple[Gid, ...]:
 
 
 def roce_gid(on: Reader, hca: str, address: str) -> int | None:
-    """The index of the RoCE v2 GID that is the IPv4 `address`, or None."""
+    """Return the index of the RoCE v2 GID of the IPv4 `address`, or None."""
     found = (each.index for each in gids(on, hca) if each.type == _ROCE_V2 and each.address == address)
     return next(found, None)
 
 
 def roce_ready(on: Reader, port: Port) -> str:
-    """Why RoCE cannot be used on this port; empty where it can.
+    """Return why RoCE cannot be used on this port; "" if it can.
 
-    It can where each half has an RDMA device whose port is active and which has a RoCE v2 GID for an
-    IPv4 address of that half.
+    Each half needs an active RDMA device with a RoCE v2 GID for an IPv4 address of that half.
     """
     return next((why for each in port.twins if (why := _not_ready(on, each))), "")
 
 
 def mapped_address(gid: str) -> str:
-    """The IPv4 address in a GID such as 0000:0000:0000:0000:0000:ffff:c0a8:640a; empty where there is none. Never
-    raises."""
+    """Return the IPv4 address in a GID such as 0000:0000:0000:0000:0000:ffff:c0a8:640a, or "". Never raises."""
     if not _GID.fullmatch(gid) or not gid.lower().startswith(_MAPPED):
         return ""
     return ".".join(str(byte) for byte in bytes.fromhex(gid[-9:].replace(":", "")))
 
 
 def default_routes(content: bytes) -> tuple[str, ...]:
-    """The interfaces of IPv4 default routes in what /proc/net/route says. Never raises."""
+    """Return the interfaces of IPv4 default routes in /proc/net/route. Never raises."""
     rows = [line.split() for line in content.split(b"\n")]
     return _route_names((row[0], row[3]) for row in rows if len(row) >= 8 and row[1] == row[7] == b"0" * 8)
 
 
 def default_routes6(content: bytes) -> tuple[str, ...]:
-    """The interfaces of IPv6 default routes in what /proc/net/ipv6_route says. Never raises."""
+    """Return the interfaces of IPv6 default routes in /proc/net/ipv6_route. Never raises."""
     rows = [line.split() for line in content.split(b"\n")]
     return _route_names((row[9], row[8]) for row in rows if len(row) >= 10 and row[:2] == [b"0" * 32, b"00"])
 
 
 def _route_names(routes: Iterable[tuple[bytes, bytes]]) -> tuple[str, ...]:
-    """Those whose route is in use and leads somewhere: the kernel has one to nowhere at `lo`."""
+    """Return interfaces of routes that are up; the kernel keeps a null route at `lo`."""
     used = [name for name, flags in routes if _bits(flags) & (_RTF_UP | _RTF_REJECT) == _RTF_UP]
     return tuple(dict.fromkeys(os.fsdecode(name) for name in used))
 
@@ -236,7 +234,7 @@ def _domain(name: str) -> tuple[int, str]:
 
 def _half(on: Reader, name: str) -> Interface | None:
     form = _HALF.fullmatch(name)
-    # An interface without a device is a virtual one: nobody gives it such a name by chance.
+    # An interface without a device is virtual: nobody gives it such a name by chance.
     if form is None or driver_of(on, name) not in ("", CONNECTX_DRIVER):
         return None
     carrier = {"1": True, "0": False}.get(text_of(on, f"{NET}/{name}/carrier"))
@@ -249,7 +247,7 @@ def _hca(on: Reader, name: str) -> str:
     listed = [each for each in devices if name in on.names(f"{RDMA}/{each}/device/net")]
     if len(listed) == 1:
         return listed[0]
-    # Several devices beneath one card, or one that speaks for a bond: their tables of addresses name the interface.
+    # For several devices of one card, or one for a bond, the GID table names the interface.
     return next((each for each in listed or devices if name in _interfaces(on, each)), listed[0] if listed else "")
 
 
@@ -259,7 +257,7 @@ def _interfaces(on: Reader, hca: str) -> set[str]:
 
 
 def _number(text: str) -> int:
-    # -1 is what `speed` says of a link that is down.
+    # `speed` is -1 while the link is down.
     return int(text) if text.isascii() and text.isdecimal() else 0
 
 
@@ -268,19 +266,19 @@ def _numbers(on: Reader, folder: str) -> list[int]:
 
 
 def _of_this_session(on: Reader) -> tuple[str, ...]:
-    """The interface that has the address at which this ssh session came in; sshd says which (SSH_CONNECTION)."""
+    """Return the interface with the server address of this ssh session (SSH_CONNECTION)."""
     words = () if on.rehearsal else session()
     if not words:
         return ()
-    # A link-local address may be on several interfaces; the one that is meant stands behind it.
+    # A link-local address may be on several interfaces; its suffix names the right one.
     address, _, scope = words[2].partition("%")
     return tuple(name for name, each in _live(on).items() if address in each.all_addresses and scope in ("", name))
 
 
 def session() -> tuple[str, ...]:
-    """Client, its port, server and its port of the ssh session that this process belongs to; empty: there is none.
+    """Return client, its port, server and its port of the ssh session of this process, or ().
 
-    sudo takes the variable away; the shell before it still has it.
+    sudo removes the variable; a parent process still has it.
     """
     said, pid = os.environ.get("SSH_CONNECTION", ""), os.getppid()
     while not said and pid > 1 and os.environ.get("SUDO_USER"):
@@ -290,10 +288,10 @@ def session() -> tuple[str, ...]:
 
 
 def _of_process(pid: int) -> tuple[str, int]:
-    """The variable as a process has it, and that process's parent (0: not to be told)."""
+    """Return the variable of a process, and its parent's pid (0 if unknown)."""
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        # The program's name stands in brackets and may hold any character.
+        # The program's name is in parentheses and may contain any character.
         parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         return "", 0
@@ -305,15 +303,15 @@ def _live(on: Reader) -> Mapping[str, ip.Live]:
     found = ip.live_or_complaint(on)
     if isinstance(found, str):
         raise LinkProblem(
-            "`ip -j addr` does not say which addresses this node has",
+            "`ip -j addr` does not list this node's addresses",
             cause=found[-300:],
-            hint="is iproute2 installed? `sudo apt-get install iproute2`",
+            hint="install iproute2: `sudo apt-get install iproute2`",
         )
     return found
 
 
 def _with_relatives(on: Reader, found: Mapping[str, str]) -> Mapping[str, str]:
-    """`found`, and what these interfaces run over or are part of: a bridge's members, a VLAN's card, a bond."""
+    """Add the interfaces below and above those in `found`: members of a bridge, the card of a VLAN, a bond."""
     complete, waiting = dict(found), list(found)
     while waiting:
         name = waiting.pop()
@@ -334,13 +332,13 @@ def _relatives(on: Reader, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _as_on_a_spark(wanted: str | None) -> Port:
-    """The port that `wanted` implies, or port 0, with both halves and their devices as DGX OS names them."""
+    """Return the port that `wanted` implies, or port 0, with halves and devices as DGX OS names them."""
     name = wanted or "enp1s0f0np0"
     form = _HALF.fullmatch(name)
     if form is None:
         raise LinkProblem(
-            f"{name} is no half of a QSFP port",
-            cause="such a half has a name like enp1s0f0np0 or enP2p1s0f1np1",
+            f"{name} is not a half of a QSFP port",
+            cause="halves have names like enp1s0f0np0 or enP2p1s0f1np1",
             hint=_naming("enp1s0f0np0"),
         )
     number, place = int(form["port"]), form["place"]
@@ -358,7 +356,7 @@ def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mappin
     port = next((each for each in found if wanted in _names(each)), None)
     if port is None:
         there = wanted in on.names(NET)
-        what = f"{wanted} is no half of a QSFP port" if there else f"this node has no interface {wanted}"
+        what = f"{wanted} is not a half of a QSFP port" if there else f"this node has no interface {wanted}"
         raise LinkProblem(what, cause=_all_described(found, barred), hint=_advice(found, barred))
     for name in _names(port):
         if name in barred:
@@ -368,7 +366,7 @@ def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mappin
         raise LinkProblem(
             f"{wanted} has no carrier, but port {cabled[0].number} has one: the cable is in the other port",
             cause=_all_described(found, barred),
-            hint=f"{_naming(cabled[0].twins[0].name)}, or put the cable into port {port.number}",
+            hint=f"{_naming(cabled[0].twins[0].name)}, or plug the cable into port {port.number}",
         )
     return port
 
@@ -378,7 +376,7 @@ def _cabled_port(found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:
     cabled = [each for each in free if each.carrier]
     if len(cabled) == 1:
         return cabled[0]
-    # With the cable in a port that must not be touched, the other one is a guess that nobody asked for.
+    # If the cable is in a port that must not be changed, choosing the other port would be a guess.
     if len(free) == 1 and not any(each.carrier for each in found):
         return free[0]
     raise LinkProblem(
@@ -387,13 +385,13 @@ def _cabled_port(found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:
 
 
 def _off() -> LinkProblem:
-    # Not among what to do: to ask the card itself. mstflint after a replug can bring the kernel down
-    # (Mellanox/mstflint #1786).
+    # Do not suggest mstflint: after a replug it can crash the kernel (Mellanox/mstflint #1786).
     return LinkProblem(
         "this node has no QSFP port",
         cause=f"its card, a ConnectX-7, is {SWITCHED_OFF}",
-        hint="put the cable in at both ends and switch both nodes on. If it stays off, reboot both with the cable in; "
-        f"or let it always be on: `sudo mv {HOTPLUG} {HOTPLUG.removesuffix('enabled')}disabled`, then reboot both",
+        hint="plug the cable in at both ends and switch both nodes on. If the card stays off, reboot both with "
+        "the cable plugged in; or keep it always on: "
+        f"`sudo mv {HOTPLUG} {HOTPLUG.removesuffix('enabled')}disabled`, then reboot both",
     )
 
 
@@ -401,31 +399,29 @@ def _what_is_unclear(found: tuple[Port, ...], free: list[Port], cabled: list[Por
     if not found:
         return "this node has no QSFP port"
     if not free:
-        return "no QSFP port of this node is free to be set up"
+        return "no QSFP port of this node may be set up"
     if cabled:
-        return f"{len(cabled)} QSFP ports have a carrier: which one leads to the other node?"
+        return f"{len(cabled)} QSFP ports have a carrier, so it is unclear which one leads to the other node"
     return "no QSFP port that may be set up has a carrier"
 
 
 def _refused(name: str, why: str, found: tuple[Port, ...], barred: Mapping[str, str]) -> LinkProblem:
     return LinkProblem(
-        f"{name} must not be touched: it {why}", cause=_all_described(found, barred), hint=_advice(found, barred)
+        f"{name} must not be changed: it {why}", cause=_all_described(found, barred), hint=_advice(found, barred)
     )
 
 
 def _advice(found: tuple[Port, ...], barred: Mapping[str, str]) -> str:
     if not found:
-        return "is the card there (`lspci -d 15b3:`), and its driver loaded (`lsmod | grep mlx5_core`)?"
+        return "check that the card is present (`lspci -d 15b3:`) and its driver loaded (`lsmod | grep mlx5_core`)"
     free = [each for each in found if not _why_barred(each, barred)]
     cabled = [each for each in free if each.carrier]
     if cabled:
         return _naming(cabled[0].twins[0].name)
     if not free or any(each.carrier for each in found):
-        return "let ssh and the default route use another interface (the management port), then run again"
+        return "move ssh and the default route to another interface (the management port), then run again"
     first = free[0].twins[0].name
-    return (
-        f"put the cable in, see that the port is up (`sudo ip link set {first} up`), and run again; or {_naming(first)}"
-    )
+    return f"plug the cable in, set the port up (`sudo ip link set {first} up`), and run again; or {_naming(first)}"
 
 
 def _naming(name: str) -> str:
@@ -440,10 +436,10 @@ def _all_described(found: tuple[Port, ...], barred: Mapping[str, str]) -> str:
 
 def _described(port: Port, barred: Mapping[str, str]) -> str:
     speed = max(each.speed for each in port.twins)
-    carrier = {True: "carrier", False: "no carrier", None: "down, so its carrier is not known"}[port.carrier]
+    carrier = {True: "carrier", False: "no carrier", None: "down, carrier unknown"}[port.carrier]
     words = [" + ".join(_names(port)), carrier, *([f"{speed} Mb/s"] if speed else [])]
     why = _why_barred(port, barred)
-    return f"port {port.number}: {', '.join(words)}{f' (must not be touched: {why})' if why else ''}"
+    return f"port {port.number}: {', '.join(words)}{f' (must not be changed: {why})' if why else ''}"
 
 
 def _why_barred(port: Port, barred: Mapping[str, str]) -> str:
@@ -457,10 +453,10 @@ def _names(port: Port) -> tuple[str, ...]:
 def _not_ready(on: Reader, half: Interface) -> str:
     if not half.hca:
         return f"{half.name} has no RDMA device"
-    # The kernel writes a number before the word: `4: ACTIVE`.
+    # The kernel prefixes the word with a number: `4: ACTIVE`.
     state = text_of(on, f"{RDMA}/{half.hca}/ports/1/state").rpartition(": ")[2]
     if state != "ACTIVE":
-        return f"the RDMA device {half.hca} of {half.name} is {state or 'not to be found'} instead of ACTIVE"
+        return f"the RDMA device {half.hca} of {half.name} is {state or 'missing'} instead of ACTIVE"
     if any(each.type == _ROCE_V2 and each.address and each.interface == half.name for each in gids(on, half.hca)):
         return ""
     return f"the RDMA device {half.hca} has no RoCE v2 GID for an IPv4 address of {half.name}"

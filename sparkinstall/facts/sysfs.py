@@ -1,4 +1,4 @@
-"""Interfaces as the kernel shows them in /sys: what their files say, which driver they have, whose card they are."""
+"""Read interfaces in /sys: attributes, driver, card."""
 
 from sparkinstall.errors import NeedsRoot
 from sparkinstall.system import Reader
@@ -10,9 +10,9 @@ _MELLANOX = "0x15b3"
 
 
 def text_of(on: Reader, path: str) -> str:
-    """What a file of the kernel says; empty where it is not there or says nothing.
+    """Return the stripped content of a kernel file; "" if it is missing or unreadable.
 
-    Some can be opened but not read, such as `carrier` of an interface that is down (EINVAL).
+    Some files can be opened but not read, such as `carrier` of an interface that is down (EINVAL).
     """
     try:
         return (on.read(path) or b"").decode(errors="replace").strip()
@@ -21,11 +21,11 @@ def text_of(on: Reader, path: str) -> str:
 
 
 def driver_of(on: Reader, interface: str) -> str:
-    """The name of an interface's driver; empty for a virtual interface."""
+    """Return the name of an interface's driver; "" for a virtual interface."""
     link = on.entry(f"{NET}/{interface}/device/driver")
     return link.target.rpartition("/")[2] if link else ""
 
 
 def is_connectx(on: Reader, interface: str) -> bool:
-    """Whether the interface is a port of a ConnectX card."""
+    """Return whether the interface belongs to a ConnectX card."""
     return driver_of(on, interface) == CONNECTX_DRIVER or text_of(on, f"{NET}/{interface}/device/vendor") == _MELLANOX

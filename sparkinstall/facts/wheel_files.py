@@ -1,4 +1,4 @@
-"""The installed files against what their wheels brought: nothing is gone, changed, or put in from another wheel."""
+"""Compare installed files with their wheels: missing, changed, or overwritten by another wheel."""
 
 import hashlib
 import os
@@ -17,15 +17,15 @@ from sparkinstall.system import Reader
 
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+) ?(?:==|@)", re.MULTILINE)
 
-# The hash and the size of a file as its wheel has it, by the file's path; several where several wheels bring it.
+# (hash, size) of a file by its path; several if several wheels contain it.
 Forms = dict[str, list[tuple[str, str]]]
 
 
 class Comparison(Struct, frozen=True):
-    """What the installed files are to what their wheels brought.
+    """Result of comparing installed files with their wheels.
 
-    `locked`: whether the lock is known; `packages`: how many of it are there. `wrong`: what is wrong, in words;
-    `since_installed`: what differs from the wheel's own list of files, and did so when it was installed.
+    `locked`: whether the lock is known; `packages`: how many of its packages are installed. `wrong`: differences;
+    `since_installed`: differences from RECORD that existed at installation.
     """
 
     locked: bool
@@ -35,10 +35,10 @@ class Comparison(Struct, frozen=True):
 
 
 def compare(node: Node, on: Reader) -> Comparison | None:
-    """The sizes of all files that the lock's wheels brought; the hashes of those that were touched since.
+    """Compare the sizes of all files of the lock's wheels, and the hashes of those changed since installation.
 
-    The kernel notes in a file's ctime when anybody touched it, and no program sets that back: what is older than the
-    environment's own stamp need not be read. None where there is no environment.
+    No program can set a file's ctime, so files older than the environment's stamp need not be read. None if there is no
+    environment.
     """
     site, stamp = site_packages(node, on), _stat(on.real(node.venv_stamp))
     if site is None or stamp is None:
@@ -56,9 +56,9 @@ def compare(node: Node, on: Reader) -> Comparison | None:
 
 
 def unlike_their_records(node: Node, on: Reader) -> str:
-    """Rows, as RECORD has them, of the files that a new environment has in another size than their wheels say.
+    """Return rows in RECORD format for files of a new environment whose size differs from RECORD; "" if none.
 
-    uv has compared each wheel with its hash, so most likely RECORD is wrong. No rows, no text.
+    uv has verified the hash of each wheel, so RECORD itself is wrong.
     """
     import csv
     import io
@@ -74,13 +74,13 @@ def unlike_their_records(node: Node, on: Reader) -> str:
 
 
 def _locked(node: Node, on: Reader) -> set[str]:
-    """What the lock has put there; packages that somebody added are theirs."""
+    """Return the names of the locked packages; packages that the user added are not checked."""
     lock = (on.read(node.installed_lock) or b"").decode(errors="replace")
     return {canonical(name) for name in _PINNED.findall(lock)}
 
 
 def _folders(on: Reader, site: str, ours: set[str]) -> list[str]:
-    """Where the metadata of the locked packages is."""
+    """Return the .dist-info folders of the locked packages."""
     return [name for name in on.names(site) if name.endswith(".dist-info") and _package(name) in ours]
 
 
@@ -89,19 +89,19 @@ def _package(folder: str) -> str:
 
 
 def _packages(site: str, folders: Iterable[str], ours: set[str], made: int) -> Iterator[str]:
-    """What is wrong with whole packages."""
+    """Yield problems of whole packages."""
     for name in sorted(ours - {_package(folder) for folder in folders}):
         yield f"{name} is not installed"
     for folder in folders:
         record = _stat(f"{site}/{folder}/RECORD")
         if record is None:
-            yield f"{folder}/RECORD is gone"
+            yield f"{folder}/RECORD is missing"
         elif record.st_ctime_ns > made:
-            yield f"{_package(folder)} was installed again since"
+            yield f"{_package(folder)} was reinstalled since"
 
 
 def _unlike(site: str, brought: Forms, made: int) -> dict[str, str]:
-    """Why a file is not as any wheel brought it, for each that is not."""
+    """Return the files that match no wheel, with the reason."""
     ours = patched_files()
     return {
         name: why
@@ -111,11 +111,11 @@ def _unlike(site: str, brought: Forms, made: int) -> dict[str, str]:
 
 
 def _brought(site: str, folders: Sequence[str]) -> Forms:
-    """What the wheels of these packages have, by their own word, and by ours where that is known to be wrong."""
-    # Some wheels bring the same file, each its own (those of nvidia-cutlass-dsl): whichever came last is right.
+    """Return the files of these packages by RECORD, and by our records for wheels whose RECORD is wrong."""
+    # Some wheels contain different versions of the same file (nvidia-cutlass-dsl): any of them is right.
     brought = _forms(*(f"{site}/{folder}/RECORD" for folder in folders))
     for name, forms in _forms(*map(_known, folders)).items():
-        # Ours has the files of the wheels for every architecture.
+        # Our records cover the wheels of every architecture.
         if name in brought:
             brought[name] += forms
     return brought
@@ -134,8 +134,8 @@ def _forms(*records: str) -> Forms:
 
 
 def _rows(record: str) -> Iterator[tuple[str, str, str]]:
-    """Path, hash and size of each file; without those that have none, such as RECORD itself."""
-    # Imported late, as below: a run with nothing to do asks no such probe.
+    """Yield path, hash and size of each file that has them; RECORD itself has none."""
+    # Imported late, as below: a converged run does not get here.
     import csv
 
     if _stat(record) is None:
@@ -147,10 +147,10 @@ def _rows(record: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _complaint(path: str, forms: Sequence[tuple[str, str]], made: int) -> str:
-    """Why a file is none of the forms (hash, size) in which wheels bring it."""
+    """Return why a file matches none of the forms (hash, size), or ""."""
     found = _stat(path)
     if found is None:
-        return "is gone"
+        return "is missing"
     hashes = [digest for digest, size in forms if int(size) == found.st_size]
     if not hashes:
         return f"has {found.st_size} bytes instead of {forms[0][1]}"
@@ -160,7 +160,7 @@ def _complaint(path: str, forms: Sequence[tuple[str, str]], made: int) -> str:
 
 
 def _sha256(path: str) -> str:
-    """As RECORD writes it: URL-safe base64 without its padding."""
+    """Return the hash as in RECORD: URL-safe base64 without padding."""
     import base64
 
     with open(path, "rb") as file:
@@ -177,7 +177,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 @lru_cache(maxsize=1)
 def patched_files() -> frozenset[str]:
-    """Files that we change ourselves: whether they are right is for the probe `fp8-path` to say."""
+    """Return the files that we patch; the probe `fp8-path` checks them."""
     from sparkinstall.patches import load
 
     return frozenset(each.target for each in load(Path(asset("patches"))))

@@ -1,6 +1,6 @@
-"""Whether the installed wheels fit together: torch, CUDA, Triton, Ray, Python.h.
+"""Check whether the installed wheels are compatible: torch, CUDA, Triton, Ray, Python.h.
 
-Everything is read from files, so that it also tells of wheels for another architecture.
+Everything is read from files, so it works for wheels of another architecture too.
 """
 
 import re
@@ -16,18 +16,18 @@ from sparkinstall.system import Reader
 
 _TORCH_CUDA = re.compile(rb"^cuda\s*(?::[^=]+)?=\s*['\"](\d+)\.", re.MULTILINE)
 OTHER_STACK = "choose another stack with --stack, or report it: the stack's lock is wrong for this machine"
-"""What to do about wheels that do not fit together."""
+"""Hint for incompatible wheels."""
 _LOCAL_CUDA = re.compile(r"\+cu(\d+)\d")
 
 
 class Gate(Struct, frozen=True):
-    """The questions for one environment; `pins` is its lock, asked where a rehearsal has not installed it all."""
+    """The checks for one environment; `pins` is its lock, used for packages that a rehearsal has not installed."""
 
     node: Node
     pins: Sequence[Pin]
 
     def complaint(self, on: Reader) -> str:
-        """The first reason why these wheels do not work together; empty: they do."""
+        """Return the first reason why these wheels are incompatible, or ""."""
         site = site_packages(self.node, on)
         if site is None:
             return "there is no environment"
@@ -37,7 +37,7 @@ class Gate(Struct, frozen=True):
         return next((complaint for ask in questions if (complaint := ask(on, site))), "")
 
     def torch_major(self, on: Reader, site: str) -> str | None:
-        """The major version of torch's CUDA; None for a build without it."""
+        """Return the major version of torch's CUDA; None for a build without CUDA."""
         if not self.node.partial:
             match = _TORCH_CUDA.search(on.read(f"{site}/torch/version.py") or b"")
             return match[1].decode() if match else None
@@ -66,7 +66,7 @@ class Gate(Struct, frozen=True):
         return "" if self._has(on, site, "triton") else "triton is missing: models cannot be inspected or run"
 
     def _ray(self, on: Reader, site: str) -> str:
-        return "" if self._has(on, site, "ray") else "ray is missing: vLLM no longer brings it along"
+        return "" if self._has(on, site, "ray") else "ray is missing: vLLM no longer depends on it"
 
     def _has(self, on: Reader, site: str, name: str) -> bool:
         if self.node.partial:
@@ -83,13 +83,13 @@ class Gate(Struct, frozen=True):
 
 
 def _runtime_major(pin: Pin) -> str | None:
-    """`nvidia-cuda-runtime-cu12` carries the major in its name, `nvidia-cuda-runtime` in its version."""
+    """Return the CUDA major version: in the name of `nvidia-cuda-runtime-cu12`, else in the version."""
     named = re.search(r"-cu(\d+)$", pin.name)
     return named[1] if named else pin.version.split(".")[0]
 
 
 def python_header(on: Reader, node: Node, site: str) -> Path | None:
-    """Python.h of the interpreter that the environment was made with."""
+    """Return the path of Python.h of the environment's interpreter, or None."""
     config = (on.read(f"{node.venv}/pyvenv.cfg") or b"").decode(errors="replace")
     home = re.search(r"^home\s*=\s*(.+)$", config, re.MULTILINE)
     minor = Path(site).parent.name

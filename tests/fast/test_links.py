@@ -262,7 +262,7 @@ def test_a_port_with_the_default_route_is_not_even_looked_at(monkeypatch: pytest
     node = spark(tmp_path)
     node.default_route("enp1s0f0np0")
     over_the_link(monkeypatch, "enp1s0f0np0")
-    with pytest.raises(LinkProblem, match=r"must not be touched"):
+    with pytest.raises(LinkProblem, match=r"must not be changed"):
         qsfp.port_to_look_at(reader(node), asking("enp1s0f0np0"))
 
 
@@ -314,7 +314,7 @@ def test_two_cables_are_an_error_that_lists_both_ports_and_names_the_option(tmp_
     assert "--interface enp1s0f0np0" in told.hint and "network.interface" in told.hint
 
 
-@pytest.mark.parametrize(("carrier", "words"), [(False, "no carrier"), (None, "not known")])
+@pytest.mark.parametrize(("carrier", "words"), [(False, "no carrier"), (None, "carrier unknown")])
 def test_no_cable_in_two_ports_is_an_error_that_lists_them(tmp_path: Path, carrier: bool | None, words: str) -> None:
     node = Sysfs(tmp_path)
     for name in (name for port in HALVES.values() for name, _ in port):
@@ -352,8 +352,8 @@ def test_a_card_that_dgx_os_has_switched_off_is_told_from_a_missing_one(
     (tmp_path / path).write_text(content)
     told = refusal(node, named)
     assert told.message == "this node has no QSFP port"
-    assert "switched off to save power until a cable is in and the other node is on" in told.cause
-    assert "cable in at both ends" in told.hint and "reboot both with the cable in" in told.hint
+    assert "switched off to save power until a cable is plugged in and the other node is on" in told.cause
+    assert "cable in at both ends" in told.hint and "reboot both with the cable plugged in" in told.hint
     assert "`sudo mv /etc/nvidia/cx7-hotplug-enabled /etc/nvidia/cx7-hotplug-disabled`" in told.hint
     assert "mstflint" not in told.hint
 
@@ -375,7 +375,7 @@ def test_a_card_that_counts_as_plugged_in_and_is_not_there_is_a_missing_one(tmp_
 @pytest.mark.parametrize("name", ["enP7s7", "wlP9s9"])
 def test_a_management_interface_is_refused_whatever_the_config_says(tmp_path: Path, name: str) -> None:
     told = refusal(spark(tmp_path), name)
-    assert told.message.startswith(f"{name} must not be touched: it ")
+    assert told.message.startswith(f"{name} must not be changed: it ")
     assert "port 0: enp1s0f0np0 + enP2p1s0f0np0" in told.cause and "--interface enp1s0f0np0" in told.hint
 
 
@@ -397,7 +397,7 @@ def test_the_cable_beside_a_port_with_the_default_route_is_found(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("name", "what"),
-    [("enp9s0f0np0", "this node has no interface enp9s0f0np0"), ("lo", "lo is no half of a QSFP port")],
+    [("enp9s0f0np0", "this node has no interface enp9s0f0np0"), ("lo", "lo is not a half of a QSFP port")],
 )
 def test_a_name_that_cannot_be_is_refused_with_the_candidates(tmp_path: Path, name: str, what: str) -> None:
     told = refusal(spark(tmp_path, cable=1), name)
@@ -441,7 +441,7 @@ def test_a_rehearsal_with_interfaces_of_its_own_uses_them(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["enP7s7", "wlP9s9", "eth0", "enp1s0f0np1"])
 def test_a_rehearsal_takes_no_other_name_either(tmp_path: Path, name: str) -> None:
-    with pytest.raises(LinkProblem, match="no half of a QSFP port"):
+    with pytest.raises(LinkProblem, match="not a half of a QSFP port"):
         qsfp.used_port(LocalReader(str(tmp_path)), asking(name))
 
 

@@ -73,13 +73,13 @@ def test_a_file_that_was_cut_or_removed_is_told(packages: Node, tmp_path: Path) 
     (site_of(tmp_path, packages) / "vllm/_C.abi3.so").write_bytes(b"\x7fELF")
     (site_of(tmp_path, packages) / "vllm/__init__.py").unlink()
     found = wheels.files(packages, LocalReader(str(tmp_path)))
-    assert found.found == "vllm/__init__.py is gone; vllm/_C.abi3.so has 4 bytes instead of 200"
+    assert found.found == "vllm/__init__.py is missing; vllm/_C.abi3.so has 4 bytes instead of 200"
 
 
 def test_another_wheel_of_the_same_version_is_told(packages: Node, tmp_path: Path) -> None:
     install(tmp_path, packages, "vllm", {"vllm/__init__.py": b"another = 1\n"})
     found = wheels.files(packages, LocalReader(str(tmp_path)))
-    assert (found.verdict, found.found) == ("fail", "vllm was installed again since")
+    assert (found.verdict, found.found) == ("fail", "vllm was reinstalled since")
 
 
 def test_what_somebody_added_is_theirs(packages: Node, tmp_path: Path) -> None:

@@ -172,7 +172,7 @@ def test_a_changed_file_of_a_wheel_is_told(node: FreshNode) -> None:
 def test_a_wheel_that_was_swapped_is_told(node: FreshNode) -> None:
     """For another of the same version: its files are as its own RECORD says, and yet they are not what was locked."""
     reinstall(node, "idna")
-    assert said_of(node, "wheel-files") == ("fail", "idna was installed again since")
+    assert said_of(node, "wheel-files") == ("fail", "idna was reinstalled since")
     mended = sparkinstall(node, "run", "environment", "--force", "--yes", *ignoring(), timeout=900)
     assert mended.returncode == 0
     assert said_of(node, "wheel-files")[0] == "pass"

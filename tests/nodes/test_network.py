@@ -142,7 +142,7 @@ def test_a_subnet_that_the_lan_uses_is_refused(head: FleetNode) -> None:
 
 def test_the_lans_interface_is_no_port(head: FleetNode) -> None:
     said = _planned(head, "--set", f"network.interface={LAN}")
-    assert f"{LAN} must not be touched" in said, said
+    assert f"{LAN} must not be changed" in said, said
 
 
 def _planned(node: FleetNode, *more: str) -> str:
@@ -172,7 +172,7 @@ def test_a_gateway_that_is_lost_brings_everything_back_at_once(
         with gateway_silent(pair):
             said, _ = process.communicate(timeout=60)
     (error,) = json.loads(said)["errors"]
-    assert f"{ROUTER_ADDRESS} answered before and does not now; everything is as it was before" in error["message"]
+    assert f"{ROUTER_ADDRESS} no longer answers; everything is as it was before" in error["message"]
     assert not _exists(head, ARMED)
     _until(lambda: is_as_before(head, before))
 

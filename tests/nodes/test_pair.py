@@ -392,7 +392,7 @@ def test_what_stands_in_the_way_on_one_node_stops_all_before_anything_is_begun(p
     told = _set_up(pair, "--interface", LAN)
     assert told.code == 5
     assert "spark-1: " in told.errors and "spark-2: " in told.errors
-    assert "enP7s7 must not be touched: it has the default route" in told.errors
+    assert "enP7s7 must not be changed: it has the default route" in told.errors
     assert all("mtu: 8000" in node.read(NETPLAN) for node in pair.nodes)
 
 
