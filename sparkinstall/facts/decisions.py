@@ -1,4 +1,4 @@
-"""Decisions that are expensive to make and cheap to keep: JSON files with what each was made from."""
+"""Recorded decisions that are expensive to make: JSON files that include their inputs."""
 
 import json
 from collections.abc import Mapping
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 
 class Fp8Fallback(Struct, frozen=True):
-    """Whether vLLM takes Triton's FP8 kernels instead of CUTLASS, and why; `how` it was found out: config, gpu or code.
+    """Whether vLLM uses Triton's FP8 kernels instead of CUTLASS, and why; `how` it was determined: config, gpu or code.
 
-    `about` is what the decision depends on.
+    `about`: what the decision depends on.
     """
 
     fallback: bool
@@ -26,7 +26,7 @@ class Fp8Fallback(Struct, frozen=True):
 
 
 class NcclTransport(Struct, frozen=True):
-    """How NCCL talks between nodes, and why; over which interface, and its halves' RDMA devices."""
+    """NCCL's transport between nodes, and why; its interface, and the RDMA devices of both halves."""
 
     transport: Literal["roce", "socket"]
     why: str = ""
@@ -35,14 +35,14 @@ class NcclTransport(Struct, frozen=True):
 
 
 class SymbolCheck(Struct, frozen=True):
-    """How many symbols torch takes from NCCL; `about`: build-ids of the two."""
+    """The number of symbols that torch needs from NCCL; `about`: build-ids of both."""
 
     about: Mapping[str, str]
     symbols: int
 
 
 class VenvStamp(Struct, frozen=True):
-    """What an environment was made from; `lock` is the sha256 of its lock, `part` what of it: `all` or `vllm`."""
+    """What an environment was made from; `lock`: sha256 of the lock; `part` of it that was installed: `all` or `vllm`."""
 
     lock: str
     stack: str = ""
@@ -52,7 +52,7 @@ class VenvStamp(Struct, frozen=True):
 
 
 def recorded(on: Reader, path: str, kind: type[T]) -> T | None:
-    """What was decided and written to `path`; None where there is nothing, or nothing whole."""
+    """Return the decision in the file `path`; None if it is missing or damaged."""
     try:
         return schema.read(kind, json.loads(on.read(path) or b"null"), path)
     except ValueError:

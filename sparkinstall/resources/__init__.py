@@ -37,7 +37,7 @@ class NodeOnly(Struct, frozen=True, tag_field="state", tag="node_only"):
 
 
 class Conflict(Struct, frozen=True, tag_field="state", tag="conflict"):
-    """Drift that will not be applied: something is in the way that is not ours to change."""
+    """Drift that is not applied, because it would change something that is not ours."""
 
     message: str
     hint: str = ""
@@ -74,14 +74,14 @@ class Resource(Protocol):
 
 @runtime_checkable
 class OnNode(Resource, Protocol):
-    """A resource that a rehearsal cannot have, or not always; the engine asks it in a rehearsal only."""
+    """A resource that a rehearsal may not be able to apply; the engine asks it in a rehearsal only."""
 
     def node_only(self, on: Reader) -> str:
-        """Why this is for the node itself to do; empty: it can be done here."""
+        """Return why only a real node can do this; "" if the rehearsal can."""
 
 
 def state_of(resource: Resource, on: Reader) -> State:
-    """How a resource stands; node only where a rehearsal cannot have it."""
+    """Return the state of a resource; NodeOnly if a rehearsal cannot apply it."""
     if on.rehearsal and isinstance(resource, OnNode) and (reason := resource.node_only(on)):
         return NodeOnly(reason)
     return resource.check(on)

@@ -39,7 +39,7 @@ class File(Struct, frozen=True):
 
 
 class Link(Struct, frozen=True):
-    """A symbolic link for people; what they have put in its place themselves is left alone."""
+    """A convenience symbolic link; anything else at its path is left alone."""
 
     path: str
     target: str

@@ -1,6 +1,6 @@
-"""The node's firewall: a table of our own in nftables that keeps Ray, NCCL and the API to the QSFP link.
+"""The node's firewall: an nftables table that restricts Ray, NCCL and the API to the QSFP link.
 
-What RDMA carries never meets it: the card hands that over without the kernel.
+RDMA traffic bypasses it, because it bypasses the kernel.
 """
 
 import re
@@ -25,7 +25,7 @@ from sparkinstall.system.local import LocalSystem
 TIMER = "firewall"
 """The name of its rollback timer."""
 UNDO = "nftables"
-"""The kind of undo that `take_back` handles."""
+"""The kind of undo record that `take_back` handles."""
 
 _NAME = " ".join(TABLE)
 _SSHD = "/usr/sbin/sshd"
@@ -34,9 +34,9 @@ _PORT_SETTING = re.compile(r"^port (\d+)$", re.MULTILINE)
 _LISTENING = re.compile(r":(\d+)\s+\S+\s+users:.*\"(?:sshd|dropbear)\"")
 _SOCKET = re.compile(r"^Listen=\S*?(\d+) \(Stream\)$", re.MULTILINE)
 
-# A namespace that is gone when the shell ends: what nft makes of the rules, without a rule for this node.
+# In a namespace that ends with the shell: nft's listing of the rules, without loading them on this node.
 _TRY = f'"{NFT}" "$1" && "{NFT}" -nn list table {_NAME}'
-# What the rollback timer runs once the former file is restored, or removed if there was none.
+# The rollback timer runs this after it has restored the former file, or removed ours.
 _RESTORE = f"""\
 {NFT} delete table {_NAME}
 if [ -e {{path}} ]; then {NFT} -f {{path}}; else systemctl disable {FIREWALL_UNIT}; systemctl stop {FIREWALL_UNIT}; fi
@@ -44,11 +44,11 @@ if [ -e {{path}} ]; then {NFT} -f {{path}}; else systemctl disable {FIREWALL_UNI
 
 
 def rules(node: Node, on: Reader) -> str:
-    """What nft loads on this node.
+    """Return the rules for nft on this node.
 
     Raises:
-        LinkProblem: the QSFP port cannot be told.
-        Problem: without root it cannot be told where sshd listens.
+        LinkProblem: the QSFP port cannot be determined.
+        Problem: finding sshd's ports needs root.
     """
     return render("firewall.nft.j2", {"path": node.firewall_rules, **_values(node, on)}).decode()
 
@@ -68,14 +68,14 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
 
 
 def subnets(node: Node) -> tuple[IPv4Network, ...]:
-    """The subnets of both halves of the QSFP port."""
+    """Return the subnets of both halves of the QSFP port."""
     settings = node.config.network
     bases = (node.config.cluster.head, settings.twin_subnet)
     return tuple(IPv4Interface(f"{base}/{settings.prefix_length}").network for base in bases)
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> list[str]:
-    """Ranges of ports as nft takes them in a set: in order and none within another."""
+    """Return port ranges as nft accepts them in a set: sorted and without overlap."""
     found: list[tuple[int, int]] = []
     for first, last in sorted(ranges):
         if found and first <= found[-1][1] + 1:
@@ -86,10 +86,10 @@ def merged(ranges: Iterable[tuple[int, int]]) -> list[str]:
 
 
 def ssh_ports(on: Reader) -> tuple[int, ...]:
-    """The ports where sshd is set up to listen and really does, and 22.
+    """Return the ports where sshd is configured to listen and does listen, and 22.
 
     Raises:
-        Problem: it takes root, and that cannot be had.
+        Problem: it needs root.
     """
     if on.rehearsal:
         return (22,)
@@ -104,7 +104,7 @@ def ssh_ports(on: Reader) -> tuple[int, ...]:
 
 def _no_root(said: str) -> Problem:
     return NeedsRoot(
-        "the firewall cannot be looked at",
+        "the firewall cannot be read",
         cause=said.strip()[-300:],
         hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
     )
@@ -118,14 +118,14 @@ def _interfaces(node: Node, on: Reader) -> tuple[str, ...]:
     names = tuple(each.name for each in qsfp.port_to_look_at(on, node).twins) if node.several else ()
     for name in names:
         if not _INTERFACE.fullmatch(name):
-            raise Problem(f"the interface {name!r} has a name that no rule can carry", hint="rename it, then run again")
+            raise Problem(f"the name of interface {name!r} cannot be used in a rule", hint="rename it, then run again")
     return names
 
 
 def left_to(node: Node, on: Reader) -> str:
-    """The firewall that is at work here and to which the settings leave the node, and what to do with it by hand.
+    """Return what to configure by hand in another active firewall, if the settings leave the node to it; else "".
 
-    Empty where there is none. What was ours once stays so: a firewall that came later does not open what we had closed.
+    A table of ours that is already loaded stays: a firewall installed later does not open what we closed.
     """
     asks = node.config.firewall.mode == "auto" and on.entry(node.firewall_rules) is None
     other = another(on) if asks else ""
@@ -134,19 +134,19 @@ def left_to(node: Node, on: Reader) -> str:
 
 def _by_hand(node: Node, on: Reader, other: str) -> str:
     api, allow = node.config.serving.port, node.config.serving.allow
-    api_words = f"TCP port {api} to " + (f"{allow} alone" if allow else "nobody else")
+    api_words = f"TCP port {api} to " + (f"{allow} only" if allow else "no one else")
     if not node.several:
-        return f"{other} filters here (firewall.mode: auto): with it, open {api_words}"
+        return f"{other} is active (firewall.mode: auto): use it to open {api_words}"
     names, link = " and ".join(_interfaces(node, on)), " and ".join(map(str, subnets(node)))
     closed = ", ".join(merged(ports_between_nodes(node)))
     return (
-        f"{other} filters here (firewall.mode: auto): with it, let {link} in on {names}, and on every other interface "
-        f"close TCP ports {closed} and all that is sent to {link}; open {api_words}"
+        f"{other} is active (firewall.mode: auto): use it to accept {link} on {names}, to block TCP ports {closed} and "
+        f"everything sent to {link} on every other interface, and to open {api_words}"
     )
 
 
 class RulesFile(Struct, frozen=True):
-    """The file of the rules. nft has found them good before they are written."""
+    """The file of the rules. nft validates them before they are written."""
 
     node: Node
 
@@ -164,13 +164,13 @@ class RulesFile(Struct, frozen=True):
         file = self._file(on)
         if not on.rehearsal:
             as_nft_lists(on, file.content.decode())
-            # The former file is recorded before it is replaced: it is what a rollback restores.
+            # Record the former file before replacing it: a rollback restores it.
             _arm(on, self.node)
         file.apply(on)
 
 
 class LiveTable(Struct, frozen=True):
-    """The kernel has exactly these rules. A change is rolled back unless the node can still be reached."""
+    """The kernel has exactly these rules. A change is rolled back if the node becomes unreachable."""
 
     node: Node
 
@@ -179,7 +179,7 @@ class LiveTable(Struct, frozen=True):
         return f"nftables:{_NAME}"
 
     def node_only(self, on: Reader) -> str:
-        return f"the node loads the rules; {_rehearsed(on, rules(self.node, on))}"
+        return f"loading the rules; {_rehearsed(on, rules(self.node, on))}"
 
     def check(self, on: Reader) -> State:
         if on.entry(NFT) is None:
@@ -192,8 +192,8 @@ class LiveTable(Struct, frozen=True):
         listed = as_nft_lists(on, wanted)
         if live == listed:
             waits = rollback.armed(on, TIMER) and not self.node.confirm_later
-            return Drift("confirm the firewall that a former run loaded") if waits else Ok(f"table {_NAME}")
-        return Drift(f"load the firewall's rules{' again: somebody changed them' if live else ''}", live, listed)
+            return Drift("confirm the firewall that an earlier run loaded") if waits else Ok(f"table {_NAME}")
+        return Drift(f"load the firewall's rules{' again: they were changed' if live else ''}", live, listed)
 
     def apply(self, on: System) -> None:
         before = _reach(on, self.node)
@@ -212,10 +212,14 @@ def _reach(on: Reader, node: Node) -> network.Reach:
 
 
 def _put_back(on: System, lost: str) -> Problem:
-    back = "the former rules are back" if rollback.fire(on, TIMER) else "the former rules come back within minutes"
+    back = (
+        "the former rules are restored"
+        if rollback.fire(on, TIMER)
+        else "the former rules will be restored within minutes"
+    )
     return Problem(
-        f"the firewall's rules were loaded, and then {lost}; {back}",
-        hint="set `firewall.mode: off` in the config if this node cannot have them, or report this",
+        f"after loading the firewall's rules, {lost}; {back}",
+        hint="set `firewall.mode: off` in the config if this node cannot use them, or report this",
     )
 
 
@@ -225,10 +229,10 @@ def _arm(on: System, node: Node) -> None:
 
 
 def live_table(on: Reader) -> str:
-    """Our table as the kernel has it, in nft's words; empty where there is none.
+    """Return nft's listing of our table in the kernel; "" if there is none.
 
     Raises:
-        Problem: it takes root, and that cannot be had.
+        Problem: it needs root.
     """
     tables = on.ask(NFT, "list", "tables", root=True)
     if not tables.ok:
@@ -239,43 +243,43 @@ def live_table(on: Reader) -> str:
 
 
 def as_nft_lists(on: Reader, text: str) -> str:
-    """What nft makes of `text`: loaded where it filters nothing, and listed.
+    """Load `text` in a separate network namespace and return nft's listing of it.
 
     Raises:
-        Problem: nft refuses it.
+        Problem: nft rejects it.
     """
     answer = on.ask("unshare", "--net", "sh", "-c", _TRY, "sh", text, root=True)
     if not answer.ok:
         raise Problem(
             "nft rejected the firewall's rules; nothing was loaded",
             cause=answer.err.strip()[-300:],
-            hint="is the kernel's nf_tables there (`sudo nft list tables`)? If it is, report this",
+            hint="check that the kernel supports nf_tables (`sudo nft list tables`); if it does, report this",
         )
     return answer.out
 
 
 def _rehearsed(on: Reader, text: str) -> str:
-    """What this machine's nft says of the rules, in words.
+    """Validate the rules with this machine's nft; return the result in words.
 
     Raises:
-        Problem: it refuses them.
+        Problem: nft rejects them.
     """
     alone = on.ask("unshare", "--map-root-user", "--net", NFT, "list", "tables")
     if alone.code == 127 or "No such file" in alone.err:
-        return "they were not tried here, where there is no nft"
+        return "not validated here: nft is not installed"
     if not alone.ok:
-        return "they were not tried here: nft needs rights of root or a user namespace"
+        return "not validated here: nft needs root or a user namespace"
     answer = on.ask("unshare", "--map-root-user", "--net", NFT, "-c", text)
     if answer.ok:
-        return "nft found them good"
+        return "nft accepts them"
     raise Problem("nft rejected the firewall's rules", cause=answer.err.strip()[-300:], hint="report this")
 
 
 def take_back(on: LocalSystem) -> bool:
-    """Delete the table; whether there was one. What waited for a confirmation waits no more.
+    """Delete the table and cancel a pending rollback; return whether there was a table.
 
     Raises:
-        Problem: it takes root, and that cannot be had.
+        Problem: it needs root.
     """
     rollback.drop(on, TIMER)
     if on.entry(NFT) is None or not live_table(on):
@@ -287,7 +291,7 @@ def take_back(on: LocalSystem) -> bool:
 
 
 def ports_between_nodes(node: Node) -> list[tuple[int, int]]:
-    """Ray's ports and the one where vLLM's own processes meet: first and last of each range."""
+    """Return the port ranges of Ray and vLLM's rendezvous port: first and last of each."""
     cluster = node.config.cluster
     single = (cluster.ray_port, ray_ports.DASHBOARD, ray_ports.CLIENT, cluster.master_port)
     of_vllm = (ray_ports.FIRST_OF_VLLM, ray_ports.LAST_OF_VLLM)

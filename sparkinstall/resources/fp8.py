@@ -1,4 +1,4 @@
-"""Fix 5: whether vLLM must keep off its CUTLASS FP8 kernels, found out once per build of vLLM."""
+"""Fix 5: decide once per build of vLLM whether it must avoid its CUTLASS FP8 kernels, and patch it."""
 
 import mmap
 import re
@@ -20,7 +20,7 @@ from sparkinstall.system import Reader, Result, System
 
 
 class Fp8Decision(Struct, frozen=True):
-    """`node.fp8_decision` says whether the fallback is on, why, and which build of vLLM that is true of."""
+    """The file `node.fp8_decision`: whether the fallback is on, why, and for which build of vLLM."""
 
     node: Node
     kernels: tuple[str, ...]
@@ -37,13 +37,13 @@ class Fp8Decision(Struct, frozen=True):
         if known and known.about == about:
             return Ok(f"fallback {'on' if known.fallback else 'off'}: {known.why}")
         return Drift(
-            "find out whether vLLM's CUTLASS FP8 kernels run here",
+            "determine whether vLLM's CUTLASS FP8 kernels run here",
             as_text(known and known.about),
             as_text(about),
         )
 
     def about(self, on: Reader) -> dict[str, Any] | None:
-        """What the decision depends on; None before vLLM is installed."""
+        """Return what the decision depends on; None before vLLM is installed."""
         site = site_packages(self.node, on)
         built = [(path.name, path.stat().st_size) for path in extensions(on, site)] if site else []
         if not built:
@@ -76,9 +76,9 @@ class Fp8Decision(Struct, frozen=True):
         lines = answer.out.splitlines()
         if "ready" not in lines or answer.code == 124:
             raise CommandFailed(
-                "the GPU could not be asked whether vLLM's CUTLASS FP8 kernels run on it",
+                "vLLM's CUTLASS FP8 kernels could not be tried on the GPU",
                 cause=(answer.err.strip() or f"exit code {answer.code}").splitlines()[-1],
-                hint="see that `nvidia-smi` works and the GPU is free, or decide with `fp8.fallback: on` or `off`",
+                hint="check that `nvidia-smi` works and the GPU is free, or set `fp8.fallback` to `on` or `off`",
             )
         return _verdict(lines[-1], answer)
 
@@ -89,19 +89,19 @@ class Fp8Decision(Struct, frozen=True):
         arch = self.node.config.nccl.arch
         usable = sorted(found & loadable(arch))
         if usable:
-            return False, f"vLLM's extension carries {', '.join(usable)}, which loads on sm_{arch}", "code"
+            return False, f"vLLM's extension contains {', '.join(usable)}, which loads on sm_{arch}", "code"
         near = sorted(each for each in found if each.startswith(f"sm_{arch[:-1]}"))
         return (
             True,
-            f"vLLM's extension carries {', '.join(near) or 'no code'} only, which is not for sm_{arch}",
+            f"vLLM's extension contains {', '.join(near) or 'no code'} only, which does not run on sm_{arch}",
             "code",
         )
 
 
 def loadable(arch: str) -> set[str]:
-    """Architecture-specific code that runs on `arch` ("121"): its own, and that of its family.
+    """Return the architecture-specific code that runs on `arch` ("121"): its own and its family's.
 
-    Plain `sm_120` code would load too, but CUTLASS's FP8 kernels are never built as such.
+    Plain `sm_120` code would load too, but CUTLASS's FP8 kernels are never built for it.
     """
     number = re.match(r"\d+", arch)
     digits = number[0] if number else arch
@@ -119,21 +119,21 @@ class _Tried(Struct, frozen=True):
 def _verdict(last: str, answer: Result) -> tuple[bool, str, str]:
     if last == "ready":
         end = (answer.err.strip() or f"exit code {answer.code}").splitlines()[-1]
-        return True, f"cutlass_scaled_mm took its process with it: {end}", "gpu"
+        return True, f"cutlass_scaled_mm crashed its process: {end}", "gpu"
     tried = msgspec.json.decode(last, type=_Tried)
     if tried.works:
-        return False, "cutlass_scaled_mm gave the right product on this GPU", "gpu"
+        return False, "cutlass_scaled_mm returned the right product on this GPU", "gpu"
     return True, f"cutlass_scaled_mm failed on this GPU: {tried.said}", "gpu"
 
 
 def _mentions(path: Path, name: bytes) -> bool:
-    """Whether a library has `name` in it."""
+    """Return whether a library contains `name`."""
     with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(name) >= 0
 
 
 class PatchedFile(Struct, frozen=True):
-    """One file of the environment, patched or as it came, as the decision in `node.fp8_decision` says."""
+    """One file of the environment, patched or original, according to `node.fp8_decision`."""
 
     node: Node
     patch: PatchSet
@@ -153,8 +153,8 @@ class PatchedFile(Struct, frozen=True):
         except UnknownContent as problem:
             return Conflict(str(problem), hint="reinstall the stack: `sparkinstall run environment --force`")
         if now == wanted:
-            return Ok("patched" if decision.fallback else "as it came: CUTLASS runs here")
-        verb = "patch" if decision.fallback else "take the patch out of"
+            return Ok("patched" if decision.fallback else "original: CUTLASS runs here")
+        verb = "patch" if decision.fallback else "revert the patch of"
         return Drift(f"{verb} {self.patch.target}", now.decode(), wanted.decode())
 
     def _path(self, on: Reader) -> str | None:

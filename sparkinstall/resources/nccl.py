@@ -1,4 +1,4 @@
-"""NCCL built from source for one GPU architecture: once, and never again while nothing it is made of changes."""
+"""NCCL built from source for one GPU architecture, and rebuilt only if an input changes."""
 
 import hashlib
 import json
@@ -24,14 +24,14 @@ from sparkinstall.system import Entry, Reader, System
 
 KEPT_LIBRARY, KEPT_STAMP = "libnccl.so", "build.json"
 
-# How long before a kill a compiler may have last written to an output that it never finished, in seconds.
-# Seen: 0.6 (nvcc, ld and generate.py write in place, and make takes any file that is there for a whole one).
+# Seconds before a kill in which a compiler may have last written to an unfinished output. Observed: 0.6.
+# nvcc, ld and generate.py write in place, and make treats any existing file as complete.
 _SETTLED = 30
 _CUDART_VERSION = re.compile(rb"#define\s+CUDART_VERSION\s+(\d+)")
 
 
 class Recipe(Struct, frozen=True):
-    """All that decides what the built library is. Two equal recipes need no second build."""
+    """Everything that determines the built library. Equal recipes need no second build."""
 
     version: str
     arch: str
@@ -63,7 +63,7 @@ class NcclLibrary(Struct, frozen=True):
     jobs: int
     only_functions: str | None
     left: str = ""
-    """Why a rehearsal cannot build it here; empty: it can."""
+    """Why a rehearsal cannot build it here, or ""."""
 
     @property
     def key(self) -> str:
@@ -74,11 +74,11 @@ class NcclLibrary(Struct, frozen=True):
         return f"{self.folder}/lib/libnccl.so.2"
 
     def node_only(self, on: Reader) -> str:
-        # What is there, or is kept, needs no source.
+        # An installed or cached library needs no source.
         if self.left or isinstance(self.check(on), Ok) or self._kept_stamp(self.recipe(on)):
             return self.left
         why = self.source.out_of_reach(on)
-        return f"it builds NCCL {self.source.version} ({why})" if why else ""
+        return f"building NCCL {self.source.version} ({why})" if why else ""
 
     def check(self, on: Reader) -> State:
         stamp = recorded(on, self._stamp_path, Stamp)
@@ -86,7 +86,7 @@ class NcclLibrary(Struct, frozen=True):
         if stamp and stamp.recipe == recipe and stamp.library == self._identity(on):
             return Ok(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp.build_id)[:12]}")
         is_kept, name = bool(self._kept_stamp(recipe)), f"NCCL {recipe.version} for sm_{self.arch}"
-        what = f"install {name}, which was built before" if is_kept else f"build {name} from {self.source.where}"
+        what = f"install {name} from the cache" if is_kept else f"build {name} from {self.source.where}"
         return Drift(what, _as_lines(stamp.recipe) if stamp else "", _as_lines(recipe))
 
     @property
@@ -94,7 +94,7 @@ class NcclLibrary(Struct, frozen=True):
         return f"{self.folder}/build.json"
 
     def recipe(self, on: Reader) -> Recipe:
-        """What would be built here."""
+        """Return the recipe of this node."""
         return Recipe(
             self.source.version,
             self.arch,
@@ -104,7 +104,7 @@ class NcclLibrary(Struct, frozen=True):
         )
 
     def _identity(self, on: Reader) -> tuple[int, int] | None:
-        """Size and time of the file that the name leads to; a changed library changes them."""
+        """Return size and time of the library file, to detect changes."""
         entry = self._file(on)
         return (entry.size, entry.mtime_ns) if entry else None
 
@@ -120,7 +120,7 @@ class NcclLibrary(Struct, frozen=True):
         return None
 
     def kept(self, recipe: Recipe) -> Path:
-        """The real folder where the library of this recipe is kept: built here before, or by another node."""
+        """Return the real cache folder for this recipe: built here before, or by another node."""
         return self.source.cache / "built" / recipe.id
 
     def _kept_stamp(self, recipe: Recipe) -> Stamp | None:
@@ -131,14 +131,14 @@ class NcclLibrary(Struct, frozen=True):
             return None
 
     def apply(self, on: System) -> None:
-        # With --force an up-to-date library is built from source again.
+        # --force rebuilds an up-to-date library from source.
         rebuild = isinstance(self.check(on), Ok)
         on.claim(self.folder)
         if rebuild or not self._take_kept(on):
             self._build(on)
 
     def _take_kept(self, on: System) -> bool:
-        """Whether a library of this recipe is kept, is what it says it is, and was installed."""
+        """Install the cached library of this recipe if it is valid; return whether it was."""
         recipe = self.recipe(on)
         stamp, library = self._kept_stamp(recipe), self.kept(recipe) / KEPT_LIBRARY
         try:
@@ -147,7 +147,7 @@ class NcclLibrary(Struct, frozen=True):
                 return False
             self._prove(on, str(library), recipe)
         except (OSError, ValueError, Blocked):
-            # Nothing was lost: it is built here instead.
+            # A bad cached library is no error: build instead.
             return False
         self._install(on, recipe, content)
         return True
@@ -172,9 +172,9 @@ class NcclLibrary(Struct, frozen=True):
         self._keep(on, recipe)
 
     def _keep(self, on: Reader, recipe: Recipe) -> None:
-        """For the next time: after an uninstall, below another prefix, for another stack with the same NCCL."""
+        """Cache the library for reuse: after an uninstall, below another prefix, by another stack."""
         folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: self._stamp_path}
-        # A cache that cannot be written to costs a build, some day.
+        # An unwritable cache only costs a later build.
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
             for name, path in files.items():
@@ -204,11 +204,11 @@ class NcclLibrary(Struct, frozen=True):
     def _prove(self, on: System, library: str, recipe: Recipe) -> None:
         archs = {code.arch for code in elf.gpu_code(Path(library))}
         if f"sm_{self.arch}" not in archs:
-            raise Blocked(f"the NCCL that was built has no sm_{self.arch} code in it", cause=f"it has {sorted(archs)}")
+            raise Blocked(f"the built NCCL has no sm_{self.arch} code", cause=f"it has {sorted(archs)}")
         answer = on.ask(sys.executable, "-c", payloads.source("nccl_version"), library)
         if answer.out.strip() != str(version_number(recipe.version)):
             raise Blocked(
-                f"the NCCL that was built is not {recipe.version}: it says {answer.out.strip() or answer.err.strip()}",
+                f"the built NCCL is not {recipe.version}: it reports {answer.out.strip() or answer.err.strip()}",
                 hint="`nccl.source` is the source of another version: name the right one, or set `nccl.version`",
             )
 
@@ -224,7 +224,7 @@ def _as_lines(recipe: Recipe) -> str:
 
 
 class _Compiled(Struct):
-    """Counts the units that make says it compiles."""
+    """Counts compiled units in make's output."""
 
     on_progress: Callable[[int, int, str], None]
     total: int
@@ -237,8 +237,8 @@ class _Compiled(Struct):
 
 
 def _unfinished(build: Path) -> list[str]:
-    """What a killed build may have left half written: all that was written last, and the generated sources
-    and linked files around it."""
+    """Return files that a killed build may have left unfinished: those written last, and related generated and
+    linked files."""
     files = {
         Path(base, name): os.lstat(os.path.join(base, name)) for base, _, names in os.walk(build) for name in names
     }
@@ -246,14 +246,14 @@ def _unfinished(build: Path) -> list[str]:
         return []
     newest = max(found.st_mtime for found in files.values())
     doubtful = [path for path, found in files.items() if found.st_size == 0 or found.st_mtime > newest - _SETTLED]
-    # generate.py writes many files and then the list of them: half of them without the list are not seen as missing.
+    # generate.py writes many files, then their list; without the list make does not notice missing ones.
     generated = {parent for path in doubtful for parent in path.parents if parent.name == "gensrc"}
     linked = [build / "lib", build / "bin"]
     return sorted(str(path) for path in {*doubtful, *generated, *linked})
 
 
 def version_number(version: str) -> int:
-    """`2.28.9` as ncclGetVersion() gives it: 22809 (NCCL's NCCL_VERSION macro)."""
+    """Return `2.28.9` as ncclGetVersion() reports it: 22809 (NCCL's NCCL_VERSION macro)."""
     numbers = [int(part) for part in version.split("-")[0].split(".")]
     if len(numbers) != 3:
         raise BadConfig(f"`nccl.version` must be three numbers such as 2.28.9, not {version}")
@@ -261,7 +261,7 @@ def version_number(version: str) -> int:
 
 
 def compiler_id(cuda_home: str | None) -> str:
-    """Which CUDA compiler this is, without running it."""
+    """Identify the CUDA compiler without running it."""
     if cuda_home is None:
         return "none"
     header = Path(cuda_home, "include", "cuda_runtime_api.h")

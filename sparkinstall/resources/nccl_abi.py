@@ -1,4 +1,4 @@
-"""Whether the NCCL that will be preloaded has every symbol that this torch takes from it."""
+"""Check that the preloaded NCCL has every symbol that torch needs from it."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +17,7 @@ _SYMBOLS = "nccl"
 
 
 class NcclFitsTorch(Struct, frozen=True):
-    """A library that lacks a symbol would break `import torch` for whoever sources the env file."""
+    """The node's NCCL has torch's symbols; otherwise `import torch` would fail with the env file."""
 
     fix: ClassVar[Fix] = NCCL
     node: Node
@@ -28,8 +28,8 @@ class NcclFitsTorch(Struct, frozen=True):
 
     def node_only(self, on: Reader) -> str:
         if self.node.partial:
-            return "it compares NCCL's symbols with torch's (torch is not installed here without --full)"
-        return "" if self._pair(on)[0] else "it compares NCCL's symbols with torch's (no NCCL was built here)"
+            return "comparing NCCL's symbols with torch's (torch is not installed here without --full)"
+        return "" if self._pair(on)[0] else "comparing NCCL's symbols with torch's (no NCCL was built here)"
 
     def check(self, on: Reader) -> State:
         library, torch = self._pair(on)
@@ -49,21 +49,21 @@ class NcclFitsTorch(Struct, frozen=True):
 
     def apply(self, on: System) -> None:
         library, torch = self._pair(on)
-        assert library and torch, "the engine applies only what can be told"
+        assert library and torch, "the engine applies no Unknown"
         needed = elf.undefined_symbols(torch, _SYMBOLS)
         missing = sorted(needed - elf.defined_symbols(library, _SYMBOLS))
         if missing:
             raise Blocked(
-                f"NCCL {self.node.nccl_version} lacks what this torch needs: {', '.join(missing[:4])}",
+                f"NCCL {self.node.nccl_version} lacks symbols that torch needs: {', '.join(missing[:4])}",
                 cause=f"torch was built with a newer NCCL; loading {library} would break `import torch`",
-                hint=f"take the NCCL that the stack names ({self.node.stack.nccl.version}), or `nccl.mode: wheel`",
+                hint=f"use the NCCL release of the stack ({self.node.stack.nccl.version}), or `nccl.mode: wheel`",
             )
         decision = SymbolCheck(_about(library, torch), len(needed))
         on.write(self.node.nccl_abi_decision, as_text(decision).encode())
 
 
 def _about(library: Path, torch: Path) -> dict[str, str]:
-    """What is compared; raises NotALibrary where one of them is damaged."""
+    """Return the compared libraries. Raises NotALibrary if one is damaged."""
     return {
         "nccl": elf.build_id(library) or str(library.stat().st_size),
         "torch": elf.build_id(torch) or str(torch.stat().st_size),

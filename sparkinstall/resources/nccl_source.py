@@ -1,4 +1,4 @@
-"""Where NCCL's source comes from: the upstream repository, a tarball, or a folder."""
+"""Get NCCL's source: from the upstream repository, a tarball, or a folder."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _UNREACHABLE = ("Could not resolve host", "Connection refused", "Connection time
 class NcclSource(Struct, frozen=True):
     """NCCL `version` from `where` ("git", a tarball's path or URL, or a folder).
 
-    `commit` is what the tag must be; `sha256` what the tarball must have, None: recorded at first use.
+    `commit` is the expected commit of the tag; `sha256` the expected hash of the tarball, None: recorded at first use.
     `cache` is a real folder that outlives the prefix.
     """
 
@@ -42,7 +42,7 @@ class NcclSource(Struct, frozen=True):
         return "folder" if Path(self.where).expanduser().is_dir() else "tarball"
 
     def identity(self, on: Reader) -> str:
-        """What decides the source's content, without fetching it."""
+        """Return what identifies the source's content, without fetching it."""
         if self.kind == "git":
             return f"commit {self.commit}"
         if self.kind == "folder":
@@ -62,7 +62,7 @@ class NcclSource(Struct, frozen=True):
         return found if isinstance(found, dict) else {}
 
     def out_of_reach(self, on: Reader) -> str:
-        """Why the upstream repository cannot be had from here, or nothing. Asks it only where no copy is kept."""
+        """Return why the upstream repository is unavailable, or "". Contacts it only if there is no cached copy."""
         if self.kind != "git" or (self._mirror_folder / "HEAD").exists():
             return ""
         environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
@@ -70,7 +70,7 @@ class NcclSource(Struct, frozen=True):
         return "" if answer.ok else f"{REPOSITORY} cannot be reached from here"
 
     def hold_to(self, identity: str, on: Reader) -> None:
-        """Take another node's word for what the tarball must be, where it was never seen here."""
+        """Record another node's hash of the tarball, if it was never seen here."""
         kind, _, sha256 = identity.partition(" ")
         recorded = self._recorded(on)
         is_open = self.kind == kind == "tarball" and not self.sha256 and self.where not in recorded
@@ -86,10 +86,10 @@ class NcclSource(Struct, frozen=True):
         return self.cache / f"nccl-{self.tag}.git"
 
     def bring(self, on: System, to: str) -> str:
-        """Put the source where it can be built; the node path of its top folder.
+        """Copy the source to the build folder `to`; return the node path of its top folder.
 
         Raises:
-            BadConfig, Blocked, CommandFailed: it is not there, or is not what it should be.
+            BadConfig, Blocked, CommandFailed: it is missing, or not the expected source.
         """
         top = {"git": self._clone, "folder": self._use_folder, "tarball": self._unpack}[self.kind](on, to)
         self._require_version(on, top)
@@ -100,8 +100,8 @@ class NcclSource(Struct, frozen=True):
         found = ".".join(_VERSION_PARTS.findall(text))
         if found != self.version.split("-")[0]:
             raise Blocked(
-                f"{self.where} is the source of NCCL {found or 'of no known version'}, not of {self.version}",
-                hint="name the right source with `nccl.source`, or say with `nccl.version` that you want this one",
+                f"{self.where} is the source of NCCL {found or 'of unknown version'}, not of {self.version}",
+                hint="set `nccl.source` to the right source, or `nccl.version` to this version",
             )
 
     def _clone(self, on: System, to: str) -> str:
@@ -112,9 +112,9 @@ class NcclSource(Struct, frozen=True):
         if head != self.commit:
             shutil.rmtree(mirror, ignore_errors=True)
             raise Blocked(
-                f"the tag {self.tag} of {REPOSITORY} is not the commit it was",
+                f"the tag {self.tag} of {REPOSITORY} is not the expected commit",
                 cause=f"expected {self.commit}, found {head or 'nothing'}",
-                hint="somebody moved the tag, or the download is damaged: look before you go on",
+                hint="the tag was moved or the download is damaged: investigate before you continue",
             )
         on.clear(to)
         on.run("git", "clone", "--quiet", "--branch", self.tag, str(mirror), on.real(to))
@@ -147,12 +147,12 @@ class NcclSource(Struct, frozen=True):
         on.clear(to)
         on.make_dir(to)
         try:
-            # tar itself keeps members inside the folder; Python's tarfile does so only from 3.11.4 on.
+            # tar keeps members inside the folder; Python's tarfile does so only since 3.11.4.
             on.run("tar", "--extract", "--no-same-owner", f"--file={tarball}", f"--directory={on.real(to)}")
         except CommandFailed as failure:
             raise Blocked(
                 f"{self.where} cannot be unpacked: {' '.join(failure.output[-1:])}",
-                hint="is it NCCL's source, and whole?",
+                hint="check that it is NCCL's source and complete",
             ) from failure
         return self._top(on, to)
 
@@ -164,7 +164,7 @@ class NcclSource(Struct, frozen=True):
         if not path.is_file():
             raise BadConfig(
                 f"`nccl.source` {self.where} is neither a file nor a folder",
-                hint="name NCCL's tarball or source folder, or leave the setting out to take the upstream repository",
+                hint="set it to NCCL's tarball or source folder, or remove the setting to use the upstream repository",
             )
         return path
 
@@ -174,27 +174,27 @@ class NcclSource(Struct, frozen=True):
         if expected is None:
             self._note({**recorded, self.where: found})
         elif found != expected:
-            # A download that is wrong would be taken again from the cache: it goes.
+            # Delete a wrong download, or the cache would return it again.
             if tarball.is_relative_to(self.cache):
                 tarball.unlink()
             raise Blocked(
-                f"{self.where} does not have the hash it must have",
+                f"{self.where} does not have the expected hash",
                 cause=f"expected sha256 {expected}, found {found}",
-                hint="it is damaged or not the same file any more; nothing of it was used",
+                hint="the file is damaged or was replaced; it was not used",
             )
 
     def _top(self, on: Reader, to: str) -> str:
-        """The folder that holds the Makefile: of a tarball usually one level down."""
+        """Return the folder with the Makefile: usually one level down in a tarball."""
         for folder in (to, *(f"{to}/{name}" for name in on.names(to))):
             if on.entry(f"{folder}/src") and on.entry(f"{folder}/makefiles"):
                 return folder
-        raise Blocked(f"{self.where} holds no NCCL source", hint="NCCL's top folder has `src` and `makefiles` in it")
+        raise Blocked(f"{self.where} is not NCCL's source", hint="NCCL's top folder contains `src` and `makefiles`")
 
 
 def _unreachable(failure: CommandFailed) -> CommandFailed:
     if any(sign in line for sign in _UNREACHABLE for line in failure.output):
         failure.cause = f"{REPOSITORY} cannot be reached"
-        failure.hint = "name a tarball or a folder with `nccl.source`, or check the network and run again"
+        failure.hint = "set `nccl.source` to a tarball or a folder, or check the network and run again"
     return failure
 
 

@@ -1,4 +1,4 @@
-"""Debian packages: only what is missing is installed, and only what we installed is removed."""
+"""Debian packages: install only missing ones, and remove only those that we installed."""
 
 import re
 import time
@@ -17,19 +17,19 @@ _INSTALLED = re.compile(
 )
 _PROVIDES = re.compile(r"^Provides: (.+)$", re.MULTILINE)
 _SIMULATED = re.compile(r"^(Inst|Remv|Purg) (\S+)", re.MULTILINE)
-# Waiting for dpkg's own lock: on a fresh node unattended-upgrades often holds it for minutes.
+# Wait for dpkg's lock: on a fresh node unattended-upgrades often holds it for minutes.
 _APT = (
     "env", "DEBIAN_FRONTEND=noninteractive", "NEEDRESTART_SUSPEND=1", "apt-get", "-y",
     "-o", "DPkg::Lock::Timeout=600", "-o", "APT::Install-Recommends=false",
 )  # fmt: skip
-# Besides installing, apt would remove what conflicts: that is for a person to decide.
+# Never let apt remove conflicting packages: that is the user's decision.
 _INSTALL = ("--no-remove", "install")
 _LISTS_HELD = "Could not get lock"
 _PATIENCE = 300.0
 
 
 def installed(on: Reader) -> set[str]:
-    """Names of the packages that dpkg says are installed, and what they provide."""
+    """Return the names of installed packages, and the names that they provide."""
     status = (on.read(STATUS) or b"").decode(errors="replace")
     names = set(_INSTALLED.findall(status))
     for line in _PROVIDES.findall(status):
@@ -48,7 +48,7 @@ class Packages(Struct, frozen=True):
 
     def node_only(self, on: Reader) -> str:
         del on
-        return f"apt installs there what is missing of {', '.join(self.names)}"
+        return f"installing the missing packages of {', '.join(self.names)} with apt"
 
     def check(self, on: Reader) -> State:
         missing = self._missing(on)
@@ -72,7 +72,7 @@ class Packages(Struct, frozen=True):
         on.run(*_APT, *_INSTALL, *missing, root=True)
 
     def _update(self, on: System) -> None:
-        """apt waits for dpkg's lock, but not for that of its lists, which a fresh node holds for minutes."""
+        """Update the lists, waiting for their lock: a fresh node holds it for minutes, and apt does not wait."""
         until = time.monotonic() + _PATIENCE
         while True:
             try:
@@ -84,11 +84,11 @@ class Packages(Struct, frozen=True):
                 time.sleep(5)
 
     def _planned(self, on: System, missing: Iterable[str]) -> list[str]:
-        """All that apt is about to install, dependencies too; what it would upgrade is not ours."""
+        """Return what apt would install, with dependencies but without upgrades, which are not ours."""
         simulated = on.ask(*_APT, "-s", *_INSTALL, *missing, timeout=120)
         if not simulated.ok:
             raise CommandFailed(
-                "apt cannot install what is missing",
+                "apt cannot install the missing packages",
                 cause=simulated.err.strip() or simulated.out.strip()[-300:],
                 hint="fix apt's sources (`sudo apt-get update` shows what is wrong), then run again",
             )
@@ -98,7 +98,7 @@ class Packages(Struct, frozen=True):
 
 
 def take_back(on: LocalSystem, names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Purge those of `names` that are installed and that nothing else needs: (removed, kept)."""
+    """Purge the installed packages of `names` that nothing else needs; return (removed, kept)."""
     there = installed(on)
     ours = sorted(set(names) & there)
     needed = _needed_by_others(on, ours)
@@ -115,7 +115,7 @@ def take_back(on: LocalSystem, names: Iterable[str]) -> tuple[list[str], list[st
 
 
 def _needed_by_others(on: LocalSystem, ours: list[str]) -> list[str]:
-    """Those of `ours` whose removal would take somebody else's package along."""
+    """Return those of `ours` whose removal would remove another package."""
     needed: list[str] = []
     while True:
         candidates = [name for name in ours if name not in needed]
@@ -124,7 +124,7 @@ def _needed_by_others(on: LocalSystem, ours: list[str]) -> list[str]:
         simulated = on.ask(*_APT, "-s", "purge", *candidates, timeout=120)
         if not simulated.ok:
             raise CommandFailed(
-                "apt cannot tell what removing the packages would take along", cause=simulated.err.strip()
+                "apt cannot tell what else removing the packages would remove", cause=simulated.err.strip()
             )
         removed = {name for verb, name in _SIMULATED.findall(simulated.out) if verb != "Inst"}
         others = {name.split(":")[0] for name in removed} - set(ours)

@@ -1,4 +1,4 @@
-"""Units of systemd: their files, and services that run from the files that are there now."""
+"""systemd unit files, and services started from their current inputs."""
 
 import hashlib
 import os
@@ -22,28 +22,28 @@ from sparkinstall.system.local import LocalSystem
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 _PROPERTIES = ("LoadState", "UnitFileState", "ActiveState", "NeedDaemonReload")
 _RUNNING = ("active", "activating", "reloading")
-# Lines that our own scripts print for a person: they say why in words.
+# Lines that our own scripts print: they state the reason in words.
 _OURS = "sparkinstall: "
 _TAIL = 12
 _STOPPING = 300.0
 
 
 def word(value: str) -> str:
-    """`value` as one argument of an `Exec...=` line: no specifier, variable or quote in it means anything.
+    """Quote `value` as one argument of an `Exec...=` line: specifiers, variables and quotes stay literal.
 
     Raises:
-        ValueError: a control character, which a unit cannot carry.
+        ValueError: it contains a control character, which a unit file cannot represent.
     """
     return value if _PLAIN.fullmatch(value) else f'"{_unquotable(value).replace("$", "$$")}"'
 
 
 def program(path: str) -> str:
-    """`path` as the first word of an `Exec...=` line, in which systemd replaces no variables."""
+    """Quote `path` as the first word of an `Exec...=` line, in which systemd expands no variables."""
     return path if _PLAIN.fullmatch(path) else f'"{_unquotable(path)}"'
 
 
 def assignment(name: str, value: str) -> str:
-    """`name=value` for an `Environment=` line."""
+    """Quote `name=value` for an `Environment=` line."""
     return f'"{name}={_unquotable(value)}"'
 
 
@@ -54,23 +54,23 @@ def _unquotable(value: str) -> str:
 
 
 def setting(value: str) -> str:
-    """`value` for a line such as `EnvironmentFile=`, which is taken as it is but for specifiers."""
+    """Escape `value` for a line such as `EnvironmentFile=`, which is literal except for specifiers."""
     if not value.isprintable():
         raise ValueError(f"{value!r} cannot stand in a unit")
     return value.replace("%", "%%")
 
 
 class UnitFile(Template, frozen=True):
-    """A file in /etc/systemd/system that systemd accepts without a word, and has read.
+    """A file in /etc/systemd/system that systemd accepts without warning, and has loaded.
 
-    `noted_in` (a node path): where is kept what it was made from.
+    `noted_in`: node path of the render record.
     """
 
     noted_in: str = ""
 
     @property
     def name(self) -> str:
-        """The unit's name, with its ending."""
+        """The unit's name with its suffix."""
         return self.path.rpartition("/")[2]
 
     @property
@@ -79,7 +79,7 @@ class UnitFile(Template, frozen=True):
 
     def apply(self, on: System) -> None:
         values = self._values(on)
-        assert not isinstance(values, Unknown), "the engine applies only what can be told"
+        assert not isinstance(values, Unknown), "the engine applies no Unknown"
         self._refuse_what_systemd_does_not_know(on, self._file(values).content)
         if on.rehearsal:
             super().apply(on)
@@ -94,23 +94,22 @@ class UnitFile(Template, frozen=True):
             raise Problem(
                 f"systemd does not accept {self.path}; the old one stays",
                 cause="; ".join(complaints),
-                hint="look at the settings that go into it (`sparkinstall settings show`); if they are good, report it",
+                hint="check its settings (`sparkinstall settings show`); if they are correct, report this",
                 output=complaints,
             )
 
 
 def complaints_of_systemd(on: Reader, name: str, content: bytes) -> list[str]:
-    """What `systemd-analyze verify` says of a unit that is not in place yet; nothing where there is no systemd.
+    """Return the messages of `systemd-analyze verify` about a new unit file; [] without systemd.
 
-    It ends with 0 for a key that it does not know, so what counts is what it says. Of other units it says
-    things too: those are not ours to judge.
+    It exits with 0 for an unknown key, so only the messages count. Messages about other units are ignored.
     """
     import tempfile
 
     with tempfile.TemporaryDirectory(prefix="sparkinstall-units-") as scratch:
         unit = Path(scratch, name)
         unit.write_bytes(content)
-        # The colon at the end stands for systemd's own folders.
+        # The trailing colon adds systemd's own folders.
         env = {**os.environ, "LC_ALL": "C.UTF-8", "SYSTEMD_UNIT_PATH": f"{scratch}:{on.real(UNIT_FOLDER)}:"}
         answer = on.ask("systemd-analyze", "verify", "--man=no", str(unit), env=env)
     if answer.code == 127:
@@ -121,7 +120,7 @@ def complaints_of_systemd(on: Reader, name: str, content: bytes) -> list[str]:
 
 
 class Cause(Struct, frozen=True):
-    """A known reason why a service does not start: what it prints, what that means, what to do."""
+    """A known reason why a service does not start: a message in its log, its meaning, and what to do."""
 
     pattern: str
     why: str
@@ -129,10 +128,10 @@ class Cause(Struct, frozen=True):
 
 
 class Service(Struct, frozen=True):
-    """A service that is enabled, runs, and was started from its inputs as they are now.
+    """A service that is enabled, runs, and was started from its current inputs.
 
-    `inputs` tells the files (node paths) that it depends on; their digests at its last start are kept in
-    `noted_in`. So nobody has to remember to restart it: a changed input is drift like any other.
+    `inputs` returns the files (node paths) that it depends on; `noted_in` stores their digests at the last start. So
+    a changed input is drift, and the service is restarted.
     """
 
     name: str
@@ -146,7 +145,7 @@ class Service(Struct, frozen=True):
 
     def node_only(self, on: Reader) -> str:
         del on
-        return f"systemd starts {self.name} there"
+        return f"starting {self.name} with systemd"
 
     def check(self, on: Reader) -> State:
         now = show(on, self.name, *_PROPERTIES)
@@ -166,11 +165,13 @@ class Service(Struct, frozen=True):
         if now["LoadState"] != "loaded":
             return
         if now["NeedDaemonReload"] == "yes":
-            yield "systemd has not read its file"
+            yield "systemd has not reloaded its file"
         then, today = recorded(on, self.noted_in, dict[str, str]) or {}, self._digests(on)
         changed = sorted(path for path in {*then, *today} if then.get(path) != today.get(path))
         if changed:
-            yield f"changed since its last start: {', '.join(changed)}" if then else "it was started by somebody else"
+            yield (
+                f"changed since its last start: {', '.join(changed)}" if then else "it was not started by sparkinstall"
+            )
 
     def _digests(self, on: Reader) -> dict[str, str]:
         return {path: hashlib.sha256(on.read(path) or b"").hexdigest() for path in self.inputs(on)}
@@ -180,7 +181,7 @@ class Service(Struct, frozen=True):
         inputs, began = self._digests(on), int(time.time())
         on.run("systemctl", "daemon-reload", root=True)
         on.run("systemctl", "enable", self.name, root=True)
-        # systemd counts the starts before too, and after too many of them starts nothing until it is told to forget.
+        # systemd also counts earlier starts, and after too many refuses to start the unit until they are reset.
         if show(on, self.name, "ActiveState")["ActiveState"] != "inactive":
             on.run("systemctl", "reset-failed", self.name, root=True)
         try:
@@ -196,7 +197,7 @@ class Service(Struct, frozen=True):
         return Problem(
             f"{self.name} does not start",
             cause=why or failure.cause,
-            hint=hint or f"read all that it said with `journalctl -u {self.name} -n 200`, fix it, then run again",
+            hint=hint or f"read its log with `journalctl -u {self.name} -n 200`, fix the cause, then run again",
             log=failure.log,
             output=lines[-_TAIL:] or failure.output,
         )
@@ -206,7 +207,7 @@ class Service(Struct, frozen=True):
         return [line for line in said.splitlines() if line.strip()]
 
     def cause_in(self, lines: list[str]) -> tuple[str, str]:
-        """Why it did not start, as far as that is known, and what to do about it."""
+        """Return why it did not start, if known, and what to do."""
         told = [line.removeprefix(_OURS) for line in lines if line.startswith(_OURS)]
         for cause in self.causes:
             if any(re.search(cause.pattern, line) for line in lines):
@@ -220,7 +221,7 @@ def _standing(on: Reader, name: str) -> dict[str, Any]:
 
 
 def take_service_back(on: LocalSystem, name: str) -> bool:
-    """Stop and disable a service; whether there was anything to do."""
+    """Stop and disable a service; return whether anything changed."""
     was = _standing(on, name)
     if was["active"]:
         _systemctl(on, "stop", name)
@@ -232,7 +233,7 @@ def take_service_back(on: LocalSystem, name: str) -> bool:
 
 
 def take_units_back(on: LocalSystem, name: str, before: Mapping[str, Any]) -> bool:
-    """Reload systemd, now that our file is gone; start again what ran from a foreign unit."""
+    """Reload systemd after our file was removed; restart a service that ran from a foreign unit."""
     _systemctl(on, "daemon-reload")
     if before.get("enabled"):
         _systemctl(on, "enable", name)
@@ -247,5 +248,5 @@ def _systemctl(on: LocalSystem, *words: str) -> None:
         raise CommandFailed(
             f"`systemctl {' '.join(words)}` failed",
             cause=answer.err.strip()[-300:],
-            hint="see what `systemctl status` says of it, then run the same command again",
+            hint="see `systemctl status`, then run the same command again",
         )

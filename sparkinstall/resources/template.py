@@ -1,4 +1,4 @@
-"""Files made from templates/."""
+"""Files rendered from templates/."""
 
 import hashlib
 import json
@@ -21,10 +21,10 @@ _ESCAPED = {char: "\\" + char for char in '\\"$`'}
 
 
 def quoted(value: str) -> str:
-    """`value` in double quotes, read alike by a POSIX shell and by systemd's EnvironmentFile=.
+    """Quote `value` so that a POSIX shell and systemd's EnvironmentFile= read the same.
 
     Raises:
-        ValueError: a control character, which the two do not read alike.
+        ValueError: it contains a control character, which they read differently.
     """
     if not str(value).isprintable():
         raise ValueError(f"{value!r} cannot stand in an environment file")
@@ -47,12 +47,12 @@ def _templates() -> "jinja2.Environment":
 
 
 def render(template: str, values: Mapping[str, Any]) -> bytes:
-    """`template` filled with `values`; a value that is missing is an error."""
+    """Render `template` with `values`; a missing value is an error."""
     return _templates().get_template(template).render(**values).encode()
 
 
 class Template(Struct, frozen=True):
-    """`path` is `template` filled with what `values` finds on the node, or says that it cannot be told yet."""
+    """`path` is `template` rendered with what `values` returns for the node; Unknown if it returns that."""
 
     path: str
     template: str
@@ -70,7 +70,7 @@ class Template(Struct, frozen=True):
         if self._was_made_from(values, on):
             return Ok()
         state = self._file(values).check(on)
-        return Drift(f"note what {self.path} was made from") if isinstance(state, Ok) else state
+        return Drift(f"record the inputs of {self.path}") if isinstance(state, Ok) else state
 
     def _values(self, on: Reader) -> Mapping[str, Any] | Unknown:
         values = self.values(on)
@@ -80,8 +80,8 @@ class Template(Struct, frozen=True):
         return File(self.path, render(self.template, values), self.mode)
 
     def _was_made_from(self, values: Mapping[str, Any], on: Reader) -> bool:
-        """Whether the file is, to the byte, what these same values and templates once gave: a quarter of the time
-        of a run with nothing to do would go into filling them again."""
+        """Return whether the file is byte for byte what these values and templates rendered before: rendering again
+        would take a quarter of a converged run."""
         made, entry = self._notes(on).get(self.path), on.entry(self.path)
         content = on.read(self.path) if entry and entry.kind == "file" and entry.mode == self.mode else None
         return content is not None and made == (inputs_digest(values), hashlib.sha256(content).hexdigest())
@@ -95,7 +95,7 @@ class Template(Struct, frozen=True):
 
     def apply(self, on: System) -> None:
         values = self._values(on)
-        assert not isinstance(values, Unknown), "the engine applies only what can be told"
+        assert not isinstance(values, Unknown), "the engine applies no Unknown"
         file = self._file(values)
         file.apply(on)
         made = (inputs_digest(values), hashlib.sha256(file.content).hexdigest())
@@ -104,7 +104,7 @@ class Template(Struct, frozen=True):
 
 
 def inputs_digest(values: Mapping[str, Any]) -> str:
-    """The sha256 of all that a rendering depends on: the values and every template."""
+    """Return the sha256 of everything that a rendering depends on: the values and every template."""
     digest = hashlib.sha256(json.dumps(dict(values), sort_keys=True).encode())
     for template in sorted(asset("templates").iterdir()):
         digest.update(template.name.encode() + b"\0" + template.read_bytes())

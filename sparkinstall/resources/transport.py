@@ -1,4 +1,4 @@
-"""How NCCL talks between nodes: RoCE where its devices are really there, sockets elsewhere."""
+"""NCCL's transport between nodes: RoCE if its devices exist, else sockets."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ from sparkinstall.system import Reader, System
 
 
 class Transport(Struct, frozen=True):
-    """The decision, written down: a cable that is out for a moment must not turn RoCE into sockets."""
+    """The recorded decision, so that a briefly unplugged cable does not turn RoCE into sockets."""
 
     node: Node
 
@@ -26,13 +26,13 @@ class Transport(Struct, frozen=True):
             return wanted
         if before and (before == wanted or self._stays(before, wanted)):
             return Ok(f"{before.transport}: {before.why}")
-        said = f"NCCL talks over {_NAMES[wanted.transport]}: {wanted.why}"
-        return Drift(said, as_text(before), as_text(wanted))
+        summary = f"NCCL uses {_NAMES[wanted.transport]}: {wanted.why}"
+        return Drift(summary, as_text(before), as_text(wanted))
 
     def _decide(self, on: Reader) -> NcclTransport | Unknown | Conflict:
         asked, port = self.node.config.network.transport, qsfp.port_to_look_at(on, self.node)
         if asked == "socket":
-            return _decision(port, "socket", "network.transport says so")
+            return _decision(port, "socket", "set by network.transport")
         if on.rehearsal:
             return _decision(port, "socket", _REHEARSED[asked])
         if not _has_address(on, port, self.node.address):
@@ -41,19 +41,19 @@ class Transport(Struct, frozen=True):
         if not why_not:
             return _decision(port, "roce", "both halves of the port have an RDMA device with an address")
         if asked == "roce":
-            return Conflict(f"RoCE was asked for, but {why_not}", hint=_SOCKETS)
+            return Conflict(f"network.transport is roce, but {why_not}", hint=_SOCKETS)
         return _decision(port, "socket", why_not)
 
     def _left_to_others(self, port: qsfp.Port) -> Conflict:
-        """No step of ours will give the port its address."""
+        """Return the conflict of a port without its address that no step may configure."""
         return Conflict(
-            f"{port.twins[0].name} has not this node's address {self.node.address}, and `network.manage` is false",
-            hint="give it that address, name the one that it has (`cluster.head` and `cluster.workers`, or --head, "
+            f"{port.twins[0].name} does not have this node's address {self.node.address}; `network.manage` is false",
+            hint="configure that address, specify the one it has (`cluster.head` and `cluster.workers`, or --head, "
             "--worker and --address), or let sparkinstall do it: `--set network.manage=true`",
         )
 
     def talks_over(self, on: Reader) -> str:
-        """`roce` or `socket`, as it was decided or would be now; empty where that cannot be told yet."""
+        """Return the recorded or current decision, `roce` or `socket`; "" if still unknown."""
         try:
             wanted, before = self._decide(on), recorded(on, self.node.transport_decision, NcclTransport)
         except qsfp.LinkProblem:
@@ -68,14 +68,14 @@ class Transport(Struct, frozen=True):
 
     def apply(self, on: System) -> None:
         decision = self._decide(on)
-        assert isinstance(decision, NcclTransport), "the engine applies only what can be told"
+        assert isinstance(decision, NcclTransport), "the engine applies no Unknown"
         on.write(self.node.transport_decision, as_text(decision).encode())
 
 
 _SOCKETS = "sockets work everywhere: --set network.transport=socket"
 _REHEARSED = {
     "auto": "a rehearsal has no RoCE devices; the node itself decides",
-    "roce": "a rehearsal has no RoCE devices; the node itself takes RoCE, or says why it cannot (network.transport)",
+    "roce": "a rehearsal has no RoCE devices; the node itself uses RoCE or reports why it cannot (network.transport)",
 }
 _NAMES = {"roce": "RoCE", "socket": "sockets"}
 

@@ -1,4 +1,4 @@
-"""The environment: one venv at one path, filled by uv from a lock with hashes."""
+"""The Python environment: one venv, installed by uv from a lock with hashes."""
 
 import hashlib
 import os
@@ -36,21 +36,21 @@ _CUT = (
 
 @lru_cache(maxsize=1)
 def uv() -> str:
-    """The uv that came with sparkinstall."""
+    """Return the path of the uv installed with sparkinstall."""
     from uv import find_uv_bin
 
     return str(find_uv_bin())
 
 
 def uv_platform(platform: str) -> str:
-    """uv's name for a node of DGX OS 7 (glibc 2.39)."""
+    """Return uv's platform name for a node of DGX OS 7 (glibc 2.39)."""
     return f"{platform}-manylinux_2_39"
 
 
 class RecordedLock(Struct, frozen=True):
-    """A lock made whole on the node at the first install, where the shipped one cannot know every hash.
+    """The lock completed on the node at the first install, if the shipped one lacks hashes.
 
-    From then on it is held to: the same versions and the same bytes, or an error.
+    From then on, other versions or hashes are an error.
     """
 
     node: Node
@@ -61,10 +61,10 @@ class RecordedLock(Struct, frozen=True):
 
     def check(self, on: Reader) -> State:
         if on.entry(self.node.lock_record):
-            return Ok("hashes recorded at the first install and held to since")
+            return Ok("hashes recorded at the first install and enforced since")
         names = self.node.wheels.unhashed
         what = f"the hashes of {', '.join(names)}" if names else f"the versions and hashes of {self.node.stack.name}"
-        return Drift(f"record {what}, which nobody could know beforehand")
+        return Drift(f"record {what}, unknown until the first install")
 
     def apply(self, on: System) -> None:
         import tempfile
@@ -85,21 +85,21 @@ class RecordedLock(Struct, frozen=True):
         options = ["--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--only-binary=:all:"]
         options += ["--no-python-downloads", "--color", "never", "--python-version", node.stack.python]
         if node.stack.as_of and not node.wheels.lock:
-            # Pins may be newer than the day; what they leave open may not.
+            # Pinned versions may be newer than this date; all others may not.
             options += ["--exclude-newer", node.stack.as_of]
             options += [f"--exclude-newer-package={pin.name}=false" for pin in node.stack.requirements]
         return [*options, "--python-platform", uv_platform(node.platform)]
 
 
 class Downloads(Struct):
-    """uv's announcements, added up: bytes that have arrived, of bytes announced."""
+    """Sums uv's progress messages: bytes received of bytes announced."""
 
     on_progress: Callable[[int, int, str], None]
     sizes: dict[str, int] = field(default_factory=dict)
     done: int = 0
 
     def read(self, line: str) -> None:
-        """Take one line of uv's output."""
+        """Read one line of uv's output."""
         if match := _DOWNLOADING.search(line):
             self.sizes[match[1]] = int(float(match[2]) * _SIZES[match[3]])
         elif match := _DOWNLOADED.search(line):
@@ -110,7 +110,7 @@ class Downloads(Struct):
 
 
 class PythonEnvironment(Struct, frozen=True):
-    """The venv holds the lock's pins, all of them or (in a rehearsal) vLLM's own wheel, and passes the gate."""
+    """The venv contains all pins of the lock, or in a rehearsal only vLLM's wheel, and passes the wheel gate."""
 
     node: Node
 
@@ -159,12 +159,12 @@ class PythonEnvironment(Struct, frozen=True):
     def apply(self, on: System) -> None:
         node = self.node
         lock = lock_of(node, on)
-        assert lock is not None, "the engine applies only what can be told"
-        # What a killed run left may be half a package that looks whole: it is installed again, from uv's cache.
+        assert lock is not None, "the engine applies no Unknown"
+        # A killed run may leave an incomplete package that looks complete: reinstall it from uv's cache.
         on.claim(node.venv)
         on.clear(node.venv)
         on.claim(node.venv)
-        # A node takes the system's Python, the same everywhere and with Python.h; uv would rather take its own.
+        # A node uses the system's Python, the same everywhere and with Python.h; uv prefers its own.
         whose = [] if node.rehearsal else ["--no-managed-python"]
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)
@@ -198,7 +198,7 @@ class PythonEnvironment(Struct, frozen=True):
         self._note_exceptions(on)
 
     def _note_exceptions(self, on: System) -> None:
-        """Some wheels list their own files wrongly: what they have really brought can only be seen now."""
+        """Record files that differ from RECORD, which some wheels get wrong: only now are they known to be original."""
         if rows := wheel_files.unlike_their_records(self.node, on):
             on.write(self.node.wheel_exceptions, rows.encode())
 
@@ -223,7 +223,7 @@ def _uv(on: System, node: Node, argv: list[str]) -> None:
 
 
 def _uv_offline(on: System, node: Node, argv: list[str], cut: CommandFailed) -> None:
-    """Everything may be in the cache already: a second time needs no network."""
+    """Retry without network: everything may be in the cache."""
     try:
         on.run(*argv, "--offline", env=_uv_env(node))
     except CommandFailed as failure:
@@ -233,7 +233,7 @@ def _uv_offline(on: System, node: Node, argv: list[str], cut: CommandFailed) -> 
 def _uv_env(node: Node) -> dict[str, str]:
     return {
         "UV_CACHE_DIR": str(node.cache / "uv"),
-        # A file that is shared with the cache, and edited in place in the environment, would come back damaged.
+        # Copy, because editing a file that is hard-linked to the cache would damage the cache.
         "UV_LINK_MODE": "copy",
         "UV_PYTHON_INSTALL_DIR": str(node.cache / "python"),
         "UV_NO_PROGRESS": "1",
@@ -249,25 +249,25 @@ def _is_cut(failure: CommandFailed) -> bool:
 def explain_failed_install(failure: CommandFailed, node: Node) -> CommandFailed:
     said = "\n".join(failure.output)
     if "Hash mismatch" in said:
-        failure.cause = "a wheel does not have the hash that the lock names: damaged, or not the file that was locked"
-        failure.hint = "nothing of it was installed; run again, and if it stays, do not go on: report it"
+        failure.cause = "a wheel does not have the hash in the lock: it is damaged, or not the locked file"
+        failure.hint = "it was not installed; run again, and if the error remains, stop and report it"
     elif "certificate" in said:
         failure.cause = "the package index's certificate is not trusted"
         failure.hint = (
             "behind a proxy, name the system's certificates: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"
         )
     elif address := _not_fetched(said, node):
-        failure.cause = f"the stack {node.stack.name} names a wheel by its address, and it cannot be fetched: {address}"
+        failure.cause = f"the stack {node.stack.name} locks a wheel by its URL, which cannot be downloaded: {address}"
         failure.hint = _another_way(address, node)
     elif _is_cut(failure):
-        failure.cause = "the package index cannot be reached, or the connection broke off"
+        failure.cause = "the package index cannot be reached, or the connection was lost"
         failure.hint = "check the network and run the command again; the download resumes where it stopped"
     return failure
 
 
 def _not_fetched(said: str, node: Node) -> str:
-    """The address of the wheel that uv asked for in vain; empty where it was the index, or something else."""
-    # uv writes an address as it was given, or with its special characters spelled out, and may break it in two.
+    """Return the URL of the wheel that uv failed to download; "" if something else failed."""
+    # uv prints a URL as given or percent-encoded, and may break it across lines.
     unbroken = unquote("".join(said.replace("`", "").split()))
     addresses = (pin.url for pin in node.wheels.wheels if pin.url)
     return next((each for each in addresses if f"Failedtofetch:{unquote(each)}" in unbroken), "")
@@ -275,18 +275,18 @@ def _not_fetched(said: str, node: Node) -> str:
 
 def _another_way(address: str, node: Node) -> str:
     host = urlsplit(address).hostname
-    hint = f"let this node reach {host}, then run the same command again: what has arrived is kept"
+    hint = f"allow this node to reach {host}, then run the same command again: finished downloads are kept"
     shipped = (stacks.load(name) for name in stacks.names())
     for other in shipped:
         if node.platform in other.platforms and not other.platforms[node.platform].wheels:
-            return f"{hint}. Or take a stack that the ordinary package index has alone: `--stack {other.name}`"
+            return f"{hint}. Or use a stack that needs only the package index: `--stack {other.name}`"
     return hint
 
 
 def lock_of(node: Node, on: Reader) -> tuple[Pin, ...] | None:
-    """The pins to install: those shipped if every hash is known, else those recorded.
+    """Return the pins to install: the shipped ones if every hash is known, else the recorded ones.
 
-    None before there are any.
+    None before they are recorded.
     """
     if node.wheels.complete:
         return parse_lock(node.wheels.lock_text())
@@ -295,7 +295,7 @@ def lock_of(node: Node, on: Reader) -> tuple[Pin, ...] | None:
 
 
 def installed(node: Node, on: Reader) -> dict[str, str]:
-    """Name -> version of what the environment's folder says is installed."""
+    """Return name -> version of the packages in the environment, from its folder."""
     site = site_packages(node, on)
     found = {}
     for name in on.names(site) if site else ():

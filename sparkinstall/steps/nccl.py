@@ -55,7 +55,7 @@ def source(node: Node) -> "NcclSource":
 def _left(node: Node) -> str:
     """Why a rehearsal cannot build NCCL here, or nothing."""
     if node.foreign:
-        return f"it builds NCCL {node.nccl_version} (this machine is no {node.platform})"
+        return f"building NCCL {node.nccl_version} (this machine is not {node.platform})"
     if cuda_home(node) is None:
-        return f"it builds NCCL {node.nccl_version} (there is no CUDA toolkit here: `nccl.cuda_home`)"
+        return f"building NCCL {node.nccl_version} (there is no CUDA toolkit here: `nccl.cuda_home`)"
     return ""

@@ -101,7 +101,7 @@ def test_it_is_not_built_again(built: Rehearsal) -> None:
 def test_below_another_prefix_it_is_what_was_built_before(built: Rehearsal, tmp_path: Path) -> None:
     another = Rehearsal(tmp_path, built.cache)
     (step,) = another.run("plan", "--only", "nccl")["data"]["steps"]
-    assert "install NCCL 2.29.7 for sm_121, which was built before" in str(step)
+    assert "install NCCL 2.29.7 for sm_121 from the cache" in str(step)
     another.run("run", "nccl")
     assert another.library.read_bytes() == built.library.read_bytes()
     assert another.objects() == 0

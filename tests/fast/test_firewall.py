@@ -184,7 +184,7 @@ def test_a_plan_shows_the_rules_and_a_rehearsal_loads_none(tmp_path: Path, nft: 
     live = states["nftables:inet sparkinstall"]
     assert isinstance(live, NodeOnly)
     assert shutil.which(nft)
-    assert "nft found them good" in live.reason
+    assert "nft accepts them" in live.reason
 
 
 INPUT = "chain input { type filter hook input priority 0; policy %s; %s }"

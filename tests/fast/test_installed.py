@@ -68,7 +68,7 @@ def test_what_a_rehearsal_cannot_show_is_skipped_also_without_an_env_file(
 
 
 def test_a_patched_file_that_somebody_edited_is_told_as_such(node: Node, tmp_path: Path) -> None:
-    put(tmp_path, "opt/sparkinstall/fp8.json", json.dumps({"fallback": True, "why": "vLLM's extension carries sm_90"}))
+    put(tmp_path, "opt/sparkinstall/fp8.json", json.dumps({"fallback": True, "why": "vLLM's extension contains sm_90"}))
     put(tmp_path, f"{SITE}/{cutlass_patch().target}", "edited = True\n")
     finding = found(node, tmp_path, "fp8-path")
     assert (finding.verdict, finding.expected) == ("fail", "patched")

@@ -149,7 +149,7 @@ def head_of_two(**settings: object) -> Node:
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"), [("auto", "the node itself decides"), ("roce", "the node itself takes RoCE")]
+    ("asked", "says"), [("auto", "the node itself decides"), ("roce", "the node itself uses RoCE")]
 )
 def test_a_rehearsal_says_that_its_sockets_are_only_its_own(tmp_path: Path, asked: str, says: str) -> None:
     state = Transport(head_of_two(network__transport=asked)).check(LocalReader(str(tmp_path)))
@@ -163,7 +163,7 @@ def test_a_network_that_is_not_ours_is_not_waited_for(monkeypatch: pytest.Monkey
     spark(tmp_path)
     state = Transport(head_of_two(network__manage=False)).check(Machine(str(tmp_path)))
     assert isinstance(state, Conflict)
-    assert "enp1s0f0np0 has not this node's address 192.168.100.10" in state.message
+    assert "enp1s0f0np0 does not have this node's address 192.168.100.10" in state.message
     assert "network.manage=true" in state.hint
     assert isinstance(Transport(head_of_two()).check(Machine(str(tmp_path))), Unknown)
 

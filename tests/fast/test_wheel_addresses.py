@@ -1,4 +1,4 @@
-"""A wheel that a stack names by its address and that cannot be fetched: the error names it, and a way out."""
+"""A wheel that a stack names by its address and that cannot be downloaded: the error names it, and a way out."""
 
 from pathlib import Path
 
@@ -25,8 +25,8 @@ def test_a_wheel_at_an_address_that_does_not_answer_is_named_with_a_way_out(tmp_
     run = node.all("--json", **{**no_index(stack), "UV_HTTP_RETRIES": "0"})
     error = next(each for each in envelope(run)["errors"] if "127.0.0.1" in each["cause"])
     assert run.returncode == 1, said(run)
-    assert error["cause"].endswith(ADDRESS) and "cannot be fetched" in error["cause"]
-    assert "let this node reach 127.0.0.1" in error["hint"] and WAY_OUT in error["hint"]
+    assert error["cause"].endswith(ADDRESS) and "cannot be downloaded" in error["cause"]
+    assert "allow this node to reach 127.0.0.1" in error["hint"] and WAY_OUT in error["hint"]
 
 
 # uv 0.13.8's own words for an address whose file is not there, with its arguments replaced.
