@@ -42,7 +42,7 @@ class SymbolCheck(Struct, frozen=True):
 
 
 class VenvStamp(Struct, frozen=True):
-    """What an environment was made from; `lock`: sha256 of the lock; `part` of it that was installed: `all` or `vllm`."""
+    """What an environment was made from; `lock`: sha256 of the lock; `part`: what was installed, `all` or `vllm`."""
 
     lock: str
     stack: str = ""
