@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -25,7 +24,7 @@ from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.cluster.uploads import uploads
 from sparkinstall.config import Config
 from sparkinstall.core import catalogue
-from sparkinstall.core.session import Target
+from sparkinstall.core.session import Target, config_files
 from sparkinstall.errors import BadUsage
 from sparkinstall.journal.undo import Undone
 
@@ -122,15 +121,8 @@ def _opened(hosts: list[str], wanted: ClusterOptions, verbose: bool, *, uploadin
 
 def _settings(target: Target) -> tuple[Config, dict[str, Any]]:
     """The config, and the settings that are given here: they go to every node."""
-    if target.config:
-        files = [target.config]
-    else:
-        known = [Path(each).expanduser() for each in configuration.DEFAULT_FILES]
-        files = [each for each in known if each.exists()]
-    layers = [
-        *(configuration.read_layer(each) for each in files),
-        configuration.Layer("the command line", target.values()),
-    ]
+    files = map(configuration.read_layer, config_files(target.config))
+    layers = [*files, configuration.Layer("the command line", target.values())]
     config, _ = configuration.build(layers)
     said = {name: value for layer in layers for name, value in layer.values.items()}
     return config, {name: value for name, value in said.items() if name not in ("cluster.role", "cluster.address")}

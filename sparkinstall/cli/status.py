@@ -16,7 +16,7 @@ def status(
 
 
 def _status(asked: Target) -> Answer:
-    from sparkinstall.cli.json_output import fix_data, step_data
+    from sparkinstall.cluster.protocol import FixMessage, Status, StepMessage
     from sparkinstall.core import catalogue, fixes
     from sparkinstall.core.session import looked_at, open_session
 
@@ -26,15 +26,17 @@ def _status(asked: Target) -> Answer:
     records = session.state.journal().records()
     reports = looked_at(session, catalogue.of(session.node))
     standing = fixes.stand(session.node, reports, {})
-    facts = {
-        "installed": bool(records),
-        "stack": session.node.stack.name,
-        "platform": session.node.platform,
-        "prefix": session.system.real(session.node.prefix),
-        "since": records[0].at if records else None,
-        "last_change": records[-1].at if records else None,
-        "journal": str(session.state.home / "journal.jsonl"),
-    }
+    found = Status(
+        installed=bool(records),
+        stack=session.node.stack.name,
+        platform=session.node.platform,
+        prefix=session.system.real(session.node.prefix),
+        since=records[0].at if records else None,
+        last_change=records[-1].at if records else None,
+        journal=str(session.state.home / "journal.jsonl"),
+        steps=tuple(map(StepMessage.of, reports)),
+        fixes=tuple(map(FixMessage.of, standing)),
+    )
 
     def show() -> None:
         from sparkinstall.cli.text_output import console, show_fixes
@@ -46,11 +48,9 @@ def _status(asked: Target) -> Answer:
                 f"`sparkinstall plan{session.root_option}` shows what would be done."
             )
             return
-        for name, value in facts.items():
-            if name != "installed":
-                out.print(f"  [dim]{name.replace('_', ' '):12}[/] {value}")
+        for name in ("stack", "platform", "prefix", "since", "last_change", "journal"):
+            out.print(f"  [dim]{name.replace('_', ' '):12}[/] {getattr(found, name)}")
         out.print("\n[bold]The fixes[/]  [dim]by files; `sparkinstall verify` checks running processes[/]")
         show_fixes(standing, out, session.root_option)
 
-    data = {**facts, "steps": [step_data(r) for r in reports], "fixes": [fix_data(s) for s in standing]}
-    return Answer(data=data, show=show)
+    return Answer(data=found, show=show)

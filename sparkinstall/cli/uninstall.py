@@ -4,10 +4,10 @@ import sys
 from typing import TYPE_CHECKING
 
 import typer
-from msgspec.structs import asdict
 
 from sparkinstall.cli import options
 from sparkinstall.cli.run_command import Answer, answer, confirm
+from sparkinstall.cluster.protocol import Uninstalled
 from sparkinstall.core.session import Target
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     state = open_state(Target(root))
     state.sweep()
     if not state.exists:
-        return Answer(data={"touches": []}, show=lambda: print(_nothing(state)))
+        return Answer(data=Uninstalled(), show=lambda: print(_nothing(state)))
     state.require_free()
     changes = undoing.changes(state.journal().records())
     if not json:
@@ -101,4 +101,4 @@ def _answer(taken: "list[Undone]", purged: bool) -> Answer:
             print(f"Downloads are kept in {user_cache()} (--purge-cache removes them).")
 
     code = Exit.FAILED if problems else Exit.GOOD
-    return Answer(code, {"touches": [asdict(each) for each in taken]}, show, problems)
+    return Answer(code, Uninstalled(tuple(taken)), show, problems)

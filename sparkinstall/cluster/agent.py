@@ -11,26 +11,30 @@ from collections.abc import Callable, Sequence
 import msgspec
 from msgspec import Struct
 
-from sparkinstall.cluster import artifacts, drift
+from sparkinstall.cluster import artifacts, bandwidth, drift
 from sparkinstall.cluster.protocol import (
+    Asked,
     Confirmed,
     Fetched,
     Introduction,
     Look,
-    Offer,
+    Measurable,
     Offered,
     OfferOpen,
     ProbeMessage,
     Reached,
+    Reply,
     Request,
+    Responded,
     StepMessage,
     Token,
 )
 from sparkinstall.core import catalogue, checks, engine
+from sparkinstall.core.session import Session
 from sparkinstall.errors import Problem
 from sparkinstall.events import silent
 from sparkinstall.facts.network import HEADERS, pings
-from sparkinstall.node import Node
+from sparkinstall.probes.bandwidth import SECONDS, known
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import rollback
 from sparkinstall.system import Reader
@@ -82,16 +86,17 @@ def announce(announcement: Struct) -> None:
     tell(msgspec.json.encode(announcement).decode())
 
 
-def look(node: Node, on: Reader, unproven: Sequence[str], only: Sequence[str], skip: Sequence[str]) -> Look:
+def look(session: Session, only: Sequence[str], skip: Sequence[str]) -> Look:
     """Plan, preflight and versions in one reply.
 
     Raises:
-        BadUsage: `only` or `skip` names a step that there is not.
+        BadUsage: `only` or `skip` names a step that does not exist.
     """
+    node, on = session.node, session.system
     return Look(
         steps=tuple(map(StepMessage.of, engine.plan(catalogue.chosen(node, only, skip), node, on))),
         preflight=tuple(map(ProbeMessage.of, checks.look(preflight(node), on, silent))),
-        unproven=tuple(unproven),
+        unproven=tuple(session.state.unproven()),
         versions=drift.versions(node, on),
         token=drift.token_digest(node, on),
         armed=rollback.armed(on),
@@ -100,18 +105,19 @@ def look(node: Node, on: Reader, unproven: Sequence[str], only: Sequence[str], s
     )
 
 
-def reach(node: Node, on: Reader, addresses: Sequence[str]) -> tuple[Reached, Sequence[Problem]]:
+def reach(session: Session, addresses: Sequence[str]) -> Reply[Reached]:
     """Ping other nodes over the link, with small packets and with the largest; a problem for each that fails."""
+    mtu = session.node.config.network.mtu
     waiting = dict.fromkeys(addresses, "")
     for attempt in range(_TRIES):
         # A link that was just set up needs a moment: its neighbour may come up later.
         time.sleep(1 if attempt else 0)
-        waiting = {each: why for each in waiting if (why := _unreached(on, each, node.config.network.mtu))}
+        waiting = {each: why for each in waiting if (why := _unreached(session.system, each, mtu))}
         if not waiting:
             break
     hint = "check the cable, and `ip -br address` on both nodes"
-    reached = tuple(each for each in addresses if each not in waiting)
-    return Reached(reached), tuple(Problem(why, hint=hint) for why in waiting.values())
+    reached = Reached(tuple(each for each in addresses if each not in waiting))
+    return Reply(int(bool(waiting)), reached, [Problem(why, hint=hint) for why in waiting.values()])
 
 
 def _unreached(on: Reader, address: str, mtu: int) -> str:
@@ -122,22 +128,19 @@ def _unreached(on: Reader, address: str, mtu: int) -> str:
     return f"{address} does not answer over the link"
 
 
-def offer(node: Node, on: Reader, peers: Sequence[str], only: Sequence[str], token: str) -> Offered:
-    """Send what was downloaded and built here to the nodes at these addresses, which prove that they know the token.
+def offer(session: Session, peers: Sequence[str], only: Sequence[str]) -> Offered:
+    """Send what was downloaded and built here to the nodes at these addresses. The token is on stdin.
 
     Raises:
         CopyFailed, Storage: as `artifacts.serve`.
     """
-
-    def open_to(offer: Offer) -> None:
-        announce(OfferOpen(offer))
-
+    token = sys.stdin.readline().strip()
     tell("listing what was downloaded and built")
-    return artifacts.serve(node, on, only, peers, token, open_to)
+    return artifacts.serve(session.node, session.system, only, peers, token, lambda offer: announce(OfferOpen(offer)))
 
 
-def fetch(node: Node, on: Reader, only: Sequence[str], introduction: str) -> Fetched:
-    """Fetch missing artifacts from the head, which the introduction, as JSON, describes.
+def fetch(session: Session, only: Sequence[str]) -> Fetched:
+    """Fetch missing artifacts from the head. Its `Introduction` is on stdin.
 
     Raises:
         CopyFailed, Storage: as `artifacts.fetch`.
@@ -146,8 +149,28 @@ def fetch(node: Node, on: Reader, only: Sequence[str], introduction: str) -> Fet
     def progress(done: int, total: int) -> None:
         tell(f"copied {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
-    head = msgspec.json.decode(introduction, type=Introduction)
-    return artifacts.fetch(node, on, only, head, progress)
+    head = msgspec.json.decode(sys.stdin.readline(), type=Introduction)
+    return artifacts.fetch(session.node, session.system, only, head, progress)
+
+
+def measurable(session: Session) -> Measurable:
+    """For each kind of measurement why this node cannot take part, or nothing."""
+    return Measurable(bandwidth.reasons(session.node, session.system))
+
+
+def respond(session: Session, kind: str) -> Responded:
+    """Answer one measurement of the bandwidth; announce the ports.
+
+    Raises:
+        NotMeasured: as `bandwidth.respond`.
+    """
+    return bandwidth.respond(session.node, session.system, known(kind), announce)
+
+
+def ask(session: Session, kind: str, peer: str, ports: Sequence[int]) -> Asked:
+    """Measure the bandwidth to the node at `peer`, which answers at these ports."""
+    tell(f"measuring for about {SECONDS} seconds")
+    return bandwidth.ask(session.node, session.system, known(kind), peer, ports)
 
 
 def confirm() -> Confirmed:
@@ -155,13 +178,13 @@ def confirm() -> Confirmed:
     return Confirmed(rollback.confirm(LocalSystem()))
 
 
-def token(node: Node, on: Reader) -> Token:
+def token(session: Session) -> Token:
     """The Ray token of this node, the head.
 
     Raises:
         Problem: there is none yet.
     """
-    found = on.read(node.ray_token)
+    found = session.system.read(session.node.ray_token)
     if not found:
         raise Problem("the head has no Ray token yet", hint="run the same command again: the head creates it")
     return Token(found.decode().strip())

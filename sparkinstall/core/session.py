@@ -117,11 +117,12 @@ def _root(root: Path | None) -> str:
 
 
 def _layers(target: Target, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:
-    files = [configuration.read_layer(path) for path in _config_files(options.get("config"))]
+    files = [configuration.read_layer(path) for path in config_files(options.get("config"))]
     return [*files, Layer(_RECORDED, recorded.get("settings", {})), Layer("the command line", target.values())]
 
 
-def _config_files(named: str | None) -> list[Path]:
+def config_files(named: Path | str | None) -> list[Path]:
+    """Return the config files to read: the named one, or the default ones that exist."""
     if named:
         return [Path(named)]
     found = [Path(each).expanduser() for each in configuration.DEFAULT_FILES]
