@@ -3,6 +3,7 @@
 What a type cannot say by itself stands in its `Meta`: `title` is how a good value is called in that sentence.
 """
 
+import json
 import pathlib
 import re
 import reprlib
@@ -72,6 +73,19 @@ def read_yaml(kind: type[T], content: bytes, where: str, *, only_text: bool = Fa
     except safe_yaml.NotYaml as error:
         raise Malformed(where, f"not YAML: {error}", error.hint) from error
     return read(kind, data, where, content=content)
+
+
+def read_json(kind: type[T], content: bytes | str, where: str) -> T:
+    """A JSON text as a `kind`. It may hold what msgspec's own decoder refuses: file names that are not UTF-8.
+
+    Raises:
+        Malformed: it is not JSON, or not as `kind` asks.
+    """
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise Malformed(where, f"not JSON: {error}") from error
+    return read(kind, data, where)
 
 
 def read_file(kind: type[T], path: pathlib.Path) -> T:

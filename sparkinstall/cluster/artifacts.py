@@ -22,9 +22,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
-from msgspec import UNSET, Struct, field
-from msgspec.structs import astuple
+from msgspec import UNSET, Struct, field, to_builtins
 
+from sparkinstall import schema
 from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, OfferOpen, Reply
 from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode, repeated
 from sparkinstall.cluster.transfer import CopyFailed, Listed, Receiver, Sender, receiving
@@ -33,7 +33,7 @@ from sparkinstall.errors import Interrupted, Problem, storage_problem
 from sparkinstall.facts.machine import cores
 from sparkinstall.node import Node
 from sparkinstall.resources import Ok
-from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary, Recipe
+from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary, Recipe, Stamp
 from sparkinstall.resources.venv import PythonEnvironment, lock_of
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.system import Reader
@@ -105,7 +105,7 @@ def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Manifest, list[
         wheels, files = _wheels(node, on)
     library = _nccl(node) if "nccl" in steps else None
     if library and isinstance(library.check(on), Ok) and (entries := _library(node, library, on)):
-        built = BuiltNccl(library.recipe(on), library.source.where)
+        built = BuiltNccl(library.recipe(), library.source.where)
         files += entries
     manifest = Manifest(likeness(node), tuple(wheels), tuple(listed for listed, _ in files), built)
     return manifest, [path for _, path in files]
@@ -131,9 +131,9 @@ def _nccl(node: Node) -> NcclLibrary | None:
 def _library(node: Node, library: NcclLibrary, on: Reader) -> list[tuple[Listed, Path]]:
     """The library and its stamp; nothing where the stamp does not match the library."""
     real, stamp = Path(on.real(library.library)), Path(on.real(f"{library.folder}/build.json"))
-    folder = _relative(node, library.kept(library.recipe(on)))
+    folder = _relative(node, library.kept(library.recipe()))
     so, build = _listed(f"{folder}/{KEPT_LIBRARY}", real), _listed(f"{folder}/{KEPT_STAMP}", stamp)
-    is_true = json.loads(stamp.read_bytes()).get("sha256") == so.sha256
+    is_true = schema.read_json(Stamp, stamp.read_bytes(), str(stamp)).sha256 == so.sha256
     return [(so, real), (build, stamp)] if is_true else []
 
 
@@ -184,12 +184,12 @@ def _contents(node: Node, archive: Path) -> list[tuple[Listed, Path]]:
     """The files of an unpacked wheel. uv never changes them, so their hashes are computed once and kept."""
     record = node.cache / "hashes" / archive.name
     try:
-        known = [Listed(*each) for each in json.loads(record.read_bytes())]
-    except (OSError, ValueError, TypeError):
+        known = schema.read_json(list[Listed], record.read_bytes(), record.name)
+    except (OSError, ValueError):
         prefix = _relative(node, archive)
         paths = sorted(Path(base, name) for base, _, names in os.walk(archive) for name in names)
         known = [_listed(f"{prefix}/{path.relative_to(archive)}", path) for path in paths]
-        _keep(record, json.dumps([astuple(each) for each in known]))
+        _keep(record, json.dumps(to_builtins(known)))
     return [(each, node.cache / each.path) for each in known]
 
 
@@ -360,8 +360,8 @@ class _Missing(Struct):
         if offered is None or library is None or isinstance(library.check(self.on), Ok):
             return False
         if offered.where == library.source.where:
-            library.source.hold_to(offered.recipe.source, self.on)
-        own = library.recipe(self.on)
+            library.source.hold_to(offered.recipe.source)
+        own = library.recipe()
         different = [each for each in own.__struct_fields__ if getattr(own, each) != getattr(offered.recipe, each)]
         if different:
             self.reasons.append(f"NCCL not copied: the nodes differ in {', '.join(different)}")

@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Annotated, BinaryIO, cast
 
-from msgspec import Struct, field
+from msgspec import Meta, Struct, field
 
+from sparkinstall import schema
 from sparkinstall.errors import Problem
 
 PATIENCE = 60.0
@@ -36,6 +37,7 @@ _LENGTH = 8
 _NONCE = 32
 _PIECE = 1 << 22
 _TOLD_EVERY = 2.0
+_Index = Annotated[int, Meta(ge=0)]
 
 
 class CopyFailed(Problem):
@@ -121,10 +123,10 @@ class Sender(Struct):
             connection.settimeout(_THINKING)
             _send_framed(connection, self.listing)
             with connection.makefile("rb") as said:
-                wanted = json.loads(_framed(cast(BinaryIO, said)))
+                wanted = schema.read_json(tuple[_Index, ...], _framed(cast(BinaryIO, said)), address)
             connection.settimeout(_SILENCE)
             for n in wanted:
-                sent += _send_file(connection, *self.files[int(n)])
+                sent += _send_file(connection, *self.files[n])
         except IndexError as error:
             raise CopyFailed("it asks for a file that is not on the list") from error
         finally:

@@ -54,8 +54,8 @@ class VenvStamp(Struct, frozen=True):
 def recorded(on: Reader, path: str, kind: type[T]) -> T | None:
     """Return the decision in the file `path`; None if it is missing or damaged."""
     try:
-        return schema.read(kind, json.loads(on.read(path) or b"null"), path)
-    except ValueError:
+        return schema.read_json(kind, on.read(path) or b"null", path)
+    except schema.Malformed:
         return None
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import msgspec
 from msgspec import Struct, to_builtins
 
 from sparkinstall import schema
@@ -33,6 +34,15 @@ class Options(Struct, frozen=True, omit_defaults=True):
     settings: dict[str, Any] | None = None
     platform: str | None = None
     full: bool | None = None
+
+
+class Holder(Struct, frozen=True):
+    """The run that holds the node, as the lock file names it."""
+
+    pid: int
+    verb: str
+    run: str
+    since: str
 
 
 class StateFolder:
@@ -100,8 +110,8 @@ class StateFolder:
             Blocked, Storage: this user may not read it.
         """
         try:
-            kept = json.loads((self.home / "options.json").read_text())
-            return dict(to_builtins(schema.read(Options, kept, "options.json")))
+            kept = (self.home / "options.json").read_bytes()
+            return dict(to_builtins(schema.read_json(Options, kept, "options.json")))
         except PermissionError as error:
             raise self._unreadable("options.json") from error
         except (OSError, ValueError):
@@ -143,9 +153,9 @@ class StateFolder:
         """
         with self._lock(emit) as handle:
             run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
-            _say_who(handle, {"pid": os.getpid(), "verb": verb, "run": run, "since": time.strftime("%H:%M:%S")})
+            _say_who(handle, Holder(os.getpid(), verb, run, time.strftime("%H:%M:%S")))
             yield run
-            _say_who(handle, {})
+            _say_who(handle, None)
 
     def require_free(self) -> None:
         """Look whether another run is at work, before this one asks anybody anything; nothing is made or kept.
@@ -183,7 +193,7 @@ class StateFolder:
         if not _locked(handle):
             raise _at_work(holder)
         # A run that ended well leaves the file empty; a name in it is that of a killed one.
-        if holder.get("run") and processes.end_leftovers(str(holder["run"])):
+        if holder and processes.end_leftovers(holder.run):
             emit(WaitedFor("the programs of a killed run; they were still running and have been ended"))
 
     def _make(self) -> None:
@@ -313,27 +323,26 @@ def _locked(handle: IO[str] | int) -> bool:
     return True
 
 
-def _at_work(holder: Mapping[str, Any]) -> Busy:
+def _at_work(holder: Holder | None) -> Busy:
+    who = f" (`{holder.verb}`, pid {holder.pid}, since {holder.since})" if holder else ""
     return Busy(
-        f"another sparkinstall is at work here (`{holder.get('verb', '?')}`, "
-        f"pid {holder.get('pid', '?')}, since {holder.get('since', '?')})",
+        f"another sparkinstall is at work here{who}",
         hint="wait until it has ended, then run this again",
     )
 
 
-def _who(handle: IO[str]) -> dict[str, Any]:
+def _who(handle: IO[str]) -> Holder | None:
     handle.seek(0)
     try:
-        found = json.loads(handle.read() or "{}")
+        return schema.read_json(Holder, handle.read(), "lock")
     except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+        return None
 
 
-def _say_who(handle: IO[str], who: dict[str, Any]) -> None:
+def _say_who(handle: IO[str], who: Holder | None) -> None:
     try:
         # Past Python's buffer: on a full disk it would be written once more when the file is closed, and fail there.
         os.ftruncate(handle.fileno(), 0)
-        os.write(handle.fileno(), json.dumps(who).encode())
+        os.write(handle.fileno(), msgspec.json.encode(who) if who else b"{}")
     except OSError:
         pass

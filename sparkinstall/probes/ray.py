@@ -1,8 +1,8 @@
 """Ray as it runs: which nodes it has, by the addresses under which they joined."""
 
-import json
 from collections.abc import Iterable, Sequence
 
+from sparkinstall import schema
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed
 from sparkinstall.probes.env_file import with_env_file
@@ -45,7 +45,7 @@ def _ask(node: Node, on: Reader) -> list[str] | str:
     if told:
         return told[-1]
     try:
-        return [str(each) for each in json.loads(answer.out.splitlines()[-1])]
+        return schema.read_json(list[str], answer.out.splitlines()[-1], "Ray")
     except (ValueError, IndexError):
         return next(iter(answer.err.splitlines()[-1:]), f"it ended with code {answer.code}")
 

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from sparkinstall import elf, payloads
+from sparkinstall import elf, payloads, schema
 from sparkinstall.errors import BadConfig, Blocked
 from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.machine import cores
@@ -75,14 +74,14 @@ class NcclLibrary(Struct, frozen=True):
 
     def node_only(self, on: Reader) -> str:
         # An installed or cached library needs no source.
-        if self.left or isinstance(self.check(on), Ok) or self._kept_stamp(self.recipe(on)):
+        if self.left or isinstance(self.check(on), Ok) or self._kept_stamp(self.recipe()):
             return self.left
         why = self.source.out_of_reach(on)
         return f"building NCCL {self.source.version} ({why})" if why else ""
 
     def check(self, on: Reader) -> State:
         stamp = recorded(on, self._stamp_path, Stamp)
-        recipe = self.recipe(on)
+        recipe = self.recipe()
         if stamp and stamp.recipe == recipe and stamp.library == self._identity(on):
             return Ok(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp.build_id)[:12]}")
         is_kept, name = bool(self._kept_stamp(recipe)), f"NCCL {recipe.version} for sm_{self.arch}"
@@ -93,13 +92,13 @@ class NcclLibrary(Struct, frozen=True):
     def _stamp_path(self) -> str:
         return f"{self.folder}/build.json"
 
-    def recipe(self, on: Reader) -> Recipe:
+    def recipe(self) -> Recipe:
         """Return the recipe of this node."""
         return Recipe(
             self.source.version,
             self.arch,
             compiler_id(self.cuda_home),
-            self.source.identity(on),
+            self.source.identity(),
             self.only_functions,
         )
 
@@ -125,9 +124,9 @@ class NcclLibrary(Struct, frozen=True):
 
     def _kept_stamp(self, recipe: Recipe) -> Stamp | None:
         try:
-            stamp = msgspec.json.decode((self.kept(recipe) / KEPT_STAMP).read_bytes(), type=Stamp)
+            stamp = schema.read_json(Stamp, (self.kept(recipe) / KEPT_STAMP).read_bytes(), KEPT_STAMP)
             return stamp if stamp.recipe == recipe else None
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError):
             return None
 
     def apply(self, on: System) -> None:
@@ -139,7 +138,7 @@ class NcclLibrary(Struct, frozen=True):
 
     def _take_kept(self, on: System) -> bool:
         """Install the cached library of this recipe if it is valid; return whether it was."""
-        recipe = self.recipe(on)
+        recipe = self.recipe()
         stamp, library = self._kept_stamp(recipe), self.kept(recipe) / KEPT_LIBRARY
         try:
             content = library.read_bytes()
@@ -162,7 +161,7 @@ class NcclLibrary(Struct, frozen=True):
 
     def _build(self, on: System) -> None:
         source = self.source.bring(on, f"{self.folder}/source")
-        recipe = self.recipe(on)
+        recipe = self.recipe()
         build = f"build-{recipe.id}"
         self._make(on, on.real(source), on.real(f"{self.folder}/{build}"))
         self._prove(on, on.real(f"{self.folder}/{build}/lib/libnccl.so.2"), recipe)

@@ -11,6 +11,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from sparkinstall import schema
 from sparkinstall.downloads import fetch, sha256_of
 from sparkinstall.errors import BadConfig, Blocked, CommandFailed
 from sparkinstall.system import Reader, System
@@ -41,25 +42,24 @@ class NcclSource(Struct, frozen=True):
             return "git"
         return "folder" if Path(self.where).expanduser().is_dir() else "tarball"
 
-    def identity(self, on: Reader) -> str:
+    def identity(self) -> str:
         """Return what identifies the source's content, without fetching it."""
         if self.kind == "git":
             return f"commit {self.commit}"
         if self.kind == "folder":
             return f"folder {_tree_digest(Path(self.where).expanduser())}"
-        return f"tarball {self.sha256 or self._recorded(on).get(self.where, 'not yet seen: ' + self.where)}"
+        return f"tarball {self.sha256 or self._recorded().get(self.where, 'not yet seen: ' + self.where)}"
 
     @property
     def _record(self) -> Path:
         return self.cache / "tarballs.json"
 
-    def _recorded(self, on: Reader) -> dict[str, Any]:
-        del on
+    def _recorded(self) -> dict[str, str]:
+        """Return the sha256 of each tarball seen so far, by its address."""
         try:
-            found = json.loads(self._record.read_text())
+            return schema.read_json(dict[str, str], self._record.read_bytes(), self._record.name)
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
 
     def out_of_reach(self, on: Reader) -> str:
         """Return why the upstream repository is unavailable, or "". Contacts it only if there is no cached copy."""
@@ -69,10 +69,10 @@ class NcclSource(Struct, frozen=True):
         answer = on.ask("git", "ls-remote", "--exit-code", REPOSITORY, self.tag, timeout=20, env=environment)
         return "" if answer.ok else f"{REPOSITORY} cannot be reached from here"
 
-    def hold_to(self, identity: str, on: Reader) -> None:
+    def hold_to(self, identity: str) -> None:
         """Record another node's hash of the tarball, if it was never seen here."""
         kind, _, sha256 = identity.partition(" ")
-        recorded = self._recorded(on)
+        recorded = self._recorded()
         is_open = self.kind == kind == "tarball" and not self.sha256 and self.where not in recorded
         if is_open and _SHA256.fullmatch(sha256):
             self._note({**recorded, self.where: sha256})
@@ -143,7 +143,7 @@ class NcclSource(Struct, frozen=True):
 
     def _unpack(self, on: System, to: str) -> str:
         tarball = self._tarball(on)
-        self._hold_to_hash(on, tarball)
+        self._hold_to_hash(tarball)
         on.clear(to)
         on.make_dir(to)
         try:
@@ -168,8 +168,8 @@ class NcclSource(Struct, frozen=True):
             )
         return path
 
-    def _hold_to_hash(self, on: System, tarball: Path) -> None:
-        found, recorded = sha256_of(tarball), self._recorded(on)
+    def _hold_to_hash(self, tarball: Path) -> None:
+        found, recorded = sha256_of(tarball), self._recorded()
         expected = self.sha256 or recorded.get(self.where)
         if expected is None:
             self._note({**recorded, self.where: found})

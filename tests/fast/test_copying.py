@@ -27,7 +27,6 @@ from sparkinstall.cluster.transfer import CopyFailed
 from sparkinstall.resources.nccl import NcclLibrary
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.resources.venv import uv
-from sparkinstall.system.local import LocalReader
 from tests.support.cuda_toolkit import toolkit
 from tests.support.far_nodes import FarNodes, look, problem, step
 from tests.support.tiny_stack import tiny_stack
@@ -312,7 +311,7 @@ def built(tmp_path: Path, small_nccl: Path) -> tuple[Side, Side]:
 
 
 def _as_built(library: NcclLibrary, so: Path) -> None:
-    recipe = library.recipe(LocalReader())
+    recipe = library.recipe()
     folder = Path(library.folder)
     (folder / f"build-{recipe.id}/lib").mkdir(parents=True)
     shutil.copy(so, folder / f"build-{recipe.id}/lib/libnccl.so.2")
