@@ -314,8 +314,8 @@ def _phase_rows() -> Iterator[Sequence[str]]:
 
 @generates("fixes")
 def _fixes(old: str) -> str:
-    columns = ["#", "fix", "on", "without it", "what sparkinstall does"]
-    rows = ([str(fix.number), fix.title, _on(fix), Words(), Words(_impact(fix))] for fix in fixes.FIXES)
+    columns = ["#", "without it", "fix", "what sparkinstall does", "on"]
+    rows = ([str(fix.number), Words(), fix.title, Words(_why(fix)), _on(fix)] for fix in fixes.FIXES)
     return table(old, columns, rows)
 
 
@@ -323,7 +323,7 @@ def _on(fix: Fix) -> str:
     return "several nodes" if fix.between else "every node"
 
 
-def _impact(fix: Fix) -> str:
+def _why(fix: Fix) -> str:
     return next(step.why for step in catalogue.STEPS if fix in step.fixes)
 
 

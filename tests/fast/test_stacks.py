@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from uv import find_uv_bin
 
-from sparkinstall import stacks
+from sparkinstall import patches, stacks
 from sparkinstall.stacks import Pin, Platform, Stack, StackError, load, parse_lock, render_lock
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +53,14 @@ def test_a_shipped_stack_is_named_after_its_vllm_and_knows_both_architectures(na
     assert set(stack.platforms) == {"aarch64", "x86_64"}
     assert stack.python == "3.12"
     assert stack.version_of("ray")
+
+
+@pytest.mark.parametrize("name", stacks.names())
+def test_a_shipped_stack_has_its_variant_of_every_patch(name: str) -> None:
+    vllm = load(name).vllm
+    for each in patches.load(ROOT / "patches"):
+        assert [variant for variant in each.variants if vllm in variant.releases], f"patches.yaml: {each.name}"
+        assert each.kernels_for(vllm) is not None
 
 
 @pytest.mark.parametrize("name", ["0.18.1", "0.22.1"])
