@@ -26,7 +26,7 @@ from sparkinstall.config import Config
 from sparkinstall.core import catalogue
 from sparkinstall.core.session import Target, config_files
 from sparkinstall.errors import BadUsage
-from sparkinstall.journal.undo import Undone
+from sparkinstall.system import Undone
 
 _LINK = "The cluster"
 

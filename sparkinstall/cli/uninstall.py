@@ -12,7 +12,8 @@ from sparkinstall.core.session import Target
 
 if TYPE_CHECKING:
     from sparkinstall.journal.state_dir import StateFolder
-    from sparkinstall.journal.undo import Change, Undone
+    from sparkinstall.journal.undo import Change
+    from sparkinstall.system import Undone
 
 
 def uninstall(
@@ -28,6 +29,7 @@ def uninstall(
 
 def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> Answer:
     from sparkinstall.core.session import open_state
+    from sparkinstall.core.uninstall import uninstall as core_uninstall
     from sparkinstall.journal import undo as undoing
 
     state = open_state(Target(root))
@@ -41,7 +43,7 @@ def _uninstall(root: options.Root, purge_cache: bool, yes: bool, json: bool) -> 
     confirm("Take all of it back?", agreed=yes or state.system.rehearsal, default=False)
     if sys.stdin.isatty():
         state.system.ask_for_sudo()
-    taken = undoing.undo_all(state)
+    taken = core_uninstall(state)
     if purge_cache:
         _purge_cache()
     return _answer(taken, purge_cache)

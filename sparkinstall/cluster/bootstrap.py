@@ -18,7 +18,7 @@ from msgspec import Struct
 
 from sparkinstall.assets import asset, user_cache
 from sparkinstall.errors import Problem
-from sparkinstall.system.local import LocalReader
+from sparkinstall.system.workshop import Workshop
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DIGESTED = ("templates", "patches", "knowledge", "pyproject.toml", "requirements.lock")
@@ -202,7 +202,7 @@ def _download(lock: Path, into: Path, of: Place) -> bool:
     argv += ["--no-deps", "--only-binary", ":all:", "--python-version", of.python or "", "--dest", str(into)]
     for tag in _tags(of):
         argv += ["--platform", tag]
-    return LocalReader().ask(*argv, timeout=600).ok
+    return Workshop(into).run(*argv, timeout=600).ok
 
 
 def _pip() -> list[str]:

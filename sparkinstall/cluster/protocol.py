@@ -18,10 +18,10 @@ from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import Checked, Outcome, StepReport
 from sparkinstall.core.fixes import FixState, Standing
 from sparkinstall.errors import Problem
-from sparkinstall.journal.undo import Undone
 from sparkinstall.probes import Finding, Level, Probe, Verdict
 from sparkinstall.probes.bandwidth import Measured
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, Unknown
+from sparkinstall.system import Undone
 
 VERSION = 1
 """The version of the envelope that both ends speak."""

@@ -1,6 +1,9 @@
 """Compare installed files with their wheels: missing, changed, or overwritten by another wheel."""
 
+import base64
+import csv
 import hashlib
+import io
 import os
 import re
 import time
@@ -12,6 +15,7 @@ from msgspec import Struct
 
 from sparkinstall.assets import asset
 from sparkinstall.node import Node, site_packages
+from sparkinstall.patches import load
 from sparkinstall.stacks import canonical
 from sparkinstall.system import Reader
 
@@ -60,8 +64,6 @@ def unlike_their_records(node: Node, on: Reader) -> str:
 
     uv has verified the hash of each wheel, so RECORD itself is wrong.
     """
-    import csv
-    import io
 
     if (site := site_packages(node, on)) is None:
         return ""
@@ -135,8 +137,6 @@ def _forms(*records: str) -> Forms:
 
 def _rows(record: str) -> Iterator[tuple[str, str, str]]:
     """Yield path, hash and size of each file that has them; RECORD itself has none."""
-    # Imported late, as below: a converged run does not get here.
-    import csv
 
     if _stat(record) is None:
         return
@@ -161,7 +161,6 @@ def _complaint(path: str, forms: Sequence[tuple[str, str]], made: int) -> str:
 
 def _sha256(path: str) -> str:
     """Return the hash as in RECORD: URL-safe base64 without padding."""
-    import base64
 
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").digest()
@@ -178,6 +177,5 @@ def _stat(path: str) -> os.stat_result | None:
 @lru_cache(maxsize=1)
 def patched_files() -> frozenset[str]:
     """Return the files that we patch; the probe `fp8-path` checks them."""
-    from sparkinstall.patches import load
 
     return frozenset(each.target for each in load(Path(asset("patches"))))

@@ -210,7 +210,7 @@ class StateFolder:
         except PermissionError as error:
             if not self.system.sudo:
                 raise self._not_ours(top.parent) from error
-            self.system.make_one_dir(FOLDER, 0o700)
+            self.system.make_dir(FOLDER, 0o700)
             self._begin(self.home, [])
 
     def _not_ours(self, folder: Path) -> Storage:
@@ -284,7 +284,7 @@ class StateFolder:
             with _in_words(f"removing {top}", but=PermissionError), self._alone():
                 top.rename(leftover(top))
         except PermissionError:
-            self.system.remove_tree(FOLDER)
+            self.system.clear(FOLDER)
         shutil.rmtree(leftover(top), ignore_errors=True)
 
 

@@ -1,32 +1,33 @@
 """A `System` that journals every touch before it is made. Steps never see any other."""
 
 import hashlib
-import os
-from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sparkinstall.errors import Blocked, CommandFailed
+from msgspec.structs import replace
+
+from sparkinstall.errors import Blocked
 from sparkinstall.events import Emit, LineRead, Progressed
 from sparkinstall.journal.journal import Journal
 from sparkinstall.redaction import redact
-from sparkinstall.system import Entry, Result, Undo, processes
-from sparkinstall.system.local import LocalSystem
-
-_TAIL = 12
-_NO_SPACE = "No space left on device"
+from sparkinstall.system import Entry, Result, System, Undo, processes
+from sparkinstall.system.local import command_failed
 
 
 class JournaledSystem:
     """`raw`, with each touch of `step` in `journal` first; output of programs to `log` and `emit`."""
 
-    def __init__(self, raw: LocalSystem, journal: Journal, step: str, log: Path, emit: Emit) -> None:
+    def __init__(self, raw: System, journal: Journal, step: str, log: Path, emit: Emit) -> None:
         self._raw, self._journal, self._step, self._log, self._emit = raw, journal, step, log, emit
 
     @property
     def rehearsal(self) -> bool:
         return self._raw.rehearsal
+
+    @property
+    def sudo(self) -> tuple[str, ...]:
+        return self._raw.sudo
 
     def real(self, path: str) -> str:
         return self._raw.real(path)
@@ -50,26 +51,26 @@ class JournaledSystem:
         self._make_parents(path)
         if self._is_claimed(path):
             # The folder around it goes as a whole: there is no original of a single file to keep.
-            self._raw.place(path, data, mode)
+            self._raw.write(path, data, mode)
             return
         after = {"kind": "file", "sha256": hashlib.sha256(data).hexdigest(), "mode": mode}
         self.promise(Undo("path", path, self._remember(path), after))
-        self._raw.place(path, data, mode)
+        self._raw.write(path, data, mode)
 
     def remove(self, path: str) -> None:
         if self.entry(path) is None:
             return
         if not self._is_claimed(path):
             self.promise(Undo("path", path, self._remember(path), {"kind": "absent"}))
-        self._raw.unlink(path)
+        self._raw.remove(path)
 
     def link(self, path: str, target: str) -> None:
         self._make_parents(path)
         if self._is_claimed(path):
-            self._raw.place_link(path, target)
+            self._raw.link(path, target)
             return
         self.promise(Undo("path", path, self._remember(path), {"kind": "link", "target": target}))
-        self._raw.place_link(path, target)
+        self._raw.link(path, target)
 
     def _remember(self, path: str) -> dict[str, Any]:
         was = self.entry(path)
@@ -99,10 +100,10 @@ class JournaledSystem:
         if self.entry(path) is None:
             self._make_parents(path)
             if self._is_claimed(path):
-                self._raw.make_one_dir(path, mode)
+                self._raw.make_dir(path, mode)
                 return
             self.promise(Undo("dir", path, {"kind": "absent"}, {"kind": "dir"}))
-            self._raw.make_one_dir(path, mode)
+            self._raw.make_dir(path, mode)
 
     def _make_parents(self, path: str) -> None:
         parent = str(PurePosixPath(path).parent)
@@ -112,7 +113,7 @@ class JournaledSystem:
 
     def _refuse_to_leave(self, folder: str) -> None:
         """A link in a rehearsal's folder must not lead to the machine around it."""
-        if self.rehearsal and not Path(self.real(folder)).resolve().is_relative_to(Path(self._raw.root).resolve()):
+        if self.rehearsal and not Path(self.real(folder)).resolve().is_relative_to(Path(self.real("/")).resolve()):
             raise Blocked(
                 f"{self.real(folder)} leads out of the rehearsal, to {Path(self.real(folder)).resolve()}",
                 hint="move that link away, or rehearse in another folder",
@@ -124,7 +125,7 @@ class JournaledSystem:
             self._make_parents(path)
             self.promise(Undo("tree", path, before, {"kind": "dir"}))
         self._make_parents(path)
-        self._raw.make_one_dir(path, 0o755)
+        self._raw.make_dir(path, 0o755)
 
     def _room_for_tree(self, path: str) -> dict[str, Any]:
         """What is where a claimed folder will be: nothing, or an empty folder that is made again one day."""
@@ -139,13 +140,52 @@ class JournaledSystem:
         return {"kind": "dir", "mode": was.mode, "uid": was.uid, "gid": was.gid, "mtime_ns": was.mtime_ns}
 
     def _is_claimed(self, path: str) -> bool:
-        trees = [r.undo.subject for r in self._journal.records() if r.undo.kind == "tree"]
+        trees = [subject for kind, subject in self._subjects() if kind == "tree"]
         return any(path == tree or path.startswith(tree + "/") for tree in trees)
+
+    def _subjects(self) -> list[tuple[str, str]]:
+        return [(record.undo.kind, record.undo.subject) for record in self._journal.records()]
 
     def clear(self, path: str) -> None:
         if not self._is_claimed(path):
             raise Blocked(f"{self.real(path)} is not sparkinstall's to remove")
-        self._raw.remove_tree(path)
+        self._raw.clear(path)
+
+    def remove_dir(self, path: str) -> bool:
+        if not self._is_claimed(path) and ("dir", path) not in self._subjects():
+            raise Blocked(f"{self.real(path)} is not sparkinstall's to remove")
+        return self._raw.remove_dir(path)
+
+    def restore_meta(self, path: str, mode: int, uid: int, gid: int, mtime_ns: int) -> None:
+        if not self._is_claimed(path):
+            before = self._remember(path)
+            self.promise(Undo("path", path, before, {**before, "mode": mode}))
+        self._raw.restore_meta(path, mode, uid, gid, mtime_ns)
+
+    def try_run(
+        self,
+        *argv: str,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        root: bool = False,
+        timeout: float | None = None,
+        watch: Callable[[str], None] = lambda _: None,
+    ) -> Result:
+        """The same as that of the System beneath; the output also goes to the log and to who watches the run."""
+        with open(self._log, "a", encoding="utf-8", errors="replace") as log:
+
+            def keep(line: str) -> None:
+                shown = redact(line)
+                log.write(shown + "\n")
+                log.flush()
+                self._emit(LineRead(self._step, shown))
+                watch(shown)
+
+            full = (*self.sudo, *argv) if root else argv
+            log.write(redact(f"$ {' '.join(full)}") + "\n")
+            marked = {**(env or {}), processes.RUN_MARK: self._journal.run}
+            result = self._raw.try_run(*argv, env=marked, cwd=cwd, root=root, timeout=timeout, watch=keep)
+        return replace(result, out="\n".join(map(redact, result.out.split("\n"))))
 
     def run(
         self,
@@ -155,42 +195,10 @@ class JournaledSystem:
         root: bool = False,
         watch: Callable[[str], None] = lambda _: None,
     ) -> Result:
-        full = (*self._raw.sudo, *argv) if root else argv
-        output: deque[str] = deque(maxlen=2000)
-        with open(self._log, "a", encoding="utf-8", errors="replace") as log:
-
-            def keep(line: str) -> None:
-                shown = redact(line)
-                output.append(shown)
-                log.write(shown + "\n")
-                log.flush()
-                self._emit(LineRead(self._step, shown))
-                watch(shown)
-
-            log.write(redact(f"$ {' '.join(full)}") + "\n")
-            code = processes.stream(full, self._environment(env), keep, cwd=cwd)
-        result = Result(full, code, "\n".join(output), "")
+        result = self.try_run(*argv, env=env, cwd=cwd, root=root, watch=watch)
         if not result.ok:
-            raise self._failure(result)
+            raise command_failed(result, str(self._log))
         return result
-
-    def _environment(self, more: Mapping[str, str] | None) -> dict[str, str]:
-        mark = {processes.RUN_MARK: self._journal.run}
-        return {**os.environ, "LC_ALL": "C.UTF-8", **(more or {}), **mark}
-
-    def _failure(self, result: Result) -> CommandFailed:
-        lines = [line for line in result.out.splitlines() if line.strip()]
-        why, hint = "", "read the log, fix the cause, and run the same command again: it continues from here"
-        if _NO_SPACE in result.out:
-            why, hint = "the disk is full", "free some space, then run the same command again: it goes on"
-        program = next(part for part in result.argv if part not in ("sudo", "-n"))
-        return CommandFailed(
-            f"`{PurePosixPath(program).name}` ended with code {result.code}",
-            cause=why,
-            hint=hint,
-            log=str(self._log),
-            output=lines[-_TAIL:],
-        )
 
     def progress(self, done: int, total: int, unit: str) -> None:
         self._emit(Progressed(self._step, done, total, unit))

@@ -10,21 +10,10 @@ from sparkinstall.errors import Problem, storage_problem
 from sparkinstall.events import Emit, silent
 from sparkinstall.journal.journal import Journal, Record
 from sparkinstall.journal.state_dir import StateFolder
-from sparkinstall.resources import firewall, systemd
-from sparkinstall.resources.netplan import live
-from sparkinstall.resources.packages import take_back as take_packages_back
-from sparkinstall.system import Entry, Undo
-from sparkinstall.system.local import LocalSystem
+from sparkinstall.system import UNDO_FUNCTIONS, Entry, System, Undo, Undone
+from sparkinstall.system.local import staged
 
 _META = ("mode", "uid", "gid", "mtime_ns")
-
-
-class Undone(Struct, frozen=True):
-    """What became of one touch. `kept` and `failed` stay in the journal; `note` says why."""
-
-    subject: str
-    outcome: Literal["restored", "removed", "nothing", "kept", "failed"]
-    note: str = ""
 
 
 class Change(Struct, frozen=True):
@@ -46,10 +35,14 @@ def changes(records: list[Record]) -> list[Change]:
     return sorted(found, key=lambda touch: touch.records[0].n, reverse=True)
 
 
-def take_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
+def take_back(touch: Change, on: System, journal: Journal) -> Undone:
     """Take one touch back; a touch that is no longer there is `nothing`."""
     try:
-        return _UNDOERS[touch.undo.kind](touch, on, journal)
+        if own := OWN_KINDS.get(touch.undo.kind):
+            return own(touch, on, journal)
+        if undo := UNDO_FUNCTIONS.get(touch.undo.kind):
+            return undo([record.undo for record in touch.records], on)
+        return Undone(touch.undo.subject, "failed", f"this version cannot undo a change of the kind {touch.undo.kind}")
     except Problem as problem:
         return Undone(touch.undo.subject, "failed", f"{problem.message} {problem.hint}".strip())
     except KeyError as missing:
@@ -58,11 +51,11 @@ def take_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
         return Undone(touch.undo.subject, "failed", storage_problem(error, "undoing it").message)
 
 
-def _path_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
+def _path_back(touch: Change, on: System, journal: Journal) -> Undone:
     path, before = touch.undo.subject, touch.undo.before
     now = fingerprint(on, path)
     if _same(now, before):
-        on.unlink_staged(path)
+        on.remove(staged(path))
         # A killed uninstall may have brought the content back and not yet the rest.
         _restore_meta(path, before, on)
         return Undone(path, "nothing")
@@ -70,21 +63,21 @@ def _path_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
         where = f"; its original is {journal.home}/originals/{before['sha256']}" if "sha256" in before else ""
         return Undone(path, "kept", f"changed since by somebody else{where}")
     if before["kind"] == "absent":
-        on.unlink(path)
+        on.remove(path)
         return Undone(path, "removed")
     _restore(path, before, on, journal)
     return Undone(path, "restored")
 
 
-def _restore(path: str, before: Mapping[str, Any], on: LocalSystem, journal: Journal) -> None:
+def _restore(path: str, before: Mapping[str, Any], on: System, journal: Journal) -> None:
     if before["kind"] == "link":
-        on.place_link(path, before["target"])
+        on.link(path, before["target"])
         return
-    on.place(path, journal.original(before["sha256"]), before["mode"])
+    on.write(path, journal.original(before["sha256"]), before["mode"])
     _restore_meta(path, before, on)
 
 
-def _restore_meta(path: str, before: Mapping[str, Any], on: LocalSystem) -> None:
+def _restore_meta(path: str, before: Mapping[str, Any], on: System) -> None:
     now = on.entry(path)
     if now is None or "mtime_ns" not in before:
         return
@@ -92,7 +85,7 @@ def _restore_meta(path: str, before: Mapping[str, Any], on: LocalSystem) -> None
         on.restore_meta(path, before["mode"], before["uid"], before["gid"], before["mtime_ns"])
 
 
-def fingerprint(on: LocalSystem, path: str) -> dict[str, Any]:
+def fingerprint(on: System, path: str) -> dict[str, Any]:
     """What is at `path`, in the journal's words."""
     entry: Entry | None = on.entry(path)
     if entry is None:
@@ -112,7 +105,7 @@ def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     return all(now[name] == then.get(name) for name in now)
 
 
-def _dir_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
+def _dir_back(touch: Change, on: System, journal: Journal) -> Undone:
     del journal
     path = touch.undo.subject
     if on.entry(path) is None:
@@ -122,59 +115,23 @@ def _dir_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
     return Undone(path, "kept", f"holds what is not sparkinstall's: {', '.join(on.names(path)[:3])}")
 
 
-def _tree_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
+def _tree_back(touch: Change, on: System, journal: Journal) -> Undone:
     del journal
     path, before = touch.undo.subject, touch.undo.before
     outcome: Literal["removed", "nothing"] = "removed" if on.entry(path) else "nothing"
-    on.remove_tree(path)
+    on.clear(path)
     if before["kind"] == "dir":
-        on.make_one_dir(path, before["mode"])
+        on.make_dir(path, before["mode"])
         _restore_meta(path, before, on)
     return Undone(path, outcome)
 
 
-def _packages_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
-    del journal
-    names = tuple(name for record in touch.records for name in record.undo.after["packages"])
-    removed, kept = take_packages_back(on, names)
-    if kept:
-        return Undone(touch.undo.subject, "kept", f"others need them: {', '.join(kept)}")
-    return Undone(touch.undo.subject, "removed" if removed else "nothing", ", ".join(removed))
-
-
-def _service_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
-    del journal
-    name = touch.undo.subject
-    return Undone(name, "removed" if systemd.take_service_back(on, name) else "nothing", "stopped and disabled")
-
-
-def _units_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
-    del journal
-    name = touch.undo.subject
-    return Undone(name, "restored" if systemd.take_units_back(on, name, touch.undo.before) else "nothing")
-
-
-def _netplan_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
-    del journal
-    done = live.take_back(on, [record.undo for record in touch.records])
-    return Undone(touch.undo.subject, "restored" if done else "nothing")
-
-
-def _nftables_back(touch: Change, on: LocalSystem, journal: Journal) -> Undone:
-    del journal
-    return Undone(touch.undo.subject, "removed" if firewall.take_back(on) else "nothing")
-
-
-_UNDOERS: dict[str, Callable[[Change, LocalSystem, Journal], Undone]] = {
+OWN_KINDS: dict[str, Callable[[Change, System, Journal], Undone]] = {
     "path": _path_back,
     "dir": _dir_back,
     "tree": _tree_back,
-    "packages": _packages_back,
-    "netplan": _netplan_back,
-    "nftables": _nftables_back,
-    "service": _service_back,
-    "units": _units_back,
 }
+"""The kinds whose former content is in the journal; all others are registered beside their resource."""
 
 
 def undo_all(state: StateFolder, emit: Emit = silent) -> list[Undone]:

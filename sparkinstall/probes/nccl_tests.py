@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from sparkinstall.node import Node, cuda_home, nccl_library, site_packages
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped
 from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.system import Reader, Result
+from sparkinstall.system.workshop import Workshop
 
 REPOSITORY = "https://github.com/NVIDIA/nccl-tests.git"
 TAG, COMMIT = "v2.19.6", "a0b82b2260cf5152b9f8c061bbf7eaf0ba096432"
@@ -57,7 +57,7 @@ def gpus() -> int:
 
 
 def programs(node: Node, on: Reader) -> dict[str, Path]:
-    """The programs by name, built for `nccl.arch` at the first call and kept in the node's cache.
+    """Return the programs by name, built for `nccl.arch` at the first call and kept in the node's cache.
 
     Raises:
         NotBuilt: there is no NCCL, no compiler, no source, or it does not build.
@@ -67,9 +67,10 @@ def programs(node: Node, on: Reader) -> dict[str, Path]:
         raise NotBuilt("there is no NCCL to measure: `sparkinstall all`")
     if home is None:
         raise NotBuilt("there is no CUDA toolkit to build nccl-tests with: `nccl.cuda_home`")
-    folder = node.cache / "nccl-tests" / _recipe(node, home)
+    cache, recipe = Workshop(node.cache / "nccl-tests"), _recipe(node, home)
+    folder = cache.folder / recipe
     if not all((folder / name).is_file() for name in PROGRAMS):
-        _build(node, on, home, folder)
+        _build(cache, recipe, home, node, on.real(library), _headers(node, on))
     return {name: folder / name for name in PROGRAMS}
 
 
@@ -78,42 +79,32 @@ def _recipe(node: Node, home: str) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
-def _build(node: Node, on: Reader, home: str, folder: Path) -> None:
-    # In the cache and nowhere on the node: to the node this is no change.
-    work = folder.with_name(f"{folder.name}.new")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    _source(on, folder.parent, work / "source")
-    _beside(node, on, work / "nccl")
-    _ran(on, *_make(node, home, work), doing="nccl-tests cannot be built")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+def _build(cache: Workshop, recipe: str, home: str, node: Node, library: str, headers: str) -> None:
+    work = cache.new_folder(f"{recipe}.new")
+    _source(cache, work / "source")
+    # Our library and the headers of its version, in the shape that nccl-tests look for.
+    (work / "nccl/lib").mkdir(parents=True)
+    (work / "nccl/lib/libnccl.so").symlink_to(library)
+    (work / "nccl/include").symlink_to(headers)
+    _run_or_raise(cache, *_make(node, home, work), doing="nccl-tests cannot be built")
+    folder = cache.new_folder(recipe)
     for name in PROGRAMS:
         (work / "build" / name).rename(folder / name)
-    shutil.rmtree(work)
+    cache.remove(work.name)
 
 
-def _source(on: Reader, cache: Path, to: Path) -> None:
-    mirror = cache / f"nccl-tests-{TAG}.git"
+def _source(cache: Workshop, to: Path) -> None:
+    mirror = cache.folder / f"nccl-tests-{TAG}.git"
     if not (mirror / "HEAD").exists():
-        waiting = mirror.with_suffix(".new")
-        shutil.rmtree(waiting, ignore_errors=True)
+        waiting = cache.new_folder(f"nccl-tests-{TAG}.new")
         clone = ("git", "clone", "--quiet", "--bare", "--depth", "1", "--branch", TAG, REPOSITORY)
-        _ran(on, *clone, str(waiting), doing=f"{REPOSITORY} cannot be fetched")
+        _run_or_raise(cache, *clone, str(waiting), doing=f"{REPOSITORY} cannot be fetched")
         waiting.rename(mirror)
-    head = on.ask("git", "-C", str(mirror), "rev-parse", f"{TAG}^{{commit}}").out.strip()
+    head = cache.run("git", "-C", str(mirror), "rev-parse", f"{TAG}^{{commit}}", timeout=30).out.strip()
     if head != COMMIT:
         raise NotBuilt(f"{TAG} of {REPOSITORY} is {head or 'missing'}, and {COMMIT} is expected")
-    _ran(on, "git", "clone", "--quiet", "--branch", TAG, str(mirror), str(to), doing="nccl-tests cannot be unpacked")
-
-
-def _beside(node: Node, on: Reader, folder: Path) -> None:
-    """Our library and headers of its version, in the shape that nccl-tests look for."""
-    library = nccl_library(node, on)
-    assert library is not None
-    (folder / "lib").mkdir(parents=True)
-    (folder / "lib/libnccl.so").symlink_to(on.real(library))
-    (folder / "include").symlink_to(_headers(node, on))
+    copy = ("git", "clone", "--quiet", "--branch", TAG, str(mirror), str(to))
+    _run_or_raise(cache, *copy, doing="nccl-tests cannot be unpacked")
 
 
 def _headers(node: Node, on: Reader) -> str:
@@ -136,9 +127,8 @@ def _make(node: Node, home: str, work: Path) -> tuple[str, ...]:
     )
 
 
-def _ran(on: Reader, *argv: str, doing: str) -> None:
-    environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
-    answer = on.ask(*argv, timeout=_BUILD_LIMIT, env=environment)
+def _run_or_raise(cache: Workshop, *argv: str, doing: str) -> None:
+    answer = cache.run(*argv, timeout=_BUILD_LIMIT)
     if not answer.ok:
         raise NotBuilt(f"{doing}: {_last_line(answer)}")
 

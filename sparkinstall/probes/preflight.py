@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sparkinstall.facts import machine
+from sparkinstall.facts import machine, qsfp
 from sparkinstall.facts.gpu import first_gpu, gpu_or_complaint
 from sparkinstall.node import Node, cuda_home
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
@@ -75,7 +75,6 @@ def preflight(node: Node) -> Iterable[Probe]:
 
 
 def _qsfp(on: Reader, node: Node) -> Finding:
-    from sparkinstall.facts import qsfp
 
     port = qsfp.port_to_look_at(on, node)
     names = " + ".join(each.name for each in port.twins)

@@ -4,7 +4,7 @@ RDMA traffic bypasses it, because it bypasses the kernel.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Interface, IPv4Network
 from typing import Any
 
@@ -19,13 +19,12 @@ from sparkinstall.node import Node
 from sparkinstall.resources import Drift, Ok, State, Unknown, rollback
 from sparkinstall.resources.files import File
 from sparkinstall.resources.template import render
-from sparkinstall.system import Reader, System, Undo
-from sparkinstall.system.local import LocalSystem
+from sparkinstall.system import Reader, System, Undo, Undone, undoes
 
 TIMER = "firewall"
 """The name of its rollback timer."""
 UNDO = "nftables"
-"""The kind of undo record that `take_back` handles."""
+"""The kind of undo record that `delete_table` handles."""
 
 _NAME = " ".join(TABLE)
 _SSHD = "/usr/sbin/sshd"
@@ -275,19 +274,20 @@ def _rehearsed(on: Reader, text: str) -> str:
     raise Problem("nft rejected the firewall's rules", cause=answer.err.strip()[-300:], hint="report this")
 
 
-def take_back(on: LocalSystem) -> bool:
-    """Delete the table and cancel a pending rollback; return whether there was a table.
+@undoes(UNDO)
+def delete_table(records: Sequence[Undo], on: System) -> Undone:
+    """Delete the table and cancel a pending rollback.
 
     Raises:
         Problem: it needs root.
     """
     rollback.drop(on, TIMER)
     if on.entry(NFT) is None or not live_table(on):
-        return False
-    answer = on.ask(NFT, "delete", "table", *TABLE, root=True)
+        return Undone(records[0].subject, "nothing")
+    answer = on.try_run(NFT, "delete", "table", *TABLE, root=True)
     if not answer.ok:
-        raise _no_root(answer.err)
-    return True
+        raise _no_root(answer.out)
+    return Undone(records[0].subject, "removed")
 
 
 def ports_between_nodes(node: Node) -> list[tuple[int, int]]:

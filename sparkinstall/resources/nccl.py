@@ -170,7 +170,7 @@ class NcclLibrary(Struct, frozen=True):
         self._write_stamp(on, recipe)
         self._keep(on, recipe)
 
-    def _keep(self, on: Reader, recipe: Recipe) -> None:
+    def _keep(self, on: System, recipe: Recipe) -> None:
         """Cache the library for reuse: after an uninstall, below another prefix, by another stack."""
         folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: self._stamp_path}
         # An unwritable cache only costs a later build.

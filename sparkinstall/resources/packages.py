@@ -2,14 +2,13 @@
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
 from sparkinstall.errors import CommandFailed
 from sparkinstall.resources import Drift, Ok, State
-from sparkinstall.system import Reader, System, Undo
-from sparkinstall.system.local import LocalSystem
+from sparkinstall.system import Reader, System, Undo, Undone, undoes
 
 STATUS = "/var/lib/dpkg/status"
 _INSTALLED = re.compile(
@@ -97,24 +96,30 @@ class Packages(Struct, frozen=True):
         return [name for name in names if name not in there]
 
 
-def take_back(on: LocalSystem, names: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Purge the installed packages of `names` that nothing else needs; return (removed, kept)."""
-    there = installed(on)
-    ours = sorted(set(names) & there)
+@undoes("packages")
+def purge(records: Sequence[Undo], on: System) -> Undone:
+    """Purge the packages of `records` that are still installed and that nothing else needs.
+
+    Raises:
+        CommandFailed: apt refuses.
+    """
+    ours = sorted({name for undo in records for name in undo.after["packages"]} & installed(on))
     needed = _needed_by_others(on, ours)
     removable = [name for name in ours if name not in needed]
     if removable:
-        answer = on.ask(*on.sudo, *_APT, "purge", *removable, timeout=1800)
+        answer = on.try_run(*_APT, "purge", *removable, root=True, timeout=1800)
         if not answer.ok:
             raise CommandFailed(
                 "apt could not remove the packages",
-                cause=(answer.err or answer.out).strip()[-300:],
+                cause=answer.out.strip()[-300:],
                 hint="run `sudo dpkg --configure -a`, then the same command again",
             )
-    return removable, needed
+    if needed:
+        return Undone(records[0].subject, "kept", f"others need them: {', '.join(needed)}")
+    return Undone(records[0].subject, "removed" if removable else "nothing", ", ".join(removable))
 
 
-def _needed_by_others(on: LocalSystem, ours: list[str]) -> list[str]:
+def _needed_by_others(on: Reader, ours: list[str]) -> list[str]:
     """Return those of `ours` whose removal would remove another package."""
     needed: list[str] = []
     while True:
@@ -133,7 +138,7 @@ def _needed_by_others(on: LocalSystem, ours: list[str]) -> list[str]:
         needed += _dependencies(on, others, candidates) or candidates
 
 
-def _dependencies(on: LocalSystem, of: Iterable[str], among: list[str]) -> list[str]:
+def _dependencies(on: Reader, of: Iterable[str], among: list[str]) -> list[str]:
     answer = on.ask(
         "apt-cache",
         "depends",

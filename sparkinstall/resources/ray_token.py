@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -86,7 +87,6 @@ class RayToken(Struct, frozen=True):
         return self._now(on) or self._new(on)
 
     def _new(self, on: Reader) -> bytes:
-        import secrets
 
         if self.node.role == "head":
             return secrets.token_hex(32).encode()

@@ -4,12 +4,13 @@ It lives in systemd, not in this process: a tool or an ssh session that is kille
 reboot, which is what people try with a machine that does not answer any more: a unit then rolls back at boot.
 """
 
+import shlex
 from collections.abc import Iterable, Sequence
 
 from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.resources.template import render
 from sparkinstall.system import Reader, System
-from sparkinstall.system.local import LocalSystem, staged
+from sparkinstall.system.local import staged
 
 HOME = "/var/lib/sparkinstall-rollback"
 """There as long as something waits for a confirmation. Root's alone, since root runs what is in it."""
@@ -63,14 +64,14 @@ def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence
         ) from failure
 
 
-def disarm(on: System | LocalSystem, name: str) -> None:
+def disarm(on: System, name: str) -> None:
     """Confirm `name`: the change stays.
 
     Raises:
         Fired: too late, the former state is back.
         Problem: the timer could not be stopped.
     """
-    answer = on.ask(*_words("confirm", name), root=True)
+    answer = on.try_run(*_words("confirm", name), root=True)
     if answer.code == _FIRED:
         raise RolledBack(
             f"the {name} change was rolled back: it was not confirmed in time",
@@ -79,12 +80,12 @@ def disarm(on: System | LocalSystem, name: str) -> None:
     if not answer.ok:
         raise Problem(
             f"the rollback timer of the {name} could not be stopped",
-            cause=answer.err.strip(),
+            cause=answer.out.strip(),
             hint="run the same command again as a user who may use sudo",
         )
 
 
-def drop(on: System | LocalSystem, name: str) -> None:
+def drop(on: System, name: str) -> None:
     """Cancel the pending rollback `name` and remove its files.
 
     Raises:
@@ -94,10 +95,10 @@ def drop(on: System | LocalSystem, name: str) -> None:
     if armed(on, name):
         disarm(on, name)
     elif on.entry(HOME):
-        on.ask(*_words("forget", name), root=True)
+        on.try_run(*_words("forget", name), root=True)
 
 
-def confirm(on: System | LocalSystem) -> tuple[str, ...]:
+def confirm(on: System) -> tuple[str, ...]:
     """Keep all that waits for a confirmation; what that was (empty: nothing waits, or it is too late).
 
     Raises:
@@ -109,9 +110,9 @@ def confirm(on: System | LocalSystem) -> tuple[str, ...]:
     return names
 
 
-def fire(on: System | LocalSystem, name: str) -> bool:
+def fire(on: System, name: str) -> bool:
     """Roll back now; whether that was done. systemd does it, so it continues even if the run is killed."""
-    on.ask("systemctl", "start", f"{_UNIT}{name}.service", timeout=120, root=True)
+    on.try_run("systemctl", "start", f"{_UNIT}{name}.service", timeout=120, root=True)
     # Whatever systemd answers, who moved the folder away has done it: the timer may have been faster.
     return not armed(on, name)
 
@@ -126,6 +127,5 @@ def _program() -> str:
 
 def quoted(words: Iterable[str]) -> str:
     """`words` as one line for /bin/sh."""
-    import shlex
 
     return shlex.join(words)

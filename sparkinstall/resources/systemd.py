@@ -3,8 +3,9 @@
 import hashlib
 import os
 import re
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from sparkinstall.facts.units import journal, show
 from sparkinstall.layout import UNIT_FOLDER
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.resources.template import Template
-from sparkinstall.system import Reader, System, Undo
-from sparkinstall.system.local import LocalSystem
+from sparkinstall.system import Reader, System, Undo, Undone, undoes
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 _PROPERTIES = ("LoadState", "UnitFileState", "ActiveState", "NeedDaemonReload")
@@ -104,7 +104,6 @@ def complaints_of_systemd(on: Reader, name: str, content: bytes) -> list[str]:
 
     It exits with 0 for an unknown key, so only the messages count. Messages about other units are ignored.
     """
-    import tempfile
 
     with tempfile.TemporaryDirectory(prefix="sparkinstall-units-") as scratch:
         unit = Path(scratch, name)
@@ -220,8 +219,14 @@ def _standing(on: Reader, name: str) -> dict[str, Any]:
     return {"enabled": now["UnitFileState"] == "enabled", "active": now["ActiveState"] in _RUNNING}
 
 
-def take_service_back(on: LocalSystem, name: str) -> bool:
-    """Stop and disable a service; return whether anything changed."""
+@undoes("service")
+def stop(records: Sequence[Undo], on: System) -> Undone:
+    """Stop and disable a service.
+
+    Raises:
+        CommandFailed: systemctl refuses.
+    """
+    name = records[0].subject
     was = _standing(on, name)
     if was["active"]:
         _systemctl(on, "stop", name)
@@ -229,24 +234,30 @@ def take_service_back(on: LocalSystem, name: str) -> bool:
         _systemctl(on, "disable", name)
     if show(on, name, "ActiveState")["ActiveState"] == "failed":
         _systemctl(on, "reset-failed", name)
-    return bool(was["active"] or was["enabled"])
+    return Undone(name, "removed" if was["active"] or was["enabled"] else "nothing", "stopped and disabled")
 
 
-def take_units_back(on: LocalSystem, name: str, before: Mapping[str, Any]) -> bool:
-    """Reload systemd after our file was removed; restart a service that ran from a foreign unit."""
+@undoes("units")
+def reload(records: Sequence[Undo], on: System) -> Undone:
+    """Reload systemd after our file was removed; restart a service that ran from a foreign unit.
+
+    Raises:
+        CommandFailed: systemctl refuses.
+    """
+    name, before = records[0].subject, records[0].before
     _systemctl(on, "daemon-reload")
     if before.get("enabled"):
         _systemctl(on, "enable", name)
     if before.get("active"):
         _systemctl(on, "start", name)
-    return bool(before.get("enabled") or before.get("active"))
+    return Undone(name, "restored" if before.get("enabled") or before.get("active") else "nothing")
 
 
-def _systemctl(on: LocalSystem, *words: str) -> None:
-    answer = on.ask("systemctl", *words, timeout=_STOPPING, root=True)
+def _systemctl(on: System, *words: str) -> None:
+    answer = on.try_run("systemctl", *words, timeout=_STOPPING, root=True)
     if not answer.ok:
         raise CommandFailed(
             f"`systemctl {' '.join(words)}` failed",
-            cause=answer.err.strip()[-300:],
+            cause=answer.out.strip()[-300:],
             hint="see `systemctl status`, then run the same command again",
         )

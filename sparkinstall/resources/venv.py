@@ -4,12 +4,14 @@ import hashlib
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from msgspec import Struct, field
+from uv import find_uv_bin
 
 from sparkinstall import stacks
 from sparkinstall.errors import Blocked, CommandFailed
@@ -37,7 +39,6 @@ _CUT = (
 @lru_cache(maxsize=1)
 def uv() -> str:
     """Return the path of the uv installed with sparkinstall."""
-    from uv import find_uv_bin
 
     return str(find_uv_bin())
 
@@ -67,7 +68,6 @@ class RecordedLock(Struct, frozen=True):
         return Drift(f"record {what}, unknown until the first install")
 
     def apply(self, on: System) -> None:
-        import tempfile
 
         # A record is never replaced, not even by --force: that is what pinning means.
         if on.entry(self.node.lock_record):

@@ -10,11 +10,12 @@ from sparkinstall import ray_ports
 from sparkinstall.facts.decisions import Fp8Fallback, NcclTransport, recorded
 from sparkinstall.fixes import FP8, HOST_IP, MEMORY_MONITOR, NCCL, TRANSPORT
 from sparkinstall.node import Node, cuda_home, nccl_library
-from sparkinstall.probes import Probe
+from sparkinstall.probes import Probe, environment, nccl_tests, services
 from sparkinstall.resources import Resource, Unknown
 from sparkinstall.resources.nccl_abi import NcclFitsTorch
 from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.template import Template
+from sparkinstall.resources.transport import Transport
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -48,7 +49,6 @@ class EnvFiles(Step):
         yield StaleServices(node)
         if node.several:
             # Imported late, as below: a node alone has no use for it, and would start more slowly.
-            from sparkinstall.resources.transport import Transport
 
             yield Transport(node)
         for name in FILES:
@@ -59,7 +59,6 @@ class EnvFiles(Step):
             yield kept_back(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        from sparkinstall.probes import environment, nccl_tests, services
 
         return (*services.probes(node), *environment.probes(node), *nccl_tests.probes(node))
 

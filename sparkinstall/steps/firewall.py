@@ -7,7 +7,8 @@ from typing import Any
 from sparkinstall.facts.packet_filters import NFT
 from sparkinstall.layout import FIREWALL_UNIT, unit_path
 from sparkinstall.node import Node
-from sparkinstall.resources import Resource
+from sparkinstall.resources import Resource, firewall
+from sparkinstall.resources.firewall import LiveTable, RulesFile
 from sparkinstall.resources.systemd import Service, UnitFile
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
@@ -26,13 +27,11 @@ class Firewall(Step):
         return node.filtered
 
     def left_to(self, node: Node, on: Reader) -> str:
-        from sparkinstall.resources import firewall
 
         return firewall.left_to(node, on)
 
     def resources(self, node: Node) -> Iterable[Resource]:
         # Imported late: a node without one would start more slowly.
-        from sparkinstall.resources.firewall import LiveTable, RulesFile
 
         unit = unit_path(FIREWALL_UNIT)
         yield RulesFile(node)

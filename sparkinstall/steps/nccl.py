@@ -1,15 +1,13 @@
 """Fix 1: one NCCL, built for this GPU, and loaded by every process on every node."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from sparkinstall.fixes import NCCL
 from sparkinstall.node import Node, cuda_home
 from sparkinstall.resources import Resource
+from sparkinstall.resources.nccl import NcclLibrary
+from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.steps import Step
-
-if TYPE_CHECKING:
-    from sparkinstall.resources.nccl_source import NcclSource
 
 
 class Nccl(Step):
@@ -24,7 +22,6 @@ class Nccl(Step):
         settings = node.config.nccl
         if settings.mode == "wheel":
             return
-        from sparkinstall.resources.nccl import NcclLibrary
 
         yield NcclLibrary(
             folder=node.nccl_folder,
@@ -39,7 +36,6 @@ class Nccl(Step):
 
 def source(node: Node) -> "NcclSource":
     """NCCL's source as the config and the stack name it."""
-    from sparkinstall.resources.nccl_source import NcclSource
 
     pin, settings = node.stack.nccl, node.config.nccl
     return NcclSource(

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from sparkinstall.fixes import HOST_IP, MTU, TRANSPORT
 from sparkinstall.node import Node
-from sparkinstall.probes import Probe
+from sparkinstall.probes import Probe, bandwidth, link
 from sparkinstall.resources import Resource
+from sparkinstall.resources.netplan.live import LiveLink, Netplan
 from sparkinstall.steps import Step
 
 
@@ -26,14 +27,12 @@ class Network(Step):
 
     def resources(self, node: Node) -> Iterable[Resource]:
         # Imported late, as below: a node alone has no use for it, and would start more slowly.
-        from sparkinstall.resources.netplan.live import LiveLink, Netplan
 
         if node.config.network.manage:
             yield Netplan(node)
             yield LiveLink(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        from sparkinstall.probes import bandwidth, link
 
         yield from link.probes(node)
         yield from bandwidth.probes(node)

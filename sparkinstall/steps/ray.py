@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from shlex import quote
 from typing import Any
 
 from sparkinstall import payloads, ray_ports
@@ -61,7 +62,6 @@ def before_start(node: Node) -> Template:
 
 
 def _before_start(node: Node, on: Reader) -> Mapping[str, Any]:
-    from shlex import quote
 
     return {"patience": _ADDRESS, "roce_gid": quote(on.real(node.roce_gid))}
 

@@ -3,16 +3,19 @@
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparkinstall.errors import CommandFailed, Interrupted, NeedsRoot, storage_problem
-from sparkinstall.system import Entry, Result, processes
+from sparkinstall.system import Entry, Result, Undo, processes, read_only
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
 _LONG = 1800.0
+_NO_SPACE = "No space left on device"
+_LINES_KEPT, _TAIL = 2000, 12
 # Seconds; sudo forgets after 15 minutes, or sooner where its owner wants that.
 _SUDO_LASTS = 60.0
 # Never through a link that somebody put there: the old one goes, and the new one must be ours to make.
@@ -106,23 +109,24 @@ class LocalReader:
             return ()
 
     def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
+        read_only.require(argv)
         chosen = env if env is not None else {**os.environ, "LC_ALL": "C.UTF-8"}
         code, out, err = processes.answer((*self.sudo, *argv) if root else argv, chosen, timeout)
         return Result(argv, code, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
 class LocalSystem(LocalReader):
-    """Touches the machine. It knows nothing of the journal: journal/system.py stands before it."""
+    """A `System` that changes the machine, or a rehearsal's folder, without a journal (see journal/system.py)."""
 
-    def place(self, path: str, data: bytes, mode: int) -> None:
+    def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Replace a file atomically, escalating where the folder is not ours."""
         with _in_words(f"writing {self.real(path)}"):
             try:
                 replace_file(self.real(path), data, mode)
             except PermissionError:
-                self._place_as_root(path, data, mode)
+                self._write_as_root(path, data, mode)
 
-    def _place_as_root(self, path: str, data: bytes, mode: int) -> None:
+    def _write_as_root(self, path: str, data: bytes, mode: int) -> None:
         import tempfile
 
         with tempfile.NamedTemporaryFile() as content:
@@ -130,7 +134,7 @@ class LocalSystem(LocalReader):
             content.flush()
             self._escalate("sh", "-c", _PLACE, "sh", staged(path), path, f"{mode:o}", content.name)
 
-    def place_link(self, path: str, target: str) -> None:
+    def link(self, path: str, target: str) -> None:
         """Make or replace a symbolic link atomically."""
         waiting = self.real(staged(path))
         with _in_words(f"linking {self.real(path)}"):
@@ -141,7 +145,7 @@ class LocalSystem(LocalReader):
             except PermissionError:
                 self._escalate("ln", "-sfnT", target, path)
 
-    def make_one_dir(self, path: str, mode: int) -> None:
+    def make_dir(self, path: str, mode: int = 0o755) -> None:
         """Make one folder whose parent is there; it is there already: fine."""
         with _in_words(f"making the folder {self.real(path)}"):
             try:
@@ -153,19 +157,15 @@ class LocalSystem(LocalReader):
                 owner, group = str(os.getuid()), str(os.getgid())
                 self._escalate("install", "-d", "-m", f"{mode:o}", "-o", owner, "-g", group, path)
 
-    def unlink(self, path: str) -> None:
+    def remove(self, path: str) -> None:
         """Remove a file or link, and what a killed write left beside it."""
-        self.unlink_staged(path)
+        if self.entry(staged(path)) is not None:
+            self.remove(staged(path))
         with _in_words(f"removing {self.real(path)}"):
             try:
                 _remove_if_there(self.real(path))
             except PermissionError:
                 self._escalate("rm", "-f", path)
-
-    def unlink_staged(self, path: str) -> None:
-        """Remove what a killed write of `path` left beside it."""
-        if self.entry(staged(path)) is not None:
-            self.unlink(staged(path))
 
     def remove_dir(self, path: str) -> bool:
         """Remove a folder if it is empty; whether it is gone."""
@@ -180,7 +180,10 @@ class LocalSystem(LocalReader):
                 self._escalate("rmdir", path)
         return True
 
-    def remove_tree(self, path: str) -> None:
+    def claim(self, path: str) -> None:
+        self.make_dir(path)
+
+    def clear(self, path: str) -> None:
         """Remove a folder with all that is in it."""
         import shutil
 
@@ -205,16 +208,71 @@ class LocalSystem(LocalReader):
             self._escalate("chown", "-h", f"{uid}:{gid}", path)
             self._escalate("touch", "-d", f"@{mtime_ns // 10**9}.{mtime_ns % 10**9:09d}", path)
 
+    def promise(self, undo: Undo) -> None:
+        """Nothing: whoever uses this System has no journal."""
+
+    def try_run(
+        self,
+        *argv: str,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        root: bool = False,
+        timeout: float | None = None,
+        watch: Callable[[str], None] = lambda _: None,
+    ) -> Result:
+        full = (*self.sudo, *argv) if root else argv
+        lines: deque[str] = deque(maxlen=_LINES_KEPT)
+
+        def keep(line: str) -> None:
+            lines.append(line)
+            watch(line)
+
+        whole = {**os.environ, "LC_ALL": "C.UTF-8", **(env or {})}
+        code = processes.stream(full, whole, keep, cwd=cwd, timeout=timeout)
+        return Result(full, code, "\n".join(lines), "")
+
+    def run(
+        self,
+        *argv: str,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        root: bool = False,
+        watch: Callable[[str], None] = lambda _: None,
+    ) -> Result:
+        result = self.try_run(*argv, env=env, cwd=cwd, root=root, watch=watch)
+        if not result.ok:
+            raise command_failed(result)
+        return result
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        """Nothing: nobody watches."""
+
     def _escalate(self, *argv: str) -> None:
         if not self.sudo:
             raise PermissionError(13, "Permission denied", argv[-1])
-        answer = self.ask(*self.sudo, *argv, timeout=_LONG)
+        answer = self.try_run(*argv, root=True, timeout=_LONG)
         if not answer.ok:
             raise CommandFailed(
                 f"`sudo {argv[0]}` failed on {argv[-1]}",
-                cause=answer.err.strip(),
+                cause=answer.out.strip(),
                 hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
             )
+
+
+def command_failed(result: Result, log: str = "") -> CommandFailed:
+    """Put a program that failed into words; `log`: the path of the log that has all of its output."""
+    lines = [line for line in result.out.splitlines() if line.strip()]
+    why, hint = "", "read the log, fix the cause, and run the same command again: it continues from here"
+    if _NO_SPACE in result.out:
+        why, hint = "the disk is full", "free some space, then run the same command again: it goes on"
+    program = next(part for part in result.argv if part not in ("sudo", "-n"))
+    return CommandFailed(
+        f"`{PurePosixPath(program).name}` ended with code {result.code}",
+        cause=why,
+        hint=hint,
+        log=log,
+        output=lines[-_TAIL:],
+    )
 
 
 def replace_file(target: str, data: bytes, mode: int) -> None:

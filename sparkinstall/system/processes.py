@@ -127,25 +127,40 @@ def stream(
     on_line: Callable[[str], None],
     *,
     cwd: str | None,
-    keep_open: tuple[int, ...] = (),
+    timeout: float | None = None,
 ) -> int:
-    """Run `argv` and pass each line of stdout and stderr to `on_line`; return the exit code (127 not found)."""
-    process = start(argv, env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=cwd, pass_fds=keep_open)
+    """Run `argv` and pass each line of stdout and stderr to `on_line`.
+
+    Returns the exit code; 127: not found, 124: killed after `timeout` seconds.
+    """
+    process = start(argv, env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=cwd)
     if process is None:
         on_line(f"{argv[0]}: not found")
         return 127
+    late = threading.Event()
+    timer = threading.Timer(timeout or 0, _kill_late, (process.pid, late))
+    timer.daemon = True
+    if timeout is not None:
+        timer.start()
     try:
         for raw in cast(IO[bytes], process.stdout):
             # A progress bar redraws its line after \r: keep only the last state.
             on_line(raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
-        return process.wait()
+        code = process.wait()
+        return 124 if late.is_set() else code
     except BaseException:
         kill_group(process.pid)
         raise
     finally:
         process.wait()
+        timer.cancel()
         cast(IO[bytes], process.stdout).close()
         ended(process)
+
+
+def _kill_late(pid: int, late: threading.Event) -> None:
+    late.set()
+    kill_group(pid)
 
 
 def end_leftovers(run: str) -> int:

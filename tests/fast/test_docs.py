@@ -26,6 +26,7 @@ from sparkinstall.errors import Exit
 from sparkinstall.journal import undo
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import firewall
+from sparkinstall.system import UNDO_FUNCTIONS, Undone
 from tests.support.documents import PAGES, REPOSITORY, commands_of, page, rows, section, workflows
 from tests.support.nodes import FIXES_OF_SPARKS, HEAD, NODE
 from tools import docs
@@ -106,7 +107,7 @@ def test_exit_codes_of_each_verb() -> None:
 
 def test_outcomes_of_an_uninstall() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "uninstall"]
-    outcomes = get_args(undo.Undone.__annotations__["outcome"])
+    outcomes = get_args(Undone.__annotations__["outcome"])
     assert {"touches", "subject", "outcome", "note", *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
@@ -126,7 +127,7 @@ def test_fields_of_a_node_of_a_cluster() -> None:
 
 def test_kinds_of_touches() -> None:
     text = section("docs/how-it-works.md", "## The journal").split("kinds of change:")[1].partition("\n\n")[0]
-    assert set(re.findall(r"`(\w+)`", text)) == set(undo._UNDOERS)
+    assert set(re.findall(r"`(\w+)`", text)) == {*undo.OWN_KINDS, *UNDO_FUNCTIONS}
 
 
 def test_the_envelope_in_the_docs_has_the_fields_of_a_real_one() -> None:

@@ -28,7 +28,7 @@ def _decided(folder: Path, script: str) -> tuple[bool, str, str]:
     python.write_text("#!/bin/sh\n" + script)
     python.chmod(0o755)
     node = Node(Config(), load("0.18.1"), "aarch64", "aarch64", False, False, str(folder), folder)
-    return Fp8Decision(node, ("Kernel",))._decide(WithDriver(str(folder)))  # type: ignore[arg-type]
+    return Fp8Decision(node, ("Kernel",))._decide(WithDriver(str(folder)))
 
 
 def test_a_right_product_leaves_cutlass_on(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes import link
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, state_of
 from sparkinstall.resources.netplan import files
-from sparkinstall.resources.netplan.live import LiveLink, Netplan, restoring, take_back
+from sparkinstall.resources.netplan.live import LiveLink, Netplan, restore, restoring
 from sparkinstall.stacks import load
 from sparkinstall.steps.network import Network
 from sparkinstall.system import Undo
@@ -407,7 +407,7 @@ def test_what_interfaces_were_comes_back_in_order() -> None:
 
 def test_taking_it_back_in_a_rehearsal_leaves_this_machine_alone(rehearsed: Rehearsed) -> None:
     undo = Undo("netplan", "the QSFP link", {"lo": {"mtu": 1, "up": False, "addresses": []}}, {})
-    assert not take_back(rehearsed.state.system, [undo])
+    assert restore([undo], rehearsed.state.system).outcome == "nothing"
 
 
 WORDS = st.text("ab: #{[-'\"\\\n\té&*!|>%@", max_size=8)
@@ -449,7 +449,7 @@ def test_an_uninstall_does_not_cut_the_session_it_runs_in(monkeypatch: pytest.Mo
     ours = Undo("netplan", "the QSFP link", was, {FIRST: "192.0.2.77/24"})
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.77 22")
     with pytest.raises(Blocked, match=f"{FIRST} stays as it is for now: this ssh session came in at its address"):
-        take_back(_Unlike(str(tmp_path)), [ours])
+        restore([ours], _Unlike(str(tmp_path)))
 
 
 class _Unlike(LocalSystem):

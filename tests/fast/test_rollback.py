@@ -124,7 +124,7 @@ def test_a_timer_that_cannot_be_set_leaves_nothing_armed(node: Path) -> None:
 @pytest.mark.parametrize("name", ["a|b.yaml", "a\nb.yaml"])
 def test_a_file_whose_name_no_script_can_hold_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(Problem, match="could not be restored"):
-        rollback.arm(LocalSystem(str(tmp_path)), "network", "true", 30, [f"/etc/netplan/{name}"])  # type: ignore[arg-type]
+        rollback.arm(LocalSystem(str(tmp_path)), "network", "true", 30, [f"/etc/netplan/{name}"])
 
 
 def test_it_puts_back_what_was_there_and_what_was_not(node: Path) -> None:

@@ -10,8 +10,8 @@ from sparkinstall.errors import Blocked
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
-from sparkinstall.journal.undo import Undone, undo_all
-from sparkinstall.system import Undo
+from sparkinstall.journal.undo import undo_all
+from sparkinstall.system import Undo, Undone
 from sparkinstall.system.local import LocalSystem, staged
 from tests.support.rehearsals import (
     OLD,

@@ -4,6 +4,7 @@ netplan joins all its files, and the lists in them: a second file for an interfa
 """
 
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -315,7 +316,6 @@ def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, byte
     Raises:
         Problem: it refuses them; carries its own words.
     """
-    import tempfile
 
     content = {**{each.path: each.content for each in files}, **wanted}
     with tempfile.TemporaryDirectory(prefix="sparkinstall-netplan-") as folder:

@@ -10,11 +10,9 @@ from msgspec import Struct
 from sparkinstall.errors import Blocked, CommandFailed, Interrupted, Problem
 from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.node import Node
-from sparkinstall.probes.network import neighbour
 from sparkinstall.resources import Conflict, Drift, Ok, State, rollback
 from sparkinstall.resources.netplan import files
-from sparkinstall.system import Reader, System, Undo
-from sparkinstall.system.local import LocalSystem
+from sparkinstall.system import Reader, System, Undo, Undone, undoes
 
 TIMER = "network"
 """The name of its rollback timer."""
@@ -275,7 +273,7 @@ def _now(half: files.Half, now: Mapping[str, ip.Live]) -> str:
     return f"{half.name}: {', '.join(there.addresses) or 'no address'}, MTU {there.mtu}"
 
 
-def _refuse_answered(on: Reader, plan: _Plan) -> None:
+def _refuse_answered(on: System, plan: _Plan) -> None:
     """Somebody else on the cable may have our address.
 
     Raises:
@@ -287,9 +285,18 @@ def _refuse_answered(on: Reader, plan: _Plan) -> None:
         address = str(half.address.ip)
         if not there or not there.carrier or address in {each.partition("/")[0] for each in there.addresses}:
             continue
-        if owner := neighbour(on, half.name, address):
+        if owner := _neighbour(on, half.name, address):
             found = _in_use(address, f"{owner} answers to it on {half.name}")
             raise Blocked(found.message, hint=found.hint)
+
+
+def _neighbour(on: System, interface: str, address: str) -> str:
+    """Return the MAC address of who answers to `address` on the cable, or an empty text."""
+    # The kernel may remember an owner of long ago, so it has to ask again: that is what the ping is for.
+    on.try_run("ip", "neighbour", "flush", "to", address, "dev", interface, root=True)
+    network.ping(on, "-c", "1", "-I", interface, address)
+    found = ip.asked(on, "neighbour", "show", "to", address, "dev", interface)
+    return next((str(each.get("lladdr")) for each in found if "REACHABLE" in each.get("state", ())), "")
 
 
 def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
@@ -382,31 +389,30 @@ def _line(*words: str) -> str:
     return rollback.quoted(words) + " 2> /dev/null || true"
 
 
-def take_back(on: LocalSystem, records: Iterable[Undo]) -> bool:
-    """After the files are back: apply them, and give the interfaces their MTU and addresses of before.
-
-    Returns whether there was anything to do.
+@undoes(_UNDO)
+def restore(records: Sequence[Undo], on: System) -> Undone:
+    """Apply the restored files, and give the interfaces their former MTU and addresses.
 
     Raises:
         CommandFailed: netplan refuses.
         Blocked: this ssh session came in at an address that would go.
     """
+    subject = records[0].subject
     if on.rehearsal or not on.entry(files.PROGRAM):
-        return False
-    records = tuple(records)
+        return Undone(subject, "nothing")
     _refuse_own_way(on, records)
     rollback.drop(on, TIMER)
     before, added = _first_of(records)
     kept = {name for name, address in added.items() if _still_named(on, address) and name in before}
     script = restoring({name: was for name, was in before.items() if name not in kept}, added)
-    answer = on.ask("sh", "-ec", script, timeout=120, root=True)
+    answer = on.try_run("sh", "-ec", script, timeout=120, root=True)
     if not answer.ok:
         raise CommandFailed(
             "`netplan apply` failed",
-            cause=(answer.err or answer.out).strip()[-300:],
+            cause=answer.out.strip()[-300:],
             hint="look at the files in /etc/netplan, then run the same command again",
         )
-    return True
+    return Undone(subject, "restored")
 
 
 def _refuse_own_way(on: Reader, records: Iterable[Undo]) -> None:

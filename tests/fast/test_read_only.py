@@ -1,0 +1,258 @@
+"""A `Reader` runs read-only commands alone, and checks and probes ask for no other; each undo and its commands."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+
+from sparkinstall.core import catalogue, checks
+from sparkinstall.errors import CommandFailed, Problem
+from sparkinstall.journal.undo import OWN_KINDS
+from sparkinstall.node import Node
+from sparkinstall.probes.preflight import preflight
+from sparkinstall.system import UNDO_FUNCTIONS, Result, System, Undo, read_only
+from sparkinstall.system.local import LocalReader, LocalSystem
+from sparkinstall.system.read_only import MayChange
+from tests.support.machine import Machine
+from tests.support.nodes import node_of, system_of
+from tests.support.recording import RecordingSystem
+from tests.support.sysfs import spark
+
+PACKAGE = Path(__file__).parents[2] / "sparkinstall"
+READS = """\
+ip -j address
+ip -j neighbour show to 192.168.100.11 dev enp1s0f0np0
+ip -j route get 192.168.100.11
+sudo -n ip -j address
+sudo -n true
+sudo -n -v
+nft list tables
+nft -nn list table inet sparkinstall
+nft -c 'table inet x {}'
+systemctl show vllm.service --property=ActiveState
+systemctl -q is-active firewalld
+systemctl --failed --no-pager --plain
+journalctl -k -b --no-pager
+env DEBIAN_FRONTEND=noninteractive apt-get -y -s --no-remove install gcc
+make -C /src src.build -n
+git ls-remote --exit-code https://example.org/x.git v1
+git -C /cache/x.git rev-parse 'v1^{commit}'
+netplan generate --root-dir /tmp/x
+unshare --net sh -c 'nft "$1"' sh rules
+ssh -o BatchMode=yes 192.168.100.10 'cat /opt/sparkinstall/ray-token'
+bash -c '. "$1" && shift && exec "$@"' bash /opt/x.env python -I -c 'print(1)'
+/opt/sparkinstall/venv/bin/python -I -c 'print(1)'
+/usr/bin/uv python find 3.12
+"""
+CHANGES = """\
+ip neighbour flush to 192.168.100.11 dev enp1s0f0np0
+ip address add 192.168.100.10/24 dev enp1s0f0np0
+sudo -n ip link set dev enp1s0f0np0 mtu 1500
+nft -f /etc/x.nft
+nft delete table inet sparkinstall
+nft flush ruleset
+iptables -F
+ethtool -s enp1s0f0np0 speed 1000
+systemctl stop vllm.service
+systemctl daemon-reload
+systemctl --now enable vllm.service
+journalctl --rotate
+journalctl --vacuum-time=1s
+env DEBIAN_FRONTEND=noninteractive apt-get -y purge gcc
+sudo -n apt-get install gcc
+make -C /src src.build
+git clone https://example.org/x.git /x
+git -C /cache/x.git gc
+netplan apply
+sh -ec 'netplan apply'
+sh -c true
+bash -c 'rm -rf /opt'
+bash -c '. "$1" && shift && exec "$@"' bash /opt/x.env rm -rf /opt
+ssh 192.168.100.10 reboot
+python -m pip install x
+/opt/sparkinstall/venv/bin/python -I -m pip install x
+uv pip install x
+rm -rf /opt
+tee /etc/hosts
+"""
+
+
+@pytest.mark.parametrize("line", READS.splitlines())
+def test_a_command_that_reads_is_allowed(line: str) -> None:
+    assert read_only.allows(shlex.split(line))
+
+
+@pytest.mark.parametrize("line", CHANGES.splitlines())
+def test_a_command_that_changes_is_refused(line: str) -> None:
+    assert not read_only.allows(shlex.split(line))
+
+
+def test_a_reader_does_not_start_a_command_that_may_change(tmp_path: Path) -> None:
+    mark = tmp_path / "mark"
+    for on in (LocalReader(), LocalSystem(str(tmp_path)), system_of(tmp_path)):
+        with pytest.raises(MayChange, match="touch"):
+            on.ask("touch", str(mark))
+    assert not mark.exists()
+
+
+class Recorded(Machine):
+    """A folder taken for a Spark; each program gives the same answer, and is refused as a `Reader` refuses it."""
+
+    def __init__(self, root: Path, code: int, out: str) -> None:
+        super().__init__(str(root))
+        self.code, self.out, self.programs = code, out, set[str]()
+
+    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
+        del timeout, env, root
+        read_only.require(argv)
+        self.programs.add(Path(argv[0]).name)
+        return Result(argv, self.code, self.out, "")
+
+
+def node_in(root: Path, role: str) -> Node:
+    settings = {"serving__model": "/srv/model", "serving__allow": "192.168.1.0/24"}
+    return replace(node_of(root, role, **settings), rehearsal=False)
+
+
+def installed(root: Path, node: Node) -> None:
+    """What lets checks and probes go on to their questions: programs, an environment, an env file, unit files."""
+    spark(root)
+    for path in ("/usr/sbin/netplan", "/usr/sbin/nft", node.env_file, node.python, node.ray_nodes, node.firewall_rules):
+        Path(f"{root}{path}").parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{root}{path}").write_text("")
+    Path(f"{root}/proc/driver/nvidia").mkdir(parents=True)
+    Path(f"{root}/proc/driver/nvidia/version").write_text("NVRM version: 580.173.02\n")
+
+
+def ask_everything(node: Node, on: Recorded) -> None:
+    looks = [*preflight(node), *checks.chosen(node, measure=True).probes]
+    for step in catalogue.of(node):
+        for resource in step.resources(node):
+            _without_a_change(lambda: resource.check(on))  # noqa: B023 - it is called at once
+    for probe in looks:
+        _without_a_change(lambda: probe.look(on))  # noqa: B023
+
+
+def _without_a_change(look: "object") -> None:
+    """Whatever else a look at an invented node ends with, it is not a change."""
+    assert callable(look)
+    try:
+        look()
+    except MayChange:
+        raise
+    except (Problem, OSError, ValueError, LookupError, TypeError):
+        pass
+
+
+@pytest.mark.parametrize("role", ["single", "head", "worker"])
+def test_every_check_and_every_probe_runs_read_only_commands_alone(role: str, tmp_path: Path) -> None:
+    node = node_in(tmp_path, role)
+    installed(tmp_path, node)
+    programs: set[str] = set()
+    for code, out in ((0, ""), (1, ""), (127, ""), (0, "active\n"), (0, "[]"), (0, "table inet sparkinstall\n")):
+        on = Recorded(tmp_path, code, out)
+        ask_everything(node, on)
+        programs |= on.programs
+    between_nodes = set() if role == "single" else {"ip", "ping"}
+    assert programs >= {"systemctl", "nvidia-smi", "nft", "journalctl", "bash", *between_nodes}, "all were asked"
+
+
+@pytest.mark.parametrize("floor", ["facts", "probes"])
+def test_facts_and_probes_know_no_system(floor: str) -> None:
+    offenders = [
+        f"{path.name}: {each.name}"
+        for path in (PACKAGE / floor).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparkinstall.system")
+        for each in node.names
+        if each.name in ("System", "LocalSystem")
+    ]
+    assert not offenders
+
+
+# --- one protocol
+
+
+def test_machine_journal_and_test_double_are_one_kind_of_system(tmp_path: Path) -> None:
+    systems: Iterable[System] = (LocalSystem(str(tmp_path)), system_of(tmp_path), RecordingSystem())
+    names = {name for name in vars(System) if not name.startswith("_")}
+    for each in systems:
+        assert names <= set(dir(each))
+
+
+def _kinds_promised() -> Iterator[str]:
+    """The kind in every `Undo(...)` of the package, literal or by a constant of the module."""
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for literal, constant in re.findall(r"\bUndo\(\s*(?:\"(\w+)\"|(_?[A-Z]+)),", text):
+            yield literal or re.findall(rf"^{constant} = \"(\w+)\"", text, re.MULTILINE)[0]
+
+
+def test_uninstall_knows_an_undo_function_for_every_kind_that_is_promised() -> None:
+    """In a process of its own: what other tests have imported does not count."""
+    program = "import sparkinstall.core.uninstall; from sparkinstall.system import UNDO_FUNCTIONS as f; print(*f)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
+    )
+    assert set(_kinds_promised()) == {*OWN_KINDS, *done.stdout.split()}
+
+
+# --- what each undo runs
+
+
+def test_undo_packages_purges_what_nobody_else_needs() -> None:
+    status = "".join(f"Package: {name}\nStatus: install ok installed\n\n" for name in ("gcc", "make", "theirs"))
+    apt = "env DEBIAN_FRONTEND=noninteractive"
+    on = RecordingSystem({"/var/lib/dpkg/status": status.encode()}, {apt: "Purg gcc\nPurg make\n"})
+    records = [Undo("packages", "packages", {}, {"packages": names}) for names in (["gcc"], ["make", "gone"])]
+    undone = UNDO_FUNCTIONS["packages"](records, on)
+    assert (undone.outcome, undone.note) == ("removed", "gcc, make")
+    (command,) = on.changed
+    assert command.endswith("purge gcc make")
+
+
+def test_undo_packages_keeps_what_others_need() -> None:
+    status = "".join(f"Package: {name}\nStatus: install ok installed\n\n" for name in ("gcc", "theirs"))
+    answers = {"env DEBIAN_FRONTEND=noninteractive": "Purg gcc\nRemv theirs\n", "apt-cache depends": "  Depends: gcc\n"}
+    on = RecordingSystem({"/var/lib/dpkg/status": status.encode()}, answers)
+    undone = UNDO_FUNCTIONS["packages"]([Undo("packages", "packages", {}, {"packages": ["gcc"]})], on)
+    assert (undone.outcome, undone.note, on.changed) == ("kept", "others need them: gcc", [])
+
+
+def test_undo_a_service_stops_and_disables_it() -> None:
+    on = RecordingSystem(answers={"systemctl show": "UnitFileState=enabled\nActiveState=active\n"})
+    undone = UNDO_FUNCTIONS["service"]([Undo("service", "vllm.service", {}, {})], on)
+    assert undone.outcome == "removed"
+    assert on.changed == ["systemctl stop vllm.service", "systemctl disable vllm.service"]
+
+
+def test_undo_units_starts_again_what_ran_before() -> None:
+    on = RecordingSystem()
+    undone = UNDO_FUNCTIONS["units"]([Undo("units", "x.service", {"enabled": True, "active": True}, {})], on)
+    assert undone.outcome == "restored"
+    assert on.changed == ["systemctl daemon-reload", "systemctl enable x.service", "systemctl start x.service"]
+
+
+def test_undo_the_firewall_deletes_its_table() -> None:
+    on = RecordingSystem({"/usr/sbin/nft": b""}, {"/usr/sbin/nft list tables": "table inet sparkinstall\n",
+                                                  "/usr/sbin/nft -nn": "table inet sparkinstall {}"})  # fmt: skip
+    undone = UNDO_FUNCTIONS["nftables"]([Undo("nftables", "inet sparkinstall", {}, {})], on)
+    assert undone.outcome == "removed" and on.changed == ["/usr/sbin/nft delete table inet sparkinstall"]
+
+
+def test_undo_the_network_applies_the_restored_files_and_says_what_failed() -> None:
+    before = {"enp1s0f0np0": {"mtu": 1500, "up": True, "addresses": []}}
+    record = Undo("netplan", "the QSFP link", before, {"enp1s0f0np0": "192.168.100.10/24"})
+    on = RecordingSystem({"/usr/sbin/netplan": b""})
+    assert UNDO_FUNCTIONS["netplan"]([record], on).outcome == "restored"
+    (script,) = on.changed
+    assert script.startswith("sh -ec /usr/sbin/netplan apply\nip address del 192.168.100.10/24 dev enp1s0f0np0")
+    on.failing = ("sh -ec",)
+    with pytest.raises(CommandFailed, match="netplan apply"):
+        UNDO_FUNCTIONS["netplan"]([record], on)
