@@ -16,8 +16,7 @@ FLOORS = (
     ("core",),
     ("journal",),
     ("steps",),
-    ("resources",),
-    ("probes",),
+    ("resources", "probes"),
     ("facts",),
     ("node", "services"),
     ("system",),
@@ -63,6 +62,18 @@ def test_imports_point_down() -> None:
         if name.startswith("sparkinstall.") and HEIGHT[floor(name)] > HEIGHT[floor(dotted(module))]
     ]
     assert up == []
+
+
+def test_resources_and_probes_do_not_import_each_other() -> None:
+    """What a node should be, and what it does: both are told from the same facts."""
+    sides = {"resources": "probes", "probes": "resources"}
+    across = [
+        f"{module} -> {name}"
+        for module in MODULES
+        for name in imports(module)
+        if name.startswith("sparkinstall.") and sides.get(floor(dotted(module))) == floor(name)
+    ]
+    assert across == []
 
 
 def test_imports_make_no_circle() -> None:
