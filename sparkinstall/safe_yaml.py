@@ -1,4 +1,4 @@
-"""YAML from people: libyaml's speed, without the crash that deep nesting gives it."""
+"""Read YAML with libyaml, with limits: deep nesting would crash it."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ _DEEPEST = 20
 
 
 class NotYaml(ValueError):
-    """A text that cannot be read as YAML: why and where, in one line, and what to do about it if that is known."""
+    """A text is not YAML. The message gives the reason and the line; `hint`, if any, the remedy."""
 
     def __init__(self, why: str, hint: str = "") -> None:
         super().__init__(why)
@@ -16,11 +16,11 @@ class NotYaml(ValueError):
 
 
 class TooMuch(NotYaml):
-    """The text is larger or deeper than any file of ours."""
+    """The text is larger or more deeply nested than any file of sparkinstall."""
 
 
 def load(content: bytes, *, only_text: bool = False) -> Any:
-    """The values of a YAML text; with `only_text` every scalar stays the text that was written (3.10 is not 3.1).
+    """Return the values of a YAML text; with `only_text` every scalar remains the written text (3.10 is not 3.1).
 
     Raises:
         NotYaml: it is not YAML, or has a key twice.
@@ -41,7 +41,7 @@ def load(content: bytes, *, only_text: bool = False) -> Any:
 
 
 def line_of(content: bytes, path: Sequence[str | int]) -> int:
-    """The line, from 1, of the key or item at `path` in a text that `load` has read, or of what is nearest to it."""
+    """Return the 1-based line of the key or item at `path`, or of its nearest ancestor, in a valid text."""
     import yaml
 
     node = yaml.compose(content, Loader=yaml.CSafeLoader)
@@ -56,7 +56,7 @@ def line_of(content: bytes, path: Sequence[str | int]) -> int:
 
 
 def _parts(node: Any) -> dict[Any, tuple[Any, Any]]:
-    """What a collection holds, by key or index: where it begins, and its node."""
+    """Return the parts of a collection by key or index: their position and node."""
     if node.id == "mapping":
         return {key.value: (key.start_mark, value) for key, value in node.value if key.id == "scalar"}
     return {at: (item.start_mark, item) for at, item in enumerate(node.value)} if node.id == "sequence" else {}
@@ -72,7 +72,7 @@ def _explained(error: Exception, content: bytes) -> NotYaml:
 
 
 def _is_at_tab(mark: Any, content: bytes) -> bool:
-    """Whether it is a tab in the indentation that libyaml calls a character which cannot start any token."""
+    """Whether the character that libyaml rejects is a tab in the indentation."""
     lines = content.decode(errors="replace").splitlines()
     if mark.line >= len(lines):
         return False
@@ -94,7 +94,7 @@ def _require_bounds(content: bytes) -> None:
 
 
 def _refuse_repeated_keys(node: Any) -> None:
-    """YAML forbids a repeated key, and yet its loaders silently take the last one."""
+    """Reject a repeated key: YAML forbids it, but its loaders silently take the last one."""
     for each in _mappings(node, set()):
         seen: set[tuple[str, str]] = set()
         for key, _ in each.value:
@@ -105,7 +105,7 @@ def _refuse_repeated_keys(node: Any) -> None:
 
 
 def _mappings(node: Any, known: set[int]) -> Iterator[Any]:
-    """Every mapping below `node`; what an alias names again is looked at once."""
+    """Yield every mapping below `node`; one that aliases repeat, once."""
     if node is None or node.id == "scalar" or id(node) in known:
         return
     known.add(id(node))

@@ -1,6 +1,6 @@
-"""Data that crosses a border: read into a type by msgspec, or refused in one sentence that names the place.
+"""Read data that crosses a border into a msgspec type, or report in one sentence what is wrong and where.
 
-What a type cannot say by itself stands in its `Meta`: `title` is how a good value is called in that sentence.
+The `title` of a type's `Meta` describes a valid value in that sentence.
 """
 
 import json
@@ -34,7 +34,7 @@ _PLAIN: dict[Any, str] = {
 
 
 class Malformed(ValueError):
-    """Data is not as it must be. `message` says where and why, `complaint` only why."""
+    """Data does not have the expected type. `message` says where and why, `complaint` only why."""
 
     def __init__(self, where: str, complaint: str, hint: str = "", line: int = 0) -> None:
         place = f"{where}, line {line}" if line else where
@@ -43,15 +43,15 @@ class Malformed(ValueError):
 
 
 def read(kind: type[T], data: Any, where: str, *, content: bytes = b"", at: str = "") -> T:
-    """Plain values as a `kind`, which is a Struct, or anything else that msgspec converts to.
+    """Convert plain values to `kind`, a Struct or any other type that msgspec converts to.
 
     Args:
-        where: names the source in an error, e.g. the file.
-        content: the YAML text that `data` comes from, which tells the line of an error.
-        at: the dotted name of `data` in its source, where it is a part of it.
+        where: the name of the source in an error, such as the file.
+        content: the YAML text of `data`, to find the line of an error.
+        at: the dotted name of `data` in its source, if it is a part of it.
 
     Raises:
-        Malformed: a key is unknown or missing, or a value is not as its type asks.
+        Malformed: a key is unknown or missing, or a value has the wrong type or is out of range.
     """
     try:
         return msgspec.convert(data, kind, dec_hook=_custom)
@@ -63,7 +63,7 @@ def read(kind: type[T], data: Any, where: str, *, content: bytes = b"", at: str 
 
 
 def read_yaml(kind: type[T], content: bytes, where: str, *, only_text: bool = False) -> T:
-    """A YAML text as a `kind`; `only_text` as in `safe_yaml.load`.
+    """Convert a YAML text to `kind`; `only_text` as in `safe_yaml.load`.
 
     Raises:
         Malformed: it is not YAML, or not as `kind` asks.
@@ -76,7 +76,7 @@ def read_yaml(kind: type[T], content: bytes, where: str, *, only_text: bool = Fa
 
 
 def read_json(kind: type[T], content: bytes | str, where: str) -> T:
-    """A JSON text as a `kind`. It may hold what msgspec's own decoder refuses: file names that are not UTF-8.
+    """Convert a JSON text to `kind`. Unlike msgspec's decoder it accepts file names that are not UTF-8.
 
     Raises:
         Malformed: it is not JSON, or not as `kind` asks.
@@ -89,7 +89,7 @@ def read_json(kind: type[T], content: bytes | str, where: str) -> T:
 
 
 def read_file(kind: type[T], path: pathlib.Path) -> T:
-    """A YAML file as a `kind`; errors name the file without its folder.
+    """Convert a YAML file to `kind`; errors name the file without its folder.
 
     Raises:
         Malformed: it cannot be read, is not YAML, or not as `kind` asks.
@@ -101,13 +101,13 @@ def read_file(kind: type[T], path: pathlib.Path) -> T:
 
 
 def like(pattern: str, title: str) -> Meta:
-    """What a text must be: the whole of it matches `pattern`; in words, `title`."""
+    """Return the constraint that a whole text matches `pattern`; `title` describes such a text."""
     return Meta(pattern=rf"^(?:{pattern})\Z", title=title)
 
 
 def show(value: Any) -> str:
-    """A value in an error: short, on one line, without a secret."""
-    # Not str(): a few lines of YAML aliases can stand for more text than there is memory.
+    """Return a value for an error message: short, on one line, without secrets."""
+    # Not str(): a few lines of YAML aliases can expand to more text than fits into memory.
     try:
         text = "null" if value is None else ascii(value[:80]) if isinstance(value, str) else reprlib.repr(value)
     except ValueError:  # Python prints no number of more than 4300 digits
@@ -117,19 +117,19 @@ def show(value: Any) -> str:
 
 
 def nearest(wrong: str, known: Sequence[str], cutoff: float = 0.6) -> str:
-    """`did you mean ...?`, where one of the known names resembles `wrong`."""
+    """Return `did you mean ...?` if one of the known names resembles `wrong`, else ""."""
     near = get_close_matches(wrong[:80], known, n=1, cutoff=cutoff)
     return f"did you mean `{near[0]}`?" if near else ""
 
 
 def either(choices: Sequence[str]) -> str:
-    """`a, b or c`."""
+    """Join as `a, b or c`."""
     *some, last = choices
     return f"{', '.join(some)} or {last}" if some else last
 
 
 def _custom(kind: Any, value: Any) -> Any:
-    """What msgspec does not know by itself: a regular expression."""
+    """Convert what msgspec does not know: a regular expression."""
     if get_origin(kind) is not re.Pattern or not isinstance(value, str):
         raise ValueError(f"must be text, not {show(value)}")
     try:
@@ -139,7 +139,7 @@ def _custom(kind: Any, value: Any) -> Any:
 
 
 def _explained(kind: Any, data: Any, text: str, at: str) -> tuple[_Steps, str, str]:
-    """The path of the value that msgspec's `text` is about, what is wrong with it, and what may help."""
+    """Return the path of the value that msgspec's error `text` is about, what is wrong, and a hint."""
     match = _PLACE.fullmatch(text)
     why, raw = (match["why"], match["path"] or "") if match else (text, "")
     path: _Steps = tuple(int(index) if index else name for name, index in _STEP.findall(raw))
@@ -165,7 +165,7 @@ def _about_value(wanted: Any, found: Any, why: str, name: str) -> tuple[str, str
 
 
 def words(kind: Any) -> str:
-    """What a value of `kind` is called: its title, or the type in words."""
+    """Describe a value of `kind`: its title, or the type in words."""
     bare, title = _bare(kind)
     if title:
         return title
@@ -184,7 +184,7 @@ def words(kind: Any) -> str:
 
 
 def _bare(kind: Any) -> tuple[Any, str]:
-    """A type without its annotations, and the title that they give it."""
+    """Return a type without its annotations, and their title."""
     title = ""
     while get_origin(kind) is Annotated:
         kind, *extras = get_args(kind)

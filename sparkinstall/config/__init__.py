@@ -1,4 +1,4 @@
-"""The settings: their types, and how layers of values become one config."""
+"""The settings: types, checks, and layers of values."""
 
 from sparkinstall.config.checks import safe_path
 from sparkinstall.config.layers import DEFAULT_FILES, Layer, anchored, build, parse_assignment, read_layer

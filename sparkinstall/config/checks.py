@@ -1,4 +1,4 @@
-"""What a setting must be beyond its type: each check gives the complaint about a value, or None."""
+"""Checks of settings that a type cannot express: each returns what is wrong with a value, or None."""
 
 import re
 from ipaddress import IPv4Address, IPv4Network
@@ -10,7 +10,7 @@ _LONGEST_PATH = 200
 
 
 def safe_path(value: str) -> str | None:
-    """Why a path cannot be used, or None. LD_PRELOAD, which must carry it, takes no space and no colon."""
+    """Check a path that LD_PRELOAD can contain: it allows no space and no colon."""
     if "\n" in value or "\r" in value:
         return "must not contain a line break"
     if not _PATH.fullmatch(value):
@@ -21,12 +21,13 @@ def safe_path(value: str) -> str | None:
 
 
 def link_path(value: str) -> str | None:
-    """A link's path is looked for below the root of a rehearsal: a relative one or `..` would lead out of it."""
+    """Check the path of a link: a relative one or `..` would leave the root of a rehearsal."""
     plain = _LINK.fullmatch(value) and not {".", ".."} & set(value.split("/"))
     return one_line(value) if plain else "must be an absolute path, or one that begins with ~/"
 
 
 def private_address(value: str) -> str | None:
+    """Check the IPv4 address of a node on its link."""
     try:
         found = IPv4Address(value)
         # Python counts these among the private ones too.
@@ -37,6 +38,7 @@ def private_address(value: str) -> str | None:
 
 
 def network(value: str) -> str | None:
+    """Check a network in CIDR notation."""
     try:
         return None if IPv4Network(value).prefixlen else "must be a network and not the whole world"
     except ValueError:
@@ -44,16 +46,19 @@ def network(value: str) -> str | None:
 
 
 def one_line(value: str) -> str | None:
+    """Check one line of printable text."""
     return None if value and value.isprintable() else "must be one line of printable text"
 
 
 def argument(value: str) -> str | None:
+    """Check an argument of `vllm serve`."""
     if value.partition("=")[0] in ("--api-key", "--hf-token"):
         return "must carry no secret: the unit and the list of processes show it to everybody"
     return one_line(value)
 
 
 def source(value: str) -> str | None:
+    """Check a source of NCCL: a word, a path or an https URL."""
     if value.startswith("http://"):
         return "must be an https URL"
     if "://" in value and "@" in value.split("://", 1)[1].split("/", 1)[0]:

@@ -1,4 +1,4 @@
-"""Values for the settings from layers (files, what was remembered, the command line), each with its source."""
+"""Merge the values of settings from layers: files, remembered options, the command line."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,28 +18,28 @@ DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")
 # Settings that may name a file, and the endings that tell a file from a name.
 _PATHS = ("stack", "nccl.source", "nccl.cuda_home")
 _FILES = (".yaml", ".yml", ".gz", ".xz", ".bz2", ".tgz", ".tar")
-# Of a file that cannot be settings no more is read than shows it.
+# One byte more shows that a file is too large.
 _LARGEST_FILE = 1 << 20
 
 
 class Layer(Struct, frozen=True):
-    """Values by dotted name, and where they come from in words; `content` is the YAML text that has them, if any."""
+    """Values by dotted name, and the description of their source; `content` is its YAML text, if any."""
 
     source: str
     values: Mapping[str, Any]
     content: bytes = b""
 
     def place(self, name: str) -> str:
-        """The source, with the line of a setting where that is known."""
+        """Return the source, with the line of a setting if it is known."""
         line = safe_yaml.line_of(self.content, name.split(".")) if self.content else 0
         return f"{self.source}, line {line}" if line else self.source
 
 
 def read_layer(path: Path) -> Layer:
-    """The values of a YAML file.
+    """Read the values of a YAML file.
 
     Raises:
-        BadConfig: it cannot be read, is no YAML, or names a key that is not known.
+        BadConfig: it cannot be read, is not YAML, or has an unknown key.
     """
     try:
         with open(path, "rb") as file:
@@ -90,7 +90,7 @@ def _unknown(name: str, place: str) -> BadConfig:
 
 
 def anchored(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """`values` with relative paths made absolute: they are read again later, from another folder."""
+    """Return `values` with absolute paths: a later run reads them from another folder."""
     return {name: _anchored(value, base) if name in _PATHS else value for name, value in values.items()}
 
 
@@ -101,10 +101,10 @@ def _anchored(value: Any, base: Path) -> Any:
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
-    """`KEY=VALUE` of a command line; the value is read as YAML.
+    """Parse `KEY=VALUE` of a command line; the value is YAML.
 
     Raises:
-        BadConfig: no `=` in it, an unknown key, or a value that is no YAML or cannot be used.
+        BadConfig: it has no `=`, an unknown key, or an invalid value.
     """
     name, equals, value = text.partition("=")
     if not equals:
@@ -113,18 +113,18 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     if name not in known:
         raise _unknown(name, "--set")
     parsed = _yaml(value.encode(errors="replace"), f"--set {name}")
-    # `--set nccl.arch=90` means text: what a number is to YAML may be a name to us.
+    # `--set nccl.arch=90` means text, although it is a number in YAML.
     meant = value if known[name].takes_text and parsed is not None else parsed
-    # Looked at here, where it is known which option it came with: `build` knows the command line as a whole.
+    # Checked here, where the option is known: `build` only knows the whole command line.
     _checked(known[name], meant, Layer("--set", {}))
     return name, meant
 
 
 def build(layers: Sequence[Layer]) -> tuple[Config, dict[str, str]]:
-    """The config of `layers` (later ones win) and, for each setting, where its value came from.
+    """Return the config of `layers` (later ones win) and the source of each setting.
 
     Raises:
-        BadConfig: a value is of the wrong type or cannot be used.
+        BadConfig: a value is invalid.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -140,7 +140,7 @@ def build(layers: Sequence[Layer]) -> tuple[Config, dict[str, str]]:
 
 def _checked(setting: Setting, value: Any, layer: Layer) -> Any:
     if isinstance(value, bool) and setting.takes_text:
-        # `fallback: off` is a truth value to YAML and a word to whoever wrote it.
+        # `fallback: off` is a boolean in YAML, and meant as a word.
         value = "on" if value else "off"
     try:
         found = schema.read(setting.type, value, layer.source, content=layer.content, at=setting.name)

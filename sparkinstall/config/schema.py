@@ -1,4 +1,4 @@
-"""The settings as types: what each takes, its default, and what it is for. docs/config.md is made from them."""
+"""The settings: type, default and description of each. docs/config.md is generated from them."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -29,7 +29,7 @@ Package = Annotated[str, like("[a-z0-9][a-z0-9+.-]*[a-z0-9+]", "a Debian package
 
 
 def doc(text: str) -> Meta:
-    """What a setting is for."""
+    """Return the description of a setting."""
     return Meta(description=text)
 
 
@@ -175,9 +175,9 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Setting(Struct, frozen=True):
-    """One leaf of the config: its dotted name, type, default and what it is for.
+    """One leaf of the config: its dotted name, type, default and description.
 
-    `check` gives the complaint about a value (an item, where there are several) that its type allows, or None.
+    `check` returns what is wrong with a value that its type allows (an item of a list), or None.
     """
 
     name: str
@@ -188,14 +188,14 @@ class Setting(Struct, frozen=True):
 
     @property
     def takes_text(self) -> bool:
-        """Whether one text is a value of it."""
+        """Whether a text can be its value."""
         bare = get_args(self.type)[0]
         return bare is str or (get_origin(bare) is not tuple and bool(get_args(bare)))
 
 
 @lru_cache(maxsize=1)
 def settings() -> tuple[Setting, ...]:
-    """Every leaf of the config, in the order of the file."""
+    """Return every leaf of the config, in the order of the file."""
     return tuple(_settings(Config, ""))
 
 
@@ -212,7 +212,7 @@ def _settings(of: type[Any], under: str) -> Iterator[Setting]:
 
 
 def _extras(kind: Any) -> Iterator[Any]:
-    """What the annotations of a type hold, at whatever depth."""
+    """Yield the metadata of a type and of the types within it."""
     yield from getattr(kind, "__metadata__", ())
     for each in get_args(kind)[:1] if get_origin(kind) is Annotated else get_args(kind):
         yield from _extras(each)

@@ -1,4 +1,4 @@
-"""The literal texts of which every match of a regular expression contains one, read off its syntax tree."""
+"""Derive from a regular expression literal texts of which every match contains one."""
 
 import re
 from collections.abc import Iterable
@@ -9,24 +9,24 @@ from typing import Any
 Literals = frozenset[str]
 
 _MOST = 16
-"""Alternatives that are written out; more are not worth their place in the automaton."""
+"""The most alternatives to enumerate."""
 _REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT)
 _EMPTY: Literals = frozenset({""})
 
 
 def required_literals(pattern: str) -> tuple[str, ...]:
-    """Literals of which each match of `pattern` contains one: the longest that follow from it, or none."""
+    """Return the longest literals of which each match of `pattern` contains one; none if none can be derived."""
     tree = _parser.parse(pattern)
     exact, required = _sequence(tree, tree.state.flags)
-    # Around it the log may have a tab where the pattern has a blank.
+    # The log may have a tab where the pattern has a blank: the search replaces tabs before it tries the regex.
     best = frozenset(each.strip() for each in _better(exact, required) or ())
-    # What contains another one adds nothing.
+    # A literal that contains another one is redundant.
     shortest = sorted(each for each in best if not any(other in each for other in best - {each}))
     return () if "" in best else tuple(shortest)
 
 
 def _sequence(items: Iterable[Any], flags: int) -> tuple[Literals | None, Literals | None]:
-    """All texts that a sequence can be (None: too many), and the best literals that any of them contains."""
+    """Return all texts that a sequence matches (None: too many), and the best literals that they contain."""
     run, best, is_exact = _EMPTY, None, True
     for kind, value in items:
         exact, required = _node(kind, value, flags)
@@ -79,6 +79,6 @@ def _repeated(
 
 
 def _better(one: Literals | None, other: Literals | None) -> Literals | None:
-    """Of two sets the one whose shortest literal is longer; a set with the empty text says nothing."""
+    """Return the set whose shortest literal is longer; a set with the empty text is useless."""
     sets = [each for each in (one, other) if each and "" not in each]
     return max(sets, key=lambda each: (min(map(len, each)), -len(each)), default=None)
