@@ -34,7 +34,7 @@ from sparkinstall.facts.machine import cores
 from sparkinstall.node import Node
 from sparkinstall.resources import Ok
 from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary, Recipe, Stamp
-from sparkinstall.resources.venv import PythonEnvironment, lock_of
+from sparkinstall.resources.venv import environment_of, lock_of
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.system import Reader
 
@@ -332,7 +332,7 @@ class _Missing(Struct):
         return [(n, each) for n, each in listed if not _is(self.waiting / each.path, each)]
 
     def _can_use_wheels(self) -> bool:
-        if not self.manifest.wheels or isinstance(PythonEnvironment(self.node).check(self.on), Ok):
+        if not self.manifest.wheels or isinstance(environment_of(self.node).check(self.on), Ok):
             return False
         own = likeness(self.node)
         different = [name for name in own if own[name] != self.manifest.of.get(name)]

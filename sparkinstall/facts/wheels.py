@@ -6,6 +6,7 @@ Everything is read from files, so it works for wheels of another architecture to
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 from msgspec import Struct
 
@@ -21,10 +22,11 @@ _LOCAL_CUDA = re.compile(r"\+cu(\d+)\d")
 
 
 class Gate(Struct, frozen=True):
-    """The checks for one environment; `pins` is its lock, used for packages that a rehearsal has not installed."""
+    """The checks for one environment; `pins` is its lock. `seen`: where the answers come from, in words."""
 
     node: Node
     pins: Sequence[Pin]
+    seen: ClassVar[str] = "installed"
 
     def complaint(self, on: Reader) -> str:
         """Return the first reason why these wheels are incompatible, or ""."""
@@ -38,13 +40,8 @@ class Gate(Struct, frozen=True):
 
     def torch_major(self, on: Reader, site: str) -> str | None:
         """Return the major version of torch's CUDA; None for a build without CUDA."""
-        if not self.node.partial:
-            match = _TORCH_CUDA.search(on.read(f"{site}/torch/version.py") or b"")
-            return match[1].decode() if match else None
-        for pin in self.pins:
-            if pin.name == "torch" and (local := _LOCAL_CUDA.search(pin.version)):
-                return local[1]
-        return next((_runtime_major(pin) for pin in self.pins if pin.name.startswith("nvidia-cuda-runtime")), None)
+        match = _TORCH_CUDA.search(on.read(f"{site}/torch/version.py") or b"")
+        return match[1].decode() if match else None
 
     def _torch_is_cuda(self, on: Reader, site: str) -> str:
         if self.torch_major(on, site):
@@ -69,17 +66,41 @@ class Gate(Struct, frozen=True):
         return "" if self._has(on, site, "ray") else "ray is missing: vLLM no longer depends on it"
 
     def _has(self, on: Reader, site: str, name: str) -> bool:
-        if self.node.partial:
-            return any(pin.name == name for pin in self.pins)
         return on.entry(f"{site}/{name}/__init__.py") is not None
 
     def _headers(self, on: Reader, site: str) -> str:
-        if self.node.partial or self.node.foreign or python_header(on, self.node, site):
+        if self.node.foreign or python_header(on, self.node, site):
             return ""
         return f"Python.h is missing: Triton compiles its launcher here (package python{self.node.stack.python}-dev)"
 
     def _version(self, name: str) -> str:
         return next((pin.version for pin in self.pins if pin.name == name), "?")
+
+
+class GateByLock(Gate, frozen=True):
+    """The same where a rehearsal has installed vLLM's wheel alone: the lock answers for the rest."""
+
+    seen: ClassVar[str] = "by the lock"
+
+    def torch_major(self, on: Reader, site: str) -> str | None:
+        del on, site
+        for pin in self.pins:
+            if pin.name == "torch" and (local := _LOCAL_CUDA.search(pin.version)):
+                return local[1]
+        return next((_runtime_major(pin) for pin in self.pins if pin.name.startswith("nvidia-cuda-runtime")), None)
+
+    def _has(self, on: Reader, site: str, name: str) -> bool:
+        del on, site
+        return any(pin.name == name for pin in self.pins)
+
+    def _headers(self, on: Reader, site: str) -> str:
+        del on, site
+        return ""
+
+
+def gate_of(node: Node, pins: Sequence[Pin]) -> Gate:
+    """The gate of this node's environment, whose lock is `pins`."""
+    return GateByLock(node, pins) if node.partial else Gate(node, pins)
 
 
 def _runtime_major(pin: Pin) -> str | None:

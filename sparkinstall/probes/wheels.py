@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from sparkinstall.facts import vllm, wheel_files
-from sparkinstall.facts.wheels import OTHER_STACK, Gate
+from sparkinstall.facts.wheels import OTHER_STACK, gate_of
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Finding, failed, passed, warned
 from sparkinstall.stacks import Pin
@@ -19,11 +19,10 @@ def gate(node: Node, pins: Sequence[Pin], on: Reader) -> Finding:
         return site
     if not pins:
         return failed("there is no lock yet for these wheels", "run `sparkinstall all`")
-    wheels = Gate(node, pins)
+    wheels = gate_of(node, pins)
     if complaint := wheels.complaint(on):
         return failed(complaint, OTHER_STACK, "a stack that fits together")
-    where = "by the lock" if node.partial else "installed"
-    cuda = f"CUDA {wheels.torch_major(on, site)} in torch ({where}) and in vLLM's extension"
+    cuda = f"CUDA {wheels.torch_major(on, site)} in torch ({wheels.seen}) and in vLLM's extension"
     return passed(f"{cuda}; triton, ray there")
 
 

@@ -48,12 +48,11 @@ class Fp8Decision(Struct, frozen=True):
         built = [(path.name, path.stat().st_size) for path in extensions(on, site)] if site else []
         if not built:
             return None
-        driver = b"" if on.rehearsal else on.read(DRIVER_FILE) or b""
         return {
             "vllm": self.node.stack.vllm,
             "extensions": [f"{name} {size}" for name, size in built],
             "arch": self.node.config.nccl.arch,
-            "driver": driver.decode(errors="replace").split("\n")[0],
+            "driver": _driver(on),
             "asked": self.node.config.fp8.fallback,
         }
 
@@ -66,7 +65,7 @@ class Fp8Decision(Struct, frozen=True):
         asked = self.node.config.fp8.fallback
         if asked != "auto":
             return asked == "on", f"`fp8.fallback: {asked}`", "config"
-        if not on.rehearsal and on.read(DRIVER_FILE):
+        if _driver(on):
             return self._try_on_gpu(on)
         return self._read_code(on)
 
@@ -96,6 +95,12 @@ class Fp8Decision(Struct, frozen=True):
             f"vLLM's extension contains {', '.join(near) or 'no code'} only, which does not run on sm_{arch}",
             "code",
         )
+
+
+def _driver(on: Reader) -> str:
+    """The line in which the kernel names its NVIDIA driver; empty where there is none, as in a rehearsal."""
+    said = b"" if on.rehearsal else on.read(DRIVER_FILE) or b""
+    return said.decode(errors="replace").split("\n")[0]
 
 
 def loadable(arch: str) -> set[str]:

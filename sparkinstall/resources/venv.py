@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
 from msgspec import Struct, field
@@ -17,7 +18,7 @@ from sparkinstall import stacks
 from sparkinstall.errors import Blocked, CommandFailed
 from sparkinstall.facts import wheel_files
 from sparkinstall.facts.decisions import VenvStamp, as_text, recorded
-from sparkinstall.facts.wheels import OTHER_STACK, Gate
+from sparkinstall.facts.wheels import OTHER_STACK, gate_of
 from sparkinstall.node import Node, site_packages
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.stacks import Pin, canonical, parse_lock, render_lock
@@ -110,9 +111,10 @@ class Downloads(Struct):
 
 
 class PythonEnvironment(Struct, frozen=True):
-    """The venv contains all pins of the lock, or in a rehearsal only vLLM's wheel, and passes the wheel gate."""
+    """The venv holds the pins of the lock and passes the wheel gate."""
 
     node: Node
+    part: ClassVar[str] = "all"
 
     @property
     def key(self) -> str:
@@ -132,20 +134,14 @@ class PythonEnvironment(Struct, frozen=True):
         return Drift(self._summary(pins), _listing(there), _listing({pin.name: pin.version for pin in pins}))
 
     def _wanted(self, lock: Sequence[Pin]) -> list[Pin]:
-        return [pin for pin in lock if not self.node.partial or pin.name == "vllm"]
+        return list(lock)
 
     def _summary(self, pins: Sequence[Pin]) -> str:
         stack = self.node.stack
-        if self.node.partial:
-            return f"install vllm {stack.vllm} for {self.node.platform} and resolve the rest of stack {stack.name}"
         return f"install the {len(pins)} packages of stack {stack.name} (vllm {stack.vllm})"
 
     def _note(self, lock: Sequence[Pin]) -> str:
-        stack = self.node.stack
-        if self.node.partial:
-            rest = f"the {len(lock) - 1} others of its lock resolve (--full installs them)"
-            return f"vllm {stack.vllm} for {self.node.platform}; {rest}"
-        return f"{len(lock)} packages of stack {stack.name}"
+        return f"{len(lock)} packages of stack {self.node.stack.name}"
 
     def _stamp(self, lock: Sequence[Pin]) -> VenvStamp:
         return VenvStamp(
@@ -153,7 +149,7 @@ class PythonEnvironment(Struct, frozen=True):
             stack=self.node.stack.name,
             platform=self.node.platform,
             python=self.node.config.environment.python or self.node.stack.python,
-            part="vllm" if self.node.partial else "all",
+            part=self.part,
         )
 
     def apply(self, on: System) -> None:
@@ -168,7 +164,7 @@ class PythonEnvironment(Struct, frozen=True):
         whose = [] if node.rehearsal else ["--no-managed-python"]
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)
-        if complaint := Gate(node, lock).complaint(on):
+        if complaint := gate_of(node, lock).complaint(on):
             raise Blocked(
                 f"the stack {node.stack.name} does not pass the wheel gate: {complaint}",
                 hint=OTHER_STACK,
@@ -176,41 +172,66 @@ class PythonEnvironment(Struct, frozen=True):
         on.write(node.venv_stamp, as_text(self._stamp(lock)).encode())
 
     def _interpreter(self, on: System) -> str:
-        wanted = self.node.config.environment.python or self.node.stack.python
-        if not self.node.partial:
-            return wanted
-        found = on.ask(
-            uv(), "python", "find", "--no-python-downloads", wanted, env={**os.environ, **_uv_env(self.node)}
-        )
-        return found.out.strip() if found.ok else sys.executable
+        del on
+        return self.node.config.environment.python or self.node.stack.python
 
     def _fill(self, on: System, lock: Sequence[Pin]) -> None:
         whole, own = self.node.venv_lock, self.node.installed_lock
         on.write(whole, render_lock(lock).encode())
         on.write(own, render_lock(self._wanted(lock)).encode())
-        argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--only-binary", ":all:"]
-        argv += ["--python", on.real(self.node.venv), *self._platform_options(), "-r"]
-        if self.node.partial:
-            _uv(on, self.node, [*argv, on.real(whole), "--dry-run"])
-            _uv(on, self.node, [*argv, on.real(own), "--no-deps"])
-        else:
-            _uv(on, self.node, [*argv, on.real(whole)])
+        self._install(on, on.real(whole), on.real(own))
         self._note_exceptions(on)
+
+    def _install(self, on: System, whole: str, own: str) -> None:
+        del own
+        self._pip(on, whole, *(_for_platform(self.node) if self.node.foreign else ()))
+
+    def _pip(self, on: System, lock: str, *options: str) -> None:
+        argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--only-binary", ":all:"]
+        _uv(on, self.node, [*argv, "--python", on.real(self.node.venv), *options, "-r", lock])
 
     def _note_exceptions(self, on: System) -> None:
         """Record files that differ from RECORD, which some wheels get wrong: only now are they known to be original."""
         if rows := wheel_files.unlike_their_records(self.node, on):
             on.write(self.node.wheel_exceptions, rows.encode())
 
-    def _platform_options(self) -> list[str]:
-        if not self.node.partial and not self.node.foreign:
-            return []
-        return [
-            "--python-platform",
-            uv_platform(self.node.platform),
-            "--python-version",
-            self.node.stack.python,
-        ]
+
+class VllmAlone(PythonEnvironment, frozen=True):
+    """In a rehearsal without --full: vLLM's own wheel; the rest of the lock is resolved only."""
+
+    part: ClassVar[str] = "vllm"
+
+    def _wanted(self, lock: Sequence[Pin]) -> list[Pin]:
+        return [pin for pin in lock if pin.name == "vllm"]
+
+    def _summary(self, pins: Sequence[Pin]) -> str:
+        del pins
+        stack = self.node.stack
+        return f"install vllm {stack.vllm} for {self.node.platform} and resolve the rest of stack {stack.name}"
+
+    def _note(self, lock: Sequence[Pin]) -> str:
+        rest = f"the {len(lock) - 1} others of its lock resolve (--full installs them)"
+        return f"vllm {self.node.stack.vllm} for {self.node.platform}; {rest}"
+
+    def _interpreter(self, on: System) -> str:
+        """vLLM's wheel fits any Python: where the stack's is missing, our own stands in for it."""
+        wanted = super()._interpreter(on)
+        environment = {**os.environ, **_uv_env(self.node)}
+        found = on.ask(uv(), "python", "find", "--no-python-downloads", wanted, env=environment)
+        return found.out.strip() if found.ok else sys.executable
+
+    def _install(self, on: System, whole: str, own: str) -> None:
+        self._pip(on, whole, *_for_platform(self.node), "--dry-run")
+        self._pip(on, own, *_for_platform(self.node), "--no-deps")
+
+
+def environment_of(node: Node) -> PythonEnvironment:
+    """The environment that this node gets."""
+    return VllmAlone(node) if node.partial else PythonEnvironment(node)
+
+
+def _for_platform(node: Node) -> tuple[str, ...]:
+    return "--python-platform", uv_platform(node.platform), "--python-version", node.stack.python
 
 
 def _uv(on: System, node: Node, argv: list[str]) -> None:

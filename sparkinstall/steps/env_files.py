@@ -35,13 +35,7 @@ class EnvFiles(Step):
     needs = ("nccl", "fp8", "network")
     phase = "services"
     impact = "What is started with the env files does not have all of the fixes."
-    fixes = (
-        NCCL,
-        HOST_IP,
-        TRANSPORT,
-        FP8,
-        MEMORY_MONITOR,
-    )
+    fixes = (NCCL, HOST_IP, TRANSPORT, FP8, MEMORY_MONITOR)
 
     def resources(self, node: Node) -> Iterable[Resource]:
         # Before anything names the library: one that lacks a symbol would break `import torch`.

@@ -7,7 +7,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes import Probe, wheels
 from sparkinstall.resources import Resource
 from sparkinstall.resources.files import Link
-from sparkinstall.resources.venv import PythonEnvironment, RecordedLock, lock_of
+from sparkinstall.resources.venv import RecordedLock, environment_of, lock_of
 from sparkinstall.steps import Step
 
 
@@ -17,15 +17,12 @@ class Environment(Step):
     needs = ("packages",)
     phase = "build"
     impact = "vLLM may not start, or behave otherwise than on the other nodes."
-    fixes = (
-        PACKAGES,
-        REASONING,
-    )
+    fixes = (PACKAGES, REASONING)
 
     def resources(self, node: Node) -> Iterable[Resource]:
         if not node.wheels.complete:
             yield RecordedLock(node)
-        yield PythonEnvironment(node)
+        yield environment_of(node)
         if node.config.environment.link:
             yield Link(_in_home(node, node.config.environment.link), node.venv)
 

@@ -16,11 +16,7 @@ class Network(Step):
     needs = ("packages",)
     phase = "network"
     impact = "The nodes talk slowly, or not at all."
-    fixes = (
-        MTU,
-        HOST_IP,
-        TRANSPORT,
-    )
+    fixes = (MTU, HOST_IP, TRANSPORT)
 
     def wanted(self, node: Node) -> bool:
         return node.several

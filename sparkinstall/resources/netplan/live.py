@@ -81,11 +81,13 @@ class _Plan(Struct, frozen=True, dict=True):
 
     def obstacle(self) -> Conflict | None:
         """The first thing in the way."""
-        looks = (self._no_netplan, self._not_to_be_taken, self._beside_netplan, self._lan)
+        looks = [self._not_to_be_taken, self._beside_netplan, self._twice_in_files]
+        if not self.on.rehearsal:
+            looks = [self._no_netplan, *looks, self._lan_live]
         return next((found for look in looks if (found := look())), None)
 
     def _no_netplan(self) -> Conflict | None:
-        if self.on.rehearsal or self.on.entry(files.PROGRAM):
+        if self.on.entry(files.PROGRAM):
             return None
         return Conflict(
             "this node has no netplan",
@@ -123,9 +125,6 @@ class _Plan(Struct, frozen=True, dict=True):
                     f"take it away (`{remove}`), then run again",
                 )
         return None
-
-    def _lan(self) -> Conflict | None:
-        return self._twice_in_files() or (None if self.on.rehearsal else self._lan_live())
 
     def _twice_in_files(self) -> Conflict | None:
         wanted = {str(half.address.ip) for half in self.halves}
