@@ -1,4 +1,4 @@
-"""`cluster`: who is what, in which order, what goes where, and what is said when a node fails."""
+"""`cluster`: members, the order of phases, what goes over ssh, and errors when a node fails."""
 
 import json
 import os
@@ -34,10 +34,10 @@ def _verbs(far: FarNodes) -> list[tuple[str, str, str]]:
     return [(call["host"], call["verb"], "+".join(call["only"])) for call in far.calls]
 
 
-# --- who is what
+# --- members
 
 
-def test_the_first_host_is_the_head_and_addresses_are_counted_on() -> None:
+def test_members_first_host_is_head_and_workers_follow_in_address_order() -> None:
     found = members(["a", "b", "me@c", "d"], Config())
     assert [(m.host, m.role, m.rank, m.address) for m in found] == [
         ("a", "head", 0, "192.168.100.10"),
@@ -49,7 +49,7 @@ def test_the_first_host_is_the_head_and_addresses_are_counted_on() -> None:
 
 
 @pytest.mark.parametrize("hosts", [["a", "b", "a"], ["-oProxyCommand=x", "b"], ["a b", "c"], ["a", ""], ["a\n", "b"]])
-def test_what_cannot_be_a_host_is_refused(hosts: list[str]) -> None:
+def test_members_impossible_host_is_refused(hosts: list[str]) -> None:
     with pytest.raises(BadUsage):
         members(hosts, Config())
 
@@ -62,17 +62,17 @@ def test_what_cannot_be_a_host_is_refused(hosts: list[str]) -> None:
         (Config(cluster=ClusterConfig(workers=("192.168.100.10",))), "two nodes have the address 192.168.100.10"),
     ],
 )
-def test_addresses_that_cannot_be_a_clusters_are_refused_before_anybody_is_asked(config: Config, sentence: str) -> None:
+def test_members_unusable_addresses_are_refused_before_any_request(config: Config, sentence: str) -> None:
     with pytest.raises(BadConfig, match=sentence):
         members(["a", "b"], config)
 
 
-def test_a_subnet_ends_somewhere() -> None:
+def test_members_more_than_the_subnet_holds_are_refused() -> None:
     with pytest.raises(BadUsage, match="no more addresses"):
         members([f"n{n}" for n in range(300)], Config())
 
 
-def test_every_step_is_in_one_phase_of_every_node_that_can_have_it() -> None:
+def test_phases_contain_every_step_of_a_node_once() -> None:
     for whom in ("head", "workers"):
         steps = [name for phase in PHASES if phase.whom in ("all", whom) for name in phase.steps]
         assert len(steps) == len(set(steps))
@@ -82,7 +82,7 @@ def test_every_step_is_in_one_phase_of_every_node_that_can_have_it() -> None:
 # --- phases and barriers
 
 
-def test_all_phases_in_their_order_with_a_barrier_after_each(far: FarNodes) -> None:
+def test_phases_run_in_order_with_a_barrier_after_each(far: FarNodes) -> None:
     far.answer("spark-2", slow=0.3)
     code, said, log = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 0, said["errors"]
@@ -113,7 +113,7 @@ def test_all_phases_in_their_order_with_a_barrier_after_each(far: FarNodes) -> N
     assert [node["role"] for node in said["data"]["nodes"]] == ["head", "worker"]
 
 
-def test_what_is_said_to_a_node_goes_through_stdin(far: FarNodes) -> None:
+def test_request_goes_through_stdin(far: FarNodes) -> None:
     code, _, log = far.cluster("spark-1", "spark-2", "--yes", "--set", 'serving.arguments=[--max-model-len, "4096"]')
     assert code == 0
     assert all(call["process"] == ["node", "attend"] for call in far.calls)
@@ -128,7 +128,7 @@ def test_what_is_said_to_a_node_goes_through_stdin(far: FarNodes) -> None:
 
 
 def _carried(far: FarNodes, host: str, setting: str) -> Path:
-    """The file on the node that all its verbs were told to take for this setting."""
+    """The file on the node that this setting names in every request."""
     told: set[str] = {
         word for call in far.calls if call["host"] == host for word in call["argv"] if word.startswith(setting)
     }
@@ -138,7 +138,7 @@ def _carried(far: FarNodes, host: str, setting: str) -> Path:
     return far.lab / host / place.removeprefix("~/")
 
 
-def test_a_stack_of_ones_own_is_carried_to_every_node_once(far: FarNodes) -> None:
+def test_upload_custom_stack_goes_to_every_node_once(far: FarNodes) -> None:
     mine = tiny_stack(far.lab / "mine")
     for host in ("spark-1", "spark-2"):
         far.answer(host, look=look("unchanged"))
@@ -152,7 +152,7 @@ def test_a_stack_of_ones_own_is_carried_to_every_node_once(far: FarNodes) -> Non
         assert there.with_name("tiny.lock").read_bytes() == mine.with_name("tiny.lock").read_bytes()
 
 
-def test_a_stack_that_changes_leaves_the_tarball_where_it_is(far: FarNodes) -> None:
+def test_upload_changed_stack_keeps_the_place_of_the_tarball(far: FarNodes) -> None:
     """By its path NCCL's source is known again: another one would be another build."""
     mine = tiny_stack(far.lab / "mine")
     (far.lab / "nccl.tar.gz").write_bytes(b"its content")
@@ -166,7 +166,7 @@ def test_a_stack_that_changes_leaves_the_tarball_where_it_is(far: FarNodes) -> N
     assert places[0][0] == places[1][0] and places[0][1] != places[1][1]
 
 
-def test_two_terminals_carry_at_the_same_time(far: FarNodes) -> None:
+def test_upload_from_two_terminals_at_once_works(far: FarNodes) -> None:
     tiny_stack(far.lab / "mine")
     for host in ("spark-1", "spark-2"):
         far.answer(host, look=look("unchanged"))
@@ -177,7 +177,7 @@ def test_two_terminals_carry_at_the_same_time(far: FarNodes) -> None:
     assert sorted(each.name for each in one.iterdir()) == [".whole", "tiny.lock", "tiny.yaml"]
 
 
-def test_what_was_cut_on_its_way_is_carried_again(far: FarNodes) -> None:
+def test_upload_cut_in_transfer_is_sent_again(far: FarNodes) -> None:
     mine = tiny_stack(far.lab / "mine")
     (what,) = uploads({"stack": str(mine)})[1]
     cut = bootstrap.packed(what.files)[:1536]
@@ -189,7 +189,7 @@ def test_what_was_cut_on_its_way_is_carried_again(far: FarNodes) -> None:
     assert _carried(far, "spark-1", "stack=").exists()
 
 
-def test_to_take_back_needs_no_stack(far: FarNodes) -> None:
+def test_uninstall_needs_no_stack(far: FarNodes) -> None:
     (far.lab / "config.yaml").write_text("stack: ./mine/tiny.yaml\n")
     mine = tiny_stack(far.lab / "mine")
     mine.with_name("tiny.lock").unlink()
@@ -198,7 +198,7 @@ def test_to_take_back_needs_no_stack(far: FarNodes) -> None:
     assert far.cluster("plan", "spark-1", "--config", "config.yaml")[0] == 2
 
 
-def test_a_stack_that_was_changed_is_carried_anew(far: FarNodes) -> None:
+def test_upload_changed_stack_is_sent_again(far: FarNodes) -> None:
     mine = tiny_stack(far.lab / "mine")
     assert far.cluster("plan", "spark-1", "--stack", "mine/tiny.yaml")[0] == 0
     mine.write_text(mine.read_text() + "# changed\n")
@@ -207,7 +207,7 @@ def test_a_stack_that_was_changed_is_carried_anew(far: FarNodes) -> None:
     assert _carried(far, "spark-1", "stack=").read_text().endswith("# changed\n")
 
 
-def test_a_tarball_of_nccls_source_is_carried_and_what_is_not_here_is_not(far: FarNodes) -> None:
+def test_upload_tarball_is_sent_only_if_it_exists_here(far: FarNodes) -> None:
     (far.lab / "nccl.tar.gz").write_bytes(b"its content")
     assert far.cluster("plan", "spark-1", "--set", "nccl.source=./nccl.tar.gz")[0] == 0
     assert _carried(far, "spark-1", "nccl.source=").read_bytes() == b"its content"
@@ -225,9 +225,7 @@ def test_a_tarball_of_nccls_source_is_carried_and_what_is_not_here_is_not(far: F
         ("name: tiny", "name: [tiny]", "`name` must be letters"),
     ],
 )
-def test_a_stack_that_cannot_be_carried_is_told_before_anybody_is_asked(
-    far: FarNodes, was: str, now: str, sentence: str
-) -> None:
+def test_upload_unusable_stack_is_refused_before_any_request(far: FarNodes, was: str, now: str, sentence: str) -> None:
     mine = tiny_stack(far.lab / "mine")
     mine.write_text(mine.read_text().replace(was, now.format(mine=mine.parent)))
     code, said, _ = far.cluster("spark-1", "spark-2", "--stack", str(mine))
@@ -237,7 +235,7 @@ def test_a_stack_that_cannot_be_carried_is_told_before_anybody_is_asked(
     assert not far.calls
 
 
-def test_where_it_cannot_be_put_the_node_is_named(far: FarNodes) -> None:
+def test_upload_that_cannot_be_written_names_the_node(far: FarNodes) -> None:
     tiny_stack(far.lab / "mine")
     (far.lab / "spark-2/.local/share/sparkinstall/uploads").write_text("in the way")
     code, said, _ = far.cluster("plan", "spark-1", "spark-2", "--stack", "mine/tiny.yaml")
@@ -247,16 +245,16 @@ def test_where_it_cannot_be_put_the_node_is_named(far: FarNodes) -> None:
     assert "uploads" in error["cause"]
 
 
-def test_the_network_is_confirmed_over_a_new_connection_alone(far: FarNodes) -> None:
+def test_network_is_confirmed_only_over_a_new_connection(far: FarNodes) -> None:
     far.cluster("spark-1", "spark-2", "--yes")
-    assert sorted(trip for trip in far.trips if trip.endswith("anew")) == ["spark-1 anew", "spark-2 anew"]
+    assert sorted(trip for trip in far.trips if trip.endswith("new")) == ["spark-1 new", "spark-2 new"]
     network = [call for call in far.calls if "network" in call["only"]]
     assert all("--leave-armed" in call["argv"] for call in network)
     (reach,) = [call for call in far.calls if call["verb"] == "reach" and call["host"] == "spark-1"]
     assert reach["argv"][2] == "192.168.100.11"
 
 
-def test_a_network_that_cannot_be_reached_is_not_confirmed(far: FarNodes) -> None:
+def test_network_unreachable_is_not_confirmed(far: FarNodes) -> None:
     far.answer("spark-2", reach=[1, {}, [problem("192.168.100.10 does not answer over the link")]])
     code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
@@ -264,7 +262,7 @@ def test_a_network_that_cannot_be_reached_is_not_confirmed(far: FarNodes) -> Non
     assert said["errors"][0]["message"] == "spark-2: 192.168.100.10 does not answer over the link"
 
 
-def test_a_converged_cluster_is_asked_twice_and_not_touched(far: FarNodes) -> None:
+def test_converged_cluster_gets_two_requests_and_no_change(far: FarNodes) -> None:
     for host in ("spark-1", "spark-2"):
         far.answer(host, look=look("unchanged"))
     code, said, _ = far.cluster("spark-1", "spark-2")
@@ -273,7 +271,7 @@ def test_a_converged_cluster_is_asked_twice_and_not_touched(far: FarNodes) -> No
     assert [node["ssh_trips"] for node in said["data"]["nodes"]] == [2, 2]
 
 
-def test_a_network_left_unconfirmed_by_a_killed_run_is_confirmed(far: FarNodes) -> None:
+def test_network_unconfirmed_by_a_killed_run_is_confirmed(far: FarNodes) -> None:
     far.answer("spark-1", look=look("unchanged"))
     far.answer("spark-2", look=look("unchanged", armed=True), multi_node=[0, {"changed": False}, []])
     code, _, _ = far.cluster("spark-1", "spark-2", "--yes")
@@ -281,7 +279,7 @@ def test_a_network_left_unconfirmed_by_a_killed_run_is_confirmed(far: FarNodes) 
     assert ("spark-2", "confirm", "") in _verbs(far)
 
 
-def test_another_token_on_a_worker_is_replaced(far: FarNodes) -> None:
+def test_worker_with_another_token_gets_the_heads(far: FarNodes) -> None:
     far.answer("spark-1", look=look("unchanged"))
     far.answer("spark-2", look=look("unchanged", token="other"))
     assert far.cluster("spark-1", "spark-2", "--yes")[0] == 0
@@ -289,7 +287,7 @@ def test_another_token_on_a_worker_is_replaced(far: FarNodes) -> None:
     assert ("spark-1", "multi-node", "env-files+ray+serving") not in _verbs(far)
 
 
-def test_one_node_failing_stops_the_next_barrier_and_hides_nothing(far: FarNodes) -> None:
+def test_failed_node_stops_all_at_the_next_barrier_and_hides_nothing(far: FarNodes) -> None:
     far.answer("spark-1", multi_node__packages=[1, {}, [problem("apt could not install git")]])
     code, said, log = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
@@ -303,7 +301,7 @@ def test_one_node_failing_stops_the_next_barrier_and_hides_nothing(far: FarNodes
     assert "spark-1 │ packages: failed: apt could not install git" in log
 
 
-def test_a_check_that_fails_on_one_node_stops_all(far: FarNodes) -> None:
+def test_failed_check_on_one_node_stops_all(far: FarNodes) -> None:
     sudo = {
         "name": "sudo",
         "verdict": "fail",
@@ -321,7 +319,7 @@ def test_a_check_that_fails_on_one_node_stops_all(far: FarNodes) -> None:
     assert far.cluster("spark-1", "spark-2", "--yes", "--ignore", "sudo")[0] == 0
 
 
-def test_a_password_for_sudo_is_asked_for_once(far: FarNodes) -> None:
+def test_missing_sudo_password_is_reported_once(far: FarNodes) -> None:
     """Where it is missing, the firewall cannot be looked at either: the same trouble is not told twice."""
     sudo = {"name": "sudo", "verdict": "fail", "found": "sudo asks", "hint": "x", "title": "", "seconds": 0}
     unseen = {**step("firewall", "failed"), "error": {**problem("cannot be looked at"), "code": NeedsRoot.code}}
@@ -331,7 +329,7 @@ def test_a_password_for_sudo_is_asked_for_once(far: FarNodes) -> None:
     assert [each["code"] for each in said["errors"]] == ["preflight"]
 
 
-def test_an_obstacle_is_said_before_anything_is_begun(far: FarNodes) -> None:
+def test_conflict_is_reported_before_anything_is_applied(far: FarNodes) -> None:
     taken = step("network")
     taken["resources"] = [
         {"key": "n", "state": "conflict", "changed": False, "message": "eth0 is the LAN", "hint": "name it"}
@@ -343,7 +341,7 @@ def test_an_obstacle_is_said_before_anything_is_begun(far: FarNodes) -> None:
     assert {call["verb"] for call in far.calls} == {"look"}
 
 
-def test_a_node_that_is_off_is_named_and_the_others_are_asked(far: FarNodes) -> None:
+def test_unreachable_node_is_named_and_the_others_are_asked(far: FarNodes) -> None:
     (far.lab / "spark-1/ssh-says").write_text("ssh: connect to host spark-1 port 22: No route to host\n")
     code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
@@ -352,7 +350,7 @@ def test_a_node_that_is_off_is_named_and_the_others_are_asked(far: FarNodes) -> 
     assert _verbs(far) == [("spark-2", "look", "")]
 
 
-def test_versions_that_differ_stop_before_the_head_starts(far: FarNodes) -> None:
+def test_different_versions_stop_before_the_head_starts(far: FarNodes) -> None:
     far.answer("spark-2", look=look(versions={**VERSIONS, "vllm": "0.22.1"}))
     code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
@@ -361,13 +359,13 @@ def test_versions_that_differ_stop_before_the_head_starts(far: FarNodes) -> None
     assert not [call for call in far.calls if "ray" in call["only"]]
 
 
-def test_nodes_with_the_same_versions_pass() -> None:
+def test_require_same_equal_versions_pass() -> None:
     drift.require_same([("a", VERSIONS), ("b", dict(VERSIONS))])
     with pytest.raises(Blocked, match="NCCL"):
         drift.require_same([("a", VERSIONS), ("b", {k: v for k, v in VERSIONS.items() if k != "nccl"})])
 
 
-def test_sockets_on_one_and_roce_on_the_other_do_not_start() -> None:
+def test_require_same_sockets_and_roce_are_refused() -> None:
     roce, sockets = {**VERSIONS, "transport": "roce"}, {**VERSIONS, "transport": "socket"}
     drift.require_same([("a", roce), ("b", roce)])
     with pytest.raises(Blocked, match="transport for NCCL") as refused:
@@ -375,7 +373,7 @@ def test_sockets_on_one_and_roce_on_the_other_do_not_start() -> None:
     assert "network.transport=socket" in refused.value.hint
 
 
-def test_it_asks_before_it_begins(far: FarNodes) -> None:
+def test_cluster_without_yes_asks_before_it_applies(far: FarNodes) -> None:
     code, said, _ = far.cluster("spark-1", "spark-2")
     assert code == 2
     assert "--yes" in said["errors"][0]["hint"]
@@ -383,7 +381,7 @@ def test_it_asks_before_it_begins(far: FarNodes) -> None:
 
 
 @pytest.mark.parametrize("words", [("plan",), (), ("spark-1", "spark-1"), ("spark-1", "--only", "netwrok")])
-def test_what_cannot_be_asked_is_usage(far: FarNodes, words: tuple[str, ...]) -> None:
+def test_cluster_invalid_words_are_a_usage_error(far: FarNodes, words: tuple[str, ...]) -> None:
     assert far.cluster(*words)[0] == 2
     assert not far.calls
 
@@ -391,14 +389,14 @@ def test_what_cannot_be_asked_is_usage(far: FarNodes, words: tuple[str, ...]) ->
 # --- the other verbs
 
 
-def test_plan_touches_nothing(far: FarNodes) -> None:
+def test_plan_changes_nothing(far: FarNodes) -> None:
     code, said, _ = far.cluster("plan", "spark-1", "spark-2")
     assert code == 0
     assert {call["verb"] for call in far.calls} == {"look"}
     assert [each["step"] for each in said["data"]["nodes"][1]["steps"]] == list(STEPS)
 
 
-def test_uninstall_begins_with_the_workers_and_needs_no_tool(far: FarNodes) -> None:
+def test_uninstall_starts_with_the_workers_and_installs_nothing(far: FarNodes) -> None:
     far.add("bare")
     (far.lab / "bare/.local/share/sparkinstall/tool/made-from").unlink()
     back: list[Any] = [0, {"touches": []}, []]
@@ -410,7 +408,7 @@ def test_uninstall_begins_with_the_workers_and_needs_no_tool(far: FarNodes) -> N
     assert code == 0, said["errors"]
 
 
-# --- what ssh says
+# --- ssh
 
 
 @pytest.mark.parametrize(
@@ -428,13 +426,13 @@ def test_uninstall_begins_with_the_workers_and_needs_no_tool(far: FarNodes) -> N
         ("Permission denied: that is the far program\na\nb\nc\nConnection to a closed by remote host.", "was lost"),
     ],
 )  # fmt: skip
-def test_what_ssh_says_is_told_in_words(said: str, words: str) -> None:
+def test_ssh_failure_becomes_an_error_with_a_hint(said: str, words: str) -> None:
     told = explained("me@a", said)
     assert words in told.message
     assert told.hint
 
 
-def test_a_changed_host_key_is_explained_and_checking_stays_on() -> None:
+def test_ssh_changed_host_key_is_explained_and_checking_stays_on() -> None:
     said = (
         "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n"
         "Offending ED25519 key in /home/me/.ssh/known_hosts:7\nHost key verification failed."
@@ -445,10 +443,10 @@ def test_a_changed_host_key_is_explained_and_checking_stays_on() -> None:
     assert "StrictHostKeyChecking" not in told.hint
 
 
-# --- the tool on its way
+# --- installation on a node
 
 
-def test_the_digest_is_that_of_install_sh(checkout: tuple[Path, str]) -> None:
+def test_digest_equals_that_of_install_sh(checkout: tuple[Path, str]) -> None:
     folder, digest = checkout
     script = (folder / "install.sh").read_text().replace('main "$@"', f"HERE={folder}; digest_of_checkout")
     done = subprocess.run(["sh"], input=script, capture_output=True, text=True, check=True)
@@ -456,7 +454,7 @@ def test_the_digest_is_that_of_install_sh(checkout: tuple[Path, str]) -> None:
 
 
 @pytest.mark.network
-def test_the_tool_is_brought_to_a_node_that_has_none(far: FarNodes) -> None:
+def test_bare_node_gets_sparkinstall_first(far: FarNodes) -> None:
     (far.lab / "fresh").mkdir()
     code, said, log = far.cluster("plan", "fresh")
     assert code == 0, said["errors"]
@@ -468,7 +466,7 @@ def test_the_tool_is_brought_to_a_node_that_has_none(far: FarNodes) -> None:
     assert said["data"]["nodes"][0]["ssh_trips"] == 1
 
 
-def test_a_far_run_ends_itself_when_nobody_listens_any_more(checkout: tuple[Path, str]) -> None:
+def test_agent_ends_itself_when_the_terminal_is_gone(checkout: tuple[Path, str]) -> None:
     argv = [sys.executable, "-m", "sparkinstall", "node", "attend"]
     pipe = subprocess.PIPE
     with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, cwd=checkout[0]) as run:

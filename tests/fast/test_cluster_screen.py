@@ -23,7 +23,7 @@ def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
 
 
 @pytest.mark.parametrize("width", [80, 120])
-def test_nodes_that_tell_at_once_are_shown_in_the_order_of_the_command_line(far: FarNodes, width: int) -> None:
+def test_screen_shows_nodes_in_the_order_of_the_command_line(far: FarNodes, width: int) -> None:
     code, lines = on_a_terminal(far, ["127.0.0.1", "spark-2", "--yes"], width)
     said = "\n".join(lines)
     assert code == 0, said
@@ -35,7 +35,7 @@ def test_nodes_that_tell_at_once_are_shown_in_the_order_of_the_command_line(far:
     assert max(map(len, lines)) <= width
 
 
-def test_a_check_that_was_ignored_is_no_failure(far: FarNodes) -> None:
+def test_screen_ignored_check_is_a_warning(far: FarNodes) -> None:
     far.answer("127.0.0.1", look=look(preflight=[DRIVER]))
     told = "\n".join(on_a_terminal(far, ["plan", "127.0.0.1", "spark-2", "--ignore", "driver"])[1])
     assert re.search(r"! +driver +127\.0\.0\.1 +no driver\n +→ ignored: --ignore driver", told), told
@@ -44,7 +44,7 @@ def test_a_check_that_was_ignored_is_no_failure(far: FarNodes) -> None:
 
 
 @pytest.mark.parametrize("verb", ["verify", "status"])
-def test_of_a_node_that_does_not_answer_nothing_is_said_but_that(far: FarNodes, verb: str) -> None:
+def test_screen_unreachable_node_has_only_its_error(far: FarNodes, verb: str) -> None:
     far.answer("127.0.0.1", status=[0, {"installed": False}, []])
     code, lines = on_a_terminal(far, [verb, "127.0.0.1", "gone"])
     assert code == 5
@@ -53,7 +53,7 @@ def test_of_a_node_that_does_not_answer_nothing_is_said_but_that(far: FarNodes, 
     assert "Nothing failed on 127.0.0.1." in lines
 
 
-def test_checks_are_counted_on_the_nodes_that_were_asked(far: FarNodes) -> None:
+def test_screen_counts_checks_on_the_nodes_that_replied(far: FarNodes) -> None:
     told = "\n".join(on_a_terminal(far, ["plan", "127.0.0.1", "gone"])[1])
     assert "1 of 1 checks passed on 1 of 2 nodes; the others gave no reply" in told
     told = "\n".join(on_a_terminal(far, ["plan", "gone"])[1])

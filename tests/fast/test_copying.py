@@ -93,9 +93,7 @@ def _tree(folder: Path) -> dict[str, bytes]:
 # --- wheels
 
 
-def test_the_other_node_installs_from_what_was_copied_with_no_network(
-    pair: tuple[Side, Side], installed: tuple[Path, str]
-) -> None:
+def test_copied_wheels_install_without_a_network(pair: tuple[Side, Side], installed: tuple[Path, str]) -> None:
     head, worker = pair
     lock = head.home / "stack/tiny.lock"
     assert _install(worker, lock, installed[1], "--offline").returncode != 0
@@ -112,7 +110,7 @@ def test_the_other_node_installs_from_what_was_copied_with_no_network(
     assert list(worker.home.glob("venv/lib/*/site-packages/vllm/__init__.py"))
 
 
-def test_what_is_there_is_not_copied_again(pair: tuple[Side, Side]) -> None:
+def test_copy_skips_what_the_worker_has(pair: tuple[Side, Side]) -> None:
     head, worker = pair
     with offering(head, "environment") as offered:
         assert fetched(worker, offered, "environment")[1]["files"] > 0
@@ -120,7 +118,7 @@ def test_what_is_there_is_not_copied_again(pair: tuple[Side, Side]) -> None:
         assert fetched(worker, offered, "environment")[1] == {"changed": False, "files": 0, "bytes": 0}
 
 
-def test_several_are_served_at_once(pair: tuple[Side, Side], tmp_path: Path) -> None:
+def test_copy_serves_several_workers_at_once(pair: tuple[Side, Side], tmp_path: Path) -> None:
     head, worker = pair
     other = Side(tmp_path / "other", OTHER, worker.settings)
     other.home.mkdir()
@@ -133,7 +131,7 @@ def test_several_are_served_at_once(pair: tuple[Side, Side], tmp_path: Path) -> 
     assert _tree(_archive(worker)) == _tree(_archive(other)) == _tree(_archive(head))
 
 
-def test_another_stack_is_not_copied_and_said(pair: tuple[Side, Side], tmp_path: Path) -> None:
+def test_copy_of_another_stack_is_skipped_with_a_warning(pair: tuple[Side, Side], tmp_path: Path) -> None:
     head, worker = pair
     unlocked = tiny_stack(tmp_path / "unlocked", locked=False)
     unlike = replace(worker, settings=(f"stack={unlocked}", "environment.python=3.13"))
@@ -144,7 +142,7 @@ def test_another_stack_is_not_copied_and_said(pair: tuple[Side, Side], tmp_path:
     assert not (worker.cache / "uv").exists()
 
 
-def test_a_copy_that_was_killed_in_its_middle_is_gone_on_with(pair: tuple[Side, Side]) -> None:
+def test_copy_killed_in_the_middle_resumes(pair: tuple[Side, Side]) -> None:
     head, worker = pair
     with offering(head, "environment"):
         pass
@@ -181,7 +179,7 @@ def _make_fifo(path: Path) -> None:
 # --- who may have it, and what is believed
 
 
-def test_a_wrong_token_gets_nothing_and_keeps_nobody_else_from_it(pair: tuple[Side, Side]) -> None:
+def test_copy_with_a_wrong_token_is_refused_and_blocks_nobody(pair: tuple[Side, Side]) -> None:
     head, worker = pair
     with offering(head, "environment") as offered:
         code, _, error = fetched(worker, offered, "environment", token="another")
@@ -191,7 +189,7 @@ def test_a_wrong_token_gets_nothing_and_keeps_nobody_else_from_it(pair: tuple[Si
         assert fetched(worker, offered, "environment")[0] == 0
 
 
-def test_a_node_that_was_not_invited_gets_nothing(pair: tuple[Side, Side]) -> None:
+def test_copy_to_an_uninvited_address_is_refused(pair: tuple[Side, Side]) -> None:
     head, worker = pair
     with offering(head, "environment") as offered:
         code, _, _ = fetched(replace(worker, address=OTHER), offered, "environment")
@@ -199,7 +197,7 @@ def test_a_node_that_was_not_invited_gets_nothing(pair: tuple[Side, Side]) -> No
     assert not list(worker.cache.glob("uv/*"))
 
 
-def test_a_byte_that_changed_since_is_refused(pair: tuple[Side, Side]) -> None:
+def test_copy_with_a_changed_byte_is_refused(pair: tuple[Side, Side]) -> None:
     head, worker = pair
     with offering(head, "environment"):
         pass
@@ -212,7 +210,7 @@ def test_a_byte_that_changed_since_is_refused(pair: tuple[Side, Side]) -> None:
     assert not list(worker.cache.glob("uv/*"))
 
 
-def test_a_list_that_ssh_has_not_announced_is_refused(pair: tuple[Side, Side]) -> None:
+def test_list_not_announced_over_ssh_is_refused(pair: tuple[Side, Side]) -> None:
     head, worker = pair
     with offering(head, "environment") as offered:
         code, _, error = fetched(worker, offered, "environment", digest="0" * 64)
@@ -226,7 +224,7 @@ def test_a_list_that_ssh_has_not_announced_is_refused(pair: tuple[Side, Side]) -
      "uv/archive-v0/../x", "uv/wheels-v7/pypi/six/../../../../x.http", "uv/wheels-v7/pypi/x.sh", "uv/sdists-v10/x",
      "nccl/tarballs.json", "nccl/built/0123456789ab/../../x", "hashes/x", ".bashrc", ""],
 )  # fmt: skip
-def test_a_path_that_has_no_place_in_a_cache_is_refused(path: str) -> None:
+def test_list_with_a_path_outside_a_cache_is_refused(path: str) -> None:
     assert artifacts.understood(_listing([GOOD])).files
     with pytest.raises(CopyFailed, match="does not belong into a cache"):
         artifacts.understood(_listing([{**GOOD, "path": path}]))
@@ -246,13 +244,13 @@ def test_a_path_that_has_no_place_in_a_cache_is_refused(path: str) -> None:
         ([{**GOOD, "path": "uv/wheels-v7/pypi/six/1/x.http"}], [["uv/wheels-v7/pypi/six/1", ARCHIVE]]),
     ],
 )
-def test_a_list_that_could_lead_elsewhere_is_refused(files: list[Any], wheels: list[Any]) -> None:
+def test_list_that_could_write_elsewhere_is_refused(files: list[Any], wheels: list[Any]) -> None:
     with pytest.raises(CopyFailed):
         artifacts.understood(_listing(files, wheels))
 
 
 @pytest.mark.parametrize("said", [b"", b"[]", b"null", b'{"files": [{}]}', b"\xff", b'{"of": 1, "files": 3}'])
-def test_what_is_no_list_is_refused(said: bytes) -> None:
+def test_list_that_cannot_be_read_is_refused(said: bytes) -> None:
     with pytest.raises(CopyFailed, match="cannot be read"):
         artifacts.understood(said)
 
@@ -261,7 +259,7 @@ def _listing(files: list[Any], wheels: list[Any] | None = None) -> bytes:
     return json.dumps({"of": {}, "files": files, "wheels": wheels or [], "nccl": None}).encode()
 
 
-def test_a_link_in_the_cache_leads_nothing_out_of_it(pair: tuple[Side, Side], tmp_path: Path) -> None:
+def test_copy_through_a_link_out_of_the_cache_is_refused(pair: tuple[Side, Side], tmp_path: Path) -> None:
     head, worker = pair
     (bucket,) = head.cache.glob("uv/wheels-v*")
     (tmp_path / "outside").mkdir()
@@ -333,7 +331,7 @@ def _run_nccl(worker: Side, root: Path, *more: str) -> dict[str, Any]:
 
 
 @pytest.mark.network
-def test_nccl_from_the_other_node_is_taken_instead_of_building(
+def test_nccl_copied_from_the_head_replaces_the_build(
     built: tuple[Side, Side], small_nccl: Path, tmp_path: Path
 ) -> None:
     head, worker = built
@@ -349,7 +347,7 @@ def test_nccl_from_the_other_node_is_taken_instead_of_building(
 
 @pytest.mark.network
 @pytest.mark.parametrize("what", ["a byte", "the recipe", "the version", "the file"])
-def test_nccl_that_is_not_what_would_be_built_is_not_taken(built: tuple[Side, Side], tmp_path: Path, what: str) -> None:
+def test_nccl_of_another_recipe_is_not_used(built: tuple[Side, Side], tmp_path: Path, what: str) -> None:
     head, worker = built
     with offering(head, "nccl") as offered:
         assert fetched(worker, offered, "nccl")[0] == 0
@@ -380,7 +378,7 @@ def _tamper(waiting: Path, stamp: dict[str, Any], before: bytes, after: bytes, *
 
 
 @pytest.mark.network
-def test_nccl_for_another_gpu_is_not_copied_and_said(built: tuple[Side, Side]) -> None:
+def test_nccl_for_another_gpu_is_skipped_with_a_warning(built: tuple[Side, Side]) -> None:
     head, worker = built
     with offering(head, "nccl") as offered:
         code, data, _ = fetched(replace(worker, settings=(*worker.settings, "nccl.arch=120")), offered, "nccl")
@@ -405,7 +403,7 @@ def _builds(far: FarNodes, *verbs: str) -> list[tuple[str, str]]:
     return [(call["host"], call["verb"]) for call in sorted(calls, key=lambda call: call["began"])]
 
 
-def test_the_head_builds_then_gives_and_then_the_workers_build(far: FarNodes) -> None:
+def test_builds_run_on_the_head_then_copy_then_on_the_workers(far: FarNodes) -> None:
     code, said, log = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 0, said["errors"]
     assert _builds(far, "offer", "fetch") == [
@@ -425,7 +423,7 @@ def test_the_head_builds_then_gives_and_then_the_workers_build(far: FarNodes) ->
     assert "d1gest" not in log
 
 
-def test_a_copy_that_fails_is_a_warning_and_the_worker_builds_for_itself(far: FarNodes) -> None:
+def test_copy_that_fails_is_a_warning_and_the_worker_builds(far: FarNodes) -> None:
     broken = [1, {}, [problem("the other node broke off")]]
     far.answer("spark-2", fetch=broken)
     code, said, log = far.cluster("spark-1", "spark-2", "--yes")
@@ -436,7 +434,7 @@ def test_a_copy_that_fails_is_a_warning_and_the_worker_builds_for_itself(far: Fa
     assert _builds(far)[-1] == ("spark-2", "multi-node")
 
 
-def test_a_head_that_offers_nothing_holds_nobody_up(far: FarNodes) -> None:
+def test_head_that_offers_nothing_delays_no_worker(far: FarNodes) -> None:
     far.answer("spark-1", offer=[1, {}, [problem("nothing can be offered")]])
     code, _, log = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 0
@@ -445,7 +443,7 @@ def test_a_head_that_offers_nothing_holds_nobody_up(far: FarNodes) -> None:
     assert "downloads and builds what is missing" in log
 
 
-def test_nothing_is_offered_where_only_the_head_has_to_build_or_nothing_can_be_copied(far: FarNodes) -> None:
+def test_copy_is_skipped_if_no_worker_can_use_it(far: FarNodes) -> None:
     far.answer("spark-2", look=look("unchanged"))
     assert far.cluster("spark-1", "spark-2", "--yes")[0] == 0
     steps = [step(name, "unchanged") for name in ("environment", "nccl")]

@@ -24,7 +24,7 @@ RECORD = "vllm/__init__.py,sha256=aaaa,10\nvllm/version.py,sha256=bbbb,10\n"
 # --- the comparison
 
 
-def test_nodes_that_are_alike() -> None:
+def test_compared_equal_nodes_have_no_rows() -> None:
     found = compared([("spark-1", ALIKE), ("spark-2", dict(ALIKE))])
     assert (found.rows, found.compared) == ((), len(ALIKE))
 
@@ -35,19 +35,19 @@ def test_nodes_that_are_alike() -> None:
      ("fp8-file", "fail"), ("vllm-files", "fail"), ("mtu", "fail"), ("kernel", "warn"), ("driver", "warn"),
      ("firmware", "warn"), ("nccl-build-id", "warn"), ("env A", "warn"), ("gid", "note"), ("of tomorrow", "note")],
 )  # fmt: skip
-def test_what_differs_is_weighed(name: str, weight: str) -> None:
+def test_compared_difference_has_a_weight(name: str, weight: str) -> None:
     (row,) = compared([("a", {**ALIKE, name: "one"}), ("b", {**ALIKE, name: "two"})]).rows
     assert (row.name, row.weight, row.values) == (name, weight, ("one", "two"))
 
 
-def test_what_one_node_lacks_is_a_difference_and_the_worst_comes_first() -> None:
+def test_compared_missing_value_is_a_difference_and_the_worst_is_first() -> None:
     without = {name: value for name, value in ALIKE.items() if name not in ("kernel", "vllm")}
     found = compared([("a", ALIKE), ("b", ALIKE), ("c", without)])
     assert [(row.name, row.values[2]) for row in found.rows] == [("vllm", ""), ("kernel", "")]
     assert [row.name for row in found.failed] == ["vllm"]
 
 
-def test_all_that_must_be_the_same_before_ray_starts_is_weighed_as_a_failure() -> None:
+def test_kinds_required_before_ray_are_failures() -> None:
     for name in (*drift.PACKAGES, "python", "nccl", "transport"):
         assert drift.KINDS[name].weight == "fail"
 
@@ -83,7 +83,7 @@ def changed(on: OnASpark, name: str, old: str, new: str) -> dict[str, str]:
     return {key: after.get(key, "") for key in before.keys() | after.keys() if after.get(key) != before.get(key)}
 
 
-def test_a_node_tells_what_it_has(on: OnASpark) -> None:
+def test_comparables_list_the_values_of_a_node(on: OnASpark) -> None:
     told = comparables(node_with(), on)
     assert told.items() >= {
         "stack": "0.18.1", "vllm": "0.18.1", "fp8": "fallback on", "mtu": "1500 + 1500", "gid": "3 + 3",
@@ -94,7 +94,7 @@ def test_a_node_tells_what_it_has(on: OnASpark) -> None:
     assert "1234" not in json.dumps(told)
 
 
-def test_each_change_is_one_row(on: OnASpark) -> None:
+def test_compared_each_change_is_one_row(on: OnASpark) -> None:
     record = f"{SITE}/vllm-0.18.1.dist-info/RECORD"
     assert set(changed(on, record, "bbbb", "cccc")) == {"vllm-files"}
     patched = f"{SITE}/vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
@@ -107,13 +107,13 @@ def test_each_change_is_one_row(on: OnASpark) -> None:
     assert changed(on, mtu, "1500", "9000") == {"mtu": "1500 + 9000"}
 
 
-def test_what_the_installer_writes_itself_makes_no_difference(on: OnASpark) -> None:
+def test_comparables_ignore_what_the_installer_writes(on: OnASpark) -> None:
     record = f"{SITE}/vllm-0.18.1.dist-info/RECORD"
     own = "vllm-0.18.1.dist-info/INSTALLER,sha256=x,2\n../../../bin/vllm,sha256=y,9\nvllm/a.pyc,,\n"
     assert changed(on, record, RECORD, own + RECORD) == {}
 
 
-def test_what_cannot_be_read_is_left_out_and_takes_nothing_with_it(on: OnASpark) -> None:
+def test_comparables_unreadable_value_hides_no_other(on: OnASpark) -> None:
     whole = comparables(node_with(), on)
 
     class Shut(OnASpark):
@@ -126,7 +126,7 @@ def test_what_cannot_be_read_is_left_out_and_takes_nothing_with_it(on: OnASpark)
     assert shut == {name: value for name, value in whole.items() if name not in ("fp8", "lock")}
 
 
-def test_nccl_is_compared_by_the_library_itself(on: OnASpark) -> None:
+def test_comparables_nccl_is_the_library_itself(on: OnASpark) -> None:
     """A library that was put in the place of ours is another one, whatever was noted when ours was built."""
     folder = Path(on.root, "opt/sparkinstall/nccl")
     (folder / "lib").mkdir(parents=True)
@@ -183,13 +183,13 @@ def measures(nodes: FarNodes, host: str, ask: Any = None, **more: Any) -> None:
     nodes.answer(host, **{**answers, **more})
 
 
-def test_alike_nodes_are_told_in_one_line(far: FarNodes) -> None:
+def test_differences_of_equal_nodes_are_one_line(far: FarNodes) -> None:
     code, lines = on_a_terminal(far, ["verify", "spark-1", "spark-2"], 100)
     assert code == 0, lines
     assert "✓ The nodes are equal in all 5 values that were compared." in lines
 
 
-def test_a_table_of_the_differences_alone(far: FarNodes) -> None:
+def test_differences_table_has_only_what_differs(far: FarNodes) -> None:
     measures(far, "spark-2", verify=proven(vllm="0.22.1", kernel="7.0.0-1019-nvidia"))
     code, lines = on_a_terminal(far, ["verify", "spark-1", "spark-2"], 100)
     rows = [" ".join(line.split()) for line in lines]
@@ -204,20 +204,20 @@ def test_a_table_of_the_differences_alone(far: FarNodes) -> None:
     assert "the nodes differ in vllm" in said["errors"][0]["message"]
 
 
-def test_a_difference_that_is_only_a_warning_is_no_failure(far: FarNodes) -> None:
+def test_difference_that_is_a_warning_is_no_failure(far: FarNodes) -> None:
     measures(far, "spark-2", verify=proven(kernel="7.0.0"))
     code, said, _ = far.cluster("verify", "spark-1", "spark-2")
     assert (code, [row["weight"] for row in said["data"]["differences"]]) == (0, ["warn"])
     assert far.cluster("verify", "spark-1", "spark-2", "--level", "link")[1]["data"]["differences"] == []
 
 
-def test_nothing_is_measured_that_nobody_asked_for(far: FarNodes) -> None:
+def test_verify_without_measure_measures_nothing(far: FarNodes) -> None:
     far.cluster("verify", "spark-1", "spark-2", "--level", "link")
     assert {call["verb"] for call in far.calls} == {"verify"}
     assert all(call["argv"][-3:-1] == ["--level", "link"] for call in far.calls)
 
 
-def test_each_way_is_measured_and_one_after_the_other(far: FarNodes) -> None:
+def test_measure_runs_each_direction_one_after_the_other(far: FarNodes) -> None:
     measures(far, "spark-2", ask=carried(90.0, 0.1))
     code, said, _ = far.cluster("verify", "spark-1", "spark-2", "--level", "link", "--measure")
     told = {(each["name"], each["from"], each["to"]): each for each in said["data"]["bandwidth"]}
@@ -232,7 +232,7 @@ def test_each_way_is_measured_and_one_after_the_other(far: FarNodes) -> None:
     assert first["ended"] < second["began"]
 
 
-def test_a_side_that_does_not_answer_is_a_failed_measurement(far: FarNodes) -> None:
+def test_measure_silent_side_is_a_failed_measurement(far: FarNodes) -> None:
     bad = {"code": "failed", "message": "it did not start", "cause": "", "hint": "", "log": "", "output": []}
     measures(far, "spark-2", respond=[1, {}, [bad]], says={})
     _, said, _ = far.cluster("verify", "spark-1", "spark-2", "--level", "link", "--measure")
@@ -240,7 +240,7 @@ def test_a_side_that_does_not_answer_is_a_failed_measurement(far: FarNodes) -> N
     assert said["data"]["bandwidth"][0]["found"] == "spark-2: it did not start"
 
 
-def test_strict_counts_what_was_skipped_but_not_what_was_measured_instead(far: FarNodes) -> None:
+def test_strict_counts_skipped_probes_that_no_measurement_replaces(far: FarNodes) -> None:
     able = [0, {"why_not": dict.fromkeys(ABLE, "")}, []]
     for host in ("spark-1", "spark-2"):
         measures(far, host, measurable=able, ask=carried(95.0, 95.0))
@@ -268,13 +268,13 @@ def test_junit_has_every_node_and_what_is_between_them(far: FarNodes, tmp_path: 
 
 
 @pytest.mark.parametrize("words", [("--level", "link"), ("--measure",), ("--strict",), ("--junit", "x")])
-def test_what_belongs_to_verify_is_refused_elsewhere(far: FarNodes, words: tuple[str, ...]) -> None:
+def test_option_of_verify_is_refused_elsewhere(far: FarNodes, words: tuple[str, ...]) -> None:
     code, said, _ = far.cluster("spark-1", "spark-2", *words)
     assert (code, words[0] in said["errors"][0]["message"]) == (2, True)
     assert not far.calls
 
 
-def test_how_a_measurement_looks(far: FarNodes) -> None:
+def test_measurement_is_shown_as_a_table(far: FarNodes) -> None:
     measures(far, "spark-2", ask=carried(90.0, 0.1))
     _, lines = on_a_terminal(far, ["verify", "spark-1", "spark-2", "--measure"], 120)
     rows = [" ".join(line.split()) for line in lines]

@@ -63,13 +63,13 @@ def test_addresses_that_cannot_be_a_clusters_are_refused(
     assert not (tmp_path / "node").exists()
 
 
-def test_a_part_alone_keeps_the_role(tmp_path: Path) -> None:
+def test_single_step_keeps_the_role(tmp_path: Path) -> None:
     answer = in_this_process("multi-node", *HEAD, "--root", tmp_path / "node", "--only", "env-files")
     assert answer.returncode == 2
     assert "add `--only fp8`, or leave `--only` out" in said(answer)
 
 
-def test_what_a_node_is_among_several_outlives_a_run_that_failed(tmp_path: Path) -> None:
+def test_role_outlives_a_failed_run(tmp_path: Path) -> None:
     root = tmp_path / "node"
     (root / "opt/sparkinstall").mkdir(parents=True)
     (root / "opt/sparkinstall/services").write_text("in the way")
@@ -90,7 +90,7 @@ def test_what_a_node_is_among_several_outlives_a_run_that_failed(tmp_path: Path)
     assert kept == {"settings": {"cluster.role": "head", "cluster.ray_port": 7777, "network.mtu": 1500}}
 
 
-def test_the_role_is_asked_for() -> None:
+def test_role_is_required() -> None:
     answer = sparkinstall("multi-node")
     assert answer.returncode == 2
     assert "--role" in answer.stderr
@@ -121,7 +121,7 @@ MOVED = (*TABLE[:3], (5, MAPPED, "RoCE v2"), (10, MAPPED, "RoCE v2"))
         (TABLE[:3], TABLE[:3], ""),
     ],
 )
-def test_the_gid_is_read_at_each_start(
+def test_gid_is_read_at_each_start(
     tmp_path: Path, first: tuple[tuple[int, str, str], ...], second: tuple[tuple[int, str, str], ...], answer: str
 ) -> None:
     gid_table(tmp_path / "sys", "rocep1s0f0", *first)
@@ -133,7 +133,7 @@ def test_the_gid_is_read_at_each_start(
     assert (run.stdout, run.stderr) == (answer, "")
 
 
-def test_a_device_that_is_gone_is_no_error(tmp_path: Path) -> None:
+def test_missing_device_is_no_error(tmp_path: Path) -> None:
     script = tmp_path / "roce-gid"
     script.write_bytes(render("roce-gid.sh.j2", {"stack": "0.18.1"}))
     environment = {"PATH": "/usr/bin:/bin", "SYS": str(tmp_path), "NCCL_IB_HCA": "rocep9s0f0"}
@@ -151,14 +151,14 @@ def head_of_two(**settings: object) -> Node:
 @pytest.mark.parametrize(
     ("asked", "says"), [("auto", "the node itself decides"), ("roce", "the node itself uses RoCE")]
 )
-def test_a_rehearsal_says_that_its_sockets_are_only_its_own(tmp_path: Path, asked: str, says: str) -> None:
+def test_rehearsal_says_that_its_sockets_are_its_own(tmp_path: Path, asked: str, says: str) -> None:
     state = Transport(head_of_two(network__transport=asked)).check(LocalReader(str(tmp_path)))
     assert isinstance(state, Drift)
     assert "sockets" in state.summary
     assert says in state.summary
 
 
-def test_a_network_that_is_not_ours_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unmanaged_network_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
     spark(tmp_path)
     state = Transport(head_of_two(network__manage=False)).check(Machine(str(tmp_path)))
@@ -169,14 +169,14 @@ def test_a_network_that_is_not_ours_is_not_waited_for(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("manage", "there"), [(True, True), (False, False)])
-def test_netplan_is_only_installed_where_it_is_used(manage: bool, there: bool) -> None:
+def test_netplan_is_installed_only_where_it_is_used(manage: bool, there: bool) -> None:
     (packages,) = SystemPackages().resources(head_of_two(network__manage=manage))
     assert isinstance(packages, Packages)
     assert ("netplan.io" in packages.names) is there
     assert {"iputils-ping", "nftables"} <= set(packages.names)
 
 
-def test_where_nothing_is_built_no_compiler_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_compiler_is_required_only_for_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable in ("CUDA_HOME", "SSH_CONNECTION"):
         monkeypatch.delenv(variable, raising=False)
     node = head_of_two(nccl__mode="wheel", nccl__cuda_home="/nowhere")

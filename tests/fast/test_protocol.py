@@ -23,7 +23,7 @@ def envelope(data: Any, **other: Any) -> bytes:
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: type(state).__name__)
-def test_a_state_that_was_sent_is_described_alike(state: State) -> None:
+def test_state_after_transfer_has_the_same_description(state: State) -> None:
     message = StepMessage.of(StepReport("network", "", [Checked("eth0", state, changed=True)]))
     sent = msgspec.json.decode(msgspec.json.encode(message), type=StepMessage).report()
     assert (sent.name, sent.outcome, len(sent.checked)) == ("network", message.outcome, 1)
@@ -31,13 +31,13 @@ def test_a_state_that_was_sent_is_described_alike(state: State) -> None:
     assert describe(sent.checked[0].state) == describe(state)
 
 
-def test_a_resource_is_one_flat_object() -> None:
+def test_resource_is_one_flat_object() -> None:
     message = StepMessage.of(StepReport("network", "", [Checked("eth0", Ok("9000"))]))
     (resource,) = msgspec.to_builtins(message)["resources"]
     assert resource == {"key": "eth0", "changed": False, "state": "ok", "note": "9000"}
 
 
-def test_a_problem_that_was_sent_keeps_its_code_and_names_the_node_of_its_log() -> None:
+def test_problem_after_transfer_keeps_its_code_and_names_the_node_of_its_log() -> None:
     problem = Blocked("it is taken", cause="someone", hint="move it", log="/var/log/x", output=["a", "b"])
     errors = [msgspec.to_builtins(protocol.Error.of(problem))]
     (sent,) = protocol.decode(envelope({}, errors=errors, exit_code=1), Look, "spark-2").problems
@@ -45,7 +45,7 @@ def test_a_problem_that_was_sent_keeps_its_code_and_names_the_node_of_its_log() 
     assert (sent.log, list(sent.output)) == ("spark-2:/var/log/x", ["a", "b"])
 
 
-def test_a_probe_that_was_sent_keeps_its_finding_and_its_fix() -> None:
+def test_probe_after_transfer_keeps_finding_and_fix() -> None:
     probe = Probe("link", "the link", lambda _: warned("slow", "look"), "link", fix=fixes.numbered(2))
     message = ProbeMessage.of(ProbeResult(probe, warned("slow", "look"), 0.5))
     sent = msgspec.json.decode(msgspec.json.encode(message), type=ProbeMessage).result()
@@ -54,14 +54,14 @@ def test_a_probe_that_was_sent_keeps_its_finding_and_its_fix() -> None:
     assert message.fix == 2 and sent.probe.fix == fixes.numbered(2)
 
 
-def test_fields_of_a_newer_node_are_ignored() -> None:
+def test_reply_unknown_fields_are_ignored() -> None:
     step = {"step": "x", "new": 1, "resources": [{"key": "k", "state": "ok", "newer": [2]}]}
     reply = protocol.decode(envelope({"steps": [step], "more": {}}, newest=True), Look)
     assert reply.data is not None
     assert [report.name for report in reply.data.reports] == ["x"]
 
 
-def test_another_version_is_refused() -> None:
+def test_reply_in_another_version_is_refused() -> None:
     with pytest.raises(Problem, match="replies in version 2 of the protocol") as refused:
         protocol.decode(b'{"version": 2, "everything": "else"}', Look)
     assert "same version" in refused.value.hint
@@ -76,23 +76,23 @@ def test_another_version_is_refused() -> None:
         [],
     ],
 )
-def test_what_is_no_such_message_is_refused(data: Any) -> None:
+def test_reply_with_another_message_is_refused(data: Any) -> None:
     with pytest.raises(Problem, match="does not follow the protocol"):
         protocol.decode(envelope(data), Look)
 
 
 @pytest.mark.parametrize("reply", [b"", b"Killed", b"[]", b'{"version": 1}', b'{"version": 1, "data": {}}'])
-def test_what_is_no_envelope_is_no_reply(reply: bytes) -> None:
+def test_reply_without_envelope_is_an_error(reply: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):
         protocol.decode(reply, Look)
 
 
-def test_a_verb_that_failed_has_no_message() -> None:
+def test_reply_of_a_failed_verb_has_no_message() -> None:
     reply = protocol.decode(envelope({}, exit_code=1), Fetched)
     assert (reply.code, reply.data) == (1, None)
 
 
 @pytest.mark.parametrize("line", ["", "00:00:00 working", "{", '{"answers-at": "all"}', '{"offer": {}}', "\udc80"])
-def test_only_an_announcement_is_one(line: str) -> None:
+def test_line_without_announcement_is_none(line: str) -> None:
     assert protocol.announced('{"answers-at": [1, 2]}', Listening) == Listening((1, 2))
     assert protocol.announced(line, Listening) is None

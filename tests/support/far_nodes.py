@@ -1,6 +1,6 @@
-"""Nodes that are folders: an `ssh` that is really `sh -c`, and a tool that writes down what it is asked.
+"""Fake nodes, each a folder: `ssh` is `sh -c`, and `sparkinstall` records its requests and replies from a file.
 
-For the order of phases and what goes over the wire alone; tests/nodes has real nodes and real ssh.
+They test the order of phases and what goes over the wire; tests/nodes has real nodes and real ssh.
 """
 
 import json
@@ -17,12 +17,12 @@ from sparkinstall.cluster import bootstrap
 
 _SSH = """\
 #!/bin/sh
-anew=shared
+new=shared
 while [ "$1" != -- ]; do
-    case $1 in ControlPath=none) anew=anew ;; -O) exit 0 ;; esac
+    case $1 in ControlPath=none) new=new ;; -O) exit 0 ;; esac
     shift
 done
-echo "$2 $anew" >>"$LAB/trips"
+echo "$2 $new" >>"$LAB/trips"
 if [ -e "$LAB/$2/ssh-says" ]; then cat "$LAB/$2/ssh-says" >&2; exit 255; fi
 HOME=$LAB/$2
 export HOME
@@ -55,7 +55,7 @@ VERSIONS = {"python": "3.12.3", "vllm": "0.18.1", "torch": "2.10.0", "ray": "2.6
 
 
 def step(name: str, outcome: str = "drift") -> dict[str, Any]:
-    """A step of a look's answer."""
+    """A step in the reply of `look`."""
     state: dict[str, Any] = {"key": name, "changed": False, "state": "ok", "note": ""}
     if outcome == "drift":
         state = {"key": name, "changed": False, "state": "drift", "summary": f"make {name}", "before": "", "after": ""}
@@ -63,7 +63,7 @@ def step(name: str, outcome: str = "drift") -> dict[str, Any]:
 
 
 def look(outcome: str = "drift", **more: Any) -> list[Any]:
-    """What `node look` answers."""
+    """A reply of `node look`."""
     data = {
         "preflight": [{"name": "disk", "verdict": "pass", "found": "enough", "hint": "", "title": "", "seconds": 0.0}],
         "steps": [step(name, outcome) for name in STEPS],
@@ -82,15 +82,15 @@ def problem(what: str) -> dict[str, Any]:
     return {
         "code": "command",
         "message": what,
-        "cause": "so it is",
-        "hint": "mend it",
+        "cause": "a cause",
+        "hint": "fix it",
         "log": "/l",
         "output": ["the end"],
     }
 
 
 def copied(to: Path) -> tuple[Path, str]:
-    """A checkout of ours in the folder `to`, and its digest."""
+    """A copy of this checkout in the folder `to`, and its digest."""
     for name, path in bootstrap.sources().items():
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to / name)
@@ -105,9 +105,9 @@ PROVEN = [0, {"checks": [], "probes": [], "fixes": []}, []]
 
 @dataclass(frozen=True)
 class FarNodes:
-    """The folder of all of them. Answers by verb, or by verb and first step: `multi-node:network`.
+    """The folder `lab` of all fake nodes. Replies are by verb, or by verb and first step: `multi-node:network`.
 
-    `checkout` is a copy of our sources that nobody edits while the tests run.
+    `checkout` is a copy of the sources, so that edits during a test change nothing.
     """
 
     lab: Path
@@ -115,7 +115,7 @@ class FarNodes:
     digest: str
 
     def add(self, host: str, **answers: Any) -> None:
-        """A node with the tool of this very version."""
+        """Add a node that has sparkinstall of exactly this version."""
         tool = self.lab / host / ".local/share/sparkinstall/tool"
         (tool / "bin").mkdir(parents=True)
         (tool / "made-from").write_text(f"{self.digest} /usr/bin/python3\n")
@@ -125,13 +125,13 @@ class FarNodes:
         self.answer(host, **answers)
 
     def answer(self, host: str, **answers: Any) -> None:
-        """Say from now on what this node answers."""
+        """Set the replies of a node."""
         standard = {"look": look(), "verify": PROVEN, "token": [0, {"token": "t0ken-of-the-head"}, []]}
         given = {name.replace("_", "-").replace("--", ":"): value for name, value in answers.items()}
         (self.lab / host / "answers.json").write_text(json.dumps({**standard, **given}))
 
     def cluster(self, *argv: str) -> tuple[int, Mapping[str, Any], str]:
-        """Exit code, the JSON object, and stderr of `sparkinstall cluster`."""
+        """Run `sparkinstall cluster --json`: exit code, JSON object, stderr."""
         env = self.environment()
         whole = [sys.executable, "-m", "sparkinstall", "cluster", *argv, "--json"]
         done = subprocess.run(whole, env=env, cwd=self.lab, capture_output=True, text=True, timeout=180, check=False)
@@ -139,7 +139,7 @@ class FarNodes:
         return done.returncode, json.loads(done.stdout), done.stderr
 
     def environment(self) -> dict[str, str]:
-        """The variables with which these nodes are found."""
+        """Environment in which `ssh` reaches these nodes."""
         tools = self.lab / "bin"
         tools.mkdir(exist_ok=True)
         (tools / "ssh").write_text(_SSH)
@@ -151,11 +151,11 @@ class FarNodes:
 
     @property
     def calls(self) -> list[dict[str, Any]]:
-        """What the tools were asked, in the order in which they ended."""
+        """The requests to all nodes, in the order in which they ended."""
         path = self.lab / "calls"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     @property
     def trips(self) -> Sequence[str]:
-        """`host shared` or `host anew` for each command that ssh was given."""
+        """`host shared` or `host new` for each command over ssh: which connection it used."""
         return (self.lab / "trips").read_text().splitlines()

@@ -1,7 +1,7 @@
-"""Two nodes that are a cache and a prefix each, and talk as a head and a worker do: real processes and sockets.
+"""A head and a worker, each a cache and a prefix, that copy artifacts with real processes and sockets.
 
-They stand at 127.0.0.1 and 127.0.0.2, since every address of that network is this machine's. A config may not name
-those, so the verbs `node offer` and `node fetch` are told of them here, when all else is read.
+They are at 127.0.0.1 and 127.0.0.2, addresses of this machine. A config may not name these, so `main` sets them for
+`node offer` and `node fetch` after the config was read.
 """
 
 import json
@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ TOKEN = "a-token-of-these-tests"
 
 @dataclass(frozen=True)
 class Side:
-    """A node: everything of it is beneath `home`."""
+    """A node whose files are all beneath `home`."""
 
     home: Path
     address: str
@@ -53,12 +53,11 @@ class Side:
 
 @dataclass
 class Offered:
-    """An offer that is under way: what the head announced of it, and what it said in the end."""
+    """A running offer: what the head announced."""
 
     process: "subprocess.Popen[str]"
     port: int = 0
     digest: str = ""
-    said: Mapping[str, Any] = field(default_factory=dict)
 
     def as_given(self, **other: Any) -> str:
         return json.dumps({"token": TOKEN, "port": self.port, "digest": self.digest, **other}) + "\n"
@@ -66,7 +65,7 @@ class Offered:
 
 @contextmanager
 def offering(head: Side, *only: str, peers: tuple[str, ...] = (WORKER,)) -> Iterator[Offered]:
-    """An offer of the head for these steps; it is ended with the context unless it has ended itself."""
+    """An offer of the head for these steps; it ends with the context at the latest."""
     with head.start("offer", *peers, *(word for each in only for word in ("--only", each))) as process:
         assert process.stdin is not None
         assert process.stderr is not None
@@ -88,14 +87,14 @@ def offering(head: Side, *only: str, peers: tuple[str, ...] = (WORKER,)) -> Iter
 
 
 def ended(offered: Offered) -> Mapping[str, Any]:
-    """What the offer says once all were served."""
+    """The reply of an offer that served every peer."""
     out, err = offered.process.communicate(timeout=60)
     assert offered.process.returncode == 0, out + err
     return dict(json.loads(out)["data"])
 
 
 def fetched(worker: Side, offered: Offered, *only: str, **other: Any) -> tuple[int, dict[str, Any], str]:
-    """Exit code, data, and the first error of a fetch."""
+    """Run a fetch: exit code, data, first error."""
     with worker.start("fetch", *(word for each in only for word in ("--only", each))) as process:
         out, err = process.communicate(offered.as_given(**other), timeout=60)
     said = json.loads(out)
@@ -105,7 +104,7 @@ def fetched(worker: Side, offered: Offered, *only: str, **other: Any) -> tuple[i
 
 
 def main() -> None:
-    """Run a verb as the node with the address that comes first."""
+    """Run a verb as the node whose address is the first argument."""
     from sparkinstall.cli import app
     from sparkinstall.config import ClusterConfig
     from sparkinstall.core import session
