@@ -17,6 +17,7 @@ from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.network import own_addresses, twin_of
 from sparkinstall.node import Node, nccl_library
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.probes.env_file import started_with
 from sparkinstall.system import Reader
 
 Kind = Literal["tcp", "rdma", "nccl"]
@@ -186,14 +187,14 @@ def _ib_write_bw(on: Reader, half: qsfp.Interface, own: str, port: int, peer: st
     return Program(half.hca, _within(LIMIT, "ib_write_bw", *device, *how, *((peer,) if peer else ())))
 
 
-_START = '. "$1" && shift && NCCL_DEBUG=INFO NCCL_DEBUG_SUBSYS=INIT,NET exec python -c "$@"'
+_WITH_NETWORK_NAMED = ("env", "NCCL_DEBUG=INFO", "NCCL_DEBUG_SUBSYS=INIT,NET")
 
 
 def _gathering(node: Node, on: Reader, port: int, peer: str) -> Program:
     free = machine.available_memory(on)
     words = ("1", peer) if peer else ("0", node.address)
-    asked = (payloads.source("nccl_bandwidth"), *words, str(port), str(size(free)), str(SECONDS))
-    return Program("nccl", _within(NCCL_LIMIT, "bash", "-c", _START, "bash", on.real(node.env_file), *asked))
+    asked = ("python", "-c", payloads.source("nccl_bandwidth"), *words, str(port), str(size(free)), str(SECONDS))
+    return Program("nccl", _within(NCCL_LIMIT, *started_with(node, on, *_WITH_NETWORK_NAMED, *asked)))
 
 
 # --- what it says

@@ -42,6 +42,10 @@ def _env(words: Words) -> bool:
     return bool(words) and allows(words)
 
 
+def _timeout(words: Words) -> bool:
+    return words[:1] == ("-k",) and len(words) > 3 and allows(words[3:])
+
+
 def _first_verb(words: Words) -> str:
     return next((word for word in words if not word.startswith("-") or word == "--failed"), "")
 
@@ -69,6 +73,7 @@ _READ_IF: dict[str, Callable[[Words], bool]] = {
     "systemctl": lambda words: _first_verb(words) in _SYSTEMCTL,
     "systemd-analyze": lambda words: words[:1] == ("verify",),
     # What happens in a network namespace of its own ends with it.
+    "timeout": _timeout,
     "unshare": lambda words: "--net" in words[:2],
     "uv": lambda words: words[:2] == ("python", "find"),
 }

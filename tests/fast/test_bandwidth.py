@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from sparkinstall.core import checks
 from sparkinstall.probes import bandwidth, link
 from sparkinstall.probes.bandwidth import Kind, Measured
+from sparkinstall.system import read_only
 from tests.support.machine import Machine, OnASpark
 from tests.support.nodes import node_with
 from tests.support.sysfs import Sysfs, card, spark
@@ -227,6 +228,14 @@ def test_the_asking_side_goes_to_the_same_half_of_the_other_node(tmp_path: Path)
     assert first.argv[first.argv.index("-x") + 1] == "3"
     tcp = bandwidth.programs(node, on, "tcp", (29699, 29698), "192.168.100.11")
     assert [each.argv[each.argv.index("-c") + 1] for each in tcp] == ["192.168.100.11", "192.168.101.11"]
+
+
+@pytest.mark.parametrize("peer", ["", "192.168.100.11"])
+@pytest.mark.parametrize("kind", bandwidth.KINDS)
+def test_programs_of_a_measurement_are_on_the_list_of_read_only_commands(tmp_path: Path, kind: Kind, peer: str) -> None:
+    on = OnASpark(tree(tmp_path).root, {})
+    for program in bandwidth.programs(node_with(), on, kind, (29699, 29698), peer):
+        assert read_only.allows(program.argv), program.argv
 
 
 # --- on one node

@@ -49,6 +49,7 @@ ssh -o BatchMode=yes 192.168.100.10 'cat /opt/sparkinstall/ray-token'
 bash -c '. "$1" && shift && exec "$@"' bash /opt/x.env python -I -c 'print(1)'
 /opt/sparkinstall/venv/bin/python -I -c 'print(1)'
 /usr/bin/uv python find 3.12
+timeout -k 2 30 iperf3 -s -1
 """
 CHANGES = """\
 ip neighbour flush to 192.168.100.11 dev enp1s0f0np0
@@ -80,6 +81,7 @@ python -m pip install x
 uv pip install x
 rm -rf /opt
 tee /etc/hosts
+timeout -k 2 30 rm -rf /opt
 """
 
 
