@@ -146,8 +146,6 @@ def _gids(node: Node, on: Reader, port: Port) -> str:
 
 def _of_system(node: Node, on: Reader) -> dict[str, str]:
     del node
-    if on.rehearsal:
-        return {}
     driver = _DRIVER.search(on.read(DRIVER_FILE) or b"")
     release = machine.release(on)
     return {

@@ -44,10 +44,12 @@ class Probe(Struct, frozen=True):
 
     `level`: `static` reads files only, so that even a run with nothing to do can afford it; `node` asks
     the system and small processes; `gpu` loads vLLM's parts, and uses a GPU where there is one; `link`
-    and `cluster` need the other nodes; `serving` needs a model that is served. `impact`: what it means for
-    a person when it fails, one sentence. `fix`: the fix that it proves. `needs_node`: why a rehearsal skips
-    it; empty: it does not. `others`: it needs the other nodes too, which may come up after this one. `load`:
-    it keeps the GPU or the link busy, so it runs only where `--measure` asks for it.
+    and `cluster` need the other nodes; `serving` needs a model that is served.
+    `impact`: what a failure means for the user, one sentence. `fix`: the fix that it proves.
+    `needs_node`: why a rehearsal skips it; empty: it does not.
+    `others`: it needs the other nodes too, which may come up after this one.
+    `load`: it keeps the GPU or the link busy, so it runs only with `--measure`.
+    `to_install`: a node that is set up needs it only to reinstall something.
     """
 
     name: str
@@ -59,3 +61,4 @@ class Probe(Struct, frozen=True):
     needs_node: str = ""
     others: bool = False
     load: bool = False
+    to_install: bool = False

@@ -41,7 +41,7 @@ def preflight(node: Node) -> Iterable[Probe]:
     )  # fmt: skip
     yield Probe(
         "sudo", "the use of sudo", _sudo, "node",
-        "Parts that only root can see or change are left out.", needs_node=_LEFT,
+        "Parts that only root can see or change are left out.", needs_node=_LEFT, to_install=True,
     )  # fmt: skip
     yield Probe(
         "memory", "memory", _memory, "node",
@@ -49,15 +49,15 @@ def preflight(node: Node) -> Iterable[Probe]:
     )  # fmt: skip
     yield Probe(
         "python", f"Python {node.stack.python}", lambda _: _python(node), "node",
-        "vLLM's environment cannot be made.",
+        "vLLM's environment cannot be made.", to_install=True,
     )  # fmt: skip
     yield Probe(
         "cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node), "node",
-        "NCCL cannot be built for this GPU.",
+        "NCCL cannot be built for this GPU.", to_install=True,
     )  # fmt: skip
     yield Probe(
         "disk", "free disk", lambda on: _unless_shut(_disk, on, node), "node",
-        "The environment or a model's download will break off in the middle.",
+        "The environment or a model's download will break off in the middle.", to_install=True,
     )  # fmt: skip
     yield Probe(
         "clock", "clock", _clock, "node",
@@ -65,7 +65,7 @@ def preflight(node: Node) -> Iterable[Probe]:
     )  # fmt: skip
     yield Probe(
         "prefix", "a prefix that is free or ours", lambda on: _unless_shut(_prefix, on, node), "node",
-        "sparkinstall will not touch what others have put there, so it cannot set the node up.",
+        "sparkinstall will not touch what others have put there, so it cannot set the node up.", to_install=True,
     )  # fmt: skip
     if node.several:
         yield Probe(

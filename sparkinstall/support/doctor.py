@@ -24,8 +24,6 @@ _FOUND = {"write": "missing", "change": "differs"}
 
 _WEIGHTS: Mapping[Verdict, Weight] = {"fail": "broken", "warn": "look-at", "skip": "skipped", "pass": "ok"}
 _SUDO = "`sudo -v` in this terminal, then the same command again"
-# A node that is set up needs these only to reinstall something.
-_ONLY_TO_SET_UP = frozenset({"sudo", "python", "cuda", "disk", "prefix"})
 
 
 class Item(Struct, frozen=True):
@@ -67,7 +65,7 @@ def of_preflight(result: Iterable[ProbeResult], installed: bool) -> list[Item]:
 def _of_preflight(result: ProbeResult, installed: bool) -> Item:
     probe, finding = result.probe, result.finding
     weight = _WEIGHTS[finding.verdict]
-    if weight == "broken" and installed and probe.name in _ONLY_TO_SET_UP:
+    if weight == "broken" and installed and probe.to_install:
         weight = "look-at"
     return Item(
         probe.name, "preflight", weight, probe.title, finding.found, finding.expected, probe.impact, finding.hint,
