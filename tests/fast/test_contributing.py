@@ -1,0 +1,130 @@
+"""The examples of CONTRIBUTING, applied to a copy of the tree exactly as they are printed: the copy stays green."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.support.documents import REPOSITORY, section
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of code, the file that is named above it, and its language."""
+
+    file: str
+    language: str
+    text: str
+
+
+def blocks(heading: str) -> Iterator[Block]:
+    text = section("CONTRIBUTING.md", heading)
+    for match in re.finditer(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        named = re.findall(r"\*\*`([\w./-]+)`\*\*", text[: match.start()])
+        yield Block(named[-1] if named else "", match[1], match[2])
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A copy of the repository, as a newcomer would have it."""
+
+    root: Path
+
+    def add(self, block: Block) -> None:
+        path = self.root / block.file
+        if block.language == "diff":
+            path.write_text(patched(path.read_text(), block.text))
+        elif block.language == "yaml":
+            path.write_text(f"{path.read_text()}\n{block.text}")
+        else:
+            assert not path.exists(), block.file
+            path.write_text(block.text)
+
+    def run(self, *argv: str) -> str:
+        """What a program of this Python's environment prints; it must end well."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        env = {**kept, "PYTHONPATH": str(self.root), "COLUMNS": "200"}
+        done = subprocess.run(argv, cwd=self.root, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+        return done.stdout + done.stderr
+
+    def python(self, *argv: str) -> str:
+        return self.run(sys.executable, *argv)
+
+    def tested(self, *argv: str) -> str:
+        return self.python("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *argv)
+
+
+def patched(text: str, diff: str) -> str:
+    """Apply a diff without line numbers: what it says is there must be there once."""
+    for place in diff.split("@@\n"):
+        lines = place.splitlines(keepends=True)
+        old = "".join(line[1:] or line for line in lines if not line.startswith("+"))
+        new = "".join(line[1:] or line for line in lines)
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    return text
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Tree:
+    listed = ("git", "ls-files", "-co", "--exclude-standard")
+    for name in subprocess.check_output(listed, cwd=REPOSITORY, text=True).splitlines():
+        if (REPOSITORY / name).is_file():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, tmp_path / name, follow_symlinks=False)
+    # Some tests ask git for the names of the files.
+    tree = Tree(tmp_path)
+    tree.run("git", "init", "-q")
+    tree.run("git", "add", "-A")
+    return tree
+
+
+def test_the_example_fix_leaves_the_tree_green(tree: Tree) -> None:
+    given = list(blocks("## Add a fix"))
+    for block in given:
+        tree.add(block)
+    tree.run("git", "add", "-A")
+    tree.python("tools/docs.py")
+    tree.python("-m", "ruff", "check", ".")
+    tree.python("-m", "ruff", "format", "--check", ".")
+    tree.python("-m", "mypy", "--no-incremental", *(block.file for block in given))
+    subjects = ("watchdog", "engine", "layers", "language", "docs", "doctor", "packaging", "cluster", "verify")
+    tree.tested("-m", "not network", *(f"tests/fast/test_{name}.py" for name in subjects))
+    assert "`watchdog.enabled`" in (tree.root / "docs/config.md").read_text()
+    assert "| 9 |" in (tree.root / "README.md").read_text()
+    assert "watchdog" in tree.python("-m", "sparkinstall", "plan", "--only", "watchdog", "--root", "./node")
+
+
+def test_the_example_fix_edits_few_files() -> None:
+    edited = [block.file for block in blocks("## Add a fix") if block.language == "diff"]
+    assert edited == ["sparkinstall/config/schema.py", "sparkinstall/core/catalogue.py"]
+
+
+def test_the_example_signature_is_known(tree: Tree) -> None:
+    (block,) = blocks("## Add a signature")
+    tree.add(block)
+    tree.python("tools/docs.py")
+    name = str(re.findall(r"- name: (\S+)", block.text)[0])
+    tree.tested("tests/fast/test_docs.py", "tests/fast/test_diagnose.py", "-k", f"{name} or docs or log or page")
+    assert name in tree.python("-m", "sparkinstall", "diagnose", "--known")
+
+
+def test_the_example_stack_is_shipped(tree: Tree) -> None:
+    """Its locks are copied: tools/lock.py needs the index."""
+    (block,) = blocks("## Add a stack")
+    tree.run("bash", "-ec", block.text)
+    folder = tree.root / "sparkinstall/stacks"
+    old, new = re.findall(r"stacks/([\d.]+)\.yaml", block.text)
+    for arch in ("aarch64", "x86_64"):
+        text = (folder / f"{old}.{arch}.lock").read_text()
+        (folder / f"{new}.{arch}.lock").write_text(text.replace(f"vllm=={old}", f"vllm=={new}"))
+    tree.python("tools/docs.py")
+    tree.tested("-m", "not network", "tests/fast/test_stacks.py", "tests/fast/test_docs.py")
+    assert f"| `{new}` |" in (tree.root / "README.md").read_text()
