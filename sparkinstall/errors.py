@@ -1,7 +1,8 @@
 """Errors for users: what failed, why, and what to do. Also the exit codes."""
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 
 
@@ -126,3 +127,14 @@ def storage_problem(error: OSError, doing: str) -> Storage:
     path = error.filename if isinstance(error.filename, str) else ""
     where = f" ({path})" if path and path not in doing else ""
     return Storage(f"{doing} failed: {why}{where}", hint=hint)
+
+
+@contextmanager
+def storage_errors(doing: str, but: type[OSError] | tuple[()] = ()) -> Iterator[None]:
+    """Turn an OSError within the context into a `Storage` problem; `but` passes through."""
+    try:
+        yield
+    except but:
+        raise
+    except OSError as error:
+        raise storage_problem(error, doing) from error

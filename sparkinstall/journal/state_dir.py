@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct, to_builtins
 
 from sparkinstall import schema
-from sparkinstall.errors import Busy, JournalDamaged, Problem, Storage, storage_problem
+from sparkinstall.errors import Busy, JournalDamaged, Problem, Storage, storage_errors
 from sparkinstall.events import Emit, WaitedFor
 from sparkinstall.system import Undo, processes
 from sparkinstall.system.local import LocalSystem, replace_file, sync_folder
@@ -99,7 +99,7 @@ class StateFolder:
     def logs(self, run: str) -> Path:
         """The folder of a run's logs, made if need be; a real path."""
         folder = self.home / "logs" / run
-        with _in_words(f"making {folder}"):
+        with storage_errors(f"making {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -135,7 +135,7 @@ class StateFolder:
             self._keep("unproven", "".join(f"{name}\n" for name in names))
 
     def _keep(self, name: str, text: str) -> None:
-        with _in_words(f"writing {self.home / name}"):
+        with storage_errors(f"writing {self.home / name}"):
             replace_file(str(self.home / name), text.encode(), 0o600)
 
     def _unreadable(self, name: str) -> Problem:
@@ -175,7 +175,7 @@ class StateFolder:
 
     def _lock(self, emit: Emit) -> IO[str]:
         while True:
-            with _in_words(f"making {self.home}"), self._alone():
+            with storage_errors(f"making {self.home}"), self._alone():
                 self._make()
                 handle = open(self.home / "lock", "a+")  # noqa: SIM115 - held as long as the run
             try:
@@ -237,7 +237,7 @@ class StateFolder:
 
     def sweep(self) -> None:
         """Remove what a killed run left of a state that was being made or removed."""
-        with _in_words(f"looking at {self.home}"), self._alone():
+        with storage_errors(f"looking at {self.home}"), self._alone():
             self._sweep()
 
     @contextmanager
@@ -281,7 +281,7 @@ class StateFolder:
                 break
             top = folder
         try:
-            with _in_words(f"removing {top}", but=PermissionError), self._alone():
+            with storage_errors(f"removing {top}", but=PermissionError), self._alone():
                 top.rename(leftover(top))
         except PermissionError:
             self.system.clear(FOLDER)
@@ -296,16 +296,6 @@ def staged_folder(top: Path) -> Path:
 def leftover(top: Path) -> Path:
     """What a killed uninstall may have left of the state."""
     return top.with_name(f".{top.name}.sparkinstall-old")
-
-
-@contextmanager
-def _in_words(doing: str, but: type[OSError] | tuple[()] = ()) -> Iterator[None]:
-    try:
-        yield
-    except but:
-        raise
-    except OSError as error:
-        raise storage_problem(error, doing) from error
 
 
 def _is_at(handle: IO[str], path: Path) -> bool:

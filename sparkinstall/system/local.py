@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from sparkinstall.errors import CommandFailed, Interrupted, NeedsRoot, storage_problem
+from sparkinstall.errors import CommandFailed, Interrupted, NeedsRoot, storage_errors
 from sparkinstall.system import Entry, Result, Undo, processes, read_only
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
@@ -120,7 +120,7 @@ class LocalSystem(LocalReader):
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Replace a file atomically, escalating where the folder is not ours."""
-        with _in_words(f"writing {self.real(path)}"):
+        with storage_errors(f"writing {self.real(path)}"):
             try:
                 replace_file(self.real(path), data, mode)
             except PermissionError:
@@ -137,7 +137,7 @@ class LocalSystem(LocalReader):
     def link(self, path: str, target: str) -> None:
         """Make or replace a symbolic link atomically."""
         waiting = self.real(staged(path))
-        with _in_words(f"linking {self.real(path)}"):
+        with storage_errors(f"linking {self.real(path)}"):
             try:
                 _remove_if_there(waiting)
                 os.symlink(target, waiting)
@@ -147,7 +147,7 @@ class LocalSystem(LocalReader):
 
     def make_dir(self, path: str, mode: int = 0o755) -> None:
         """Make one folder whose parent is there; it is there already: fine."""
-        with _in_words(f"making the folder {self.real(path)}"):
+        with storage_errors(f"making the folder {self.real(path)}"):
             try:
                 os.mkdir(self.real(path), mode)
                 os.chmod(self.real(path), mode)
@@ -161,7 +161,7 @@ class LocalSystem(LocalReader):
         """Remove a file or link, and what a killed write left beside it."""
         if self.entry(staged(path)) is not None:
             self.remove(staged(path))
-        with _in_words(f"removing {self.real(path)}"):
+        with storage_errors(f"removing {self.real(path)}"):
             try:
                 _remove_if_there(self.real(path))
             except PermissionError:
@@ -173,7 +173,7 @@ class LocalSystem(LocalReader):
             return True
         if self.names(path):
             return False
-        with _in_words(f"removing {self.real(path)}"):
+        with storage_errors(f"removing {self.real(path)}"):
             try:
                 os.rmdir(self.real(path))
             except PermissionError:
@@ -187,7 +187,7 @@ class LocalSystem(LocalReader):
         """Remove a folder with all that is in it."""
         import shutil
 
-        with _in_words(f"removing {self.real(path)}"):
+        with storage_errors(f"removing {self.real(path)}"):
             try:
                 shutil.rmtree(self.real(path))
             except FileNotFoundError:
@@ -307,11 +307,3 @@ def _remove_if_there(real: str) -> None:
         os.unlink(real)
     except FileNotFoundError:
         pass
-
-
-@contextmanager
-def _in_words(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise storage_problem(error, doing) from error
