@@ -51,7 +51,8 @@ def serve(run: Callable[[Sequence[str]], None]) -> None:
         EOFError: stdin ended before the request did.
     """
     request = msgspec.json.decode(_first_line(), type=Request)
-    sys.stdin = io.StringIO(request.stdin)
+    # Not StringIO: verbs read bytes too, through `buffer`.
+    sys.stdin = io.TextIOWrapper(io.BytesIO(request.stdin.encode()))
     threading.Thread(target=_end_when_alone, daemon=True).start()
     run(request.argv)
 

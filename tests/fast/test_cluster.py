@@ -466,6 +466,37 @@ def test_bare_node_gets_sparkinstall_first(far: FarNodes) -> None:
     assert said["data"]["nodes"][0]["ssh_trips"] == 1
 
 
+_SHOW_STDIN = """\
+import sys
+from sparkinstall.cluster import agent
+agent.serve(lambda argv: print(argv, sys.stdin.readline(), sys.stdin.buffer.read(), sys.stdin.isatty()))
+"""
+
+
+def test_agent_gives_a_verb_its_own_stdin_and_no_more(checkout: tuple[Path, str]) -> None:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", _SHOW_STDIN], stdin=pipe, stdout=pipe, cwd=checkout[0]) as run:
+        assert run.stdin is not None and run.stdout is not None
+        run.stdin.write(json.dumps({"argv": ["all", "--json"], "stdin": "the token"}).encode() + b"\n")
+        run.stdin.flush()
+        assert run.stdout.read().split(b"\n") == [b"('all', '--json') the token b'' False", b""]
+        assert run.wait(timeout=60) == 0
+
+
+def test_agent_takes_the_heads_token_for_a_worker(checkout: tuple[Path, str], tmp_path: Path) -> None:
+    argv = ["multi-node", "--role", "worker", "--root", str(tmp_path / "node"), "--token-file", "-"]
+    request = {"argv": [*argv, "--only", "ray", "--yes", "--json"], "stdin": "t0ken-of-the-head\n"}
+    pipe = subprocess.PIPE
+    whole = [sys.executable, "-m", "sparkinstall", "node", "attend"]
+    with subprocess.Popen(whole, stdin=pipe, stdout=pipe, stderr=pipe, cwd=checkout[0]) as run:
+        assert run.stdin is not None and run.stdout is not None and run.stderr is not None
+        run.stdin.write(json.dumps(request).encode() + b"\n")
+        run.stdin.flush()
+        reply = json.loads(run.stdout.read())
+    (token,) = (tmp_path / "node").rglob("ray-token")
+    assert token.read_text().strip() == "t0ken-of-the-head", reply["errors"]
+
+
 def test_agent_ends_itself_when_the_terminal_is_gone(checkout: tuple[Path, str]) -> None:
     argv = [sys.executable, "-m", "sparkinstall", "node", "attend"]
     pipe = subprocess.PIPE
