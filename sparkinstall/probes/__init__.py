@@ -1,4 +1,4 @@
-"""Behaviour: what really runs, measured; never what was written down."""
+"""Probes measure behaviour: what actually runs, not what was written to a file."""
 
 from collections.abc import Callable
 from typing import Literal, get_args
@@ -10,12 +10,12 @@ from sparkinstall.system import Reader
 
 Verdict = Literal["pass", "warn", "fail", "skip"]
 Level = Literal["static", "node", "gpu", "link", "cluster", "serving"]
-# From what costs nothing to what needs everything; `verify --level` goes as far as the one it names.
+# By cost; `verify --level` runs all levels up to the named one.
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 
 class Finding(Struct, frozen=True):
-    """What a probe found. Every fail and warn has a `hint`: what to do."""
+    """The result of a probe. Every fail and warn has a `hint`: what to do."""
 
     verdict: Verdict
     found: str
@@ -42,12 +42,12 @@ def skipped(why: str) -> Finding:
 class Probe(Struct, frozen=True):
     """A named measurement. `name` is stable: `--ignore`, `--only` and scripts use it.
 
-    `level`: `static` reads files only, so that even a run with nothing to do can afford it; `node` asks
-    the system and small processes; `gpu` loads vLLM's parts, and uses a GPU where there is one; `link`
-    and `cluster` need the other nodes; `serving` needs a model that is served.
-    `impact`: what a failure means for the user, one sentence. `fix`: the fix that it proves.
-    `needs_node`: why a rehearsal skips it; empty: it does not.
-    `others`: it needs the other nodes too, which may come up after this one.
+    `level`: `static` reads only files, so that a converged run can afford it; `node` runs small programs;
+    `gpu` loads parts of vLLM, and uses a GPU if there is one; `link` and `cluster` need the other nodes;
+    `serving` needs a served model.
+    `impact`: the effect of a failure on the user, one sentence. `fix`: the fix that it verifies.
+    `needs_node`: why a rehearsal skips it, or "".
+    `others`: it needs the other nodes, which may start later.
     `load`: it keeps the GPU or the link busy, so it runs only with `--measure`.
     `to_install`: a node that is set up needs it only to reinstall something.
     """

@@ -1,6 +1,6 @@
-"""How much the QSFP link really carries: what is run for it on two nodes, what that says, what to think of it.
+"""Measure the bandwidth of the QSFP link: the programs for both nodes, their output, the verdict.
 
-Nothing here starts anything: it takes both ends, and a terminal that leads them (cluster/bandwidth.py).
+cluster/bandwidth.py starts the programs on both ends.
 """
 
 import json
@@ -23,9 +23,9 @@ from sparkinstall.system import Reader
 Kind = Literal["tcp", "rdma", "nccl"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TITLES: Mapping[Kind, str] = {
-    "tcp": "what TCP carries over both halves",
-    "rdma": "what RDMA carries over both halves",
-    "nccl": "what NCCL carries between two nodes",
+    "tcp": "TCP bandwidth over both halves",
+    "rdma": "RDMA bandwidth over both halves",
+    "nccl": "NCCL bandwidth between two nodes",
 }
 _SLOW_MODEL = "A model on several nodes answers more slowly than it could."
 _IMPACTS: Mapping[Kind, str] = {
@@ -34,36 +34,36 @@ _IMPACTS: Mapping[Kind, str] = {
     "nccl": _SLOW_MODEL,
 }
 SECONDS = 5
-"""How long each is measured."""
+"""Duration of each measurement in seconds."""
 LIMIT = 30
-"""Seconds after which a program of a measurement is ended, whatever it waits for."""
+"""Seconds after which a program of a measurement is killed."""
 NCCL_LIMIT = 120
-"""The same where torch is loaded first."""
+"""The same for a program that loads torch first."""
 
 _GIB = 1 << 30
 _PIECE = 1 << 26
-# NVIDIA's own 16 GB froze a node: GPU and system share their memory here.
+# NVIDIA's 16 GB froze a node: GPU and system share the memory.
 _SHARE = 16
-# torch, a CUDA context and NCCL take their own beside what is gathered.
+# torch, a CUDA context and NCCL need memory besides the gathered data.
 _LEAST = 4 * _GIB
 _STREAMS = "4"
 
-# The figures of the field for two Sparks on one cable, in Gb/s unless they say otherwise.
+# Published figures for two Sparks on one cable, in Gb/s unless noted.
 RDMA_BOTH, ONE_HALF, TCP_UNTUNED, DEGRADED = 189.85, 98.0, 96.0, 13.0
 NCCL_MARK, NCCL_REACHED = 21.875, (18.9, 23.7)
-"""NVIDIA's pass mark for the bus bandwidth of all_gather, and what others have reached, in GB/s."""
+"""NVIDIA's pass mark for the bus bandwidth of all_gather, and the range that others reached, in GB/s."""
 _NEARLY = 0.9
-# A degraded card was seen to give 8 to 25 Gb/s (NVIDIA/dgx-spark-playbooks#108).
+# Degraded cards reached 8 to 25 Gb/s (NVIDIA/dgx-spark-playbooks#108).
 _CRAWLING = 30.0
-# GB/s of NCCL: sockets on a good card give more than a degraded card does in any way.
+# GB/s of NCCL: even sockets on a good card are faster than a degraded card.
 _CRAWLING_BUS = 2.0
 
 
 def known(name: str) -> Kind:
-    """The kind of that name.
+    """Return the kind with that name.
 
     Raises:
-        StopIteration: there is none; the terminal knows them all.
+        StopIteration: there is none.
     """
     return next(kind for kind in KINDS if kind == name)
 
@@ -74,31 +74,31 @@ def probe_name(kind: Kind) -> str:
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """Their places in a node's own `verify --measure`, where they say what is needed to measure them."""
+    """Yield placeholders for a single node, which only report that the measurement needs two nodes."""
     for kind in kinds(node.config.network.transport):
         yield probe(node, kind)
 
 
 def kinds(transport: str) -> tuple[Kind, ...]:
-    """What there is to be measured with this `network.transport`."""
+    """Return what can be measured with this `network.transport`."""
     return tuple(kind for kind in KINDS if kind != "rdma" or transport != "socket")
 
 
 def probe(node: Node, kind: Kind) -> Probe:
-    """The probe of that kind, as one node alone can answer it."""
+    """Return the placeholder of that kind for a single node."""
     return declared(kind, lambda on: skipped(why_not(node, on, kind) or _BOTH))
 
 
 def declared(kind: Kind, look: Callable[[Reader], Finding]) -> Probe:
-    """The probe of that kind; `look` answers for it."""
+    """Return the probe of that kind with `look` as its measurement."""
     return Probe(
         probe_name(kind), TITLES[kind], look, "link", _IMPACTS[kind], None, "a rehearsal has no QSFP port", True, True
     )
 
 
 _BOTH = (
-    "it takes both ends: `sparkinstall cluster verify --level link --measure spark-1 spark-2` on the machine from "
-    "which you reach the nodes measures it"
+    "it needs both ends: run `sparkinstall cluster verify --level link --measure spark-1 spark-2` on a machine "
+    "that reaches the nodes over ssh"
 )
 
 
@@ -106,7 +106,7 @@ _BOTH = (
 
 
 def why_not(node: Node, on: Reader, kind: Kind) -> str:
-    """Why this node cannot take part; empty where it can."""
+    """Return why this node cannot take part, or ""."""
     return {"tcp": _no_iperf, "rdma": _no_rdma, "nccl": _no_nccl}[kind](node, on)
 
 
@@ -129,14 +129,14 @@ def _no_nccl(node: Node, on: Reader) -> str:
     if on.read(DRIVER_FILE) is None:
         return "there is no GPU here (no NVIDIA driver is loaded)"
     if on.entry(node.env_file) is None or library is None or on.entry(library) is None:
-        return "the env file or NCCL is not there yet: `sparkinstall all`"
+        return "the env file or NCCL is missing: `sparkinstall all`"
     free = machine.available_memory(on)
     risk = f"below {_LEAST // _GIB} a measurement could freeze the node"
     return "" if size(free) else f"only {free / _GIB:.1f} GiB of memory are available: {risk}"
 
 
 def size(available: int) -> int:
-    """How many bytes NCCL may gather where `available` bytes of memory are: 1 GiB at most; 0: too little for any."""
+    """Return how many bytes NCCL may gather with `available` bytes of memory: at most 1 GiB; 0: too little memory."""
     if available < _LEAST:
         return 0
     return min(_GIB, available // _SHARE) // _PIECE * _PIECE
@@ -150,11 +150,11 @@ class Program(Struct, frozen=True):
 
 
 def programs(node: Node, on: Reader, kind: Kind, ports: Sequence[int], peer: str = "") -> tuple[Program, ...]:
-    """What is run on this node: a program for each half, or one for NCCL.
+    """Return the programs to run on this node: one per half, or one for NCCL.
 
     Args:
-        ports: one for each program, the same on both nodes.
-        peer: the other node's address on the first half, where this node is the one that asks; else it answers.
+        ports: one per program, the same on both nodes.
+        peer: on the client, the server's address on its first half; "" on the server.
     """
     if kind == "nccl":
         return (_gathering(node, on, ports[0], peer),)
@@ -165,12 +165,12 @@ def programs(node: Node, on: Reader, kind: Kind, ports: Sequence[int], peer: str
 
 
 def count(kind: Kind) -> int:
-    """How many programs, and ports, a measurement takes on each node."""
+    """Return how many programs, and ports, a measurement needs on each node."""
     return 1 if kind == "nccl" else 2
 
 
 def _within(seconds: int, *argv: str) -> tuple[str, ...]:
-    # `timeout` ends it even where this whole program is killed.
+    # `timeout` ends it even if this program is killed.
     return ("timeout", "-k", "2", str(seconds), *argv)
 
 
@@ -197,15 +197,15 @@ def _gathering(node: Node, on: Reader, port: int, peer: str) -> Program:
     return Program("nccl", _within(NCCL_LIMIT, *started_with(node, on, *_WITH_NETWORK_NAMED, *asked)))
 
 
-# --- what it says
+# --- the output
 
 
 class Measured(Struct, frozen=True):
-    """What was measured between two nodes.
+    """A measurement between two nodes.
 
-    `halves`: Gb/s of each half by interface or RDMA device; `bus`: GB/s of NCCL's all_gather, `size` bytes of it, and
-    the `network` that NCCL took (`IB`, `Socket`). `why`: it came to nothing, in words. `lost`: counters of errors that
-    have grown meanwhile, by node.
+    `halves`: Gb/s of each half by interface or RDMA device; `bus`: GB/s of NCCL's all_gather of `size` bytes over the
+    `network` that NCCL used (`IB`, `Socket`). `why`: the reason of a failure. `lost`: error counters that grew
+    meanwhile, by node.
     """
 
     kind: Kind
@@ -223,7 +223,7 @@ class Measured(Struct, frozen=True):
 
 
 def understood(kind: Kind, said: Mapping[str, tuple[str, str]]) -> Measured:
-    """What the asking side's programs have said: stdout and stderr of each, by what it used."""
+    """Parse stdout and stderr of the client's programs, by interface or device."""
     if kind == "nccl":
         return _of_nccl(*said["nccl"])
     read = of_iperf if kind == "tcp" else of_ib_write_bw
@@ -235,7 +235,7 @@ def understood(kind: Kind, said: Mapping[str, tuple[str, str]]) -> Measured:
 
 
 def of_iperf(out: str) -> float | None:
-    """Gb/s that arrived, from `iperf3 -J`; None where it says nothing of it. Never raises."""
+    """Return the received Gb/s from `iperf3 -J`, or None. Never raises."""
     try:
         return float(json.loads(out)["end"]["sum_received"]["bits_per_second"]) / 1e9
     except (ValueError, KeyError, TypeError):
@@ -246,7 +246,7 @@ _ROW = re.compile(r"^ *[0-9]+ +[0-9]+ +[0-9.]+ +([0-9]+(?:\.[0-9]+)?) +[0-9.]+ *
 
 
 def of_ib_write_bw(out: str) -> float | None:
-    """Gb/s on the average, from the last row that ib_write_bw prints with --report_gbits. Never raises."""
+    """Return the average Gb/s from the last row of `ib_write_bw --report_gbits`, or None. Never raises."""
     rows = _ROW.findall(out)
     return float(rows[-1]) if rows else None
 
@@ -269,25 +269,25 @@ def _of_nccl(out: str, err: str) -> Measured:
         return Measured("nccl", {}, why=complaint("", err))
     said = msgspec.json.decode(row, type=_Gathered)
     if not said.right:
-        return Measured("nccl", {}, why="what was gathered is not what was sent: the data arrived damaged")
+        return Measured("nccl", {}, why="the gathered data differs from the sent data: it arrived damaged")
     return Measured("nccl", {}, said.bus, said.size, network[1] if network else "")
 
 
 def complaint(out: str, err: str) -> str:
-    """The last words of a program that came to nothing."""
+    """Return the last message of a failed program."""
     try:
         said = str(json.loads(out)["error"])
     except (ValueError, KeyError, TypeError):
         lines = [line.strip() for line in (err or out).splitlines() if line.strip()]
         said = next((line for line in reversed(lines) if "rror" in line), lines[-1] if lines else "")
-    return said[-300:] or "no answer within its time"
+    return said[-300:] or "no answer in time"
 
 
-# --- what to think of it
+# --- the verdict
 
 
 def judged(measured: Measured, transport: str = "auto") -> Finding:
-    """The verdict: both halves, one half, sockets, or a degraded card. `transport`: as `network.transport` says."""
+    """Judge a measurement: both halves, one half, sockets, or a degraded card. `transport`: `network.transport`."""
     if measured.why:
         return failed(measured.why, _UNREACHED)
     finding = _of_bus(measured, transport) if measured.kind == "nccl" else _of_halves(measured)
@@ -305,14 +305,14 @@ def _of_halves(measured: Measured) -> Finding:
     said = f"{total:.1f} Gb/s ({shares})"
     weak, strong = min(measured.halves.values()), max(measured.halves.values())
     if total < _CRAWLING and weak * 3 >= strong:
-        return failed(f"a degraded card: {said}; about {DEGRADED:.0f} Gb/s is how one shows", _POWER, expected)
+        return failed(f"a degraded card: {said}; such cards reach about {DEGRADED:.0f} Gb/s", _POWER, expected)
     if weak * 3 < strong:
         name = min(measured.halves, key=lambda over: measured.halves[over])
-        return failed(f"one half: {said}; {name} carries a fraction of the other", _HALVES, expected)
+        return failed(f"one half: {said}; {name} reaches a fraction of the other", _HALVES, expected)
     if kind == "rdma" and total <= ONE_HALF / _NEARLY:
-        return failed(f"no more than one half carries alone: {said}", _HALVES, expected)
+        return failed(f"no more than a single half can carry: {said}", _HALVES, expected)
     if total < full * _NEARLY:
-        return warned(f"less than both halves carry: {said}", _QUIET, expected)
+        return warned(f"less than both halves can carry: {said}", _QUIET, expected)
     return passed(f"both halves: {said}", expected)
 
 
@@ -326,7 +326,7 @@ def _of_bus(measured: Measured, transport: str) -> Finding:
     if measured.total < _CRAWLING:
         return failed(f"a degraded card, or a wrong NCCL: {said}", f"{_WRONG_NCCL}; if not: {_POWER}", expected)
     if measured.total <= ONE_HALF / _NEARLY:
-        return failed(f"no more than one half carries alone: {said}", _DEVICES, expected)
+        return failed(f"no more than a single half can carry: {said}", _DEVICES, expected)
     if measured.bus < low * _NEARLY:
         return warned(f"less than others reached: {said}", _QUIET, expected)
     if measured.bus < NCCL_MARK:
@@ -342,18 +342,18 @@ def _of_sockets(said: str, transport: str, expected: str) -> Finding:
 
 _AGAIN = "`sparkinstall cluster verify --level link --measure` with the nodes"
 _UNREACHED = (
-    "`sparkinstall verify --only peers` on both nodes shows whether they reach each other; a firewall other than ours "
-    "must let the other node in on the link"
+    "run `sparkinstall verify --only peers` on both nodes to see whether they reach each other; another firewall "
+    "must accept the other node on the link"
 )
 _POWER = (
-    "switch both nodes off, take their power plugs out for a minute, and measure again: a ConnectX-7 that came up "
-    "degraded looks healthy otherwise (github.com/NVIDIA/dgx-spark-playbooks/pull/108)"
+    "switch both nodes off, unplug their power for a minute, and measure again: a degraded ConnectX-7 looks "
+    "healthy otherwise (github.com/NVIDIA/dgx-spark-playbooks/pull/108)"
 )
 _HALVES = (
     "`sparkinstall verify --level link` on both nodes: each half needs its carrier and its address, and for RoCE a GID"
 )
 _DEVICES = f"{_HALVES}; NCCL_IB_HCA in the env file must name the devices of both"
 _QUIET = f"stop what else uses the link and the GPU, and measure again: {_AGAIN}"
-_CABLE = f"put the cable in again at both ends, or try another one, and measure again: {_AGAIN}"
-_WHY_SOCKETS = "`sparkinstall plan` there says why it has no RoCE; `network.transport: auto` takes it where it can"
-_WRONG_NCCL = "`sparkinstall verify --only nccl-loaded` on both nodes tells the NCCL that is loaded"
+_CABLE = f"replug the cable at both ends, or try another one, and measure again: {_AGAIN}"
+_WHY_SOCKETS = "`sparkinstall plan` on that node explains why; `network.transport: auto` uses RoCE if possible"
+_WRONG_NCCL = "`sparkinstall verify --only nccl-loaded` on both nodes shows the loaded NCCL"

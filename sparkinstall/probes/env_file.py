@@ -1,9 +1,9 @@
-"""A program of the node, started as systemd starts a service: with the env file, and with nothing of this terminal."""
+"""Run a program as systemd starts a service: with the env file and without this terminal's variables."""
 
 from sparkinstall.node import Node
 from sparkinstall.system import Reader, Result
 
-# `exec`, so that what runs has begun with these variables: LD_PRELOAD acts when a process begins.
+# `exec`, so that the process starts with these variables: LD_PRELOAD acts at process start.
 _START = '. "$1" && shift && exec "$@"'
 
 
@@ -13,5 +13,5 @@ def started_with(node: Node, on: Reader, *argv: str) -> tuple[str, ...]:
 
 
 def with_env_file(node: Node, on: Reader, *argv: str, timeout: float = 30, **more: str) -> Result:
-    """What the program answers; `more` are variables that the env file may overrule. `timeout` in seconds."""
+    """Run `argv` and return its result; the env file overrides variables in `more`. `timeout` in seconds."""
     return on.ask(*started_with(node, on, *argv), timeout=timeout, env={**node.bare_environment, **more})

@@ -1,4 +1,4 @@
-"""What a process that starts with the env file really is: which modules, which NCCL, which address."""
+"""Inspect a process started with the env file: its modules, NCCL, address and kernels."""
 
 import json
 import signal
@@ -21,16 +21,16 @@ _TIMEOUT = 300.0
 
 
 class Module(Struct, frozen=True):
-    """A module that was imported, or the `error` in words."""
+    """An imported module, or the `error` of its import."""
 
     version: str = ""
     error: str = ""
 
 
 class Reply(kernels.Answer, frozen=True):
-    """What payloads/inspect_env.py says of its process; `error`: why it did not come so far.
+    """The reply of payloads/inspect_env.py; `error`: why there is none.
 
-    `address` is what vLLM takes for this node's own, `wanted_address` what the env file says.
+    `address` is the one that vLLM uses for this node, `wanted_address` the one in the env file.
     """
 
     error: str = ""
@@ -41,37 +41,37 @@ class Reply(kernels.Answer, frozen=True):
 
 
 class InEnvironment(Struct, frozen=True, dict=True):
-    """One process, started with the env file as a service would be; asked once for all probes."""
+    """One process started with the env file as a service would be; runs once for all probes."""
 
     node: Node
     on: Reader
 
     @cached_property
     def answer(self) -> Reply:
-        """What it said of itself."""
+        """The reply of the process."""
         asked = {"modules": () if self.node.partial else MODULES, "arch": self.node.config.nccl.arch}
-        # -P: vLLM's own program does not look for modules in the folder where it was started, either.
+        # -P: like vLLM's own program, do not search the current folder for modules.
         command = ("python", "-P", "-c", payloads.source("inspect_env"), json.dumps(asked))
         said = with_env_file(self.node, self.on, *command, timeout=_TIMEOUT)
         try:
-            # Not msgspec's decoder: a product may be off by what is no number (NaN).
+            # Not msgspec's decoder: the error of a product may be NaN.
             return msgspec.convert(json.loads(said.out.splitlines()[-1]), Reply)
         except (ValueError, IndexError):
             last = [line for line in said.err.splitlines() if line.strip()][-1:]
-            return Reply(error=last[0] if last else f"it ended with {_end(said.code)}")
+            return Reply(error=last[0] if last else f"the process ended with {_end(said.code)}")
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """The probes of a process; all ask the same one."""
+    """Yield the probes of a process started with the env file; all share one process."""
     shared: dict[int, InEnvironment] = {}
 
     def process(on: Reader) -> InEnvironment:
         return shared.setdefault(id(on), InEnvironment(node, on))
 
-    alone = "a rehearsal installs vLLM's wheel alone (--full installs the rest)" if node.partial else ""
+    alone = "a rehearsal installs only vLLM's wheel (--full installs the rest)" if node.partial else ""
     yield Probe(
         "imports",
-        "vLLM and its parts import",
+        "import of vLLM and its dependencies",
         lambda on: _imports(node, on, process(on)),
         "gpu",
         "vLLM does not start.",
@@ -80,7 +80,7 @@ def probes(node: Node) -> Iterable[Probe]:
     )
     yield Probe(
         "nccl-loaded",
-        "the NCCL that is really loaded",
+        "NCCL loaded by torch",
         lambda on: _nccl(node, on, process(on)),
         "gpu",
         nccl.MISMATCH,
@@ -88,10 +88,10 @@ def probes(node: Node) -> Iterable[Probe]:
     )
     yield Probe(
         "host-ip",
-        "vLLM takes the address of the env file",
+        "vLLM uses the address in the env file",
         lambda on: _address(node, on, process(on)),
         "gpu",
-        "Ray and vLLM name this node differently: `Expected 2 unique IPs but got 3`.",
+        "Ray and vLLM use different addresses for this node: `Expected 2 unique IPs but got 3`.",
         fixes.HOST_IP,
         needs_node=alone,
     )
@@ -99,7 +99,7 @@ def probes(node: Node) -> Iterable[Probe]:
 
 
 def _answer(node: Node, on: Reader, process: InEnvironment, wanted: str = "") -> Reply | Finding:
-    """What the process says of itself, or why it says nothing."""
+    """Return the reply of the process, or the finding that explains its absence."""
     if stop := nccl.not_here(node, on):
         return stop
     answer = process.answer
@@ -130,7 +130,7 @@ def _nccl(node: Node, on: Reader, process: InEnvironment) -> Finding:
         return answer
     loaded = answer.nccl
     if not loaded.bound:
-        told = f"torch would take {', '.join(loaded.mapped)}" if loaded.mapped else "no NCCL is loaded"
+        told = f"torch would use {', '.join(loaded.mapped)}" if loaded.mapped else "no NCCL is loaded"
         return failed(told, nccl.REWRITE_ENV, nccl.wanted(library))
     found = nccl.judged(node, library, loaded)
     return replace(found, found=f"{found.found} (torch is not installed in this rehearsal)") if node.partial else found
@@ -140,7 +140,7 @@ def _address(node: Node, on: Reader, process: InEnvironment) -> Finding:
     if isinstance(answer := _answer(node, on, process), Finding):
         return answer
     if not answer.address:
-        return failed("vLLM's get_ip() gave no answer", "run `sparkinstall all`")
+        return failed("vLLM's get_ip() returned nothing", "run `sparkinstall all`")
     if answer.address != answer.wanted_address:
         return failed(answer.address, "set VLLM_HOST_IP through the env file", answer.wanted_address)
     return passed(answer.address, answer.wanted_address)

@@ -1,4 +1,4 @@
-"""The kernels that really run: what vLLM picks for FP8, whether their product is right, and whether Triton compiles."""
+"""Probes of GPU kernels: does Triton compile, which FP8 kernels does vLLM pick, are their results right?"""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -10,15 +10,15 @@ from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped
 from sparkinstall.system import Reader
 
-# Rounding to FP8 (three bits behind the point) costs 3 to 4 per cent; a wrong kernel is off by about 1.
+# Rounding to FP8 (three mantissa bits) costs 3 to 4 per cent; a wrong kernel has a relative error of about 1.
 _OFF_BY = 0.1
-# Python's words for a vLLM whose functions are not where they were.
+# Python's errors if vLLM has moved or renamed these functions.
 _UNKNOWN = ("ImportError", "ModuleNotFoundError", "AttributeError", "TypeError", "KeyError")
-_DECIDE_AGAIN = "`sparkinstall run fp8 --force` decides again; `--set fp8.fallback=on` avoids vLLM's CUTLASS kernels"
+_DECIDE_AGAIN = "`sparkinstall run fp8 --force` measures again; `--set fp8.fallback=on` avoids vLLM's CUTLASS kernels"
 
 
 class Child(Struct, frozen=True):
-    """What every child of payloads/inspect_env.py may say: `error` in words; `ended`: what ended it before its time."""
+    """Common fields of the children of payloads/inspect_env.py. `ended`: the signal or timeout that ended one."""
 
     error: str = ""
     ended: str = ""
@@ -29,9 +29,9 @@ class Child(Struct, frozen=True):
 
 
 class Triton(Child, frozen=True):
-    """A Triton kernel: for which `arch` (121), with which ptxas, and the `target` that came out (sm_121a).
+    """A compiled Triton kernel: the requested `arch` (121), the ptxas used, and the resulting `target` (sm_121a).
 
-    `not_run`: why it was compiled only.
+    `not_run`: why it was only compiled.
     """
 
     arch: int = 0
@@ -42,9 +42,9 @@ class Triton(Child, frozen=True):
 
 
 class Fp8(Child, frozen=True):
-    """vLLM's FP8 kernels: those it `picked` by way of scaling, and how far a product is `off_by`.
+    """vLLM's FP8 kernels: those `picked` by kind of scaling, and the relative error of a product, `off_by`.
 
-    `given_arch`: the architecture that it chose for, where there is no GPU. `trying`: the product that was begun last.
+    `given_arch`: the architecture used for the selection if there is no GPU. `trying`: the product started last.
     """
 
     not_asked: str = ""
@@ -56,14 +56,14 @@ class Fp8(Child, frozen=True):
 
 
 class Answer(Struct, frozen=True):
-    """What the children of the process say."""
+    """The replies of the children."""
 
     triton_kernel: Triton = Triton()
     fp8: Fp8 = Fp8()
 
 
 def probes(node: Node, asked: Callable[[Reader], Answer | Finding], needs_node: str) -> Iterable[Probe]:
-    """The probes of what `asked` says of a process of the environment; a Finding: why there is none."""
+    """Yield FP8 and Triton probes. `asked(on)` returns the process's reply, or a Finding if it could not run."""
 
     def told(judge: Callable[[Node, Reader, Answer], Finding]) -> Callable[[Reader], Finding]:
         def look(on: Reader) -> Finding:
@@ -77,24 +77,24 @@ def probes(node: Node, asked: Callable[[Reader], Answer | Finding], needs_node: 
         "Triton compiles for this GPU",
         told(_triton),
         "gpu",
-        "vLLM ends at its first kernel, or at the first one of another shape.",
+        "vLLM ends at its first kernel, or at the first one with a new shape.",
         needs_node=needs_node,
     )
     yield Probe(
         "fp8-kernels",
-        "the FP8 kernels that vLLM picks",
+        "FP8 kernels picked by vLLM",
         told(_picked),
         "gpu",
-        "FP8 models may end with `Error Internal`, or run slower than they could.",
+        "FP8 models may end with `Error Internal`, or run slower than possible.",
         fixes.FP8,
         needs_node,
     )
     yield Probe(
         "fp8-product",
-        "an FP8 product is right",
+        "result of an FP8 product",
         told(_product),
         "gpu",
-        "FP8 models answer wrongly, or end with `Error Internal`.",
+        "FP8 models return wrong answers, or end with `Error Internal`.",
         fixes.FP8,
         needs_node,
     )
@@ -115,7 +115,7 @@ def _triton(node: Node, on: Reader, answer: Answer) -> Finding:
 
 def _triton_hint(complaint: str) -> str:
     if "ptxas" in complaint.lower():
-        return "unset TRITON_PTXAS_BLACKWELL_PATH (TRITON_PTXAS_PATH is not read), or name a ptxas that knows this GPU"
+        return "unset TRITON_PTXAS_BLACKWELL_PATH (TRITON_PTXAS_PATH is not read), or set it to a newer ptxas"
     if complaint.startswith(_UNKNOWN):
         return "`sparkinstall run environment`"
     return "`sparkinstall run packages environment`: Triton needs gcc and Python.h to start a kernel"
@@ -126,7 +126,7 @@ def _picked(node: Node, on: Reader, answer: Answer) -> Finding:
     if said.not_asked:
         return skipped(said.not_asked)
     if decision is None:
-        return failed("nothing was decided yet", "run `sparkinstall all`")
+        return failed("no decision is recorded", "run `sparkinstall all`")
     if not said.picked:
         return _unasked(said)
     found = ", ".join(f"{name}: {kernel}" for name, kernel in said.picked.items())
@@ -140,18 +140,18 @@ def _picked(node: Node, on: Reader, answer: Answer) -> Finding:
 
 
 def is_cutlass(kernel: str) -> bool:
-    """Whether a kernel that vLLM names is its own CUTLASS one; FlashInfer's are not of vLLM's extension."""
+    """Return whether a kernel name is one of vLLM's CUTLASS kernels; FlashInfer's are not in vLLM's extension."""
     return "cutlass" in kernel.lower() and not kernel.startswith("FlashInfer")
 
 
 def _unasked(said: Fp8) -> Finding:
-    """vLLM's selection gave no answer: because it is not asked so any more, or because it found nothing."""
+    """Return the finding for a selection without result: it has another interface, or found no kernel."""
     complaint = said.complaint
     if said.given_arch:
-        return skipped(f"vLLM's selection cannot be asked without a GPU: {complaint}")
+        return skipped(f"vLLM's selection does not work without a GPU: {complaint}")
     if complaint.startswith(_UNKNOWN):
-        return skipped(f"this vLLM chooses in another way than sparkinstall knows: {complaint}")
-    return failed(complaint or "vLLM's selection gave no answer", _DECIDE_AGAIN)
+        return skipped(f"this vLLM selects kernels in a way that sparkinstall does not know: {complaint}")
+    return failed(complaint or "vLLM's selection returned nothing", _DECIDE_AGAIN)
 
 
 def _product(node: Node, on: Reader, answer: Answer) -> Finding:
@@ -165,7 +165,7 @@ def _product(node: Node, on: Reader, answer: Answer) -> Finding:
     wanted = f"less than {_OFF_BY:.0%} off the exact product"
     if said.complaint:
         return _broken(said, wanted)
-    # Not "off by more": what is no number is not less either.
+    # Not `>`: NaN must fail too.
     if not all(value < _OFF_BY for value in said.off_by.values()):
         return failed(found, _DECIDE_AGAIN, wanted)
     return passed(found, wanted)
@@ -174,5 +174,5 @@ def _product(node: Node, on: Reader, answer: Answer) -> Finding:
 def _broken(said: Fp8, wanted: str) -> Finding:
     complaint = said.complaint
     if complaint.startswith(_UNKNOWN):
-        return skipped(f"this vLLM multiplies in another way than sparkinstall knows: {complaint}")
+        return skipped(f"this vLLM multiplies in a way that sparkinstall does not know: {complaint}")
     return failed(f"{said.trying}, {said.picked.get(said.trying, 'vLLM')}: {complaint}", _DECIDE_AGAIN, wanted)

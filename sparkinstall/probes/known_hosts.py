@@ -1,4 +1,4 @@
-"""Hosts that are known to be bad: rules as data (`knowledge/hosts.yaml`), and the few lookers that they name."""
+"""Detect hosts known to be bad: rules are data (`knowledge/hosts.yaml`) that name one of these detectors."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -20,16 +20,16 @@ from sparkinstall.probes import Finding, Probe, passed, skipped
 from sparkinstall.system import Reader
 
 KNOWLEDGE = "knowledge/hosts.yaml"
-# Of the end of a boot's journal: a card that floods it says the same thing over and over.
+# The end of a boot's journal is enough: a card that floods it repeats the same message.
 _LINES = 20000
 _GIB_KB = 2**20
-# torch and a CUDA context take their own from a memory that all programs share.
+# torch and a CUDA context need part of the memory that all programs share.
 _ROOM_KB = 4 * _GIB_KB
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
-    """One kind of bad host. `looks` names the looker that is given `limits`; `checked`: when the evidence was read;
-    `load`: the looker keeps the GPU busy."""
+    """One kind of bad host. `looks` names the detector, `limits` are its arguments; `checked`: when the evidence was
+    read; `load`: the detector keeps the GPU busy."""
 
     name: str
     title: str
@@ -51,18 +51,18 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Observation(Struct, frozen=True):
-    """What a looker saw; `bad`: it is what the rule warns of."""
+    """The result of a detector; `bad`: the rule matches."""
 
     bad: bool
     words: str
 
 
 class CannotTell(Exception):
-    """The looker cannot see it on this node, and says why."""
+    """The detector cannot decide on this node, and why."""
 
 
 class Host(Struct, frozen=True, dict=True):
-    """What several rules look at, asked once."""
+    """Facts that several rules use, each read once."""
 
     on: Reader
     node: Node
@@ -79,23 +79,23 @@ class Host(Struct, frozen=True, dict=True):
 
     @cached_property
     def journal(self) -> tuple[str, ...]:
-        """What the kernel has said since the boot; empty where that is not to be had."""
+        """The kernel's log since the boot; empty if unreadable."""
         return tuple(journal(self.on, "-k", "-b", "-o", "cat", "-n", str(_LINES)).splitlines())
 
     @cached_property
     def gpu(self) -> Gpu | None:
-        """The first GPU; None where nvidia-smi gives no answer."""
+        """The first GPU; None if nvidia-smi fails."""
         return gpu.understood(self.on.ask(*gpu.QUERY))
 
     def gpu_under_load(self) -> Gpu:
-        """The same while the environment's own torch keeps the GPU busy, for some four seconds.
+        """The first GPU while the environment's torch keeps it busy for about four seconds.
 
         Raises:
-            CannotTell: there is no torch, too little memory, or nothing came of it.
+            CannotTell: torch is missing, memory is short, or the load failed.
         """
         python = self.node.python
         if self.on.entry(python) is None:
-            raise CannotTell("the GPU is idle, and there is no torch yet to keep it busy: `sparkinstall all`")
+            raise CannotTell("the GPU is idle, and torch is not installed to keep it busy: `sparkinstall all`")
         if self.meminfo.get("MemAvailable", 0) < _ROOM_KB:
             raise CannotTell(f"the GPU is idle, and with less than {_ROOM_KB // _GIB_KB} GiB available no load is safe")
         command = (self.on.real(python), "-c", payloads.source("gpu_load"), *gpu.QUERY)
@@ -139,14 +139,14 @@ class FileLimits(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Detector(Struct, frozen=True):
-    """What a rule's `looks` names: the type of the rule's `limits`, and what is done with them."""
+    """A detector: the type of a rule's `limits`, and the function that checks them."""
 
     limits: type[Any]
     look: Callable[[Host, Any], Observation]
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """One probe a rule. They concern the machine, so a rehearsal has none of them."""
+    """Yield one probe per rule. They concern the machine, so a rehearsal has none."""
     if node.rehearsal:
         return
     hosts: dict[int, Host] = {}
@@ -159,7 +159,7 @@ def probes(node: Node) -> Iterable[Probe]:
 
 
 def judged(rule: Rule, host: Host) -> Finding:
-    """What `rule` says of `host`."""
+    """Apply `rule` to `host`."""
     try:
         sight = DETECTORS[rule.looks].look(host, rule.limits)
     except CannotTell as why:
@@ -171,7 +171,7 @@ def judged(rule: Rule, host: Host) -> Finding:
 
 @lru_cache(maxsize=1)
 def rules() -> tuple[Rule, ...]:
-    """The shipped rules, in their order."""
+    """Return the shipped rules, in order."""
     found = schema.read_file(tuple[Rule, ...], asset(KNOWLEDGE))
     return tuple(replace(each, limits=_limits(each)) for each in found)
 
@@ -192,7 +192,7 @@ def _stranded_memory(host: Host, limits: CmaLimits) -> Observation:
 
 def _kernel_log(host: Host, limits: KernelLogLimits) -> Observation:
     if not host.journal:
-        raise CannotTell("the kernel's journal of this boot is empty, or for root alone (`sudo -v` first)")
+        raise CannotTell("the kernel's journal of this boot is empty or readable only by root (`sudo -v` first)")
     met = [line for line in host.journal if limits.pattern.search(line)]
     if len(met) < limits.times:
         return Observation(False, "none")
@@ -203,20 +203,20 @@ def _kernel_log(host: Host, limits: KernelLogLimits) -> Observation:
 def _low_power(host: Host, limits: PowerLimits) -> Observation:
     found = _gpu(host)
     if not machine.is_gb10(found.name):
-        return Observation(False, f"only known of a GB10; this is {found.name}")
+        return Observation(False, f"known for a GB10 only; this is {found.name}")
     busy, mhz, watts = _work(found)
     if busy <= limits.busy_percent:
         busy, mhz, watts = _work(host.gpu_under_load())
     words = f"{busy:.0f} % busy, {mhz:.0f} MHz, {watts:.0f} W"
     if busy <= limits.busy_percent:
-        raise CannotTell(f"{words}: it shows only under more load")
+        raise CannotTell(f"{words}: visible only under more load")
     return Observation(mhz < limits.sm_mhz and watts < limits.watts, words)
 
 
 def _work(of: Gpu) -> tuple[float, float, float]:
-    """How busy the GPU is in percent, its clock in MHz, its power in W."""
+    """Return the GPU's utilization in percent, clock in MHz, and power in W."""
     if of.busy is None or of.mhz is None or of.watts is None:
-        raise CannotTell("nvidia-smi does not tell how busy the GPU is, its clock, or its power")
+        raise CannotTell("nvidia-smi does not report the GPU's utilization, clock, or power")
     return of.busy, of.mhz, of.watts
 
 
@@ -227,7 +227,7 @@ def _driver(host: Host, limits: DriverLimits) -> Observation:
 
 def _gpu(host: Host) -> Gpu:
     if host.gpu is None:
-        raise CannotTell("nvidia-smi gives no answer")
+        raise CannotTell("nvidia-smi does not answer")
     return host.gpu
 
 
@@ -239,7 +239,7 @@ def _connectx(host: Host, limits: BusLimits) -> Observation:
     told = {name: bus for name, bus in found.items() if all(bus)}
     slow = {name: bus for name, bus in told.items() if bus[1] < limits.gts or bus[0] < limits.lanes}
     if not told:
-        raise CannotTell("the kernel does not tell the speed of the card's bus")
+        raise CannotTell("the kernel does not report the speed of the card's PCIe link")
     words = ", ".join(f"{name} {gts:g} GT/s x{lanes}" for name, (lanes, gts) in (slow or told).items())
     versions = ", ".join(card.rdma_firmware(host.on))
     return Observation(bool(slow), words + (f"; firmware {versions}" if versions else ""))
@@ -249,18 +249,18 @@ def _service(host: Host, limits: ServiceLimits) -> Observation:
     units = limits.units
     states = host.on.ask("systemctl", "is-active", *units).out.split()
     if len(states) != len(units):
-        raise CannotTell("systemd gives no answer")
+        raise CannotTell("systemd does not answer")
     running = [unit for unit, state in zip(units, states, strict=True) if state == "active"]
     return Observation(not running, ", ".join(running) or f"not running: {', '.join(units)}")
 
 
 def _file(host: Host, limits: FileLimits) -> Observation:
-    """A file that costs a node its link; one by itself has none."""
+    """Detect a file that can cost a node its link; a single node has none."""
     path = limits.path
     if host.on.entry(path) is None:
         return Observation(False, f"there is no {path}")
     return Observation(
-        host.node.several, f"{path} is there{'' if host.node.several else ', and one node alone needs no link'}"
+        host.node.several, f"{path} exists{'' if host.node.several else ', but a single node needs no link'}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How the QSFP link behaves: its halves, large packets to other nodes, counted errors, firmware, and RoCE's GIDs."""
+"""Probes of the QSFP link: its halves, large packets to other nodes, error counters, firmware, GIDs for RoCE."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,18 +18,18 @@ _NO_PORT = "a rehearsal has no QSFP port"
 _FULL_SPEED = 200_000
 # Seconds between two readings of the counters.
 _PAUSE = 1.0
-# Of all packets since the boot: so many errors are no accident of a cable that was put in.
+# Errors per packet since the boot; plugging a cable in causes fewer.
 _TOLERATED, _FEW = 1e-5, 100
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """What can be seen of the link without keeping it busy."""
+    """Yield the probes of the link that cause no load."""
     yield Probe(
         "link",
         "the QSFP link and its two halves",
         lambda on: _link(node, on),
         "link",
-        "The nodes talk at half the speed, or not at all.",
+        "The nodes communicate at half the speed, or not at all.",
         fixes.MTU,
         needs_node=_NO_PORT,
     )
@@ -45,18 +45,18 @@ def probes(node: Node) -> Iterable[Probe]:
     )
     yield Probe(
         "link-health",
-        "the link's errors, lanes and firmware",
+        "errors, PCIe lanes and firmware of the link",
         lambda on: _health(node, on),
         "link",
-        "The link loses packets or runs below its rate: slow collectives, or ones that hang.",
+        "The link loses packets or runs below its rate: collectives are slow or hang.",
         needs_node=_NO_PORT,
     )
     yield Probe(
         "gids",
-        "RoCE finds each half by its address",
+        "a RoCE GID for the address of each half",
         lambda on: _gids(node, on),
         "link",
-        "NCCL falls back to sockets, or does not start: RoCE has no address to go by.",
+        "NCCL falls back to sockets, or does not start, because RoCE lacks an address.",
         needs_node="a rehearsal has no RDMA devices",
     )
 
@@ -76,7 +76,7 @@ def _link(node: Node, on: Reader) -> Finding:
 
 
 def _complaint(node: Node, port: Port, there: Mapping[str, ip.Live]) -> tuple[str, str] | None:
-    """What is wrong with the port and what to do."""
+    """Return what is wrong with the port, and what to do."""
     if len(port.twins) < 2:
         return f"{port.twins[0].name} has no second half", "look at `lspci`: each port shows as two devices"
     for each, address in zip(port.twins, own_addresses(node), strict=True):
@@ -88,7 +88,7 @@ def _complaint(node: Node, port: Port, there: Mapping[str, ip.Live]) -> tuple[st
         if now.mtu != node.config.network.mtu:
             return f"{each.name} has MTU {now.mtu}", "run `sparkinstall run network`"
         if str(address) not in now.addresses:
-            return f"{each.name} has not the address {address}", "run `sparkinstall run network`"
+            return f"{each.name} does not have the address {address}", "run `sparkinstall run network`"
     return _shared_subnet(port, there)
 
 
@@ -96,7 +96,7 @@ def _shared_subnet(port: Port, there: Mapping[str, ip.Live]) -> tuple[str, str] 
     one, other = ([IPv4Interface(a).network for a in there[each.name].addresses] for each in port.twins)
     if any(mine.overlaps(its) for mine in one for its in other):
         names = " and ".join(each.name for each in port.twins)
-        return f"{names} are in one subnet", "take the further address away; `ip -4 address` shows all of them"
+        return f"{names} are in one subnet", "remove the additional address; `ip -4 address` shows all of them"
     return None
 
 
@@ -104,7 +104,7 @@ def _peers(node: Node, on: Reader) -> Finding:
     if not node.peers:
         return skipped("there is no other node: `cluster.workers` is empty")
     if missing := _not_here(node, on):
-        # A ping from an address that is not there fails, and would say nothing of the other node.
+        # A ping from a missing address fails, and would tell nothing about the other node.
         return failed(f"this node's own address is not configured: {missing}", "run `sparkinstall run network` here")
     found = at_once(lambda each: _peer(node, on, each), node.peers)
     worst = max(found, key=lambda each: ("pass", "warn", "fail").index(each.verdict))
@@ -114,7 +114,7 @@ def _peers(node: Node, on: Reader) -> Finding:
 
 
 def _not_here(node: Node, on: Reader) -> str:
-    """Those of this node's own addresses that no interface has; empty also where `ip` tells nothing."""
+    """Return this node's addresses that no interface has; "" also if `ip` fails."""
     have = {str(IPv4Interface(each).ip) for one in ip.live(on).values() for each in one.addresses}
     own = [str(each.ip) for each in own_addresses(node)]
     return " and ".join(each for each in own if have and each not in have)
@@ -131,7 +131,7 @@ def _peer(node: Node, on: Reader, peer: str) -> Finding:
 
 
 def _unlike_a_peer(node: Node, on: Reader, peer: str, ways: Sequence[tuple[str, str]], expected: str) -> Finding:
-    """What is wrong with a peer that has left a large packet unanswered: asked again, for one may get lost."""
+    """Diagnose a peer that did not answer a large packet; ping it again, because one may get lost."""
     mtu = node.config.network.mtu
     small = [pings(on, to, source=own) for to, own in ways]
     large = [a and pings(on, to, size=mtu - HEADERS, source=own) for (to, own), a in zip(ways, small, strict=True)]
@@ -164,14 +164,14 @@ def _many(so_far: card.Counted) -> dict[str, int]:
     found = {}
     for name, count in so_far.errors.items():
         interface, _, counter = name.partition(" ")
-        # It grows whenever the other node starts.
+        # This counter grows whenever the other node starts.
         if counter != "carrier_changes" and count > max(_FEW, so_far.packets[interface] * _TOLERATED):
             found[name] = count
     return found
 
 
 def _trouble(on: Reader, port: Port, growing: Mapping[str, int], high: Mapping[str, int]) -> tuple[str, str] | None:
-    """What is wrong and what to do, the worst first."""
+    """Return the worst problem, and what to do."""
     if growing:
         return f"growing within a second: {card.in_words(growing)}", _CABLE
     for half in port.twins:
@@ -186,12 +186,12 @@ def _trouble(on: Reader, port: Port, growing: Mapping[str, int], high: Mapping[s
     return None
 
 
-_CABLE = "put the cable in again at both ends, or try another one; then `sparkinstall verify --only link-health`"
+_CABLE = "replug the cable at both ends, or try another one; then `sparkinstall verify --only link-health`"
 _UPDATES = "install the updates of DGX OS, and switch the node off and on"
 
 
 def _facts(on: Reader, port: Port, now: card.Counted) -> str:
-    # What to think of the lanes is for `connectx-pcie`, one of the known-bad hosts.
+    # `connectx-pcie`, one of the known-bad hosts, judges the lanes.
     widths = sorted({card.lanes(on, half.name) for half in port.twins})
     known = [f"PCIe x{width} at {rate:g} GT/s" for width, rate in widths if width]
     fec = {card.ethtool(on, "Active FEC encoding", "--show-fec", half.name) for half in port.twins} - {""}
@@ -206,9 +206,9 @@ def _facts(on: Reader, port: Port, now: card.Counted) -> str:
 def _gids(node: Node, on: Reader) -> Finding:
     decided = recorded(on, node.transport_decision, NcclTransport)
     if decided is None:
-        return skipped("it was not decided yet whether NCCL talks over RoCE: `sparkinstall all` does that")
+        return skipped("NCCL's transport is not decided yet: `sparkinstall all` does that")
     if decided.transport == "socket":
-        return passed("NCCL talks over sockets on this node, and needs none")
+        return passed("NCCL uses sockets on this node, and needs none")
     port = qsfp.port_to_look_at(on, node)
     expected = "each half's RDMA device is ACTIVE and has a RoCE v2 GID for that half's address"
     if why := qsfp.roce_ready(on, port):
@@ -225,6 +225,6 @@ def _halves(node: Node, port: Port) -> list[tuple[Interface, IPv4Interface]]:
 
 
 _ROCE = (
-    "`sparkinstall run network` gives the halves their addresses, from which the card makes the GIDs; "
-    "if they stay away, take sockets on all nodes: `--set network.transport=socket`"
+    "`sparkinstall run network` configures the addresses, from which the card derives the GIDs; "
+    "if they remain missing, use sockets on all nodes: `--set network.transport=socket`"
 )

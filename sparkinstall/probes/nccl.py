@@ -1,4 +1,4 @@
-"""Which NCCL a process has, and whether it is the one that this node is to have."""
+"""Judge whether a process has loaded the NCCL that this node should use."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ from sparkinstall.system import Reader
 
 NO_BUILD_ID = "none"
 REWRITE_ENV = "run `sparkinstall all`: it rewrites the env file, and rebuilds NCCL if it is missing"
-MISMATCH = "Nodes with different NCCLs end at the first collective: `Message truncated`."
-"""The impact of another NCCL than that of the other nodes."""
+MISMATCH = "Nodes with different NCCL versions fail at the first collective: `Message truncated`."
+"""The impact of an NCCL that differs from the other nodes'."""
 _FOR_THIS_GPU = "it works through PTX, if at all; `nccl.mode: source` builds one for this GPU"
 
 
 class Loaded(Struct, frozen=True):
-    """What a process says: the file that its NCCL symbols bind to (empty: none), that one's version as NCCL counts
-    (22809 is 2.28.9), and every libnccl in its maps."""
+    """A process's NCCL: the file that its symbols bind to (or ""), its version as NCCL counts (22809 is 2.28.9), and
+    every libnccl in its maps."""
 
     bound: str
     version: int
@@ -27,16 +27,16 @@ class Loaded(Struct, frozen=True):
 
 
 def not_here(node: Node, on: Reader) -> Finding | None:
-    """Why no process of the environment can be started here, as a skip or a fail; None: it can."""
+    """Return the skip or fail if the environment cannot be started here, else None."""
     if on.entry(node.env_file) is None:
         return failed("there is no env file", "run `sparkinstall all`")
     if node.foreign:
-        return skipped(f"these wheels are for {node.platform}: nothing of them runs here")
+        return skipped(f"these wheels are for {node.platform} and cannot run here")
     return None
 
 
 def library(node: Node, on: Reader) -> str | Finding:
-    """The library that has to be loaded (a real path), or why there is none."""
+    """Return the real path of the library that should be loaded, or why there is none."""
     path = nccl_library(node, on)
     if path is not None and on.entry(path) is not None:
         return on.real(path)
@@ -46,18 +46,18 @@ def library(node: Node, on: Reader) -> str | Finding:
 
 
 def wanted(of_library: str) -> str:
-    """The library in words, for what is expected."""
+    """Describe the expected library."""
     return f"{of_library}, build-id {build_id(of_library)}"
 
 
 def judged(node: Node, of_library: str, loaded: Loaded) -> Finding:
-    """Whether `loaded`, which is bound to something, is `of_library`, of the right version, with code for this GPU."""
+    """Check that `loaded` is `of_library`, has the right version, and has code for this GPU."""
     bound, expected = loaded.bound, wanted(of_library)
     if not is_same_build(bound, of_library):
         return failed(wanted(bound), REWRITE_ENV, expected)
     version = in_words(loaded.version)
     if version != node.nccl_version.split("-")[0]:
-        return failed(f"it says it is {version}", "run `sparkinstall run nccl`", node.nccl_version)
+        return failed(f"it reports version {version}", "run `sparkinstall run nccl`", node.nccl_version)
     code = sorted({each.arch for each in elf.gpu_code(Path(bound)) if each.kind == "cubin"})
     told = (
         f"{version}, {Path(bound).resolve()}, build-id {build_id(bound)[:12]}, code for {', '.join(code) or 'no GPU'}"
@@ -68,14 +68,14 @@ def judged(node: Node, of_library: str, loaded: Loaded) -> Finding:
 
 
 def _beside(loaded: Loaded) -> str:
-    """What a reader of the process's maps may wonder about."""
+    """Describe other mapped copies of NCCL, which are harmless."""
     others = [each for each in loaded.mapped if not is_same_file(each, loaded.bound)]
-    # torch from 2.11 opens the copy of its wheel by path as well; symbols are looked up in the preloaded one first.
-    return f"; mapped besides, bound by nobody: {', '.join(others)}" if others else ""
+    # torch 2.11 and later also opens its wheel's copy by path; symbols resolve to the preloaded one first.
+    return f"; also mapped, but unused: {', '.join(others)}" if others else ""
 
 
 def build_id(path: str) -> str:
-    """In hex, as `file` shows it."""
+    """Return the build-id in hex, as `file` shows it."""
     try:
         return elf.build_id(Path(path)) or NO_BUILD_ID
     except (OSError, elf.NotALibrary):
@@ -83,12 +83,12 @@ def build_id(path: str) -> str:
 
 
 def is_same_build(path: str, other: str) -> bool:
-    """Whether they are one file, or two copies of one build."""
+    """Return whether both paths are the same file, or copies of the same build."""
     return is_same_file(path, other) or build_id(path) == build_id(other) != NO_BUILD_ID
 
 
 def is_same_file(one: str, other: str) -> bool:
-    """Whether they are one file; what is gone is none."""
+    """Return whether both paths are the same existing file."""
     try:
         return Path(one).samefile(other)
     except OSError:
@@ -96,5 +96,5 @@ def is_same_file(one: str, other: str) -> bool:
 
 
 def in_words(number: int) -> str:
-    """22809 -> 2.28.9 (NCCL's NCCL_VERSION macro since 2.9)."""
+    """Convert 22809 to 2.28.9 (NCCL's NCCL_VERSION macro since 2.9)."""
     return f"{number // 10000}.{number % 10000 // 100}.{number % 100}"

@@ -1,4 +1,4 @@
-"""nccl-tests, NVIDIA's own measurement of NCCL: built once against our library, and run through it."""
+"""Build nccl-tests, NVIDIA's benchmark of NCCL, against our library, and run it."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ PROGRAMS = ("all_gather_perf", "all_reduce_perf")
 
 _BUILD_LIMIT, _RUN_LIMIT = 900.0, 120.0
 _GIB, _LEAST = 1 << 30, 1 << 23
-# Each GPU has what it sends, what it receives and what it should receive; and the node wants to live on.
+# Each GPU holds the sent, received and expected data; and the node needs memory too.
 _SHARE = 8
 _VERSION = re.compile(rb"#define\s+NCCL_(?:MAJOR|MINOR|PATCH)\s+(\d+)")
 _BANDWIDTH = re.compile(r"^# Avg bus bandwidth\s*:\s*([0-9.]+)", re.MULTILINE)
@@ -31,24 +31,24 @@ _WRONG = re.compile(r"^# Out of bounds values\s*:\s*(\d+)", re.MULTILINE)
 
 
 class NotBuilt(Exception):
-    """nccl-tests cannot be had here; says why."""
+    """nccl-tests is unavailable here, and why."""
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """The measurement between this node's own GPUs, where it has two: a Spark has one."""
+    """Yield the measurement between this node's GPUs, if it has several: a Spark has one."""
     if gpus() > 1:
         yield Probe(
             "nccl-local",
             "NCCL between the GPUs of this node",
             lambda on: _local(node, on),
             "gpu",
-            "A model on several GPUs answers more slowly than it could.",
+            "A model on several GPUs answers more slowly than possible.",
             load=True,
         )
 
 
 def gpus() -> int:
-    """How many NVIDIA GPUs this machine has, by their device files."""
+    """Return the number of NVIDIA GPUs, by their device files."""
     names = (name for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name))
     return sum(stat.S_ISCHR(os.stat(f"/dev/{name}").st_mode) for name in names)
 
@@ -57,10 +57,10 @@ def gpus() -> int:
 
 
 def programs(node: Node, on: Reader) -> dict[str, Path]:
-    """Return the programs by name, built for `nccl.arch` at the first call and kept in the node's cache.
+    """Return the programs by name, built for `nccl.arch` at the first call and cached.
 
     Raises:
-        NotBuilt: there is no NCCL, no compiler, no source, or it does not build.
+        NotBuilt: NCCL, compiler or source is missing, or the build fails.
     """
     library, home = nccl_library(node, on), cuda_home(node)
     if library is None or on.entry(library) is None:
@@ -82,7 +82,7 @@ def _recipe(node: Node, home: str) -> str:
 def _build(cache: Workshop, recipe: str, home: str, node: Node, library: str, headers: str) -> None:
     work = cache.new_folder(f"{recipe}.new")
     _source(cache, work / "source")
-    # Our library and the headers of its version, in the shape that nccl-tests look for.
+    # Our library and headers of its version, in the layout that nccl-tests expects.
     (work / "nccl/lib").mkdir(parents=True)
     (work / "nccl/lib/libnccl.so").symlink_to(library)
     (work / "nccl/include").symlink_to(headers)
@@ -109,7 +109,7 @@ def _source(cache: Workshop, to: Path) -> None:
 
 def _headers(node: Node, on: Reader) -> str:
     builds = [f"{node.nccl_folder}/{name}/include" for name in on.names(node.nccl_folder)]
-    # A library that another node has built comes without headers; those of torch's own NCCL may fit.
+    # A library built by another node comes without headers; those of torch's NCCL may have the same version.
     for folder in (*builds, f"{site_packages(node, on)}/nvidia/nccl/include"):
         version = b".".join(_VERSION.findall(on.read(f"{folder}/nccl.h") or b"")).decode()
         if version == node.nccl_version.split("-")[0]:
@@ -143,7 +143,7 @@ def _last_line(answer: Result) -> str:
 
 
 class Measured(Struct, frozen=True):
-    """What one program said: bus bandwidth in GB/s, values that came out wrong, the NCCL that it had loaded."""
+    """The result of one program: bus bandwidth in GB/s, number of wrong values, and the loaded NCCL."""
 
     bandwidth: float
     wrong: int
@@ -151,7 +151,7 @@ class Measured(Struct, frozen=True):
 
 
 def read(output: str) -> Measured | None:
-    """What a program of nccl-tests printed; None where it did not come to its end."""
+    """Parse the output of a program of nccl-tests; None if it did not finish."""
     bandwidth, wrong, library = (each.search(output) for each in (_BANDWIDTH, _WRONG, _LIBRARY))
     if not (bandwidth and wrong and library):
         return None
@@ -159,7 +159,7 @@ def read(output: str) -> Measured | None:
 
 
 def size(available: int, count: int) -> int:
-    """How many bytes may be moved where `available` ones are free, between `count` GPUs; 0: too few to measure."""
+    """Return how many bytes `count` GPUs may exchange with `available` bytes free; 0: too few to measure."""
     found = min(_GIB, available // (_SHARE * count))
     return found if found >= _LEAST else 0
 
@@ -167,7 +167,7 @@ def size(available: int, count: int) -> int:
 def _local(node: Node, on: Reader) -> Finding:
     if on.entry(node.env_file) is None:
         return failed("there is no env file", "run `sparkinstall all`")
-    # The machine's own memory, also where a rehearsal stands for a node.
+    # The real machine's memory, even in a rehearsal.
     free = machine.parse_meminfo(Path("/proc/meminfo").read_bytes()).get("MemAvailable", 0) << 10
     if not (amount := size(free, gpus())):
         return skipped(f"only {free >> 20} MiB of memory are free: a measurement could freeze the node")
@@ -180,17 +180,17 @@ def _local(node: Node, on: Reader) -> Finding:
 
 def _run(node: Node, on: Reader, program: Path, amount: int) -> Result:
     argv = (str(program), "-b", str(amount), "-e", str(amount), "-g", str(gpus()))
-    # NVLink's multicast is a matter of the whole fabric, which others may share; a Spark has none.
+    # NVLink multicast affects the whole fabric, which others may share; a Spark has none.
     return with_env_file(node, on, *argv, timeout=_RUN_LIMIT, NCCL_NVLS_ENABLE="0")
 
 
 def judged(node: Node, answers: dict[str, Result]) -> Finding:
-    wanted = f"NCCL {node.nccl_version}, and every value right"
+    wanted = f"NCCL {node.nccl_version}, and every value correct"
     found = []
     for name, answer in answers.items():
         measured = read(answer.out)
         if not answer.ok or measured is None:
-            return failed(f"{name}: {_last_line(answer)}", "`nvidia-smi` tells whether the GPUs are free", wanted)
+            return failed(f"{name}: {_last_line(answer)}", "check with `nvidia-smi` that the GPUs are free", wanted)
         if measured.library != node.nccl_version.split("-")[0]:
             return failed(f"{name} had NCCL {measured.library} loaded", "run `sparkinstall run env-files`", wanted)
         if measured.wrong:

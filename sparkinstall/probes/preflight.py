@@ -1,4 +1,4 @@
-"""Preflight: is this node one that can be set up? All run before any stops; names are stable."""
+"""Preflight checks: can this node be set up? All run, then any failure stops the run. Names are stable."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ _LEFT = "not checked in a rehearsal; checked on the node"
 
 
 def preflight(node: Node) -> Iterable[Probe]:
-    """Every check, in the order in which a person would ask."""
+    """Yield every check, in a natural order."""
     yield Probe(
         "machine", "a DGX Spark or a twin of it (GB10)", _machine, "node",
         "This tool's fixes are for a GB10. Nothing else is set up without `--ignore machine`.", needs_node=_LEFT,
@@ -32,24 +32,24 @@ def preflight(node: Node) -> Iterable[Probe]:
     )  # fmt: skip
     yield Probe(
         "os", "Ubuntu 24.04 (DGX OS 7)", _os, "node",
-        "The packages of another system have other names and versions; the field has run none of them.",
+        "Another system has packages with other names and versions, none of them tested.",
         needs_node=_LEFT,
     )  # fmt: skip
     yield Probe(
         "driver", "NVIDIA driver 580", _driver, "node",
-        "Without a driver that answers there is no CUDA: vLLM ends at its start.", needs_node=_LEFT,
+        "Without a working driver there is no CUDA, and vLLM does not start.", needs_node=_LEFT,
     )  # fmt: skip
     yield Probe(
         "sudo", "the use of sudo", _sudo, "node",
-        "Parts that only root can see or change are left out.", needs_node=_LEFT, to_install=True,
+        "Parts that only root can read or change are left out.", needs_node=_LEFT, to_install=True,
     )  # fmt: skip
     yield Probe(
         "memory", "memory", _memory, "node",
-        "The models that a DGX Spark is bought for do not fit.", needs_node=_LEFT,
+        "Models meant for a DGX Spark do not fit.", needs_node=_LEFT,
     )  # fmt: skip
     yield Probe(
         "python", f"Python {node.stack.python}", lambda _: _python(node), "node",
-        "vLLM's environment cannot be made.", to_install=True,
+        "vLLM's environment cannot be created.", to_install=True,
     )  # fmt: skip
     yield Probe(
         "cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node), "node",
@@ -57,20 +57,20 @@ def preflight(node: Node) -> Iterable[Probe]:
     )  # fmt: skip
     yield Probe(
         "disk", "free disk", lambda on: _unless_shut(_disk, on, node), "node",
-        "The environment or a model's download will break off in the middle.", to_install=True,
+        "The installation or a model's download fails in the middle.", to_install=True,
     )  # fmt: skip
     yield Probe(
         "clock", "clock", _clock, "node",
-        "Every download fails, for no certificate is valid at this time.",
+        "Every download fails, because no certificate is valid at this time.",
     )  # fmt: skip
     yield Probe(
         "prefix", "a prefix that is free or ours", lambda on: _unless_shut(_prefix, on, node), "node",
-        "sparkinstall will not touch what others have put there, so it cannot set the node up.", to_install=True,
+        "sparkinstall does not change files of others, so it cannot set the node up.", to_install=True,
     )  # fmt: skip
     if node.several:
         yield Probe(
             "qsfp", "the QSFP port with the cable", lambda on: _qsfp(on, node), "node",
-            "The nodes cannot talk over the fast link.", needs_node=_LEFT,
+            "The nodes cannot use the fast link.", needs_node=_LEFT,
         )  # fmt: skip
 
 
@@ -79,7 +79,10 @@ def _qsfp(on: Reader, node: Node) -> Finding:
     port = qsfp.port_to_look_at(on, node)
     names = " + ".join(each.name for each in port.twins)
     if len(port.twins) < 2:
-        return warned(f"port {port.number}: {names} alone", "a Spark's port has two halves: is the other switched off?")
+        return warned(
+            f"port {port.number}: {names} only",
+            "a Spark's port has two halves: check whether the other is switched off",
+        )
     return passed(f"port {port.number}: {names}")
 
 
@@ -92,7 +95,7 @@ def _machine(on: Reader) -> Finding:
     what = gpu.name if gpu else "no GB10 on the PCI bus"
     return failed(
         f"{what}{_named(on)}",
-        "this is for a DGX Spark; anywhere else, rehearse it: `sparkinstall all --root ./node`",
+        "sparkinstall is for a DGX Spark; on other machines, rehearse: `sparkinstall all --root ./node`",
         "NVIDIA GB10",
     )
 
@@ -115,26 +118,26 @@ def _os(on: Reader) -> Finding:
     name = found.get("PRETTY_NAME", "unknown")
     if found.get("ID") == "ubuntu" and found.get("VERSION_ID") == "24.04":
         return passed(name)
-    return failed(name, "made for DGX OS 7 (Ubuntu 24.04); at your own risk: `--ignore os`", "Ubuntu 24.04")
+    return failed(name, "use DGX OS 7 (Ubuntu 24.04), or continue at your own risk with `--ignore os`", "Ubuntu 24.04")
 
 
 def _driver(on: Reader) -> Finding:
     gpu = gpu_or_complaint(on)
     if isinstance(gpu, str):
-        found = f"nvidia-smi says: {gpu}" if gpu else "nvidia-smi gives no answer"
+        found = f"nvidia-smi reports: {gpu}" if gpu else "nvidia-smi does not answer"
         return failed(found, _driver_hint(on, gpu), "580.x")
     if gpu.driver.split(".")[0] == "580":
         return passed(gpu.driver)
-    return warned(gpu.driver, "the field has run 580.x; another driver may work, but few have tried it", "580.x")
+    return warned(gpu.driver, "use 580.x; another driver may work but is little tested", "580.x")
 
 
 def _driver_hint(on: Reader, complaint: str) -> str:
-    """A Spark comes with its driver. One package of it, put in by hand, has left GPUs that did not come up any more."""
+    """Return a hint. A Spark ships with its driver; single driver packages installed by hand have broken GPUs."""
     if "version mismatch" in complaint or on.entry(_REBOOT_WANTED):
-        return "reboot first: an update waits for it (`sudo reboot`)"
+        return "reboot first (`sudo reboot`): an update is pending"
     return (
-        "take NVIDIA's own update, in the DGX Dashboard or by `sudo apt update && sudo apt dist-upgrade && "
-        "sudo fwupdmgr refresh && sudo fwupdmgr upgrade`, then reboot. One driver package by itself can stop the GPU"
+        "run NVIDIA's update, in the DGX Dashboard or with `sudo apt update && sudo apt dist-upgrade && "
+        "sudo fwupdmgr refresh && sudo fwupdmgr upgrade`, then reboot. Do not install a single driver package"
     )
 
 
@@ -145,7 +148,7 @@ def _cuda(on: Reader, node: Node) -> Finding:
     if on.rehearsal and (home is None or node.foreign):
         return skipped(_LEFT)
     if home is None:
-        hint = "`sudo apt install cuda-toolkit-13-0`, or name yours with `nccl.cuda_home`, or take `nccl.mode: wheel`"
+        hint = "`sudo apt install cuda-toolkit-13-0`, or set `nccl.cuda_home`, or use `nccl.mode: wheel`"
         return failed("no nvcc found", hint, "/usr/local/cuda")
     return _nvcc_finding(on, node, home)
 
@@ -156,7 +159,7 @@ def _nvcc_finding(on: Reader, node: Node, home: str) -> Finding:
     wanted = f"compute_{node.config.nccl.arch.rstrip('af')}"
     if wanted not in known:
         return failed(
-            f"nvcc {version} does not know {wanted}",
+            f"nvcc {version} does not support {wanted}",
             "install CUDA 13.0 or newer, or set `nccl.arch` to one of "
             + ", ".join(each.removeprefix("compute_") for each in known),
             wanted,
@@ -180,7 +183,7 @@ def _sudo(on: Reader) -> Finding:
     return failed(
         "sudo asks for a password",
         "run `sudo -v` in this terminal, then the same command again",
-        "sudo without a question",
+        "sudo without a password",
     )
 
 
@@ -189,7 +192,7 @@ def _memory(on: Reader) -> Finding:
     gib = info.get("MemTotal", 0) / 2**20
     if gib >= 56:
         return passed(f"{gib:.1f} GiB")
-    return failed(f"{gib:.1f} GiB", "a DGX Spark has 128 GB (a few have 64); is this one?", "56 GiB or more")
+    return failed(f"{gib:.1f} GiB", "check the machine: a DGX Spark has 128 GB (a few have 64)", "56 GiB or more")
 
 
 def _python(node: Node) -> Finding:
@@ -201,14 +204,14 @@ def _python(node: Node) -> Finding:
     if not node.rehearsal and node.config.environment.python is None:
         return passed(f"the step `packages` installs {wanted}")
     return failed(
-        f"{wanted} is not here",
-        "install it, or name another with `environment.python`",
+        f"{wanted} is not installed",
+        "install it, or set `environment.python` to another",
         f"Python {node.stack.python}",
     )
 
 
 def _unless_shut(look: Callable[[Reader, Node], Finding], on: Reader, node: Node) -> Finding:
-    """What `look` finds; or which folder keeps it from looking."""
+    """Return the finding of `look`, or the folder that cannot be read."""
     try:
         return look(on, node)
     except PermissionError as error:
@@ -219,7 +222,7 @@ def _unless_shut(look: Callable[[Reader, Node], Finding], on: Reader, node: Node
 
 
 def _shut(path: Path) -> Path:
-    """The outermost folder above `path` that this user cannot look into."""
+    """Return the outermost folder above `path` that this user cannot read."""
     return next((each for each in reversed(path.parents) if not os.access(each, os.R_OK | os.X_OK)), path.parent)
 
 
@@ -240,7 +243,7 @@ def _disk(on: Reader, node: Node) -> Finding:
 
 def _clock(on: Reader) -> Finding:
     del on
-    # Certificates are checked against the clock; one that is years off makes every download fail.
+    # A clock that is years off makes every certificate invalid.
     made = os.stat(__file__).st_mtime
     if time.time() < made - 86400:
         return failed(
@@ -265,14 +268,12 @@ def _prefix(on: Reader, node: Node) -> Finding:
     try:
         ours = on.entry("/var/lib/sparkinstall/journal.jsonl") is not None
     except PermissionError:
-        return failed(
-            f"{where} is there, and another user's sparkinstall made it", "run this as that user", "free, or ours"
-        )
+        return failed(f"{where} was created by another user's sparkinstall", "run this as that user", "free, or ours")
     taken = [name for name in ("venv", "nccl", "env") if on.entry(f"{node.prefix}/{name}")]
     if taken and not ours:
         return failed(
-            f"{where} holds {', '.join(taken)}, and no journal of ours says why",
+            f"{where} contains {', '.join(taken)}, which no journal of ours lists",
             "move it away, or choose another `prefix:` in the config",
-            "free, or made by sparkinstall",
+            "free, or created by sparkinstall",
         )
     return passed(f"{where} is ours" if taken else f"{where} is free")

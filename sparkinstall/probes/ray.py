@@ -1,4 +1,4 @@
-"""Ray as it runs: which nodes it has, by the addresses under which they joined."""
+"""Probe of the running Ray: its nodes, and the addresses with which they joined."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,19 +8,19 @@ from sparkinstall.probes import Finding, Probe, failed, passed
 from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.system import Reader
 
-# Ray answers at once or not at all.
+# Ray answers immediately or never.
 _PATIENCE = 10
 _OURS = "sparkinstall: "
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """What shows that Ray holds the nodes together."""
+    """Yield the probe that Ray has all nodes."""
     yield Probe(
         "ray-nodes",
-        "Ray has the nodes at their QSFP addresses",
+        "all nodes in Ray, at their QSFP addresses",
         lambda on: _nodes(node, on),
         "cluster",
-        "vLLM waits for GPUs that never come, and gives up.",
+        "vLLM waits for GPUs that never appear, and gives up.",
         others=True,
         needs_node="a rehearsal starts no services",
     )
@@ -36,11 +36,11 @@ def _nodes(node: Node, on: Reader) -> Finding:
 
 
 def _ask(node: Node, on: Reader) -> list[str] | str:
-    """The addresses of the nodes that are alive, or why there was no answer."""
+    """Return the addresses of the nodes that are alive, or why there was no answer."""
     command = ("python", on.real(node.ray_nodes), node.ray_address, str(_PATIENCE))
     answer = with_env_file(node, on, *command, timeout=_PATIENCE + 30)
     if answer.code == 124:
-        return f"Ray at {node.ray_address} gave no answer in time"
+        return f"Ray at {node.ray_address} did not answer in time"
     told = [line.removeprefix(_OURS) for line in answer.err.splitlines() if line.startswith(_OURS)]
     if told:
         return told[-1]
@@ -51,7 +51,7 @@ def _ask(node: Node, on: Reader) -> list[str] | str:
 
 
 def _compare(node: Node, found: Sequence[str]) -> Finding:
-    """The head answers for all nodes, a worker for itself."""
+    """Compare: the head checks all nodes, a worker only itself."""
     wanted = node.members if node.role == "head" else (node.address,)
     missing, strange = sorted(set(wanted) - set(found)), sorted(set(found) - set(node.members))
     if missing:
@@ -60,13 +60,13 @@ def _compare(node: Node, found: Sequence[str]) -> Finding:
     if strange:
         return failed(
             f"nodes at other addresses: {', '.join(strange)}",
-            "start Ray there by its unit, which takes the address on the QSFP link, and not by hand",
+            "start Ray there with its unit, which uses the address on the QSFP link, and not by hand",
             _listed(node.members),
         )
     return passed(_listed(found), _listed(wanted))
 
 
-_FIREWALL = "see that the firewall lets the QSFP link through"
+_FIREWALL = "check that the firewall accepts the QSFP link"
 
 
 def _listed(addresses: Iterable[str]) -> str:

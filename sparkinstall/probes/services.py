@@ -1,4 +1,4 @@
-"""What is started with the env file, and what was: the NCCL of a small process, and the services as they run."""
+"""Probes of processes started with the env file: a new small process, and the running services."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from sparkinstall.system import Reader
 
 _LIBRARY = re.compile(r" (/\S.*/libnccl\.so[^/\n]*)$", re.MULTILINE)
 _DELETED = " (deleted)"
-# What the env files name in some settings only: a process that still has one was started with another file.
+# Variables that depend on settings: a process that still has one was started with another env file.
 _SOMETIMES = (
     *("LD_PRELOAD", "VLLM_NCCL_SO_PATH", "VLLM_DISABLED_KERNELS", "VLLM_CONFIG_ROOT", "RAY_ADDRESS", "RAY_AUTH_MODE"),
     *("NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "NCCL_NET_GDR_LEVEL", "NCCL_P2P_DISABLE"),
@@ -26,26 +26,26 @@ _SOMETIMES = (
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """The quick half of the proof: no torch, no vLLM is loaded for it."""
+    """Yield the quick probes, which load neither torch nor vLLM."""
     yield Probe(
         "nccl-preload",
-        "the NCCL that a process starts with",
+        "NCCL in a new process",
         lambda on: _preload(node, on),
         "node",
-        "NCCL is another one than the node was set up with, or it is not loaded at all.",
+        "NCCL differs from the one that was set up, or is not loaded at all.",
         fixes.NCCL,
     )
     if env_units(node) and not node.rehearsal:
         yield Probe(
             "running-env",
-            "the variables of the running services",
+            "variables of the running services",
             lambda on: _env(node, on),
             "node",
-            "What runs has not got the variables that were set since: it needs a restart.",
+            "Running services lack variables that were set later: they need a restart.",
         )
         yield Probe(
             "running-nccl",
-            "the NCCL in the running services",
+            "NCCL in the running services",
             lambda on: _nccl(node, on),
             "node",
             nccl.MISMATCH,
@@ -53,7 +53,7 @@ def probes(node: Node) -> Iterable[Probe]:
         )
 
 
-# --- a process that is started now
+# --- a new process
 
 
 def _preload(node: Node, on: Reader) -> Finding:
@@ -71,16 +71,16 @@ def _preload(node: Node, on: Reader) -> Finding:
         last = [line for line in said.err.splitlines() if line.strip()][-1:]
         return failed("".join(last) or f"it ended with code {said.code}", nccl.REWRITE_ENV, library)
     if not loaded.bound:
-        told = "a process started with the env file has not loaded NCCL"
+        told = "a process started with the env file did not load NCCL"
         return failed(told, nccl.REWRITE_ENV, nccl.wanted(library))
     return nccl.judged(node, library, loaded)
 
 
-# --- the services as they run
+# --- the running services
 
 
 class Process(Struct, frozen=True):
-    """A process of one of our services. `began`: clock ticks after the boot."""
+    """A process of one of our services. `began`: start time in clock ticks after the boot."""
 
     pid: int
     unit: str
@@ -89,37 +89,37 @@ class Process(Struct, frozen=True):
 
 
 def processes_of(names: Iterable[str], on: Reader) -> list[Process]:
-    """The processes in the control groups of these services, whoever their parent is, the oldest first."""
+    """Return the processes in the control groups of these services, oldest first, whatever their parent."""
     wanted = {f"/{name}/": name for name in names}
     found = []
     for pid in map(int, filter(str.isdigit, on.names("/proc"))):
         groups = (_of(on, pid, "cgroup") or b"").decode(errors="replace").splitlines()
         unit = next((name for part, name in wanted.items() for group in groups if part in f"{group}/"), None)
         if unit and (stat := _of(on, pid, "stat")):
-            # `pid (name) state parent ...`; the name may hold blanks and brackets.
+            # `pid (name) state parent ...`; the name may contain blanks and parentheses.
             name, _, rest = stat.decode(errors="replace").partition("(")[2].rpartition(")")
             found.append(Process(pid, unit, name, int(rest.split()[19])))
     return sorted(found, key=lambda each: (each.began, each.pid))
 
 
 def _of(on: Reader, pid: int, what: str) -> bytes | None:
-    """`/proc/PID/what`; None where the process has ended.
+    """Return `/proc/PID/what`; None if the process has ended.
 
     Raises:
-        NeedsRoot: it is another user's, and sudo asks for a password, or root may not look into it either.
+        NeedsRoot: it belongs to another user and sudo needs a password, or not even root may read it.
     """
     try:
         return on.read(f"/proc/{pid}/{what}")
     except ProcessLookupError:
         return None
     except PermissionError as error:
-        raise NeedsRoot(f"/proc/{pid}/{what} cannot be read", hint="ask outside of a container") from error
+        raise NeedsRoot(f"/proc/{pid}/{what} cannot be read", hint="run it outside of a container") from error
 
 
 def _env(node: Node, on: Reader) -> Finding:
     if isinstance(running := _running(node, on), Finding):
         return running
-    # Those that systemd itself has started: what they start in turn may set variables for its own reasons.
+    # Only processes that systemd started: their children may set variables for reasons of their own.
     first = {process.unit: process for process in reversed(running)}
     try:
         differs = {unit: list(_differences(node, on, process)) for unit, process in first.items()}
@@ -127,9 +127,9 @@ def _env(node: Node, on: Reader) -> Finding:
         return skipped(f"{problem.message}: {problem.hint}")
     wrong = {unit: each for unit, each in differs.items() if each}
     if not wrong:
-        return passed(f"{_listed(first)}: as the env file says", on.real(node.env_file))
+        return passed(f"{_listed(first)}: as in the env file", on.real(node.env_file))
     told = "; ".join(f"{unit} was started with {', '.join(each)}" for unit, each in wrong.items())
-    stays = f"if it stays, `systemctl cat {' '.join(wrong)}` shows what else sets them"
+    stays = f"if they remain, `systemctl cat {' '.join(wrong)}` shows what else sets them"
     return warned(told, f"{_restart(wrong)}; {stays}", f"as in {on.real(node.env_file)}")
 
 
@@ -155,7 +155,7 @@ def _differences(node: Node, on: Reader, process: Process) -> Iterator[str]:
 
 
 def _variables(on: Reader, process: Process) -> dict[str, str]:
-    """What it was started with; empty where it has ended, or has written its title over them."""
+    """Return the variables at its start; {} if it has ended, or its title overwrote them."""
     has = _of(on, process.pid, "environ") or b""
     return dict(each.partition("=")[::2] for each in has.decode(errors="replace").split("\0") if "=" in each)
 
@@ -169,7 +169,7 @@ def difference(name: str, now: str | None, says: str | None) -> str:
 
 
 def _read_by(unit: str, node: Node, on: Reader) -> dict[str, str]:
-    """What systemd would give the service now: the env file, then what its start finds out about the link."""
+    """Return the variables that systemd would set now: the env file, then the link's, found at start."""
     link = f"/run/{unit.removesuffix('.service')}/link.env"
     return {name: value for path in (node.env_file, link) for name, value in assignments(on.read(path) or b"").items()}
 
@@ -194,11 +194,11 @@ def _nccl(node: Node, on: Reader) -> Finding:
 
 
 def _of_strangers(told: str, of_units: Iterable[str], paths: Iterable[str], wanted: str) -> Finding:
-    """A library that was replaced is an old start; another one is an env file that does not reach the process."""
+    """Judge another library: a replaced one needs a restart; any other means that the env file is not used."""
     if all(path.endswith(_DELETED) for path in paths):
         return warned(f"{told}: replaced since the start", _restart(of_units), wanted)
     return failed(
-        told, f"{_restart(of_units)}; LD_PRELOAD has to reach every process: `sparkinstall run ray serving`", wanted
+        told, f"{_restart(of_units)}; LD_PRELOAD must reach every process: `sparkinstall run ray serving`", wanted
     )
 
 
@@ -208,7 +208,7 @@ def _mapped(on: Reader, process: Process) -> tuple[str, ...]:
 
 
 def _other(on: Reader, process: Process, mapped: Sequence[str], library: str) -> str | None:
-    """The library that the process uses in place of ours; None where it uses ours, whatever is mapped besides."""
+    """Return the library that the process uses instead of ours; None if it uses ours, whatever else is mapped."""
     others = [path for path in mapped if path.endswith(_DELETED) or not nccl.is_same_build(path, library)]
     if not others or (len(others) < len(mapped) and _preloads(on, process, library)):
         return None
@@ -216,7 +216,7 @@ def _other(on: Reader, process: Process, mapped: Sequence[str], library: str) ->
 
 
 def _preloads(on: Reader, process: Process, library: str) -> bool:
-    """Of two libraries torch takes the one of its wheel, unless ours was there before; who hides it is believed."""
+    """Return whether ours was preloaded, so that torch does not use its wheel's; assume so if it cannot be read."""
     variables = _variables(on, process)
     named = variables.get("LD_PRELOAD", "").replace(":", " ").split()
     return not variables or any(nccl.is_same_build(path, library) for path in named)

@@ -1,4 +1,4 @@
-"""vLLM as a client sees it: a completion that comes, a stream, counters that move. /health alone proves nothing."""
+"""Probe vLLM as a client: a completion, a stream, moving counters. /health alone proves nothing."""
 
 import time
 from collections.abc import Iterable
@@ -16,19 +16,19 @@ from sparkinstall.probes.vllm_client import Api, Reply
 from sparkinstall.system import Reader
 
 _REHEARSAL = "a rehearsal starts no services"
-# Seconds in which a large model has been loaded, or never will be.
+# Seconds within which even a large model is loaded.
 _LOADING = 1800
-# Seconds after which the counters must have seen what was asked for.
+# Seconds after which the counters must include our requests.
 _COUNTED = 1.0
 
 
 def serves(node: Node) -> bool:
-    """Whether the API is on this node: workers only compute."""
+    """Return whether the API is on this node: workers only compute."""
     return node.role != "worker"
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """What shows that vLLM serves; all of them ask the same API, and it once. Nothing on a worker, which has none."""
+    """Yield the probes of the API, which share their requests; none on a worker."""
     shared: dict[int, Api] = {}
 
     def asked(on: Reader) -> Api:
@@ -37,10 +37,10 @@ def probes(node: Node) -> Iterable[Probe]:
     if serves(node):
         yield Probe(
             "serving",
-            "a completion, within a time limit",
+            "a completion within a time limit",
             lambda on: _serving(asked(on)),
             "serving",
-            "Requests get no answer, though the service may run and call itself healthy.",
+            "Requests get no answer, although the service may run and report healthy.",
             needs_node=_REHEARSAL,
         )
         yield Probe(
@@ -48,7 +48,7 @@ def probes(node: Node) -> Iterable[Probe]:
             "reasoning field in a live stream",
             lambda on: _stream(asked(on)),
             "serving",
-            "A client may show no thinking, or show it as raw text.",
+            "A client may show no reasoning, or show it as raw text.",
             fixes.REASONING,
             needs_node=_REHEARSAL,
         )
@@ -57,7 +57,7 @@ def probes(node: Node) -> Iterable[Probe]:
             "the counters of /metrics move",
             lambda on: _metrics(asked(on)),
             "serving",
-            "Nobody sees how busy the model is, or how long it lets its users wait.",
+            "Load and latency of the model cannot be monitored.",
             needs_node=_REHEARSAL,
         )
 
@@ -89,7 +89,7 @@ def _no_completion(of: Api, answer: Reply) -> Finding:
 
 
 def _locked(of: Api) -> Finding:
-    """The key is never asked for and never kept; who verifies may have it in the environment."""
+    """Judge a rejected request. The key is only read from the environment, never prompted for or stored."""
     if of.knows_key:
         return failed(
             f"the API rejects the key in {vllm_client.KEY}", f"set it to the key that {UNIT} was started with"
@@ -102,11 +102,11 @@ def _locked(of: Api) -> Finding:
 
 
 def _late(of: Api, what: str) -> Finding:
-    besides = ", though /health says 200" if of.healthy else ""
+    besides = ", although /health returns 200" if of.healthy else ""
     hint = f"restart it: `sudo systemctl restart {UNIT}`"
     if of.node.several:
         nodes = "--only peers --only ray-nodes" if of.node.config.cluster.executor == "ray" else "--only peers"
-        hint = f"see that every node is there (`sparkinstall verify {nodes}`), then {hint}"
+        hint = f"check that every node is up (`sparkinstall verify {nodes}`), then {hint}"
     return failed(
         f"{what} within {vllm_client.PATIENCE} s{besides}",
         hint,
@@ -115,7 +115,7 @@ def _late(of: Api, what: str) -> Finding:
 
 
 def _unasked(of: Api) -> Finding | None:
-    """Why there is no use in asking for more, as a skip; None: it answers."""
+    """Return a skip if the completion failed, else None."""
     return skipped("no completion came: see `serving`") if of.completion.error else None
 
 
@@ -126,7 +126,7 @@ def _stream(of: Api) -> Finding:
     if not answer.done:
         return _broken(of, answer)
     if not answer.said:
-        return warned("a stream without a word", f"ask it something by hand, and read `journalctl -u {UNIT}`")
+        return warned("an empty stream", f"send a request by hand, and read `journalctl -u {UNIT}`")
     model, parser = of.completion.model, streams.parser_of(of.node.config.serving.arguments)
     add, fields = streams.adding(of.node, of.on, model), vllm.reasoning_fields(of.node, of.on)
     finding = streams.judged(streams.Transcript(answer.said, answer.prompt, answer.finish), parser, fields, add)
@@ -179,17 +179,17 @@ def _no_metrics(of: Api, after: Reply) -> Finding:
 
 
 def not_up(node: Node, on: Reader) -> Finding:
-    """Nothing listens: it is still loading, or it has ended."""
+    """Return the finding if nothing listens: vLLM is still loading, or has ended."""
     state = show(on, UNIT, "ActiveState", "NRestarts", "ExecMainStartTimestampMonotonic")
     since = time.clock_gettime(time.CLOCK_MONOTONIC) - int(state["ExecMainStartTimestampMonotonic"] or 0) / 1e6
     where = f"nothing answers at 127.0.0.1:{node.config.serving.port}"
-    # A unit that systemd starts over and over looks as if it were loading, for a while each time.
+    # A unit that systemd keeps restarting looks as if it were loading, each time for a while.
     if again := int(state["NRestarts"] or 0):
         said = f"{where}; systemd has started it {again + 1} times"
         return failed(said, f"`sparkinstall diagnose --unit {UNIT.removesuffix('.service')}`")
     if state["ActiveState"] == "active" and since < _LOADING:
         return warned(
-            f"{where}: it was started {since:.0f} s ago and still loads",
+            f"{where}: it was started {since:.0f} s ago and is still loading",
             f"follow it with `journalctl -fu {UNIT}`, then run `sparkinstall verify --only serving`",
         )
     return failed(

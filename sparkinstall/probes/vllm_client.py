@@ -1,4 +1,4 @@
-"""A running vLLM as a client on the node sees it: few requests, each in a process with a time limit."""
+"""Client of the vLLM on this node: few requests, each in a process with a time limit."""
 
 import json
 import os
@@ -12,21 +12,20 @@ from sparkinstall import payloads
 from sparkinstall.node import Node
 from sparkinstall.system import Reader
 
-# Seconds for a few tokens; on a node that computes at all they take less than one.
+# Seconds for a few tokens; a working node needs less than one.
 PATIENCE = 60
-# Enough to see that tokens come, and enough to see where the first thoughts go.
+# Enough tokens to see an answer, and enough to see which field carries reasoning.
 TOKENS, STREAMED = 4, 64
 KEY = "VLLM_API_KEY"
 _HEALTH_PATIENCE = 5
 
 
 class Reply(Struct, frozen=True):
-    """What payloads/vllm_client.py says of one question; what was not asked or did not come has its default.
+    """The reply of payloads/vllm_client.py to one request; other fields keep their defaults.
 
-    `error`: why there is no answer, with `status` (HTTP), `late` or `refused` where that is the reason. `metrics`: the
-    lines of /metrics that are vLLM's own, or `metrics_status`. `roots`: the paths or names of the models that are
-    served. `seconds` of a completion; `first`: seconds to a stream's first token. `said`: a stream's text by field;
-    `prompt`: the end of what the model was given.
+    `error`: why there is no answer, with `status` (HTTP), `late` or `refused` as the reason. `metrics`: vLLM's lines of
+    /metrics, or `metrics_status`. `roots`: paths or names of the served models. `seconds` of a completion; `first`:
+    seconds to a stream's first token. `said`: a stream's text by field; `prompt`: the end of the model's prompt.
     """
 
     error: str = ""
@@ -47,34 +46,34 @@ class Reply(Struct, frozen=True):
 
 
 class Api(Struct, frozen=True, dict=True):
-    """The API of this node's vLLM; asked once for all probes."""
+    """The API of this node's vLLM; each request is sent once for all probes."""
 
     node: Node
     on: Reader
 
     @cached_property
     def completion(self) -> Reply:
-        """A completion, and the metrics from before it."""
+        """A completion, and the metrics before it."""
         return self._asked("complete", TOKENS)
 
     @cached_property
     def stream(self) -> Reply:
-        """A stream, as far as it came."""
+        """A stream, possibly incomplete."""
         return self._asked("stream", STREAMED, self.completion.model)
 
     @property
     def made(self) -> int:
-        """The tokens that were made for us so far."""
+        """The number of tokens generated for us so far."""
         streamed: Reply = vars(self).get("stream", Reply())
         return self.completion.tokens + streamed.tokens
 
     def metrics(self) -> Reply:
-        """/metrics as it is now."""
+        """The current /metrics."""
         return self._asked("metrics")
 
     @property
     def healthy(self) -> bool:
-        """What /health says, which is no more than that there is a process."""
+        """Whether /health succeeds, which only proves that there is a process."""
         return self._asked("health", patience=_HEALTH_PATIENCE).status == 200
 
     @property
@@ -101,7 +100,7 @@ class Api(Struct, frozen=True, dict=True):
 
 
 def sample(lines: Iterable[str], *names: str) -> float | None:
-    """The sum of a metric over its labels, in Prometheus' text format; the first of `names` that is there."""
+    """Return the sum of a metric over its labels, in Prometheus' text format; the first existing one of `names`."""
     for name in names:
         found = [line for line in lines if line.partition("{")[0].split(" ")[0] == name]
         if found:

@@ -1,4 +1,4 @@
-"""The installed wheels: whether they fit together, whether their files are intact, how they name reasoning."""
+"""Probes of the installed wheels: compatibility, intact files, the reasoning field."""
 
 from collections.abc import Sequence
 
@@ -14,20 +14,20 @@ _SHOWN = 4
 
 
 def gate(node: Node, pins: Sequence[Pin], on: Reader) -> Finding:
-    """What every stack must pass before it counts as installed; `pins` is its lock."""
+    """Check the wheels of a stack, which counts as installed only if they pass; `pins` is its lock."""
     if isinstance(site := _site(node, on), Finding):
         return site
     if not pins:
-        return failed("there is no lock yet for these wheels", "run `sparkinstall all`")
+        return failed("there is no lock for these wheels yet", "run `sparkinstall all`")
     wheels = gate_of(node, pins)
     if complaint := wheels.complaint(on):
-        return failed(complaint, OTHER_STACK, "a stack that fits together")
+        return failed(complaint, OTHER_STACK, "compatible wheels")
     cuda = f"CUDA {wheels.torch_major(on, site)} in torch ({wheels.seen}) and in vLLM's extension"
-    return passed(f"{cuda}; triton, ray there")
+    return passed(f"{cuda}; triton and ray installed")
 
 
 def _site(node: Node, on: Reader) -> str | Finding:
-    """The environment's site-packages, or that vLLM is not there."""
+    """Return the environment's site-packages, or a fail if vLLM is not installed."""
     site = site_packages(node, on)
     if site is None:
         return failed("there is no environment", "run `sparkinstall all`")
@@ -35,31 +35,29 @@ def _site(node: Node, on: Reader) -> str | Finding:
 
 
 def reasoning_fields(node: Node, on: Reader) -> Finding:
-    """Fix 8: the names of the field in which this vLLM streams its reasoning, read from its own class."""
+    """Fix 8: read the names of the reasoning fields from vLLM's class."""
     if isinstance(site := _site(node, on), Finding):
         return site
     if found := vllm.reasoning_fields(node, on):
         return passed("delta." + " and delta.".join(found))
-    return failed(
-        "vLLM's DeltaMessage has no field for reasoning", "report it: this vLLM is newer than sparkinstall knows"
-    )
+    return failed("vLLM's DeltaMessage has no field for reasoning", "report it: sparkinstall does not know this vLLM")
 
 
 def files(node: Node, on: Reader) -> Finding:
-    """The installed files against their wheels: nothing is gone, changed, or put in from another wheel."""
+    """Compare installed files with their wheels: none missing, changed, or overwritten by another wheel."""
     found = wheel_files.compare(node, on)
     if found is None:
         return failed("there is no environment", "run `sparkinstall all`")
     if not found.locked:
-        return failed("it is not known what was installed: installed.lock is gone or empty", _REINSTALL)
+        return failed("the installed packages are unknown: installed.lock is missing or empty", _REINSTALL)
     if found.wrong:
-        return failed(_some(found.wrong), _REINSTALL, "every file as its wheel brought it")
+        return failed(_some(found.wrong), _REINSTALL, "every file as in its wheel")
     if found.since_installed:
         again = f"`rm -r {node.cache}/uv` and `sparkinstall run environment fp8 --force`"
-        hint = f"if that stays after {again}, the wheel's own list of its files is wrong and nothing need be done"
+        hint = f"if this remains after {again}, the wheel's RECORD is wrong, and nothing needs to be done"
         return warned(_some([f"{each}, since it was installed" for each in found.since_installed]), hint)
-    many = f"{found.packages} packages, as their wheels brought them"
-    return passed(many if found.packages != 1 else "1 package, as its wheel brought it")
+    many = f"{found.packages} packages, as in their wheels"
+    return passed(many if found.packages != 1 else "1 package, as in its wheel")
 
 
 def _some(said: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""One file per step. A step declares the desired state of a part of a node; the engine applies it."""
+"""One file per step. A step declares the desired state of one part of a node; the engine applies it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -11,14 +11,14 @@ from sparkinstall.resources import Resource
 from sparkinstall.system import Reader
 
 StepPhase = Literal["packages", "network", "build", "services"]
-"""When a step is due on several nodes; `cluster` makes its phases of it."""
+"""The phase of `cluster` in which a step runs on several nodes."""
 
 
 class Step(ABC):
     """One part of a node.
 
-    `needs` names the steps that must be done before. `impact`: what drift in it means for a person, one
-    sentence. `fixes`: those that it applies, alone or with other steps.
+    `needs` names the steps that must run before. `impact`: the effect of drift on the user, one sentence.
+    `fixes`: the fixes that it applies, alone or with other steps.
     """
 
     name: ClassVar[str]
@@ -29,20 +29,20 @@ class Step(ABC):
     fixes: ClassVar[tuple[Fix, ...]] = ()
 
     def wanted(self, node: Node) -> bool:
-        """Whether `node` has this part at all; every node by default."""
+        """Return whether `node` has this part; every node by default."""
         del node
         return True
 
     def left_to(self, node: Node, on: Reader) -> str:
-        """Why this node leaves the step to somebody else; empty, the default: it does not. Never in a rehearsal."""
+        """Return what to do by hand if the settings exclude this step; "" by default. Not called in a rehearsal."""
         del node, on
         return ""
 
     @abstractmethod
     def resources(self, node: Node) -> Iterable[Resource]:
-        """The desired state of `node`, in the order in which it can be applied."""
+        """Yield the desired state of `node`, in the order in which it is applied."""
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        """What shows that it behaves so; nothing by default."""
+        """Yield the probes that verify its behaviour; none by default."""
         del node
         return ()

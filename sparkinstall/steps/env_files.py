@@ -1,4 +1,4 @@
-"""The env files for one node, a head and a worker: fixes 1, 3, 4, 5 and 7 as a process sees them."""
+"""The env files for a single node, a head and a worker: the variables of fixes 1, 3, 4, 5 and 7."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -19,8 +19,8 @@ from sparkinstall.resources.transport import Transport
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
-# What each node must keep for itself: vLLM (since 0.18) hands its own NCCL_* and UCX_* to every worker on Ray,
-# and the other node's interfaces, devices and GID may have other names.
+# Variables that vLLM must not copy between nodes. Since 0.18 it copies its NCCL_* and UCX_* to every Ray worker,
+# where interfaces, devices and GIDs may have other names.
 OWN_TO_EACH_NODE = (
     *("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "NCCL_IB_DISABLE", "UCX_NET_DEVICES"),
     "VLLM_CONFIG_ROOT",
@@ -34,15 +34,15 @@ class EnvFiles(Step):
     why = "variables for one node, a head and a worker"
     needs = ("nccl", "fp8", "network")
     phase = "services"
-    impact = "What is started with the env files does not have all of the fixes."
+    impact = "Processes started with the env files lack some of the fixes."
     fixes = (NCCL, HOST_IP, TRANSPORT, FP8, MEMORY_MONITOR)
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        # Before anything names the library: one that lacks a symbol would break `import torch`.
+        # Before any file names the library: one that lacks a symbol would break `import torch`.
         yield NcclFitsTorch(node)
         yield StaleServices(node)
         if node.several:
-            # Imported late, as below: a node alone has no use for it, and would start more slowly.
+            # Imported late, as below: a single node does not need it.
 
             yield Transport(node)
         for name in FILES:
@@ -58,7 +58,7 @@ class EnvFiles(Step):
 
 
 def kept_back(node: Node) -> Template:
-    """The list of what vLLM on the head does not hand to its workers, whoever starts it: the unit or a person."""
+    """Return the list of variables that vLLM on the head does not copy to its workers, however it is started."""
     return Template(node.vllm_kept_back, "ray-non-carry-over.json.j2", lambda _: {"names": list(OWN_TO_EACH_NODE)})
 
 
@@ -85,7 +85,7 @@ def _of_one_node(node: Node, on: Reader, fp8: Fp8Fallback) -> dict[str, Any]:
 
 
 def _of_several(node: Node, on: Reader) -> dict[str, Any]:
-    """The head's file on a worker, and the other way round, are there to be read: each names its own address."""
+    """Return the values for several nodes. The file of the other role is for reading only: each has its own address."""
     return {
         "head": node.config.cluster.head,
         "worker": node.address if node.role == "worker" else node.config.cluster.workers[0],
@@ -99,7 +99,7 @@ def _of_several(node: Node, on: Reader) -> dict[str, Any]:
 
 
 def _link(node: Node, on: Reader) -> dict[str, Any] | Unknown:
-    """The link's interface and transport as they were found on this node, or that this was not done yet."""
+    """Return the recorded interface and transport of the link, or Unknown before they are recorded."""
     if node.several:
         found = recorded(on, node.transport_decision, NcclTransport)
         if found is None:
@@ -116,5 +116,7 @@ def _link(node: Node, on: Reader) -> dict[str, Any] | Unknown:
 
 def _in_words(node: Node, found: NcclTransport) -> str:
     if not node.several:
-        return "Sockets, on a Spark's first port: `sparkinstall multi-node` looks which port and transport it is here"
+        return (
+            "Sockets, on a Spark's first port: `sparkinstall multi-node` determines the port and transport of this node"
+        )
     return ("RoCE: " if found.transport == "roce" else "Sockets: ") + found.why

@@ -13,10 +13,10 @@ from sparkinstall.steps import Step
 
 class Environment(Step):
     name = "environment"
-    why = "vLLM and all it needs, pinned, in one venv"
+    why = "vLLM and its dependencies, pinned, in one venv"
     needs = ("packages",)
     phase = "build"
-    impact = "vLLM may not start, or behave otherwise than on the other nodes."
+    impact = "vLLM may not start, or may behave differently than on the other nodes."
     fixes = (PACKAGES, REASONING)
 
     def resources(self, node: Node) -> Iterable[Resource]:
@@ -29,7 +29,7 @@ class Environment(Step):
     def probes(self, node: Node) -> Iterable[Probe]:
         yield Probe(
             "wheel-gate",
-            "the packages fit together",
+            "compatibility of the packages",
             lambda on: wheels.gate(node, lock_of(node, on) or (), on),
             "static",
             "vLLM cannot load a model with these packages, whatever its settings are.",
@@ -37,18 +37,18 @@ class Environment(Step):
         )
         yield Probe(
             "reasoning-field",
-            "the reasoning field of a stream",
+            "reasoning field of a stream",
             lambda on: wheels.reasoning_fields(node, on),
             "static",
-            "A client may show no thinking, or show it as raw text.",
+            "A client may show no reasoning, or show it as raw text.",
             REASONING,
         )
         yield Probe(
             "wheel-files",
-            "the files of the packages",
+            "files of the packages",
             lambda on: wheels.files(node, on),
             "node",
-            "vLLM may run code that nobody has released, and behave like no other node.",
+            "vLLM may run unreleased code, and behave differently than on the other nodes.",
             PACKAGES,
         )
 

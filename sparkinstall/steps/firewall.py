@@ -1,4 +1,4 @@
-"""Ray, NCCL and the API, which Linux would serve on every interface, on the QSFP link alone."""
+"""Restrict Ray, NCCL and the API, which listen on every interface, to the QSFP link."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -15,13 +15,13 @@ from sparkinstall.system import Reader
 
 
 class Firewall(Step):
-    """The rules prove themselves in the kernel before a unit loads them at every boot."""
+    """The rules are tested in the kernel before a unit loads them at every boot."""
 
     name = "firewall"
     why = "Ray, NCCL and the API only on the QSFP link"
     needs = ("packages", "network")
     phase = "network"
-    impact = "Ray and the API can be reached by everybody in the LAN."
+    impact = "Everyone in the LAN can reach Ray and the API."
 
     def wanted(self, node: Node) -> bool:
         return node.filtered
@@ -31,7 +31,7 @@ class Firewall(Step):
         return firewall.left_to(node, on)
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        # Imported late: a node without one would start more slowly.
+        # Imported late: a node without a firewall does not need it.
 
         unit = unit_path(FIREWALL_UNIT)
         yield RulesFile(node)

@@ -1,4 +1,4 @@
-"""Fix 5: vLLM takes Triton's FP8 kernels where its CUTLASS ones are for another chip."""
+"""Fix 5: vLLM uses Triton's FP8 kernels if its CUTLASS kernels are for another GPU."""
 
 from collections.abc import Iterable
 from functools import lru_cache
@@ -20,7 +20,7 @@ class Fp8(Step):
     why = "FP8 kernels that run on this GPU"
     needs = ("environment",)
     phase = "build"
-    impact = "FP8 models may end with `Error Internal`, or run slower than they could."
+    impact = "FP8 models may end with `Error Internal`, or run slower than possible."
     fixes = (FP8,)
 
     def resources(self, node: Node) -> Iterable[Resource]:
@@ -32,7 +32,7 @@ class Fp8(Step):
     def probes(self, node: Node) -> Iterable[Probe]:
         yield Probe(
             "fp8-path",
-            "which FP8 kernels vLLM takes",
+            "vLLM's file as decided for FP8",
             lambda on: _path(node, on),
             "static",
             "FP8 models may end with `Error Internal`.",
@@ -43,14 +43,16 @@ class Fp8(Step):
 def _path(node: Node, on: Reader) -> Finding:
     decision = recorded(on, node.fp8_decision, Fp8Fallback)
     if on.entry(node.fp8_decision) is None:
-        return failed("nothing was decided yet", "run `sparkinstall all`")
+        return failed("no decision is recorded", "run `sparkinstall all`")
     if decision is None:
-        return failed(f"{node.fp8_decision}, the decision, is damaged", "run `sparkinstall run fp8 --force`")
+        return failed(f"the decision in {node.fp8_decision} is damaged", "run `sparkinstall run fp8 --force`")
     state, expected = PatchedFile(node, cutlass_patch()).check(on), "patched" if decision.fallback else "not patched"
     if isinstance(state, Conflict):
         return failed(state.message, state.hint, expected)
     if isinstance(state, Unknown):
-        return failed(f"{cutlass_patch().target} is gone", "run `sparkinstall run environment fp8 --force`", expected)
+        return failed(
+            f"{cutlass_patch().target} is missing", "run `sparkinstall run environment fp8 --force`", expected
+        )
     if not isinstance(state, Ok):
         return failed("vLLM's file is not as decided", "run `sparkinstall run fp8`", expected)
     kernels = "none of vLLM's CUTLASS kernels" if decision.fallback else "vLLM's CUTLASS kernels"
@@ -59,5 +61,5 @@ def _path(node: Node, on: Reader) -> Finding:
 
 @lru_cache(maxsize=1)
 def cutlass_patch() -> PatchSet:
-    """The patch set of fix 5."""
+    """Return the patch set of fix 5."""
     return next(each for each in load(asset("patches")) if each.name == "cutlass-fp8")

@@ -1,4 +1,4 @@
-"""Fix 1: one NCCL, built for this GPU, and loaded by every process on every node."""
+"""Fix 1: one NCCL, built for this GPU and loaded by every process on every node."""
 
 from collections.abc import Iterable
 
@@ -35,7 +35,7 @@ class Nccl(Step):
 
 
 def source(node: Node) -> "NcclSource":
-    """NCCL's source as the config and the stack name it."""
+    """Return NCCL's source according to the config and the stack."""
 
     pin, settings = node.stack.nccl, node.config.nccl
     return NcclSource(
@@ -49,7 +49,7 @@ def source(node: Node) -> "NcclSource":
 
 
 def _left(node: Node) -> str:
-    """Why a rehearsal cannot build NCCL here, or nothing."""
+    """Return why a rehearsal cannot build NCCL here, or ""."""
     if node.foreign:
         return f"building NCCL {node.nccl_version} (this machine is not {node.platform})"
     if cuda_home(node) is None:

@@ -15,14 +15,14 @@ class Network(Step):
     why = "addresses and MTU 9000 on the QSFP link"
     needs = ("packages",)
     phase = "network"
-    impact = "The nodes talk slowly, or not at all."
+    impact = "The nodes communicate slowly, or not at all."
     fixes = (MTU, HOST_IP, TRANSPORT)
 
     def wanted(self, node: Node) -> bool:
         return node.several
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        # Imported late, as below: a node alone has no use for it, and would start more slowly.
+        # Imported late, as below: a single node does not need it.
 
         if node.config.network.manage:
             yield Netplan(node)

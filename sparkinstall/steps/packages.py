@@ -1,4 +1,4 @@
-"""Debian packages that the other steps and vLLM itself need."""
+"""Debian packages that vLLM and the other steps need."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ class SystemPackages(Step):
     name = "packages"
     why = "Debian packages: Python and its headers, compiler, git"
     phase = "packages"
-    impact = "Triton compiles on this node, and fails without the headers and the compiler."
+    impact = "Triton compiles on this node and fails without the headers and the compiler."
     fixes = (PACKAGES,)
 
     def resources(self, node: Node) -> Iterable[Resource]:

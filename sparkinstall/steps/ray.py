@@ -1,4 +1,4 @@
-"""Fixes 3 and 7 for Ray: started by systemd, at the QSFP address, with every variable set before."""
+"""Fixes 3 and 7: systemd starts Ray at the QSFP address, with all variables set before."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -18,18 +18,18 @@ from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
-# Seconds: for the address to appear, for the head to answer, for this node to have joined. Each of the first two is so
-# long that five starts take longer than systemd's limit counts (ray.service.j2): a node whose card is off because the
-# other one is must not give up before that one is on again.
+# Seconds to wait for the address, for the head, and for joining. With the first two, five starts take longer than
+# systemd's start limit interval (ray.service.j2): a node whose card is off while the other node is off must not give
+# up before that one is on again.
 _ADDRESS, _HEAD, _JOINED = 120, 120, 90
 NO_ADDRESS = Cause(
     r"is on no interface",
     "this node's address on the QSFP link is on no interface",
-    "see that the cable is in and the other node is on (else DGX OS may switch the card off), and run "
-    "`sparkinstall run network`; or name the address with --address",
+    "check that the cable is plugged in and the other node is on (else DGX OS may switch the card off), and run "
+    "`sparkinstall run network`; or set the address with --address",
 )
-"""What `before_start` says, in words."""
-# Bytes. Ray would take 30 % of a memory that the model needs; vLLM passes little through it.
+"""The cause for the error of `before_start`."""
+# Bytes. By default Ray takes 30 % of the memory, which the model needs; vLLM uses little of it.
 _OBJECT_STORE = 2 * 2**30
 
 
@@ -38,7 +38,7 @@ class Ray(Step):
     why = "Ray on the QSFP link, as a service"
     needs = ("env-files", "firewall")
     phase = "services"
-    impact = "vLLM cannot be spread over the nodes."
+    impact = "vLLM cannot run on several nodes."
 
     def wanted(self, node: Node) -> bool:
         return node.with_ray
@@ -57,7 +57,7 @@ class Ray(Step):
 
 
 def before_start(node: Node) -> Template:
-    """The script that sees to it that a service does not start before its address is there."""
+    """Return the script that delays a service until its address is configured."""
     return Template(node.before_start, "before-start.sh.j2", partial(_before_start, node), mode=0o755)
 
 
@@ -87,12 +87,12 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
 
 
 def causes(node: Node) -> tuple[Cause, ...]:
-    """What Ray and our scripts say when they do not start, and what to do about it."""
+    """Return known messages of Ray and our scripts at a failed start, with cause and hint."""
     worker = node.role == "worker"
     return (
         Cause(
-            r"refuses the token|InvalidAuthToken|RAY_AUTH_TOKEN_PATH is set but|cannot be read$",
-            "the token of this node is not the same as the head's",
+            r"rejects this node's token|InvalidAuthToken|RAY_AUTH_TOKEN_PATH is set but|cannot be read$",
+            "this node's token differs from the head's",
             by_hand(node) if worker else "remove the token if it is damaged, then run `sparkinstall run ray`",
         ),
         NO_ADDRESS,
@@ -103,17 +103,17 @@ def causes(node: Node) -> tuple[Cause, ...]:
         ),
         Cause(
             r"is trying to use a port number|already running at|Address already in use",
-            "another program has one of Ray's ports: most likely a Ray that was started by hand",
-            "end that Ray with `ray stop`, or name another port with `cluster.ray_port`, then run this again",
+            "another program uses one of Ray's ports, most likely a Ray that was started by hand",
+            "stop that Ray with `ray stop`, or choose another port with `cluster.ray_port`, then run this again",
         ),
         Cause(
             r"No space left on device",
-            "the disk that holds /tmp is full: Ray keeps its logs and sockets there",
+            "the file system of /tmp, where Ray keeps logs and sockets, is full",
             "free some space, then run this again",
         ),
         Cause(
             r"has not joined the Ray",
-            "Ray runs, but this node is not one of its nodes",
-            "see that the firewall lets the QSFP link through, in both directions, then run this again",
+            "Ray runs, but this node has not joined it",
+            "check that the firewall accepts the QSFP link in both directions, then run this again",
         ),
     )

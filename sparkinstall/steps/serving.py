@@ -1,4 +1,4 @@
-"""vLLM as a service: the launches that its users know, one for each role."""
+"""vLLM as a service, with one launch command per role."""
 
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -18,7 +18,7 @@ from sparkinstall.steps.fp8 import cutlass_patch
 from sparkinstall.system import Reader
 
 _UNIT = unit_path(VLLM_UNIT)
-# Seconds in which the other nodes must have joined Ray before vLLM is started; vLLM itself waits as long.
+# Seconds to wait until the other nodes have joined Ray; vLLM itself waits as long.
 _JOINED = 1800
 
 
@@ -27,7 +27,7 @@ class Serving(Step):
     why = "vLLM as a service"
     needs = ("env-files", "ray")
     phase = "services"
-    impact = "The model is not served as it was asked for."
+    impact = "The model is not served as configured."
 
     def wanted(self, node: Node) -> bool:
         return node.config.serving.model is not None
@@ -53,7 +53,7 @@ class Serving(Step):
 
 
 def _with_head(node: Node) -> bool:
-    """Without Ray a worker's vLLM does not notice that the head's has ended."""
+    """Return whether the worker's vLLM must be ended with the head's: without Ray it does not notice."""
     return node.role == "worker" and not node.with_ray
 
 
@@ -75,11 +75,11 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
 
 
 def _command(node: Node, on: Reader) -> list[str]:
-    """The words of `ExecStart=`, ready to stand there."""
+    """Return the quoted words of `ExecStart=`."""
     vllm = [on.real(f"{node.venv}/bin/vllm"), "serve", str(node.config.serving.model)]
     python, cluster = on.real(node.python), node.config.cluster
     if node.with_ray:
-        # Not as a step before the start: that would hold up whoever starts it until the workers have come.
+        # Not ExecStartPre: `systemctl start` would block until the workers have joined.
         asks = on.real(node.ray_nodes)
         vllm = [python, asks, node.ray_address, str(_JOINED), "--count", str(len(node.members)), "--", *vllm]
     if _with_head(node):
@@ -89,10 +89,10 @@ def _command(node: Node, on: Reader) -> list[str]:
 
 
 def arguments(node: Node) -> list[str]:
-    """What `vllm serve MODEL` is given on this node; those of `serving.arguments` come last, and so win.
+    """Return the arguments of `vllm serve MODEL` on this node; `serving.arguments` come last, so they win.
 
-    `--trust-remote-code`, which the field's launches carry, runs code that comes with a model: it is for
-    `serving.arguments` to say. So are the parsers, which depend on the model.
+    `--trust-remote-code`, common in published launch commands, runs code from the model and must be set in
+    `serving.arguments`. So must the parsers, which depend on the model.
     """
     return [*_api(node), *_share(node), *_limits(node), *node.config.serving.arguments]
 
@@ -105,7 +105,7 @@ def _api(node: Node) -> list[str]:
 
 
 def _share(node: Node) -> list[str]:
-    """How the model is spread over the nodes: one GPU each."""
+    """Return the options that distribute the model over the nodes, one GPU each."""
     cluster, nodes = node.config.cluster, str(len(node.members))
     if not node.several:
         return []

@@ -58,7 +58,7 @@ def gathered(bus: float, network: str = "IB") -> Measured:
         (halves("rdma", 94.93, 94.92), "pass", "both halves"),
         (halves("rdma", 98.0, 0.0), "fail", "one half"),
         (halves("rdma", 0.1, 97.28), "fail", "one half"),
-        (halves("rdma", 49.0, 49.0), "fail", "no more than one half"),
+        (halves("rdma", 49.0, 49.0), "fail", "no more than a single half"),
         (halves("rdma", 6.6, 6.63), "fail", "a degraded card"),
         (halves("rdma", 13.23, 13.23), "fail", "a degraded card"),
         (halves("rdma", 75.0, 75.0), "warn", "less than both"),
@@ -73,7 +73,7 @@ def gathered(bus: float, network: str = "IB") -> Measured:
         (gathered(21.87), "warn", "both halves, below the pass mark"),
         (gathered(18.9), "warn", "both halves, below the pass mark"),
         (gathered(15.0), "warn", "less than others"),
-        (gathered(12.2), "fail", "no more than one half"),
+        (gathered(12.2), "fail", "no more than a single half"),
         (gathered(3.04), "fail", "a degraded card, or a wrong NCCL"),
         (gathered(1.6), "fail", "a degraded card"),
         (gathered(11.0, "Socket"), "warn", "sockets"),
@@ -94,7 +94,7 @@ def test_sockets_that_were_asked_for_are_no_warning() -> None:
 
 
 def test_the_half_that_carries_less_is_named() -> None:
-    assert f"{SECOND} carries a fraction" in bandwidth.judged(halves("tcp", 60.0, 2.0)).found
+    assert f"{SECOND} reaches a fraction" in bandwidth.judged(halves("tcp", 60.0, 2.0)).found
 
 
 def test_errors_that_grew_meanwhile_are_a_warning() -> None:

@@ -154,7 +154,7 @@ def test_nothing_looked_at_is_nothing_promised(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_set_up_is_broken(finds: Findings, tmp_path: Path) -> None:
-    finds({}, {"driver": failed("nvidia-smi gives no answer", "install the driver")})
+    finds({}, {"driver": failed("nvidia-smi does not answer", "install the driver")})
     run = in_this_process("doctor", "--root", tmp_path / "node")
     assert run.returncode == DRIFT
     assert DECLARED["driver"].impact in run.stdout

@@ -48,14 +48,14 @@ def test_what_nvidia_smi_complains_of_is_shown_and_nvidias_own_update_is_the_men
     tmp_path: Path, complaint: str
 ) -> None:
     found = driver(WithSmi(tmp_path, 6, f"{complaint}\nMake sure ...\n"), tmp_path)
-    assert (found.verdict, found.found) == ("fail", f"nvidia-smi says: {complaint}")
+    assert (found.verdict, found.found) == ("fail", f"nvidia-smi reports: {complaint}")
     assert "DGX Dashboard" in found.hint and "sudo apt dist-upgrade" in found.hint and "fwupdmgr upgrade" in found.hint
     assert "apt install" not in found.hint
 
 
 def test_a_driver_that_waits_for_a_reboot_is_told_to_reboot_and_nothing_else(tmp_path: Path) -> None:
     mismatch = driver(WithSmi(tmp_path, 18, f"{MISMATCH}\nNVML library version: 580.95\n"), tmp_path)
-    assert mismatch.found == f"nvidia-smi says: {MISMATCH}"
+    assert mismatch.found == f"nvidia-smi reports: {MISMATCH}"
     (tmp_path / "run").mkdir()
     (tmp_path / "run/reboot-required").touch()
     waiting = driver(WithSmi(tmp_path, 9, "", "No devices were found\n"), tmp_path)
@@ -66,7 +66,7 @@ def test_a_driver_that_waits_for_a_reboot_is_told_to_reboot_and_nothing_else(tmp
 @pytest.mark.parametrize(("code", "err"), [(127, "nvidia-smi: not found"), (124, "")])
 def test_an_nvidia_smi_that_is_missing_or_hangs_says_nothing(tmp_path: Path, code: int, err: str) -> None:
     found = driver(WithSmi(tmp_path, code, "", err), tmp_path)
-    assert found.found == "nvidia-smi gives no answer" and "DGX Dashboard" in found.hint
+    assert found.found == "nvidia-smi does not answer" and "DGX Dashboard" in found.hint
 
 
 def test_what_nvidia_smi_says_cannot_steer_a_terminal(tmp_path: Path) -> None:

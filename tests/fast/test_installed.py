@@ -54,7 +54,7 @@ def test_a_vllm_that_never_came_is_not_blamed_on_the_lock(node: Node, tmp_path: 
 def test_with_it_the_fields_are_read(node: Node, tmp_path: Path) -> None:
     assert reasoning_fields(node, LocalReader(str(tmp_path))).verdict == "pass"
     put(tmp_path, f"{SITE}/vllm/entrypoints/openai/protocol.py", "class DeltaMessage:\n    content: str\n")
-    assert "newer" in reasoning_fields(node, LocalReader(str(tmp_path))).hint
+    assert "does not know this vLLM" in reasoning_fields(node, LocalReader(str(tmp_path))).hint
 
 
 @pytest.mark.parametrize("name", ["imports", "host-ip", "triton-compiles", "fp8-kernels", "fp8-product"])
@@ -78,7 +78,7 @@ def test_a_patched_file_that_somebody_edited_is_told_as_such(node: Node, tmp_pat
 def test_a_file_that_is_gone_is_told(node: Node, tmp_path: Path) -> None:
     put(tmp_path, "opt/sparkinstall/fp8.json", json.dumps({"fallback": False, "why": "so"}))
     finding = found(node, tmp_path, "fp8-path")
-    assert (finding.found, finding.expected) == (f"{cutlass_patch().target} is gone", "not patched")
+    assert (finding.found, finding.expected) == (f"{cutlass_patch().target} is missing", "not patched")
 
 
 @pytest.mark.parametrize("text", ["garbage", '{"fallback": 3}', '{"fallback": true}', "[]", '{"why": "so"}'])
@@ -100,7 +100,7 @@ def test_a_damaged_decision_is_made_anew(node: Node, tmp_path: Path) -> None:
 
 
 def test_without_a_decision_nothing_was_decided(node: Node, tmp_path: Path) -> None:
-    assert found(node, tmp_path, "fp8-path").found == "nothing was decided yet"
+    assert found(node, tmp_path, "fp8-path").found == "no decision is recorded"
 
 
 # --- folders that are shut

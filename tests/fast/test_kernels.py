@@ -214,7 +214,7 @@ def test_one_process_answers_for_all_of_them(node: Node, tmp_path: Path) -> None
 def test_a_module_that_ends_its_process_is_told_with_the_signal(node: Node, tmp_path: Path) -> None:
     node = environment(node, tmp_path, torch="import os\nos.kill(os.getpid(), 4)\n")
     assert {each.found for each in looked(node, tmp_path).values() if each.verdict == "fail"} >= {
-        "it ended with SIGILL"
+        "the process ended with SIGILL"
     }
 
 

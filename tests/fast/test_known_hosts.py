@@ -116,7 +116,7 @@ def low_power(root: Path, files: Mapping[str, str] = MappingProxyType({}), **ans
 def test_an_idle_gpu_is_judged_under_a_load_and_never_without(tmp_path: Path) -> None:
     assert low_power(tmp_path, python=STUCK)[0] == "fail"
     assert low_power(tmp_path, python=STUCK)[1].startswith("96 % busy, 1377 MHz, 20 W")
-    assert low_power(tmp_path, python=IDLE) == ("skip", "3 % busy, 208 MHz, 4 W: it shows only under more load")
+    assert low_power(tmp_path, python=IDLE) == ("skip", "3 % busy, 208 MHz, 4 W: visible only under more load")
     assert low_power(tmp_path) == ("skip", "the GPU is idle, and torch could not keep it busy: exit code 127")
 
 

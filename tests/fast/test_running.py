@@ -114,13 +114,13 @@ def test_an_env_file_that_names_no_nccl_is_told(node: Node, tmp_path: Path) -> N
     library(ours(tmp_path))
     write_env(node, tmp_path, "")
     found = looked(node, tmp_path, "nccl-preload")
-    assert (found.verdict, found.found) == ("fail", "a process started with the env file has not loaded NCCL")
+    assert (found.verdict, found.found) == ("fail", "a process started with the env file did not load NCCL")
 
 
 def test_another_version_is_told(node: Node, tmp_path: Path) -> None:
     library(ours(tmp_path), 22907)
     found = looked(node, tmp_path, "nccl-preload")
-    assert (found.verdict, found.found, found.expected) == ("fail", "it says it is 2.29.7", "2.28.9")
+    assert (found.verdict, found.found, found.expected) == ("fail", "it reports version 2.29.7", "2.28.9")
 
 
 def test_code_for_another_gpu_is_a_warning(node: Node, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_service_that_was_started_with_the_file_is_let_alone(served: Node, tmp
     env = {name: value for name, value in variables(served, tmp_path).items() if name != "LD_PRELOAD"}
     with service(tmp_path, env):
         found = looked(served, tmp_path, "running-env")
-    assert (found.verdict, found.found) == ("pass", "vllm.service: as the env file says")
+    assert (found.verdict, found.found) == ("pass", "vllm.service: as in the env file")
 
 
 def test_what_changed_since_the_start_is_told_with_the_restart(served: Node, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_process_that_may_not_be_looked_into_is_skipped(served: Node, tmp_path
     with service(tmp_path, {}) as pid:
         found = {probe.name: probe.look(Guarded(str(tmp_path))) for probe in services.probes(served)}
     assert found["running-env"].verdict == found["running-nccl"].verdict == "skip"
-    assert found["running-env"].found == f"/proc/{pid}/environ cannot be read: ask outside of a container"
+    assert found["running-env"].found == f"/proc/{pid}/environ cannot be read: run it outside of a container"
 
 
 @pytest.mark.parametrize("value", ['a "b" $HOME', "back\\slash", "`x`", "plain", "it's", ""])

@@ -195,7 +195,7 @@ class TestWithoutACompletion:
 
     @pytest.mark.parametrize(
         ("restarts", "verdict", "words"),
-        [(0, "warn", "it was started 0 s ago and still loads"), (3, "fail", "systemd has started it 4 times")],
+        [(0, "warn", "it was started 0 s ago and is still loading"), (3, "fail", "systemd has started it 4 times")],
     )
     def test_a_service_that_is_started_over_and_over_does_not_load(
         self, place: Path, restarts: int, verdict: str, words: str
@@ -217,7 +217,7 @@ class TestWithoutACompletion:
         monkeypatch.setattr(vllm_client, "PATIENCE", 1)
         said, began = Api(hangs=(path,)), time.monotonic()
         finding = self.judged(found(place, said))
-        assert (finding.verdict, finding.found) == ("fail", "no completion within 1 s, though /health says 200")
+        assert (finding.verdict, finding.found) == ("fail", "no completion within 1 s, although /health returns 200")
         assert time.monotonic() - began < 20
         assert said.asked.count(path) == 1, "the others did not wait again"
 
@@ -265,15 +265,15 @@ STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
         Api(RAW),
         PARSER,
         "fail",
-        "raw <think> in delta.content in spite of --reasoning-parser qwen3;",
+        "raw <think> in delta.content despite --reasoning-parser qwen3;",
     ),
-    "unmarked with a parser": (Api(prompt=OPENED), PARSER, "fail", "reasoning is in delta.content in spite of "),
-    "the answer too": (Api(ALL_REASONING), PARSER, "warn", "all of the answer came in delta.reasoning, and none in "),
+    "unmarked with a parser": (Api(prompt=OPENED), PARSER, "fail", "reasoning is in delta.content despite "),
+    "the answer too": (Api(ALL_REASONING), PARSER, "warn", "the whole answer is in delta.reasoning, and nothing in "),
     "told not to think, and cut off": (
         Api(ALL_REASONING, CLOSED, "length"),
         PARSER,
         "warn",
-        "all of the answer came in ",
+        "the whole answer is in ",
     ),
     "a field of another version": (
         Api(({"reasoning_content": "hm"}, {"content": "4"})),
@@ -287,7 +287,7 @@ STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
         "pass",
         "reasoning in delta.content, marked, as --reasoning-parser minimax_m2_append_think has it;",
     ),
-    "nothing": (Api(()), {}, "warn", "a stream without a word"),
+    "nothing": (Api(()), {}, "warn", "an empty stream"),
     "broken off": (Api(ends=False), {}, "fail", "the stream broke off"),
     "no chat": (
         Api(refuses={"/v1/chat/completions": (400, "default chat template is no longer allowed")}),
@@ -318,7 +318,7 @@ def test_a_stream_that_stops_halfway_is_not_waited_for(place: Path, monkeypatch:
     findings = found(place, Api(hangs=("/v1/chat/completions",)))
     assert findings["serving"].verdict == "pass"
     late = findings["serving-stream"]
-    assert (late.verdict, late.found) == ("fail", "no end of a stream within 1 s, though /health says 200")
+    assert (late.verdict, late.found) == ("fail", "no end of a stream within 1 s, although /health returns 200")
 
 
 @pytest.mark.parametrize(

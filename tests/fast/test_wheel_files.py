@@ -51,7 +51,7 @@ def install(root: Path, node: Node, name: str, files: Mapping[str, bytes], versi
 
 def test_files_as_they_were_brought(packages: Node, tmp_path: Path) -> None:
     found = wheels.files(packages, LocalReader(str(tmp_path)))
-    assert (found.verdict, found.found) == ("pass", "1 package, as its wheel brought it")
+    assert (found.verdict, found.found) == ("pass", "1 package, as in its wheel")
 
 
 def test_a_file_that_was_only_touched_is_read_and_found_good(packages: Node, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_a_wheel_whose_own_record_is_wrong_is_told_as_such(packages: Node, tmp_p
     Path(on.real(packages.wheel_exceptions)).write_text(wheel_files.unlike_their_records(packages, on))
     found = wheels.files(packages, on)
     assert (found.verdict, found.found) == ("warn", "odd/lib.so has 6 bytes instead of 5, since it was installed")
-    assert "the wheel's own list of its files is wrong" in found.hint
+    assert "the wheel's RECORD is wrong" in found.hint
     for content in (b"", b"longed"):
         file.write_bytes(content)
         found = wheels.files(packages, on)
@@ -186,7 +186,7 @@ def test_a_locked_package_that_is_not_there_is_told(packages: Node, tmp_path: Pa
 def test_nothing_to_compare_with_is_no_pass(packages: Node, tmp_path: Path) -> None:
     (tmp_path / packages.venv.lstrip("/") / "installed.lock").unlink()
     found = wheels.files(packages, LocalReader(str(tmp_path)))
-    assert (found.verdict, "installed.lock is gone" in found.found) == ("fail", True)
+    assert (found.verdict, "installed.lock is missing" in found.found) == ("fail", True)
 
 
 def test_without_an_environment_it_fails(tmp_path: Path) -> None:

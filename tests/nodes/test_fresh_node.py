@@ -190,7 +190,7 @@ def test_a_file_that_lost_its_patch_is_told(node: FreshNode) -> None:
 
 def test_a_service_is_held_against_the_env_file(node: FreshNode) -> None:
     serve(node)
-    assert said_of(node, "running-env") == ("pass", "vllm.service: as the env file says")
+    assert said_of(node, "running-env") == ("pass", "vllm.service: as in the env file")
     assert said_of(node, "running-nccl") == ("pass", "1 process of vllm.service")
     with changed(node, ENV_FILE, "s/^RAY_memory_usage_threshold=.*/RAY_memory_usage_threshold=0.9/"):
         verdict, found = said_of(node, "running-env")

@@ -95,7 +95,7 @@ def test_a_slow_half_and_a_slow_card_are_told_apart(pair: Fleet) -> None:
     one_half, degraded = (found["tcp-bandwidth", host] for host in NAMES)
     assert one_half["verdict"] == "fail"
     assert one_half["found"].startswith("one half: "), one_half
-    assert f"{SECOND} carries a fraction" in one_half["found"]
+    assert f"{SECOND} reaches a fraction" in one_half["found"]
     assert degraded["found"].startswith("a degraded card: "), degraded
     assert 0.2 < sum(degraded["measured"]["halves"].values()) < 0.5
     assert said["exit_code"] == 5

@@ -231,7 +231,7 @@ def test_a_second_run_changes_nothing_and_restarts_nothing(pair: Pair) -> None:
 
 def test_a_changed_env_file_restarts_it(pair: Pair) -> None:
     before = main_pid(pair.worker, "ray-worker")
-    assert running_env(pair.worker, "worker") == ["pass", "ray-worker.service: as the env file says"]
+    assert running_env(pair.worker, "worker") == ["pass", "ray-worker.service: as in the env file"]
     write_env(pair.worker, "worker", more='NCCL_DEBUG="INFO"')
     assert running_env(pair.worker, "worker") == ["warn", "ray-worker.service was started with no NCCL_DEBUG"]
     (drift,) = do(pair.worker, "plan", "worker")["drifts"]

@@ -252,7 +252,7 @@ def test_an_engine_that_stands_still_is_not_served_by_a_healthy_api(pair: Pair, 
         took = time.monotonic() - began
     finally:
         pair.head.run(*signal, "CONT")
-    assert found["serving"]["found"] == "no completion within 60 s, though /health says 200"
+    assert found["serving"]["found"] == "no completion within 60 s, although /health returns 200"
     assert found["serving"]["verdict"] == "fail"
     _assert_others_skip(found)
     assert took < PATIENCE + 45
@@ -288,7 +288,7 @@ def test_with_the_link_down_the_probe_says_so_though_health_is_well(pair: Pair) 
     finally:
         pair.wires.insert(pair.plugs, PORT_0[:1])
     assert found["verdict"] == "fail"
-    assert found["found"] == "no completion within 60 s, though /health says 200"
+    assert found["found"] == "no completion within 60 s, although /health returns 200"
     assert "`sparkinstall verify --only peers`" in found["hint"]
     assert took < PATIENCE + 45
 
