@@ -28,6 +28,7 @@ from msgspec.structs import replace
 
 import sparkinstall
 from sparkinstall import stacks
+from sparkinstall.assets import asset
 from sparkinstall.cli import json_output
 from sparkinstall.cli.app import program
 from sparkinstall.cluster import orchestrate
@@ -37,6 +38,7 @@ from sparkinstall.diagnose import signatures
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.fixes import Fix
 from sparkinstall.node import Node
+from sparkinstall.patches import load
 from sparkinstall.probes import LEVELS, Probe, Verdict, known_hosts, nccl_tests
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import State
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def stale() -> dict[Path, str]:
     """The pages that are not what the tool generates, with what they should be."""
-    paths = sorted((*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")))
+    paths = sorted(path for folder in (".", "docs", "patches") for path in REPOSITORY.glob(f"{folder}/*.md"))
     pages = {path: path.read_text(encoding="utf-8") for path in paths}
     new = {path: generated(text) for path, text in pages.items() if "<!-- generated" in text}
     return {path: text for path, text in new.items() if text != pages[path]}
@@ -427,6 +429,16 @@ def _stack_row(stack: stacks.Stack) -> Sequence[str]:
     name = code(stack.name) + (" (default)" if stack.name == stacks.DEFAULT else "")
     versions = (stack.version_of(each) or "" for each in ("torch", "triton", "transformers"))
     return name, *versions, Words("13"), stack.nccl.version, Words()
+
+
+@generates("variants")
+def _variants(_: str) -> str:
+    rows = ([code(each.patch), _span(each.releases)] for patches in load(asset("patches")) for each in patches.variants)
+    return table("", ["patch", "releases"], rows)
+
+
+def _span(releases: Sequence[str]) -> str:
+    return releases[0] if len(releases) == 1 else f"{releases[0]} - {releases[-1]}"
 
 
 # --- verbs and options
