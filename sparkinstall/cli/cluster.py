@@ -14,7 +14,7 @@ from sparkinstall.cli.cluster_live import Watch
 from sparkinstall.cli.cluster_proof import verify
 from sparkinstall.cli.cluster_result import end
 from sparkinstall.cli.cluster_text import show_nodes, show_plan
-from sparkinstall.cli.run_command import Answer, answer, confirm
+from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console
 from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
 from sparkinstall.cluster import ssh
@@ -31,7 +31,10 @@ from sparkinstall.system import Undone
 _LINK = "The cluster"
 
 
+@verb("cluster", "config", "stack", "set_")
 def cluster(
+    target: Target,
+    output: Output,
     words: Annotated[
         list[str],
         typer.Argument(
@@ -40,9 +43,6 @@ def cluster(
             help="The nodes as you write them after `ssh`, the head first. A verb before them asks for that alone.",
         ),
     ],
-    config: options.ConfigFile = None,
-    stack: options.Stack = None,
-    set_: options.Set = None,
     interface: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="The QSFP interface with the cable, on every node.", rich_help_panel=_LINK),
@@ -58,34 +58,28 @@ def cluster(
     strict: Strict = False,
     junit: Junit = None,
     yes: options.Yes = False,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> CommandResult:
     """Set up several nodes from one terminal: phase by phase, in parallel."""
     given = {"network.interface": interface, "serving.model": model}
     role = {name: value for name, value in given.items() if value is not None}
-    target = Target(None, config, stack, tuple(set_ or ()), verbose=verbose, role=role)
-
-    def body() -> Answer:
-        names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
-        wanted = ClusterOptions(*_settings(target), *names, known_level(level), measure, strict, junit, yes, json)
-        return _cluster(words, wanted, verbose)
-
-    answer("cluster", body, root=None, json=json, verbose=verbose)
+    names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
+    settings = _settings(replace(target, role=role))
+    wanted = ClusterOptions(*settings, *names, known_level(level), measure, strict, junit, yes, output.json)
+    return _cluster(words, wanted, output.verbose)
 
 
-def _cluster(words: list[str], wanted: ClusterOptions, verbose: bool) -> Answer:
+def _cluster(words: list[str], wanted: ClusterOptions, verbose: bool) -> CommandResult:
     verbs = {"plan": _plan, "verify": verify, "status": _status, "uninstall": _uninstall}
-    verb = words[0] if words[0] in verbs else ""
+    name = words[0] if words[0] in verbs else ""
     _refuse_misspelt(words, list(verbs))
-    hosts = words[1:] if verb else words
+    hosts = words[1:] if name else words
     if not hosts:
-        raise BadUsage(f"`cluster {verb}` names no nodes", hint=f"sparkinstall cluster {verb} spark-1 spark-2")
-    if verb != "verify" and wanted.of_verify:
+        raise BadUsage(f"`cluster {name}` names no nodes", hint=f"sparkinstall cluster {name} spark-1 spark-2")
+    if name != "verify" and wanted.of_verify:
         option = wanted.of_verify[0]
         raise BadUsage(f"{option} is for `cluster verify`", hint=f"sparkinstall cluster verify {option} ... HOST...")
-    with _opened(hosts, wanted, verbose, uploading=verb not in ("status", "uninstall")) as opened:
-        return verbs.get(verb, _up)(opened)
+    with _opened(hosts, wanted, verbose, uploading=name not in ("status", "uninstall")) as opened:
+        return verbs.get(name, _up)(opened)
 
 
 def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
@@ -128,7 +122,7 @@ def _settings(target: Target) -> tuple[Config, dict[str, Any]]:
     return config, {name: value for name, value in said.items() if name not in ("cluster.role", "cluster.address")}
 
 
-def _up(cluster: Cluster) -> Answer:
+def _up(cluster: Cluster) -> CommandResult:
     try:
         cluster.look()
         _tell_plan(cluster)
@@ -159,20 +153,20 @@ def _show_up(cluster: Cluster) -> None:
     console().print(f"[green bold]✓[/] The cluster of {len(cluster.nodes)} nodes {what}.")
 
 
-def _plan(cluster: Cluster) -> Answer:
+def _plan(cluster: Cluster) -> CommandResult:
     cluster.look()
     _tell_plan(cluster)
     said = "" if _drifts(cluster) or cluster.failed else "\nNothing would be changed."
     return end(cluster, lambda: print(said))
 
 
-def _status(cluster: Cluster) -> Answer:
+def _status(cluster: Cluster) -> CommandResult:
     cluster.status()
     lines = {done.host: _standing(status) for done, status in cluster.replies("status", Status)}
     return end(cluster, lambda: show_nodes(cluster, lines))
 
 
-def _uninstall(cluster: Cluster) -> Answer:
+def _uninstall(cluster: Cluster) -> CommandResult:
     hosts = ", ".join(node.host for node in cluster.nodes)
     question = f"Uninstall everything that sparkinstall installed on {hosts}?"
     confirm(question, agreed=cluster.options.yes, default=False)

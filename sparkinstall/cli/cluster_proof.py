@@ -8,12 +8,11 @@ from msgspec.structs import asdict
 from sparkinstall.cli import junit
 from sparkinstall.cli.cluster_result import end
 from sparkinstall.cli.cluster_text import show_bandwidth, show_differences, show_nodes
-from sparkinstall.cli.json_output import finding_data
-from sparkinstall.cli.run_command import Answer
+from sparkinstall.cli.run_command import CommandResult
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.drift import Comparison
 from sparkinstall.cluster.orchestrate import Cluster
-from sparkinstall.cluster.protocol import Verified
+from sparkinstall.cluster.protocol import ProbeMessage, Verified
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Problem
 from sparkinstall.probes import bandwidth, failed, passed, warned
@@ -21,7 +20,7 @@ from sparkinstall.probes import bandwidth, failed, passed, warned
 _MEASURED = frozenset(map(bandwidth.probe_name, bandwidth.KINDS))
 
 
-def verify(nodes: Cluster) -> Answer:
+def verify(nodes: Cluster) -> CommandResult:
     """Ask every node, measure between them if that is wanted, and compare them."""
     nodes.verify()
     measured = nodes.measure() if nodes.options.measure else []
@@ -65,7 +64,7 @@ def _count_skipped(nodes: Cluster, measured: Sequence[Between]) -> None:
 
 def _as_data(between: Between) -> dict[str, Any]:
     asking, responding = between.hosts
-    said = finding_data(between.probe, between.finding, between.seconds)
+    said = asdict(ProbeMessage.of(ProbeResult(between.probe, between.finding, between.seconds)))
     figures = asdict(between.measured) if between.measured else {}
     return {**said, "from": asking, "to": responding, "measured": figures}
 

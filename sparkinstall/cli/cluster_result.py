@@ -7,27 +7,27 @@ from typing import Any
 from msgspec import to_builtins
 
 from sparkinstall.cli.cluster_text import show_problems
-from sparkinstall.cli.json_output import problem_data
-from sparkinstall.cli.run_command import Answer
+from sparkinstall.cli.run_command import CommandResult
 from sparkinstall.cluster.orchestrate import Cluster
+from sparkinstall.cluster.protocol import Error
 from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.errors import Exit, Problem
 
 
-def end(cluster: Cluster, show: Callable[[], None], **more: Any) -> Answer:
+def end(cluster: Cluster, show: Callable[[], None], **more: Any) -> CommandResult:
     """The result of a verb of `cluster`: `more` joins the nodes in the JSON, `show` prints it for a person."""
     cluster.pause()
     problems = [_named(done.host, problem) for done in cluster.done for problem in done.problems]
     code = Exit.SOME_NODES if cluster.failed else Exit.GOOD
     if cluster.options.json:
         data = {"nodes": [node_data(cluster, node) for node in cluster.nodes], **more}
-        return Answer(code, data, problems=tuple(problems))
+        return CommandResult(code, data, problems=tuple(problems))
 
     def tell() -> None:
         show()
         show_problems(cluster)
 
-    return Answer(code, show=tell)
+    return CommandResult(code, show=tell)
 
 
 def _named(host: str, problem: Problem) -> Problem:
@@ -44,7 +44,7 @@ def node_data(cluster: Cluster, node: RemoteNode) -> dict[str, Any]:
             "phase": done.phase,
             "outcome": done.outcome,
             "seconds": round(done.seconds, 3),
-            "errors": [problem_data(each) for each in done.problems],
+            "errors": [*map(Error.of, done.problems)],
             "data": to_builtins(done.data) if done.data and done.phase != "look" else {},
         }
         for done in cluster.of(node)

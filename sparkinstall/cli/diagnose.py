@@ -1,22 +1,26 @@
 """`sparkinstall diagnose`: find known failures in logs, with their cause and what to do."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+import sys
+import time
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 
-from sparkinstall.cli import options
-from sparkinstall.cli.run_command import Answer, answer
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import Console
-    from rich.table import Table
-
-    from sparkinstall.diagnose.judge import Diagnosis, Found, Log, Reading
-    from sparkinstall.diagnose.search import Line, Match, Search
-    from sparkinstall.diagnose.signatures import Signature
-    from sparkinstall.errors import Problem
+from sparkinstall.cli.run_command import CommandResult, Output, verb
+from sparkinstall.cli.text_output import console, sign
+from sparkinstall.core.session import Target
+from sparkinstall.diagnose import judge
+from sparkinstall.diagnose.judge import Diagnosis, Found, Log, Reading
+from sparkinstall.diagnose.search import MOST, Line, Match, Search
+from sparkinstall.diagnose.signatures import Signature, load
+from sparkinstall.errors import BadUsage, Exit, Problem
+from sparkinstall.redaction import redact
 
 _SHOWN_TELLING = 8
 
@@ -37,42 +41,31 @@ Follow = Annotated[bool, typer.Option("--follow", "-f", help="Keep reading, and 
 Known = Annotated[bool, typer.Option("--known", help="List the known failures.")]
 
 
+@verb("diagnose", reads_only=True)
 def diagnose(
+    _target: Target,
+    output: Output,
     logs: Logs = None,
     unit: Units = None,
     boot: Boot = False,
     follow: Follow = False,
     known: Known = False,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> CommandResult:
     """Find known failures in logs: lines, cause and what to do; exit 3 if one was found."""
-
-    def body() -> Answer:
-        if known:
-            return _list_known()
-        named, units = tuple(logs or ()), tuple(unit or ())
-        return _diagnose(_logs(named, units, follow, boot), units, follow, talk=not json, verbose=verbose)
-
-    answer("diagnose", body, root=None, json=json, verbose=verbose)
-
-
-def _diagnose(logs: "Sequence[Log]", units: "Sequence[str]", follow: bool, talk: bool, verbose: bool) -> Answer:
-    from sparkinstall.diagnose import judge
-    from sparkinstall.diagnose.signatures import load
-    from sparkinstall.errors import Exit
-
+    if known:
+        return _list_known()
+    units = tuple(unit or ())
+    read = _logs(tuple(logs or ()), units, follow, boot)
     signatures = load()
-    readings = _follow(logs[0], signatures, talk) if follow else [_read(log, signatures) for log in logs]
+    readings = _follow(read[0], signatures, not output.json) if follow else [_read(log, signatures) for log in read]
     found = judge.judge(readings)
     silent = () if follow else _silent(readings, units)
     code = Exit.DRIFT if found.failures else Exit.FAILED if silent else Exit.GOOD
-    return Answer(code, _data(found), lambda: _show(found, verbose, already_shown=follow), silent)
+    return CommandResult(code, _data(found), lambda: _show(found, output.verbose, already_shown=follow), silent)
 
 
-def _silent(readings: "Sequence[Reading]", units: "Sequence[str]") -> "tuple[Problem, ...]":
+def _silent(readings: Sequence[Reading], units: Sequence[str]) -> tuple[Problem, ...]:
     """Return a problem for each unit without journal entries: silence proves nothing. Units are read last."""
-    from sparkinstall.errors import Problem
 
     of_units = readings[len(readings) - len(units) :]
     return tuple(
@@ -86,17 +79,13 @@ def _silent(readings: "Sequence[Reading]", units: "Sequence[str]") -> "tuple[Pro
     )
 
 
-def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool, boot: bool) -> "list[Log]":
+def _logs(files: Sequence[str], units: Sequence[str], follow: bool, boot: bool) -> list[Log]:
     """Return the logs to read.
 
     Raises:
         BadUsage: no log was named, or more than one is to be followed.
         NeedsRoot: this user may not read the journal.
     """
-    import sys
-
-    from sparkinstall.diagnose import judge
-    from sparkinstall.errors import BadUsage
 
     if boot and not units:
         raise BadUsage("--boot needs a unit", hint="name the unit: `--unit vllm --boot`")
@@ -117,9 +106,7 @@ def _logs(files: "Sequence[str]", units: "Sequence[str]", follow: bool, boot: bo
     ]
 
 
-def _read(log: "Log", signatures: "Sequence[Signature]") -> "Reading":
-    from sparkinstall.diagnose.judge import Reading
-    from sparkinstall.diagnose.search import Search
+def _read(log: Log, signatures: Sequence[Signature]) -> Reading:
 
     search = Search(signatures)
     for piece in log.pieces():
@@ -128,11 +115,8 @@ def _read(log: "Log", signatures: "Sequence[Signature]") -> "Reading":
     return Reading(log.name, search)
 
 
-def _follow(log: "Log", signatures: "Sequence[Signature]", talk: bool) -> "list[Reading]":
+def _follow(log: Log, signatures: Sequence[Signature], talk: bool) -> list[Reading]:
     """Read until the log ends or Ctrl-C, and print each failure as it appears."""
-    from sparkinstall.cli.text_output import console
-    from sparkinstall.diagnose.judge import Reading
-    from sparkinstall.diagnose.search import Search
 
     search, out = Search(signatures), console()
     if talk:
@@ -148,11 +132,8 @@ def _follow(log: "Log", signatures: "Sequence[Signature]", talk: bool) -> "list[
     return [Reading(log.name, search)]
 
 
-def _print_new(sighting: "Match", search: "Search", talk: bool, out: "Console") -> None:
+def _print_new(sighting: Match, search: Search, talk: bool, out: Console) -> None:
     """Print one failure as it appears, with its cause if that came before."""
-    import time
-
-    from sparkinstall.diagnose import judge
 
     if not talk:
         return
@@ -166,8 +147,7 @@ def _print_new(sighting: "Match", search: "Search", talk: bool, out: "Console") 
 # --- for people
 
 
-def _show(found: "Diagnosis", verbose: bool, already_shown: bool) -> None:
-    from sparkinstall.cli.text_output import console
+def _show(found: Diagnosis, verbose: bool, already_shown: bool) -> None:
 
     out = console()
     several = len(found.readings) > 1
@@ -181,10 +161,7 @@ def _show(found: "Diagnosis", verbose: bool, already_shown: bool) -> None:
     out.print(_summary(found), style="dim")
 
 
-def _show_found(found: "Found", out: "Console", several: bool) -> None:
-    from rich.markup import escape
-
-    from sparkinstall.cli.text_output import sign
+def _show_found(found: Found, out: Console, several: bool) -> None:
 
     known = found.signature
     out.print(sign("warn" if known.is_warning else "fail"), f"[bold]{escape(known.title)}[/]  [dim]{known.name}[/]")
@@ -203,12 +180,7 @@ def _show_found(found: "Found", out: "Console", several: bool) -> None:
     out.print()
 
 
-def _show_lines(lines: "Sequence[tuple[str, Line]]", out: "Console", several: bool) -> None:
-    from itertools import groupby
-
-    from rich.text import Text
-
-    from sparkinstall.redaction import redact
+def _show_lines(lines: Sequence[tuple[str, Line]], out: Console, several: bool) -> None:
 
     for log, those in groupby(lines, lambda pair: pair[0]):
         if several:
@@ -219,8 +191,7 @@ def _show_lines(lines: "Sequence[tuple[str, Line]]", out: "Console", several: bo
         out.print(table)
 
 
-def _grid(width: int) -> "Table":
-    from rich.table import Table
+def _grid(width: int) -> Table:
 
     table = Table.grid(padding=(0, 1))
     table.add_column(min_width=width, justify="right", no_wrap=True)
@@ -228,15 +199,14 @@ def _grid(width: int) -> "Table":
     return table
 
 
-def _field(out: "Console", name: str, text: str) -> None:
-    from rich.text import Text
+def _field(out: Console, name: str, text: str) -> None:
 
     table = _grid(7)
     table.add_row(Text(name, style="dim"), Text(text))
     out.print(table)
 
 
-def _show_consequences(found: "Diagnosis", out: "Console", several: bool, verbose: bool) -> None:
+def _show_consequences(found: Diagnosis, out: Console, several: bool, verbose: bool) -> None:
     if not found.consequences:
         return
     out.print("[bold]Consequences[/]")
@@ -251,7 +221,7 @@ def _show_consequences(found: "Diagnosis", out: "Console", several: bool, verbos
     out.print()
 
 
-def _show_telling(found: "Diagnosis", out: "Console", several: bool, verbose: bool) -> None:
+def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) -> None:
     if not found.telling:
         return
     out.print("No known failure found. The most suspicious lines:")
@@ -262,13 +232,12 @@ def _show_telling(found: "Diagnosis", out: "Console", several: bool, verbose: bo
     out.print()
 
 
-def _count(found: "Found") -> str:
-    from sparkinstall.diagnose.search import MOST
+def _count(found: Found) -> str:
 
     return f"{found.count:,} or more" if found.count >= MOST else f"{found.count:,}"
 
 
-def _summary(found: "Diagnosis") -> str:
+def _summary(found: Diagnosis) -> str:
     lines = sum(each.search.lines for each in found.readings)
     size = sum(each.search.bytes for each in found.readings)
     how_large = f" ({size / 1e6:,.1f} MB)" if size >= 1e5 else ""
@@ -287,7 +256,7 @@ def _many(number: int, what: str) -> str:
 # --- for programs
 
 
-def _data(found: "Diagnosis") -> dict[str, Any]:
+def _data(found: Diagnosis) -> dict[str, Any]:
     every = (*found.failures, *found.warnings)
     return {
         "logs": [
@@ -301,7 +270,7 @@ def _data(found: "Diagnosis") -> dict[str, Any]:
     }
 
 
-def _found_data(found: "Found") -> dict[str, Any]:
+def _found_data(found: Found) -> dict[str, Any]:
     return {
         "count": found.count,
         "explained_by": list(found.explained_by),
@@ -309,7 +278,7 @@ def _found_data(found: "Found") -> dict[str, Any]:
     }
 
 
-def _signature_data(known: "Signature") -> dict[str, Any]:
+def _signature_data(known: Signature) -> dict[str, Any]:
     return {
         "name": known.name,
         "title": known.title,
@@ -322,15 +291,11 @@ def _signature_data(known: "Signature") -> dict[str, Any]:
     }
 
 
-def _list_known() -> Answer:
-    from sparkinstall.diagnose.signatures import load
+def _list_known() -> CommandResult:
 
     signatures = load()
 
     def show() -> None:
-        from rich.table import Table
-
-        from sparkinstall.cli.text_output import console
 
         table = Table(box=None, pad_edge=False, header_style="dim")
         for heading in ("failure", "fix", "what it is"):
@@ -339,4 +304,4 @@ def _list_known() -> Answer:
             table.add_row(each.name, str(each.fix or ""), f"{each.title}{' (a warning)' if each.is_warning else ''}")
         console().print(table)
 
-    return Answer(data={"known": [_signature_data(each) for each in signatures]}, show=show)
+    return CommandResult(data={"known": [_signature_data(each) for each in signatures]}, show=show)

@@ -6,12 +6,8 @@ from typing import Any
 
 from msgspec import Struct, to_builtins
 
-from sparkinstall.cluster.protocol import VERSION, Error, FixMessage, ProbeMessage, StepMessage
-from sparkinstall.core.checks import ProbeResult
-from sparkinstall.core.engine import StepReport
-from sparkinstall.core.fixes import FixState
+from sparkinstall.cluster.protocol import VERSION, Error
 from sparkinstall.errors import Exit, Problem
-from sparkinstall.probes import Finding, Probe
 from sparkinstall.redaction import redact
 
 STATUS = {
@@ -23,45 +19,26 @@ STATUS = {
     Exit.SOME_NODES: "some-nodes",
     Exit.INTERRUPTED: "interrupted",
 }
+"""The exit codes in words."""
 
 
 def envelope(command: str, code: Exit, data: Struct | Mapping[str, Any], problems: Sequence[Problem]) -> str:
-    """One line of JSON; the same shape whether the command went well or not."""
+    """Encode a result in one line of JSON; the shape is the same whether the command succeeded or not."""
     whole = {
         "version": VERSION,
         "command": command,
         "status": STATUS[code],
         "exit_code": int(code),
-        "data": to_builtins(data, enc_hook=str),
-        "errors": [problem_data(problem) for problem in problems],
+        "data": data,
+        "errors": [*map(Error.of, problems)],
     }
-    return json.dumps(_redacted(whole), default=str)
+    return json.dumps(_redacted(to_builtins(whole, enc_hook=str)))
 
 
 def _redacted(value: Any) -> Any:
-    """Before JSON escapes what a secret may hold."""
+    """Redact each string before JSON escapes what a secret may hold."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):
         return {_redacted(key): _redacted(each) for key, each in value.items()}
     return [_redacted(each) for each in value] if isinstance(value, list | tuple) else value
-
-
-def problem_data(problem: Problem) -> dict[str, Any]:
-    return _as_dict(Error.of(problem))
-
-
-def step_data(report: StepReport) -> dict[str, Any]:
-    return _as_dict(StepMessage.of(report))
-
-
-def finding_data(probe: Probe, finding: Finding, seconds: float) -> dict[str, Any]:
-    return _as_dict(ProbeMessage.of(ProbeResult(probe, finding, seconds)))
-
-
-def fix_data(state: FixState) -> dict[str, Any]:
-    return _as_dict(FixMessage.of(state))
-
-
-def _as_dict(message: Struct) -> dict[str, Any]:
-    return dict(to_builtins(message))

@@ -64,9 +64,9 @@ def shown(screen: "LiveTable", lines: Any, verbose: bool) -> Iterator[Callable[[
 
 
 @contextmanager
-def asking() -> Iterator[Emit]:
-    """An `Emit` that shows on a terminal which probe is being asked; elsewhere it says nothing."""
-    if not sys.stderr.isatty():
+def asking(quiet: bool) -> Iterator[Emit]:
+    """An `Emit` that shows on a terminal which probe is being asked; elsewhere, or if `quiet`, it says nothing."""
+    if quiet or not sys.stderr.isatty():
         yield silent
         return
     with console(stderr=True).status("[dim]looking[/]", spinner="dots") as status:

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from msgspec.structs import replace
 
 from sparkinstall.cli import options
-from sparkinstall.cli.install import Choice, install
-from sparkinstall.cli.run_command import answer
+from sparkinstall.cli.install import install
+from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
+from sparkinstall.core.converge import InstallOptions
 from sparkinstall.core.session import Target
 
 _LINK = "The cluster"
@@ -22,7 +24,10 @@ class Role(StrEnum):
     worker = "worker"
 
 
+@verb("multi-node", *NODE)
 def multi_node(
+    target: Target,
+    output: Output,
     role: Annotated[Role, typer.Option(help="What this node is.", rich_help_panel=_LINK)],
     head: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="The head's address on the link.", rich_help_panel=_LINK)
@@ -49,24 +54,16 @@ def multi_node(
     leave_armed: Annotated[
         bool, typer.Option("--leave-armed", hidden=True, help="Let another program confirm the network.")
     ] = False,
-    root: options.Root = None,
-    config: options.ConfigFile = None,
-    stack: options.Stack = None,
-    set_: options.Set = None,
-    platform: options.Platform = None,
-    full: options.Full = None,
     only: options.Only = None,
     skip: options.Skip = None,
     ignore: options.Ignore = None,
     yes: options.Yes = False,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> CommandResult:
     """Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember what it is."""
     given = _as_settings(role, head, worker, address, interface, model)
-    asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose, given, leave_armed, token_file)
-    choice = Choice(tuple(only or ()), tuple(skip or ()), tuple(ignore or ()), yes, json, verb="multi-node")
-    answer("multi-node", lambda: install(asked, choice), root=root, json=json, verbose=verbose)
+    target = replace(target, role=given, confirm_later=leave_armed, token_file=token_file)
+    names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
+    return install(target, output, InstallOptions(*names, verb="multi-node"), yes)
 
 
 def _as_settings(

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
-from msgspec import Struct
 
 from sparkinstall.cli import options
-from sparkinstall.cli.run_command import Answer, answer
+from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cluster import agent
-from sparkinstall.cluster.protocol import Reply
-from sparkinstall.core.session import Session, Target, open_session
+from sparkinstall.cluster.protocol import Reached, Reply
+from sparkinstall.core.session import Target, open_session
 from sparkinstall.errors import Exit
 
 app = typer.Typer(help="What `sparkinstall cluster` runs on each node.", no_args_is_help=True)
@@ -19,18 +18,8 @@ Words = Annotated[list[str], typer.Argument()]
 Word = Annotated[str, typer.Argument()]
 
 
-def _reply(work: Callable[[Session], Struct], target: Target, json: bool) -> None:
-    def body() -> Answer:
-        reply = work(open_session(target))
-        if isinstance(reply, Reply):
-            return Answer(Exit(reply.code), reply.data or {}, problems=tuple(reply.problems))
-        return Answer(data=reply)
-
-    answer("node", body, root=None, json=json, verbose=target.verbose)
-
-
-def _target(set_: list[str] | None, verbose: bool) -> Target:
-    return Target(settings=tuple(set_ or ()), verbose=verbose)
+def _command(body: Callable[..., CommandResult]) -> Callable[..., None]:
+    return app.command()(verb("node", "config", "set_")(body))
 
 
 @app.command()
@@ -45,83 +34,58 @@ def attend(context: typer.Context) -> None:
         raise typer.Exit(1) from None
 
 
-@app.command()
-def look(
-    config: options.ConfigFile = None,
-    set_: options.Set = None,
-    only: options.Only = None,
-    skip: options.Skip = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
+@_command
+def look(target: Target, _: Output, only: options.Only = None, skip: options.Skip = None) -> CommandResult:
     """Plan, preflight and versions in one reply."""
-    target = Target(config=config, settings=tuple(set_ or ()), verbose=verbose)
-    _reply(lambda session: agent.look(session, only or (), skip or ()), target, json)
+    return CommandResult(data=agent.look(open_session(target), only or (), skip or ()))
 
 
-@app.command()
-def reach(
-    addresses: Words, set_: options.Set = None, json: options.Json = False, verbose: options.Verbose = False
-) -> None:
+@_command
+def reach(target: Target, _: Output, addresses: Words) -> CommandResult:
     """Ping other nodes over the link, with small packets and with the largest."""
-    _reply(lambda session: agent.reach(session, addresses), _target(set_, verbose), json)
+    reply: Reply[Reached] = agent.reach(open_session(target), addresses)
+    return CommandResult(Exit(reply.code), reply.data or {}, problems=tuple(reply.problems))
 
 
-@app.command()
-def offer(
-    peers: Words,
-    set_: options.Set = None,
-    only: options.Only = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
+@_command
+def offer(target: Target, _: Output, peers: Words, only: options.Only = None) -> CommandResult:
     """Send what was downloaded and built here to the nodes at these addresses; the token is on stdin."""
-    _reply(lambda session: agent.offer(session, peers, only or ()), _target(set_, verbose), json)
+    return CommandResult(data=agent.offer(open_session(target), peers, only or ()))
 
 
-@app.command()
-def fetch(
-    set_: options.Set = None,
-    only: options.Only = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
+@_command
+def fetch(target: Target, _: Output, only: options.Only = None) -> CommandResult:
     """Fetch missing artifacts from the head. Reads port, token and manifest digest from stdin."""
-    _reply(lambda session: agent.fetch(session, only or ()), _target(set_, verbose), json)
+    return CommandResult(data=agent.fetch(open_session(target), only or ()))
 
 
-@app.command()
-def measurable(set_: options.Set = None, json: options.Json = False, verbose: options.Verbose = False) -> None:
+@_command
+def measurable(target: Target, _: Output) -> CommandResult:
     """For each kind of measurement why this node cannot take part, or nothing."""
-    _reply(agent.measurable, _target(set_, verbose), json)
+    return CommandResult(data=agent.measurable(open_session(target)))
 
 
-@app.command()
-def respond(kind: Word, set_: options.Set = None, json: options.Json = False, verbose: options.Verbose = False) -> None:
+@_command
+def respond(target: Target, _: Output, kind: Word) -> CommandResult:
     """Answer one measurement of the bandwidth; announce the ports on stderr."""
-    _reply(lambda session: agent.respond(session, kind), _target(set_, verbose), json)
+    return CommandResult(data=agent.respond(open_session(target), kind))
 
 
-@app.command()
+@_command
 def ask(
-    kind: Word,
-    peer: Word,
-    ports: Annotated[list[int], typer.Argument()],
-    set_: options.Set = None,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
+    target: Target, _: Output, kind: Word, peer: Word, ports: Annotated[list[int], typer.Argument()]
+) -> CommandResult:
     """Measure the bandwidth to another node, which answers at these ports."""
-    _reply(lambda session: agent.ask(session, kind, peer, ports), _target(set_, verbose), json)
+    return CommandResult(data=agent.ask(open_session(target), kind, peer, ports))
 
 
-@app.command()
-def confirm(json: options.Json = False, verbose: options.Verbose = False) -> None:
+@_command
+def confirm(_target: Target, _: Output) -> CommandResult:
     """Keep the network that was applied: the node can be reached."""
-    answer("node", lambda: Answer(data=agent.confirm()), root=None, json=json, verbose=verbose)
+    return CommandResult(data=agent.confirm())
 
 
-@app.command()
-def token(set_: options.Set = None, json: options.Json = False, verbose: options.Verbose = False) -> None:
+@_command
+def token(target: Target, _: Output) -> CommandResult:
     """The cluster's Ray token, for the terminal that passes it to the workers."""
-    _reply(agent.token, _target(set_, verbose), json)
+    return CommandResult(data=agent.token(open_session(target)))

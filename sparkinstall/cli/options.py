@@ -49,8 +49,3 @@ Json = Annotated[
     bool, typer.Option("--json", help="One JSON object on stdout (docs/json.md).", rich_help_panel=_OUTPUT)
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every line of every program.", rich_help_panel=_OUTPUT)]
-
-
-def root_option(root: Path | None) -> str:
-    """What a further command line needs to mean the same node, as it was given."""
-    return f" --root {root}" if root else ""

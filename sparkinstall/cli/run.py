@@ -5,28 +5,22 @@ from typing import Annotated
 import typer
 
 from sparkinstall.cli import options
-from sparkinstall.cli.install import Choice, install
-from sparkinstall.cli.run_command import answer
+from sparkinstall.cli.install import install
+from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
+from sparkinstall.core.converge import InstallOptions
 from sparkinstall.core.session import Target
 
 
+@verb("run", *NODE)
 def run(
+    target: Target,
+    output: Output,
     steps: Annotated[
         list[str], typer.Argument(metavar="STEP...", help="Steps by name: `sparkinstall plan` lists them.")
     ],
-    fresh: Annotated[bool, typer.Option("--force", help="Reinstall even if it is up to date.")] = False,
-    root: options.Root = None,
-    config: options.ConfigFile = None,
-    stack: options.Stack = None,
-    set_: options.Set = None,
-    platform: options.Platform = None,
-    full: options.Full = None,
+    force: Annotated[bool, typer.Option("--force", help="Reinstall even if it is up to date.")] = False,
     ignore: options.Ignore = None,
     yes: options.Yes = False,
-    json: options.Json = False,
-    verbose: options.Verbose = False,
-) -> None:
+) -> CommandResult:
     """Do these steps only, not those that they need."""
-    asked = Target(root, config, stack, tuple(set_ or ()), platform, full, verbose)
-    choice = Choice(tuple(steps), (), tuple(ignore or ()), yes, json, fresh, "run")
-    answer("run", lambda: install(asked, choice), root=root, json=json, verbose=verbose)
+    return install(target, output, InstallOptions(tuple(steps), (), tuple(ignore or ()), force, "run"), yes)

@@ -1,25 +1,33 @@
-"""The frame around every verb: errors in words, JSON, exit codes, Ctrl-C."""
+"""The frame around every verb: shared options, errors in words, JSON, exit codes, Ctrl-C."""
 
+import inspect
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from inspect import Parameter
 from typing import Any, NoReturn
 
 import typer
 from msgspec import Struct, field
 
-from sparkinstall.cli.options import root_option
+from sparkinstall.cli import options
+from sparkinstall.cli.json_output import envelope
+from sparkinstall.cli.text_output import show_problems
+from sparkinstall.core.session import Target
 from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem, storage_problem
 
-_LOOKING = ("plan", "verify", "doctor", "diagnose", "support-bundle", "status", "settings show")
-"""The verbs that change nothing, so that there is nothing to go on with."""
+_TARGET = {
+    "root": options.Root, "config": options.ConfigFile, "stack": options.Stack, "set_": options.Set,
+    "platform": options.Platform, "full": options.Full,
+}  # fmt: skip
+NODE = tuple(_TARGET)
+"""All options that say which node is meant."""
 
 
-class Answer(Struct, frozen=True):
-    """What a verb has to say: an exit code, data for JSON, and how a person is shown it."""
+class CommandResult(Struct, frozen=True):
+    """What a verb reports: an exit code, data for JSON, and a function that shows it to a person."""
 
     code: Exit = Exit.GOOD
     data: Struct | Mapping[str, Any] = field(default_factory=dict)
@@ -27,34 +35,86 @@ class Answer(Struct, frozen=True):
     problems: tuple[Problem, ...] = ()
 
 
-def answer(verb: str, body: Callable[[], Answer], *, root: Path | None, json: bool, verbose: bool = False) -> NoReturn:
+class Output(Struct, frozen=True):
+    """How a verb reports: as one JSON object, and with every line of every program."""
+
+    json: bool = False
+    verbose: bool = False
+
+
+def verb(
+    name: str, *target: str, reads_only: bool = False
+) -> Callable[[Callable[..., CommandResult]], Callable[..., None]]:
+    """Make a command of a function that is given a `Target`, an `Output` and its own options.
+
+    Args:
+        name: of the verb, in JSON.
+        target: which options of `NODE` the verb has; `--json` and `--verbose` every verb has.
+        reads_only: it changes nothing, so an interrupted run leaves nothing to resume.
+    """
+
+    def decorate(body: Callable[..., CommandResult]) -> Callable[..., None]:
+        def command(json: bool, verbose: bool, **given: Any) -> None:
+            asked = {each: given.pop(each) for each in target}
+            asked["settings"] = tuple(asked.pop("set_", None) or ())
+            node, output = Target(**asked), Output(json, verbose)
+            _run(name, lambda: body(node, output, **given), node, output, reads_only)
+
+        own = list(inspect.signature(body).parameters.values())[2:]
+        required = [each for each in own if each.default is Parameter.empty]
+        shared = [_parameter(each, _TARGET[each], None) for each in target]
+        ends = [_parameter("json", options.Json, False), _parameter("verbose", options.Verbose, False)]
+        parameters = [*required, *shared, *(each for each in own if each not in required), *ends]
+        command.__name__, command.__doc__ = body.__name__, body.__doc__
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [each.replace(kind=Parameter.KEYWORD_ONLY) for each in parameters]
+        )
+        return command
+
+    return decorate
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+def _run(name: str, body: Callable[[], CommandResult], target: Target, output: Output, reads_only: bool) -> NoReturn:
     """Run a verb and end the process with its exit code."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _as_interrupt)
+    result = _result(body, output.verbose)
+    for each in result.problems:
+        _complete(each, reads_only)
+    code = result.code
     try:
-        given = body()
-    except Problem as problem:
-        given = Answer(problem.exit_code, problems=(problem,))
-    except KeyboardInterrupt:
-        given = Answer(Exit.INTERRUPTED, problems=(Interrupted("interrupted"),))
-    except typer.Abort:
-        given = Answer(Exit.INTERRUPTED, problems=(Interrupted("cancelled; nothing was changed"),))
-    except Exception as error:
-        if verbose:
-            traceback.print_exc()
-        given = Answer(Exit.FAILED, problems=(_bug(error),))
-    for each in given.problems:
-        _complete(each, verb)
-    code = given.code
-    try:
-        _tell(verb, given, json, root_option(root))
+        if output.json:
+            print(envelope(name, code, result.data, result.problems))
+        else:
+            result.show()
+            show_problems(result.problems, target.root_option)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read has seen enough; click ends such a run in silence.
+        # The reader has seen enough; click ends such a run in silence.
         raise
     except OSError as error:
         code = _untold(error)
     raise typer.Exit(int(code))
+
+
+def _result(body: Callable[[], CommandResult], verbose: bool) -> CommandResult:
+    try:
+        return body()
+    except Problem as problem:
+        return CommandResult(problem.exit_code, problems=(problem,))
+    except KeyboardInterrupt:
+        return CommandResult(Exit.INTERRUPTED, problems=(Interrupted("interrupted"),))
+    except typer.Abort:
+        return CommandResult(Exit.INTERRUPTED, problems=(Interrupted("cancelled; nothing was changed"),))
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        return CommandResult(Exit.FAILED, problems=(_bug(error),))
 
 
 def confirm(question: str, *, agreed: bool, default: bool) -> None:
@@ -72,35 +132,22 @@ def confirm(question: str, *, agreed: bool, default: bool) -> None:
         raise Interrupted("cancelled; nothing was changed")
 
 
-def _tell(verb: str, given: Answer, json: bool, root: str) -> None:
-    if json:
-        from sparkinstall.cli.json_output import envelope
-
-        print(envelope(verb, given.code, given.data, given.problems))
-        return
-    given.show()
-    if given.problems:
-        from sparkinstall.cli.text_output import show_problems
-
-        show_problems(given.problems, root)
-
-
 def _as_interrupt(_number: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _complete(problem: Problem, verb: str) -> None:
-    """What an interrupt means depends on the verb, which those who raise it do not know."""
+def _complete(problem: Problem, reads_only: bool) -> None:
+    """Say what an interrupt means; that depends on the verb."""
     if not isinstance(problem, Interrupted) or problem.message != "interrupted":
         return
-    if verb in _LOOKING:
+    if reads_only:
         problem.message = "interrupted; nothing was changed"
     else:
         problem.hint = "run the same command again: it goes on where this one stopped"
 
 
 def _untold(error: OSError) -> Exit:
-    """Where the answer cannot be written (a full disk), one line says so."""
+    """Report in one line that the output cannot be written: a full disk."""
     print(f"✗ {storage_problem(error, 'writing the output').message}", file=sys.stderr)
     # What is still buffered would fail once more when Python ends.
     with open(os.devnull, "wb") as nowhere:

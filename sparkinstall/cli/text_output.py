@@ -16,6 +16,7 @@ from rich.text import Text
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.core.fixes import FixState
+from sparkinstall.core.session import pointed
 from sparkinstall.errors import Problem
 from sparkinstall.probes import Verdict
 from sparkinstall.redaction import redact
@@ -25,7 +26,6 @@ _MANY_LINES = 40
 _LOG_WIDTH = 200
 _NARROW = 110
 _TRAILING = re.compile(" +\n")
-_COMMAND = re.compile(r"`(sparkinstall (?:all|plan|verify|doctor|support-bundle|status|uninstall|run)\b[^`]*)`")
 _SIGNS = {
     "pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "red"), "skip": ("·", "dim"),
     "unchanged": ("✓", "green"), "changed": ("✓", "green"), "node_only": ("·", "cyan"), "drift": ("+", "yellow"),
@@ -54,11 +54,6 @@ class _Trimmed(io.TextIOBase):
 
     def flush(self) -> None:
         self._stream.flush()
-
-
-def pointed(text: str, root: str) -> str:
-    """The commands in `text` so that they mean the same node: with the `--root` of this run."""
-    return _COMMAND.sub(lambda found: found[0] if "--root" in found[0] else f"`{found[1]}{root}`", text)
 
 
 def sign(of: str) -> Text:

@@ -13,10 +13,15 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType, field
 from msgspec.structs import asdict
 
+from sparkinstall.cluster import drift
 from sparkinstall.core import fixes
 from sparkinstall.core.checks import ProbeResult
+from sparkinstall.core.converge import Installation
 from sparkinstall.core.engine import Checked, Outcome, StepReport
 from sparkinstall.core.fixes import FixState, Standing
+from sparkinstall.core.session import Session
+from sparkinstall.core.status import NodeStatus
+from sparkinstall.core.verify import Verification
 from sparkinstall.errors import Problem
 from sparkinstall.probes import Finding, Level, Probe, Verdict
 from sparkinstall.probes.bandwidth import Measured
@@ -206,6 +211,17 @@ class Applied(Struct, frozen=True):
     probes: tuple[ProbeMessage, ...] | UnsetType = UNSET
     fixes: tuple[FixMessage, ...] | UnsetType = UNSET
 
+    @classmethod
+    def of(cls, done: Installation) -> "Applied":
+        if not done.applied:
+            return cls(steps=UNSET if done.problems else tuple(map(StepMessage.of, done.reports)))
+        return cls(
+            done.changed,
+            tuple(map(StepMessage.of, done.reports)),
+            tuple(map(ProbeMessage.of, done.results)),
+            tuple(map(FixMessage.of, done.standing)),
+        )
+
 
 class Verified(Struct, frozen=True, dict=True):
     """Reply of `verify`. `comparables`: name -> value of what should be equal on all nodes."""
@@ -214,6 +230,15 @@ class Verified(Struct, frozen=True, dict=True):
     probes: tuple[ProbeMessage, ...] = ()
     fixes: tuple[FixMessage, ...] = ()
     comparables: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: Verification, session: Session) -> "Verified":
+        return cls(
+            tuple(map(StepMessage.of, found.reports)),
+            tuple(map(ProbeMessage.of, found.results)),
+            tuple(map(FixMessage.of, found.standing)),
+            drift.comparables(session.node, session.system),
+        )
 
     @cached_property
     def reports(self) -> list[StepReport]:
@@ -238,6 +263,12 @@ class Status(Struct, frozen=True):
     journal: str = ""
     steps: tuple[StepMessage, ...] = ()
     fixes: tuple[FixMessage, ...] = ()
+
+    @classmethod
+    def of(cls, found: NodeStatus) -> "Status":
+        steps, states = map(StepMessage.of, found.reports), map(FixMessage.of, found.standing)
+        told = {name: value for name, value in asdict(found).items() if name not in ("reports", "standing")}
+        return cls(**told, steps=tuple(steps), fixes=tuple(states))
 
 
 class Uninstalled(Struct, frozen=True):

@@ -1,8 +1,10 @@
 """From a command line to a node: settings in layers, the stack, the state on the node."""
 
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from sparkinstall.node import Node
 from sparkinstall.steps import Step
 from sparkinstall.system.local import LocalSystem
 
+_COMMAND = re.compile(r"`(sparkinstall (?:all|plan|verify|doctor|support-bundle|status|uninstall|run)\b[^`]*)`")
 _RECORDED = "the last `all` or `run`"
 
 
@@ -37,10 +40,14 @@ class Target(Struct, frozen=True):
     settings: tuple[str, ...] = ()
     platform: str | None = None
     full: bool | None = None
-    verbose: bool = False
     role: Mapping[str, Any] = field(default_factory=dict)
     confirm_later: bool = False
     token_file: Path | None = None
+
+    @property
+    def root_option(self) -> str:
+        """The `--root` as it was given: what a further command line needs to mean the same node."""
+        return f" --root {self.root}" if self.root else ""
 
     def values(self) -> dict[str, Any]:
         """Return the given settings by name; paths are absolute."""
@@ -58,6 +65,13 @@ class Target(Struct, frozen=True):
             "settings": {**recorded.get("settings", {}), **self.values()} or None,
         }
         return {**recorded, **{name: value for name, value in said.items() if value is not None}}
+
+
+class Setting(Struct, frozen=True):
+    """The value of a setting, and where it came from."""
+
+    value: Any
+    source: str
 
 
 class Session(Struct, frozen=True):
@@ -79,6 +93,18 @@ class Session(Struct, frozen=True):
     def root_option(self) -> str:
         """Return the `--root` that a further command line needs to mean the same node."""
         return f" --root {self.system.root}" if self.node.rehearsal else ""
+
+    def settings(self) -> dict[str, Setting]:
+        """Return each setting by its dotted name."""
+        return {
+            each.name: Setting(reduce(getattr, each.name.split("."), self.node.config), self.sources[each.name])
+            for each in configuration.settings()
+        }
+
+
+def pointed(text: str, root: str) -> str:
+    """Add `root`, the `--root` of this run as an option, to the commands in `text`: they mean the same node then."""
+    return _COMMAND.sub(lambda found: found[0] if "--root" in found[0] else f"`{found[1]}{root}`", text)
 
 
 def open_session(target: Target) -> Session:

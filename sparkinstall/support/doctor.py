@@ -5,17 +5,23 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparkinstall import __version__
-from sparkinstall.core import catalogue
+from sparkinstall.core import catalogue, checks, verify
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
-from sparkinstall.errors import NeedsRoot, Problem
+from sparkinstall.core.session import Session, pointed
+from sparkinstall.core.verify import VerifyOptions
+from sparkinstall.errors import BadUsage, NeedsRoot, NotThere, Problem
+from sparkinstall.events import Emit, silent
 from sparkinstall.facts import machine
 from sparkinstall.facts.gpu import first_gpu
 from sparkinstall.node import Node
-from sparkinstall.probes import Verdict
+from sparkinstall.probes import Verdict, preflight
 from sparkinstall.resources import Conflict, Drift, NodeOnly, State, Unknown
+from sparkinstall.support import identity
+from sparkinstall.support.mask import Mask
 from sparkinstall.system import Reader
 
 Weight = Literal["broken", "look-at", "skipped", "ok"]
@@ -39,6 +45,77 @@ class Item(Struct, frozen=True):
     hint: str = ""
     fixes: tuple[int, ...] = ()
     seconds: float = 0.0
+
+
+class Checkup(Struct, frozen=True):
+    """Result of an examination, masked. `wrong`: there is drift or a failure, or that could not be determined.
+
+    `root_option` is masked too: the folder of a rehearsal may be in a user's home.
+    """
+
+    machine: Mapping[str, str]
+    installed: bool
+    items: tuple[Item, ...]
+    wrong: bool
+    masked: str
+    root_option: str
+
+    def of(self, weight: Weight) -> list[Item]:
+        return [item for item in self.items if item.weight == weight]
+
+
+def examine(session: Session, options: VerifyOptions, emit: Emit = silent) -> Checkup:
+    """Run the preflight, and the checks and probes that `options` choose.
+
+    Raises:
+        BadUsage: an unknown name or level.
+    """
+    items, installed, wrong = _examined(session, options, emit)
+    mask = Mask(identity.known(session.system))
+    shown = tuple(_masked(item, session, mask) for item in items)
+    facts: dict[str, str] = mask.data(machine_facts(session.node, session.system))
+    wrong = wrong or any(each.weight == "broken" for each in shown)
+    root = mask.text(session.root_option)
+    return Checkup(facts, installed, shown, wrong, mask.summary(), root)
+
+
+def _examined(session: Session, options: VerifyOptions, emit: Emit) -> tuple[list[Item], bool, bool]:
+    """Return the items, whether sparkinstall has installed anything, and whether `verify` finds it wrong."""
+    try:
+        found = verify.verify(session, options, emit)
+    except BadUsage:
+        raise
+    except NotThere:
+        return [*_before(session, options, False), *_of_machine(session, options)], False, False
+    except Problem as problem:
+        return [of_problem(problem), *_before(session, options, True), *_of_machine(session, options)], True, True
+    items = [*_before(session, options, True), *of_checks(found.reports), *of_probes(found.results)]
+    return items, True, found.wrong
+
+
+def _before(session: Session, options: VerifyOptions, installed: bool) -> list[Item]:
+    """Run the preflight, unless single names were asked for."""
+    if options.only:
+        return []
+    return of_preflight(checks.look(preflight.preflight(session.node), session.system, silent), installed)
+
+
+def _of_machine(session: Session, options: VerifyOptions) -> list[Item]:
+    """Run the probes of the machine alone, which need no installation."""
+    chosen = checks.chosen(session.node, options.only, options.skip, options.level, options.measure)
+    own = {probe.name for probe in checks.of_no_step(session.node)}
+    probes = [probe for probe in chosen.probes if probe.name in own]
+    return of_probes(checks.look(probes, session.system, silent))
+
+
+def _masked(item: Item, session: Session, mask: Mask) -> Item:
+    return replace(
+        item,
+        title=mask.text(item.title),
+        found=mask.text(item.found),
+        expected=mask.text(item.expected),
+        hint=mask.text(pointed(item.hint, session.root_option)),
+    )
 
 
 def machine_facts(node: Node, on: Reader) -> dict[str, str]:

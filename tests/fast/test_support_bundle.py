@@ -254,7 +254,7 @@ def test_a_bug_of_ours_is_in_it(node: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def crash(*_: object) -> None:
         raise ZeroDivisionError(f"boom at {SECRETS['host']}")
 
-    monkeypatch.setattr("sparkinstall.cli.verify.looked_through", crash)
+    monkeypatch.setattr("sparkinstall.core.verify.verify", crash)
     contents, data = made(node)
     assert any("ZeroDivisionError" in line for line in json.loads(contents["verify.json"])["traceback"])
     assert any("ZeroDivisionError: boom at <host-" in each for each in data["missing"])

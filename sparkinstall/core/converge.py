@@ -1,0 +1,242 @@
+"""Bring a node into the desired state: plan, preflight, ask, apply, prove. What `all`, `run` and `multi-node` do."""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from sparkinstall.core import catalogue, checks, engine, fixes
+from sparkinstall.core.checks import ProbeResult
+from sparkinstall.core.engine import StepReport
+from sparkinstall.core.fixes import FixState
+from sparkinstall.core.session import Session, looked_at
+from sparkinstall.errors import BadUsage, Blocked, PreflightFailed, Problem
+from sparkinstall.events import Emit, silent
+from sparkinstall.journal.system import JournaledSystem
+from sparkinstall.node import Node
+from sparkinstall.probes import Probe, preflight
+from sparkinstall.resources import Conflict, Unknown
+from sparkinstall.steps import Step
+
+
+class InstallOptions(Struct, frozen=True):
+    """Which steps, and which preflight checks do not count. `force` applies again what is up to date."""
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    force: bool = False
+    verb: str = "all"
+
+
+class Dialog(Struct, frozen=True):
+    """How a run talks to its caller.
+
+    `show_preflight` is given the checks before a failure ends the run, `agree` the plan before anything is applied (it
+    raises if the answer is no), and `watching` yields what progress goes to.
+    """
+
+    show_preflight: Callable[[Sequence[ProbeResult]], None]
+    agree: Callable[[Sequence[StepReport]], None]
+    watching: Callable[[], AbstractContextManager[Emit]]
+
+
+class Installation(Struct, frozen=True):
+    """Result of a run. `applied`: it went as far as applying; else all was up to date, and no step was run."""
+
+    reports: Sequence[StepReport] = ()
+    results: Sequence[ProbeResult] = ()
+    standing: Sequence[FixState] = ()
+    problems: tuple[Problem, ...] = ()
+    applied: bool = False
+
+    @property
+    def changed(self) -> bool:
+        return any(report.outcome == "changed" for report in self.reports)
+
+
+def converge(session: Session, options: InstallOptions, dialog: Dialog) -> Installation:
+    """Plan the chosen steps, check that the node is ready, ask, apply and prove.
+
+    Raises:
+        PreflightFailed, Blocked, BadUsage, Busy, JournalDamaged: nothing was applied.
+    """
+    if problem := session.state.trouble(session.node):
+        raise problem
+    _refuse_another_prefix(session)
+    steps = catalogue.chosen(session.node, options.only, options.skip)
+    reports = looked_at(session, steps)
+    if not options.force:
+        _refuse_conflicts(reports)
+    up_to_date = all(report.outcome in ("unchanged", "node_only") for report in reports)
+    if up_to_date and not options.force and not session.state.unproven():
+        return _nothing_to_do(session, steps, reports, options.verb)
+    _refuse_missing_needs(session.node, reports, options.verb)
+    _require_ready(session, options.ignore, dialog)
+    dialog.agree(reports)
+    return _apply(session, steps, options, dialog)
+
+
+def drifted(session: Session) -> list[str]:
+    """Names of the steps of the node that differ now: one that was applied may have left another one behind."""
+    reports = engine.plan(catalogue.of(session.node), session.node, session.system)
+    return [report.name for report in reports if report.outcome not in ("unchanged", "node_only")]
+
+
+def _refuse_another_prefix(session: Session) -> None:
+    """Refuse a second installation under one journal: each would call the other's files drift.
+
+    Raises:
+        Blocked: this node was set up in another place.
+    """
+    trees = [r.undo.subject for r in session.state.journal().records() if r.undo.kind == "tree"]
+    elsewhere = [tree for tree in trees if not tree.startswith(f"{session.node.prefix}/")]
+    if elsewhere:
+        raise Blocked(
+            f"this node was set up in {session.system.real(elsewhere[0].rpartition('/')[0])}, "
+            f"and `prefix` is {session.node.prefix} now",
+            hint="uninstall that first (`sparkinstall uninstall`), or set `prefix` to its former value",
+        )
+
+
+def _refuse_conflicts(reports: Sequence[StepReport]) -> None:
+    """Report a conflict before hours are spent on the rest.
+
+    Raises:
+        Blocked: something that must not be overwritten is in the place of a resource.
+    """
+    for report in reports:
+        for checked in report.checked:
+            if isinstance(checked.state, Conflict):
+                raise Blocked(f"{report.name}: {checked.state.message}", hint=checked.state.hint)
+
+
+def _refuse_missing_needs(node: Node, reports: Sequence[StepReport], verb: str) -> None:
+    """Refuse a step that was chosen without one that it needs.
+
+    Raises:
+        BadUsage: nothing was begun.
+    """
+    others = {step.name for step in catalogue.of(node)} - {report.name for report in reports}
+    for report in reports:
+        needs = {c.state.waits_for for c in report.checked if isinstance(c.state, Unknown)} & others
+        if needs:
+            first = sorted(needs)[0]
+            alone = f"`sparkinstall run {first} {report.name}`, or everything: `sparkinstall all`"
+            # The role of the node is not remembered of a run that never began: `all` would not know it.
+            hint = f"add `--only {first}`, or leave `--only` out" if verb == "multi-node" else alone
+            raise BadUsage(f"the step {report.name} needs {first} to be done before", hint=hint)
+
+
+def _nothing_to_do(session: Session, steps: Sequence[Step], reports: Sequence[StepReport], verb: str) -> Installation:
+    static = checks.of_files(steps, session.node)
+    bad = [each for each in checks.look(static, session.system, silent) if each.finding.verdict == "fail"]
+    if bad:
+        return Installation(problems=(_damaged(bad),))
+    if session.state.exists and session.state.options() != session.options:
+        # The node matches an earlier request again: the options of an aborted run must not be resumed later.
+        with session.state.hold(verb, silent):
+            session.state.remember_options(session.options)
+    return Installation(reports)
+
+
+def _damaged(bad: Sequence[ProbeResult]) -> Problem:
+    return Problem(
+        "the installation is complete but damaged",
+        cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad),
+        hint="reinstall: `sparkinstall run environment fp8 --force`",
+    )
+
+
+def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog) -> None:
+    """Run the preflight checks.
+
+    Raises:
+        PreflightFailed: one failed that is not ignored; the cause names all failures.
+        BadUsage: `ignore` names no check.
+    """
+    probes = list(preflight.preflight(session.node))
+    catalogue.require_known(ignore, [probe.name for probe in probes], "check")
+    results = _preflight(session, probes, ignore)
+    if sys.stdin.isatty() and _failed(results) == ["sudo"]:
+        # Only the password is missing, and a person can give it.
+        session.system.ask_for_sudo()
+        results = _preflight(session, probes, ignore)
+    dialog.show_preflight(results)
+    if bad := _failed(results):
+        found = [f"{each.probe.name}: {each.finding.found}" for each in results if each.probe.name in bad]
+        raise PreflightFailed(
+            f"{session.where} is not ready: {', '.join(bad)} failed; nothing was changed",
+            cause="; ".join(found),
+            hint="on a machine that is no DGX Spark, rehearse: `sparkinstall all --root ./node`"
+            if "machine" in bad
+            else "fix these, or continue at your own risk: " + " ".join(f"--ignore {name}" for name in sorted(bad)),
+        )
+
+
+def _preflight(session: Session, probes: Sequence[Probe], ignore: Sequence[str]) -> list[ProbeResult]:
+    """Run the checks; an ignored failure is a warning."""
+    return [
+        _warning(each, f"ignored: --ignore {each.probe.name}")
+        if each.finding.verdict == "fail" and each.probe.name in ignore
+        else each
+        for each in checks.look(probes, session.system, silent)
+    ]
+
+
+def _failed(results: Sequence[ProbeResult]) -> list[str]:
+    return [each.probe.name for each in results if each.finding.verdict == "fail"]
+
+
+def _warning(result: ProbeResult, hint: str) -> ProbeResult:
+    return replace(result, finding=replace(result.finding, verdict="warn", hint=hint))
+
+
+def _apply(session: Session, steps: Sequence[Step], options: InstallOptions, dialog: Dialog) -> Installation:
+    state = session.state
+    with dialog.watching() as emit, session.system.sudo_kept(), state.hold(options.verb, emit) as run:
+        journal, logs = state.journal(run), state.logs(run)
+        # Before anything is applied: a bare `all` resumes a run that failed or was aborted.
+        state.remember_options(session.options)
+        reports = engine.converge(
+            steps,
+            session.node,
+            lambda step: JournaledSystem(session.system, journal, step, logs / f"{step}.log", emit),
+            emit,
+            options.force,
+        )
+        whole = not (options.only or options.skip)
+        results = _proof(session, steps, reports, whole, emit)
+        state.remember_unproven(_failed(results))
+    return _conclude(session, reports, results)
+
+
+def _proof(
+    session: Session, steps: Sequence[Step], reports: Sequence[StepReport], whole: bool, emit: Emit
+) -> list[ProbeResult]:
+    """Run the probes of the steps that did not fail, and, if all steps were run, those of the machine."""
+    bad = {report.name for report in reports if report.outcome in ("failed", "blocked")}
+    probes = checks.of_steps([step for step in steps if step.name not in bad], session.node)
+    if whole:
+        probes += checks.of_no_step(session.node)
+    return [_of_this_node(each) for each in checks.look(probes, session.system, emit)]
+
+
+def _of_this_node(result: ProbeResult) -> ProbeResult:
+    """Other nodes may not be set up yet: a probe that needs them warns where it would fail."""
+    if result.finding.verdict != "fail" or not result.probe.others:
+        return result
+    hint = f"set up the other nodes, then `sparkinstall verify`; if that fails too: {result.finding.hint}"
+    return _warning(result, hint)
+
+
+def _conclude(session: Session, reports: Sequence[StepReport], results: Sequence[ProbeResult]) -> Installation:
+    problems = [report.problem for report in reports if report.problem]
+    if (bad := _failed(results)) and not problems:
+        hint = "`sparkinstall verify` shows more"
+        problems.append(Problem(f"installed, but not proven: {', '.join(bad)}", hint=hint))
+    findings = {each.probe.name: each.finding for each in results}
+    standing = fixes.stand(session.node, reports, findings)
+    return Installation(reports, results, standing, tuple(problems), applied=True)

@@ -1,0 +1,47 @@
+"""Read what is installed on a node, since when, and how the fixes stand."""
+
+from collections.abc import Sequence
+
+from msgspec import Struct
+
+from sparkinstall.core import catalogue, fixes
+from sparkinstall.core.engine import StepReport
+from sparkinstall.core.fixes import FixState
+from sparkinstall.core.session import Session, looked_at
+
+
+class NodeStatus(Struct, frozen=True):
+    """Result of `status`. `since` and `last_change` are UTC; None: nothing is installed."""
+
+    installed: bool
+    stack: str
+    platform: str
+    prefix: str
+    since: str | None
+    last_change: str | None
+    journal: str
+    reports: Sequence[StepReport]
+    standing: Sequence[FixState]
+
+
+def status(session: Session) -> NodeStatus:
+    """Read the state of the node from its journal and files.
+
+    Raises:
+        JournalDamaged, Blocked: the journal cannot be used.
+    """
+    if problem := session.state.trouble(session.node):
+        raise problem
+    node, records = session.node, session.state.journal().records()
+    reports = looked_at(session, catalogue.of(node))
+    return NodeStatus(
+        installed=bool(records),
+        stack=node.stack.name,
+        platform=node.platform,
+        prefix=session.system.real(node.prefix),
+        since=records[0].at if records else None,
+        last_change=records[-1].at if records else None,
+        journal=str(session.state.home / "journal.jsonl"),
+        reports=reports,
+        standing=fixes.stand(node, reports, {}),
+    )

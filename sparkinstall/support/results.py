@@ -1,0 +1,89 @@
+"""Collect the results of other verbs for the support bundle. A result that cannot be had is noted as missing."""
+
+import platform
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from msgspec import Struct, to_builtins
+
+from sparkinstall import stacks
+from sparkinstall.assets import user_cache
+from sparkinstall.cluster.protocol import Error, ProbeMessage, Verified
+from sparkinstall.config import Config
+from sparkinstall.core import checks, verify
+from sparkinstall.core.session import Session, Target, open_session
+from sparkinstall.core.verify import VerifyOptions
+from sparkinstall.errors import Problem
+from sparkinstall.events import silent
+from sparkinstall.node import Node
+from sparkinstall.probes.preflight import preflight
+from sparkinstall.system.local import LocalSystem
+
+
+class Results(Struct, frozen=True):
+    """The node, the results as JSON values by the name of their member, and what is missing and why."""
+
+    node: Node
+    members: dict[str, Any]
+    missing: list[str]
+
+
+def results(target: Target, options: VerifyOptions, on: LocalSystem) -> Results:
+    """Collect settings, preflight and verification; a node with invalid settings counts as one without any."""
+    missing: list[str] = []
+    try:
+        session = open_session(target)
+    except Problem as problem:
+        node = _unset(on)
+        members = {"settings.json": {"error": Error.of(problem)}}
+        missing.append(f"settings: {problem.message}")
+    else:
+        node = session.node
+        missing += _trouble(session)
+        members = {
+            "settings.json": _noted(session.settings, "settings", missing),
+            "verify.json": _noted(lambda: _verified(session, options), "verify", missing),
+        }
+    members["preflight.json"] = _noted(lambda: _preflight(node, on), "preflight", missing)
+    return Results(node, {name: to_builtins(value, enc_hook=str) for name, value in members.items()}, missing)
+
+
+def _trouble(session: Session) -> list[str]:
+    """Say what is wrong with the journal; what can be read of it is in the archive all the same."""
+    try:
+        problem = session.state.trouble(session.node)
+    except Problem as refused:
+        problem = refused
+    return [f"journal: {problem.message}"] if problem else []
+
+
+def _noted(ask: Callable[[], Any], what: str, missing: list[str]) -> Any:
+    try:
+        return ask()
+    except Problem as problem:
+        missing.append(f"{what}: {problem.message}")
+        return {"error": Error.of(problem)}
+    except Exception as error:  # a bug is a good reason for this archive, not for there being none
+        missing.append(f"{what}: {type(error).__name__}: {error}")
+        return {"traceback": traceback.format_exc().splitlines()}
+
+
+def _verified(session: Session, options: VerifyOptions) -> Verified:
+    return Verified.of(verify.verify(session, options), session)
+
+
+def _preflight(node: Node, on: LocalSystem) -> list[ProbeMessage]:
+    """Run the preflight and the probes of the machine: where nothing is installed, there is nothing else."""
+    probes = [*preflight(node), *checks.of_no_step(node)]
+    return [*map(ProbeMessage.of, checks.look((each for each in probes if not each.load), on, silent))]
+
+
+def _unset(on: LocalSystem) -> Node:
+    """The node as it would be without settings."""
+    machine = platform.machine()
+    return Node(
+        config=Config(), stack=stacks.load(stacks.DEFAULT), platform=machine, machine=machine,
+        rehearsal=on.rehearsal, full=False, home=str(Path.home()), cache=user_cache(),
+    )  # fmt: skip
