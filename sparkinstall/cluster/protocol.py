@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Generic, TypeVar
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType, field
+from msgspec import UNSET, Struct, UnsetType, field, to_builtins
 from msgspec.structs import asdict
 
 from sparkinstall.cluster import drift
@@ -25,7 +25,7 @@ from sparkinstall.core.verify import Verification
 from sparkinstall.errors import Problem
 from sparkinstall.probes import Finding, Level, Probe, Verdict
 from sparkinstall.probes.bandwidth import Measured
-from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, Unknown
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Unknown
 from sparkinstall.system import Undone
 
 VERSION = 1
@@ -95,10 +95,6 @@ class ConflictResource(Conflict, frozen=True, kw_only=True):
 
 
 ResourceMessage = OkResource | DriftResource | UnknownResource | NodeOnlyResource | ConflictResource
-_RESOURCES: Mapping[type[State], type[ResourceMessage]] = {
-    Ok: OkResource, Drift: DriftResource, Unknown: UnknownResource, NodeOnly: NodeOnlyResource,
-    Conflict: ConflictResource,
-}  # fmt: skip
 
 
 class StepMessage(Struct, frozen=True):
@@ -113,10 +109,8 @@ class StepMessage(Struct, frozen=True):
 
     @classmethod
     def of(cls, report: StepReport) -> "StepMessage":
-        resources = tuple(
-            _RESOURCES[type(each.state)](**asdict(each.state), key=each.key, changed=each.changed)
-            for each in report.checked
-        )
+        flat = [{**to_builtins(each.state), "key": each.key, "changed": each.changed} for each in report.checked]
+        resources = msgspec.convert(flat, tuple[ResourceMessage, ...])
         error = Error.of(report.problem) if report.problem else None
         seconds = round(report.seconds, 3)
         return cls(report.name, report.outcome, resources, error, report.blocked_by or None, seconds)
