@@ -465,6 +465,18 @@ def _verbs(_: str) -> str:
     return table("", ["verb", "what"], rows)
 
 
+@generates("exit codes of verbs")
+def _exit_codes_of_verbs(old: str) -> str:
+    columns = ["verb", *(str(int(each)) for each in Exit)]
+    return table(old, columns, ([code(name), *(Words() for _ in Exit)] for name in commands()))
+
+
+@generates("data of verbs")
+def _data_of_verbs(old: str) -> str:
+    names = [name for verb in commands() for name in ((verb, "cluster verify") if verb == "cluster" else (verb,))]
+    return table(old, ["verb", "fields"], ([code(name), Words()] for name in names))
+
+
 @generates("names of verbs")
 def _names_of_verbs(_: str) -> str:
     return listed(commands())

@@ -99,12 +99,6 @@ def test_the_settings_on_the_usage_page_are_good(text: str, tmp_path: Path) -> N
 # --- words and codes
 
 
-def test_exit_codes_of_each_verb() -> None:
-    table = section("docs/exit-codes.md", "## Which verb gives which")
-    firsts = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
-    assert sorted(re.findall(r"`([a-z -]+)`", "".join(firsts))) == sorted(VERBS)
-
-
 def test_outcomes_of_an_uninstall() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "uninstall"]
     outcomes = get_args(Undone.__annotations__["outcome"])
@@ -167,7 +161,7 @@ def test_every_fix_of_a_spark_has_a_symptom() -> None:
 
 def test_no_cell_for_the_words_of_people_is_forgotten() -> None:
     for name in ("docs/exit-codes.md", "docs/json.md"):
-        assert not re.findall(r"^\| `?\w[^|]*\|.*\| \|$", page(name), re.MULTILINE), name
+        assert not re.findall(r"^\|.*\| \|.*$", page(name), re.MULTILINE), name
 
 
 def test_what_is_recorded_at_the_first_install_is_said() -> None:
