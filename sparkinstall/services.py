@@ -32,5 +32,5 @@ UNITS = (
 
 
 def env_units(node: Node) -> tuple[str, ...]:
-    """The units of this node that start with the env file."""
-    return tuple(unit.name for unit in UNITS if unit.env_file and unit.wanted(node))
+    """The units that start with the env file on this node; a rehearsal starts none."""
+    return tuple(unit.name for unit in UNITS if unit.env_file and unit.wanted(node) and not node.rehearsal)

@@ -53,7 +53,7 @@ def preflight(node: Node) -> Iterable[Probe]:
     )  # fmt: skip
     yield Probe(
         "cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node), "node",
-        "NCCL cannot be built for this GPU.", to_install=True,
+        "NCCL cannot be built for this GPU.", to_install=True, needs_node="" if _has_toolkit(node) else _LEFT,
     )  # fmt: skip
     yield Probe(
         "disk", "free disk", lambda on: _unless_shut(_disk, on, node), "node",
@@ -141,12 +141,15 @@ def _driver_hint(on: Reader, complaint: str) -> str:
     )
 
 
+def _has_toolkit(node: Node) -> bool:
+    """Whether a rehearsal can tell: nothing is built, or this machine has the node's architecture and a toolkit."""
+    return node.config.nccl.mode == "wheel" or (not node.foreign and cuda_home(node) is not None)
+
+
 def _cuda(on: Reader, node: Node) -> Finding:
     if node.config.nccl.mode == "wheel":
         return skipped("nothing is built here (nccl.mode: wheel)")
     home = cuda_home(node)
-    if on.rehearsal and (home is None or node.foreign):
-        return skipped(_LEFT)
     if home is None:
         hint = "`sudo apt install cuda-toolkit-13-0`, or set `nccl.cuda_home`, or use `nccl.mode: wheel`"
         return failed("no nvcc found", hint, "/usr/local/cuda")

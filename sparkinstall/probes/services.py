@@ -35,7 +35,7 @@ def probes(node: Node) -> Iterable[Probe]:
         "NCCL differs from the one that was set up, or is not loaded at all.",
         fixes.NCCL,
     )
-    if env_units(node) and not node.rehearsal:
+    if env_units(node):
         yield Probe(
             "running-env",
             "variables of the running services",
