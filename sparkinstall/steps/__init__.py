@@ -34,7 +34,10 @@ class Step(ABC):
         return True
 
     def left_to(self, node: Node, on: Reader) -> str:
-        """Return what to do by hand if the settings exclude this step; "" by default. Not called in a rehearsal."""
+        """Return what else does this step's work here, and what is left to do by hand; "" by default: nothing does.
+
+        Not called in a rehearsal.
+        """
         del node, on
         return ""
 

@@ -8,16 +8,17 @@ from typing import Any, cast
 
 import pytest
 
-from sparkinstall.core import catalogue
+from sparkinstall.core import catalogue, checks
 from sparkinstall.core.engine import StepReport, converge, ordered, plan
 from sparkinstall.core.session import Session, looked_at
 from sparkinstall.errors import Blocked, NeedsRoot, Problem
 from sparkinstall.events import Event, ResourceApplied, StepEnded, StepStarted, silent
 from sparkinstall.node import Node
+from sparkinstall.probes import Probe, passed, skipped
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes
-from sparkinstall.system.local import LocalSystem
+from sparkinstall.system.local import LocalReader, LocalSystem
 
 NODE = cast(Node, None)
 
@@ -113,6 +114,52 @@ def test_what_cannot_be_told_or_stands_in_the_way_is_not_made(state: State) -> N
     report = done(some("a", [thing]))["a"]
     assert report.outcome == "failed" and thing.made == 0
     assert isinstance(report.problem, Blocked) and report.problem.hint
+
+
+@dataclass
+class OfTheNode(Thing):
+    """A thing that a rehearsal cannot have."""
+
+    def node_only(self, on: Reader) -> str:
+        assert on.rehearsal
+        return "apt"
+
+
+def test_node_only_is_answered_in_a_rehearsal_without_check_or_apply() -> None:
+    thing = OfTheNode()
+    (report,) = plan([some("a", [thing])], NODE, LocalReader("/nowhere"))
+    assert report.checked[0].state == NodeOnly("apt")
+    assert done(some("a", [thing]))["a"].outcome == "node_only"
+    assert (thing.made, len(thing.states)) == (0, 2)
+
+
+def test_node_only_is_not_asked_on_the_node_itself() -> None:
+    (report,) = plan([some("a", [OfTheNode()])], NODE, LocalReader())
+    assert isinstance(report.checked[0].state, Drift)
+
+
+@pytest.mark.parametrize(("root", "outcome"), [("/", "node_only"), ("/nowhere", "drift")])
+def test_a_step_that_something_else_does_is_left_to_it_on_the_node_itself(root: str, outcome: str) -> None:
+    class Left(Step):
+        name = "left"
+        why = "because"
+
+        def left_to(self, node: Node, on: Reader) -> str:
+            del node, on
+            return "ufw filters here"
+
+        def resources(self, node: Node) -> Iterable[Resource]:
+            del node
+            return [Thing()]
+
+    (report,) = plan([Left()], NODE, LocalReader(root))
+    assert report.outcome == outcome
+
+
+def test_a_probe_that_needs_the_node_is_skipped_in_a_rehearsal_with_its_reason() -> None:
+    probe = Probe("gpu", "the GPU", lambda _: passed("it is there"), "node", needs_node="a rehearsal has no GPU")
+    found = [checks.look([probe], LocalReader(root), silent)[0].finding for root in ("/nowhere", "/")]
+    assert found == [skipped("a rehearsal has no GPU"), passed("it is there")]
 
 
 def test_what_only_a_node_can_do_is_left_and_does_not_fail() -> None:
