@@ -1,4 +1,4 @@
-"""Every path of a node that sparkinstall fills, and the names of its units."""
+"""Every path that sparkinstall uses on a node, and the names of its units."""
 
 from msgspec import Struct
 
@@ -12,12 +12,12 @@ FIREWALL_UNIT = "sparkinstall-firewall.service"
 
 
 def unit_path(unit: str) -> str:
-    """The file of a unit of ours."""
+    """Return the path of one of our unit files."""
     return f"{UNIT_FOLDER}/{unit}"
 
 
 class Layout(Struct, frozen=True):
-    """All paths are node paths: absolute, below `prefix`. `platform` is the architecture whose wheels are taken."""
+    """All paths are node paths: absolute, below `prefix`. `platform` is the architecture of the wheels."""
 
     config: Config
     stack: Stack
@@ -44,27 +44,27 @@ class Layout(Struct, frozen=True):
 
     @property
     def venv_stamp(self) -> str:
-        """Which environment there is: written last when it is made."""
+        """Describes the installed environment; written last when it is created."""
         return f"{self.venv}/sparkinstall.json"
 
     @property
     def venv_lock(self) -> str:
-        """The whole lock that the environment was made from."""
+        """The complete lock that the environment was made from."""
         return f"{self.venv}/sparkinstall.lock"
 
     @property
     def installed_lock(self) -> str:
-        """The part of the lock that was installed: in a rehearsal, vLLM alone."""
+        """The installed part of the lock: in a rehearsal only vLLM."""
         return f"{self.venv}/installed.lock"
 
     @property
     def wheel_exceptions(self) -> str:
-        """Rows, as RECORD has them, of files that a wheel lists wrongly."""
+        """Rows in RECORD format for files that a wheel's RECORD lists wrongly."""
         return f"{self.venv}/not-as-recorded.csv"
 
     @property
     def lock_record(self) -> str:
-        """Where hashes that could not be known beforehand are recorded."""
+        """Hashes recorded at the first install."""
         return f"{self.prefix}/locks/{self.stack.name}.{self.platform}.lock"
 
     # --- NCCL
@@ -82,17 +82,17 @@ class Layout(Struct, frozen=True):
 
     @property
     def nccl_abi_decision(self) -> str:
-        """Whether the library has every symbol that torch takes from it."""
+        """Whether the library has every symbol that torch needs."""
         return f"{self.prefix}/nccl-fits-torch.json"
 
     @property
     def fp8_decision(self) -> str:
-        """Whether vLLM keeps off its CUTLASS FP8 kernels."""
+        """Whether vLLM avoids its CUTLASS FP8 kernels."""
         return f"{self.prefix}/fp8.json"
 
     @property
     def transport_decision(self) -> str:
-        """Whether NCCL talks over RoCE or sockets, as it was decided."""
+        """Whether NCCL uses RoCE or sockets."""
         return f"{self.prefix}/transport.json"
 
     # --- env files
@@ -103,20 +103,20 @@ class Layout(Struct, frozen=True):
 
     @property
     def env_file(self) -> str:
-        """The variables that this node's services start with."""
+        """The environment variables of this node's services."""
         names = {"single": "single-node", "head": "multi-node-head", "worker": "multi-node-worker"}
         return f"{self.env_folder}/{names[self.role]}.env"
 
     @property
     def roce_gid(self) -> str:
-        """The program that tells which GID the RDMA devices have at the moment."""
+        """The program that prints the current GID index of the RDMA devices."""
         return f"{self.env_folder}/roce-gid"
 
     # --- services
 
     @property
     def services(self) -> str:
-        """The folder of what the services are started with."""
+        """The folder of the services' helper programs."""
         return f"{self.prefix}/services"
 
     @property
@@ -136,17 +136,17 @@ class Layout(Struct, frozen=True):
 
     @property
     def vllm_config(self) -> str:
-        """Where vLLM looks for settings of its own on the head."""
+        """vLLM's configuration folder on the head."""
         return f"{self.services}/vllm"
 
     @property
     def vllm_kept_back(self) -> str:
-        """The list of variables that vLLM on the head does not hand to its workers."""
+        """The list of variables that vLLM on the head does not copy to its workers."""
         return f"{self.vllm_config}/ray_non_carry_over_env_vars.json"
 
     @property
     def units_record(self) -> str:
-        """What the units were made from; /etc is no place for it."""
+        """The render record of the unit files."""
         return f"{self.services}/units.json"
 
     def started_record(self, unit: str) -> str:
@@ -160,19 +160,19 @@ class Layout(Struct, frozen=True):
 
     @property
     def ray_token(self) -> str:
-        """The secret that all nodes of a cluster share; readable by its owner alone."""
+        """The secret that all nodes of a cluster share; readable only by its owner."""
         return f"{self.prefix}/ray-token"
 
     # --- firewall
 
     @property
     def firewall_rules(self) -> str:
-        """The file that nft loads."""
+        """The rules that nft loads."""
         return f"{self.prefix}/firewall.nft"
 
     @property
     def firewall_unit_record(self) -> str:
-        """What the firewall's unit was made from."""
+        """The render record of the firewall's unit."""
         return f"{self.prefix}/firewall-unit.json"
 
     @property

@@ -1,4 +1,4 @@
-"""The node that is being set up: its settings, its stack, and the places that follow from them."""
+"""The node being set up: settings, stack, and the paths derived from them."""
 
 import os
 from pathlib import Path
@@ -12,9 +12,9 @@ from sparkinstall.system import Reader
 class Node(Layout, frozen=True):
     """Settings, stack and paths of a node. `machine` is the architecture of this computer.
 
-    In a rehearsal, `full` asks for the whole environment instead of vLLM's own wheel. `cache` and
+    In a rehearsal, `full` installs the whole environment instead of only vLLM's wheel. `cache` and
     `home` are real paths. `confirm_later`: a network change is rolled back unless another process confirms it.
-    `token_file`: where the cluster's token was put for this run alone.
+    `token_file`: the file of the cluster's token, for this run only.
     """
 
     machine: str
@@ -27,17 +27,17 @@ class Node(Layout, frozen=True):
 
     @property
     def partial(self) -> bool:
-        """Only vLLM's own wheel is installed; the rest of the lock is resolved."""
+        """Whether only vLLM's wheel is installed, and the rest of the lock just resolved."""
         return self.rehearsal and not self.full
 
     @property
     def foreign(self) -> bool:
-        """The wheels are for another architecture: nothing of them can run here."""
+        """Whether the wheels are for another architecture and cannot run here."""
         return self.platform != self.machine
 
     @property
     def wheels(self) -> Platform:
-        """The stack's part for this architecture."""
+        """The stack's platform for this architecture."""
         return self.stack.platforms[self.platform]
 
     @property
@@ -46,7 +46,7 @@ class Node(Layout, frozen=True):
 
     @property
     def user(self) -> str:
-        """Who runs sparkinstall, and the services that it sets up."""
+        """The user who runs sparkinstall and the services."""
         import pwd
 
         return pwd.getpwuid(os.geteuid()).pw_name
@@ -58,23 +58,23 @@ class Node(Layout, frozen=True):
 
     @property
     def with_ray(self) -> bool:
-        """Whether Ray holds the nodes together, and so starts vLLM on the workers."""
+        """Whether vLLM uses Ray, which then starts it on the workers."""
         return self.several and self.config.cluster.executor == "ray"
 
     @property
     def filtered(self) -> bool:
-        """Whether ports that only the link needs are closed to all others."""
+        """Whether ports that only the link needs are blocked on other interfaces."""
         open_to_others = self.several or self.config.serving.allow is not None
         return open_to_others and self.config.firewall.mode != "off"
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The addresses of all nodes on the QSFP link by rank, the head's first."""
+        """The addresses of all nodes on the QSFP link by rank; the head's is first."""
         return (self.config.cluster.head, *self.config.cluster.workers)
 
     @property
     def address(self) -> str:
-        """This node's own address on the QSFP link; session.py has seen that it can be told."""
+        """This node's address on the QSFP link; session.py has checked that it is known."""
         cluster = self.config.cluster
         return cluster.address or (cluster.workers[0] if self.role == "worker" else cluster.head)
 
@@ -85,22 +85,22 @@ class Node(Layout, frozen=True):
 
     @property
     def rank(self) -> int:
-        """0 for the head, then the workers in their order."""
+        """0 for the head, then the workers in order."""
         return self.members.index(self.address)
 
     @property
     def ray_address(self) -> str:
-        """Where the head's Ray answers, as address:port."""
+        """address:port of the head's Ray."""
         return f"{self.config.cluster.head}:{self.config.cluster.ray_port}"
 
     @property
     def bare_environment(self) -> dict[str, str]:
-        """What a program is started with where nothing of this process's own variables is to reach it."""
+        """The environment of a program that must not inherit this process's variables."""
         return {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": self.home}
 
 
 def site_packages(node: Node, on: Reader) -> str | None:
-    """The environment's site-packages (a node path), or None before there is one."""
+    """Return the environment's site-packages (a node path), or None before it exists."""
     for name in on.names(f"{node.venv}/lib"):
         if name.startswith("python3."):
             return f"{node.venv}/lib/{name}/site-packages"
@@ -108,7 +108,7 @@ def site_packages(node: Node, on: Reader) -> str | None:
 
 
 def nccl_library(node: Node, on: Reader) -> str | None:
-    """The libnccl.so.2 that has to be loaded (a node path), or None where it is not known yet."""
+    """Return the libnccl.so.2 that should be loaded (a node path), or None if still unknown."""
     if node.config.nccl.mode == "source":
         return f"{node.nccl_folder}/lib/libnccl.so.2"
     site = site_packages(node, on)
@@ -116,7 +116,7 @@ def nccl_library(node: Node, on: Reader) -> str | None:
 
 
 def cuda_home(node: Node) -> str | None:
-    """The CUDA toolkit (a real path: a rehearsal uses this machine's), or None where there is none."""
+    """Return the CUDA toolkit (a real path: a rehearsal uses this machine's), or None."""
     candidates = (node.config.nccl.cuda_home, "/usr/local/cuda", os.environ.get("CUDA_HOME"))
     for each in candidates:
         if each and safe_path(each) is None and Path(each, "bin", "nvcc").is_file():

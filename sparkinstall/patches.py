@@ -1,8 +1,8 @@
-"""The patches of `patches/`: which file they change, and proof that the change is the one meant.
+"""The patches in `patches/`: the files they change, and their hashes before and after.
 
-A patch here is bound to bytes, not to a version number: it goes only onto a file whose sha256 the table has,
-and only to a result whose sha256 the table has. Whatever else stands on the disk (another release, an edit by
-hand, a patch that was cut half way) is `UnknownContent`, never something to try.
+A patch is bound to bytes, not to a version number: it applies only to a file whose sha256 is in the table, and only
+with a result whose sha256 is in the table. Any other content (another release, a manual edit, half a patch) is
+`UnknownContent` and is never patched.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _HUNK = re.compile(rb"@@ -(\d+)(?:,(\d+))? \+(\d+)(?:,(\d+))? @@")
 
 
 class UnknownContent(Exception):
-    """A file is neither of the two contents that its patch knows. Names the file and its sha256."""
+    """A file is neither original nor patched. Names the file and its sha256."""
 
     def __init__(self, path: str, found: str, wanted: str) -> None:
         super().__init__(f"{path}: sha256 {found} is not {wanted}; the file is left as it is")
@@ -37,7 +37,7 @@ class UnknownContent(Exception):
 
 
 class State(Enum):
-    """What a file's content is to a patch."""
+    """The state of a file: original, patched or unknown."""
 
     ORIGINAL = "original"
     PATCHED = "patched"
@@ -45,7 +45,7 @@ class State(Enum):
 
 
 class Hunk(Struct, frozen=True):
-    """Lines that replace lines, with their ends; line numbers count from 1 on each side."""
+    """Lines that replace other lines, with line ends; 1-based line numbers on each side."""
 
     before_line: int
     before: tuple[bytes, ...]
@@ -53,12 +53,12 @@ class Hunk(Struct, frozen=True):
     after: tuple[bytes, ...]
 
     def undone(self) -> Hunk:
-        """The hunk that takes this one back."""
+        """Return the reverse of this hunk."""
         return Hunk(self.after_line, self.after, self.before_line, self.before)
 
 
 class Variant(Struct, frozen=True):
-    """One content of the target as releases ship it, and what the patch makes of it."""
+    """One original content of the target file, and its patched content."""
 
     target: str
     patch: str
@@ -68,15 +68,15 @@ class Variant(Struct, frozen=True):
     hunks: tuple[Hunk, ...]
 
     def state_of(self, content: bytes) -> State:
-        """`UNKNOWN` means: not this variant, or a part of the patch only."""
+        """Return the state; `UNKNOWN` means another variant, or a partly applied patch."""
         known = {self.original: State.ORIGINAL, self.patched: State.PATCHED}
         return known.get(digest(content), State.UNKNOWN)
 
 
 class KernelRange(Struct, frozen=True, forbid_unknown_fields=True):
-    """Kernel classes to name in `VLLM_DISABLED_KERNELS` for releases from `since` on and before `below`.
+    """Kernel classes for `VLLM_DISABLED_KERNELS` in releases from `since` to before `below`.
 
-    `without_patch`: these names are the whole fix by themselves, even where the patch cannot be applied.
+    `without_patch`: these names are the complete fix, even if the patch cannot be applied.
     """
 
     since: _Release
@@ -85,13 +85,13 @@ class KernelRange(Struct, frozen=True, forbid_unknown_fields=True):
     below: _Release | None = None
 
     def holds(self, release: str) -> bool:
-        """Whether `release` lies in the range; suffixes such as `+cu130` or `rc1` do not count."""
+        """Return whether `release` is in the range; suffixes such as `+cu130` or `rc1` are ignored."""
         at = _release_key(release)
         return _release_key(self.since) <= at and (self.below is None or at < _release_key(self.below))
 
 
 class PatchSet(Struct, frozen=True):
-    """One fix of a file over all releases of the package: its variants, and what goes with the patch."""
+    """The patch of one file for all releases of the package: its variants, and the kernels to disable with it."""
 
     name: str
     fix: int
@@ -100,23 +100,23 @@ class PatchSet(Struct, frozen=True):
     kernels: tuple[KernelRange, ...]
 
     def variant_of(self, content: bytes) -> Variant | None:
-        """The variant whose original or patched content this is; `variant.state_of(content)` says which."""
+        """Return the variant with this original or patched content, or None."""
         return next((v for v in self.variants if v.state_of(content) is not State.UNKNOWN), None)
 
     def state_of(self, content: bytes) -> State:
-        """The state of a file that any release may have shipped."""
+        """Return the state of a file of any release."""
         variant = self.variant_of(content)
         return variant.state_of(content) if variant else State.UNKNOWN
 
     def known(self, content: bytes) -> Variant:
-        """As `variant_of`, but raises `UnknownContent` where there is none."""
+        """Return `variant_of(content)`. Raises `UnknownContent` if there is none."""
         variant = self.variant_of(content)
         if variant is None:
             raise UnknownContent(self.target, digest(content), f"known to the patch {self.name}")
         return variant
 
     def kernels_for(self, release: str) -> KernelRange | None:
-        """What `VLLM_DISABLED_KERNELS` must name for `release`; None for a release older than the table."""
+        """Return the kernels to disable for `release`; None for a release older than the table."""
         return next((k for k in self.kernels if k.holds(release)), None)
 
 
@@ -142,12 +142,12 @@ class _Table(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def digest(content: bytes) -> str:
-    """The sha256 that the table speaks of, in hex."""
+    """Return the sha256 in hex, as in the table."""
     return sha256(content).hexdigest()
 
 
 def apply(content: bytes, variant: Variant) -> bytes:
-    """The patched content.
+    """Return the patched content.
 
     Raises `UnknownContent` unless `content` is exactly the original and the result the table's.
     """
@@ -155,7 +155,7 @@ def apply(content: bytes, variant: Variant) -> bytes:
 
 
 def revert(content: bytes, variant: Variant) -> bytes:
-    """The original, byte for byte. Raises `UnknownContent` unless `content` is exactly the patched one."""
+    """Return the original content. Raises `UnknownContent` unless `content` is exactly the patched one."""
     back = tuple(hunk.undone() for hunk in variant.hunks)
     return _turned(content, variant, variant.patched, variant.original, back)
 
@@ -163,12 +163,12 @@ def revert(content: bytes, variant: Variant) -> bytes:
 def _turned(content: bytes, variant: Variant, source: str, result: str, hunks: Sequence[Hunk]) -> bytes:
     _require(variant.target, content, source)
     lines = content.splitlines(keepends=True)
-    # From the end, so that the line numbers of the hunks before stay true.
+    # From the end, so that the line numbers of earlier hunks stay valid.
     for hunk in reversed(hunks):
         start = hunk.before_line - 1
         lines[start : start + len(hunk.before)] = hunk.after
     turned = b"".join(lines)
-    # Context is not compared line by line: these two digests say more than any context could.
+    # Context lines need no comparison: the two digests prove more.
     _require(f"{variant.target} after {variant.patch}", turned, result)
     return turned
 
@@ -180,10 +180,10 @@ def _require(path: str, content: bytes, wanted: str) -> None:
 
 
 def load(directory: Path) -> tuple[PatchSet, ...]:
-    """The patch sets of `directory/patches.yaml` with their patches read.
+    """Return the patch sets of `directory/patches.yaml` with their patches.
 
-    Raises `Malformed`: bad YAML, a missing, unknown or ill-typed entry, a patch that is absent or is for
-    another file, a sha256 that is none or that stands in the table twice.
+    Raises `Malformed`: bad YAML, a missing, unknown or invalid entry, a patch that is missing or for another file, a
+    sha256 that is invalid or repeated.
     """
     table = schema.read_file(_Table, directory / TABLE)
     sets = tuple(
@@ -210,19 +210,19 @@ def _refuse_doubles(sets: Sequence[PatchSet]) -> None:
     for variant in (v for patch_set in sets for v in patch_set.variants):
         for known in (variant.original, variant.patched):
             if known in seen:
-                raise Malformed(TABLE, f"sha256 {known} stands there twice")
+                raise Malformed(TABLE, f"sha256 {known} is repeated")
             seen.add(known)
 
 
 def parse(patch: bytes, target: str) -> Iterator[Hunk]:
-    """The hunks of a unified diff of the one file `target` (`-p1` paths).
+    """Yield the hunks of a unified diff of the single file `target` (`-p1` paths).
 
-    Own lines rather than a library's: whatthepatch loses line ends and a missing newline at the file's end.
-    Raises ValueError where it is not such a diff.
+    Not a library: whatthepatch loses line ends and a missing newline at the end of the file.
+    Raises ValueError for anything else.
     """
     head, *hunks = re.split(rb"^(?=@@ )", patch, flags=re.MULTILINE)
     if head.splitlines() != [f"--- a/{target}".encode(), f"+++ b/{target}".encode()]:
-        raise ValueError(f"not a diff of {target} alone")
+        raise ValueError(f"not a diff of {target} only")
     if not hunks:
         raise ValueError("no hunk")
     return map(_hunk, hunks)
@@ -237,7 +237,7 @@ def _hunk(text: bytes) -> Hunk:
     before = tuple(rest for mark, rest in lines if mark != b"+")
     after = tuple(rest for mark, rest in lines if mark != b"-")
     before_line, before_count, after_line, after_count = map(int, numbers.groups(default=b"1"))
-    # A second file's "--- a/..." would pass for a removed line; the counts tell.
+    # A second file's "--- a/..." would look like a removed line; the counts reveal it.
     if (len(before), len(after)) != (before_count, after_count):
         raise ValueError(f"{len(before)} and {len(after)} lines under {head!r}")
     return Hunk(before_line, before, after_line, after)
@@ -247,7 +247,7 @@ def _hunk_lines(body: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
     lines: list[tuple[bytes, bytes]] = []
     for line in body:
         mark, rest = line[:1], line[1:]
-        # "\ No newline at end of file" is about the line before it.
+        # "\ No newline at end of file" refers to the line before it.
         if mark == b"\\" and lines:
             mark, rest = lines.pop()
             rest = rest.removesuffix(b"\n")

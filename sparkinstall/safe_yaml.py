@@ -23,8 +23,8 @@ def load(content: bytes, *, only_text: bool = False) -> Any:
     """Return the values of a YAML text; with `only_text` every scalar remains the written text (3.10 is not 3.1).
 
     Raises:
-        NotYaml: it is not YAML, or has a key twice.
-        TooMuch: more than 1 MiB, or nested more than 20 deep: libyaml's loader would end the process.
+        NotYaml: it is not YAML, or repeats a key.
+        TooMuch: more than 1 MiB, or nested more than 20 deep, which can crash libyaml's loader.
     """
     import yaml
 
@@ -65,7 +65,9 @@ def _parts(node: Any) -> dict[Any, tuple[Any, Any]]:
 def _explained(error: Exception, content: bytes) -> NotYaml:
     mark = getattr(error, "problem_mark", None)
     if mark and _is_at_tab(mark, content):
-        return NotYaml(f"there is a tab in line {mark.line + 1}", "YAML takes no tab before a name: indent with blanks")
+        return NotYaml(
+            f"there is a tab in line {mark.line + 1}", "YAML does not allow tabs for indentation: use spaces"
+        )
     lines = str(getattr(error, "problem", None) or error).splitlines()
     place = f", line {mark.line + 1}" if mark else ""
     return NotYaml(f"{ascii(lines[0])[1:-1] if lines else type(error).__name__}{place}")
@@ -100,7 +102,7 @@ def _refuse_repeated_keys(node: Any) -> None:
         for key, _ in each.value:
             if key.id == "scalar" and (key.tag, key.value) in seen:
                 name, line = ascii(key.value)[1:-1], key.start_mark.line + 1
-                raise NotYaml(f"the key `{name}` stands twice, line {line}")
+                raise NotYaml(f"the key `{name}` is repeated, line {line}")
             seen.add((key.tag, str(key.value)))
 
 

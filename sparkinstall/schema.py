@@ -66,7 +66,7 @@ def read_yaml(kind: type[T], content: bytes, where: str, *, only_text: bool = Fa
     """Convert a YAML text to `kind`; `only_text` as in `safe_yaml.load`.
 
     Raises:
-        Malformed: it is not YAML, or not as `kind` asks.
+        Malformed: it is not YAML, or does not match `kind`.
     """
     try:
         data = safe_yaml.load(content, only_text=only_text)
@@ -92,7 +92,7 @@ def read_file(kind: type[T], path: pathlib.Path) -> T:
     """Convert a YAML file to `kind`; errors name the file without its folder.
 
     Raises:
-        Malformed: it cannot be read, is not YAML, or not as `kind` asks.
+        Malformed: it cannot be read, is not YAML, or does not match `kind`.
     """
     try:
         return read_yaml(kind, path.read_bytes(), path.name)
@@ -110,7 +110,7 @@ def show(value: Any) -> str:
     # Not str(): a few lines of YAML aliases can expand to more text than fits into memory.
     try:
         text = "null" if value is None else ascii(value[:80]) if isinstance(value, str) else reprlib.repr(value)
-    except ValueError:  # Python prints no number of more than 4300 digits
+    except ValueError:  # Python refuses to print numbers of more than 4300 digits
         text = f"such a {type(value).__name__}"
     text = redact(text)
     return text if len(text) < 80 else text[:76] + " ..."

@@ -1,4 +1,4 @@
-"""The services that sparkinstall sets up, and the nodes that run each."""
+"""The services that sparkinstall sets up, and which nodes run them."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from sparkinstall.node import Node
 
 
 class Unit(Struct, frozen=True):
-    """A systemd unit. `wanted`: whether the settings ask for it on a node. `env_file`: it starts with the env file."""
+    """A systemd unit. `wanted`: whether a node's settings require it. `env_file`: it starts with the env file."""
 
     name: str
     wanted: Callable[[Node], bool]
@@ -20,7 +20,7 @@ def _of_ray(name: str) -> Unit:
     return Unit(name, lambda node: node.with_ray and node.ray_unit == name)
 
 
-# On a worker with Ray the head starts vLLM, through Ray.
+# On a worker with Ray, the head starts vLLM through Ray.
 VLLM = Unit(
     VLLM_UNIT, lambda node: node.config.serving.model is not None and (node.role != "worker" or not node.with_ray)
 )

@@ -1,4 +1,4 @@
-"""The secret that all nodes of a cluster share. Its text appears in no argument, log, plan or error."""
+"""The secret shared by all nodes of a cluster. It never appears in an argument, log, plan or error."""
 
 import os
 import re
@@ -22,10 +22,10 @@ _PATIENCE = 40.0
 
 @lru_cache(maxsize=4)
 def given(file: str) -> bytes:
-    """The token in the file that the option `--token-file` names; `-` is the standard input, read once.
+    """Return the token in the file of `--token-file`; `-` is standard input, read once.
 
     Raises:
-        BadUsage: it cannot be read, or there is no token in it.
+        BadUsage: the file cannot be read or contains no token.
     """
     try:
         token = (sys.stdin.buffer.read(4096) if file == "-" else Path(file).read_bytes()).strip()
@@ -36,14 +36,14 @@ def given(file: str) -> bytes:
         ) from error
     if not _TOKEN.fullmatch(token):
         raise BadUsage(
-            f"--token-file {file} holds no token: one line of 16 to 1024 printable characters without spaces",
-            hint="the head's token is in its file `ray-token` beneath the prefix",
+            f"--token-file {file} contains no token: one line of 16 to 1024 printable characters without spaces",
+            hint="the head's token is in its file `ray-token` below the prefix",
         )
     return token
 
 
 class RayToken(Struct, frozen=True):
-    """The token is on this node and only its owner can read it. The head makes it; the workers are given it."""
+    """The token is on this node and only its owner can read it. The head creates it; workers receive it."""
 
     node: Node
 
@@ -64,21 +64,21 @@ class RayToken(Struct, frozen=True):
         return Ok("0600")
 
     def _now(self, on: Reader) -> bytes | None:
-        """The token that is there, if it can be one."""
+        """Return the current token, if it is valid."""
         found = (on.read(self.node.ray_token) or b"").strip()
         return found if _TOKEN.fullmatch(found) else None
 
     def _missing(self, on: Reader) -> State:
         if self.node.token_file:
-            return Drift(f"take the token that --token-file names as {self.node.ray_token}")
+            return Drift(f"install the token of --token-file as {self.node.ray_token}")
         if self.node.role == "head":
-            return Drift(f"make the token that all nodes share, {self.node.ray_token}")
+            return Drift(f"create the token that all nodes share, {self.node.ray_token}")
         if on.rehearsal:
-            return NodeOnly(f"the worker takes the token of the head, {self.node.config.cluster.head}")
-        return Drift(f"fetch the token of the head, {self.node.config.cluster.head}, over ssh")
+            return NodeOnly(f"fetching the token of the head {self.node.config.cluster.head}")
+        return Drift(f"fetch the token of the head {self.node.config.cluster.head} over ssh")
 
     def apply(self, on: System) -> None:
-        # A good one is never replaced: the other nodes have it too.
+        # A valid token is never replaced: the other nodes have it too.
         on.write(self.node.ray_token, self._wanted(on), MODE)
 
     def _wanted(self, on: Reader) -> bytes:
@@ -99,14 +99,18 @@ class RayToken(Struct, frozen=True):
     def _not_had(self, answer: Result) -> Problem:
         head = self.node.config.cluster.head
         said = [line for line in answer.err.splitlines() if line.strip()][-1:]
-        why = "ssh ran past its time limit" if answer.code == 124 else "".join(said) or "the head's file holds no token"
-        return Problem(f"the token of the head, {head}, could not be fetched", cause=why, hint=by_hand(self.node))
+        why = (
+            "ssh ran past its time limit"
+            if answer.code == 124
+            else "".join(said) or "the head's file contains no token"
+        )
+        return Problem(f"the token of the head {head} could not be fetched", cause=why, hint=by_hand(self.node))
 
 
 def by_hand(node: Node) -> str:
-    """What a person types on a worker to give it the head's token."""
+    """Return the command that installs the head's token on a worker."""
     head = node.config.cluster.head
     return (
-        "set up the head first, then type on this node: "
+        "set up the head first, then run on this node: "
         f"ssh {head} cat {node.ray_token} | sparkinstall multi-node --role worker --head {head} --token-file - --yes"
     )

@@ -1,7 +1,7 @@
 """The rollback timer: a systemd timer that restores the former state unless the run confirms the change in time.
 
-It lives in systemd, not in this process: a tool or an ssh session that is killed cannot take it along. Nor does a
-reboot, which is what people try with a machine that does not answer any more: a unit then rolls back at boot.
+It belongs to systemd, so it survives a killed tool or ssh session. After a reboot, which people try with an
+unreachable machine, a unit rolls back at boot.
 """
 
 import shlex
@@ -13,7 +13,7 @@ from sparkinstall.system import Reader, System
 from sparkinstall.system.local import staged
 
 HOME = "/var/lib/sparkinstall-rollback"
-"""There as long as something waits for a confirmation. Root's alone, since root runs what is in it."""
+"""Exists while a rollback is pending. Owned by root, because root runs what is in it."""
 
 _TEMPLATE = "rollback.sh.j2"
 _PLACES = {"home": HOME, "units": "/etc/systemd/system", "lock": "/run/sparkinstall-rollback.lock"}
@@ -28,7 +28,7 @@ class RolledBack(Problem):
 
 
 def armed(on: Reader, name: str | None = None) -> bool:
-    """Whether the timer `name`, or any, waits for a confirmation."""
+    """Return whether the timer `name`, or any, waits for a confirmation."""
     return bool(_waiting(on) if name is None else on.entry(f"{HOME}/{name}"))
 
 
@@ -37,21 +37,21 @@ def _waiting(on: Reader) -> tuple[str, ...]:
 
 
 def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence[str] = ()) -> None:
-    """In `seconds` from now, restore the files `keep` as they are now and run `restore_script`, unless disarmed.
+    """In `seconds`, restore the files `keep` to their current state and run `restore_script`, unless disarmed.
 
-    One of that name that is still armed, or was when its run was killed, is started again with the files and the script
-    that it has: what it remembers is the former state, and what is there now may be a killed run's.
+    If a timer of that name is still pending, restart it with its own files and script: it has the former state, while
+    the current one may be that of a killed run.
 
     Args:
         restore_script: lines for /bin/sh, run by root.
-        keep: absolute paths; one that is not there is removed again.
+        keep: absolute paths; a path that does not exist now is removed.
 
     Raises:
-        Problem: it could not be set; nothing was changed.
+        Problem: the timer could not be started; nothing was changed.
     """
     for path in keep:
         if "|" in path or not path.isprintable():
-            raise Problem(f"{path!a} could not be restored by a script", hint="give that file a name of letters")
+            raise Problem(f"{path!a} could not be restored by a script", hint="rename that file, using letters only")
     lines = [f"{path}|{staged(path)}" for path in keep]
     try:
         on.run(*_words("arm", _program(), name, str(seconds), restore_script, *lines), root=True)
@@ -68,14 +68,14 @@ def disarm(on: System, name: str) -> None:
     """Confirm `name`: the change stays.
 
     Raises:
-        Fired: too late, the former state is back.
+        RolledBack: too late, the former state was restored.
         Problem: the timer could not be stopped.
     """
     answer = on.try_run(*_words("confirm", name), root=True)
     if answer.code == _FIRED:
         raise RolledBack(
             f"the {name} change was rolled back: it was not confirmed in time",
-            hint="give it longer with `network.rollback_seconds` in the config, then run the same command again",
+            hint="raise `network.rollback_seconds` in the config, then run the same command again",
         )
     if not answer.ok:
         raise Problem(
@@ -89,7 +89,7 @@ def drop(on: System, name: str) -> None:
     """Cancel the pending rollback `name` and remove its files.
 
     Raises:
-        Fired: too late, the former state is back.
+        RolledBack: too late, the former state was restored.
         Problem: the timer could not be stopped.
     """
     if armed(on, name):
@@ -99,10 +99,10 @@ def drop(on: System, name: str) -> None:
 
 
 def confirm(on: System) -> tuple[str, ...]:
-    """Keep all that waits for a confirmation; what that was (empty: nothing waits, or it is too late).
+    """Confirm all pending changes; return their names (empty if none was pending, or it was too late).
 
     Raises:
-        Fired: a timer was faster.
+        RolledBack: a timer was faster.
     """
     names = _waiting(on)
     for name in names:
@@ -111,9 +111,9 @@ def confirm(on: System) -> tuple[str, ...]:
 
 
 def fire(on: System, name: str) -> bool:
-    """Roll back now; whether that was done. systemd does it, so it continues even if the run is killed."""
+    """Roll back now; return whether it was done. systemd does it, so it continues even if the run is killed."""
     on.try_run("systemctl", "start", f"{_UNIT}{name}.service", timeout=120, root=True)
-    # Whatever systemd answers, who moved the folder away has done it: the timer may have been faster.
+    # Only a removed folder counts, not systemd's answer: the timer may have been faster.
     return not armed(on, name)
 
 
@@ -126,6 +126,6 @@ def _program() -> str:
 
 
 def quoted(words: Iterable[str]) -> str:
-    """`words` as one line for /bin/sh."""
+    """Quote `words` as one line for /bin/sh."""
 
     return shlex.join(words)

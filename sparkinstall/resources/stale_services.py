@@ -1,4 +1,4 @@
-"""Services that this node ran in another role or with other settings: what is not asked for any more must not run."""
+"""Remove services that an earlier role or other settings of this node required."""
 
 from collections.abc import Iterable
 
@@ -12,8 +12,8 @@ from sparkinstall.system import Reader, System, Undo
 
 
 class StaleServices(Struct, frozen=True):
-    """Units of ours that nothing asks for any more are stopped and gone. A Ray of the former role would hold the
-    ports of the new one, and a firewall that was switched off would still filter."""
+    """Our units that are no longer required are stopped and removed. A Ray of the former role would hold the new one's
+    ports, and a disabled firewall would still filter."""
 
     node: Node
 
@@ -23,7 +23,7 @@ class StaleServices(Struct, frozen=True):
 
     def check(self, on: Reader) -> State:
         former = self._former(on)
-        return Drift(f"stop {', '.join(former)}: not asked for any more") if former else Ok()
+        return Drift(f"stop {', '.join(former)}: no longer required") if former else Ok()
 
     def _former(self, on: Reader) -> list[str]:
         return [unit.name for unit in UNITS if not unit.wanted(self.node) and _is_ours(on, unit_path(unit.name))]
@@ -39,7 +39,7 @@ class StaleServices(Struct, frozen=True):
                 on.run("systemctl", "daemon-reload", root=True)
 
     def _files(self, name: str) -> Iterable[str]:
-        # The unit last: it is what a run that was killed in between is known by.
+        # The unit file last, so that the run after a killed one still finds it.
         if name == FIREWALL_UNIT:
             yield self.node.firewall_rules
         yield unit_path(name)

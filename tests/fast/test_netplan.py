@@ -259,18 +259,18 @@ IN_THE_WAY = {
     "everything": ("ethernets: {all: {match: {}, dhcp4: true}}", "together with"),
     "bond": (
         f"ethernets: {{{FIRST}: {{}}, {SECOND}: {{}}}}, bonds: {{bond0: {{interfaces: [{FIRST}, {SECOND}]}}}}",
-        f"`bond0` (bonds) in /etc/netplan/50-theirs.yaml is made of {FIRST}",
+        f"`bond0` (bonds) in /etc/netplan/50-theirs.yaml contains {FIRST}",
     ),
     "bond of a name that matches": (
         f"ethernets: {{one: {{match: {{name: {FIRST}}}}}}}, bonds: {{bond0: {{interfaces: [one]}}}}",
-        "is made of one",
+        "contains one",
     ),
     "bridge": (f"bridges: {{br0: {{interfaces: [{SECOND}]}}}}", "`br0`"),
     "vlan": (f"vlans: {{v7: {{id: 7, link: {FIRST}}}}}", "`v7`"),
-    "address": ("ethernets: {enP7s7: {addresses: [192.168.101.10/16]}}", "192.168.101.10 is in use already"),
+    "address": ("ethernets: {enP7s7: {addresses: [192.168.101.10/16]}}", "192.168.101.10 is already in use"),
     "address with a label": (
         "ethernets: {enP7s7: {addresses: [{192.168.100.10/24: {label: x}}]}}",
-        "192.168.100.10 is in use already",
+        "192.168.100.10 is already in use",
     ),
 }
 
@@ -320,9 +320,9 @@ BAD = {
     "a tab": ("network:\n\tversion: 2\n", "is not YAML: there is a tab in line 2"),
     "twice": (
         f"network:\n  ethernets:\n    {FIRST}: {{}}\n    {FIRST}: {{}}\n",
-        f"the key `{FIRST}` stands twice, line 4",
+        f"the key `{FIRST}` is repeated, line 4",
     ),
-    "a field twice": ("network: {ethernets: {a: {mtu: 1500, mtu: 9000}}}\n", "the key `mtu` stands twice"),
+    "a field twice": ("network: {ethernets: {a: {mtu: 1500, mtu: 9000}}}\n", "the key `mtu` is repeated"),
     "too deep": ("[" * 500, "is not YAML"),
     "bytes": ("\x00\x01", "is not YAML"),
 }
@@ -448,7 +448,7 @@ def test_an_uninstall_does_not_cut_the_session_it_runs_in(monkeypatch: pytest.Mo
     was = {FIRST: {"mtu": 1500, "up": True, "addresses": []}}
     ours = Undo("netplan", "the QSFP link", was, {FIRST: "192.0.2.77/24"})
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.77 22")
-    with pytest.raises(Blocked, match=f"{FIRST} stays as it is for now: this ssh session came in at its address"):
+    with pytest.raises(Blocked, match=f"{FIRST} was kept: this ssh session uses its address"):
         restore([ours], _Unlike(str(tmp_path)))
 
 

@@ -295,7 +295,7 @@ KERNELS = ("patches", 0, "kernels", 0)
             r"variants\[0\].orginal`: .*did you mean `original`",
         ),
         (spoilt(*VARIANT, "original", value="f411c8bc"), "original` must be 64 hexadecimal digits, not 'f411c8bc'"),
-        (spoilt(*VARIANT, "original", value=digest(AFTER)), "stands there twice"),
+        (spoilt(*VARIANT, "original", value=digest(AFTER)), "is repeated"),
         (spoilt(*VARIANT, "releases", value=[]), "releases` must be a list of releases such as"),
         (spoilt(*VARIANT, "releases", value=[0.18]), r"releases\[0\]` must be a release such as 0.18.1, not 0.18"),
         (spoilt(*VARIANT, "releases", value=["new"]), r"releases\[0\]` must be a release such as"),

@@ -143,7 +143,7 @@ def test_a_worker_that_cannot_fetch_it_says_what_to_type(tmp_path: Path, monkeyp
     node = node_of(tmp_path, "worker")
     with pytest.raises(Problem) as caught:
         RayToken(node).apply(system_of(tmp_path))
-    assert "192.168.100.10, could not be fetched" in caught.value.message
+    assert "192.168.100.10 could not be fetched" in caught.value.message
     assert caught.value.cause
     assert "ssh 192.168.100.10 cat /opt/sparkinstall/ray-token | sparkinstall multi-node --role worker" in by_hand(node)
     assert caught.value.hint == by_hand(node)

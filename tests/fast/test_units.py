@@ -248,7 +248,7 @@ def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path
     assert isinstance(as_head.check(on), Ok)
     state = as_worker.check(on)
     assert isinstance(state, Drift)
-    assert state.summary == "stop ray-head.service: not asked for any more"
+    assert state.summary == "stop ray-head.service: no longer required"
     alone.apply(on)
     assert isinstance(alone.check(on), Ok)
     assert {each.name for each in folder.iterdir()} == {"vllm.service"}

@@ -136,7 +136,7 @@ def test_the_plan_shows_what_is_taken_over(head: FleetNode, before: dict[str, st
 
 def test_a_subnet_that_the_lan_uses_is_refused(head: FleetNode) -> None:
     said = _planned(head, "--set", "network.twin_subnet=198.51.100.128")
-    assert "the subnet 198.51.100.0/24 of enP2p1s0f0np0 is in use already: enP7s7 leads to 198.51.100.0/24" in said
+    assert "the subnet 198.51.100.0/24 of enP2p1s0f0np0 is already in use: enP7s7 leads to 198.51.100.0/24" in said
     assert "network.twin_subnet" in said
 
 
@@ -159,7 +159,7 @@ def test_an_address_that_somebody_else_answers_to_is_refused(
     finally:
         worker.run("ip", "address", "del", f"{HEAD}/24", "dev", FIRST)
     (error,) = json.loads(answer.stdout)["errors"]
-    assert f"the address {HEAD} is in use already: 02:00:5e:00" in error["message"], error
+    assert f"the address {HEAD} is already in use: 02:00:5e:00" in error["message"], error
     assert is_as_before(head, before)
     assert not _exists(head, ARMED)
 
@@ -172,7 +172,7 @@ def test_a_gateway_that_is_lost_brings_everything_back_at_once(
         with gateway_silent(pair):
             said, _ = process.communicate(timeout=60)
     (error,) = json.loads(said)["errors"]
-    assert f"{ROUTER_ADDRESS} no longer answers; everything is as it was before" in error["message"]
+    assert f"{ROUTER_ADDRESS} no longer answers; the former network was restored" in error["message"]
     assert not _exists(head, ARMED)
     _until(lambda: is_as_before(head, before))
 

@@ -144,7 +144,7 @@ def test_one_plan_for_all_is_shown_and_nothing_is_touched(pair: Fleet) -> None:
     assert "spark-2 worker 192.168.100.11 on the link" in lines
     assert any(line.startswith("+ environment all install the ") for line in lines), shown
     assert any(line.startswith("+ network all set up enp1s0f0np0 and enP2p1s0f0np0 with MTU 9000") for line in lines)
-    assert any("spark-1" in line and "make the token that all nodes share" in line for line in lines), shown
+    assert any("spark-1" in line and "create the token that all nodes share" in line for line in lines), shown
     assert [node.tree_digest("/etc", "/opt", "/var/lib/sparkinstall") for node in pair.nodes] == there
 
 
@@ -384,11 +384,11 @@ def test_what_stands_in_the_way_on_one_node_stops_all_before_anything_is_begun(p
     with _their_bond(worker):
         told = _set_up(pair)
         assert told.code == 5
-        assert "spark-2: network: `bond0` (bonds) in /etc/netplan/90-theirs.yaml is made of enp1s0f0np0" in told.errors
+        assert "spark-2: network: `bond0` (bonds) in /etc/netplan/90-theirs.yaml contains enp1s0f0np0" in told.errors
     with _an_address(worker, f"{WORKER}/32"):
         told = _set_up(pair)
         assert told.code == 5
-        assert "spark-2: network: the address 192.168.100.11 is in use already: enP7s7 has it" in told.errors
+        assert "spark-2: network: the address 192.168.100.11 is already in use: enP7s7 has it" in told.errors
     told = _set_up(pair, "--interface", LAN)
     assert told.code == 5
     assert "spark-1: " in told.errors and "spark-2: " in told.errors

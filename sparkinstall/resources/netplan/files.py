@@ -1,6 +1,6 @@
-"""What netplan's files say of the QSFP interfaces, and how that is taken over.
+"""Read netplan's files, and write the one for the QSFP interfaces.
 
-netplan joins all its files, and the lists in them: a second file for an interface does not replace the first.
+netplan merges all its files, including lists: a second file for an interface does not replace the first.
 """
 
 import re
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 PROGRAM = "/usr/sbin/netplan"
 TARGET = "/etc/netplan/40-cx7.yaml"
-"""NVIDIA's own name for the file of these links."""
+"""NVIDIA's name for the file of these links."""
 
 OWN_FOLDER = "/etc/netplan"
 _FOLDERS = ("/lib/netplan", "/run/netplan", OWN_FOLDER)
-"""A file hides one of the same name in a folder before it."""
+"""A file hides one of the same name in an earlier folder."""
 
 _KEYFILES = "/etc/NetworkManager/system-connections"
 _INTERFACE_NAME = re.compile(r"(?m)^interface-name[ \t]*=[ \t]*(\S+)")
@@ -39,26 +39,26 @@ _HEADER = """\
 # To undo it: `sparkinstall uninstall`, which also restores what was here before.
 """
 _WHY = """\
-      # A boot does not wait for a cable that is out.
+      # Boot without waiting for an unplugged cable.
       optional: true
 """
 _KEEPS = """\
       # The address stays while the other node restarts: services of this node use it too.
       ignore-carrier: true
 """
-# A definition of another kind that is made of an interface names it so.
+# Keys by which another kind of definition refers to its interfaces.
 _MADE_OF = ("interfaces", "link")
 _SECRET = re.compile(r"(?im)^(.*?\b(?:password|psk|pin|key|private|preshared)[\"']?\s*:[ \t]*)[^\s{\[].*$")
 
 
 class BadFile(Problem):
-    """A file of netplan's cannot be read."""
+    """A netplan file cannot be read."""
 
     code = "netplan"
 
 
 class Device(Struct, frozen=True):
-    """An interface as a `match:` sees it."""
+    """The properties of an interface that `match:` compares."""
 
     name: str
     mac: str = ""
@@ -92,7 +92,7 @@ class NetplanFile(Struct, frozen=True, dict=True):
 
     @property
     def formerly_ours(self) -> frozenset[str]:
-        """The interfaces that sparkinstall wrote into this file; the cable may be in another port by now."""
+        """The interfaces that sparkinstall wrote into this file; the cable may have moved to another port."""
         if self.path != TARGET:
             return frozenset()
         lines = self.content.decode(errors="replace").splitlines()[:8]
@@ -104,10 +104,10 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def read_all(on: Reader) -> tuple[NetplanFile, ...]:
-    """The files that netplan reads, in its order: by name, whatever their folder.
+    """Return the files that netplan reads, in its order: by name, regardless of the folder.
 
     Raises:
-        BadFile: one is no YAML, or has a key twice.
+        BadFile: one is not YAML, or repeats a key.
     """
     paths = {name: f"{folder}/{name}" for folder in _FOLDERS for name in on.names(folder) if name.endswith(".yaml")}
     found = (NetplanFile(paths[name], on.read(paths[name]) or b"") for name in sorted(paths))
@@ -115,7 +115,7 @@ def read_all(on: Reader) -> tuple[NetplanFile, ...]:
 
 
 def keyfiles(on: Reader) -> Iterator[tuple[str, str]]:
-    """Profiles that NetworkManager keeps beside netplan's files: (path, the interface that it names)."""
+    """Yield NetworkManager's own profiles: (path, interface)."""
     for name in on.names(_KEYFILES):
         if name.endswith(".nmconnection"):
             path = f"{_KEYFILES}/{name}"
@@ -146,13 +146,13 @@ def _is_mapping(node: "yaml.Node | None") -> "TypeGuard[yaml.MappingNode]":
 
 
 def renderer(files: Iterable[NetplanFile]) -> str:
-    """What these files say that sets interfaces up; netplan's default is networkd."""
+    """Return the renderer that these files name; netplan's default is networkd."""
     said = [each.said["renderer"] for each in files if isinstance(each.said.get("renderer"), str)]
     return str(said[-1]) if said else "networkd"
 
 
 def devices(on: Reader, names: Iterable[str]) -> tuple[Device, ...]:
-    """The interfaces of this node and `names`; in a rehearsal the latter alone, as a Spark has them."""
+    """Return the interfaces of this node and `names`; in a rehearsal only `names`, as on a Spark."""
     there = on.names(NET)
     return tuple(
         _device(on, name) if name in there else Device(name, driver=CONNECTX_DRIVER) for name in {*there, *names}
@@ -164,7 +164,7 @@ def _device(on: Reader, name: str) -> Device:
 
 
 def covers(name: str, fields: Mapping[str, Any], device: Device) -> bool:
-    """Whether the definition `name` configures `device`."""
+    """Return whether the definition `name` configures `device`."""
     match, network_manager = fields.get("match"), _mapping(fields.get("networkmanager"))
     bound = _mapping(network_manager.get("passthrough")).get("connection.interface-name")
     if device.name in (bound, fields.get("set-name")):
@@ -172,7 +172,7 @@ def covers(name: str, fields: Mapping[str, Any], device: Device) -> bool:
     if not isinstance(match, dict):
         return name == device.name
     if not match:
-        # A profile of NetworkManager's for any interface gives way to one that names its interface.
+        # A NetworkManager profile for any interface yields to one that names its interface.
         return not network_manager
     return all(_matches(key, wanted, device) for key, wanted in match.items())
 
@@ -184,7 +184,7 @@ def _matches(key: str, wanted: object, device: Device) -> bool:
 
 
 def is_pattern(fields: Mapping[str, Any]) -> bool:
-    """Whether a definition can fit interfaces that are not there yet."""
+    """Return whether a definition can match future interfaces."""
     match = fields.get("match")
     if not isinstance(match, dict) or "macaddress" in match:
         return False
@@ -192,7 +192,7 @@ def is_pattern(fields: Mapping[str, Any]) -> bool:
 
 
 class Claim(Struct, frozen=True):
-    """A definition that configures one of our interfaces. `others`: what else it configures, in words."""
+    """A definition that configures one of our interfaces. `others`: other interfaces that it configures, in words."""
 
     file: NetplanFile
     kind: str
@@ -201,7 +201,7 @@ class Claim(Struct, frozen=True):
 
 
 def claims(files: Iterable[NetplanFile], ours: Sequence[str], there: Iterable[Device]) -> list[Claim]:
-    """Everything that configures the interfaces `ours`."""
+    """Return the definitions that configure the interfaces `ours`."""
     known = tuple(there)
     return [
         Claim(file, kind, name, _others(name, fields, ours, known))
@@ -215,12 +215,12 @@ def _others(name: str, fields: Mapping[str, Any], ours: Sequence[str], known: Se
     others = sorted(each.name for each in known if each.name not in ours and covers(name, fields, each))
     if others:
         return ", ".join(others)
-    # Beneath a folder no interfaces can be seen that a pattern would also fit.
-    return "whatever else fits its pattern" if is_pattern(fields) and len(known) == len(ours) else ""
+    # A rehearsal cannot see other interfaces that the pattern matches.
+    return "other interfaces matching its pattern" if is_pattern(fields) and len(known) == len(ours) else ""
 
 
 def made_of(files: Iterable[NetplanFile], names: Iterable[str]) -> Iterator[tuple[NetplanFile, str, str, str]]:
-    """Bonds, bridges, VLANs and the like that are made of one of `names`: (file, kind, id, the name)."""
+    """Yield bonds, bridges, VLANs and the like that contain one of `names`: (file, kind, id, name)."""
     wanted = set(names)
     for file in files:
         for kind, name, fields in file.definitions():
@@ -236,7 +236,7 @@ def _parts(fields: Mapping[str, Any]) -> Iterator[str]:
 
 
 def without(file: NetplanFile, dropped: Sequence[tuple[str, str]]) -> bytes | None:
-    """`file` with the definitions `dropped` (kind, id) taken out; None where nothing is left that says anything."""
+    """Return `file` without the definitions `dropped` (kind, id); None if nothing remains."""
     import yaml
 
     root = _compose(file.content)
@@ -245,7 +245,7 @@ def without(file: NetplanFile, dropped: Sequence[tuple[str, str]]) -> bytes | No
     if network is None or {str(key.value) for key, _ in network.value} <= {"version"}:
         return None
     names = ", ".join(name for _, name in dropped)
-    head = f"# Without {names}, which sparkinstall has taken over into {TARGET}; uninstall brings it back.\n"
+    head = f"# Without {names}, which sparkinstall has moved to {TARGET}; uninstall restores it.\n"
     return head.encode() + yaml.serialize(root, Dumper=yaml.CSafeDumper, encoding="utf-8", allow_unicode=True)
 
 
@@ -255,7 +255,7 @@ def _child(node: "yaml.Node | None", key: str) -> "yaml.Node | None":
 
 
 def _drop(network: "yaml.Node | None", dropped: set[tuple[str, str]]) -> None:
-    """Take definitions out, and a kind that has none left."""
+    """Remove definitions, and a kind without any left."""
     if not _is_mapping(network):
         return
     for kind, group in network.value:
@@ -272,7 +272,7 @@ class Half(Struct, frozen=True):
 
 
 def rendered(halves: Sequence[Half], mtu: int, by: str, former: NetplanFile | None, dropped: set[str]) -> bytes:
-    """Our file: `halves` set up by the renderer `by`, and what `former`, which stood there, says of others."""
+    """Return our file: `halves` with the renderer `by`, and other definitions of the `former` file of that name."""
     rest = _rest(former, dropped) if former else None
     parts = [_HEADER, _OURS, " ".join(each.name for each in halves), "\nnetwork:\n  version: 2\n"]
     others = [
@@ -311,10 +311,10 @@ def _indented(pairs: "Sequence[tuple[yaml.Node, yaml.Node]]", by: int) -> str:
 
 
 def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, bytes | None]) -> None:
-    """Let the real netplan read the files as they would be. In a rehearsal: where this machine has one.
+    """Validate the new files with the real netplan; in a rehearsal only if this machine has it.
 
     Raises:
-        Problem: it refuses them; carries its own words.
+        Problem: netplan rejects them; contains its message.
     """
 
     content = {**{each.path: each.content for each in files}, **wanted}
@@ -330,7 +330,7 @@ def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, byte
             return
         said = [line for line in (answer.err or answer.out).replace(folder, "").splitlines() if _is_said(line)]
     raise Problem(
-        "netplan refuses the files as they would be; nothing was changed",
+        "netplan rejects the new files; nothing was changed",
         cause="\n".join(said),
         hint="correct the file that it names (in /etc/netplan), then run the same command again",
     )
@@ -341,7 +341,7 @@ def _is_said(line: str) -> bool:
 
 
 def shown(contents: Mapping[str, bytes | None]) -> str:
-    """Files one after the other, for a plan: Wi-Fi passwords and the like are hidden."""
+    """Return files for display in a plan, with Wi-Fi passwords and the like hidden."""
     text = "".join(
         f"{path}:\n{each.decode(errors='replace').rstrip()}\n" for path, each in contents.items() if each is not None
     )

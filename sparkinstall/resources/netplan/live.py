@@ -1,4 +1,4 @@
-"""The QSFP port in netplan's files, and as it is live: addresses, MTU, and never locked out by a change of them."""
+"""The QSFP port in netplan's files and in the kernel: addresses and MTU, changed under a rollback timer."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,12 +19,12 @@ TIMER = "network"
 
 _SERVICES = {"networkd": "systemd-networkd", "NetworkManager": "NetworkManager"}
 _PATIENCE = 40.0
-"""How long a network that was just applied may take to settle, in seconds; at most two thirds of the timer's."""
+"""Seconds for an applied network to settle; at most two thirds of the timer's."""
 _UNDO = "netplan"
 
 
 class _Plan(Struct, frozen=True, dict=True):
-    """What one look at the node and its files gave: enough to judge them, and to make them so."""
+    """A snapshot of the node and its files, enough to check and to apply."""
 
     on: Reader
     node: Node
@@ -52,12 +52,12 @@ class _Plan(Struct, frozen=True, dict=True):
 
     @property
     def former(self) -> frozenset[str]:
-        """Interfaces that an earlier run set up, and that are not to be any more."""
+        """Interfaces that an earlier run set up and that are no longer wanted."""
         return (self.target.formerly_ours if self.target else frozenset()) - set(self.names)
 
     @cached_property
     def wanted(self) -> dict[str, bytes | None]:
-        """Every file that has to change, and its content then; None: it goes."""
+        """Every file that must change, with its new content; None: it is removed."""
         found: dict[str, bytes | None] = {}
         for file in {claim.file.path: claim.file for claim in self.claims}.values():
             if file.path != files.TARGET:
@@ -91,7 +91,7 @@ class _Plan(Struct, frozen=True, dict=True):
             return None
         return Conflict(
             "this node has no netplan",
-            "install it (`sudo apt-get install netplan.io`), or set the links up yourself and say"
+            "install it (`sudo apt-get install netplan.io`), or set the links up yourself and set"
             " `network.manage: false`",
         )
 
@@ -100,19 +100,19 @@ class _Plan(Struct, frozen=True, dict=True):
         for claim in self.claims:
             if not claim.file.ours_to_change:
                 return Conflict(
-                    f"{claim.file.path} configures {names} (`{claim.id}`), and comes back at every boot or upgrade",
-                    f"take `{claim.id}` out where that file is made, or hide it with an empty"
+                    f"{claim.file.path} configures {names} (`{claim.id}`), and is recreated at every boot or upgrade",
+                    f"remove `{claim.id}` where that file is generated, or hide it with an empty"
                     f" {files.OWN_FOLDER}/{claim.file.name}",
                 )
             if claim.others:
                 return Conflict(
                     f"`{claim.id}` in {claim.file.path} configures {names} together with {claim.others}",
-                    f"make it fit the others only (`sudoedit {claim.file.path}`), then run again",
+                    f"make it match only the others (`sudoedit {claim.file.path}`), then run again",
                 )
         for file, kind, name, part in files.made_of(self.read, {*self.names, *(claim.id for claim in self.claims)}):
             return Conflict(
-                f"`{name}` ({kind}) in {file.path} is made of {part}, an interface of the QSFP port",
-                f"take {part} out of it (`sudoedit {file.path}`), or name another with `network.interface`",
+                f"`{name}` ({kind}) in {file.path} contains {part}, an interface of the QSFP port",
+                f"remove {part} from it (`sudoedit {file.path}`), or choose another with `network.interface`",
             )
         return None
 
@@ -121,8 +121,8 @@ class _Plan(Struct, frozen=True, dict=True):
             if name in self.names:
                 remove = f"sudo rm {rollback.quoted([path])} && sudo nmcli connection reload"
                 return Conflict(
-                    f"NetworkManager has a profile of its own for {name}, {path}: at a boot it may win over netplan's",
-                    f"take it away (`{remove}`), then run again",
+                    f"NetworkManager's profile {path} for {name} may override netplan's at boot",
+                    f"remove it (`{remove}`), then run again",
                 )
         return None
 
@@ -146,8 +146,8 @@ class _Plan(Struct, frozen=True, dict=True):
             for half in self.halves:
                 if route.interface not in ours and route.to.prefixlen and route.to.overlaps(half.address.network):
                     return Conflict(
-                        f"the subnet {half.address.network} of {half.name} is in use already: {route.interface} leads"
-                        f" to {route.to}",
+                        f"the subnet {half.address.network} of {half.name} is already in use: {route.interface} has"
+                        f" a route to {route.to}",
                         "choose others with `cluster.head`, `cluster.workers` and `network.twin_subnet`",
                     )
         return None
@@ -155,20 +155,20 @@ class _Plan(Struct, frozen=True, dict=True):
 
 def _in_use(address: str, by: str) -> Conflict:
     return Conflict(
-        f"the address {address} is in use already: {by}",
+        f"the address {address} is already in use: {by}",
         "choose another with `cluster.head`, `cluster.workers` or `cluster.address` (and `network.twin_subnet`)",
     )
 
 
 def _addresses_in(fields: Mapping[str, Any]) -> set[str]:
     said = fields.get("addresses")
-    # Each is text, or a mapping from the text to its options.
+    # Each is a string, or a mapping from the string to its options.
     words = [next(iter(each), "") if isinstance(each, dict) else str(each) for each in said or ()]
     return {word.partition("/")[0] for word in words}
 
 
 def _renderer(on: Reader, read: Sequence[files.NetplanFile]) -> str:
-    """The renderer that the files name, unless only the other one runs."""
+    """Return the renderer that the files name, unless only the other one runs."""
     said = files.renderer(read)
     if on.rehearsal or said not in _SERVICES:
         return said
@@ -178,7 +178,7 @@ def _renderer(on: Reader, read: Sequence[files.NetplanFile]) -> str:
 
 
 class Netplan(Struct, frozen=True):
-    """netplan's files give the QSFP port its addresses and MTU, and no other file speaks of it."""
+    """netplan's files configure addresses and MTU of the QSFP port, and no other file does."""
 
     node: Node
 
@@ -195,7 +195,7 @@ class Netplan(Struct, frozen=True):
             return Conflict(bad.message, bad.hint)
         if not plan.wanted:
             return Ok(", ".join(plan.names))
-        # Raises where the port may be looked at and not touched.
+        # Raises if the port must not be changed.
         qsfp.used_port(on, self.node)
         before = {path: on.read(path) for path in plan.wanted}
         return Drift(_summary(plan), files.shown(before), files.shown(plan.wanted))
@@ -212,12 +212,12 @@ class Netplan(Struct, frozen=True):
 
 def _summary(plan: _Plan) -> str:
     taken = sorted(path for path in plan.wanted if path != files.TARGET)
-    also = f", taking over what {', '.join(taken)} says of it" if taken else ""
+    also = f", replacing its definition in {', '.join(taken)}" if taken else ""
     return f"set up {' and '.join(plan.names)} with MTU {plan.node.config.network.mtu} in {files.TARGET}{also}"
 
 
 def _write(on: System, wanted: Mapping[str, bytes | None]) -> None:
-    # Ours comes first: a run that is killed in between leaves the interfaces with one file too many, not too few.
+    # Write ours first: a run killed in between leaves one file too many, not too few.
     for path in sorted(wanted, key=lambda each: each != files.TARGET):
         content, entry = wanted[path], on.entry(path)
         if content is None:
@@ -227,7 +227,7 @@ def _write(on: System, wanted: Mapping[str, bytes | None]) -> None:
 
 
 class LiveLink(Struct, frozen=True):
-    """The QSFP interfaces are up with the MTU and the addresses that the file gives them."""
+    """The QSFP interfaces are up with the MTU and addresses in the file."""
 
     node: Node
 
@@ -237,7 +237,7 @@ class LiveLink(Struct, frozen=True):
 
     def node_only(self, on: Reader) -> str:
         halves, mtu = _Plan(on, self.node).halves, self.node.config.network.mtu
-        return f"netplan applies it there: {', '.join(_then(each, mtu) for each in halves)}"
+        return f"applying it with netplan: {', '.join(_then(each, mtu) for each in halves)}"
 
     def check(self, on: Reader) -> State:
         plan, mtu, now = _Plan(on, self.node), self.node.config.network.mtu, ip.live(on)
@@ -246,7 +246,7 @@ class LiveLink(Struct, frozen=True):
             before, after = (_now(each, now) for each in plan.halves), (_then(each, mtu) for each in plan.halves)
             return Drift("apply the network", "\n".join(before) + "\n", "\n".join(after) + "\n")
         if rollback.armed(on, TIMER) and not self.node.confirm_later:
-            return Drift("confirm the network that an earlier run has left unconfirmed")
+            return Drift("confirm the network that an earlier run left unconfirmed")
         return Ok()
 
     def apply(self, on: System) -> None:
@@ -257,7 +257,7 @@ def _is_so(half: files.Half, mtu: int, now: Mapping[str, ip.Live]) -> bool:
     there = now.get(half.name)
     if there is None or not there.up or there.mtu != mtu:
         return False
-    # NetworkManager gives an address only where there is a carrier; `verify` says what is missing then.
+    # NetworkManager configures addresses only with a carrier; `verify` reports a missing one.
     return str(half.address) in there.addresses or not there.carrier
 
 
@@ -273,10 +273,10 @@ def _now(half: files.Half, now: Mapping[str, ip.Live]) -> str:
 
 
 def _refuse_answered(on: System, plan: _Plan) -> None:
-    """Somebody else on the cable may have our address.
+    """Check that no other machine on the link has our address.
 
     Raises:
-        Blocked: that is so.
+        Blocked: one has.
     """
     now = ip.live(on)
     for half in plan.halves:
@@ -299,10 +299,10 @@ def _neighbour(on: System, interface: str, address: str) -> str:
 
 
 def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
-    """Change the network under a rollback timer: the change stays only if what was reachable still is.
+    """Change the network under a rollback timer; keep the change only if everything reachable before still is.
 
     Raises:
-        Problem: it did not; everything is as it was before.
+        Problem: the change was rolled back.
     """
     qsfp.used_port(on, plan.node)
     config, paths = plan.node.config.network, tuple(plan.wanted)
@@ -322,12 +322,12 @@ def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
 
 
 def _settle(on: Reader, plan: _Plan, reach: network.Reach, until: float) -> None:
-    """Wait until the links are up and all that answered before answers again."""
+    """Wait until the links are up and everything that answered before answers again."""
     while problem := _unsettled(on, plan) or network.lost(reach, on, plan.node):
         if time.monotonic() > until:
             raise Problem(
                 f"the new network was not kept: {problem}",
-                hint="look at the cable and at `journalctl -u systemd-networkd -u NetworkManager`, then run again",
+                hint="check the cable and `journalctl -u systemd-networkd -u NetworkManager`, then run again",
             )
         time.sleep(0.5)
 
@@ -338,10 +338,10 @@ def _unsettled(on: Reader, plan: _Plan) -> str:
 
 
 def _put_back(on: System, problem: Exception) -> Problem:
-    """The former state at once, without waiting for the timer; and the problem, which says so."""
-    later = "the former network comes back by itself when the timer runs out"
+    """Roll back now, without waiting for the timer; return the problem with the result."""
+    later = "the former network is restored when the timer expires"
     try:
-        became = "everything is as it was before" if rollback.fire(on, TIMER) else later
+        became = "the former network was restored" if rollback.fire(on, TIMER) else later
     except Interrupted:
         return Interrupted(f"interrupted; {later}", hint="wait for that, then run the same command again")
     if not isinstance(problem, Problem):
@@ -354,7 +354,7 @@ def _put_back(on: System, problem: Exception) -> Problem:
 
 
 def _live_state(on: Reader, plan: _Plan) -> dict[str, Any]:
-    """The interfaces as they are, in the journal's words. Addresses that DHCP gave come back by themselves."""
+    """Return the interfaces' state for the journal, without addresses from DHCP, which renews them."""
     now = ip.live(on)
     found = {}
     for name in sorted({*plan.names, *plan.former}):
@@ -365,9 +365,9 @@ def _live_state(on: Reader, plan: _Plan) -> dict[str, Any]:
 
 
 def restoring(before: Mapping[str, Any], added: Mapping[str, str]) -> str:
-    """Lines for /bin/sh that make the interfaces what they were, once netplan's files are so.
+    """Return lines for /bin/sh that restore the interfaces after netplan's files were restored.
 
-    `netplan apply` leaves an MTU that no file names as it is.
+    `netplan apply` does not change an MTU that no file names.
     """
     lines = [f"{files.PROGRAM} apply"]
     for name, was in before.items():
@@ -393,8 +393,8 @@ def restore(records: Sequence[Undo], on: System) -> Undone:
     """Apply the restored files, and give the interfaces their former MTU and addresses.
 
     Raises:
-        CommandFailed: netplan refuses.
-        Blocked: this ssh session came in at an address that would go.
+        CommandFailed: netplan failed.
+        Blocked: this ssh session uses an address that would be removed.
     """
     subject = records[0].subject
     if on.rehearsal or not on.entry(files.PROGRAM):
@@ -409,13 +409,13 @@ def restore(records: Sequence[Undo], on: System) -> Undone:
         raise CommandFailed(
             "`netplan apply` failed",
             cause=answer.out.strip()[-300:],
-            hint="look at the files in /etc/netplan, then run the same command again",
+            hint="check the files in /etc/netplan, then run the same command again",
         )
     return Undone(subject, "restored")
 
 
 def _refuse_own_way(on: Reader, records: Iterable[Undo]) -> None:
-    """A session must not cut the branch that it sits on: nobody would be left to see how it ended."""
+    """Raise Blocked if this ssh session uses an address that would be removed."""
     before, added = _first_of(records)
     own = dict.fromkeys(qsfp.session()[2:3])
     for name, address in added.items():
@@ -423,13 +423,13 @@ def _refuse_own_way(on: Reader, records: Iterable[Undo]) -> None:
         ip = address.partition("/")[0]
         if ip in own and ip not in had and not _still_named(on, address):
             raise Blocked(
-                f"{name} stays as it is for now: this ssh session came in at its address {ip}, which would go.",
-                hint="Come in over another interface, and run `sparkinstall uninstall` again.",
+                f"{name} was kept: this ssh session uses its address {ip}, which would be removed",
+                hint="log in over another interface, and run `sparkinstall uninstall` again",
             )
 
 
 def _first_of(records: Iterable[Undo]) -> tuple[dict[str, Any], dict[str, str]]:
-    """What each interface was before the first change, and what it was given last."""
+    """Return the state of each interface before the first change, and the address set last."""
     before: dict[str, Any] = {}
     added: dict[str, str] = {}
     for undo in records:
@@ -440,6 +440,6 @@ def _first_of(records: Iterable[Undo]) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _still_named(on: Reader, address: str) -> bool:
-    """Whether a file that stays, since somebody else changed it, still gives out this address."""
+    """Return whether a kept file, changed by someone else, still configures this address."""
     folder = files.OWN_FOLDER
     return any(address.encode() in (on.read(f"{folder}/{name}") or b"") for name in on.names(folder))
