@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 from unittest.mock import patch
 
-import typer
 from msgspec.structs import replace
 
 import sparkinstall
 from sparkinstall import stacks
 from sparkinstall.assets import asset
 from sparkinstall.cli import json_output
-from sparkinstall.cli.app import program
+from sparkinstall.cli.app import whole_program
 from sparkinstall.cluster import orchestrate
 from sparkinstall.config import ClusterConfig, Config, ServingConfig, Setting, settings
 from sparkinstall.core import catalogue, engine, fixes
@@ -447,7 +446,7 @@ def _span(releases: Sequence[str]) -> str:
 @cache
 def commands() -> dict[str, Any]:
     """Verb -> its command, in the order of the help, without what `cluster` runs on the nodes."""
-    return dict(_commands("", typer.main.get_command(program())))
+    return dict(_commands("", whole_program()))
 
 
 def _commands(name: str, command: Any) -> Iterator[tuple[str, Any]]:

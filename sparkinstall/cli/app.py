@@ -1,53 +1,120 @@
-"""The verbs, bound to their files. Each imports what it needs when it is called."""
+"""The command line. The group knows each verb's line of help, and imports the verb's module when it is called."""
 
+import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NoReturn
+from typing import Any
 
+import click
 import typer
+from typer.core import TyperGroup
 
-# Each verb's file, and its function there; the order is that of the help.
-_VERBS = {
-    "all": ("all", "all_"),
-    "multi-node": ("multi_node", "multi_node"),
-    "cluster": ("cluster", "cluster"),
-    "plan": ("plan", "plan"),
-    "verify": ("verify", "verify"),
-    "doctor": ("doctor", "doctor"),
-    "diagnose": ("diagnose", "diagnose"),
-    "support-bundle": ("support_bundle", "support_bundle"),
-    "uninstall": ("uninstall", "uninstall"),
-    "status": ("status", "status"),
-    "run": ("run", "run"),
+from sparkinstall import __version__
+
+VERBS = {
+    "all": ("all:all_", "Set up this node: install, patch, verify. A second run changes nothing."),
+    "multi-node": (
+        "multi_node:multi_node",
+        "Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember what it is.",
+    ),
+    "cluster": ("cluster:cluster", "Set up several nodes from one terminal: phase by phase, in parallel."),
+    "plan": ("plan:plan", "Show what `all` would do, with every difference; change nothing."),
+    "verify": (
+        "verify:verify",
+        "Check everything and prove it on running processes; exit 3 if there is drift or a failure.",
+    ),
+    "doctor": (
+        "doctor:doctor",
+        "Say what is wrong here, what that means and what to do, worst first; masked, to be shown in public.",
+    ),
+    "diagnose": (
+        "diagnose:diagnose",
+        "Find known failures in logs: lines, cause and what to do; exit 3 if one was found.",
+    ),
+    "support-bundle": (
+        "support_bundle:support_bundle",
+        "Pack facts, journal, logs and a `verify` into one archive for an issue, masked; nothing is sent.",
+    ),
+    "uninstall": (
+        "uninstall:uninstall",
+        "Undo everything: every file byte for byte, every package that was not there before.",
+    ),
+    "status": ("status:status", "Show what is installed and how the fixes stand (starts nothing; `verify` proves)."),
+    "run": ("run:run", "Do these steps only, not those that they need."),
+    "settings": ("settings:app", "Show every setting and where its value comes from."),
+    "node": ("node:app", ""),
 }
+"""Each verb's module and function (or group), and its line in the help, where it has one."""
 
 
-def program(verb: str = "") -> typer.Typer:
-    """The whole command line; for a `verb` that there is, that one alone: it need not wait for the others."""
+def command(verb: str) -> click.Command:
+    """Import the module of a verb and return its command."""
+    place, line = VERBS[verb]
+    app = _imported(place)
+    if not isinstance(app, typer.Typer):
+        function, app = app, typer.Typer(add_completion=False)
+        app.command(verb)(function)
+    found = typer.main.get_command(app)
+    found.hidden = not line
+    return found
+
+
+def _imported(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"sparkinstall.cli.{module}"), name)
+
+
+class LazyGroup(TyperGroup):
+    """A group whose commands are names with a line of help until one of them is called."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        for name, (_, line) in VERBS.items():
+            self.add_command(click.Command(name, help=line, hidden=not line))
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write each verb with its whole line."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in VERBS.items() if line])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the real command of the verb that `args` begin with, and the arguments that are left for it."""
+        name, named, rest = super().resolve_command(ctx, args)
+        return name, command(name) if name and named else named, rest
+
+
+def program() -> typer.Typer:
+    """The whole command line."""
     app = typer.Typer(
+        cls=LazyGroup,
         help="Set up a native, patched and verified vLLM on a DGX Spark, and undo it.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+        # click suggests already.
+        suggest_commands=False,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
         epilog="Exit codes: 0 good, 1 failed, 2 usage, 3 drift, 4 preflight, 5 some nodes failed, 130 interrupted "
         "(docs/exit-codes.md).",
     )
     app.callback()(_root)
-    for name in [verb] if verb in _VERBS else _VERBS:
-        file, function = _VERBS[name]
-        app.command(name)(getattr(import_module(f"sparkinstall.cli.{file}"), function))
-    if verb not in _VERBS:
-        from sparkinstall.cli import node, settings
-
-        app.add_typer(settings.app, name="settings")
-        app.add_typer(node.app, name="node", hidden=True)
     return app
+
+
+def whole_program() -> click.Group:
+    """The whole command line with every verb imported: for documents and tests."""
+    group = typer.main.get_command(program())
+    assert isinstance(group, click.Group)
+    for verb in VERBS:
+        group.add_command(command(verb), verb)
+    return group
 
 
 def _version(asked: bool) -> None:
     if asked:
-        from sparkinstall import __version__
-
         print(f"sparkinstall {__version__}")
         raise typer.Exit
 
@@ -60,12 +127,8 @@ def _root(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command line (None: this process's own); with `--json` usage errors are one JSON object too."""
-    import os
-    import sys
-
     words = list(sys.argv[1:] if argv is None else argv)
-    completing = "_SPARKINSTALL_COMPLETE" in os.environ
-    app = program("" if completing else "".join(words[:1]))
+    app = program()
     if "--json" not in words:
         app(words, prog_name="sparkinstall", obj=main)
     try:
@@ -74,15 +137,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         # typer's own exceptions have moved between packages; what they have in common is this.
         if not hasattr(error, "format_message"):
             raise
-        _tell_usage(words, error.format_message())
-
-
-def _tell_usage(words: Sequence[str], what: str) -> NoReturn:
-    import sys
-
-    from sparkinstall.cli.json_output import envelope
-    from sparkinstall.errors import BadUsage, Exit
-
-    verb = next((word for word in words if not word.startswith("-")), "")
-    print(envelope(verb, Exit.USAGE, {}, [BadUsage(what, hint="`sparkinstall --help` lists verbs and options")]))
-    sys.exit(int(Exit.USAGE))
+        sys.exit(_imported("run_command:report_usage")(words, error.format_message()))

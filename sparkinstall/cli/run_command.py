@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
 from typing import Any, NoReturn
 
@@ -115,6 +115,13 @@ def _result(body: Callable[[], CommandResult], verbose: bool) -> CommandResult:
         if verbose:
             traceback.print_exc()
         return CommandResult(Exit.FAILED, problems=(_bug(error),))
+
+
+def report_usage(words: Sequence[str], what: str) -> int:
+    """Print a usage error in the words of a command line as JSON; return the exit code."""
+    name = next((word for word in words if not word.startswith("-")), "")
+    print(envelope(name, Exit.USAGE, {}, [BadUsage(what, hint="`sparkinstall --help` lists verbs and options")]))
+    return int(Exit.USAGE)
 
 
 def confirm(question: str, *, agreed: bool, default: bool) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sparkinstall import __version__
+from sparkinstall.cli import app
 from sparkinstall.errors import BadUsage, Interrupted
 from sparkinstall.probes import Probe, failed
 from tests.support.rehearsals import (
@@ -186,3 +187,8 @@ def test_the_envelope_is_valid_when_everything_is_wrong(tmp_path: Path) -> None:
     answer = json.loads(sparkinstall("all", "--json", "--root", tmp_path / "a" / "b").stdout)
     assert answer["status"] == "usage"
     assert answer["errors"][0]["code"] == "usage"
+
+
+@pytest.mark.parametrize("name", [name for name, (_, line) in app.VERBS.items() if line])
+def test_help_of_the_group_and_of_the_verb_say_the_same(name: str) -> None:
+    assert (app.command(name).help or "").splitlines()[0] == app.VERBS[name][1]

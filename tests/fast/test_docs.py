@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import typer
 
 from sparkinstall import __version__, errors, ray_ports, stacks
 from sparkinstall.cli import cluster_result, json_output
-from sparkinstall.cli.app import program
+from sparkinstall.cli.app import whole_program
 from sparkinstall.cli.multi_node import Role
 from sparkinstall.cluster import orchestrate, protocol, remote
 from sparkinstall.cluster.ssh import Ssh
@@ -186,8 +185,7 @@ def test_the_version_has_its_changes() -> None:
 @cache
 def options_of() -> dict[str, set[str]]:
     """Verb -> its options; "" -> those of the program itself."""
-    root: Any = typer.main.get_command(program())
-    return dict(_options("", root))
+    return dict(_options("", whole_program()))
 
 
 def _options(name: str, command: Any) -> Iterator[tuple[str, set[str]]]:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
-from sparkinstall.cli.app import program
+from sparkinstall.cli.app import command
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "install.sh"
@@ -353,11 +352,11 @@ def test_an_empty_folder_is_no_folder(machine: Machine) -> None:
 
 
 def test_the_options_are_those_of_the_program() -> None:
-    command: Any = typer.main.get_command(program())
     valued: set[str] = set()
     plain: set[str] = set()
     letters: set[str] = set()
-    for option in command.commands["all"].params:
+    options: Any = command("all").params
+    for option in options:
         for name in (*option.opts, *option.secondary_opts):
             if name in ("-h", "--help"):
                 continue
