@@ -1,99 +1,131 @@
-"""The programs that a `Reader` may run: those that read, by their words, and can change nothing on the node."""
+"""The commands that a `Reader` may run. Each is described whole, from the program to its last word: a list of what
+is forbidden would have to know every option and abbreviation that changes something."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import cache
 from pathlib import PurePosixPath
 
-Words = Sequence[str]
+from sparkinstall import payloads
+
+_PAYLOADS = ("cutlass_fp8", "inspect_env", "loaded_nccl", "nccl_bandwidth", "nccl_version", "vllm_client")
+_GPU_LOAD = "gpu_load"
+"""The payload that runs the command which it is given."""
+
+# One command a line: a blank separates words; `_` is one word that is no option, `%` any word.
+_COMMANDS = r"""
+all_gather_perf( -[beg] \d+)*
+all_reduce_perf( -[beg] \d+)*
+apt-cache depends( --(recurse|installed|no-recommends|no-suggests))*( _)+
+apt-get( -y| -o [\w:-]+=\w+)* -s( --no-remove)? (install|purge)( _)+
+df -h
+dpkg-query -W -f(=| )%
+ethtool (-i |--show-fec )?_
+git -C _ rev-parse _
+git ls-remote --exit-code https://% _
+ib_write_bw --version
+ib_write_bw( -[dixqD] _| -F| --report_gbits| --bind_source_ip _| -p \d+)*( _)?
+ibv_devinfo
+ip( -j)?( -[46])? address
+ip -br (link|address)
+ip -j( -[46])? route show default
+ip -j( -[46])? route show table main
+ip -j route get _
+ip -j neighbour show to _ dev _
+ip6?tables(-legacy)? -S
+iperf3 --version
+iperf3 (-s -1|-c _ -t \d+ -O \d+ -P \d+ -J --connect-timeout \d+) -B _ -p \d+
+journalctl( -[bkq]| -[ugon] %| --no-pager| --boot| --(since|output|output-fields|lines)=%| [A-Z_]+=%| \+)*
+make -j\d+ -C _ src.build( [A-Z_]+=%)* -n
+netplan generate --root-dir _
+nft( -nn| -j)? list (tables|ruleset)
+nft( -nn)? list table _ _
+nft -c %
+nvcc --(version|list-gpu-arch)
+nvidia-smi -q
+nvidia-smi --query-gpu=% --format=%
+ping( -[nq]| -[WciIMs] _)* _
+rdma link
+ss -Hltnp
+ssh -o BatchMode=yes -o ConnectTimeout=\d+ _ cat\x20/[\w.+@/-]*
+sshd -T
+systemctl (-q )?(show|is-active)( --property=%| --value| -p %| _)*( --( %)*)?
+systemctl --failed --no-pager --plain
+systemd-analyze verify --man=no _
+true
+uname -a
+unshare --map-root-user --net [\w/]*nft list tables
+unshare --map-root-user --net [\w/]*nft -c %
+uv python find --no-python-downloads _
+"""
+# nft loads the rules in a network namespace of its own, which ends with it, and lists what it made of them.
+_TRY_RULES = re.compile(r'"([\w/]*nft)" "\$1" && "\1" -nn list table \w+ \w+')
+_VARIABLE = re.compile(r"(DEBIAN_FRONTEND|NEEDRESTART_SUSPEND|NCCL_DEBUG|NCCL_DEBUG_SUBSYS)=[\w,]+")
+_WITH_ENV_FILE = '. "$1" && shift && exec "$@"'
 
 
-class MayChange(ValueError):
-    """A `Reader` was given a command that is not known to be read-only: it belongs in `System.run`."""
+class MayChange(RuntimeError):
+    """A `Reader` was given a command that is not known to be read-only: a mistake in the code. No
+    ValueError, which callers expect of a reply that they cannot read."""
 
-    def __init__(self, argv: Words) -> None:
+    def __init__(self, argv: Sequence[str]) -> None:
         super().__init__(f"`{' '.join(argv)[:200]}` is not on the list of read-only commands")
 
 
-_READ_ALWAYS = {
-    "apt-cache", "df", "dpkg-query", "ibv_devinfo", "nvcc", "nvidia-smi", "ping", "ss", "true", "uname",
-    # They measure: nothing is left when they end.
-    "all_gather_perf", "all_reduce_perf", "ib_write_bw", "iperf3",
-}  # fmt: skip
-_SYSTEMCTL = {"show", "is-active", "is-enabled", "list-units", "list-timers", "status", "cat", "--failed"}
-_IP_CHANGES = {"add", "append", "change", "del", "delete", "flush", "replace", "restore", "set"}
-_JOURNAL_CHANGES = re.compile(r"--(vacuum|rotate|flush|sync|relinquish|setup|update)")
-# A shell that starts a program with the variables of a file: the program decides.
-_ENV_FILE = re.compile(r'\. "\$1" && shift && exec "\$@"')
-
-
-def _with_env_file(words: Words) -> bool:
-    return len(words) > 4 and words[0] == "-c" and bool(_ENV_FILE.fullmatch(words[1])) and allows(words[4:])
-
-
-def _python(words: Words) -> bool:
-    """A payload (docs/how-it-works.md), as text or as the file that is left on the node; never a module such as pip."""
-    options = [word for word in words if word.startswith("-")]
-    return bool(words) and "-m" not in options and (words[0].endswith(".py") or "-c" in options[:2])
-
-
-def _env(words: Words) -> bool:
-    while words and "=" in words[0]:
-        words = words[1:]
-    return bool(words) and allows(words)
-
-
-def _timeout(words: Words) -> bool:
-    return words[:1] == ("-k",) and len(words) > 3 and allows(words[3:])
-
-
-def _first_verb(words: Words) -> str:
-    return next((word for word in words if not word.startswith("-") or word == "--failed"), "")
-
-
-_READ_IF: dict[str, Callable[[Words], bool]] = {
-    "apt-get": lambda words: "-s" in words,
-    "bash": _with_env_file,
-    "env": _env,
-    "ethtool": lambda words: len(words) == 1 or words[0] in ("-i", "-m", "-S") or words[0].startswith("--show-"),
-    "git": lambda words: "ls-remote" in words[:1] or "rev-parse" in words[2:3],
-    "ip": lambda words: not _IP_CHANGES & set(words),
-    "iptables": lambda words: words == ("-S",),
-    "iptables-legacy": lambda words: words == ("-S",),
-    "ip6tables-legacy": lambda words: words == ("-S",),
-    "journalctl": lambda words: not any(map(_JOURNAL_CHANGES.match, words)),
-    "make": lambda words: "-n" in words,
-    "netplan": lambda words: words[:2] == ("generate", "--root-dir"),
-    "nft": lambda words: "list" in words[:3] or words[:1] == ("-c",),
-    "python": _python,
-    "rdma": lambda words: words == ("link",),
-    "ssh": lambda words: words[-1].startswith("cat "),
-    "sshd": lambda words: words == ("-T",),
-    # It renews the password that sudo was given once.
-    "sudo": lambda words: words == ("-n", "-v"),
-    "systemctl": lambda words: _first_verb(words) in _SYSTEMCTL,
-    "systemd-analyze": lambda words: words[:1] == ("verify",),
-    # What happens in a network namespace of its own ends with it.
-    "timeout": _timeout,
-    "unshare": lambda words: "--net" in words[:2],
-    "uv": lambda words: words[:2] == ("python", "find"),
-}
-
-
-def allows(argv: Words) -> bool:
-    """Return whether a command is known to be read-only; a `sudo -n` before it does not matter."""
-    if tuple(argv[:2]) == ("sudo", "-n") and len(argv) > 2 and argv[2] != "-v":
-        argv = argv[2:]
-    name, words = PurePosixPath(argv[0]).name, tuple(argv[1:])
-    if re.fullmatch(r"python[0-9.]*", name):
-        name = "python"
-    return name in _READ_ALWAYS or (name in _READ_IF and _READ_IF[name](words))
-
-
-def require(argv: Words) -> None:
-    """Refuse a command that might change the node.
+def require(argv: Sequence[str]) -> None:
+    """Refuse a command that may change the node.
 
     Raises:
         MayChange: it is not on the list.
     """
     if not allows(argv):
         raise MayChange(argv)
+
+
+def allows(argv: Sequence[str]) -> bool:
+    """Whether a command is known to change nothing on the node."""
+    match [PurePosixPath(argv[0]).name, *argv[1:]] if argv else []:
+        case ["sudo", "-n", "-v"]:
+            # It renews the password that sudo was given.
+            return True
+        case ["sudo", "-n", *rest]:
+            return allows(rest)
+        case ["env", *rest]:
+            return allows([word for word in rest if not _VARIABLE.fullmatch(word)])
+        case ["timeout", "-k", _, _, *rest]:
+            return allows(rest)
+        case ["bash", "-c", text, "bash", _, *rest]:
+            return text == _WITH_ENV_FILE and allows(rest)
+        case ["unshare", "--net", "sh", "-c", text, "sh", _]:
+            return bool(_TRY_RULES.fullmatch(text))
+        case [name, *rest] if re.fullmatch(r"python[0-9.]*", name):
+            return _is_payload(rest)
+        case words:
+            return bool(_commands().fullmatch("\0".join(words)))
+
+
+def _is_payload(words: Sequence[str]) -> bool:
+    """Whether Python is given one of the payloads that only read, as its text or as the file on the node."""
+    match words:
+        case ["-I" | "-P", *rest]:
+            return _is_payload(rest)
+        case ["-c", text, *rest] if text == _text(_GPU_LOAD):
+            return allows(rest)
+        case ["-c", text, *_]:
+            return any(text == _text(each) for each in _PAYLOADS)
+        case [path, *rest]:
+            # After `--` stands a command that it would become.
+            return path.endswith("/ray-nodes.py") and "--" not in rest
+    return False
+
+
+@cache
+def _text(payload: str) -> str:
+    return payloads.source(payload)
+
+
+@cache
+def _commands() -> re.Pattern[str]:
+    lines = [line.replace(" ", "\0") for line in _COMMANDS.strip().splitlines()]
+    words = [re.sub(r"(?<![\w\\\[-])_(?![\w\]-])", r"[^\0-][^\0]*", line).replace("%", r"[^\0]*") for line in lines]
+    return re.compile("|".join(words), re.DOTALL)

@@ -17,7 +17,6 @@ from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.journal.undo import undo_all
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok
-from sparkinstall.resources import ray_token as module
 from sparkinstall.resources.ray_token import RayToken, by_hand, given
 from sparkinstall.system.local import LocalSystem
 from tests.support.nodes import node_of, system_of
@@ -138,13 +137,16 @@ def test_a_worker_in_a_rehearsal_leaves_it_to_the_node(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_cannot_fetch_it_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # An ssh that really fails, and quickly: what should carry its connection ends at once.
-    monkeypatch.setattr(module, "_SSH", ("ssh", "-o", "BatchMode=yes", "-o", "ProxyCommand=false"))
+    ssh = tmp_path / "bin/ssh"
+    ssh.parent.mkdir()
+    ssh.write_text("#!/bin/sh\necho 'ssh: connect to host 192.168.100.10 port 22: No route to host' >&2\nexit 255\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{ssh.parent}:{os.environ['PATH']}")
     node = node_of(tmp_path, "worker")
     with pytest.raises(Problem) as caught:
         RayToken(node).apply(system_of(tmp_path))
     assert "192.168.100.10 could not be fetched" in caught.value.message
-    assert caught.value.cause
+    assert caught.value.cause and "No route to host" in caught.value.cause
     assert "ssh 192.168.100.10 cat /opt/sparkinstall/ray-token | sparkinstall multi-node --role worker" in by_hand(node)
     assert caught.value.hint == by_hand(node)
 

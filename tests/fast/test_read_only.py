@@ -7,14 +7,17 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from msgspec.structs import replace
 
+from sparkinstall import payloads
 from sparkinstall.core import catalogue, checks
 from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.journal.undo import OWN_KINDS
 from sparkinstall.node import Node
+from sparkinstall.probes import bandwidth
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.system import UNDO_FUNCTIONS, Result, System, Undo, read_only
 from sparkinstall.system.local import LocalReader, LocalSystem
@@ -28,28 +31,28 @@ PACKAGE = Path(__file__).parents[2] / "sparkinstall"
 READS = """\
 ip -j address
 ip -j neighbour show to 192.168.100.11 dev enp1s0f0np0
-ip -j route get 192.168.100.11
-sudo -n ip -j address
+ip -j -4 route show table main
+ip -br link
 sudo -n true
 sudo -n -v
-nft list tables
-nft -nn list table inet sparkinstall
-nft -c 'table inet x {}'
+nft -j list ruleset
+sudo -n /usr/sbin/nft -nn list table inet sparkinstall
+unshare --map-root-user --net /usr/sbin/nft -c 'table inet x {}'
 systemctl show vllm.service --property=ActiveState
 systemctl -q is-active firewalld
+systemctl show --property=LoadState --value -- -.mount
 systemctl --failed --no-pager --plain
-journalctl -k -b --no-pager
-env DEBIAN_FRONTEND=noninteractive apt-get -y -s --no-remove install gcc
-make -C /src src.build -n
+journalctl -u vllm.service -o cat -n 400 --since=@1 -q --no-pager
+journalctl --no-pager --boot --output=json --output-fields=MESSAGE_ID --lines=20 UNIT=vllm.service MESSAGE_ID=39f5
+env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get -y -o DPkg::Lock::Timeout=600 -s purge gcc
+make -j4 -C /src src.build BUILDDIR=/b 'NVCC_GENCODE=-gencode=arch=compute_121,code=sm_121' -n
 git ls-remote --exit-code https://example.org/x.git v1
 git -C /cache/x.git rev-parse 'v1^{commit}'
+timeout -k 2 30 iperf3 -s -1 -B 192.168.100.10 -p 5201
 netplan generate --root-dir /tmp/x
-unshare --net sh -c 'nft "$1"' sh rules
-ssh -o BatchMode=yes 192.168.100.10 'cat /opt/sparkinstall/ray-token'
-bash -c '. "$1" && shift && exec "$@"' bash /opt/x.env python -I -c 'print(1)'
-/opt/sparkinstall/venv/bin/python -I -c 'print(1)'
-/usr/bin/uv python find 3.12
-timeout -k 2 30 iperf3 -s -1
+ssh -o BatchMode=yes -o ConnectTimeout=10 192.168.100.10 'cat /opt/sparkinstall/ray-token'
+bash -c '. "$1" && shift && exec "$@"' bash /x.env /c/all_reduce_perf -b 8388608 -e 8388608 -g 2
+bash -c '. "$1" && shift && exec "$@"' bash /x.env python /opt/sparkinstall/services/ray-nodes.py 192.168.100.10:6379 20
 """
 CHANGES = """\
 ip neighbour flush to 192.168.100.11 dev enp1s0f0np0
@@ -81,7 +84,41 @@ python -m pip install x
 uv pip install x
 rm -rf /opt
 tee /etc/hosts
+ip neigh f dev enp1s0f0np0
+ip a d 192.168.100.10/24 dev enp1s0f0np0
+ip link d enp1s0f0np0
+ip -batch /tmp/x
+ip netns exec x true
+nft -f list
+nft delete table list
+nvidia-smi --gpu-reset
+nvidia-smi -pm 1
+ss -K dst 192.0.2.1
+nvcc x.cu -o x
+systemctl --failed stop ssh
+systemctl -p show stop ssh
+systemctl -H status reboot
+journalctl --rot
+journalctl --cursor-file=/tmp/x
+env LD_PRELOAD=/tmp/x.so true
+apt-get -o -s purge gcc
+apt-cache gencaches
+make -j4 -C /src src.build
+git clone https://example.org/x rev-parse
+git ls-remote --upload-pack=/tmp/x file:///tmp/y
+bash -c '. "$1" && shift && exec "$@"' bash /x.env rm -rf /opt
+unshare --net sh -c 'rm -rf /opt' sh x
+unshare --map-root-user --net rm -rf nft list tables
+ssh -o BatchMode=yes -o ConnectTimeout=10 192.168.100.10 'cat x; reboot'
+ssh -o BatchMode=yes -o ConnectTimeout=10 192.168.100.10 'cat x > y'
+python -c 'import shutil; shutil.rmtree("/opt")'
+python /tmp/x.py
+python /opt/sparkinstall/services/ray-nodes.py 192.168.100.10:6379 20 -- /usr/bin/rm -rf /opt
+python -I -m pip install x
+iperf3 -s -D --logfile /tmp/x
 timeout -k 2 30 rm -rf /opt
+timeout -k 2 30 iperf3 -s -1 -B 192.168.100.10 -p 5201 --logfile /tmp/x
+env NCCL_DEBUG_FILE=/tmp/x true
 """
 
 
@@ -93,6 +130,21 @@ def test_a_command_that_reads_is_allowed(line: str) -> None:
 @pytest.mark.parametrize("line", CHANGES.splitlines())
 def test_a_command_that_changes_is_refused(line: str) -> None:
     assert not read_only.allows(shlex.split(line))
+
+
+@pytest.mark.parametrize("peer", ["", "192.168.100.11"])
+@pytest.mark.parametrize("kind", get_args(bandwidth.Kind))
+def test_every_program_of_a_measurement_is_allowed(kind: bandwidth.Kind, peer: str, tmp_path: Path) -> None:
+    node = node_in(tmp_path, "head")
+    installed(tmp_path, node)
+    for program in bandwidth.programs(node, Recorded(tmp_path, 0, "[]"), kind, (5201, 5202), peer):
+        assert read_only.allows(program.argv)
+
+
+def test_a_payload_that_runs_a_command_runs_a_read_only_one() -> None:
+    load = ["python", "-c", payloads.source("gpu_load")]
+    assert read_only.allows([*load, "nvidia-smi", "-q"])
+    assert not read_only.allows([*load, "nvidia-smi", "--gpu-reset"])
 
 
 def test_a_reader_does_not_start_a_command_that_may_change(tmp_path: Path) -> None:
@@ -203,6 +255,15 @@ def test_uninstall_knows_an_undo_function_for_every_kind_that_is_promised() -> N
         [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
     assert set(_kinds_promised()) == {*OWN_KINDS, *done.stdout.split()}
+
+
+def test_uninstall_loads_every_undo_function() -> None:
+    """In a process of its own: here the tests have imported everything."""
+    program = (
+        "import sparkinstall.core.uninstall; from sparkinstall.system import UNDO_FUNCTIONS; print(*UNDO_FUNCTIONS)"
+    )
+    loaded = subprocess.check_output([sys.executable, "-c", program], cwd=PACKAGE.parent, text=True)
+    assert loaded.split() and set(loaded.split()) == set(_kinds_promised()) - set(OWN_KINDS)
 
 
 # --- what each undo runs
