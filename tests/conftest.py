@@ -2,6 +2,8 @@
 
 import signal
 
+import pytest
+
 from tests.lab.layers import (  # noqa: F401
     pytest_runtest_makereport,
     pytest_runtest_setup,
@@ -12,3 +14,11 @@ from tests.lab.layers import (  # noqa: F401
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Where several files run side by side, what takes longest goes first: a long file that begins last is waited for alone.
+LONGEST_FIRST = ("tests/builds/", "tests/nodes/", "tests/lab/", "tests/fast/")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files of each folder as they are, and the folders by `LONGEST_FIRST`."""
+    items.sort(key=lambda item: next(at for at, folder in enumerate(LONGEST_FIRST) if folder in str(item.path)))
