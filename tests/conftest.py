@@ -16,9 +16,9 @@ from tests.lab.layers import (  # noqa: F401
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where several files run side by side, what takes longest goes first: a long file that begins last is waited for alone.
-LONGEST_FIRST = ("tests/builds/", "tests/nodes/", "tests/lab/", "tests/fast/")
+LONGEST_FIRST = ("tests/builds/", "tests/nodes/", "tests/lab/", "tests/fast/test_killed.py", "tests/fast/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files of each folder as they are, and the folders by `LONGEST_FIRST`."""
+    """Order files by `LONGEST_FIRST`, and those of one entry as they are."""
     items.sort(key=lambda item: next(at for at, folder in enumerate(LONGEST_FIRST) if folder in str(item.path)))
