@@ -128,3 +128,15 @@ def test_the_example_stack_is_shipped(tree: Tree) -> None:
     tree.python("tools/docs.py")
     tree.tested("-m", "not network", "tests/fast/test_stacks.py", "tests/fast/test_docs.py")
     assert f"| `{new}` |" in (tree.root / "README.md").read_text()
+
+
+def test_the_example_verb_is_there(tree: Tree) -> None:
+    given = list(blocks("## Add a verb"))
+    for block in given:
+        tree.add(block)
+    tree.python("tools/docs.py")
+    tree.python("-m", "ruff", "check", ".")
+    tree.python("-m", "ruff", "format", "--check", ".")
+    tree.python("-m", "mypy", "--no-incremental", *(block.file for block in given if block.file.endswith(".py")))
+    tree.tested(*(f"tests/fast/test_{name}.py" for name in ("stacks_verb", "docs", "layers")))
+    assert "| `stacks` |" in (tree.root / "README.md").read_text()
