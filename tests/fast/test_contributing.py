@@ -139,4 +139,5 @@ def test_the_example_verb_is_there(tree: Tree) -> None:
     tree.python("-m", "ruff", "format", "--check", ".")
     tree.python("-m", "mypy", "--no-incremental", *(block.file for block in given if block.file.endswith(".py")))
     tree.tested(*(f"tests/fast/test_{name}.py" for name in ("stacks_verb", "docs", "layers")))
+    tree.tested("tests/fast/test_cli.py", "-k", "help")
     assert "| `stacks` |" in (tree.root / "README.md").read_text()
