@@ -47,7 +47,7 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
                         response.raise_for_status()
                         _receive(response, part, on_bytes)
                 part.replace(into)
-    except requests.RequestException as error:
+    except (requests.RequestException, ConnectionError) as error:
         raise _unreachable(url, error) from error
     except OSError as error:
         raise storage_problem(error, f"downloading to {into}") from error
@@ -79,12 +79,10 @@ def _is_complete(response: "requests.Response", part: Path) -> bool:
 
 
 def _receive(response: "requests.Response", part: Path, on_bytes: Callable[[int, int], None]) -> None:
-    import requests
-
     size = part.stat().st_size if part.exists() else 0
     resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {size}-")
     if response.status_code == 206 and not resumed:
-        raise requests.ConnectionError("the server sent another range than the requested one")
+        raise ConnectionError("the server sent another range than the requested one")
     done = size if resumed else 0
     total = done + int(response.headers.get("Content-Length", 0))
     with open(part, "ab" if resumed else "wb") as out:
@@ -93,7 +91,7 @@ def _receive(response: "requests.Response", part: Path, on_bytes: Callable[[int,
             done += len(chunk)
             on_bytes(done, total)
     if total and done < total:
-        raise requests.ConnectionError(f"the connection closed after {done} of {total} bytes")
+        raise ConnectionError(f"the connection closed after {done} of {total} bytes")
 
 
 def _unreachable(url: str, error: Exception) -> CommandFailed:

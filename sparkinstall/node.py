@@ -1,6 +1,7 @@
 """The node being set up: settings, stack, and the paths derived from them."""
 
 import os
+import pwd
 from pathlib import Path
 
 from sparkinstall.config import safe_path
@@ -47,8 +48,6 @@ class Node(Layout, frozen=True):
     @property
     def user(self) -> str:
         """The user who runs sparkinstall and the services."""
-        import pwd
-
         return pwd.getpwuid(os.geteuid()).pw_name
 
     @property

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import yaml
+
 _LARGEST = 1 << 20
 _DEEPEST = 20
 
@@ -26,8 +28,6 @@ def load(content: bytes, *, only_text: bool = False) -> Any:
         NotYaml: it is not YAML, or repeats a key.
         TooMuch: more than 1 MiB, or nested more than 20 deep, which can crash libyaml's loader.
     """
-    import yaml
-
     try:
         _require_bounds(content)
         loader = (yaml.CBaseLoader if only_text else yaml.CSafeLoader)(content)
@@ -42,8 +42,6 @@ def load(content: bytes, *, only_text: bool = False) -> Any:
 
 def line_of(content: bytes, path: Sequence[str | int]) -> int:
     """Return the 1-based line of the key or item at `path`, or of its nearest ancestor, in a valid text."""
-    import yaml
-
     node = yaml.compose(content, Loader=yaml.CSafeLoader)
     line = node.start_mark.line + 1 if node else 0
     for step in path:
@@ -84,8 +82,6 @@ def _is_at_tab(mark: Any, content: bytes) -> bool:
 
 
 def _require_bounds(content: bytes) -> None:
-    import yaml
-
     depth = 0
     if len(content) > _LARGEST:
         raise TooMuch("larger or deeper than any file of ours")

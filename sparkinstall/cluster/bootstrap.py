@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from msgspec import Struct
+from uv import find_uv_bin
 
 from sparkinstall.assets import asset, user_cache
 from sparkinstall.errors import Problem
@@ -208,8 +209,6 @@ def _download(lock: Path, into: Path, of: Place) -> bool:
 def _pip() -> list[str]:
     if find_spec("pip"):
         return [sys.executable, "-m", "pip"]
-    from uv import find_uv_bin
-
     return [str(find_uv_bin()), "tool", "run", "--quiet", "--python", sys.executable, "pip"]
 
 

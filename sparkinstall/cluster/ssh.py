@@ -10,15 +10,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, cast
+from typing import IO, cast
 
 from msgspec import Struct, field
 
 from sparkinstall.errors import Interrupted, Unreachable
 from sparkinstall.system import Result, processes
-
-if TYPE_CHECKING:
-    from sparkinstall.system.processes import Process
+from sparkinstall.system.processes import Process
 
 # Nobody can answer a question; a node that is gone is noticed within a minute.
 # A RemoteCommand in the user's config would conflict with ours.
@@ -115,7 +113,7 @@ def quoted(*argv: str) -> str:
 
 
 def _conversation(
-    process: "Process", stdin: bytes, keep_open: bool, on_line: Callable[[str], None]
+    process: Process, stdin: bytes, keep_open: bool, on_line: Callable[[str], None]
 ) -> tuple[int, bytes, str]:
     """Exit code, stdout, and the last lines of stderr."""
     said: list[str] = []
@@ -142,7 +140,7 @@ def _conversation(
         processes.ended(process)
 
 
-def _shut(process: "Process") -> None:
+def _shut(process: Process) -> None:
     try:
         cast(IO[bytes], process.stdin).close()
     except OSError:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 from msgspec import Struct
@@ -11,7 +12,7 @@ from sparkinstall.core import catalogue
 from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.events import Emit, ProbeStarted
 from sparkinstall.node import Node
-from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, skipped
+from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, known_hosts, skipped
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -38,8 +39,6 @@ def look(probes: Iterable[Probe], on: Reader, emit: Emit) -> list[ProbeResult]:
 
 def _side_by_side(probes: Sequence[Probe], on: Reader, emit: Emit) -> list[ProbeResult]:
     """Those of the link wait for answers and for counters to grow, all at the same time."""
-    from concurrent.futures import ThreadPoolExecutor
-
     with ThreadPoolExecutor(max_workers=len(probes)) as pool:
         return list(pool.map(lambda probe: _looked(probe, on, emit), probes))
 
@@ -81,8 +80,6 @@ def of_no_step(node: Node) -> list[Probe]:
 
 
 def _of_the_machine(node: Node) -> list[Probe]:
-    from sparkinstall.probes import known_hosts
-
     return list(known_hosts.probes(node))
 
 

@@ -3,7 +3,8 @@
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Literal
 
 from msgspec import Struct, field
 
@@ -14,9 +15,6 @@ from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown, state_of
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
 
 Outcome = Literal["unchanged", "changed", "drift", "node_only", "failed", "blocked"]
 
@@ -164,9 +162,6 @@ def _guarded(step: Step, report: StepReport, visit: Visit) -> None:
 
 
 def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepReport]:
-    # Late, for it brings logging with it: a converged node runs nothing side by side.
-    from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-
     reports = {step.name: StepReport(step.name, step.why) for step in steps}
     stop = threading.Event()
     waiting = list(steps)

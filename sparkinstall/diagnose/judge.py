@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import json
 import os
 import subprocess
 import sys
@@ -231,8 +232,6 @@ def _was_replaced(path: Path, handle: int, at: int) -> bool:
 
 def _marks(unit: str, sudo: Sequence[str]) -> list[tuple[str, int]]:
     """Return systemd's entries about the unit's starts since the boot: message id and time in microseconds."""
-    import json
-
     wanted = (f"UNIT={unit}", *(f"MESSAGE_ID={each}" for each in (_STARTING, _STARTED, _AGAIN)))
     form = ("--no-pager", "--boot", "--output=json", "--output-fields=MESSAGE_ID", f"--lines={_MARKS}")
     answer = LocalReader().ask(*sudo, "journalctl", *form, *wanted)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from operator import itemgetter
 
+from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct
 
 from sparkinstall.diagnose.signatures import Signature
@@ -104,8 +105,6 @@ class Search:
 
     def _build(self) -> None:
         """Build the automaton of the literals whose failures have not reached their limit yet."""
-        from ahocorasick_rs import BytesAhoCorasick, Implementation
-
         self._enough = False
         wanted = {
             literal: signature

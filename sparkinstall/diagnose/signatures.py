@@ -5,6 +5,7 @@ search.py finds them in a log; knowledge/README.md explains how to add one.
 
 import re
 from collections.abc import Iterable, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,8 +89,6 @@ def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
 
 def _refuse_circles(signatures: Iterable[Signature]) -> None:
     """Raise Malformed if failures explain each other: none would remain as the cause."""
-    from graphlib import CycleError, TopologicalSorter
-
     first = [each.name for each in signatures if ANY not in each.consequence_of]
     after = {
         each.name: [name for name in each.consequence_of if name != ANY] + (first if ANY in each.consequence_of else [])

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import msgspec
 from msgspec import Struct, to_builtins
@@ -16,12 +16,10 @@ from msgspec import Struct, to_builtins
 from sparkinstall import schema
 from sparkinstall.errors import Busy, JournalDamaged, Problem, Storage, storage_errors
 from sparkinstall.events import Emit, WaitedFor
+from sparkinstall.journal.journal import Journal, unreadable
+from sparkinstall.node import Node
 from sparkinstall.system import Undo, processes
 from sparkinstall.system.local import LocalSystem, replace_file, sync_folder
-
-if TYPE_CHECKING:
-    from sparkinstall.journal.journal import Journal
-    from sparkinstall.node import Node
 
 FOLDER = "/var/lib/sparkinstall"
 _PATIENCE = 20.0
@@ -68,7 +66,7 @@ class StateFolder:
         """Whether anything was ever set up here, as far as the journal knows."""
         return self.exists and bool(self.journal().records())
 
-    def trouble(self, node: "Node") -> Problem | None:
+    def trouble(self, node: Node) -> Problem | None:
         """What stops `all` and `uninstall`: a journal that cannot be read, or is gone.
 
         Raises:
@@ -82,7 +80,7 @@ class StateFolder:
         made = not known and self.system.entry(node.venv_stamp)
         return self._lost(node) if made else None
 
-    def _lost(self, node: "Node") -> JournalDamaged:
+    def _lost(self, node: Node) -> JournalDamaged:
         prefix = self.system.real(node.prefix)
         return JournalDamaged(
             f"what sparkinstall has made is in {prefix}, but {self.home}/journal.jsonl is gone or empty",
@@ -91,9 +89,7 @@ class StateFolder:
             "what it changes from then on can be undone",
         )
 
-    def journal(self, run: str = "") -> "Journal":
-        from sparkinstall.journal.journal import Journal
-
+    def journal(self, run: str = "") -> Journal:
         return Journal(self.home, run)
 
     def logs(self, run: str) -> Path:
@@ -139,8 +135,6 @@ class StateFolder:
             replace_file(str(self.home / name), text.encode(), 0o600)
 
     def _unreadable(self, name: str) -> Problem:
-        from sparkinstall.journal.journal import unreadable
-
         return unreadable(self.home / name)
 
     @contextmanager
@@ -266,8 +260,6 @@ class StateFolder:
         return "/" + str(real.relative_to(self.system.root)).removeprefix(".")
 
     def _begin(self, home: Path, made: list[str]) -> None:
-        from sparkinstall.journal.journal import Journal
-
         journal = Journal(home)
         journal.path.touch(mode=0o600)
         for path in made:

@@ -36,11 +36,11 @@ def main() -> None:
     def gather() -> None:
         dist.all_gather_into_tensor(whole, part)
 
-    timed(gather, 3)
-    once = timed(gather, 5)
+    timed(gather, 3, torch.cuda.synchronize)
+    once = timed(gather, 5, torch.cuda.synchronize)
     if rank == 0:
         store.set("count", str(max(1, int(seconds / once))))
-    took = timed(gather, int(store.get("count")))
+    took = timed(gather, int(store.get("count")), torch.cuda.synchronize)
     right = whole[: size // 2].eq(1).all() and whole[size // 2 :].eq(2).all()
     # Each of the two nodes sends half: bus bandwidth as defined by nccl-tests.
     print(json.dumps({"bus": size / 2 / took / 1e9, "size": size, "right": bool(right)}), flush=True)
@@ -48,15 +48,13 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def timed(do: Callable[[], None], count: int) -> float:
-    """Return the mean seconds per call over `count` calls."""
-    import torch
-
-    torch.cuda.synchronize()
+def timed(do: Callable[[], None], count: int, synchronize: Callable[[], None]) -> float:
+    """Return the mean seconds per call over `count` calls; `synchronize` waits for the GPU."""
+    synchronize()
     began = time.perf_counter()
     for _ in range(count):
         do()
-    torch.cuda.synchronize()
+    synchronize()
     return (time.perf_counter() - began) / count
 
 

@@ -8,6 +8,7 @@ has what is read from files.
 # mypy: disable-error-code="import-not-found, misc"
 
 import inspect
+from dataclasses import fields
 from typing import Any
 
 WAYS = ("block", "per-tensor", "per-channel")
@@ -88,8 +89,6 @@ def _scaling(name: str) -> tuple[Any, Any]:
 
 
 def _layer_config(name: str) -> Any:
-    from dataclasses import fields
-
     from vllm.model_executor.kernels.linear import FP8ScaledMMLinearLayerConfig
 
     known = {each.name for each in fields(FP8ScaledMMLinearLayerConfig)}

@@ -1,7 +1,9 @@
 """This machine, or a folder of it that stands for a node."""
 
 import os
+import shutil
 import stat
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -127,8 +129,6 @@ class LocalSystem(LocalReader):
                 self._write_as_root(path, data, mode)
 
     def _write_as_root(self, path: str, data: bytes, mode: int) -> None:
-        import tempfile
-
         with tempfile.NamedTemporaryFile() as content:
             content.write(data)
             content.flush()
@@ -185,8 +185,6 @@ class LocalSystem(LocalReader):
 
     def clear(self, path: str) -> None:
         """Remove a folder with all that is in it."""
-        import shutil
-
         with storage_errors(f"removing {self.real(path)}"):
             try:
                 shutil.rmtree(self.real(path))

@@ -7,12 +7,11 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, Any, cast
 
 from sparkinstall.errors import Interrupted
 
-if TYPE_CHECKING:
-    Process = subprocess.Popen[bytes]
+Process = subprocess.Popen[bytes]
 
 RUN_MARK = "SPARKINSTALL_RUN"
 """Environment variable of every program we start, so that a later run can kill those of a killed run."""
@@ -27,7 +26,7 @@ _stopped = threading.Event()
 _guard = threading.Lock()
 
 
-def start(argv: tuple[str, ...], env: Mapping[str, str], **options: Any) -> "Process | None":
+def start(argv: tuple[str, ...], env: Mapping[str, str], **options: Any) -> Process | None:
     """Start `argv`; return None if there is no such program.
 
     Raises:

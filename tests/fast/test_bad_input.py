@@ -245,7 +245,7 @@ def test_an_architecture_that_nvcc_does_not_know(tmp_path: Path) -> None:
     home = toolkit()
     run = sparkinstall("plan", "--json", "--set", "nccl.arch=99", "--set", f"nccl.cuda_home={home}")
     found = {probe["name"]: probe for probe in envelope(run)["data"]["preflight"]}["cuda"]
-    assert found["verdict"] == "fail" and "does not know compute_99" in found["found"]
+    assert found["verdict"] == "fail" and "does not support compute_99" in found["found"]
     assert "121" in found["hint"]
     error = refused(tmp_path, "plan", "--set", "nccl.arch=blackwell")
     assert "must be an architecture number such as 121" in error["message"]

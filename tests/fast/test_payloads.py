@@ -61,4 +61,4 @@ def test_with_head_ends_the_program_when_the_head_has_ended() -> None:
         with subprocess.Popen(isolated("with_head", *program), stdout=subprocess.PIPE, text=True) as vllm:
             head.accept()[0].close()
             assert vllm.wait(timeout=30) == -signal.SIGKILL
-            assert vllm.stdout is not None and "has ended; this one is started again too" in vllm.stdout.read()
+            assert vllm.stdout is not None and "has ended; this one restarts too" in vllm.stdout.read()

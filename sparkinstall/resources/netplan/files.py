@@ -10,17 +10,15 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from ipaddress import IPv4Interface
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
+import yaml
 from msgspec import Struct
 
 from sparkinstall import safe_yaml
 from sparkinstall.errors import Problem
 from sparkinstall.facts.sysfs import CONNECTX_DRIVER, NET, driver_of, text_of
 from sparkinstall.system import Reader
-
-if TYPE_CHECKING:
-    import yaml
 
 PROGRAM = "/usr/sbin/netplan"
 TARGET = "/etc/netplan/40-cx7.yaml"
@@ -133,15 +131,11 @@ def _sound(file: NetplanFile) -> NetplanFile:
 
 
 def _compose(content: bytes) -> "yaml.Node | None":
-    import yaml
-
     found: yaml.Node | None = yaml.compose(content, Loader=yaml.CSafeLoader)
     return found
 
 
 def _is_mapping(node: "yaml.Node | None") -> "TypeGuard[yaml.MappingNode]":
-    import yaml
-
     return isinstance(node, yaml.MappingNode)
 
 
@@ -237,8 +231,6 @@ def _parts(fields: Mapping[str, Any]) -> Iterator[str]:
 
 def without(file: NetplanFile, dropped: Sequence[tuple[str, str]]) -> bytes | None:
     """Return `file` without the definitions `dropped` (kind, id); None if nothing remains."""
-    import yaml
-
     root = _compose(file.content)
     network = _child(root, "network")
     _drop(network, set(dropped))
@@ -301,8 +293,6 @@ def _rest(former: NetplanFile, dropped: set[str]) -> "yaml.MappingNode | None":
 
 
 def _indented(pairs: "Sequence[tuple[yaml.Node, yaml.Node]]", by: int) -> str:
-    import yaml
-
     if not pairs:
         return ""
     node = yaml.MappingNode("tag:yaml.org,2002:map", list(pairs), flow_style=False)
