@@ -5,7 +5,7 @@ from ipaddress import IPv4Address, IPv4Network
 
 _PATH = re.compile(r"/[A-Za-z0-9._+@/-]*")
 _LINK = re.compile(r"(~?)(/[^/\0]+)+")
-# The environment's scripts carry the prefix in their first line, of which the kernel reads 255 bytes.
+# The prefix is in the first line of the environment's scripts, of which the kernel reads 255 bytes.
 _LONGEST_PATH = 200
 
 
@@ -14,7 +14,7 @@ def safe_path(value: str) -> str | None:
     if "\n" in value or "\r" in value:
         return "must not contain a line break"
     if not _PATH.fullmatch(value):
-        return "must be an absolute path of letters, digits and ._+@- (LD_PRELOAD can carry no other)"
+        return "must be an absolute path of letters, digits and ._+@- (LD_PRELOAD allows no others)"
     if {"", ".", ".."} & set(value.split("/")[1:]):
         return "must be a plain path below /: no `.`, `..` or `//` in it, no `/` at its end"
     return None if len(value) <= _LONGEST_PATH else f"must be no longer than {_LONGEST_PATH} characters"
@@ -30,7 +30,7 @@ def private_address(value: str) -> str | None:
     """Check the IPv4 address of a node on its link."""
     try:
         found = IPv4Address(value)
-        # Python counts these among the private ones too.
+        # Python counts these as private too.
         nobodys = found.is_loopback or found.is_reserved or found.packed[0] == 0
         return None if found.is_private and not nobodys else "must be a private IPv4 address"
     except ValueError:
@@ -40,7 +40,7 @@ def private_address(value: str) -> str | None:
 def network(value: str) -> str | None:
     """Check a network in CIDR notation."""
     try:
-        return None if IPv4Network(value).prefixlen else "must be a network and not the whole world"
+        return None if IPv4Network(value).prefixlen else "must be a network, not all addresses"
     except ValueError:
         return "must be a network such as 192.168.1.0/24"
 
@@ -53,7 +53,7 @@ def one_line(value: str) -> str | None:
 def argument(value: str) -> str | None:
     """Check an argument of `vllm serve`."""
     if value.partition("=")[0] in ("--api-key", "--hf-token"):
-        return "must carry no secret: the unit and the list of processes show it to everybody"
+        return "must not contain a secret: everyone can read the unit and the process list"
     return one_line(value)
 
 
@@ -62,5 +62,5 @@ def source(value: str) -> str | None:
     if value.startswith("http://"):
         return "must be an https URL"
     if "://" in value and "@" in value.split("://", 1)[1].split("/", 1)[0]:
-        return "must not carry a name and password: download it yourself and name the file"
+        return "must not contain a user name or password: download the file and set its path"
     return one_line(value)

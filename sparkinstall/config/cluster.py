@@ -1,4 +1,4 @@
-"""Whether the addresses and ports of a cluster can work together."""
+"""Check that the addresses and ports of a cluster are consistent."""
 
 from ipaddress import IPv4Address, IPv4Interface
 
@@ -11,7 +11,7 @@ def require_sound(config: Config) -> None:
     """Check that the addresses differ, are in one subnet and include this node's, and that no port is used twice.
 
     Raises:
-        BadConfig: one of these is not so.
+        BadConfig: a check failed.
     """
     cluster, length = config.cluster, config.network.prefix_length
     everyone = (cluster.head, *cluster.workers)
@@ -28,7 +28,7 @@ def require_sound(config: Config) -> None:
     _require_ports_apart(config)
 
 
-_NAMED = "name them with `cluster.head` and `cluster.workers`, or `--head` and `--worker`"
+_NAMED = "set them with `cluster.head` and `cluster.workers`, or `--head` and `--worker`"
 
 
 def _require_twin_apart(config: Config) -> None:
@@ -36,7 +36,7 @@ def _require_twin_apart(config: Config) -> None:
     twin = IPv4Interface(f"{config.network.twin_subnet}/{config.network.prefix_length}").network
     if link.overlaps(twin):
         raise BadConfig(
-            f"both halves of the port would be in one subnet: {link} and {twin}; NCCL and routing break on that",
+            f"both halves of the port would be in one subnet: {link} and {twin}; NCCL and routing do not support that",
             hint="set `network.twin_subnet` to another one",
         )
 
@@ -45,22 +45,22 @@ def _require_own(config: Config) -> None:
     cluster = config.cluster
     if cluster.role == "head" and cluster.address not in (None, cluster.head):
         raise BadConfig(
-            f"the head's address is {cluster.head}, and this node, the head, is to be {cluster.address}",
-            hint="name it once, with `--head`",
+            f"this node is the head, but its address {cluster.address} is not the head's, {cluster.head}",
+            hint="set the address once, with `--head`",
         )
     if cluster.role == "worker" and cluster.address is None and len(cluster.workers) > 1:
         raise BadConfig(
-            f"which of the workers {', '.join(cluster.workers)} is this node?", hint="say so with `--address`"
+            f"it is unknown which of the workers {', '.join(cluster.workers)} is this node", hint="set `--address`"
         )
     if cluster.role == "worker" and cluster.address is not None and cluster.address not in cluster.workers:
         raise BadConfig(
-            f"{cluster.address} is none of the workers {', '.join(cluster.workers)}",
-            hint="name all of them, with `cluster.workers` or one `--worker` each",
+            f"{cluster.address} is not among the workers {', '.join(cluster.workers)}",
+            hint="list all of them, with `cluster.workers` or one `--worker` each",
         )
 
 
 def _require_ports_apart(config: Config) -> None:
-    # Whichever executor is set: the other one is one setting away.
+    # Check the ports of both executors: switching takes one setting.
     fixed = (
         ("Ray", ray_ports.BETWEEN_NODES),
         ("Ray's dashboard", (ray_ports.DASHBOARD, ray_ports.DASHBOARD)),

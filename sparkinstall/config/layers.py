@@ -15,10 +15,10 @@ from sparkinstall.schema import Malformed, nearest, show
 
 DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")
 
-# Settings that may name a file, and the endings that tell a file from a name.
+# Settings that may be a file, and the suffixes that distinguish a file from a name.
 _PATHS = ("stack", "nccl.source", "nccl.cuda_home")
 _FILES = (".yaml", ".yml", ".gz", ".xz", ".bz2", ".tgz", ".tar")
-# One byte more shows that a file is too large.
+# One more byte than allowed reveals a file that is too large.
 _LARGEST_FILE = 1 << 20
 
 
@@ -60,7 +60,9 @@ def _yaml(content: bytes, what: str) -> Any:
     try:
         return safe_yaml.load(content)
     except safe_yaml.TooMuch as error:
-        raise BadConfig(f"{what} is larger or deeper than any settings are", hint="is it the right file?") from error
+        raise BadConfig(
+            f"{what} is larger or deeper nested than any config", hint="check that it is the right file"
+        ) from error
     except safe_yaml.NotYaml as error:
         raise BadConfig(f"{what} is not YAML: {error}", hint=error.hint) from error
 
@@ -73,7 +75,7 @@ def _flat(raw: Mapping[Any, Any], of: Layer, under: str = "") -> Iterator[tuple[
             yield name, value
         elif any(each.startswith(name + ".") for each in known):
             if value is not None and not isinstance(value, dict):
-                raise BadConfig(f"{of.place(name)}: `{name}` is a section: write its settings beneath it, one a line")
+                raise BadConfig(f"{of.place(name)}: `{name}` is a section: write its settings below it, one per line")
             yield from _flat(value or {}, of, name + ".")
         else:
             raise _unknown(name, of.place(name))
@@ -96,7 +98,7 @@ def anchored(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
 
 def _anchored(value: Any, base: Path) -> Any:
     names_a_file = isinstance(value, str) and "://" not in value and ("/" in value or Path(value).suffix in _FILES)
-    # os.path takes any text; Path would raise for a user or a character that cannot be.
+    # os.path accepts any text; Path raises for unknown users and invalid characters.
     return os.path.abspath(os.path.join(base, os.path.expanduser(value))) if names_a_file else value
 
 

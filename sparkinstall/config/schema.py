@@ -24,7 +24,7 @@ Arch = Annotated[str, like("[0-9]{2,3}[af]?", "an architecture number such as 12
 Functions = Annotated[str, like("[A-Za-z0-9_*| ]+", "words such as AllReduce Sum f32 RING *")]
 Interface = Annotated[str, like("[A-Za-z0-9._-]{1,15}", "an interface name")]
 Share = Annotated[str, like(r"0\.[1-8][0-9]?|0\.9[0-5]?", "a number from 0.10 to 0.95")]
-# A name that ends in `-` would tell apt to remove the package.
+# apt would remove a package whose name ends in `-`.
 Package = Annotated[str, like("[a-z0-9][a-z0-9+.-]*[a-z0-9+]", "a Debian package name")]
 
 
@@ -34,9 +34,9 @@ def doc(text: str) -> Meta:
 
 
 class EnvironmentConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    link: Annotated[
-        LinkPath | None, doc("A symbolic link to the environment, for hands that are used to it; null: none.")
-    ] = "~/vllm-env"
+    link: Annotated[LinkPath | None, doc("A symbolic link to the environment, for convenience; null: none.")] = (
+        "~/vllm-env"
+    )
     python: Annotated[
         Line | None, doc("The Python to build the environment with (a path or a name); null: the stack's version.")
     ] = None
@@ -45,38 +45,38 @@ class EnvironmentConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class NcclConfig(Struct, frozen=True, forbid_unknown_fields=True):
     mode: Annotated[
         Literal["source", "wheel"],
-        doc("`source` builds NCCL for this GPU; `wheel` takes the one that comes with torch."),
+        doc("`source` builds NCCL for this GPU; `wheel` uses the one that comes with torch."),
     ] = "source"
     source: Annotated[
         Source, doc("`git` (the upstream repository), a tarball (path or https URL), or a source folder.")
     ] = "git"
-    sha256: Annotated[Sha256 | None, doc("The tarball's sha256; null: recorded at first use and held to.")] = None
-    version: Annotated[NcclVersion | None, doc("The NCCL version to build, e.g. `2.28.9`; null: the stack's own.")] = (
+    sha256: Annotated[Sha256 | None, doc("The tarball's sha256; null: recorded at first use and enforced since.")] = (
         None
     )
+    version: Annotated[NcclVersion | None, doc("The NCCL version to build, e.g. `2.28.9`; null: the stack's.")] = None
     arch: Annotated[Arch, doc("The GPU architecture to build for (121 = GB10).")] = "121"
-    cuda_home: Annotated[SafePath | None, doc("The CUDA toolkit; null: looked for.")] = None
+    cuda_home: Annotated[SafePath | None, doc("The CUDA toolkit; null: detected.")] = None
     jobs: Annotated[
         int,
         Meta(ge=0, le=1024, title="a number from 0 to 1024"),
-        doc("How many compilers run at once; 0: one for each core."),
+        doc("Number of parallel compilers; 0: one per core."),
     ] = 0
     only_functions: Annotated[
-        Functions | None, doc("Build a part of the collectives only (NCCL's ONLY_FUNCS); for trying things out.")
+        Functions | None, doc("Build only some of the collectives (NCCL's ONLY_FUNCS); for experiments.")
     ] = None
 
 
 class Fp8Config(Struct, frozen=True, forbid_unknown_fields=True):
     fallback: Annotated[
         Literal["auto", "on", "off"],
-        doc("Take Triton's FP8 kernels instead of CUTLASS: `auto` decides by looking, `on` and `off` overrule."),
+        doc("Use Triton's FP8 kernels instead of CUTLASS: `auto` measures, `on` and `off` override it."),
     ] = "auto"
 
 
 class ClusterConfig(Struct, frozen=True, forbid_unknown_fields=True):
     role: Annotated[
         Literal["single", "head", "worker"],
-        doc("What this node is: `single`, or `head` or `worker` of several (`multi-node --role` sets it)."),
+        doc("The role of this node: `single`, or `head` or `worker` of several (`multi-node --role` sets it)."),
     ] = "single"
     head: Annotated[Address, doc("The head's address on the QSFP link.")] = "192.168.100.10"
     workers: Annotated[
@@ -87,10 +87,10 @@ class ClusterConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     executor: Annotated[
         Literal["ray", "mp"],
-        doc("What spreads vLLM over the nodes: `ray`, or `mp` (vLLM's own processes, without Ray)."),
+        doc("What distributes vLLM over the nodes: `ray`, or `mp` (vLLM's own processes, without Ray)."),
     ] = "ray"
     ray_port: Annotated[Port, doc("Ray's port on the head.")] = 6379
-    master_port: Annotated[Port, doc("The port on the head where the processes of `mp` meet.")] = 29501
+    master_port: Annotated[Port, doc("The rendezvous port of the processes of `mp` on the head.")] = 29501
 
 
 class NetworkConfig(Struct, frozen=True, forbid_unknown_fields=True):
@@ -98,15 +98,15 @@ class NetworkConfig(Struct, frozen=True, forbid_unknown_fields=True):
         Interface | None, doc("The QSFP interface that has the cable; null: the one with a carrier.")
     ] = None
     manage: Annotated[
-        bool, doc("Write netplan for the QSFP port; false: it is set up already, and only looked at.")
+        bool, doc("Configure the QSFP port with netplan; false: it is already set up, and only checked.")
     ] = True
     prefix_length: Annotated[
         int,
         Meta(ge=8, le=30, title="a number from 8 to 30"),
-        doc("How many bits of an address on the link name its subnet."),
+        doc("Prefix length of the subnets on the link."),
     ] = 24
     twin_subnet: Annotated[
-        Address, doc("The subnet of the port's second half, of the same length: twins must not share one.")
+        Address, doc("The subnet of the port's second half, of the same length: halves must not share a subnet.")
     ] = "192.168.101.0"
     mtu: Annotated[
         int,
@@ -115,7 +115,7 @@ class NetworkConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = 9000
     transport: Annotated[
         Literal["auto", "roce", "socket"],
-        doc("How NCCL talks between nodes: `roce`, `socket`, or `auto` (RoCE where its devices are really there)."),
+        doc("NCCL's transport between nodes: `roce`, `socket`, or `auto` (RoCE if its devices exist)."),
     ] = "auto"
     rollback_seconds: Annotated[
         int,
@@ -127,7 +127,7 @@ class NetworkConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class FirewallConfig(Struct, frozen=True, forbid_unknown_fields=True):
     mode: Annotated[
         Literal["auto", "on", "off"],
-        doc("Close Ray, NCCL and the API to all but the link: `on`, `off`, or `auto` (off if another firewall runs)."),
+        doc("Restrict Ray, NCCL and the API to the link: `on`, `off`, or `auto` (off if another firewall runs)."),
     ] = "auto"
 
 
@@ -137,7 +137,7 @@ class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
     )
     port: Annotated[Port, doc("The API's port.")] = 8000
     allow: Annotated[
-        Network | None, doc("A network that may use the API, such as 192.168.1.0/24; null: this node alone.")
+        Network | None, doc("A network that may use the API, such as 192.168.1.0/24; null: only this node.")
     ] = None
     memory: Annotated[
         Share | None, doc("vLLM's --gpu-memory-utilization; null: 0.85 on one node, 0.80 on several.")
@@ -152,16 +152,16 @@ class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 class HubConfig(Struct, frozen=True, forbid_unknown_fields=True):
     offline: Annotated[
-        bool, doc("HF_HUB_OFFLINE=1 in single-node.env: models are on the disk, nothing is fetched.")
+        bool, doc("HF_HUB_OFFLINE=1 in single-node.env: models are on the disk, nothing is downloaded.")
     ] = True
 
 
 class PackagesConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    extra: Annotated[tuple[Package, ...], doc("Debian packages to have besides those that the steps need.")] = ()
+    extra: Annotated[tuple[Package, ...], doc("Additional Debian packages.")] = ()
 
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
-    prefix: Annotated[SafePath, doc("Where everything goes; the same on every node.")] = "/opt/sparkinstall"
+    prefix: Annotated[SafePath, doc("The folder of the installation; the same on every node.")] = "/opt/sparkinstall"
     stack: Annotated[Line, doc("The set of pins: a shipped name, or the path of a YAML file of your own.")] = "0.18.1"
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     nccl: NcclConfig = field(default_factory=NcclConfig)

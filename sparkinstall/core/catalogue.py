@@ -1,4 +1,4 @@
-"""All steps, in one place. A new fix is one line here, one file in steps/, one test."""
+"""All steps in one list. A new fix is one line here, one file in steps/, one test."""
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
@@ -30,17 +30,17 @@ STEPS: tuple[Step, ...] = (
 
 
 def named(name: str) -> Step:
-    """The step of that name."""
+    """Return the step with that name."""
     return next(step for step in STEPS if step.name == name)
 
 
 def of(node: Node) -> Sequence[Step]:
-    """The steps that this node has."""
+    """Return the steps of this node."""
     return [step for step in STEPS if step.wanted(node)]
 
 
 def chosen(node: Node, only: Iterable[str], skip: Iterable[str]) -> Sequence[Step]:
-    """The steps of this node that `--only` and `--skip` leave.
+    """Return the steps of this node that `--only` and `--skip` select.
 
     Raises:
         BadUsage: there is no step of that name.
@@ -51,7 +51,7 @@ def chosen(node: Node, only: Iterable[str], skip: Iterable[str]) -> Sequence[Ste
 
 
 def require_known(asked: Iterable[str], known: Sequence[str], what: str) -> None:
-    """Refuse a name that is not known, with the nearest one that is."""
+    """Raise BadUsage for an unknown name, and suggest the nearest known one."""
     for name in asked:
         if name not in known:
             near = get_close_matches(name, known, n=1)

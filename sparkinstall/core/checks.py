@@ -17,11 +17,11 @@ from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
 HOSTS = "known-hosts"
-"""What the probes go by that belong to no step: they look for machines that are known to be bad."""
+"""Group name of the probes that belong to no step and detect known-bad hosts."""
 
 
 class ProbeResult(Struct, frozen=True):
-    """A probe, what it found, and how long it took in seconds."""
+    """A probe, its finding, and its duration in seconds."""
 
     probe: Probe
     finding: Finding
@@ -29,7 +29,7 @@ class ProbeResult(Struct, frozen=True):
 
 
 def look(probes: Iterable[Probe], on: Reader, emit: Emit) -> list[ProbeResult]:
-    """Ask every probe; all of them run, whatever one of them finds."""
+    """Run every probe, regardless of what others find."""
     found: list[ProbeResult] = []
     for waits, some in groupby(probes, lambda probe: probe.level == "link" and not probe.load):
         group = list(some)
@@ -38,7 +38,7 @@ def look(probes: Iterable[Probe], on: Reader, emit: Emit) -> list[ProbeResult]:
 
 
 def _side_by_side(probes: Sequence[Probe], on: Reader, emit: Emit) -> list[ProbeResult]:
-    """Those of the link wait for answers and for counters to grow, all at the same time."""
+    """Run probes of the link in parallel: they wait for replies and for growing counters."""
     with ThreadPoolExecutor(max_workers=len(probes)) as pool:
         return list(pool.map(lambda probe: _looked(probe, on, emit), probes))
 
@@ -60,22 +60,22 @@ def _guarded(probe: Probe, on: Reader) -> Finding:
     except OSError as error:
         storage = storage_problem(error, f"the probe {probe.name}")
         return failed(storage.message, storage.hint)
-    except Exception as error:  # a probe that crashes has not shown anything good
+    except Exception as error:  # a crashed probe has proven nothing
         return failed(f"the probe itself failed: {type(error).__name__}: {error}", "report it, with this line")
 
 
 def of_steps(steps: Sequence[Step], node: Node) -> list[Probe]:
-    """The probes of `steps`, in their order, but those that put a load on the node."""
+    """Return the probes of `steps`, in order, without those that cause load."""
     return [probe for step in steps for probe in step.probes(node) if not probe.load]
 
 
 def of_files(steps: Sequence[Step], node: Node) -> list[Probe]:
-    """Those that read files only."""
+    """Return the probes that only read files."""
     return [probe for probe in of_steps(steps, node) if probe.level == "static"]
 
 
 def of_no_step(node: Node) -> list[Probe]:
-    """The probes of the machine itself, whatever is installed on it, but those that put a load on it."""
+    """Return the probes of the machine itself, without those that cause load."""
     return [probe for probe in _of_the_machine(node) if not probe.load]
 
 
@@ -84,7 +84,7 @@ def _of_the_machine(node: Node) -> list[Probe]:
 
 
 def _names(node: Node) -> list[str]:
-    """Of all steps and probes that a node can have: a list for several nodes may be given to one alone."""
+    """Return the names of all steps and probes of any node: one list of names may be used for several nodes."""
     cluster, serving = replace(node.config.cluster, role="head"), replace(node.config.serving, model="any")
     whole = replace(node, config=replace(node.config, cluster=cluster, serving=serving), rehearsal=False)
     probes = [*(probe for step in catalogue.STEPS for probe in step.probes(whole)), *_of_the_machine(whole)]
@@ -92,7 +92,7 @@ def _names(node: Node) -> list[str]:
 
 
 class Chosen(Struct, frozen=True):
-    """What a proof goes through. `whole`: nothing was left out by name."""
+    """What a verification runs. `whole`: nothing was excluded by name."""
 
     steps: tuple[Step, ...]
     probes: tuple[Probe, ...]
@@ -106,12 +106,12 @@ def chosen(
     level: Level | None = None,
     measure: bool = False,
 ) -> Chosen:
-    """The checks and probes of `node` that are asked for, the probes by level.
+    """Return the selected checks and probes of `node`, probes ordered by level.
 
     Args:
-        only, skip: names of steps (their checks and their probes), of probes, and `known-hosts`.
-        level: as far as this one; None: all the way.
-        measure: also what keeps the GPU or the link busy; what `only` names runs in any case.
+        only, skip: names of steps (their checks and probes), of probes, and `known-hosts`.
+        level: the highest level to run; None: all.
+        measure: include probes that keep the GPU or the link busy; those in `only` always run.
 
     Raises:
         BadUsage: there is no step or probe of that name, or nothing is left.
@@ -133,5 +133,5 @@ def chosen(
     ]
     steps = tuple(step for step in catalogue.of(node) if step.name in wanted)
     if not steps and not probes:
-        raise BadUsage("nothing is left to look at", hint="leave out some of --only, --skip and --level")
+        raise BadUsage("nothing is left to check", hint="omit some of --only, --skip and --level")
     return Chosen(steps, tuple(sorted(probes, key=lambda each: LEVELS.index(each.level))), not only and not skip)

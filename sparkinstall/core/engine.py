@@ -1,4 +1,4 @@
-"""One loop over steps and resources. plan, all and verify are three visits of the same declarations."""
+"""The engine: one loop over steps and resources. plan, all and verify are traversals of the same declarations."""
 
 import threading
 import time
@@ -20,7 +20,7 @@ Outcome = Literal["unchanged", "changed", "drift", "node_only", "failed", "block
 
 
 class Checked(Struct, frozen=True):
-    """A resource and how it stands; `changed` if this run made it so. `fix`: the one it concerns; None: its step's."""
+    """A resource and its state; `changed` if this run applied it. `fix`: its fix; None: those of its step."""
 
     key: str
     state: State
@@ -29,7 +29,7 @@ class Checked(Struct, frozen=True):
 
 
 class StepReport(Struct):
-    """What a visit of one step found and did. `seconds` is wall time."""
+    """What was found and done in one step. `seconds` is wall time."""
 
     name: str
     why: str
@@ -56,7 +56,7 @@ Visit = Callable[[Step, StepReport], None]
 
 
 def ordered(steps: Sequence[Step]) -> list[Step]:
-    """`steps` so that each comes after what it needs; a need that was not chosen does not count."""
+    """Sort `steps` so that each comes after those it needs; needs that were not selected are ignored."""
     chosen = {step.name for step in steps}
     done: list[Step] = []
     waiting = list(steps)
@@ -70,7 +70,7 @@ def ordered(steps: Sequence[Step]) -> list[Step]:
 
 
 def plan(steps: Sequence[Step], node: Node, on: Reader) -> list[StepReport]:
-    """How every resource stands; nothing is touched."""
+    """Check every resource; change nothing."""
     reports = []
     for step in ordered(steps):
         report = StepReport(step.name, step.why)
@@ -89,7 +89,7 @@ def _checked(resource: Resource, state: State, changed: bool = False) -> Checked
 
 
 def _resources(step: Step, report: StepReport, node: Node, on: Reader) -> Iterable[Resource]:
-    """Those of the step; none where the node leaves it to somebody else, which the report then says."""
+    """Return the resources of a step; none if the settings leave it to the user, which the report then explains."""
     if reason := "" if on.rehearsal else step.left_to(node, on):
         report.checked.append(Checked(step.name, NodeOnly(reason)))
         return ()
@@ -99,24 +99,24 @@ def _resources(step: Step, report: StepReport, node: Node, on: Reader) -> Iterab
 def converge(
     steps: Sequence[Step], node: Node, system_for: Callable[[str], System], emit: Emit, force: bool = False
 ) -> list[StepReport]:
-    """Make everything so. Steps that do not need each other run side by side; a failed step holds
-    only those that need it. `force` applies again what is up to date."""
+    """Bring everything into the desired state. Independent steps run in parallel; a failed step blocks only those that
+    need it. `force` also applies what is up to date."""
 
     def visit(step: Step, report: StepReport) -> None:
         on = system_for(step.name)
         for resource in _resources(step, report, node, on):
             processes.refuse_if_stopped()
-            _make_so(resource, on, report, emit, force)
+            _apply(resource, on, report, emit, force)
 
     return _side_by_side(ordered(steps), visit, emit)
 
 
-def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, force: bool) -> None:
+def _apply(resource: Resource, on: System, report: StepReport, emit: Emit, force: bool) -> None:
     state = state_of(resource, on)
     if isinstance(state, NodeOnly) or (isinstance(state, Ok) and not force):
         report.checked.append(_checked(resource, state))
         return
-    _refuse_what_cannot_be(resource, state)
+    _refuse_unapplicable(resource, state)
     resource.apply(on)
     after = state_of(resource, on)
     if not isinstance(after, Ok | NodeOnly):
@@ -125,7 +125,7 @@ def _make_so(resource: Resource, on: System, report: StepReport, emit: Emit, for
     emit(ResourceApplied(report.name, resource.key, state.summary if isinstance(state, Drift) else "applied again"))
 
 
-def _refuse_what_cannot_be(resource: Resource, state: State) -> None:
+def _refuse_unapplicable(resource: Resource, state: State) -> None:
     if isinstance(state, Conflict):
         raise Blocked(state.message, hint=state.hint)
     if isinstance(state, Unknown):

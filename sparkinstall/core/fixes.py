@@ -1,4 +1,4 @@
-"""How each fix stands on the node, by the steps that apply it and the probes that prove it."""
+"""The state of each fix, derived from the steps that apply it and the probes that verify it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -15,11 +15,11 @@ from sparkinstall.resources import NodeOnly
 Standing = Literal["proven", "done", "missing", "node_only", "failed", "not_applicable"]
 
 FIXES = tuple(sorted({fix for step in catalogue.STEPS for fix in step.fixes}, key=lambda fix: fix.number))
-"""Every fix that a step applies, in the order of the numbers."""
+"""Every fix that a step applies, by number."""
 
 
 def numbered(number: int | None) -> Fix | None:
-    """The fix of that number; None where there is none."""
+    """Return the fix with that number, or None."""
     return next((fix for fix in FIXES if fix.number == number), None)
 
 
@@ -30,9 +30,9 @@ class FixState(Struct, frozen=True):
 
 
 def stand(node: Node, reports: Sequence[StepReport], findings: Mapping[str, Finding]) -> list[FixState]:
-    """How each fix stands on `node`, by the checks and, if run, the probes.
+    """Return the state of each fix on `node`, from the checks and, if run, the probes.
 
-    Steps and probes that this node does not have do not count: a network that somebody else manages.
+    Steps and probes that this node does not have are ignored, such as those of a network managed by the user.
     """
     by_name, steps = {report.name: report for report in reports}, catalogue.of(node)
     declared = [probe for step in steps for probe in step.probes(node)]
@@ -48,7 +48,7 @@ def stand(node: Node, reports: Sequence[StepReport], findings: Mapping[str, Find
 
 
 def _state(fix: Fix, steps: Sequence[StepReport | None], probes: Mapping[str, Finding | None]) -> FixState:
-    """`None` stands for a step that was not checked, or a probe that was not asked."""
+    """`None` is a step that was not checked, or a probe that did not run."""
     mine = [report for report in steps if report]
     bad = next((each for each in probes.values() if each and each.verdict == "fail"), None)
     if any(report.problem for report in mine):
@@ -67,8 +67,8 @@ def _proven(fix: Fix, mine: Sequence[StepReport], probes: Mapping[str, Finding |
     skipped = next((each.found for each in asked if each.verdict == "skip"), "")
     if left or skipped:
         return FixState(fix, "node_only", left or skipped)
-    # Who looks at less must not be told more: what was not asked is named.
+    # Checking less must not report more: list what did not run.
     if silent := [name for name, finding in probes.items() if finding is None]:
-        return FixState(fix, "done", f"by its files; not asked: {', '.join(silent)}")
+        return FixState(fix, "done", f"by its files; not run: {', '.join(silent)}")
     good = asked and all(each.verdict == "pass" for each in asked)
     return FixState(fix, "proven" if good else "done", "; ".join(each.found for each in asked))

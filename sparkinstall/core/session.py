@@ -1,4 +1,4 @@
-"""From a command line to a node: settings in layers, the stack, the state on the node."""
+"""Turn a command line into a node: settings in layers, the stack, the state on the node."""
 
 import platform
 import re
@@ -29,9 +29,9 @@ _RECORDED = "the last `all` or `run`"
 
 
 class Target(Struct, frozen=True):
-    """The node that a command line means. `None`: not given, so the last `all` or the config decides.
+    """The node that a command line selects. `None`: not given, so the last `all` or the config decides.
 
-    `role` holds the options of `multi-node` as settings. `confirm_later` and `token_file` are for this run alone.
+    `role`: the options of `multi-node` as settings. `confirm_later` and `token_file` apply to this run only.
     """
 
     root: Path | None = None
@@ -75,7 +75,7 @@ class Setting(Struct, frozen=True):
 
 
 class Session(Struct, frozen=True):
-    """One node as a use case needs it. `sources`: the origin of each setting."""
+    """One node for a use case. `sources`: the origin of each setting."""
 
     node: Node
     system: LocalSystem
@@ -108,10 +108,10 @@ def pointed(text: str, root: str) -> str:
 
 
 def open_session(target: Target) -> Session:
-    """Resolve what was target.
+    """Resolve the target.
 
     Raises:
-        BadUsage, BadConfig: it cannot be used as it is; nothing was touched.
+        BadUsage, BadConfig: it is invalid; nothing was changed.
     """
     system = LocalSystem(_root(target.root))
     state = StateFolder(system)
@@ -121,7 +121,7 @@ def open_session(target: Target) -> Session:
         node = _node(_settled(config, sources), system, options, target)
     except BadConfig as problem:
         if state.options():
-            problem.hint += f" (options of former runs are remembered in {state.home}/options.json)"
+            problem.hint += f" (options of earlier runs are stored in {state.home}/options.json)"
         raise
     _check_places(node, system)
     return Session(node, system, state, sources, options)
@@ -132,12 +132,12 @@ def _root(root: Path | None) -> str:
         return "/"
     full = root.expanduser().absolute()
     if full.resolve() == Path("/"):
-        raise BadUsage("--root / is this machine itself", hint="leave --root out to set it up, or name a folder")
+        raise BadUsage("--root / is this machine itself", hint="omit --root to set it up, or name a folder")
     if full.exists() and not full.is_dir():
-        raise BadUsage(f"--root {root} is not a folder", hint="name a folder; it is made where there is none")
+        raise BadUsage(f"--root {root} is not a folder", hint="name a folder; a missing one is created")
     if not full.parent.is_dir():
         raise BadUsage(
-            f"--root {root}: there is no folder {full.parent}", hint=f"make it first: mkdir -p {full.parent}"
+            f"--root {root}: there is no folder {full.parent}", hint=f"create it first: mkdir -p {full.parent}"
         )
     return str(full.parent.resolve() / full.name)
 
@@ -156,14 +156,14 @@ def config_files(named: Path | str | None) -> list[Path]:
 
 
 def _settled(config: Config, sources: dict[str, str]) -> Config:
-    """`config` with the addresses of a cluster that follow from one another.
+    """Complete the addresses of a cluster that follow from others.
 
     Raises:
-        BadConfig: they cannot be a cluster's.
+        BadConfig: they are inconsistent.
     """
     cluster = config.cluster
     if cluster.role == "worker" and cluster.address and sources["cluster.workers"] == "default":
-        # Of two nodes only one is a worker: its own address is all there is to know.
+        # With a single worker, its own address is enough.
         cluster = replace(cluster, workers=(cluster.address,))
         config = replace(config, cluster=cluster)
     if cluster.role != "single":
@@ -186,7 +186,7 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any], target: 
     if config.nccl.source == "git" and config.nccl.version not in (None, stack.nccl.version):
         raise BadConfig(
             f"`nccl.version` is {config.nccl.version}, but stack {stack.name} pins the repository at {stack.nccl.tag}",
-            hint="name a tarball or a folder of that version with `nccl.source`, or leave `nccl.version` out",
+            hint="set `nccl.source` to a tarball or a folder of that version, or omit `nccl.version`",
         )
     return Node(
         config=config,
@@ -218,5 +218,5 @@ def _check_places(node: Node, system: LocalSystem) -> None:
 
 
 def open_state(target: Target) -> StateFolder:
-    """Open the state of the node alone: for what must work whatever the settings say."""
+    """Open only the state of the node, for verbs that must work whatever the settings are."""
     return StateFolder(LocalSystem(_root(target.root)))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
-# The undo functions stand beside the resources; importing the steps registers all of them.
+# Undo functions are registered beside their resources, which importing the steps imports.
 import sparkinstall.core.catalogue  # noqa: F401
 from sparkinstall.assets import user_cache
 from sparkinstall.errors import Problem

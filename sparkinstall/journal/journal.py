@@ -1,7 +1,7 @@
-"""The journal: before every touch, what was there before. One line a touch, in JSON, appended and synced.
+"""The journal: one line of JSON per change, appended and synced before the change is made.
 
-A record holds what was (`before`) and what will be (`after`), so it needs no second record to say
-that the touch was done: whoever undoes it checks what is there.
+A record has the state `before` and `after` the change, so no second record confirms it: undo compares the current
+state with both.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ VERSION = 1
 
 
 class Record(Struct, frozen=True):
-    """One touch. `n` gives the order (a clock may jump); `at` is for people."""
+    """One change. `n` defines the order (clocks may jump); `at` is informational."""
 
     n: int
     at: str
@@ -43,11 +43,11 @@ class Journal:
         self._known: list[Record] | None = None
 
     def records(self) -> list[Record]:
-        """All records in order; a last line that a killed run left unfinished does not count.
+        """Return all records in order, without an incomplete last line of a killed run.
 
         Raises:
             JournalDamaged: any other line cannot be read.
-            Blocked, Storage: the file is of another user, or cannot be read at all.
+            Blocked, Storage: the file belongs to another user, or cannot be read.
         """
         if self._known is None:
             self._known = list(self._read())
@@ -62,9 +62,9 @@ class Journal:
             raise unreadable(self.path) from error
         except OSError as error:
             problem = storage_problem(error, f"reading the journal {self.path}")
-            problem.hint = problem.hint or "it must be a plain file: see what is there, and put the journal back"
+            problem.hint = problem.hint or "it must be a regular file: check the path, and restore the journal"
             raise problem from error
-        # What follows the last newline was never finished: its touch has not begun.
+        # A line without a newline is incomplete: its change has not begun.
         for number, line in enumerate(lines[:-1], start=1):
             yield self._parse(number, line)
 
@@ -76,21 +76,21 @@ class Journal:
                     f"{self.path} line {number} was written by another version of sparkinstall (format {raw['v']})",
                     hint="use the version that wrote it, or a newer one",
                 )
-            # A value of the wrong type would be found out in the middle of an uninstall.
+            # Otherwise a value of the wrong type would fail in the middle of an uninstall.
             return schema.read(Record, raw, "the line")
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             why = f": {error.complaint}" if isinstance(error, schema.Malformed) else ""
             raise JournalDamaged(
                 f"{self.path} line {number} cannot be read{why}",
-                cause="the file was changed by something else than sparkinstall, or the disk failed",
-                hint=f"keep a copy of {self.home}, repair or delete that line, and run again; nothing was changed",
+                cause="another program changed the file, or the disk failed",
+                hint=f"back up {self.home}, repair or delete that line, and run again; nothing was changed",
             ) from error
 
     def add(self, step: str, undo: Undo) -> None:
-        """Append a record and sync it to the disk; the touch itself may follow only then."""
+        """Append a record and sync it to disk, before the change itself."""
         with self._guard:
             known = self.records()
-            # Not their number: an uninstall that had to keep something leaves gaps.
+            # Not their count: an uninstall that kept something leaves gaps.
             last = known[-1].n if known else 0
             record = Record(last + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.run, step, undo)
             try:
@@ -116,7 +116,7 @@ class Journal:
         return data.rfind(b"\n") + 1
 
     def keep(self, original: bytes) -> str:
-        """Store an original under its sha256, which is returned."""
+        """Store an original under its sha256, and return that."""
         name = hashlib.sha256(original).hexdigest()
         path = self.home / "originals" / name
         if path.exists() and path.stat().st_size == len(original):
@@ -130,10 +130,10 @@ class Journal:
         return name
 
     def original(self, sha256: str) -> bytes:
-        """A stored original.
+        """Return a stored original.
 
         Raises:
-            JournalDamaged: it is gone or no longer what it was.
+            JournalDamaged: it is missing or damaged.
         """
         path = self.home / "originals" / sha256
         try:
@@ -142,13 +142,13 @@ class Journal:
             data = b""
         if hashlib.sha256(data).hexdigest() != sha256:
             raise JournalDamaged(
-                f"the original {path} is gone or damaged",
-                hint="restore it from a backup of the disk, or delete the journal's record of it",
+                f"the original {path} is missing or damaged",
+                hint="restore it from a backup, or delete its record from the journal",
             )
         return data
 
     def rewrite(self, records: list[Record]) -> None:
-        """Keep only `records`; for what an uninstall could not undo."""
+        """Keep only `records`: those that an uninstall could not undo."""
         ordered = sorted(records, key=lambda record: record.n)
         lines = [json.dumps({"v": VERSION, **to_builtins(record)}, sort_keys=True) for record in ordered]
         try:
@@ -159,7 +159,7 @@ class Journal:
 
 
 def unreadable(path: Path) -> Problem:
-    """In words, why this user may not read a file of the state: it is another user's, or its mode is wrong."""
+    """Return why this user may not read a file of the state: another owner, or a wrong mode."""
     place, mode = path.parent, 0o000
     try:
         for place in (path.parent, path):
@@ -167,11 +167,11 @@ def unreadable(path: Path) -> Problem:
             mode = stat.S_IMODE(found.st_mode)
             if found.st_uid != os.geteuid():
                 return Blocked(
-                    f"{place} is of the user with the number {found.st_uid}: that user set this node up",
+                    f"{place} belongs to the user with id {found.st_uid}, who set this node up",
                     hint="run sparkinstall as that user",
                 )
     except PermissionError:
-        # The folder lets nobody look into it, so it is the folder whose mode is wrong.
+        # The folder itself cannot be read, so its mode is wrong.
         place, mode = path.parent, stat.S_IMODE(path.parent.stat().st_mode)
     rights = "u+rwx" if place == path.parent else "u+rw"
     return Storage(f"{place} cannot be read (mode {mode:03o})", hint=f"chmod {rights} {place}")

@@ -1,4 +1,4 @@
-"""`/var/lib/sparkinstall` on the node: the journal, its lock, the logs, and what `all` was asked for."""
+"""`/var/lib/sparkinstall` on the node: journal, lock, logs, and the options of the last `all`."""
 
 import fcntl
 import json
@@ -26,7 +26,7 @@ _PATIENCE = 20.0
 
 
 class Options(Struct, frozen=True, omit_defaults=True):
-    """What the last `all` was asked for on its command line, as options.json keeps it; None: it was not said."""
+    """The options of the last `all`, as in options.json; None: not given."""
 
     config: str | None = None
     settings: dict[str, Any] | None = None
@@ -35,7 +35,7 @@ class Options(Struct, frozen=True, omit_defaults=True):
 
 
 class Holder(Struct, frozen=True):
-    """The run that holds the node, as the lock file names it."""
+    """The run that holds the lock, as named in the lock file."""
 
     pid: int
     verb: str
@@ -44,7 +44,7 @@ class Holder(Struct, frozen=True):
 
 
 class StateFolder:
-    """The state of one node; nothing is made before `hold()`."""
+    """The state of one node; created by `hold()`."""
 
     def __init__(self, system: LocalSystem) -> None:
         self.system = system
@@ -52,7 +52,7 @@ class StateFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a journal, be it empty."""
+        """Whether there is a journal, possibly empty."""
         try:
             os.stat(self.home / "journal.jsonl")
         except (FileNotFoundError, NotADirectoryError):
@@ -63,11 +63,11 @@ class StateFolder:
 
     @property
     def installed(self) -> bool:
-        """Whether anything was ever set up here, as far as the journal knows."""
+        """Whether anything was set up here, according to the journal."""
         return self.exists and bool(self.journal().records())
 
     def trouble(self, node: Node) -> Problem | None:
-        """What stops `all` and `uninstall`: a journal that cannot be read, or is gone.
+        """Return the problem that stops `all` and `uninstall`: an unreadable or missing journal.
 
         Raises:
             Blocked: another user set this node up.
@@ -76,31 +76,31 @@ class StateFolder:
             known = self.journal().records()
         except (JournalDamaged, Storage) as problem:
             return problem
-        # Written last, and by nobody else: an environment that has it is whole and ours.
+        # Written last, and only by us: an environment with it is complete and ours.
         made = not known and self.system.entry(node.venv_stamp)
         return self._lost(node) if made else None
 
     def _lost(self, node: Node) -> JournalDamaged:
         prefix = self.system.real(node.prefix)
         return JournalDamaged(
-            f"what sparkinstall has made is in {prefix}, but {self.home}/journal.jsonl is gone or empty",
-            cause="without the journal, which records what was there before, uninstall can restore nothing",
-            hint=f"put the journal back from a backup; without one, move {prefix} away and run `sparkinstall all`: "
-            "what it changes from then on can be undone",
+            f"{prefix} contains an installation, but {self.home}/journal.jsonl is missing or empty",
+            cause="without the journal, which records the former state, uninstall can restore nothing",
+            hint=f"restore the journal from a backup; without one, move {prefix} away and run `sparkinstall all`: "
+            "its changes can be undone again",
         )
 
     def journal(self, run: str = "") -> Journal:
         return Journal(self.home, run)
 
     def logs(self, run: str) -> Path:
-        """The folder of a run's logs, made if need be; a real path."""
+        """Return the folder of a run's logs (a real path), creating it if necessary."""
         folder = self.home / "logs" / run
         with storage_errors(f"making {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def options(self) -> dict[str, Any]:
-        """What the last `all` was asked for on its command line (stack, platform, ...).
+        """Return the options of the last `all` (stack, platform, ...).
 
         Raises:
             Blocked, Storage: this user may not read it.
@@ -114,19 +114,19 @@ class StateFolder:
             return {}
 
     def remember_options(self, options: Mapping[str, Any]) -> None:
-        """Keep `options`, without touching a file that already says so."""
+        """Store `options`, unless the file already contains them."""
         if self.options() != dict(options):
             self._keep("options.json", json.dumps(dict(options), sort_keys=True, indent=2) + "\n")
 
     def unproven(self) -> list[str]:
-        """The probes that failed when the node was last proven; what is as it was made may still not work."""
+        """Return the probes that failed in the last verification: files may be up to date and still not work."""
         try:
             return (self.home / "unproven").read_text().split()
         except OSError:
             return []
 
     def remember_unproven(self, names: Sequence[str]) -> None:
-        """Keep which probes failed, without touching a file that already says so."""
+        """Store which probes failed, unless the file already contains them."""
         if self.unproven() != list(names):
             self._keep("unproven", "".join(f"{name}\n" for name in names))
 
@@ -139,11 +139,11 @@ class StateFolder:
 
     @contextmanager
     def hold(self, verb: str, emit: Emit) -> Iterator[str]:
-        """Make the folder if need be and keep every other run out; gives the id of this run.
+        """Lock the folder against other runs, creating it if necessary; yield the id of this run.
 
         Raises:
             Busy: another run holds the node.
-            Storage: the folder cannot be made.
+            Storage: the folder cannot be created.
         """
         with self._lock(emit) as handle:
             run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{os.getpid()}"
@@ -152,17 +152,17 @@ class StateFolder:
             _say_who(handle, None)
 
     def require_free(self) -> None:
-        """Look whether another run is at work, before this one asks anybody anything; nothing is made or kept.
+        """Check that no other run holds the node, before asking the user anything; creates nothing.
 
         Raises:
             Busy: another run holds the node.
         """
         try:
-            handle = open(self.home / "lock")  # noqa: SIM115 - closed below, and what keeps it shut `hold` will tell
+            handle = open(self.home / "lock")  # noqa: SIM115 - closed below; `hold` reports errors
         except OSError:
             return
         with handle:
-            # Without a name in it nobody is at work: to try it all the same could turn away a run that just begins.
+            # An empty file means no run; trying the lock anyway could reject a run that just starts.
             holder = _who(handle)
             if holder and not _locked(handle):
                 raise _at_work(holder)
@@ -179,14 +179,14 @@ class StateFolder:
             except BaseException:
                 handle.close()
                 raise
-            # An uninstall that was ending took the folder away under this lock: it guards nothing.
+            # An uninstall has just removed the folder: this lock is of no use.
             handle.close()
 
     def _take(self, handle: IO[str], emit: Emit) -> None:
         holder = _who(handle)
         if not _locked(handle):
             raise _at_work(holder)
-        # A run that ended well leaves the file empty; a name in it is that of a killed one.
+        # A completed run leaves the file empty; a name in it is that of a killed run.
         if holder and processes.end_leftovers(holder.run):
             emit(WaitedFor("the programs of a killed run; they were still running and have been ended"))
 
@@ -208,15 +208,15 @@ class StateFolder:
             self._begin(self.home, [])
 
     def _not_ours(self, folder: Path) -> Storage:
-        """Where sudo is not asked, as in a rehearsal, nobody can make a folder in one that is not theirs."""
+        """Return the problem of a parent folder of another user, if sudo is not used, as in a rehearsal."""
         return Storage(
-            f"{self.home} cannot be made: permission denied",
+            f"{self.home} cannot be created: permission denied",
             cause=f"you may not write to the folder {folder}",
-            hint=f"choose a folder of your own (`--root`), or make this one yours to write to: chmod u+wx {folder}",
+            hint=f"choose a folder of your own (`--root`), or make this one writable: chmod u+wx {folder}",
         )
 
     def _make_at_once(self, top: Path, missing: list[Path]) -> None:
-        # Folders and first records appear together by one rename: no kill can leave half of them.
+        # Folders and first records appear together by one rename, so that a kill cannot leave half of them.
         waiting = staged_folder(top)
         inner = waiting / self.home.relative_to(top)
         try:
@@ -230,20 +230,22 @@ class StateFolder:
             raise
 
     def sweep(self) -> None:
-        """Remove what a killed run left of a state that was being made or removed."""
-        with storage_errors(f"looking at {self.home}"), self._alone():
+        """Remove what a run killed while creating or removing the state has left."""
+        with storage_errors(f"reading {self.home}"), self._alone():
             self._sweep()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Two runs that begin at once would take each other's half-made folders for a killed run's."""
+        """Lock out other runs that start at once: each would take the other's unfinished folders for a killed run's."""
         folder = os.open(Path(self.system.root).parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            # Held for moments by us, but anybody may hold it: after a while it is not waited for.
+            # We hold it only briefly, but other programs may hold it: do not wait forever.
             until = time.monotonic() + _PATIENCE
             while not _locked(folder):
                 if time.monotonic() > until:
-                    raise Busy(f"somebody holds a lock on {Path(self.system.root).parent}", hint="`lslocks` shows who")
+                    raise Busy(
+                        f"another program holds a lock on {Path(self.system.root).parent}", hint="`lslocks` shows it"
+                    )
                 time.sleep(0.05)
             yield
         finally:
@@ -266,7 +268,7 @@ class StateFolder:
             journal.add("state", Undo("dir", path, {"kind": "absent"}, {"kind": "dir"}))
 
     def remove(self, made: list[str]) -> None:
-        """Remove the folder and those of its parents that `hold` had made and that hold nothing else, at once."""
+        """Remove the folder at once, with those parents that `hold` created and that are otherwise empty."""
         top = self.home
         for folder in (Path(self.system.real(path)) for path in reversed(made)):
             if set(folder.iterdir()) != {top}:
@@ -281,12 +283,12 @@ class StateFolder:
 
 
 def staged_folder(top: Path) -> Path:
-    """Where the first state waits before it appears by one rename."""
+    """Return the temporary folder of a new state, before it is renamed."""
     return top.with_name(f".{top.name}.sparkinstall-new")
 
 
 def leftover(top: Path) -> Path:
-    """What a killed uninstall may have left of the state."""
+    """Return the folder that a killed uninstall may have left of the state."""
     return top.with_name(f".{top.name}.sparkinstall-old")
 
 
@@ -308,7 +310,7 @@ def _locked(handle: IO[str] | int) -> bool:
 def _at_work(holder: Holder | None) -> Busy:
     who = f" (`{holder.verb}`, pid {holder.pid}, since {holder.since})" if holder else ""
     return Busy(
-        f"another sparkinstall is at work here{who}",
+        f"another sparkinstall is running here{who}",
         hint="wait until it has ended, then run this again",
     )
 
@@ -323,7 +325,7 @@ def _who(handle: IO[str]) -> Holder | None:
 
 def _say_who(handle: IO[str], who: Holder | None) -> None:
     try:
-        # Past Python's buffer: on a full disk it would be written once more when the file is closed, and fail there.
+        # Unbuffered: on a full disk, buffered data would fail again when the file is closed.
         os.ftruncate(handle.fileno(), 0)
         os.write(handle.fileno(), msgspec.json.encode(who) if who else b"{}")
     except OSError:

@@ -1,4 +1,4 @@
-"""A `System` that journals every touch before it is made. Steps never see any other."""
+"""A `System` that journals every change before making it. Steps get no other."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from sparkinstall.system.local import command_failed
 
 
 class JournaledSystem:
-    """`raw`, with each touch of `step` in `journal` first; output of programs to `log` and `emit`."""
+    """Wraps `raw`: records each change of `step` in `journal` first; sends output of programs to `log` and `emit`."""
 
     def __init__(self, raw: System, journal: Journal, step: str, log: Path, emit: Emit) -> None:
         self._raw, self._journal, self._step, self._log, self._emit = raw, journal, step, log, emit
@@ -50,7 +50,7 @@ class JournaledSystem:
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         self._make_parents(path)
         if self._is_claimed(path):
-            # The folder around it goes as a whole: there is no original of a single file to keep.
+            # The claimed folder is removed as a whole, so its files need no originals.
             self._raw.write(path, data, mode)
             return
         after = {"kind": "file", "sha256": hashlib.sha256(data).hexdigest(), "mode": mode}
@@ -80,13 +80,13 @@ class JournaledSystem:
             return {"kind": "link", "target": was.target}
         if was.kind != "file":
             raise Blocked(
-                f"{self.real(path)} is a {was.kind}, where sparkinstall needs a file of its own",
+                f"{self.real(path)} is a {was.kind}, but sparkinstall needs a file there",
                 hint="move it away, then run again",
             )
         content = self.read(path) or b""
         own = {"kind": "file", "sha256": hashlib.sha256(content).hexdigest(), "mode": was.mode}
         if own in self._left_at(path):
-            # What we left there ourselves is no original: the first record of the path has that.
+            # Our own content is not an original: the first record of the path has that.
             return own
         sha256 = self._journal.keep(content)
         meta = {"mode": was.mode, "uid": was.uid, "gid": was.gid, "mtime_ns": was.mtime_ns}
@@ -112,7 +112,7 @@ class JournaledSystem:
             self.make_dir(parent)
 
     def _refuse_to_leave(self, folder: str) -> None:
-        """A link in a rehearsal's folder must not lead to the machine around it."""
+        """Raise Blocked if a link in a rehearsal's folder leads out of it."""
         if self.rehearsal and not Path(self.real(folder)).resolve().is_relative_to(Path(self.real("/")).resolve()):
             raise Blocked(
                 f"{self.real(folder)} leads out of the rehearsal, to {Path(self.real(folder)).resolve()}",
@@ -128,14 +128,14 @@ class JournaledSystem:
         self._raw.make_dir(path, 0o755)
 
     def _room_for_tree(self, path: str) -> dict[str, Any]:
-        """What is where a claimed folder will be: nothing, or an empty folder that is made again one day."""
+        """Return what is in the place of a claimed folder: nothing, or an empty folder to restore later."""
         was = self.entry(path)
         if was is None:
             return {"kind": "absent"}
         if was.kind != "dir" or self.names(path):
             raise Blocked(
-                f"{self.real(path)} is already there and is not sparkinstall's",
-                hint="move it away, or choose another place with `prefix:` in the config",
+                f"{self.real(path)} exists and is not sparkinstall's",
+                hint="move it away, or choose another folder with `prefix:` in the config",
             )
         return {"kind": "dir", "mode": was.mode, "uid": was.uid, "gid": was.gid, "mtime_ns": was.mtime_ns}
 
@@ -171,7 +171,7 @@ class JournaledSystem:
         timeout: float | None = None,
         watch: Callable[[str], None] = lambda _: None,
     ) -> Result:
-        """The same as that of the System beneath; the output also goes to the log and to who watches the run."""
+        """Run the program with `raw`; send its output to the log and to the observer of the run too."""
         with open(self._log, "a", encoding="utf-8", errors="replace") as log:
 
             def keep(line: str) -> None:

@@ -1,4 +1,4 @@
-"""Undo everything, from the journal alone, last change first."""
+"""Undo everything from the journal alone, last change first."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ _META = ("mode", "uid", "gid", "mtime_ns")
 
 
 class Change(Struct, frozen=True):
-    """All records of one subject as one: the first original, and what we left there last."""
+    """All records of one subject combined: the first original, and our last content."""
 
     undo: Undo
     records: tuple[Record, ...]
 
 
 def changes(records: list[Record]) -> list[Change]:
-    """One `Touch` a subject, in the order in which they are undone."""
+    """Return one `Change` per subject, in the order in which they are undone."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         groups.setdefault((record.undo.kind, record.undo.subject), []).append(record)
@@ -32,36 +32,38 @@ def changes(records: list[Record]) -> list[Change]:
     for (kind, subject), group in groups.items():
         undo = Undo(kind, subject, group[0].undo.before, group[-1].undo.after)
         found.append(Change(undo, tuple(group)))
-    return sorted(found, key=lambda touch: touch.records[0].n, reverse=True)
+    return sorted(found, key=lambda change: change.records[0].n, reverse=True)
 
 
-def take_back(touch: Change, on: System, journal: Journal) -> Undone:
-    """Take one touch back; a touch that is no longer there is `nothing`."""
+def take_back(change: Change, on: System, journal: Journal) -> Undone:
+    """Undo one change; the outcome is `nothing` if it is no longer there."""
     try:
-        if own := OWN_KINDS.get(touch.undo.kind):
-            return own(touch, on, journal)
-        if undo := UNDO_FUNCTIONS.get(touch.undo.kind):
-            return undo([record.undo for record in touch.records], on)
-        return Undone(touch.undo.subject, "failed", f"this version cannot undo a change of the kind {touch.undo.kind}")
+        if own := OWN_KINDS.get(change.undo.kind):
+            return own(change, on, journal)
+        if undo := UNDO_FUNCTIONS.get(change.undo.kind):
+            return undo([record.undo for record in change.records], on)
+        return Undone(
+            change.undo.subject, "failed", f"this version cannot undo a change of the kind {change.undo.kind}"
+        )
     except Problem as problem:
-        return Undone(touch.undo.subject, "failed", f"{problem.message} {problem.hint}".strip())
+        return Undone(change.undo.subject, "failed", f"{problem.message} {problem.hint}".strip())
     except KeyError as missing:
-        return Undone(touch.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
+        return Undone(change.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
     except OSError as error:
-        return Undone(touch.undo.subject, "failed", storage_problem(error, "undoing it").message)
+        return Undone(change.undo.subject, "failed", storage_problem(error, "undoing it").message)
 
 
-def _path_back(touch: Change, on: System, journal: Journal) -> Undone:
-    path, before = touch.undo.subject, touch.undo.before
+def _path_back(change: Change, on: System, journal: Journal) -> Undone:
+    path, before = change.undo.subject, change.undo.before
     now = fingerprint(on, path)
     if _same(now, before):
         on.remove(staged(path))
-        # A killed uninstall may have brought the content back and not yet the rest.
+        # A killed uninstall may have restored the content but not yet the metadata.
         _restore_meta(path, before, on)
         return Undone(path, "nothing")
-    if not any(_same(now, record.undo.after) for record in touch.records):
+    if not any(_same(now, record.undo.after) for record in change.records):
         where = f"; its original is {journal.home}/originals/{before['sha256']}" if "sha256" in before else ""
-        return Undone(path, "kept", f"changed since by somebody else{where}")
+        return Undone(path, "kept", f"changed since by another program or user{where}")
     if before["kind"] == "absent":
         on.remove(path)
         return Undone(path, "removed")
@@ -86,7 +88,7 @@ def _restore_meta(path: str, before: Mapping[str, Any], on: System) -> None:
 
 
 def fingerprint(on: System, path: str) -> dict[str, Any]:
-    """What is at `path`, in the journal's words."""
+    """Return the state of `path` for the journal."""
     entry: Entry | None = on.entry(path)
     if entry is None:
         return {"kind": "absent"}
@@ -105,19 +107,19 @@ def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     return all(now[name] == then.get(name) for name in now)
 
 
-def _dir_back(touch: Change, on: System, journal: Journal) -> Undone:
+def _dir_back(change: Change, on: System, journal: Journal) -> Undone:
     del journal
-    path = touch.undo.subject
+    path = change.undo.subject
     if on.entry(path) is None:
         return Undone(path, "nothing")
     if on.remove_dir(path):
         return Undone(path, "removed")
-    return Undone(path, "kept", f"holds what is not sparkinstall's: {', '.join(on.names(path)[:3])}")
+    return Undone(path, "kept", f"contains files that are not sparkinstall's: {', '.join(on.names(path)[:3])}")
 
 
-def _tree_back(touch: Change, on: System, journal: Journal) -> Undone:
+def _tree_back(change: Change, on: System, journal: Journal) -> Undone:
     del journal
-    path, before = touch.undo.subject, touch.undo.before
+    path, before = change.undo.subject, change.undo.before
     outcome: Literal["removed", "nothing"] = "removed" if on.entry(path) else "nothing"
     on.clear(path)
     if before["kind"] == "dir":
@@ -131,31 +133,31 @@ OWN_KINDS: dict[str, Callable[[Change, System, Journal], Undone]] = {
     "dir": _dir_back,
     "tree": _tree_back,
 }
-"""The kinds whose former content is in the journal; all others are registered beside their resource."""
+"""Kinds whose former content is in the journal; all others are registered beside their resource."""
 
 
 def undo_all(state: StateFolder, emit: Emit = silent) -> list[Undone]:
-    """Undo every change of the journal, last first; the state goes too unless something was kept.
+    """Undo every change in the journal, last first; remove the state too unless something was kept.
 
     Raises:
         Busy: another run holds the node.
-        JournalDamaged: the journal cannot be read; nothing was touched.
+        JournalDamaged: the journal cannot be read; nothing was changed.
     """
     with state.hold("uninstall", emit):
         journal = state.journal()
         own, others = _apart(changes(journal.records()), state)
-        taken = [(touch, take_back(touch, state.system, journal)) for touch in others]
-        staying = [touch for touch, result in taken if result.outcome in ("kept", "failed")]
-        # Folders alone do not stay: what is in them now is not ours, and never will be.
-        if any(touch.undo.kind != "dir" for touch in staying):
+        taken = [(change, take_back(change, state.system, journal)) for change in others]
+        staying = [change for change, result in taken if result.outcome in ("kept", "failed")]
+        # Do not keep records of folders only: what is in them now is not ours.
+        if any(change.undo.kind != "dir" for change in staying):
             journal.rewrite([record for t in (*own, *staying) for record in t.records])
         else:
-            state.remove([touch.undo.subject for touch in reversed(own)])
+            state.remove([change.undo.subject for change in reversed(own)])
     return [result for _, result in taken]
 
 
 def _apart(found: list[Change], state: StateFolder) -> tuple[list[Change], list[Change]]:
-    """The folders around the state itself, which go last, and all the rest."""
+    """Split off the parent folders of the state, which are removed last."""
     ours = {str(parent) for parent in (state.home, *state.home.parents)}
     own = [t for t in found if t.undo.kind == "dir" and state.system.real(t.undo.subject) in ours]
     return own, [t for t in found if t not in own]

@@ -1,8 +1,8 @@
 """Stacks: named sets of pins, each with a lock (versions and hashes) per architecture.
 
-A stack is a YAML file; those beside this module are shipped and known by name, a user's own is given by
-path. A lock is a requirements file that holds exact versions and sha256 hashes, and no address other than
-the wheels that a stack names itself. `tools/lock.py` makes the locks from the YAML files.
+A stack is a YAML file; those beside this module are shipped and have a name, a user's own is given by path. A lock is
+a requirements file with exact versions and sha256 hashes, and with URLs only for wheels that the stack itself names.
+`tools/lock.py` generates the locks from the YAML files.
 
 A leaf: PyYAML is imported only when a file is read.
 """
@@ -35,11 +35,11 @@ _WHEEL_FILE = re.compile(rf"([A-Za-z0-9._]+)-({_VERSION})(?:-[^-]+){{3,4}}\.whl"
 
 
 class StackError(ValueError):
-    """A stack or a lock that cannot be used: one sentence, with what to do about it."""
+    """A stack or a lock is invalid: one sentence, with a hint."""
 
 
 class Pin(Struct, frozen=True):
-    """One package at one version; `url` only where the wheel is named by address."""
+    """One package at one version; `url` only if the stack names the wheel by URL."""
 
     name: str
     version: str
@@ -48,12 +48,12 @@ class Pin(Struct, frozen=True):
 
     @property
     def requirement(self) -> str:
-        """The pin as pip and uv read it, without its hashes."""
+        """The pin in the syntax of pip and uv, without its hashes."""
         return f"{self.name} @ {self.url}" if self.url else f"{self.name}=={self.version}"
 
 
 class NcclPin(Struct, frozen=True, forbid_unknown_fields=True):
-    """The NCCL that a stack builds from source: upstream's tag, and the commit that it must be."""
+    """The NCCL that a stack builds from source: upstream's tag and its expected commit."""
 
     version: Annotated[str, like(r"\d+\.\d+\.\d+", "a version like 2.28.9")]
     tag: Annotated[str, like(_NAME, "a tag such as v2.28.9-1")]
@@ -61,11 +61,10 @@ class NcclPin(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Platform(Struct, frozen=True):
-    """What a stack is on one architecture.
+    """A stack on one architecture.
 
-    `requirements` are the stack's pins, those replaced whose wheels come from an address of their own.
-    `needs` are the pins that such wheels ask for and that only their own metadata tells: `tools/lock.py`
-    reads them, an install finds them in the lock.
+    `requirements` are the stack's pins, with those replaced whose wheels have their own URL. `needs` are requirements
+    of such wheels, known only from their metadata: `tools/lock.py` reads them, an install finds them in the lock.
     """
 
     arch: str
@@ -76,35 +75,34 @@ class Platform(Struct, frozen=True):
 
     @property
     def unhashed(self) -> tuple[str, ...]:
-        """The packages whose hash nobody could know beforehand: recorded at the first install."""
+        """Packages without a known hash, which is recorded at the first install."""
         return unhashed(self.wheels)
 
     @property
     def complete(self) -> bool:
-        """The shipped lock can be installed from as it is, with `--require-hashes`."""
+        """Whether the shipped lock can be installed with `--require-hashes`."""
         return self.lock is not None and not self.unhashed
 
     def lock_text(self) -> str:
-        """The shipped lock. Raises StackError when there is none, or it cannot be read."""
+        """Return the shipped lock. Raises StackError if it is missing or unreadable."""
         if self.lock is None:
-            raise StackError(f"The stack has no lock for {self.arch}: make it with tools/lock.py.")
+            raise StackError(f"The stack has no lock for {self.arch}: generate it with tools/lock.py.")
         return _read(self.lock)
 
     def open_text(self) -> str:
-        """What uv has to compile at the first install of a stack that is not complete, without hashes.
+        """Return the input for uv's compile at the first install of an incomplete stack, without hashes.
 
-        The whole of a shipped lock goes in, so that uv also holds it against the metadata of the wheels
-        that could not be read before. Raises StackError when the lock cannot be read.
+        It includes the shipped lock, so that uv checks it against the metadata of wheels that could not be read before.
+        Raises StackError if the lock cannot be read.
         """
         pins = parse_lock(self.lock_text()) if self.lock else self.requirements
         return render_lock(replace(pin, hashes=()) for pin in pins)
 
     def close(self, compiled: str) -> str:
-        """The lock to install from: the shipped one, completed by what uv compiled from `open_text`.
+        """Return the lock to install: the shipped one, completed with what uv compiled from `open_text`.
 
-        A shipped hash stays, whatever uv found: its compile ignores the hashes that it reads and prints those
-        of the files that it meets, so its output alone would take any file for good. Raises StackError when
-        that output is not a lock, or leaves a pin without a hash.
+        Shipped hashes always win: uv's compile ignores given hashes and prints those of the files it downloads, so its
+        output alone would accept any file. Raises StackError if that output is not a lock, or lacks a hash.
         """
         pins = {pin.name: pin for pin in parse_lock(compiled)}
         for pin in parse_lock(self.lock_text()) if self.lock else ():
@@ -116,7 +114,7 @@ class Platform(Struct, frozen=True):
 
 
 class Stack(Struct, frozen=True):
-    """A named set of pins. Source of the numbers: the wheels' own metadata, through `tools/lock.py`."""
+    """A named set of pins. Source of the numbers: the wheels' metadata, read by `tools/lock.py`."""
 
     name: str
     summary: str
@@ -124,12 +122,12 @@ class Stack(Struct, frozen=True):
     python: str  # "3.12": major and minor
     requirements: tuple[Pin, ...]
     nccl: NcclPin
-    platforms: Mapping[str, Platform]  # by what `uname -m` says
+    platforms: Mapping[str, Platform]  # by architecture, as `uname -m` prints it
     source: Path
-    as_of: str | None = None  # "2026-04-30": what nothing pins is no newer than this day
+    as_of: str | None = None  # "2026-04-30": unpinned packages are no newer than this date
 
     def version_of(self, package: str) -> str | None:
-        """The version that the stack pins a package to, None where it leaves it to the lock."""
+        """Return the version that the stack pins a package to; None if only the lock does."""
         return next((pin.version for pin in self.requirements if pin.name == package), None)
 
 
@@ -192,19 +190,18 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def names() -> tuple[str, ...]:
-    """The shipped stacks, oldest vLLM first."""
+    """Return the names of the shipped stacks, oldest vLLM first."""
     return tuple(sorted((path.stem for path in _HERE.glob("*.yaml")), key=_by_version))
 
 
 def load(name_or_path: str) -> Stack:
-    """The stack of that name, or of that YAML file.
+    """Return the stack with that name, or in that YAML file.
 
-    Raises StackError: no such stack or file, a directory, not YAML, a key that is unknown, missing or of the
-    wrong type, a pin that is none.
+    Raises StackError: no such stack or file, a directory, not YAML, an unknown, missing or invalid key, an invalid pin.
     """
     path = _HERE / f"{name_or_path}.yaml" if name_or_path in names() else _own(name_or_path)
     try:
-        # Every scalar as it was written: 3.10 is not 3.1.
+        # Every scalar as text: 3.10 is not 3.1.
         return _stack(schema.read_yaml(_File, _read(path).encode(), path.name, only_text=True), path)
     except schema.Malformed as error:
         raise StackError(str(error)) from error
@@ -218,7 +215,7 @@ def _own(name_or_path: str) -> Path:
         if path.is_file():
             return path.resolve()
     except (OSError, RuntimeError) as error:
-        raise StackError(f"The stack {name_or_path!r} cannot be looked at ({error}): check its path.") from error
+        raise StackError(f"The stack {name_or_path!r} cannot be read ({error}): check its path.") from error
     near = schema.nearest(name_or_path, names(), cutoff=0.5)
     known = f"{near and f' ({near})'}: use {either(names())}, or a YAML file's path."
     raise StackError(f"There is no stack {name_or_path!r}{known}")
@@ -264,10 +261,10 @@ def _pins(pins: tuple[str, ...], key: str, path: Path) -> tuple[Pin, ...]:
 
 @lru_cache(maxsize=4)
 def parse_lock(text: str) -> tuple[Pin, ...]:
-    """The pins of a requirements file with hashes, as `uv pip compile --generate-hashes` writes it.
+    """Parse a requirements file with hashes, as `uv pip compile --generate-hashes` writes it.
 
-    Raises StackError at the first line that is not a pin, a wheel's https address, a sha256 or a comment:
-    markers, extras, options and the addresses of indexes are none of these.
+    Raises StackError at the first line that is not a pin, a wheel's https URL, a sha256 or a comment: markers, extras,
+    options and index URLs are not allowed.
     """
     pins: dict[str, Pin] = {}
     for number, line in _logical_lines(text):
@@ -279,19 +276,19 @@ def parse_lock(text: str) -> tuple[Pin, ...]:
 
 
 def render_lock(pins: Iterable[Pin]) -> str:
-    """The lock's text, sorted by name: what `parse_lock` reads and `uv pip install -r` takes."""
+    """Return the lock's text, sorted by name, for `parse_lock` and `uv pip install -r`."""
     ordered = sorted(pins, key=lambda pin: pin.name)
     entries = (" \\\n    ".join((pin.requirement, *(f"--hash={h}" for h in pin.hashes))) for pin in ordered)
     return "".join(f"{entry}\n" for entry in entries)
 
 
 def unhashed(pins: Iterable[Pin]) -> tuple[str, ...]:
-    """The names of the pins that have no hash."""
+    """Return the names of the pins without a hash."""
     return tuple(pin.name for pin in pins if not pin.hashes)
 
 
 def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
-    """Lines joined at their backslashes, with the number of the first; blank lines and comments left out."""
+    """Yield lines joined at backslashes, with the number of the first, without blank lines and comments."""
     joined, start = "", 0
     for number, line in enumerate(text.splitlines(), 1):
         if not joined and (not line.strip() or line.lstrip().startswith("#")):
@@ -302,7 +299,7 @@ def _logical_lines(text: str) -> Iterable[tuple[int, str]]:
             yield start, " ".join(joined.split())
             joined = ""
     if joined:
-        raise StackError(f"Line {start} of the lock has no end: the file was cut off, fetch it again.")
+        raise StackError(f"Line {start} of the lock has no end: the file is truncated, download it again.")
 
 
 def _parse_pin(line: str, number: int) -> Pin:
@@ -320,13 +317,13 @@ def _hashes(options: str) -> tuple[str, ...]:
 
 
 def _pin_of_wheel(url: str) -> Pin | None:
-    """What a wheel says it is in its file name; None where the address is not a wheel's."""
+    """Return the package and version in a wheel's file name; None if the URL is not a wheel's."""
     match = _WHEEL_FILE.fullmatch(unquote(url.rsplit("/", 1)[-1]))
     return Pin(canonical(match[1]), match[2], url=url) if match else None
 
 
 def canonical(name: str) -> str:
-    """The name of a package as PEP 503 has it, so that two spellings compare equal."""
+    """Return the normalized name of a package (PEP 503), so that two spellings compare equal."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -337,9 +334,9 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise StackError(f"{path} does not exist: make it with tools/lock.py, or leave `lock` out.") from error
+        raise StackError(f"{path} does not exist: generate it with tools/lock.py, or omit `lock`.") from error
     except (OSError, ValueError) as error:
-        raise StackError(f"{path} cannot be read ({error}): give a text file that you may read.") from error
+        raise StackError(f"{path} cannot be read ({error}): use a readable text file.") from error
 
 
 def _by_version(name: str) -> tuple[tuple[int, str], ...]:

@@ -1,4 +1,4 @@
-"""Looking at a node and touching it: two types, so that a check that writes is a type error."""
+"""Reading and changing a node are two types, so that a check that writes is a type error."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -19,7 +19,7 @@ class Entry(Struct, frozen=True):
 
 
 class Result(Struct, frozen=True):
-    """What a program answered. `code` 127: not found; 124: it ran past its time limit."""
+    """The result of a program. `code` 127: not found; 124: timed out."""
 
     argv: tuple[str, ...]
     code: int
@@ -32,10 +32,10 @@ class Result(Struct, frozen=True):
 
 
 class Undo(Struct, frozen=True, forbid_unknown_fields=True):
-    """How to take one touch back: what `subject` was before, and what we left there.
+    """How to undo one change: the state of `subject` before and after it.
 
-    `kind` names the undo function (`undoes`); `before` and `after` are
-    plain JSON values. `after` tells our own work from what somebody else changed since.
+    `kind` names the undo function (`undoes`); `before` and `after` are plain JSON values. `after` distinguishes our
+    change from later changes by others.
     """
 
     kind: str
@@ -53,31 +53,31 @@ class Undone(Struct, frozen=True):
 
 
 class Reader(Protocol):
-    """What `check()` and probes get. Paths are the node's own, absolute."""
+    """For `check()` and probes. Paths are absolute node paths."""
 
     @property
     def rehearsal(self) -> bool:
-        """True beneath a root other than /: the machine around it is not the node."""
+        """Whether the root is not /: this machine is then not the node."""
 
     def real(self, path: str) -> str:
-        """The path as a program on this machine must be given it."""
+        """Return the path on this machine."""
 
     def entry(self, path: str) -> Entry | None:
-        """What is at `path` itself (links are not followed), or None."""
+        """Return what is at `path`, without following links, or None."""
 
     def read(self, path: str) -> bytes | None:
-        """The content of a file, or None where there is none."""
+        """Return the content of a file, or None if it does not exist."""
 
     def names(self, path: str) -> tuple[str, ...]:
-        """The sorted names in a folder; empty where there is none."""
+        """Return the sorted names in a folder, or ()."""
 
     def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         """Run a program that only reads, whatever its exit code.
 
         Args:
             timeout: seconds.
-            env: the whole environment of the program instead of this process's.
-            root: escalate with sudo where we are not root.
+            env: replaces this process's environment.
+            root: use sudo unless this process is root.
 
         Raises:
             MayChange: the command is not on the list of read-only commands (system/read_only.py).
@@ -85,42 +85,42 @@ class Reader(Protocol):
 
 
 class System(Reader, Protocol):
-    """What `apply()` and undo functions get. The journaling System records each change before it makes it."""
+    """For `apply()` and undo functions. The journaling System records each change before making it."""
 
     @property
     def sudo(self) -> tuple[str, ...]:
-        """The words before a command that needs root; none where this process has it."""
+        """Prefix of a command that needs root; empty if this process is root."""
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """Replace a file atomically; the journaling System makes missing folders."""
+        """Replace a file atomically; the journaling System creates missing folders."""
 
     def link(self, path: str, target: str) -> None:
-        """Make or replace the symbolic link `path`, atomically; the journaling System makes missing folders."""
+        """Create or replace the symbolic link `path` atomically; the journaling System creates missing folders."""
 
     def remove(self, path: str) -> None:
-        """Remove a file or link, if there is one, and what a killed write left beside it."""
+        """Remove a file or link, if it exists, and the temporary file of a killed write."""
 
     def make_dir(self, path: str, mode: int = 0o755) -> None:
-        """Make a folder, owned by the user who runs this; the journaling System makes missing parents."""
+        """Create a folder owned by the current user; the journaling System creates missing parents."""
 
     def remove_dir(self, path: str) -> bool:
         """Remove a folder if it is empty; return whether it is gone."""
 
     def claim(self, path: str) -> None:
-        """Make a folder that is ours with all that will ever be in it.
+        """Create a folder that is ours with all its future contents.
 
         Raises:
-            Blocked: something that is not ours is already there.
+            Blocked: something that is not ours is in its place.
         """
 
     def clear(self, path: str) -> None:
-        """Remove a claimed folder, or one within it, with all that is in it."""
+        """Remove a claimed folder, or one within it, with its contents."""
 
     def restore_meta(self, path: str, mode: int, uid: int, gid: int, mtime_ns: int) -> None:
         """Set mode, owner and modification time of a file or folder."""
 
     def promise(self, undo: Undo) -> None:
-        """Journal how to undo what the next `run` does."""
+        """Journal how to undo the next `run`."""
 
     def try_run(
         self,
@@ -134,11 +134,11 @@ class System(Reader, Protocol):
         """Run a program that may change the node; `out` has its stdout and stderr.
 
         Args:
-            env: variables on top of this process's environment.
+            env: added to this process's environment.
             cwd: a real path.
-            root: escalate with sudo where we are not root.
+            root: use sudo unless this process is root.
             timeout: seconds, after which it is killed (exit code 124).
-            watch: is given each line.
+            watch: called with each line.
         """
 
     def run(
@@ -149,19 +149,19 @@ class System(Reader, Protocol):
         root: bool = False,
         watch: Callable[[str], None] = ...,
     ) -> Result:
-        """The same as `try_run` for a program that has to succeed.
+        """Like `try_run`, for a program that must succeed.
 
         Raises:
-            CommandFailed: it ended with an error; carries the last lines and the log's path.
+            CommandFailed: it failed; has the last lines and the log's path.
         """
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Report how far this step has come."""
+        """Report the progress of this step."""
 
 
 UndoFunction = Callable[[Sequence[Undo], System], Undone]
 UNDO_FUNCTIONS: dict[str, UndoFunction] = {}
-"""By kind of undo. Each stands beside the resource that promises that kind, and is given its records, oldest first."""
+"""Undo functions by kind, each registered beside its resource. They get their records, oldest first."""
 
 
 def undoes(kind: str) -> Callable[[UndoFunction], UndoFunction]:

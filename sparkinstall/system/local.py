@@ -1,4 +1,4 @@
-"""This machine, or a folder of it that stands for a node."""
+"""This machine, or a folder of it that represents a node in a rehearsal."""
 
 import os
 import shutil
@@ -18,21 +18,21 @@ _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_I
 _LONG = 1800.0
 _NO_SPACE = "No space left on device"
 _LINES_KEPT, _TAIL = 2000, 12
-# Seconds; sudo forgets after 15 minutes, or sooner where its owner wants that.
+# Seconds; sudo's password cache lasts 15 minutes or less.
 _SUDO_LASTS = 60.0
-# Never through a link that somebody put there: the old one goes, and the new one must be ours to make.
+# Never write through an existing link: remove the old file and create the new one exclusively.
 _PLACE = 'set -eC; umask 077; rm -f "$1"; cat "$4" > "$1"; chmod "$3" "$1"; mv -fT "$1" "$2"'
 
 
 def staged(path: str) -> str:
-    """Where a new content waits beside its target. One fixed name, so that a killed run leaves at
-    most one such file, which the next write or the uninstall removes."""
+    """Return the temporary file beside a target. Its name is fixed, so that a killed run leaves at most one, which
+    the next write or the uninstall removes."""
     folder, _, name = path.rpartition("/")
     return f"{folder}/.{name}.sparkinstall-new"
 
 
 class LocalReader:
-    """A `Reader` of the machine (root "/") or of a rehearsal beneath the folder `root`."""
+    """A `Reader` of the machine (root "/") or of a rehearsal below the folder `root`."""
 
     def __init__(self, root: str = "/") -> None:
         self.root = root.rstrip("/") or "/"
@@ -43,17 +43,17 @@ class LocalReader:
 
     @property
     def sudo(self) -> tuple[str, ...]:
-        """What to put before a command that needs root."""
+        """Prefix of a command that needs root."""
         return () if self.rehearsal or os.geteuid() == 0 else ("sudo", "-n")
 
     def ask_for_sudo(self) -> None:
-        """Let sudo ask its password once, at the terminal, where it would ask at all."""
+        """Let sudo ask for its password once, on a terminal, if it needs one."""
         if self.sudo and not self.ask(*self.sudo, "true").ok:
             processes.with_terminal("sudo", "-v")
 
     @contextmanager
     def sudo_kept(self) -> Iterator[None]:
-        """Keep a password that sudo was given once good for as long as the work takes: a build outlasts it."""
+        """Renew sudo's cached password while the work lasts: a build takes longer than the cache."""
         if not self.sudo:
             yield
             return
@@ -98,7 +98,7 @@ class LocalReader:
         code, out, said = processes.answer((*self.sudo, "cat", path), os.environ, 30)
         if code != 0:
             raise NeedsRoot(
-                f"{path} can be read by root alone",
+                f"only root can read {path}",
                 cause=said.decode(errors="replace").strip()[-300:],
                 hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
             ) from error
@@ -121,7 +121,7 @@ class LocalSystem(LocalReader):
     """A `System` that changes the machine, or a rehearsal's folder, without a journal (see journal/system.py)."""
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """Replace a file atomically, escalating where the folder is not ours."""
+        """Replace a file atomically, with sudo if the folder is not ours."""
         with storage_errors(f"writing {self.real(path)}"):
             try:
                 replace_file(self.real(path), data, mode)
@@ -135,7 +135,7 @@ class LocalSystem(LocalReader):
             self._escalate("sh", "-c", _PLACE, "sh", staged(path), path, f"{mode:o}", content.name)
 
     def link(self, path: str, target: str) -> None:
-        """Make or replace a symbolic link atomically."""
+        """Create or replace a symbolic link atomically."""
         waiting = self.real(staged(path))
         with storage_errors(f"linking {self.real(path)}"):
             try:
@@ -146,8 +146,8 @@ class LocalSystem(LocalReader):
                 self._escalate("ln", "-sfnT", target, path)
 
     def make_dir(self, path: str, mode: int = 0o755) -> None:
-        """Make one folder whose parent is there; it is there already: fine."""
-        with storage_errors(f"making the folder {self.real(path)}"):
+        """Create a folder in an existing parent; do nothing if it exists."""
+        with storage_errors(f"creating the folder {self.real(path)}"):
             try:
                 os.mkdir(self.real(path), mode)
                 os.chmod(self.real(path), mode)
@@ -158,7 +158,7 @@ class LocalSystem(LocalReader):
                 self._escalate("install", "-d", "-m", f"{mode:o}", "-o", owner, "-g", group, path)
 
     def remove(self, path: str) -> None:
-        """Remove a file or link, and what a killed write left beside it."""
+        """Remove a file or link, and the temporary file of a killed write."""
         if self.entry(staged(path)) is not None:
             self.remove(staged(path))
         with storage_errors(f"removing {self.real(path)}"):
@@ -168,7 +168,7 @@ class LocalSystem(LocalReader):
                 self._escalate("rm", "-f", path)
 
     def remove_dir(self, path: str) -> bool:
-        """Remove a folder if it is empty; whether it is gone."""
+        """Remove a folder if it is empty; return whether it is gone."""
         if self.entry(path) is None:
             return True
         if self.names(path):
@@ -184,7 +184,7 @@ class LocalSystem(LocalReader):
         self.make_dir(path)
 
     def clear(self, path: str) -> None:
-        """Remove a folder with all that is in it."""
+        """Remove a folder with its contents."""
         with storage_errors(f"removing {self.real(path)}"):
             try:
                 shutil.rmtree(self.real(path))
@@ -194,7 +194,7 @@ class LocalSystem(LocalReader):
                 self._escalate("rm", "-rf", "--one-file-system", path)
 
     def restore_meta(self, path: str, mode: int, uid: int, gid: int, mtime_ns: int) -> None:
-        """Give a restored file its former mode, owner and time."""
+        """Restore the mode, owner and time of a file."""
         real = self.real(path)
         try:
             os.chmod(real, mode)
@@ -207,7 +207,7 @@ class LocalSystem(LocalReader):
             self._escalate("touch", "-d", f"@{mtime_ns // 10**9}.{mtime_ns % 10**9:09d}", path)
 
     def promise(self, undo: Undo) -> None:
-        """Nothing: whoever uses this System has no journal."""
+        """Do nothing: this System has no journal."""
 
     def try_run(
         self,
@@ -243,7 +243,7 @@ class LocalSystem(LocalReader):
         return result
 
     def progress(self, done: int, total: int, unit: str) -> None:
-        """Nothing: nobody watches."""
+        """Do nothing: nobody watches."""
 
     def _escalate(self, *argv: str) -> None:
         if not self.sudo:
@@ -258,11 +258,11 @@ class LocalSystem(LocalReader):
 
 
 def command_failed(result: Result, log: str = "") -> CommandFailed:
-    """Put a program that failed into words; `log`: the path of the log that has all of its output."""
+    """Describe a failed program; `log`: the path of the log with its whole output."""
     lines = [line for line in result.out.splitlines() if line.strip()]
     why, hint = "", "read the log, fix the cause, and run the same command again: it continues from here"
     if _NO_SPACE in result.out:
-        why, hint = "the disk is full", "free some space, then run the same command again: it goes on"
+        why, hint = "the disk is full", "free some space, then run the same command again: it resumes"
     program = next(part for part in result.argv if part not in ("sudo", "-n"))
     return CommandFailed(
         f"`{PurePosixPath(program).name}` ended with code {result.code}",
@@ -274,7 +274,7 @@ def command_failed(result: Result, log: str = "") -> CommandFailed:
 
 
 def replace_file(target: str, data: bytes, mode: int) -> None:
-    """Give the file `target` (a real path) a new content: all of it and on the disk, or not at all."""
+    """Replace the content of the file `target` (a real path) atomically and durably."""
     waiting = staged(target)
     _remove_if_there(waiting)
     handle = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -292,7 +292,7 @@ def replace_file(target: str, data: bytes, mode: int) -> None:
 
 
 def sync_folder(real: str) -> None:
-    """See that a name that was just made or replaced is on the disk too."""
+    """Sync the folder of a name that was just created or replaced."""
     folder = os.open(real, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)

@@ -175,7 +175,7 @@ def test_what_another_user_has_set_up_stops_nothing(
     finds: Findings, node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: StateFolder) -> bool:
-        raise Blocked("it is of the user with the number 1000", hint="run sparkinstall as that user")
+        raise Blocked("it belongs to the user with id 1000", hint="run sparkinstall as that user")
 
     finds({}, {"clock": passed("x")})
     monkeypatch.setattr(StateFolder, "exists", property(refuse))
@@ -214,7 +214,7 @@ def test_checks_are_weighed() -> None:
 
 
 def test_what_only_root_can_see_is_not_called_broken() -> None:
-    item = of_step(problem=NeedsRoot("/etc/netplan/40-cx7.yaml can be read by root alone"))
+    item = of_step(problem=NeedsRoot("only root can read /etc/netplan/40-cx7.yaml"))
     assert (item.weight, "sudo -v" in item.hint) == ("skipped", True)
 
 

@@ -150,7 +150,7 @@ def test_an_original_is_kept_once_for_its_owner_alone_and_checked_when_it_is_tak
     kept.write_bytes(b"precious?")
     assert journal.keep(b"precious") == name and journal.original(name) == b"precious"
     kept.write_bytes(b"preciouz")
-    with pytest.raises(JournalDamaged, match="gone or damaged"):
+    with pytest.raises(JournalDamaged, match="missing or damaged"):
         journal.original(name)
 
 
@@ -178,7 +178,7 @@ def test_what_another_user_set_up_is_told_as_that(tmp_path: Path, verb: str, mod
     run = as_anybody(verb, *(["nccl"] if verb == "run" else []), "--root", tmp_path / "node", "--json")
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["code"]) == (1, "blocked"), error
-    assert f"{home} is of the user with the number 65534" in error["message"] and "as that user" in error["hint"]
+    assert f"{home} belongs to the user with id 65534" in error["message"] and "as that user" in error["hint"]
 
 
 @pytest.mark.parametrize("name", ["journal.jsonl", "options.json", "."])

@@ -175,7 +175,7 @@ def test_its_lock_lies_beside_it(tmp_path: Path) -> None:
 
 def test_a_lock_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     path = _own(tmp_path, GOOD.replace("  aarch64:\n", "  aarch64:\n    lock: none.lock\n"))
-    with pytest.raises(StackError, match=r"none\.lock does not exist: make it with tools/lock\.py"):
+    with pytest.raises(StackError, match=r"none\.lock does not exist: generate it with tools/lock\.py"):
         load(str(path)).platforms["aarch64"].lock_text()
 
 

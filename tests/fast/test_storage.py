@@ -127,7 +127,7 @@ def test_a_folder_that_is_not_ours_to_write_to_is_named(tmp_path: Path, name: st
     )
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["code"]) == (1, "storage"), error
-    assert error["message"] == f"{closed / name}/var/lib/sparkinstall cannot be made: permission denied"
+    assert error["message"] == f"{closed / name}/var/lib/sparkinstall cannot be created: permission denied"
     assert error["cause"] == f"you may not write to the folder {closed}"
     assert "--root" in error["hint"] and f"chmod u+wx {closed}" in error["hint"]
     assert list(closed.iterdir()) == []
