@@ -118,6 +118,13 @@ def test_fields_of_a_node_of_a_cluster() -> None:
     assert {"nodes", *data, *data["phases"][0], *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
+def test_the_map_of_a_run_names_files_that_are_there() -> None:
+    """So does the rest of the page."""
+    named = re.findall(r"`((?:\w+/)*[\w*]+\.py)`", page("docs/how-it-works.md"))
+    assert len(named) > 20
+    assert [name for name in named if not list((REPOSITORY / "sparkinstall").glob(name))] == []
+
+
 def test_kinds_of_touches() -> None:
     text = section("docs/how-it-works.md", "## The journal").split("kinds of change:")[1].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", text)) == {*undo.OWN_KINDS, *UNDO_FUNCTIONS}

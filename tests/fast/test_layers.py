@@ -54,6 +54,12 @@ def test_every_folder_has_a_floor() -> None:
     assert folders - {"config", "stacks"} <= set(HEIGHT)
 
 
+def test_the_drawing_in_the_documents_shows_the_floors() -> None:
+    text = (PACKAGE.parent / "docs/how-it-works.md").read_text().split("## Floors")[1].split("```")[1]
+    drawn = [tuple(re.split(r" \| |, ", line.split("  ")[0])) for line in text.strip().splitlines()]
+    assert tuple(drawn) == FLOORS[1:]
+
+
 def test_imports_point_down() -> None:
     up = [
         f"{module} -> {name}"
