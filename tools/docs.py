@@ -500,6 +500,14 @@ def _options(_: str) -> str:
     return table("", ["option", "what", "of"], rows)
 
 
+@generates("options of verify")
+def _options_of_verify(old: str) -> str:
+    """Those that say what is verified; `plan` has the others too."""
+    others = {(tuple(each.opts), each.help) for each in commands()["plan"].params if each.param_type_name == "option"}
+    own = [each for each in commands()["verify"].params if (tuple(each.opts), each.help) not in others]
+    return table(old, ["option", "what"], ([_spelled(each), Words(each.help)] for each in own))
+
+
 def _spelled(option: Any) -> str:
     names = [*sorted(option.opts, key=len), *option.secondary_opts]
     kinds = getattr(option.type, "choices", ())
