@@ -24,11 +24,7 @@ def _of_ray(name: str) -> Unit:
 VLLM = Unit(
     VLLM_UNIT, lambda node: node.config.serving.model is not None and (node.role != "worker" or not node.with_ray)
 )
-UNITS = (
-    *map(_of_ray, RAY_UNITS),
-    VLLM,
-    Unit(FIREWALL_UNIT, lambda node: node.filtered, env_file=False),
-)
+UNITS = (*map(_of_ray, RAY_UNITS), VLLM, Unit(FIREWALL_UNIT, lambda node: node.filtered, env_file=False))
 
 
 def env_units(node: Node) -> tuple[str, ...]:

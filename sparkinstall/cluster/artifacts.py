@@ -261,11 +261,7 @@ def _folders(path: str) -> Iterator[str]:
 
 
 def accept(
-    node: Node,
-    on: Reader,
-    receiver: Receiver,
-    steps: Sequence[str],
-    tell: Callable[[int, int], None] = lambda *_: None,
+    node: Node, on: Reader, receiver: Receiver, steps: Sequence[str], tell: Callable[[int, int], None] = lambda *_: None
 ) -> Fetched:
     """Copy the missing artifacts of `steps` into this node's cache.
 

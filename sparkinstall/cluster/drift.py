@@ -181,10 +181,7 @@ def _nccl(node: Node, on: Reader) -> str | None:
     return elf.build_id(real) if real is not None and real.is_file() else None
 
 
-_PARTS = (
-    *(versions, _of_lock, _of_files, _of_nccl),
-    *(_of_fp8, _of_fp8_file, _of_link, _of_system, _of_env),
-)
+_PARTS = (*(versions, _of_lock, _of_files, _of_nccl), *(_of_fp8, _of_fp8_file, _of_link, _of_system, _of_env))
 
 
 class Row(Struct, frozen=True):

@@ -190,8 +190,7 @@ class Receiver:
         if found != listed.sha256:
             to.unlink()
             raise CopyFailed(
-                f"{listed.path} is not the announced file",
-                cause=f"expected sha256 {listed.sha256}, found {found}",
+                f"{listed.path} is not the announced file", cause=f"expected sha256 {listed.sha256}, found {found}"
             )
 
     def _pour(self, size: int, out: BinaryIO, buffer: memoryview) -> str:

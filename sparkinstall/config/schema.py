@@ -57,9 +57,7 @@ class NcclConfig(Struct, frozen=True, forbid_unknown_fields=True):
     arch: Annotated[Arch, doc("The GPU architecture to build for (121 = GB10).")] = "121"
     cuda_home: Annotated[SafePath | None, doc("The CUDA toolkit; null: detected.")] = None
     jobs: Annotated[
-        int,
-        Meta(ge=0, le=1024, title="a number from 0 to 1024"),
-        doc("Number of parallel compilers; 0: one per core."),
+        int, Meta(ge=0, le=1024, title="a number from 0 to 1024"), doc("Number of parallel compilers; 0: one per core.")
     ] = 0
     only_functions: Annotated[
         Functions | None, doc("Build only some of the collectives (NCCL's ONLY_FUNCS); for experiments.")
@@ -101,9 +99,7 @@ class NetworkConfig(Struct, frozen=True, forbid_unknown_fields=True):
         bool, doc("Configure the QSFP port with netplan; false: it is already set up, and only checked.")
     ] = True
     prefix_length: Annotated[
-        int,
-        Meta(ge=8, le=30, title="a number from 8 to 30"),
-        doc("Prefix length of the subnets on the link."),
+        int, Meta(ge=8, le=30, title="a number from 8 to 30"), doc("Prefix length of the subnets on the link.")
     ] = 24
     twin_subnet: Annotated[
         Address, doc("The subnet of the port's second half, of the same length: halves must not share a subnet.")

@@ -309,10 +309,7 @@ def _locked(handle: IO[str] | int) -> bool:
 
 def _at_work(holder: Holder | None) -> Busy:
     who = f" (`{holder.verb}`, pid {holder.pid}, since {holder.since})" if holder else ""
-    return Busy(
-        f"another sparkinstall is running here{who}",
-        hint="wait until it has ended, then run this again",
-    )
+    return Busy(f"another sparkinstall is running here{who}", hint="wait until it has ended, then run this again")
 
 
 def _who(handle: IO[str]) -> Holder | None:

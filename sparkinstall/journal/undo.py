@@ -95,11 +95,7 @@ def fingerprint(on: System, path: str) -> dict[str, Any]:
     if entry.kind == "link":
         return {"kind": "link", "target": entry.target}
     if entry.kind == "file":
-        return {
-            "kind": "file",
-            "sha256": hashlib.sha256(on.read(path) or b"").hexdigest(),
-            "mode": entry.mode,
-        }
+        return {"kind": "file", "sha256": hashlib.sha256(on.read(path) or b"").hexdigest(), "mode": entry.mode}
     return {"kind": entry.kind}
 
 

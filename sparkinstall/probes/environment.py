@@ -79,12 +79,7 @@ def probes(node: Node) -> Iterable[Probe]:
         needs_node=alone,
     )
     yield Probe(
-        "nccl-loaded",
-        "NCCL loaded by torch",
-        lambda on: _nccl(node, on, process(on)),
-        "gpu",
-        nccl.MISMATCH,
-        fixes.NCCL,
+        "nccl-loaded", "NCCL loaded by torch", lambda on: _nccl(node, on, process(on)), "gpu", nccl.MISMATCH, fixes.NCCL
     )
     yield Probe(
         "host-ip",

@@ -250,9 +250,7 @@ def _clock(on: Reader) -> Finding:
     made = os.stat(__file__).st_mtime
     if time.time() < made - 86400:
         return failed(
-            time.strftime("%Y-%m-%d %H:%M"),
-            "set it: `sudo timedatectl set-ntp true`",
-            "after this tool was installed",
+            time.strftime("%Y-%m-%d %H:%M"), "set it: `sudo timedatectl set-ntp true`", "after this tool was installed"
         )
     return passed(time.strftime("%Y-%m-%d %H:%M"))
 
@@ -264,9 +262,7 @@ def _prefix(on: Reader, node: Node) -> Finding:
         return passed(f"{where} is free")
     if entry.kind != "dir":
         return failed(
-            f"{where} is a {entry.kind}",
-            "move it away, or choose another `prefix:` in the config",
-            "a folder",
+            f"{where} is a {entry.kind}", "move it away, or choose another `prefix:` in the config", "a folder"
         )
     try:
         ours = on.entry("/var/lib/sparkinstall/journal.jsonl") is not None

@@ -23,15 +23,11 @@ class File(Struct, frozen=True):
             return Ok()
         if now == self.content and entry:
             return Drift(
-                f"set the mode of {self.path} to {self.mode:o}",
-                f"mode {entry.mode:o}\n",
-                f"mode {self.mode:o}\n",
+                f"set the mode of {self.path} to {self.mode:o}", f"mode {entry.mode:o}\n", f"mode {self.mode:o}\n"
             )
         verb = "write" if now is None else "change"
         return Drift(
-            f"{verb} {self.path}",
-            (now or b"").decode(errors="replace"),
-            self.content.decode(errors="replace"),
+            f"{verb} {self.path}", (now or b"").decode(errors="replace"), self.content.decode(errors="replace")
         )
 
     def apply(self, on: System) -> None:

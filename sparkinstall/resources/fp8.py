@@ -37,9 +37,7 @@ class Fp8Decision(Struct, frozen=True):
         if known and known.about == about:
             return Ok(f"fallback {'on' if known.fallback else 'off'}: {known.why}")
         return Drift(
-            "determine whether vLLM's CUTLASS FP8 kernels run here",
-            as_text(known and known.about),
-            as_text(about),
+            "determine whether vLLM's CUTLASS FP8 kernels run here", as_text(known and known.about), as_text(about)
         )
 
     def about(self, on: Reader) -> dict[str, Any] | None:

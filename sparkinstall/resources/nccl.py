@@ -95,11 +95,7 @@ class NcclLibrary(Struct, frozen=True):
     def recipe(self) -> Recipe:
         """Return the recipe of this node."""
         return Recipe(
-            self.source.version,
-            self.arch,
-            compiler_id(self.cuda_home),
-            self.source.identity(),
-            self.only_functions,
+            self.source.version, self.arch, compiler_id(self.cuda_home), self.source.identity(), self.only_functions
         )
 
     def _identity(self, on: Reader) -> tuple[int, int] | None:
@@ -185,15 +181,7 @@ class NcclLibrary(Struct, frozen=True):
         if unfinished:
             on.run("rm", "-rf", "--", *unfinished)
         jobs = self.jobs or cores()
-        argv = [
-            "make",
-            f"-j{jobs}",
-            "-C",
-            source,
-            "src.build",
-            f"BUILDDIR={build}",
-            f"CUDA_HOME={self.cuda_home}",
-        ]
+        argv = ["make", f"-j{jobs}", "-C", source, "src.build", f"BUILDDIR={build}", f"CUDA_HOME={self.cuda_home}"]
         argv.append(f"NVCC_GENCODE=-gencode=arch=compute_{self.arch},code=sm_{self.arch}")
         if self.only_functions:
             argv.append(f"ONLY_FUNCS={self.only_functions}")

@@ -134,10 +134,7 @@ class NcclSource(Struct, frozen=True):
     def _use_folder(self, on: System, to: str) -> str:
         on.clear(to)
         shutil.copytree(
-            Path(self.where).expanduser(),
-            on.real(to),
-            symlinks=True,
-            ignore=shutil.ignore_patterns(".git", "build"),
+            Path(self.where).expanduser(), on.real(to), symlinks=True, ignore=shutil.ignore_patterns(".git", "build")
         )
         return self._top(on, to)
 

@@ -140,14 +140,7 @@ def _needed_by_others(on: Reader, ours: list[str]) -> list[str]:
 
 def _dependencies(on: Reader, of: Iterable[str], among: list[str]) -> list[str]:
     answer = on.ask(
-        "apt-cache",
-        "depends",
-        "--recurse",
-        "--installed",
-        "--no-recommends",
-        "--no-suggests",
-        *of,
-        timeout=120,
+        "apt-cache", "depends", "--recurse", "--installed", "--no-recommends", "--no-suggests", *of, timeout=120
     )
     lines = {line.strip().rpartition(" ")[2] for line in answer.out.splitlines()}
     return [name for name in among if name in lines]

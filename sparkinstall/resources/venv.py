@@ -27,14 +27,7 @@ from sparkinstall.system import Reader, System
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _DOWNLOADING = re.compile(r"Downloading (\S+) \(([\d.]+)([KMG]iB)\)")
 _DOWNLOADED = re.compile(r"Downloaded (\S+)")
-_CUT = (
-    "Could not connect",
-    "error sending request",
-    "connection closed",
-    "timed out",
-    "dns error",
-    "Connection reset",
-)
+_CUT = ("Could not connect", "error sending request", "connection closed", "timed out", "dns error", "Connection reset")
 
 
 @lru_cache(maxsize=1)
@@ -165,10 +158,7 @@ class PythonEnvironment(Struct, frozen=True):
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)
         if complaint := gate_of(node, lock).complaint(on):
-            raise Blocked(
-                f"the stack {node.stack.name} does not pass the wheel gate: {complaint}",
-                hint=OTHER_STACK,
-            )
+            raise Blocked(f"the stack {node.stack.name} does not pass the wheel gate: {complaint}", hint=OTHER_STACK)
         on.write(node.venv_stamp, as_text(self._stamp(lock)).encode())
 
     def _interpreter(self, on: System) -> str:
