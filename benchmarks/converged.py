@@ -17,23 +17,9 @@ from benchmarks.timing import Command, Spread, in_turns
 from sparkinstall.patches import revert
 from sparkinstall.steps.fp8 import cutlass_patch
 
-OURS, RENDERED = "sparkinstall all", "`sparkinstall all`, with every template rendered"
+OURS = "sparkinstall all"
 PYINFRA, PYINFRA_UV = "pyinfra", "pyinfra, `uv.packages` for the pin"
 ANSIBLE, ANSIBLE_PIP = "ansible-playbook", "ansible-playbook, `pip` for the pin"
-
-# What the record of the last rendering (resources/template.py) saves: the same run without it.
-_RENDERING = """
-from sparkinstall.__main__ import main
-from sparkinstall.resources.files import File
-from sparkinstall.resources.template import Template, render
-
-def check(self, on):
-    values = {**self.values(on), "path": on.real(self.path)}
-    return File(self.path, render(self.template, values), self.mode).check(on)
-
-Template.check = check
-main()
-"""
 
 
 @dataclass(frozen=True)
@@ -62,7 +48,6 @@ def measure(
     declared = _converged_node(tool, work / "node")
     commands = {
         OURS: Command((tool.program("sparkinstall"), "all", "--root", str(declared.root))),
-        RENDERED: Command((tool.python, "-c", _RENDERING, "all", "--root", str(declared.root))),
         PYINFRA: _pyinfra(pyinfra, declared, work / "pyinfra", _pyinfra_folder(declared)),
         PYINFRA_UV: _pyinfra(pyinfra, declared, work / "pyinfra-uv", _pyinfra_uv(declared), tool),
         ANSIBLE: _ansible(ansible, declared, work / "ansible", _ansible_folder(declared)),
