@@ -11,14 +11,14 @@ from sparkinstall import __version__
 def main() -> None:
     """Run the command line."""
     if sys.argv[1:] == ["--version"]:
-        # Before typer is imported: scripts ask for this often.
+        # Before typer is imported: scripts call this often.
         print(f"sparkinstall {__version__}")
         return
-    # Started with a stream closed (`2>&-`), what is said there goes nowhere.
+    # If started with a closed stream (`2>&-`), discard its output.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a sign gets a question mark, not a crash.
+        # A terminal that cannot show a character gets a question mark, not a crash.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     import_module("sparkinstall.cli.app").main()

@@ -1,1 +1,1 @@
-"""The command line: one file a verb. The only typer and rich of the project."""
+"""The command line: one file per verb. Only this package uses typer and rich."""

@@ -1,4 +1,4 @@
-"""The command line. The group knows each verb's line of help, and imports the verb's module when it is called."""
+"""The command line: a group that has each verb's line of help and imports its module only when it is called."""
 
 import sys
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ VERBS = {
     "all": ("all:all_", "Set up this node: install, patch, verify. A second run changes nothing."),
     "multi-node": (
         "multi_node:multi_node",
-        "Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember what it is.",
+        "Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember the role.",
     ),
     "cluster": ("cluster:cluster", "Set up several nodes from one terminal: phase by phase, in parallel."),
     "plan": ("plan:plan", "Show what `all` would do, with every difference; change nothing."),
     "verify": (
         "verify:verify",
-        "Check everything and prove it on running processes; exit 3 if there is drift or a failure.",
+        "Check everything, and probe running processes; exit 3 on drift or failure.",
     ),
     "doctor": (
         "doctor:doctor",
-        "Say what is wrong here, what that means and what to do, worst first; masked, to be shown in public.",
+        "Explain what is wrong, its impact and what to do, worst first; masked, so that it can be made public.",
     ),
     "diagnose": (
         "diagnose:diagnose",
@@ -37,14 +37,17 @@ VERBS = {
     ),
     "uninstall": (
         "uninstall:uninstall",
-        "Undo everything: every file byte for byte, every package that was not there before.",
+        "Undo everything: restore every file byte for byte, remove every package that was not installed before.",
     ),
-    "status": ("status:status", "Show what is installed and how the fixes stand (starts nothing; `verify` proves)."),
-    "run": ("run:run", "Do these steps only, not those that they need."),
-    "settings": ("settings:app", "Show every setting and where its value comes from."),
+    "status": (
+        "status:status",
+        "Show what is installed and the state of each fix (reads only files; `verify` runs probes).",
+    ),
+    "run": ("run:run", "Run only these steps, not those that they need."),
+    "settings": ("settings:app", "Show every setting and its origin."),
     "node": ("node:app", ""),
 }
-"""Each verb's module and function (or group), and its line in the help, where it has one."""
+"""Each verb's module and function (or group), and its line of help, if any."""
 
 
 def command(verb: str) -> click.Command:
@@ -65,7 +68,7 @@ def _imported(place: str) -> Any:
 
 
 class LazyGroup(TyperGroup):
-    """A group whose commands are names with a line of help until one of them is called."""
+    """A group whose commands are only names with a line of help until one is called."""
 
     def __init__(self, **given: Any) -> None:
         super().__init__(**given)

@@ -1,4 +1,4 @@
-"""`sparkinstall cluster HOST HOST...`: the same on every node, from one terminal, over the user's own ssh."""
+"""`sparkinstall cluster HOST HOST...`: set up several nodes from one terminal, over the user's own ssh."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,9 +38,9 @@ def cluster(
     words: Annotated[
         list[str],
         typer.Argument(
-            # The blanks keep rich from taking it for markup, and the usage line of an error from losing it.
+            # Without the blanks rich would treat it as markup, and usage errors would lose it.
             metavar="[ plan|verify|status|uninstall ] HOST...",
-            help="The nodes as you write them after `ssh`, the head first. A verb before them asks for that alone.",
+            help="The nodes as you write them after `ssh`, the head first. A verb before them runs only that verb.",
         ),
     ],
     interface: Annotated[
@@ -83,10 +83,10 @@ def _cluster(words: list[str], wanted: ClusterOptions, verbose: bool) -> Command
 
 
 def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
-    """Refuse a misspelt verb: it would count as a host, and the other hosts would be set up.
+    """Reject a misspelt verb: it would count as a host, and the other hosts would be set up.
 
     Raises:
-        BadUsage: the first word is nearly a verb, and hosts follow.
+        BadUsage: the first word resembles a verb, and hosts follow.
     """
     near = get_close_matches(words[0].lower(), verbs, n=1, cutoff=0.75)
     if near and words[0] not in verbs and len(words) > 1:
@@ -98,7 +98,7 @@ def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
 
 @contextmanager
 def _opened(hosts: list[str], wanted: ClusterOptions, verbose: bool, *, uploading: bool) -> Iterator[Cluster]:
-    """The nodes; `uploading`: with the files that settings name."""
+    """Return the nodes; `uploading`: with the files that settings name."""
     settings, files = uploads(wanted.settings) if uploading else (wanted.settings, ())
     catalogue.require_known(wanted.only + wanted.skip, [step.name for step in catalogue.STEPS], "step")
     with ssh.sockets() as sockets:
@@ -114,7 +114,7 @@ def _opened(hosts: list[str], wanted: ClusterOptions, verbose: bool, *, uploadin
 
 
 def _settings(target: Target) -> tuple[Config, dict[str, Any]]:
-    """The config, and the settings that are given here: they go to every node."""
+    """Return the config with the settings given here, which are passed to every node."""
     files = map(configuration.read_layer, config_files(target.config))
     layers = [*files, configuration.Layer("the command line", target.values())]
     config, _ = configuration.build(layers)
@@ -149,7 +149,7 @@ def _show_up(cluster: Cluster) -> None:
     if cluster.failed:
         return
     changed = any(done.outcome == "changed" for done in cluster.done)
-    what = "is set up and proven" if changed else "is up to date; nothing was changed"
+    what = "is set up and verified" if changed else "is up to date; nothing was changed"
     console().print(f"[green bold]✓[/] The cluster of {len(cluster.nodes)} nodes {what}.")
 
 
@@ -180,7 +180,7 @@ def _uninstall(cluster: Cluster) -> CommandResult:
 
 def _standing(status: Status) -> str:
     if not status.installed:
-        return "nothing of sparkinstall is here"
+        return "sparkinstall has set nothing up here"
     done = sum(each.standing in ("proven", "done") for each in status.fixes)
     return f"stack {status.stack}, {done} of {len(status.fixes)} fixes done, last change {status.last_change}"
 

@@ -1,4 +1,4 @@
-"""What is seen while several nodes work: on a terminal a line for each node and phase, elsewhere plain lines."""
+"""Progress of several nodes: on a terminal one line per node and phase, otherwise plain lines."""
 
 import sys
 import threading
@@ -14,7 +14,7 @@ from sparkinstall.cluster.protocol import Fetched
 from sparkinstall.redaction import redact
 
 _OUTCOMES = {"unchanged": "up to date", "changed": "done", "failed": "failed", "blocked": "not started"}
-# Of a phase that applies nothing, its own word says more than "up to date".
+# Phases that apply nothing have a more specific word than "up to date".
 _DONE = {
     **dict.fromkeys(("look", "compare", "token", "status", "ready"), "asked"),
     **dict.fromkeys(("tcp-bandwidth", "rdma-bandwidth", "nccl-bandwidth"), "measured"),
@@ -23,7 +23,7 @@ _DONE = {
 
 
 class Watch:
-    """The live view of these hosts. It opens with the first event, and can be put away while a question is asked.
+    """The live view of these hosts. It opens with the first event, and can be closed while a question is asked.
 
     Nodes tell side by side.
     """
@@ -69,7 +69,7 @@ class _Screen(LiveTable):
                 row.done = event
 
     def rows(self) -> Iterator[Row]:
-        """By phase as they began, and by node as they were named: which node is first changes nothing."""
+        """Rows by phase in order of start, then by node in order of the command line."""
         phases = list(dict.fromkeys(phase for phase, _ in self._rows))
         order = sorted(self._rows, key=lambda each: (phases.index(each[0]), self._hosts.index(each[1])))
         before = ""
@@ -83,7 +83,7 @@ class _Screen(LiveTable):
 
 
 class _Lines:
-    """Each line with its node in front."""
+    """Each line prefixed with its node."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self._width = max(map(len, hosts))
@@ -108,7 +108,7 @@ def _as_line(event: Started | Line | Done) -> str:
 
 
 def _without_time(line: str) -> str:
-    """A node's own log line without its time of day."""
+    """Return a node's log line without its time."""
     head, _, rest = line.partition(" ")
     return rest if len(head) == 8 and head[2] == head[5] == ":" else line
 

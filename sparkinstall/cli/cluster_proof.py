@@ -1,4 +1,4 @@
-"""`sparkinstall cluster verify`: every node's own proof, the bandwidth between them, and what they differ in."""
+"""`sparkinstall cluster verify`: verify every node, measure between them, and compare them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ _MEASURED = frozenset(map(bandwidth.probe_name, bandwidth.KINDS))
 
 
 def verify(nodes: Cluster) -> CommandResult:
-    """Ask every node, measure between them if that is wanted, and compare them."""
+    """Verify every node, measure between them if requested, and compare them."""
     nodes.verify()
     measured = nodes.measure() if nodes.options.measure else []
     found = nodes.compare()
@@ -42,7 +42,7 @@ def verify(nodes: Cluster) -> CommandResult:
 
 
 def _probes(verified: Verified, measured: bool) -> list[ProbeResult]:
-    """A node's probes, without those that a measurement between the nodes replaces."""
+    """Return a node's probes without those that a measurement between nodes replaces."""
     return [each for each in verified.results if not (measured and each.probe.name in _MEASURED)]
 
 
@@ -52,7 +52,7 @@ def _proven(verified: Verified, measured: bool) -> str:
 
 
 def _count_skipped(nodes: Cluster, measured: Sequence[Between]) -> None:
-    """With --strict, a skipped check or probe is a failure of its node."""
+    """With --strict, count a skipped check or probe as a failure of its node."""
     for done, verified in nodes.replies("verify", Verified):
         left = [each.name for each in verified.reports if each.outcome == "node_only"]
         left += [each.probe.name for each in _probes(verified, bool(measured)) if each.finding.verdict == "skip"]
@@ -79,7 +79,7 @@ def _rows(found: Comparison | None) -> list[dict[str, Any]]:
 
 
 def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None) -> Iterator[junit.Case]:
-    """JUnit's cases: each node's, with its host in front, and what was found between the nodes."""
+    """Yield JUnit cases: those of each node, prefixed with its host, and those between nodes."""
     for done, verified in nodes.replies("verify", Verified):
         for problem in done.problems if not done.data else ():
             why = f"{problem.message}\n{problem.hint}".strip()

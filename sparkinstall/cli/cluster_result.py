@@ -15,7 +15,7 @@ from sparkinstall.errors import Exit, Problem
 
 
 def end(cluster: Cluster, show: Callable[[], None], **more: Any) -> CommandResult:
-    """The result of a verb of `cluster`: `more` joins the nodes in the JSON, `show` prints it for a person."""
+    """Return the result of a verb of `cluster`: `more` is added to the JSON, `show` prints it."""
     cluster.pause()
     problems = [_named(done.host, problem) for done in cluster.done for problem in done.problems]
     code = Exit.SOME_NODES if cluster.failed else Exit.GOOD
@@ -31,14 +31,14 @@ def end(cluster: Cluster, show: Callable[[], None], **more: Any) -> CommandResul
 
 
 def _named(host: str, problem: Problem) -> Problem:
-    """The problem with its node in front, for those who see all errors in one list."""
+    """Return the problem prefixed with its node, for the list of all errors."""
     named = copy(problem)
     named.message = problem.message if host in problem.message else f"{host}: {problem.message}"
     return named
 
 
 def node_data(cluster: Cluster, node: RemoteNode) -> dict[str, Any]:
-    """The JSON of one node (docs/json.md)."""
+    """Return the JSON of one node (docs/json.md)."""
     phases: list[dict[str, Any]] = [
         {
             "phase": done.phase,

@@ -1,4 +1,4 @@
-"""What a person reads of several nodes: one plan for all, a line per node, what lies between them, errors by node."""
+"""Text output for several nodes: one plan for all, a line per node, bandwidth and differences, errors by node."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,12 +16,12 @@ from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Problem
 from sparkinstall.redaction import redact
 
-# These phases concern two nodes; they have tables of their own, and fail neither node alone.
+# These phases concern two nodes; they have their own tables and fail neither node alone.
 _BETWEEN = ("measure", "compare")
 
 
 def show_plan(cluster: Cluster) -> None:
-    """The role and the checks of every node, and what each step would change; what several nodes share is one line."""
+    """Print role and checks of every node, and what each step would change, one line for what nodes share."""
     out = console()
     out.print("[bold]Nodes[/]")
     nodes = columns(1, max(len(node.host) for node in cluster.nodes), len("worker"), None)
@@ -62,7 +62,7 @@ _NOBODY = "[bold]Preflight[/]  no node gave a reply"
 
 
 def _judged(check: ProbeResult, ignored: Sequence[str]) -> tuple[str, str, str, str]:
-    """Verdict, name, finding and hint; an ignored failure is shown as a warning."""
+    """Yield verdict, name, finding and hint; an ignored failure is shown as a warning."""
     name, finding = check.probe.name, check.finding
     if finding.verdict == "fail" and name in ignored:
         return "warn", name, finding.found, f"ignored: --ignore {name}"
@@ -70,7 +70,7 @@ def _judged(check: ProbeResult, ignored: Sequence[str]) -> tuple[str, str, str, 
 
 
 def _merged(nodes: Sequence[RemoteNode], step: str) -> list[tuple[str, str, str]]:
-    """Sign, nodes and sentence of each line of the plan for a step."""
+    """Yield sign, nodes and sentence of each line of a step's plan."""
     told: dict[tuple[str, str], list[str]] = {}
     for node in nodes:
         for report in (each for each in node.look.reports if each.name == step):
@@ -84,7 +84,7 @@ def _whose(hosts: Sequence[str], nodes: Sequence[RemoteNode]) -> str:
 
 
 def show_problems(cluster: Cluster) -> None:
-    """What failed, by phase and node, on stderr; the same failure of several nodes is shown once."""
+    """Print failures by phase and node on stderr; the same failure of several nodes is printed once."""
     out = console(stderr=True)
     told: dict[tuple[str, ...], tuple[Problem, list[str]]] = {}
     bad = [done for done in cluster.done if done.outcome == "failed" and done.phase not in _BETWEEN]
@@ -101,7 +101,7 @@ def show_problems(cluster: Cluster) -> None:
 
 
 def show_nodes(cluster: Cluster, lines: Mapping[str, str]) -> None:
-    """One line per node: its line of `lines`, or why it gave no reply."""
+    """Print one line per node: its line of `lines`, or why it gave no reply."""
     table = columns(1, max(len(node.host) for node in cluster.nodes), None)
     for node in cluster.nodes:
         bad = [done for done in cluster.of(node) if done.outcome == "failed" and done.phase not in _BETWEEN]
@@ -112,7 +112,7 @@ def show_nodes(cluster: Cluster, lines: Mapping[str, str]) -> None:
 
 
 def show_bandwidth(measured: Sequence[Between]) -> None:
-    """A line per measurement, with its hint beneath where there is one."""
+    """Print one line per measurement, followed by its hint, if any."""
     out, table = console(), columns(1, 14, None, None)
     out.print("\n[bold]Bandwidth[/]")
     for each in measured:
@@ -129,7 +129,7 @@ _WEIGHED: Mapping[Weight, str] = {"fail": "fail", "warn": "warn", "note": "skip"
 
 
 def show_differences(found: Comparison) -> None:
-    """What differs between the nodes, a column per node; one line if nothing does."""
+    """Print the differences between nodes, a column per node; one line if there are none."""
     out = console()
     if not found.rows:
         out.print(f"\n[green]✓[/] The nodes are equal in all {found.compared} values that were compared.")

@@ -144,7 +144,7 @@ def _print_new(sighting: Match, search: Search, talk: bool, out: Console) -> Non
     out.file.flush()
 
 
-# --- for people
+# --- text output
 
 
 def _show(found: Diagnosis, verbose: bool, already_shown: bool) -> None:
@@ -253,7 +253,7 @@ def _many(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-# --- for programs
+# --- JSON
 
 
 def _data(found: Diagnosis) -> dict[str, Any]:
@@ -298,7 +298,7 @@ def _list_known() -> CommandResult:
     def show() -> None:
 
         table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in ("failure", "fix", "what it is"):
+        for heading in ("failure", "fix", "title"):
             table.add_column(heading)
         for each in signatures:
             table.add_row(each.name, str(each.fix or ""), f"{each.title}{' (a warning)' if each.is_warning else ''}")

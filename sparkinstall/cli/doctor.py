@@ -1,4 +1,4 @@
-"""`sparkinstall doctor`: what `verify` and the preflight find, told to a person; masked, so that it can be shown."""
+"""`sparkinstall doctor`: explain what `verify` and the preflight find; masked, so that it can be made public."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from sparkinstall.support.mask import Mask
 
 _HEADINGS: Mapping[Weight, tuple[str, str, str]] = {
     "broken": ("✗", "red", "Broken"),
-    "look-at": ("!", "yellow", "To look at"),
+    "look-at": ("!", "yellow", "Worth a look"),
     "ok": ("✓", "green", "Ok"),
     "skipped": ("·", "dim", "Skipped"),
 }
@@ -40,7 +40,7 @@ def doctor(
     skip: NotNames = None,
     measure: Measure = False,
 ) -> CommandResult:
-    """Say what is wrong here, what that means and what to do, worst first; masked, to be shown in public."""
+    """Explain what is wrong, its impact and what to do, worst first; masked, so that it can be made public."""
     with _problems_masked(target):
         chosen = VerifyOptions(tuple(only or ()), tuple(skip or ()), known_level(level), measure)
         session = open_session(target)
@@ -52,12 +52,12 @@ def doctor(
 
 @contextmanager
 def _problems_masked(target: Target) -> Iterator[None]:
-    """Mask a problem that ends the examination: it is shown in public like the rest."""
+    """Mask a problem that ends the run: it is made public like the rest."""
     try:
         yield
     except Problem as problem:
         mask = Mask(identity.known(open_state(Target()).system))
-        # The frame around the verb would add `--root` with the folder as it is: add it before masking.
+        # The frame around the verb would add an unmasked `--root`, so add it before masking.
         hint = pointed(problem.hint, target.root_option)
         problem.message, problem.cause, problem.hint = map(mask.text, (problem.message, problem.cause, hint))
         problem.output = tuple(map(mask.text, problem.output))
@@ -74,7 +74,7 @@ def _show(found: Checkup, verbose: bool) -> None:
     out = console()
     out.print(", ".join(_named(name, value) for name, value in found.machine.items()), markup=False)
     if not found.installed:
-        out.print(f"sparkinstall has set nothing up here; `sparkinstall all{found.root_option}` does it", markup=False)
+        out.print(f"sparkinstall has set nothing up here; run `sparkinstall all{found.root_option}`", markup=False)
     out.print()
     for weight in ("broken", "look-at"):
         _show_bad(found, weight, out, verbose)
@@ -83,9 +83,7 @@ def _show(found: Checkup, verbose: bool) -> None:
     if found.items:
         out.print()
     out.print(_conclusion(found))
-    masked = (
-        f"masked, so that it can be shown in public: {found.masked}" if found.masked else "nothing had to be masked"
-    )
+    masked = f"masked, so that it can be made public: {found.masked}" if found.masked else "nothing had to be masked"
     out.print(f"[dim]{masked}[/]")
 
 
@@ -109,7 +107,7 @@ def _show_bad(found: Checkup, weight: Weight, out: Console, verbose: bool) -> No
 
 
 def _together(items: Sequence[Item]) -> list[list[Item]]:
-    """Where one thing is missing, many find the same; it is told once, where it was met first."""
+    """Drop repetitions: one missing thing is reported by many checks, and shown once."""
     groups: dict[tuple[str, str], list[Item]] = {}
     for item in items:
         groups.setdefault((item.found, item.hint), []).append(item)
@@ -156,7 +154,7 @@ def _show_well(found: Checkup, out: Console) -> None:
 
 
 def _show_rest(found: Checkup, out: Console) -> None:
-    """What was skipped, by its reason."""
+    """Yield what was skipped, by reason."""
 
     items = found.of("skipped")
     if not items:
@@ -183,7 +181,7 @@ def _good(found: Checkup) -> str:
     if not seen:
         return "[dim]·[/] nothing was checked"
     if not found.installed and any(item.kind == "preflight" for item in seen):
-        return "[green bold]✓[/] nothing stands in the way of setting it up"
+        return "[green bold]✓[/] this node is ready to be set up"
     return "[green bold]✓[/] no problem found in what was checked"
 
 

@@ -1,4 +1,4 @@
-"""What `all`, `run` and `multi-node` share: the dialog of a run and the view of its result."""
+"""Shared by `all`, `run` and `multi-node`: the dialog of a run and the view of its result."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from sparkinstall.resources import Drift
 
 
 def install(target: Target, output: Output, options: InstallOptions, yes: bool) -> CommandResult:
-    """Converge a node and show what was done."""
+    """Converge a node and show the result."""
     session = open_session(target)
 
     def preflight(results: Sequence[ProbeResult]) -> None:
@@ -28,14 +28,14 @@ def install(target: Target, output: Output, options: InstallOptions, yes: bool) 
     def agree(reports: Sequence[StepReport]) -> None:
         if not output.json:
             _show_beginning(session, reports, output.verbose)
-        # A rehearsal changes its own folder only: there is nothing to agree to.
+        # A rehearsal changes only its own folder: no confirmation needed.
         confirm("Go on?", agreed=yes or session.node.rehearsal, default=True)
 
     dialog = Dialog(preflight, agree, lambda: watching(output.verbose))
     try:
         done = converge(session, options, dialog)
     except PreflightFailed as problem:
-        # A person has seen each failed check already.
+        # Failed checks were already shown.
         problem.cause = problem.cause if output.json else ""
         raise
     code = Exit.FAILED if done.problems else Exit.GOOD
@@ -76,7 +76,7 @@ def _show_nothing_done(session: Session, done: Installation) -> None:
     print(f"✓ {session.where}: everything is up to date; nothing was changed.")
     left = [report.name for report in done.reports if report.outcome == "node_only"]
     if left:
-        print(f"  Node only: {', '.join(left)}. `sparkinstall plan{session.root_option}` says why.")
+        print(f"  Node only: {', '.join(left)}. `sparkinstall plan{session.root_option}` explains why.")
 
 
 def _show_next(session: Session, out: Console) -> None:
@@ -98,7 +98,7 @@ def _next_lines(session: Session) -> list[str]:
         return [source]
     if node.role == "head":
         token = f"ssh THIS_NODE cat {node.ray_token} | " if node.config.cluster.executor == "ray" else ""
-        # The pipe takes the place of the keyboard: nobody could answer.
+        # Stdin is a pipe, so nobody could answer a question.
         option = " --token-file - --yes" if token else ""
         return [f"{token}sparkinstall multi-node --role worker --head {node.address}{option}   # on the other node"]
     if node.config.serving.model:

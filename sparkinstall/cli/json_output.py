@@ -19,7 +19,7 @@ STATUS = {
     Exit.SOME_NODES: "some-nodes",
     Exit.INTERRUPTED: "interrupted",
 }
-"""The exit codes in words."""
+"""Names of the exit codes."""
 
 
 def envelope(command: str, code: Exit, data: Struct | Mapping[str, Any], problems: Sequence[Problem]) -> str:
@@ -36,7 +36,7 @@ def envelope(command: str, code: Exit, data: Struct | Mapping[str, Any], problem
 
 
 def _redacted(value: Any) -> Any:
-    """Redact each string before JSON escapes what a secret may hold."""
+    """Redact each string before JSON escapes characters of a secret."""
     if isinstance(value, str):
         return redact(value)
     if isinstance(value, Mapping):

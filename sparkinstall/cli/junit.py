@@ -1,8 +1,8 @@
-"""`verify --junit`: checks and probes as JUnit XML, as GitHub's and GitLab's readers take it.
+"""`verify --junit`: checks and probes as JUnit XML for GitHub and GitLab.
 
-The form is that of the Jenkins xUnit schema: a suite for the checks and one for each level. JUnit knows no
-warning, so one passes, and its words stand in `system-out`. Reasons stand in an attribute and as text, since some
-readers show the one and some (GitLab) only the other.
+The format is the Jenkins xUnit schema: a suite for the checks and one per level. JUnit has no warnings, so a warning
+passes, with its text in `system-out`. Reasons are in an attribute and as text, because some readers show only the
+one and some (GitLab) only the other.
 """
 
 import re
@@ -21,12 +21,12 @@ from sparkinstall.probes import LEVELS, Finding
 from sparkinstall.redaction import redact
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Unknown, describe
 
-# What XML 1.0 cannot hold, not even escaped.
+# Characters that XML 1.0 does not allow, not even escaped.
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 class Case(Struct, frozen=True):
-    """One test case. `bad` and `skipped` are the reason in words, or empty."""
+    """One test case. `bad` and `skipped` are the reason, or ""."""
 
     suite: str
     name: str
@@ -37,7 +37,7 @@ class Case(Struct, frozen=True):
 
 
 def of_checks(reports: Iterable[StepReport], host: str = "") -> list[Case]:
-    """A case for each step: are its files, packages and services up to date? `host` goes before its name."""
+    """Return a case per step: are its files, packages and services up to date? `host` is a prefix of the name."""
     return [Case("checks", _named(host, each.name), each.seconds, _bad(each), _left(each)) for each in reports]
 
 
@@ -60,12 +60,12 @@ def _left(report: StepReport) -> str:
 
 
 def of_probes(results: Iterable[ProbeResult], host: str = "") -> list[Case]:
-    """A case for each probe, in the suite of its level; `host` goes before its name."""
+    """Return a case per probe, in the suite of its level; `host` is a prefix of the name."""
     return [of_finding(r.probe.level, _named(host, r.probe.name), r.finding, r.seconds) for r in results]
 
 
 def of_finding(suite: str, name: str, finding: Finding, seconds: float = 0.0) -> Case:
-    """The case of one finding."""
+    """Return the case of one finding."""
     expected = f"\nexpected: {finding.expected}" if finding.expected else ""
     hint = f"\nhint: {finding.hint}" if finding.hint else ""
     words = f"{finding.found}{expected}{hint}"
@@ -77,21 +77,21 @@ def of_finding(suite: str, name: str, finding: Finding, seconds: float = 0.0) ->
 
 
 def of_problem(problem: Problem) -> list[Case]:
-    """What kept everything else from being looked at."""
+    """Return the case of a problem that prevented all checks."""
     return [Case("checks", "installed", bad=f"{problem.message}\n{problem.hint}".strip())]
 
 
 def begin(path: Path) -> None:
-    """Empty the report: should this run be killed, nobody takes the last one's for its own.
+    """Empty the report, so that a killed run does not leave an old one; also tests that it can be written.
 
     Raises:
-        BadUsage: it cannot be a file there.
-        Storage: the file cannot be written; better known before the work than after it.
+        BadUsage: the path cannot be a file.
+        Storage: the file cannot be written.
     """
     if path.is_dir() or str(path) == "-":
-        raise BadUsage(f"--junit {path} is no file", hint="name the report itself: `--junit FILE.xml`")
+        raise BadUsage(f"--junit {path} is not a file", hint="name the report itself: `--junit FILE.xml`")
     if not path.parent.is_dir():
-        raise BadUsage(f"there is no folder {path.parent}", hint=f"make it first: mkdir -p {path.parent}")
+        raise BadUsage(f"there is no folder {path.parent}", hint=f"create it first: mkdir -p {path.parent}")
     try:
         path.write_bytes(b"")
     except OSError as error:
@@ -99,7 +99,7 @@ def begin(path: Path) -> None:
 
 
 def write(path: Path, cases: Sequence[Case], strict: bool, root: str = "") -> None:
-    """Write the report; `strict`: what was skipped has failed. `root`: the `--root` of this run, as an option.
+    """Write the report; `strict`: skipped counts as failed. `root`: the `--root` option of this run.
 
     Raises:
         Storage: the file cannot be written.
@@ -142,7 +142,7 @@ def _add(suite: ElementTree.Element, case: Case, strict: bool) -> None:
     element = ElementTree.SubElement(suite, "testcase", words)
     reason = case.bad or case.skipped
     if case.bad or (strict and case.skipped):
-        said = reason if case.bad else f"skipped, and --strict was asked for: {reason}"
+        said = reason if case.bad else f"skipped, and --strict was given: {reason}"
         _because(element, "failure", said).set("type", "verify")
     elif case.skipped:
         _because(element, "skipped", reason)

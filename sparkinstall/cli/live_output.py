@@ -1,4 +1,4 @@
-"""What is seen while a run works: a living screen on a terminal, plain lines in a log."""
+"""Progress of a run: a live screen on a terminal, plain lines in a log."""
 
 import sys
 import threading
@@ -47,14 +47,14 @@ class _Running(Struct):
 
 @contextmanager
 def watching(verbose: bool) -> Iterator[Emit]:
-    """An `Emit` that shows the run on stderr as long as the context lasts."""
+    """Yield an `Emit` that shows the run on stderr."""
     with shown(_Screen(), _Lines(verbose), verbose) as emit:
         yield emit
 
 
 @contextmanager
 def shown(screen: "LiveTable", lines: Any, verbose: bool) -> Iterator[Callable[[Any], None]]:
-    """The `take` of the view that fits: on a terminal that of `screen`, in a log or with `verbose` that of `lines`."""
+    """Yield the `take` of the right view: `screen` on a terminal, `lines` in a log or with `verbose`."""
     if verbose or not sys.stderr.isatty():
         yield lines.take
         return
@@ -65,7 +65,7 @@ def shown(screen: "LiveTable", lines: Any, verbose: bool) -> Iterator[Callable[[
 
 @contextmanager
 def asking(quiet: bool) -> Iterator[Emit]:
-    """An `Emit` that shows on a terminal which probe is being asked; elsewhere, or if `quiet`, it says nothing."""
+    """Yield an `Emit` that shows the current probe on a terminal; nothing elsewhere, or if `quiet`."""
     if quiet or not sys.stderr.isatty():
         yield silent
         return
@@ -77,7 +77,7 @@ Row = tuple[RenderableType, ...]
 
 
 class LiveTable:
-    """One line per task, redrawn. The last column alone gives way when a line is long; the others have `widths`."""
+    """One line per task, redrawn. Only the last column shrinks when a line is long; the others have `widths`."""
 
     def __init__(self, *widths: int) -> None:
         self.guard = threading.Lock()
@@ -85,11 +85,11 @@ class LiveTable:
         self._spinner = Spinner("dots")
 
     def take(self, event: Any) -> None:
-        """Note an event."""
+        """Record an event."""
         raise NotImplementedError
 
     def rows(self) -> Iterator[Row]:
-        """The lines as they are now, made by `ended` and `running`."""
+        """The current rows, made by `ended` and `running`."""
         raise NotImplementedError
 
     def ended(self, outcome: str, names: Sequence[str], seconds: float | None, text: str) -> Row:
@@ -115,7 +115,7 @@ class LiveTable:
         return table
 
     def leave(self, out: Console) -> None:
-        """Print the last state for good."""
+        """Print the final state."""
         out.print(self.table())
         out.print()
 
@@ -192,7 +192,7 @@ def duration(seconds: float) -> str:
 
 
 class _Lines:
-    """Plain lines with a time, for logs; progress only as it passes each tenth."""
+    """Plain lines with a time, for logs; progress at each tenth."""
 
     def __init__(self, verbose: bool) -> None:
         self._verbose = verbose

@@ -1,4 +1,4 @@
-"""`sparkinstall multi-node`: everything for this node as one of several."""
+"""`sparkinstall multi-node`: set up this node as one of several."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -18,7 +18,7 @@ _LINK = "The cluster"
 
 
 class Role(StrEnum):
-    """What a node is among several."""
+    """The role of a node among several."""
 
     head = "head"
     worker = "worker"
@@ -28,7 +28,7 @@ class Role(StrEnum):
 def multi_node(
     target: Target,
     output: Output,
-    role: Annotated[Role, typer.Option(help="What this node is.", rich_help_panel=_LINK)],
+    role: Annotated[Role, typer.Option(help="The role of this node.", rich_help_panel=_LINK)],
     head: Annotated[
         str | None, typer.Option(metavar="ADDRESS", help="The head's address on the link.", rich_help_panel=_LINK)
     ] = None,
@@ -52,14 +52,15 @@ def multi_node(
         ),
     ] = None,
     leave_armed: Annotated[
-        bool, typer.Option("--leave-armed", hidden=True, help="Let another program confirm the network.")
+        bool,
+        typer.Option("--leave-armed", hidden=True, help="Leave the confirmation of the network to another process."),
     ] = False,
     only: options.Only = None,
     skip: options.Skip = None,
     ignore: options.Ignore = None,
     yes: options.Yes = False,
 ) -> CommandResult:
-    """Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember what it is."""
+    """Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember the role."""
     given = _as_settings(role, head, worker, address, interface, model)
     target = replace(target, role=given, confirm_later=leave_armed, token_file=token_file)
     names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))

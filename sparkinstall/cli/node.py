@@ -61,7 +61,7 @@ def fetch(target: Target, _: Output, only: options.Only = None) -> CommandResult
 
 @_command
 def measurable(target: Target, _: Output) -> CommandResult:
-    """For each kind of measurement why this node cannot take part, or nothing."""
+    """Report for each kind of measurement why this node cannot take part, or "" if it can."""
     return CommandResult(data=agent.measurable(open_session(target)))
 
 
@@ -87,5 +87,5 @@ def confirm(_target: Target, _: Output) -> CommandResult:
 
 @_command
 def token(target: Target, _: Output) -> CommandResult:
-    """The cluster's Ray token, for the terminal that passes it to the workers."""
+    """Reply with the Ray token, for the terminal that passes it to the workers."""
     return CommandResult(data=agent.token(open_session(target)))

@@ -1,4 +1,4 @@
-"""The options that the verbs share."""
+"""Options shared by the verbs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,32 +9,30 @@ _NODE, _CHOICE, _OUTPUT = "Which node", "Which parts", "Output"
 
 Root = Annotated[
     Path | None,
-    typer.Option(help="Rehearse beneath this folder instead of setting up this machine.", rich_help_panel=_NODE),
+    typer.Option(help="Rehearse below this folder instead of setting up this machine.", rich_help_panel=_NODE),
 ]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="The settings, a YAML file.", envvar="SPARKINSTALL_CONFIG", rich_help_panel=_NODE),
+    typer.Option("--config", help="The config file (YAML).", envvar="SPARKINSTALL_CONFIG", rich_help_panel=_NODE),
 ]
 Stack = Annotated[
     str | None, typer.Option(help="The set of pins: a shipped name or a YAML file.", rich_help_panel=_NODE)
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="One setting, over the config file.", rich_help_panel=_NODE),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the config file.", rich_help_panel=_NODE),
 ]
 Platform = Annotated[
     str | None,
-    typer.Option(help="Rehearsal: take the wheels of aarch64 or x86_64.", rich_help_panel=_NODE),
+    typer.Option(help="Rehearsal: use the wheels of aarch64 or x86_64.", rich_help_panel=_NODE),
 ]
 Full = Annotated[
     bool | None,
-    typer.Option(
-        "--full/--partial", help="Rehearsal: install all 9 GB, not vLLM's wheel alone.", rich_help_panel=_NODE
-    ),
+    typer.Option("--full/--partial", help="Rehearsal: install all 9 GB, not only vLLM's wheel.", rich_help_panel=_NODE),
 ]
 Only = Annotated[
     list[str] | None,
-    typer.Option(metavar="STEP", help="Only this step (may repeat).", rich_help_panel=_CHOICE),
+    typer.Option(metavar="STEP", help="Run only this step (may repeat).", rich_help_panel=_CHOICE),
 ]
 Skip = Annotated[
     list[str] | None,
@@ -44,8 +42,10 @@ Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="CHECK", help="Ignore this check if it fails (may repeat).", rich_help_panel=_CHOICE),
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.", rich_help_panel=_OUTPUT)]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.", rich_help_panel=_OUTPUT)]
 Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object on stdout (docs/json.md).", rich_help_panel=_OUTPUT)
+    bool, typer.Option("--json", help="Print one JSON object on stdout (docs/json.md).", rich_help_panel=_OUTPUT)
 ]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Every line of every program.", rich_help_panel=_OUTPUT)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show every line of every program.", rich_help_panel=_OUTPUT)
+]

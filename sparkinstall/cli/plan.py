@@ -46,7 +46,7 @@ def _show(session: Session, planned: Plan, command: str, verbose: bool) -> None:
 
 
 def _conclusion(planned: Plan, command: str) -> str:
-    """Say in one sentence how `command` would end."""
+    """Summarize in one sentence how `command` would end."""
     if planned.trouble:
         return f"`{command}` would stop before the first step: the journal cannot be used"
     if planned.stops:

@@ -1,4 +1,4 @@
-"""`sparkinstall run STEP...`: single steps, by name."""
+"""`sparkinstall run STEP...`: run single steps."""
 
 from typing import Annotated
 
@@ -22,5 +22,5 @@ def run(
     ignore: options.Ignore = None,
     yes: options.Yes = False,
 ) -> CommandResult:
-    """Do these steps only, not those that they need."""
+    """Run only these steps, not those that they need."""
     return install(target, output, InstallOptions(tuple(steps), (), tuple(ignore or ()), force, "run"), yes)

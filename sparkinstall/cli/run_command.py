@@ -1,4 +1,4 @@
-"""The frame around every verb: shared options, errors in words, JSON, exit codes, Ctrl-C."""
+"""The frame around every verb: shared options, error messages, JSON, exit codes, Ctrl-C."""
 
 import inspect
 import os
@@ -23,11 +23,11 @@ _TARGET = {
     "platform": options.Platform, "full": options.Full,
 }  # fmt: skip
 NODE = tuple(_TARGET)
-"""All options that say which node is meant."""
+"""All options that select the node."""
 
 
 class CommandResult(Struct, frozen=True):
-    """What a verb reports: an exit code, data for JSON, and a function that shows it to a person."""
+    """The result of a verb: an exit code, data for JSON, and a function that prints it as text."""
 
     code: Exit = Exit.GOOD
     data: Struct | Mapping[str, Any] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class CommandResult(Struct, frozen=True):
 
 
 class Output(Struct, frozen=True):
-    """How a verb reports: as one JSON object, and with every line of every program."""
+    """The output options: JSON, and every line of every program."""
 
     json: bool = False
     verbose: bool = False
@@ -45,12 +45,12 @@ class Output(Struct, frozen=True):
 def verb(
     name: str, *target: str, reads_only: bool = False
 ) -> Callable[[Callable[..., CommandResult]], Callable[..., None]]:
-    """Make a command of a function that is given a `Target`, an `Output` and its own options.
+    """Turn a function of a `Target`, an `Output` and its own options into a command.
 
     Args:
-        name: of the verb, in JSON.
-        target: which options of `NODE` the verb has; `--json` and `--verbose` every verb has.
-        reads_only: it changes nothing, so an interrupted run leaves nothing to resume.
+        name: name of the verb in JSON.
+        target: options of `NODE` that the verb has; every verb has `--json` and `--verbose`.
+        reads_only: it changes nothing, so there is nothing to resume after an interruption.
     """
 
     def decorate(body: Callable[..., CommandResult]) -> Callable[..., None]:
@@ -80,7 +80,7 @@ def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
 
 
 def _run(name: str, body: Callable[[], CommandResult], target: Target, output: Output, reads_only: bool) -> NoReturn:
-    """Run a verb and end the process with its exit code."""
+    """Run a verb and exit with its code."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _as_interrupt)
     result = _result(body, output.verbose)
@@ -95,7 +95,7 @@ def _run(name: str, body: Callable[[], CommandResult], target: Target, output: O
             show_problems(result.problems, target.root_option)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has seen enough; click ends such a run in silence.
+        # The reader of the pipe has closed it; click ends such a run silently.
         raise
     except OSError as error:
         code = _untold(error)
@@ -118,14 +118,14 @@ def _result(body: Callable[[], CommandResult], verbose: bool) -> CommandResult:
 
 
 def report_usage(words: Sequence[str], what: str) -> int:
-    """Print a usage error in the words of a command line as JSON; return the exit code."""
+    """Print a usage error as JSON, if the command line asks for JSON; return the exit code."""
     name = next((word for word in words if not word.startswith("-")), "")
     print(envelope(name, Exit.USAGE, {}, [BadUsage(what, hint="`sparkinstall --help` lists verbs and options")]))
     return int(Exit.USAGE)
 
 
 def confirm(question: str, *, agreed: bool, default: bool) -> None:
-    """Ask at the terminal, unless it was agreed to beforehand.
+    """Ask for confirmation on the terminal, unless already `agreed`.
 
     Raises:
         BadUsage: there is no terminal to ask on.
@@ -134,7 +134,7 @@ def confirm(question: str, *, agreed: bool, default: bool) -> None:
     if agreed:
         return
     if not sys.stdin.isatty():
-        raise BadUsage("there is no terminal to ask on", hint="add `--yes` if that is what you want")
+        raise BadUsage("there is no terminal to ask on", hint="add `--yes` to confirm")
     if not typer.confirm(question, default=default):
         raise Interrupted("cancelled; nothing was changed")
 
@@ -144,19 +144,19 @@ def _as_interrupt(_number: int, _frame: object) -> NoReturn:
 
 
 def _complete(problem: Problem, reads_only: bool) -> None:
-    """Say what an interrupt means; that depends on the verb."""
+    """Explain the effect of an interrupt, which depends on the verb."""
     if not isinstance(problem, Interrupted) or problem.message != "interrupted":
         return
     if reads_only:
         problem.message = "interrupted; nothing was changed"
     else:
-        problem.hint = "run the same command again: it goes on where this one stopped"
+        problem.hint = "run the same command again: it continues where this one stopped"
 
 
 def _untold(error: OSError) -> Exit:
-    """Report in one line that the output cannot be written: a full disk."""
+    """Report in one line that the output cannot be written, for example on a full disk."""
     print(f"✗ {storage_problem(error, 'writing the output').message}", file=sys.stderr)
-    # What is still buffered would fail once more when Python ends.
+    # Buffered output would fail again when Python exits.
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
     return Exit.FAILED
@@ -166,6 +166,6 @@ def _bug(error: Exception) -> Problem:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
     return Problem(
-        f"sparkinstall itself failed: {type(error).__name__}: {error}{place}",
-        hint="this is a bug of ours; `-v` shows where. What was done is in the journal, and running again goes on",
+        f"sparkinstall failed with an internal error: {type(error).__name__}: {error}{place}",
+        hint="this is a bug; `-v` shows the traceback. The journal has all changes, and running again resumes",
     )

@@ -1,4 +1,4 @@
-"""`sparkinstall settings show`: every setting, its value, and where that came from."""
+"""`sparkinstall settings show`: every setting, its value and its origin."""
 
 import json
 
@@ -9,18 +9,18 @@ from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console
 from sparkinstall.core.session import Setting, Target, open_session
 
-app = typer.Typer(help="Show every setting and where its value comes from.", no_args_is_help=True)
+app = typer.Typer(help="Show every setting and its origin.", no_args_is_help=True)
 
 
 @app.callback()
 def _group() -> None:
-    """Show every setting and where its value comes from."""
+    """Show every setting and its origin."""
 
 
 @app.command()
 @verb("settings show", "root", "config", "stack", "set_", reads_only=True)
 def show(target: Target, output: Output) -> CommandResult:
-    """Print each setting with its value and where it came from."""
+    """Print each setting with its value and origin."""
     del output
     settings = open_session(target).settings()
     return CommandResult(data={"settings": settings}, show=lambda: _show(settings))

@@ -1,4 +1,4 @@
-"""`sparkinstall status`: what is here, since when, and how the fixes stand."""
+"""`sparkinstall status`: what is installed, since when, and the state of each fix."""
 
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, show_fixes
@@ -12,7 +12,7 @@ _SHOWN = ("stack", "platform", "prefix", "since", "last_change", "journal")
 
 @verb("status", "root", "config", reads_only=True)
 def status(target: Target, output: Output) -> CommandResult:
-    """Show what is installed and how the fixes stand (starts nothing; `verify` proves)."""
+    """Show what is installed and the state of each fix (reads only files; `verify` runs probes)."""
     del output
     session = open_session(target)
     found = status_of(session)
@@ -23,7 +23,7 @@ def _show(session: Session, found: NodeStatus) -> None:
     out = console()
     if not found.installed:
         out.print(
-            f"Nothing of sparkinstall is in {session.system.root}. "
+            f"sparkinstall has set nothing up in {session.system.root}. "
             f"`sparkinstall plan{session.root_option}` shows what would be done."
         )
         return

@@ -27,7 +27,11 @@ from sparkinstall.system.local import replace_file
 Archive = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", metavar="FILE", help="The archive, a .tar.gz; made here without it.", rich_help_panel="Output"
+        "--output",
+        "-o",
+        metavar="FILE",
+        help="The archive, a .tar.gz; default: in the current folder.",
+        rich_help_panel="Output",
     ),
 ]
 _LARGEST = 25_000_000
@@ -50,24 +54,24 @@ def support_bundle(
 
 
 def _place(output: Path | None, yes: bool) -> Path:
-    """Where the archive goes; asked for before the work begins.
+    """Return the path of the archive, after confirmation, before the work begins.
 
     Raises:
-        BadUsage: it cannot be a file there, or it is one already.
-        Storage: the folder is not this user's to write to.
+        BadUsage: the path cannot be a file, or exists.
+        Storage: this user may not write to the folder.
     """
     path = (output or Path(time.strftime("sparkinstall-support-%Y%m%d-%H%M%S.tar.gz"))).expanduser().absolute()
     if not path.parent.is_dir():
-        raise BadUsage(f"there is no folder {path.parent}", hint=f"make it first: mkdir -p {path.parent}")
+        raise BadUsage(f"there is no folder {path.parent}", hint=f"create it first: mkdir -p {path.parent}")
     if path.is_dir() or (path.exists() and not path.is_file()):
-        raise BadUsage(f"{path} is no file", hint="name the archive itself: `--output FILE.tar.gz`")
+        raise BadUsage(f"{path} is not a file", hint="name the archive itself: `--output FILE.tar.gz`")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise _unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
     if path.exists() or path.is_symlink():
         if not (yes or sys.stdin.isatty()):
             way_out = "add `--yes` to replace it, or name another file: `--output FILE.tar.gz`"
-            raise BadUsage(f"{path} is there already", hint=way_out)
-        confirm(f"{path} is there already. Replace it?", agreed=yes, default=False)
+            raise BadUsage(f"{path} already exists", hint=way_out)
+        confirm(f"{path} already exists. Replace it?", agreed=yes, default=False)
     return path
 
 
@@ -82,9 +86,9 @@ def write_bundle(path: Path, data: bytes) -> int:
 
 
 def _unwritable(path: Path, error: OSError) -> Storage:
-    # Without the name in it: that is the one under which the archive waits until it is whole.
+    # Without the error's file name: it is that of the temporary file.
     problem = storage_problem(OSError(error.errno, error.strerror), f"writing {path}")
-    problem.hint = "name a place that you can write to: `--output FILE.tar.gz`"
+    problem.hint = "choose a folder that you can write to: `--output FILE.tar.gz`"
     return problem
 
 
@@ -104,8 +108,8 @@ def _show(path: Path, size: int, made: Bundle) -> None:
         table.add_row(Text(f"  {member.name}"), Text(f"{len(member.data) / 1024:,.1f} KiB", style="dim"))
     out.print(table)
     for each in made.missing:
-        out.print(Text.assemble(("  ! ", "yellow"), f"not in it: {each}"))
+        out.print(Text.assemble(("  ! ", "yellow"), f"missing: {each}"))
     out.print(f"\n[green bold]✓[/] {path} ({size / 1024:,.0f} KiB)", soft_wrap=True)
-    out.print("Nothing was sent anywhere. Look it over, then attach it to your issue.")
+    out.print("Nothing was sent anywhere. Review the archive, then attach it to your issue.")
     if made.masked:
         out.print(Text(f"masked: {made.masked}", style="dim"))

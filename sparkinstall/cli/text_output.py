@@ -1,4 +1,4 @@
-"""How things look to a person: plans, diffs, findings, problems."""
+"""Text output: plans, diffs, findings, problems."""
 
 import difflib
 import io
@@ -35,7 +35,7 @@ _SIGNS = {
 
 
 def console(stderr: bool = False) -> Console:
-    """A console as wide as the terminal; what goes to a log or a pipe is not folded at 80."""
+    """Return a console as wide as the terminal; output to a log or pipe is not wrapped at 80."""
     stream = sys.stderr if stderr else sys.stdout
     if stream.isatty():
         return Console(stderr=stderr, highlight=False)
@@ -43,7 +43,7 @@ def console(stderr: bool = False) -> Console:
 
 
 class _Trimmed(io.TextIOBase):
-    """A log without the blanks that rich fills a table's lines up with."""
+    """A text stream without the trailing blanks with which rich pads tables."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -57,13 +57,13 @@ class _Trimmed(io.TextIOBase):
 
 
 def sign(of: str) -> Text:
-    """The one character in front of a line, with its colour."""
+    """Return the coloured sign at the beginning of a line."""
     mark, colour = _SIGNS[of]
     return Text(mark, style=colour)
 
 
 def columns(*widths: int | None) -> Table:
-    """A table without lines; a column with a width is at least that wide and never folded."""
+    """Return a table without lines; a column with a width is at least that wide and never wrapped."""
     table = Table.grid(padding=(0, 2))
     for width in widths:
         table.add_column(min_width=width, no_wrap=width is not None)
@@ -71,7 +71,7 @@ def columns(*widths: int | None) -> Table:
 
 
 def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False, root: str = "") -> None:
-    """What every step would do, then the differences."""
+    """Print what every step would do, then the differences."""
     table = columns(1, 12, None)
     for report in reports:
         for at, (mark, line) in enumerate(plan_lines(report)):
@@ -84,7 +84,7 @@ def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False
 
 
 def plan_lines(report: StepReport) -> list[tuple[str, str]]:
-    """Sign and sentence of each thing that a plan says of a step."""
+    """Return sign and sentence of each line of a step's plan."""
     if report.problem:
         return [("failed", report.problem.message)]
     lines = [describe(checked.state) for checked in report.checked]
@@ -97,7 +97,7 @@ def plan_lines(report: StepReport) -> list[tuple[str, str]]:
 
 
 def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> None:
-    """A unified diff; a long one is cut unless every line was asked for."""
+    """Print a unified diff; a long one is shortened unless `verbose`."""
     before, after = drift.before.splitlines(), drift.after.splitlines()
     lines = list(difflib.unified_diff(before, after, "now", "then", lineterm="", n=2))[2:]
     if not lines:
@@ -112,10 +112,10 @@ def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> No
         out.print(f"    [dim]... {len(lines) - len(shown)} more lines (-v shows them)[/]")
 
 
-def show_findings(looked: Sequence[ProbeResult], out: Console, only_bad: bool = False, root: str = "") -> None:
-    """One line a probe; the hint beneath those that need one."""
+def show_findings(results: Sequence[ProbeResult], out: Console, only_bad: bool = False, root: str = "") -> None:
+    """Print one line per probe, followed by its hint, if any."""
     table = columns(1, 16, None)
-    for each in looked:
+    for each in results:
         finding = each.finding
         if only_bad and finding.verdict in ("pass", "skip"):
             continue
@@ -128,11 +128,11 @@ def show_findings(looked: Sequence[ProbeResult], out: Console, only_bad: bool = 
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
-def show_proof(looked: Sequence[ProbeResult], out: Console, root: str = "", verbose: bool = False) -> None:
-    """Every probe beneath its level, with what was expected where it was not found, and what to do."""
+def show_proof(results: Sequence[ProbeResult], out: Console, root: str = "", verbose: bool = False) -> None:
+    """Print every probe below its level, with the expected value and hint if it did not pass."""
     table = columns(7, 1, 16, None)
     level = ""
-    for each in looked:
+    for each in results:
         finding, probe = each.finding, each.probe
         name = Text("" if probe.level == level else probe.level, style="dim")
         level = probe.level
@@ -149,26 +149,26 @@ def _took(seconds: float) -> str:
     return f"  ({seconds:.1f} s)" if seconds >= 1 else ""
 
 
-def _hint(looked: ProbeResult, root: str) -> str:
-    fix = looked.probe.fix
+def _hint(results: ProbeResult, root: str) -> str:
+    fix = results.probe.fix
     of_fix = f"  [dim](fix {fix.number})[/]" if fix else ""
-    return f"[dim]→[/] {escape(pointed(looked.finding.hint, root))}{of_fix}"
+    return f"[dim]→[/] {escape(pointed(results.finding.hint, root))}{of_fix}"
 
 
-def show_preflight(looked: Sequence[ProbeResult], out: Console) -> None:
-    """How many checks passed, and those that did not."""
-    counts = [each.finding.verdict for each in looked]
+def show_preflight(results: Sequence[ProbeResult], out: Console) -> None:
+    """Print how many checks passed, and those that did not."""
+    counts = [each.finding.verdict for each in results]
     words = [f"{counts.count('pass')} checks passed"]
     verdicts: tuple[tuple[Verdict, str], ...] = (
-        ("fail", "failed"), ("warn", "with a warning"), ("skip", "need the node itself"),
+        ("fail", "failed"), ("warn", "with a warning"), ("skip", "on the node only"),
     )  # fmt: skip
     words += [f"{counts.count(verdict)} {word}" for verdict, word in verdicts if counts.count(verdict)]
     out.print(f"[bold]Preflight[/]  {', '.join(words)}")
-    show_findings(looked, out, only_bad=True)
+    show_findings(results, out, only_bad=True)
 
 
 def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None:
-    """The fixes, one line each; on a narrow terminal a note that says more gets a line of its own."""
+    """Print one line per fix; on a narrow terminal a long note gets its own line."""
     narrow, said = out.width < _NARROW, ""
     table = columns(1, 1, 43, 8, *(() if narrow else (None,)))
     for state in states:
@@ -196,7 +196,7 @@ def show_problems(problems: Sequence[Problem], root: str = "") -> None:
 
 
 def show_problem(problem: Problem, out: Console, where: str = "", root: str = "") -> None:
-    """What failed (`where`: markup in front of it), why, the last lines of output, the log, and what to do."""
+    """Print the message (after the markup `where`), cause, last lines of output, log and hint."""
     out.print(f"[red bold]✗[/] {where}{escape(redact(problem.message))}")
     if problem.cause:
         out.print(Padding(f"[dim]why[/]   {escape(redact(problem.cause))}", (0, 0, 0, 2), expand=False))

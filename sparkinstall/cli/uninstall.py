@@ -1,4 +1,4 @@
-"""`sparkinstall uninstall`: everything back as it was, from the journal."""
+"""`sparkinstall uninstall`: restore the former state from the journal."""
 
 from collections.abc import Sequence
 from typing import Annotated
@@ -17,7 +17,7 @@ from sparkinstall.errors import Exit
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.undo import Change
 
-_KINDS = {"path": "file or link", "dir": "folder, if empty", "tree": "folder, with all in it"}
+_KINDS = {"path": "file or link", "dir": "folder, if empty", "tree": "folder with its contents"}
 
 PurgeCache = Annotated[bool, typer.Option("--purge-cache", help="Remove downloads and wheels in your cache too.")]
 
@@ -26,13 +26,13 @@ PurgeCache = Annotated[bool, typer.Option("--purge-cache", help="Remove download
 def uninstall(
     target: Target, output: Output, purge_cache: PurgeCache = False, yes: options.Yes = False
 ) -> CommandResult:
-    """Undo everything: every file byte for byte, every package that was not there before."""
+    """Undo everything: restore every file byte for byte, remove every package that was not installed before."""
     state = open_state(target)
 
     def agree(changes: Sequence[Change]) -> None:
         if not output.json:
             _show_plan([_in_words(change, state) for change in changes])
-        confirm("Take all of it back?", agreed=yes or state.system.rehearsal, default=False)
+        confirm("Undo all of it?", agreed=yes or state.system.rehearsal, default=False)
 
     done = uninstall_node(state, agree, purge_cache)
     code = Exit.FAILED if done.problems else Exit.GOOD
@@ -55,7 +55,7 @@ def _show_plan(lines: list[str]) -> None:
 
 def _show(state: StateFolder, done: Uninstallation, purged: bool) -> None:
     if not done.found:
-        print(f"Nothing of sparkinstall is in {state.system.root}: there is no journal in {state.home}.")
+        print(f"Nothing to undo in {state.system.root}: there is no journal in {state.home}.")
         return
     counts = [each.outcome for each in done.touches]
     print(f"Restored {counts.count('restored')}, removed {counts.count('removed')}.")

@@ -1,4 +1,4 @@
-"""`sparkinstall verify`: is everything in the desired state, and does it work? For people and for CI."""
+"""`sparkinstall verify`: is everything in the desired state, and does it work? Text, JSON and JUnit output."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ _FEW_NAMES = 4
 
 Names = Annotated[
     list[str] | None,
-    typer.Option(metavar="NAME", help="Only this step or probe (may repeat).", rich_help_panel="Which parts"),
+    typer.Option(metavar="NAME", help="Run only this step or probe (may repeat).", rich_help_panel="Which parts"),
 ]
 NotNames = Annotated[
     list[str] | None,
@@ -34,18 +34,18 @@ HowFar = Annotated[
     typer.Option(
         "--level",
         metavar="LEVEL",
-        help="As far as this: static, node, gpu, link, cluster or serving; all the way without it.",
+        help="Highest level to run: static, node, gpu, link, cluster or serving; default: all.",
         rich_help_panel="Which parts",
     ),
 ]
 Measure = Annotated[
     bool,
-    typer.Option("--measure", help="Also what keeps the GPU or the link busy.", rich_help_panel="Which parts"),
+    typer.Option("--measure", help="Include probes that keep the GPU or the link busy.", rich_help_panel="Which parts"),
 ]
 Junit = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write a JUnit report for CI.", rich_help_panel="Output")
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="What was skipped counts as failed.", rich_help_panel="Output")]
+Strict = Annotated[bool, typer.Option("--strict", help="Count skipped as failed.", rich_help_panel="Output")]
 
 
 @verb("verify", *NODE, reads_only=True)
@@ -59,7 +59,7 @@ def verify(
     strict: Strict = False,
     junit: Junit = None,
 ) -> CommandResult:
-    """Check everything and prove it on running processes; exit 3 if there is drift or a failure."""
+    """Check everything, and probe running processes; exit 3 on drift or failure."""
     with _reported(junit, strict, target.root_option):
         chosen = VerifyOptions(tuple(only or ()), tuple(skip or ()), known_level(level), measure, strict)
         session = open_session(target)
@@ -74,7 +74,7 @@ def verify(
 
 
 def known_level(name: str | None) -> Level | None:
-    """The level of that name.
+    """Return the level with that name.
 
     Raises:
         BadUsage: there is none.
@@ -132,7 +132,7 @@ def _unseen(names: Sequence[str], verbose: bool) -> str:
 
 
 def _way_out(found: Verification, root: str) -> str:
-    """What to do: run the steps, or follow the hints of the probes."""
+    """Return what to do: run the steps, or follow the hints of the probes."""
     if found.drifted:
         return f"`sparkinstall all{root}` fixes it or explains why it cannot"
     what = ", ".join(each.probe.name for each in found.failed)

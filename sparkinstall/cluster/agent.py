@@ -155,7 +155,7 @@ def fetch(session: Session, only: Sequence[str]) -> Fetched:
 
 
 def measurable(session: Session) -> Measurable:
-    """For each kind of measurement why this node cannot take part, or nothing."""
+    """Report for each kind of measurement why this node cannot take part, or "" if it can."""
     return Measurable(bandwidth.reasons(session.node, session.system))
 
 
@@ -180,7 +180,7 @@ def confirm() -> Confirmed:
 
 
 def token(session: Session) -> Token:
-    """The Ray token of this node, the head.
+    """Return the Ray token of this node, the head.
 
     Raises:
         Problem: there is none yet.

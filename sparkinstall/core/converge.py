@@ -1,4 +1,4 @@
-"""Bring a node into the desired state: plan, preflight, ask, apply, prove. What `all`, `run` and `multi-node` do."""
+"""The use case of `all`, `run` and `multi-node`: plan, preflight, ask, apply, verify."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from sparkinstall.steps import Step
 
 
 class InstallOptions(Struct, frozen=True):
-    """Which steps, and which preflight checks do not count. `force` applies again what is up to date."""
+    """The steps to run, and the preflight checks to ignore. `force` also applies what is up to date."""
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Installation(Struct, frozen=True):
 
 
 def converge(session: Session, options: InstallOptions, dialog: Dialog) -> Installation:
-    """Plan the chosen steps, check that the node is ready, ask, apply and prove.
+    """Plan the selected steps, check that the node is ready, ask, apply and verify.
 
     Raises:
         PreflightFailed, Blocked, BadUsage, Busy, JournalDamaged: nothing was applied.
@@ -80,16 +80,16 @@ def converge(session: Session, options: InstallOptions, dialog: Dialog) -> Insta
 
 
 def drifted(session: Session) -> list[str]:
-    """Names of the steps of the node that differ now: one that was applied may have left another one behind."""
+    """Return the names of steps with drift: applying one step may have outdated another."""
     reports = engine.plan(catalogue.of(session.node), session.node, session.system)
     return [report.name for report in reports if report.outcome not in ("unchanged", "node_only")]
 
 
 def _refuse_another_prefix(session: Session) -> None:
-    """Refuse a second installation under one journal: each would call the other's files drift.
+    """Reject a second installation under one journal: each would report the other's files as drift.
 
     Raises:
-        Blocked: this node was set up in another place.
+        Blocked: this node was set up with another prefix.
     """
     trees = [r.undo.subject for r in session.state.journal().records() if r.undo.kind == "tree"]
     elsewhere = [tree for tree in trees if not tree.startswith(f"{session.node.prefix}/")]
@@ -102,7 +102,7 @@ def _refuse_another_prefix(session: Session) -> None:
 
 
 def _refuse_conflicts(reports: Sequence[StepReport]) -> None:
-    """Report a conflict before hours are spent on the rest.
+    """Report a conflict before hours are spent on other steps.
 
     Raises:
         Blocked: something that must not be overwritten is in the place of a resource.
@@ -114,10 +114,10 @@ def _refuse_conflicts(reports: Sequence[StepReport]) -> None:
 
 
 def _refuse_missing_needs(node: Node, reports: Sequence[StepReport], verb: str) -> None:
-    """Refuse a step that was chosen without one that it needs.
+    """Reject a step that was selected without one that it needs.
 
     Raises:
-        BadUsage: nothing was begun.
+        BadUsage: nothing was changed.
     """
     others = {step.name for step in catalogue.of(node)} - {report.name for report in reports}
     for report in reports:
@@ -125,9 +125,9 @@ def _refuse_missing_needs(node: Node, reports: Sequence[StepReport], verb: str) 
         if needs:
             first = sorted(needs)[0]
             alone = f"`sparkinstall run {first} {report.name}`, or everything: `sparkinstall all`"
-            # The role of the node is not remembered of a run that never began: `all` would not know it.
+            # A run that never began does not store the role, so `all` would not know it.
             hint = f"add `--only {first}`, or leave `--only` out" if verb == "multi-node" else alone
-            raise BadUsage(f"the step {report.name} needs {first} to be done before", hint=hint)
+            raise BadUsage(f"the step {report.name} needs {first} to run before", hint=hint)
 
 
 def _nothing_to_do(session: Session, steps: Sequence[Step], reports: Sequence[StepReport], verb: str) -> Installation:
@@ -161,7 +161,7 @@ def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog) -> N
     catalogue.require_known(ignore, [probe.name for probe in probes], "check")
     results = _preflight(session, probes, ignore)
     if sys.stdin.isatty() and _failed(results) == ["sudo"]:
-        # Only the password is missing, and a person can give it.
+        # Only the password is missing, and the user can enter it.
         session.system.ask_for_sudo()
         results = _preflight(session, probes, ignore)
     dialog.show_preflight(results)
@@ -170,7 +170,7 @@ def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog) -> N
         raise PreflightFailed(
             f"{session.where} is not ready: {', '.join(bad)} failed; nothing was changed",
             cause="; ".join(found),
-            hint="on a machine that is no DGX Spark, rehearse: `sparkinstall all --root ./node`"
+            hint="on a machine that is not a DGX Spark, rehearse: `sparkinstall all --root ./node`"
             if "machine" in bad
             else "fix these, or continue at your own risk: " + " ".join(f"--ignore {name}" for name in sorted(bad)),
         )
@@ -225,7 +225,7 @@ def _proof(
 
 
 def _of_this_node(result: ProbeResult) -> ProbeResult:
-    """Other nodes may not be set up yet: a probe that needs them warns where it would fail."""
+    """Turn a failure of a probe that needs other nodes into a warning: they may not be set up yet."""
     if result.finding.verdict != "fail" or not result.probe.others:
         return result
     hint = f"set up the other nodes, then `sparkinstall verify`; if that fails too: {result.finding.hint}"
@@ -236,7 +236,7 @@ def _conclude(session: Session, reports: Sequence[StepReport], results: Sequence
     problems = [report.problem for report in reports if report.problem]
     if (bad := _failed(results)) and not problems:
         hint = "`sparkinstall verify` shows more"
-        problems.append(Problem(f"installed, but not proven: {', '.join(bad)}", hint=hint))
+        problems.append(Problem(f"installed, but not verified: {', '.join(bad)}", hint=hint))
     findings = {each.probe.name: each.finding for each in results}
     standing = fixes.stand(session.node, reports, findings)
     return Installation(reports, results, standing, tuple(problems), applied=True)

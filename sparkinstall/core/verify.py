@@ -61,7 +61,9 @@ def verify(session: Session, options: VerifyOptions, emit: Emit = silent) -> Ver
     chosen = checks.chosen(session.node, options.only, options.skip, options.level, options.measure)
     damaged = _journal(session)
     if not damaged and not session.state.installed:
-        raise NotThere(f"nothing of sparkinstall is in {session.system.root}", hint="`sparkinstall all` sets it up")
+        raise NotThere(
+            f"sparkinstall has set nothing up in {session.system.root}", hint="`sparkinstall all` sets it up"
+        )
     reports = looked_at(session, chosen.steps)
     results = [*damaged, *checks.look(chosen.probes, session.system, emit)]
     findings = {each.probe.name: each.finding for each in results}
@@ -77,7 +79,7 @@ def _journal(session: Session) -> list[ProbeResult]:
     finding = failed(problem.message, problem.hint)
     probe = Probe(
         "journal",
-        "the record of what was here before",
+        "the journal of changes",
         lambda _: finding,
         "static",
         "`sparkinstall all` stops before it starts, and `sparkinstall uninstall` restores nothing.",

@@ -141,7 +141,7 @@ def test_an_interrupt_says_whether_there_is_something_to_go_on_with(
     options = ["nccl"] if verb == "run" else ["--output", str(tmp_path / "x")] if verb == "support-bundle" else []
     run = in_this_process(verb, "--root", tmp_path / "node", *options)
     assert run.returncode == 130, said(run)
-    assert ("goes on where this one stopped" in said(run)) == (verb in ("all", "run")), said(run)
+    assert ("continues where this one stopped" in said(run)) == (verb in ("all", "run")), said(run)
     assert ("nothing was changed" in said(run)) == (verb not in ("all", "run")), said(run)
 
 

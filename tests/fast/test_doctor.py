@@ -76,7 +76,7 @@ def test_the_worst_comes_first_with_what_it_means_and_what_to_do(finds: Findings
     )
     run = in_this_process("doctor", "--root", node)
     lines = [line.strip() for line in run.stdout.splitlines()]
-    order = ["Broken (1)", "To look at (1)", "Ok (1): fine", "Skipped (1)", "1 thing is broken"]
+    order = ["Broken (1)", "Worth a look (1)", "Ok (1): fine", "Skipped (1)", "1 thing is broken"]
     places = [next(at for at, line in enumerate(lines) if each in line) for each in order]
     assert places == sorted(places), run.stdout
     assert "wheel-gate  title of wheel-gate  fix 6" in lines
@@ -139,8 +139,8 @@ def test_it_ends_like_verify(finds: Findings, node: Path, finding: Finding, code
 def test_a_node_with_nothing_on_it_is_looked_at_all_the_same(tmp_path: Path) -> None:
     run = in_this_process("doctor", "--root", tmp_path / "node")
     assert run.returncode == GOOD, said(run)
-    assert f"`sparkinstall all --root {tmp_path}/node` does it" in run.stdout
-    assert "nothing stands in the way of setting it up" in run.stdout
+    assert f"`sparkinstall all --root {tmp_path}/node`" in run.stdout
+    assert "this node is ready to be set up" in run.stdout
     assert not (tmp_path / "node").exists()
     answer = envelope(in_this_process("doctor", "--root", tmp_path / "node", "--json"))
     assert answer["data"]["installed"] is False
@@ -248,7 +248,7 @@ def test_nothing_personal_is_shown(finds: Findings, node: Path) -> None:
         assert [secret for secret in secrets if secret in said(run)] == []
     shown = in_this_process("doctor", "--root", node).stdout
     assert (
-        "masked, so that it can be shown in public: 1 host name, 2 user names, 1 address, 1 MAC address, credentials"
+        "masked, so that it can be made public: 1 host name, 2 user names, 1 address, 1 MAC address, credentials"
         in shown
     )
     assert "not <ip-1>" in shown
@@ -269,7 +269,7 @@ def test_the_folder_of_a_rehearsal_is_masked_too(
     monkeypatch.setenv("HOME", str(home))
     finds({}, {"clock": passed("x")})
     run = in_this_process("doctor", "--root", home / "node")
-    assert "`sparkinstall all --root ~/node` does it" in run.stdout
+    assert "run `sparkinstall all --root ~/node`" in run.stdout
     assert "the home folder" in run.stdout and str(home) not in said(run)
     monkeypatch.setattr(checks, "chosen", _blocked)
     refused = in_this_process("doctor", "--root", home / "node")

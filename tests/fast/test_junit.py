@@ -115,7 +115,7 @@ def test_strict_turns_what_was_skipped_into_failures(tmp_path: Path) -> None:
     root = written(tmp_path / "j.xml", junit.of_probes(LOOKED), strict=True)
     case = next(each for each in root.iter("testcase") if each.attrib["name"] == "unseen")
     failure = case.find("failure")
-    assert failure is not None and failure.attrib["message"] == "skipped, and --strict was asked for: no GPU here"
+    assert failure is not None and failure.attrib["message"] == "skipped, and --strict was given: no GPU here"
     assert case.find("skipped") is None
 
 

@@ -200,7 +200,7 @@ def test_an_archive_is_not_replaced_unasked(node: Path) -> None:
     path = node.parent / "out.tar.gz"
     path.write_text("somebody's own")
     run = in_this_process("support-bundle", "--root", node, "--level", "static", "--output", path)
-    assert run.returncode == USAGE and f"{path} is there already" in said(run) and "--yes" in said(run)
+    assert run.returncode == USAGE and f"{path} already exists" in said(run) and "--yes" in said(run)
     assert path.read_text() == "somebody's own"
     made(node, "--yes")
 
@@ -239,7 +239,7 @@ def test_a_node_with_nothing_on_it(tmp_path: Path) -> None:
     contents, data = made(tmp_path / "node")
     assert {"README.txt", "facts.json", "preflight.json", "settings.json", "verify.json"} <= set(contents)
     assert json.loads(contents["verify.json"])["error"]["code"] == "not-there"
-    assert any("nothing of sparkinstall" in each for each in data["missing"])
+    assert any("nothing is installed" in each for each in data["missing"])
     assert not (tmp_path / "node").exists()
 
 

@@ -152,7 +152,7 @@ def test_one_plan_for_all_is_shown_and_nothing_is_touched(pair: Fleet) -> None:
 def test_from_fresh_to_a_ray_of_two_nodes_at_the_two_addresses(pair: Fleet) -> None:
     answer = sparkinstall(pair, "cluster", *NAMES, *ignoring(), "--yes", check=False)
     assert answer.returncode == 0, answer.stdout[-3000:] + answer.stderr[-3000:]
-    assert "The cluster of 2 nodes is set up and proven." in answer.stdout
+    assert "The cluster of 2 nodes is set up and verified." in answer.stdout
     assert [address for address, _ in _nodes_of_ray(pair.nodes[0])] == [*ADDRESSES]
 
 
