@@ -111,6 +111,23 @@ def test_each_large_library_stays_on_its_floor() -> None:
     assert astray == []
 
 
+def test_functions_import_the_heavy_libraries_alone() -> None:
+    """What is slow to import and not needed by every verb; payloads import what the node's environment has."""
+    heavy = {"yaml", "jinja2", "requests", "plumbum", "rich"}
+    inside = [
+        f"{name}:{node.lineno} imports {module}"
+        for name in MODULES
+        if not name.startswith("payloads/")
+        for function in ast.walk(ast.parse((PACKAGE / name).read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for module in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
+        if module.split(".")[0] not in heavy
+    ]
+    assert not inside
+
+
 def test_what_only_reads_knows_no_type_that_writes() -> None:
     astray = [
         f"{module} imports {name}"
