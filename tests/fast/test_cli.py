@@ -189,6 +189,13 @@ def test_the_envelope_is_valid_when_everything_is_wrong(tmp_path: Path) -> None:
     assert answer["errors"][0]["code"] == "usage"
 
 
+def test_help_loads_no_library_that_only_verbs_need() -> None:
+    """A verb reads a stack, so it has YAML anyway; the list of verbs does not need it."""
+    heavy = {"yaml", "jinja2", "requests", "plumbum", "rich", "msgspec"}
+    code = f"import sys, sparkinstall.cli.app; print(*{heavy!r} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=CHECKOUT, text=True) == "\n"
+
+
 @pytest.mark.parametrize("name", [name for name, (_, line) in app.VERBS.items() if line])
 def test_help_of_the_group_and_of_the_verb_say_the_same(name: str) -> None:
     assert (app.command(name).help or "").splitlines()[0] == app.VERBS[name][1]

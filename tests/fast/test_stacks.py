@@ -328,11 +328,6 @@ def test_deep_nesting_is_a_stack_error(tmp_path: Path) -> None:
         load(str(_own(tmp_path, "[" * 5000)))
 
 
-def test_the_module_brings_no_yaml_until_a_file_is_read() -> None:
-    code = "import sys, sparkinstall.stacks; sys.exit('yaml' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
-
-
 # --- the index
 
 
