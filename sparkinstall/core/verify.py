@@ -61,9 +61,7 @@ def verify(session: Session, options: VerifyOptions, emit: Emit = silent) -> Ver
     chosen = checks.chosen(session.node, options.only, options.skip, options.level, options.measure)
     damaged = _journal(session)
     if not damaged and not session.state.installed:
-        raise NotThere(
-            f"sparkinstall has set nothing up in {session.system.root}", hint="`sparkinstall all` sets it up"
-        )
+        raise NotThere(f"nothing is installed in {session.system.root}", hint="`sparkinstall all` sets it up")
     reports = looked_at(session, chosen.steps)
     results = [*damaged, *checks.look(chosen.probes, session.system, emit)]
     findings = {each.probe.name: each.finding for each in results}

@@ -114,14 +114,14 @@ def test_a_fix_that_looks_better_for_less_looking_says_so(finding: Finding) -> N
         part = standing_of(dict.fromkeys(names(checks.chosen(HEAD, level=level, measure=True)), finding))
         for number, state in part.items():
             better = ORDER.index(state.standing) < ORDER.index(everything[number].standing)
-            assert not better or "; not asked: " in state.note, (level, number)
+            assert not better or "; not run: " in state.note, (level, number)
 
 
 def test_a_fix_says_which_of_its_probes_were_not_asked() -> None:
     static = {probe.name: passed("x") for probe in checks.chosen(HEAD, level="static").probes}
     found = standing_of(static)[5]
     assert (found.standing, found.note) == ("done", "by its files; not run: fp8-kernels, fp8-product")
-    assert standing_of({})[1].note.endswith("not asked: nccl-preload, running-nccl, nccl-loaded")
+    assert standing_of({})[1].note.endswith("not run: nccl-preload, running-nccl, nccl-loaded")
     assert not standing_of({})[7].note, "there is no probe to ask"
     everything = standing_of({probe.name: passed("x") for probe in EVERYTHING.probes})
     assert everything[5].standing == "proven"
@@ -262,7 +262,7 @@ def test_what_is_here_without_a_journal_is_not_called_well(node: Path, content: 
     for verb, code in (("verify", DRIFT), ("plan", 1), ("status", 1), ("all", 1)):
         run = in_this_process(verb, "--root", node)
         assert run.returncode == code and "journal.jsonl is missing or empty" in said(run), said(run)
-        assert "put the journal back" in said(run)
+        assert "restore the journal" in said(run)
     back = in_this_process("uninstall", "--root", node)
     assert ("there is no journal" if content is None else "removed 0") in back.stdout
 
