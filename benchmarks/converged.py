@@ -17,9 +17,12 @@ from benchmarks.timing import Command, Spread, in_turns
 from sparkinstall.patches import revert
 from sparkinstall.steps.fp8 import cutlass_patch
 
-OURS = "sparkinstall all"
+OURS, SEARCHED = "sparkinstall all", "`sparkinstall all`, with the search for garbage at its end"
 PYINFRA, PYINFRA_UV = "pyinfra", "pyinfra, `uv.packages` for the pin"
 ANSIBLE, ANSIBLE_PIP = "ansible-playbook", "ansible-playbook, `pip` for the pin"
+
+# What `gc.freeze` in __main__.py saves: the same run without it.
+_SEARCHING = "import gc; gc.freeze = lambda: None; from sparkinstall.__main__ import main; main()"
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ def measure(
     declared = _converged_node(tool, work / "node")
     commands = {
         OURS: Command((tool.program("sparkinstall"), "all", "--root", str(declared.root))),
+        SEARCHED: Command((tool.python, "-c", _SEARCHING, "all", "--root", str(declared.root))),
         PYINFRA: _pyinfra(pyinfra, declared, work / "pyinfra", _pyinfra_folder(declared)),
         PYINFRA_UV: _pyinfra(pyinfra, declared, work / "pyinfra-uv", _pyinfra_uv(declared), tool),
         ANSIBLE: _ansible(ansible, declared, work / "ansible", _ansible_folder(declared)),
