@@ -16,7 +16,6 @@ from sparkinstall.cli.cluster_result import end
 from sparkinstall.cli.cluster_text import show_nodes, show_plan
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console
-from sparkinstall.cli.verify import HowFar, Junit, Measure, Strict, known_level
 from sparkinstall.cluster import ssh
 from sparkinstall.cluster.orchestrate import Barrier, Cluster, ClusterOptions, is_due, members
 from sparkinstall.cluster.protocol import Status, Uninstalled
@@ -53,10 +52,10 @@ def cluster(
     only: options.Only = None,
     skip: options.Skip = None,
     ignore: options.Ignore = None,
-    level: HowFar = None,
-    measure: Measure = False,
-    strict: Strict = False,
-    junit: Junit = None,
+    level: options.HowFar = None,
+    measure: options.Measure = False,
+    strict: options.Strict = False,
+    junit: options.Junit = None,
     yes: options.Yes = False,
 ) -> CommandResult:
     """Set up several nodes from one terminal: phase by phase, in parallel."""
@@ -64,7 +63,7 @@ def cluster(
     role = {name: value for name, value in given.items() if value is not None}
     names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
     settings = _settings(replace(target, role=role))
-    wanted = ClusterOptions(*settings, *names, known_level(level), measure, strict, junit, yes, output.json)
+    wanted = ClusterOptions(*settings, *names, options.known_level(level), measure, strict, junit, yes, output.json)
     return _cluster(words, wanted, output.verbose)
 
 

@@ -11,10 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sparkinstall.cli import options
 from sparkinstall.cli.live_output import asking
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
 from sparkinstall.cli.text_output import console
-from sparkinstall.cli.verify import HowFar, Measure, Names, NotNames, known_level
 from sparkinstall.core.session import Target, open_session, open_state, pointed
 from sparkinstall.core.verify import VerifyOptions
 from sparkinstall.errors import Exit, Problem
@@ -35,14 +35,14 @@ _MANY_LINES = 6
 def doctor(
     target: Target,
     output: Output,
-    level: HowFar = None,
-    only: Names = None,
-    skip: NotNames = None,
-    measure: Measure = False,
+    level: options.HowFar = None,
+    only: options.Names = None,
+    skip: options.NotNames = None,
+    measure: options.Measure = False,
 ) -> CommandResult:
     """Explain what is wrong, its impact and what to do, worst first; masked, so that it can be made public."""
     with _problems_masked(target):
-        chosen = VerifyOptions(tuple(only or ()), tuple(skip or ()), known_level(level), measure)
+        chosen = VerifyOptions(tuple(only or ()), tuple(skip or ()), options.known_level(level), measure)
         session = open_session(target)
         with asking(output.json) as emit:
             found = examine(session, chosen, emit)

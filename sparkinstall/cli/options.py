@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from sparkinstall.core.catalogue import require_known
+from sparkinstall.probes import LEVELS, Level
+
 _NODE, _CHOICE, _OUTPUT = "Which node", "Which parts", "Output"
 
 Root = Annotated[
@@ -49,3 +52,38 @@ Json = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Show every line of every program.", rich_help_panel=_OUTPUT)
 ]
+Names = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Run only this step or probe (may repeat).", rich_help_panel=_CHOICE),
+]
+NotNames = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="Skip this step or probe (may repeat).", rich_help_panel=_CHOICE),
+]
+HowFar = Annotated[
+    str | None,
+    typer.Option(
+        "--level",
+        metavar="LEVEL",
+        help="Highest level to run: static, node, gpu, link, cluster or serving; default: all.",
+        rich_help_panel=_CHOICE,
+    ),
+]
+Measure = Annotated[
+    bool,
+    typer.Option("--measure", help="Include probes that keep the GPU or the link busy.", rich_help_panel=_CHOICE),
+]
+Junit = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write a JUnit report for CI.", rich_help_panel=_OUTPUT)
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Count skipped as failed.", rich_help_panel=_OUTPUT)]
+
+
+def known_level(name: str | None) -> Level | None:
+    """Return the level with that name.
+
+    Raises:
+        BadUsage: there is none.
+    """
+    require_known([name] if name is not None else [], LEVELS, "level")
+    return next((level for level in LEVELS if level == name), None)

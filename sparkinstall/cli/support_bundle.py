@@ -14,7 +14,6 @@ from rich.text import Text
 from sparkinstall.cli import options
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console
-from sparkinstall.cli.verify import HowFar, known_level
 from sparkinstall.core.session import Target, open_state
 from sparkinstall.core.verify import VerifyOptions
 from sparkinstall.errors import BadUsage, Problem, Storage, storage_problem
@@ -39,11 +38,11 @@ _LARGEST = 25_000_000
 
 @verb("support-bundle", "root", "config", reads_only=True)
 def support_bundle(
-    target: Target, output: Output, archive: Archive = None, level: HowFar = None, yes: options.Yes = False
+    target: Target, output: Output, archive: Archive = None, level: options.HowFar = None, yes: options.Yes = False
 ) -> CommandResult:
     """Pack facts, journal, logs and a `verify` into one archive for an issue, masked; nothing is sent."""
     del output
-    chosen = VerifyOptions(level=known_level(level))
+    chosen = VerifyOptions(level=options.known_level(level))
     path = _place(archive, yes)
     on = open_state(target).system
     mask = Mask(identity.known(on))

@@ -3,65 +3,35 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from sparkinstall.cli import junit as report
+from sparkinstall.cli import options
 from sparkinstall.cli.live_output import asking
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, show_fixes, show_plan, show_proof
 from sparkinstall.cluster.protocol import Verified
-from sparkinstall.core.catalogue import require_known
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.core.verify import Verification, VerifyOptions
 from sparkinstall.core.verify import verify as verify_node
 from sparkinstall.errors import Exit, Problem
-from sparkinstall.probes import LEVELS, Level
 
 _FEW_NAMES = 4
-
-Names = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="Run only this step or probe (may repeat).", rich_help_panel="Which parts"),
-]
-NotNames = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="Skip this step or probe (may repeat).", rich_help_panel="Which parts"),
-]
-HowFar = Annotated[
-    str | None,
-    typer.Option(
-        "--level",
-        metavar="LEVEL",
-        help="Highest level to run: static, node, gpu, link, cluster or serving; default: all.",
-        rich_help_panel="Which parts",
-    ),
-]
-Measure = Annotated[
-    bool,
-    typer.Option("--measure", help="Include probes that keep the GPU or the link busy.", rich_help_panel="Which parts"),
-]
-Junit = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write a JUnit report for CI.", rich_help_panel="Output")
-]
-Strict = Annotated[bool, typer.Option("--strict", help="Count skipped as failed.", rich_help_panel="Output")]
 
 
 @verb("verify", *NODE, reads_only=True)
 def verify(
     target: Target,
     output: Output,
-    level: HowFar = None,
-    only: Names = None,
-    skip: NotNames = None,
-    measure: Measure = False,
-    strict: Strict = False,
-    junit: Junit = None,
+    level: options.HowFar = None,
+    only: options.Names = None,
+    skip: options.NotNames = None,
+    measure: options.Measure = False,
+    strict: options.Strict = False,
+    junit: options.Junit = None,
 ) -> CommandResult:
     """Check everything, and probe running processes; exit 3 on drift or failure."""
     with _reported(junit, strict, target.root_option):
-        chosen = VerifyOptions(tuple(only or ()), tuple(skip or ()), known_level(level), measure, strict)
+        chosen = VerifyOptions(tuple(only or ()), tuple(skip or ()), options.known_level(level), measure, strict)
         session = open_session(target)
         with asking(output.json) as emit:
             found = verify_node(session, chosen, emit)
@@ -71,16 +41,6 @@ def verify(
         data = Verified.of(found, session) if output.json else Verified()
         code = Exit.DRIFT if found.wrong else Exit.GOOD
         return CommandResult(code, data, lambda: _show(session, found, output.verbose))
-
-
-def known_level(name: str | None) -> Level | None:
-    """Return the level with that name.
-
-    Raises:
-        BadUsage: there is none.
-    """
-    require_known([name] if name is not None else [], LEVELS, "level")
-    return next((level for level in LEVELS if level == name), None)
 
 
 @contextmanager
