@@ -83,7 +83,7 @@ def _converged(fleet: Fleet, nodes: Sequence[FleetNode]) -> tuple[tuple[str, ...
 
 @dataclass(frozen=True)
 class AtTerminal:
-    """A command that somebody types at the terminal of the fleet."""
+    """A command typed at the terminal of the fleet."""
 
     fleet: Fleet
     argv: Sequence[str]

@@ -94,7 +94,7 @@ def _declared(root: Path, keys: dict[str, list[str]]) -> Declared:
 
 
 def _sources(declared: Declared, folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Each file that is declared, and what the peer is to make it from; beneath `folder`."""
+    """Each file that is declared, and what the peer is to make it from; below `folder`."""
     folder.mkdir()
     for path in declared.contents:
         shutil.copy(path, folder / path.name)

@@ -28,7 +28,7 @@ def _timed(tool: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Seconds in which at least one of them was open: tools run side by side."""
+    """Seconds in which at least one of them was open: tools run in parallel."""
     seconds, end = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         seconds += max(0.0, stop - max(start, end))

@@ -12,7 +12,7 @@ from sparkinstall.errors import CommandFailed, storage_problem
 if TYPE_CHECKING:
     import requests
 
-# Small, because a partly received chunk is lost when the connection breaks off.
+# Small, because a partly received chunk is lost when the connection closes.
 _CHUNK = 1 << 16
 _TIMEOUT = (15, 60)
 

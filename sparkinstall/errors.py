@@ -84,7 +84,7 @@ class Blocked(Problem):
 
 
 class NeedsRoot(Problem):
-    """The check needs root, and sudo needs a password that cannot be asked for."""
+    """The check needs root, and sudo needs a password but cannot ask for it."""
 
     code = "sudo"
 

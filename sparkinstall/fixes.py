@@ -4,8 +4,8 @@ from msgspec import Struct
 
 
 class Fix(Struct, frozen=True):
-    """A fix: the steps that name it apply it, the probes that name it prove it. `between`: only nodes of several
-    need it."""
+    """A fix: the steps that name it apply it, the probes that name it verify it. `between`: needed only on several
+    nodes."""
 
     number: int
     title: str

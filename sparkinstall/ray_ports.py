@@ -10,18 +10,18 @@ DASHBOARD_AGENT_HTTP = 20002
 DASHBOARD_AGENT_GRPC = 20003
 RUNTIME_ENV_AGENT = 20004
 METRICS = 20005
-# Each worker process and each program that joins (`vllm serve` is one) takes one of these.
+# Each worker process and each client (such as `vllm serve`) uses one of these.
 FIRST_WORKER = 20010
 LAST_WORKER = 20999
 
-# The head alone, on loopback.
+# Only on the head, on loopback.
 DASHBOARD = 8265
-# The head alone, where grpcio is installed: it cannot be switched off; nothing here uses it.
+# Only on the head, if grpcio is installed: it cannot be disabled; nothing here uses it.
 CLIENT = 10001
 
-# vLLM's own processes meet at random ports, unless VLLM_PORT names the first to try.
+# vLLM's processes use random rendezvous ports, unless VLLM_PORT names the first to try.
 FIRST_OF_VLLM = 29600
 LAST_OF_VLLM = 29699
 
-# What other nodes must reach on every node, besides the head's own port (`cluster.ray_port`): first and last.
+# Port ranges that other nodes must reach on every node, besides the head's `cluster.ray_port`.
 BETWEEN_NODES = (NODE_MANAGER, LAST_WORKER)

@@ -25,7 +25,7 @@ _DONE = {
 class Watch:
     """The live view of these hosts. It opens with the first event, and can be closed while a question is asked.
 
-    Nodes tell side by side.
+    Nodes report in parallel.
     """
 
     def __init__(self, hosts: Sequence[str], verbose: bool) -> None:

@@ -49,7 +49,7 @@ def reach(target: Target, _: Output, addresses: Words) -> CommandResult:
 
 @_command
 def offer(target: Target, _: Output, peers: Words, only: options.Only = None) -> CommandResult:
-    """Send what was downloaded and built here to the nodes at these addresses; the token is on stdin."""
+    """Send this node's downloads and builds to the nodes at these addresses; the token is on stdin."""
     return CommandResult(data=agent.offer(open_session(target), peers, only or ()))
 
 

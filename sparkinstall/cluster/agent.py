@@ -130,13 +130,13 @@ def _unreached(on: Reader, address: str, mtu: int) -> str:
 
 
 def offer(session: Session, peers: Sequence[str], only: Sequence[str]) -> Offered:
-    """Send what was downloaded and built here to the nodes at these addresses. The token is on stdin.
+    """Send this node's downloads and builds to the nodes at these addresses. The token is on stdin.
 
     Raises:
         CopyFailed, Storage: as `artifacts.serve`.
     """
     token = sys.stdin.readline().strip()
-    tell("listing what was downloaded and built")
+    tell("listing downloads and builds")
     return artifacts.serve(session.node, session.system, only, peers, token, lambda offer: announce(OfferOpen(offer)))
 
 

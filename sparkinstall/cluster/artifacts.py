@@ -112,7 +112,7 @@ def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Manifest, list[
 
 
 def likeness(node: Node) -> dict[str, str]:
-    """What decides whether another node's wheels are the ones that this node would download."""
+    """Return the values that must be equal for another node's wheels to be usable here."""
     wheels = node.wheels
     pins = wheels.lock_text() if wheels.lock else wheels.open_text()
     return {
@@ -239,10 +239,10 @@ def _require_harmless(manifest: Manifest) -> None:
         if not _is_at(stem, _STEM) or not _is_at(archive, _ARCHIVE):
             raise _misplaced(stem)
     ends = [*(each.path for each in manifest.files), *(stem for stem, _ in manifest.wheels)]
-    # A file beneath a file or a link would be written to another place.
+    # A file below a file or a link would be written elsewhere.
     whole = set(ends)
     if len(whole) < len(ends) or any(not whole.isdisjoint(_folders(path)) for path in ends):
-        raise CopyFailed("the other node offers a file twice, or one beneath another")
+        raise CopyFailed("the other node offers a file twice, or one below another")
 
 
 def _is_at(path: str, kind: re.Pattern[str]) -> bool:
@@ -364,7 +364,7 @@ class _Missing(Struct):
         return not different
 
     def place(self) -> None:
-        """Move what arrived to where uv and the NCCL step read it: contents first, links to them last."""
+        """Move received files to where uv and the NCCL step read them: contents first, links to them last."""
         cache = self.node.cache
         for archive in {archive for _, archive in self._wheels}:
             if (self.waiting / archive).is_dir() and not (cache / archive).is_dir():

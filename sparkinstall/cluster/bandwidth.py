@@ -35,7 +35,7 @@ class NotMeasured(Problem):
 
 
 def reasons(node: Node, on: Reader) -> dict[str, str]:
-    """For each kind why this node cannot take part; empty where it can."""
+    """Return for each kind why this node cannot take part, or ""."""
     return {kind: _why_not(node, on, kind) for kind in KINDS}
 
 

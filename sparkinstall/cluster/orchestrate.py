@@ -192,7 +192,7 @@ class Cluster(Struct):
         return [each for each in self.done if each.host == node.host]
 
     def replies(self, phase: str, message: type[_Message]) -> list[tuple[Done, _Message]]:
-        """What each node replied in a phase; an empty message where it gave none."""
+        """The reply of each node in a phase; an empty message if it gave none."""
         ended = [each for each in self.done if each.phase == phase]
         return [(each, each.data if isinstance(each.data, message) else message()) for each in ended]
 
@@ -473,7 +473,7 @@ class Cluster(Struct):
 
 
 def _as_it_is(node: RemoteNode, on_line: OnLine, message: type[_Message], *argv: str) -> Reply[_Message]:
-    """Ask the sparkinstall that is there, of any version; where there is none, the reply is empty."""
+    """Run a verb with any installed version of sparkinstall; the reply is empty if there is none."""
     try:
         return node.call(message, *argv, on_line=on_line, bring=False)
     except NoTool:

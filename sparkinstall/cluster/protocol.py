@@ -155,7 +155,7 @@ class ProbeMessage(Struct, frozen=True):
 
 
 class FixMessage(Struct, frozen=True):
-    """A fix and how it stands."""
+    """A fix and its state."""
 
     number: int
     title: str
@@ -174,7 +174,7 @@ class Look(Struct, frozen=True, dict=True):
     """Reply of `look`; an empty one stands for a node that gave no reply.
 
     `unproven`: probes that failed when the node was last proven. `armed`: a network change waits for its confirmation.
-    `token`: a digest of the Ray token, None where there is none.
+    `token`: a digest of the Ray token, or None.
     """
 
     preflight: tuple[ProbeMessage, ...] = ()
@@ -290,7 +290,7 @@ class Token(Struct, frozen=True):
 
 
 class Offered(Struct, frozen=True):
-    """Reply of `offer`: how much there was to copy, and how many bytes each address took."""
+    """Reply of `offer`: bytes offered, and bytes sent to each address."""
 
     files: int = 0
     bytes: int = 0
@@ -307,7 +307,7 @@ class Fetched(Struct, frozen=True):
 
 
 class Measurable(Struct, frozen=True):
-    """Reply of `measurable`: kind of measurement -> why this node cannot take part; empty where it can."""
+    """Reply of `measurable`: kind of measurement -> why this node cannot take part, or ""."""
 
     why_not: Mapping[str, str] = field(default_factory=dict)
 
@@ -329,7 +329,7 @@ class Asked(Struct, frozen=True):
 
 
 class Offer(Struct, frozen=True):
-    """Where the head's list of files is to be had, and its sha256."""
+    """Port of the head's list of files, and the sha256 of the list."""
 
     port: int
     digest: str

@@ -21,7 +21,7 @@ _Message = TypeVar("_Message")
 
 
 class Member(Struct, frozen=True):
-    """A node of the cluster: how ssh finds it, and what it is there. `address` is the one on the QSFP link."""
+    """A node of the cluster: its ssh host and role. `address` is the one on the QSFP link."""
 
     host: str
     role: str
@@ -69,7 +69,7 @@ class NoTool(Problem):
 
 
 class RemoteNode(Struct):
-    """A node and what is known of it.
+    """A node and its known state.
 
     `uploads`: files of this machine that settings name. `brought`: this run installed sparkinstall there. `changed`: a
     phase of this run changed something there.

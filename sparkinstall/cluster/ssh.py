@@ -167,7 +167,7 @@ def _listen(stream: IO[bytes], said: list[str], on_line: Callable[[str], None]) 
 
 
 class _Failure(Struct, frozen=True):
-    """What ssh prints when it fails, and what a user is told. `{host}` is as given, `{name}` its bare name.
+    """A failure of ssh: its output, and our message and hint. `{host}` is as given, `{name}` its bare name.
 
     `quoted`: the line with the sign is the cause.
     """

@@ -46,7 +46,7 @@ class Target(Struct, frozen=True):
 
     @property
     def root_option(self) -> str:
-        """The `--root` as it was given: what a further command line needs to mean the same node."""
+        """The `--root` as given, for further command lines for the same node."""
         return f" --root {self.root}" if self.root else ""
 
     def values(self) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Target(Struct, frozen=True):
 
 
 class Setting(Struct, frozen=True):
-    """The value of a setting, and where it came from."""
+    """The value of a setting, and its origin."""
 
     value: Any
     source: str

@@ -1,4 +1,4 @@
-"""Derive from a regular expression literal texts of which every match contains one."""
+"""Derive literals from a regular expression such that every match contains one of them."""
 
 import re
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from typing import Any
 Literals = frozenset[str]
 
 _MOST = 16
-"""The most alternatives to enumerate."""
+"""Limit on the number of alternatives to enumerate."""
 _REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT, op.POSSESSIVE_REPEAT)
 _EMPTY: Literals = frozenset({""})
 
@@ -18,7 +18,7 @@ def required_literals(pattern: str) -> tuple[str, ...]:
     """Return the longest literals of which each match of `pattern` contains one; none if none can be derived."""
     tree = _parser.parse(pattern)
     exact, required = _sequence(tree, tree.state.flags)
-    # The log may have a tab where the pattern has a blank: the search replaces tabs before it tries the regex.
+    # A blank in the pattern may be a tab in the log: the search replaces tabs before it tries the regex.
     best = frozenset(each.strip() for each in _better(exact, required) or ())
     # A literal that contains another one is redundant.
     shortest = sorted(each for each in best if not any(other in each for other in best - {each}))

@@ -1,4 +1,4 @@
-"""The variables of an env file, as systemd reads them."""
+"""Read an env file as systemd does."""
 
 import re
 
@@ -7,7 +7,7 @@ _ESCAPE = re.compile(r'\\(["\\`$])')
 
 
 def assignments(content: bytes) -> dict[str, str]:
-    """The variables of one of our env files, as systemd's EnvironmentFile= takes them: all else is skipped."""
+    """Return the variables of one of our env files as systemd's EnvironmentFile= reads them, skipping other lines."""
     lines = content.decode(errors="replace").splitlines()
     found = (match for line in lines if (match := _ASSIGNMENT.fullmatch(line.strip())))
     return {match[1]: _unquoted(match[2]) for match in found}

@@ -14,7 +14,7 @@ QUERY = (
 
 
 DRIVER_FILE = "/proc/driver/nvidia/version"
-"""What the loaded driver says of itself."""
+"""The loaded driver's description of itself."""
 
 
 class Gpu(Struct, frozen=True):

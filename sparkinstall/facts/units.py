@@ -1,19 +1,19 @@
-"""What systemd knows: the properties of a unit, and its journal."""
+"""Properties and journal of a systemd unit."""
 
 from sparkinstall.system import Reader
 
 
 def show(on: Reader, unit: str, *properties: str) -> dict[str, str]:
-    """The properties of a unit; empty text for those that systemd does not tell."""
+    """Return the properties of a unit; "" for unknown ones."""
     answer = on.ask("systemctl", "show", unit, f"--property={','.join(properties)}")
     found = dict(line.split("=", 1) for line in answer.out.splitlines() if "=" in line)
     return {each: found.get(each, "") for each in properties}
 
 
 def journal(on: Reader, *which: str, timeout: float = 30) -> str:
-    """What journalctl prints of the entries that `which` selects; empty where there are none.
+    """Return journalctl's output for the entries that `which` selects, or "".
 
-    As root where sudo needs no password, else what this user may read: members of `adm` may read all.
+    Reads as root if sudo needs no password, else what this user may read: members of `adm` may read all.
     """
     command = ("journalctl", *which, "-q", "--no-pager")
     answer = on.ask(*command, timeout=timeout, root=True)

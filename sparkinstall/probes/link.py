@@ -160,7 +160,7 @@ def _health(node: Node, on: Reader) -> Finding:
 
 
 def _many(so_far: card.Counted) -> dict[str, int]:
-    """Counters that stand higher since the boot than a cable that was put in explains."""
+    """Return counters that are higher since the boot than plugging in a cable explains."""
     found = {}
     for name, count in so_far.errors.items():
         interface, _, counter = name.partition(" ")

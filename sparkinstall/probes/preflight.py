@@ -203,7 +203,7 @@ def _python(node: Node) -> Finding:
     if shutil.which(wanted):
         return passed(wanted)
     if node.partial:
-        return passed(f"{platform.python_version()} stands in for it (vLLM's wheel fits any)")
+        return passed(f"{platform.python_version()} is used instead (vLLM's wheel works with any)")
     if not node.rehearsal and node.config.environment.python is None:
         return passed(f"the step `packages` installs {wanted}")
     return failed(

@@ -139,7 +139,7 @@ def _broken(of: Api, answer: Reply) -> Finding:
         return _late(of, "no end of a stream")
     if "chat template" in answer.error:
         return skipped("this model has no chat template: nobody can chat with it")
-    return failed(answer.error or "the stream broke off", f"read `journalctl -u {UNIT}`", "a stream to its end")
+    return failed(answer.error or "the stream was interrupted", f"read `journalctl -u {UNIT}`", "a stream to its end")
 
 
 def _metrics(of: Api) -> Finding:

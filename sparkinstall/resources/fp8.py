@@ -96,7 +96,7 @@ class Fp8Decision(Struct, frozen=True):
 
 
 def _driver(on: Reader) -> str:
-    """The line in which the kernel names its NVIDIA driver; empty where there is none, as in a rehearsal."""
+    """Return the kernel's line about its NVIDIA driver; "" if there is none, as in a rehearsal."""
     said = b"" if on.rehearsal else on.read(DRIVER_FILE) or b""
     return said.decode(errors="replace").split("\n")[0]
 
@@ -174,5 +174,5 @@ class PatchedFile(Struct, frozen=True):
 
     def apply(self, on: System) -> None:
         path, decision = self._path(on), recorded(on, self.node.fp8_decision, Fp8Fallback)
-        assert path and decision, "the engine applies only what can be told"
+        assert path and decision, "the engine applies no Unknown"
         on.write(path, self._wanted(on.read(path) or b"", decision.fallback))

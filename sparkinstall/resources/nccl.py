@@ -44,7 +44,7 @@ class Recipe(Struct, frozen=True):
 
 
 class Stamp(Struct, frozen=True):
-    """What a library was built from, and what it is; `library`: size and mtime_ns of its file."""
+    """A library's recipe and identity; `library`: size and mtime_ns of its file."""
 
     recipe: Recipe
     sha256: str = ""

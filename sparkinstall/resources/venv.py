@@ -187,7 +187,7 @@ class PythonEnvironment(Struct, frozen=True):
 
 
 class VllmAlone(PythonEnvironment, frozen=True):
-    """In a rehearsal without --full: vLLM's own wheel; the rest of the lock is resolved only."""
+    """In a rehearsal without --full: only vLLM's wheel is installed; the rest of the lock is resolved."""
 
     part: ClassVar[str] = "vllm"
 
@@ -204,7 +204,7 @@ class VllmAlone(PythonEnvironment, frozen=True):
         return f"vllm {self.node.stack.vllm} for {self.node.platform}; {rest}"
 
     def _interpreter(self, on: System) -> str:
-        """vLLM's wheel fits any Python: where the stack's is missing, our own stands in for it."""
+        """Return the stack's Python, or ours if it is missing: vLLM's wheel works with any."""
         wanted = super()._interpreter(on)
         environment = {**os.environ, **_uv_env(self.node)}
         found = on.ask(uv(), "python", "find", "--no-python-downloads", wanted, env=environment)
@@ -216,7 +216,7 @@ class VllmAlone(PythonEnvironment, frozen=True):
 
 
 def environment_of(node: Node) -> PythonEnvironment:
-    """The environment that this node gets."""
+    """Return the environment resource of this node."""
     return VllmAlone(node) if node.partial else PythonEnvironment(node)
 
 

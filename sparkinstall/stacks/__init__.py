@@ -152,7 +152,7 @@ class _Wheel(Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def pin(self) -> Pin:
         found = _pin_of_wheel(self.url)
-        assert found, "looked at when it was read"
+        assert found, "checked when it was read"
         return replace(found, hashes=(f"sha256:{self.sha256}",)) if self.sha256 else found
 
 

@@ -94,14 +94,14 @@ def _examined(session: Session, options: VerifyOptions, emit: Emit) -> tuple[lis
 
 
 def _before(session: Session, options: VerifyOptions, installed: bool) -> list[Item]:
-    """Run the preflight, unless single names were asked for."""
+    """Run the preflight, unless single names were selected."""
     if options.only:
         return []
     return of_preflight(checks.look(preflight.preflight(session.node), session.system, silent), installed)
 
 
 def _of_machine(session: Session, options: VerifyOptions) -> list[Item]:
-    """Run the probes of the machine alone, which need no installation."""
+    """Run only the probes of the machine, which need no installation."""
     chosen = checks.chosen(session.node, options.only, options.skip, options.level, options.measure)
     own = {probe.name for probe in checks.of_no_step(session.node)}
     probes = [probe for probe in chosen.probes if probe.name in own]

@@ -1,4 +1,4 @@
-"""Collect the results of other verbs for the support bundle. A result that cannot be had is noted as missing."""
+"""Collect the results of other verbs for the support bundle. An unavailable result is listed as missing."""
 
 import platform
 import traceback
@@ -23,7 +23,7 @@ from sparkinstall.system.local import LocalSystem
 
 
 class Results(Struct, frozen=True):
-    """The node, the results as JSON values by the name of their member, and what is missing and why."""
+    """The node, results as JSON values by member name, and what is missing and why."""
 
     node: Node
     members: dict[str, Any]
@@ -51,7 +51,7 @@ def results(target: Target, options: VerifyOptions, on: LocalSystem) -> Results:
 
 
 def _trouble(session: Session) -> list[str]:
-    """Say what is wrong with the journal; what can be read of it is in the archive all the same."""
+    """Note what is wrong with the journal; its readable part is in the archive anyway."""
     try:
         problem = session.state.trouble(session.node)
     except Problem as refused:
@@ -65,7 +65,7 @@ def _noted(ask: Callable[[], Any], what: str, missing: list[str]) -> Any:
     except Problem as problem:
         missing.append(f"{what}: {problem.message}")
         return {"error": Error.of(problem)}
-    except Exception as error:  # a bug is a good reason for this archive, not for there being none
+    except Exception as error:  # a bug is a reason to make the archive
         missing.append(f"{what}: {type(error).__name__}: {error}")
         return {"traceback": traceback.format_exc().splitlines()}
 
@@ -75,13 +75,13 @@ def _verified(session: Session, options: VerifyOptions) -> Verified:
 
 
 def _preflight(node: Node, on: LocalSystem) -> list[ProbeMessage]:
-    """Run the preflight and the probes of the machine: where nothing is installed, there is nothing else."""
+    """Run the preflight and the probes of the machine: all there is if nothing is installed."""
     probes = [*preflight(node), *checks.of_no_step(node)]
     return [*map(ProbeMessage.of, checks.look((each for each in probes if not each.load), on, silent))]
 
 
 def _unset(on: LocalSystem) -> Node:
-    """The node as it would be without settings."""
+    """Return the node with default settings."""
     machine = platform.machine()
     return Node(
         config=Config(), stack=stacks.load(stacks.DEFAULT), platform=machine, machine=machine,

@@ -1,5 +1,5 @@
-"""The commands that a `Reader` may run. Each is described whole, from the program to its last word: a list of what
-is forbidden would have to know every option and abbreviation that changes something."""
+"""The commands that a `Reader` may run, each complete from the program to its last word: a list of forbidden
+commands would have to know every option and abbreviation that changes something."""
 
 import re
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from sparkinstall import payloads
 
 _PAYLOADS = ("cutlass_fp8", "inspect_env", "loaded_nccl", "nccl_bandwidth", "nccl_version", "vllm_client")
 _GPU_LOAD = "gpu_load"
-"""The payload that runs the command which it is given."""
+"""The payload that runs the command it is given."""
 
-# One command a line: a blank separates words; `_` is one word that is no option, `%` any word.
+# One command per line, words separated by blanks; `_` is one word that is not an option, `%` any word.
 _COMMANDS = r"""
 all_gather_perf( -[beg] \d+)*
 all_reduce_perf( -[beg] \d+)*
@@ -58,22 +58,22 @@ unshare --map-root-user --net [\w/]*nft list tables
 unshare --map-root-user --net [\w/]*nft -c %
 uv python find --no-python-downloads _
 """
-# nft loads the rules in a network namespace of its own, which ends with it, and lists what it made of them.
+# nft loads the rules in a temporary network namespace and lists the result.
 _TRY_RULES = re.compile(r'"([\w/]*nft)" "\$1" && "\1" -nn list table \w+ \w+')
 _VARIABLE = re.compile(r"(DEBIAN_FRONTEND|NEEDRESTART_SUSPEND|NCCL_DEBUG|NCCL_DEBUG_SUBSYS)=[\w,]+")
 _WITH_ENV_FILE = '. "$1" && shift && exec "$@"'
 
 
 class MayChange(RuntimeError):
-    """A `Reader` was given a command that is not known to be read-only: a mistake in the code. No
-    ValueError, which callers expect of a reply that they cannot read."""
+    """A `Reader` got a command that is not known to be read-only: a bug. Not a ValueError, which callers expect
+    for an unreadable reply."""
 
     def __init__(self, argv: Sequence[str]) -> None:
         super().__init__(f"`{' '.join(argv)[:200]}` is not on the list of read-only commands")
 
 
 def require(argv: Sequence[str]) -> None:
-    """Refuse a command that may change the node.
+    """Reject a command that may change the node.
 
     Raises:
         MayChange: it is not on the list.
@@ -83,10 +83,10 @@ def require(argv: Sequence[str]) -> None:
 
 
 def allows(argv: Sequence[str]) -> bool:
-    """Whether a command is known to change nothing on the node."""
+    """Return whether a command is known to change nothing on the node."""
     match [PurePosixPath(argv[0]).name, *argv[1:]] if argv else []:
         case ["sudo", "-n", "-v"]:
-            # It renews the password that sudo was given.
+            # Renews sudo's cached password.
             return True
         case ["sudo", "-n", *rest]:
             return allows(rest)
@@ -105,7 +105,7 @@ def allows(argv: Sequence[str]) -> bool:
 
 
 def _is_payload(words: Sequence[str]) -> bool:
-    """Whether Python is given one of the payloads that only read, as its text or as the file on the node."""
+    """Return whether Python runs one of the read-only payloads, from text or from its file on the node."""
     match words:
         case ["-I" | "-P", *rest]:
             return _is_payload(rest)
@@ -114,7 +114,7 @@ def _is_payload(words: Sequence[str]) -> bool:
         case ["-c", text, *_]:
             return any(text == _text(each) for each in _PAYLOADS)
         case [path, *rest]:
-            # After `--` stands a command that it would become.
+            # The words after `--` are a command that would replace it.
             return path.endswith("/ray-nodes.py") and "--" not in rest
     return False
 

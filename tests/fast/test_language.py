@@ -21,6 +21,14 @@ RETIRED = {
     r"\b(is|are|all) well\b": "ok",
     r"\bthe eight\b|\beight fixes\b": "the fixes",
     r"\b(make|makes|made) so\b": "apply",
+    r"\bbeneath\b": "below",
+    r"\bsomebody\b": "another user, another program",
+    r"\bside by side\b": "in parallel",
+    r"\b(gives|gave) no answer\b": "does not answer",
+    r"\b(broke|break|breaks) off\b": "was interrupted",
+    r"\bcan(not)? be told\b": "is unknown",
+    r"\bto be had\b": "available",
+    r"\bis there already\b": "already exists",
 }
 
 

@@ -288,7 +288,7 @@ STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
         "reasoning in delta.content, marked, as --reasoning-parser minimax_m2_append_think has it;",
     ),
     "nothing": (Api(()), {}, "warn", "an empty stream"),
-    "broken off": (Api(ends=False), {}, "fail", "the stream broke off"),
+    "broken off": (Api(ends=False), {}, "fail", "the stream was interrupted"),
     "no chat": (
         Api(refuses={"/v1/chat/completions": (400, "default chat template is no longer allowed")}),
         {},
