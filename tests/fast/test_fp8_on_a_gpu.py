@@ -50,7 +50,7 @@ def test_a_crash_takes_only_its_own_process(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_cannot_be_asked_decides_nothing(tmp_path: Path) -> None:
-    with pytest.raises(CommandFailed, match="could not be asked"):
+    with pytest.raises(CommandFailed, match="could not be tried on the GPU"):
         _decided(tmp_path, "echo 'torch.OutOfMemoryError: CUDA out of memory' >&2; exit 1")
 
 

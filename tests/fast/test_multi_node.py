@@ -50,7 +50,7 @@ def plan_of(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
         ((*HEAD, "--set", "serving.allow=0.0.0.0/0"), "`serving.allow` must be a network, not all addresses"),
         ((*HEAD, "--set", "serving.port=20500"), "`serving.port` is 20500, which is the port of Ray"),
         ((*HEAD, "--set", "cluster.ray_port=29501"), "`cluster.ray_port` is 29501, which is the port of cluster."),
-        ((*HEAD, "--set", "serving.arguments=[--api-key=sesame]"), "must carry no secret"),
+        ((*HEAD, "--set", "serving.arguments=[--api-key=sesame]"), "must not contain a secret"),
         ((*HEAD, "--set", "serving.memory=1.5"), "`serving.memory` must be a number from 0.10 to 0.95"),
     ],
 )
