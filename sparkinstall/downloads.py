@@ -48,7 +48,11 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
                         _receive(response, part, on_bytes)
                 part.replace(into)
     except (requests.RequestException, ConnectionError) as error:
-        raise _unreachable(url, error) from error
+        raise CommandFailed(
+            f"{url} could not be downloaded",
+            cause=str(error).split("(Caused by")[-1].strip(" )")[:200],
+            hint="check the network and run the same command again; the download resumes where it stopped",
+        ) from error
     except OSError as error:
         raise storage_problem(error, f"downloading to {into}") from error
     return into
@@ -92,11 +96,3 @@ def _receive(response: "requests.Response", part: Path, on_bytes: Callable[[int,
             on_bytes(done, total)
     if total and done < total:
         raise ConnectionError(f"the connection closed after {done} of {total} bytes")
-
-
-def _unreachable(url: str, error: Exception) -> CommandFailed:
-    return CommandFailed(
-        f"{url} could not be downloaded",
-        cause=str(error).split("(Caused by")[-1].strip(" )")[:200],
-        hint="check the network and run the same command again; the download resumes where it stopped",
-    )

@@ -145,14 +145,11 @@ class _Library:
             raise _DamageError("not an ELF file")
         if (elf_class, order, kind) != (_ELF64, _LITTLE_ENDIAN, _SHARED_OBJECT):
             raise _DamageError("not a 64-bit little-endian shared library")
-        self.sections = self._section_table(table, entry, count)
-        self._names = self.content(self.linked(names))
-
-    def _section_table(self, offset: int, entry: int, count: int) -> tuple[_Section, ...]:
         if not count or entry != _SECTION.size:
             raise _DamageError("no section table")
-        rows = _SECTION.iter_unpack(self.read(offset, entry * count))
-        return tuple(_Section(row[0], row[1], row[4], row[5], row[6]) for row in rows)
+        rows = _SECTION.iter_unpack(self.read(table, entry * count))
+        self.sections = tuple(_Section(row[0], row[1], row[4], row[5], row[6]) for row in rows)
+        self._names = self.content(self.linked(names))
 
     def read(self, offset: int, size: int) -> bytes:
         # Check before the read: a damaged size must not become an allocation of that size.

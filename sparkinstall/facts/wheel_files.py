@@ -64,7 +64,6 @@ def unlike_their_records(node: Node, on: Reader) -> str:
 
     uv has verified the hash of each wheel, so RECORD itself is wrong.
     """
-
     if (site := site_packages(node, on)) is None:
         return ""
     here, text = on.real(site), io.StringIO()
@@ -137,7 +136,6 @@ def _forms(*records: str) -> Forms:
 
 def _rows(record: str) -> Iterator[tuple[str, str, str]]:
     """Yield path, hash and size of each file that has them; RECORD itself has none."""
-
     if _stat(record) is None:
         return
     with open(record, newline="") as rows:
@@ -161,7 +159,6 @@ def _complaint(path: str, forms: Sequence[tuple[str, str]], made: int) -> str:
 
 def _sha256(path: str) -> str:
     """Return the hash as in RECORD: URL-safe base64 without padding."""
-
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").digest()
     return "sha256=" + base64.urlsafe_b64encode(found).rstrip(b"=").decode()
@@ -177,5 +174,4 @@ def _stat(path: str) -> os.stat_result | None:
 @lru_cache(maxsize=1)
 def patched_files() -> frozenset[str]:
     """Return the files that we patch; the probe `fp8-path` checks them."""
-
     return frozenset(each.target for each in load(Path(asset("patches"))))

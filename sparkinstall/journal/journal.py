@@ -101,7 +101,8 @@ class Journal:
 
     def _append(self, line: bytes) -> None:
         with open(self.path, "ab", buffering=0) as out:
-            end = self._end_of_whole_lines()
+            data = self.path.read_bytes()
+            end = data.rfind(b"\n") + 1
             out.truncate(end)
             try:
                 if out.write(line) != len(line):
@@ -110,10 +111,6 @@ class Journal:
             except OSError:
                 out.truncate(end)
                 raise
-
-    def _end_of_whole_lines(self) -> int:
-        data = self.path.read_bytes()
-        return data.rfind(b"\n") + 1
 
     def keep(self, original: bytes) -> str:
         """Store an original under its sha256, and return that."""

@@ -22,60 +22,36 @@ _LEFT = "not checked in a rehearsal; checked on the node"
 
 def preflight(node: Node) -> Iterable[Probe]:
     """Yield every check, in a natural order."""
-    yield Probe(
-        "machine", "a DGX Spark or a twin of it (GB10)", _machine, "node",
-        "This tool's fixes are for a GB10. Nothing else is set up without `--ignore machine`.", needs_node=_LEFT,
-    )  # fmt: skip
-    yield Probe(
-        "arch", "64-bit Arm", _arch, "node",
-        "The wheels and the NCCL for a DGX Spark are for 64-bit Arm; they do not run here.", needs_node=_LEFT,
-    )  # fmt: skip
-    yield Probe(
-        "os", "Ubuntu 24.04 (DGX OS 7)", _os, "node",
-        "Another system has packages with other names and versions, none of them tested.",
-        needs_node=_LEFT,
-    )  # fmt: skip
-    yield Probe(
-        "driver", "NVIDIA driver 580", _driver, "node",
-        "Without a working driver there is no CUDA, and vLLM does not start.", needs_node=_LEFT,
-    )  # fmt: skip
-    yield Probe(
-        "sudo", "the use of sudo", _sudo, "node",
-        "Parts that only root can read or change are left out.", needs_node=_LEFT, to_install=True,
-    )  # fmt: skip
-    yield Probe(
-        "memory", "memory", _memory, "node",
-        "Models meant for a DGX Spark do not fit.", needs_node=_LEFT,
-    )  # fmt: skip
-    yield Probe(
-        "python", f"Python {node.stack.python}", lambda _: _python(node), "node",
-        "vLLM's environment cannot be created.", to_install=True,
-    )  # fmt: skip
-    yield Probe(
-        "cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node), "node",
-        "NCCL cannot be built for this GPU.", to_install=True, needs_node="" if _has_toolkit(node) else _LEFT,
-    )  # fmt: skip
-    yield Probe(
-        "disk", "free disk", lambda on: _unless_shut(_disk, on, node), "node",
-        "The installation or a model's download fails in the middle.", to_install=True,
-    )  # fmt: skip
-    yield Probe(
-        "clock", "clock", _clock, "node",
-        "Every download fails, because no certificate is valid at this time.",
-    )  # fmt: skip
-    yield Probe(
-        "prefix", "a prefix that is free or ours", lambda on: _unless_shut(_prefix, on, node), "node",
-        "sparkinstall does not change files of others, so it cannot set the node up.", to_install=True,
-    )  # fmt: skip
+    # fmt: off
+    yield Probe("machine", "a DGX Spark or a twin of it (GB10)", _machine, "node",
+        "This tool's fixes are for a GB10. Nothing else is set up without `--ignore machine`.", needs_node=_LEFT)
+    yield Probe("arch", "64-bit Arm", _arch, "node",
+        "The wheels and the NCCL for a DGX Spark are for 64-bit Arm; they do not run here.", needs_node=_LEFT)
+    yield Probe("os", "Ubuntu 24.04 (DGX OS 7)", _os, "node",
+        "Another system has packages with other names and versions, none of them tested.", needs_node=_LEFT)
+    yield Probe("driver", "NVIDIA driver 580", _driver, "node",
+        "Without a working driver there is no CUDA, and vLLM does not start.", needs_node=_LEFT)
+    yield Probe("sudo", "the use of sudo", _sudo, "node",
+        "Parts that only root can read or change are left out.", needs_node=_LEFT, to_install=True)
+    yield Probe("memory", "memory", _memory, "node",
+        "Models meant for a DGX Spark do not fit.", needs_node=_LEFT)
+    yield Probe("python", f"Python {node.stack.python}", lambda _: _python(node), "node",
+        "vLLM's environment cannot be created.", to_install=True)
+    yield Probe("cuda", "CUDA 13 toolkit", lambda on: _cuda(on, node), "node",
+        "NCCL cannot be built for this GPU.", to_install=True, needs_node="" if _has_toolkit(node) else _LEFT)
+    yield Probe("disk", "free disk", lambda on: _unless_shut(_disk, on, node), "node",
+        "The installation or a model's download fails in the middle.", to_install=True)
+    yield Probe("clock", "clock", _clock, "node",
+        "Every download fails, because no certificate is valid at this time.")
+    yield Probe("prefix", "a prefix that is free or ours", lambda on: _unless_shut(_prefix, on, node), "node",
+        "sparkinstall does not change files of others, so it cannot set the node up.", to_install=True)
     if node.several:
-        yield Probe(
-            "qsfp", "the QSFP port with the cable", lambda on: _qsfp(on, node), "node",
-            "The nodes cannot use the fast link.", needs_node=_LEFT,
-        )  # fmt: skip
+        yield Probe("qsfp", "the QSFP port with the cable", lambda on: _qsfp(on, node), "node",
+            "The nodes cannot use the fast link.", needs_node=_LEFT)
+    # fmt: on
 
 
 def _qsfp(on: Reader, node: Node) -> Finding:
-
     port = qsfp.port_to_look_at(on, node)
     names = " + ".join(each.name for each in port.twins)
     if len(port.twins) < 2:

@@ -65,7 +65,13 @@ def probes(node: Node) -> Iterable[Probe]:
 def _serving(of: Api) -> Finding:
     answer, wanted = of.completion, f"within {vllm_client.PATIENCE} s"
     if answer.error:
-        return _no_completion(of, answer)
+        if answer.late:
+            return _late(of, "no completion")
+        if answer.refused:
+            return not_up(of.node, of.on)
+        if answer.status == 401:
+            return _locked(of)
+        return failed(answer.error, f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")
     if (model := str(of.node.config.serving.model)) not in (answer.model, *answer.roots) and answer.roots:
         return failed(f"it serves {answer.roots[0]}", _other_model(of.node), model)
     return passed(f"{answer.tokens} tokens of {answer.model} in {answer.seconds:.1f} s", wanted)
@@ -76,16 +82,6 @@ def _other_model(node: Node) -> str:
         f"`sparkinstall run serving`, if `serving.model` was changed; otherwise another program has port "
         f"{node.config.serving.port}: `serving.port`"
     )
-
-
-def _no_completion(of: Api, answer: Reply) -> Finding:
-    if answer.late:
-        return _late(of, "no completion")
-    if answer.refused:
-        return not_up(of.node, of.on)
-    if answer.status == 401:
-        return _locked(of)
-    return failed(answer.error, f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")
 
 
 def _locked(of: Api) -> Finding:
@@ -124,22 +120,19 @@ def _stream(of: Api) -> Finding:
         return stop
     answer = of.stream
     if not answer.done:
-        return _broken(of, answer)
+        # The stream did not come to its end.
+        if answer.late:
+            return _late(of, "no end of a stream")
+        if "chat template" in answer.error:
+            return skipped("this model has no chat template: nobody can chat with it")
+        why, hint = answer.error or "the stream was interrupted", f"read `journalctl -u {UNIT}`"
+        return failed(why, hint, "a stream to its end")
     if not answer.said:
         return warned("an empty stream", f"send a request by hand, and read `journalctl -u {UNIT}`")
     model, parser = of.completion.model, streams.parser_of(of.node.config.serving.arguments)
     add, fields = streams.adding(of.node, of.on, model), vllm.reasoning_fields(of.node, of.on)
     finding = streams.judged(streams.Transcript(answer.said, answer.prompt, answer.finish), parser, fields, add)
     return replace(finding, found=f"{finding.found}; first token after {answer.first:.1f} s")
-
-
-def _broken(of: Api, answer: Reply) -> Finding:
-    """A stream that did not come to its end."""
-    if answer.late:
-        return _late(of, "no end of a stream")
-    if "chat template" in answer.error:
-        return skipped("this model has no chat template: nobody can chat with it")
-    return failed(answer.error or "the stream was interrupted", f"read `journalctl -u {UNIT}`", "a stream to its end")
 
 
 def _metrics(of: Api) -> Finding:

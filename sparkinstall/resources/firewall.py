@@ -195,7 +195,8 @@ class LiveTable(Struct, frozen=True):
         return Drift(f"load the firewall's rules{' again: they were changed' if live else ''}", live, listed)
 
     def apply(self, on: System) -> None:
-        before = _reach(on, self.node)
+        gateways = [each.gateway for each in ip.routes(on) if each.gateway and not each.to.prefixlen]
+        before = network.reach(on, self.node, [*gateways, *(self.node.peers if self.node.several else ())])
         on.promise(Undo(UNDO, _NAME, {"kind": "absent"}, {"kind": "table"}))
         _arm(on, self.node)
         on.run(NFT, "-f", self.node.firewall_rules, root=True)
@@ -203,11 +204,6 @@ class LiveTable(Struct, frozen=True):
             raise _put_back(on, lost)
         if not self.node.confirm_later:
             rollback.disarm(on, TIMER)
-
-
-def _reach(on: Reader, node: Node) -> network.Reach:
-    gateways = [each.gateway for each in ip.routes(on) if each.gateway and not each.to.prefixlen]
-    return network.reach(on, node, [*gateways, *(node.peers if node.several else ())])
 
 
 def _put_back(on: System, lost: str) -> Problem:

@@ -164,10 +164,7 @@ class NcclLibrary(Struct, frozen=True):
         on.link(f"{self.folder}/lib", f"{build}/lib")
         on.clear(f"{self.folder}/{build}/obj")
         self._write_stamp(on, recipe)
-        self._keep(on, recipe)
-
-    def _keep(self, on: System, recipe: Recipe) -> None:
-        """Cache the library for reuse: after an uninstall, below another prefix, by another stack."""
+        # Cache the library for reuse: after an uninstall, below another prefix, by another stack.
         folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: self._stamp_path}
         # An unwritable cache only costs a later build.
         with suppress(OSError):

@@ -87,7 +87,6 @@ class RayToken(Struct, frozen=True):
         return self._now(on) or self._new(on)
 
     def _new(self, on: Reader) -> bytes:
-
         if self.node.role == "head":
             return secrets.token_hex(32).encode()
         answer = on.ask(*_SSH, self.node.config.cluster.head, f"cat {self.node.ray_token}", timeout=_PATIENCE)

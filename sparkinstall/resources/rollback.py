@@ -127,5 +127,4 @@ def _program() -> str:
 
 def quoted(words: Iterable[str]) -> str:
     """Quote `words` as one line for /bin/sh."""
-
     return shlex.join(words)

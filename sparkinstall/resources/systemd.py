@@ -95,7 +95,6 @@ def complaints_of_systemd(on: Reader, name: str, content: bytes) -> list[str]:
 
     It exits with 0 for an unknown key, so only the messages count. Messages about other units are ignored.
     """
-
     with tempfile.TemporaryDirectory(prefix="sparkinstall-units-") as scratch:
         unit = Path(scratch, name)
         unit.write_bytes(content)
@@ -182,7 +181,8 @@ class Service(Struct, frozen=True):
         on.write(self.noted_in, as_text(inputs).encode())
 
     def _explained(self, on: Reader, failure: CommandFailed, began: int) -> Problem:
-        lines = self._said(on, began)
+        said = journal(on, "-u", self.name, "-o", "cat", "-n", "400", f"--since=@{began - 1}")
+        lines = [line for line in said.splitlines() if line.strip()]
         why, hint = self.cause_in(lines)
         return Problem(
             f"{self.name} does not start",
@@ -191,10 +191,6 @@ class Service(Struct, frozen=True):
             log=failure.log,
             output=lines[-_TAIL:] or failure.output,
         )
-
-    def _said(self, on: Reader, began: int) -> list[str]:
-        said = journal(on, "-u", self.name, "-o", "cat", "-n", "400", f"--since=@{began - 1}")
-        return [line for line in said.splitlines() if line.strip()]
 
     def cause_in(self, lines: list[str]) -> tuple[str, str]:
         """Return why it did not start, if known, and what to do."""

@@ -33,7 +33,6 @@ _CUT = ("Could not connect", "error sending request", "connection closed", "time
 @lru_cache(maxsize=1)
 def uv() -> str:
     """Return the path of the uv installed with sparkinstall."""
-
     return str(find_uv_bin())
 
 
@@ -62,7 +61,6 @@ class RecordedLock(Struct, frozen=True):
         return Drift(f"record {what}, unknown until the first install")
 
     def apply(self, on: System) -> None:
-
         # A record is never replaced, not even by --force: that is what pinning means.
         if on.entry(self.node.lock_record):
             return
@@ -170,7 +168,9 @@ class PythonEnvironment(Struct, frozen=True):
         on.write(whole, render_lock(lock).encode())
         on.write(own, render_lock(self._wanted(lock)).encode())
         self._install(on, on.real(whole), on.real(own))
-        self._note_exceptions(on)
+        # Record files that differ from RECORD, which some wheels get wrong: only now are they known to be original.
+        if rows := wheel_files.unlike_their_records(self.node, on):
+            on.write(self.node.wheel_exceptions, rows.encode())
 
     def _install(self, on: System, whole: str, own: str) -> None:
         del own
@@ -179,11 +179,6 @@ class PythonEnvironment(Struct, frozen=True):
     def _pip(self, on: System, lock: str, *options: str) -> None:
         argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--only-binary", ":all:"]
         _uv(on, self.node, [*argv, "--python", on.real(self.node.venv), *options, "-r", lock])
-
-    def _note_exceptions(self, on: System) -> None:
-        """Record files that differ from RECORD, which some wheels get wrong: only now are they known to be original."""
-        if rows := wheel_files.unlike_their_records(self.node, on):
-            on.write(self.node.wheel_exceptions, rows.encode())
 
 
 class VllmAlone(PythonEnvironment, frozen=True):

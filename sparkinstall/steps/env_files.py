@@ -53,7 +53,6 @@ class EnvFiles(Step):
             yield kept_back(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-
         return (*services.probes(node), *environment.probes(node), *nccl_tests.probes(node))
 
 

@@ -27,7 +27,6 @@ class Firewall(Step):
         return node.filtered
 
     def left_to(self, node: Node, on: Reader) -> str:
-
         return firewall.left_to(node, on)
 
     def resources(self, node: Node) -> Iterable[Resource]:

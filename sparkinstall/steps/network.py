@@ -29,6 +29,5 @@ class Network(Step):
             yield LiveLink(node)
 
     def probes(self, node: Node) -> Iterable[Probe]:
-
         yield from link.probes(node)
         yield from bandwidth.probes(node)

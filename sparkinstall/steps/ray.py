@@ -62,7 +62,6 @@ def before_start(node: Node) -> Template:
 
 
 def _before_start(node: Node, on: Reader) -> Mapping[str, Any]:
-
     return {"patience": _ADDRESS, "roce_gid": quote(on.real(node.roce_gid))}
 
 

@@ -44,7 +44,7 @@ def results(target: Target, options: VerifyOptions, on: LocalSystem) -> Results:
         missing += _trouble(session)
         members = {
             "settings.json": _noted(session.settings, "settings", missing),
-            "verify.json": _noted(lambda: _verified(session, options), "verify", missing),
+            "verify.json": _noted(lambda: Verified.of(verify.verify(session, options), session), "verify", missing),
         }
     members["preflight.json"] = _noted(lambda: _preflight(node, on), "preflight", missing)
     return Results(node, {name: to_builtins(value, enc_hook=str) for name, value in members.items()}, missing)
@@ -68,10 +68,6 @@ def _noted(ask: Callable[[], Any], what: str, missing: list[str]) -> Any:
     except Exception as error:  # a bug is a reason to make the archive
         missing.append(f"{what}: {type(error).__name__}: {error}")
         return {"traceback": traceback.format_exc().splitlines()}
-
-
-def _verified(session: Session, options: VerifyOptions) -> Verified:
-    return Verified.of(verify.verify(session, options), session)
 
 
 def _preflight(node: Node, on: LocalSystem) -> list[ProbeMessage]:

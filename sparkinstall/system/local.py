@@ -126,13 +126,10 @@ class LocalSystem(LocalReader):
             try:
                 replace_file(self.real(path), data, mode)
             except PermissionError:
-                self._write_as_root(path, data, mode)
-
-    def _write_as_root(self, path: str, data: bytes, mode: int) -> None:
-        with tempfile.NamedTemporaryFile() as content:
-            content.write(data)
-            content.flush()
-            self._escalate("sh", "-c", _PLACE, "sh", staged(path), path, f"{mode:o}", content.name)
+                with tempfile.NamedTemporaryFile() as content:
+                    content.write(data)
+                    content.flush()
+                    self._escalate("sh", "-c", _PLACE, "sh", staged(path), path, f"{mode:o}", content.name)
 
     def link(self, path: str, target: str) -> None:
         """Create or replace a symbolic link atomically."""

@@ -306,7 +306,6 @@ def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, byte
     Raises:
         Problem: netplan rejects them; contains its message.
     """
-
     content = {**{each.path: each.content for each in files}, **wanted}
     with tempfile.TemporaryDirectory(prefix="sparkinstall-netplan-") as folder:
         for path, text in content.items():
