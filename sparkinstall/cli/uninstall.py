@@ -42,8 +42,8 @@ def uninstall(
 def _in_words(change: Change, state: StateFolder) -> str:
     if change.undo.kind == "packages":
         names = sorted({name for record in change.records for name in record.undo.after["packages"]})
-        return f"{'packages':24}{', '.join(names)}"
-    return f"{_KINDS.get(change.undo.kind, change.undo.kind):24}{state.system.real(change.undo.subject)}"
+        return f"{'packages':26}{', '.join(names)}"
+    return f"{_KINDS.get(change.undo.kind, change.undo.kind):26}{state.system.real(change.undo.subject)}"
 
 
 def _show_plan(lines: list[str]) -> None:

@@ -121,7 +121,8 @@ def open_session(target: Target) -> Session:
         node = _node(_settled(config, sources), system, options, target)
     except BadConfig as problem:
         if state.options():
-            problem.hint += f" (options of earlier runs are stored in {state.home}/options.json)"
+            remembered = f"options of earlier runs are stored in {state.home}/options.json"
+            problem.hint = f"{problem.hint} ({remembered})" if problem.hint else remembered
         raise
     _check_places(node, system)
     return Session(node, system, state, sources, options)
