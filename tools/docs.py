@@ -49,7 +49,7 @@ _BLOCK = re.compile(r"(<!-- generated: ([a-z -]+) -->)(.*?)(<!-- end -->)", re.D
 
 ALONE = Node(Config(), stacks.load(stacks.DEFAULT), "aarch64", "aarch64", False, False, "/nowhere", Path("/nowhere"))
 SEVERAL = replace(ALONE, config=Config(cluster=ClusterConfig(role="head")))
-# It has every step, check and probe that there is.
+# This node has every step, check and probe.
 SERVING = replace(ALONE, config=Config(cluster=ClusterConfig(role="head"), serving=ServingConfig(model="m")))
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stale() -> dict[Path, str]:
-    """The pages that are not what the tool generates, with what they should be."""
+    """Return the stale pages with their new text."""
     paths = sorted(path for folder in (".", "docs", "patches") for path in REPOSITORY.glob(f"{folder}/*.md"))
     pages = {path: path.read_text(encoding="utf-8") for path in paths}
     new = {path: generated(text) for path, text in pages.items() if "<!-- generated" in text}
@@ -74,11 +74,11 @@ def stale() -> dict[Path, str]:
 
 
 def generated(page: str) -> str:
-    """A page with all that it derives from the code as the code says it now."""
+    """Return a page with its generated parts renewed."""
 
     def block(match: re.Match[str]) -> str:
         begin, name, old, end = match.groups()
-        # A table begins on a line of its own; a number or a list stands within a sentence.
+        # A table begins on its own line; a number or a list is within a sentence.
         new = "\n" + GENERATORS[name](old) if old.startswith("\n") else GENERATORS[name](old)
         return begin + new + end
 
@@ -87,7 +87,7 @@ def generated(page: str) -> str:
 
 Generator = Callable[[str], str]
 GENERATORS: dict[str, Generator] = {}
-"""What stands between two markers, by its name, from what stands there now."""
+"""Generate the text between two markers, by its name, from the current one."""
 
 
 def generates(name: str) -> Callable[[Generator], Generator]:
@@ -102,11 +102,11 @@ def generates(name: str) -> Callable[[Generator], Generator]:
 
 
 class Words(str):
-    """A cell that people write: what the table has there, else this."""
+    """A cell written by hand: the one in the table, or this default."""
 
 
 def table(old: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table. The words of people are taken from the old one, by the first cell and the column's name."""
+    """Return a table. Hand-written cells are kept from the old one, by first cell and column name."""
     kept = _rows(old)
     lines = [_line(columns), "|" + "---|" * len(columns)]
     for row in rows:
@@ -117,7 +117,7 @@ def table(old: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> st
 
 
 def _rows(text: str) -> dict[str, dict[str, str]]:
-    """First cell of each row -> its cells by the names of the columns."""
+    """Map the first cell of each row to its cells by column name."""
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line] for line in lines]
     return {row[0]: dict(zip(cells[0], row, strict=True)) for row in cells[2:]}
@@ -159,7 +159,7 @@ def _settings_of(section: str, of: list[Setting]) -> str:
 
 
 def takes(setting: Setting) -> str:
-    """What a setting takes, in the words of its type, or of its own check where it has one."""
+    """Describe the valid values of a setting, in the words of its type or its check."""
     kind = get_args(setting.type)[0]
     if get_origin(kind) is tuple:
         return f"a list; each {_rule(setting, get_args(kind)[0])}"
@@ -168,13 +168,13 @@ def takes(setting: Setting) -> str:
 
 
 def _rule(setting: Setting, kind: Any) -> str:
-    # A check is asked what it takes by giving it what none takes.
+    # An invalid value makes a check describe the valid ones.
     refusal = setting.check("\0") if setting.check and words(kind) == "text" else None
     return (refusal or words(kind)).removeprefix("must be ")
 
 
 def yaml_value(value: Any) -> str:
-    """A default as it stands in a YAML file. JSON is YAML, and quotes what YAML would take for a number."""
+    """Return a default as in a YAML file. JSON is YAML, and quotes text that YAML would read as a number."""
     return json.dumps(list(value) if isinstance(value, tuple) else value)
 
 
@@ -198,7 +198,7 @@ def _example_section(section: str, of: list[Setting]) -> str:
 
 @generates("settings that matter")
 def _settings_that_matter(old: str) -> str:
-    """People choose the settings; the code knows the defaults."""
+    """Settings are chosen by hand; defaults come from the code."""
     defaults = {code(each.name): code(yaml_value(each.default)) for each in settings()}
     return table(old, ["setting", "default", "what"], ([name, defaults[name], Words()] for name in _rows(old)))
 
@@ -221,7 +221,7 @@ def _error_codes(old: str) -> str:
 
 
 def problems() -> list[type[Problem]]:
-    """Every kind of error that the code has, the general one first."""
+    """Return every kind of error in the code, the general one first."""
     for module in pkgutil.walk_packages(sparkinstall.__path__, "sparkinstall."):
         if not module.name.startswith(("sparkinstall.payloads.", "sparkinstall.__main__")):
             import_module(module.name)
@@ -255,7 +255,7 @@ def _states(old: str) -> str:
 
 @generates("standings")
 def _standings(old: str) -> str:
-    """A table where there is one, else a list."""
+    """Return the table if there is one, else a list."""
     names = get_args(fixes.Standing)
     return table(old, ["word", "meaning"], ([code(each), Words()] for each in names)) if "|" in old else listed(names)
 
@@ -347,7 +347,7 @@ def _fixes_by_step_and_probe(_: str) -> str:
 
 @cache
 def probes() -> tuple[tuple[Step, Probe], ...]:
-    """Every probe of a step, with the step."""
+    """Return every probe of a step, with the step."""
     # A machine with two GPUs has one more.
     with patch.object(nccl_tests, "gpus", lambda: 2):
         return tuple((step, probe) for step in catalogue.STEPS for probe in step.probes(SERVING))
@@ -502,7 +502,7 @@ def _options(_: str) -> str:
 
 @generates("options of verify")
 def _options_of_verify(old: str) -> str:
-    """Those that say what is verified; `plan` has the others too."""
+    """Return the options that select what is verified; `plan` lists the others too."""
     others = {(tuple(each.opts), each.help) for each in commands()["plan"].params if each.param_type_name == "option"}
     own = [each for each in commands()["verify"].params if (tuple(each.opts), each.help) not in others]
     return table(old, ["option", "what"], ([_spelled(each), Words(each.help)] for each in own))

@@ -1,8 +1,8 @@
-"""Remake the locks of stacks from their YAML files: a maintainer's tool, run from the repository's root.
+"""Regenerate the locks of stacks from their YAML files: a maintainer's tool, run from the repository's root.
 
     PYTHONPATH=. python tools/lock.py                 # every shipped stack
     PYTHONPATH=. python tools/lock.py 0.22.1 tests/lab/stacks/lab-full.yaml
-    PYTHONPATH=. python tools/lock.py --check         # write nothing, exit 1 where a lock differs
+    PYTHONPATH=. python tools/lock.py --check         # write nothing, exit 1 if a lock differs
 
 Runs the `uv` of this Python environment against the ordinary Python index, whichever uv is set to use. Only
 metadata is downloaded, and no address of that index reaches a lock. Two runs give the same bytes: what a
@@ -65,14 +65,14 @@ def stale(stack: Stack) -> dict[Path, str]:
 
 
 def lock_text(stack: Stack, platform: Platform) -> str:
-    """What the lock of a stack on one platform has to hold. Raises StackError when uv finds no solution."""
+    """Return the pins of a stack's lock on one platform. Raises StackError if uv finds no solution."""
     named = {wheel.name for wheel in platform.wheels}
     resolved = (pin for pin in resolve(stack, platform) if pin.name not in named)
     return render_lock((*resolved, *platform.wheels))
 
 
 def resolve(stack: Stack, platform: Platform) -> list[Pin]:
-    """Every package that the stack's pins lead to, with the sha256 of each wheel that fits."""
+    """Return every package that the pins require, with the sha256 of each compatible wheel."""
     pins = (*stack.requirements, *platform.needs)
     with tempfile.TemporaryDirectory() as folder:
         wanted, lock = Path(folder, "requirements.in"), Path(folder, "pylock.toml")
@@ -85,14 +85,14 @@ def resolve(stack: Stack, platform: Platform) -> list[Pin]:
 
 
 def uv_argv(stack: Stack, platform: Platform) -> list[str]:
-    # A pylock.toml has only the wheels that fit; a requirements file would have the hashes of all.
+    # A pylock.toml has only compatible wheels; a requirements file would have the hashes of all.
     argv = [find_uv_bin(), "pip", "compile", "--quiet", "--format", "pylock.toml", "--no-header", "--no-annotate"]
-    # Any Python will do, since nothing is built: without one named, uv would download the stack's.
+    # Nothing is built, so any Python works: without this option uv would download the stack's.
     argv += ["--only-binary", ":all:", "--python", sys.executable, "--python-version", stack.python]
     argv += ["--python-platform", f"{platform.arch}-{GLIBC}"]
     if stack.as_of:
         argv += ["--exclude-newer", f"{stack.as_of}T00:00:00Z"]
-        # A pin says its own day: Ray may be newer than the rest of an old stack.
+        # A pin may be newer than the stack's date, such as Ray's in an old stack.
         for pin in stack.requirements:
             argv += ["--exclude-newer-package", f"{pin.name}=false"]
     return argv

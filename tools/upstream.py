@@ -1,4 +1,4 @@
-"""Report what has changed upstream since the locks and patches were made: a maintainer's tool, run from the root.
+"""Report upstream changes since the locks and patches were made: a maintainer's tool, run from the root.
 
     PYTHONPATH=. python tools/upstream.py
 
@@ -25,7 +25,7 @@ LOCKED = (*names(), "tests/lab/stacks/lab-full.yaml")
 
 
 def main() -> int:
-    """Print each piece of news; the exit code."""
+    """Print each change; return the exit code."""
     try:
         news = [*stale_locks(LOCKED), *news_of_vllm(newest_release())]
     except (StackError, Unavailable) as failure:
@@ -36,14 +36,14 @@ def main() -> int:
 
 
 def stale_locks(stacks: Iterable[str]) -> Iterator[str]:
-    """The locks that the resolver makes differently today. Raises StackError when uv finds no solution."""
+    """Yield locks that the resolver generates differently today. Raises StackError if uv finds no solution."""
     for name in stacks:
         for lock in stale(load_stack(name)):
             yield f"{lock.name}: the resolver makes another lock today (tools/lock.py {name})"
 
 
 def news_of_vllm(newest: str) -> Iterator[str]:
-    """What the newest vLLM asks for. Raises Unavailable when the index has not the files that the patches change."""
+    """Yield what the newest vLLM requires. Raises Unavailable if the index lacks the files that the patches change."""
     for patch in load(asset("patches")):
         yield from unlisted_release(patch, newest, wheel_member(newest, patch.target))
     if newest not in names():
@@ -51,7 +51,7 @@ def news_of_vllm(newest: str) -> Iterator[str]:
 
 
 def unlisted_release(patch: PatchSet, newest: str, content: bytes) -> Iterator[str]:
-    """The newest vLLM, with its `content` of the patch's target, if the patch does not list it."""
+    """Yield the newest vLLM if the patch does not list the `content` of its target file."""
     variant = patch.variant_of(content)
     if variant is None:
         yield f"vLLM {newest}: {patch.target} has changed; {patch.name} needs a new variant"

@@ -1,4 +1,4 @@
-"""Find the wheels of the shipped stacks that list their own files wrongly: a maintainer's tool, run from the root.
+"""Find wheels of the shipped stacks whose RECORD is wrong: a maintainer's tool, run from the root.
 
     PYTHONPATH=. python tools/wheel_records.py
 
@@ -28,7 +28,7 @@ _AT_ONCE = 6
 
 
 def main() -> None:
-    """Look into every wheel, and write a file for each package with a wrong list."""
+    """Inspect every wheel, and write a file for each package with a wrong RECORD."""
     wheels = {url: package for name in names() for url, package in _wheels(load(name))}
     found: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _wheels(stack: Stack) -> Iterator[tuple[str, str]]:
-    """Address and NAME-VERSION of every wheel of the stack's locks."""
+    """Yield URL and NAME-VERSION of every wheel in the stack's locks."""
     for platform in stack.platforms.values():
         pins = parse_lock(platform.lock_text())
         if elsewhere := [pin.name for pin in pins if pin.url]:

@@ -62,7 +62,7 @@ _NOBODY = "[bold]Preflight[/]  no node gave a reply"
 
 
 def _judged(check: ProbeResult, ignored: Sequence[str]) -> tuple[str, str, str, str]:
-    """Yield verdict, name, finding and hint; an ignored failure is shown as a warning."""
+    """Return verdict, name, finding and hint; an ignored failure is shown as a warning."""
     name, finding = check.probe.name, check.finding
     if finding.verdict == "fail" and name in ignored:
         return "warn", name, finding.found, f"ignored: --ignore {name}"
@@ -70,7 +70,7 @@ def _judged(check: ProbeResult, ignored: Sequence[str]) -> tuple[str, str, str, 
 
 
 def _merged(nodes: Sequence[RemoteNode], step: str) -> list[tuple[str, str, str]]:
-    """Yield sign, nodes and sentence of each line of a step's plan."""
+    """Return sign, nodes and sentence of each line of a step's plan."""
     told: dict[tuple[str, str], list[str]] = {}
     for node in nodes:
         for report in (each for each in node.look.reports if each.name == step):

@@ -154,7 +154,7 @@ def _show_well(found: Checkup, out: Console) -> None:
 
 
 def _show_rest(found: Checkup, out: Console) -> None:
-    """Yield what was skipped, by reason."""
+    """Print what was skipped, by reason."""
 
     items = found.of("skipped")
     if not items:
