@@ -16,7 +16,7 @@ def main() -> None:
         # Before typer is imported: scripts call this often.
         print(f"sparkinstall {__version__}")
         return
-    # When it ends, Python would search modules and classes for garbage: a quarter of a run with nothing to do.
+    # At its end Python searches modules and classes for garbage: a quarter of the CPU time if there is nothing to do.
     atexit.register(gc.freeze)
     # If started with a closed stream (`2>&-`), discard its output.
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
