@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparkinstall.diagnose.search import Line, Match, Search, Suspect
 from sparkinstall.diagnose.signatures import ANY, Signature
@@ -90,12 +91,10 @@ def judge(readings: Sequence[Reading]) -> Diagnosis:
     """Combine the results of all logs: a cause may be in another log than its consequence."""
     found = _together(readings)
     names = {each.signature.name for each in found if not each.signature.is_warning}
-    failures = [
-        Found(each.signature, each.places, each.count, explained_by(each.signature, found))
-        for each in found
-        if each.signature.name in names
-    ]
-    failures.sort(key=lambda each: bool(each.explained_by))
+    blamed = (replace(each, explained_by=explained_by(each.signature, found)) for each in found)
+    failures = sorted(
+        (each for each in blamed if each.signature.name in names), key=lambda each: bool(each.explained_by)
+    )
     return Diagnosis(tuple(readings), tuple(failures), tuple(each for each in found if each.signature.is_warning))
 
 

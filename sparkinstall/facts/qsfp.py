@@ -98,11 +98,8 @@ def management(on: Reader) -> Mapping[str, str]:
     Raises:
         LinkProblem: `ip` cannot tell which interface has this ssh session's address.
     """
-    routes = (
-        *default_routes(on.read("/proc/net/route") or b""),
-        *default_routes6(on.read("/proc/net/ipv6_route") or b""),
-    )
-    found = dict.fromkeys(routes, "has the default route")
+    routes, routes6 = (on.read(f"/proc/net/{table}") or b"" for table in ("route", "ipv6_route"))
+    found = dict.fromkeys((*default_routes(routes), *default_routes6(routes6)), "has the default route")
     for name in _of_this_session(on):
         found.setdefault(name, _SESSION)
     for name in on.names(NET):
@@ -169,13 +166,9 @@ def gids(on: Reader, hca: str) -> tuple[Gid, ...]:
     """Return the GID table of an RDMA device, without zero entries."""
     table = f"{RDMA}/{hca}/ports/1"
     values = {index: text_of(on, f"{table}/gids/{index}") for index in _numbers(on, f"{table}/gids")}
+    types, names = f"{table}/gid_attrs/types", f"{table}/gid_attrs/ndevs"
     return tuple(
-        Gid(
-            index,
-            value,
-            text_of(on, f"{table}/gid_attrs/types/{index}"),
-            text_of(on, f"{table}/gid_attrs/ndevs/{index}"),
-        )
+        Gid(index, value, text_of(on, f"{types}/{index}"), text_of(on, f"{names}/{index}"))
         for index, value in values.items()
         if _GID.fullmatch(value) and value.strip("0:")
     )
@@ -183,8 +176,7 @@ def gids(on: Reader, hca: str) -> tuple[Gid, ...]:
 
 def roce_gid(on: Reader, hca: str, address: str) -> int | None:
     """Return the index of the RoCE v2 GID of the IPv4 `address`, or None."""
-    found = (each.index for each in gids(on, hca) if each.type == _ROCE_V2 and each.address == address)
-    return next(found, None)
+    return next((each.index for each in gids(on, hca) if each.type == _ROCE_V2 and each.address == address), None)
 
 
 def roce_ready(on: Reader, port: Port) -> str:
@@ -341,15 +333,9 @@ def _as_on_a_spark(wanted: str | None) -> Port:
             cause="halves have names like enp1s0f0np0 or enP2p1s0f1np1",
             hint=_naming("enp1s0f0np0"),
         )
-    number, place = int(form["port"]), form["place"]
-    second = f"P{form['domain'] or 2}"
-    return Port(
-        number,
-        tuple(
-            Interface(f"en{domain}{place}np{number}", number, None, 1500, 0, f"roce{domain}{place}")
-            for domain in ("", second)
-        ),
-    )
+    number = int(form["port"])
+    halves = [f"{domain}{form['place']}" for domain in ("", f"P{form['domain'] or 2}")]
+    return Port(number, tuple(Interface(f"en{h}np{number}", number, None, 1500, 0, f"roce{h}") for h in halves))
 
 
 def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:

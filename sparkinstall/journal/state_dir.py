@@ -58,7 +58,7 @@ class StateFolder:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except PermissionError as error:
-            raise self._unreadable("journal.jsonl") from error
+            raise unreadable(self.home / "journal.jsonl") from error
         return True
 
     @property
@@ -109,7 +109,7 @@ class StateFolder:
             kept = (self.home / "options.json").read_bytes()
             return dict(to_builtins(schema.read_json(Options, kept, "options.json")))
         except PermissionError as error:
-            raise self._unreadable("options.json") from error
+            raise unreadable(self.home / "options.json") from error
         except (OSError, ValueError):
             return {}
 
@@ -133,9 +133,6 @@ class StateFolder:
     def _keep(self, name: str, text: str) -> None:
         with storage_errors(f"writing {self.home / name}"):
             replace_file(str(self.home / name), text.encode(), 0o600)
-
-    def _unreadable(self, name: str) -> Problem:
-        return unreadable(self.home / name)
 
     @contextmanager
     def hold(self, verb: str, emit: Emit) -> Iterator[str]:
@@ -222,7 +219,8 @@ class StateFolder:
         try:
             inner.mkdir(parents=True)
             inner.chmod(0o700)
-            self._begin(inner, [self._node_path(p) for p in reversed(missing[1:])])
+            below = [str(path.relative_to(self.system.root)) for path in reversed(missing[1:])]
+            self._begin(inner, ["/" + path.removeprefix(".") for path in below])
             waiting.rename(top)
             sync_folder(str(top.parent))
         except (OSError, Problem):
@@ -257,9 +255,6 @@ class StateFolder:
                 break
             shutil.rmtree(leftover(top), ignore_errors=True)
             shutil.rmtree(staged_folder(top), ignore_errors=True)
-
-    def _node_path(self, real: Path) -> str:
-        return "/" + str(real.relative_to(self.system.root)).removeprefix(".")
 
     def _begin(self, home: Path, made: list[str]) -> None:
         journal = Journal(home)

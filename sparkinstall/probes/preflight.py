@@ -68,17 +68,12 @@ def _machine(on: Reader) -> Finding:
     gpu = first_gpu(on)
     if gpu and machine.is_gb10(gpu.name):
         return passed(gpu.name)
-    what = gpu.name if gpu else "no GB10 on the PCI bus"
+    what, name = gpu.name if gpu else "no GB10 on the PCI bus", machine.product(on)
     return failed(
-        f"{what}{_named(on)}",
+        f"{what} ({name})" if name else what,
         "sparkinstall is for a DGX Spark; on other machines, rehearse: `sparkinstall all --root ./node`",
         "NVIDIA GB10",
     )
-
-
-def _named(on: Reader) -> str:
-    name = machine.product(on)
-    return f" ({name})" if name else ""
 
 
 def _arch(on: Reader) -> Finding:

@@ -57,7 +57,7 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
     closed = [(api, api), *(ports_between_nodes(node) if node.several else ())]
     return {
         "ssh": [str(port) for port in ssh_ports(on)],
-        "names": _quoted_set(_interfaces(node, on)),
+        "names": "{ " + ", ".join(f'"{name}"' for name in _interfaces(node, on)) + " }",
         "link": "{ " + ", ".join(map(str, subnets(node))) + " }" if node.several else "",
         "interfaces": node.several,
         "allow": str(IPv4Network(allow)) if allow else "",
@@ -109,10 +109,6 @@ def _no_root(said: str) -> Problem:
     )
 
 
-def _quoted_set(names: Iterable[str]) -> str:
-    return "{ " + ", ".join(f'"{name}"' for name in names) + " }"
-
-
 def _interfaces(node: Node, on: Reader) -> tuple[str, ...]:
     names = tuple(each.name for each in qsfp.port_to_look_at(on, node).twins) if node.several else ()
     for name in names:
@@ -128,10 +124,8 @@ def left_to(node: Node, on: Reader) -> str:
     """
     asks = node.config.firewall.mode == "auto" and on.entry(node.firewall_rules) is None
     other = another(on) if asks else ""
-    return _by_hand(node, on, other) if other else ""
-
-
-def _by_hand(node: Node, on: Reader, other: str) -> str:
+    if not other:
+        return ""
     api, allow = node.config.serving.port, node.config.serving.allow
     api_words = f"TCP port {api} to " + (f"{allow} only" if allow else "no one else")
     if not node.several:
@@ -183,9 +177,7 @@ class LiveTable(Struct, frozen=True):
     def check(self, on: Reader) -> State:
         if on.entry(NFT) is None:
             return Unknown("packages")
-        return self._compared(on, live_table(on), rules(self.node, on))
-
-    def _compared(self, on: Reader, live: str, wanted: str) -> State:
+        live, wanted = live_table(on), rules(self.node, on)
         if on.read(self.node.firewall_rules) != wanted.encode():
             return Drift("load the firewall's changed rules" if live else "load the firewall's rules")
         listed = as_nft_lists(on, wanted)
@@ -207,13 +199,9 @@ class LiveTable(Struct, frozen=True):
 
 
 def _put_back(on: System, lost: str) -> Problem:
-    back = (
-        "the former rules are restored"
-        if rollback.fire(on, TIMER)
-        else "the former rules will be restored within minutes"
-    )
+    back = "are restored" if rollback.fire(on, TIMER) else "will be restored within minutes"
     return Problem(
-        f"after loading the firewall's rules, {lost}; {back}",
+        f"after loading the firewall's rules, {lost}; the former rules {back}",
         hint="set `firewall.mode: off` in the config if this node cannot use them, or report this",
     )
 

@@ -66,7 +66,7 @@ class NcclLibrary(Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        return f"nccl:{self.folder}/lib/libnccl.so.2"
+        return f"nccl:{self.library}"
 
     @property
     def library(self) -> str:
@@ -223,9 +223,8 @@ class _Compiled(Struct):
 def _unfinished(build: Path) -> list[str]:
     """Return files that a killed build may have left unfinished: those written last, and related generated and
     linked files."""
-    files = {
-        Path(base, name): os.lstat(os.path.join(base, name)) for base, _, names in os.walk(build) for name in names
-    }
+    paths = [Path(base, name) for base, _, names in os.walk(build) for name in names]
+    files = {path: path.lstat() for path in paths}
     if not files:
         return []
     newest = max(found.st_mtime for found in files.values())

@@ -145,8 +145,7 @@ class _Gathering:
 
     def add_json(self, name: str, make: Callable[[], Any]) -> None:
         with self.noting(name):
-            made = make()
-            if made:
+            if made := make():
                 self.add(name, json.dumps(self._mask.data(made), indent=1, default=str) + "\n")
 
     def add_text(self, name: str, text: str) -> None:
@@ -261,8 +260,7 @@ def _record(line: str, mask: Mask) -> str:
 
 
 def _add_files(found: _Gathering, node: Node) -> None:
-    decisions = (node.fp8_decision, node.transport_decision, node.nccl_stamp)
-    for path in decisions:
+    for path in (node.fp8_decision, node.transport_decision, node.nccl_stamp):
         found.add_file(f"decisions/{path.rpartition('/')[2]}", path)
     with found.noting(node.env_folder):
         for name in found.on.names(node.env_folder):
@@ -274,11 +272,8 @@ def _add_logs(found: _Gathering) -> None:
     """Add logs of the newest runs until the size limit is reached."""
     room, top = _ALL_LOGS, f"{FOLDER}/logs"
     with found.noting(top):
-        paths = [
-            f"{run}/{name}"
-            for run in sorted(found.on.names(top), reverse=True)[:_RUNS]
-            for name in found.on.names(f"{top}/{run}")
-        ]
+        runs = sorted(found.on.names(top), reverse=True)[:_RUNS]
+        paths = [f"{run}/{name}" for run in runs for name in found.on.names(f"{top}/{run}")]
         for path in paths:
             with found.noting(f"{top}/{path}"):
                 text = found.end_of(f"{top}/{path}", min(_LOG, room))

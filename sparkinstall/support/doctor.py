@@ -109,13 +109,9 @@ def _of_machine(session: Session, options: VerifyOptions) -> list[Item]:
 
 
 def _masked(item: Item, session: Session, mask: Mask) -> Item:
-    return replace(
-        item,
-        title=mask.text(item.title),
-        found=mask.text(item.found),
-        expected=mask.text(item.expected),
-        hint=mask.text(pointed(item.hint, session.root_option)),
-    )
+    shown = (item.title, item.found, item.expected, pointed(item.hint, session.root_option))
+    title, found, expected, hint = map(mask.text, shown)
+    return replace(item, title=title, found=found, expected=expected, hint=hint)
 
 
 def machine_facts(node: Node, on: Reader) -> dict[str, str]:

@@ -108,8 +108,7 @@ def read_all(on: Reader) -> tuple[NetplanFile, ...]:
         BadFile: one is not YAML, or repeats a key.
     """
     paths = {name: f"{folder}/{name}" for folder in _FOLDERS for name in on.names(folder) if name.endswith(".yaml")}
-    found = (NetplanFile(paths[name], on.read(paths[name]) or b"") for name in sorted(paths))
-    return tuple(_sound(each) for each in found)
+    return tuple(_sound(NetplanFile(paths[name], on.read(paths[name]) or b"")) for name in sorted(paths))
 
 
 def keyfiles(on: Reader) -> Iterator[tuple[str, str]]:
@@ -317,16 +316,13 @@ def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, byte
         answer = on.ask(PROGRAM, "generate", "--root-dir", folder)
         if answer.ok or (answer.code == 127 and on.rehearsal):
             return
-        said = [line for line in (answer.err or answer.out).replace(folder, "").splitlines() if _is_said(line)]
+        lines = (answer.err or answer.out).replace(folder, "").splitlines()
+        said = [line for line in lines if line.strip() and "WARNING" not in line]
     raise Problem(
         "netplan rejects the new files; nothing was changed",
         cause="\n".join(said),
         hint="correct the file that it names (in /etc/netplan), then run the same command again",
     )
-
-
-def _is_said(line: str) -> bool:
-    return bool(line.strip()) and "WARNING" not in line
 
 
 def shown(contents: Mapping[str, bytes | None]) -> str:

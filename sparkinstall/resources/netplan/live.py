@@ -371,7 +371,7 @@ def restoring(before: Mapping[str, Any], added: Mapping[str, str]) -> str:
     """
     lines = [f"{files.PROGRAM} apply"]
     for name, was in before.items():
-        lines += [_line(*words) for words in _changes(name, was, added.get(name))]
+        lines += [f"{rollback.quoted(words)} 2> /dev/null || true" for words in _changes(name, was, added.get(name))]
     return "\n".join(lines)
 
 
@@ -382,10 +382,6 @@ def _changes(name: str, was: Mapping[str, Any], added: str | None) -> Iterable[t
     yield from (("ip", "address", "replace", each, "dev", name) for each in was["addresses"])
     if not was["up"]:
         yield "ip", "link", "set", "dev", name, "down"
-
-
-def _line(*words: str) -> str:
-    return rollback.quoted(words) + " 2> /dev/null || true"
 
 
 @undoes(_UNDO)
