@@ -134,20 +134,17 @@ def _nothing_to_do(session: Session, steps: Sequence[Step], reports: Sequence[St
     static = checks.of_files(steps, session.node)
     bad = [each for each in checks.look(static, session.system, silent) if each.finding.verdict == "fail"]
     if bad:
-        return Installation(problems=(_damaged(bad),))
+        problem = Problem(
+            "the installation is complete but damaged",
+            cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad),
+            hint="reinstall: `sparkinstall run environment fp8 --force`",
+        )
+        return Installation(problems=(problem,))
     if session.state.exists and session.state.options() != session.options:
         # The node matches an earlier request again: the options of an aborted run must not be resumed later.
         with session.state.hold(verb, silent):
             session.state.remember_options(session.options)
     return Installation(reports)
-
-
-def _damaged(bad: Sequence[ProbeResult]) -> Problem:
-    return Problem(
-        "the installation is complete but damaged",
-        cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad),
-        hint="reinstall: `sparkinstall run environment fp8 --force`",
-    )
 
 
 def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog) -> None:

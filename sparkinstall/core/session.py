@@ -124,7 +124,8 @@ def open_session(target: Target) -> Session:
             remembered = f"options of earlier runs are stored in {state.home}/options.json"
             problem.hint = f"{problem.hint} ({remembered})" if problem.hint else remembered
         raise
-    _check_places(node, system)
+    if complaint := configuration.safe_path(system.real(node.prefix)):
+        raise BadUsage(f"{system.real(node.prefix)!a} {complaint}", hint="choose another folder for --root")
     return Session(node, system, state, sources, options)
 
 
@@ -210,12 +211,6 @@ def looked_at(session: Session, steps: Sequence[Step]) -> list[StepReport]:
         session.system.ask_for_sudo()
         return engine.plan(steps, session.node, session.system)
     return reports
-
-
-def _check_places(node: Node, system: LocalSystem) -> None:
-    complaint = configuration.safe_path(system.real(node.prefix))
-    if complaint:
-        raise BadUsage(f"{system.real(node.prefix)!a} {complaint}", hint="choose another folder for --root")
 
 
 def open_state(target: Target) -> StateFolder:

@@ -70,26 +70,17 @@ def probes(node: Node) -> Iterable[Probe]:
 
     alone = "a rehearsal installs only vLLM's wheel (--full installs the rest)" if node.partial else ""
     yield Probe(
-        "imports",
-        "import of vLLM and its dependencies",
-        lambda on: _imports(node, on, process(on)),
-        "gpu",
-        "vLLM does not start.",
-        fixes.PACKAGES,
-        needs_node=alone,
-    )
+        "imports", "import of vLLM and its dependencies", lambda on: _imports(node, on, process(on)), "gpu",
+        "vLLM does not start.", fixes.PACKAGES, needs_node=alone,
+    )  # fmt: skip
     yield Probe(
         "nccl-loaded", "NCCL loaded by torch", lambda on: _nccl(node, on, process(on)), "gpu", nccl.MISMATCH, fixes.NCCL
     )
     yield Probe(
-        "host-ip",
-        "vLLM uses the address in the env file",
-        lambda on: _address(node, on, process(on)),
-        "gpu",
-        "Ray and vLLM use different addresses for this node: `Expected 2 unique IPs but got 3`.",
-        fixes.HOST_IP,
+        "host-ip", "vLLM uses the address in the env file", lambda on: _address(node, on, process(on)), "gpu",
+        "Ray and vLLM use different addresses for this node: `Expected 2 unique IPs but got 3`.", fixes.HOST_IP,
         needs_node=alone,
-    )
+    )  # fmt: skip
     yield from kernels.probes(node, lambda on: _answer(node, on, process(on)), alone)
 
 

@@ -73,31 +73,17 @@ def probes(node: Node, asked: Callable[[Reader], Answer | Finding], needs_node: 
         return look
 
     yield Probe(
-        "triton-compiles",
-        "Triton compiles for this GPU",
-        told(_triton),
-        "gpu",
-        "vLLM ends at its first kernel, or at the first one with a new shape.",
-        needs_node=needs_node,
-    )
+        "triton-compiles", "Triton compiles for this GPU", told(_triton), "gpu",
+        "vLLM ends at its first kernel, or at the first one with a new shape.", needs_node=needs_node,
+    )  # fmt: skip
     yield Probe(
-        "fp8-kernels",
-        "FP8 kernels picked by vLLM",
-        told(_picked),
-        "gpu",
-        "FP8 models may end with `Error Internal`, or run slower than possible.",
-        fixes.FP8,
-        needs_node,
-    )
+        "fp8-kernels", "FP8 kernels picked by vLLM", told(_picked), "gpu",
+        "FP8 models may end with `Error Internal`, or run slower than possible.", fixes.FP8, needs_node,
+    )  # fmt: skip
     yield Probe(
-        "fp8-product",
-        "result of an FP8 product",
-        told(_product),
-        "gpu",
-        "FP8 models return wrong answers, or end with `Error Internal`.",
-        fixes.FP8,
-        needs_node,
-    )
+        "fp8-product", "result of an FP8 product", told(_product), "gpu",
+        "FP8 models return wrong answers, or end with `Error Internal`.", fixes.FP8, needs_node,
+    )  # fmt: skip
 
 
 def _triton(node: Node, on: Reader, answer: Answer) -> Finding:

@@ -8,7 +8,7 @@ from sparkinstall import fixes
 from sparkinstall.facts import card, ip, qsfp
 from sparkinstall.facts.decisions import NcclTransport, recorded
 from sparkinstall.facts.network import HEADERS, at_once, own_addresses, pings, twin_of
-from sparkinstall.facts.qsfp import Interface, Port
+from sparkinstall.facts.qsfp import Port
 from sparkinstall.facts.sysfs import NET, text_of
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
@@ -25,40 +25,23 @@ _TOLERATED, _FEW = 1e-5, 100
 def probes(node: Node) -> Iterable[Probe]:
     """Yield the probes of the link that cause no load."""
     yield Probe(
-        "link",
-        "the QSFP link and its two halves",
-        lambda on: _link(node, on),
-        "link",
-        "The nodes communicate at half the speed, or not at all.",
-        fixes.MTU,
-        needs_node=_NO_PORT,
-    )
+        "link", "the QSFP link and its two halves", lambda on: _link(node, on), "link",
+        "The nodes communicate at half the speed, or not at all.", fixes.MTU, needs_node=_NO_PORT,
+    )  # fmt: skip
     yield Probe(
-        "peers",
-        "large packets to every other node",
-        lambda on: _peers(node, on),
-        "link",
-        "Large packets are lost between the nodes: collectives hang or time out.",
-        fixes.MTU,
-        others=True,
+        "peers", "large packets to every other node", lambda on: _peers(node, on), "link",
+        "Large packets are lost between the nodes: collectives hang or time out.", fixes.MTU, others=True,
         needs_node="a rehearsal has no other nodes",
-    )
+    )  # fmt: skip
     yield Probe(
-        "link-health",
-        "errors, PCIe lanes and firmware of the link",
-        lambda on: _health(node, on),
-        "link",
-        "The link loses packets or runs below its rate: collectives are slow or hang.",
-        needs_node=_NO_PORT,
-    )
+        "link-health", "errors, PCIe lanes and firmware of the link", lambda on: _health(node, on), "link",
+        "The link loses packets or runs below its rate: collectives are slow or hang.", needs_node=_NO_PORT,
+    )  # fmt: skip
     yield Probe(
-        "gids",
-        "a RoCE GID for the address of each half",
-        lambda on: _gids(node, on),
-        "link",
+        "gids", "a RoCE GID for the address of each half", lambda on: _gids(node, on), "link",
         "NCCL falls back to sockets, or does not start, because RoCE lacks an address.",
         needs_node="a rehearsal has no RDMA devices",
-    )
+    )  # fmt: skip
 
 
 def _link(node: Node, on: Reader) -> Finding:
@@ -213,15 +196,12 @@ def _gids(node: Node, on: Reader) -> Finding:
     expected = "each half's RDMA device is ACTIVE and has a RoCE v2 GID for that half's address"
     if why := qsfp.roce_ready(on, port):
         return failed(why, _ROCE, expected)
-    found = {half.hca: (str(own.ip), qsfp.roce_gid(on, half.hca, str(own.ip))) for half, own in _halves(node, port)}
+    halves = [(half.hca, str(own.ip)) for half, own in zip(port.twins, own_addresses(node), strict=False)]
+    found = {hca: (address, qsfp.roce_gid(on, hca, address)) for hca, address in halves}
     for hca, (address, index) in found.items():
         if index is None:
             return failed(f"{hca} has no RoCE v2 GID for {address}", _ROCE, expected)
     return passed(", ".join(f"{hca} index {index}: {address}" for hca, (address, index) in found.items()), expected)
-
-
-def _halves(node: Node, port: Port) -> list[tuple[Interface, IPv4Interface]]:
-    return list(zip(port.twins, own_addresses(node), strict=False))
 
 
 _ROCE = (

@@ -38,13 +38,9 @@ def probes(node: Node) -> Iterable[Probe]:
     """Yield the measurement between this node's GPUs, if it has several: a Spark has one."""
     if gpus() > 1:
         yield Probe(
-            "nccl-local",
-            "NCCL between the GPUs of this node",
-            lambda on: _local(node, on),
-            "gpu",
-            "A model on several GPUs answers more slowly than possible.",
-            load=True,
-        )
+            "nccl-local", "NCCL between the GPUs of this node", lambda on: _local(node, on), "gpu",
+            "A model on several GPUs answers more slowly than possible.", load=True,
+        )  # fmt: skip
 
 
 def gpus() -> int:

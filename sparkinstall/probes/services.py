@@ -28,29 +28,18 @@ _SOMETIMES = (
 def probes(node: Node) -> Iterable[Probe]:
     """Yield the quick probes, which load neither torch nor vLLM."""
     yield Probe(
-        "nccl-preload",
-        "NCCL in a new process",
-        lambda on: _preload(node, on),
-        "node",
-        "NCCL differs from the one that was set up, or is not loaded at all.",
-        fixes.NCCL,
-    )
+        "nccl-preload", "NCCL in a new process", lambda on: _preload(node, on), "node",
+        "NCCL differs from the one that was set up, or is not loaded at all.", fixes.NCCL,
+    )  # fmt: skip
     if env_units(node):
         yield Probe(
-            "running-env",
-            "variables of the running services",
-            lambda on: _env(node, on),
-            "node",
+            "running-env", "variables of the running services", lambda on: _env(node, on), "node",
             "Running services lack variables that were set later: they need a restart.",
-        )
+        )  # fmt: skip
         yield Probe(
-            "running-nccl",
-            "NCCL in the running services",
-            lambda on: _nccl(node, on),
-            "node",
-            nccl.MISMATCH,
-            fixes.NCCL,
-        )
+            "running-nccl", "NCCL in the running services", lambda on: _nccl(node, on), "node",
+            nccl.MISMATCH, fixes.NCCL,
+        )  # fmt: skip
 
 
 # --- a new process

@@ -36,30 +36,17 @@ def probes(node: Node) -> Iterable[Probe]:
 
     if serves(node):
         yield Probe(
-            "serving",
-            "a completion within a time limit",
-            lambda on: _serving(asked(on)),
-            "serving",
-            "Requests get no answer, although the service may run and report healthy.",
-            needs_node=_REHEARSAL,
-        )
+            "serving", "a completion within a time limit", lambda on: _serving(asked(on)), "serving",
+            "Requests get no answer, although the service may run and report healthy.", needs_node=_REHEARSAL,
+        )  # fmt: skip
         yield Probe(
-            "serving-stream",
-            "reasoning field in a live stream",
-            lambda on: _stream(asked(on)),
-            "serving",
-            "A client may show no reasoning, or show it as raw text.",
-            fixes.REASONING,
-            needs_node=_REHEARSAL,
-        )
+            "serving-stream", "reasoning field in a live stream", lambda on: _stream(asked(on)), "serving",
+            "A client may show no reasoning, or show it as raw text.", fixes.REASONING, needs_node=_REHEARSAL,
+        )  # fmt: skip
         yield Probe(
-            "serving-metrics",
-            "the counters of /metrics move",
-            lambda on: _metrics(asked(on)),
-            "serving",
-            "Load and latency of the model cannot be monitored.",
-            needs_node=_REHEARSAL,
-        )
+            "serving-metrics", "the counters of /metrics move", lambda on: _metrics(asked(on)), "serving",
+            "Load and latency of the model cannot be monitored.", needs_node=_REHEARSAL,
+        )  # fmt: skip
 
 
 def _serving(of: Api) -> Finding:

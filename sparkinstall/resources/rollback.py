@@ -4,8 +4,7 @@ It belongs to systemd, so it survives a killed tool or ssh session. After a rebo
 unreachable machine, a unit rolls back at boot.
 """
 
-import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.resources.template import render
@@ -123,8 +122,3 @@ def _words(*words: str) -> tuple[str, ...]:
 
 def _program() -> str:
     return render(_TEMPLATE, _PLACES).decode()
-
-
-def quoted(words: Iterable[str]) -> str:
-    """Quote `words` as one line for /bin/sh."""
-    return shlex.join(words)

@@ -28,29 +28,18 @@ class Environment(Step):
 
     def probes(self, node: Node) -> Iterable[Probe]:
         yield Probe(
-            "wheel-gate",
-            "compatibility of the packages",
-            lambda on: wheels.gate(node, lock_of(node, on) or (), on),
+            "wheel-gate", "compatibility of the packages", lambda on: wheels.gate(node, lock_of(node, on) or (), on),
             "static",
-            "vLLM cannot load a model with these packages, whatever its settings are.",
-            PACKAGES,
-        )
+            "vLLM cannot load a model with these packages, whatever its settings are.", PACKAGES,
+        )  # fmt: skip
         yield Probe(
-            "reasoning-field",
-            "reasoning field of a stream",
-            lambda on: wheels.reasoning_fields(node, on),
-            "static",
-            "A client may show no reasoning, or show it as raw text.",
-            REASONING,
-        )
+            "reasoning-field", "reasoning field of a stream", lambda on: wheels.reasoning_fields(node, on), "static",
+            "A client may show no reasoning, or show it as raw text.", REASONING,
+        )  # fmt: skip
         yield Probe(
-            "wheel-files",
-            "files of the packages",
-            lambda on: wheels.files(node, on),
-            "node",
-            "vLLM may run unreleased code, and behave differently than on the other nodes.",
-            PACKAGES,
-        )
+            "wheel-files", "files of the packages", lambda on: wheels.files(node, on), "node",
+            "vLLM may run unreleased code, and behave differently than on the other nodes.", PACKAGES,
+        )  # fmt: skip
 
 
 def _in_home(node: Node, path: str) -> str:

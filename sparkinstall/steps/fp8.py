@@ -31,13 +31,9 @@ class Fp8(Step):
 
     def probes(self, node: Node) -> Iterable[Probe]:
         yield Probe(
-            "fp8-path",
-            "vLLM's file as decided for FP8",
-            lambda on: _path(node, on),
-            "static",
-            "FP8 models may end with `Error Internal`.",
-            FP8,
-        )
+            "fp8-path", "vLLM's file as decided for FP8", lambda on: _path(node, on), "static",
+            "FP8 models may end with `Error Internal`.", FP8,
+        )  # fmt: skip
 
 
 def _path(node: Node, on: Reader) -> Finding:

@@ -136,7 +136,7 @@ class LocalSystem(LocalReader):
         waiting = self.real(staged(path))
         with storage_errors(f"linking {self.real(path)}"):
             try:
-                _remove_if_there(waiting)
+                Path(waiting).unlink(missing_ok=True)
                 os.symlink(target, waiting)
                 os.replace(waiting, self.real(path))
             except PermissionError:
@@ -160,7 +160,7 @@ class LocalSystem(LocalReader):
             self.remove(staged(path))
         with storage_errors(f"removing {self.real(path)}"):
             try:
-                _remove_if_there(self.real(path))
+                Path(self.real(path)).unlink(missing_ok=True)
             except PermissionError:
                 self._escalate("rm", "-f", path)
 
@@ -273,7 +273,7 @@ def command_failed(result: Result, log: str = "") -> CommandFailed:
 def replace_file(target: str, data: bytes, mode: int) -> None:
     """Replace the content of the file `target` (a real path) atomically and durably."""
     waiting = staged(target)
-    _remove_if_there(waiting)
+    Path(waiting).unlink(missing_ok=True)
     handle = os.open(waiting, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(handle, "wb") as out:
@@ -284,7 +284,7 @@ def replace_file(target: str, data: bytes, mode: int) -> None:
         os.replace(waiting, target)
         sync_folder(os.path.dirname(target))
     except BaseException:
-        _remove_if_there(waiting)
+        Path(waiting).unlink(missing_ok=True)
         raise
 
 
@@ -295,10 +295,3 @@ def sync_folder(real: str) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _remove_if_there(real: str) -> None:
-    try:
-        os.unlink(real)
-    except FileNotFoundError:
-        pass

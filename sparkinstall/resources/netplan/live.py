@@ -1,5 +1,6 @@
 """The QSFP port in netplan's files and in the kernel: addresses and MTU, changed under a rollback timer."""
 
+import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -119,7 +120,7 @@ class _Plan(Struct, frozen=True, dict=True):
     def _beside_netplan(self) -> Conflict | None:
         for path, name in files.keyfiles(self.on):
             if name in self.names:
-                remove = f"sudo rm {rollback.quoted([path])} && sudo nmcli connection reload"
+                remove = f"sudo rm {shlex.join([path])} && sudo nmcli connection reload"
                 return Conflict(
                     f"NetworkManager's profile {path} for {name} may override netplan's at boot",
                     f"remove it (`{remove}`), then run again",
@@ -371,7 +372,7 @@ def restoring(before: Mapping[str, Any], added: Mapping[str, str]) -> str:
     """
     lines = [f"{files.PROGRAM} apply"]
     for name, was in before.items():
-        lines += [f"{rollback.quoted(words)} 2> /dev/null || true" for words in _changes(name, was, added.get(name))]
+        lines += [f"{shlex.join(words)} 2> /dev/null || true" for words in _changes(name, was, added.get(name))]
     return "\n".join(lines)
 
 
