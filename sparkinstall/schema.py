@@ -24,13 +24,7 @@ _Steps = tuple[str | int, ...]
 
 _PLACE = re.compile(r"(?P<why>.*?)(?: - at (?:`key` in )?`\$(?P<path>[^`]*)`)?", re.DOTALL)
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
-_PLAIN: dict[Any, str] = {
-    str: "text",
-    int: "a number",
-    bool: "true or false",
-    types.NoneType: "null",
-    date: "a day like 2026-04-30",
-}
+_PLAIN = {str: "text", int: "a number", bool: "true or false", types.NoneType: "null", date: "a day like 2026-04-30"}
 
 
 class Malformed(ValueError):

@@ -81,14 +81,8 @@ class Api(Struct, frozen=True, dict=True):
         return bool(os.environ.get(KEY))
 
     def _asked(self, verb: str, tokens: int = 0, model: str = "", patience: int = 0) -> Reply:
-        seconds = patience or PATIENCE
-        asked = {
-            "verb": verb,
-            "port": self.node.config.serving.port,
-            "patience": seconds,
-            "tokens": tokens,
-            "model": model,
-        }
+        seconds, port = patience or PATIENCE, self.node.config.serving.port
+        asked = {"verb": verb, "port": port, "patience": seconds, "tokens": tokens, "model": model}
         command = (self.on.real(self.node.python), "-I", "-c", payloads.source("vllm_client"), json.dumps(asked))
         answer = self.on.ask(*command, timeout=seconds + 5)
         if answer.code == 124:

@@ -22,7 +22,6 @@ class Nccl(Step):
         settings = node.config.nccl
         if settings.mode == "wheel":
             return
-
         yield NcclLibrary(
             folder=node.nccl_folder,
             source=source(node),

@@ -261,13 +261,8 @@ def command_failed(result: Result, log: str = "") -> CommandFailed:
     if _NO_SPACE in result.out:
         why, hint = "the disk is full", "free some space, then run the same command again: it resumes"
     program = next(part for part in result.argv if part not in ("sudo", "-n"))
-    return CommandFailed(
-        f"`{PurePosixPath(program).name}` ended with code {result.code}",
-        cause=why,
-        hint=hint,
-        log=log,
-        output=lines[-_TAIL:],
-    )
+    what = f"`{PurePosixPath(program).name}` ended with code {result.code}"
+    return CommandFailed(what, cause=why, hint=hint, log=log, output=lines[-_TAIL:])
 
 
 def replace_file(target: str, data: bytes, mode: int) -> None:
