@@ -18,11 +18,26 @@ from sparkinstall.patches import revert
 from sparkinstall.steps.fp8 import cutlass_patch
 
 OURS, SEARCHED = "sparkinstall all", "`sparkinstall all`, with the search for garbage at its end"
+RENDERED = "`sparkinstall all`, with every template rendered"
 PYINFRA, PYINFRA_UV = "pyinfra", "pyinfra, `uv.packages` for the pin"
 ANSIBLE, ANSIBLE_PIP = "ansible-playbook", "ansible-playbook, `pip` for the pin"
 
 # What `gc.freeze` in __main__.py saves: the same run without it.
 _SEARCHING = "import gc; gc.freeze = lambda: None; from sparkinstall.__main__ import main; main()"
+
+# What the record of the last rendering (resources/template.py) saves: the same run without it.
+_RENDERING = """
+from sparkinstall.__main__ import main
+from sparkinstall.resources.files import File
+from sparkinstall.resources.template import Template, render
+
+def check(self, on):
+    values = {**self.values(on), "path": on.real(self.path)}
+    return File(self.path, render(self.template, values), self.mode).check(on)
+
+Template.check = check
+main()
+"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,7 @@ def measure(
     commands = {
         OURS: Command((tool.program("sparkinstall"), "all", "--root", str(declared.root))),
         SEARCHED: Command((tool.python, "-c", _SEARCHING, "all", "--root", str(declared.root))),
+        RENDERED: Command((tool.python, "-c", _RENDERING, "all", "--root", str(declared.root))),
         PYINFRA: _pyinfra(pyinfra, declared, work / "pyinfra", _pyinfra_folder(declared)),
         PYINFRA_UV: _pyinfra(pyinfra, declared, work / "pyinfra-uv", _pyinfra_uv(declared), tool),
         ANSIBLE: _ansible(ansible, declared, work / "ansible", _ansible_folder(declared)),

@@ -144,6 +144,11 @@ class Layout(Struct, frozen=True):
         """The list of variables that vLLM on the head does not copy to its workers."""
         return f"{self.vllm_config}/ray_non_carry_over_env_vars.json"
 
+    @property
+    def units_record(self) -> str:
+        """The render record of the unit files."""
+        return f"{self.services}/units.json"
+
     def started_record(self, unit: str) -> str:
         """The inputs of a service at its last start."""
         return f"{self.services}/{unit}.json"
@@ -164,6 +169,11 @@ class Layout(Struct, frozen=True):
     def firewall_rules(self) -> str:
         """The rules that nft loads."""
         return f"{self.prefix}/firewall.nft"
+
+    @property
+    def firewall_unit_record(self) -> str:
+        """The render record of the firewall's unit."""
+        return f"{self.prefix}/firewall-unit.json"
 
     @property
     def firewall_started_record(self) -> str:

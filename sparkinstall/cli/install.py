@@ -1,20 +1,26 @@
-"""Shared by `all`, `run` and `multi-node`: the dialog of a run and the view of its result."""
+"""Shared by `all`, `run` and `multi-node`: the dialog of a run and the view of its result.
+
+A run that finds nothing to do does not load rich: what shows more imports its view when it is called.
+"""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
-from rich.console import Console
 
-from sparkinstall.cli.live_output import watching
 from sparkinstall.cli.run_command import CommandResult, Output, confirm
-from sparkinstall.cli.text_output import console, show_findings, show_fixes, show_plan, show_preflight
 from sparkinstall.cluster.protocol import Applied
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.converge import Dialog, Installation, InstallOptions, converge, drifted
 from sparkinstall.core.engine import Checked, StepReport
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.errors import Exit, PreflightFailed
+from sparkinstall.events import Emit
 from sparkinstall.resources import Drift
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def install(target: Target, output: Output, options: InstallOptions, yes: bool) -> CommandResult:
@@ -23,6 +29,8 @@ def install(target: Target, output: Output, options: InstallOptions, yes: bool) 
 
     def preflight(results: Sequence[ProbeResult]) -> None:
         if not output.json:
+            from sparkinstall.cli.text_output import console, show_preflight
+
             show_preflight(results, console())
 
     def agree(reports: Sequence[StepReport]) -> None:
@@ -31,7 +39,7 @@ def install(target: Target, output: Output, options: InstallOptions, yes: bool) 
         # A rehearsal changes only its own folder: no confirmation needed.
         confirm("Go on?", agreed=yes or session.node.rehearsal, default=True)
 
-    dialog = Dialog(preflight, agree, lambda: watching(output.verbose))
+    dialog = Dialog(preflight, agree, lambda: _watching(output.verbose))
     try:
         done = converge(session, options, dialog)
     except PreflightFailed as problem:
@@ -42,7 +50,15 @@ def install(target: Target, output: Output, options: InstallOptions, yes: bool) 
     return CommandResult(code, Applied.of(done), lambda: _show(session, done, options), done.problems)
 
 
+def _watching(verbose: bool) -> AbstractContextManager[Emit]:
+    from sparkinstall.cli.live_output import watching
+
+    return watching(verbose)
+
+
 def _show_beginning(session: Session, reports: Sequence[StepReport], verbose: bool) -> None:
+    from sparkinstall.cli.text_output import console, show_plan
+
     out = console()
     out.print(f"[bold]Plan[/]  {session.where}")
     show_plan(reports if verbose else list(map(_without_diffs, reports)), out, verbose, session.root_option)
@@ -58,6 +74,8 @@ def _show(session: Session, done: Installation, options: InstallOptions) -> None
     if not done.applied:
         _show_nothing_done(session, done)
         return
+    from sparkinstall.cli.text_output import console, show_findings, show_fixes
+
     out = console()
     if done.results:
         out.print("[bold]Proof[/]")
@@ -79,7 +97,7 @@ def _show_nothing_done(session: Session, done: Installation) -> None:
         print(f"  Node only: {', '.join(left)}. `sparkinstall plan{session.root_option}` explains why.")
 
 
-def _show_next(session: Session, out: Console) -> None:
+def _show_next(session: Session, out: "Console") -> None:
     if behind := drifted(session):
         out.print(f"[green bold]✓[/] done. [yellow]Open now:[/] {', '.join(behind)}. Next:")
         out.print(f"    sparkinstall all{session.root_option}", markup=False)

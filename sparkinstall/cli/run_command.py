@@ -14,7 +14,6 @@ from msgspec import Struct, field
 
 from sparkinstall.cli import options
 from sparkinstall.cli.json_output import envelope
-from sparkinstall.cli.text_output import show_problems
 from sparkinstall.core.session import Target
 from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem, storage_problem
 
@@ -92,7 +91,7 @@ def _run(name: str, body: Callable[[], CommandResult], target: Target, output: O
             print(envelope(name, code, result.data, result.problems))
         else:
             result.show()
-            show_problems(result.problems, target.root_option)
+            _show_problems(result.problems, target.root_option)
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the pipe has closed it; click ends such a run silently.
@@ -100,6 +99,13 @@ def _run(name: str, body: Callable[[], CommandResult], target: Target, output: O
     except OSError as error:
         code = _untold(error)
     raise typer.Exit(int(code))
+
+
+def _show_problems(problems: Sequence[Problem], root: str) -> None:
+    if problems:
+        from sparkinstall.cli.text_output import show_problems
+
+        show_problems(problems, root)
 
 
 def _result(body: Callable[[], CommandResult], verbose: bool) -> CommandResult:

@@ -61,12 +61,21 @@ def setting(value: str) -> str:
 
 
 class UnitFile(Template, frozen=True):
-    """A file in /etc/systemd/system that systemd accepts without warning, and has loaded."""
+    """A file in /etc/systemd/system that systemd accepts without warning, and has loaded.
+
+    `noted_in`: node path of the render record.
+    """
+
+    noted_in: str = ""
 
     @property
     def name(self) -> str:
         """The unit's name with its suffix."""
         return self.path.rpartition("/")[2]
+
+    @property
+    def _record(self) -> str:
+        return self.noted_in or super()._record
 
     def apply(self, on: System) -> None:
         values = self._values(on)

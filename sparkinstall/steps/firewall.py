@@ -34,7 +34,7 @@ class Firewall(Step):
 
         unit = unit_path(FIREWALL_UNIT)
         yield RulesFile(node)
-        yield UnitFile(unit, f"{FIREWALL_UNIT}.j2", partial(_values, node))
+        yield UnitFile(unit, f"{FIREWALL_UNIT}.j2", partial(_values, node), noted_in=node.firewall_unit_record)
         yield LiveTable(node)
         inputs = (node.firewall_rules, unit)
         yield Service(FIREWALL_UNIT, lambda _: inputs, noted_in=node.firewall_started_record)

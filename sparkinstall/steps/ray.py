@@ -48,7 +48,7 @@ class Ray(Step):
         yield before_start(node)
         yield File(node.ray_nodes, payloads.as_file("ray_nodes"))
         path = unit_path(node.ray_unit)
-        yield UnitFile(path, "ray.service.j2", partial(_values, node))
+        yield UnitFile(path, "ray.service.j2", partial(_values, node), noted_in=node.units_record)
         depends = (path, node.env_file, node.ray_token, node.venv_stamp, node.before_start, node.ray_nodes)
         yield Service(node.ray_unit, lambda _: depends, node.started_record(node.ray_unit), causes(node))
 

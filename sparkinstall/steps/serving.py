@@ -44,7 +44,7 @@ class Serving(Step):
         if _with_head(node):
             yield File(node.with_head, payloads.as_file("with_head"))
             depends.append(node.with_head)
-        yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node))
+        yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node), noted_in=node.units_record)
         inputs, noted = partial(_inputs, node, tuple(depends)), node.started_record(VLLM_UNIT)
         yield Service(VLLM_UNIT, inputs, noted, (ray_step.NO_ADDRESS,))
 

@@ -114,6 +114,7 @@ def test_each_large_library_stays_on_its_floor() -> None:
 def test_functions_import_the_heavy_libraries_alone() -> None:
     """What is slow to import and not needed by every verb; payloads import what the node's environment has."""
     heavy = {"yaml", "jinja2", "requests", "plumbum", "rich"}
+    of_rich = ("sparkinstall.cli.text_output", "sparkinstall.cli.live_output")
     inside = [
         f"{name}:{node.lineno} imports {module}"
         for name in MODULES
@@ -123,7 +124,7 @@ def test_functions_import_the_heavy_libraries_alone() -> None:
         for node in ast.walk(function)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for module in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names])
-        if module.split(".")[0] not in heavy
+        if module.split(".")[0] not in heavy and module not in of_rich
     ]
     assert not inside
 

@@ -81,7 +81,7 @@ def test_a_missing_program_counts_on_a_node_alone(tmp_path: Path) -> None:
 @needs_systemd
 def test_a_unit_that_systemd_refuses_does_not_replace_the_old_one(tmp_path: Path) -> None:
     template = "ray-non-carry-over.json.j2"
-    unit = UnitFile(f"{UNIT_FOLDER}/some.service", template, lambda _: {"names": ["no unit"]})
+    unit = UnitFile(f"{UNIT_FOLDER}/some.service", template, lambda _: {"names": ["no unit"]}, noted_in="/noted.json")
     old = tmp_path / "etc/systemd/system/some.service"
     old.parent.mkdir(parents=True)
     old.write_text("old\n")
