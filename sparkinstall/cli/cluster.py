@@ -173,7 +173,7 @@ def _uninstall(cluster: Cluster) -> CommandResult:
         cluster.uninstall()
     except Barrier:
         pass
-    lines = {done.host: _undone(reply.touches) for done, reply in cluster.replies("uninstall", Uninstalled)}
+    lines = {done.host: _undone(reply.changes) for done, reply in cluster.replies("uninstall", Uninstalled)}
     return end(cluster, lambda: show_nodes(cluster, lines))
 
 
@@ -184,8 +184,8 @@ def _standing(status: Status) -> str:
     return f"stack {status.stack}, {done} of {len(status.fixes)} fixes done, last change {status.last_change}"
 
 
-def _undone(touches: Sequence[Undone]) -> str:
-    outcomes = [each.outcome for each in touches]
+def _undone(changes: Sequence[Undone]) -> str:
+    outcomes = [each.outcome for each in changes]
     kept = outcomes.count("kept")
     words = f"restored {outcomes.count('restored')}, removed {outcomes.count('removed')}"
     return f"{words}, kept {kept}" if kept else words

@@ -36,7 +36,7 @@ def uninstall(
 
     done = uninstall_node(state, agree, purge_cache)
     code = Exit.FAILED if done.problems else Exit.GOOD
-    return CommandResult(code, Uninstalled(tuple(done.touches)), lambda: _show(state, done, purge_cache), done.problems)
+    return CommandResult(code, Uninstalled(tuple(done.changes)), lambda: _show(state, done, purge_cache), done.problems)
 
 
 def _in_words(change: Change, state: StateFolder) -> str:
@@ -57,9 +57,9 @@ def _show(state: StateFolder, done: Uninstallation, purged: bool) -> None:
     if not done.found:
         print(f"Nothing to undo in {state.system.root}: there is no journal in {state.home}.")
         return
-    counts = [each.outcome for each in done.touches]
+    counts = [each.outcome for each in done.changes]
     print(f"Restored {counts.count('restored')}, removed {counts.count('removed')}.")
-    for each in done.touches:
+    for each in done.changes:
         if each.outcome == "kept":
             print(f"! kept {each.subject}: {each.note}")
     if not purged and user_cache().exists():

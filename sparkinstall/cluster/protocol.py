@@ -268,7 +268,7 @@ class Status(Struct, frozen=True):
 class Uninstalled(Struct, frozen=True):
     """Reply of `uninstall`."""
 
-    touches: tuple[Undone, ...] = ()
+    changes: tuple[Undone, ...] = ()
 
 
 class Reached(Struct, frozen=True):

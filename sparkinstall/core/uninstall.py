@@ -20,7 +20,7 @@ class Uninstallation(Struct, frozen=True):
     """Result of `uninstall`. `found`: there was a journal."""
 
     found: bool
-    touches: Sequence[Undone] = ()
+    changes: Sequence[Undone] = ()
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -29,7 +29,7 @@ class Uninstallation(Struct, frozen=True):
                 f"{each.subject} could not be undone: {each.note}",
                 hint="fix that, then run `sparkinstall uninstall` again",
             )
-            for each in self.touches
+            for each in self.changes
             if each.outcome == "failed"
         )
 

@@ -35,7 +35,7 @@ def changes(records: list[Record]) -> list[Change]:
     return sorted(found, key=lambda change: change.records[0].n, reverse=True)
 
 
-def take_back(change: Change, on: System, journal: Journal) -> Undone:
+def undo_change(change: Change, on: System, journal: Journal) -> Undone:
     """Undo one change; the outcome is `nothing` if it is no longer there."""
     try:
         if own := OWN_KINDS.get(change.undo.kind):
@@ -53,7 +53,7 @@ def take_back(change: Change, on: System, journal: Journal) -> Undone:
         return Undone(change.undo.subject, "failed", storage_problem(error, "undoing it").message)
 
 
-def _path_back(change: Change, on: System, journal: Journal) -> Undone:
+def _undo_path(change: Change, on: System, journal: Journal) -> Undone:
     path, before = change.undo.subject, change.undo.before
     now = fingerprint(on, path)
     if _same(now, before):
@@ -103,7 +103,7 @@ def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     return all(now[name] == then.get(name) for name in now)
 
 
-def _dir_back(change: Change, on: System, journal: Journal) -> Undone:
+def _undo_dir(change: Change, on: System, journal: Journal) -> Undone:
     del journal
     path = change.undo.subject
     if on.entry(path) is None:
@@ -113,7 +113,7 @@ def _dir_back(change: Change, on: System, journal: Journal) -> Undone:
     return Undone(path, "kept", f"contains files that are not sparkinstall's: {', '.join(on.names(path)[:3])}")
 
 
-def _tree_back(change: Change, on: System, journal: Journal) -> Undone:
+def _undo_tree(change: Change, on: System, journal: Journal) -> Undone:
     del journal
     path, before = change.undo.subject, change.undo.before
     outcome: Literal["removed", "nothing"] = "removed" if on.entry(path) else "nothing"
@@ -125,9 +125,9 @@ def _tree_back(change: Change, on: System, journal: Journal) -> Undone:
 
 
 OWN_KINDS: dict[str, Callable[[Change, System, Journal], Undone]] = {
-    "path": _path_back,
-    "dir": _dir_back,
-    "tree": _tree_back,
+    "path": _undo_path,
+    "dir": _undo_dir,
+    "tree": _undo_tree,
 }
 """Kinds whose former content is in the journal; all others are registered beside their resource."""
 
@@ -142,14 +142,14 @@ def undo_all(state: StateFolder, emit: Emit = silent) -> list[Undone]:
     with state.hold("uninstall", emit):
         journal = state.journal()
         own, others = _apart(changes(journal.records()), state)
-        taken = [(change, take_back(change, state.system, journal)) for change in others]
-        staying = [change for change, result in taken if result.outcome in ("kept", "failed")]
+        undone = [(change, undo_change(change, state.system, journal)) for change in others]
+        staying = [change for change, result in undone if result.outcome in ("kept", "failed")]
         # Do not keep records of folders only: what is in them now is not ours.
         if any(change.undo.kind != "dir" for change in staying):
             journal.rewrite([record for t in (*own, *staying) for record in t.records])
         else:
             state.remove([change.undo.subject for change in reversed(own)])
-    return [result for _, result in taken]
+    return [result for _, result in undone]
 
 
 def _apart(found: list[Change], state: StateFolder) -> tuple[list[Change], list[Change]]:

@@ -399,7 +399,7 @@ def test_plan_changes_nothing(far: FarNodes) -> None:
 def test_uninstall_starts_with_the_workers_and_installs_nothing(far: FarNodes) -> None:
     far.add("bare")
     (far.lab / "bare/.local/share/sparkinstall/tool/made-from").unlink()
-    back: list[Any] = [0, {"touches": []}, []]
+    back: list[Any] = [0, {"changes": []}, []]
     for host in ("spark-1", "spark-2"):
         far.answer(host, uninstall=back)
     assert far.cluster("uninstall", "spark-1", "spark-2", "bare")[0] == 2

@@ -101,7 +101,7 @@ def test_the_settings_on_the_usage_page_are_good(text: str, tmp_path: Path) -> N
 def test_outcomes_of_an_uninstall() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "uninstall"]
     outcomes = get_args(Undone.__annotations__["outcome"])
-    assert {"touches", "subject", "outcome", "note", *outcomes} == set(re.findall(r"`(\w+)`", text))
+    assert {"changes", "subject", "outcome", "note", *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
 def test_fields_of_a_node_of_a_cluster() -> None:

@@ -42,7 +42,7 @@ def state_of(root: Path) -> StateFolder:
 
 
 def touched(root: Path, *changes: tuple[Any, ...]) -> None:
-    """Make touches (the name of a `System`'s method, then its arguments) in one run."""
+    """Make changes (the name of a `System`'s method, then its arguments) in one run."""
     state = state_of(root)
     with state.hold("all", silent) as run:
         on = JournaledSystem(state.system, state.journal(run), "test", state.logs(run) / "test.log", silent)
@@ -89,7 +89,7 @@ def test_a_second_run_changes_nothing_at_all(tmp_path: Path) -> None:
     kept.write_bytes(kept.read_bytes() + b"export MINE=1\n")
     first = envelope(node.uninstall("--json"))
     assert first["exit_code"] == 0
-    assert next(t["subject"] for t in first["data"]["touches"] if t["outcome"] == "kept") == f"{ENV}/single-node.env"
+    assert next(t["subject"] for t in first["data"]["changes"] if t["outcome"] == "kept") == f"{ENV}/single-node.env"
     assert kept.read_bytes().endswith(b"export MINE=1\n")
     kept.unlink()
     assert node.uninstall().returncode == 0
@@ -234,7 +234,7 @@ def test_a_record_that_nobody_can_take_back_is_told_and_stays(root: Path) -> Non
 
 def test_uninstall_where_nothing_is_installed_makes_nothing(tmp_path: Path) -> None:
     run = Rehearsal(tmp_path / "node").uninstall("--json")
-    assert envelope(run)["data"] == {"touches": []}
+    assert envelope(run)["data"] == {"changes": []}
     assert list(tmp_path.iterdir()) == []
 
 
