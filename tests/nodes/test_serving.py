@@ -218,7 +218,7 @@ def test_with_the_parser_the_thinking_is_in_its_field_and_without_the_key_nobody
     assert (locked["serving"]["verdict"], locked["serving"]["found"]) == ("fail", "it asks for a key (HTTP 401)")
     _assert_others_skip(locked)
     wrong = _all_probed(node, "single", *settings, key="simsim")["serving"]
-    assert (wrong["verdict"], wrong["found"]) == ("fail", f"it does not take the key in {KEY}")
+    assert (wrong["verdict"], wrong["found"]) == ("fail", f"the API rejects the key in {KEY}")
     node.run("rm", f"/etc/systemd/system/{UNIT}.d/{drop_in}")
 
 
