@@ -136,7 +136,7 @@ def test_the_plan_shows_what_is_taken_over(head: FleetNode, before: dict[str, st
 
 def test_a_subnet_that_the_lan_uses_is_refused(head: FleetNode) -> None:
     said = _planned(head, "--set", "network.twin_subnet=198.51.100.128")
-    assert "the subnet 198.51.100.0/24 of enP2p1s0f0np0 is already in use: enP7s7 leads to 198.51.100.0/24" in said
+    assert "198.51.100.0/24 of enP2p1s0f0np0 is already in use: enP7s7 has a route to 198.51.100.0/24" in said
     assert "network.twin_subnet" in said
 
 
