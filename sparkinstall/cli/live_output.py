@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -76,7 +77,7 @@ def asking(quiet: bool) -> Iterator[Emit]:
 Row = tuple[RenderableType, ...]
 
 
-class LiveTable:
+class LiveTable(ABC):
     """One line per task, redrawn. Only the last column shrinks when a line is long; the others have `widths`."""
 
     def __init__(self, *widths: int) -> None:
@@ -84,13 +85,13 @@ class LiveTable:
         self._widths = widths
         self._spinner = Spinner("dots")
 
+    @abstractmethod
     def take(self, event: Any) -> None:
         """Record an event."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rows(self) -> Iterator[Row]:
         """The current rows, made by `ended` and `running`."""
-        raise NotImplementedError
 
     def ended(self, outcome: str, names: Sequence[str], seconds: float | None, text: str) -> Row:
         return Text("  ") + sign(outcome), *names, _took(seconds), Text(text)

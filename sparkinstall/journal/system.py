@@ -12,10 +12,10 @@ from sparkinstall.events import Emit, LineRead, Progressed
 from sparkinstall.journal.journal import Journal
 from sparkinstall.redaction import redact
 from sparkinstall.system import Entry, Result, System, Undo, processes
-from sparkinstall.system.local import command_failed
+from sparkinstall.system.local import RunOrRaise
 
 
-class JournaledSystem:
+class JournaledSystem(RunOrRaise):
     """Wraps `raw`: records each change of `step` in `journal` first; sends output of programs to `log` and `emit`."""
 
     def __init__(self, raw: System, journal: Journal, step: str, log: Path, emit: Emit) -> None:
@@ -24,6 +24,10 @@ class JournaledSystem:
     @property
     def rehearsal(self) -> bool:
         return self._raw.rehearsal
+
+    @property
+    def log(self) -> str:
+        return str(self._log)
 
     @property
     def sudo(self) -> tuple[str, ...]:
@@ -186,19 +190,6 @@ class JournaledSystem:
             marked = {**(env or {}), processes.RUN_MARK: self._journal.run}
             result = self._raw.try_run(*argv, env=marked, cwd=cwd, root=root, timeout=timeout, watch=keep)
         return replace(result, out="\n".join(map(redact, result.out.split("\n"))))
-
-    def run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        watch: Callable[[str], None] = lambda _: None,
-    ) -> Result:
-        result = self.try_run(*argv, env=env, cwd=cwd, root=root, watch=watch)
-        if not result.ok:
-            raise command_failed(result, str(self._log))
-        return result
 
     def progress(self, done: int, total: int, unit: str) -> None:
         self._emit(Progressed(self._step, done, total, unit))

@@ -5,6 +5,7 @@ import shutil
 import stat
 import tempfile
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -117,7 +118,40 @@ class LocalReader:
         return Result(argv, code, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
-class LocalSystem(LocalReader):
+class RunOrRaise(ABC):
+    """`System.run` for each System, by means of its own `try_run`."""
+
+    @property
+    def log(self) -> str:
+        """The path of the log that has the whole output of programs; empty: none."""
+        return ""
+
+    @abstractmethod
+    def try_run(
+        self,
+        *argv: str,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        root: bool = False,
+        timeout: float | None = None,
+        watch: Callable[[str], None] = lambda _: None,
+    ) -> Result: ...
+
+    def run(
+        self,
+        *argv: str,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        root: bool = False,
+        watch: Callable[[str], None] = lambda _: None,
+    ) -> Result:
+        result = self.try_run(*argv, env=env, cwd=cwd, root=root, watch=watch)
+        if not result.ok:
+            raise command_failed(result, self.log)
+        return result
+
+
+class LocalSystem(LocalReader, RunOrRaise):
     """A `System` that changes the machine, or a rehearsal's folder, without a journal (see journal/system.py)."""
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
@@ -225,19 +259,6 @@ class LocalSystem(LocalReader):
         whole = {**os.environ, "LC_ALL": "C.UTF-8", **(env or {})}
         code = processes.stream(full, whole, keep, cwd=cwd, timeout=timeout)
         return Result(full, code, "\n".join(lines), "")
-
-    def run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        watch: Callable[[str], None] = lambda _: None,
-    ) -> Result:
-        result = self.try_run(*argv, env=env, cwd=cwd, root=root, watch=watch)
-        if not result.ok:
-            raise command_failed(result)
-        return result
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Do nothing: nobody watches."""

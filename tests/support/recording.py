@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from sparkinstall.system import Entry, Result, Undo, read_only
-from sparkinstall.system.local import command_failed
+from sparkinstall.system.local import RunOrRaise
 
 
-class RecordingSystem:
+class RecordingSystem(RunOrRaise):
     """`answers`: what programs print, by the beginning of their command line; any other prints nothing.
 
     `changed` lists the changes in their order: a word and the path, or the command line.
@@ -91,19 +91,6 @@ class RecordingSystem:
         del env, cwd, root, timeout, watch
         self.changed.append(" ".join(argv))
         return self._result(argv)
-
-    def run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        watch: Callable[[str], None] = lambda _: None,
-    ) -> Result:
-        result = self.try_run(*argv, env=env, cwd=cwd, root=root, watch=watch)
-        if not result.ok:
-            raise command_failed(result)
-        return result
 
     def progress(self, done: int, total: int, unit: str) -> None:
         del done, total, unit
