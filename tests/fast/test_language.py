@@ -38,7 +38,7 @@ def pages() -> list[str]:
     return [name for name in names if name.endswith(SHOWN) and not name.startswith(QUOTED)]
 
 
-def test_no_retired_word_is_used() -> None:
+def test_pages_use_no_retired_word() -> None:
     found = [
         f"{name}:{number}: {match[0]!r} -> {better}"
         for name in pages()
@@ -49,6 +49,6 @@ def test_no_retired_word_is_used() -> None:
     assert found == [], "\n".join(found)
 
 
-def test_the_pages_that_are_read_are_there() -> None:
+def test_pages_include_documents_code_and_scripts() -> None:
     names = pages()
     assert {"README.md", "docs/json.md", "install.sh", "sparkinstall/errors.py"} <= set(names)

@@ -1,4 +1,4 @@
-"""The floors of the package: imports point down, never in a circle, and each large library stays on its floor."""
+"""The floors of the package: imports point down, without a cycle, and each large library stays on its floor."""
 
 import ast
 import re
@@ -7,8 +7,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "sparkinstall"
 
-# From the top; folders on one line stand side by side. Modules beside the folders are leaves, but for `node`
-# (settings, stack and the places that follow from them), which stands on `system`, and `services`, which stands on it.
+# From the top; folders of one line do not import each other. Modules beside the folders are leaves, except `node`
+# (settings, stack and the paths that follow from them), which is above `system`, and `services`, which imports it.
 FLOORS = (
     ("__main__",),
     ("cli",),
@@ -30,7 +30,7 @@ MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"
 
 
 def imports(module: str) -> Iterator[str]:
-    """Full names of what a module imports, wherever in it, `from a import b` as `a.b`."""
+    """Full names of what a module imports anywhere in it, `from a import b` as `a.b`."""
     for node in ast.walk(ast.parse((PACKAGE / module).read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -40,7 +40,7 @@ def imports(module: str) -> Iterator[str]:
 
 
 def floor(name: str) -> str:
-    """The floor of a dotted name beneath sparkinstall."""
+    """The floor of a dotted name below sparkinstall."""
     top = name.split(".")[1] if "." in name else ""
     return top if top in HEIGHT else "leaves"
 
@@ -49,12 +49,12 @@ def dotted(module: str) -> str:
     return "sparkinstall." + module.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-def test_every_folder_has_a_floor() -> None:
+def test_folders_have_a_floor() -> None:
     folders = {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()}
     assert folders - {"config", "stacks"} <= set(HEIGHT)
 
 
-def test_the_drawing_in_the_documents_shows_the_floors() -> None:
+def test_how_it_works_shows_the_floors() -> None:
     text = (PACKAGE.parent / "docs/how-it-works.md").read_text().split("## Floors")[1].split("```")[1]
     drawn = [tuple(re.split(r" \| |, ", line.split("  ")[0])) for line in text.strip().splitlines()]
     assert tuple(drawn) == FLOORS[1:]
@@ -71,7 +71,6 @@ def test_imports_point_down() -> None:
 
 
 def test_resources_and_probes_do_not_import_each_other() -> None:
-    """What a node should be, and what it does: both are told from the same facts."""
     sides = {"resources": "probes", "probes": "resources"}
     across = [
         f"{module} -> {name}"
@@ -82,7 +81,7 @@ def test_resources_and_probes_do_not_import_each_other() -> None:
     assert across == []
 
 
-def test_imports_make_no_circle() -> None:
+def test_imports_have_no_cycle() -> None:
     known = {dotted(module) for module in MODULES}
     edges = {
         dotted(module): {
@@ -93,7 +92,7 @@ def test_imports_make_no_circle() -> None:
         }
         for module in MODULES
     }
-    # Packages are imported by all of their modules: what counts is which modules need which.
+    # All modules of a package import it, which is no cycle.
     edges = {each: {to for to in targets if not each.startswith(to + ".")} for each, targets in edges.items()}
     done: set[str] = set()
     while ready := {each for each in edges if each not in done and not edges[each] - done}:
@@ -101,7 +100,7 @@ def test_imports_make_no_circle() -> None:
     assert sorted(set(edges) - done) == []
 
 
-def test_each_large_library_stays_on_its_floor() -> None:
+def test_large_libraries_are_imported_on_their_floor_only() -> None:
     astray = [
         f"{module} imports {name}"
         for module in MODULES
@@ -111,8 +110,8 @@ def test_each_large_library_stays_on_its_floor() -> None:
     assert astray == []
 
 
-def test_functions_import_the_heavy_libraries_alone() -> None:
-    """What is slow to import and not needed by every verb; payloads import what the node's environment has."""
+def test_functions_import_only_slow_libraries() -> None:
+    """Only what is slow to import and not needed by every verb. Payloads import what the node's environment has."""
     heavy = {"yaml", "jinja2", "requests", "plumbum", "rich"}
     of_rich = ("sparkinstall.cli.text_output", "sparkinstall.cli.live_output")
     inside = [
@@ -129,7 +128,7 @@ def test_functions_import_the_heavy_libraries_alone() -> None:
     assert not inside
 
 
-def test_what_only_reads_knows_no_type_that_writes() -> None:
+def test_probes_steps_and_facts_import_no_type_that_changes_the_node() -> None:
     astray = [
         f"{module} imports {name}"
         for module in MODULES
@@ -140,8 +139,8 @@ def test_what_only_reads_knows_no_type_that_writes() -> None:
     assert astray == []
 
 
-def test_check_is_given_a_reader_and_apply_a_system() -> None:
-    """The second principle, in the signatures of all that can be declared."""
+def test_check_gets_a_reader_and_apply_a_system() -> None:
+    """In the signatures of all resources."""
     found = 0
     for path in (PACKAGE / "resources").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -153,7 +152,7 @@ def test_check_is_given_a_reader_and_apply_a_system() -> None:
     assert found > 10
 
 
-def test_no_test_module_imports_another() -> None:
+def test_test_modules_do_not_import_each_other() -> None:
     tests = PACKAGE.parent / "tests"
     offenders = [
         f"{path.relative_to(tests)} imports {node.module}"
@@ -162,10 +161,10 @@ def test_no_test_module_imports_another() -> None:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tests.")
         if any(part.startswith("test_") for part in [*node.module.split("."), *(each.name for each in node.names)])
     ]
-    assert not offenders, "what several of them need belongs in tests/support"
+    assert not offenders, "helpers of several modules belong in tests/support"
 
 
-def test_no_test_calls_a_private_function() -> None:
+def test_tests_call_no_private_function() -> None:
     offenders = [
         f"{path.name}:{node.lineno} {ast.unparse(node.func)}"
         for path in (PACKAGE.parent / "tests").rglob("test_*.py")
@@ -173,4 +172,4 @@ def test_no_test_calls_a_private_function() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)
         if re.match("_[a-z]", node.func.attr) and node.func.value.id not in ("self", "cls", "os")
     ]
-    assert not offenders, "test what others can call"
+    assert not offenders, "test public functions"

@@ -1,4 +1,4 @@
-"""The literals that are read off a regex: every match contains one of them."""
+"""The literals that follow from a regex: every match contains one of them."""
 
 import re
 
@@ -34,7 +34,7 @@ KNOWN = {each.name: each for each in load()}
         ("", ()),
     ],
 )
-def test_literals_follow_from_a_regex(pattern: str, literals: tuple[str, ...]) -> None:
+def test_literals_of_a_regex_are_required_parts(pattern: str, literals: tuple[str, ...]) -> None:
     assert required_literals(pattern) == literals
 
 
@@ -45,13 +45,13 @@ _PIECES = st.sampled_from(
 
 @settings(deadline=None)
 @given(st.data(), st.lists(_PIECES, min_size=1, max_size=6).map("".join))
-def test_every_match_contains_one(data: st.DataObject, pattern: str) -> None:
+def test_literals_of_any_regex_are_in_every_match(data: st.DataObject, pattern: str) -> None:
     literals = required_literals(pattern)
     match = re.search(pattern, data.draw(st.from_regex(pattern)))
     assert match and (not literals or any(each in match[0] for each in literals))
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
-def test_every_example_contains_an_anchor(name: str) -> None:
+def test_signature_examples_contain_an_anchor(name: str) -> None:
     known = KNOWN[name]
     assert all(any(anchor in line for anchor in known.anchors) for line in known.example)

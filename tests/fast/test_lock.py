@@ -1,4 +1,4 @@
-"""tools/lock.py and tools/upstream.py on a stack whose one wheel lies in a folder: no index of the day has a say."""
+"""tools/lock.py and tools/upstream.py on a stack whose only wheel is in a folder: no index is asked."""
 
 from pathlib import Path
 
@@ -20,13 +20,13 @@ def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_a_lock_that_is_right_is_left_alone(stack: Path) -> None:
+def test_lock_up_to_date_is_kept(stack: Path) -> None:
     assert lock.main(["--check", str(stack)]) == 0
     assert lock.main([str(stack)]) == 0
     assert lock.remake(load(str(stack)), check=True) == []
 
 
-def test_a_lock_that_differs_is_told_and_only_without_check_written(stack: Path) -> None:
+def test_lock_with_a_difference_is_written_only_without_check(stack: Path) -> None:
     file = stack.with_name("tiny.lock")
     right = file.read_text()
     file.write_text(OTHER)
@@ -36,13 +36,13 @@ def test_a_lock_that_differs_is_told_and_only_without_check_written(stack: Path)
     assert file.read_text() == right
 
 
-def test_a_stack_without_a_solution_is_one_error(stack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lock_without_a_solution_fails(stack: Path, capsys: pytest.CaptureFixture[str]) -> None:
     next(stack.parent.glob("*.whl")).unlink()
     assert lock.main(["--check", str(stack)]) == 1
     assert "uv finds no solution for tiny on aarch64" in capsys.readouterr().err
 
 
-def test_upstream_names_the_lock_that_the_resolver_makes_differently(stack: Path) -> None:
+def test_upstream_with_another_resolution_names_the_lock(stack: Path) -> None:
     assert list(upstream.stale_locks([str(stack)])) == []
     stack.with_name("tiny.lock").write_text(OTHER)
     (line,) = upstream.stale_locks([str(stack)])
@@ -50,12 +50,14 @@ def test_upstream_names_the_lock_that_the_resolver_makes_differently(stack: Path
 
 
 @pytest.mark.parametrize(
-    ("newest", "content", "news"),
+    ("newest", "content", "expected"),
     [("1.0.0", b"as shipped", None), ("1.1.0", b"as shipped", "is that of 1.0.0"), ("1.1.0", b"new", "has changed")],
 )
-def test_upstream_tells_what_a_new_vllm_asks_of_the_patch(newest: str, content: bytes, news: str | None) -> None:
+def test_upstream_with_a_newer_vllm_says_whether_the_patched_file_changed(
+    newest: str, content: bytes, expected: str | None
+) -> None:
     shipped = Variant("vllm/file.py", "it.patch", digest(b"as shipped"), digest(b"patched"), ("1.0.0",), ())
     patch = PatchSet("it", 9, "vllm/file.py", (shipped,), ())
     lines = list(upstream.unlisted_release(patch, newest, content))
-    assert len(lines) == bool(news)
-    assert all(line.startswith(f"vLLM {newest}: ") and news and news in line for line in lines)
+    assert len(lines) == bool(expected)
+    assert all(line.startswith(f"vLLM {newest}: ") and expected and expected in line for line in lines)

@@ -1,4 +1,4 @@
-"""What is personal goes, whatever is around it; what a reader needs stays."""
+"""Personal data and secrets are masked in any surroundings; what a reader needs is kept."""
 
 import json
 import string
@@ -28,7 +28,7 @@ def masked(text: str) -> str:
     return Mask(KNOWN).text(text)
 
 
-GOES = {
+MASKED = {
     "a host": ("on kitchen: up", "on <host-1>: up"),
     "a host in full": ("kitchen.example.org:6379", "<host-1>:6379"),
     "a name between two colours": ("x\x1b[31malice\x1b[0my", "x <user-1> y"),
@@ -54,7 +54,7 @@ GOES = {
     "a GUID in hex": ("sys_image_guid 0xe89e490300123456", "sys_image_guid <guid-1>"),
     "a UUID": ("GPU-12345678-1234-1234-1234-123456789abc", "GPU-<uuid-1>"),
     "a serial number that is known": ("x1324500012345 1324500012345", "x1324500012345 <serial-1>"),
-    "a serial number that is none we know": ("Serial Number      : 132450009", "Serial Number      : <serial-1>"),
+    "a serial number that is unknown": ("Serial Number      : 132450009", "Serial Number      : <serial-1>"),
     "a serial number of a disk": ("ID_SERIAL_SHORT=S5GXNX0T", "ID_SERIAL_SHORT=<serial-1>"),
     "the machine id": ("_MACHINE 0123456789abcdef0123456789abcdef", "_MACHINE <serial-1>"),
     "e-mail": ("mail a.b+c@example.com now", "mail <mail-1> now"),
@@ -108,8 +108,8 @@ GOES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "shown"), GOES.values(), ids=GOES)
-def test_what_is_personal_goes(text: str, shown: str) -> None:
+@pytest.mark.parametrize(("text", "shown"), MASKED.values(), ids=MASKED)
+def test_mask_of_personal_data_replaces_it(text: str, shown: str) -> None:
     assert masked(text) == shown
 
 
@@ -139,25 +139,25 @@ def test_what_is_personal_goes(text: str, shown: str) -> None:
         "SSID none; the password is asked for; the serial port",
     ],
 )
-def test_what_a_reader_needs_stays(text: str) -> None:
+def test_mask_of_technical_text_keeps_it(text: str) -> None:
     assert masked(text) == text
 
 
-def test_the_same_is_the_same_all_over_one_output() -> None:
+def test_mask_of_a_repeated_value_gives_the_same_name() -> None:
     mask = Mask(KNOWN)
     assert mask.text("10.0.0.7 10.0.0.8") == "<ip-1> <ip-2>"
     assert mask.data({"b": ["10.0.0.8", "10.0.0.9"]}) == {"b": ["<ip-2>", "<ip-3>"]}
     assert mask.summary() == "3 addresses"
 
 
-def test_what_was_masked_is_told() -> None:
+def test_mask_summary_counts_each_kind() -> None:
     mask = Mask(KNOWN)
     assert mask.summary() == ""
     mask.text("alice@kitchen /home/alice HF_TOKEN=x 10.0.0.7")
     assert mask.summary() == "1 host name, 1 user name, 1 address, the home folder, credentials"
 
 
-def test_the_key_of_a_value_counts() -> None:
+def test_mask_of_data_follows_the_keys() -> None:
     found = Mask(KNOWN).data(
         {
             "serial": 123456, "serial_number": "", "password": "x y", "hf_token": None, "version": "1.2.3.4",
@@ -177,7 +177,7 @@ def test_the_key_of_a_value_counts() -> None:
     }  # fmt: skip
 
 
-# --- whatever is around it
+# --- in any surroundings
 
 letters = st.text(string.ascii_lowercase, min_size=5, max_size=9)
 octet = st.integers(0, 255).map(str)
@@ -194,7 +194,7 @@ SECRETS: dict[str, st.SearchStrategy[str]] = {
     "mail": letters.map(lambda name: f"{name}@example.com"),
     "token": letters.map(lambda name: f"hf_{name}{'Z' * 20}"),
 }
-# Without a digit, a hex letter or a dot beside it: what would change the thing itself.
+# Without a digit, a hex letter or a dot, which would be part of the secret.
 around = st.text(" \t\n\r,;|()[]{}<>\"'!?*&^%$#~`\\ÄéЖ中", max_size=8)
 gap = st.sampled_from([" ", "\n", '"', "'", "(", ")", ",", "\t", " = ", "; ", "\x1b[1m"])
 
@@ -210,7 +210,7 @@ def secret_texts(draw: st.DrawFn) -> tuple[str, list[str], Known]:
 
 @FEW
 @given(secret_texts())
-def test_no_secret_is_left_in_any_text(made: tuple[str, list[str], Known]) -> None:
+def test_mask_of_any_text_leaves_no_secret(made: tuple[str, list[str], Known]) -> None:
     text, secrets, known = made
     shown = Mask(known).text(text)
     assert [secret for secret in secrets if secret.lower() in shown.lower()] == []
@@ -218,7 +218,7 @@ def test_no_secret_is_left_in_any_text(made: tuple[str, list[str], Known]) -> No
 
 @FEW
 @given(secret_texts())
-def test_no_secret_is_left_in_data_and_json_stays_json(made: tuple[str, list[str], Known]) -> None:
+def test_mask_of_any_data_leaves_no_secret_and_valid_json(made: tuple[str, list[str], Known]) -> None:
     text, secrets, known = made
     value: Any = {"said": text, "lines": text.split(" "), "deep": [{"x": {text: 1.5}}, None, True], "number": 3}
     shown = Mask(known).data(value)
@@ -229,7 +229,7 @@ def test_no_secret_is_left_in_data_and_json_stays_json(made: tuple[str, list[str
 
 @FEW
 @given(secret_texts())
-def test_masking_twice_changes_nothing(made: tuple[str, list[str], Known]) -> None:
+def test_mask_twice_changes_nothing(made: tuple[str, list[str], Known]) -> None:
     text, _, known = made
     mask = Mask(known)
     once = mask.text(text)
@@ -240,12 +240,12 @@ def test_masking_twice_changes_nothing(made: tuple[str, list[str], Known]) -> No
 @FEW
 @given(
     st.text(max_size=200)
-    | st.lists(st.sampled_from([*(text for text, _ in GOES.values()), "\\", '"', "=", ": "])).map("".join)
+    | st.lists(st.sampled_from([*(text for text, _ in MASKED.values()), "\\", '"', "=", ": "])).map("".join)
 )
 @example("SERIAL_NUMBER=<serial-1>x SSID: a<ip-1>b password: [hidden]c")
 @example("alice@kitchen@alice.example.com://alice@")
 @example("\x1b[\x1b[0m0malice")
-def test_any_text_is_masked_once_and_for_all(text: str) -> None:
+def test_mask_twice_of_any_text_changes_nothing(text: str) -> None:
     once = Mask(KNOWN).text(text)
     assert Mask(KNOWN).text(once) == once
 
@@ -267,7 +267,7 @@ WAYS: list[Callable[[list[str]], Any]] = [
 
 @FEW
 @given(st.lists(words, min_size=1, max_size=3), st.sampled_from(WAYS))
-def test_json_stays_json_with_all_its_keys(keys: list[str], way: Callable[[list[str]], Any]) -> None:
+def test_redact_of_json_keeps_its_keys(keys: list[str], way: Callable[[list[str]], Any]) -> None:
     made = way(keys)
     for indent in (None, 1):
         shown = json.loads(redact(json.dumps(made, indent=indent)))
@@ -280,7 +280,7 @@ simple = st.text(string.ascii_letters + string.digits, min_size=1, max_size=12).
 
 @FEW
 @given(st.lists(simple, min_size=1, max_size=3), st.sampled_from(WAYS))
-def test_no_key_is_left_however_it_is_written(keys: list[str], way: Callable[[list[str]], Any]) -> None:
+def test_redact_and_mask_leave_no_api_key(keys: list[str], way: Callable[[list[str]], Any]) -> None:
     made = way(keys)
     for text in (json.dumps(made), json.dumps(made, indent=1), repr(made)):
         assert "Zq" not in redact(text) and "Zq" not in masked(text)
@@ -315,8 +315,8 @@ def test_no_key_is_left_however_it_is_written(keys: list[str], way: Callable[[li
         'api_keys=["a", ',
     ],
 )
-def test_no_text_takes_long(unit: str) -> None:
-    """A log may be one line without an end; what a pattern tries must not grow with its square."""
+def test_mask_of_a_long_line_is_fast(unit: str) -> None:
+    """A log may be one long line: the time of a pattern must not grow with the square of its length."""
     started = time.monotonic()
     Mask(KNOWN).text(unit * (60_000 // len(unit)))
     assert time.monotonic() - started < 5

@@ -1,4 +1,4 @@
-"""A node as one of several: what its addresses may be, what its env files say, which GID its RDMA devices have."""
+"""A node as one of several: which addresses are allowed, its transport, and the GID of its RDMA devices."""
 
 import json
 import subprocess
@@ -25,8 +25,8 @@ from tests.support.sysfs import spark
 HEAD, WORKER = ("--role", "head"), ("--role", "worker")
 
 
-def plan_of(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
-    """What `multi-node` says to these options before it does anything."""
+def planned(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """`multi-node` with these options, which are checked before any change."""
     return in_this_process("multi-node", "--root", root / "node", "--only", "packages", *args)
 
 
@@ -54,22 +54,20 @@ def plan_of(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
         ((*HEAD, "--set", "serving.memory=1.5"), "`serving.memory` must be a number from 0.10 to 0.95"),
     ],
 )
-def test_addresses_that_cannot_be_a_clusters_are_refused(
-    tmp_path: Path, options: tuple[str, ...], sentence: str
-) -> None:
-    answer = plan_of(tmp_path, *options)
+def test_multi_node_with_invalid_settings_is_refused(tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
+    answer = planned(tmp_path, *options)
     assert answer.returncode == 2
     assert sentence in " ".join(said(answer).split())
     assert not (tmp_path / "node").exists()
 
 
-def test_single_step_keeps_the_role(tmp_path: Path) -> None:
+def test_multi_node_with_a_single_step_of_the_role_is_refused(tmp_path: Path) -> None:
     answer = in_this_process("multi-node", *HEAD, "--root", tmp_path / "node", "--only", "env-files")
     assert answer.returncode == 2
     assert "add `--only fp8`, or leave `--only` out" in said(answer)
 
 
-def test_role_outlives_a_failed_run(tmp_path: Path) -> None:
+def test_multi_node_that_fails_stores_the_role(tmp_path: Path) -> None:
     root = tmp_path / "node"
     (root / "opt/sparkinstall").mkdir(parents=True)
     (root / "opt/sparkinstall/services").write_text("in the way")
@@ -90,14 +88,14 @@ def test_role_outlives_a_failed_run(tmp_path: Path) -> None:
     assert kept == {"settings": {"cluster.role": "head", "cluster.ray_port": 7777, "network.mtu": 1500}}
 
 
-def test_role_is_required() -> None:
+def test_multi_node_without_a_role_is_refused() -> None:
     answer = sparkinstall("multi-node")
     assert answer.returncode == 2
     assert "--role" in answer.stderr
 
 
 def gid_table(sys: Path, device: str, *entries: tuple[int, str, str]) -> None:
-    """An RDMA device's table as the kernel shows it."""
+    """Write an RDMA device's GID table as the kernel shows it."""
     port = sys / device / "ports/1"
     for index, value, kind in entries:
         for folder, name, text in ((port / "gids", str(index), value), (port / "gid_attrs/types", str(index), kind)):
@@ -121,7 +119,7 @@ MOVED = (*TABLE[:3], (5, MAPPED, "RoCE v2"), (10, MAPPED, "RoCE v2"))
         (TABLE[:3], TABLE[:3], ""),
     ],
 )
-def test_gid_is_read_at_each_start(
+def test_roce_gid_script_prints_the_common_index(
     tmp_path: Path, first: tuple[tuple[int, str, str], ...], second: tuple[tuple[int, str, str], ...], answer: str
 ) -> None:
     gid_table(tmp_path / "sys", "rocep1s0f0", *first)
@@ -133,7 +131,7 @@ def test_gid_is_read_at_each_start(
     assert (run.stdout, run.stderr) == (answer, "")
 
 
-def test_missing_device_is_no_error(tmp_path: Path) -> None:
+def test_roce_gid_script_without_a_device_prints_nothing(tmp_path: Path) -> None:
     script = tmp_path / "roce-gid"
     script.write_bytes(render("roce-gid.sh.j2", {"stack": "0.18.1"}))
     environment = {"PATH": "/usr/bin:/bin", "SYS": str(tmp_path), "NCCL_IB_HCA": "rocep9s0f0"}
@@ -142,7 +140,7 @@ def test_missing_device_is_no_error(tmp_path: Path) -> None:
 
 
 def head_of_two(**settings: object) -> Node:
-    """A head as the defaults have it, and `settings` with `__` for a dot."""
+    """A head with the defaults and `settings`, with `__` for a dot."""
     values = {"cluster.role": "head", **{name.replace("__", "."): value for name, value in settings.items()}}
     config, _ = build([Layer("the test", values)])
     return Node(config, load(config.stack), "aarch64", "aarch64", False, False, "/home/spark", Path("/nowhere"))
@@ -151,14 +149,16 @@ def head_of_two(**settings: object) -> Node:
 @pytest.mark.parametrize(
     ("asked", "says"), [("auto", "the node itself decides"), ("roce", "the node itself uses RoCE")]
 )
-def test_rehearsal_says_that_its_sockets_are_its_own(tmp_path: Path, asked: str, says: str) -> None:
+def test_transport_in_a_rehearsal_uses_sockets(tmp_path: Path, asked: str, says: str) -> None:
     state = Transport(head_of_two(network__transport=asked)).check(LocalReader(str(tmp_path)))
     assert isinstance(state, Drift)
     assert "sockets" in state.summary
     assert says in state.summary
 
 
-def test_unmanaged_network_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_transport_with_an_unmanaged_network_without_address_conflicts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
     spark(tmp_path)
     state = Transport(head_of_two(network__manage=False)).check(Machine(str(tmp_path)))
@@ -169,14 +169,14 @@ def test_unmanaged_network_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, tm
 
 
 @pytest.mark.parametrize(("manage", "there"), [(True, True), (False, False)])
-def test_netplan_is_installed_only_where_it_is_used(manage: bool, there: bool) -> None:
+def test_packages_include_netplan_only_if_the_network_is_managed(manage: bool, there: bool) -> None:
     (packages,) = SystemPackages().resources(head_of_two(network__manage=manage))
     assert isinstance(packages, Packages)
     assert ("netplan.io" in packages.names) is there
     assert {"iputils-ping", "nftables"} <= set(packages.names)
 
 
-def test_compiler_is_required_only_for_builds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_preflight_cuda_with_the_nccl_of_a_wheel_is_skipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable in ("CUDA_HOME", "SSH_CONNECTION"):
         monkeypatch.delenv(variable, raising=False)
     node = head_of_two(nccl__mode="wheel", nccl__cuda_home="/nowhere")

@@ -1,4 +1,4 @@
-"""netplan's files: what configures the QSFP port is found, taken over and brought back; the real netplan judges."""
+"""netplan's files: what configures the QSFP port is found, replaced and restored; the real netplan reads the result."""
 
 import os
 import shutil
@@ -40,7 +40,7 @@ LAN = "network: {version: 2, renderer: networkd, ethernets: {enP7s7: {dhcp4: tru
 
 
 def node(**settings: object) -> Node:
-    """A head as the defaults have it, and `settings` with `__` for a dot."""
+    """A head with the defaults and `settings`, with `__` for a dot."""
     values = {"cluster.role": "head", **{name.replace("__", "."): value for name, value in settings.items()}}
     config, _ = build([Layer("the test", values)])
     here = Path("/nowhere")
@@ -48,7 +48,7 @@ def node(**settings: object) -> Node:
 
 
 class Rehearsed:
-    """A folder that stands for a node, with netplan files in it."""
+    """A rehearsal with netplan files."""
 
     def __init__(self, top: Path) -> None:
         self.top, self.root = top, top / "node"
@@ -65,7 +65,7 @@ class Rehearsed:
     def check(self, of: Node | None = None) -> State:
         return Netplan(of or node()).check(LocalReader(str(self.root)))
 
-    def make(self, of: Node | None = None) -> None:
+    def apply(self, of: Node | None = None) -> None:
         with self.state.hold("all", silent):
             log = self.top / "log"
             (report,) = converge(
@@ -77,17 +77,17 @@ class Rehearsed:
         if report.problem:
             raise report.problem
 
-    def said(self, path: str = TARGET) -> dict[str, object]:
+    def network(self, path: str = TARGET) -> dict[str, object]:
         found: dict[str, object] = yaml.safe_load((self.root / path).read_text())["network"]
         return found
 
     def ethernets(self, path: str = TARGET) -> dict[str, dict[str, object]]:
-        found = self.said(path)["ethernets"]
+        found = self.network(path)["ethernets"]
         assert isinstance(found, dict)
         return found
 
     def generated(self) -> set[str]:
-        """What netplan makes of the files, as the names of networkd's own."""
+        """The names of the networkd files that netplan generates."""
         copy = self.top / "generated"
         shutil.rmtree(copy, ignore_errors=True)
         shutil.copytree(self.root / "etc/netplan", copy / "etc/netplan")
@@ -101,9 +101,9 @@ def rehearsed(tmp_path: Path) -> Rehearsed:
     return Rehearsed(tmp_path)
 
 
-def test_both_halves_get_an_address_in_a_subnet_of_their_own(rehearsed: Rehearsed) -> None:
+def test_netplan_gives_each_half_an_address_in_its_subnet(rehearsed: Rehearsed) -> None:
     assert isinstance(rehearsed.check(), Drift)
-    rehearsed.make()
+    rehearsed.apply()
     assert isinstance(rehearsed.check(), Ok)
     one, other = rehearsed.ethernets()[FIRST], rehearsed.ethernets()[SECOND]
     assert one["addresses"] == ["192.168.100.10/24"]
@@ -116,7 +116,7 @@ def test_both_halves_get_an_address_in_a_subnet_of_their_own(rehearsed: Rehearse
     assert rehearsed.generated() == {f"10-netplan-{name}.network" for name in (FIRST, SECOND)}
 
 
-def test_a_worker_of_a_small_subnet_keeps_its_host_part(rehearsed: Rehearsed) -> None:
+def test_netplan_of_a_worker_keeps_the_host_part_in_both_subnets(rehearsed: Rehearsed) -> None:
     worker = node(
         cluster__role="worker",
         cluster__head="10.1.2.65",
@@ -126,19 +126,19 @@ def test_a_worker_of_a_small_subnet_keeps_its_host_part(rehearsed: Rehearsed) ->
         network__twin_subnet="10.1.3.32",
         network__mtu=4200,
     )
-    rehearsed.make(worker)
+    rehearsed.apply(worker)
     assert rehearsed.ethernets()[FIRST]["addresses"] == ["10.1.2.67/27"]
     assert rehearsed.ethernets()[SECOND]["addresses"] == ["10.1.3.35/27"]
     assert rehearsed.ethernets()[FIRST]["mtu"] == 4200
 
 
-def test_it_is_only_for_several_nodes_and_where_it_is_wanted() -> None:
+def test_network_step_of_one_node_or_unmanaged_declares_nothing() -> None:
     assert Network().wanted(node())
     assert not Network().wanted(node(cluster__role="single"))
     assert not list(Network().resources(node(network__manage=False)))
 
 
-def test_a_rehearsal_leaves_the_applying_to_the_node(rehearsed: Rehearsed) -> None:
+def test_live_link_in_a_rehearsal_is_node_only(rehearsed: Rehearsed) -> None:
     state = state_of(LiveLink(node()), LocalReader(str(rehearsed.root)))
     assert isinstance(state, NodeOnly)
     assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in state.reason
@@ -146,19 +146,19 @@ def test_a_rehearsal_leaves_the_applying_to_the_node(rehearsed: Rehearsed) -> No
     assert {each.finding.verdict for each in found} == {"skip"}
 
 
-def test_a_second_run_touches_nothing(rehearsed: Rehearsed) -> None:
+def test_netplan_applied_twice_changes_nothing(rehearsed: Rehearsed) -> None:
     rehearsed.put("etc/netplan/50-others.yaml", LAN)
-    rehearsed.make()
+    rehearsed.apply()
     before = tree(rehearsed.root / "etc", files_with_times)
-    rehearsed.make()
+    rehearsed.apply()
     assert tree(rehearsed.root / "etc", files_with_times) == before
 
 
-def test_a_loose_mode_is_mended(rehearsed: Rehearsed) -> None:
-    rehearsed.make()
+def test_netplan_with_a_loose_mode_restricts_it(rehearsed: Rehearsed) -> None:
+    rehearsed.apply()
     (rehearsed.root / TARGET).chmod(0o644)
     assert isinstance(rehearsed.check(), Drift)
-    rehearsed.make()
+    rehearsed.apply()
     assert (rehearsed.root / TARGET).stat().st_mode & 0o777 == 0o600
 
 
@@ -180,7 +180,7 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("what", ELSEWHERE.values(), ids=ELSEWHERE)
-def test_a_file_that_is_only_of_our_port_goes_and_comes_back(rehearsed: Rehearsed, what: str) -> None:
+def test_netplan_file_of_our_port_only_is_removed_and_restored(rehearsed: Rehearsed, what: str) -> None:
     theirs = rehearsed.put("etc/netplan/90-theirs.yaml", f"# mine\nnetwork: {{version: 2, {what}}}\n", 0o640)
     os.utime(theirs, ns=(OLD, OLD))
     before = tree(rehearsed.root, files_with_times)
@@ -188,14 +188,14 @@ def test_a_file_that_is_only_of_our_port_goes_and_comes_back(rehearsed: Rehearse
     assert isinstance(state, Drift)
     assert "90-theirs.yaml" in state.summary
     assert "# mine" in state.before and "# mine" not in state.after
-    rehearsed.make()
+    rehearsed.apply()
     assert not theirs.exists()
     assert isinstance(rehearsed.check(), Ok)
     undo_all(rehearsed.state)
     assert not (difference(before, tree(rehearsed.root, files_with_times)))
 
 
-def test_a_file_that_says_more_loses_only_our_port(rehearsed: Rehearsed) -> None:
+def test_netplan_file_of_more_interfaces_loses_only_our_port(rehearsed: Rehearsed) -> None:
     theirs = rehearsed.put(
         "etc/netplan/50-cloud-init.yaml",
         "# kept by cloud-init\nnetwork:\n  version: 2\n  renderer: NetworkManager\n  ethernets:\n"
@@ -208,18 +208,18 @@ def test_a_file_that_says_more_loses_only_our_port(rehearsed: Rehearsed) -> None
     assert isinstance(state, Drift)
     assert "not-to-be-shown" not in state.before + state.after
     assert "wlP9s9" in state.after
-    rehearsed.make()
+    rehearsed.apply()
     assert set(rehearsed.ethernets("etc/netplan/50-cloud-init.yaml")) == {"enP7s7"}
-    # As it was written: to YAML's older readers this number is not text.
+    # Kept as written: older YAML parsers read an unquoted MAC address as a number.
     assert "10:20:30:40:50:11" in theirs.read_text() and "password: not-to-be-shown" in theirs.read_text()
-    assert rehearsed.said("etc/netplan/50-cloud-init.yaml")["renderer"] == "NetworkManager"
+    assert rehearsed.network("etc/netplan/50-cloud-init.yaml")["renderer"] == "NetworkManager"
     assert rehearsed.ethernets()[FIRST]["renderer"] == "NetworkManager"
     assert isinstance(rehearsed.check(), Ok)
     undo_all(rehearsed.state)
     assert not (difference(before, tree(rehearsed.root, files_with_times)))
 
 
-def test_what_nvidias_file_says_of_the_other_port_stays(rehearsed: Rehearsed) -> None:
+def test_netplan_file_of_nvidia_keeps_the_other_port(rehearsed: Rehearsed) -> None:
     other = "enp1s0f1np1"
     rehearsed.put(
         TARGET,
@@ -228,26 +228,26 @@ def test_what_nvidias_file_says_of_the_other_port_stays(rehearsed: Rehearsed) ->
         f"  bridges:\n    br0: {{interfaces: [{other}], dhcp4: no}}\n",
     )
     before = tree(rehearsed.root, files_with_times)
-    rehearsed.make()
+    rehearsed.apply()
     assert rehearsed.ethernets()[other] == {"link-local": ["ipv4"]}
     assert rehearsed.ethernets()[FIRST]["link-local"] == []
-    assert rehearsed.said()["bridges"] == {"br0": {"interfaces": [other], "dhcp4": False}}
+    assert rehearsed.network()["bridges"] == {"br0": {"interfaces": [other], "dhcp4": False}}
     assert isinstance(rehearsed.check(), Ok)
     rehearsed.generated()
     undo_all(rehearsed.state)
     assert not (difference(before, tree(rehearsed.root, files_with_times)))
 
 
-def test_a_cable_in_the_other_port_leaves_nothing_at_the_first(rehearsed: Rehearsed) -> None:
-    rehearsed.make()
+def test_netplan_with_another_interface_drops_the_first_port(rehearsed: Rehearsed) -> None:
+    rehearsed.apply()
     moved = node(network__interface="enp1s0f1np1")
     assert isinstance(rehearsed.check(moved), Drift)
-    rehearsed.make(moved)
+    rehearsed.apply(moved)
     assert set(rehearsed.ethernets()) == {"enp1s0f1np1", "enP2p1s0f1np1"}
     assert isinstance(rehearsed.check(moved), Ok)
 
 
-def obstacle(state: State) -> str:
+def conflict(state: State) -> str:
     assert isinstance(state, Conflict), state
     assert state.hint
     return state.message
@@ -276,26 +276,26 @@ IN_THE_WAY = {
 
 
 @pytest.mark.parametrize(("what", "sentence"), IN_THE_WAY.values(), ids=IN_THE_WAY)
-def test_what_cannot_be_taken_over_is_named(rehearsed: Rehearsed, what: str, sentence: str) -> None:
+def test_netplan_with_an_entry_that_cannot_be_split_conflicts(rehearsed: Rehearsed, what: str, sentence: str) -> None:
     rehearsed.put("etc/netplan/50-theirs.yaml", f"network: {{version: 2, {what}}}\n")
-    said = obstacle(rehearsed.check())
-    assert sentence in said and "/etc/netplan/50-theirs.yaml" in said
+    message = conflict(rehearsed.check())
+    assert sentence in message and "/etc/netplan/50-theirs.yaml" in message
     with pytest.raises(Problem):
-        rehearsed.make()
+        rehearsed.apply()
     assert not (rehearsed.root / TARGET).exists()
 
 
 @pytest.mark.parametrize("folder", ["lib", "run"])
-def test_a_file_that_would_come_back_is_not_touched(rehearsed: Rehearsed, folder: str) -> None:
+def test_netplan_file_outside_etc_conflicts(rehearsed: Rehearsed, folder: str) -> None:
     rehearsed.put(f"{folder}/netplan/10-image.yaml", f"network: {{ethernets: {{{FIRST}: {{dhcp4: true}}}}}}\n")
-    assert f"/{folder}/netplan/10-image.yaml configures" in obstacle(rehearsed.check())
+    assert f"/{folder}/netplan/10-image.yaml configures" in conflict(rehearsed.check())
     rehearsed.put("etc/netplan/10-image.yaml", "")
     assert isinstance(rehearsed.check(), Drift)
 
 
 @pytest.mark.parametrize("line", [f"interface-name={FIRST}", f"interface-name = {SECOND} "])
-def test_a_profile_of_network_managers_own_is_in_the_way(rehearsed: Rehearsed, line: str) -> None:
-    """netplan does not know of it, and at the next boot either may win."""
+def test_netplan_with_a_networkmanager_profile_of_our_port_conflicts(rehearsed: Rehearsed, line: str) -> None:
+    """netplan does not know it, and at the next boot either may win."""
     rehearsed.put(f"{KEYFILES}/lan.nmconnection", "[connection]\nid=lan\ninterface-name=enP7s7\n")
     assert isinstance(Netplan(node()).check(rehearsed.state.system), Drift)
     rehearsed.put(f"{KEYFILES}/by hand.nmconnection", f"[connection]\nid=by hand\n{line}\n[ipv4]\nmethod=auto\n")
@@ -305,13 +305,13 @@ def test_a_profile_of_network_managers_own_is_in_the_way(rehearsed: Rehearsed, l
     assert "sudo rm '/etc/NetworkManager/system-connections/by hand.nmconnection'" in state.hint
 
 
-def test_a_profile_for_any_interface_gives_way(rehearsed: Rehearsed) -> None:
+def test_netplan_with_a_networkmanager_profile_of_any_interface_keeps_it(rehearsed: Rehearsed) -> None:
     rehearsed.put(
         "etc/netplan/90-NM-any.yaml",
         "network: {version: 2, ethernets: {NM-any: {renderer: NetworkManager, match: {}, dhcp4: true, networkmanager:"
         " {uuid: 14f59568-5076-387a-aef6-10adfcca2e26, name: any}}}}\n",
     )
-    rehearsed.make()
+    rehearsed.apply()
     assert (rehearsed.root / "etc/netplan/90-NM-any.yaml").exists()
 
 
@@ -329,65 +329,59 @@ BAD = {
 
 
 @pytest.mark.parametrize(("text", "sentence"), BAD.values(), ids=BAD)
-def test_a_file_that_cannot_be_read_is_named(rehearsed: Rehearsed, text: str, sentence: str) -> None:
+def test_netplan_file_with_bad_yaml_conflicts(rehearsed: Rehearsed, text: str, sentence: str) -> None:
     rehearsed.put("etc/netplan/50-theirs.yaml", text)
-    said = obstacle(rehearsed.check())
-    assert sentence in said and "/etc/netplan/50-theirs.yaml" in said
+    message = conflict(rehearsed.check())
+    assert sentence in message and "/etc/netplan/50-theirs.yaml" in message
 
 
 @pytest.mark.parametrize(
     "text", ["", "# nothing\n", "42\n", "network:\n", "network: [1]\n", "network: {ethernets: 7}\n"]
 )
-def test_a_file_of_another_shape_is_left_to_netplan(rehearsed: Rehearsed, text: str) -> None:
+def test_netplan_file_without_interfaces_is_ignored(rehearsed: Rehearsed, text: str) -> None:
     rehearsed.put("etc/netplan/50-theirs.yaml", text)
     assert isinstance(rehearsed.check(), Drift)
 
 
-def test_netplan_itself_refuses_and_nothing_is_changed(rehearsed: Rehearsed) -> None:
+def test_netplan_file_that_netplan_rejects_changes_nothing(rehearsed: Rehearsed) -> None:
     rehearsed.put(
         "etc/netplan/50-theirs.yaml", "network:\n  version: 2\n  ethernets:\n    eth9:\n      gatway4: 1.2.3.4\n"
     )
     before = tree(rehearsed.root / "etc")
     with pytest.raises(Problem) as raised:
-        rehearsed.make()
+        rehearsed.apply()
     assert "/etc/netplan/50-theirs.yaml:5:" in raised.value.cause
     assert "gatway4" in raised.value.cause
     assert "sparkinstall-netplan" not in raised.value.cause
     assert tree(rehearsed.root / "etc") == before
 
 
-def test_a_link_in_its_place_is_replaced_and_comes_back(rehearsed: Rehearsed) -> None:
+def test_netplan_with_a_link_as_target_replaces_and_restores_it(rehearsed: Rehearsed) -> None:
     rehearsed.put("etc/theirs.yaml", f"network: {{version: 2, ethernets: {{{FIRST}: {{mtu: 1500}}}}}}\n")
     (rehearsed.root / "etc/netplan").mkdir()
     (rehearsed.root / TARGET).symlink_to("../theirs.yaml")
     before = tree(rehearsed.root, files_with_times)
-    rehearsed.make()
+    rehearsed.apply()
     assert not (rehearsed.root / TARGET).is_symlink()
     undo_all(rehearsed.state)
     assert not (difference(before, tree(rehearsed.root, files_with_times)))
 
 
-def test_what_was_changed_since_is_kept(rehearsed: Rehearsed) -> None:
-    rehearsed.make()
+def test_undo_of_a_netplan_file_changed_since_keeps_it(rehearsed: Rehearsed) -> None:
+    rehearsed.apply()
     file = rehearsed.root / TARGET
     file.write_text(file.read_text() + "# and mine\n")
     kept = {each.subject: each.outcome for each in undo_all(rehearsed.state)}
     assert kept[f"/{TARGET}"] == "kept"
 
 
-def test_a_hidden_secret_is_hidden_however_it_is_written() -> None:
+def test_netplan_files_shown_hide_secrets() -> None:
     content = "password: one two\n- 'psk': \"three\"\n{auth: {password: four, x: y}}\nkeys:\n  private: five\n"
     text = files.shown({"/etc/netplan/w.yaml": content.encode()})
     assert not [word for word in ("one", "two", "three", "four", "five") if word in text]
 
 
-BEFORE = {
-    FIRST: {"mtu": 1500, "up": False, "addresses": []},
-    SECOND: {"mtu": 4200, "up": True, "addresses": ["10.1.1.1/8"]},
-}
-
-
-def test_what_interfaces_were_comes_back_in_order() -> None:
+def test_restoring_script_restores_each_interface_in_order() -> None:
     lines = restoring(
         {
             FIRST: {"mtu": 1500, "up": False, "addresses": []},
@@ -405,7 +399,7 @@ def test_what_interfaces_were_comes_back_in_order() -> None:
     ]
 
 
-def test_taking_it_back_in_a_rehearsal_leaves_this_machine_alone(rehearsed: Rehearsed) -> None:
+def test_restore_in_a_rehearsal_does_nothing(rehearsed: Rehearsed) -> None:
     undo = Undo("netplan", "the QSFP link", {"lo": {"mtu": 1, "up": False, "addresses": []}}, {})
     assert restore([undo], rehearsed.state.system).outcome == "nothing"
 
@@ -418,7 +412,7 @@ OTHERS = st.dictionaries(WORDS.map(lambda word: "o" + word), FIELDS, max_size=3)
 
 @settings(max_examples=60, deadline=None)
 @given(OTHERS, FIELDS, st.one_of(st.none(), OTHERS))
-def test_whatever_others_say_in_a_file_stays(others: dict[str, Any], ours: dict[str, Any], wifis: Any) -> None:
+def test_netplan_file_keeps_the_entries_of_others(others: dict[str, Any], ours: dict[str, Any], wifis: Any) -> None:
     said = {"version": 2, "renderer": "networkd", "ethernets": {**others, FIRST: ours}, "wifis": wifis or {"w": {}}}
     content = yaml.safe_dump({"network": said}, allow_unicode=True).encode()
     kept = {**said, "ethernets": others} if others else {name: said[name] for name in ("version", "renderer", "wifis")}
@@ -435,7 +429,7 @@ def test_whatever_others_say_in_a_file_stays(others: dict[str, Any], ours: dict[
 @given(
     st.binary(max_size=80), st.sampled_from([b"", b"network:\n ethernets:\n  ", b"network: {ethernets: {a: {match: "])
 )
-def test_a_file_of_any_bytes_is_read_or_refused(tail: bytes, head: bytes) -> None:
+def test_netplan_file_of_any_bytes_is_read_or_conflicts(tail: bytes, head: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         there = Path(folder, "etc/netplan")
         there.mkdir(parents=True)
@@ -444,16 +438,18 @@ def test_a_file_of_any_bytes_is_read_or_refused(tail: bytes, head: bytes) -> Non
     assert isinstance(state, Drift | Conflict)
 
 
-def test_an_uninstall_does_not_cut_the_session_it_runs_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_restore_with_this_ssh_session_on_the_link_keeps_the_address(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     was = {FIRST: {"mtu": 1500, "up": True, "addresses": []}}
     ours = Undo("netplan", "the QSFP link", was, {FIRST: "192.0.2.77/24"})
     monkeypatch.setenv("SSH_CONNECTION", "192.0.2.9 50000 192.0.2.77 22")
     with pytest.raises(Blocked, match=f"{FIRST} was kept: this ssh session uses its address"):
-        restore([ours], _Unlike(str(tmp_path)))
+        restore([ours], Untouchable(str(tmp_path)))
 
 
-class _Unlike(LocalSystem):
-    """A node that must not be touched: every program is one too many."""
+class Untouchable(LocalSystem):
+    """A node on which no program may run."""
 
     @property
     def rehearsal(self) -> bool:

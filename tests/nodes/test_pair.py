@@ -371,7 +371,7 @@ def test_a_heads_ray_that_is_killed_is_told_at_the_worker(pair: Fleet, lost: dic
         (("cluster.workers=[192.168.100.10]",), "two nodes have the address 192.168.100.10"),
     ],
 )
-def test_addresses_that_cannot_be_a_clusters_are_refused(pair: Fleet, settings: tuple[str, ...], sentence: str) -> None:
+def test_multi_node_with_invalid_settings_is_refused(pair: Fleet, settings: tuple[str, ...], sentence: str) -> None:
     told = _cluster(pair, *NAMES, *ignoring(), "--yes", *(word for each in settings for word in ("--set", each)))
     assert told.code == 2, told
     assert sentence in told.errors

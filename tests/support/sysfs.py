@@ -1,4 +1,4 @@
-"""A node's network as the kernel shows it, written beneath a folder: /sys/class/net, /sys/class/infiniband, /proc/net.
+"""A node's network as the kernel shows it, written below a folder: /sys/class/net, /sys/class/infiniband, /proc/net.
 
 Nothing here was recorded on a GB10, of which we have none. The trees are put together from: the tables of names, twins
 and speeds in the project's list of facts, sections 1 and 3; the form of a table of GIDs in NVIDIA/nccl issue #1538;
@@ -29,7 +29,7 @@ def mapped(address: str) -> str:
 
 
 class Sysfs:
-    """The tree beneath `root`; every method adds to it."""
+    """The tree below `root`; every method adds to it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -63,9 +63,9 @@ class Sysfs:
             if master:
                 _link(self._net(lower) / "master", self._net(upper))
 
-    def hca(self, name: str, card: str, state: str = "4: ACTIVE", *, beneath: str = "") -> None:
-        """An RDMA device of an interface's card; `beneath` names another one whose card it is."""
-        device = (self._net(beneath or card) / "device").resolve()
+    def hca(self, name: str, card: str, state: str = "4: ACTIVE", *, below: str = "") -> None:
+        """An RDMA device of an interface's card; `below` names another one whose card it is."""
+        device = (self._net(below or card) / "device").resolve()
         folder = device / "infiniband" / name
         _link(self.root / "sys/class/infiniband" / name, folder)
         _link(folder / "device", device)
