@@ -1,6 +1,5 @@
-"""The command line itself: help, version, completion, JSON, what is asked and what is not."""
+"""The command line: help, version, completion, output, JSON, interrupts."""
 
-import json
 import os
 import pty
 import re
@@ -30,7 +29,7 @@ from tests.support.rehearsals import (
 VERBS = ("all", "plan", "verify", "uninstall", "status", "run", "settings")
 
 
-def test_version_and_help_are_quiet_about_the_rest() -> None:
+def test_version_is_one_line_and_help_names_every_verb() -> None:
     assert sparkinstall("--version").stdout == f"sparkinstall {__version__}\n"
     text = sparkinstall("--help").stdout
     assert all(verb in text for verb in VERBS)
@@ -38,13 +37,13 @@ def test_version_and_help_are_quiet_about_the_rest() -> None:
 
 
 @pytest.mark.parametrize("verb", [v for v in VERBS if v != "settings"])
-def test_every_verb_has_help_with_its_options(verb: str) -> None:
+def test_help_of_a_verb_names_its_options(verb: str) -> None:
     text = sparkinstall(verb, "--help").stdout
     assert "--root" in text
     assert "--json" in text
 
 
-def test_the_usage_line_of_cluster_names_its_verbs() -> None:
+def test_cluster_usage_line_names_its_verbs() -> None:
     run = sparkinstall("cluster", COLUMNS="120")
     assert run.returncode == 2
     usage = next(line for line in run.stderr.splitlines() if "Usage:" in line)
@@ -54,7 +53,7 @@ def test_the_usage_line_of_cluster_names_its_verbs() -> None:
 @pytest.mark.parametrize(
     ("word", "verb"), [("pln", "plan"), ("PLAN", "plan"), ("verfy", "verify"), ("statsu", "status")]
 )
-def test_a_verb_of_cluster_with_a_slip_in_it_is_no_host(word: str, verb: str) -> None:
+def test_cluster_misspelled_verb_is_no_host(word: str, verb: str) -> None:
     run = in_this_process("cluster", word, "spark-1", "spark-2", "--json")
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["message"]) == (2, f"`cluster` has no verb `{word}`")
@@ -62,7 +61,7 @@ def test_a_verb_of_cluster_with_a_slip_in_it_is_no_host(word: str, verb: str) ->
 
 
 @pytest.mark.parametrize("words", [["spark-1", "spark-2"], ["pln"], ["me@pln", "spark-2"], ["192.168.1.7", "spark-2"]])
-def test_a_host_is_not_taken_for_a_verb(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cluster_host_is_no_misspelled_verb(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(hosts: list[str], *_: object, **__: object) -> None:
         raise BadUsage(f"hosts: {hosts}")
 
@@ -70,8 +69,8 @@ def test_a_host_is_not_taken_for_a_verb(words: list[str], monkeypatch: pytest.Mo
     assert envelope(in_this_process("cluster", *words, "--json"))["errors"][0]["message"] == f"hosts: {words}"
 
 
-def test_completion_is_there_for_the_shell() -> None:
-    # Which shell it is for is read off the processes above: there has to be one.
+def test_completion_in_bash_completes_a_verb() -> None:
+    # The shell is detected from the parent processes, so there must be one.
     typed = f"{shlex.join(command('--show-completion'))}; exit $?"
     shown = subprocess.run(["bash", "-c", typed], env=environment(), capture_output=True, text=True, check=False)
     assert "_SPARKINSTALL_COMPLETE" in shown.stdout
@@ -79,28 +78,28 @@ def test_completion_is_there_for_the_shell() -> None:
     assert "uninstall" in words.stdout
 
 
-def test_version_does_not_wait_for_typer() -> None:
-    look = "import sys; from sparkinstall.__main__ import main; main(); print('typer' in sys.modules)"
+def test_version_does_not_import_typer() -> None:
+    code = "import sys; from sparkinstall.__main__ import main; main(); print('typer' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", look, "--version"], env=environment(), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, "--version"], env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout.endswith("False\n")
 
 
 @pytest.mark.parametrize("verb", [["plan"], ["status"], ["verify"], ["settings", "show"], ["uninstall"]])
-def test_json_is_one_object_for_every_verb(verb: list[str], tmp_path: Path) -> None:
+def test_json_of_every_verb_is_one_envelope(verb: list[str], tmp_path: Path) -> None:
     answer = envelope(sparkinstall(*verb, "--json", "--root", tmp_path / "node"))
     assert answer["version"] == 1
     assert answer["command"] == " ".join(verb)
     assert not (tmp_path / "node").exists()
 
 
-def test_plan_tells_by_its_exit_code_when_asked(tmp_path: Path) -> None:
+def test_plan_with_detailed_exitcode_exits_3_on_drift(tmp_path: Path) -> None:
     assert sparkinstall("plan", "--root", tmp_path / "node").returncode == 0
     assert sparkinstall("plan", "--root", tmp_path / "node", "--detailed-exitcode").returncode == 3
 
 
-def test_plan_ends_with_what_all_would_make_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_last_line_says_what_all_would_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sparkinstall.probes.preflight.preflight", lambda _: [])
     root = tmp_path / "node"
     last = in_this_process("plan", "--root", root).stdout.splitlines()[-1]
@@ -119,7 +118,7 @@ def test_plan_ends_with_what_all_would_make_of_it(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("verb", [["plan"], ["plan", "--json"], ["status"], ["verify"]])
-def test_an_answer_that_cannot_be_written_is_one_line_on_stderr(verb: list[str], tmp_path: Path) -> None:
+def test_output_to_a_full_disk_is_one_line_on_stderr(verb: list[str], tmp_path: Path) -> None:
     begun(tmp_path / "node")
     with open("/dev/full", "w") as full:
         run = subprocess.run(
@@ -131,7 +130,7 @@ def test_an_answer_that_cannot_be_written_is_one_line_on_stderr(verb: list[str],
 
 @pytest.mark.parametrize("verb", ["plan", "verify", "doctor", "status", "support-bundle", "all", "run"])
 @pytest.mark.parametrize("interrupt", [KeyboardInterrupt, lambda: Interrupted("interrupted")], ids=["key", "thread"])
-def test_an_interrupt_says_whether_there_is_something_to_go_on_with(
+def test_interrupt_says_whether_the_next_run_continues(
     verb: str, interrupt: Callable[[], BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -145,7 +144,7 @@ def test_an_interrupt_says_whether_there_is_something_to_go_on_with(
     assert ("nothing was changed" in said(run)) == (verb not in ("all", "run")), said(run)
 
 
-def test_settings_say_where_they_come_from(tmp_path: Path) -> None:
+def test_settings_show_the_source_of_each_value(tmp_path: Path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text("nccl:\n  jobs: 3\n")
     options = ("--root", tmp_path / "node", "--config", config, "--set", "nccl.arch=90")
@@ -155,7 +154,7 @@ def test_settings_say_where_they_come_from(tmp_path: Path) -> None:
     assert rows["prefix"]["source"] == "default"
 
 
-def test_a_terminal_gets_colour_and_a_pipe_does_not(tmp_path: Path) -> None:
+def test_colour_is_printed_on_a_terminal_only(tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "sparkinstall", "plan", "--root", str(tmp_path / "node")]
     primary, secondary = pty.openpty()
     with subprocess.Popen(argv, cwd=CHECKOUT, env=environment(TERM="xterm-256color"), stdout=secondary) as process:
@@ -176,26 +175,19 @@ def _read(descriptor: int) -> bytes:
         return b""
 
 
-def test_output_that_nobody_reads_is_no_crash(tmp_path: Path) -> None:
+def test_output_to_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
     command = f"{sys.executable} -m sparkinstall plan -v --root {tmp_path}/node | head -n 1"
     done = subprocess.run(["bash", "-c", command], env=environment(), cwd=CHECKOUT, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
 
 
-def test_the_envelope_is_valid_when_everything_is_wrong(tmp_path: Path) -> None:
-    answer = json.loads(sparkinstall("all", "--json", "--root", tmp_path / "a" / "b").stdout)
-    assert answer["status"] == "usage"
-    assert answer["errors"][0]["code"] == "usage"
-
-
-def test_help_loads_no_library_that_only_verbs_need() -> None:
-    """A verb reads a stack, so it has YAML anyway; the list of verbs does not need it."""
+def test_help_imports_no_library_that_only_verbs_need() -> None:
     heavy = {"yaml", "jinja2", "requests", "plumbum", "rich", "msgspec"}
     code = f"import sys, sparkinstall.cli.app; print(*{heavy!r} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=CHECKOUT, text=True) == "\n"
 
 
 @pytest.mark.parametrize("name", [name for name, (_, line) in app.VERBS.items() if line])
-def test_help_of_the_group_and_of_the_verb_say_the_same(name: str) -> None:
+def test_help_of_the_group_equals_that_of_the_verb(name: str) -> None:
     assert (app.command(name).help or "").splitlines()[0] == app.VERBS[name][1]
