@@ -1,4 +1,4 @@
-"""Debian packages, told from dpkg's own file."""
+"""Which Debian packages are installed, by dpkg's status file."""
 
 import shutil
 from pathlib import Path
@@ -40,23 +40,23 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(str(tmp_path))
 
 
-def test_only_what_is_whole_counts(machine: Machine) -> None:
+def test_installed_packages_are_those_fully_installed(machine: Machine) -> None:
     assert installed(machine) == {"git", "mawk", "awk", "another-awk"}
 
 
-def test_what_is_missing_is_named_and_nothing_else(machine: Machine) -> None:
+def test_packages_with_one_missing_names_it_only(machine: Machine) -> None:
     assert isinstance(Packages(("git", "awk")).check(machine), Ok)
     state = Packages(("git", "python3.12-dev")).check(machine)
     assert isinstance(state, Drift)
     assert state.summary == "install python3.12-dev"
 
 
-def test_a_rehearsal_leaves_them_to_the_node(tmp_path: Path) -> None:
+def test_packages_in_a_rehearsal_are_node_only(tmp_path: Path) -> None:
     assert isinstance(state_of(Packages(("git",)), LocalReader(str(tmp_path))), NodeOnly)
 
 
 @pytest.mark.skipif(shutil.which("dpkg-query") is None, reason="this machine has no dpkg to compare with")
-def test_dpkg_itself_says_the_same() -> None:
+def test_installed_packages_agree_with_dpkg() -> None:
     here = LocalReader()
     listed = here.ask("dpkg-query", "-W", "-f", "${Package} ${db:Status-Abbrev}\n").out.splitlines()
     whole = {line.split()[0] for line in listed if line.split()[1:] == ["ii"]}

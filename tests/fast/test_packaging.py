@@ -1,4 +1,4 @@
-"""sdist -> wheel -> an environment of its own -> `plan`: what a release carries is enough."""
+"""sdist -> wheel -> a new environment -> `plan`: a release has all files that it needs."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CARRIED = (
+CONTAINED = (
     "sparkinstall/_assets/templates/single-node.env.j2",
     "sparkinstall/_assets/patches/patches.yaml",
     "sparkinstall/_assets/knowledge/logs/nccl.yaml",
@@ -26,31 +26,31 @@ def _run(*argv: str, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel that was built from the sdist, as an index would serve it."""
+    """A wheel built from the sdist, as an index would serve it."""
     out = tmp_path_factory.mktemp("dist")
     _run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(out), ".", cwd=REPOSITORY)
     (sdist,) = out.glob("*.tar.gz")
-    # tarfile's filter is missing before Python 3.11.4, and from 3.12 on its absence is a warning.
+    # tarfile has no filter before Python 3.11.4, and from 3.12 on it warns without one.
     _run("tar", "-xzf", str(sdist), cwd=out)
     source = out / sdist.name.removesuffix(".tar.gz")
     _run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), ".", cwd=source)
     return next(out.glob("*.whl"))
 
 
-def test_the_wheel_carries_templates_patches_and_locks(wheel: Path) -> None:
+def test_wheel_contains_templates_patches_and_locks(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert set(CARRIED) <= names
+    assert set(CONTAINED) <= names
     assert not [name for name in names if name.startswith("tests/")]
 
 
 @pytest.mark.network
-def test_it_installs_from_its_lock_and_plans(wheel: Path, tmp_path: Path) -> None:
+def test_wheel_installed_from_the_lock_plans(wheel: Path, tmp_path: Path) -> None:
     _run(sys.executable, "-m", "venv", "tool", cwd=tmp_path)
     pip = (str(tmp_path / "tool/bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
     _run(*pip, "--require-hashes", "-r", str(REPOSITORY / "requirements.lock"), cwd=tmp_path)
     _run(*pip, "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
-    said = _run(str(tmp_path / "tool/bin/sparkinstall"), "plan", "--json", "--root", "./node", cwd=tmp_path)
-    plan = json.loads(said)
+    output = _run(str(tmp_path / "tool/bin/sparkinstall"), "plan", "--json", "--root", "./node", cwd=tmp_path)
+    plan = json.loads(output)
     assert plan["exit_code"] == 0
     assert {"packages", "environment"} <= {step["step"] for step in plan["data"]["steps"]}
     assert not (tmp_path / "node").exists()

@@ -1,4 +1,4 @@
-"""The messages between the nodes: one end decodes what the other encodes; the unknown is ignored or refused."""
+"""The messages between nodes: one end decodes what the other encodes; unknown fields are ignored, values refused."""
 
 import json
 from typing import Any
@@ -31,7 +31,7 @@ def test_state_after_transfer_has_the_same_description(state: State) -> None:
     assert describe(sent.checked[0].state) == describe(state)
 
 
-def test_resource_is_one_flat_object() -> None:
+def test_resource_encoded_is_one_flat_object() -> None:
     message = StepMessage.of(StepReport("network", "", [Checked("eth0", Ok("9000"))]))
     (resource,) = msgspec.to_builtins(message)["resources"]
     assert resource == {"key": "eth0", "changed": False, "state": "ok", "note": "9000"}
@@ -54,14 +54,14 @@ def test_probe_after_transfer_keeps_finding_and_fix() -> None:
     assert message.fix == 2 and sent.probe.fix == fixes.numbered(2)
 
 
-def test_reply_unknown_fields_are_ignored() -> None:
+def test_reply_with_unknown_fields_ignores_them() -> None:
     step = {"step": "x", "new": 1, "resources": [{"key": "k", "state": "ok", "newer": [2]}]}
     reply = protocol.decode(envelope({"steps": [step], "more": {}}, newest=True), Look)
     assert reply.data is not None
     assert [report.name for report in reply.data.reports] == ["x"]
 
 
-def test_reply_in_another_version_is_refused() -> None:
+def test_reply_of_another_version_is_refused() -> None:
     with pytest.raises(Problem, match="replies in version 2 of the protocol") as refused:
         protocol.decode(b'{"version": 2, "everything": "else"}', Look)
     assert "same version" in refused.value.hint
@@ -82,12 +82,12 @@ def test_reply_with_another_message_is_refused(data: Any) -> None:
 
 
 @pytest.mark.parametrize("reply", [b"", b"Killed", b"[]", b'{"version": 1}', b'{"version": 1, "data": {}}'])
-def test_reply_without_envelope_is_an_error(reply: bytes) -> None:
+def test_reply_without_envelope_fails(reply: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):
         protocol.decode(reply, Look)
 
 
-def test_reply_of_a_failed_verb_has_no_message() -> None:
+def test_reply_of_a_failed_verb_has_no_data() -> None:
     reply = protocol.decode(envelope({}, exit_code=1), Fetched)
     assert (reply.code, reply.data) == (1, None)
 

@@ -1,4 +1,4 @@
-"""The token: made once, never shown, readable by its owner alone."""
+"""Ray's token: created once, never shown, readable by its owner only."""
 
 import io
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from msgspec.structs import replace
 
 from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.events import silent
@@ -25,8 +26,6 @@ TOKEN = "0123456789abcdef-of-a-test"
 
 
 def with_file(node: Node, file: str) -> Node:
-    from msgspec.structs import replace
-
     return replace(node, token_file=file)
 
 
@@ -35,11 +34,11 @@ def token_at(root: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_remembered() -> None:
+def _without_a_cached_token() -> None:
     given.cache_clear()
 
 
-def test_the_head_makes_one_and_never_a_second(tmp_path: Path) -> None:
+def test_ray_token_of_the_head_is_created_once(tmp_path: Path) -> None:
     token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
     assert isinstance(token.check(on), Drift)
     token.apply(on)
@@ -51,23 +50,23 @@ def test_the_head_makes_one_and_never_a_second(tmp_path: Path) -> None:
     assert token_at(tmp_path).read_text() == made
 
 
-def test_it_is_in_no_state_journal_or_log(tmp_path: Path) -> None:
+def test_ray_token_is_in_no_state_journal_or_log(tmp_path: Path) -> None:
     token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
     state = token.check(on)
     assert isinstance(state, Drift) and (state.before, state.after) == ("", "")
     token.apply(on)
     token_at(tmp_path).chmod(0o644)
-    said = repr(token.check(on))
+    shown = repr(token.check(on))
     token.apply(on)
     made = token_at(tmp_path).read_text()
-    assert made not in said
+    assert made not in shown
     for path in (tmp_path / "var").rglob("*"):
         if path.is_file() and "originals" not in path.parts:
             assert made not in path.read_text(), path
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o644, 0o400])
-def test_one_that_others_can_read_is_closed_and_kept(mode: int, tmp_path: Path) -> None:
+def test_ray_token_with_a_loose_mode_is_restricted_and_kept(mode: int, tmp_path: Path) -> None:
     token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
     token.apply(on)
     made = token_at(tmp_path).read_text()
@@ -78,8 +77,8 @@ def test_one_that_others_can_read_is_closed_and_kept(mode: int, tmp_path: Path) 
     assert token_at(tmp_path).read_text() == made
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="giving a file away needs root")
-def test_one_that_belongs_to_somebody_else_is_taken_over(tmp_path: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing the owner needs root")
+def test_ray_token_of_another_user_gets_the_owner(tmp_path: Path) -> None:
     token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
     token.apply(on)
     os.chown(token_at(tmp_path), 12345, 12345)
@@ -88,25 +87,25 @@ def test_one_that_belongs_to_somebody_else_is_taken_over(tmp_path: Path) -> None
     assert isinstance(token.check(on), Ok)
 
 
-@pytest.mark.parametrize("rubbish", [b"", b"short", b"two words that are long enough", b"\x00" * 40])
-def test_rubbish_is_no_token(rubbish: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"", b"short", b"two words that are long enough", b"\x00" * 40])
+def test_ray_token_with_invalid_content_is_drift_and_refused(content: bytes, tmp_path: Path) -> None:
     token, on = RayToken(node_of(tmp_path, "head")), system_of(tmp_path)
     token_at(tmp_path).parent.mkdir(parents=True)
-    token_at(tmp_path).write_bytes(rubbish)
+    token_at(tmp_path).write_bytes(content)
     token_at(tmp_path).chmod(0o600)
     assert isinstance(token.check(on), Drift)
     file = tmp_path / "given"
-    file.write_bytes(rubbish)
+    file.write_bytes(content)
     with pytest.raises(BadUsage):
         given(str(file))
 
 
-def test_a_folder_in_its_place_is_an_obstacle(tmp_path: Path) -> None:
+def test_ray_token_with_a_folder_in_its_place_conflicts(tmp_path: Path) -> None:
     token_at(tmp_path).mkdir(parents=True)
     assert isinstance(RayToken(node_of(tmp_path, "head")).check(system_of(tmp_path)), Conflict)
 
 
-def test_a_worker_takes_the_file_it_is_given_and_the_newer_one(tmp_path: Path) -> None:
+def test_ray_token_of_a_worker_follows_the_token_file(tmp_path: Path) -> None:
     file, on = tmp_path / "given", system_of(tmp_path)
     for text in (TOKEN, TOKEN + "-two"):
         file.write_text(text + "\n")
@@ -116,10 +115,10 @@ def test_a_worker_takes_the_file_it_is_given_and_the_newer_one(tmp_path: Path) -
         token.apply(on)
         assert isinstance(token.check(on), Ok)
         assert token_at(tmp_path).read_text() == text
-    assert isinstance(RayToken(node_of(tmp_path, "worker")).check(on), Ok), "it need not be given again"
+    assert isinstance(RayToken(node_of(tmp_path, "worker")).check(on), Ok), "the token is kept without a file"
 
 
-def test_the_standard_input_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_token_from_standard_input_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(TOKEN.encode() + b"\n")))
     token, on = RayToken(with_file(node_of(tmp_path, "worker"), "-")), system_of(tmp_path)
     assert isinstance(token.check(on), Drift)
@@ -127,16 +126,16 @@ def test_the_standard_input_is_read_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert isinstance(token.check(on), Ok)
 
 
-def test_a_file_that_is_not_there_is_said_in_words(tmp_path: Path) -> None:
+def test_ray_token_from_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadUsage, match="cannot be read: No such file"):
         given(str(tmp_path / "none"))
 
 
-def test_a_worker_in_a_rehearsal_leaves_it_to_the_node(tmp_path: Path) -> None:
+def test_ray_token_of_a_worker_in_a_rehearsal_is_node_only(tmp_path: Path) -> None:
     assert isinstance(RayToken(node_of(tmp_path, "worker")).check(system_of(tmp_path)), NodeOnly)
 
 
-def test_a_worker_that_cannot_fetch_it_says_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_token_that_cannot_be_fetched_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ssh = tmp_path / "bin/ssh"
     ssh.parent.mkdir()
     ssh.write_text("#!/bin/sh\necho 'ssh: connect to host 192.168.100.10 port 22: No route to host' >&2\nexit 255\n")
@@ -151,7 +150,7 @@ def test_a_worker_that_cannot_fetch_it_says_what_to_type(tmp_path: Path, monkeyp
     assert caught.value.hint == by_hand(node)
 
 
-def test_uninstall_removes_it(tmp_path: Path) -> None:
+def test_undo_removes_the_ray_token(tmp_path: Path) -> None:
     system = LocalSystem(str(tmp_path))
     state = StateFolder(system)
     state.home.mkdir(parents=True)

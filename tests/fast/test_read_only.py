@@ -1,6 +1,5 @@
-"""A `Reader` runs read-only commands alone, and checks and probes ask for no other; each undo and its commands."""
+"""A `Reader` runs read-only commands only, and so do checks and probes; each undo function and its commands."""
 
-import ast
 import re
 import shlex
 import subprocess
@@ -123,31 +122,31 @@ env NCCL_DEBUG_FILE=/tmp/x true
 
 
 @pytest.mark.parametrize("line", READS.splitlines())
-def test_a_command_that_reads_is_allowed(line: str) -> None:
+def test_read_only_command_is_allowed(line: str) -> None:
     assert read_only.allows(shlex.split(line))
 
 
 @pytest.mark.parametrize("line", CHANGES.splitlines())
-def test_a_command_that_changes_is_refused(line: str) -> None:
+def test_changing_command_is_refused(line: str) -> None:
     assert not read_only.allows(shlex.split(line))
 
 
 @pytest.mark.parametrize("peer", ["", "192.168.100.11"])
 @pytest.mark.parametrize("kind", get_args(bandwidth.Kind))
-def test_every_program_of_a_measurement_is_allowed(kind: bandwidth.Kind, peer: str, tmp_path: Path) -> None:
+def test_measurement_programs_are_allowed(kind: bandwidth.Kind, peer: str, tmp_path: Path) -> None:
     node = node_in(tmp_path, "head")
     installed(tmp_path, node)
-    for program in bandwidth.programs(node, Recorded(tmp_path, 0, "[]"), kind, (5201, 5202), peer):
+    for program in bandwidth.programs(node, SameAnswer(tmp_path, 0, "[]"), kind, (5201, 5202), peer):
         assert read_only.allows(program.argv)
 
 
-def test_a_payload_that_runs_a_command_runs_a_read_only_one() -> None:
+def test_payload_with_a_command_is_allowed_if_the_command_is() -> None:
     load = ["python", "-c", payloads.source("gpu_load")]
     assert read_only.allows([*load, "nvidia-smi", "-q"])
     assert not read_only.allows([*load, "nvidia-smi", "--gpu-reset"])
 
 
-def test_a_reader_does_not_start_a_command_that_may_change(tmp_path: Path) -> None:
+def test_reader_refuses_a_changing_command(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     for on in (LocalReader(), LocalSystem(str(tmp_path)), system_of(tmp_path)):
         with pytest.raises(MayChange, match="touch"):
@@ -155,8 +154,8 @@ def test_a_reader_does_not_start_a_command_that_may_change(tmp_path: Path) -> No
     assert not mark.exists()
 
 
-class Recorded(Machine):
-    """A folder taken for a Spark; each program gives the same answer, and is refused as a `Reader` refuses it."""
+class SameAnswer(Machine):
+    """A folder as a Spark: every program has the same output, and a command that may change something is refused."""
 
     def __init__(self, root: Path, code: int, out: str) -> None:
         super().__init__(str(root))
@@ -175,7 +174,7 @@ def node_in(root: Path, role: str) -> Node:
 
 
 def installed(root: Path, node: Node) -> None:
-    """What lets checks and probes go on to their questions: programs, an environment, an env file, unit files."""
+    """Write what checks and probes need to run commands: programs, an environment, an env file, unit files."""
     spark(root)
     for path in ("/usr/sbin/netplan", "/usr/sbin/nft", node.env_file, node.python, node.ray_nodes, node.firewall_rules):
         Path(f"{root}{path}").parent.mkdir(parents=True, exist_ok=True)
@@ -184,17 +183,17 @@ def installed(root: Path, node: Node) -> None:
     Path(f"{root}/proc/driver/nvidia/version").write_text("NVRM version: 580.173.02\n")
 
 
-def ask_everything(node: Node, on: Recorded) -> None:
+def run_everything(node: Node, on: SameAnswer) -> None:
     looks = [*preflight(node), *checks.chosen(node, measure=True).probes]
     for step in catalogue.of(node):
         for resource in step.resources(node):
-            _without_a_change(lambda: resource.check(on))  # noqa: B023 - it is called at once
+            run_without_a_change(lambda: resource.check(on))  # noqa: B023 - called at once
     for probe in looks:
-        _without_a_change(lambda: probe.look(on))  # noqa: B023
+        run_without_a_change(lambda: probe.look(on))  # noqa: B023
 
 
-def _without_a_change(look: "object") -> None:
-    """Whatever else a look at an invented node ends with, it is not a change."""
+def run_without_a_change(look: "object") -> None:
+    """Run a check or a probe: on an invented node it may fail in any way, except with a change."""
     assert callable(look)
     try:
         look()
@@ -205,42 +204,31 @@ def _without_a_change(look: "object") -> None:
 
 
 @pytest.mark.parametrize("role", ["single", "head", "worker"])
-def test_every_check_and_every_probe_runs_read_only_commands_alone(role: str, tmp_path: Path) -> None:
+def test_checks_and_probes_run_read_only_commands_only(role: str, tmp_path: Path) -> None:
     node = node_in(tmp_path, role)
     installed(tmp_path, node)
     programs: set[str] = set()
     for code, out in ((0, ""), (1, ""), (127, ""), (0, "active\n"), (0, "[]"), (0, "table inet sparkinstall\n")):
-        on = Recorded(tmp_path, code, out)
-        ask_everything(node, on)
+        on = SameAnswer(tmp_path, code, out)
+        run_everything(node, on)
         programs |= on.programs
     between_nodes = set() if role == "single" else {"ip", "ping"}
-    assert programs >= {"systemctl", "nvidia-smi", "nft", "journalctl", "bash", *between_nodes}, "all were asked"
+    assert programs >= {"systemctl", "nvidia-smi", "nft", "journalctl", "bash", *between_nodes}, (
+        "checks and probes ran programs"
+    )
 
 
-@pytest.mark.parametrize("floor", ["facts", "probes"])
-def test_facts_and_probes_know_no_system(floor: str) -> None:
-    offenders = [
-        f"{path.name}: {each.name}"
-        for path in (PACKAGE / floor).rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sparkinstall.system")
-        for each in node.names
-        if each.name in ("System", "LocalSystem")
-    ]
-    assert not offenders
+# --- systems and kinds of undo
 
 
-# --- one protocol
-
-
-def test_machine_journal_and_test_double_are_one_kind_of_system(tmp_path: Path) -> None:
+def test_systems_have_all_methods_of_the_protocol(tmp_path: Path) -> None:
     systems: Iterable[System] = (LocalSystem(str(tmp_path)), system_of(tmp_path), RecordingSystem())
     names = {name for name in vars(System) if not name.startswith("_")}
     for each in systems:
         assert names <= set(dir(each))
 
 
-def _kinds_promised() -> Iterator[str]:
+def promised_kinds() -> Iterator[str]:
     """The kind in every `Undo(...)` of the package, literal or by a constant of the module."""
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -248,28 +236,19 @@ def _kinds_promised() -> Iterator[str]:
             yield literal or re.findall(rf"^{constant} = \"(\w+)\"", text, re.MULTILINE)[0]
 
 
-def test_uninstall_knows_an_undo_function_for_every_kind_that_is_promised() -> None:
-    """In a process of its own: what other tests have imported does not count."""
+def test_uninstall_has_an_undo_function_for_each_kind() -> None:
+    """In another process, because tests import modules too."""
     program = "import sparkinstall.core.uninstall; from sparkinstall.system import UNDO_FUNCTIONS as f; print(*f)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=PACKAGE.parent, capture_output=True, text=True, check=True
     )
-    assert set(_kinds_promised()) == {*OWN_KINDS, *done.stdout.split()}
+    assert set(promised_kinds()) == {*OWN_KINDS, *done.stdout.split()}
 
 
-def test_uninstall_loads_every_undo_function() -> None:
-    """In a process of its own: here the tests have imported everything."""
-    program = (
-        "import sparkinstall.core.uninstall; from sparkinstall.system import UNDO_FUNCTIONS; print(*UNDO_FUNCTIONS)"
-    )
-    loaded = subprocess.check_output([sys.executable, "-c", program], cwd=PACKAGE.parent, text=True)
-    assert loaded.split() and set(loaded.split()) == set(_kinds_promised()) - set(OWN_KINDS)
+# --- the commands of each undo function
 
 
-# --- what each undo runs
-
-
-def test_undo_packages_purges_what_nobody_else_needs() -> None:
+def test_undo_packages_purges_those_that_nothing_else_needs() -> None:
     status = "".join(f"Package: {name}\nStatus: install ok installed\n\n" for name in ("gcc", "make", "theirs"))
     apt = "env DEBIAN_FRONTEND=noninteractive"
     on = RecordingSystem({"/var/lib/dpkg/status": status.encode()}, {apt: "Purg gcc\nPurg make\n"})
@@ -280,7 +259,7 @@ def test_undo_packages_purges_what_nobody_else_needs() -> None:
     assert command.endswith("purge gcc make")
 
 
-def test_undo_packages_keeps_what_others_need() -> None:
+def test_undo_packages_keeps_those_that_others_need() -> None:
     status = "".join(f"Package: {name}\nStatus: install ok installed\n\n" for name in ("gcc", "theirs"))
     answers = {"env DEBIAN_FRONTEND=noninteractive": "Purg gcc\nRemv theirs\n", "apt-cache depends": "  Depends: gcc\n"}
     on = RecordingSystem({"/var/lib/dpkg/status": status.encode()}, answers)
@@ -288,28 +267,28 @@ def test_undo_packages_keeps_what_others_need() -> None:
     assert (undone.outcome, undone.note, on.changed) == ("kept", "others need them: gcc", [])
 
 
-def test_undo_a_service_stops_and_disables_it() -> None:
+def test_undo_service_stops_and_disables_it() -> None:
     on = RecordingSystem(answers={"systemctl show": "UnitFileState=enabled\nActiveState=active\n"})
     undone = UNDO_FUNCTIONS["service"]([Undo("service", "vllm.service", {}, {})], on)
     assert undone.outcome == "removed"
     assert on.changed == ["systemctl stop vllm.service", "systemctl disable vllm.service"]
 
 
-def test_undo_units_starts_again_what_ran_before() -> None:
+def test_undo_units_enables_and_starts_a_former_service() -> None:
     on = RecordingSystem()
     undone = UNDO_FUNCTIONS["units"]([Undo("units", "x.service", {"enabled": True, "active": True}, {})], on)
     assert undone.outcome == "restored"
     assert on.changed == ["systemctl daemon-reload", "systemctl enable x.service", "systemctl start x.service"]
 
 
-def test_undo_the_firewall_deletes_its_table() -> None:
+def test_undo_nftables_deletes_the_table() -> None:
     on = RecordingSystem({"/usr/sbin/nft": b""}, {"/usr/sbin/nft list tables": "table inet sparkinstall\n",
                                                   "/usr/sbin/nft -nn": "table inet sparkinstall {}"})  # fmt: skip
     undone = UNDO_FUNCTIONS["nftables"]([Undo("nftables", "inet sparkinstall", {}, {})], on)
     assert undone.outcome == "removed" and on.changed == ["/usr/sbin/nft delete table inet sparkinstall"]
 
 
-def test_undo_the_network_applies_the_restored_files_and_says_what_failed() -> None:
+def test_undo_netplan_applies_the_restored_files_or_fails() -> None:
     before = {"enp1s0f0np0": {"mtu": 1500, "up": True, "addresses": []}}
     record = Undo("netplan", "the QSFP link", before, {"enp1s0f0np0": "192.168.100.10/24"})
     on = RecordingSystem({"/usr/sbin/netplan": b""})

@@ -1,4 +1,4 @@
-"""Rehearsals on vLLM's real wheels: what each stack needs is found out, done, and undone when asked otherwise."""
+"""Rehearsals with vLLM's real wheels: `fp8.fallback`, the env files, `run --force`, and a stack without a lock."""
 
 import json
 import shlex
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sparkinstall.elf import machine
 from tests.support.rehearsals import Rehearsal, envelope, sparkinstall
 
 pytestmark = pytest.mark.network
@@ -44,14 +45,14 @@ def _env(rehearsal: Rehearsal, name: str = "single-node") -> str:
     return (rehearsal.root / f"opt/sparkinstall/env/{name}.env").read_text()
 
 
-def test_code_for_another_chip_turns_the_fallback_on(old: Rehearsal) -> None:
+def test_fp8_fallback_with_code_for_another_gpu_is_on(old: Rehearsal) -> None:
     decision = _decision(old)
     assert (decision["fallback"], decision["how"]) == (True, "code")
     assert "CUTLASS_FP8_SUPPORTED = False" in _file(old)
     assert 'VLLM_DISABLED_KERNELS="CutlassFP8ScaledMMLinearKernel"' in _env(old)
 
 
-def test_code_for_the_family_leaves_cutlass_alone(spark: Rehearsal) -> None:
+def test_fp8_fallback_with_code_for_the_family_is_off(spark: Rehearsal) -> None:
     decision = _decision(spark)
     assert decision["fallback"] is False
     assert "sm_120f" in decision["why"]
@@ -59,26 +60,24 @@ def test_code_for_the_family_leaves_cutlass_alone(spark: Rehearsal) -> None:
     assert "VLLM_DISABLED_KERNELS" not in _env(spark)
 
 
-def test_the_wheel_is_the_one_of_a_spark(spark: Rehearsal) -> None:
+def test_environment_for_aarch64_has_its_wheels(spark: Rehearsal) -> None:
     (extension,) = spark.root.glob("opt/sparkinstall/venv/lib/python3.*/site-packages/vllm/_C.abi3.so")
-    from sparkinstall.elf import machine
-
     assert machine(extension) == "aarch64"
 
 
-def test_on_and_off_overrule_and_the_file_follows(spark: Rehearsal) -> None:
+def test_fp8_fallback_set_on_and_auto_patches_and_restores_the_file(spark: Rehearsal) -> None:
     before = _file(spark)
     assert spark.all("--set", "fp8.fallback=on").returncode == 0
     assert "sparkinstall fix 5" in _file(spark)
     assert "VLLM_DISABLED_KERNELS" in _env(spark)
     assert spark.all("--set", "hub.offline=false").returncode == 0
     verified = sparkinstall("verify", "--root", spark.root)
-    assert verified.returncode == 0, "what was asked for at the last two runs is remembered: " + verified.stdout
+    assert verified.returncode == 0, "verify uses the options of the last two runs: " + verified.stdout
     assert spark.all("--set", "fp8.fallback=auto").returncode == 0
     assert _file(spark) == before
 
 
-def test_a_half_patched_file_is_an_error_that_names_it_and_changes_nothing(old: Rehearsal) -> None:
+def test_fp8_with_a_half_patched_file_fails_until_it_is_rebuilt(old: Rehearsal) -> None:
     (path,) = old.root.glob(f"opt/sparkinstall/venv/lib/python3.*/site-packages/{W8A8}")
     whole = path.read_text()
     half = whole.replace("CUTLASS_FP8_SUPPORTED = False", "CUTLASS_FP8_SUPPORTED = True")
@@ -89,19 +88,19 @@ def test_a_half_patched_file_is_an_error_that_names_it_and_changes_nothing(old: 
     assert "sha256" in answer["errors"][0]["message"]
     assert "run environment --force" in answer["errors"][0]["hint"]
     assert path.read_text() == half
-    fresh = sparkinstall("run", "environment", "fp8", "--force", "--root", old.root)
-    assert fresh.returncode == 0, fresh.stderr
+    rebuilt = sparkinstall("run", "environment", "fp8", "--force", "--root", old.root)
+    assert rebuilt.returncode == 0, rebuilt.stderr
     assert path.read_text() == whole
 
 
-def test_a_part_that_was_made_anew_says_what_is_open_now(old: Rehearsal) -> None:
-    fresh = sparkinstall("run", "environment", "--force", "--root", old.root)
-    assert fresh.returncode == 0
-    assert "Open now: fp8" in fresh.stdout
+def test_run_force_names_the_steps_that_are_open_now(old: Rehearsal) -> None:
+    rebuilt = sparkinstall("run", "environment", "--force", "--root", old.root)
+    assert rebuilt.returncode == 0
+    assert "Open now: fp8" in rebuilt.stdout
     assert old.all().returncode == 0
 
 
-def test_verify_is_good_and_says_what_it_could_not_see(old: Rehearsal) -> None:
+def test_verify_in_a_rehearsal_passes_with_skipped_probes(old: Rehearsal) -> None:
     answer = envelope(sparkinstall("verify", "--json", "--root", old.root))
     verdicts = {probe["name"]: probe["verdict"] for probe in answer["data"]["probes"]}
     assert answer["exit_code"] == 0
@@ -109,7 +108,7 @@ def test_verify_is_good_and_says_what_it_could_not_see(old: Rehearsal) -> None:
     assert verdicts["imports"] == "skip"
 
 
-def test_the_eight_fixes_are_told_truthfully(old: Rehearsal) -> None:
+def test_status_in_a_rehearsal_proves_no_fix(old: Rehearsal) -> None:
     answer = envelope(sparkinstall("status", "--json", "--root", old.root))
     standing = {fix["number"]: fix["standing"] for fix in answer["data"]["fixes"]}
     assert standing[2] == "not_applicable"
@@ -119,19 +118,19 @@ def test_the_eight_fixes_are_told_truthfully(old: Rehearsal) -> None:
 
 @pytest.mark.parametrize("shell", ["bash", "dash"])
 @pytest.mark.parametrize("name", ["single-node", "multi-node-head", "multi-node-worker"])
-def test_the_env_files_can_be_sourced(old: Rehearsal, shell: str, name: str) -> None:
+def test_env_files_can_be_sourced(old: Rehearsal, shell: str, name: str) -> None:
     path = old.root / f"opt/sparkinstall/env/{name}.env"
     script = f'. {shlex.quote(str(path))} && env && command -v vllm && echo "PATH:$PATH"'
     done = subprocess.run([shell, "-euc", script], capture_output=True, text=True, check=True)
     assert f"VIRTUAL_ENV={old.root}/opt/sparkinstall/venv" in done.stdout
     assert "RAY_memory_usage_threshold=1.0" in done.stdout
     assert f"{old.root}/opt/sparkinstall/venv/bin/vllm" in done.stdout
-    # A shell keeps the PATH that it had; systemd's line is not for it.
+    # A shell keeps its PATH; the line with the whole PATH is for systemd.
     assert done.stdout.count("/opt/sparkinstall/venv/bin:") >= 1
     assert "/usr/local/cuda/bin:/usr/local/sbin" not in done.stdout.split("PATH:")[-1]
 
 
-def test_no_env_file_holds_a_secret(tmp_path: Path) -> None:
+def test_env_files_and_home_contain_no_secret(tmp_path: Path) -> None:
     rehearsal = Rehearsal(tmp_path / "node")
     secret = "hf_" + "x1Y2z3" * 6
     run = rehearsal.all(HF_TOKEN=secret, MY_PASSWORD="correct-horse-battery")
@@ -157,7 +156,7 @@ platforms: {x86_64: {}, aarch64: {}}
 """
 
 
-def test_a_stack_without_a_lock_is_recorded_once_and_held_to(tmp_path: Path) -> None:
+def test_stack_without_a_lock_is_recorded_and_enforced(tmp_path: Path) -> None:
     stack = tmp_path / "mine.yaml"
     stack.write_text(OWN_STACK)
     rehearsal = Rehearsal(tmp_path / "node", ("--stack", str(stack), "--platform", "aarch64"))
