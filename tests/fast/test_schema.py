@@ -1,4 +1,4 @@
-"""What crosses a border is read into its type, or refused in one line that names the place."""
+"""Data from outside is read into its type, or refused in one line that names the place."""
 
 import re
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ matches: ^api
 """
 
 
-def test_a_good_text_is_read_into_its_type() -> None:
+def test_read_yaml_of_valid_text_gives_the_type() -> None:
     found = read_yaml(Service, GOOD.encode(), "x.yaml")
     assert found == Service("api", (Port(8000), Port(53, "udp")), re.compile("^api"))
 
@@ -62,28 +62,28 @@ def test_a_good_text_is_read_into_its_type() -> None:
     ],
     ids=range(17),
 )
-def test_a_bad_text_is_refused_with_its_place(text: str, says: str) -> None:
+def test_read_yaml_of_invalid_text_names_the_place(text: str, says: str) -> None:
     with pytest.raises(Malformed) as caught:
         read_yaml(Service, text.encode(), "x.yaml")
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_key_that_looks_like_a_path_misleads_nobody() -> None:
+def test_read_with_a_key_that_looks_like_a_path_names_the_key() -> None:
     with pytest.raises(Malformed, match="unknown key `x"):
         read(Service, {"name": "api", "x` - at `$.name": 1}, "x")
 
 
-def test_scalars_can_be_taken_as_they_are_written() -> None:
+def test_read_yaml_only_text_keeps_scalars_as_written() -> None:
     assert read_yaml(dict[str, str], b"python: 3.10", "x", only_text=True) == {"python": "3.10"}
 
 
-def test_what_is_shown_of_a_value_is_short_and_has_no_secret() -> None:
+def test_show_of_a_value_is_short_and_hides_secrets() -> None:
     assert show("hf_" + "a" * 30) == "'[hidden]'"
     assert len(show("a" * 10_000)) <= 82 and len(show(10**5000)) < 80
 
 
-def test_a_host_rule_that_names_no_detector_is_refused() -> None:
+def test_host_rule_with_an_unknown_detector_is_refused() -> None:
     row = dict.fromkeys(("name", "title", "impact", "expected", "why", "hint", "concerns"), "x")
     rule = {**row, "looks": "nothing", "limits": {}, "verdict": "warn", "checked": "2026-11-21", "evidence": ["x"]}
     with pytest.raises(Malformed, match="looks names no detector: use stranded_memory, "):

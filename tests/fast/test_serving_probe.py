@@ -1,6 +1,6 @@
-"""The probes of the API: their verdicts and time limits, against a small server that says what a case needs.
+"""The probes of the API: their verdicts and time limits, with a small server that speaks vLLM's protocol.
 
-Only the protocol is vLLM's here; that they judge a real vLLM rightly is for tests/nodes/test_serving.py.
+tests/nodes/test_serving.py runs them with a real vLLM.
 """
 
 import json
@@ -37,7 +37,7 @@ PARSER = {"serving.arguments": ["--reasoning-parser", "qwen3"]}
 
 @dataclass
 class Api:
-    """What the server says. `hangs`: the paths at which it says nothing; `counts`: tokens counted for one made."""
+    """The answers of the server. `hangs`: paths without an answer; `counts`: tokens counted for each generated one."""
 
     deltas: tuple[Mapping[str, str], ...] = ({"role": "assistant", "content": ""}, {"content": "1, "}, {"content": "2"})
     prompt: str = PLAIN
@@ -74,7 +74,7 @@ def _event(what: object) -> str:
 
 
 class Answers(BaseHTTPRequestHandler):
-    said: Api
+    api: Api
 
     def do_GET(self) -> None:
         self.answer({})
@@ -83,8 +83,8 @@ class Answers(BaseHTTPRequestHandler):
         self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
     def answer(self, asked: Mapping[str, Any]) -> None:
-        self.said.asked.append(self.path)
-        if self.path in self.said.hangs:
+        self.api.asked.append(self.path)
+        if self.path in self.api.hangs:
             time.sleep(4)
         status, words = self.refusal() or (200, self.words(asked))
         self.send_response(status)
@@ -94,29 +94,29 @@ class Answers(BaseHTTPRequestHandler):
                 self.wfile.write(each.encode())
 
     def refusal(self) -> tuple[int, Iterable[str]] | None:
-        key = self.said.key
+        key = self.api.key
         if key and self.path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {key}":
             return 401, ['{"error": "Unauthorized"}']
-        refused = self.said.refuses.get(self.path)
+        refused = self.api.refuses.get(self.path)
         return (refused[0], [refused[1]]) if refused else None
 
     def words(self, asked: Mapping[str, Any]) -> Iterable[str]:
-        said, tokens = self.said, int(asked.get("max_tokens", 0))
+        api, tokens = self.api, int(asked.get("max_tokens", 0))
         if asked.get("stream"):
-            return said.events(tokens)
-        said.made += tokens
-        models = {"data": [{"id": "m", "root": said.root} if said.root else {"id": "m"}]}
-        answers = {"/v1/models": models, "/detokenize": {"prompt": said.prompt}}
+            return api.events(tokens)
+        api.made += tokens
+        models = {"data": [{"id": "m", "root": api.root} if api.root else {"id": "m"}]}
+        answers = {"/v1/models": models, "/detokenize": {"prompt": api.prompt}}
         done = {"usage": {"completion_tokens": tokens}}
-        return [said.metrics() if self.path == "/metrics" else json.dumps(answers.get(self.path, done))]
+        return [api.metrics() if self.path == "/metrics" else json.dumps(answers.get(self.path, done))]
 
     def log_message(self, *words: object) -> None:
         del words
 
 
 @contextmanager
-def answering(port: int, said: Api) -> Iterator[None]:
-    with ThreadingHTTPServer(("127.0.0.1", port), type("Of", (Answers,), {"said": said})) as server:
+def answering(port: int, api: Api) -> Iterator[None]:
+    with ThreadingHTTPServer(("127.0.0.1", port), type("Of", (Answers,), {"api": api})) as server:
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield
@@ -124,8 +124,8 @@ def answering(port: int, said: Api) -> Iterator[None]:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A prefix with a Python, and of vLLM what the probes read."""
+def prefix(tmp_path: Path) -> Path:
+    """A prefix with a Python and the files of vLLM that the probes read."""
     (tmp_path / "venv/bin").mkdir(parents=True)
     (tmp_path / "venv/bin/python").symlink_to(sys.executable)
     vllm = tmp_path / "venv/lib/python3.12/site-packages/vllm"
@@ -138,58 +138,58 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def node_of(place: Path, role: str = "single", **settings: Any) -> Node:
+def node_of(prefix: Path, role: str = "single", **settings: Any) -> Node:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
-    values = {"prefix": str(place), "serving.model": QWEN, "serving.port": port, "cluster.role": role, **settings}
+    values = {"prefix": str(prefix), "serving.model": QWEN, "serving.port": port, "cluster.role": role, **settings}
     config = build([Layer("test", values)])[0]
-    return Node(config, stacks.load(config.stack), "x86_64", "x86_64", False, False, str(place), place / "cache")
+    return Node(config, stacks.load(config.stack), "x86_64", "x86_64", False, False, str(prefix), prefix / "cache")
 
 
 def look(node: Node, root: str = "/", only: str = "") -> Findings:
-    """What all of them find, as `verify` asks them: one after the other, with one reader."""
+    """Run the probes as `verify` does: one after the other, with one reader."""
     on = LocalReader(root)
     asked = [probe for probe in serving.probes(node) if only in ("", probe.name)]
     return {each.probe.name: each.finding for each in checks.look(asked, on, silent)}
 
 
-def found(place: Path, said: Api, only: str = "", **settings: Any) -> Findings:
-    node = node_of(place, **settings)
-    with answering(node.config.serving.port, said):
+def found(prefix: Path, api: Api, only: str = "", **settings: Any) -> Findings:
+    node = node_of(prefix, **settings)
+    with answering(node.config.serving.port, api):
         return look(node, only=only)
 
 
-def test_a_worker_has_no_api_to_ask(place: Path) -> None:
-    assert list(serving.probes(node_of(place, "worker"))) == []
-    assert len(list(serving.probes(node_of(place, "head")))) == 3
+def test_serving_probes_belong_to_the_head_only(prefix: Path) -> None:
+    assert list(serving.probes(node_of(prefix, "worker"))) == []
+    assert len(list(serving.probes(node_of(prefix, "head")))) == 3
 
 
-def test_a_rehearsal_serves_nothing(place: Path) -> None:
-    assert {each.verdict for each in look(node_of(place), str(place)).values()} == {"skip"}
+def test_serving_probes_in_a_rehearsal_are_skipped(prefix: Path) -> None:
+    assert {each.verdict for each in look(node_of(prefix), str(prefix)).values()} == {"skip"}
 
 
-def test_all_is_well_and_the_api_is_asked_no_more_than_it_takes(place: Path) -> None:
-    said = Api()
-    findings = found(place, said)
+def test_serving_probes_with_a_good_api_pass_with_few_requests(prefix: Path) -> None:
+    api = Api()
+    findings = found(prefix, api)
     assert [each.verdict for each in findings.values()] == ["pass"] * 3, findings
     assert findings["serving"].found.startswith("4 tokens of m in ")
     assert findings["serving-stream"].found.startswith("no reasoning in this model's stream; first token after 0.")
     grew = "vllm:generation_tokens_total grew by 7 tokens, of which the probes made 7; 25% of the KV cache is in use"
     assert findings["serving-metrics"].found == grew
     stream = ["/v1/chat/completions", "/detokenize"]
-    assert said.asked == ["/metrics", "/v1/models", "/v1/completions", *stream, "/metrics"]
+    assert api.asked == ["/metrics", "/v1/models", "/v1/completions", *stream, "/metrics"]
 
 
 class TestWithoutACompletion:
-    def judged(self, findings: Findings) -> Finding:
-        """That of `serving`; the others do not try again."""
+    def finding(self, findings: Findings) -> Finding:
+        """The finding of `serving`; the other probes are skipped."""
         for name in ("serving-stream", "serving-metrics"):
             assert (findings[name].verdict, findings[name].found) == ("skip", "no completion came: see `serving`")
         return findings["serving"]
 
-    def test_nothing_that_answers_is_a_failure_that_names_the_unit(self, place: Path) -> None:
-        node = node_of(place)
-        finding = self.judged(look(node))
+    def test_serving_without_a_server_fails_with_the_unit(self, prefix: Path) -> None:
+        node = node_of(prefix)
+        finding = self.finding(look(node))
         assert finding.verdict == "fail"
         assert f"nothing answers at 127.0.0.1:{node.config.serving.port}; vllm.service is" in finding.found
 
@@ -197,70 +197,70 @@ class TestWithoutACompletion:
         ("restarts", "verdict", "words"),
         [(0, "warn", "it was started 0 s ago and is still loading"), (3, "fail", "systemd has started it 4 times")],
     )
-    def test_a_service_that_is_started_over_and_over_does_not_load(
-        self, place: Path, restarts: int, verdict: str, words: str
+    def test_serving_with_a_restarting_service_fails(
+        self, prefix: Path, restarts: int, verdict: str, words: str
     ) -> None:
-        class OfSystemd(LocalReader):
+        class WithSystemd(LocalReader):
             def ask(self, *argv: str, **how: Any) -> Result:
                 now = int(time.clock_gettime(time.CLOCK_MONOTONIC) * 1e6)
-                said = {"ActiveState": "active", "NRestarts": restarts, "ExecMainStartTimestampMonotonic": now}
+                shown = {"ActiveState": "active", "NRestarts": restarts, "ExecMainStartTimestampMonotonic": now}
                 asked = argv[-1].removeprefix("--property=").split(",")
-                lines = "".join(f"{name}={value}\n" for name, value in said.items() if name in asked)
+                lines = "".join(f"{name}={value}\n" for name, value in shown.items() if name in asked)
                 return Result(argv, 0, lines, "") if argv[0] == "systemctl" else super().ask(*argv, **how)
 
-        finding = serving.not_up(node_of(place), OfSystemd())
+        finding = serving.not_up(node_of(prefix), WithSystemd())
         assert (finding.verdict, words in finding.found) == (verdict, True), finding
         assert restarts == 0 or finding.hint == "`sparkinstall diagnose --unit vllm`"
 
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/models", "/metrics"])
-    def test_health_alone_does_not_pass(self, place: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_serving_with_a_hanging_api_fails_in_time(
+        self, prefix: Path, path: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr(vllm_client, "PATIENCE", 1)
-        said, began = Api(hangs=(path,)), time.monotonic()
-        finding = self.judged(found(place, said))
+        api, began = Api(hangs=(path,)), time.monotonic()
+        finding = self.finding(found(prefix, api))
         assert (finding.verdict, finding.found) == ("fail", "no completion within 1 s, although /health returns 200")
         assert time.monotonic() - began < 20
-        assert said.asked.count(path) == 1, "the others did not wait again"
+        assert api.asked.count(path) == 1, "the other probes do not wait again"
 
-    def test_what_the_api_says_of_an_error_is_shown(self, place: Path) -> None:
-        finding = self.judged(found(place, Api(refuses={"/v1/completions": (500, "EngineDeadError")})))
+    def test_serving_with_an_error_shows_it(self, prefix: Path) -> None:
+        finding = self.finding(found(prefix, Api(refuses={"/v1/completions": (500, "EngineDeadError")})))
         assert (finding.verdict, finding.found) == ("fail", "HTTP 500: EngineDeadError")
 
-    def test_a_key_that_is_wanted_is_said_and_a_wrong_one_too(
-        self, place: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_serving_without_the_right_api_key_fails(self, prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(vllm_client.KEY, raising=False)
-        asks = self.judged(found(place, Api(key="sesame")))
+        asks = self.finding(found(prefix, Api(key="sesame")))
         assert (asks.verdict, asks.found) == ("fail", "it asks for a key (HTTP 401)")
         assert f"export {vllm_client.KEY}" in asks.hint
         monkeypatch.setenv(vllm_client.KEY, "simsim")
-        refuses = self.judged(found(place, Api(key="sesame")))
+        refuses = self.finding(found(prefix, Api(key="sesame")))
         assert (refuses.verdict, refuses.found) == ("fail", f"the API rejects the key in {vllm_client.KEY}")
         monkeypatch.setenv(vllm_client.KEY, "sesame")
-        assert {each.verdict for each in found(place, Api(key="sesame")).values()} == {"pass"}
+        assert {each.verdict for each in found(prefix, Api(key="sesame")).values()} == {"pass"}
 
 
-def test_a_model_that_takes_no_bare_prompt_is_asked_in_a_chat(place: Path) -> None:
-    assert found(place, Api(refuses={"/v1/completions": (404, "not for this model")}))["serving"].verdict == "pass"
+def test_serving_of_a_model_without_completions_uses_chat(prefix: Path) -> None:
+    assert found(prefix, Api(refuses={"/v1/completions": (404, "not for this model")}))["serving"].verdict == "pass"
 
 
-def test_another_model_than_the_one_that_was_asked_for_is_a_failure(place: Path) -> None:
-    finding = found(place, Api(root="/models/other"))["serving"]
+def test_serving_of_another_model_fails(prefix: Path) -> None:
+    finding = found(prefix, Api(root="/models/other"))["serving"]
     assert (finding.verdict, finding.found, finding.expected) == ("fail", "it serves /models/other", QWEN)
-    assert found(place, Api(root=""))["serving"].verdict == "pass", "a server that does not say is not judged"
+    assert found(prefix, Api(root=""))["serving"].verdict == "pass", "a server that does not name its model passes"
 
 
-THINKING = ({"reasoning": "hm"}, {"content": "4"})
+REASONED = ({"reasoning": "hm"}, {"content": "4"})
 RAW = ({"content": "<th"}, {"content": "ink>hm</think>4"})
 ALL_REASONING = ({"reasoning": "1, "}, {"reasoning": "2"})
 STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
-    "in its field": (Api(THINKING), PARSER, "pass", "reasoning in delta.reasoning, the answer in delta.content;"),
-    "still thinking": (Api(ALL_REASONING, OPENED, "length"), PARSER, "pass", "reasoning in delta.reasoning;"),
-    "not a model that thinks": (Api(), PARSER, "pass", "no reasoning in this model's stream;"),
-    "by itself": (Api(THINKING), {}, "pass", "reasoning in delta.reasoning, the answer in delta.content;"),
+    "in its field": (Api(REASONED), PARSER, "pass", "reasoning in delta.reasoning, the answer in delta.content;"),
+    "unfinished reasoning": (Api(ALL_REASONING, OPENED, "length"), PARSER, "pass", "reasoning in delta.reasoning;"),
+    "a model without reasoning": (Api(), PARSER, "pass", "no reasoning in this model's stream;"),
+    "by itself": (Api(REASONED), {}, "pass", "reasoning in delta.reasoning, the answer in delta.content;"),
     "raw": (Api(RAW), {}, "warn", "raw <think> in delta.content: clients show reasoning as the answer;"),
     "only its end": (Api(({"content": "hm</think>4"},), OPENED), {}, "warn", "raw </think> in delta.content: "),
     "unmarked": (Api(finish="length", prompt=OPENED), {}, "warn", "reasoning is in delta.content, unmarked: "),
-    "told not to think": (Api(prompt=CLOSED), {}, "pass", "no reasoning in this model's stream;"),
+    "reasoning off": (Api(prompt=CLOSED), {}, "pass", "no reasoning in this model's stream;"),
     "raw with a parser": (
         Api(RAW),
         PARSER,
@@ -268,8 +268,13 @@ STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
         "raw <think> in delta.content despite --reasoning-parser qwen3;",
     ),
     "unmarked with a parser": (Api(prompt=OPENED), PARSER, "fail", "reasoning is in delta.content despite "),
-    "the answer too": (Api(ALL_REASONING), PARSER, "warn", "the whole answer is in delta.reasoning, and nothing in "),
-    "told not to think, and cut off": (
+    "the answer in it too": (
+        Api(ALL_REASONING),
+        PARSER,
+        "warn",
+        "the whole answer is in delta.reasoning, and nothing in ",
+    ),
+    "reasoning off, and cut off": (
         Api(ALL_REASONING, CLOSED, "length"),
         PARSER,
         "warn",
@@ -281,14 +286,14 @@ STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
         "fail",
         "reasoning is in delta.reasoning_content, which the installed vLLM does not send;",
     ),
-    "kept on purpose": (
+    "kept by the parser": (
         Api(RAW, OPENED),
         {"serving.arguments": ["--reasoning_parser=minimax_m2_append_think"]},
         "pass",
         "reasoning in delta.content, marked, as --reasoning-parser minimax_m2_append_think has it;",
     ),
     "nothing": (Api(()), {}, "warn", "an empty stream"),
-    "broken off": (Api(ends=False), {}, "fail", "the stream was interrupted"),
+    "interrupted": (Api(ends=False), {}, "fail", "the stream was interrupted"),
     "no chat": (
         Api(refuses={"/v1/chat/completions": (400, "default chat template is no longer allowed")}),
         {},
@@ -299,30 +304,30 @@ STREAMS: dict[str, tuple[Api, dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_where_the_thinking_is(place: Path, name: str) -> None:
-    said, settings, verdict, says = STREAMS[name]
-    finding = found(place, said, "serving-stream", **settings)["serving-stream"]
+def test_serving_stream_follows_the_place_of_the_reasoning(prefix: Path, name: str) -> None:
+    api, settings, verdict, says = STREAMS[name]
+    finding = found(prefix, api, "serving-stream", **settings)["serving-stream"]
     assert (finding.verdict, finding.found[: len(says)]) == (verdict, says)
     assert bool(finding.hint) == (verdict in ("warn", "fail"))
 
 
-def test_the_mend_names_the_parser_of_the_model(place: Path) -> None:
-    hint = found(place, Api(RAW))["serving-stream"].hint
+def test_serving_stream_hint_names_the_parser_of_the_model(prefix: Path) -> None:
+    hint = found(prefix, Api(RAW))["serving-stream"].hint
     assert hint.startswith("add `--reasoning-parser`, `qwen3` to `serving.arguments`")
-    unknown = found(place, Api(RAW, root="/models/mine"), **{"serving.model": "/models/mine"})["serving-stream"].hint
+    unknown = found(prefix, Api(RAW, root="/models/mine"), **{"serving.model": "/models/mine"})["serving-stream"].hint
     assert unknown.startswith("add `--reasoning-parser`, `NAME` to")
 
 
-def test_a_stream_that_stops_halfway_is_not_waited_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serving_stream_that_hangs_fails_in_time(prefix: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_client, "PATIENCE", 1)
-    findings = found(place, Api(hangs=("/v1/chat/completions",)))
+    findings = found(prefix, Api(hangs=("/v1/chat/completions",)))
     assert findings["serving"].verdict == "pass"
     late = findings["serving-stream"]
     assert (late.verdict, late.found) == ("fail", "no end of a stream within 1 s, although /health returns 200")
 
 
 @pytest.mark.parametrize(
-    ("said", "settings", "verdict", "says"),
+    ("api", "settings", "verdict", "says"),
     [
         (Api(cache="vllm:gpu_cache_usage_perc"), {}, "pass", "25% of the KV cache is in use"),
         (Api(counts=2), {}, "pass", "grew by 14 tokens, of which the probes made 7"),
@@ -343,18 +348,18 @@ def test_a_stream_that_stops_halfway_is_not_waited_for(place: Path, monkeypatch:
         ),
     ],
 )
-def test_counters_must_move_by_what_was_asked(
-    place: Path, said: Api, settings: dict[str, Any], verdict: str, says: str
+def test_serving_metrics_follow_the_counters(
+    prefix: Path, api: Api, settings: dict[str, Any], verdict: str, says: str
 ) -> None:
-    finding = found(place, said, **settings)["serving-metrics"]
+    finding = found(prefix, api, **settings)["serving-metrics"]
     assert finding.verdict == verdict
     assert says in finding.found
 
 
-def test_metrics_alone_count_what_the_completion_made(place: Path) -> None:
+def test_serving_metrics_alone_count_the_completion(prefix: Path) -> None:
     assert (
         "grew by 4 tokens, of which the probes made 4"
-        in found(place, Api(), "serving-metrics")["serving-metrics"].found
+        in found(prefix, Api(), "serving-metrics")["serving-metrics"].found
     )
 
 
@@ -367,7 +372,7 @@ def test_metrics_alone_count_what_the_completion_made(place: Path) -> None:
         ("meta-llama/Llama-3.1-8B", None),
     ],
 )
-def test_the_parser_of_a_family(names: str, parser: str | None) -> None:
+def test_fitting_parser_follows_the_model_name(names: str, parser: str | None) -> None:
     assert streams.fitting(names, ("deepseek_r1", "qwen3", "nemotron_v3")) == parser
 
 
@@ -381,11 +386,11 @@ def test_the_parser_of_a_family(names: str, parser: str | None) -> None:
         (("--reasoning-parser",), None),
     ],
 )
-def test_the_parser_among_the_arguments(arguments: tuple[str, ...], parser: str | None) -> None:
+def test_parser_of_arguments_is_the_last_one(arguments: tuple[str, ...], parser: str | None) -> None:
     assert streams.parser_of(arguments) == parser
 
 
-def test_the_client_of_the_docs_finds_the_thinking_in_every_way_that_it_comes() -> None:
+def test_client_of_the_docs_separates_reasoning_and_answer() -> None:
     text = Path(__file__).parents[2].joinpath("docs/troubleshooting.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     client: dict[str, Any] = {}
@@ -396,5 +401,5 @@ def test_the_client_of_the_docs_finds_the_thinking_in_every_way_that_it_comes() 
     assert client["split"]("4") == ("", "4")
 
 
-def test_the_stream_proves_fix_8() -> None:
+def test_serving_stream_proves_fix_8() -> None:
     assert {probe.name: probe.fix for probe in serving.probes(HEAD)}["serving-stream"] == REASONING

@@ -1,4 +1,4 @@
-"""Stacks and their locks: the shipped ones hold what they say, and a wrong one is told in one sentence."""
+"""Stacks and their locks: the shipped ones are consistent, and an invalid one is refused in one line."""
 
 import re
 import subprocess
@@ -26,7 +26,7 @@ ONLY_HOSTS = ("https://github.com/", "https://download.pytorch.org/whl/cu130/")
 SHA = "sha256:" + "0" * 64
 GOOD = """
 name: own
-summary: a stack of one's own
+summary: a user's stack
 vllm: 0.22.1
 python: 3.10
 requirements: [vllm==0.22.1, ray==2.60.0]
@@ -38,16 +38,16 @@ platforms:
 """
 
 
-# --- what is shipped
+# --- the shipped stacks
 
 
-def test_the_default_is_shipped() -> None:
+def test_shipped_stacks_include_the_default() -> None:
     assert stacks.DEFAULT in stacks.names()
     assert stacks.names()[:2] == ("0.18.1", "0.22.1")
 
 
 @pytest.mark.parametrize("name", stacks.names())
-def test_a_shipped_stack_is_named_after_its_vllm_and_knows_both_architectures(name: str) -> None:
+def test_shipped_stack_has_the_name_of_its_vllm_and_both_architectures(name: str) -> None:
     stack = load(name)
     assert (stack.name, stack.vllm, stack.version_of("vllm")) == (name, name, name)
     assert set(stack.platforms) == {"aarch64", "x86_64"}
@@ -56,7 +56,7 @@ def test_a_shipped_stack_is_named_after_its_vllm_and_knows_both_architectures(na
 
 
 @pytest.mark.parametrize("name", stacks.names())
-def test_a_shipped_stack_has_its_variant_of_every_patch(name: str) -> None:
+def test_shipped_stack_has_a_variant_of_each_patch(name: str) -> None:
     vllm = load(name).vllm
     for each in patches.load(ROOT / "patches"):
         assert [variant for variant in each.variants if vllm in variant.releases], f"patches.yaml: {each.name}"
@@ -64,7 +64,7 @@ def test_a_shipped_stack_has_its_variant_of_every_patch(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["0.18.1", "0.22.1"])
-def test_the_tested_stacks_keep_the_fields_triton_transformers_and_nccl(name: str) -> None:
+def test_tested_stacks_pin_triton_transformers_and_nccl(name: str) -> None:
     stack = load(name)
     assert stack.version_of("triton") == "3.6.0"
     assert stack.version_of("transformers") == "4.57.6"
@@ -73,7 +73,7 @@ def test_the_tested_stacks_keep_the_fields_triton_transformers_and_nccl(name: st
 
 
 @pytest.mark.parametrize(("stack", "platform"), LOCKED)
-def test_a_lock_has_a_hash_for_all_that_is_not_named_as_unhashed(stack: Stack, platform: Platform) -> None:
+def test_lock_has_a_hash_for_each_package_not_listed_as_unhashed(stack: Stack, platform: Platform) -> None:
     pins = parse_lock(platform.lock_text())
     assert stacks.unhashed(pins) == tuple(sorted(platform.unhashed))
     assert platform.complete is not bool(platform.unhashed)
@@ -81,17 +81,17 @@ def test_a_lock_has_a_hash_for_all_that_is_not_named_as_unhashed(stack: Stack, p
 
 
 @pytest.mark.parametrize(("stack", "platform"), LOCKED)
-def test_a_lock_holds_the_pins_of_its_stack(stack: Stack, platform: Platform) -> None:
+def test_lock_has_the_pins_of_its_stack(stack: Stack, platform: Platform) -> None:
     locked = {pin.name: pin for pin in parse_lock(platform.lock_text())}
     for pin in (*platform.requirements, *platform.needs):
         assert locked[pin.name].requirement == pin.requirement
     for pin in stack.requirements:
-        # 2.10.0+cu130 is a build of the 2.10.0 that a reader of the stack sees.
+        # 2.10.0+cu130 is a build of the 2.10.0 in the stack.
         assert locked[pin.name].version.split("+")[0] == pin.version
 
 
 @pytest.mark.parametrize(("stack", "platform"), LOCKED)
-def test_a_lock_has_cuda_of_one_major_in_torch_and_its_libraries(stack: Stack, platform: Platform) -> None:
+def test_lock_has_one_cuda_major_version(stack: Stack, platform: Platform) -> None:
     locked = {pin.name: pin.version for pin in parse_lock(platform.lock_text())}
     cuda_12 = stack.name == "0.18.1" and platform.arch == "x86_64"
     runtime = "nvidia-cuda-runtime-cu12" if cuda_12 else "nvidia-cuda-runtime"
@@ -102,21 +102,21 @@ def test_a_lock_has_cuda_of_one_major_in_torch_and_its_libraries(stack: Stack, p
 
 
 @pytest.mark.parametrize(("stack", "platform"), LOCKED)
-def test_the_nccl_to_build_is_the_one_that_torch_brings(stack: Stack, platform: Platform) -> None:
+def test_nccl_of_a_stack_is_the_version_of_torch(stack: Stack, platform: Platform) -> None:
     locked = {pin.name: pin.version for pin in parse_lock(platform.lock_text())}
-    # Only the CUDA 12 stack for development differs.
+    # Only the CUDA 12 stack, which is for development, differs.
     assert locked.get("nvidia-nccl-cu13", stack.nccl.version) == stack.nccl.version
 
 
 @pytest.mark.parametrize(("stack", "platform"), LOCKED)
-def test_a_lock_is_as_the_tool_writes_it_and_names_no_index(stack: Stack, platform: Platform) -> None:
+def test_lock_is_rendered_and_names_no_index(stack: Stack, platform: Platform) -> None:
     text = platform.lock_text()
     assert render_lock(parse_lock(text)) == text
     assert all(address.startswith(ONLY_HOSTS) for address in re.findall(r"\S*//\S*", text)), stack.name
     assert "--index" not in text
 
 
-def test_only_one_lock_is_not_complete_and_what_it_lacks() -> None:
+def test_incomplete_lock_is_only_that_of_0_18_1_for_aarch64() -> None:
     assert load("0.18.1").platforms["aarch64"].unhashed == ("vllm", "torchaudio")
     assert len(COMPLETE) == len(LOCKED) - 1
 
@@ -124,7 +124,7 @@ def test_only_one_lock_is_not_complete_and_what_it_lacks() -> None:
 # --- a lock that is completed on the node
 
 
-def test_what_uv_compiled_fills_the_gaps_and_never_replaces_a_shipped_hash() -> None:
+def test_close_fills_the_gaps_and_keeps_shipped_hashes() -> None:
     partial = load("0.18.1").platforms["aarch64"]
     found = [Pin(pin.name, pin.version, pin.url, ("sha256:" + "f" * 64,)) for pin in parse_lock(partial.open_text())]
     extra = Pin("asked-for-by-torch", "1.0", hashes=(SHA,))
@@ -135,27 +135,27 @@ def test_what_uv_compiled_fills_the_gaps_and_never_replaces_a_shipped_hash() -> 
     assert closed.keys() == {*shipped, "asked-for-by-torch"}
 
 
-def test_a_gap_that_stays_is_an_error() -> None:
+def test_close_with_a_gap_left_fails() -> None:
     partial = load("0.18.1").platforms["aarch64"]
     with pytest.raises(StackError, match="torchaudio, vllm"):
         partial.close(partial.open_text())
 
 
-def test_what_has_to_be_compiled_has_no_hashes() -> None:
+def test_open_text_of_an_incomplete_lock_has_no_hashes() -> None:
     assert "--hash" not in load("0.18.1").platforms["aarch64"].open_text()
 
 
-# --- a stack of one's own
+# --- a user's stack
 
 
-def _own(tmp_path: Path, text: str = GOOD) -> Path:
+def write_stack(tmp_path: Path, text: str = GOOD) -> Path:
     path = tmp_path / "own.yaml"
     path.write_text(text)
     return path
 
 
-def test_a_stack_of_ones_own_needs_no_lock(tmp_path: Path) -> None:
-    stack = load(str(_own(tmp_path)))
+def test_load_of_a_stack_without_a_lock_succeeds(tmp_path: Path) -> None:
+    stack = load(str(write_stack(tmp_path)))
     platform = stack.platforms["aarch64"]
     assert stack.python == "3.10", "a version is a text, never the number 3.1"
     assert (platform.lock, platform.complete) == (None, False)
@@ -167,14 +167,14 @@ def test_a_stack_of_ones_own_needs_no_lock(tmp_path: Path) -> None:
         platform.lock_text()
 
 
-def test_its_lock_lies_beside_it(tmp_path: Path) -> None:
-    path = _own(tmp_path, GOOD.replace("  aarch64:\n", "  aarch64:\n    lock: own.lock\n"))
+def test_load_of_a_stack_reads_the_lock_beside_it(tmp_path: Path) -> None:
+    path = write_stack(tmp_path, GOOD.replace("  aarch64:\n", "  aarch64:\n    lock: own.lock\n"))
     (tmp_path / "own.lock").write_text(f"ray==2.60.0 --hash={SHA}\n")
     assert parse_lock(load(str(path)).platforms["aarch64"].lock_text()) == (Pin("ray", "2.60.0", hashes=(SHA,)),)
 
 
-def test_a_lock_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
-    path = _own(tmp_path, GOOD.replace("  aarch64:\n", "  aarch64:\n    lock: none.lock\n"))
+def test_lock_text_of_a_missing_lock_names_the_tool(tmp_path: Path) -> None:
+    path = write_stack(tmp_path, GOOD.replace("  aarch64:\n", "  aarch64:\n    lock: none.lock\n"))
     with pytest.raises(StackError, match=r"none\.lock does not exist: generate it with tools/lock\.py"):
         load(str(path)).platforms["aarch64"].lock_text()
 
@@ -215,20 +215,20 @@ BAD = {
 
 
 @pytest.mark.parametrize(("text", "message"), BAD.values(), ids=BAD.keys())
-def test_a_wrong_file_is_told_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_load_of_an_invalid_stack_fails_in_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(StackError, match=message) as caught:
-        load(str(_own(tmp_path, text)))
+        load(str(write_stack(tmp_path, text)))
     assert "\n" not in str(caught.value)
 
 
-def test_a_name_that_is_none_gets_the_nearest(tmp_path: Path) -> None:
+def test_load_of_an_unknown_name_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(StackError, match=r"no stack '0\.18\.2' \(did you mean `0\.18\.1`\?\)"):
         load("0.18.2")
     with pytest.raises(StackError, match=r"use 0\.18\.1, 0\.22\.1"):
         load(str(tmp_path / "none.yaml"))
 
 
-def test_a_folder_and_bytes_are_told_as_such(tmp_path: Path) -> None:
+def test_load_of_a_folder_or_bytes_fails(tmp_path: Path) -> None:
     with pytest.raises(StackError, match="is a directory"):
         load(str(tmp_path))
     (tmp_path / "wheel.yaml").write_bytes(b"\x80\x81\xff")
@@ -239,7 +239,7 @@ def test_a_folder_and_bytes_are_told_as_such(tmp_path: Path) -> None:
 # --- locks
 
 
-def test_a_lock_of_uvs_own_hand_is_read() -> None:
+def test_parse_lock_reads_the_output_of_uv() -> None:
     text = f"# made by uv\nAnyio==4.1 \\\n    --hash={SHA} \\\n    --hash={SHA}\n    # via openai\n\nray==2.60.0\n"
     assert parse_lock(text) == (Pin("anyio", "4.1", hashes=(SHA, SHA)), Pin("ray", "2.60.0"))
     assert stacks.unhashed(parse_lock(text)) == ("ray",)
@@ -263,7 +263,7 @@ def test_a_lock_of_uvs_own_hand_is_read() -> None:
         "ray==2.60.0\nray==2.60.0",
     ],
 )
-def test_a_line_that_is_no_pin_is_an_error(line: str) -> None:
+def test_parse_lock_of_an_invalid_line_fails(line: str) -> None:
     with pytest.raises(StackError, match=r"Line \d of the lock"):
         parse_lock(line + "\n")
 
@@ -277,7 +277,7 @@ _LOCK_LIKE = st.lists(
 
 @settings(deadline=None)
 @given(st.text() | _LOCK_LIKE)
-def test_any_text_is_a_lock_or_a_stack_error(text: str) -> None:
+def test_parse_lock_of_any_text_gives_pins_or_a_stack_error(text: str) -> None:
     try:
         pins = parse_lock(text)
     except StackError:
@@ -304,7 +304,9 @@ _YAML_LIKE = st.recursive(
     | _YAML_LIKE.map(str.encode)
     | st.tuples(st.sampled_from(GOOD.split()), _YAML_LIKE).map(lambda v: GOOD.replace(v[0], v[1], 1).encode())
 )
-def test_any_file_is_a_stack_or_a_stack_error(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+def test_load_of_any_file_gives_a_stack_or_a_stack_error(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_bytes(content)
     try:
@@ -315,7 +317,7 @@ def test_any_file_is_a_stack_or_a_stack_error(tmp_path_factory: pytest.TempPathF
 
 @settings(deadline=None)
 @given(st.text())
-def test_any_name_is_a_stack_or_a_stack_error(name: str) -> None:
+def test_load_of_any_name_gives_a_stack_or_a_stack_error(name: str) -> None:
     try:
         load(name)
     except StackError:
@@ -323,9 +325,9 @@ def test_any_name_is_a_stack_or_a_stack_error(name: str) -> None:
     assert name in stacks.names()
 
 
-def test_deep_nesting_is_a_stack_error(tmp_path: Path) -> None:
+def test_load_of_deep_nesting_is_a_stack_error(tmp_path: Path) -> None:
     with pytest.raises(StackError):
-        load(str(_own(tmp_path, "[" * 5000)))
+        load(str(write_stack(tmp_path, "[" * 5000)))
 
 
 # --- the index
@@ -333,10 +335,10 @@ def test_deep_nesting_is_a_stack_error(tmp_path: Path) -> None:
 
 @pytest.mark.network
 @pytest.mark.parametrize(("stack", "platform"), COMPLETE)
-def test_uv_accepts_a_complete_lock(stack: Stack, platform: Platform, tmp_path: Path) -> None:
+def test_complete_lock_is_accepted_by_uv(stack: Stack, platform: Platform, tmp_path: Path) -> None:
     # Resolves with dependencies, so a package that the lock lacks is an error. A dry run does not compare hashes.
     argv = [find_uv_bin(), "pip", "install", "--quiet", "--dry-run", "--require-hashes", "--only-binary", ":all:"]
-    # Any Python will do for a dry run: without one named, uv would look for the stack's.
+    # Any Python does for a dry run: without `--python`, uv would look for the stack's.
     argv += ["--python", sys.executable, "--python-version", stack.python]
     argv += ["--python-platform", f"{platform.arch}-manylinux_2_39"]
     argv += ["--target", str(tmp_path), "-r", str(platform.lock)]

@@ -1,5 +1,5 @@
-"""Full and read-only disks, cut downloads, wrong hashes, Ctrl-C, two at once, a wrong clock: a clear error, and
-nothing lost."""
+"""Full and read-only disks, cut downloads, wrong hashes, Ctrl-C, two runs at once, a wrong clock: each ends with a
+clear error and loses nothing."""
 
 import hashlib
 import os
@@ -45,12 +45,12 @@ DYING = "tests.support.dying_run"
 
 
 @pytest.mark.network
-def test_a_full_disk_is_told_and_with_more_space_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_all_on_a_full_disk_fails_and_resumes_with_more_space(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64m") as disk:
         node = Rehearsal(disk / "node")
         first = envelope(node.all("--json"))
         assert first["status"] == "preflight" and "disk" in first["errors"][0]["message"]
-        assert list(disk.iterdir()) == [], "nothing was touched"
+        assert list(disk.iterdir()) == [], "nothing was changed"
 
         node = Rehearsal(disk / "node", (*SETTINGS, "--ignore", "disk"))
         run = node.all("--json")
@@ -65,25 +65,25 @@ def test_a_full_disk_is_told_and_with_more_space_the_same_command_goes_on(tmp_pa
         assert list(disk.iterdir()) == []
 
 
-def test_a_full_disk_under_the_journal_stops_the_touch_before_it_is_made(tmp_path: Path) -> None:
+def test_change_with_a_full_disk_below_the_journal_is_not_made(tmp_path: Path) -> None:
     with small_disk(tmp_path / "node/var/lib/sparkinstall", "64k"):
         state = StateFolder(LocalSystem(str(tmp_path / "node")))
         with state.hold("all", silent) as run:
             on = JournaledSystem(state.system, state.journal(run), "s", state.home / "log", silent)
             on.write("/before", b"")
-            _fill(state.home / "filler")
+            fill(state.home / "filler")
             number = 0
             with pytest.raises(Storage, match=r"journal .* the disk is full"):
                 for number in range(1000):
                     on.write(f"/many/{number}", b"x")
-            assert not (tmp_path / f"node/many/{number}").exists(), "no touch without its line"
+            assert not (tmp_path / f"node/many/{number}").exists(), "no change without its record"
             records = StateFolder(state.system).journal().records()
             assert records[-1].undo.subject == f"/many/{number - 1}"
             os.unlink(state.home / "filler")
             on.write(f"/many/{number}", b"x")
 
 
-def _fill(path: Path) -> None:
+def fill(path: Path) -> None:
     with open(path, "wb") as out:
         try:
             while True:
@@ -92,9 +92,9 @@ def _fill(path: Path) -> None:
             pass
 
 
-def test_a_full_state_disk_is_told_from_the_first_moment(tmp_path: Path) -> None:
+def test_all_with_a_full_state_disk_fails_at_once(tmp_path: Path) -> None:
     with small_disk(tmp_path / "node/var/lib/sparkinstall", "16k") as home:
-        _fill(home / "filler")
+        fill(home / "filler")
         run = Rehearsal(tmp_path / "node", (*SETTINGS, "--ignore", "disk")).all("--json")
         answer = envelope(run)
         assert (answer["exit_code"], answer["errors"][0]["code"]) == (1, "storage"), said(run)
@@ -102,7 +102,7 @@ def test_a_full_state_disk_is_told_from_the_first_moment(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("place", ["opt", "var/lib", ""])
-def test_a_read_only_place_is_told_and_nothing_is_lost(tmp_path: Path, place: str) -> None:
+def test_all_with_a_read_only_folder_fails_and_loses_nothing(tmp_path: Path, place: str) -> None:
     root = tmp_path / "node"
     furnish(root)
     (root / "var/lib").mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_a_read_only_place_is_told_and_nothing_is_lost(tmp_path: Path, place: st
 
 
 @pytest.mark.parametrize("name", ["", "node"], ids=["the root", "the folder around it"])
-def test_a_folder_that_is_not_ours_to_write_to_is_named(tmp_path: Path, name: str) -> None:
+def test_all_without_write_permission_names_the_folder(tmp_path: Path, name: str) -> None:
     need_root()
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
@@ -139,27 +139,27 @@ CONTENT = bytes(range(256)) * 4096
 
 
 def same(got: Path) -> bool:
-    """Whether a file is the whole content; pytest would compare a megabyte byte by byte to show a difference."""
+    """Whether a file has the whole content. A plain assert would let pytest compare a megabyte byte by byte."""
     return got.read_bytes() == CONTENT
 
 
-def test_a_cut_download_is_gone_on_with(tmp_path: Path) -> None:
-    told: list[tuple[int, int]] = []
+def test_fetch_after_a_cut_resumes(tmp_path: Path) -> None:
+    progress: list[tuple[int, int]] = []
     with served(CutServer(CONTENT, cut=400_000)) as server:
         for _ in range(2):
             with pytest.raises(CommandFailed) as cut:
-                fetch(server.url, tmp_path / "file", lambda *amount: told.append(amount))
+                fetch(server.url, tmp_path / "file", lambda *amount: progress.append(amount))
             assert "the download resumes where it stopped" in cut.value.hint
             assert not (tmp_path / "file").exists()
-        got = fetch(server.url, tmp_path / "file", lambda *amount: told.append(amount))
+        got = fetch(server.url, tmp_path / "file", lambda *amount: progress.append(amount))
         assert same(got)
         starts = [int(each.strip("bytes=-")) if each else 0 for each in server.asked]
-        assert starts[0] == 0 < starts[1] < starts[2], "what had arrived is not asked for again"
-        assert told[-1] == (len(CONTENT), len(CONTENT))
+        assert starts[0] == 0 < starts[1] < starts[2], "what has arrived is not requested again"
+        assert progress[-1] == (len(CONTENT), len(CONTENT))
         assert fetch(server.url, tmp_path / "file", lambda *_: None) == got and len(server.asked) == 3
 
 
-def test_a_server_without_ranges_is_asked_for_all_of_it_again(tmp_path: Path) -> None:
+def test_fetch_from_a_server_without_ranges_starts_again(tmp_path: Path) -> None:
     with served(CutServer(CONTENT, cut=400_000, ranges=False)) as server:
         with pytest.raises(CommandFailed):
             fetch(server.url, tmp_path / "file", lambda *_: None)
@@ -167,13 +167,13 @@ def test_a_server_without_ranges_is_asked_for_all_of_it_again(tmp_path: Path) ->
         assert same(fetch(server.url, tmp_path / "file", lambda *_: None))
 
 
-def test_a_download_that_was_killed_after_its_last_byte_is_whole(tmp_path: Path) -> None:
+def test_fetch_of_a_complete_part_succeeds(tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(CONTENT)
     with served(CutServer(CONTENT)) as server:
         assert same(fetch(server.url, tmp_path / "file", lambda *_: None))
 
 
-def test_a_part_that_is_longer_than_the_file_is_thrown_away(tmp_path: Path) -> None:
+def test_fetch_with_a_part_longer_than_the_file_discards_it(tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(CONTENT + b"more")
     with served(CutServer(CONTENT)) as server:
         with pytest.raises(CommandFailed):
@@ -181,7 +181,7 @@ def test_a_part_that_is_longer_than_the_file_is_thrown_away(tmp_path: Path) -> N
         assert same(fetch(server.url, tmp_path / "file", lambda *_: None))
 
 
-def test_another_part_than_was_asked_for_is_not_put_together_with_ours(tmp_path: Path) -> None:
+def test_fetch_with_a_wrong_range_in_the_answer_fails(tmp_path: Path) -> None:
     with served(CutServer(CONTENT, cut=400_000)) as server:
         with pytest.raises(CommandFailed):
             fetch(server.url, tmp_path / "file", lambda *_: None)
@@ -191,7 +191,7 @@ def test_another_part_than_was_asked_for_is_not_put_together_with_ours(tmp_path:
         assert CONTENT.startswith((tmp_path / "file.part").read_bytes())
 
 
-def test_a_download_to_a_full_disk_is_told(tmp_path: Path) -> None:
+def test_fetch_to_a_full_disk_fails(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "128k") as disk, served(CutServer(CONTENT)) as server:
         with pytest.raises(Storage, match="the disk is full"):
             fetch(server.url, disk / "file", lambda *_: None)
@@ -202,7 +202,7 @@ def test_a_download_to_a_full_disk_is_told(tmp_path: Path) -> None:
 # --- hashes
 
 
-def test_a_wheel_with_another_hash_than_the_locks_is_not_installed(tmp_path: Path) -> None:
+def test_all_with_a_wrong_wheel_hash_installs_nothing(tmp_path: Path) -> None:
     stack = tiny_stack(tmp_path / "stack", hash_is_right=False)
     node = Rehearsal(tmp_path / "around/node", (*SETTINGS, "--stack", str(stack)))
     node.root.parent.mkdir()
@@ -214,7 +214,7 @@ def test_a_wheel_with_another_hash_than_the_locks_is_not_installed(tmp_path: Pat
     assert list(node.root.parent.iterdir()) == []
 
 
-def test_nccls_tarball_with_another_hash_is_not_unpacked_and_not_kept(tmp_path: Path) -> None:
+def test_nccl_source_with_a_wrong_hash_is_not_kept(tmp_path: Path) -> None:
     state = StateFolder(LocalSystem(str(tmp_path / "node")))
     with served(CutServer(CONTENT)) as server, state.hold("all", silent) as run:
         on = JournaledSystem(state.system, state.journal(run), "nccl", state.logs(run) / "nccl.log", silent)
@@ -227,13 +227,13 @@ def test_nccls_tarball_with_another_hash_is_not_unpacked_and_not_kept(tmp_path: 
         assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix == ".tar"]
 
 
-# --- interrupted
+# --- interrupts
 
 SLEEPY = "tests.support.sleepy_run"
 
 
 @pytest.mark.parametrize(("sig", "stubborn"), [("INT", ""), ("TERM", ""), ("INT", "stubborn")])
-def test_interrupted_it_ends_with_130_and_leaves_no_program_running(tmp_path: Path, sig: str, stubborn: str) -> None:
+def test_all_interrupted_ends_with_130_and_all_its_programs(tmp_path: Path, sig: str, stubborn: str) -> None:
     node, pids = Rehearsal(tmp_path / "node", ()), tmp_path / "pids"
     run = node.start("all", through=SLEEPY, SLEEPY_PIDS=str(pids), SLEEPY_HOW=stubborn)
     while not pids.exists() or pids.read_text().count("\n") < 2:
@@ -246,21 +246,21 @@ def test_interrupted_it_ends_with_130_and_leaves_no_program_running(tmp_path: Pa
     assert "Traceback" not in text and "run the same command again" in text, text
     assert time.monotonic() - began < 8
     for pid in pids.read_text().split():
-        assert not _lives(int(pid)), text
-    assert pids.read_text().count("\n") == 2, "no program began after the interrupt"
-    assert "/later" not in (node.journal.read_text()), "and nothing was touched after it"
+        assert not is_alive(int(pid)), text
+    assert pids.read_text().count("\n") == 2, "no program is started after the interrupt"
+    assert "/later" not in (node.journal.read_text()), "nothing is changed after the interrupt"
     assert node.uninstall().returncode == 0
     assert not node.root.exists()
 
 
-def _lives(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_after_ctrl_c_a_bare_command_goes_on_with_what_was_asked_for(tmp_path: Path) -> None:
+def test_options_after_an_interrupt_are_used_by_a_plain_command(tmp_path: Path) -> None:
     node, pids = Rehearsal(tmp_path / "node", ("--stack", "0.22.1", "--platform", "aarch64")), tmp_path / "pids"
     run = node.start(through=SLEEPY, SLEEPY_PIDS=str(pids))
     while not pids.exists() or pids.read_text().count("\n") < 2:
@@ -276,7 +276,7 @@ def test_after_ctrl_c_a_bare_command_goes_on_with_what_was_asked_for(tmp_path: P
     assert not node.root.exists()
 
 
-def test_a_killed_run_is_gone_on_with_by_a_bare_command(tmp_path: Path) -> None:
+def test_options_after_a_killed_run_are_stored(tmp_path: Path) -> None:
     node, stack = Rehearsal(tmp_path / "node", ()), tiny_stack(tmp_path / "stack")
     killed = node.all("--stack", str(stack), through=DYING, DYING_AT="before:5", **no_index(stack))
     assert killed.returncode == -signal.SIGKILL, said(killed)
@@ -293,14 +293,14 @@ def test_a_killed_run_is_gone_on_with_by_a_bare_command(tmp_path: Path) -> None:
         (("all", "--stack", "0.22.1", "--ignore", "nonsense"), 2),
     ],
 )
-def test_a_run_that_does_not_begin_is_not_remembered(tmp_path: Path, asked: tuple[str, ...], code: int) -> None:
+def test_options_of_a_run_that_does_not_start_are_not_stored(tmp_path: Path, asked: tuple[str, ...], code: int) -> None:
     root = begun(tmp_path / "node")
     run = in_this_process(*asked, "--root", root)
     assert run.returncode == code, said(run)
     assert StateFolder(LocalSystem(str(root))).options() == {}
 
 
-def test_a_run_that_preflight_stops_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_a_run_that_preflight_stops_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Probe("clock", "x", lambda _: failed("it is 1970", "set it"), "static")
     monkeypatch.setattr("sparkinstall.probes.preflight.preflight", lambda _: [bad])
     root = begun(tmp_path / "node")
@@ -308,7 +308,7 @@ def test_a_run_that_preflight_stops_is_not_remembered(tmp_path: Path, monkeypatc
     assert StateFolder(LocalSystem(str(root))).options() == {}
 
 
-def test_a_run_that_nobody_agreed_to_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_an_unconfirmed_run_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise BadUsage("there is no terminal to ask on")
 
@@ -318,10 +318,8 @@ def test_a_run_that_nobody_agreed_to_is_not_remembered(tmp_path: Path, monkeypat
     assert StateFolder(LocalSystem(str(root))).options() == {}
 
 
-def test_what_was_there_before_is_asked_for_again_after_an_ended_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nothing is to be done for it, and yet the ended run must be forgotten."""
+def test_options_of_a_run_without_changes_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The options are stored although the node is already up to date."""
     monkeypatch.setattr(catalogue, "STEPS", ())
     root = begun(tmp_path / "node")
     state = StateFolder(LocalSystem(str(root)))
@@ -335,7 +333,7 @@ def test_what_was_there_before_is_asked_for_again_after_an_ended_run(
 
 
 @pytest.mark.network
-def test_after_ctrl_c_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_all_repeated_after_an_interrupt_completes(tmp_path: Path) -> None:
     node = Rehearsal(tmp_path / "node")
     run = node.start()
     while not (node.root / "opt/sparkinstall/venv/pyvenv.cfg").exists():
@@ -351,11 +349,11 @@ def test_after_ctrl_c_the_same_command_goes_on(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-# --- two at once, and the clock
+# --- two runs at once, and the clock
 
 
 @pytest.mark.network
-def test_a_second_run_beside_the_first_is_told_who_is_at_work(tmp_path: Path) -> None:
+def test_second_run_during_the_first_is_refused_with_its_pid(tmp_path: Path) -> None:
     node = Rehearsal(tmp_path / "node")
     run = node.start(through=DYING, DYING_AT="stop:5")
     while not node.journal.exists() or node.journal.read_bytes().count(b"\n") < 5:
@@ -372,7 +370,7 @@ def test_a_second_run_beside_the_first_is_told_who_is_at_work(tmp_path: Path) ->
     shutil.rmtree(node.root)
 
 
-def test_an_uninstall_beside_a_run_shows_no_list_first(tmp_path: Path) -> None:
+def test_uninstall_during_a_run_is_refused_at_once(tmp_path: Path) -> None:
     root = tmp_path / "node"
     state = StateFolder(LocalSystem(str(root)))
     with state.hold("all", silent):
@@ -385,13 +383,13 @@ def test_an_uninstall_beside_a_run_shows_no_list_first(tmp_path: Path) -> None:
     assert run.returncode == 0 and "To undo" in run.stdout, said(run)
 
 
-def test_what_a_killed_run_left_in_its_lock_stops_no_uninstall(tmp_path: Path) -> None:
+def test_uninstall_with_the_lock_of_a_killed_run_succeeds(tmp_path: Path) -> None:
     root = begun(tmp_path / "node")
     (root / "var/lib/sparkinstall/lock").write_text('{"pid": 1, "verb": "all", "run": "killed-1"}')
     assert in_this_process("uninstall", "--root", root).returncode == 0
 
 
-def test_a_clock_that_is_years_off_is_told_before_anything_is_touched(tmp_path: Path) -> None:
+def test_all_with_a_wrong_clock_fails_in_preflight(tmp_path: Path) -> None:
     node = Rehearsal(tmp_path / "node")
     run = node.all("--json", through="tests.support.wrong_clock", CLOCK_SECONDS="86400")
     answer = envelope(run)
@@ -400,7 +398,7 @@ def test_a_clock_that_is_years_off_is_told_before_anything_is_touched(tmp_path: 
 
 
 @pytest.mark.network
-def test_a_clock_that_jumps_between_two_runs_changes_nothing(tmp_path: Path) -> None:
+def test_uninstall_after_a_clock_jump_removes_everything(tmp_path: Path) -> None:
     node = Rehearsal(tmp_path / "node", (*SETTINGS, "--ignore", "clock"))
     killed = node.all(through=DYING, DYING_AT="after:8")
     assert killed.returncode == -signal.SIGKILL

@@ -236,7 +236,7 @@ def test_without_the_parser_the_thinking_stands_in_the_answer(unparsed: Found) -
     assert stream["hint"].startswith("add `--reasoning-parser`, `NAME` to `serving.arguments`")
 
 
-def test_another_model_than_the_one_that_was_asked_for_is_a_failure(pair: Pair, unparsed: Found) -> None:
+def test_serving_of_another_model_fails(pair: Pair, unparsed: Found) -> None:
     del unparsed
     found = _probed(pair.head, "single")
     assert (found["verdict"], found["found"], found["expected"]) == ("fail", f"it serves {THINKER}", MODEL)
