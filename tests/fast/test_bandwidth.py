@@ -1,7 +1,7 @@
-"""What is made of figures: the verdicts against those of the field, and what the programs' own words say.
+"""Bandwidth and link probes: verdicts on published figures, and what the output of the programs means.
 
-What iperf3 says here it has really said, on a loopback. The rows of ib_write_bw have the form of
-github.com/linux-rdma/perftest/issues/234: there is no RDMA device here to ask.
+The output of iperf3 was recorded on a loopback. The rows of ib_write_bw have the form of
+github.com/linux-rdma/perftest/issues/234, since no RDMA device was available.
 """
 
 import json
@@ -26,7 +26,6 @@ from tests.support.sysfs import Sysfs, card, spark
 
 FIRST, SECOND = "enp1s0f0np0", "enP2p1s0f0np0"
 HCAS = ("rocep1s0f0", "roceP2p1s0f0")
-HEAD = {"cluster.role": "head"}
 
 
 @pytest.fixture(autouse=True)
@@ -81,23 +80,23 @@ def gathered(bus: float, network: str = "IB") -> Measured:
         (gathered(1.6, "Socket"), "fail", "a degraded card"),
     ],
 )
-def test_the_figures_of_the_field(measured: Measured, verdict: str, begins: str) -> None:
+def test_judged_published_figures_get_their_verdict(measured: Measured, verdict: str, begins: str) -> None:
     found = bandwidth.judged(measured)
     assert (found.verdict, found.found.startswith(begins)) == (verdict, True), found
     assert bool(found.hint) == (verdict != "pass")
 
 
-def test_sockets_that_were_asked_for_are_no_warning() -> None:
+def test_judged_chosen_sockets_are_no_warning() -> None:
     assert bandwidth.judged(gathered(3.5, "Socket"), "socket").verdict == "pass"
     assert bandwidth.judged(gathered(1.6, "Socket"), "socket").verdict == "fail"
     assert bandwidth.judged(gathered(23.7), "socket").verdict == "pass"
 
 
-def test_the_half_that_carries_less_is_named() -> None:
+def test_judged_slower_half_is_named() -> None:
     assert f"{SECOND} reaches a fraction" in bandwidth.judged(halves("tcp", 60.0, 2.0)).found
 
 
-def test_errors_that_grew_meanwhile_are_a_warning() -> None:
+def test_judged_errors_during_the_measurement_are_a_warning() -> None:
     clean = halves("rdma", 94.93, 94.92)
     found = bandwidth.judged(replace(clean, lost={"spark-2": {f"{FIRST} out_of_sequence": 12}}))
     assert found.verdict == "warn"
@@ -105,17 +104,15 @@ def test_errors_that_grew_meanwhile_are_a_warning() -> None:
 
 
 @given(st.sampled_from(bandwidth.KINDS), st.floats(0, 500), st.floats(0, 500), st.sampled_from(["IB", "Socket", ""]))
-def test_there_is_a_verdict_on_every_figure_and_more_is_never_worse(
-    kind: Kind, some: float, more: float, network: str
-) -> None:
-    low, high = sorted((some, more))
+def test_judged_higher_figure_never_has_a_worse_verdict(kind: Kind, one: float, other: float, network: str) -> None:
+    low, high = sorted((one, other))
     each = [gathered(gb / 8, network) if kind == "nccl" else halves(kind, gb / 2, gb / 2) for gb in (low, high)]
     order = ("fail", "warn", "pass")
-    first, second = (order.index(bandwidth.judged(one).verdict) for one in each)
+    first, second = (order.index(bandwidth.judged(measured).verdict) for measured in each)
     assert first <= second
 
 
-# --- what the programs say
+# --- the output of the programs
 
 IPERF = {
     "start": {"version": "iperf 3.18"},
@@ -151,27 +148,27 @@ vm:625:625 [0] NCCL INFO ENV/Plugin: Closing env plugin ncclEnvDefault
 """
 
 
-def test_what_iperf_says() -> None:
-    said = {FIRST: (json.dumps(IPERF), ""), SECOND: (json.dumps(IPERF), "")}
-    measured = bandwidth.understood("tcp", said)
+def test_understood_iperf_output_gives_the_rate_of_each_half() -> None:
+    output = {FIRST: (json.dumps(IPERF), ""), SECOND: (json.dumps(IPERF), "")}
+    measured = bandwidth.understood("tcp", output)
     assert measured.halves == {FIRST: pytest.approx(46.58, abs=0.01), SECOND: pytest.approx(46.58, abs=0.01)}
 
 
-def test_a_connection_that_is_refused_is_told_with_its_half() -> None:
-    said = {FIRST: (json.dumps(IPERF), ""), SECOND: (json.dumps(REFUSED), "")}
-    found = bandwidth.judged(bandwidth.understood("tcp", said))
+def test_understood_refused_connection_names_its_half() -> None:
+    output = {FIRST: (json.dumps(IPERF), ""), SECOND: (json.dumps(REFUSED), "")}
+    found = bandwidth.judged(bandwidth.understood("tcp", output))
     assert found.verdict == "fail"
     assert found.found.startswith(SECOND) and found.found.endswith("Connection refused")
 
 
-def test_what_ib_write_bw_says() -> None:
-    said = {HCAS[0]: (PERFTEST, ""), HCAS[1]: (PERFTEST, "")}
-    assert bandwidth.judged(bandwidth.understood("rdma", said)).verdict == "pass"
-    no_memory = {**said, HCAS[1]: ("", "Couldn't allocate MR\n failed to create mr\nFailed to create MR\n")}
+def test_understood_ib_write_bw_output_gives_rates_or_the_cause() -> None:
+    output = {HCAS[0]: (PERFTEST, ""), HCAS[1]: (PERFTEST, "")}
+    assert bandwidth.judged(bandwidth.understood("rdma", output)).verdict == "pass"
+    no_memory = {**output, HCAS[1]: ("", "Couldn't allocate MR\n failed to create mr\nFailed to create MR\n")}
     assert bandwidth.understood("rdma", no_memory).why == f"{HCAS[1]}: Failed to create MR"
 
 
-def test_what_nccl_says() -> None:
+def test_understood_nccl_output_gives_the_bandwidth_or_the_cause() -> None:
     measured = bandwidth.understood("nccl", {"nccl": (GATHERED, "")})
     assert (measured.network, measured.size) == ("Socket", 1 << 28)
     assert measured.bus == pytest.approx(3.71, abs=0.01)
@@ -182,13 +179,13 @@ def test_what_nccl_says() -> None:
 
 
 @given(st.text(), st.text())
-def test_no_words_are_a_crash(out: str, err: str) -> None:
+def test_understood_arbitrary_output_fails(out: str, err: str) -> None:
     for kind in bandwidth.KINDS:
-        said = {"nccl": (out, err)} if kind == "nccl" else {FIRST: (out, err), SECOND: (out, err)}
-        assert bandwidth.judged(bandwidth.understood(kind, said)).verdict == "fail"
+        output = {"nccl": (out, err)} if kind == "nccl" else {FIRST: (out, err), SECOND: (out, err)}
+        assert bandwidth.judged(bandwidth.understood(kind, output)).verdict == "fail"
 
 
-# --- how it is made safe
+# --- the limits of a measurement
 
 
 @pytest.mark.parametrize(
@@ -203,11 +200,11 @@ def test_no_words_are_a_crash(out: str, err: str) -> None:
         (0, 0),
     ],
 )
-def test_what_nccl_gathers_is_small_beside_what_is_free(available: int, wanted: int) -> None:
+def test_size_is_a_small_part_of_the_free_memory(available: int, wanted: int) -> None:
     assert bandwidth.size(available) == wanted
 
 
-def test_every_program_ends_by_itself_and_listens_at_the_link_alone(tmp_path: Path) -> None:
+def test_programs_have_a_time_limit_and_bind_to_the_link(tmp_path: Path) -> None:
     on, node = OnASpark(tree(tmp_path).root, {}), node_with()
     for kind in ("tcp", "rdma"):
         for number, program in enumerate(bandwidth.programs(node, on, kind, (29699, 29698))):
@@ -220,7 +217,7 @@ def test_every_program_ends_by_itself_and_listens_at_the_link_alone(tmp_path: Pa
     assert "192.168.100.10" in gathering.argv
 
 
-def test_the_asking_side_goes_to_the_same_half_of_the_other_node(tmp_path: Path) -> None:
+def test_programs_of_the_asking_side_connect_to_the_same_half(tmp_path: Path) -> None:
     on, node = OnASpark(tree(tmp_path).root, {}), node_with()
     first, second = bandwidth.programs(node, on, "rdma", (29699, 29698), "192.168.100.11")
     assert (first.over, first.argv[-1]) == (HCAS[0], "192.168.100.11")
@@ -232,7 +229,7 @@ def test_the_asking_side_goes_to_the_same_half_of_the_other_node(tmp_path: Path)
 
 @pytest.mark.parametrize("peer", ["", "192.168.100.11"])
 @pytest.mark.parametrize("kind", bandwidth.KINDS)
-def test_programs_of_a_measurement_are_on_the_list_of_read_only_commands(tmp_path: Path, kind: Kind, peer: str) -> None:
+def test_programs_are_on_the_list_of_read_only_commands(tmp_path: Path, kind: Kind, peer: str) -> None:
     on = OnASpark(tree(tmp_path).root, {})
     for program in bandwidth.programs(node_with(), on, kind, (29699, 29698), peer):
         assert read_only.allows(program.argv), program.argv
@@ -244,24 +241,24 @@ def test_programs_of_a_measurement_are_on_the_list_of_read_only_commands(tmp_pat
 def found_on(tmp_path: Path, name: str, programs: Mapping[str, str], **settings: object) -> tuple[str, str]:
     on, node = OnASpark(tmp_path, programs), node_with(**settings)
     chosen = checks.chosen(node, only=[name])
-    (looked,) = [each for each in checks.look(chosen.probes, on, lambda _: None) if each.probe.name == name]
-    return looked.finding.verdict, looked.finding.found
+    (result,) = [each for each in checks.look(chosen.probes, on, lambda _: None) if each.probe.name == name]
+    return result.finding.verdict, result.finding.found
 
 
-def test_a_node_alone_says_what_is_missing_and_then_that_it_takes_two(tmp_path: Path) -> None:
+def test_bandwidth_on_one_node_is_skipped_with_the_reason(tmp_path: Path) -> None:
     tree(tmp_path)
     assert found_on(tmp_path, "tcp-bandwidth", {}) == (
         "skip",
         "iperf3 is not installed: `sudo apt-get install iperf3`",
     )
-    verdict, said = found_on(tmp_path, "tcp-bandwidth", {"iperf3": ""})
+    verdict, found = found_on(tmp_path, "tcp-bandwidth", {"iperf3": ""})
     assert verdict == "skip"
-    assert "`sparkinstall cluster verify --level link --measure spark-1 spark-2`" in said
+    assert "`sparkinstall cluster verify --level link --measure spark-1 spark-2`" in found
     assert "apt-get install perftest" in found_on(tmp_path, "rdma-bandwidth", {})[1]
     assert "no GPU" in found_on(tmp_path, "nccl-bandwidth", {})[1]
 
 
-def test_an_own_address_that_is_missing_is_not_the_other_nodes_fault(tmp_path: Path) -> None:
+def test_peers_without_an_address_of_this_node_fails_for_this_node(tmp_path: Path) -> None:
     tree(tmp_path)
     first = {"ifname": FIRST, "addr_info": [{"family": "inet", "local": "192.168.100.10", "prefixlen": 24}]}
     pair = {"cluster__workers": ["192.168.100.11"]}
@@ -270,11 +267,11 @@ def test_an_own_address_that_is_missing_is_not_the_other_nodes_fault(tmp_path: P
     own = [{"family": "inet", "local": "192.168.101.10", "prefixlen": 24}]
     both = json.dumps([first, {"ifname": SECOND, "addr_info": own}])
     assert found_on(tmp_path, "peers", {"ip": both, "ping": ""}, **pair)[0] == "pass"
-    # `ip` that tells nothing accuses nobody.
+    # Where `ip` lists nothing, this node's addresses are not judged.
     assert "does not answer" in found_on(tmp_path, "peers", {"ip": "[]"}, **pair)[1]
 
 
-def test_only_who_asks_for_it_is_measured() -> None:
+def test_bandwidth_without_measure_is_not_chosen() -> None:
     names = {probe.name for probe in checks.chosen(node_with()).probes}
     assert not names & {"tcp-bandwidth", "rdma-bandwidth", "nccl-bandwidth"}
     assert {"link-health", "gids"} <= names
@@ -285,7 +282,7 @@ def test_only_who_asks_for_it_is_measured() -> None:
     }
 
 
-# --- what the link says without a load
+# --- the link without a load
 
 
 def counters(node: Sysfs, half: str, **counts: int) -> None:
@@ -304,90 +301,92 @@ def healthy(tmp_path: Path) -> Sysfs:
     return node
 
 
-def test_a_healthy_link(healthy: Sysfs) -> None:
-    verdict, said = found_on(healthy.root, "link-health", {})
-    assert (verdict, said) == ("pass", "PCIe x4 at 32 GT/s, firmware 28.45.4028, no errors since the boot")
+def test_link_health_of_a_healthy_link_passes(healthy: Sysfs) -> None:
+    verdict, found = found_on(healthy.root, "link-health", {})
+    assert (verdict, found) == ("pass", "PCIe x4 at 32 GT/s, firmware 28.45.4028, no errors since the boot")
     counters(healthy, FIRST, rx_crc_errors=7)
     assert "few errors since the boot (enp1s0f0np0 rx_crc_errors 7)" in found_on(healthy.root, "link-health", {})[1]
 
 
-def test_the_lanes_of_each_half_are_told(healthy: Sysfs) -> None:
+def test_link_health_names_the_lanes_of_each_half(healthy: Sysfs) -> None:
     card(healthy, SECOND, lanes="2", rate="16.0 GT/s PCIe")
     assert found_on(healthy.root, "link-health", {})[1].startswith("PCIe x2 at 16 GT/s, PCIe x4 at 32 GT/s, ")
 
 
-def test_half_duplex(healthy: Sysfs) -> None:
+def test_link_health_half_duplex_is_a_warning(healthy: Sysfs) -> None:
     (healthy.root / "sys/class/net" / SECOND / "duplex").write_text("half\n")
     assert found_on(healthy.root, "link-health", {}) == ("warn", f"{SECOND} runs half duplex")
 
 
-def test_many_errors_since_the_boot(healthy: Sysfs) -> None:
+def test_link_health_many_errors_since_the_boot_are_a_warning(healthy: Sysfs) -> None:
     counters(healthy, FIRST, rx_crc_errors=101)
-    verdict, said = found_on(healthy.root, "link-health", {})
-    assert verdict == "warn" and "rx_crc_errors 101: frames arrive damaged" in said
+    verdict, found = found_on(healthy.root, "link-health", {})
+    assert verdict == "warn" and "rx_crc_errors 101: frames arrive damaged" in found
     counters(healthy, FIRST, rx_packets=1_000_000_000)
     assert found_on(healthy.root, "link-health", {})[0] == "pass"
 
 
-def test_errors_that_grow_while_it_is_looked(healthy: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_link_health_growing_errors_are_a_warning(healthy: Sysfs, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = healthy.root / f"sys/class/infiniband/{HCAS[1]}/ports/1/hw_counters"
     folder.mkdir()
     (folder / "out_of_sequence").write_text("5\n")
     now = folder / "out_of_sequence"
     monkeypatch.setattr("sparkinstall.probes.link.time.sleep", lambda _: now.write_text("9\n"))
-    verdict, said = found_on(healthy.root, "link-health", {})
+    verdict, found = found_on(healthy.root, "link-health", {})
     assert verdict == "warn"
-    assert said == f"growing within a second: {SECOND} out_of_sequence 4: RDMA packets to this node are lost on the way"
+    assert found == (
+        f"growing within a second: {SECOND} out_of_sequence 4: RDMA packets to this node are lost on the way"
+    )
 
 
-def test_halves_with_different_firmware(healthy: Sysfs) -> None:
+def test_link_health_different_firmware_is_a_warning(healthy: Sysfs) -> None:
     card(healthy, SECOND, version="28.40.1000")
-    verdict, said = found_on(healthy.root, "link-health", {})
-    assert verdict == "warn" and "different firmware" in said
+    verdict, found = found_on(healthy.root, "link-health", {})
+    assert verdict == "warn" and "different firmware" in found
 
 
-def test_firmware_and_fec_as_ethtool_tells_them(tmp_path: Path) -> None:
-    said = "driver: mlx5_core\nfirmware-version: 28.45.4028 (NVD0000000087)\nActive FEC encoding: RS\n"
+def test_link_health_reads_firmware_and_fec_from_ethtool(tmp_path: Path) -> None:
+    output = "driver: mlx5_core\nfirmware-version: 28.45.4028 (NVD0000000087)\nActive FEC encoding: RS\n"
     node = tree(tmp_path)
     counters(node, FIRST, rx_packets=1)
-    verdict, found = found_on(tmp_path, "link-health", {"ethtool": said})
+    verdict, found = found_on(tmp_path, "link-health", {"ethtool": output})
     assert (verdict, found) == ("pass", "FEC RS, firmware 28.45.4028 (NVD0000000087), no errors since the boot")
 
 
 # --- GIDs
 
 
-def decided(node: Sysfs, transport: str) -> None:
+def decide(node: Sysfs, transport: str) -> None:
     (node.root / "opt/sparkinstall").mkdir(parents=True, exist_ok=True)
     (node.root / "opt/sparkinstall/transport.json").write_text(json.dumps({"transport": transport}))
 
 
-def test_each_half_has_its_gid(tmp_path: Path) -> None:
+def test_gids_of_both_halves_pass(tmp_path: Path) -> None:
     node = tree(tmp_path)
     assert found_on(tmp_path, "gids", {})[0] == "skip"
-    decided(node, "roce")
+    decide(node, "roce")
     assert found_on(tmp_path, "gids", {}) == (
         "pass",
         f"{HCAS[0]} index 3: 192.168.100.10, {HCAS[1]} index 3: 192.168.101.10",
     )
 
 
-def test_a_gid_of_another_address_is_a_failure(tmp_path: Path) -> None:
+def test_gids_of_another_address_fail(tmp_path: Path) -> None:
     node = tree(tmp_path)
-    decided(node, "roce")
+    decide(node, "roce")
     found = found_on(tmp_path, "gids", {}, cluster__head="192.168.100.20", cluster__workers=["192.168.100.21"])
     assert found == ("fail", f"{HCAS[0]} has no RoCE v2 GID for 192.168.100.20")
     (tmp_path / f"sys/class/infiniband/{HCAS[1]}/ports/1/state").write_text("1: DOWN\n")
     assert found_on(tmp_path, "gids", {})[0] == "fail"
 
 
-def test_sockets_need_no_gid(tmp_path: Path) -> None:
-    decided(tree(tmp_path), "socket")
+def test_gids_with_sockets_pass(tmp_path: Path) -> None:
+    decide(tree(tmp_path), "socket")
     assert found_on(tmp_path, "gids", {})[0] == "pass"
 
 
-def test_nccl_is_asked_in_the_environment_of_the_env_file(tmp_path: Path) -> None:
-    """As far as a machine without a GPU can go: what is sourced, and that the side that answers listens first."""
+def test_nccl_program_sources_the_env_file_and_listens(tmp_path: Path) -> None:
+    """What a machine without a GPU can show: the env file is sourced, and the answering side listens first."""
     tools, env = tmp_path / "bin", tmp_path / "opt/sparkinstall/env/multi-node-head.env"
     tools.mkdir()
     env.parent.mkdir(parents=True)
@@ -398,5 +397,5 @@ def test_nccl_is_asked_in_the_environment_of_the_env_file(tmp_path: Path) -> Non
         port = free.getsockname()[1]
     (program,) = bandwidth.programs(node_with(), Machine(str(tmp_path)), "nccl", (port,))
     argv = ["127.0.0.1" if word == "192.168.100.10" else word for word in program.argv]
-    said = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
-    assert f"0100007F:{port:04X} 00000000:0000 0A" in said.stderr, said.stderr
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    assert f"0100007F:{port:04X} 00000000:0000 0A" in run.stderr, run.stderr

@@ -1,4 +1,4 @@
-"""Binaries are real here: libraries by gcc, GPU code by nvcc, and cuobjdump for a second opinion."""
+"""elf.py reads real binaries: libraries from gcc, GPU code from nvcc, compared with the output of cuobjdump."""
 
 from __future__ import annotations
 
@@ -74,44 +74,44 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class TestLinking:
-    def test_the_build_id_is_the_linkers(self, made: Path) -> None:
+    def test_build_id_is_the_one_given_to_the_linker(self, made: Path) -> None:
         assert build_id(made) == BUILD_ID
 
-    def test_a_library_without_a_build_id_has_none(self, tmp_path: Path) -> None:
+    def test_build_id_absent_is_none(self, tmp_path: Path) -> None:
         assert build_id(compiled(tmp_path, "-Wl,--build-id=none")) is None
 
-    def test_needed_libraries_come_in_order(self, made: Path) -> None:
+    def test_needed_is_in_the_order_of_the_file(self, made: Path) -> None:
         assert needed(made) == ("libm.so.6", "libgcc_s.so.1", "libc.so.6")
 
-    def test_an_rpath_is_split_and_stays_unexpanded(self, made: Path) -> None:
+    def test_rpath_is_split_and_not_expanded(self, made: Path) -> None:
         assert rpath(made) == ("$ORIGIN/../nccl", "/opt/two")
         assert runpath(made) == ()
 
-    def test_a_runpath_is_not_an_rpath(self, tmp_path: Path) -> None:
+    def test_runpath_is_no_rpath(self, tmp_path: Path) -> None:
         library = compiled(tmp_path, "-Wl,--enable-new-dtags", "-Wl,-rpath,/opt/one")
         assert (rpath(library), runpath(library)) == ((), ("/opt/one",))
 
-    def test_the_machine_is_this_one(self, made: Path) -> None:
+    def test_machine_of_a_local_library_is_this_one(self, made: Path) -> None:
         assert machine(made) == this_machine()
 
 
 class TestSymbols:
-    def test_undefined_are_those_that_must_be_there_to_load(self, made: Path) -> None:
+    def test_undefined_symbols_are_those_required_to_load(self, made: Path) -> None:
         assert undefined_symbols(made, "nccl") == {"ncclNeeded"}
         assert "otherNeeded" in undefined_symbols(made, "")
 
-    def test_defined_are_those_that_others_can_use(self, made: Path) -> None:
+    def test_defined_symbols_are_those_other_libraries_can_use(self, made: Path) -> None:
         offered = {"ncclOffer", "ncclOffered", "ncclProtected", "ncclReplaceable"}
         assert defined_symbols(made, "nccl") == offered
         assert "otherOffer" in defined_symbols(made, "")
 
-    def test_a_symbols_version_is_no_part_of_its_name(self, tmp_path: Path) -> None:
+    def test_defined_symbols_have_no_version_in_the_name(self, tmp_path: Path) -> None:
         versions = tmp_path / "made.map"
         versions.write_text("MADE_1 { global: ncclOffer; local: *; };")
         library = compiled(tmp_path, f"-Wl,--version-script={versions}")
         assert defined_symbols(library, "nccl") == {"ncclOffer"}
 
-    def test_a_stripped_library_keeps_its_symbols(self, made: Path, tmp_path: Path) -> None:
+    def test_defined_symbols_of_a_stripped_library_are_the_same(self, made: Path, tmp_path: Path) -> None:
         run("strip", "-o", str(tmp_path / "stripped.so"), str(made))
         assert defined_symbols(tmp_path / "stripped.so", "nccl") == defined_symbols(made, "nccl")
 
@@ -151,44 +151,39 @@ def with_gpu_code(folder: Path, compression: str, architectures: tuple[str, ...]
     return library
 
 
-def as_cuobjdump_says(library: Path) -> Counter[GpuCode]:
-    said = run(str(toolkit() / "bin" / "cuobjdump"), str(library))
-    pieces = re.findall(r"^Fatbin (elf|ptx) code:\n=+\narch = sm_(\w+)$", said, re.MULTILINE)
+def listed_by_cuobjdump(library: Path) -> Counter[GpuCode]:
+    listing = run(str(toolkit() / "bin" / "cuobjdump"), str(library))
+    pieces = re.findall(r"^Fatbin (elf|ptx) code:\n=+\narch = sm_(\w+)$", listing, re.MULTILINE)
     return Counter(GpuCode("cubin", f"sm_{a}") if k == "elf" else GpuCode("ptx", f"compute_{a}") for k, a in pieces)
 
 
 @pytest.mark.network
 class TestGpuCode:
-    def test_every_architecture_is_told_apart(self, tmp_path: Path) -> None:
+    def test_gpu_code_distinguishes_every_architecture(self, tmp_path: Path) -> None:
         library = with_gpu_code(tmp_path, "zstd", ONE_LIBRARY)
         assert sorted(code.arch for code in gpu_code(library)) == sorted(ONE_LIBRARY)
-        assert Counter(gpu_code(library)) == as_cuobjdump_says(library)
+        assert Counter(gpu_code(library)) == listed_by_cuobjdump(library)
 
     @pytest.mark.parametrize("compression", COMPRESSIONS)
-    def test_the_compression_does_not_matter(self, compression: str, tmp_path: Path) -> None:
+    def test_gpu_code_is_the_same_in_every_compression(self, compression: str, tmp_path: Path) -> None:
         library = with_gpu_code(tmp_path, compression, A_SPARKS)
         assert [code.arch for code in gpu_code(library)] == list(A_SPARKS)
-        assert Counter(gpu_code(library)) == as_cuobjdump_says(library)
+        assert Counter(gpu_code(library)) == listed_by_cuobjdump(library)
 
-    def test_the_kind_goes_with_the_architecture(self, gpu_library: Path) -> None:
+    def test_gpu_code_has_the_kind_of_each_architecture(self, gpu_library: Path) -> None:
         kinds = [code.kind for code in gpu_code(gpu_library)]
         assert kinds == ["cubin", "cubin", "ptx"]
 
-    def test_a_cubin_itself_says_the_same(self, tmp_path: Path) -> None:
-        # The compiler's own note inside the cubin, readable because nothing is compressed.
-        code = with_gpu_code(tmp_path, "none", ("sm_120f", "sm_121")).read_bytes()
-        assert set(re.findall(rb"-arch (sm_\w+)", code)) == {b"sm_120f", b"sm_121"}
-
-    def test_code_for_a_later_link_is_not_counted(self, tmp_path: Path) -> None:
+    def test_gpu_code_for_a_later_link_is_not_counted(self, tmp_path: Path) -> None:
         source, library = tmp_path / "later.cu", tmp_path / "liblater.so"
         source.write_text(KERNEL)
         options = ["-gencode=arch=compute_121,code=sm_121", "-rdc=true", "-Xcompiler", "-fPIC", "-shared"]
         nvcc = str(toolkit() / "bin" / "nvcc")
         run(nvcc, *options, "-cudart", "shared", str(source), "-o", str(library))
         assert b"__nv_relfatbin" in library.read_bytes()
-        assert Counter(gpu_code(library)) == as_cuobjdump_says(library) == {GpuCode("cubin", "sm_121"): 1}
+        assert Counter(gpu_code(library)) == listed_by_cuobjdump(library) == {GpuCode("cubin", "sm_121"): 1}
 
-    def test_the_wheel_of_a_spark_has_family_code(self, tmp_path: Path) -> None:
+    def test_gpu_code_of_the_aarch64_wheel_has_family_code(self, tmp_path: Path) -> None:
         library = tmp_path / "_C.so"
         library.write_bytes(wheel_member("0.22.1", "vllm/_C_stable_libtorch.abi3.so"))
         assert machine(library) == "aarch64"
@@ -198,28 +193,28 @@ class TestGpuCode:
 
 
 class TestNotALibrary:
-    def test_a_library_without_gpu_code_has_none(self, made: Path) -> None:
+    def test_gpu_code_absent_is_empty(self, made: Path) -> None:
         assert gpu_code(made) == ()
 
     @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"#!/bin/sh\n" * 20, b"\0" * 4096])
-    def test_other_files_are_told_by_name(self, content: bytes, tmp_path: Path) -> None:
+    def test_file_that_is_no_library_is_named(self, content: bytes, tmp_path: Path) -> None:
         path = tmp_path / "libnccl.so.2"
         path.write_bytes(content)
         for ask in QUESTIONS:
             with pytest.raises(NotALibrary, match=r"libnccl\.so\.2"):
                 ask(path)
 
-    def test_an_object_file_is_no_library(self, made: Path, tmp_path: Path) -> None:
+    def test_object_file_is_no_library(self, made: Path, tmp_path: Path) -> None:
         run("gcc", "-c", str(made.with_name("made.c")), "-o", str(tmp_path / "made.o"))
         with pytest.raises(NotALibrary, match="shared library"):
             machine(tmp_path / "made.o")
 
-    def test_a_missing_file_is_the_systems_error(self, tmp_path: Path) -> None:
+    def test_missing_file_raises_file_not_found(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
             build_id(tmp_path / "absent.so")
 
-    def test_every_cut_is_noticed(self, made: Path, tmp_path: Path) -> None:
-        # The section table stands last: whatever is cut off, it is hit.
+    def test_truncated_library_is_no_library(self, made: Path, tmp_path: Path) -> None:
+        # The section table is the last part of the file: any cut damages it.
         whole, cut = made.read_bytes(), tmp_path / "cut.so"
         for size in range(0, len(whole), 97):
             cut.write_bytes(whole[:size])
@@ -235,7 +230,7 @@ def ask_everything(path: Path) -> None:
             pass
 
 
-# A flipped byte mostly hits code; sizes and offsets break more when whole words turn extreme.
+# A flipped byte mostly hits code: whole words of extreme values damage sizes and offsets.
 DAMAGE = st.lists(
     st.tuples(
         st.floats(0, 1, exclude_max=True),
@@ -268,7 +263,7 @@ def regions_that_are_read(library: Path) -> list[tuple[int, int]]:
 class TestDamage:
     @given(damage=DAMAGE)
     @settings(max_examples=400, deadline=None)
-    def test_damage_is_a_wrong_answer_or_not_a_library(
+    def test_damaged_library_causes_no_crash(
         self, damage: list[tuple[float, bytes]], made: Path, scratch: Path
     ) -> None:
         scratch.write_bytes(damaged(made.read_bytes(), regions_of(made), damage))
@@ -277,13 +272,15 @@ class TestDamage:
     @pytest.mark.network
     @given(damage=DAMAGE)
     @settings(max_examples=400, deadline=None)
-    def test_damaged_gpu_code_too(self, damage: list[tuple[float, bytes]], gpu_library: Path, scratch: Path) -> None:
+    def test_damaged_gpu_code_causes_no_crash(
+        self, damage: list[tuple[float, bytes]], gpu_library: Path, scratch: Path
+    ) -> None:
         scratch.write_bytes(damaged(gpu_library.read_bytes(), regions_of(gpu_library), damage))
         ask_everything(scratch)
 
     @given(garbage=st.binary(max_size=300))
     @settings(max_examples=200, deadline=None)
-    def test_garbage_behind_a_good_header(self, garbage: bytes, made: Path, scratch: Path) -> None:
+    def test_garbage_after_a_header_causes_no_crash(self, garbage: bytes, made: Path, scratch: Path) -> None:
         scratch.write_bytes(made.read_bytes()[:64] + garbage)
         ask_everything(scratch)
 

@@ -129,10 +129,10 @@ def test_request_goes_through_stdin(far: FarNodes) -> None:
 
 def _carried(far: FarNodes, host: str, setting: str) -> Path:
     """The file on the node that this setting names in every request."""
-    told: set[str] = {
+    words: set[str] = {
         word for call in far.calls if call["host"] == host for word in call["argv"] if word.startswith(setting)
     }
-    (only,) = told
+    (only,) = words
     place = only.partition("=")[2]
     assert place.startswith("~/")
     return far.lab / host / place.removeprefix("~/")
@@ -153,7 +153,7 @@ def test_upload_custom_stack_goes_to_every_node_once(far: FarNodes) -> None:
 
 
 def test_upload_changed_stack_keeps_the_place_of_the_tarball(far: FarNodes) -> None:
-    """By its path NCCL's source is known again: another one would be another build."""
+    """The path is part of NCCL's recipe: another path would be another build."""
     mine = tiny_stack(far.lab / "mine")
     (far.lab / "nccl.tar.gz").write_bytes(b"its content")
     words = ("plan", "spark-1", "--stack", "mine/tiny.yaml", "--set", "nccl.source=./nccl.tar.gz")
@@ -320,9 +320,9 @@ def test_failed_check_on_one_node_stops_all(far: FarNodes) -> None:
 
 
 def test_missing_sudo_password_is_reported_once(far: FarNodes) -> None:
-    """Where it is missing, the firewall cannot be looked at either: the same trouble is not told twice."""
+    """Without it the firewall cannot be read either: the same cause is not reported twice."""
     sudo = {"name": "sudo", "verdict": "fail", "found": "sudo asks", "hint": "x", "title": "", "seconds": 0}
-    unseen = {**step("firewall", "failed"), "error": {**problem("cannot be looked at"), "code": NeedsRoot.code}}
+    unseen = {**step("firewall", "failed"), "error": {**problem("cannot be read"), "code": NeedsRoot.code}}
     far.answer("spark-2", look=look(preflight=[sudo], steps=[step("packages"), unseen]))
     code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
@@ -399,9 +399,9 @@ def test_plan_changes_nothing(far: FarNodes) -> None:
 def test_uninstall_starts_with_the_workers_and_installs_nothing(far: FarNodes) -> None:
     far.add("bare")
     (far.lab / "bare/.local/share/sparkinstall/tool/made-from").unlink()
-    back: list[Any] = [0, {"changes": []}, []]
+    reply: list[Any] = [0, {"changes": []}, []]
     for host in ("spark-1", "spark-2"):
-        far.answer(host, uninstall=back)
+        far.answer(host, uninstall=reply)
     assert far.cluster("uninstall", "spark-1", "spark-2", "bare")[0] == 2
     code, said, _ = far.cluster("uninstall", "spark-1", "spark-2", "bare", "--yes")
     assert [call["host"] for call in far.calls] == ["spark-2", "spark-1"]
@@ -427,9 +427,9 @@ def test_uninstall_starts_with_the_workers_and_installs_nothing(far: FarNodes) -
     ],
 )  # fmt: skip
 def test_ssh_failure_becomes_an_error_with_a_hint(said: str, words: str) -> None:
-    told = explained("me@a", said)
-    assert words in told.message
-    assert told.hint
+    error = explained("me@a", said)
+    assert words in error.message
+    assert error.hint
 
 
 def test_ssh_changed_host_key_is_explained_and_checking_stays_on() -> None:
@@ -437,10 +437,10 @@ def test_ssh_changed_host_key_is_explained_and_checking_stays_on() -> None:
         "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n"
         "Offending ED25519 key in /home/me/.ssh/known_hosts:7\nHost key verification failed."
     )
-    told = explained("me@spark-1", said)
-    assert "known_hosts:7" in told.cause
-    assert "ssh-keygen -R spark-1" in told.hint
-    assert "StrictHostKeyChecking" not in told.hint
+    error = explained("me@spark-1", said)
+    assert "known_hosts:7" in error.cause
+    assert "ssh-keygen -R spark-1" in error.hint
+    assert "StrictHostKeyChecking" not in error.hint
 
 
 # --- installation on a node
@@ -502,9 +502,9 @@ def test_agent_ends_itself_when_the_terminal_is_gone(checkout: tuple[Path, str])
     pipe = subprocess.PIPE
     with subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, cwd=checkout[0]) as run:
         assert run.stdin is not None
-        # An address that nobody has: it is pinged for half a minute.
-        asked = {"argv": ["node", "reach", "192.0.2.254", "192.0.2.253", "--json"], "stdin": ""}
-        run.stdin.write(json.dumps(asked).encode() + b"\n")
+        # These addresses are not in use: they are pinged for half a minute.
+        request = {"argv": ["node", "reach", "192.0.2.254", "192.0.2.253", "--json"], "stdin": ""}
+        run.stdin.write(json.dumps(request).encode() + b"\n")
         run.stdin.flush()
         time.sleep(1.5)
         assert run.poll() is None

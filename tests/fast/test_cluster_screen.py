@@ -1,4 +1,4 @@
-"""What `cluster` shows on a terminal: a real pseudo-terminal, on which nodes that are folders are asked."""
+"""What `cluster` shows on a pseudo-terminal; the nodes are folders."""
 
 import re
 from pathlib import Path
@@ -37,9 +37,9 @@ def test_screen_shows_nodes_in_the_order_of_the_command_line(far: FarNodes, widt
 
 def test_screen_ignored_check_is_a_warning(far: FarNodes) -> None:
     far.answer("127.0.0.1", look=look(preflight=[DRIVER]))
-    told = "\n".join(on_a_terminal(far, ["plan", "127.0.0.1", "spark-2", "--ignore", "driver"])[1])
-    assert re.search(r"! +driver +127\.0\.0\.1 +no driver\n +→ ignored: --ignore driver", told), told
-    assert "✗" not in told
+    shown = "\n".join(on_a_terminal(far, ["plan", "127.0.0.1", "spark-2", "--ignore", "driver"])[1])
+    assert re.search(r"! +driver +127\.0\.0\.1 +no driver\n +→ ignored: --ignore driver", shown), shown
+    assert "✗" not in shown
     assert re.search(r"✗ +driver +127\.0\.0\.1 +no driver", "\n".join(on_a_terminal(far, ["plan", "127.0.0.1"])[1]))
 
 
@@ -54,9 +54,9 @@ def test_screen_unreachable_node_has_only_its_error(far: FarNodes, verb: str) ->
 
 
 def test_screen_counts_checks_on_the_nodes_that_replied(far: FarNodes) -> None:
-    told = "\n".join(on_a_terminal(far, ["plan", "127.0.0.1", "gone"])[1])
-    assert "1 of 1 checks passed on 1 of 2 nodes; the others gave no reply" in told
-    told = "\n".join(on_a_terminal(far, ["plan", "gone"])[1])
-    assert "no node gave a reply" in told
-    assert "single" in told
-    assert "…" not in told
+    shown = "\n".join(on_a_terminal(far, ["plan", "127.0.0.1", "gone"])[1])
+    assert "1 of 1 checks passed on 1 of 2 nodes; the others gave no reply" in shown
+    shown = "\n".join(on_a_terminal(far, ["plan", "gone"])[1])
+    assert "no node gave a reply" in shown
+    assert "single" in shown
+    assert "…" not in shown
