@@ -1,4 +1,4 @@
-"""`support-bundle`: all that helps and nothing personal, also and above all where things are broken."""
+"""`support-bundle`: what helps and nothing personal, also on a broken node."""
 
 import io
 import json
@@ -36,7 +36,7 @@ SECRETS = {
     "answer": "it's my private answer",
     "answer's tokens": "31337, 4242", "wpa": "teacher-17",
 }  # fmt: skip
-SAID = (
+LOG = (
     "Nov 21 16:35:46 {host} vllm[1]: \x1b[36m(EngineCore pid=1)\x1b[0m {user} at {lan}, {wan} and [{ipv6}]:80\n"
     "link/ether {mac} node_guid: {guid} GPU-{uuid} {mail} SSID: {wifi}\n"
     "Authorization: Bearer {token} api_key={short token} {hub token} /home/{user}/.cache SN: {serial}\n"
@@ -48,7 +48,7 @@ SAID = (
 )
 
 
-def fill(text: str) -> str:
+def filled(text: str) -> str:
     for name, secret in SECRETS.items():
         text = text.replace("{" + name + "}", secret)
     return text
@@ -56,7 +56,7 @@ def fill(text: str) -> str:
 
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
-    """A rehearsal full of what must not be shown, and of what is broken."""
+    """A rehearsal with secrets, personal data and broken files."""
     root = tmp_path / "node"
     source = "/home/{user}/nccl.tar.gz"
     settings = {"nccl.source": source, "nccl.sha256": "0" * 64, "nccl.version": "2.28.9"}
@@ -81,22 +81,22 @@ def node(tmp_path: Path) -> Path:
         "opt/sparkinstall/env/server.key": "-----BEGIN PRIVATE KEY-----\n{private key}\n-----END PRIVATE KEY-----\n",
         "opt/sparkinstall/ray-token": "{ray}\n",
         "opt/sparkinstall/fp8.json": '{"fallback": true, "why": "sm_120a only"}',
-        f"var/lib/sparkinstall/logs/{RUN}/environment.log": SAID,
+        f"var/lib/sparkinstall/logs/{RUN}/environment.log": LOG,
         f"var/lib/sparkinstall/logs/{RUN}/of-{{user}}.log": "{user} was here\n",
         "var/lib/sparkinstall/journal.jsonl": json.dumps(record) + "\n{damaged {user}\n",
         "var/lib/sparkinstall/options.json": json.dumps({"settings": settings}),
     }  # fmt: skip
     for name, text in files.items():
-        path = root / fill(name)
+        path = root / filled(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(fill(text))
+        path.write_text(filled(text))
     (root / "opt/sparkinstall/env/evil.env").symlink_to("../../../etc/shadow")
     os.mkfifo(root / f"var/lib/sparkinstall/logs/{RUN}/pipe.log")
     return root
 
 
-def opened(path: Path) -> dict[str, bytes]:
-    """Member -> content, after what must be so of every archive."""
+def members_of(path: Path) -> dict[str, bytes]:
+    """The members by name, after checks that every archive must pass."""
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with tarfile.open(path, "r:gz") as archive:
         members = archive.getmembers()
@@ -108,30 +108,30 @@ def opened(path: Path) -> dict[str, bytes]:
         return {name: file.read() for name, file in contents.items() if file}
 
 
-def made(root: Path, *options: str | Path) -> tuple[dict[str, bytes], dict[str, Any]]:
+def bundled(root: Path, *options: str | Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     path = root.parent / "out.tar.gz"
     run = in_this_process("support-bundle", "--root", root, "--level", "static", "--output", path, "--json", *options)
     assert run.returncode == GOOD, said(run)
     data = envelope(run)["data"]
-    contents = opened(path)
+    contents = members_of(path)
     assert data["path"] == str(path) and data["bytes"] == path.stat().st_size
     assert {each["name"]: each["bytes"] for each in data["members"]} == {k: len(v) for k, v in contents.items()}
     return contents, data
 
 
-# --- what is in it, and what is not
+# --- the members
 
 
-def test_no_secret_is_in_any_member_or_name(node: Path) -> None:
-    contents, data = made(node)
+def test_bundle_contains_no_secret(node: Path) -> None:
+    contents, data = bundled(node)
     for name, content in {**contents, "the answer": json.dumps(data["missing"]).encode()}.items():
         text = f"{name}\n{content.decode()}".lower()
         found = [kind for kind, secret in SECRETS.items() if secret.lower() in text]
         assert not found, f"{name}: {found}"
 
 
-def test_what_helps_is_in_it(node: Path) -> None:
-    contents, _ = made(node)
+def test_bundle_contains_logs_facts_and_results(node: Path) -> None:
+    contents, _ = bundled(node)
     assert set(contents) == {
         "README.txt", "decisions/fp8.json", "env/single-node.env", "facts.json", "journal.jsonl",
         f"logs/{RUN}/environment.log", f"logs/{RUN}/of-user-1.log", "netplan/40-cx7.yaml", "netplan/90-user-1.yaml",
@@ -141,7 +141,7 @@ def test_what_helps_is_in_it(node: Path) -> None:
     log = contents[f"logs/{RUN}/environment.log"].decode()
     assert "received 176 bytes instead of 172" in log and "\x1b" not in log
     assert "prompt: [hidden], params: SamplingParams(n=1)" in log
-    # A cut answer that tells of a failure is none.
+    # A cut answer that mentions a failure is no failure.
     diagnosed = contents["diagnose.json"].decode()
     assert "private" not in diagnosed and "cuda-out-of-memory" not in diagnosed
     assert "output: [hidden], output_token_ids: [hidden], finish_reason: stop" in log
@@ -158,14 +158,14 @@ def test_what_helps_is_in_it(node: Path) -> None:
     assert json.loads(contents["settings.json"])["prefix"] == {"value": "/opt/sparkinstall", "source": "default"}
 
 
-def test_one_thing_has_one_stand_in_in_all_members(node: Path) -> None:
-    contents, _ = made(node)
+def test_bundle_masks_a_value_alike_in_all_members(node: Path) -> None:
+    contents, _ = bundled(node)
     (own,) = {line.split("=")[1] for line in contents["env/single-node.env"].decode().splitlines() if "HOST_IP" in line}
     assert own.startswith("<ip-") and f"at {own}," in contents[f"logs/{RUN}/environment.log"].decode()
 
 
-def test_a_damaged_journal_is_in_it_as_it_is(node: Path) -> None:
-    contents, _ = made(node)
+def test_bundle_of_a_damaged_journal_contains_the_damaged_line(node: Path) -> None:
+    contents, _ = bundled(node)
     first, second = contents["journal.jsonl"].decode().splitlines()
     assert json.loads(first)["undo"]["before"]["of"].startswith("<host-")
     assert second.startswith("{damaged <user-")
@@ -173,95 +173,95 @@ def test_a_damaged_journal_is_in_it_as_it_is(node: Path) -> None:
     assert "journal.jsonl line 2 cannot be read" in page
 
 
-def test_its_own_page_names_every_member_and_what_is_missing(node: Path) -> None:
-    contents, _ = made(node)
+def test_bundle_readme_names_all_members(node: Path) -> None:
+    contents, _ = bundled(node)
     page = contents["README.txt"].decode()
     assert all(f"  {name} " in page for name in contents)
     assert "Nothing was sent anywhere." in page and "Masked: " in page
 
 
-def test_it_changes_nothing(node: Path) -> None:
+def test_bundle_changes_nothing(node: Path) -> None:
     (node / f"var/lib/sparkinstall/logs/{RUN}/pipe.log").unlink()
     before = tree(node, bool)
-    made(node)
+    bundled(node)
     assert tree(node, bool) == before
 
 
-# --- where it goes
+# --- the file
 
 
-def test_the_same_members_every_time(node: Path) -> None:
-    first, _ = made(node)
-    second, _ = made(node, "--yes")
+def test_bundle_repeated_has_the_same_members(node: Path) -> None:
+    first, _ = bundled(node)
+    second, _ = bundled(node, "--yes")
     assert list(first) == list(second)
 
 
-def test_an_archive_is_not_replaced_unasked(node: Path) -> None:
+def test_bundle_replaces_a_file_only_with_yes(node: Path) -> None:
     path = node.parent / "out.tar.gz"
-    path.write_text("somebody's own")
+    path.write_text("another user's file")
     run = in_this_process("support-bundle", "--root", node, "--level", "static", "--output", path)
     assert run.returncode == USAGE and f"{path} already exists" in said(run) and "--yes" in said(run)
-    assert path.read_text() == "somebody's own"
-    made(node, "--yes")
+    assert path.read_text() == "another user's file"
+    bundled(node, "--yes")
 
 
 @pytest.mark.parametrize("name", ["no/such/folder.tar.gz", "."])
-def test_a_place_where_it_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
+def test_bundle_with_an_impossible_path_is_refused(tmp_path: Path, name: str) -> None:
     run = in_this_process("support-bundle", "--root", tmp_path / "node", "--output", tmp_path / name)
     assert run.returncode == USAGE, said(run)
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_with_another_way(tmp_path: Path) -> None:
+def test_bundle_in_a_read_only_folder_fails_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with read_only(tmp_path / "there"):
         run = in_this_process("support-bundle", "--root", tmp_path / "n", "--output", tmp_path / "there/x.tar.gz")
     assert run.returncode == FAILED and "`--output FILE.tar.gz`" in said(run)
     with pytest.raises(Storage, match=r"writing .*/x\.tar\.gz failed") as refused:
         support_bundle.write_bundle(tmp_path / "gone/x.tar.gz", b"x")
-    assert "sparkinstall" not in refused.value.message, "nor the name under which it waits"
+    assert "sparkinstall" not in refused.value.message, "the temporary name is not shown"
 
 
-def test_without_a_name_it_is_made_here_and_the_members_are_shown(
+def test_bundle_without_output_is_written_to_the_current_folder(
     node: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run = in_this_process("support-bundle", "--root", node, "--level", "static")
     (path,) = tmp_path.glob("sparkinstall-support-*.tar.gz")
-    contents = opened(path)
+    contents = members_of(path)
     assert all(name in run.stdout for name in contents) and path.name in run.stdout
     assert "Nothing was sent anywhere." in run.stdout
 
 
-# --- where things are broken
+# --- broken nodes
 
 
-def test_a_node_with_nothing_on_it(tmp_path: Path) -> None:
-    contents, data = made(tmp_path / "node")
+def test_bundle_without_an_installation_has_the_facts(tmp_path: Path) -> None:
+    contents, data = bundled(tmp_path / "node")
     assert {"README.txt", "facts.json", "preflight.json", "settings.json", "verify.json"} <= set(contents)
     assert json.loads(contents["verify.json"])["error"]["code"] == "not-there"
     assert any("nothing is installed" in each for each in data["missing"])
     assert not (tmp_path / "node").exists()
 
 
-def test_settings_that_cannot_be_used_are_named_and_stop_nothing(node: Path) -> None:
+def test_bundle_with_invalid_settings_names_them(node: Path) -> None:
     (node / "var/lib/sparkinstall/options.json").write_text('{"settings": {"stack": "0.99"}}')
-    contents, data = made(node)
+    contents, data = bundled(node)
     assert "env/single-node.env" in contents
     assert any(each.startswith("settings: ") and "0.99" in each for each in data["missing"])
 
 
-def test_a_bug_of_ours_is_in_it(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundle_with_a_crash_of_verify_contains_the_traceback(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise ZeroDivisionError(f"boom at {SECRETS['host']}")
 
     monkeypatch.setattr("sparkinstall.core.verify.verify", crash)
-    contents, data = made(node)
+    contents, data = bundled(node)
     assert any("ZeroDivisionError" in line for line in json.loads(contents["verify.json"])["traceback"])
     assert any("ZeroDivisionError: boom at <host-" in each for each in data["missing"])
 
 
-class Refusing(LocalReader):
-    """What an ordinary user without sudo meets."""
+class Unreadable(LocalReader):
+    """A node as an ordinary user without sudo can read it."""
 
     def names(self, path: str) -> tuple[str, ...]:
         if path.endswith("/logs"):
@@ -274,8 +274,8 @@ class Refusing(LocalReader):
         return super().read(path)
 
 
-def test_what_cannot_be_read_is_named_and_stops_nothing(node: Path) -> None:
-    on = Refusing(str(node))
+def test_bundle_with_unreadable_files_names_them(node: Path) -> None:
+    on = Unreadable(str(node))
     found = bundle.gather(NODE, on, Mask(identity.known(on)), {"verify.json": {"probes": []}}, ["settings: bad"])
     names = {member.name for member in found.members}
     assert {"env/single-node.env", "journal.jsonl", "facts.json"} <= names
@@ -285,8 +285,8 @@ def test_what_cannot_be_read_is_named_and_stops_nothing(node: Path) -> None:
     assert [each for each in found.missing if each.startswith("/var/lib/sparkinstall/logs: ")]
 
 
-class OfAPerson(LocalReader):
-    """A node whose programs answer this; sudo asks for a password there."""
+class WithoutSudo(LocalReader):
+    """A node whose programs have these outputs, and where sudo asks for a password."""
 
     answers: Mapping[str, str] = {}
 
@@ -298,24 +298,24 @@ class OfAPerson(LocalReader):
         del timeout, env
         if root:
             return Result(argv, 1, "", "sudo: a password is required")
-        known = next((said for start, said in self.answers.items() if " ".join(argv).startswith(start)), None)
+        known = next((answer for start, answer in self.answers.items() if " ".join(argv).startswith(start)), None)
         return Result(argv, 127 if known is None else 0, known or "", "")
 
     def real(self, path: str) -> str:
         return self.root + path
 
 
-def test_what_the_services_said_is_asked_of_the_system(node: Path) -> None:
+def test_bundle_contains_the_logs_of_the_services(node: Path) -> None:
     (node / "sys/class/net/enp1s0f0np0/device").mkdir(parents=True)
     (node / "sys/class/net/enp1s0f0np0/device/driver").symlink_to("../../../../bus/pci/drivers/mlx5_core")
     (node / "sys/class/net/lo").mkdir()
-    on = OfAPerson(str(node))
+    on = WithoutSudo(str(node))
     on.answers = {
-        "journalctl -u vllm.service": fill(SAID),
+        "journalctl -u vllm.service": filled(LOG),
         "journalctl -u ray-head.service": "",
         "journalctl -k -g NVRM": "2026-11-21 kernel: NVRM: Xid (PCI:000f:01:00): 79, GPU has fallen off the bus.\n",
         "ethtool -i enp1s0f0np0": "driver: mlx5_core\nfirmware-version: 28.45.4028\n",
-        "ip -br link": fill("enp1s0f0np0 UP {mac} <BROADCAST>\n"),
+        "ip -br link": filled("enp1s0f0np0 UP {mac} <BROADCAST>\n"),
     }
     found = bundle.gather(NODE, on, Mask(identity.known(on)), {})
     contents = {member.name: member.data.decode() for member in found.members}
@@ -333,14 +333,14 @@ def test_what_the_services_said_is_asked_of_the_system(node: Path) -> None:
     assert "28.45.4028" in programs["ethtool -i enp1s0f0np0"] and "UP <mac-" in programs["ip -br link"]
 
 
-def test_wifi_that_cannot_be_read_as_yaml_is_left_out(node: Path) -> None:
+def test_bundle_omits_netplan_files_with_bad_yaml(node: Path) -> None:
     (node / "etc/netplan/91-torn.yaml").write_text(f"network:\n wifis: [\n  access-points:\n   {SECRETS['wpa']}: x\n")
-    contents, data = made(node)
+    contents, data = bundled(node)
     assert "netplan/91-torn.yaml" not in contents and "netplan/40-cx7.yaml" in contents
     assert any("left out" in each for each in data["missing"])
 
 
-def test_long_logs_are_cut_at_whole_lines_and_the_newest_runs_win(node: Path) -> None:
+def test_bundle_truncates_long_logs_and_keeps_the_newest_runs(node: Path) -> None:
     noise, logs = random.Random(1), node / "var/lib/sparkinstall/logs"
     line = "".join(noise.choices("ghijkmnopqrst", k=199))
     for at in range(7):
@@ -348,7 +348,7 @@ def test_long_logs_are_cut_at_whole_lines_and_the_newest_runs_win(node: Path) ->
         folder.mkdir()
         (folder / "nccl.log").write_text(f"{line}\n" * 15_000)
     started = time.monotonic()
-    contents, _ = made(node)
+    contents, _ = bundled(node)
     assert time.monotonic() - started < 60
     runs = sorted({name.split("/")[1] for name in contents if name.startswith("logs/")})
     assert runs == [f"20261122-00000{at}-1" for at in (4, 5, 6)]
@@ -357,20 +357,20 @@ def test_long_logs_are_cut_at_whole_lines_and_the_newest_runs_win(node: Path) ->
     assert sum(map(len, contents.values())) < 8_000_000
 
 
-def test_odd_names_cannot_leave_the_folder() -> None:
-    found = bundle._Gathering(LocalReader("/nonexistent"), Mask(Known()), [])
-    for name in ("../../etc/x", "logs/a b\nc", "logs/a b\tc", "/abs"):
-        found.add(name, "x")
-    with tarfile.open(fileobj=io.BytesIO(found.bundle().packed()), mode="r:gz") as archive:
+def test_bundle_with_odd_member_names_keeps_them_in_its_folder(tmp_path: Path) -> None:
+    odd = dict.fromkeys(("../../etc/x", "logs/a b\nc", "logs/a b\tc", "/abs"), "x")
+    on = LocalReader(str(tmp_path))
+    plain, found = (bundle.gather(NODE, on, Mask(Known()), results) for results in ({}, odd))
+    with tarfile.open(fileobj=io.BytesIO(found.packed()), mode="r:gz") as archive:
         names = archive.getnames()
-    assert len(names) == len(set(names)) == 5
+    assert len(names) == len(set(names)) == len(plain.members) + len(odd)
     assert not [name for name in names if ".." in name.split("/") or not name.isprintable() or "//" in name]
 
 
-def test_on_this_machine_programs_are_asked(tmp_path: Path) -> None:
+def test_bundle_of_this_machine_contains_program_output(tmp_path: Path) -> None:
     path = tmp_path / "x.tar.gz"
     run = sparkinstall("support-bundle", "--level", "static", "--output", path, "--json", XDG_CACHE_HOME=str(tmp_path))
     assert run.returncode == GOOD, said(run)
-    facts = json.loads(opened(path)["facts.json"])
+    facts = json.loads(members_of(path)["facts.json"])
     assert facts["programs"]["uname -a"].startswith("Linux <host-")
     assert facts["meminfo_kb"]["MemTotal"] > 0

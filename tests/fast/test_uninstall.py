@@ -1,4 +1,4 @@
-"""Uninstall brings back every byte; what somebody else has changed since is kept and named."""
+"""`uninstall` restores every byte; what another program has changed since is kept and named."""
 
 import os
 from pathlib import Path
@@ -32,7 +32,7 @@ from tests.support.tiny_stack import no_index, tiny_stack
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A root that is there, with what others have left in it."""
+    """A root that already exists, with files of others."""
     furnish(tmp_path / "node")
     return tmp_path / "node"
 
@@ -41,8 +41,8 @@ def state_of(root: Path) -> StateFolder:
     return StateFolder(LocalSystem(str(root)))
 
 
-def touched(root: Path, *changes: tuple[Any, ...]) -> None:
-    """Make changes (the name of a `System`'s method, then its arguments) in one run."""
+def change(root: Path, *changes: tuple[Any, ...]) -> None:
+    """Make changes in one run; each is a method of `System` and its arguments."""
     state = state_of(root)
     with state.hold("all", silent) as run:
         on = JournaledSystem(state.system, state.journal(run), "test", state.logs(run) / "test.log", silent)
@@ -50,7 +50,7 @@ def touched(root: Path, *changes: tuple[Any, ...]) -> None:
             getattr(on, name)(*arguments)
 
 
-def taken_back(root: Path) -> dict[str, Undone]:
+def undone(root: Path) -> dict[str, Undone]:
     return {each.subject: each for each in undo_all(state_of(root))}
 
 
@@ -62,7 +62,7 @@ ENV = "/opt/sparkinstall/env"
 
 
 @pytest.mark.network
-def test_a_rehearsal_among_what_was_there_comes_and_goes_without_a_trace(root: Path) -> None:
+def test_uninstall_of_a_rehearsal_among_other_files_leaves_no_trace(root: Path) -> None:
     node, first = Rehearsal(root, (*SETTINGS, "--ignore", "prefix")), before(root)
     run = node.all()
     assert run.returncode == 0, said(run)
@@ -74,7 +74,7 @@ def test_a_rehearsal_among_what_was_there_comes_and_goes_without_a_trace(root: P
 
 
 @pytest.mark.network
-def test_a_second_run_changes_nothing_at_all(tmp_path: Path) -> None:
+def test_all_repeated_changes_nothing_and_uninstall_keeps_changed_files(tmp_path: Path) -> None:
     node = Rehearsal(tmp_path / "node")
     assert node.all().returncode == 0
     once = tree(tmp_path, everything_with_times)
@@ -82,9 +82,9 @@ def test_a_second_run_changes_nothing_at_all(tmp_path: Path) -> None:
     assert envelope(again)["data"]["changed"] is False
     assert tree(tmp_path, everything_with_times) == once
     for verb in ("plan", "verify", "status"):
-        looked = sparkinstall(verb, "--root", node.root)
-        assert looked.returncode == 0, said(looked)
-    assert tree(tmp_path, everything_with_times) == once, "looking must not touch"
+        shown = sparkinstall(verb, "--root", node.root)
+        assert shown.returncode == 0, said(shown)
+    assert tree(tmp_path, everything_with_times) == once, "a reading verb changes nothing"
     kept = node.root / "opt/sparkinstall/env/single-node.env"
     kept.write_bytes(kept.read_bytes() + b"export MINE=1\n")
     first = envelope(node.uninstall("--json"))
@@ -93,107 +93,107 @@ def test_a_second_run_changes_nothing_at_all(tmp_path: Path) -> None:
     assert kept.read_bytes().endswith(b"export MINE=1\n")
     kept.unlink()
     assert node.uninstall().returncode == 0
-    assert list(tmp_path.iterdir()) == [], "a second uninstall finishes what the first had to keep"
+    assert list(tmp_path.iterdir()) == [], "a second uninstall removes what the first kept"
 
 
-def test_files_links_and_folders_come_back_with_mode_owner_and_time(root: Path) -> None:
+def test_undo_restores_content_mode_owner_and_time(root: Path) -> None:
     os.chown(root / "opt/theirs.txt", 1234, 4321) if os.geteuid() == 0 else None
     first = before(root)
-    touched(
+    change(
         root,
         ("write", "/opt/theirs.txt", b"ours", 0o600),
         ("write", "/opt/theirs.txt", b"ours again", 0o644),
-        ("write", f"{ENV}/single-node.env", b"somebody's own\r\n"),
+        ("write", f"{ENV}/single-node.env", b"another user's file\r\n"),
         ("link", f"{ENV}/multi-node-head.env", "/nowhere"),
         ("write", "/a/b/c/d", b"deep"),
         ("claim", "/opt/sparkinstall/venv"),
         ("write", "/opt/sparkinstall/venv/lib/x", b"x"),
     )
     assert (root / "opt/theirs.txt").read_bytes() == b"ours again"
-    results = taken_back(root)
+    results = undone(root)
     assert results["/opt/theirs.txt"].outcome == "restored"
     assert before(root) == first, difference(first, before(root))
 
 
-def test_the_first_original_comes_back_after_many_runs(root: Path) -> None:
+def test_undo_after_many_runs_restores_the_first_original(root: Path) -> None:
     first = before(root)
     for number in range(3):
-        touched(root, ("write", "/opt/theirs.txt", b"run %d" % number), ("write", f"/new/{number}", b""))
-    taken_back(root)
+        change(root, ("write", "/opt/theirs.txt", b"run %d" % number), ("write", f"/new/{number}", b""))
+    undone(root)
     assert before(root) == first, difference(first, before(root))
 
 
-def test_what_somebody_changed_since_is_kept_and_named_and_its_original_stays(root: Path) -> None:
+def test_undo_of_a_file_changed_since_keeps_it_and_its_original(root: Path) -> None:
     first = before(root)
-    touched(root, ("write", "/opt/theirs.txt", b"ours"), ("write", "/new/ours", b"ours"))
+    change(root, ("write", "/opt/theirs.txt", b"ours"), ("write", "/new/ours", b"ours"))
     (root / "opt/theirs.txt").write_bytes(b"hands off")
     (root / "new/ours").write_bytes(b"mine now")
-    results = taken_back(root)
+    results = undone(root)
     kept = results["/opt/theirs.txt"]
     assert kept.outcome == "kept" and results["/new/ours"].outcome == "kept"
     original = Path(kept.note.rpartition(" ")[2])
     assert original.read_bytes() == b"theirs\n"
     assert (root / "opt/theirs.txt").read_bytes() == b"hands off"
 
-    assert taken_back(root)["/opt/theirs.txt"].outcome == "kept", "asked again, it says so again"
+    assert undone(root)["/opt/theirs.txt"].outcome == "kept", "the same result again"
     (root / "opt/theirs.txt").write_bytes(b"ours")
     (root / "opt/theirs.txt").chmod(0o644)
     (root / "new/ours").unlink()
-    assert taken_back(root)["/opt/theirs.txt"].outcome == "restored"
+    assert undone(root)["/opt/theirs.txt"].outcome == "restored"
     assert before(root) == first, difference(first, before(root))
 
 
-def test_a_run_after_an_uninstall_that_kept_something_is_taken_back_in_its_own_order(root: Path) -> None:
+def test_undo_of_a_run_after_an_incomplete_uninstall_restores_everything(root: Path) -> None:
     first = before(root)
-    touched(root, *(("write", f"/new/{number}", b"ours") for number in range(5)), ("write", "/opt/theirs.txt", b"o"))
+    change(root, *(("write", f"/new/{number}", b"ours") for number in range(5)), ("write", "/opt/theirs.txt", b"o"))
     (root / "opt/theirs.txt").write_bytes(b"hands off")
-    taken_back(root)
-    touched(root, ("make_dir", "/later"), ("write", "/later/x/y", b"ours"))
+    undone(root)
+    change(root, ("make_dir", "/later"), ("write", "/later/x/y", b"ours"))
     numbers = [record.n for record in state_of(root).journal().records()]
     assert numbers == sorted(set(numbers))
     (root / "opt/theirs.txt").write_bytes(b"o")
-    taken_back(root)
+    undone(root)
     assert before(root) == first, difference(first, before(root))
 
 
-def test_what_others_put_into_our_folders_stays_and_the_rest_goes(tmp_path: Path) -> None:
+def test_undo_keeps_files_of_others_in_our_folders(tmp_path: Path) -> None:
     root = tmp_path / "node"
-    touched(root, ("write", "/ours/deep/file", b"ours"))
+    change(root, ("write", "/ours/deep/file", b"ours"))
     (root / "ours/theirs").write_bytes(b"theirs")
-    results = taken_back(root)
+    results = undone(root)
     assert results["/ours"].outcome == "kept" and "theirs" in results["/ours"].note
-    assert sorted(tree(root)) == ["ours", "ours/theirs"], "the folders around the state go as far as they are empty"
+    assert sorted(tree(root)) == ["ours", "ours/theirs"], "only empty folders around the state are removed"
     assert not state_of(root).exists
 
 
-def test_restoring_that_was_cut_off_before_mode_and_time_is_finished(root: Path) -> None:
+def test_undo_interrupted_before_mode_and_time_completes(root: Path) -> None:
     first = before(root)
-    touched(root, ("write", "/opt/theirs.txt", b"ours", 0o600))
+    change(root, ("write", "/opt/theirs.txt", b"ours", 0o600))
     (root / "opt/theirs.txt").write_bytes(b"theirs\n")
     (root / "opt/theirs.txt").chmod(0o644)
-    taken_back(root)
+    undone(root)
     assert (root / "opt/theirs.txt").stat().st_mtime_ns == OLD
     assert before(root) == first, difference(first, before(root))
 
 
-def test_what_a_killed_write_left_beside_its_target_goes(root: Path) -> None:
+def test_undo_removes_the_temporary_files_of_a_killed_write(root: Path) -> None:
     first = before(root)
-    touched(root, ("write", "/opt/theirs.txt", b"ours"), ("write", "/opt/new", b"ours"))
+    change(root, ("write", "/opt/theirs.txt", b"ours"), ("write", "/opt/new", b"ours"))
     for path in ("/opt/theirs.txt", "/opt/new"):
         Path(str(root) + staged(path)).write_bytes(b"hal")
-    taken_back(root)
+    undone(root)
     assert before(root) == first, difference(first, before(root))
 
 
-def test_an_empty_folder_that_became_ours_is_empty_again(root: Path) -> None:
-    touched(root, ("claim", "/opt/sparkinstall/venv"), ("write", "/opt/sparkinstall/venv/x", b""))
-    taken_back(root)
+def test_undo_of_a_claimed_empty_folder_empties_it(root: Path) -> None:
+    change(root, ("claim", "/opt/sparkinstall/venv"), ("write", "/opt/sparkinstall/venv/x", b""))
+    undone(root)
     assert list((root / "opt/sparkinstall/venv").iterdir()) == []
     assert (root / "opt/sparkinstall/venv").stat().st_mode & 0o7777 == 0o700
 
 
 @pytest.mark.parametrize("what", ["a full folder", "a file", "a link to an empty folder"])
-def test_what_is_not_ours_is_not_claimed(root: Path, what: str) -> None:
+def test_claim_of_a_foreign_path_is_refused(root: Path, what: str) -> None:
     place = root / "place"
     if what == "a full folder":
         (place / "theirs").mkdir(parents=True)
@@ -203,42 +203,42 @@ def test_what_is_not_ours_is_not_claimed(root: Path, what: str) -> None:
         place.symlink_to(root / "opt/sparkinstall/venv")
     first = before(root)
     with pytest.raises(Blocked, match="not sparkinstall's"):
-        touched(root, ("claim", "/place"))
-    taken_back(root)
+        change(root, ("claim", "/place"))
+    undone(root)
     assert before(root) == first, difference(first, before(root))
 
 
-def test_a_link_out_of_the_rehearsal_is_not_followed(tmp_path: Path) -> None:
+def test_change_through_a_link_out_of_the_rehearsal_is_refused(tmp_path: Path) -> None:
     root, outside = tmp_path / "node", tmp_path / "machine"
     outside.mkdir()
     root.mkdir()
     (root / "opt").symlink_to(outside)
-    for touch in (("write", "/opt/x", b""), ("link", "/opt/x", "y"), ("make_dir", "/opt/x"), ("claim", "/opt/x/y")):
+    for step in (("write", "/opt/x", b""), ("link", "/opt/x", "y"), ("make_dir", "/opt/x"), ("claim", "/opt/x/y")):
         with pytest.raises(Blocked, match="leads out of the rehearsal"):
-            touched(root, touch)
+            change(root, step)
     assert list(outside.iterdir()) == []
 
 
-def test_only_what_was_claimed_can_be_cleared(root: Path) -> None:
+def test_clear_of_an_unclaimed_folder_is_refused(root: Path) -> None:
     with pytest.raises(Blocked, match="not sparkinstall's"):
-        touched(root, ("clear", "/opt"))
+        change(root, ("clear", "/opt"))
     assert (root / "opt/theirs.txt").exists()
 
 
-def test_a_record_that_nobody_can_take_back_is_told_and_stays(root: Path) -> None:
-    touched(root, ("promise", Undo("moon", "/x", {}, {})), ("promise", Undo("path", "/y", {}, {})))
-    results = taken_back(root)
+def test_undo_of_an_unknown_record_fails_and_keeps_it(root: Path) -> None:
+    change(root, ("promise", Undo("moon", "/x", {}, {})), ("promise", Undo("path", "/y", {}, {})))
+    results = undone(root)
     assert results["/x"].outcome == "failed" and results["/y"].outcome == "kept"
     assert [record.undo.kind for record in state_of(root).journal().records()][-2:] == ["moon", "path"]
 
 
-def test_uninstall_where_nothing_is_installed_makes_nothing(tmp_path: Path) -> None:
+def test_uninstall_without_an_installation_creates_nothing(tmp_path: Path) -> None:
     run = Rehearsal(tmp_path / "node").uninstall("--json")
     assert envelope(run)["data"] == {"changes": []}
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_that_was_recorded_at_the_first_install_goes_too(tmp_path: Path) -> None:
+def test_uninstall_removes_a_recorded_lock(tmp_path: Path) -> None:
     stack = tiny_stack(tmp_path / "stack", locked=False)
     node = Rehearsal(tmp_path / "around/node", (*SETTINGS, "--stack", str(stack)))
     node.root.parent.mkdir()

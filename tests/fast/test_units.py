@@ -1,4 +1,4 @@
-"""Units as systemd itself reads them: what is rendered, what is quoted, and what it would complain about."""
+"""Unit files: what is rendered and quoted, and whether systemd accepts them."""
 
 import json
 import re
@@ -52,9 +52,7 @@ CASES: tuple[tuple[str, Ray | Serving, dict[str, Any]], ...] = (
 
 @needs_systemd
 @pytest.mark.parametrize(("role", "step", "settings"), CASES)
-def test_systemd_accepts_every_unit_without_a_word(
-    role: str, step: Any, settings: dict[str, Any], tmp_path: Path
-) -> None:
+def test_systemd_accepts_all_units(role: str, step: Any, settings: dict[str, Any], tmp_path: Path) -> None:
     node, on = node_of(tmp_path, role, **settings), LocalReader(str(tmp_path))
     for name in ("ray", "vllm", "python"):
         program = tmp_path / "opt/sparkinstall/venv/bin" / name
@@ -66,20 +64,20 @@ def test_systemd_accepts_every_unit_without_a_word(
 
 @needs_systemd
 @pytest.mark.parametrize("line", ["Exekstart=/bin/true", "LimitNOFILE=many", "KillMode=gently"])
-def test_what_systemd_would_only_warn_about_is_refused(line: str, tmp_path: Path) -> None:
+def test_unit_with_a_warning_of_systemd_has_complaints(line: str, tmp_path: Path) -> None:
     text = f"[Service]\nExecStart=/bin/true\n{line}\n"
     assert complaints_of_systemd(LocalReader(str(tmp_path)), "some.service", text.encode())
 
 
 @needs_systemd
-def test_a_missing_program_counts_on_a_node_alone(tmp_path: Path) -> None:
+def test_unit_with_a_missing_program_has_complaints_on_a_node_only(tmp_path: Path) -> None:
     text = b"[Service]\nExecStart=/no/such/program\n"
     assert complaints_of_systemd(LocalReader(str(tmp_path)), "some.service", text) == []
     assert "not executable" in complaints_of_systemd(LocalReader("/"), "some.service", text)[0]
 
 
 @needs_systemd
-def test_a_unit_that_systemd_refuses_does_not_replace_the_old_one(tmp_path: Path) -> None:
+def test_unit_that_systemd_rejects_keeps_the_old_file(tmp_path: Path) -> None:
     template = "ray-non-carry-over.json.j2"
     unit = UnitFile(f"{UNIT_FOLDER}/some.service", template, lambda _: {"names": ["no unit"]}, noted_in="/noted.json")
     old = tmp_path / "etc/systemd/system/some.service"
@@ -90,7 +88,7 @@ def test_a_unit_that_systemd_refuses_does_not_replace_the_old_one(tmp_path: Path
     assert old.read_text() == "old\n"
 
 
-def test_a_rehearsal_writes_the_unit_and_leaves_the_start_to_the_node(tmp_path: Path) -> None:
+def test_ray_step_in_a_rehearsal_writes_the_unit_and_starts_nothing(tmp_path: Path) -> None:
     node, on = node_of(tmp_path, "head"), system_of(tmp_path)
     kinds = []
     for resource in Ray().resources(node):
@@ -105,7 +103,7 @@ def test_a_rehearsal_writes_the_unit_and_leaves_the_start_to_the_node(tmp_path: 
     assert '"units"' not in journal and '"service"' not in journal
 
 
-def test_a_worker_waits_for_the_head_and_names_it(tmp_path: Path) -> None:
+def test_ray_unit_of_a_worker_waits_for_the_head(tmp_path: Path) -> None:
     node = node_of(tmp_path, "worker", cluster__head="192.168.7.1", cluster__ray_port=6400)
     _, text = unit_of(node, Ray(), LocalReader(str(tmp_path)))
     assert "--address=192.168.7.1:6400" in text
@@ -118,8 +116,8 @@ def setting_of(unit: str, name: str) -> str:
 
 
 @pytest.mark.parametrize("role", ["head", "worker"])
-def test_ray_is_tried_again_however_long_the_address_or_the_head_is_not_there(role: str, tmp_path: Path) -> None:
-    """systemd gives up where the last start of a burst began before the interval was over."""
+def test_ray_unit_without_address_or_head_is_restarted_for_ever(role: str, tmp_path: Path) -> None:
+    """systemd gives up if the whole burst of starts fits into the interval."""
     node, on = node_of(tmp_path, role), LocalReader(str(tmp_path))
     _, unit = unit_of(node, Ray(), on)
     waits = {"address": int(before_start_of(node, on)["patience"])}
@@ -139,7 +137,7 @@ def before_start_of(node: Node, on: LocalReader) -> Mapping[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("role", "executor", "given_up"),
+    ("role", "executor", "gives_up"),
     [
         ("single", "ray", True),
         ("head", "ray", False),
@@ -147,14 +145,14 @@ def before_start_of(node: Node, on: LocalReader) -> Mapping[str, Any]:
         ("worker", "mp", False),
     ],
 )
-def test_vllm_on_several_nodes_never_gives_up(role: str, executor: str, given_up: bool, tmp_path: Path) -> None:
+def test_vllm_unit_gives_up_only_on_a_single_node(role: str, executor: str, gives_up: bool, tmp_path: Path) -> None:
     node = node_of(tmp_path, role, serving__model="m", cluster__executor=executor)
     _, unit = unit_of(node, Serving(), LocalReader(str(tmp_path)))
-    assert ("StartLimitBurst=5" in unit) is given_up
-    assert setting_of(unit, "StartLimitIntervalSec") == ("2h" if given_up else "0")
+    assert ("StartLimitBurst=5" in unit) is gives_up
+    assert setting_of(unit, "StartLimitIntervalSec") == ("2h" if gives_up else "0")
 
 
-def test_every_port_of_ray_is_fixed_and_on_its_own(tmp_path: Path) -> None:
+def test_ray_ports_are_fixed_and_distinct(tmp_path: Path) -> None:
     _, text = unit_of(node_of(tmp_path, "head"), Ray(), LocalReader(str(tmp_path)))
     named = {name: value for name, value in vars(ray_ports).items() if name.isupper() and isinstance(value, int)}
     ports = [value for name, value in named.items() if not name.endswith("_OF_VLLM")]
@@ -164,7 +162,7 @@ def test_every_port_of_ray_is_fixed_and_on_its_own(tmp_path: Path) -> None:
     assert (min(inside), max(inside)) == ray_ports.BETWEEN_NODES
 
 
-LAUNCHES: tuple[tuple[str, dict[str, Any], str], ...] = (
+ARGUMENTS: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("single", {}, "--host 127.0.0.1 --port 8000 --gpu-memory-utilization 0.85 --max-model-len 32768"),
     ("single", {"serving__allow": "192.168.1.0/24"}, "--host 0.0.0.0 --port 8000"),
     ("head", {}, "--tensor-parallel-size 2 --distributed-executor-backend ray --gpu-memory-utilization 0.80"),
@@ -178,24 +176,26 @@ LAUNCHES: tuple[tuple[str, dict[str, Any], str], ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("role", "settings", "expected"), LAUNCHES)
-def test_launches_are_those_of_the_field(role: str, settings: dict[str, Any], expected: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("role", "settings", "expected"), ARGUMENTS)
+def test_vllm_arguments_follow_role_and_settings(
+    role: str, settings: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
     words = " ".join(arguments(node_of(tmp_path, role, serving__model="m", **settings)))
     assert expected in words
     assert "--trust-remote-code" not in words
 
 
-def test_ones_own_arguments_come_last(tmp_path: Path) -> None:
+def test_vllm_arguments_of_the_settings_come_last(tmp_path: Path) -> None:
     own = ["--no-enforce-eager", "--trust-remote-code"]
     assert arguments(node_of(tmp_path, serving__model="m", serving__arguments=own))[-2:] == own
 
 
-def test_a_worker_with_ray_has_no_unit_of_vllm(tmp_path: Path) -> None:
+def test_serving_step_of_a_worker_with_ray_declares_nothing(tmp_path: Path) -> None:
     assert list(Serving().resources(node_of(tmp_path, "worker", serving__model="m"))) == []
     assert not Serving().wanted(node_of(tmp_path))
 
 
-def test_vllm_on_ray_keeps_from_the_workers_what_is_the_heads_own(tmp_path: Path) -> None:
+def test_env_files_of_a_head_list_the_variables_that_stay_there(tmp_path: Path) -> None:
     node, on = node_of(tmp_path, "head", serving__model="m"), system_of(tmp_path)
     on.write(node.fp8_decision, json.dumps({"fallback": False, "disabled_kernels": [], "why": "so"}).encode())
     for resource in EnvFiles().resources(node):
@@ -207,16 +207,16 @@ def test_vllm_on_ray_keeps_from_the_workers_what_is_the_heads_own(tmp_path: Path
     head, worker = (tmp_path / f"opt/sparkinstall/env/multi-node-{role}.env" for role in ("head", "worker"))
     assert f'VLLM_CONFIG_ROOT="{folder}"\n' in head.read_text()
     for file in (tmp_path / "opt/sparkinstall/env").glob("*.env"):
-        assert 'MAX_JOBS="4"\n' in file.read_text(), "FlashInfer's compilers would take all of the memory"
-    # What somebody has said in the folder that vLLM no longer looks into must still hold.
+        assert 'MAX_JOBS="4"\n' in file.read_text(), "FlashInfer's compilers would use up the memory"
+    # The former folder of vLLM's configuration may have said so, and vLLM no longer reads it.
     assert 'VLLM_NO_USAGE_STATS="1"\n' in head.read_text()
     assert "VLLM_CONFIG_ROOT" not in worker.read_text()
-    assert str(folder / "ray_non_carry_over_env_vars.json") in _inputs(node, on)
+    assert str(folder / "ray_non_carry_over_env_vars.json") in inputs_of(node, on)
     without = node_of(tmp_path, "head", cluster__executor="mp")
     assert [each for each in EnvFiles().resources(without) if "carry_over" in each.key] == []
 
 
-def _inputs(node: Node, on: JournaledSystem) -> list[str]:
+def inputs_of(node: Node, on: JournaledSystem) -> list[str]:
     """The files (real paths) whose change restarts vLLM."""
     (service,) = [each for each in Serving().resources(node) if isinstance(each, Service)]
     return [on.real(path) for path in service.inputs(on)]
@@ -225,9 +225,7 @@ def _inputs(node: Node, on: JournaledSystem) -> list[str]:
 @pytest.mark.parametrize("role", ["single", "head", "worker"])
 @pytest.mark.parametrize("executor", ["ray", "mp"])
 @pytest.mark.parametrize("model", [None, "m"])
-def test_the_units_that_are_wanted_are_those_of_the_steps(
-    tmp_path: Path, role: str, executor: str, model: str | None
-) -> None:
+def test_wanted_units_are_those_of_the_steps(tmp_path: Path, role: str, executor: str, model: str | None) -> None:
     node = node_of(tmp_path, role, cluster__executor=executor, serving__model=model)
     steps = [step for step in (Ray(), Serving(), Firewall()) if step.wanted(node)]
     found = [each for step in steps for each in step.resources(node)]
@@ -235,10 +233,10 @@ def test_the_units_that_are_wanted_are_those_of_the_steps(
     assert wanted == {each.name for each in found if isinstance(each, Service)}
 
 
-def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path) -> None:
+def test_stale_services_of_a_former_role_are_removed(tmp_path: Path) -> None:
     on, folder = system_of(tmp_path), tmp_path / "etc/systemd/system"
     folder.mkdir(parents=True)
-    (folder / "vllm.service").write_text("# somebody's own\n[Service]\nExecStart=/bin/true\n")
+    (folder / "vllm.service").write_text("# another user's\n[Service]\nExecStart=/bin/true\n")
     for step in (Ray(), Firewall()):
         for each in step.resources(node_of(tmp_path, "head")):
             if not isinstance(state_of(each, on), NodeOnly):
@@ -252,25 +250,27 @@ def test_a_node_in_another_role_loses_the_units_of_the_former_one(tmp_path: Path
     alone.apply(on)
     assert isinstance(alone.check(on), Ok)
     assert {each.name for each in folder.iterdir()} == {"vllm.service"}
-    assert not (tmp_path / "opt/sparkinstall/firewall.nft").exists(), "or `auto` would not look again"
+    assert not (tmp_path / "opt/sparkinstall/firewall.nft").exists(), (
+        "a file left there would stop `auto` from deciding again"
+    )
 
 
-def test_a_word_with_a_line_break_is_refused() -> None:
+def test_unit_values_with_a_line_break_are_refused() -> None:
     for quote in (systemd.word, systemd.program, systemd.setting, lambda value: systemd.assignment("A", value)):
         with pytest.raises(ValueError, match="cannot stand in a unit"):
             quote("a\nExecStartPre=/bin/false")
 
 
-def test_why_a_service_does_not_start_is_told_in_words() -> None:
+def test_cause_of_a_failed_service_follows_its_log() -> None:
     service = Service("some.service", lambda _: (), "/noted", (Cause(r"refuses the token", "why", "hint"),))
-    told = ["sparkinstall: the head refuses the token of this node", "some.service: Failed"]
-    assert service.cause_in(told) == ("the head refuses the token of this node", "hint")
+    log = ["sparkinstall: the head refuses the token of this node", "some.service: Failed"]
+    assert service.cause_in(log) == ("the head refuses the token of this node", "hint")
     assert service.cause_in(["it refuses the token"]) == ("why", "hint")
     assert service.cause_in(["something else"]) == ("", "")
 
 
 class TestRayNodes:
-    """The program that waits for Ray, where there is no Ray."""
+    """The program that waits for Ray, without Ray."""
 
     @pytest.fixture
     def program(self, tmp_path: Path) -> str:
@@ -279,7 +279,7 @@ class TestRayNodes:
         script.apply(on)
         return on.real(node.ray_nodes)
 
-    def test_a_head_that_is_not_up_is_said_in_bounded_time(self, program: str) -> None:
+    def test_ray_nodes_without_a_head_fails_in_time(self, program: str) -> None:
         answer = subprocess.run(
             [sys.executable, "-W", "error", program, "127.0.0.1:9", "0"], capture_output=True, text=True, timeout=60
         )

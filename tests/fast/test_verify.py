@@ -1,4 +1,4 @@
-"""`verify`: what its options choose, what counts as wrong, and the report that CI gets in each case."""
+"""`verify`: what its options select, the exit codes, and the report for CI."""
 
 import re
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ EVERYTHING = checks.chosen(HEAD, measure=True)
 
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
-    """A rehearsal that has a journal and nothing else: everything is still to be done."""
+    """A rehearsal that has a journal and nothing else."""
     return begun(tmp_path / "node")
 
 
@@ -35,7 +35,7 @@ def journal_of(node: Path) -> Path:
 
 
 @pytest.fixture
-def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def verify_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Verify these probes, and no step."""
 
     def these(*findings: tuple[str, Finding]) -> None:
@@ -45,7 +45,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield these
 
 
-# --- what is chosen
+# --- selection
 
 
 def names(chosen: Chosen) -> set[str]:
@@ -53,21 +53,19 @@ def names(chosen: Chosen) -> set[str]:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_level_goes_as_far_as_its_name_says(level: Level) -> None:
+def test_chosen_with_a_level_has_probes_up_to_it(level: Level) -> None:
     found = checks.chosen(HEAD, level=level, measure=True)
     far = LEVELS.index(level)
     assert names(found) == {p.name for p in EVERYTHING.probes if LEVELS.index(p.level) <= far}
-    assert [step.name for step in found.steps] == [step.name for step in catalogue.of(HEAD)], (
-        "checks are of every level"
-    )
+    assert [step.name for step in found.steps] == [step.name for step in catalogue.of(HEAD)], "every level has checks"
 
 
-def test_the_levels_come_in_their_order() -> None:
+def test_chosen_probes_are_sorted_by_level() -> None:
     order = [LEVELS.index(probe.level) for probe in EVERYTHING.probes]
     assert order == sorted(order) and len(set(order)) > 3
 
 
-def test_a_step_stands_for_its_checks_and_its_probes() -> None:
+def test_chosen_with_a_step_has_its_checks_and_probes() -> None:
     found = checks.chosen(HEAD, only=["environment"])
     assert [step.name for step in found.steps] == ["environment"]
     assert {"wheel-gate", "reasoning-field"} <= names(found)
@@ -77,38 +75,38 @@ def test_a_step_stands_for_its_checks_and_its_probes() -> None:
     assert not {"wheel-gate", "reasoning-field"} & names(left) and "nccl-loaded" in names(left)
 
 
-def test_a_probe_alone() -> None:
+def test_chosen_with_a_probe_has_it_alone() -> None:
     found = checks.chosen(HEAD, only=["nccl-loaded"])
     assert names(found) == {"nccl-loaded"} and not found.steps and not found.whole
     assert "nccl-loaded" not in names(checks.chosen(HEAD, skip=["nccl-loaded"]))
 
 
-def test_load_is_put_on_only_where_it_is_asked_for() -> None:
+def test_chosen_without_measure_has_no_load() -> None:
     loads = {probe.name for probe in EVERYTHING.probes if probe.load}
     assert not loads & names(checks.chosen(HEAD))
     for name in loads:
-        assert names(checks.chosen(HEAD, only=[name])) == {name}, "by its name it is asked for"
+        assert names(checks.chosen(HEAD, only=[name])) == {name}, "its name selects it"
 
 
 @pytest.mark.parametrize(("option", "word"), [("only", "wheel-gat"), ("skip", "nccl-loadedd")])
-def test_a_name_that_there_is_not_is_refused_with_the_nearest(option: str, word: str) -> None:
+def test_chosen_with_an_unknown_name_is_refused_with_the_nearest(option: str, word: str) -> None:
     with pytest.raises(BadUsage) as refused:
         checks.chosen(HEAD, **{option: [word]})  # type: ignore[arg-type]
     assert "did you mean" in refused.value.hint
 
 
-# --- how the fixes stand
+# --- standing of the fixes
 
 ORDER = ("proven", "done", "node_only")
-AS_IT_SHOULD_BE = [StepReport(step.name, "x", [Checked("k", Ok(""))]) for step in catalogue.STEPS]
+UP_TO_DATE = [StepReport(step.name, "x", [Checked("k", Ok(""))]) for step in catalogue.STEPS]
 
 
 def standing_of(findings: dict[str, Finding]) -> dict[int, FixState]:
-    return {each.fix.number: each for each in fixes.stand(HEAD, AS_IT_SHOULD_BE, findings)}
+    return {each.fix.number: each for each in fixes.stand(HEAD, UP_TO_DATE, findings)}
 
 
 @pytest.mark.parametrize("finding", [passed("x"), warned("x", "y"), skipped("no GPU")], ids=lambda each: each.verdict)
-def test_a_fix_that_looks_better_for_less_looking_says_so(finding: Finding) -> None:
+def test_fix_with_a_better_standing_at_a_lower_level_names_what_was_not_run(finding: Finding) -> None:
     everything = standing_of({probe.name: finding for probe in EVERYTHING.probes})
     for level in LEVELS:
         part = standing_of(dict.fromkeys(names(checks.chosen(HEAD, level=level, measure=True)), finding))
@@ -117,17 +115,17 @@ def test_a_fix_that_looks_better_for_less_looking_says_so(finding: Finding) -> N
             assert not better or "; not run: " in state.note, (level, number)
 
 
-def test_a_fix_says_which_of_its_probes_were_not_asked() -> None:
+def test_fix_names_its_probes_that_were_not_run() -> None:
     static = {probe.name: passed("x") for probe in checks.chosen(HEAD, level="static").probes}
     found = standing_of(static)[5]
     assert (found.standing, found.note) == ("done", "by its files; not run: fp8-kernels, fp8-product")
     assert standing_of({})[1].note.endswith("not run: nccl-preload, running-nccl, nccl-loaded")
-    assert not standing_of({})[7].note, "there is no probe to ask"
+    assert not standing_of({})[7].note, "the fix has no probe"
     everything = standing_of({probe.name: passed("x") for probe in EVERYTHING.probes})
     assert everything[5].standing == "proven"
 
 
-# --- how it ends
+# --- exit codes and messages
 
 
 @pytest.mark.parametrize(
@@ -140,8 +138,10 @@ def test_a_fix_says_which_of_its_probes_were_not_asked() -> None:
         ([failed("x", "y"), passed("x")], False, DRIFT),
     ],
 )
-def test_exit_codes(probed: Any, node: Path, findings: list[Finding], strict: bool, code: int) -> None:
-    probed(*((f"p{at}", finding) for at, finding in enumerate(findings)))
+def test_verify_exit_code_follows_the_findings(
+    verify_only: Any, node: Path, findings: list[Finding], strict: bool, code: int
+) -> None:
+    verify_only(*((f"p{at}", finding) for at, finding in enumerate(findings)))
     options = ["--strict"] if strict else []
     run = in_this_process("verify", "--root", node, *options)
     assert run.returncode == code, said(run)
@@ -150,23 +150,23 @@ def test_exit_codes(probed: Any, node: Path, findings: list[Finding], strict: bo
     assert (next(ElementTree.parse(report).getroot().iter("failure"), None) is not None) == (code == DRIFT)
 
 
-def test_the_conclusion_names_what_was_not_looked_at(probed: Any, node: Path) -> None:
-    probed(("seen", passed("x")), ("unseen", skipped("no GPU")))
-    assert "skipped: unseen" in in_this_process("verify", "--root", node).stdout
-    assert "--strict was given: unseen" in in_this_process("verify", "--root", node, "--strict").stdout
+def test_verify_names_skipped_probes(verify_only: Any, node: Path) -> None:
+    verify_only(("run", passed("x")), ("not-run", skipped("no GPU")))
+    assert "skipped: not-run" in in_this_process("verify", "--root", node).stdout
+    assert "--strict was given: not-run" in in_this_process("verify", "--root", node, "--strict").stdout
 
 
-def test_what_was_not_looked_at_is_not_called_as_it_should_be(probed: Any, node: Path) -> None:
-    probed(("seen", passed("x")))
+def test_verify_with_skipped_probes_counts_them(verify_only: Any, node: Path) -> None:
+    verify_only(("run", passed("x")))
     assert "everything is ok" in in_this_process("verify", "--root", node).stdout
-    probed(("seen", warned("x", "y")), *((f"unseen-{at}", skipped("no GPU")) for at in range(5)))
+    verify_only(("run", warned("x", "y")), *((f"not-run-{at}", skipped("no GPU")) for at in range(5)))
     last = in_this_process("verify", "--root", node).stdout.splitlines()[-1]
     assert last == "✓ everything that was checked is ok (1 warning; 5 skipped: -v names them)"
     last = in_this_process("verify", "--root", node, "-v").stdout.splitlines()[-1]
-    assert "5 skipped: unseen-0, unseen-1, unseen-2, unseen-3, unseen-4)" in last
+    assert "5 skipped: not-run-0, not-run-1, not-run-2, not-run-3, not-run-4)" in last
 
 
-def test_a_probe_that_crashes_is_a_failure_of_it_alone(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_with_a_crashed_probe_fails_that_probe_only(node: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(_: object) -> Finding:
         raise ZeroDivisionError("boom")
 
@@ -177,7 +177,7 @@ def test_a_probe_that_crashes_is_a_failure_of_it_alone(node: Path, monkeypatch: 
     assert "ZeroDivisionError: boom" in found[0]["found"]
 
 
-def test_what_is_not_done_is_drift_with_a_report(node: Path) -> None:
+def test_verify_with_drift_writes_the_report(node: Path) -> None:
     report = node.parent / "j.xml"
     run = sparkinstall("verify", "--root", node, "--level", "static", "--junit", report)
     assert run.returncode == DRIFT, said(run)
@@ -186,7 +186,7 @@ def test_what_is_not_done_is_drift_with_a_report(node: Path) -> None:
     assert int(root.attrib["failures"]) > 3
 
 
-# --- the report where nothing could be looked at
+# --- the report without results
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,9 @@ def test_what_is_not_done_is_drift_with_a_report(node: Path) -> None:
         (["--set", "nonsense=1"], USAGE, "nonsense"),
     ],
 )
-def test_a_report_says_why_nothing_was_looked_at(tmp_path: Path, options: list[str], code: int, says: str) -> None:
+def test_verify_report_without_results_names_the_cause(
+    tmp_path: Path, options: list[str], code: int, says: str
+) -> None:
     report = tmp_path / "j.xml"
     report.write_text("<testsuites><testsuite name='of the last run'/></testsuites>")
     run = in_this_process("verify", "--root", tmp_path / "node", "--junit", report, *options)
@@ -208,7 +210,7 @@ def test_a_report_says_why_nothing_was_looked_at(tmp_path: Path, options: list[s
     assert (case.attrib["name"], failure is not None and says in failure.attrib["message"]) == ("installed", True)
 
 
-def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path, node: Path) -> None:
+def test_verify_report_that_cannot_be_written_is_refused(tmp_path: Path, node: Path) -> None:
     for place in (tmp_path / "no" / "j.xml", tmp_path, "", "-"):
         run = in_this_process("verify", "--root", node, "--junit", place, "--json")
         errors = envelope(run)["errors"]
@@ -219,20 +221,20 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path,
     assert (run.returncode, envelope(run)["errors"][0]["code"]) == (1, "storage")
 
 
-# --- the journal, which no check needs and everything that changes or takes back does
+# --- the journal, which no check needs, but every change and undo
 
 
-def test_a_journal_that_cannot_be_used_is_told_by_name(probed: Any, node: Path) -> None:
-    probed(("fine", passed("x")))
+def test_verify_and_doctor_with_a_damaged_journal_name_it(verify_only: Any, node: Path) -> None:
+    verify_only(("fine", passed("x")))
     assert in_this_process("verify", "--root", node).returncode == GOOD
     with open(journal_of(node), "a") as out:
-        out.write("rubbish\n")
+        out.write("invalid\n")
     for verb, *where in (("verify", "probes"), ("doctor", "broken")):
         run = in_this_process(verb, "--root", node, "--json")
         (first, *_) = envelope(run)["data"][where[0]]
         assert (run.returncode, first["name"]) == (DRIFT, "journal"), said(run)
         assert "journal.jsonl line 3 cannot be read" in first["found"] and first["hint"]
-        assert first["title"] == "the journal of changes", "it must not read as if that were so"
+        assert first["title"] == "the journal of changes", "the title claims no result"
     report = node.parent / "j.xml"
     assert in_this_process("verify", "--root", node, "--junit", report).returncode == DRIFT
     failures = [
@@ -241,7 +243,7 @@ def test_a_journal_that_cannot_be_used_is_told_by_name(probed: Any, node: Path) 
     assert failures == ["journal"]
 
 
-def test_a_journal_that_is_a_folder_is_told_by_every_verb(node: Path) -> None:
+def test_verbs_with_a_folder_as_journal_name_it(node: Path) -> None:
     journal_of(node).unlink()
     journal_of(node).mkdir()
     for verb, code in (("verify", DRIFT), ("doctor", DRIFT), ("plan", 1), ("status", 1), ("all", 1), ("uninstall", 1)):
@@ -252,7 +254,7 @@ def test_a_journal_that_is_a_folder_is_told_by_every_verb(node: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, ""], ids=["gone", "empty"])
-def test_what_is_here_without_a_journal_is_not_called_well(node: Path, content: str | None) -> None:
+def test_verbs_with_an_installation_without_journal_fail(node: Path, content: str | None) -> None:
     journal_of(node).unlink()
     if content is not None:
         journal_of(node).write_text(content)
@@ -263,14 +265,14 @@ def test_what_is_here_without_a_journal_is_not_called_well(node: Path, content: 
         run = in_this_process(verb, "--root", node)
         assert run.returncode == code and "journal.jsonl is missing or empty" in said(run), said(run)
         assert "restore the journal" in said(run)
-    back = in_this_process("uninstall", "--root", node)
-    assert ("there is no journal" if content is None else "removed 0") in back.stdout
+    uninstalled = in_this_process("uninstall", "--root", node)
+    assert ("there is no journal" if content is None else "removed 0") in uninstalled.stdout
 
 
 # --- the workflows of docs/ci.md
 
 
-def test_the_workflows_are_what_their_readers_take() -> None:
+def test_ci_workflows_read_the_report_that_they_write() -> None:
     github, gitlab, rehearsal = workflows()
     # YAML 1.1 reads the word `on` as true.
     assert set(github) == {"name", True, "permissions", "jobs"}
@@ -278,8 +280,8 @@ def test_the_workflows_are_what_their_readers_take() -> None:
     assert all(("run" in step) != ("uses" in step) for step in steps)
     report = next(step for step in steps if "junit" in step.get("uses", ""))
     written = re.findall(r"--junit (\S+)", steps[0]["run"])
-    assert [report["with"]["report_paths"]] == written, "what is written is what is read"
-    assert report["if"] == "success() || failure()", "a report of what is wrong is the one that is wanted"
+    assert [report["with"]["report_paths"]] == written, "the report that is read is the one that is written"
+    assert report["if"] == "success() || failure()", "the report is also used after a failure"
     for job in (gitlab["verify"], rehearsal["rehearse"]):
         assert job["artifacts"]["when"] == "always"
         (file,) = re.findall(r"--junit (\S+)", " ".join(job["script"]))
@@ -289,12 +291,12 @@ def test_the_workflows_are_what_their_readers_take() -> None:
 WORKFLOW_LINES = sorted(set(commands_of(workflows())))
 
 
-def test_the_commands_of_the_workflows_are_found() -> None:
+def test_ci_workflow_commands_are_found() -> None:
     assert len(WORKFLOW_LINES) == 4 and any("--strict" in line for line in WORKFLOW_LINES)
 
 
-def test_the_rehearsals_verify_ends_well_for_ci(tmp_path: Path) -> None:
-    """The command of the page itself, on a rehearsal with nothing on it: the report is there though it failed."""
+def test_ci_rehearsal_that_fails_writes_the_report(tmp_path: Path) -> None:
+    """The command of the page, in an empty rehearsal: the report exists although it failed."""
     (line,) = [each for each in WORKFLOW_LINES if "verify --root" in each]
     words = line.replace("./node", str(tmp_path / "node")).replace("spark.xml", str(tmp_path / "spark.xml")).split()
     assert in_this_process(*words[1:]).returncode == DRIFT

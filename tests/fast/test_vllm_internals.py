@@ -1,4 +1,4 @@
-"""What sparkinstall knows of vLLM's internals, against the wheel of every shipped stack."""
+"""What sparkinstall uses of vLLM's internals, checked with the wheel of every shipped stack."""
 
 import ast
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from tests.support.wheel_member import NoMember, needed_member
 pytestmark = pytest.mark.network
 
 LINEAR = "vllm.model_executor.kernels.linear"
-# The payload takes whichever of them the release has.
+# The payload uses whichever of them the release has.
 EITHER = (
     {("vllm.utils.network_utils", "get_ip"), ("vllm.utils", "get_ip")},
     {
@@ -46,7 +46,7 @@ def source(release: str, module: str) -> bytes | None:
 
 
 def defined(body: list[ast.stmt]) -> Iterator[str]:
-    """The names that a module's statements give it."""
+    """The names that a module's statements define."""
     for node in body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name
@@ -67,8 +67,8 @@ def has(release: str, module: str, name: str) -> bool:
     )
 
 
-def taken(release: str, name: str) -> Iterator[tuple[str, str]]:
-    """Module and name of all that a payload imports from vLLM, and of the attributes that it takes of modules."""
+def used(release: str, name: str) -> Iterator[tuple[str, str]]:
+    """Module and name of all that a payload imports from vLLM, and of the attributes of modules that it uses."""
     tree, modules = ast.parse(payloads.source(name)), dict[str, str]()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "vllm":
@@ -83,8 +83,8 @@ def taken(release: str, name: str) -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)
-def test_payload_takes_from_vllm_only_what_the_wheel_has(release: str, payload: str) -> None:
-    wanted = set(taken(release, payload))
+def test_payload_uses_only_what_the_wheel_has(release: str, payload: str) -> None:
+    wanted = set(used(release, payload))
     missing = {each for each in wanted if not has(release, *each)}
     assert wanted and missing <= set().union(*EITHER)
     for names in EITHER:
@@ -97,13 +97,13 @@ def function(release: str, name: str) -> ast.FunctionDef:
 
 
 def required(of: ast.FunctionDef) -> tuple[list[str], list[str]]:
-    """The parameters without a default: by position, and by name alone."""
+    """The parameters without a default: positional and keyword-only."""
     positional = of.args.args[: len(of.args.args) - len(of.args.defaults)]
     named = [each for each, default in zip(of.args.kwonlyargs, of.args.kw_defaults, strict=True) if default is None]
     return [each.arg for each in positional], [each.arg for each in named]
 
 
-def test_kernel_selection_takes_the_arguments_that_the_payload_gives(release: str) -> None:
+def test_kernel_selection_accepts_the_arguments_of_the_payload(release: str) -> None:
     first, named = required(function(release, "choose_scaled_mm_linear_kernel"))
     assert len(first) == 2 and set(named) <= {"quantization"}
     scheme = next(
@@ -129,26 +129,24 @@ def test_delta_message_has_a_reasoning_field(release: str) -> None:
     assert "reasoning" in fields or "reasoning_content" in fields
 
 
-def test_reasoning_parsers_are_read_from_the_table(release: str) -> None:
+def test_reasoning_parsers_of_the_wheel_are_found(release: str) -> None:
     parsers = vllm.parsers_in(needed_member(release, vllm.REASONING_PARSERS_FILE))
     assert {"deepseek_r1", "qwen3"} <= set(parsers)
 
 
-def test_metrics_have_the_names_that_the_probe_reads(release: str) -> None:
+def test_metrics_of_the_wheel_have_the_names_of_the_probe(release: str) -> None:
     text = needed_member(release, vllm.METRICS_FILE).decode()
-    # Prometheus' client adds the ending to a counter.
+    # Prometheus' client appends the suffix to a counter's name.
     assert f'"{vllm.GENERATED_TOKENS.removesuffix("_total")}"' in text
     assert any(f'"{name}"' in text for name in vllm.KV_CACHE_USAGE)
 
 
-def test_variables_that_stay_on_the_head_are_read_from_the_file_that_the_step_writes(
-    release: str, tmp_path: Path
-) -> None:
+def test_ray_env_of_the_wheel_reads_the_file_of_the_step(release: str, tmp_path: Path) -> None:
     name = Path(node_of(tmp_path).vllm_kept_back).name
     assert name in (source(release, "vllm.ray.ray_env") or b"").decode()
 
 
-def test_every_patch_has_the_variant_of_the_stack(release: str) -> None:
+def test_patches_have_a_variant_for_the_wheel(release: str) -> None:
     for patch in load(asset("patches")):
         original = needed_member(release, patch.target)
         variant = patch.known(original)

@@ -1,4 +1,4 @@
-"""A wheel that a stack names by its address and that cannot be downloaded: the error names it, and a way out."""
+"""A wheel that a stack names by its address and that cannot be downloaded: the error names it and another stack."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from tests.support.tiny_stack import no_index, tiny_stack
 
 # Nothing listens at the port for "discard".
 ADDRESS = "https://127.0.0.1:9/whl/vllm-0.18.1%2Bcu130-py3-none-any.whl"
-WAY_OUT = "`--stack 0.22.1`"
+OTHER_STACK = "`--stack 0.22.1`"
 
 
-def test_a_wheel_at_an_address_that_does_not_answer_is_named_with_a_way_out(tmp_path: Path) -> None:
+def test_wheel_at_an_unreachable_address_is_named_with_another_stack(tmp_path: Path) -> None:
     stack = tiny_stack(tmp_path / "stack", locked=False)
     wheels = f"{{wheels: [{{url: '{ADDRESS}'}}]}}"
     stack.write_text(stack.read_text().replace("{}", wheels))
@@ -26,27 +26,27 @@ def test_a_wheel_at_an_address_that_does_not_answer_is_named_with_a_way_out(tmp_
     error = next(each for each in envelope(run)["errors"] if "127.0.0.1" in each["cause"])
     assert run.returncode == 1, said(run)
     assert error["cause"].endswith(ADDRESS) and "cannot be downloaded" in error["cause"]
-    assert "allow this node to reach 127.0.0.1" in error["hint"] and WAY_OUT in error["hint"]
+    assert "allow this node to reach 127.0.0.1" in error["hint"] and OTHER_STACK in error["hint"]
 
 
-# uv 0.13.8's own words for an address whose file is not there, with its arguments replaced.
+# The message of uv 0.13.8 for an address without the file, with placeholders for its arguments.
 NOT_FOUND = """error: Failed to download `{name} @ {url}`
   cause: Failed to fetch: {url}
   cause: HTTP status client error (404 File not found) for url ({url})"""
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_a_wheel_that_is_gone_from_its_address_is_named(number: int, tmp_path: Path) -> None:
+def test_wheel_missing_at_its_address_is_named_with_another_stack(number: int, tmp_path: Path) -> None:
     node = arm_node(tmp_path)
     pin = node.wheels.wheels[number]
     failure = explain_failed_install(
         CommandFailed("uv", output=NOT_FOUND.format(name=pin.name, url=pin.url).splitlines()), node
     )
     assert pin.url and pin.url in failure.cause
-    assert WAY_OUT in failure.hint and f"reach {pin.url.split('/')[2]}," in failure.hint
+    assert OTHER_STACK in failure.hint and f"reach {pin.url.split('/')[2]}," in failure.hint
 
 
-def test_an_index_that_cannot_be_reached_is_no_wheel_at_an_address(tmp_path: Path) -> None:
+def test_unreachable_index_is_named_without_another_stack(tmp_path: Path) -> None:
     tail = [
         "  cause: Failed to fetch: https://index.example/simple/vllm/",
         "  cause: error sending request for url (https://index.example/simple/vllm/)",

@@ -1,4 +1,4 @@
-"""The installed files against their wheels: changed, cut, gone, swapped, and wheels that list their files wrongly."""
+"""Installed files and their wheels: changed, cut, missing, reinstalled, and wheels with a wrong RECORD."""
 
 import csv
 import os
@@ -22,7 +22,7 @@ from tests.support.wheel_record import recorded_hash, recorded_sizes
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Node:
-    """An environment of two packages, one of them not of the lock; all older than its stamp, as the step makes it."""
+    """An environment of two packages, one of them not in the lock; all are older than the stamp, as in the step."""
     node = node_of(tmp_path)
     for name in ("vllm", "added"):
         install(tmp_path, node, name, {f"{name}/__init__.py": b"one = 1\n", f"{name}/_C.abi3.so": b"\x7fELF" * 50})
@@ -49,17 +49,17 @@ def install(root: Path, node: Node, name: str, files: Mapping[str, bytes], versi
     (folder / "RECORD").write_text(f"{rows}{folder.name}/RECORD,,\n")
 
 
-def test_files_as_they_were_brought(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_unchanged_pass(packages: Node, tmp_path: Path) -> None:
     found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, found.found) == ("pass", "1 package, as in its wheel")
 
 
-def test_a_file_that_was_only_touched_is_read_and_found_good(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_with_a_newer_date_pass(packages: Node, tmp_path: Path) -> None:
     (site_of(tmp_path, packages) / "vllm/__init__.py").write_bytes(b"one = 1\n")
     assert wheels.files(packages, LocalReader(str(tmp_path))).verdict == "pass"
 
 
-def test_a_file_of_the_same_size_with_an_old_date_is_told(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_with_a_changed_file_of_the_same_size_and_date_fail(packages: Node, tmp_path: Path) -> None:
     path = site_of(tmp_path, packages) / "vllm/__init__.py"
     times = path.stat()
     path.write_bytes(b"one = 2\n")
@@ -69,27 +69,27 @@ def test_a_file_of_the_same_size_with_an_old_date_is_told(packages: Node, tmp_pa
     assert "sparkinstall run environment fp8 --force" in found.hint
 
 
-def test_a_file_that_was_cut_or_removed_is_told(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_cut_or_missing_fail(packages: Node, tmp_path: Path) -> None:
     (site_of(tmp_path, packages) / "vllm/_C.abi3.so").write_bytes(b"\x7fELF")
     (site_of(tmp_path, packages) / "vllm/__init__.py").unlink()
     found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert found.found == "vllm/__init__.py is missing; vllm/_C.abi3.so has 4 bytes instead of 200"
 
 
-def test_another_wheel_of_the_same_version_is_told(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_of_a_reinstalled_wheel_fail(packages: Node, tmp_path: Path) -> None:
     install(tmp_path, packages, "vllm", {"vllm/__init__.py": b"another = 1\n"})
     found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, found.found) == ("fail", "vllm was reinstalled since")
 
 
-def test_what_somebody_added_is_theirs(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_of_packages_outside_the_lock_are_ignored(packages: Node, tmp_path: Path) -> None:
     (site_of(tmp_path, packages) / "added/__init__.py").unlink()
     install(tmp_path, packages, "more", {"more/__init__.py": b""})
     assert wheels.files(packages, LocalReader(str(tmp_path))).verdict == "pass"
 
 
-def test_a_file_that_two_wheels_bring_is_good_as_either_has_it(packages: Node, tmp_path: Path) -> None:
-    """As nvidia-cutlass-dsl-libs-base and -libs-cu13 do: whichever was unpacked last is there."""
+def test_wheel_files_of_two_wheels_pass_with_the_content_of_either(packages: Node, tmp_path: Path) -> None:
+    """As with nvidia-cutlass-dsl-libs-base and -libs-cu13: the one that was unpacked last wins."""
     install(tmp_path, packages, "other", {"shared.py": b"of the other\n"})
     install(tmp_path, packages, "vllm", {"shared.py": b"of vllm\n"})
     venv = tmp_path / packages.venv.lstrip("/")
@@ -103,8 +103,8 @@ def test_a_file_that_two_wheels_bring_is_good_as_either_has_it(packages: Node, t
         assert wheels.files(packages, LocalReader(str(tmp_path))).verdict == verdict
 
 
-def with_a_wrong_record(root: Path, node: Node, name: str, version: str) -> Path:
-    """A file that is longer than RECORD says, as a wheel brought it; installed before the stamp."""
+def install_with_a_wrong_record(root: Path, node: Node, name: str, version: str) -> Path:
+    """Install a wheel with a file that is longer than its RECORD says, before the stamp."""
     path = f"{name}/lib.so"
     install(root, node, name, {path: b"short"}, version)
     (site_of(root, node) / path).write_bytes(b"longer")
@@ -116,9 +116,9 @@ def with_a_wrong_record(root: Path, node: Node, name: str, version: str) -> Path
     return site_of(root, node) / path
 
 
-def test_a_wheel_whose_own_record_is_wrong_is_told_as_such(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_with_a_wrong_record_warn(packages: Node, tmp_path: Path) -> None:
     on = LocalReader(str(tmp_path))
-    file = with_a_wrong_record(tmp_path, packages, "odd", "1.0")
+    file = install_with_a_wrong_record(tmp_path, packages, "odd", "1.0")
     Path(on.real(packages.wheel_exceptions)).write_text(wheel_files.unlike_their_records(packages, on))
     found = wheels.files(packages, on)
     assert (found.verdict, found.found) == ("warn", "odd/lib.so has 6 bytes instead of 5, since it was installed")
@@ -129,13 +129,13 @@ def test_a_wheel_whose_own_record_is_wrong_is_told_as_such(packages: Node, tmp_p
         assert (found.verdict, found.found) == ("fail", f"odd/lib.so has {len(content)} bytes instead of 5")
 
 
-def test_a_wheel_that_is_known_to_have_a_wrong_record_is_good(
+def test_wheel_files_with_a_known_wrong_record_pass(
     packages: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known, on = tmp_path / "knowledge/records", LocalReader(str(tmp_path))
     known.mkdir(parents=True)
     monkeypatch.setattr(wheel_files, "asset", lambda name: tmp_path / name)
-    file = with_a_wrong_record(tmp_path, packages, "Odd_Name", "1.0")
+    file = install_with_a_wrong_record(tmp_path, packages, "Odd_Name", "1.0")
     assert wheels.files(packages, on).verdict == "fail"
     digest = recorded_hash(b"longer")
     (known / "odd-name-1.0.csv").write_text(f"Odd_Name/for_another_arch.so,{digest},1\nOdd_Name/lib.so,{digest},6\n")
@@ -147,7 +147,7 @@ def test_a_wheel_that_is_known_to_have_a_wrong_record_is_good(
 @pytest.mark.network
 @pytest.mark.parametrize("path", sorted(asset("knowledge").glob("records/*.csv")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("platform", ["aarch64-manylinux_2_39", "x86_64-manylinux_2_39"])
-def test_what_is_known_of_records_is_what_the_wheels_have(path: Path, platform: str) -> None:
+def test_known_wrong_records_match_the_wheels(path: Path, platform: str) -> None:
     package, _, version = path.stem.rpartition("-")
     known = {(name, digest, int(size)) for name, digest, size in csv.reader(path.read_text().splitlines())}
     with opened_wheel(package, version, platform) as wheel:
@@ -160,7 +160,7 @@ def test_what_is_known_of_records_is_what_the_wheels_have(path: Path, platform: 
             assert int(sizes[name]) != len(content)
 
 
-def test_what_a_wheel_really_brought_is_noted_when_it_is_installed(tmp_path: Path) -> None:
+def test_environment_with_a_wrong_record_stores_the_real_hash(tmp_path: Path) -> None:
     stack = tiny_stack(tmp_path / "stack", more=b"one = 1\n")
     node = Rehearsal(tmp_path / "node", (*SETTINGS, "--stack", str(stack)))
     run = node.all("--json", **no_index(stack))
@@ -169,7 +169,7 @@ def test_what_a_wheel_really_brought_is_noted_when_it_is_installed(tmp_path: Pat
     assert noted.read_text().startswith("vllm/__init__.py,sha256=") and noted.read_text().endswith(",8\n")
 
 
-def test_the_file_that_we_patch_is_for_another_probe(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_ignore_the_patched_file(packages: Node, tmp_path: Path) -> None:
     (target,) = wheel_files.patched_files()
     install(tmp_path, packages, "vllm", {target: b"as vLLM has it\n"})
     (tmp_path / packages.venv.lstrip("/") / "sparkinstall.json").write_text("{ }")
@@ -177,17 +177,17 @@ def test_the_file_that_we_patch_is_for_another_probe(packages: Node, tmp_path: P
     assert wheels.files(packages, LocalReader(str(tmp_path))).verdict == "pass"
 
 
-def test_a_locked_package_that_is_not_there_is_told(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_of_a_missing_package_fail(packages: Node, tmp_path: Path) -> None:
     (site_of(tmp_path, packages) / "vllm-0.18.1.dist-info").rename(tmp_path / "elsewhere")
     found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, found.found) == ("fail", "vllm is not installed")
 
 
-def test_nothing_to_compare_with_is_no_pass(packages: Node, tmp_path: Path) -> None:
+def test_wheel_files_without_the_lock_fail(packages: Node, tmp_path: Path) -> None:
     (tmp_path / packages.venv.lstrip("/") / "installed.lock").unlink()
     found = wheels.files(packages, LocalReader(str(tmp_path)))
     assert (found.verdict, "installed.lock is missing" in found.found) == ("fail", True)
 
 
-def test_without_an_environment_it_fails(tmp_path: Path) -> None:
+def test_wheel_files_without_an_environment_fail(tmp_path: Path) -> None:
     assert wheels.files(node_of(tmp_path), LocalReader(str(tmp_path))).verdict == "fail"

@@ -132,7 +132,7 @@ def test_only_what_differs_is_told(pair: Fleet) -> None:
     assert row["values"] == {"spark-1": "9000 + 9000", "spark-2": "9000 + 1500"}
 
 
-def test_another_wheel_of_the_same_version_is_told(pair: Fleet) -> None:
+def test_cluster_verify_with_another_wheel_of_the_same_version_fails(pair: Fleet) -> None:
     for node, digest in zip(pair.nodes, ("aaaa", "bbbb"), strict=True):
         node.run("mkdir", "-p", RECORD.rpartition("/")[0])
         node.write(RECORD, f"vllm/_C.abi3.so,sha256={digest},386000000\n")
