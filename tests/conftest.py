@@ -1,4 +1,4 @@
-"""Layers that cannot run here skip loudly, and fail in CI (tests/lab/layers.py)."""
+"""Tests of a layer that cannot run here are skipped and reported, and fail in CI (tests/lab/layers.py)."""
 
 import signal
 
@@ -12,13 +12,13 @@ from tests.lab.layers import (  # noqa: F401
     pytest_testnodedown,
 )
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and so would every program that they start.
+# A shell that starts the tests in the background makes them, and every program that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Where several files run side by side, what takes longest goes first: a long file that begins last is waited for alone.
+# Where files run in parallel, the longest start first: at the end nothing waits for one long file.
 LONGEST_FIRST = ("tests/builds/", "tests/nodes/", "tests/lab/", "tests/fast/test_killed.py", "tests/fast/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order files by `LONGEST_FIRST`, and those of one entry as they are."""
+    """Order files by `LONGEST_FIRST`; those of one entry keep their order."""
     items.sort(key=lambda item: next(at for at, folder in enumerate(LONGEST_FIRST) if folder in str(item.path)))

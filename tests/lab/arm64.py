@@ -1,4 +1,4 @@
-"""The product on a Spark's processor: an arm64 Debian under qemu, with packages put into it from outside."""
+"""A Spark's architecture: an arm64 Debian under qemu, with packages installed from outside."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = (
     *("dash", "bash", "coreutils", "libc-bin"),
 )
 PYTHON = "3.13"  # trixie's
-# Of a processor with pointer authentication qemu works out every signature: five times slower.
+# For a processor with pointer authentication qemu computes every signature: five times slower.
 PROCESSOR = "cortex-a76"
 PLATFORM = "aarch64-manylinux_2_39"
 SITE = "opt/site"
@@ -31,13 +31,13 @@ FORMATS = Path("/usr/lib/binfmt.d")
 
 
 class Arm64:
-    """An arm64 tree to run programs in, each in its own mount and pid namespace."""
+    """An arm64 tree, whose programs run in their own mount and pid namespace."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     def install(self, *requirements: str, timeout: float = 600) -> None:
-        """Install requirements, or wheels by their path, for aarch64; `python3 -m` finds their modules."""
+        """Install requirements, or wheels by their paths, for aarch64; `python3 -m` finds their modules."""
         where = ["--target", str(self.root / SITE), "--python", sys.executable]
         what = ["--python-version", PYTHON, "--python-platform", PLATFORM, "--only-binary", ":all:"]
         commands.run(uv.find_uv_bin(), "pip", "install", "--quiet", *where, *what, *requirements, timeout=timeout)
@@ -45,7 +45,7 @@ class Arm64:
     def run(
         self, *argv: str, env: Mapping[str, str] | None = None, timeout: float = 120, check: bool = True
     ) -> Completed:
-        """Run a command of the tree as root and wait; CommandFailedError where it fails and `check` is on."""
+        """Run a command of the tree as root and wait; CommandFailedError if it fails and `check` is set."""
         settings = {"PATH": f"/{SITE}/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
         qemu = {"QEMU_CPU": PROCESSOR, "PYTHONPATH": f"/{SITE}"}
         settings |= qemu | dict(env or {})
@@ -56,7 +56,7 @@ class Arm64:
 
 @contextmanager
 def chroot() -> Iterator[Arm64]:
-    """A fresh copy of the arm64 tree, which is built once (half a minute); `install` changes only the copy."""
+    """A new copy of the arm64 tree, which is built once (half a minute); `install` changes only the copy."""
     register()
     copy = overlay.Overlay(cache.kept("arm64", [*_command(), inspect.getsource(_build)], _build))
     try:
@@ -66,7 +66,7 @@ def chroot() -> Iterator[Arm64]:
 
 
 def register() -> None:
-    """Have the kernel run aarch64 programs through qemu, if it does not yet. It stays so until a restart."""
+    """Make the kernel run aarch64 programs through qemu until a restart, unless it already does."""
     if platform.machine() == "aarch64":
         return
     if not (BINFMT / "register").exists():
@@ -75,11 +75,11 @@ def register() -> None:
         return
     if shutil.which("update-binfmts"):
         commands.run("update-binfmts", "--enable", HANDLER, check=False)
-    # Newer qemu packages leave it to systemd-binfmt, which a container has not.
+    # Newer qemu packages need systemd-binfmt for this, which a container does not have.
     if not _registered() and (described := FORMATS / f"{HANDLER}.conf").exists():
         (BINFMT / "register").write_bytes(described.read_bytes().strip())
     if not _registered():
-        raise OSError(f"the kernel took no handler {HANDLER}")
+        raise OSError(f"the kernel did not accept the handler {HANDLER}")
 
 
 def _registered() -> bool:

@@ -1,8 +1,8 @@
-"""Network namespaces and the wires between them, as machines on a desk are joined.
+"""Network namespaces and the wires between them, like machines on a desk.
 
-Every wire has one end in a machine and the other in a namespace `switch`, so that it can be pulled: the machine
-then has no carrier, and nothing else of it is touched. A machine's end is made anew each time it is switched on, as
-after a real power-on: without addresses, at MTU 1500.
+Every wire has one end in a machine and the other in a namespace `switch`, so that it can be pulled: the machine then
+has no carrier, and nothing else of it changes. A machine's end is created each time it is switched on, as after a real
+power-on: without addresses, at MTU 1500.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PREFIX = "lab-"
 
 @dataclass
 class Plugs:
-    """A machine's place at the wires: which interfaces it has, and whether it is on."""
+    """A machine's interfaces, and whether it is on."""
 
     number: int
     netns: str
@@ -43,7 +43,7 @@ class Plugs:
 
 
 class Cabling:
-    """The wires of one set of machines, gone with `remove`; `direct`: port 0 joins two machines without a switch."""
+    """The wires of one set of machines, until `remove`; `direct`: port 0 joins two machines without a switch."""
 
     def __init__(self, *, direct: bool) -> None:
         self._direct = direct
@@ -62,20 +62,20 @@ class Cabling:
             raise
 
     def remove(self) -> None:
-        """Remove every namespace of it, and with them the wires."""
+        """Remove all its namespaces, and with them the wires."""
         with self._lock:
             _remove_namespaces(self.tag)
             self._mark.unlink(missing_ok=True)
             self._held.close()
 
-    def give_place(self, name: str, interfaces: Iterable[str]) -> Plugs:
-        """A machine's place, still without power; port 1 has no cable, whoever has it."""
+    def add(self, name: str, interfaces: Iterable[str]) -> Plugs:
+        """Add a machine without power; port 1 has no cable on any machine."""
         plugs = Plugs(len(self._machines), f"{self.tag}-{name}", tuple(interfaces))
         self._machines.append(plugs)
         return plugs
 
     def power_on(self, plugs: Plugs) -> None:
-        """Make the machine's namespace and its ends of the wires anew."""
+        """Create the machine's namespace and its ends of the wires again."""
         with self._lock:
             self.power_off(plugs)
             run("ip", "netns", "add", plugs.netns)
@@ -89,7 +89,7 @@ class Cabling:
         with self._lock:
             plugs.on = False
             for interface in plugs.interfaces:
-                # With a namespace its wires go too, but only some time later.
+                # The kernel removes a namespace's wires with it, but only some time later.
                 with suppress(CommandFailedError):
                     ip(self.switch, "link", "del", _end(plugs, interface))
                 self._up.discard(_end(plugs, interface))
@@ -103,7 +103,7 @@ class Cabling:
             self._settle()
 
     def insert(self, plugs: Plugs, interfaces: Iterable[str]) -> None:
-        """Put these plugs back."""
+        """Insert these plugs again."""
         with self._lock:
             plugs.pulled.difference_update(interfaces)
             self._settle()
@@ -121,11 +121,11 @@ class Cabling:
         ip(self.switch, "link", "add", here, "mtu", mtu, "type", "veth", "peer", *there)
         if interface in SWITCHES:
             ip(self.switch, "link", "set", here, "master", SWITCHES[interface])
-        # As a desktop's network manager leaves them: switched on, without an address.
+        # As after a desktop's network manager: up, without an address.
         ip(plugs.netns, "link", "set", interface, "up")
 
     def _settle(self) -> None:
-        """Give each wire the carrier that the plugs and the power at its ends make."""
+        """Set each wire's carrier by the plugs and the power at its ends."""
         for plugs in self._machines:
             for interface in plugs.interfaces if plugs.on else ():
                 here = _end(plugs, interface)
@@ -148,7 +148,7 @@ def ip(netns: str, *words: str) -> None:
 
 
 def sweep() -> None:
-    """Remove the namespaces of crashed test runs. Call it with the lock of all cablings held."""
+    """Remove the namespaces of crashed test runs. The caller holds the lock of all cablings."""
     for mark in cache.folder().glob(f"{PREFIX}*.cabling"):
         with mark.open("wb") as held, suppress(BlockingIOError):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,7 +157,7 @@ def sweep() -> None:
 
 
 def _hold(tag: str) -> tuple[Path, IO[bytes]]:
-    # Locked for as long as this process lives: a mark without its lock is a crashed run's.
+    # Locked while this process lives: an unlocked mark is that of a crashed run.
     mark = cache.folder() / f"{tag}.cabling"
     held = mark.open("wb")
     fcntl.flock(held, fcntl.LOCK_EX)

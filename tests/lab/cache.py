@@ -1,4 +1,4 @@
-"""What the lab builds once and keeps below the user's cache folder; several processes may ask at once."""
+"""Trees that the lab builds once and keeps below the user's cache folder; several processes may use it at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-# Descriptors and not files: these are meant to stay open until the process ends.
+# Descriptors and not files: they stay open until the process ends.
 _in_use: dict[Path, int] = {}
 
 
 def folder() -> Path:
-    """The lab's place below the user's cache folder, made if it is not there."""
+    """The lab's folder below the user's cache folder; created if it is missing."""
     base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     home = Path(base) / "sparkinstall" / "tests"
     home.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def kept(kind: str, recipe: Sequence[str], build: Callable[[Path], None]) -> Path:
-    """The tree that `build` makes, once for a recipe; nobody removes it while this process lives."""
+    """The tree that `build` creates, once per recipe; no process removes it while this one lives."""
     digest = hashlib.sha256("\0".join(recipe).encode()).hexdigest()[:16]
     tree = folder() / f"{kind}-{digest}"
     if tree in _in_use:
@@ -47,11 +47,11 @@ def kept(kind: str, recipe: Sequence[str], build: Callable[[Path], None]) -> Pat
 
 
 def _ensure(tree: Path, lock: int, build: Callable[[Path], None]) -> None:
-    """Return with the tree there and the lock shared."""
+    """Build the tree if it is missing, and keep the lock shared."""
     fcntl.flock(lock, fcntl.LOCK_SH)
     while not tree.is_dir():
-        # flock gives the shared lock up before it waits for the other kind, and back again, so another
-        # process may have built the tree, or removed it, in between: look each time.
+        # flock releases the lock before it waits for the other kind, so another process may have built or
+        # removed the tree meanwhile: check each time.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not tree.is_dir():
             _build(tree, build)
@@ -81,5 +81,5 @@ def _forget_others(current: Path) -> None:
 
 
 def _lock_of(tree: Path) -> Path:
-    # Never removed: a lock file that is unlinked and made anew is two locks.
+    # Never removed: a lock file that is unlinked and created again is two locks.
     return tree.with_name(f"{tree.name.removesuffix('.building')}.lock")

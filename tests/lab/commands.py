@@ -1,4 +1,4 @@
-"""Running commands for the lab, with failures that show what the command said."""
+"""Runs commands for the lab; failures show the output of the command."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ SHOWN_LINES = 30
 
 
 class CommandFailedError(subprocess.CalledProcessError):
-    """A command's exit status was not 0; the message ends with its last lines, which pytest then shows."""
+    """A command's exit status is not 0; the message ends with its last lines, which pytest shows."""
 
     def __str__(self) -> str:
-        said = f"{self.stdout or ''}\n{self.stderr or ''}".strip().splitlines()[-SHOWN_LINES:]
-        return "\n".join([super().__str__(), *said])
+        output = f"{self.stdout or ''}\n{self.stderr or ''}".strip().splitlines()[-SHOWN_LINES:]
+        return "\n".join([super().__str__(), *output])
 
 
 class CommandTimedOutError(AssertionError):
-    """A command ran longer than its limit; the message ends with what it had said until then."""
+    """A command ran longer than its limit; the message ends with its output until then."""
 
 
 def run(*argv: str, timeout: float = 180, check: bool = True, env: dict[str, str] | None = None) -> Completed:
-    """Run a command of this machine and return what it said; `timeout` in seconds."""
+    """Run a command of this machine; `timeout` in seconds."""
     process = subprocess.Popen(
         argv,
         stdin=subprocess.DEVNULL,
@@ -46,7 +46,7 @@ def finish(
     check: bool,
     kill: Callable[[], None],
 ) -> Completed:
-    """Wait for a started command; `kill` ends it, and all that it started, when it takes too long."""
+    """Wait for a started command; `kill` ends it, and all that it started, after `timeout` seconds."""
     with process:
         try:
             out, err = process.communicate(stdin, timeout)
@@ -65,8 +65,8 @@ def _late(process: Process, argv: tuple[str, ...], timeout: float) -> str:
     try:
         out, err = process.communicate(timeout=5)
     except subprocess.TimeoutExpired:
-        # A daemon that left the killed group may hold the pipes open for ever.
+        # A daemon that left the killed group may keep the pipes open for ever.
         process.send_signal(signal.SIGKILL)
-        out, err = "", "(its output is still held open by something it started)"
-    said = f"{out}\n{err}".strip().splitlines()[-SHOWN_LINES:]
-    return "\n".join([f"{' '.join(argv)}: not done after {timeout:g} s", *said])
+        out, err = "", "(a program that it started keeps its output open)"
+    output = f"{out}\n{err}".strip().splitlines()[-SHOWN_LINES:]
+    return "\n".join([f"{' '.join(argv)}: not done after {timeout:g} s", *output])

@@ -1,9 +1,8 @@
-"""Several fresh nodes as Sparks stand on a desk, and the terminal from which somebody sets them up.
+"""Several fresh nodes, like Sparks on a desk, and the terminal from which a user sets them up.
 
-A LAN joins all of them (`enP7s7`, configured by netplan, with a router by which they reach the Python and Debian
-indexes that this machine reaches). Port 0 of the QSFP card joins the nodes: two by a cable, more by a switch. Every
-machine boots with systemd as PID 1 in a network namespace of its own; the terminal's user `spark` may log in to every
-node with ssh.
+A LAN joins all of them (`enP7s7`, configured by netplan, with a router to the Python and Debian indexes of this
+machine). Port 0 of the QSFP card joins the nodes: two by a cable, more by a switch. Every machine boots with systemd as
+PID 1 in its own network namespace; the terminal's user `spark` may log in to every node with ssh.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from tests.lab.node import Bind, FreshNode, NodeError
 NETWORK = "198.51.100"
 TERMINAL_ADDRESS = f"{NETWORK}.1"
 ROUTER_ADDRESS = f"{NETWORK}.254"
-# Routes by which the router takes itself for every address: they hold for the web's two ports alone.
+# Routes that make every address local to the router; used only for the web's two ports.
 ROUTER_TABLE = "100"
 HOST_KEY = "ssh_host_ed25519_key"
 LAN_SECONDS = 20.0
 
-# A key that is not the known one ends the session; nothing asks.
+# A key other than the known one ends the session without a question.
 SSH_CONFIG = "Host *\n  User spark\n  StrictHostKeyChecking yes\n"
 
 
@@ -55,7 +54,7 @@ class FleetNode(FreshNode):
         return " ".join((self.root / f"etc/ssh/{HOST_KEY}.pub").read_text().split()[:2])
 
     def furnish(self) -> None:
-        """Its own host key, its LAN, and how commands that come over ssh find this machine's indexes."""
+        """Write its host key, its LAN, and the variables with which commands over ssh find this machine's indexes."""
         etc = self.root / "etc"
         for old in (etc / "ssh").glob("ssh_host_*"):
             old.unlink()
@@ -67,10 +66,10 @@ class FleetNode(FreshNode):
         (etc / "resolv.conf").write_text(f"nameserver {ROUTER_ADDRESS}\n")
         settings = machine.environment()
         (etc / "environment").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-        self._let_in()
+        self._write_keys()
 
     def boot(self) -> None:
-        """Power on with new ends of the wires, and wait for the LAN too."""
+        """Power on with new ends of the wires, and also wait for the LAN."""
         started = time.monotonic()
         self._wires.power_on(self.plugs)
         super().boot()
@@ -86,7 +85,7 @@ class FleetNode(FreshNode):
     def _name_of_key(self) -> str:
         return f"host-{self.plugs.number}"
 
-    def _let_in(self) -> None:
+    def _write_keys(self) -> None:
         for user in ("spark", "plain"):
             mine = _ssh_folder(self.root, user)
             shutil.copy(self._keys / "user.pub", mine / "authorized_keys")
@@ -100,16 +99,16 @@ class FleetNode(FreshNode):
 
 
 class Terminal(FleetNode):
-    """The machine somebody sits at: no Spark, no cable, only the LAN and an ssh key."""
+    """The user's machine: no Spark, no cable, only the LAN and an ssh key."""
 
     def know(self, nodes: Sequence[FleetNode]) -> None:
-        """Give the user an alias for each node, and its true host key."""
+        """Give the user an alias for each node, and its host key."""
         hosts = "".join(f"Host {node.name}\n  HostName {node.address}\n" for node in nodes)
         known = "".join(f"{node.name},{node.address} {node.host_key}\n" for node in nodes)
         self.write("/home/spark/.ssh/config", hosts + SSH_CONFIG, mode="0600", user="spark")
         self.write("/home/spark/.ssh/known_hosts", known, mode="0600", user="spark")
 
-    def _let_in(self) -> None:
+    def _write_keys(self) -> None:
         mine = _ssh_folder(self.root, "spark")
         shutil.copy(self._keys / "user", mine / "id_ed25519")
         shutil.copy(self._keys / "user.pub", mine / "id_ed25519.pub")
@@ -117,10 +116,10 @@ class Terminal(FleetNode):
 
 
 class Fleet:
-    """`count` nodes (`spark-1` and on) and the terminal, as a context manager. They boot side by side.
+    """`count` nodes (`spark-1`, `spark-2`, ...) and the terminal, as a context manager. They boot in parallel.
 
-    `bind` says what to show to node 0, 1 and so on; `terminal_bind` what to show to the terminal. `port_1`: the
-    nodes also have the card's other port, without a cable. `internet`: the router leads to this machine's indexes.
+    `bind`: the binds of node 0, 1 and so on; `terminal_bind`: those of the terminal. `port_1`: the nodes also have the
+    card's other port, without a cable. `internet`: the router leads to this machine's indexes.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class Fleet:
             self._wires = Cabling(direct=self._count == 2)
             stack.callback(self._wires.remove)
             keys = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fleet-keys-")))
-            self._seat(keys)
+            self._add_machines(keys)
             if self._internet:
                 stack.enter_context(_router(self._wires.switch))
             stack.enter_context(_booted([self.terminal, *self.nodes]))
@@ -162,11 +161,11 @@ class Fleet:
         self._stack.close()
 
     def on_terminal(self, *argv: str, **options: Any) -> Completed:
-        """Run a command at the terminal, as its user; options as of `FreshNode.run`."""
+        """Run a command at the terminal, as its user; options as in `FreshNode.run`."""
         return self.terminal.run(*argv, **{"user": "spark", **options})
 
     def start_on_terminal(self, *argv: str, **options: Any) -> Process:
-        """Start one there; end it with `terminal.signal`."""
+        """Start a command there; end it with `terminal.signal`."""
         return self.terminal.popen(*argv, **{"user": "spark", **options})
 
     def ssh(self, node: FleetNode, *argv: str, user: str = "spark", **options: Any) -> Completed:
@@ -176,12 +175,12 @@ class Fleet:
     def unplug(self, node: FleetNode, *interfaces: str) -> None:
         """Pull the QSFP cable from a node, or only these interfaces' wires: no carrier.
 
-        Of two nodes on a cable the other one has no carrier either.
+        With two nodes on a cable, the other one has no carrier either.
         """
         self._wires.pull(node.plugs, interfaces or PORT_0)
 
     def plug(self, node: FleetNode, *interfaces: str) -> None:
-        """Put the cable back."""
+        """Insert the cable again."""
         self._wires.insert(node.plugs, interfaces or PORT_0)
 
     def set_mtu(self, mtu: int, *nodes: FleetNode, interfaces: Sequence[str] = PORT_0) -> None:
@@ -197,23 +196,23 @@ class Fleet:
         node.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key)
         node.run("systemctl", "restart", "ssh")
 
-    def _seat(self, keys: Path) -> None:
-        seat = self._wires.give_place("terminal", (LAN,))
+    def _add_machines(self, keys: Path) -> None:
+        plugs = self._wires.add("terminal", (LAN,))
         _make_key(keys / "user")
-        _make_key(keys / f"host-{seat.number}")
-        self.terminal = Terminal(self._wires, seat, "terminal", TERMINAL_ADDRESS, keys, self._terminal_bind)
+        _make_key(keys / f"host-{plugs.number}")
+        self.terminal = Terminal(self._wires, plugs, "terminal", TERMINAL_ADDRESS, keys, self._terminal_bind)
         self.nodes = [self._node(index, keys) for index in range(self._count)]
 
     def _node(self, index: int, keys: Path) -> FleetNode:
         name = f"spark-{index + 1}"
-        seat = self._wires.give_place(name, self._interfaces)
-        _make_key(keys / f"host-{seat.number}")
-        return FleetNode(self._wires, seat, name, f"{NETWORK}.{11 + index}", keys, self._bind(index))
+        plugs = self._wires.add(name, self._interfaces)
+        _make_key(keys / f"host-{plugs.number}")
+        return FleetNode(self._wires, plugs, name, f"{NETWORK}.{11 + index}", keys, self._bind(index))
 
 
 @contextmanager
 def _booted(nodes: Sequence[FleetNode]) -> Iterator[None]:
-    """All of them booted side by side; where one fails, the others go too."""
+    """Boot all of them in parallel; if one fails, the others end too."""
     with ThreadPoolExecutor(len(nodes)) as pool:
         entered: list[Future[FreshNode]] = [pool.submit(node.__enter__) for node in nodes]
         try:
@@ -233,7 +232,7 @@ def _end(node: FleetNode, entered: Future[FreshNode]) -> None:
 
 @contextmanager
 def _router(netns: str) -> Iterator[None]:
-    """The LAN's way out (tests.lab.outside), listening where the LAN's switch is."""
+    """The LAN's router (tests.lab.outside), in the namespace of the LAN's switch."""
     cabling.ip(netns, "address", "add", f"{ROUTER_ADDRESS}/24", "dev", "lan")
     cabling.ip(netns, "route", "add", "local", "default", "dev", "lo", "table", ROUTER_TABLE)
     for port in outside.WEB_PORTS:
@@ -245,7 +244,7 @@ def _router(netns: str) -> Iterator[None]:
     with subprocess.Popen(argv, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
         try:
             if process.stdout is None or process.stdout.readline() != "ready\n":
-                raise NodeError("the router of the nodes' LAN did not start; its own words are above")
+                raise NodeError("the router of the nodes' LAN did not start; its output is above")
             yield
         finally:
             process.kill()
@@ -268,7 +267,7 @@ def _ssh_folder(root: Path, user: str) -> Path:
 
 
 def _own(folder: Path) -> None:
-    """Give a folder and its files to the user whose home it is in, readable to nobody else."""
+    """Make the owner of the home the owner of the folder and its files, and the only user who can read them."""
     owner = folder.parent.stat()
     for path in (folder, *folder.iterdir()):
         os.chown(path, owner.st_uid, owner.st_gid)

@@ -1,7 +1,7 @@
 """Which layers of tests this machine can run: a pytest plugin for the markers `layer2`, `layer3` and so on.
 
-In CI (CI=true) or with SPARKINSTALL_ALL_LAYERS=1 a layer that cannot run is a failure, and so is any other test that is
-skipped. Elsewhere it is skipped, and the end of the run says so in red.
+In CI (CI=true) or with SPARKINSTALL_ALL_LAYERS=1 a layer that cannot run is a failure, and so is any other skipped
+test. Elsewhere it is skipped, and the end of the run says so in red.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _skipped: dict[int, str] = {}
 
 @cache
 def namespaces_missing() -> str | None:
-    """Why network namespaces (layer 2) cannot be made here, or None."""
+    """Why network namespaces (layer 2) cannot be created here, or None."""
     return (
         _root_missing()
         or _tools_missing("ip", "nsenter", "netplan", "ssh-keygen")
@@ -58,7 +58,7 @@ def nodes_missing() -> str | None:
 
 @cache
 def arm64_missing() -> str | None:
-    """Why the arm64 tree (layer 6) cannot be had here, or None."""
+    """Why the arm64 tree (layer 6) is not available here, or None."""
     return _root_missing() or _tools_missing("mmdebstrap", "unshare") or _overlay_missing() or _emulation_missing()
 
 
@@ -71,12 +71,12 @@ def vllm_missing() -> str | None:
     return None if memory > 10e9 else f"only {memory / 1e9:.0f} GB of memory"
 
 
-# Other layers add a row of their own.
+# Other layers add a row.
 LAYERS: dict[int, Missing] = {2: namespaces_missing, 3: nodes_missing, 5: vllm_missing, 6: arm64_missing}
 
 
 def require(layer: int) -> None:
-    """End the test that asks, unless this machine can run the layer: as failed in CI, else as skipped."""
+    """Unless this machine can run the layer, skip the calling test, or fail it in CI."""
     reason = LAYERS[layer]()
     if reason is None:
         return
@@ -94,7 +94,7 @@ def all_layers_wanted() -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Before fixtures are made: a test marked `layerN` needs layer N."""
+    """Before fixtures are created: a test marked `layerN` needs layer N."""
     for marker in item.iter_markers():
         number = marker.name.removeprefix("layer")
         if number.isdecimal() and int(number) in LAYERS:
@@ -105,7 +105,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI whatever is skipped has failed, for whichever reason: none may hide."""
+    """In CI a skipped test has failed, whatever the reason."""
     del item, call
     report = yield
     if report.skipped and not hasattr(report, "wasxfail") and all_layers_wanted():
@@ -115,21 +115,21 @@ def pytest_runtest_makereport(
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """With several processes, each tells the one that the person sees."""
-    told = getattr(session.config, "workeroutput", None)
-    if told is not None:
-        told["skipped_layers"] = {str(layer): reason for layer, reason in _skipped.items()}
+    """A worker process sends its skipped layers to the main process."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["skipped_layers"] = {str(layer): reason for layer, reason in _skipped.items()}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """One of several processes has ended: what it skipped counts too."""
-    told = getattr(node, "workeroutput", {}).get("skipped_layers", {})
-    _skipped.update({int(layer): reason for layer, reason in told.items()})
+    """The main process adds the skipped layers of a worker process."""
+    skipped = getattr(node, "workeroutput", {}).get("skipped_layers", {})
+    _skipped.update({int(layer): reason for layer, reason in skipped.items()})
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say loudly what was not tested."""
+    """Name the layers that did not run."""
     if _skipped:
         terminalreporter.section("LAYERS THAT DID NOT RUN", sep="!", red=True, bold=True)
         for layer, reason in sorted(_skipped.items()):
@@ -181,7 +181,7 @@ def _groups_missing() -> str | None:
 
 
 def _emulation_missing() -> str | None:
-    # Here and not at the top: layers that need no arm64 need no uv either.
+    # Not at the top: the other layers do not need uv.
     from tests.lab import arm64
 
     try:

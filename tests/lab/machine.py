@@ -1,4 +1,4 @@
-"""What a node takes over from this machine so that its apt, pip and uv reach what this machine reaches."""
+"""The settings of this machine with which a node's apt, pip and uv reach the same indexes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PASSED_ON_TO_APT = (
 
 
 def environment() -> dict[str, str]:
-    """The variables by which this machine finds its Python index and trusts it."""
+    """The variables with which this machine finds its Python index and trusts it."""
     return {name: os.environ[name] for name in PASSED_ON if name in os.environ}
 
 
@@ -60,13 +60,13 @@ def certificates() -> list[Path]:
 
 @cache
 def debian_mirror() -> str | None:
-    """The Debian mirror of this machine's own sources; None where the machine is no Debian."""
+    """The Debian mirror of this machine's sources; None if it does not run Debian."""
     release = platform.freedesktop_os_release()
     if release["ID"] != "debian":
         return None
     listing = run("apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE) $(COMPONENT)").stdout
     for line in listing.splitlines():
-        # A flat repository, such as CUDA's, has no component and so a field less.
+        # A flat repository, such as CUDA's, has no component.
         uri, *suite_and_component = line.split()
         if suite_and_component == [release.get("VERSION_CODENAME"), "main"]:
             return uri
@@ -75,6 +75,6 @@ def debian_mirror() -> str | None:
 
 @cache
 def apt_options() -> tuple[str, ...]:
-    """This machine's apt settings about proxies, retries and the clock, in apt.conf's syntax."""
+    """This machine's apt settings for proxies, retries and the clock, in apt.conf's syntax."""
     lines = run("apt-config", "dump").stdout.splitlines()
     return tuple(line for line in lines if line.startswith(PASSED_ON_TO_APT) and not line.endswith(' "";'))

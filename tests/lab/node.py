@@ -1,7 +1,7 @@
-"""A fresh node: Debian trixie in an overlay, booted with systemd as PID 1, gone without a trace at the end.
+"""A fresh node: Debian trixie in an overlay, booted with systemd as PID 1, removed without a trace at the end.
 
-On this machine's network it has the internet and no right to change the network. In a network namespace
-(`netns=`) it may, and has systemd-networkd and udev, so that `netplan apply` is real.
+On this machine's network it has the internet and may not change the network. In a network namespace (`netns=`) it may,
+and has systemd-networkd and udev, so that `netplan apply` is real.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.lab.commands import Completed, Process
 PATHS = {"root": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"}
 USER_PATH = "/usr/local/bin:/usr/bin:/bin"
 
-# On the network that this machine lives on: nothing that sets it up, and nothing that listens on its ports.
+# On this machine's network: no service that configures it or listens on its ports.
 MASKED_ON_HOST_NETWORK = (
     *("systemd-networkd.service", "systemd-networkd.socket", "systemd-networkd-wait-online.service"),
     *("systemd-resolved.service", "systemd-timesyncd.service", "networking.service"),
@@ -34,11 +34,11 @@ MASKED_ON_HOST_NETWORK = (
 )
 # A trigger would replay the events of this machine's real devices.
 MASKED_IN_NAMESPACE = ("systemd-udev-trigger.service", "systemd-networkd-wait-online.service")
-# udev refuses to start where /sys is read-only, and networkd waits for udev.
+# udev refuses to start with a read-only /sys, and networkd waits for udev.
 UDEV_UNITS = ("systemd-udevd.service", "systemd-udevd-control.socket", "systemd-udevd-kernel.socket")
 
-# nspawn with --keep-unit puts its payload into /payload of the control group it runs in: two nodes would
-# share it, and one's `systemctl stop` could kill the other's service. So each starts in a group of its own.
+# nspawn with --keep-unit runs its payload in /payload of its own control group: two nodes would share it, and one's
+# `systemctl stop` could kill the other's service. So each starts in its own group.
 IN_OWN_GROUP = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs"; shift; n=$((n-1)); done; exec "$@"'
 
 BOOT_LIMIT = 180.0
@@ -50,7 +50,7 @@ class NodeError(AssertionError):
 
 
 class Bind(NamedTuple):
-    """A file or folder of this machine shown to a node."""
+    """A file or folder of this machine that a node sees."""
 
     host: Path
     node: str
@@ -58,7 +58,7 @@ class Bind(NamedTuple):
 
 
 class FreshNode:
-    """A node from power-on to scrap heap, as a context manager.
+    """A node from power-on to removal, as a context manager.
 
     `run` and `popen` start commands in it as `root`, `spark` (sudo without a password) or `plain` (no sudo).
     """
@@ -92,10 +92,10 @@ class FreshNode:
         self._scrap()
 
     def furnish(self) -> None:
-        """Called before the first boot: what a kind of node finds on its disk besides, written below `root`."""
+        """Write further files of a kind of node below `root`; called before the first boot."""
 
     def boot(self) -> None:
-        """Power on, and wait until systemd says `running` or `degraded` (see `state`)."""
+        """Power on, and wait for systemd's state `running` or `degraded` (see `state`)."""
         started = time.monotonic()
         with self._console.open("ab") as console:
             argv = ["/bin/sh", "-c", IN_OWN_GROUP, "sh", *self._groups(), *self._nspawn_command()]
@@ -111,14 +111,14 @@ class FreshNode:
         self.boot_seconds = time.monotonic() - started
 
     def kill(self) -> None:
-        """Pull the plug: PID 1 and all else die at once, the disk stays. `boot` switches it on again."""
+        """Pull the plug: all processes die at once, the disk stays. `boot` switches it on again."""
         if self.leader:
             with suppress(ProcessLookupError):
                 os.kill(self.leader, signal.SIGKILL)
         self._wait_until_off(10)
 
     def reboot(self, timeout: float = 120) -> None:
-        """An orderly `systemctl reboot`."""
+        """Reboot with `systemctl reboot`."""
         self.run("systemctl", "reboot", check=False)
         status = self._wait_until_off(timeout)
         if status != RESTART_ASKED:
@@ -135,7 +135,7 @@ class FreshNode:
         timeout: float = 180,
         check: bool = True,
     ) -> Completed:
-        """Run a command and wait; CommandFailedError where it fails and `check` is on."""
+        """Run a command and wait; CommandFailedError if it fails and `check` is set."""
         stdin = subprocess.DEVNULL if input is None else subprocess.PIPE
         process = self.popen(*argv, user=user, env=env, cwd=cwd, stdin=stdin)
         return commands.finish(process, argv, input, timeout, check, lambda: self.signal(process, signal.SIGKILL))
@@ -148,14 +148,14 @@ class FreshNode:
         cwd: str | None = None,
         **popen: Any,
     ) -> Process:
-        """Start a command in a session of its own; the rest are Popen's arguments. End it with `signal`."""
+        """Start a command in its own session; the rest are Popen's arguments. End it with `signal`."""
         given = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
         entered = self._entering(argv, user, env or {}, cwd)
         return cast(Process, subprocess.Popen(entered, **{**given, **popen}))
 
     def signal(self, process: Process, number: int) -> None:
-        """Send a signal to what `popen` started and its process group, as a terminal would."""
-        # The Popen itself is nsenter, on this side; the command is its only child, and leads its own group.
+        """Send a signal to a process of `popen` and its process group, as a terminal would."""
+        # The Popen is nsenter, outside the node; the command is its only child, and leads its own group.
         while process.poll() is None:
             if (leads := _children(process.pid)) and _leads_a_group(leads[0]):
                 os.killpg(leads[0], number)
@@ -163,7 +163,7 @@ class FreshNode:
             time.sleep(0.005)
 
     def push(self, source: Path, target: str, *, owner: str = "root", exclude: Sequence[str] = ()) -> None:
-        """Copy a file or folder of this machine to be `target`, leaving out what `exclude` names."""
+        """Copy a file or folder of this machine to `target`, without the names in `exclude`."""
 
         def adopt(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
             member.uname = member.gname = owner
@@ -172,7 +172,7 @@ class FreshNode:
         argv = ("tar", "-x", "-C", "/", "--keep-directory-symlink")
         process = self.popen(*argv, stdin=subprocess.PIPE, text=False, errors=None)
         pipe = cast(IO[bytes], process.stdin)
-        # A tar that stops early says why itself.
+        # A tar that stops early prints the cause.
         with suppress(BrokenPipeError), pipe, tarfile.open(fileobj=pipe, mode="w|") as archive:
             archive.add(source, arcname=target.lstrip("/"), filter=adopt)
         process.stdin = None
@@ -183,12 +183,12 @@ class FreshNode:
         return self.run("cat", "--", path).stdout
 
     def write(self, path: str, text: str, *, mode: str = "0644", user: str = "root") -> None:
-        """Write a text file into the node, whose folder must be there."""
+        """Write a text file into the node; its folder must exist."""
         script = 'cat > "$1" && chmod "$2" "$1"'
         self.run("sh", "-c", script, "sh", path, mode, user=user, input=text)
 
     def tree_digest(self, *paths: str, exclude: Sequence[str] = (), times: bool = False) -> dict[str, str]:
-        """`tree.tree_digest` as the node sees its files."""
+        """`tree.tree_digest`, run in the node."""
         asked = json.dumps({"paths": paths, "exclude": list(exclude), "times": times})
         program = Path(tree.__file__).read_text()
         answer = self.run("/usr/bin/python3", "-I", "-", asked, input=program, timeout=600)
@@ -196,7 +196,7 @@ class FreshNode:
 
     @property
     def _machine(self) -> str:
-        # nspawn wants it unlike any other's on this machine, whatever the node calls itself.
+        # nspawn requires a unique name on this machine, whatever the node's hostname.
         return f"spark-{self._overlay.place.name[-8:]}"
 
     @property
@@ -273,7 +273,7 @@ def _prepare(root: Path, name: str, netns: str | None) -> None:
     etc = root / "etc"
     (etc / "hostname").write_text(f"{name}\n")
     (etc / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n::1 localhost\n")
-    # Without one systemd takes the boot for a first boot, and enables every unit anew.
+    # Without one, systemd treats the boot as the first one and enables every unit.
     (etc / "machine-id").write_text(f"{uuid.uuid4().hex}\n")
     if machine.PIP_CONF.is_file():
         shutil.copy(machine.PIP_CONF, etc / "pip.conf")
@@ -303,7 +303,7 @@ def _wake_udev(etc: Path) -> None:
 
 
 def _index_binds(root: Path) -> list[Bind]:
-    """Folders of wheels and certificates that this machine's settings name and the node has not."""
+    """Folders of wheels and certificates that this machine's settings name and the node does not have."""
     paths = dict.fromkeys(machine.named_paths())
     return [Bind(path, str(path)) for path in paths if not (root / str(path).lstrip("/")).exists()]
 
@@ -327,7 +327,7 @@ def _login(user: str, home: str) -> dict[str, str]:
 
 
 def _leader(nspawn: int) -> int:
-    """The node's PID 1 once it is systemd; 0 before, while it is a copy of nspawn, on our root."""
+    """The node's PID 1 once it is systemd; 0 before, while it is a copy of nspawn, on this machine's root."""
     for pid in _children(nspawn):
         with suppress(OSError):
             status = Path(f"/proc/{pid}/status").read_text()
@@ -350,7 +350,7 @@ def _leads_a_group(pid: int) -> bool:
 
 
 def _surplus(leader: int) -> str:
-    """setpriv's words for the capabilities that this process may hand down and a node's PID 1 may not."""
+    """setpriv's options to drop the capabilities that this process has and a node's PID 1 does not."""
     surplus = _bounding_set(os.getpid()) & ~_bounding_set(leader)
     return ",".join(f"-cap_{bit}" for bit in range(surplus.bit_length()) if surplus >> bit & 1) or "+all"
 

@@ -1,9 +1,8 @@
-"""The way out of a network namespace: names, HTTP and HTTPS of this machine, and nothing else of it.
+"""The router of a network namespace: it forwards DNS, HTTP and HTTPS to this machine's network, and nothing else.
 
-Run by `tests.lab.fleet` inside the namespace, as a router would stand there. It listens for connections to any
-address, goes back to the network of this machine, and hands each on to the address it was meant for. TLS stays
-end to end, and no setting of the nodes has to know. It ends when its standard input does, so a crash of whoever
-started it ends it too.
+`tests.lab.fleet` runs it in the namespace. It listens for connections to any address, returns to the network of this
+machine, and forwards each to its destination. TLS is end to end, and the nodes need no settings. It ends with its
+standard input, and so with the process that started it.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ CHUNK = 1 << 20
 
 
 async def relay(router: str, network_of: int) -> None:
-    """Serve on `router`'s namespace by way of the network namespace of the process `network_of`."""
-    # Its own address answers for names alone: a web server of this machine is not the router's.
+    """Serve in `router`'s namespace through the network namespace of the process `network_of`."""
+    # Its own address answers only DNS: a web server of this machine is not the router's.
     web = [_listening("0.0.0.0", port) for port in WEB_PORTS]
     names = _listening(router, DNS_PORT)
     queries = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -81,14 +80,14 @@ async def _pass_on(source: asyncio.StreamReader, target: asyncio.StreamWriter) -
 
 
 class _Names(asyncio.DatagramProtocol):
-    """Questions for addresses, asked again of this machine's own name server."""
+    """Forwards DNS queries to this machine's name server."""
 
     def __init__(self, server: str) -> None:
         self._server = server
         self._asked: set[asyncio.Task[None]] = set()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Before Python 3.12 asyncio's own datagram transport is none by its class.
+        # Before Python 3.12 asyncio's datagram transport is no subclass of this.
         self._transport = cast(asyncio.DatagramTransport, transport)
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:

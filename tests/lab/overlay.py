@@ -1,4 +1,4 @@
-"""Throw-away copies of a tree: an overlayfs whose upper folder is removed with it, even after a crash."""
+"""Temporary copies of a tree: an overlayfs whose upper folder is removed with it, even after a crash."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ PREFIX = "sparkinstall-lab-"
 
 
 class Overlay:
-    """A writable copy of `lower` at `root`. What it starts in its control groups ends with it.
+    """A writable copy of `lower` at `root`. The processes in its control groups end with it.
 
-    Its folder is locked for as long as this process lives; a folder without its lock is a crashed run's,
-    and the next overlay removes it.
+    Its folder is locked while this process lives; an unlocked folder is that of a crashed run, and the next overlay
+    removes it.
     """
 
     def __init__(self, lower: Path) -> None:
@@ -40,7 +40,7 @@ class Overlay:
         _mount(lower, self.place)
 
     def remove(self) -> None:
-        """End what runs in it, unmount it, remove it."""
+        """End its processes, unmount it, remove it."""
         destroy(self.place)
         self._lock.close()
 
@@ -55,7 +55,7 @@ def workspace() -> Path:
 
 @cache
 def _workspace() -> tuple[Path | None, str]:
-    # In a container the home is often an overlay itself, and so are temporary folders; memory is not.
+    # In a container the home and temporary folders are often overlays; memory is not.
     reason = "no folder"
     for folder in _candidates():
         refusal = _refusal(folder)
@@ -84,15 +84,15 @@ def _refusal(folder: Path) -> str | None:
 def _mount(lower: Path, place: Path) -> None:
     for name in ("upper", "work", "root"):
         (place / name).mkdir()
-        # "/" of a node is its upper folder: the umask of whoever runs the tests must not show.
+        # "/" of a node is its upper folder, which must not depend on the umask of the tests.
         (place / name).chmod(0o755)
     sides = f"lowerdir={lower},upperdir={place / 'upper'},workdir={place / 'work'}"
-    # volatile: syncs are not passed on to the disk. dpkg syncs every file, and nothing here outlives the run.
+    # volatile: no syncs to the disk. dpkg syncs every file, and nothing here outlives the run.
     run("mount", "-t", "overlay", "overlay", "-o", f"{sides},volatile", str(place / "root"))
 
 
 def cgroup_mounts() -> list[Path]:
-    """Where systemd's control groups can be made: the unified hierarchy, and the named one beside it."""
+    """Where systemd's control groups can be created: the unified hierarchy, and the named one."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     return [
         Path(where)
@@ -102,7 +102,7 @@ def cgroup_mounts() -> list[Path]:
 
 
 def sweep() -> None:
-    """Remove what crashed test runs left behind. Call it with the lock of all overlays held."""
+    """Remove the overlays of crashed test runs. The caller holds the lock of all overlays."""
     for folder in _candidates():
         for place in folder.glob(f"{PREFIX}*"):
             if (lock := _abandoned(place)) is not None:
@@ -120,13 +120,13 @@ def _abandoned(place: Path) -> IO[bytes] | None:
 
 
 def destroy(place: Path) -> None:
-    """End every process of the overlay's control groups, unmount, remove; OSError if something holds it."""
+    """End all processes of the overlay's control groups, unmount, remove; OSError if a process does not end."""
     groups = [mount / place.name for mount in cgroup_mounts()]
     _end_all(groups)
     root = place / "root"
     if root.is_mount():
         run("umount", str(root))
-    # A machine's own files may have been mounted below: never cross into them.
+    # This machine's files may be mounted below: never remove them.
     run("rm", "-rf", "--one-file-system", str(place), timeout=300)
     for group in groups:
         _remove_group(group)
@@ -146,7 +146,7 @@ def _end_all(groups: list[Path], patience: float = 60) -> None:
 def _members(group: Path) -> set[int]:
     found: set[int] = set()
     for listing in group.rglob("cgroup.procs"):
-        # 0 stands for a process of a namespace that cannot be seen from here.
+        # 0 is a process of a namespace that is invisible from here.
         with suppress(FileNotFoundError, OSError):
             found.update(int(pid) for pid in listing.read_text().split() if pid != "0")
     return found

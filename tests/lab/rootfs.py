@@ -1,4 +1,4 @@
-"""The tree that every node starts from: Debian trixie with systemd, netplan and two users, built once."""
+"""The tree of every new node: Debian trixie with systemd, netplan and two users, built once."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "netplan.io", "iproute2", "iputils-ping", "ca-certificates"),
     *("python3", "python3-venv", "kmod", "procps", "openssh-server", "sudo"),
     *("nftables", "iputils-arping", "iperf3", "ethtool"),
-    # What vLLM's build for the CPU loads.
+    # Libraries of vLLM's build for the CPU.
     *("libnuma1", "libtcmalloc-minimal4"),
 )
 
-# Timers that take apt's lock at a moment of their own, and a /tmp in memory, which a Spark does not have.
+# Timers that take apt's lock at any time, and a /tmp in memory, which a Spark does not have.
 MASKED = ("apt-daily.timer", "apt-daily-upgrade.timer", "man-db.timer", "fstrim.timer", "tmp.mount")
 
 SHAPE = f"""
@@ -33,12 +33,12 @@ rm -f etc/hostname etc/resolv.conf etc/machine-id
 
 
 def trixie() -> Path:
-    """The pristine tree: the lower side of overlays, never written to. About a minute the first time."""
+    """The original tree: the lower side of overlays, never written to. About a minute the first time."""
     return cache.kept("rootfs", _recipe(), _build)
 
 
 def debootstrap(suite: str, *options: str) -> list[str]:
-    """mmdebstrap's command line but for the target: this machine's mirror and apt settings, and `options`."""
+    """mmdebstrap's command line without the target: this machine's mirror and apt settings, and `options`."""
     mirror = machine.debian_mirror()
     sources = [f"deb {mirror} {suite} main"] if mirror else []
     settings = [f"--aptopt={line}" for line in machine.apt_options()]
@@ -57,7 +57,7 @@ def _command() -> list[str]:
 
 
 def _recipe() -> list[str]:
-    # Certificates by content: a machine that gets a new one gets a new tree.
+    # Certificates by content: a new one changes the recipe.
     return [*_command(), *(path.read_text(errors="replace") for path in machine.certificates())]
 
 

@@ -1,4 +1,4 @@
-"""Proof that the lab itself works, so that a failure elsewhere is the product's."""
+"""The lab itself works, so a failure elsewhere is one of sparkinstall."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ REPOSITORY = Path(__file__).parents[2]
 def _wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < deadline, f"not so after {seconds} s"
+        assert time.monotonic() < deadline, f"still false after {seconds} s"
         time.sleep(0.05)
 
 
-def _alive(pid: str) -> bool:
+def _is_alive(pid: str) -> bool:
     try:
         return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -44,7 +44,7 @@ def node() -> Iterator[FreshNode]:
 
 
 @pytest.mark.layer3
-def test_boots_and_says_so(node: FreshNode) -> None:
+def test_node_boots_to_running(node: FreshNode) -> None:
     assert node.state == "running"
     assert node.run("systemctl", "is-system-running").stdout == "running\n"
     assert node.run("cat", "/proc/1/comm").stdout == "systemd\n"
@@ -52,17 +52,17 @@ def test_boots_and_says_so(node: FreshNode) -> None:
 
 
 @pytest.mark.layer3
-def test_a_node_without_a_change_is_the_rootfs(node: FreshNode) -> None:
+def test_node_without_a_change_is_the_rootfs(node: FreshNode) -> None:
     tree = str(rootfs.trixie())
     for folder in ("/usr/bin", "/usr/lib/systemd", "/usr/sbin"):
         pristine = tree_digest(f"{tree}{folder}")
         seen = node.tree_digest(folder)
-        assert {path.removeprefix(tree): told for path, told in pristine.items()} == seen
+        assert {path.removeprefix(tree): digest for path, digest in pristine.items()} == seen
 
 
 @pytest.mark.layer3
 @pytest.mark.network
-def test_apt_really_installs(node: FreshNode) -> None:
+def test_apt_on_a_node_installs(node: FreshNode) -> None:
     node.run("apt-get", "update", timeout=300)
     node.run("apt-get", "install", "-y", "hello", timeout=300)
     assert node.run("hello", user="plain").stdout == "Hello, world!\n"
@@ -70,14 +70,14 @@ def test_apt_really_installs(node: FreshNode) -> None:
 
 @pytest.mark.layer3
 @pytest.mark.network
-def test_pip_really_installs(node: FreshNode) -> None:
+def test_pip_on_a_node_installs(node: FreshNode) -> None:
     node.run("python3", "-m", "venv", "/tmp/venv", user="spark")
     node.run("/tmp/venv/bin/pip", "install", "--quiet", "typer", user="spark", timeout=300)
     assert node.run("/tmp/venv/bin/python", "-c", "import typer; print(typer.__name__)").stdout == "typer\n"
 
 
 @pytest.mark.layer3
-def test_users_and_their_rights(node: FreshNode) -> None:
+def test_users_of_a_node_have_their_rights(node: FreshNode) -> None:
     assert node.run("sudo", "-n", "id", "-un", user="spark").stdout == "root\n"
     refused = node.run("sudo", "-n", "true", user="plain", check=False)
     assert (refused.returncode, "password is required" in refused.stderr) == (1, True)
@@ -86,7 +86,7 @@ def test_users_and_their_rights(node: FreshNode) -> None:
 
 
 @pytest.mark.layer3
-def test_nothing_of_this_process_leaks_into_a_command(node: FreshNode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command_on_a_node_gets_only_its_own_variables(node: FreshNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET_OF_MINE", "x")
     seen = node.run("env", env={"GIVEN": "two words $(here)"}, user="spark").stdout.splitlines()
     assert "GIVEN=two words $(here)" in seen
@@ -95,7 +95,7 @@ def test_nothing_of_this_process_leaks_into_a_command(node: FreshNode, monkeypat
 
 @pytest.mark.layer3
 @pytest.mark.parametrize("user", ["root", "spark"])
-def test_a_node_on_our_network_cannot_change_it(node: FreshNode, user: str) -> None:
+def test_node_on_this_machines_network_cannot_change_it(node: FreshNode, user: str) -> None:
     as_root = ["sudo", "-n"] if user == "spark" else []
     before = commands.run("ip", "-json", "link").stdout
     refused = node.run(*as_root, "ip", "link", "add", "lab0", "type", "dummy", user=user, check=False)
@@ -104,7 +104,7 @@ def test_a_node_on_our_network_cannot_change_it(node: FreshNode, user: str) -> N
 
 
 @pytest.mark.layer3
-def test_a_unit_starts_restarts_and_logs(node: FreshNode) -> None:
+def test_unit_on_a_node_starts_restarts_and_logs(node: FreshNode) -> None:
     unit = "[Service]\nExecStartPre=echo alive\nExecStart=sleep 1000\nRestart=always\nRestartSec=50ms\n"
     node.write("/etc/systemd/system/small.service", unit)
     node.run("systemctl", "daemon-reload")
@@ -116,7 +116,7 @@ def test_a_unit_starts_restarts_and_logs(node: FreshNode) -> None:
 
 
 @pytest.mark.layer3
-def test_two_nodes_do_not_share_their_services(node: FreshNode) -> None:
+def test_two_nodes_do_not_share_services(node: FreshNode) -> None:
     with FreshNode() as other:
         for each in (node, other):
             each.run("systemd-run", "--unit=same", "sleep", "1000")
@@ -127,7 +127,7 @@ def test_two_nodes_do_not_share_their_services(node: FreshNode) -> None:
 
 
 @pytest.mark.layer3
-def test_a_full_disk(node: FreshNode) -> None:
+def test_write_to_a_full_disk_fails(node: FreshNode) -> None:
     node.run("mkdir", "/mnt/small")
     node.run("mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/mnt/small")
     full = node.run("dd", "if=/dev/zero", "of=/mnt/small/x", "bs=1M", "count=1", check=False)
@@ -136,7 +136,7 @@ def test_a_full_disk(node: FreshNode) -> None:
 
 
 @pytest.mark.layer3
-def test_push_read_write(node: FreshNode, tmp_path: Path) -> None:
+def test_push_read_and_write_keep_content_owner_and_mode(node: FreshNode, tmp_path: Path) -> None:
     (tmp_path / "folder" / ".git").mkdir(parents=True)
     (tmp_path / "folder" / "a script").write_text("#!/bin/sh\necho ran\n")
     (tmp_path / "folder" / "a script").chmod(0o755)
@@ -149,13 +149,13 @@ def test_push_read_write(node: FreshNode, tmp_path: Path) -> None:
 
 
 @pytest.mark.layer3
-def test_a_failure_shows_what_was_said(node: FreshNode) -> None:
+def test_failed_command_shows_its_output(node: FreshNode) -> None:
     with pytest.raises(commands.CommandFailedError, match=r"status 3\.\nwhy it failed"):
         node.run("sh", "-c", "echo why it failed >&2; exit 3")
 
 
 @pytest.mark.layer3
-def test_a_command_that_takes_too_long_is_ended_inside(node: FreshNode) -> None:
+def test_command_after_its_timeout_is_ended_in_the_node(node: FreshNode) -> None:
     with pytest.raises(commands.CommandTimedOutError, match="started"):
         node.run("sh", "-c", "echo started; sleep 4321; true", timeout=1)
     time.sleep(0.2)
@@ -163,7 +163,7 @@ def test_a_command_that_takes_too_long_is_ended_inside(node: FreshNode) -> None:
 
 
 @pytest.mark.layer3
-def test_an_interrupt_reaches_the_command_and_its_status_comes_back(node: FreshNode) -> None:
+def test_signal_reaches_the_command_in_the_node(node: FreshNode) -> None:
     script = "trap 'echo caught; exit 130' INT; echo ready; while :; do sleep 0.05; done"
     with node.popen("sh", "-c", script, user="spark") as process:
         assert process.stdout is not None
@@ -174,7 +174,7 @@ def test_an_interrupt_reaches_the_command_and_its_status_comes_back(node: FreshN
 
 
 @pytest.mark.layer3
-def test_tree_digest_sees_every_kind_of_change(node: FreshNode) -> None:
+def test_tree_digest_changes_with_every_kind_of_change(node: FreshNode) -> None:
     node.run("sh", "-c", "mkdir -p /srv/t/skip/in; cd /srv/t; echo a >a; echo b >b; ln -s a l; mkfifo f; touch m")
     before = node.tree_digest("/srv/t", "/srv/absent", exclude=["/srv/t/skip"])
     assert sorted(before) == ["/srv/t", *(f"/srv/t/{name}" for name in "abflm")]
@@ -187,7 +187,7 @@ def test_tree_digest_sees_every_kind_of_change(node: FreshNode) -> None:
 
 
 @pytest.mark.layer3
-def test_reboot_and_a_pulled_plug_keep_the_disk_and_nothing_else(node: FreshNode) -> None:
+def test_reboot_and_power_loss_keep_only_the_disk(node: FreshNode) -> None:
     node.run("sh", "-c", "echo stays >/etc/stays; echo goes >/run/goes")
     first = node.run("systemctl", "show", "-P", "UserspaceTimestampMonotonic").stdout
     node.reboot()
@@ -201,7 +201,7 @@ def test_reboot_and_a_pulled_plug_keep_the_disk_and_nothing_else(node: FreshNode
 
 
 @pytest.mark.layer3
-def test_a_second_node_is_fresh_and_shows_binds(node: FreshNode, tmp_path: Path) -> None:
+def test_second_node_is_fresh_and_has_its_binds(node: FreshNode, tmp_path: Path) -> None:
     node.write("/etc/mark", "of the first\n")
     (tmp_path / "in").write_text("from outside\n")
     binds = [Bind(tmp_path, "/srv/read:only"), Bind(tmp_path, "/srv/writable", read_only=False)]
@@ -229,14 +229,14 @@ def cable() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_netplan_really_applies_on_two_nodes_joined_by_a_cable(cable: tuple[str, str]) -> None:
+def test_netplan_apply_on_two_nodes_with_a_cable_configures_both(cable: tuple[str, str]) -> None:
     with FreshNode(netns=cable[0]) as head, FreshNode(netns=cable[1]) as worker:
         for node, address in ((head, "192.0.2.1/24"), (worker, "192.0.2.2/24")):
             rail = f"{{{CABLE}: {{addresses: [{address}], mtu: 9000}}}}"
             plan = f"network: {{version: 2, renderer: networkd, ethernets: {rail}}}\n"
             node.write("/etc/netplan/40-cx7.yaml", plan, mode="0600")
             node.run("netplan", "apply")
-        # Only now: an end has no carrier before the other is up.
+        # Not before: an end has no carrier until the other is up.
         for node in (head, worker):
             waited = ("/usr/lib/systemd/systemd-networkd-wait-online", f"--interface={CABLE}", "--timeout=20")
             node.run(*waited)
@@ -254,7 +254,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.layer3
-def test_what_a_crashed_run_left_is_removed_by_the_next(node: FreshNode) -> None:
+def test_node_after_a_crashed_run_removes_what_it_left(node: FreshNode) -> None:
     argv = [sys.executable, "-c", CRASH]
     crashed = subprocess.run(
         argv,
@@ -266,10 +266,10 @@ def test_what_a_crashed_run_left_is_removed_by_the_next(node: FreshNode) -> None
     assert crashed.returncode == -signal.SIGKILL, crashed.stderr
     place, leader = crashed.stdout.split()
     assert Path(place, "root").is_mount()
-    assert _alive(leader)
+    assert _is_alive(leader)
     with FreshNode():
         assert not Path(place).exists()
-        assert not _alive(leader)
+        assert not _is_alive(leader)
     assert node.run("true").returncode == 0
     assert not [mount / Path(place).name for mount in overlay.cgroup_mounts() if (mount / Path(place).name).exists()]
 
@@ -291,7 +291,7 @@ def _ping(node: FleetNode, address: str, size: int = 56) -> bool:
 
 @pytest.fixture
 def addressed(fleet: Fleet) -> Iterator[Fleet]:
-    """The fleet with an address on each half of each cable end, until it boots again."""
+    """The fleet with an address on each half of each node, until it boots again."""
     for number, node in enumerate(fleet.nodes, start=1):
         for half, interface in enumerate(PORT_0):
             node.run("ip", "address", "add", f"192.0.2.{half * 128 + number}/25", "dev", interface)
@@ -304,7 +304,7 @@ def addressed(fleet: Fleet) -> Iterator[Fleet]:
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_the_terminal_reaches_every_node_by_ssh(fleet: Fleet) -> None:
+def test_ssh_from_the_terminal_reaches_all_nodes(fleet: Fleet) -> None:
     for node in fleet.nodes:
         asked = fleet.ssh(node, "sh", "-c", "hostname; id -un; echo $SSH_CONNECTION; sudo -n id -un")
         name, user, connection, with_sudo = asked.stdout.splitlines()
@@ -315,7 +315,7 @@ def test_the_terminal_reaches_every_node_by_ssh(fleet: Fleet) -> None:
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_a_user_without_sudo_may_log_in_and_a_stranger_may_not(fleet: Fleet) -> None:
+def test_ssh_admits_users_with_the_key_only(fleet: Fleet) -> None:
     node = fleet.nodes[0]
     asked = fleet.ssh(node, "sh", "-c", "id -un; sudo -n true", user="plain", check=False)
     assert (asked.stdout, "password is required" in asked.stderr) == ("plain\n", True)
@@ -325,7 +325,7 @@ def test_a_user_without_sudo_may_log_in_and_a_stranger_may_not(fleet: Fleet) -> 
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_a_changed_host_key_ends_the_session(fleet: Fleet) -> None:
+def test_ssh_with_a_changed_host_key_fails(fleet: Fleet) -> None:
     changed, other = fleet.nodes
     fleet.change_host_key(changed)
     refused = fleet.ssh(changed, "true", check=False)
@@ -337,7 +337,7 @@ def test_a_changed_host_key_ends_the_session(fleet: Fleet) -> None:
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_the_lan_is_netplans_and_stays_after_apply_and_reboot(fleet: Fleet) -> None:
+def test_lan_after_netplan_apply_and_reboot_works(fleet: Fleet) -> None:
     node = fleet.nodes[0]
     node.run("netplan", "apply")
     _wait_until(lambda: f"default via {ROUTER_ADDRESS} dev {LAN}" in node.run("ip", "route").stdout)
@@ -350,7 +350,7 @@ def test_the_lan_is_netplans_and_stays_after_apply_and_reboot(fleet: Fleet) -> N
 @pytest.mark.layer2
 @pytest.mark.layer3
 @pytest.mark.network
-def test_nodes_of_a_fleet_reach_the_indexes_of_this_machine(fleet: Fleet) -> None:
+def test_nodes_of_a_fleet_reach_the_indexes(fleet: Fleet) -> None:
     fleet.ssh(fleet.nodes[0], "sudo", "apt-get", "update", timeout=300)
     fetch = "python3 -m venv /tmp/venv && /tmp/venv/bin/pip download --quiet --no-deps --dest /tmp/got typer"
     fleet.ssh(fleet.nodes[1], "sh", "-c", fetch, timeout=300)
@@ -359,14 +359,14 @@ def test_nodes_of_a_fleet_reach_the_indexes_of_this_machine(fleet: Fleet) -> Non
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_what_is_nowhere_answers_nothing(fleet: Fleet) -> None:
+def test_ping_of_an_unused_address_fails(fleet: Fleet) -> None:
     assert not _ping(fleet.nodes[0], "203.0.113.7")
     assert not _ping(fleet.nodes[0], "192.0.2.2")
 
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_both_halves_of_the_cable_carry_what_the_smaller_mtu_lets_through(addressed: Fleet) -> None:
+def test_cable_carries_packets_up_to_the_smaller_mtu(addressed: Fleet) -> None:
     one, other = addressed.nodes
     assert _ping(one, "192.0.2.2") and _ping(other, "192.0.2.129")
     addressed.set_mtu(9000, one)
@@ -378,7 +378,7 @@ def test_both_halves_of_the_cable_carry_what_the_smaller_mtu_lets_through(addres
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_a_pulled_cable_is_dead_at_both_ends_and_the_lan_is_not(addressed: Fleet) -> None:
+def test_pulled_cable_has_no_carrier_at_both_ends_only(addressed: Fleet) -> None:
     one, other = addressed.nodes
     addressed.unplug(one)
     for node in addressed.nodes:
@@ -394,13 +394,13 @@ def test_a_pulled_cable_is_dead_at_both_ends_and_the_lan_is_not(addressed: Fleet
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_the_other_port_has_no_cable(fleet: Fleet) -> None:
+def test_port_1_has_no_carrier(fleet: Fleet) -> None:
     assert [_carrier(node, interface) for node in fleet.nodes for interface in PORT_1] == ["0"] * 4
 
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_a_node_that_is_off_gives_no_carrier_and_forgets_its_addresses(fleet: Fleet) -> None:
+def test_node_switched_off_and_on_loses_carrier_and_addresses(fleet: Fleet) -> None:
     one, other = fleet.nodes
     other.run("ip", "address", "add", "192.0.2.2/25", "dev", CABLE)
     fleet.set_mtu(9000)
@@ -421,7 +421,7 @@ def _traces(tag: str) -> list[str]:
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_three_nodes_share_a_switch_and_leave_no_trace() -> None:
+def test_fleet_of_three_nodes_uses_a_switch_and_leaves_no_trace() -> None:
     with Fleet(3, internet=False) as three:
         tag, first = three.terminal.plugs.netns.removesuffix("-terminal"), three.nodes[0]
         assert len(_traces(tag)) == 5
@@ -430,13 +430,13 @@ def test_three_nodes_share_a_switch_and_leave_no_trace() -> None:
         places = [node.root.parent for node in (three.terminal, *three.nodes)]
         leaders = [str(node.leader) for node in (three.terminal, *three.nodes)]
     assert _traces(tag) == []
-    assert not any(map(_alive, leaders))
+    assert not any(map(_is_alive, leaders))
     assert not [place for place in places if place.exists()]
 
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_one_node_that_does_not_boot_takes_the_others_with_it(tmp_path: Path) -> None:
+def test_fleet_with_a_node_that_does_not_boot_is_removed(tmp_path: Path) -> None:
     broken = Fleet(2, bind=lambda index: [Bind(tmp_path / "absent", "/srv/x")] if index else [], internet=False)
     with pytest.raises(NodeError, match="spark-2 ended while it booted"), broken:
         pass
@@ -455,18 +455,18 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.layer2
 @pytest.mark.layer3
-def test_what_a_crashed_fleet_left_is_removed_by_the_next() -> None:
+def test_cabling_after_a_crashed_fleet_removes_what_it_left() -> None:
     settings = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     argv = [sys.executable, "-c", CRASHED_FLEET]
     crashed = subprocess.run(argv, capture_output=True, text=True, env=settings)
     assert crashed.returncode == -signal.SIGKILL, crashed.stderr
     tag, leader = crashed.stdout.split()
-    # The router goes by itself: capture_output waited until it let go of its standard error.
+    # The router has ended: capture_output waits until it closes its standard error.
     assert len(_traces(tag)) == 3
     cabling.Cabling(direct=False).remove()
     assert _traces(tag) == []
     with FreshNode():
-        assert not _alive(leader)
+        assert not _is_alive(leader)
 
 
 BUILD_TWICE = """
@@ -477,18 +477,16 @@ print(cache.kept("probe", ["recipe"], build))
 """
 
 
-def test_a_tree_is_built_once_for_two_processes(tmp_path: Path) -> None:
+def test_cache_kept_by_two_processes_is_built_once(tmp_path: Path) -> None:
     settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path)}
     argv = [sys.executable, "-c", BUILD_TWICE]
     both = [subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=settings) for _ in range(2)]
-    said = [process.communicate(timeout=60)[0].splitlines() for process in both]
-    assert sorted(map(len, said)) == [1, 2]
-    assert said[0][-1] == said[1][-1]
+    output = [process.communicate(timeout=60)[0].splitlines() for process in both]
+    assert sorted(map(len, output)) == [1, 2]
+    assert output[0][-1] == output[1][-1]
 
 
-def test_a_build_that_fails_leaves_nothing_and_an_old_tree_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_kept_removes_failed_and_old_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def fail(tree: Path) -> None:
@@ -510,7 +508,7 @@ def test_a_build_that_fails_leaves_nothing_and_an_old_tree_goes(
         ({"SPARKINSTALL_ALL_LAYERS": "1"}, pytest.fail.Exception),
     ],
 )
-def test_a_layer_that_cannot_run_fails_in_ci_and_is_skipped_elsewhere(
+def test_require_of_an_unavailable_layer_fails_in_ci_and_skips_elsewhere(
     settings: dict[str, str], outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("CI", "SPARKINSTALL_ALL_LAYERS"):
@@ -537,13 +535,13 @@ def test_good(): ...
 @pytest.mark.parametrize(
     ("setting", "counts"), [("", "1 passed, 2 skipped, 1 xfailed"), ("true", "1 failed, 1 passed, 1 xfailed, 1 error")]
 )
-def test_whatever_is_skipped_fails_in_ci(setting: str, counts: str, tmp_path: Path) -> None:
+def test_skipped_tests_fail_in_ci(setting: str, counts: str, tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(SKIPPING)
     settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CI": setting}
     argv = [sys.executable, "-m", "pytest", "-p", "tests.lab.layers", "-p", "no:cacheprovider", "-rf", str(tmp_path)]
-    said = subprocess.run(argv, capture_output=True, text=True, env=settings, cwd=tmp_path).stdout
-    assert counts in said
-    assert ("no such index; and CI must run this" in said) == bool(setting)
+    output = subprocess.run(argv, capture_output=True, text=True, env=settings, cwd=tmp_path).stdout
+    assert counts in output
+    assert ("no such index; and CI must run this" in output) == bool(setting)
 
 
 @pytest.fixture(scope="module")
@@ -553,21 +551,21 @@ def spark() -> Iterator[arm64.Arm64]:
 
 
 @pytest.mark.layer6
-def test_the_arm64_tree_is_arm64(spark: arm64.Arm64) -> None:
-    said = spark.run("python3", "-c", "import platform; print(platform.machine())")
-    assert said.stdout == "aarch64\n"
+def test_arm64_tree_runs_as_aarch64(spark: arm64.Arm64) -> None:
+    output = spark.run("python3", "-c", "import platform; print(platform.machine())")
+    assert output.stdout == "aarch64\n"
 
 
 @pytest.mark.layer6
 @pytest.mark.network
-def test_a_typer_program_runs_on_arm64(spark: arm64.Arm64) -> None:
+def test_arm64_tree_runs_installed_packages(spark: arm64.Arm64) -> None:
     spark.install("typer", "pyyaml")
     program = "import platform, typer, yaml\ntyper.run(lambda: print(platform.machine(), yaml.__with_libyaml__))"
     assert spark.run("python3", "-c", program).stdout == "aarch64 True\n"
 
 
 @pytest.mark.layer6
-def test_a_slow_arm64_command_is_ended_with_its_children(spark: arm64.Arm64) -> None:
+def test_arm64_command_after_its_timeout_is_ended_with_its_children(spark: arm64.Arm64) -> None:
     seconds = 100_000 + os.getpid()
     with pytest.raises(commands.CommandTimedOutError):
         spark.run("sh", "-c", f"sleep {seconds}; true", timeout=1)

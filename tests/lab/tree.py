@@ -1,4 +1,4 @@
-"""A tree as a dictionary, to compare two moments by. Runs on its own too: a node runs this very file."""
+"""A tree as a dictionary, to compare its states. Also a program that a node runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KINDS = {
 def tree_digest(*paths: str, exclude: Sequence[str] = (), times: bool = False) -> dict[str, str]:
     """Type, mode, owner and content of every file at and under `paths`, without leaving their filesystems.
 
-    `exclude` takes shell patterns that match whole paths; what is below an excluded folder goes with it.
+    `exclude` takes shell patterns that match whole paths; an excluded folder is left out with all that is below.
     `times` adds the time of the last change, in nanoseconds.
     """
     seen = {path: os.lstat(path) for start in paths for path in _walk(os.path.abspath(start), exclude)}
@@ -39,7 +39,7 @@ def _walk(path: str, exclude: Sequence[str]) -> Iterator[str]:
     if stat.S_ISDIR(info.st_mode):
         for entry in os.scandir(path):
             inner_folder = entry.is_dir(follow_symlinks=False)
-            # Only folders tell: overlayfs gives files the device number of the side they lie on.
+            # Only for folders: overlayfs gives files the device number of their layer.
             if not inner_folder or entry.stat(follow_symlinks=False).st_dev == info.st_dev:
                 yield from _walk(entry.path, exclude)
 

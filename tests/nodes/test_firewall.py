@@ -63,7 +63,7 @@ def _furnish(node: FleetNode, address: str) -> None:
     served = ("python3", "/srv/services.py", "serve", address)
     node.run("systemd-run", "-q", "--unit=served", *served)
     until = time.monotonic() + PATIENCE
-    while node.run("systemctl", "is-active", "served").stdout and not _opens(node, f"{address}:{services.MOMENT}"):
+    while node.run("systemctl", "is-active", "served").stdout and not _opens(node, f"{address}:{services.EPHEMERAL}"):
         assert time.monotonic() < until
         time.sleep(0.1)
 
@@ -107,7 +107,7 @@ def _heard(fleet: Fleet) -> set[str]:
 
 def test_without_it_everybody_gets_through_to_everything(fleet: Fleet) -> None:
     head = fleet.nodes[0]
-    everything = _places(head.address, *CLOSED, services.OWN) | _places(HEAD, services.MOMENT, *CLOSED)
+    everything = _places(head.address, *CLOSED, services.OWN) | _places(HEAD, services.EPHEMERAL, *CLOSED)
     everything |= _places(f"[{LAN_6}]", *CLOSED)
     assert _opens(fleet.terminal, *everything) == everything
     assert SPOOFED in _heard(fleet)
@@ -134,10 +134,10 @@ def _who_gets_through(fleet: Fleet) -> None:
     head, worker = fleet.nodes
     for asking in (fleet.terminal, worker):
         assert _opens(asking, f"{head.address}:22", f"{HEAD}:22") == _places(head.address, 22) | _places(HEAD, 22)
-    peer = _places(HEAD, *CLOSED, services.MOMENT, services.OWN)
+    peer = _places(HEAD, *CLOSED, services.EPHEMERAL, services.OWN)
     assert _opens(worker, *peer) == peer
     assert _opens(head, *peer) == peer
-    closed = _places(head.address, *CLOSED) | _places(HEAD, *CLOSED, services.MOMENT, services.OWN)
+    closed = _places(head.address, *CLOSED) | _places(HEAD, *CLOSED, services.EPHEMERAL, services.OWN)
     closed |= _places(f"[{LAN_6}]", *CLOSED)
     for asking in (fleet.terminal, worker):
         on_the_lan = {place for place in closed if asking is not worker or not place.startswith(HEAD)}

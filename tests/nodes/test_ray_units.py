@@ -85,7 +85,7 @@ def pair() -> Iterator[Pair]:
 
 
 def _node(wires: Cabling, role: str) -> FreshNode:
-    plugs = wires.give_place(role, PORT_0[:1])
+    plugs = wires.add(role, PORT_0[:1])
     wires.power_on(plugs)
     ip(plugs.netns, "addr", "add", f"{ADDRESSES[role]}/24", "dev", PORT_0[0])
     binds = [Bind(ray_environment.environment(), ray_environment.PLACE), Bind(REPOSITORY, CHECKOUT)]

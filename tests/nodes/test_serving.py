@@ -86,7 +86,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     with ExitStack() as stack:
         wires = Cabling(direct=True)
         stack.callback(wires.remove)
-        plugs = {role: wires.give_place(role, PORT_0[:1]) for role in ADDRESSES}
+        plugs = {role: wires.add(role, PORT_0[:1]) for role in ADDRESSES}
         nodes = [stack.enter_context(_node(wires, plugs[role], address, parts)) for role, address in ADDRESSES.items()]
         for node in nodes:
             _equip(node)

@@ -1,7 +1,6 @@
 """NVIDIA's CUDA 13.0 compiler from the package index, for tests that need real GPU code but no GPU.
 
-Nothing is installed on the machine: it is unpacked below the user's cache folder, once. The host compiler is
-the machine's own gcc.
+It is unpacked below the user's cache folder, once, and not installed. The host compiler is the machine's gcc.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from pathlib import Path
 
 from uv import find_uv_bin
 
-# The CUDA of DGX OS 7. `cuobjdump` has no part in compiling, and the index has no 13.0 of it.
+# The CUDA of DGX OS 7. `cuobjdump` is not needed to compile, and the index has no 13.0 of it.
 PACKAGES = (
     "nvidia-cuda-nvcc==13.0.88",
     "nvidia-cuda-crt==13.0.88",
@@ -28,9 +27,9 @@ INSTALL_SECONDS = 900
 
 
 def toolkit() -> Path:
-    """The CUDA_HOME: `bin/nvcc`, `bin/cuobjdump`, `include`, `lib64/libcudart.so`; installs it if need be.
+    """The CUDA_HOME: `bin/nvcc`, `bin/cuobjdump`, `include`, `lib64/libcudart.so`; installed if it is missing.
 
-    About 300 MB the first time. Raises `RuntimeError` with the installer's last words.
+    About 300 MB the first time. Raises `RuntimeError` with the end of the installer's output.
     """
     kept = _cache_dir() / "cuda-13.0"
     if not kept.is_dir():
@@ -44,7 +43,7 @@ def _cache_dir() -> Path:
 
 
 def _install(kept: Path) -> None:
-    # Built beside its place and renamed: a run cut short leaves no half toolkit behind, and two may race.
+    # Built beside its path and renamed: an interrupted run leaves no half toolkit, and two runs may race.
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".cuda-") as beside:
         site = Path(beside) / "site"
@@ -65,6 +64,6 @@ def _fetch(site: Path) -> None:
 
 
 def _link_like_a_toolkit(home: Path) -> None:
-    # The wheels carry run-time names only; makefiles look for lib64 and for -lcudart.
+    # The wheels have run-time names only; makefiles need lib64 and -lcudart.
     (home / "lib64").symlink_to("lib")
     (home / "lib" / "libcudart.so").symlink_to("libcudart.so.13")

@@ -1,4 +1,4 @@
-"""A server on the loopback that breaks off, resumes or does not, and sends what it is told to."""
+"""A server on the loopback whose answers can be cut, with or without support for ranges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class CutServer:
-    """Sends `content`, at most `cut` bytes an answer (0: all); knows of ranges only where `ranges` is true."""
+    """Sends `content`, at most `cut` bytes per answer (0: all); supports ranges only if `ranges` is true."""
 
     content: bytes
     cut: int = 0
@@ -23,7 +23,7 @@ class CutServer:
 
 @contextmanager
 def served(server: CutServer) -> Iterator[CutServer]:
-    """`server`, reachable at `server.url` as long as the context lasts."""
+    """Serve at `server.url` during the context."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -16,15 +16,15 @@ def page(name: str) -> str:
 
 
 def section(name: str, heading: str) -> str:
-    """What stands under a heading, up to the next of its level or of one above."""
+    """The text below a heading, up to the next one of its level or of a higher one."""
     level = len(heading.split(" ")[0])
     text = re.split(rf"^{re.escape(heading)}$", page(name), flags=re.M)[1]
-    # Not a single #: a comment in a block of commands begins so too.
+    # Not a single #: comments in a block of commands begin with one.
     return re.split(rf"^#{{2,{level}}} ", text, maxsplit=1, flags=re.M)[0]
 
 
 def rows(text: str) -> list[list[str]]:
-    """The cells of the table rows whose first cell is a name or a number; not those of the head."""
+    """The cells of the table rows whose first cell is a name or a number, without the header."""
     lines = re.findall(r"^\| (`[^`]+`|\d+) \|(.*)\|$(?!\n\|---)", text, re.MULTILINE)
     return [[first.strip("`"), *(cell.strip() for cell in rest.split("|"))] for first, rest in lines]
 
@@ -38,7 +38,7 @@ def workflows() -> list[Any]:
 
 
 def commands_of(value: Any) -> Iterator[str]:
-    """Every command of ours, wherever in a workflow."""
+    """Every `sparkinstall` command anywhere in a workflow."""
     if isinstance(value, dict):
         for each in value.values():
             yield from commands_of(each)

@@ -1,9 +1,9 @@
-"""sparkinstall, killed at a moment that is told in advance: `python -m tests.support.dying_run VERB ...`.
+"""sparkinstall, killed at a chosen moment: `python -m tests.support.dying_run VERB ...`.
 
-DYING_AT says when: `before:3` and `after:3` the third line of the journal (`torn:3`: with half of it written,
-`stop:3`: only stopped, after it), or `touch:7`: the seventh change of the file system by the process itself,
-as Python's own audit hooks see it. With DYING_COUNT the process lives, and writes to that file how many
-touches it made.
+DYING_AT is the moment: `before:3` and `after:3` the third line of the journal (`torn:3`: with half of it written,
+`stop:3`: only stopped, after it), or `touch:7`: the seventh change of the file system by the process itself, as
+Python's audit hooks see it. With DYING_COUNT the process is not killed, and writes the number of its changes to that
+file.
 """
 
 import os
@@ -47,7 +47,7 @@ def _die_at_touch(number: int) -> None:
 
 
 def main() -> None:
-    """Run sparkinstall with what was asked for in the environment."""
+    """Run sparkinstall, and kill it at the moment that the environment names."""
     when, _, number = os.environ.get("DYING_AT", "touch:0").partition(":")
     from sparkinstall.__main__ import main as run
 

@@ -1,6 +1,6 @@
 """Fake nodes, each a folder: `ssh` is `sh -c`, and `sparkinstall` records its requests and replies from a file.
 
-They test the order of phases and what goes over the wire; tests/nodes has real nodes and real ssh.
+They test the order of phases and the messages; tests/nodes has real nodes and real ssh.
 """
 
 import json
@@ -96,8 +96,8 @@ def copied(to: Path) -> tuple[Path, str]:
         shutil.copyfile(path, to / name)
     ask = [sys.executable, "-c", "from sparkinstall.cluster import bootstrap; print(bootstrap.digest())"]
     env = {**os.environ, "PYTHONPATH": str(to), "PYTHONDONTWRITEBYTECODE": "1"}
-    said = subprocess.run(ask, env=env, cwd=to, capture_output=True, text=True, check=True)
-    return to, said.stdout.strip()
+    run = subprocess.run(ask, env=env, cwd=to, capture_output=True, text=True, check=True)
+    return to, run.stdout.strip()
 
 
 PROVEN = [0, {"checks": [], "probes": [], "fixes": []}, []]

@@ -1,4 +1,4 @@
-"""The last lines of a run: each test that failed and the first line of why, however long the reports above are."""
+"""The last lines of a run: each failed test with the first line of its error, however long the reports above are."""
 
 import pytest
 
@@ -6,14 +6,14 @@ LINES, WIDTH = 15, 240
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """After all that pytest itself prints. The processes that only run tests have no terminal."""
+    """Print them after pytest's own output. Worker processes have no terminal."""
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if not isinstance(terminal, pytest.TerminalReporter) or hasattr(config, "workerinput"):
         return
     failed = [*terminal.stats.get("failed", ()), *terminal.stats.get("error", ())]
     if not failed:
         return
-    terminal.section("what failed, and why", red=True)
+    terminal.section("failed tests", red=True)
     for report in failed[:LINES]:
         terminal.write_line(f"{report.nodeid}: {_why(report)}"[:WIDTH], red=True)
     if len(failed) > LINES:
@@ -23,5 +23,5 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def _why(report: pytest.TestReport | pytest.CollectReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     lines = (crash.message if crash else report.longreprtext).strip().splitlines()
-    # A file that could not be imported tells the error at the end.
-    return (lines[0] if crash else lines[-1].removeprefix("E ").strip()) if lines else "no reason was given"
+    # The report of a file that cannot be imported has the error at the end.
+    return (lines[0] if crash else lines[-1].removeprefix("E ").strip()) if lines else "no reason given"

@@ -1,4 +1,4 @@
-"""A folder that is taken for a machine of its own, and not for a rehearsal of one."""
+"""A folder as a real machine, not as a rehearsal."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +8,7 @@ from sparkinstall.system.local import LocalReader
 
 
 class Machine(LocalReader):
-    """Reads beneath the folder; what it asks programs, this machine answers."""
+    """Reads files below the folder; runs the programs of this machine."""
 
     @property
     def rehearsal(self) -> bool:
@@ -19,7 +19,7 @@ class Machine(LocalReader):
 
 
 class OnASpark(Machine):
-    """A tree, and programs that answer what a case says; those that it does not name are not installed."""
+    """A tree, and the output of each installed program; other programs are missing."""
 
     def __init__(self, root: Path, programs: Mapping[str, str]) -> None:
         super().__init__(str(root))
@@ -27,5 +27,5 @@ class OnASpark(Machine):
 
     def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         del timeout, env, root
-        there = argv[0] in self.programs
-        return Result(argv, 0 if there else 127, self.programs.get(argv[0], ""), "")
+        installed = argv[0] in self.programs
+        return Result(argv, 0 if installed else 127, self.programs.get(argv[0], ""), "")

@@ -1,5 +1,4 @@
-"""Small and read-only file systems for tests: needs root; where that is not to be had, the test is skipped, and fails
-in CI."""
+"""Small and read-only file systems for tests. They need root: without it the test is skipped, or fails in CI."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ import pytest
 
 
 def need_root() -> None:
-    """Skip the test without root, with the reason; fail it in CI."""
+    """Without root, skip the test with the reason, or fail it in CI."""
     if os.geteuid() == 0:
         return
     reason = "mounting a small disk needs root"
@@ -24,7 +23,7 @@ def need_root() -> None:
 
 @contextmanager
 def small_disk(at: Path, size: str) -> Iterator[Path]:
-    """A file system of `size` (as mount takes it) at the folder `at`, which is made."""
+    """A file system of `size` (in mount's syntax) at the folder `at`, which is created."""
     need_root()
     at.mkdir(parents=True, exist_ok=True)
     _mount("-t", "tmpfs", "-o", f"size={size},mode=755", "tmpfs", str(at))
@@ -35,13 +34,13 @@ def small_disk(at: Path, size: str) -> Iterator[Path]:
 
 
 def resize(at: Path, size: str) -> None:
-    """Give a small disk another size, with all that is on it."""
+    """Change the size of a small disk and keep its files."""
     _mount("-o", f"remount,size={size}", str(at))
 
 
 @contextmanager
 def read_only(at: Path) -> Iterator[Path]:
-    """The folder `at`, for the time being read-only, even to root."""
+    """The folder `at`, read-only even for root during the context."""
     need_root()
     _mount("--bind", str(at), str(at))
     try:

@@ -1,7 +1,7 @@
 """NCCL's source for tests where its upstream repository cannot be reached: Debian's copy of the tarball.
 
-The machine's apt configuration is left alone: its own mirror is asked for one more suite, with lists and
-cache kept below the user's cache folder.
+The machine's apt configuration stays as it is: apt reads one more suite of the same mirror, with lists and cache below
+the user's cache folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Debian sid moves on and drops this version one day; the sum (of upstream's tag v2.29.7-1) says when.
+# Debian sid will replace this version; then the sum (of upstream's tag v2.29.7-1) differs.
 PACKAGE = "nvidia-nccl"
 VERSION = "2.29.7"
 SHA256 = "e67239212c395bfdb398a7519491840d06fdf6b599c299f97c7ed0109777bba1"
@@ -26,7 +26,7 @@ TIMEOUT_SECONDS = 300
 def tarball() -> Path:
     """The source tarball of NCCL 2.29.7 (1.3 MB), fetched once, its sha256 checked each time.
 
-    Raises `RuntimeError` where apt cannot bring it, or brings another one; says which.
+    Raises `RuntimeError` if apt cannot download it, or downloads another version.
     """
     kept = _cache_dir() / f"{PACKAGE}_{VERSION}.orig.tar.gz"
     if not kept.is_file():
@@ -66,7 +66,7 @@ def _sum_matches(path: Path) -> bool:
 
 
 def _own_apt(work: Path) -> list[str]:
-    """apt options for a world of its own below `work`, whose only source is Debian sid's contrib sources."""
+    """apt options for lists and cache below `work`, with Debian sid's contrib sources as the only source."""
     source = work / "sid.sources"
     source.write_text(_sid_source())
     for folder in ("lists/partial", "cache/archives/partial"):
@@ -74,7 +74,7 @@ def _own_apt(work: Path) -> list[str]:
     settings = {"Etc::sourcelist": source, "Etc::sourceparts": "/dev/null"}
     settings |= {"State::lists": work / "lists", "Cache": work / "cache"}
     dirs = [word for key, value in settings.items() for word in ("-o", f"Dir::{key}={value}")]
-    # apt's own download user may not enter a home folder; it says so in a warning unless told beforehand.
+    # apt's download user may not enter a home folder, which would be a warning.
     return [*dirs, "-o", "APT::Sandbox::User=root"]
 
 
@@ -85,7 +85,7 @@ def _sid_source() -> str:
 
 
 def _debian_mirror() -> tuple[str, str | None]:
-    """The archive that this machine installs from, and the keyring that it is trusted by."""
+    """The archive that this machine installs from, and its keyring."""
     for uri, suites, keyring in _configured():
         if uri.rstrip("/").endswith("/debian") and "security" not in suites:
             return uri, keyring

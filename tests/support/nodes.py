@@ -1,4 +1,4 @@
-"""Nodes that tests ask about, and the system that journals what is done to one beneath a folder."""
+"""Nodes for tests, and the journaled system of one below a folder."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ NODE = Node(
     home="/nowhere",
     cache=Path("/nowhere"),
 )
-# Those that several steps share; a step may declare another one of its own.
+# Those that several steps share; a step may declare another one.
 FIXES_OF_SPARKS = tuple(each for each in vars(fixes).values() if isinstance(each, Fix))
-# One of several that serves: it has every step, check and probe that there is.
+# One of several nodes that serves: it has all steps, checks and probes.
 HEAD = replace(NODE, config=Config(cluster=ClusterConfig(role="head"), serving=ServingConfig(model="m")))
 
 
 def node_of(root: Path, role: str = "single", **settings: Any) -> Node:
-    """A node with these settings (dots as two underscores), rehearsed beneath `root`."""
+    """A rehearsed node below `root` with these settings (dots as two underscores)."""
     values = {name.replace("__", "."): value for name, value in settings.items()}
     config: Config = build([Layer("test", {"cluster.role": role, **values})])[0]
     stack = stacks.load(config.stack)

@@ -1,4 +1,4 @@
-"""An environment as a node has it at /opt/sparkinstall/venv, with Ray, what sparkinstall needs, and nothing else."""
+"""A node's environment for /opt/sparkinstall/venv with only Ray and what sparkinstall needs."""
 
 import platform
 from pathlib import Path
@@ -19,7 +19,7 @@ _ACTIVATE = f'PATH="{PLACE}/bin:$PATH"\nexport PATH\n'
 
 
 def environment() -> Path:
-    """A folder to be bound to `PLACE`; 220 MB the first time."""
+    """The folder to bind to `PLACE`; 220 MB to download the first time."""
     return cache.kept("ray", (RAY, REQUIREMENTS.read_text(), PYTHON, _RAY, _ACTIVATE), _build)
 
 

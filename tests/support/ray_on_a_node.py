@@ -1,8 +1,8 @@
-"""What the steps `ray` and `serving` do on a node, without the other steps, whose work the test does itself.
+"""The steps `ray` and `serving` on a node, without the other steps, whose work the test does itself.
 
     python -m tests.support.ray_on_a_node plan|converge|probe|uninstall ROLE [NAME=VALUE...]
 
-Prints one JSON object. NAME is a setting, or one of `token_file` and `step`. Waits of minutes are cut to seconds.
+Prints one JSON object. NAME is a setting, or one of `token_file` and `step`. Waits of minutes take seconds.
 """
 
 import json
@@ -51,7 +51,7 @@ def declared_node(role: str, values: dict[str, str]) -> Node:
 
 def _plan(node: Node, step: Any) -> Any:
     (report,) = engine.plan([step], node, LocalReader())
-    return _told(report)
+    return _shown(report)
 
 
 def _converge(node: Node, step: Any) -> Any:
@@ -61,21 +61,21 @@ def _converge(node: Node, step: Any) -> Any:
         log = state.logs("test") / "log"
         make = lambda name: JournaledSystem(state.system, journal, name, log, silent)  # noqa: E731
         (report,) = engine.converge([step], node, make, silent)
-    return _told(report)
+    return _shown(report)
 
 
-def _told(report: engine.StepReport) -> Any:
+def _shown(report: engine.StepReport) -> Any:
     problem = report.problem
     drifts = [each.state.summary for each in report.checked if isinstance(each.state, Drift)]
-    told: dict[str, Any] = {"outcome": report.outcome, "seconds": report.seconds, "drifts": drifts}
+    shown: dict[str, Any] = {"outcome": report.outcome, "seconds": report.seconds, "drifts": drifts}
     if problem:
-        told |= {
+        shown |= {
             "message": problem.message,
             "cause": problem.cause,
             "hint": problem.hint,
             "output": list(problem.output),
         }
-    return told
+    return shown
 
 
 def _probe(node: Node, step: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A `System` in memory: files in a mapping, programs that answer what a test says, and a record of what was done."""
+"""A `System` in memory: files in a mapping, programs with given outputs, and a record of all changes."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -7,9 +7,9 @@ from sparkinstall.system.local import RunOrRaise
 
 
 class RecordingSystem(RunOrRaise):
-    """`answers`: what programs print, by the beginning of their command line; any other prints nothing.
+    """`answers`: the output of programs, by the beginning of their command line; others print nothing.
 
-    `changed` lists the changes in their order: a word and the path, or the command line.
+    `changed` lists the changes in order: a word and the path, or the command line.
     """
 
     def __init__(self, files: Mapping[str, bytes] | None = None, answers: Mapping[str, str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Rehearsals as a user runs them: one process a command, and the tree beneath the root as something to compare."""
+"""Rehearsals as a user runs them: one process per command, and trees of files to compare."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ SETTINGS = ("--set", "nccl.mode=wheel")
 TIMEOUT_SECONDS = 300
 ENVELOPE = {"version", "command", "status", "exit_code", "data", "errors"}
 
-# What tells of the runs that there were, not of the node.
+# Files about the runs, not about the node.
 HISTORY = ("journal.jsonl", "logs", "lock")
 
 Tree = dict[str, tuple[Any, ...]]
 
 
 def command(*args: str | Path, through: str = "sparkinstall") -> list[str]:
-    """The command line of one run; `through` is the module that is run in sparkinstall's place."""
+    """The command line of one run; `through` is the module that runs in place of sparkinstall."""
     return [sys.executable, "-m", through, *map(str, args)]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment with the checkout in front; nothing of a configuration of the machine's user."""
+    """This process's environment with the checkout first, and without the user's settings of sparkinstall."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SPARKINSTALL_")}
     return {**kept, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1", **more}
 
@@ -58,7 +58,7 @@ def sparkinstall(*args: str | Path, through: str = "sparkinstall", **env: str) -
 
 
 def in_this_process(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    """The same, without a process of its own: many small cases would spend their time on starting Python."""
+    """Run a verb in this process: starting Python would take most of the time of a small case."""
     kept = signal.getsignal(signal.SIGTERM)
     try:
         result = CliRunner().invoke(program(), [str(arg) for arg in args], prog_name="sparkinstall")
@@ -69,7 +69,7 @@ def in_this_process(*args: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def envelope(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The one JSON object on stdout; fails if there is anything else."""
+    """The JSON object on stdout; fails if stdout has anything else."""
     found = json.loads(run.stdout)
     assert run.stdout.count("\n") == 1, run.stdout
     assert set(found) == ENVELOPE, sorted(found)
@@ -83,7 +83,7 @@ def said(run: subprocess.CompletedProcess[str]) -> str:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """A root folder that may not be there yet; its parent is this test's own, so that nothing beside it is missed."""
+    """A root folder, which may not exist yet, in a folder of the test's own, so that changes beside it are found."""
 
     root: Path
     options: tuple[str, ...] = SETTINGS
@@ -95,7 +95,7 @@ class Rehearsal:
         return sparkinstall("uninstall", "--root", self.root, *args, through=through, **env)
 
     def start(self, *args: str, through: str = "sparkinstall", **env: str) -> subprocess.Popen[str]:
-        """Begin `all` (or the verb in `args`) and come back; in a process group of its own, as a shell does it."""
+        """Start `all` (or the verb in `args`) in its own process group, as a shell does."""
         verb = args or ("all", *self.options)
         return subprocess.Popen(
             command(verb[0], "--root", self.root, *verb[1:], through=through),
@@ -128,7 +128,7 @@ class Rehearsal:
 
 
 def begun(root: Path) -> Path:
-    """A rehearsal in which nothing was made yet but the folders around its journal."""
+    """A rehearsal with only its journal and the folders around it."""
     root.mkdir()
     with StateFolder(LocalSystem(str(root))).hold("all", silent):
         pass
@@ -136,22 +136,22 @@ def begun(root: Path) -> Path:
 
 
 def tree(top: Path, times: Callable[[str], bool] | None = None) -> Tree:
-    """Kind, mode, owner, target or content of all below `top`; the time too of those kinds that `times` names."""
+    """Kind, mode, owner, target or content of all below `top`, and the time of the kinds that `times` accepts."""
     return dict(sorted(_described(top, "", times or no_times)))
 
 
 def no_times(kind: str) -> bool:
-    """For `tree`: two runs of the same thing are never at the same time."""
+    """For `tree`: compare two runs, which never have the same times."""
     return not kind
 
 
 def files_with_times(kind: str) -> bool:
-    """For `tree`: a folder's own time tells when something in it came or went, and nothing brings that back."""
+    """For `tree`: without folders, whose time changes with their entries and cannot be restored."""
     return kind == "file"
 
 
 def everything_with_times(kind: str) -> bool:
-    """For `tree`: not a single touch goes unseen."""
+    """For `tree`: show every change."""
     return bool(kind)
 
 
@@ -173,7 +173,7 @@ _hashes: dict[tuple[int, int, int, int], str] = {}
 
 
 def _content(path: str, info: os.stat_result) -> str:
-    # uv links files from its cache: the same inodes, 1 GB of them, are met again in every tree.
+    # uv links files from its cache: every tree has the same inodes, 1 GB of them.
     key = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns)
     if key not in _hashes:
         with open(path, "rb") as file:
@@ -182,7 +182,7 @@ def _content(path: str, info: os.stat_result) -> str:
 
 
 def difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
-    """What differs, a line each, for the message of an assertion."""
+    """The differences, one per line, for the message of an assertion."""
     names = sorted(name for name in {*one, *other} if one.get(name) != other.get(name))
     return "\n".join(f"{name}: {one.get(name)} -> {other.get(name)}" for name in names[:20])
 
@@ -191,12 +191,12 @@ OLD = 1_234_567_890_123_456_789
 
 
 def furnish(root: Path) -> None:
-    """What others have put where sparkinstall will work: a folder, files, a link, odd modes and times."""
+    """Write files of others where sparkinstall will work: a folder, files, a link, odd modes and times."""
     env = root / "opt/sparkinstall/env"
     env.mkdir(parents=True)
     (root / "opt").chmod(0o2775)
     (root / "opt/theirs.txt").write_bytes(b"theirs\n")
-    (env / "single-node.env").write_bytes(b"\x00\xffsomebody's own\r\n")
+    (env / "single-node.env").write_bytes(b"\x00\xffanother user's file\r\n")
     (env / "single-node.env").chmod(0o640)
     os.chown(env / "single-node.env", os.geteuid(), os.getegid())
     (env / "multi-node-head.env").symlink_to("../elsewhere.env")
@@ -206,7 +206,7 @@ def furnish(root: Path) -> None:
         os.utime(path, ns=(OLD, OLD))
 
 
-# Root without its power over other people's files is like anybody else.
+# Root without the capability to access other users' files is like an ordinary user.
 LIKE_ANYBODY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *command())
 
 

@@ -1,8 +1,8 @@
-"""What a node serves and who gets through: `services.py serve LINK_ADDRESS` and `services.py ask ADDRESS:PORT...`.
+"""A node's services, and who reaches them: `services.py serve LINK_ADDRESS` and `services.py ask ADDRESS:PORT...`.
 
-`serve` listens on every interface at the ports of Ray, the API and a service of the user's own, and at the link's
-address at a port of the moment, as NCCL does; it writes the senders of UDP packets to `heard`. `ask` prints those
-that answer. It runs in a node, from its standard library alone.
+`serve` listens on every interface at the ports of Ray, the API and a user's service, and at the link's address at an
+ephemeral port, as NCCL does; it writes the senders of UDP packets to `heard`. `ask` prints those that accept a
+connection. It runs in a node and uses only the standard library.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ RAY = (6379, 10001, 20000, 20999)
 API = 8000
 MEETING = 29501
 OWN = 9999
-MOMENT = 40123
+EPHEMERAL = 40123
 UDP = 9998
 SECONDS = 1.0
 
@@ -26,7 +26,7 @@ def serve(link: str) -> None:
     """Listen for ever."""
     kept = [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=99)
             for port in (*RAY, API, MEETING, OWN)]  # fmt: skip
-    kept.append(socket.create_server((link, MOMENT), backlog=99))
+    kept.append(socket.create_server((link, EPHEMERAL), backlog=99))
     packets = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     packets.bind(("0.0.0.0", UDP))
     with ThreadPoolExecutor(len(kept)) as pool:
@@ -45,7 +45,7 @@ def _accept(listener: socket.socket) -> None:
 
 
 def ask(places: list[str]) -> list[str]:
-    """Those of `places` that take a connection."""
+    """Those of `places` that accept a connection."""
     with ThreadPoolExecutor(len(places)) as pool:
         return [place for place, opens in zip(places, pool.map(_opens, places), strict=True) if opens]
 

@@ -1,6 +1,6 @@
-"""sparkinstall with two steps that run long programs side by side, and would touch more after them.
+"""sparkinstall with two steps that run long programs in parallel, and would change more after them.
 
-The programs write their process ids to SLEEPY_PIDS; with SLEEPY_HOW=stubborn they do not heed TERM.
+The programs write their process ids to SLEEPY_PIDS; with SLEEPY_HOW=stubborn they ignore TERM.
 """
 
 import os
@@ -19,7 +19,7 @@ _SLEEP = 'trap "{trap}" TERM; echo $$ >> {pids}; while :; do sleep 0.1; done'
 
 @dataclass(frozen=True)
 class Sleep:
-    """Never there, long in the making."""
+    """A resource that always differs and whose `apply` takes long."""
 
     key: str
 
@@ -33,7 +33,7 @@ class Sleep:
         try:
             on.run("sh", "-c", script)
         except Problem:
-            # As a step would that has another way.
+            # As in a step with an alternative.
             on.run("sh", "-c", script)
         on.write(f"/later/{self.key}", b"")
 
@@ -52,7 +52,7 @@ class Two(One):
 
 
 def main() -> None:
-    """Run sparkinstall with these steps in place of its own."""
+    """Run sparkinstall with these steps instead of its own."""
     from sparkinstall.__main__ import main as run
     from sparkinstall.core import catalogue
     from sparkinstall.system import processes

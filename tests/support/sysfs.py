@@ -1,10 +1,10 @@
 """A node's network as the kernel shows it, written below a folder: /sys/class/net, /sys/class/infiniband, /proc/net.
 
-Nothing here was recorded on a GB10, of which we have none. The trees are put together from: the tables of names, twins
-and speeds in the project's list of facts, sections 1 and 3; the form of a table of GIDs in NVIDIA/nccl issue #1538;
-reports of pairs of Sparks of how that table moves (MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks #26: 4 on one node, 3 on
-the other; FujitsuPolycom/sparkring #186 and #290: different for the two halves, and moving); and, for where the links
-lead and which files cannot be read, from the kernel of an ordinary machine.
+Nothing here was recorded on a GB10. The sources are: the tables of names, twins and speeds in the project's list of
+facts, sections 1 and 3; the form of a table of GIDs in NVIDIA/nccl issue #1538; reports about pairs of Sparks on how
+its indices move (MiaAI-Lab/GLM-5.3-Flash-EXL3-2x-DGX-Sparks #26: 4 on one node, 3 on the other;
+FujitsuPolycom/sparkring #186 and #290: different for the two halves, and moving); and, for the targets of links and for
+unreadable files, the kernel of an ordinary machine.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ZERO = "0000:0000:0000:0000:0000:0000:0000:0000"
 TABLE_ENTRIES = 16
 V1, V2 = "IB/RoCE v1", "RoCE v2"
 
-# A file that can be opened and gives an error when it is read (EIO; the kernel's own would be EINVAL).
+# A file that can be opened and fails when it is read (with EIO; a real one fails with EINVAL).
 _UNREADABLE = "/proc/self/mem"
 _PLACE = re.compile(r"(?:en|wl)(?:P(\d+))?(?:p(\d+))?s(\d+)(?:f(\d+))?")
 
 
 def mapped(address: str) -> str:
-    """The GID that stands for an IPv4 address."""
+    """The GID of an IPv4 address."""
     high, low = (bytes(map(int, address.split(".")))[each : each + 2].hex() for each in (0, 2))
     return f"0000:0000:0000:0000:0000:ffff:{high}:{low}"
 
@@ -39,7 +39,7 @@ class Sysfs:
         (root / "proc/net/ipv6_route").write_text("")
 
     def card(self, name: str, driver: str = "mlx5_core", carrier: bool | None = False, mtu: int = 1500) -> Path:
-        """An interface of a PCI device, with the link to its driver; `carrier` None: it is down. Its folder."""
+        """Add an interface of a PCI device, with the link to its driver; `carrier` None: it is down. Its folder."""
         device = self._device(name)
         folder = self._interface(device / "net" / name, carrier, mtu, 200000 if driver == "mlx5_core" else 10000)
         _link(folder / "device", device)
@@ -76,14 +76,14 @@ class Sysfs:
             self.gid(name, index, ZERO)
 
     def gid(self, hca: str, index: int, value: str, kind: str = "", interface: str = "") -> None:
-        """One entry of the table; of an empty one the kernel tells neither kind nor interface."""
+        """One entry of the table; the kernel shows neither kind nor interface of an empty one."""
         port = self.root / "sys/class/infiniband" / hca / "ports/1"
         (port / "gids" / str(index)).write_text(f"{value}\n")
         for place, content in (("types", kind), ("ndevs", interface)):
             _file(port / "gid_attrs" / place / str(index), content or None)
 
     def gids(self, hca: str, interface: str, *values: str, first: int = 0) -> None:
-        """Entries one after the other, each of both kinds as a ConnectX has them."""
+        """Consecutive entries, each of both kinds, as on a ConnectX."""
         for index, value in enumerate(values):
             self.gid(hca, first + 2 * index, value, V1, interface)
             self.gid(hca, first + 2 * index + 1, value, V2, interface)
@@ -118,7 +118,7 @@ class Sysfs:
 
 def spark(root: Path, cable: int | None = 0, gid: int = 2) -> Sysfs:
     """A DGX Spark with the cable in port 0 or 1 (None: in neither) and addresses on that port, whose GIDs begin at
-    index `gid`; its default route is that of the 10 GbE port, and it has Wi-Fi."""
+    index `gid`; the default route uses the 10 GbE port, and there is Wi-Fi."""
     node = Sysfs(root)
     node.virtual("lo")
     node.card("enP7s7", "r8127", True)

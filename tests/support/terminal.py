@@ -1,4 +1,4 @@
-"""What a command draws on a terminal."""
+"""The output of a command on a terminal."""
 
 import fcntl
 import os
@@ -16,7 +16,7 @@ _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def on_a_terminal(far: FarNodes, argv: Sequence[str], width: int = 80) -> tuple[int, list[str]]:
-    """Exit code, and every line that was ever drawn, without colours."""
+    """Exit code, and every line that was drawn at any time, without colours."""
     env = {name: value for name, value in far.environment().items() if name not in ("COLUMNS", "NO_COLOR")}
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
@@ -37,5 +37,5 @@ def on_a_terminal(far: FarNodes, argv: Sequence[str], width: int = 80) -> tuple[
 def _read(terminal: int) -> bytes:
     try:
         return os.read(terminal, 65536)
-    except OSError:  # nobody holds the other end any more
+    except OSError:  # the other end is closed
         return b""

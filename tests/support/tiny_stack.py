@@ -1,4 +1,4 @@
-"""A stack of one's own with one tiny wheel in it, from a folder: what uv does with it is real, and needs no index."""
+"""A stack with one tiny wheel in a folder, which the real uv installs without an index."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MEMBERS = {
 def tiny_stack(folder: Path, *, hash_is_right: bool = True, locked: bool = True, more: bytes = b"") -> Path:
     """The stack's YAML file in `folder`, its wheel and lock beside it.
 
-    `more`: what the wheel's one module has beyond what RECORD says of it.
+    `more`: content of the wheel's module that is not in RECORD.
     """
     folder.mkdir(parents=True)
     wheel = _wheel(folder, more)
@@ -42,7 +42,7 @@ def tiny_stack(folder: Path, *, hash_is_right: bool = True, locked: bool = True,
 
 
 def no_index(stack: Path) -> dict[str, str]:
-    """Variables that let uv see the stack's own folder and nothing else, whatever index this machine has set up."""
+    """Variables that limit uv to the stack's folder, whatever index this machine uses."""
     settings = stack.with_name("uv.toml")
     settings.write_text(f'no-index = true\nfind-links = ["{stack.parent}"]\n')
     unset = {name: "" for name in os.environ if name.startswith("UV_") and "INDEX" in name}

@@ -23,7 +23,7 @@ TOKEN = "a-token-of-these-tests"
 
 @dataclass(frozen=True)
 class Side:
-    """A node whose files are all beneath `home`."""
+    """A node whose files are all below `home`."""
 
     home: Path
     address: str
@@ -53,7 +53,7 @@ class Side:
 
 @dataclass
 class Offered:
-    """A running offer: what the head announced."""
+    """A running offer, with what the head announced."""
 
     process: "subprocess.Popen[str]"
     port: int = 0
@@ -65,7 +65,7 @@ class Offered:
 
 @contextmanager
 def offering(head: Side, *only: str, peers: tuple[str, ...] = (WORKER,)) -> Iterator[Offered]:
-    """An offer of the head for these steps; it ends with the context at the latest."""
+    """An offer of the head for these steps, which ends with the context at the latest."""
     with head.start("offer", *peers, *(word for each in only for word in ("--only", each))) as process:
         assert process.stdin is not None
         assert process.stderr is not None
@@ -97,10 +97,10 @@ def fetched(worker: Side, offered: Offered, *only: str, **other: Any) -> tuple[i
     """Run a fetch: exit code, data, first error."""
     with worker.start("fetch", *(word for each in only for word in ("--only", each))) as process:
         out, err = process.communicate(offered.as_given(**other), timeout=60)
-    said = json.loads(out)
-    errors = [f"{each['message']} {each['cause']}" for each in said["errors"]]
+    reply = json.loads(out)
+    errors = [f"{each['message']} {each['cause']}" for each in reply["errors"]]
     assert "Traceback" not in err, err
-    return said["exit_code"], said["data"], errors[0] if errors else ""
+    return reply["exit_code"], reply["data"], errors[0] if errors else ""
 
 
 def main() -> None:

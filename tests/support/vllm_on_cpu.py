@@ -1,4 +1,4 @@
-"""vLLM as a node has it at /opt/sparkinstall/venv, but built for the CPU, and two models small enough for it."""
+"""A node's environment for /opt/sparkinstall/venv with vLLM built for the CPU, and two tiny models."""
 
 import json
 import platform
@@ -22,10 +22,10 @@ VERSION = "0.18.1"
 SECONDS = 1500
 REQUIREMENTS = Path(__file__).with_name("vllm-on-cpu.txt")
 SITE = f"lib/python{PYTHON}/site-packages"
-# vLLM's CPU workers insist on these two. The first comes with the node's own Debian.
+# vLLM's CPU workers require these two. The first is part of the node's Debian.
 PRELOADED = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", f"{PLACE}/{SITE}/lib/libiomp5.so")
-# PyTorch's only build for x86_64 that the index has is for CUDA: its libraries must be there to be loaded. These
-# 1.4 GB are looked for only when there is a GPU.
+# The index has PyTorch for x86_64 only with CUDA, whose libraries must exist to be loaded. These 1.4 GB are needed only
+# with a GPU.
 ONLY_FOR_A_GPU = (
     *("nvidia/cudnn/lib/libcudnn_*", "nvidia/cuda_cupti/lib/libnvperf_*", "nvidia/nvshmem/lib/libnvshmem_device.*"),
     *("torch/lib/libtorch_cuda_linalg.so", "torch/include", "torch/test", "lib/*.a", "lib/*.dbg", "bin"),
@@ -35,13 +35,13 @@ ONLY_FOR_A_GPU = (
 _VLLM = f"#!{PLACE}/bin/python\nfrom vllm.entrypoints.cli.main import main\n\nif __name__ == '__main__':\n    main()\n"
 _ACTIVATE = f'PATH="{PLACE}/bin:$PATH"\nexport PATH\n'
 
-# The CPU's workers take all that have one name for this for processes of one machine, that share its memory.
+# Workers on CPUs with the same value of this are taken for processes of one machine that share its memory.
 _ONE_MACHINE = 'instance_identifier = os.environ["VLLM_DIST_IDENT"]\n'
 _THIS_NODE = _ONE_MACHINE.replace("\n", " + os.uname().nodename\n")
 
 
 def environment() -> Path:
-    """A folder to be bound to `PLACE`; 5.2 GB, of which 2.5 GB are downloaded the first time."""
+    """The folder to bind to `PLACE`: 5.2 GB; 2.5 GB are downloaded the first time."""
     recipe = (REQUIREMENTS.read_text(), PYTHON, _VLLM, _ACTIVATE, _THIS_NODE, *ONLY_FOR_A_GPU)
     return cache.kept("vllm-on-cpu", recipe, _build)
 
@@ -53,8 +53,8 @@ def _build(tree: Path) -> None:
     for pattern in ONLY_FOR_A_GPU:
         for each in site.glob(pattern):
             shutil.rmtree(each) if each.is_dir() else each.unlink()
-    _let_nodes_talk(site / "vllm/distributed/device_communicators/cpu_communicator.py")
-    # By this vLLM tells what it was built for.
+    _separate_nodes(site / "vllm/distributed/device_communicators/cpu_communicator.py")
+    # vLLM reads its build's target from here.
     named = site / f"vllm-{VERSION}+cpu.dist-info"
     named.mkdir()
     (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VERSION}+cpu\n")
@@ -67,17 +67,17 @@ def _build(tree: Path) -> None:
     (programs / "vllm").chmod(0o755)
 
 
-def _let_nodes_talk(file: Path) -> None:
-    """Make two nodes' workers talk over the cable, as a GPU's do, and not through a memory that they do not share."""
+def _separate_nodes(file: Path) -> None:
+    """Make the workers of two nodes use the cable, as with GPUs, and not shared memory."""
     before, found, after = file.read_text().partition(_ONE_MACHINE)
-    assert found, f"{file.name} is not as it was in vLLM {VERSION}"
+    assert found, f"{file.name} differs from that of vLLM {VERSION}"
     file.write_text(before + _THIS_NODE + after)
 
 
 def _install(site: Path) -> None:
     uv = find_uv_bin()
     built_for = ("--python-version", PYTHON, "--python-platform", f"{platform.machine()}-manylinux_2_39")
-    # Without uv's own cache: it would keep a second copy of all of it.
+    # Without uv's cache, which would keep a second copy of everything.
     quiet = ("--quiet", "--no-progress", "--no-cache", "--no-deps")
     commands.run(
         *(uv, "pip", "install", *quiet, "--target", str(site), *built_for, "-r", str(REQUIREMENTS)),
@@ -85,7 +85,7 @@ def _install(site: Path) -> None:
     )
 
 
-# A Qwen2 of 0.36 million parameters. Two nodes share its heads; vLLM's CPU kernels know heads of 32.
+# A Qwen2 of 0.36 million parameters. Two nodes share its heads; vLLM's CPU kernels support heads of 32.
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD = 128, 256, 2, 4, 2, 32
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 512
@@ -96,10 +96,10 @@ _CHAT = (
 )
 
 
-# One that begins the thinking itself, as Qwen3.5's does: with the thought that has no end.
+# A chat template that opens the reasoning itself, as Qwen3.5's does: with reasoning that never ends.
 _OPENING_CHAT = _CHAT.replace("assistant\n", "assistant\n<think>~")
 THINKING = ("<think>", "</think>")
-# What the thinking model says; each character has but one that follows it.
+# The output of the reasoning model; each character has only one successor.
 THOUGHT, ANSWER, ENDLESS = "hm, six", "42", "~abc~"
 Weights = Iterable[tuple[str, tuple[int, ...], Sequence[float]]]
 
@@ -110,13 +110,13 @@ def model(folder: Path) -> Path:
 
 
 def thinking_model(folder: Path) -> Path:
-    """One whose next token depends on the last alone: it answers `<think>hm, six</think>42`, whatever it is asked.
+    """A model whose next token depends only on the last: it answers `<think>hm, six</think>42` to any prompt.
 
-    With the chat template `opening.jinja` besides it never comes to an answer.
+    With the chat template `opening.jinja` it never reaches an answer.
     """
     names = {name: 256 + place for place, name in enumerate((*SPECIAL, *THINKING))}
     answer = ("\n", "<think>", *THOUGHT, "</think>", *ANSWER, "<|im_end|>")
-    chains = [[names.get(each) or ord(each) for each in said] for said in (answer, ENDLESS)]
+    chains = [[names.get(each) or ord(each) for each in text] for text in (answer, ENDLESS)]
     follows = {one: following for chain in chains for one, following in pairwise(chain)}
     _write(folder, (*SPECIAL, *THINKING), tied=False, weights=_chained(follows))
     (folder / "opening.jinja").write_text(_OPENING_CHAT)
@@ -146,7 +146,7 @@ def _config() -> dict[str, object]:
 
 
 def _bytes_as_characters() -> list[str]:
-    """A printable character for each byte, as GPT-2's byte-level BPE has them."""
+    """A printable character for each byte, as in GPT-2's byte-level BPE."""
     plain = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(each) if each in plain else chr(next(others)) for each in range(256)]
@@ -199,7 +199,7 @@ def _random() -> Weights:
 
 
 def _chained(follows: Mapping[int, int]) -> Weights:
-    """Layers that add nothing, and a head in which a token's row is the embedding of the one that it follows."""
+    """Layers that add nothing, and a head in which a token's row is the embedding of its predecessor."""
     head = [0.0] * VOCABULARY * HIDDEN
     for name, shape, values in _random():
         if name == "model.embed_tokens.weight":
@@ -212,7 +212,7 @@ def _chained(follows: Mapping[int, int]) -> Weights:
 
 
 def _safetensors(weights: Weights) -> Iterable[bytes]:
-    """The format of safetensors: the header's length, the header, and the numbers one after another."""
+    """The format of safetensors: the header's length, the header, and the numbers in order."""
     header, numbers = {}, bytearray()
     for name, shape, values in weights:
         began = len(numbers)

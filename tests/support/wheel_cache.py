@@ -1,4 +1,4 @@
-"""A cache of sparkinstall's that has the wheels of this user's, so that they are not downloaded again, and no more."""
+"""A cache of sparkinstall with only the wheels of this user's, so that they are not downloaded again."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from sparkinstall.assets import user_cache
 
 
 def cache_of_wheels(folder: Path) -> Path:
-    """Make `folder` such a cache; its path, to be given as XDG_CACHE_HOME."""
+    """Create such a cache in `folder`. Returns the value for XDG_CACHE_HOME."""
     wheels = user_cache() / "uv"
     wheels.mkdir(parents=True, exist_ok=True)
     (folder / "sparkinstall").mkdir(parents=True)

@@ -1,11 +1,9 @@
-"""One file out of a published wheel, without downloading the wheel.
+"""One file of a published wheel, without downloading the wheel.
 
-A vLLM wheel is 0.4 GB and a test needs 4 kB of it. A wheel is a zip: its directory stands at the end, so a
-few HTTP range requests are enough. Where the index ignores ranges the whole wheel is fetched, and only the
-member is kept.
+A vLLM wheel is 0.4 GB and a test needs 4 kB of it. A wheel is a zip, whose directory is at the end, so a few HTTP range
+requests are enough. If the index ignores ranges, the whole wheel is downloaded, and only the member is kept.
 
-No index is named here: `uv` resolves the release with whatever index this machine is configured for, and its
-answer has the wheel's address.
+`uv` resolves the release with the index of this machine, and its answer has the wheel's address.
 """
 
 from __future__ import annotations
@@ -43,15 +41,15 @@ RETRY_SECONDS = (1, 4, 15)
 
 
 class Unavailable(Exception):
-    """The index could not be asked, or has no such wheel or member."""
+    """The index cannot be reached, or has no such wheel or member."""
 
 
 class NoMember(Unavailable):
-    """The wheel is there and has no such file."""
+    """The wheel exists and has no such file."""
 
 
 def cache_dir() -> Path:
-    """Where members are kept between runs: below the user's cache folder, never in the repository."""
+    """Where members are kept between runs: below the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "sparkinstall" / "tests" / "wheels"
 
@@ -60,7 +58,7 @@ def wheel_member(release: str, member: str, *, package: str = "vllm", platform: 
     """The bytes of `member` in the wheel of `package` `release` for `platform` (as uv names it), Python 3.12.
 
     Kept for good: a release's wheel never changes. zipfile has checked the member's CRC.
-    Raises `Unavailable` where the index cannot be asked or has no such release or member.
+    Raises `Unavailable` if the index cannot be reached or has no such release or member.
     """
     kept = cache_dir() / f"{package}-{release}" / platform / member
     if not kept.is_file():
@@ -73,9 +71,9 @@ def wheel_member(release: str, member: str, *, package: str = "vllm", platform: 
 
 
 def needed_member(release: str, member: str) -> bytes:
-    """As `wheel_member`. Without an index the test is skipped, but in CI that is a failure.
+    """As `wheel_member`. Without an index the test is skipped, or fails in CI.
 
-    Raises `NoMember` where the wheel has no such file.
+    Raises `NoMember` if the wheel has no such file.
     """
     try:
         return wheel_member(release, member)
@@ -88,13 +86,13 @@ def needed_member(release: str, member: str) -> bytes:
 
 
 def newest_release(package: str = "vllm", platform: str = SPARK_PLATFORM) -> str:
-    """The newest stable release that the index has a wheel of, asked anew each time."""
+    """The newest stable release that the index has a wheel of, without a cache."""
     return str(_locked(package, platform)["version"])
 
 
 @contextmanager
 def opened_wheel(package: str, release: str, platform: str = SPARK_PLATFORM) -> Iterator[zipfile.ZipFile]:
-    """The wheel as a zip whose bytes are fetched only as they are read. Raises `Unavailable`."""
+    """The wheel as a zip whose bytes are downloaded when they are read. Raises `Unavailable`."""
     url = _wheel_url(package, release, platform)
     try:
         with opened_url(url) as stream, zipfile.ZipFile(stream) as wheel:
@@ -112,9 +110,9 @@ def _wheel_url(package: str, release: str, platform: str) -> str:
 
 
 def _locked(requirement: str, platform: str) -> Mapping[str, Any]:
-    """What uv resolves `requirement` to: the one package of a pylock, with its wheels' addresses."""
+    """The package of a pylock that uv resolves `requirement` to, with its wheels' addresses."""
     command = [find_uv_bin(), "pip", "compile", "--quiet", "--no-deps", "--only-binary", ":all:", "--no-header"]
-    # Any Python will do, since nothing is built: without one named, uv would download 3.12.
+    # Any Python does, since nothing is built: without `--python`, uv would download 3.12.
     target = ["--python", sys.executable, "--python-version", "3.12", "--python-platform", platform]
     try:
         run = subprocess.run(
@@ -134,8 +132,8 @@ def _locked(requirement: str, platform: str) -> Mapping[str, Any]:
 
 
 def client_env() -> dict[str, str]:
-    """The variables with which `uv` finds the index that this machine has set up."""
-    # A machine set up for pip only must work too, and uv does not read pip's variable.
+    """The variables with which `uv` finds the index of this machine."""
+    # A machine that is configured for pip only must work too, and uv does not read pip's variable.
     env = dict(os.environ)
     if "PIP_INDEX_URL" in env and not {"UV_DEFAULT_INDEX", "UV_INDEX_URL"} & env.keys():
         env["UV_DEFAULT_INDEX"] = env["PIP_INDEX_URL"]
@@ -144,7 +142,7 @@ def client_env() -> dict[str, str]:
 
 @contextmanager
 def opened_url(url: str) -> Iterator[IO[bytes]]:
-    """A remote file as a stream that fetches what is read. Raises OSError."""
+    """A remote file as a stream that downloads what is read. Raises OSError."""
     with _get(url, "bytes=0-0") as first:
         total = re.fullmatch(r"bytes 0-0/(\d+)", first.headers.get("Content-Range", ""))
         if not total:
@@ -163,7 +161,7 @@ def _get(url: str, byte_range: str) -> HTTPResponse:
         except urllib.error.HTTPError:
             raise
         except OSError:
-            # A name that was not resolved, a connection that was refused: once is no failure of the index.
+            # A single name that is not resolved or connection that is refused is no failure of the index.
             time.sleep(seconds)
     return _answer(request)
 
@@ -199,7 +197,7 @@ class _Ranges(io.RawIOBase):
             return 0
         with _get(self._url, f"bytes={self._at}-{end - 1}") as response:
             data = response.read()
-        # A cut or whole answer here would be taken for the member's bytes.
+        # Otherwise a cut or a whole answer would count as the member's bytes.
         if response.status != 206 or len(data) != end - self._at:
             raise OSError(f"asked for {end - self._at} bytes, got {len(data)} (HTTP {response.status})")
         buffer[: len(data)] = data

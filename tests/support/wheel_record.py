@@ -1,4 +1,4 @@
-"""What a wheel says of its own files: https://packaging.python.org/en/latest/specifications/recording-installed-packages"""
+"""The RECORD of a wheel: https://packaging.python.org/en/latest/specifications/recording-installed-packages"""
 
 import base64
 import csv
@@ -12,7 +12,7 @@ def recorded_hash(content: bytes) -> str:
 
 
 def recorded_sizes(wheel: ZipFile) -> dict[str, str]:
-    """Path -> size in bytes, as it is written; empty where RECORD gives none, as for itself."""
+    """Path -> size in bytes, as written; empty if RECORD has none, as for itself."""
     (record,) = (name for name in wheel.namelist() if name.endswith(".dist-info/RECORD") and name.count("/") == 1)
     rows = csv.reader(wheel.read(record).decode().splitlines())
     return {row[0]: row[2] for row in rows if len(row) == 3}

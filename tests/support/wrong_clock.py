@@ -6,7 +6,7 @@ from typing import Any
 
 
 def main() -> None:
-    """Run sparkinstall with the clock set wrong, for itself alone: the programs it runs have the right one."""
+    """Run sparkinstall with a wrong clock; the programs that it runs have the right one."""
     began, real_time, real_gmtime = time.time(), time.time, time.gmtime
 
     def wrong() -> float:
