@@ -4,9 +4,10 @@ import sys
 import time
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from msgspec import Struct
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,9 +17,9 @@ from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, sign
 from sparkinstall.core.session import Target
 from sparkinstall.diagnose import judge
-from sparkinstall.diagnose.judge import Diagnosis, Found, Log, Reading
-from sparkinstall.diagnose.search import MOST, Line, Match, Search
-from sparkinstall.diagnose.signatures import Signature, load
+from sparkinstall.diagnose.judge import Diagnosis, Found, Log, Place, Reading
+from sparkinstall.diagnose.search import MOST, Match, Search
+from sparkinstall.diagnose.signatures import KnownFailure, Signature, load
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.redaction import redact
 
@@ -41,6 +42,12 @@ Follow = Annotated[bool, typer.Option("--follow", "-f", help="Keep reading, and 
 Known = Annotated[bool, typer.Option("--known", help="List the known failures.")]
 
 
+class KnownFailures(Struct, frozen=True):
+    """What `--known` lists."""
+
+    known: tuple[KnownFailure, ...]
+
+
 @verb("diagnose", reads_only=True)
 def diagnose(
     _target: Target,
@@ -55,27 +62,26 @@ def diagnose(
     if known:
         return _list_known()
     units = tuple(unit or ())
-    read = _logs(tuple(logs or ()), units, follow, boot)
-    signatures = load()
-    readings = _follow(read[0], signatures, not output.json) if follow else [_read(log, signatures) for log in read]
-    found = judge.judge(readings)
-    silent = () if follow else _silent(readings, units)
-    code = Exit.DRIFT if found.failures else Exit.FAILED if silent else Exit.GOOD
-    return CommandResult(code, _data(found), lambda: _show(found, output.verbose, already_shown=follow), silent)
+    named, signatures = _logs(tuple(logs or ()), units, follow, boot), load()
+    if follow:
+        found = judge.judge([_follow(named[0], signatures, not output.json)])
+    else:
+        found = judge.judge([judge.read(log, signatures) for log in named])
+    silent = () if follow else _silent(found, units)
+    code = Exit.DRIFT if found.causes else Exit.FAILED if silent else Exit.GOOD
+    return CommandResult(code, found, lambda: _show(found, output.verbose, already_shown=follow), silent)
 
 
-def _silent(readings: Sequence[Reading], units: Sequence[str]) -> tuple[Problem, ...]:
+def _silent(found: Diagnosis, units: Sequence[str]) -> tuple[Problem, ...]:
     """Return a problem for each unit without journal entries: silence proves nothing. Units are read last."""
-
-    of_units = readings[len(readings) - len(units) :]
     return tuple(
         Problem(
             f"the journal has no entries of unit `{unit}`",
             hint="check the name (`systemctl list-units --all`), that the unit was started since the last boot, "
             "and that you may read the journal (with `sudo`, or in the group adm)",
         )
-        for unit, reading in zip(units, of_units, strict=True)
-        if not reading.search.lines
+        for unit, log in zip(units, found.logs[len(found.logs) - len(units) :], strict=True)
+        if not log.lines
     )
 
 
@@ -86,7 +92,6 @@ def _logs(files: Sequence[str], units: Sequence[str], follow: bool, boot: bool) 
         BadUsage: no log was named, or more than one is to be followed.
         NeedsRoot: this user may not read the journal.
     """
-
     if boot and not units:
         raise BadUsage("--boot needs a unit", hint="name the unit: `--unit vllm --boot`")
     if not files and not units:
@@ -106,18 +111,8 @@ def _logs(files: Sequence[str], units: Sequence[str], follow: bool, boot: bool) 
     ]
 
 
-def _read(log: Log, signatures: Sequence[Signature]) -> Reading:
-
-    search = Search(signatures)
-    for piece in log.pieces():
-        search.feed(piece)
-    search.end()
-    return Reading(log.name, search)
-
-
-def _follow(log: Log, signatures: Sequence[Signature], talk: bool) -> list[Reading]:
+def _follow(log: Log, signatures: Sequence[Signature], talk: bool) -> Reading:
     """Read until the log ends or Ctrl-C, and print each failure as it appears."""
-
     search, out = Search(signatures), console()
     if talk:
         console(stderr=True).print(f"[dim]following {log.name}; Ctrl-C ends it[/]")
@@ -129,18 +124,16 @@ def _follow(log: Log, signatures: Sequence[Signature], talk: bool) -> list[Readi
         pass
     for sighting in search.end():
         _print_new(sighting, search, talk, out)
-    return [Reading(log.name, search)]
+    return Reading(log.name, search)
 
 
 def _print_new(sighting: Match, search: Search, talk: bool, out: Console) -> None:
     """Print one failure as it appears, with its cause if that came before."""
-
     if not talk:
         return
-    every = judge.judge([judge.Reading("", search)])
-    found = next(each for each in (*every.failures, *every.warnings) if each.signature is sighting.signature)
+    every = judge.judge([Reading("", search)]).found
     out.print(f"[dim]{time.strftime('%H:%M:%S')}[/]")
-    _show_found(found, out, several=False)
+    _show_found(next(each for each in every if each.name == sighting.signature.name), out, several=False)
     out.file.flush()
 
 
@@ -148,9 +141,8 @@ def _print_new(sighting: Match, search: Search, talk: bool, out: Console) -> Non
 
 
 def _show(found: Diagnosis, verbose: bool, already_shown: bool) -> None:
-
     out = console()
-    several = len(found.readings) > 1
+    several = len(found.logs) > 1
     if not already_shown:
         for each in found.causes:
             _show_found(each, out, several)
@@ -162,48 +154,40 @@ def _show(found: Diagnosis, verbose: bool, already_shown: bool) -> None:
 
 
 def _show_found(found: Found, out: Console, several: bool) -> None:
-
-    known = found.signature
-    out.print(sign("warn" if known.is_warning else "fail"), f"[bold]{escape(known.title)}[/]  [dim]{known.name}[/]")
-    _show_lines([(place.log, place.line) for place in found.places], out, several)
-    if found.count > len(found.places):
+    out.print(sign("warn" if found.is_warning else "fail"), f"[bold]{escape(found.title)}[/]  [dim]{found.name}[/]")
+    _show_lines(found.lines, out, several)
+    if found.count > len(found.lines):
         out.print(f"      [dim]{_count(found)} lines in all[/]")
-    if found.explained_by:
-        _field(out, "after", f"a consequence of {', '.join(found.explained_by)}: fix that first")
-    _field(out, "why", known.why)
-    of_fix = f" (fix {known.fix})" if known.fix else ""
-    _field(out, "do", known.hint + of_fix)
-    if known.concerns:
-        _field(out, "for", known.concerns)
-    for at, link in enumerate(known.links):
-        _field(out, "" if at else "see", link)
+    fields = {
+        "after": f"a consequence of {', '.join(found.explained_by)}: fix that first" if found.explained_by else "",
+        "why": found.why,
+        "do": found.hint + (f" (fix {found.fix})" if found.fix else ""),
+        "for": found.concerns,
+        "see": "\n".join(found.links),
+    }
+    table = _grid(7)
+    for name, text in fields.items():
+        if text:
+            table.add_row(Text(name, style="dim"), Text(text))
+    out.print(table)
     out.print()
 
 
-def _show_lines(lines: Sequence[tuple[str, Line]], out: Console, several: bool) -> None:
-
-    for log, those in groupby(lines, lambda pair: pair[0]):
+def _show_lines(lines: Sequence[Place], out: Console, several: bool) -> None:
+    for log, those in groupby(lines, lambda each: each.log):
         if several:
             out.print(Text(f"    {log}", style="dim"))
         table = _grid(9)
-        for _, line in those:
-            table.add_row(Text(f"{line.number} │", style="dim"), Text(redact(line.text)))
+        for each in those:
+            table.add_row(Text(f"{each.line} │", style="dim"), Text(redact(each.text)))
         out.print(table)
 
 
 def _grid(width: int) -> Table:
-
     table = Table.grid(padding=(0, 1))
     table.add_column(min_width=width, justify="right", no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-
-def _field(out: Console, name: str, text: str) -> None:
-
-    table = _grid(7)
-    table.add_row(Text(name, style="dim"), Text(text))
-    out.print(table)
 
 
 def _show_consequences(found: Diagnosis, out: Console, several: bool, verbose: bool) -> None:
@@ -214,10 +198,10 @@ def _show_consequences(found: Diagnosis, out: Console, several: bool, verbose: b
         if verbose:
             _show_found(each, out, several)
             continue
-        first = each.places[0]
-        where = f"{first.log}:{first.line.number}" if several else f"line {first.line.number}"
+        first = each.lines[0]
+        where = f"{first.log}:{first.line}" if several else f"line {first.line}"
         again = f", {_count(each)} lines" if each.count > 1 else ""
-        out.print(f"  [dim]·[/] {each.signature.title}  [dim]{each.signature.name}, {where}{again}[/]")
+        out.print(f"  [dim]·[/] {each.title}  [dim]{each.name}, {where}{again}[/]")
     out.print()
 
 
@@ -225,24 +209,22 @@ def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) 
     if not found.telling:
         return
     out.print("No known failure found. The most suspicious lines:")
-    for log, each in found.telling if verbose else found.telling[:_SHOWN_TELLING]:
-        _show_lines([(log, each.line)], out, several)
+    for each in found.telling if verbose else found.telling[:_SHOWN_TELLING]:
+        _show_lines([each], out, several)
         if each.count > 1:
             out.print(f"      [dim]{each.count} lines like this[/]")
     out.print()
 
 
 def _count(found: Found) -> str:
-
     return f"{found.count:,} or more" if found.count >= MOST else f"{found.count:,}"
 
 
 def _summary(found: Diagnosis) -> str:
-    lines = sum(each.search.lines for each in found.readings)
-    size = sum(each.search.bytes for each in found.readings)
+    lines, size = sum(each.lines for each in found.logs), sum(each.bytes for each in found.logs)
     how_large = f" ({size / 1e6:,.1f} MB)" if size >= 1e5 else ""
     read = f"{_many(lines, 'line')}{how_large} read: "
-    if found.failures:
+    if found.causes:
         return f"{read}{_many(len(found.causes), 'cause')}, {_many(len(found.consequences), 'consequence')}"
     if found.telling:
         return f"{read}no known failure; see also `journalctl -k` and the logs of the other nodes"
@@ -253,50 +235,10 @@ def _many(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-# --- JSON
-
-
-def _data(found: Diagnosis) -> dict[str, Any]:
-    every = (*found.failures, *found.warnings)
-    return {
-        "logs": [
-            {"name": each.name, "bytes": each.search.bytes, "lines": each.search.lines} for each in found.readings
-        ],
-        "found": [{**_signature_data(each.signature), **_found_data(each)} for each in every],
-        "telling": [
-            {"log": log, "line": each.line.number, "text": each.line.text, "count": each.count}
-            for log, each in found.telling
-        ],
-    }
-
-
-def _found_data(found: Found) -> dict[str, Any]:
-    return {
-        "count": found.count,
-        "explained_by": list(found.explained_by),
-        "lines": [{"log": each.log, "line": each.line.number, "text": each.line.text} for each in found.places],
-    }
-
-
-def _signature_data(known: Signature) -> dict[str, Any]:
-    return {
-        "name": known.name,
-        "title": known.title,
-        "severity": known.severity,
-        "fix": known.fix,
-        "why": known.why,
-        "hint": known.hint,
-        "concerns": known.concerns,
-        "links": list(known.links),
-    }
-
-
 def _list_known() -> CommandResult:
-
     signatures = load()
 
     def show() -> None:
-
         table = Table(box=None, pad_edge=False, header_style="dim")
         for heading in ("failure", "fix", "title"):
             table.add_column(heading)
@@ -304,4 +246,4 @@ def _list_known() -> CommandResult:
             table.add_row(each.name, str(each.fix or ""), f"{each.title}{' (a warning)' if each.is_warning else ''}")
         console().print(table)
 
-    return CommandResult(data={"known": [_signature_data(each) for each in signatures]}, show=show)
+    return CommandResult(data=KnownFailures(tuple(KnownFailure(**each.told()) for each in signatures)), show=show)

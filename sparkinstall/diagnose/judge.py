@@ -11,10 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from msgspec import Struct
-from msgspec.structs import replace
 
-from sparkinstall.diagnose.search import Line, Match, Search, Suspect
-from sparkinstall.diagnose.signatures import ANY, Signature
+from sparkinstall.diagnose.search import Match, Search
+from sparkinstall.diagnose.signatures import ANY, KnownFailure, Signature
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_problem
 from sparkinstall.system import processes
 from sparkinstall.system.local import LocalReader
@@ -47,81 +46,110 @@ class Reading(Struct, frozen=True):
     search: Search
 
 
+class ReadLog(Struct, frozen=True):
+    """The name and size of a log that has been read."""
+
+    name: str
+    bytes: int
+    lines: int
+
+
 class Place(Struct, frozen=True):
-    """A line of one of the logs."""
+    """A line of one of the logs: its number and its printable text."""
 
     log: str
-    line: Line
+    line: int
+    text: str
 
 
-class Found(Struct, frozen=True):
-    """A known failure found in the logs: its first places, number of lines, and the names of its causes."""
+class Found(KnownFailure, frozen=True, kw_only=True):
+    """A known failure found in the logs: its number of lines, the names of its causes, and its first lines."""
 
-    signature: Signature
-    places: tuple[Place, ...]
     count: int
-    explained_by: tuple[str, ...] = ()
+    explained_by: tuple[str, ...]
+    lines: tuple[Place, ...]
+
+
+class Telling(Place, frozen=True):
+    """A suspicious line, and how many similar lines there are."""
+
+    count: int
 
 
 class Diagnosis(Struct, frozen=True):
-    """The result for all logs together. `failures`: causes, then consequences, each in the order of the logs."""
+    """The result for all logs together.
 
-    readings: tuple[Reading, ...]
-    failures: tuple[Found, ...]
-    warnings: tuple[Found, ...]
+    `found`: causes, consequences, then warnings, each in the order of the logs. `telling`: the most suspicious lines,
+    if no failure was found.
+    """
 
-    @property
-    def causes(self) -> tuple[Found, ...]:
-        return tuple(each for each in self.failures if not each.explained_by)
-
-    @property
-    def consequences(self) -> tuple[Found, ...]:
-        return tuple(each for each in self.failures if each.explained_by)
+    logs: tuple[ReadLog, ...]
+    found: tuple[Found, ...]
+    telling: tuple[Telling, ...]
 
     @property
-    def telling(self) -> list[tuple[str, Suspect]]:
-        """The most suspicious lines with their log; empty if a known failure was found."""
-        if self.failures:
-            return []
-        every = [(reading.name, each) for reading in self.readings for each in reading.search.telling]
-        return sorted(every, key=lambda pair: -pair[1].weight)
+    def causes(self) -> list[Found]:
+        return [each for each in self.found if not each.is_warning and not each.explained_by]
+
+    @property
+    def consequences(self) -> list[Found]:
+        return [each for each in self.found if not each.is_warning and each.explained_by]
+
+    @property
+    def warnings(self) -> list[Found]:
+        return [each for each in self.found if each.is_warning]
+
+
+def read(log: Log, signatures: Sequence[Signature]) -> Reading:
+    """Search a whole log."""
+    search = Search(signatures)
+    for piece in log.pieces():
+        search.feed(piece)
+    search.end()
+    return Reading(log.name, search)
 
 
 def judge(readings: Sequence[Reading]) -> Diagnosis:
     """Combine the results of all logs: a cause may be in another log than its consequence."""
-    found = _together(readings)
-    names = {each.signature.name for each in found if not each.signature.is_warning}
-    blamed = (replace(each, explained_by=explained_by(each.signature, found)) for each in found)
-    failures = sorted(
-        (each for each in blamed if each.signature.name in names), key=lambda each: bool(each.explained_by)
+    sightings: dict[str, list[tuple[str, Match]]] = {}
+    for log, search in ((each.name, each.search) for each in readings):
+        for sighting in sorted(search.sightings.values(), key=lambda each: each.lines[0].number):
+            sightings.setdefault(sighting.signature.name, []).append((log, sighting))
+    signatures = [each[0][1].signature for each in sightings.values()]
+    found = [_found(signature, sightings[signature.name], signatures) for signature in signatures]
+    failures = sorted((each for each in found if not each.is_warning), key=lambda each: bool(each.explained_by))
+    warnings = [each for each in found if each.is_warning]
+    logs = tuple(ReadLog(each.name, each.search.bytes, each.search.lines) for each in readings)
+    return Diagnosis(logs, (*failures, *warnings), () if failures else _telling(readings))
+
+
+def _telling(readings: Sequence[Reading]) -> tuple[Telling, ...]:
+    suspects = [(each.name, suspect) for each in readings for suspect in each.search.telling]
+    heaviest_first = sorted(suspects, key=lambda pair: -pair[1].weight)
+    return tuple(Telling(log, each.line.number, each.line.text, each.count) for log, each in heaviest_first)
+
+
+def _found(signature: Signature, sightings: Sequence[tuple[str, Match]], others: Iterable[Signature]) -> Found:
+    return Found(
+        **signature.told(),
+        count=sum(sighting.count for _, sighting in sightings),
+        explained_by=explained_by(signature, others),
+        lines=tuple(Place(log, line.number, line.text) for log, sighting in sightings for line in sighting.lines),
     )
-    return Diagnosis(tuple(readings), tuple(failures), tuple(each for each in found if each.signature.is_warning))
 
 
-def explained_by(signature: Signature, found: Iterable[Found]) -> tuple[str, ...]:
+def explained_by(signature: Signature, found: Iterable[Signature]) -> tuple[str, ...]:
     """Return the names of the failures in `found` that caused this one."""
-    others = [each.signature for each in found if not each.signature.is_warning and each.signature is not signature]
     return tuple(
         other.name
-        for other in others
-        if other.name in signature.consequence_of
-        or (ANY in signature.consequence_of and ANY not in other.consequence_of)
-    )
-
-
-def _together(readings: Sequence[Reading]) -> list[Found]:
-    sightings: dict[str, list[tuple[str, Match]]] = {}
-    for reading in readings:
-        for sighting in sorted(reading.search.sightings.values(), key=lambda each: each.lines[0].number):
-            sightings.setdefault(sighting.signature.name, []).append((reading.name, sighting))
-    return [
-        Found(
-            each[0][1].signature,
-            tuple(Place(name, line) for name, sighting in each for line in sighting.lines),
-            sum(sighting.count for _, sighting in each),
+        for other in found
+        if other is not signature
+        and not other.is_warning
+        and (
+            other.name in signature.consequence_of
+            or (ANY in signature.consequence_of and ANY not in other.consequence_of)
         )
-        for each in sightings.values()
-    ]
+    )
 
 
 # --- sources of logs

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
@@ -22,7 +22,6 @@ FOLDER = "knowledge/logs"
 ANY = "any"
 """In `consequence_of`: any other failure found is a cause of this one."""
 
-
 _SHORTEST = 4
 _Line = Annotated[str, schema.like(r"[^\n]+", "one line of text")]
 _Some = Annotated[tuple[_Line, ...], Meta(min_length=1, title="a list of text, at least one")]
@@ -30,31 +29,39 @@ _Anchor = Annotated[str, schema.like(rf"[^\n]{{{_SHORTEST},}}", f"text of at lea
 _Name = Annotated[str, schema.like("[a-z0-9]+(-[a-z0-9]+)*", "words in lower case, joined by `-`")]
 
 
-class Signature(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One known failure. A line matches if it contains one of the `anchors` and `regex` matches around it.
-
-    Where an entry gives no `anchors`, `load` derives them from the regex.
-    `fix` is the number of a fix, or None. `consequence_of` names the failures that cause this one, or contains `ANY`.
-    `harmless` are similar lines that must not match.
-    """
+class KnownFailure(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a user is told about a known failure. `fix` is the number of a fix, or None."""
 
     name: _Name
     title: _Line
-    regex: re.Pattern[str]
+    severity: Literal["failure", "warning"] = "failure"
+    fix: Annotated[int, Meta(ge=1, le=FIXES[-1].number, title="the number of a fix")] | None = None
     why: _Line
     hint: _Line
-    links: _Some
-    example: _Some
-    severity: Literal["failure", "warning"] = "failure"
-    anchors: tuple[_Anchor, ...] = ()
-    fix: Annotated[int, Meta(ge=1, le=FIXES[-1].number, title="the number of a fix")] | None = None
     concerns: str = ""
-    consequence_of: tuple[_Line, ...] = ()
-    harmless: tuple[_Line, ...] = ()
+    links: _Some
 
     @property
     def is_warning(self) -> bool:
         return self.severity == "warning"
+
+    def told(self) -> dict[str, Any]:
+        """Return these fields alone."""
+        return {name: getattr(self, name) for name in KnownFailure.__struct_fields__}
+
+
+class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How to find a known failure. A line matches if it contains one of the `anchors` and `regex` matches around it.
+
+    Where an entry gives no `anchors`, `load` derives them from the regex. `consequence_of` names the failures that
+    cause this one, or contains `ANY`. `harmless` are similar lines that must not match.
+    """
+
+    regex: re.Pattern[str]
+    example: _Some
+    anchors: tuple[_Anchor, ...] = ()
+    consequence_of: tuple[_Line, ...] = ()
+    harmless: tuple[_Line, ...] = ()
 
 
 def load(folder: Path | None = None) -> tuple[Signature, ...]:

@@ -13,12 +13,14 @@ import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
-from msgspec import Struct
+from msgspec import Struct, to_builtins
 
 from sparkinstall import __version__, safe_yaml
-from sparkinstall.diagnose import judge, search, signatures
+from sparkinstall.diagnose import judge, signatures
+from sparkinstall.diagnose.judge import Log
 from sparkinstall.errors import Problem
 from sparkinstall.facts import machine
 from sparkinstall.facts.sysfs import is_connectx
@@ -327,23 +329,15 @@ def _diagnose(logs: Mapping[str, str]) -> dict[str, Any]:
     """Return the known failures in the logs, also if there are none."""
     if not logs:
         return {}
-    known, readings = signatures.load(), []
-    for name, text in logs.items():
-        reading = search.Search(known)
-        reading.feed(text.encode())
-        reading.end()
-        readings.append(judge.Reading(name, reading))
-    judged = judge.judge(readings)
-    return {"logs": list(logs), "found": [_failure(each) for each in (*judged.failures, *judged.warnings)]}
+    known = signatures.load()
+    read = [judge.read(Log(name, partial(iter, [text.encode()])), known) for name, text in logs.items()]
+    return {"logs": list(logs), "found": [*map(_failure, judge.judge(read).found)]}
 
 
 def _failure(found: judge.Found) -> dict[str, Any]:
-    signature = found.signature
-    places = [{"log": place.log, "line": place.line.number, "text": place.line.text} for place in found.places]
-    return {
-        "name": signature.name, "title": signature.title, "severity": signature.severity, "fix": signature.fix,
-        "count": found.count, "explained_by": list(found.explained_by), "places": places, "hint": signature.hint,
-    }  # fmt: skip
+    told = to_builtins(found)
+    brief = {name: told[name] for name in ("name", "title", "severity", "fix", "count", "explained_by")}
+    return {**brief, "places": told["lines"], "hint": found.hint}
 
 
 def _readme(names: Iterable[str], missing: Iterable[str], masked: str) -> str:
