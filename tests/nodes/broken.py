@@ -1,4 +1,4 @@
-"""Parts of a node that are broken on purpose for as long as a test looks at them, and what `verify` says of it."""
+"""Parts of a node that are broken on purpose during a test, and the result of `verify`."""
 
 import json
 import time
@@ -13,7 +13,7 @@ SITE = "/opt/sparkinstall/venv/lib/python3.13/site-packages"
 TOOL = "/home/spark/.local/share/sparkinstall/tool"
 UNIT = "/etc/systemd/system/vllm.service"
 UP = "/run/vllm/up"
-# As the unit of the step `serving`, with a program in vLLM's place that needs no GPU.
+# Like the unit of the step `serving`, with a program instead of vLLM that needs no GPU.
 SERVICE = """\
 [Service]
 Type=exec
@@ -27,7 +27,7 @@ ExecStart=/opt/sparkinstall/venv/bin/python -c "import time; {program}; open('{u
 
 @contextmanager
 def changed(node: FreshNode, path: str, *edits: str) -> Iterator[None]:
-    """A file after these edits of sed, with the time that it had before; as it was again afterwards."""
+    """Edit a file with sed, keep its time, and restore it at the end of the context."""
     kept = "/run/kept"
     node.run("cp", "-a", path, kept)
     words = [word for edit in edits for word in ("-e", edit)]
@@ -41,7 +41,7 @@ def changed(node: FreshNode, path: str, *edits: str) -> Iterator[None]:
 
 
 def said_of(node: FreshNode, probe: str) -> tuple[str, str]:
-    """What a probe says, on a node that is to serve a model: its verdict, and what it found."""
+    """The verdict and the finding of a probe, on a node that serves a model."""
     model = ("--set", "serving.model=/srv/model")
     answer = json.loads(sparkinstall(node, "verify", "--only", probe, *model, "--json", check=False).stdout)
     (found,) = answer["data"]["probes"]
@@ -50,7 +50,7 @@ def said_of(node: FreshNode, probe: str) -> tuple[str, str]:
 
 
 def reinstall(node: FreshNode, package: str) -> None:
-    """What a hand with a package manager does: the same version once more, from the cache."""
+    """Reinstall the same version from the cache, as a user with a package manager."""
     uv, python = f"{TOOL}/bin/uv", f"{SITE.partition('/lib/')[0]}/bin/python"
     own = {"UV_CACHE_DIR": "/home/spark/.cache/sparkinstall/uv", "UV_OFFLINE": "1", "UV_LINK_MODE": "copy"}
     same = node.run("sh", "-c", f"basename {SITE}/{package}-*.dist-info .dist-info").stdout.strip().replace("-", "==")
@@ -58,7 +58,7 @@ def reinstall(node: FreshNode, package: str) -> None:
 
 
 def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float = 90) -> None:
-    """Start `vllm.service` anew, with `more` in its unit and `program` (of Python) run in its process."""
+    """Restart `vllm.service` with `more` in its unit and the Python statements `program` in its process."""
     node.write(UNIT, SERVICE.format(env_file=ENV_FILE, more=more, program=program, up=UP))
     node.run("systemctl", "daemon-reload")
     node.run("systemctl", "restart", "vllm.service")
@@ -69,7 +69,7 @@ def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float
 
 
 def serve_no_more(node: FreshNode) -> None:
-    """As if there had never been a service."""
+    """Remove the service."""
     node.run("systemctl", "stop", "vllm.service")
     node.run("rm", UNIT)
     node.run("systemctl", "daemon-reload")

@@ -1,4 +1,4 @@
-"""Sparks on a cable, a terminal with the checkout on it, and what a person would type there."""
+"""Sparks on a cable, a terminal with the checkout, and the commands of a user there."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -28,32 +28,32 @@ def two_sparks(*, port_1: bool = False) -> Iterator[Fleet]:
 
 @contextmanager
 def sparks(count: int, *, port_1: bool = False) -> Iterator[Fleet]:
-    """Nodes with a CUDA toolkit, NCCL's source, a stack and a config each, and caches that outlive them.
+    """Nodes, each with a CUDA toolkit, NCCL's source, a stack and a config, and with caches that outlive them.
 
-    The checkout is at the terminal; `install` makes a command of it there.
+    The checkout is at the terminal, where `install` installs it.
     """
     toolkit()
     with Fleet(count, bind=_binds, terminal_bind=_caches("terminal"), port_1=port_1) as fleet:
         _own_cache(fleet.terminal)
         fleet.terminal.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
         for node in fleet.nodes:
-            _equip(node)
+            _prepare(node)
         yield fleet
 
 
 def install(fleet: Fleet) -> None:
-    """Make the command `sparkinstall` at the terminal, as the README says."""
+    """Install the command `sparkinstall` at the terminal, as the README says."""
     fleet.on_terminal("./install.sh", "--tool-only", cwd=CHECKOUT, timeout=600)
 
 
 def sparkinstall(fleet: Fleet, *argv: str, **options: Any) -> Completed:
-    """The installed command at the terminal; options as of `FreshNode.run`, without a limit of a minute."""
+    """Run the installed command at the terminal; options as in `FreshNode.run`, with a limit of half an hour."""
     return fleet.on_terminal(COMMAND, *argv, **{"cwd": "/home/spark", "timeout": 1800, **options})
 
 
-def _equip(node: FleetNode) -> None:
+def _prepare(node: FleetNode) -> None:
     _own_cache(node)
-    # The folders on the way belong to the user, as if the checkout had been here.
+    # The parent folders belong to the user, as if the checkout were here.
     node.run("mkdir", "-p", f"{CHECKOUT}/{STACKS}", user="spark")
     node.push(REPOSITORY / STACKS, f"{CHECKOUT}/{STACKS}", owner="spark")
     node.write("/etc/sparkinstall.yaml", CONFIG.format(tarball=tarball().name))
@@ -69,7 +69,7 @@ def _binds(index: int) -> Sequence[Bind]:
 
 
 def _caches(whose: str) -> list[Bind]:
-    """A cache for each, that what one has fetched or built is not by itself there for the others; uv's is shared."""
+    """A cache for each machine, so that it has no downloads or builds of the others; uv's cache is shared."""
     own, downloads = _folder(f"fleet-cache-{whose}"), _folder("node-cache/uv")
     return [Bind(own, CACHE, read_only=False), Bind(downloads, f"{CACHE}/uv", read_only=False)]
 
@@ -84,6 +84,6 @@ def _folder(name: str) -> Path:
 
 
 def armed(node: FleetNode) -> bool:
-    """Whether a way back waits for a confirmation there, or is being gone."""
+    """Whether a rollback timer waits for a confirmation there, or a rollback runs."""
     kept = ("-mindepth", "1", "-maxdepth", "1", "-type", "d", "-not", "-name", "*.new")
     return bool(node.run("find", rollback.HOME, *kept, check=False).stdout)

@@ -1,4 +1,4 @@
-"""The tool on aarch64, in a chroot under qemu: it starts there and takes the wheels of a Spark as its own."""
+"""sparkinstall on aarch64, in a chroot under qemu: it starts there and plans a Spark's wheels."""
 
 import json
 import subprocess
@@ -29,11 +29,11 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[arm64.Arm64]:
         yield tree
 
 
-def test_it_starts(spark: arm64.Arm64) -> None:
+def test_version_on_arm64_is_printed(spark: arm64.Arm64) -> None:
     assert "sparkinstall" in spark.run("python3", "-m", "sparkinstall", "--version").stdout
 
 
-def test_the_default_stack_of_a_spark_is_planned(spark: arm64.Arm64) -> None:
+def test_plan_on_arm64_has_the_default_stack(spark: arm64.Arm64) -> None:
     answer = spark.run("python3", "-m", "sparkinstall", "plan", "--json", "--root", "/tmp/node")
     steps = {step["step"]: step for step in json.loads(answer.stdout)["data"]["steps"]}
     environment = steps["environment"]["resources"]
@@ -41,13 +41,13 @@ def test_the_default_stack_of_a_spark_is_planned(spark: arm64.Arm64) -> None:
     assert "vllm" in environment[0]["summary"]
 
 
-def test_a_whole_lock_is_read_for_this_machine(spark: arm64.Arm64) -> None:
+def test_plan_on_arm64_with_a_complete_lock_names_aarch64(spark: arm64.Arm64) -> None:
     answer = spark.run("python3", "-m", "sparkinstall", "plan", "--json", "--root", "/tmp/node", "--stack", "0.22.1")
     steps = {step["step"]: step for step in json.loads(answer.stdout)["data"]["steps"]}
     assert "vllm 0.22.1 for aarch64" in steps["environment"]["resources"][0]["summary"]
 
 
-def test_preflight_knows_the_architecture(spark: arm64.Arm64) -> None:
+def test_preflight_on_arm64_accepts_the_architecture(spark: arm64.Arm64) -> None:
     answer = spark.run("python3", "-m", "sparkinstall", "plan", "--json")
     checks = {check["name"]: check for check in json.loads(answer.stdout)["data"]["preflight"]}
     assert checks["arch"]["verdict"] == "pass"

@@ -1,6 +1,6 @@
-"""`cluster` on two real nodes from a third machine, over real ssh: the tool, the network, and what can go wrong.
+"""`cluster` on two real nodes from a third machine, over real ssh: the installation, the network, and failures.
 
-The nodes live through the whole file; the tests are their days, in order.
+All tests use the same nodes, in order.
 """
 
 import json
@@ -29,8 +29,8 @@ def pair() -> Iterator[Fleet]:
 
 
 def _cluster(fleet: Fleet, *more: str) -> tuple[int, dict[str, Any], str]:
-    said = sparkinstall(fleet, "cluster", *more, "--json", check=False)
-    return said.returncode, json.loads(said.stdout), said.stderr
+    output = sparkinstall(fleet, "cluster", *more, "--json", check=False)
+    return output.returncode, json.loads(output.stdout), output.stderr
 
 
 def _set_up(fleet: Fleet, *more: str) -> tuple[int, dict[str, Any], str]:
@@ -44,35 +44,35 @@ def _largest_ping(node: FleetNode, address: str) -> bool:
 def _until(true: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not true():
-        assert time.monotonic() < until, "it did not come so far in time"
+        assert time.monotonic() < until, f"still false after {seconds:g} s"
         time.sleep(0.1)
 
 
-def test_a_plan_brings_the_tool_and_touches_nothing_else(pair: Fleet) -> None:
+def test_cluster_plan_installs_only_sparkinstall(pair: Fleet) -> None:
     before = [node.tree_digest("/etc") for node in pair.nodes]
-    code, said, log = _cluster(pair, "plan", "spark-1", "spark-2")
-    assert code == 0, said["errors"]
+    code, output, log = _cluster(pair, "plan", "spark-1", "spark-2")
+    assert code == 0, output["errors"]
     assert "installing sparkinstall on the node" in log
-    assert [node["tool_brought"] for node in said["data"]["nodes"]] == [True, True]
-    network = [step for step in said["data"]["nodes"][1]["steps"] if step["step"] == "network"]
+    assert [node["tool_brought"] for node in output["data"]["nodes"]] == [True, True]
+    network = [step for step in output["data"]["nodes"][1]["steps"] if step["step"] == "network"]
     assert network[0]["outcome"] == "drift"
-    # The tool's installation may bring python3-venv; /etc stays as it was.
+    # The installation of sparkinstall may add python3-venv; /etc stays the same.
     assert [node.tree_digest("/etc") for node in pair.nodes] == before
 
 
-def test_a_user_without_sudo_is_told_what_to_allow(pair: Fleet) -> None:
-    code, said, _ = _cluster(pair, "spark-1", "plain@spark-2", *LINK, *ignoring(), "--stack", "0.18.1", "--yes")
+def test_cluster_with_a_user_without_sudo_names_sudo(pair: Fleet) -> None:
+    code, output, _ = _cluster(pair, "spark-1", "plain@spark-2", *LINK, *ignoring(), "--stack", "0.18.1", "--yes")
     assert code == 5
-    assert [node["host"] for node in said["data"]["nodes"] if node["phases"][-1]["outcome"] == "failed"] == [
+    assert [node["host"] for node in output["data"]["nodes"] if node["phases"][-1]["outcome"] == "failed"] == [
         "plain@spark-2"
     ]
-    assert any("sudo" in error["message"] + error["cause"] for error in said["errors"]), said["errors"]
+    assert any("sudo" in error["message"] + error["cause"] for error in output["errors"]), output["errors"]
     assert not _largest_ping(pair.nodes[0], WORKER)
 
 
-def test_the_network_comes_up_is_reached_anew_and_confirmed(pair: Fleet) -> None:
-    code, said, log = _set_up(pair)
-    assert code == 0, (said["errors"], log)
+def test_cluster_applies_and_confirms_the_network(pair: Fleet) -> None:
+    code, output, log = _set_up(pair)
+    assert code == 0, (output["errors"], log)
     head, worker = pair.nodes
     assert _largest_ping(head, WORKER)
     assert _largest_ping(worker, HEAD)
@@ -81,24 +81,24 @@ def test_the_network_comes_up_is_reached_anew_and_confirmed(pair: Fleet) -> None
     assert "spark-2 │ confirm: confirmed" in log
 
 
-def test_a_second_run_changes_nothing_and_asks_little(pair: Fleet) -> None:
+def test_cluster_repeated_changes_nothing_in_two_ssh_trips(pair: Fleet) -> None:
     before = [node.tree_digest("/etc", times=True) for node in pair.nodes]
-    code, said, _ = _set_up(pair)
-    assert code == 0, said["errors"]
-    assert [node["ssh_trips"] for node in said["data"]["nodes"]] == [2, 2]
-    assert {phase["outcome"] for node in said["data"]["nodes"] for phase in node["phases"]} == {"unchanged"}
+    code, output, _ = _set_up(pair)
+    assert code == 0, output["errors"]
+    assert [node["ssh_trips"] for node in output["data"]["nodes"]] == [2, 2]
+    assert {phase["outcome"] for node in output["data"]["nodes"] for phase in node["phases"]} == {"unchanged"}
     assert [node.tree_digest("/etc", times=True) for node in pair.nodes] == before
 
 
-def test_status_and_verify_tell_of_every_node(pair: Fleet) -> None:
-    code, said, _ = _cluster(pair, "status", "spark-1", "spark-2")
+def test_cluster_status_and_verify_cover_all_nodes(pair: Fleet) -> None:
+    code, output, _ = _cluster(pair, "status", "spark-1", "spark-2")
     assert code == 0
-    assert all(node["phases"][0]["data"]["installed"] for node in said["data"]["nodes"])
+    assert all(node["phases"][0]["data"]["installed"] for node in output["data"]["nodes"])
     assert _cluster(pair, "verify", "spark-1", "spark-2", *LINK)[0] == 0
 
 
-def test_a_run_that_is_killed_in_the_network_phase_locks_nobody_out(pair: Fleet) -> None:
-    """The terminal's tool and its ssh sessions are gone; the node goes back by itself, and a re-run goes on."""
+def test_cluster_killed_in_the_network_phase_rolls_back(pair: Fleet) -> None:
+    """The terminal's processes and ssh sessions are killed; the node rolls back, and the next run continues."""
     changed = ("--set", "network.rollback_seconds=30", "--set", "network.mtu=8000")
     words = ("cluster", "spark-1", "spark-2", *LINK, *ignoring(), "--yes", "--json", *changed)
     head = pair.nodes[0]
@@ -108,13 +108,13 @@ def test_a_run_that_is_killed_in_the_network_phase_locks_nobody_out(pair: Fleet)
         run.wait()
     _until(lambda: not armed(head) and not head.run("pgrep", "-f", "attend", check=False).stdout, 180)
     assert "mtu: 9000" in head.read(NETPLAN)
-    code, said, log = _set_up(pair, *changed)
-    assert code == 0, (said["errors"], log)
+    code, output, log = _set_up(pair, *changed)
+    assert code == 0, (output["errors"], log)
     assert "mtu: 8000" in head.read(NETPLAN)
     assert _set_up(pair, "--set", "network.mtu=9000")[0] == 0
 
 
-def test_a_node_that_dies_in_the_middle_is_named(pair: Fleet) -> None:
+def test_cluster_with_a_node_that_dies_names_it(pair: Fleet) -> None:
     head, worker = pair.nodes
     changed = ("--set", "network.rollback_seconds=30", "--set", "network.mtu=8000")
     words = ("cluster", "spark-1", "spark-2", *LINK, *ignoring(), "--yes", "--json", *changed)
@@ -122,20 +122,20 @@ def test_a_node_that_dies_in_the_middle_is_named(pair: Fleet) -> None:
         _until(lambda: armed(head))
         worker.kill()
         out, _ = run.communicate(timeout=200)
-    said = json.loads(out)
-    assert said["exit_code"] == 5
-    assert any("spark-2" in error["message"] for error in said["errors"])
+    output = json.loads(out)
+    assert output["exit_code"] == 5
+    assert any("spark-2" in error["message"] for error in output["errors"])
     worker.boot()
     _until(lambda: not armed(head), 120)
-    code, said, log = _set_up(pair, "--set", "network.mtu=9000")
-    assert code == 0, (said["errors"], log)
+    code, output, log = _set_up(pair, "--set", "network.mtu=9000")
+    assert code == 0, (output["errors"], log)
 
 
-def test_a_host_key_that_changed_is_explained(pair: Fleet) -> None:
+def test_cluster_with_a_changed_host_key_names_the_command(pair: Fleet) -> None:
     pair.change_host_key(pair.nodes[1])
-    code, said, _ = _cluster(pair, "status", "spark-1", "spark-2")
+    code, output, _ = _cluster(pair, "status", "spark-1", "spark-2")
     assert code == 5
-    (error,) = said["errors"]
+    (error,) = output["errors"]
     assert error["code"] == "unreachable"
     assert "host key of" in error["message"]
     assert "known_hosts:" in error["cause"]
@@ -143,10 +143,10 @@ def test_a_host_key_that_changed_is_explained(pair: Fleet) -> None:
     pair.terminal.know(pair.nodes)
 
 
-def test_everything_is_taken_back(pair: Fleet) -> None:
-    code, said, _ = _cluster(pair, "uninstall", "spark-1", "spark-2", "--yes")
-    assert code == 0, said["errors"]
+def test_cluster_uninstall_removes_everything(pair: Fleet) -> None:
+    code, output, _ = _cluster(pair, "uninstall", "spark-1", "spark-2", "--yes")
+    assert code == 0, output["errors"]
     for node in pair.nodes:
         assert node.run("ls", NETPLAN, check=False).returncode != 0
-    code, said, _ = _cluster(pair, "status", "spark-1", "spark-2")
-    assert not any(node["phases"][0]["data"].get("installed") for node in said["data"]["nodes"])
+    code, output, _ = _cluster(pair, "status", "spark-1", "spark-2")
+    assert not any(node["phases"][0]["data"].get("installed") for node in output["data"]["nodes"])

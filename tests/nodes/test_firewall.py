@@ -1,6 +1,6 @@
-"""Two nodes on a cable and a stranger on their LAN: who gets through to what, before, with and after the firewall.
+"""Two nodes on a cable and a stranger on their LAN: who reaches which ports before, with and after the firewall.
 
-The nodes live through the whole file; the tests are their days, in order.
+All tests use the same nodes, in order.
 """
 
 import json
@@ -22,13 +22,13 @@ pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
 HEAD, WORKER = "192.168.100.10", "192.168.100.11"
 LAN_6 = "fd00:5e::1"
-# An address of the link that the terminal takes for itself.
+# An address of the link that the terminal uses.
 SPOOFED = "192.168.100.99"
 FRIEND, STRANGER = "198.51.100.200", "198.51.100.201"
 RULES = "/opt/sparkinstall/firewall.nft"
 UNIT = "sparkinstall-firewall"
 TABLE = ("/usr/sbin/nft", "list", "table", "inet", "sparkinstall")
-# What this one step does not need and its nodes do not have.
+# Checks of what this step does not need and its nodes do not have.
 TOOLS = ("--ignore", "python", "--ignore", "cuda")
 CLOSED = (*services.RAY, services.API, services.MEETING)
 PATIENCE = 45.0
@@ -48,12 +48,12 @@ def fleet() -> Iterator[Fleet]:
             node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=leave_out)
             node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=600)
             node.push(Path(services.__file__), "/srv/services.py")
-            _furnish(node, HEAD if node is fresh.nodes[0] else WORKER)
+            _prepare(node, HEAD if node is fresh.nodes[0] else WORKER)
         yield fresh
 
 
-def _furnish(node: FleetNode, address: str) -> None:
-    """The link's addresses, which another step gives, and something at every port in question."""
+def _prepare(node: FleetNode, address: str) -> None:
+    """Set the link's addresses, as another step does, and start services at all ports of the tests."""
     for interface, subnet in zip(PORT_0, ("192.168.100", "192.168.101"), strict=True):
         node.run("ip", "address", "add", f"{subnet}.{address.rpartition('.')[2]}/24", "dev", interface)
     if address == HEAD:
@@ -63,23 +63,25 @@ def _furnish(node: FleetNode, address: str) -> None:
     served = ("python3", "/srv/services.py", "serve", address)
     node.run("systemd-run", "-q", "--unit=served", *served)
     until = time.monotonic() + PATIENCE
-    while node.run("systemctl", "is-active", "served").stdout and not _opens(node, f"{address}:{services.EPHEMERAL}"):
+    while node.run("systemctl", "is-active", "served").stdout and not _reachable(
+        node, f"{address}:{services.EPHEMERAL}"
+    ):
         assert time.monotonic() < until
         time.sleep(0.1)
 
 
-def _opens(asking: FreshNode, *places: str) -> set[str]:
-    return set(json.loads(asking.run("python3", "/srv/services.py", "ask", *places).stdout))
+def _reachable(client: FreshNode, *places: str) -> set[str]:
+    return set(json.loads(client.run("python3", "/srv/services.py", "ask", *places).stdout))
 
 
-def _asking(*more: str, role: str = "head") -> list[str]:
+def _command(*more: str, role: str = "head") -> list[str]:
     return ["multi-node", "--role", role, "--only", "firewall", "--yes", *ignoring(), *TOOLS, *more]
 
 
 def _set_up(node: FleetNode, *more: str, role: str = "head") -> dict[str, Any]:
-    """What `multi-node` says of the one step."""
-    said = json.loads(sparkinstall(node, *_asking("--json", *more, role=role)).stdout)
-    (step,) = said["data"]["steps"]
+    """Run `multi-node` and return its step."""
+    output = json.loads(sparkinstall(node, *_command("--json", *more, role=role)).stdout)
+    (step,) = output["data"]["steps"]
     return dict(step)
 
 
@@ -91,8 +93,8 @@ def _places(address: str, *ports: int) -> set[str]:
     return {f"{address}:{port}" for port in ports}
 
 
-def _heard(fleet: Fleet) -> set[str]:
-    """Who the head hears of packets that claim to come from the link, from the LAN, and from a friend there."""
+def _senders_heard(fleet: Fleet) -> set[str]:
+    """The senders that the head receives packets from, of a spoofed one on the link and a friend on the LAN."""
     head, stranger = fleet.nodes[0], fleet.terminal
     send = (
         "import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM);"
@@ -105,15 +107,15 @@ def _heard(fleet: Fleet) -> set[str]:
     return set(head.read("/run/heard").split())
 
 
-def test_without_it_everybody_gets_through_to_everything(fleet: Fleet) -> None:
+def test_ports_without_the_firewall_are_open(fleet: Fleet) -> None:
     head = fleet.nodes[0]
     everything = _places(head.address, *CLOSED, services.OWN) | _places(HEAD, services.EPHEMERAL, *CLOSED)
     everything |= _places(f"[{LAN_6}]", *CLOSED)
-    assert _opens(fleet.terminal, *everything) == everything
-    assert SPOOFED in _heard(fleet)
+    assert _reachable(fleet.terminal, *everything) == everything
+    assert SPOOFED in _senders_heard(fleet)
 
 
-def test_the_plan_shows_the_rules(fleet: Fleet) -> None:
+def test_plan_shows_the_rules(fleet: Fleet) -> None:
     settings = ("--only", "firewall", "--set", "cluster.role=head")
     shown = sparkinstall(fleet.nodes[0], "plan", *settings).stdout
     assert "ip daddr { 192.168.100.0/24, 192.168.101.0/24 } drop" in shown
@@ -121,7 +123,7 @@ def test_the_plan_shows_the_rules(fleet: Fleet) -> None:
     assert _table(fleet.nodes[0]) == ""
 
 
-def test_set_up_it_stands_alone(fleet: Fleet) -> None:
+def test_firewall_applied_is_the_only_table(fleet: Fleet) -> None:
     for node, role in zip(fleet.nodes, ("head", "worker"), strict=True):
         assert _set_up(node, role=role)["outcome"] == "changed"
         assert "policy accept" in _table(node)
@@ -130,45 +132,45 @@ def test_set_up_it_stands_alone(fleet: Fleet) -> None:
         assert node.run("/usr/sbin/nft", "list", "tables").stdout.split() == ["table", "inet", "sparkinstall"]
 
 
-def _who_gets_through(fleet: Fleet) -> None:
+def _assert_who_reaches_what(fleet: Fleet) -> None:
     head, worker = fleet.nodes
-    for asking in (fleet.terminal, worker):
-        assert _opens(asking, f"{head.address}:22", f"{HEAD}:22") == _places(head.address, 22) | _places(HEAD, 22)
+    for client in (fleet.terminal, worker):
+        assert _reachable(client, f"{head.address}:22", f"{HEAD}:22") == _places(head.address, 22) | _places(HEAD, 22)
     peer = _places(HEAD, *CLOSED, services.EPHEMERAL, services.OWN)
-    assert _opens(worker, *peer) == peer
-    assert _opens(head, *peer) == peer
+    assert _reachable(worker, *peer) == peer
+    assert _reachable(head, *peer) == peer
     closed = _places(head.address, *CLOSED) | _places(HEAD, *CLOSED, services.EPHEMERAL, services.OWN)
     closed |= _places(f"[{LAN_6}]", *CLOSED)
-    for asking in (fleet.terminal, worker):
-        on_the_lan = {place for place in closed if asking is not worker or not place.startswith(HEAD)}
-        assert _opens(asking, *on_the_lan) == set()
+    for client in (fleet.terminal, worker):
+        on_the_lan = {place for place in closed if client is not worker or not place.startswith(HEAD)}
+        assert _reachable(client, *on_the_lan) == set()
     own = _places(head.address, services.OWN) | _places(f"[{LAN_6}]", services.OWN)
-    assert _opens(fleet.terminal, *own) == own
+    assert _reachable(fleet.terminal, *own) == own
     fleet.terminal.run("ping", "-c1", "-W2", head.address)
     fleet.terminal.run("ping", "-c1", "-W2", LAN_6)
 
 
-def test_the_peer_gets_through_and_the_stranger_only_to_what_is_open_to_all(fleet: Fleet) -> None:
-    _who_gets_through(fleet)
-    assert _heard(fleet) == {FRIEND}
+def test_firewall_admits_the_peer_and_blocks_strangers(fleet: Fleet) -> None:
+    _assert_who_reaches_what(fleet)
+    assert _senders_heard(fleet) == {FRIEND}
 
 
-def test_a_login_over_the_lan_goes_on(fleet: Fleet) -> None:
+def test_ssh_over_the_lan_works_with_the_firewall(fleet: Fleet) -> None:
     assert fleet.ssh(fleet.nodes[0], "hostname").stdout.strip() == "spark-1"
 
 
-def test_a_second_run_changes_nothing(fleet: Fleet) -> None:
+def test_firewall_applied_twice_changes_nothing(fleet: Fleet) -> None:
     head = fleet.nodes[0]
-    there = head.tree_digest("/opt/sparkinstall", "/etc", times=True)
+    before = head.tree_digest("/opt/sparkinstall", "/etc", times=True)
     assert _set_up(head)["outcome"] == "unchanged"
-    assert head.tree_digest("/opt/sparkinstall", "/etc", times=True) == there
+    assert head.tree_digest("/opt/sparkinstall", "/etc", times=True) == before
 
 
-def test_what_somebody_changed_is_seen_and_mended(fleet: Fleet) -> None:
+def test_firewall_with_a_foreign_rule_drifts_and_is_restored(fleet: Fleet) -> None:
     head = fleet.nodes[0]
     good = _table(head)
     head.run("/usr/sbin/nft", "insert rule inet sparkinstall input tcp dport 6379 accept")
-    assert f"{head.address}:6379" in _opens(fleet.terminal, f"{head.address}:6379")
+    assert f"{head.address}:6379" in _reachable(fleet.terminal, f"{head.address}:6379")
     shown = sparkinstall(head, "plan", "--only", "firewall").stdout
     assert "they were changed" in shown
     assert "tcp dport 6379 accept" in shown
@@ -176,17 +178,17 @@ def test_what_somebody_changed_is_seen_and_mended(fleet: Fleet) -> None:
     assert _table(head) == good
 
 
-def test_it_is_there_after_a_reboot(fleet: Fleet) -> None:
+def test_firewall_after_a_reboot_is_active(fleet: Fleet) -> None:
     head = fleet.nodes[0]
     head.reboot()
-    _furnish(head, HEAD)
+    _prepare(head, HEAD)
     assert head.run("systemctl", "is-active", UNIT, "ssh").stdout.split() == ["active", "active"]
-    _who_gets_through(fleet)
+    _assert_who_reaches_what(fleet)
     assert _set_up(head)["outcome"] == "unchanged"
 
 
-def test_the_distributions_own_unit_does_not_take_it_away(fleet: Fleet) -> None:
-    """Debian's /etc/nftables.conf flushes the ruleset, ours too; what comes with it also is somebody's."""
+def test_firewall_survives_the_nftables_service(fleet: Fleet) -> None:
+    """Debian's /etc/nftables.conf flushes the whole ruleset; the tables that it adds are those of another program."""
     head = fleet.nodes[0]
     good = _table(head)
     head.run("systemctl", "start", "nftables")
@@ -200,7 +202,7 @@ def test_the_distributions_own_unit_does_not_take_it_away(fleet: Fleet) -> None:
     assert _table(head) == good
 
 
-def test_a_change_that_nobody_confirms_goes_back_by_itself(fleet: Fleet) -> None:
+def test_firewall_unconfirmed_rolls_back(fleet: Fleet) -> None:
     head = fleet.nodes[0]
     good, file = _table(head), head.read(RULES)
     opened = ("--set", f"serving.allow={FRIEND}/32", "--set", "network.rollback_seconds=30", "--leave-armed")
@@ -211,34 +213,34 @@ def test_a_change_that_nobody_confirms_goes_back_by_itself(fleet: Fleet) -> None
     assert head.run("systemctl", "is-enabled", UNIT).stdout.strip() == "enabled"
 
 
-def test_a_network_that_is_named_gets_to_the_api_and_no_other(fleet: Fleet) -> None:
+def test_firewall_with_allow_opens_the_api_to_that_network_only(fleet: Fleet) -> None:
     head = fleet.nodes[0]
     assert _set_up(head, "--set", f"serving.allow={FRIEND}/32")["outcome"] == "changed"
-    assert _from(fleet, FRIEND, services.API)
-    assert not _from(fleet, STRANGER, services.API)
-    assert not _from(fleet, FRIEND, services.RAY[0])
+    assert _reaches_from(fleet, FRIEND, services.API)
+    assert not _reaches_from(fleet, STRANGER, services.API)
+    assert not _reaches_from(fleet, FRIEND, services.RAY[0])
     _wait_until(lambda: FRIEND in _table(head))
 
 
-def _from(fleet: Fleet, source: str, port: int) -> bool:
+def _reaches_from(fleet: Fleet, source: str, port: int) -> bool:
     connect = f"import socket; socket.create_connection(({fleet.nodes[0].address!r}, {port}), 1, ({source!r}, 0))"
     return fleet.terminal.run("python3", "-c", connect, check=False).returncode == 0
 
 
-def test_ssh_stays_open_where_it_really_listens(fleet: Fleet) -> None:
-    """Even at a port that would be Ray's."""
+def test_firewall_keeps_the_ports_of_sshd_open(fleet: Fleet) -> None:
+    """Even at one of Ray's ports."""
     head, settings, port = fleet.nodes[0], "/etc/ssh/sshd_config.d/port.conf", services.RAY[-1] - 1
-    assert _opens(fleet.terminal, f"{head.address}:{port}") == set()
+    assert _reachable(fleet.terminal, f"{head.address}:{port}") == set()
     head.write(settings, f"Port 22\nPort {port}\n")
     head.run("systemctl", "restart", "ssh")
     assert _set_up(head)["outcome"] == "changed"
     both = _places(head.address, 22, port)
-    assert _opens(fleet.terminal, *both) == both
+    assert _reachable(fleet.terminal, *both) == both
     head.run("rm", settings)
     head.run("systemctl", "restart", "ssh")
 
 
-def test_uninstall_leaves_nothing(fleet: Fleet) -> None:
+def test_uninstall_removes_the_firewall(fleet: Fleet) -> None:
     for node in fleet.nodes:
         sparkinstall(node, "uninstall", "--yes")
         assert node.run("/usr/sbin/nft", "list", "ruleset").stdout == ""
@@ -247,9 +249,9 @@ def test_uninstall_leaves_nothing(fleet: Fleet) -> None:
         assert node.run("test", "-e", "/opt/sparkinstall", check=False).returncode == 1
 
 
-def test_killed_before_it_confirms_the_timer_takes_the_rules_away(fleet: Fleet) -> None:
+def test_firewall_killed_before_the_confirmation_rolls_back(fleet: Fleet) -> None:
     head = fleet.nodes[0]
-    command = (COMMAND, *_asking("--set", "network.rollback_seconds=30"))
+    command = (COMMAND, *_command("--set", "network.rollback_seconds=30"))
     loaded = f"until {' '.join(TABLE)} > /dev/null 2>&1; do :; done"
     with head.popen(*command, user="spark", cwd="/home/spark") as run:
         head.run("sh", "-c", loaded)
@@ -258,13 +260,13 @@ def test_killed_before_it_confirms_the_timer_takes_the_rules_away(fleet: Fleet) 
     assert _table(head)
     _wait_until(lambda: not _table(head))
     _wait_until(lambda: head.run("test", "-e", RULES, check=False).returncode == 1)
-    assert _opens(fleet.terminal, f"{head.address}:6379") == _places(head.address, 6379)
+    assert _reachable(fleet.terminal, f"{head.address}:6379") == _places(head.address, 6379)
 
 
-def test_the_next_run_goes_on_and_uninstall_takes_it_back(fleet: Fleet) -> None:
+def test_firewall_after_a_rollback_applies_and_uninstalls(fleet: Fleet) -> None:
     head = fleet.nodes[0]
     assert _set_up(head)["outcome"] == "changed"
-    assert _opens(fleet.terminal, f"{head.address}:6379") == set()
+    assert _reachable(fleet.terminal, f"{head.address}:6379") == set()
     sparkinstall(head, "uninstall", "--yes")
     assert _table(head) == ""
 
@@ -273,23 +275,23 @@ OTHERS = "add table inet mine; add chain inet mine in { type filter hook input p
 LETS_ALL_IN = "add rule inet mine in accept"
 
 
-def test_beside_another_firewall_it_is_left_to_a_person_unless_asked(fleet: Fleet) -> None:
+def test_firewall_beside_another_is_node_only_unless_on(fleet: Fleet) -> None:
     worker = fleet.nodes[1]
     worker.run("/usr/sbin/nft", f"{OTHERS}; {LETS_ALL_IN}")
-    left = _set_up(worker, role="worker")
-    assert left["outcome"] == "node_only"
-    assert "the nftables chain inet mine in is active" in json.dumps(left)
-    assert "6379" in json.dumps(left)
+    kept = _set_up(worker, role="worker")
+    assert kept["outcome"] == "node_only"
+    assert "the nftables chain inet mine in is active" in json.dumps(kept)
+    assert "6379" in json.dumps(kept)
     assert _table(worker) == ""
     assert _set_up(worker, "--set", "firewall.mode=on", role="worker")["outcome"] == "changed"
-    assert _opens(fleet.terminal, f"{worker.address}:6379") == set()
+    assert _reachable(fleet.terminal, f"{worker.address}:6379") == set()
     sparkinstall(worker, "uninstall", "--yes")
     assert "chain in" in worker.run("/usr/sbin/nft", "list", "ruleset").stdout
     assert _table(worker) == ""
 
 
-def _wait_until(so: Any) -> None:
+def _wait_until(condition: Any) -> None:
     until = time.monotonic() + PATIENCE
-    while not so():
-        assert time.monotonic() < until, "it did not become so"
+    while not condition():
+        assert time.monotonic() < until, f"still false after {PATIENCE:g} s"
         time.sleep(0.5)

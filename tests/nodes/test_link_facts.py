@@ -1,5 +1,5 @@
-"""What the kernel itself shows of interfaces with the names of a Spark's, in a network namespace that ends with the
-test: carriers that cannot be read, routes, bridges and the like, and the address that ssh came in on."""
+"""Interfaces with a Spark's names as a real kernel shows them, in a network namespace that ends with the test:
+carriers that cannot be read, routes, bridges and the like, and the address of the ssh session."""
 
 import json
 import shlex
@@ -41,7 +41,7 @@ UP = (
 )
 
 
-LOSING = """
+LOST = """
 import json, subprocess
 from pathlib import Path
 from sparkinstall.config import Layer, build
@@ -59,11 +59,11 @@ print(json.dumps([*found, network.lost(before, on, node)]))
 """
 
 
-def seen(*setup: str, ssh: str = "", ask: str = LOOK) -> Any:
-    """What is found after the commands of `setup`, as on a node of its own."""
+def facts_after(*setup: str, ssh: str = "", ask: str = LOOK) -> Any:
+    """The facts after the commands of `setup`, in a new namespace."""
     script = [
         "set -e",
-        # A new namespace's interfaces are in a sysfs that is mounted from within it.
+        # A new namespace's interfaces are in a sysfs that is mounted inside it.
         "mount -t sysfs sysfs /sys",
         *setup,
         f"PYTHONPATH={shlex.quote(str(CHECKOUT))} SSH_CONNECTION={shlex.quote(ssh)}"
@@ -73,31 +73,31 @@ def seen(*setup: str, ssh: str = "", ask: str = LOOK) -> Any:
     return json.loads(answer.stdout)
 
 
-def test_a_port_that_is_down_has_no_carrier_that_anybody_knows() -> None:
-    found = seen(*CABLE)
+def test_port_that_is_down_has_an_unknown_carrier() -> None:
+    found = facts_after(*CABLE)
     assert found["ports"] == [[0, None, [["enp1s0f0np0", 1500, ""], ["enP2p1s0f0np0", 1500, ""]]]]
     assert found["management"] == {} and found["addresses"] == {}
 
 
-def test_a_port_that_is_up_has_its_carrier_mtu_and_addresses() -> None:
-    found = seen(*CABLE, *UP, "ip address add 198.51.100.1/25 dev enp1s0f0np0")
+def test_port_that_is_up_has_carrier_mtu_and_addresses() -> None:
+    found = facts_after(*CABLE, *UP, "ip address add 198.51.100.1/25 dev enp1s0f0np0")
     assert found["ports"] == [[0, True, [["enp1s0f0np0", 9000, ""], ["enP2p1s0f0np0", 1500, ""]]]]
     assert found["addresses"] == {"enp1s0f0np0": ["192.0.2.1/24", "198.51.100.1/25"]}
 
 
-def test_a_pulled_cable_takes_the_carrier() -> None:
-    found = seen(*CABLE, *UP, "ip link set far0 down", "ip link set far1 down", "sleep 0.2")
+def test_port_with_a_pulled_cable_has_no_carrier() -> None:
+    found = facts_after(*CABLE, *UP, "ip link set far0 down", "ip link set far1 down", "sleep 0.2")
     assert [port[:2] for port in found["ports"]] == [[0, False]]
 
 
 @pytest.mark.parametrize("route", ["ip route add default via 192.0.2.9", "ip -6 route add default dev enp1s0f0np0"])
-def test_the_default_route_makes_management(route: str) -> None:
-    assert seen(*CABLE, *UP, route)["management"] == {"enp1s0f0np0": "has the default route"}
+def test_management_includes_the_default_route(route: str) -> None:
+    assert facts_after(*CABLE, *UP, route)["management"] == {"enp1s0f0np0": "has the default route"}
 
 
-def test_a_default_route_to_nowhere_does_not() -> None:
+def test_management_ignores_an_unreachable_default_route() -> None:
     setup = ("ip route add unreachable default", "ip -6 route add unreachable default")
-    assert seen(*CABLE, *UP, "ip link set lo up", *setup)["management"] == {}
+    assert facts_after(*CABLE, *UP, "ip link set lo up", *setup)["management"] == {}
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_default_route_to_nowhere_does_not() -> None:
         ("203.0.113.9", "203.0.113.1", []),
     ],
 )
-def test_the_interface_that_ssh_came_in_on_is_management(client: str, server: str, expected: list[str]) -> None:
-    found = seen(
+def test_management_includes_the_interface_of_the_ssh_session(client: str, server: str, expected: list[str]) -> None:
+    found = facts_after(
         *CABLE,
         *UP,
         "ip address add 2001:db8::1/64 dev enP2p1s0f0np0 nodad",
@@ -121,9 +121,9 @@ def test_the_interface_that_ssh_came_in_on_is_management(client: str, server: st
     assert found["management"] == dict.fromkeys(expected, "carries this ssh session")
 
 
-def test_the_members_of_a_bridge_with_the_default_route_are_management() -> None:
+def test_management_includes_members_of_a_bridge_with_the_default_route() -> None:
     bridge = ("ip link add br0 type bridge", "ip link set br0 up", "ip link set enP2p1s0f0np0 master br0")
-    found = seen(
+    found = facts_after(
         *CABLE, *UP, *bridge, "ip address add 198.51.100.1/24 dev br0", "ip route add default via 198.51.100.9"
     )
     assert found["management"] == {
@@ -132,23 +132,25 @@ def test_the_members_of_a_bridge_with_the_default_route_are_management() -> None
     }
 
 
-def test_what_an_interface_with_the_default_route_runs_over_is_management() -> None:
-    """A macvlan, which kernels have more often than a VLAN: the link to what is below it is the same."""
+def test_management_includes_the_interface_below_the_default_route() -> None:
+    """With a macvlan, which more kernels have than a VLAN; its link to the lower interface is the same."""
     lan = ("ip link add link enp1s0f0np0 name lan type macvlan", "ip link set lan up")
-    found = seen(*CABLE, *UP, *lan, "ip address add 198.51.100.1/24 dev lan", "ip route add default via 198.51.100.9")
+    found = facts_after(
+        *CABLE, *UP, *lan, "ip address add 198.51.100.1/24 dev lan", "ip route add default via 198.51.100.9"
+    )
     assert found["management"] == {
         "lan": "has the default route",
         "enp1s0f0np0": "carries lan, which has the default route",
     }
 
 
-def test_a_node_that_is_managed_over_ipv6_alone_misses_its_default_route() -> None:
+def test_lost_without_the_ipv6_default_route_names_it() -> None:
     lan = ("ip address add 2001:db8::1/64 dev enP2p1s0f0np0 nodad", "ip -6 route add default via fe80::9 dev far1")
-    found = seen(*CABLE, *UP[1:2], "ip link set lo up", "ip link set far1 up", *lan, ask=LOSING)
+    found = facts_after(*CABLE, *UP[1:2], "ip link set lo up", "ip link set far1 up", *lan, ask=LOST)
     assert found == ["", "the default route over far1 is gone"]
 
 
-def test_a_default_route_of_ipv4_is_enough() -> None:
-    """Routers announce that of IPv6 in their own time: nobody waits for it where there is another way."""
+def test_lost_with_an_ipv4_default_route_is_empty() -> None:
+    """Routers announce that of IPv6 at any time, so it is not required if there is one of IPv4."""
     ways = ("ip route add default via 192.0.2.9", "ip -6 route add default dev enp1s0f0np0")
-    assert seen(*CABLE, *UP, *ways, ask=LOSING) == ["", ""]
+    assert facts_after(*CABLE, *UP, *ways, ask=LOST) == ["", ""]

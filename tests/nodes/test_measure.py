@@ -1,6 +1,6 @@
-"""Bandwidth and drift between two nodes, really measured from one terminal: iperf3 through the firewall.
+"""Bandwidth and drift between two nodes, measured from one terminal with iperf3 through the firewall.
 
-The wires are this machine's memory: how fast they are says nothing, so a slow half is made with a token bucket.
+The wires are this machine's memory, whose speed has no meaning, so a token bucket slows a half.
 """
 
 import json
@@ -37,16 +37,16 @@ def pair() -> Iterator[Fleet]:
         yield fleet
 
 
-def _asked(fleet: Fleet, *words: str) -> dict[str, Any]:
+def _envelope(fleet: Fleet, *words: str) -> dict[str, Any]:
     answer = sparkinstall(fleet, *words, "--json", check=False)
-    said: dict[str, Any] = json.loads(answer.stdout)
-    assert said["data"], (said["errors"], answer.stderr)
-    return said
+    output: dict[str, Any] = json.loads(answer.stdout)
+    assert output["data"], (output["errors"], answer.stderr)
+    return output
 
 
-def _bandwidth(said: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """What was found by kind and sender."""
-    return {(each["name"], each["from"]): each for each in said["data"]["bandwidth"]}
+def _bandwidth(output: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """The measurements by kind and sender."""
+    return {(each["name"], each["from"]): each for each in output["data"]["bandwidth"]}
 
 
 def _servers(pair: Fleet) -> list[str]:
@@ -54,8 +54,8 @@ def _servers(pair: Fleet) -> list[str]:
 
 
 @contextmanager
-def _slow(*wires: tuple[FleetNode, str]) -> Iterator[None]:
-    """What these nodes send on these interfaces goes at 200 Mb/s."""
+def _throttled(*wires: tuple[FleetNode, str]) -> Iterator[None]:
+    """Limit what these nodes send on these interfaces to 200 Mb/s."""
     bucket = ("root", "tbf", "rate", "200mbit", "burst", "256kb", "latency", "50ms")
     for node, interface in wires:
         run("tc", "-n", node.plugs.netns, "qdisc", "add", "dev", interface, *bucket)
@@ -66,17 +66,17 @@ def _slow(*wires: tuple[FleetNode, str]) -> Iterator[None]:
             run("tc", "-n", node.plugs.netns, "qdisc", "del", "dev", interface, "root")
 
 
-def _until(so: Callable[[], bool], seconds: float) -> None:
+def _until(condition: Callable[[], bool], seconds: float) -> None:
     until = time.monotonic() + seconds
-    while not so():
-        assert time.monotonic() < until, f"not so after {seconds:g} s"
+    while not condition():
+        assert time.monotonic() < until, f"still false after {seconds:g} s"
         time.sleep(0.1)
 
 
-def test_both_halves_are_measured_both_ways_through_the_firewall(pair: Fleet) -> None:
+def test_measure_covers_both_halves_in_both_directions(pair: Fleet) -> None:
     for node in pair.nodes:
         assert "29600-29699" in node.run("nft", "list", "table", "inet", "sparkinstall").stdout
-    found = _bandwidth(_asked(pair, *MEASURE))
+    found = _bandwidth(_envelope(pair, *MEASURE))
     for host in NAMES:
         tcp = found["tcp-bandwidth", host]
         assert tcp["measured"]["halves"].keys() == set(PORT_0), tcp
@@ -87,21 +87,21 @@ def test_both_halves_are_measured_both_ways_through_the_firewall(pair: Fleet) ->
     assert _servers(pair) == ["", ""]
 
 
-def test_a_slow_half_and_a_slow_card_are_told_apart(pair: Fleet) -> None:
+def test_measure_with_a_slow_half_or_a_slow_card_names_which(pair: Fleet) -> None:
     first, second = pair.nodes
-    with _slow((first, SECOND), (second, FIRST), (second, SECOND)):
-        said = _asked(pair, *MEASURE)
-    found = _bandwidth(said)
+    with _throttled((first, SECOND), (second, FIRST), (second, SECOND)):
+        output = _envelope(pair, *MEASURE)
+    found = _bandwidth(output)
     one_half, degraded = (found["tcp-bandwidth", host] for host in NAMES)
     assert one_half["verdict"] == "fail"
     assert one_half["found"].startswith("one half: "), one_half
     assert f"{SECOND} reaches a fraction" in one_half["found"]
     assert degraded["found"].startswith("a degraded card: "), degraded
     assert 0.2 < sum(degraded["measured"]["halves"].values()) < 0.5
-    assert said["exit_code"] == 5
+    assert output["exit_code"] == 5
 
 
-def test_a_terminal_that_is_killed_leaves_nobody_listening(pair: Fleet) -> None:
+def test_measure_with_the_terminal_killed_ends_the_servers(pair: Fleet) -> None:
     with pair.start_on_terminal(COMMAND, *MEASURE, cwd="/home/spark") as process:
         _until(lambda: any(" -s " in each for each in _servers(pair)), 60)
         pair.terminal.run("pkill", "-9", "-u", "spark", check=False)
@@ -109,10 +109,10 @@ def test_a_terminal_that_is_killed_leaves_nobody_listening(pair: Fleet) -> None:
     _until(lambda: _servers(pair) == ["", ""], 60)
 
 
-def test_a_program_that_is_missing_is_named_with_its_package(pair: Fleet) -> None:
+def test_measure_without_iperf3_names_the_package(pair: Fleet) -> None:
     pair.nodes[1].run("mv", "/usr/bin/iperf3", "/usr/bin/iperf3-away")
     try:
-        found = _bandwidth(_asked(pair, *MEASURE))
+        found = _bandwidth(_envelope(pair, *MEASURE))
     finally:
         pair.nodes[1].run("mv", "/usr/bin/iperf3-away", "/usr/bin/iperf3")
     assert found["tcp-bandwidth", NAMES[0]]["verdict"] == "skip"
@@ -120,12 +120,12 @@ def test_a_program_that_is_missing_is_named_with_its_package(pair: Fleet) -> Non
     assert found["tcp-bandwidth", NAMES[0]]["found"] == wanted
 
 
-def test_only_what_differs_is_told(pair: Fleet) -> None:
-    said = _asked(pair, *COMPARE)
-    assert said["data"]["differences"] == [], said["data"]["differences"]
+def test_cluster_verify_with_another_mtu_names_only_this_difference(pair: Fleet) -> None:
+    output = _envelope(pair, *COMPARE)
+    assert output["data"]["differences"] == [], output["data"]["differences"]
     pair.set_mtu(1500, pair.nodes[1], interfaces=(SECOND,))
     try:
-        (row,) = _asked(pair, *COMPARE)["data"]["differences"]
+        (row,) = _envelope(pair, *COMPARE)["data"]["differences"]
     finally:
         pair.set_mtu(9000, pair.nodes[1], interfaces=(SECOND,))
     assert (row["name"], row["weight"]) == ("mtu", "fail")
@@ -137,7 +137,7 @@ def test_cluster_verify_with_another_wheel_of_the_same_version_fails(pair: Fleet
         node.run("mkdir", "-p", RECORD.rpartition("/")[0])
         node.write(RECORD, f"vllm/_C.abi3.so,sha256={digest},386000000\n")
     try:
-        (row,) = _asked(pair, *COMPARE)["data"]["differences"]
+        (row,) = _envelope(pair, *COMPARE)["data"]["differences"]
     finally:
         for node in pair.nodes:
             node.run("rm", "-r", "/opt/sparkinstall/venv")

@@ -1,6 +1,6 @@
-"""The QSFP link of two nodes, set up for real: netplan applied, packets of 9000 bytes, and never locked out.
+"""The QSFP link of two nodes: the real netplan, packets of 9000 bytes, and a rollback after each failure.
 
-Two nodes live through the whole file; the tests are their days, in order.
+All tests use the same nodes, in order.
 """
 
 import json
@@ -29,7 +29,7 @@ HEAD, WORKER = "192.168.100.10", "192.168.100.11"
 ROLLBACK_SECONDS = 30
 ARMED = "/var/lib/sparkinstall-rollback/network"
 AT_BOOT = "/etc/systemd/system/sparkinstall-rollback.service"
-# Their times change with what comes and goes in them.
+# Their times change with their entries.
 FOLDERS = {"/etc", "/etc/netplan", "/etc/systemd/system", "/etc/systemd/system/multi-user.target.wants"}
 
 
@@ -75,26 +75,26 @@ def _tool(node: FleetNode, *words: str, check: bool = True) -> Completed:
     return node.run(COMMAND, *words, user="spark", cwd="/home/spark", check=check, timeout=300)
 
 
-def _live(node: FleetNode, interface: str) -> dict[str, object]:
+def _address_facts(node: FleetNode, interface: str) -> dict[str, object]:
     found: list[dict[str, object]] = json.loads(node.run("ip", "-j", "-4", "address", "show", interface).stdout)
     return found[0] if found else {}
 
 
 def _addresses(node: FleetNode, interface: str) -> list[str]:
-    found = _live(node, interface).get("addr_info", [])
+    found = _address_facts(node, interface).get("addr_info", [])
     assert isinstance(found, list)
     return [f"{each['local']}/{each['prefixlen']}" for each in found]
 
 
 def _mtu(node: FleetNode, interface: str) -> int:
-    said = run("ip", "-n", node.plugs.netns, "-j", "link", "show", interface).stdout
-    return int(json.loads(said)[0]["mtu"])
+    output = run("ip", "-n", node.plugs.netns, "-j", "link", "show", interface).stdout
+    return int(json.loads(output)[0]["mtu"])
 
 
 def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
     until = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < until, "it did not come about"
+        assert time.monotonic() < until, f"still false after {seconds:g} s"
         time.sleep(0.05)
 
 
@@ -117,7 +117,7 @@ def is_as_before(node: FleetNode, tree: dict[str, str]) -> bool:
 
 @contextmanager
 def gateway_silent(pair: Fleet) -> Iterator[None]:
-    """From within this on, the router does not answer: what was reachable before is not any more."""
+    """During the context the router does not answer, so a former address is unreachable."""
     switch = pair._wires.switch
     cabling.ip(switch, "link", "set", "lan", "down")
     try:
@@ -127,22 +127,22 @@ def gateway_silent(pair: Fleet) -> Iterator[None]:
         _until(lambda: pair.nodes[0].run("ping", "-c1", "-W1", ROUTER_ADDRESS, check=False).returncode == 0)
 
 
-def test_the_plan_shows_what_is_taken_over(head: FleetNode, before: dict[str, str]) -> None:
-    said = _planned(head)
-    assert "60-theirs.yaml" in said
-    assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in said
+def test_plan_shows_the_netplan_file_that_it_replaces(head: FleetNode, before: dict[str, str]) -> None:
+    output = _planned(head)
+    assert "60-theirs.yaml" in output
+    assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in output
     assert head.tree_digest("/etc", times=True) == before
 
 
-def test_a_subnet_that_the_lan_uses_is_refused(head: FleetNode) -> None:
-    said = _planned(head, "--set", "network.twin_subnet=198.51.100.128")
-    assert "198.51.100.0/24 of enP2p1s0f0np0 is already in use: enP7s7 has a route to 198.51.100.0/24" in said
-    assert "network.twin_subnet" in said
+def test_plan_with_a_subnet_of_the_lan_is_refused(head: FleetNode) -> None:
+    output = _planned(head, "--set", "network.twin_subnet=198.51.100.128")
+    assert "198.51.100.0/24 of enP2p1s0f0np0 is already in use: enP7s7 has a route to 198.51.100.0/24" in output
+    assert "network.twin_subnet" in output
 
 
-def test_the_lans_interface_is_no_port(head: FleetNode) -> None:
-    said = _planned(head, "--set", f"network.interface={LAN}")
-    assert f"{LAN} must not be changed" in said, said
+def test_plan_with_the_interface_of_the_lan_is_refused(head: FleetNode) -> None:
+    output = _planned(head, "--set", f"network.interface={LAN}")
+    assert f"{LAN} must not be changed" in output, output
 
 
 def _planned(node: FleetNode, *more: str) -> str:
@@ -150,9 +150,7 @@ def _planned(node: FleetNode, *more: str) -> str:
     return " ".join((answer.stdout + answer.stderr).split())
 
 
-def test_an_address_that_somebody_else_answers_to_is_refused(
-    head: FleetNode, worker: FleetNode, before: dict[str, str]
-) -> None:
+def test_network_with_an_address_in_use_is_refused(head: FleetNode, worker: FleetNode, before: dict[str, str]) -> None:
     worker.run("ip", "address", "add", f"{HEAD}/24", "dev", FIRST)
     try:
         answer = set_up(head, "head", "--json", check=False)
@@ -164,22 +162,20 @@ def test_an_address_that_somebody_else_answers_to_is_refused(
     assert not _exists(head, ARMED)
 
 
-def test_a_gateway_that_is_lost_brings_everything_back_at_once(
+def test_network_that_loses_the_gateway_rolls_back_at_once(
     pair: Fleet, head: FleetNode, before: dict[str, str]
 ) -> None:
     with head.popen(COMMAND, *_words("head", "--json"), user="spark", cwd="/home/spark") as process:
         _until(lambda: _exists(head, ARMED), 60)
         with gateway_silent(pair):
-            said, _ = process.communicate(timeout=60)
-    (error,) = json.loads(said)["errors"]
+            output, _ = process.communicate(timeout=60)
+    (error,) = json.loads(output)["errors"]
     assert f"{ROUTER_ADDRESS} no longer answers; the former network was restored" in error["message"]
     assert not _exists(head, ARMED)
     _until(lambda: is_as_before(head, before))
 
 
-def test_a_killed_tool_leaves_the_timer_which_brings_everything_back(
-    pair: Fleet, head: FleetNode, before: dict[str, str]
-) -> None:
+def test_network_of_a_killed_run_rolls_back(pair: Fleet, head: FleetNode, before: dict[str, str]) -> None:
     _kill_after_the_apply(pair, head)
     assert not _exists(head, THEIRS)
     assert _mtu(head, FIRST) == 9000
@@ -188,8 +184,8 @@ def test_a_killed_tool_leaves_the_timer_which_brings_everything_back(
     _until(lambda: not head.run("systemctl", "list-units", "--all", "--no-legend", "*rollback*").stdout)
 
 
-def test_a_reboot_brings_back_what_nobody_had_confirmed(pair: Fleet, head: FleetNode, before: dict[str, str]) -> None:
-    """What one does with a machine that does not answer any more, long before the timer would run out."""
+def test_network_unconfirmed_before_a_reboot_rolls_back(pair: Fleet, head: FleetNode, before: dict[str, str]) -> None:
+    """As a user does with a machine that does not answer, long before the timer expires."""
     _kill_after_the_apply(pair, head, "--set", "network.rollback_seconds=900")
     head.reboot()
     _until(lambda: is_as_before(head, before), 60)
@@ -198,7 +194,7 @@ def test_a_reboot_brings_back_what_nobody_had_confirmed(pair: Fleet, head: Fleet
     assert _changed(head, before) <= FOLDERS
 
 
-def test_a_run_after_a_killed_one_keeps_what_it_confirms(pair: Fleet, head: FleetNode) -> None:
+def test_network_confirmed_after_a_killed_run_is_kept(pair: Fleet, head: FleetNode) -> None:
     _kill_after_the_apply(pair, head)
     assert "confirm" in _planned(head)
     assert "confirm the network" in set_up(head, "head").stderr
@@ -221,16 +217,16 @@ def _kill_after_the_apply(pair: Fleet, head: FleetNode, *more: str) -> None:
             process.wait(60)
 
 
-def test_a_peer_that_is_not_set_up_is_a_warning(head: FleetNode) -> None:
+def test_peers_with_a_peer_that_is_not_set_up_warns(head: FleetNode) -> None:
     answer = json.loads(_tool(head, "verify", "--only", "network", "--json").stdout)
     found = {probe["name"]: probe for probe in answer["data"]["probes"]}
-    # All is well but for the speed: the lab's wires say 10000 Mb/s.
+    # Only the speed differs: the lab's wires have 10000 Mb/s.
     assert found["link"]["found"].endswith(": 10000 Mb/s"), found["link"]
     assert found["peers"]["verdict"] == "warn"
     assert "set up the other node" in found["peers"]["hint"]
 
 
-def test_both_ends_carry_packets_of_9000_bytes(head: FleetNode, worker: FleetNode) -> None:
+def test_link_carries_packets_of_9000_bytes(head: FleetNode, worker: FleetNode) -> None:
     set_up(worker, "worker", "--address", WORKER)
     assert is_set_up(worker, WORKER)
     for node, peer in ((head, WORKER), (worker, HEAD)):
@@ -241,26 +237,26 @@ def test_both_ends_carry_packets_of_9000_bytes(head: FleetNode, worker: FleetNod
         assert found["peers"]["verdict"] == "pass", found["peers"]
 
 
-def test_a_second_run_changes_nothing(head: FleetNode) -> None:
-    there = head.tree_digest("/etc", "/var/lib/sparkinstall", times=True)
+def test_network_applied_twice_changes_nothing(head: FleetNode) -> None:
+    unchanged = head.tree_digest("/etc", "/var/lib/sparkinstall", times=True)
     answer = json.loads(set_up(head, "head", "--json").stdout)
     assert answer["data"]["changed"] is False
-    assert head.tree_digest("/etc", "/var/lib/sparkinstall", times=True) == there
+    assert head.tree_digest("/etc", "/var/lib/sparkinstall", times=True) == unchanged
 
 
-def test_an_mtu_that_is_too_small_on_one_side_is_told(pair: Fleet, head: FleetNode, worker: FleetNode) -> None:
+def test_peers_with_a_small_mtu_on_one_node_fails(pair: Fleet, head: FleetNode, worker: FleetNode) -> None:
     pair.set_mtu(1500, worker)
     answer = json.loads(_tool(head, "verify", "--only", "network", "--json", check=False).stdout)
     peers = {probe["name"]: probe for probe in answer["data"]["probes"]}["peers"]
     assert answer["exit_code"] == 3 and peers["verdict"] == "fail"
     assert f"{WORKER} answers small packets and not large ones" in peers["found"]
-    there = json.loads(_tool(worker, "verify", "--only", "network", "--json", check=False).stdout)
-    assert "has MTU 1500" in {probe["name"]: probe for probe in there["data"]["probes"]}["link"]["found"]
+    at_worker = json.loads(_tool(worker, "verify", "--only", "network", "--json", check=False).stdout)
+    assert "has MTU 1500" in {probe["name"]: probe for probe in at_worker["data"]["probes"]}["link"]["found"]
     set_up(worker, "worker", "--address", WORKER)
     assert json.loads(_tool(head, "verify", "--only", "network", "--json").stdout)["exit_code"] == 0
 
 
-def test_a_pulled_cable_is_told_and_the_address_stays(pair: Fleet, head: FleetNode) -> None:
+def test_link_with_a_pulled_cable_fails_and_keeps_its_address(pair: Fleet, head: FleetNode) -> None:
     pair.unplug(head)
     try:
         answer = json.loads(_tool(head, "verify", "--only", "network", "--json", check=False).stdout)
@@ -271,15 +267,13 @@ def test_a_pulled_cable_is_told_and_the_address_stays(pair: Fleet, head: FleetNo
     assert answer["exit_code"] == 3
 
 
-def test_it_is_there_after_a_reboot(head: FleetNode, worker: FleetNode) -> None:
+def test_network_after_a_reboot_is_set_up(head: FleetNode, worker: FleetNode) -> None:
     head.reboot()
     _until(lambda: is_set_up(head, HEAD))
     _until(lambda: worker.run("ping", "-c1", "-W1", "-M", "do", "-s", "8972", HEAD, check=False).returncode == 0)
 
 
-def test_uninstall_brings_back_every_byte_and_the_interfaces(
-    head: FleetNode, worker: FleetNode, before: dict[str, str]
-) -> None:
+def test_uninstall_restores_files_and_interfaces(head: FleetNode, worker: FleetNode, before: dict[str, str]) -> None:
     answer = _tool(head, "uninstall", "--yes")
     assert "kept" not in answer.stdout
     assert is_as_before(head, before)

@@ -1,6 +1,6 @@
-"""Ray as units of systemd on two nodes with a cable between them: they start, come back, refuse, and go.
+"""Ray as units of systemd on two nodes with a cable: they start, restart, refuse a wrong token, and are removed.
 
-The nodes live through the whole file; the tests are their days, in order.
+All tests use the same nodes, in order.
 """
 
 import json
@@ -26,7 +26,7 @@ PREFIX = "/opt/sparkinstall"
 TOKEN = f"{PREFIX}/ray-token"
 NAMES = {"head": "multi-node-head", "worker": "multi-node-worker"}
 ENV = """\
-# As the step `env-files` makes it, but for NCCL and CUDA.
+# Like that of the step `env-files`, without NCCL and CUDA.
 set -a
 VLLM_HOST_IP="{address}"
 RAY_ADDRESS="{head}:6379"
@@ -51,7 +51,7 @@ group = placement_group([{"GPU": 1}, {"GPU": 1}], strategy="STRICT_SPREAD")
 ray.get(group.ready(), timeout=60)
 where = ray.remote(num_cpus=0, num_gpus=1)(lambda: ray.util.get_node_ip_address())
 found = ray.get([where.options(scheduling_strategy=In(group, i)).remote() for i in (0, 1)])
-ray.shutdown()  # until then a driver prints what befalls other nodes among its own output
+ray.shutdown()  # until then a driver also prints events of other nodes
 print(json.dumps(sorted(found)))
 """
 
@@ -99,39 +99,39 @@ def write_env(node: FreshNode, role: str, *, address: str = "", more: str = "") 
     node.write(f"{PREFIX}/env/{NAMES[role]}.env", text, user="spark")
 
 
-def do(node: FreshNode, verb: str, role: str, *more: str, given: str | None = None, user: str = "spark") -> Any:
+def run_step(node: FreshNode, verb: str, role: str, *more: str, given: str | None = None, user: str = "spark") -> Any:
     env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
     program = (f"{PREFIX}/venv/bin/python", "-m", "tests.support.ray_on_a_node", verb, role, *more)
-    said = node.run(*program, user=user, env=env, input=given, cwd=CHECKOUT, timeout=400)
-    return json.loads(said.stdout.splitlines()[-1])
+    output = node.run(*program, user=user, env=env, input=given, cwd=CHECKOUT, timeout=400)
+    return json.loads(output.stdout.splitlines()[-1])
 
 
 def running_env(node: FreshNode, role: str) -> list[str]:
-    """What the probe of that name says of the running Ray: its verdict, and what it found."""
+    """The verdict and the finding of the probe `running-env` for the running Ray."""
     env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
-    said = node.run(f"{PREFIX}/venv/bin/python", "-c", LOOK, role, user="spark", env=env, cwd=CHECKOUT)
-    return list(json.loads(said.stdout))
+    output = node.run(f"{PREFIX}/venv/bin/python", "-c", LOOK, role, user="spark", env=env, cwd=CHECKOUT)
+    return list(json.loads(output.stdout))
 
 
 def main_pid(node: FreshNode, unit: str) -> str:
     return node.run("systemctl", "show", "-P", "MainPID", unit).stdout.strip()
 
 
-def until(so: Callable[[], bool], seconds: float = 120) -> float:
-    """Wait until it is so; how long that took."""
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> float:
+    """Wait until the condition holds; the seconds that it took."""
     began = time.monotonic()
-    while not so():
-        assert time.monotonic() - began < seconds, f"not so after {seconds:g} s"
+    while not condition():
+        assert time.monotonic() - began < seconds, f"still false after {seconds:g} s"
         time.sleep(1)
     return time.monotonic() - began
 
 
-def joined(pair: Pair) -> bool:
-    found = do(pair.head, "probe", "head")["ray-nodes"]
+def both_in_ray(pair: Pair) -> bool:
+    found = run_step(pair.head, "probe", "head")["ray-nodes"]
     return bool(found["verdict"] == "pass")
 
 
-def test_words_arrive_as_they_are(pair: Pair) -> None:
+def test_unit_passes_quoted_words_unchanged(pair: Pair) -> None:
     hostile = ["%n", "$HOME ${HOME} $$", "a \"b\" 'c'", "back\\slash \\n \\x41", ";", "#", "-x", "ä ☃", "", "a=b", "|"]
     program = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['A']]))"
     words = " ".join(map(systemd.word, ["-c", program, *hostile]))
@@ -144,56 +144,56 @@ def test_words_arrive_as_they_are(pair: Pair) -> None:
     assert json.loads(pair.head.read("/tmp/words")) == [hostile, value]
 
 
-def test_a_worker_whose_head_is_not_up_is_told_so_in_bounded_time(pair: Pair) -> None:
-    told = do(pair.worker, "converge", "worker", "token_file=-", given="0123456789abcdef-not-the-heads\n")
-    assert told["outcome"] == "failed"
-    assert told["message"] == "ray-worker.service does not start"
-    assert told["cause"].startswith("the head does not answer at 192.0.2.1:6379: ")
-    assert "on the head" in told["hint"]
-    assert told["seconds"] < 60
+def test_ray_of_a_worker_without_its_head_fails_in_time(pair: Pair) -> None:
+    report = run_step(pair.worker, "converge", "worker", "token_file=-", given="0123456789abcdef-not-the-heads\n")
+    assert report["outcome"] == "failed"
+    assert report["message"] == "ray-worker.service does not start"
+    assert report["cause"].startswith("the head does not answer at 192.0.2.1:6379: ")
+    assert "on the head" in report["hint"]
+    assert report["seconds"] < 60
 
 
-def test_an_address_on_no_interface_is_told_with_those_that_there_are(pair: Pair) -> None:
+def test_ray_with_an_address_on_no_interface_names_the_addresses(pair: Pair) -> None:
     write_env(pair.head, "head", address="192.0.2.77")
-    told = do(pair.head, "converge", "head")
-    assert told["cause"].startswith(
+    report = run_step(pair.head, "converge", "head")
+    assert report["cause"].startswith(
         "the address 192.0.2.77 is on no interface after 3 s; found: lo 127.0.0.1/8, enp1s0f0np0 192.0.2.1/24"
     )
-    assert "sparkinstall run network" in told["hint"]
+    assert "sparkinstall run network" in report["hint"]
     write_env(pair.head, "head")
 
 
-def test_the_head_starts(pair: Pair) -> None:
-    told = do(pair.head, "converge", "head")
-    assert told["outcome"] == "changed", told
+def test_ray_of_the_head_starts(pair: Pair) -> None:
+    report = run_step(pair.head, "converge", "head")
+    assert report["outcome"] == "changed", report
     assert pair.head.run("stat", "-c", "%a %U", TOKEN).stdout.split() == ["600", "spark"]
-    asked = do(pair.head, "probe", "head")["ray-nodes"]
-    assert asked["verdict"] == "fail"
-    assert "not in Ray: 192.0.2.2" in asked["found"]
+    found = run_step(pair.head, "probe", "head")["ray-nodes"]
+    assert found["verdict"] == "fail"
+    assert "not in Ray: 192.0.2.2" in found["found"]
 
 
-def test_a_wrong_token_is_refused_and_said(pair: Pair) -> None:
-    told = do(pair.worker, "converge", "worker")
-    assert told["message"] == "ray-worker.service does not start"
-    assert told["cause"] == f"the head at 192.0.2.1:6379 rejects this node's token: {TOKEN} differs from the head's"
-    assert f"ssh 192.0.2.1 cat {TOKEN} | sparkinstall multi-node --role worker" in told["hint"]
+def test_ray_of_a_worker_with_a_wrong_token_fails(pair: Pair) -> None:
+    report = run_step(pair.worker, "converge", "worker")
+    assert report["message"] == "ray-worker.service does not start"
+    assert report["cause"] == f"the head at 192.0.2.1:6379 rejects this node's token: {TOKEN} differs from the head's"
+    assert f"ssh 192.0.2.1 cat {TOKEN} | sparkinstall multi-node --role worker" in report["hint"]
 
 
-def test_with_the_heads_token_there_are_two_nodes_at_the_two_addresses(pair: Pair) -> None:
+def test_ray_of_a_worker_with_the_heads_token_joins(pair: Pair) -> None:
     token = pair.head.run("cat", TOKEN).stdout
-    told = do(pair.worker, "converge", "worker", "token_file=-", given=token)
-    assert told["outcome"] == "changed", told
-    assert do(pair.head, "probe", "head")["ray-nodes"]["found"] == "192.0.2.1, 192.0.2.2"
-    assert do(pair.worker, "probe", "worker")["ray-nodes"]["verdict"] == "pass"
+    report = run_step(pair.worker, "converge", "worker", "token_file=-", given=token)
+    assert report["outcome"] == "changed", report
+    assert run_step(pair.head, "probe", "head")["ray-nodes"]["found"] == "192.0.2.1, 192.0.2.2"
+    assert run_step(pair.worker, "probe", "worker")["ray-nodes"]["verdict"] == "pass"
 
 
-def test_what_vllm_asks_of_ray_is_spread_over_both(pair: Pair) -> None:
+def test_ray_spreads_a_placement_group_over_both_nodes(pair: Pair) -> None:
     script = f'. {PREFIX}/env/{NAMES["head"]}.env; exec python -W ignore -c "$0"'
-    said = pair.head.run("bash", "-c", script, SPREAD, user="spark", timeout=120)
-    assert json.loads(said.stdout.splitlines()[-1]) == list(ADDRESSES.values())
+    output = pair.head.run("bash", "-c", script, SPREAD, user="spark", timeout=120)
+    assert json.loads(output.stdout.splitlines()[-1]) == list(ADDRESSES.values())
 
 
-def test_all_that_ray_listens_on_is_a_port_that_the_firewall_knows(pair: Pair) -> None:
+def test_ray_listens_only_on_ports_of_the_firewall(pair: Pair) -> None:
     for node, own in ((pair.head, (6379, ray_ports.CLIENT)), (pair.worker, ())):
         lines = node.run("ss", "-ltnH").stdout.splitlines()
         addresses = [line.split()[3] for line in lines]
@@ -202,7 +202,7 @@ def test_all_that_ray_listens_on_is_a_port_that_the_firewall_knows(pair: Pair) -
         assert {port for port in open_ports if not first <= port <= last} - {22, *own} == set()
 
 
-def test_the_token_is_in_no_journal_and_no_argument(pair: Pair) -> None:
+def test_token_is_in_no_journal_and_no_argument(pair: Pair) -> None:
     token = pair.head.run("cat", TOKEN).stdout.strip()
     for node in pair:
         assert token not in node.run("journalctl", "--no-pager").stdout
@@ -213,67 +213,67 @@ def test_the_token_is_in_no_journal_and_no_argument(pair: Pair) -> None:
         )
 
 
-def test_a_token_that_everybody_could_read_is_told_and_closed(pair: Pair) -> None:
+def test_token_with_a_loose_mode_is_restricted_without_a_restart(pair: Pair) -> None:
     before = main_pid(pair.head, "ray-head")
     pair.head.run("chmod", "0644", TOKEN)
-    (drift,) = do(pair.head, "plan", "head")["drifts"]
+    (drift,) = run_step(pair.head, "plan", "head")["drifts"]
     assert drift == f"let nobody but spark read {TOKEN} (its mode is 644)"
-    assert do(pair.head, "converge", "head")["outcome"] == "changed"
+    assert run_step(pair.head, "converge", "head")["outcome"] == "changed"
     assert pair.head.run("stat", "-c", "%a", TOKEN).stdout.strip() == "600"
     assert main_pid(pair.head, "ray-head") == before
 
 
-def test_a_second_run_changes_nothing_and_restarts_nothing(pair: Pair) -> None:
+def test_ray_applied_twice_changes_and_restarts_nothing(pair: Pair) -> None:
     before = main_pid(pair.head, "ray-head")
-    assert do(pair.head, "converge", "head")["outcome"] == "unchanged"
+    assert run_step(pair.head, "converge", "head")["outcome"] == "unchanged"
     assert main_pid(pair.head, "ray-head") == before
 
 
-def test_a_changed_env_file_restarts_it(pair: Pair) -> None:
+def test_ray_with_a_changed_env_file_restarts(pair: Pair) -> None:
     before = main_pid(pair.worker, "ray-worker")
     assert running_env(pair.worker, "worker") == ["pass", "ray-worker.service: as in the env file"]
     write_env(pair.worker, "worker", more='NCCL_DEBUG="INFO"')
     assert running_env(pair.worker, "worker") == ["warn", "ray-worker.service was started with no NCCL_DEBUG"]
-    (drift,) = do(pair.worker, "plan", "worker")["drifts"]
+    (drift,) = run_step(pair.worker, "plan", "worker")["drifts"]
     assert drift == f"start ray-worker.service: changed since its last start: {PREFIX}/env/multi-node-worker.env"
-    assert do(pair.worker, "converge", "worker")["outcome"] == "changed"
+    assert run_step(pair.worker, "converge", "worker")["outcome"] == "changed"
     assert main_pid(pair.worker, "ray-worker") != before
-    assert do(pair.worker, "plan", "worker")["outcome"] == "unchanged"
+    assert run_step(pair.worker, "plan", "worker")["outcome"] == "unchanged"
     assert running_env(pair.worker, "worker")[0] == "pass"
-    until(lambda: joined(pair))
+    wait_until(lambda: both_in_ray(pair))
 
 
 @pytest.mark.parametrize(("whose", "process"), [("worker", "raylet"), ("head", "gcs_server")])
-def test_a_ray_that_is_killed_comes_back(pair: Pair, whose: str, process: str) -> None:
+def test_ray_that_is_killed_restarts(pair: Pair, whose: str, process: str) -> None:
     node = getattr(pair, whose)
     before = main_pid(node, f"ray-{whose}")
     node.run("pkill", "-9", "-x", process)
-    until(lambda: main_pid(node, f"ray-{whose}") not in (before, "0"), 60)
-    until(lambda: joined(pair), 150)
+    wait_until(lambda: main_pid(node, f"ray-{whose}") not in (before, "0"), 60)
+    wait_until(lambda: both_in_ray(pair), 150)
 
 
-def test_both_come_back_after_a_reboot(pair: Pair) -> None:
+def test_ray_after_reboots_has_both_nodes(pair: Pair) -> None:
     pair.worker.reboot()
-    until(lambda: joined(pair))
+    wait_until(lambda: both_in_ray(pair))
     pair.head.reboot()
-    until(lambda: joined(pair), 180)
+    wait_until(lambda: both_in_ray(pair), 180)
 
 
-def test_vllm_is_started_again_when_its_ray_is(pair: Pair) -> None:
-    # vLLM on Ray needs a GPU; what systemd makes of the two units shows with any program in vLLM's place.
+def test_vllm_restarts_with_its_ray(pair: Pair) -> None:
+    # vLLM on Ray needs a GPU; how systemd treats the two units shows with any program instead of vLLM.
     pair.head.run("mkdir", "/etc/systemd/system/vllm.service.d")
-    stand_in = "[Service]\nExecStart=\nExecStart=/bin/sleep infinity\n"
-    pair.head.write("/etc/systemd/system/vllm.service.d/lab.conf", stand_in)
-    told = do(pair.head, "converge", "head", "step=serving", "serving.model=/srv/model")
-    assert told["outcome"] == "changed", told
+    substitute = "[Service]\nExecStart=\nExecStart=/bin/sleep infinity\n"
+    pair.head.write("/etc/systemd/system/vllm.service.d/lab.conf", substitute)
+    report = run_step(pair.head, "converge", "head", "step=serving", "serving.model=/srv/model")
+    assert report["outcome"] == "changed", report
     before = main_pid(pair.head, "vllm")
     pair.head.run("pkill", "-9", "-x", "gcs_server")
-    until(lambda: main_pid(pair.head, "vllm") not in ("0", before))
+    wait_until(lambda: main_pid(pair.head, "vllm") not in ("0", before))
 
 
-def test_all_of_it_goes_again(pair: Pair) -> None:
+def test_uninstall_removes_ray(pair: Pair) -> None:
     for node, role in zip(pair, ADDRESSES, strict=True):
-        outcomes = {each["outcome"] for each in do(node, "uninstall", role)}
+        outcomes = {each["outcome"] for each in run_step(node, "uninstall", role)}
         assert outcomes <= {"removed", "restored", "nothing"}, outcomes
         shown = node.run("systemctl", "show", "-P", "LoadState", "-P", "ActiveState", f"ray-{role}").stdout.split()
         assert shown == ["not-found", "inactive"]

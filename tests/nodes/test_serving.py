@@ -1,6 +1,6 @@
-"""vLLM itself, built for the CPU, as units of systemd: alone on one node, then spread over two with a cable.
+"""vLLM, built for the CPU, as units of systemd: on one node, then on two nodes with a cable.
 
-The nodes live through the whole file; the tests are their days, in order.
+All tests use the same nodes, in order.
 """
 
 import json
@@ -22,17 +22,17 @@ pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer5, pytest
 
 CHECKOUT = "/srv/checkout"
 PREFIX = "/opt/sparkinstall"
-MODEL, THINKER = "/srv/model", "/srv/thinker"
+MODEL, REASONER = "/srv/model", "/srv/reasoner"
 UNIT = "vllm.service"
 KEY = "VLLM_API_KEY"
 NAMES = {"single": "single-node", "head": "multi-node-head", "worker": "multi-node-worker"}
 SETTINGS = ("step=serving", "cluster.executor=mp", f"serving.model={MODEL}", "serving.max_model_len=512")
-# Seconds: two processes on two busy cores, that import PyTorch and meet.
-LOADED = 420
-# What the probe gives a completion, and then /health, before it says that none came.
+# Seconds for two processes on two busy cores to import PyTorch and connect.
+LOAD_SECONDS = 420
+# Seconds that the probe waits for a completion, and then for /health.
 PATIENCE = 60 + 15
 ENV = """\
-# As the step `env-files` makes it, but for NCCL and CUDA.
+# Like that of the step `env-files`, without NCCL and CUDA.
 set -a
 VLLM_HOST_IP="{address}"
 VLLM_PORT="29600"
@@ -45,12 +45,12 @@ SYSTEMD
 . "{prefix}/venv/bin/activate"
 """
 LINK = "".join(f'{name}_SOCKET_IFNAME="{PORT_0[0]}"\n' for name in ("NCCL", "GLOO", "TP"))
-# What a CPU needs and a Spark does not. The unit itself is the one that a Spark gets.
+# What a CPU needs and a Spark does not. The unit is that of a Spark.
 ON_A_CPU = f"""\
 [Service]
 Environment=LD_PRELOAD={":".join(vllm_on_cpu.PRELOADED)}
 Environment=VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1
-# What PyTorch would compile needs a compiler, which these nodes have not.
+# Without PyTorch's compilation, which needs a compiler that these nodes do not have.
 Environment=TORCHDYNAMO_DISABLE=1 VLLM_NO_USAGE_STATS=1
 """
 ASK = """
@@ -78,7 +78,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
-    made = {MODEL: vllm_on_cpu.model, THINKER: vllm_on_cpu.thinking_model}
+    made = {MODEL: vllm_on_cpu.model, REASONER: vllm_on_cpu.reasoning_model}
     models = [Bind(make(tmp_path_factory.mktemp("model")), place) for place, make in made.items()]
     for each in models:
         each.host.chmod(0o755)
@@ -89,7 +89,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         plugs = {role: wires.add(role, PORT_0[:1]) for role in ADDRESSES}
         nodes = [stack.enter_context(_node(wires, plugs[role], address, parts)) for role, address in ADDRESSES.items()]
         for node in nodes:
-            _equip(node)
+            _prepare(node)
         yield Pair(wires, plugs["worker"], *nodes)
 
 
@@ -99,7 +99,7 @@ def _node(wires: Cabling, plugs: Plugs, address: str, parts: Sequence[Bind]) -> 
     return FreshNode(netns=plugs.netns, bind=parts)
 
 
-def _equip(node: FreshNode) -> None:
+def _prepare(node: FreshNode) -> None:
     node.run("install", "-d", "-o", "spark", "-g", "spark", PREFIX)
     node.run("mkdir", "-p", f"{PREFIX}/env", user="spark")
     node.run("mkdir", f"/etc/systemd/system/{UNIT}.d")
@@ -112,31 +112,31 @@ def _write_env(node: FreshNode, role: str) -> None:
     node.write(f"{PREFIX}/env/{NAMES[role]}.env", text, user="spark")
 
 
-def _do(node: FreshNode, verb: str, role: str, *settings: str, key: str = "") -> Any:
+def _run_step(node: FreshNode, verb: str, role: str, *settings: str, key: str = "") -> Any:
     env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1", **({KEY: key} if key else {})}
     program = (f"{PREFIX}/venv/bin/python", "-m", "tests.support.ray_on_a_node", verb, role, *SETTINGS, *settings)
-    said = node.run(*program, user="spark", env=env, cwd=CHECKOUT, timeout=600)
-    return json.loads(said.stdout.splitlines()[-1])
+    output = node.run(*program, user="spark", env=env, cwd=CHECKOUT, timeout=600)
+    return json.loads(output.stdout.splitlines()[-1])
 
 
 def _set_up(node: FreshNode, role: str, *settings: str) -> None:
     _write_env(node, role)
-    told = _do(node, "converge", role, *settings)
-    assert told["outcome"] == "changed", told
+    report = _run_step(node, "converge", role, *settings)
+    assert report["outcome"] == "changed", report
 
 
-def _all_probed(node: FreshNode, role: str, *settings: str, key: str = "") -> Found:
-    return dict(_do(node, "probe", role, *settings, key=key))
+def _findings(node: FreshNode, role: str, *settings: str, key: str = "") -> Found:
+    return dict(_run_step(node, "probe", role, *settings, key=key))
 
 
-def _probed(node: FreshNode, role: str) -> dict[str, Any]:
-    return dict(_all_probed(node, role)["serving"])
+def _serving_finding(node: FreshNode, role: str) -> dict[str, Any]:
+    return dict(_findings(node, role)["serving"])
 
 
 def _until_it_serves(node: FreshNode, role: str, *settings: str, key: str = "") -> Found:
-    """Wait until the probe passes; while vLLM loads it may only warn of that, and the others do not try."""
-    deadline = time.monotonic() + LOADED
-    while (found := _all_probed(node, role, *settings, key=key))["serving"]["verdict"] != "pass":
+    """Wait until the probe passes; while vLLM loads it may only warn, and the others are skipped."""
+    deadline = time.monotonic() + LOAD_SECONDS
+    while (found := _findings(node, role, *settings, key=key))["serving"]["verdict"] != "pass":
         assert found["serving"]["verdict"] == "warn", (found, _journal(node))
         assert time.monotonic() < deadline, (found, _journal(node))
         _assert_others_skip(found)
@@ -167,15 +167,15 @@ def _main_pid(node: FreshNode) -> str:
     return node.run("systemctl", "show", "-P", "MainPID", UNIT).stdout.strip()
 
 
-def _continued(node: FreshNode) -> str:
-    """What the model makes of a few words; it never draws by lot."""
-    said = json.loads(_ask(node, "/v1/completions", prompt="One, two,", max_tokens=6, temperature=0))
-    assert said["usage"]["completion_tokens"] == 6
-    return str(said["choices"][0]["text"])
+def _completion(node: FreshNode) -> str:
+    """The model's completion of a few words, without sampling."""
+    output = json.loads(_ask(node, "/v1/completions", prompt="One, two,", max_tokens=6, temperature=0))
+    assert output["usage"]["completion_tokens"] == 6
+    return str(output["choices"][0]["text"])
 
 
-def test_where_nothing_listens_serving_fails_and_the_others_do_not_wait(pair: Pair) -> None:
-    found = _all_probed(pair.head, "single")
+def test_serving_without_a_server_fails_and_skips_the_others(pair: Pair) -> None:
+    found = _findings(pair.head, "single")
     assert found["serving"]["verdict"] == "fail"
     assert found["serving"]["found"] == f"nothing answers at 127.0.0.1:8000; {UNIT} is inactive"
     _assert_others_skip(found)
@@ -183,30 +183,30 @@ def test_where_nothing_listens_serving_fails_and_the_others_do_not_wait(pair: Pa
 
 @pytest.fixture(scope="module")
 def alone(pair: Pair) -> str:
-    """What one node by itself answers."""
+    """The completion of a single node."""
     _set_up(pair.head, "single")
     _until_it_serves(pair.head, "single")
-    return _continued(pair.head)
+    return _completion(pair.head)
 
 
-def test_one_node_alone_serves_and_streams(pair: Pair, alone: str) -> None:
+def test_single_node_serves_and_streams(pair: Pair, alone: str) -> None:
     assert alone
     asked: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "ignore_eos": True}
-    said = _ask(pair.head, "/v1/chat/completions", stream=True, **asked)
-    events = [line.removeprefix("data: ") for line in said.splitlines() if line]
+    output = _ask(pair.head, "/v1/chat/completions", stream=True, **asked)
+    events = [line.removeprefix("data: ") for line in output.splitlines() if line]
     assert events[-1] == "[DONE]"
     last = json.loads(events[-2])
     assert last["choices"][0]["finish_reason"] == "length", last
     assert len(events) > 5
 
 
-def _thinking(*arguments: str) -> tuple[str, str]:
-    """Settings: the model that thinks, and what its vLLM is given besides."""
-    return f"serving.model={THINKER}", f"serving.arguments={json.dumps(arguments)}"
+def _reasoning_settings(*arguments: str) -> tuple[str, str]:
+    """Settings for the reasoning model with these arguments of vLLM."""
+    return f"serving.model={REASONER}", f"serving.arguments={json.dumps(arguments)}"
 
 
-def test_with_the_parser_the_thinking_is_in_its_field_and_without_the_key_nobody_is_told(pair: Pair) -> None:
-    node, settings, drop_in = pair.head, _thinking("--reasoning-parser", "qwen3"), "key.conf"
+def test_serving_with_the_parser_has_the_reasoning_field_and_needs_the_key(pair: Pair) -> None:
+    node, settings, drop_in = pair.head, _reasoning_settings("--reasoning-parser", "qwen3"), "key.conf"
     node.write(f"/etc/systemd/system/{UNIT}.d/{drop_in}", f"[Service]\nEnvironment={KEY}=sesame\n")
     _set_up(node, "single", *settings)
     found = _until_it_serves(node, "single", *settings, key="sesame")
@@ -214,22 +214,22 @@ def test_with_the_parser_the_thinking_is_in_its_field_and_without_the_key_nobody
     says = "reasoning in delta.reasoning, the answer in delta.content; first token after "
     assert found["serving-stream"]["found"].startswith(says)
     assert "grew by 16 tokens, of which the probes made 16; 0% of the KV cache" in found["serving-metrics"]["found"]
-    locked = _all_probed(node, "single", *settings)
+    locked = _findings(node, "single", *settings)
     assert (locked["serving"]["verdict"], locked["serving"]["found"]) == ("fail", "it asks for a key (HTTP 401)")
     _assert_others_skip(locked)
-    wrong = _all_probed(node, "single", *settings, key="simsim")["serving"]
+    wrong = _findings(node, "single", *settings, key="simsim")["serving"]
     assert (wrong["verdict"], wrong["found"]) == ("fail", f"the API rejects the key in {KEY}")
     node.run("rm", f"/etc/systemd/system/{UNIT}.d/{drop_in}")
 
 
 @pytest.fixture(scope="module")
 def unparsed(pair: Pair) -> Found:
-    """What is found of the model that thinks where nobody asked for a parser."""
-    _set_up(pair.head, "single", *_thinking())
-    return _until_it_serves(pair.head, "single", *_thinking())
+    """The findings for the reasoning model without a parser."""
+    _set_up(pair.head, "single", *_reasoning_settings())
+    return _until_it_serves(pair.head, "single", *_reasoning_settings())
 
 
-def test_without_the_parser_the_thinking_stands_in_the_answer(unparsed: Found) -> None:
+def test_serving_stream_without_the_parser_warns_of_raw_reasoning(unparsed: Found) -> None:
     stream = unparsed["serving-stream"]
     assert stream["verdict"] == "warn"
     assert stream["found"].startswith("raw <think> in delta.content: clients show reasoning as the answer; ")
@@ -238,17 +238,17 @@ def test_without_the_parser_the_thinking_stands_in_the_answer(unparsed: Found) -
 
 def test_serving_of_another_model_fails(pair: Pair, unparsed: Found) -> None:
     del unparsed
-    found = _probed(pair.head, "single")
-    assert (found["verdict"], found["found"], found["expected"]) == ("fail", f"it serves {THINKER}", MODEL)
+    found = _serving_finding(pair.head, "single")
+    assert (found["verdict"], found["found"], found["expected"]) == ("fail", f"it serves {REASONER}", MODEL)
 
 
-def test_an_engine_that_stands_still_is_not_served_by_a_healthy_api(pair: Pair, unparsed: Found) -> None:
+def test_serving_with_a_stopped_engine_fails_despite_health(pair: Pair, unparsed: Found) -> None:
     del unparsed
     signal = ("pkill", "--full", "VLLM::EngineCore", "--signal")
     pair.head.run(*signal, "STOP")
     try:
         began = time.monotonic()
-        found = _all_probed(pair.head, "single", *_thinking())
+        found = _findings(pair.head, "single", *_reasoning_settings())
         took = time.monotonic() - began
     finally:
         pair.head.run(*signal, "CONT")
@@ -256,11 +256,11 @@ def test_an_engine_that_stands_still_is_not_served_by_a_healthy_api(pair: Pair, 
     assert found["serving"]["verdict"] == "fail"
     _assert_others_skip(found)
     assert took < PATIENCE + 45
-    assert _all_probed(pair.head, "single", *_thinking())["serving"]["verdict"] == "pass"
+    assert _findings(pair.head, "single", *_reasoning_settings())["serving"]["verdict"] == "pass"
 
 
-def test_thinking_that_a_chat_template_opens_is_found_though_nothing_marks_it(pair: Pair) -> None:
-    settings = _thinking("--chat-template", f"{THINKER}/opening.jinja")
+def test_serving_stream_with_reasoning_opened_by_the_chat_template_warns(pair: Pair) -> None:
+    settings = _reasoning_settings("--chat-template", f"{REASONER}/opening.jinja")
     _set_up(pair.head, "single", *settings)
     stream = _until_it_serves(pair.head, "single", *settings)["serving-stream"]
     assert stream["verdict"] == "warn"
@@ -268,21 +268,21 @@ def test_thinking_that_a_chat_template_opens_is_found_though_nothing_marks_it(pa
     assert stream["found"].startswith(says)
 
 
-def test_two_nodes_share_the_model_and_answer_as_one(pair: Pair, alone: str) -> None:
+def test_two_nodes_give_the_completion_of_one(pair: Pair, alone: str) -> None:
     for role, node in pair.nodes.items():
         _set_up(node, role)
     _until_it_serves(pair.head, "head")
     assert [_state(node) for node in pair.nodes.values()] == [["active", "enabled"]] * 2
-    assert _continued(pair.head) == alone
-    assert _all_probed(pair.worker, "worker") == {}, "a worker has no API"
+    assert _completion(pair.head) == alone
+    assert _findings(pair.worker, "worker") == {}, "a worker has no API"
     assert "TP rank 1" in _journal(pair.worker)
 
 
-def test_with_the_link_down_the_probe_says_so_though_health_is_well(pair: Pair) -> None:
+def test_serving_with_the_link_down_fails_despite_health(pair: Pair) -> None:
     pair.wires.pull(pair.plugs, PORT_0[:1])
     try:
         began = time.monotonic()
-        found = _probed(pair.head, "head")
+        found = _serving_finding(pair.head, "head")
         took = time.monotonic() - began
         _ask(pair.head, "/health", within=5)
     finally:
@@ -293,26 +293,26 @@ def test_with_the_link_down_the_probe_says_so_though_health_is_well(pair: Pair) 
     assert took < PATIENCE + 45
 
 
-def test_when_the_cable_is_back_it_serves_again_by_itself(pair: Pair) -> None:
+def test_serving_after_the_cable_is_inserted_passes_without_a_restart(pair: Pair) -> None:
     before = _main_pid(pair.head)
     until = time.monotonic() + 240
-    while (found := _probed(pair.head, "head"))["verdict"] != "pass":
+    while (found := _serving_finding(pair.head, "head"))["verdict"] != "pass":
         assert time.monotonic() < until, (found, _journal(pair.head))
     assert _main_pid(pair.head) == before
 
 
-def test_a_worker_is_started_again_with_its_head(pair: Pair) -> None:
+def test_vllm_of_the_worker_restarts_with_the_head(pair: Pair) -> None:
     before = _main_pid(pair.worker)
     pair.head.run("systemctl", "restart", UNIT, timeout=120)
     _until_it_serves(pair.head, "head")
     assert _main_pid(pair.worker) != before
     assert "sparkinstall: vLLM on the head 192.0.2.1 has ended" in _journal(pair.worker, 2000)
-    assert _do(pair.worker, "plan", "worker")["outcome"] == "unchanged"
+    assert _run_step(pair.worker, "plan", "worker")["outcome"] == "unchanged"
 
 
-def test_all_of_it_goes_again(pair: Pair) -> None:
+def test_uninstall_removes_vllm(pair: Pair) -> None:
     for role, node in pair.nodes.items():
-        outcomes = {each["outcome"] for each in _do(node, "uninstall", role)}
+        outcomes = {each["outcome"] for each in _run_step(node, "uninstall", role)}
         assert outcomes <= {"removed", "restored", "nothing"}, outcomes
         shown = node.run("systemctl", "show", "-P", "LoadState", "-P", "ActiveState", UNIT).stdout.split()
         assert shown[1] == "inactive"

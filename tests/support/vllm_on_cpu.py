@@ -98,9 +98,9 @@ _CHAT = (
 
 # A chat template that opens the reasoning itself, as Qwen3.5's does: with reasoning that never ends.
 _OPENING_CHAT = _CHAT.replace("assistant\n", "assistant\n<think>~")
-THINKING = ("<think>", "</think>")
+REASONING_TAGS = ("<think>", "</think>")
 # The output of the reasoning model; each character has only one successor.
-THOUGHT, ANSWER, ENDLESS = "hm, six", "42", "~abc~"
+REASONING, ANSWER, ENDLESS = "hm, six", "42", "~abc~"
 Weights = Iterable[tuple[str, tuple[int, ...], Sequence[float]]]
 
 
@@ -109,16 +109,16 @@ def model(folder: Path) -> Path:
     return _write(folder, SPECIAL, tied=True, weights=_random())
 
 
-def thinking_model(folder: Path) -> Path:
+def reasoning_model(folder: Path) -> Path:
     """A model whose next token depends only on the last: it answers `<think>hm, six</think>42` to any prompt.
 
     With the chat template `opening.jinja` it never reaches an answer.
     """
-    names = {name: 256 + place for place, name in enumerate((*SPECIAL, *THINKING))}
-    answer = ("\n", "<think>", *THOUGHT, "</think>", *ANSWER, "<|im_end|>")
+    names = {name: 256 + place for place, name in enumerate((*SPECIAL, *REASONING_TAGS))}
+    answer = ("\n", "<think>", *REASONING, "</think>", *ANSWER, "<|im_end|>")
     chains = [[names.get(each) or ord(each) for each in text] for text in (answer, ENDLESS)]
     follows = {one: following for chain in chains for one, following in pairwise(chain)}
-    _write(folder, (*SPECIAL, *THINKING), tied=False, weights=_chained(follows))
+    _write(folder, (*SPECIAL, *REASONING_TAGS), tied=False, weights=_chained(follows))
     (folder / "opening.jinja").write_text(_OPENING_CHAT)
     return folder
 
