@@ -247,7 +247,7 @@ def _outcomes(old: str) -> str:
 def _states(old: str) -> str:
     columns = ["`state`", "fields beside `key` and `changed`", "what"]
     rows = (
-        [code(each.__struct_config__.tag), ", ".join(map(code, each.__struct_fields__)), Words(_first_line(each))]
+        [code(each.__struct_config__.tag), ", ".join(map(code, each.__match_args__)), Words(_first_line(each))]
         for each in get_args(State)
     )
     return table(old, columns, rows)

@@ -17,13 +17,14 @@ from sparkinstall.cli.cluster_text import show_nodes, show_plan
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console
 from sparkinstall.cluster import ssh
-from sparkinstall.cluster.orchestrate import Barrier, Cluster, ClusterOptions, is_due, members
-from sparkinstall.cluster.protocol import Status, Uninstalled
+from sparkinstall.cluster.orchestrate import Barrier, Cluster, ClusterOptions, members
+from sparkinstall.cluster.protocol import Uninstalled
 from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.cluster.uploads import uploads
 from sparkinstall.config import Config
 from sparkinstall.core import catalogue
 from sparkinstall.core.session import Target, config_files
+from sparkinstall.core.status import NodeStatus
 from sparkinstall.errors import BadUsage
 from sparkinstall.system import Undone
 
@@ -141,7 +142,7 @@ def _tell_plan(cluster: Cluster) -> None:
 
 
 def _drifts(cluster: Cluster) -> bool:
-    return any(is_due(report) for node in cluster.nodes for report in node.look.reports)
+    return any(report.is_due for node in cluster.nodes for report in node.look.steps)
 
 
 def _show_up(cluster: Cluster) -> None:
@@ -161,7 +162,7 @@ def _plan(cluster: Cluster) -> CommandResult:
 
 def _status(cluster: Cluster) -> CommandResult:
     cluster.status()
-    lines = {done.host: _standing(status) for done, status in cluster.replies("status", Status)}
+    lines = {done.host: _standing(status) for done, status in cluster.replies("status", NodeStatus)}
     return end(cluster, lambda: show_nodes(cluster, lines))
 
 
@@ -177,7 +178,7 @@ def _uninstall(cluster: Cluster) -> CommandResult:
     return end(cluster, lambda: show_nodes(cluster, lines))
 
 
-def _standing(status: Status) -> str:
+def _standing(status: NodeStatus) -> str:
     if not status.installed:
         return "sparkinstall has set nothing up here"
     done = sum(each.standing in ("proven", "done") for each in status.fixes)

@@ -12,7 +12,7 @@ from sparkinstall.cli.run_command import CommandResult
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.drift import Comparison
 from sparkinstall.cluster.orchestrate import Cluster
-from sparkinstall.cluster.protocol import ProbeMessage, Verified
+from sparkinstall.cluster.protocol import Verified
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Problem
 from sparkinstall.probes import bandwidth, failed, passed, warned
@@ -43,28 +43,28 @@ def verify(nodes: Cluster) -> CommandResult:
 
 def _probes(verified: Verified, measured: bool) -> list[ProbeResult]:
     """Return a node's probes without those that a measurement between nodes replaces."""
-    return [each for each in verified.results if not (measured and each.probe.name in _MEASURED)]
+    return [each for each in verified.probes if not (measured and each.name in _MEASURED)]
 
 
 def _proven(verified: Verified, measured: bool) -> str:
-    verdicts = [each.finding.verdict for each in _probes(verified, measured)]
+    verdicts = [each.verdict for each in _probes(verified, measured)]
     return f"{verdicts.count('pass')} of {len(verdicts)} probes passed" if verdicts else ""
 
 
 def _count_skipped(nodes: Cluster, measured: Sequence[Between]) -> None:
     """With --strict, count a skipped check or probe as a failure of its node."""
     for done, verified in nodes.replies("verify", Verified):
-        left = [each.name for each in verified.reports if each.outcome == "node_only"]
-        left += [each.probe.name for each in _probes(verified, bool(measured)) if each.finding.verdict == "skip"]
+        left = [each.name for each in verified.checks if each.outcome == "node_only"]
+        left += [each.name for each in _probes(verified, bool(measured)) if each.verdict == "skip"]
         between = [each for each in measured if each.hosts[0] == done.host and each.finding.verdict == "skip"]
-        left += [f"{each.probe.name} to {each.hosts[1]}" for each in between]
+        left += [f"{each.result.name} to {each.hosts[1]}" for each in between]
         if left:
             nodes.fail(done.host, "strict", Problem(f"skipped, which --strict counts as failed: {', '.join(left)}"))
 
 
 def _as_data(between: Between) -> dict[str, Any]:
     asking, responding = between.hosts
-    said = asdict(ProbeMessage.of(ProbeResult(between.probe, between.finding, between.seconds)))
+    said = asdict(between.result)
     figures = asdict(between.measured) if between.measured else {}
     return {**said, "from": asking, "to": responding, "measured": figures}
 
@@ -84,10 +84,10 @@ def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None
         for problem in done.problems if not done.data else ():
             why = f"{problem.message}\n{problem.hint}".strip()
             yield junit.Case("checks", f"{done.host}: asked", done.seconds, why)
-        yield from junit.of_checks(verified.reports, done.host)
+        yield from junit.of_checks(verified.checks, done.host)
         yield from junit.of_probes(_probes(verified, bool(measured)), done.host)
     for each in measured:
-        yield junit.of_finding("link", " ".join((each.probe.name, *each.hosts)), each.finding, each.seconds)
+        yield junit.of_finding("link", " ".join((each.result.name, *each.hosts)), each.finding, each.seconds)
     if found:
         yield from _drift_cases(found)
 

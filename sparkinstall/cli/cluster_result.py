@@ -4,12 +4,11 @@ from collections.abc import Callable
 from copy import copy
 from typing import Any
 
-from msgspec import to_builtins
+from msgspec.structs import asdict
 
 from sparkinstall.cli.cluster_text import show_problems
 from sparkinstall.cli.run_command import CommandResult
 from sparkinstall.cluster.orchestrate import Cluster
-from sparkinstall.cluster.protocol import Error
 from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.errors import Exit, Problem
 
@@ -44,21 +43,17 @@ def node_data(cluster: Cluster, node: RemoteNode) -> dict[str, Any]:
             "phase": done.phase,
             "outcome": done.outcome,
             "seconds": round(done.seconds, 3),
-            "errors": [*map(Error.of, done.problems)],
-            "data": to_builtins(done.data) if done.data and done.phase != "look" else {},
+            "errors": done.problems,
+            "data": done.data if done.data and done.phase != "look" else {},
         }
         for done in cluster.of(node)
     ]
-    member = node.member
     return {
-        "host": node.host,
-        "role": member.role,
-        "rank": member.rank,
-        "address": member.address,
+        **asdict(node.member),
         "ssh_trips": node.ssh.trips,
         "tool_brought": node.brought,
-        "preflight": to_builtins(node.look.preflight),
-        "steps": to_builtins(node.look.steps),
-        "versions": dict(node.look.versions),
+        "preflight": node.look.preflight,
+        "steps": node.look.steps,
+        "versions": node.look.versions,
         "phases": phases,
     }

@@ -35,7 +35,7 @@ def show_plan(cluster: Cluster) -> None:
         return
     out.print("[bold]Plan[/]")
     table = columns(1, 12, None, None)
-    for name in dict.fromkeys(step.step for node in cluster.nodes for step in node.look.steps):
+    for name in dict.fromkeys(step.name for node in cluster.nodes for step in node.look.steps):
         for at, (mark, whose, line) in enumerate(_merged(cluster.nodes, name)):
             table.add_row(sign(mark), name if at == 0 else "", whose, Text(redact(line)))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
@@ -43,13 +43,13 @@ def show_plan(cluster: Cluster) -> None:
 
 def _show_checks(cluster: Cluster, out: Console) -> None:
     nodes, ignored = cluster.nodes, cluster.options.ignore
-    checks = [(node.host, each) for node in nodes for each in node.look.results]
-    passed, asked = sum(each.finding.verdict == "pass" for _, each in checks), len({host for host, _ in checks})
+    checks = [(node.host, each) for node in nodes for each in node.look.preflight]
+    passed, asked = sum(each.verdict == "pass" for _, each in checks), len({host for host, _ in checks})
     count = f"{asked} nodes" if asked == len(nodes) else f"{asked} of {len(nodes)} nodes; the others gave no reply"
     out.print(f"[bold]Preflight[/]  {passed} of {len(checks)} checks passed on {count}" if checks else _NOBODY)
     told: dict[tuple[str, str, str, str], list[str]] = {}
     for host, each in checks:
-        if each.finding.verdict in ("warn", "fail"):
+        if each.verdict in ("warn", "fail"):
             told.setdefault(_judged(each, ignored), []).append(host)
     table = columns(1, 12, None, None)
     for (verdict, name, found, hint), hosts in told.items():
@@ -63,17 +63,16 @@ _NOBODY = "[bold]Preflight[/]  no node gave a reply"
 
 def _judged(check: ProbeResult, ignored: Sequence[str]) -> tuple[str, str, str, str]:
     """Return verdict, name, finding and hint; an ignored failure is shown as a warning."""
-    name, finding = check.probe.name, check.finding
-    if finding.verdict == "fail" and name in ignored:
-        return "warn", name, finding.found, f"ignored: --ignore {name}"
-    return finding.verdict, name, finding.found, finding.hint
+    if check.verdict == "fail" and check.name in ignored:
+        return "warn", check.name, check.found, f"ignored: --ignore {check.name}"
+    return check.verdict, check.name, check.found, check.hint
 
 
 def _merged(nodes: Sequence[RemoteNode], step: str) -> list[tuple[str, str, str]]:
     """Return sign, nodes and sentence of each line of a step's plan."""
     told: dict[tuple[str, str], list[str]] = {}
     for node in nodes:
-        for report in (each for each in node.look.reports if each.name == step):
+        for report in (each for each in node.look.steps if each.name == step):
             for line in plan_lines(report):
                 told.setdefault(line, []).append(node.host)
     return [(mark, _whose(hosts, nodes), line) for (mark, line), hosts in told.items()]
@@ -119,7 +118,7 @@ def show_bandwidth(measured: Sequence[Between]) -> None:
         asking, responding = each.hosts
         both = each.kind == "nccl" or each.measured is None
         way = f"{asking} {'and' if both else 'to'} {responding}"
-        table.add_row(sign(each.finding.verdict), each.probe.name, way, Text(redact(each.finding.found)))
+        table.add_row(sign(each.finding.verdict), each.result.name, way, Text(redact(each.finding.found)))
         if each.finding.hint:
             table.add_row("", "", "", f"[dim]→[/] {escape(each.finding.hint)}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))

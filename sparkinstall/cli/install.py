@@ -13,7 +13,7 @@ from sparkinstall.cli.run_command import CommandResult, Output, confirm
 from sparkinstall.cluster.protocol import Applied
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.converge import Dialog, Installation, InstallOptions, converge, drifted
-from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.core.engine import StepReport
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.errors import Exit, PreflightFailed
 from sparkinstall.events import Emit
@@ -66,8 +66,8 @@ def _show_beginning(session: Session, reports: Sequence[StepReport], verbose: bo
 
 
 def _without_diffs(report: StepReport) -> StepReport:
-    brief = [Checked(c.key, Drift(c.state.summary)) if isinstance(c.state, Drift) else c for c in report.checked]
-    return replace(report, checked=brief)
+    brief = (replace(each, before="", after="") if isinstance(each, Drift) else each for each in report.checked)
+    return replace(report, checked=tuple(brief))
 
 
 def _show(session: Session, done: Installation, options: InstallOptions) -> None:

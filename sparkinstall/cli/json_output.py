@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import Struct, to_builtins
 
-from sparkinstall.cluster.protocol import VERSION, Error
+from sparkinstall.cluster.protocol import VERSION, plain
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.redaction import redact
 
@@ -30,9 +30,9 @@ def envelope(command: str, code: Exit, data: Struct | Mapping[str, Any], problem
         "status": STATUS[code],
         "exit_code": int(code),
         "data": data,
-        "errors": [*map(Error.of, problems)],
+        "errors": problems,
     }
-    return json.dumps(_redacted(to_builtins(whole, enc_hook=str)))
+    return json.dumps(_redacted(to_builtins(whole, enc_hook=plain)))
 
 
 def _redacted(value: Any) -> Any:

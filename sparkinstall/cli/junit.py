@@ -48,20 +48,20 @@ def _named(host: str, name: str) -> str:
 def _bad(report: StepReport) -> str:
     if report.problem:
         return f"{report.problem.message}\n{report.problem.hint}".strip()
-    states = [(checked.key, checked.state) for checked in report.checked]
-    said = [f"{key}: {state.summary}" for key, state in states if isinstance(state, Drift)]
-    said += [f"{key}: {state.message}" for key, state in states if isinstance(state, Conflict)]
-    said += [f"{key}: known after {state.waits_for}" for key, state in states if isinstance(state, Unknown)]
+    states = report.checked
+    said = [f"{state.key}: {state.summary}" for state in states if isinstance(state, Drift)]
+    said += [f"{state.key}: {state.message}" for state in states if isinstance(state, Conflict)]
+    said += [f"{state.key}: known after {state.waits_for}" for state in states if isinstance(state, Unknown)]
     return "\n".join(said)
 
 
 def _left(report: StepReport) -> str:
-    return "; ".join(describe(c.state)[1] for c in report.checked if isinstance(c.state, NodeOnly))
+    return "; ".join(describe(state)[1] for state in report.checked if isinstance(state, NodeOnly))
 
 
 def of_probes(results: Iterable[ProbeResult], host: str = "") -> list[Case]:
     """Return a case per probe, in the suite of its level; `host` is a prefix of the name."""
-    return [of_finding(r.probe.level, _named(host, r.probe.name), r.finding, r.seconds) for r in results]
+    return [of_finding(r.level, _named(host, r.name), r, r.seconds) for r in results]
 
 
 def of_finding(suite: str, name: str, finding: Finding, seconds: float = 0.0) -> Case:

@@ -7,7 +7,6 @@ import typer
 from sparkinstall.cli import options
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, show_plan, show_preflight
-from sparkinstall.cluster.protocol import ProbeMessage, StepMessage
 from sparkinstall.core.plan import Plan
 from sparkinstall.core.plan import plan as plan_node
 from sparkinstall.core.session import Session, Target, open_session, pointed
@@ -27,11 +26,7 @@ def plan(
     planned = plan_node(session, only or (), skip or ())
     chosen = [*(f"--only {name}" for name in only or ()), *(f"--skip {name}" for name in skip or ())]
     command = " ".join(("sparkinstall all", *chosen))
-    data = {
-        "drift": planned.drift,
-        "preflight": [*map(ProbeMessage.of, planned.preflight)],
-        "steps": [*map(StepMessage.of, planned.reports)],
-    }
+    data = {"drift": planned.drift, "preflight": planned.preflight, "steps": planned.reports}
     code = Exit.FAILED if planned.problems else Exit.DRIFT if planned.drift and detailed else Exit.GOOD
     return CommandResult(code, data, lambda: _show(session, planned, command, output.verbose), planned.problems)
 
@@ -55,7 +50,7 @@ def _conclusion(planned: Plan, command: str) -> str:
     if not open_:
         return "Nothing would be changed."
     steps = "1 step" if open_ == 1 else f"{open_} steps"
-    unready = [each.probe.name for each in planned.preflight if each.finding.verdict == "fail"]
+    unready = [each.name for each in planned.preflight if each.verdict == "fail"]
     if unready:
         return f"{steps} would be changed, but `{command}` would stop before the first: {', '.join(unready)}"
     return f"{steps} would be changed: `{command}`"

@@ -2,7 +2,6 @@
 
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, show_fixes
-from sparkinstall.cluster.protocol import Status
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.core.status import NodeStatus
 from sparkinstall.core.status import status as status_of
@@ -16,7 +15,7 @@ def status(target: Target, output: Output) -> CommandResult:
     del output
     session = open_session(target)
     found = status_of(session)
-    return CommandResult(data=Status.of(found), show=lambda: _show(session, found))
+    return CommandResult(data=found, show=lambda: _show(session, found))
 
 
 def _show(session: Session, found: NodeStatus) -> None:
@@ -30,4 +29,4 @@ def _show(session: Session, found: NodeStatus) -> None:
     for name in _SHOWN:
         out.print(f"  [dim]{name.replace('_', ' '):12}[/] {getattr(found, name)}")
     out.print("\n[bold]The fixes[/]  [dim]by files; `sparkinstall verify` checks running processes[/]")
-    show_fixes(found.standing, out, session.root_option)
+    show_fixes(found.fixes, out, session.root_option)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkinstall.core.checks import ProbeResult
-from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.core.engine import StepReport
 from sparkinstall.core.fixes import FixState
 from sparkinstall.core.session import pointed
 from sparkinstall.errors import Problem
@@ -78,16 +78,16 @@ def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False
             table.add_row(sign(mark), report.name if at == 0 else "", Text(redact(pointed(line, root))))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
     for report in reports:
-        for checked in report.checked:
-            if isinstance(checked.state, Drift) and checked.state.after:
-                show_diff(checked, checked.state, out, verbose)
+        for state in report.checked:
+            if isinstance(state, Drift) and state.after:
+                show_diff(state, out, verbose)
 
 
 def plan_lines(report: StepReport) -> list[tuple[str, str]]:
     """Return sign and sentence of each line of a step's plan."""
     if report.problem:
         return [("failed", report.problem.message)]
-    lines = [describe(checked.state) for checked in report.checked]
+    lines = [describe(state) for state in report.checked]
     good = [line for mark, line in lines if mark == "unchanged"]
     rest = [each for each in lines if each[0] != "unchanged"]
     notes = "; ".join(note for note in good if note)
@@ -96,14 +96,14 @@ def plan_lines(report: StepReport) -> list[tuple[str, str]]:
     return list(dict.fromkeys(rest))
 
 
-def show_diff(checked: Checked, drift: Drift, out: Console, verbose: bool) -> None:
+def show_diff(drift: Drift, out: Console, verbose: bool) -> None:
     """Print a unified diff; a long one is shortened unless `verbose`."""
     before, after = drift.before.splitlines(), drift.after.splitlines()
     lines = list(difflib.unified_diff(before, after, "now", "then", lineterm="", n=2))[2:]
     if not lines:
         return
     out.print()
-    out.print(f"  [bold]{escape(checked.key)}[/]")
+    out.print(f"  [bold]{escape(drift.key)}[/]")
     shown = lines if verbose else lines[:_MANY_LINES]
     for line in shown:
         style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "dim")
@@ -116,15 +116,12 @@ def show_findings(results: Sequence[ProbeResult], out: Console, only_bad: bool =
     """Print one line per probe, followed by its hint, if any."""
     table = columns(1, 16, None)
     for each in results:
-        finding = each.finding
-        if only_bad and finding.verdict in ("pass", "skip"):
+        if only_bad and each.verdict in ("pass", "skip"):
             continue
-        expected = (
-            f" [dim](expected: {escape(finding.expected)})[/]" if finding.expected and finding.verdict != "pass" else ""
-        )
-        table.add_row(sign(finding.verdict), each.probe.name, escape(redact(finding.found)) + expected)
-        if finding.hint and finding.verdict in ("fail", "warn"):
-            table.add_row("", "", f"[dim]→[/] {escape(pointed(finding.hint, root))}")
+        expected = f" [dim](expected: {escape(each.expected)})[/]" if each.expected and each.verdict != "pass" else ""
+        table.add_row(sign(each.verdict), each.name, escape(redact(each.found)) + expected)
+        if each.hint and each.verdict in ("fail", "warn"):
+            table.add_row("", "", f"[dim]→[/] {escape(pointed(each.hint, root))}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
@@ -133,14 +130,13 @@ def show_proof(results: Sequence[ProbeResult], out: Console, root: str = "", ver
     table = columns(7, 1, 16, None)
     level = ""
     for each in results:
-        finding, probe = each.finding, each.probe
-        name = Text("" if probe.level == level else probe.level, style="dim")
-        level = probe.level
-        table.add_row(name, sign(finding.verdict), probe.name, escape(redact(finding.found)) + _took(each.seconds))
-        bad = finding.verdict in ("fail", "warn")
-        if finding.expected and (bad or verbose) and finding.expected != finding.found:
-            table.add_row("", "", "", Text(f"expected: {redact(finding.expected)}", style="dim"))
-        if finding.hint and bad:
+        name = Text("" if each.level == level else each.level, style="dim")
+        level = each.level
+        table.add_row(name, sign(each.verdict), each.name, escape(redact(each.found)) + _took(each.seconds))
+        bad = each.verdict in ("fail", "warn")
+        if each.expected and (bad or verbose) and each.expected != each.found:
+            table.add_row("", "", "", Text(f"expected: {redact(each.expected)}", style="dim"))
+        if each.hint and bad:
             table.add_row("", "", "", _hint(each, root))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
@@ -149,15 +145,14 @@ def _took(seconds: float) -> str:
     return f"  ({seconds:.1f} s)" if seconds >= 1 else ""
 
 
-def _hint(results: ProbeResult, root: str) -> str:
-    fix = results.probe.fix
-    of_fix = f"  [dim](fix {fix.number})[/]" if fix else ""
-    return f"[dim]→[/] {escape(pointed(results.finding.hint, root))}{of_fix}"
+def _hint(result: ProbeResult, root: str) -> str:
+    of_fix = f"  [dim](fix {result.fix})[/]" if result.fix else ""
+    return f"[dim]→[/] {escape(pointed(result.hint, root))}{of_fix}"
 
 
 def show_preflight(results: Sequence[ProbeResult], out: Console) -> None:
     """Print how many checks passed, and those that did not."""
-    counts = [each.finding.verdict for each in results]
+    counts = [each.verdict for each in results]
     words = [f"{counts.count('pass')} checks passed"]
     verdicts: tuple[tuple[Verdict, str], ...] = (
         ("fail", "failed"), ("warn", "with a warning"), ("skip", "on the node only"),
@@ -174,7 +169,7 @@ def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None
     for state in states:
         mark = sign(state.standing)
         note = Text(redact(pointed(state.note, root)), style="dim")
-        row = (mark, str(state.fix.number), state.fix.title, Text(state.standing, style=mark.style))
+        row = (mark, str(state.number), state.title, Text(state.standing, style=mark.style))
         table.add_row(*row, *(() if narrow else (note,)))
         if narrow and note.plain not in ("", said):
             _show_table(table, out)

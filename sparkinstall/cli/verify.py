@@ -79,7 +79,7 @@ def _conclusion(found: Verification, root: str, verbose: bool) -> str:
         return f"[red bold]✗[/] {'drift' if found.drifted else 'failure'} found; {_way_out(found, root)}"
     if found.wrong:
         return f"[red bold]✗[/] skipped, and --strict was given: {', '.join(found.skipped)}"
-    warned = sum(each.finding.verdict == "warn" for each in found.results)
+    warned = sum(each.verdict == "warn" for each in found.results)
     notes = [f"{warned} warning{'s' if warned > 1 else ''}"] if warned else []
     notes += [_unseen(found.skipped, verbose)] if found.skipped else []
     well = "everything that was checked is ok" if found.skipped else "everything is ok"
@@ -95,5 +95,5 @@ def _way_out(found: Verification, root: str) -> str:
     """Return what to do: run the steps, or follow the hints of the probes."""
     if found.drifted:
         return f"`sparkinstall all{root}` fixes it or explains why it cannot"
-    what = ", ".join(each.probe.name for each in found.failed)
+    what = ", ".join(each.name for each in found.failed)
     return f"see the → hints above for {what}"

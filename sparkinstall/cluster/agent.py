@@ -21,12 +21,10 @@ from sparkinstall.cluster.protocol import (
     Measurable,
     Offered,
     OfferOpen,
-    ProbeMessage,
     Reached,
     Reply,
     Request,
     Responded,
-    StepMessage,
     Token,
 )
 from sparkinstall.core import catalogue, checks, engine
@@ -95,8 +93,8 @@ def look(session: Session, only: Sequence[str], skip: Sequence[str]) -> Look:
     """
     node, on = session.node, session.system
     return Look(
-        steps=tuple(map(StepMessage.of, engine.plan(catalogue.chosen(node, only, skip), node, on))),
-        preflight=tuple(map(ProbeMessage.of, checks.look(preflight(node), on, silent))),
+        steps=engine.plan(catalogue.chosen(node, only, skip), node, on),
+        preflight=checks.look(preflight(node), on, silent),
         unproven=tuple(session.state.unproven()),
         versions=drift.versions(node, on),
         token=drift.token_digest(node, on),

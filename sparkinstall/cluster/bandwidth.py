@@ -15,10 +15,11 @@ from msgspec.structs import replace
 from sparkinstall import ray_ports
 from sparkinstall.cluster.protocol import Asked, Listening, Reply, Responded
 from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode
+from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Interrupted, Problem
 from sparkinstall.facts import card, qsfp
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, bandwidth, skipped
+from sparkinstall.probes import Finding, bandwidth, skipped
 from sparkinstall.probes.bandwidth import KINDS, Kind, Measured, Program
 from sparkinstall.system import Reader, Result, processes
 
@@ -135,9 +136,9 @@ class Between(Struct, frozen=True):
     measured: Measured | None = None
 
     @property
-    def probe(self) -> Probe:
-        """The probe that this measurement replaces."""
-        return bandwidth.declared(self.kind, lambda _: self.finding)
+    def result(self) -> ProbeResult:
+        """The result of the probe that this measurement replaces."""
+        return ProbeResult.of(bandwidth.declared(self.kind, lambda _: self.finding), self.finding, self.seconds)
 
 
 class Measurement(Struct):

@@ -23,7 +23,6 @@ from sparkinstall.cluster.protocol import (
     Measurable,
     Reached,
     Reply,
-    Status,
     Token,
     Uninstalled,
     Verified,
@@ -32,7 +31,7 @@ from sparkinstall.cluster.remote import Member, NoTool, OnLine, RemoteNode, assi
 from sparkinstall.config import Config
 from sparkinstall.config.cluster import require_sound
 from sparkinstall.core import catalogue
-from sparkinstall.core.engine import StepReport
+from sparkinstall.core.status import NodeStatus
 from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
 from sparkinstall.probes import LEVELS, Level
 from sparkinstall.probes import bandwidth as bandwidth_probes
@@ -242,7 +241,7 @@ class Cluster(Struct):
         return reply
 
     def _require_known_checks(self) -> None:
-        known = [each.probe.name for node in self.nodes for each in node.look.results]
+        known = [each.name for node in self.nodes for each in node.look.preflight]
         if known:
             catalogue.require_known(self.options.ignore, known, "check")
 
@@ -281,7 +280,7 @@ class Cluster(Struct):
 
     def _steps(self, node: RemoteNode, phase: Phase) -> list[str]:
         """The chosen steps of the phase that this node has."""
-        there = {each.step for each in node.look.steps}
+        there = {each.name for each in node.look.steps}
         return [step for step in phase.steps if step in there]
 
     def _is_due(self, node: RemoteNode, phase: Phase) -> bool:
@@ -315,7 +314,7 @@ class Cluster(Struct):
             self._at_once("copy", [head, *workers], Handover(head, workers, steps, self.words).work)
 
     def _drifted(self, node: RemoteNode) -> list[str]:
-        return [each.name for each in node.look.reports if is_due(each)]
+        return [each.name for each in node.look.steps if each.is_due]
 
     def _confirm(self, due: Sequence[RemoteNode]) -> None:
         """Keep the new network only after each node was reached over a new connection and over the link."""
@@ -420,7 +419,7 @@ class Cluster(Struct):
 
     def status(self) -> None:
         """Ask every node what is installed."""
-        self._at_once("status", self.nodes, lambda node, on_line: _as_it_is(node, on_line, Status, "status"))
+        self._at_once("status", self.nodes, lambda node, on_line: _as_it_is(node, on_line, NodeStatus, "status"))
 
     def uninstall(self) -> None:
         """Uninstall everything, the workers first: they depend on the head.
@@ -495,20 +494,12 @@ def _judged(node: RemoteNode, phase: str, work: Work, on_line: OnLine, started: 
     return Done(node.host, phase, "changed" if changed else "unchanged", seconds, reply.data)
 
 
-def is_due(report: StepReport) -> bool:
-    """Whether the step has anything to apply on its node."""
-    return report.outcome not in ("unchanged", "node_only")
-
-
 def _unready(node: RemoteNode, ignored: Sequence[str]) -> list[Problem]:
     """The failed checks of a node; none counts where nothing is to be applied."""
-    if not any(map(is_due, node.look.reports)):
+    if not any(report.is_due for report in node.look.steps):
         return []
-    bad = [c for c in node.look.results if c.finding.verdict == "fail" and c.probe.name not in ignored]
-    return [
-        PreflightFailed(f"not ready: {c.probe.name}: {c.finding.found}", hint=_hint(node, c.probe.name, c.finding.hint))
-        for c in bad
-    ]
+    bad = [check for check in node.look.preflight if check.verdict == "fail" and check.name not in ignored]
+    return [PreflightFailed(f"not ready: {c.name}: {c.found}", hint=_hint(node, c.name, c.hint)) for c in bad]
 
 
 def _hint(node: RemoteNode, check: str, hint: str) -> str:
@@ -529,24 +520,24 @@ def _conflicts(node: RemoteNode) -> list[Problem]:
     """
     early = {step for phase in PHASES if not phase.services for step in phase.steps}
     problems = []
-    for report in node.look.reports:
+    for report in node.look.steps:
         if report.name not in early:
             continue
         # A missing password for sudo is reported by its own check.
         if report.problem and report.problem.code != "sudo":
             problems.append(report.problem)
-        states = (each.state for each in report.checked)
-        problems += [Problem(f"{report.name}: {s.message}", hint=s.hint) for s in states if isinstance(s, Conflict)]
+        conflicts = (each for each in report.checked if isinstance(each, Conflict))
+        problems += [Problem(f"{report.name}: {each.message}", hint=each.hint) for each in conflicts]
     return problems
 
 
 def _not_proven(verified: Verified) -> Problem:
-    steps = [report.name for report in verified.reports if is_due(report)]
-    probes = [each for each in verified.results if each.finding.verdict == "fail"]
-    parts = [*steps, *(each.probe.name for each in probes)]
+    steps = [report.name for report in verified.checks if report.is_due]
+    probes = [each for each in verified.probes if each.verdict == "fail"]
+    parts = [*steps, *(each.name for each in probes)]
     return Problem(
         f"drift: {', '.join(parts) or 'verify failed'}",
-        cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in probes),
-        hint="; ".join(dict.fromkeys(each.finding.hint for each in probes if each.finding.hint))
+        cause="; ".join(f"{each.name}: {each.found}" for each in probes),
+        hint="; ".join(dict.fromkeys(each.hint for each in probes if each.hint))
         or "`sparkinstall plan` on that node shows more",
     )

@@ -6,26 +6,20 @@ Unknown fields are ignored, so that a newer node may send more; another `version
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
-from msgspec import UNSET, Struct, UnsetType, field, to_builtins
-from msgspec.structs import asdict
+from msgspec import UNSET, Struct, UnsetType, field
 
 from sparkinstall.cluster import drift
-from sparkinstall.core import fixes
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.converge import Installation
-from sparkinstall.core.engine import Checked, Outcome, StepReport
-from sparkinstall.core.fixes import FixState, Standing
+from sparkinstall.core.engine import StepReport
+from sparkinstall.core.fixes import FixState
 from sparkinstall.core.session import Session
-from sparkinstall.core.status import NodeStatus
 from sparkinstall.core.verify import Verification
 from sparkinstall.errors import Problem
-from sparkinstall.probes import Finding, Level, Probe, Verdict
 from sparkinstall.probes.bandwidth import Measured
-from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Unknown
 from sparkinstall.system import Undone
 
 VERSION = 1
@@ -41,10 +35,10 @@ class Request(Struct, frozen=True):
     stdin: str = ""
 
 
-# --- the parts of a message
+# --- problems
 
 
-class Error(Struct, frozen=True):
+class _Error(Struct, frozen=True):
     """A problem as JSON."""
 
     code: str
@@ -54,131 +48,35 @@ class Error(Struct, frozen=True):
     log: str = ""
     output: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, problem: Problem) -> "Error":
-        return cls(problem.code, problem.message, problem.cause, problem.hint, problem.log, tuple(problem.output))
 
-    def problem(self, host: str = "") -> Problem:
-        """The problem it was; with a `host`, the log is named as a file of that host."""
-        log = f"{host}:{self.log}" if host and self.log else self.log
-        found = Problem(self.message, cause=self.cause, hint=self.hint, log=log, output=self.output)
-        found.code = self.code
-        return found
+def plain(value: Any) -> Any:
+    """What msgspec cannot encode by itself: a problem as an object, anything else as text."""
+    if not isinstance(value, Problem):
+        return str(value)
+    return _Error(value.code, value.message, value.cause, value.hint, value.log, value.output)
 
 
-# A resource is one flat object: its key, whether this run changed it, and the fields of its state.
+def as_problem(kind: type, data: Any) -> Problem:
+    """Decode a problem, the only type in a message that msgspec does not know."""
+    assert kind is Problem, kind
+    error = msgspec.convert(data, _Error)
+    problem = Problem(error.message, cause=error.cause, hint=error.hint, log=error.log, output=error.output)
+    problem.code = error.code
+    return problem
 
 
-class OkResource(Ok, frozen=True, kw_only=True):
-    key: str
-    changed: bool = False
+# --- what each verb replies; `status` replies a `NodeStatus`
 
 
-class DriftResource(Drift, frozen=True, kw_only=True):
-    key: str
-    changed: bool = False
-
-
-class UnknownResource(Unknown, frozen=True, kw_only=True):
-    key: str
-    changed: bool = False
-
-
-class NodeOnlyResource(NodeOnly, frozen=True, kw_only=True):
-    key: str
-    changed: bool = False
-
-
-class ConflictResource(Conflict, frozen=True, kw_only=True):
-    key: str
-    changed: bool = False
-
-
-ResourceMessage = OkResource | DriftResource | UnknownResource | NodeOnlyResource | ConflictResource
-
-
-class StepMessage(Struct, frozen=True):
-    """A step as a visit found it."""
-
-    step: str
-    outcome: Outcome = "unchanged"
-    resources: tuple[ResourceMessage, ...] = ()
-    error: Error | None = None
-    blocked_by: str | None = None
-    seconds: float = 0.0
-
-    @classmethod
-    def of(cls, report: StepReport) -> "StepMessage":
-        flat = [{**to_builtins(each.state), "key": each.key, "changed": each.changed} for each in report.checked]
-        resources = msgspec.convert(flat, tuple[ResourceMessage, ...])
-        error = Error.of(report.problem) if report.problem else None
-        seconds = round(report.seconds, 3)
-        return cls(report.name, report.outcome, resources, error, report.blocked_by or None, seconds)
-
-    def report(self) -> StepReport:
-        """The report as the node's own engine made it."""
-        checked = [Checked(each.key, each, each.changed) for each in self.resources]
-        problem = self.error.problem() if self.error else None
-        return StepReport(self.step, "", checked, problem, self.blocked_by or "", self.seconds)
-
-
-class ProbeMessage(Struct, frozen=True):
-    """A probe and its finding. `fix`: number of the fix that it proves."""
-
-    name: str
-    verdict: Verdict
-    found: str
-    title: str = ""
-    level: Level = "node"
-    expected: str = ""
-    hint: str = ""
-    seconds: float = 0.0
-    fix: int | None = None
-
-    @classmethod
-    def of(cls, result: ProbeResult) -> "ProbeMessage":
-        probe = result.probe
-        return cls(
-            name=probe.name,
-            title=probe.title,
-            level=probe.level,
-            seconds=round(result.seconds, 3),
-            fix=probe.fix.number if probe.fix else None,
-            **asdict(result.finding),
-        )
-
-    def result(self) -> ProbeResult:
-        """The result as the node itself has it."""
-        finding = Finding(self.verdict, self.found, self.expected, self.hint)
-        probe = Probe(self.name, self.title, lambda _: finding, self.level, fix=fixes.numbered(self.fix))
-        return ProbeResult(probe, finding, self.seconds)
-
-
-class FixMessage(Struct, frozen=True):
-    """A fix and its state."""
-
-    number: int
-    title: str
-    standing: Standing
-    note: str = ""
-
-    @classmethod
-    def of(cls, state: FixState) -> "FixMessage":
-        return cls(state.fix.number, state.fix.title, state.standing, state.note)
-
-
-# --- what each verb replies
-
-
-class Look(Struct, frozen=True, dict=True):
+class Look(Struct, frozen=True):
     """Reply of `look`; an empty one stands for a node that gave no reply.
 
     `unproven`: probes that failed when the node was last proven. `armed`: a network change waits for its confirmation.
     `token`: a digest of the Ray token, or None.
     """
 
-    preflight: tuple[ProbeMessage, ...] = ()
-    steps: tuple[StepMessage, ...] = ()
+    preflight: Sequence[ProbeResult] = ()
+    steps: Sequence[StepReport] = ()
     unproven: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
     token: str | None = None
@@ -186,83 +84,33 @@ class Look(Struct, frozen=True, dict=True):
     user: str = "USER"
     executor: str = ""
 
-    @cached_property
-    def results(self) -> list[ProbeResult]:
-        """The preflight checks, as the node's own views have them."""
-        return [each.result() for each in self.preflight]
-
-    @cached_property
-    def reports(self) -> list[StepReport]:
-        """The steps, as the node's own views have them."""
-        return [each.report() for each in self.steps]
-
 
 class Applied(Struct, frozen=True):
     """Reply of `all` and `multi-node`; where nothing was to be done, without `probes` and `fixes`."""
 
     changed: bool = False
-    steps: tuple[StepMessage, ...] | UnsetType = UNSET
-    probes: tuple[ProbeMessage, ...] | UnsetType = UNSET
-    fixes: tuple[FixMessage, ...] | UnsetType = UNSET
+    steps: Sequence[StepReport] | UnsetType = UNSET
+    probes: Sequence[ProbeResult] | UnsetType = UNSET
+    fixes: Sequence[FixState] | UnsetType = UNSET
 
     @classmethod
     def of(cls, done: Installation) -> "Applied":
         if not done.applied:
-            return cls(steps=UNSET if done.problems else tuple(map(StepMessage.of, done.reports)))
-        return cls(
-            done.changed,
-            tuple(map(StepMessage.of, done.reports)),
-            tuple(map(ProbeMessage.of, done.results)),
-            tuple(map(FixMessage.of, done.standing)),
-        )
+            return cls(steps=UNSET if done.problems else done.reports)
+        return cls(done.changed, done.reports, done.results, done.standing)
 
 
-class Verified(Struct, frozen=True, dict=True):
+class Verified(Struct, frozen=True):
     """Reply of `verify`. `comparables`: name -> value of what should be equal on all nodes."""
 
-    checks: tuple[StepMessage, ...] = ()
-    probes: tuple[ProbeMessage, ...] = ()
-    fixes: tuple[FixMessage, ...] = ()
+    checks: Sequence[StepReport] = ()
+    probes: Sequence[ProbeResult] = ()
+    fixes: Sequence[FixState] = ()
     comparables: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, found: Verification, session: Session) -> "Verified":
-        return cls(
-            tuple(map(StepMessage.of, found.reports)),
-            tuple(map(ProbeMessage.of, found.results)),
-            tuple(map(FixMessage.of, found.standing)),
-            drift.comparables(session.node, session.system),
-        )
-
-    @cached_property
-    def reports(self) -> list[StepReport]:
-        """The steps, as the node's own views have them."""
-        return [each.report() for each in self.checks]
-
-    @cached_property
-    def results(self) -> list[ProbeResult]:
-        """The probes, as the node's own views have them."""
-        return [each.result() for each in self.probes]
-
-
-class Status(Struct, frozen=True):
-    """Reply of `status`; times are UTC, None where nothing is installed."""
-
-    installed: bool = False
-    stack: str = ""
-    platform: str = ""
-    prefix: str = ""
-    since: str | None = None
-    last_change: str | None = None
-    journal: str = ""
-    steps: tuple[StepMessage, ...] = ()
-    fixes: tuple[FixMessage, ...] = ()
-
-    @classmethod
-    def of(cls, found: NodeStatus) -> "Status":
-        steps, states = map(StepMessage.of, found.reports), map(FixMessage.of, found.standing)
-        told = {name: value for name, value in asdict(found).items() if name not in ("reports", "standing")}
-        return cls(**told, steps=tuple(steps), fixes=tuple(states))
+        return cls(found.reports, found.results, found.standing, drift.comparables(session.node, session.system))
 
 
 class Uninstalled(Struct, frozen=True):
@@ -372,7 +220,7 @@ class Envelope(Struct, frozen=True):
     version: int
     exit_code: int
     data: msgspec.Raw
-    errors: tuple[Error, ...]
+    errors: tuple[Problem, ...]
 
 
 class Reply(Struct, Generic[_Message], frozen=True):
@@ -401,10 +249,12 @@ def decode(reply: bytes, message: type[_Message], host: str = "") -> Reply[_Mess
             f"the node replies in version {version} of the protocol, but this sparkinstall speaks version {VERSION}",
             hint=hint,
         )
-    envelope = msgspec.json.decode(reply, type=Envelope)
-    problems = tuple(each.problem(host) for each in envelope.errors)
+    envelope = msgspec.json.decode(reply, type=Envelope, dec_hook=as_problem)
+    for problem in envelope.errors:
+        problem.log = f"{host}:{problem.log}" if host and problem.log else problem.log
+    nothing = bytes(envelope.data) == b"{}"
     try:
-        data = None if bytes(envelope.data) == b"{}" else msgspec.json.decode(envelope.data, type=message)
+        data = None if nothing else msgspec.json.decode(envelope.data, type=message, dec_hook=as_problem)
     except msgspec.ValidationError as error:
         raise Problem("a node's reply does not follow the protocol", cause=str(error), hint=hint) from error
-    return Reply(envelope.exit_code, data, problems)
+    return Reply(envelope.exit_code, data, envelope.errors)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 from msgspec import Struct
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 from sparkinstall.core import catalogue
 from sparkinstall.errors import BadUsage, Problem, storage_problem
@@ -20,12 +20,21 @@ HOSTS = "known-hosts"
 """Group name of the probes that belong to no step and detect known-bad hosts."""
 
 
-class ProbeResult(Struct, frozen=True):
-    """A probe, its finding, and its duration in seconds."""
+class ProbeResult(Finding, frozen=True, kw_only=True):
+    """The finding of a probe, and its duration in seconds. `fix`: the number of the fix that it verifies."""
 
-    probe: Probe
-    finding: Finding
-    seconds: float
+    name: str
+    title: str = ""
+    level: Level = "node"
+    seconds: float = 0.0
+    fix: int | None = None
+
+    @classmethod
+    def of(cls, probe: Probe, finding: Finding, seconds: float = 0.0) -> "ProbeResult":
+        fix = probe.fix.number if probe.fix else None
+        return cls(
+            **asdict(finding), name=probe.name, title=probe.title, level=probe.level, seconds=round(seconds, 3), fix=fix
+        )
 
 
 def look(probes: Iterable[Probe], on: Reader, emit: Emit) -> list[ProbeResult]:
@@ -47,7 +56,7 @@ def _looked(probe: Probe, on: Reader, emit: Emit) -> ProbeResult:
     emit(ProbeStarted(probe.name))
     started = time.monotonic()
     finding = _guarded(probe, on)
-    return ProbeResult(probe, finding, time.monotonic() - started)
+    return ProbeResult.of(probe, finding, time.monotonic() - started)
 
 
 def _guarded(probe: Probe, on: Reader) -> Finding:

@@ -70,8 +70,7 @@ def converge(session: Session, options: InstallOptions, dialog: Dialog) -> Insta
     reports = looked_at(session, steps)
     if not options.force:
         _refuse_conflicts(reports)
-    up_to_date = all(report.outcome in ("unchanged", "node_only") for report in reports)
-    if up_to_date and not options.force and not session.state.unproven():
+    if not any(report.is_due for report in reports) and not options.force and not session.state.unproven():
         return _nothing_to_do(session, steps, reports, options.verb)
     _refuse_missing_needs(session.node, reports, options.verb)
     _require_ready(session, options.ignore, dialog)
@@ -82,7 +81,7 @@ def converge(session: Session, options: InstallOptions, dialog: Dialog) -> Insta
 def drifted(session: Session) -> list[str]:
     """Return the names of steps with drift: applying one step may have outdated another."""
     reports = engine.plan(catalogue.of(session.node), session.node, session.system)
-    return [report.name for report in reports if report.outcome not in ("unchanged", "node_only")]
+    return [report.name for report in reports if report.is_due]
 
 
 def _refuse_another_prefix(session: Session) -> None:
@@ -108,9 +107,9 @@ def _refuse_conflicts(reports: Sequence[StepReport]) -> None:
         Blocked: something that must not be overwritten is in the place of a resource.
     """
     for report in reports:
-        for checked in report.checked:
-            if isinstance(checked.state, Conflict):
-                raise Blocked(f"{report.name}: {checked.state.message}", hint=checked.state.hint)
+        for state in report.checked:
+            if isinstance(state, Conflict):
+                raise Blocked(f"{report.name}: {state.message}", hint=state.hint)
 
 
 def _refuse_missing_needs(node: Node, reports: Sequence[StepReport], verb: str) -> None:
@@ -121,7 +120,7 @@ def _refuse_missing_needs(node: Node, reports: Sequence[StepReport], verb: str) 
     """
     others = {step.name for step in catalogue.of(node)} - {report.name for report in reports}
     for report in reports:
-        needs = {c.state.waits_for for c in report.checked if isinstance(c.state, Unknown)} & others
+        needs = {state.waits_for for state in report.checked if isinstance(state, Unknown)} & others
         if needs:
             first = sorted(needs)[0]
             alone = f"`sparkinstall run {first} {report.name}`, or everything: `sparkinstall all`"
@@ -132,11 +131,11 @@ def _refuse_missing_needs(node: Node, reports: Sequence[StepReport], verb: str) 
 
 def _nothing_to_do(session: Session, steps: Sequence[Step], reports: Sequence[StepReport], verb: str) -> Installation:
     static = checks.of_files(steps, session.node)
-    bad = [each for each in checks.look(static, session.system, silent) if each.finding.verdict == "fail"]
+    bad = [each for each in checks.look(static, session.system, silent) if each.verdict == "fail"]
     if bad:
         problem = Problem(
             "the installation is complete but damaged",
-            cause="; ".join(f"{each.probe.name}: {each.finding.found}" for each in bad),
+            cause="; ".join(f"{each.name}: {each.found}" for each in bad),
             hint="reinstall: `sparkinstall run environment fp8 --force`",
         )
         return Installation(problems=(problem,))
@@ -163,7 +162,7 @@ def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog) -> N
         results = _preflight(session, probes, ignore)
     dialog.show_preflight(results)
     if bad := _failed(results):
-        found = [f"{each.probe.name}: {each.finding.found}" for each in results if each.probe.name in bad]
+        found = [f"{each.name}: {each.found}" for each in results if each.name in bad]
         raise PreflightFailed(
             f"{session.where} is not ready: {', '.join(bad)} failed; nothing was changed",
             cause="; ".join(found),
@@ -176,19 +175,17 @@ def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog) -> N
 def _preflight(session: Session, probes: Sequence[Probe], ignore: Sequence[str]) -> list[ProbeResult]:
     """Run the checks; an ignored failure is a warning."""
     return [
-        _warning(each, f"ignored: --ignore {each.probe.name}")
-        if each.finding.verdict == "fail" and each.probe.name in ignore
-        else each
+        _warning(each, f"ignored: --ignore {each.name}") if each.verdict == "fail" and each.name in ignore else each
         for each in checks.look(probes, session.system, silent)
     ]
 
 
 def _failed(results: Sequence[ProbeResult]) -> list[str]:
-    return [each.probe.name for each in results if each.finding.verdict == "fail"]
+    return [each.name for each in results if each.verdict == "fail"]
 
 
 def _warning(result: ProbeResult, hint: str) -> ProbeResult:
-    return replace(result, finding=replace(result.finding, verdict="warn", hint=hint))
+    return replace(result, verdict="warn", hint=hint)
 
 
 def _apply(session: Session, steps: Sequence[Step], options: InstallOptions, dialog: Dialog) -> Installation:
@@ -218,15 +215,13 @@ def _proof(
     probes = checks.of_steps([step for step in steps if step.name not in bad], session.node)
     if whole:
         probes += checks.of_no_step(session.node)
-    return [_of_this_node(each) for each in checks.look(probes, session.system, emit)]
-
-
-def _of_this_node(result: ProbeResult) -> ProbeResult:
-    """Turn a failure of a probe that needs other nodes into a warning: they may not be set up yet."""
-    if result.finding.verdict != "fail" or not result.probe.others:
-        return result
-    hint = f"set up the other nodes, then `sparkinstall verify`; if that fails too: {result.finding.hint}"
-    return _warning(result, hint)
+    need_others = {probe.name for probe in probes if probe.others}
+    # The other nodes may not be set up yet.
+    hint = "set up the other nodes, then `sparkinstall verify`; if that fails too:"
+    return [
+        _warning(each, f"{hint} {each.hint}") if each.verdict == "fail" and each.name in need_others else each
+        for each in checks.look(probes, session.system, emit)
+    ]
 
 
 def _conclude(session: Session, reports: Sequence[StepReport], results: Sequence[ProbeResult]) -> Installation:
@@ -234,6 +229,5 @@ def _conclude(session: Session, reports: Sequence[StepReport], results: Sequence
     if (bad := _failed(results)) and not problems:
         hint = "`sparkinstall verify` shows more"
         problems.append(Problem(f"installed, but not verified: {', '.join(bad)}", hint=hint))
-    findings = {each.probe.name: each.finding for each in results}
-    standing = fixes.stand(session.node, reports, findings)
+    standing = fixes.stand(session.node, reports, {each.name: each for each in results})
     return Installation(reports, results, standing, tuple(problems), applied=True)

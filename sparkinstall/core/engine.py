@@ -2,15 +2,15 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Literal
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from sparkinstall.errors import Blocked, Interrupted, Problem, storage_problem
 from sparkinstall.events import Emit, ResourceApplied, StepEnded, StepStarted
-from sparkinstall.fixes import Fix
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown, state_of
 from sparkinstall.steps import Step
@@ -19,40 +19,40 @@ from sparkinstall.system import Reader, System, processes
 Outcome = Literal["unchanged", "changed", "drift", "node_only", "failed", "blocked"]
 
 
-class Checked(Struct, frozen=True):
-    """A resource and its state; `changed` if this run applied it. `fix`: its fix; None: those of its step."""
+class StepReport(Struct, frozen=True):
+    """What was found and done in one step: the state of each resource. `seconds` is wall time."""
 
-    key: str
-    state: State
-    changed: bool = False
-    fix: Fix | None = None
-
-
-class StepReport(Struct):
-    """What was found and done in one step. `seconds` is wall time."""
-
-    name: str
-    why: str
-    checked: list[Checked] = field(default_factory=list)
-    problem: Problem | None = None
-    blocked_by: str = ""
+    name: str = field(name="step")
+    outcome: Outcome = "unchanged"
+    checked: tuple[State, ...] = field(name="resources", default=())
+    problem: Problem | None = field(name="error", default=None)
+    blocked_by: str | None = None
     seconds: float = 0.0
 
+    @classmethod
+    def of(
+        cls, name: str, checked: Sequence[State] = (), problem: Problem | None = None, seconds: float = 0.0
+    ) -> "StepReport":
+        """The report of a step that was begun."""
+        return cls(name, _outcome(checked, problem), tuple(checked), problem, None, round(seconds, 3))
+
     @property
-    def outcome(self) -> Outcome:
-        if self.problem:
-            return "failed"
-        if self.blocked_by:
-            return "blocked"
-        if any(isinstance(each.state, Drift | Unknown | Conflict) for each in self.checked):
-            return "drift"
-        if any(each.changed for each in self.checked):
-            return "changed"
-        left = any(isinstance(each.state, NodeOnly) for each in self.checked)
-        return "node_only" if left else "unchanged"
+    def is_due(self) -> bool:
+        """Whether the step has anything to apply."""
+        return self.outcome not in ("unchanged", "node_only")
 
 
-Visit = Callable[[Step, StepReport], None]
+def _outcome(checked: Sequence[State], problem: Problem | None) -> Outcome:
+    if problem:
+        return "failed"
+    if any(isinstance(each, Drift | Unknown | Conflict) for each in checked):
+        return "drift"
+    if any(each.changed for each in checked):
+        return "changed"
+    return "node_only" if any(isinstance(each, NodeOnly) for each in checked) else "unchanged"
+
+
+Visit = Callable[[Step], Iterable[State]]
 
 
 def ordered(steps: Sequence[Step]) -> list[Step]:
@@ -71,29 +71,20 @@ def ordered(steps: Sequence[Step]) -> list[Step]:
 
 def plan(steps: Sequence[Step], node: Node, on: Reader) -> list[StepReport]:
     """Check every resource; change nothing."""
-    reports = []
-    for step in ordered(steps):
-        report = StepReport(step.name, step.why)
-        _guarded(step, report, lambda s, r: _look(s, r, node, on))
-        reports.append(report)
-    return reports
+
+    def visit(step: Step) -> Iterable[State]:
+        return _states(step, node, on, lambda resource: state_of(resource, on))
+
+    return [_guarded(step, visit) for step in ordered(steps)]
 
 
-def _look(step: Step, report: StepReport, node: Node, on: Reader) -> None:
-    for resource in _resources(step, report, node, on):
-        report.checked.append(_checked(resource, state_of(resource, on)))
-
-
-def _checked(resource: Resource, state: State, changed: bool = False) -> Checked:
-    return Checked(resource.key, state, changed, getattr(resource, "fix", None))
-
-
-def _resources(step: Step, report: StepReport, node: Node, on: Reader) -> Iterable[Resource]:
-    """Return the resources of a step; none if the settings leave it to the user, which the report then explains."""
+def _states(step: Step, node: Node, on: Reader, settle: Callable[[Resource], State]) -> Iterator[State]:
+    """`settle` each resource of a step; none if the settings leave the step to the user: then the reason."""
     if reason := "" if on.rehearsal else step.left_to(node, on):
-        report.checked.append(Checked(step.name, NodeOnly(reason)))
-        return ()
-    return step.resources(node)
+        yield NodeOnly(reason, key=step.name)
+        return
+    for resource in step.resources(node):
+        yield settle(resource)
 
 
 def converge(
@@ -102,27 +93,25 @@ def converge(
     """Bring everything into the desired state. Independent steps run in parallel; a failed step blocks only those that
     need it. `force` also applies what is up to date."""
 
-    def visit(step: Step, report: StepReport) -> None:
+    def visit(step: Step) -> Iterable[State]:
         on = system_for(step.name)
-        for resource in _resources(step, report, node, on):
-            processes.refuse_if_stopped()
-            _apply(resource, on, report, emit, force)
+        return _states(step, node, on, lambda resource: _applied(step, resource, on, emit, force))
 
     return _side_by_side(ordered(steps), visit, emit)
 
 
-def _apply(resource: Resource, on: System, report: StepReport, emit: Emit, force: bool) -> None:
+def _applied(step: Step, resource: Resource, on: System, emit: Emit, force: bool) -> State:
+    processes.refuse_if_stopped()
     state = state_of(resource, on)
     if isinstance(state, NodeOnly) or (isinstance(state, Ok) and not force):
-        report.checked.append(_checked(resource, state))
-        return
+        return state
     _refuse_unapplicable(resource, state)
     resource.apply(on)
     after = state_of(resource, on)
     if not isinstance(after, Ok | NodeOnly):
         raise _not_converged(resource, after)
-    report.checked.append(_checked(resource, after, changed=True))
-    emit(ResourceApplied(report.name, resource.key, state.summary if isinstance(state, Drift) else "applied again"))
+    emit(ResourceApplied(step.name, resource.key, state.summary if isinstance(state, Drift) else "applied again"))
+    return replace(after, changed=True)
 
 
 def _refuse_unapplicable(resource: Resource, state: State) -> None:
@@ -144,45 +133,53 @@ def _not_converged(resource: Resource, state: State) -> Problem:
     )
 
 
-def _guarded(step: Step, report: StepReport, visit: Visit) -> None:
+def _guarded(step: Step, visit: Visit) -> StepReport:
     started = time.monotonic()
+    checked: list[State] = []
+    problem: Problem | None = None
     try:
-        visit(step, report)
-    except Problem as problem:
-        report.problem = problem
+        for state in visit(step):
+            checked.append(state)
+    except Problem as error:
+        problem = error
     except OSError as error:
-        report.problem = storage_problem(error, f"step {step.name}")
+        problem = storage_problem(error, f"step {step.name}")
     except Exception as error:  # a crashed check is a result of its step, not the end of the run
-        report.problem = Problem(
+        problem = Problem(
             f"step {step.name} failed with an internal error: {type(error).__name__}: {error}",
             hint=f"run the step from scratch: `sparkinstall run {step.name} --force`; if that does not help, report it",
         )
-    finally:
-        report.seconds = time.monotonic() - started
+    return StepReport.of(step.name, checked, problem, time.monotonic() - started)
 
 
 def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepReport]:
-    reports = {step.name: StepReport(step.name, step.why) for step in steps}
+    reports: dict[str, StepReport] = {}
     stop = threading.Event()
     waiting = list(steps)
     running: dict[Future[None], Step] = {}
 
     def one(step: Step) -> None:
         if stop.is_set():
-            reports[step.name].problem = Interrupted("interrupted before it started")
+            reports[step.name] = StepReport.of(step.name, problem=Interrupted("interrupted before it started"))
             return
         emit(StepStarted(step.name))
-        _guarded(step, reports[step.name], visit)
-        _tell_end(reports[step.name], emit)
+        end(_guarded(step, visit))
+
+    def end(report: StepReport) -> None:
+        reports[report.name] = report
+        note = report.problem.message if report.problem else f"needs {report.blocked_by}" if report.blocked_by else ""
+        emit(StepEnded(report.name, report.outcome, report.seconds, note))
 
     with ThreadPoolExecutor(max_workers=len(steps) or 1) as pool:
         try:
             while waiting or running:
-                for step in _ready(waiting, running.values(), reports):
-                    waiting.remove(step)
-                    if reports[step.name].blocked_by:
-                        _tell_end(reports[step.name], emit)
-                    else:
+                unfinished = {step.name for step in (*waiting, *running.values())}
+                for step in list(waiting):
+                    if failed := _failed_need(step, reports):
+                        waiting.remove(step)
+                        end(StepReport(step.name, "blocked", blocked_by=failed))
+                    elif not unfinished.intersection(step.needs):
+                        waiting.remove(step)
                         running[pool.submit(one, step)] = step
                 for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
                     running.pop(future)
@@ -191,22 +188,9 @@ def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepR
             stop.set()
             processes.stop_all()
             raise
-    return list(reports.values())
+    return [reports[step.name] for step in steps]
 
 
-def _ready(waiting: list[Step], running: Iterable[Step], reports: dict[str, StepReport]) -> list[Step]:
-    open_names = {s.name for s in waiting} | {s.name for s in running}
-    ready = []
-    for step in waiting:
-        failed = [n for n in step.needs if n in reports and reports[n].outcome in ("failed", "blocked")]
-        if failed:
-            reports[step.name].blocked_by = failed[0]
-            ready.append(step)
-        elif not set(step.needs) & open_names:
-            ready.append(step)
-    return ready
-
-
-def _tell_end(report: StepReport, emit: Emit) -> None:
-    note = report.problem.message if report.problem else (f"needs {report.blocked_by}" if report.blocked_by else "")
-    emit(StepEnded(report.name, report.outcome, report.seconds, note))
+def _failed_need(step: Step, reports: Mapping[str, StepReport]) -> str | None:
+    bad = ("failed", "blocked")
+    return next((name for name in step.needs if name in reports and reports[name].outcome in bad), None)

@@ -1,6 +1,6 @@
 """The state of each fix, derived from the steps that apply it and the probes that verify it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -18,13 +18,11 @@ FIXES = tuple(sorted({fix for step in catalogue.STEPS for fix in step.fixes}, ke
 """Every fix that a step applies, by number."""
 
 
-def numbered(number: int | None) -> Fix | None:
-    """Return the fix with that number, or None."""
-    return next((fix for fix in FIXES if fix.number == number), None)
-
-
 class FixState(Struct, frozen=True):
-    fix: Fix
+    """A fix by its number, and its state."""
+
+    number: int
+    title: str
     standing: Standing
     note: str = ""
 
@@ -37,38 +35,41 @@ def stand(node: Node, reports: Sequence[StepReport], findings: Mapping[str, Find
     by_name, steps = {report.name: report for report in reports}, catalogue.of(node)
     declared = [probe for step in steps for probe in step.probes(node)]
 
-    def state(fix: Fix) -> FixState:
+    def state(fix: Fix) -> tuple[Standing, str]:
         if fix.between and not node.several:
-            return FixState(fix, "not_applicable", "on one node; for several: `sparkinstall multi-node`")
+            return "not_applicable", "on one node; for several: `sparkinstall multi-node`"
         mine = [by_name.get(step.name) for step in steps if fix in step.fixes]
         asked = {probe.name: findings.get(probe.name) for probe in declared if probe.fix == fix}
         return _state(fix, mine, asked)
 
-    return [state(fix) for fix in FIXES]
+    return [FixState(fix.number, fix.title, *state(fix)) for fix in FIXES]
 
 
-def _state(fix: Fix, steps: Sequence[StepReport | None], probes: Mapping[str, Finding | None]) -> FixState:
+def _state(fix: Fix, steps: Sequence[StepReport | None], probes: Mapping[str, Finding | None]) -> tuple[Standing, str]:
     """`None` is a step that was not checked, or a probe that did not run."""
     mine = [report for report in steps if report]
-    bad = next((each for each in probes.values() if each and each.verdict == "fail"), None)
-    if any(report.problem for report in mine):
-        return FixState(fix, "failed", next(r.problem.message for r in mine if r.problem))
-    if bad:
-        return FixState(fix, "failed", bad.found)
+    if problem := next((report.problem for report in mine if report.problem), None):
+        return "failed", problem.message
+    if bad := next((each for each in probes.values() if each and each.verdict == "fail"), None):
+        return "failed", bad.found
     if len(mine) < len(steps) or any(report.outcome in ("drift", "blocked") for report in mine):
-        return FixState(fix, "missing", "`sparkinstall plan` shows what is missing")
+        return "missing", "`sparkinstall plan` shows what is missing"
     return _proven(fix, mine, probes)
 
 
-def _proven(fix: Fix, mine: Sequence[StepReport], probes: Mapping[str, Finding | None]) -> FixState:
+def _proven(fix: Fix, mine: Sequence[StepReport], probes: Mapping[str, Finding | None]) -> tuple[Standing, str]:
     asked = [each for each in probes.values() if each]
-    checked = [each for report in mine for each in report.checked if each.fix in (None, fix)]
-    left = next((each.state.reason for each in checked if isinstance(each.state, NodeOnly)), "")
+    left = next((each.reason for report in mine for each in _node_only(report, fix)), "")
     skipped = next((each.found for each in asked if each.verdict == "skip"), "")
     if left or skipped:
-        return FixState(fix, "node_only", left or skipped)
+        return "node_only", left or skipped
     # Checking less must not report more: list what did not run.
     if silent := [name for name, finding in probes.items() if finding is None]:
-        return FixState(fix, "done", f"by its files; not run: {', '.join(silent)}")
+        return "done", f"by its files; not run: {', '.join(silent)}"
     good = asked and all(each.verdict == "pass" for each in asked)
-    return FixState(fix, "proven" if good else "done", "; ".join(each.found for each in asked))
+    return "proven" if good else "done", "; ".join(each.found for each in asked)
+
+
+def _node_only(report: StepReport, fix: Fix) -> Iterable[NodeOnly]:
+    only_for = catalogue.named(report.name).only_for
+    return (each for each in report.checked if isinstance(each, NodeOnly) and only_for.get(each.key, fix) == fix)

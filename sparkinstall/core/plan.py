@@ -36,7 +36,7 @@ class Plan(Struct, frozen=True):
         return [
             report.name
             for report in self.reports
-            if report.problem or any(isinstance(each.state, Conflict) for each in report.checked)
+            if report.problem or any(isinstance(each, Conflict) for each in report.checked)
         ]
 
 

@@ -13,15 +13,15 @@ from sparkinstall.core.session import Session, looked_at
 class NodeStatus(Struct, frozen=True):
     """Result of `status`. `since` and `last_change` are UTC; None: nothing is installed."""
 
-    installed: bool
-    stack: str
-    platform: str
-    prefix: str
-    since: str | None
-    last_change: str | None
-    journal: str
-    reports: Sequence[StepReport]
-    standing: Sequence[FixState]
+    installed: bool = False
+    stack: str = ""
+    platform: str = ""
+    prefix: str = ""
+    since: str | None = None
+    last_change: str | None = None
+    journal: str = ""
+    steps: Sequence[StepReport] = ()
+    fixes: Sequence[FixState] = ()
 
 
 def status(session: Session) -> NodeStatus:
@@ -42,6 +42,6 @@ def status(session: Session) -> NodeStatus:
         since=records[0].at if records else None,
         last_change=records[-1].at if records else None,
         journal=str(session.state.home / "journal.jsonl"),
-        reports=reports,
-        standing=fixes.stand(node, reports, {}),
+        steps=reports,
+        fixes=fixes.stand(node, reports, {}),
     )

@@ -25,26 +25,27 @@ class VerifyOptions(Struct, frozen=True):
 
 
 class Verification(Struct, frozen=True):
-    """Result of `verify`. `standing` is empty if names were left out."""
+    """Result of `verify`. `results` are those of `probes`; `standing` is empty if names were left out."""
 
     reports: Sequence[StepReport]
+    probes: Sequence[Probe]
     results: Sequence[ProbeResult]
     standing: Sequence[FixState]
     strict: bool
 
     @property
     def drifted(self) -> list[StepReport]:
-        return [report for report in self.reports if report.outcome not in ("unchanged", "node_only")]
+        return [report for report in self.reports if report.is_due]
 
     @property
     def failed(self) -> list[ProbeResult]:
-        return [each for each in self.results if each.finding.verdict == "fail"]
+        return [each for each in self.results if each.verdict == "fail"]
 
     @property
     def skipped(self) -> list[str]:
         """Names of what was skipped: probes, and steps that are node only."""
         left = [report.name for report in self.reports if report.outcome == "node_only"]
-        return [*left, *(each.probe.name for each in self.results if each.finding.verdict == "skip")]
+        return [*left, *(each.name for each in self.results if each.verdict == "skip")]
 
     @property
     def wrong(self) -> bool:
@@ -63,23 +64,18 @@ def verify(session: Session, options: VerifyOptions, emit: Emit = silent) -> Ver
     if not damaged and not session.state.installed:
         raise NotThere(f"nothing is installed in {session.system.root}", hint="`sparkinstall all` sets it up")
     reports = looked_at(session, chosen.steps)
-    results = [*damaged, *checks.look(chosen.probes, session.system, emit)]
-    findings = {each.probe.name: each.finding for each in results}
+    probes = [*damaged, *chosen.probes]
+    results = checks.look(probes, session.system, emit)
+    findings = {each.name: each for each in results}
     standing = fixes.stand(session.node, reports, findings) if chosen.whole else []
-    return Verification(reports, results, standing, options.strict)
+    return Verification(reports, probes, results, standing, options.strict)
 
 
-def _journal(session: Session) -> list[ProbeResult]:
+def _journal(session: Session) -> list[Probe]:
     """Report a journal that cannot be used: no check or probe needs it, but `all` and `uninstall` do."""
     problem = session.state.trouble(session.node)
     if problem is None:
         return []
     finding = failed(problem.message, problem.hint)
-    probe = Probe(
-        "journal",
-        "the journal of changes",
-        lambda _: finding,
-        "static",
-        "`sparkinstall all` stops before it starts, and `sparkinstall uninstall` restores nothing.",
-    )
-    return [ProbeResult(probe, finding, 0.0)]
+    impact = "`sparkinstall all` stops before it starts, and `sparkinstall uninstall` restores nothing."
+    return [Probe("journal", "the journal of changes", lambda _: finding, "static", impact)]

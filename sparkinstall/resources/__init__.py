@@ -6,17 +6,25 @@ A resource answers `check()` (is the node in the desired state? what would chang
 from typing import Protocol, runtime_checkable
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparkinstall.system import Reader, System
 
 
-class Ok(Struct, frozen=True, tag_field="state", tag="ok"):
+class _State(Struct, frozen=True, kw_only=True, tag_field="state"):
+    """What every state has. The engine sets `key`, that of the resource, and `changed`: this run applied it."""
+
+    key: str = ""
+    changed: bool = False
+
+
+class Ok(_State, frozen=True, tag="ok"):
     """The node is in the desired state. `note`: details for a reader."""
 
     note: str = ""
 
 
-class Drift(Struct, frozen=True, tag_field="state", tag="drift"):
+class Drift(_State, frozen=True, tag="drift"):
     """The node differs. `before` and `after` are texts to compare line by line; may be empty."""
 
     summary: str
@@ -24,19 +32,19 @@ class Drift(Struct, frozen=True, tag_field="state", tag="drift"):
     after: str = ""
 
 
-class Unknown(Struct, frozen=True, tag_field="state", tag="unknown"):
+class Unknown(_State, frozen=True, tag="unknown"):
     """The state is unknown until step `waits_for` has run."""
 
     waits_for: str
 
 
-class NodeOnly(Struct, frozen=True, tag_field="state", tag="node_only"):
+class NodeOnly(_State, frozen=True, tag="node_only"):
     """Cannot be done in a rehearsal, and why."""
 
     reason: str
 
 
-class Conflict(Struct, frozen=True, tag_field="state", tag="conflict"):
+class Conflict(_State, frozen=True, tag="conflict"):
     """Drift that is not applied, because it would change something that is not ours."""
 
     message: str
@@ -81,7 +89,7 @@ class OnNode(Resource, Protocol):
 
 
 def state_of(resource: Resource, on: Reader) -> State:
-    """Return the state of a resource; NodeOnly if a rehearsal cannot apply it."""
+    """Return the state of a resource with its key; NodeOnly if a rehearsal cannot apply it."""
     if on.rehearsal and isinstance(resource, OnNode) and (reason := resource.node_only(on)):
-        return NodeOnly(reason)
-    return resource.check(on)
+        return NodeOnly(reason, key=resource.key)
+    return replace(resource.check(on), key=resource.key)

@@ -8,7 +8,6 @@ from msgspec import Struct
 from sparkinstall import elf
 from sparkinstall.errors import Blocked
 from sparkinstall.facts.decisions import SymbolCheck, as_text, recorded
-from sparkinstall.fixes import NCCL, Fix
 from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.system import Reader, System
@@ -19,12 +18,8 @@ _SYMBOLS = "nccl"
 class NcclFitsTorch(Struct, frozen=True):
     """The node's NCCL has torch's symbols; otherwise `import torch` would fail with the env file."""
 
-    fix: ClassVar[Fix] = NCCL
+    key: ClassVar[str] = "nccl-fits-torch"
     node: Node
-
-    @property
-    def key(self) -> str:
-        return "nccl-fits-torch"
 
     def node_only(self, on: Reader) -> str:
         if self.node.partial:

@@ -1,7 +1,7 @@
 """One file per step. A step declares the desired state of one part of a node; the engine applies it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 from sparkinstall.fixes import Fix
@@ -18,7 +18,8 @@ class Step(ABC):
     """One part of a node.
 
     `needs` names the steps that must run before. `impact`: the effect of drift on the user, one sentence.
-    `fixes`: the fixes that it applies, alone or with other steps.
+    `fixes`: the fixes that it applies, alone or with other steps. `only_for`: the fix of a resource, by its key, that
+    says nothing about the others.
     """
 
     name: ClassVar[str]
@@ -27,6 +28,7 @@ class Step(ABC):
     impact: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
     fixes: ClassVar[tuple[Fix, ...]] = ()
+    only_for: ClassVar[Mapping[str, Fix]] = {}
 
     def wanted(self, node: Node) -> bool:
         """Return whether `node` has this part; every node by default."""

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from msgspec.structs import replace
 
 from sparkinstall import ray_ports
 from sparkinstall.facts.decisions import Fp8Fallback, NcclTransport, recorded
-from sparkinstall.fixes import FP8, HOST_IP, MEMORY_MONITOR, NCCL, TRANSPORT
+from sparkinstall.fixes import FP8, HOST_IP, MEMORY_MONITOR, NCCL, TRANSPORT, Fix
 from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe, environment, nccl_tests, services
 from sparkinstall.resources import Resource, Unknown
@@ -36,14 +36,13 @@ class EnvFiles(Step):
     phase = "services"
     impact = "Processes started with the env files lack some of the fixes."
     fixes = (NCCL, HOST_IP, TRANSPORT, FP8, MEMORY_MONITOR)
+    only_for: ClassVar[Mapping[str, Fix]] = {NcclFitsTorch.key: NCCL}
 
     def resources(self, node: Node) -> Iterable[Resource]:
         # Before any file names the library: one that lacks a symbol would break `import torch`.
         yield NcclFitsTorch(node)
         yield StaleServices(node)
         if node.several:
-            # Imported late, as below: a single node does not need it.
-
             yield Transport(node)
         for name in FILES:
             path = f"{node.env_folder}/{name}.env"

@@ -1,7 +1,7 @@
 """Sort the results of all checks and probes of a node by severity: broken, look at, skipped, ok."""
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -18,7 +18,7 @@ from sparkinstall.events import Emit, silent
 from sparkinstall.facts import machine
 from sparkinstall.facts.gpu import first_gpu
 from sparkinstall.node import Node
-from sparkinstall.probes import Verdict, preflight
+from sparkinstall.probes import Probe, Verdict, preflight
 from sparkinstall.resources import Conflict, Drift, NodeOnly, State, Unknown
 from sparkinstall.support import identity
 from sparkinstall.support.mask import Mask
@@ -89,7 +89,8 @@ def _examined(session: Session, options: VerifyOptions, emit: Emit) -> tuple[lis
         return [*_before(session, options, False), *_of_machine(session, options)], False, False
     except Problem as problem:
         return [of_problem(problem), *_before(session, options, True), *_of_machine(session, options)], True, True
-    items = [*_before(session, options, True), *of_checks(found.reports), *of_probes(found.results)]
+    probes = of_probes("probe", found.probes, found.results)
+    items = [*_before(session, options, True), *of_checks(found.reports), *probes]
     return items, True, found.wrong
 
 
@@ -97,7 +98,8 @@ def _before(session: Session, options: VerifyOptions, installed: bool) -> list[I
     """Run the preflight, unless single names were selected."""
     if options.only:
         return []
-    return of_preflight(checks.look(preflight.preflight(session.node), session.system, silent), installed)
+    probes = list(preflight.preflight(session.node))
+    return of_probes("preflight", probes, checks.look(probes, session.system, silent), installed)
 
 
 def _of_machine(session: Session, options: VerifyOptions) -> list[Item]:
@@ -105,7 +107,7 @@ def _of_machine(session: Session, options: VerifyOptions) -> list[Item]:
     chosen = checks.chosen(session.node, options.only, options.skip, options.level, options.measure)
     own = {probe.name for probe in checks.of_no_step(session.node)}
     probes = [probe for probe in chosen.probes if probe.name in own]
-    return of_probes(checks.look(probes, session.system, silent))
+    return of_probes("probe", probes, checks.look(probes, session.system, silent))
 
 
 def _masked(item: Item, session: Session, mask: Mask) -> Item:
@@ -130,22 +132,6 @@ def machine_facts(node: Node, on: Reader) -> dict[str, str]:
     return {**{name: value for name, value in found.items() if value}, **ours}
 
 
-def of_preflight(result: Iterable[ProbeResult], installed: bool) -> list[Item]:
-    """Turn preflight results into items; on a node that is `installed`, some failures weigh less."""
-    return [_of_preflight(each, installed) for each in result]
-
-
-def _of_preflight(result: ProbeResult, installed: bool) -> Item:
-    probe, finding = result.probe, result.finding
-    weight = _WEIGHTS[finding.verdict]
-    if weight == "broken" and installed and probe.to_install:
-        weight = "look-at"
-    return Item(
-        probe.name, "preflight", weight, probe.title, finding.found, finding.expected, probe.impact, finding.hint,
-        seconds=result.seconds,
-    )  # fmt: skip
-
-
 def of_checks(reports: Iterable[StepReport]) -> list[Item]:
     """Turn the checks of steps into items: are files, packages and services up to date?"""
     return [_of_step(each) for each in reports]
@@ -155,7 +141,7 @@ def _of_step(report: StepReport) -> Item:
     weight, found, hint = _judged(report)
     step = catalogue.named(report.name)
     return Item(
-        report.name, "check", weight, report.why, found, means=step.impact, hint=hint,
+        report.name, "check", weight, step.why, found, means=step.impact, hint=hint,
         fixes=tuple(fix.number for fix in step.fixes), seconds=report.seconds,
     )  # fmt: skip
 
@@ -164,7 +150,7 @@ def _judged(report: StepReport) -> tuple[Weight, str, str]:
     if report.problem:
         weight: Weight = "skipped" if isinstance(report.problem, NeedsRoot) else "broken"
         return weight, report.problem.message, _SUDO if weight == "skipped" else report.problem.hint
-    states = [checked.state for checked in report.checked]
+    states = report.checked
     wrong = list(dict.fromkeys(text for text in map(_wrong, states) if text))
     if wrong:
         hint = next((state.hint for state in states if isinstance(state, Conflict) and state.hint), "")
@@ -184,16 +170,20 @@ def _wrong(state: State) -> str:
     return state.message if isinstance(state, Conflict) else ""
 
 
-def of_probes(result: Iterable[ProbeResult]) -> list[Item]:
-    """Turn probe results into items: does the node behave as configured?"""
-    return [_of_probe(each) for each in result]
+def of_probes(
+    kind: Kind, probes: Sequence[Probe], results: Sequence[ProbeResult], installed: bool = False
+) -> list[Item]:
+    """Turn the results of `probes` into items; on a node that is `installed`, some failures weigh less."""
+    return [_of_probe(kind, *each, installed) for each in zip(probes, results, strict=True)]
 
 
-def _of_probe(result: ProbeResult) -> Item:
-    probe, finding = result.probe, result.finding
+def _of_probe(kind: Kind, probe: Probe, result: ProbeResult, installed: bool) -> Item:
+    weight = _WEIGHTS[result.verdict]
+    if weight == "broken" and installed and probe.to_install:
+        weight = "look-at"
     return Item(
-        probe.name, "probe", _WEIGHTS[finding.verdict], probe.title, finding.found, finding.expected,
-        probe.impact, finding.hint, (probe.fix.number,) if probe.fix else (), result.seconds,
+        result.name, kind, weight, result.title, result.found, result.expected,
+        probe.impact, result.hint, (result.fix,) if result.fix else (), result.seconds,
     )  # fmt: skip
 
 

@@ -10,9 +10,10 @@ from msgspec import Struct, to_builtins
 
 from sparkinstall import stacks
 from sparkinstall.assets import user_cache
-from sparkinstall.cluster.protocol import Error, ProbeMessage, Verified
+from sparkinstall.cluster.protocol import Verified, plain
 from sparkinstall.config import Config
 from sparkinstall.core import checks, verify
+from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.core.verify import VerifyOptions
 from sparkinstall.errors import Problem
@@ -37,7 +38,7 @@ def results(target: Target, options: VerifyOptions, on: LocalSystem) -> Results:
         session = open_session(target)
     except Problem as problem:
         node = _unset(on)
-        members = {"settings.json": {"error": Error.of(problem)}}
+        members = {"settings.json": {"error": problem}}
         missing.append(f"settings: {problem.message}")
     else:
         node = session.node
@@ -47,7 +48,7 @@ def results(target: Target, options: VerifyOptions, on: LocalSystem) -> Results:
             "verify.json": _noted(lambda: Verified.of(verify.verify(session, options), session), "verify", missing),
         }
     members["preflight.json"] = _noted(lambda: _preflight(node, on), "preflight", missing)
-    return Results(node, {name: to_builtins(value, enc_hook=str) for name, value in members.items()}, missing)
+    return Results(node, {name: to_builtins(value, enc_hook=plain) for name, value in members.items()}, missing)
 
 
 def _trouble(session: Session) -> list[str]:
@@ -64,16 +65,16 @@ def _noted(ask: Callable[[], Any], what: str, missing: list[str]) -> Any:
         return ask()
     except Problem as problem:
         missing.append(f"{what}: {problem.message}")
-        return {"error": Error.of(problem)}
+        return {"error": problem}
     except Exception as error:  # a bug is a reason to make the archive
         missing.append(f"{what}: {type(error).__name__}: {error}")
         return {"traceback": traceback.format_exc().splitlines()}
 
 
-def _preflight(node: Node, on: LocalSystem) -> list[ProbeMessage]:
+def _preflight(node: Node, on: LocalSystem) -> list[ProbeResult]:
     """Run the preflight and the probes of the machine: all there is if nothing is installed."""
     probes = [*preflight(node), *checks.of_no_step(node)]
-    return [*map(ProbeMessage.of, checks.look((each for each in probes if not each.load), on, silent))]
+    return checks.look((each for each in probes if not each.load), on, silent)
 
 
 def _unset(on: LocalSystem) -> Node:

@@ -241,8 +241,8 @@ def test_programs_are_on_the_list_of_read_only_commands(tmp_path: Path, kind: Ki
 def found_on(tmp_path: Path, name: str, programs: Mapping[str, str], **settings: object) -> tuple[str, str]:
     on, node = OnASpark(tmp_path, programs), node_with(**settings)
     chosen = checks.chosen(node, only=[name])
-    (result,) = [each for each in checks.look(chosen.probes, on, lambda _: None) if each.probe.name == name]
-    return result.finding.verdict, result.finding.found
+    (result,) = [each for each in checks.look(chosen.probes, on, lambda _: None) if each.name == name]
+    return result.verdict, result.found
 
 
 def test_bandwidth_on_one_node_is_skipped_with_the_reason(tmp_path: Path) -> None:

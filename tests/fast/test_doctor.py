@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from sparkinstall.cli import doctor
 from sparkinstall.core import catalogue, checks, fixes
 from sparkinstall.core.checks import Chosen, ProbeResult
-from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadUsage, Blocked, NeedsRoot
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.probes import Finding, Probe, failed, known_hosts, passed, skipped, warned
@@ -195,7 +195,7 @@ def test_a_name_alone_leaves_the_preflight_out(node: Path) -> None:
 
 
 def of_step(*states: Any, problem: Any = None) -> checkup.Item:
-    report = StepReport("nccl", "why", [Checked(f"k{at}", state) for at, state in enumerate(states)], problem)
+    report = StepReport.of("nccl", states, problem)
     (item,) = checkup.of_checks([report])
     return item
 
@@ -220,8 +220,9 @@ def test_what_only_root_can_see_is_not_called_broken() -> None:
 
 @pytest.mark.parametrize(("installed", "weight"), [(True, "look-at"), (False, "broken")])
 def test_sudo_matters_less_once_the_node_is_set_up(installed: bool, weight: str) -> None:
-    looked = [ProbeResult(_probe("sudo", failed("x", "y")), failed("x", "y"), 0.0)]
-    assert checkup.of_preflight(looked, installed)[0].weight == weight
+    probe = _probe("sudo", failed("x", "y"))
+    looked = [ProbeResult.of(probe, failed("x", "y"))]
+    assert checkup.of_probes("preflight", [probe], looked, installed)[0].weight == weight
 
 
 def test_everything_has_a_meaning() -> None:

@@ -177,7 +177,7 @@ def test_who_wants_a_firewall() -> None:
 def test_a_plan_shows_the_rules_and_a_rehearsal_loads_none(tmp_path: Path, nft: str) -> None:
     (report,) = engine.plan([Firewall()], _node(**HEAD), LocalReader(str(tmp_path)))
     assert report.problem is None
-    states = {each.key: each.state for each in report.checked}
+    states = {each.key: each for each in report.checked}
     file = states["file:/opt/sparkinstall/firewall.nft"]
     assert isinstance(file, Drift)
     assert f"ip daddr {{ {LINK} }} drop" in file.after

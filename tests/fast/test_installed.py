@@ -40,7 +40,7 @@ def node(tmp_path: Path) -> Node:
 
 def found(node: Node, root: Path, name: str) -> Finding:
     (probe,) = (each for step in (Environment(), Fp8(), EnvFiles()) for each in step.probes(node) if each.name == name)
-    return checks.look([probe], LocalReader(str(root)), silent)[0].finding
+    return checks.look([probe], LocalReader(str(root)), silent)[0]
 
 
 @pytest.mark.parametrize("name", ["wheel-gate", "reasoning-field"])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sparkinstall.cli import junit
 from sparkinstall.cli.junit import Case
 from sparkinstall.core.checks import ProbeResult
-from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadConfig, BadUsage, Problem
 from sparkinstall.probes import LEVELS, Finding, Probe, Verdict, failed, passed, skipped, warned
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Unknown
@@ -74,17 +74,16 @@ def written(path: Path, cases: list[Case], strict: bool = False) -> ElementTree.
 
 
 def look(name: str, finding: Finding, level: str = "node", seconds: float = 0.25) -> ProbeResult:
-    return ProbeResult(
-        Probe(name, name, lambda _: finding, next(each for each in LEVELS if each == level)), finding, seconds
-    )
+    probe = Probe(name, name, lambda _: finding, next(each for each in LEVELS if each == level))
+    return ProbeResult.of(probe, finding, seconds)
 
 
 REPORTS = [
-    StepReport("good", "x", [Checked("file:/a", Ok("as it should be"))], seconds=1234.5),
-    StepReport("drifts", "x", [Checked("file:/b", Drift("write /b")), Checked("file:/c", Unknown("good"))]),
-    StepReport("left", "x", [Checked("packages", NodeOnly("apt installs them"))]),
-    StepReport("blocked", "x", [Checked("link:/d", Conflict("it is a dir", hint="move it away"))]),
-    StepReport("broken", "x", problem=Problem("the disk is full", hint="free some space")),
+    StepReport.of("good", [Ok("as it should be", key="file:/a")], seconds=1234.5),
+    StepReport.of("drifts", [Drift("write /b", key="file:/b"), Unknown("good", key="file:/c")]),
+    StepReport.of("left", [NodeOnly("apt installs them", key="packages")]),
+    StepReport.of("blocked", [Conflict("it is a dir", hint="move it away", key="link:/d")]),
+    StepReport.of("broken", problem=Problem("the disk is full", hint="free some space")),
 ]
 LOOKED = [
     look("fine", passed("4 of 4"), "static"),
@@ -133,8 +132,8 @@ def test_no_two_cases_have_one_name(tmp_path: Path) -> None:
     from tests.support.nodes import HEAD
 
     chosen = checks.chosen(HEAD, measure=True)
-    reports = [StepReport(step.name, step.why) for step in catalogue.of(HEAD)]
-    looked = [ProbeResult(probe, passed("x"), 0.0) for probe in chosen.probes]
+    reports = [StepReport(step.name) for step in catalogue.of(HEAD)]
+    looked = [ProbeResult.of(probe, passed("x")) for probe in chosen.probes]
     root = written(tmp_path / "j.xml", [*junit.of_checks(reports), *junit.of_probes(looked)])
     names = [(case.attrib["classname"], case.attrib["name"]) for case in root.iter("testcase")]
     assert len(names) == len(set(names)) == len(reports) + len(looked)

@@ -181,4 +181,4 @@ def test_preflight_cuda_with_the_nccl_of_a_wheel_is_skipped(monkeypatch: pytest.
         monkeypatch.delenv(variable, raising=False)
     node = head_of_two(nccl__mode="wheel", nccl__cuda_home="/nowhere")
     (cuda,) = [each for each in preflight(node) if each.name == "cuda"]
-    assert look([cuda], Machine(str(tmp_path)), silent)[0].finding.verdict == "skip"
+    assert look([cuda], Machine(str(tmp_path)), silent)[0].verdict == "skip"

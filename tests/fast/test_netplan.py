@@ -143,7 +143,7 @@ def test_live_link_in_a_rehearsal_is_node_only(rehearsed: Rehearsed) -> None:
     assert isinstance(state, NodeOnly)
     assert f"{FIRST}: 192.168.100.10/24, MTU 9000" in state.reason
     found = checks.look(link.probes(node()), LocalReader(str(rehearsed.root)), silent)
-    assert {each.finding.verdict for each in found} == {"skip"}
+    assert {each.verdict for each in found} == {"skip"}
 
 
 def test_netplan_applied_twice_changes_nothing(rehearsed: Rehearsed) -> None:

@@ -5,15 +5,16 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from sparkinstall.cluster import protocol
-from sparkinstall.cluster.protocol import Fetched, Listening, Look, ProbeMessage, StepMessage
-from sparkinstall.core import fixes
+from sparkinstall.cluster.protocol import Fetched, Listening, Look
 from sparkinstall.core.checks import ProbeResult
-from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import Blocked, Problem
+from sparkinstall.fixes import MTU
 from sparkinstall.probes import Probe, warned
-from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, Unknown, describe
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, Unknown
 
 STATES = (Ok("9 GB"), Drift("change it", "a", "b"), Unknown("nccl"), NodeOnly("no GPU"), Conflict("taken", "name it"))
 
@@ -23,42 +24,36 @@ def envelope(data: Any, **other: Any) -> bytes:
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: type(state).__name__)
-def test_state_after_transfer_has_the_same_description(state: State) -> None:
-    message = StepMessage.of(StepReport("network", "", [Checked("eth0", state, changed=True)]))
-    sent = msgspec.json.decode(msgspec.json.encode(message), type=StepMessage).report()
-    assert (sent.name, sent.outcome, len(sent.checked)) == ("network", message.outcome, 1)
-    assert (sent.checked[0].key, sent.checked[0].changed) == ("eth0", True)
-    assert describe(sent.checked[0].state) == describe(state)
+def test_state_after_transfer_is_the_same(state: State) -> None:
+    report = StepReport.of("network", [replace(state, key="eth0", changed=True)])
+    assert msgspec.json.decode(msgspec.json.encode(report), type=StepReport, dec_hook=protocol.as_problem) == report
 
 
 def test_resource_encoded_is_one_flat_object() -> None:
-    message = StepMessage.of(StepReport("network", "", [Checked("eth0", Ok("9000"))]))
-    (resource,) = msgspec.to_builtins(message)["resources"]
+    (resource,) = msgspec.to_builtins(StepReport.of("network", [Ok("9000", key="eth0")]))["resources"]
     assert resource == {"key": "eth0", "changed": False, "state": "ok", "note": "9000"}
 
 
 def test_problem_after_transfer_keeps_its_code_and_names_the_node_of_its_log() -> None:
     problem = Blocked("it is taken", cause="someone", hint="move it", log="/var/log/x", output=["a", "b"])
-    errors = [msgspec.to_builtins(protocol.Error.of(problem))]
+    errors = msgspec.to_builtins([problem], enc_hook=protocol.plain)
     (sent,) = protocol.decode(envelope({}, errors=errors, exit_code=1), Look, "spark-2").problems
     assert (sent.code, sent.message, sent.cause, sent.hint) == ("blocked", "it is taken", "someone", "move it")
     assert (sent.log, list(sent.output)) == ("spark-2:/var/log/x", ["a", "b"])
 
 
 def test_probe_after_transfer_keeps_finding_and_fix() -> None:
-    probe = Probe("link", "the link", lambda _: warned("slow", "look"), "link", fix=fixes.numbered(2))
-    message = ProbeMessage.of(ProbeResult(probe, warned("slow", "look"), 0.5))
-    sent = msgspec.json.decode(msgspec.json.encode(message), type=ProbeMessage).result()
-    assert (sent.probe.name, sent.probe.level, sent.seconds) == ("link", "link", 0.5)
-    assert sent.finding == warned("slow", "look")
-    assert message.fix == 2 and sent.probe.fix == fixes.numbered(2)
+    probe = Probe("link", "the link", lambda _: warned("slow", "look"), "link", fix=MTU)
+    result = ProbeResult.of(probe, warned("slow", "look"), 0.5)
+    assert msgspec.json.decode(msgspec.json.encode(result), type=ProbeResult) == result
+    assert (result.name, result.level, result.verdict, result.fix) == ("link", "link", "warn", 2)
 
 
 def test_reply_with_unknown_fields_ignores_them() -> None:
     step = {"step": "x", "new": 1, "resources": [{"key": "k", "state": "ok", "newer": [2]}]}
     reply = protocol.decode(envelope({"steps": [step], "more": {}}, newest=True), Look)
     assert reply.data is not None
-    assert [report.name for report in reply.data.reports] == ["x"]
+    assert [report.name for report in reply.data.steps] == ["x"]
 
 
 def test_reply_of_another_version_is_refused() -> None:

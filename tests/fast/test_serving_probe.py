@@ -150,7 +150,7 @@ def look(node: Node, root: str = "/", only: str = "") -> Findings:
     """Run the probes as `verify` does: one after the other, with one reader."""
     on = LocalReader(root)
     asked = [probe for probe in serving.probes(node) if only in ("", probe.name)]
-    return {each.probe.name: each.finding for each in checks.look(asked, on, silent)}
+    return {each.name: each for each in checks.look(asked, on, silent)}
 
 
 def found(prefix: Path, api: Api, only: str = "", **settings: Any) -> Findings:

@@ -10,7 +10,7 @@ import pytest
 
 from sparkinstall.core import catalogue, checks, fixes
 from sparkinstall.core.checks import Chosen
-from sparkinstall.core.engine import Checked, StepReport
+from sparkinstall.core.engine import StepReport
 from sparkinstall.core.fixes import FixState
 from sparkinstall.errors import BadUsage
 from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, passed, skipped, warned
@@ -98,11 +98,11 @@ def test_chosen_with_an_unknown_name_is_refused_with_the_nearest(option: str, wo
 # --- standing of the fixes
 
 ORDER = ("proven", "done", "node_only")
-UP_TO_DATE = [StepReport(step.name, "x", [Checked("k", Ok(""))]) for step in catalogue.STEPS]
+UP_TO_DATE = [StepReport.of(step.name, [Ok(key="k")]) for step in catalogue.STEPS]
 
 
 def standing_of(findings: dict[str, Finding]) -> dict[int, FixState]:
-    return {each.fix.number: each for each in fixes.stand(HEAD, UP_TO_DATE, findings)}
+    return {each.number: each for each in fixes.stand(HEAD, UP_TO_DATE, findings)}
 
 
 @pytest.mark.parametrize("finding", [passed("x"), warned("x", "y"), skipped("no GPU")], ids=lambda each: each.verdict)

@@ -66,7 +66,7 @@ def _converge(node: Node, step: Any) -> Any:
 
 def _shown(report: engine.StepReport) -> Any:
     problem = report.problem
-    drifts = [each.state.summary for each in report.checked if isinstance(each.state, Drift)]
+    drifts = [each.summary for each in report.checked if isinstance(each, Drift)]
     shown: dict[str, Any] = {"outcome": report.outcome, "seconds": report.seconds, "drifts": drifts}
     if problem:
         shown |= {
