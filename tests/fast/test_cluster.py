@@ -84,8 +84,8 @@ def test_phases_contain_every_step_of_a_node_once() -> None:
 
 def test_phases_run_in_order_with_a_barrier_after_each(far: FarNodes) -> None:
     far.answer("spark-2", slow=0.3)
-    code, said, log = far.cluster("spark-1", "spark-2", "--yes")
-    assert code == 0, said["errors"]
+    code, reply, log = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 0, reply["errors"]
     after = 0.0
     for phase in (
         {("spark-1", "look", ""), ("spark-2", "look", "")},
@@ -110,7 +110,7 @@ def test_phases_run_in_order_with_a_barrier_after_each(far: FarNodes) -> None:
     ]
     assert set(_verbs(far)[-2:]) == {("spark-1", "verify", ""), ("spark-2", "verify", "")}
     assert "spark-2 │ network: done" in log
-    assert [node["role"] for node in said["data"]["nodes"]] == ["head", "worker"]
+    assert [node["role"] for node in reply["data"]["nodes"]] == ["head", "worker"]
 
 
 def test_request_goes_through_stdin(far: FarNodes) -> None:
@@ -143,9 +143,9 @@ def test_upload_custom_stack_goes_to_every_node_once(far: FarNodes) -> None:
     for host in ("spark-1", "spark-2"):
         far.answer(host, look=look("unchanged"))
     for trips in (4, 2):
-        code, said, _ = far.cluster("spark-1", "spark-2", "--stack", "mine/tiny.yaml")
-        assert code == 0, said["errors"]
-        assert [node["ssh_trips"] for node in said["data"]["nodes"]] == [trips, trips]
+        code, reply, _ = far.cluster("spark-1", "spark-2", "--stack", "mine/tiny.yaml")
+        assert code == 0, reply["errors"]
+        assert [node["ssh_trips"] for node in reply["data"]["nodes"]] == [trips, trips]
     for host in ("spark-1", "spark-2"):
         there = _carried(far, host, "stack=")
         assert there.read_bytes() == mine.read_bytes()
@@ -228,9 +228,9 @@ def test_upload_tarball_is_sent_only_if_it_exists_here(far: FarNodes) -> None:
 def test_upload_unusable_stack_is_refused_before_any_request(far: FarNodes, was: str, now: str, sentence: str) -> None:
     mine = tiny_stack(far.lab / "mine")
     mine.write_text(mine.read_text().replace(was, now.format(mine=mine.parent)))
-    code, said, _ = far.cluster("spark-1", "spark-2", "--stack", str(mine))
+    code, reply, _ = far.cluster("spark-1", "spark-2", "--stack", str(mine))
     assert code == 2
-    (error,) = said["errors"]
+    (error,) = reply["errors"]
     assert error["code"] == "config" and sentence in f"{error['message']} {error['hint']}"
     assert not far.calls
 
@@ -238,9 +238,9 @@ def test_upload_unusable_stack_is_refused_before_any_request(far: FarNodes, was:
 def test_upload_that_cannot_be_written_names_the_node(far: FarNodes) -> None:
     tiny_stack(far.lab / "mine")
     (far.lab / "spark-2/.local/share/sparkinstall/uploads").write_text("in the way")
-    code, said, _ = far.cluster("plan", "spark-1", "spark-2", "--stack", "mine/tiny.yaml")
+    code, reply, _ = far.cluster("plan", "spark-1", "spark-2", "--stack", "mine/tiny.yaml")
     assert code == 5
-    (error,) = said["errors"]
+    (error,) = reply["errors"]
     assert error["message"] == "files that the settings name could not be copied to spark-2"
     assert "uploads" in error["cause"]
 
@@ -256,19 +256,19 @@ def test_network_is_confirmed_only_over_a_new_connection(far: FarNodes) -> None:
 
 def test_network_unreachable_is_not_confirmed(far: FarNodes) -> None:
     far.answer("spark-2", reach=[1, {}, [problem("192.168.100.10 does not answer over the link")]])
-    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    code, reply, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
     assert not [call for call in far.calls if call["verb"] == "confirm"]
-    assert said["errors"][0]["message"] == "spark-2: 192.168.100.10 does not answer over the link"
+    assert reply["errors"][0]["message"] == "spark-2: 192.168.100.10 does not answer over the link"
 
 
 def test_converged_cluster_gets_two_requests_and_no_change(far: FarNodes) -> None:
     for host in ("spark-1", "spark-2"):
         far.answer(host, look=look("unchanged"))
-    code, said, _ = far.cluster("spark-1", "spark-2")
+    code, reply, _ = far.cluster("spark-1", "spark-2")
     assert code == 0
     assert {call["verb"] for call in far.calls} == {"look", "verify"}
-    assert [node["ssh_trips"] for node in said["data"]["nodes"]] == [2, 2]
+    assert [node["ssh_trips"] for node in reply["data"]["nodes"]] == [2, 2]
 
 
 def test_network_unconfirmed_by_a_killed_run_is_confirmed(far: FarNodes) -> None:
@@ -289,15 +289,15 @@ def test_worker_with_another_token_gets_the_heads(far: FarNodes) -> None:
 
 def test_failed_node_stops_all_at_the_next_barrier_and_hides_nothing(far: FarNodes) -> None:
     far.answer("spark-1", multi_node__packages=[1, {}, [problem("apt could not install git")]])
-    code, said, log = far.cluster("spark-1", "spark-2", "--yes")
+    code, reply, log = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
-    assert said["status"] == "some-nodes"
+    assert reply["status"] == "some-nodes"
     assert ("spark-2", "multi-node", "packages") in _verbs(far)
     assert not [call for call in far.calls if "network" in call["only"]]
-    first, second = said["data"]["nodes"]
+    first, second = reply["data"]["nodes"]
     assert [p["outcome"] for p in first["phases"]] == ["unchanged", "failed"]
     assert [p["outcome"] for p in second["phases"]] == ["unchanged", "changed"]
-    assert said["errors"] == [{**problem("spark-1: apt could not install git"), "log": "spark-1:/l"}]
+    assert reply["errors"] == [{**problem("spark-1: apt could not install git"), "log": "spark-1:/l"}]
     assert "spark-1 │ packages: failed: apt could not install git" in log
 
 
@@ -311,11 +311,11 @@ def test_failed_check_on_one_node_stops_all(far: FarNodes) -> None:
         "seconds": 0,
     }
     far.answer("spark-2", look=look(preflight=[sudo]))
-    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    code, reply, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
     assert {call["verb"] for call in far.calls} == {"look"}
-    assert said["errors"][0]["code"] == "preflight"
-    assert "NOPASSWD" in said["errors"][0]["hint"]
+    assert reply["errors"][0]["code"] == "preflight"
+    assert "NOPASSWD" in reply["errors"][0]["hint"]
     assert far.cluster("spark-1", "spark-2", "--yes", "--ignore", "sudo")[0] == 0
 
 
@@ -324,9 +324,9 @@ def test_missing_sudo_password_is_reported_once(far: FarNodes) -> None:
     sudo = {"name": "sudo", "verdict": "fail", "found": "sudo asks", "hint": "x", "title": "", "seconds": 0}
     unseen = {**step("firewall", "failed"), "error": {**problem("cannot be read"), "code": NeedsRoot.code}}
     far.answer("spark-2", look=look(preflight=[sudo], steps=[step("packages"), unseen]))
-    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    code, reply, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
-    assert [each["code"] for each in said["errors"]] == ["preflight"]
+    assert [each["code"] for each in reply["errors"]] == ["preflight"]
 
 
 def test_conflict_is_reported_before_anything_is_applied(far: FarNodes) -> None:
@@ -335,27 +335,27 @@ def test_conflict_is_reported_before_anything_is_applied(far: FarNodes) -> None:
         {"key": "n", "state": "conflict", "changed": False, "message": "eth0 is the LAN", "hint": "name it"}
     ]
     far.answer("spark-2", look=look(steps=[step("packages"), taken]))
-    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    code, reply, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
-    assert said["errors"][0]["message"] == "spark-2: network: eth0 is the LAN"
+    assert reply["errors"][0]["message"] == "spark-2: network: eth0 is the LAN"
     assert {call["verb"] for call in far.calls} == {"look"}
 
 
 def test_unreachable_node_is_named_and_the_others_are_asked(far: FarNodes) -> None:
     (far.lab / "spark-1/ssh-says").write_text("ssh: connect to host spark-1 port 22: No route to host\n")
-    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    code, reply, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
-    assert said["errors"][0]["code"] == "unreachable"
-    assert said["errors"][0]["message"] == "spark-1 does not answer"
+    assert reply["errors"][0]["code"] == "unreachable"
+    assert reply["errors"][0]["message"] == "spark-1 does not answer"
     assert _verbs(far) == [("spark-2", "look", "")]
 
 
 def test_different_versions_stop_before_the_head_starts(far: FarNodes) -> None:
     far.answer("spark-2", look=look(versions={**VERSIONS, "vllm": "0.22.1"}))
-    code, said, _ = far.cluster("spark-1", "spark-2", "--yes")
+    code, reply, _ = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 5
-    assert "spark-1 and spark-2" in said["errors"][0]["message"]
-    assert "0.18.1 on spark-1, 0.22.1 on spark-2" in said["errors"][0]["cause"]
+    assert "spark-1 and spark-2" in reply["errors"][0]["message"]
+    assert "0.18.1 on spark-1, 0.22.1 on spark-2" in reply["errors"][0]["cause"]
     assert not [call for call in far.calls if "ray" in call["only"]]
 
 
@@ -374,9 +374,9 @@ def test_require_same_sockets_and_roce_are_refused() -> None:
 
 
 def test_cluster_without_yes_asks_before_it_applies(far: FarNodes) -> None:
-    code, said, _ = far.cluster("spark-1", "spark-2")
+    code, reply, _ = far.cluster("spark-1", "spark-2")
     assert code == 2
-    assert "--yes" in said["errors"][0]["hint"]
+    assert "--yes" in reply["errors"][0]["hint"]
     assert {call["verb"] for call in far.calls} == {"look"}
 
 
@@ -390,10 +390,10 @@ def test_cluster_invalid_words_are_a_usage_error(far: FarNodes, words: tuple[str
 
 
 def test_plan_changes_nothing(far: FarNodes) -> None:
-    code, said, _ = far.cluster("plan", "spark-1", "spark-2")
+    code, reply, _ = far.cluster("plan", "spark-1", "spark-2")
     assert code == 0
     assert {call["verb"] for call in far.calls} == {"look"}
-    assert [each["step"] for each in said["data"]["nodes"][1]["steps"]] == list(STEPS)
+    assert [each["step"] for each in reply["data"]["nodes"][1]["steps"]] == list(STEPS)
 
 
 def test_uninstall_starts_with_the_workers_and_installs_nothing(far: FarNodes) -> None:
@@ -403,16 +403,16 @@ def test_uninstall_starts_with_the_workers_and_installs_nothing(far: FarNodes) -
     for host in ("spark-1", "spark-2"):
         far.answer(host, uninstall=reply)
     assert far.cluster("uninstall", "spark-1", "spark-2", "bare")[0] == 2
-    code, said, _ = far.cluster("uninstall", "spark-1", "spark-2", "bare", "--yes")
+    code, stderr, _ = far.cluster("uninstall", "spark-1", "spark-2", "bare", "--yes")
     assert [call["host"] for call in far.calls] == ["spark-2", "spark-1"]
-    assert code == 0, said["errors"]
+    assert code == 0, reply["errors"]
 
 
 # --- ssh
 
 
 @pytest.mark.parametrize(
-    ("said", "words"),
+    ("stderr", "words"),
     [
         ("ssh: Could not resolve hostname nix: Name or service not known", "could not be resolved"),
         ("ssh: connect to host a port 22: Connection timed out", "does not answer"),
@@ -426,18 +426,18 @@ def test_uninstall_starts_with_the_workers_and_installs_nothing(far: FarNodes) -
         ("Permission denied: that is the far program\na\nb\nc\nConnection to a closed by remote host.", "was lost"),
     ],
 )  # fmt: skip
-def test_ssh_failure_becomes_an_error_with_a_hint(said: str, words: str) -> None:
-    error = explained("me@a", said)
+def test_ssh_failure_becomes_an_error_with_a_hint(stderr: str, words: str) -> None:
+    error = explained("me@a", stderr)
     assert words in error.message
     assert error.hint
 
 
 def test_ssh_changed_host_key_is_explained_and_checking_stays_on() -> None:
-    said = (
+    stderr = (
         "@    WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!     @\n"
         "Offending ED25519 key in /home/me/.ssh/known_hosts:7\nHost key verification failed."
     )
-    error = explained("me@spark-1", said)
+    error = explained("me@spark-1", stderr)
     assert "known_hosts:7" in error.cause
     assert "ssh-keygen -R spark-1" in error.hint
     assert "StrictHostKeyChecking" not in error.hint
@@ -456,14 +456,14 @@ def test_digest_equals_that_of_install_sh(checkout: tuple[Path, str]) -> None:
 @pytest.mark.network
 def test_bare_node_gets_sparkinstall_first(far: FarNodes) -> None:
     (far.lab / "fresh").mkdir()
-    code, said, log = far.cluster("plan", "fresh")
-    assert code == 0, said["errors"]
-    (node,) = said["data"]["nodes"]
+    code, reply, log = far.cluster("plan", "fresh")
+    assert code == 0, reply["errors"]
+    (node,) = reply["data"]["nodes"]
     assert (node["tool_brought"], node["ssh_trips"]) == (True, 3)
     assert {"packages", "environment"} <= {each["step"] for each in node["steps"]}
     assert "installing sparkinstall" in log
-    code, said, _ = far.cluster("plan", "fresh")
-    assert said["data"]["nodes"][0]["ssh_trips"] == 1
+    code, reply, _ = far.cluster("plan", "fresh")
+    assert reply["data"]["nodes"][0]["ssh_trips"] == 1
 
 
 _SHOW_STDIN = """\

@@ -1,4 +1,4 @@
-"""The examples of CONTRIBUTING, applied to a copy of the tree exactly as they are printed: the copy stays green."""
+"""The examples of CONTRIBUTING, applied as printed to a copy of the tree, pass its checks and tests."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from tests.support.documents import REPOSITORY, section
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code, the file that is named above it, and its language."""
+    """A block of code, the file named above it, and its language."""
 
     file: str
     language: str
@@ -32,7 +32,7 @@ def blocks(heading: str) -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Tree:
-    """A copy of the repository, as a newcomer would have it."""
+    """A copy of the repository."""
 
     root: Path
 
@@ -47,7 +47,7 @@ class Tree:
             path.write_text(block.text)
 
     def run(self, *argv: str) -> str:
-        """What a program of this Python's environment prints; it must end well."""
+        """Run a program of this Python's environment, which must succeed, and return its output."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
         env = {**kept, "PYTHONPATH": str(self.root), "COLUMNS": "200"}
         done = subprocess.run(argv, cwd=self.root, env=env, capture_output=True, text=True, check=False)
@@ -58,7 +58,7 @@ class Tree:
         return self.run(sys.executable, *argv)
 
     def typed(self, given: list[Block]) -> None:
-        """Check types as `tests/run` did before, with what mypy still knows of the files that are the same."""
+        """Check types with mypy, starting from its cache of the unchanged files."""
         if (cache := REPOSITORY / ".mypy_cache").exists():
             shutil.copytree(cache, self.root / ".mypy_cache")
         self.python("-m", "mypy", *(block.file for block in given if block.file.endswith(".py")))
@@ -68,7 +68,7 @@ class Tree:
 
 
 def patched(text: str, diff: str) -> str:
-    """Apply a diff without line numbers: what it says is there must be there once."""
+    """Apply a diff without line numbers; its old lines must occur exactly once."""
     for place in diff.split("@@\n"):
         lines = place.splitlines(keepends=True)
         old = "".join(line[1:] or line for line in lines if not line.startswith("+"))
@@ -92,7 +92,7 @@ def tree(tmp_path: Path) -> Tree:
     return tree
 
 
-def test_the_example_fix_leaves_the_tree_green(tree: Tree) -> None:
+def test_example_fix_passes_every_check(tree: Tree) -> None:
     given = list(blocks("## Add a fix"))
     for block in given:
         tree.add(block)
@@ -108,12 +108,12 @@ def test_the_example_fix_leaves_the_tree_green(tree: Tree) -> None:
     assert "watchdog" in tree.python("-m", "sparkinstall", "plan", "--only", "watchdog", "--root", "./node")
 
 
-def test_the_example_fix_edits_few_files() -> None:
+def test_example_fix_edits_two_files() -> None:
     edited = [block.file for block in blocks("## Add a fix") if block.language == "diff"]
     assert edited == ["sparkinstall/config/schema.py", "sparkinstall/core/catalogue.py"]
 
 
-def test_the_example_signature_is_known(tree: Tree) -> None:
+def test_example_signature_is_listed_by_diagnose(tree: Tree) -> None:
     (block,) = blocks("## Add a signature")
     tree.add(block)
     tree.python("tools/docs.py")
@@ -122,7 +122,7 @@ def test_the_example_signature_is_known(tree: Tree) -> None:
     assert name in tree.python("-m", "sparkinstall", "diagnose", "--known")
 
 
-def test_the_example_stack_is_shipped(tree: Tree) -> None:
+def test_example_stack_is_shipped(tree: Tree) -> None:
     """Its locks are copied: tools/lock.py needs the index."""
     (block,) = blocks("## Add a stack")
     tree.run("bash", "-ec", block.text)
@@ -136,7 +136,7 @@ def test_the_example_stack_is_shipped(tree: Tree) -> None:
     assert f"| `{new}` |" in (tree.root / "README.md").read_text()
 
 
-def test_the_example_verb_is_there(tree: Tree) -> None:
+def test_example_verb_passes_every_check(tree: Tree) -> None:
     given = list(blocks("## Add a verb"))
     for block in given:
         tree.add(block)

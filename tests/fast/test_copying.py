@@ -1,4 +1,4 @@
-"""Wheels and NCCL from one node's cache to another's: whole, proven by their hashes, and never a way in or out."""
+"""Wheels and NCCL copied between the caches of two nodes: complete, verified by hash, and confined to the cache."""
 
 import hashlib
 import json
@@ -37,8 +37,8 @@ GOOD: dict[str, Any] = {"path": f"{ARCHIVE}/vllm/__init__.py", "size": 1, "mode"
 
 
 class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *said: Any) -> None:
-        """The listing of a folder is an index; what is asked of it is not ours to print."""
+    def log_message(self, *_: Any) -> None:
+        """Print no requests."""
 
 
 @contextmanager
@@ -50,7 +50,7 @@ def _index(folder: Path) -> Iterator[str]:
 
 
 def _install(side: Side, lock: Path, index: str, *more: str) -> "subprocess.CompletedProcess[str]":
-    """What the environment's step does with uv, for the lock and from the index that are given."""
+    """Install a lock from an index with uv, as the step `environment` does."""
     venv = side.home / "venv"
     subprocess.run([uv(), "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
     options = ["--require-hashes", "--only-binary", ":all:", "--python", str(venv), "--default-index", index]
@@ -62,7 +62,7 @@ def _install(side: Side, lock: Path, index: str, *more: str) -> "subprocess.Comp
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A head whose uv has really downloaded a wheel, and the index it came from, which is gone since."""
+    """A head whose uv has downloaded a wheel, and the address of its index, which has stopped since."""
     folder = tmp_path_factory.mktemp("head")
     stack = tiny_stack(folder / "stack")
     (folder / "index/vllm").mkdir(parents=True)
@@ -147,10 +147,10 @@ def test_copy_killed_in_the_middle_resumes(pair: tuple[Side, Side]) -> None:
     with offering(head, "environment"):
         pass
     files = sorted(path for path in _archive(head).rglob("*") if path.is_file())
-    # The hashes are known by now; a pipe that nobody writes to keeps the head in the middle of the list.
+    # The hashes are recorded by now; a pipe without a writer blocks the head in the middle of the list.
     content = files[2].read_bytes()
     files[2].unlink()
-    _make_fifo(files[2])
+    os.mkfifo(files[2])
     with offering(head, "environment") as offered, worker.start("fetch", "--only", "environment") as fetch:
         assert fetch.stdin is not None
         fetch.stdin.write(offered.as_given())
@@ -172,11 +172,7 @@ def test_copy_killed_in_the_middle_resumes(pair: tuple[Side, Side]) -> None:
     assert _tree(_archive(worker)) == _tree(_archive(head))
 
 
-def _make_fifo(path: Path) -> None:
-    os.mkfifo(path)
-
-
-# --- who may have it, and what is believed
+# --- who gets a copy, and what is trusted
 
 
 def test_copy_with_a_wrong_token_is_refused_and_blocks_nobody(pair: tuple[Side, Side]) -> None:
@@ -249,10 +245,10 @@ def test_list_that_could_write_elsewhere_is_refused(files: list[Any], wheels: li
         artifacts.understood(_listing(files, wheels))
 
 
-@pytest.mark.parametrize("said", [b"", b"[]", b"null", b'{"files": [{}]}', b"\xff", b'{"of": 1, "files": 3}'])
-def test_list_that_cannot_be_read_is_refused(said: bytes) -> None:
+@pytest.mark.parametrize("listing", [b"", b"[]", b"null", b'{"files": [{}]}', b"\xff", b'{"of": 1, "files": 3}'])
+def test_list_that_cannot_be_read_is_refused(listing: bytes) -> None:
     with pytest.raises(CopyFailed, match="cannot be read"):
-        artifacts.understood(said)
+        artifacts.understood(listing)
 
 
 def _listing(files: list[Any], wheels: list[Any] | None = None) -> bytes:
@@ -284,7 +280,7 @@ asm(".section .nv_fatbin,\"a\"\n.incbin \"k.fatbin\"\n.text\n");
 
 @pytest.fixture(scope="module")
 def small_nccl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that says it is NCCL 2.29.7 and has code for sm_121, as the checks want to see."""
+    """A library that reports NCCL 2.29.7 and has code for sm_121, as the checks expect."""
     folder = tmp_path_factory.mktemp("library")
     (folder / "k.cu").write_text(_KERNEL)
     (folder / "v.c").write_text(_VERSION)
@@ -296,7 +292,7 @@ def small_nccl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def built(tmp_path: Path, small_nccl: Path) -> tuple[Side, Side]:
-    """A head that has built NCCL from a tarball which the worker has never seen."""
+    """A head that has built NCCL from a tarball that the worker does not have."""
     where = str(tmp_path / "nccl.tar.gz")
     settings = ("stack=0.32.0", f"nccl.source={where}", "nccl.version=2.29.7", f"nccl.cuda_home={toolkit()}")
     head, worker = (Side(tmp_path / name, at, settings) for name, at in (("head", HEAD), ("worker", WORKER)))
@@ -338,8 +334,8 @@ def test_nccl_copied_from_the_head_replaces_the_build(
     with offering(head, "nccl") as offered:
         code, data, error = fetched(worker, offered, "nccl")
     assert (code, error, data["files"]) == (0, "", 2)
-    said = _run_nccl(worker, tmp_path / "node")
-    assert said["exit_code"] == 0, said["errors"]
+    reply = _run_nccl(worker, tmp_path / "node")
+    assert reply["exit_code"] == 0, reply["errors"]
     made = tmp_path / "node/opt/sparkinstall/nccl/lib/libnccl.so.2"
     assert made.read_bytes() == small_nccl.read_bytes()
     assert _run_nccl(worker, tmp_path / "node")["data"]["changed"] is False
@@ -357,9 +353,9 @@ def test_nccl_of_another_recipe_is_not_used(built: tuple[Side, Side], tmp_path: 
     if what != "the recipe":
         marks = {"a byte": (b"ncclGetVersion", b"ncclGotVersion"), "the file": (b"\x7fELF", b"\x7fBLF")}
         _tamper(waiting, stamp, *marks.get(what, _version_bytes()), honest=what != "a byte")
-    said = _run_nccl(worker, tmp_path / "node", *more)
-    assert said["exit_code"] != 0
-    assert "neither a file nor a folder" in said["errors"][0]["message"]
+    reply = _run_nccl(worker, tmp_path / "node", *more)
+    assert reply["exit_code"] != 0
+    assert "neither a file nor a folder" in reply["errors"][0]["message"]
     assert not list(tmp_path.glob("node/opt/sparkinstall/nccl/lib*"))
 
 
@@ -368,7 +364,7 @@ def _version_bytes() -> tuple[bytes, bytes]:
 
 
 def _tamper(waiting: Path, stamp: dict[str, Any], before: bytes, after: bytes, *, honest: bool) -> None:
-    """Change the library; `honest`: and what the stamp says of it, as another node could."""
+    """Change the library; `honest` also updates its hash in the stamp."""
     content = (waiting / "libnccl.so").read_bytes()
     assert before in content
     (waiting / "libnccl.so").write_bytes(content.replace(before, after))
@@ -387,7 +383,7 @@ def test_nccl_for_another_gpu_is_skipped_with_a_warning(built: tuple[Side, Side]
     assert not list(worker.cache.glob("nccl/built/*"))
 
 
-# --- as the terminal leads it
+# --- copies within `cluster`
 
 
 @pytest.fixture
@@ -404,8 +400,8 @@ def _builds(far: FarNodes, *verbs: str) -> list[tuple[str, str]]:
 
 
 def test_builds_run_on_the_head_then_copy_then_on_the_workers(far: FarNodes) -> None:
-    code, said, log = far.cluster("spark-1", "spark-2", "--yes")
-    assert code == 0, said["errors"]
+    code, reply, log = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 0, reply["errors"]
     assert _builds(far, "offer", "fetch") == [
         ("spark-1", "multi-node"),
         ("spark-1", "offer"),
@@ -424,13 +420,13 @@ def test_builds_run_on_the_head_then_copy_then_on_the_workers(far: FarNodes) -> 
 
 
 def test_copy_that_fails_is_a_warning_and_the_worker_builds(far: FarNodes) -> None:
-    broken = [1, {}, [problem("the other node broke off")]]
+    broken = [1, {}, [problem("the other node was interrupted")]]
     far.answer("spark-2", fetch=broken)
-    code, said, log = far.cluster("spark-1", "spark-2", "--yes")
-    assert code == 0, said["errors"]
-    (copy,) = [each for each in said["data"]["nodes"][1]["phases"] if each["phase"] == "copy"]
-    assert (copy["outcome"], copy["data"]["warning"]) == ("unchanged", "the other node broke off")
-    assert "spark-2 │ copy: warning: the other node broke off" in log
+    code, reply, log = far.cluster("spark-1", "spark-2", "--yes")
+    assert code == 0, reply["errors"]
+    (copy,) = [each for each in reply["data"]["nodes"][1]["phases"] if each["phase"] == "copy"]
+    assert (copy["outcome"], copy["data"]["warning"]) == ("unchanged", "the other node was interrupted")
+    assert "spark-2 │ copy: warning: the other node was interrupted" in log
     assert _builds(far)[-1] == ("spark-2", "multi-node")
 
 

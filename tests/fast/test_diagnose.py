@@ -1,4 +1,4 @@
-"""Logs -> what `diagnose` makes of them: every signature by its examples, real logs, and anything at all."""
+"""`diagnose`: every signature against its examples, real logs, arbitrary bytes, followed logs and the journal."""
 
 import contextlib
 import gzip
@@ -18,14 +18,12 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from msgspec.structs import replace
 
 from sparkinstall.cli.app import VERBS
 from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
 from sparkinstall.diagnose import judge as judge_module
 from sparkinstall.diagnose import search as log_search
-from sparkinstall.diagnose import signatures
 from sparkinstall.diagnose.judge import Diagnosis, Reading, judge
 from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import Signature, load
@@ -42,7 +40,7 @@ HARMLESS = [pytest.param(s, line, id=f"{s.name}-{at}") for s in KNOWN for at, li
 
 
 def read(data: bytes, sizes: Sequence[int] = (1 << 20,), known: Sequence[Signature] = KNOWN) -> Search:
-    """A log given in pieces of these sizes, over and over."""
+    """Search a log that is fed in pieces of these sizes, repeatedly."""
     search, at = Search(known), 0
     while at < len(data):
         for size in sizes:
@@ -64,8 +62,8 @@ def causes(found: Diagnosis) -> list[str]:
 
 
 @pytest.mark.parametrize(("known", "line"), EXAMPLES)
-def test_an_example_is_this_failure_and_no_other(known: Signature, line: str) -> None:
-    found = diagnosed(f"INFO all is well\n{line}\nINFO all is well\n".encode())
+def test_example_is_diagnosed_as_its_signature_only(known: Signature, line: str) -> None:
+    found = diagnosed(f"INFO all good\n{line}\nINFO all good\n".encode())
     if known.is_warning:
         assert [each.name for each in found.warnings] == [known.name]
         assert not found.causes
@@ -75,47 +73,47 @@ def test_an_example_is_this_failure_and_no_other(known: Signature, line: str) ->
 
 
 @pytest.mark.parametrize(("known", "line"), HARMLESS)
-def test_what_only_looks_like_it_is_nothing(known: Signature, line: str) -> None:
+def test_harmless_line_is_not_diagnosed(known: Signature, line: str) -> None:
     assert known.name not in read(line.encode()).sightings
 
 
-DRESSES: dict[str, Callable[[str], bytes]] = {
+FORMATS: dict[str, Callable[[str], bytes]] = {
     "colours": lambda line: (
         f"\x1b[36m(RayWorkerWrapper pid=8)\x1b[0m \x1b[31mERROR\x1b[0m {line}\x1b[32m [repeated 3x]\x1b[0m\n".encode()
     ),
     "journal": lambda line: f"Nov 21 16:00:00 spark-3995 vllm[123]: {line}\n".encode(),
     "Windows": lambda line: f"before\r\n{line}\r\nafter\r\n".encode(),
     "a progress bar": lambda line: f"Loading:  10%|#  |\rLoading: 100%|###|\r{line}\n".encode(),
-    "rubbish": lambda line: b"\xff\xfe\x00\n" + line.encode() + b"\x00\xff",
+    "other bytes": lambda line: b"\xff\xfe\x00\n" + line.encode() + b"\x00\xff",
     "a very long line": lambda line: b"x" * 300_000 + b" " + line.encode() + b" " + b"y" * 300_000,
 }
 
 
-@pytest.mark.parametrize("dress", DRESSES)
+@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("known", [each for each in KNOWN if "^" not in each.regex.pattern], ids=lambda each: each.name)
-def test_an_example_is_known_in_any_dress(known: Signature, dress: str) -> None:
-    assert known.name in read(DRESSES[dress](known.example[0]), (7777,)).sightings
+def test_example_is_found_in_every_format(known: Signature, form: str) -> None:
+    assert known.name in read(FORMATS[form](known.example[0]), (7777,)).sightings
 
 
 README_SYMPTOMS = re.findall(r"^\| (\d+) \| `([^`]+)`[^|]*\|", (REPOSITORY / "README.md").read_text(), re.M)
 
 
 @pytest.mark.parametrize(("number", "line"), README_SYMPTOMS)
-def test_a_symptom_as_the_readme_quotes_it_is_known(number: str, line: str) -> None:
+def test_readme_symptom_is_diagnosed_as_its_fix(number: str, line: str) -> None:
     assert [each.fix for each in diagnosed(line.encode()).causes] == [int(number)]
 
 
-def test_the_readmes_symptoms_are_found() -> None:
+def test_readme_has_the_symptoms_of_five_fixes() -> None:
     assert [number for number, _ in README_SYMPTOMS] == ["1", "3", "5", "6", "7"]
 
 
-def test_each_fix_has_a_signature_and_there_are_many() -> None:
+def test_signatures_cover_every_fix_and_many_other_failures() -> None:
     assert {each.fix for each in KNOWN if not each.is_warning} >= {fix.number for fix in FIXES_OF_SPARKS}
     assert len([each for each in KNOWN if each.fix is None]) >= 25
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda each: each.name)
-def test_a_signature_says_what_a_person_needs(known: Signature) -> None:
+def test_signature_fields_are_well_formed(known: Signature) -> None:
     assert known.title == known.title.strip(" .")
     assert known.why.endswith(".")
     assert all(link.startswith("https://") for link in known.links)
@@ -129,7 +127,7 @@ def mentioned(pattern: str) -> set[str]:
     return {name for each in KNOWN for name in re.findall(pattern, each.hint)}
 
 
-def test_what_a_mend_names_is_there() -> None:
+def test_hints_name_existing_verbs_settings_steps_and_probes() -> None:
     assert mentioned(r"`sparkinstall ([a-z-]+)") <= set(VERBS)
     assert mentioned(r"`((?:serving|network|cluster|nccl|fp8|packages|environment)\.\w+)") <= {
         each.name for each in all_settings()
@@ -142,7 +140,7 @@ def test_what_a_mend_names_is_there() -> None:
         assert {word for word in run.split() if not word.startswith("-")} <= steps, run
 
 
-def test_the_page_lists_every_signature() -> None:
+def test_page_lists_every_signature() -> None:
     page = (REPOSITORY / "docs/diagnose.md").read_text()
     listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| ([^|]+) \|", page, re.M))
     assert {name: title.strip() for name, title in listed.items() if name in BY_NAME} == {
@@ -175,7 +173,7 @@ GOOD: dict[str, Any] = {
         ([{**GOOD, "consequence_of": ["b"]}, {**GOOD, "name": "b", "consequence_of": ["any"]}], "in a circle"),
     ],
 )
-def test_a_bad_entry_is_refused_with_its_place(entries: Any, words: str, tmp_path: Path) -> None:
+def test_load_invalid_entry_is_refused_with_its_place(entries: Any, words: str, tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(yaml.safe_dump(entries))
     with pytest.raises(Malformed, match=words):
         load(tmp_path)
@@ -184,13 +182,13 @@ def test_a_bad_entry_is_refused_with_its_place(entries: Any, words: str, tmp_pat
 # --- real logs
 
 
-def test_every_log_is_in_the_index() -> None:
+def test_log_index_has_every_log() -> None:
     assert sorted(each["log"] for each in INDEX) == sorted(path.name for path in LOGS.glob("*.log"))
     assert all(each["how"] for each in INDEX)
 
 
 @pytest.mark.parametrize("entry", INDEX, ids=lambda entry: str(entry["log"]))
-def test_a_real_log(entry: dict[str, Any]) -> None:
+def test_real_log_gives_the_diagnosis_of_the_index(entry: dict[str, Any]) -> None:
     found = diagnosed((LOGS / entry["log"]).read_bytes())
     assert causes(found) == entry.get("causes", [])
     assert [each.name for each in found.consequences] == entry.get("consequences", [])
@@ -209,7 +207,7 @@ def example(name: str) -> bytes:
 @pytest.mark.parametrize(
     "cause", ["oom-killer", "ray-memory-monitor", "nccl-versions-differ", "gpu-fell-off", "disk-full"]
 )
-def test_a_dead_engine_does_not_hide_its_cause(cause: str) -> None:
+def test_dead_engine_is_a_consequence_of_its_cause(cause: str) -> None:
     log = example("worker-died") + example("engine-dead") + example(cause) + example("engine-dead")
     found = diagnosed(log)
     assert causes(found) == [cause]
@@ -217,26 +215,26 @@ def test_a_dead_engine_does_not_hide_its_cause(cause: str) -> None:
     assert all(cause in each.explained_by for each in found.consequences)
 
 
-def test_a_dead_engine_alone_is_the_cause_to_be_told() -> None:
+def test_dead_engine_alone_is_the_cause() -> None:
     assert causes(diagnosed(example("engine-dead"))) == ["engine-dead"]
 
 
-def test_a_dead_engine_follows_from_a_lost_worker() -> None:
+def test_dead_engine_is_a_consequence_of_a_lost_worker() -> None:
     assert causes(diagnosed(example("engine-dead") + example("worker-died"))) == ["worker-died"]
 
 
-def test_the_cause_may_be_in_another_log() -> None:
+def test_cause_in_another_log_is_found() -> None:
     found = diagnosed(example("engine-dead"), b"\n\n" + example("oom-killer"))
     assert [(each.log, each.line) for each in found.causes[0].lines] == [("log 1", 3)]
     assert [each.name for each in found.consequences] == ["engine-dead"]
 
 
-def test_a_warning_explains_nothing() -> None:
+def test_warning_is_no_cause() -> None:
     found = diagnosed(example("nv-err-no-memory") + example("engine-dead"))
     assert causes(found) == ["engine-dead"]
 
 
-def test_no_failure_is_explained_in_a_circle() -> None:
+def test_failure_with_its_consequences_has_a_cause() -> None:
     for each in (each for each in KNOWN if not each.is_warning):
         found = diagnosed(b"".join(example(other.name) for other in KNOWN if other in (each, *_after(each))))
         assert found.causes, each.name
@@ -250,13 +248,13 @@ def _after(known: Signature) -> list[Signature]:
 # --- lines
 
 
-def test_lines_are_counted_and_the_first_are_kept() -> None:
+def test_lines_of_a_failure_are_counted_and_the_first_kept() -> None:
     found = diagnosed(b"ok\n" + example("disk-full") * 5 + b"ok\n").causes[0]
     assert found.count == 5
     assert [place.line for place in found.lines] == [2, 3, 4]
 
 
-def test_a_count_ends_where_nobody_reads_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_count_of_lines_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_search, "MOST", 4)
     monkeypatch.setattr(log_search, "MOST_WEIGHED", 4)
     search = read(example("disk-full") * 50 + example("oom-killer"), (300,))
@@ -265,7 +263,7 @@ def test_a_count_ends_where_nobody_reads_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert search.lines == 51
 
 
-def test_a_shown_line_has_no_host_no_secret_and_nothing_a_terminal_obeys(tmp_path: Path) -> None:
+def test_shown_line_has_no_host_secret_or_control_character(tmp_path: Path) -> None:
     token = "hf_" + "a" * 30
     log = tmp_path / "x.log"
     log.write_text(
@@ -280,13 +278,13 @@ def test_a_shown_line_has_no_host_no_secret_and_nothing_a_terminal_obeys(tmp_pat
     assert "Nov 21 16:00:00 vllm[7]: OSError" in ended.stdout
 
 
-def test_a_line_of_any_length_is_shown_around_what_was_found() -> None:
+def test_long_line_is_shown_around_the_match() -> None:
     (place,) = diagnosed(b"x" * 1500 + b" No space left on device " + b"y" * 9000).causes[0].lines
     assert "No space left on device" in place.text
     assert len(place.text) < 420
 
 
-def test_an_unknown_log_shows_what_is_most_telling_first() -> None:
+def test_unknown_log_shows_the_most_telling_lines_first() -> None:
     log = b"""INFO starting
 (EngineCore pid=7) ERROR 11-21 10:00:00 [core.py:9] something is odd 1
 (EngineCore pid=7) ERROR 11-21 10:00:01 [core.py:9] something is odd 2
@@ -299,7 +297,7 @@ def test_an_unknown_log_shows_what_is_most_telling_first() -> None:
     assert [(each.line, each.count) for each in found.telling] == [(6, 1), (2, 2)]
 
 
-def test_a_log_with_nothing_in_it_says_nothing() -> None:
+def test_good_log_has_no_findings() -> None:
     found = diagnosed(b"INFO 0 errors\nINFO no error was found\nall good\n")
     assert (found.found, found.telling) == ((), ())
 
@@ -327,7 +325,7 @@ def seen(search: Search) -> object:
 
 @given(_STREAMS, st.lists(st.integers(1, 200), min_size=1, max_size=5))
 @settings(deadline=None, max_examples=200)
-def test_where_a_stream_is_cut_makes_no_difference(data: bytes, sizes: list[int]) -> None:
+def test_log_read_in_any_pieces_gives_the_same_result(data: bytes, sizes: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(log_search, "REACH", 60)
         patch.setattr(log_search, "LONG", 200)
@@ -336,13 +334,13 @@ def test_where_a_stream_is_cut_makes_no_difference(data: bytes, sizes: list[int]
 
 @given(st.binary(max_size=400))
 @settings(deadline=None)
-def test_no_bytes_are_too_much(data: bytes) -> None:
+def test_log_of_arbitrary_bytes_is_read(data: bytes) -> None:
     search = read(data)
     judge([Reading("x", search)])
     assert search.lines == data.count(b"\n") + bool(data and not data.endswith(b"\n"))
 
 
-def test_memory_stays_flat_on_a_line_without_an_end() -> None:
+def test_endless_line_uses_limited_memory() -> None:
     search = Search(KNOWN)
     for _ in range(64):
         search.feed(b"0123456789abcdef" * 65536)
@@ -362,7 +360,7 @@ def run(*argv: str, given: bytes | None = None) -> "subprocess.CompletedProcess[
     return subprocess.CompletedProcess(argv, ended.returncode, ended.stdout.decode(), ended.stderr.decode())
 
 
-def test_what_a_person_is_told(tmp_path: Path) -> None:
+def test_diagnose_prints_causes_and_consequences(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_bytes(b"ok\n" + example("nccl-versions-differ") + example("engine-dead") * 2)
     ended = run("diagnose", str(log))
@@ -381,27 +379,27 @@ def test_what_a_person_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_json_is_one_envelope(packed: bool, tmp_path: Path) -> None:
+def test_diagnose_json_is_one_envelope(packed: bool, tmp_path: Path) -> None:
     log, data = tmp_path / "vllm.log", example("engine-dead") + example("oom-killer")
     log.write_bytes(gzip.compress(data) if packed else data)
     ended = run("diagnose", str(log), "--json")
-    said = json.loads(ended.stdout)
-    assert (ended.returncode, said["exit_code"], said["status"], said["errors"]) == (3, 3, "drift", [])
-    first, second = said["data"]["found"]
+    answer = json.loads(ended.stdout)
+    assert (ended.returncode, answer["exit_code"], answer["status"], answer["errors"]) == (3, 3, "drift", [])
+    first, second = answer["data"]["found"]
     assert (first["name"], first["severity"], first["explained_by"]) == ("oom-killer", "failure", [])
     assert first["lines"][0]["line"] == 2
     assert (second["name"], second["explained_by"]) == ("engine-dead", ["oom-killer"])
-    assert said["data"]["logs"] == [{"name": str(log), "bytes": len(data), "lines": 2}]
+    assert answer["data"]["logs"] == [{"name": str(log), "bytes": len(data), "lines": 2}]
 
 
-def test_a_good_log_and_a_warning_are_exit_0() -> None:
+def test_diagnose_good_log_or_warning_exits_0() -> None:
     assert run("diagnose", "-", given=b"all good\n").returncode == 0
     ended = run("diagnose", given=example("nv-err-no-memory"))
     assert ended.returncode == 0
     assert "nv-err-no-memory" in ended.stdout
 
 
-def test_several_logs_are_read_together(tmp_path: Path) -> None:
+def test_diagnose_judges_several_logs_together(tmp_path: Path) -> None:
     (tmp_path / "head.log").write_bytes(example("engine-dead"))
     (tmp_path / "worker.log").write_bytes(example("ray-memory-monitor"))
     ended = run("diagnose", str(tmp_path / "head.log"), str(tmp_path / "worker.log"))
@@ -420,20 +418,20 @@ def test_several_logs_are_read_together(tmp_path: Path) -> None:
         (("/dev/null", "--boot"), "--boot needs a unit"),
     ],
 )
-def test_what_cannot_be_read_is_exit_2(argv: Sequence[str], words: str) -> None:
+def test_diagnose_unreadable_log_exits_2(argv: Sequence[str], words: str) -> None:
     ended = run("diagnose", *argv, "--json")
     assert ended.returncode == 2
     assert words in json.loads(ended.stdout)["errors"][0]["message"]
 
 
-def test_a_damaged_archive_is_told(tmp_path: Path) -> None:
+def test_diagnose_damaged_archive_exits_2(tmp_path: Path) -> None:
     (tmp_path / "x.gz").write_bytes(gzip.compress(os.urandom(5000))[:3000])
     ended = run("diagnose", str(tmp_path / "x.gz"))
     assert ended.returncode == 2
     assert "is damaged" in ended.stderr
 
 
-def test_the_known_ones_are_listed() -> None:
+def test_diagnose_known_lists_every_signature() -> None:
     ended = run("diagnose", "--known", "--json")
     assert [each["name"] for each in json.loads(ended.stdout)["data"]["known"]] == [each.name for each in KNOWN]
 
@@ -442,7 +440,7 @@ def test_the_known_ones_are_listed() -> None:
 
 
 class Followed:
-    """`diagnose --follow` as a person has it in a terminal, and what it has said so far."""
+    """A running `diagnose --follow`, and its output so far."""
 
     def __init__(self, *argv: str) -> None:
         environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -450,19 +448,19 @@ class Followed:
             [sys.executable, "-m", "sparkinstall", "diagnose", "--follow", *argv],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, env=environ,
         )  # fmt: skip
-        self.said = ""
+        self.output = ""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self._process.stdout
         for line in self._process.stdout:
-            self.said += line.decode()
+            self.output += line.decode()
 
     def until(self, words: str) -> None:
         deadline = time.monotonic() + 60
-        while words not in self.said:
-            assert time.monotonic() < deadline, self.said
+        while words not in self.output:
+            assert time.monotonic() < deadline, self.output
             time.sleep(0.05)
 
     def until_it_reads(self, log: Path) -> None:
@@ -495,7 +493,7 @@ def following(*argv: str) -> Iterator[Followed]:
         followed._process.wait()
 
 
-def test_a_failure_is_told_as_it_comes_and_ctrl_c_ends_it(tmp_path: Path) -> None:
+def test_follow_shows_each_failure_until_ctrl_c(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_bytes(b"starting\n")
     with following(str(log)) as followed:
@@ -506,11 +504,11 @@ def test_a_failure_is_told_as_it_comes_and_ctrl_c_ends_it(tmp_path: Path) -> Non
             out.write(example("engine-dead"))
         followed.until("a consequence of oom-killer")
         assert followed.end() == 3
-    assert followed.said.count("the kernel ran out of memory") == 1
-    assert "1 cause, 1 consequence" in followed.said
+    assert followed.output.count("the kernel ran out of memory") == 1
+    assert "1 cause, 1 consequence" in followed.output
 
 
-def test_a_log_that_is_made_anew_is_read_on(tmp_path: Path) -> None:
+def test_follow_reads_a_rotated_and_a_rewritten_log(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_bytes(example("disk-full") + b"x" * 1000 + b"\n")
     with following(str(log)) as followed:
@@ -523,13 +521,13 @@ def test_a_log_that_is_made_anew_is_read_on(tmp_path: Path) -> None:
         assert followed.end() == 3
 
 
-def test_nothing_found_while_following_is_exit_0(tmp_path: Path) -> None:
+def test_follow_without_a_failure_exits_0(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_bytes(b"all good\n")
     with following(str(log), "--json") as followed:
         followed.until_it_reads(log)
         assert followed.end() == 0
-    assert json.loads(followed.said)["data"]["logs"][0]["lines"] == 1
+    assert json.loads(followed.output)["data"]["logs"][0]["lines"] == 1
 
 
 # --- the journal
@@ -537,7 +535,7 @@ def test_nothing_found_while_following_is_exit_0(tmp_path: Path) -> None:
 STARTING, STARTED = "7d4958e842da4a758f6c1cdc7b36dcc5", "39f53479d3a045ac8e11786248231fbf"
 AGAIN = "5eb03494b6584870a536b337290809b3"
 JOURNALCTL = """#!/bin/sh
-# Says how it was asked, and then what a unit that died has said; asked for marks, those in the file beside it.
+# Prints its arguments and the last entry of a unit that died; for --output=json, the marks in the file beside it.
 case "$*" in *--output=json*) cat "$0.err" >&2; exec cat "$0.marks" ;; esac
 echo "2026-11-21T16:00:00+0000 spark-1 asked[1]: $*"
 echo "2026-11-21T16:00:01+0000 spark-1 systemd[1]: vllm.service: Failed with result 'oom-kill'."
@@ -555,14 +553,14 @@ def journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_unit_that_is_not_there_is_told(journal: Path) -> None:
+def test_unit_unknown_exits_2(journal: Path) -> None:
     ended = run("diagnose", "--unit", "vlm")
     assert ended.returncode == 2
     assert "no such unit: vlm.service" in ended.stderr
     del journal
 
 
-def test_a_unit_without_a_line_is_no_health(journal: Path) -> None:
+def test_unit_without_entries_is_an_error(journal: Path) -> None:
     (journal / "systemctl").write_text("#!/bin/sh\nexit 1\n")
     (journal / "journalctl").write_text("#!/bin/sh\nexit 0\n")
     ended = run("diagnose", "--unit", "vlm")
@@ -570,21 +568,21 @@ def test_a_unit_without_a_line_is_no_health(journal: Path) -> None:
     assert "the journal has no entries of unit `vlm`" in ended.stderr
     assert "`systemctl list-units --all`" in ended.stderr and "group adm" in ended.stderr
     log = journal / "x.log"
-    log.write_text("INFO all is well\n")
+    log.write_text("INFO all good\n")
     (error,) = json.loads(run("diagnose", str(log), "--unit", "vlm", "--json").stdout)["errors"]
     assert error["message"] == "the journal has no entries of unit `vlm`"
     log.write_bytes(example("triton-missing"))
     assert run("diagnose", str(log), "--unit", "vlm").returncode == 3
 
 
-def test_a_unit_is_read_with_what_systemd_and_the_kernel_say_of_it(journal: Path) -> None:
-    data = unit_said(journal)
+def test_unit_log_has_entries_of_systemd_and_the_kernel(journal: Path) -> None:
+    data = unit_log_with(journal)
     assert b"_SYSTEMD_UNIT=vllm.service + UNIT=vllm.service + _TRANSPORT=kernel" in data
     assert causes(diagnosed(data)) == ["unit-out-of-memory"]
 
 
-def unit_said(journal: Path, marks: Sequence[tuple[str, int]] = (), boot: bool = False) -> bytes:
-    """All of a unit's log, where systemd has left these marks of its starts."""
+def unit_log_with(journal: Path, marks: Sequence[tuple[str, int]] = (), boot: bool = False) -> bytes:
+    """The log of a unit for which systemd has recorded these starts."""
     (journal / "systemctl").write_text("#!/bin/sh\necho loaded\n")
     entries = [{"MESSAGE_ID": mark, "__REALTIME_TIMESTAMP": str(at), "__CURSOR": "s=1"} for mark, at in marks]
     if entries:
@@ -592,12 +590,12 @@ def unit_said(journal: Path, marks: Sequence[tuple[str, int]] = (), boot: bool =
     return b"".join(judge_module.unit_log("vllm", boot=boot).pieces())
 
 
-def test_a_unit_is_read_from_its_last_start_on(journal: Path) -> None:
+def test_unit_log_begins_at_the_last_start(journal: Path) -> None:
     starts = [(STARTING, 5_000_000), (STARTED, 5_500_000), (STARTING, 1700000000_000042), (STARTED, 1700000000_900000)]
-    assert b"--boot --output=short-iso --since=@1700000000.000042 _SYSTEMD_UNIT" in unit_said(journal, starts)
-    assert b"--since" not in unit_said(journal, starts, boot=True)
+    assert b"--boot --output=short-iso --since=@1700000000.000042 _SYSTEMD_UNIT" in unit_log_with(journal, starts)
+    assert b"--since" not in unit_log_with(journal, starts, boot=True)
     (journal / "journalctl.marks").write_text("")
-    assert b"--since" not in unit_said(journal)
+    assert b"--since" not in unit_log_with(journal)
 
 
 @pytest.mark.parametrize(
@@ -612,34 +610,32 @@ def test_a_unit_is_read_from_its_last_start_on(journal: Path) -> None:
         pytest.param([(STARTED, 1), (AGAIN, 2), (STARTED, 3)], 1, id="started again by systemd"),
         pytest.param([(STARTED, 1), (AGAIN, 2), (STARTED, 3), (AGAIN, 4), (STARTED, 5)], 3, id="a loop"),
         pytest.param([(STARTING, 1), (AGAIN, 2), (STARTING, 3), (AGAIN, 4), (STARTING, 5)], 3, id="a loop of starts"),
-        pytest.param([(STARTED, 1), (AGAIN, 2), (STARTED, 3), (STARTED, 4)], 4, id="mended in a loop, and restarted"),
+        pytest.param([(STARTED, 1), (AGAIN, 2), (STARTED, 3), (STARTED, 4)], 4, id="a loop, then a restart by hand"),
         pytest.param([(STARTING, 1), (STARTED, 2), (AGAIN, 3)], 1, id="about to be started again"),
         pytest.param([(AGAIN, 2), (STARTING, 3), (STARTED, 4)], 3, id="the run before is no longer there"),
     ],
 )
-def test_where_a_units_log_begins(marks: list[tuple[str, int]], begins: int | None) -> None:
+def test_start_to_read_from_is_the_last_start_with_its_cause(marks: list[tuple[str, int]], begins: int | None) -> None:
     assert judge_module.start_to_read_from(marks) == begins
 
 
 @pytest.mark.parametrize(
-    "said",
+    "message",
     [
         "No journal files were opened due to insufficient permissions.\n",
         "Hint: You are currently not seeing messages from other users and the system.\n",
     ],
 )
-def test_a_journal_that_may_not_be_read_is_no_health(said: str, journal: Path) -> None:
+def test_unit_journal_without_permission_is_an_error(message: str, journal: Path) -> None:
     (journal / "systemctl").write_text("#!/bin/sh\necho loaded\n")
-    (journal / "journalctl.err").write_text(said)
+    (journal / "journalctl.err").write_text(message)
     ended = run("diagnose", "--unit", "vllm", "--json")
     (error,) = json.loads(ended.stdout)["errors"]
     assert (ended.returncode, error["code"]) == (1, "sudo")
     assert "sudo -v" in error["hint"]
 
 
-def test_signatures_of_others_can_be_read(tmp_path: Path) -> None:
+def test_load_reads_signatures_of_another_folder(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(yaml.safe_dump([GOOD]))
     (mine,) = load(tmp_path)
     assert list(read(b"abcd", known=[mine]).sightings) == ["some-failure"]
-    assert replace(mine, title="x") != mine
-    assert signatures.FOLDER == "knowledge/logs"

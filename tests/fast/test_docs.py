@@ -1,4 +1,4 @@
-"""The documents say what the code does: names, codes, options, links and settings are compared with it."""
+"""The documents agree with the code: names, codes, options, links and settings."""
 
 import json
 import re
@@ -33,18 +33,18 @@ from tools import docs
 # --- settings
 
 
-def test_the_pages_are_what_the_tool_generates() -> None:
+def test_pages_are_as_generated() -> None:
     assert [path.name for path in docs.stale()] == [], "run tools/docs.py (PYTHONPATH=. python tools/docs.py)"
 
 
-def test_every_generator_is_used_and_no_page_has_a_marker_without_an_end() -> None:
+def test_markers_use_every_generator_and_have_an_end() -> None:
     text = "".join(path.read_text(encoding="utf-8") for path in PAGES if path.name != "CONTRIBUTING.md")
     markers = re.findall(r"<!-- (?:generated: ([a-z -]+)|end) -->", text)
     assert set(markers[::2]) == set(docs.GENERATORS)
     assert set(markers[1::2]) == {""}
 
 
-def test_a_table_keeps_the_words_of_people_by_row_and_column() -> None:
+def test_table_keeps_written_words_by_row_and_column() -> None:
     old = "| name | level | how |\n|---|---|---|\n| `a` | gone | by `x` |\n| `b` | gone | by `y` |\n"
     rows = [["`b`", "node", docs.Words()], ["`new`", "gpu", docs.Words("as the code says")]]
     new = docs.table(old, ["name", "level", "how"], rows)
@@ -52,7 +52,7 @@ def test_a_table_keeps_the_words_of_people_by_row_and_column() -> None:
     assert docs.table(new, ["name", "level", "how"], rows) == new
 
 
-def test_a_page_is_generated_between_its_markers_only() -> None:
+def test_generated_changes_only_the_text_between_markers() -> None:
     number, codes = "<!-- generated: number of checks -->0<!-- end -->", "<!-- generated: exit codes -->\n<!-- end -->"
     count, _, rest = docs.generated(f"Knows {number} checks.\n{codes}\n").partition("\n")
     assert re.fullmatch(r"Knows <!-- generated: number of checks -->\d\d<!-- end --> checks\.", count)
@@ -72,7 +72,7 @@ def test_check_names_the_stale_pages_and_writes_nothing(
     assert docs.main(["--check"]) == 0
 
 
-def test_the_example_says_every_default_aloud(tmp_path: Path) -> None:
+def test_example_config_has_every_default(tmp_path: Path) -> None:
     path = tmp_path / "sparkinstall.yaml"
     path.write_text(docs.example())
     layer = read_layer(path)
@@ -80,7 +80,7 @@ def test_the_example_says_every_default_aloud(tmp_path: Path) -> None:
     assert build([layer])[0] == Config()
 
 
-def test_the_rule_of_a_setting_is_in_its_own_words() -> None:
+def test_takes_describes_the_values_of_a_setting() -> None:
     takes = {setting.name: docs.takes(setting) for setting in settings()}
     assert takes["fp8.fallback"] == "one of auto, on, off"
     assert takes["cluster.ray_port"] == "a port from 1 to 65535"
@@ -89,7 +89,7 @@ def test_the_rule_of_a_setting_is_in_its_own_words() -> None:
 
 
 @pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", "".join(map(page, ["docs/usage.md"])), re.DOTALL))
-def test_the_settings_on_the_usage_page_are_good(text: str, tmp_path: Path) -> None:
+def test_usage_page_settings_are_valid(text: str, tmp_path: Path) -> None:
     path = tmp_path / "sparkinstall.yaml"
     path.write_text(text)
     build([read_layer(path)])
@@ -98,13 +98,13 @@ def test_the_settings_on_the_usage_page_are_good(text: str, tmp_path: Path) -> N
 # --- words and codes
 
 
-def test_outcomes_of_an_uninstall() -> None:
+def test_json_page_lists_the_fields_of_uninstall() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "uninstall"]
     outcomes = get_args(Undone.__annotations__["outcome"])
     assert {"changes", "subject", "outcome", "note", *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
-def test_fields_of_a_node_of_a_cluster() -> None:
+def test_json_page_lists_the_fields_of_cluster() -> None:
     (text,) = [row[1] for row in rows(section("docs/json.md", "## `data` of each verb")) if row[0] == "cluster"]
     one = remote.RemoteNode(remote.Member("spark-1", "head", 0, "192.168.100.10"), Ssh("spark-1", None))
     whole = orchestrate.Cluster(
@@ -118,19 +118,18 @@ def test_fields_of_a_node_of_a_cluster() -> None:
     assert {"nodes", *data, *data["phases"][0], *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
-def test_the_map_of_a_run_names_files_that_are_there() -> None:
-    """So does the rest of the page."""
+def test_how_it_works_names_existing_files() -> None:
     named = re.findall(r"`((?:\w+/)*[\w*]+\.py)`", page("docs/how-it-works.md"))
     assert len(named) > 20
     assert [name for name in named if not list((REPOSITORY / "sparkinstall").glob(name))] == []
 
 
-def test_kinds_of_touches() -> None:
+def test_how_it_works_lists_every_kind_of_change() -> None:
     text = section("docs/how-it-works.md", "## The journal").split("kinds of change:")[1].partition("\n\n")[0]
     assert set(re.findall(r"`(\w+)`", text)) == {*undo.OWN_KINDS, *UNDO_FUNCTIONS}
 
 
-def test_the_envelope_in_the_docs_has_the_fields_of_a_real_one() -> None:
+def test_json_page_envelope_has_the_fields_of_a_real_one() -> None:
     shown = json.loads(re.findall(r"```json\n(.*?)```", page("docs/json.md"), re.DOTALL)[0])
     real = json.loads(json_output.envelope("plan", Exit.USAGE, {}, [errors.BadConfig("x")]))
     assert shown.keys() == real.keys()
@@ -139,20 +138,20 @@ def test_the_envelope_in_the_docs_has_the_fields_of_a_real_one() -> None:
 
 
 @pytest.mark.parametrize("text", re.findall(r"```json\n(.*?)```", page("docs/json.md"), re.DOTALL))
-def test_every_example_is_json(text: str) -> None:
+def test_json_page_examples_are_json(text: str) -> None:
     json.loads(text)
 
 
 # --- checks, probes, steps, fixes, stacks
 
 
-def test_a_check_of_several_nodes_says_so() -> None:
+def test_checks_page_marks_the_checks_of_several_nodes() -> None:
     table = rows(section("docs/checks.md", "## Preflight checks"))
     between = {probe.name for probe in preflight(HEAD)} - {probe.name for probe in preflight(NODE)}
     assert between == {row[0] for row in table if "of several nodes" in row[3]}
 
 
-def test_ports_that_the_firewall_closes() -> None:
+def test_multi_node_page_lists_every_port() -> None:
     closed = firewall.merged([(HEAD.config.serving.port,) * 2, *firewall.ports_between_nodes(HEAD)])
     assert f"TCP {', '.join(closed)}" in section("docs/multi-node.md", "## The firewall")
     for name, port in vars(ray_ports).items():
@@ -160,17 +159,17 @@ def test_ports_that_the_firewall_closes() -> None:
             assert str(port) in section("docs/multi-node.md", "## Ray"), name
 
 
-def test_every_fix_of_a_spark_has_a_symptom() -> None:
+def test_troubleshooting_has_the_symptom_of_every_fix() -> None:
     numbers = re.findall(r"^### (\d+)\. ", section("docs/troubleshooting.md", "## Symptoms by fix"), re.MULTILINE)
     assert numbers == [str(fix.number) for fix in FIXES_OF_SPARKS]
 
 
-def test_no_cell_for_the_words_of_people_is_forgotten() -> None:
+def test_tables_have_no_empty_cell() -> None:
     for name in ("docs/exit-codes.md", "docs/json.md"):
         assert not re.findall(r"^\|.*\| \|.*$", page(name), re.MULTILINE), name
 
 
-def test_what_is_recorded_at_the_first_install_is_said() -> None:
+def test_readme_names_every_package_without_a_hash() -> None:
     open_ones = {
         (stack.name, platform.arch): platform.unhashed
         for stack in map(stacks.load, stacks.names())
@@ -181,7 +180,7 @@ def test_what_is_recorded_at_the_first_install_is_said() -> None:
     assert "**The hashes of two of them, vllm and torchaudio, were not known in advance" in page("README.md")
 
 
-def test_the_version_has_its_changes() -> None:
+def test_changelog_has_the_current_version() -> None:
     assert tomllib.loads(page("pyproject.toml"))["project"]["version"] == __version__
     assert f"## [{__version__}]" in page("CHANGELOG.md")
 
@@ -197,10 +196,10 @@ def options_of() -> dict[str, set[str]]:
 
 def _options(name: str, command: Any) -> Iterator[tuple[str, set[str]]]:
     shown = [each for each in command.params if not getattr(each, "hidden", False)]
-    said = {option for each in shown for option in (*each.opts, *each.secondary_opts)}
-    yield name, said | {"-h", "--help"}
+    names = {option for each in shown for option in (*each.opts, *each.secondary_opts)}
+    yield name, names | {"-h", "--help"}
     for sub, inner in getattr(command, "commands", {}).items():
-        # What `cluster` runs on the nodes is no verb for people.
+        # The verbs that `cluster` runs on the nodes are internal.
         if not inner.hidden:
             yield from _options(f"{name} {sub}".strip(), inner)
 
@@ -209,7 +208,7 @@ VERBS = tuple(name for name in options_of() if name and name != "settings")
 
 
 @dataclass(frozen=True)
-class Reply:
+class Command:
     """A command line in a document."""
 
     page: str
@@ -223,33 +222,33 @@ class Reply:
 _PIPED = r"(?:ssh [^|`]+ \| )?"
 
 
-def commands() -> Iterator[Reply]:
+def commands() -> Iterator[Command]:
     """Every command line of ours: in code blocks, with or without a prompt, and between backticks."""
     for path in PAGES:
         name = str(path.relative_to(REPOSITORY))
         blocks = re.findall(r"^```(?:sh)?\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
         for line in "".join(blocks).splitlines():
             if match := re.match(rf"\s*(?:\$ )?{_PIPED}((?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) .*)", line):
-                yield Reply(name, match[1])
+                yield Command(name, match[1])
         prose = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
         for span in re.findall(r"`([^`\n]+)`", prose + "\n" + "\n".join(blocks)):
             if match := re.match(rf"{_PIPED}((?:\w+=\S+ )*(?:sparkinstall|\./install\.sh) .*)", span):
-                yield Reply(name, match[1])
+                yield Command(name, match[1])
 
 
-IN_WORKFLOWS = [Reply("docs/ci.md", line) for line in commands_of(workflows())]
+IN_WORKFLOWS = [Command("docs/ci.md", line) for line in commands_of(workflows())]
 # The verb that CONTRIBUTING adds as an example.
-EXAMPLE = Reply("CONTRIBUTING.md", "sparkinstall stacks")
-SAID = sorted({*commands(), *IN_WORKFLOWS} - {EXAMPLE}, key=lambda said: (said.page, said.line))
+EXAMPLE = Command("CONTRIBUTING.md", "sparkinstall stacks")
+COMMANDS = sorted({*commands(), *IN_WORKFLOWS} - {EXAMPLE}, key=lambda command: (command.page, command.line))
 
 
-def test_commands_are_found() -> None:
-    assert {"README.md", "CONTRIBUTING.md", "docs/troubleshooting.md"} <= {said.page for said in SAID}
+def test_commands_of_several_pages_are_found() -> None:
+    assert {"README.md", "CONTRIBUTING.md", "docs/troubleshooting.md"} <= {command.page for command in COMMANDS}
 
 
-@pytest.mark.parametrize("said", SAID, ids=lambda said: f"{said.page}: {said.line}")
-def test_a_command_in_the_documents_exists(said: Reply) -> None:
-    tokens = [token for token in said.tokens if not re.match(r"\w+=", token)]
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.page}: {command.line}")
+def test_command_in_a_document_exists(command: Command) -> None:
+    tokens = [token for token in command.tokens if not re.match(r"\w+=", token)]
     program, *rest = tokens
     verb = _verb(program, rest)
     known = set(options_of()[verb])
@@ -290,7 +289,7 @@ def _names_are_known(verb: str, rest: list[str]) -> None:
         assert rest[1:2] == [] or rest[1] in steps
 
 
-# --- links and what must not stand there
+# --- links, and what no page may contain
 
 
 def links() -> Iterator[tuple[Path, str]]:
@@ -309,16 +308,16 @@ def anchors(path: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("path", "target"), [pytest.param(p, t, id=f"{p.name} -> {t}") for p, t in sorted(set(links()))]
 )
-def test_a_link_leads_somewhere(path: Path, target: str) -> None:
+def test_link_has_a_target(path: Path, target: str) -> None:
     file, _, anchor = target.partition("#")
-    there = (path.parent / file).resolve() if file else path
-    assert there.is_relative_to(REPOSITORY)
-    assert there.exists()
-    assert not anchor or anchor in anchors(there)
+    linked = (path.parent / file).resolve() if file else path
+    assert linked.is_relative_to(REPOSITORY)
+    assert linked.exists()
+    assert not anchor or anchor in anchors(linked)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.name))
-def test_no_page_names_somebodys_machine(path: Path) -> None:
+def test_page_has_no_private_path_or_secret(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     assert not re.findall(r"/home/\w+|/root\b|/Users/\w+|/work/|/tmp/\w+|/\.pyenv|[A-Za-z]:\\", text)
     assert not re.findall(r"\bSERIAL_NUMBER=\S+|\bhf_[A-Za-z0-9]{20,}", text)
@@ -327,7 +326,7 @@ def test_no_page_names_somebodys_machine(path: Path) -> None:
     assert not [line for line in text.splitlines() if len(line) > 160 and not line.startswith(("|", "{"))]
 
 
-def test_the_speed_shown_is_the_one_measured() -> None:
+def test_readme_speed_is_as_measured() -> None:
     shown = section("README.md", "## Speed")
     measured = "".join((REPOSITORY / f"benchmarks/{name}.md").read_text() for name in ("results", "cluster"))
     figures = re.findall(r"\b\d+\.\d+ (?:s|x|%)", shown)
