@@ -1,5 +1,7 @@
 """Every path that sparkinstall uses on a node, and the names of its units."""
 
+from __future__ import annotations
+
 from msgspec import Struct
 
 from sparkinstall.config import Config
@@ -14,6 +16,16 @@ FIREWALL_UNIT = "sparkinstall-firewall.service"
 def unit_path(unit: str) -> str:
     """Return the path of one of our unit files."""
     return f"{UNIT_FOLDER}/{unit}"
+
+
+class _Below:
+    """An attribute of `Layout`: this path below the prefix."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __get__(self, layout: Layout, _: type[Layout]) -> str:
+        return f"{layout.prefix}/{self._path}"
 
 
 class Layout(Struct, frozen=True):
@@ -34,33 +46,16 @@ class Layout(Struct, frozen=True):
 
     # --- the environment
 
-    @property
-    def venv(self) -> str:
-        return f"{self.prefix}/venv"
-
-    @property
-    def python(self) -> str:
-        return f"{self.venv}/bin/python"
-
-    @property
-    def venv_stamp(self) -> str:
-        """Describes the installed environment; written last when it is created."""
-        return f"{self.venv}/sparkinstall.json"
-
-    @property
-    def venv_lock(self) -> str:
-        """The complete lock that the environment was made from."""
-        return f"{self.venv}/sparkinstall.lock"
-
-    @property
-    def installed_lock(self) -> str:
-        """The installed part of the lock: in a rehearsal only vLLM."""
-        return f"{self.venv}/installed.lock"
-
-    @property
-    def wheel_exceptions(self) -> str:
-        """Rows in RECORD format for files that a wheel's RECORD lists wrongly."""
-        return f"{self.venv}/not-as-recorded.csv"
+    venv = _Below("venv")
+    python = _Below("venv/bin/python")
+    venv_stamp = _Below("venv/sparkinstall.json")
+    """Describes the installed environment; written last when it is created."""
+    venv_lock = _Below("venv/sparkinstall.lock")
+    """The complete lock that the environment was made from."""
+    installed_lock = _Below("venv/installed.lock")
+    """The installed part of the lock: in a rehearsal only vLLM."""
+    wheel_exceptions = _Below("venv/not-as-recorded.csv")
+    """Rows in RECORD format for files that a wheel's RECORD lists wrongly."""
 
     @property
     def lock_record(self) -> str:
@@ -69,37 +64,24 @@ class Layout(Struct, frozen=True):
 
     # --- NCCL
 
-    @property
-    def nccl_folder(self) -> str:
-        return f"{self.prefix}/nccl"
-
-    @property
-    def nccl_stamp(self) -> str:
-        """What the library was built from."""
-        return f"{self.nccl_folder}/build.json"
+    nccl_folder = _Below("nccl")
+    nccl_stamp = _Below("nccl/build.json")
+    """What the library was built from."""
 
     # --- decisions
 
-    @property
-    def nccl_abi_decision(self) -> str:
-        """Whether the library has every symbol that torch needs."""
-        return f"{self.prefix}/nccl-fits-torch.json"
-
-    @property
-    def fp8_decision(self) -> str:
-        """Whether vLLM avoids its CUTLASS FP8 kernels."""
-        return f"{self.prefix}/fp8.json"
-
-    @property
-    def transport_decision(self) -> str:
-        """Whether NCCL uses RoCE or sockets."""
-        return f"{self.prefix}/transport.json"
+    nccl_abi_decision = _Below("nccl-fits-torch.json")
+    """Whether the library has every symbol that torch needs."""
+    fp8_decision = _Below("fp8.json")
+    """Whether vLLM avoids its CUTLASS FP8 kernels."""
+    transport_decision = _Below("transport.json")
+    """Whether NCCL uses RoCE or sockets."""
 
     # --- env files
 
-    @property
-    def env_folder(self) -> str:
-        return f"{self.prefix}/env"
+    env_folder = _Below("env")
+    roce_gid = _Below("env/roce-gid")
+    """The program that prints the current GID index of the RDMA devices."""
 
     @property
     def env_file(self) -> str:
@@ -107,47 +89,24 @@ class Layout(Struct, frozen=True):
         names = {"single": "single-node", "head": "multi-node-head", "worker": "multi-node-worker"}
         return f"{self.env_folder}/{names[self.role]}.env"
 
-    @property
-    def roce_gid(self) -> str:
-        """The program that prints the current GID index of the RDMA devices."""
-        return f"{self.env_folder}/roce-gid"
-
     # --- services
 
-    @property
-    def services(self) -> str:
-        """The folder of the services' helper programs."""
-        return f"{self.prefix}/services"
-
-    @property
-    def before_start(self) -> str:
-        """The script that waits for the node's address before a service starts."""
-        return f"{self.services}/before-start"
-
-    @property
-    def ray_nodes(self) -> str:
-        """The program that asks the running Ray for its nodes."""
-        return f"{self.services}/ray-nodes.py"
-
-    @property
-    def with_head(self) -> str:
-        """The program that ends a worker's vLLM with the head's."""
-        return f"{self.services}/with-head.py"
-
-    @property
-    def vllm_config(self) -> str:
-        """vLLM's configuration folder on the head."""
-        return f"{self.services}/vllm"
-
-    @property
-    def vllm_kept_back(self) -> str:
-        """The list of variables that vLLM on the head does not copy to its workers."""
-        return f"{self.vllm_config}/ray_non_carry_over_env_vars.json"
-
-    @property
-    def units_record(self) -> str:
-        """The render record of the unit files."""
-        return f"{self.services}/units.json"
+    services = _Below("services")
+    """The folder of the services' helper programs."""
+    before_start = _Below("services/before-start")
+    """The script that waits for the node's address before a service starts."""
+    ray_nodes = _Below("services/ray-nodes.py")
+    """The program that asks the running Ray for its nodes."""
+    with_head = _Below("services/with-head.py")
+    """The program that ends a worker's vLLM with the head's."""
+    vllm_config = _Below("services/vllm")
+    """vLLM's configuration folder on the head."""
+    vllm_kept_back = _Below("services/vllm/ray_non_carry_over_env_vars.json")
+    """The list of variables that vLLM on the head does not copy to its workers."""
+    units_record = _Below("services/units.json")
+    """The render record of the unit files."""
+    ray_token = _Below("ray-token")
+    """The secret that all nodes of a cluster share; readable only by its owner."""
 
     def started_record(self, unit: str) -> str:
         """The inputs of a service at its last start."""
@@ -158,24 +117,11 @@ class Layout(Struct, frozen=True):
         """The name of Ray's unit on this node."""
         return f"ray-{self.role}.service"
 
-    @property
-    def ray_token(self) -> str:
-        """The secret that all nodes of a cluster share; readable only by its owner."""
-        return f"{self.prefix}/ray-token"
-
     # --- firewall
 
-    @property
-    def firewall_rules(self) -> str:
-        """The rules that nft loads."""
-        return f"{self.prefix}/firewall.nft"
-
-    @property
-    def firewall_unit_record(self) -> str:
-        """The render record of the firewall's unit."""
-        return f"{self.prefix}/firewall-unit.json"
-
-    @property
-    def firewall_started_record(self) -> str:
-        """The inputs of the firewall's unit at its last start."""
-        return f"{self.prefix}/firewall.json"
+    firewall_rules = _Below("firewall.nft")
+    """The rules that nft loads."""
+    firewall_unit_record = _Below("firewall-unit.json")
+    """The render record of the firewall's unit."""
+    firewall_started_record = _Below("firewall.json")
+    """The inputs of the firewall's unit at its last start."""
