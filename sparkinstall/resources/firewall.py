@@ -6,7 +6,7 @@ RDMA traffic bypasses it, because it bypasses the kernel.
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Interface, IPv4Network
-from typing import Any
+from typing import Any, ClassVar
 
 from msgspec import Struct
 
@@ -165,11 +165,8 @@ class RulesFile(Struct, frozen=True):
 class LiveTable(Struct, frozen=True):
     """The kernel has exactly these rules. A change is rolled back if the node becomes unreachable."""
 
+    key: ClassVar[str] = f"nftables:{_NAME}"
     node: Node
-
-    @property
-    def key(self) -> str:
-        return f"nftables:{_NAME}"
 
     def node_only(self, on: Reader) -> str:
         return f"loading the rules; {_rehearsed(on, rules(self.node, on))}"

@@ -3,7 +3,7 @@
 import mmap
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import Struct
@@ -22,12 +22,9 @@ from sparkinstall.system import Reader, Result, System
 class Fp8Decision(Struct, frozen=True):
     """The file `node.fp8_decision`: whether the fallback is on, why, and for which build of vLLM."""
 
+    key: ClassVar[str] = "fp8-decision"
     node: Node
     kernels: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        return "fp8-decision"
 
     def check(self, on: Reader) -> State:
         about = self.about(on)

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 from msgspec import Struct
 
@@ -39,11 +40,8 @@ def installed(on: Reader) -> set[str]:
 class Packages(Struct, frozen=True):
     """The Debian packages `names` are installed."""
 
+    key: ClassVar[str] = "packages"
     names: tuple[str, ...]
-
-    @property
-    def key(self) -> str:
-        return "packages"
 
     def node_only(self, on: Reader) -> str:
         del on

@@ -1,6 +1,7 @@
 """Remove services that an earlier role or other settings of this node required."""
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 from msgspec import Struct
 
@@ -15,11 +16,8 @@ class StaleServices(Struct, frozen=True):
     """Our units that are no longer required are stopped and removed. A Ray of the former role would hold the new one's
     ports, and a disabled firewall would still filter."""
 
+    key: ClassVar[str] = "services:former"
     node: Node
-
-    @property
-    def key(self) -> str:
-        return "services:former"
 
     def check(self, on: Reader) -> State:
         former = self._former(on)

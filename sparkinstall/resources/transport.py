@@ -1,6 +1,6 @@
 """NCCL's transport between nodes: RoCE if its devices exist, else sockets."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from msgspec import Struct
 
@@ -14,11 +14,8 @@ from sparkinstall.system import Reader, System
 class Transport(Struct, frozen=True):
     """The recorded decision, so that a briefly unplugged cable does not turn RoCE into sockets."""
 
+    key: ClassVar[str] = "transport"
     node: Node
-
-    @property
-    def key(self) -> str:
-        return "transport"
 
     def check(self, on: Reader) -> State:
         wanted, before = self._decide(on), recorded(on, self.node.transport_decision, NcclTransport)

@@ -30,8 +30,6 @@ class Firewall(Step):
         return firewall.left_to(node, on)
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        # Imported late: a node without a firewall does not need it.
-
         unit = unit_path(FIREWALL_UNIT)
         yield RulesFile(node)
         yield UnitFile(unit, f"{FIREWALL_UNIT}.j2", partial(_values, node), noted_in=node.firewall_unit_record)

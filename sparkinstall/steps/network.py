@@ -22,8 +22,6 @@ class Network(Step):
         return node.several
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        # Imported late, as below: a single node does not need it.
-
         if node.config.network.manage:
             yield Netplan(node)
             yield LiveLink(node)

@@ -4,7 +4,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from msgspec import Struct
 
@@ -181,11 +181,8 @@ def _renderer(on: Reader, read: Sequence[files.NetplanFile]) -> str:
 class Netplan(Struct, frozen=True):
     """netplan's files configure addresses and MTU of the QSFP port, and no other file does."""
 
+    key: ClassVar[str] = f"netplan:{files.TARGET}"
     node: Node
-
-    @property
-    def key(self) -> str:
-        return f"netplan:{files.TARGET}"
 
     def check(self, on: Reader) -> State:
         plan = _Plan(on, self.node)
@@ -230,11 +227,8 @@ def _write(on: System, wanted: Mapping[str, bytes | None]) -> None:
 class LiveLink(Struct, frozen=True):
     """The QSFP interfaces are up with the MTU and addresses in the file."""
 
+    key: ClassVar[str] = "link:qsfp"
     node: Node
-
-    @property
-    def key(self) -> str:
-        return "link:qsfp"
 
     def node_only(self, on: Reader) -> str:
         halves, mtu = _Plan(on, self.node).halves, self.node.config.network.mtu
