@@ -25,13 +25,12 @@ StrPath = str | os.PathLike[str]
 
 _ELF_HEADER = struct.Struct("<4sBBBxxxxxxxxxHHIQQQIHHHHHH")
 _ELF64, _LITTLE_ENDIAN, _SHARED_OBJECT = 2, 1, 3
-_MACHINES = {62: "x86_64", 183: "aarch64"}
 
 _SECTION = struct.Struct("<IIQQQQIIQQ")
 _SHT_DYNAMIC, _SHT_NOTE, _SHT_DYNSYM = 6, 7, 11
 
 _DYNAMIC_ENTRY = struct.Struct("<qQ")
-_DT_NULL, _DT_NEEDED, _DT_RPATH, _DT_RUNPATH = 0, 1, 15, 29
+_DT_NULL, _DT_NEEDED = 0, 1
 
 _NOTE = struct.Struct("<III")
 _NT_GNU_BUILD_ID = 3
@@ -79,28 +78,7 @@ def build_id(path: StrPath) -> str | None:
 def needed(path: StrPath) -> tuple[str, ...]:
     """Return the needed libraries (DT_NEEDED) in order, e.g. `libcudart.so.13`."""
     with _opened(path) as library:
-        return tuple(_dynamic_strings(library, _DT_NEEDED))
-
-
-def rpath(path: StrPath) -> tuple[str, ...]:
-    """Return the folders of DT_RPATH, in order and unexpanded (`$ORIGIN/..`): searched before LD_LIBRARY_PATH.
-
-    The loader ignores them in a library that also has a `runpath` (ld.so(8)).
-    """
-    with _opened(path) as library:
-        return tuple(_folders(_dynamic_strings(library, _DT_RPATH)))
-
-
-def runpath(path: StrPath) -> tuple[str, ...]:
-    """Return the folders of DT_RUNPATH, in order and unexpanded: searched after LD_LIBRARY_PATH."""
-    with _opened(path) as library:
-        return tuple(_folders(_dynamic_strings(library, _DT_RUNPATH)))
-
-
-def machine(path: StrPath) -> str:
-    """Return the architecture as `uname -m` names it (`x86_64`, `aarch64`); others by number (`elf-machine-243`)."""
-    with _opened(path) as library:
-        return _MACHINES.get(library.machine, f"elf-machine-{library.machine}")
+        return tuple(_needed(library))
 
 
 def undefined_symbols(path: StrPath, prefix: str) -> frozenset[str]:
@@ -140,7 +118,7 @@ class _Library:
         self._descriptor = descriptor
         self._size = os.fstat(descriptor).st_size
         header = self.unpack(_ELF_HEADER, 0)
-        magic, elf_class, order, _, kind, self.machine, _, _, _, table, _, _, _, _, entry, count, names = header
+        magic, elf_class, order, _, kind, _, _, _, _, table, _, _, _, _, entry, count, names = header
         if magic != b"\x7fELF":
             raise _DamageError("not an ELF file")
         if (elf_class, order, kind) != (_ELF64, _LITTLE_ENDIAN, _SHARED_OBJECT):
@@ -207,18 +185,14 @@ def _string(strings: bytes, offset: int) -> str:
         raise _DamageError(f"the name at {offset} is not UTF-8") from None
 
 
-def _dynamic_strings(library: _Library, wanted: int) -> Iterator[str]:
+def _needed(library: _Library) -> Iterator[str]:
     for section in library.of_kind(_SHT_DYNAMIC):
         strings = library.content(library.linked(section.link))
         for tag, value in library.table(section, _DYNAMIC_ENTRY):
             if tag == _DT_NULL:
                 break
-            if tag == wanted:
+            if tag == _DT_NEEDED:
                 yield _string(strings, value)
-
-
-def _folders(lists: Iterator[str]) -> Iterator[str]:
-    return (folder for joined in lists for folder in joined.split(":") if folder)
 
 
 def _build_id_in(notes: bytes) -> str | None:

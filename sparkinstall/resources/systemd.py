@@ -42,15 +42,8 @@ def program(path: str) -> str:
     return path if _PLAIN.fullmatch(path) else f'"{_unquotable(path)}"'
 
 
-def assignment(name: str, value: str) -> str:
-    """Quote `name=value` for an `Environment=` line."""
-    return f'"{name}={_unquotable(value)}"'
-
-
 def _unquotable(value: str) -> str:
-    if not value.isprintable():
-        raise ValueError(f"{value!r} cannot stand in a unit")
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return setting(value).replace("\\", "\\\\").replace('"', '\\"')
 
 
 def setting(value: str) -> str:

@@ -6,7 +6,6 @@ import re
 import subprocess
 from collections import Counter
 from pathlib import Path
-from platform import machine as this_machine
 
 import pytest
 from hypothesis import given, settings
@@ -18,10 +17,7 @@ from sparkinstall.elf import (
     build_id,
     defined_symbols,
     gpu_code,
-    machine,
     needed,
-    rpath,
-    runpath,
     undefined_symbols,
 )
 from tests.support.cuda_toolkit import toolkit
@@ -32,9 +28,6 @@ BUILD_ID = "0123456789abcdef0123456789abcdef01234567"
 QUESTIONS = (
     build_id,
     needed,
-    rpath,
-    runpath,
-    machine,
     gpu_code,
     lambda path: undefined_symbols(path, "n"),
     lambda path: defined_symbols(path, ""),
@@ -68,8 +61,7 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    paths = ["-Wl,--disable-new-dtags", "-Wl,-rpath,$ORIGIN/../nccl:/opt/two"]
-    options = [f"-Wl,--build-id=0x{BUILD_ID}", *paths, "-Wl,--no-as-needed", "-lm", "-lgcc_s"]
+    options = [f"-Wl,--build-id=0x{BUILD_ID}", "-Wl,--no-as-needed", "-lm", "-lgcc_s"]
     return compiled(tmp_path_factory.mktemp("made"), *options)
 
 
@@ -82,17 +74,6 @@ class TestLinking:
 
     def test_needed_is_in_the_order_of_the_file(self, made: Path) -> None:
         assert needed(made) == ("libm.so.6", "libgcc_s.so.1", "libc.so.6")
-
-    def test_rpath_is_split_and_not_expanded(self, made: Path) -> None:
-        assert rpath(made) == ("$ORIGIN/../nccl", "/opt/two")
-        assert runpath(made) == ()
-
-    def test_runpath_is_no_rpath(self, tmp_path: Path) -> None:
-        library = compiled(tmp_path, "-Wl,--enable-new-dtags", "-Wl,-rpath,/opt/one")
-        assert (rpath(library), runpath(library)) == ((), ("/opt/one",))
-
-    def test_machine_of_a_local_library_is_this_one(self, made: Path) -> None:
-        assert machine(made) == this_machine()
 
 
 class TestSymbols:
@@ -186,7 +167,6 @@ class TestGpuCode:
     def test_gpu_code_of_the_aarch64_wheel_has_family_code(self, tmp_path: Path) -> None:
         library = tmp_path / "_C.so"
         library.write_bytes(wheel_member("0.22.1", "vllm/_C_stable_libtorch.abi3.so"))
-        assert machine(library) == "aarch64"
         assert "libcudart.so.13" in needed(library)
         kept = Counter(code.arch for code in gpu_code(library) if code.arch.startswith("sm_12"))
         assert kept == {"sm_120": 18, "sm_120f": 10}
@@ -207,7 +187,7 @@ class TestNotALibrary:
     def test_object_file_is_no_library(self, made: Path, tmp_path: Path) -> None:
         run("gcc", "-c", str(made.with_name("made.c")), "-o", str(tmp_path / "made.o"))
         with pytest.raises(NotALibrary, match="shared library"):
-            machine(tmp_path / "made.o")
+            needed(tmp_path / "made.o")
 
     def test_missing_file_raises_file_not_found(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError):
@@ -219,7 +199,7 @@ class TestNotALibrary:
         for size in range(0, len(whole), 97):
             cut.write_bytes(whole[:size])
             with pytest.raises(NotALibrary):
-                machine(cut)
+                needed(cut)
 
 
 def ask_everything(path: Path) -> None:
