@@ -1,9 +1,9 @@
 """A `System` that journals every change before making it. Steps get no other."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Unpack
 
 from msgspec.structs import replace
 
@@ -11,7 +11,7 @@ from sparkinstall.errors import Blocked
 from sparkinstall.events import Emit, LineRead, Progressed
 from sparkinstall.journal.journal import Journal
 from sparkinstall.redaction import redact
-from sparkinstall.system import Entry, Result, System, Undo, processes
+from sparkinstall.system import Entry, Result, RunOptions, System, Undo, processes
 from sparkinstall.system.local import RunOrRaise
 
 
@@ -166,16 +166,9 @@ class JournaledSystem(RunOrRaise):
             self.promise(Undo("path", path, before, {**before, "mode": mode}))
         self._raw.restore_meta(path, mode, uid, gid, mtime_ns)
 
-    def try_run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        timeout: float | None = None,
-        watch: Callable[[str], None] = lambda _: None,
-    ) -> Result:
+    def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
         """Run the program with `raw`; send its output to the log and to the observer of the run too."""
+        watch = how.get("watch")
         with open(self._log, "a", encoding="utf-8", errors="replace") as log:
 
             def keep(line: str) -> None:
@@ -183,12 +176,14 @@ class JournaledSystem(RunOrRaise):
                 log.write(shown + "\n")
                 log.flush()
                 self._emit(LineRead(self._step, shown))
-                watch(shown)
+                if watch:
+                    watch(shown)
 
-            full = (*self.sudo, *argv) if root else argv
+            full = (*self.sudo, *argv) if how.get("root") else argv
             log.write(redact(f"$ {' '.join(full)}") + "\n")
-            marked = {**(env or {}), processes.RUN_MARK: self._journal.run}
-            result = self._raw.try_run(*argv, env=marked, cwd=cwd, root=root, timeout=timeout, watch=keep)
+            how["env"] = {**how.get("env", {}), processes.RUN_MARK: self._journal.run}
+            how["watch"] = keep
+            result = self._raw.try_run(*argv, **how)
         return replace(result, out="\n".join(map(redact, result.out.split("\n"))))
 
     def progress(self, done: int, total: int, unit: str) -> None:

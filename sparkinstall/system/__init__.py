@@ -1,7 +1,7 @@
 """Reading and changing a node are two types, so that a check that writes is a type error."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 from msgspec import Struct
 
@@ -84,6 +84,19 @@ class Reader(Protocol):
         """
 
 
+class RunOptions(TypedDict, total=False):
+    """How to run a program that may change the node.
+
+    `env`: added to this process's environment. `root`: use sudo unless this process is root. `timeout`: seconds, after
+    which it is killed (exit code 124). `watch`: called with each line.
+    """
+
+    env: Mapping[str, str]
+    root: bool
+    timeout: float
+    watch: Callable[[str], None]
+
+
 class System(Reader, Protocol):
     """For `apply()` and undo functions. The journaling System records each change before making it."""
 
@@ -122,33 +135,10 @@ class System(Reader, Protocol):
     def promise(self, undo: Undo) -> None:
         """Journal how to undo the next `run`."""
 
-    def try_run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        timeout: float | None = None,
-        watch: Callable[[str], None] = ...,
-    ) -> Result:
-        """Run a program that may change the node; `out` has its stdout and stderr.
+    def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
+        """Run a program that may change the node; `out` has its stdout and stderr."""
 
-        Args:
-            env: added to this process's environment.
-            cwd: a real path.
-            root: use sudo unless this process is root.
-            timeout: seconds, after which it is killed (exit code 124).
-            watch: called with each line.
-        """
-
-    def run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        watch: Callable[[str], None] = ...,
-    ) -> Result:
+    def run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
         """Like `try_run`, for a program that must succeed.
 
         Raises:

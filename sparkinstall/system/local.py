@@ -7,13 +7,13 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Unpack
 
 from sparkinstall.errors import CommandFailed, Interrupted, NeedsRoot, storage_errors
-from sparkinstall.system import Entry, Result, Undo, processes, read_only
+from sparkinstall.system import Entry, Result, RunOptions, Undo, processes, read_only
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
 _LONG = 1800.0
@@ -127,25 +127,10 @@ class RunOrRaise(ABC):
         return ""
 
     @abstractmethod
-    def try_run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        timeout: float | None = None,
-        watch: Callable[[str], None] = lambda _: None,
-    ) -> Result: ...
+    def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result: ...
 
-    def run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        watch: Callable[[str], None] = lambda _: None,
-    ) -> Result:
-        result = self.try_run(*argv, env=env, cwd=cwd, root=root, watch=watch)
+    def run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
+        result = self.try_run(*argv, **how)
         if not result.ok:
             raise command_failed(result, self.log)
         return result
@@ -240,24 +225,18 @@ class LocalSystem(LocalReader, RunOrRaise):
     def promise(self, undo: Undo) -> None:
         """Do nothing: this System has no journal."""
 
-    def try_run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        timeout: float | None = None,
-        watch: Callable[[str], None] = lambda _: None,
-    ) -> Result:
-        full = (*self.sudo, *argv) if root else argv
+    def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
+        full = (*self.sudo, *argv) if how.get("root") else argv
         lines: deque[str] = deque(maxlen=_LINES_KEPT)
+        watch = how.get("watch")
 
         def keep(line: str) -> None:
             lines.append(line)
-            watch(line)
+            if watch:
+                watch(line)
 
-        whole = {**os.environ, "LC_ALL": "C.UTF-8", **(env or {})}
-        code = processes.stream(full, whole, keep, cwd=cwd, timeout=timeout)
+        whole = {**os.environ, "LC_ALL": "C.UTF-8", **how.get("env", {})}
+        code = processes.stream(full, whole, keep, how.get("timeout"))
         return Result(full, code, "\n".join(lines), "")
 
     def progress(self, done: int, total: int, unit: str) -> None:

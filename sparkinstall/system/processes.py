@@ -120,19 +120,12 @@ def answer(argv: tuple[str, ...], env: Mapping[str, str], timeout: float) -> tup
     return process.returncode, out, err
 
 
-def stream(
-    argv: tuple[str, ...],
-    env: Mapping[str, str],
-    on_line: Callable[[str], None],
-    *,
-    cwd: str | None,
-    timeout: float | None = None,
-) -> int:
+def stream(argv: tuple[str, ...], env: Mapping[str, str], on_line: Callable[[str], None], timeout: float | None) -> int:
     """Run `argv` and pass each line of stdout and stderr to `on_line`.
 
     Returns the exit code; 127: not found, 124: killed after `timeout` seconds.
     """
-    process = start(argv, env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd=cwd)
+    process = start(argv, env, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     if process is None:
         on_line(f"{argv[0]}: not found")
         return 127

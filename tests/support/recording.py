@@ -1,8 +1,9 @@
 """A `System` in memory: files in a mapping, programs with given outputs, and a record of all changes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Unpack
 
-from sparkinstall.system import Entry, Result, Undo, read_only
+from sparkinstall.system import Entry, Result, RunOptions, Undo, read_only
 from sparkinstall.system.local import RunOrRaise
 
 
@@ -79,16 +80,8 @@ class RecordingSystem(RunOrRaise):
     def promise(self, undo: Undo) -> None:
         self.changed.append(f"promise {undo.kind} {undo.subject}")
 
-    def try_run(
-        self,
-        *argv: str,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        root: bool = False,
-        timeout: float | None = None,
-        watch: Callable[[str], None] = lambda _: None,
-    ) -> Result:
-        del env, cwd, root, timeout, watch
+    def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
+        del how
         self.changed.append(" ".join(argv))
         return self._result(argv)
 
