@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from enum import Enum
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated
@@ -36,14 +35,6 @@ class UnknownContent(Exception):
         self.path, self.found = path, found
 
 
-class State(Enum):
-    """The state of a file: original, patched or unknown."""
-
-    ORIGINAL = "original"
-    PATCHED = "patched"
-    UNKNOWN = "unknown"
-
-
 class Hunk(Struct, frozen=True):
     """Lines that replace other lines, with line ends; 1-based line numbers on each side."""
 
@@ -57,20 +48,20 @@ class Hunk(Struct, frozen=True):
         return Hunk(self.after_line, self.after, self.before_line, self.before)
 
 
-class Variant(Struct, frozen=True):
+class _VariantRow(Struct, frozen=True, forbid_unknown_fields=True):
+    """A row of `variants` in the table."""
+
+    releases: _Releases
+    patch: str
+    original: _Sha256
+    patched: _Sha256
+
+
+class Variant(_VariantRow, frozen=True):
     """One original content of the target file, and its patched content."""
 
     target: str
-    patch: str
-    original: str
-    patched: str
-    releases: tuple[str, ...]
     hunks: tuple[Hunk, ...]
-
-    def state_of(self, content: bytes) -> State:
-        """Return the state; `UNKNOWN` means another variant, or a partly applied patch."""
-        known = {self.original: State.ORIGINAL, self.patched: State.PATCHED}
-        return known.get(digest(content), State.UNKNOWN)
 
 
 class KernelRange(Struct, frozen=True, forbid_unknown_fields=True):
@@ -90,55 +81,37 @@ class KernelRange(Struct, frozen=True, forbid_unknown_fields=True):
         return _release_key(self.since) <= at and (self.below is None or at < _release_key(self.below))
 
 
-class PatchSet(Struct, frozen=True):
-    """The patch of one file for all releases of the package: its variants, and the kernels to disable with it."""
-
+class _PatchSetRow(Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     fix: int
     target: str
-    variants: tuple[Variant, ...]
+    variants: tuple[_VariantRow, ...]
     kernels: tuple[KernelRange, ...]
 
-    def variant_of(self, content: bytes) -> Variant | None:
-        """Return the variant with this original or patched content, or None."""
-        return next((v for v in self.variants if v.state_of(content) is not State.UNKNOWN), None)
 
-    def state_of(self, content: bytes) -> State:
-        """Return the state of a file of any release."""
-        variant = self.variant_of(content)
-        return variant.state_of(content) if variant else State.UNKNOWN
+class PatchSet(_PatchSetRow, frozen=True):
+    """The patch of one file for all releases of the package: its variants, and the kernels to disable with it."""
+
+    variants: tuple[Variant, ...]
 
     def known(self, content: bytes) -> Variant:
-        """Return `variant_of(content)`. Raises `UnknownContent` if there is none."""
-        variant = self.variant_of(content)
-        if variant is None:
-            raise UnknownContent(self.target, digest(content), f"known to the patch {self.name}")
-        return variant
+        """Return the variant with this original or patched content.
+
+        Raises `UnknownContent` if there is none: another release, or a partly applied patch.
+        """
+        found = digest(content)
+        for variant in self.variants:
+            if found in (variant.original, variant.patched):
+                return variant
+        raise UnknownContent(self.target, found, f"known to the patch {self.name}")
 
     def kernels_for(self, release: str) -> KernelRange | None:
         """Return the kernels to disable for `release`; None for a release older than the table."""
         return next((k for k in self.kernels if k.holds(release)), None)
 
 
-class _Variant(Struct, frozen=True, forbid_unknown_fields=True):
-    """A row of `variants` in the table."""
-
-    releases: _Releases
-    patch: str
-    original: _Sha256
-    patched: _Sha256
-
-
-class _PatchSet(Struct, frozen=True, forbid_unknown_fields=True):
-    name: str
-    fix: int
-    target: str
-    variants: tuple[_Variant, ...]
-    kernels: tuple[KernelRange, ...]
-
-
 class _Table(Struct, frozen=True, forbid_unknown_fields=True):
-    patches: tuple[_PatchSet, ...]
+    patches: tuple[_PatchSetRow, ...]
 
 
 def digest(content: bytes) -> str:
@@ -186,23 +159,22 @@ def load(directory: Path) -> tuple[PatchSet, ...]:
     sha256 that is invalid or repeated.
     """
     table = schema.read_file(_Table, directory / TABLE)
-    sets = tuple(
-        PatchSet(each.name, each.fix, each.target, _variants(each, directory), each.kernels) for each in table.patches
-    )
+    sets = tuple(_with_patches(each, directory) for each in table.patches)
     _refuse_doubles(sets)
     return sets
 
 
-def _variants(given: _PatchSet, directory: Path) -> tuple[Variant, ...]:
-    return tuple(_variant(each, given.target, directory) for each in given.variants)
+def _with_patches(row: _PatchSetRow, directory: Path) -> PatchSet:
+    variants = tuple(_with_patch(each, row.target, directory) for each in row.variants)
+    return PatchSet(row.name, row.fix, row.target, variants, row.kernels)
 
 
-def _variant(given: _Variant, target: str, directory: Path) -> Variant:
+def _with_patch(row: _VariantRow, target: str, directory: Path) -> Variant:
     try:
-        hunks = tuple(parse((directory / given.patch).read_bytes(), target))
+        hunks = tuple(parse((directory / row.patch).read_bytes(), target))
     except (OSError, ValueError) as failure:
-        raise Malformed(TABLE, f"{given.patch}: {failure}") from failure
-    return Variant(target, given.patch, given.original, given.patched, given.releases, hunks)
+        raise Malformed(TABLE, f"{row.patch}: {failure}") from failure
+    return Variant(row.releases, row.patch, row.original, row.patched, target, hunks)
 
 
 def _refuse_doubles(sets: Sequence[PatchSet]) -> None:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from sparkinstall.assets import asset
-from sparkinstall.patches import PatchSet, load
+from sparkinstall.patches import PatchSet, UnknownContent, load
 from sparkinstall.stacks import StackError, names
 from sparkinstall.stacks import load as load_stack
 from tests.support.wheel_member import Unavailable, newest_release, wheel_member
@@ -52,10 +52,12 @@ def news_of_vllm(newest: str) -> Iterator[str]:
 
 def unlisted_release(patch: PatchSet, newest: str, content: bytes) -> Iterator[str]:
     """Yield the newest vLLM if the patch does not list the `content` of its target file."""
-    variant = patch.variant_of(content)
-    if variant is None:
+    try:
+        variant = patch.known(content)
+    except UnknownContent:
         yield f"vLLM {newest}: {patch.target} has changed; {patch.name} needs a new variant"
-    elif newest not in variant.releases:
+        return
+    if newest not in variant.releases:
         yield f"vLLM {newest}: its file is that of {variant.releases[-1]}; add it to patches/patches.yaml"
 
 

@@ -164,8 +164,7 @@ class PatchedFile(Struct, frozen=True):
 
     def _wanted(self, now: bytes, fallback: bool) -> bytes:
         variant = self.patch.known(now)
-        patched = variant.state_of(now) is patches.State.PATCHED
-        if fallback == patched:
+        if fallback == (patches.digest(now) == variant.patched):
             return now
         return patches.apply(now, variant) if fallback else patches.revert(now, variant)
 

@@ -56,7 +56,7 @@ def test_upstream_with_another_resolution_names_the_lock(stack: Path) -> None:
 def test_upstream_with_a_newer_vllm_says_whether_the_patched_file_changed(
     newest: str, content: bytes, expected: str | None
 ) -> None:
-    shipped = Variant("vllm/file.py", "it.patch", digest(b"as shipped"), digest(b"patched"), ("1.0.0",), ())
+    shipped = Variant(("1.0.0",), "it.patch", digest(b"as shipped"), digest(b"patched"), "vllm/file.py", ())
     patch = PatchSet("it", 9, "vllm/file.py", (shipped,), ())
     lines = list(upstream.unlisted_release(patch, newest, content))
     assert len(lines) == bool(expected)
