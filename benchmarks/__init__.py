@@ -1,1 +1,1 @@
-"""How fast sparkinstall is, beside others and beside the plain way (README.md)."""
+"""The speed of sparkinstall, compared with other tools and with the same work by hand (README.md)."""

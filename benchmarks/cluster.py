@@ -1,11 +1,11 @@
-"""`sparkinstall cluster` where nothing is left to do, on 1, 2, 4 and 8 nodes, beside pyinfra and Ansible.
+"""`sparkinstall cluster` on 1, 2, 4 and 8 converged nodes, compared with pyinfra and Ansible.
 
     python -m benchmarks.cluster        as root; boots nine containers; writes cluster.md; 7 minutes
 
-The nodes are the tests' own (tests/lab/fleet.py): systemd as PID 1, real ssh from a terminal. All of them share the
-cores of one machine, so what grows with their number is mostly the work of the nodes. That there are eight, each with
-cores of its own, is put together from what was measured: once, every node's answers are recorded; then a stand-in for
-the tool at each node gives them again, as many seconds after it was asked as one node alone takes.
+The nodes are those of the tests (tests/lab/fleet.py): systemd as PID 1, real ssh from a terminal. All of them share the
+cores of one machine, so mostly the nodes' own work grows with their number. Nodes with their own cores are simulated:
+every node's replies are recorded once; then a replacement for sparkinstall at each node replays them, as many seconds
+after the request as one node alone takes.
 """
 
 import datetime
@@ -34,13 +34,13 @@ UNIT = "sparkinstall-firewall.service"
 FILES = ("/etc/netplan/40-cx7.yaml", "/opt/sparkinstall/firewall.nft", f"/etc/systemd/system/{UNIT}")
 OURS, PYINFRA, ANSIBLE = "`sparkinstall cluster`", "pyinfra", "ansible-playbook"
 OWN_CORES = "`sparkinstall cluster`, the nodes' own work as on one node"
-# One node alone has no link to set up; with a network that may use its API it has a firewall.
+# A single node has no link to set up; with a network that may use its API it has a firewall.
 STEPS = ("--only", "network", "--only", "firewall", "--set", "serving.allow=198.51.100.0/24")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds by command, and how often ssh went to each node."""
+    """Seconds by command, and the number of ssh trips to each node."""
 
     spreads: dict[str, Spread]
     trips: int
@@ -72,18 +72,18 @@ def _all_counts(fleet: Fleet) -> Iterator[tuple[int, Measured]]:
 
 
 def _converged(fleet: Fleet, nodes: Sequence[FleetNode]) -> tuple[tuple[str, ...], int]:
-    """The command that has nothing left to do on these nodes, and how often its ssh goes to each."""
+    """The command that changes nothing on these nodes any more, and its number of ssh trips to each."""
     ours = (COMMAND, "cluster", *(node.name for node in nodes), *STEPS, "--yes", "--json", *ignoring())
     fleet.on_terminal(*ours, timeout=600)
-    said = json.loads(fleet.on_terminal(*ours, timeout=600).stdout)["data"]["nodes"]
-    if any(phase["outcome"] == "changed" for each in said for phase in each["phases"]):
+    replies = json.loads(fleet.on_terminal(*ours, timeout=600).stdout)["data"]["nodes"]
+    if any(phase["outcome"] == "changed" for each in replies for phase in each["phases"]):
         raise RuntimeError("the second `sparkinstall cluster` changed something")
-    return ours, max(each["ssh_trips"] for each in said)
+    return ours, max(each["ssh_trips"] for each in replies)
 
 
 @dataclass(frozen=True)
 class AtTerminal:
-    """A command typed at the terminal of the fleet."""
+    """A command at the terminal of the fleet."""
 
     fleet: Fleet
     argv: Sequence[str]
@@ -102,7 +102,7 @@ def _install_peers(fleet: Fleet) -> None:
 
 
 def _declared(fleet: Fleet, nodes: Sequence[FleetNode]) -> Iterator[tuple[str, list[str]]]:
-    """Each file that the nodes have, and a copy of each node's own at the terminal."""
+    """Each file of the nodes, with a copy of each node's file at the terminal."""
     for path in FILES[0 if len(nodes) > 1 else 1 :]:
         copies = []
         for node in nodes:

@@ -1,7 +1,7 @@
-"""`all` on a node where nothing is left to do, beside pyinfra and Ansible that declare the same things.
+"""`all` on a converged node, compared with pyinfra and Ansible, which declare the same resources.
 
-What they declare is read off sparkinstall's own report of the rehearsal, so that no two lists can part.
-Debian packages are left out for all three: a rehearsal leaves them to the node.
+Their declarations follow from sparkinstall's report of the rehearsal, so that the lists are always the same. All three
+leave out Debian packages, which are node only in a rehearsal.
 """
 
 import hashlib
@@ -22,10 +22,10 @@ RENDERED = "`sparkinstall all`, with every template rendered"
 PYINFRA, PYINFRA_UV = "pyinfra", "pyinfra, `uv.packages` for the pin"
 ANSIBLE, ANSIBLE_PIP = "ansible-playbook", "ansible-playbook, `pip` for the pin"
 
-# What `gc.freeze` in __main__.py saves: the same run without it.
+# The same run without `gc.freeze` of __main__.py shows what it saves.
 _SEARCHING = "import gc; gc.freeze = lambda: None; from sparkinstall.__main__ import main; main()"
 
-# What the record of the last rendering (resources/template.py) saves: the same run without it.
+# The same run without the record of the last rendering (resources/template.py) shows what that saves.
 _RENDERING = """
 from sparkinstall.__main__ import main
 from sparkinstall.resources.files import File
@@ -60,7 +60,7 @@ class Declared:
 def measure(
     tool: Environment, pyinfra: Environment, ansible: Environment, work: Path, rounds: int
 ) -> tuple[dict[str, Spread], int]:
-    """Seconds by tool, and how many resources each of them looked at."""
+    """Seconds by tool, and the number of resources that each of them checks."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     declared = _converged_node(tool, work / "node")
@@ -74,7 +74,7 @@ def measure(
         ANSIBLE_PIP: _ansible(ansible, declared, work / "ansible-pip", _ansible_pip(declared)),
     }
     for name, command in commands.items():
-        _require_that_it_mends(name, command, declared)
+        _require_that_it_restores(name, command, declared)
     return in_turns(commands, rounds), declared.count
 
 
@@ -86,7 +86,7 @@ def _converged_node(tool: Environment, root: Path) -> Declared:
         raise RuntimeError("the second `sparkinstall all` changed something")
     keys = [each["key"].partition(":") for step in report["data"]["steps"] for each in step["resources"]]
     declared = _declared(root, {kind: [path for k, _, path in keys if k == kind] for kind, _, _ in keys})
-    # Ansible's pip module can only ask the pip of the environment itself; sparkinstall does not mind one.
+    # Ansible's pip module needs pip in the environment; sparkinstall ignores it.
     Command((tool.program("uv"), "pip", "install", "-q", "--python", str(declared.venv), "pip")).run()
     return declared
 
@@ -110,7 +110,7 @@ def _declared(root: Path, keys: dict[str, list[str]]) -> Declared:
 
 
 def _sources(declared: Declared, folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Each file that is declared, and what the peer is to make it from; below `folder`."""
+    """Each declared file, and the source below `folder` from which the other tool creates it."""
     folder.mkdir()
     for path in declared.contents:
         shutil.copy(path, folder / path.name)
@@ -179,21 +179,21 @@ def _ansible_folder(declared: Declared) -> dict[str, Any]:
 
 
 def _ansible_pip(declared: Declared) -> dict[str, Any]:
-    # The module always runs `pip install`, which would otherwise bring the 9 GB that a rehearsal leaves out.
+    # The module always runs `pip install`, which would otherwise install the 9 GB that a rehearsal leaves out.
     return {"pip": {"name": declared.pin, "virtualenv": str(declared.venv), "extra_args": "--no-deps"}}
 
 
-def _require_that_it_mends(name: str, command: Command, declared: Declared) -> None:
-    """Spoil every file and the link: a tool that does not bring all of it back is not doing the same job."""
+def _require_that_it_restores(name: str, command: Command, declared: Declared) -> None:
+    """Change every file and the link: a tool that does not restore all of them does not do the same work."""
     before = _state(declared)
     patched, decision = declared.contents
-    # Of this file sparkinstall takes two contents only, and refuses any third.
+    # sparkinstall accepts only two contents of this file.
     patched.write_bytes(revert(patched.read_bytes(), cutlass_patch().known(patched.read_bytes())))
     for path in (decision, *declared.rendered, declared.link):
         path.unlink()
     command.run()
     if _state(declared) != before:
-        raise RuntimeError(f"{name} did not bring back what was spoilt")
+        raise RuntimeError(f"{name} did not restore what was changed")
 
 
 def _state(declared: Declared) -> list[str]:

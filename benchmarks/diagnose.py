@@ -1,7 +1,7 @@
-"""How fast `sparkinstall diagnose` reads a large log, and how much memory it takes: run in a process of its own.
+"""The speed and memory of `sparkinstall diagnose` on a large log, in its own process.
 
-Three logs of the same size: a good one of vLLM (no line of it is looked at closer), one with a failure now and
-then, and the worst that there is, in which every line is a failure.
+Three logs of the same size: a good one of vLLM, of which no line needs a closer look; one with a few failures; and the
+worst case, in which every line is a failure.
 """
 
 import os
@@ -33,7 +33,7 @@ _FAILURE = (
 
 @dataclass(frozen=True)
 class Read:
-    """One run: bytes, seconds of wall time, and the most memory that the process held, in MiB."""
+    """One run: bytes, seconds of wall time, and the maximum memory of the process in MiB."""
 
     size: int
     seconds: float
@@ -46,7 +46,7 @@ class Read:
 
 
 def measure(tool: Environment, work: Path, size: int = SIZE) -> dict[str, Read]:
-    """Reads of each kind of log; the log is in the page cache, and is removed again."""
+    """Read each kind of log, which is in the page cache and is removed afterwards."""
     return {kind: _read(tool, work, lines, size) for kind, lines in _KINDS.items()}
 
 
@@ -61,12 +61,12 @@ def _read(tool: Environment, work: Path, line: Callable[[int, random.Random], st
 
 
 def _write(log: Path, line: Callable[[int, random.Random], str], size: int) -> None:
-    """One stretch of different lines, over and over: making a gigabyte must not take longer than reading it."""
+    """Repeat one block of different lines: generating a gigabyte must not take longer than reading it."""
     drawn = random.Random(0)
-    stretch = "".join(f"{line(number, drawn)}\n" for number in range(_LINES)).encode()
+    block = "".join(f"{line(number, drawn)}\n" for number in range(_LINES)).encode()
     with log.open("wb") as out:
         while out.tell() < size:
-            out.write(stretch)
+            out.write(block)
 
 
 def _good(_: int, drawn: random.Random) -> str:
@@ -85,7 +85,7 @@ _KINDS: Mapping[str, Callable[[int, random.Random], str]] = {GOOD: _good, SOME: 
 
 
 def _run(argv: tuple[str, ...], size: int) -> Read:
-    """Start it, wait for it, and ask the kernel what it took; exit 3 is a diagnosis, and well."""
+    """Run it, and ask the kernel for its memory; exit code 3 is a diagnosis, not an error."""
     started = time.perf_counter()
     pid = os.posix_spawn(
         argv[0], argv, plain_environ(), file_actions=[(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]

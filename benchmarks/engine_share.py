@@ -1,8 +1,8 @@
-"""Run sparkinstall, and write down for how long none of its tools was running: `engine_share.py REPORT VERB ...`
+"""Run sparkinstall, and record for how long none of its tools was running: `engine_share.py REPORT VERB ...`
 
-Started with sparkinstall's own interpreter. What is left when the time of the tools (uv, make, tar, ...) is taken
-away is the engine's: checks, journal, reading of libraries, drawing, waiting for threads. A single file, since
-nothing of the checkout may stand on that interpreter's path.
+It runs with sparkinstall's own interpreter. The time without tools (uv, make, tar, ...) is the engine's: checks,
+journal, reading of libraries, output, waiting for threads. It is a single file, because the checkout must not be on
+that interpreter's path.
 """
 
 import json
@@ -28,7 +28,7 @@ def _timed(tool: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Seconds in which at least one of them was open: tools run in parallel."""
+    """Seconds covered by at least one interval: tools run in parallel."""
     seconds, end = 0.0, float("-inf")
     for start, stop in sorted(intervals):
         seconds += max(0.0, stop - max(start, end))
@@ -42,7 +42,7 @@ def _cpu(who: int) -> float:
 
 
 def main() -> None:
-    """Wall and CPU seconds of the run into REPORT; ends with sparkinstall's exit code."""
+    """Write wall and CPU seconds of the run to REPORT; end with sparkinstall's exit code."""
     report, sys.argv = Path(sys.argv[1]), ["sparkinstall", *sys.argv[2:]]
     started = time.monotonic()
     from sparkinstall.__main__ import main as sparkinstall

@@ -1,4 +1,4 @@
-"""The environments that are compared: sparkinstall as a user installs it, and its peers at pinned versions."""
+"""The environments to compare: sparkinstall as a user installs it, and other tools at pinned versions."""
 
 import os
 import subprocess
@@ -30,17 +30,17 @@ class Environment:
 
 
 def cache() -> Path:
-    """Where environments and rehearsals of the benchmarks are kept."""
+    """The folder of the benchmarks' environments and rehearsals."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "sparkinstall" / "bench"
 
 
 def plain_environ(**more: str) -> dict[str, str]:
-    """This process's variables without those that would slow one tool and not another, and `more`."""
-    # Without bytecode each start compiles every module again: no user of any of the tools runs them like that.
+    """This process's variables without those that would slow only some of the tools, and `more`."""
+    # Without bytecode each start compiles every module again, which no user of the tools has.
     left_out = ("PYTHON", "VIRTUAL_ENV", "SPARKINSTALL_", "ANSIBLE_", "PYINFRA_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
-    # All of them find the interpreter that runs the benchmarks before any other.
+    # All of them use the interpreter that runs the benchmarks.
     return kept | {"PATH": f"{sys.base_prefix}/bin:{kept['PATH']}"} | more
 
 
@@ -69,7 +69,7 @@ def _make(made: Environment) -> None:
 
 
 def _fill(made: Environment, *what: str) -> None:
-    # pip compiles what it installs, uv only if asked to; every environment here gets what pip would make.
+    # pip compiles what it installs, uv only with this option; every environment gets the result of pip.
     _uv("pip", "install", "--compile-bytecode", "--python", made.python, *what)
 
 

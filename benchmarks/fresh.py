@@ -1,6 +1,6 @@
-"""From nothing to an installed environment and a built NCCL, beside the same by hand: venv, pip, tar, make.
+"""A fresh install of an environment and NCCL, compared with the same by hand: venv, pip, tar, make.
 
-Both have warm caches, the same lock, the same source, the same compiler and the same flags of make.
+Both have warm caches, the same lock, source and compiler, and the same flags of make.
 """
 
 import json
@@ -24,23 +24,23 @@ _GENCODE = "-gencode=arch=compute_121,code=sm_121"
 
 @dataclass(frozen=True)
 class Installed:
-    """One run of sparkinstall; `proofs` is the part of it that by hand nobody makes, in seconds."""
+    """One run of sparkinstall; `proofs`: seconds of its probes, which have no equivalent by hand."""
 
     whole: Long
     proofs: float
 
     @property
     def installing(self) -> float:
-        """What it took without its proofs."""
+        """Seconds without the probes."""
         return self.whole.seconds - self.proofs
 
 
 @dataclass(frozen=True)
 class Fresh:
-    """Seconds. `by_hand` by step, in the order in which they are done, one after the other.
+    """Seconds. `by_hand`: by step, in order.
 
-    `again` is the same below another prefix, with the NCCL that was kept. `verify` is `verify --level node` on what was
-    installed.
+    `again`: the same below another prefix, with the NCCL of the cache. `verify`: `verify --level node` on the installed
+    node.
     """
 
     first: Installed
@@ -52,10 +52,10 @@ class Fresh:
 
 
 def measure(tool: Environment, work: Path, full: bool) -> Fresh:
-    """One run each, one after the other."""
+    """Run each once."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    # What was built before, by whomever, is not in it.
+    # A new cache with wheels, but without a built NCCL.
     env = {"XDG_CACHE_HOME": str(cache_of_wheels(work / "cache"))}
     lock = _warm_caches(tool, work, full, env)
     first, engine = _ours(tool, work, full, env)
@@ -69,11 +69,11 @@ def measure(tool: Environment, work: Path, full: bool) -> Fresh:
 
 
 def _warm_caches(tool: Environment, work: Path, full: bool, env: Mapping[str, str]) -> Path:
-    """Install once with each of the two; the lock that sparkinstall installed from."""
+    """Install once in each way; return the lock of sparkinstall's installation."""
     toolkit()
     node = work / "warm"
-    asked = _asked(node, full)
-    Command((tool.program("sparkinstall"), *asked, "--set", "nccl.mode=wheel"), env).run()
+    arguments = _arguments(node, full)
+    Command((tool.program("sparkinstall"), *arguments, "--set", "nccl.mode=wheel"), env).run()
     lock = work / "installed.lock"
     shutil.copy(node / "opt/sparkinstall/venv/installed.lock", lock)
     _venv(tool, work / "warm-pip").run()
@@ -83,13 +83,13 @@ def _warm_caches(tool: Environment, work: Path, full: bool, env: Mapping[str, st
     return lock
 
 
-def _asked(node: Path, full: bool) -> tuple[str, ...]:
+def _arguments(node: Path, full: bool) -> tuple[str, ...]:
     part = "--full" if full else "--partial"
     return ("all", "--root", str(node), "--stack", _STACK, part, "--json")
 
 
 def _ours(tool: Environment, work: Path, full: bool, env: Mapping[str, str]) -> tuple[Installed, dict[str, float]]:
-    """The run, and the seconds that engine_share.py counts."""
+    """The run, and the seconds of engine_share.py."""
     settings = {
         "source": str(tarball()),
         "version": VERSION,
@@ -98,15 +98,15 @@ def _ours(tool: Environment, work: Path, full: bool, env: Mapping[str, str]) -> 
     }
     options = [word for key, value in settings.items() for word in ("--set", f"nccl.{key}={value}")]
     wrapper, found = Path(__file__).with_name("engine_share.py"), work / "engine.json"
-    argv = (tool.python, "-P", str(wrapper), str(found), *_asked(work / "node", full), *options)
-    whole, said = once(Command(argv, env))
-    probes = json.loads(said)["data"]["probes"]
+    argv = (tool.python, "-P", str(wrapper), str(found), *_arguments(work / "node", full), *options)
+    whole, output = once(Command(argv, env))
+    probes = json.loads(output)["data"]["probes"]
     return Installed(whole, sum(each["seconds"] for each in probes)), json.loads(found.read_text())
 
 
 def _verify(tool: Environment, node: Path, env: Mapping[str, str]) -> Spread:
-    asked = (tool.program("sparkinstall"), "verify", "--root", str(node), "--level", "node")
-    return in_turns({"verify": Command(asked, env)}, _ROUNDS)["verify"]
+    arguments = (tool.program("sparkinstall"), "verify", "--root", str(node), "--level", "node")
+    return in_turns({"verify": Command(arguments, env)}, _ROUNDS)["verify"]
 
 
 def _venv(tool: Environment, venv: Path) -> Command:

@@ -1,7 +1,7 @@
-"""What each node answers, recorded once, and given again by a stand-in for the tool as if the node had its own cores.
+"""Records each node's replies once, and replays them as if the node had its own cores.
 
-`sparkinstall cluster` starts its tool on a node once to look and once to verify. The recorder lets the real one work
-and keeps what it said and how long it took; the stand-in waits as long as it is told, and says the same again.
+`sparkinstall cluster` starts sparkinstall on a node once for `look` and once for `verify`. The recorder runs the real
+one and stores its reply and its time; the replacement waits for a given time and prints the same reply.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ VERBS = ("node", "verify")
 _TOOL = "/home/spark/.local/share/sparkinstall/tool/bin/sparkinstall"
 _REAL = f"{_TOOL}.real"
 _KEPT = "/home/spark/recorded"
-# The tool ends itself when its stdin ends, so the recorder holds its other end open.
+# sparkinstall ends with its stdin, so the recorder keeps the other end open.
 _RECORDER = f"""\
 #!/usr/bin/python3
 import json, os, subprocess, sys, time
@@ -32,7 +32,7 @@ with open(f"{_KEPT}/{{verb}}", "wb") as kept:
 os.write(1, done.stdout)
 sys.exit(done.returncode)
 """
-_STAND_IN = f"""\
+_REPLACEMENT = f"""\
 #!/bin/sh
 IFS= read -r asked
 case $asked in '{{"argv": ["verify"'*) verb=verify ;; *) verb=node ;; esac
@@ -43,30 +43,30 @@ exec cat {_KEPT}/$verb
 
 @contextmanager
 def recording(nodes: Sequence[FleetNode]) -> Iterator[None]:
-    """Keep what the tool says while this lasts."""
+    """Record the replies during the context."""
     for node in nodes:
         node.run("mkdir", "-p", _KEPT, user="spark")
-    with _in_its_place(nodes, _RECORDER):
+    with _replaced(nodes, _RECORDER):
         yield
 
 
 def seconds(node: FleetNode) -> dict[str, float]:
-    """How long each verb took when it was recorded."""
+    """The time of each recorded verb."""
     return {verb: float(node.read(f"{_KEPT}/{verb}.seconds")) for verb in VERBS}
 
 
 @contextmanager
 def replaying(nodes: Sequence[FleetNode], pauses: Mapping[str, float]) -> Iterator[None]:
-    """Give again what was recorded at each node, so many seconds after it was asked."""
+    """Replay each node's replies, with these seconds between request and reply."""
     for node in nodes:
         for verb, pause in pauses.items():
             node.write(f"{_KEPT}/{verb}.pause", f"{pause:.3f}", user="spark")
-    with _in_its_place(nodes, _STAND_IN):
+    with _replaced(nodes, _REPLACEMENT):
         yield
 
 
 @contextmanager
-def _in_its_place(nodes: Sequence[FleetNode], script: str) -> Iterator[None]:
+def _replaced(nodes: Sequence[FleetNode], script: str) -> Iterator[None]:
     for node in nodes:
         node.run("mv", _TOOL, _REAL)
         node.write(_TOOL, script, mode="0755", user="spark")

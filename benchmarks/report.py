@@ -9,12 +9,12 @@ from benchmarks import converged, diagnose, startup
 from benchmarks.fresh import Fresh, Installed
 from benchmarks.timing import Long, Spread
 
-# Two long runs are compared if other programs took as many cores from the one as from the other, but for this.
+# Two long runs are comparable if the cores that other programs used meanwhile differ by less than this.
 _ALIKE = 0.25
 
 
 def heading(versions: Mapping[str, str]) -> str:
-    """When, on what kind of machine, and which versions."""
+    """Date, kind of machine, and versions."""
     named = ", ".join(f"{name} {version}" for name, version in versions.items())
     machine = (
         f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, Linux {platform.release().split('-')[0]}, "
@@ -27,7 +27,7 @@ def heading(versions: Mapping[str, str]) -> str:
 
 
 def converged_table(found: Mapping[str, Spread], resources: int) -> str:
-    """The second run, where nothing is left to do."""
+    """The second run, on a converged node."""
     ours = found[converged.OURS]
     rows = (
         (f"`{name}`" if "`" not in name else name, each, f"{each.times(ours):.1f} x") for name, each in found.items()
@@ -40,7 +40,7 @@ def converged_table(found: Mapping[str, Spread], resources: int) -> str:
 
 
 def startup_table(found: Mapping[str, Spread]) -> str:
-    """What it costs to start at all."""
+    """The time to start."""
     python, typer = found[startup.PYTHON], found[startup.TYPER]
     return table(
         "Starting",
@@ -75,7 +75,7 @@ def diagnose_table(found: Mapping[str, diagnose.Read]) -> str:
 
 
 def fresh_table(found: Fresh) -> str:
-    """The first run, beside the same by hand."""
+    """The first run, compared with the same by hand."""
     part = "the whole environment" if found.full else "vLLM's own wheel"
     rows: list[tuple[str, ...]] = [
         ("`sparkinstall all`", *_long(found.first.whole), "", ""),
@@ -102,7 +102,7 @@ def _fair_ratio(seconds: float, make: Long, ours: Installed) -> str:
 
 
 def verify_table(found: Fresh) -> str:
-    """How long it takes to look at all of it."""
+    """The time of `verify`."""
     part = "the whole environment" if found.full else "vLLM's own wheel"
     rows = [("`sparkinstall verify --level node`", _seconds(found.verify.median), _range(found.verify))]
     return table(f"Looking at it again: {part} and NCCL", ("", "median", "lowest - highest"), rows)
@@ -113,7 +113,7 @@ def _long(each: Long) -> tuple[str, str]:
 
 
 def engine_table(found: Fresh) -> str:
-    """The engine's own time on that install."""
+    """The time of the engine itself in that install."""
     wall, tools = found.engine["seconds"], found.engine["tools"]
     own, theirs = found.engine["own_cpu"], found.engine["tools_cpu"]
     return table(

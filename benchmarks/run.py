@@ -1,4 +1,4 @@
-"""All benchmarks in one go: `python -m benchmarks.run [--quick] [--full]`, from the checkout's top folder."""
+"""All benchmarks: `python -m benchmarks.run [--quick] [--full]`, from the top folder of the checkout."""
 
 import argparse
 import fcntl
@@ -14,35 +14,35 @@ RESULTS = Path(__file__).with_name("results.md")
 
 def main() -> None:
     """Measure, and write results.md; a quick run only prints its tables."""
-    parser = argparse.ArgumentParser(description="How fast sparkinstall is, beside others and by hand.")
-    parser.add_argument("--quick", action="store_true", help="leave the builds out; print, and write nothing")
+    parser = argparse.ArgumentParser(description="Measure sparkinstall, other tools, and the same work by hand.")
+    parser.add_argument("--quick", action="store_true", help="without the builds; print, and write nothing")
     parser.add_argument("--full", action="store_true", help="fresh: the whole environment (30 GB of disk)")
-    parser.add_argument("--rounds", type=int, default=11, help="runs of everything that is short")
-    asked = parser.parse_args()
+    parser.add_argument("--rounds", type=int, default=11, help="number of runs of each short command")
+    options = parser.parse_args()
     done: list[str] = []
     with _alone():
-        for section in _sections(asked.quick, asked.full, asked.rounds):
+        for section in _sections(options.quick, options.full, options.rounds):
             print(section, flush=True)
             done.append(section)
-    if not asked.quick:
+    if not options.quick:
         RESULTS.write_text("\n".join(done))
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Two runs at once would measure each other, in the same folders."""
+    """Allow only one run at a time: two would use the same folders and disturb each other."""
     environments.cache().mkdir(parents=True, exist_ok=True)
     with open(environments.cache() / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.exit("another run of the benchmarks is under way")
+            sys.exit("another run of the benchmarks is in progress")
         yield
 
 
 def _sections(quick: bool, full: bool, rounds: int) -> Iterator[str]:
     work = environments.cache() / "work"
-    _say("making the environments")
+    _say("installing the environments")
     tool, pyinfra, ansible = environments.sparkinstall(), environments.peer("pyinfra"), environments.peer("ansible")
     versions = {each: tool.version_of(each) for each in ("sparkinstall", "typer")}
     yield report.heading(versions | {"pyinfra": environments.PYINFRA, "ansible-core": environments.ANSIBLE})

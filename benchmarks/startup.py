@@ -1,4 +1,4 @@
-"""How long sparkinstall takes to say its version and its help, beside Python itself and typer."""
+"""The time of `sparkinstall --version` and `--help`, compared with Python alone and with typer."""
 
 from benchmarks.environments import Environment
 from benchmarks.timing import Command, Spread, in_turns

@@ -1,4 +1,4 @@
-"""Wall time of commands that take turns, so that a busy moment of the machine hits all of them alike."""
+"""Wall time of commands that take turns, so that other load on the machine affects all of them alike."""
 
 import os
 import resource
@@ -15,14 +15,14 @@ from benchmarks.environments import plain_environ
 
 @dataclass(frozen=True)
 class Command:
-    """What is timed. `env` stands on top of the plain environment."""
+    """A command to time. `env` is added to the plain environment."""
 
     argv: Sequence[str]
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: Path | None = None
 
     def run(self) -> str:
-        """Its stdout. Raises `RuntimeError` with the last words of a command that fails."""
+        """Run it and return its stdout. Raises `RuntimeError` with the end of its output if it fails."""
         ended = subprocess.run(self.argv, env=plain_environ(**self.env), cwd=self.cwd, capture_output=True, text=True)
         if ended.returncode:
             raise RuntimeError(f"{self.argv[0]} ended with {ended.returncode}: {(ended.stdout + ended.stderr)[-2000:]}")
@@ -43,18 +43,18 @@ class Spread:
     highest: float
 
     def times(self, other: "Spread") -> float:
-        """How many times as long as `other`, by the medians."""
+        """The ratio of the medians, this to `other`."""
         return self.median / other.median
 
 
 class Timed(Protocol):
-    """What can be run and timed."""
+    """A command that can be timed."""
 
     def seconds(self) -> float: ...
 
 
 def in_turns(commands: Mapping[str, Timed], rounds: int) -> dict[str, Spread]:
-    """Run all commands `rounds` times, A B C A B C; a first round that warms the caches does not count."""
+    """Run all commands `rounds` times, A B C A B C, after a round that warms the caches."""
     taken: dict[str, list[float]] = {name: [] for name in commands}
     for turn in range(rounds + 1):
         for name, command in commands.items():
@@ -66,23 +66,23 @@ def in_turns(commands: Mapping[str, Timed], rounds: int) -> dict[str, Spread]:
 
 @dataclass(frozen=True)
 class Long:
-    """One run of minutes: its wall time, and how many cores other programs of the machine took meanwhile."""
+    """One run of minutes: its wall time, and the number of cores that other programs used meanwhile."""
 
     seconds: float
     others: float
 
 
 def once(command: Command) -> tuple[Long, str]:
-    """Run it; its stdout too. Long runs cannot take turns, so each says how much of the machine it had."""
+    """Run it, and return its stdout too. Long runs cannot take turns, so each has the load of other programs."""
     started, busy, ours = time.perf_counter(), _busy(), _children()
-    said = command.run()
+    output = command.run()
     seconds = time.perf_counter() - started
     others = (_busy() - busy) - (_children() - ours)
-    return Long(seconds, max(0.0, others / seconds)), said
+    return Long(seconds, max(0.0, others / seconds)), output
 
 
 def _busy() -> float:
-    """CPU seconds of the whole machine since it was started (proc(5): all but idle and iowait)."""
+    """CPU seconds of the whole machine since its start (proc(5): all but idle and iowait)."""
     with open("/proc/stat") as stat:
         ticks = [int(each) for each in stat.readline().split()[1:9]]
     return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")

@@ -4,14 +4,13 @@
     PYTHONPATH=. python tools/lock.py 0.22.1 tests/lab/stacks/lab-full.yaml
     PYTHONPATH=. python tools/lock.py --check         # write nothing, exit 1 if a lock differs
 
-Runs the `uv` of this Python environment against the ordinary Python index, whichever uv is set to use. Only
-metadata is downloaded, and no address of that index reaches a lock. Two runs give the same bytes: what a
-stack does not pin is resolved as of its day `as_of`, for which the index has to tell upload times.
+Runs the `uv` of this Python environment with the index that uv is configured for. Only metadata is downloaded, and no
+address of that index is in a lock. Two runs give the same bytes: what a stack does not pin is resolved as of its day
+`as_of`, for which the index must have upload times.
 
-Only wheels that fit the stack's Python and the architecture (glibc 2.39: Ubuntu 24.04) are listed, so a lock
-has some 200 hashes in place of 4,500. Wheels that a stack names by address are put in as they stand in the
-YAML file: while uv resolves, their twin of the same public version on the index stands in for them, with the
-pins under `needs` added.
+Only wheels that fit the stack's Python and the architecture (glibc 2.39: Ubuntu 24.04) are listed, so a lock has some
+200 hashes instead of 4,500. Wheels that a stack names by address are copied from the YAML file: uv resolves the same
+public version of the index in their place, with the pins under `needs` added.
 """
 
 from __future__ import annotations
@@ -31,22 +30,20 @@ GLIBC = "manylinux_2_39"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Remake the locks of stacks from their YAML files.")
+    parser = argparse.ArgumentParser(description="Regenerate the locks of stacks from their YAML files.")
     parser.add_argument("stacks", nargs="*", metavar="STACK", help="a shipped stack's name, or a YAML file")
-    parser.add_argument(
-        "--check", action="store_true", help="write nothing; exit 1 where a lock is not what it would be"
-    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a lock differs")
     arguments = parser.parse_args(argv)
     try:
-        differing = [lock for name in arguments.stacks or names() for lock in remake(load(name), arguments.check)]
+        differing = [lock for name in arguments.stacks or names() for lock in regenerate(load(name), arguments.check)]
     except StackError as error:
         print(error, file=sys.stderr)
         return 1
     return 1 if arguments.check and differing else 0
 
 
-def remake(stack: Stack, check: bool) -> list[Path]:
-    """Write the stack's locks (or only compare them); the paths of those that were not what they should be.
+def regenerate(stack: Stack, check: bool) -> list[Path]:
+    """Write the stack's locks (or only compare them). Returns the paths of those that differ.
 
     Raises StackError when uv finds no solution.
     """
@@ -59,9 +56,11 @@ def remake(stack: Stack, check: bool) -> list[Path]:
 
 
 def stale(stack: Stack) -> dict[Path, str]:
-    """The stack's locks that are not what they should be, each with the text it should have; StackError as above."""
-    made = {each.lock: lock_text(stack, each) for each in stack.platforms.values() if each.lock is not None}
-    return {lock: text for lock, text in made.items() if not lock.exists() or lock.read_text(encoding="utf-8") != text}
+    """The stack's locks that differ, each with its new text. Raises StackError as above."""
+    generated = {each.lock: lock_text(stack, each) for each in stack.platforms.values() if each.lock is not None}
+    return {
+        lock: text for lock, text in generated.items() if not lock.exists() or lock.read_text(encoding="utf-8") != text
+    }
 
 
 def lock_text(stack: Stack, platform: Platform) -> str:

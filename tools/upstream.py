@@ -1,11 +1,11 @@
-"""Report upstream changes since the locks and patches were made: a maintainer's tool, run from the root.
+"""Report upstream changes since the locks and patches were written: a maintainer's tool, run from the root.
 
     PYTHONPATH=. python tools/upstream.py
 
-The answers depend on the package index of the day and so are no test: does the resolver still make each lock byte for
+Its result depends on the current package index, so it is no test: does the resolver still generate each lock byte for
 byte, does `patches/patches.yaml` list the newest vLLM, and is there a stack of it? Nothing is written.
 
-Exit codes: 0 nothing is new; 3 something is, one line each on stdout; 1 the index could not be asked.
+Exit codes: 0 nothing is new; 3 changes, one line each on stdout; 1 the index cannot be reached.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python tools/wheel_records.py
 
-Writes knowledge/records: the files that a wheel's RECORD has in another size than the wheel, as they really are. Of a
-wheel that is right, only its directory and its RECORD are fetched. Needs the ordinary Python index;
-wheels of other places are left out, and named.
+Writes knowledge/records: hash and size of the files whose size in a wheel differs from its RECORD. Of a wheel with a
+right RECORD, only its directory and its RECORD are downloaded. Needs the Python index; wheels of other addresses are
+left out and named.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def _wheels(stack: Stack) -> Iterator[tuple[str, str]]:
 
 def _wrong_rows(url: str) -> list[tuple[str, str, str]]:
     with opened_url(url) as stream, zipfile.ZipFile(stream) as wheel:
-        said = recorded_sizes(wheel)
+        recorded = recorded_sizes(wheel)
         sizes = {each.filename: f"{each.file_size}" for each in wheel.infolist()}
-        wrong = [name for name, size in said.items() if size and name in sizes and sizes[name] != size]
+        wrong = [name for name, size in recorded.items() if size and name in sizes and sizes[name] != size]
         return [(name, recorded_hash(wheel.read(name)), sizes[name]) for name in wrong]
 
 

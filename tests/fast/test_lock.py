@@ -23,7 +23,7 @@ def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_lock_up_to_date_is_kept(stack: Path) -> None:
     assert lock.main(["--check", str(stack)]) == 0
     assert lock.main([str(stack)]) == 0
-    assert lock.remake(load(str(stack)), check=True) == []
+    assert lock.regenerate(load(str(stack)), check=True) == []
 
 
 def test_lock_with_a_difference_is_written_only_without_check(stack: Path) -> None:
