@@ -399,11 +399,11 @@ def test_plan_changes_nothing(far: FarNodes) -> None:
 def test_uninstall_starts_with_the_workers_and_installs_nothing(far: FarNodes) -> None:
     far.add("bare")
     (far.lab / "bare/.local/share/sparkinstall/tool/made-from").unlink()
-    reply: list[Any] = [0, {"changes": []}, []]
+    uninstalled: list[Any] = [0, {"changes": []}, []]
     for host in ("spark-1", "spark-2"):
-        far.answer(host, uninstall=reply)
+        far.answer(host, uninstall=uninstalled)
     assert far.cluster("uninstall", "spark-1", "spark-2", "bare")[0] == 2
-    code, stderr, _ = far.cluster("uninstall", "spark-1", "spark-2", "bare", "--yes")
+    code, reply, _ = far.cluster("uninstall", "spark-1", "spark-2", "bare", "--yes")
     assert [call["host"] for call in far.calls] == ["spark-2", "spark-1"]
     assert code == 0, reply["errors"]
 

@@ -1,4 +1,4 @@
-"""`doctor`: worst first, in words, with what to do; fit to be shown in public; never without an answer."""
+"""`doctor`: worst first, with impact and hint; masked, so that it can be shown in public."""
 
 import getpass
 import socket
@@ -36,13 +36,13 @@ Findings = Callable[..., None]
 
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
-    """A rehearsal that has a journal and nothing else: everything is still to be done."""
+    """A rehearsal that has a journal and nothing else."""
     return begun(tmp_path / "node")
 
 
 @pytest.fixture
 def finds(monkeypatch: pytest.MonkeyPatch) -> Findings:
-    """The doctor finds this with its probes, and this before an installation."""
+    """Set the findings of the probes and of the preflight checks."""
 
     def these(probes: dict[str, Finding], before: dict[str, Finding] | None = None) -> None:
         chosen = Chosen((), tuple(_probe(name, finding) for name, finding in probes.items()), False)
@@ -62,10 +62,10 @@ def names(answer: dict[str, Any]) -> dict[str, list[str]]:
     return {group: [item["name"] for item in answer["data"][group]] for group in GROUPS if answer["data"][group]}
 
 
-# --- what it says
+# --- output
 
 
-def test_the_worst_comes_first_with_what_it_means_and_what_to_do(finds: Findings, node: Path) -> None:
+def test_doctor_shows_the_worst_first_with_impact_and_hint(finds: Findings, node: Path) -> None:
     finds(
         {
             "fine": passed("x"),
@@ -86,7 +86,7 @@ def test_the_worst_comes_first_with_what_it_means_and_what_to_do(finds: Findings
     assert run.returncode == DRIFT
 
 
-def test_one_line_about_the_machine_stands_on_top(finds: Findings, node: Path) -> None:
+def test_doctor_shows_the_machine_first(finds: Findings, node: Path) -> None:
     (node / "etc").mkdir()
     (node / "etc/dgx-release").write_text('DGX_PRETTY_NAME="NVIDIA DGX Spark"\nDGX_SERIAL_NUMBER="1324500099999"\n')
     finds({"fine": passed("x")})
@@ -96,7 +96,7 @@ def test_one_line_about_the_machine_stands_on_top(finds: Findings, node: Path) -
     assert "1324500099999" not in run.stdout
 
 
-def test_what_many_miss_is_told_once(finds: Findings, node: Path) -> None:
+def test_doctor_merges_equal_findings(finds: Findings, node: Path) -> None:
     same = failed("there is no environment", "run `sparkinstall all`")
     finds({"wheel-gate": same, "imports": same, "host-ip": same})
     shown = in_this_process("doctor", "--root", node).stdout
@@ -104,17 +104,17 @@ def test_what_many_miss_is_told_once(finds: Findings, node: Path) -> None:
     assert shown.count("there is no environment") == 1
     assert "3 things are broken" in shown
     assert "fix 3, 6" in shown
-    assert "means" not in shown, "it means something else for each of them"
+    assert "means" not in shown, "the impact differs for each of them"
 
 
-def test_one_thing_alone_is_not_the_first(finds: Findings, node: Path) -> None:
+def test_doctor_single_failure_is_not_called_the_first(finds: Findings, node: Path) -> None:
     finds({"imports": failed("x", "y")})
     alone = in_this_process("doctor", "--root", node).stdout
     assert "1 thing is broken\n" in alone and "begin with the first" not in alone
     assert f"means  {DECLARED['imports'].impact}" in alone
 
 
-def test_the_groups_are_in_the_json(finds: Findings, node: Path) -> None:
+def test_doctor_json_has_every_group(finds: Findings, node: Path) -> None:
     finds({"a": failed("x", "y"), "b": warned("x", "y"), "c": passed("x"), "d": skipped("x")}, {"os": passed("x")})
     answer = envelope(in_this_process("doctor", "--root", node, "--json"))
     assert names(answer) == {"broken": ["a"], "look_at": ["b"], "ok": ["os", "c"], "skipped": ["d"]}
@@ -127,16 +127,16 @@ def test_the_groups_are_in_the_json(finds: Findings, node: Path) -> None:
     ("finding", "code"),
     [(passed("x"), GOOD), (warned("x", "y"), GOOD), (skipped("x"), GOOD), (failed("x", "y"), DRIFT)],
 )
-def test_it_ends_like_verify(finds: Findings, node: Path, finding: Finding, code: int) -> None:
+def test_doctor_exits_like_verify(finds: Findings, node: Path, finding: Finding, code: int) -> None:
     finds({"p": finding})
     assert in_this_process("doctor", "--root", node).returncode == code
     assert in_this_process("verify", "--root", node).returncode == code
 
 
-# --- where there is little to look at
+# --- a node without an installation
 
 
-def test_a_node_with_nothing_on_it_is_looked_at_all_the_same(tmp_path: Path) -> None:
+def test_doctor_on_a_bare_node_runs_the_preflight_checks(tmp_path: Path) -> None:
     run = in_this_process("doctor", "--root", tmp_path / "node")
     assert run.returncode == GOOD, said(run)
     assert f"`sparkinstall all --root {tmp_path}/node`" in run.stdout
@@ -147,20 +147,20 @@ def test_a_node_with_nothing_on_it_is_looked_at_all_the_same(tmp_path: Path) -> 
     assert {"clock", "disk"} <= set(names(answer)["ok"])
 
 
-def test_nothing_looked_at_is_nothing_promised(tmp_path: Path) -> None:
+def test_doctor_without_a_check_says_so(tmp_path: Path) -> None:
     run = in_this_process("doctor", "--root", tmp_path / "node", "--only", "fp8")
     assert "nothing was checked" in run.stdout
     assert "stands in the way" not in run.stdout
 
 
-def test_what_cannot_be_set_up_is_broken(finds: Findings, tmp_path: Path) -> None:
+def test_doctor_failed_preflight_check_is_broken(finds: Findings, tmp_path: Path) -> None:
     finds({}, {"driver": failed("nvidia-smi does not answer", "install the driver")})
     run = in_this_process("doctor", "--root", tmp_path / "node")
     assert run.returncode == DRIFT
     assert DECLARED["driver"].impact in run.stdout
 
 
-def test_the_machine_itself_is_asked_where_nothing_is_installed(
+def test_doctor_on_a_bare_node_runs_the_probes_of_the_machine(
     finds: Findings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own, other = _probe("gpu-xid", failed("XID 79", "power it off")), _probe("imports", failed("no", "no"))
@@ -171,7 +171,7 @@ def test_the_machine_itself_is_asked_where_nothing_is_installed(
     assert names(answer) == {"broken": ["gpu-xid"]}
 
 
-def test_what_another_user_has_set_up_stops_nothing(
+def test_doctor_on_a_node_of_another_user_shows_the_preflight_checks(
     finds: Findings, node: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: StateFolder) -> bool:
@@ -184,14 +184,14 @@ def test_what_another_user_has_set_up_stops_nothing(
     assert "run sparkinstall as that user" in run.stdout and "Ok (1): clock" in run.stdout
 
 
-def test_a_name_alone_leaves_the_preflight_out(node: Path) -> None:
+def test_doctor_only_a_probe_skips_the_preflight_checks(node: Path) -> None:
     answer = envelope(in_this_process("doctor", "--root", node, "--only", "wheel-gate", "--json"))
     assert [item["name"] for group in GROUPS for item in answer["data"][group]] == ["wheel-gate"]
     wrong = in_this_process("doctor", "--root", node, "--only", "wheel-gat")
     assert wrong.returncode == USAGE and "did you mean `wheel-gate`?" in said(wrong)
 
 
-# --- how single things are weighed
+# --- the weight of one item
 
 
 def of_step(*states: Any, problem: Any = None) -> checkup.Item:
@@ -200,7 +200,7 @@ def of_step(*states: Any, problem: Any = None) -> checkup.Item:
     return item
 
 
-def test_checks_are_weighed() -> None:
+def test_of_checks_weighs_every_state() -> None:
     assert of_step(Ok("")).weight == "ok"
     assert of_step(Ok(""), NodeOnly("x")).weight == "skipped"
     drift = of_step(Drift("build it"), Unknown("packages"), NodeOnly("x"))
@@ -208,37 +208,37 @@ def test_checks_are_weighed() -> None:
     assert (drift.hint, drift.fixes) == ("`sparkinstall run nccl`", (1,))
     assert of_step(Drift("write /opt/x.env")).found == "missing: /opt/x.env"
     assert of_step(Drift("change /opt/x.env")).found == "differs: /opt/x.env"
-    assert of_step(Unknown("packages")).weight == "skipped", "what waits for another step is not broken itself"
+    assert of_step(Unknown("packages")).weight == "skipped", "a step that waits for another one is not broken"
     assert of_step(Conflict("it is a dir", hint="move it away")).hint == "move it away"
     assert of_step(problem=Blocked("x", hint="y")).hint == "y"
 
 
-def test_what_only_root_can_see_is_not_called_broken() -> None:
+def test_of_checks_state_readable_only_by_root_is_skipped() -> None:
     item = of_step(problem=NeedsRoot("only root can read /etc/netplan/40-cx7.yaml"))
     assert (item.weight, "sudo -v" in item.hint) == ("skipped", True)
 
 
 @pytest.mark.parametrize(("installed", "weight"), [(True, "look-at"), (False, "broken")])
-def test_sudo_matters_less_once_the_node_is_set_up(installed: bool, weight: str) -> None:
+def test_of_preflight_sudo_on_an_installed_node_is_no_failure(installed: bool, weight: str) -> None:
     probe = _probe("sudo", failed("x", "y"))
-    looked = [ProbeResult.of(probe, failed("x", "y"))]
-    assert checkup.of_probes("preflight", [probe], looked, installed)[0].weight == weight
+    results = [ProbeResult.of(probe, failed("x", "y"))]
+    assert checkup.of_probes("preflight", [probe], results, installed)[0].weight == weight
 
 
-def test_everything_has_a_meaning() -> None:
+def test_impact_of_steps_and_probes_is_a_sentence() -> None:
     impacts = [step.impact for step in catalogue.STEPS] + [probe.impact for probe in DECLARED.values()]
     assert [each for each in impacts if not each.endswith(".") or each != each.strip()] == []
 
 
-def test_fixes_have_one_number_each_and_what_proves_one_belongs_to_a_step_that_applies_it() -> None:
+def test_fixes_have_unique_numbers_and_probes_name_known_fixes() -> None:
     assert len({fix.number for fix in fixes.FIXES}) == len(fixes.FIXES)
     assert {probe.fix for probe in DECLARED.values() if probe.fix} <= set(fixes.FIXES)
 
 
-# --- fit to be shown
+# --- masking
 
 
-def test_nothing_personal_is_shown(finds: Findings, node: Path) -> None:
+def test_doctor_masks_personal_data(finds: Findings, node: Path) -> None:
     (node / "etc").mkdir()
     (node / "etc/hostname").write_text("livingroom\n")
     (node / "etc/passwd").write_text("marianne:x:1000:1000:Marianne Musterfrau,,,:/home/marianne:/bin/bash\n")
@@ -255,14 +255,14 @@ def test_nothing_personal_is_shown(finds: Findings, node: Path) -> None:
     assert "not <ip-1>" in shown
 
 
-def test_an_error_is_masked_too(tmp_path: Path) -> None:
+def test_doctor_masks_an_error(tmp_path: Path) -> None:
     home = str(Path.home())
     run = in_this_process("doctor", "--root", tmp_path / "node", "--config", f"{home}/nowhere-at-all.yaml")
     assert run.returncode == USAGE
     assert "~/nowhere-at-all.yaml" in said(run) and f"{home}/nowhere" not in said(run)
 
 
-def test_the_folder_of_a_rehearsal_is_masked_too(
+def test_doctor_masks_the_folder_of_a_rehearsal(
     tmp_path: Path, finds: Findings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home/marianne"
@@ -281,7 +281,7 @@ def _blocked(*_: object, **__: object) -> Chosen:
     raise BadUsage("it cannot be", hint="`sparkinstall uninstall`")
 
 
-def test_the_names_of_this_machine_are_known() -> None:
+def test_identity_knows_the_names_of_this_machine() -> None:
     from sparkinstall.support import identity
     from sparkinstall.system.local import LocalReader
 
@@ -291,7 +291,7 @@ def test_the_names_of_this_machine_are_known() -> None:
     assert str(Path.home()) in known.homes
 
 
-def test_networks_and_serials_are_known(tmp_path: Path) -> None:
+def test_identity_knows_networks_and_serials(tmp_path: Path) -> None:
     from sparkinstall.support import identity
     from sparkinstall.system.local import LocalReader
 
@@ -312,7 +312,7 @@ def test_networks_and_serials_are_known(tmp_path: Path) -> None:
     assert set(known.serials) == {"0123456789abcdef0123456789abcdef", "1324500099999", "ABC-123456"}
 
 
-def test_a_long_list_is_cut_unless_all_of_it_is_asked_for() -> None:
+def test_item_rows_long_list_is_cut_unless_verbose() -> None:
     item = checkup.Item("x", "check", "broken", "t", "\n".join(f"file {at}" for at in range(20)))
     assert dict(doctor.item_rows(item, False))["found"].splitlines()[-1] == "... (-v shows all 20)"
     assert len(dict(doctor.item_rows(item, True))["found"].splitlines()) == 20

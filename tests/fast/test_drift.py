@@ -1,4 +1,4 @@
-"""What differs between nodes, and what was measured between them, as `cluster verify` tells it."""
+"""Differences between nodes, and measurements between them, as `cluster verify` reports them."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def test_kinds_required_before_ray_are_failures() -> None:
         assert drift.KINDS[name].weight == "fail"
 
 
-# --- what a node tells of itself
+# --- the values of a node
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def on(tmp_path: Path) -> OnASpark:
 
 
 def changed(on: OnASpark, name: str, old: str, new: str) -> dict[str, str]:
-    """What is told after a change of one file, as far as it differs from what was told before."""
+    """The values of a node that a change of one file changes."""
     before, path = comparables(node_with(), on), Path(on.root, name)
     path.write_text(path.read_text().replace(old, new))
     after = comparables(node_with(), on)
@@ -84,14 +84,14 @@ def changed(on: OnASpark, name: str, old: str, new: str) -> dict[str, str]:
 
 
 def test_comparables_list_the_values_of_a_node(on: OnASpark) -> None:
-    told = comparables(node_with(), on)
-    assert told.items() >= {
+    values = comparables(node_with(), on)
+    assert values.items() >= {
         "stack": "0.18.1", "vllm": "0.18.1", "fp8": "fallback on", "mtu": "1500 + 1500", "gid": "3 + 3",
         "firmware": "28.45.4028", "driver": "580.95.05", "kernel": "6.17.0-1029-nvidia", "os": "7.5.0",
         "env RAY_X": "1.0",
     }.items()  # fmt: skip
-    assert "env VLLM_HOST_IP" not in told
-    assert "1234" not in json.dumps(told)
+    assert "env VLLM_HOST_IP" not in values
+    assert "1234" not in json.dumps(values)
 
 
 def test_compared_each_change_is_one_row(on: OnASpark) -> None:
@@ -127,23 +127,23 @@ def test_comparables_unreadable_value_hides_no_other(on: OnASpark) -> None:
 
 
 def test_comparables_nccl_is_the_library_itself(on: OnASpark) -> None:
-    """A library that was put in the place of ours is another one, whatever was noted when ours was built."""
+    """The build ID is that of the library, not the one recorded when ours was built."""
     folder = Path(on.root, "opt/sparkinstall/nccl")
     (folder / "lib").mkdir(parents=True)
     (folder / "build.json").write_text('{"build_id": "0123456789abcdef"}')
     source = Path(on.root, "empty.c")
     source.write_text("int nothing;\n")
-    told = []
+    build_ids = []
     for build in ("aa" * 20, "bb" * 20):
         target = folder / "lib/libnccl.so.2"
         subprocess.run(["cc", "-shared", f"-Wl,--build-id=0x{build}", "-o", target, source], check=True)
-        told.append(comparables(node_with(), on)["nccl-build-id"])
-    assert told == ["a" * 12, "b" * 12]
+        build_ids.append(comparables(node_with(), on)["nccl-build-id"])
+    assert build_ids == ["a" * 12, "b" * 12]
     target.write_bytes(b"no library")
     assert "nccl-build-id" not in comparables(node_with(), on)
 
 
-# --- at the terminal
+# --- `cluster verify`
 
 
 PEERS = {"name": "peers", "title": "t", "level": "link", "verdict": "pass", "found": "yes", "hint": "", "seconds": 0.1}
@@ -152,8 +152,8 @@ CHECK = {"step": "network", "outcome": "unchanged", "seconds": 0.1, "blocked_by"
 ABLE = {"tcp": "", "rdma": "enp1s0f0np0 has no RDMA device", "nccl": "there is no GPU here"}
 
 
-def proven(**told: str) -> list[Any]:
-    data = {"checks": [CHECK], "probes": [PEERS, ALONE], "fixes": [], "comparables": {**ALIKE, **told}}
+def proven(**values: str) -> list[Any]:
+    data = {"checks": [CHECK], "probes": [PEERS, ALONE], "fixes": [], "comparables": {**ALIKE, **values}}
     return [0, data, []]
 
 
@@ -198,16 +198,16 @@ def test_differences_table_has_only_what_differs(far: FarNodes) -> None:
     assert "✗ vllm 0.18.1 0.22.1" in rows
     assert "! kernel 6.17.0-1029-nvidia 7.0.0-1019-nvidia" in rows
     assert not any("torch" in row for row in rows)
-    code, said, _ = far.cluster("verify", "spark-1", "spark-2")
+    code, reply, _ = far.cluster("verify", "spark-1", "spark-2")
     assert code == 5
-    assert said["data"]["differences"][0]["values"] == {"spark-1": "0.18.1", "spark-2": "0.22.1"}
-    assert "the nodes differ in vllm" in said["errors"][0]["message"]
+    assert reply["data"]["differences"][0]["values"] == {"spark-1": "0.18.1", "spark-2": "0.22.1"}
+    assert "the nodes differ in vllm" in reply["errors"][0]["message"]
 
 
 def test_difference_that_is_a_warning_is_no_failure(far: FarNodes) -> None:
     measures(far, "spark-2", verify=proven(kernel="7.0.0"))
-    code, said, _ = far.cluster("verify", "spark-1", "spark-2")
-    assert (code, [row["weight"] for row in said["data"]["differences"]]) == (0, ["warn"])
+    code, reply, _ = far.cluster("verify", "spark-1", "spark-2")
+    assert (code, [row["weight"] for row in reply["data"]["differences"]]) == (0, ["warn"])
     assert far.cluster("verify", "spark-1", "spark-2", "--level", "link")[1]["data"]["differences"] == []
 
 
@@ -219,12 +219,12 @@ def test_verify_without_measure_measures_nothing(far: FarNodes) -> None:
 
 def test_measure_runs_each_direction_one_after_the_other(far: FarNodes) -> None:
     measures(far, "spark-2", ask=carried(90.0, 0.1))
-    code, said, _ = far.cluster("verify", "spark-1", "spark-2", "--level", "link", "--measure")
-    told = {(each["name"], each["from"], each["to"]): each for each in said["data"]["bandwidth"]}
-    assert told["tcp-bandwidth", "spark-1", "spark-2"]["verdict"] == "pass"
-    assert told["tcp-bandwidth", "spark-2", "spark-1"]["found"].startswith("one half: 90.1 Gb/s")
-    assert told["rdma-bandwidth", "spark-1", "spark-2"]["found"] == "spark-1: enp1s0f0np0 has no RDMA device"
-    assert told["nccl-bandwidth", "spark-1", "spark-2"]["verdict"] == "skip"
+    code, reply, _ = far.cluster("verify", "spark-1", "spark-2", "--level", "link", "--measure")
+    found = {(each["name"], each["from"], each["to"]): each for each in reply["data"]["bandwidth"]}
+    assert found["tcp-bandwidth", "spark-1", "spark-2"]["verdict"] == "pass"
+    assert found["tcp-bandwidth", "spark-2", "spark-1"]["found"].startswith("one half: 90.1 Gb/s")
+    assert found["rdma-bandwidth", "spark-1", "spark-2"]["found"] == "spark-1: enp1s0f0np0 has no RDMA device"
+    assert found["nccl-bandwidth", "spark-1", "spark-2"]["verdict"] == "skip"
     assert code == 5
     first, second = (call for call in far.calls if call["verb"] == "ask")
     assert first["argv"][:6] == ["node", "ask", "tcp", "192.168.100.11", "29699", "29698"]
@@ -235,9 +235,9 @@ def test_measure_runs_each_direction_one_after_the_other(far: FarNodes) -> None:
 def test_measure_silent_side_is_a_failed_measurement(far: FarNodes) -> None:
     bad = {"code": "failed", "message": "it did not start", "cause": "", "hint": "", "log": "", "output": []}
     measures(far, "spark-2", respond=[1, {}, [bad]], says={})
-    _, said, _ = far.cluster("verify", "spark-1", "spark-2", "--level", "link", "--measure")
-    assert said["data"]["bandwidth"][0]["verdict"] == "fail"
-    assert said["data"]["bandwidth"][0]["found"] == "spark-2: it did not start"
+    _, reply, _ = far.cluster("verify", "spark-1", "spark-2", "--level", "link", "--measure")
+    assert reply["data"]["bandwidth"][0]["verdict"] == "fail"
+    assert reply["data"]["bandwidth"][0]["found"] == "spark-2: it did not start"
 
 
 def test_strict_counts_skipped_probes_that_no_measurement_replaces(far: FarNodes) -> None:
@@ -247,12 +247,12 @@ def test_strict_counts_skipped_probes_that_no_measurement_replaces(far: FarNodes
     words = ("verify", "spark-1", "spark-2", "--level", "link", "--strict")
     only_tcp = ("--set", "network.transport=socket")
     assert "tcp-bandwidth" in str(far.cluster(*words)[1]["errors"])
-    code, said, _ = far.cluster(*words, "--measure", *only_tcp)
-    assert [each["message"] for each in said["errors"] if "--strict" in each["message"]] == []
+    code, reply, _ = far.cluster(*words, "--measure", *only_tcp)
+    assert [each["message"] for each in reply["errors"] if "--strict" in each["message"]] == []
     measures(far, "spark-1")
-    code, said, _ = far.cluster(*words, "--measure", *only_tcp)
+    code, reply, _ = far.cluster(*words, "--measure", *only_tcp)
     assert code == 5
-    assert "spark-1: skipped, which --strict counts as failed: nccl-bandwidth to spark-2" in str(said["errors"])
+    assert "spark-1: skipped, which --strict counts as failed: nccl-bandwidth to spark-2" in str(reply["errors"])
 
 
 def test_junit_has_every_node_and_what_is_between_them(far: FarNodes, tmp_path: Path) -> None:
@@ -269,8 +269,8 @@ def test_junit_has_every_node_and_what_is_between_them(far: FarNodes, tmp_path: 
 
 @pytest.mark.parametrize("words", [("--level", "link"), ("--measure",), ("--strict",), ("--junit", "x")])
 def test_option_of_verify_is_refused_elsewhere(far: FarNodes, words: tuple[str, ...]) -> None:
-    code, said, _ = far.cluster("spark-1", "spark-2", *words)
-    assert (code, words[0] in said["errors"][0]["message"]) == (2, True)
+    code, reply, _ = far.cluster("spark-1", "spark-2", *words)
+    assert (code, words[0] in reply["errors"][0]["message"]) == (2, True)
     assert not far.calls
 
 

@@ -1,6 +1,6 @@
-"""What nvidia-smi says -> what the preflight check `driver` says, and what it tells a person to do.
+"""The preflight check `driver`: the output of nvidia-smi in, its finding and hint out.
 
-The complaints are nvidia-smi's own words, from NVIDIA/open-gpu-kernel-modules #862 and vllm-project/vllm #1772.
+The error messages are those of nvidia-smi, from NVIDIA/open-gpu-kernel-modules #862 and vllm-project/vllm #1772.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ MISMATCH = "Failed to initialize NVML: Driver/library version mismatch"
 
 
 class WithSmi(Machine):
-    """A machine whose nvidia-smi ends with `code` and says `out`."""
+    """A machine whose nvidia-smi exits with `code` and prints `out`."""
 
     def __init__(self, root: Path, code: int, out: str, err: str = "") -> None:
         super().__init__(str(root))
@@ -35,25 +35,21 @@ def driver(on: Machine, root: Path) -> Finding:
     return check.look(on)
 
 
-def test_a_driver_that_is_there_passes(tmp_path: Path) -> None:
+def test_driver_loaded_passes(tmp_path: Path) -> None:
     on = WithSmi(tmp_path, 0, "NVIDIA GB10, 12.1, 580.95.05, 3, [N/A], 4.3\n")
     assert (driver(on, tmp_path).verdict, driver(on, tmp_path).found) == ("pass", "580.95.05")
     assert first_gpu(on) == Gpu("NVIDIA GB10", "12.1", "580.95.05", 3, None, 4.3)
 
 
-@pytest.mark.parametrize(
-    "complaint", ["No devices were found", "NVIDIA-SMI has failed because it couldn't communicate"]
-)
-def test_what_nvidia_smi_complains_of_is_shown_and_nvidias_own_update_is_the_mend(
-    tmp_path: Path, complaint: str
-) -> None:
-    found = driver(WithSmi(tmp_path, 6, f"{complaint}\nMake sure ...\n"), tmp_path)
-    assert (found.verdict, found.found) == ("fail", f"nvidia-smi reports: {complaint}")
+@pytest.mark.parametrize("message", ["No devices were found", "NVIDIA-SMI has failed because it couldn't communicate"])
+def test_driver_error_of_nvidia_smi_is_shown_with_nvidias_update_as_hint(tmp_path: Path, message: str) -> None:
+    found = driver(WithSmi(tmp_path, 6, f"{message}\nMake sure ...\n"), tmp_path)
+    assert (found.verdict, found.found) == ("fail", f"nvidia-smi reports: {message}")
     assert "DGX Dashboard" in found.hint and "sudo apt dist-upgrade" in found.hint and "fwupdmgr upgrade" in found.hint
     assert "apt install" not in found.hint
 
 
-def test_a_driver_that_waits_for_a_reboot_is_told_to_reboot_and_nothing_else(tmp_path: Path) -> None:
+def test_driver_that_needs_a_reboot_has_only_that_hint(tmp_path: Path) -> None:
     mismatch = driver(WithSmi(tmp_path, 18, f"{MISMATCH}\nNVML library version: 580.95\n"), tmp_path)
     assert mismatch.found == f"nvidia-smi reports: {MISMATCH}"
     (tmp_path / "run").mkdir()
@@ -64,10 +60,10 @@ def test_a_driver_that_waits_for_a_reboot_is_told_to_reboot_and_nothing_else(tmp
 
 
 @pytest.mark.parametrize(("code", "err"), [(127, "nvidia-smi: not found"), (124, "")])
-def test_an_nvidia_smi_that_is_missing_or_hangs_says_nothing(tmp_path: Path, code: int, err: str) -> None:
+def test_driver_without_an_answer_of_nvidia_smi_fails(tmp_path: Path, code: int, err: str) -> None:
     found = driver(WithSmi(tmp_path, code, "", err), tmp_path)
     assert found.found == "nvidia-smi does not answer" and "DGX Dashboard" in found.hint
 
 
-def test_what_nvidia_smi_says_cannot_steer_a_terminal(tmp_path: Path) -> None:
+def test_gpu_or_complaint_has_no_control_character(tmp_path: Path) -> None:
     assert gpu_or_complaint(WithSmi(tmp_path, 1, "\x1b[2Jgone\n")) == "?[2Jgone"

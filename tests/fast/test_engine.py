@@ -1,4 +1,4 @@
-"""The engine's loop, on resources that are as small as can be."""
+"""The engine's loop, on minimal resources."""
 
 import threading
 from collections.abc import Iterable, Sequence
@@ -24,14 +24,14 @@ NODE = cast(Node, None)
 
 
 @dataclass
-class Thing:
-    """Stands as `states` says, one look after the other (the last for good); counts how often it was made."""
+class Item:
+    """A resource that returns `states`, one per check (the last one from then on), and counts its applications."""
 
-    key: str = "thing"
-    states: list[State] = field(default_factory=lambda: [Drift("make it"), Ok()])
+    key: str = "item"
+    states: list[State] = field(default_factory=lambda: [Drift("apply it"), Ok()])
     raises: BaseException | None = None
-    made: int = 0
-    meets: threading.Barrier | None = None
+    applied: int = 0
+    barrier: threading.Barrier | None = None
 
     def check(self, on: Reader) -> State:
         del on
@@ -39,27 +39,27 @@ class Thing:
 
     def apply(self, on: System) -> None:
         del on
-        self.made += 1
-        if self.meets:
-            self.meets.wait(timeout=60)
+        self.applied += 1
+        if self.barrier:
+            self.barrier.wait(timeout=60)
         if self.raises:
             raise self.raises
 
 
-def some(called: str, things: Sequence[Thing] = (), needs: tuple[str, ...] = ()) -> Step:
-    """A step of `things`."""
-    asked = needs
+def step_of(called: str, items: Sequence[Item] = (), needs: tuple[str, ...] = ()) -> Step:
+    """A step of these resources."""
+    needed = needs
 
-    class Some(Step):
+    class Given(Step):
         name = called
         why = "because"
-        needs = asked
+        needs = needed
 
         def resources(self, node: Node) -> Iterable[Resource]:
             del node
-            return things
+            return items
 
-    return Some()
+    return Given()
 
 
 def system(_: str = "") -> System:
@@ -70,76 +70,76 @@ def done(*steps: Step, fresh: bool = False) -> dict[str, StepReport]:
     return {report.name: report for report in converge(steps, NODE, system, silent, fresh)}
 
 
-def satisfied(note: str = "") -> Thing:
-    return Thing(states=[Ok(note)])
+def up_to_date(note: str = "") -> Item:
+    return Item(states=[Ok(note)])
 
 
-def test_a_step_comes_after_what_it_needs_whatever_the_order_given() -> None:
-    steps = [some("c", needs=("b",)), some("a"), some("b", needs=("a", "not chosen"))]
+def test_ordered_step_comes_after_the_steps_it_needs() -> None:
+    steps = [step_of("c", needs=("b",)), step_of("a"), step_of("b", needs=("a", "not chosen"))]
     assert [step.name for step in ordered(steps)] == ["a", "b", "c"]
 
 
-def test_a_circle_is_refused() -> None:
+def test_ordered_circle_is_refused() -> None:
     with pytest.raises(ValueError, match="circle"):
-        ordered([some("a", needs=("b",)), some("b", needs=("a",))])
+        ordered([step_of("a", needs=("b",)), step_of("b", needs=("a",))])
 
 
-def test_the_steps_of_the_catalogue_stand_in_their_order() -> None:
+def test_catalogue_is_in_order() -> None:
     assert [step.name for step in ordered(catalogue.STEPS)] == [step.name for step in catalogue.STEPS]
 
 
-def test_what_is_so_is_not_made_again_and_fresh_makes_it() -> None:
-    thing = satisfied()
-    assert done(some("a", [thing]))["a"].outcome == "unchanged" and thing.made == 0
-    assert done(some("a", [thing]), fresh=True)["a"].outcome == "changed" and thing.made == 1
+def test_converge_ok_resource_is_applied_only_with_force() -> None:
+    item = up_to_date()
+    assert done(step_of("a", [item]))["a"].outcome == "unchanged" and item.applied == 0
+    assert done(step_of("a", [item]), fresh=True)["a"].outcome == "changed" and item.applied == 1
 
 
-def test_what_is_not_so_is_made_and_looked_at_again() -> None:
-    thing = Thing()
-    report = done(some("a", [thing]))["a"]
-    assert (report.outcome, thing.made, report.checked[0].changed) == ("changed", 1, True)
+def test_converge_drift_is_applied_and_checked_again() -> None:
+    item = Item()
+    report = done(step_of("a", [item]))["a"]
+    assert (report.outcome, item.applied, report.checked[0].changed) == ("changed", 1, True)
 
 
-def test_what_does_not_become_so_fails() -> None:
-    thing = Thing(states=[Drift("make it"), Drift("it is still crooked")])
-    report = done(some("a", [thing]))["a"]
+def test_converge_drift_after_apply_fails() -> None:
+    item = Item(states=[Drift("apply it"), Drift("it is still crooked")])
+    report = done(step_of("a", [item]))["a"]
     assert report.outcome == "failed" and report.problem is not None
     assert "is still not in the desired state after it was applied" in report.problem.message
     assert report.problem.cause == "it is still crooked"
 
 
 @pytest.mark.parametrize("state", [Unknown("b"), Conflict("a wall", "climb it")])
-def test_what_cannot_be_told_or_stands_in_the_way_is_not_made(state: State) -> None:
-    thing = Thing(states=[state])
-    report = done(some("a", [thing]))["a"]
-    assert report.outcome == "failed" and thing.made == 0
+def test_converge_unknown_or_conflict_is_not_applied(state: State) -> None:
+    item = Item(states=[state])
+    report = done(step_of("a", [item]))["a"]
+    assert report.outcome == "failed" and item.applied == 0
     assert isinstance(report.problem, Blocked) and report.problem.hint
 
 
 @dataclass
-class OfTheNode(Thing):
-    """A thing that a rehearsal cannot have."""
+class OfTheNode(Item):
+    """A resource that a rehearsal cannot have."""
 
     def node_only(self, on: Reader) -> str:
         assert on.rehearsal
         return "apt"
 
 
-def test_node_only_is_answered_in_a_rehearsal_without_check_or_apply() -> None:
-    thing = OfTheNode()
-    (report,) = plan([some("a", [thing])], NODE, LocalReader("/nowhere"))
-    assert report.checked[0] == NodeOnly("apt", key="thing")
-    assert done(some("a", [thing]))["a"].outcome == "node_only"
-    assert (thing.made, len(thing.states)) == (0, 2)
+def test_node_only_in_a_rehearsal_is_neither_checked_nor_applied() -> None:
+    item = OfTheNode()
+    (report,) = plan([step_of("a", [item])], NODE, LocalReader("/nowhere"))
+    assert report.checked[0] == NodeOnly("apt", key="item")
+    assert done(step_of("a", [item]))["a"].outcome == "node_only"
+    assert (item.applied, len(item.states)) == (0, 2)
 
 
-def test_node_only_is_not_asked_on_the_node_itself() -> None:
-    (report,) = plan([some("a", [OfTheNode()])], NODE, LocalReader())
+def test_node_only_on_the_node_is_checked() -> None:
+    (report,) = plan([step_of("a", [OfTheNode()])], NODE, LocalReader())
     assert isinstance(report.checked[0], Drift)
 
 
 @pytest.mark.parametrize(("root", "outcome"), [("/", "node_only"), ("/nowhere", "drift")])
-def test_a_step_that_something_else_does_is_left_to_it_on_the_node_itself(root: str, outcome: str) -> None:
+def test_left_to_on_the_node_skips_the_step(root: str, outcome: str) -> None:
     class Left(Step):
         name = "left"
         why = "because"
@@ -150,13 +150,13 @@ def test_a_step_that_something_else_does_is_left_to_it_on_the_node_itself(root: 
 
         def resources(self, node: Node) -> Iterable[Resource]:
             del node
-            return [Thing()]
+            return [Item()]
 
     (report,) = plan([Left()], NODE, LocalReader(root))
     assert report.outcome == outcome
 
 
-def test_a_probe_that_needs_the_node_is_skipped_in_a_rehearsal_with_its_reason() -> None:
+def test_probe_that_needs_the_node_is_skipped_in_a_rehearsal() -> None:
     probe = Probe("gpu", "the GPU", lambda _: passed("it is there"), "node", needs_node="a rehearsal has no GPU")
     found = [checks.look([probe], LocalReader(root), silent)[0] for root in ("/nowhere", "/")]
     assert [(each.verdict, each.found) for each in found] == [
@@ -165,108 +165,110 @@ def test_a_probe_that_needs_the_node_is_skipped_in_a_rehearsal_with_its_reason()
     ]
 
 
-def test_what_only_a_node_can_do_is_left_and_does_not_fail() -> None:
-    before, after = Thing(states=[NodeOnly("apt")]), Thing(states=[Drift("half of it"), NodeOnly("the rest")])
-    reports = done(some("a", [before]), some("b", [after], needs=("a",)), some("c", [Thing()], needs=("b",)))
+def test_converge_node_only_resource_is_no_failure() -> None:
+    before, after = Item(states=[NodeOnly("apt")]), Item(states=[Drift("half of it"), NodeOnly("the rest")])
+    reports = done(step_of("a", [before]), step_of("b", [after], needs=("a",)), step_of("c", [Item()], needs=("b",)))
     assert (reports["a"].outcome, reports["c"].outcome) == ("node_only", "changed")
-    assert before.made == 0 and reports["b"].problem is None
+    assert before.applied == 0 and reports["b"].problem is None
 
 
-def test_a_failed_step_stops_only_what_needs_it() -> None:
-    never = Thing()
+def test_converge_failed_step_blocks_only_those_that_need_it() -> None:
+    never = Item()
     reports = done(
-        some("a", [Thing(raises=Problem("broken"))]),
-        some("b", [never], needs=("a",)),
-        some("c", [never], needs=("b",)),
-        some("d", [Thing()]),
-        some("e", [Thing()], needs=("d",)),
+        step_of("a", [Item(raises=Problem("broken"))]),
+        step_of("b", [never], needs=("a",)),
+        step_of("c", [never], needs=("b",)),
+        step_of("d", [Item()]),
+        step_of("e", [Item()], needs=("d",)),
     )
     assert [reports[name].outcome for name in "abcde"] == ["failed", "blocked", "blocked", "changed", "changed"]
     assert (reports["b"].blocked_by, reports["c"].blocked_by) == ("a", "b")
-    assert never.made == 0
+    assert never.applied == 0
 
 
-def test_a_full_disk_in_a_step_is_put_into_words() -> None:
-    problem = done(some("a", [Thing(raises=OSError(28, "No space left on device"))]))["a"].problem
+def test_converge_full_disk_is_a_storage_error() -> None:
+    problem = done(step_of("a", [Item(raises=OSError(28, "No space left on device"))]))["a"].problem
     assert problem is not None and problem.code == "storage" and "the disk is full" in problem.message
 
 
-def test_the_rest_of_a_step_is_not_begun_after_a_failure() -> None:
-    rest = Thing()
-    assert done(some("a", [Thing(raises=Problem("broken")), rest]))["a"].outcome == "failed"
-    assert rest.made == 0
+def test_converge_failure_skips_the_rest_of_the_step() -> None:
+    rest = Item()
+    assert done(step_of("a", [Item(raises=Problem("broken")), rest]))["a"].outcome == "failed"
+    assert rest.applied == 0
 
 
-def test_steps_that_do_not_need_each_other_run_at_the_same_time() -> None:
-    meeting = threading.Barrier(3)
-    reports = done(*(some(name, [Thing(meets=meeting)]) for name in "abc"))
+def test_converge_independent_steps_run_in_parallel() -> None:
+    barrier = threading.Barrier(3)
+    reports = done(*(step_of(name, [Item(barrier=barrier)]) for name in "abc"))
     assert {report.outcome for report in reports.values()} == {"changed"}, "each waited for the other two"
 
 
-def test_a_step_begins_as_soon_as_its_own_needs_are_done() -> None:
-    meeting = threading.Barrier(2)
-    reports = done(some("slow", [Thing(meets=meeting)]), some("a"), some("b", [Thing(meets=meeting)], needs=("a",)))
+def test_converge_step_starts_as_soon_as_its_needs_are_done() -> None:
+    barrier = threading.Barrier(2)
+    reports = done(
+        step_of("slow", [Item(barrier=barrier)]), step_of("a"), step_of("b", [Item(barrier=barrier)], needs=("a",))
+    )
     assert {report.problem for report in reports.values()} == {None}
 
 
-def test_a_bug_in_a_step_is_a_failure_of_that_step() -> None:
+def test_converge_exception_fails_only_its_step() -> None:
     reports = done(
-        some("a", [Thing(raises=ZeroDivisionError("by zero"))]), some("b", needs=("a",)), some("c", [Thing()])
+        step_of("a", [Item(raises=ZeroDivisionError("by zero"))]), step_of("b", needs=("a",)), step_of("c", [Item()])
     )
     assert [reports[name].outcome for name in "abc"] == ["failed", "blocked", "changed"]
     problem = reports["a"].problem
     assert problem is not None and "ZeroDivisionError: by zero" in problem.message and problem.hint
 
 
-def test_an_interrupt_ends_the_programs_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_converge_interrupt_stops_the_programs_of_all_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     stopped: list[bool] = []
     monkeypatch.setattr(processes, "stop_all", lambda: stopped.append(True))
     with pytest.raises(KeyboardInterrupt):
-        done(some("a", [Thing(raises=KeyboardInterrupt())]))
+        done(step_of("a", [Item(raises=KeyboardInterrupt())]))
     assert stopped
 
 
-def test_plan_looks_and_touches_nothing() -> None:
-    things = [Thing(), Thing(states=[Unknown("a")]), Thing(states=[NodeOnly("x")]), Thing(states=[Conflict("x")])]
-    reports = plan([some(str(number), [thing]) for number, thing in enumerate(things)], NODE, system())
+def test_plan_applies_nothing() -> None:
+    items = [Item(), Item(states=[Unknown("a")]), Item(states=[NodeOnly("x")]), Item(states=[Conflict("x")])]
+    reports = plan([step_of(str(number), [item]) for number, item in enumerate(items)], NODE, system())
     assert [report.outcome for report in reports] == ["drift", "drift", "node_only", "drift"]
-    assert not any(thing.made for thing in things)
+    assert not any(item.applied for item in items)
 
 
-def test_what_happens_is_told_in_order() -> None:
+def test_converge_reports_events_in_order() -> None:
     events: list[Event] = []
-    converge([some("a", [Thing("x"), satisfied()])], NODE, system, events.append)
+    converge([step_of("a", [Item("x"), up_to_date()])], NODE, system, events.append)
     assert [type(event) for event in events] == [StepStarted, ResourceApplied, StepEnded]
-    assert events[1] == ResourceApplied("a", "x", "make it")
-    converge([some("a", [Thing(raises=Problem("broken"))]), some("b", needs=("a",))], NODE, system, events.append)
+    assert events[1] == ResourceApplied("a", "x", "apply it")
+    converge([step_of("a", [Item(raises=Problem("broken"))]), step_of("b", needs=("a",))], NODE, system, events.append)
     ends = [(event.step, event.outcome, event.note) for event in events[3:] if isinstance(event, StepEnded)]
     assert ends == [("a", "failed", "broken"), ("b", "blocked", "needs a")]
 
 
-def test_nothing_chosen_is_nothing_done() -> None:
+def test_converge_without_steps_reports_nothing() -> None:
     assert converge([], NODE, system, silent) == []
 
 
-def test_every_resource_is_given_the_system_of_its_own_step(tmp_path: Path) -> None:
-    asked: list[str] = []
+def test_converge_gives_each_step_its_own_system(tmp_path: Path) -> None:
+    steps: list[str] = []
 
     def system_for(step: str) -> Any:
-        asked.append(step)
+        steps.append(step)
         return LocalSystem(str(tmp_path))
 
-    converge([some("a", [Thing()]), some("b", [Thing()], needs=("a",))], NODE, system_for, silent)
-    assert asked == ["a", "b"]
+    converge([step_of("a", [Item()]), step_of("b", [Item()], needs=("a",))], NODE, system_for, silent)
+    assert steps == ["a", "b"]
 
 
 @pytest.mark.parametrize(("terminal", "asked"), [(True, 1), (False, 0)])
-def test_what_only_root_can_tell_is_asked_again_after_the_password(
+def test_looked_at_needs_root_is_checked_again_after_the_password(
     monkeypatch: pytest.MonkeyPatch, terminal: bool, asked: int
 ) -> None:
-    class Guarded(Thing):
+    class Guarded(Item):
         def check(self, on: Reader) -> State:
             del on
             if not times:
-                raise NeedsRoot("only root can tell")
+                raise NeedsRoot("only root can read it")
             return Ok()
 
     class Asking(LocalSystem):
@@ -276,6 +278,6 @@ def test_what_only_root_can_tell_is_asked_again_after_the_password(
     times: list[str] = []
     session = Session(NODE, Asking(), cast(Any, None), {}, {})
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda _: terminal})())
-    (report,) = looked_at(session, [some("firewall", [Guarded()])])
+    (report,) = looked_at(session, [step_of("firewall", [Guarded()])])
     assert len(times) == asked
     assert report.outcome == ("unchanged" if terminal else "failed")
