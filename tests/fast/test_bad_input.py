@@ -17,7 +17,7 @@ from tests.support.rehearsals import (
     environment,
     everything_with_times,
     in_this_process,
-    said,
+    output_of,
     sparkinstall,
     tree,
 )
@@ -32,8 +32,8 @@ def refused(around: Path, *args: str | Path, code: int = USAGE) -> dict[str, str
     first = tree(around, everything_with_times)
     shown, as_json = in_this_process(*args), in_this_process(*args, "--json")
     assert tree(around, everything_with_times) == first, "a file was changed"
-    assert (shown.returncode, as_json.returncode) == (code, code), said(shown) + said(as_json)
-    assert "Traceback" not in said(shown) + said(as_json)
+    assert (shown.returncode, as_json.returncode) == (code, code), output_of(shown) + output_of(as_json)
+    assert "Traceback" not in output_of(shown) + output_of(as_json)
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", shown.stderr), "a control character reached the terminal"
     errors = envelope(as_json)["errors"]
     assert len(errors) == 1 and len(errors[0]["message"].splitlines()) == 1
@@ -234,7 +234,7 @@ def test_in_this_process_prints_the_same_as_a_new_process() -> None:
 @pytest.mark.parametrize("args", [["plan", "--nonsense"], ["nonsense"], ["run"], ["plan", "--root"], []])
 def test_command_line_invalid_exits_2_without_a_traceback(args: list[str]) -> None:
     run = in_this_process(*args)
-    assert run.returncode == USAGE and "Traceback" not in said(run)
+    assert run.returncode == USAGE and "Traceback" not in output_of(run)
 
 
 @pytest.mark.network
@@ -296,10 +296,10 @@ def test_release_file_hostile_is_read_and_its_serial_number_is_not_shown(tmp_pat
             errors="surrogateescape",
             timeout=60,
         )
-        assert run.returncode == (PREFLIGHT if args[0] == "all" else 0), said(run)
-        assert SERIAL not in said(run) and "Traceback" not in said(run)
-        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]", said(run))
-        assert len(said(run)) < 50_000
+        assert run.returncode == (PREFLIGHT if args[0] == "all" else 0), output_of(run)
+        assert SERIAL not in output_of(run) and "Traceback" not in output_of(run)
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]", output_of(run))
+        assert len(output_of(run)) < 50_000
     assert not Path("/var/lib/sparkinstall").exists()
 
 
@@ -308,9 +308,9 @@ def test_rehearsal_writes_no_serial_number(tmp_path: Path) -> None:
     (root / "etc").mkdir(parents=True)
     (root / "etc/dgx-release").write_bytes(HOSTILE["no newline"])
     run = Rehearsal(root, (*SETTINGS, "--stack", str(stack))).all("--json", **no_index(stack))
-    assert SERIAL not in said(run)
+    assert SERIAL not in output_of(run)
     written = [path for path in (root / "var").rglob("*") if path.is_file()]
-    assert {"journal.jsonl", "environment.log"} <= {path.name for path in written}, said(run)
+    assert {"journal.jsonl", "environment.log"} <= {path.name for path in written}, output_of(run)
     for path in written:
         assert SERIAL not in path.read_text()
 
@@ -333,7 +333,7 @@ def test_secret_in_the_environment_is_not_printed(tmp_path: Path, verb: list[str
     source = f"nccl.source=https://user:{secret}@127.0.0.1:1/nccl.tar.gz"
     only = ("--only", "nccl") if verb[0] in ("all", "plan", "verify") else ()
     run = sparkinstall(*verb, "--root", tmp_path / "node", "--set", source, *only, HF_TOKEN=secret)
-    assert secret not in said(run), said(run)
+    assert secret not in output_of(run), output_of(run)
 
 
 # --- the user's environment

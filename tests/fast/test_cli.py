@@ -17,12 +17,12 @@ from sparkinstall.errors import BadUsage, Interrupted
 from sparkinstall.probes import Probe, failed
 from tests.support.rehearsals import (
     CHECKOUT,
-    begun,
     command,
+    empty_rehearsal,
     envelope,
     environment,
     in_this_process,
-    said,
+    output_of,
     sparkinstall,
 )
 
@@ -119,7 +119,7 @@ def test_plan_last_line_says_what_all_would_do(tmp_path: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("verb", [["plan"], ["plan", "--json"], ["status"], ["verify"]])
 def test_output_to_a_full_disk_is_one_line_on_stderr(verb: list[str], tmp_path: Path) -> None:
-    begun(tmp_path / "node")
+    empty_rehearsal(tmp_path / "node")
     with open("/dev/full", "w") as full:
         run = subprocess.run(
             command(*verb, "--root", tmp_path / "node"), cwd=CHECKOUT, env=environment(), stdin=subprocess.DEVNULL,
@@ -139,9 +139,9 @@ def test_interrupt_says_whether_the_next_run_continues(
     monkeypatch.setattr("sparkinstall.core.session._root", interrupted)
     options = ["nccl"] if verb == "run" else ["--output", str(tmp_path / "x")] if verb == "support-bundle" else []
     run = in_this_process(verb, "--root", tmp_path / "node", *options)
-    assert run.returncode == 130, said(run)
-    assert ("continues where this one stopped" in said(run)) == (verb in ("all", "run")), said(run)
-    assert ("nothing was changed" in said(run)) == (verb not in ("all", "run")), said(run)
+    assert run.returncode == 130, output_of(run)
+    assert ("continues where this one stopped" in output_of(run)) == (verb in ("all", "run")), output_of(run)
+    assert ("nothing was changed" in output_of(run)) == (verb not in ("all", "run")), output_of(run)
 
 
 def test_settings_show_the_source_of_each_value(tmp_path: Path) -> None:

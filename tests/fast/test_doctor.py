@@ -20,7 +20,7 @@ from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Unknown
 from sparkinstall.support import doctor as checkup
 from tests.support.nodes import HEAD
-from tests.support.rehearsals import begun, envelope, in_this_process, said
+from tests.support.rehearsals import empty_rehearsal, envelope, in_this_process, output_of
 
 GOOD, USAGE, DRIFT = 0, 2, 3
 DECLARED = {
@@ -37,7 +37,7 @@ Findings = Callable[..., None]
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
     """A rehearsal that has a journal and nothing else."""
-    return begun(tmp_path / "node")
+    return empty_rehearsal(tmp_path / "node")
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_doctor_exits_like_verify(finds: Findings, node: Path, finding: Finding,
 
 def test_doctor_on_a_bare_node_runs_the_preflight_checks(tmp_path: Path) -> None:
     run = in_this_process("doctor", "--root", tmp_path / "node")
-    assert run.returncode == GOOD, said(run)
+    assert run.returncode == GOOD, output_of(run)
     assert f"`sparkinstall all --root {tmp_path}/node`" in run.stdout
     assert "this node is ready to be set up" in run.stdout
     assert not (tmp_path / "node").exists()
@@ -188,7 +188,7 @@ def test_doctor_only_a_probe_skips_the_preflight_checks(node: Path) -> None:
     answer = envelope(in_this_process("doctor", "--root", node, "--only", "wheel-gate", "--json"))
     assert [item["name"] for group in GROUPS for item in answer["data"][group]] == ["wheel-gate"]
     wrong = in_this_process("doctor", "--root", node, "--only", "wheel-gat")
-    assert wrong.returncode == USAGE and "did you mean `wheel-gate`?" in said(wrong)
+    assert wrong.returncode == USAGE and "did you mean `wheel-gate`?" in output_of(wrong)
 
 
 # --- the weight of one item
@@ -246,7 +246,7 @@ def test_doctor_masks_personal_data(finds: Findings, node: Path) -> None:
     finds({"p": failed(" ".join(secrets), f"ask {secrets[1]}", f"not {secrets[3]}")})
     for options in ([], ["--json"], ["-v"]):
         run = in_this_process("doctor", "--root", node, *options)
-        assert [secret for secret in secrets if secret in said(run)] == []
+        assert [secret for secret in secrets if secret in output_of(run)] == []
     shown = in_this_process("doctor", "--root", node).stdout
     assert (
         "masked, so that it can be made public: 1 host name, 2 user names, 1 address, 1 MAC address, credentials"
@@ -259,7 +259,7 @@ def test_doctor_masks_an_error(tmp_path: Path) -> None:
     home = str(Path.home())
     run = in_this_process("doctor", "--root", tmp_path / "node", "--config", f"{home}/nowhere-at-all.yaml")
     assert run.returncode == USAGE
-    assert "~/nowhere-at-all.yaml" in said(run) and f"{home}/nowhere" not in said(run)
+    assert "~/nowhere-at-all.yaml" in output_of(run) and f"{home}/nowhere" not in output_of(run)
 
 
 def test_doctor_masks_the_folder_of_a_rehearsal(
@@ -271,10 +271,10 @@ def test_doctor_masks_the_folder_of_a_rehearsal(
     finds({}, {"clock": passed("x")})
     run = in_this_process("doctor", "--root", home / "node")
     assert "run `sparkinstall all --root ~/node`" in run.stdout
-    assert "the home folder" in run.stdout and str(home) not in said(run)
+    assert "the home folder" in run.stdout and str(home) not in output_of(run)
     monkeypatch.setattr(checks, "chosen", _blocked)
     refused = in_this_process("doctor", "--root", home / "node")
-    assert "`sparkinstall uninstall --root ~/node`" in said(refused) and str(home) not in said(refused)
+    assert "`sparkinstall uninstall --root ~/node`" in output_of(refused) and str(home) not in output_of(refused)
 
 
 def _blocked(*_: object, **__: object) -> Chosen:

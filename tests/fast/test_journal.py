@@ -20,8 +20,8 @@ from tests.support.mounts import need_root
 from tests.support.rehearsals import (
     CHECKOUT,
     Rehearsal,
-    as_anybody,
-    begun,
+    as_ordinary_user,
+    empty_rehearsal,
     envelope,
     environment,
     everything_with_times,
@@ -171,11 +171,11 @@ def test_a_clock_that_jumps_back_does_not_change_the_order(tmp_path: Path, monke
 @pytest.mark.parametrize("mode", [0o700, 0o755], ids=["folder", "journal"])
 def test_what_another_user_set_up_is_told_as_that(tmp_path: Path, verb: str, mode: int) -> None:
     need_root()
-    home = begun(tmp_path / "node") / "var/lib/sparkinstall"
+    home = empty_rehearsal(tmp_path / "node") / "var/lib/sparkinstall"
     home.chmod(mode)
     for path in (home, *home.iterdir()):
         os.chown(path, 65534, 65534)
-    run = as_anybody(verb, *(["nccl"] if verb == "run" else []), "--root", tmp_path / "node", "--json")
+    run = as_ordinary_user(verb, *(["nccl"] if verb == "run" else []), "--root", tmp_path / "node", "--json")
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["code"]) == (1, "blocked"), error
     assert f"{home} belongs to the user with id 65534" in error["message"] and "as that user" in error["hint"]
@@ -184,13 +184,13 @@ def test_what_another_user_set_up_is_told_as_that(tmp_path: Path, verb: str, mod
 @pytest.mark.parametrize("name", ["journal.jsonl", "options.json", "."])
 def test_a_wrong_mode_of_ones_own_is_told_with_the_way_out(tmp_path: Path, name: str) -> None:
     need_root()
-    home = begun(tmp_path / "node") / "var/lib/sparkinstall"
+    home = empty_rehearsal(tmp_path / "node") / "var/lib/sparkinstall"
     (home / "options.json").write_text("{}")
     (home / name).chmod(0)
-    (error,) = envelope(as_anybody("status", "--root", tmp_path / "node", "--json"))["errors"]
+    (error,) = envelope(as_ordinary_user("status", "--root", tmp_path / "node", "--json"))["errors"]
     assert error["message"] == f"{home / name} cannot be read (mode 000)"
     subprocess.run(error["hint"].split(), check=True)
-    assert as_anybody("status", "--root", tmp_path / "node").returncode == 0
+    assert as_ordinary_user("status", "--root", tmp_path / "node").returncode == 0
 
 
 # --- the folder around it, and its lock

@@ -20,11 +20,11 @@ from tests.support.rehearsals import (
     SETTINGS,
     Rehearsal,
     Tree,
+    add_files_of_others,
     difference,
     environment,
     files_with_times,
-    furnish,
-    said,
+    output_of,
     tree,
 )
 
@@ -59,12 +59,12 @@ def prepare(around: Path, furnished: bool) -> Ground:
     around.mkdir(parents=True)
     node = Rehearsal(around / "node", (*SETTINGS, "--ignore", "prefix"))
     if furnished:
-        furnish(node.root)
+        add_files_of_others(node.root)
     first = tree(around, files_with_times)
     began = time.monotonic()
     run = node.all()
     seconds = time.monotonic() - began
-    assert run.returncode == 0, said(run)
+    assert run.returncode == 0, output_of(run)
     last, lines = node.installed(), len(node.records())
     ground = Ground(node, furnished, first, last, lines, seconds)
     take_back(ground)
@@ -73,14 +73,14 @@ def prepare(around: Path, furnished: bool) -> Ground:
 
 def take_back(ground: Ground) -> None:
     run = ground.node.uninstall()
-    assert run.returncode == 0, said(run)
+    assert run.returncode == 0, output_of(run)
     assert ground.state() == ground.first, difference(ground.first, ground.state())
 
 
 def go_on(ground: Ground, how: str) -> None:
     """The same command again comes to the same end; then everything is taken back."""
     run = ground.node.all()
-    assert run.returncode == 0, f"{how}\n{said(run)}"
+    assert run.returncode == 0, f"{how}\n{output_of(run)}"
     last = ground.node.installed()
     assert last == ground.last, f"{how}\n{difference(ground.last, last)}"
     take_back(ground)
@@ -108,7 +108,7 @@ def grounds(tmp_path_factory: pytest.TempPathFactory) -> list[Ground]:
 def test_killed_at_every_line_of_the_journal_it_goes_on(grounds: list[Ground]) -> None:
     def job(ground: Ground, moment: str) -> None:
         killed = ground.node.all(through=DYING, DYING_AT=moment)
-        assert killed.returncode == -signal.SIGKILL, f"{moment}\n{said(killed)}"
+        assert killed.returncode == -signal.SIGKILL, f"{moment}\n{output_of(killed)}"
         go_on(ground, moment)
 
     bare, furnished = grounds
@@ -121,7 +121,7 @@ def test_killed_at_every_line_of_the_journal_it_goes_on(grounds: list[Ground]) -
 def test_killed_and_taken_back_at_once(grounds: list[Ground]) -> None:
     def job(ground: Ground, moment: str) -> None:
         killed = ground.node.all(through=DYING, DYING_AT=moment)
-        assert killed.returncode == -signal.SIGKILL, f"{moment}\n{said(killed)}"
+        assert killed.returncode == -signal.SIGKILL, f"{moment}\n{output_of(killed)}"
         take_back(ground)
 
     both({ground: ["after:1", "after:3", f"after:{ground.lines - 1}"] for ground in grounds}, job)
@@ -160,7 +160,7 @@ def test_an_uninstall_that_is_killed_is_gone_on_with(grounds: list[Ground], tmp_
     def job(ground: Ground, moment: str) -> None:
         assert ground.node.all().returncode == 0
         killed = ground.node.uninstall(through=DYING, DYING_AT=f"touch:{moment}")
-        assert killed.returncode == -signal.SIGKILL, f"{moment}\n{said(killed)}"
+        assert killed.returncode == -signal.SIGKILL, f"{moment}\n{output_of(killed)}"
         take_back(ground)
 
     counting = tmp_path / "touches"
@@ -201,7 +201,7 @@ def test_what_a_killed_run_left_running_is_ended_by_the_next(tmp_path: Path) -> 
     run.wait()
     assert len(left) == 3 and left == processes_of_group(shell), "they outlive the run: that is what is tested"
     done = Rehearsal(root).uninstall()
-    assert done.returncode == 0, said(done)
+    assert done.returncode == 0, output_of(done)
     assert not processes_of_group(shell)
     assert not root.exists()
 

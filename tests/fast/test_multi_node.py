@@ -19,7 +19,7 @@ from sparkinstall.stacks import load
 from sparkinstall.steps.packages import SystemPackages
 from sparkinstall.system.local import LocalReader
 from tests.support.machine import Machine
-from tests.support.rehearsals import in_this_process, said, sparkinstall
+from tests.support.rehearsals import in_this_process, output_of, sparkinstall
 from tests.support.sysfs import spark
 
 HEAD, WORKER = ("--role", "head"), ("--role", "worker")
@@ -57,14 +57,14 @@ def planned(root: Path, *args: str) -> subprocess.CompletedProcess[str]:
 def test_multi_node_with_invalid_settings_is_refused(tmp_path: Path, options: tuple[str, ...], sentence: str) -> None:
     answer = planned(tmp_path, *options)
     assert answer.returncode == 2
-    assert sentence in " ".join(said(answer).split())
+    assert sentence in " ".join(output_of(answer).split())
     assert not (tmp_path / "node").exists()
 
 
 def test_multi_node_with_a_single_step_of_the_role_is_refused(tmp_path: Path) -> None:
     answer = in_this_process("multi-node", *HEAD, "--root", tmp_path / "node", "--only", "env-files")
     assert answer.returncode == 2
-    assert "add `--only fp8`, or leave `--only` out" in said(answer)
+    assert "add `--only fp8`, or leave `--only` out" in output_of(answer)
 
 
 def test_multi_node_that_fails_stores_the_role(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_multi_node_that_fails_stores_the_role(tmp_path: Path) -> None:
         "--set",
         "cluster.ray_port=7777",
     )
-    assert answer.returncode == 1, said(answer)
+    assert answer.returncode == 1, output_of(answer)
     kept = json.loads((root / "var/lib/sparkinstall/options.json").read_text())
     assert kept == {"settings": {"cluster.role": "head", "cluster.ray_port": 7777, "network.mtu": 1500}}
 

@@ -25,14 +25,14 @@ from tests.support.mounts import need_root, read_only, resize, small_disk
 from tests.support.rehearsals import (
     SETTINGS,
     Rehearsal,
-    as_anybody,
-    begun,
+    add_files_of_others,
+    as_ordinary_user,
+    empty_rehearsal,
     envelope,
     everything_with_times,
     files_with_times,
-    furnish,
     in_this_process,
-    said,
+    output_of,
     sparkinstall,
     tree,
 )
@@ -55,12 +55,12 @@ def test_all_on_a_full_disk_fails_and_resumes_with_more_space(tmp_path: Path) ->
         node = Rehearsal(disk / "node", (*SETTINGS, "--ignore", "disk"))
         run = node.all("--json")
         full = envelope(run)
-        assert (full["exit_code"], full["errors"][0]["cause"]) == (1, "the disk is full"), said(run)
+        assert (full["exit_code"], full["errors"][0]["cause"]) == (1, "the disk is full"), output_of(run)
         assert "run the same command again" in full["errors"][0]["hint"]
-        assert "Traceback" not in said(run)
+        assert "Traceback" not in output_of(run)
         resize(disk, "1500m")
         run = node.all("--json")
-        assert envelope(run)["data"]["changed"] is True, said(run)
+        assert envelope(run)["data"]["changed"] is True, output_of(run)
         assert node.uninstall().returncode == 0
         assert list(disk.iterdir()) == []
 
@@ -97,22 +97,22 @@ def test_all_with_a_full_state_disk_fails_at_once(tmp_path: Path) -> None:
         fill(home / "filler")
         run = Rehearsal(tmp_path / "node", (*SETTINGS, "--ignore", "disk")).all("--json")
         answer = envelope(run)
-        assert (answer["exit_code"], answer["errors"][0]["code"]) == (1, "storage"), said(run)
-        assert "full" in answer["errors"][0]["message"] and "Traceback" not in said(run)
+        assert (answer["exit_code"], answer["errors"][0]["code"]) == (1, "storage"), output_of(run)
+        assert "full" in answer["errors"][0]["message"] and "Traceback" not in output_of(run)
 
 
 @pytest.mark.parametrize("place", ["opt", "var/lib", ""])
 def test_all_with_a_read_only_folder_fails_and_loses_nothing(tmp_path: Path, place: str) -> None:
     root = tmp_path / "node"
-    furnish(root)
+    add_files_of_others(root)
     (root / "var/lib").mkdir(parents=True)
     node, first = Rehearsal(root, (*SETTINGS, "--ignore", "prefix")), tree(tmp_path, files_with_times)
     with read_only(root / place):
         run = node.all("--json")
         answer = envelope(run)
-        assert answer["exit_code"] == 1 and answer["errors"][0]["code"] == "storage", said(run)
+        assert answer["exit_code"] == 1 and answer["errors"][0]["code"] == "storage", output_of(run)
         assert "read-only" in answer["errors"][0]["message"] and answer["errors"][0]["hint"]
-        assert "Traceback" not in said(run)
+        assert "Traceback" not in output_of(run)
     assert node.uninstall().returncode == 0
     assert tree(tmp_path, files_with_times) == first
 
@@ -122,7 +122,7 @@ def test_all_without_write_permission_names_the_folder(tmp_path: Path, name: str
     need_root()
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    run = as_anybody(
+    run = as_ordinary_user(
         "all", "--root", closed / name, "--only", "env-files", "--only", "fp8", "--only", "environment", "--json"
     )
     (error,) = envelope(run)["errors"]
@@ -208,7 +208,7 @@ def test_all_with_a_wrong_wheel_hash_installs_nothing(tmp_path: Path) -> None:
     node.root.parent.mkdir()
     run = node.all("--json", **no_index(stack))
     error = envelope(run)["errors"][0]
-    assert "hash" in error["cause"] and error["hint"] and error["log"], said(run)
+    assert "hash" in error["cause"] and error["hint"] and error["log"], output_of(run)
     assert not list(node.root.rglob("vllm"))
     assert node.uninstall().returncode == 0
     assert list(node.root.parent.iterdir()) == []
@@ -279,7 +279,7 @@ def test_options_after_an_interrupt_are_used_by_a_plain_command(tmp_path: Path) 
 def test_options_after_a_killed_run_are_stored(tmp_path: Path) -> None:
     node, stack = Rehearsal(tmp_path / "node", ()), tiny_stack(tmp_path / "stack")
     killed = node.all("--stack", str(stack), through=DYING, DYING_AT="before:5", **no_index(stack))
-    assert killed.returncode == -signal.SIGKILL, said(killed)
+    assert killed.returncode == -signal.SIGKILL, output_of(killed)
     assert StateFolder(LocalSystem(str(node.root))).options() == {"settings": {"stack": str(stack)}}
     assert node.uninstall().returncode == 0
     assert not node.root.exists()
@@ -294,16 +294,16 @@ def test_options_after_a_killed_run_are_stored(tmp_path: Path) -> None:
     ],
 )
 def test_options_of_a_run_that_does_not_start_are_not_stored(tmp_path: Path, asked: tuple[str, ...], code: int) -> None:
-    root = begun(tmp_path / "node")
+    root = empty_rehearsal(tmp_path / "node")
     run = in_this_process(*asked, "--root", root)
-    assert run.returncode == code, said(run)
+    assert run.returncode == code, output_of(run)
     assert StateFolder(LocalSystem(str(root))).options() == {}
 
 
 def test_options_of_a_run_that_preflight_stops_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = Probe("clock", "x", lambda _: failed("it is 1970", "set it"), "static")
     monkeypatch.setattr("sparkinstall.probes.preflight.preflight", lambda _: [bad])
-    root = begun(tmp_path / "node")
+    root = empty_rehearsal(tmp_path / "node")
     assert in_this_process("all", "--stack", "0.22.1", "--root", root).returncode == 4
     assert StateFolder(LocalSystem(str(root))).options() == {}
 
@@ -313,7 +313,7 @@ def test_options_of_an_unconfirmed_run_are_not_stored(tmp_path: Path, monkeypatc
         raise BadUsage("there is no terminal to ask on")
 
     monkeypatch.setattr("sparkinstall.cli.install.confirm", refuse)
-    root = begun(tmp_path / "node")
+    root = empty_rehearsal(tmp_path / "node")
     assert in_this_process("all", "--stack", "0.22.1", "--root", root).returncode == 2
     assert StateFolder(LocalSystem(str(root))).options() == {}
 
@@ -321,11 +321,11 @@ def test_options_of_an_unconfirmed_run_are_not_stored(tmp_path: Path, monkeypatc
 def test_options_of_a_run_without_changes_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The options are stored although the node is already up to date."""
     monkeypatch.setattr(catalogue, "STEPS", ())
-    root = begun(tmp_path / "node")
+    root = empty_rehearsal(tmp_path / "node")
     state = StateFolder(LocalSystem(str(root)))
     state.remember_options({"settings": {"stack": "0.22.1"}})
     run = in_this_process("all", "--stack", "0.18.1", "--root", root)
-    assert run.returncode == 0 and "nothing was changed" in run.stdout, said(run)
+    assert run.returncode == 0 and "nothing was changed" in run.stdout, output_of(run)
     assert state.options() == {"settings": {"stack": "0.18.1"}}
     before = tree(root, everything_with_times)
     assert in_this_process("all", "--root", root).returncode == 0
@@ -344,7 +344,7 @@ def test_all_repeated_after_an_interrupt_completes(tmp_path: Path) -> None:
     assert run.returncode == 130, text
     assert "Traceback" not in text
     again = node.all()
-    assert again.returncode == 0, said(again)
+    assert again.returncode == 0, output_of(again)
     assert node.uninstall().returncode == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -376,15 +376,15 @@ def test_uninstall_during_a_run_is_refused_at_once(tmp_path: Path) -> None:
     with state.hold("all", silent):
         before = tree(root, everything_with_times)
         run = in_this_process("uninstall", "--root", root)
-        assert run.returncode == 1 and f"`all`, pid {os.getpid()}" in said(run), said(run)
+        assert run.returncode == 1 and f"`all`, pid {os.getpid()}" in output_of(run), output_of(run)
         assert "To undo" not in run.stdout
         assert tree(root, everything_with_times) == before
     run = in_this_process("uninstall", "--root", root)
-    assert run.returncode == 0 and "To undo" in run.stdout, said(run)
+    assert run.returncode == 0 and "To undo" in run.stdout, output_of(run)
 
 
 def test_uninstall_with_the_lock_of_a_killed_run_succeeds(tmp_path: Path) -> None:
-    root = begun(tmp_path / "node")
+    root = empty_rehearsal(tmp_path / "node")
     (root / "var/lib/sparkinstall/lock").write_text('{"pid": 1, "verb": "all", "run": "killed-1"}')
     assert in_this_process("uninstall", "--root", root).returncode == 0
 
@@ -393,7 +393,7 @@ def test_all_with_a_wrong_clock_fails_in_preflight(tmp_path: Path) -> None:
     node = Rehearsal(tmp_path / "node")
     run = node.all("--json", through="tests.support.wrong_clock", CLOCK_SECONDS="86400")
     answer = envelope(run)
-    assert answer["status"] == "preflight" and "clock" in answer["errors"][0]["message"], said(run)
+    assert answer["status"] == "preflight" and "clock" in answer["errors"][0]["message"], output_of(run)
     assert not node.root.exists()
 
 
@@ -403,7 +403,7 @@ def test_uninstall_after_a_clock_jump_removes_everything(tmp_path: Path) -> None
     killed = node.all(through=DYING, DYING_AT="after:8")
     assert killed.returncode == -signal.SIGKILL
     run = node.all(through="tests.support.wrong_clock", CLOCK_SECONDS="86400")
-    assert run.returncode == 0, said(run)
+    assert run.returncode == 0, output_of(run)
     years = [record["at"][:4] for record in node.records()]
     assert years[0] > years[-1] == "1970"
     assert node.uninstall().returncode == 0

@@ -21,7 +21,7 @@ from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
 from tests.support.mounts import read_only
 from tests.support.nodes import NODE
-from tests.support.rehearsals import envelope, in_this_process, said, sparkinstall, tree
+from tests.support.rehearsals import envelope, in_this_process, output_of, sparkinstall, tree
 
 GOOD, FAILED, USAGE = 0, 1, 2
 RUN = "20261121-163137-7704"
@@ -111,7 +111,7 @@ def members_of(path: Path) -> dict[str, bytes]:
 def bundled(root: Path, *options: str | Path) -> tuple[dict[str, bytes], dict[str, Any]]:
     path = root.parent / "out.tar.gz"
     run = in_this_process("support-bundle", "--root", root, "--level", "static", "--output", path, "--json", *options)
-    assert run.returncode == GOOD, said(run)
+    assert run.returncode == GOOD, output_of(run)
     data = envelope(run)["data"]
     contents = members_of(path)
     assert data["path"] == str(path) and data["bytes"] == path.stat().st_size
@@ -200,7 +200,7 @@ def test_bundle_replaces_a_file_only_with_yes(node: Path) -> None:
     path = node.parent / "out.tar.gz"
     path.write_text("another user's file")
     run = in_this_process("support-bundle", "--root", node, "--level", "static", "--output", path)
-    assert run.returncode == USAGE and f"{path} already exists" in said(run) and "--yes" in said(run)
+    assert run.returncode == USAGE and f"{path} already exists" in output_of(run) and "--yes" in output_of(run)
     assert path.read_text() == "another user's file"
     bundled(node, "--yes")
 
@@ -208,14 +208,14 @@ def test_bundle_replaces_a_file_only_with_yes(node: Path) -> None:
 @pytest.mark.parametrize("name", ["no/such/folder.tar.gz", "."])
 def test_bundle_with_an_impossible_path_is_refused(tmp_path: Path, name: str) -> None:
     run = in_this_process("support-bundle", "--root", tmp_path / "node", "--output", tmp_path / name)
-    assert run.returncode == USAGE, said(run)
+    assert run.returncode == USAGE, output_of(run)
 
 
 def test_bundle_in_a_read_only_folder_fails_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with read_only(tmp_path / "there"):
         run = in_this_process("support-bundle", "--root", tmp_path / "n", "--output", tmp_path / "there/x.tar.gz")
-    assert run.returncode == FAILED and "`--output FILE.tar.gz`" in said(run)
+    assert run.returncode == FAILED and "`--output FILE.tar.gz`" in output_of(run)
     with pytest.raises(Storage, match=r"writing .*/x\.tar\.gz failed") as refused:
         support_bundle.write_bundle(tmp_path / "gone/x.tar.gz", b"x")
     assert "sparkinstall" not in refused.value.message, "the temporary name is not shown"
@@ -370,7 +370,7 @@ def test_bundle_with_odd_member_names_keeps_them_in_its_folder(tmp_path: Path) -
 def test_bundle_of_this_machine_contains_program_output(tmp_path: Path) -> None:
     path = tmp_path / "x.tar.gz"
     run = sparkinstall("support-bundle", "--level", "static", "--output", path, "--json", XDG_CACHE_HOME=str(tmp_path))
-    assert run.returncode == GOOD, said(run)
+    assert run.returncode == GOOD, output_of(run)
     facts = json.loads(members_of(path)["facts.json"])
     assert facts["programs"]["uname -a"].startswith("Linux <host-")
     assert facts["meminfo_kb"]["MemTotal"] > 0

@@ -18,12 +18,12 @@ from tests.support.rehearsals import (
     SETTINGS,
     Rehearsal,
     Tree,
+    add_files_of_others,
     difference,
     envelope,
     everything_with_times,
     files_with_times,
-    furnish,
-    said,
+    output_of,
     sparkinstall,
     tree,
 )
@@ -33,7 +33,7 @@ from tests.support.tiny_stack import no_index, tiny_stack
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A root that already exists, with files of others."""
-    furnish(tmp_path / "node")
+    add_files_of_others(tmp_path / "node")
     return tmp_path / "node"
 
 
@@ -65,11 +65,11 @@ ENV = "/opt/sparkinstall/env"
 def test_uninstall_of_a_rehearsal_among_other_files_leaves_no_trace(root: Path) -> None:
     node, first = Rehearsal(root, (*SETTINGS, "--ignore", "prefix")), before(root)
     run = node.all()
-    assert run.returncode == 0, said(run)
+    assert run.returncode == 0, output_of(run)
     assert b"VLLM" in (root / "opt/sparkinstall/env/multi-node-head.env").read_bytes()
     assert (root / "opt/sparkinstall/elsewhere.env").read_bytes() == b"reached through a link\n"
     run = node.uninstall()
-    assert run.returncode == 0, said(run)
+    assert run.returncode == 0, output_of(run)
     assert before(root) == first, difference(first, before(root))
 
 
@@ -83,7 +83,7 @@ def test_all_repeated_changes_nothing_and_uninstall_keeps_changed_files(tmp_path
     assert tree(tmp_path, everything_with_times) == once
     for verb in ("plan", "verify", "status"):
         shown = sparkinstall(verb, "--root", node.root)
-        assert shown.returncode == 0, said(shown)
+        assert shown.returncode == 0, output_of(shown)
     assert tree(tmp_path, everything_with_times) == once, "a reading verb changes nothing"
     kept = node.root / "opt/sparkinstall/env/single-node.env"
     kept.write_bytes(kept.read_bytes() + b"export MINE=1\n")
@@ -244,7 +244,7 @@ def test_uninstall_removes_a_recorded_lock(tmp_path: Path) -> None:
     node.root.parent.mkdir()
     run = node.all("--json", **no_index(stack))
     resources = envelope(run)["data"]["steps"][1]["resources"]
-    assert resources[0]["key"].startswith("lock:") and resources[0]["changed"], said(run)
+    assert resources[0]["key"].startswith("lock:") and resources[0]["changed"], output_of(run)
     run = node.uninstall()
-    assert run.returncode == 0 and "kept /" not in said(run), said(run)
+    assert run.returncode == 0 and "kept /" not in output_of(run), output_of(run)
     assert list(node.root.parent.iterdir()) == []

@@ -208,7 +208,7 @@ def test_env_files_of_a_head_list_the_variables_that_stay_there(tmp_path: Path) 
     assert f'VLLM_CONFIG_ROOT="{folder}"\n' in head.read_text()
     for file in (tmp_path / "opt/sparkinstall/env").glob("*.env"):
         assert 'MAX_JOBS="4"\n' in file.read_text(), "FlashInfer's compilers would use up the memory"
-    # The former folder of vLLM's configuration may have said so, and vLLM no longer reads it.
+    # vLLM no longer reads its former configuration folder, which may have turned this off.
     assert 'VLLM_NO_USAGE_STATS="1"\n' in head.read_text()
     assert "VLLM_CONFIG_ROOT" not in worker.read_text()
     assert str(folder / "ray_non_carry_over_env_vars.json") in inputs_of(node, on)

@@ -18,7 +18,7 @@ from sparkinstall.resources import Ok
 from tests.support.documents import commands_of, workflows
 from tests.support.mounts import read_only
 from tests.support.nodes import HEAD
-from tests.support.rehearsals import begun, envelope, in_this_process, said, sparkinstall
+from tests.support.rehearsals import empty_rehearsal, envelope, in_this_process, output_of, sparkinstall
 
 GOOD, USAGE, DRIFT = 0, 2, 3
 EVERYTHING = checks.chosen(HEAD, measure=True)
@@ -27,7 +27,7 @@ EVERYTHING = checks.chosen(HEAD, measure=True)
 @pytest.fixture
 def node(tmp_path: Path) -> Path:
     """A rehearsal that has a journal and nothing else."""
-    return begun(tmp_path / "node")
+    return empty_rehearsal(tmp_path / "node")
 
 
 def journal_of(node: Path) -> Path:
@@ -144,7 +144,7 @@ def test_verify_exit_code_follows_the_findings(
     verify_only(*((f"p{at}", finding) for at, finding in enumerate(findings)))
     options = ["--strict"] if strict else []
     run = in_this_process("verify", "--root", node, *options)
-    assert run.returncode == code, said(run)
+    assert run.returncode == code, output_of(run)
     report = node.parent / "j.xml"
     assert in_this_process("verify", "--root", node, "--junit", report, *options).returncode == code
     assert (next(ElementTree.parse(report).getroot().iter("failure"), None) is not None) == (code == DRIFT)
@@ -180,7 +180,7 @@ def test_verify_with_a_crashed_probe_fails_that_probe_only(node: Path, monkeypat
 def test_verify_with_drift_writes_the_report(node: Path) -> None:
     report = node.parent / "j.xml"
     run = sparkinstall("verify", "--root", node, "--level", "static", "--junit", report)
-    assert run.returncode == DRIFT, said(run)
+    assert run.returncode == DRIFT, output_of(run)
     root = ElementTree.parse(report).getroot()
     assert {suite.attrib["name"] for suite in root} == {"sparkinstall.checks", "sparkinstall.static"}
     assert int(root.attrib["failures"]) > 3
@@ -204,7 +204,7 @@ def test_verify_report_without_results_names_the_cause(
     report = tmp_path / "j.xml"
     report.write_text("<testsuites><testsuite name='of the last run'/></testsuites>")
     run = in_this_process("verify", "--root", tmp_path / "node", "--junit", report, *options)
-    assert run.returncode == code, said(run)
+    assert run.returncode == code, output_of(run)
     (case,) = ElementTree.parse(report).getroot().iter("testcase")
     failure = case.find("failure")
     assert (case.attrib["name"], failure is not None and says in failure.attrib["message"]) == ("installed", True)
@@ -214,7 +214,7 @@ def test_verify_report_that_cannot_be_written_is_refused(tmp_path: Path, node: P
     for place in (tmp_path / "no" / "j.xml", tmp_path, "", "-"):
         run = in_this_process("verify", "--root", node, "--junit", place, "--json")
         errors = envelope(run)["errors"]
-        assert (run.returncode, errors[0]["code"]) == (USAGE, "usage"), said(run)
+        assert (run.returncode, errors[0]["code"]) == (USAGE, "usage"), output_of(run)
         assert errors[0]["hint"]
     with read_only(tmp_path):
         run = in_this_process("verify", "--root", node, "--junit", tmp_path / "j.xml", "--json")
@@ -232,7 +232,7 @@ def test_verify_and_doctor_with_a_damaged_journal_name_it(verify_only: Any, node
     for verb, *where in (("verify", "probes"), ("doctor", "broken")):
         run = in_this_process(verb, "--root", node, "--json")
         (first, *_) = envelope(run)["data"][where[0]]
-        assert (run.returncode, first["name"]) == (DRIFT, "journal"), said(run)
+        assert (run.returncode, first["name"]) == (DRIFT, "journal"), output_of(run)
         assert "journal.jsonl line 3 cannot be read" in first["found"] and first["hint"]
         assert first["title"] == "the journal of changes", "the title claims no result"
     report = node.parent / "j.xml"
@@ -248,9 +248,9 @@ def test_verbs_with_a_folder_as_journal_name_it(node: Path) -> None:
     journal_of(node).mkdir()
     for verb, code in (("verify", DRIFT), ("doctor", DRIFT), ("plan", 1), ("status", 1), ("all", 1), ("uninstall", 1)):
         run = in_this_process(verb, "--root", node)
-        assert run.returncode == code, said(run)
-        assert re.search(r"reading the journal .* failed: is a directory", said(run), re.IGNORECASE), said(run)
-        assert "internal error" not in said(run)
+        assert run.returncode == code, output_of(run)
+        assert re.search(r"reading the journal .* failed: is a directory", output_of(run), re.IGNORECASE)
+        assert "internal error" not in output_of(run)
 
 
 @pytest.mark.parametrize("content", [None, ""], ids=["gone", "empty"])
@@ -258,13 +258,13 @@ def test_verbs_with_an_installation_without_journal_fail(node: Path, content: st
     journal_of(node).unlink()
     if content is not None:
         journal_of(node).write_text(content)
-    assert "nothing is installed in" in said(in_this_process("verify", "--root", node))
+    assert "nothing is installed in" in output_of(in_this_process("verify", "--root", node))
     (node / "opt/sparkinstall/venv").mkdir(parents=True)
     (node / "opt/sparkinstall/venv/sparkinstall.json").write_text("{}")
     for verb, code in (("verify", DRIFT), ("plan", 1), ("status", 1), ("all", 1)):
         run = in_this_process(verb, "--root", node)
-        assert run.returncode == code and "journal.jsonl is missing or empty" in said(run), said(run)
-        assert "restore the journal" in said(run)
+        assert run.returncode == code and "journal.jsonl is missing or empty" in output_of(run), output_of(run)
+        assert "restore the journal" in output_of(run)
     uninstalled = in_this_process("uninstall", "--root", node)
     assert ("there is no journal" if content is None else "removed 0") in uninstalled.stdout
 

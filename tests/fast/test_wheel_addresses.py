@@ -9,7 +9,7 @@ from sparkinstall.config import Config
 from sparkinstall.errors import CommandFailed
 from sparkinstall.node import Node
 from sparkinstall.resources.venv import explain_failed_install
-from tests.support.rehearsals import SETTINGS, Rehearsal, envelope, said
+from tests.support.rehearsals import SETTINGS, Rehearsal, envelope, output_of
 from tests.support.tiny_stack import no_index, tiny_stack
 
 # Nothing listens at the port for "discard".
@@ -24,7 +24,7 @@ def test_wheel_at_an_unreachable_address_is_named_with_another_stack(tmp_path: P
     node = Rehearsal(tmp_path / "node", (*SETTINGS, "--stack", str(stack), "--platform", "aarch64"))
     run = node.all("--json", **{**no_index(stack), "UV_HTTP_RETRIES": "0"})
     error = next(each for each in envelope(run)["errors"] if "127.0.0.1" in each["cause"])
-    assert run.returncode == 1, said(run)
+    assert run.returncode == 1, output_of(run)
     assert error["cause"].endswith(ADDRESS) and "cannot be downloaded" in error["cause"]
     assert "allow this node to reach 127.0.0.1" in error["hint"] and OTHER_STACK in error["hint"]
 

@@ -14,7 +14,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes import wheels
 from sparkinstall.system.local import LocalReader
 from tests.support.nodes import node_of
-from tests.support.rehearsals import SETTINGS, Rehearsal, said
+from tests.support.rehearsals import SETTINGS, Rehearsal, output_of
 from tests.support.tiny_stack import no_index, tiny_stack
 from tests.support.wheel_member import opened_wheel
 from tests.support.wheel_record import recorded_hash, recorded_sizes
@@ -165,7 +165,7 @@ def test_environment_with_a_wrong_record_stores_the_real_hash(tmp_path: Path) ->
     node = Rehearsal(tmp_path / "node", (*SETTINGS, "--stack", str(stack)))
     run = node.all("--json", **no_index(stack))
     (noted,) = node.root.rglob("not-as-recorded.csv")
-    assert "Traceback" not in said(run)
+    assert "Traceback" not in output_of(run)
     assert noted.read_text().startswith("vllm/__init__.py,sha256=") and noted.read_text().endswith(",8\n")
 
 

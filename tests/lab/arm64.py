@@ -94,7 +94,7 @@ def _command() -> list[str]:
 def _build(tree: Path) -> None:
     rootfs.make(_command(), tree)
     tree.chmod(0o755)
-    # Packages are unpacked, not configured: what their scripts would have made and programs rely on.
+    # Packages are unpacked, not configured: files of their scripts that programs need.
     for name in ("passwd", "group"):
         shutil.copy(tree / f"usr/share/base-passwd/{name}.master", tree / "etc" / name)
     # Not every file of the library compiles: some are there to test that. (30 s that each session would pay.)

@@ -53,7 +53,7 @@ class FleetNode(FreshNode):
         """Its public host key: kind and key, as in known_hosts."""
         return " ".join((self.root / f"etc/ssh/{HOST_KEY}.pub").read_text().split()[:2])
 
-    def furnish(self) -> None:
+    def write_files(self) -> None:
         """Write its host key, its LAN, and the variables with which commands over ssh find this machine's indexes."""
         etc = self.root / "etc"
         for old in (etc / "ssh").glob("ssh_host_*"):

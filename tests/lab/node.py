@@ -79,7 +79,7 @@ class FreshNode:
         try:
             self._binds = [*_index_binds(self.root), *self._asked_binds]
             _prepare(self.root, self.name, self.netns)
-            self.furnish()
+            self.write_files()
             self.boot()
         except BaseException:
             self._scrap()
@@ -91,7 +91,7 @@ class FreshNode:
     ) -> None:
         self._scrap()
 
-    def furnish(self) -> None:
+    def write_files(self) -> None:
         """Write further files of a kind of node below `root`; called before the first boot."""
 
     def boot(self) -> None:

@@ -77,7 +77,7 @@ def envelope(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return dict(found)
 
 
-def said(run: subprocess.CompletedProcess[str]) -> str:
+def output_of(run: subprocess.CompletedProcess[str]) -> str:
     return run.stdout + run.stderr
 
 
@@ -127,7 +127,7 @@ class Rehearsal:
         return {path: what for path, what in whole.items() if not path.startswith(tuple(hidden))}
 
 
-def begun(root: Path) -> Path:
+def empty_rehearsal(root: Path) -> Path:
     """A rehearsal with only its journal and the folders around it."""
     root.mkdir()
     with StateFolder(LocalSystem(str(root))).hold("all", silent):
@@ -190,7 +190,7 @@ def difference(one: Mapping[str, object], other: Mapping[str, object]) -> str:
 OLD = 1_234_567_890_123_456_789
 
 
-def furnish(root: Path) -> None:
+def add_files_of_others(root: Path) -> None:
     """Write files of others where sparkinstall will work: a folder, files, a link, odd modes and times."""
     env = root / "opt/sparkinstall/env"
     env.mkdir(parents=True)
@@ -207,11 +207,11 @@ def furnish(root: Path) -> None:
 
 
 # Root without the capability to access other users' files is like an ordinary user.
-LIKE_ANYBODY = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *command())
+ORDINARY_USER = ("setpriv", "--bounding-set=-dac_override,-dac_read_search", *command())
 
 
-def as_anybody(*args: str | Path) -> subprocess.CompletedProcess[str]:
+def as_ordinary_user(*args: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*LIKE_ANYBODY, *map(str, args)], cwd=CHECKOUT, env=environment(), capture_output=True, text=True, check=False,
+        [*ORDINARY_USER, *map(str, args)], cwd=CHECKOUT, env=environment(), capture_output=True, text=True, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
