@@ -1,4 +1,4 @@
-"""The firewall's rules as nft itself reads them, and what counts as somebody else's firewall."""
+"""The firewall's rules as nft reads them, and what counts as another program's firewall."""
 
 import json
 import os
@@ -41,7 +41,7 @@ def _rules(root: Path, node: Node) -> list[str]:
 
 @pytest.fixture(scope="module")
 def nft() -> str:
-    """nft where it can be asked without changing this machine."""
+    """nft, where it can run without changing this machine."""
     if not os.access(packet_filters.NFT, os.X_OK):
         pytest.skip("no nft (apt-get install nftables)")
     if subprocess.run([*ALONE, packet_filters.NFT, "list", "tables"], capture_output=True).returncode:
@@ -50,9 +50,9 @@ def nft() -> str:
 
 
 def _listed(nft: str, *rulesets: str) -> str:
-    """What nft makes of `rulesets`, in its own JSON."""
+    """Load `rulesets` into nft, and return its JSON listing."""
     script = 'nft=$1; shift; for each; do "$nft" "$each" || exit 1; done; "$nft" -j list ruleset'
-    # nft wants each chain to end its line.
+    # nft requires a line break after each chain.
     texts = [each.replace("; }", "; }\n") for each in rulesets]
     answer = subprocess.run([*ALONE, "sh", "-c", script, "sh", nft, *texts], capture_output=True, text=True)
     assert answer.returncode == 0, answer.stderr
@@ -74,7 +74,7 @@ NODES = [
 
 
 @pytest.mark.parametrize("settings", NODES, ids=str)
-def test_nft_takes_the_rules(tmp_path: Path, nft: str, settings: dict[str, Any]) -> None:
+def test_rules_are_accepted_by_nft(tmp_path: Path, nft: str, settings: dict[str, Any]) -> None:
     text = firewall.rules(_node(**settings), LocalReader(str(tmp_path)))
     found = json.loads(_listed(nft, text, text))["nftables"]
     assert [each["table"]["name"] for each in found if "table" in each] == ["sparkinstall"]
@@ -85,14 +85,14 @@ def test_nft_takes_the_rules(tmp_path: Path, nft: str, settings: dict[str, Any])
     assert drops[-1] == len(rules) - 1
 
 
-def test_ssh_comes_before_all_that_drops(tmp_path: Path) -> None:
+def test_rules_accept_ssh_before_any_drop(tmp_path: Path) -> None:
     rules = _rules(tmp_path, _node(**HEAD))
     ssh = rules.index("tcp dport { 22 } accept")
     assert ssh < min(index for index, rule in enumerate(rules) if rule.endswith("drop"))
     assert rules[ssh - 2 : ssh] == ['iifname "lo" accept', "ct state established,related accept"]
 
 
-def test_the_peer_is_let_in_and_the_link_is_closed_elsewhere(tmp_path: Path) -> None:
+def test_rules_accept_the_peer_and_close_the_link_to_others(tmp_path: Path) -> None:
     rules = _rules(tmp_path, _node(**HEAD))
     peer = rules.index(f"iifname {{ {TWINS} }} ip saddr {{ {LINK} }} accept")
     ping = rules.index("meta l4proto { icmp, ipv6-icmp } accept")
@@ -104,20 +104,20 @@ def test_the_peer_is_let_in_and_the_link_is_closed_elsewhere(tmp_path: Path) -> 
     assert not _closes(closed, 22)
 
 
-def test_no_other_table_is_ever_touched(tmp_path: Path) -> None:
+def test_rules_change_no_other_table(tmp_path: Path) -> None:
     text = "\n".join(_rules(tmp_path, _node(**HEAD)))
     assert "flush" not in text
     assert text.count("table") == text.count("table inet sparkinstall") == 3
 
 
-def test_a_network_may_use_the_api_and_nothing_else(tmp_path: Path) -> None:
+def test_rules_with_serving_allow_open_only_the_api(tmp_path: Path) -> None:
     rules = _rules(tmp_path, _node(**HEAD, serving__allow=LAN))
     opened = rules.index(f"ip saddr {LAN} tcp dport 8000 accept")
     assert rules[opened - 1] == f"ip daddr {{ {LINK} }} drop"
     assert _closes(rules[opened + 1], 8000)
 
 
-def test_one_node_has_only_its_api_to_close(tmp_path: Path) -> None:
+def test_rules_of_a_single_node_close_only_the_api(tmp_path: Path) -> None:
     rules = _rules(tmp_path, _node(serving__allow=LAN))
     assert [rule for rule in rules if rule.endswith("drop")] == ["tcp dport { 8000 } drop"]
     assert "192.168" not in "\n".join(rules)
@@ -133,7 +133,7 @@ RANGES = st.lists(st.tuples(st.integers(1, 65535), st.integers(0, 20)).map(lambd
 
 
 @given(RANGES)
-def test_ranges_of_ports_become_a_set_that_nft_takes(ranges: list[tuple[int, int]]) -> None:
+def test_merged_ranges_of_ports_do_not_overlap(ranges: list[tuple[int, int]]) -> None:
     words = [each.partition("-") for each in firewall.merged(ranges)]
     ends = [(int(first), int(last or first)) for first, _, last in words]
     assert {p for first, last in ends for p in range(first, last + 1)} == {
@@ -159,12 +159,12 @@ def test_ranges_of_ports_become_a_set_that_nft_takes(ranges: list[tuple[int, int
         ("firewall.mode", "maybe"),
     ],
 )
-def test_what_cannot_stand_in_a_rule_is_refused(name: str, value: Any) -> None:
+def test_setting_invalid_in_a_rule_is_refused(name: str, value: Any) -> None:
     with pytest.raises(BadConfig, match=name):
         configuration.build([Layer("a test", {name: value})])
 
 
-def test_who_wants_a_firewall() -> None:
+def test_wanted_depends_on_the_role_and_the_settings() -> None:
     wanted = Firewall().wanted
     assert wanted(_node(**HEAD))
     assert wanted(_node(serving__allow=LAN))
@@ -174,7 +174,7 @@ def test_who_wants_a_firewall() -> None:
     assert not wanted(_node(**HEAD, firewall__mode="off"))
 
 
-def test_a_plan_shows_the_rules_and_a_rehearsal_loads_none(tmp_path: Path, nft: str) -> None:
+def test_plan_of_a_rehearsal_shows_the_rules_and_loads_none(tmp_path: Path, nft: str) -> None:
     (report,) = engine.plan([Firewall()], _node(**HEAD), LocalReader(str(tmp_path)))
     assert report.problem is None
     states = {each.key: each for each in report.checked}
@@ -197,7 +197,7 @@ NO_FIREWALL = {
         chain INPUT { type filter hook input priority 0; policy accept; jump ts-input; jump LIBVIRT_INP; } }""",
     "fail2ban": "table inet f2b-table { %s }" % (INPUT % ("accept", "tcp dport 22 ip saddr 203.0.113.9 reject;")),
     "only counting": "table inet counts { %s }" % (INPUT % ("accept", "counter; tcp dport 80 accept;")),
-    "a chain that nobody asks": "table inet t { chain unused { drop; } }",
+    "a chain without a hook": "table inet t { chain unused { drop; } }",
 }
 FIREWALLS = {
     "policy drop": "table inet mine { %s }" % (INPUT % ("drop", "ct state established accept;")),
@@ -209,20 +209,20 @@ FIREWALLS = {
 
 
 @pytest.mark.parametrize("ruleset", NO_FIREWALL.values(), ids=NO_FIREWALL)
-def test_what_is_no_firewall(nft: str, ruleset: str, tmp_path: Path) -> None:
+def test_filtering_chain_is_none_without_a_firewall(nft: str, ruleset: str, tmp_path: Path) -> None:
     ours = firewall.rules(_node(**HEAD), LocalReader(str(tmp_path)))
     assert packet_filters.filtering_chain(_listed(nft, ours, *([ruleset] if ruleset else []))) is None
 
 
 @pytest.mark.parametrize("ruleset", FIREWALLS.values(), ids=FIREWALLS)
-def test_what_is_a_firewall(nft: str, ruleset: str) -> None:
+def test_filtering_chain_of_a_firewall_is_found(nft: str, ruleset: str) -> None:
     found = packet_filters.filtering_chain(_listed(nft, ruleset))
     assert found is not None
     assert found[2] == "input"
 
 
-def test_the_reject_of_iptables_counts() -> None:
-    """As nft 1.0.6 shows what `iptables-nft -A INPUT -j REJECT` made."""
+def test_filtering_chain_with_a_reject_of_iptables_is_found() -> None:
+    """The listing is that of nft 1.0.6 after `iptables-nft -A INPUT -j REJECT`."""
     place = {"family": "ip", "table": "filter"}
     hook = {"type": "filter", "hook": "input", "prio": 0, "policy": "accept"}
     reject = {**place, "chain": "INPUT", "expr": [{"counter": {}}, {"xt": {"type": "target", "name": "REJECT"}}]}
@@ -245,5 +245,5 @@ LEGACY = "-P INPUT ACCEPT\n-P FORWARD DROP\n-N DOCKER\n-N mine\n-A DOCKER -j DRO
         ("-P INPUT DROP", True),
     ],
 )
-def test_legacy_iptables(more: str, drops: bool) -> None:
+def test_legacy_drops_follows_the_chains(more: str, drops: bool) -> None:
     assert packet_filters.legacy_drops((LEGACY + more).splitlines()) is drops

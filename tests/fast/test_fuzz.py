@@ -1,4 +1,4 @@
-"""Parsers of what comes from outside, on whatever hypothesis can think of: they answer or complain in words."""
+"""Parsers of external input, on the data of hypothesis: they return a value or raise an error in plain words."""
 
 import json
 import shlex
@@ -37,14 +37,14 @@ values = st.recursive(
 @given(st.binary(max_size=2000))
 @example(b"DGX_SERIAL_NUMBER=123456789\nDGX_PRETTY_NAME=\x1b]0;owned\x07\x9b31m\n")
 @example(b"\x85DGX_SERIAL_NUMBER='1'\x0bNAME=x\x0cSERIAL=2\x1eUUID=3")
-def test_a_release_file_gives_printable_values_and_no_serial_number(content: bytes) -> None:
+def test_parse_release_any_bytes_give_printable_values_and_no_serial_number(content: bytes) -> None:
     for name, value in parse_release(content).items():
         assert value.isprintable() and len(value) <= 200
         assert "SERIAL" not in name.upper() and "UUID" not in name.upper()
 
 
 @given(st.text(string.ascii_letters + string.digits, min_size=8), st.sampled_from(["", "export ", "  "]))
-def test_the_serial_number_is_dropped_however_it_is_written(serial: str, before: str) -> None:
+def test_parse_release_drops_the_serial_number_in_every_notation(serial: str, before: str) -> None:
     for key in ("DGX_SERIAL_NUMBER", "SERIAL_NUMBER", "dgx_serial", "PRODUCT_UUID", "ASSET_TAG"):
         for written in (serial, f'"{serial}"', f"'{serial}'", f" {serial} "):
             found = parse_release(f"NAME=x\n{before}{key}={written}\r\nA=b".encode())
@@ -52,7 +52,7 @@ def test_the_serial_number_is_dropped_however_it_is_written(serial: str, before:
 
 
 @given(st.dictionaries(st.from_regex(r"\A[A-Z]{1,8}\Z"), printable.filter(lambda v: v == v.strip(" \"'"))))
-def test_ordinary_release_files_are_read_as_they_are(expected: dict[str, str]) -> None:
+def test_parse_release_returns_ordinary_values_unchanged(expected: dict[str, str]) -> None:
     assume(not any(word in name for name in expected for word in ("SERIAL", "UUID", "ASSET")))
     text = "".join(f'{name}="{value}"\n' for name, value in expected.items())
     assert parse_release(text.encode()) == expected
@@ -60,19 +60,19 @@ def test_ordinary_release_files_are_read_as_they_are(expected: dict[str, str]) -
 
 @given(st.binary(max_size=2000))
 @example(b"MemTotal:       131072000 kB\nHugePages_Total:       0\n")
-def test_meminfo_gives_numbers(content: bytes) -> None:
+def test_parse_meminfo_any_bytes_give_numbers(content: bytes) -> None:
     assert all(value >= 0 for value in parse_meminfo(content).values())
 
 
 # --- settings
 
-# Fifteen lines that stand for 9 ** 15 letters.
+# Fifteen lines that expand to 9 ** 15 letters.
 LAUGHS = b"a: &a [x,x,x,x,x,x,x,x,x]\n" + b"".join(
     b"%c: &%c [%s]\n" % (char, char, b",".join([b"*%c" % (char - 1)] * 9)) for char in b"bcdefghijklmno"
 )
 
 
-def complain_or(tmp_path: Path, content: bytes) -> Config | None:
+def build_or_refuse(tmp_path: Path, content: bytes) -> Config | None:
     path = tmp_path / "config.yaml"
     path.write_bytes(content)
     try:
@@ -97,24 +97,24 @@ def complain_or(tmp_path: Path, content: bytes) -> Config | None:
 @example(content=b"#" * (1 << 20) + b"\nprefix: /x")
 @example(content=LAUGHS + b"prefix: *o\n")
 @example(content=LAUGHS.replace(b"a: &a", b"prefix: &a", 1))
-@example(content=b'stack: "~nobody-of-that-name/x.yaml"')
+@example(content=b'stack: "~no-such-user/x.yaml"')
 @example(content=b'stack: "/\\0/x.yaml"')
 @example(content=b"nccl: &n\n  jobs: *n\n")
 @example(content=b"k" * 100_000 + b": 1")
 @example(content=b'"\\e[31m": 1')
-def test_any_bytes_are_settings_or_a_complaint(tmp_path: Path, content: bytes) -> None:
-    complain_or(tmp_path, content)
+def test_config_of_any_bytes_is_built_or_refused(tmp_path: Path, content: bytes) -> None:
+    build_or_refuse(tmp_path, content)
 
 
 @given(chosen=st.dictionaries(st.sampled_from(NAMES), values, max_size=4))
-def test_any_values_are_settings_or_a_complaint(tmp_path: Path, chosen: dict[str, object]) -> None:
+def test_config_of_any_values_is_built_or_refused(tmp_path: Path, chosen: dict[str, object]) -> None:
     nested: dict[str, object] = {}
     for name, value in chosen.items():
         section, _, leaf = name.rpartition(".")
         inside = nested.setdefault(section, {}) if section else nested
         assert isinstance(inside, dict)
         inside[leaf] = value
-    complain_or(tmp_path, yaml.safe_dump(nested).encode())
+    build_or_refuse(tmp_path, yaml.safe_dump(nested).encode())
 
 
 @given(st.text(max_size=200))
@@ -126,7 +126,7 @@ def test_any_values_are_settings_or_a_complaint(tmp_path: Path, chosen: dict[str
 @example("=")
 @example("k" * 100_000 + "=1")
 @example("\x1b[31m=1")
-def test_any_assignment_is_one_or_a_complaint(text: str) -> None:
+def test_assignment_of_any_text_is_parsed_or_refused(text: str) -> None:
     for assignment in (text, f"prefix={text}", f"nccl.jobs={text}", f"packages.extra={text}"):
         try:
             name, value = config.parse_assignment(assignment)
@@ -142,7 +142,7 @@ def test_any_assignment_is_one_or_a_complaint(text: str) -> None:
 @example("//")
 @example("/a\n")
 @example("/" + "a" * 5000)
-def test_a_path_that_passes_is_one_word_below_the_root(path: str) -> None:
+def test_safe_path_is_one_word_below_the_root(path: str) -> None:
     if config.safe_path(path) is None:
         normal = Path(path)
         assert str(normal) == path and normal.is_absolute() and len(normal.parts) > 1
@@ -150,20 +150,20 @@ def test_a_path_that_passes_is_one_word_below_the_root(path: str) -> None:
 
 
 @given(st.text(max_size=40) | st.text("~/.a", max_size=12))
-def test_a_link_that_passes_stays_below_the_root_of_a_rehearsal(link: str) -> None:
+def test_environment_link_accepted_stays_below_the_root(link: str) -> None:
     try:
         config.build([Layer("test", {"environment.link": link})])
     except BadConfig:
         return
-    place = "/root-of-it" + link.replace("~/", "/home/somebody/", 1) if link.startswith("~/") else "/root-of-it" + link
-    assert place.startswith("/root-of-it/") and ".." not in place.split("/")
+    place = "/root-folder" + link.replace("~/", "/home/user/", 1) if link.startswith("~/") else "/root-folder" + link
+    assert place.startswith("/root-folder/") and ".." not in place.split("/")
 
 
 # --- the journal
 
 
 @given(st.binary(max_size=300), st.booleans())
-def test_any_bytes_are_a_journal_or_damaged(tmp_path: Path, content: bytes, ended: bool) -> None:
+def test_journal_of_any_bytes_is_read_or_damaged(tmp_path: Path, content: bytes, ended: bool) -> None:
     (tmp_path / "journal.jsonl").write_bytes(content + b"\n" * ended)
     try:
         records = Journal(tmp_path).records()
@@ -174,14 +174,14 @@ def test_any_bytes_are_a_journal_or_damaged(tmp_path: Path, content: bytes, ende
 
 
 @given(st.dictionaries(st.sampled_from(["v", "n", "at", "run", "step", "undo", "more"]), values))
-def test_any_json_is_a_record_or_damaged(tmp_path: Path, raw: dict[str, object]) -> None:
+def test_journal_of_any_json_is_damaged(tmp_path: Path, raw: dict[str, object]) -> None:
     (tmp_path / "journal.jsonl").write_text(json.dumps({"v": 1, **raw}) + "\n")
     with pytest.raises(JournalDamaged):
         Journal(tmp_path).records()
 
 
 @given(st.text(), st.text(), st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.text())))
-def test_a_record_comes_back_as_it_went(tmp_path: Path, step: str, subject: str, after: dict[str, object]) -> None:
+def test_journal_record_is_read_as_written(tmp_path: Path, step: str, subject: str, after: dict[str, object]) -> None:
     assume(_is_text(step + subject + repr(after)))
     (tmp_path / "journal.jsonl").unlink(missing_ok=True)
     Journal(tmp_path, "run").add(step, Undo("path", subject, {"kind": "absent"}, after))
@@ -205,7 +205,7 @@ SHELLS = [found for found in map(shutil.which, ("sh", "dash", "bash")) if found]
 @example(
     ["$(id)", "`id`", "${HOME}", "\\", '"', "'", "\\\\$x", "!!", "a#b", " ", "", "%h", "*", "~", "\\n", "$$", "x\\"]
 )
-def test_a_quoted_value_is_the_same_to_every_shell_and_to_systemd(words: list[str]) -> None:
+def test_quoted_value_is_the_same_in_every_shell_and_systemd(words: list[str]) -> None:
     script = "".join(f"V{number}={quoted(word)}\n" for number, word in enumerate(words))
     script += "".join(f'printf "%s\\n" "$V{number}"\n' for number in range(len(words)))
     for shell in SHELLS:
@@ -215,8 +215,8 @@ def test_a_quoted_value_is_the_same_to_every_shell_and_to_systemd(words: list[st
 
 
 def as_systemd_reads(text: str) -> str:
-    """systemd's parse_env_file_internal(), state DOUBLE_QUOTE_VALUE: a backslash takes its place before
-    SHELL_NEED_ESCAPE (one of "\\`$), is kept before anything else (src/basic/env-file.c)."""
+    """systemd's parse_env_file_internal(), state DOUBLE_QUOTE_VALUE: a backslash is removed before
+    SHELL_NEED_ESCAPE (one of "\\`$), and kept before anything else (src/basic/env-file.c)."""
     assert text[0] == text[-1] == '"'
     found, escaped = "", False
     for char in text[1:-1]:
@@ -232,7 +232,7 @@ def as_systemd_reads(text: str) -> str:
 
 
 @given(st.text(st.characters(categories=("Cc", "Zl", "Zp", "Cf", "Cs")), min_size=1))
-def test_a_value_with_control_characters_is_refused(text: str) -> None:
+def test_quoted_value_with_control_characters_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="cannot stand in an environment file"):
         quoted(f"a{text}b")
 
@@ -243,7 +243,7 @@ secrets = st.text(st.characters(categories=("L", "N", "P", "S")), min_size=6, ma
 
 
 @given(secrets, st.text(max_size=30), st.text(max_size=30))
-def test_a_secret_of_the_environment_is_never_in_what_is_printed(secret: str, before: str, after: str) -> None:
+def test_redact_hides_a_secret_of_the_environment(secret: str, before: str, after: str) -> None:
     assume(secret not in redaction.HIDDEN and secret not in before + redaction.HIDDEN + after)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(redaction, "_own_secrets", lambda: redaction.secrets_of({"MY_API_KEY": secret}))
@@ -251,19 +251,19 @@ def test_a_secret_of_the_environment_is_never_in_what_is_printed(secret: str, be
 
 
 @given(secrets, secrets)
-def test_a_secret_of_many_lines_is_hidden_line_by_line(one: str, other: str) -> None:
-    found = redaction.secrets_of({"KEY_PASSWORD": f"{one}\n{other}\n", "HOME": "/home/somebody"})
-    assert {one, other} <= set(found) and "/home/somebody" not in found
+def test_secrets_of_a_value_with_several_lines_are_its_lines(one: str, other: str) -> None:
+    found = redaction.secrets_of({"KEY_PASSWORD": f"{one}\n{other}\n", "HOME": "/home/user"})
+    assert {one, other} <= set(found) and "/home/user" not in found
 
 
 @given(st.text(string.ascii_letters + string.digits + "-_.~!*:@%", min_size=1))
-def test_credentials_in_an_address_are_hidden(credentials: str) -> None:
+def test_redact_hides_credentials_in_an_address(credentials: str) -> None:
     shown = redaction.redact(f"fetching https://{credentials}@index.example.org/simple/ failed")
     assert shown == f"fetching https://{redaction.HIDDEN}@index.example.org/simple/ failed"
 
 
 @given(st.text(string.ascii_letters + string.digits, min_size=20))
-def test_shapes_of_secrets_are_hidden_and_json_stays_json(secret: str) -> None:
+def test_redact_hides_known_forms_of_secrets_and_keeps_json(secret: str) -> None:
     lines = [
         f"token hf_{secret}",
         f"DGX_SERIAL_NUMBER={secret}",

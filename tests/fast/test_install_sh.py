@@ -1,4 +1,4 @@
-"""`install.sh` in the shells it may meet, with what it may not find."""
+"""`install.sh`: its options, locks and signals, and machines on which something is missing."""
 
 import os
 import re
@@ -25,14 +25,14 @@ def _run(*argv: str, cwd: Path = REPOSITORY, **env: str) -> "subprocess.Complete
     )
 
 
-def test_it_is_posix_and_clean() -> None:
+def test_script_passes_shellcheck() -> None:
     done = subprocess.run(["shellcheck", str(SCRIPT)], capture_output=True, text=True, check=False)
     assert done.stdout == ""
     assert SCRIPT.read_text().splitlines()[-1] == 'main "$@"'
 
 
-def test_a_cut_download_runs_nothing(tmp_path: Path) -> None:
-    """All is in functions: whatever part of the script arrives, without its last line nothing happens."""
+def test_script_cut_anywhere_runs_nothing(tmp_path: Path) -> None:
+    """All code is in functions: without its last line the script does nothing."""
     lines = SCRIPT.read_text().splitlines(keepends=True)
     for end in range(10, len(lines), 7):
         part = tmp_path / "install.sh"
@@ -41,14 +41,14 @@ def test_a_cut_download_runs_nothing(tmp_path: Path) -> None:
         assert sorted(path.name for path in tmp_path.iterdir()) == ["install.sh"]
 
 
-def test_help_says_what_it_does() -> None:
+def test_help_shows_the_comment_of_the_script() -> None:
     done = _run("--help")
     assert done.returncode == 0
     assert "--root ./node" in done.stdout
     assert "set -eu" not in done.stdout
 
 
-def test_it_has_to_stand_in_the_checkout(tmp_path: Path) -> None:
+def test_script_outside_a_checkout_is_refused(tmp_path: Path) -> None:
     copy = tmp_path / "install.sh"
     shutil.copy(SCRIPT, copy)
     done = subprocess.run(["sh", str(copy)], capture_output=True, text=True, check=False)
@@ -56,7 +56,7 @@ def test_it_has_to_stand_in_the_checkout(tmp_path: Path) -> None:
     assert "clone the repository" in done.stderr
 
 
-def test_no_python_is_said_so(tmp_path: Path) -> None:
+def test_python_missing_is_an_error_with_a_hint(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     for name in ("sh", "dirname", "sed", "id", "cat"):
@@ -67,7 +67,7 @@ def test_no_python_is_said_so(tmp_path: Path) -> None:
     assert "sudo apt-get install python3" in done.stderr
 
 
-def test_a_python_without_ensurepip_is_explained_in_a_rehearsal(tmp_path: Path) -> None:
+def test_python_without_ensurepip_in_a_rehearsal_is_an_error(tmp_path: Path) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
     python = Path(sys.executable).resolve()
@@ -83,7 +83,7 @@ def test_a_python_without_ensurepip_is_explained_in_a_rehearsal(tmp_path: Path) 
     assert not (tmp_path / ".local").exists()
 
 
-# --- a machine whose Python, apt and sudo are played: minutes and a network are not needed
+# --- a machine with scripts in place of Python, apt and sudo: no network, no long waits
 
 _PYTHON = """\
 #!/bin/sh
@@ -95,7 +95,7 @@ esac
 mkdir -p "$3/bin"
 cp "$HOME/fake-tool" "$3/bin/sparkinstall"
 cp "$HOME/fake-pip" "$3/bin/python"
-# What a real one does while it waits for a disk, and what it says to Ctrl-C.
+# Like a real one, it takes time, and prints a traceback on Ctrl-C.
 exec {python} -c 'import os, time
 print("begun", file=open(os.environ["HOME"] + "/made", "a"), flush=True)
 while os.path.exists(os.environ["HOME"] + "/hold"): time.sleep(0.02)'
@@ -105,7 +105,7 @@ _APT = """\
 case "$*" in
     *" update "*)
         echo update >>"$HOME/apt"
-        [ "$(wc -l <"$HOME/apt")" -gt "$(cat "$HOME/held")" ] || { cat "$HOME/complaint" >&2; exit 100; } ;;
+        [ "$(wc -l <"$HOME/apt")" -gt "$(cat "$HOME/held")" ] || { cat "$HOME/message" >&2; exit 100; } ;;
     *" -s "*) echo "Inst python3-venv (1 Debian [all])" ;;
     *" install "*) rm "$HOME/no-ensurepip" ;;
 esac
@@ -117,7 +117,7 @@ E: Unable to lock directory /var/lib/apt/lists/
 
 
 class Machine:
-    """A home with nothing in it, and beside it the programs that come first on the PATH."""
+    """An empty home, and beside it the programs that come first on the PATH."""
 
     def __init__(self, folder: Path) -> None:
         self.home, self.bin = folder / "home", folder / "bin"
@@ -140,13 +140,13 @@ class Machine:
         path.write_text(text)
         path.chmod(0o755)
 
-    def plays(self, name: str, text: str) -> None:
-        """What the program does in the environments that are made from now on."""
+    def replace_program(self, name: str, text: str) -> None:
+        """Set what this program does in environments created from now on."""
         self._put(self.home / name, f"#!/bin/sh\n{text}\n")
 
-    def lacks_ensurepip(self, held: int, complaint: str = _HELD) -> None:
-        """So many times apt complains before it reads its lists."""
-        for name, text in (("no-ensurepip", ""), ("held", f"{held}\n"), ("complaint", complaint)):
+    def lacks_ensurepip(self, held: int, message: str = _HELD) -> None:
+        """Remove ensurepip; apt prints `message` this many times before it reads its lists."""
+        for name, text in (("no-ensurepip", ""), ("held", f"{held}\n"), ("message", message)):
             (self.home / name).write_text(text)
 
     def lines(self, name: str) -> list[str]:
@@ -154,7 +154,7 @@ class Machine:
         return path.read_text().splitlines() if path.exists() else []
 
     def start(self, *argv: str) -> "subprocess.Popen[str]":
-        # In a group of its own, as a terminal has it; a run in the background would leave SIGINT ignored.
+        # A process group of its own, as on a terminal; a process in the background would ignore SIGINT.
         return subprocess.Popen(
             ["env", "--default-signal=INT,TERM,HUP", "sh", str(SCRIPT), *argv],
             env=self.env, cwd=self.home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -167,7 +167,7 @@ class Machine:
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
     def start_and_hold(self, *argv: str) -> "subprocess.Popen[str]":
-        """A run that is making the environment, until `hold` is taken away."""
+        """A run that is creating the environment, until `let_go`."""
         (self.home / "hold").touch()
         begun = len(self.lines("made"))
         process = self.start(*argv)
@@ -198,7 +198,7 @@ def machine(tmp_path: Path) -> Machine:
 # --- apt
 
 
-def test_it_waits_for_the_package_lists_and_says_for_whom(machine: Machine) -> None:
+def test_apt_lock_held_is_waited_for_and_its_holder_named(machine: Machine) -> None:
     machine.lacks_ensurepip(held=3)
     done = machine.run("--tool-only")
     assert done.returncode == 0, done.stderr
@@ -207,7 +207,7 @@ def test_it_waits_for_the_package_lists_and_says_for_whom(machine: Machine) -> N
     assert (machine.tool.parent / "apt-packages").read_text() == "python3-venv\n"
 
 
-def test_it_waits_five_minutes_for_the_lists_and_no_longer(machine: Machine) -> None:
+def test_apt_lock_held_for_five_minutes_is_an_error(machine: Machine) -> None:
     machine.lacks_ensurepip(held=1000)
     done = machine.run("--tool-only")
     assert done.returncode == 1
@@ -216,25 +216,25 @@ def test_it_waits_five_minutes_for_the_lists_and_no_longer(machine: Machine) -> 
     assert machine.lines("slept") == ["5"] * 60
 
 
-def test_a_holder_without_a_name_is_waited_for_too(machine: Machine) -> None:
-    machine.lacks_ensurepip(held=1, complaint="E: Unable to lock directory /var/lib/apt/lists/\n")
+def test_apt_lock_of_an_unnamed_holder_is_waited_for(machine: Machine) -> None:
+    machine.lacks_ensurepip(held=1, message="E: Unable to lock directory /var/lib/apt/lists/\n")
     done = machine.run("--tool-only")
     assert done.returncode == 0
     assert "held by another program; waiting" in done.stderr
 
 
-def test_what_else_is_wrong_with_apt_is_not_waited_for(machine: Machine) -> None:
-    machine.lacks_ensurepip(held=1000, complaint="E: Malformed entry 1 in list file /etc/apt/sources.list\n")
+def test_apt_other_error_is_not_waited_for(machine: Machine) -> None:
+    machine.lacks_ensurepip(held=1000, message="E: Malformed entry 1 in list file /etc/apt/sources.list\n")
     done = machine.run("--tool-only")
     assert done.returncode == 1
     assert "Malformed entry 1" in done.stderr
     assert machine.lines("slept") == []
 
 
-# --- two at once, and Ctrl-C
+# --- two runs at once, and Ctrl-C
 
 
-def test_the_second_of_two_waits_and_finds_the_tool_in_place(machine: Machine) -> None:
+def test_second_run_waits_and_installs_nothing(machine: Machine) -> None:
     first = machine.start_and_hold("--tool-only")
     second = machine.start("--tool-only")
     assert second.stderr is not None
@@ -242,12 +242,12 @@ def test_the_second_of_two_waits_and_finds_the_tool_in_place(machine: Machine) -
     assert (machine.tool / "bin/python").exists()
     machine.let_go()
     assert _ended(first)[0] == 0
-    code, said = _ended(second)
-    assert (code, "Installing" in said) == (0, False)
+    code, output = _ended(second)
+    assert (code, "Installing" in output) == (0, False)
     assert machine.lines("made") == ["begun"]
 
 
-def test_ctrl_c_on_the_one_that_waits_leaves_the_other_alone(machine: Machine) -> None:
+def test_second_run_interrupted_while_waiting_does_not_disturb_the_first(machine: Machine) -> None:
     assert machine.run("--tool-only").returncode == 0
     (machine.tool / "made-from").write_text("another checkout\n")
     first = machine.start_and_hold("--tool-only")
@@ -261,7 +261,7 @@ def test_ctrl_c_on_the_one_that_waits_leaves_the_other_alone(machine: Machine) -
     assert (machine.tool / "made-from").read_text() != "another checkout\n"
 
 
-def test_a_killed_run_leaves_no_lock(machine: Machine) -> None:
+def test_killed_run_leaves_no_lock(machine: Machine) -> None:
     killed = machine.start_and_hold("--tool-only")
     os.killpg(killed.pid, signal.SIGKILL)
     assert _ended(killed)[0] == -signal.SIGKILL
@@ -272,7 +272,7 @@ def test_a_killed_run_leaves_no_lock(machine: Machine) -> None:
     assert os.access(machine.command, os.X_OK)
 
 
-def test_without_flock_it_goes_on_without(machine: Machine, tmp_path: Path) -> None:
+def test_run_without_flock_succeeds(machine: Machine, tmp_path: Path) -> None:
     tools = tmp_path / "few"
     tools.mkdir()
     for name in (
@@ -286,16 +286,16 @@ def test_without_flock_it_goes_on_without(machine: Machine, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_says_so_and_gives_the_former_tool_back(machine: Machine, number: signal.Signals) -> None:
+def test_interrupted_run_says_so_and_restores_the_former_tool(machine: Machine, number: signal.Signals) -> None:
     assert machine.run("--tool-only").returncode == 0
     (machine.tool / "made-from").write_text("another checkout\n")
     held = machine.start_and_hold("--tool-only")
     os.killpg(held.pid, number)
-    code, said = _ended(held)
+    code, output = _ended(held)
     assert code == 130
-    assert "Traceback" not in said
-    # Of other signals than Ctrl-C the shell itself says a word.
-    first, *words, last = said.splitlines()
+    assert "Traceback" not in output
+    # The shell itself prints a word on signals other than SIGINT.
+    first, *words, last = output.splitlines()
     assert first.startswith("Installing")
     assert words in ([], ["Terminated"], ["Hangup"])
     assert last == "✗ interrupted; run it again: it continues where this one stopped"
@@ -306,19 +306,19 @@ def test_an_interrupted_run_says_so_and_gives_the_former_tool_back(machine: Mach
     assert (machine.tool / "made-from").read_text() != "another checkout\n"
 
 
-def test_what_pip_says_is_shown_where_it_fails(machine: Machine) -> None:
-    machine.plays("fake-pip", "echo 'no route to the index' >&2; exit 1")
+def test_pip_failure_shows_its_output(machine: Machine) -> None:
+    machine.replace_program("fake-pip", "echo 'no route to the index' >&2; exit 1")
     done = machine.run("--tool-only")
     assert done.returncode == 1
     assert "no route to the index" in done.stderr
     assert "packages could not be installed" in done.stderr
 
 
-# --- words
+# --- options
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("remove", "did you mean --remove?"),
         ("verify", "unexpected argument 'verify'"),
@@ -338,20 +338,20 @@ def test_what_pip_says_is_shown_where_it_fails(machine: Machine) -> None:
         ("--yes=no", "--yes takes no value"),
     ],
 )
-def test_what_nobody_knows_is_refused_before_anything_is_touched(machine: Machine, words: str, said: str) -> None:
+def test_options_invalid_are_refused_before_any_change(machine: Machine, words: str, message: str) -> None:
     before = sorted(machine.home.iterdir())
     done = machine.run(*words.split(" "))
     assert done.returncode == 2
-    assert said in done.stderr
+    assert message in done.stderr
     assert "  do    " in done.stderr
     assert sorted(machine.home.iterdir()) == before
 
 
-def test_an_empty_folder_is_no_folder(machine: Machine) -> None:
+def test_root_empty_is_refused(machine: Machine) -> None:
     assert "--root needs a value" in machine.run("--root", "").stderr
 
 
-def test_the_options_are_those_of_the_program() -> None:
+def test_options_equal_those_of_all() -> None:
     valued: set[str] = set()
     plain: set[str] = set()
     letters: set[str] = set()
@@ -361,23 +361,23 @@ def test_the_options_are_those_of_the_program() -> None:
             if name in ("-h", "--help"):
                 continue
             (letters if not name.startswith("--") else plain if option.is_flag else valued).add(name)
-    said = dict(re.findall(r"^(VALUED|PLAIN|LETTERS)='?([^'\n]*)'?$", SCRIPT.read_text(), re.MULTILINE))
-    assert set(said["VALUED"].split()) == valued
-    assert set(said["PLAIN"].split()) == plain
-    assert {f"-{letter}" for letter in said["LETTERS"]} == letters
+    lists = dict(re.findall(r"^(VALUED|PLAIN|LETTERS)='?([^'\n]*)'?$", SCRIPT.read_text(), re.MULTILINE))
+    assert set(lists["VALUED"].split()) == valued
+    assert set(lists["PLAIN"].split()) == plain
+    assert {f"-{letter}" for letter in lists["LETTERS"]} == letters
 
 
-def test_what_the_program_knows_gets_there(machine: Machine) -> None:
+def test_options_valid_are_passed_to_all(machine: Machine) -> None:
     words = ("--root", "./my node", "--set=prefix=/x", "--only", "nccl", "--full", "-yv", "--json")
     done = machine.run(*words)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"all {' '.join(words)}\n"
 
 
-# --- how it ends
+# --- removal, and the last lines
 
 
-def test_the_command_is_taken_back_once(machine: Machine) -> None:
+def test_remove_twice_removes_once(machine: Machine) -> None:
     assert machine.run("--tool-only").returncode == 0
     assert "Removed the command" in machine.run("--remove").stderr
     assert not machine.command.is_symlink()
@@ -387,8 +387,8 @@ def test_the_command_is_taken_back_once(machine: Machine) -> None:
     assert sorted(path.name for path in (machine.home / ".local").rglob("*")) == ["bin", "share"]
 
 
-def test_the_last_word_tells_how_to_call_the_command(machine: Machine) -> None:
-    machine.plays("fake-tool", '[ "$1" = all ] || exit 0; echo "all is done" >&2; exit 3')
+def test_last_lines_tell_how_to_call_the_command(machine: Machine) -> None:
+    machine.replace_program("fake-tool", '[ "$1" = all ] || exit 0; echo "all is done" >&2; exit 3')
     done = machine.run("--root", "./node")
     assert done.returncode == 3
     after = done.stderr.partition("all is done\n")[2]
@@ -405,22 +405,24 @@ def test_the_last_word_tells_how_to_call_the_command(machine: Machine) -> None:
         (".bash_profile", "umask 022", False),
     ],
 )
-def test_to_log_in_again_is_said_where_that_helps(machine: Machine, file: str, line: str, promised: bool) -> None:
+def test_last_lines_advise_to_log_in_again_only_if_that_helps(
+    machine: Machine, file: str, line: str, promised: bool
+) -> None:
     (machine.home / ".profile").write_text('PATH="$HOME/.local/bin:$PATH"\n')
     (machine.home / file).write_text(f"{line}\n")
-    said = machine.run("--tool-only").stderr
-    assert ("log in again" in said) is promised
-    assert ("export PATH=" in said) is not promised
-    assert said.count(str(machine.command)) == 1
+    output = machine.run("--tool-only").stderr
+    assert ("log in again" in output) is promised
+    assert ("export PATH=" in output) is not promised
+    assert output.count(str(machine.command)) == 1
 
 
-def test_on_the_path_there_is_nothing_to_tell(machine: Machine) -> None:
+def test_last_lines_with_the_command_on_the_path_are_absent(machine: Machine) -> None:
     machine.env["PATH"] += f":{machine.command.parent}"
     assert "PATH" not in machine.run("--root", "./node").stderr
 
 
-def test_ctrl_c_while_the_node_is_set_up_is_left_to_the_program(machine: Machine) -> None:
-    machine.plays(
+def test_ctrl_c_during_all_is_handled_by_all(machine: Machine) -> None:
+    machine.replace_program(
         "fake-tool",
         '[ "$1" = all ] || exit 0; trap \'echo "stopped well" >&2; exit 130\' INT\n'
         "echo up; while :; do /bin/sleep 0.1; done",
@@ -429,14 +431,14 @@ def test_ctrl_c_while_the_node_is_set_up_is_left_to_the_program(machine: Machine
     assert run.stdout is not None
     assert run.stdout.readline() == "up\n"
     os.killpg(run.pid, signal.SIGINT)
-    code, said = _ended(run)
+    code, output = _ended(run)
     assert code == 130
-    assert "stopped well" in said
-    assert "interrupted; run it again" not in said
+    assert "stopped well" in output
+    assert "interrupted; run it again" not in output
 
 
 @pytest.mark.network
-def test_it_installs_the_command_once_and_takes_it_back(tmp_path: Path) -> None:
+def test_command_is_installed_once_and_removed(tmp_path: Path) -> None:
     def run(*argv: str) -> int:
         return _run(*argv, HOME=str(tmp_path), XDG_DATA_HOME="", XDG_BIN_HOME="").returncode
 
