@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from sparkinstall.facts import vllm, wheel_files
-from sparkinstall.facts.wheels import OTHER_STACK, gate_of
+from sparkinstall.facts import vllm, wheel_files, wheels
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Finding, failed, passed, warned
 from sparkinstall.stacks import Pin
@@ -19,10 +18,10 @@ def gate(node: Node, pins: Sequence[Pin], on: Reader) -> Finding:
         return site
     if not pins:
         return failed("there is no lock for these wheels yet", "run `sparkinstall all`")
-    wheels = gate_of(node, pins)
-    if complaint := wheels.complaint(on):
-        return failed(complaint, OTHER_STACK, "compatible wheels")
-    cuda = f"CUDA {wheels.torch_major(on, site)} in torch ({wheels.seen}) and in vLLM's extension"
+    if complaint := wheels.complaint(node, pins, on):
+        return failed(complaint, wheels.OTHER_STACK, "compatible wheels")
+    seen = "by the lock" if node.partial else "installed"
+    cuda = f"CUDA {wheels.torch_major(node, pins, on, site)} in torch ({seen}) and in vLLM's extension"
     return passed(f"{cuda}; triton and ray installed")
 
 

@@ -16,9 +16,8 @@ from uv import find_uv_bin
 
 from sparkinstall import stacks
 from sparkinstall.errors import Blocked, CommandFailed
-from sparkinstall.facts import wheel_files
+from sparkinstall.facts import wheel_files, wheels
 from sparkinstall.facts.decisions import VenvStamp, as_text, recorded
-from sparkinstall.facts.wheels import OTHER_STACK, gate_of
 from sparkinstall.node import Node, site_packages
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.stacks import Pin, canonical, parse_lock, render_lock
@@ -155,8 +154,9 @@ class PythonEnvironment(Struct, frozen=True):
         whose = [] if node.rehearsal else ["--no-managed-python"]
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)
-        if complaint := gate_of(node, lock).complaint(on):
-            raise Blocked(f"the stack {node.stack.name} does not pass the wheel gate: {complaint}", hint=OTHER_STACK)
+        if complaint := wheels.complaint(node, lock, on):
+            what = f"the stack {node.stack.name} does not pass the wheel gate: {complaint}"
+            raise Blocked(what, hint=wheels.OTHER_STACK)
         on.write(node.venv_stamp, as_text(self._stamp(lock)).encode())
 
     def _interpreter(self, on: System) -> str:
