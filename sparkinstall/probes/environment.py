@@ -57,8 +57,7 @@ class InEnvironment(Struct, frozen=True, dict=True):
             # Not msgspec's decoder: the error of a product may be NaN.
             return msgspec.convert(json.loads(said.out.splitlines()[-1]), Reply)
         except (ValueError, IndexError):
-            last = [line for line in said.err.splitlines() if line.strip()][-1:]
-            return Reply(error=last[0] if last else f"the process ended with {_end(said.code)}")
+            return Reply(error=said.last_line or f"the process ended with {_end(said.code)}")
 
 
 def probes(node: Node) -> Iterable[Probe]:

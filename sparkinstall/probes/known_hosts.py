@@ -102,8 +102,8 @@ class Host(Struct, frozen=True, dict=True):
         answer = self.on.ask(*command, timeout=60, env=self.node.bare_environment)
         if found := gpu.understood(answer):
             return found
-        said = [line for line in answer.err.splitlines() if line.strip()] or [f"exit code {answer.code}"]
-        raise CannotTell(f"the GPU is idle, and torch could not keep it busy: {said[-1].strip()[:200]}")
+        why = answer.last_line[:200] or f"exit code {answer.code}"
+        raise CannotTell(f"the GPU is idle, and torch could not keep it busy: {why}")
 
 
 class CmaLimits(Struct, frozen=True, forbid_unknown_fields=True):

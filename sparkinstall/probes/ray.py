@@ -43,7 +43,7 @@ def _ask(node: Node, on: Reader) -> list[str] | str:
     try:
         return schema.read_json(list[str], answer.out.splitlines()[-1], "Ray")
     except (ValueError, IndexError):
-        return next(iter(answer.err.splitlines()[-1:]), f"it ended with code {answer.code}")
+        return answer.last_line or f"it ended with code {answer.code}"
 
 
 def _compare(node: Node, found: Sequence[str]) -> Finding:

@@ -57,8 +57,7 @@ def _preload(node: Node, on: Reader) -> Finding:
     try:
         loaded = msgspec.json.decode(said.out.splitlines()[-1], type=nccl.Loaded)
     except (ValueError, IndexError):
-        last = [line for line in said.err.splitlines() if line.strip()][-1:]
-        return failed("".join(last) or f"it ended with code {said.code}", nccl.REWRITE_ENV, library)
+        return failed(said.last_line or f"it ended with code {said.code}", nccl.REWRITE_ENV, library)
     if not loaded.bound:
         told = "a process started with the env file did not load NCCL"
         return failed(told, nccl.REWRITE_ENV, nccl.wanted(library))

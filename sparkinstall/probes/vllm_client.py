@@ -90,7 +90,7 @@ class Api(Struct, frozen=True, dict=True):
         try:
             return msgspec.json.decode(answer.out, type=Reply)
         except msgspec.DecodeError:
-            return Reply(error=next(iter(answer.err.splitlines()[-1:]), f"it ended with code {answer.code}"))
+            return Reply(error=answer.last_line or f"it ended with code {answer.code}")
 
 
 def sample(lines: Iterable[str], *names: str) -> float | None:

@@ -71,7 +71,7 @@ class Fp8Decision(Struct, frozen=True):
         if "ready" not in lines or answer.code == 124:
             raise CommandFailed(
                 "vLLM's CUTLASS FP8 kernels could not be tried on the GPU",
-                cause=(answer.err.strip() or f"exit code {answer.code}").splitlines()[-1],
+                cause=answer.last_line or f"exit code {answer.code}",
                 hint="check that `nvidia-smi` works and the GPU is free, or set `fp8.fallback` to `on` or `off`",
             )
         return _verdict(lines[-1], answer)
@@ -118,8 +118,7 @@ class _Tried(Struct, frozen=True):
 
 def _verdict(last: str, answer: Result) -> tuple[bool, str, str]:
     if last == "ready":
-        end = (answer.err.strip() or f"exit code {answer.code}").splitlines()[-1]
-        return True, f"cutlass_scaled_mm crashed its process: {end}", "gpu"
+        return True, f"cutlass_scaled_mm crashed its process: {answer.last_line or f'exit code {answer.code}'}", "gpu"
     tried = msgspec.json.decode(last, type=_Tried)
     if tried.works:
         return False, "cutlass_scaled_mm returned the right product on this GPU", "gpu"

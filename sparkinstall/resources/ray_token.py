@@ -97,12 +97,8 @@ class RayToken(Struct, frozen=True):
 
     def _not_had(self, answer: Result) -> Problem:
         head = self.node.config.cluster.head
-        said = [line for line in answer.err.splitlines() if line.strip()][-1:]
-        why = (
-            "ssh ran past its time limit"
-            if answer.code == 124
-            else "".join(said) or "the head's file contains no token"
-        )
+        late = "ssh ran past its time limit" if answer.code == 124 else ""
+        why = late or answer.last_line or "the head's file contains no token"
         return Problem(f"the token of the head {head} could not be fetched", cause=why, hint=by_hand(self.node))
 
 

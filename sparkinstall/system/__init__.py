@@ -30,6 +30,11 @@ class Result(Struct, frozen=True):
     def ok(self) -> bool:
         return self.code == 0
 
+    @property
+    def last_line(self) -> str:
+        """The last line of stderr, where programs say why they failed; "" if there is none."""
+        return next((line.strip() for line in reversed(self.err.splitlines()) if line.strip()), "")
+
 
 class Undo(Struct, frozen=True, forbid_unknown_fields=True):
     """How to undo one change: the state of `subject` before and after it.
