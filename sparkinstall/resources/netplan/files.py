@@ -18,6 +18,7 @@ from msgspec import Struct
 from sparkinstall import safe_yaml
 from sparkinstall.errors import Problem
 from sparkinstall.facts.sysfs import CONNECTX_DRIVER, NET, driver_of, text_of
+from sparkinstall.resources.template import render
 from sparkinstall.system import Reader
 
 PROGRAM = "/usr/sbin/netplan"
@@ -30,20 +31,9 @@ _FOLDERS = ("/lib/netplan", "/run/netplan", OWN_FOLDER)
 
 _KEYFILES = "/etc/NetworkManager/system-connections"
 _INTERFACE_NAME = re.compile(r"(?m)^interface-name[ \t]*=[ \t]*(\S+)")
+_TEMPLATE = "40-cx7.yaml.j2"
+# The line of the template that names our interfaces.
 _OURS = "# Interfaces: "
-_HEADER = """\
-# Written by sparkinstall: addresses and MTU of the QSFP port. Changes made here are overwritten; change
-# the settings `network` and `cluster` instead, then run `sparkinstall run network`.
-# To undo it: `sparkinstall uninstall`, which also restores what was here before.
-"""
-_WHY = """\
-      # Boot without waiting for an unplugged cable.
-      optional: true
-"""
-_KEEPS = """\
-      # The address stays while the other node restarts: services of this node use it too.
-      ignore-carrier: true
-"""
 # Keys by which another kind of definition refers to its interfaces.
 _MADE_OF = ("interfaces", "link")
 _SECRET = re.compile(r"(?im)^(.*?\b(?:password|psk|pin|key|private|preshared)[\"']?\s*:[ \t]*)[^\s{\[].*$")
@@ -264,31 +254,19 @@ class Half(Struct, frozen=True):
 
 def rendered(halves: Sequence[Half], mtu: int, by: str, former: NetplanFile | None, dropped: set[str]) -> bytes:
     """Return our file: `halves` with the renderer `by`, and other definitions of the `former` file of that name."""
-    rest = _rest(former, dropped) if former else None
-    parts = [_HEADER, _OURS, " ".join(each.name for each in halves), "\nnetwork:\n  version: 2\n"]
-    others = [
-        pair for pair in (rest.value if rest is not None else ()) if pair[0].value not in ("version", "ethernets")
-    ]
-    parts += [_indented([pair], 2) for pair in others if pair[0].value == "renderer"]
-    parts += ["  ethernets:\n", *(_half(each, mtu, by) for each in halves)]
-    ethernets = _child(rest, "ethernets")
-    parts += [_indented(ethernets.value, 4)] if ethernets is not None else []
-    parts += [_indented([pair], 2) for pair in others if pair[0].value != "renderer"]
-    return "".join(parts).encode()
+    kept = _kept(former, dropped) if former else []
+    by_default = [pair for pair in kept if pair[0].value == "renderer"]
+    ethernets = [pair for kind, group in kept if kind.value == "ethernets" for pair in group.value]
+    others = [pair for pair in kept if pair[0].value not in ("version", "renderer", "ethernets")]
+    values = {"halves": halves, "mtu": mtu, "by": by, "kept_renderer": _indented(by_default, 2)}
+    values |= {"kept_ethernets": _indented(ethernets, 4), "kept_kinds": _indented(others, 2)}
+    return render(_TEMPLATE, values)
 
 
-def _half(half: Half, mtu: int, by: str) -> str:
-    head = f"    {half.name}:\n      renderer: {by}\n{_WHY}" + (_KEEPS if by == "networkd" else "")
-    return (
-        f"{head}      dhcp4: no\n      dhcp6: no\n      link-local: []\n      mtu: {mtu}\n"
-        f"      addresses: [{half.address}]\n"
-    )
-
-
-def _rest(former: NetplanFile, dropped: set[str]) -> "yaml.MappingNode | None":
+def _kept(former: NetplanFile, dropped: set[str]) -> "Sequence[tuple[yaml.Node, yaml.Node]]":
     network = _child(_compose(former.content), "network")
     _drop(network, {(kind, name) for kind in ("ethernets", "nm-devices") for name in dropped})
-    return network if _is_mapping(network) else None
+    return network.value if _is_mapping(network) else []
 
 
 def _indented(pairs: "Sequence[tuple[yaml.Node, yaml.Node]]", by: int) -> str:
