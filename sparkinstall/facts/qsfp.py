@@ -6,6 +6,7 @@ No interface name is assumed, only the pattern of names of such a port.
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from ipaddress import IPv6Address
 from pathlib import Path
 
 from msgspec import Struct
@@ -22,7 +23,6 @@ _HALVES = 2
 # On a ConnectX-7 function and port have the same number.
 _HALF = re.compile(r"en(?:P(?P<domain>[0-9]+))?(?P<place>p[0-9]+s[0-9]+f(?P<port>[0-9]+))np(?P=port)")
 _GID = re.compile(r"[0-9a-f]{4}(?::[0-9a-f]{4}){7}", re.IGNORECASE)
-_MAPPED = "0000:0000:0000:0000:0000:ffff:"
 _ROCE_V2 = "RoCE v2"
 _SESSION = "carries this ssh session"
 
@@ -65,6 +65,11 @@ class Port(Struct, frozen=True):
         """True if any half has a carrier; None if no half is up."""
         known = [each.carrier for each in self.twins if each.carrier is not None]
         return any(known) if known else None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The interfaces of its halves."""
+        return tuple(each.name for each in self.twins)
 
 
 class Gid(Struct, frozen=True):
@@ -189,9 +194,7 @@ def roce_ready(on: Reader, port: Port) -> str:
 
 def mapped_address(gid: str) -> str:
     """Return the IPv4 address in a GID such as 0000:0000:0000:0000:0000:ffff:c0a8:640a, or "". Never raises."""
-    if not _GID.fullmatch(gid) or not gid.lower().startswith(_MAPPED):
-        return ""
-    return ".".join(str(byte) for byte in bytes.fromhex(gid[-9:].replace(":", "")))
+    return str(IPv6Address(gid).ipv4_mapped or "") if _GID.fullmatch(gid) else ""
 
 
 def default_routes(content: bytes) -> tuple[str, ...]:
@@ -339,12 +342,12 @@ def _as_on_a_spark(wanted: str | None) -> Port:
 
 
 def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:
-    port = next((each for each in found if wanted in _names(each)), None)
+    port = next((each for each in found if wanted in each.names), None)
     if port is None:
         there = wanted in on.names(NET)
         what = f"{wanted} is not a half of a QSFP port" if there else f"this node has no interface {wanted}"
         raise LinkProblem(what, cause=_all_described(found, barred), hint=_advice(found, barred))
-    for name in _names(port):
+    for name in port.names:
         if name in barred:
             raise _refused(name, barred[name], found, barred)
     cabled = [each for each in found if each.carrier and not _why_barred(each, barred)]
@@ -352,7 +355,7 @@ def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mappin
         raise LinkProblem(
             f"{wanted} has no carrier, but port {cabled[0].number} has one: the cable is in the other port",
             cause=_all_described(found, barred),
-            hint=f"{_naming(cabled[0].twins[0].name)}, or plug the cable into port {port.number}",
+            hint=f"{_naming(cabled[0].names[0])}, or plug the cable into port {port.number}",
         )
     return port
 
@@ -403,10 +406,10 @@ def _advice(found: tuple[Port, ...], barred: Mapping[str, str]) -> str:
     free = [each for each in found if not _why_barred(each, barred)]
     cabled = [each for each in free if each.carrier]
     if cabled:
-        return _naming(cabled[0].twins[0].name)
+        return _naming(cabled[0].names[0])
     if not free or any(each.carrier for each in found):
         return "move ssh and the default route to another interface (the management port), then run again"
-    first = free[0].twins[0].name
+    first = free[0].names[0]
     return f"plug the cable in, set the port up (`sudo ip link set {first} up`), and run again; or {_naming(first)}"
 
 
@@ -423,17 +426,13 @@ def _all_described(found: tuple[Port, ...], barred: Mapping[str, str]) -> str:
 def _described(port: Port, barred: Mapping[str, str]) -> str:
     speed = max(each.speed for each in port.twins)
     carrier = {True: "carrier", False: "no carrier", None: "down, carrier unknown"}[port.carrier]
-    words = [" + ".join(_names(port)), carrier, *([f"{speed} Mb/s"] if speed else [])]
+    words = [" + ".join(port.names), carrier, *([f"{speed} Mb/s"] if speed else [])]
     why = _why_barred(port, barred)
     return f"port {port.number}: {', '.join(words)}{f' (must not be changed: {why})' if why else ''}"
 
 
 def _why_barred(port: Port, barred: Mapping[str, str]) -> str:
-    return next((f"{name} {barred[name]}" for name in _names(port) if name in barred), "")
-
-
-def _names(port: Port) -> tuple[str, ...]:
-    return tuple(each.name for each in port.twins)
+    return next((f"{name} {barred[name]}" for name in port.names if name in barred), "")
 
 
 def _not_ready(on: Reader, half: Interface) -> str:

@@ -12,10 +12,9 @@ from sparkinstall.events import Emit, LineRead, Progressed
 from sparkinstall.journal.journal import Journal
 from sparkinstall.redaction import redact
 from sparkinstall.system import Entry, Result, RunOptions, System, Undo, processes
-from sparkinstall.system.local import RunOrRaise
 
 
-class JournaledSystem(RunOrRaise):
+class JournaledSystem(System):
     """Wraps `raw`: records each change of `step` in `journal` first; sends output of programs to `log` and `emit`."""
 
     def __init__(self, raw: System, journal: Journal, step: str, log: Path, emit: Emit) -> None:

@@ -78,7 +78,7 @@ def _complaint(node: Node, port: Port, there: Mapping[str, ip.Live]) -> tuple[st
 def _shared_subnet(port: Port, there: Mapping[str, ip.Live]) -> tuple[str, str] | None:
     one, other = ([IPv4Interface(a).network for a in there[each.name].addresses] for each in port.twins)
     if any(mine.overlaps(its) for mine in one for its in other):
-        names = " and ".join(each.name for each in port.twins)
+        names = " and ".join(port.names)
         return f"{names} are in one subnet", "remove the additional address; `ip -4 address` shows all of them"
     return None
 

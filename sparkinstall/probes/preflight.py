@@ -53,7 +53,7 @@ def preflight(node: Node) -> Iterable[Probe]:
 
 def _qsfp(on: Reader, node: Node) -> Finding:
     port = qsfp.port_to_look_at(on, node)
-    names = " + ".join(each.name for each in port.twins)
+    names = " + ".join(port.names)
     if len(port.twins) < 2:
         return warned(
             f"port {port.number}: {names} only",

@@ -110,7 +110,7 @@ def _no_root(said: str) -> Problem:
 
 
 def _interfaces(node: Node, on: Reader) -> tuple[str, ...]:
-    names = tuple(each.name for each in qsfp.port_to_look_at(on, node).twins) if node.several else ()
+    names = qsfp.port_to_look_at(on, node).names if node.several else ()
     for name in names:
         if not _INTERFACE.fullmatch(name):
             raise Problem(f"the name of interface {name!r} cannot be used in a rule", hint="rename it, then run again")

@@ -1,9 +1,15 @@
 """Reading and changing a node are two types, so that a check that writes is a type error."""
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 from msgspec import Struct
+
+from sparkinstall.errors import CommandFailed
+
+_NO_SPACE = "No space left on device"
+_TAIL = 12
 
 
 class Entry(Struct, frozen=True):
@@ -109,6 +115,11 @@ class System(Reader, Protocol):
     def sudo(self) -> tuple[str, ...]:
         """Prefix of a command that needs root; empty if this process is root."""
 
+    @property
+    def log(self) -> str:
+        """The path of the log that has the whole output of programs; "": none."""
+        return ""
+
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Replace a file atomically; the journaling System creates missing folders."""
 
@@ -149,9 +160,23 @@ class System(Reader, Protocol):
         Raises:
             CommandFailed: it failed; has the last lines and the log's path.
         """
+        result = self.try_run(*argv, **how)
+        if not result.ok:
+            raise _failed(result, self.log)
+        return result
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Report the progress of this step."""
+
+
+def _failed(result: Result, log: str) -> CommandFailed:
+    lines = [line for line in result.out.splitlines() if line.strip()]
+    why, hint = "", "read the log, fix the cause, and run the same command again: it continues from here"
+    if _NO_SPACE in result.out:
+        why, hint = "the disk is full", "free some space, then run the same command again: it resumes"
+    program = next(part for part in result.argv if part not in ("sudo", "-n"))
+    what = f"`{PurePosixPath(program).name}` ended with code {result.code}"
+    return CommandFailed(what, cause=why, hint=hint, log=log, output=lines[-_TAIL:])
 
 
 UndoFunction = Callable[[Sequence[Undo], System], Undone]

@@ -5,20 +5,18 @@ import shutil
 import stat
 import tempfile
 import threading
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Unpack
 
 from sparkinstall.errors import CommandFailed, Interrupted, NeedsRoot, storage_errors
-from sparkinstall.system import Entry, Result, RunOptions, Undo, processes, read_only
+from sparkinstall.system import Entry, Result, RunOptions, System, Undo, processes, read_only
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
 _LONG = 1800.0
-_NO_SPACE = "No space left on device"
-_LINES_KEPT, _TAIL = 2000, 12
+_LINES_KEPT = 2000
 # Seconds; sudo's password cache lasts 15 minutes or less.
 _SUDO_LASTS = 60.0
 # Never write through an existing link: remove the old file and create the new one exclusively.
@@ -118,29 +116,13 @@ class LocalReader:
         return Result(argv, code, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
-class RunOrRaise(ABC):
-    """`System.run` for each System, by means of its own `try_run`."""
+class LocalSystem(LocalReader, System):
+    """A `System` that changes the machine, or a rehearsal's folder, without a journal (see journal/system.py).
 
-    @property
-    def log(self) -> str:
-        """The path of the log that has the whole output of programs; empty: none."""
-        return ""
-
-    @abstractmethod
-    def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result: ...
-
-    def run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
-        result = self.try_run(*argv, **how)
-        if not result.ok:
-            raise command_failed(result, self.log)
-        return result
-
-
-class LocalSystem(LocalReader, RunOrRaise):
-    """A `System` that changes the machine, or a rehearsal's folder, without a journal (see journal/system.py)."""
+    It uses sudo where this user may not write.
+    """
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
-        """Replace a file atomically, with sudo if the folder is not ours."""
         with storage_errors(f"writing {self.real(path)}"):
             try:
                 replace_file(self.real(path), data, mode)
@@ -151,66 +133,52 @@ class LocalSystem(LocalReader, RunOrRaise):
                     self._escalate("sh", "-c", _PLACE, "sh", staged(path), path, f"{mode:o}", content.name)
 
     def link(self, path: str, target: str) -> None:
-        """Create or replace a symbolic link atomically."""
         waiting = self.real(staged(path))
-        with storage_errors(f"linking {self.real(path)}"):
-            try:
-                Path(waiting).unlink(missing_ok=True)
-                os.symlink(target, waiting)
-                os.replace(waiting, self.real(path))
-            except PermissionError:
-                self._escalate("ln", "-sfnT", target, path)
+        with self._or_as_root(f"linking {self.real(path)}", "ln", "-sfnT", target, path):
+            Path(waiting).unlink(missing_ok=True)
+            os.symlink(target, waiting)
+            os.replace(waiting, self.real(path))
 
     def make_dir(self, path: str, mode: int = 0o755) -> None:
         """Create a folder in an existing parent; do nothing if it exists."""
-        with storage_errors(f"creating the folder {self.real(path)}"):
-            try:
-                os.mkdir(self.real(path), mode)
-                os.chmod(self.real(path), mode)
-            except FileExistsError:
-                pass
-            except PermissionError:
-                owner, group = str(os.getuid()), str(os.getgid())
-                self._escalate("install", "-d", "-m", f"{mode:o}", "-o", owner, "-g", group, path)
+        by_root = ("install", "-d", "-m", f"{mode:o}", "-o", str(os.getuid()), "-g", str(os.getgid()), path)
+        with self._or_as_root(f"creating the folder {self.real(path)}", *by_root), suppress(FileExistsError):
+            os.mkdir(self.real(path), mode)
+            os.chmod(self.real(path), mode)
 
     def remove(self, path: str) -> None:
-        """Remove a file or link, and the temporary file of a killed write."""
         if self.entry(staged(path)) is not None:
             self.remove(staged(path))
-        with storage_errors(f"removing {self.real(path)}"):
-            try:
-                Path(self.real(path)).unlink(missing_ok=True)
-            except PermissionError:
-                self._escalate("rm", "-f", path)
+        with self._or_as_root(f"removing {self.real(path)}", "rm", "-f", path):
+            Path(self.real(path)).unlink(missing_ok=True)
 
     def remove_dir(self, path: str) -> bool:
-        """Remove a folder if it is empty; return whether it is gone."""
         if self.entry(path) is None:
             return True
         if self.names(path):
             return False
-        with storage_errors(f"removing {self.real(path)}"):
-            try:
-                os.rmdir(self.real(path))
-            except PermissionError:
-                self._escalate("rmdir", path)
+        with self._or_as_root(f"removing {self.real(path)}", "rmdir", path):
+            os.rmdir(self.real(path))
         return True
 
     def claim(self, path: str) -> None:
         self.make_dir(path)
 
     def clear(self, path: str) -> None:
-        """Remove a folder with its contents."""
-        with storage_errors(f"removing {self.real(path)}"):
+        by_root = ("rm", "-rf", "--one-file-system", path)
+        with self._or_as_root(f"removing {self.real(path)}", *by_root), suppress(FileNotFoundError):
+            shutil.rmtree(self.real(path))
+
+    @contextmanager
+    def _or_as_root(self, doing: str, *argv: str) -> Iterator[None]:
+        """Do what the context does; if this user may not, run `argv` as root instead."""
+        with storage_errors(doing):
             try:
-                shutil.rmtree(self.real(path))
-            except FileNotFoundError:
-                pass
+                yield
             except PermissionError:
-                self._escalate("rm", "-rf", "--one-file-system", path)
+                self._escalate(*argv)
 
     def restore_meta(self, path: str, mode: int, uid: int, gid: int, mtime_ns: int) -> None:
-        """Restore the mode, owner and time of a file."""
         real = self.real(path)
         try:
             os.chmod(real, mode)
@@ -252,17 +220,6 @@ class LocalSystem(LocalReader, RunOrRaise):
                 cause=answer.out.strip(),
                 hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
             )
-
-
-def command_failed(result: Result, log: str = "") -> CommandFailed:
-    """Describe a failed program; `log`: the path of the log with its whole output."""
-    lines = [line for line in result.out.splitlines() if line.strip()]
-    why, hint = "", "read the log, fix the cause, and run the same command again: it continues from here"
-    if _NO_SPACE in result.out:
-        why, hint = "the disk is full", "free some space, then run the same command again: it resumes"
-    program = next(part for part in result.argv if part not in ("sudo", "-n"))
-    what = f"`{PurePosixPath(program).name}` ended with code {result.code}"
-    return CommandFailed(what, cause=why, hint=hint, log=log, output=lines[-_TAIL:])
 
 
 def replace_file(target: str, data: bytes, mode: int) -> None:

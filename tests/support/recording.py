@@ -3,11 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Unpack
 
-from sparkinstall.system import Entry, Result, RunOptions, Undo, read_only
-from sparkinstall.system.local import RunOrRaise
+from sparkinstall.system import Entry, Result, RunOptions, System, Undo, read_only
 
 
-class RecordingSystem(RunOrRaise):
+class RecordingSystem(System):
     """`answers`: the output of programs, by the beginning of their command line; others print nothing.
 
     `changed` lists the changes in order: a word and the path, or the command line.
