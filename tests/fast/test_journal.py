@@ -1,4 +1,4 @@
-"""The journal: what is in it is whole and in order, or the error says which line and nothing is touched."""
+"""The journal: its records are complete and in order, or the error names the line and nothing is changed."""
 
 import json
 import os
@@ -48,13 +48,13 @@ def lines(journal: Journal) -> list[bytes]:
     return journal.path.read_bytes().splitlines(keepends=True)
 
 
-def test_a_record_comes_back_as_it_was(journal: Journal) -> None:
+def test_record_is_read_as_written(journal: Journal) -> None:
     records = Journal(journal.home).records()
     assert [record.n for record in records] == [1, 2, 3]
     assert records[0].undo == UNDO and records[0].run == "run" and records[0].step == "step"
 
 
-def test_an_unfinished_last_line_does_not_count_and_goes(journal: Journal) -> None:
+def test_unfinished_last_line_is_ignored_and_replaced(journal: Journal) -> None:
     whole = journal.path.read_bytes()
     journal.path.write_bytes(whole + b'{"at": "2026-')
     again = Journal(journal.home, "second")
@@ -82,7 +82,7 @@ def test_an_unfinished_last_line_does_not_count_and_goes(journal: Journal) -> No
     ],
     ids=range(12),
 )
-def test_a_damaged_line_is_named_and_nothing_is_changed(journal: Journal, damage: bytes) -> None:
+def test_damaged_line_is_named_and_nothing_is_changed(journal: Journal, damage: bytes) -> None:
     undo = json.dumps({"kind": "path", "subject": "/x", "before": {}, "after": {}}).encode()
     first, _, third = lines(journal)
     journal.path.write_bytes(first + damage.replace(b"UNDO", undo) + b"\n" + third)
@@ -96,7 +96,7 @@ def test_a_damaged_line_is_named_and_nothing_is_changed(journal: Journal, damage
 
 
 @pytest.mark.parametrize("verb", ["all", "uninstall", "status"])
-def test_every_verb_stops_at_a_damaged_line(tmp_path: Path, verb: str) -> None:
+def test_damaged_line_stops_every_verb(tmp_path: Path, verb: str) -> None:
     root = tmp_path / "node"
     with state_of(root).hold("all", silent) as run:
         state_of(root).journal(run).add("step", UNDO)
@@ -109,24 +109,24 @@ def test_every_verb_stops_at_a_damaged_line(tmp_path: Path, verb: str) -> None:
         "uninstall": lambda: node.uninstall("--json"),
         "status": lambda: _status(root),
     }[verb]()
-    said = envelope(run_)
-    if verb != "all":
-        assert (said["exit_code"], said["errors"][0]["code"]) == (1, "journal")
-        assert "line 5 " in said["errors"][0]["message"] and said["errors"][0]["hint"]
-        assert tree(tmp_path, everything_with_times) == first
+    answer = envelope(run_)
+    (error,) = answer["errors"]
+    assert (answer["exit_code"], error["code"]) == (1, "journal")
+    assert "line 5 " in error["message"] and error["hint"]
+    assert tree(tmp_path, everything_with_times) == first
 
 
 def _status(root: Path) -> "subprocess.CompletedProcess[str]":
     return sparkinstall("status", "--root", root, "--json")
 
 
-def test_numbers_go_on_from_the_last_one_that_was_kept(journal: Journal) -> None:
+def test_number_of_a_record_continues_after_a_rewrite(journal: Journal) -> None:
     journal.rewrite([record for record in journal.records() if record.n == 3])
     journal.add("step", UNDO)
     assert [record.n for record in Journal(journal.home).records()] == [3, 4]
 
 
-def test_many_threads_write_whole_lines_in_one_order(tmp_path: Path) -> None:
+def test_records_of_several_threads_are_complete_and_numbered(tmp_path: Path) -> None:
     journal = Journal(tmp_path, "run")
 
     def add_twenty() -> None:
@@ -141,7 +141,7 @@ def test_many_threads_write_whole_lines_in_one_order(tmp_path: Path) -> None:
     assert [record.n for record in Journal(tmp_path).records()] == list(range(1, 161))
 
 
-def test_an_original_is_kept_once_for_its_owner_alone_and_checked_when_it_is_taken(journal: Journal) -> None:
+def test_original_is_kept_once_readable_by_its_owner_and_checked_when_read(journal: Journal) -> None:
     name = journal.keep(b"precious")
     assert journal.keep(b"precious") == name
     kept = journal.home / "originals" / name
@@ -154,7 +154,7 @@ def test_an_original_is_kept_once_for_its_owner_alone_and_checked_when_it_is_tak
         journal.original(name)
 
 
-def test_a_clock_that_jumps_back_does_not_change_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_set_back_does_not_change_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     journal = Journal(tmp_path, "run")
     for year in (2026, 1971, 2030):
         monkeypatch.setattr("time.gmtime", lambda year=year: (year, 1, 1, 0, 0, 0, 0, 1, 0))
@@ -164,12 +164,12 @@ def test_a_clock_that_jumps_back_does_not_change_the_order(tmp_path: Path, monke
     assert [record.n for record in records] == [1, 2, 3]
 
 
-# --- what this user may not read
+# --- a state folder that this user cannot read
 
 
 @pytest.mark.parametrize("verb", ["all", "run", "plan", "status", "verify", "uninstall"])
 @pytest.mark.parametrize("mode", [0o700, 0o755], ids=["folder", "journal"])
-def test_what_another_user_set_up_is_told_as_that(tmp_path: Path, verb: str, mode: int) -> None:
+def test_state_of_another_user_is_refused_with_a_hint(tmp_path: Path, verb: str, mode: int) -> None:
     need_root()
     home = empty_rehearsal(tmp_path / "node") / "var/lib/sparkinstall"
     home.chmod(mode)
@@ -182,7 +182,7 @@ def test_what_another_user_set_up_is_told_as_that(tmp_path: Path, verb: str, mod
 
 
 @pytest.mark.parametrize("name", ["journal.jsonl", "options.json", "."])
-def test_a_wrong_mode_of_ones_own_is_told_with_the_way_out(tmp_path: Path, name: str) -> None:
+def test_state_with_a_wrong_mode_is_refused_with_the_command_that_repairs_it(tmp_path: Path, name: str) -> None:
     need_root()
     home = empty_rehearsal(tmp_path / "node") / "var/lib/sparkinstall"
     (home / "options.json").write_text("{}")
@@ -193,17 +193,17 @@ def test_a_wrong_mode_of_ones_own_is_told_with_the_way_out(tmp_path: Path, name:
     assert as_ordinary_user("status", "--root", tmp_path / "node").returncode == 0
 
 
-# --- the folder around it, and its lock
+# --- the state folder and its lock
 
 
-def test_the_folders_around_the_state_go_with_it(tmp_path: Path) -> None:
+def test_undo_all_removes_the_folders_around_the_state(tmp_path: Path) -> None:
     with state_of(tmp_path / "node").hold("all", silent):
         pass
     undo_all(state_of(tmp_path / "node"))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_run_is_told_who_is_at_work(tmp_path: Path) -> None:
+def test_lock_held_by_another_run_names_it(tmp_path: Path) -> None:
     state = state_of(tmp_path / "node")
     with (
         state.hold("all", silent),
@@ -234,7 +234,7 @@ for _ in range(60):
 """
 
 
-def test_runs_that_begin_and_uninstalls_that_end_at_the_same_time_do_not_meet(tmp_path: Path) -> None:
+def test_lock_separates_runs_that_start_while_an_uninstall_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD_ONCE, str(tmp_path / "node")]
     runs = [
         subprocess.Popen(command, cwd=CHECKOUT, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(3)
@@ -244,12 +244,12 @@ def test_runs_that_begin_and_uninstalls_that_end_at_the_same_time_do_not_meet(tm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("rubbish", ["", "null", "[]", '{"run": 5}', '{"run": "none", "pid": "x"}', "\x00"])
-def test_rubbish_in_the_lock_file_stops_nobody(tmp_path: Path, rubbish: str) -> None:
+@pytest.mark.parametrize("content", ["", "null", "[]", '{"run": 5}', '{"run": "none", "pid": "x"}', "\x00"])
+def test_lock_file_with_invalid_content_stops_no_run(tmp_path: Path, content: str) -> None:
     state = state_of(tmp_path / "node")
     with state.hold("all", silent):
         pass
-    (state.home / "lock").write_text(rubbish)
+    (state.home / "lock").write_text(content)
     events: list[Event] = []
     with state.hold("all", events.append):
         pass
@@ -257,18 +257,18 @@ def test_rubbish_in_the_lock_file_stops_nobody(tmp_path: Path, rubbish: str) -> 
 
 
 @pytest.mark.parametrize(
-    "rubbish", ["5", '{"settings": 5, "stack": 7, "config": {}}', '{"settings": [1]}', "{", "\x00"]
+    "content", ["5", '{"settings": 5, "stack": 7, "config": {}}', '{"settings": [1]}', "{", "\x00"]
 )
-def test_rubbish_in_the_remembered_options_is_left_out(tmp_path: Path, rubbish: str) -> None:
+def test_options_with_invalid_content_are_ignored(tmp_path: Path, content: str) -> None:
     state = state_of(tmp_path / "node")
     with state.hold("all", silent):
-        (state.home / "options.json").write_text(rubbish)
+        (state.home / "options.json").write_text(content)
         assert state.options() == {}
         state.remember_options({"full": True, "settings": {"fp8.fallback": "on"}})
     assert state.options() == {"full": True, "settings": {"fp8.fallback": "on"}}
 
 
-def test_a_state_that_cannot_be_begun_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_that_cannot_be_written_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""The JUnit report: what its schema asks for, what the common readers take from it, and texts that try to break it."""
+"""The JUnit report: its schema, what common readers show of it, and hostile texts."""
 
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,8 +15,8 @@ from sparkinstall.errors import BadConfig, BadUsage, Problem
 from sparkinstall.probes import LEVELS, Finding, Probe, Verdict, failed, passed, skipped, warned
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Unknown
 
-# The rules of junit-10.xsd of Jenkins' xUnit plugin for what is written here: attributes (with * those that must be
-# there), and what may stand inside.
+# The rules of junit-10.xsd of Jenkins' xUnit plugin for the elements written here: attributes (* marks required ones),
+# and child elements.
 # https://github.com/jenkinsci/xunit-plugin/blob/master/src/main/resources/org/jenkinsci/plugins/xunit/types/model/xsd/junit-10.xsd
 RULES: dict[str, tuple[set[str], set[str]]] = {
     "testsuites": ({"name", "time", "tests", "failures", "errors"}, {"testsuite"}),
@@ -53,7 +53,7 @@ def require_valid(element: ElementTree.Element) -> None:
     assert {name.rstrip("*") for name in attributes if name.endswith("*")} <= set(element.attrib), element.tag
     if "time" in element.attrib:
         whole, _, parts = element.attrib["time"].partition(".")
-        assert whole.isdigit() and parts.isdigit(), "seconds as the schema has them: no exponent, no sign"
+        assert whole.isdigit() and parts.isdigit(), "the schema allows no exponent and no sign in seconds"
     for child in element:
         assert child.tag in inside, f"{child.tag} in {element.tag}"
         require_valid(child)
@@ -73,28 +73,28 @@ def written(path: Path, cases: list[Case], strict: bool = False) -> ElementTree.
     return root
 
 
-def look(name: str, finding: Finding, level: str = "node", seconds: float = 0.25) -> ProbeResult:
+def result(name: str, finding: Finding, level: str = "node", seconds: float = 0.25) -> ProbeResult:
     probe = Probe(name, name, lambda _: finding, next(each for each in LEVELS if each == level))
     return ProbeResult.of(probe, finding, seconds)
 
 
 REPORTS = [
-    StepReport.of("good", [Ok("as it should be", key="file:/a")], seconds=1234.5),
+    StepReport.of("good", [Ok("up to date", key="file:/a")], seconds=1234.5),
     StepReport.of("drifts", [Drift("write /b", key="file:/b"), Unknown("good", key="file:/c")]),
     StepReport.of("left", [NodeOnly("apt installs them", key="packages")]),
     StepReport.of("blocked", [Conflict("it is a dir", hint="move it away", key="link:/d")]),
     StepReport.of("broken", problem=Problem("the disk is full", hint="free some space")),
 ]
-LOOKED = [
-    look("fine", passed("4 of 4"), "static"),
-    look("slow", warned("13 Gb/s", "see the issue", "200 Gb/s")),
-    look("wrong", failed("CPU torch", "`sparkinstall run environment`", "CUDA 13")),
-    look("unseen", skipped("no GPU here"), "gpu"),
+RESULTS = [
+    result("fine", passed("4 of 4"), "static"),
+    result("slow", warned("13 Gb/s", "see the issue", "200 Gb/s")),
+    result("wrong", failed("CPU torch", "`sparkinstall run environment`", "CUDA 13")),
+    result("unseen", skipped("no GPU here"), "gpu"),
 ]
 
 
-def test_every_outcome_is_in_it_as_ci_has_to_take_it(tmp_path: Path) -> None:
-    root = written(tmp_path / "j.xml", [*junit.of_checks(REPORTS), *junit.of_probes(LOOKED)])
+def test_report_has_every_outcome(tmp_path: Path) -> None:
+    root = written(tmp_path / "j.xml", [*junit.of_checks(REPORTS), *junit.of_probes(RESULTS)])
     assert [suite.attrib["name"] for suite in root] == [
         f"sparkinstall.{x}" for x in ("checks", "static", "node", "gpu")
     ]
@@ -105,55 +105,55 @@ def test_every_outcome_is_in_it_as_ci_has_to_take_it(tmp_path: Path) -> None:
     failure = cases["wrong"].find("failure")
     assert failure is not None and failure.attrib["message"] == "CPU torch"
     assert failure.text == "CPU torch\nexpected: CUDA 13\nhint: `sparkinstall run environment`"
-    said = cases["slow"].find("system-out")
-    assert said is not None and said.text == "warn: 13 Gb/s\nexpected: 200 Gb/s\nhint: see the issue"
+    output = cases["slow"].find("system-out")
+    assert output is not None and output.text == "warn: 13 Gb/s\nexpected: 200 Gb/s\nhint: see the issue"
     assert cases["good"].attrib["time"] == "1234.500"
 
 
-def test_strict_turns_what_was_skipped_into_failures(tmp_path: Path) -> None:
-    root = written(tmp_path / "j.xml", junit.of_probes(LOOKED), strict=True)
+def test_report_strict_turns_skipped_probes_into_failures(tmp_path: Path) -> None:
+    root = written(tmp_path / "j.xml", junit.of_probes(RESULTS), strict=True)
     case = next(each for each in root.iter("testcase") if each.attrib["name"] == "unseen")
     failure = case.find("failure")
     assert failure is not None and failure.attrib["message"] == "skipped, and --strict was given: no GPU here"
     assert case.find("skipped") is None
 
 
-def test_readers_that_know_texts_only_and_those_that_know_attributes_only_see_the_reason(tmp_path: Path) -> None:
+def test_report_has_each_reason_as_text_and_as_attribute(tmp_path: Path) -> None:
     """GitLab shows the text of `failure` and `skipped`; Jenkins and most actions of GitHub the message."""
-    root = written(tmp_path / "j.xml", [*junit.of_checks(REPORTS), *junit.of_probes(LOOKED)])
+    root = written(tmp_path / "j.xml", [*junit.of_checks(REPORTS), *junit.of_probes(RESULTS)])
     for kind in ("failure", "skipped"):
         for element in root.iter(kind):
             assert element.text and element.attrib["message"] in element.text
 
 
-def test_no_two_cases_have_one_name(tmp_path: Path) -> None:
+def test_report_has_a_unique_name_for_every_case(tmp_path: Path) -> None:
     """GitLab leaves out the second of two cases with the same class and name."""
     from sparkinstall.core import catalogue, checks
     from tests.support.nodes import HEAD
 
     chosen = checks.chosen(HEAD, measure=True)
     reports = [StepReport(step.name) for step in catalogue.of(HEAD)]
-    looked = [ProbeResult.of(probe, passed("x")) for probe in chosen.probes]
-    root = written(tmp_path / "j.xml", [*junit.of_checks(reports), *junit.of_probes(looked)])
+    results = [ProbeResult.of(probe, passed("x")) for probe in chosen.probes]
+    root = written(tmp_path / "j.xml", [*junit.of_checks(reports), *junit.of_probes(results)])
     names = [(case.attrib["classname"], case.attrib["name"]) for case in root.iter("testcase")]
-    assert len(names) == len(set(names)) == len(reports) + len(looked)
+    assert len(names) == len(set(names)) == len(reports) + len(results)
 
 
-def test_what_kept_everything_from_being_looked_at(tmp_path: Path) -> None:
+def test_report_of_a_problem_is_one_failure(tmp_path: Path) -> None:
     root = written(tmp_path / "j.xml", junit.of_problem(BadConfig("there is no level 'x'", hint="did you mean y?")))
     (failure,) = root.iter("failure")
     assert failure.text == "there is no level 'x'\ndid you mean y?"
 
 
-def test_the_commands_in_a_report_mean_the_rehearsal_that_was_looked_at(tmp_path: Path) -> None:
+def test_report_adds_the_root_to_commands(tmp_path: Path) -> None:
     bad, left = failed("no NCCL", "`sparkinstall run nccl`"), skipped("set up with `sparkinstall all --root ./other`")
-    cases = junit.of_probes([look("a", bad), look("b", left)])
+    cases = junit.of_probes([result("a", bad), result("b", left)])
     junit.write(tmp_path / "j.xml", cases, False, " --root ./node")
-    said = (tmp_path / "j.xml").read_text()
-    assert "`sparkinstall run nccl --root ./node`" in said and "`sparkinstall all --root ./other`" in said
+    text = (tmp_path / "j.xml").read_text()
+    assert "`sparkinstall run nccl --root ./node`" in text and "`sparkinstall all --root ./other`" in text
 
 
-def test_a_report_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+def test_report_that_cannot_be_written_is_refused_at_the_start(tmp_path: Path) -> None:
     for place in (tmp_path / "no" / "j.xml", tmp_path, Path(""), Path("-")):
         with pytest.raises(BadUsage) as refused:
             junit.begin(place)
@@ -176,18 +176,18 @@ hostile = st.text(max_size=40) | st.sampled_from(
 )
 @example([("\x00\n", "fail"), ("\n", "skip")], False)
 @example([("\u2028\x85\x0b", "skip")], True)
-def test_no_text_breaks_it(tmp_path: Path, said: list[tuple[str, Verdict]], strict: bool) -> None:
-    findings = [Finding(verdict, text, text, text) for text, verdict in said]
-    looked = [look(f"p{at}", finding) for at, finding in enumerate(findings)]
-    root = written(tmp_path / "j.xml", junit.of_probes(looked), strict)
-    assert len(list(root.iter("testcase"))) == len(said)
+def test_report_with_hostile_texts_is_valid(tmp_path: Path, texts: list[tuple[str, Verdict]], strict: bool) -> None:
+    findings = [Finding(verdict, text, text, text) for text, verdict in texts]
+    results = [result(f"p{at}", finding) for at, finding in enumerate(findings)]
+    root = written(tmp_path / "j.xml", junit.of_probes(results), strict)
+    assert len(list(root.iter("testcase"))) == len(texts)
     assert "\x1b" not in (tmp_path / "j.xml").read_text()
     for element in (*root.iter("failure"), *root.iter("skipped")):
         assert element.attrib["message"] and "\n" not in element.attrib["message"]
 
 
-def test_no_secret_is_in_it(tmp_path: Path) -> None:
-    looked = [look("x", failed("401 for https://me:pw@host.example", "set hf_abcdefghijklmnopqrstuvwxyz anew"))]
-    written(tmp_path / "j.xml", junit.of_probes(looked))
+def test_report_has_no_secret(tmp_path: Path) -> None:
+    results = [result("x", failed("401 for https://me:pw@host.example", "set hf_abcdefghijklmnopqrstuvwxyz again"))]
+    written(tmp_path / "j.xml", junit.of_probes(results))
     text = (tmp_path / "j.xml").read_text()
     assert "me:pw" not in text and "hf_abc" not in text

@@ -1,4 +1,4 @@
-"""Which kernels run: what real vLLMs and Triton answered, and processes of an environment that break in each way."""
+"""Which kernels run: recorded answers of vLLM and Triton, and processes of an environment that fail in every way."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
 from tests.support.nodes import node_of
 
-# As vLLM's own selection answered for sm_121 on a machine without a GPU, in the order of PICKED_FOR.
+# The selection of vLLM for sm_121 on a machine without a GPU, in the order of PICKED_FOR.
 NAMES = ("block", "per-tensor", "per-channel")
 PATCH_ALONE = ("W8A8BlockFp8LinearOp._run_triton", *["CutlassFP8ScaledMMLinearKernel"] * 2)
 BOTH = (
@@ -47,7 +47,7 @@ def judged(node: Node, root: Path, name: str, answer: Mapping[str, Any]) -> Find
     return probe.look(LocalReader(str(root)))
 
 
-def decided(node: Node, root: Path, fallback: bool) -> None:
+def decide(node: Node, root: Path, fallback: bool) -> None:
     path = root / node.fp8_decision.lstrip("/")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"fallback": fallback, "why": "sm_120a only"}))
@@ -64,17 +64,17 @@ def picked(names: tuple[str, ...], **more: Any) -> dict[str, Any]:
     ("names", "fallback", "verdict"),
     [(BOTH, True, "pass"), (CLASSES, True, "pass"), (PATCH_ALONE, True, "fail"), (PATCH_ALONE, False, "pass")],
 )
-def test_with_the_fallback_none_of_the_kernels_may_be_cutlass(
+def test_fp8_kernels_with_the_fallback_are_not_cutlass(
     node: Node, tmp_path: Path, names: tuple[str, ...], fallback: bool, verdict: str
 ) -> None:
-    decided(node, tmp_path, fallback)
+    decide(node, tmp_path, fallback)
     found = judged(node, tmp_path, "fp8-kernels", picked(names))
     assert found.verdict == verdict
     assert "for sm_121; no GPU here" in found.found
     assert all(name in found.found for name in names)
 
 
-def test_flashinfers_cutlass_is_not_of_vllms_extension() -> None:
+def test_is_cutlass_excludes_kernels_of_flashinfer() -> None:
     assert kernels.is_cutlass("CutlassFp8BlockScaledMMKernel")
     assert kernels.is_cutlass("W8A8BlockFp8LinearOp._run_cutlass")
     assert not kernels.is_cutlass("FlashInferCutlassMxfp8LinearKernel")
@@ -90,14 +90,16 @@ def test_flashinfers_cutlass_is_not_of_vllms_extension() -> None:
         ({"given_arch": "", "ended": "SIGILL"}, "fail"),
     ],
 )
-def test_a_selection_that_gives_no_answer(node: Node, tmp_path: Path, facts: dict[str, Any], verdict: str) -> None:
-    decided(node, tmp_path, True)
+def test_fp8_kernels_without_a_selection_are_skipped_or_fail(
+    node: Node, tmp_path: Path, facts: dict[str, Any], verdict: str
+) -> None:
+    decide(node, tmp_path, True)
     found = judged(node, tmp_path, "fp8-kernels", {"fp8": facts})
     assert found.verdict == verdict
     assert str(next(reversed(facts.values()))) in found.found
 
 
-def test_before_the_decision_there_is_nothing_to_compare_with(node: Node, tmp_path: Path) -> None:
+def test_fp8_kernels_without_a_decision_fail(node: Node, tmp_path: Path) -> None:
     assert judged(node, tmp_path, "fp8-kernels", picked(BOTH)).verdict == "fail"
 
 
@@ -117,7 +119,7 @@ def test_before_the_decision_there_is_nothing_to_compare_with(node: Node, tmp_pa
         ((), {"not_run": "only 900 MiB of memory are available"}, "skip"),
     ],
 )
-def test_a_product_is_near_the_exact_one(
+def test_fp8_product_far_from_the_exact_one_fails(
     node: Node, tmp_path: Path, off_by: tuple[float, ...], more: dict[str, Any], verdict: str
 ) -> None:
     named = dict(zip(("per-tensor", "per-channel", "block"), off_by, strict=False))
@@ -128,7 +130,7 @@ def test_a_product_is_near_the_exact_one(
         assert found.hint
 
 
-def test_the_kernel_that_took_its_process_with_it_is_named(node: Node, tmp_path: Path) -> None:
+def test_fp8_product_names_the_kernel_that_crashed(node: Node, tmp_path: Path) -> None:
     answer = picked(CLASSES, given_arch="", not_run="", trying="block", ended="SIGSEGV")
     found = judged(node, tmp_path, "fp8-product", answer)
     assert found.found == "block, TritonFp8BlockScaledMMKernel: its process ended: SIGSEGV"
@@ -148,22 +150,24 @@ def test_the_kernel_that_took_its_process_with_it_is_named(node: Node, tmp_path:
         ({"ended": "no answer within 120 s"}, "fail", "no answer within 120 s"),
     ],
 )
-def test_what_triton_made(node: Node, tmp_path: Path, change: dict[str, Any], verdict: str, text: str) -> None:
+def test_triton_compiles_only_for_this_gpu_passes(
+    node: Node, tmp_path: Path, change: dict[str, Any], verdict: str, text: str
+) -> None:
     found = judged(node, tmp_path, "triton-compiles", {"triton_kernel": {**TRITON, **change}})
     assert (found.verdict, text in found.found) == (verdict, True), found
     assert bool(found.hint) == (verdict == "fail")
 
 
-def test_the_variable_that_triton_does_not_read_is_named(node: Node, tmp_path: Path) -> None:
+def test_triton_compiles_error_names_the_variable_that_is_not_read(node: Node, tmp_path: Path) -> None:
     answer = {"triton_kernel": {**TRITON, "error": "PTXASError: PTXAS error: Internal Triton PTX codegen error"}}
     assert "TRITON_PTXAS_PATH is not read" in judged(node, tmp_path, "triton-compiles", answer).hint
 
 
-# --- the process itself
+# --- the process
 
 
 def environment(node: Node, root: Path, **modules: str) -> Node:
-    """An environment of this very Python, with modules of our own making in it."""
+    """An environment of this Python, with stand-ins for the modules."""
     import sys
 
     site, programs = root / "site", root / node.venv.lstrip("/") / "bin"
@@ -185,60 +189,59 @@ def environment(node: Node, root: Path, **modules: str) -> Node:
 
 NO_GPU = "class cuda:\n    is_available = staticmethod(lambda: False)\n"
 CRASHES = "import os\nclass cuda:\n    is_available = staticmethod(lambda: os.kill(os.getpid(), 11))\n"
-NEEDS_NOTHING = "def get_ip(): return '127.0.0.1'\n"
 
 
-def looked(node: Node, root: Path) -> dict[str, Finding]:
+def results(node: Node, root: Path) -> dict[str, Finding]:
     on = LocalReader(str(root))
     found = checks.look(environment_probes.probes(node), on, silent)
     return {each.name: each for each in found}
 
 
-def test_one_crash_takes_nothing_else_down(node: Node, tmp_path: Path) -> None:
+def test_inspection_crash_of_one_part_leaves_the_others(node: Node, tmp_path: Path) -> None:
     node = environment(node, tmp_path, torch=CRASHES)
-    decided(node, tmp_path, True)
-    found = looked(node, tmp_path)
+    decide(node, tmp_path, True)
+    found = results(node, tmp_path)
     assert found["imports"].verdict == "pass"
     assert found["fp8-kernels"].verdict == "fail"
     assert found["fp8-kernels"].found == "its process ended: SIGSEGV"
-    # This Triton is a stand-in too, and says in its own child what it lacks.
+    # This Triton is a stand-in too: its child process reports what it lacks.
     assert "triton.language" in found["triton-compiles"].found
 
 
-def test_one_process_answers_for_all_of_them(node: Node, tmp_path: Path) -> None:
+def test_inspection_of_all_probes_is_one_process(node: Node, tmp_path: Path) -> None:
     node = environment(node, tmp_path, torch=NO_GPU, vllm=f"open({str(tmp_path / 'starts')!r}, 'a').write('x')\n")
-    looked(node, tmp_path)
+    results(node, tmp_path)
     assert (tmp_path / "starts").read_text() == "x"
 
 
-def test_a_module_that_ends_its_process_is_told_with_the_signal(node: Node, tmp_path: Path) -> None:
+def test_inspection_ended_by_a_signal_names_it(node: Node, tmp_path: Path) -> None:
     node = environment(node, tmp_path, torch="import os\nos.kill(os.getpid(), 4)\n")
-    assert {each.found for each in looked(node, tmp_path).values() if each.verdict == "fail"} >= {
+    assert {each.found for each in results(node, tmp_path).values() if each.verdict == "fail"} >= {
         "the process ended with SIGILL"
     }
 
 
-def test_what_a_library_prints_is_no_part_of_the_answer(node: Node, tmp_path: Path) -> None:
+def test_inspection_ignores_what_a_library_prints(node: Node, tmp_path: Path) -> None:
     noise = "import os\nos.system('echo {}')\nprint('{}')\n"
     node = environment(node, tmp_path, torch=NO_GPU, ray=noise)
-    assert looked(node, tmp_path)["imports"].verdict == "pass"
+    assert results(node, tmp_path)["imports"].verdict == "pass"
 
 
-def test_a_module_that_is_missing_is_named(node: Node, tmp_path: Path) -> None:
+def test_inspection_names_a_module_that_cannot_be_imported(node: Node, tmp_path: Path) -> None:
     node = environment(node, tmp_path, torch=NO_GPU)
     (tmp_path / "site/vllm.py").write_text("raise ImportError('libcudart.so.12: cannot open shared object file')")
-    found = looked(node, tmp_path)
+    found = results(node, tmp_path)
     assert "libcudart.so.12" in found["imports"].found
     assert (found["fp8-kernels"].verdict, found["fp8-kernels"].found) == ("skip", "vLLM cannot be imported")
 
 
-def test_without_the_whole_environment_there_is_no_process_to_ask(node: Node, tmp_path: Path) -> None:
+def test_inspection_without_the_whole_environment_is_skipped(node: Node, tmp_path: Path) -> None:
     node = replace(environment(node, tmp_path), rehearsal=True, full=False)
-    found = looked(node, tmp_path)
+    found = results(node, tmp_path)
     assert {found[name].verdict for name in ("triton-compiles", "fp8-kernels", "fp8-product")} == {"skip"}
 
 
-def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inspection_ends_a_child_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
     def hangs(asked: dict[str, Any]) -> Any:
@@ -250,7 +253,7 @@ def test_a_child_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts == {"arch": "121", "ended": "no answer within 0.2 s"}
 
 
-# --- nccl-tests: what v2.19.6 prints
+# --- nccl-tests: the output of v2.19.6
 
 PRINTED = """\
 # nccl-tests version 2.19.6 nccl-headers=22907 nccl-library=22907
@@ -275,27 +278,27 @@ def printed(text: str, code: int = 0) -> Result:
         (printed(PRINTED.format(wrong=3)), "fail", "3 values are wrong"),
         (printed(PRINTED.format(wrong=0).replace("library=22907", "library=22809")), "fail", "NCCL 2.28.9 loaded"),
         (printed("", 3), "fail", "unhandled cuda error"),
-        (printed("# nothing that is known"), "fail", "# nothing that is known"),
+        (printed("# unknown output"), "fail", "# unknown output"),
     ],
 )
-def test_what_nccl_tests_say(node: Node, answer: Result, verdict: str, text: str) -> None:
+def test_nccl_tests_output_gives_a_verdict(node: Node, answer: Result, verdict: str, text: str) -> None:
     found = answers(node, all_gather_perf=answer)
     assert (found.verdict, text in found.found) == (verdict, True), found
 
 
-def test_the_size_follows_the_free_memory() -> None:
+def test_nccl_tests_size_depends_on_the_free_memory() -> None:
     gib = 1 << 30
     assert nccl_tests.size(100 * gib, 2) == gib
     assert nccl_tests.size(8 * gib, 2) == gib // 2
     assert nccl_tests.size(1 << 26, 2) == 0
 
 
-def test_a_machine_with_one_gpu_has_nothing_to_measure_between(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nccl_tests_with_one_gpu_have_no_probe(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     for count, names in ((1, []), (2, ["nccl-local"])):
         monkeypatch.setattr(nccl_tests, "gpus", lambda count=count: count)
         assert [probe.name for probe in nccl_tests.probes(node)] == names
 
 
-def test_without_nccl_nothing_is_built(node: Node, tmp_path: Path) -> None:
+def test_nccl_tests_without_nccl_are_not_built(node: Node, tmp_path: Path) -> None:
     with pytest.raises(nccl_tests.NotBuilt, match="no NCCL"):
         nccl_tests.programs(node, LocalReader(str(tmp_path)))

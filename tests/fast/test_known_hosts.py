@@ -1,7 +1,7 @@
-"""Every rule of known-bad hosts on a host that it is about, and on a good one.
+"""Every rule of known-bad hosts, on a bad host and on a good one.
 
-The cases are in tests/cases/known-hosts.yaml. What a bad host shows was taken from where the rule's evidence is (the
-threads are named there); the files are put beneath a folder, and what programs answer is given as it was posted.
+The cases are in tests/cases/known-hosts.yaml. The data of a bad host are from the evidence of the rule (the threads are
+named there): its files are written below a folder, and the output of its programs is as posted.
 """
 
 import re
@@ -36,7 +36,7 @@ mlx5_core 0000:01:00.0 enp1s0f0np0: Link up
 
 
 class Recorded(LocalReader):
-    """A folder that stands for a node, whose programs answer what was recorded."""
+    """A folder as a node, whose programs print what was recorded."""
 
     def __init__(self, root: Path, answers: Mapping[str, str]) -> None:
         super().__init__(str(root))
@@ -44,8 +44,8 @@ class Recorded(LocalReader):
 
     def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         del timeout, env, root
-        said = self.answers.get(Path(argv[0]).name)
-        return Result(argv, 0 if said is not None else 127, said or "", "")
+        output = self.answers.get(Path(argv[0]).name)
+        return Result(argv, 0 if output is not None else 127, output or "", "")
 
 
 def host(root: Path, files: Mapping[str, str] = MappingProxyType({}), role: str = "single", **answers: str) -> Host:
@@ -53,17 +53,17 @@ def host(root: Path, files: Mapping[str, str] = MappingProxyType({}), role: str 
     for name, text in {**good, **files}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
-    said = {
+    good_answers = {
         "journalctl": KERNEL_GOOD,
         "nvidia-smi": "NVIDIA GB10, 12.1, 580.173.02, 96, 2405, 61.20\n",
         "systemctl": "active\ninactive\ninactive\n",
     }
-    reader = Recorded(root, {**said, **{name.replace("_", "-"): text for name, text in answers.items()}})
+    reader = Recorded(root, {**good_answers, **{name.replace("_", "-"): text for name, text in answers.items()}})
     return Host(reader, real_node(root, role))
 
 
 class Case(Struct, frozen=True, forbid_unknown_fields=True):
-    """A host, and what its rule says of it; the fields are described in the file of the cases."""
+    """A host, and the verdict of a rule on it; the file of the cases describes the fields."""
 
     rule: str
     why: str
@@ -99,7 +99,7 @@ def test_rule_on_a_node_at_rest_passes(name: str, tmp_path: Path) -> None:
     assert (found.verdict, found.hint) == ("pass", ""), found
 
 
-def test_every_rule_has_a_bad_host_among_the_cases() -> None:
+def test_cases_have_a_bad_host_for_every_rule() -> None:
     assert {case.rule for case in CASES if case.verdict in ("warn", "fail")} == set(RULES)
 
 
@@ -113,14 +113,14 @@ def low_power(root: Path, files: Mapping[str, str] = MappingProxyType({}), **ans
     return found.verdict, found.found
 
 
-def test_an_idle_gpu_is_judged_under_a_load_and_never_without(tmp_path: Path) -> None:
+def test_gpu_low_power_idle_gpu_is_judged_under_load_only(tmp_path: Path) -> None:
     assert low_power(tmp_path, python=STUCK)[0] == "fail"
     assert low_power(tmp_path, python=STUCK)[1].startswith("96 % busy, 1377 MHz, 20 W")
     assert low_power(tmp_path, python=IDLE) == ("skip", "3 % busy, 208 MHz, 4 W: visible only under more load")
     assert low_power(tmp_path) == ("skip", "the GPU is idle, and torch could not keep it busy: exit code 127")
 
 
-def test_no_load_is_put_on_a_node_with_little_memory(tmp_path: Path) -> None:
+def test_gpu_low_power_with_little_memory_is_skipped(tmp_path: Path) -> None:
     little = {"proc/meminfo": MEMINFO.replace("121900000", "4000000")}
     assert low_power(tmp_path, little, python=STUCK) == (
         "skip",
@@ -128,7 +128,7 @@ def test_no_load_is_put_on_a_node_with_little_memory(tmp_path: Path) -> None:
     )
 
 
-def test_what_keeps_the_gpu_busy_is_asked_only_with_measure(tmp_path: Path) -> None:
+def test_gpu_low_power_without_measure_is_not_chosen(tmp_path: Path) -> None:
     node = real_node(tmp_path)
     (low,) = (probe for probe in probes(node) if probe.load)
     assert (low.name, low.level) == ("gpu-low-power", "gpu")
@@ -137,24 +137,19 @@ def test_what_keeps_the_gpu_busy_is_asked_only_with_measure(tmp_path: Path) -> N
     assert "gpu-low-power" not in {probe.name for probe in checks.of_no_step(node)}
 
 
-def test_earlyoom_is_told_to_look_at_memory_alone() -> None:
-    """Left to itself it acts when memory and swap are both short, and DGX OS has 16 GB of swap (earlyoom(1), `-s`)."""
+def test_memory_guard_hint_makes_earlyoom_ignore_swap() -> None:
+    """By default it acts when memory and swap are both short, and DGX OS has 16 GB of swap (earlyoom(1), `-s`)."""
     assert "-s 100" in RULES["memory-guard"].hint and "restart earlyoom" in RULES["memory-guard"].hint
 
 
-def test_no_driver_package_is_to_be_installed_by_itself() -> None:
+def test_hints_never_install_a_driver_package_alone() -> None:
     folder = Path(__file__).parents[2]
     for path in (*folder.glob("knowledge/**/*.yaml"), *folder.glob("docs/*.md"), *folder.glob("sparkinstall/**/*.py")):
         assert not re.search(r"install nvidia-driver", path.read_text(encoding="utf-8")), path
 
 
-def test_that_the_page_cache_is_memory_in_use_is_no_rule() -> None:
-    """vLLM counts it as available where GPU and CPU share one memory (vllm/utils/mem_utils.py)."""
-    assert "page-cache" not in RULES
-
-
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_a_rule_is_whole(name: str) -> None:
+def test_rule_fields_are_well_formed(name: str) -> None:
     rule = RULES[name]
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", name)
     assert rule.looks in DETECTORS
@@ -165,7 +160,7 @@ def test_a_rule_is_whole(name: str) -> None:
         assert text == text.strip() and text
 
 
-def test_several_rules_ask_each_program_once(tmp_path: Path) -> None:
+def test_probes_of_all_rules_run_each_program_once(tmp_path: Path) -> None:
     asked: list[str] = []
 
     class Counting(Recorded):
@@ -176,7 +171,7 @@ def test_several_rules_ask_each_program_once(tmp_path: Path) -> None:
             return super().ask(*argv, timeout=timeout, env=env, root=root)
 
     reader = Counting(tmp_path, host(tmp_path).on.answers)  # type: ignore[attr-defined]
-    # The GPU is busy: no load is put on it.
+    # The GPU is busy, so no load is added.
     found: list[Finding] = [probe.look(reader) for probe in probes(real_node(tmp_path))]
     assert len(found) == len(RULES)
     assert sorted(asked) == ["journalctl", "nvidia-smi", "systemctl"]
@@ -186,11 +181,11 @@ def real_node(root: Path, role: str = "single") -> Node:
     return replace(node_of(root, role), rehearsal=False)
 
 
-def test_a_rehearsal_has_no_rules_about_the_machine_around_it(tmp_path: Path) -> None:
+def test_probes_of_a_rehearsal_are_none(tmp_path: Path) -> None:
     assert list(probes(node_of(tmp_path))) == []
 
 
-def test_they_can_be_chosen_and_left_out_as_one(tmp_path: Path) -> None:
+def test_known_hosts_are_chosen_and_skipped_by_one_name(tmp_path: Path) -> None:
     node = real_node(tmp_path)
     assert {probe.name for probe in checks.chosen(node, only=["known-hosts"], measure=True).probes} == set(RULES)
     assert checks.chosen(node, only=["known-hosts"]).steps == ()
@@ -201,7 +196,7 @@ def test_they_can_be_chosen_and_left_out_as_one(tmp_path: Path) -> None:
     assert "known-hosts" not in {step.name for step in catalogue.STEPS}
 
 
-def test_the_page_says_what_the_rules_say() -> None:
+def test_checks_page_has_every_rule() -> None:
     page = (Path(__file__).parents[2] / "docs/checks.md").read_text().split("## Known-bad hosts\n")[1].split("\n## ")[0]
     for rule in RULES.values():
         links = ", ".join(f"[{number}]({link})" for number, link in enumerate(rule.evidence, 1))
