@@ -7,10 +7,13 @@ import typer
 
 from sparkinstall.cli import options
 from sparkinstall.cli.run_command import CommandResult, Output, verb
-from sparkinstall.cluster import agent
-from sparkinstall.cluster.protocol import Reached, Reply
+from sparkinstall.cluster import agent, bandwidth
+from sparkinstall.cluster.protocol import Confirmed, Reached, Reply
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.errors import Exit
+from sparkinstall.probes.bandwidth import SECONDS, known
+from sparkinstall.resources import rollback
+from sparkinstall.system.local import LocalSystem
 
 app = typer.Typer(help="What `sparkinstall cluster` runs on each node.", no_args_is_help=True)
 
@@ -55,20 +58,22 @@ def offer(target: Target, _: Output, peers: Words, only: options.Only = None) ->
 
 @_command
 def fetch(target: Target, _: Output, only: options.Only = None) -> CommandResult:
-    """Fetch missing artifacts from the head. Reads port, token and manifest digest from stdin."""
+    """Fetch missing artifacts from the head; its `Introduction` is on stdin."""
     return CommandResult(data=agent.fetch(open_session(target), only or ()))
 
 
 @_command
 def measurable(target: Target, _: Output) -> CommandResult:
     """Report for each kind of measurement why this node cannot take part, or "" if it can."""
-    return CommandResult(data=agent.measurable(open_session(target)))
+    session = open_session(target)
+    return CommandResult(data=bandwidth.measurable(session.node, session.system))
 
 
 @_command
 def respond(target: Target, _: Output, kind: Word) -> CommandResult:
     """Answer one measurement of the bandwidth; announce the ports on stderr."""
-    return CommandResult(data=agent.respond(open_session(target), kind))
+    session = open_session(target)
+    return CommandResult(data=bandwidth.respond(session.node, session.system, known(kind)))
 
 
 @_command
@@ -76,13 +81,15 @@ def ask(
     target: Target, _: Output, kind: Word, peer: Word, ports: Annotated[list[int], typer.Argument()]
 ) -> CommandResult:
     """Measure the bandwidth to another node, which answers at these ports."""
-    return CommandResult(data=agent.ask(open_session(target), kind, peer, ports))
+    session = open_session(target)
+    agent.tell(f"measuring for about {SECONDS} seconds")
+    return CommandResult(data=bandwidth.ask(session.node, session.system, known(kind), peer, ports))
 
 
 @_command
 def confirm(_target: Target, _: Output) -> CommandResult:
     """Keep the network that was applied: the node can be reached."""
-    return CommandResult(data=agent.confirm())
+    return CommandResult(data=Confirmed(rollback.confirm(LocalSystem())))
 
 
 @_command

@@ -9,22 +9,16 @@ import time
 from collections.abc import Callable, Sequence
 
 import msgspec
-from msgspec import Struct
 
-from sparkinstall.cluster import artifacts, bandwidth, drift
+from sparkinstall.cluster import artifacts, drift
 from sparkinstall.cluster.protocol import (
-    Asked,
-    Confirmed,
     Fetched,
     Introduction,
     Look,
-    Measurable,
     Offered,
-    OfferOpen,
     Reached,
     Reply,
     Request,
-    Responded,
     Token,
 )
 from sparkinstall.core import catalogue, checks, engine
@@ -32,11 +26,9 @@ from sparkinstall.core.session import Session
 from sparkinstall.errors import Problem
 from sparkinstall.events import silent
 from sparkinstall.facts.network import HEADERS, pings
-from sparkinstall.probes.bandwidth import SECONDS, known
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import rollback
 from sparkinstall.system import Reader
-from sparkinstall.system.local import LocalSystem
 
 _LONGEST_REQUEST = 1 << 22
 _TRIES = 8
@@ -78,11 +70,6 @@ def _end_when_alone() -> None:
 def tell(text: str) -> None:
     """Show a line at the terminal while the verb runs."""
     print(text, file=sys.stderr, flush=True)
-
-
-def announce(announcement: Struct) -> None:
-    """Send a message to the terminal while the verb runs."""
-    tell(msgspec.json.encode(announcement).decode())
 
 
 def look(session: Session, only: Sequence[str], skip: Sequence[str]) -> Look:
@@ -135,7 +122,7 @@ def offer(session: Session, peers: Sequence[str], only: Sequence[str]) -> Offere
     """
     token = sys.stdin.readline().strip()
     tell("listing downloads and builds")
-    return artifacts.serve(session.node, session.system, only, peers, token, lambda offer: announce(OfferOpen(offer)))
+    return artifacts.serve(session.node, session.system, only, peers, token)
 
 
 def fetch(session: Session, only: Sequence[str]) -> Fetched:
@@ -150,31 +137,6 @@ def fetch(session: Session, only: Sequence[str]) -> Fetched:
 
     head = msgspec.json.decode(sys.stdin.readline(), type=Introduction)
     return artifacts.fetch(session.node, session.system, only, head, progress)
-
-
-def measurable(session: Session) -> Measurable:
-    """Report for each kind of measurement why this node cannot take part, or "" if it can."""
-    return Measurable(bandwidth.reasons(session.node, session.system))
-
-
-def respond(session: Session, kind: str) -> Responded:
-    """Answer one measurement of the bandwidth; announce the ports.
-
-    Raises:
-        NotMeasured: as `bandwidth.respond`.
-    """
-    return bandwidth.respond(session.node, session.system, known(kind), announce)
-
-
-def ask(session: Session, kind: str, peer: str, ports: Sequence[int]) -> Asked:
-    """Measure the bandwidth to the node at `peer`, which answers at these ports."""
-    tell(f"measuring for about {SECONDS} seconds")
-    return bandwidth.ask(session.node, session.system, known(kind), peer, ports)
-
-
-def confirm() -> Confirmed:
-    """Keep the network that was applied: the node can be reached."""
-    return Confirmed(rollback.confirm(LocalSystem()))
 
 
 def token(session: Session) -> Token:

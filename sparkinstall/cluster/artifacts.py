@@ -25,7 +25,7 @@ import msgspec
 from msgspec import UNSET, Struct, field, to_builtins
 
 from sparkinstall import schema
-from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, OfferOpen, Reply
+from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, Reply, announce
 from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode, repeated
 from sparkinstall.cluster.transfer import CopyFailed, Listed, Receiver, Sender, receiving
 from sparkinstall.downloads import sha256_of
@@ -74,10 +74,8 @@ class Manifest(Struct, frozen=True):
 # --- what a node offers
 
 
-def serve(
-    node: Node, on: Reader, steps: Sequence[str], peers: Sequence[str], token: str, announce: Callable[[Offer], None]
-) -> Offered:
-    """Send this node's artifacts of `steps` to each of `peers` (addresses on the link) that asks.
+def serve(node: Node, on: Reader, steps: Sequence[str], peers: Sequence[str], token: str) -> Offered:
+    """Announce this node's artifacts of `steps`, and send them to each of `peers` (addresses on the link) that asks.
 
     Raises:
         CopyFailed: this node does not have its address on the link.
@@ -423,7 +421,7 @@ class Handover(Struct):
     steps: Sequence[str]
     words: Callable[[RemoteNode], list[str]]
     _token: Secret = field(default_factory=Secret)
-    _offer: Announcement[OfferOpen] = field(default_factory=lambda: Announcement(OfferOpen))
+    _offer: Announcement[Offer] = field(default_factory=lambda: Announcement(Offer))
 
     def work(self, node: RemoteNode, on_line: OnLine) -> Reply[Offered | Fetched]:
         """Run this node's part. A failed copy is a warning: the node downloads and builds by itself."""
@@ -447,7 +445,7 @@ class Handover(Struct):
         if found is None:
             return _warned(f"{self.head.host} offers nothing: this node downloads and builds what is missing")
         argv = ("node", "fetch", *self.words(node), *repeated("--only", self.steps))
-        head = Introduction(str(self._token), found.offer.port, found.offer.digest)
+        head = Introduction(found.port, found.digest, str(self._token))
         return _forgiven(node.call(Fetched, *argv, on_line=on_line, stdin=msgspec.json.encode(head).decode()))
 
 

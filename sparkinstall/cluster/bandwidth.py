@@ -13,7 +13,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from sparkinstall import ray_ports
-from sparkinstall.cluster.protocol import Asked, Listening, Reply, Responded
+from sparkinstall.cluster.protocol import Asked, Listening, Measurable, Reply, Responded, announce
 from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Interrupted, Problem
@@ -35,9 +35,9 @@ class NotMeasured(Problem):
 # --- on a node
 
 
-def reasons(node: Node, on: Reader) -> dict[str, str]:
+def measurable(node: Node, on: Reader) -> Measurable:
     """Return for each kind why this node cannot take part, or ""."""
-    return {kind: _why_not(node, on, kind) for kind in KINDS}
+    return Measurable({kind: _why_not(node, on, kind) for kind in KINDS})
 
 
 def _why_not(node: Node, on: Reader, kind: Kind) -> str:
@@ -47,8 +47,8 @@ def _why_not(node: Node, on: Reader, kind: Kind) -> str:
         return problem.message
 
 
-def respond(node: Node, on: Reader, kind: Kind, announce: Callable[[Listening], None]) -> Responded:
-    """Run the answering side once; `announce` is called when it listens at all of its ports.
+def respond(node: Node, on: Reader, kind: Kind) -> Responded:
+    """Run the answering side once; announce its ports when it listens at all of them.
 
     Raises:
         NotMeasured: no port is free, or the answering side does not start to listen.

@@ -5,6 +5,7 @@ The terminal sends a `Request`. The node replies with the JSON object that every
 Unknown fields are ignored, so that a newer node may send more; another `version` is refused.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -177,16 +178,10 @@ class Asked(Struct, frozen=True):
 
 
 class Offer(Struct, frozen=True):
-    """Port of the head's list of files, and the sha256 of the list."""
+    """The line of a head that waits for its workers: the port of its list of files, and the sha256 of the list."""
 
     port: int
     digest: str
-
-
-class OfferOpen(Struct, frozen=True):
-    """The line of a head that waits for its workers."""
-
-    offer: Offer
 
 
 class Listening(Struct, frozen=True, rename="kebab"):
@@ -195,12 +190,15 @@ class Listening(Struct, frozen=True, rename="kebab"):
     answers_at: tuple[int, ...]
 
 
-class Introduction(Struct, frozen=True):
-    """What a worker reads from its stdin: where the head's list is, and the token for it."""
+class Introduction(Offer, frozen=True):
+    """What a worker reads from its stdin: the head's offer, and the token for it."""
 
     token: str
-    port: int
-    digest: str
+
+
+def announce(announcement: Struct) -> None:
+    """Send a line to the terminal while the verb runs."""
+    print(msgspec.json.encode(announcement).decode(), file=sys.stderr, flush=True)
 
 
 def announced(line: str, announcement: type[_Message]) -> _Message | None:

@@ -22,7 +22,7 @@ import pytest
 from msgspec.structs import asdict
 
 from sparkinstall.cluster import artifacts
-from sparkinstall.cluster.protocol import Offer, OfferOpen
+from sparkinstall.cluster.protocol import Offer
 from sparkinstall.cluster.transfer import CopyFailed
 from sparkinstall.resources.nccl import NcclLibrary
 from sparkinstall.resources.nccl_source import NcclSource
@@ -390,7 +390,7 @@ def test_nccl_for_another_gpu_is_skipped_with_a_warning(built: tuple[Side, Side]
 def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
     nodes = FarNodes(tmp_path, *checkout)
     for host in ("spark-1", "spark-2"):
-        nodes.add(host, says={"offer": msgspec.json.encode(OfferOpen(Offer(4711, "d1gest"))).decode()})
+        nodes.add(host, says={"offer": msgspec.json.encode(Offer(4711, "d1gest")).decode()})
     return nodes
 
 

@@ -75,8 +75,8 @@ def offering(head: Side, *only: str, peers: tuple[str, ...] = (WORKER,)) -> Iter
         lines = []
         for line in process.stderr:
             lines.append(line)
-            if line.startswith('{"offer"'):
-                offered.port, offered.digest = json.loads(line)["offer"].values()
+            if line.startswith('{"port"'):
+                offered.port, offered.digest = json.loads(line).values()
                 break
         else:
             raise AssertionError("".join(lines) + (process.stdout.read() if process.stdout else ""))
