@@ -38,7 +38,7 @@ def verify(nodes: Cluster) -> CommandResult:
         if found:
             show_differences(found)
 
-    return end(nodes, show, bandwidth=[_as_data(each) for each in measured], differences=_rows(found))
+    return end(nodes, show, bandwidth=[*map(_as_data, measured)], differences=found.rows if found else ())
 
 
 def _probes(verified: Verified, measured: bool) -> list[ProbeResult]:
@@ -64,18 +64,7 @@ def _count_skipped(nodes: Cluster, measured: Sequence[Between]) -> None:
 
 def _as_data(between: Between) -> dict[str, Any]:
     asking, responding = between.hosts
-    said = asdict(between.result)
-    figures = asdict(between.measured) if between.measured else {}
-    return {**said, "from": asking, "to": responding, "measured": figures}
-
-
-def _rows(found: Comparison | None) -> list[dict[str, Any]]:
-    if found is None:
-        return []
-    return [
-        {"name": row.name, "weight": row.weight, "values": dict(zip(found.hosts, row.values, strict=True)),
-         "hint": row.hint} for row in found.rows
-    ]  # fmt: skip
+    return {**asdict(between.result), "from": asking, "to": responding, "measured": between.measured or {}}
 
 
 def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None) -> Iterator[junit.Case]:
@@ -94,7 +83,7 @@ def _cases(nodes: Cluster, measured: Sequence[Between], found: Comparison | None
 
 def _drift_cases(found: Comparison) -> Iterator[junit.Case]:
     for row in found.rows:
-        values = ", ".join(f"{host}: {value or 'none'}" for host, value in zip(found.hosts, row.values, strict=True))
+        values = ", ".join(f"{host}: {value or 'none'}" for host, value in row.values.items())
         finding = failed(values, row.hint) if row.weight == "fail" else warned(values, row.hint)
         yield junit.of_finding("cluster", f"same {row.name}", finding)
     if not found.rows:

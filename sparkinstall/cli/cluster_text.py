@@ -134,10 +134,11 @@ def show_differences(found: Comparison) -> None:
         out.print(f"\n[green]✓[/] The nodes are equal in all {found.compared} values that were compared.")
         return
     out.print(f"\n[bold]Differences[/]  {len(found.rows)} of {found.compared} values that were compared")
-    table = columns(1, None, *(None for _ in found.hosts))
-    table.add_row("", "", *(f"[dim]{escape(host)}[/]" for host in found.hosts))
+    hosts = found.rows[0].values
+    table = columns(1, None, *(None for _ in hosts))
+    table.add_row("", "", *(f"[dim]{escape(host)}[/]" for host in hosts))
     for row in found.rows:
-        values = (Text(redact(value) or "-") for value in row.values)
+        values = (Text(redact(value) or "-") for value in row.values.values())
         table.add_row(sign(_WEIGHED[row.weight]), row.name, *values)
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
     for hint in dict.fromkeys(row.hint for row in found.rows if row.hint):

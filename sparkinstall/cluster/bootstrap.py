@@ -70,9 +70,6 @@ else
 fi
 [ -e "$into/{_WHOLE}" ] || exit 1
 """
-_UNPACK = f"""\
-into=$home/delivered/$1
-{_INTO}"""
 _INSTALL = """\
 for other in "$home"/delivered/*; do
     case $other in "$into" | "$into".*) ;; *) rm -rf "$other" ;; esac
@@ -83,6 +80,17 @@ if [ -d "$into/wheelhouse" ]; then
 fi
 sh "$into/install.sh" --tool-only </dev/null >&2
 """
+
+RUN = _BEGIN + _RUN + _TELL
+"""Shell script that runs sparkinstall of the digest in $1 with the arguments from $3 on.
+
+It exits with `MISSING` where that version is missing, and with `LACKING` where an upload named in $2 is missing."""
+
+INSTALL = f"{_BEGIN}into=$home/delivered/$1\n{_INTO}{_INSTALL}"
+"""Shell script that unpacks sparkinstall from stdin and installs it; $1 is its digest."""
+
+UNPACK = f"into=$HOME/{UPLOADS}/$1\n{_INTO}"
+"""Shell script that unpacks an upload from stdin; $1 is its digest."""
 
 
 class Place(Struct, frozen=True):
@@ -99,24 +107,6 @@ def place(out: str) -> Place | None:
     if len(words) < 2:
         return None
     return Place(words[0], None if words[1] == "none" else words[1], words[2] if len(words) > 2 else "2.17")
-
-
-def run_line() -> str:
-    """Shell script that runs sparkinstall of the digest in $1 with the arguments from $3 on.
-
-    It exits with `MISSING` where that version is missing, and with `LACKING` where an upload named in $2 is missing.
-    """
-    return _BEGIN + _RUN + _TELL
-
-
-def unpack_line() -> str:
-    """Shell script that unpacks sparkinstall from stdin and installs it; $1 is its digest."""
-    return _BEGIN + _UNPACK + _INSTALL
-
-
-def unpack_upload_line() -> str:
-    """Shell script that unpacks an upload from stdin; $1 is its digest."""
-    return f"into=$HOME/{UPLOADS}/$1\n{_INTO}"
 
 
 @lru_cache(maxsize=1)

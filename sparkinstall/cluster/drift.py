@@ -185,37 +185,31 @@ _PARTS = (*(versions, _of_lock, _of_files, _of_nccl), *(_of_fp8, _of_fp8_file, _
 
 
 class Row(Struct, frozen=True):
-    """A value that differs, with the value of each node in the order of the nodes."""
+    """A value that differs: that of each node by host; empty: it has none."""
 
     name: str
     weight: Weight
-    values: tuple[str, ...]
+    values: Mapping[str, str]
     hint: str
 
 
 class Comparison(Struct, frozen=True):
     """The differences, the worst first. `compared`: the number of values compared."""
 
-    hosts: tuple[str, ...]
     rows: tuple[Row, ...]
     compared: int
 
-    @property
-    def failed(self) -> tuple[Row, ...]:
-        return tuple(row for row in self.rows if row.weight == "fail")
 
-
-def compared(nodes: Sequence[tuple[str, Mapping[str, str]]]) -> Comparison:
-    """Compare the values of all nodes, given by host; a value that a node lacks is empty."""
-    names = list(dict.fromkeys(name for _, own in nodes for name in own))
-    values = {name: tuple(own.get(name, "") for _, own in nodes) for name in names}
-    rows = [
-        Row(name, _kind(name).weight, each, _kind(name).hint) for name, each in values.items() if len(set(each)) > 1
-    ]
+def compared(nodes: Mapping[str, Mapping[str, str]]) -> Comparison:
+    """Compare the values of all nodes, given by host."""
+    rows = []
+    names = dict.fromkeys(name for own in nodes.values() for name in own)
+    for name in names:
+        values = {host: own.get(name, "") for host, own in nodes.items()}
+        if len(set(values.values())) > 1:
+            rows.append(Row(name, _kind(name).weight, values, _kind(name).hint))
     order: Sequence[Weight] = ("fail", "warn", "note")
-    return Comparison(
-        tuple(host for host, _ in nodes), tuple(sorted(rows, key=lambda row: order.index(row.weight))), len(names)
-    )
+    return Comparison(tuple(sorted(rows, key=lambda row: order.index(row.weight))), len(names))
 
 
 def _kind(name: str) -> Kind:
@@ -232,13 +226,13 @@ def token_digest(node: Node, on: Reader) -> str | None:
     return hashlib.sha256(token.strip()).hexdigest()[:16] if token else None
 
 
-def require_same(nodes: Sequence[tuple[str, Mapping[str, str]]]) -> None:
-    """Compare each node with the first one in what must be equal before Ray starts.
+def require_same(nodes: Mapping[str, Mapping[str, str]]) -> None:
+    """Compare each node with the first one in what must be equal before Ray starts; values by host.
 
     Raises:
         Blocked: two nodes differ; it names both, and all differences between them.
     """
-    (first, wanted), *others = nodes
+    (first, wanted), *others = nodes.items()
     required = sorted(name for name, kind in KINDS.items() if kind.before_ray)
     for host, found in others:
         different = [name for name in required if wanted.get(name) != found.get(name)]

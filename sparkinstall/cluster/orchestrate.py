@@ -340,7 +340,7 @@ class Cluster(Struct):
             for node in stale:
                 node.changed = False
         try:
-            drift.require_same([(node.host, node.look.versions) for node in self.nodes])
+            drift.require_same({node.host: node.look.versions for node in self.nodes})
         except Problem as problem:
             self._add(Done(self.nodes[0].host, "compare", "failed", problems=(problem,)))
             self._barrier()
@@ -377,13 +377,13 @@ class Cluster(Struct):
 
     def compare(self) -> Comparison | None:
         """The differences between the nodes that `verify` asked; None if fewer than two replied."""
-        asked = [(done.host, each.comparables) for done, each in self.replies("verify", Verified) if each.comparables]
+        asked = {done.host: each.comparables for done, each in self.replies("verify", Verified) if each.comparables}
         if len(asked) < 2 or LEVELS.index(self.options.level or LEVELS[-1]) < LEVELS.index("cluster"):
             return None
         found = drift.compared(asked)
-        if found.failed:
-            names = ", ".join(row.name for row in found.failed)
-            hints = "; ".join(dict.fromkeys(f"{row.name}: {row.hint}" for row in found.failed))
+        if failed := [row for row in found.rows if row.weight == "fail"]:
+            names = ", ".join(row.name for row in failed)
+            hints = "; ".join(f"{row.name}: {row.hint}" for row in failed)
             self.fail(self.nodes[0].host, "compare", Problem(f"the nodes differ in {names}", hint=hints))
         return found
 

@@ -1,6 +1,7 @@
 """A node over ssh, as the terminal sees it: sparkinstall is installed there, runs a verb, and replies in JSON."""
 
 import json
+import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
@@ -10,7 +11,7 @@ from msgspec import Struct, field
 
 from sparkinstall.cluster import bootstrap, protocol
 from sparkinstall.cluster.protocol import Reply
-from sparkinstall.cluster.ssh import Ssh, quoted
+from sparkinstall.cluster.ssh import Ssh
 from sparkinstall.cluster.uploads import Upload
 from sparkinstall.errors import PreflightFailed, Problem
 from sparkinstall.redaction import redact
@@ -127,8 +128,11 @@ class RemoteNode(Struct):
     def _run(self, preface: bytes, on_line: OnLine, new_connection: bool, bring: bool) -> Result:
         wanted = bootstrap.digest() if bring else "any"
         needed = " ".join(each.digest for each in self.uploads)
-        command = quoted("sh", "-c", bootstrap.run_line(), "sparkinstall", wanted, needed, "node", "attend")
+        command = shlex.join(("sh", "-c", bootstrap.RUN, "sparkinstall", wanted, needed, "node", "attend"))
         return self.ssh.run(command, stdin=preface, keep_open=True, on_line=on_line, new_connection=new_connection)
+
+    def _unpack(self, script: str, digest: str, tar: bytes, on_line: OnLine) -> Result:
+        return self.ssh.run(shlex.join(("sh", "-c", script, "sparkinstall", digest)), stdin=tar, on_line=on_line)
 
     def _bring(self, out: str, on_line: OnLine) -> None:
         place = bootstrap.place(out)
@@ -139,16 +143,14 @@ class RemoteNode(Struct):
             )
         on_line("installing sparkinstall on the node")
         tar = bootstrap.archive(bootstrap.wheelhouse(place))
-        command = quoted("sh", "-c", bootstrap.unpack_line(), "sparkinstall", bootstrap.digest())
-        result = self.ssh.run(command, stdin=tar, on_line=on_line)
+        result = self._unpack(bootstrap.INSTALL, bootstrap.digest(), tar, on_line)
         if not result.ok:
             raise _not_installed(self.host, result)
         self.brought = True
 
     def _upload(self, upload: Upload, on_line: OnLine) -> None:
         on_line(f"copying {', '.join(upload.files)} to the node")
-        command = quoted("sh", "-c", bootstrap.unpack_upload_line(), "sparkinstall", upload.digest)
-        result = self.ssh.run(command, stdin=bootstrap.packed(upload.files), on_line=on_line)
+        result = self._unpack(bootstrap.UNPACK, upload.digest, bootstrap.packed(upload.files), on_line)
         if not result.ok:
             output = [line for line in result.err.splitlines() if line.strip()][-6:]
             raise Problem(

@@ -2,13 +2,12 @@
 
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, cast
 
@@ -88,12 +87,10 @@ class Ssh(Struct):
         """End the shared connection, if there is one."""
         if self.sockets is None or not any(self.sockets.iterdir()):
             return
-        try:
+        # After Ctrl-C no program is started; the connection ends by itself in a minute.
+        with suppress(Interrupted):
             path = f"ControlPath={self.sockets}/%C"
             processes.answer(("ssh", "-o", path, "-O", "exit", "--", self.host), self.environment, 5)
-        except Interrupted:
-            # After Ctrl-C no program is started; the connection ends by itself in a minute.
-            pass
 
 
 @contextmanager
@@ -105,11 +102,6 @@ def sockets() -> Iterator[Path]:
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-def quoted(*argv: str) -> str:
-    """The words as one command line for the remote shell."""
-    return shlex.join(argv)
 
 
 def _conversation(
@@ -136,26 +128,18 @@ def _conversation(
         process.wait()
         raise
     finally:
-        _shut(process)
+        with suppress(OSError):
+            cast(IO[bytes], process.stdin).close()
         processes.ended(process)
 
 
-def _shut(process: Process) -> None:
-    try:
-        cast(IO[bytes], process.stdin).close()
-    except OSError:
-        pass
-
-
 def _tell(to: IO[bytes], stdin: bytes, keep_open: bool) -> None:
-    try:
+    # A command that ended before it had read everything tells the rest by its exit code.
+    with suppress(OSError, ValueError):
         to.write(stdin)
         to.flush()
         if not keep_open:
             to.close()
-    except (OSError, ValueError):
-        # The command ended before it had read everything: its exit code tells the rest.
-        pass
 
 
 def _listen(stream: IO[bytes], said: list[str], on_line: Callable[[str], None]) -> None:

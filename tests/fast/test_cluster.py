@@ -182,7 +182,7 @@ def test_upload_cut_in_transfer_is_sent_again(far: FarNodes) -> None:
     (what,) = uploads({"stack": str(mine)})[1]
     cut = bootstrap.packed(what.files)[:1536]
     home = {"HOME": str(far.lab / "spark-1"), "PATH": os.environ["PATH"]}
-    unpack = ["sh", "-c", bootstrap.unpack_upload_line(), "sparkinstall", what.digest]
+    unpack = ["sh", "-c", bootstrap.UNPACK, "sparkinstall", what.digest]
     assert subprocess.run(unpack, input=cut, env=home, check=False, capture_output=True).returncode == 1
     assert not list((far.lab / "spark-1" / bootstrap.UPLOADS).iterdir())
     assert far.cluster("plan", "spark-1", "--stack", str(mine))[0] == 0
@@ -360,16 +360,16 @@ def test_different_versions_stop_before_the_head_starts(far: FarNodes) -> None:
 
 
 def test_require_same_equal_versions_pass() -> None:
-    drift.require_same([("a", VERSIONS), ("b", dict(VERSIONS))])
+    drift.require_same({"a": VERSIONS, "b": dict(VERSIONS)})
     with pytest.raises(Blocked, match="NCCL"):
-        drift.require_same([("a", VERSIONS), ("b", {k: v for k, v in VERSIONS.items() if k != "nccl"})])
+        drift.require_same({"a": VERSIONS, "b": {k: v for k, v in VERSIONS.items() if k != "nccl"}})
 
 
 def test_require_same_sockets_and_roce_are_refused() -> None:
     roce, sockets = {**VERSIONS, "transport": "roce"}, {**VERSIONS, "transport": "socket"}
-    drift.require_same([("a", roce), ("b", roce)])
+    drift.require_same({"a": roce, "b": roce})
     with pytest.raises(Blocked, match="transport for NCCL") as refused:
-        drift.require_same([("a", roce), ("b", sockets)])
+        drift.require_same({"a": roce, "b": sockets})
     assert "network.transport=socket" in refused.value.hint
 
 

@@ -25,7 +25,7 @@ RECORD = "vllm/__init__.py,sha256=aaaa,10\nvllm/version.py,sha256=bbbb,10\n"
 
 
 def test_compared_equal_nodes_have_no_rows() -> None:
-    found = compared([("spark-1", ALIKE), ("spark-2", dict(ALIKE))])
+    found = compared({"spark-1": ALIKE, "spark-2": dict(ALIKE)})
     assert (found.rows, found.compared) == ((), len(ALIKE))
 
 
@@ -36,15 +36,15 @@ def test_compared_equal_nodes_have_no_rows() -> None:
      ("firmware", "warn"), ("nccl-build-id", "warn"), ("env A", "warn"), ("gid", "note"), ("of tomorrow", "note")],
 )  # fmt: skip
 def test_compared_difference_has_a_weight(name: str, weight: str) -> None:
-    (row,) = compared([("a", {**ALIKE, name: "one"}), ("b", {**ALIKE, name: "two"})]).rows
-    assert (row.name, row.weight, row.values) == (name, weight, ("one", "two"))
+    (row,) = compared({"a": {**ALIKE, name: "one"}, "b": {**ALIKE, name: "two"}}).rows
+    assert (row.name, row.weight, row.values) == (name, weight, {"a": "one", "b": "two"})
 
 
 def test_compared_missing_value_is_a_difference_and_the_worst_is_first() -> None:
     without = {name: value for name, value in ALIKE.items() if name not in ("kernel", "vllm")}
-    found = compared([("a", ALIKE), ("b", ALIKE), ("c", without)])
-    assert [(row.name, row.values[2]) for row in found.rows] == [("vllm", ""), ("kernel", "")]
-    assert [row.name for row in found.failed] == ["vllm"]
+    found = compared({"a": ALIKE, "b": ALIKE, "c": without})
+    assert [(row.name, row.values["c"]) for row in found.rows] == [("vllm", ""), ("kernel", "")]
+    assert [row.name for row in found.rows if row.weight == "fail"] == ["vllm"]
 
 
 def test_kinds_required_before_ray_are_failures() -> None:
