@@ -14,6 +14,7 @@ from sparkinstall.cli.cluster_live import Watch
 from sparkinstall.cli.cluster_proof import verify
 from sparkinstall.cli.cluster_result import end
 from sparkinstall.cli.cluster_text import show_nodes, show_plan
+from sparkinstall.cli.options import LINK
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console
 from sparkinstall.cluster import ssh
@@ -27,8 +28,6 @@ from sparkinstall.core.session import Target, config_files
 from sparkinstall.core.status import NodeStatus
 from sparkinstall.errors import BadUsage
 from sparkinstall.system import Undone
-
-_LINK = "The cluster"
 
 
 @verb("cluster", "config", "stack", "set_")
@@ -45,11 +44,9 @@ def cluster(
     ],
     interface: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The QSFP interface with the cable, on every node.", rich_help_panel=_LINK),
+        typer.Option(metavar="NAME", help="The QSFP interface with the cable, on every node.", rich_help_panel=LINK),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Serve this model as a service.", rich_help_panel=_LINK)
-    ] = None,
+    model: options.Model = None,
     only: options.Only = None,
     skip: options.Skip = None,
     ignore: options.Ignore = None,
@@ -61,9 +58,8 @@ def cluster(
 ) -> CommandResult:
     """Set up several nodes from one terminal: phase by phase, in parallel."""
     given = {"network.interface": interface, "serving.model": model}
-    role = {name: value for name, value in given.items() if value is not None}
     names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
-    settings = _settings(replace(target, role=role))
+    settings = _settings(replace(target, role=given))
     wanted = ClusterOptions(*settings, *names, options.known_level(level), measure, strict, junit, yes, output.json)
     return _cluster(words, wanted, output.verbose)
 

@@ -1,20 +1,18 @@
 """`sparkinstall multi-node`: set up this node as one of several."""
 
-from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from msgspec.structs import replace
 
 from sparkinstall.cli import options
 from sparkinstall.cli.install import install
+from sparkinstall.cli.options import LINK
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
 from sparkinstall.core.converge import InstallOptions
 from sparkinstall.core.session import Target
-
-_LINK = "The cluster"
 
 
 class Role(StrEnum):
@@ -28,27 +26,25 @@ class Role(StrEnum):
 def multi_node(
     target: Target,
     output: Output,
-    role: Annotated[Role, typer.Option(help="The role of this node.", rich_help_panel=_LINK)],
+    role: Annotated[Role, typer.Option(help="The role of this node.", rich_help_panel=LINK)],
     head: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="The head's address on the link.", rich_help_panel=_LINK)
+        str | None, typer.Option(metavar="ADDRESS", help="The head's address on the link.", rich_help_panel=LINK)
     ] = None,
     worker: Annotated[
         list[str] | None,
-        typer.Option(metavar="ADDRESS", help="A worker's address on the link (once for each).", rich_help_panel=_LINK),
+        typer.Option(metavar="ADDRESS", help="A worker's address on the link (once for each).", rich_help_panel=LINK),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="This node's address on the link.", rich_help_panel=_LINK)
+        str | None, typer.Option(metavar="ADDRESS", help="This node's address on the link.", rich_help_panel=LINK)
     ] = None,
     interface: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The QSFP interface with the cable.", rich_help_panel=_LINK)
+        str | None, typer.Option(metavar="NAME", help="The QSFP interface with the cable.", rich_help_panel=LINK)
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Serve this model as a service.", rich_help_panel=_LINK)
-    ] = None,
+    model: options.Model = None,
     token_file: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", allow_dash=True, help="The head's Ray token; - reads it from stdin.", rich_help_panel=_LINK
+            metavar="FILE", allow_dash=True, help="The head's Ray token; - reads it from stdin.", rich_help_panel=LINK
         ),
     ] = None,
     leave_armed: Annotated[
@@ -61,26 +57,14 @@ def multi_node(
     yes: options.Yes = False,
 ) -> CommandResult:
     """Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember the role."""
-    given = _as_settings(role, head, worker, address, interface, model)
-    target = replace(target, role=given, confirm_later=leave_armed, token_file=token_file)
-    names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
-    return install(target, output, InstallOptions(*names, verb="multi-node"), yes)
-
-
-def _as_settings(
-    role: Role,
-    head: str | None,
-    worker: list[str] | None,
-    address: str | None,
-    interface: str | None,
-    model: str | None,
-) -> Mapping[str, Any]:
-    said = {
+    given = {
         "cluster.role": role.value,
         "cluster.head": head,
-        "cluster.workers": list(worker) if worker else None,
+        "cluster.workers": worker or None,
         "cluster.address": address,
         "network.interface": interface,
         "serving.model": model,
     }
-    return {name: value for name, value in said.items() if value is not None}
+    target = replace(target, role=given, confirm_later=leave_armed, token_file=token_file)
+    names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
+    return install(target, output, InstallOptions(*names, verb="multi-node"), yes)

@@ -9,6 +9,8 @@ from sparkinstall.core.catalogue import require_known
 from sparkinstall.probes import LEVELS, Level
 
 _NODE, _CHOICE, _OUTPUT = "Which node", "Which parts", "Output"
+LINK = "The cluster"
+"""Heading of the options for several nodes."""
 
 Root = Annotated[
     Path | None,
@@ -44,6 +46,9 @@ Skip = Annotated[
 Ignore = Annotated[
     list[str] | None,
     typer.Option(metavar="CHECK", help="Ignore this check if it fails (may repeat).", rich_help_panel=_CHOICE),
+]
+Model = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Serve this model as a service.", rich_help_panel=LINK)
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.", rich_help_panel=_OUTPUT)]
 Json = Annotated[

@@ -31,7 +31,7 @@ _RECORDED = "the last `all` or `run`"
 class Target(Struct, frozen=True):
     """The node that a command line selects. `None`: not given, so the last `all` or the config decides.
 
-    `role`: the options of `multi-node` as settings. `confirm_later` and `token_file` apply to this run only.
+    `role`: options of `multi-node` as settings. `confirm_later` and `token_file` apply to this run only.
     """
 
     root: Path | None = None
@@ -54,7 +54,8 @@ class Target(Struct, frozen=True):
         given = dict(configuration.parse_assignment(each) for each in self.settings)
         if self.stack is not None:
             given["stack"] = self.stack
-        return configuration.anchored({**given, **self.role}, Path.cwd())
+        given |= {name: value for name, value in self.role.items() if value is not None}
+        return configuration.anchored(given, Path.cwd())
 
     def after(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options that later verbs continue with: these, over those of former runs."""
