@@ -17,6 +17,11 @@ class Exit(IntEnum):
     SOME_NODES = 5
     INTERRUPTED = 130
 
+    @property
+    def word(self) -> str:
+        """The name in the JSON output."""
+        return self.name.lower().replace("_", "-")
+
 
 class Problem(Exception):
     """An error that the user can act on. `code` is stable and part of the JSON output."""

@@ -32,7 +32,7 @@ class Progressed(Struct, frozen=True):
 
 
 class StepEnded(Struct, frozen=True):
-    """`outcome` is one of: unchanged, changed, left, failed, held."""
+    """`outcome` as in a `StepReport`."""
 
     step: str
     outcome: str

@@ -28,7 +28,6 @@ from msgspec.structs import replace
 import sparkinstall
 from sparkinstall import stacks
 from sparkinstall.assets import asset
-from sparkinstall.cli import json_output
 from sparkinstall.cli.app import whole_program
 from sparkinstall.cluster import orchestrate
 from sparkinstall.config import ClusterConfig, Config, ServingConfig, Setting, settings
@@ -208,7 +207,7 @@ def _settings_that_matter(old: str) -> str:
 
 @generates("exit codes")
 def _exit_codes(old: str) -> str:
-    rows = ([str(int(each)), code(json_output.STATUS[each]), Words()] for each in Exit)
+    rows = ([str(int(each)), code(each.word), Words()] for each in Exit)
     return table(old, ["code", "status", "when"], rows)
 
 

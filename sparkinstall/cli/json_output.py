@@ -10,24 +10,13 @@ from sparkinstall.cluster.protocol import VERSION, plain
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.redaction import redact
 
-STATUS = {
-    Exit.GOOD: "good",
-    Exit.FAILED: "failed",
-    Exit.USAGE: "usage",
-    Exit.DRIFT: "drift",
-    Exit.PREFLIGHT: "preflight",
-    Exit.SOME_NODES: "some-nodes",
-    Exit.INTERRUPTED: "interrupted",
-}
-"""Names of the exit codes."""
-
 
 def envelope(command: str, code: Exit, data: Struct | Mapping[str, Any], problems: Sequence[Problem]) -> str:
     """Encode a result in one line of JSON; the shape is the same whether the command succeeded or not."""
     whole = {
         "version": VERSION,
         "command": command,
-        "status": STATUS[code],
+        "status": code.word,
         "exit_code": int(code),
         "data": data,
         "errors": problems,

@@ -9,7 +9,6 @@ list.
 
 import fcntl
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -22,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
-from msgspec import UNSET, Struct, field, to_builtins
+from msgspec import UNSET, Struct, field
 
 from sparkinstall import schema
 from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, Reply, announce
@@ -187,15 +186,11 @@ def _contents(node: Node, archive: Path) -> list[tuple[Listed, Path]]:
         prefix = _relative(node, archive)
         paths = sorted(Path(base, name) for base, _, names in os.walk(archive) for name in names)
         known = [_listed(f"{prefix}/{path.relative_to(archive)}", path) for path in paths]
-        _keep(record, json.dumps(to_builtins(known)))
+        record.parent.mkdir(parents=True, exist_ok=True)
+        waiting = record.with_name(f"{record.name}.{os.getpid()}.new")
+        waiting.write_bytes(msgspec.json.encode(known))
+        waiting.replace(record)
     return [(each, node.cache / each.path) for each in known]
-
-
-def _keep(record: Path, text: str) -> None:
-    record.parent.mkdir(parents=True, exist_ok=True)
-    waiting = record.with_name(f"{record.name}.{os.getpid()}.new")
-    waiting.write_text(text)
-    waiting.replace(record)
 
 
 # --- what a node fetches
@@ -207,11 +202,12 @@ def fetch(
     """Fetch missing artifacts from the head; `tell` is called with the bytes that arrived and their total.
 
     Raises:
-        CopyFailed: the head cannot be reached, or what it sends is not what it announced.
+        CopyFailed: the head cannot be reached, or its list or a file is not what it announced. The next copy resumes
+            with the files that arrived.
         Storage: the cache cannot be written.
     """
     with receiving(node.config.cluster.head, head.port, head.token, head.digest, node.address) as receiver:
-        return accept(node, on, receiver, steps, tell)
+        return _accept(node, on, receiver, steps, tell)
 
 
 def understood(listing: bytes) -> Manifest:
@@ -258,16 +254,9 @@ def _folders(path: str) -> Iterator[str]:
         yield path
 
 
-def accept(
-    node: Node, on: Reader, receiver: Receiver, steps: Sequence[str], tell: Callable[[int, int], None] = lambda *_: None
+def _accept(
+    node: Node, on: Reader, receiver: Receiver, steps: Sequence[str], tell: Callable[[int, int], None]
 ) -> Fetched:
-    """Copy the missing artifacts of `steps` into this node's cache.
-
-    Raises:
-        CopyFailed: the list is not acceptable, a file is wrong, or the connection broke. The next copy resumes with
-            the files that arrived.
-        Storage: the cache cannot be written.
-    """
     manifest = understood(receiver.listing)
     try:
         with _alone(node.cache / _ARRIVING) as waiting:

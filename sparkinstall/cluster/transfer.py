@@ -6,8 +6,6 @@ list) came over ssh before; the token itself is never sent here, only a proof th
 
 import hashlib
 import hmac
-import io
-import json
 import os
 import secrets
 import socket
@@ -15,9 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Annotated, BinaryIO, cast
+from typing import Annotated
 
+import msgspec
 from msgspec import Meta, Struct, field
 
 from sparkinstall import schema
@@ -122,8 +122,7 @@ class Sender(Struct):
         try:
             connection.settimeout(_THINKING)
             _send_framed(connection, self.listing)
-            with connection.makefile("rb") as said:
-                wanted = schema.read_json(tuple[_Index, ...], _framed(cast(BinaryIO, said)), address)
+            wanted = schema.read_json(tuple[_Index, ...], _framed(connection), address)
             connection.settimeout(_SILENCE)
             for n in wanted:
                 sent += _send_file(connection, *self.files[n])
@@ -136,8 +135,7 @@ class Sender(Struct):
 def _is_invited(connection: socket.socket, token: str) -> bool:
     nonce = secrets.token_bytes(_NONCE)
     connection.sendall(nonce)
-    with connection.makefile("rb", buffering=0) as said:
-        return hmac.compare_digest(_exactly(cast(BinaryIO, said), _NONCE), _proof(token, nonce))
+    return hmac.compare_digest(_exactly(connection, _NONCE), _proof(token, nonce))
 
 
 def _proof(token: str, nonce: bytes) -> bytes:
@@ -158,21 +156,18 @@ class Receiver:
 
     def __init__(self, connection: socket.socket, digest: str) -> None:
         self._connection = connection
-        self._stream = cast(io.BufferedReader, connection.makefile("rb", buffering=1 << 20))
         self._told = time.monotonic()
-        self.listing = _framed(cast(BinaryIO, self._stream))
+        self.listing = _framed(connection)
         if hashlib.sha256(self.listing).hexdigest() != digest:
             raise CopyFailed("the list of files is not the one announced over ssh")
 
-    def take(
-        self, wanted: Sequence[tuple[int, Listed]], into: Path, on_bytes: Callable[[int, int], None] = lambda *_: None
-    ) -> None:
+    def take(self, wanted: Sequence[tuple[int, Listed]], into: Path, on_bytes: Callable[[int, int], None]) -> None:
         """Copy files into the folder `into`; `wanted` has the index of each in the list.
 
         Raises:
             CopyFailed: the connection broke, or a file does not have its listed hash; that file is deleted.
         """
-        _send_framed(self._connection, json.dumps([n for n, _ in wanted]).encode())
+        _send_framed(self._connection, msgspec.json.encode([n for n, _ in wanted]))
         total, done, buffer = sum(each.size for _, each in wanted), 0, memoryview(bytearray(_PIECE))
         for _, each in wanted:
             self._take_one(each, into / each.path, buffer)
@@ -193,11 +188,11 @@ class Receiver:
                 f"{listed.path} is not the announced file", cause=f"expected sha256 {listed.sha256}, found {found}"
             )
 
-    def _pour(self, size: int, out: BinaryIO, buffer: memoryview) -> str:
-        """Write the next `size` bytes of the stream to `out`, and return their sha256."""
+    def _pour(self, size: int, out: FileIO, buffer: memoryview) -> str:
+        """Write the next `size` bytes of the connection to `out`, and return their sha256."""
         digest = hashlib.sha256()
         while size:
-            got = self._stream.readinto(buffer[: min(size, len(buffer))])
+            got = self._connection.recv_into(buffer[: min(size, len(buffer))])
             if not got:
                 raise CopyFailed("the other node closed the connection", hint="run the same command again: it resumes")
             digest.update(buffer[:got])
@@ -216,34 +211,28 @@ def receiving(address: str, port: int, token: str, digest: str, own_address: str
     source = (own_address, 0) if own_address else None
     try:
         with socket.create_connection((address, port), timeout=_GREETING, source_address=source) as connection:
-            connection.sendall(_proof(token, _read_nonce(connection)))
+            connection.sendall(_proof(token, _exactly(connection, _NONCE)))
             connection.settimeout(_SILENCE)
             yield Receiver(connection, digest)
     except (ConnectionError, TimeoutError) as error:
         raise CopyFailed(f"the copy from {address} failed: {error}") from error
 
 
-def _read_nonce(connection: socket.socket) -> bytes:
-    # Unbuffered: the bytes after the nonce are for the next reader.
-    with connection.makefile("rb", buffering=0) as said:
-        return _exactly(cast(BinaryIO, said), _NONCE)
-
-
 def _send_framed(connection: socket.socket, content: bytes) -> None:
     connection.sendall(len(content).to_bytes(_LENGTH, "big") + content)
 
 
-def _framed(said: BinaryIO) -> bytes:
-    length = int.from_bytes(_exactly(said, _LENGTH), "big")
+def _framed(connection: socket.socket) -> bytes:
+    length = int.from_bytes(_exactly(connection, _LENGTH), "big")
     if length > _LONGEST_LIST:
         raise CopyFailed(f"a list of {length} bytes is too long")
-    return _exactly(said, length)
+    return _exactly(connection, length)
 
 
-def _exactly(said: BinaryIO, length: int) -> bytes:
+def _exactly(connection: socket.socket, length: int) -> bytes:
     whole = bytearray()
     while len(whole) < length:
-        more = said.read(length - len(whole))
+        more = connection.recv(min(length - len(whole), _PIECE))
         if not more:
             raise CopyFailed("the other node refused the token, or closed the connection")
         whole += more

@@ -1,10 +1,10 @@
 """All steps in one list. A new fix is one line here, one file in steps/, one test."""
 
 from collections.abc import Iterable, Sequence
-from difflib import get_close_matches
 
 from sparkinstall.errors import BadUsage
 from sparkinstall.node import Node
+from sparkinstall.schema import nearest
 from sparkinstall.steps import Step
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.environment import Environment
@@ -54,6 +54,5 @@ def require_known(asked: Iterable[str], known: Sequence[str], what: str) -> None
     """Raise BadUsage for an unknown name, and suggest the nearest known one."""
     for name in asked:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+            hint = nearest(name, known) or f"known: {', '.join(known)}"
             raise BadUsage(f"there is no {what} {name!r}", hint=hint)
