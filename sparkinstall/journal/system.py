@@ -52,12 +52,10 @@ class JournaledSystem(System):
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         self._make_parents(path)
-        if self._is_claimed(path):
-            # The claimed folder is removed as a whole, so its files need no originals.
-            self._raw.write(path, data, mode)
-            return
-        after = {"kind": "file", "sha256": hashlib.sha256(data).hexdigest(), "mode": mode}
-        self.promise(Undo("path", path, self._remember(path), after))
+        # A claimed folder is removed as a whole, so its files need no originals.
+        if not self._is_claimed(path):
+            after = {"kind": "file", "sha256": hashlib.sha256(data).hexdigest(), "mode": mode}
+            self.promise(Undo("path", path, self._remember(path), after))
         self._raw.write(path, data, mode)
 
     def remove(self, path: str) -> None:
@@ -69,10 +67,8 @@ class JournaledSystem(System):
 
     def link(self, path: str, target: str) -> None:
         self._make_parents(path)
-        if self._is_claimed(path):
-            self._raw.link(path, target)
-            return
-        self.promise(Undo("path", path, self._remember(path), {"kind": "link", "target": target}))
+        if not self._is_claimed(path):
+            self.promise(Undo("path", path, self._remember(path), {"kind": "link", "target": target}))
         self._raw.link(path, target)
 
     def _remember(self, path: str) -> dict[str, Any]:
@@ -102,10 +98,8 @@ class JournaledSystem(System):
     def make_dir(self, path: str, mode: int = 0o755) -> None:
         if self.entry(path) is None:
             self._make_parents(path)
-            if self._is_claimed(path):
-                self._raw.make_dir(path, mode)
-                return
-            self.promise(Undo("dir", path, {"kind": "absent"}, {"kind": "dir"}))
+            if not self._is_claimed(path):
+                self.promise(Undo("dir", path, {"kind": "absent"}, {"kind": "dir"}))
             self._raw.make_dir(path, mode)
 
     def _make_parents(self, path: str) -> None:

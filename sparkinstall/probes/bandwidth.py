@@ -6,6 +6,7 @@ cluster/bandwidth.py starts the programs on both ends.
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import msgspec
@@ -76,7 +77,7 @@ def probe_name(kind: Kind) -> str:
 def probes(node: Node) -> Iterable[Probe]:
     """Yield placeholders for a single node, which only report that the measurement needs two nodes."""
     for kind in kinds(node.config.network.transport):
-        yield probe(node, kind)
+        yield declared(kind, partial(_on_one_node, node, kind))
 
 
 def kinds(transport: str) -> tuple[Kind, ...]:
@@ -84,9 +85,8 @@ def kinds(transport: str) -> tuple[Kind, ...]:
     return tuple(kind for kind in KINDS if kind != "rdma" or transport != "socket")
 
 
-def probe(node: Node, kind: Kind) -> Probe:
-    """Return the placeholder of that kind for a single node."""
-    return declared(kind, lambda on: skipped(why_not(node, on, kind) or _BOTH))
+def _on_one_node(node: Node, kind: Kind, on: Reader) -> Finding:
+    return skipped(why_not(node, on, kind) or _BOTH)
 
 
 def declared(kind: Kind, look: Callable[[Reader], Finding]) -> Probe:
@@ -107,16 +107,11 @@ _BOTH = (
 
 def why_not(node: Node, on: Reader, kind: Kind) -> str:
     """Return why this node cannot take part, or ""."""
-    return {"tcp": _no_iperf, "rdma": _no_rdma, "nccl": _no_nccl}[kind](node, on)
-
-
-def _no_iperf(node: Node, on: Reader) -> str:
-    del node
-    return _missing(on, "iperf3", "iperf3")
-
-
-def _no_rdma(node: Node, on: Reader) -> str:
-    return qsfp.roce_ready(on, qsfp.port_to_look_at(on, node)) or _missing(on, "ib_write_bw", "perftest")
+    if kind == "tcp":
+        return _missing(on, "iperf3", "iperf3")
+    if kind == "rdma":
+        return qsfp.roce_ready(on, qsfp.port_to_look_at(on, node)) or _missing(on, "ib_write_bw", "perftest")
+    return _no_nccl(node, on)
 
 
 def _missing(on: Reader, program: str, package: str) -> str:
@@ -174,8 +169,7 @@ def _within(seconds: int, *argv: str) -> tuple[str, ...]:
     return ("timeout", "-k", "2", str(seconds), *argv)
 
 
-def _iperf(on: Reader, half: qsfp.Interface, own: str, port: int, peer: str) -> Program:
-    del on
+def _iperf(_on: Reader, half: qsfp.Interface, own: str, port: int, peer: str) -> Program:
     asks = ("-c", peer, "-t", str(SECONDS), "-O", "1", "-P", _STREAMS, "-J", "--connect-timeout", "5000")
     return Program(half.name, _within(LIMIT, "iperf3", *(asks if peer else ("-s", "-1")), "-B", own, "-p", str(port)))
 

@@ -86,8 +86,7 @@ def probes(node: Node, asked: Callable[[Reader], Answer | Finding], needs_node: 
     )  # fmt: skip
 
 
-def _triton(node: Node, on: Reader, answer: Answer) -> Finding:
-    del node, on
+def _triton(_node: Node, _on: Reader, answer: Answer) -> Finding:
     said = answer.triton_kernel
     wanted = f"a kernel for sm_{said.arch}" if said.arch else ""
     with_ptxas = f"ptxas {said.ptxas_version}, {said.ptxas}" if said.ptxas else ""
@@ -140,8 +139,7 @@ def _unasked(said: Fp8) -> Finding:
     return failed(complaint or "vLLM's selection returned nothing", _DECIDE_AGAIN)
 
 
-def _product(node: Node, on: Reader, answer: Answer) -> Finding:
-    del node, on
+def _product(_node: Node, _on: Reader, answer: Answer) -> Finding:
     said = answer.fp8
     if why := said.not_asked or said.not_run:
         return skipped(why)

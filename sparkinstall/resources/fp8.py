@@ -84,12 +84,8 @@ class Fp8Decision(Struct, frozen=True):
         usable = sorted(found & loadable(arch))
         if usable:
             return False, f"vLLM's extension contains {', '.join(usable)}, which loads on sm_{arch}", "code"
-        near = sorted(each for each in found if each.startswith(f"sm_{arch[:-1]}"))
-        return (
-            True,
-            f"vLLM's extension contains {', '.join(near) or 'no code'} only, which does not run on sm_{arch}",
-            "code",
-        )
+        near = ", ".join(sorted(each for each in found if each.startswith(f"sm_{arch[:-1]}"))) or "no code"
+        return True, f"vLLM's extension contains {near} only, which does not run on sm_{arch}", "code"
 
 
 def _driver(on: Reader) -> str:

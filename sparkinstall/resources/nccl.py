@@ -19,7 +19,7 @@ from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.machine import cores
 from sparkinstall.resources import Drift, Ok, State
 from sparkinstall.resources.nccl_source import NcclSource
-from sparkinstall.system import Entry, Reader, System
+from sparkinstall.system import Reader, System
 
 KEPT_LIBRARY, KEPT_STAMP = "libnccl.so", "build.json"
 
@@ -99,20 +99,12 @@ class NcclLibrary(Struct, frozen=True):
         )
 
     def _identity(self, on: Reader) -> tuple[int, int] | None:
-        """Return size and time of the library file, to detect changes."""
-        entry = self._file(on)
-        return (entry.size, entry.mtime_ns) if entry else None
-
-    def _file(self, on: Reader) -> Entry | None:
-        folder = on.entry(f"{self.folder}/lib")
-        base = f"{self.folder}/{folder.target}" if folder and folder.kind == "link" else f"{self.folder}/lib"
-        name = f"{base}/libnccl.so.2"
-        for _ in range(3):
-            entry = on.entry(name)
-            if entry is None or entry.kind != "link":
-                return entry
-            name = f"{base}/{entry.target}"
-        return None
+        """Return size and time of the library file, to detect changes; None if there is none."""
+        try:
+            found = os.stat(on.real(self.library))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return found.st_size, found.st_mtime_ns
 
     def kept(self, recipe: Recipe) -> Path:
         """Return the real cache folder for this recipe: built here before, or by another node."""

@@ -12,7 +12,7 @@ from msgspec import Struct
 from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State
-from sparkinstall.system import Reader, Result, System
+from sparkinstall.system import Reader, System
 
 MODE = 0o600
 _TOKEN = re.compile(rb"[!-~]{16,1024}")
@@ -89,17 +89,14 @@ class RayToken(Struct, frozen=True):
     def _new(self, on: Reader) -> bytes:
         if self.node.role == "head":
             return secrets.token_hex(32).encode()
-        answer = on.ask(*_SSH, self.node.config.cluster.head, f"cat {self.node.ray_token}", timeout=_PATIENCE)
+        head = self.node.config.cluster.head
+        answer = on.ask(*_SSH, head, f"cat {self.node.ray_token}", timeout=_PATIENCE)
         token = answer.out.strip().encode()
         if answer.ok and _TOKEN.fullmatch(token):
             return token
-        raise self._not_had(answer)
-
-    def _not_had(self, answer: Result) -> Problem:
-        head = self.node.config.cluster.head
         late = "ssh ran past its time limit" if answer.code == 124 else ""
         why = late or answer.last_line or "the head's file contains no token"
-        return Problem(f"the token of the head {head} could not be fetched", cause=why, hint=by_hand(self.node))
+        raise Problem(f"the token of the head {head} could not be fetched", cause=why, hint=by_hand(self.node))
 
 
 def by_hand(node: Node) -> str:

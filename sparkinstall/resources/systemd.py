@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +139,11 @@ class Service(Struct, frozen=True):
         return f"starting {self.name} with systemd"
 
     def check(self, on: Reader) -> State:
-        now = show(on, self.name, *_PROPERTIES)
-        wrong = [*self._not_running(now), *self._outdated(on, now)]
+        wrong = list(self._wrong(on))
         return Drift(f"start {self.name}: {', '.join(wrong)}") if wrong else Ok("enabled, running")
 
-    def _not_running(self, now: Mapping[str, str]) -> Iterable[str]:
+    def _wrong(self, on: Reader) -> Iterable[str]:
+        now = show(on, self.name, *_PROPERTIES)
         if now["LoadState"] != "loaded":
             yield "it is new"
             return
@@ -151,18 +151,12 @@ class Service(Struct, frozen=True):
             yield f"it is {now['ActiveState'] or 'unknown'}"
         if now["UnitFileState"] != "enabled":
             yield "it would not start at boot"
-
-    def _outdated(self, on: Reader, now: Mapping[str, str]) -> Iterable[str]:
-        if now["LoadState"] != "loaded":
-            return
         if now["NeedDaemonReload"] == "yes":
             yield "systemd has not reloaded its file"
         then, today = recorded(on, self.noted_in, dict[str, str]) or {}, self._digests(on)
-        changed = sorted(path for path in {*then, *today} if then.get(path) != today.get(path))
-        if changed:
-            yield (
-                f"changed since its last start: {', '.join(changed)}" if then else "it was not started by sparkinstall"
-            )
+        if changed := sorted(path for path in {*then, *today} if then.get(path) != today.get(path)):
+            names = ", ".join(changed)
+            yield f"changed since its last start: {names}" if then else "it was not started by sparkinstall"
 
     def _digests(self, on: Reader) -> dict[str, str]:
         return {path: hashlib.sha256(on.read(path) or b"").hexdigest() for path in self.inputs(on)}

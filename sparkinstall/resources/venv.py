@@ -223,17 +223,9 @@ def _uv(on: System, node: Node, argv: list[str]) -> None:
     try:
         on.run(*argv, env=_uv_env(node), watch=Downloads(on.progress).read)
     except CommandFailed as failure:
-        if not _is_cut(failure):
+        # Without a network, everything may be in the cache.
+        if not (_is_cut(failure) and on.try_run(*argv, "--offline", env=_uv_env(node)).ok):
             raise explain_failed_install(failure, node) from failure
-        _uv_offline(on, node, argv, failure)
-
-
-def _uv_offline(on: System, node: Node, argv: list[str], cut: CommandFailed) -> None:
-    """Retry without network: everything may be in the cache."""
-    try:
-        on.run(*argv, "--offline", env=_uv_env(node))
-    except CommandFailed as failure:
-        raise explain_failed_install(cut, node) from failure
 
 
 def _uv_env(node: Node) -> dict[str, str]:

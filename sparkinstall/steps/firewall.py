@@ -38,6 +38,5 @@ class Firewall(Step):
         yield Service(FIREWALL_UNIT, lambda _: inputs, noted_in=node.firewall_started_record)
 
 
-def _values(node: Node, on: Reader) -> Mapping[str, Any]:
-    del on
+def _values(node: Node, _: Reader) -> Mapping[str, Any]:
     return {"rules": node.firewall_rules, "nft": NFT}

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from ipaddress import IPv4Interface
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import yaml
 from msgspec import Struct
@@ -119,15 +119,6 @@ def _sound(file: NetplanFile) -> NetplanFile:
     return file
 
 
-def _compose(content: bytes) -> "yaml.Node | None":
-    found: yaml.Node | None = yaml.compose(content, Loader=yaml.CSafeLoader)
-    return found
-
-
-def _is_mapping(node: "yaml.Node | None") -> "TypeGuard[yaml.MappingNode]":
-    return isinstance(node, yaml.MappingNode)
-
-
 def renderer(files: Iterable[NetplanFile]) -> str:
     """Return the renderer that these files name; netplan's default is networkd."""
     said = [each.said["renderer"] for each in files if isinstance(each.said.get("renderer"), str)]
@@ -220,7 +211,7 @@ def _parts(fields: Mapping[str, Any]) -> Iterator[str]:
 
 def without(file: NetplanFile, dropped: Sequence[tuple[str, str]]) -> bytes | None:
     """Return `file` without the definitions `dropped` (kind, id); None if nothing remains."""
-    root = _compose(file.content)
+    root = yaml.compose(file.content, Loader=yaml.CSafeLoader)
     network = _child(root, "network")
     _drop(network, set(dropped))
     if network is None or {str(key.value) for key, _ in network.value} <= {"version"}:
@@ -231,18 +222,20 @@ def without(file: NetplanFile, dropped: Sequence[tuple[str, str]]) -> bytes | No
 
 
 def _child(node: "yaml.Node | None", key: str) -> "yaml.Node | None":
-    pairs = node.value if _is_mapping(node) else ()
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
     return next((value for name, value in pairs if name.value == key), None)
 
 
 def _drop(network: "yaml.Node | None", dropped: set[tuple[str, str]]) -> None:
     """Remove definitions, and a kind without any left."""
-    if not _is_mapping(network):
+    if not isinstance(network, yaml.MappingNode):
         return
     for kind, group in network.value:
-        if _is_mapping(group):
+        if isinstance(group, yaml.MappingNode):
             group.value = [pair for pair in group.value if (kind.value, pair[0].value) not in dropped]
-    network.value = [(kind, group) for kind, group in network.value if not _is_mapping(group) or group.value]
+    network.value = [
+        (kind, group) for kind, group in network.value if not isinstance(group, yaml.MappingNode) or group.value
+    ]
 
 
 class Half(Struct, frozen=True):
@@ -264,9 +257,9 @@ def rendered(halves: Sequence[Half], mtu: int, by: str, former: NetplanFile | No
 
 
 def _kept(former: NetplanFile, dropped: set[str]) -> "Sequence[tuple[yaml.Node, yaml.Node]]":
-    network = _child(_compose(former.content), "network")
+    network = _child(yaml.compose(former.content, Loader=yaml.CSafeLoader), "network")
     _drop(network, {(kind, name) for kind in ("ethernets", "nm-devices") for name in dropped})
-    return network.value if _is_mapping(network) else []
+    return network.value if isinstance(network, yaml.MappingNode) else []
 
 
 def _indented(pairs: "Sequence[tuple[yaml.Node, yaml.Node]]", by: int) -> str:
