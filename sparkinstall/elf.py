@@ -240,7 +240,9 @@ def _fatbin(library: _Library, section: _Section) -> Iterator[GpuCode]:
             if header < _ENTRY.size or start + header + payload > end:
                 raise _DamageError(f"the GPU code at {start} exceeds its container")
             if kind in _ENTRY_KINDS:
-                yield _code(_ENTRY_KINDS[kind], arch, flags)
+                suffix = "a" if flags & _ARCH_SPECIFIC else "f" if flags & _FAMILY_SPECIFIC else ""
+                prefix = "sm" if _ENTRY_KINDS[kind] == "cubin" else "compute"
+                yield GpuCode(_ENTRY_KINDS[kind], f"{prefix}_{arch}{suffix}")
             start += header + payload
 
 
@@ -261,8 +263,3 @@ def _after_padding(library: _Library, start: int, end: int) -> int:
             return start + len(ahead) - len(rest)
         start += len(ahead)
     return end
-
-
-def _code(kind: Literal["ptx", "cubin"], arch: int, flags: int) -> GpuCode:
-    suffix = "a" if flags & _ARCH_SPECIFIC else "f" if flags & _FAMILY_SPECIFIC else ""
-    return GpuCode(kind, f"{'sm' if kind == 'cubin' else 'compute'}_{arch}{suffix}")

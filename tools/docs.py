@@ -425,7 +425,8 @@ def _stacks(old: str) -> str:
 
 def _stack_row(stack: stacks.Stack) -> Sequence[str]:
     name = code(stack.name) + (" (default)" if stack.name == stacks.DEFAULT else "")
-    versions = (stack.version_of(each) or "" for each in ("torch", "triton", "transformers"))
+    pins = {pin.name: pin.version for pin in stack.requirements}
+    versions = (pins.get(each, "") for each in ("torch", "triton", "transformers"))
     return name, *versions, Words("13"), stack.nccl.version, Words()
 
 

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 
+from sparkinstall.facts.sysfs import text_of
 from sparkinstall.system import Reader
 
 RELEASE_FILES = ("/etc/dgx-release", "/etc/fastos-release")
@@ -62,21 +63,18 @@ def os_release(on: Reader) -> Mapping[str, str]:
 def has_gb10(on: Reader) -> bool:
     """Return whether the PCI bus has a GB10 (10de:2e12), or the driver reports one."""
     for device in on.names("/sys/bus/pci/devices"):
-        base = f"/sys/bus/pci/devices/{device}"
-        ids = [(on.read(f"{base}/{part}") or b"").decode(errors="replace").strip() for part in ("vendor", "device")]
+        ids = [text_of(on, f"/sys/bus/pci/devices/{device}/{part}") for part in ("vendor", "device")]
         if ":".join(each.removeprefix("0x") for each in ids) == _GB10_PCI:
             return True
-    return any(
-        _GB10_NAME.search((on.read(f"/proc/driver/nvidia/gpus/{name}/information") or b"").decode(errors="replace"))
-        for name in on.names("/proc/driver/nvidia/gpus")
-    )
+    gpus = "/proc/driver/nvidia/gpus"
+    return any(_GB10_NAME.search(text_of(on, f"{gpus}/{name}/information")) for name in on.names(gpus))
 
 
 def product(on: Reader) -> str:
     """Return the product name ("NVIDIA DGX Spark", "GX10", ...), or "" if unknown."""
     found = release(on)
-    dmi = (on.read("/sys/class/dmi/id/product_name") or b"").decode(errors="replace").strip()
-    names = (found.get("DGX_PRETTY_NAME"), found.get("DGX_PLATFORM"), found.get("NAME"), printable(dmi))
+    dmi = printable(text_of(on, "/sys/class/dmi/id/product_name"))
+    names = (found.get("DGX_PRETTY_NAME"), found.get("DGX_PLATFORM"), found.get("NAME"), dmi)
     return next((name for name in names if name), "")
 
 

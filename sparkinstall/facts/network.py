@@ -52,7 +52,10 @@ def reach(on: Reader, node: Node, only: Iterable[str] | None = None) -> Reach:
     defaults = _defaults(on) or _defaults6(on)
     asked = only if only is not None else [*(gateway for _, gateway in defaults if gateway), *node.peers]
     kept = {name: there[name].addresses for name in qsfp.management(on) if name in there}
-    return Reach(defaults, kept, _session(on), frozenset(_that_answer(on, asked)))
+    addresses = sorted(set(asked))
+    answered = at_once(lambda each: pings(on, each, count=1), addresses)
+    answering = frozenset(each for each, answers in zip(addresses, answered, strict=True) if answers)
+    return Reach(defaults, kept, _session(on), answering)
 
 
 def _defaults(on: Reader) -> tuple[tuple[str, str], ...]:
@@ -72,12 +75,6 @@ def _session(on: Reader) -> str:
     client = next(iter(qsfp.session()), "").partition("%")[0]
     asked = ip.asked(on, "route", "get", client) if client else []
     return str(asked[0].get("dev", "")) if asked else ""
-
-
-def _that_answer(on: Reader, addresses: Iterable[str]) -> list[str]:
-    asked = sorted(set(addresses))
-    answered = at_once(lambda each: pings(on, each, count=1), asked)
-    return [each for each, answers in zip(asked, answered, strict=True) if answers]
 
 
 def lost(before: Reach, on: Reader, node: Node) -> str:

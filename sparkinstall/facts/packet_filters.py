@@ -1,7 +1,7 @@
 """Detect other packet filters on this node: ufw, firewalld, own nftables or iptables rules."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sparkinstall.system import Reader
@@ -72,7 +72,8 @@ def _drops(chain: Chain, rules: Mapping[Chain, list[Any]], seen: set[Chain]) -> 
     for expressions in rules.get(chain, ()):
         if any(_DROPPING & set(each) or _rejects(each) for each in expressions):
             return True
-        if any(_drops((*chain[:2], target), rules, seen) for target in _targets(expressions)):
+        targets = [each[jump]["target"] for each in expressions for jump in ("jump", "goto") if jump in each]
+        if any(_drops((*chain[:2], target), rules, seen) for target in targets):
             return True
     return False
 
@@ -81,13 +82,6 @@ def _rejects(expression: Mapping[str, Any]) -> bool:
     """Return whether an expression is iptables' REJECT, which nft's JSON shows as `xt`."""
     extension = expression.get("xt") or {}
     return extension.get("type") == "target" and extension.get("name") in ("REJECT", "TARPIT")
-
-
-def _targets(expressions: list[Mapping[str, Any]]) -> Iterator[str]:
-    for each in expressions:
-        for verdict in ("jump", "goto"):
-            if verdict in each:
-                yield each[verdict]["target"]
 
 
 def _legacy(on: Reader) -> str:

@@ -147,16 +147,11 @@ def _product(_node: Node, _on: Reader, answer: Answer) -> Finding:
         return skipped("vLLM picked no kernels: see fp8-kernels")
     found = ", ".join(f"{name}: {value:.1%} off" for name, value in said.off_by.items())
     wanted = f"less than {_OFF_BY:.0%} off the exact product"
-    if said.complaint:
-        return _broken(said, wanted)
+    if (complaint := said.complaint).startswith(_UNKNOWN):
+        return skipped(f"this vLLM multiplies in a way that sparkinstall does not know: {complaint}")
+    if complaint:
+        return failed(f"{said.trying}, {said.picked.get(said.trying, 'vLLM')}: {complaint}", _DECIDE_AGAIN, wanted)
     # Not `>`: NaN must fail too.
     if not all(value < _OFF_BY for value in said.off_by.values()):
         return failed(found, _DECIDE_AGAIN, wanted)
     return passed(found, wanted)
-
-
-def _broken(said: Fp8, wanted: str) -> Finding:
-    complaint = said.complaint
-    if complaint.startswith(_UNKNOWN):
-        return skipped(f"this vLLM multiplies in a way that sparkinstall does not know: {complaint}")
-    return failed(f"{said.trying}, {said.picked.get(said.trying, 'vLLM')}: {complaint}", _DECIDE_AGAIN, wanted)

@@ -13,7 +13,7 @@ from sparkinstall import payloads, schema
 from sparkinstall.assets import asset
 from sparkinstall.facts import card, gpu, machine, qsfp
 from sparkinstall.facts.gpu import Gpu
-from sparkinstall.facts.sysfs import NET, is_connectx
+from sparkinstall.facts.sysfs import NET, is_connectx, text_of
 from sparkinstall.facts.units import journal
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, passed, skipped
@@ -75,7 +75,7 @@ class Host(Struct, frozen=True, dict=True):
     @cached_property
     def kernel(self) -> str:
         """The release of the running kernel."""
-        return (self.on.read("/proc/sys/kernel/osrelease") or b"").decode(errors="replace").strip()
+        return text_of(self.on, "/proc/sys/kernel/osrelease")
 
     @cached_property
     def journal(self) -> tuple[str, ...]:

@@ -22,11 +22,6 @@ _LOADING = 1800
 _COUNTED = 1.0
 
 
-def serves(node: Node) -> bool:
-    """Return whether the API is on this node: workers only compute."""
-    return node.role != "worker"
-
-
 def probes(node: Node) -> Iterable[Probe]:
     """Yield the probes of the API, which share their requests; none on a worker."""
     shared: dict[int, Api] = {}
@@ -34,7 +29,8 @@ def probes(node: Node) -> Iterable[Probe]:
     def asked(on: Reader) -> Api:
         return shared.setdefault(id(on), Api(node, on))
 
-    if serves(node):
+    # Workers only compute.
+    if node.role != "worker":
         yield Probe(
             "serving", "a completion within a time limit", lambda on: _serving(asked(on)), "serving",
             "Requests get no answer, although the service may run and report healthy.", needs_node=_REHEARSAL,
@@ -60,15 +56,10 @@ def _serving(of: Api) -> Finding:
             return _locked(of)
         return failed(answer.error, f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")
     if (model := str(of.node.config.serving.model)) not in (answer.model, *answer.roots) and answer.roots:
-        return failed(f"it serves {answer.roots[0]}", _other_model(of.node), model)
+        other = f"otherwise another program has port {of.node.config.serving.port}: `serving.port`"
+        hint = f"`sparkinstall run serving`, if `serving.model` was changed; {other}"
+        return failed(f"it serves {answer.roots[0]}", hint, model)
     return passed(f"{answer.tokens} tokens of {answer.model} in {answer.seconds:.1f} s", wanted)
-
-
-def _other_model(node: Node) -> str:
-    return (
-        f"`sparkinstall run serving`, if `serving.model` was changed; otherwise another program has port "
-        f"{node.config.serving.port}: `serving.port`"
-    )
 
 
 def _locked(of: Api) -> Finding:

@@ -32,7 +32,8 @@ class Transport(Struct, frozen=True):
             return _decision(port, "socket", "set by network.transport")
         if on.rehearsal:
             return _decision(port, "socket", _REHEARSED[asked])
-        if not _has_address(on, port, self.node.address):
+        there = [each.partition("/")[0] for each in qsfp.addresses(on).get(port.names[0], ())]
+        if self.node.address not in there:
             return Unknown("network") if self.node.config.network.manage else self._left_to_others(port)
         why_not = qsfp.roce_ready(on, port)
         if not why_not:
@@ -44,7 +45,7 @@ class Transport(Struct, frozen=True):
     def _left_to_others(self, port: qsfp.Port) -> Conflict:
         """Return the conflict of a port without its address that no step may configure."""
         return Conflict(
-            f"{port.twins[0].name} does not have this node's address {self.node.address}; `network.manage` is false",
+            f"{port.names[0]} does not have this node's address {self.node.address}; `network.manage` is false",
             hint="configure that address, specify the one it has (`cluster.head` and `cluster.workers`, or --head, "
             "--worker and --address), or let sparkinstall do it: `--set network.manage=true`",
         )
@@ -78,9 +79,4 @@ _NAMES = {"roce": "RoCE", "socket": "sockets"}
 
 
 def _decision(port: qsfp.Port, transport: Literal["roce", "socket"], why: str) -> NcclTransport:
-    return NcclTransport(transport, why, port.twins[0].name, tuple(each.hca for each in port.twins if each.hca))
-
-
-def _has_address(on: Reader, port: qsfp.Port, address: str) -> bool:
-    known = qsfp.addresses(on)
-    return any(each.split("/")[0] == address for each in known.get(port.twins[0].name, ()))
+    return NcclTransport(transport, why, port.names[0], tuple(each.hca for each in port.twins if each.hca))

@@ -126,10 +126,6 @@ class Stack(Struct, frozen=True):
     source: Path
     as_of: str | None = None  # "2026-04-30": unpinned packages are no newer than this date
 
-    def version_of(self, package: str) -> str | None:
-        """Return the version that the stack pins a package to; None if only the lock does."""
-        return next((pin.version for pin in self.requirements if pin.name == package), None)
-
 
 # --- a stack's file
 

@@ -49,15 +49,12 @@ class EnvFiles(Step):
             yield Template(path, f"{name}.env.j2", partial(_values, node))
         yield Template(node.roce_gid, "roce-gid.sh.j2", lambda _: {"stack": node.stack.name}, mode=0o755)
         if node.with_ray and node.role == "head":
-            yield kept_back(node)
+            # vLLM on the head does not copy these to its workers, however it is started.
+            names = {"names": list(OWN_TO_EACH_NODE)}
+            yield Template(node.vllm_kept_back, "ray-non-carry-over.json.j2", lambda _: names)
 
     def probes(self, node: Node) -> Iterable[Probe]:
         return (*services.probes(node), *environment.probes(node), *nccl_tests.probes(node))
-
-
-def kept_back(node: Node) -> Template:
-    """Return the list of variables that vLLM on the head does not copy to its workers, however it is started."""
-    return Template(node.vllm_kept_back, "ray-non-carry-over.json.j2", lambda _: {"names": list(OWN_TO_EACH_NODE)})
 
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any] | Unknown:

@@ -23,8 +23,8 @@ class Environment(Step):
         if not node.wheels.complete:
             yield RecordedLock(node)
         yield environment_of(node)
-        if node.config.environment.link:
-            yield Link(_in_home(node, node.config.environment.link), node.venv)
+        if path := node.config.environment.link:
+            yield Link(node.home + path[1:] if path.startswith("~/") else path, node.venv)
 
     def probes(self, node: Node) -> Iterable[Probe]:
         yield Probe(
@@ -40,7 +40,3 @@ class Environment(Step):
             "wheel-files", "files of the packages", lambda on: wheels.files(node, on), "node",
             "vLLM may run unreleased code, and behave differently than on the other nodes.", PACKAGES,
         )  # fmt: skip
-
-
-def _in_home(node: Node, path: str) -> str:
-    return node.home + path[1:] if path.startswith("~/") else path

@@ -58,11 +58,11 @@ class Ray(Step):
 
 def before_start(node: Node) -> Template:
     """Return the script that delays a service until its address is configured."""
-    return Template(node.before_start, "before-start.sh.j2", partial(_before_start, node), mode=0o755)
 
+    def values(on: Reader) -> Mapping[str, Any]:
+        return {"patience": _ADDRESS, "roce_gid": quote(on.real(node.roce_gid))}
 
-def _before_start(node: Node, on: Reader) -> Mapping[str, Any]:
-    return {"patience": _ADDRESS, "roce_gid": quote(on.real(node.roce_gid))}
+    return Template(node.before_start, "before-start.sh.j2", values, mode=0o755)
 
 
 def _values(node: Node, on: Reader) -> Mapping[str, Any]:

@@ -128,13 +128,8 @@ def renderer(files: Iterable[NetplanFile]) -> str:
 def devices(on: Reader, names: Iterable[str]) -> tuple[Device, ...]:
     """Return the interfaces of this node and `names`; in a rehearsal only `names`, as on a Spark."""
     there = on.names(NET)
-    return tuple(
-        _device(on, name) if name in there else Device(name, driver=CONNECTX_DRIVER) for name in {*there, *names}
-    )
-
-
-def _device(on: Reader, name: str) -> Device:
-    return Device(name, text_of(on, f"{NET}/{name}/address"), driver_of(on, name))
+    seen = [Device(name, text_of(on, f"{NET}/{name}/address"), driver_of(on, name)) for name in there]
+    return (*seen, *(Device(name, driver=CONNECTX_DRIVER) for name in names if name not in there))
 
 
 def covers(name: str, fields: Mapping[str, Any], device: Device) -> bool:
