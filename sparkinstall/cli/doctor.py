@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from msgspec.structs import replace
 from rich.console import Console
@@ -12,21 +11,22 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkinstall.cli import options
+from sparkinstall.cli.hints import pointed
 from sparkinstall.cli.live_output import asking
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
 from sparkinstall.cli.text_output import console
-from sparkinstall.core.session import Target, open_session, open_state, pointed
+from sparkinstall.core.session import Target, open_session, open_state
 from sparkinstall.core.verify import VerifyOptions
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.support import identity
-from sparkinstall.support.doctor import Checkup, Item, Weight, examine
+from sparkinstall.support.doctor import Examination, Item, Weight, examine
 from sparkinstall.support.mask import Mask
 
-_HEADINGS: Mapping[Weight, tuple[str, str, str]] = {
-    "broken": ("✗", "red", "Broken"),
-    "look-at": ("!", "yellow", "Worth a look"),
-    "ok": ("✓", "green", "Ok"),
-    "skipped": ("·", "dim", "Skipped"),
+_HEADINGS: Mapping[Weight, str] = {
+    "broken": "[red]✗[/] [bold]Broken[/]",
+    "look-at": "[yellow]![/] [bold]Worth a look[/]",
+    "ok": "[green]✓[/] [bold]Ok[/]",
+    "skipped": "[dim]·[/] [bold]Skipped[/]",
 }
 _MANY_LINES = 6
 
@@ -45,9 +45,9 @@ def doctor(
         chosen = VerifyOptions(tuple(only or ()), tuple(skip or ()), options.known_level(level), measure)
         session = open_session(target)
         with asking(output.json) as emit:
-            found = examine(session, chosen, emit)
+            found = examine(session, chosen, lambda hint: pointed(hint, session.root_option), emit)
         code = Exit.DRIFT if found.wrong else Exit.GOOD
-        return CommandResult(code, _data(found), lambda: _show(found, output.verbose))
+        return CommandResult(code, found.checkup, lambda: _show(found, output.verbose))
 
 
 @contextmanager
@@ -64,25 +64,24 @@ def _problems_masked(target: Target) -> Iterator[None]:
         raise
 
 
-def _data(found: Checkup) -> dict[str, Any]:
-    groups = {weight.replace("-", "_"): found.of(weight) for weight in _HEADINGS}
-    return {"machine": found.machine, "installed": found.installed, **groups, "masked": found.masked}
-
-
-def _show(found: Checkup, verbose: bool) -> None:
-
-    out = console()
+def _show(examined: Examination, verbose: bool) -> None:
+    out, found = console(), examined.checkup
     out.print(", ".join(_named(name, value) for name, value in found.machine.items()), markup=False)
     if not found.installed:
-        out.print(f"sparkinstall has set nothing up here; run `sparkinstall all{found.root_option}`", markup=False)
+        out.print(f"sparkinstall has set nothing up here; run `sparkinstall all{examined.root_option}`", markup=False)
     out.print()
-    for weight in ("broken", "look-at"):
-        _show_bad(found, weight, out, verbose)
-    _show_well(found, out)
-    _show_rest(found, out)
-    if found.items:
+    for items in filter(None, (found.broken, found.look_at)):
+        out.print(_heading(items))
+        for same in _together(items):
+            _show_same(same, out, verbose)
         out.print()
-    out.print(_conclusion(found))
+    if found.ok:
+        out.print(f"{_heading(found.ok)}: {escape(_names(found.ok))}")
+    if found.skipped:
+        _show_skipped(found.skipped, out)
+    if found.ok or found.skipped or found.broken or found.look_at:
+        out.print()
+    out.print(_conclusion(examined))
     masked = f"masked, so that it can be made public: {found.masked}" if found.masked else "nothing had to be masked"
     out.print(f"[dim]{masked}[/]")
 
@@ -91,19 +90,12 @@ def _named(name: str, value: str) -> str:
     return value if name in ("machine", "gpu", "os") else f"{name} {value}"
 
 
-def _heading(weight: Weight, count: int) -> str:
-    mark, colour, words = _HEADINGS[weight]
-    return f"[{colour}]{mark}[/] [bold]{words}[/] ({count})"
+def _heading(items: Sequence[Item]) -> str:
+    return f"{_HEADINGS[items[0].weight]} ({len(items)})"
 
 
-def _show_bad(found: Checkup, weight: Weight, out: Console, verbose: bool) -> None:
-    items = found.of(weight)
-    if not items:
-        return
-    out.print(_heading(weight, len(items)))
-    for same in _together(items):
-        _show_same(same, out, verbose)
-    out.print()
+def _names(items: Sequence[Item]) -> str:
+    return ", ".join(dict.fromkeys(item.name for item in items))
 
 
 def _together(items: Sequence[Item]) -> list[list[Item]]:
@@ -115,7 +107,6 @@ def _together(items: Sequence[Item]) -> list[list[Item]]:
 
 
 def _show_same(items: Sequence[Item], out: Console, verbose: bool) -> None:
-
     first, names = items[0], ", ".join(item.name for item in items)
     numbers = sorted({number for item in items for number in item.fixes})
     title = f"  {escape(first.title)}" if len(items) == 1 and first.title != first.name else ""
@@ -145,45 +136,27 @@ def item_rows(item: Item, verbose: bool) -> Iterator[tuple[str, str]]:
         yield "do", item.hint
 
 
-def _show_well(found: Checkup, out: Console) -> None:
-
-    items = found.of("ok")
-    if items:
-        names = ", ".join(dict.fromkeys(item.name for item in items))
-        out.print(f"{_heading('ok', len(items))}: {escape(names)}")
-
-
-def _show_rest(found: Checkup, out: Console) -> None:
+def _show_skipped(items: Sequence[Item], out: Console) -> None:
     """Print what was skipped, by reason."""
-
-    items = found.of("skipped")
-    if not items:
-        return
-    out.print(f"{_heading('skipped', len(items))}")
-    for reason in dict.fromkeys((item.found, item.hint) for item in items):
-        names = ", ".join(item.name for item in items if (item.found, item.hint) == reason)
-        do = f" [dim]→[/] {escape(reason[1])}" if reason[1] else ""
-        out.print(Padding(f"{escape(names)}: [dim]{escape(reason[0])}[/]{do}", (0, 0, 0, 2), expand=False))
+    out.print(_heading(items))
+    for same in _together(items):
+        names = ", ".join(item.name for item in same)
+        do = f" [dim]→[/] {escape(same[0].hint)}" if same[0].hint else ""
+        out.print(Padding(f"{escape(names)}: [dim]{escape(same[0].found)}[/]{do}", (0, 0, 0, 2), expand=False))
 
 
-def _conclusion(found: Checkup) -> str:
-    broken, worth = len(found.of("broken")), len(found.of("look-at"))
-    if broken:
-        things = "1 thing is broken" if broken == 1 else f"{broken} things are broken; begin with the first"
-        return f"[red bold]✗[/] {things}{_and_look_at(worth)}"
-    if found.wrong:
+def _conclusion(examined: Examination) -> str:
+    found = examined.checkup
+    also = f"; {len(found.look_at)} worth a look" if found.look_at else ""
+    if found.broken:
+        count = len(found.broken)
+        things = "1 thing is broken" if count == 1 else f"{count} things are broken; begin with the first"
+        return f"[red bold]✗[/] {things}{also}"
+    if examined.wrong:
         return "[yellow bold]![/] no problem found, but some checks need root"
-    return f"{_good(found)}{_and_look_at(worth)}"
-
-
-def _good(found: Checkup) -> str:
-    seen = [item for item in found.items if item.weight != "skipped"]
+    seen = (*found.look_at, *found.ok)
     if not seen:
         return "[dim]·[/] nothing was checked"
     if not found.installed and any(item.kind == "preflight" for item in seen):
-        return "[green bold]✓[/] this node is ready to be set up"
-    return "[green bold]✓[/] no problem found in what was checked"
-
-
-def _and_look_at(worth: int) -> str:
-    return f"; {worth} worth a look" if worth else ""
+        return f"[green bold]✓[/] this node is ready to be set up{also}"
+    return f"[green bold]✓[/] no problem found in what was checked{also}"

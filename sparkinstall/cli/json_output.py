@@ -6,21 +6,14 @@ from typing import Any
 
 from msgspec import Struct, to_builtins
 
-from sparkinstall.cluster.protocol import VERSION, plain
+from sparkinstall.cluster.protocol import Envelope, plain
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.redaction import redact
 
 
 def envelope(command: str, code: Exit, data: Struct | Mapping[str, Any], problems: Sequence[Problem]) -> str:
     """Encode a result in one line of JSON; the shape is the same whether the command succeeded or not."""
-    whole = {
-        "version": VERSION,
-        "command": command,
-        "status": code.word,
-        "exit_code": int(code),
-        "data": data,
-        "errors": problems,
-    }
+    whole = Envelope(command=command, status=code.word, exit_code=int(code), data=data, errors=tuple(problems))
     return json.dumps(_redacted(to_builtins(whole, enc_hook=plain)))
 
 

@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sparkinstall.cli.hints import pointed
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
-from sparkinstall.core.session import pointed
 from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.probes import LEVELS, Finding
 from sparkinstall.redaction import redact

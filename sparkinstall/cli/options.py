@@ -1,5 +1,6 @@
 """Options shared by the verbs."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -8,80 +9,42 @@ import typer
 from sparkinstall.core.catalogue import require_known
 from sparkinstall.probes import LEVELS, Level
 
-_NODE, _CHOICE, _OUTPUT = "Which node", "Which parts", "Output"
+_node = partial(typer.Option, rich_help_panel="Which node")
+_choice = partial(typer.Option, rich_help_panel="Which parts")
+_output = partial(typer.Option, rich_help_panel="Output")
 LINK = "The cluster"
 """Heading of the options for several nodes."""
 
-Root = Annotated[
-    Path | None,
-    typer.Option(help="Rehearse below this folder instead of setting up this machine.", rich_help_panel=_NODE),
-]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="The config file (YAML).", envvar="SPARKINSTALL_CONFIG", rich_help_panel=_NODE),
-]
-Stack = Annotated[
-    str | None, typer.Option(help="The set of pins: a shipped name or a YAML file.", rich_help_panel=_NODE)
-]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one setting of the config file.", rich_help_panel=_NODE),
-]
-Platform = Annotated[
-    str | None,
-    typer.Option(help="Rehearsal: use the wheels of aarch64 or x86_64.", rich_help_panel=_NODE),
-]
-Full = Annotated[
-    bool | None,
-    typer.Option("--full/--partial", help="Rehearsal: install all 9 GB, not only vLLM's wheel.", rich_help_panel=_NODE),
-]
-Only = Annotated[
-    list[str] | None,
-    typer.Option(metavar="STEP", help="Run only this step (may repeat).", rich_help_panel=_CHOICE),
-]
-Skip = Annotated[
-    list[str] | None,
-    typer.Option(metavar="STEP", help="Skip this step (may repeat).", rich_help_panel=_CHOICE),
-]
-Ignore = Annotated[
-    list[str] | None,
-    typer.Option(metavar="CHECK", help="Ignore this check if it fails (may repeat).", rich_help_panel=_CHOICE),
-]
+Root = Annotated[Path | None, _node(help="Rehearse below this folder instead of setting up this machine.")]
+ConfigFile = Annotated[Path | None, _node("--config", help="The config file (YAML).", envvar="SPARKINSTALL_CONFIG")]
+Stack = Annotated[str | None, _node(help="The set of pins: a shipped name or a YAML file.")]
+Set = Annotated[list[str] | None, _node("--set", metavar="KEY=VALUE", help="Override one setting of the config file.")]
+Platform = Annotated[str | None, _node(help="Rehearsal: use the wheels of aarch64 or x86_64.")]
+Full = Annotated[bool | None, _node("--full/--partial", help="Rehearsal: install all 9 GB, not only vLLM's wheel.")]
+
+Only = Annotated[list[str] | None, _choice(metavar="STEP", help="Run only this step (may repeat).")]
+Skip = Annotated[list[str] | None, _choice(metavar="STEP", help="Skip this step (may repeat).")]
+Ignore = Annotated[list[str] | None, _choice(metavar="CHECK", help="Ignore this check if it fails (may repeat).")]
+Names = Annotated[list[str] | None, _choice(metavar="NAME", help="Run only this step or probe (may repeat).")]
+NotNames = Annotated[list[str] | None, _choice(metavar="NAME", help="Skip this step or probe (may repeat).")]
 Model = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Serve this model as a service.", rich_help_panel=LINK)
 ]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.", rich_help_panel=_OUTPUT)]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on stdout (docs/json.md).", rich_help_panel=_OUTPUT)
-]
-Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show every line of every program.", rich_help_panel=_OUTPUT)
-]
-Names = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="Run only this step or probe (may repeat).", rich_help_panel=_CHOICE),
-]
-NotNames = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="Skip this step or probe (may repeat).", rich_help_panel=_CHOICE),
-]
 HowFar = Annotated[
     str | None,
-    typer.Option(
+    _choice(
         "--level",
         metavar="LEVEL",
         help="Highest level to run: static, node, gpu, link, cluster or serving; default: all.",
-        rich_help_panel=_CHOICE,
     ),
 ]
-Measure = Annotated[
-    bool,
-    typer.Option("--measure", help="Include probes that keep the GPU or the link busy.", rich_help_panel=_CHOICE),
-]
-Junit = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Write a JUnit report for CI.", rich_help_panel=_OUTPUT)
-]
-Strict = Annotated[bool, typer.Option("--strict", help="Count skipped as failed.", rich_help_panel=_OUTPUT)]
+Measure = Annotated[bool, _choice("--measure", help="Include probes that keep the GPU or the link busy.")]
+
+Yes = Annotated[bool, _output("--yes", "-y", help="Do not ask for confirmation.")]
+Json = Annotated[bool, _output("--json", help="Print one JSON object on stdout (docs/json.md).")]
+Verbose = Annotated[bool, _output("--verbose", "-v", help="Show every line of every program.")]
+Junit = Annotated[Path | None, _output(metavar="FILE", help="Write a JUnit report for CI.")]
+Strict = Annotated[bool, _output("--strict", help="Count skipped as failed.")]
 
 
 def known_level(name: str | None) -> Level | None:

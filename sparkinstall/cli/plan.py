@@ -5,11 +5,13 @@ from typing import Annotated
 import typer
 
 from sparkinstall.cli import options
+from sparkinstall.cli.hints import pointed
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, show_plan, show_preflight
+from sparkinstall.cluster.protocol import Planned
 from sparkinstall.core.plan import Plan
 from sparkinstall.core.plan import plan as plan_node
-from sparkinstall.core.session import Session, Target, open_session, pointed
+from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.errors import Exit
 
 
@@ -26,8 +28,8 @@ def plan(
     planned = plan_node(session, only or (), skip or ())
     chosen = [*(f"--only {name}" for name in only or ()), *(f"--skip {name}" for name in skip or ())]
     command = " ".join(("sparkinstall all", *chosen))
-    data = {"drift": planned.drift, "preflight": planned.preflight, "steps": planned.reports}
     code = Exit.FAILED if planned.problems else Exit.DRIFT if planned.drift and detailed else Exit.GOOD
+    data = Planned(planned.drift, planned.preflight, planned.reports)
     return CommandResult(code, data, lambda: _show(session, planned, command, output.verbose), planned.problems)
 
 

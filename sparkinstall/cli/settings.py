@@ -1,8 +1,10 @@
 """`sparkinstall settings show`: every setting, its value and its origin."""
 
 import json
+from collections.abc import Mapping
 
 import typer
+from msgspec import Struct
 from rich.table import Table
 
 from sparkinstall.cli.run_command import CommandResult, Output, verb
@@ -10,6 +12,12 @@ from sparkinstall.cli.text_output import console
 from sparkinstall.core.session import Setting, Target, open_session
 
 app = typer.Typer(help="Show every setting and its origin.", no_args_is_help=True)
+
+
+class Settings(Struct, frozen=True):
+    """Each setting by its dotted name."""
+
+    settings: Mapping[str, Setting]
 
 
 @app.callback()
@@ -23,10 +31,10 @@ def show(target: Target, output: Output) -> CommandResult:
     """Print each setting with its value and origin."""
     del output
     settings = open_session(target).settings()
-    return CommandResult(data={"settings": settings}, show=lambda: _show(settings))
+    return CommandResult(data=Settings(settings), show=lambda: _show(settings))
 
 
-def _show(settings: dict[str, Setting]) -> None:
+def _show(settings: Mapping[str, Setting]) -> None:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("setting", "value", "from"):
         table.add_column(heading)

@@ -5,9 +5,10 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from msgspec import Struct
 from rich.table import Table
 from rich.text import Text
 
@@ -18,7 +19,6 @@ from sparkinstall.core.session import Target, open_state
 from sparkinstall.core.verify import VerifyOptions
 from sparkinstall.errors import BadUsage, Problem, Storage, storage_problem
 from sparkinstall.support import bundle, identity
-from sparkinstall.support.bundle import Bundle
 from sparkinstall.support.mask import Mask
 from sparkinstall.support.results import results
 from sparkinstall.system.local import replace_file
@@ -36,6 +36,23 @@ Archive = Annotated[
 _LARGEST = 25_000_000
 
 
+class PackedMember(Struct, frozen=True):
+    """Name and size of a file in the archive."""
+
+    name: str
+    bytes: int
+
+
+class Packed(Struct, frozen=True):
+    """The archive that was written; `missing` and `masked` as in `Bundle`."""
+
+    path: str
+    bytes: int
+    members: tuple[PackedMember, ...]
+    missing: tuple[str, ...]
+    masked: str
+
+
 @verb("support-bundle", "root", "config", reads_only=True)
 def support_bundle(
     target: Target, output: Output, archive: Archive = None, level: options.HowFar = None, yes: options.Yes = False
@@ -49,7 +66,9 @@ def support_bundle(
     found = results(target, chosen, on)
     made = bundle.gather(found.node, on, mask, found.members, found.missing)
     size = write_bundle(path, made.packed())
-    return CommandResult(data=_data(path, size, made), show=lambda: _show(path, size, made))
+    members = tuple(PackedMember(each.name, len(each.data)) for each in made.members)
+    packed = Packed(str(path), size, members, made.missing, made.masked)
+    return CommandResult(data=packed, show=lambda: _show(packed))
 
 
 def _place(output: Path | None, yes: bool) -> Path:
@@ -91,24 +110,17 @@ def _unwritable(path: Path, error: OSError) -> Storage:
     return problem
 
 
-def _data(path: Path, size: int, made: Bundle) -> dict[str, Any]:
-    members = [{"name": each.name, "bytes": len(each.data)} for each in made.members]
-    return {
-        "path": str(path), "bytes": size, "members": members, "missing": list(made.missing), "masked": made.masked,
-    }  # fmt: skip
-
-
-def _show(path: Path, size: int, made: Bundle) -> None:
+def _show(packed: Packed) -> None:
     out = console()
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(justify="right")
-    for member in made.members:
-        table.add_row(Text(f"  {member.name}"), Text(f"{len(member.data) / 1024:,.1f} KiB", style="dim"))
+    for member in packed.members:
+        table.add_row(Text(f"  {member.name}"), Text(f"{member.bytes / 1024:,.1f} KiB", style="dim"))
     out.print(table)
-    for each in made.missing:
+    for each in packed.missing:
         out.print(Text.assemble(("  ! ", "yellow"), f"missing: {each}"))
-    out.print(f"\n[green bold]✓[/] {path} ({size / 1024:,.0f} KiB)", soft_wrap=True)
+    out.print(f"\n[green bold]✓[/] {packed.path} ({packed.bytes / 1024:,.0f} KiB)", soft_wrap=True)
     out.print("Nothing was sent anywhere. Review the archive, then attach it to your issue.")
-    if made.masked:
-        out.print(Text(f"masked: {made.masked}", style="dim"))
+    if packed.masked:
+        out.print(Text(f"masked: {packed.masked}", style="dim"))

@@ -13,10 +13,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from sparkinstall.cli.hints import pointed
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
 from sparkinstall.core.fixes import FixState
-from sparkinstall.core.session import pointed
 from sparkinstall.errors import Problem
 from sparkinstall.probes import Verdict
 from sparkinstall.redaction import redact

@@ -1,6 +1,6 @@
 """`sparkinstall verify`: is everything in the desired state, and does it work? Text, JSON and JUnit output."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,6 @@ from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.core.verify import Verification, VerifyOptions
 from sparkinstall.core.verify import verify as verify_node
 from sparkinstall.errors import Exit, Problem
-
-_FEW_NAMES = 4
 
 
 @verb("verify", *NODE, reads_only=True)
@@ -71,24 +69,19 @@ def _show(session: Session, found: Verification, verbose: bool) -> None:
         out.print("[bold]The fixes[/]")
         show_fixes(found.standing, out, session.root_option)
         out.print()
-    out.print(_conclusion(found, session.root_option, verbose))
+    out.print(_conclusion(found, session.root_option))
 
 
-def _conclusion(found: Verification, root: str, verbose: bool) -> str:
+def _conclusion(found: Verification, root: str) -> str:
     if found.drifted or found.failed:
         return f"[red bold]✗[/] {'drift' if found.drifted else 'failure'} found; {_way_out(found, root)}"
     if found.wrong:
         return f"[red bold]✗[/] skipped, and --strict was given: {', '.join(found.skipped)}"
     warned = sum(each.verdict == "warn" for each in found.results)
     notes = [f"{warned} warning{'s' if warned > 1 else ''}"] if warned else []
-    notes += [_unseen(found.skipped, verbose)] if found.skipped else []
+    notes += [f"{len(found.skipped)} skipped"] if found.skipped else []
     well = "everything that was checked is ok" if found.skipped else "everything is ok"
     return f"[green bold]✓[/] {well}" + (f" ({'; '.join(notes)})" if notes else "")
-
-
-def _unseen(names: Sequence[str], verbose: bool) -> str:
-    which = ", ".join(names) if verbose or len(names) <= _FEW_NAMES else "-v names them"
-    return f"{len(names)} skipped: {which}"
 
 
 def _way_out(found: Verification, root: str) -> str:

@@ -27,6 +27,7 @@ VERSION = 1
 """The version of the envelope that both ends speak."""
 
 _Message = TypeVar("_Message", covariant=True)
+_Data = TypeVar("_Data")
 
 
 class Request(Struct, frozen=True):
@@ -84,6 +85,14 @@ class Look(Struct, frozen=True):
     armed: bool = False
     user: str = "USER"
     executor: str = ""
+
+
+class Planned(Struct, frozen=True):
+    """Reply of `plan`. `drift`: `all` would change something."""
+
+    drift: bool
+    preflight: Sequence[ProbeResult]
+    steps: Sequence[StepReport]
 
 
 class Applied(Struct, frozen=True):
@@ -212,12 +221,14 @@ def announced(line: str, announcement: type[_Message]) -> _Message | None:
 # --- the reply as a whole
 
 
-class Envelope(Struct, frozen=True):
+class Envelope(Struct, Generic[_Data], frozen=True, kw_only=True):
     """The whole reply. `data` is the verb's own message."""
 
-    version: int
+    version: int = VERSION
+    command: str = ""
+    status: str = ""
     exit_code: int
-    data: msgspec.Raw
+    data: _Data
     errors: tuple[Problem, ...]
 
 
@@ -247,7 +258,7 @@ def decode(reply: bytes, message: type[_Message], host: str = "") -> Reply[_Mess
             f"the node replies in version {version} of the protocol, but this sparkinstall speaks version {VERSION}",
             hint=hint,
         )
-    envelope = msgspec.json.decode(reply, type=Envelope, dec_hook=as_problem)
+    envelope = msgspec.json.decode(reply, type=Envelope[msgspec.Raw], dec_hook=as_problem)
     for problem in envelope.errors:
         problem.log = f"{host}:{problem.log}" if host and problem.log else problem.log
     nothing = bytes(envelope.data) == b"{}"

@@ -1,7 +1,6 @@
 """Turn a command line into a node: settings in layers, the stack, the state on the node."""
 
 import platform
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from functools import reduce
@@ -24,7 +23,6 @@ from sparkinstall.node import Node
 from sparkinstall.steps import Step
 from sparkinstall.system.local import LocalSystem
 
-_COMMAND = re.compile(r"`(sparkinstall (?:all|plan|verify|doctor|support-bundle|status|uninstall|run)\b[^`]*)`")
 _RECORDED = "the last `all` or `run`"
 
 
@@ -101,11 +99,6 @@ class Session(Struct, frozen=True):
             each.name: Setting(reduce(getattr, each.name.split("."), self.node.config), self.sources[each.name])
             for each in configuration.settings()
         }
-
-
-def pointed(text: str, root: str) -> str:
-    """Add `root`, the `--root` of this run as an option, to the commands in `text`: they mean the same node then."""
-    return _COMMAND.sub(lambda found: found[0] if "--root" in found[0] else f"`{found[1]}{root}`", text)
 
 
 def open_session(target: Target) -> Session:

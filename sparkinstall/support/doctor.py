@@ -1,7 +1,8 @@
 """Sort the results of all checks and probes of a node by severity: broken, look at, skipped, ok."""
 
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from msgspec import Struct
@@ -11,7 +12,7 @@ from sparkinstall import __version__
 from sparkinstall.core import catalogue, checks, verify
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
-from sparkinstall.core.session import Session, pointed
+from sparkinstall.core.session import Session
 from sparkinstall.core.verify import VerifyOptions
 from sparkinstall.errors import BadUsage, NeedsRoot, NotThere, Problem
 from sparkinstall.events import Emit, silent
@@ -48,35 +49,45 @@ class Item(Struct, frozen=True):
 
 
 class Checkup(Struct, frozen=True):
-    """Result of an examination, masked. `wrong`: there is drift or a failure, or that could not be determined.
+    """What an examination found, masked: the items by their weight. `masked`: what was masked, in words."""
+
+    machine: Mapping[str, str]
+    installed: bool
+    broken: tuple[Item, ...]
+    look_at: tuple[Item, ...]
+    ok: tuple[Item, ...]
+    skipped: tuple[Item, ...]
+    masked: str
+
+
+class Examination(Struct, frozen=True):
+    """A checkup. `wrong`: there is drift or a failure, or that could not be determined.
 
     `root_option` is masked too: the folder of a rehearsal may be in a user's home.
     """
 
-    machine: Mapping[str, str]
-    installed: bool
-    items: tuple[Item, ...]
+    checkup: Checkup
     wrong: bool
-    masked: str
     root_option: str
 
-    def of(self, weight: Weight) -> list[Item]:
-        return [item for item in self.items if item.weight == weight]
 
-
-def examine(session: Session, options: VerifyOptions, emit: Emit = silent) -> Checkup:
-    """Run the preflight, and the checks and probes that `options` choose.
+def examine(session: Session, options: VerifyOptions, point: Callable[[str], str], emit: Emit = silent) -> Examination:
+    """Run the preflight, and the checks and probes that `options` choose; `point` completes the commands of a hint.
 
     Raises:
         BadUsage: an unknown name or level.
     """
     items, installed, wrong = _examined(session, options, emit)
     mask = Mask(identity.known(session.system))
-    shown = tuple(_masked(item, session, mask) for item in items)
+    shown: dict[Weight, list[Item]] = defaultdict(list)
+    for item in items:
+        title, found, expected, hint = map(mask.text, (item.title, item.found, item.expected, point(item.hint)))
+        shown[item.weight].append(replace(item, title=title, found=found, expected=expected, hint=hint))
     facts: dict[str, str] = mask.data(machine_facts(session.node, session.system))
-    wrong = wrong or any(each.weight == "broken" for each in shown)
     root = mask.text(session.root_option)
-    return Checkup(facts, installed, shown, wrong, mask.summary(), root)
+    broken, look_at, ok, skipped = (tuple(shown[weight]) for weight in ("broken", "look-at", "ok", "skipped"))
+    checkup = Checkup(facts, installed, broken, look_at, ok, skipped, mask.summary())
+    return Examination(checkup, wrong or bool(broken), root)
 
 
 def _examined(session: Session, options: VerifyOptions, emit: Emit) -> tuple[list[Item], bool, bool]:
@@ -90,15 +101,13 @@ def _examined(session: Session, options: VerifyOptions, emit: Emit) -> tuple[lis
     except Problem as problem:
         return [of_problem(problem), *_before(session, options, True), *_of_machine(session, options)], True, True
     probes = of_probes("probe", found.probes, found.results)
-    items = [*_before(session, options, True), *of_checks(found.reports), *probes]
+    items = [*_before(session, options, True), *map(of_step, found.reports), *probes]
     return items, True, found.wrong
 
 
 def _before(session: Session, options: VerifyOptions, installed: bool) -> list[Item]:
     """Run the preflight, unless single names were selected."""
-    if options.only:
-        return []
-    probes = list(preflight.preflight(session.node))
+    probes = [] if options.only else list(preflight.preflight(session.node))
     return of_probes("preflight", probes, checks.look(probes, session.system, silent), installed)
 
 
@@ -108,12 +117,6 @@ def _of_machine(session: Session, options: VerifyOptions) -> list[Item]:
     own = {probe.name for probe in checks.of_no_step(session.node)}
     probes = [probe for probe in chosen.probes if probe.name in own]
     return of_probes("probe", probes, checks.look(probes, session.system, silent))
-
-
-def _masked(item: Item, session: Session, mask: Mask) -> Item:
-    shown = (item.title, item.found, item.expected, pointed(item.hint, session.root_option))
-    title, found, expected, hint = map(mask.text, shown)
-    return replace(item, title=title, found=found, expected=expected, hint=hint)
 
 
 def machine_facts(node: Node, on: Reader) -> dict[str, str]:
@@ -132,12 +135,8 @@ def machine_facts(node: Node, on: Reader) -> dict[str, str]:
     return {**{name: value for name, value in found.items() if value}, **ours}
 
 
-def of_checks(reports: Iterable[StepReport]) -> list[Item]:
-    """Turn the checks of steps into items: are files, packages and services up to date?"""
-    return [_of_step(each) for each in reports]
-
-
-def _of_step(report: StepReport) -> Item:
+def of_step(report: StepReport) -> Item:
+    """Return the item of a step: are its files, packages and services up to date?"""
     weight, found, hint = _judged(report)
     step = catalogue.named(report.name)
     return Item(
@@ -188,7 +187,7 @@ def _of_probe(kind: Kind, probe: Probe, result: ProbeResult, installed: bool) ->
 
 
 def of_problem(problem: Problem) -> Item:
-    """Turn a problem that prevents all checks into an item."""
+    """Return the item of a problem that prevents all checks."""
     means = "Nothing that sparkinstall set up could be checked."
     return Item(
         "installed", "check", "broken", "installation by sparkinstall", problem.message, "", means, problem.hint

@@ -13,6 +13,7 @@ import pytest
 
 from sparkinstall import __version__
 from sparkinstall.cli import app
+from sparkinstall.cli.hints import pointed
 from sparkinstall.errors import BadUsage, Interrupted
 from sparkinstall.probes import Probe, failed
 from tests.support.rehearsals import (
@@ -191,3 +192,13 @@ def test_help_imports_no_library_that_only_verbs_need() -> None:
 @pytest.mark.parametrize("name", [name for name, (_, line) in app.VERBS.items() if line])
 def test_help_of_the_group_equals_that_of_the_verb(name: str) -> None:
     assert (app.command(name).help or "").splitlines()[0] == app.VERBS[name][1]
+
+
+@pytest.mark.parametrize("line", [*app.VERBS, "settings show", "run nccl --force", "--help", "-v"])
+def test_command_in_a_hint_gets_the_root_if_its_verb_takes_one(line: str) -> None:
+    takes_root = line not in ("cluster", "diagnose", "settings", "node", "--help", "-v")
+    text, root = "see `sparkinstall {}` and `apt`", " --root ./node"
+    expected = text.format(line + root if takes_root else line)
+    assert pointed(text.format(line), root) == expected
+    assert pointed(expected, root) == expected
+    assert pointed(text.format(line), "") == text.format(line)

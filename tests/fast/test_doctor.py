@@ -195,9 +195,7 @@ def test_doctor_only_a_probe_skips_the_preflight_checks(node: Path) -> None:
 
 
 def of_step(*states: Any, problem: Any = None) -> checkup.Item:
-    report = StepReport.of("nccl", states, problem)
-    (item,) = checkup.of_checks([report])
-    return item
+    return checkup.of_step(StepReport.of("nccl", states, problem))
 
 
 def test_of_checks_weighs_every_state() -> None:
