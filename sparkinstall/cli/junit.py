@@ -104,50 +104,42 @@ def write(path: Path, cases: Sequence[Case], strict: bool, root: str = "") -> No
     Raises:
         Storage: the file cannot be written.
     """
-    cases = [_pointed(case, root) for case in cases]
-    words = {"name": "sparkinstall verify", **_counted(cases, strict)}
-    whole = ElementTree.Element("testsuites", words)
+    cases = [_completed(case, strict, root) for case in cases]
+    whole = ElementTree.Element("testsuites", {"name": "sparkinstall verify", **_counted(cases)})
     for suite in ("checks", *LEVELS):
-        mine = [case for case in cases if case.suite == suite]
-        if mine:
-            whole.append(_suite(suite, mine, strict))
+        if mine := [case for case in cases if case.suite == suite]:
+            whole.append(_suite(suite, mine))
     try:
         ElementTree.ElementTree(whole).write(path, encoding="utf-8", xml_declaration=True)
     except OSError as error:
         raise storage_problem(error, f"writing {path}") from error
 
 
-def _pointed(case: Case, root: str) -> Case:
+def _completed(case: Case, strict: bool, root: str) -> Case:
     bad, skipped, said = (pointed(each, root) for each in (case.bad, case.skipped, case.said))
-    return replace(case, bad=bad, skipped=skipped, said=said)
+    if strict and skipped and not bad:
+        bad = f"skipped, and --strict was given: {skipped}"
+    return replace(case, bad=bad, skipped="" if bad else skipped, said=said)
 
 
-def _counted(cases: Sequence[Case], strict: bool) -> dict[str, str]:
-    failures = sum(bool(case.bad or (strict and case.skipped)) for case in cases)
-    seconds = f"{sum(case.seconds for case in cases):.3f}"
-    return {"tests": str(len(cases)), "failures": str(failures), "errors": "0", "time": seconds}
+def _counted(cases: Sequence[Case]) -> dict[str, str]:
+    failures, seconds = sum(bool(case.bad) for case in cases), sum(case.seconds for case in cases)
+    return {"tests": str(len(cases)), "failures": str(failures), "errors": "0", "time": f"{seconds:.3f}"}
 
 
-def _suite(name: str, cases: Sequence[Case], strict: bool) -> ElementTree.Element:
-    skipped = 0 if strict else sum(bool(case.skipped and not case.bad) for case in cases)
-    words = {"name": f"sparkinstall.{name}", **_counted(cases, strict), "skipped": str(skipped)}
-    suite = ElementTree.Element("testsuite", words)
+def _suite(name: str, cases: Sequence[Case]) -> ElementTree.Element:
+    skipped = str(sum(bool(case.skipped) for case in cases))
+    suite = ElementTree.Element("testsuite", {"name": f"sparkinstall.{name}", **_counted(cases), "skipped": skipped})
     for case in cases:
-        _add(suite, case, strict)
+        words = {"classname": f"sparkinstall.{case.suite}", "name": case.name, "time": f"{case.seconds:.3f}"}
+        element = ElementTree.SubElement(suite, "testcase", words)
+        if case.bad:
+            _because(element, "failure", case.bad).set("type", "verify")
+        elif case.skipped:
+            _because(element, "skipped", case.skipped)
+        if case.said:
+            ElementTree.SubElement(element, "system-out").text = _fit(case.said)
     return suite
-
-
-def _add(suite: ElementTree.Element, case: Case, strict: bool) -> None:
-    words = {"classname": f"sparkinstall.{case.suite}", "name": case.name, "time": f"{case.seconds:.3f}"}
-    element = ElementTree.SubElement(suite, "testcase", words)
-    reason = case.bad or case.skipped
-    if case.bad or (strict and case.skipped):
-        said = reason if case.bad else f"skipped, and --strict was given: {reason}"
-        _because(element, "failure", said).set("type", "verify")
-    elif case.skipped:
-        _because(element, "skipped", reason)
-    if case.said:
-        ElementTree.SubElement(element, "system-out").text = _fit(case.said)
 
 
 def _because(element: ElementTree.Element, kind: str, said: str) -> ElementTree.Element:

@@ -31,7 +31,10 @@ def uninstall(
 
     def agree(changes: Sequence[Change]) -> None:
         if not output.json:
-            _show_plan([_in_words(change, state) for change in changes])
+            out = console()
+            out.print("[bold]To undo[/]")
+            for change in changes:
+                out.print(f"  {_in_words(change, state)}", markup=False)
         confirm("Undo all of it?", agreed=yes or state.system.rehearsal, default=False)
 
     done = uninstall_node(state, agree, purge_cache)
@@ -44,13 +47,6 @@ def _in_words(change: Change, state: StateFolder) -> str:
         names = sorted({name for record in change.records for name in record.undo.after["packages"]})
         return f"{'packages':26}{', '.join(names)}"
     return f"{_KINDS.get(change.undo.kind, change.undo.kind):26}{state.system.real(change.undo.subject)}"
-
-
-def _show_plan(lines: list[str]) -> None:
-    out = console()
-    out.print("[bold]To undo[/]")
-    for line in lines:
-        out.print(f"  {line}", markup=False)
 
 
 def _show(state: StateFolder, done: Uninstallation, purged: bool) -> None:

@@ -10,21 +10,9 @@ from sparkinstall.config.schema import (
     ServingConfig,
     Setting,
     settings,
-)
+)  # fmt: skip
 
 __all__ = (
-    "DEFAULT_FILES",
-    "ClusterConfig",
-    "Config",
-    "Layer",
-    "NcclConfig",
-    "NetworkConfig",
-    "ServingConfig",
-    "Setting",
-    "anchored",
-    "build",
-    "parse_assignment",
-    "read_layer",
-    "safe_path",
-    "settings",
-)
+    "DEFAULT_FILES", "ClusterConfig", "Config", "Layer", "NcclConfig", "NetworkConfig", "ServingConfig", "Setting",
+    "anchored", "build", "parse_assignment", "read_layer", "safe_path", "settings",
+)  # fmt: skip

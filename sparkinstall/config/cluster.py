@@ -6,6 +6,8 @@ from sparkinstall import ray_ports
 from sparkinstall.config import Config
 from sparkinstall.errors import BadConfig
 
+_NAMED = "set them with `cluster.head` and `cluster.workers`, or `--head` and `--worker`"
+
 
 def require_sound(config: Config) -> None:
     """Check that the addresses differ, are in one subnet and include this node's, and that no port is used twice.
@@ -16,6 +18,7 @@ def require_sound(config: Config) -> None:
     cluster, length = config.cluster, config.network.prefix_length
     everyone = (cluster.head, *cluster.workers)
     link = IPv4Interface(f"{cluster.head}/{length}").network
+    twin = IPv4Interface(f"{config.network.twin_subnet}/{length}").network
     for each in everyone:
         if everyone.count(each) > 1:
             raise BadConfig(f"two nodes have the address {each}", hint=_NAMED)
@@ -23,22 +26,13 @@ def require_sound(config: Config) -> None:
             raise BadConfig(f"{each} is not in the head's subnet {link}", hint=_NAMED)
         if IPv4Address(each) in (link.network_address, link.broadcast_address):
             raise BadConfig(f"{each} is the subnet {link} itself, not a node in it", hint=_NAMED)
-    _require_twin_apart(config)
-    _require_own(config)
-    _require_ports_apart(config)
-
-
-_NAMED = "set them with `cluster.head` and `cluster.workers`, or `--head` and `--worker`"
-
-
-def _require_twin_apart(config: Config) -> None:
-    link = IPv4Interface(f"{config.cluster.head}/{config.network.prefix_length}").network
-    twin = IPv4Interface(f"{config.network.twin_subnet}/{config.network.prefix_length}").network
     if link.overlaps(twin):
         raise BadConfig(
             f"both halves of the port would be in one subnet: {link} and {twin}; NCCL and routing do not support that",
             hint="set `network.twin_subnet` to another one",
         )
+    _require_own(config)
+    _require_ports_apart(config)
 
 
 def _require_own(config: Config) -> None:

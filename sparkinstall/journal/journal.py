@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from msgspec import Struct, to_builtins
 
 from sparkinstall import schema
 from sparkinstall.errors import Blocked, JournalDamaged, Problem, Storage, storage_problem
-from sparkinstall.system import Undo
+from sparkinstall.system import Reader, Undo
 from sparkinstall.system.local import replace_file
 
 VERSION = 1
@@ -153,6 +154,18 @@ class Journal:
         except OSError as error:
             raise storage_problem(error, f"writing the journal {self.path}") from error
         self._known = ordered
+
+
+def fingerprint(on: Reader, path: str) -> dict[str, Any]:
+    """Return the state of `path` for the journal."""
+    entry = on.entry(path)
+    if entry is None:
+        return {"kind": "absent"}
+    if entry.kind == "link":
+        return {"kind": "link", "target": entry.target}
+    if entry.kind == "file":
+        return {"kind": "file", "sha256": hashlib.sha256(on.read(path) or b"").hexdigest(), "mode": entry.mode}
+    return {"kind": entry.kind}
 
 
 def unreadable(path: Path) -> Problem:

@@ -77,10 +77,8 @@ class StateFolder:
         except (JournalDamaged, Storage) as problem:
             return problem
         # Written last, and only by us: an environment with it is complete and ours.
-        made = not known and self.system.entry(node.venv_stamp)
-        return self._lost(node) if made else None
-
-    def _lost(self, node: Node) -> JournalDamaged:
+        if known or not self.system.entry(node.venv_stamp):
+            return None
         prefix = self.system.real(node.prefix)
         return JournalDamaged(
             f"{prefix} contains an installation, but {self.home}/journal.jsonl is missing or empty",
@@ -200,17 +198,13 @@ class StateFolder:
             self._make_at_once(top, missing)
         except PermissionError as error:
             if not self.system.sudo:
-                raise self._not_ours(top.parent) from error
+                raise Storage(
+                    f"{self.home} cannot be created: permission denied",
+                    cause=f"you may not write to the folder {top.parent}",
+                    hint=f"choose a folder of your own (`--root`), or make this one writable: chmod u+wx {top.parent}",
+                ) from error
             self.system.make_dir(FOLDER, 0o700)
             self._begin(self.home, [])
-
-    def _not_ours(self, folder: Path) -> Storage:
-        """Return the problem of a parent folder of another user, if sudo is not used, as in a rehearsal."""
-        return Storage(
-            f"{self.home} cannot be created: permission denied",
-            cause=f"you may not write to the folder {folder}",
-            hint=f"choose a folder of your own (`--root`), or make this one writable: chmod u+wx {folder}",
-        )
 
     def _make_at_once(self, top: Path, missing: list[Path]) -> None:
         # Folders and first records appear together by one rename, so that a kill cannot leave half of them.

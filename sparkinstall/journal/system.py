@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from sparkinstall.errors import Blocked
 from sparkinstall.events import Emit, LineRead, Progressed
-from sparkinstall.journal.journal import Journal
+from sparkinstall.journal.journal import Journal, fingerprint
 from sparkinstall.redaction import redact
 from sparkinstall.system import Entry, Result, RunOptions, System, Undo, processes
 
@@ -51,45 +51,38 @@ class JournaledSystem(System):
         self._journal.add(self._step, undo)
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
+        after = {"kind": "file", "sha256": hashlib.sha256(data).hexdigest(), "mode": mode}
         self._make_parents(path)
-        # A claimed folder is removed as a whole, so its files need no originals.
-        if not self._is_claimed(path):
-            after = {"kind": "file", "sha256": hashlib.sha256(data).hexdigest(), "mode": mode}
-            self.promise(Undo("path", path, self._remember(path), after))
+        self._record_path(path, after)
         self._raw.write(path, data, mode)
 
     def remove(self, path: str) -> None:
-        if self.entry(path) is None:
-            return
-        if not self._is_claimed(path):
-            self.promise(Undo("path", path, self._remember(path), {"kind": "absent"}))
-        self._raw.remove(path)
+        if self.entry(path) is not None:
+            self._record_path(path, {"kind": "absent"})
+            self._raw.remove(path)
 
     def link(self, path: str, target: str) -> None:
         self._make_parents(path)
-        if not self._is_claimed(path):
-            self.promise(Undo("path", path, self._remember(path), {"kind": "link", "target": target}))
+        self._record_path(path, {"kind": "link", "target": target})
         self._raw.link(path, target)
 
+    def _record_path(self, path: str, after: Mapping[str, Any]) -> None:
+        # A claimed folder is removed as a whole, so its files need no originals.
+        if not self._is_claimed(path):
+            self.promise(Undo("path", path, self._remember(path), after))
+
     def _remember(self, path: str) -> dict[str, Any]:
-        was = self.entry(path)
-        if was is None:
-            return {"kind": "absent"}
-        if was.kind == "link":
-            return {"kind": "link", "target": was.target}
+        was, now = self.entry(path), fingerprint(self, path)
+        # Our own content is not an original: the first record of the path has that.
+        if was is None or was.kind == "link" or now in self._left_at(path):
+            return now
         if was.kind != "file":
             raise Blocked(
                 f"{self.real(path)} is a {was.kind}, but sparkinstall needs a file there",
                 hint="move it away, then run again",
             )
-        content = self.read(path) or b""
-        own = {"kind": "file", "sha256": hashlib.sha256(content).hexdigest(), "mode": was.mode}
-        if own in self._left_at(path):
-            # Our own content is not an original: the first record of the path has that.
-            return own
-        sha256 = self._journal.keep(content)
-        meta = {"mode": was.mode, "uid": was.uid, "gid": was.gid, "mtime_ns": was.mtime_ns}
-        return {"kind": "file", "sha256": sha256, **meta}
+        sha256 = self._journal.keep(self.read(path) or b"")
+        return {**now, "sha256": sha256, "uid": was.uid, "gid": was.gid, "mtime_ns": was.mtime_ns}
 
     def _left_at(self, path: str) -> list[Mapping[str, Any]]:
         undos = (record.undo for record in self._journal.records())

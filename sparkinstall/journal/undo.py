@@ -1,6 +1,5 @@
 """Undo everything from the journal alone, last change first."""
 
-import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -8,9 +7,9 @@ from msgspec import Struct
 
 from sparkinstall.errors import Problem, storage_problem
 from sparkinstall.events import Emit, silent
-from sparkinstall.journal.journal import Journal, Record
+from sparkinstall.journal.journal import Journal, Record, fingerprint
 from sparkinstall.journal.state_dir import StateFolder
-from sparkinstall.system import UNDO_FUNCTIONS, Entry, System, Undo, Undone
+from sparkinstall.system import UNDO_FUNCTIONS, System, Undo, Undone
 from sparkinstall.system.local import staged
 
 _META = ("mode", "uid", "gid", "mtime_ns")
@@ -85,18 +84,6 @@ def _restore_meta(path: str, before: Mapping[str, Any], on: System) -> None:
         return
     if (now.mode, now.uid, now.gid, now.mtime_ns) != tuple(before[name] for name in _META):
         on.restore_meta(path, before["mode"], before["uid"], before["gid"], before["mtime_ns"])
-
-
-def fingerprint(on: System, path: str) -> dict[str, Any]:
-    """Return the state of `path` for the journal."""
-    entry: Entry | None = on.entry(path)
-    if entry is None:
-        return {"kind": "absent"}
-    if entry.kind == "link":
-        return {"kind": "link", "target": entry.target}
-    if entry.kind == "file":
-        return {"kind": "file", "sha256": hashlib.sha256(on.read(path) or b"").hexdigest(), "mode": entry.mode}
-    return {"kind": entry.kind}
 
 
 def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
