@@ -164,21 +164,19 @@ class PythonEnvironment(Struct, frozen=True):
         return self.node.config.environment.python or self.node.stack.python
 
     def _fill(self, on: System, lock: Sequence[Pin]) -> None:
-        whole, own = self.node.venv_lock, self.node.installed_lock
-        on.write(whole, render_lock(lock).encode())
-        on.write(own, render_lock(self._wanted(lock)).encode())
-        self._install(on, on.real(whole), on.real(own))
+        on.write(self.node.venv_lock, render_lock(lock).encode())
+        on.write(self.node.installed_lock, render_lock(self._wanted(lock)).encode())
+        self._install(on)
         # Record files that differ from RECORD, which some wheels get wrong: only now are they known to be original.
         if rows := wheel_files.unlike_their_records(self.node, on):
             on.write(self.node.wheel_exceptions, rows.encode())
 
-    def _install(self, on: System, whole: str, own: str) -> None:
-        del own
-        self._pip(on, whole, *(_for_platform(self.node) if self.node.foreign else ()))
+    def _install(self, on: System) -> None:
+        self._pip(on, self.node.venv_lock, *(_for_platform(self.node) if self.node.foreign else ()))
 
     def _pip(self, on: System, lock: str, *options: str) -> None:
         argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--only-binary", ":all:"]
-        _uv(on, self.node, [*argv, "--python", on.real(self.node.venv), *options, "-r", lock])
+        _uv(on, self.node, [*argv, "--python", on.real(self.node.venv), *options, "-r", on.real(lock)])
 
 
 class VllmAlone(PythonEnvironment, frozen=True):
@@ -205,9 +203,9 @@ class VllmAlone(PythonEnvironment, frozen=True):
         found = on.ask(uv(), "python", "find", "--no-python-downloads", wanted, env=environment)
         return found.out.strip() if found.ok else sys.executable
 
-    def _install(self, on: System, whole: str, own: str) -> None:
-        self._pip(on, whole, *_for_platform(self.node), "--dry-run")
-        self._pip(on, own, *_for_platform(self.node), "--no-deps")
+    def _install(self, on: System) -> None:
+        self._pip(on, self.node.venv_lock, *_for_platform(self.node), "--dry-run")
+        self._pip(on, self.node.installed_lock, *_for_platform(self.node), "--no-deps")
 
 
 def environment_of(node: Node) -> PythonEnvironment:

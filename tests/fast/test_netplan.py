@@ -419,8 +419,8 @@ def test_netplan_file_keeps_the_entries_of_others(others: dict[str, Any], ours: 
     elsewhere = files.without(files.NetplanFile("/etc/netplan/x.yaml", content), [("ethernets", FIRST)])
     assert yaml.safe_load(elsewhere or b"") == {"network": kept}
     former = files.NetplanFile(f"/{TARGET}", content)
-    half = files.Half(FIRST, IPv4Interface("192.168.100.10/24"))
-    joined = yaml.safe_load(files.rendered([half], 9000, "networkd", former, {FIRST}))["network"]
+    half = files.Half(FIRST, IPv4Interface("192.168.100.10/24"), 9000)
+    joined = yaml.safe_load(files.rendered([half], "networkd", former, {FIRST}))["network"]
     assert joined["ethernets"].pop(FIRST)["mtu"] == 9000
     assert joined == {**kept, "ethernets": others}
 

@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from sparkinstall import safe_yaml
 from sparkinstall.errors import Problem
+from sparkinstall.facts import ip
 from sparkinstall.facts.sysfs import CONNECTX_DRIVER, NET, driver_of, text_of
 from sparkinstall.resources.template import render
 from sparkinstall.system import Reader
@@ -238,15 +239,34 @@ class Half(Struct, frozen=True):
 
     name: str
     address: IPv4Interface
+    mtu: int
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.address}, MTU {self.mtu}"
+
+    def is_live(self, now: Mapping[str, ip.Live]) -> bool:
+        """Return whether it is up as desired; `now` has the current state of every interface."""
+        there = now.get(self.name)
+        if there is None or not there.up or there.mtu != self.mtu:
+            return False
+        # NetworkManager configures addresses only with a carrier; `verify` reports a missing one.
+        return str(self.address) in there.addresses or not there.carrier
+
+    def found(self, now: Mapping[str, ip.Live]) -> str:
+        """Describe its current state."""
+        there = now.get(self.name)
+        if there is None or not there.up:
+            return f"{self.name}: down"
+        return f"{self.name}: {', '.join(there.addresses) or 'no address'}, MTU {there.mtu}"
 
 
-def rendered(halves: Sequence[Half], mtu: int, by: str, former: NetplanFile | None, dropped: set[str]) -> bytes:
+def rendered(halves: Sequence[Half], by: str, former: NetplanFile | None, dropped: set[str]) -> bytes:
     """Return our file: `halves` with the renderer `by`, and other definitions of the `former` file of that name."""
     kept = _kept(former, dropped) if former else []
     by_default = [pair for pair in kept if pair[0].value == "renderer"]
     ethernets = [pair for kind, group in kept if kind.value == "ethernets" for pair in group.value]
     others = [pair for pair in kept if pair[0].value not in ("version", "renderer", "ethernets")]
-    values = {"halves": halves, "mtu": mtu, "by": by, "kept_renderer": _indented(by_default, 2)}
+    values = {"halves": halves, "by": by, "kept_renderer": _indented(by_default, 2)}
     values |= {"kept_ethernets": _indented(ethernets, 4), "kept_kinds": _indented(others, 2)}
     return render(_TEMPLATE, values)
 

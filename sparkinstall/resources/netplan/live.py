@@ -32,8 +32,9 @@ class _Plan(Struct, frozen=True, dict=True):
 
     @cached_property
     def halves(self) -> tuple[files.Half, ...]:
-        twins = qsfp.port_to_look_at(self.on, self.node).twins
-        return tuple(files.Half(t.name, a) for t, a in zip(twins, network.own_addresses(self.node), strict=False))
+        names, mtu = qsfp.port_to_look_at(self.on, self.node).names, self.node.config.network.mtu
+        own = network.own_addresses(self.node)
+        return tuple(files.Half(name, address, mtu) for name, address in zip(names, own, strict=False))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -73,7 +74,7 @@ class _Plan(Struct, frozen=True, dict=True):
         mine = {claim.id for claim in self.claims if claim.file.path == files.TARGET}
         dropped = mine | set(self.target.formerly_ours if self.target else ())
         by = _renderer(self.on, self.read)
-        return files.rendered(self.halves, self.node.config.network.mtu, by, self.target, dropped)
+        return files.rendered(self.halves, by, self.target, dropped)
 
     def _target_is_right(self) -> bool:
         entry = self.on.entry(files.TARGET)
@@ -231,40 +232,20 @@ class LiveLink(Struct, frozen=True):
     node: Node
 
     def node_only(self, on: Reader) -> str:
-        halves, mtu = _Plan(on, self.node).halves, self.node.config.network.mtu
-        return f"applying it with netplan: {', '.join(_then(each, mtu) for each in halves)}"
+        return f"applying it with netplan: {', '.join(map(str, _Plan(on, self.node).halves))}"
 
     def check(self, on: Reader) -> State:
-        plan, mtu, now = _Plan(on, self.node), self.node.config.network.mtu, ip.live(on)
-        if any(not _is_so(each, mtu, now) for each in plan.halves):
+        halves, now = _Plan(on, self.node).halves, ip.live(on)
+        if not all(each.is_live(now) for each in halves):
             qsfp.used_port(on, self.node)
-            before, after = (_now(each, now) for each in plan.halves), (_then(each, mtu) for each in plan.halves)
-            return Drift("apply the network", "\n".join(before) + "\n", "\n".join(after) + "\n")
+            before, after = "".join(f"{each.found(now)}\n" for each in halves), "".join(f"{each}\n" for each in halves)
+            return Drift("apply the network", before, after)
         if rollback.armed(on, TIMER) and not self.node.confirm_later:
             return Drift("confirm the network that an earlier run left unconfirmed")
         return Ok()
 
     def apply(self, on: System) -> None:
         _guarded(on, _Plan(on, self.node), lambda: None)
-
-
-def _is_so(half: files.Half, mtu: int, now: Mapping[str, ip.Live]) -> bool:
-    there = now.get(half.name)
-    if there is None or not there.up or there.mtu != mtu:
-        return False
-    # NetworkManager configures addresses only with a carrier; `verify` reports a missing one.
-    return str(half.address) in there.addresses or not there.carrier
-
-
-def _then(half: files.Half, mtu: int) -> str:
-    return f"{half.name}: {half.address}, MTU {mtu}"
-
-
-def _now(half: files.Half, now: Mapping[str, ip.Live]) -> str:
-    there = now.get(half.name)
-    if there is None or not there.up:
-        return f"{half.name}: down"
-    return f"{half.name}: {', '.join(there.addresses) or 'no address'}, MTU {there.mtu}"
 
 
 def _refuse_answered(on: System, plan: _Plan) -> None:
@@ -328,8 +309,8 @@ def _settle(on: Reader, plan: _Plan, reach: network.Reach, until: float) -> None
 
 
 def _unsettled(on: Reader, plan: _Plan) -> str:
-    now, mtu = ip.live(on), plan.node.config.network.mtu
-    return next((_now(each, now) for each in plan.halves if not _is_so(each, mtu, now)), "")
+    now = ip.live(on)
+    return next((each.found(now) for each in plan.halves if not each.is_live(now)), "")
 
 
 def _put_back(on: System, problem: Exception) -> Problem:
