@@ -14,7 +14,6 @@ FIREWALL_UNIT = "sparkinstall-firewall.service"
 
 
 def unit_path(unit: str) -> str:
-    """Return the path of one of our unit files."""
     return f"{UNIT_FOLDER}/{unit}"
 
 
@@ -114,7 +113,6 @@ class Layout(Struct, frozen=True):
 
     @property
     def ray_unit(self) -> str:
-        """The name of Ray's unit on this node."""
         return f"ray-{self.role}.service"
 
     # --- firewall

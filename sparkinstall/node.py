@@ -38,7 +38,6 @@ class Node(Layout, frozen=True):
 
     @property
     def wheels(self) -> Platform:
-        """The stack's platform for this architecture."""
         return self.stack.platforms[self.platform]
 
     @property

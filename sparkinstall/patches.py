@@ -44,7 +44,6 @@ class Hunk(Struct, frozen=True):
     after: tuple[bytes, ...]
 
     def undone(self) -> Hunk:
-        """Return the reverse of this hunk."""
         return Hunk(self.after_line, self.after, self.before_line, self.before)
 
 

@@ -45,7 +45,6 @@ def firmware(on: Reader, half: Interface) -> str:
 
 
 def rdma_firmware(on: Reader) -> list[str]:
-    """Return the distinct firmware versions of all RDMA devices."""
     return sorted({text_of(on, f"{RDMA}/{name}/fw_ver") for name in on.names(RDMA)} - {""})
 
 

@@ -99,7 +99,6 @@ def pings(on: Reader, address: str, *, count: int = 2, size: int = 0, source: st
 
 
 def ping(on: Reader, *words: str) -> bool:
-    """Return whether `ping` with these arguments gets an answer."""
     asked = ("ping", "-n", "-q", "-W", "1", *words)
     answer = on.ask(*asked, timeout=10)
     if "not permitted" in answer.err:

@@ -27,5 +27,4 @@ def driver_of(on: Reader, interface: str) -> str:
 
 
 def is_connectx(on: Reader, interface: str) -> bool:
-    """Return whether the interface belongs to a ConnectX card."""
     return driver_of(on, interface) == CONNECTX_DRIVER or text_of(on, f"{NET}/{interface}/device/vendor") == _MELLANOX

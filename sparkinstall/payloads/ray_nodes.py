@@ -81,7 +81,6 @@ def look(asked: argparse.Namespace) -> tuple[str, list[str]]:
 
 
 def alive(head: str) -> list[str]:
-    """Return the addresses of the nodes that are alive."""
     host, _, port = head.rpartition(":")
     socket.create_connection((host, int(port)), timeout=3).close()
     from ray._raylet import GcsClient

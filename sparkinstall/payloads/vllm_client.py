@@ -75,7 +75,6 @@ class Client:
         self.answer["prompt"] = self.text_of(prompt[-PROMPT_END:])
 
     def take(self, event: dict[str, Any], began: float) -> None:
-        """Add one event of a stream."""
         said, answer = self.answer.setdefault("said", {}), self.answer
         for choice in event.get("choices", []):
             answer["finish"] = choice.get("finish_reason")

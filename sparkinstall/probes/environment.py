@@ -48,7 +48,6 @@ class InEnvironment(Struct, frozen=True, dict=True):
 
     @cached_property
     def answer(self) -> Reply:
-        """The reply of the process."""
         asked = {"modules": () if self.node.partial else MODULES, "arch": self.node.config.nccl.arch}
         # -P: like vLLM's own program, do not search the current folder for modules.
         command = ("python", "-P", "-c", payloads.source("inspect_env"), json.dumps(asked))

@@ -74,7 +74,6 @@ class Host(Struct, frozen=True, dict=True):
 
     @cached_property
     def kernel(self) -> str:
-        """The release of the running kernel."""
         return text_of(self.on, "/proc/sys/kernel/osrelease")
 
     @cached_property
@@ -159,7 +158,6 @@ def probes(node: Node) -> Iterable[Probe]:
 
 
 def judged(rule: Rule, host: Host) -> Finding:
-    """Apply `rule` to `host`."""
     try:
         sight = DETECTORS[rule.looks].look(host, rule.limits)
     except CannotTell as why:

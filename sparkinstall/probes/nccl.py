@@ -46,7 +46,6 @@ def library(node: Node, on: Reader) -> str | Finding:
 
 
 def wanted(of_library: str) -> str:
-    """Describe the expected library."""
     return f"{of_library}, build-id {build_id(of_library)}"
 
 
@@ -88,7 +87,6 @@ def is_same_build(path: str, other: str) -> bool:
 
 
 def is_same_file(one: str, other: str) -> bool:
-    """Return whether both paths are the same existing file."""
     try:
         return Path(one).samefile(other)
     except OSError:

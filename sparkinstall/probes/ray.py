@@ -14,7 +14,6 @@ _OURS = "sparkinstall: "
 
 
 def probes(node: Node) -> Iterable[Probe]:
-    """Yield the probe that Ray has all nodes."""
     yield Probe(
         "ray-nodes", "all nodes in Ray, at their QSFP addresses", lambda on: _nodes(node, on), "cluster",
         "vLLM waits for GPUs that never appear, and gives up.", others=True,

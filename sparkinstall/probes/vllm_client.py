@@ -68,7 +68,6 @@ class Api(Struct, frozen=True, dict=True):
         return self.completion.tokens + streamed.tokens
 
     def metrics(self) -> Reply:
-        """The current /metrics."""
         return self._asked("metrics")
 
     @property

@@ -122,7 +122,6 @@ def _verdict(last: str, answer: Result) -> tuple[bool, str, str]:
 
 
 def _mentions(path: Path, name: bytes) -> bool:
-    """Return whether a library contains `name`."""
     with open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(name) >= 0
 

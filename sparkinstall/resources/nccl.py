@@ -93,7 +93,6 @@ class NcclLibrary(Struct, frozen=True):
         return f"{self.folder}/build.json"
 
     def recipe(self) -> Recipe:
-        """Return the recipe of this node."""
         return Recipe(
             self.source.version, self.arch, compiler_id(self.cuda_home), self.source.identity(), self.only_functions
         )

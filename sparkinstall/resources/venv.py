@@ -90,7 +90,6 @@ class Downloads(Struct):
     done: int = 0
 
     def read(self, line: str) -> None:
-        """Read one line of uv's output."""
         if match := _DOWNLOADING.search(line):
             self.sizes[match[1]] = int(float(match[2]) * _SIZES[match[3]])
         elif match := _DOWNLOADED.search(line):
@@ -209,7 +208,6 @@ class VllmAlone(PythonEnvironment, frozen=True):
 
 
 def environment_of(node: Node) -> PythonEnvironment:
-    """Return the environment resource of this node."""
     return VllmAlone(node) if node.partial else PythonEnvironment(node)
 
 

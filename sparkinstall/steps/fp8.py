@@ -57,5 +57,4 @@ def _path(node: Node, on: Reader) -> Finding:
 
 @lru_cache(maxsize=1)
 def cutlass_patch() -> PatchSet:
-    """Return the patch set of fix 5."""
     return next(each for each in load(asset("patches")) if each.name == "cutlass-fp8")

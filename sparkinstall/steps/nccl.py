@@ -34,7 +34,6 @@ class Nccl(Step):
 
 
 def source(node: Node) -> "NcclSource":
-    """Return NCCL's source according to the config and the stack."""
     pin, settings = node.stack.nccl, node.config.nccl
     return NcclSource(
         version=node.nccl_version,

@@ -42,7 +42,6 @@ class LocalReader:
 
     @property
     def sudo(self) -> tuple[str, ...]:
-        """Prefix of a command that needs root."""
         return () if self.rehearsal or os.geteuid() == 0 else ("sudo", "-n")
 
     def ask_for_sudo(self) -> None:

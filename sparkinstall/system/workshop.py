@@ -26,5 +26,4 @@ class Workshop:
         return self.folder / name
 
     def remove(self, name: str) -> None:
-        """Remove a folder with its contents, if it exists."""
         shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -253,7 +253,6 @@ class Half(Struct, frozen=True):
         return str(self.address) in there.addresses or not there.carrier
 
     def found(self, now: Mapping[str, ip.Live]) -> str:
-        """Describe its current state."""
         there = now.get(self.name)
         if there is None or not there.up:
             return f"{self.name}: down"

@@ -82,7 +82,6 @@ class _Plan(Struct, frozen=True, dict=True):
         return whole and self.target is not None and self.target.content == self._target_content
 
     def obstacle(self) -> Conflict | None:
-        """The first thing in the way."""
         looks = [self._not_to_be_taken, self._beside_netplan, self._twice_in_files]
         if not self.on.rehearsal:
             looks = [self._no_netplan, *looks, self._lan_live]
