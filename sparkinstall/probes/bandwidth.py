@@ -14,11 +14,11 @@ from msgspec import Struct, field
 
 from sparkinstall import payloads
 from sparkinstall.facts import card, machine, qsfp
+from sparkinstall.facts.env_file import started_with
 from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.network import own_addresses, twin_of
 from sparkinstall.node import Node, nccl_library
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
-from sparkinstall.probes.env_file import started_with
 from sparkinstall.system import Reader
 
 Kind = Literal["tcp", "rdma", "nccl"]

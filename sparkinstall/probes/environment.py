@@ -10,9 +10,9 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparkinstall import fixes, payloads
+from sparkinstall.facts.env_file import with_env_file
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, kernels, nccl, passed
-from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.probes.nccl import Loaded
 from sparkinstall.system import Reader
 

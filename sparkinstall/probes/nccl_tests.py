@@ -10,9 +10,9 @@ from pathlib import Path
 from msgspec import Struct
 
 from sparkinstall.facts import machine
+from sparkinstall.facts.env_file import with_env_file
 from sparkinstall.node import Node, cuda_home, nccl_library, site_packages
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped
-from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.system import Reader, Result
 from sparkinstall.system.workshop import Workshop
 

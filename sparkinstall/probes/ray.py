@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 
 from sparkinstall import schema
+from sparkinstall.facts.env_file import with_env_file
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed
-from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.system import Reader
 
 # Ray answers immediately or never.

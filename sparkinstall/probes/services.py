@@ -8,10 +8,9 @@ from msgspec import Struct
 
 from sparkinstall import fixes, payloads
 from sparkinstall.errors import NeedsRoot
-from sparkinstall.facts.env_file import assignments
+from sparkinstall.facts.env_file import assignments, with_env_file
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped, warned
-from sparkinstall.probes.env_file import with_env_file
 from sparkinstall.redaction import is_secret_name
 from sparkinstall.services import env_units
 from sparkinstall.system import Reader

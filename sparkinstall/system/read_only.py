@@ -61,7 +61,8 @@ uv python find --no-python-downloads _
 # nft loads the rules in a temporary network namespace and lists the result.
 _TRY_RULES = re.compile(r'"([\w/]*nft)" "\$1" && "\1" -nn list table \w+ \w+')
 _VARIABLE = re.compile(r"(DEBIAN_FRONTEND|NEEDRESTART_SUSPEND|NCCL_DEBUG|NCCL_DEBUG_SUBSYS)=[\w,]+")
-_WITH_ENV_FILE = '. "$1" && shift && exec "$@"'
+# `exec`, so that the process starts with these variables: LD_PRELOAD acts at process start.
+WITH_ENV_FILE = '. "$1" && shift && exec "$@"'
 
 
 class MayChange(RuntimeError):
@@ -95,7 +96,7 @@ def allows(argv: Sequence[str]) -> bool:
         case ["timeout", "-k", _, _, *rest]:
             return allows(rest)
         case ["bash", "-c", text, "bash", _, *rest]:
-            return text == _WITH_ENV_FILE and allows(rest)
+            return text == WITH_ENV_FILE and allows(rest)
         case ["unshare", "--net", "sh", "-c", text, "sh", _]:
             return bool(_TRY_RULES.fullmatch(text))
         case [name, *rest] if re.fullmatch(r"python[0-9.]*", name):
