@@ -214,23 +214,16 @@ def _padded(size: int) -> int:
 
 
 def _symbols(path: StrPath, prefix: str, wanted: Callable[[int, int, int], bool]) -> frozenset[str]:
+    found, start = set(), prefix.encode()
     with _opened(path) as library:
-        return frozenset(
-            _string(names, name)
-            for section in library.of_kind(_SHT_DYNSYM)
-            for names in [library.content(library.linked(section.link))]
-            for name in _rows_named(library.table(section, _SYMBOL), names, prefix.encode(), wanted)
-        )
-
-
-def _rows_named(
-    rows: Iterator[tuple[Any, ...]], names: bytes, prefix: bytes, wanted: Callable[[int, int, int], bool]
-) -> Iterator[int]:
-    # Compare the name first: only a few dozen of 100,000 symbols begin with the prefix.
-    for name, info, other, section, _, _ in rows:
-        known = name and names.startswith(prefix, name) and info >> 4 != _STB_LOCAL
-        if known and wanted(info >> 4, other & 3, section):
-            yield name
+        for table in library.of_kind(_SHT_DYNSYM):
+            names = library.content(library.linked(table.link))
+            for name, info, other, section, _, _ in library.table(table, _SYMBOL):
+                # Compare the name first: only a few dozen of 100,000 symbols begin with the prefix.
+                known = name and names.startswith(start, name) and info >> 4 != _STB_LOCAL
+                if known and wanted(info >> 4, other & 3, section):
+                    found.add(_string(names, name))
+    return frozenset(found)
 
 
 def _fatbin(library: _Library, section: _Section) -> Iterator[GpuCode]:

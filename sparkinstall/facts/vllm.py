@@ -28,11 +28,6 @@ KV_CACHE_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 _CUDART = re.compile(r"libcudart\.so\.(\d+)")
 
 
-def has_vllm(on: Reader, site: str) -> bool:
-    """Return whether vLLM has a dist-info folder, which an aborted installation lacks."""
-    return any(name.startswith("vllm-") and name.endswith(".dist-info") for name in on.names(site))
-
-
 def extensions(on: Reader, site: str) -> tuple[Path, ...]:
     """Return the real paths of vLLM's compiled extensions."""
     names = on.names(f"{site}/vllm")

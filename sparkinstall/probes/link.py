@@ -1,7 +1,7 @@
 """Probes of the QSFP link: its halves, large packets to other nodes, error counters, firmware, GIDs for RoCE."""
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from ipaddress import IPv4Interface
 
 from sparkinstall import fixes
@@ -110,23 +110,16 @@ def _peer(node: Node, on: Reader, peer: str) -> Finding:
     ways = list(zip(there, here, strict=True))
     if all(pings(on, to, count=1, size=mtu - HEADERS, source=own) for to, own in ways):
         return passed(f"{peer} answers packets of {mtu} bytes", expected)
-    return _unlike_a_peer(node, on, peer, ways, expected)
-
-
-def _unlike_a_peer(node: Node, on: Reader, peer: str, ways: Sequence[tuple[str, str]], expected: str) -> Finding:
-    """Diagnose a peer that did not answer a large packet; ping it again, because one may get lost."""
-    mtu = node.config.network.mtu
+    # Ping it again, because a packet may get lost.
     small = [pings(on, to, source=own) for to, own in ways]
-    large = [a and pings(on, to, size=mtu - HEADERS, source=own) for (to, own), a in zip(ways, small, strict=True)]
     if not any(small):
         return warned(f"{peer} does not answer", "set up the other node, then `sparkinstall verify`", expected)
-    for (to, _), answers, whole in zip(ways, small, large, strict=True):
-        if answers and not whole:
+    for (to, own), answers in zip(ways, small, strict=True):
+        if answers and not pings(on, to, size=mtu - HEADERS, source=own):
             said = f"{to} answers small packets and not large ones: its MTU, or that of a switch, is below {mtu}"
             return failed(said, "set up the other node (`sparkinstall run network` there)", expected)
     if not all(small):
-        silent = ways[small.index(False)][0]
-        said = f"{peer} answers on one half only: {silent} does not"
+        said = f"{peer} answers on one half only: {ways[small.index(False)][0]} does not"
         return warned(said, "set up the other node with `network.manage: true`, then `sparkinstall verify`", expected)
     return passed(f"{peer} answers packets of {mtu} bytes", expected)
 

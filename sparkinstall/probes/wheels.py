@@ -30,7 +30,10 @@ def _site(node: Node, on: Reader) -> str | Finding:
     site = site_packages(node, on)
     if site is None:
         return failed("there is no environment", "run `sparkinstall all`")
-    return site if vllm.has_vllm(on, site) else failed("vllm is not installed", "run `sparkinstall all`")
+    # An aborted installation has no dist-info folder.
+    if any(name.startswith("vllm-") and name.endswith(".dist-info") for name in on.names(site)):
+        return site
+    return failed("vllm is not installed", "run `sparkinstall all`")
 
 
 def reasoning_fields(node: Node, on: Reader) -> Finding:

@@ -70,8 +70,11 @@ class NetplanFile(Struct, frozen=True, dict=True):
 
     @cached_property
     def said(self) -> Mapping[str, Any]:
-        found = safe_yaml.load(self.content, only_text=True)
-        return _mapping(_mapping(found).get("network"))
+        """Raises BadFile: it is not YAML, or repeats a key."""
+        try:
+            return _mapping(_mapping(safe_yaml.load(self.content, only_text=True)).get("network"))
+        except safe_yaml.NotYaml as error:
+            raise BadFile(f"{self.path} is not YAML: {error}", hint=f"correct it (`sudoedit {self.path}`)") from error
 
     def definitions(self) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
         """(kind, id, fields), such as ("ethernets", "eth0", {...})."""
@@ -93,13 +96,9 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def read_all(on: Reader) -> tuple[NetplanFile, ...]:
-    """Return the files that netplan reads, in its order: by name, regardless of the folder.
-
-    Raises:
-        BadFile: one is not YAML, or repeats a key.
-    """
+    """Return the files that netplan reads, in its order: by name, regardless of the folder."""
     paths = {name: f"{folder}/{name}" for folder in _FOLDERS for name in on.names(folder) if name.endswith(".yaml")}
-    return tuple(_sound(NetplanFile(paths[name], on.read(paths[name]) or b"")) for name in sorted(paths))
+    return tuple(NetplanFile(paths[name], on.read(paths[name]) or b"") for name in sorted(paths))
 
 
 def keyfiles(on: Reader) -> Iterator[tuple[str, str]]:
@@ -110,14 +109,6 @@ def keyfiles(on: Reader) -> Iterator[tuple[str, str]]:
             named = _INTERFACE_NAME.search((on.read(path) or b"").decode(errors="replace"))
             if named:
                 yield path, named[1]
-
-
-def _sound(file: NetplanFile) -> NetplanFile:
-    try:
-        assert file.said is not None
-    except safe_yaml.NotYaml as error:
-        raise BadFile(f"{file.path} is not YAML: {error}", hint=f"correct it (`sudoedit {file.path}`)") from error
-    return file
 
 
 def renderer(files: Iterable[NetplanFile]) -> str:
