@@ -1,5 +1,6 @@
 """Probe vLLM as a client: a completion, a stream, moving counters. /health alone proves nothing."""
 
+import os
 import time
 from collections.abc import Iterable
 
@@ -53,7 +54,7 @@ def _serving(of: Api) -> Finding:
         if answer.refused:
             return not_up(of.node, of.on)
         if answer.status == 401:
-            return _locked(of)
+            return _locked()
         return failed(answer.error, f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")
     if (model := str(of.node.config.serving.model)) not in (answer.model, *answer.roots) and answer.roots:
         other = f"otherwise another program has port {of.node.config.serving.port}: `serving.port`"
@@ -62,9 +63,9 @@ def _serving(of: Api) -> Finding:
     return passed(f"{answer.tokens} tokens of {answer.model} in {answer.seconds:.1f} s", wanted)
 
 
-def _locked(of: Api) -> Finding:
+def _locked() -> Finding:
     """Judge a rejected request. The key is only read from the environment, never prompted for or stored."""
-    if of.knows_key:
+    if os.environ.get(vllm_client.KEY):
         return failed(
             f"the API rejects the key in {vllm_client.KEY}", f"set it to the key that {UNIT} was started with"
         )

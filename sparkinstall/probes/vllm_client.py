@@ -1,7 +1,6 @@
 """Client of the vLLM on this node: few requests, each in a process with a time limit."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -74,10 +73,6 @@ class Api(Struct, frozen=True, dict=True):
     def healthy(self) -> bool:
         """Whether /health succeeds, which only proves that there is a process."""
         return self._asked("health", patience=_HEALTH_PATIENCE).status == 200
-
-    @property
-    def knows_key(self) -> bool:
-        return bool(os.environ.get(KEY))
 
     def _asked(self, verb: str, tokens: int = 0, model: str = "", patience: int = 0) -> Reply:
         seconds, port = patience or PATIENCE, self.node.config.serving.port

@@ -370,9 +370,9 @@ def restore(records: Sequence[Undo], on: System) -> Undone:
     subject = records[0].subject
     if on.rehearsal or not on.entry(files.PROGRAM):
         return Undone(subject, "nothing")
-    _refuse_own_way(on, records)
-    rollback.drop(on, TIMER)
     before, added = _first_of(records)
+    _refuse_own_way(on, before, added)
+    rollback.drop(on, TIMER)
     kept = {name for name, address in added.items() if _still_named(on, address) and name in before}
     script = restoring({name: was for name, was in before.items() if name not in kept}, added)
     answer = on.try_run("sh", "-ec", script, timeout=120, root=True)
@@ -385,9 +385,8 @@ def restore(records: Sequence[Undo], on: System) -> Undone:
     return Undone(subject, "restored")
 
 
-def _refuse_own_way(on: Reader, records: Iterable[Undo]) -> None:
+def _refuse_own_way(on: Reader, before: Mapping[str, Any], added: Mapping[str, str]) -> None:
     """Raise Blocked if this ssh session uses an address that would be removed."""
-    before, added = _first_of(records)
     own = dict.fromkeys(qsfp.session()[2:3])
     for name, address in added.items():
         had = {each.partition("/")[0] for each in before.get(name, {}).get("addresses", ())}
