@@ -25,12 +25,12 @@ def far(tmp_path: Path, checkout: tuple[Path, str]) -> FarNodes:
 @pytest.mark.parametrize("width", [80, 120])
 def test_screen_shows_nodes_in_the_order_of_the_command_line(far: FarNodes, width: int) -> None:
     code, lines = on_a_terminal(far, ["127.0.0.1", "spark-2", "--yes"], width)
-    said = "\n".join(lines)
-    assert code == 0, said
-    assert "internal error" not in said
+    shown = "\n".join(lines)
+    assert code == 0, shown
+    assert "internal error" not in shown
     for phase in ("look", "packages", "verify"):
-        assert re.search(rf"✓ +{phase} +127\.0\.0\.1 ", said), said
-        assert not re.search(rf"✓ +{phase} +spark-2 ", said), said
+        assert re.search(rf"✓ +{phase} +127\.0\.0\.1 ", shown), shown
+        assert not re.search(rf"✓ +{phase} +spark-2 ", shown), shown
     assert lines[-2] == "✓ The cluster of 2 nodes is set up and verified."
     assert max(map(len, lines)) <= width
 

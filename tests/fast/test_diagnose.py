@@ -113,7 +113,7 @@ def test_signatures_cover_every_fix_and_many_other_failures() -> None:
 
 
 @pytest.mark.parametrize("known", KNOWN, ids=lambda each: each.name)
-def test_signature_fields_are_well_formed(known: Signature) -> None:
+def test_signature_fields_are_valid(known: Signature) -> None:
     assert known.title == known.title.strip(" .")
     assert known.why.endswith(".")
     assert all(link.startswith("https://") for link in known.links)

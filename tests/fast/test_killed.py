@@ -1,4 +1,4 @@
-"""Killed anywhere, it goes on: SIGKILL at every line of the journal, in every touch, and at random moments."""
+"""A run killed anywhere can continue: SIGKILL at every line of the journal, in changes, and at random moments."""
 
 import json
 import os
@@ -31,17 +31,17 @@ from tests.support.rehearsals import (
 pytestmark = pytest.mark.network
 
 DYING = "tests.support.dying_run"
-# Two trees at work at once, each with first and last states of its own: paths are written into scripts.
-SIDE_BY_SIDE = 2
+# Two roots in parallel, each with its own first and last state: paths are written into scripts.
+ROOTS = 2
 RANDOM_MOMENTS = 8
 
 
 @dataclass(frozen=True, eq=False)
-class Ground:
-    """A root, how it was before, and how an undisturbed run leaves it."""
+class Root:
+    """A root: its state before, and after an undisturbed run."""
 
     node: Rehearsal
-    furnished: bool
+    not_empty: bool
     first: Tree
     last: Tree
     lines: int
@@ -55,10 +55,10 @@ class Ground:
         return tree(self.around, files_with_times)
 
 
-def prepare(around: Path, furnished: bool) -> Ground:
+def prepare(around: Path, not_empty: bool) -> Root:
     around.mkdir(parents=True)
     node = Rehearsal(around / "node", (*SETTINGS, "--ignore", "prefix"))
-    if furnished:
+    if not_empty:
         add_files_of_others(node.root)
     first = tree(around, files_with_times)
     began = time.monotonic()
@@ -66,111 +66,111 @@ def prepare(around: Path, furnished: bool) -> Ground:
     seconds = time.monotonic() - began
     assert run.returncode == 0, output_of(run)
     last, lines = node.installed(), len(node.records())
-    ground = Ground(node, furnished, first, last, lines, seconds)
-    take_back(ground)
-    return ground
+    root = Root(node, not_empty, first, last, lines, seconds)
+    uninstall(root)
+    return root
 
 
-def take_back(ground: Ground) -> None:
-    run = ground.node.uninstall()
+def uninstall(root: Root) -> None:
+    run = root.node.uninstall()
     assert run.returncode == 0, output_of(run)
-    assert ground.state() == ground.first, difference(ground.first, ground.state())
+    assert root.state() == root.first, difference(root.first, root.state())
 
 
-def go_on(ground: Ground, how: str) -> None:
-    """The same command again comes to the same end; then everything is taken back."""
-    run = ground.node.all()
+def run_again(root: Root, how: str) -> None:
+    """The same command again leads to the same state; then everything is uninstalled."""
+    run = root.node.all()
     assert run.returncode == 0, f"{how}\n{output_of(run)}"
-    last = ground.node.installed()
-    assert last == ground.last, f"{how}\n{difference(ground.last, last)}"
-    take_back(ground)
+    last = root.node.installed()
+    assert last == root.last, f"{how}\n{difference(root.last, last)}"
+    uninstall(root)
 
 
-def both(moments: "dict[Ground, list[str]]", job: Callable[[Ground, str], None]) -> None:
-    """Each ground its moments, the grounds side by side."""
+def in_parallel(moments: "dict[Root, list[str]]", job: Callable[[Root, str], None]) -> None:
+    """Run the moments of each root, the roots in parallel."""
 
-    def work(ground: Ground) -> None:
-        for moment in moments[ground]:
-            job(ground, moment)
+    def work(root: Root) -> None:
+        for moment in moments[root]:
+            job(root, moment)
 
     with ThreadPoolExecutor(len(moments)) as pool:
-        for done in [pool.submit(work, ground) for ground in moments]:
+        for done in [pool.submit(work, root) for root in moments]:
             done.result()
 
 
 @pytest.fixture(scope="module")
-def grounds(tmp_path_factory: pytest.TempPathFactory) -> list[Ground]:
-    """One root that is not there before, and one in which others have left things."""
+def roots(tmp_path_factory: pytest.TempPathFactory) -> list[Root]:
+    """One root that does not exist before, and one that contains files of others."""
     base = tmp_path_factory.mktemp("killed")
-    return [prepare(base / f"{number}", furnished=number % 2 == 1) for number in range(SIDE_BY_SIDE)]
+    return [prepare(base / f"{number}", not_empty=number % 2 == 1) for number in range(ROOTS)]
 
 
-def test_killed_at_every_line_of_the_journal_it_goes_on(grounds: list[Ground]) -> None:
-    def job(ground: Ground, moment: str) -> None:
-        killed = ground.node.all(through=DYING, DYING_AT=moment)
+def test_all_killed_at_every_line_of_the_journal_continues(roots: list[Root]) -> None:
+    def job(root: Root, moment: str) -> None:
+        killed = root.node.all(through=DYING, DYING_AT=moment)
         assert killed.returncode == -signal.SIGKILL, f"{moment}\n{output_of(killed)}"
-        go_on(ground, moment)
+        run_again(root, moment)
 
-    bare, furnished = grounds
-    assert bare.lines > 6
-    before = [f"before:{n}" for n in range(1, bare.lines + 1)]
-    after = [f"after:{n}" for n in range(1, furnished.lines + 1)]
-    both({bare: before, furnished: [*after, f"torn:{furnished.lines // 2}"]}, job)
+    empty, not_empty = roots
+    assert empty.lines > 6
+    before = [f"before:{n}" for n in range(1, empty.lines + 1)]
+    after = [f"after:{n}" for n in range(1, not_empty.lines + 1)]
+    in_parallel({empty: before, not_empty: [*after, f"torn:{not_empty.lines // 2}"]}, job)
 
 
-def test_killed_and_taken_back_at_once(grounds: list[Ground]) -> None:
-    def job(ground: Ground, moment: str) -> None:
-        killed = ground.node.all(through=DYING, DYING_AT=moment)
+def test_all_killed_is_uninstalled(roots: list[Root]) -> None:
+    def job(root: Root, moment: str) -> None:
+        killed = root.node.all(through=DYING, DYING_AT=moment)
         assert killed.returncode == -signal.SIGKILL, f"{moment}\n{output_of(killed)}"
-        take_back(ground)
+        uninstall(root)
 
-    both({ground: ["after:1", "after:3", f"after:{ground.lines - 1}"] for ground in grounds}, job)
+    in_parallel({root: ["after:1", "after:3", f"after:{root.lines - 1}"] for root in roots}, job)
 
 
-def test_killed_at_random_moments_it_goes_on_and_no_program_of_it_is_left(grounds: list[Ground]) -> None:
+def test_all_killed_at_random_moments_continues_and_leaves_no_program(roots: list[Root]) -> None:
     seed = int(os.environ.get("RANDOM_MOMENTS_SEED", time.time_ns() % 10**6))
     chance = random.Random(seed)
 
-    def job(ground: Ground, moment: str) -> None:
-        run = ground.node.start()
-        time.sleep(float(moment) * ground.seconds)
+    def job(root: Root, moment: str) -> None:
+        run = root.node.start()
+        time.sleep(float(moment) * root.seconds)
         run.kill()
         run.communicate()
-        go_on(ground, f"RANDOM_MOMENTS_SEED={seed}, {moment}")
-        assert not programs_of(ground)
+        run_again(root, f"RANDOM_MOMENTS_SEED={seed}, {moment}")
+        assert not programs_of(root)
 
     moments = [f"{chance.uniform(0.1, 0.95):.3f}" for _ in range(RANDOM_MOMENTS)]
-    both({ground: moments[number::SIDE_BY_SIDE] for number, ground in enumerate(grounds)}, job)
+    in_parallel({root: moments[number::ROOTS] for number, root in enumerate(roots)}, job)
 
 
-def programs_of(ground: Ground) -> list[str]:
-    """Command lines of what still runs with the root in its arguments."""
+def programs_of(root: Root) -> list[str]:
+    """The command lines of running programs with the root in their arguments."""
     found = []
     for line in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = line.read_bytes()
         except OSError:
             continue
-        if f"{ground.node.root}/".encode() in words:
+        if f"{root.node.root}/".encode() in words:
             found.append(words.replace(b"\0", b" ").decode(errors="replace"))
     return found
 
 
-def test_an_uninstall_that_is_killed_is_gone_on_with(grounds: list[Ground], tmp_path: Path) -> None:
-    def job(ground: Ground, moment: str) -> None:
-        assert ground.node.all().returncode == 0
-        killed = ground.node.uninstall(through=DYING, DYING_AT=f"touch:{moment}")
+def test_uninstall_killed_continues(roots: list[Root], tmp_path: Path) -> None:
+    def job(root: Root, moment: str) -> None:
+        assert root.node.all().returncode == 0
+        killed = root.node.uninstall(through=DYING, DYING_AT=f"touch:{moment}")
         assert killed.returncode == -signal.SIGKILL, f"{moment}\n{output_of(killed)}"
-        take_back(ground)
+        uninstall(root)
 
-    counting = tmp_path / "touches"
-    assert grounds[0].node.all().returncode == 0
-    assert grounds[0].node.uninstall(through=DYING, DYING_COUNT=str(counting)).returncode == 0
-    changes = int(counting.read_text())
+    counter = tmp_path / "changes"
+    assert roots[0].node.all().returncode == 0
+    assert roots[0].node.uninstall(through=DYING, DYING_COUNT=str(counter)).returncode == 0
+    changes = int(counter.read_text())
     assert changes > 20
-    # Among the files, in the middle of the environment, and in the last moments of the state itself.
+    # Among the files, in the middle of the environment, and at the removal of the state folder.
     moments = [str(n) for n in (8, changes // 2, changes - 6, changes - 1)]
-    both({ground: moments[number::SIDE_BY_SIDE] for number, ground in enumerate(grounds)}, job)
+    in_parallel({root: moments[number::ROOTS] for number, root in enumerate(roots)}, job)
 
 
 LINGERING = """
@@ -189,25 +189,27 @@ with state.hold("all", silent) as run:
 """
 
 
-def test_what_a_killed_run_left_running_is_ended_by_the_next(tmp_path: Path) -> None:
-    root, said_pid = tmp_path / "node", tmp_path / "pid"
-    run = subprocess.Popen([sys.executable, "-c", LINGERING, str(root), str(said_pid)], cwd=CHECKOUT, env=environment())
-    while not said_pid.exists() or not said_pid.read_text():
+def test_uninstall_ends_the_programs_of_a_killed_run(tmp_path: Path) -> None:
+    node_root, pid_file = tmp_path / "node", tmp_path / "pid"
+    run = subprocess.Popen(
+        [sys.executable, "-c", LINGERING, str(node_root), str(pid_file)], cwd=CHECKOUT, env=environment()
+    )
+    while not pid_file.exists() or not pid_file.read_text():
         assert run.poll() is None
         time.sleep(0.05)
-    shell = int(said_pid.read_text())
+    shell = int(pid_file.read_text())
     left = processes_of_group(shell)
     run.kill()
     run.wait()
-    assert len(left) == 3 and left == processes_of_group(shell), "they outlive the run: that is what is tested"
-    done = Rehearsal(root).uninstall()
+    assert len(left) == 3 and left == processes_of_group(shell), "the programs must outlive the run"
+    done = Rehearsal(node_root).uninstall()
     assert done.returncode == 0, output_of(done)
     assert not processes_of_group(shell)
-    assert not root.exists()
+    assert not node_root.exists()
 
 
 def processes_of_group(leader: int) -> set[int]:
-    """Living processes of a process group, zombies left out."""
+    """The processes of a process group, without zombies."""
     found = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -220,7 +222,7 @@ def processes_of_group(leader: int) -> set[int]:
     return found
 
 
-def test_only_marked_programs_are_ended() -> None:
+def test_end_leftovers_ends_only_marked_programs() -> None:
     other = subprocess.Popen(["sleep", "1000"], env=environment(**{processes.RUN_MARK: "another"}))
     mine = subprocess.Popen(["sleep", "1000"], env=environment(**{processes.RUN_MARK: "this"}))
     try:
@@ -232,11 +234,11 @@ def test_only_marked_programs_are_ended() -> None:
         other.wait()
 
 
-def test_the_journal_of_a_killed_run_says_what_was_done(grounds: list[Ground]) -> None:
-    node = grounds[0].node
-    killed = node.all(through=DYING, DYING_AT=f"torn:{grounds[0].lines}")
+def test_journal_of_a_killed_run_has_every_complete_record(roots: list[Root]) -> None:
+    node = roots[0].node
+    killed = node.all(through=DYING, DYING_AT=f"torn:{roots[0].lines}")
     assert killed.returncode == -signal.SIGKILL
     whole, _, rest = node.journal.read_bytes().rpartition(b"\n")
-    assert rest and len(whole.splitlines()) == grounds[0].lines - 1
-    assert [json.loads(line)["n"] for line in whole.splitlines()] == list(range(1, grounds[0].lines))
-    take_back(grounds[0])
+    assert rest and len(whole.splitlines()) == roots[0].lines - 1
+    assert [json.loads(line)["n"] for line in whole.splitlines()] == list(range(1, roots[0].lines))
+    uninstall(roots[0])

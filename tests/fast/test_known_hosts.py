@@ -149,7 +149,7 @@ def test_hints_never_install_a_driver_package_alone() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(RULES))
-def test_rule_fields_are_well_formed(name: str) -> None:
+def test_rule_fields_are_valid(name: str) -> None:
     rule = RULES[name]
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", name)
     assert rule.looks in DETECTORS
