@@ -18,7 +18,7 @@ from sparkinstall.cli.options import LINK
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console
 from sparkinstall.cluster import ssh
-from sparkinstall.cluster.orchestrate import Barrier, Cluster, ClusterOptions, members
+from sparkinstall.cluster.orchestrate import Barrier, Cluster, ClusterOptions, members, options_of
 from sparkinstall.cluster.protocol import Uninstalled
 from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.cluster.uploads import uploads
@@ -99,10 +99,13 @@ def _opened(hosts: list[str], wanted: ClusterOptions, verbose: bool, *, uploadin
     catalogue.require_known(wanted.only + wanted.skip, [step.name for step in catalogue.STEPS], "step")
     with ssh.sockets() as sockets:
         found = members(hosts, wanted.config)
-        nodes = [RemoteNode(each, ssh.Ssh(each.host, sockets), verbose, files) for each in found]
+        nodes = [
+            RemoteNode(each, ssh.Ssh(each.host, sockets), verbose, options_of(each, found, settings), files)
+            for each in found
+        ]
         watch = Watch(hosts, verbose)
         try:
-            yield Cluster(nodes, replace(wanted, settings=settings), watch.tell, watch.end)
+            yield Cluster(nodes, wanted, watch.tell, watch.end)
         finally:
             watch.end()
             for node in nodes:

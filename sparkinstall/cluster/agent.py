@@ -40,21 +40,16 @@ def serve(run: Callable[[Sequence[str]], None]) -> None:
     Raises:
         EOFError: stdin ended before the request did.
     """
-    request = msgspec.json.decode(_first_line(), type=Request)
+    # Unbuffered: the bytes after the line are for the thread that waits for the end of stdin.
+    with open(0, "rb", buffering=0, closefd=False) as stdin:
+        line = stdin.readline(_LONGEST_REQUEST)
+    if not line.endswith(b"\n"):
+        raise EOFError
+    request = msgspec.json.decode(line, type=Request)
     # Not StringIO: verbs read bytes too, through `buffer`.
     sys.stdin = io.TextIOWrapper(io.BytesIO(request.stdin.encode()))
     threading.Thread(target=_end_when_alone, daemon=True).start()
     run(request.argv)
-
-
-def _first_line() -> bytes:
-    line = b""
-    while not line.endswith(b"\n") and len(line) < _LONGEST_REQUEST:
-        more = os.read(0, 65536)
-        if not more:
-            raise EOFError
-        line += more
-    return line
 
 
 def _end_when_alone() -> None:

@@ -403,12 +403,11 @@ class Secret(str):
 
 
 class Handover(Struct):
-    """Copies the artifacts of `steps` from the head to `workers`; `words`: the settings of a node as options."""
+    """Copies the artifacts of `steps` from the head to `workers`."""
 
     head: RemoteNode
     workers: Sequence[RemoteNode]
     steps: Sequence[str]
-    words: Callable[[RemoteNode], list[str]]
     _token: Secret = field(default_factory=Secret)
     _offer: Announcement[Offer] = field(default_factory=lambda: Announcement(Offer))
 
@@ -426,14 +425,14 @@ class Handover(Struct):
 
     def _serve(self, on_line: OnLine) -> Reply[Offered | Fetched]:
         peers = [each.member.address for each in self.workers]
-        argv = ("node", "offer", *peers, *self.words(self.head), *repeated("--only", self.steps))
+        argv = ("node", "offer", *peers, *self.head.words, *repeated("--only", self.steps))
         return _forgiven(self.head.call(Offered, *argv, on_line=self._offer.listen(on_line), stdin=self._token))
 
     def _fetch(self, node: RemoteNode, on_line: OnLine) -> Reply[Offered | Fetched]:
         found = self._offer.wait()
         if found is None:
             return _warned(f"{self.head.host} offers nothing: this node downloads and builds what is missing")
-        argv = ("node", "fetch", *self.words(node), *repeated("--only", self.steps))
+        argv = ("node", "fetch", *node.words, *repeated("--only", self.steps))
         head = Introduction(found.port, found.digest, str(self._token))
         return _forgiven(node.call(Fetched, *argv, on_line=on_line, stdin=msgspec.json.encode(head).decode()))
 

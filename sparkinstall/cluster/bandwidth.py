@@ -5,7 +5,7 @@ itself: after the measurement, after a time limit, or when the terminal is gone.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 
@@ -142,12 +142,11 @@ class Between(Struct, frozen=True):
 
 
 class Measurement(Struct):
-    """One measurement: `asking` sends to `responding`; `words` are a node's settings as options."""
+    """One measurement: `asking` sends to `responding`."""
 
     asking: RemoteNode
     responding: RemoteNode
     kind: Kind
-    words: Callable[[RemoteNode], list[str]]
     _measured: Measured | None = None
     _why: str = ""
     _lost: dict[str, Mapping[str, int]] = field(default_factory=dict)
@@ -178,7 +177,7 @@ class Measurement(Struct):
         return Reply()
 
     def _respond(self, on_line: OnLine) -> Reply[Responded]:
-        argv = ("node", "respond", self.kind, *self.words(self.responding))
+        argv = ("node", "respond", self.kind, *self.responding.words)
         return self.responding.call(Responded, *argv, on_line=self._listening.listen(on_line))
 
     def _ask(self, on_line: OnLine) -> Reply[Asked]:
@@ -186,7 +185,7 @@ class Measurement(Struct):
         if listening is None:
             return Reply()
         argv = ("node", "ask", self.kind, self.responding.member.address, *map(str, listening.answers_at))
-        reply = self.asking.call(Asked, *argv, *self.words(self.asking), on_line=on_line)
+        reply = self.asking.call(Asked, *argv, *self.asking.words, on_line=on_line)
         if reply.data and not reply.problems:
             self._measured = reply.data.measured
         return reply

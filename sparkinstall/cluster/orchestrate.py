@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -108,7 +108,7 @@ _Message = TypeVar("_Message", bound=Struct)
 
 
 class ClusterOptions(Struct, frozen=True):
-    """The options of `cluster`. `settings` by name go to every node; `level` to `junit` are for `verify`."""
+    """The options of `cluster`; `level` to `junit` are for `verify`."""
 
     config: Config
     settings: Mapping[str, Any]
@@ -166,6 +166,16 @@ def _workers(config: Config, count: int) -> tuple[str, ...]:
     return (*known, *(str(each) for each in further))
 
 
+def options_of(member: Member, everyone: Sequence[Member], settings: Mapping[str, Any]) -> list[str]:
+    """The settings of one of the nodes as options: those for all, its role, and the addresses."""
+    mine: dict[str, Any] = {**settings, "cluster.role": member.role}
+    if member.role != "single":
+        mine["cluster.head"] = everyone[0].address
+        mine["cluster.workers"] = tuple(each.address for each in everyone[1:])
+        mine["cluster.address"] = member.address
+    return assignments(mine)
+
+
 class Barrier(Problem):
     """A node failed, so all stop."""
 
@@ -195,24 +205,13 @@ class Cluster(Struct):
         ended = [each for each in self.done if each.phase == phase]
         return [(each, each.data if isinstance(each.data, message) else message()) for each in ended]
 
-    # --- requests
-
-    def words(self, node: RemoteNode) -> list[str]:
-        """The settings of this node, as options."""
-        mine: dict[str, Any] = {**self.options.settings, "cluster.role": node.member.role}
-        if node.member.role != "single":
-            mine["cluster.head"] = self.nodes[0].member.address
-            mine["cluster.workers"] = tuple(each.member.address for each in self.nodes[1:])
-            mine["cluster.address"] = node.member.address
-        return assignments(mine)
-
     def _set_up(self, node: RemoteNode, steps: Sequence[str], on_line: OnLine, token: str = "") -> Reply[Applied]:
         argv = ["all"] if node.member.role == "single" else ["multi-node", "--role", node.member.role]
         if node.member.role != "single" and "network" in steps:
             argv.append("--leave-armed")
         if token:
             argv += ["--token-file", "-"]
-        argv += [*self.words(node), *repeated("--only", steps), *repeated("--ignore", self.options.ignore), "--yes"]
+        argv += [*node.words, *repeated("--only", steps), *repeated("--ignore", self.options.ignore), "--yes"]
         reply = node.call(Applied, *argv, on_line=on_line, stdin=token)
         node.changed |= bool(reply.data and reply.data.changed)
         return reply
@@ -225,18 +224,20 @@ class Cluster(Struct):
         self._require_known_checks()
 
     def require_ready(self) -> None:
-        """Report every node that gave no reply or cannot be set up.
+        """After `look`, report every node that gave no reply or cannot be set up.
 
         Raises:
             Barrier: there is such a node.
         """
-        for node in self.nodes:
-            self._judge(node)
+        for at, (node, looked) in enumerate(zip(self.nodes, self.done, strict=True)):
+            if problems := [*_unready(node, self.options.ignore), *_conflicts(node)]:
+                self.done[at] = replace(looked, outcome="failed", problems=problems)
+                self.tell(self.done[at])
         self._barrier()
 
     def _look(self, node: RemoteNode, on_line: OnLine) -> Reply[Look]:
         chosen = [*repeated("--only", self.options.only), *repeated("--skip", self.options.skip)]
-        reply = node.call(Look, "node", "look", *self.words(node), *chosen, on_line=on_line)
+        reply = node.call(Look, "node", "look", *node.words, *chosen, on_line=on_line)
         node.look = reply.data or Look()
         return reply
 
@@ -244,15 +245,6 @@ class Cluster(Struct):
         known = [each.name for node in self.nodes for each in node.look.preflight]
         if known:
             catalogue.require_known(self.options.ignore, known, "check")
-
-    def _judge(self, node: RemoteNode) -> None:
-        """Report why a node that replied cannot be set up."""
-        problems = [*_unready(node, self.options.ignore), *_conflicts(node)]
-        if problems and node.look:
-            at = next(n for n, each in enumerate(self.done) if each.host == node.host and each.phase == "look")
-            before = self.done[at]
-            self.done[at] = Done(node.host, "look", "failed", before.seconds, before.data, tuple(problems))
-            self.tell(self.done[at])
 
     def up(self) -> None:
         """Apply everything that `look` found missing, with a barrier after each phase; then verify.
@@ -269,7 +261,9 @@ class Cluster(Struct):
             due = [node for node in nodes if self._is_due(node, phase)]
             if phase.copied:
                 self._copy(due)
-            self._rest([node for node in nodes if node not in due], phase.name)
+            for node in nodes:
+                if node not in due:
+                    self._add(Done(node.host, phase.name, "unchanged"))
             self._do(phase, due)
             self._barrier()
         self.verify()
@@ -311,7 +305,7 @@ class Cluster(Struct):
         workers = [node for node in due if missing[node.host]]
         if workers:
             head = self.nodes[0]
-            self._at_once("copy", [head, *workers], Handover(head, workers, steps, self.words).work)
+            self._at_once("copy", [head, *workers], Handover(head, workers, steps).work)
 
     def _drifted(self, node: RemoteNode) -> list[str]:
         return [each.name for each in node.look.steps if each.is_due]
@@ -325,7 +319,7 @@ class Cluster(Struct):
 
     def _reach(self, node: RemoteNode, on_line: OnLine) -> Reply[Reached]:
         others = [each.member.address for each in self.nodes if each is not node]
-        return node.call(Reached, "node", "reach", *others, *self.words(node), on_line=on_line, new_connection=True)
+        return node.call(Reached, "node", "reach", *others, *node.words, on_line=on_line, new_connection=True)
 
     def _require_same(self) -> None:
         """Compare Python, vLLM, torch, Ray and NCCL of all nodes.
@@ -353,7 +347,7 @@ class Cluster(Struct):
 
         def ask(node: RemoteNode, on_line: OnLine) -> Reply[Token]:
             nonlocal found
-            reply = node.call(Token, "node", "token", *self.words(node), on_line=on_line)
+            reply = node.call(Token, "node", "token", *node.words, on_line=on_line)
             found = reply.data or found
             # Without the message: `done`, which keeps the replies, is printed.
             return Reply(reply.code, problems=reply.problems)
@@ -370,7 +364,7 @@ class Cluster(Struct):
         options = self.options
         chosen = [*repeated("--only", options.only), *repeated("--skip", options.skip)]
         chosen += [*(["--level", options.level] if options.level else []), *(["--measure"] if options.measure else [])]
-        reply = node.call(Verified, "verify", *self.words(node), *chosen, on_line=on_line)
+        reply = node.call(Verified, "verify", *node.words, *chosen, on_line=on_line)
         if reply.problems or not reply.code:
             return reply
         return Reply(reply.code, reply.data, (_not_proven(reply.data or Verified()),))
@@ -401,10 +395,10 @@ class Cluster(Struct):
         return found
 
     def _measurable(self, node: RemoteNode, on_line: OnLine) -> Reply[Measurable]:
-        return node.call(Measurable, "node", "measurable", *self.words(node), on_line=on_line)
+        return node.call(Measurable, "node", "measurable", *node.words, on_line=on_line)
 
     def _between(self, asking: RemoteNode, responding: RemoteNode, kind: bandwidth_probes.Kind) -> Between:
-        started, one = time.monotonic(), Measurement(asking, responding, kind, self.words)
+        started, one = time.monotonic(), Measurement(asking, responding, kind)
         self._at_once(bandwidth_probes.probe_name(kind), (asking, responding), one.work)
         hosts = asking.host, responding.host
         finding = bandwidth_probes.judged(one.result, self.options.config.network.transport)
@@ -456,10 +450,6 @@ class Cluster(Struct):
         done = _judged(node, phase, work, lambda text: self.tell(Line(node.host, phase, text)), started)
         self.tell(done)
         return done
-
-    def _rest(self, nodes: Iterable[RemoteNode], phase: str) -> None:
-        for node in nodes:
-            self._add(Done(node.host, phase, "unchanged"))
 
     def _add(self, done: Done) -> None:
         self.done.append(done)

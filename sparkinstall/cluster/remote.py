@@ -72,13 +72,14 @@ class NoTool(Problem):
 class RemoteNode(Struct):
     """A node and its known state.
 
-    `uploads`: files of this machine that settings name. `brought`: this run installed sparkinstall there. `changed`: a
-    phase of this run changed something there.
+    `words`: its settings as options. `uploads`: files of this machine that settings name. `brought`: this run installed
+    sparkinstall there. `changed`: a phase of this run changed something there.
     """
 
     member: Member
     ssh: Ssh
     verbose: bool = False
+    words: Sequence[str] = ()
     uploads: tuple[Upload, ...] = ()
     brought: bool = False
     changed: bool = False

@@ -85,18 +85,14 @@ def of_files(steps: Sequence[Step], node: Node) -> list[Probe]:
 
 def of_no_step(node: Node) -> list[Probe]:
     """Return the probes of the machine itself, without those that cause load."""
-    return [probe for probe in _of_the_machine(node) if not probe.load]
-
-
-def _of_the_machine(node: Node) -> list[Probe]:
-    return list(known_hosts.probes(node))
+    return [probe for probe in known_hosts.probes(node) if not probe.load]
 
 
 def _names(node: Node) -> list[str]:
     """Return the names of all steps and probes of any node: one list of names may be used for several nodes."""
     cluster, serving = replace(node.config.cluster, role="head"), replace(node.config.serving, model="any")
     whole = replace(node, config=replace(node.config, cluster=cluster, serving=serving), rehearsal=False)
-    probes = [*(probe for step in catalogue.STEPS for probe in step.probes(whole)), *_of_the_machine(whole)]
+    probes = [*(probe for step in catalogue.STEPS for probe in step.probes(whole)), *known_hosts.probes(whole)]
     return [*(step.name for step in catalogue.STEPS), HOSTS, *(probe.name for probe in probes)]
 
 
@@ -126,7 +122,7 @@ def chosen(
         BadUsage: there is no step or probe of that name, or nothing is left.
     """
     groups = {step.name: list(step.probes(node)) for step in catalogue.of(node)}
-    groups[HOSTS] = _of_the_machine(node)
+    groups[HOSTS] = list(known_hosts.probes(node))
     if only or skip:
         catalogue.require_known((*only, *skip), _names(node), "step or probe")
     far = LEVELS.index(level) if level else len(LEVELS)

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from graphlib import TopologicalSorter
 from typing import Literal
 
 from msgspec import Struct, field
@@ -56,17 +57,14 @@ Visit = Callable[[Step], Iterable[State]]
 
 
 def ordered(steps: Sequence[Step]) -> list[Step]:
-    """Sort `steps` so that each comes after those it needs; needs that were not selected are ignored."""
-    chosen = {step.name for step in steps}
-    done: list[Step] = []
-    waiting = list(steps)
-    while waiting:
-        ready = [s for s in waiting if not (set(s.needs) & chosen) - {d.name for d in done}]
-        if not ready:
-            raise ValueError(f"steps need each other in a circle: {[s.name for s in waiting]}")
-        done += ready
-        waiting = [s for s in waiting if s not in ready]
-    return done
+    """Sort `steps` so that each comes after those it needs; needs that were not selected are ignored.
+
+    Raises:
+        CycleError: steps need each other in a circle.
+    """
+    by_name = {step.name: step for step in steps}
+    needs = {step.name: [name for name in step.needs if name in by_name] for step in steps}
+    return [by_name[name] for name in TopologicalSorter(needs).static_order()]
 
 
 def plan(steps: Sequence[Step], node: Node, on: Reader) -> list[StepReport]:

@@ -80,7 +80,7 @@ def test_ordered_step_comes_after_the_steps_it_needs() -> None:
 
 
 def test_ordered_circle_is_refused() -> None:
-    with pytest.raises(ValueError, match="circle"):
+    with pytest.raises(ValueError, match="cycle"):
         ordered([step_of("a", needs=("b",)), step_of("b", needs=("a",))])
 
 
