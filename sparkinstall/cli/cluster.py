@@ -12,8 +12,7 @@ from sparkinstall import config as configuration
 from sparkinstall.cli import options
 from sparkinstall.cli.cluster_live import Watch
 from sparkinstall.cli.cluster_proof import verify
-from sparkinstall.cli.cluster_result import end
-from sparkinstall.cli.cluster_text import show_nodes, show_plan
+from sparkinstall.cli.cluster_text import end, show_nodes, show_plan
 from sparkinstall.cli.options import LINK
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console

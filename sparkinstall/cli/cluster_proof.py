@@ -6,8 +6,7 @@ from typing import Any
 from msgspec.structs import asdict
 
 from sparkinstall.cli import junit
-from sparkinstall.cli.cluster_result import end
-from sparkinstall.cli.cluster_text import show_bandwidth, show_differences, show_nodes
+from sparkinstall.cli.cluster_text import end, show_bandwidth, show_differences, show_nodes
 from sparkinstall.cli.run_command import CommandResult
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.drift import Comparison

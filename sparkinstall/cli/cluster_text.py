@@ -1,23 +1,73 @@
-"""Text output for several nodes: one plan for all, a line per node, bandwidth and differences, errors by node."""
+"""The result of a verb of `cluster`: JSON by node, or text with one plan for all and errors by node."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from typing import Any
 
+from msgspec.structs import asdict
 from rich.console import Console
 from rich.markup import escape
 from rich.padding import Padding
 from rich.text import Text
 
+from sparkinstall.cli.run_command import CommandResult
 from sparkinstall.cli.text_output import columns, console, plan_lines, show_problem, sign
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.drift import Comparison, Weight
 from sparkinstall.cluster.orchestrate import Cluster
 from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.core.checks import ProbeResult
-from sparkinstall.errors import Problem
+from sparkinstall.errors import Exit, Problem
 from sparkinstall.redaction import redact
 
 # These phases concern two nodes; they have their own tables and fail neither node alone.
 _BETWEEN = ("measure", "compare")
+
+
+def end(cluster: Cluster, show: Callable[[], None], **more: Any) -> CommandResult:
+    """Return the result of a verb of `cluster`: `more` is added to the JSON, `show` prints it."""
+    cluster.pause()
+    problems = [_named(done.host, problem) for done in cluster.done for problem in done.problems]
+    code = Exit.SOME_NODES if cluster.failed else Exit.GOOD
+    if cluster.options.json:
+        data = {"nodes": [node_data(cluster, node) for node in cluster.nodes], **more}
+        return CommandResult(code, data, problems=tuple(problems))
+
+    def tell() -> None:
+        show()
+        show_problems(cluster)
+
+    return CommandResult(code, show=tell)
+
+
+def _named(host: str, problem: Problem) -> Problem:
+    """Return the problem prefixed with its node, for the list of all errors."""
+    named = copy(problem)
+    named.message = problem.message if host in problem.message else f"{host}: {problem.message}"
+    return named
+
+
+def node_data(cluster: Cluster, node: RemoteNode) -> dict[str, Any]:
+    """Return the JSON of one node (docs/json.md)."""
+    phases: list[dict[str, Any]] = [
+        {
+            "phase": done.phase,
+            "outcome": done.outcome,
+            "seconds": round(done.seconds, 3),
+            "errors": done.problems,
+            "data": done.data if done.data and done.phase != "look" else {},
+        }
+        for done in cluster.of(node)
+    ]
+    return {
+        **asdict(node.member),
+        "ssh_trips": node.ssh.trips,
+        "tool_brought": node.brought,
+        "preflight": node.look.preflight,
+        "steps": node.look.steps,
+        "versions": node.look.versions,
+        "phases": phases,
+    }
 
 
 def show_plan(cluster: Cluster) -> None:

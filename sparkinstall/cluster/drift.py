@@ -99,9 +99,7 @@ def _of_files(node: Node, on: Reader) -> dict[str, str]:
 
 def _of_nccl(node: Node, on: Reader) -> dict[str, str]:
     """The build-id of the library itself: the build record does not describe a library that replaced ours."""
-    path = nccl_library(node, on)
-    found = elf.build_id(on.real(path)) if path and on.entry(path) else None
-    return {"nccl-build-id": found[:12]} if found else {}
+    return {"nccl-build-id": _build_id(node, on)[:12]}
 
 
 def _of_interest(folder: str) -> str:
@@ -162,23 +160,28 @@ def _of_env(node: Node, on: Reader) -> dict[str, str]:
 
 def versions(node: Node, on: Reader) -> dict[str, str]:
     """Name -> version of each installed component; a missing one is left out."""
-    packages = installed(node, on)
-    found = {name: packages[name] for name in PACKAGES if name in packages}
-    python = _VERSION.search(on.read(f"{node.venv}/pyvenv.cfg") or b"")
-    if python:
-        found["python"] = python[1].decode(errors="replace")
-    nccl, transport = _nccl(node, on), Transport(node).talks_over(on) if node.several else ""
-    return {**found, **({"nccl": nccl} if nccl else {}), **({"transport": transport} if transport else {})}
+    packages, python = installed(node, on), _VERSION.search(on.read(f"{node.venv}/pyvenv.cfg") or b"")
+    found = {
+        **{name: packages.get(name, "") for name in PACKAGES},
+        "python": python[1].decode(errors="replace") if python else "",
+        "nccl": _nccl(node, on),
+        "transport": Transport(node).talks_over(on) if node.several else "",
+    }
+    return {name: value for name, value in found.items() if value}
 
 
-def _nccl(node: Node, on: Reader) -> str | None:
+def _nccl(node: Node, on: Reader) -> str:
     if node.config.nccl.mode == "source":
         # Not the build-id: two builds of one recipe differ in it.
         stamp = recorded(on, node.nccl_stamp, Stamp)
-        return " ".join(str(getattr(stamp.recipe, name)) for name in _DECIDES) if stamp else None
+        return " ".join(str(getattr(stamp.recipe, name)) for name in _DECIDES) if stamp else ""
+    return _build_id(node, on)
+
+
+def _build_id(node: Node, on: Reader) -> str:
     path = nccl_library(node, on)
     real = Path(on.real(path)) if path else None
-    return elf.build_id(real) if real is not None and real.is_file() else None
+    return elf.build_id(real) or "" if real and real.is_file() else ""
 
 
 _PARTS = (*(versions, _of_lock, _of_files, _of_nccl), *(_of_fp8, _of_fp8_file, _of_link, _of_system, _of_env))

@@ -447,7 +447,18 @@ class Cluster(Struct):
             return Done(node.host, phase, "blocked")
         self.tell(Started(node.host, phase))
         started = time.monotonic()
-        done = _judged(node, phase, work, lambda text: self.tell(Line(node.host, phase, text)), started)
+        try:
+            reply = work(node, lambda text: self.tell(Line(node.host, phase, text)))
+        except Interrupted:
+            raise
+        except Problem as problem:
+            reply = Reply(problems=(problem,))
+        problems = reply.problems
+        if reply.code and not problems:
+            problems = (Problem(f"`{phase}` exited with {reply.code} without a message"),)
+        changed = isinstance(reply.data, Applied | Fetched) and reply.data.changed
+        outcome: Outcome = "failed" if problems else "changed" if changed else "unchanged"
+        done = Done(node.host, phase, outcome, time.monotonic() - started, reply.data, problems)
         self.tell(done)
         return done
 
@@ -467,21 +478,6 @@ def _as_it_is(node: RemoteNode, on_line: OnLine, message: type[_Message], *argv:
         return node.call(message, *argv, on_line=on_line, bring=False)
     except NoTool:
         return Reply()
-
-
-def _judged(node: RemoteNode, phase: str, work: Work, on_line: OnLine, started: float) -> Done:
-    try:
-        reply = work(node, on_line)
-    except Interrupted:
-        raise
-    except Problem as problem:
-        return Done(node.host, phase, "failed", time.monotonic() - started, problems=(problem,))
-    seconds = time.monotonic() - started
-    if reply.problems or reply.code:
-        problems = reply.problems or (Problem(f"`{phase}` exited with {reply.code} without a message"),)
-        return Done(node.host, phase, "failed", seconds, reply.data, problems)
-    changed = isinstance(reply.data, Applied | Fetched) and reply.data.changed
-    return Done(node.host, phase, "changed" if changed else "unchanged", seconds, reply.data)
 
 
 def _unready(node: RemoteNode, ignored: Sequence[str]) -> list[Problem]:

@@ -186,11 +186,8 @@ def _not_installed(host: str, result: Result) -> Problem:
 
 def assignments(values: Mapping[str, Any]) -> list[str]:
     """The settings as options of a verb."""
-    return [word for name, value in values.items() for word in ("--set", f"{name}={_as_yaml(value)}")]
-
-
-def _as_yaml(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(list(value) if isinstance(value, tuple) else value)
+    as_yaml = {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+    return repeated("--set", [f"{name}={value}" for name, value in as_yaml.items()])
 
 
 def repeated(option: str, names: Sequence[str]) -> list[str]:

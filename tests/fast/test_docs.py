@@ -14,7 +14,7 @@ from typing import Any, get_args
 import pytest
 
 from sparkinstall import __version__, errors, ray_ports, stacks
-from sparkinstall.cli import cluster_result, json_output
+from sparkinstall.cli import cluster_text, json_output
 from sparkinstall.cli.app import whole_program
 from sparkinstall.cli.multi_node import Role
 from sparkinstall.cluster import orchestrate, protocol, remote
@@ -113,7 +113,7 @@ def test_json_page_lists_the_fields_of_cluster() -> None:
         lambda _: None,
         done=[orchestrate.Done("spark-1", "look", "changed")],
     )
-    data = cluster_result.node_data(whole, one)
+    data = cluster_text.node_data(whole, one)
     outcomes = get_args(orchestrate.Outcome)
     assert {"nodes", *data, *data["phases"][0], *outcomes} == set(re.findall(r"`(\w+)`", text))
 
