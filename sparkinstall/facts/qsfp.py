@@ -243,12 +243,8 @@ def _hca(on: Reader, name: str) -> str:
     if len(listed) == 1:
         return listed[0]
     # For several devices of one card, or one for a bond, the GID table names the interface.
-    return next((each for each in listed or devices if name in _interfaces(on, each)), listed[0] if listed else "")
-
-
-def _interfaces(on: Reader, hca: str) -> set[str]:
-    folder = f"{RDMA}/{hca}/ports/1/gid_attrs/ndevs"
-    return {text_of(on, f"{folder}/{index}") for index in on.names(folder)}
+    named = [each for each in listed or devices if any(gid.interface == name for gid in gids(on, each))]
+    return next(iter((*named, *listed)), "")
 
 
 def _number(text: str) -> int:
