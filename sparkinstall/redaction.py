@@ -1,9 +1,11 @@
-"""Redact credentials and the serial number from everything that is printed or stored."""
+"""Recognise credentials, and redact them and the serial number from everything that is printed or stored."""
 
+import json
 import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 HIDDEN = "[hidden]"
 
@@ -19,7 +21,14 @@ _QUOTED = (
 _PIECE = re.compile(r"(?:\\[^\"']|[^\s,\"'\\])+")
 _WORD = rf"(?:(?P<q>{_QUOTE})(?![\s,:}})\]])[^\"'\\\n]+(?:(?P=q))?|{_BARE})"
 _USER = r"(?<![\w-])(?:-u|--user|--proxy-user)"
-_FLAG = r"--(?:api[_-]keys?|hf[_-]token)"
+# vLLM's parser takes `_` for `-`, and any beginning of an option that is no other's.
+_FLAG = r"--(?:api[_-]k(?:e(?:ys?)?)?|hf[_-]t(?:o(?:k(?:en?)?)?)?)"
+_OPTIONS = ("--api-key", "--hf-token")
+_SECRET_KEY = re.compile(
+    r"(?:.*_)?(?:api_?keys?|access_?key(?:_id)?|private_?key|secret(?:_?key)?|passwords?|passwd|passphrase"
+    r"|(?<!allow_)credentials?|(?:api|hf|hub|auth|access|refresh|bearer|session|security)_?token)|token|authorization"
+)
+_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _URL_KEYS = r"[\w-]*(?:token|signature|credential|api[_-]?key)|sig|key|policy|password"
 
 LISTED = rf"{_QUOTE}?\s*[:=]\s*[\[(]\s*)((?:[\s,]*{_QUOTED})+)"
@@ -43,7 +52,7 @@ _WHOLE: _Shapes = (
 _IN_PIECES: _Shapes = (
     (("--api", "--hf"), re.compile(rf"({_FLAG}(?:=|[ \t]+(?!--)))({_WORD})")),
     # vLLM accepts several keys: all words up to the next option.
-    (("--api",), re.compile(rf"(--api[_-]keys?)((?:[ \t]+(?!{_QUOTE}?-){_WORD})+)")),
+    (("--api",), re.compile(rf"(--api[_-]k(?:e(?:ys?)?)?)((?:[ \t]+(?!{_QUOTE}?-){_WORD})+)")),
     (("--api", "--hf"), re.compile(rf"({_FLAG}{_QUOTE})((?:\s*,\s*(?!{_QUOTE}-){_QUOTED}(?!\s*:))+)")),
     (("api_key", "api-key", "apikey"), re.compile(rf"(?i)(api[_-]?keys?{LISTED}")),
     (("curl",), re.compile(rf"({_USER}(?:=|[ \t]*(?!-)))({_WORD})")),
@@ -54,6 +63,50 @@ _IN_PIECES: _Shapes = (
 def is_secret_name(name: str) -> bool:
     """Return whether an environment variable of this name holds a secret."""
     return bool(_SECRET_NAME.search(name))
+
+
+def has_credential(text: str) -> bool:
+    """Return whether a text contains what only a credential looks like, such as a password in a URL."""
+    return any(shape.search(text) for _, shape in _WHOLE)
+
+
+def gives_secret(argument: str) -> bool:
+    """Return whether an argument of `vllm serve` would give it a secret, in any spelling that its parser takes.
+
+    `--a.b.c=x` is a value within JSON; in JSON the keys tell. Further options in the same word count too: vLLM refuses
+    them, but they would be visible all the same.
+    """
+    if has_credential(argument) or any(map(_names_secret, argument.split())):
+        return True
+    return any(map(_holds_secret, (argument, argument.partition("=")[2])))
+
+
+def _names_secret(word: str) -> bool:
+    if not word.startswith("--"):
+        return False
+    option, *keys = word.partition("=")[0].replace("_", "-").rstrip("+").split(".")
+    is_ours = len(option) > 2 and any(each.startswith(option.lower()) for each in _OPTIONS)
+    return is_ours or any(map(_is_secret_key, (option[2:], *keys)))
+
+
+def _is_secret_key(key: str) -> bool:
+    return bool(_SECRET_KEY.fullmatch(_CAMEL.sub("_", key).replace("-", "_").lower()))
+
+
+def _holds_secret(text: str) -> bool:
+    """Return whether a text is JSON with a value under a secret's key."""
+    try:
+        return text.lstrip().startswith(("{", "[")) and _is_below_secret(json.loads(text), below=False)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_below_secret(value: Any, below: bool) -> bool:
+    if isinstance(value, dict):
+        return any(_is_below_secret(each, below or _is_secret_key(key)) for key, each in value.items())
+    if isinstance(value, list):
+        return any(_is_below_secret(each, below) for each in value)
+    return isinstance(value, str) and bool(value) and (below or has_credential(value))
 
 
 def secrets_of(environ: Mapping[str, str]) -> tuple[str, ...]:

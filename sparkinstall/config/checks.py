@@ -3,10 +3,21 @@
 import re
 from ipaddress import IPv4Address, IPv4Network
 
+from sparkinstall.redaction import gives_secret, has_credential
+
 _PATH = re.compile(r"/[A-Za-z0-9._+@/-]*")
 _LINK = re.compile(r"(~?)(/[^/\0]+)+")
 # The prefix is in the first line of the environment's scripts, of which the kernel reads 255 bytes.
 _LONGEST_PATH = 200
+
+_IN_URL = "must not contain a user name, password or token"
+_IN_ARGUMENT = "must not contain a secret: everyone can read the unit and the process list"
+SECRETS = {
+    _IN_URL: "download the file and set its path",
+    _IN_ARGUMENT: "vLLM reads `VLLM_API_KEY` and `HF_TOKEN` too: set them in a file that only root can read, "
+    "and name it as `EnvironmentFile=` in `sudo systemctl edit vllm`",
+}
+"""What to do about each complaint whose value must not be repeated."""
 
 
 def safe_path(value: str) -> str | None:
@@ -47,20 +58,16 @@ def network(value: str) -> str | None:
 
 def one_line(value: str) -> str | None:
     """Check one line of printable text."""
+    if has_credential(value):
+        return _IN_URL
     return None if value and value.isprintable() else "must be one line of printable text"
 
 
 def argument(value: str) -> str | None:
     """Check an argument of `vllm serve`."""
-    if value.partition("=")[0] in ("--api-key", "--hf-token"):
-        return "must not contain a secret: everyone can read the unit and the process list"
-    return one_line(value)
+    return _IN_ARGUMENT if gives_secret(value) else one_line(value)
 
 
 def source(value: str) -> str | None:
     """Check a source of NCCL: a word, a path or an https URL."""
-    if value.startswith("http://"):
-        return "must be an https URL"
-    if "://" in value and "@" in value.split("://", 1)[1].split("/", 1)[0]:
-        return "must not contain a user name or password: download the file and set its path"
-    return one_line(value)
+    return "must be an https URL" if value.lower().startswith("http://") else one_line(value)

@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from sparkinstall import safe_yaml, schema
+from sparkinstall.config import checks
 from sparkinstall.config.schema import Config, Setting, settings
 from sparkinstall.errors import BadConfig
 from sparkinstall.schema import Malformed, nearest, show
@@ -154,5 +155,7 @@ def _checked(setting: Setting, value: Any, layer: Layer) -> Any:
     for at, each in items.items():
         complaint = setting.check(each) if setting.check and each is not None else None
         if complaint:
-            raise BadConfig(f"{layer.place(setting.name)}: `{setting.name}{at}` {complaint}, not {show(each)}")
+            hint = checks.SECRETS.get(complaint, "")
+            value = "" if hint else f", not {show(each)}"
+            raise BadConfig(f"{layer.place(setting.name)}: `{setting.name}{at}` {complaint}{value}", hint=hint)
     return found
