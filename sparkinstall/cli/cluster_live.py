@@ -8,12 +8,11 @@ from contextlib import AbstractContextManager
 
 from msgspec import Struct, field
 
-from sparkinstall.cli.live_output import LiveTable, Row, duration, shown
+from sparkinstall.cli.live_output import OUTCOMES, LiveTable, Row, duration, shown
 from sparkinstall.cluster.orchestrate import Done, Line, Started, Tell
 from sparkinstall.cluster.protocol import Fetched
 from sparkinstall.redaction import redact
 
-_OUTCOMES = {"unchanged": "up to date", "changed": "done", "failed": "failed", "blocked": "not started"}
 # Phases that apply nothing have a more specific word than "up to date".
 _DONE = {
     **dict.fromkeys(("look", "compare", "token", "status", "ready"), "asked"),
@@ -119,4 +118,4 @@ def _outcome(done: Done) -> str:
         return f"failed: {done.problems[0].message}{more}" if done.problems else "failed"
     if isinstance(done.data, Fetched) and done.data.warning:
         return f"warning: {done.data.warning}"
-    return _DONE.get(done.phase, _OUTCOMES[done.outcome])
+    return _DONE.get(done.phase, OUTCOMES[done.outcome])

@@ -30,7 +30,7 @@ from sparkinstall.events import (  # fmt: skip
 )
 from sparkinstall.redaction import redact
 
-_OUTCOMES = {
+OUTCOMES = {
     "unchanged": "up to date", "changed": "done", "node_only": "node only", "failed": "failed",
     "blocked": "not started", "drift": "drift",
 }  # fmt: skip
@@ -162,7 +162,7 @@ class _Screen(LiveTable):
     def rows(self) -> Iterator[Row]:
         for name, running in self._steps.items():
             if ended := running.ended:
-                outcome = _OUTCOMES.get(ended.outcome, ended.outcome)
+                outcome = OUTCOMES.get(ended.outcome, ended.outcome)
                 text = f"{outcome}: {redact(ended.note)}" if ended.note else outcome
                 yield self.ended(ended.outcome, (name,), ended.seconds, text)
             else:
@@ -213,7 +213,7 @@ class _Lines:
             case ResourceApplied(step, _, summary):
                 return f"{step}: {summary}"
             case StepEnded(step, outcome, seconds, note):
-                return f"{step}: {_OUTCOMES.get(outcome, outcome)} ({duration(seconds)}){' - ' + note if note else ''}"
+                return f"{step}: {OUTCOMES.get(outcome, outcome)} ({duration(seconds)}){' - ' + note if note else ''}"
             case LineRead(step, line):
                 return f"{step} | {line}" if self._verbose and line.strip() else ""
             case Progressed():

@@ -132,17 +132,14 @@ def show_proof(results: Sequence[ProbeResult], out: Console, root: str = "", ver
     for each in results:
         name = Text("" if each.level == level else each.level, style="dim")
         level = each.level
-        table.add_row(name, sign(each.verdict), each.name, escape(redact(each.found)) + _took(each.seconds))
+        took = f"  ({each.seconds:.1f} s)" if each.seconds >= 1 else ""
+        table.add_row(name, sign(each.verdict), each.name, escape(redact(each.found)) + took)
         bad = each.verdict in ("fail", "warn")
         if each.expected and (bad or verbose) and each.expected != each.found:
             table.add_row("", "", "", Text(f"expected: {redact(each.expected)}", style="dim"))
         if each.hint and bad:
             table.add_row("", "", "", _hint(each, root))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
-
-
-def _took(seconds: float) -> str:
-    return f"  ({seconds:.1f} s)" if seconds >= 1 else ""
 
 
 def _hint(result: ProbeResult, root: str) -> str:

@@ -221,7 +221,8 @@ class Cluster(Struct):
     def look(self) -> None:
         """Install sparkinstall where it is missing, and read the state of every node; nothing else is changed."""
         self._at_once("look", self.nodes, self._look)
-        self._require_known_checks()
+        if known := [each.name for node in self.nodes for each in node.look.preflight]:
+            catalogue.require_known(self.options.ignore, known, "check")
 
     def require_ready(self) -> None:
         """After `look`, report every node that gave no reply or cannot be set up.
@@ -241,19 +242,15 @@ class Cluster(Struct):
         node.look = reply.data or Look()
         return reply
 
-    def _require_known_checks(self) -> None:
-        known = [each.name for node in self.nodes for each in node.look.preflight]
-        if known:
-            catalogue.require_known(self.options.ignore, known, "check")
-
     def up(self) -> None:
         """Apply everything that `look` found missing, with a barrier after each phase; then verify.
 
         Raises:
             Barrier: a node failed; the others stopped at the same barrier.
         """
+        whom = {"all": self.nodes, "head": self.nodes[:1], "workers": self.nodes[1:]}
         for phase in PHASES:
-            nodes = [node for node in self._whom(phase.whom) if self._steps(node, phase)]
+            nodes = [node for node in whom[phase.whom] if self._steps(node, phase)]
             if not nodes:
                 continue
             if phase.same:
@@ -268,9 +265,6 @@ class Cluster(Struct):
             self._barrier()
         self.verify()
         self._barrier()
-
-    def _whom(self, whom: Targets) -> Sequence[RemoteNode]:
-        return {"all": self.nodes, "head": self.nodes[:1], "workers": self.nodes[1:]}[whom]
 
     def _steps(self, node: RemoteNode, phase: Phase) -> list[str]:
         """The chosen steps of the phase that this node has."""
