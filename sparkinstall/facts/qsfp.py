@@ -143,7 +143,7 @@ def port_to_look_at(on: Reader, node: Node) -> Port:
 def _chosen(on: Reader, node: Node, barred: Mapping[str, str]) -> Port:
     found, wanted = ports(on), node.config.network.interface
     if wanted and wanted in barred:
-        raise _refused(wanted, barred[wanted], found, barred)
+        raise _unusable(f"{wanted} must not be changed: it {barred[wanted]}", found, barred)
     if on.rehearsal and not found:
         return _as_on_a_spark(wanted)
     if not found and switched_off(on):
@@ -342,17 +342,15 @@ def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mappin
     if port is None:
         there = wanted in on.names(NET)
         what = f"{wanted} is not a half of a QSFP port" if there else f"this node has no interface {wanted}"
-        raise LinkProblem(what, cause=_all_described(found, barred), hint=_advice(found, barred))
+        raise _unusable(what, found, barred)
     for name in port.names:
         if name in barred:
-            raise _refused(name, barred[name], found, barred)
+            raise _unusable(f"{name} must not be changed: it {barred[name]}", found, barred)
     cabled = [each for each in found if each.carrier and not _why_barred(each, barred)]
     if port.carrier is False and cabled:
-        raise LinkProblem(
-            f"{wanted} has no carrier, but port {cabled[0].number} has one: the cable is in the other port",
-            cause=_all_described(found, barred),
-            hint=f"{_naming(cabled[0].names[0])}, or plug the cable into port {port.number}",
-        )
+        what = f"{wanted} has no carrier, but port {cabled[0].number} has one: the cable is in the other port"
+        hint = f"{_naming(cabled[0].names[0])}, or plug the cable into port {port.number}"
+        raise _unusable(what, found, barred, hint)
     return port
 
 
@@ -364,9 +362,7 @@ def _cabled_port(found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:
     # If the cable is in a port that must not be changed, choosing the other port would be a guess.
     if len(free) == 1 and not any(each.carrier for each in found):
         return free[0]
-    raise LinkProblem(
-        _what_is_unclear(found, free, cabled), cause=_all_described(found, barred), hint=_advice(found, barred)
-    )
+    raise _unusable(_what_is_unclear(found, free, cabled), found, barred)
 
 
 def _off() -> LinkProblem:
@@ -390,10 +386,11 @@ def _what_is_unclear(found: tuple[Port, ...], free: list[Port], cabled: list[Por
     return "no QSFP port that may be set up has a carrier"
 
 
-def _refused(name: str, why: str, found: tuple[Port, ...], barred: Mapping[str, str]) -> LinkProblem:
-    return LinkProblem(
-        f"{name} must not be changed: it {why}", cause=_all_described(found, barred), hint=_advice(found, barred)
-    )
+def _unusable(what: str, found: tuple[Port, ...], barred: Mapping[str, str], hint: str = "") -> LinkProblem:
+    """Return the problem `what`, with a description of every port; `hint` replaces the general advice."""
+    none = f"no interface has a name such as enp1s0f0np0 and {CONNECTX_DRIVER} as its driver"
+    cause = "; ".join(_described(each, barred) for each in found) or none
+    return LinkProblem(what, cause=cause, hint=hint or _advice(found, barred))
 
 
 def _advice(found: tuple[Port, ...], barred: Mapping[str, str]) -> str:
@@ -411,12 +408,6 @@ def _advice(found: tuple[Port, ...], barred: Mapping[str, str]) -> str:
 
 def _naming(name: str) -> str:
     return f"name the port by one of its halves: `--interface {name}` (`network.interface` in the config)"
-
-
-def _all_described(found: tuple[Port, ...], barred: Mapping[str, str]) -> str:
-    if not found:
-        return f"no interface has a name such as enp1s0f0np0 and {CONNECTX_DRIVER} as its driver"
-    return "; ".join(_described(each, barred) for each in found)
 
 
 def _described(port: Port, barred: Mapping[str, str]) -> str:

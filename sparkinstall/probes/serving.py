@@ -17,6 +17,7 @@ from sparkinstall.probes.vllm_client import Api, Reply
 from sparkinstall.system import Reader
 
 _REHEARSAL = "a rehearsal starts no services"
+_NO_COMPLETION = skipped("no completion came: see `serving`")
 # Seconds within which even a large model is loaded.
 _LOADING = 1800
 # Seconds after which the counters must include our requests.
@@ -89,14 +90,9 @@ def _late(of: Api, what: str) -> Finding:
     )
 
 
-def _unasked(of: Api) -> Finding | None:
-    """Return a skip if the completion failed, else None."""
-    return skipped("no completion came: see `serving`") if of.completion.error else None
-
-
 def _stream(of: Api) -> Finding:
-    if stop := _unasked(of):
-        return stop
+    if of.completion.error:
+        return _NO_COMPLETION
     answer = of.stream
     if not answer.done:
         # The stream did not come to its end.
@@ -115,8 +111,8 @@ def _stream(of: Api) -> Finding:
 
 
 def _metrics(of: Api) -> Finding:
-    if stop := _unasked(of):
-        return stop
+    if of.completion.error:
+        return _NO_COMPLETION
     before, ours = vllm_client.sample(of.completion.metrics, GENERATED_TOKENS), of.made
     after = of.metrics()
     if before is None or vllm_client.sample(after.metrics, GENERATED_TOKENS) is None:
