@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 from unittest.mock import patch
 
+import click
+import typer
 from msgspec.structs import replace
 
 import sparkinstall
 from sparkinstall import stacks
 from sparkinstall.assets import asset
-from sparkinstall.cli.app import whole_program
+from sparkinstall.cli import app
 from sparkinstall.cluster import orchestrate
 from sparkinstall.config import ClusterConfig, Config, ServingConfig, Setting, settings
 from sparkinstall.core import catalogue, engine, fixes
@@ -441,6 +443,15 @@ def _span(releases: Sequence[str]) -> str:
 
 
 # --- verbs and options
+
+
+def whole_program() -> click.Group:
+    """Return the whole command line with every verb imported."""
+    group = typer.main.get_command(app.program())
+    assert isinstance(group, click.Group)
+    for verb in app.VERBS:
+        group.add_command(app.command(verb), verb)
+    return group
 
 
 @cache

@@ -107,15 +107,6 @@ def program() -> typer.Typer:
     return app
 
 
-def whole_program() -> click.Group:
-    """The whole command line with every verb imported: for documents and tests."""
-    group = typer.main.get_command(program())
-    assert isinstance(group, click.Group)
-    for verb in VERBS:
-        group.add_command(command(verb), verb)
-    return group
-
-
 def _version(asked: bool) -> None:
     if asked:
         print(f"sparkinstall {__version__}")

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkinstall.cli.run_command import CommandResult, Output, verb
-from sparkinstall.cli.text_output import console, sign
+from sparkinstall.cli.text_output import console, headed, sign
 from sparkinstall.core.session import Target
 from sparkinstall.diagnose import judge
-from sparkinstall.diagnose.judge import Diagnosis, Found, Log, Place, Reading
-from sparkinstall.diagnose.search import MOST, Match, Search
+from sparkinstall.diagnose.judge import Diagnosis, Found, Log
+from sparkinstall.diagnose.search import MOST, Match, Place, Search
 from sparkinstall.diagnose.signatures import KnownFailure, Signature, load
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.redaction import redact
@@ -111,9 +111,9 @@ def _logs(files: Sequence[str], units: Sequence[str], follow: bool, boot: bool) 
     ]
 
 
-def _follow(log: Log, signatures: Sequence[Signature], talk: bool) -> Reading:
+def _follow(log: Log, signatures: Sequence[Signature], talk: bool) -> Search:
     """Read until the log ends or Ctrl-C, and print each failure as it appears."""
-    search, out = Search(signatures), console()
+    search, out = Search(signatures, log.name), console()
     if talk:
         console(stderr=True).print(f"[dim]following {log.name}; Ctrl-C ends it[/]")
     try:
@@ -124,14 +124,14 @@ def _follow(log: Log, signatures: Sequence[Signature], talk: bool) -> Reading:
         pass
     for sighting in search.end():
         _print_new(sighting, search, talk, out)
-    return Reading(log.name, search)
+    return search
 
 
 def _print_new(sighting: Match, search: Search, talk: bool, out: Console) -> None:
     """Print one failure as it appears, with its cause if that came before."""
     if not talk:
         return
-    every = judge.judge([Reading("", search)]).found
+    every = judge.judge([search]).found
     out.print(f"[dim]{time.strftime('%H:%M:%S')}[/]")
     _show_found(next(each for each in every if each.name == sighting.signature.name), out, several=False)
     out.file.flush()
@@ -239,9 +239,7 @@ def _list_known() -> CommandResult:
     signatures = load()
 
     def show() -> None:
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        for heading in ("failure", "fix", "title"):
-            table.add_column(heading)
+        table = headed("failure", "fix", "title")
         for each in signatures:
             table.add_row(each.name, str(each.fix or ""), f"{each.title}{' (a warning)' if each.is_warning else ''}")
         console().print(table)

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 
 import typer
 from msgspec import Struct
-from rich.table import Table
 
 from sparkinstall.cli.run_command import CommandResult, Output, verb
-from sparkinstall.cli.text_output import console
+from sparkinstall.cli.text_output import console, headed
 from sparkinstall.core.session import Setting, Target, open_session
 
 app = typer.Typer(help="Show every setting and its origin.", no_args_is_help=True)
@@ -35,9 +34,7 @@ def show(target: Target, output: Output) -> CommandResult:
 
 
 def _show(settings: Mapping[str, Setting]) -> None:
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for heading in ("setting", "value", "from"):
-        table.add_column(heading)
+    table = headed("setting", "value", "from")
     for name, row in settings.items():
         value = row.value if isinstance(row.value, str) else json.dumps(row.value)
         table.add_row(name, value, row.source, style="dim" if row.source == "default" else "")

@@ -70,6 +70,11 @@ def columns(*widths: int | None) -> Table:
     return table
 
 
+def headed(*headings: str) -> Table:
+    """Return a table without lines, with headings."""
+    return Table(*headings, box=None, pad_edge=False, header_style="dim")
+
+
 def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False, root: str = "") -> None:
     """Print what every step would do, then the differences."""
     table = columns(1, 12, None)

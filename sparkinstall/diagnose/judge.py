@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import asdict
 
-from sparkinstall.diagnose.search import Match, Search
+from sparkinstall.diagnose.search import Match, Place, Search
 from sparkinstall.diagnose.signatures import ANY, KnownFailure, Signature
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_problem
 from sparkinstall.system import processes
@@ -39,27 +40,12 @@ class Log(Struct, frozen=True):
     pieces: Callable[[], Iterator[bytes]]
 
 
-class Reading(Struct, frozen=True):
-    """A log that has been read."""
-
-    name: str
-    search: Search
-
-
 class ReadLog(Struct, frozen=True):
     """The name and size of a log that has been read."""
 
     name: str
     bytes: int
     lines: int
-
-
-class Place(Struct, frozen=True):
-    """A line of one of the logs: its number and its printable text."""
-
-    log: str
-    line: int
-    text: str
 
 
 class Found(KnownFailure, frozen=True, kw_only=True):
@@ -100,41 +86,42 @@ class Diagnosis(Struct, frozen=True):
         return [each for each in self.found if each.is_warning]
 
 
-def read(log: Log, signatures: Sequence[Signature]) -> Reading:
+def read(log: Log, signatures: Sequence[Signature]) -> Search:
     """Search a whole log."""
-    search = Search(signatures)
+    search = Search(signatures, log.name)
     for piece in log.pieces():
         search.feed(piece)
     search.end()
-    return Reading(log.name, search)
+    return search
 
 
-def judge(readings: Sequence[Reading]) -> Diagnosis:
+def judge(searches: Sequence[Search]) -> Diagnosis:
     """Combine the results of all logs: a cause may be in another log than its consequence."""
-    sightings: dict[str, list[tuple[str, Match]]] = {}
-    for log, search in ((each.name, each.search) for each in readings):
-        for sighting in sorted(search.sightings.values(), key=lambda each: each.lines[0].number):
-            sightings.setdefault(sighting.signature.name, []).append((log, sighting))
-    signatures = [each[0][1].signature for each in sightings.values()]
-    found = [_found(signature, sightings[signature.name], signatures) for signature in signatures]
+    sightings: dict[str, list[Match]] = {}
+    for search in searches:
+        for sighting in sorted(search.sightings.values(), key=lambda each: each.lines[0].line):
+            sightings.setdefault(sighting.signature.name, []).append(sighting)
+    signatures = [each[0].signature for each in sightings.values()]
+    found = [_found(each, signatures) for each in sightings.values()]
     failures = sorted((each for each in found if not each.is_warning), key=lambda each: bool(each.explained_by))
     warnings = [each for each in found if each.is_warning]
-    logs = tuple(ReadLog(each.name, each.search.bytes, each.search.lines) for each in readings)
-    return Diagnosis(logs, (*failures, *warnings), () if failures else _telling(readings))
+    suspects = [] if failures else [suspect for search in searches for suspect in search.telling]
+    suspects.sort(key=lambda each: -each.weight)
+    return Diagnosis(
+        tuple(ReadLog(each.name, each.bytes, each.lines) for each in searches),
+        (*failures, *warnings),
+        tuple(Telling(**asdict(each.place), count=each.count) for each in suspects),
+    )
 
 
-def _telling(readings: Sequence[Reading]) -> tuple[Telling, ...]:
-    suspects = [(each.name, suspect) for each in readings for suspect in each.search.telling]
-    heaviest_first = sorted(suspects, key=lambda pair: -pair[1].weight)
-    return tuple(Telling(log, each.line.number, each.line.text, each.count) for log, each in heaviest_first)
-
-
-def _found(signature: Signature, sightings: Sequence[tuple[str, Match]], others: Iterable[Signature]) -> Found:
+def _found(sightings: Sequence[Match], others: Iterable[Signature]) -> Found:
+    """Combine the sightings of one failure in all logs."""
+    signature = sightings[0].signature
     return Found(
         **signature.told(),
-        count=sum(sighting.count for _, sighting in sightings),
+        count=sum(each.count for each in sightings),
         explained_by=explained_by(signature, others),
-        lines=tuple(Place(log, line.number, line.text) for log, sighting in sightings for line in sighting.lines),
+        lines=tuple(place for each in sightings for place in each.lines),
     )
 
 

@@ -53,10 +53,11 @@ _NO_NEWS = re.compile(r"^(?:Traceback \(most recent|File \"|During handling of|T
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
 
-class Line(Struct, frozen=True):
+class Place(Struct, frozen=True):
     """A line of a log: its 1-based number and its printable text."""
 
-    number: int
+    log: str
+    line: int
     text: str
 
 
@@ -64,29 +65,30 @@ class Match(Struct):
     """One known failure in a log: its first lines, number of its last line, and count of lines up to `MOST`."""
 
     signature: Signature
-    lines: tuple[Line, ...] = ()
+    lines: tuple[Place, ...] = ()
     count: int = 0
     last: int = 0
 
-    def see(self, line: Line) -> None:
+    def see(self, place: Place) -> None:
         """Count another line."""
-        self.count, self.last = self.count + 1, line.number
+        self.count, self.last = self.count + 1, place.line
         if len(self.lines) < SHOWN:
-            self.lines = (*self.lines, line)
+            self.lines = (*self.lines, place)
 
 
 class Suspect(Struct):
     """A suspicious line that matches no known failure, and how many similar lines there are."""
 
-    line: Line
+    place: Place
     weight: int
     count: int = 1
 
 
 class Search:
-    """Search a log fed in blocks. `sightings` and `telling` are complete after `end()`."""
+    """Search the log `name` fed in blocks. `sightings` and `telling` are complete after `end()`."""
 
-    def __init__(self, signatures: Sequence[Signature]) -> None:
+    def __init__(self, signatures: Sequence[Signature], name: str) -> None:
+        self.name = name
         self._meanings: dict[bytes, list[Signature | None]] = {}
         for each in signatures:
             for anchor in each.anchors:
@@ -139,7 +141,7 @@ class Search:
     @property
     def telling(self) -> list[Suspect]:
         """The most suspicious lines, by weight."""
-        return sorted(self._telling.values(), key=lambda each: (-each.weight, each.line.number))
+        return sorted(self._telling.values(), key=lambda each: (-each.weight, each.place.line))
 
     def _look(self, upto: int, keep: int) -> list[Match]:
         """Search what begins before `upto`, and drop all but the last `keep` bytes before it."""
@@ -175,7 +177,7 @@ class Search:
         if found := signature.regex.search(text):
             if seen is None:
                 seen = self.sightings[signature.name] = Match(signature)
-            seen.see(Line(number, shown(text, found.end())))
+            seen.see(Place(self.name, number, shown(text, found.end())))
             self._enough |= seen.count >= MOST
 
     def _weigh_suspect(self, text: str, number: int) -> None:
@@ -193,7 +195,7 @@ class Search:
         if known := self._telling.get(key):
             known.count += 1
         elif len(self._telling) < _TELLING_KEPT:
-            self._telling[key] = Suspect(Line(number, shown(text, 0)), weight)
+            self._telling[key] = Suspect(Place(self.name, number, shown(text, 0)), weight)
 
 
 def around(data: bytes, start: int, end: int) -> str:

@@ -90,8 +90,7 @@ def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
     return all(now[name] == then.get(name) for name in now)
 
 
-def _undo_dir(change: Change, on: System, journal: Journal) -> Undone:
-    del journal
+def _undo_dir(change: Change, on: System, _journal: Journal) -> Undone:
     path = change.undo.subject
     if on.entry(path) is None:
         return Undone(path, "nothing")
@@ -100,8 +99,7 @@ def _undo_dir(change: Change, on: System, journal: Journal) -> Undone:
     return Undone(path, "kept", f"contains files that are not sparkinstall's: {', '.join(on.names(path)[:3])}")
 
 
-def _undo_tree(change: Change, on: System, journal: Journal) -> Undone:
-    del journal
+def _undo_tree(change: Change, on: System, _journal: Journal) -> Undone:
     path, before = change.undo.subject, change.undo.before
     outcome: Literal["removed", "nothing"] = "removed" if on.entry(path) else "nothing"
     on.clear(path)

@@ -7,7 +7,6 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from sparkinstall import safe_yaml
 from sparkinstall.errors import Problem
@@ -104,17 +103,11 @@ def _netplan(on: Reader) -> Iterator[str]:
 
 
 def _access_points(on: Reader, path: str) -> Iterator[str]:
-    try:
-        network = safe_yaml.load(on.read(path) or b"", only_text=True)["network"]
-    except safe_yaml.NotYaml:
-        return
-    for device in _values(network.get("wifis")):
-        for name, point in (device.get("access-points") or {}).items():
+    network = safe_yaml.load(on.read(path) or b"", only_text=True)["network"]
+    for device in (network.get("wifis") or {}).values():
+        points = device.get("access-points") if isinstance(device, dict) else None
+        for name, point in (points or {}).items():
             yield from (name, (point or {}).get("networkmanager", {}).get("name", ""))
-
-
-def _values(group: Any) -> Iterator[dict[str, Any]]:
-    yield from (each for each in group.values() if isinstance(each, dict)) if isinstance(group, dict) else ()
 
 
 def _text(on: Reader, path: str) -> str:

@@ -24,7 +24,7 @@ from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
 from sparkinstall.diagnose import judge as judge_module
 from sparkinstall.diagnose import search as log_search
-from sparkinstall.diagnose.judge import Diagnosis, Reading, judge
+from sparkinstall.diagnose.judge import Diagnosis, judge
 from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import Signature, load
 from sparkinstall.schema import Malformed
@@ -39,9 +39,9 @@ EXAMPLES = [pytest.param(s, line, id=f"{s.name}-{at}") for s in KNOWN for at, li
 HARMLESS = [pytest.param(s, line, id=f"{s.name}-{at}") for s in KNOWN for at, line in enumerate(s.harmless)]
 
 
-def read(data: bytes, sizes: Sequence[int] = (1 << 20,), known: Sequence[Signature] = KNOWN) -> Search:
+def read(data: bytes, sizes: Sequence[int] = (1 << 20,), known: Sequence[Signature] = KNOWN, name: str = "x") -> Search:
     """Search a log that is fed in pieces of these sizes, repeatedly."""
-    search, at = Search(known), 0
+    search, at = Search(known, name), 0
     while at < len(data):
         for size in sizes:
             search.feed(data[at : at + size])
@@ -51,7 +51,7 @@ def read(data: bytes, sizes: Sequence[int] = (1 << 20,), known: Sequence[Signatu
 
 
 def diagnosed(*logs: bytes) -> Diagnosis:
-    return judge([Reading(f"log {at}", read(log)) for at, log in enumerate(logs)])
+    return judge([read(log, name=f"log {at}") for at, log in enumerate(logs)])
 
 
 def causes(found: Diagnosis) -> list[str]:
@@ -317,7 +317,7 @@ _STREAMS = st.lists(st.one_of(_PARTS, st.binary(max_size=20)), max_size=25).map(
 def seen(search: Search) -> object:
     return (
         {name: (each.lines, each.count, each.last) for name, each in search.sightings.items()},
-        [(each.line, each.weight, each.count) for each in search.telling],
+        [(each.place, each.weight, each.count) for each in search.telling],
         search.lines,
         search.bytes,
     )
@@ -336,12 +336,12 @@ def test_log_read_in_any_pieces_gives_the_same_result(data: bytes, sizes: list[i
 @settings(deadline=None)
 def test_log_of_arbitrary_bytes_is_read(data: bytes) -> None:
     search = read(data)
-    judge([Reading("x", search)])
+    judge([search])
     assert search.lines == data.count(b"\n") + bool(data and not data.endswith(b"\n"))
 
 
 def test_endless_line_uses_limited_memory() -> None:
-    search = Search(KNOWN)
+    search = Search(KNOWN, "x")
     for _ in range(64):
         search.feed(b"0123456789abcdef" * 65536)
         assert len(search._waiting) <= log_search.LONG

@@ -15,7 +15,6 @@ import pytest
 
 from sparkinstall import __version__, errors, ray_ports, stacks
 from sparkinstall.cli import cluster_text, json_output
-from sparkinstall.cli.app import whole_program
 from sparkinstall.cli.multi_node import Role
 from sparkinstall.cluster import orchestrate, protocol, remote
 from sparkinstall.cluster.ssh import Ssh
@@ -191,7 +190,7 @@ def test_changelog_has_the_current_version() -> None:
 @cache
 def options_of() -> dict[str, set[str]]:
     """Verb -> its options; "" -> those of the program itself."""
-    return dict(_options("", whole_program()))
+    return dict(_options("", docs.whole_program()))
 
 
 def _options(name: str, command: Any) -> Iterator[tuple[str, set[str]]]:
