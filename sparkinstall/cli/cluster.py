@@ -13,7 +13,6 @@ from sparkinstall.cli import options
 from sparkinstall.cli.cluster_live import Watch
 from sparkinstall.cli.cluster_proof import verify
 from sparkinstall.cli.cluster_text import end, show_nodes, show_plan
-from sparkinstall.cli.options import LINK
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console
 from sparkinstall.cluster import ssh
@@ -42,8 +41,7 @@ def cluster(
         ),
     ],
     interface: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="The QSFP interface with the cable, on every node.", rich_help_panel=LINK),
+        str | None, options.link(metavar="NAME", help="The QSFP interface with the cable, on every node.")
     ] = None,
     model: options.Model = None,
     only: options.Only = None,

@@ -66,7 +66,8 @@ def _problems_masked(target: Target) -> Iterator[None]:
 
 def _show(examined: Examination, verbose: bool) -> None:
     out, found = console(), examined.checkup
-    out.print(", ".join(_named(name, value) for name, value in found.machine.items()), markup=False)
+    facts = (value if name in ("machine", "gpu", "os") else f"{name} {value}" for name, value in found.machine.items())
+    out.print(", ".join(facts), markup=False)
     if not found.installed:
         out.print(f"sparkinstall has set nothing up here; run `sparkinstall all{examined.root_option}`", markup=False)
     out.print()
@@ -76,7 +77,8 @@ def _show(examined: Examination, verbose: bool) -> None:
             _show_same(same, out, verbose)
         out.print()
     if found.ok:
-        out.print(f"{_heading(found.ok)}: {escape(_names(found.ok))}")
+        names = ", ".join(dict.fromkeys(item.name for item in found.ok))
+        out.print(f"{_heading(found.ok)}: {escape(names)}")
     if found.skipped:
         _show_skipped(found.skipped, out)
     if found.ok or found.skipped or found.broken or found.look_at:
@@ -86,16 +88,8 @@ def _show(examined: Examination, verbose: bool) -> None:
     out.print(f"[dim]{masked}[/]")
 
 
-def _named(name: str, value: str) -> str:
-    return value if name in ("machine", "gpu", "os") else f"{name} {value}"
-
-
 def _heading(items: Sequence[Item]) -> str:
     return f"{_HEADINGS[items[0].weight]} ({len(items)})"
-
-
-def _names(items: Sequence[Item]) -> str:
-    return ", ".join(dict.fromkeys(item.name for item in items))
 
 
 def _together(items: Sequence[Item]) -> list[list[Item]]:

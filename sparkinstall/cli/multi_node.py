@@ -9,7 +9,6 @@ from msgspec.structs import replace
 
 from sparkinstall.cli import options
 from sparkinstall.cli.install import install
-from sparkinstall.cli.options import LINK
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
 from sparkinstall.core.converge import InstallOptions
 from sparkinstall.core.session import Target
@@ -26,26 +25,16 @@ class Role(StrEnum):
 def multi_node(
     target: Target,
     output: Output,
-    role: Annotated[Role, typer.Option(help="The role of this node.", rich_help_panel=LINK)],
-    head: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="The head's address on the link.", rich_help_panel=LINK)
-    ] = None,
+    role: Annotated[Role, options.link(help="The role of this node.")],
+    head: Annotated[str | None, options.link(metavar="ADDRESS", help="The head's address on the link.")] = None,
     worker: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ADDRESS", help="A worker's address on the link (once for each).", rich_help_panel=LINK),
+        list[str] | None, options.link(metavar="ADDRESS", help="A worker's address on the link (once for each).")
     ] = None,
-    address: Annotated[
-        str | None, typer.Option(metavar="ADDRESS", help="This node's address on the link.", rich_help_panel=LINK)
-    ] = None,
-    interface: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The QSFP interface with the cable.", rich_help_panel=LINK)
-    ] = None,
+    address: Annotated[str | None, options.link(metavar="ADDRESS", help="This node's address on the link.")] = None,
+    interface: Annotated[str | None, options.link(metavar="NAME", help="The QSFP interface with the cable.")] = None,
     model: options.Model = None,
     token_file: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", allow_dash=True, help="The head's Ray token; - reads it from stdin.", rich_help_panel=LINK
-        ),
+        Path | None, options.link(metavar="FILE", allow_dash=True, help="The head's Ray token; - reads it from stdin.")
     ] = None,
     leave_armed: Annotated[
         bool,

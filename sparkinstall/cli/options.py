@@ -9,42 +9,40 @@ import typer
 from sparkinstall.core.catalogue import require_known
 from sparkinstall.probes import LEVELS, Level
 
-_node = partial(typer.Option, rich_help_panel="Which node")
-_choice = partial(typer.Option, rich_help_panel="Which parts")
-_output = partial(typer.Option, rich_help_panel="Output")
-LINK = "The cluster"
-"""Heading of the options for several nodes."""
+# An option below its heading in the help.
+node = partial(typer.Option, rich_help_panel="Which node")
+choice = partial(typer.Option, rich_help_panel="Which parts")
+link = partial(typer.Option, rich_help_panel="The cluster")
+output = partial(typer.Option, rich_help_panel="Output")
 
-Root = Annotated[Path | None, _node(help="Rehearse below this folder instead of setting up this machine.")]
-ConfigFile = Annotated[Path | None, _node("--config", help="The config file (YAML).", envvar="SPARKINSTALL_CONFIG")]
-Stack = Annotated[str | None, _node(help="The set of pins: a shipped name or a YAML file.")]
-Set = Annotated[list[str] | None, _node("--set", metavar="KEY=VALUE", help="Override one setting of the config file.")]
-Platform = Annotated[str | None, _node(help="Rehearsal: use the wheels of aarch64 or x86_64.")]
-Full = Annotated[bool | None, _node("--full/--partial", help="Rehearsal: install all 9 GB, not only vLLM's wheel.")]
+Root = Annotated[Path | None, node(help="Rehearse below this folder instead of setting up this machine.")]
+ConfigFile = Annotated[Path | None, node("--config", help="The config file (YAML).", envvar="SPARKINSTALL_CONFIG")]
+Stack = Annotated[str | None, node(help="The set of pins: a shipped name or a YAML file.")]
+Set = Annotated[list[str] | None, node("--set", metavar="KEY=VALUE", help="Override one setting of the config file.")]
+Platform = Annotated[str | None, node(help="Rehearsal: use the wheels of aarch64 or x86_64.")]
+Full = Annotated[bool | None, node("--full/--partial", help="Rehearsal: install all 9 GB, not only vLLM's wheel.")]
 
-Only = Annotated[list[str] | None, _choice(metavar="STEP", help="Run only this step (may repeat).")]
-Skip = Annotated[list[str] | None, _choice(metavar="STEP", help="Skip this step (may repeat).")]
-Ignore = Annotated[list[str] | None, _choice(metavar="CHECK", help="Ignore this check if it fails (may repeat).")]
-Names = Annotated[list[str] | None, _choice(metavar="NAME", help="Run only this step or probe (may repeat).")]
-NotNames = Annotated[list[str] | None, _choice(metavar="NAME", help="Skip this step or probe (may repeat).")]
-Model = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Serve this model as a service.", rich_help_panel=LINK)
-]
+Only = Annotated[list[str] | None, choice(metavar="STEP", help="Run only this step (may repeat).")]
+Skip = Annotated[list[str] | None, choice(metavar="STEP", help="Skip this step (may repeat).")]
+Ignore = Annotated[list[str] | None, choice(metavar="CHECK", help="Ignore this check if it fails (may repeat).")]
+Names = Annotated[list[str] | None, choice(metavar="NAME", help="Run only this step or probe (may repeat).")]
+NotNames = Annotated[list[str] | None, choice(metavar="NAME", help="Skip this step or probe (may repeat).")]
+Model = Annotated[str | None, link(metavar="MODEL", help="Serve this model as a service.")]
 HowFar = Annotated[
     str | None,
-    _choice(
+    choice(
         "--level",
         metavar="LEVEL",
         help="Highest level to run: static, node, gpu, link, cluster or serving; default: all.",
     ),
 ]
-Measure = Annotated[bool, _choice("--measure", help="Include probes that keep the GPU or the link busy.")]
+Measure = Annotated[bool, choice("--measure", help="Include probes that keep the GPU or the link busy.")]
 
-Yes = Annotated[bool, _output("--yes", "-y", help="Do not ask for confirmation.")]
-Json = Annotated[bool, _output("--json", help="Print one JSON object on stdout (docs/json.md).")]
-Verbose = Annotated[bool, _output("--verbose", "-v", help="Show every line of every program.")]
-Junit = Annotated[Path | None, _output(metavar="FILE", help="Write a JUnit report for CI.")]
-Strict = Annotated[bool, _output("--strict", help="Count skipped as failed.")]
+Yes = Annotated[bool, output("--yes", "-y", help="Do not ask for confirmation.")]
+Json = Annotated[bool, output("--json", help="Print one JSON object on stdout (docs/json.md).")]
+Verbose = Annotated[bool, output("--verbose", "-v", help="Show every line of every program.")]
+Junit = Annotated[Path | None, output(metavar="FILE", help="Write a JUnit report for CI.")]
+Strict = Annotated[bool, output("--strict", help="Count skipped as failed.")]
 
 
 def known_level(name: str | None) -> Level | None:

@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import typer
 from msgspec import Struct
 from rich.table import Table
 from rich.text import Text
@@ -25,13 +24,7 @@ from sparkinstall.system.local import replace_file
 
 Archive = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="FILE",
-        help="The archive, a .tar.gz; default: in the current folder.",
-        rich_help_panel="Output",
-    ),
+    options.output("--output", "-o", metavar="FILE", help="The archive, a .tar.gz; default: in the current folder."),
 ]
 _LARGEST = 25_000_000
 

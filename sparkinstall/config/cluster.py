@@ -54,22 +54,22 @@ def _require_own(config: Config) -> None:
 
 
 def _require_ports_apart(config: Config) -> None:
-    # Check the ports of both executors: switching takes one setting.
-    fixed = (
-        ("Ray", ray_ports.BETWEEN_NODES),
-        ("Ray's dashboard", (ray_ports.DASHBOARD, ray_ports.DASHBOARD)),
-        ("Ray's client port", (ray_ports.CLIENT, ray_ports.CLIENT)),
-        ("vLLM's own processes", (ray_ports.FIRST_OF_VLLM, ray_ports.LAST_OF_VLLM)),
-    )
-    asked = {
+    settable = {
         "serving.port": config.serving.port,
         "cluster.ray_port": config.cluster.ray_port,
         "cluster.master_port": config.cluster.master_port,
     }
-    for name, port in asked.items():
-        others = [(other, (its, its)) for other, its in asked.items() if other != name]
-        for other, (first, last) in (*others, *fixed):
-            if first <= port <= last:
+    # Check the ports of both executors: switching takes one setting.
+    taken = {
+        **{name: (port, port) for name, port in settable.items()},
+        "Ray": ray_ports.BETWEEN_NODES,
+        "Ray's dashboard": (ray_ports.DASHBOARD, ray_ports.DASHBOARD),
+        "Ray's client port": (ray_ports.CLIENT, ray_ports.CLIENT),
+        "vLLM's own processes": (ray_ports.FIRST_OF_VLLM, ray_ports.LAST_OF_VLLM),
+    }
+    for name, port in settable.items():
+        for other, (first, last) in taken.items():
+            if other != name and first <= port <= last:
                 raise BadConfig(
                     f"`{name}` is {port}, which is the port of {other}", hint=f"set `{name}` to another one"
                 )

@@ -208,7 +208,7 @@ class StateFolder:
 
     def _make_at_once(self, top: Path, missing: list[Path]) -> None:
         # Folders and first records appear together by one rename, so that a kill cannot leave half of them.
-        waiting = staged_folder(top)
+        waiting = _beside(top, "new")
         inner = waiting / self.home.relative_to(top)
         try:
             inner.mkdir(parents=True)
@@ -247,8 +247,8 @@ class StateFolder:
         for top in (self.home, *self.home.parents):
             if top == top.parent or not top.is_relative_to(self.system.root):
                 break
-            shutil.rmtree(leftover(top), ignore_errors=True)
-            shutil.rmtree(staged_folder(top), ignore_errors=True)
+            for which in ("old", "new"):
+                shutil.rmtree(_beside(top, which), ignore_errors=True)
 
     def _begin(self, home: Path, made: list[str]) -> None:
         journal = Journal(home)
@@ -265,20 +265,15 @@ class StateFolder:
             top = folder
         try:
             with storage_errors(f"removing {top}", but=PermissionError), self._alone():
-                top.rename(leftover(top))
+                top.rename(_beside(top, "old"))
         except PermissionError:
             self.system.clear(FOLDER)
-        shutil.rmtree(leftover(top), ignore_errors=True)
+        shutil.rmtree(_beside(top, "old"), ignore_errors=True)
 
 
-def staged_folder(top: Path) -> Path:
-    """Return the temporary folder of a new state, before it is renamed."""
-    return top.with_name(f".{top.name}.sparkinstall-new")
-
-
-def leftover(top: Path) -> Path:
-    """Return the folder that a killed uninstall may have left of the state."""
-    return top.with_name(f".{top.name}.sparkinstall-old")
+def _beside(top: Path, which: str) -> Path:
+    """Return the temporary folder of a `new` state before it is renamed, or of an `old` one while it is removed."""
+    return top.with_name(f".{top.name}.sparkinstall-{which}")
 
 
 def _is_at(handle: IO[str], path: Path) -> bool:

@@ -158,9 +158,9 @@ class _Gathering:
         self.logs[name] = _without_prompts(text)
         self.add_text(name, text)
 
-    def add_file(self, name: str, path: str, limit: int = _SMALL) -> None:
+    def add_file(self, name: str, path: str) -> None:
         with self.noting(path):
-            self.add_text(name, self.end_of(path, limit))
+            self.add_text(name, self.end_of(path, _SMALL))
 
     def end_of(self, path: str, limit: int) -> str:
         """Return the last `limit` bytes of a regular file, or "". Links are not followed."""

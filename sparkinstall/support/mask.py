@@ -235,12 +235,11 @@ class Mask:
         ]
 
     def _of_shapes(self) -> list[Rule]:
-        ssid = self._value("ssid")
         return [
             (("@",), _MAIL, self._mail),
             *((("/",), pattern, self._at_home) for pattern in _folders(self._known.homes)),
             (("/home/",), _HOME, self._other_home),
-            *((words, pattern, self._whole("serial")) for words, pattern in _names(self._known.serials)),
+            *_names(self._known.serials, self._whole("serial")),
             ((":",), _IPV6, self._ipv6),
             (("-",), _UUID, self._whole("uuid")),
             (("guid", "_id", "-id", " id", "portid", "switchid", "eui.", "wwn-"), _NAMED_ID, self._behind("guid")),
@@ -249,18 +248,18 @@ class Mask:
             ((":",), _GUID, self._guid),
             ((".",), _IPV4, self._ipv4),
             (("serial", "sn", "s/n"), _KEYED_SERIAL, self._value("serial")),
-            *((("ssid",), pattern, ssid) for pattern in (_KEYED_SSID, _QUOTED_SSID)),
+            (("ssid",), _KEYED_SSID, self._value("ssid")),
+            (("ssid",), _QUOTED_SSID, self._value("ssid")),
         ]
 
     def _of_names(self) -> list[Rule]:
-        hosts = _names(self._known.hosts, r"(?<![\w/.-])", r"(?![\w/-]|\.\w)")
         return [
-            *((words, pattern, self._whole("ssid")) for words, pattern in _names(self._known.networks)),
-            *((words, pattern, self._host) for words, pattern in hosts),
+            *_names(self._known.networks, self._whole("ssid")),
+            *_names(self._known.hosts, self._host, r"(?<![\w/.-])", r"(?![\w/-]|\.\w)"),
             (("spark-", "gx10-", "zgx-", "gb10-"), _FACTORY, self._host),
             ((".local", ".lan", ".home.arpa", ".fritz.box"), _IN_THE_LAN, self._host),
             (("]:",), _TORCH_PEER, self._host),
-            *((words, pattern, self._whole("user")) for words, pattern in _names(self._known.users)),
+            *_names(self._known.users, self._whole("user")),
         ]
 
     def _whole(self, kind: str) -> Replacement:
@@ -284,8 +283,7 @@ class Mask:
 
         return replacement
 
-    def _hidden(self, found: re.Match[str]) -> str:
-        del found
+    def _hidden(self, _found: re.Match[str]) -> str:
         self._secret = True
         return HIDDEN
 
@@ -303,8 +301,7 @@ class Mask:
         stays = found[1].lower() in _UNITS or found[0].startswith("git@")
         return found[0] if stays else self._placeholder("mail", found[0])
 
-    def _at_home(self, found: re.Match[str]) -> str:
-        del found
+    def _at_home(self, _found: re.Match[str]) -> str:
         self._home = True
         return "~"
 
@@ -359,24 +356,19 @@ def _folders(given: tuple[str, ...]) -> list[re.Pattern[str]]:
     return [re.compile(rf"(?<![\w.~-]){re.escape(each)}(?![\w-]|\.\w)") for each in homes]
 
 
-Named = tuple[tuple[str, ...], re.Pattern[str]]
-
-
-def _names(given: tuple[str, ...], front: str = r"(?<![\w-])", back: str = r"(?![\w-])") -> list[Named]:
-    """Return words and patterns for known names, longest first, without common names.
+def _names(
+    given: tuple[str, ...], replacement: Replacement, front: str = r"(?<![\w-])", back: str = r"(?![\w-])"
+) -> list[Rule]:
+    """Return a rule for each known name, longest first, without common names.
 
     A short name (max, vm) is part of too many other words: `front` and `back` are its boundaries.
     """
+    rules: list[Rule] = []
     distinctive = {each for each in given if len(each) > 1 and each.lower() not in _COMMON_NAMES}
-    return [
-        ((each.lower(),), _name(each, front, back)) for each in sorted(distinctive, key=lambda each: (-len(each), each))
-    ]
-
-
-def _name(name: str, front: str, back: str) -> re.Pattern[str]:
-    if len(name) > 4:
-        front, back = _FRONT, _BACK
-    return re.compile(f"{front}{re.escape(name)}{back}", re.IGNORECASE)
+    for name in sorted(distinctive, key=lambda each: (-len(each), each)):
+        first, last = (_FRONT, _BACK) if len(name) > 4 else (front, back)
+        rules.append(((name.lower(),), re.compile(f"{first}{re.escape(name)}{last}", re.IGNORECASE), replacement))
+    return rules
 
 
 _KINDS = tuple(
