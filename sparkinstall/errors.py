@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 
+from sparkinstall.causes import Kind
+
 
 class Exit(IntEnum):
     """Exit codes of every verb (docs/exit-codes.md)."""
@@ -24,9 +26,13 @@ class Exit(IntEnum):
 
 
 class Problem(Exception):
-    """An error that the user can act on. `code` is stable and part of the JSON output."""
+    """An error that the user can act on. `code` is stable and part of the JSON output.
+
+    `kind`: that of the recognised cause of a program's failure.
+    """
 
     code = "failed"
+    kind: Kind | None = None
     exit_code = Exit.FAILED
 
     def __init__(

@@ -45,7 +45,9 @@ def undo_change(change: Change, on: System, journal: Journal) -> Undone:
             change.undo.subject, "failed", f"this version cannot undo a change of the kind {change.undo.kind}"
         )
     except Problem as problem:
-        return Undone(change.undo.subject, "failed", f"{problem.message} {problem.hint}".strip())
+        why = problem.cause or " ".join(problem.output[-1:])
+        said = f"{problem.message}: {why}" if why else problem.message
+        return Undone(change.undo.subject, "failed", f"{said} - {problem.hint}" if problem.hint else said)
     except KeyError as missing:
         return Undone(change.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
     except OSError as error:

@@ -153,11 +153,13 @@ def _sudo(on: Reader) -> Finding:
         return passed("without a password")
     if answer.code == 127:
         return failed("sudo is not installed", "install it as root: `apt-get install sudo`", "sudo")
-    return failed(
-        "sudo asks for a password",
-        "run `sudo -v` in this terminal, then the same command again",
-        "sudo without a password",
+    said, hint = (
+        answer.last_line,
+        "let this user run commands with sudo (`sudo visudo`), then run the same command again",
     )
+    if "password" in said or "authentication" in said:
+        said, hint = "sudo asks for a password", "run `sudo -v` in this terminal, then the same command again"
+    return failed(said or "sudo refuses this user", hint, "sudo without a password")
 
 
 def _memory(on: Reader) -> Finding:

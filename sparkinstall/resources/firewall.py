@@ -19,7 +19,7 @@ from sparkinstall.node import Node
 from sparkinstall.resources import Drift, Ok, State, Unknown, rollback
 from sparkinstall.resources.files import File
 from sparkinstall.resources.template import render
-from sparkinstall.system import Reader, System, Undo, Undone, undoes
+from sparkinstall.system import Reader, Result, System, Undo, Undone, failure_of, undoes
 
 TIMER = "firewall"
 """The name of its rollback timer."""
@@ -93,19 +93,16 @@ def ssh_ports(on: Reader) -> tuple[int, ...]:
         return (22,)
     listening = on.ask("ss", "-Hltnp", root=True)
     if not listening.ok:
-        raise _no_root(listening.err)
+        raise _unreadable(listening)
     settings = on.ask(_SSHD, "-T", root=True).out
     sockets = on.ask("systemctl", "show", "-p", "Listen", "ssh.socket", "sshd.socket").out
     found = _LISTENING.findall(listening.out) + _PORT_SETTING.findall(settings) + _SOCKET.findall(sockets)
     return tuple(sorted({22, *map(int, found)}))
 
 
-def _no_root(said: str) -> Problem:
-    return NeedsRoot(
-        "the firewall cannot be read",
-        cause=said.strip()[-300:],
-        hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
-    )
+def _unreadable(answer: Result) -> Problem:
+    hint = "run the command that failed by hand as root: it says why"
+    return failure_of(answer, "the firewall cannot be read", hint=hint, error=NeedsRoot)
 
 
 def _interfaces(node: Node, on: Reader) -> tuple[str, ...]:
@@ -212,7 +209,7 @@ def live_table(on: Reader) -> str:
     """
     tables = on.ask(NFT, "list", "tables", root=True)
     if not tables.ok:
-        raise _no_root(tables.err)
+        raise _unreadable(tables)
     if f"table {_NAME}" not in tables.out.splitlines():
         return ""
     return on.ask(NFT, "-nn", "list", "table", *TABLE, root=True).out
@@ -263,7 +260,7 @@ def delete_table(records: Sequence[Undo], on: System) -> Undone:
         return Undone(records[0].subject, "nothing")
     answer = on.try_run(NFT, "delete", "table", *TABLE, root=True)
     if not answer.ok:
-        raise _no_root(answer.out)
+        raise failure_of(answer, "the firewall's table could not be deleted", log=on.log)
     return Undone(records[0].subject, "removed")
 
 

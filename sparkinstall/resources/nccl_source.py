@@ -19,7 +19,6 @@ from sparkinstall.system import Reader, System
 REPOSITORY = "https://github.com/NVIDIA/nccl.git"
 _VERSION_PARTS = re.compile(r"^NCCL_(?:MAJOR|MINOR|PATCH)\s*:=\s*(\d+)", re.MULTILINE)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_UNREACHABLE = ("Could not resolve host", "Connection refused", "Connection timed out", "unable to access")
 
 
 class NcclSource(Struct, frozen=True):
@@ -147,6 +146,8 @@ class NcclSource(Struct, frozen=True):
             # tar keeps members inside the folder; Python's tarfile does so only since 3.11.4.
             on.run("tar", "--extract", "--no-same-owner", f"--file={tarball}", f"--directory={on.real(to)}")
         except CommandFailed as failure:
+            if failure.kind:
+                raise
             raise Blocked(
                 f"{self.where} cannot be unpacked: {' '.join(failure.output[-1:])}",
                 hint="check that it is NCCL's source and complete",
@@ -189,7 +190,7 @@ class NcclSource(Struct, frozen=True):
 
 
 def _unreachable(failure: CommandFailed) -> CommandFailed:
-    if any(sign in line for sign in _UNREACHABLE for line in failure.output):
+    if failure.kind == "network":
         failure.cause = f"{REPOSITORY} cannot be reached"
         failure.hint = "set `nccl.source` to a tarball or a folder, or check the network and run again"
     return failure

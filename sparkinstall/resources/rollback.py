@@ -6,9 +6,9 @@ unreachable machine, a unit rolls back at boot.
 
 from collections.abc import Sequence
 
-from sparkinstall.errors import CommandFailed, Problem
+from sparkinstall.errors import Problem
 from sparkinstall.resources.template import render
-from sparkinstall.system import Reader, System
+from sparkinstall.system import Reader, System, failure_of
 from sparkinstall.system.local import staged
 
 HOME = "/var/lib/sparkinstall-rollback"
@@ -52,15 +52,10 @@ def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence
         if "|" in path or not path.isprintable():
             raise Problem(f"{path!a} could not be restored by a script", hint="rename that file, using letters only")
     lines = [f"{path}|{staged(path)}" for path in keep]
-    try:
-        on.run(*_words("arm", _program(), name, str(seconds), restore_script, *lines), root=True)
-    except CommandFailed as failure:
-        raise Problem(
-            "the rollback timer could not be started; nothing was changed",
-            cause=" ".join(failure.output[-2:]),
-            hint="systemd must run here, and this user must be allowed to use sudo",
-            log=failure.log,
-        ) from failure
+    answer = on.try_run(*_words("arm", _program(), name, str(seconds), restore_script, *lines), root=True)
+    if not answer.ok:
+        what, places = "the rollback timer could not be started; nothing was changed", _PLACES.values()
+        raise failure_of(answer, what, log=on.log, places=places, error=Problem)
 
 
 def disarm(on: System, name: str) -> None:
@@ -77,11 +72,8 @@ def disarm(on: System, name: str) -> None:
             hint="raise `network.rollback_seconds` in the config, then run the same command again",
         )
     if not answer.ok:
-        raise Problem(
-            f"the rollback timer of the {name} could not be stopped",
-            cause=answer.out.strip(),
-            hint="run the same command again as a user who may use sudo",
-        )
+        what = f"the rollback timer of the {name} could not be stopped"
+        raise failure_of(answer, what, log=on.log, places=_PLACES.values(), error=Problem)
 
 
 def drop(on: System, name: str) -> None:

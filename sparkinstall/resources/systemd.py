@@ -17,7 +17,7 @@ from sparkinstall.facts.units import journal, show
 from sparkinstall.layout import UNIT_FOLDER
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.resources.template import Template
-from sparkinstall.system import Reader, System, Undo, Undone, undoes
+from sparkinstall.system import Reader, System, Undo, Undone, failure_of, undoes
 
 _PLAIN = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 _PROPERTIES = ("LoadState", "UnitFileState", "ActiveState", "NeedDaemonReload")
@@ -180,10 +180,11 @@ class Service(Struct, frozen=True):
         said = journal(on, "-u", self.name, "-o", "cat", "-n", "400", f"--since=@{began - 1}")
         lines = [line for line in said.splitlines() if line.strip()]
         why, hint = self.cause_in(lines)
+        read = f"read its log with `journalctl -u {self.name} -n 200`, fix the cause, then run again"
         return Problem(
             f"{self.name} does not start",
             cause=why or failure.cause,
-            hint=hint or f"read its log with `journalctl -u {self.name} -n 200`, fix the cause, then run again",
+            hint=hint or (failure.hint if failure.kind else read),
             log=failure.log,
             output=lines[-_TAIL:] or failure.output,
         )
@@ -239,8 +240,5 @@ def reload(records: Sequence[Undo], on: System) -> Undone:
 def _systemctl(on: System, *words: str) -> None:
     answer = on.try_run("systemctl", *words, timeout=_STOPPING, root=True)
     if not answer.ok:
-        raise CommandFailed(
-            f"`systemctl {' '.join(words)}` failed",
-            cause=answer.out.strip()[-300:],
-            hint="see `systemctl status`, then run the same command again",
-        )
+        hint = "see `systemctl status`, then run the same command again"
+        raise failure_of(answer, f"`systemctl {' '.join(words)}` failed", hint=hint, log=on.log)

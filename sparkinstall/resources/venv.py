@@ -26,7 +26,6 @@ from sparkinstall.system import Reader, System
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _DOWNLOADING = re.compile(r"Downloading (\S+) \(([\d.]+)([KMG]iB)\)")
 _DOWNLOADED = re.compile(r"Downloaded (\S+)")
-_CUT = ("Could not connect", "error sending request", "connection closed", "timed out", "dns error", "Connection reset")
 
 
 @lru_cache(maxsize=1)
@@ -220,7 +219,7 @@ def _uv(on: System, node: Node, argv: list[str]) -> None:
         on.run(*argv, env=_uv_env(node), watch=Downloads(on.progress).read)
     except CommandFailed as failure:
         # Without a network, everything may be in the cache.
-        if not (_is_cut(failure) and on.try_run(*argv, "--offline", env=_uv_env(node)).ok):
+        if not (failure.kind == "network" and on.try_run(*argv, "--offline", env=_uv_env(node)).ok):
             raise explain_failed_install(failure, node) from failure
 
 
@@ -236,12 +235,10 @@ def _uv_env(node: Node) -> dict[str, str]:
     }
 
 
-def _is_cut(failure: CommandFailed) -> bool:
-    return any(sign in line for sign in _CUT for line in failure.output)
-
-
 def explain_failed_install(failure: CommandFailed, node: Node) -> CommandFailed:
     said = "\n".join(failure.output)
+    if failure.kind not in (None, "network"):
+        return failure
     if "Hash mismatch" in said:
         failure.cause = "a wheel does not have the hash in the lock: it is damaged, or not the locked file"
         failure.hint = "it was not installed; run again, and if the error remains, stop and report it"
@@ -253,7 +250,7 @@ def explain_failed_install(failure: CommandFailed, node: Node) -> CommandFailed:
     elif address := _not_fetched(said, node):
         failure.cause = f"the stack {node.stack.name} locks a wheel by its URL, which cannot be downloaded: {address}"
         failure.hint = _another_way(address, node)
-    elif _is_cut(failure):
+    elif failure.kind == "network":
         failure.cause = "the package index cannot be reached, or the connection was lost"
         failure.hint = "check the network and run the command again; the download resumes where it stopped"
     return failure

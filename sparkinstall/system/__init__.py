@@ -1,14 +1,13 @@
 """Reading and changing a node are two types, so that a check that writes is a type error."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypedDict, Unpack
 
 from msgspec import Struct
 
-from sparkinstall.errors import CommandFailed
+from sparkinstall.causes import cause_of, program_of
+from sparkinstall.errors import CommandFailed, Problem
 
-_NO_SPACE = "No space left on device"
 _TAIL = 12
 
 
@@ -162,21 +161,40 @@ class System(Reader, Protocol):
         """
         result = self.try_run(*argv, **how)
         if not result.ok:
-            raise _failed(result, self.log)
+            raise failure_of(result, log=self.log)
         return result
 
     def progress(self, done: int, total: int, unit: str) -> None:
         """Report the progress of this step."""
 
 
-def _failed(result: Result, log: str) -> CommandFailed:
-    lines = [line for line in result.out.splitlines() if line.strip()]
-    why, hint = "", "read the log, fix the cause, and run the same command again: it continues from here"
-    if _NO_SPACE in result.out:
-        why, hint = "the disk is full", "free some space, then run the same command again: it resumes"
-    program = next(part for part in result.argv if part not in ("sudo", "-n"))
-    what = f"`{PurePosixPath(program).name}` ended with code {result.code}"
-    return CommandFailed(what, cause=why, hint=hint, log=log, output=lines[-_TAIL:])
+def failure_of(
+    result: Result,
+    message: str = "",
+    *,
+    hint: str = "read the log, fix the cause, and run the same command again: it continues from here",
+    log: str = "",
+    places: Iterable[str] = (),
+    error: type[Problem] = CommandFailed,
+) -> Problem:
+    """Return the error of a program that failed, with the cause that was observed (causes.py).
+
+    Args:
+        message: what failed; the program and its exit code if omitted.
+        hint: what to do if no cause was recognised.
+        places: folders of this machine in which the program writes.
+        error: the class of the error.
+    """
+    said = f"{result.out}\n{result.err}"
+    lines = [line for line in said.splitlines() if line.strip()]
+    cause = cause_of(result.argv, result.code, said, places)
+    message = message or f"`{program_of(result.argv)}` ended with code {result.code}"
+    if cause and cause.kind == "sudo":
+        message = message.replace(f"ended with code {result.code}", "was not run")
+    failure = error(message, hint=hint, log=log, output=lines[-_TAIL:])
+    if cause:
+        failure.cause, failure.hint, failure.kind = cause.why, cause.hint, cause.kind
+    return failure
 
 
 UndoFunction = Callable[[Sequence[Undo], System], Undone]

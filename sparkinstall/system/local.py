@@ -1,5 +1,6 @@
 """This machine, or a folder of it that represents a node in a rehearsal."""
 
+import errno
 import os
 import shutil
 import stat
@@ -7,12 +8,12 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Unpack
 
-from sparkinstall.errors import CommandFailed, Interrupted, NeedsRoot, storage_errors
-from sparkinstall.system import Entry, Result, RunOptions, System, Undo, processes, read_only
+from sparkinstall.errors import Interrupted, NeedsRoot, storage_errors, storage_problem
+from sparkinstall.system import Entry, Result, RunOptions, System, Undo, failure_of, processes, read_only
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
 _LONG = 1800.0
@@ -20,7 +21,9 @@ _LINES_KEPT = 2000
 # Seconds; sudo's password cache lasts 15 minutes or less.
 _SUDO_LASTS = 60.0
 # Never write through an existing link: remove the old file and create the new one exclusively.
-_PLACE = 'set -eC; umask 077; rm -f "$1"; cat "$4" > "$1"; chmod "$3" "$1"; mv -fT "$1" "$2"'
+_PLACE = """set -eC; umask 077; rm -f "$1"; trap 'rm -f "$1"' EXIT
+cat "$4" > "$1"; chmod "$3" "$1"; mv -fT "$1" "$2"
+"""
 
 
 def staged(path: str) -> str:
@@ -93,13 +96,11 @@ class LocalReader:
     def _read_as_root(self, path: str, error: PermissionError) -> bytes | None:
         if not self.sudo:
             raise error
-        code, out, said = processes.answer((*self.sudo, "cat", path), os.environ, 30)
+        argv = (*self.sudo, "cat", path)
+        code, out, said = processes.answer(argv, {**os.environ, "LC_ALL": "C.UTF-8"}, 30)
         if code != 0:
-            raise NeedsRoot(
-                f"only root can read {path}",
-                cause=said.decode(errors="replace").strip()[-300:],
-                hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
-            ) from error
+            answer, hint = Result(argv, code, "", said.decode(errors="replace")), f"see what `sudo cat {path}` says"
+            raise failure_of(answer, f"only root can read {path}", hint=hint, error=NeedsRoot) from error
         return out
 
     def names(self, path: str) -> tuple[str, ...]:
@@ -111,8 +112,9 @@ class LocalReader:
     def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
         read_only.require(argv)
         chosen = env if env is not None else {**os.environ, "LC_ALL": "C.UTF-8"}
-        code, out, err = processes.answer((*self.sudo, *argv) if root else argv, chosen, timeout)
-        return Result(argv, code, out.decode(errors="replace"), err.decode(errors="replace"))
+        full = (*self.sudo, *argv) if root else argv
+        code, out, err = processes.answer(full, chosen, timeout)
+        return Result(full, code, out.decode(errors="replace"), err.decode(errors="replace"))
 
 
 class LocalSystem(LocalReader, System):
@@ -126,10 +128,9 @@ class LocalSystem(LocalReader, System):
             try:
                 replace_file(self.real(path), data, mode)
             except PermissionError:
-                with tempfile.NamedTemporaryFile() as content:
-                    content.write(data)
-                    content.flush()
-                    self._escalate("sh", "-c", _PLACE, "sh", staged(path), path, f"{mode:o}", content.name)
+                with _temporary(data) as content:
+                    place = ("sh", "-c", _PLACE, "sh", staged(path), path, f"{mode:o}", content)
+                    self._escalate(f"writing {path}", path, *place)
 
     def link(self, path: str, target: str) -> None:
         waiting = self.real(staged(path))
@@ -175,7 +176,7 @@ class LocalSystem(LocalReader, System):
             try:
                 yield
             except PermissionError:
-                self._escalate(*argv)
+                self._escalate(doing, argv[-1], *argv)
 
     def restore_meta(self, path: str, mode: int, uid: int, gid: int, mtime_ns: int) -> None:
         real = self.real(path)
@@ -185,9 +186,9 @@ class LocalSystem(LocalReader, System):
                 os.chown(real, uid, gid)
             os.utime(real, ns=(mtime_ns, mtime_ns))
         except PermissionError:
-            self._escalate("chmod", f"{mode:o}", path)
-            self._escalate("chown", "-h", f"{uid}:{gid}", path)
-            self._escalate("touch", "-d", f"@{mtime_ns // 10**9}.{mtime_ns % 10**9:09d}", path)
+            time = f"@{mtime_ns // 10**9}.{mtime_ns % 10**9:09d}"
+            for argv in (("chmod", f"{mode:o}"), ("chown", "-h", f"{uid}:{gid}"), ("touch", "-d", time)):
+                self._escalate(f"restoring mode, owner and time of {path}", path, *argv, path)
 
     def promise(self, undo: Undo) -> None:
         """Do nothing: this System has no journal."""
@@ -209,16 +210,27 @@ class LocalSystem(LocalReader, System):
     def progress(self, done: int, total: int, unit: str) -> None:
         """Do nothing: nobody watches."""
 
-    def _escalate(self, *argv: str) -> None:
+    def _escalate(self, doing: str, path: str, *argv: str) -> None:
+        """Run `argv`, which changes `path`, as root; `doing` names that for an error."""
         if not self.sudo:
-            raise PermissionError(13, "Permission denied", argv[-1])
+            raise PermissionError(errno.EACCES, "Permission denied", path)
         answer = self.try_run(*argv, root=True, timeout=_LONG)
         if not answer.ok:
-            raise CommandFailed(
-                f"`sudo {argv[0]}` failed on {argv[-1]}",
-                cause=answer.out.strip(),
-                hint="let this user run commands through sudo (`sudo -v` asks for the password), then run again",
-            )
+            failure = failure_of(answer, f"{doing} failed", places=(os.path.dirname(path),))
+            if number := {"full": errno.ENOSPC, "read-only": errno.EROFS}.get(failure.kind or ""):
+                raise storage_problem(OSError(number, ""), doing)
+            raise failure
+
+
+@contextmanager
+def _temporary(data: bytes) -> Iterator[str]:
+    """A temporary file with `data`, for a program of another user."""
+    with ExitStack() as stack:
+        with storage_errors(f"writing a temporary file in {tempfile.gettempdir()}"):
+            file = stack.enter_context(tempfile.NamedTemporaryFile())
+            file.write(data)
+            file.flush()
+        yield file.name
 
 
 def replace_file(target: str, data: bytes, mode: int) -> None:

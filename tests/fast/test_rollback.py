@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from sparkinstall import causes
 from sparkinstall.errors import Problem
 from sparkinstall.resources import rollback
 from sparkinstall.resources.template import render
 from sparkinstall.system.local import LocalReader, LocalSystem
+from tests.support.fake_sudo import AsAnotherUser, fake_sudo
+from tests.support.mounts import fill, small_disk
 
 FORMER, NEW = "the former state\n", "an unconfirmed state\n"
 # All programs that the script starts.
@@ -236,3 +239,47 @@ def test_restore_or_confirm_during_an_arm_keeps_its_files(node: Path) -> None:
             assert (node / "home/rollback.sh").exists() and (node / "home/network").is_dir()
     assert rollback_verb(node, "confirm", "network").returncode == 0
     assert files_left(node) == []
+
+
+# --- why a timer could not be started
+
+
+@pytest.fixture
+def placed(node: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The node as this machine: the script's places are below it, and its programs are the first on the PATH."""
+    for name in rollback._PLACES:
+        monkeypatch.setitem(rollback._PLACES, name, str(node / name))
+    monkeypatch.setenv("PATH", f"{node}/bin", prepend=":")
+    return node
+
+
+def why_not_armed(on: LocalSystem, node: Path) -> Problem:
+    with pytest.raises(Problem) as found:
+        rollback.arm(on, "network", "true", 30, [str(node / "kept.yaml")])
+    assert found.value.message == "the rollback timer could not be started; nothing was changed"
+    return found.value
+
+
+@pytest.mark.parametrize("place", ["home", "units"])
+def test_arm_on_a_full_disk_names_the_place(placed: Path, place: str) -> None:
+    with small_disk(placed / place, "12k") as disk:
+        fill(disk / "filler")
+        found = why_not_armed(LocalSystem(), placed)
+        assert found.cause.startswith(f"the disk is full: {disk}") and "free some space" in found.hint
+
+
+@pytest.mark.parametrize("refusal", ["sudo: a password is required", "Sorry, user a is not allowed to run 'x'."])
+def test_arm_refused_by_sudo_says_so(placed: Path, monkeypatch: pytest.MonkeyPatch, refusal: str) -> None:
+    fake_sudo(placed / "sudo", monkeypatch, refusal)
+    found = why_not_armed(AsAnotherUser(), placed)
+    assert found.cause == f"sudo refused it: {refusal}" and "run `sh` with sudo for `rollback.sh`" in found.hint
+
+
+@pytest.mark.parametrize(
+    "does", ["echo System has not been booted with systemd as init system >&2; exit 1", "exec no-such-program", ""]
+)
+def test_arm_without_systemd_says_so(placed: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    monkeypatch.setattr(causes, "BOOTED", str(placed / "no-systemd"))
+    fake_program(placed, "systemd-run", does or "echo 'x: 88: systemd-run: not found' >&2; exit 127")
+    found = why_not_armed(LocalSystem(), placed)
+    assert ("systemd does not run here" in found.cause) == ("no-such" not in does)

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import signal
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ from sparkinstall.probes import Probe, failed
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system.local import LocalSystem
 from tests.support.cut_downloads import CutServer, served
-from tests.support.mounts import need_root, read_only, resize, small_disk
+from tests.support.fake_sudo import among_files_of_root, fake_sudo
+from tests.support.mounts import fill, need_root, read_only, resize, small_disk
 from tests.support.rehearsals import (
     SETTINGS,
     Rehearsal,
@@ -55,7 +58,7 @@ def test_all_on_a_full_disk_fails_and_resumes_with_more_space(tmp_path: Path) ->
         node = Rehearsal(disk / "node", (*SETTINGS, "--ignore", "disk"))
         run = node.all("--json")
         full = envelope(run)
-        assert (full["exit_code"], full["errors"][0]["cause"]) == (1, "the disk is full"), output_of(run)
+        assert full["exit_code"] == 1 and full["errors"][0]["cause"].startswith("the disk is full"), output_of(run)
         assert "run the same command again" in full["errors"][0]["hint"]
         assert "Traceback" not in output_of(run)
         resize(disk, "1500m")
@@ -81,15 +84,6 @@ def test_change_with_a_full_disk_below_the_journal_is_not_made(tmp_path: Path) -
             assert records[-1].undo.subject == f"/many/{number - 1}"
             os.unlink(state.home / "filler")
             on.write(f"/many/{number}", b"x")
-
-
-def fill(path: Path) -> None:
-    with open(path, "wb") as out:
-        try:
-            while True:
-                os.write(out.fileno(), b"x" * 512)
-        except OSError:
-            pass
 
 
 def test_all_with_a_full_state_disk_fails_at_once(tmp_path: Path) -> None:
@@ -131,6 +125,68 @@ def test_all_without_write_permission_names_the_folder(tmp_path: Path, name: str
     assert error["cause"] == f"you may not write to the folder {closed}"
     assert "--root" in error["hint"] and f"chmod u+wx {closed}" in error["hint"]
     assert list(closed.iterdir()) == []
+
+
+CHANGES: dict[str, Callable[[LocalSystem, str], object]] = {
+    "writing": lambda on, folder: on.write(f"{folder}/new.yaml", b"x" * 20_000),
+    "linking": lambda on, folder: on.link(f"{folder}/new", "elsewhere"),
+    "creating the folder": lambda on, folder: on.make_dir(f"{folder}/new"),
+    "removing": lambda on, folder: on.remove(f"{folder}/kept"),
+    "restoring mode, owner and time of": lambda on, folder: on.restore_meta(f"{folder}/kept", 0o600, 1, 1, 0),
+}
+
+
+@pytest.mark.parametrize("doing", ["writing", "linking", "creating the folder"])
+def test_change_by_sudo_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str) -> None:
+    with small_disk(tmp_path / "netplan", "12k,nr_inodes=2") as disk:
+        fill(disk / "filler")
+        fake_sudo(tmp_path / "bin", monkeypatch)
+        with pytest.raises(Storage) as full:
+            among_files_of_root(CHANGES[doing], str(disk))
+        assert re.fullmatch(rf"{doing} {disk}/new(.yaml)? failed: the disk is full", full.value.message)
+        assert "free some space" in full.value.hint and "sudo" not in full.value.hint
+        assert os.listdir(disk) == ["filler"]
+
+
+@pytest.mark.parametrize("doing", CHANGES)
+def test_change_by_sudo_on_a_read_only_disk_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str
+) -> None:
+    (tmp_path / "netplan").mkdir()
+    (tmp_path / "netplan/kept").touch()
+    with read_only(tmp_path / "netplan") as folder:
+        fake_sudo(tmp_path / "bin", monkeypatch)
+        with pytest.raises(Storage, match="the file system is read-only") as found:
+            among_files_of_root(CHANGES[doing], str(folder))
+        assert found.value.message.startswith(doing) and "mount it writable" in found.value.hint
+
+
+@pytest.mark.parametrize("doing", CHANGES)
+@pytest.mark.parametrize(
+    ("refusal", "hint"),
+    [
+        ("Sorry, user spark is not allowed to execute '/usr/bin/x' as root on node.", "let this user run"),
+        ("sudo: a password is required", "sudo -v"),
+    ],
+)
+def test_change_that_sudo_refuses_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str, refusal: str, hint: str
+) -> None:
+    (tmp_path / "kept").touch()
+    fake_sudo(tmp_path / "bin", monkeypatch, refusal)
+    with pytest.raises(CommandFailed) as found:
+        among_files_of_root(CHANGES[doing], str(tmp_path))
+    assert found.value.message.startswith(doing) and str(tmp_path) in found.value.message
+    assert refusal in found.value.cause and hint in found.value.hint
+
+
+def test_write_by_sudo_with_a_full_temporary_folder_names_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with small_disk(tmp_path / "tmp", "12k") as disk:
+        fill(disk / "filler")
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        fake_sudo(tmp_path / "bin", monkeypatch)
+        with pytest.raises(Storage, match=rf"temporary file in {disk} failed: the disk is full"):
+            among_files_of_root(CHANGES["writing"], str(tmp_path))
 
 
 # --- downloads

@@ -9,6 +9,7 @@ from sparkinstall.config import Config
 from sparkinstall.errors import CommandFailed
 from sparkinstall.node import Node
 from sparkinstall.resources.venv import explain_failed_install
+from sparkinstall.system import Result, failure_of
 from tests.support.rehearsals import SETTINGS, Rehearsal, envelope, output_of
 from tests.support.tiny_stack import no_index, tiny_stack
 
@@ -39,20 +40,31 @@ NOT_FOUND = """error: Failed to download `{name} @ {url}`
 def test_wheel_missing_at_its_address_is_named_with_another_stack(number: int, tmp_path: Path) -> None:
     node = arm_node(tmp_path)
     pin = node.wheels.wheels[number]
-    failure = explain_failed_install(
-        CommandFailed("uv", output=NOT_FOUND.format(name=pin.name, url=pin.url).splitlines()), node
-    )
+    failure = failed_install(NOT_FOUND.format(name=pin.name, url=pin.url), node)
     assert pin.url and pin.url in failure.cause
     assert OTHER_STACK in failure.hint and f"reach {pin.url.split('/')[2]}," in failure.hint
 
 
 def test_unreachable_index_is_named_without_another_stack(tmp_path: Path) -> None:
-    tail = [
-        "  cause: Failed to fetch: https://index.example/simple/vllm/",
-        "  cause: error sending request for url (https://index.example/simple/vllm/)",
-    ]
-    failure = explain_failed_install(CommandFailed("uv", output=tail), arm_node(tmp_path))
+    said = (
+        "  cause: Failed to fetch: https://index.example/simple/vllm/\n"
+        "  cause: error sending request for url (https://index.example/simple/vllm/)"
+    )
+    failure = failed_install(said, arm_node(tmp_path))
     assert failure.cause.startswith("the package index cannot be reached") and "--stack" not in failure.hint
+
+
+def test_install_on_a_full_disk_is_not_a_matter_of_its_address(tmp_path: Path) -> None:
+    node = arm_node(tmp_path)
+    fetch = f"error: Failed to fetch: `{node.wheels.wheels[0].url}`\n  cause: No space left on device (os error 28)"
+    failure = failed_install(fetch, node)
+    assert failure.cause.startswith("the disk is full") and failure.hint.startswith("free some space")
+
+
+def failed_install(said: str, node: Node) -> CommandFailed:
+    failure = failure_of(Result(("uv", "pip", "install"), 1, said, ""))
+    assert isinstance(failure, CommandFailed)
+    return explain_failed_install(failure, node)
 
 
 def arm_node(root: Path) -> Node:

@@ -38,6 +38,16 @@ def resize(at: Path, size: str) -> None:
     _mount("-o", f"remount,size={size}", str(at))
 
 
+def fill(path: Path) -> None:
+    """Write a file until its disk is full."""
+    with open(path, "wb") as out:
+        try:
+            while True:
+                os.write(out.fileno(), b"x" * 512)
+        except OSError:
+            pass
+
+
 @contextmanager
 def read_only(at: Path) -> Iterator[Path]:
     """The folder `at`, read-only even for root during the context."""

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from msgspec import Struct
 
-from sparkinstall.errors import Blocked, CommandFailed, Interrupted, Problem
+from sparkinstall.errors import Blocked, Interrupted, Problem
 from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, Ok, State, rollback
 from sparkinstall.resources.netplan import files
-from sparkinstall.system import Reader, System, Undo, Undone, undoes
+from sparkinstall.system import Reader, System, Undo, Undone, failure_of, undoes
 
 TIMER = "network"
 """The name of its rollback timer."""
@@ -377,11 +377,8 @@ def restore(records: Sequence[Undo], on: System) -> Undone:
     script = restoring({name: was for name, was in before.items() if name not in kept}, added)
     answer = on.try_run("sh", "-ec", script, timeout=120, root=True)
     if not answer.ok:
-        raise CommandFailed(
-            "`netplan apply` failed",
-            cause=answer.out.strip()[-300:],
-            hint="check the files in /etc/netplan, then run the same command again",
-        )
+        hint = "check the files in /etc/netplan, then run the same command again"
+        raise failure_of(answer, "`netplan apply` failed", hint=hint, log=on.log, places=("/etc/netplan", "/run"))
     return Undone(subject, "restored")
 
 

@@ -1,0 +1,202 @@
+"""Why a program failed, from what was observed: its exit code, its own words, and the space left where it writes."""
+
+import os
+import re
+import signal
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import PurePosixPath
+from typing import Literal, NamedTuple
+
+from msgspec import Struct
+
+Kind = Literal["full", "read-only", "sudo", "systemd", "missing", "network", "busy", "permission", "killed", "late"]
+
+
+class Cause(Struct, frozen=True):
+    """`why` states what was observed, and `hint` what to do about it."""
+
+    kind: Kind
+    why: str
+    hint: str
+
+
+class _Failure(NamedTuple):
+    argv: Sequence[str]
+    code: int
+    lines: list[str]
+    places: Sequence[str]
+
+    @property
+    def program(self) -> str:
+        return program_of(self.argv)
+
+    @property
+    def by_sudo(self) -> bool:
+        return self.argv[:1] == ("sudo",)
+
+    def line_with(self, words: re.Pattern[str]) -> str:
+        """The last line in which the program says `words`, or ""."""
+        return next((line[-300:] for line in reversed(self.lines) if words.search(line)), "")
+
+
+AGAIN = "then run the same command again"
+BOOTED = "/run/systemd/system"
+"""The folder that exists where systemd is PID 1 (sd_booted(3))."""
+
+_ROOM = 64 * 1024
+_WRAPPERS = ("sudo", "env", "timeout", "unshare", "nsenter", "setsid", "nice")
+_OPTION = re.compile(r"-.*|\w+=.*|[\d.]+[smhd]?", re.DOTALL)
+_WITH_VALUE = ("-u", "-g", "-C")
+_PATH = re.compile(r"(?<![\w./])/[\w.@+/-]+")
+# The kernel also counts watches of files so.
+_FULL = re.compile(r"^(?!.*watch).*(No space left on device|Disk quota exceeded|have enough free space)", re.IGNORECASE)
+_READ_ONLY = re.compile("Read-only file system", re.IGNORECASE)
+_DENIED = re.compile(r"Permission denied|Operation not permitted|Access denied", re.IGNORECASE)
+_BUSY = re.compile(r"Could not get lock|locked by another process", re.IGNORECASE)
+_NO_SYSTEMD = re.compile(
+    r"not been booted with systemd|Failed to connect to .*bus\b|(systemctl|systemd-run): (command )?not found"
+)
+_NOT_FOUND = re.compile(r"^sudo: .*: command not found$|^sudo: '?[\w./-]+'?: No such file")
+_REFUSED = re.compile(
+    r"^sudo: .*(password|terminal|tty\b|authentic|allowed|permitted|account|privileges|sudoers|setuid|uid 0)"
+    r"|^Sorry, user .* (not allowed|may not)|is not (allowed to|in the sudoers)|may not run sudo|afraid I can't do that"
+)
+_ASKS = re.compile(r"password|terminal|tty\b|authentication is required")
+_FETCHING = ("apt-get", "uv", "pip", "git", "curl", "wget")
+_NO_NETWORK = re.compile(
+    # sudo warns of a hostname without an address, and goes on.
+    r"^(?!sudo: ).*(Could not (resolve|connect)|Temporary failure|Name or service not known|Network is unreachable"
+    r"|No route to host|Connection (refused|reset|timed out|closed)|Unable to connect|unable to access|dns error"
+    r"|error sending request|timed out)",
+    re.IGNORECASE,
+)
+
+
+def program_of(argv: Sequence[str]) -> str:
+    """Return the name of the program that a command is about, without `sudo`, `env`, `timeout` or a shell around it."""
+    words = list(argv)
+    while words:
+        name = PurePosixPath(words.pop(0)).name
+        if name in _WRAPPERS:
+            while words and _OPTION.fullmatch(words[0]):
+                del words[: 2 if words[0] in _WITH_VALUE else 1]
+        elif name in ("sh", "bash", "dash") and words and re.fullmatch(r"-\w*c", words[0]):
+            # The text comes next, then the name that its author gave it.
+            inner = words[2:3] or words[1].split()[:1]
+            return PurePosixPath(inner[0]).name if inner else name
+        else:
+            return name
+    return PurePosixPath(argv[0]).name if argv else ""
+
+
+def cause_of(argv: Sequence[str], code: int, said: str, places: Iterable[str] = ()) -> Cause | None:
+    """Return why a program failed, or None if nothing that was observed tells.
+
+    Args:
+        argv: the command, with `sudo` if it was used.
+        code: its exit code; 127: not found, 124: too late, negative: killed by that signal.
+        said: what it printed, in English.
+        places: folders of this machine in which it writes.
+    """
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    failure = _Failure(tuple(argv), code, lines, tuple(places))
+    return next((cause for look in _LOOKS if (cause := look(failure))), None)
+
+
+def _killed(failure: _Failure) -> Cause | None:
+    if failure.code == 124:
+        return Cause("late", "it did not end in time and was stopped", f"see its log for where it stopped, {AGAIN}")
+    # A shell and sudo add 128 to the number of the signal.
+    number = -failure.code if failure.code < 0 else failure.code - 128
+    if number not in (signal.SIGKILL, signal.SIGTERM):
+        return None
+    why = f"it was killed by {signal.Signals(number).name}"
+    return Cause("killed", why, f"see `journalctl -k` for a lack of memory, {AGAIN}")
+
+
+def _full(failure: _Failure) -> Cause | None:
+    line, hint = failure.line_with(_FULL), f"free some space, {AGAIN}: it resumes"
+    for place in (*failure.places, *_PATH.findall(line)):
+        if left := _little_left(_disk_of(place)):
+            return Cause("full", f"the disk is full: {place} has {left} left", hint)
+    return Cause("full", f"the disk is full: {line}", hint) if line else None
+
+
+def _disk_of(place: str) -> os.statvfs_result | None:
+    """Return the file system that holds a path or would hold it."""
+    while place != "/" and not os.path.lexists(place):
+        place = os.path.dirname(place)
+    try:
+        return os.statvfs(place)
+    except OSError:
+        return None
+
+
+def _little_left(disk: os.statvfs_result | None) -> str:
+    """Return what is left, if it is too little for a small file; "" otherwise."""
+    if disk and disk.f_blocks and disk.f_bfree * disk.f_frsize < _ROOM:
+        return f"{disk.f_bfree * disk.f_frsize // 1024} KiB"
+    return "no inode" if disk and disk.f_files and not disk.f_ffree else ""
+
+
+def _read_only(failure: _Failure) -> Cause | None:
+    line, hint = failure.line_with(_READ_ONLY), f"mount it writable, {AGAIN}"
+    for place in failure.places:
+        if (disk := _disk_of(place)) and disk.f_flag & os.ST_RDONLY:
+            return Cause("read-only", f"the file system of {place} is read-only", hint)
+    return Cause("read-only", f"the file system is read-only: {line}", hint) if line else None
+
+
+def _refused_by_sudo(failure: _Failure) -> Cause | None:
+    line = failure.line_with(_REFUSED) if failure.by_sudo else ""
+    if not line or failure.line_with(_NOT_FOUND):
+        return None
+    # sudo's rules are about the word that follows it, which may be `sh` or `env`.
+    asked = next((word for word in failure.argv[1:] if not word.startswith("-")), "")
+    reason = "" if PurePosixPath(asked).name == failure.program else f" for `{failure.program}`"
+    allow = f"let this user run `{asked}` with sudo{reason} (`sudo visudo`)"
+    hint = f"{allow}, {AGAIN}"
+    if _ASKS.search(line):
+        hint = f"run `sudo -v` in this terminal, {AGAIN}; or {allow} without a password"
+    return Cause("sudo", f"sudo refused it: {line}", hint)
+
+
+def _no_systemd(failure: _Failure) -> Cause | None:
+    line = failure.line_with(_NO_SYSTEMD)
+    if not line and not (failure.code == 127 and failure.program in ("systemctl", "systemd-run")):
+        return None
+    why, hint = "systemd does not answer", f"see `systemctl status`; if that fails too, reboot, {AGAIN}"
+    if not os.path.isdir(BOOTED):
+        why = f"systemd does not run here ({BOOTED} does not exist)"
+        hint = f"boot this machine with systemd as PID 1, {AGAIN}"
+    return Cause("systemd", f"{why}: {line}" if line else why, hint)
+
+
+def _not_installed(failure: _Failure) -> Cause | None:
+    if failure.code != 127 and not (failure.by_sudo and failure.line_with(_NOT_FOUND)):
+        return None
+    return Cause("missing", f"`{failure.program}` was not found", f"install `{failure.program}`, {AGAIN}")
+
+
+def _no_network(failure: _Failure) -> Cause | None:
+    line = failure.line_with(_NO_NETWORK) if failure.program in _FETCHING else ""
+    hint = f"check this node's network, name server and proxy, {AGAIN}"
+    return Cause("network", f"it could not reach a server: {line}", hint) if line else None
+
+
+def _busy(failure: _Failure) -> Cause | None:
+    line = failure.line_with(_BUSY)
+    hint = f"wait until the other program has ended (often unattended-upgrades), {AGAIN}"
+    return Cause("busy", f"another program holds a lock: {line}", hint) if line else None
+
+
+def _denied(failure: _Failure) -> Cause | None:
+    line = failure.line_with(_DENIED)
+    hint = f"check the owner and mode of what it names, and what this user or container may do, {AGAIN}"
+    return Cause("permission", line, hint) if line else None
+
+
+# A refusal comes first, since the program did not run; what is certain before what is only likely.
+_LOOKS: tuple[Callable[[_Failure], Cause | None], ...] = (
+    _refused_by_sudo, _no_systemd, _not_installed, _full, _read_only, _busy, _no_network, _denied, _killed,
+)  # fmt: skip
