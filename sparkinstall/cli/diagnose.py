@@ -66,7 +66,7 @@ def diagnose(
     if follow:
         found = judge.judge([_follow(named[0], signatures, not output.json)])
     else:
-        found = judge.judge([judge.read(log, signatures) for log in named])
+        found = judge.judge(judge.read(log, signatures) for log in named)
     silent = () if follow else _silent(found, units)
     code = Exit.DRIFT if found.causes else Exit.FAILED if silent else Exit.GOOD
     return CommandResult(code, found, lambda: _show(found, output.verbose, already_shown=follow), silent)

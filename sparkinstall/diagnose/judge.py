@@ -1,7 +1,6 @@
 """Diagnose logs: read them from files or the journal, and tell which failure caused the others."""
 
 import contextlib
-import gzip
 import json
 import os
 import subprocess
@@ -13,16 +12,16 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import asdict
 
-from sparkinstall.diagnose.search import Match, Place, Search
+from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
+from sparkinstall.diagnose.search import TELLING_KEPT, Match, Place, Search, Suspect
 from sparkinstall.diagnose.signatures import ANY, KnownFailure, Signature
-from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_problem
+from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
 from sparkinstall.system import processes
 from sparkinstall.system.local import LocalReader
 
-BLOCK = 1 << 20
-"""Bytes per read."""
 _PAUSE = 0.2
-_GZIP = b"\x1f\x8b"
+_MOST_PLACES = 100
+"""Lines of one failure that are kept, of all logs."""
 
 # systemd's message ids (sd-messages.h): unit starting, unit started, unit restart scheduled.
 _STARTING, _STARTED = "7d4958e842da4a758f6c1cdc7b36dcc5", "39f53479d3a045ac8e11786248231fbf"
@@ -95,34 +94,35 @@ def read(log: Log, signatures: Sequence[Signature]) -> Search:
     return search
 
 
-def judge(searches: Sequence[Search]) -> Diagnosis:
-    """Combine the results of all logs: a cause may be in another log than its consequence."""
-    sightings: dict[str, list[Match]] = {}
+def judge(searches: Iterable[Search]) -> Diagnosis:
+    """Combine the results of all logs: a cause may be in another log than its consequence.
+
+    A search is not kept, so that many logs need little memory.
+    """
+    logs: list[ReadLog] = []
+    seen: dict[str, Match] = {}
+    suspects: list[Suspect] = []
     for search in searches:
-        for sighting in sorted(search.sightings.values(), key=lambda each: each.lines[0].line):
-            sightings.setdefault(sighting.signature.name, []).append(sighting)
-    signatures = [each[0].signature for each in sightings.values()]
-    found = [_found(each, signatures) for each in sightings.values()]
+        logs.append(ReadLog(search.name, search.bytes, search.lines))
+        for match in sorted(search.sightings.values(), key=lambda each: each.lines[0].line):
+            known = seen.setdefault(match.signature.name, Match(match.signature))
+            known.count += match.count
+            known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]
+        suspects = sorted([*suspects, *search.telling], key=lambda each: -each.weight)[:TELLING_KEPT]
+    signatures = [each.signature for each in seen.values()]
+    found = [
+        Found(
+            **each.signature.told(),
+            count=each.count,
+            explained_by=explained_by(each.signature, signatures),
+            lines=each.lines,
+        )
+        for each in seen.values()
+    ]
     failures = sorted((each for each in found if not each.is_warning), key=lambda each: bool(each.explained_by))
     warnings = [each for each in found if each.is_warning]
-    suspects = [] if failures else [suspect for search in searches for suspect in search.telling]
-    suspects.sort(key=lambda each: -each.weight)
-    return Diagnosis(
-        tuple(ReadLog(each.name, each.bytes, each.lines) for each in searches),
-        (*failures, *warnings),
-        tuple(Telling(**asdict(each.place), count=each.count) for each in suspects),
-    )
-
-
-def _found(sightings: Sequence[Match], others: Iterable[Signature]) -> Found:
-    """Combine the sightings of one failure in all logs."""
-    signature = sightings[0].signature
-    return Found(
-        **signature.told(),
-        count=sum(each.count for each in sightings),
-        explained_by=explained_by(signature, others),
-        lines=tuple(place for each in sightings for place in each.lines),
-    )
+    telling = () if failures else tuple(Telling(**asdict(each.place), count=each.count) for each in suspects)
+    return Diagnosis(tuple(logs), (*failures, *warnings), telling)
 
 
 def explained_by(signature: Signature, found: Iterable[Signature]) -> tuple[str, ...]:
@@ -143,26 +143,25 @@ def explained_by(signature: Signature, found: Iterable[Signature]) -> tuple[str,
 
 
 def file_log(name: str, follow: bool = False) -> Log:
-    """Return the log in a file, plain or gzip; `-` is stdin. With `follow` reading continues as the file grows.
+    """Return the log in a file, also a packed one; `-` is stdin. With `follow` reading continues as the file grows.
 
     Raises:
         BadUsage: the file cannot be read.
     """
     if name == "-":
-        return Log("stdin", _stdin)
+        return Log("stdin", lambda: text_of("stdin", _stdin()))
     path = Path(name)
     if path.is_dir():
         raise BadUsage(f"{name} is a folder", hint="name one or more files: `sparkinstall diagnose DIR/*.log`")
     try:
         with path.open("rb") as file:
-            packed = file.read(2) == _GZIP
+            packed = is_packed(file.read(16))
     except FileNotFoundError as error:
         raise BadUsage(f"no such file: {name}", hint="`-` reads stdin; `--unit NAME` reads the journal") from error
     except PermissionError as error:
         raise BadUsage(f"you may not read {name}", hint=f"sudo cat {name} | sparkinstall diagnose -") from error
-    if follow and not packed:
-        return Log(name, lambda: _growing(path))
-    return Log(name, lambda: _whole(path, packed))
+    source = _growing if follow and not packed else _whole
+    return Log(name, lambda: text_of(name, source(path)))
 
 
 def unit_log(unit: str, follow: bool = False, boot: bool = False) -> Log:
@@ -205,15 +204,10 @@ def _last_start(marks: Sequence[tuple[str, int]]) -> int | None:
     return last
 
 
-def _whole(path: Path, packed: bool) -> Iterator[bytes]:
-    try:
-        with gzip.open(path) if packed else path.open("rb", buffering=0) as file:
-            while data := file.read(BLOCK):
-                yield data
-    except (OSError, EOFError) as error:
-        if isinstance(error, OSError) and error.errno:
-            raise storage_problem(error, f"reading {path}") from error
-        raise BadUsage(f"{path} is damaged: {error}", hint="unpack the readable part: `zcat FILE | ...`") from error
+def _whole(path: Path) -> Iterator[bytes]:
+    with storage_errors(f"reading {path}"), path.open("rb", buffering=0) as file:
+        while data := file.read(BLOCK):
+            yield data
 
 
 def _stdin() -> Iterator[bytes]:

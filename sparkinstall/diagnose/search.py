@@ -6,6 +6,7 @@ does not depend on how the stream is cut into blocks.
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from operator import itemgetter
 
 from ahocorasick_rs import BytesAhoCorasick, Implementation
@@ -23,8 +24,9 @@ MOST_WEIGHED = 20_000
 """Suspicious lines that are weighed."""
 SHOWN = 3
 """Lines of one failure that are kept."""
+TELLING_KEPT = 100
+"""Suspicious lines that are kept."""
 _WIDEST = 400
-_TELLING_KEPT = 100
 
 _COLOURS = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 # Characters that would move the cursor, ring the bell or change the text direction of a terminal.
@@ -84,6 +86,12 @@ class Suspect(Struct):
     count: int = 1
 
 
+@lru_cache(maxsize=4)
+def _automaton(literals: tuple[bytes, ...]) -> BytesAhoCorasick:
+    """Return what finds these literals; many logs share one, which has 2 MB."""
+    return BytesAhoCorasick(list(literals), implementation=Implementation.DFA)
+
+
 class Search:
     """Search the log `name` fed in blocks. `sightings` and `telling` are complete after `end()`."""
 
@@ -114,7 +122,7 @@ class Search:
             if not all(map(self._is_counted_enough, signature))
         }
         self._meant = list(wanted.values())
-        self._automaton = BytesAhoCorasick(list(wanted), implementation=Implementation.DFA)
+        self._automaton = _automaton(tuple(wanted))
 
     def _is_counted_enough(self, signature: Signature | None) -> bool:
         if signature is None:
@@ -194,7 +202,7 @@ class Search:
         key = _VARIES.sub("#", message)[:200]
         if known := self._telling.get(key):
             known.count += 1
-        elif len(self._telling) < _TELLING_KEPT:
+        elif len(self._telling) < TELLING_KEPT:
             self._telling[key] = Suspect(Place(self.name, number, shown(text, 0)), weight)
 
 

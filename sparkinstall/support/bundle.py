@@ -330,7 +330,7 @@ def _diagnose(logs: Mapping[str, str]) -> dict[str, Any]:
     if not logs:
         return {}
     known = signatures.load()
-    read = [judge.read(Log(name, partial(iter, [text.encode()])), known) for name, text in logs.items()]
+    read = (judge.read(Log(name, partial(iter, [text.encode()])), known) for name, text in logs.items())
     return {"logs": list(logs), "found": [*map(_failure, judge.judge(read).found)]}
 
 
