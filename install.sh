@@ -220,9 +220,18 @@ install_tool() {
     move_aside
     quietly "$PYTHON" -m venv "$TOOL" || give_back "$PYTHON could not create an environment in $TOOL"
     run_pip install --quiet --require-hashes -r "$HERE/requirements.lock"
-    run_pip install --quiet --no-deps --no-build-isolation --no-index "$HERE"
+    # Not "$HERE": pip reads a path with `;` or `[` in it as a requirement.
+    (cd "$HERE" && run_pip install --quiet --no-deps --no-build-isolation --no-index .)
+    "$TOOL/bin/sparkinstall" --version >/dev/null 2>&1 || write_launcher
     printf '%s\n' "$wanted" >"$TOOL/made-from"
     rm -rf "$TOOL.old"
+}
+
+# The first line of pip's own script cannot name a path with both a blank and a quote or `$`.
+write_launcher() {
+    # shellcheck disable=SC2016 # for the script
+    printf '%s\n' '#!/bin/sh' 'exec "$(dirname -- "$(readlink -f -- "$0")")/python" -P -m sparkinstall "$@"' \
+        >"$TOOL/bin/sparkinstall"
 }
 
 move_aside() {
@@ -244,10 +253,10 @@ quietly() {
 
 # Programs contain the path of their environment, so the former one must return to the same path.
 put_back() {
-    if [ -e "$TOOL.old" ] && [ ! -e "$TOOL/made-from" ]; then
-        rm -rf "$TOOL"
-        mv "$TOOL.old" "$TOOL"
-    fi
+    if [ -e "$TOOL/made-from" ]; then return 0; fi
+    rm -rf "$TOOL"
+    if [ -e "$TOOL.old" ]; then mv "$TOOL.old" "$TOOL"; fi
+    rmdir "$HOME_OF_TOOL" 2>/dev/null || :
 }
 
 give_back() {
@@ -264,9 +273,13 @@ interrupted() {
 }
 
 run_pip() {
-    quietly "$TOOL/bin/python" -m pip --disable-pip-version-check "$@" ||
-        give_back "the tool's own packages could not be installed" \
-            "see the messages above, check the network, and run this again"
+    if quietly "$TOOL/bin/python" -m pip --disable-pip-version-check "$@"; then return; fi
+    case $output in
+        *"No space left"* | *"quota exceeded"*) advice="free some space for $HOME_OF_TOOL, then run this again" ;;
+        *Retrying* | *"NewConnectionError"* | *"timed out"*) advice="check the network, then run this again" ;;
+        *) advice="see the messages above, then run this again" ;;
+    esac
+    give_back "the tool's own packages could not be installed" "$advice"
 }
 
 link_command() {

@@ -74,11 +74,17 @@ _INSTALL = """\
 for other in "$home"/delivered/*; do
     case $other in "$into" | "$into".*) ;; *) rm -rf "$other" ;; esac
 done
-if [ -d "$into/wheelhouse" ]; then
-    PIP_NO_INDEX=1 PIP_FIND_LINKS="$into/wheelhouse" PIP_CONFIG_FILE=/dev/null
+cd "$into" || exit 1
+if [ -d wheelhouse ]; then
+    # pip splits it at blanks, so it must not contain the path of the home.
+    PIP_NO_INDEX=1 PIP_FIND_LINKS=wheelhouse PIP_CONFIG_FILE=/dev/null
     export PIP_NO_INDEX PIP_FIND_LINKS PIP_CONFIG_FILE
 fi
-sh "$into/install.sh" --tool-only </dev/null >&2
+if ! sh ./install.sh --tool-only </dev/null >&2; then
+    rm -rf "$into"
+    rmdir "$home/delivered" "$home" 2>/dev/null
+    exit 1
+fi
 """
 
 RUN = _BEGIN + _RUN + _TELL

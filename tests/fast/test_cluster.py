@@ -1,7 +1,10 @@
 """`cluster`: members, the order of phases, what goes over ssh, and errors when a node fails."""
 
+import hashlib
 import json
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -464,6 +467,34 @@ def test_bare_node_gets_sparkinstall_first(far: FarNodes) -> None:
     assert "installing sparkinstall" in log
     code, reply, _ = far.cluster("plan", "fresh")
     assert reply["data"]["nodes"][0]["ssh_trips"] == 1
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("home", ["My Spark", 'it\'s $HOME "x" `id`', "Übung;[x]&(e)#%20@~1", "back\\slash -e "])
+def test_bare_node_with_an_odd_home_gets_sparkinstall(
+    home: str, tmp_path: Path, checkout: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (tmp_path / home / "fresh").mkdir(parents=True)
+    far = FarNodes(tmp_path / home, *checkout)
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    code, reply, _ = far.cluster("plan", "fresh", XDG_CACHE_HOME=str(cache))
+    assert code == 0, reply["errors"]
+    assert reply["data"]["nodes"][0]["tool_brought"]
+    assert [*cache.glob("sparkinstall/wheelhouse/*/*.whl")]
+    shutil.rmtree(tmp_path)
+
+
+def test_failed_installation_on_a_node_leaves_nothing_there(far: FarNodes, tmp_path: Path) -> None:
+    (far.lab / "fresh").mkdir()
+    # A wheelhouse without wheels: pip fails, whatever the network does.
+    lock = (far.checkout / "requirements.lock").read_bytes()
+    key = f"{hashlib.sha256(lock).hexdigest()[:16]}-{sys.version_info[0]}.{sys.version_info[1]}-{platform.machine()}"
+    (wheels := tmp_path / "cache/sparkinstall/wheelhouse" / key).mkdir(parents=True)
+    (wheels / "none").touch()
+    code, reply, _ = far.cluster("plan", "fresh", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert code == 5
+    assert "network" not in reply["errors"][0]["hint"]
+    assert not (far.lab / "fresh/.local/share/sparkinstall").exists()
 
 
 _SHOW_STDIN = """\

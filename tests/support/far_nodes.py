@@ -130,9 +130,9 @@ class FarNodes:
         given = {name.replace("_", "-").replace("--", ":"): value for name, value in answers.items()}
         (self.lab / host / "answers.json").write_text(json.dumps({**standard, **given}))
 
-    def cluster(self, *argv: str) -> tuple[int, Mapping[str, Any], str]:
+    def cluster(self, *argv: str, **variables: str) -> tuple[int, Mapping[str, Any], str]:
         """Run `sparkinstall cluster --json`: exit code, JSON object, stderr."""
-        env = self.environment()
+        env = {**self.environment(), **variables}
         whole = [sys.executable, "-m", "sparkinstall", "cluster", *argv, "--json"]
         done = subprocess.run(whole, env=env, cwd=self.lab, capture_output=True, text=True, timeout=180, check=False)
         assert done.stdout, done.stderr
