@@ -1,44 +1,72 @@
-"""Debian packages: install only missing ones, and remove only those that we installed."""
+"""Debian packages: install only missing ones, finish what was interrupted, and remove only those that we installed."""
 
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 from msgspec import Struct
 
-from sparkinstall.errors import CommandFailed
+from sparkinstall.causes import cause_of
 from sparkinstall.resources import Drift, Ok, State
-from sparkinstall.system import Reader, System, Undo, Undone, undoes
+from sparkinstall.system import Reader, Result, System, Undo, Undone, failure_of, undoes
 
 STATUS = "/var/lib/dpkg/status"
-_INSTALLED = re.compile(
-    r"^Package: (\S+)\n(?:(?:Essential|Protected|Important): .*\n)*Status: \S+ ok installed$", re.MULTILINE
-)
-_PROVIDES = re.compile(r"^Provides: (.+)$", re.MULTILINE)
+UPDATES = "/var/lib/dpkg/updates"
+"""Where dpkg keeps what is not yet in its status file; empty unless it works or was interrupted."""
+
+_FIELD = re.compile(r"^(Package|Status|Provides): (.+)$", re.MULTILINE)
 _SIMULATED = re.compile(r"^(Inst|Remv|Purg) (\S+)", re.MULTILINE)
+# Nobody can answer a question: a changed configuration file stays as it is.
+_QUIETLY = ("env", "DEBIAN_FRONTEND=noninteractive", "NEEDRESTART_SUSPEND=1")
+_DPKG = (*_QUIETLY, "dpkg", "--force-confold")
 # Wait for dpkg's lock: on a fresh node unattended-upgrades often holds it for minutes.
 _APT = (
-    "env", "DEBIAN_FRONTEND=noninteractive", "NEEDRESTART_SUSPEND=1", "apt-get", "-y",
-    "-o", "DPkg::Lock::Timeout=600", "-o", "APT::Install-Recommends=false",
+    *_QUIETLY, "apt-get", "-y", "-o", "DPkg::Lock::Timeout=600", "-o", "APT::Install-Recommends=false",
+    "-o", "Dpkg::Options::=--force-confold",
 )  # fmt: skip
 # Never let apt remove conflicting packages: that is the user's decision.
 _INSTALL = ("--no-remove", "install")
-_LISTS_HELD = "Could not get lock"
+_FIX = ("--no-remove", "-f", "install")
+# Otherwise dpkg does not remove a package whose unpacking was interrupted.
+_PURGE = ("-o", "Dpkg::Options::=--force-remove-reinstreq", "purge")
 _PATIENCE = 300.0
 
 
 def installed(on: Reader) -> set[str]:
-    """Return the names of installed packages, and the names that they provide."""
-    status = (on.read(STATUS) or b"").decode(errors="replace")
-    names = set(_INSTALLED.findall(status))
-    for line in _PROVIDES.findall(status):
-        names |= {part.split()[0] for part in line.split(",") if part.strip()}
+    """Return the names of whole packages, and the names that they provide."""
+    names = set()
+    for package in _packages(on):
+        if re.fullmatch(r"\S+ ok installed", package["Status"]):
+            provided = (part.split() for part in package.get("Provides", "").split(","))
+            names |= {package["Package"], *(words[0] for words in provided if words)}
     return names
 
 
+def _packages(on: Reader) -> Iterator[dict[str, str]]:
+    """The fields of each package in dpkg's status file."""
+    for stanza in (on.read(STATUS) or b"").decode(errors="replace").split("\n\n"):
+        fields = dict(_FIELD.findall(stanza))
+        if {"Package", "Status"} <= fields.keys():
+            yield fields
+
+
+def _present(on: Reader, without: Sequence[str] = ("not-installed", "config-files")) -> set[str]:
+    """Return the names of packages that are whole or in part on the disk."""
+    return {each["Package"] for each in _packages(on) if each["Status"].split()[-1] not in without}
+
+
+def _interrupted(on: Reader) -> bool:
+    """Return whether dpkg was interrupted: apt then refuses to work.
+
+    A package of others that is merely not configured is no sign of it: its own script may have failed.
+    """
+    pending = (each["Status"].endswith(" triggers-pending") for each in _packages(on))
+    return any(name.isdigit() for name in on.names(UPDATES)) or any(pending)
+
+
 class Packages(Struct, frozen=True):
-    """The Debian packages `names` are installed."""
+    """The Debian packages `names` are installed, and dpkg has finished its work."""
 
     key: ClassVar[str] = "packages"
     names: tuple[str, ...]
@@ -48,70 +76,106 @@ class Packages(Struct, frozen=True):
         return f"installing the missing packages of {', '.join(self.names)} with apt"
 
     def check(self, on: Reader) -> State:
-        missing = self._missing(on)
-        if not missing:
+        missing, half = self._missing(on), self._half(on)
+        todo = []
+        if half or _interrupted(on):
+            todo.append("finish what dpkg was interrupted in" + (f" ({', '.join(half)})" if half else ""))
+        if new := [name for name in missing if name not in half]:
+            todo.append(f"install {', '.join(new)}")
+        if not todo:
             return Ok(f"{len(self.names)} packages")
         return Drift(
-            f"install {', '.join(missing)}",
+            ", ".join(todo),
             before="".join(f"{name}\n" for name in self.names if name not in missing),
             after="".join(f"{name}\n" for name in self.names),
         )
 
     def _missing(self, on: Reader) -> list[str]:
-        there = installed(on)
-        return [name for name in self.names if name not in there]
+        whole = installed(on)
+        return [name for name in self.names if name not in whole]
+
+    def _half(self, on: Reader) -> list[str]:
+        present = _present(on)
+        return [name for name in self._missing(on) if name in present]
 
     def apply(self, on: System) -> None:
-        missing = self._missing(on)
-        self._update(on)
-        planned = self._planned(on, missing)
-        on.promise(Undo("packages", "apt", {}, {"packages": planned}))
-        on.run(*_APT, *_INSTALL, *missing, root=True)
+        begun = bool(self._half(on)) or _interrupted(on)
+        if begun:
+            _configure(on)
+        if not self._missing(on):
+            return
+        updated = _patiently(on, *_APT, "update")
+        if not updated.ok:
+            raise failure_of(updated, log=on.log)
+        if begun:
+            _install(on, updated, *_FIX)
+        if missing := self._missing(on):
+            _install(on, updated, *_INSTALL, *missing)
 
-    def _update(self, on: System) -> None:
-        """Update the lists, waiting for their lock: a fresh node holds it for minutes, and apt does not wait."""
-        until = time.monotonic() + _PATIENCE
-        while True:
-            try:
-                on.run(*_APT, "update", root=True)
-                return
-            except CommandFailed as failure:
-                if time.monotonic() > until or not any(_LISTS_HELD in line for line in failure.output):
-                    raise
-                time.sleep(5)
 
-    def _planned(self, on: System, missing: Iterable[str]) -> list[str]:
-        """Return what apt would install, with dependencies but without upgrades, which are not ours."""
-        simulated = on.ask(*_APT, "-s", *_INSTALL, *missing, timeout=120)
-        if not simulated.ok:
-            raise CommandFailed(
-                "apt cannot install the missing packages",
-                cause=simulated.err.strip() or simulated.out.strip()[-300:],
-                hint="fix apt's sources (`sudo apt-get update` shows what is wrong), then run again",
-            )
-        there = installed(on)
-        names = [name for verb, name in _SIMULATED.findall(simulated.out) if verb == "Inst"]
-        return [name for name in names if name not in there]
+def _configure(on: System) -> None:
+    """Let dpkg finish what it was interrupted in.
+
+    It cannot configure a package without those that it needs; apt brings them later.
+
+    Raises:
+        CommandFailed: dpkg could not even take up its work.
+    """
+    answer = _patiently(on, *_DPKG, "--configure", "-a")
+    if _interrupted(on):
+        raise failure_of(answer, "`dpkg` could not finish what it was interrupted in", log=on.log, places=[UPDATES])
+
+
+def _patiently(on: System, *argv: str) -> Result:
+    """Run a program, waiting for a lock that apt and dpkg themselves do not wait for."""
+    until = time.monotonic() + _PATIENCE
+    while not (answer := on.try_run(*argv, root=True)).ok:
+        cause = cause_of(answer.argv, answer.code, answer.out)
+        if not cause or cause.kind != "busy" or time.monotonic() > until:
+            break
+        time.sleep(5)
+    return answer
+
+
+def _install(on: System, updated: Result, *words: str) -> None:
+    """Run `apt-get` with `words`; journal first what it would install, with dependencies but without upgrades, which
+    are not ours."""
+    simulated = on.ask(*_APT, "-s", *words, timeout=120)
+    if not simulated.ok:
+        hint = "fix apt's sources (`sudo apt-get update` shows what is wrong), then run again"
+        failure = failure_of(simulated, "apt cannot install the missing packages", hint=hint)
+        failure.cause = failure.cause or " ".join(failure.output[-1:])
+        stale = cause_of(updated.argv, 100, updated.out)
+        if stale and stale.kind == "network":
+            failure.cause, failure.hint = f"{failure.cause}; when its lists were updated, {stale.why}", stale.hint
+        raise failure
+    present = _present(on)
+    planned = [name for verb, name in _SIMULATED.findall(simulated.out) if verb == "Inst" and name not in present]
+    on.promise(Undo("packages", "apt", {}, {"packages": planned}))
+    on.run(*_APT, *words, root=True)
 
 
 @undoes("packages")
 def purge(records: Sequence[Undo], on: System) -> Undone:
-    """Purge the packages of `records` that are still installed and that nothing else needs.
+    """Purge the packages of `records` that are still there, whole or in part, and that nothing else needs.
 
     Raises:
         CommandFailed: apt refuses.
     """
-    ours = sorted({name for undo in records for name in undo.after["packages"]} & installed(on))
+    names = {name for undo in records for name in undo.after["packages"]}
+    if _interrupted(on) or names & _present(on) - installed(on):
+        _configure(on)
+    ours = sorted(names & _present(on, without=("not-installed",)))
     needed = _needed_by_others(on, ours)
-    removable = [name for name in ours if name not in needed]
-    if removable:
-        answer = on.try_run(*_APT, "purge", *removable, root=True, timeout=1800)
-        if not answer.ok:
-            raise CommandFailed(
-                "apt could not remove the packages",
-                cause=answer.out.strip()[-300:],
-                hint="run `sudo dpkg --configure -a`, then the same command again",
-            )
+    left = removable = [name for name in ours if name not in needed]
+    # A package whose removal was interrupted is removed first, and purged the next time.
+    for _ in range(2):
+        if left:
+            answer = on.try_run(*_APT, *_PURGE, *left, root=True, timeout=1800)
+            known = _present(on, without=("not-installed",))
+            left = [name for name in left if name in known]
+    if left:
+        raise failure_of(answer, f"apt could not remove {', '.join(left)}", log=on.log)
     if needed:
         return Undone(records[0].subject, "kept", f"others need them: {', '.join(needed)}")
     return Undone(records[0].subject, "removed" if removable else "nothing", ", ".join(removable))
@@ -126,9 +190,7 @@ def _needed_by_others(on: Reader, ours: list[str]) -> list[str]:
             return needed
         simulated = on.ask(*_APT, "-s", "purge", *candidates, timeout=120)
         if not simulated.ok:
-            raise CommandFailed(
-                "apt cannot tell what else removing the packages would remove", cause=simulated.err.strip()
-            )
+            raise failure_of(simulated, "apt cannot tell what else removing the packages would remove")
         removed = {name for verb, name in _SIMULATED.findall(simulated.out) if verb != "Inst"}
         others = {name.split(":")[0] for name in removed} - set(ours)
         if not others:
@@ -136,7 +198,7 @@ def _needed_by_others(on: Reader, ours: list[str]) -> list[str]:
         needed += _dependencies(on, others, candidates) or candidates
 
 
-def _dependencies(on: Reader, of: Iterable[str], among: list[str]) -> list[str]:
+def _dependencies(on: Reader, of: set[str], among: list[str]) -> list[str]:
     answer = on.ask(
         "apt-cache", "depends", "--recurse", "--installed", "--no-recommends", "--no-suggests", *of, timeout=120
     )

@@ -1,14 +1,21 @@
-"""Which Debian packages are installed, by dpkg's status file."""
+"""Which Debian packages are installed, by dpkg's status file; and how work that was interrupted is finished."""
 
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Unpack
 
 import pytest
 
-from sparkinstall.resources import Drift, NodeOnly, Ok, state_of
+from sparkinstall.errors import Problem
+from sparkinstall.resources import Drift, NodeOnly, Ok, packages, state_of
+from sparkinstall.resources.packages import STATUS as STATUS_FILE
 from sparkinstall.resources.packages import Packages, installed
+from sparkinstall.system import Result, RunOptions, Undo
 from sparkinstall.system.local import LocalReader
 from tests.support.machine import Machine
+from tests.support.recording import RecordingSystem
 
 STATUS = """\
 Package: git
@@ -61,3 +68,156 @@ def test_installed_packages_agree_with_dpkg() -> None:
     listed = here.ask("dpkg-query", "-W", "-f", "${Package} ${db:Status-Abbrev}\n").out.splitlines()
     whole = {line.split()[0] for line in listed if line.split()[1:] == ["ii"]}
     assert whole <= installed(here)
+
+
+# --- interrupted work
+
+WANTED = ("git", "make")
+WHOLE = "install ok installed"
+HALVES = (
+    "install ok unpacked",
+    "install ok half-configured",
+    "install ok half-installed",
+    "install reinstreq half-installed",
+    "install reinstreq installed",
+    "install ok triggers-awaited",
+    "install ok triggers-pending",
+    "purge ok half-configured",
+)
+
+
+def status(**states: str) -> bytes:
+    return "".join(f"Package: {name}\nStatus: {state}\nVersion: 1\n\n" for name, state in states.items()).encode()
+
+
+class Dpkg(RecordingSystem):
+    """A node whose programs change the states of its packages: `becomes` has the states after a command with a word."""
+
+    def __init__(self, states: Mapping[str, str], becomes: Mapping[str, Mapping[str, str]], **updates: bytes) -> None:
+        super().__init__({f"/var/lib/dpkg/updates/{name.strip('_')}": data for name, data in updates.items()})
+        self.states, self.becomes = dict(states), becomes
+        self.promised: list[Undo] = []
+        self.failing_with = ""
+        self.files[STATUS_FILE] = status(**self.states)
+
+    def promise(self, undo: Undo) -> None:
+        self.promised.append(undo)
+
+    def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
+        result = super().try_run(*argv, **how)
+        if self.failing_with:
+            return Result(argv, 1, self.failing_with, "")
+        if "dpkg" in argv:
+            self.files = {name: data for name, data in self.files.items() if "/updates/" not in name}
+        self.states |= next((states for word, states in self.becomes.items() if word in argv), {})
+        self.files[STATUS_FILE] = status(**self.states)
+        return result
+
+    @property
+    def ran(self) -> list[str]:
+        """What was run, without the options that all have."""
+        return [re.sub(".*--force-(confold|remove-reinstreq) ", "", line) for line in self.changed]
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_packages_with_a_half_installed_one_are_finished(half: str) -> None:
+    on = Dpkg({"git": half, "make": WHOLE}, {"--configure": {"git": WHOLE}})
+    state = Packages(WANTED).check(on)
+    assert isinstance(state, Drift) and state.summary == "finish what dpkg was interrupted in (git)"
+    Packages(WANTED).apply(on)
+    assert isinstance(Packages(WANTED).check(on), Ok)
+    assert on.ran == ["--configure -a"], "what dpkg can do alone needs no network"
+
+
+@pytest.mark.parametrize("states", [{"git": WHOLE, "make": WHOLE}, {"git": WHOLE}, {}], ids=["whole", "some", "none"])
+def test_packages_with_updates_of_dpkg_are_not_whole(states: Mapping[str, str]) -> None:
+    on = Dpkg(states, {"--configure": {"git": WHOLE, "make": WHOLE}}, _0003=b"", tmp_i=b"")
+    state = Packages(WANTED).check(on)
+    assert isinstance(state, Drift) and state.summary.startswith("finish what dpkg was interrupted in")
+    Packages(WANTED).apply(on)
+    assert isinstance(Packages(WANTED).check(on), Ok) and on.ran == ["--configure -a"]
+
+
+def test_packages_with_a_temporary_file_in_updates_only_are_whole() -> None:
+    """dpkg and apt count names of digits only."""
+    assert isinstance(Packages(WANTED).check(Dpkg(dict.fromkeys(WANTED, WHOLE), {}, tmp_i=b"")), Ok)
+
+
+def test_packages_with_a_pending_trigger_of_another_are_finished() -> None:
+    on = Dpkg({**dict.fromkeys(WANTED, WHOLE), "man-db": "install ok triggers-pending"}, {"-a": {"man-db": WHOLE}})
+    assert isinstance(Packages(WANTED).check(on), Drift)
+    Packages(WANTED).apply(on)
+    assert isinstance(Packages(WANTED).check(on), Ok)
+
+
+@pytest.mark.parametrize("half", [each for each in HALVES if "triggers-pending" not in each])
+def test_packages_of_others_that_dpkg_could_not_configure_are_theirs(half: str) -> None:
+    assert isinstance(Packages(WANTED).check(Dpkg({**dict.fromkeys(WANTED, WHOLE), "theirs": half}, {})), Ok)
+
+
+def test_packages_that_dpkg_cannot_finish_are_finished_by_apt_under_the_same_journal() -> None:
+    on = Dpkg({"git": "install ok unpacked"}, {"-f": {"git": WHOLE, "perl": WHOLE}, "make": {"make": WHOLE}}, _0001=b"")
+    on.answers = {"env DEBIAN": "Inst perl (1)\nInst git [1] (1)\n"}
+    assert Packages(WANTED).check(on) == Drift(
+        "finish what dpkg was interrupted in (git), install make", before="", after="git\nmake\n"
+    )
+    Packages(WANTED).apply(on)
+    assert isinstance(Packages(WANTED).check(on), Ok)
+    assert on.ran == ["--configure -a", "update", "--no-remove -f install", "--no-remove install make"]
+    assert on.promised[0].after == {"packages": ["perl"]}, "git was there before this run"
+
+
+def test_packages_that_were_there_before_are_never_ours() -> None:
+    """Another user's apt was interrupted: what it had begun is not ours to purge."""
+    on = Dpkg({"git": "install reinstreq half-installed"}, {"-f": {"git": WHOLE, "make": WHOLE}})
+    on.answers = {"env DEBIAN": "Inst git (1)\nInst make (1)\n"}
+    Packages(WANTED).apply(on)
+    assert [each.after for each in on.promised] == [{"packages": ["make"]}]
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("dpkg: error: failed to write status database record: No space left on device", "the disk is full"),
+        ("dpkg: error: dpkg frontend lock was locked by another process with pid 7", "another program holds a lock"),
+    ],
+)
+def test_packages_that_cannot_be_finished_say_why(monkeypatch: pytest.MonkeyPatch, said: str, cause: str) -> None:
+    monkeypatch.setattr(packages, "_PATIENCE", 0)
+    on = Dpkg({}, {}, _0001=b"")
+    on.failing_with = said
+    with pytest.raises(Problem, match="`dpkg` could not finish what it was interrupted in") as found:
+        Packages(WANTED).apply(on)
+    assert found.value.cause.startswith(cause)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_packages_that_apt_does_not_know_say_whether_its_lists_are_new(offline: bool) -> None:
+    on = Dpkg({}, {})
+    on.failing = ("env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get -y -o DPkg::Lock::Timeout=600 "
+                  "-o APT::Install-Recommends=false -o Dpkg::Options::=--force-confold -s",)  # fmt: skip
+    unresolved = "W: Failed to fetch http://d/InRelease  Temporary failure resolving 'd'\n" if offline else "Hit:1 d\n"
+    on.answers = {f"{on.failing[0]} ": "E: Unable to locate package git", "env": unresolved}
+    with pytest.raises(Problem, match="apt cannot install the missing packages") as found:
+        Packages(WANTED).apply(on)
+    assert ("could not reach a server" in found.value.cause, "name server" in found.value.hint) == (offline, offline)
+    assert "Unable to locate package git" in found.value.cause
+
+
+@pytest.mark.parametrize("state", [*HALVES, "deinstall ok config-files", WHOLE])
+def test_undo_packages_purges_what_an_interrupted_run_left(state: str) -> None:
+    configured = WHOLE if "triggers-pending" in state else state
+    becomes = {"--configure": {"git": configured}, "purge": {"git": "purge ok not-installed"}}
+    on = Dpkg({"git": state, "theirs": WHOLE}, becomes, _0001=b"")
+    on.answers = {"env DEBIAN": "Purg git\n"}
+    undone = packages.purge([Undo("packages", "apt", {}, {"packages": ["git", "never-begun"]})], on)
+    assert (undone.outcome, undone.note) == ("removed", "git")
+    assert on.ran == ["--configure -a", "purge git"]
+
+
+def test_undo_packages_that_are_only_removed_are_purged_the_next_time() -> None:
+    on = Dpkg({"git": "purge ok half-installed"}, {"purge": {"git": "deinstall ok config-files"}})
+    on.answers = {"env DEBIAN": "Purg git\n"}
+    with pytest.raises(Problem, match="apt could not remove git"):
+        packages.purge([Undo("packages", "apt", {}, {"packages": ["git"]})], on)
+    assert on.ran == ["--configure -a", "purge git", "purge git"], "it is looked at after each"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import get_args
+from typing import Unpack, get_args
 
 import pytest
 from msgspec.structs import replace
@@ -18,7 +18,7 @@ from sparkinstall.journal.undo import OWN_KINDS
 from sparkinstall.node import Node
 from sparkinstall.probes import bandwidth
 from sparkinstall.probes.preflight import preflight
-from sparkinstall.system import UNDO_FUNCTIONS, Result, System, Undo, read_only
+from sparkinstall.system import UNDO_FUNCTIONS, Result, RunOptions, System, Undo, read_only
 from sparkinstall.system.local import LocalReader, LocalSystem
 from sparkinstall.system.read_only import MayChange
 from tests.support.machine import Machine
@@ -251,7 +251,13 @@ def test_uninstall_has_an_undo_function_for_each_kind() -> None:
 def test_undo_packages_purges_those_that_nothing_else_needs() -> None:
     status = "".join(f"Package: {name}\nStatus: install ok installed\n\n" for name in ("gcc", "make", "theirs"))
     apt = "env DEBIAN_FRONTEND=noninteractive"
-    on = RecordingSystem({"/var/lib/dpkg/status": status.encode()}, {apt: "Purg gcc\nPurg make\n"})
+
+    class Purging(RecordingSystem):
+        def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
+            self.files.clear()
+            return super().try_run(*argv, **how)
+
+    on = Purging({"/var/lib/dpkg/status": status.encode()}, {apt: "Purg gcc\nPurg make\n"})
     records = [Undo("packages", "packages", {}, {"packages": names}) for names in (["gcc"], ["make", "gone"])]
     undone = UNDO_FUNCTIONS["packages"](records, on)
     assert (undone.outcome, undone.note) == ("removed", "gcc, make")

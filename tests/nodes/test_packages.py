@@ -1,0 +1,100 @@
+"""A power cut while apt works for us, on a real node: the next run finishes what dpkg had begun.
+
+One node lives through the file; its tests are in order.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.node import FreshNode
+from tests.nodes.fresh import CHECKOUT, COMMAND, REPOSITORY, ignoring, sparkinstall
+
+pytestmark = [pytest.mark.layer3, pytest.mark.network]
+
+ONLY = ("--only", "packages")
+ALL = ("all", *ONLY, "--yes", *ignoring())
+CONFIG = f"stack: {CHECKOUT}/tests/lab/stacks/lab-full.yaml\nnccl: {{mode: wheel}}\n"
+FINISH = "finish what dpkg was interrupted in"
+LOG = "var/log/dpkg.log"
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[FreshNode]:
+    with FreshNode() as fresh:
+        leave_out = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__"]
+        fresh.push(REPOSITORY, CHECKOUT, owner="spark", exclude=leave_out)
+        fresh.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=300)
+        fresh.write("/etc/sparkinstall.yaml", CONFIG)
+        yield fresh
+
+
+@pytest.fixture(scope="module")
+def before(node: FreshNode) -> str:
+    return packages(node)
+
+
+def packages(node: FreshNode) -> str:
+    """Every package that dpkg knows, with its state."""
+    return node.run("dpkg-query", "-W", "-f", "${Package} ${Status}\n").stdout
+
+
+def cut_power(node: FreshNode, words: tuple[str, ...], moment: str) -> None:
+    """Start a verb and pull the plug when dpkg's log says `moment`; then switch the node on again."""
+    log = node.root / LOG
+    seen = log.stat().st_size if log.exists() else 0
+    with node.popen(COMMAND, *words, user="spark", cwd="/home/spark") as run:
+        until = time.monotonic() + 240
+        while not (log.exists() and moment in log.read_text(errors="replace")[seen:]):
+            assert run.poll() is None, run.communicate()
+            assert time.monotonic() < until, log.read_text(errors="replace")[seen:]
+            time.sleep(0.002)
+        node.kill()
+        run.send_signal(signal.SIGKILL)
+    node.boot()
+
+
+def test_nothing_is_finished_on_a_fresh_node(node: FreshNode, before: str) -> None:
+    plan = sparkinstall(node, "plan", *ONLY, check=False).stdout
+    assert "install python3.13-dev, build-essential, git" in plan and FINISH not in plan
+    assert "half" not in before
+
+
+@pytest.mark.usefixtures("before")
+@pytest.mark.parametrize(
+    "moment", ["status half-installed git:", "status unpacked perl:", "status half-configured g++:"]
+)
+def test_plan_after_a_power_cut_says_what_is_finished(node: FreshNode, moment: str) -> None:
+    cut_power(node, ALL, moment)
+    assert node.run("dpkg", "--audit").stdout, "the power was cut too late"
+    assert FINISH in sparkinstall(node, "plan", *ONLY, check=False).stdout
+    assert sparkinstall(node, "verify", *ONLY, check=False).returncode == 3
+
+
+def test_all_after_power_cuts_installs_everything_whole(node: FreshNode) -> None:
+    sparkinstall(node, *ALL)
+    assert_whole(node)
+    assert "git install ok installed" in packages(node)
+    assert FINISH not in sparkinstall(node, "plan", *ONLY).stdout
+    node.run("git", "--version", user="spark")
+
+
+def test_uninstall_after_a_power_cut_in_it_removes_the_rest(node: FreshNode, before: str) -> None:
+    cut_power(node, ("uninstall", "--yes"), "status half-installed git:")
+    sparkinstall(node, "uninstall", "--yes")
+    assert_whole(node)
+    assert packages(node) == before
+
+
+def test_uninstall_after_a_power_cut_in_all_removes_what_was_begun(node: FreshNode, before: str) -> None:
+    cut_power(node, ALL, "status half-installed git:")
+    sparkinstall(node, "uninstall", "--yes")
+    assert_whole(node)
+    assert packages(node) == before
+
+
+def assert_whole(node: FreshNode) -> None:
+    assert node.run("dpkg", "--audit").stdout == ""
+    assert not [each for each in (node.root / "var/lib/dpkg/updates").iterdir() if each.name.isdigit()]
