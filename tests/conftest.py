@@ -16,7 +16,7 @@ from tests.lab.layers import (  # noqa: F401
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where files run in parallel, the longest start first: at the end nothing waits for one long file.
-LONGEST_FIRST = ("tests/builds/", "tests/nodes/", "tests/lab/", "tests/fast/test_killed.py", "tests/fast/")
+LONGEST_FIRST = ("tests/nodes/", "tests/lab/", "tests/fast/test_killed.py", "tests/fast/")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

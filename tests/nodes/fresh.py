@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,20 @@ def ignoring() -> list[str]:
 def sparkinstall(node: FreshNode, *argv: str, check: bool = True, timeout: float = 1800) -> Completed:
     """The installed command, as the ordinary user `spark`."""
     return node.run(COMMAND, *argv, user="spark", cwd="/home/spark", check=check, timeout=timeout)
+
+
+def objects(node: FreshNode, prefix: str) -> dict[str, int]:
+    """The object files of the NCCL build below `prefix`, each with its time of change (ns)."""
+    found = (node.root / prefix.lstrip("/")).glob("nccl/build-*/obj/**/*.o")
+    return {str(path): path.stat().st_mtime_ns for path in found}
+
+
+def wait_for_objects(node: FreshNode, prefix: str, count: int, seconds: float = 600) -> None:
+    """Return when the build has compiled so many object files."""
+    until = time.monotonic() + seconds
+    while len(objects(node, prefix)) < count:
+        assert time.monotonic() < until, f"{len(objects(node, prefix))} of {count} object files in {seconds:g} s"
+        time.sleep(0.1)
 
 
 NOT_COMPARED = (

@@ -7,17 +7,35 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sparkinstall import elf
 from sparkinstall.probes.known_hosts import rules
 from tests.lab.node import FreshNode
 from tests.nodes.broken import ENV_FILE, SITE, changed, reinstall, said_of, serve, serve_no_more
-from tests.nodes.fresh import CHECKOUT, COMMAND, NOT_COMPARED, fresh_node, ignoring, sparkinstall
+from tests.nodes.fresh import (
+    CHECKOUT,
+    COMMAND,
+    NOT_COMPARED,
+    fresh_node,
+    ignoring,
+    objects,
+    sparkinstall,
+    wait_for_objects,
+)
 
-pytestmark = [pytest.mark.layer3, pytest.mark.network]
+pytestmark = [pytest.mark.layer3, pytest.mark.layer4, pytest.mark.network]
 
 LIBRARY = "/opt/sparkinstall/nccl/lib/libnccl.so.2"
+REHEARSAL = "/home/spark/rehearsal"
+COPY_OF_THE_CACHE = """
+mkdir -p "$1"
+cp -a ~/.cache/sparkinstall/nccl "$1"
+ln -s ~/.cache/sparkinstall/uv "$1/uv"
+"""
 W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
 
 
@@ -63,20 +81,80 @@ def test_a_user_without_sudo_is_told_so(node: FreshNode) -> None:
 
 
 @pytest.mark.usefixtures("before")
-def test_a_killed_run_is_gone_on_with(node: FreshNode) -> None:
+def test_install_killed_during_the_build_continues_where_it_was(node: FreshNode) -> None:
     with node.popen("./install.sh", "--yes", *ignoring(), user="spark", cwd=CHECKOUT) as run:
-        _wait_for(node, "/opt/sparkinstall/nccl/source")
+        wait_for_objects(node, "/opt/sparkinstall", 40)
         node.signal(run, signal.SIGKILL)
     assert not _exists(node, ENV_FILE)
+    compiled = objects(node, "/opt/sparkinstall")
     again = node.run("./install.sh", "--yes", *ignoring(), user="spark", cwd=CHECKOUT, timeout=2400)
     assert "is done" in again.stdout
-    assert "memory-guard" in again.stdout, "the machine itself was looked at too"
+    assert "memory-guard" in again.stdout, "the preflight of the machine ran too"
     assert _exists(node, LIBRARY)
+    compiled_twice = {
+        path for path, time in objects(node, "/opt/sparkinstall").items() if compiled.get(path, time) != time
+    }
+    assert compiled_twice == set()
+
+
+def test_nccl_library_names_sm_121_and_its_recipe(node: FreshNode) -> None:
+    library = _on_this_machine(node, LIBRARY)
+    assert "sm_121" in {code.arch for code in elf.gpu_code(library)}
+    stamp = json.loads(node.read("/opt/sparkinstall/nccl/build.json"))
+    assert stamp["build_id"] == elf.build_id(library)
+    assert stamp["recipe"]["version"] == "2.29.7"
 
 
 def test_apt_really_installed_what_was_missing(node: FreshNode) -> None:
     status = node.run("dpkg-query", "-W", "-f", "${Status} ${Package}\n", "python3.13-dev", "build-essential", "git")
     assert status.stdout.count("install ok installed") == 3
+
+
+def test_nccl_of_the_same_recipe_is_installed_from_the_cache(node: FreshNode) -> None:
+    (step,) = _rehearsed(node, "plan", "--only", "nccl")["data"]["steps"]
+    assert "install NCCL 2.29.7 for sm_121 from the cache" in str(step)
+    _rehearsed(node, "run", "nccl")
+    node.run("cmp", f"{REHEARSAL}{LIBRARY}", LIBRARY)
+    assert objects(node, f"{REHEARSAL}/opt/sparkinstall") == {}
+    assert _rehearsed(node, "run", "nccl")["data"]["changed"] is False
+
+
+def test_nccl_of_another_recipe_is_a_change(node: FreshNode) -> None:
+    assert _rehearsed(node, "plan", "--only", "nccl", "--set", "nccl.arch=120")["data"]["drift"] is True
+
+
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        ("nccl.arch=999", 4, "nvcc 13.0 does not support compute_999"),
+        ("nccl.version=2.28.9", 1, "is the source of NCCL 2.29.7, not of 2.28.9"),
+        (f"nccl.sha256={'0' * 64}", 1, "does not have the expected hash"),
+    ],
+)
+def test_nccl_that_cannot_be_built_is_refused_and_the_library_stays(
+    node: FreshNode, setting: str, code: int, message: str
+) -> None:
+    refused = _rehearsed(node, "run", "nccl", "--set", setting, code=code)
+    assert message in str(refused["errors"])
+    assert _exists(node, f"{REHEARSAL}{LIBRARY}")
+
+
+@pytest.mark.parametrize("damaged", [True, False], ids=["damaged cache", "--force"])
+def test_nccl_is_built_although_the_cache_has_it(node: FreshNode, damaged: bool) -> None:
+    """From a copy of the cache; the run is killed as soon as it compiles."""
+    place = f"/home/spark/{'damaged' if damaged else 'forced'}"
+    node.run("sh", "-euc", COPY_OF_THE_CACHE, "sh", f"{place}/sparkinstall", user="spark")
+    if damaged:
+        node.run("sh", "-euc", f"truncate -s -1 {place}/sparkinstall/nccl/built/*/libnccl.so", user="spark")
+    argv = (COMMAND, "run", "nccl", "--root", f"{place}/node", *([] if damaged else ["--force"]))
+    with node.popen(*argv, user="spark", env={"XDG_CACHE_HOME": place}) as run:
+        wait_for_objects(node, f"{place}/node/opt/sparkinstall", 1)
+        node.signal(run, signal.SIGKILL)
+
+
+def test_a_rehearsal_on_a_node_is_uninstalled_whole(node: FreshNode) -> None:
+    _rehearsed(node, "uninstall")
+    assert not _exists(node, REHEARSAL)
 
 
 def test_a_second_run_changes_nothing(node: FreshNode) -> None:
@@ -257,6 +335,18 @@ def test_the_tool_itself_goes_too(node: FreshNode) -> None:
     node.run("./install.sh", "--remove", user="spark", cwd=CHECKOUT)
     assert not _exists(node, COMMAND)
     assert not _exists(node, "/home/spark/.local/share/sparkinstall")
+
+
+def _rehearsed(node: FreshNode, *argv: str, code: int = 0) -> dict[str, Any]:
+    """What a verb prints in a rehearsal on the node, with the node's own config."""
+    run = sparkinstall(node, *argv, "--root", REHEARSAL, "--json", check=False)
+    assert run.returncode == code, run.stdout + run.stderr
+    return dict(json.loads(run.stdout))
+
+
+def _on_this_machine(node: FreshNode, path: str) -> Path:
+    """The file of the node, its links followed there."""
+    return node.root / node.run("readlink", "-f", path).stdout.strip().lstrip("/")
 
 
 def _exists(node: FreshNode, path: str) -> bool:
