@@ -12,9 +12,9 @@ from pathlib import Path
 
 from benchmarks.environments import Environment
 from benchmarks.timing import Command, Long, Spread, in_turns, once
+from benchmarks.wheel_cache import cache_of_wheels
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import VERSION, tarball
-from tests.support.wheel_cache import cache_of_wheels
 
 _STACK = "0.32.0"
 _ROUNDS = 5

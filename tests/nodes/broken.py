@@ -40,7 +40,7 @@ def changed(node: FreshNode, path: str, *edits: str) -> Iterator[None]:
         node.run("cp", "-a", kept, path)
 
 
-def said_of(node: FreshNode, probe: str) -> tuple[str, str]:
+def probe_result(node: FreshNode, probe: str) -> tuple[str, str]:
     """The verdict and the finding of a probe, on a node that serves a model."""
     model = ("--set", "serving.model=/srv/model")
     answer = json.loads(sparkinstall(node, "verify", "--only", probe, *model, "--json", check=False).stdout)
@@ -68,7 +68,7 @@ def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float
         time.sleep(0.2)
 
 
-def serve_no_more(node: FreshNode) -> None:
+def stop_serving(node: FreshNode) -> None:
     """Remove the service."""
     node.run("systemctl", "stop", "vllm.service")
     node.run("rm", UNIT)

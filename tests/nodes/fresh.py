@@ -1,4 +1,4 @@
-"""A fresh Debian node with the checkout on it, and what a person would type there."""
+"""A fresh Debian node with the checkout on it, and the commands that a user types there."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ from tests.support.nccl_source import tarball
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKOUT = "/home/spark/sparkinstall"
 COMMAND = "/home/spark/.local/bin/sparkinstall"
-# What only a Spark's hardware can be held to; everything else has to be good here too.
+# Checks of a Spark's hardware; all others must pass here too.
 NOT_A_SPARK = ("machine", "arch", "os", "driver", "memory", "disk")
 SPARK_UID = 1000
 CONFIG = f"""\
@@ -31,7 +31,7 @@ nccl:
 def fresh_node() -> Iterator[FreshNode]:
     """A node on this machine's network with a CUDA toolkit in its usual place and a cache that outlives it."""
     cache = _shared_cache()
-    # Here NCCL is built, whatever was kept on another day.
+    # NCCL must be built in this run.
     shutil.rmtree(cache / "nccl/built", ignore_errors=True)
     binds = [
         Bind(toolkit(), "/usr/local/cuda"),

@@ -1,6 +1,6 @@
-"""A fresh Debian node with systemd as PID 1: `./install.sh` for real, a kill, a reboot, and all of it back.
+"""A fresh Debian node with systemd as PID 1: `./install.sh`, a kill, broken parts, a reboot, and the uninstall.
 
-One node lives through the whole file; the tests are its days, in order.
+The tests of this file run in order on one node.
 """
 
 import json
@@ -15,7 +15,7 @@ import pytest
 from sparkinstall import elf
 from sparkinstall.probes.known_hosts import rules
 from tests.lab.node import FreshNode
-from tests.nodes.broken import ENV_FILE, SITE, changed, reinstall, said_of, serve, serve_no_more
+from tests.nodes.broken import ENV_FILE, SITE, changed, probe_result, reinstall, serve, stop_serving
 from tests.nodes.fresh import (
     CHECKOUT,
     COMMAND,
@@ -53,7 +53,7 @@ def before(node: FreshNode) -> dict[str, str]:
     return node.tree_digest("/", exclude=NOT_COMPARED)
 
 
-def test_a_machine_that_is_no_spark_is_refused_and_told_how_to_rehearse(
+def test_install_on_another_machine_is_refused_with_the_command_for_a_rehearsal(
     node: FreshNode, before: dict[str, str]
 ) -> None:
     answer = node.run("./install.sh", "--yes", user="spark", cwd=CHECKOUT, check=False, timeout=300)
@@ -65,7 +65,7 @@ def test_a_machine_that_is_no_spark_is_refused_and_told_how_to_rehearse(
     assert node.tree_digest("/", exclude=NOT_COMPARED) == before
 
 
-def test_without_a_terminal_it_asks_for_yes(node: FreshNode, before: dict[str, str]) -> None:
+def test_all_without_a_terminal_requires_yes(node: FreshNode, before: dict[str, str]) -> None:
     answer = sparkinstall(node, "all", *ignoring(), check=False)
     assert answer.returncode == 2
     assert "--yes" in answer.stderr
@@ -73,7 +73,7 @@ def test_without_a_terminal_it_asks_for_yes(node: FreshNode, before: dict[str, s
     assert node.tree_digest("/", exclude=NOT_COMPARED) == before
 
 
-def test_a_user_without_sudo_is_told_so(node: FreshNode) -> None:
+def test_all_without_sudo_is_refused(node: FreshNode) -> None:
     answer = node.run(COMMAND, "all", "--yes", *ignoring(), user="plain", check=False)
     # Another user's home may not even be looked into; what counts is that nothing was begun.
     assert answer.returncode != 0
@@ -81,7 +81,7 @@ def test_a_user_without_sudo_is_told_so(node: FreshNode) -> None:
 
 
 @pytest.mark.usefixtures("before")
-def test_install_killed_during_the_build_continues_where_it_was(node: FreshNode) -> None:
+def test_install_killed_during_the_build_continues_without_compiling_a_file_twice(node: FreshNode) -> None:
     with node.popen("./install.sh", "--yes", *ignoring(), user="spark", cwd=CHECKOUT) as run:
         wait_for_objects(node, "/opt/sparkinstall", 40)
         node.signal(run, signal.SIGKILL)
@@ -105,7 +105,7 @@ def test_nccl_library_names_sm_121_and_its_recipe(node: FreshNode) -> None:
     assert stamp["recipe"]["version"] == "2.29.7"
 
 
-def test_apt_really_installed_what_was_missing(node: FreshNode) -> None:
+def test_packages_are_installed_by_apt(node: FreshNode) -> None:
     status = node.run("dpkg-query", "-W", "-f", "${Status} ${Package}\n", "python3.13-dev", "build-essential", "git")
     assert status.stdout.count("install ok installed") == 3
 
@@ -146,8 +146,10 @@ def test_nccl_is_built_although_the_cache_has_it(node: FreshNode, damaged: bool)
     node.run("sh", "-euc", COPY_OF_THE_CACHE, "sh", f"{place}/sparkinstall", user="spark")
     if damaged:
         node.run("sh", "-euc", f"truncate -s -1 {place}/sparkinstall/nccl/built/*/libnccl.so", user="spark")
-    argv = (COMMAND, "run", "nccl", "--root", f"{place}/node", *([] if damaged else ["--force"]))
-    with node.popen(*argv, user="spark", env={"XDG_CACHE_HOME": place}) as run:
+    run_nccl, cache = (COMMAND, "run", "nccl", "--root", f"{place}/node"), {"XDG_CACHE_HOME": place}
+    if not damaged:
+        node.run(*run_nccl, user="spark", env=cache)
+    with node.popen(*run_nccl, *([] if damaged else ["--force"]), user="spark", env=cache) as run:
         wait_for_objects(node, f"{place}/node/opt/sparkinstall", 1)
         node.signal(run, signal.SIGKILL)
 
@@ -157,7 +159,7 @@ def test_a_rehearsal_on_a_node_is_uninstalled_whole(node: FreshNode) -> None:
     assert not _exists(node, REHEARSAL)
 
 
-def test_a_second_run_changes_nothing(node: FreshNode) -> None:
+def test_all_again_changes_nothing(node: FreshNode) -> None:
     looked_at = ("/opt/sparkinstall", "/var/lib/sparkinstall", "/etc", "/home/spark/vllm-env")
     there = node.tree_digest(*looked_at, times=True)
     answer = json.loads(sparkinstall(node, "all", "--yes", "--json").stdout)
@@ -165,7 +167,7 @@ def test_a_second_run_changes_nothing(node: FreshNode) -> None:
     assert node.tree_digest(*looked_at, times=True) == there
 
 
-def test_verify_proves_the_nccl_of_a_running_process(node: FreshNode) -> None:
+def test_verify_passes_and_names_the_loaded_nccl(node: FreshNode) -> None:
     answer = json.loads(sparkinstall(node, "verify", "--json").stdout)
     probes = {probe["name"]: probe for probe in answer["data"]["probes"]}
     wanted = {
@@ -178,8 +180,8 @@ def test_verify_proves_the_nccl_of_a_running_process(node: FreshNode) -> None:
     assert "vllm 0.22.1" in probes["imports"]["found"]
 
 
-def test_the_wheels_own_nccl_would_win_without_the_env_file(node: FreshNode) -> None:
-    """What the proof is for: torch finds the NCCL of its wheel whatever is on the disk."""
+def test_torch_without_the_env_file_loads_the_nccl_of_its_wheel(node: FreshNode) -> None:
+    """LD_LIBRARY_PATH does not change that."""
     look = "import torch; print([l for l in open('/proc/self/maps') if 'libnccl' in l][0])"
     plain = node.run("/opt/sparkinstall/venv/bin/python", "-c", look, user="spark", timeout=300)
     assert "site-packages/nvidia/nccl" in plain.stdout
@@ -190,7 +192,7 @@ def test_the_wheels_own_nccl_would_win_without_the_env_file(node: FreshNode) -> 
     assert "site-packages/nvidia/nccl" in with_path.stdout
 
 
-def test_the_env_file_says_the_same_to_a_shell_and_to_systemd(node: FreshNode) -> None:
+def test_env_file_gives_a_shell_and_systemd_the_same_variables(node: FreshNode) -> None:
     node.write(
         "/etc/systemd/system/show-env.service",
         f"[Service]\nType=oneshot\nEnvironmentFile={ENV_FILE}\nExecStart=/bin/sh -c 'env -0 > /run/of-systemd'\n",
@@ -209,7 +211,7 @@ def test_the_env_file_says_the_same_to_a_shell_and_to_systemd(node: FreshNode) -
     node.run("systemctl", "daemon-reload")
 
 
-def test_the_level_node_finds_nothing_wrong(node: FreshNode) -> None:
+def test_verify_at_level_node_skips_only_what_a_spark_has(node: FreshNode) -> None:
     answer = json.loads(sparkinstall(node, "verify", "--level", "node", "--json").stdout)
     assert {probe["level"] for probe in answer["data"]["probes"]} == {"static", "node"}
     verdicts = {probe["name"]: probe["verdict"] for probe in answer["data"]["probes"]}
@@ -218,91 +220,94 @@ def test_the_level_node_finds_nothing_wrong(node: FreshNode) -> None:
     assert {name for name, verdict in verdicts.items() if verdict == "skip"} == journal | {"gpu-driver"}
 
 
-def test_a_second_nccl_is_told_where_it_would_win(node: FreshNode) -> None:
+def test_nccl_preload_with_another_nccl_in_the_env_file_fails(node: FreshNode) -> None:
     second = f"{SITE}/nvidia/nccl/lib/libnccl.so.2"
     with changed(node, ENV_FILE, f"s|^LD_PRELOAD=.*|LD_PRELOAD={second}|"):
-        verdict, found = said_of(node, "nccl-preload")
+        verdict, found = probe_result(node, "nccl-preload")
     assert verdict == "fail"
     assert found.startswith(f"{second}, build-id ")
     # A path alone does not choose: LD_PRELOAD wins.
     with changed(node, ENV_FILE, f"s|^set -a|set -a\\nLD_LIBRARY_PATH={SITE}/nvidia/nccl/lib|"):
-        assert said_of(node, "nccl-preload")[0] == "pass"
+        assert probe_result(node, "nccl-preload")[0] == "pass"
 
 
-def test_a_preload_of_a_missing_file_is_told(node: FreshNode) -> None:
+def test_nccl_preload_of_a_missing_file_fails(node: FreshNode) -> None:
     with changed(node, ENV_FILE, "s|^LD_PRELOAD=.*|LD_PRELOAD=/opt/nowhere/libnccl.so.2|"):
-        verdict, found = said_of(node, "nccl-preload")
+        verdict, found = probe_result(node, "nccl-preload")
     assert verdict == "fail"
     assert "/opt/nowhere/libnccl.so.2" in found and "cannot be preloaded" in found
 
 
-def test_a_changed_file_of_a_wheel_is_told(node: FreshNode) -> None:
+def test_wheel_files_with_a_changed_file_fails(node: FreshNode) -> None:
     with changed(node, f"{SITE}/vllm/envs.py", "s/import/import /"):
-        verdict, found = said_of(node, "wheel-files")
+        verdict, found = probe_result(node, "wheel-files")
     assert verdict == "fail"
     assert found.startswith("vllm/envs.py has ")
     # Of the same length and with the old date.
     with changed(node, f"{SITE}/torch/version.py", "s/0/1/"):
-        assert said_of(node, "wheel-files") == ("fail", "torch/version.py was changed")
-    assert said_of(node, "wheel-files")[0] == "pass"
+        assert probe_result(node, "wheel-files") == ("fail", "torch/version.py was changed")
+    assert probe_result(node, "wheel-files")[0] == "pass"
 
 
-def test_a_wheel_that_was_swapped_is_told(node: FreshNode) -> None:
-    """For another of the same version: its files are as its own RECORD says, and yet they are not what was locked."""
+def test_wheel_files_with_a_reinstalled_wheel_fails_until_the_environment_is_reinstalled_offline(
+    node: FreshNode,
+) -> None:
+    """The wheel's files match its own RECORD, but they may not be those of the lock."""
     reinstall(node, "idna")
-    assert said_of(node, "wheel-files") == ("fail", "idna was reinstalled since")
-    mended = sparkinstall(node, "run", "environment", "--force", "--yes", *ignoring(), timeout=900)
-    assert mended.returncode == 0
-    assert said_of(node, "wheel-files")[0] == "pass"
+    assert probe_result(node, "wheel-files") == ("fail", "idna was reinstalled since")
+    forced = (COMMAND, "run", "environment", "--force", "--yes", *ignoring())
+    node.run(*forced, user="spark", env={"UV_OFFLINE": "1"}, timeout=900)
+    assert probe_result(node, "wheel-files")[0] == "pass"
+    assert json.loads(sparkinstall(node, "plan", "--json").stdout)["data"]["drift"] is False
 
 
-def test_a_file_that_lost_its_patch_is_told(node: FreshNode) -> None:
+def test_fp8_path_without_the_patch_fails(node: FreshNode) -> None:
     node.run("cp", "-a", f"{SITE}/{W8A8}", "/run/unpatched")
     sparkinstall(node, "run", "fp8", "env-files", "--set", "fp8.fallback=on", "--yes", *ignoring())
-    assert said_of(node, "fp8-path")[0] == "pass"
+    assert probe_result(node, "fp8-path")[0] == "pass"
     node.run("cp", "-a", "/run/unpatched", f"{SITE}/{W8A8}")
-    assert said_of(node, "fp8-path") == ("fail", "vLLM's file is not as decided")
+    assert probe_result(node, "fp8-path") == ("fail", "vLLM's file is not as decided")
     sparkinstall(node, "run", "fp8", "env-files", "--set", "fp8.fallback=auto", "--yes", *ignoring())
-    assert said_of(node, "fp8-path")[0] == "pass"
+    assert probe_result(node, "fp8-path")[0] == "pass"
 
 
-def test_a_service_is_held_against_the_env_file(node: FreshNode) -> None:
+def test_running_env_that_differs_from_the_env_file_warns(node: FreshNode) -> None:
     serve(node)
-    assert said_of(node, "running-env") == ("pass", "vllm.service: as in the env file")
-    assert said_of(node, "running-nccl") == ("pass", "1 process of vllm.service")
+    assert probe_result(node, "running-env") == ("pass", "vllm.service: as in the env file")
+    assert probe_result(node, "running-nccl") == ("pass", "1 process of vllm.service")
     with changed(node, ENV_FILE, "s/^RAY_memory_usage_threshold=.*/RAY_memory_usage_threshold=0.9/"):
-        verdict, found = said_of(node, "running-env")
+        verdict, found = probe_result(node, "running-env")
     assert verdict == "warn"
     assert found == "vllm.service was started with RAY_memory_usage_threshold=1.0 (the file says 0.9)"
 
 
-def test_a_library_that_was_replaced_under_a_service_is_told(node: FreshNode) -> None:
+def test_running_nccl_with_a_replaced_library_warns(node: FreshNode) -> None:
     serve(node)
     real = node.run("readlink", "-f", LIBRARY).stdout.strip()
     node.run("sh", "-c", 'cp -a "$1" "$1.new" && mv "$1.new" "$1"', "sh", real)
-    verdict, found = said_of(node, "running-nccl")
+    verdict, found = probe_result(node, "running-nccl")
     assert verdict == "warn"
     assert found.endswith("replaced since the start")
 
 
-def test_a_service_with_the_nccl_of_a_wheel_is_told(node: FreshNode) -> None:
+def test_running_nccl_of_a_wheel_fails(node: FreshNode) -> None:
     wheels = f"{SITE}/nvidia/nccl/lib/libnccl.so.2"
     serve(node, "UnsetEnvironment=LD_PRELOAD", f"import ctypes; ctypes.CDLL('{wheels}')")
-    verdict, found = said_of(node, "running-nccl")
+    verdict, found = probe_result(node, "running-nccl")
     assert verdict == "fail"
     assert wheels in found
-    assert said_of(node, "running-env") == ("warn", "vllm.service was started with no LD_PRELOAD")
-    serve_no_more(node)
-    assert said_of(node, "running-nccl") == ("skip", "vllm.service: not running")
+    assert probe_result(node, "running-env") == ("warn", "vllm.service was started with no LD_PRELOAD")
+    stop_serving(node)
+    assert probe_result(node, "running-nccl") == ("skip", "vllm.service: not running")
 
 
-def test_it_survives_a_reboot(node: FreshNode) -> None:
+def test_verify_after_a_reboot_passes(node: FreshNode) -> None:
     node.reboot()
     answer = json.loads(sparkinstall(node, "verify", "--json", "--only", "nccl", "--only", "fp8").stdout)
     assert answer["exit_code"] == 0
 
 
-def test_a_missing_library_is_found(node: FreshNode) -> None:
+def test_verify_with_a_missing_library_fails(node: FreshNode) -> None:
     node.run("mv", LIBRARY, f"{LIBRARY}.away")
     found = json.loads(sparkinstall(node, "verify", "--json", check=False).stdout)
     node.run("mv", f"{LIBRARY}.away", LIBRARY)
@@ -310,7 +315,7 @@ def test_a_missing_library_is_found(node: FreshNode) -> None:
     assert {p["name"]: p["verdict"] for p in found["data"]["probes"]}["nccl-loaded"] == "fail"
 
 
-def test_what_was_changed_is_mended(node: FreshNode) -> None:
+def test_all_restores_a_changed_env_file(node: FreshNode) -> None:
     node.run("sed", "-i", "s/LD_PRELOAD=/LD_PRELOAD_=/", ENV_FILE)
     assert sparkinstall(node, "verify", check=False).returncode == 3
     mended = json.loads(sparkinstall(node, "all", "--yes", "--json", *ignoring()).stdout)
@@ -318,20 +323,14 @@ def test_what_was_changed_is_mended(node: FreshNode) -> None:
     assert [s["step"] for s in mended["data"]["steps"] if s["outcome"] == "changed"] == ["env-files"]
 
 
-def test_without_the_network_everything_is_made_again(node: FreshNode) -> None:
-    offline = {"UV_OFFLINE": "1"}
-    node.run(COMMAND, "run", "environment", "--force", "--yes", *ignoring(), user="spark", env=offline, timeout=900)
-    assert json.loads(sparkinstall(node, "plan", "--json").stdout)["data"]["drift"] is False
-
-
-def test_uninstall_takes_every_byte_back(node: FreshNode, before: dict[str, str]) -> None:
+def test_uninstall_restores_every_byte(node: FreshNode, before: dict[str, str]) -> None:
     answer = sparkinstall(node, "uninstall", "--yes", timeout=600)
     assert "kept" not in answer.stdout.replace("Downloads are kept", "")
     after = node.tree_digest("/", exclude=NOT_COMPARED)
     assert {path for path in before | after if before.get(path) != after.get(path)} == set()
 
 
-def test_the_tool_itself_goes_too(node: FreshNode) -> None:
+def test_install_remove_removes_the_tool(node: FreshNode) -> None:
     node.run("./install.sh", "--remove", user="spark", cwd=CHECKOUT)
     assert not _exists(node, COMMAND)
     assert not _exists(node, "/home/spark/.local/share/sparkinstall")
