@@ -318,9 +318,9 @@ def test_verify_with_a_missing_library_fails(node: FreshNode) -> None:
 def test_all_restores_a_changed_env_file(node: FreshNode) -> None:
     node.run("sed", "-i", "s/LD_PRELOAD=/LD_PRELOAD_=/", ENV_FILE)
     assert sparkinstall(node, "verify", check=False).returncode == 3
-    mended = json.loads(sparkinstall(node, "all", "--yes", "--json", *ignoring()).stdout)
-    assert mended["exit_code"] == 0
-    assert [s["step"] for s in mended["data"]["steps"] if s["outcome"] == "changed"] == ["env-files"]
+    repaired = json.loads(sparkinstall(node, "all", "--yes", "--json", *ignoring()).stdout)
+    assert repaired["exit_code"] == 0
+    assert [s["step"] for s in repaired["data"]["steps"] if s["outcome"] == "changed"] == ["env-files"]
 
 
 def test_uninstall_restores_every_byte(node: FreshNode, before: dict[str, str]) -> None:
