@@ -6,7 +6,10 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Old releases are described in their own words; logs and evidence are quoted as programs wrote them.
-QUOTED = ("CHANGELOG.md", "LICENSE", "docs/evidence/", "tests/logs/", "tests/fast/test_language.py", "patches/cutlass", "knowledge/records/")
+QUOTED = (
+    *("CHANGELOG.md", "LICENSE", "docs/evidence/", "tests/logs/", "tests/fast/test_language.py"),
+    *("patches/cutlass", "knowledge/records/"),
+)
 SHOWN = (".py", ".md", ".j2", ".yaml", ".sh", ".toml")
 RETIRED = {
     r"\bmend(s|ed|ing)?\b": "hint; fix",
