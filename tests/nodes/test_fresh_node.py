@@ -152,6 +152,9 @@ def test_nccl_is_built_although_the_cache_has_it(node: FreshNode, damaged: bool)
     with node.popen(*run_nccl, *([] if damaged else ["--force"]), user="spark", env=cache) as run:
         wait_for_objects(node, f"{place}/node/opt/sparkinstall", 1)
         node.signal(run, signal.SIGKILL)
+    # This ends the compiler too.
+    node.run(COMMAND, "uninstall", "--root", f"{place}/node", user="spark", env=cache)
+    node.run("rm", "-r", place)
 
 
 def test_a_rehearsal_on_a_node_is_uninstalled_whole(node: FreshNode) -> None:
