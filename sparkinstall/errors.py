@@ -112,6 +112,12 @@ class JournalDamaged(Problem):
     code = "journal"
 
 
+class StateDamaged(Problem):
+    """A file or folder of the state is not what sparkinstall left there."""
+
+    code = "state"
+
+
 class Interrupted(Problem):
     """Ctrl-C or TERM."""
 

@@ -1,7 +1,8 @@
 """The journal: one line of JSON per change, appended and synced before the change is made.
 
 A record has the state `before` and `after` the change, so no second record confirms it: undo compares the current
-state with both.
+state with both. A record has a checksum, and `journal.last` the number of the last one: a journal that was cut or
+changed is recognized.
 """
 
 import hashlib
@@ -10,7 +11,7 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,14 @@ from msgspec import Struct, to_builtins
 
 from sparkinstall import schema
 from sparkinstall.errors import Blocked, JournalDamaged, Problem, Storage, storage_problem
+from sparkinstall.own_files import read_regular
 from sparkinstall.system import Reader, Undo
 from sparkinstall.system.local import replace_file
 
 VERSION = 1
+_LARGEST = 64 << 20
+LEFT_OF_A_JOURNAL = ("journal.last", "originals", "options.json")
+"""What is in the folder only if there was a journal."""
 
 
 class Record(Struct, frozen=True):
@@ -55,19 +60,43 @@ class Journal:
         return list(self._known)
 
     def _read(self) -> Iterator[Record]:
-        try:
-            lines = self.path.read_bytes().split(b"\n")
-        except FileNotFoundError:
+        content = read_state(self.path, JournalDamaged, "put a copy of the journal there, from a backup")
+        if content is None:
+            if left := [name for name in LEFT_OF_A_JOURNAL if os.path.lexists(self.home / name)]:
+                raise self._lost(f"{self.path} is missing, but {self.home} contains {', '.join(left)}")
             return
-        except PermissionError as error:
-            raise unreadable(self.path) from error
-        except OSError as error:
-            problem = storage_problem(error, f"reading the journal {self.path}")
-            problem.hint = problem.hint or "it must be a regular file: check the path, and restore the journal"
-            raise problem from error
         # A line without a newline is incomplete: its change has not begun.
-        for number, line in enumerate(lines[:-1], start=1):
-            yield self._parse(number, line)
+        lines = content.split(b"\n")[:-1]
+        if not lines:
+            raise self._lost(f"{self.path} has not one complete line; it is created with its first")
+        last = 0
+        for number, line in enumerate(lines, start=1):
+            record = self._parse(number, line)
+            last = record.n
+            yield record
+        self._require_last(last)
+
+    def _require_last(self, last: int) -> None:
+        """Check that the journal ends with its last record, unless an older version wrote it."""
+        path = self.home / "journal.last"
+        noted = read_state(path, JournalDamaged, f"delete it: rm -r {path}") or b"0"
+        if not noted.strip().isdigit():
+            raise JournalDamaged(
+                f"{path} is not the number of a line",
+                cause="another program changed the file, or the disk failed",
+                hint=f"delete it (`rm {path}`): the journal is then taken as it is",
+            )
+        if int(noted) > last:
+            raise self._lost(f"{self.path} was cut: its last line has the number {last}, but {int(noted)} was written")
+
+    def _lost(self, message: str) -> JournalDamaged:
+        return JournalDamaged(
+            message,
+            cause="without the journal, which records the former state, uninstall can restore nothing",
+            hint="restore the journal from a backup. Without one: if nothing is installed here, remove "
+            f"{self.home}; else restore by hand what {self.home}/originals has, or delete {self.home}/journal.last "
+            "to continue with the records that are left",
+        )
 
     def _parse(self, number: int, line: bytes) -> Record:
         try:
@@ -77,14 +106,17 @@ class Journal:
                     f"{self.path} line {number} was written by another version of sparkinstall (format {raw['v']})",
                     hint="use the version that wrote it, or a newer one",
                 )
+            if raw.pop("sum", None) not in (None, _sum(json.dumps(raw, sort_keys=True))):
+                raise ValueError("not what was written")
             # Otherwise a value of the wrong type would fail in the middle of an uninstall.
             return schema.read(Record, raw, "the line")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             why = f": {error.complaint}" if isinstance(error, schema.Malformed) else ""
             raise JournalDamaged(
                 f"{self.path} line {number} cannot be read{why}",
                 cause="another program changed the file, or the disk failed",
-                hint=f"back up {self.home}, repair or delete that line, and run again; nothing was changed",
+                hint=f"back up {self.home}, repair that line (without `sum`) or delete it, and run again; "
+                "nothing was changed",
             ) from error
 
     def add(self, step: str, undo: Undo) -> None:
@@ -93,16 +125,17 @@ class Journal:
             known = self.records()
             # Not their count: an uninstall that kept something leaves gaps.
             last = known[-1].n if known else 0
-            record = Record(last + 1, time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), self.run, step, undo)
+            record = Record(last + 1, _now(), self.run, step, undo)
             try:
-                self._append(json.dumps({"v": VERSION, **to_builtins(record)}, sort_keys=True).encode() + b"\n")
+                self._append(_line(record))
+                self._known = [*known, record]
+                self._note_last(record.n)
             except OSError as error:
                 raise storage_problem(error, f"writing the journal {self.path}") from error
-            self._known = [*known, record]
 
     def _append(self, line: bytes) -> None:
         with open(self.path, "ab", buffering=0) as out:
-            data = self.path.read_bytes()
+            data = read_regular(self.path)
             end = data.rfind(b"\n") + 1
             out.truncate(end)
             try:
@@ -113,11 +146,20 @@ class Journal:
                 out.truncate(end)
                 raise
 
+    def _note_last(self, number: int) -> None:
+        text, path = b"%12d\n" % number, self.home / "journal.last"
+        if not path.exists():
+            replace_file(str(path), text, 0o600)
+            return
+        # Overwritten in place: one block, which a power cut leaves old or new.
+        with open(path, "rb+", buffering=0) as out:
+            out.write(text)
+
     def keep(self, original: bytes) -> str:
         """Store an original under its sha256, and return that."""
         name = hashlib.sha256(original).hexdigest()
         path = self.home / "originals" / name
-        if path.exists() and path.stat().st_size == len(original):
+        if self._content(name) == original:
             return name
         try:
             with self._guard:
@@ -133,27 +175,48 @@ class Journal:
         Raises:
             JournalDamaged: it is missing or damaged.
         """
-        path = self.home / "originals" / sha256
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            data = b""
-        if hashlib.sha256(data).hexdigest() != sha256:
+        data = self._content(sha256)
+        if data is None:
             raise JournalDamaged(
-                f"the original {path} is missing or damaged",
+                f"the original {self.home}/originals/{sha256} is missing or damaged",
                 hint="restore it from a backup, or delete its record from the journal",
             )
         return data
 
+    def _content(self, sha256: str) -> bytes | None:
+        try:
+            data = read_regular(self.home / "originals" / sha256, follow=False)
+        except OSError:
+            return None
+        return data if hashlib.sha256(data).hexdigest() == sha256 else None
+
+    def begin(self, step: str, undos: Sequence[Undo]) -> None:
+        """Create the journal with its first records, at once: it is never empty."""
+        self.rewrite([Record(n, _now(), self.run, step, undo) for n, undo in enumerate(undos, start=1)])
+
     def rewrite(self, records: list[Record]) -> None:
         """Keep only `records`: those that an uninstall could not undo."""
         ordered = sorted(records, key=lambda record: record.n)
-        lines = [json.dumps({"v": VERSION, **to_builtins(record)}, sort_keys=True) for record in ordered]
         try:
-            replace_file(str(self.path), "".join(line + "\n" for line in lines).encode(), 0o600)
+            # This number first: it is never larger than that of the last line.
+            replace_file(str(self.home / "journal.last"), b"%12d\n" % ordered[-1].n, 0o600)
+            replace_file(str(self.path), b"".join(map(_line, ordered)), 0o600)
         except OSError as error:
             raise storage_problem(error, f"writing the journal {self.path}") from error
         self._known = ordered
+
+
+def _line(record: Record) -> bytes:
+    text = json.dumps({"v": VERSION, **to_builtins(record)}, sort_keys=True)
+    return f'{text[:-1]}, "sum": "{_sum(text)}"}}\n'.encode()
+
+
+def _sum(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def fingerprint(on: Reader, path: str) -> dict[str, Any]:
@@ -166,6 +229,23 @@ def fingerprint(on: Reader, path: str) -> dict[str, Any]:
     if entry.kind == "file":
         return {"kind": "file", "sha256": hashlib.sha256(on.read(path) or b"").hexdigest(), "mode": entry.mode}
     return {"kind": entry.kind}
+
+
+def read_state(path: Path, kind: type[Problem], hint: str) -> bytes | None:
+    """Return the content of a file of the state; None only if there is none.
+
+    Raises:
+        Blocked, Storage: this user may not read it.
+        kind: it is not a file of ours, with `hint`.
+    """
+    try:
+        return read_regular(path, _LARGEST, follow=False)
+    except FileNotFoundError:
+        return None
+    except PermissionError as error:
+        raise unreadable(path) from error
+    except OSError as error:
+        raise kind(f"{path} cannot be read: {error.strerror}", hint=hint) from error
 
 
 def unreadable(path: Path) -> Problem:

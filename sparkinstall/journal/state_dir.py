@@ -3,29 +3,36 @@
 import fcntl
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 from msgspec import Struct, to_builtins
 
-from sparkinstall import schema
-from sparkinstall.errors import Busy, JournalDamaged, Problem, Storage, storage_errors
+from sparkinstall import config, schema
+from sparkinstall.errors import Blocked, Busy, JournalDamaged, Problem, StateDamaged, Storage, storage_errors
 from sparkinstall.events import Emit, WaitedFor
-from sparkinstall.journal.journal import Journal, unreadable
+from sparkinstall.journal.journal import LEFT_OF_A_JOURNAL, Journal, read_state, unreadable
 from sparkinstall.node import Node
-from sparkinstall.system import Undo, processes
-from sparkinstall.system.local import LocalSystem, replace_file, sync_folder
+from sparkinstall.system import KIND_WORDS, Undo, processes
+from sparkinstall.system.local import LocalSystem, replace_file, staged, sync_folder
 
 FOLDER = "/var/lib/sparkinstall"
 _PATIENCE = 20.0
+# In the order in which they are removed: the journal last.
+_CONTENTS = {
+    "options.json": "file", "unproven": "file", "logs": "dir", "originals": "dir", "journal.last": "file",
+    "journal.jsonl": "file", "lock": "file",
+}  # fmt: skip
 
 
-class Options(Struct, frozen=True, omit_defaults=True):
+class Options(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """The options of the last `all`, as in options.json; None: not given."""
 
     config: str | None = None
@@ -48,18 +55,33 @@ class StateFolder:
 
     def __init__(self, system: LocalSystem) -> None:
         self.system = system
-        self.home = Path(system.real(FOLDER))
+
+    @cached_property
+    def home(self) -> Path:
+        """The folder itself, where a link to it leads.
+
+        Raises:
+            Blocked: it is no folder, or out of the rehearsal.
+        """
+        home = Path(os.path.realpath(os.path.dirname(self.system.inside(f"{FOLDER}/journal.jsonl"))))
+        if os.path.lexists(home) and not home.is_dir():
+            raise Blocked(f"{home} is not a folder, but the journal belongs there", hint=f"move it away: {_away(home)}")
+        return home
+
+    @property
+    def _node_path(self) -> str:
+        """`home` as a path of the node."""
+        return "/" + os.path.relpath(self.home, os.path.realpath(self.system.root))
 
     @property
     def exists(self) -> bool:
-        """Whether there is a journal, possibly empty."""
+        """Whether there is a journal, or what is left of one."""
         try:
-            os.stat(self.home / "journal.jsonl")
-        except (FileNotFoundError, NotADirectoryError):
+            return not {"journal.jsonl", *LEFT_OF_A_JOURNAL}.isdisjoint(os.listdir(self.home))
+        except FileNotFoundError:
             return False
         except PermissionError as error:
             raise unreadable(self.home / "journal.jsonl") from error
-        return True
 
     @property
     def installed(self) -> bool:
@@ -102,14 +124,21 @@ class StateFolder:
 
         Raises:
             Blocked, Storage: this user may not read it.
+            StateDamaged: it is not what `remember_options` wrote.
         """
-        try:
-            kept = (self.home / "options.json").read_bytes()
-            return dict(to_builtins(schema.read_json(Options, kept, "options.json")))
-        except PermissionError as error:
-            raise unreadable(self.home / "options.json") from error
-        except (OSError, ValueError):
+        path = self.home / "options.json"
+        hint = f"move it away ({_away(path)}), and name the options of your last `all` again (--stack, --role, ...)"
+        kept = read_state(path, StateDamaged, hint)
+        if kept is None:
             return {}
+        try:
+            found = schema.read_json(Options, kept, str(path))
+        except schema.Malformed as error:
+            raise StateDamaged(error.message, hint=hint) from error
+        known = [each.name for each in config.settings()]
+        if unknown := [name for name in found.settings or {} if name not in known]:
+            raise StateDamaged(f"{path}: unknown setting {schema.show(unknown[0])}", hint=hint)
+        return dict(to_builtins(found))
 
     def remember_options(self, options: Mapping[str, Any]) -> None:
         """Store `options`, unless the file already contains them."""
@@ -117,16 +146,27 @@ class StateFolder:
             self._keep("options.json", json.dumps(dict(options), sort_keys=True, indent=2) + "\n")
 
     def unproven(self) -> list[str]:
-        """Return the probes that failed in the last verification: files may be up to date and still not work."""
-        try:
-            return (self.home / "unproven").read_text().split()
-        except OSError:
-            return []
+        """Return the probes that failed in the last verification: files may be up to date and still not work.
+
+        Raises:
+            Blocked, Storage: this user may not read it.
+            StateDamaged: it is not what `remember_unproven` wrote.
+        """
+        path = self.home / "unproven"
+        hint = f"delete it (`rm -r {path}`), and prove the node again: `sparkinstall verify`"
+        kept = read_state(path, StateDamaged, hint)
+        names = (kept or b"").decode(errors="replace").split()
+        if kept is not None and not (names and all(name.isascii() and name.isprintable() for name in names)):
+            raise StateDamaged(f"{path} is not a list of probes", hint=hint)
+        return names
 
     def remember_unproven(self, names: Sequence[str]) -> None:
-        """Store which probes failed, unless the file already contains them."""
-        if self.unproven() != list(names):
+        """Store which probes failed, unless the file already contains them; no file if none failed."""
+        if names and self.unproven() != list(names):
             self._keep("unproven", "".join(f"{name}\n" for name in names))
+        elif not names:
+            with storage_errors(f"removing {self.home}/unproven"):
+                (self.home / "unproven").unlink(missing_ok=True)
 
     def _keep(self, name: str, text: str) -> None:
         with storage_errors(f"writing {self.home / name}"):
@@ -152,6 +192,7 @@ class StateFolder:
         Raises:
             Busy: another run holds the node.
         """
+        self._require_sound()
         try:
             handle = open(self.home / "lock")  # noqa: SIM115 - closed below; `hold` reports errors
         except OSError:
@@ -166,6 +207,7 @@ class StateFolder:
         while True:
             with storage_errors(f"making {self.home}"), self._alone():
                 self._make()
+                self._require_sound()
                 handle = open(self.home / "lock", "a+")  # noqa: SIM115 - held as long as the run
             try:
                 self._take(handle, emit)
@@ -176,6 +218,20 @@ class StateFolder:
                 raise
             # An uninstall has just removed the folder: this lock is of no use.
             handle.close()
+
+    def _require_sound(self) -> None:
+        """Check that nothing of another kind is in the place of our files: what we write must not go elsewhere.
+
+        Raises:
+            StateDamaged: a link, a pipe, a folder, ... is.
+        """
+        for name, kind in _CONTENTS.items():
+            entry, path = self.system.entry(f"{self._node_path}/{name}"), self.home / name
+            if entry and entry.kind != kind:
+                raise StateDamaged(
+                    f"{path} is {entry.words}, but sparkinstall keeps {KIND_WORDS[kind]} there",
+                    hint=f"move it away ({_away(path)}), put back what belongs there if you have it, and run again",
+                )
 
     def _take(self, handle: IO[str], emit: Emit) -> None:
         holder = _who(handle)
@@ -191,7 +247,7 @@ class StateFolder:
             return
         missing = [p for p in (self.home, *self.home.parents) if not p.exists()]
         if not missing:
-            self._begin(self.home, [])
+            self._begin(self.home, [], {"kind": "dir"})
             return
         top = missing[-1]
         try:
@@ -203,7 +259,7 @@ class StateFolder:
                     cause=f"you may not write to the folder {top.parent}",
                     hint=f"choose a folder of your own (`--root`), or make this one writable: chmod u+wx {top.parent}",
                 ) from error
-            self.system.make_dir(FOLDER, 0o700)
+            self.system.make_dir(self._node_path, 0o700)
             self._begin(self.home, [])
 
     def _make_at_once(self, top: Path, missing: list[Path]) -> None:
@@ -213,7 +269,7 @@ class StateFolder:
         try:
             inner.mkdir(parents=True)
             inner.chmod(0o700)
-            below = [str(path.relative_to(self.system.root)) for path in reversed(missing[1:])]
+            below = [os.path.relpath(path, os.path.realpath(self.system.root)) for path in reversed(missing[1:])]
             self._begin(inner, ["/" + path.removeprefix(".") for path in below])
             waiting.rename(top)
             sync_folder(str(top.parent))
@@ -245,19 +301,28 @@ class StateFolder:
 
     def _sweep(self) -> None:
         for top in (self.home, *self.home.parents):
-            if top == top.parent or not top.is_relative_to(self.system.root):
+            if top == top.parent or not top.is_relative_to(os.path.realpath(self.system.root)):
                 break
             for which in ("old", "new"):
                 shutil.rmtree(_beside(top, which), ignore_errors=True)
 
-    def _begin(self, home: Path, made: list[str]) -> None:
-        journal = Journal(home)
-        journal.path.touch(mode=0o600)
-        for path in made:
-            journal.add("state", Undo("dir", path, {"kind": "absent"}, {"kind": "dir"}))
+    def _begin(self, home: Path, made: list[str], before: Mapping[str, Any] | None = None) -> None:
+        folders = [(path, {"kind": "absent"}) for path in made] + [(self._node_path, before or {"kind": "absent"})]
+        Journal(home).begin("state", [Undo("dir", path, was, {"kind": "dir"}) for path, was in folders])
 
-    def remove(self, made: list[str]) -> None:
-        """Remove the folder at once, with those parents that `hold` created and that are otherwise empty."""
+    def remove(self, own: Mapping[str, str]) -> tuple[str, ...]:
+        """Remove our files; return the names of others that are in the folder.
+
+        Args:
+            own: the kind of what was before `hold` in the place of the folder and its parents (node paths). What was
+                absent is removed too, if it is empty otherwise.
+        """
+        found = own.get(self._node_path) == "dir"
+        others = tuple(sorted(name for name in os.listdir(self.home) if name not in _CONTENTS))
+        made = [path for path, was in own.items() if was == "absent" and path != self._node_path]
+        if found or others:
+            self._remove_contents()
+            return others
         top = self.home
         for folder in (Path(self.system.real(path)) for path in reversed(made)):
             if set(folder.iterdir()) != {top}:
@@ -267,8 +332,24 @@ class StateFolder:
             with storage_errors(f"removing {top}", but=PermissionError), self._alone():
                 top.rename(_beside(top, "old"))
         except PermissionError:
-            self.system.clear(FOLDER)
+            self.system.clear(self._node_path)
         shutil.rmtree(_beside(top, "old"), ignore_errors=True)
+        return ()
+
+    def _remove_contents(self) -> None:
+        with storage_errors(f"emptying {self.home}"), self._alone():
+            for path in (self.home / name for name in _CONTENTS):
+                staged_file = Path(staged(str(path)))
+                staged_file.unlink(missing_ok=True)
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+
+
+def _away(path: Path) -> str:
+    """The command that moves a file or folder away."""
+    return f"`mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}`"
 
 
 def _beside(top: Path, which: str) -> Path:

@@ -35,6 +35,9 @@ class JournaledSystem(System):
     def real(self, path: str) -> str:
         return self._raw.real(path)
 
+    def inside(self, path: str) -> str:
+        return self._raw.inside(path)
+
     def entry(self, path: str) -> Entry | None:
         return self._raw.entry(path)
 
@@ -78,7 +81,7 @@ class JournaledSystem(System):
             return now
         if was.kind != "file":
             raise Blocked(
-                f"{self.real(path)} is a {was.kind}, but sparkinstall needs a file there",
+                f"{self.real(path)} is {was.words}, but sparkinstall needs a file there",
                 hint="move it away, then run again",
             )
         sha256 = self._journal.keep(self.read(path) or b"")
@@ -96,24 +99,21 @@ class JournaledSystem(System):
             self._raw.make_dir(path, mode)
 
     def _make_parents(self, path: str) -> None:
+        self.inside(path)
         parent = str(PurePosixPath(path).parent)
-        self._refuse_to_leave(parent)
         if parent != path and self.entry(parent) is None:
             self.make_dir(parent)
-
-    def _refuse_to_leave(self, folder: str) -> None:
-        """Raise Blocked if a link in a rehearsal's folder leads out of it."""
-        if self.rehearsal and not Path(self.real(folder)).resolve().is_relative_to(Path(self.real("/")).resolve()):
-            raise Blocked(
-                f"{self.real(folder)} leads out of the rehearsal, to {Path(self.real(folder)).resolve()}",
-                hint="move that link away, or rehearse in another folder",
-            )
 
     def claim(self, path: str) -> None:
         if not self._is_claimed(path):
             before = self._room_for_tree(path)
             self._make_parents(path)
             self.promise(Undo("tree", path, before, {"kind": "dir"}))
+        elif (was := self.entry(path)) and was.kind != "dir":
+            raise Blocked(
+                f"{self.real(path)} is {was.words}; sparkinstall made a folder there",
+                hint="move it away, then run again: the folder is made anew",
+            )
         self._make_parents(path)
         self._raw.make_dir(path, 0o755)
 

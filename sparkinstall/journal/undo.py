@@ -1,6 +1,6 @@
 """Undo everything from the journal alone, last change first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from msgspec import Struct
@@ -98,7 +98,7 @@ def _undo_dir(change: Change, on: System, _journal: Journal) -> Undone:
         return Undone(path, "nothing")
     if on.remove_dir(path):
         return Undone(path, "removed")
-    return Undone(path, "kept", f"contains files that are not sparkinstall's: {', '.join(on.names(path)[:3])}")
+    return Undone(path, "kept", _others(on.names(path)))
 
 
 def _undo_tree(change: Change, on: System, _journal: Journal) -> Undone:
@@ -130,17 +130,22 @@ def undo_all(state: StateFolder, emit: Emit = silent) -> list[Undone]:
         journal = state.journal()
         own, others = _apart(changes(journal.records()), state)
         undone = [(change, undo_change(change, state.system, journal)) for change in others]
-        staying = [change for change, result in undone if result.outcome in ("kept", "failed")]
+        staying = [(change, result) for change, result in undone if result.outcome in ("kept", "failed")]
+        results = [result for _, result in undone]
         # Do not keep records of folders only: what is in them now is not ours.
-        if any(change.undo.kind != "dir" for change in staying):
-            journal.rewrite([record for t in (*own, *staying) for record in t.records])
-        else:
-            state.remove([change.undo.subject for change in reversed(own)])
-    return [result for _, result in undone]
+        if any(change.undo.kind != "dir" or result.outcome == "failed" for change, result in staying):
+            journal.rewrite([record for each in (*own, *(change for change, _ in staying)) for record in each.records])
+        elif strangers := state.remove({each.undo.subject: each.undo.before["kind"] for each in reversed(own)}):
+            results.append(Undone(str(state.home), "kept", _others(strangers)))
+    return results
+
+
+def _others(names: Sequence[str]) -> str:
+    return f"contains files that are not sparkinstall's: {', '.join(names[:3])}"
 
 
 def _apart(found: list[Change], state: StateFolder) -> tuple[list[Change], list[Change]]:
     """Split off the parent folders of the state, which are removed last."""
-    ours = {str(parent) for parent in (state.home, *state.home.parents)}
+    ours = {str(each) for each in (state.home, *state.home.parents)}
     own = [t for t in found if t.undo.kind == "dir" and state.system.real(t.undo.subject) in ours]
     return own, [t for t in found if t not in own]

@@ -11,6 +11,9 @@ from sparkinstall.errors import CommandFailed, Problem
 _TAIL = 12
 
 
+KIND_WORDS = {"file": "a file", "dir": "a folder", "link": "a link", "other": "a pipe, a socket or a device"}
+
+
 class Entry(Struct, frozen=True):
     """What is at a path. `size` in bytes, `mode` the permission bits, `mtime_ns` since the epoch."""
 
@@ -21,6 +24,11 @@ class Entry(Struct, frozen=True):
     uid: int
     gid: int
     target: str = ""
+
+    @property
+    def words(self) -> str:
+        """What it is, for a message."""
+        return KIND_WORDS[self.kind]
 
 
 class Result(Struct, frozen=True):
@@ -118,6 +126,13 @@ class System(Reader, Protocol):
     def log(self) -> str:
         """The path of the log that has the whole output of programs; "": none."""
         return ""
+
+    def inside(self, path: str) -> str:
+        """Return the real path of `path`, for a writer.
+
+        Raises:
+            Blocked: in a rehearsal, a link above it leads out of the rehearsal's folder.
+        """
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Replace a file atomically; the journaling System creates missing folders."""

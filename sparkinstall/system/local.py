@@ -12,7 +12,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Unpack
 
-from sparkinstall.errors import Interrupted, NeedsRoot, storage_errors, storage_problem
+from sparkinstall.errors import Blocked, Interrupted, NeedsRoot, storage_errors, storage_problem
+from sparkinstall.own_files import read_regular
 from sparkinstall.system import Entry, Result, RunOptions, System, Undo, failure_of, processes, read_only
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
@@ -75,6 +76,21 @@ class LocalReader:
     def real(self, path: str) -> str:
         return path if not self.rehearsal else self.root + path.rstrip("/")
 
+    def inside(self, path: str) -> str:
+        """Return the real path of `path`, for a writer; its last part may be a link.
+
+        Raises:
+            Blocked: in a rehearsal, a link above it leads out of the rehearsal's folder.
+        """
+        real = self.real(path)
+        folder, root = (os.path.realpath(each) for each in (os.path.dirname(real), self.root))
+        if self.rehearsal and folder != root and not folder.startswith(root + "/") and real != self.root:
+            raise Blocked(
+                f"{os.path.dirname(real)} leads out of the rehearsal, to {folder}",
+                hint="move that link away, or rehearse in another folder",
+            )
+        return real
+
     def entry(self, path: str) -> Entry | None:
         try:
             found = os.lstat(self.real(path))
@@ -87,7 +103,7 @@ class LocalReader:
 
     def read(self, path: str) -> bytes | None:
         try:
-            return Path(self.real(path)).read_bytes()
+            return read_regular(self.real(path))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except PermissionError as error:
@@ -126,14 +142,14 @@ class LocalSystem(LocalReader, System):
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         with storage_errors(f"writing {self.real(path)}"):
             try:
-                replace_file(self.real(path), data, mode)
+                replace_file(self.inside(path), data, mode)
             except PermissionError:
                 with _temporary(data) as content:
                     place = ("sh", "-c", _PLACE, "sh", staged(path), path, f"{mode:o}", content)
                     self._escalate(f"writing {path}", path, *place)
 
     def link(self, path: str, target: str) -> None:
-        waiting = self.real(staged(path))
+        waiting = self.inside(staged(path))
         with self._or_as_root(f"linking {self.real(path)}", "ln", "-sfnT", target, path):
             Path(waiting).unlink(missing_ok=True)
             os.symlink(target, waiting)
@@ -143,14 +159,14 @@ class LocalSystem(LocalReader, System):
         """Create a folder in an existing parent; do nothing if it exists."""
         by_root = ("install", "-d", "-m", f"{mode:o}", "-o", str(os.getuid()), "-g", str(os.getgid()), path)
         with self._or_as_root(f"creating the folder {self.real(path)}", *by_root), suppress(FileExistsError):
-            os.mkdir(self.real(path), mode)
+            os.mkdir(self.inside(path), mode)
             os.chmod(self.real(path), mode)
 
     def remove(self, path: str) -> None:
         if self.entry(staged(path)) is not None:
             self.remove(staged(path))
         with self._or_as_root(f"removing {self.real(path)}", "rm", "-f", path):
-            Path(self.real(path)).unlink(missing_ok=True)
+            Path(self.inside(path)).unlink(missing_ok=True)
 
     def remove_dir(self, path: str) -> bool:
         if self.entry(path) is None:
@@ -158,7 +174,7 @@ class LocalSystem(LocalReader, System):
         if self.names(path):
             return False
         with self._or_as_root(f"removing {self.real(path)}", "rmdir", path):
-            os.rmdir(self.real(path))
+            os.rmdir(self.inside(path))
         return True
 
     def claim(self, path: str) -> None:
@@ -167,7 +183,7 @@ class LocalSystem(LocalReader, System):
     def clear(self, path: str) -> None:
         by_root = ("rm", "-rf", "--one-file-system", path)
         with self._or_as_root(f"removing {self.real(path)}", *by_root), suppress(FileNotFoundError):
-            shutil.rmtree(self.real(path))
+            shutil.rmtree(self.inside(path))
 
     @contextmanager
     def _or_as_root(self, doing: str, *argv: str) -> Iterator[None]:
@@ -179,7 +195,7 @@ class LocalSystem(LocalReader, System):
                 self._escalate(doing, argv[-1], *argv)
 
     def restore_meta(self, path: str, mode: int, uid: int, gid: int, mtime_ns: int) -> None:
-        real = self.real(path)
+        real = self.inside(path)
         try:
             os.chmod(real, mode)
             if os.lstat(real).st_uid != uid or os.lstat(real).st_gid != gid:

@@ -23,6 +23,9 @@ class RecordingSystem(System):
     def real(self, path: str) -> str:
         return path
 
+    def inside(self, path: str) -> str:
+        return self.real(path)
+
     def entry(self, path: str) -> Entry | None:
         if path in self.files:
             return Entry("file", 0o644, len(self.files[path]), 0, 0, 0)
