@@ -1,5 +1,6 @@
 """Turn a command line into a node: settings in layers, the stack, the state on the node."""
 
+import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
@@ -129,13 +130,16 @@ def _root(root: Path | None) -> str:
     full = root.expanduser().absolute()
     if full.resolve() == Path("/"):
         raise BadUsage("--root / is this machine itself", hint="omit --root to set it up, or name a folder")
+    if full.is_symlink() and not full.exists():
+        leads = os.path.realpath(full)
+        raise BadUsage(f"--root {root} is a link to {leads}, which does not exist", hint=f"create it: mkdir -p {leads}")
     if full.exists() and not full.is_dir():
         raise BadUsage(f"--root {root} is not a folder", hint="name a folder; a missing one is created")
     if not full.parent.is_dir():
         raise BadUsage(
             f"--root {root}: there is no folder {full.parent}", hint=f"create it first: mkdir -p {full.parent}"
         )
-    return str(full.parent.resolve() / full.name)
+    return os.path.realpath(full)
 
 
 def _layers(target: Target, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:

@@ -8,6 +8,7 @@ changed is recognized.
 import hashlib
 import json
 import os
+import re
 import stat
 import threading
 import time
@@ -24,6 +25,7 @@ from sparkinstall.system import Reader, Undo
 from sparkinstall.system.local import replace_file
 
 VERSION = 1
+_NUMBER = re.compile(rb" *\d{1,12}\n")
 _LARGEST = 64 << 20
 LEFT_OF_A_JOURNAL = ("journal.last", "originals", "options.json")
 """What is in the folder only if there was a journal."""
@@ -79,8 +81,10 @@ class Journal:
     def _require_last(self, last: int) -> None:
         """Check that the journal ends with its last record, unless an older version wrote it."""
         path = self.home / "journal.last"
-        noted = read_state(path, JournalDamaged, f"delete it: rm -r {path}") or b"0"
-        if not noted.strip().isdigit():
+        noted = read_state(path, JournalDamaged, f"delete it (`rm -r {path}`): the journal is then taken as it is")
+        if noted is None:
+            return
+        if not _NUMBER.fullmatch(noted):
             raise JournalDamaged(
                 f"{path} is not the number of a line",
                 cause="another program changed the file, or the disk failed",

@@ -103,7 +103,7 @@ class StateFolder:
             return None
         prefix = self.system.real(node.prefix)
         return JournalDamaged(
-            f"{prefix} contains an installation, but {self.home}/journal.jsonl is missing or empty",
+            f"{prefix} contains an installation, but {self.home}/journal.jsonl is missing",
             cause="without the journal, which records the former state, uninstall can restore nothing",
             hint=f"restore the journal from a backup; without one, move {prefix} away and run `sparkinstall all`: "
             "its changes can be undone again",
@@ -230,7 +230,7 @@ class StateFolder:
             if entry and entry.kind != kind:
                 raise StateDamaged(
                     f"{path} is {entry.words}, but sparkinstall keeps {KIND_WORDS[kind]} there",
-                    hint=f"move it away ({_away(path)}), put back what belongs there if you have it, and run again",
+                    hint=f"move it away ({_away(path)}), restore what belongs there from a backup, and run again",
                 )
 
     def _take(self, handle: IO[str], emit: Emit) -> None:

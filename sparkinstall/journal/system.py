@@ -112,7 +112,7 @@ class JournaledSystem(System):
         elif (was := self.entry(path)) and was.kind != "dir":
             raise Blocked(
                 f"{self.real(path)} is {was.words}; sparkinstall made a folder there",
-                hint="move it away, then run again: the folder is made anew",
+                hint="move it away, then run again",
             )
         self._make_parents(path)
         self._raw.make_dir(path, 0o755)

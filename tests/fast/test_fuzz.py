@@ -183,7 +183,8 @@ def test_journal_of_any_json_is_damaged(tmp_path: Path, raw: dict[str, object]) 
 @given(st.text(), st.text(), st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.text())))
 def test_journal_record_is_read_as_written(tmp_path: Path, step: str, subject: str, after: dict[str, object]) -> None:
     assume(_is_text(step + subject + repr(after)))
-    (tmp_path / "journal.jsonl").unlink(missing_ok=True)
+    for name in ("journal.jsonl", "journal.last"):
+        (tmp_path / name).unlink(missing_ok=True)
     Journal(tmp_path, "run").add(step, Undo("path", subject, {"kind": "absent"}, after))
     record = Journal(tmp_path).records()[0]
     assert (record.step, record.undo) == (step, Undo("path", subject, {"kind": "absent"}, after))

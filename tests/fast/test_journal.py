@@ -112,7 +112,7 @@ def test_damaged_line_stops_every_verb(tmp_path: Path, verb: str) -> None:
     answer = envelope(run_)
     (error,) = answer["errors"]
     assert (answer["exit_code"], error["code"]) == (1, "journal")
-    assert "line 5 " in error["message"] and error["hint"]
+    assert "line 6 " in error["message"] and error["hint"]
     assert tree(tmp_path, everything_with_times) == first
 
 
@@ -256,23 +256,11 @@ def test_lock_file_with_invalid_content_stops_no_run(tmp_path: Path, content: st
     assert events == []
 
 
-@pytest.mark.parametrize(
-    "content", ["5", '{"settings": 5, "stack": 7, "config": {}}', '{"settings": [1]}', "{", "\x00"]
-)
-def test_options_with_invalid_content_are_ignored(tmp_path: Path, content: str) -> None:
-    state = state_of(tmp_path / "node")
-    with state.hold("all", silent):
-        (state.home / "options.json").write_text(content)
-        assert state.options() == {}
-        state.remember_options({"full": True, "settings": {"fp8.fallback": "on"}})
-    assert state.options() == {"full": True, "settings": {"fp8.fallback": "on"}}
-
-
 def test_state_that_cannot_be_written_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Journal, "_append", full)
+    monkeypatch.setattr("sparkinstall.journal.journal.replace_file", full)
     with pytest.raises(Storage, match="the disk is full"), state_of(tmp_path / "node").hold("all", silent):
         pass
     assert list(tmp_path.iterdir()) == []

@@ -44,6 +44,8 @@ class Root:
     not_empty: bool
     first: Tree
     last: Tree
+    begun: int
+    """Lines of the journal that appear at once, with the folders of the state."""
     lines: int
     seconds: float
 
@@ -65,8 +67,9 @@ def prepare(around: Path, not_empty: bool) -> Root:
     run = node.all()
     seconds = time.monotonic() - began
     assert run.returncode == 0, output_of(run)
-    last, lines = node.installed(), len(node.records())
-    root = Root(node, not_empty, first, last, lines, seconds)
+    records = node.records()
+    begun = sum(record["step"] == "state" for record in records)
+    root = Root(node, not_empty, first, node.installed(), begun, len(records), seconds)
     uninstall(root)
     return root
 
@@ -113,9 +116,9 @@ def test_all_killed_at_every_line_of_the_journal_continues(roots: list[Root]) ->
 
     empty, not_empty = roots
     assert empty.lines > 6
-    before = [f"before:{n}" for n in range(1, empty.lines + 1)]
-    after = [f"after:{n}" for n in range(1, not_empty.lines + 1)]
-    in_parallel({empty: before, not_empty: [*after, f"torn:{not_empty.lines // 2}"]}, job)
+    before = [f"before:{n}" for n in range(empty.begun + 1, empty.lines + 1)]
+    after = [f"after:{n}" for n in range(not_empty.begun + 1, not_empty.lines + 1)]
+    in_parallel({empty: before, not_empty: [*after, f"torn:{not_empty.begun + 2}"]}, job)
 
 
 def test_all_killed_is_uninstalled(roots: list[Root]) -> None:
@@ -124,7 +127,7 @@ def test_all_killed_is_uninstalled(roots: list[Root]) -> None:
         assert killed.returncode == -signal.SIGKILL, f"{moment}\n{output_of(killed)}"
         uninstall(root)
 
-    in_parallel({root: ["after:1", "after:3", f"after:{root.lines - 1}"] for root in roots}, job)
+    in_parallel({root: [f"after:{n}" for n in (root.begun + 1, root.begun + 3, root.lines - 1)] for root in roots}, job)
 
 
 def test_all_killed_at_random_moments_continues_and_leaves_no_program(roots: list[Root]) -> None:

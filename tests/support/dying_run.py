@@ -1,11 +1,12 @@
 """sparkinstall, killed at a chosen moment: `python -m tests.support.dying_run VERB ...`.
 
-DYING_AT is the moment: `before:3` and `after:3` the third line of the journal (`torn:3`: with half of it written,
-`stop:3`: only stopped, after it), or `touch:7`: the seventh change of the file system by the process itself, as
-Python's audit hooks see it. With DYING_COUNT the process is not killed, and writes the number of its changes to that
-file.
+DYING_AT is the moment: `before:9` and `after:9` the ninth line of the journal (`torn:9`: with half of it written,
+`stop:9`: only stopped, after it), or `touch:7`: the seventh change of the file system by the process itself, as
+Python's audit hooks see it. The first lines, about the folders of the state, appear at once. With DYING_COUNT the
+process is not killed, and writes the number of its changes to that file.
 """
 
+import json
 import os
 import signal
 import sys
@@ -20,15 +21,14 @@ def _die_at_line(when: str, number: int) -> None:
     append = Journal._append
 
     def counted(self: Journal, line: bytes) -> None:
-        global _seen
-        _seen += 1
-        if _seen == number and when == "torn":
+        at = json.loads(line)["n"]
+        if at == number and when == "torn":
             with open(self.path, "ab") as out:
                 out.write(line[: len(line) // 2])
-        if _seen == number and when in ("before", "torn"):
+        if at == number and when in ("before", "torn"):
             os.kill(os.getpid(), signal.SIGKILL)
         append(self, line)
-        if _seen == number:
+        if at == number:
             os.kill(os.getpid(), signal.SIGSTOP if when == "stop" else signal.SIGKILL)
 
     Journal._append = counted  # type: ignore[method-assign]

@@ -27,7 +27,7 @@ TIMEOUT_SECONDS = 300
 ENVELOPE = {"version", "command", "status", "exit_code", "data", "errors"}
 
 # Files about the runs, not about the node.
-HISTORY = ("journal.jsonl", "logs", "lock")
+HISTORY = ("journal.jsonl", "journal.last", "logs", "lock")
 
 Tree = dict[str, tuple[Any, ...]]
 
