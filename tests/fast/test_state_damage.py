@@ -42,7 +42,7 @@ FOLDERS = ("logs", "originals")
 
 
 class SmallRehearsal:
-    """A rehearsal with changes of each kind that it can have, over files of others; it can be made anew at once."""
+    """A rehearsal with changes of each kind that it can have, over files of others; `reset` restores it."""
 
     def __init__(self, top: Path) -> None:
         self.top, self.node = top / "around", Rehearsal(top / "around/node", ())
@@ -68,7 +68,7 @@ class SmallRehearsal:
         self.copy = top / "copy"
         self._copied(self.top, self.copy)
 
-    def anew(self) -> None:
+    def reset(self) -> None:
         shutil.rmtree(self.top)
         self._copied(self.copy, self.top)
 
@@ -79,7 +79,7 @@ class SmallRehearsal:
         return next((self.home / "originals").iterdir()) if name == "ORIGINAL" else self.home / name
 
     def repair(self, path: Path) -> None:
-        """Put back a file or folder of the state, as from a backup."""
+        """Restore a file or folder of the state, as from a backup."""
         _gone(path)
         kept = self.copy / path.relative_to(self.top)
         if kept.is_dir():
@@ -106,7 +106,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SmallRehearsal:
 
 @pytest.fixture
 def small(made: SmallRehearsal) -> SmallRehearsal:
-    made.anew()
+    made.reset()
     return made
 
 
@@ -306,7 +306,7 @@ def _damage(path: Path, how: str, where: float, what: bytes) -> None:
 def test_uninstall_after_random_damage_restores_everything_or_names_the_file(
     made: SmallRehearsal, name: str, damage: tuple[str, float, bytes]
 ) -> None:
-    made.anew()
+    made.reset()
     path = made.place(name)
     _damage(path, *damage)
     _judge(made, path, "uninstall")
@@ -317,7 +317,7 @@ def test_uninstall_after_random_damage_restores_everything_or_names_the_file(
 def test_verb_after_random_damage_ends_with_a_documented_code_and_names_the_file(
     made: SmallRehearsal, name: str, damage: tuple[str, float, bytes], verb: str
 ) -> None:
-    made.anew()
+    made.reset()
     path = made.place(name)
     _damage(path, *damage)
     run = _run(made, verb)
