@@ -178,25 +178,21 @@ def _not_installed(failure: _Failure) -> Cause | None:
     return Cause("missing", f"`{failure.program}` was not found", f"install `{failure.program}`, {AGAIN}")
 
 
-def _no_network(failure: _Failure) -> Cause | None:
-    line = failure.line_with(_NO_NETWORK) if failure.program in _FETCHING else ""
-    hint = f"check this node's network, name server and proxy, {AGAIN}"
-    return Cause("network", f"it could not reach a server: {line}", hint) if line else None
-
-
-def _busy(failure: _Failure) -> Cause | None:
-    line = failure.line_with(_BUSY)
-    hint = f"wait until the other program has ended (often unattended-upgrades), {AGAIN}"
-    return Cause("busy", f"another program holds a lock: {line}", hint) if line else None
-
-
-def _denied(failure: _Failure) -> Cause | None:
-    line = failure.line_with(_DENIED)
-    hint = f"check the owner and mode of what it names, and what this user or container may do, {AGAIN}"
-    return Cause("permission", line, hint) if line else None
+def _in_words(failure: _Failure) -> Cause | None:
+    """What only the program itself can tell."""
+    if line := failure.line_with(_BUSY):
+        hint = f"wait until the other program has ended (often unattended-upgrades), {AGAIN}"
+        return Cause("busy", f"another program holds a lock: {line}", hint)
+    if failure.program in _FETCHING and (line := failure.line_with(_NO_NETWORK)):
+        hint = f"check this node's network, name server and proxy, {AGAIN}"
+        return Cause("network", f"it could not reach a server: {line}", hint)
+    if line := failure.line_with(_DENIED):
+        hint = f"check the owner and mode of what it names, and what this user or container may do, {AGAIN}"
+        return Cause("permission", line, hint)
+    return None
 
 
 # A refusal comes first, since the program did not run; what is certain before what is only likely.
 _LOOKS: tuple[Callable[[_Failure], Cause | None], ...] = (
-    _refused_by_sudo, _no_systemd, _not_installed, _full, _read_only, _busy, _no_network, _denied, _killed,
+    _refused_by_sudo, _no_systemd, _not_installed, _full, _read_only, _in_words, _killed,
 )  # fmt: skip

@@ -48,11 +48,15 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
                         _receive(response, part, on_bytes)
                 part.replace(into)
     except (requests.RequestException, ConnectionError) as error:
-        raise CommandFailed(
-            f"{url} could not be downloaded",
-            cause=str(error).split("(Caused by")[-1].strip(" )")[:200],
-            hint="check the network and run the same command again; the download resumes where it stopped",
-        ) from error
+        hint = "check the network and run the same command again; the download resumes where it stopped"
+        if isinstance(error, requests.HTTPError):
+            hint = "the server answered, so the network works: check the address, or run the same command again later"
+        elif isinstance(error, requests.exceptions.SSLError):
+            hint = "behind a proxy, set REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt"
+        elif isinstance(error, ValueError):
+            hint = "correct the address, then run the same command again"
+        cause = str(error).split("(Caused by")[-1].strip(" )")[:200]
+        raise CommandFailed(f"{url} could not be downloaded", cause=cause, hint=hint) from error
     except OSError as error:
         raise storage_problem(error, f"downloading to {into}") from error
     return into

@@ -30,6 +30,7 @@ _INSTALL = ("--no-remove", "install")
 _FIX = ("--no-remove", "-f", "install")
 # Otherwise dpkg does not remove a package whose unpacking was interrupted.
 _PURGE = ("-o", "Dpkg::Options::=--force-remove-reinstreq", "purge")
+_WORKERS = ("dpkg", "apt-get", "apt", "aptitude")
 _PATIENCE = 300.0
 
 
@@ -56,13 +57,19 @@ def _present(on: Reader, without: Sequence[str] = ("not-installed", "config-file
     return {each["Package"] for each in _packages(on) if each["Status"].split()[-1] not in without}
 
 
-def _interrupted(on: Reader) -> bool:
-    """Return whether dpkg was interrupted: apt then refuses to work.
+def _unfinished(on: Reader) -> bool:
+    """Return whether dpkg is at work or was interrupted; apt refuses to work then.
 
     A package of others that is merely not configured is no sign of it: its own script may have failed.
     """
     pending = (each["Status"].endswith(" triggers-pending") for each in _packages(on))
     return any(name.isdigit() for name in on.names(UPDATES)) or any(pending)
+
+
+def _at_work(on: Reader) -> bool:
+    """Return whether dpkg or apt runs now, for whomever: then nothing was interrupted."""
+    names = ((on.read(f"/proc/{pid}/comm") or b"").decode().strip() for pid in on.names("/proc") if pid.isdigit())
+    return any(name in _WORKERS for name in names)
 
 
 class Packages(Struct, frozen=True):
@@ -77,9 +84,11 @@ class Packages(Struct, frozen=True):
 
     def check(self, on: Reader) -> State:
         missing, half = self._missing(on), self._half(on)
-        todo = []
-        if half or _interrupted(on):
-            todo.append("finish what dpkg was interrupted in" + (f" ({', '.join(half)})" if half else ""))
+        todo, unfinished = list[str](), _unfinished(on)
+        working = bool(half or unfinished) and _at_work(on)
+        if half or (unfinished and not working):
+            what = "wait for apt, which is at work" if working else "finish what dpkg was interrupted in"
+            todo.append(f"{what} ({', '.join(half)})" if half else what)
         if new := [name for name in missing if name not in half]:
             todo.append(f"install {', '.join(new)}")
         if not todo:
@@ -99,7 +108,7 @@ class Packages(Struct, frozen=True):
         return [name for name in self._missing(on) if name in present]
 
     def apply(self, on: System) -> None:
-        begun = bool(self._half(on)) or _interrupted(on)
+        begun = bool(self._half(on)) or _unfinished(on)
         if begun:
             _configure(on)
         if not self._missing(on):
@@ -122,7 +131,7 @@ def _configure(on: System) -> None:
         CommandFailed: dpkg could not even take up its work.
     """
     answer = _patiently(on, *_DPKG, "--configure", "-a")
-    if _interrupted(on):
+    if _unfinished(on):
         raise failure_of(answer, "`dpkg` could not finish what it was interrupted in", log=on.log, places=[UPDATES])
 
 
@@ -163,7 +172,7 @@ def purge(records: Sequence[Undo], on: System) -> Undone:
         CommandFailed: apt refuses.
     """
     names = {name for undo in records for name in undo.after["packages"]}
-    if _interrupted(on) or names & _present(on) - installed(on):
+    if _unfinished(on) or names & _present(on) - installed(on):
         _configure(on)
     ours = sorted(names & _present(on, without=("not-installed",)))
     needed = _needed_by_others(on, ours)

@@ -155,6 +155,16 @@ def test_packages_of_others_that_dpkg_could_not_configure_are_theirs(half: str) 
     assert isinstance(Packages(WANTED).check(Dpkg({**dict.fromkeys(WANTED, WHOLE), "theirs": half}, {})), Ok)
 
 
+@pytest.mark.parametrize("program", ["dpkg", "apt-get", "apt"])
+def test_packages_while_apt_works_were_not_interrupted(program: str) -> None:
+    on = Dpkg(dict.fromkeys(WANTED, WHOLE), {}, _0003=b"")
+    on.files["/proc/7/comm"] = f"{program}\n".encode()
+    assert isinstance(Packages(WANTED).check(on), Ok)
+    on.files[STATUS_FILE] = status(git="install ok unpacked")
+    state = Packages(WANTED).check(on)
+    assert isinstance(state, Drift) and state.summary == "wait for apt, which is at work (git), install make"
+
+
 def test_packages_that_dpkg_cannot_finish_are_finished_by_apt_under_the_same_journal() -> None:
     on = Dpkg({"git": "install ok unpacked"}, {"-f": {"git": WHOLE, "perl": WHOLE}, "make": {"make": WHOLE}}, _0001=b"")
     on.answers = {"env DEBIAN": "Inst perl (1)\nInst git [1] (1)\n"}

@@ -255,6 +255,28 @@ def test_fetch_to_a_full_disk_fails(tmp_path: Path) -> None:
         assert same(fetch(server.url, disk / "file", lambda *_: None))
 
 
+@pytest.mark.parametrize("status", [403, 404, 500])
+def test_fetch_that_the_server_refuses_does_not_blame_the_network(tmp_path: Path, status: int) -> None:
+    with served(CutServer(CONTENT, status=status)) as server, pytest.raises(CommandFailed) as found:
+        fetch(server.url, tmp_path / "file", lambda *_: None)
+    assert str(status) in found.value.cause and "the network works" in found.value.hint
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("http://127.0.0.1:9/x", "check the network"),
+        ("http://name.invalid/x", "check the network"),
+        ("https:///x", "correct the address"),
+        ("nonsense://x", "correct the address"),
+    ],
+)
+def test_fetch_from_where_nobody_answers_says_what_to_check(tmp_path: Path, url: str, hint: str) -> None:
+    with pytest.raises(CommandFailed) as found:
+        fetch(url, tmp_path / "file", lambda *_: None)
+    assert hint in found.value.hint and found.value.cause
+
+
 # --- hashes
 
 

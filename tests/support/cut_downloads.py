@@ -11,12 +11,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class CutServer:
-    """Sends `content`, at most `cut` bytes per answer (0: all); supports ranges only if `ranges` is true."""
+    """Sends `content`, at most `cut` bytes per answer (0: all), or the error `status`; supports ranges only if `ranges`
+    is true."""
 
     content: bytes
     cut: int = 0
     ranges: bool = True
     shifted: int = 0
+    status: int = 0
     url: str = ""
     asked: list[str | None] = field(default_factory=list)
 
@@ -46,6 +48,9 @@ def served(server: CutServer) -> Iterator[CutServer]:
 def _answer(to: BaseHTTPRequestHandler, server: CutServer) -> None:
     wanted, size = to.headers.get("Range"), len(server.content)
     server.asked.append(wanted)
+    if server.status:
+        to.send_error(server.status)
+        return
     start = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and server.ranges else 0
     if start >= size > 0:
         to.send_response(416)
