@@ -13,7 +13,9 @@ from sparkinstall.system import Reader
 class Live(Struct, frozen=True):
     """The current state of an interface. `addresses`: IPv4 with prefix length; `leased`: those from DHCP.
 
-    `all_addresses`: IPv4 and IPv6, without prefix length.
+    `all_addresses`: IPv4 and IPv6, without prefix length. `fixed`: IPv4 and IPv6 with prefix length, but those that a
+    router or a DHCP server gave for a time. `names`: its own name and further ones. `master`: the bridge, bond or VRF
+    that it is in.
     """
 
     name: str
@@ -23,6 +25,11 @@ class Live(Struct, frozen=True):
     addresses: tuple[str, ...]
     leased: tuple[str, ...] = ()
     all_addresses: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    index: int = 0
+    mac: str = ""
+    master: str = ""
 
 
 def live(on: Reader) -> dict[str, Live]:
@@ -51,6 +58,11 @@ def _live(shown: Mapping[str, Any]) -> Live:
         addresses=tuple(f"{each['local']}/{each['prefixlen']}" for each in found),
         leased=tuple(f"{each['local']}/{each['prefixlen']}" for each in found if each.get("dynamic")),
         all_addresses=tuple(each["local"] for each in every),
+        fixed=tuple(f"{each['local']}/{each['prefixlen']}" for each in every if not each.get("dynamic")),
+        names=(shown["ifname"], *shown.get("altnames", ())),
+        index=shown.get("ifindex", 0),
+        mac=shown.get("address", ""),
+        master=shown.get("master", ""),
     )
 
 

@@ -275,8 +275,10 @@ def _indented(pairs: "Sequence[tuple[yaml.Node, yaml.Node]]", by: int) -> str:
     return "".join(" " * by + line for line in str(text).splitlines(keepends=True))
 
 
-def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, bytes | None]) -> None:
-    """Validate the new files with the real netplan; in a rehearsal only if this machine has it.
+def generate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, bytes | None]) -> Mapping[str, bytes]:
+    """Let the real netplan read the files as they will be; return the renderers' files that it makes of them, by path.
+
+    {} in a rehearsal on a machine without netplan.
 
     Raises:
         Problem: netplan rejects them; contains its message.
@@ -291,7 +293,8 @@ def validate(on: Reader, files: Iterable[NetplanFile], wanted: Mapping[str, byte
                 there.chmod(0o600)
         answer = on.ask(PROGRAM, "generate", "--root-dir", folder)
         if answer.ok or (answer.code == 127 and on.rehearsal):
-            return
+            made = [each for each in Path(folder, "run").rglob("*") if each.is_file()]
+            return {str(each).removeprefix(folder): each.read_bytes() for each in made}
         lines = (answer.err or answer.out).replace(folder, "").splitlines()
         said = [line for line in lines if line.strip() and "WARNING" not in line]
     raise Problem(

@@ -12,13 +12,12 @@ from sparkinstall.errors import Blocked, Interrupted, Problem
 from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, Ok, State, rollback
-from sparkinstall.resources.netplan import files
+from sparkinstall.resources.netplan import files, pending
 from sparkinstall.system import Reader, System, Undo, Undone, failure_of, undoes
 
 TIMER = "network"
 """The name of its rollback timer."""
 
-_SERVICES = {"networkd": "systemd-networkd", "NetworkManager": "NetworkManager"}
 _PATIENCE = 40.0
 """Seconds for an applied network to settle; at most two thirds of the timer's."""
 _UNDO = "netplan"
@@ -86,6 +85,12 @@ class _Plan(Struct, frozen=True, dict=True):
         if not self.on.rehearsal:
             looks = [self._no_netplan, *looks, self._lan_live]
         return next((found for look in looks if (found := look())), None)
+
+    def pending(self) -> Conflict | None:
+        """Return what an apply would change of other interfaces."""
+        if self.on.rehearsal:
+            return None
+        return pending.pending(self.on, self.read, self.wanted, {*self.names, *self.former})
 
     def _no_netplan(self) -> Conflict | None:
         if self.on.entry(files.PROGRAM):
@@ -171,10 +176,9 @@ def _addresses_in(fields: Mapping[str, Any]) -> set[str]:
 def _renderer(on: Reader, read: Sequence[files.NetplanFile]) -> str:
     """Return the renderer that the files name, unless only the other one runs."""
     said = files.renderer(read)
-    if on.rehearsal or said not in _SERVICES:
+    if on.rehearsal or said not in pending.SERVICES:
         return said
-    answers = on.ask("systemctl", "is-active", *_SERVICES.values()).out.split()
-    running = [name for name, answer in zip(_SERVICES, answers, strict=False) if answer == "active"]
+    running = pending.running(on)
     return said if said in running or not running else running[0]
 
 
@@ -193,6 +197,8 @@ class Netplan(Struct, frozen=True):
             return Conflict(bad.message, bad.hint)
         if not plan.wanted:
             return Ok(", ".join(plan.names))
+        if edit := plan.pending():
+            return edit
         # Raises if the port must not be changed.
         qsfp.used_port(on, self.node)
         before = {path: on.read(path) for path in plan.wanted}
@@ -200,7 +206,7 @@ class Netplan(Struct, frozen=True):
 
     def apply(self, on: System) -> None:
         plan = _Plan(on, self.node)
-        files.validate(on, plan.read, plan.wanted)
+        files.generate(on, plan.read, plan.wanted)
         if on.rehearsal:
             _write(on, plan.wanted)
         else:
@@ -234,8 +240,11 @@ class LiveLink(Struct, frozen=True):
         return f"applying it with netplan: {', '.join(map(str, _Plan(on, self.node).halves))}"
 
     def check(self, on: Reader) -> State:
-        halves, now = _Plan(on, self.node).halves, ip.live(on)
+        plan, now = _Plan(on, self.node), ip.live(on)
+        halves = plan.halves
         if not all(each.is_live(now) for each in halves):
+            if edit := plan.pending():
+                return edit
             qsfp.used_port(on, self.node)
             before, after = "".join(f"{each.found(now)}\n" for each in halves), "".join(f"{each}\n" for each in halves)
             return Drift("apply the network", before, after)

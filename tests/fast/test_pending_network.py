@@ -1,0 +1,260 @@
+"""What `netplan apply` would change besides the QSFP port: an edit that nobody applied, or something set by hand."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparkinstall.resources import Conflict, Drift, State
+from sparkinstall.resources.netplan import files
+from sparkinstall.resources.netplan.live import LiveLink, Netplan
+from tests.support.live_network import FIRST, LAN, LAN_FILE, LAN_LINES, SECOND, LiveNode
+from tests.support.nodes import node_with
+
+pytestmark = pytest.mark.skipif(shutil.which(files.PROGRAM) is None, reason="no netplan (apt-get install netplan.io)")
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> LiveNode:
+    return LiveNode(tmp_path / "spark")
+
+
+def state(on: LiveNode) -> State:
+    return Netplan(node_with()).check(on)
+
+
+def refused(on: LiveNode, *words: str) -> None:
+    """Both resources refuse, with these words and what to do."""
+    for resource in (Netplan(node_with()), LiveLink(node_with())):
+        found = resource.check(on)
+        assert isinstance(found, Conflict), found
+        assert all(word in found.message for word in words), found.message
+        assert found.hint
+
+
+def edited(former: str, now: str) -> str:
+    assert former in LAN_LINES
+    return LAN_LINES.replace(former, now)
+
+
+def test_network_with_files_that_are_live_is_planned(node: LiveNode) -> None:
+    assert isinstance(state(node), Drift)
+    assert isinstance(LiveLink(node_with()).check(node), Drift)
+
+
+EDITS = {
+    "address": (LAN_FILE, edited("198.51.100.11/24", "198.51.100.77/24"), "198.51.100.77/24"),
+    "one more address": (LAN_FILE, edited("[198.51.100.11/24,", "[198.51.100.11/24, 10.0.0.9/8,"), "10.0.0.9/8"),
+    "prefix length": (LAN_FILE, edited("198.51.100.11/24", "198.51.100.11/25"), "198.51.100.11/25"),
+    "IPv6 address": (LAN_FILE, edited("2001:db8::11", "2001:db8::77"), "2001:db8::77/64"),
+    "gateway": (LAN_FILE, edited("via: 198.51.100.254", "via: 198.51.100.1"), "198.51.100.1"),
+    "no gateway": (LAN_FILE, edited("      routes: [{to: default, via: 198.51.100.254}]\n", ""), "198.51.100.254"),
+    "MTU": (LAN_FILE, edited("mtu: 1500", "mtu: 9000"), "9000"),
+    "name server": (LAN_FILE, edited("{addresses: [198.51.100.254]}", "{addresses: [203.0.113.1]}"), "203.0.113.1"),
+    "DHCP": (LAN_FILE, edited("mtu: 1500", "dhcp4: true"), "DHCP"),
+    "route": (
+        LAN_FILE,
+        edited("{to: default", "{to: 10.9.0.0/16, via: 198.51.100.9}, {to: default"),
+        "10.9.0.0/16",
+    ),
+    "rule": (LAN_FILE, LAN_LINES + "      routing-policy: [{from: 10.0.0.0/8, table: 100}]\n", "10.0.0.0/8"),
+    "renderer": (LAN_FILE, edited("  version: 2\n", "  version: 2\n  renderer: NetworkManager\n"), "NetworkManager"),
+    "renderer of a later file": (
+        "etc/netplan/99-desktop.yaml",
+        "network: {version: 2, renderer: NetworkManager}\n",
+        "NetworkManager",
+    ),
+    "renderer of the interface": (LAN_FILE, LAN_LINES + "      renderer: NetworkManager\n", "NetworkManager"),
+    "another interface instead": (LAN_FILE, edited("enP7s7", "eth9"), LAN),
+    "bridge": (
+        "etc/netplan/60-br.yaml",
+        f"network: {{version: 2, bridges: {{br0: {{interfaces: [{LAN}], dhcp4: true}}}}}}\n",
+        "br0",
+    ),
+    "VLAN": ("etc/netplan/60-v.yaml", f"network: {{version: 2, vlans: {{v7: {{id: 7, link: {LAN}}}}}}}\n", "v7"),
+    "an address in a second file": (
+        "etc/netplan/60-more.yaml",
+        f"network: {{version: 2, ethernets: {{{LAN}: {{addresses: [10.0.0.9/8]}}}}}}\n",
+        "10.0.0.9/8",
+    ),
+    "a file that hides the first": ("etc/netplan/01-lan.yaml", "network: {version: 2}\n", LAN),
+}
+
+
+@pytest.mark.parametrize(("path", "text", "word"), EDITS.values(), ids=EDITS)
+def test_network_with_an_edit_that_nobody_applied_is_refused(node: LiveNode, path: str, text: str, word: str) -> None:
+    node.put(path, text)
+    refused(node, "netplan apply", word)
+
+
+LIVE_EDITS = [each for each in EDITS if each not in ("name server", "DHCP", "rule")]
+
+
+@pytest.mark.parametrize(("path", "text", "word"), [EDITS[each] for each in LIVE_EDITS], ids=LIVE_EDITS)
+def test_network_with_an_edit_that_was_only_generated_is_refused(
+    node: LiveNode, path: str, text: str, word: str
+) -> None:
+    """Any `systemctl daemon-reload`, of an apt-get for example, lets netplan write the renderers' files."""
+    node.put(path, text)
+    node.generated()
+    refused(node, "netplan apply", word)
+
+
+BY_HAND: dict[str, tuple[Callable[[LiveNode], None], str]] = {
+    "address": (lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", "10.0.0.9/8"), "10.0.0.9/8"),
+    "IPv6 address": (
+        lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", "2001:db8::7/64"),
+        "2001:db8::7/64",
+    ),
+    "another address": (lambda on: on.link(LAN, "198.51.100.12/24", "2001:db8::11/64"), "198.51.100.11/24"),
+    "a lease of another client": (
+        lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", leased="198.51.100.200/24"),
+        "198.51.100.200/24",
+    ),
+    "route": (lambda on: on.route("10.9.0.0/16", LAN, gateway="198.51.100.9"), "10.9.0.0/16"),
+    "IPv6 route": (lambda on: on.route("2001:db8:9::/48", LAN, gateway="2001:db8::9"), "2001:db8:9::/48"),
+    "second default route": (lambda on: on.route("default", LAN, gateway="198.51.100.1", metric=9), "198.51.100.1"),
+    "MTU": (lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", mtu=1400), "1400"),
+    "bridge": (lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", master="br-x"), "br-x"),
+}
+
+
+@pytest.mark.parametrize(("change", "word"), BY_HAND.values(), ids=BY_HAND)
+def test_network_with_the_lan_changed_by_hand_is_refused(
+    node: LiveNode, change: Callable[[LiveNode], None], word: str
+) -> None:
+    change(node)
+    refused(node, LAN, word)
+
+
+def test_network_without_the_renderer_of_the_lan_is_refused(node: LiveNode) -> None:
+    node.services = {"systemd-networkd": "inactive", "NetworkManager": "active"}
+    refused(node, LAN, "networkd")
+
+
+OWN_FILES = {
+    "an address": ("etc/systemd/network/05-lan.network", f"[Match]\nName={LAN}\n[Network]\nAddress=10.0.0.9/8\n"),
+    "a pattern": ("etc/systemd/network/05-lan.network", "[Match]\nName=enP7*\n[Network]\nDHCP=yes\n"),
+    "a drop-in": (
+        f"etc/systemd/network/10-netplan-{LAN}.network.d/more.conf",
+        "[Network]\nAddress=10.0.0.9/8\n",
+    ),
+    "a file that hides netplan's": (f"etc/systemd/network/10-netplan-{LAN}.network", ""),
+    "a file for another interface": ("etc/systemd/network/20-x.network", "[Match]\nName=eth7\n[Network]\nDHCP=no\n"),
+}
+
+
+@pytest.mark.parametrize(("path", "text"), OWN_FILES.values(), ids=OWN_FILES)
+def test_network_with_an_edit_of_a_file_of_networkd_is_refused(node: LiveNode, path: str, text: str) -> None:
+    node.link("eth7", "10.7.0.1/24")
+    node.configured_by("eth7", "")
+    node.put(path, text)
+    refused(node, "netplan apply", "eth7" if "eth7" in text else LAN)
+
+
+DHCP = edited('addresses: [198.51.100.11/24, "2001:db8::11/64"]', "dhcp4: true")
+
+
+def leased(on: LiveNode) -> None:
+    on.put(LAN_FILE, DHCP)
+    on.link(LAN, leased="198.51.100.11/24")
+    on.netplan_applied()
+
+
+def leased_for_ever(on: LiveNode) -> None:
+    leased(on)
+    on.link(LAN, "198.51.100.11/24")
+    on.put(f"run/systemd/netif/leases/{on.links[LAN]['ifindex']}", "ADDRESS=198.51.100.11\n")
+
+
+def absent_interface(on: LiveNode) -> None:
+    on.put(
+        "etc/netplan/60-usb.yaml",
+        "network: {version: 2, ethernets: {usb0: {addresses: [10.0.0.9/8]}}, vlans: {v7: {id: 7, link: usb0}}}\n",
+    )
+    on.generated()
+
+
+QUIET: dict[str, Callable[[LiveNode], None]] = {
+    "containers": lambda on: on.link("docker0", "172.17.0.1/16"),
+    "a tunnel": lambda on: on.route("100.64.0.0/10", "tailscale0"),
+    "a lease": leased,
+    "a lease for ever": leased_for_ever,
+    "announced addresses": lambda on: on.link(
+        LAN, "198.51.100.11/24", "2001:db8::11/64", "fe80::1/64", leased="2001:db8:1::9/64"
+    ),
+    "no carrier": lambda on: on.link(LAN, flags=["UP"]),
+    "a file of an interface that is not there": absent_interface,
+    "a comment": lambda on: on.put(LAN_FILE, "# the office\n" + LAN_LINES),
+    "an edit of the port itself": lambda on: on.put(
+        "etc/netplan/60-cx7.yaml", f"network: {{version: 2, ethernets: {{{FIRST}: {{dhcp4: true}}}}}}\n"
+    ),
+    "networkd's own files": lambda on: on.put(
+        "usr/lib/systemd/network/80-wifi-adhoc.network", "[Match]\nType=wlan\nWLANInterfaceType=ad-hoc\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("change", QUIET.values(), ids=QUIET)
+def test_network_with_what_netplan_leaves_alone_is_planned(node: LiveNode, change: Callable[[LiveNode], None]) -> None:
+    change(node)
+    assert isinstance(state(node), Drift), state(node)
+
+
+def test_network_that_is_set_up_ignores_edits_of_others(node: LiveNode) -> None:
+    """Nothing is to be applied, so nothing of theirs would be."""
+    wanted = Netplan(node_with()).check(node)
+    assert isinstance(wanted, Drift)
+    node.put("etc/netplan/40-cx7.yaml", wanted.after.partition("\n")[2])
+    node.link(FIRST, "192.168.100.10/24", mtu=9000)
+    node.link(SECOND, "192.168.101.10/24", mtu=9000)
+    node.put(LAN_FILE, edited("198.51.100.11/24", "198.51.100.77/24"))
+    assert not isinstance(state(node), Conflict | Drift)
+    assert not isinstance(LiveLink(node_with()).check(node), Conflict | Drift)
+
+
+def test_network_that_an_interrupted_run_wrote_is_planned(node: LiveNode) -> None:
+    """Killed after the file was written, and before it was applied."""
+    wanted = Netplan(node_with()).check(node)
+    assert isinstance(wanted, Drift)
+    node.put("etc/netplan/40-cx7.yaml", wanted.after.partition("\n")[2])
+    assert isinstance(LiveLink(node_with()).check(node), Drift)
+
+
+def test_network_with_files_that_netplan_rejects_is_refused(node: LiveNode) -> None:
+    node.put("etc/netplan/60-x.yaml", "network: {version: 2, ethernets: {eth9: {gatway4: 1.2.3.4}}}\n")
+    refused(node, "netplan rejects", "gatway4")
+
+
+def test_network_with_a_wifi_password_not_applied_hides_it(node: LiveNode) -> None:
+    node.put(
+        "etc/netplan/60-wifi.yaml",
+        "network: {version: 2, renderer: NetworkManager, wifis: {wlP9s9: {access-points:"
+        " {home: {password: not-to-be-shown}}}}}\n",
+    )
+    found = state(node)
+    assert isinstance(found, Conflict) and "not-to-be-shown" not in found.message + found.hint
+
+
+KEYS = st.sampled_from(
+    [
+        "mtu: {n}",
+        "addresses: [10.{n}.0.1/24]",
+        "dhcp4: true",
+        "wakeonlan: true",
+        "nameservers: {{addresses: [10.0.{n}.1]}}",
+    ]
+)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(KEYS, min_size=1, max_size=3, unique=True), n=st.integers(70, 250), later=st.booleans())
+def test_network_with_any_edit_is_refused(tmp_path: Path, lines: list[str], n: int, later: bool) -> None:
+    shutil.rmtree(tmp_path / "spark", ignore_errors=True)
+    on = LiveNode(tmp_path / "spark")
+    body = ", ".join(each.format(n=n) for each in lines)
+    on.put(f"etc/netplan/{'99' if later else '02'}-edit.yaml", f"network: {{ethernets: {{{LAN}: {{{body}}}}}}}\n")
+    refused(on, "netplan apply", LAN)
