@@ -109,10 +109,10 @@ class _Edits(Struct, frozen=True):
         for name in added:
             less = f" instead of {', '.join(dict.fromkeys(gone[name]))}" if gone[name] else ""
             more = ", ".join(dict.fromkeys(added[name])) or "nothing"
-            take_back = f"or take it back (`sudoedit {self._where(name)}`)"
+            removing = f"or remove it (`sudoedit {self._where(name)}`)"
             yield (
                 f"an edit of netplan's files was never applied: for {name} they say {more}{less}",
-                f"apply it while you can reach this node in another way (`sudo netplan try`), {take_back}",
+                f"apply it while you can reach this node in another way (`sudo netplan try`), {removing}",
             )
 
     def not_live(self) -> Iterator[tuple[str, str]]:
