@@ -26,9 +26,9 @@ def state(on: LiveNode) -> State:
     return Netplan(node_with()).check(on)
 
 
-def refused(on: LiveNode, *words: str) -> None:
+def refused(on: LiveNode, *words: str, by: tuple[type[Netplan | LiveLink], ...] = (Netplan, LiveLink)) -> None:
     """Both resources refuse, with these words and what to do."""
-    for resource in (Netplan(node_with()), LiveLink(node_with())):
+    for resource in (each(node_with()) for each in by):
         found = resource.check(on)
         assert isinstance(found, Conflict), found
         assert all(word in found.message for word in words), found.message
@@ -237,6 +237,91 @@ def test_network_with_a_wifi_password_not_applied_hides_it(node: LiveNode) -> No
     )
     found = state(node)
     assert isinstance(found, Conflict) and "not-to-be-shown" not in found.message + found.hint
+
+
+# --- the QSFP port itself
+
+
+def test_network_with_a_half_in_a_bridge_is_refused(node: LiveNode) -> None:
+    for name, master in ((FIRST, "br-x"), (SECOND, "vrf-blue"), (FIRST, "bond0"), (SECOND, "ovs-system")):
+        node.link(name, master=master)
+        refused(node, name, master, by=(Netplan,))
+        node.link(name)
+
+
+CLAIMED_BY_NETWORKD = {
+    "name": ("etc/systemd/network/05-cx7.network", f"[Match]\nName={FIRST}\n[Network]\nAddress=10.9.0.1/24\n"),
+    "the second half": ("etc/systemd/network/05-cx7.network", f"[Match]\nName=eth0 {SECOND}\n[Link]\nMTUBytes=2500\n"),
+    "pattern": ("etc/systemd/network/00-all.network", "[Match]\nName=en*np0\n[Network]\nDHCP=yes\n"),
+    "all but one": ("etc/systemd/network/00-all.network", "[Match]\nName=!enP7s7 lo\n[Network]\nDHCP=yes\n"),
+    "driver": ("etc/systemd/network/10-a.network", "[Match]\nDriver=mlx5_core\n[Network]\nDHCP=no\n"),
+    "MAC address": ("run/systemd/network/05-x.network", "[Match]\nMACAddress={mac}\n[Network]\nDHCP=no\n"),
+    "type": ("usr/lib/systemd/network/05-x.network", "[Match]\nType=ether\nKind=!*\n[Network]\nDHCP=yes\n"),
+    "another condition": (
+        "usr/local/lib/systemd/network/05-x.network",
+        f"[Match]\nName={FIRST}\nHost=spark-1\n[Network]\nDHCP=yes\n",
+    ),
+    "a file that hides netplan's": (f"etc/systemd/network/10-netplan-{FIRST}.network", ""),
+    "a drop-in": (f"etc/systemd/network/10-netplan-{SECOND}.network.d/x.conf", "[Link]\nMTUBytes=1500\n"),
+}
+
+
+@pytest.mark.parametrize(("path", "text"), CLAIMED_BY_NETWORKD.values(), ids=CLAIMED_BY_NETWORKD)
+def test_network_with_a_file_of_networkd_for_the_port_is_refused(node: LiveNode, path: str, text: str) -> None:
+    # The LAN would change too, with some of these, and that is another reason.
+    node.link(LAN, flags=[], ifindex=99)
+    node.put(path, text.format(mac=node.links[FIRST]["address"]))
+    refused(node, f"/{path}", "networkd", by=(Netplan,))
+
+
+NOT_CLAIMED = {
+    "a later file": ("etc/systemd/network/50-cx7.network", f"[Match]\nName={FIRST}\n[Network]\nDHCP=yes\n"),
+    "another interface": ("etc/systemd/network/05-x.network", "[Match]\nName=eth9\n[Network]\nDHCP=yes\n"),
+    "no condition": ("etc/systemd/network/05-x.network", "[Network]\nDHCP=yes\n"),
+    "wireless": ("etc/systemd/network/05-x.network", "[Match]\nWLANInterfaceType=station\n[Network]\nDHCP=yes\n"),
+    "another ending": ("etc/systemd/network/05-x.network.bak", f"[Match]\nName={FIRST}\n"),
+    "a comment": ("etc/systemd/network/05-x.network", f"[Match]\n# Name={FIRST}\nName=eth9\n"),
+    "a drop-in of another": ("etc/systemd/network/10-netplan-eth9.network.d/x.conf", "[Link]\nMTUBytes=1500\n"),
+}
+
+
+@pytest.mark.parametrize(("path", "text"), NOT_CLAIMED.values(), ids=NOT_CLAIMED)
+def test_network_with_another_file_of_networkd_is_planned(node: LiveNode, path: str, text: str) -> None:
+    node.put(path, text)
+    assert isinstance(state(node), Drift), state(node)
+
+
+CLAIMED_BY_OTHERS = {
+    "profile without an ending": (
+        "etc/NetworkManager/system-connections/cx7",
+        f"[connection]\ninterface-name={FIRST}\n",
+    ),
+    "profile of a MAC address": (
+        "etc/NetworkManager/system-connections/cx7.nmconnection",
+        "[connection]\nid=cx7\n[ethernet]\nmac-address={mac}\n",
+    ),
+    "profile with a pattern": (
+        "usr/lib/NetworkManager/system-connections/cx7.nmconnection",
+        "[connection]\nid=cx7\n[match]\ninterface-name=eth9;enp1*;\n",
+    ),
+    "profile until the next boot": (
+        "run/NetworkManager/system-connections/cx7.nmconnection",
+        f"[connection]\ninterface-name={SECOND}\n",
+    ),
+    "ifupdown": ("etc/network/interfaces", f"auto lo\nauto eth9 {FIRST}\niface {FIRST} inet dhcp\n"),
+    "ifupdown's folder": ("etc/network/interfaces.d/cx7", f"  iface {SECOND} inet static\n  address 10.9.0.1/24\n"),
+}
+
+
+@pytest.mark.parametrize(("path", "text"), CLAIMED_BY_OTHERS.values(), ids=CLAIMED_BY_OTHERS)
+def test_network_with_the_port_in_files_of_another_program_is_refused(node: LiveNode, path: str, text: str) -> None:
+    node.put("usr/sbin/ifup", "")
+    node.put(path, text.format(mac=node.links[FIRST]["address"].upper()))
+    refused(node, f"/{path}", by=(Netplan,))
+    # Without the program, nobody reads its file.
+    if "interfaces" in path:
+        node.remove("usr/sbin/ifup")
+        assert isinstance(state(node), Drift)
 
 
 KEYS = st.sampled_from(

@@ -4,6 +4,7 @@ netplan merges all its files, including lists: a second file for an interface do
 """
 
 import re
+import shlex
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -30,8 +31,10 @@ OWN_FOLDER = "/etc/netplan"
 _FOLDERS = ("/lib/netplan", "/run/netplan", OWN_FOLDER)
 """A file hides one of the same name in an earlier folder."""
 
-_KEYFILES = "/etc/NetworkManager/system-connections"
-_INTERFACE_NAME = re.compile(r"(?m)^interface-name[ \t]*=[ \t]*(\S+)")
+_KEYFILES = tuple(f"{top}/NetworkManager/system-connections" for top in ("/etc", "/run", "/usr/lib"))
+_INTERFACE_NAME = re.compile(r"(?m)^interface-name[ \t]*=[ \t]*(\S.*)")
+_MAC_ADDRESS = re.compile(r"(?m)^mac-address[ \t]*=[ \t]*(\S+)")
+_INTERFACES = "/etc/network/interfaces"
 _TEMPLATE = "40-cx7.yaml.j2"
 # The line of the template that names our interfaces.
 _OURS = "# Interfaces: "
@@ -101,14 +104,28 @@ def read_all(on: Reader) -> tuple[NetplanFile, ...]:
     return tuple(NetplanFile(paths[name], on.read(paths[name]) or b"") for name in sorted(paths))
 
 
-def keyfiles(on: Reader) -> Iterator[tuple[str, str]]:
-    """Yield NetworkManager's own profiles: (path, interface)."""
-    for name in on.names(_KEYFILES):
-        if name.endswith(".nmconnection"):
-            path = f"{_KEYFILES}/{name}"
-            named = _INTERFACE_NAME.search((on.read(path) or b"").decode(errors="replace"))
-            if named:
-                yield path, named[1]
+def beside(on: Reader, device: Device) -> Iterator[tuple[str, str, str]]:
+    """Yield the files of other programs that configure `device`: (program, path, command that removes it)."""
+    for folder in _KEYFILES:
+        for path in (f"{folder}/{name}" for name in on.names(folder) if not name.startswith((".", "netplan-"))):
+            entry = on.entry(path)
+            if (
+                entry
+                and entry.kind != "dir"
+                and _is_profile_of((on.read(path) or b"").decode(errors="replace"), device)
+            ):
+                yield "NetworkManager's profile", path, f"sudo rm {shlex.quote(path)} && sudo nmcli connection reload"
+    named = re.compile(rf"(?m)^[ \t]*(?:auto|allow-\S+|iface)[ \t](?:[^#\n]*[ \t])?{re.escape(device.name)}(?!\S)")
+    places = [_INTERFACES, *(f"{_INTERFACES}.d/{name}" for name in on.names(f"{_INTERFACES}.d"))]
+    for path in places if on.entry("/usr/sbin/ifup") or on.entry("/sbin/ifup") else ():
+        if named.search((on.read(path) or b"").decode(errors="replace")):
+            yield "ifupdown's file", path, f"sudoedit {shlex.quote(path)}"
+
+
+def _is_profile_of(text: str, device: Device) -> bool:
+    names = [each for line in _INTERFACE_NAME.findall(text) for each in re.split(r"[;\s]+", line) if each]
+    macs = [each.lower() for each in _MAC_ADDRESS.findall(text)]
+    return any(fnmatchcase(device.name, each) for each in names) or bool(device.mac and device.mac.lower() in macs)
 
 
 def renderer(files: Iterable[NetplanFile]) -> str:

@@ -12,7 +12,7 @@ from sparkinstall.errors import Blocked, Interrupted, Problem
 from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, Ok, State, rollback
-from sparkinstall.resources.netplan import files, pending
+from sparkinstall.resources.netplan import files, networkd, pending
 from sparkinstall.system import Reader, System, Undo, Undone, failure_of, undoes
 
 TIMER = "network"
@@ -83,7 +83,7 @@ class _Plan(Struct, frozen=True, dict=True):
     def obstacle(self) -> Conflict | None:
         looks = [self._not_to_be_taken, self._beside_netplan, self._twice_in_files]
         if not self.on.rehearsal:
-            looks = [self._no_netplan, *looks, self._lan_live]
+            looks = [self._no_netplan, *looks, self._in_another, self._lan_live]
         return next((found for look in looks if (found := look())), None)
 
     def pending(self) -> Conflict | None:
@@ -123,14 +123,29 @@ class _Plan(Struct, frozen=True, dict=True):
         return None
 
     def _beside_netplan(self) -> Conflict | None:
-        for path, name in files.keyfiles(self.on):
-            if name in self.names:
-                remove = f"sudo rm {shlex.join([path])} && sudo nmcli connection reload"
+        live = {} if self.on.rehearsal else ip.live(self.on)
+        for device in files.devices(self.on, self.names):
+            if device.name not in self.names:
+                continue
+            there = live.get(device.name) or ip.Live(
+                device.name, 0, True, True, (), names=(device.name,), mac=device.mac
+            )
+            if self._networkd_reads and (path := networkd.overriding(self.on, there, device.driver)):
                 return Conflict(
-                    f"NetworkManager's profile {path} for {name} may override netplan's at boot",
+                    f"networkd would take {path} for {device.name} instead of netplan's file, or in addition to it",
+                    f"remove it, or exclude {device.name} there (`sudoedit {shlex.quote(path)}`), then run again",
+                )
+            for program, path, remove in files.beside(self.on, device):
+                return Conflict(
+                    f"{program} {path} for {device.name} may override netplan's at boot",
                     f"remove it (`{remove}`), then run again",
                 )
         return None
+
+    @property
+    def _networkd_reads(self) -> bool:
+        by_files = _renderer(self.on, self.read) == "networkd"
+        return by_files or (not self.on.rehearsal and "networkd" in pending.running(self.on))
 
     def _twice_in_files(self) -> Conflict | None:
         wanted = {str(half.address.ip) for half in self.halves}
@@ -140,6 +155,17 @@ class _Plan(Struct, frozen=True, dict=True):
             for kind, name, fields in file.definitions():
                 if (file.path, kind, name) not in taken | former and (both := wanted & _addresses_in(fields)):
                     return _in_use(min(both), f"`{name}` in {file.path} has it")
+        return None
+
+    def _in_another(self) -> Conflict | None:
+        live = ip.live(self.on)
+        for name in self.names:
+            if name in live and (master := live[name].master):
+                return Conflict(
+                    f"{name} is a part of {master}, and netplan would remove it from there",
+                    f"remove it yourself (`sudo ip link set {name} nomaster`), or choose another port with"
+                    " `network.interface`",
+                )
         return None
 
     def _lan_live(self) -> Conflict | None:

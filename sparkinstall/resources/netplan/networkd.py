@@ -128,6 +128,17 @@ def read_all(on: Reader, generated: Mapping[str, bytes], ending: str) -> list[Se
     return found
 
 
+def overriding(on: Reader, there: ip.Live, driver: str) -> str:
+    """Return the path of the file or drop-in that networkd would prefer to netplan's for this interface, or ""."""
+    ours = f"{NETWORK}{there.name}.network"
+    all_files = read_all(on, {ours: f"[Match]\nName={there.name}".encode()}, ".network")
+    first = next((each for each in all_files if each.matches(there, driver)), None)
+    if first and first.path == ours:
+        return next(iter(first.drop_ins), "")
+    hiding = [each.path for each in all_files if each.path.rpartition("/")[2] == ours.rpartition("/")[2]]
+    return hiding[0] if ours not in hiding or first is None else first.path
+
+
 def state_of(on: Reader, there: ip.Live, kind: str = "links") -> Mapping[str, str]:
     """Return what networkd says about an interface, such as `NETWORK_FILE`; {} if it does not know it.
 
