@@ -1,7 +1,7 @@
 """Undo everything from the journal alone, last change first."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from msgspec import Struct
 
@@ -9,7 +9,7 @@ from sparkinstall.errors import Problem, storage_problem
 from sparkinstall.events import Emit, silent
 from sparkinstall.journal.journal import Journal, Record, fingerprint
 from sparkinstall.journal.state_dir import StateFolder
-from sparkinstall.system import UNDO_FUNCTIONS, System, Undo, Undone
+from sparkinstall.system import KIND_WORDS, RESTORED_FIRST, UNDO_FUNCTIONS, Entry, System, Undo, Undone
 from sparkinstall.system.local import staged
 
 _META = ("mode", "uid", "gid", "mtime_ns")
@@ -38,7 +38,7 @@ def undo_change(change: Change, on: System, journal: Journal) -> Undone:
     """Undo one change; the outcome is `nothing` if it is no longer there."""
     try:
         if own := OWN_KINDS.get(change.undo.kind):
-            return own(change, on, journal)
+            return _observed(change, own(change, on, journal), on)
         if undo := UNDO_FUNCTIONS.get(change.undo.kind):
             return undo([record.undo for record in change.records], on)
         return Undone(
@@ -52,6 +52,15 @@ def undo_change(change: Change, on: System, journal: Journal) -> Undone:
         return Undone(change.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
     except OSError as error:
         return Undone(change.undo.subject, "failed", storage_problem(error, "undoing it").message)
+
+
+def _observed(change: Change, result: Undone, on: System) -> Undone:
+    """Return the result if the former state is there again: a program may report success and have done nothing."""
+    path, before = change.undo.subject, change.undo.before
+    if result.outcome in ("restored", "removed") and not _same(now := fingerprint(on, path), before):
+        found = KIND_WORDS.get(now["kind"], "nothing")
+        return Undone(path, "failed", f"no error was reported, but {found} is there, not what was there before")
+    return result
 
 
 def _undo_path(change: Change, on: System, journal: Journal) -> Undone:
@@ -94,21 +103,30 @@ def _same(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
 
 def _undo_dir(change: Change, on: System, _journal: Journal) -> Undone:
     path = change.undo.subject
-    if on.entry(path) is None:
+    if (was := on.entry(path)) is None:
         return Undone(path, "nothing")
+    if was.kind != "dir":
+        return _not_a_folder(path, was)
     if on.remove_dir(path):
         return Undone(path, "removed")
-    return Undone(path, "kept", _others(on.names(path)))
+    return Undone(path, "kept", _not_empty(on.names(path)))
 
 
 def _undo_tree(change: Change, on: System, _journal: Journal) -> Undone:
     path, before = change.undo.subject, change.undo.before
-    outcome: Literal["removed", "nothing"] = "removed" if on.entry(path) else "nothing"
+    was = on.entry(path)
+    if was and was.kind != "dir":
+        return _not_a_folder(path, was)
     on.clear(path)
     if before["kind"] == "dir":
         on.make_dir(path, before["mode"])
         _restore_meta(path, before, on)
-    return Undone(path, outcome)
+    return Undone(path, "removed" if was else "nothing")
+
+
+def _not_a_folder(path: str, was: Entry) -> Undone:
+    leads = f" to {was.target}" if was.kind == "link" else ""
+    return Undone(path, "kept", f"{was.words}{leads} is in the place of the folder that sparkinstall made")
 
 
 OWN_KINDS: dict[str, Callable[[Change, System, Journal], Undone]] = {
@@ -129,19 +147,34 @@ def undo_all(state: StateFolder, emit: Emit = silent) -> list[Undone]:
     with state.hold("uninstall", emit):
         journal = state.journal()
         own, others = _apart(changes(journal.records()), state)
-        undone = [(change, undo_change(change, state.system, journal)) for change in others]
-        staying = [(change, result) for change, result in undone if result.outcome in ("kept", "failed")]
-        results = [result for _, result in undone]
+        staying: list[tuple[Change, Undone]] = []
+        results: list[Undone] = []
+        for change in others:
+            results.append(_undone_after(change, staying, state.system, journal))
+            if results[-1].outcome in ("kept", "failed"):
+                staying.append((change, results[-1]))
         # Do not keep records of folders only: what is in them now is not ours.
         if any(change.undo.kind != "dir" or result.outcome == "failed" for change, result in staying):
             journal.rewrite([record for each in (*own, *(change for change, _ in staying)) for record in each.records])
         elif strangers := state.remove({each.undo.subject: each.undo.before["kind"] for each in reversed(own)}):
-            results.append(Undone(str(state.home), "kept", _others(strangers)))
+            results.append(Undone(str(state.home), "kept", _not_empty(strangers)))
     return results
 
 
-def _others(names: Sequence[str]) -> str:
-    return f"contains files that are not sparkinstall's: {', '.join(names[:3])}"
+def _undone_after(change: Change, staying: Sequence[tuple[Change, Undone]], on: System, journal: Journal) -> Undone:
+    """Undo a change; it stays in the journal too if it depends on a file that stays, until that is undone."""
+    subject, first = change.undo.subject, RESTORED_FIRST.get(change.undo.kind)
+    needed = [result for each, result in staying if first and each.undo.subject.startswith(first(subject))]
+    if failed := [each.subject for each in needed if each.outcome == "failed"]:
+        return Undone(subject, "failed", f"{failed[0]} comes first, and could not be undone")
+    result = undo_change(change, on, journal)
+    if needed and result.outcome != "failed":
+        return Undone(subject, "kept", f"in part, as {needed[0].subject} was kept")
+    return result
+
+
+def _not_empty(names: Sequence[str]) -> str:
+    return f"it is not empty: {', '.join(names[:3])}"
 
 
 def _apart(found: list[Change], state: StateFolder) -> tuple[list[Change], list[Change]]:

@@ -261,6 +261,8 @@ def delete_table(records: Sequence[Undo], on: System) -> Undone:
     answer = on.try_run(NFT, "delete", "table", *TABLE, root=True)
     if not answer.ok:
         raise failure_of(answer, "the firewall's table could not be deleted", log=on.log)
+    if live_table(on):
+        raise Problem(f"the table {_NAME} is still there", hint=f"see `sudo nft list table {_NAME}`")
     return Undone(records[0].subject, "removed")
 
 

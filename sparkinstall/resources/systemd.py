@@ -14,7 +14,7 @@ from msgspec import Struct
 from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.units import journal, show
-from sparkinstall.layout import UNIT_FOLDER
+from sparkinstall.layout import UNIT_FOLDER, unit_path
 from sparkinstall.resources import Drift, Ok, State, Unknown
 from sparkinstall.resources.template import Template
 from sparkinstall.system import Reader, System, Undo, Undone, failure_of, undoes
@@ -218,10 +218,12 @@ def stop(records: Sequence[Undo], on: System) -> Undone:
         _systemctl(on, "disable", name)
     if show(on, name, "ActiveState")["ActiveState"] == "failed":
         _systemctl(on, "reset-failed", name)
+    if (now := _standing(on, name))["active"] or now["enabled"]:
+        raise Problem(f"{name} is still {'running' if now['active'] else 'enabled'}", hint=f"`systemctl status {name}`")
     return Undone(name, "removed" if was["active"] or was["enabled"] else "nothing", "stopped and disabled")
 
 
-@undoes("units")
+@undoes("units", after=unit_path)
 def reload(records: Sequence[Undo], on: System) -> Undone:
     """Reload systemd after our file was removed; restart a service that ran from a foreign unit.
 
@@ -234,6 +236,9 @@ def reload(records: Sequence[Undo], on: System) -> Undone:
         _systemctl(on, "enable", name)
     if before.get("active"):
         _systemctl(on, "start", name)
+    now = _standing(on, name)
+    if missing := [each for each in ("enabled", "active") if before.get(each) and not now[each]]:
+        raise Problem(f"the former {name} is not {' and '.join(missing)}", hint=f"`systemctl status {name}`")
     return Undone(name, "restored" if before.get("enabled") or before.get("active") else "nothing")
 
 

@@ -217,11 +217,17 @@ UNDO_FUNCTIONS: dict[str, UndoFunction] = {}
 """Undo functions by kind, each registered beside its resource. They get their records, oldest first."""
 
 
-def undoes(kind: str) -> Callable[[UndoFunction], UndoFunction]:
-    """Register the function that undoes the changes of `kind`."""
+RESTORED_FIRST: dict[str, Callable[[str], str]] = {}
+"""By kind, the file or folder of a subject that must be restored before it; a path ends with / for a folder."""
+
+
+def undoes(kind: str, after: Callable[[str], str] | None = None) -> Callable[[UndoFunction], UndoFunction]:
+    """Register the function that undoes the changes of `kind`; `after` as in `RESTORED_FIRST`."""
 
     def register(function: UndoFunction) -> UndoFunction:
         UNDO_FUNCTIONS[kind] = function
+        if after:
+            RESTORED_FIRST[kind] = after
         return function
 
     return register

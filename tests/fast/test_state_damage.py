@@ -21,7 +21,6 @@ from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.system import Undo
 from sparkinstall.system.local import LocalSystem
 from tests.support.rehearsals import (
-    OLD,
     Rehearsal,
     add_files_of_others,
     difference,
@@ -48,8 +47,6 @@ class SmallRehearsal:
         self.top, self.node = top / "around", Rehearsal(top / "around/node", ())
         self.root, self.home = self.node.root, self.node.home
         add_files_of_others(self.root)
-        # Not the size and time of another file: `tree` would take its hash for that one's.
-        os.utime(self.root / "opt/sparkinstall/elsewhere.env", ns=(OLD + 1, OLD + 1))
         (self.top / "outside").write_text("of another program\n")
         self.before = tree(self.top, files_with_times)
         state = StateFolder(LocalSystem(str(self.root)))

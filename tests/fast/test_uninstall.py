@@ -1,17 +1,19 @@
 """`uninstall` restores every byte; what another program has changed since is kept and named."""
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparkinstall.core import catalogue  # noqa: F401 - undo functions are registered beside their resources
 from sparkinstall.errors import Blocked
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.journal.undo import undo_all
-from sparkinstall.system import Undo, Undone
+from sparkinstall.system import UNDO_FUNCTIONS, System, Undo, Undone
 from sparkinstall.system.local import LocalSystem, staged
 from tests.support.rehearsals import (
     OLD,
@@ -23,6 +25,7 @@ from tests.support.rehearsals import (
     envelope,
     everything_with_times,
     files_with_times,
+    in_this_process,
     output_of,
     sparkinstall,
     tree,
@@ -230,6 +233,230 @@ def test_undo_of_an_unknown_record_fails_and_keeps_it(root: Path) -> None:
     results = undone(root)
     assert results["/x"].outcome == "failed" and results["/y"].outcome == "kept"
     assert [record.undo.kind for record in state_of(root).journal().records()][-2:] == ["moon", "path"]
+
+
+# --- an undo counts when its effect is there
+
+
+class Broken(LocalSystem):
+    """One method does nothing, or fails, at the paths below `place`."""
+
+    def __init__(self, root: Path, method: str, place: str, error: OSError | None = None) -> None:
+        super().__init__(str(root))
+        works = getattr(self, method)
+
+        def broken(path: str, *rest: Any) -> Any:
+            if not path.startswith(place):
+                return works(path, *rest)
+            if error:
+                raise error
+            return True
+
+        setattr(self, method, broken)
+
+
+CHANGES = (
+    ("write", "/opt/theirs.txt", b"ours"),
+    ("write", "/new/file", b"ours"),
+    ("link", f"{ENV}/multi-node-head.env", "/nowhere"),
+    ("remove", f"{ENV}/single-node.env"),
+    ("claim", "/opt/sparkinstall/venv"),
+    ("claim", "/opt/tree"),
+    ("write", "/opt/tree/x", b"ours"),
+)
+
+
+@pytest.mark.parametrize("error", [None, PermissionError(1, "Operation not permitted")], ids=["silent", "refused"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("write", "/opt/theirs.txt"),
+        ("remove", "/new/file"),
+        ("link", f"{ENV}/multi-node-head.env"),
+        ("write", f"{ENV}/single-node.env"),
+        ("clear", "/opt/tree"),
+        ("remove_dir", "/new"),
+    ],
+)
+def test_undo_without_effect_fails_and_can_be_repeated(
+    root: Path, method: str, path: str, error: OSError | None
+) -> None:
+    first = before(root)
+    change(root, *CHANGES)
+    for _ in range(2):
+        results = {each.subject: each for each in undo_all(StateFolder(Broken(root, method, path, error)))}
+        assert results[path].outcome == "failed" and results[path].note, results
+        assert [each.undo.subject for each in state_of(root).journal().records()].count(path) == 1
+    assert undone(root)[path].outcome in ("restored", "removed")
+    assert before(root) == first, difference(first, before(root))
+    assert not state_of(root).exists
+
+
+def recorded(kind: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls of the undo function of `kind`, which restores nothing in a rehearsal."""
+    calls: list[str] = []
+
+    def undo(records: Sequence[Undo], _: System) -> Undone:
+        calls.append(kind)
+        return Undone(records[0].subject, "restored")
+
+    monkeypatch.setitem(UNDO_FUNCTIONS, kind, undo)
+    return calls
+
+
+DEPENDENT = [
+    ("netplan", "the QSFP link", "/etc/netplan/40-cx7.yaml"),
+    ("netplan", "the QSFP link", "/etc/netplan/01-other.yaml"),
+    ("units", "vllm.service", "/etc/systemd/system/vllm.service"),
+]
+
+
+@pytest.mark.parametrize(("kind", "subject", "path"), DEPENDENT)
+def test_undo_that_depends_on_a_file_waits_until_the_file_is_restored(
+    root: Path, kind: str, subject: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, calls = before(root), recorded(kind, monkeypatch)
+    change(root, ("promise", Undo(kind, subject, {}, {})), ("write", path, b"ours"))
+    for _ in range(2):
+        broken = Broken(root, "remove", path, PermissionError(1, "Operation not permitted"))
+        results = {each.subject: each for each in undo_all(StateFolder(broken))}
+        assert results[path].outcome == results[subject].outcome == "failed"
+        assert path in results[subject].note and calls == [], "it is not undone over a file that stays"
+    assert undone(root)[subject].outcome == "restored" and calls == [kind]
+    assert before(root) == first, difference(first, before(root))
+
+
+@pytest.mark.parametrize(("kind", "subject", "path"), DEPENDENT)
+def test_undo_that_depends_on_a_kept_file_stays_in_the_journal(
+    root: Path, kind: str, subject: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = recorded(kind, monkeypatch)
+    change(root, ("promise", Undo(kind, subject, {}, {})), ("write", path, b"ours"))
+    Path(f"{root}{path}").write_bytes(b"changed by another user")
+    results = undone(root)
+    assert (results[path].outcome, results[subject].outcome) == ("kept", "kept") and path in results[subject].note
+    Path(f"{root}{path}").unlink()
+    assert undone(root)[subject].outcome == "restored" and calls == [kind, kind]
+    assert not state_of(root).exists
+
+
+# --- links and files in the place of our folders
+
+
+@pytest.mark.parametrize("what", ["file", "link", "dangling", "pipe"])
+@pytest.mark.parametrize("path", ["/opt/sparkinstall/venv", "/opt/tree", "/made/folder"])
+def test_undo_with_something_else_in_the_place_of_our_folder_keeps_and_names_it(
+    root: Path, path: str, what: str
+) -> None:
+    change(root, *CHANGES, ("make_dir", "/made/folder"))
+    place, elsewhere = Path(f"{root}{path}"), root.parent / "elsewhere"
+    place.rename(elsewhere)
+    if what == "file":
+        place.write_text("theirs")
+    elif what == "pipe":
+        os.mkfifo(place)
+    else:
+        place.symlink_to(elsewhere if what == "link" else "/nowhere")
+    result = undone(root)[path]
+    assert result.outcome == "kept" and "in the place of the folder" in result.note, result
+    assert elsewhere.is_dir() and os.path.lexists(place)
+
+
+@pytest.mark.parametrize("what", ["file", "link", "pipe"])
+def test_claim_of_a_folder_that_was_replaced_is_refused_with_a_hint(root: Path, what: str) -> None:
+    change(root, ("claim", "/opt/tree"))
+    (root / "opt/tree").rmdir()
+    make: Mapping[str, Callable[[Path], None]] = {
+        "file": Path.touch,
+        "link": lambda path: path.symlink_to("/nowhere"),
+        "pipe": os.mkfifo,
+    }
+    make[what](root / "opt/tree")
+    with pytest.raises(Blocked, match="sparkinstall made a folder there") as refused:
+        change(root, ("claim", "/opt/tree"))
+    assert "move it away" in refused.value.hint
+
+
+@pytest.mark.parametrize("link", ["var", "var/lib", "var/lib/sparkinstall"])
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "dangling"])
+def test_state_behind_a_link_in_the_rehearsal_is_removed_and_the_link_stays(
+    tmp_path: Path, link: str, there: bool
+) -> None:
+    root = tmp_path / "around/node"
+    (root / link).parent.mkdir(parents=True)
+    (root / link).symlink_to(os.path.relpath(root / "elsewhere", (root / link).parent))
+    if there:
+        (root / "elsewhere").mkdir()
+    first = before(root)
+    for _ in range(2):
+        change(root, ("write", "/opt/x", b"ours"))
+        assert list((root / "elsewhere").rglob("journal.jsonl"))
+        undone(root)
+        assert before(root) == first, difference(first, before(root))
+
+
+@pytest.mark.parametrize("link", ["var", "var/lib", "var/lib/sparkinstall", "opt", "opt/sparkinstall"])
+@pytest.mark.parametrize("verb", [("all", "--only", "environment"), ("run", "environment"), ("uninstall",), ("plan",)])
+def test_nothing_is_written_through_a_link_out_of_the_rehearsal(
+    tmp_path: Path, link: str, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, outside = tmp_path / "node", tmp_path / "outside"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    outside.mkdir()
+    (root / link).parent.mkdir(parents=True)
+    (root / link).symlink_to(outside)
+    run = in_this_process(*verb, "--root", root, "--json")
+    assert list(outside.iterdir()) == []
+    if link.startswith("var"):
+        (error,) = envelope(run)["errors"]
+        assert (run.returncode, error["code"]) == (1, "blocked") and "leads out of the rehearsal" in error["message"]
+
+
+def test_folder_of_the_state_that_was_there_before_stays(tmp_path: Path) -> None:
+    root = tmp_path / "node"
+    (root / "var/lib/sparkinstall").mkdir(parents=True)
+    first = before(root)
+    change(root, ("write", "/opt/x", b"ours"))
+    undone(root)
+    assert before(root) == first, difference(first, before(root))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_files_of_others_in_the_folder_of_the_state_stay_and_are_named(tmp_path: Path, when: str) -> None:
+    root = tmp_path / "node"
+    theirs = root / "var/lib/sparkinstall/theirs/notes.txt"
+    if when == "after":
+        change(root, ("write", "/opt/x", b"ours"))
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("theirs")
+    if when == "before":
+        change(root, ("write", "/opt/x", b"ours"))
+    result = undone(root)[str(theirs.parents[1])]
+    assert result.outcome == "kept" and "theirs" in result.note
+    assert [name for name, what in tree(root).items() if what[0] == "file"] == [str(theirs.relative_to(root))]
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+@pytest.mark.parametrize("verb", ["all", "plan", "uninstall"])
+def test_something_else_in_the_place_of_the_state_is_refused(tmp_path: Path, verb: str, kind: str) -> None:
+    home = tmp_path / "node/var/lib/sparkinstall"
+    home.parent.mkdir(parents=True)
+    os.mkfifo(home) if kind == "pipe" else home.write_text("theirs")
+    run = in_this_process(verb, "--root", tmp_path / "node", "--json")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["code"]) == (1, "blocked") and str(home) in error["message"], error
+    assert f"mv {home}" in error["hint"]
+
+
+@pytest.mark.parametrize("verb", ["plan", "all", "status", "uninstall", "verify"])
+def test_root_that_is_a_dangling_link_is_a_usage_error(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "d").symlink_to(tmp_path / "nowhere")
+    run = in_this_process(verb, "--root", tmp_path / "d", "--json")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["code"]) == (2, "usage") and str(tmp_path / "nowhere") in error["message"]
+    assert error["hint"] == f"create it: mkdir -p {tmp_path}/nowhere"
+    (tmp_path / "nowhere").mkdir()
+    assert in_this_process("plan", "--root", tmp_path / "d", "--only", "packages").returncode == 0
 
 
 def test_uninstall_without_an_installation_creates_nothing(tmp_path: Path) -> None:

@@ -202,8 +202,10 @@ def add_files_of_others(root: Path) -> None:
     (env / "multi-node-head.env").symlink_to("../elsewhere.env")
     (root / "opt/sparkinstall/elsewhere.env").write_bytes(b"reached through a link\n")
     (root / "opt/sparkinstall/venv").mkdir(mode=0o700)
-    for path in (root / "opt/theirs.txt", env / "single-node.env", root / "opt/sparkinstall/elsewhere.env"):
-        os.utime(path, ns=(OLD, OLD))
+    # Different times: `_content` would take two files of one size and time for one that was moved.
+    paths = (root / "opt/theirs.txt", env / "single-node.env", root / "opt/sparkinstall/elsewhere.env")
+    for number, path in enumerate(paths):
+        os.utime(path, ns=(OLD + number, OLD + number))
 
 
 # Root without the capability to access other users' files is like an ordinary user.

@@ -394,7 +394,7 @@ def _changes(name: str, was: Mapping[str, Any], added: str | None) -> Iterable[t
         yield "ip", "link", "set", "dev", name, "down"
 
 
-@undoes(_UNDO)
+@undoes(_UNDO, after=lambda _: f"{files.OWN_FOLDER}/")
 def restore(records: Sequence[Undo], on: System) -> Undone:
     """Apply the restored files, and give the interfaces their former MTU and addresses.
 
