@@ -116,7 +116,7 @@ def _killed(failure: _Failure) -> Cause | None:
 
 def _full(failure: _Failure) -> Cause | None:
     line, hint = failure.line_with(_FULL), f"free some space, {AGAIN}: it resumes"
-    for place in (*failure.places, *_PATH.findall(line)):
+    for place in (*failure.places, *(path.rstrip("./") for path in _PATH.findall(line))):
         if left := _little_left(_disk_of(place)):
             return Cause("full", f"the disk is full: {place} has {left} left", hint)
     return Cause("full", f"the disk is full: {line}", hint) if line else None

@@ -3,6 +3,7 @@
 One node lives through the file; its tests are in order.
 """
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -60,6 +61,48 @@ def test_nothing_is_finished_on_a_fresh_node(node: FreshNode, before: str) -> No
     plan = sparkinstall(node, "plan", *ONLY, check=False).stdout
     assert "install python3.13-dev, build-essential, git" in plan and FINISH not in plan
     assert "half" not in before
+
+
+NO_PROXY_THERE = 'Acquire { Retries 0; http::Proxy "http://127.0.0.1:9"; https::Proxy "http://127.0.0.1:9"; };'
+# How it is made, how it is undone, the cause, and the hint.
+FAULTS = {
+    "full": (
+        "mount -t tmpfs -o size=12k tmpfs /var/cache/apt/archives",
+        "umount /var/cache/apt/archives",
+        "the disk is full",
+        "free some space",
+    ),
+    "sudo": (
+        "echo 'spark ALL=(ALL) NOPASSWD: ALL, !/usr/bin/env' > /etc/sudoers.d/zz",
+        "rm /etc/sudoers.d/zz",
+        "sudo refused it",
+        "let this user run `env` with sudo for `apt-get`",
+    ),
+    "network": (
+        f"printf '{NO_PROXY_THERE}' > /etc/apt/apt.conf.d/zz",
+        "rm /etc/apt/apt.conf.d/zz",
+        "could not reach a server",
+        "check this node's network",
+    ),
+    "read-only": (
+        "mount --bind /var/lib/dpkg /var/lib/dpkg && mount -o remount,bind,ro /var/lib/dpkg",
+        "umount /var/lib/dpkg",
+        "read-only",
+        "mount it writable",
+    ),
+}
+
+
+@pytest.mark.usefixtures("before")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_all_with_a_fault_in_apts_way_says_what_it_is(node: FreshNode, fault: str) -> None:
+    make, undo, cause, hint = FAULTS[fault]
+    node.run("sh", "-c", make)
+    (error,) = json.loads(sparkinstall(node, *ALL, "--json", check=False).stdout)["errors"]
+    node.run("sh", "-c", undo)
+    said = {name: text for name, text in error.items() if name in ("message", "cause", "hint")}
+    assert cause in error["cause"] and hint in error["hint"], said
+    assert "env" not in error["message"] and "sudo" not in error["message"], said
 
 
 @pytest.mark.usefixtures("before")
