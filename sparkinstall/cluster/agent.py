@@ -25,6 +25,7 @@ from sparkinstall.core import catalogue, checks, engine
 from sparkinstall.core.session import Session
 from sparkinstall.errors import Problem
 from sparkinstall.events import silent
+from sparkinstall.facts import ip, machine
 from sparkinstall.facts.network import HEADERS, pings
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import rollback
@@ -83,6 +84,8 @@ def look(session: Session, only: Sequence[str], skip: Sequence[str]) -> Look:
         armed=rollback.armed(on),
         user=node.user,
         executor=node.config.cluster.executor,
+        machine=machine.identity(on),
+        addresses=tuple(each.partition("/")[0] for live in ip.live(on).values() for each in live.addresses),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.cluster import artifacts, bandwidth, drift
+from sparkinstall.cluster import artifacts, bandwidth, drift, identity
 from sparkinstall.cluster.artifacts import Handover
 from sparkinstall.cluster.bandwidth import Between, Measurement
 from sparkinstall.cluster.drift import Comparison
@@ -223,6 +223,8 @@ class Cluster(Struct):
         self._at_once("look", self.nodes, self._look)
         if known := [each.name for node in self.nodes for each in node.look.preflight]:
             catalogue.require_known(self.options.ignore, known, "check")
+        for at, problem in identity.mistaken(self.nodes):
+            self._refuse(at, [problem])
 
     def require_ready(self) -> None:
         """After `look`, report every node that gave no reply or cannot be set up.
@@ -230,11 +232,15 @@ class Cluster(Struct):
         Raises:
             Barrier: there is such a node.
         """
-        for at, (node, looked) in enumerate(zip(self.nodes, self.done, strict=True)):
-            if problems := [*_unready(node, self.options.ignore), *_conflicts(node)]:
-                self.done[at] = replace(looked, outcome="failed", problems=problems)
-                self.tell(self.done[at])
+        for at, node in enumerate(self.nodes):
+            self._refuse(at, [*_unready(node, self.options.ignore), *_conflicts(node)])
         self._barrier()
+
+    def _refuse(self, at: int, problems: Sequence[Problem]) -> None:
+        """Report why node number `at` cannot be set up, unless its `look` has failed for another reason."""
+        if problems and self.done[at].outcome != "failed":
+            self.done[at] = replace(self.done[at], outcome="failed", problems=problems)
+            self.tell(self.done[at])
 
     def _look(self, node: RemoteNode, on_line: OnLine) -> Reply[Look]:
         chosen = [*repeated("--only", self.options.only), *repeated("--skip", self.options.skip)]

@@ -74,7 +74,8 @@ class Look(Struct, frozen=True):
     """Reply of `look`; an empty one stands for a node that gave no reply.
 
     `unproven`: probes that failed when the node was last proven. `armed`: a network change waits for its confirmation.
-    `token`: a digest of the Ray token, or None.
+    `token`: a digest of the Ray token, or None. `machine`: what no other machine has, or "" where that is unknown.
+    `addresses`: IPv4 addresses of all interfaces.
     """
 
     preflight: Sequence[ProbeResult] = ()
@@ -85,6 +86,8 @@ class Look(Struct, frozen=True):
     armed: bool = False
     user: str = "USER"
     executor: str = ""
+    machine: str = ""
+    addresses: tuple[str, ...] = ()
 
 
 class Planned(Struct, frozen=True):

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from hashlib import sha256
 
 from sparkinstall.facts.sysfs import text_of
 from sparkinstall.system import Reader
@@ -54,6 +55,16 @@ def release(on: Reader) -> Mapping[str, str]:
     for path in reversed(RELEASE_FILES):
         merged |= parse_release(on.read(path) or b"")
     return merged
+
+
+def identity(on: Reader) -> str:
+    """Return a digest that no other machine has; "" if this one has no id yet.
+
+    The id alone would not do: machines that were installed from one image may share it, so the boot counts too.
+    """
+    own = (on.read("/etc/machine-id") or b"").strip()
+    boot = on.read("/proc/sys/kernel/random/boot_id") or b""
+    return sha256(own + boot).hexdigest() if own and own != b"uninitialized" else ""
 
 
 def os_release(on: Reader) -> Mapping[str, str]:

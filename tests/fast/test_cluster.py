@@ -21,7 +21,10 @@ from sparkinstall.cluster.uploads import uploads
 from sparkinstall.config import ClusterConfig, Config, NetworkConfig
 from sparkinstall.core import catalogue
 from sparkinstall.errors import BadConfig, BadUsage, Blocked, NeedsRoot
+from sparkinstall.facts.machine import identity
+from sparkinstall.system.local import LocalReader
 from tests.support.far_nodes import STEPS, VERSIONS, FarNodes, look, problem, step
+from tests.support.machine import Machine
 from tests.support.tiny_stack import tiny_stack
 
 
@@ -342,6 +345,95 @@ def test_conflict_is_reported_before_anything_is_applied(far: FarNodes) -> None:
     assert code == 5
     assert reply["errors"][0]["message"] == "spark-2: network: eth0 is the LAN"
     assert {call["verb"] for call in far.calls} == {"look"}
+
+
+# --- identity
+
+
+@pytest.mark.parametrize("verb", [(), ("plan",)])
+@pytest.mark.parametrize("hosts", [("spark-1", "me@spark-1"), ("spark-1", "spark-2", "me@spark-1", "spark-1.lan")])
+def test_machine_under_two_names_is_refused_before_it_is_touched(
+    far: FarNodes, hosts: tuple[str, ...], verb: tuple[str, ...]
+) -> None:
+    for host in hosts:
+        if host not in ("spark-1", "spark-2"):
+            far.add(host)
+        far.answer(host, look=look(machine=f"m{'spark-1' in host}", addresses=["10.0.0.5"]))
+    code, reply, _ = far.cluster(*verb, *hosts, "--yes")
+    assert (code, {call["verb"] for call in far.calls}) == (5, {"look"})
+    assert [each["message"] for each in reply["errors"]] == [
+        f"{host} is the same machine as spark-1" for host in hosts if "spark-1" in host and host != "spark-1"
+    ]
+    assert all("name every node once" in each["hint"] for each in reply["errors"])
+
+
+@pytest.mark.parametrize("machines", [("", ""), ("a", "b"), ("", "a")])
+def test_machines_that_are_not_known_to_be_the_same_are_set_up(far: FarNodes, machines: tuple[str, str]) -> None:
+    for host, machine in zip(("spark-1", "spark-2"), machines, strict=True):
+        far.answer(host, look=look(machine=machine, addresses=["10.0.0.5"]))
+    assert far.cluster("spark-1", "spark-2", "--yes")[0] == 0
+
+
+@pytest.mark.parametrize("verb", [(), ("plan",)])
+@pytest.mark.parametrize("order", ["ba", "acb", "cab", "bca"])
+def test_nodes_in_another_order_than_they_were_set_up_in_are_refused(
+    far: FarNodes, order: str, verb: tuple[str, ...]
+) -> None:
+    taken = step("network")
+    taken["resources"] = [{"key": "n", "state": "conflict", "changed": False, "message": "in use", "hint": "choose"}]
+    former = sorted(order)
+    for at, host in enumerate(former):
+        far.add(host)
+        addresses = ["10.0.0.7", f"192.168.100.{10 + at}"]
+        steps = [step("packages"), taken if order.index(host) != at else step("network")]
+        far.answer(host, look=look(machine=host, addresses=addresses, steps=steps))
+    code, reply, _ = far.cluster(*verb, *order, "--yes")
+    assert (code, {call["verb"] for call in far.calls}) == (5, {"look"})
+    assert len(reply["errors"]) == sum(one != other for one, other in zip(order, former, strict=True))
+    for each in reply["errors"]:
+        assert each["cause"] == "the nodes were set up in another order"
+        assert f"`sparkinstall cluster {' '.join(former)}`" in each["hint"]
+        assert f"`sparkinstall cluster uninstall {' '.join(former)}`" in each["hint"]
+
+
+def test_address_of_a_node_that_gets_another_is_named(far: FarNodes) -> None:
+    """A worker becomes the second one, and the new first one is to have its address."""
+    far.add("spark-3")
+    for host, address in (("spark-1", "192.168.100.10"), ("spark-2", "192.168.100.11"), ("spark-3", "10.0.0.8")):
+        far.answer(host, look=look(machine=host, addresses=[address]))
+    code, reply, _ = far.cluster("plan", "spark-1", "spark-3", "spark-2")
+    (error,) = reply["errors"]
+    assert (code, error["cause"]) == (5, "")
+    assert error["message"] == "spark-3 is to be the worker with 192.168.100.11, but spark-2 has it"
+    assert "`sparkinstall cluster uninstall spark-2`" in error["hint"]
+
+
+def test_identity_tells_machines_of_one_image_and_boots_of_one_kernel_apart(tmp_path: Path) -> None:
+    found = set()
+    for machine, boot in (("a", "x"), ("a", "y"), ("b", "x"), ("", "x"), ("uninitialized", "y")):
+        for path, text in (("etc/machine-id", machine), ("proc/sys/kernel/random/boot_id", boot)):
+            (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / path).write_text(f"{text}\n")
+        found.add(identity(Machine(str(tmp_path))))
+        assert identity(Machine(str(tmp_path))) in found
+    assert len(found) == 4
+    assert "" in found
+
+
+def test_node_tells_its_identity_and_addresses(checkout: tuple[Path, str]) -> None:
+    request = {"argv": ["node", "look", "--json"]}
+    whole = [sys.executable, "-m", "sparkinstall", "node", "attend"]
+    with subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=checkout[0]) as run:
+        assert run.stdin is not None
+        assert run.stdout is not None
+        run.stdin.write(json.dumps(request).encode() + b"\n")
+        run.stdin.flush()
+        data = json.loads(run.stdout.read())["data"]
+    assert data["machine"] == identity(LocalReader())
+    assert "127.0.0.1" in data["addresses"]
+
+
+# --- failures of nodes
 
 
 def test_unreachable_node_is_named_and_the_others_are_asked(far: FarNodes) -> None:
