@@ -16,6 +16,7 @@ from sparkinstall.core import catalogue, checks
 from sparkinstall.errors import CommandFailed, Problem
 from sparkinstall.journal.undo import OWN_KINDS
 from sparkinstall.node import Node
+from sparkinstall.own_files import read_regular
 from sparkinstall.probes import bandwidth
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.system import UNDO_FUNCTIONS, Result, RunOptions, System, Undo, read_only
@@ -304,3 +305,17 @@ def test_undo_netplan_applies_the_restored_files_or_fails() -> None:
     on.failing = ("sh -ec",)
     with pytest.raises(CommandFailed, match="netplan apply"):
         UNDO_FUNCTIONS["netplan"]([record], on)
+
+
+@pytest.mark.parametrize("path", ["/proc/sys/kernel/osrelease", "/proc/meminfo", "/proc/self/maps"])
+def test_files_of_the_kernel_are_read(path: str) -> None:
+    assert LocalReader().read(path)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 5, 65535, 65536, 65537, 200_000])
+def test_file_is_read_whole_up_to_the_limit(size: int, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"x" * size)
+    assert read_regular(tmp_path / "file", 200_000) == b"x" * size
+    for limit in (limit for limit in (4, 65536) if limit < size):
+        with pytest.raises(OSError, match="larger"):
+            read_regular(tmp_path / "file", limit)
