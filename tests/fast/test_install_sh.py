@@ -314,6 +314,22 @@ def test_pip_failure_shows_its_output(machine: Machine) -> None:
     assert "packages could not be installed" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("said", "hint"),
+    [
+        ("WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError'", "check the network"),
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "free some space"),
+        ("WARNING: Location '/a' is ignored\nERROR: No matching distribution found for x", "see the messages above"),
+    ],
+)
+def test_pip_failure_has_the_hint_for_what_pip_said(machine: Machine, said: str, hint: str) -> None:
+    machine.replace_program("fake-pip", f'cat >&2 <<"END"\n{said}\nEND\nexit 1')
+    done = machine.run("--tool-only")
+    assert done.returncode == 1
+    assert hint in done.stderr
+    assert not (machine.home / ".local/share/sparkinstall").exists()
+
+
 # --- options
 
 

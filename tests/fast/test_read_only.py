@@ -275,22 +275,28 @@ def test_undo_packages_keeps_those_that_others_need() -> None:
 
 
 def test_undo_service_stops_and_disables_it() -> None:
-    on = RecordingSystem(answers={"systemctl show": "UnitFileState=enabled\nActiveState=active\n"})
+    show, state = "systemctl show", "UnitFileState={}\nActiveState={}\n"
+    stopped = {"systemctl disable": {show: state.format("disabled", "inactive")}}
+    on = RecordingSystem(answers={show: state.format("enabled", "active")}, effects=stopped)
     undone = UNDO_FUNCTIONS["service"]([Undo("service", "vllm.service", {}, {})], on)
     assert undone.outcome == "removed"
     assert on.changed == ["systemctl stop vllm.service", "systemctl disable vllm.service"]
 
 
 def test_undo_units_enables_and_starts_a_former_service() -> None:
-    on = RecordingSystem()
+    on = RecordingSystem(effects={"systemctl start": {"systemctl show": "UnitFileState=enabled\nActiveState=active\n"}})
     undone = UNDO_FUNCTIONS["units"]([Undo("units", "x.service", {"enabled": True, "active": True}, {})], on)
     assert undone.outcome == "restored"
     assert on.changed == ["systemctl daemon-reload", "systemctl enable x.service", "systemctl start x.service"]
 
 
 def test_undo_nftables_deletes_the_table() -> None:
-    on = RecordingSystem({"/usr/sbin/nft": b""}, {"/usr/sbin/nft list tables": "table inet sparkinstall\n",
-                                                  "/usr/sbin/nft -nn": "table inet sparkinstall {}"})  # fmt: skip
+    answers = {
+        "/usr/sbin/nft list tables": "table inet sparkinstall\n",
+        "/usr/sbin/nft -nn": "table inet sparkinstall {}",
+    }
+    effects = {"/usr/sbin/nft delete": dict.fromkeys(answers, "")}
+    on = RecordingSystem({"/usr/sbin/nft": b""}, answers, effects)
     undone = UNDO_FUNCTIONS["nftables"]([Undo("nftables", "inet sparkinstall", {}, {})], on)
     assert undone.outcome == "removed" and on.changed == ["/usr/sbin/nft delete table inet sparkinstall"]
 

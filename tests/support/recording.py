@@ -9,11 +9,17 @@ from sparkinstall.system import Entry, Result, RunOptions, System, Undo, read_on
 class RecordingSystem(System):
     """`answers`: the output of programs, by the beginning of their command line; others print nothing.
 
-    `changed` lists the changes in order: a word and the path, or the command line.
+    `effects`: what a command that begins so changes in `answers`. `changed` lists the changes in order: a word and the
+    path, or the command line.
     """
 
-    def __init__(self, files: Mapping[str, bytes] | None = None, answers: Mapping[str, str] | None = None) -> None:
-        self.files, self.answers = dict(files or {}), dict(answers or {})
+    def __init__(
+        self,
+        files: Mapping[str, bytes] | None = None,
+        answers: Mapping[str, str] | None = None,
+        effects: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        self.files, self.answers, self.effects = dict(files or {}), dict(answers or {}), dict(effects or {})
         self.changed: list[str] = []
         self.failing: tuple[str, ...] = ()
 
@@ -85,7 +91,11 @@ class RecordingSystem(System):
     def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
         del how
         self.changed.append(" ".join(argv))
-        return self._result(argv)
+        result = self._result(argv)
+        for begins, changed in self.effects.items():
+            if self.changed[-1].startswith(begins):
+                self.answers.update(changed)
+        return result
 
     def progress(self, done: int, total: int, unit: str) -> None:
         del done, total, unit
