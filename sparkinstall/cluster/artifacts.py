@@ -31,6 +31,7 @@ from sparkinstall.downloads import sha256_of
 from sparkinstall.errors import Interrupted, Problem, storage_problem
 from sparkinstall.facts.machine import cores
 from sparkinstall.node import Node
+from sparkinstall.own_files import read_regular
 from sparkinstall.resources import Ok
 from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary, Recipe, Stamp
 from sparkinstall.resources.venv import environment_of, lock_of
@@ -130,7 +131,7 @@ def _library(node: Node, library: NcclLibrary, on: Reader) -> list[tuple[Listed,
     real, stamp = Path(on.real(library.library)), Path(on.real(f"{library.folder}/build.json"))
     folder = _relative(node, library.kept(library.recipe()))
     so, build = _listed(f"{folder}/{KEPT_LIBRARY}", real), _listed(f"{folder}/{KEPT_STAMP}", stamp)
-    is_true = schema.read_json(Stamp, stamp.read_bytes(), str(stamp)).sha256 == so.sha256
+    is_true = schema.read_json(Stamp, read_regular(stamp), str(stamp)).sha256 == so.sha256
     return [(so, real), (build, stamp)] if is_true else []
 
 
@@ -181,7 +182,7 @@ def _contents(node: Node, archive: Path) -> list[tuple[Listed, Path]]:
     """The files of an unpacked wheel. uv never changes them, so their hashes are computed once and kept."""
     record = node.cache / "hashes" / archive.name
     try:
-        known = schema.read_json(list[Listed], record.read_bytes(), record.name)
+        known = schema.read_json(list[Listed], read_regular(record), record.name)
     except (OSError, ValueError):
         prefix = _relative(node, archive)
         paths = sorted(Path(base, name) for base, _, names in os.walk(archive) for name in names)

@@ -12,7 +12,7 @@ from msgspec import Struct
 from sparkinstall import elf
 from sparkinstall.errors import Blocked, Problem
 from sparkinstall.facts import card, machine, network, qsfp
-from sparkinstall.facts.decisions import Fp8Fallback, VenvStamp, recorded
+from sparkinstall.facts.decisions import Fp8Fallback, RecordDamaged, VenvStamp, recorded
 from sparkinstall.facts.env_file import assignments
 from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.qsfp import Port
@@ -173,7 +173,11 @@ def versions(node: Node, on: Reader) -> dict[str, str]:
 def _nccl(node: Node, on: Reader) -> str:
     if node.config.nccl.mode == "source":
         # Not the build-id: two builds of one recipe differ in it.
-        stamp = recorded(on, node.nccl_stamp, Stamp)
+        try:
+            stamp = recorded(on, node.nccl_stamp, Stamp)
+        except RecordDamaged:
+            # The step `nccl` reports it.
+            return ""
         return " ".join(str(getattr(stamp.recipe, name)) for name in _DECIDES) if stamp else ""
     return _build_id(node, on)
 

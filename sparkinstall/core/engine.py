@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from sparkinstall.errors import Blocked, Interrupted, Problem, storage_problem
 from sparkinstall.events import Emit, ResourceApplied, StepEnded, StepStarted
 from sparkinstall.node import Node
-from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown, state_of
+from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, Resource, State, Unknown, repaired, state_of
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, processes
 
@@ -100,7 +100,7 @@ def converge(
 
 def _applied(step: Step, resource: Resource, on: System, emit: Emit, force: bool) -> State:
     processes.refuse_if_stopped()
-    state = state_of(resource, on)
+    state, note = repaired(resource, on)
     if isinstance(state, NodeOnly) or (isinstance(state, Ok) and not force):
         return state
     _refuse_unapplicable(resource, state)
@@ -108,7 +108,8 @@ def _applied(step: Step, resource: Resource, on: System, emit: Emit, force: bool
     after = state_of(resource, on)
     if not isinstance(after, Ok | NodeOnly):
         raise _not_converged(resource, after)
-    emit(ResourceApplied(step.name, resource.key, state.summary if isinstance(state, Drift) else "applied again"))
+    done = state.summary if isinstance(state, Drift) else "applied again"
+    emit(ResourceApplied(step.name, resource.key, f"{done} ({note})" if note else done))
     return replace(after, changed=True)
 
 

@@ -7,9 +7,11 @@ from typing import Any, Literal, TypeVar
 from msgspec import Struct, to_builtins
 
 from sparkinstall import schema
+from sparkinstall.errors import Problem
 from sparkinstall.system import Reader
 
 T = TypeVar("T")
+_LARGEST = 16 << 20
 
 
 class Fp8Fallback(Struct, frozen=True):
@@ -51,12 +53,31 @@ class VenvStamp(Struct, frozen=True):
     part: str = ""
 
 
+class RecordDamaged(Problem):
+    """A file of ours is not what was written. `path`: on the node. The next run removes it and determines it again."""
+
+    code = "state"
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path} is damaged: {why}", hint="`sparkinstall all` removes it and determines it again")
+        self.path = path
+
+
 def recorded(on: Reader, path: str, kind: type[T]) -> T | None:
-    """Return the decision in the file `path`; None if it is missing or damaged."""
-    try:
-        return schema.read_json(kind, on.read(path) or b"null", path)
-    except schema.Malformed:
+    """Return the decision in the file `path`; None if there is none.
+
+    Raises:
+        RecordDamaged: it cannot be read.
+    """
+    entry = on.entry(path)
+    if entry is None:
         return None
+    if entry.kind != "file" or entry.size > _LARGEST:
+        raise RecordDamaged(path, f"it is {entry.words}" if entry.kind != "file" else f"it has {entry.size} bytes")
+    try:
+        return schema.read_json(kind, on.read(path) or b"", path)
+    except schema.Malformed as error:
+        raise RecordDamaged(path, error.complaint) from error
 
 
 def as_text(decision: object) -> str:

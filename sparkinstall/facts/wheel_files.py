@@ -14,7 +14,9 @@ from pathlib import Path
 from msgspec import Struct
 
 from sparkinstall.assets import asset
+from sparkinstall.errors import StateDamaged
 from sparkinstall.node import Node, site_packages
+from sparkinstall.own_files import read_regular
 from sparkinstall.patches import load
 from sparkinstall.stacks import canonical
 from sparkinstall.system import Reader
@@ -136,12 +138,15 @@ def _forms(*records: str) -> Forms:
 
 def _rows(record: str) -> Iterator[tuple[str, str, str]]:
     """Yield path, hash and size of each file that has them; RECORD itself has none."""
-    if _stat(record) is None:
-        return
-    with open(record, newline="") as rows:
-        for row in csv.reader(rows):
+    try:
+        for row in csv.reader(io.StringIO(read_regular(record).decode(), newline="")):
             if len(row) == 3 and row[1] and row[2]:
-                yield row[0], row[1], row[2]
+                yield row[0], row[1], str(int(row[2]))
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError, csv.Error) as error:
+        hint = "reinstall: `sparkinstall run environment --force`"
+        raise StateDamaged(f"{record} cannot be read: {getattr(error, 'strerror', error)}", hint=hint) from error
 
 
 def _complaint(path: str, forms: Sequence[tuple[str, str]], made: int) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sparkinstall.facts.decisions import RecordDamaged
 from sparkinstall.system import Reader, System
 
 
@@ -89,7 +90,33 @@ class OnNode(Resource, Protocol):
 
 
 def state_of(resource: Resource, on: Reader) -> State:
-    """Return the state of a resource with its key; NodeOnly if a rehearsal cannot apply it."""
+    """Return the state of a resource with its key; NodeOnly if a rehearsal cannot apply it.
+
+    It is drift if one of our records is damaged.
+    """
+    try:
+        return _state(resource, on)
+    except RecordDamaged as damage:
+        return Drift(f"determine it again: {damage.message}", key=resource.key)
+
+
+def _state(resource: Resource, on: Reader) -> State:
     if on.rehearsal and isinstance(resource, OnNode) and (reason := resource.node_only(on)):
         return NodeOnly(reason, key=resource.key)
     return replace(resource.check(on), key=resource.key)
+
+
+def repaired(resource: Resource, on: System, note: str = "") -> tuple[State, str]:
+    """Return the state after the damaged records that it depends on are removed, and which was, in words.
+
+    Raises:
+        RecordDamaged: a folder is in the place of one.
+    """
+    try:
+        return _state(resource, on), note
+    except RecordDamaged as damage:
+        if (entry := on.entry(damage.path)) is None or entry.kind == "dir":
+            damage.hint = f"move it away, or delete it: `rm -r {on.real(damage.path)}`"
+            raise
+        on.remove(damage.path)
+        return repaired(resource, on, damage.message)

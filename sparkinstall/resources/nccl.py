@@ -17,6 +17,7 @@ from sparkinstall import elf, payloads, schema
 from sparkinstall.errors import BadConfig, Blocked
 from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.machine import cores
+from sparkinstall.own_files import read_regular
 from sparkinstall.resources import Drift, Ok, State
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Reader, System
@@ -86,6 +87,8 @@ class NcclLibrary(Struct, frozen=True):
             return Ok(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp.build_id)[:12]}")
         is_kept, name = bool(self._kept_stamp(recipe)), f"NCCL {recipe.version} for sm_{self.arch}"
         what = f"install {name} from the cache" if is_kept else f"build {name} from {self.source.where}"
+        if not is_kept and os.path.lexists(stamp_of_kept := self.kept(recipe) / KEPT_STAMP):
+            what += f" ({stamp_of_kept} is damaged)"
         return Drift(what, _as_lines(stamp.recipe) if stamp else "", _as_lines(recipe))
 
     @property
@@ -111,7 +114,7 @@ class NcclLibrary(Struct, frozen=True):
 
     def _kept_stamp(self, recipe: Recipe) -> Stamp | None:
         try:
-            stamp = schema.read_json(Stamp, (self.kept(recipe) / KEPT_STAMP).read_bytes(), KEPT_STAMP)
+            stamp = schema.read_json(Stamp, read_regular(self.kept(recipe) / KEPT_STAMP), KEPT_STAMP)
             return stamp if stamp.recipe == recipe else None
         except (OSError, ValueError):
             return None
@@ -128,7 +131,7 @@ class NcclLibrary(Struct, frozen=True):
         recipe = self.recipe()
         stamp, library = self._kept_stamp(recipe), self.kept(recipe) / KEPT_LIBRARY
         try:
-            content = library.read_bytes()
+            content = read_regular(library)
             if stamp is None or stamp.sha256 != hashlib.sha256(content).hexdigest():
                 return False
             self._prove(on, str(library), recipe)

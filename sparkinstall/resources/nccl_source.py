@@ -13,8 +13,10 @@ from msgspec import Struct
 
 from sparkinstall import schema
 from sparkinstall.downloads import fetch, sha256_of
-from sparkinstall.errors import BadConfig, Blocked, CommandFailed
+from sparkinstall.errors import BadConfig, Blocked, CommandFailed, StateDamaged
+from sparkinstall.own_files import read_regular
 from sparkinstall.system import Reader, System
+from sparkinstall.system.local import replace_file
 
 REPOSITORY = "https://github.com/NVIDIA/nccl.git"
 _VERSION_PARTS = re.compile(r"^NCCL_(?:MAJOR|MINOR|PATCH)\s*:=\s*(\d+)", re.MULTILINE)
@@ -56,9 +58,13 @@ class NcclSource(Struct, frozen=True):
     def _recorded(self) -> dict[str, str]:
         """Return the sha256 of each tarball seen so far, by its address."""
         try:
-            return schema.read_json(dict[str, str], self._record.read_bytes(), self._record.name)
-        except (OSError, ValueError):
+            return schema.read_json(dict[str, str], read_regular(self._record), str(self._record))
+        except FileNotFoundError:
             return {}
+        except (OSError, schema.Malformed) as error:
+            why = error.complaint if isinstance(error, schema.Malformed) else error.strerror
+            hint = f"delete it (`rm -r {self._record}`): the hash of a tarball is then recorded at its next use"
+            raise StateDamaged(f"{self._record} cannot be read: {why}", hint=hint) from error
 
     def out_of_reach(self, on: Reader) -> str:
         """Return why the upstream repository is unavailable, or "". Contacts it only if there is no cached copy."""
@@ -78,7 +84,7 @@ class NcclSource(Struct, frozen=True):
 
     def _note(self, recorded: Mapping[str, Any]) -> None:
         self.cache.mkdir(parents=True, exist_ok=True)
-        self._record.write_text(json.dumps(recorded, indent=2) + "\n")
+        replace_file(str(self._record), (json.dumps(recorded, indent=2) + "\n").encode(), 0o644)
 
     @property
     def _mirror_folder(self) -> Path:

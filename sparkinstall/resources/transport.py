@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from msgspec import Struct
 
 from sparkinstall.facts import qsfp
-from sparkinstall.facts.decisions import NcclTransport, as_text, recorded
+from sparkinstall.facts.decisions import NcclTransport, RecordDamaged, as_text, recorded
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown
 from sparkinstall.system import Reader, System
@@ -54,7 +54,7 @@ class Transport(Struct, frozen=True):
         """Return the recorded or current decision, `roce` or `socket`; "" if still unknown."""
         try:
             wanted, before = self._decide(on), recorded(on, self.node.transport_decision, NcclTransport)
-        except qsfp.LinkProblem:
+        except (qsfp.LinkProblem, RecordDamaged):
             return ""
         if not isinstance(wanted, NcclTransport):
             return ""

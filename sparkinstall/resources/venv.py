@@ -15,7 +15,7 @@ from msgspec import Struct, field
 from uv import find_uv_bin
 
 from sparkinstall import stacks
-from sparkinstall.errors import Blocked, CommandFailed
+from sparkinstall.errors import Blocked, CommandFailed, StateDamaged
 from sparkinstall.facts import wheel_files, wheels
 from sparkinstall.facts.decisions import VenvStamp, as_text, recorded
 from sparkinstall.node import Node, site_packages
@@ -52,7 +52,7 @@ class RecordedLock(Struct, frozen=True):
         return f"lock:{self.node.lock_record}"
 
     def check(self, on: Reader) -> State:
-        if on.entry(self.node.lock_record):
+        if lock_of(self.node, on) is not None:
             return Ok("hashes recorded at the first install and enforced since")
         names = self.node.wheels.unhashed
         what = f"the hashes of {', '.join(names)}" if names else f"the versions and hashes of {self.node.stack.name}"
@@ -281,8 +281,22 @@ def lock_of(node: Node, on: Reader) -> tuple[Pin, ...] | None:
     """
     if node.wheels.complete:
         return parse_lock(node.wheels.lock_text())
-    found = on.read(node.lock_record)
-    return parse_lock(found.decode()) if found is not None else None
+    if on.entry(node.lock_record) is None:
+        return None
+    try:
+        pins = parse_lock((on.read(node.lock_record) or b"").decode())
+    except (OSError, ValueError) as error:
+        raise _lock_damaged(node, on, str(error)) from error
+    if not pins:
+        raise _lock_damaged(node, on, "it pins nothing")
+    return pins
+
+
+def _lock_damaged(node: Node, on: Reader, why: str) -> StateDamaged:
+    # It is not determined again without a word: the versions and hashes are what the first install has pinned.
+    path = on.real(node.lock_record)
+    hint = f"restore it from a backup; or delete it (`rm -r {path}`): versions and hashes are then recorded again"
+    return StateDamaged(f"the recorded lock {path} is damaged: {why[:200]}", hint=hint)
 
 
 def installed(node: Node, on: Reader) -> dict[str, str]:

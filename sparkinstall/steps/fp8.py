@@ -38,10 +38,8 @@ class Fp8(Step):
 
 def _path(node: Node, on: Reader) -> Finding:
     decision = recorded(on, node.fp8_decision, Fp8Fallback)
-    if on.entry(node.fp8_decision) is None:
-        return failed("no decision is recorded", "run `sparkinstall all`")
     if decision is None:
-        return failed(f"the decision in {node.fp8_decision} is damaged", "run `sparkinstall run fp8 --force`")
+        return failed("no decision is recorded", "run `sparkinstall all`")
     state, expected = PatchedFile(node, cutlass_patch()).check(on), "patched" if decision.fallback else "not patched"
     if isinstance(state, Conflict):
         return failed(state.message, state.hint, expected)

@@ -11,7 +11,7 @@ from sparkinstall.events import silent
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, preflight
 from sparkinstall.probes.wheels import reasoning_fields
-from sparkinstall.resources import Drift, Ok
+from sparkinstall.resources import Drift, Ok, state_of
 from sparkinstall.resources.fp8 import Fp8Decision
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.environment import Environment
@@ -83,8 +83,8 @@ def test_fp8_path_missing_file_fails(node: Node, tmp_path: Path) -> None:
 def test_fp8_path_damaged_decision_fails(node: Node, tmp_path: Path, text: str) -> None:
     put(tmp_path, "opt/sparkinstall/fp8.json", text)
     finding = found(node, tmp_path, "fp8-path")
-    assert finding.verdict == "fail" and finding.found.endswith("is damaged")
-    assert finding.hint == "run `sparkinstall run fp8 --force`"
+    assert finding.verdict == "fail" and finding.found.startswith("/opt/sparkinstall/fp8.json is damaged: ")
+    assert finding.hint == "`sparkinstall all` removes it and determines it again"
 
 
 def test_fp8_decision_damaged_is_drift(node: Node, tmp_path: Path) -> None:
@@ -94,7 +94,8 @@ def test_fp8_decision_damaged_is_drift(node: Node, tmp_path: Path) -> None:
     put(tmp_path, "opt/sparkinstall/fp8.json", json.dumps({"about": about, "fallback": True, "why": "so"}))
     assert isinstance(decision.check(on), Ok)
     put(tmp_path, "opt/sparkinstall/fp8.json", json.dumps({"about": about, "fallback": True}))
-    assert isinstance(decision.check(on), Drift)
+    state = state_of(decision, on)
+    assert isinstance(state, Drift) and "fp8.json is damaged: `why` is missing" in state.summary
 
 
 def test_fp8_path_without_a_decision_says_so(node: Node, tmp_path: Path) -> None:
