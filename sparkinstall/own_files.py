@@ -7,7 +7,7 @@ from pathlib import Path
 
 LARGEST = 1 << 30
 """Bytes. Nothing that sparkinstall reads whole is larger."""
-_SMALL = 1 << 16
+_PART = 1 << 16
 
 
 def read_regular(path: str | Path, limit: int = LARGEST, *, follow: bool = True) -> bytes:
@@ -28,11 +28,10 @@ def read_regular(path: str | Path, limit: int = LARGEST, *, follow: bool = True)
         raise OSError(errno.EINVAL, "it is a link" if stat.S_ISLNK(mode) else "it is not a regular file", str(path))
     # A pipe that has just taken the file's place must not stop us.
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        # A file of /proc/sys cannot be read into a large buffer.
-        first = min(limit, _SMALL)
-        content = file.read(first)
-        if len(content) == first:
-            content += file.read(limit + 1 - first)
-    if len(content) > limit:
-        raise OSError(errno.EFBIG, f"it is larger than {limit >> 20} MiB", str(path))
-    return content
+        content = bytearray()
+        # In small parts: a file of /proc/sys cannot be read into a large buffer.
+        while part := file.read(_PART):
+            content += part
+            if len(content) > limit:
+                raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+    return bytes(content)

@@ -7,7 +7,9 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from sparkinstall.errors import NeedsRoot
 from sparkinstall.facts import machine, qsfp
+from sparkinstall.facts.changes import is_ours
 from sparkinstall.facts.gpu import first_gpu, gpu_or_complaint
 from sparkinstall.node import Node, cuda_home
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
@@ -231,18 +233,19 @@ def _prefix(on: Reader, node: Node) -> Finding:
     entry = on.entry(node.prefix)
     if entry is None:
         return passed(f"{where} is free")
-    if entry.kind != "dir":
+    if not Path(where).is_dir():
         return failed(
-            f"{where} is a {entry.kind}", "move it away, or choose another `prefix:` in the config", "a folder"
+            f"{where} is {entry.words}", "move it away, or choose another `prefix:` in the config", "a folder"
         )
-    try:
-        ours = on.entry("/var/lib/sparkinstall/journal.jsonl") is not None
-    except PermissionError:
-        return failed(f"{where} was created by another user's sparkinstall", "run this as that user", "free, or ours")
+    on.inside(node.venv)
     taken = [name for name in ("venv", "nccl", "env") if on.entry(f"{node.prefix}/{name}")]
-    if taken and not ours:
+    try:
+        foreign = [name for name in taken if not is_ours(on, f"{node.prefix}/{name}")]
+    except (PermissionError, NeedsRoot):
+        return failed(f"{where} was created by another user's sparkinstall", "run this as that user", "free, or ours")
+    if foreign:
         return failed(
-            f"{where} contains {', '.join(taken)}, which no journal of ours lists",
+            f"{where} contains {', '.join(foreign)}, which no journal of ours lists",
             "move it away, or choose another `prefix:` in the config",
             "free, or created by sparkinstall",
         )

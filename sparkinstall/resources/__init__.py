@@ -70,6 +70,15 @@ def describe(state: State) -> tuple[str, str]:
             return "failed", f"{message} - {hint}" if hint else message
 
 
+def not_a_folder(on: Reader, path: str) -> Conflict | None:
+    """Return the conflict of something else in the place of a folder that is ours alone."""
+    if (was := on.entry(path)) is None or was.kind == "dir":
+        return None
+    leads = f" to {was.target}" if was.kind == "link" else ""
+    hint = f"move it away (`mv {on.real(path)} {on.real(path)}.old`), or choose another `prefix:` in the config"
+    return Conflict(f"{on.real(path)} is {was.words}{leads}, but sparkinstall needs a folder of its own there", hint)
+
+
 class Resource(Protocol):
     """A desired state, declared once; `key` names it in plans, logs and the journal."""
 

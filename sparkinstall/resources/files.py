@@ -50,7 +50,7 @@ class Link(Struct, frozen=True):
             return Drift(f"link {on.real(self.path)} to {on.real(self.target)}", "", f"-> {on.real(self.target)}\n")
         if entry.kind == "link" and entry.target == on.real(self.target):
             return Ok()
-        was = f"a link to {entry.target}" if entry.kind == "link" else f"a {entry.kind}"
+        was = f"a link to {entry.target}" if entry.kind == "link" else entry.words
         return Conflict(
             f"{on.real(self.path)} is {was} already",
             hint="move it away, or set `environment.link: null` in the config (or --set environment.link=null)",

@@ -13,10 +13,11 @@ from msgspec import Struct
 from sparkinstall import ray_ports
 from sparkinstall.errors import NeedsRoot, Problem
 from sparkinstall.facts import ip, network, qsfp
+from sparkinstall.facts.changes import is_ours
 from sparkinstall.facts.packet_filters import NFT, TABLE, another
 from sparkinstall.layout import FIREWALL_UNIT
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, Ok, State, Unknown, rollback
+from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown, rollback
 from sparkinstall.resources.files import File
 from sparkinstall.resources.template import render
 from sparkinstall.system import Reader, Result, System, Undo, Undone, failure_of, undoes
@@ -168,6 +169,11 @@ class LiveTable(Struct, frozen=True):
         if on.entry(NFT) is None:
             return Unknown("packages")
         live, wanted = live_table(on), rules(self.node, on)
+        if live and not is_ours(on, _NAME):
+            return Conflict(
+                f"the table {_NAME} is loaded, but not by sparkinstall: the journal has no record of it",
+                f"delete it (`sudo nft delete table {_NAME}`) where it is made, or set `firewall.mode: off`",
+            )
         if on.read(self.node.firewall_rules) != wanted.encode():
             return Drift("load the firewall's changed rules" if live else "load the firewall's rules")
         listed = as_nft_lists(on, wanted)

@@ -18,7 +18,7 @@ from sparkinstall.errors import BadConfig, Blocked
 from sparkinstall.facts.decisions import as_text, recorded
 from sparkinstall.facts.machine import cores
 from sparkinstall.own_files import read_regular
-from sparkinstall.resources import Drift, Ok, State
+from sparkinstall.resources import Drift, Ok, State, not_a_folder
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Reader, System
 
@@ -81,6 +81,8 @@ class NcclLibrary(Struct, frozen=True):
         return f"building NCCL {self.source.version} ({why})" if why else ""
 
     def check(self, on: Reader) -> State:
+        if taken := not_a_folder(on, self.folder):
+            return taken
         stamp = recorded(on, self._stamp_path, Stamp)
         recipe = self.recipe()
         if stamp and stamp.recipe == recipe and stamp.library == self._identity(on):

@@ -54,7 +54,7 @@ class RayToken(Struct, frozen=True):
     def check(self, on: Reader) -> State:
         path, entry = self.node.ray_token, on.entry(self.node.ray_token)
         if entry and entry.kind != "file":
-            return Conflict(f"{on.real(path)} is a {entry.kind}, where the token belongs", hint="move it away")
+            return Conflict(f"{on.real(path)} is {entry.words}, where the token belongs", hint="move it away")
         now = self._now(on)
         if now is None or (self.node.token_file and now != given(self.node.token_file)):
             return self._missing(on)
@@ -72,7 +72,8 @@ class RayToken(Struct, frozen=True):
         if self.node.token_file:
             return Drift(f"install the token of --token-file as {self.node.ray_token}")
         if self.node.role == "head":
-            return Drift(f"create the token that all nodes share, {self.node.ray_token}")
+            damaged = " (the file contains no token)" if on.entry(self.node.ray_token) else ""
+            return Drift(f"create the token that all nodes share, {self.node.ray_token}{damaged}")
         if on.rehearsal:
             return NodeOnly(f"fetching the token of the head {self.node.config.cluster.head}")
         return Drift(f"fetch the token of the head {self.node.config.cluster.head} over ssh")

@@ -19,7 +19,7 @@ from sparkinstall.errors import Blocked, CommandFailed, StateDamaged
 from sparkinstall.facts import wheel_files, wheels
 from sparkinstall.facts.decisions import VenvStamp, as_text, recorded
 from sparkinstall.node import Node, site_packages
-from sparkinstall.resources import Drift, Ok, State, Unknown
+from sparkinstall.resources import Drift, Ok, State, Unknown, not_a_folder
 from sparkinstall.stacks import Pin, canonical, parse_lock, render_lock
 from sparkinstall.system import Reader, System
 
@@ -112,6 +112,8 @@ class PythonEnvironment(Struct, frozen=True):
         lock = lock_of(self.node, on)
         if lock is None:
             return Unknown("the hashes are recorded")
+        if taken := not_a_folder(on, self.node.venv):
+            return taken
         pins = self._wanted(lock)
         stamp = recorded(on, self.node.venv_stamp, VenvStamp)
         there = installed(self.node, on)

@@ -80,6 +80,13 @@ class Reader(Protocol):
     def real(self, path: str) -> str:
         """Return the path on this machine."""
 
+    def inside(self, path: str) -> str:
+        """Return the real path of `path`, for a writer.
+
+        Raises:
+            Blocked: in a rehearsal, a link above it leads out of the rehearsal's folder.
+        """
+
     def entry(self, path: str) -> Entry | None:
         """Return what is at `path`, without following links, or None."""
 
@@ -126,13 +133,6 @@ class System(Reader, Protocol):
     def log(self) -> str:
         """The path of the log that has the whole output of programs; "": none."""
         return ""
-
-    def inside(self, path: str) -> str:
-        """Return the real path of `path`, for a writer.
-
-        Raises:
-            Blocked: in a rehearsal, a link above it leads out of the rehearsal's folder.
-        """
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """Replace a file atomically; the journaling System creates missing folders."""

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparkinstall.core import engine
-from sparkinstall.errors import Problem, StateDamaged
-from sparkinstall.events import Event, ResourceApplied, silent
+from sparkinstall.core.engine import StepReport
+from sparkinstall.errors import StateDamaged
+from sparkinstall.events import Emit, Event, ResourceApplied, silent
 from sparkinstall.facts import wheel_files
 from sparkinstall.facts.decisions import Fp8Fallback, RecordDamaged, as_text, recorded
 from sparkinstall.node import Node
@@ -22,7 +23,7 @@ from sparkinstall.resources.venv import RecordedLock, lock_of
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System
 from sparkinstall.system.local import LocalReader, LocalSystem
-from tests.support.nodes import node_of, system_of
+from tests.support.nodes import NODE, node_of, system_of
 from tests.support.tiny_stack import tiny_stack
 
 PATH = "/opt/sparkinstall/fp8.json"
@@ -80,6 +81,11 @@ class TheStep(Step):
         return (Decides(),)
 
 
+def applied(root: Path, emit: Emit = silent) -> StepReport:
+    (report,) = engine.converge([TheStep()], NODE, lambda _: system_of(root), emit)
+    return report
+
+
 def damaged(root: Path, damage: str) -> Path:
     place = Path(f"{root}{PATH}")
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -101,18 +107,17 @@ def test_record_that_is_damaged_is_drift_that_names_it(tmp_path: Path, damage: s
 def test_record_that_is_damaged_is_determined_again_with_a_note(tmp_path: Path, damage: str) -> None:
     damaged(tmp_path, damage)
     events: list[Event] = []
-    state = engine._applied(TheStep(), Decides(), system_of(tmp_path), events.append, force=False)
-    assert isinstance(state, Ok) and state.changed
-    (applied,) = [each for each in events if isinstance(each, ResourceApplied)]
-    assert f"{PATH} is damaged: " in applied.summary
+    report = applied(tmp_path, events.append)
+    assert report.problem is None and report.checked[0].changed
+    (done,) = [each for each in events if isinstance(each, ResourceApplied)]
+    assert f"{PATH} is damaged: " in done.summary
 
 
 @pytest.mark.parametrize("damage", ["folder", "pipe"])
 def test_record_with_something_else_in_its_place_is_an_error_with_what_to_do(tmp_path: Path, damage: str) -> None:
     place = damaged(tmp_path, damage)
-    with pytest.raises(Problem) as problem:
-        engine._applied(TheStep(), Decides(), system_of(tmp_path), silent, force=False)
-    assert PATH in problem.value.message and "move it away" in problem.value.hint
+    problem = applied(tmp_path).problem
+    assert problem and PATH in problem.message and "move it away" in problem.hint
     assert place.exists()
 
 
@@ -157,10 +162,15 @@ def test_recorded_hashes_of_tarballs_that_are_damaged_are_an_error(tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["not-utf8", "pipe", "folder"])
-def test_record_of_a_wheel_that_cannot_be_read_is_named(tmp_path: Path, damage: str) -> None:
-    DAMAGES[damage](tmp_path / "RECORD")
-    with pytest.raises(StateDamaged, match=f"^{tmp_path}/RECORD cannot be read: .") as problem:
-        list(wheel_files._rows(str(tmp_path / "RECORD")))
+def test_rows_of_wheels_that_cannot_be_read_are_named(tmp_path: Path, damage: str) -> None:
+    node = node_of(tmp_path)
+    venv = Path(f"{tmp_path}{node.venv}")
+    (venv / "lib/python3.12/site-packages").mkdir(parents=True)
+    (venv / "sparkinstall.json").write_text("{}")
+    place = Path(f"{tmp_path}{node.wheel_exceptions}")
+    DAMAGES[damage](place)
+    with pytest.raises(StateDamaged, match=f"^{place} cannot be read: .") as problem:
+        wheel_files.compare(node, LocalReader(str(tmp_path)))
     assert "--force" in problem.value.hint
 
 
