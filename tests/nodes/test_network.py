@@ -273,6 +273,20 @@ def test_network_after_a_reboot_is_set_up(head: FleetNode, worker: FleetNode) ->
     _until(lambda: worker.run("ping", "-c1", "-W1", "-M", "do", "-s", "8972", HEAD, check=False).returncode == 0)
 
 
+def test_uninstall_with_a_file_that_cannot_be_removed_keeps_its_link_and_can_be_repeated(head: FleetNode) -> None:
+    # Nobody can remove a mount point.
+    head.run("mount", "--bind", TARGET, TARGET)
+    try:
+        for _ in range(2):
+            answer = _tool(head, "uninstall", "--yes", check=False)
+            assert answer.returncode == 1
+            said = " ".join((answer.stdout + answer.stderr).split())
+            assert f"{TARGET} could not be undone" in said and "the QSFP link could not be undone" in said
+            assert is_set_up(head, HEAD), "the file and the link agree"
+    finally:
+        head.run("umount", TARGET)
+
+
 def test_uninstall_restores_files_and_interfaces(head: FleetNode, worker: FleetNode, before: dict[str, str]) -> None:
     answer = _tool(head, "uninstall", "--yes")
     assert "kept" not in answer.stdout
