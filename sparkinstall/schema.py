@@ -17,12 +17,15 @@ import msgspec
 from msgspec import Meta, Struct, ValidationError
 
 from sparkinstall import safe_yaml
-from sparkinstall.redaction import redact
+from sparkinstall.redaction import HIDDEN, gives_secret, redact
 
 T = TypeVar("T")
 _Steps = tuple[str | int, ...]
 
 _PLACE = re.compile(r"(?P<why>.*?)(?: - at (?:`key` in )?`\$(?P<path>[^`]*)`)?", re.DOTALL)
+_OPTION = re.compile(r"--[\w.+-]+")
+_LONG = reprlib.Repr()
+_LONG.maxstring = 1 << 12
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
 _PLAIN = {str: "text", int: "a number", bool: "true or false", types.NoneType: "null", date: "a day like 2026-04-30"}
 
@@ -104,6 +107,9 @@ def show(value: Any) -> str:
     # Not str(): a few lines of YAML aliases can expand to more text than fits into memory.
     try:
         text = "null" if value is None else ascii(value[:80]) if isinstance(value, str) else reprlib.repr(value)
+        # In more than what is shown, where the name of an option may be cut.
+        if any(map(gives_secret, _OPTION.findall(_LONG.repr(value)))):
+            return HIDDEN
     except ValueError:  # Python refuses to print numbers of more than 4300 digits
         text = f"such a {type(value).__name__}"
     text = redact(text)

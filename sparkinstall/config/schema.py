@@ -128,9 +128,9 @@ class FirewallConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
-    model: Annotated[Line | None, doc("The model that the unit `vllm` serves (a folder or a name); null: no unit.")] = (
-        None
-    )
+    model: Annotated[
+        Argument | None, doc("The model that the unit `vllm` serves (a folder or a name); null: no unit.")
+    ] = None
     port: Annotated[Port, doc("The API's port.")] = 8000
     allow: Annotated[
         Network | None, doc("A network that may use the API, such as 192.168.1.0/24; null: only this node.")

@@ -108,6 +108,23 @@ def test_credential_in_another_setting_is_refused_and_not_repeated(name: str, va
     assert VALUE not in refused.value.message
 
 
+@pytest.mark.parametrize("value", [f"--api_k={VALUE}", f"--hf_token={VALUE}", f"--hf-overrides.password={VALUE}"])
+def test_option_in_place_of_a_model_is_refused(value: str) -> None:
+    with pytest.raises(BadConfig, match=REFUSED) as refused:
+        parse_assignment(f"serving.model={value}")
+    assert VALUE not in refused.value.message
+
+
+@pytest.mark.parametrize("option", ["--api_key", "--api", "--api-k", "--hf_t", "--hf-overrides.api_key"])
+@pytest.mark.parametrize("form", ["{}={}", "- {} {}", "{{{}: {}}}", "[[{}, {}]]", "[[{}={}]]", '["{}={}"'])
+@pytest.mark.parametrize("name", ["serving.arguments", "serving.port", "nccl.arch", "packages.extra"])
+def test_secret_in_a_value_of_the_wrong_type_is_not_repeated(name: str, form: str, option: str) -> None:
+    text = form.format(option, VALUE)
+    with pytest.raises(BadConfig) as refused:
+        parse_assignment(f"{name}={text}")
+    assert VALUE not in refused.value.message
+
+
 @pytest.mark.parametrize("option", ["--api-key", "--api_k", "--api-ke", "--hf-token", "--hf_t", "--hf_toke"])
 @pytest.mark.parametrize("form", ["{} {}", "{}={}", "'{}', '{}'", '["{}", "{}"]'])
 def test_output_hides_the_secret_of_every_spelling(option: str, form: str) -> None:
