@@ -58,5 +58,8 @@ def _show(state: StateFolder, done: Uninstallation, purged: bool) -> None:
     for each in done.changes:
         if each.outcome == "kept":
             print(f"! kept {each.subject}: {each.note}")
-    if not purged and user_cache().exists():
-        print(f"Downloads are kept in {user_cache()} (--purge-cache removes them).")
+    if any(each.outcome == "kept" for each in done.changes) and state.exists:
+        print(f"Their records stay in {state.home}: `sparkinstall uninstall` again undoes what can then be undone.")
+    if user_cache().exists():
+        how = "not all of them could be removed" if purged else "--purge-cache removes them"
+        print(f"Downloads are kept in {user_cache()} ({how}).")

@@ -91,15 +91,17 @@ class Journal:
                 hint=f"delete it (`rm {path}`): the journal is then taken as it is",
             )
         if int(noted) > last:
-            raise self._lost(f"{self.path} was cut: its last line has the number {last}, but {int(noted)} was written")
+            raise self._lost(
+                f"{self.path} was cut: its last line has the number {last}, but {int(noted)} was written",
+                f"; or delete {path}, to undo what the lines that are left say",
+            )
 
-    def _lost(self, message: str) -> JournalDamaged:
+    def _lost(self, message: str, otherwise: str = "") -> JournalDamaged:
         return JournalDamaged(
             message,
-            cause="without the journal, which records the former state, uninstall can restore nothing",
-            hint="restore the journal from a backup. Without one: if nothing is installed here, remove "
-            f"{self.home}; else restore by hand what {self.home}/originals has, or delete {self.home}/journal.last "
-            "to continue with the records that are left",
+            cause="uninstall restores only what the journal records",
+            hint=f"restore the journal from a backup{otherwise}. The first content of changed files is in "
+            f"{self.home}/originals; if nothing is installed here, remove {self.home}",
         )
 
     def _parse(self, number: int, line: bytes) -> Record:

@@ -340,6 +340,27 @@ def test_undo_that_depends_on_a_kept_file_stays_in_the_journal(
     assert not state_of(root).exists
 
 
+def test_uninstall_that_keeps_something_says_how_to_finish(root: Path) -> None:
+    change(root, ("write", "/opt/theirs.txt", b"ours"))
+    (root / "opt/theirs.txt").write_bytes(b"changed by another user")
+    said = in_this_process("uninstall", "--root", root).stdout
+    assert "kept /opt/theirs.txt: changed since" in said and "`sparkinstall uninstall` again" in said
+    (root / "opt/theirs.txt").write_bytes(b"ours")
+    said = in_this_process("uninstall", "--root", root).stdout
+    assert "Restored 1" in said and "again" not in said and not state_of(root).exists
+
+
+def test_uninstall_with_a_cache_that_stays_does_not_claim_that_it_is_removed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(root, ("write", "/new", b"ours"))
+    (root.parent / "disk").mkdir()
+    (root.parent / "sparkinstall").symlink_to("disk")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root.parent))
+    run = in_this_process("uninstall", "--root", root, "--purge-cache")
+    assert "not all of them could be removed" in run.stdout and (root.parent / "disk").is_dir()
+
+
 # --- links and files in the place of our folders
 
 
