@@ -40,6 +40,7 @@ class _Failure(NamedTuple):
 
 
 AGAIN = "then run the same command again"
+DELETE = "delete files (`df -i` counts them)"
 BOOTED = "/run/systemd/system"
 """The folder that exists where systemd is PID 1 (sd_booted(3))."""
 
@@ -116,14 +117,18 @@ def _killed(failure: _Failure) -> Cause | None:
 
 def _full(failure: _Failure) -> Cause | None:
     line, hint = failure.line_with(_FULL), f"free some space, {AGAIN}: it resumes"
-    for place in (*failure.places, *(path.rstrip("./") for path in _PATH.findall(line))):
-        if left := _little_left(_disk_of(place)):
-            return Cause("full", f"the disk is full: {place} has {left} left", hint)
+    places = (*failure.places, *(path.rstrip("./") for path in _PATH.findall(line)))
+    for place in places:
+        if no_inode_left(place):
+            return Cause("full", f"no inode is left on the disk of {place}", f"{DELETE}, {AGAIN}")
+        if (disk := _disk_of(place)) and disk.f_blocks and (left := disk.f_bfree * disk.f_frsize) < _ROOM:
+            return Cause("full", f"the disk is full: {place} has {left // 1024} KiB left", hint)
     return Cause("full", f"the disk is full: {line}", hint) if line else None
 
 
 def _disk_of(place: str) -> os.statvfs_result | None:
     """Return the file system that holds a path or would hold it."""
+    place = os.path.abspath(place)
     while place != "/" and not os.path.lexists(place):
         place = os.path.dirname(place)
     try:
@@ -132,11 +137,10 @@ def _disk_of(place: str) -> os.statvfs_result | None:
         return None
 
 
-def _little_left(disk: os.statvfs_result | None) -> str:
-    """Return what is left, if it is too little for a small file; "" otherwise."""
-    if disk and disk.f_blocks and disk.f_bfree * disk.f_frsize < _ROOM:
-        return f"{disk.f_bfree * disk.f_frsize // 1024} KiB"
-    return "no inode" if disk and disk.f_files and not disk.f_ffree else ""
+def no_inode_left(place: str) -> bool:
+    """Return whether the file system of a path can hold no more files, whatever their size."""
+    disk = _disk_of(place)
+    return disk is not None and disk.f_files > 0 and disk.f_ffree == 0
 
 
 def _read_only(failure: _Failure) -> Cause | None:

@@ -1,11 +1,12 @@
 """Errors for users: what failed, why, and what to do. Also the exit codes."""
 
 import errno
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 
-from sparkinstall.causes import Kind
+from sparkinstall import causes
 
 
 class Exit(IntEnum):
@@ -32,7 +33,7 @@ class Problem(Exception):
     """
 
     code = "failed"
-    kind: Kind | None = None
+    kind: causes.Kind | None = None
     exit_code = Exit.FAILED
 
     def __init__(
@@ -128,10 +129,7 @@ class Interrupted(Problem):
 _STORAGE = {
     errno.ENOSPC: ("the disk is full", "free some space, then run the same command again: it resumes"),
     errno.EDQUOT: ("your disk quota is used up", "free some space, then run the same command again"),
-    errno.EROFS: (
-        "the file system is read-only",
-        "mount it writable, or choose another place with `prefix:` in the config",
-    ),
+    errno.EROFS: ("the file system is read-only", "mount it writable, then run the same command again"),
     errno.EACCES: ("permission denied", "run as a user who may use sudo, or choose a folder of your own"),
     errno.EPERM: ("not permitted", "run as a user who may use sudo, or choose a folder of your own"),
     errno.EIO: ("the disk reports an I/O error", "see `dmesg`: the disk may be failing"),
@@ -141,7 +139,13 @@ _STORAGE = {
 def storage_problem(error: OSError, doing: str) -> Storage:
     """Turn an OSError into a `Storage` problem; `doing` names the action ("writing /etc/x")."""
     why, hint = _STORAGE.get(error.errno or 0, (error.strerror or str(error), ""))
-    path = error.filename if isinstance(error.filename, str) else ""
+    # Of two names the second is the one that was to be created.
+    named = error.filename2 or error.filename
+    path = named if isinstance(named, str) else ""
+    if error.errno == errno.ENOSPC and path and causes.no_inode_left(path):
+        why, hint = "no inode is left on the disk", f"{causes.DELETE}, {causes.AGAIN}"
+    elif error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() == 0:
+        hint = "root itself may not do that: see `lsattr`, the mount options, and the rights of this container"
     where = f" ({path})" if path and path not in doing else ""
     return Storage(f"{doing} failed: {why}{where}", hint=hint)
 

@@ -44,14 +44,13 @@ def undo_change(change: Change, on: System, journal: Journal) -> Undone:
         return Undone(
             change.undo.subject, "failed", f"this version cannot undo a change of the kind {change.undo.kind}"
         )
-    except Problem as problem:
+    except (Problem, OSError) as error:
+        problem = error if isinstance(error, Problem) else storage_problem(error, "undoing it")
         why = problem.cause or " ".join(problem.output[-1:])
         said = f"{problem.message}: {why}" if why else problem.message
         return Undone(change.undo.subject, "failed", f"{said} - {problem.hint}" if problem.hint else said)
     except KeyError as missing:
         return Undone(change.undo.subject, "failed", f"the journal's record of it has no usable {missing}")
-    except OSError as error:
-        return Undone(change.undo.subject, "failed", storage_problem(error, "undoing it").message)
 
 
 def _observed(change: Change, result: Undone, on: System) -> Undone:

@@ -234,7 +234,7 @@ class LocalSystem(LocalReader, System):
         if not answer.ok:
             failure = failure_of(answer, f"{doing} failed", places=(os.path.dirname(path),))
             if number := {"full": errno.ENOSPC, "read-only": errno.EROFS}.get(failure.kind or ""):
-                raise storage_problem(OSError(number, ""), doing)
+                raise storage_problem(OSError(number, "", path), doing)
             raise failure
 
 

@@ -121,3 +121,10 @@ def test_cause_in_systemd_says_whether_it_runs(tmp_path: Path, monkeypatch: pyte
     found = cause_of(("systemctl", "start", "x"), 1, "Failed to connect to bus: No such file or directory")
     assert found is not None
     assert ("does not exist" in found.why, "PID 1" in found.hint) == (not booted, not booted)
+
+
+@pytest.mark.parametrize("place", ["", ".", "/", "//", "/.", "no/such/folder", "/no/such/", "x" * 300, "/dev/null/x"])
+def test_cause_with_a_strange_place_ends(place: str) -> None:
+    found = cause_of(("sh",), 1, f"sh: cannot create {place}: No space left on device", (place,))
+    assert found is not None and found.kind == "full"
+    assert causes.no_inode_left(place) is False

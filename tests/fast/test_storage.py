@@ -1,6 +1,7 @@
 """Full and read-only disks, cut downloads, wrong hashes, Ctrl-C, two runs at once, a wrong clock: each ends with a
 clear error and loses nothing."""
 
+import errno
 import hashlib
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 
 from sparkinstall.core import catalogue
 from sparkinstall.downloads import fetch
-from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Storage
+from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Storage, storage_problem
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
@@ -136,16 +137,42 @@ CHANGES: dict[str, Callable[[LocalSystem, str], object]] = {
 }
 
 
-@pytest.mark.parametrize("doing", ["writing", "linking", "creating the folder"])
-def test_change_by_sudo_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str) -> None:
-    with small_disk(tmp_path / "netplan", "12k,nr_inodes=2") as disk:
+@pytest.mark.parametrize(
+    ("doing", "size", "why"),
+    [
+        ("writing", "12k", "the disk is full"),
+        *((doing, "1m,nr_inodes=2", "no inode is left on the disk") for doing in list(CHANGES)[:3]),
+    ],
+)
+def test_change_by_sudo_on_a_full_disk_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str, size: str, why: str
+) -> None:
+    with small_disk(tmp_path / "netplan", size) as disk:
         fill(disk / "filler")
         fake_sudo(tmp_path / "bin", monkeypatch)
         with pytest.raises(Storage) as full:
             among_files_of_root(CHANGES[doing], str(disk))
-        assert re.fullmatch(rf"{doing} {disk}/new(.yaml)? failed: the disk is full", full.value.message)
-        assert "free some space" in full.value.hint and "sudo" not in full.value.hint
+        assert re.fullmatch(rf"{doing} {disk}/new(.yaml)? failed: {why}", full.value.message)
+        assert ("free some space" if "full" in why else "delete files") in full.value.hint
         assert os.listdir(disk) == ["filler"]
+
+
+@pytest.mark.parametrize("doing", list(CHANGES)[:3])
+def test_change_without_sudo_on_a_full_disk_says_so(tmp_path: Path, doing: str) -> None:
+    with small_disk(tmp_path / "netplan", "1m,nr_inodes=2") as disk:
+        (disk / "one").touch()
+        with pytest.raises(Storage, match="no inode is left on the disk"):
+            CHANGES[doing](LocalSystem(), str(disk))
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+@pytest.mark.parametrize("root", [True, False])
+def test_refusal_of_the_kernel_is_not_a_matter_of_sudo_for_root(
+    monkeypatch: pytest.MonkeyPatch, number: int, root: bool
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0 if root else 1000)
+    hint = storage_problem(OSError(number, "no"), "writing /x").hint
+    assert ("sudo" in hint, "lsattr" in hint) == (not root, root)
 
 
 @pytest.mark.parametrize("doing", CHANGES)
