@@ -2,12 +2,13 @@
 
 import fcntl
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparkinstall.errors import CommandFailed, storage_problem
+from sparkinstall.errors import CommandFailed, Storage, storage_problem
 
 if TYPE_CHECKING:
     import requests
@@ -35,7 +36,7 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
     """
     import requests
 
-    if into.exists():
+    if into.is_file():
         return into
     part = into.with_name(into.name + ".part")
     try:
@@ -65,7 +66,11 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
 @contextmanager
 def _locked(into: Path) -> Iterator[None]:
     """Lock the download: of two runs that share a cache, the second waits and finds the file."""
-    with open(into.with_name(f".{into.name}.lock"), "wb") as lock:
+    handle = into.with_name(f".{into.name}.lock")
+    for each in (into, into.with_name(into.name + ".part"), handle):
+        if os.path.lexists(each) and not each.is_file():
+            raise Storage(f"{each} is not a file, but downloads go there", hint=f"delete it: `rm -r {each}`")
+    with open(handle, "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

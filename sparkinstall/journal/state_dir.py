@@ -161,12 +161,12 @@ class StateFolder:
         return names
 
     def remember_unproven(self, names: Sequence[str]) -> None:
-        """Store which probes failed, unless the file already contains them; no file if none failed."""
-        if names and self.unproven() != list(names):
+        """Store which probes failed; no file if none failed. What was there before does not matter."""
+        if names:
             self._keep("unproven", "".join(f"{name}\n" for name in names))
-        elif not names:
-            with storage_errors(f"removing {self.home}/unproven"):
-                (self.home / "unproven").unlink(missing_ok=True)
+            return
+        with storage_errors(f"removing {self.home}/unproven"):
+            (self.home / "unproven").unlink(missing_ok=True)
 
     def _keep(self, name: str, text: str) -> None:
         with storage_errors(f"writing {self.home / name}"):

@@ -214,6 +214,16 @@ def test_unproven_that_cannot_be_read_is_named(small: SmallRehearsal, damage: st
     assert f"rm -r {path}" in getattr(found.value, "hint", "")
 
 
+@pytest.mark.parametrize("damage", ["empty", "not-utf8", "nul"])
+def test_unproven_that_is_damaged_is_replaced_at_the_end_of_a_run(small: SmallRehearsal, damage: str) -> None:
+    _damaged(small.home / "unproven", damage)
+    state = StateFolder(LocalSystem(str(small.root)))
+    state.remember_unproven(["disk"])
+    assert state.unproven() == ["disk"]
+    state.remember_unproven([])
+    assert state.unproven() == [] and not (small.home / "unproven").exists()
+
+
 # Each damage for one verb, and each verb for two.
 JOURNALS = [
     (name, damage, verb)

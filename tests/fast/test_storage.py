@@ -274,6 +274,17 @@ def test_fetch_with_a_wrong_range_in_the_answer_fails(tmp_path: Path) -> None:
         assert CONTENT.startswith((tmp_path / "file.part").read_bytes())
 
 
+@pytest.mark.parametrize("name", ["file", "file.part", ".file.lock"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/nowhere", path)])
+def test_fetch_with_something_else_in_the_place_of_a_file_names_it(
+    tmp_path: Path, name: str, make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / name)
+    with pytest.raises(Storage, match=f"{tmp_path / name} is not a file") as problem:
+        fetch("http://127.0.0.1:9/x", tmp_path / "file", lambda *_: None)
+    assert f"rm -r {tmp_path / name}" in problem.value.hint
+
+
 def test_fetch_to_a_full_disk_fails(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "128k") as disk, served(CutServer(CONTENT)) as server:
         with pytest.raises(Storage, match="the disk is full"):
