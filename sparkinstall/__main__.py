@@ -1,31 +1,34 @@
 """`sparkinstall`, and `python -m sparkinstall`."""
 
-import atexit
-import gc
-import io
 import os
 import sys
 from importlib import import_module
 
 from sparkinstall import __version__
 
+try:
+    from sparkinstall.cli import edge
+except KeyboardInterrupt:
+    os.write(2, "✗ interrupted; nothing was changed\n".encode())
+    os._exit(130)
+
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line of this process."""
+    if code := edge.run(_program, _problem_of):
+        sys.exit(code)
+
+
+def _program() -> None:
     if sys.argv[1:] == ["--version"]:
         # Before typer is imported: scripts call this often.
         print(f"sparkinstall {__version__}")
-        return
-    # At its end Python searches modules and classes for garbage: a quarter of the CPU time if there is nothing to do.
-    atexit.register(gc.freeze)
-    # If started with a closed stream (`2>&-`), discard its output.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character gets a question mark, not a crash.
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    import_module("sparkinstall.cli.app").main()
+    else:
+        import_module("sparkinstall.cli.app").main()
+
+
+def _problem_of(error: BaseException) -> object:
+    return import_module("sparkinstall.cli.run_command").problem_of(error)
 
 
 if __name__ == "__main__":

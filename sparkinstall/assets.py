@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from sparkinstall.given import home
+
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -21,6 +23,11 @@ def asset(name: str) -> Path:
 
 
 def user_cache() -> Path:
-    """Return the folder of downloads and wheels, kept between runs so that later ones need no network."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path("~/.cache").expanduser())
-    return Path(base) / "sparkinstall"
+    """Return the folder of downloads and wheels, kept between runs so that later ones need no network.
+
+    Raises:
+        BadUsage: the user has no home folder.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG specification has relative paths ignored.
+    return Path(base if base.startswith("/") else home() / ".cache") / "sparkinstall"

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
@@ -26,8 +27,23 @@ class Exit(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_LONG_WORD = re.compile(r"\S{300,}")
+_LONGEST = 3000
+
+
+def brief(text: str) -> str:
+    """Shorten names, values and texts of any length, so that they can be shown: their begin and end remain.
+
+    Control characters, which a terminal would obey, become visible.
+    """
+    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    text = _LONG_WORD.sub(lambda word: f"{word[0][:150]}[...]{word[0][-50:]}", text)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} [...] {text[-400:]}"
+
+
 class Problem(Exception):
-    """An error that the user can act on. `code` is stable and part of the JSON output.
+    """An error that the user can act on. `code` is stable and part of the JSON output. No text in it is long.
 
     `kind`: that of the recognised cause of a program's failure.
     """
@@ -39,8 +55,9 @@ class Problem(Exception):
     def __init__(
         self, message: str, *, cause: str = "", hint: str = "", log: str = "", output: Sequence[str] = ()
     ) -> None:
-        super().__init__(message)
-        self.message, self.cause, self.hint, self.log, self.output = message, cause, hint, log, tuple(output)
+        super().__init__(brief(message))
+        self.message, self.cause, self.hint, self.log = *map(brief, (message, cause, hint)), log
+        self.output = tuple(map(brief, output))
 
 
 class BadConfig(Problem):
@@ -132,6 +149,8 @@ _STORAGE = {
     errno.EROFS: ("the file system is read-only", "mount it writable, then run the same command again"),
     errno.EACCES: ("permission denied", "run as a user who may use sudo, or choose a folder of your own"),
     errno.EPERM: ("not permitted", "run as a user who may use sudo, or choose a folder of your own"),
+    errno.EFBIG: ("the file would be larger than you may write", "`ulimit -f` shows the limit; raise it"),
+    errno.EMFILE: ("too many open files", "raise the limit: `ulimit -n 1024`"),
     errno.EIO: ("the disk reports an I/O error", "see `dmesg`: the disk may be failing"),
 }
 

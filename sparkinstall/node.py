@@ -1,9 +1,9 @@
 """The node being set up: settings, stack, and the paths derived from them."""
 
 import os
-import pwd
 from pathlib import Path
 
+from sparkinstall import given
 from sparkinstall.config import safe_path
 from sparkinstall.layout import Layout
 from sparkinstall.stacks import Platform
@@ -47,7 +47,7 @@ class Node(Layout, frozen=True):
     @property
     def user(self) -> str:
         """The user who runs sparkinstall and the services."""
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return given.user()
 
     @property
     def several(self) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-_LARGEST = 1 << 20
+LARGEST = 1 << 20
 _DEEPEST = 20
 
 
@@ -83,7 +83,7 @@ def _is_at_tab(mark: Any, content: bytes) -> bool:
 
 def _require_bounds(content: bytes) -> None:
     depth = 0
-    if len(content) > _LARGEST:
+    if len(content) > LARGEST:
         raise TooMuch("larger or deeper than any file of ours")
     for event in yaml.parse(content, Loader=yaml.CSafeLoader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)

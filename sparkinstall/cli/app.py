@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import typer
@@ -75,6 +75,13 @@ class LazyGroup(TyperGroup):
         for name, (_, line) in VERBS.items():
             self.add_command(click.Command(name, help=line, hidden=not line))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse an empty argument: it comes from a variable that is not set, and would count as something else."""
+        for before, word in zip(["", *args], args, strict=False):
+            if not word or (word.startswith("--") and word.endswith("=")):
+                ctx.fail(f"the value {f'of {before or word} ' if before or word else ''}is empty")
+        return super().parse_args(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write each verb with its whole line."""
         del ctx
@@ -119,16 +126,13 @@ def _root(
     del version
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command line (None: this process's own); with `--json` usage errors are one JSON object too."""
     words = list(sys.argv[1:] if argv is None else argv)
-    app = program()
-    if "--json" not in words:
-        app(words, prog_name="sparkinstall", obj=main)
     try:
-        sys.exit(app(words, prog_name="sparkinstall", standalone_mode=False, obj=main))
+        sys.exit(program()(words, prog_name="sparkinstall", standalone_mode=False, obj=main))
     except Exception as error:
         # typer's own exceptions have moved between packages; what they have in common is this.
         if not hasattr(error, "format_message"):
             raise
-        sys.exit(_imported("run_command:report_usage")(words, error.format_message()))
+        sys.exit(_imported("run_command:report_usage")(words, error))

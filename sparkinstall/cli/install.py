@@ -15,8 +15,9 @@ from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.converge import Dialog, Installation, InstallOptions, converge, drifted
 from sparkinstall.core.engine import StepReport
 from sparkinstall.core.session import Session, Target, open_session
-from sparkinstall.errors import Exit, PreflightFailed
+from sparkinstall.errors import BadConfig, Exit, PreflightFailed
 from sparkinstall.events import Emit
+from sparkinstall.given import lasts
 from sparkinstall.resources import Drift
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 def install(target: Target, output: Output, options: InstallOptions, yes: bool) -> CommandResult:
     """Converge a node and show the result."""
     session = open_session(target)
+    config = session.options.get("config")
+    if config and not lasts(config):
+        why = "later runs read the config again, and this one can be read only once"
+        raise BadConfig(f"the config {config} is not a regular file", cause=why, hint="save it as a file first")
 
     def preflight(results: Sequence[ProbeResult]) -> None:
         if not output.json:

@@ -5,9 +5,11 @@ passes, with its text in `system-out`. Reasons are in an attribute and as text, 
 one and some (GitLab) only the other.
 """
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO
 from xml.etree import ElementTree
 
 from msgspec import Struct
@@ -17,6 +19,7 @@ from sparkinstall.cli.hints import pointed
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadUsage, Problem, storage_problem
+from sparkinstall.given import absolute
 from sparkinstall.probes import LEVELS, Finding
 from sparkinstall.redaction import redact
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Unknown, describe
@@ -92,10 +95,18 @@ def begin(path: Path) -> None:
         raise BadUsage(f"--junit {path} is not a file", hint="name the report itself: `--junit FILE.xml`")
     if not path.parent.is_dir():
         raise BadUsage(f"there is no folder {path.parent}", hint=f"create it first: mkdir -p {path.parent}")
+    path = absolute(path, "--junit")
     try:
-        path.write_bytes(b"")
+        _open(path).close()
     except OSError as error:
         raise storage_problem(error, f"writing {path}") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open the report; a pipe without a reader is an error, and is not waited for."""
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    os.set_blocking(handle, True)
+    return os.fdopen(handle, "wb")
 
 
 def write(path: Path, cases: Sequence[Case], strict: bool, root: str = "") -> None:
@@ -110,7 +121,8 @@ def write(path: Path, cases: Sequence[Case], strict: bool, root: str = "") -> No
         if mine := [case for case in cases if case.suite == suite]:
             whole.append(_suite(suite, mine))
     try:
-        ElementTree.ElementTree(whole).write(path, encoding="utf-8", xml_declaration=True)
+        with _open(absolute(path, "--junit")) as file:
+            ElementTree.ElementTree(whole).write(file, encoding="utf-8", xml_declaration=True)
     except OSError as error:
         raise storage_problem(error, f"writing {path}") from error
 

@@ -1,8 +1,6 @@
 """The frame around every verb: shared options, error messages, JSON, exit codes, Ctrl-C."""
 
 import inspect
-import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +10,7 @@ from typing import Any, NoReturn
 import typer
 from msgspec import Struct, field
 
-from sparkinstall.cli import options
+from sparkinstall.cli import edge, options
 from sparkinstall.cli.json_output import envelope
 from sparkinstall.core.session import Target
 from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem, storage_problem
@@ -80,25 +78,25 @@ def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
 
 def _run(name: str, body: Callable[[], CommandResult], target: Target, output: Output, reads_only: bool) -> NoReturn:
     """Run a verb and exit with its code."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _as_interrupt)
+    edge.on_interrupt(edge.raise_interrupt)
     result = _result(body, output.verbose)
     for each in result.problems:
         _complete(each, reads_only)
-    code = result.code
-    try:
-        if output.json:
-            print(envelope(name, code, result.data, result.problems))
-        else:
-            result.show()
-            _show_problems(result.problems, target.root_option)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of the pipe has closed it; click ends such a run silently.
-        raise
-    except OSError as error:
-        code = _untold(error)
-    raise typer.Exit(int(code))
+    shown = _result(lambda: _tell(name, result, target, output), output.verbose)
+    for each in shown.problems:
+        edge.say(each.message, each.hint)
+    raise typer.Exit(int(shown.code))
+
+
+def _tell(name: str, result: CommandResult, target: Target, output: Output) -> CommandResult:
+    """Print the result of a verb; return one with only its code."""
+    if output.json:
+        print(envelope(name, result.code, result.data, result.problems))
+    else:
+        result.show()
+        _show_problems(result.problems, target.root_option)
+    sys.stdout.flush()
+    return CommandResult(result.code)
 
 
 def _show_problems(problems: Sequence[Problem], root: str) -> None:
@@ -111,22 +109,40 @@ def _show_problems(problems: Sequence[Problem], root: str) -> None:
 def _result(body: Callable[[], CommandResult], verbose: bool) -> CommandResult:
     try:
         return body()
-    except Problem as problem:
-        return CommandResult(problem.exit_code, problems=(problem,))
-    except KeyboardInterrupt:
-        return CommandResult(Exit.INTERRUPTED, problems=(Interrupted("interrupted"),))
-    except typer.Abort:
-        return CommandResult(Exit.INTERRUPTED, problems=(Interrupted("cancelled; nothing was changed"),))
-    except Exception as error:
-        if verbose:
+    except edge.Unwritten as error:
+        return CommandResult(Exit(edge.unwritten(error, problem_of)))
+    except (Exception, KeyboardInterrupt) as error:
+        problem = problem_of(error)
+        if verbose and problem is not error and not isinstance(problem, Interrupted):
             traceback.print_exc()
-        return CommandResult(Exit.FAILED, problems=(_bug(error),))
+        return CommandResult(problem.exit_code, problems=(problem,))
 
 
-def report_usage(words: Sequence[str], what: str) -> int:
-    """Print a usage error as JSON, if the command line asks for JSON; return the exit code."""
+def problem_of(error: BaseException) -> Problem:
+    """Return what an error means to the user: itself, an interrupt, a fault around us, or a bug."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, KeyboardInterrupt):
+        return Interrupted("interrupted")
+    if isinstance(error, typer.Abort):
+        return Interrupted("cancelled; nothing was changed")
+    if isinstance(error, MemoryError):
+        return Problem("there is not enough memory", hint="`free -h` and `ulimit -v` show how much there is")
+    if isinstance(error, ImportError | SyntaxError):
+        return Problem(f"sparkinstall is not whole: {error}", hint="install it again: `./install.sh`")
+    if isinstance(error, OSError):
+        return storage_problem(error, "writing the output" if isinstance(error, edge.Unwritten) else "sparkinstall")
+    return _bug(error)
+
+
+def report_usage(words: Sequence[str], error: Any) -> int:
+    """Print a usage error (an exception of click), as JSON if the command line asks for that; return the exit code."""
+    if "--json" not in words:
+        error.show()
+        return int(error.exit_code)
     name = next((word for word in words if not word.startswith("-")), "")
-    print(envelope(name, Exit.USAGE, {}, [BadUsage(what, hint="`sparkinstall --help` lists verbs and options")]))
+    problem = BadUsage(error.format_message(), hint="`sparkinstall --help` lists verbs and options")
+    print(envelope(name, Exit.USAGE, {}, [problem]))
     return int(Exit.USAGE)
 
 
@@ -145,10 +161,6 @@ def confirm(question: str, *, agreed: bool, default: bool) -> None:
         raise Interrupted("cancelled; nothing was changed")
 
 
-def _as_interrupt(_number: int, _frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def _complete(problem: Problem, reads_only: bool) -> None:
     """Explain the effect of an interrupt, which depends on the verb."""
     if not isinstance(problem, Interrupted) or problem.message != "interrupted":
@@ -159,16 +171,7 @@ def _complete(problem: Problem, reads_only: bool) -> None:
         problem.hint = "run the same command again: it continues where this one stopped"
 
 
-def _untold(error: OSError) -> Exit:
-    """Report in one line that the output cannot be written, for example on a full disk."""
-    print(f"✗ {storage_problem(error, 'writing the output').message}", file=sys.stderr)
-    # Buffered output would fail again when Python exits.
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
-    return Exit.FAILED
-
-
-def _bug(error: Exception) -> Problem:
+def _bug(error: BaseException) -> Problem:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].name}, line {frames[-1].lineno})" if frames else ""
     return Problem(

@@ -17,6 +17,7 @@ from sparkinstall.cli.text_output import console
 from sparkinstall.core.session import Target, open_state
 from sparkinstall.core.verify import VerifyOptions
 from sparkinstall.errors import BadUsage, Problem, Storage, storage_problem
+from sparkinstall.given import absolute
 from sparkinstall.support import bundle, identity
 from sparkinstall.support.mask import Mask
 from sparkinstall.support.results import results
@@ -71,7 +72,7 @@ def _place(output: Path | None, yes: bool) -> Path:
         BadUsage: the path cannot be a file, or exists.
         Storage: this user may not write to the folder.
     """
-    path = (output or Path(time.strftime("sparkinstall-support-%Y%m%d-%H%M%S.tar.gz"))).expanduser().absolute()
+    path = absolute(output or time.strftime("sparkinstall-support-%Y%m%d-%H%M%S.tar.gz"), "--output")
     if not path.parent.is_dir():
         raise BadUsage(f"there is no folder {path.parent}", hint=f"create it first: mkdir -p {path.parent}")
     if path.is_dir() or (path.exists() and not path.is_file()):

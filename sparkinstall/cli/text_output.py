@@ -17,7 +17,7 @@ from sparkinstall.cli.hints import pointed
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
 from sparkinstall.core.fixes import FixState
-from sparkinstall.errors import Problem
+from sparkinstall.errors import Problem, brief
 from sparkinstall.probes import Verdict
 from sparkinstall.redaction import redact
 from sparkinstall.resources import Drift, describe
@@ -56,6 +56,11 @@ class _Trimmed(io.TextIOBase):
         self._stream.flush()
 
 
+def shown(text: str) -> str:
+    """Return a text as it is shown: without secrets, and of limited length."""
+    return brief(redact(text))
+
+
 def sign(of: str) -> Text:
     """Return the coloured sign at the beginning of a line."""
     mark, colour = _SIGNS[of]
@@ -80,7 +85,7 @@ def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False
     table = columns(1, 12, None)
     for report in reports:
         for at, (mark, line) in enumerate(plan_lines(report)):
-            table.add_row(sign(mark), report.name if at == 0 else "", Text(redact(pointed(line, root))))
+            table.add_row(sign(mark), report.name if at == 0 else "", Text(shown(pointed(line, root))))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
     for report in reports:
         for state in report.checked:
@@ -109,12 +114,12 @@ def show_diff(drift: Drift, out: Console, verbose: bool) -> None:
         return
     out.print()
     out.print(f"  [bold]{escape(drift.key)}[/]")
-    shown = lines if verbose else lines[:_MANY_LINES]
-    for line in shown:
+    kept = lines if verbose else lines[:_MANY_LINES]
+    for line in kept:
         style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "dim")
-        out.print(Text("    " + redact(line), style=style))
-    if len(shown) < len(lines):
-        out.print(f"    [dim]... {len(lines) - len(shown)} more lines (-v shows them)[/]")
+        out.print(Text("    " + shown(line), style=style))
+    if len(kept) < len(lines):
+        out.print(f"    [dim]... {len(lines) - len(kept)} more lines (-v shows them)[/]")
 
 
 def show_findings(results: Sequence[ProbeResult], out: Console, only_bad: bool = False, root: str = "") -> None:
@@ -124,7 +129,7 @@ def show_findings(results: Sequence[ProbeResult], out: Console, only_bad: bool =
         if only_bad and each.verdict in ("pass", "skip"):
             continue
         expected = f" [dim](expected: {escape(each.expected)})[/]" if each.expected and each.verdict != "pass" else ""
-        table.add_row(sign(each.verdict), each.name, escape(redact(each.found)) + expected)
+        table.add_row(sign(each.verdict), each.name, escape(shown(each.found)) + expected)
         if each.hint and each.verdict in ("fail", "warn"):
             table.add_row("", "", f"[dim]→[/] {escape(pointed(each.hint, root))}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
@@ -138,10 +143,10 @@ def show_proof(results: Sequence[ProbeResult], out: Console, root: str = "", ver
         name = Text("" if each.level == level else each.level, style="dim")
         level = each.level
         took = f"  ({each.seconds:.1f} s)" if each.seconds >= 1 else ""
-        table.add_row(name, sign(each.verdict), each.name, escape(redact(each.found)) + took)
+        table.add_row(name, sign(each.verdict), each.name, escape(shown(each.found)) + took)
         bad = each.verdict in ("fail", "warn")
         if each.expected and (bad or verbose) and each.expected != each.found:
-            table.add_row("", "", "", Text(f"expected: {redact(each.expected)}", style="dim"))
+            table.add_row("", "", "", Text(f"expected: {shown(each.expected)}", style="dim"))
         if each.hint and bad:
             table.add_row("", "", "", _hint(each, root))
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
@@ -170,7 +175,7 @@ def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None
     table = columns(1, 1, 43, 8, *(() if narrow else (None,)))
     for state in states:
         mark = sign(state.standing)
-        note = Text(redact(pointed(state.note, root)), style="dim")
+        note = Text(shown(pointed(state.note, root)), style="dim")
         row = (mark, str(state.number), state.title, Text(state.standing, style=mark.style))
         table.add_row(*row, *(() if narrow else (note,)))
         if narrow and note.plain not in ("", said):
@@ -194,11 +199,11 @@ def show_problems(problems: Sequence[Problem], root: str = "") -> None:
 
 def show_problem(problem: Problem, out: Console, where: str = "", root: str = "") -> None:
     """Print the message (after the markup `where`), cause, last lines of output, log and hint."""
-    out.print(f"[red bold]✗[/] {where}{escape(redact(problem.message))}")
+    out.print(f"[red bold]✗[/] {where}{escape(shown(problem.message))}")
     if problem.cause:
-        out.print(Padding(f"[dim]why[/]   {escape(redact(problem.cause))}", (0, 0, 0, 2), expand=False))
+        out.print(Padding(f"[dim]why[/]   {escape(shown(problem.cause))}", (0, 0, 0, 2), expand=False))
     for line in problem.output:
-        out.print(Text(f"  │ {redact(line)}", style="dim"))
+        out.print(Text(f"  │ {shown(line)}", style="dim"))
     if problem.log:
         out.print(f"  [dim]log[/]   {escape(problem.log)}")
     if problem.hint:

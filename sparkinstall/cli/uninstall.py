@@ -1,6 +1,8 @@
 """`sparkinstall uninstall`: restore the former state from the journal."""
 
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -13,7 +15,7 @@ from sparkinstall.cluster.protocol import Uninstalled
 from sparkinstall.core.session import Target, open_state
 from sparkinstall.core.uninstall import Uninstallation
 from sparkinstall.core.uninstall import uninstall as uninstall_node
-from sparkinstall.errors import Exit
+from sparkinstall.errors import BadUsage, Exit
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.undo import Change
 
@@ -28,6 +30,9 @@ def uninstall(
 ) -> CommandResult:
     """Undo everything: restore every file byte for byte, remove every package that was not installed before."""
     state = open_state(target)
+    if purge_cache:
+        # What cannot be done of it is said before anything is undone.
+        user_cache()
 
     def agree(changes: Sequence[Change]) -> None:
         if not output.json:
@@ -60,6 +65,8 @@ def _show(state: StateFolder, done: Uninstallation, purged: bool) -> None:
             print(f"! kept {each.subject}: {each.note}")
     if any(each.outcome == "kept" for each in done.changes) and state.exists:
         print(f"Their records stay in {state.home}: `sparkinstall uninstall` again undoes what can then be undone.")
-    if user_cache().exists():
-        how = "not all of them could be removed" if purged else "--purge-cache removes them"
-        print(f"Downloads are kept in {user_cache()} ({how}).")
+    # Without a home folder there is no cache.
+    with suppress(BadUsage):
+        if os.path.exists(user_cache()):
+            how = "not all of them could be removed" if purged else "--purge-cache removes them"
+            print(f"Downloads are kept in {user_cache()} ({how}).")

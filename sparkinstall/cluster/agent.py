@@ -23,7 +23,7 @@ from sparkinstall.cluster.protocol import (
 )
 from sparkinstall.core import catalogue, checks, engine
 from sparkinstall.core.session import Session
-from sparkinstall.errors import Problem
+from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.events import silent
 from sparkinstall.facts import ip, machine
 from sparkinstall.facts.network import HEADERS, pings
@@ -46,7 +46,10 @@ def serve(run: Callable[[Sequence[str]], None]) -> None:
         line = stdin.readline(_LONGEST_REQUEST)
     if not line.endswith(b"\n"):
         raise EOFError
-    request = msgspec.json.decode(line, type=Request)
+    try:
+        request = msgspec.json.decode(line, type=Request)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise EOFError from error
     # Not StringIO: verbs read bytes too, through `buffer`.
     sys.stdin = io.TextIOWrapper(io.BytesIO(request.stdin.encode()))
     threading.Thread(target=_end_when_alone, daemon=True).start()
@@ -60,7 +63,7 @@ def _end_when_alone() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def tell(text: str) -> None:
@@ -133,7 +136,10 @@ def fetch(session: Session, only: Sequence[str]) -> Fetched:
     def progress(done: int, total: int) -> None:
         tell(f"copied {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
-    head = msgspec.json.decode(sys.stdin.readline(), type=Introduction)
+    try:
+        head = msgspec.json.decode(sys.stdin.readline(), type=Introduction)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise BadUsage("the introduction of the head on stdin cannot be read") from error
     return artifacts.fetch(session.node, session.system, only, head, progress)
 
 

@@ -164,7 +164,7 @@ class RemoteNode(Struct):
     def _decoded(self, result: Result, message: type[_Message]) -> Reply[_Message]:
         try:
             return protocol.decode(result.out.strip().splitlines()[-1].encode(), message, self.host)
-        except (msgspec.MsgspecError, IndexError) as error:
+        except (msgspec.MsgspecError, IndexError, RecursionError) as error:
             raise Problem(
                 f"sparkinstall gave no reply on {self.host} (exit {result.code})",
                 hint=f"see why at the node: `ssh {self.host}`, then `sparkinstall status`",

@@ -30,6 +30,9 @@ _OPTIONS = (
 _LONGEST_FOLDER = 48
 _FAILED = 255
 _TAIL = 40
+# Bytes of stdout, and of one line of stderr: more is no reply of ours.
+_LONGEST_REPLY = 64 << 20
+_LONGEST_LINE = 1 << 16
 
 
 class Ssh(Struct):
@@ -112,7 +115,7 @@ def _conversation(
     out: list[bytes] = []
     readers = [
         threading.Thread(target=_listen, args=(cast(IO[bytes], process.stderr), said, on_line), daemon=True),
-        threading.Thread(target=lambda: out.append(cast(IO[bytes], process.stdout).read()), daemon=True),
+        threading.Thread(target=_keep, args=(cast(IO[bytes], process.stdout), out), daemon=True),
         threading.Thread(target=_tell, args=(cast(IO[bytes], process.stdin), stdin, keep_open), daemon=True),
     ]
     try:
@@ -142,8 +145,15 @@ def _tell(to: IO[bytes], stdin: bytes, keep_open: bool) -> None:
             to.close()
 
 
+def _keep(stream: IO[bytes], out: list[bytes]) -> None:
+    """Read the reply; of one that is too large only the begin, which is no reply then."""
+    out.append(stream.read(_LONGEST_REPLY))
+    while stream.read(1 << 16):
+        pass
+
+
 def _listen(stream: IO[bytes], said: list[str], on_line: Callable[[str], None]) -> None:
-    for raw in stream:
+    while raw := stream.readline(_LONGEST_LINE):
         line = raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]
         said.append(line)
         del said[:-_TAIL]

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-from sparkinstall import safe_yaml, schema
+from sparkinstall import given, safe_yaml, schema
 from sparkinstall.config import checks
 from sparkinstall.config.schema import Config, Setting, settings
 from sparkinstall.errors import BadConfig
@@ -19,8 +20,10 @@ DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")
 # Settings that may be a file, and the suffixes that distinguish a file from a name.
 _PATHS = ("stack", "nccl.source", "nccl.cuda_home")
 _FILES = (".yaml", ".yml", ".gz", ".xz", ".bz2", ".tgz", ".tar")
-# One more byte than allowed reveals a file that is too large.
-_LARGEST_FILE = 1 << 20
+
+
+# Characters of one value; a path has no more.
+_LONGEST = 4096
 
 
 class Layer(Struct, frozen=True):
@@ -43,8 +46,8 @@ def read_layer(path: Path) -> Layer:
         BadConfig: it cannot be read, is not YAML, or has an unknown key.
     """
     try:
-        with open(path, "rb") as file:
-            content = file.read(_LARGEST_FILE + 1)
+        lasts = given.lasts(str(path))
+        content = given.read(path, safe_yaml.LARGEST) if lasts else _read_once(path)
     except IsADirectoryError as error:
         raise BadConfig(f"the config {path} is a folder", hint="name a YAML file with --config") from error
     except (OSError, ValueError) as error:
@@ -54,7 +57,13 @@ def read_layer(path: Path) -> Layer:
     if raw is not None and not isinstance(raw, dict):
         raise BadConfig(f"the config {path} must be `key: value` lines, not a {type(raw).__name__}")
     values = dict(_flat(raw or {}, Layer(str(path), {}, content)))
-    return Layer(str(path), anchored(values, path.absolute().parent), content)
+    return Layer(str(path), anchored(values, os.path.dirname(path)), content)
+
+
+@lru_cache
+def _read_once(path: Path) -> bytes:
+    """Read a pipe, which cannot be read again, once in this process."""
+    return given.read(path, safe_yaml.LARGEST)
 
 
 def _yaml(content: bytes, what: str) -> Any:
@@ -92,15 +101,23 @@ def _unknown(name: str, place: str) -> BadConfig:
     )
 
 
-def anchored(values: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """Return `values` with absolute paths: a later run reads them from another folder."""
-    return {name: _anchored(value, base) if name in _PATHS else value for name, value in values.items()}
+def anchored(values: Mapping[str, Any], base: str) -> dict[str, Any]:
+    """Return `values` with absolute paths: a later run reads them from another folder.
+
+    Args:
+        base: the folder that paths are relative to; "": the current one.
+
+    Raises:
+        BadConfig: a path cannot be used.
+    """
+    return {name: _anchored(name, value, base) if name in _PATHS else value for name, value in values.items()}
 
 
-def _anchored(value: Any, base: Path) -> Any:
-    names_a_file = isinstance(value, str) and "://" not in value and ("/" in value or Path(value).suffix in _FILES)
-    # os.path accepts any text; Path raises for unknown users and invalid characters.
-    return os.path.abspath(os.path.join(base, os.path.expanduser(value))) if names_a_file else value
+def _anchored(name: str, value: Any, base: str) -> Any:
+    if not isinstance(value, str) or "://" in value or not ("/" in value or value.endswith(_FILES)):
+        return value
+    path = value if value.startswith("~") else os.path.join(base, value)
+    return os.path.normpath(given.absolute(path, f"`{name}`", BadConfig))
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -151,6 +168,8 @@ def _checked(setting: Setting, value: Any, layer: Layer) -> Any:
         numeric = isinstance(value, int | float) and setting.takes_text
         quote = f' (write it in quotes: "{value}")' if numeric else ""
         raise BadConfig(f"{error.message}{quote}", hint=error.hint) from error
+    if too_long := [each for each in (found if isinstance(found, tuple) else (found,)) if len(str(each)) > _LONGEST]:
+        raise BadConfig(f"{layer.place(setting.name)}: `{setting.name}` is too long: {show(too_long[0])}")
     items = {f"[{at}]": each for at, each in enumerate(found)} if isinstance(found, tuple) else {"": found}
     for at, each in items.items():
         complaint = setting.check(each) if setting.check and each is not None else None

@@ -12,7 +12,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from sparkinstall import config as configuration
-from sparkinstall import stacks
+from sparkinstall import given, stacks
 from sparkinstall.assets import user_cache
 from sparkinstall.config import Config, Layer
 from sparkinstall.config.cluster import require_sound
@@ -21,6 +21,7 @@ from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.node import Node
+from sparkinstall.resources import ray_token
 from sparkinstall.steps import Step
 from sparkinstall.system.local import LocalSystem
 
@@ -50,16 +51,23 @@ class Target(Struct, frozen=True):
 
     def values(self) -> dict[str, Any]:
         """Return the given settings by name; paths are absolute."""
-        given = dict(configuration.parse_assignment(each) for each in self.settings)
+        values = dict(configuration.parse_assignment(each) for each in self.settings)
         if self.stack is not None:
-            given["stack"] = self.stack
-        given |= {name: value for name, value in self.role.items() if value is not None}
-        return configuration.anchored(given, Path.cwd())
+            values["stack"] = self.stack
+        values |= {name: value for name, value in self.role.items() if value is not None}
+        return configuration.anchored(values, "")
+
+    def _config_file(self) -> str | None:
+        if self.config is None:
+            return None
+        path = given.absolute(self.config, "--config", BadConfig)
+        # Of a pipe only this name can be read.
+        return os.path.realpath(path) if given.lasts(str(path)) else str(path)
 
     def after(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options that later verbs continue with: these, over those of former runs."""
         said = {
-            "config": str(self.config.resolve()) if self.config else None,
+            "config": self._config_file(),
             "platform": self.platform,
             "full": self.full,
             "settings": {**recorded.get("settings", {}), **self.values()} or None,
@@ -127,19 +135,19 @@ def open_session(target: Target) -> Session:
 def _root(root: Path | None) -> str:
     if root is None:
         return "/"
-    full = root.expanduser().absolute()
-    if full.resolve() == Path("/"):
+    full = given.absolute(root, "--root")
+    real = os.path.realpath(full)
+    if real == "/":
         raise BadUsage("--root / is this machine itself", hint="omit --root to set it up, or name a folder")
     if full.is_symlink() and not full.exists():
-        leads = os.path.realpath(full)
-        raise BadUsage(f"--root {root} is a link to {leads}, which does not exist", hint=f"create it: mkdir -p {leads}")
+        raise BadUsage(f"--root {root} is a link to {real}, which does not exist", hint=f"create it: mkdir -p {real}")
     if full.exists() and not full.is_dir():
         raise BadUsage(f"--root {root} is not a folder", hint="name a folder; a missing one is created")
     if not full.parent.is_dir():
         raise BadUsage(
             f"--root {root}: there is no folder {full.parent}", hint=f"create it first: mkdir -p {full.parent}"
         )
-    return os.path.realpath(full)
+    return real
 
 
 def _layers(target: Target, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:
@@ -150,9 +158,9 @@ def _layers(target: Target, recorded: dict[str, Any], options: dict[str, Any]) -
 def config_files(named: Path | str | None) -> list[Path]:
     """Return the config files to read: the named one, or the default ones that exist."""
     if named:
-        return [Path(named)]
-    found = [Path(each).expanduser() for each in configuration.DEFAULT_FILES]
-    return [each for each in found if each.exists()]
+        return [given.absolute(named, "--config", BadConfig)]
+    found = [given.absolute(each, "the config", BadConfig) for each in configuration.DEFAULT_FILES]
+    return [each for each in found if os.path.lexists(each)]
 
 
 def _settled(config: Config, sources: dict[str, str]) -> Config:
@@ -195,11 +203,20 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any], target: 
         machine=machine,
         rehearsal=system.rehearsal,
         full=bool(options.get("full")),
-        home=str(Path.home()),
+        home=str(given.home()),
         cache=user_cache(),
         confirm_later=target.confirm_later,
-        token_file=str(target.token_file or ""),
+        token_file=_token_file(target.token_file),
     )
+
+
+def _token_file(named: Path | None) -> str:
+    """Return the token's file; what it contains is checked before anything is changed."""
+    if named is None:
+        return ""
+    file = "-" if str(named) == "-" else str(given.absolute(named, "--token-file"))
+    ray_token.given(file)
+    return file
 
 
 def looked_at(session: Session, steps: Sequence[Step]) -> list[StepReport]:

@@ -211,8 +211,11 @@ def _whole(path: Path) -> Iterator[bytes]:
 
 
 def _stdin() -> Iterator[bytes]:
-    while data := os.read(sys.stdin.fileno(), BLOCK):
-        yield data
+    try:
+        while data := os.read(sys.stdin.fileno(), BLOCK):
+            yield data
+    except OSError as error:
+        raise BadUsage(f"stdin cannot be read: {error.strerror}", hint="name a file, or pipe the log in") from error
 
 
 def _growing(path: Path) -> Iterator[bytes]:

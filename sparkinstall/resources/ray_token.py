@@ -3,12 +3,11 @@
 import os
 import re
 import secrets
-import sys
 from functools import lru_cache
-from pathlib import Path
 
 from msgspec import Struct
 
+from sparkinstall import given as files
 from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State
@@ -18,6 +17,9 @@ MODE = 0o600
 _TOKEN = re.compile(rb"[!-~]{16,1024}")
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
 _PATIENCE = 40.0
+_LARGEST = 4096
+# What writes to our stdin may ask for a password first.
+_STDIN_PATIENCE = 300.0
 
 
 @lru_cache(maxsize=4)
@@ -28,7 +30,8 @@ def given(file: str) -> bytes:
         BadUsage: the file cannot be read or contains no token.
     """
     try:
-        token = (sys.stdin.buffer.read(4096) if file == "-" else Path(file).read_bytes()).strip()
+        content = files.read_stdin(_LARGEST, _STDIN_PATIENCE) if file == "-" else files.read(file, _LARGEST)
+        token = content.strip()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", "") or "it cannot be"
         raise BadUsage(

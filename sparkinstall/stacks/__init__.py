@@ -19,10 +19,14 @@ from urllib.parse import unquote
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparkinstall import schema
+from sparkinstall import given, schema
+from sparkinstall.errors import BadUsage
 from sparkinstall.schema import either, like
 
 DEFAULT = "0.18.1"
+
+# Bytes; the largest lock has a hundredth of it.
+_LARGEST = 16 << 20
 
 _HERE = Path(__file__).resolve().parent
 
@@ -204,17 +208,20 @@ def load(name_or_path: str) -> Stack:
 
 
 def _own(name_or_path: str) -> Path:
-    try:
-        path = Path(name_or_path).expanduser()
-        if name_or_path and path.is_dir():
+    if name_or_path:
+        try:
+            path = given.absolute(name_or_path, "the stack")
+        except BadUsage as error:
+            raise StackError(error.message) from error
+        if path.is_dir():
             raise StackError(f"{name_or_path} is a directory: give the stack's YAML file itself.")
-        if path.is_file():
+        if path.exists() and not path.is_file():
+            raise StackError(f"{name_or_path} is not a regular file: later runs read the stack again.")
+        if path.exists():
             return path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise StackError(f"The stack {name_or_path!r} cannot be read ({error}): check its path.") from error
     near = schema.nearest(name_or_path, names(), cutoff=0.5)
     known = f"{near and f' ({near})'}: use {either(names())}, or a YAML file's path."
-    raise StackError(f"There is no stack {name_or_path!r}{known}")
+    raise StackError(f"There is no stack {schema.show(name_or_path)}{known}")
 
 
 def _stack(file: _File, path: Path) -> Stack:
@@ -328,7 +335,10 @@ def canonical(name: str) -> str:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        content = given.read(path, _LARGEST)
+        if len(content) > _LARGEST:
+            raise ValueError(f"it is larger than {_LARGEST >> 20} MiB")
+        return content.decode()
     except FileNotFoundError as error:
         raise StackError(f"{path} does not exist: generate it with tools/lock.py, or omit `lock`.") from error
     except (OSError, ValueError) as error:

@@ -5,10 +5,10 @@ import pwd
 import re
 import socket
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
-from sparkinstall import safe_yaml
+from sparkinstall import given, safe_yaml
 from sparkinstall.errors import Problem
 from sparkinstall.facts import machine
 from sparkinstall.support.mask import Known
@@ -62,7 +62,7 @@ def _hosts(on: Reader) -> Iterator[str]:
 
 def _own_users() -> Iterator[str]:
     yield from (os.environ.get(name, "") for name in ("USER", "LOGNAME", "SUDO_USER"))
-    yield pwd.getpwuid(os.geteuid()).pw_name
+    yield given.user()
 
 
 def _people(on: Reader) -> Iterator[str]:
@@ -74,8 +74,9 @@ def _people(on: Reader) -> Iterator[str]:
 
 
 def _homes() -> Iterator[str]:
-    yield str(Path.home())
-    yield pwd.getpwuid(os.geteuid()).pw_dir
+    yield os.environ.get("HOME", "")
+    with suppress(KeyError):
+        yield pwd.getpwuid(os.geteuid()).pw_dir
 
 
 def _ids(on: Reader) -> Iterator[str]:

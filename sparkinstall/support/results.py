@@ -3,12 +3,11 @@
 import platform
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from msgspec import Struct, to_builtins
 
-from sparkinstall import stacks
+from sparkinstall import given, stacks
 from sparkinstall.assets import user_cache
 from sparkinstall.cluster.protocol import Verified, plain
 from sparkinstall.config import Config
@@ -82,5 +81,5 @@ def _unset(on: LocalSystem) -> Node:
     machine = platform.machine()
     return Node(
         config=Config(), stack=stacks.load(stacks.DEFAULT), platform=machine, machine=machine,
-        rehearsal=on.rehearsal, full=False, home=str(Path.home()), cache=user_cache(),
+        rehearsal=on.rehearsal, full=False, home=str(given.home()), cache=user_cache(),
     )  # fmt: skip

@@ -21,6 +21,9 @@ _GRACE = 10.0
 _LEFTOVER_TIMEOUT = 5.0
 """Seconds during which programs of a killed run are searched for."""
 
+_LONGEST_LINE = 1 << 16
+"""Bytes; a longer line of a program is passed on in pieces."""
+
 _running: set[int] = set()
 _stopped = threading.Event()
 _guard = threading.Lock()
@@ -135,7 +138,7 @@ def stream(argv: tuple[str, ...], env: Mapping[str, str], on_line: Callable[[str
     if timeout is not None:
         timer.start()
     try:
-        for raw in cast(IO[bytes], process.stdout):
+        while raw := cast(IO[bytes], process.stdout).readline(_LONGEST_LINE):
             # A progress bar redraws its line after \r: keep only the last state.
             on_line(raw.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2])
         code = process.wait()

@@ -5,7 +5,6 @@ import os
 import stat
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from msgspec.structs import replace
@@ -119,7 +118,7 @@ def test_ray_token_of_a_worker_follows_the_token_file(tmp_path: Path) -> None:
 
 
 def test_ray_token_from_standard_input_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(TOKEN.encode() + b"\n")))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(TOKEN.encode() + b"\n")))
     token, on = RayToken(with_file(node_of(tmp_path, "worker"), "-")), system_of(tmp_path)
     assert isinstance(token.check(on), Drift)
     token.apply(on)

@@ -1,0 +1,408 @@
+"""Every verb in every environment: a documented exit code and one sentence, never a traceback."""
+
+import os
+import pty
+import re
+import resource
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import pytest
+
+from sparkinstall import given
+from sparkinstall.cli import app
+from sparkinstall.errors import BadUsage, Exit, Problem
+from tests.support.rehearsals import (
+    CHECKOUT,
+    command,
+    empty_rehearsal,
+    envelope,
+    environment,
+    in_this_process,
+    output_of,
+    sparkinstall,
+)
+
+USAGE = 2
+
+# A quick form of each verb; `{root}` is a rehearsal. A verb that is not named here is called without arguments.
+QUICK = {
+    "all": "--root {root} --only packages --yes",
+    "multi-node": "--root {root} --role head --only packages --yes",
+    "cluster": "status 127.0.0.1:1",
+    "plan": "--root {root} --only env-files",
+    "verify": "--root {root} --only env-files",
+    "doctor": "--root {root} --only env-files",
+    "diagnose": "-",
+    "support-bundle": "--root {root} --level static --output {root}.tar.gz --yes",
+    "uninstall": "--root {root} --yes",
+    "status": "--root {root}",
+    "run": "packages --root {root} --yes",
+    "settings show": "--root {root}",
+    "node attend": "",
+    "node look": "--only env-files",
+}
+
+
+def verbs() -> Iterator[str]:
+    """Every registered verb; of a group, the first of its verbs and those of `QUICK`."""
+    for name in app.VERBS:
+        found = app.command(name)
+        inner = list(found.commands) if isinstance(found, click.Group) else []
+        some = [each for each in inner if f"{name} {each}" in QUICK] or inner[:1]
+        yield from (f"{name} {each}" for each in some)
+        if not inner:
+            yield name
+
+
+VERBS = list(verbs())
+
+
+def words(verb: str, root: Path) -> list[str]:
+    return [*verb.split(), *QUICK.get(verb, "").format(root=root).split()]
+
+
+def well_answered(code: int, said: str) -> None:
+    """A documented exit code, and no sign of a crash."""
+    assert code in set(Exit), said
+    for sign in ("Traceback", "internal error", "Exception ignored", "Fatal Python error", "pipe:["):
+        assert sign not in said, said
+    assert len(said) < 100_000
+
+
+def is_explained(said: str) -> bool:
+    """Whether one line says what is wrong."""
+    return bool(re.search(r"(?m)^(✗|Error:|\? )", said))
+
+
+# --- streams, variables, limits
+
+
+def no_folder() -> None:
+    """Remove the current folder."""
+    os.mkdir(gone := f"{os.environ.get('TMPDIR', '/tmp')}/gone-{os.getpid()}")
+    os.chdir(gone)
+    os.rmdir(gone)
+
+
+def limited(what: int, to: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(what, (to, to))
+
+
+def closed(*numbers: int) -> Callable[[], None]:
+    def close() -> None:
+        for number in numbers:
+            os.close(number)
+
+    return close
+
+
+def full(*numbers: int) -> Callable[[], None]:
+    def fill() -> None:
+        device = os.open("/dev/full", os.O_RDWR)
+        for number in numbers:
+            os.dup2(device, number)
+
+    return fill
+
+
+def readerless(number: int) -> Callable[[], None]:
+    def give() -> None:
+        read, write = os.pipe()
+        os.dup2(write, number)
+        os.close(read)
+        os.close(write)
+
+    return give
+
+
+def narrow() -> None:
+    """Let stdout and stderr be a terminal without a width; what it shows is lost."""
+    primary, secondary = pty.openpty()
+    os.set_inheritable(primary, True)
+    os.dup2(secondary, 1)
+
+
+# What to do in the new process before Python starts, and variables: None is "not set".
+ENVIRONMENTS: dict[str, tuple[Callable[[], None] | None, dict[str, str | None]]] = {
+    "stdin closed": (closed(0), {}),
+    "stdout closed": (closed(1), {}),
+    "stderr closed": (closed(2), {}),
+    "all streams closed": (closed(0, 1, 2), {}),
+    "stdout full": (full(1), {}),
+    "stderr full": (full(2), {}),
+    "both full": (full(1, 2), {}),
+    "stdout without a reader": (readerless(1), {}),
+    "terminal without a width": (narrow, {"COLUMNS": None}),
+    "no current folder": (no_folder, {}),
+    "no home": (None, {"HOME": "", "XDG_CACHE_HOME": None, "COLUMNS": "0", "LINES": "0"}),
+    "home is too long": (None, {"HOME": "/h" * 2500, "XDG_CACHE_HOME": "cache", "COLUMNS": "-1"}),
+    "no variables": (None, {"PATH": None, "HOME": None, "LANG": None, "LC_ALL": None, "TERM": None}),
+    "strange variables": (None, {"COLUMNS": "9" * 30, "TERM": "\x1b", "LC_ALL": "C", "PYTHONIOENCODING": "ascii"}),
+    "no file may be written": (limited(resource.RLIMIT_FSIZE, 0), {}),
+    "few files may be open": (limited(resource.RLIMIT_NOFILE, 12), {}),
+}
+
+
+def in_environment(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    before, variables = ENVIRONMENTS[name]
+    chosen = {**environment(), **variables}
+    return subprocess.run(
+        command(*args), env={key: value for key, value in chosen.items() if value is not None}, preexec_fn=before,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [name for name in ENVIRONMENTS if name != "both full"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_verb_in_an_environment_gives_a_documented_answer(verb: str, name: str, tmp_path: Path) -> None:
+    run = in_environment(name, *words(verb, tmp_path / "node"))
+    well_answered(run.returncode, output_of(run))
+    told = not any(word in name for word in ("stderr", "all", "reader"))
+    if run.returncode in (Exit.FAILED, USAGE, Exit.INTERRUPTED) and told and verb != "node attend":
+        assert is_explained(run.stderr), output_of(run)
+
+
+@pytest.mark.parametrize("args", [["plan", "--nonsense"], ["plan", "--nonsense", "--json"], ["--help"], ["--version"]])
+@pytest.mark.parametrize("name", ["all streams closed", "stdout full", "both full", "stdout without a reader"])
+def test_command_line_without_a_verb_gives_a_documented_answer(args: list[str], name: str) -> None:
+    run = in_environment(name, *args)
+    well_answered(run.returncode, output_of(run))
+    if name == "stdout full" and "--json" in args:
+        assert (run.returncode, run.stderr) == (1, "✗ writing the output failed: the disk is full\n")
+
+
+@pytest.mark.parametrize("columns", ["0", "-3", "1", "x", "9" * 5000, ""])
+@pytest.mark.parametrize("args", [["plan", "--nonsense"], ["plan", "--help"], ["--help"]])
+def test_usage_and_help_are_shown_at_any_width(columns: str, args: list[str]) -> None:
+    run = sparkinstall(*args, COLUMNS=columns)
+    assert len(output_of(run).split()) > 10 and len(output_of(run)) < 20_000
+
+
+@pytest.mark.parametrize("verb", ["plan", "status", "settings show", "diagnose"])
+def test_verb_with_closed_stdin_works_unless_it_reads_stdin(verb: str, tmp_path: Path) -> None:
+    run = in_environment("stdin closed", *words(verb, tmp_path / "node"))
+    assert run.returncode == (USAGE if verb == "diagnose" else 0), output_of(run)
+    assert ("stdin cannot be read" in run.stderr) == (verb == "diagnose")
+
+
+@pytest.mark.parametrize("verb", ["plan", "status", "settings show"])
+def test_verb_in_a_deleted_folder_works_with_absolute_paths(verb: str, tmp_path: Path) -> None:
+    assert in_environment("no current folder", *words(verb, tmp_path / "node")).returncode == 0
+    run = in_environment("no current folder", *words(verb, Path("node")))
+    assert run.returncode == USAGE and "the folder that you are in is gone" in run.stderr, output_of(run)
+
+
+def test_all_goes_on_where_its_progress_cannot_be_shown(tmp_path: Path) -> None:
+    for name in ("stderr full", "stderr closed"):
+        run = in_environment(name, *words("all", tmp_path / "node"))
+        assert run.returncode == 0, output_of(run)
+
+
+@pytest.mark.parametrize("verb", ["plan", "status", "settings show", "uninstall", "support-bundle", "diagnose"])
+def test_user_without_home_and_passwd_entry_is_told(verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    run = in_this_process(*words(verb, empty_rehearsal(tmp_path / "node")))
+    well_answered(run.returncode, output_of(run))
+    assert ("you have no home folder: HOME is not set" in run.stderr) == (verb not in ("uninstall", "diagnose"))
+    assert verb != "uninstall" or run.returncode == 0, "nobody is kept from undoing"
+
+
+# --- paths
+
+
+def odd_paths(folder: Path) -> dict[str, str]:
+    """Paths that no verb can use."""
+    (folder / "loop").symlink_to("loop")
+    (folder / "one").symlink_to("other")
+    (folder / "other").symlink_to("one")
+    (folder / "dangling").symlink_to("/nowhere/at/all")
+    (folder / "file").touch()
+    os.mkfifo(folder / "fifo")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "socket"))
+    return {
+        "loop": str(folder / "loop"),
+        "below a loop": str(folder / "one/below"),
+        "dangling": str(folder / "dangling"),
+        "below a file": str(folder / "file/below"),
+        "long name": str(folder / ("n" * 300)),
+        "long path": str(folder) + "/n" * 3000,
+        "unknown user": "~no-such-user/x",
+        "empty": "",
+        "pipe": str(folder / "fifo"),
+        "socket": str(folder / "socket"),
+        "not UTF-8": os.fsdecode(os.fsencode(folder) + b"/no/\xff"),
+        "escapes": str(folder / "no/\x1b[31m"),
+        "endless": "/dev/zero",
+        "full": "/dev/full/x",
+    }
+
+
+def options_with_paths() -> Iterator[tuple[str, str]]:
+    """Each verb with each of its options that take a path."""
+    for verb in VERBS:
+        found = app.command(verb.split()[0])
+        if isinstance(found, click.Group):
+            found = found.commands[verb.split()[1]]
+        for each in found.params:
+            named = each.name in ("root", "config", "junit", "archive", "token_file")
+            # A bundle reports what it could not read, also the config.
+            if named and (verb, each.name) != ("support-bundle", "config"):
+                yield verb, each.opts[0]
+
+
+@pytest.mark.parametrize(("verb", "option"), list(options_with_paths()))
+def test_odd_path_is_refused_in_one_sentence(
+    verb: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(given, "PATIENCE", 0.05)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    usable = {"--output": ("dangling",), "--junit": ("endless",)}.get(option, ())
+    of_token = ["--role", "worker", "--only", "ray"] if option == "--token-file" else []
+    for kind, path in odd_paths(tmp_path).items():
+        args = [*words(verb, tmp_path / "node"), *of_token, option, path]
+        run = in_this_process(*args)
+        well_answered(run.returncode, output_of(run))
+        if kind in usable:
+            continue
+        assert run.returncode, f"{kind}: {output_of(run)}"
+        assert is_explained(run.stderr), f"{kind}: {output_of(run)}"
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", run.stderr), kind
+        assert len(run.stderr) < 2000, f"{kind}: {run.stderr}"
+        if verb != "cluster":
+            assert run.returncode in (Exit.FAILED, USAGE), f"{kind}: {output_of(run)}"
+    assert not (tmp_path / "node").exists()
+
+
+@pytest.mark.parametrize("args", [["plan", "--root="], ["all", "--root", ""], ["diagnose", ""], ["run", ""]])
+def test_empty_argument_is_refused(args: list[str]) -> None:
+    run = in_this_process(*args)
+    assert run.returncode == USAGE and "is empty" in run.stderr, output_of(run)
+
+
+def test_config_from_a_pipe_is_read_once_and_not_remembered(tmp_path: Path) -> None:
+    root = empty_rehearsal(tmp_path / "node")
+    for source in ("<(echo 'hub: {offline: true}')", "/dev/stdin"):
+        shell = f'"$@" --config {source} --json'
+        for verb, code in (("settings show", 0), ("all", USAGE)):
+            run = subprocess.run(
+                ["bash", "-c", shell, "bash", *command(*words(verb, root))], input="hub: {offline: true}\n",
+                cwd=CHECKOUT, env=environment(), capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert run.returncode == code, output_of(run)
+            if code:
+                assert "is not a regular file" in envelope(run)["errors"][0]["message"]
+            else:
+                assert envelope(run)["data"]["settings"]["hub.offline"]["value"] is True
+    assert not (root / "var/lib/sparkinstall/options.json").exists()
+
+
+def test_config_from_a_pipe_without_a_writer_is_refused_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(given, "PATIENCE", 0.2)
+    os.mkfifo(tmp_path / "fifo")
+    began = time.monotonic()
+    run = in_this_process("settings", "show", "--config", tmp_path / "fifo")
+    assert run.returncode == USAGE and "has no end within" in run.stderr, output_of(run)
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("file", ["/dev/zero", "/dev/full", "/dev/null", "/dev/stdin"])
+def test_token_file_without_end_is_refused(file: str, tmp_path: Path) -> None:
+    args = ("multi-node", "--root", tmp_path / "node", "--role", "worker", "--only", "ray", "--token-file", file)
+    run = sparkinstall(*args, "--yes")
+    well_answered(run.returncode, output_of(run))
+    assert run.returncode and f"--token-file {file} contains no token" in output_of(run), output_of(run)
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize("text", ["x" * 900_000, "x y " * 200_000, "ä" * 100_000, "\n".join(["line"] * 50_000)])
+def test_problem_is_short_whatever_it_names(text: str) -> None:
+    problem = Problem(f"there is no {text}", cause=text, hint=f"use `{text}`", output=[text])
+    for field in (problem.message, problem.cause, problem.hint, *problem.output):
+        assert len(field) < 4000
+        assert field[:4] in f"there is no {text} use `{text}`" and field
+
+
+@pytest.mark.parametrize(
+    "setting", ["stack", "prefix", "nccl.source", "network.interface", "serving.model", "cluster.head", "nonsense"]
+)
+def test_error_about_a_long_value_is_short(setting: str, tmp_path: Path) -> None:
+    section, _, name = setting.rpartition(".")
+    value = "v/" * 100_000
+    (tmp_path / "c.yaml").write_text(f"{section}: {{{name}: '{value}'}}" if section else f"{name}: '{value}'")
+    for json in ((), ("--json",)):
+        run = in_this_process("plan", "--root", tmp_path / "node", "--config", tmp_path / "c.yaml", *json)
+        assert len(output_of(run)) < 20_000, len(output_of(run))
+
+
+# --- interrupts
+
+
+@pytest.mark.parametrize("verb", [["plan"], ["--help"], ["diagnose", "-"], ["all", "--yes"], ["plan", "--json"]])
+def test_interrupt_at_any_moment_of_the_start_is_one_sentence(verb: list[str], tmp_path: Path) -> None:
+    root = ["--root", str(tmp_path / "node"), "--only", "packages"] if verb[0] in ("plan", "all") else []
+    interrupted = 0
+    for moment in range(8):
+        with subprocess.Popen(
+            command(*verb, *root), cwd=CHECKOUT, env=environment(PYTHONVERBOSE=""), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as run:  # fmt: skip
+            _wait_for_handler(run.pid)
+            time.sleep(moment * 0.022)
+            run.send_signal(signal.SIGINT if moment % 3 else signal.SIGTERM)
+            out, err = run.communicate(timeout=30)
+        well_answered(run.returncode, out + err)
+        assert run.returncode in (0, 130), out + err
+        if run.returncode == 130:
+            interrupted += 1
+            assert err.startswith("✗ interrupted") or "interrupted" in out, out + err
+    assert interrupted
+
+
+def _wait_for_handler(pid: int) -> None:
+    """Wait until the program has a handler of its own for TERM: before that the signal ends Python itself."""
+    for _ in range(2000):
+        caught = int(re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16)  # type: ignore[index]
+        if caught >> (signal.SIGTERM - 1) & 1:
+            return
+        time.sleep(0.001)
+
+
+def test_hangup_is_ignored_below_nohup() -> None:
+    run = subprocess.Popen(
+        ["nohup", *command("diagnose", "-")], cwd=CHECKOUT, env=environment(), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    _wait_for_handler(run.pid)
+    time.sleep(0.3)
+    run.send_signal(signal.SIGHUP)
+    out, _ = run.communicate("", timeout=30)
+    assert run.returncode == 0, out
+
+
+@pytest.mark.parametrize(("value", "why"), [("home", "HOME is 'home'"), ("~", "HOME is '~'"), ("h" * 5000, "HOME is")])
+def test_home_that_is_no_absolute_path_is_refused(value: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", value)
+    with pytest.raises(BadUsage, match=f"you have no home folder: {why}") as found:
+        given.home()
+    assert len(found.value.message) < 200
+
+
+def test_absolute_names_the_option_and_the_path() -> None:
+    with pytest.raises(BadUsage, match=r"^--root '~no-such-user/x' cannot be used: there is no user 'no-such-user'$"):
+        given.absolute("~no-such-user/x", "--root")
