@@ -185,17 +185,20 @@ class LiveTable(Struct, frozen=True):
     def apply(self, on: System) -> None:
         gateways = [each.gateway for each in ip.routes(on) if each.gateway and not each.to.prefixlen]
         before = network.reach(on, self.node, [*gateways, *(self.node.peers if self.node.several else ())])
+        table = live_table(on)
         on.promise(Undo(UNDO, _NAME, {"kind": "absent"}, {"kind": "table"}))
         _arm(on, self.node)
         on.run(NFT, "-f", self.node.firewall_rules, root=True)
         if lost := network.lost(before, on, self.node):
-            raise _put_back(on, lost)
+            raise _put_back(on, lost, table)
         if not self.node.confirm_later:
             rollback.disarm(on, TIMER)
 
 
-def _put_back(on: System, lost: str) -> Problem:
-    back = "are restored" if rollback.fire(on, TIMER) else "will be restored within minutes"
+def _put_back(on: System, lost: str, table: str) -> Problem:
+    back = "will be restored within minutes"
+    if rollback.fire(on, TIMER):
+        back = "are restored" if live_table(on) == table else f"are not (`sudo nft list table {_NAME}` shows those now)"
     return Problem(
         f"after loading the firewall's rules, {lost}; the former rules {back}",
         hint="set `firewall.mode: off` in the config if this node cannot use them, or report this",

@@ -29,6 +29,8 @@ ib_write_bw( -[dixqD] _| -F| --report_gbits| --bind_source_ip _| -p \d+)*( _)?
 ibv_devinfo
 ip( -j)?( -[46])? address
 ip -br (link|address)
+ip -o -[46] route show table all
+ip -[46] rule show
 ip -j( -[46])? route show default
 ip -j( -[46])? route show table main
 ip -j route get _

@@ -24,7 +24,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes import link
 from sparkinstall.resources import Conflict, Drift, NodeOnly, Ok, State, state_of
 from sparkinstall.resources.netplan import files
-from sparkinstall.resources.netplan.live import LiveLink, Netplan, restore, restoring
+from sparkinstall.resources.netplan.live import LiveLink, Netplan, restore
 from sparkinstall.stacks import load
 from sparkinstall.steps.network import Network
 from sparkinstall.system import Undo
@@ -379,24 +379,6 @@ def test_netplan_files_shown_hide_secrets() -> None:
     content = "password: one two\n- 'psk': \"three\"\n{auth: {password: four, x: y}}\nkeys:\n  private: five\n"
     text = files.shown({"/etc/netplan/w.yaml": content.encode()})
     assert not [word for word in ("one", "two", "three", "four", "five") if word in text]
-
-
-def test_restoring_script_restores_each_interface_in_order() -> None:
-    lines = restoring(
-        {
-            FIRST: {"mtu": 1500, "up": False, "addresses": []},
-            SECOND: {"mtu": 4200, "up": True, "addresses": ["10.1.1.1/8"]},
-        },
-        {FIRST: "192.168.100.10/24", SECOND: "10.1.1.1/8"},
-    ).splitlines()
-    assert lines[0] == "/usr/sbin/netplan apply"
-    assert [line.partition(" 2>")[0] for line in lines[1:]] == [
-        f"ip address del 192.168.100.10/24 dev {FIRST}",
-        f"ip link set dev {FIRST} mtu 1500",
-        f"ip link set dev {FIRST} down",
-        f"ip link set dev {SECOND} mtu 4200",
-        f"ip address replace 10.1.1.1/8 dev {SECOND}",
-    ]
 
 
 def test_restore_in_a_rehearsal_does_nothing(rehearsed: Rehearsed) -> None:

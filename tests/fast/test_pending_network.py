@@ -3,14 +3,18 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparkinstall.resources import Conflict, Drift, State
-from sparkinstall.resources.netplan import files
+from sparkinstall.errors import Blocked, Problem
+from sparkinstall.resources import Conflict, Drift, State, rollback
+from sparkinstall.resources.netplan import files, live, record
 from sparkinstall.resources.netplan.live import LiveLink, Netplan
+from sparkinstall.system import Result, Undo
+from sparkinstall.system.local import LocalSystem
 from tests.support.live_network import FIRST, LAN, LAN_FILE, LAN_LINES, SECOND, LiveNode
 from tests.support.nodes import node_with
 
@@ -104,21 +108,21 @@ def test_network_with_an_edit_that_was_only_generated_is_refused(
 
 
 BY_HAND: dict[str, tuple[Callable[[LiveNode], None], str]] = {
-    "address": (lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", "10.0.0.9/8"), "10.0.0.9/8"),
+    "address": (lambda on: on.interface(LAN, "198.51.100.11/24", "2001:db8::11/64", "10.0.0.9/8"), "10.0.0.9/8"),
     "IPv6 address": (
-        lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", "2001:db8::7/64"),
+        lambda on: on.interface(LAN, "198.51.100.11/24", "2001:db8::11/64", "2001:db8::7/64"),
         "2001:db8::7/64",
     ),
-    "another address": (lambda on: on.link(LAN, "198.51.100.12/24", "2001:db8::11/64"), "198.51.100.11/24"),
+    "another address": (lambda on: on.interface(LAN, "198.51.100.12/24", "2001:db8::11/64"), "198.51.100.11/24"),
     "a lease of another client": (
-        lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", leased="198.51.100.200/24"),
+        lambda on: on.interface(LAN, "198.51.100.11/24", "2001:db8::11/64", leased="198.51.100.200/24"),
         "198.51.100.200/24",
     ),
     "route": (lambda on: on.route("10.9.0.0/16", LAN, gateway="198.51.100.9"), "10.9.0.0/16"),
     "IPv6 route": (lambda on: on.route("2001:db8:9::/48", LAN, gateway="2001:db8::9"), "2001:db8:9::/48"),
     "second default route": (lambda on: on.route("default", LAN, gateway="198.51.100.1", metric=9), "198.51.100.1"),
-    "MTU": (lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", mtu=1400), "1400"),
-    "bridge": (lambda on: on.link(LAN, "198.51.100.11/24", "2001:db8::11/64", master="br-x"), "br-x"),
+    "MTU": (lambda on: on.interface(LAN, "198.51.100.11/24", "2001:db8::11/64", mtu=1400), "1400"),
+    "bridge": (lambda on: on.interface(LAN, "198.51.100.11/24", "2001:db8::11/64", master="br-x"), "br-x"),
 }
 
 
@@ -149,7 +153,7 @@ OWN_FILES = {
 
 @pytest.mark.parametrize(("path", "text"), OWN_FILES.values(), ids=OWN_FILES)
 def test_network_with_an_edit_of_a_file_of_networkd_is_refused(node: LiveNode, path: str, text: str) -> None:
-    node.link("eth7", "10.7.0.1/24")
+    node.interface("eth7", "10.7.0.1/24")
     node.configured_by("eth7", "")
     node.put(path, text)
     refused(node, "netplan apply", "eth7" if "eth7" in text else LAN)
@@ -160,13 +164,13 @@ DHCP = edited('addresses: [198.51.100.11/24, "2001:db8::11/64"]', "dhcp4: true")
 
 def leased(on: LiveNode) -> None:
     on.put(LAN_FILE, DHCP)
-    on.link(LAN, leased="198.51.100.11/24")
+    on.interface(LAN, leased="198.51.100.11/24")
     on.netplan_applied()
 
 
 def leased_for_ever(on: LiveNode) -> None:
     leased(on)
-    on.link(LAN, "198.51.100.11/24")
+    on.interface(LAN, "198.51.100.11/24")
     on.put(f"run/systemd/netif/leases/{on.links[LAN]['ifindex']}", "ADDRESS=198.51.100.11\n")
 
 
@@ -179,14 +183,14 @@ def absent_interface(on: LiveNode) -> None:
 
 
 QUIET: dict[str, Callable[[LiveNode], None]] = {
-    "containers": lambda on: on.link("docker0", "172.17.0.1/16"),
+    "containers": lambda on: on.interface("docker0", "172.17.0.1/16"),
     "a tunnel": lambda on: on.route("100.64.0.0/10", "tailscale0"),
     "a lease": leased,
     "a lease for ever": leased_for_ever,
-    "announced addresses": lambda on: on.link(
+    "announced addresses": lambda on: on.interface(
         LAN, "198.51.100.11/24", "2001:db8::11/64", "fe80::1/64", leased="2001:db8:1::9/64"
     ),
-    "no carrier": lambda on: on.link(LAN, flags=["UP"]),
+    "no carrier": lambda on: on.interface(LAN, flags=["UP"]),
     "a file of an interface that is not there": absent_interface,
     "a comment": lambda on: on.put(LAN_FILE, "# the office\n" + LAN_LINES),
     "an edit of the port itself": lambda on: on.put(
@@ -209,8 +213,8 @@ def test_network_that_is_set_up_ignores_edits_of_others(node: LiveNode) -> None:
     wanted = Netplan(node_with()).check(node)
     assert isinstance(wanted, Drift)
     node.put("etc/netplan/40-cx7.yaml", wanted.after.partition("\n")[2])
-    node.link(FIRST, "192.168.100.10/24", mtu=9000)
-    node.link(SECOND, "192.168.101.10/24", mtu=9000)
+    node.interface(FIRST, "192.168.100.10/24", mtu=9000)
+    node.interface(SECOND, "192.168.101.10/24", mtu=9000)
     node.put(LAN_FILE, edited("198.51.100.11/24", "198.51.100.77/24"))
     assert not isinstance(state(node), Conflict | Drift)
     assert not isinstance(LiveLink(node_with()).check(node), Conflict | Drift)
@@ -244,9 +248,9 @@ def test_network_with_a_wifi_password_not_applied_hides_it(node: LiveNode) -> No
 
 def test_network_with_a_half_in_a_bridge_is_refused(node: LiveNode) -> None:
     for name, master in ((FIRST, "br-x"), (SECOND, "vrf-blue"), (FIRST, "bond0"), (SECOND, "ovs-system")):
-        node.link(name, master=master)
+        node.interface(name, master=master)
         refused(node, name, master, by=(Netplan,))
-        node.link(name)
+        node.interface(name)
 
 
 CLAIMED_BY_NETWORKD = {
@@ -269,7 +273,7 @@ CLAIMED_BY_NETWORKD = {
 @pytest.mark.parametrize(("path", "text"), CLAIMED_BY_NETWORKD.values(), ids=CLAIMED_BY_NETWORKD)
 def test_network_with_a_file_of_networkd_for_the_port_is_refused(node: LiveNode, path: str, text: str) -> None:
     # The LAN would change too, with some of these, and that is another reason.
-    node.link(LAN, flags=[], ifindex=99)
+    node.interface(LAN, flags=[], ifindex=99)
     node.put(path, text.format(mac=node.links[FIRST]["address"]))
     refused(node, f"/{path}", "networkd", by=(Netplan,))
 
@@ -320,8 +324,95 @@ def test_network_with_the_port_in_files_of_another_program_is_refused(node: Live
     refused(node, f"/{path}", by=(Netplan,))
     # Without the program, nobody reads its file.
     if "interfaces" in path:
-        node.remove("usr/sbin/ifup")
+        node.delete("usr/sbin/ifup")
         assert isinstance(state(node), Drift)
+
+
+# --- after a rollback, and after an uninstall
+
+
+class Changing(LiveNode, LocalSystem):
+    """A node on which programs that change something are recorded, and end well."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.ran: list[tuple[str, ...]] = []
+
+    def try_run(self, *argv: str, **_: Any) -> Result:
+        self.ran.append(argv)
+        return Result(argv, 0, "", "")
+
+
+LOST: dict[str, tuple[Callable[[LiveNode], None], str]] = {
+    "address": (
+        lambda on: on.interface(LAN, "198.51.100.77/24", "2001:db8::11/64", "fe80::11/64"),
+        "enP7s7 lacks 198.51.100.11/24 (`sudo ip address add 198.51.100.11/24 dev enP7s7`)",
+    ),
+    "every address": (lambda on: on.interface(LAN), "lacks 2001:db8::11/64"),
+    "route": (
+        lambda on: on.routes.clear(),
+        "`sudo ip -4 route add default via 198.51.100.254 dev enP7s7 proto static`",
+    ),
+    "file": (lambda on: on.configured_by(LAN, ""), "networkd configures enP7s7 with no file"),
+    "name server": (
+        lambda on: on.configured_by(LAN, f"/run/systemd/network/10-netplan-{LAN}.network", "DNS=203.0.113.1"),
+        "`sudo resolvectl dns enP7s7 198.51.100.254`",
+    ),
+    "rule": (lambda on: on.rules.clear(), "`sudo ip -4 rule add pref 50 from 10.0.0.0/8 lookup 100`"),
+    "interface": (lambda on: on.links.__delitem__(LAN), "enP7s7 does not exist"),
+    "address of ours": (lambda on: on.interface(FIRST, "192.168.100.10/24"), "still has 192.168.100.10/24"),
+    "MTU of ours": (lambda on: on.interface(FIRST, mtu=9000), "sudo ip link set dev enp1s0f0np0 mtu 1500"),
+}
+
+
+@pytest.mark.parametrize(("happened", "word"), LOST.values(), ids=LOST)
+def test_rollback_that_does_not_restore_everything_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, happened: Callable[[LiveNode], None], word: str
+) -> None:
+    node = Changing(tmp_path / "spark")
+    node.rules["-4"] = "0:\tfrom all lookup local\n50:\tfrom 10.0.0.0/8 lookup 100\n32766:\tfrom all lookup main\n"
+    node.configured_by(LAN, f"/run/systemd/network/10-netplan-{LAN}.network", "DNS=198.51.100.254")
+    monkeypatch.setattr(rollback, "fire", lambda *_: True)
+    monkeypatch.setattr(record, "_PATIENCE", 0)
+    before, added = record.taken(node, [LAN, FIRST, SECOND]), {FIRST: "192.168.100.10/24"}
+    whole = live._put_back(node, Problem("the link did not come up", hint="look at the cable"), before, added)
+    assert whole.message == "the link did not come up; the former network was restored"
+    happened(node)
+    part = live._put_back(node, Problem("the link did not come up", hint="look at the cable"), before, added)
+    assert "was restored" not in part.message and word in part.message, part.message
+    assert "commands" in part.hint and "look at the cable" in part.hint
+
+
+def undo_of(node: LiveNode) -> Undo:
+    return Undo("netplan", "the QSFP link", record.taken(node, [FIRST, SECOND]), {FIRST: "192.168.100.10/24"})
+
+
+@pytest.mark.parametrize("what", ["address", "renderer", "bridge"])
+def test_uninstall_with_an_edit_that_nobody_applied_is_refused(tmp_path: Path, what: str) -> None:
+    node = Changing(tmp_path / "spark")
+    path, text, word = EDITS[what]
+    undo = undo_of(node)
+    node.put(path, text)
+    with pytest.raises(Blocked) as raised:
+        live.restore([undo], node)
+    assert word in raised.value.message and not node.ran
+
+
+def test_uninstall_that_does_not_restore_everything_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = Changing(tmp_path / "spark")
+    monkeypatch.setattr(record, "_PATIENCE", 0)
+    undo = undo_of(node)
+    assert live.restore([undo], node).outcome == "restored"
+    node.interface(FIRST, mtu=9000)
+    with pytest.raises(Problem, match="ip link set dev enp1s0f0np0 mtu 1500"):
+        live.restore([undo], node)
+
+
+def test_uninstall_with_a_card_that_was_removed_restores_the_rest(tmp_path: Path) -> None:
+    node = Changing(tmp_path / "spark")
+    undo = undo_of(node)
+    del node.links[FIRST]
+    assert live.restore([undo], node).outcome == "restored"
 
 
 KEYS = st.sampled_from(

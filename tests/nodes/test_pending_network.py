@@ -16,12 +16,21 @@ pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
 FIRST, SECOND = PORT_0
 LAN_FILE = "/etc/netplan/01-lan.yaml"
+ARMED = "/var/lib/sparkinstall-rollback/network"
+BY_HAND = (
+    f"address add 10.77.0.1/24 dev {FIRST}",
+    f"route add 10.78.0.0/16 via 10.77.0.9 dev {FIRST} metric 7",
+    f"-6 address add 2001:db8:7::1/64 dev {FIRST}",
+    f"-6 route add 2001:db8:9::/48 via 2001:db8:7::9 dev {FIRST}",
+    f"link set {SECOND} mtu 2000",
+    "rule add from 10.77.0.0/16 lookup 100 pref 50",
+)
 
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[FleetNode]:
-    with Fleet(1) as fleet:
-        (node,) = fleet.nodes
+    with Fleet(2) as fleet:
+        node, _ = fleet.nodes
         node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
         node.write("/etc/sparkinstall.yaml", f"network: {{rollback_seconds: 30, interface: {FIRST}}}\n")
         node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=600)
@@ -34,10 +43,13 @@ def tool(node: FleetNode, *words: str) -> Completed:
     return node.run(COMMAND, *words, user="spark", cwd="/home/spark", check=False, timeout=300)
 
 
-def set_up(node: FleetNode, *more: str) -> dict[str, object]:
-    words = ("--role", "head", "--only", "network", "--yes", "--json")
-    answer = tool(node, "multi-node", *words, *ignoring(), "--ignore", "cuda", *more)
-    found: dict[str, object] = json.loads(answer.stdout)
+def words() -> tuple[str, ...]:
+    said = ("multi-node", "--role", "head", "--only", "network", "--yes", "--json")
+    return (*said, *ignoring(), "--ignore", "cuda")
+
+
+def set_up(node: FleetNode) -> dict[str, object]:
+    found: dict[str, object] = json.loads(tool(node, *words()).stdout)
     return found
 
 
@@ -52,8 +64,12 @@ def refused(node: FleetNode, word: str) -> None:
 
 
 def _network(node: FleetNode) -> str:
-    shown = [node.run("ip", "-o", *what).stdout for what in (("address",), ("-4", "route"), ("-6", "route"), ("rule",))]
-    return "\n".join(shown)
+    """Addresses, routes and rules, without the counters and the order, which change."""
+    shown = [
+        node.run("ip", "-o", *what).stdout
+        for what in (("address",), ("link",), ("-4", "route"), ("-6", "route"), ("rule",))
+    ]
+    return "\n".join(sorted(" ".join(line.split()) for line in "".join(shown).splitlines()))
 
 
 def _until(holds: Callable[[], bool], seconds: float = 30) -> None:
@@ -92,6 +108,43 @@ def test_network_with_an_address_by_hand_on_the_lan_is_refused(node: FleetNode) 
         node.run("ip", "address", "del", "10.0.0.9/8", "dev", LAN)
 
 
-def test_network_without_edits_is_set_up(node: FleetNode) -> None:
-    answer = set_up(node)
-    assert answer["exit_code"] == 0, answer
+def test_network_with_a_half_in_a_bridge_is_refused(node: FleetNode) -> None:
+    node.run("ip", "link", "add", "br-x", "type", "bridge")
+    node.run("ip", "link", "set", FIRST, "master", "br-x")
+    try:
+        refused(node, "br-x")
+    finally:
+        node.run("ip", "link", "del", "br-x")
+
+
+def test_network_with_a_file_of_networkd_for_the_port_is_refused(node: FleetNode) -> None:
+    path = "/etc/systemd/network/05-cx7.network"
+    node.write(path, f"[Match]\nName={FIRST}\n[Network]\nAddress=10.9.0.1/24\n[Link]\nMTUBytes=2500\n")
+    try:
+        refused(node, path)
+    finally:
+        node.run("rm", path)
+
+
+def test_uninstall_restores_what_was_set_by_hand(node: FleetNode) -> None:
+    for line in BY_HAND:
+        node.run("ip", *line.split())
+    _until(lambda: "tentative" not in _network(node))
+    before = _network(node)
+    assert set_up(node)["exit_code"] == 0
+    assert "192.168.100.10/24" in _network(node) and "10.77.0.1/24" not in _network(node)
+    answer = tool(node, "uninstall", "--yes")
+    assert answer.returncode == 0, answer.stderr
+    assert _network(node) == before
+
+
+def test_rollback_restores_what_was_set_by_hand(node: FleetNode) -> None:
+    """The default route is lost while the network is applied, so the new one is not kept."""
+    before = _network(node)
+    with node.popen(COMMAND, *words(), user="spark", cwd="/home/spark") as process:
+        _until(lambda: node.run("test", "-d", ARMED, check=False).returncode == 0, 60)
+        node.run("ip", "route", "del", "default")
+        output, _ = process.communicate(timeout=120)
+    (error,) = json.loads(output)["errors"]
+    assert "the former network was restored" in error["message"], error
+    assert _network(node) == before

@@ -44,9 +44,9 @@ class LiveNode(Machine):
         self.rules: dict[str, str] = {}
         self.put("usr/sbin/netplan", "")
         self.put(LAN_FILE, LAN_LINES)
-        self.link(LAN, "198.51.100.11/24", "2001:db8::11/64", "fe80::11/64")
-        self.link(FIRST)
-        self.link(SECOND)
+        self.interface(LAN, "198.51.100.11/24", "2001:db8::11/64", "fe80::11/64")
+        self.interface(FIRST)
+        self.interface(SECOND)
         self.route("default", LAN, "static", gateway="198.51.100.254")
         self.route("198.51.100.0/24", LAN, "kernel")
         self.netplan_applied()
@@ -57,10 +57,10 @@ class LiveNode(Machine):
         file.write_text(text)
         file.chmod(0o600)
 
-    def remove(self, path: str) -> None:
+    def delete(self, path: str) -> None:
         (self.top / path).unlink()
 
-    def link(self, name: str, *addresses: str, leased: str = "", **more: Any) -> None:
+    def interface(self, name: str, *addresses: str, leased: str = "", **more: Any) -> None:
         """Add or replace an interface as `ip` shows it."""
         found = [_address(each) for each in addresses] + ([{**_address(leased), "dynamic": True}] if leased else [])
         facts = {"mtu": 1500, "flags": ["UP", "LOWER_UP"], "ifindex": len(self.links) + 2, "link_type": "ether"}
@@ -110,13 +110,9 @@ class LiveNode(Machine):
             case ["-j", "address"]:
                 return json.dumps(list(self.links.values()))
             case ["-j", "-4" | "-6" as family, "route", "show", "table", "main"]:
-                return json.dumps(
-                    [
-                        each
-                        for each in self.routes
-                        if (":" in json.dumps([each["dst"], each.get("gateway")])) == (family == "-6")
-                    ]
-                )
+                return json.dumps([each for each in self.routes if _family(each) == family])
+            case ["-o", "-4" | "-6" as family, "route", "show", "table", "all"]:
+                return "".join(f"{_words(each)}\n" for each in self.routes if _family(each) == family)
             case ["-4" | "-6" as family, "rule", "show"]:
                 return self.rules.get(family, "")
         return "[]"
@@ -124,6 +120,15 @@ class LiveNode(Machine):
 
 def _generate(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*_GENERATE, *words], capture_output=True, text=True, check=False, timeout=60)
+
+
+def _family(route: Mapping[str, Any]) -> str:
+    return "-6" if ":" in f"{route['dst']}{route.get('gateway', '')}" else "-4"
+
+
+def _words(route: Mapping[str, Any]) -> str:
+    named = {"gateway": "via", "dev": "dev", "protocol": "proto", "metric": "metric"}
+    return " ".join([route["dst"], *(f"{word} {route[key]}" for key, word in named.items() if key in route)])
 
 
 def _address(said: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from sparkinstall.errors import Blocked, Interrupted, Problem
 from sparkinstall.facts import ip, network, qsfp
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Drift, Ok, State, rollback
-from sparkinstall.resources.netplan import files, networkd, pending
+from sparkinstall.resources.netplan import files, networkd, pending, record
 from sparkinstall.system import Reader, System, Undo, Undone, failure_of, undoes
 
 TIMER = "network"
@@ -316,24 +316,31 @@ def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
     """
     qsfp.used_port(on, plan.node)
     config, paths = plan.node.config.network, tuple(plan.wanted)
-    before, reach = _live_state(on, plan), network.reach(on, plan.node)
+    ours = {*plan.names, *plan.former}
+    theirs = record.taken(on, pending.configured(on, plan.read, plan.wanted, ours))
+    before, reach = {**theirs, **record.taken(on, ours)}, network.reach(on, plan.node)
     added = {half.name: str(half.address) for half in plan.halves}
-    on.promise(Undo(_UNDO, "the QSFP link", before, added))
-    rollback.arm(on, TIMER, restoring(before, added), config.rollback_seconds, paths)
+    on.promise(Undo(_UNDO, "the QSFP link", {name: was for name, was in before.items() if name in ours}, added))
+    rollback.arm(on, TIMER, record.restoring(before, added), config.rollback_seconds, paths)
     until = time.monotonic() + min(_PATIENCE, config.rollback_seconds * 2 / 3)
     try:
         change()
         on.run(files.PROGRAM, "apply", root=True)
-        _settle(on, plan, reach, until)
+        _settle(on, plan, reach, theirs, until)
     except (Problem, OSError) as problem:
-        raise _put_back(on, problem) from problem
+        raise _put_back(on, problem, before, added) from problem
     if not plan.node.confirm_later:
         rollback.disarm(on, TIMER)
 
 
-def _settle(on: Reader, plan: _Plan, reach: network.Reach, until: float) -> None:
-    """Wait until the links are up and everything that answered before answers again."""
-    while problem := _unsettled(on, plan) or network.lost(reach, on, plan.node):
+def _settle(on: Reader, plan: _Plan, reach: network.Reach, theirs: Mapping[str, Any], until: float) -> None:
+    """Wait until the links are up, everything that answered before answers again, and others' interfaces are as
+    recorded."""
+    while problem := (
+        _unsettled(on, plan)
+        or network.lost(reach, on, plan.node)
+        or ", ".join(record.differences(theirs, on, {}, soft=False))
+    ):
         if time.monotonic() > until:
             raise Problem(
                 f"the new network was not kept: {problem}",
@@ -347,51 +354,25 @@ def _unsettled(on: Reader, plan: _Plan) -> str:
     return next((each.found(now) for each in plan.halves if not each.is_live(now)), "")
 
 
-def _put_back(on: System, problem: Exception) -> Problem:
-    """Roll back now, without waiting for the timer; return the problem with the result."""
-    later = "the former network is restored when the timer expires"
+def _put_back(on: System, problem: Exception, before: Mapping[str, Any], added: Mapping[str, str]) -> Problem:
+    """Roll back now, without waiting for the timer; return the problem with what is live then."""
+    later, hint = "the former network is restored when the timer expires", getattr(problem, "hint", "")
     try:
-        became = "the former network was restored" if rollback.fire(on, TIMER) else later
+        became = later
+        if rollback.fire(on, TIMER):
+            became = "the former network was restored"
+            if missing := record.awaited(before, on, added):
+                became = f"the former files were restored, and not the whole former network: {'; '.join(missing)}"
+                hint = f"restore the rest with the commands in parentheses; {hint}"
     except Interrupted:
         return Interrupted(f"interrupted; {later}", hint="wait for that, then run the same command again")
     if not isinstance(problem, Problem):
-        return Problem(f"{problem}; {became}")
+        return Problem(f"{problem}; {became}", hint=hint)
     said = Problem(
-        f"{problem.message}; {became}", cause=problem.cause, hint=problem.hint, log=problem.log, output=problem.output
+        f"{problem.message}; {became}", cause=problem.cause, hint=hint, log=problem.log, output=problem.output
     )
     said.code = problem.code
     return said
-
-
-def _live_state(on: Reader, plan: _Plan) -> dict[str, Any]:
-    """Return the interfaces' state for the journal, without addresses from DHCP, which renews them."""
-    now = ip.live(on)
-    found = {}
-    for name in sorted({*plan.names, *plan.former}):
-        if there := now.get(name):
-            kept = [each for each in there.addresses if each not in there.leased]
-            found[name] = {"mtu": there.mtu, "up": there.up, "addresses": kept}
-    return found
-
-
-def restoring(before: Mapping[str, Any], added: Mapping[str, str]) -> str:
-    """Return lines for /bin/sh that restore the interfaces after netplan's files were restored.
-
-    `netplan apply` does not change an MTU that no file names.
-    """
-    lines = [f"{files.PROGRAM} apply"]
-    for name, was in before.items():
-        lines += [f"{shlex.join(words)} 2> /dev/null || true" for words in _changes(name, was, added.get(name))]
-    return "\n".join(lines)
-
-
-def _changes(name: str, was: Mapping[str, Any], added: str | None) -> Iterable[tuple[str, ...]]:
-    if added and added not in was["addresses"]:
-        yield "ip", "address", "del", added, "dev", name
-    yield "ip", "link", "set", "dev", name, "mtu", str(was["mtu"])
-    yield from (("ip", "address", "replace", each, "dev", name) for each in was["addresses"])
-    if not was["up"]:
-        yield "ip", "link", "set", "dev", name, "down"
 
 
 @undoes(_UNDO, after=lambda _: f"{files.OWN_FOLDER}/")
@@ -400,20 +381,30 @@ def restore(records: Sequence[Undo], on: System) -> Undone:
 
     Raises:
         CommandFailed: netplan failed.
-        Blocked: this ssh session uses an address that would be removed.
+        Blocked: this ssh session uses an address that would be removed, or netplan would change other interfaces.
+        Problem: something of the former network is missing.
     """
     subject = records[0].subject
     if on.rehearsal or not on.entry(files.PROGRAM):
         return Undone(subject, "nothing")
     before, added = _first_of(records)
     _refuse_own_way(on, before, added)
+    read = files.read_all(on)
+    if edit := pending.pending(on, read, {}, before):
+        raise Blocked(edit.message, hint=edit.hint)
     rollback.drop(on, TIMER)
     kept = {name for name, address in added.items() if _still_named(on, address) and name in before}
-    script = restoring({name: was for name, was in before.items() if name not in kept}, added)
-    answer = on.try_run("sh", "-ec", script, timeout=120, root=True)
+    # A card that was removed since has nothing to restore.
+    there = ip.live(on)
+    wanted = {name: was for name, was in before.items() if name not in kept and name in there}
+    wanted |= record.taken(on, pending.configured(on, read, {}, before))
+    answer = on.try_run("sh", "-ec", record.restoring(wanted, added), timeout=120, root=True)
     if not answer.ok:
         hint = "check the files in /etc/netplan, then run the same command again"
         raise failure_of(answer, "`netplan apply` failed", hint=hint, log=on.log, places=("/etc/netplan", "/run"))
+    if missing := record.awaited(wanted, on, added, soft=False):
+        hint = "restore the rest with the commands in parentheses, and run `sparkinstall uninstall` again"
+        raise Problem(f"not the whole former network was restored: {'; '.join(missing)}", hint=hint)
     return Undone(subject, "restored")
 
 

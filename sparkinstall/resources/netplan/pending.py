@@ -50,16 +50,35 @@ def pending(
 ) -> Conflict | None:
     """Return the first thing of another interface than `ours` that `netplan apply` would change; None if nothing."""
     try:
-        made = files.generate(on, read, wanted)
+        edits = _edits(on, read, wanted, ours)
     except Problem as problem:
         return Conflict(f"{problem.message}: {problem.cause}", problem.hint)
-    live = ip.live(on)
-    theirs = {name: each for name, each in live.items() if name not in {*ours, "lo"}}
-    edits = _Edits(on, read, made, live, theirs, running(on))
-    mine = {*ours, *(live[name].mac for name in ours if name in live)}
+    mine = {*ours, *(edits.live[name].mac for name in ours if name in edits.live)}
     for what, hint in (*edits.renderers(), *edits.not_applied(mine), *edits.not_live()):
         return Conflict(f"{what}; `netplan apply` would change that too", f"{hint}, then run again")
     return None
+
+
+def _edits(
+    on: Reader, read: Sequence[files.NetplanFile], wanted: Mapping[str, bytes | None], ours: Collection[str]
+) -> "_Edits":
+    made, live = files.generate(on, read, wanted), ip.live(on)
+    theirs = {name: each for name, each in live.items() if name not in {*ours, "lo"}}
+    return _Edits(on, read, made, live, theirs, running(on))
+
+
+def configured(
+    on: Reader, read: Sequence[files.NetplanFile], wanted: Mapping[str, bytes | None], ours: Collection[str]
+) -> list[str]:
+    """Return the interfaces of others that a file of netplan or networkd configures.
+
+    Raises:
+        Problem: netplan rejects the files.
+    """
+    edits = _edits(on, read, wanted, ours)
+    made = [networkd.parse(path, text) for path, text in edits.made.items() if path.startswith((NETWORK, PROFILE))]
+    said = [*networkd.read_all(on, edits.made, ".network"), *made]
+    return [name for name in edits.theirs if any(edits._matches(each, name) for each in said)]
 
 
 class _Edits(Struct, frozen=True):
