@@ -72,9 +72,9 @@ def _rules(on: Reader, family: str) -> Iterator[str]:
 
 
 def restoring(record: Mapping[str, Any], added: Mapping[str, str]) -> str:
-    """Return lines for /bin/sh that apply netplan's restored files and restore what they do not name.
+    """Return lines for /bin/sh that apply netplan's files, and restore what these do not name.
 
-    added: the address that each of our interfaces got.
+    added: the address that each of our interfaces got, which is removed.
     """
     lines = [f"{files.PROGRAM} apply", _SETTLED]
     for name, was in record.items():
@@ -96,7 +96,8 @@ def _commands(name: str, was: Mapping[str, Any], added: str | None) -> Iterator[
     yield f"ip link set {device} {'up' if was['up'] else 'down'}"
     # An interface that is down keeps IPv4 addresses only, and no routes.
     for address in was["addresses"]:
-        yield f"ip address replace {address} {device}{' nodad' if ':' in address else ''}"
+        # The kernel has made link-local ones again by now.
+        yield f"ip address {'add' if ':' in address else 'replace'} {address} {device}"
     for route in was.get("routes", ()):
         family, _, words = route.partition(" ")
         yield f"ip {family} route add {words}"
