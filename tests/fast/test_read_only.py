@@ -302,12 +302,13 @@ def test_undo_nftables_deletes_the_table() -> None:
 
 
 def test_undo_netplan_applies_the_restored_files_or_fails() -> None:
-    before = {"enp1s0f0np0": {"mtu": 1500, "up": True, "addresses": []}}
+    before = {"enp1s0f0np0": {"mtu": 1500, "up": False, "addresses": []}}
     record = Undo("netplan", "the QSFP link", before, {"enp1s0f0np0": "192.168.100.10/24"})
-    on = RecordingSystem({"/usr/sbin/netplan": b""})
+    on = RecordingSystem({"/usr/sbin/netplan": b""}, {"ip -j address": '[{"ifname": "enp1s0f0np0", "mtu": 1500}]'})
     assert UNDO_FUNCTIONS["netplan"]([record], on).outcome == "restored"
     (script,) = on.changed
-    assert script.startswith("sh -ec /usr/sbin/netplan apply\nip address del 192.168.100.10/24 dev enp1s0f0np0")
+    assert script.startswith("sh -ec /usr/sbin/netplan apply\n")
+    assert "\nip address del 192.168.100.10/24 dev enp1s0f0np0 " in script
     on.failing = ("sh -ec",)
     with pytest.raises(CommandFailed, match="netplan apply"):
         UNDO_FUNCTIONS["netplan"]([record], on)
