@@ -186,7 +186,6 @@ class LiveTable(Struct, frozen=True):
         gateways = [each.gateway for each in ip.routes(on) if each.gateway and not each.to.prefixlen]
         before = network.reach(on, self.node, [*gateways, *(self.node.peers if self.node.several else ())])
         table = live_table(on)
-        on.promise(Undo(UNDO, _NAME, {"kind": "absent"}, {"kind": "table"}))
         _arm(on, self.node)
         on.run(NFT, "-f", self.node.firewall_rules, root=True)
         if lost := network.lost(before, on, self.node):
@@ -207,7 +206,8 @@ def _put_back(on: System, lost: str, table: str) -> Problem:
 
 def _arm(on: System, node: Node) -> None:
     path = node.firewall_rules
-    rollback.arm(on, TIMER, _RESTORE.format(path=path), node.config.network.rollback_seconds, keep=(path,))
+    undo, seconds = Undo(UNDO, _NAME, {"kind": "absent"}, {"kind": "table"}), node.config.network.rollback_seconds
+    rollback.arm(on, TIMER, undo, _RESTORE.format(path=path), seconds, keep=(path,))
 
 
 def live_table(on: Reader) -> str:

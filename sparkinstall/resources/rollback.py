@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from sparkinstall.errors import Problem
 from sparkinstall.resources.template import render
-from sparkinstall.system import Reader, System, failure_of
+from sparkinstall.system import Reader, System, Undo, failure_of
 from sparkinstall.system.local import staged
 
 HOME = "/var/lib/sparkinstall-rollback"
@@ -35,13 +35,14 @@ def _waiting(on: Reader) -> tuple[str, ...]:
     return tuple(name for name in on.names(HOME) if "." not in name)
 
 
-def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence[str] = ()) -> None:
+def arm(on: System, name: str, undo: Undo, restore_script: str, seconds: int, keep: Sequence[str] = ()) -> None:
     """In `seconds`, restore the files `keep` to their current state and run `restore_script`, unless disarmed.
 
     If a timer of that name is still pending, restart it with its own files and script: it has the former state, while
     the current one may be that of a killed run.
 
     Args:
+        undo: the change that the timer guards; its undo function drops the timer, so it is in the journal first.
         restore_script: lines for /bin/sh, run by root.
         keep: absolute paths; a path that does not exist now is removed.
 
@@ -51,6 +52,7 @@ def arm(on: System, name: str, restore_script: str, seconds: int, keep: Sequence
     for path in keep:
         if "|" in path or not path.isprintable():
             raise Problem(f"{path!a} could not be restored by a script", hint="rename that file, using letters only")
+    on.promise(undo)
     lines = [f"{path}|{staged(path)}" for path in keep]
     answer = on.try_run(*_words("arm", _program(), name, str(seconds), restore_script, *lines), root=True)
     if not answer.ok:
@@ -85,7 +87,7 @@ def drop(on: System, name: str) -> None:
     """
     if armed(on, name):
         disarm(on, name)
-    elif on.entry(HOME):
+    elif on.entry(HOME) or on.entry(f"/run/systemd/transient/{_UNIT}{name}.timer"):
         on.try_run(*_words("forget", name), root=True)
 
 

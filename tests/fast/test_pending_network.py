@@ -375,10 +375,10 @@ def test_rollback_that_does_not_restore_everything_says_what_is_missing(
     monkeypatch.setattr(rollback, "fire", lambda *_: True)
     monkeypatch.setattr(record, "_PATIENCE", 0)
     before, added = record.taken(node, [LAN, FIRST, SECOND]), {FIRST: "192.168.100.10/24"}
-    whole = live._put_back(node, Problem("the link did not come up", hint="look at the cable"), before, added)
+    whole = live.rolled_back(node, Problem("the link did not come up", hint="look at the cable"), before, added)
     assert whole.message == "the link did not come up; the former network was restored"
     happened(node)
-    part = live._put_back(node, Problem("the link did not come up", hint="look at the cable"), before, added)
+    part = live.rolled_back(node, Problem("the link did not come up", hint="look at the cable"), before, added)
     assert "was restored" not in part.message and word in part.message, part.message
     assert "commands" in part.hint and "look at the cable" in part.hint
 

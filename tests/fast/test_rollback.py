@@ -7,18 +7,26 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sparkinstall import causes
 from sparkinstall.errors import Problem
+from sparkinstall.facts import qsfp
 from sparkinstall.resources import rollback
+from sparkinstall.resources.firewall import LiveTable, RulesFile
+from sparkinstall.resources.netplan.live import LiveLink, Netplan
 from sparkinstall.resources.template import render
+from sparkinstall.system import UNDO_FUNCTIONS, Undo
 from sparkinstall.system.local import LocalReader, LocalSystem
 from tests.support.fake_sudo import AsAnotherUser, fake_sudo
 from tests.support.mounts import fill, small_disk
+from tests.support.nodes import node_with
+from tests.support.recording import RecordingSystem
 
 FORMER, NEW = "the former state\n", "an unconfirmed state\n"
+CHANGE = Undo("netplan", "the QSFP link", {}, {})
 # All programs that the script starts.
 STARTED = ("cat", "cp", "chmod", "find", "flock", "grep", "ln", "mkdir", "mv", "rm", "rmdir", "sync", "systemd-run")
 COUNTING = """\
@@ -127,7 +135,7 @@ def test_arm_without_a_timer_leaves_nothing(node: Path) -> None:
 @pytest.mark.parametrize("name", ["a|b.yaml", "a\nb.yaml"])
 def test_arm_with_an_unsafe_file_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(Problem, match="could not be restored"):
-        rollback.arm(LocalSystem(str(tmp_path)), "network", "true", 30, [f"/etc/netplan/{name}"])
+        rollback.arm(LocalSystem(str(tmp_path)), "network", CHANGE, "true", 30, [f"/etc/netplan/{name}"])
 
 
 def test_restore_restores_files_and_removes_new_ones(node: Path) -> None:
@@ -201,6 +209,65 @@ def test_arm_killed_anywhere_keeps_the_former_state(node: Path) -> None:
         assert files_left(node) == []
 
 
+TIMERS = """\
+for each; do case $each in
+    --unit=*) : > {node}/timer-${{each#--unit=}}.timer ;;
+    *.timer) [ "$1" != stop ] || rm -f {node}/timer-$each ;;
+esac; done
+"""
+
+
+@pytest.mark.parametrize("verb", ["arm", "restore", "confirm"])
+def test_forget_after_a_kill_anywhere_leaves_no_timer(node: Path, verb: str) -> None:
+    """As `uninstall` does: what is armed it confirms, and what is left of a killed script it removes."""
+    for program in ("systemd-run", "systemctl"):
+        fake_program(node, program, TIMERS.format(node=node))
+    kept = f"{node}/kept.yaml|{node}/kept.yaml.new"
+    words = {"arm": (script(node), "network", "30", "true", kept)}.get(verb, ("network",))
+    if verb != "arm":
+        assert arm(node) == 0
+    for _ in killed_at_every_program(node, verb, *words):
+        if (node / "home/network").is_dir():
+            assert rollback_verb(node, "confirm", "network").returncode == 0
+        else:
+            assert rollback_verb(node, "forget", "network").returncode == 0
+        assert files_left(node) == [] and not [*node.glob("timer-*")]
+        if verb != "arm":
+            assert arm(node) == 0
+
+
+def test_timer_whose_script_is_gone_ends_well(node: Path) -> None:
+    """Killed after the restore and before the timer was stopped: the timer's unit must not be started for ever."""
+    fake_program(node, "systemd-run", f"printf '%s\\n' \"$@\" > {node}/started")
+    assert arm(node) == 0
+    words = (node / "started").read_text().splitlines()
+    command = words[words.index("/bin/sh") + 1 :]
+    assert run_sh(node, *command).returncode == 0
+    assert rolled_back(node) == "network\n" and files_left(node) == []
+    assert run_sh(node, *command).returncode == 0
+    assert rolled_back(node) == "network\n"
+
+
+@pytest.mark.parametrize("what", [Netplan, LiveLink, RulesFile, LiveTable])
+def test_arm_is_preceded_by_its_record_in_the_journal(what: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So `uninstall` finds the timer, wherever the run is killed."""
+    on, node = RecordingSystem({"/usr/sbin/netplan": b""}), node_with()
+    port = qsfp.Port(0, tuple(qsfp.Interface(name, 0, True, 1500, 0) for name in ("enp1s0f0np0", "enP2p1s0f0np0")))
+    monkeypatch.setattr(qsfp, "port_to_look_at", lambda *_: port)
+    monkeypatch.setattr(qsfp, "used_port", lambda *_: port)
+    on.failing = ("sh -c",)
+    with pytest.raises(Problem, match="could not be started"):
+        what(node).apply(on)
+    (armed,) = [each for each in on.changed if each.startswith("sh -c") and " arm " in each]
+    before = on.changed[: on.changed.index(armed)]
+    kinds = [each.split()[1] for each in before if each.startswith("promise ")]
+    assert kinds == ["netplan" if what in (Netplan, LiveLink) else "nftables"]
+    dropped = RecordingSystem({f"{rollback.HOME}/{'network' if kinds == ['netplan'] else 'firewall'}/paths": b""})
+    dropped.files["/usr/sbin/netplan"] = b""
+    UNDO_FUNCTIONS[kinds[0]]([Undo(kinds[0], "it", {}, {})], dropped)
+    assert any(" confirm " in each for each in dropped.changed)
+
+
 def test_restore_killed_anywhere_is_completed_at_boot(node: Path) -> None:
     assert arm(node) == 0
     (node / "kept.yaml").write_text(NEW)
@@ -255,7 +322,7 @@ def placed(node: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def why_not_armed(on: LocalSystem, node: Path) -> Problem:
     with pytest.raises(Problem) as found:
-        rollback.arm(on, "network", "true", 30, [str(node / "kept.yaml")])
+        rollback.arm(on, "network", CHANGE, "true", 30, [str(node / "kept.yaml")])
     assert found.value.message == "the rollback timer could not be started; nothing was changed"
     return found.value
 

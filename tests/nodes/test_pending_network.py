@@ -1,11 +1,13 @@
 """What is live beside the QSFP port, and what nobody applied, on nodes with the real netplan and networkd."""
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from sparkinstall.resources import rollback
 from tests.lab import cabling
 from tests.lab.cabling import LAN, PORT_0
 from tests.lab.commands import Completed
@@ -17,7 +19,7 @@ pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
 FIRST, SECOND = PORT_0
 LAN_FILE = "/etc/netplan/01-lan.yaml"
-ARMED = "/var/lib/sparkinstall-rollback/network"
+ARMED = f"{rollback.HOME}/network"
 FLAGS = ("nodad", "tentative")
 BY_HAND = (
     f"address add 10.77.0.1/24 dev {FIRST}",
@@ -50,9 +52,9 @@ def tool(node: FleetNode, *words: str) -> Completed:
     return node.run(COMMAND, *words, user="spark", cwd="/home/spark", check=False, timeout=300)
 
 
-def words() -> tuple[str, ...]:
+def words(*more: str) -> tuple[str, ...]:
     said = ("multi-node", "--role", "head", "--only", "network", "--yes", "--json")
-    return (*said, *ignoring(), "--ignore", "cuda")
+    return (*said, *ignoring(), "--ignore", "cuda", *more)
 
 
 def set_up(node: FleetNode) -> dict[str, object]:
@@ -157,3 +159,17 @@ def test_rollback_restores_what_was_set_by_hand(pair: Fleet, node: FleetNode) ->
     (error,) = json.loads(output)["errors"]
     assert "the former network was restored" in error["message"], error
     assert set(_network(node).splitlines()) ^ set(before.splitlines()) == set()
+
+
+def test_uninstall_after_a_kill_at_the_firewalls_timer_leaves_nothing(node: FleetNode) -> None:
+    answer = set_up(node)
+    assert answer["exit_code"] == 0, answer["errors"]
+    with node.popen(COMMAND, *words("--only", "firewall"), user="spark", cwd="/home/spark") as process:
+        _until(lambda: node.run("test", "-d", f"{rollback.HOME}/firewall", check=False).returncode == 0, 60)
+        node.signal(process, signal.SIGKILL)
+        process.wait(60)
+    undone = tool(node, "uninstall", "--yes")
+    assert undone.returncode == 0, undone.stderr
+    assert node.run("test", "-e", rollback.HOME, check=False).returncode == 1
+    assert not node.run("systemctl", "list-units", "--all", "--no-legend", "*rollback*").stdout
+    assert not node.run("find", "/etc/systemd/system", "-name", "*rollback*").stdout

@@ -320,8 +320,8 @@ def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
     theirs = record.taken(on, pending.configured(on, plan.read, plan.wanted, ours))
     before, reach = {**theirs, **record.taken(on, ours)}, network.reach(on, plan.node)
     added = {half.name: str(half.address) for half in plan.halves}
-    on.promise(Undo(_UNDO, "the QSFP link", {name: was for name, was in before.items() if name in ours}, added))
-    rollback.arm(on, TIMER, record.restoring(before, added), config.rollback_seconds, paths)
+    undo = Undo(_UNDO, "the QSFP link", {name: was for name, was in before.items() if name in ours}, added)
+    rollback.arm(on, TIMER, undo, record.restoring(before, added), config.rollback_seconds, paths)
     until = time.monotonic() + min(_PATIENCE, config.rollback_seconds * 2 / 3)
     try:
         change()
@@ -329,7 +329,7 @@ def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
         on.run("sh", "-ec", record.restoring(theirs, {}), timeout=120, root=True)
         _settle(on, plan, reach, theirs, until)
     except (Problem, OSError) as problem:
-        raise _put_back(on, problem, before, added) from problem
+        raise rolled_back(on, problem, before, added) from problem
     if not plan.node.confirm_later:
         rollback.disarm(on, TIMER)
 
@@ -355,7 +355,7 @@ def _unsettled(on: Reader, plan: _Plan) -> str:
     return next((each.found(now) for each in plan.halves if not each.is_live(now)), "")
 
 
-def _put_back(on: System, problem: Exception, before: Mapping[str, Any], added: Mapping[str, str]) -> Problem:
+def rolled_back(on: System, problem: Exception, before: Mapping[str, Any], added: Mapping[str, str]) -> Problem:
     """Roll back now, without waiting for the timer; return the problem with what is live then."""
     later, hint = "the former network is restored when the timer expires", getattr(problem, "hint", "")
     try:
