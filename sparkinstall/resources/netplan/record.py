@@ -52,7 +52,7 @@ def _state(on: Reader, there: ip.Live, routes: Mapping[str, list[str]]) -> dict[
 
 
 def _routes(on: Reader) -> dict[str, list[str]]:
-    """Return the routes that somebody wrote, by interface, as words for `ip route add`."""
+    """Return the routes that a person or a file named, by interface, as words for `ip route add`."""
     found: dict[str, list[str]] = {}
     for family in ("-4", "-6"):
         for line in on.ask("ip", "-o", family, "route", "show", "table", "all").out.splitlines():
