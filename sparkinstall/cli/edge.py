@@ -160,9 +160,17 @@ def _code_of(program: Callable[[], None], problem_of: Callable[[BaseException], 
     except KeyboardInterrupt:
         return _tell(_INTERRUPTED, "interrupted", "interrupted")
     except BaseException as error:
-        problem = problem_of(error)
-        return _tell(int(problem.exit_code), problem.code, problem.message, problem.hint)
+        return _explained(error, problem_of)
     return 0
+
+
+def _explained(error: BaseException, problem_of: Callable[[BaseException], Any]) -> int:
+    try:
+        problem = problem_of(error)
+    except Exception:
+        # What explains errors cannot be imported either.
+        return _tell(1, "failed", f"sparkinstall cannot start: {error}", "install it again: `./install.sh`")
+    return _tell(int(problem.exit_code), problem.code, problem.message, problem.hint)
 
 
 def unwritten(error: Unwritten, problem_of: Callable[[BaseException], Any]) -> int:

@@ -1,8 +1,10 @@
 """Diagnose logs: read them from files or the journal, and tell which failure caused the others."""
 
 import contextlib
+import errno
 import json
 import os
+import stat
 import subprocess
 import sys
 import time
@@ -16,6 +18,7 @@ from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
 from sparkinstall.diagnose.search import TELLING_KEPT, Match, Place, Search, Suspect
 from sparkinstall.diagnose.signatures import ANY, KnownFailure, Signature
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
+from sparkinstall.given import absolute
 from sparkinstall.system import processes
 from sparkinstall.system.local import LocalReader
 
@@ -150,18 +153,25 @@ def file_log(name: str, follow: bool = False) -> Log:
     """
     if name == "-":
         return Log("stdin", lambda: text_of("stdin", _stdin()))
-    path = Path(name)
+    path = absolute(name, "the log")
     if path.is_dir():
         raise BadUsage(f"{name} is a folder", hint="name one or more files: `sparkinstall diagnose DIR/*.log`")
     try:
-        with path.open("rb") as file:
-            packed = is_packed(file.read(16))
-    except FileNotFoundError as error:
+        packed = _begins_packed(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise BadUsage(f"no such file: {name}", hint="`-` reads stdin; `--unit NAME` reads the journal") from error
     except PermissionError as error:
         raise BadUsage(f"you may not read {name}", hint=f"sudo cat {name} | sparkinstall diagnose -") from error
     source = _growing if follow and not packed else _whole
     return Log(name, lambda: text_of(name, source(path)))
+
+
+def _begins_packed(path: Path) -> bool:
+    if not stat.S_ISREG(path.stat().st_mode):
+        # What is read of a pipe is gone.
+        return False
+    with path.open("rb") as file:
+        return is_packed(file.read(16))
 
 
 def unit_log(unit: str, follow: bool = False, boot: bool = False) -> Log:
@@ -215,7 +225,8 @@ def _stdin() -> Iterator[bytes]:
         while data := os.read(sys.stdin.fileno(), BLOCK):
             yield data
     except OSError as error:
-        raise BadUsage(f"stdin cannot be read: {error.strerror}", hint="name a file, or pipe the log in") from error
+        why = "it is closed" if error.errno == errno.EBADF else error.strerror
+        raise BadUsage(f"stdin cannot be read: {why}", hint="name a file, or pipe the log in") from error
 
 
 def _growing(path: Path) -> Iterator[bytes]:

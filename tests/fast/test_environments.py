@@ -16,6 +16,9 @@ import pytest
 
 from sparkinstall import given
 from sparkinstall.cli import app
+from sparkinstall.cluster import ssh
+from sparkinstall.cluster.remote import Member, RemoteNode
+from sparkinstall.core.status import NodeStatus
 from sparkinstall.errors import BadUsage, Exit, Problem
 from tests.support.rehearsals import (
     CHECKOUT,
@@ -218,6 +221,19 @@ def test_user_without_home_and_passwd_entry_is_told(verb: str, tmp_path: Path, m
     assert verb != "uninstall" or run.returncode == 0, "nobody is kept from undoing"
 
 
+def test_installation_that_is_not_whole_is_told(tmp_path: Path) -> None:
+    """A package that is missing, damaged, or not readable for this user."""
+    for name, content in (("typer", "raise ImportError('no typer')"), ("msgspec", "("), ("yaml", "1/0")):
+        (tmp_path / f"{name}.py").write_text(content)
+        path = f"{tmp_path}:{CHECKOUT}"
+        for args in (["plan", "--root", str(tmp_path / "node")], ["status", "--json"]):
+            run = sparkinstall(*args, PYTHONPATH=path)
+            assert "Traceback" not in output_of(run) and run.returncode == 1, output_of(run)
+            assert is_explained(run.stderr) and len(run.stderr.splitlines()) <= 2
+            assert "--json" not in args or envelope(run)["errors"][0]["message"]
+        (tmp_path / f"{name}.py").unlink()
+
+
 # --- paths
 
 
@@ -283,6 +299,19 @@ def test_odd_path_is_refused_in_one_sentence(
         if verb != "cluster":
             assert run.returncode in (Exit.FAILED, USAGE), f"{kind}: {output_of(run)}"
     assert not (tmp_path / "node").exists()
+
+
+@pytest.mark.parametrize("kind", ["loop", "below a loop", "below a file", "long name", "long path", "unknown user"])
+def test_log_that_cannot_be_read_is_refused_in_one_sentence(kind: str, tmp_path: Path) -> None:
+    run = in_this_process("diagnose", odd_paths(tmp_path)[kind])
+    well_answered(run.returncode, output_of(run))
+    assert run.returncode == USAGE and is_explained(run.stderr) and len(run.stderr) < 2000, output_of(run)
+
+
+def test_log_from_a_pipe_is_read_whole() -> None:
+    shell = f"{' '.join(command('diagnose', '--json'))} <(echo 0123456789; echo 0123456789)"
+    run = subprocess.run(["bash", "-c", shell], env=environment(), cwd=CHECKOUT, capture_output=True, text=True)
+    assert envelope(run)["data"]["logs"][0]["bytes"] == 22, output_of(run)
 
 
 @pytest.mark.parametrize("args", [["plan", "--root="], ["all", "--root", ""], ["diagnose", ""], ["run", ""]])
@@ -406,3 +435,33 @@ def test_home_that_is_no_absolute_path_is_refused(value: str, why: str, monkeypa
 def test_absolute_names_the_option_and_the_path() -> None:
     with pytest.raises(BadUsage, match=r"^--root '~no-such-user/x' cannot be used: there is no user 'no-such-user'$"):
         given.absolute("~no-such-user/x", "--root")
+
+
+# --- the other end of a cluster
+
+
+@pytest.mark.parametrize("request_", ["", "garbage", "garbage\n", "[" * 100_000 + "\n", '{"argv": 1}\n', "\0\n"])
+def test_request_that_is_none_ends_without_a_traceback(request_: str) -> None:
+    run = subprocess.run(
+        command("node", "attend"), cwd=CHECKOUT, env=environment(), input=request_, capture_output=True, text=True,
+        timeout=60, check=False,
+    )  # fmt: skip
+    well_answered(run.returncode, output_of(run))
+    assert run.returncode == Exit.FAILED
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["head -c 9000000 /dev/zero", "head -c 300000 /dev/zero >&2", "printf '%0300000d' 0 | tr 0 '['", "echo '\\0'", ":"],
+)
+def test_reply_of_a_node_is_bounded(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setattr(ssh, "_LONGEST_REPLY", 1 << 20)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    lines: list[str] = []
+    node = RemoteNode(Member("spark-1", "head", 0, "192.168.100.10"), ssh.Ssh("spark-1", None))
+    with pytest.raises(Problem, match="gave no reply on spark-1") as found:
+        node.call(NodeStatus, "status", on_line=lines.append, bring=False)
+    assert all(len(line) <= 1 << 16 for line in lines)
+    assert sum(map(len, found.value.output)) < 40_000
