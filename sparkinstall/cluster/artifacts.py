@@ -219,7 +219,7 @@ def understood(listing: bytes) -> Manifest:
     """
     try:
         manifest = msgspec.json.decode(listing, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise CopyFailed("the other node's list of files cannot be read") from error
     _require_harmless(manifest)
     return manifest

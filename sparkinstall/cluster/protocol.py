@@ -217,7 +217,7 @@ def announced(line: str, announcement: type[_Message]) -> _Message | None:
     """The announcement in a line of stderr; None: it is another line."""
     try:
         return msgspec.json.decode(line, type=announcement)
-    except (msgspec.MsgspecError, UnicodeError):
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
         return None
 
 

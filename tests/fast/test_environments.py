@@ -17,7 +17,10 @@ import pytest
 from sparkinstall import given
 from sparkinstall.cli import app
 from sparkinstall.cluster import ssh
+from sparkinstall.cluster.artifacts import understood
+from sparkinstall.cluster.protocol import Introduction, announced
 from sparkinstall.cluster.remote import Member, RemoteNode
+from sparkinstall.cluster.transfer import CopyFailed
 from sparkinstall.core.status import NodeStatus
 from sparkinstall.errors import BadUsage, Exit, Problem
 from tests.support.rehearsals import (
@@ -465,3 +468,10 @@ def test_reply_of_a_node_is_bounded(script: str, tmp_path: Path, monkeypatch: py
         node.call(NodeStatus, "status", on_line=lines.append, bring=False)
     assert all(len(line) <= 1 << 16 for line in lines)
     assert sum(map(len, found.value.output)) < 40_000
+
+
+@pytest.mark.parametrize("text", ["[" * 60_000, '{"a":' * 10_000, "", "\0", "9" * 5000])
+def test_message_of_a_node_that_is_none_is_no_message(text: str) -> None:
+    assert announced(text, Introduction) is None
+    with pytest.raises(CopyFailed, match="list of files cannot be read"):
+        understood(text.encode())
