@@ -17,8 +17,11 @@ PATIENCE = 10.0
 """Seconds until a pipe must have been written."""
 
 
-def absolute(path: str | Path, option: str, error: type[Problem] = BadUsage) -> Path:
+def absolute(path: str | Path, option: str, error: type[Problem] = BadUsage, *, hidden: bool = False) -> Path:
     """Return the absolute path of a file or folder that `option` names; it may be missing.
+
+    Args:
+        hidden: it may also be in a folder that this user must not enter.
 
     Raises:
         error: the path cannot be used: an unknown user, a folder that is gone, a circle of links, too long a name.
@@ -34,8 +37,10 @@ def absolute(path: str | Path, option: str, error: type[Problem] = BadUsage) -> 
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as found:
+        if hidden and isinstance(found, PermissionError):
+            return Path(whole)
         why = getattr(found, "strerror", None) or found
-        raise error(f"{option} {show(str(path))} cannot be used: {why}", hint="name another path") from found
+        raise error(f"{option} {path} cannot be used: {why}", hint="name another path") from found
     return Path(whole)
 
 

@@ -117,7 +117,8 @@ def _anchored(name: str, value: Any, base: str) -> Any:
     if not isinstance(value, str) or "://" in value or not ("/" in value or value.endswith(_FILES)):
         return value
     path = value if value.startswith("~") else os.path.join(base, value)
-    return os.path.normpath(given.absolute(path, f"`{name}`", BadConfig))
+    # Another layer may replace it, so whether this user can read it is known later.
+    return os.path.normpath(given.absolute(path, f"`{name}`", BadConfig, hidden=True))
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

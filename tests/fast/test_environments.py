@@ -23,8 +23,10 @@ from sparkinstall.cluster.remote import Member, RemoteNode
 from sparkinstall.cluster.transfer import CopyFailed
 from sparkinstall.core.status import NodeStatus
 from sparkinstall.errors import BadUsage, Exit, Problem
+from tests.support.mounts import need_root
 from tests.support.rehearsals import (
     CHECKOUT,
+    as_ordinary_user,
     command,
     empty_rehearsal,
     envelope,
@@ -304,6 +306,18 @@ def test_odd_path_is_refused_in_one_sentence(
     assert not (tmp_path / "node").exists()
 
 
+def test_path_of_a_config_that_another_option_replaces_need_not_be_readable(tmp_path: Path) -> None:
+    need_root()
+    hidden = tmp_path / "hidden"
+    hidden.mkdir(mode=0o700)
+    os.chown(hidden, 65534, 65534)
+    (tmp_path / "config.yaml").write_text(f"stack: {hidden}/stack.yaml\n")
+    shown = ("settings", "show", "--config", tmp_path / "config.yaml")
+    assert as_ordinary_user(*shown, "--stack", "0.32.0").returncode == 0
+    refused = as_ordinary_user("plan", "--root", tmp_path / "node", *shown[2:])
+    assert (refused.returncode, "hidden/stack.yaml" in refused.stderr) == (USAGE, True), output_of(refused)
+
+
 @pytest.mark.parametrize("kind", ["loop", "below a loop", "below a file", "long name", "long path", "unknown user"])
 def test_log_that_cannot_be_read_is_refused_in_one_sentence(kind: str, tmp_path: Path) -> None:
     run = in_this_process("diagnose", odd_paths(tmp_path)[kind])
@@ -436,7 +450,7 @@ def test_home_that_is_no_absolute_path_is_refused(value: str, why: str, monkeypa
 
 
 def test_absolute_names_the_option_and_the_path() -> None:
-    with pytest.raises(BadUsage, match=r"^--root '~no-such-user/x' cannot be used: there is no user 'no-such-user'$"):
+    with pytest.raises(BadUsage, match=r"^--root ~no-such-user/x cannot be used: there is no user 'no-such-user'$"):
         given.absolute("~no-such-user/x", "--root")
 
 
