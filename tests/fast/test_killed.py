@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from tests.support.rehearsals import (
     output_of,
     tree,
 )
+from tests.support.tiny_stack import no_index, small_stack
 
 pytestmark = pytest.mark.network
 
@@ -57,9 +58,10 @@ class Root:
         return tree(self.around, files_with_times)
 
 
-def prepare(around: Path, not_empty: bool) -> Root:
+def prepare(around: Path, stack: Path, not_empty: bool) -> Root:
     around.mkdir(parents=True)
-    node = Rehearsal(around / "node", (*SETTINGS, "--ignore", "prefix"))
+    chosen = ("--stack", str(stack), "--platform", "x86_64", "--set", "fp8.fallback=on")
+    node = Rehearsal(around / "node", (*SETTINGS, *chosen, "--ignore", "prefix"))
     if not_empty:
         add_files_of_others(node.root)
     first = tree(around, files_with_times)
@@ -102,10 +104,14 @@ def in_parallel(moments: "dict[Root, list[str]]", job: Callable[[Root, str], Non
 
 
 @pytest.fixture(scope="module")
-def roots(tmp_path_factory: pytest.TempPathFactory) -> list[Root]:
+def roots(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Root]]:
     """One root that does not exist before, and one that contains files of others."""
     base = tmp_path_factory.mktemp("killed")
-    return [prepare(base / f"{number}", not_empty=number % 2 == 1) for number in range(ROOTS)]
+    stack = small_stack(base / "stack")
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in no_index(stack).items():
+            patched.setenv(name, value)
+        yield [prepare(base / f"{number}", stack, not_empty=number % 2 == 1) for number in range(ROOTS)]
 
 
 def test_all_killed_at_every_line_of_the_journal_continues(roots: list[Root]) -> None:

@@ -1,12 +1,14 @@
-"""A stack with one tiny wheel in a folder, which the real uv installs without an index."""
+"""Stacks with small wheels in a folder, which the real uv installs without an index."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
+from tests.support.wheel_member import wheel_member
 from tests.support.wheel_record import recorded_hash
 
 _STACK = """
@@ -20,11 +22,15 @@ platforms:
   aarch64: {lock: tiny.lock}
   x86_64: {lock: tiny.lock}
 """
-_MEMBERS = {
-    "vllm/__init__.py": b"",
-    "vllm-0.18.1.dist-info/METADATA": b"Metadata-Version: 2.1\nName: vllm\nVersion: 0.18.1\n",
-    "vllm-0.18.1.dist-info/WHEEL": b"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-}
+_MODULE = "vllm/__init__.py"
+# Patched by `fp8`, and read by the probe reasoning-field.
+_READ = (
+    "vllm/model_executor/layers/quantization/utils/w8a8_utils.py",
+    "vllm/entrypoints/openai/engine/protocol.py",
+)
+# The wheel gate reads vllm/_C*.so. vLLM's own has 473 MB; this is the smallest of its extensions.
+_REAL = {**dict(zip(_READ, _READ, strict=True)), "vllm/_C.abi3.so": "vllm/_flashmla_extension_C.abi3.so"}
+_X86_64 = "x86_64-manylinux_2_39"
 
 
 def tiny_stack(folder: Path, *, hash_is_right: bool = True, locked: bool = True, more: bytes = b"") -> Path:
@@ -32,12 +38,26 @@ def tiny_stack(folder: Path, *, hash_is_right: bool = True, locked: bool = True,
 
     `more`: content of the wheel's module that is not in RECORD.
     """
-    folder.mkdir(parents=True)
-    wheel = _wheel(folder, more)
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest() if hash_is_right else "0" * 64
-    (folder / "tiny.lock").write_text(f"vllm==0.18.1 \\\n    --hash=sha256:{digest}\n")
-    text = _STACK if locked else _STACK.replace("{lock: tiny.lock}", "{}")
-    (folder / "tiny.yaml").write_text(text)
+    digest = _wheel(folder, "vllm", "0.18.1", {_MODULE: b""}, {_MODULE: more})
+    return _stack(folder, {"vllm==0.18.1": digest if hash_is_right else "0" * 64}, locked)
+
+
+def small_stack(folder: Path) -> Path:
+    """Like `tiny_stack`, with all that a rehearsal of `all` needs, and with vLLM's real file that `fp8` patches.
+
+    vLLM's whole wheel has 3,000 files and 1 GB: a test that installs it a hundred times would mostly wait for the disk.
+    """
+    files = {name: wheel_member("0.18.1", member, platform=_X86_64) for name, member in _REAL.items()}
+    locked = {"vllm==0.18.1": _wheel(folder, "vllm", "0.18.1", {_MODULE: b"", **files})}
+    for name, version in (("torch", "2.10.0+cu129"), ("triton", "3.6.0"), ("ray", "2.60.0")):
+        locked[f"{name}=={version}"] = _wheel(folder, name, version, {f"{name}/__init__.py": b""})
+    return _stack(folder, locked)
+
+
+def _stack(folder: Path, hashes: Mapping[str, str], locked: bool = True) -> Path:
+    lock = "".join(f"{pin} \\\n    --hash=sha256:{digest}\n" for pin, digest in hashes.items())
+    (folder / "tiny.lock").write_text(lock)
+    (folder / "tiny.yaml").write_text(_STACK if locked else _STACK.replace("{lock: tiny.lock}", "{}"))
     return folder / "tiny.yaml"
 
 
@@ -49,15 +69,21 @@ def no_index(stack: Path) -> dict[str, str]:
     return {**unset, "UV_CONFIG_FILE": str(settings), "XDG_CACHE_HOME": str(stack.parent / "cache")}
 
 
-def _wheel(folder: Path, more: bytes) -> Path:
-    path = folder / "vllm-0.18.1-py3-none-any.whl"
-    record = "".join(f"{name},{recorded_hash(data)},{len(data)}\n" for name, data in _MEMBERS.items())
-    whole = {
-        **_MEMBERS,
-        "vllm/__init__.py": more,
-        "vllm-0.18.1.dist-info/RECORD": f"{record}vllm-0.18.1.dist-info/RECORD,,\n".encode(),
+def _wheel(
+    folder: Path, name: str, version: str, files: Mapping[str, bytes], unrecorded: Mapping[str, bytes] | None = None
+) -> str:
+    """Write a wheel and return its sha256; `unrecorded` replaces files after RECORD was made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = f"{name}-{version}.dist-info"
+    members = {
+        **files,
+        f"{described}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode(),
+        f"{described}/WHEEL": b"Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
+    record = "".join(f"{path},{recorded_hash(data)},{len(data)}\n" for path, data in members.items())
+    members |= {**(unrecorded or {}), f"{described}/RECORD": f"{record}{described}/RECORD,,\n".encode()}
+    path = folder / f"{name}-{version}-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as wheel:
-        for name, data in whole.items():
-            wheel.writestr(zipfile.ZipInfo(name), data)
-    return path
+        for member, data in members.items():
+            wheel.writestr(zipfile.ZipInfo(member), data)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
