@@ -92,7 +92,7 @@ def test_secret_in_any_spelling_is_refused_and_not_repeated(words: tuple[str, ..
         ("--config", "/etc/vllm.yaml"), ("--override-generation-config", '{"stop_token_ids": [1, 2]}'),
         ("--otlp-traces-endpoint", "https://collector:4317"), ("--served-model-name", "hf_model"), ("-tp", "2"),
         ("-O3",),
-        ("--long-prefill-token-threshold=4", "--compilation-config", "{" * 5000), ("--x", "[" * 100_000),
+        ("--long-prefill-token-threshold=4", "--compilation-config", "{" * 4000), ("--x", "[" * 4000),
     ],
     ids=lambda words: " ".join(words)[:60],
 )  # fmt: skip
