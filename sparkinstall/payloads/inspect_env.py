@@ -23,14 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sparkinstall.payloads.loaded_nccl import loaded_nccl
-from sparkinstall.payloads.vllm_internals import (
-    WAYS,
-    configured,
-    own_address,
-    picked_kernel,
-    pretend_to_be,
-    product_error,
-)
+from sparkinstall.payloads.vllm_internals import WAYS, Fp8Kernels, configured, own_address, pretend_to_be
 
 Target = dict[str, Any]
 Facts = dict[str, Any]
@@ -180,13 +173,12 @@ def _ptxas(arch: int) -> Facts:
 
 
 def _compiled(kernel: Any, arch: int) -> str:
-    import triton
+    from triton import compiler
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     types = {"a": "*fp16", "b": "*fp16", "out": "*fp32", "SIZE": "constexpr"}
-    source = ASTSource(kernel, types, constexprs={"SIZE": _SIZE})
-    return _target(triton.compile(source, target=GPUTarget("cuda", arch, 32)))
+    source = compiler.ASTSource(kernel, types, constexprs={"SIZE": _SIZE})
+    return _target(compiler.compile(source, target=GPUTarget("cuda", arch, 32)))
 
 
 def _ran(kernel: Any) -> str:
@@ -218,11 +210,12 @@ def fp8(asked: Target) -> Iterator[Facts]:
         pretend_to_be(int(asked["arch"]))
     yield {"not_run": why, "given_arch": asked["arch"] if why == "no GPU" else ""}
     with configured():
-        yield {"picked": {name: picked_kernel(name) for name in WAYS}}
+        kernels = Fp8Kernels()
+        yield {"picked": {name: kernels.picked(name) for name in WAYS}}
         off_by: dict[str, float] = {}
         for name in () if why else ("per-tensor", "per-channel", "block"):
             yield {"trying": name}
-            off_by[name] = product_error(name)
+            off_by[name] = kernels.product_error(name)
             yield {"off_by": off_by}
         yield {"trying": ""}
 

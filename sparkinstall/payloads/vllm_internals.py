@@ -64,17 +64,72 @@ def configured() -> Any:
     return set_current_vllm_config(VllmConfig(compilation_config=eager))
 
 
-def picked_kernel(name: str) -> str:
-    """Return the name of the kernel for one kind of scaling, or of vLLM's function up to 0.19."""
-    from vllm.model_executor.kernels import linear
+class Fp8Kernels:
+    """The kernels of FP8 products that vLLM picks. Imports torch and vLLM's kernels once."""
 
-    if name == "block" and not hasattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS"):
-        return f"W8A8BlockFp8LinearOp.{_old_block().w8a8_blockscale_op.__name__}"
-    kernels = linear._POSSIBLE_FP8_BLOCK_KERNELS if name == "block" else linear._POSSIBLE_FP8_KERNELS
-    takes = inspect.signature(linear.choose_scaled_mm_linear_kernel).parameters
-    scheme = {"quantization": "fp8_block_w8a8" if name == "block" else "fp8_w8a8"}
-    more = scheme if "quantization" in takes else {}
-    return str(linear.choose_scaled_mm_linear_kernel(_layer_config(name), kernels, **more).__name__)
+    def __init__(self) -> None:
+        import torch
+        from vllm.model_executor.kernels import linear
+
+        self.torch, self.linear = torch, linear
+
+    def picked(self, name: str) -> str:
+        """Return the name of the kernel for one kind of scaling, or of vLLM's function up to 0.19."""
+        if name == "block" and not hasattr(self.linear, "_POSSIBLE_FP8_BLOCK_KERNELS"):
+            return f"W8A8BlockFp8LinearOp.{_old_block().w8a8_blockscale_op.__name__}"
+        kernels = self.linear._POSSIBLE_FP8_BLOCK_KERNELS if name == "block" else self.linear._POSSIBLE_FP8_KERNELS
+        takes = inspect.signature(self.linear.choose_scaled_mm_linear_kernel).parameters
+        scheme = {"quantization": "fp8_block_w8a8" if name == "block" else "fp8_w8a8"}
+        more = scheme if "quantization" in takes else {}
+        return str(self.linear.choose_scaled_mm_linear_kernel(self._layer_config(name), kernels, **more).__name__)
+
+    def _layer_config(self, name: str) -> Any:
+        config = self.linear.FP8ScaledMMLinearLayerConfig
+        known = {each.name for each in fields(config)}
+        return config(**{key: value for key, value in self._scheme(name).items() if key in known})
+
+    def _scheme(self, name: str) -> dict[str, Any]:
+        activation, weight = _scaling(name)
+        both = {"activation_quant_key": activation, "weight_quant_key": weight}
+        types = {"input_dtype": self.torch.bfloat16, "out_dtype": self.torch.bfloat16}
+        return {**both, **types, "weight_shape": (_WIDE, _WIDE)}
+
+    def product_error(self, name: str) -> float:
+        """Return the relative error of a product with the kernel that vLLM picks."""
+        torch = self.torch
+        torch.manual_seed(0)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        x = torch.randn(_ROWS, _WIDE, device=device, dtype=torch.bfloat16)
+        exact, weight, scale = self._weights(name, torch.randn(_WIDE, _WIDE, device=device) * 0.05)
+        wanted = x.float() @ exact.t()
+        found = self._multiplied(name, x, weight, scale).float()
+        return float((found - wanted).norm() / wanted.norm())
+
+    def _weights(self, name: str, real: Any) -> tuple[Any, Any, Any]:
+        """Return the dequantized weights, the FP8 weights, and their scales."""
+        parts, fp8 = _WIDE // _BLOCK, self.torch.float8_e4m3fn
+        if name == "block":
+            largest = real.abs().reshape(parts, _BLOCK, parts, _BLOCK).amax(dim=(1, 3))
+        else:
+            largest = real.abs().max() if name == "per-tensor" else real.abs().amax(dim=1, keepdim=True)
+        scale = largest / self.torch.finfo(fp8).max
+        spread = scale.repeat_interleave(_BLOCK, 0).repeat_interleave(_BLOCK, 1) if name == "block" else scale
+        short = (real / spread).to(fp8)
+        return short.float() * spread, short, scale
+
+    def _multiplied(self, name: str, x: Any, weight: Any, scale: Any) -> Any:
+        nn = self.torch.nn
+        if name == "block" and not hasattr(self.linear, "_POSSIBLE_FP8_BLOCK_KERNELS"):
+            return _old_block().apply(input=x, weight=weight, weight_scale=scale)
+        takes = inspect.signature(self.linear.init_fp8_linear_kernel).parameters
+        scheme = {key: value for key, value in self._scheme(name).items() if key in takes}
+        kernel, layer = self.linear.init_fp8_linear_kernel(**scheme), nn.Module()
+        # Block-scaled kernels take the weights as (outputs, inputs), the others as (inputs, outputs).
+        layer.weight = nn.Parameter(weight if name == "block" else weight.t(), requires_grad=False)
+        layer.weight_scale = nn.Parameter(scale, requires_grad=False)
+        layer.input_scale = layer.input_scale_ub = None
+        kernel.process_weights_after_loading(layer)
+        return kernel.apply_weights(layer, x)
 
 
 def _scaling(name: str) -> tuple[Any, Any]:
@@ -88,21 +143,6 @@ def _scaling(name: str) -> tuple[Any, Any]:
     }[name]()
 
 
-def _layer_config(name: str) -> Any:
-    from vllm.model_executor.kernels.linear import FP8ScaledMMLinearLayerConfig
-
-    known = {each.name for each in fields(FP8ScaledMMLinearLayerConfig)}
-    return FP8ScaledMMLinearLayerConfig(**{key: value for key, value in _scheme(name).items() if key in known})
-
-
-def _scheme(name: str) -> dict[str, Any]:
-    import torch
-
-    activation, weight = _scaling(name)
-    both = {"activation_quant_key": activation, "weight_quant_key": weight}
-    return {**both, "input_dtype": torch.bfloat16, "out_dtype": torch.bfloat16, "weight_shape": (_WIDE, _WIDE)}
-
-
 def _old_block() -> Any:
     from vllm.model_executor.layers.quantization.utils import fp8_utils, w8a8_utils
     from vllm.model_executor.layers.quantization.utils.quant_utils import GroupShape
@@ -110,48 +150,3 @@ def _old_block() -> Any:
     shapes = {"weight_group_shape": GroupShape(_BLOCK, _BLOCK), "act_quant_group_shape": GroupShape(1, _BLOCK)}
     supported = w8a8_utils.cutlass_block_fp8_supported()
     return fp8_utils.W8A8BlockFp8LinearOp(**shapes, cutlass_block_fp8_supported=supported)
-
-
-def product_error(name: str) -> float:
-    """Return the relative error of a product with the kernel that vLLM picks."""
-    import torch
-
-    torch.manual_seed(0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x = torch.randn(_ROWS, _WIDE, device=device, dtype=torch.bfloat16)
-    exact, weight, scale = _weights(name, torch.randn(_WIDE, _WIDE, device=device) * 0.05)
-    wanted = x.float() @ exact.t()
-    found = _multiplied(name, x, weight, scale).float()
-    return float((found - wanted).norm() / wanted.norm())
-
-
-def _weights(name: str, real: Any) -> tuple[Any, Any, Any]:
-    """Return the dequantized weights, the FP8 weights, and their scales."""
-    import torch
-
-    parts = _WIDE // _BLOCK
-    if name == "block":
-        largest = real.abs().reshape(parts, _BLOCK, parts, _BLOCK).amax(dim=(1, 3))
-    else:
-        largest = real.abs().max() if name == "per-tensor" else real.abs().amax(dim=1, keepdim=True)
-    scale = largest / torch.finfo(torch.float8_e4m3fn).max
-    spread = scale.repeat_interleave(_BLOCK, 0).repeat_interleave(_BLOCK, 1) if name == "block" else scale
-    short = (real / spread).to(torch.float8_e4m3fn)
-    return short.float() * spread, short, scale
-
-
-def _multiplied(name: str, x: Any, weight: Any, scale: Any) -> Any:
-    import torch
-    from vllm.model_executor.kernels import linear
-
-    if name == "block" and not hasattr(linear, "_POSSIBLE_FP8_BLOCK_KERNELS"):
-        return _old_block().apply(input=x, weight=weight, weight_scale=scale)
-    takes = inspect.signature(linear.init_fp8_linear_kernel).parameters
-    kernel = linear.init_fp8_linear_kernel(**{key: value for key, value in _scheme(name).items() if key in takes})
-    layer = torch.nn.Module()
-    # Block-scaled kernels take the weights as (outputs, inputs), the others as (inputs, outputs).
-    layer.weight = torch.nn.Parameter(weight if name == "block" else weight.t(), requires_grad=False)
-    layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
-    layer.input_scale = layer.input_scale_ub = None
-    kernel.process_weights_after_loading(layer)
-    return kernel.apply_weights(layer, x)

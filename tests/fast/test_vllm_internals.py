@@ -76,8 +76,9 @@ def used(release: str, name: str) -> Iterator[tuple[str, str]]:
                 yield node.module, each.name
                 modules[each.asname or each.name] = f"{node.module}.{each.name}"
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and isinstance(node.value, ast.Name):
-            module = modules.get(node.value.id)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            # `module.name`, or `self.module.name` of a class that keeps the module.
+            module = modules.get(getattr(node.value, "id", getattr(node.value, "attr", "")))
             if module and source(release, module) is not None:
                 yield module, node.attr
 
@@ -108,7 +109,7 @@ def test_kernel_selection_accepts_the_arguments_of_the_payload(release: str) -> 
     assert len(first) == 2 and set(named) <= {"quantization"}
     scheme = next(
         each
-        for each in ast.parse(payloads.source("vllm_internals")).body
+        for each in ast.walk(ast.parse(payloads.source("vllm_internals")))
         if isinstance(each, ast.FunctionDef) and each.name == "_scheme"
     )
     given = {
