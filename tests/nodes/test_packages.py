@@ -106,9 +106,8 @@ def test_all_with_a_fault_in_apts_way_says_what_it_is(node: FreshNode, fault: st
 
 
 @pytest.mark.usefixtures("before")
-@pytest.mark.parametrize(
-    "moment", ["status half-installed git:", "status unpacked perl:", "status half-configured g++:"]
-)
+# The last one is of any package: how far the cuts before it let dpkg come depends on the machine.
+@pytest.mark.parametrize("moment", ["status half-installed git:", "status unpacked perl:", "status half-configured "])
 def test_plan_after_a_power_cut_says_what_is_finished(node: FreshNode, moment: str) -> None:
     cut_power(node, ALL, moment)
     assert node.run("dpkg", "--audit").stdout, "the power was cut too late"
