@@ -11,6 +11,7 @@ UNIT_FOLDER = "/etc/systemd/system"
 VLLM_UNIT = "vllm.service"
 RAY_UNITS = ("ray-head.service", "ray-worker.service")
 FIREWALL_UNIT = "sparkinstall-firewall.service"
+CLOCK_LOCK_UNIT = "sparkinstall-clock-lock.service"
 
 
 def unit_path(unit: str) -> str:
@@ -104,6 +105,8 @@ class Layout(Struct, frozen=True):
     """The list of variables that vLLM on the head does not copy to its workers."""
     units_record = _Below("services/units.json")
     """The render record of the unit files."""
+    clock_lock_unit_record = _Below("services/clock-lock-unit.json")
+    """The render record of the clock lock's unit, whose step runs beside those of the others."""
     ray_token = _Below("ray-token")
     """The secret that all nodes of a cluster share; readable only by its owner."""
 

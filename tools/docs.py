@@ -50,7 +50,7 @@ _BLOCK = re.compile(r"(<!-- generated: ([a-z -]+) -->)(.*?)(<!-- end -->)", re.D
 
 ALONE = Node(Config(), stacks.load(stacks.DEFAULT), "aarch64", "aarch64", False, False, "/nowhere", Path("/nowhere"))
 SEVERAL = replace(ALONE, config=Config(cluster=ClusterConfig(role="head")))
-# This node has every step, check and probe.
+# This node has every step that is not off by default, and every check.
 SERVING = replace(ALONE, config=Config(cluster=ClusterConfig(role="head"), serving=ServingConfig(model="m")))
 
 
@@ -284,7 +284,9 @@ def _steps(old: str) -> str:
 def _where(step: Step) -> str:
     if step.wanted(ALONE):
         return "every node"
-    return "several nodes" if step.wanted(SEVERAL) else "a model is named"
+    if step.wanted(SEVERAL):
+        return "several nodes"
+    return "a model is named" if step.wanted(SERVING) else "off by default"
 
 
 @generates("steps of every node")

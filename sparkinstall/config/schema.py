@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from msgspec import Meta, Struct, field
 from msgspec.structs import fields
@@ -24,6 +25,8 @@ Arch = Annotated[str, like("[0-9]{2,3}[af]?", "an architecture number such as 12
 Functions = Annotated[str, like("[A-Za-z0-9_*| ]+", "words such as AllReduce Sum f32 RING *")]
 Interface = Annotated[str, like("[A-Za-z0-9._-]{1,15}", "an interface name")]
 Share = Annotated[str, like(r"0\.[1-8][0-9]?|0\.9[0-5]?", "a number from 0.10 to 0.95")]
+# Below 1400 MHz the rule `gpu-low-power` could take a locked GPU for one that is stuck.
+Clock = Annotated[int, Meta(ge=1400, le=3000, title="a number of MHz from 1400 to 3000")]
 # apt would remove a package whose name ends in `-`.
 Package = Annotated[str, like("[a-z0-9][a-z0-9+.-]*[a-z0-9+]", "a Debian package name")]
 
@@ -152,6 +155,13 @@ class HubConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = True
 
 
+class GpuConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    max_clock: Annotated[
+        Clock | None,
+        doc("The highest clock of the GPU in MHz, locked at boot (2200 for a Spark that powers off); null: no lock."),
+    ] = None
+
+
 class PackagesConfig(Struct, frozen=True, forbid_unknown_fields=True):
     extra: Annotated[tuple[Package, ...], doc("Additional Debian packages.")] = ()
 
@@ -167,6 +177,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     firewall: FirewallConfig = field(default_factory=FirewallConfig)
     serving: ServingConfig = field(default_factory=ServingConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
     packages: PackagesConfig = field(default_factory=PackagesConfig)
 
 
@@ -186,7 +197,9 @@ class Setting(Struct, frozen=True):
     def takes_text(self) -> bool:
         """Whether a text can be its value."""
         bare = get_args(self.type)[0]
-        return bare is str or (get_origin(bare) is not tuple and bool(get_args(bare)))
+        members = get_args(bare) if get_origin(bare) in (Union, UnionType) else (bare,)
+        kinds = [each.__origin__ if get_origin(each) is Annotated else each for each in members]
+        return any(kind is str or get_origin(kind) is Literal for kind in kinds)
 
 
 @lru_cache(maxsize=1)

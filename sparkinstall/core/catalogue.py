@@ -6,6 +6,7 @@ from sparkinstall.errors import BadUsage
 from sparkinstall.node import Node
 from sparkinstall.schema import nearest
 from sparkinstall.steps import Step
+from sparkinstall.steps.clock_lock import ClockLock
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.environment import Environment
 from sparkinstall.steps.firewall import Firewall
@@ -18,6 +19,7 @@ from sparkinstall.steps.serving import Serving
 
 STEPS: tuple[Step, ...] = (
     SystemPackages(),
+    ClockLock(),
     Network(),
     Environment(),
     Nccl(),
