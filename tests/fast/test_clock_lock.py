@@ -1,7 +1,6 @@
 """The lock of the GPU's clock: the unit, its removal, and what the probes say of a clock."""
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +94,7 @@ def test_clock_lock_without_the_setting_is_stopped_on_a_node_and_so_resets_the_c
 # --- probes
 
 
-def found(root: Path, gpu: str, clock: int = 2200) -> Iterable[tuple[str, str]]:
+def found(root: Path, gpu: str, clock: int = 2200) -> tuple[str, str]:
     """Verdict and words of the probe that takes the GPU as it is; `gpu`: the load in percent and the clock in MHz."""
     line = f"NVIDIA GB10, 12.1, 580.178.04, {gpu}, 40.00\n"
     probe, _ = probes(clock)
