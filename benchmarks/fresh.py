@@ -16,7 +16,7 @@ from benchmarks.wheel_cache import cache_of_wheels
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import VERSION, tarball
 
-_STACK = "0.32.0"
+_STACK = "0.29.0"
 _ROUNDS = 5
 _FUNCTIONS = "AllReduce Sum f32 RING SIMPLE"
 _GENCODE = "-gencode=arch=compute_121,code=sm_121"

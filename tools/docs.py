@@ -422,16 +422,16 @@ def _number_of_failures(_: str) -> str:
 
 
 @generates("stacks")
-def _stacks(old: str) -> str:
-    columns = ["`--stack`", "torch", "triton", "transformers", "CUDA", "NCCL", "for whom"]
-    return table(old, columns, (_stack_row(stacks.load(name)) for name in stacks.names()))
+def _stacks(_: str) -> str:
+    columns = ["`--stack`", "torch", "triton", "transformers", "CUDA", "NCCL", "for whom", "evidence"]
+    return table("", columns, (_stack_row(stacks.load(name)) for name in stacks.names()))
 
 
 def _stack_row(stack: stacks.Stack) -> Sequence[str]:
     name = code(stack.name) + (" (default)" if stack.name == stacks.DEFAULT else "")
     pins = {pin.name: pin.version for pin in stack.requirements}
     versions = (pins.get(each, "") for each in ("torch", "triton", "transformers"))
-    return name, *versions, Words("13"), stack.nccl.version, Words()
+    return name, *versions, stack.platforms["aarch64"].cuda, stack.nccl.version, stack.summary, stack.evidence
 
 
 @generates("variants")

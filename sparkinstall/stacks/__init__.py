@@ -87,6 +87,16 @@ class Platform(Struct, frozen=True):
         """Whether the shipped lock can be installed with `--require-hashes`."""
         return self.lock is not None and not self.unhashed
 
+    @property
+    def cuda(self) -> str:
+        """The CUDA release of the lock's packages, such as 13.0; "" if there is no lock or it has no CUDA.
+
+        Raises StackError if the lock cannot be read.
+        """
+        names = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
+        locked = parse_lock(self.lock_text()) if self.lock else ()
+        return next((pin.version.rpartition(".")[0] for pin in locked if pin.name in names), "")
+
     def lock_text(self) -> str:
         """Return the shipped lock. Raises StackError if it is missing or unreadable."""
         if self.lock is None:
@@ -121,13 +131,14 @@ class Stack(Struct, frozen=True):
     """A named set of pins. Source of the numbers: the wheels' metadata, read by `tools/lock.py`."""
 
     name: str
-    summary: str
+    summary: str  # what it is, and for whom
     vllm: str
     python: str  # "3.12": major and minor
     requirements: tuple[Pin, ...]
     nccl: NcclPin
     platforms: Mapping[str, Platform]  # by architecture, as `uname -m` prints it
     source: Path
+    evidence: str = ""  # who has run it on a Spark
     as_of: str | None = None  # "2026-04-30": unpinned packages are no newer than this date
 
 
@@ -179,6 +190,7 @@ class _File(Struct, frozen=True, forbid_unknown_fields=True):
     requirements: tuple[_PinText, ...]
     nccl: NcclPin
     platforms: _Platforms
+    evidence: _Line = ""
     as_of: Annotated[str, like(r"\d{4}-\d\d-\d\d", "a day like 2026-04-30")] | None = None
 
     def __post_init__(self) -> None:
@@ -236,6 +248,7 @@ def _stack(file: _File, path: Path) -> Stack:
         nccl=file.nccl,
         platforms={arch: _platform(each, arch, requirements, path) for arch, each in platforms.items() if each},
         source=path,
+        evidence=file.evidence,
         as_of=file.as_of,
     )
 

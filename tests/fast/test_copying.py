@@ -294,7 +294,7 @@ def small_nccl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(tmp_path: Path, small_nccl: Path) -> tuple[Side, Side]:
     """A head that has built NCCL from a tarball that the worker does not have."""
     where = str(tmp_path / "nccl.tar.gz")
-    settings = ("stack=0.32.0", f"nccl.source={where}", "nccl.version=2.29.7", f"nccl.cuda_home={toolkit()}")
+    settings = ("stack=0.29.0", f"nccl.source={where}", "nccl.version=2.29.7", f"nccl.cuda_home={toolkit()}")
     head, worker = (Side(tmp_path / name, at, settings) for name, at in (("head", HEAD), ("worker", WORKER)))
     (head.cache / "nccl").mkdir(parents=True)
     (head.cache / "nccl/tarballs.json").write_text(json.dumps({where: "5" * 64}))
@@ -318,7 +318,7 @@ def _as_built(library: NcclLibrary, so: Path) -> None:
 
 def _run_nccl(worker: Side, root: Path, *more: str) -> dict[str, Any]:
     words = [word for each in (*worker.settings, *more) if "stack" not in each for word in ("--set", each)]
-    argv = ["run", "nccl", "--root", str(root), "--stack", "0.32.0", *words, "--json"]
+    argv = ["run", "nccl", "--root", str(root), "--stack", "0.29.0", *words, "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "sparkinstall", *argv],
         env=worker.environment, cwd=worker.home, capture_output=True, text=True, check=False,

@@ -311,7 +311,7 @@ def test_path_of_a_config_that_another_option_replaces_need_not_be_readable(tmp_
     os.chown(hidden, 65534, 65534)
     (tmp_path / "config.yaml").write_text(f"stack: {hidden}/stack.yaml\n")
     shown = ("settings", "show", "--config", tmp_path / "config.yaml")
-    assert as_ordinary_user(*shown, "--stack", "0.32.0").returncode == 0
+    assert as_ordinary_user(*shown, "--stack", "0.33.0").returncode == 0
     refused = as_ordinary_user("plan", "--root", tmp_path / "node", *shown[2:])
     assert (refused.returncode, "hidden/stack.yaml" in refused.stderr) == (USAGE, True), output_of(refused)
 
