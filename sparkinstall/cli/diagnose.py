@@ -24,6 +24,10 @@ from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.redaction import redact
 
 _SHOWN_TELLING = 8
+_ENDED = "The cause is not known: what was recognized are consequences only."
+_NO_LINES = (
+    "Nothing else in it is suspicious: the cause is in another log, of another node, the kernel or an earlier run."
+)
 
 Logs = Annotated[
     list[str] | None,
@@ -68,7 +72,7 @@ def diagnose(
     else:
         found = judge.judge(judge.read(log, signatures) for log in named)
     silent = () if follow else _silent(found, units)
-    code = Exit.DRIFT if found.causes else Exit.FAILED if silent else Exit.GOOD
+    code = Exit.DRIFT if found.causes or found.consequences else Exit.FAILED if silent else Exit.GOOD
     return CommandResult(code, found, lambda: _show(found, output.verbose, already_shown=follow), silent)
 
 
@@ -146,10 +150,13 @@ def _show(found: Diagnosis, verbose: bool, already_shown: bool) -> None:
     if not already_shown:
         for each in found.causes:
             _show_found(each, out, several)
+        if not found.causes:
+            _show_telling(found, out, several, verbose)
         _show_consequences(found, out, several, verbose)
         for each in found.warnings:
             _show_found(each, out, several)
-    _show_telling(found, out, several, verbose)
+    elif not found.causes:
+        _show_telling(found, out, several, verbose)
     out.print(_summary(found), style="dim")
 
 
@@ -206,9 +213,14 @@ def _show_consequences(found: Diagnosis, out: Console, several: bool, verbose: b
 
 
 def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) -> None:
-    if not found.telling:
+    """Show the most suspicious lines, where no cause was found."""
+    if found.consequences:
+        out.print(sign("fail"), f"[bold]{_ENDED}[/]")
+        out.print("    " + ("The most suspicious lines:" if found.telling else _NO_LINES))
+    elif found.telling:
+        out.print("No known failure found. The most suspicious lines:")
+    else:
         return
-    out.print("No known failure found. The most suspicious lines:")
     for each in found.telling if verbose else found.telling[:_SHOWN_TELLING]:
         _show_lines([each], out, several)
         if each.count > 1:
@@ -226,6 +238,8 @@ def _summary(found: Diagnosis) -> str:
     read = f"{_many(lines, 'line')}{how_large} read: "
     if found.causes:
         return f"{read}{_many(len(found.causes), 'cause')}, {_many(len(found.consequences), 'consequence')}"
+    if found.consequences:
+        return f"{read}cause not known, {_many(len(found.consequences), 'consequence')}"
     if found.telling:
         return f"{read}no known failure; see also `journalctl -k` and the logs of the other nodes"
     return f"{read}no known failure, and no suspicious lines" if lines else "the log is empty"

@@ -10,18 +10,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Literal, get_args
 
 from msgspec import Struct
 from msgspec.structs import asdict
 
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
 from sparkinstall.diagnose.search import TELLING_KEPT, Match, Place, Search, Suspect
-from sparkinstall.diagnose.signatures import ANY, KnownFailure, Signature
+from sparkinstall.diagnose.signatures import KnownFailure, Signature, explains
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
 from sparkinstall.given import absolute
 from sparkinstall.system import processes
 from sparkinstall.system.local import LocalReader
 
+Role = Literal["cause", "consequence", "warning"]
+_RELATED = 3600
+"""Seconds: failures of different nodes that are further apart have nothing to do with each other."""
 _PAUSE = 0.2
 _MOST_PLACES = 100
 """Lines of one failure that are kept, of all logs."""
@@ -51,8 +55,12 @@ class ReadLog(Struct, frozen=True):
 
 
 class Found(KnownFailure, frozen=True, kw_only=True):
-    """A known failure found in the logs: its number of lines, the names of its causes, and its first lines."""
+    """A known failure found in the logs: its role, its number of lines, the names of its causes, and its first lines.
 
+    A consequence whose cause is not known is explained by nothing.
+    """
+
+    role: Role
     count: int
     explained_by: tuple[str, ...]
     lines: tuple[Place, ...]
@@ -68,7 +76,7 @@ class Diagnosis(Struct, frozen=True):
     """The result for all logs together.
 
     `found`: causes, consequences, then warnings, each in the order of the logs. `telling`: the most suspicious lines,
-    if no failure was found.
+    if no cause was found.
     """
 
     logs: tuple[ReadLog, ...]
@@ -77,15 +85,15 @@ class Diagnosis(Struct, frozen=True):
 
     @property
     def causes(self) -> list[Found]:
-        return [each for each in self.found if not each.is_warning and not each.explained_by]
+        return [each for each in self.found if each.role == "cause"]
 
     @property
     def consequences(self) -> list[Found]:
-        return [each for each in self.found if not each.is_warning and each.explained_by]
+        return [each for each in self.found if each.role == "consequence"]
 
     @property
     def warnings(self) -> list[Found]:
-        return [each for each in self.found if each.is_warning]
+        return [each for each in self.found if each.role == "warning"]
 
 
 def read(log: Log, signatures: Sequence[Signature]) -> Search:
@@ -108,38 +116,49 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
     for search in searches:
         logs.append(ReadLog(search.name, search.bytes, search.lines))
         for match in sorted(search.sightings.values(), key=lambda each: each.lines[0].line):
-            known = seen.setdefault(match.signature.name, Match(match.signature))
+            known = seen.setdefault(match.signature.name, Match(match.signature, words=match.words, when=match.when))
             known.count += match.count
             known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]
+            known.after |= match.after
         suspects = sorted([*suspects, *search.telling], key=lambda each: -each.weight)[:TELLING_KEPT]
-    signatures = [each.signature for each in seen.values()]
-    found = [
-        Found(
-            **each.signature.told(),
-            count=each.count,
-            explained_by=explained_by(each.signature, signatures),
-            lines=each.lines,
-        )
-        for each in seen.values()
-    ]
-    failures = sorted((each for each in found if not each.is_warning), key=lambda each: bool(each.explained_by))
-    warnings = [each for each in found if each.is_warning]
-    telling = () if failures else tuple(Telling(**asdict(each.place), count=each.count) for each in suspects)
-    return Diagnosis(tuple(logs), (*failures, *warnings), telling)
-
-
-def explained_by(signature: Signature, found: Iterable[Signature]) -> tuple[str, ...]:
-    """Return the names of the failures in `found` that caused this one."""
-    return tuple(
-        other.name
-        for other in found
-        if other is not signature
-        and not other.is_warning
-        and (
-            other.name in signature.consequence_of
-            or (ANY in signature.consequence_of and ANY not in other.consequence_of)
-        )
+    causes = {name: _causes(match, seen.values()) for name, match in seen.items()}
+    found = sorted(
+        (_found(each, causes[name]) for name, each in seen.items()), key=lambda each: get_args(Role).index(each.role)
     )
+    is_explained = any(each.role == "cause" for each in found)
+    telling = () if is_explained else tuple(Telling(**asdict(each.place), count=each.count) for each in suspects)
+    return Diagnosis(tuple(logs), tuple(found), telling)
+
+
+def _found(match: Match, causes: tuple[str, ...]) -> Found:
+    signature = match.signature
+    role: Role = "warning" if signature.is_warning else "consequence" if causes or signature.ends_only else "cause"
+    return Found(**signature.told(match.words), role=role, count=match.count, explained_by=causes, lines=match.lines)
+
+
+def _causes(match: Match, found: Iterable[Match]) -> tuple[str, ...]:
+    """Return the names of the failures that caused this one."""
+    return tuple(
+        other.signature.name
+        for other in found
+        if other is not match and not other.signature.is_warning and _caused(match, other)
+    )
+
+
+def _caused(match: Match, other: Match) -> bool:
+    """Return whether `other` is a cause: known to be one, or before it in a traceback or, in another log, in time."""
+    if explains(match.signature, other.signature):
+        return False
+    if explains(other.signature, match.signature):
+        return True
+    if other.signature.ends_only or match.signature.ends_only or other.signature.name == match.signature.name:
+        return False
+    if other.signature.name in match.after:
+        return match.signature.name not in other.after
+    logs = {each.log for each in match.lines} & {each.log for each in other.lines}
+    if logs or match.when is None or other.when is None:
+        return False
+    return 0 < match.when - other.when < _RELATED
 
 
 # --- sources of logs

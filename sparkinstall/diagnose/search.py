@@ -5,14 +5,18 @@ does not depend on how the stream is cut into blocks.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
 
 from ahocorasick_rs import BytesAhoCorasick, Implementation
-from msgspec import Struct
+from msgspec import Struct, field
+from msgspec.structs import replace
 
+from sparkinstall.diagnose import suspicion, tracebacks
+from sparkinstall.diagnose.lines import Line, printable, take_apart
 from sparkinstall.diagnose.signatures import Signature
+from sparkinstall.diagnose.tracebacks import Role, Tracebacks
 
 REACH = 2048
 """Bytes around a literal in which its regex is searched, within the line."""
@@ -28,30 +32,10 @@ TELLING_KEPT = 100
 """Suspicious lines that are kept."""
 _WIDEST = 400
 
-_COLOURS = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-# Characters that would move the cursor, ring the bell or change the text direction of a terminal.
-_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 # Lines of journald and NCCL begin with the host name.
 _JOURNAL = re.compile(r"^(\w{3} [ \d]\d [\d:]{8}|\d{4}-\d\d-\d\dT[\d:.,+-]+Z?) \S+ (?=[\w.@/()-]+(?:\[\d+\])?:)")
 _NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
 
-_TELLING_WORDS = (
-    "Error", "ERROR", "Exception:", "FATAL", "Fatal", "fatal", "CRITICAL", "core dumped", "Segmentation fault", "panic",
-    "NCCL WARN", "Main process exited", "Failed with result", "abort", "Abort", "cannot open shared object",
-)  # fmt: skip
-# The level of a logger alone weighs least.
-_WEIGHTS = (
-    (3, re.compile(r"^(?:[\w.]*\.)?[A-Z]\w*(?:Error|Exception|Exit)\b: \S|^(?:E\d{4}|F\d{4}) ")),
-    (3, re.compile(r"Segmentation fault|core dumped|\bFATAL\b|\b[Ff]atal error\b|\bpanic\b|cannot open shared object")),
-    (2, re.compile(r"NCCL WARN|Main process exited|Failed with result|\bCRITICAL\b|\bAborted\b|\bterminate called\b")),
-    (1, re.compile(r"\bERROR\b|\b\w*Error: \S|\b[Ee]rror: \S|\b\w*Exception: \S")),
-)
-_PREFIXES = re.compile(
-    r"^(?:\s|\([\w.]+(?: [\w.]+)? (?:pid|rank)=[^)]*\)|\[rank\d+\]:|(?:ERROR|CRITICAL|FATAL) +\d\d-\d\d [\d:.]+"
-    r"|\[[\w./]+\.\w+:\d+\]|\d{4}-\d\d-\d\d[ T][\d:.,]+|(?:ERROR|CRITICAL)\b:?|[\w./]+\.py:\d+ --"
-    r"|[\w./@()-]+\[\d+\]:|\w{3} [ \d]\d [\d:]{8})+"
-)
-_NO_NEWS = re.compile(r"^(?:Traceback \(most recent|File \"|During handling of|The above exception|[\^~ ]*$|\.\.\.<)")
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
 
@@ -64,12 +48,19 @@ class Place(Struct, frozen=True):
 
 
 class Match(Struct):
-    """One known failure in a log: its first lines, number of its last line, and count of lines up to `MOST`."""
+    """One known failure in a log: its first lines, number of its last line, and count of lines up to `MOST`.
+
+    `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, and `after`
+    are the names of failures that a traceback names as what came before.
+    """
 
     signature: Signature
     lines: tuple[Place, ...] = ()
     count: int = 0
     last: int = 0
+    words: Mapping[str, str] = field(default_factory=dict)
+    when: int | None = None
+    after: frozenset[str] = frozenset()
 
     def see(self, place: Place) -> None:
         """Count another line."""
@@ -84,6 +75,16 @@ class Suspect(Struct):
     place: Place
     weight: int
     count: int = 1
+
+
+class _Current(Struct):
+    """The line that is being read, what it is for the traceback around it, and what was found in it."""
+
+    number: int
+    line: Line
+    role: Role
+    is_suspect: bool
+    is_known: bool = False
 
 
 @lru_cache(maxsize=4)
@@ -101,11 +102,19 @@ class Search:
         for each in signatures:
             for anchor in each.anchors:
                 self._meanings.setdefault(anchor.encode(), []).append(each)
-        for word in _TELLING_WORDS:
+        for word in (*suspicion.WORDS, *tracebacks.BEGINNINGS):
             self._meanings.setdefault(word.encode(), []).append(None)
+        self._kinds: dict[str, list[Signature]] = {}
+        for each in signatures:
+            self._kinds.setdefault(each.family, []).append(each)
         self.sightings: dict[str, Match] = {}
         self._telling: dict[str, Suspect] = {}
-        self._weighed = self._weighed_at = 0
+        self._tracebacks = Tracebacks()
+        self._chains: dict[int, set[str]] = {}
+        self._current = _Current(0, take_apart(""), Role("plain"), False)
+        self._head = self._current.line
+        self._clock: int | None = None
+        self._weighed = 0
         self.bytes = self.lines = 0
         self._waiting = b""
         self._seen = 0
@@ -143,6 +152,7 @@ class Search:
         """Search the last line, which may lack a line end; return the failures found for the first time."""
         rest = self._waiting[self._seen :]
         found = self._look(len(self._waiting), 0)
+        self._finish_line()
         self.lines = self._number - 1 + bool(rest)
         return found
 
@@ -158,10 +168,13 @@ class Search:
         for which, start, end in self._matches(data):
             if not self._seen <= start < upto:
                 continue
-            number += data.count(b"\n", at, start)
-            at = start
+            if lines := data.count(b"\n", at, start):
+                self._walk(data, at, number, data.rfind(b"\n", at, start) + 1)
+            number, at = number + lines, start
             for signature in self._meant[which]:
                 self._weigh(signature, data, start, end, number)
+        self._walk(data, at, number, upto)
+        self._remember_head(data, upto, keep)
         cut = max(0, upto - keep)
         self._number = number + data.count(b"\n", at, cut)
         self._waiting, self._seen = data[cut:], upto - cut
@@ -173,47 +186,101 @@ class Search:
         """Return (literal, start, end) of each match, ordered by start."""
         return sorted(self._automaton.find_matches_as_indexes(data, overlapping=True), key=itemgetter(1, 2))
 
+    def _walk(self, data: bytes, at: int, number: int, upto: int) -> None:
+        """Read each line before `upto` while a traceback is open: the exception that ends it may be any line."""
+        while self._tracebacks.are_open and at < upto:
+            if number > self._current.number:
+                if self._weighed >= MOST_WEIGHED:
+                    return
+                self._weighed += 1
+                self._begin_line(self._line(data, at, at), number, is_suspect=True)
+            at, number = data.find(b"\n", at, upto) + 1 or upto, number + 1
+
+    def _line(self, data: bytes, start: int, end: int) -> Line:
+        """Return the line around a match. Who wrote a long line, and what it quotes, its beginning tells."""
+        text, is_whole = around(data, start, end)
+        line = take_apart(text)
+        if is_whole:
+            return line
+        begin = data.rfind(b"\n", 0, start) + 1
+        head = take_apart(printable(data[begin : begin + REACH])) if begin or not self._seen else self._head
+        is_quoted = head.quoted < len(head.text)
+        return replace(line, who=head.who, level=head.level, quoted=0 if is_quoted else line.quoted)
+
+    def _remember_head(self, data: bytes, upto: int, keep: int) -> None:
+        """Keep the beginning of a long line, of which the rest is searched later."""
+        begin = data.rfind(b"\n", 0, upto) + 1
+        if keep and (begin or not self._seen):
+            self._head = take_apart(printable(data[begin : begin + REACH]))
+
     def _weigh(self, signature: Signature | None, data: bytes, start: int, end: int, number: int) -> None:
         if signature is None:
-            if self._weighed < MOST_WEIGHED and self._weighed_at < number:
-                self._weigh_suspect(around(data, start, end), number)
+            if self._weighed < MOST_WEIGHED and self._current.number < number:
+                self._weighed += 1
+                self._begin_line(self._line(data, start, end), number, is_suspect=True)
             return
         seen = self.sightings.get(signature.name)
         if seen and (seen.count >= MOST or seen.last == number):
             return
-        text = around(data, start, end)
-        if found := signature.regex.search(text):
+        self._begin_line(self._line(data, start, end), number, is_suspect=False)
+        if found := self._found(signature):
             if seen is None:
-                seen = self.sightings[signature.name] = Match(signature)
-            seen.see(Place(self.name, number, shown(text, found.end())))
-            self._enough |= seen.count >= MOST
+                seen = self.sightings[signature.name] = Match(signature, words=found.groupdict(), when=self._clock)
+            self._see(seen, Place(self.name, number, shown(self._current.line.text, found.end())))
 
-    def _weigh_suspect(self, text: str, number: int) -> None:
-        self._weighed, self._weighed_at = self._weighed + 1, number
-        self._enough |= self._weighed >= MOST_WEIGHED
-        text = text[:_WIDEST]
-        message = _PREFIXES.sub("", _JOURNAL.sub("", text))
-        if _NO_NEWS.match(message):
+    def _found(self, signature: Signature) -> "re.Match[str] | None":
+        """Return where the failure is in the current line, unless this line tells which kind of it."""
+        current = self._current
+        if current.role.kind == "frame":
+            return None
+        found = signature.found_in(current.line, current.role.frames)
+        kinds = self._kinds.get(signature.name, ()) if found else ()
+        return None if any(each.found_in(current.line, current.role.frames) for each in kinds) else found
+
+    def _see(self, seen: Match, place: Place) -> None:
+        seen.see(place)
+        self._enough |= seen.count >= MOST
+        self._current.is_known = True
+        if first := self._current.role.first:
+            if len(self._chains) > MOST:
+                self._chains.clear()
+            names = self._chains.setdefault(first, set())
+            seen.after |= names - {seen.signature.name}
+            names.add(seen.signature.name)
+
+    def _begin_line(self, line: Line, number: int, is_suspect: bool) -> None:
+        """Read a line, or another part of the line that is being read."""
+        if number == self._current.number:
+            self._current.line = line
+            self._current.is_suspect |= is_suspect
             return
-        weight = next((weight for weight, pattern in _WEIGHTS if pattern.search(message)), 0)
-        weight = weight or int(bool(_WEIGHTS[-1][1].search(text)))
+        self._finish_line()
+        self._clock = self._clock if line.when is None else line.when
+        self._current = _Current(number, line, self._tracebacks.see(number, line), is_suspect)
+
+    def _finish_line(self) -> None:
+        """Take the line for a suspicious one if no known failure is in it."""
+        current, self._enough = self._current, self._enough or self._weighed >= MOST_WEIGHED
+        if not current.is_suspect or current.is_known:
+            return
+        current.is_suspect = False
+        weight = suspicion.weight(current.line, current.role, current.number)
         if not weight:
             return
-        key = _VARIES.sub("#", message)[:200]
+        key = _VARIES.sub("#", current.line.message)[:200]
         if known := self._telling.get(key):
             known.count += 1
         elif len(self._telling) < TELLING_KEPT:
-            self._telling[key] = Suspect(Place(self.name, number, shown(text, 0)), weight)
+            self._telling[key] = Suspect(Place(self.name, current.number, shown(current.line.text, 0)), weight)
 
 
-def around(data: bytes, start: int, end: int) -> str:
-    """Return the line around a match, at most `REACH` bytes to each side, without colours and control characters."""
+def around(data: bytes, start: int, end: int) -> tuple[str, bool]:
+    """Return the line around a match, at most `REACH` bytes to each side, and whether it has the beginning."""
     first, last = max(0, start - REACH), min(len(data), end + REACH)
     before = max(data.rfind(b"\n", first, start), data.rfind(b"\r", first, start)) + 1
     # A progress bar rewrites its line after each \r.
     after = min((at for at in (data.find(b"\n", end, last), data.find(b"\r", end, last)) if at >= 0), default=last)
-    text = data[max(first, before) : after].decode("utf-8", "replace")
-    return _CONTROL.sub("", _COLOURS.sub("", text)).replace("\t", " ")
+    return printable(data[max(first, before) : after]), before > 0 or start < REACH
 
 
 def shown(text: str, at: int) -> str:

@@ -1,10 +1,11 @@
-"""Load the signatures of known failures from `knowledge/logs/*.yaml`.
+"""Load the signatures of known failures from `knowledge/logs/*.yaml`, and those that follow from the rules for hosts.
 
 search.py finds them in a log; knowledge/README.md explains how to add one.
 """
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,14 +16,20 @@ from msgspec.structs import replace
 from sparkinstall import schema
 from sparkinstall.assets import asset
 from sparkinstall.core.fixes import FIXES
+from sparkinstall.diagnose.lines import Line
 from sparkinstall.diagnose.literals import required_literals
+from sparkinstall.probes import known_hosts
+from sparkinstall.probes.known_hosts import KernelLogLimits, Rule
 from sparkinstall.schema import Malformed
 
 FOLDER = "knowledge/logs"
-ANY = "any"
-"""In `consequence_of`: any other failure found is a cause of this one."""
+ANY, OTHERS = "any", "others"
+"""In `consequence_of`: whatever else was found is a cause of this one. With `ANY` it is no cause even if alone: it says
+only that something ended. With `OTHERS` it is one."""
 
 _SHORTEST = 4
+# A number of the line in a text: `{free}`, or what two of them give.
+_PLACE = re.compile(r"\{([a-z]+)(?: ([-/]) ([a-z]+))?\}")
 _Line = Annotated[str, schema.like(r"[^\n]+", "one line of text")]
 _Some = Annotated[tuple[_Line, ...], Meta(min_length=1, title="a list of text, at least one")]
 _Anchor = Annotated[str, schema.like(rf"[^\n]{{{_SHORTEST},}}", f"text of at least {_SHORTEST} characters")]
@@ -30,7 +37,10 @@ _Name = Annotated[str, schema.like("[a-z0-9]+(-[a-z0-9]+)*", "words in lower cas
 
 
 class KnownFailure(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a user is told about a known failure. `fix` is the number of a fix, or None."""
+    """What a user is told about a known failure.
+
+    `fix` is the number of a fix, or None. `family` names the broader failure that this one is a kind of.
+    """
 
     name: _Name
     title: _Line
@@ -39,42 +49,95 @@ class KnownFailure(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     why: _Line
     hint: _Line
     concerns: str = ""
+    family: str = ""
     links: _Some
 
     @property
     def is_warning(self) -> bool:
         return self.severity == "warning"
 
-    def told(self) -> dict[str, Any]:
-        """Return these fields alone."""
-        return {name: getattr(self, name) for name in KnownFailure.__struct_fields__}
+    def told(self, words: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Return these fields alone, with the numbers of a line in place of `{name}`, `{a - b}` and `{a / b}`."""
+        fields = {name: getattr(self, name) for name in KnownFailure.__struct_fields__}
+        return (
+            fields if words is None else {**fields, **{each: _filled(fields[each], words) for each in ("why", "hint")}}
+        )
 
 
 class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How to find a known failure. A line matches if it contains one of the `anchors` and `regex` matches around it.
 
     Where an entry gives no `anchors`, `load` derives them from the regex. `consequence_of` names the failures that
-    cause this one, or contains `ANY`. `harmless` are similar lines that must not match.
+    cause this one, or contains `ANY` or `OTHERS`. `frames` must match too, in the traceback that ends with the line.
+    `also_in` names where the regex is searched besides what programs report as more than information. `harmless` are
+    similar lines that must not match.
     """
 
     regex: re.Pattern[str]
-    example: _Some
+    frames: re.Pattern[str] | None = None
+    also_in: tuple[Literal["info", "answers"], ...] = ()
+    example: tuple[_Line, ...] = ()
     anchors: tuple[_Anchor, ...] = ()
     consequence_of: tuple[_Line, ...] = ()
     harmless: tuple[_Line, ...] = ()
 
+    @property
+    def ends_only(self) -> bool:
+        """Whether it says only that something ended, not why."""
+        return ANY in self.consequence_of
+
+    def found_in(self, line: Line, frames: str) -> re.Match[str] | None:
+        """Return where it is in a line; `frames`: the traceback that ends with this line."""
+        if line.level == "info" and "info" not in self.also_in:
+            return None
+        found = self.regex.search(line.text if "answers" in self.also_in else line.said)
+        if found and self.frames and not self.frames.search(f"{frames}\n{line.said}"):
+            return None
+        return found
+
 
 def load(folder: Path | None = None) -> tuple[Signature, ...]:
-    """Return every signature of the folder (the shipped ones by default), in the order of files and entries.
+    """Return every signature of the folder, in the order of files and entries.
+
+    By default these are the shipped ones and those of the rules for the kernel's log in `knowledge/hosts.yaml`.
 
     Raises:
         Malformed: an entry is invalid, or two have the same name.
     """
     files = sorted((folder or asset(FOLDER)).glob("*.yaml"))
     found = [each for file in files for each in schema.read_file(tuple[Signature, ...], file)]
+    if folder is None:
+        found = _with_rules(found)
     found = [replace(each, anchors=each.anchors or _anchors(each)) for each in found]
     _refuse_bad_references(found)
     return tuple(found)
+
+
+def _with_rules(signatures: Sequence[Signature]) -> list[Signature]:
+    """Let each rule for the kernel's log be a signature; one of the same name knows more wordings, and the rule's."""
+    rules = {each.name: each for each in known_hosts.rules() if isinstance(each.limits, KernelLogLimits)}
+    named = [each.name for each in signatures]
+    return [
+        *(_widened(each, rules[each.name]) if each.name in rules else each for each in signatures),
+        *(_of_rule(each) for name, each in rules.items() if name not in named),
+    ]
+
+
+def _widened(signature: Signature, rule: Rule) -> Signature:
+    return replace(signature, regex=re.compile(f"{signature.regex.pattern}|{rule.limits.pattern.pattern}"))
+
+
+def _of_rule(rule: Rule) -> Signature:
+    return Signature(
+        name=rule.name,
+        title=rule.title,
+        severity="failure" if rule.verdict == "fail" else "warning",
+        regex=rule.limits.pattern,
+        why=f"{rule.why}.",
+        hint=rule.hint,
+        concerns=rule.concerns,
+        links=rule.evidence,
+    )
 
 
 def _anchors(signature: Signature) -> tuple[str, ...]:
@@ -84,24 +147,46 @@ def _anchors(signature: Signature) -> tuple[str, ...]:
     return found
 
 
+def _filled(text: str, words: Mapping[str, str]) -> str:
+    def fill(found: re.Match[str]) -> str:
+        first, sign, second = found.groups()
+        if not sign:
+            return words[first]
+        one, other = float(words[first]), float(words[second])
+        # Rounded down: a share that is a little too large fails again.
+        return f"{one - other:.2f}" if sign == "-" else f"{math.floor(one / other * 100) / 100:.2f}"
+
+    return _PLACE.sub(fill, text)
+
+
 def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
     names = [each.name for each in signatures]
     if twice := {name for name in names if names.count(name) > 1}:
         raise Malformed(FOLDER, f"two signatures are called {', '.join(sorted(twice))}")
     for each in signatures:
-        if unknown := set(each.consequence_of) - {ANY, *names}:
+        if unknown := set(each.consequence_of) - {ANY, OTHERS, *names}:
             raise Malformed(FOLDER, f"{each.name}: consequence_of names {', '.join(sorted(unknown))}")
+        if each.family and each.family not in names:
+            raise Malformed(FOLDER, f"{each.name}: there is no family {each.family}")
+        used = {name for place in _PLACE.findall(each.why + each.hint) for name in (place[0], place[2]) if name}
+        if unknown := used - set(each.regex.groupindex):
+            raise Malformed(FOLDER, f"{each.name}: the regex has no group {', '.join(sorted(unknown))}")
     _refuse_circles(signatures)
 
 
 def _refuse_circles(signatures: Iterable[Signature]) -> None:
     """Raise Malformed if failures explain each other: none would remain as the cause."""
-    first = [each.name for each in signatures if ANY not in each.consequence_of]
-    after = {
-        each.name: [name for name in each.consequence_of if name != ANY] + (first if ANY in each.consequence_of else [])
-        for each in signatures
-    }
+    after = {each.name: [other.name for other in signatures if explains(other, each)] for each in signatures}
     try:
         TopologicalSorter(after).prepare()
     except CycleError as circle:
         raise Malformed(FOLDER, f"these explain each other in a circle: {', '.join(circle.args[1])}") from circle
+
+
+def explains(cause: Signature, other: Signature) -> bool:
+    """Return whether `cause` explains `other` where both are found."""
+    if cause.name in other.consequence_of or cause.family == other.name:
+        return True
+    if cause.ends_only or cause.name == other.name:
+        return False
+    return other.ends_only or (OTHERS in other.consequence_of and OTHERS not in cause.consequence_of)

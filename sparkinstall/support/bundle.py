@@ -41,6 +41,7 @@ _MIB = 1 << 20
 _JOURNAL, _LOG, _ALL_LOGS, _UNIT, _SMALL = 2 * _MIB, 2 * _MIB, 6 * _MIB, _MIB, _MIB // 2
 _RUNS, _LEAST = 5, 1 << 16
 _TIMEOUT = 20.0
+_MOST_TELLING = 20
 _KERNEL = "NVRM|Xid|mlx5|AER|Out of memory|oom-kill"
 _PACKAGES = re.compile(r"nvidia|libnvidia|cuda-|libnccl|linux-image|dgx|mlnx|rdma|libibverbs|netplan|python3\.1\d")
 # Prompts and outputs as vLLM's request logger writes them; a line may be truncated.
@@ -331,12 +332,17 @@ def _diagnose(logs: Mapping[str, str]) -> dict[str, Any]:
         return {}
     known = signatures.load()
     read = (judge.read(Log(name, partial(iter, [text.encode()])), known) for name, text in logs.items())
-    return {"logs": list(logs), "found": [*map(_failure, judge.judge(read).found)]}
+    diagnosis = judge.judge(read)
+    return {
+        "logs": list(logs),
+        "found": [*map(_failure, diagnosis.found)],
+        "telling": to_builtins(diagnosis.telling[:_MOST_TELLING]),
+    }
 
 
 def _failure(found: judge.Found) -> dict[str, Any]:
     told = to_builtins(found)
-    brief = {name: told[name] for name in ("name", "title", "severity", "fix", "count", "explained_by")}
+    brief = {name: told[name] for name in ("name", "title", "severity", "role", "fix", "count", "explained_by")}
     return {**brief, "places": told["lines"], "hint": found.hint}
 
 

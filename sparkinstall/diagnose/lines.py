@@ -1,0 +1,150 @@
+"""One line of a log without what other programs put around it: who wrote it, at which level, when, and what it says."""
+
+import json
+import re
+
+from msgspec import Struct
+
+_COLOURS = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+# Characters that would move the cursor, ring the bell or change the text direction of a terminal.
+_CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+
+_TIME = r"\d\d:\d\d:\d\d(?:[.,]\d+)?"
+_DATES = (
+    r"\d{4}[-/](?P<m1>\d\d)[-/](?P<d1>\d\d)[T ]",
+    r"(?:[A-Z][a-z]{2} )?(?P<name>Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec) +(?P<d2>\d{1,2}) ",
+    r"(?<![\d-])(?P<m3>\d\d)-(?P<d3>\d\d) ",
+    r"\b[IWEF](?P<m4>\d\d)(?P<d4>\d\d) ",
+)
+_WHEN = re.compile(rf"(?:{'|'.join(_DATES)})(?P<h>\d\d):(?P<min>\d\d):(?P<s>\d\d)")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+_DAY = 24 * 3600
+
+# What stands before a message. `who` tells the processes of one log apart, `level` how bad the program says it is.
+_PROGRAM = r"(?:[\w.@/:()-]+\[\d+\]|kernel|systemd|sudo)"
+_LEVEL = r"(?:TRACE|DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|CRITICAL|FATAL)"
+_PREFIXES = tuple(
+    re.compile(each)
+    for each in (
+        # docker compose, kubectl --prefix, containerd
+        r"(?P<who>[\w.-]+) +\| ",
+        r"(?P<who>\[pod/[^\]]+\]) ",
+        r"(?:std(?:out|err)) [FP] ",
+        # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
+        rf"\[?\d{{4}}[-/]\d\d[-/]\d\d[T ]{_TIME}(?:Z|[+-]\d\d:?\d\d)?\]? ?(?=\s*\S)"
+        rf"(?: ?[\w.-]+ (?={_PROGRAM}: ))?",
+        rf"(?:[A-Z][a-z]{{2}} )?[A-Z][a-z]{{2}} [ \d]\d {_TIME}(?: \d{{4}})? [\w.-]+ (?={_PROGRAM}: )",
+        # journald's program, the kernel's clock
+        r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
+        r"(?P<who>kernel): ?",
+        rf"\[(?: *\d+\.\d+|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\](?:\[ *[TC]\d+\])? ",
+        # vLLM and Ray name the process
+        r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
+        r"(?P<who>\((?:raylet|autoscaler|gcs_server)\)) ?",
+        r"(?P<who>\[rank\d+\]):? ?",
+        # loggers: of vLLM, uvicorn, Python, Ray, glog
+        rf"(?P<level>{_LEVEL}) \d\d-\d\d {_TIME} (?:\[[^\]]*:\d+\]|[\w./]+:\d+\]) ?",
+        rf"(?P<level>{_LEVEL}) [\w./]+\.py:\d+ -- ",
+        r"\[?(?P<glog>[IWEF])\d{4} [\d:.]+ +(?:\d+ )?[\w./-]+:\d+\] ",
+        rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWEC]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
+        r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
+        rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
+        rf"\[(?P<level>{_LEVEL})\] ",
+        r"level=(?P<level>\w+) (?:msg=)?",
+        r"[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
+        # NCCL
+        r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<level>INFO|WARN|TRACE) ",
+        r"[\w./]+:\d+ NCCL (?P<level>INFO|WARN) ",
+    )
+)
+_LETTERS = {"I": "info", "W": "warning", "E": "error", "F": "error", "C": "error"}
+_LEVELS = {
+    **dict.fromkeys(("trace", "debug", "info", "notice"), "info"),
+    **dict.fromkeys(("warning", "warn"), "warning"),
+    **dict.fromkeys(("error", "critical", "fatal", "err"), "error"),
+}
+_JSON_LEVEL = re.compile(r'"(?:level|severity|levelname)"\s*:\s*"(\w+)"')
+_MOST_PREFIXES = 12
+
+# Where the text of a request or of an answer begins: whatever follows are the words of a user, a tool or a model.
+_QUOTED = re.compile(
+    r"Received request \S|Generated response \S|\b(?:request|response) body\b|\bprompt(?:_token_ids)?['\"]?\s*[:=]"
+    r"|\\?['\"](?:messages|content|arguments|tool_calls|prompt|input|text|reasoning(?:_content)?|query|output)\\?['\"]"
+    r"\s*:\s*(?:\\?['\"]|\[|f')|\b(?:content|arguments|prompt|text)=(?:['\"]|\[)|</?(?:tool_response|tool_result|think)>"
+    r"|<\|(?:im_start|user|assistant|start)",
+    re.IGNORECASE,
+)
+
+
+class Line(Struct, frozen=True):
+    """A line taken apart.
+
+    `text`: the whole line, printable. `message`: without what stands before it. `who`: the process, as far as the line
+    names it. `level`: "info", "warning", "error" or "" (not told). `quoted`: where in `text` the words of a request
+    begin. `when`: seconds since the beginning of a year, or None.
+    """
+
+    text: str
+    message: str
+    who: str
+    level: str
+    quoted: int
+    when: int | None
+
+    @property
+    def said(self) -> str:
+        """The part of `text` that the program itself says."""
+        return self.text[: self.quoted]
+
+
+def printable(data: bytes) -> str:
+    """Return a line without colours, control characters and tabs."""
+    text = data.decode("utf-8", "replace")
+    return _CONTROL.sub("", _COLOURS.sub("", text)).replace("\t", " ")
+
+
+def take_apart(text: str) -> Line:
+    """Return who says what in a printable line."""
+    text = _unpacked(text)
+    at, who, level = 0, [], ""
+    for _ in range(_MOST_PREFIXES):
+        found = next((match for each in _PREFIXES if (match := each.match(text, at))), None)
+        if found is None or found.end() == at:
+            break
+        groups = found.groupdict()
+        if name := groups.get("who"):
+            who.append(name)
+        level = _level(groups) or level
+        at = found.end()
+    if not level and (told := _JSON_LEVEL.search(text, 0, 400)):
+        level = _LEVELS.get(told[1].lower(), "")
+    quoted = _QUOTED.search(text)
+    return Line(text, text[at:], " ".join(who), level, quoted.start() if quoted else len(text), _when(text[: at + 60]))
+
+
+def _unpacked(text: str) -> str:
+    """Return the message of a line in docker's own files, which are JSON."""
+    if not text.startswith('{"log":"'):
+        return text
+    try:
+        return str(json.loads(text)["log"]).rstrip("\n")
+    except (ValueError, KeyError, TypeError):
+        return text
+
+
+def _level(groups: dict[str, str | None]) -> str:
+    for kind in ("glog", "ray", "c10d"):
+        if letter := groups.get(kind):
+            return _LETTERS[letter]
+    return _LEVELS.get((groups.get("level") or "").lower(), "")
+
+
+def _when(text: str) -> int | None:
+    found = _WHEN.search(text)
+    if found is None:
+        return None
+    month = next((int(found[each]) for each in ("m1", "m3", "m4") if found[each]), 0)
+    month = month or _MONTHS.index(found["name"]) + 1
+    day = next(int(found[each]) for each in ("d1", "d2", "d3", "d4") if found[each])
+    seconds = int(found["h"]) * 3600 + int(found["min"]) * 60 + int(found["s"])
+    return (month * 31 + day) * _DAY + seconds

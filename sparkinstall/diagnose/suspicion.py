@@ -1,0 +1,122 @@
+"""How suspicious a line is, by its shape alone: no list of known failures."""
+
+import re
+
+from sparkinstall.diagnose.lines import Line
+from sparkinstall.diagnose.tracebacks import Role
+
+WORDS = (
+    "rror", "ERROR", "xception", "FATAL", "Fatal", "fatal", "CRITICAL", "core dumped", "Segmentation fault", "panic",
+    "NCCL WARN", "Main process exited", "Failed with result", "bort", "cannot open shared object", "what(): ",
+    "terminate called", "BUG: ", "Oops", "Unable to handle", "E: ", "command not found", "ssertion",
+    "blocked for more than", "soft lockup", "hard LOCKUP", "undefined symbol", "No such file or directory", "Killed",
+    "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error", "Illegal instruction", "mlx5_core ",
+)  # fmt: skip
+"""Every suspicious line outside a traceback contains one of these."""
+
+MOST, STRONG, SOME, WEAK = 4, 3, 2, 1
+
+
+def _any(*shapes: str, ignore_case: bool = False) -> re.Pattern[str]:
+    return re.compile("|".join(shapes), re.IGNORECASE if ignore_case else 0)
+
+
+# Shapes of a message, each with its weight; a line without any is not suspicious.
+_SHAPES = (
+    (
+        STRONG,
+        _any(
+            # an exception of Python, of any library
+            r"(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Exit|Unsupported|Failure)\b(?:: \S|\(['\"]|$)",
+            r"(?:[a-z_]\w*\.)+[A-Z]\w+: \S",
+            # of C++, and a process that crashes
+            r"\s*what\(\): ",
+            r"terminate called\b",
+            r"Fatal Python error: ",
+            r".*(?:\bSegmentation fault\b|\bcore dumped|\bBus error\b|\bIllegal instruction\b|\bpanic\b)",
+            r".*(?:\bFATAL\b|\b[Ff]atal +(?:error\b|: ))",
+            r".*(?:cannot open shared object|undefined symbol: |\b[Aa]ssertion\b.* failed)",
+            r"Assertion error\b",
+            # of a shell, apt and dpkg
+            r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$",
+            r"[\w./+-]+: (?:not found|No such file or directory)$",
+            r"E: \S",
+            r"dpkg: error\b",
+        ),
+    ),
+    (
+        SOME,
+        _any(
+            r"(?:[\w./+()-]+(?:[:(][\d:,]+\)?)?:? )?(?:[Ee]rror|ERROR)(?: \w+)?: \S",
+            r"nvcc +error",
+            r".*\*\*\* \[.*\] Error \d",
+            r".*(?:Main process exited|Failed with result|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
+        ),
+    ),
+)
+_KERNEL = (
+    (
+        MOST,
+        _any(
+            "BUG: |Oops\\b|Internal error: |Unable to handle kernel|Kernel panic|watchdog: BUG",
+            ".*soft lockup",
+            ".*hard LOCKUP",
+        ),
+    ),
+    (
+        STRONG,
+        _any(
+            "INFO: task .* blocked for more than",
+            "NVRM: Xid",
+            "NVRM: .*(?:fail|error|fallen)",
+            "Out of memory",
+            ".*I/O error",
+            ignore_case=True,
+        ),
+    ),
+    (
+        SOME,
+        _any(
+            "mlx5_core .*(?:timed? ?out|error|fail|health)",
+            ".*\\bAER: .*(?:Fatal|Uncorrect)",
+            ".*nvme\\S* .*timeout",
+            ignore_case=True,
+        ),
+    ),
+)
+# Python's own words for an end on request.
+_ASKED_FOR = re.compile(r"(?:[\w.]+\.)?(?:KeyboardInterrupt|SystemExit|CancelledError|GeneratorExit|StopIteration)\b")
+_HANDLED = _any(
+    r"\b(?:retry(?:ing)?\b|fall(?:s|ing)? ?back|fallback|ignor(?:ed|ing)\b|skipp(?:ed|ing)\b)",
+    r"\b(?:disabling\b|will be disabled|harmless|not fatal|non-fatal|safe to ignore|can be ignored|recovered|0 errors)",
+    r"\b(?:no|without) errors?\b",
+    ignore_case=True,
+)
+# Programs of the desktop and the system that have no part in this.
+_OTHERS = _any(
+    r"^(?:sshd|avahi-daemon|gnome-\S+|gdm\S*|gsd-\S+|dbus-\S+|NetworkManager|snapd|pipewire|wireplumber|pulseaudio|cups\S*)\[",
+    r"^(?:polkitd|tracker-\S+|systemd-\w+|rtkit-daemon|wpa_supplicant|bluetoothd|packagekitd|PackageKit|fwupd|chronyd)\[",
+    r"^(?:cron|CRON|thermald|udisksd|upowerd|ModemManager|colord|xdg-\S+|evolution-\S+|firefox\S*|chrome|Xorg|xrdp\S*)\[",
+)
+
+
+def weight(line: Line, role: Role, number: int) -> int:
+    """Return 0 (not suspicious) to `MOST`, which is for the first exception of a chain; `number` is the line's."""
+    if role.kind == "frame" or line.level == "info" or _OTHERS.search(line.who):
+        return 0
+    message = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
+    if not message.strip() or _HANDLED.search(message) or _ASKED_FOR.match(message):
+        return 0
+    if "kernel" in line.who.split():
+        return _first(_KERNEL, message)
+    if role.kind == "exception":
+        return 0 if line.level == "warning" else MOST if role.first == number else STRONG
+    if "NCCL WARN" in line.text:
+        return SOME
+    if line.level == "warning":
+        return 0
+    return _first(_SHAPES, message) or (WEAK if line.level == "error" else 0)
+
+
+def _first(shapes: tuple[tuple[int, re.Pattern[str]], ...], message: str) -> int:
+    return next((weight for weight, shape in shapes if shape.match(message)), 0)

@@ -1,0 +1,98 @@
+"""Read Python's tracebacks as units: of each only the exception counts, and of chained ones the first."""
+
+import re
+from collections import deque
+
+from msgspec import Struct, field
+
+from sparkinstall.diagnose.lines import Line
+
+BEGINNINGS = ("Traceback (most recent call last)", ", line ", "During handling of the above", "The above exception was")
+"""Texts without which no line begins or chains a traceback."""
+
+_HEAD = "Traceback (most recent call last)"
+_FILE = re.compile(r'\s*File "[^"]*", line \d+')
+_CHAIN = ("During handling of the above exception", "The above exception was the direct cause")
+_BETWEEN = re.compile(r"\s*$|\s{2}|[\^~]+$|\.\.\.<|\[Previous line repeated|[|+] ")
+_EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?::(?: |$)|$)")
+_MOST_FRAMES = 120
+_MOST_LINES = 1000
+_MOST_PROCESSES = 1000
+
+
+class Role(Struct, frozen=True):
+    """What a line is for the traceback around it.
+
+    `kind`: "plain", "frame" (code, not a message) or "exception". Of an exception: `frames` are the lines of its
+    traceback, `first` is the number of the line of the exception that the chain began with.
+    """
+
+    kind: str
+    frames: str = ""
+    first: int = 0
+
+
+_PLAIN, _FRAME = Role("plain"), Role("frame")
+
+
+class _Process(Struct):
+    frames: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_FRAMES))
+    is_open: bool = False
+    is_chained: bool = False
+    first: int = 0
+    lines: int = 0
+
+
+class Tracebacks:
+    """The tracebacks of a log, whose processes may write in turns."""
+
+    def __init__(self) -> None:
+        self._processes: dict[tuple[str, str], _Process] = {}
+        self._open = 0
+
+    @property
+    def are_open(self) -> bool:
+        """Whether a following line may end a traceback."""
+        return self._open > 0
+
+    def see(self, number: int, line: Line) -> Role:
+        """Take the next line of the log."""
+        key, message = (line.who, line.level), line.message
+        process = self._processes.get(key)
+        if _HEAD in message:
+            self._begin(key)
+            return _FRAME if message.lstrip().startswith(_HEAD) else _PLAIN
+        if _FILE.match(message):
+            if process is None or not process.is_open:
+                process = self._begin(key)
+            process.frames.append(message)
+            return _FRAME
+        if process is None:
+            return _PLAIN
+        if message.lstrip().startswith(_CHAIN):
+            process.is_chained = True
+            return _FRAME
+        if not process.is_open:
+            return _PLAIN
+        process.lines += 1
+        if _BETWEEN.match(message) and process.lines < _MOST_LINES:
+            process.frames.append(message)
+            return _FRAME
+        return self._end(process, number) if _EXCEPTION.match(message) else _PLAIN
+
+    def _begin(self, key: tuple[str, str]) -> _Process:
+        if len(self._processes) >= _MOST_PROCESSES:
+            self._processes.clear()
+            self._open = 0
+        process = self._processes.setdefault(key, _Process())
+        if not process.is_chained:
+            process.first = 0
+        self._open += not process.is_open
+        process.is_open, process.is_chained, process.lines = True, False, 0
+        process.frames.clear()
+        return process
+
+    def _end(self, process: _Process, number: int) -> Role:
+        process.is_open, process.first = False, process.first or number
+        self._open -= 1
+        return Role("exception", "\n".join(process.frames), process.first)
