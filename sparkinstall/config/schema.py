@@ -48,7 +48,10 @@ class EnvironmentConfig(Struct, frozen=True, forbid_unknown_fields=True):
 class NcclConfig(Struct, frozen=True, forbid_unknown_fields=True):
     mode: Annotated[
         Literal["source", "wheel"],
-        doc("`source` builds NCCL for this GPU; `wheel` uses the one that comes with torch."),
+        doc(
+            "`source` builds NCCL for this GPU; `wheel` uses the one that comes with torch (on several nodes 2.29.3 or "
+            "newer)."
+        ),
     ] = "source"
     source: Annotated[
         Source, doc("`git` (the upstream repository), a tarball (path or https URL), or a source folder.")

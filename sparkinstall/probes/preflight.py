@@ -123,7 +123,8 @@ def _cuda(on: Reader, node: Node) -> Finding:
         return skipped("nothing is built here (nccl.mode: wheel)")
     home = cuda_home(node)
     if home is None:
-        hint = "`sudo apt install cuda-toolkit-13-0`, or set `nccl.cuda_home`, or use `nccl.mode: wheel`"
+        wheel = f"use `nccl.mode: wheel`{' with a stack whose NCCL is 2.29.3 or newer' if node.several else ''}"
+        hint = f"`sudo apt install cuda-toolkit-13-0`, or set `nccl.cuda_home`, or {wheel}"
         return failed("no nvcc found", hint, "/usr/local/cuda")
     return _nvcc_finding(on, node, home)
 

@@ -13,6 +13,7 @@ from sparkinstall.node import Node, cuda_home, nccl_library
 from sparkinstall.probes import Probe, environment, nccl_tests, services
 from sparkinstall.resources import Resource, Unknown
 from sparkinstall.resources.nccl_abi import NcclFitsTorch
+from sparkinstall.resources.nccl_wheel import NcclOfWheel
 from sparkinstall.resources.stale_services import StaleServices
 from sparkinstall.resources.template import Template
 from sparkinstall.resources.transport import Transport
@@ -36,10 +37,12 @@ class EnvFiles(Step):
     phase = "services"
     impact = "Processes started with the env files lack some of the fixes."
     fixes = (NCCL, HOST_IP, TRANSPORT, FP8, MEMORY_MONITOR)
-    only_for: ClassVar[Mapping[str, Fix]] = {NcclFitsTorch.key: NCCL}
+    only_for: ClassVar[Mapping[str, Fix]] = {NcclFitsTorch.key: NCCL, NcclOfWheel.key: NCCL}
 
     def resources(self, node: Node) -> Iterable[Resource]:
-        # Before any file names the library: one that lacks a symbol would break `import torch`.
+        # Before any file names the library: it would hang, or lack a symbol and break `import torch`.
+        if node.several and node.config.nccl.mode == "wheel":
+            yield NcclOfWheel(node)
         yield NcclFitsTorch(node)
         yield StaleServices(node)
         if node.several:
