@@ -394,10 +394,14 @@ def _probes(old: str) -> str:
 def _known_bad_hosts(_: str) -> str:
     columns = ["name", "what it looks at", "verdict", "what it concerns", "last checked", "evidence"]
     rows = (
-        [code(rule.name), rule.title, rule.verdict, rule.concerns, str(rule.checked), _links(rule.evidence)]
+        [code(rule.name), rule.title, rule.verdict, rule.concerns, str(rule.checked), _seen(rule.evidence)]
         for rule in known_hosts.rules()
     )
     return table("", columns, rows)
+
+
+def _seen(evidence: Sequence[known_hosts.Evidence]) -> str:
+    return "; ".join(f"[{each.seen}]({each.link})" for each in evidence)
 
 
 def _links(addresses: Sequence[str]) -> str:

@@ -29,6 +29,8 @@ _HEADINGS: Mapping[Weight, str] = {
     "skipped": "[dim]·[/] [bold]Skipped[/]",
 }
 _MANY_LINES = 6
+# Facts of the machine that explain themselves.
+_UNNAMED = ("machine", "gpu", "os", "release")
 
 
 @verb("doctor", *NODE, reads_only=True)
@@ -66,7 +68,7 @@ def _problems_masked(target: Target) -> Iterator[None]:
 
 def _show(examined: Examination, verbose: bool) -> None:
     out, found = console(), examined.checkup
-    facts = (value if name in ("machine", "gpu", "os") else f"{name} {value}" for name, value in found.machine.items())
+    facts = (value if name in _UNNAMED else f"{name} {value}" for name, value in found.machine.items())
     out.print(", ".join(facts), markup=False)
     if not found.installed:
         out.print(f"sparkinstall has set nothing up here; run `sparkinstall all{examined.root_option}`", markup=False)

@@ -11,10 +11,9 @@ from msgspec import Struct
 
 from sparkinstall import elf
 from sparkinstall.errors import Blocked, Problem
-from sparkinstall.facts import card, machine, network, qsfp
+from sparkinstall.facts import card, gpu, machine, network, qsfp
 from sparkinstall.facts.decisions import Fp8Fallback, RecordDamaged, VenvStamp, recorded
 from sparkinstall.facts.env_file import assignments
-from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.qsfp import Port
 from sparkinstall.node import Node, nccl_library, site_packages
 from sparkinstall.resources.nccl import Stamp
@@ -46,6 +45,7 @@ class Kind(Struct, frozen=True):
 _THERE = "on the node that is wrong"
 _REINSTALL = f"`sparkinstall run environment --force` {_THERE}"
 _UPDATES = "the same updates of DGX OS on every node (`sudo apt-get update`, `sudo apt-get full-upgrade`), and a reboot"
+_KHO = f"`sudo apt install nvidia-spark-grub-kho` and a reboot {_THERE}: a kernel 7.0 needs kho=off"
 _ENV = f"`sparkinstall run env-files` {_THERE}, with the same settings as on the others"
 _LOOKED_UP = "nothing: each node looks it up when it starts a process"
 _ROCE = "`sparkinstall plan` says why a node has no RoCE; or `network.transport: socket` on all"
@@ -62,6 +62,7 @@ KINDS: Mapping[str, Kind] = {
     "fp8-file": Kind("fail", f"`sparkinstall run fp8` {_THERE}"),
     "mtu": Kind("fail", f"`sparkinstall run network` {_THERE}"),
     "gid": Kind("note", _LOOKED_UP),
+    "kho": Kind("warn", _KHO),
     **dict.fromkeys(("driver", "kernel", "os", "firmware"), Kind("warn", _UPDATES)),
 }
 _ENV_KIND = Kind("warn", _ENV)
@@ -71,7 +72,6 @@ _OWN = {
     *("VLLM_HOST_IP", "NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "TP_SOCKET_IFNAME", "NCCL_IB_HCA"),
     *("UCX_NET_DEVICES", "VLLM_CONFIG_ROOT", "VLLM_NO_USAGE_STATS"),
 }
-_DRIVER = re.compile(rb"(?:Kernel Module|for \S+) +([0-9][0-9.]+)")
 
 
 def comparables(node: Node, on: Reader) -> dict[str, str]:
@@ -144,11 +144,11 @@ def _gids(node: Node, on: Reader, port: Port) -> str:
 
 def _of_system(node: Node, on: Reader) -> dict[str, str]:
     del node
-    driver = _DRIVER.search(on.read(DRIVER_FILE) or b"")
     release = machine.release(on)
     return {
-        "driver": driver[1].decode() if driver else "",
+        "driver": gpu.loaded_driver(on),
         "kernel": (on.read("/proc/sys/kernel/osrelease") or b"").decode().strip(),
+        "kho": machine.boot_option(on, "kho") or "not set",
         "os": release.get("DGX_OTA_VERSION") or release.get("DGX_SWBUILD_VERSION") or "",
     }
 

@@ -19,7 +19,8 @@ from sparkinstall.core.fixes import FIXES
 from sparkinstall.diagnose.lines import Line
 from sparkinstall.diagnose.literals import required_literals
 from sparkinstall.probes import known_hosts
-from sparkinstall.probes.known_hosts import KernelLogLimits, Rule
+from sparkinstall.probes.host_detectors import KernelLogLimits
+from sparkinstall.probes.known_hosts import Rule
 from sparkinstall.schema import Malformed
 
 FOLDER = "knowledge/logs"
@@ -136,7 +137,7 @@ def _of_rule(rule: Rule) -> Signature:
         why=f"{rule.why}.",
         hint=rule.hint,
         concerns=rule.concerns,
-        links=rule.evidence,
+        links=tuple(each.link for each in rule.evidence),
     )
 
 

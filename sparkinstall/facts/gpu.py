@@ -1,8 +1,12 @@
-"""The GPU as nvidia-smi reports it."""
+"""The GPU as nvidia-smi reports it, and its driver."""
+
+import re
+from collections.abc import Iterable
 
 from msgspec import Struct
 
 from sparkinstall.facts.machine import printable
+from sparkinstall.facts.sysfs import text_of
 from sparkinstall.system import Reader, Result
 
 QUERY = (
@@ -12,9 +16,9 @@ QUERY = (
 )
 """The command whose output `understood` parses."""
 
-
 DRIVER_FILE = "/proc/driver/nvidia/version"
 """The loaded driver's description of itself."""
+_LOADED = re.compile(r"(?:Kernel Module|for \S+) +([0-9][0-9.]+)")
 
 
 class Gpu(Struct, frozen=True):
@@ -44,6 +48,22 @@ def gpu_or_complaint(on: Reader) -> Gpu | str:
     said = [line.strip() for line in (answer.out + answer.err).splitlines() if line.strip()]
     # "not found" is not a message of nvidia-smi.
     return printable(said[0]) if said and answer.code != 127 else ""
+
+
+def loaded_driver(on: Reader) -> str:
+    """Return the version of the driver that is loaded; "" if there is none."""
+    found = _LOADED.search(text_of(on, DRIVER_FILE))
+    return found[1] if found else ""
+
+
+def installed_driver(on: Reader, libraries: Iterable[str]) -> str:
+    """Return the version of the driver that is installed, from the first of these links that exists; "" if none does.
+
+    A library's link, such as libnvidia-ml.so.1, names a file that ends in the version: libnvidia-ml.so.580.178.04.
+    """
+    entries = (on.entry(path) for path in libraries)
+    target = next((entry.target for entry in entries if entry and entry.target), "")
+    return target.rpartition(".so.")[2]
 
 
 def understood(answer: Result) -> Gpu | None:

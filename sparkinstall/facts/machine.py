@@ -44,6 +44,22 @@ def parse_meminfo(content: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in rows}
 
 
+def free_blocks(on: Reader) -> dict[int, int]:
+    """Return the free memory in KiB by the size of its blocks in KiB, from `/proc/buddyinfo`; {} if it is unknown.
+
+    A block of order N has 2^N pages; the size of a page is 4 or 64 KiB on a Spark, depending on the kernel.
+    """
+    page = re.search(rb"^KernelPageSize:\s+(\d+) kB", on.read("/proc/self/smaps") or b"", re.MULTILINE)
+    if page is None:
+        return {}
+    found: dict[int, int] = {}
+    for zone in re.findall(r"^Node .*?zone +\w+ +(.*)$", text_of(on, "/proc/buddyinfo"), re.MULTILINE):
+        for order, count in enumerate(map(int, zone.split())):
+            size = int(page[1]) << order
+            found[size] = found.get(size, 0) + count * size
+    return found
+
+
 def available_memory(on: Reader) -> int:
     """Bytes that programs can still take; 0 where the kernel does not tell."""
     return parse_meminfo(on.read("/proc/meminfo") or b"").get("MemAvailable", 0) << 10
@@ -55,6 +71,29 @@ def release(on: Reader) -> Mapping[str, str]:
     for path in reversed(RELEASE_FILES):
         merged |= parse_release(on.read(path) or b"")
     return merged
+
+
+def os_version(on: Reader) -> str:
+    """Return the release of DGX OS: "DGX OS 7.6.0 (factory image 7.2.3)"; "" on another system.
+
+    An update over the air leaves the factory image's number as it is, and adds its own.
+    """
+    found = release(on)
+    updated, factory = found.get("DGX_OTA_VERSION", ""), found.get("DGX_SWBUILD_VERSION", "")
+    if not updated:
+        return f"DGX OS {factory} (factory image)" if factory else ""
+    return f"DGX OS {updated}" + (f" (factory image {factory})" if factory else "")
+
+
+def boot_option(on: Reader, name: str) -> str:
+    """Return the last of the kernel's options with this name, as `/proc/cmdline` has it; "" if there is none."""
+    given = [word for word in text_of(on, "/proc/cmdline").split() if word.partition("=")[0] == name]
+    return printable(given[-1]) if given else ""
+
+
+def uefi_version(on: Reader) -> str:
+    """Return the version of the firmware as DMI has it, such as 5.36_0ACUM027; "" if it is unknown."""
+    return printable(text_of(on, "/sys/class/dmi/id/bios_version"))
 
 
 def identity(on: Reader) -> str:

@@ -8,7 +8,7 @@ from sparkinstall.facts.gpu import Gpu
 from sparkinstall.layout import CLOCK_LOCK_UNIT
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped
-from sparkinstall.probes.known_hosts import CannotTell, Host
+from sparkinstall.probes.host_detectors import CannotTell, Host
 from sparkinstall.system import Reader
 
 # An idle GPU has a low clock, whether it is locked or not.

@@ -87,7 +87,7 @@ def _arch(_: Reader) -> Finding:
 
 def _os(on: Reader) -> Finding:
     found = machine.os_release(on)
-    name = found.get("PRETTY_NAME", "unknown")
+    name = ", ".join(filter(None, (found.get("PRETTY_NAME", "unknown"), machine.os_version(on))))
     if found.get("ID") == "ubuntu" and found.get("VERSION_ID") == "24.04":
         return passed(name)
     return failed(name, "use DGX OS 7 (Ubuntu 24.04), or continue at your own risk with `--ignore os`", "Ubuntu 24.04")

@@ -42,7 +42,7 @@ _JOURNAL, _LOG, _ALL_LOGS, _UNIT, _SMALL = 2 * _MIB, 2 * _MIB, 6 * _MIB, _MIB, _
 _RUNS, _LEAST = 5, 1 << 16
 _TIMEOUT = 20.0
 _MOST_TELLING = 20
-_KERNEL = "NVRM|Xid|mlx5|AER|Out of memory|oom-kill"
+_KERNEL = "NVRM|Xid|mlx5|AER|Out of memory|oom-kill|Unable to handle kernel|Internal error|BUG:|Oops|Kernel panic"
 _PACKAGES = re.compile(r"nvidia|libnvidia|cuda-|libnccl|linux-image|dgx|mlnx|rdma|libibverbs|netplan|python3\.1\d")
 # Prompts and outputs as vLLM's request logger writes them; a line may be truncated.
 _PROMPTS = re.compile(
@@ -298,6 +298,7 @@ def _add_units(found: _Gathering) -> None:
         for unit in names:
             _add_journal(found, f"units/{unit}.log", "-u", unit)
         _add_journal(found, "units/kernel.log", "-k", "-g", _KERNEL)
+        _add_journal(found, "units/kernel-of-previous-boot.log", "-k", "--boot=-1", "-g", _KERNEL)
 
 
 def _add_journal(found: _Gathering, name: str, *which: str) -> None:

@@ -121,9 +121,11 @@ def _of_machine(session: Session, options: VerifyOptions) -> list[Item]:
 
 def machine_facts(node: Node, on: Reader) -> dict[str, str]:
     """Return machine and software versions by name, without personal data; in a rehearsal only what is set up there."""
+    release = machine.os_version(on)
     ours = {"stack": f"{node.stack.name} for {node.platform}", "sparkinstall": __version__}
     if on.rehearsal:
-        return {"machine": machine.product(on) or "a rehearsal", **ours}
+        named = {"machine": machine.product(on) or "a rehearsal"} | ({"release": release} if release else {})
+        return {**named, **ours}
     gpu = first_gpu(on)
     found = {
         "machine": machine.product(on) or "an unnamed machine",
@@ -131,6 +133,7 @@ def machine_facts(node: Node, on: Reader) -> dict[str, str]:
         "driver": gpu.driver if gpu else "",
         "kernel": platform.release(),
         "os": machine.os_release(on).get("PRETTY_NAME", ""),
+        "release": release,
     }
     return {**{name: value for name, value in found.items() if value}, **ours}
 

@@ -22,6 +22,7 @@ apt-get( -y| -o [\w:-]+=[\w-]+)* -s --no-remove -f install
 df -h
 dpkg-query -W -f(=| )%
 ethtool (-i |--show-fec )?_
+fwupdmgr get-updates --json --no-unreported-check --no-metadata-check
 git -C _ rev-parse _
 git ls-remote --exit-code https://% _
 ib_write_bw --version
@@ -38,12 +39,13 @@ ip -j neighbour show to _ dev _
 ip6?tables(-legacy)? -S
 iperf3 --version
 iperf3 (-s -1|-c _ -t \d+ -O \d+ -P \d+ -J --connect-timeout \d+) -B _ -p \d+
-journalctl( -[bkq]| -[ugon] %| --no-pager| --boot| --(since|output|output-fields|lines)=%| [A-Z_]+=%| \+)*
+journalctl( -[bkq]| -[ugon] %| --no-pager| --boot| --(since|output|output-fields|lines|boot)=%| [A-Z_]+=%| \+)*
 make -j\d+ -C _ src.build( [A-Z_]+=%)* -n
 netplan generate --root-dir _
 nft( -nn| -j)? list (tables|ruleset)
 nft( -nn)? list table _ _
 nft -c %
+ninja --version
 nvcc --(version|list-gpu-arch)
 nvidia-smi -q
 nvidia-smi --query-gpu=% --format=%

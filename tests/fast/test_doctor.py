@@ -88,11 +88,15 @@ def test_doctor_shows_the_worst_first_with_impact_and_hint(finds: Findings, node
 
 def test_doctor_shows_the_machine_first(finds: Findings, node: Path) -> None:
     (node / "etc").mkdir()
-    (node / "etc/dgx-release").write_text('DGX_PRETTY_NAME="NVIDIA DGX Spark"\nDGX_SERIAL_NUMBER="1324500099999"\n')
+    (node / "etc/dgx-release").write_text(
+        'DGX_PRETTY_NAME="NVIDIA DGX Spark"\nDGX_SWBUILD_VERSION=7.2.3\nDGX_SERIAL_NUMBER="1324500099999"\n'
+        'DGX_OTA_VERSION="7.5.0"\nDGX_OTA_VERSION="7.6.0"\n'
+    )
     finds({"fine": passed("x")})
     run = in_this_process("doctor", "--root", node)
     first = run.stdout.splitlines()[0]
-    assert first.startswith("NVIDIA DGX Spark, stack 0.18.1 for ") and ", sparkinstall " in first
+    assert first.startswith("NVIDIA DGX Spark, DGX OS 7.6.0 (factory image 7.2.3), stack 0.18.1 for ")
+    assert ", sparkinstall " in first
     assert "1324500099999" not in run.stdout
 
 

@@ -33,7 +33,8 @@ def test_compared_equal_nodes_have_no_rows() -> None:
     ("name", "weight"),
     [("vllm", "fail"), ("torch", "fail"), ("ray", "fail"), ("python", "fail"), ("nccl", "fail"), ("transport", "fail"),
      ("fp8-file", "fail"), ("vllm-files", "fail"), ("mtu", "fail"), ("kernel", "warn"), ("driver", "warn"),
-     ("firmware", "warn"), ("nccl-build-id", "warn"), ("env A", "warn"), ("gid", "note"), ("of tomorrow", "note")],
+     ("kho", "warn"), ("firmware", "warn"), ("nccl-build-id", "warn"), ("env A", "warn"), ("gid", "note"),
+     ("of tomorrow", "note")],
 )  # fmt: skip
 def test_compared_difference_has_a_weight(name: str, weight: str) -> None:
     (row,) = compared({"a": {**ALIKE, name: "one"}, "b": {**ALIKE, name: "two"}}).rows
@@ -68,6 +69,7 @@ def on(tmp_path: Path) -> OnASpark:
         "opt/sparkinstall/env/multi-node-head.env": 'VLLM_HOST_IP="192.168.100.10"\nRAY_X="1.0"\n',
         "proc/driver/nvidia/version": "NVRM version: NVIDIA UNIX Open Kernel Module for aarch64  580.95.05  Release\n",
         "proc/sys/kernel/osrelease": "6.17.0-1029-nvidia\n",
+        "proc/cmdline": "BOOT_IMAGE=/boot/vmlinuz root=UUID=1234 ro kho=off\n",
         "etc/dgx-release": 'DGX_OTA_VERSION="7.3.1"\nDGX_OTA_VERSION="7.5.0"\nDGX_SERIAL_NUMBER="1234"\n',
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ def test_comparables_list_the_values_of_a_node(on: OnASpark) -> None:
     assert values.items() >= {
         "stack": "0.18.1", "vllm": "0.18.1", "fp8": "fallback on", "mtu": "1500 + 1500", "gid": "3 + 3",
         "firmware": "28.45.4028", "driver": "580.95.05", "kernel": "6.17.0-1029-nvidia", "os": "7.5.0",
-        "env RAY_X": "1.0",
+        "kho": "kho=off", "env RAY_X": "1.0",
     }.items()  # fmt: skip
     assert "env VLLM_HOST_IP" not in values
     assert "1234" not in json.dumps(values)
@@ -105,6 +107,9 @@ def test_compared_each_change_is_one_row(on: OnASpark) -> None:
     assert changed(on, env, "100.10", "100.77") == {}
     mtu = "sys/class/net/enP2p1s0f0np0/mtu"
     assert changed(on, mtu, "1500", "9000") == {"mtu": "1500 + 9000"}
+    # The rest of the command line is each node's own, such as the disk that it boots from.
+    assert changed(on, "proc/cmdline", "UUID=1234", "UUID=5678") == {}
+    assert changed(on, "proc/cmdline", " kho=off", "") == {"kho": "not set"}
 
 
 def test_comparables_ignore_what_the_installer_writes(on: OnASpark) -> None:

@@ -43,6 +43,9 @@ systemctl -q is-active firewalld
 systemctl show --property=LoadState --value -- -.mount
 systemctl --failed --no-pager --plain
 journalctl -u vllm.service -o cat -n 400 --since=@1 -q --no-pager
+journalctl -k --boot=-1 -o cat -n 20000 -q --no-pager
+fwupdmgr get-updates --json --no-unreported-check --no-metadata-check
+ninja --version
 journalctl --no-pager --boot --output=json --output-fields=MESSAGE_ID --lines=20 UNIT=vllm.service MESSAGE_ID=39f5
 env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get -y -o DPkg::Lock::Timeout=600 -s purge gcc
 make -j4 -C /src src.build BUILDDIR=/b 'NVCC_GENCODE=-gencode=arch=compute_121,code=sm_121' -n
@@ -67,6 +70,10 @@ systemctl stop vllm.service
 systemctl daemon-reload
 systemctl --now enable vllm.service
 journalctl --rotate
+fwupdmgr get-updates --json
+fwupdmgr refresh
+fwupdmgr upgrade --json --no-unreported-check --no-metadata-check
+ninja -C /x
 journalctl --vacuum-time=1s
 env DEBIAN_FRONTEND=noninteractive apt-get -y purge gcc
 sudo -n apt-get install gcc

@@ -85,6 +85,6 @@ def test_show_of_a_value_is_short_and_hides_secrets() -> None:
 
 def test_host_rule_with_an_unknown_detector_is_refused() -> None:
     row = dict.fromkeys(("name", "title", "impact", "expected", "why", "hint", "concerns"), "x")
-    rule = {**row, "looks": "nothing", "limits": {}, "verdict": "warn", "checked": "2026-11-21", "evidence": ["x"]}
+    rule = {**row, "looks": "nothing", "limits": {}, "verdict": "warn", "checked": "2026-11-21", "evidence": []}
     with pytest.raises(Malformed, match="looks names no detector: use stranded_memory, "):
         read(Rule, rule, "hosts.yaml")

@@ -69,7 +69,10 @@ def node(tmp_path: Path) -> Path:
         "etc/passwd": "{user}:x:1000:1000:{full name},,,:/home/{user}:/bin/bash\n",
         "etc/shadow": "{user}:{shadow}:1::::::\n",
         "etc/machine-id": "{machine id}\n",
-        "etc/dgx-release": 'DGX_PRETTY_NAME="NVIDIA DGX Spark"\nDGX_SERIAL_NUMBER="{serial}"\n',
+        "etc/dgx-release": (
+            'DGX_PRETTY_NAME="NVIDIA DGX Spark"\nDGX_SERIAL_NUMBER="{serial}"\n'
+            "DGX_SWBUILD_VERSION=7.2.3\nDGX_OTA_VERSION=7.6.0\n"
+        ),
         "etc/netplan/40-cx7.yaml": "network: {ethernets: {enp1s0f0np0: {addresses: [192.168.100.10/24]}}}\n",
         "etc/netplan/90-{user}.yaml": (
             'network:\n  wifis:\n    wlP9s9:\n      access-points:\n        "{wifi}":\n          auth:\n'
@@ -153,6 +156,7 @@ def test_bundle_contains_logs_facts_and_results(node: Path) -> None:
     assert "192.168.100.10/24" in contents["netplan/40-cx7.yaml"].decode()
     assert json.loads(contents["decisions/fp8.json"])["why"] == "sm_120a only"
     facts = json.loads(contents["facts.json"])
+    assert facts["machine"]["release"] == "DGX OS 7.6.0 (factory image 7.2.3)"
     assert facts["machine"]["machine"] == "NVIDIA DGX Spark" and "DGX_SERIAL_NUMBER" not in facts["release"]
     assert {"checks", "probes", "fixes"} <= set(json.loads(contents["verify.json"]))
     assert json.loads(contents["settings.json"])["prefix"] == {"value": "/opt/sparkinstall", "source": "default"}
@@ -313,6 +317,7 @@ def test_bundle_contains_the_logs_of_the_services(node: Path) -> None:
     on.answers = {
         "journalctl -u vllm.service": filled(LOG),
         "journalctl -u ray-head.service": "",
+        "journalctl -k --boot=-1 -g NVRM": "2026-11-20 kernel: Unable to handle kernel paging request at 0\n",
         "journalctl -k -g NVRM": "2026-11-21 kernel: NVRM: Xid (PCI:000f:01:00): 79, GPU has fallen off the bus.\n",
         "ethtool -i enp1s0f0np0": "driver: mlx5_core\nfirmware-version: 28.45.4028\n",
         "ip -br link": filled("enp1s0f0np0 UP {mac} <BROADCAST>\n"),
@@ -320,6 +325,7 @@ def test_bundle_contains_the_logs_of_the_services(node: Path) -> None:
     found = bundle.gather(NODE, on, Mask(identity.known(on)), {})
     contents = {member.name: member.data.decode() for member in found.members}
     assert [name for name in contents if name.endswith(".log") and name.startswith("units/")] == [
+        "units/kernel-of-previous-boot.log",
         "units/kernel.log",
         "units/vllm.service.log",
     ]

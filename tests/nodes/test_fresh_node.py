@@ -218,9 +218,10 @@ def test_verify_at_level_node_skips_only_what_a_spark_has(node: FreshNode) -> No
     answer = json.loads(sparkinstall(node, "verify", "--level", "node", "--json").stdout)
     assert {probe["level"] for probe in answer["data"]["probes"]} == {"static", "node"}
     verdicts = {probe["name"]: probe["verdict"] for probe in answer["data"]["probes"]}
-    # What only a Spark can tell: its GPU; and its kernel's journal, which no container has.
+    # What only a Spark can tell: its GPU and firmware; and its kernel's journal, which no container has.
     journal = {rule.name for rule in rules() if rule.looks == "kernel_log"}
-    assert {name for name, verdict in verdicts.items() if verdict == "skip"} == journal | {"gpu-driver"}
+    of_a_spark = {"gpu-driver", "driver-mismatch", "firmware"}
+    assert {name for name, verdict in verdicts.items() if verdict == "skip"} == journal | of_a_spark
 
 
 def test_nccl_preload_with_another_nccl_in_the_env_file_fails(node: FreshNode) -> None:
