@@ -94,7 +94,7 @@ def arguments(node: Node) -> list[str]:
     `--trust-remote-code`, common in published launch commands, runs code from the model and must be set in
     `serving.arguments`. So must the parsers, which depend on the model.
     """
-    return [*_api(node), *_share(node), *_limits(node), *node.config.serving.arguments]
+    return [*_api(node), *_share(node), *_limits(node), *_autotune(node), *node.config.serving.arguments]
 
 
 def _api(node: Node) -> list[str]:
@@ -122,3 +122,13 @@ def _limits(node: Node) -> list[str]:
     length = settings.max_model_len or (16384 if node.several else 32768)
     words = ["--gpu-memory-utilization", memory, "--max-model-len", str(length)]
     return [*words, "--enforce-eager", "--enable-prefix-caching"]
+
+
+def _autotune(node: Node) -> list[str]:
+    """Return the option that keeps FlashInfer from tuning its kernels on several nodes, unless the user decides it.
+
+    Ranks that tune in step have hung at the second start, and for half an hour (vllm #57423, #52291).
+    """
+    # `--kernel-config` can have it too, in JSON or after a dot; vLLM takes `_` for `-`, and refuses both at once.
+    named = any("flashinfer-autotune" in word.replace("_", "-") for word in node.config.serving.arguments)
+    return ["--no-enable-flashinfer-autotune"] if node.several and not named else []

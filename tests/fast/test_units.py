@@ -190,6 +190,39 @@ def test_vllm_arguments_of_the_settings_come_last(tmp_path: Path) -> None:
     assert arguments(node_of(tmp_path, serving__model="m", serving__arguments=own))[-2:] == own
 
 
+@pytest.mark.parametrize("role", ["single", "head", "worker"])
+@pytest.mark.parametrize("executor", ["ray", "mp"])
+def test_vllm_arguments_keep_flashinfer_from_tuning_on_several_nodes_only(
+    role: str, executor: str, tmp_path: Path
+) -> None:
+    words = arguments(node_of(tmp_path, role, serving__model="m", cluster__executor=executor))
+    assert ("--no-enable-flashinfer-autotune" in words) is (role != "single")
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["--enable-flashinfer-autotune"],
+        ["--enable_flashinfer_autotune"],
+        ["--no-enable-flashinfer-autotune"],
+        ["--no_enable_flashinfer-autotune"],
+        ["--enforce-eager", "--kernel-config.enable_flashinfer_autotune=true"],
+        ["--kernel_config.enable_flashinfer_autotune", "true"],
+        ["--kernel-config", '{"enable_flashinfer_autotune": true}'],
+        ['--kernel-config={"enable_flashinfer_autotune":false}', "--enforce-eager"],
+    ],
+)
+def test_vllm_arguments_leave_the_tuning_to_the_user_who_names_it(own: list[str], tmp_path: Path) -> None:
+    words = arguments(node_of(tmp_path, "head", serving__model="m", serving__arguments=own))
+    assert words[-len(own) :] == own and sum("autotune" in word for word in words) == 1
+
+
+@pytest.mark.parametrize("own", [["--kernel-config", '{"moe_backend": "auto"}'], ["--enforce-eager"]])
+def test_vllm_arguments_about_something_else_leave_the_tuning_off(own: list[str], tmp_path: Path) -> None:
+    words = arguments(node_of(tmp_path, "head", serving__model="m", serving__arguments=own))
+    assert words[-len(own) - 1] == "--no-enable-flashinfer-autotune"
+
+
 def test_serving_step_of_a_worker_with_ray_declares_nothing(tmp_path: Path) -> None:
     assert list(Serving().resources(node_of(tmp_path, "worker", serving__model="m"))) == []
     assert not Serving().wanted(node_of(tmp_path))
@@ -208,6 +241,9 @@ def test_env_files_of_a_head_list_the_variables_that_stay_there(tmp_path: Path) 
     assert f'VLLM_CONFIG_ROOT="{folder}"\n' in head.read_text()
     for file in (tmp_path / "opt/sparkinstall/env").glob("*.env"):
         assert 'MAX_JOBS="4"\n' in file.read_text(), "FlashInfer's compilers would use up the memory"
+    for file in (head, worker):
+        assert 'VLLM_ENGINE_READY_TIMEOUT_S="3600"\n' in file.read_text()
+    assert "VLLM_ENGINE_READY_TIMEOUT_S" not in (head.parent / "single-node.env").read_text()
     # vLLM no longer reads its former configuration folder, which may have turned this off.
     assert 'VLLM_NO_USAGE_STATS="1"\n' in head.read_text()
     assert "VLLM_CONFIG_ROOT" not in worker.read_text()

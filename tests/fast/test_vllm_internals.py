@@ -1,6 +1,7 @@
 """What sparkinstall uses of vLLM's internals, checked with the wheel of every shipped stack."""
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from sparkinstall import payloads, stacks
 from sparkinstall.assets import asset
 from sparkinstall.facts import vllm
 from sparkinstall.patches import digest, load
+from sparkinstall.steps.serving import arguments
 from tests.support.nodes import node_of
 from tests.support.wheel_member import NoMember, needed_member
 
@@ -145,6 +147,27 @@ def test_metrics_of_the_wheel_have_the_names_of_the_probe(release: str) -> None:
 def test_ray_env_of_the_wheel_reads_the_file_of_the_step(release: str, tmp_path: Path) -> None:
     name = Path(node_of(tmp_path).vllm_kept_back).name
     assert name in (source(release, "vllm.ray.ray_env") or b"").decode()
+
+
+def strings(text: bytes) -> set[str]:
+    """The literal texts of a module."""
+    tree = ast.parse(text)
+    return {each.value for each in ast.walk(tree) if isinstance(each, ast.Constant) and isinstance(each.value, str)}
+
+
+def test_wheel_has_the_option_and_the_variable_of_several_nodes(release: str, tmp_path: Path) -> None:
+    (option,) = set(arguments(node_of(tmp_path, "head", serving__model="m"))) & {"--no-enable-flashinfer-autotune"}
+    text = source(release, "vllm.engine.arg_utils") or b""
+    assert option.replace("--no-", "--") in strings(text)
+    # Of a field that is a bool vLLM makes an option with and without `--no-`.
+    assert "argparse.BooleanOptionalAction" in text.decode()
+    (config,) = (each for each in ast.parse(source(release, "vllm.config.kernel") or b"").body
+                 if isinstance(each, ast.ClassDef) and each.name == "KernelConfig")  # fmt: skip
+    kinds = {ast.unparse(each.target): ast.unparse(each.annotation) for each in config.body
+             if isinstance(each, ast.AnnAssign)}  # fmt: skip
+    assert kinds["enable_flashinfer_autotune"] == "bool"
+    variables = re.findall(r"^(VLLM_\w+_S)=", (asset("templates") / "multi-node.env.j2").read_text(), re.MULTILINE)
+    assert variables and set(variables) <= strings(source(release, "vllm.envs") or b"")
 
 
 def test_patches_have_a_variant_for_the_wheel(release: str) -> None:
