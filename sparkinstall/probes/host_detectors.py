@@ -302,9 +302,8 @@ def _firmware(host: Host, limits: FirmwareLimits) -> Observation:
         raise CannotTell(f"{told}; pending updates are unknown: {pending}")
     if not pending:
         return Observation(False, f"{told}; fwupd has no update")
-    return Observation(
-        True, f"fwupd has {len(pending)} not installed: {', '.join(each.words for each in pending)} ({told})"
-    )
+    number = "1 update is" if len(pending) == 1 else f"{len(pending)} updates are"
+    return Observation(True, f"{number} not installed: {', '.join(each.words for each in pending)} ({told})")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -360,7 +359,7 @@ def _service_path(host: Host, limits: ServicePathLimits) -> Observation:
     written = host.on.read(host.node.env_file)
     if written is None:
         raise CannotTell("there is no env file yet: `sparkinstall all`")
-    environment = {**host.node.bare_environment, "PATH": assignments(written).get("PATH", "")}
+    environment = host.node.bare_environment | {k: v for k, v in assignments(written).items() if k == "PATH"}
     answers = {name: host.on.ask(name, "--version", env=environment) for name in limits.programs}
     versions = {name: _VERSION.search(answer.out) for name, answer in answers.items() if answer.ok}
     found = {name: match[0] for name, match in versions.items() if match}

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 from sparkinstall import schema
 from sparkinstall.assets import asset
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Level, Probe, passed, skipped
+from sparkinstall.probes import Finding, Level, Probe, passed, skipped, warned
 from sparkinstall.probes.host_detectors import DETECTORS, CannotTell, Host
 from sparkinstall.system import Reader
 
@@ -76,8 +76,10 @@ def judged(rule: Rule, host: Host) -> Finding:
         return skipped(str(why))
     if not sight.bad:
         return passed(sight.words, rule.expected)
-    verdict = "warn" if sight.past else rule.verdict
-    return Finding(verdict, f"{sight.words}: {rule.why}", rule.expected, f"{rule.hint} ({rule.evidence[0].link})")
+    found, hint = f"{sight.words}: {rule.why}", f"{rule.hint} ({rule.evidence[0].link})"
+    if sight.past:
+        return warned(found, f"if it recurs: {hint}", rule.expected)
+    return Finding(rule.verdict, found, rule.expected, hint)
 
 
 @lru_cache(maxsize=1)
