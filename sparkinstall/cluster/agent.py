@@ -25,7 +25,7 @@ from sparkinstall.core import catalogue, checks, engine
 from sparkinstall.core.session import Session
 from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.events import silent
-from sparkinstall.facts import ip, machine
+from sparkinstall.facts import ip, machine, qsfp
 from sparkinstall.facts.network import HEADERS, pings
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import rollback
@@ -102,7 +102,7 @@ def reach(session: Session, addresses: Sequence[str]) -> Reply[Reached]:
         waiting = {each: why for each in waiting if (why := _unreached(session.system, each, mtu))}
         if not waiting:
             break
-    hint = "check the cable, and `ip -br address` on both nodes"
+    hint = f"check the cable, and `ip -br address` on both nodes{qsfp.if_crossed(session.system, session.node)}"
     reached = Reached(tuple(each for each in addresses if each not in waiting))
     return Reply(int(bool(waiting)), reached, [Problem(why, hint=hint) for why in waiting.values()])
 

@@ -116,10 +116,11 @@ def management(on: Reader) -> Mapping[str, str]:
 def used_port(on: Reader, node: Node) -> Port:
     """Return the port with the cable, or the one that `network.interface` names.
 
-    A rehearsal has no ports and gets port 0 of a Spark.
+    Of two cables between two nodes, the one that already has this node's address, else that of the first port. A
+    rehearsal has no ports and gets port 0 of a Spark.
 
     Raises:
-        LinkProblem: there is none or more than one, or the named one must not be changed.
+        LinkProblem: there is none, the named one must not be changed, or more than two nodes have two cables each.
     """
     return _chosen(on, node, management(on))
 
@@ -128,7 +129,7 @@ def port_to_look_at(on: Reader, node: Node) -> Port:
     """Return the same port as `used_port`, for reading only, so also if this ssh session uses it.
 
     Raises:
-        LinkProblem: there is none or more than one.
+        LinkProblem: as `used_port`.
     """
     barred = management(on)
     try:
@@ -148,7 +149,31 @@ def _chosen(on: Reader, node: Node, barred: Mapping[str, str]) -> Port:
         return _as_on_a_spark(wanted)
     if not found and switched_off(on):
         raise _off()
-    return _named_port(on, wanted, found, barred) if wanted else _cabled_port(found, barred)
+    return _named_port(on, wanted, found, barred) if wanted else _cabled_port(on, node, found, barred)
+
+
+def unused_cable(on: Reader, node: Node) -> str:
+    """Return in words that another port than the used one has a cable too; "" if none has that may be set up.
+
+    Raises:
+        LinkProblem: as `used_port`.
+    """
+    port, barred = port_to_look_at(on, node), management(on)
+    others = [each for each in ports(on) if each.number != port.number and each.carrier]
+    spare = next((each for each in others if not _why_barred(each, barred)), None)
+    return f"port {spare.number} has a cable too, which stays unused: it would add 4.8 % only" if spare else ""
+
+
+def if_crossed(on: Reader, node: Node) -> str:
+    """Return the hint for a node that does not answer, if there is a second cable; else "".
+
+    Each node chooses its port alone.
+
+    Raises:
+        LinkProblem: as `used_port`.
+    """
+    both = "both ends of one cable must be in use: unplug the other, or name a port on each node with `--interface`"
+    return f"; of two cables, {both}" if unused_cable(on, node) else ""
 
 
 def switched_off(on: Reader) -> bool:
@@ -354,15 +379,35 @@ def _named_port(on: Reader, wanted: str, found: tuple[Port, ...], barred: Mappin
     return port
 
 
-def _cabled_port(found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:
+def _cabled_port(on: Reader, node: Node, found: tuple[Port, ...], barred: Mapping[str, str]) -> Port:
     free = [each for each in found if not _why_barred(each, barred)]
     cabled = [each for each in free if each.carrier]
-    if len(cabled) == 1:
-        return cabled[0]
+    if len(cabled) > 1 and len(node.members) > 2:
+        raise _ring(len(node.members), cabled, found, barred)
+    if cabled:
+        return _with_address(on, node, cabled) if len(cabled) > 1 else cabled[0]
     # If the cable is in a port that must not be changed, choosing the other port would be a guess.
     if len(free) == 1 and not any(each.carrier for each in found):
         return free[0]
-    raise _unusable(_what_is_unclear(found, free, cabled), found, barred)
+    raise _unusable(_what_is_missing(found, free), found, barred)
+
+
+def _with_address(on: Reader, node: Node, cabled: list[Port]) -> Port:
+    """Return the port that has this node's address, so that a second cable changes nothing; else the first."""
+    mine = {name for name, all_of_it in addresses(on).items() if node.address in {a.split("/")[0] for a in all_of_it}}
+    return next((port for port in cabled if mine.intersection(port.names)), cabled[0])
+
+
+def _ring(nodes: int, cabled: list[Port], found: tuple[Port, ...], barred: Mapping[str, str]) -> LinkProblem:
+    return _unusable(
+        f"{len(cabled)} QSFP ports of this node have a cable, and the cluster has {nodes} nodes: a ring without a "
+        "switch is not supported",
+        found,
+        barred,
+        "connect the same port of every node to a switch. If both cables lead to a switch already, "
+        f"{_naming(cabled[0].names[0])}. A ring of three is NVIDIA's own way, to be set up by hand: port 0 of each "
+        "node to port 1 of the next, NCCL 2.30 update 1 or newer, and NCCL_IB_SUBNET_AWARE_ROUTING=1",
+    )
 
 
 def _off() -> LinkProblem:
@@ -376,13 +421,11 @@ def _off() -> LinkProblem:
     )
 
 
-def _what_is_unclear(found: tuple[Port, ...], free: list[Port], cabled: list[Port]) -> str:
+def _what_is_missing(found: tuple[Port, ...], free: list[Port]) -> str:
     if not found:
         return "this node has no QSFP port"
     if not free:
         return "no QSFP port of this node may be set up"
-    if cabled:
-        return f"{len(cabled)} QSFP ports have a carrier, so it is unclear which one leads to the other node"
     return "no QSFP port that may be set up has a carrier"
 
 

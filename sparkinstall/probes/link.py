@@ -55,7 +55,9 @@ def _link(node: Node, on: Reader) -> Finding:
         return warned(
             f"{said}: {speed} Mb/s", "the cable or the other end does not carry 200 Gb/s: try another cable", expected
         )
-    return passed(f"{said}, MTU {mtu}" + (f", {speed // 1000} Gb/s" if speed else ""), expected)
+    spare = qsfp.unused_cable(on, node)
+    said += f", MTU {mtu}" + (f", {speed // 1000} Gb/s" if speed else "") + (f"; {spare}" if spare else "")
+    return passed(said, expected)
 
 
 def _complaint(node: Node, port: Port, there: Mapping[str, ip.Live]) -> tuple[str, str] | None:
@@ -113,7 +115,8 @@ def _peer(node: Node, on: Reader, peer: str) -> Finding:
     # Ping it again, because a packet may get lost.
     small = [pings(on, to, source=own) for to, own in ways]
     if not any(small):
-        return warned(f"{peer} does not answer", "set up the other node, then `sparkinstall verify`", expected)
+        hint = f"set up the other node, then `sparkinstall verify`{qsfp.if_crossed(on, node)}"
+        return warned(f"{peer} does not answer", hint, expected)
     for (to, own), answers in zip(ways, small, strict=True):
         if answers and not pings(on, to, size=mtu - HEADERS, source=own):
             said = f"{to} answers small packets and not large ones: its MTU, or that of a switch, is below {mtu}"

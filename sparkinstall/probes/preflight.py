@@ -61,7 +61,8 @@ def _qsfp(on: Reader, node: Node) -> Finding:
             f"port {port.number}: {names} only",
             "a Spark's port has two halves: check whether the other is switched off",
         )
-    return passed(f"port {port.number}: {names}")
+    spare = qsfp.unused_cable(on, node)
+    return passed(f"port {port.number}: {names}" + (f"; {spare}" if spare else ""))
 
 
 def _machine(on: Reader) -> Finding:

@@ -300,18 +300,6 @@ def test_used_port_named_by_either_half_is_that_port(tmp_path: Path) -> None:
         assert [qsfp.used_port(reader(node), configured(name)).number for name, _ in port] == [number, number]
 
 
-def test_used_port_with_two_cables_is_refused_with_both_ports(tmp_path: Path) -> None:
-    node = spark(tmp_path, cable=0)
-    (tmp_path / "sys/class/net/enp1s0f1np1/carrier").write_text("1\n")
-    problem = refusal(node)
-    assert "2 QSFP ports have a carrier" in problem.message
-    assert problem.cause == (
-        "port 0: enp1s0f0np0 + enP2p1s0f0np0, carrier, 200000 Mb/s; "
-        "port 1: enp1s0f1np1 + enP2p1s0f1np1, carrier, 200000 Mb/s"
-    )
-    assert "--interface enp1s0f0np0" in problem.hint and "network.interface" in problem.hint
-
-
 @pytest.mark.parametrize(("carrier", "words"), [(False, "no carrier"), (None, "carrier unknown")])
 def test_used_port_without_a_cable_is_refused_with_both_ports(tmp_path: Path, carrier: bool | None, words: str) -> None:
     node = Sysfs(tmp_path)

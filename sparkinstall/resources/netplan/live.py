@@ -243,7 +243,9 @@ class Netplan(Struct, frozen=True):
 def _summary(plan: _Plan) -> str:
     taken = sorted(path for path in plan.wanted if path != files.TARGET)
     also = f", replacing its definition in {', '.join(taken)}" if taken else ""
-    return f"set up {' and '.join(plan.names)} with MTU {plan.node.config.network.mtu} in {files.TARGET}{also}"
+    spare = qsfp.unused_cable(plan.on, plan.node)
+    unused = f" ({spare})" if spare else ""
+    return f"set up {' and '.join(plan.names)} with MTU {plan.node.config.network.mtu} in {files.TARGET}{also}{unused}"
 
 
 def _write(on: System, wanted: Mapping[str, bytes | None]) -> None:
