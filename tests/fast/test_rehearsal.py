@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sparkinstall.facts.env_file import assignments
 from tests.support.rehearsals import Rehearsal, envelope, sparkinstall
 
 pytestmark = pytest.mark.network
@@ -129,6 +130,9 @@ def test_env_files_can_be_sourced(old: Rehearsal, shell: str, name: str) -> None
     # A shell keeps its PATH; the line with the whole PATH is for systemd.
     assert done.stdout.count("/opt/sparkinstall/venv/bin:") >= 1
     assert "/usr/local/cuda/bin:/usr/local/sbin" not in done.stdout.split("PATH:")[-1]
+    # A service finds ninja in the environment and nvcc in the toolkit: FlashInfer calls both by name.
+    of_service = assignments(path.read_bytes())
+    assert of_service["PATH"].split(":")[:2] == [f"{of_service[name]}/bin" for name in ("VIRTUAL_ENV", "CUDA_HOME")]
 
 
 def test_env_files_and_home_contain_no_secret(tmp_path: Path) -> None:
