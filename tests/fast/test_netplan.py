@@ -335,11 +335,19 @@ def test_netplan_file_with_bad_yaml_conflicts(rehearsed: Rehearsed, text: str, s
     assert sentence in message and "/etc/netplan/50-theirs.yaml" in message
 
 
-@pytest.mark.parametrize(
-    "text", ["", "# nothing\n", "42\n", "network:\n", "network: [1]\n", "network: {ethernets: 7}\n"]
-)
+@pytest.mark.parametrize("text", ["", "# nothing\n"])
 def test_netplan_file_without_interfaces_is_ignored(rehearsed: Rehearsed, text: str) -> None:
     rehearsed.put("etc/netplan/50-theirs.yaml", text)
+    assert isinstance(rehearsed.check(), Drift)
+
+
+@pytest.mark.parametrize("text", ["42\n", "network:\n", "network: [1]\n", "network: {ethernets: 7}\n"])
+def test_netplan_file_of_another_shape_is_left_to_netplan(
+    rehearsed: Rehearsed, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    rehearsed.put("etc/netplan/50-theirs.yaml", text)
+    assert "netplan rejects the new files" in conflict(rehearsed.check())
+    monkeypatch.setattr(files, "PROGRAM", "/nonexistent/netplan")
     assert isinstance(rehearsed.check(), Drift)
 
 
@@ -348,12 +356,36 @@ def test_netplan_file_that_netplan_rejects_changes_nothing(rehearsed: Rehearsed)
         "etc/netplan/50-theirs.yaml", "network:\n  version: 2\n  ethernets:\n    eth9:\n      gatway4: 1.2.3.4\n"
     )
     before = tree(rehearsed.root / "etc")
-    with pytest.raises(Problem) as raised:
+    with pytest.raises(Blocked) as raised:
         rehearsed.apply()
-    assert "/etc/netplan/50-theirs.yaml:5:" in raised.value.cause
-    assert "gatway4" in raised.value.cause
-    assert "sparkinstall-netplan" not in raised.value.cause
+    for said in (raised.value.message, conflict(rehearsed.check())):
+        assert "/etc/netplan/50-theirs.yaml:5:" in said and "gatway4" in said
+        assert "sparkinstall-netplan" not in said
     assert tree(rehearsed.root / "etc") == before
+
+
+REJECTED = (
+    ("ethernets:\n    eth9:\n      gatway4: 1.2.3.4\n", "gatway4"),
+    ("ethernets:\n    eth9:\n      addresses: [10.0.0.300/24]\n", "10.0.0.300"),
+    ("ethernets:\n    eth9:\n      mtu: large\n", "large"),
+    ("bridges:\n    br0:\n      interfaces: [nowhere]\n", "nowhere"),
+    ("renderer: systemd\n", "systemd"),
+)
+
+
+@pytest.mark.parametrize(("text", "word"), REJECTED)
+def test_plan_shows_the_files_to_netplan(rehearsed: Rehearsed, text: str, word: str) -> None:
+    rehearsed.put("etc/netplan/50-theirs.yaml", f"network:\n  version: 2\n  {text}")
+    message = conflict(rehearsed.check())
+    assert message.startswith("netplan rejects the new files") and word in message
+
+
+def test_plan_without_netplan_on_this_machine_shows_the_files_only(
+    rehearsed: Rehearsed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "PROGRAM", "/nonexistent/netplan")
+    rehearsed.put("etc/netplan/50-theirs.yaml", f"network:\n  version: 2\n  {REJECTED[0][0]}")
+    assert isinstance(rehearsed.check(), Drift)
 
 
 def test_netplan_with_a_link_as_target_replaces_and_restores_it(rehearsed: Rehearsed) -> None:

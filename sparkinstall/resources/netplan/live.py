@@ -87,9 +87,9 @@ class _Plan(Struct, frozen=True, dict=True):
         return next((found for look in looks if (found := look())), None)
 
     def pending(self) -> Conflict | None:
-        """Return what an apply would change of other interfaces."""
+        """Return why netplan rejects the files, or what an apply would change of other interfaces."""
         if self.on.rehearsal:
-            return None
+            return pending.rejected(self.on, self.read, self.wanted)
         return pending.pending(self.on, self.read, self.wanted, {*self.names, *self.former})
 
     def _no_netplan(self) -> Conflict | None:

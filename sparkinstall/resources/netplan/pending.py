@@ -48,15 +48,29 @@ def running(on: Reader) -> list[str]:
 def pending(
     on: Reader, read: Sequence[files.NetplanFile], wanted: Mapping[str, bytes | None], ours: Collection[str]
 ) -> Conflict | None:
-    """Return the first thing of another interface than `ours` that `netplan apply` would change; None if nothing."""
+    """Return the first thing of another interface than `ours` that `netplan apply` would change, or why netplan
+    rejects the files; None if nothing."""
     try:
         edits = _edits(on, read, wanted, ours)
     except Problem as problem:
-        return Conflict(f"{problem.message}: {problem.cause}", problem.hint)
+        return _refusal(problem)
     mine = {*ours, *(edits.live[name].mac for name in ours if name in edits.live)}
     for what, hint in (*edits.renderers(), *edits.not_applied(mine), *edits.not_live()):
         return Conflict(f"{what}; `netplan apply` would change that too", f"{hint}, then run again")
     return None
+
+
+def rejected(on: Reader, read: Sequence[files.NetplanFile], wanted: Mapping[str, bytes | None]) -> Conflict | None:
+    """Return why the real netplan rejects the files as they will be; None if it accepts them, or is not here."""
+    try:
+        files.generate(on, read, wanted)
+    except Problem as problem:
+        return _refusal(problem)
+    return None
+
+
+def _refusal(problem: Problem) -> Conflict:
+    return Conflict(f"{problem.message}: {problem.cause}", problem.hint)
 
 
 def _edits(
