@@ -44,6 +44,7 @@ from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import State
 from sparkinstall.schema import words
 from sparkinstall.steps import Step
+from tools import score
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _BLOCK = re.compile(r"(<!-- generated: ([a-z -]+) -->)(.*?)(<!-- end -->)", re.DOTALL)
@@ -423,6 +424,16 @@ def _failures(_: str) -> str:
 @generates("number of failures")
 def _number_of_failures(_: str) -> str:
     return str(len(signatures.load()))
+
+
+@generates("score of the corpus")
+def _score(_: str) -> str:
+    return "{} of {}".format(*score.counted())
+
+
+@generates("size of the corpus")
+def _size_of_corpus(_: str) -> str:
+    return str(sum(map(len, score.cases().values())))
 
 
 @generates("stacks")

@@ -121,6 +121,7 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
             known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]
             known.after |= match.after
         suspects = sorted([*suspects, *search.telling], key=lambda each: -each.weight)[:TELLING_KEPT]
+    seen = {name: match for name, match in seen.items() if match.count >= match.signature.times}
     causes = {name: _causes(match, seen.values()) for name, match in seen.items()}
     found = sorted(
         (_found(each, causes[name]) for name, each in seen.items()), key=lambda each: get_args(Role).index(each.role)

@@ -1,6 +1,5 @@
 """One line of a log without what other programs put around it: who wrote it, at which level, when, and what it says."""
 
-import json
 import re
 
 from msgspec import Struct
@@ -21,7 +20,8 @@ _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct",
 _DAY = 24 * 3600
 
 # What stands before a message. `who` tells the processes of one log apart, `level` how bad the program says it is.
-_PROGRAM = r"(?:[\w.@/:()-]+\[\d+\]|kernel|systemd|sudo)"
+PROGRAM = r"(?:[\w.@/:()-]+\[\d+\]|kernel|systemd|sudo)"
+"""What writes to the journal, as its lines name it."""
 _LEVEL = r"(?:TRACE|DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|CRITICAL|FATAL)"
 _PREFIXES = tuple(
     re.compile(each)
@@ -32,12 +32,12 @@ _PREFIXES = tuple(
         r"(?:std(?:out|err)) [FP] ",
         # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
         rf"\[?\d{{4}}[-/]\d\d[-/]\d\d[T ]{_TIME}(?:Z|[+-]\d\d:?\d\d)?\]? ?(?=\s*\S)"
-        rf"(?: ?[\w.-]+ (?={_PROGRAM}: ))?",
-        rf"(?:[A-Z][a-z]{{2}} )?[A-Z][a-z]{{2}} [ \d]\d {_TIME}(?: \d{{4}})? [\w.-]+ (?={_PROGRAM}: )",
+        rf"(?: ?[\w.-]+ (?={PROGRAM}: ))?",
+        rf"(?:[A-Z][a-z]{{2}} )?[A-Z][a-z]{{2}} [ \d]\d {_TIME}(?: \d{{4}})? [\w.-]+ (?={PROGRAM}: )",
         # journald's program, the kernel's clock
         r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
-        r"(?P<who>kernel): ?",
-        rf"\[(?: *\d+\.\d+|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\](?:\[ *[TC]\d+\])? ",
+        r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",
+        rf"(?P<kernel>\[(?: *\d+\.\d+|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
         # vLLM and Ray name the process
         r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
         r"(?P<who>\((?:raylet|autoscaler|gcs_server)\)) ?",
@@ -53,8 +53,9 @@ _PREFIXES = tuple(
         r"level=(?P<level>\w+) (?:msg=)?",
         r"[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
         # NCCL
-        r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<level>INFO|WARN|TRACE) ",
-        r"[\w./]+:\d+ NCCL (?P<level>INFO|WARN) ",
+        r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<nccl>INFO|WARN|TRACE) ",
+        r"[\w./]+:\d+ NCCL (?P<nccl>INFO|WARN) ",
+        r"NCCL (?P<nccl>INFO|WARN|TRACE) ",
     )
 )
 _LETTERS = {"I": "info", "W": "warning", "E": "error", "F": "error", "C": "error"}
@@ -64,7 +65,12 @@ _LEVELS = {
     **dict.fromkeys(("error", "critical", "fatal", "err"), "error"),
 }
 _JSON_LEVEL = re.compile(r'"(?:level|severity|levelname)"\s*:\s*"(\w+)"')
+# {"log":"text\n","stream":"stderr","time":"..."}
+_DOCKER = re.compile(r'\{"log": ?"((?:[^"\\]|\\.)*)')
+_ESCAPED = re.compile(r"\\(u[0-9a-f]{4}|.)")
 _MOST_PREFIXES = 12
+KERNEL = "kernel"
+"""The name of the kernel in `who`."""
 
 # Where the text of a request or of an answer begins: whatever follows are the words of a user, a tool or a model.
 _QUOTED = re.compile(
@@ -99,13 +105,16 @@ class Line(Struct, frozen=True):
 
 def printable(data: bytes) -> str:
     """Return a line without colours, control characters and tabs."""
-    text = data.decode("utf-8", "replace")
+    return _plain(data.decode("utf-8", "replace"))
+
+
+def _plain(text: str) -> str:
     return _CONTROL.sub("", _COLOURS.sub("", text)).replace("\t", " ")
 
 
 def take_apart(text: str) -> Line:
     """Return who says what in a printable line."""
-    text = _unpacked(text)
+    text = _unpacked(text) if text.startswith("{") else text
     at, who, level = 0, [], ""
     for _ in range(_MOST_PREFIXES):
         found = next((match for each in _PREFIXES if (match := each.match(text, at))), None)
@@ -116,6 +125,10 @@ def take_apart(text: str) -> Line:
             who.append(name)
         level = _level(groups) or level
         at = found.end()
+        if groups.get("kernel"):
+            # The rest is the kernel's own, even if it begins like the prefix of a logger ("INFO: task ...").
+            who.append(KERNEL)
+            break
     if not level and (told := _JSON_LEVEL.search(text, 0, 400)):
         level = _LEVELS.get(told[1].lower(), "")
     quoted = _QUOTED.search(text)
@@ -123,19 +136,25 @@ def take_apart(text: str) -> Line:
 
 
 def _unpacked(text: str) -> str:
-    """Return the message of a line in docker's own files, which are JSON."""
-    if not text.startswith('{"log":"'):
+    """Return the message of a line in docker's own files, which are JSON; a long one may lack its end."""
+    found = _DOCKER.match(text)
+    if found is None:
         return text
-    try:
-        return str(json.loads(text)["log"]).rstrip("\n")
-    except (ValueError, KeyError, TypeError):
-        return text
+    return _plain(_ESCAPED.sub(_unescaped, found[1]))
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    letter = found[1]
+    return chr(int(letter[1:], 16)) if len(letter) > 1 else " " if letter in "nrt" else letter
 
 
 def _level(groups: dict[str, str | None]) -> str:
     for kind in ("glog", "ray", "c10d"):
         if letter := groups.get(kind):
             return _LETTERS[letter]
+    if nccl := groups.get("nccl"):
+        # What NCCL calls a warning is an error.
+        return "error" if nccl == "WARN" else "info"
     return _LEVELS.get((groups.get("level") or "").lower(), "")
 
 

@@ -14,7 +14,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from sparkinstall.diagnose import suspicion, tracebacks
-from sparkinstall.diagnose.lines import Line, printable, take_apart
+from sparkinstall.diagnose.lines import PROGRAM, Line, printable, take_apart
 from sparkinstall.diagnose.signatures import Signature
 from sparkinstall.diagnose.tracebacks import Role, Tracebacks
 
@@ -33,7 +33,7 @@ TELLING_KEPT = 100
 _WIDEST = 400
 
 # Lines of journald and NCCL begin with the host name.
-_JOURNAL = re.compile(r"^(\w{3} [ \d]\d [\d:]{8}|\d{4}-\d\d-\d\dT[\d:.,+-]+Z?) \S+ (?=[\w.@/()-]+(?:\[\d+\])?:)")
+_JOURNAL = re.compile(rf"^(\w{{3}} [ \d]\d [\d:]{{8}}|\d{{4}}-\d\d-\d\dT[\d:.,+-]+Z?) \S+ (?={PROGRAM}:)")
 _NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
 
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
@@ -84,7 +84,7 @@ class _Current(Struct):
     line: Line
     role: Role
     is_suspect: bool
-    is_known: bool = False
+    matches: dict[str, tuple[Signature, Place, Mapping[str, str]]] = field(default_factory=dict)
 
 
 @lru_cache(maxsize=4)
@@ -104,9 +104,7 @@ class Search:
                 self._meanings.setdefault(anchor.encode(), []).append(each)
         for word in (*suspicion.WORDS, *tracebacks.BEGINNINGS):
             self._meanings.setdefault(word.encode(), []).append(None)
-        self._kinds: dict[str, list[Signature]] = {}
-        for each in signatures:
-            self._kinds.setdefault(each.family, []).append(each)
+        self._families = {each.family for each in signatures}
         self.sightings: dict[str, Match] = {}
         self._telling: dict[str, Suspect] = {}
         self._tracebacks = Tracebacks()
@@ -152,7 +150,6 @@ class Search:
         """Search the last line, which may lack a line end; return the failures found for the first time."""
         rest = self._waiting[self._seen :]
         found = self._look(len(self._waiting), 0)
-        self._finish_line()
         self.lines = self._number - 1 + bool(rest)
         return found
 
@@ -174,6 +171,8 @@ class Search:
             for signature in self._meant[which]:
                 self._weigh(signature, data, start, end, number)
         self._walk(data, at, number, upto)
+        if not keep:
+            self._finish_line()
         self._remember_head(data, upto, keep)
         cut = max(0, upto - keep)
         self._number = number + data.count(b"\n", at, cut)
@@ -222,25 +221,46 @@ class Search:
         seen = self.sightings.get(signature.name)
         if seen and (seen.count >= MOST or seen.last == number):
             return
-        self._begin_line(self._line(data, start, end), number, is_suspect=False)
-        if found := self._found(signature):
-            if seen is None:
-                seen = self.sightings[signature.name] = Match(signature, words=found.groupdict(), when=self._clock)
-            self._see(seen, Place(self.name, number, shown(self._current.line.text, found.end())))
+        current = self._begin_line(self._line(data, start, end), number, is_suspect=False)
+        if signature.name in current.matches or current.role.kind == "frame":
+            return
+        if found := signature.found_in(current.line, current.role.frames):
+            place = Place(self.name, number, shown(current.line.text, found.end()))
+            current.matches[signature.name] = (signature, place, found.groupdict())
 
-    def _found(self, signature: Signature) -> "re.Match[str] | None":
-        """Return where the failure is in the current line, unless this line tells which kind of it."""
-        current = self._current
-        if current.role.kind == "frame":
-            return None
-        found = signature.found_in(current.line, current.role.frames)
-        kinds = self._kinds.get(signature.name, ()) if found else ()
-        return None if any(each.found_in(current.line, current.role.frames) for each in kinds) else found
+    def _begin_line(self, line: Line, number: int, is_suspect: bool) -> _Current:
+        """Read a line, or another part of the line that is being read."""
+        if number == self._current.number:
+            self._current.line = line
+            self._current.is_suspect |= is_suspect
+            return self._current
+        self._finish_line()
+        self._clock = self._clock if line.when is None else line.when
+        self._current = _Current(number, line, self._tracebacks.see(number, line), is_suspect)
+        return self._current
 
-    def _see(self, seen: Match, place: Place) -> None:
-        seen.see(place)
-        self._enough |= seen.count >= MOST
-        self._current.is_known = True
+    def _finish_line(self) -> None:
+        """Count the failures in the line, or take it for a suspicious one."""
+        current, self._enough = self._current, self._enough or self._weighed >= MOST_WEIGHED
+        matches = [each for each, _, _ in current.matches.values()]
+        for signature, place, words in current.matches.values():
+            if not any(self._tells_more(other, signature) for other in matches):
+                seen = self.sightings.setdefault(signature.name, Match(signature, words=words, when=self._clock))
+                seen.see(place)
+                self._enough |= seen.count >= MOST
+                self._chain(seen)
+        if current.is_suspect and not matches:
+            self._suspect(current)
+        current.is_suspect, current.matches = False, {}
+
+    def _tells_more(self, one: Signature, other: Signature) -> bool:
+        """Return whether `other` is only the family of `one`, or any family beside a failure that is none."""
+        if one.is_warning or one.ends_only:
+            return False
+        return one.family == other.name or (other.name in self._families and one.name not in self._families)
+
+    def _chain(self, seen: Match) -> None:
+        """Note which failures the traceback names as what came before."""
         if first := self._current.role.first:
             if len(self._chains) > MOST:
                 self._chains.clear()
@@ -248,22 +268,7 @@ class Search:
             seen.after |= names - {seen.signature.name}
             names.add(seen.signature.name)
 
-    def _begin_line(self, line: Line, number: int, is_suspect: bool) -> None:
-        """Read a line, or another part of the line that is being read."""
-        if number == self._current.number:
-            self._current.line = line
-            self._current.is_suspect |= is_suspect
-            return
-        self._finish_line()
-        self._clock = self._clock if line.when is None else line.when
-        self._current = _Current(number, line, self._tracebacks.see(number, line), is_suspect)
-
-    def _finish_line(self) -> None:
-        """Take the line for a suspicious one if no known failure is in it."""
-        current, self._enough = self._current, self._enough or self._weighed >= MOST_WEIGHED
-        if not current.is_suspect or current.is_known:
-            return
-        current.is_suspect = False
+    def _suspect(self, current: _Current) -> None:
         weight = suspicion.weight(current.line, current.role, current.number)
         if not weight:
             return

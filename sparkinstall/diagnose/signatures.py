@@ -28,7 +28,7 @@ ANY, OTHERS = "any", "others"
 """In `consequence_of`: whatever else was found is a cause of this one. With `ANY` it is no cause even if alone: it says
 only that something ended. With `OTHERS` it is one."""
 
-_SHORTEST = 4
+_SHORTEST = 3
 # A number of the line in a text: `{free}`, or what two of them give.
 _PLACE = re.compile(r"\{([a-z]+)(?: ([-/]) ([a-z]+))?\}")
 _Line = Annotated[str, schema.like(r"[^\n]+", "one line of text")]
@@ -70,13 +70,14 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     Where an entry gives no `anchors`, `load` derives them from the regex. `consequence_of` names the failures that
     cause this one, or contains `ANY` or `OTHERS`. `frames` must match too, in the traceback that ends with the line.
-    `also_in` names where the regex is searched besides what programs report as more than information. `harmless` are
-    similar lines that must not match.
+    `also_in` names where the regex is searched besides what programs report as an error. Fewer lines than `times` are
+    no failure. `harmless` are similar lines that must not match.
     """
 
     regex: re.Pattern[str]
     frames: re.Pattern[str] | None = None
-    also_in: tuple[Literal["info", "answers"], ...] = ()
+    also_in: tuple[Literal["info", "warning", "answers"], ...] = ()
+    times: Annotated[int, Meta(ge=1, title="a number of lines")] = 1
     example: tuple[_Line, ...] = ()
     anchors: tuple[_Anchor, ...] = ()
     consequence_of: tuple[_Line, ...] = ()
@@ -89,7 +90,7 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     def found_in(self, line: Line, frames: str) -> re.Match[str] | None:
         """Return where it is in a line; `frames`: the traceback that ends with this line."""
-        if line.level == "info" and "info" not in self.also_in:
+        if line.level in ("info", "warning") and line.level not in (*self.also_in, self.severity):
             return None
         found = self.regex.search(line.text if "answers" in self.also_in else line.said)
         if found and self.frames and not self.frames.search(f"{frames}\n{line.said}"):
@@ -142,7 +143,8 @@ def _of_rule(rule: Rule) -> Signature:
 
 
 def _anchors(signature: Signature) -> tuple[str, ...]:
-    found = required_literals(signature.regex.pattern)
+    # Not over a quotation mark: JSON writes a backslash before it.
+    found = tuple(max(each.split('"'), key=len) for each in required_literals(signature.regex.pattern))
     if not found or min(map(len, found)) < _SHORTEST:
         raise Malformed(FOLDER, f"{signature.name}: no literal text follows from the regex: give `anchors`")
     return found

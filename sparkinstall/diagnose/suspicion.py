@@ -2,12 +2,12 @@
 
 import re
 
-from sparkinstall.diagnose.lines import Line
+from sparkinstall.diagnose.lines import KERNEL, Line
 from sparkinstall.diagnose.tracebacks import Role
 
 WORDS = (
-    "rror", "ERROR", "xception", "FATAL", "Fatal", "fatal", "CRITICAL", "core dumped", "Segmentation fault", "panic",
-    "NCCL WARN", "Main process exited", "Failed with result", "bort", "cannot open shared object", "what(): ",
+    "rror", "ERROR", "xception", "FATAL", "Fatal", "fatal", "CRITICAL", "core dumped", "egmentation fault", "egfault",
+    "panic", "NCCL WARN", "Main process exited", "Failed with result", "bort", "cannot open shared object", "what(): ",
     "terminate called", "BUG: ", "Oops", "Unable to handle", "E: ", "command not found", "ssertion",
     "blocked for more than", "soft lockup", "hard LOCKUP", "undefined symbol", "No such file or directory", "Killed",
     "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error", "Illegal instruction", "mlx5_core ",
@@ -33,7 +33,7 @@ _SHAPES = (
             r"\s*what\(\): ",
             r"terminate called\b",
             r"Fatal Python error: ",
-            r".*(?:\bSegmentation fault\b|\bcore dumped|\bBus error\b|\bIllegal instruction\b|\bpanic\b)",
+            r".*(?:\b[Ss]eg(?:mentation )?fault\b|\bcore dumped|\bBus error\b|\bIllegal instruction\b|\bpanic\b)",
             r".*(?:\bFATAL\b|\b[Ff]atal +(?:error\b|: ))",
             r".*(?:cannot open shared object|undefined symbol: |\b[Aa]ssertion\b.* failed)",
             r"Assertion error\b",
@@ -107,7 +107,7 @@ def weight(line: Line, role: Role, number: int) -> int:
     message = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
     if not message.strip() or _HANDLED.search(message) or _ASKED_FOR.match(message):
         return 0
-    if "kernel" in line.who.split():
+    if KERNEL in line.who.split():
         return _first(_KERNEL, message)
     if role.kind == "exception":
         return 0 if line.level == "warning" else MOST if role.first == number else STRONG
