@@ -171,7 +171,7 @@ class PackagesConfig(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Config(Struct, frozen=True, forbid_unknown_fields=True):
     prefix: Annotated[SafePath, doc("The folder of the installation; the same on every node.")] = "/opt/sparkinstall"
-    stack: Annotated[Line, doc("The set of pins: a shipped name, or the path of a YAML file of your own.")] = "0.18.1"
+    stack: Annotated[Line, doc("The set of pins: a shipped name, or the path of a YAML file of your own.")] = "0.29.0"
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     nccl: NcclConfig = field(default_factory=NcclConfig)
     fp8: Fp8Config = field(default_factory=Fp8Config)

@@ -269,8 +269,7 @@ def _not_fetched(said: str, node: Node) -> str:
 def _another_way(address: str, node: Node) -> str:
     host = urlsplit(address).hostname
     hint = f"allow this node to reach {host}, then run the same command again: finished downloads are kept"
-    shipped = (stacks.load(name) for name in stacks.names())
-    for other in shipped:
+    for other in map(stacks.load, (stacks.DEFAULT, *stacks.names())):
         if node.platform in other.platforms and not other.platforms[node.platform].wheels:
             return f"{hint}. Or use a stack that needs only the package index: `--stack {other.name}`"
     return hint

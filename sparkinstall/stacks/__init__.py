@@ -23,7 +23,7 @@ from sparkinstall import given, schema
 from sparkinstall.errors import BadUsage
 from sparkinstall.schema import either, like
 
-DEFAULT = "0.18.1"
+DEFAULT = "0.29.0"
 
 # Bytes; the largest lock has a hundredth of it.
 _LARGEST = 16 << 20

@@ -95,7 +95,7 @@ def test_doctor_shows_the_machine_first(finds: Findings, node: Path) -> None:
     finds({"fine": passed("x")})
     run = in_this_process("doctor", "--root", node)
     first = run.stdout.splitlines()[0]
-    assert first.startswith("NVIDIA DGX Spark, DGX OS 7.6.0 (factory image 7.2.3), stack 0.18.1 for ")
+    assert first.startswith("NVIDIA DGX Spark, DGX OS 7.6.0 (factory image 7.2.3), stack 0.29.0 for ")
     assert ", sparkinstall " in first
     assert "1324500099999" not in run.stdout
 

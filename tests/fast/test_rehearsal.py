@@ -18,16 +18,15 @@ W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
 @pytest.fixture(scope="module")
 def old(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
     """Stack 0.18.1: CUTLASS code for sm_120a only."""
-    rehearsal = Rehearsal(tmp_path_factory.mktemp("old") / "node")
+    rehearsal = Rehearsal(tmp_path_factory.mktemp("old") / "node", ("--stack", "0.18.1"))
     assert rehearsal.all().returncode == 0
     return rehearsal
 
 
 @pytest.fixture(scope="module")
 def spark(tmp_path_factory: pytest.TempPathFactory) -> Rehearsal:
-    """Stack 0.22.1 with the wheels that a Spark would get."""
-    options = ("--stack", "0.22.1", "--platform", "aarch64")
-    rehearsal = Rehearsal(tmp_path_factory.mktemp("spark") / "node", options)
+    """The default stack with the wheels that a Spark would get."""
+    rehearsal = Rehearsal(tmp_path_factory.mktemp("spark") / "node", ("--platform", "aarch64"))
     assert rehearsal.all().returncode == 0
     return rehearsal
 
@@ -56,7 +55,7 @@ def test_fp8_fallback_with_code_for_the_family_is_off(spark: Rehearsal) -> None:
     decision = _decision(spark)
     assert decision["fallback"] is False
     assert "sm_120f" in decision["why"]
-    assert "CUTLASS_FP8_SUPPORTED = cutlass_fp8_supported()" in _file(spark)
+    assert "CUTLASS_BLOCK_FP8_SUPPORTED = cutlass_block_fp8_supported()" in _file(spark)
     assert "VLLM_DISABLED_KERNELS" not in _env(spark)
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from uv import find_uv_bin
 
 from sparkinstall import patches, stacks
+from sparkinstall.config import Config
 from sparkinstall.stacks import Pin, Platform, Stack, StackError, load, parse_lock, render_lock
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +44,7 @@ platforms:
 
 def test_shipped_stacks_include_the_default() -> None:
     assert stacks.DEFAULT in stacks.names()
+    assert Config().stack == stacks.DEFAULT
     assert stacks.names()[:2] == ("0.18.1", "0.22.1")
 
 

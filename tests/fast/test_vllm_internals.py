@@ -7,13 +7,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from sparkinstall import payloads, stacks
 from sparkinstall.assets import asset
+from sparkinstall.config import ClusterConfig, Config
 from sparkinstall.facts import vllm
 from sparkinstall.patches import digest, load
 from sparkinstall.steps.serving import arguments
-from tests.support.nodes import node_of
+from tests.support.nodes import NODE, node_of
 from tests.support.wheel_member import NoMember, needed_member
 
 pytestmark = pytest.mark.network
@@ -26,6 +28,11 @@ EITHER = (
         (LINEAR, "_POSSIBLE_FP8_BLOCK_KERNELS"),
         ("vllm.model_executor.layers.quantization.utils.fp8_utils", "W8A8BlockFp8LinearOp"),
     },
+)
+# The modules that declare the options of `vllm serve`; the last three are one file in different releases.
+SERVE = (
+    *("engine.arg_utils", "entrypoints.cli.serve"),
+    *("entrypoints.openai.cli_args", "entrypoints.launchers.cli_args", "entrypoints.common.cli_args"),
 )
 PAYLOADS = ("vllm_internals", "cutlass_fp8")
 
@@ -142,6 +149,36 @@ def test_metrics_of_the_wheel_have_the_names_of_the_probe(release: str) -> None:
     # Prometheus' client appends the suffix to a counter's name.
     assert f'"{vllm.GENERATED_TOKENS.removesuffix("_total")}"' in text
     assert any(f'"{name}"' in text for name in vllm.KV_CACHE_USAGE)
+
+
+def test_variables_of_the_env_files_are_known_to_the_wheel(release: str) -> None:
+    """Another name would only be a warning in vLLM's log."""
+    names = {name for path in asset("templates").glob("*.j2") for name in re.findall(r"\bVLLM_\w+", path.read_text())}
+    known = set(re.findall(r'"(VLLM_\w+)"', needed_member(release, "vllm/envs.py").decode()))
+    assert {"VLLM_NCCL_SO_PATH", "VLLM_DISABLED_KERNELS"} <= names <= known
+
+
+@pytest.mark.parametrize("executor", ["ray", "mp"])
+@pytest.mark.parametrize("role", ["single", "head", "worker"])
+def test_arguments_of_the_units_are_known_to_the_wheel(release: str, role: str, executor: str) -> None:
+    cluster = ClusterConfig(role=role, executor=executor)
+    flags = {word for word in arguments(replace(NODE, config=Config(cluster=cluster))) if word.startswith("--")}
+    assert flags and flags <= flags_of(release)
+
+
+def flags_of(release: str) -> set[str]:
+    """The options of `vllm serve`: those named in its sources, and the fields that are made into options."""
+    texts = [(source(release, f"vllm.{name}") or b"").decode() for name in SERVE]
+    fields = [name for text in texts for name in re.findall(r"^ +(\w+): ", text, re.MULTILINE)]
+    named = {flag for text in texts for flag in re.findall(r'"(--[\w-]+)"', text)}
+    return named | {f"--{no}{field.replace('_', '-')}" for field in fields for no in ("", "no-")}
+
+
+def test_ray_executor_of_the_wheel_runs_workers_at_their_ray_address(release: str) -> None:
+    """Since 0.21 at the latest; 0.18.1 compares VLLM_HOST_IP of the nodes instead (fix 3)."""
+    newer = source(release, "vllm.v1.executor.ray_executor_v2")
+    older = source(release, "vllm.v1.executor.ray_executor") or b""
+    assert b"unique IP address" in older if newer is None else b"connect_ip=ray.util.get_node_ip_address()" in newer
 
 
 def test_ray_env_of_the_wheel_reads_the_file_of_the_step(release: str, tmp_path: Path) -> None:

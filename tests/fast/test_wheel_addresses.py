@@ -15,7 +15,7 @@ from tests.support.tiny_stack import no_index, tiny_stack
 
 # Nothing listens at the port for "discard".
 ADDRESS = "https://127.0.0.1:9/whl/vllm-0.18.1%2Bcu130-py3-none-any.whl"
-OTHER_STACK = "`--stack 0.22.1`"
+OTHER_STACK = "`--stack 0.29.0`"
 
 
 def test_wheel_at_an_unreachable_address_is_named_with_another_stack(tmp_path: Path) -> None:

@@ -37,14 +37,13 @@ def test_plan_on_arm64_has_the_default_stack(spark: arm64.Arm64) -> None:
     answer = spark.run("python3", "-m", "sparkinstall", "plan", "--json", "--root", "/tmp/node")
     steps = {step["step"]: step for step in json.loads(answer.stdout)["data"]["steps"]}
     environment = steps["environment"]["resources"]
-    assert environment[0]["key"] == "lock:/opt/sparkinstall/locks/0.18.1.aarch64.lock"
-    assert "vllm" in environment[0]["summary"]
+    assert "vllm 0.29.0 for aarch64" in environment[0]["summary"]
 
 
-def test_plan_on_arm64_with_a_complete_lock_names_aarch64(spark: arm64.Arm64) -> None:
-    answer = spark.run("python3", "-m", "sparkinstall", "plan", "--json", "--root", "/tmp/node", "--stack", "0.22.1")
+def test_plan_on_arm64_with_an_incomplete_lock_records_it(spark: arm64.Arm64) -> None:
+    answer = spark.run("python3", "-m", "sparkinstall", "plan", "--json", "--root", "/tmp/node", "--stack", "0.18.1")
     steps = {step["step"]: step for step in json.loads(answer.stdout)["data"]["steps"]}
-    assert "vllm 0.22.1 for aarch64" in steps["environment"]["resources"][0]["summary"]
+    assert steps["environment"]["resources"][0]["key"] == "lock:/opt/sparkinstall/locks/0.18.1.aarch64.lock"
 
 
 def test_preflight_on_arm64_accepts_the_architecture(spark: arm64.Arm64) -> None:

@@ -180,7 +180,7 @@ def test_verify_passes_and_names_the_loaded_nccl(node: FreshNode) -> None:
     assert {name: probes[name]["verdict"] for name in wanted} == wanted
     assert "/opt/sparkinstall/nccl/build-" in probes["nccl-loaded"]["found"]
     assert "2.29.7" in probes["nccl-loaded"]["found"]
-    assert "vllm 0.22.1" in probes["imports"]["found"]
+    assert "vllm 0.29.0" in probes["imports"]["found"]
 
 
 def test_torch_without_the_env_file_loads_the_nccl_of_its_wheel(node: FreshNode) -> None:
