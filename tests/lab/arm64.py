@@ -46,12 +46,15 @@ class Arm64:
         self, *argv: str, env: Mapping[str, str] | None = None, timeout: float = 120, check: bool = True
     ) -> Completed:
         """Run a command of the tree as root and wait; CommandFailedError if it fails and `check` is set."""
+        return commands.run(*self.command(*argv, env=env or {}), timeout=timeout, check=check)
+
+    def command(self, *argv: str, env: Mapping[str, str], cwd: str = "/") -> list[str]:
+        """The command of this machine that runs `argv` in the tree."""
         settings = {"PATH": f"/{SITE}/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root", "LANG": "C.UTF-8"}
-        qemu = {"QEMU_CPU": PROCESSOR, "PYTHONPATH": f"/{SITE}"}
-        settings |= qemu | dict(env or {})
+        settings |= {"QEMU_CPU": PROCESSOR, "PYTHONPATH": f"/{SITE}"} | dict(env)
         clean = ["/usr/bin/env", "-i", *(f"{name}={value}" for name, value in settings.items())]
-        alone = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", f"--root={self.root}"]
-        return commands.run("unshare", *alone, "--", *clean, *argv, timeout=timeout, check=check)
+        alone = ["--mount", "--pid", "--fork", "--kill-child", "--mount-proc", f"--root={self.root}", f"--wd={cwd}"]
+        return ["unshare", *alone, "--", *clean, *argv]
 
 
 @contextmanager

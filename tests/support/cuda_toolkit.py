@@ -48,7 +48,7 @@ def _install(kept: Path) -> None:
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".cuda-") as beside:
         site = Path(beside) / "site"
         _fetch(site)
-        _link_like_a_toolkit(site / "nvidia" / "cu13")
+        link_like_a_toolkit(site / "nvidia" / "cu13")
         try:
             site.rename(kept)
         except OSError:
@@ -63,7 +63,7 @@ def _fetch(site: Path) -> None:
         raise RuntimeError(f"{' '.join(command)}: {run.stderr.strip()[-2000:]}")
 
 
-def _link_like_a_toolkit(home: Path) -> None:
-    # The wheels have run-time names only; makefiles need lib64 and -lcudart.
+def link_like_a_toolkit(home: Path) -> None:
+    """Add to the wheels' run-time names what makefiles need: lib64 and -lcudart."""
     (home / "lib64").symlink_to("lib")
     (home / "lib" / "libcudart.so").symlink_to("libcudart.so.13")

@@ -1,0 +1,1 @@
+"""A whole installation on aarch64, emulated: see tests/arm/run."""
