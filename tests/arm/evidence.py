@@ -235,7 +235,7 @@ def main() -> int:
         Run(node, said, options.stack, options.full, out).whole()
         said.title("The end")
         said.say(f"not as expected: {said.wrong}")
-        return 1 if said.wrong else 0
+    return 1 if said.wrong else 0
 
 
 if __name__ == "__main__":

@@ -13,8 +13,13 @@ ARCH = "aarch64"
 
 
 def write(name: str, folder: Path) -> Stack:
-    """Write the stack and its lock for Debian's Python to `folder`; `tools/lock.py` resolves it."""
+    """Write the stack and its lock for Debian's Python to `folder`; `tools/lock.py` resolves it.
+
+    Raises StackError for a stack that names its wheels by address: they are for the stack's own Python.
+    """
     shipped = stacks.load(name)
+    if shipped.platforms[ARCH].wheels:
+        raise stacks.StackError(f"{name} names wheels for Python {shipped.python} by address: choose another --stack")
     content = yaml.load(shipped.source.read_text(), yaml.BaseLoader)
     content |= {"name": f"{name}-python{arm64.PYTHON}", "python": arm64.PYTHON}
     lock = f"{content['name']}.{ARCH}.lock"
