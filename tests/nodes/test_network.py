@@ -4,6 +4,7 @@ All tests use the same nodes, in order.
 """
 
 import json
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -232,9 +233,11 @@ def test_link_carries_packets_of_9000_bytes(head: FleetNode, worker: FleetNode) 
     for node, peer in ((head, WORKER), (worker, HEAD)):
         for to in (peer, peer.replace(".100.", ".101.")):
             node.run("ping", "-c", "1", "-W", "5", "-M", "do", "-s", "8972", to)
-        answer = json.loads(_tool(node, "verify", "--only", "network", "--json").stdout)
+        answer = json.loads(_tool(node, "verify", "--only", "network", "--only", "round-trip", "--json").stdout)
         found = {probe["name"]: probe for probe in answer["data"]["probes"]}
         assert found["peers"]["verdict"] == "pass", found["peers"]
+        both = rf"{peer} 0\.\d+ ms, {peer.replace('.100.', '.101.')} 0\.\d+ ms"
+        assert re.match(both, found["round-trip"]["found"]), found["round-trip"]
 
 
 def test_network_applied_twice_changes_nothing(head: FleetNode) -> None:
