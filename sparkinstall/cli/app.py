@@ -43,6 +43,10 @@ VERBS = {
         "status:status",
         "Show what is installed and the state of each fix (reads only files; `verify` runs probes).",
     ),
+    "stacks": (
+        "stacks:stacks",
+        "List the shipped stacks: versions, for whom each is, and who has run it on a Spark.",
+    ),
     "run": ("run:run", "Run only these steps, not those that they need."),
     "settings": ("settings:app", "Show every setting and its origin."),
     "node": ("node:app", ""),

@@ -144,6 +144,6 @@ def test_example_verb_passes_every_check(tree: Tree) -> None:
     tree.python("-m", "ruff", "check", ".")
     tree.python("-m", "ruff", "format", "--check", ".")
     tree.typed(given)
-    tree.tested(*(f"tests/fast/test_{name}.py" for name in ("stacks_verb", "docs", "layers")))
+    tree.tested(*(f"tests/fast/test_{name}.py" for name in ("patches_verb", "docs", "layers")))
     tree.tested("tests/fast/test_cli.py", "-k", "help")
-    assert "| `stacks` |" in (tree.root / "README.md").read_text()
+    assert "| `patches` |" in (tree.root / "README.md").read_text()

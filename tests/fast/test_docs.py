@@ -237,7 +237,7 @@ def commands() -> Iterator[Command]:
 
 IN_WORKFLOWS = [Command("docs/ci.md", line) for line in commands_of(workflows())]
 # The verb that CONTRIBUTING adds as an example.
-EXAMPLE = Command("CONTRIBUTING.md", "sparkinstall stacks")
+EXAMPLE = Command("CONTRIBUTING.md", "sparkinstall patches")
 COMMANDS = sorted({*commands(), *IN_WORKFLOWS} - {EXAMPLE}, key=lambda command: (command.page, command.line))
 
 
