@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from msgspec.structs import replace
@@ -160,7 +161,9 @@ def test_variables_of_the_env_files_are_known_to_the_wheel(release: str) -> None
 
 @pytest.mark.parametrize("executor", ["ray", "mp"])
 @pytest.mark.parametrize("role", ["single", "head", "worker"])
-def test_arguments_of_the_units_are_known_to_the_wheel(release: str, role: str, executor: str) -> None:
+def test_arguments_of_the_units_are_known_to_the_wheel(
+    release: str, role: Literal["single", "head", "worker"], executor: Literal["ray", "mp"]
+) -> None:
     cluster = ClusterConfig(role=role, executor=executor)
     flags = {word for word in arguments(replace(NODE, config=Config(cluster=cluster))) if word.startswith("--")}
     assert flags and flags <= flags_of(release)
