@@ -22,6 +22,13 @@ class LineRead(Struct, frozen=True):
     line: str
 
 
+class Warned(Struct, frozen=True):
+    """Something that the user should know, although the step goes on."""
+
+    step: str
+    text: str
+
+
 class Progressed(Struct, frozen=True):
     """`done` of `total` units (files of a build, bytes of a download); `total` 0 = not known."""
 
@@ -50,7 +57,7 @@ class WaitedFor(Struct, frozen=True):
     what: str
 
 
-Event = StepStarted | ResourceApplied | LineRead | Progressed | StepEnded | ProbeStarted | WaitedFor
+Event = StepStarted | ResourceApplied | LineRead | Warned | Progressed | StepEnded | ProbeStarted | WaitedFor
 Emit = Callable[[Event], None]
 
 

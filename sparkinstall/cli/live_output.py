@@ -26,6 +26,7 @@ from sparkinstall.events import (  # fmt: skip
     StepEnded,
     StepStarted,
     WaitedFor,
+    Warned,
     silent,
 )
 from sparkinstall.redaction import redact
@@ -132,6 +133,7 @@ class _Screen(LiveTable):
         super().__init__(3, 12, 8)
         self._steps: dict[str, _Running] = {}
         self._said = ""
+        self._warned: list[Warned] = []
 
     def take(self, event: Event) -> None:
         with self.guard:
@@ -145,6 +147,8 @@ class _Screen(LiveTable):
                 self._said = f"proving: {event.name}"
             elif isinstance(event, WaitedFor):
                 self._said = event.what
+            elif isinstance(event, Warned):
+                self._warned.append(event)
 
     def _advance(self, running: _Running, event: LineRead | Progressed) -> None:
         if isinstance(event, LineRead):
@@ -158,6 +162,12 @@ class _Screen(LiveTable):
             if self._said:
                 rows.append(Text(f"    {self._said}", style="dim"))
             return Group(*rows)
+
+    def leave(self, out: Console) -> None:
+        out.print(self.table())
+        for each in self._warned:
+            out.print(Text("  ") + sign("warn"), f"{each.step}: {each.text}", markup=False)
+        out.print()
 
     def rows(self) -> Iterator[Row]:
         for name, running in self._steps.items():
@@ -218,6 +228,8 @@ class _Lines:
                 return f"{step} | {line}" if self._verbose and line.strip() else ""
             case Progressed():
                 return self._progress(event)
+            case Warned(step, text):
+                return f"{step}: warning: {text}"
             case WaitedFor(what):
                 return what
             case _:

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 from msgspec.structs import replace
 
 from sparkinstall.errors import Blocked
-from sparkinstall.events import Emit, LineRead, Progressed
+from sparkinstall.events import Emit, LineRead, Progressed, Warned
 from sparkinstall.journal.journal import Journal, fingerprint
 from sparkinstall.redaction import redact
 from sparkinstall.system import Entry, Result, RunOptions, System, Undo, processes
@@ -171,6 +171,9 @@ class JournaledSystem(System):
             how["watch"] = keep
             result = self._raw.try_run(*argv, **how)
         return replace(result, out="\n".join(map(redact, result.out.split("\n"))))
+
+    def warn(self, text: str) -> None:
+        self._emit(Warned(self._step, redact(text)))
 
     def progress(self, done: int, total: int, unit: str) -> None:
         self._emit(Progressed(self._step, done, total, unit))

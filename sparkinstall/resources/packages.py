@@ -8,6 +8,8 @@ from typing import ClassVar
 from msgspec import Struct
 
 from sparkinstall.causes import cause_of
+from sparkinstall.errors import Problem
+from sparkinstall.facts import apt_sources
 from sparkinstall.resources import Drift, Ok, State
 from sparkinstall.system import Reader, Result, System, Undo, Undone, failure_of, undoes
 
@@ -30,6 +32,8 @@ _INSTALL = ("--no-remove", "install")
 _FIX = ("--no-remove", "-f", "install")
 # Otherwise dpkg does not remove a package whose unpacking was interrupted.
 _PURGE = ("-o", "Dpkg::Options::=--force-remove-reinstreq", "purge")
+# Kinds of causes that a single source may have; with any other nothing can be installed.
+_OF_A_SOURCE = ("network", "permission")
 _WORKERS = ("dpkg", "apt-get", "apt", "aptitude")
 _PATIENCE = 300.0
 
@@ -113,13 +117,14 @@ class Packages(Struct, frozen=True):
             _configure(on)
         if not self._missing(on):
             return
-        updated = _patiently(on, *_APT, "update")
-        if not updated.ok:
-            raise failure_of(updated, log=on.log)
+        updated = _updated(on)
         if begun:
             _install(on, updated, *_FIX)
         if missing := self._missing(on):
             _install(on, updated, *_INSTALL, *missing)
+        if complaint := apt_sources.complaint(updated):
+            hint = apt_sources.hint(on, complaint)
+            on.warn(f"`apt-get update` failed for a source that was not needed: {complaint}. To be rid of it, {hint}")
 
 
 def _configure(on: System) -> None:
@@ -146,22 +151,47 @@ def _patiently(on: System, *argv: str) -> Result:
     return answer
 
 
+def _updated(on: System) -> Result:
+    """Update apt's lists. A source of others may fail: that matters only if a package cannot be installed.
+
+    Raises:
+        CommandFailed: it failed for another reason, such as a full disk.
+    """
+    answer = _patiently(on, *_APT, "update")
+    cause = cause_of(answer.argv, answer.code, answer.out)
+    if not answer.ok and cause and cause.kind not in _OF_A_SOURCE:
+        raise failure_of(answer, log=on.log)
+    return answer
+
+
 def _install(on: System, updated: Result, *words: str) -> None:
     """Run `apt-get` with `words`; journal first what it would install, with dependencies but without upgrades, which
     are not ours."""
     simulated = on.ask(*_APT, "-s", *words, timeout=120)
     if not simulated.ok:
-        hint = "fix apt's sources (`sudo apt-get update` shows what is wrong), then run again"
-        failure = failure_of(simulated, "apt cannot install the missing packages", hint=hint)
-        failure.cause = failure.cause or " ".join(failure.output[-1:])
-        stale = cause_of(updated.argv, 100, updated.out)
-        if stale and stale.kind == "network":
-            failure.cause, failure.hint = f"{failure.cause}; when its lists were updated, {stale.why}", stale.hint
-        raise failure
+        raise _failure(on, simulated, updated, "`apt-get` cannot install the missing packages")
     present = _present(on)
     planned = [name for verb, name in _SIMULATED.findall(simulated.out) if verb == "Inst" and name not in present]
     on.promise(Undo("packages", "apt", {}, {"packages": planned}))
-    on.run(*_APT, *words, root=True)
+    installed = on.try_run(*_APT, *words, root=True)
+    if not installed.ok:
+        raise _failure(on, installed, updated, "`apt-get` could not install the missing packages")
+
+
+def _failure(on: System, failed: Result, updated: Result, message: str) -> Problem:
+    """Return the error of an installation, with what had gone wrong when apt's lists were updated."""
+    hint = "fix apt's sources (`sudo apt-get update` shows what is wrong), then run again"
+    failure = failure_of(failed, message, hint=hint, log=on.log)
+    if failure.kind and failure.kind not in _OF_A_SOURCE:
+        return failure
+    failure.cause = failure.cause or " ".join(failure.output[-1:])
+    stale, complaint = cause_of(updated.argv, 100, updated.out), apt_sources.complaint(updated)
+    if stale and stale.kind == "network":
+        failure.cause, failure.hint = f"{failure.cause}; when its lists were updated, {stale.why}", stale.hint
+    elif complaint:
+        failure.cause = f"{failure.cause}; `apt-get update` had failed: {complaint}"
+        failure.hint = f"{apt_sources.hint(on, complaint)}, then run again"
+    return failure
 
 
 @undoes("packages")

@@ -179,6 +179,9 @@ class System(Reader, Protocol):
             raise failure_of(result, log=self.log)
         return result
 
+    def warn(self, text: str) -> None:
+        """Tell the user something although the step goes on."""
+
     def progress(self, done: int, total: int, unit: str) -> None:
         """Report the progress of this step."""
 

@@ -223,6 +223,9 @@ class LocalSystem(LocalReader, System):
         code = processes.stream(full, whole, keep, how.get("timeout"))
         return Result(full, code, "\n".join(lines), "")
 
+    def warn(self, text: str) -> None:
+        """Do nothing: nobody watches."""
+
     def progress(self, done: int, total: int, unit: str) -> None:
         """Do nothing: nobody watches."""
 

@@ -2,13 +2,16 @@
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Unpack
 
 import pytest
 
+from sparkinstall.cli.live_output import _Lines, _Screen
+from sparkinstall.cli.text_output import console
 from sparkinstall.errors import Problem
+from sparkinstall.events import StepEnded, StepStarted, Warned
 from sparkinstall.resources import Drift, NodeOnly, Ok, packages, state_of
 from sparkinstall.resources.packages import STATUS as STATUS_FILE
 from sparkinstall.resources.packages import Packages, installed
@@ -208,10 +211,98 @@ def test_packages_that_apt_does_not_know_say_whether_its_lists_are_new(offline: 
                   "-o APT::Install-Recommends=false -o Dpkg::Options::=--force-confold -s",)  # fmt: skip
     unresolved = "W: Failed to fetch http://d/InRelease  Temporary failure resolving 'd'\n" if offline else "Hit:1 d\n"
     on.answers = {f"{on.failing[0]} ": "E: Unable to locate package git", "env": unresolved}
-    with pytest.raises(Problem, match="apt cannot install the missing packages") as found:
+    with pytest.raises(Problem, match="`apt-get` cannot install the missing packages") as found:
         Packages(WANTED).apply(on)
     assert ("could not reach a server" in found.value.cause, "name server" in found.value.hint) == (offline, offline)
     assert "Unable to locate package git" in found.value.cause
+
+
+# --- sources of others that fail
+
+UPDATE = "env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get -y -o DPkg::Lock::Timeout=600 " \
+         "-o APT::Install-Recommends=false -o Dpkg::Options::=--force-confold "  # fmt: skip
+THEIRS = "https://repo.example.com/x"
+# What apt-get 2.6 and 2.8 say of a source, and the exit code of `update`.
+COMPLAINTS = (
+    (f"E: The repository '{THEIRS} noble Release' does not have a Release file.", 100),
+    (f"E: The repository '{THEIRS} noble InRelease' is not signed.", 100),
+    (f"E: Failed to fetch {THEIRS}/dists/noble/InRelease  403  Forbidden [IP: 192.0.2.1 443]", 100),
+    (f"E: Release file for {THEIRS}/dists/noble/InRelease is expired (invalid since 3d 2h).", 100),
+    (f"E: Repository '{THEIRS} noble InRelease' changed its 'Suite' value from 'a' to 'b'", 100),
+    (f"W: Failed to fetch {THEIRS}/dists/noble/InRelease  Temporary failure resolving 'repo.example.com'", 0),
+    (f"W: Failed to fetch {THEIRS}/dists/noble/InRelease  Could not connect to 192.0.2.1:443, timed out", 0),
+    (f"W: GPG error: {THEIRS} noble InRelease: The following signatures couldn't be verified because the public key is "
+     "not available: NO_PUBKEY 0123456789ABCDEF", 100),
+    ("E: Malformed entry 1 in list file /etc/apt/sources.list.d/theirs.list (Suite)", 100),
+)  # fmt: skip
+HARMLESS = (
+    "W: https://d/InRelease: Key is stored in legacy trusted.gpg keyring (/etc/apt/trusted.gpg), see the DEPRECATION "
+    "section in apt-key(8) for details.",
+    "W: Target Packages (main/binary-arm64/Packages) is configured multiple times in /etc/apt/sources.list:1 and 2",
+    "N: Skipping acquire of configured file 'main/binary-i386/Packages' as repository 'https://d noble' doesn't",
+)
+
+
+class Apt(Dpkg):
+    """A node whose `apt-get update` says `said` and ends with `code`; `-s install` says `simulated`."""
+
+    def __init__(self, said: str, code: int, simulated: str = "Inst git (1)\nInst make (1)\n") -> None:
+        super().__init__({}, {"install": {"git": WHOLE, "make": WHOLE}})
+        self.said, self.code, self.simulated = f"Hit:1 http://d noble InRelease\n{said}\n", code, simulated
+        self.files["/etc/apt/sources.list.d/theirs.list"] = f"deb {THEIRS}/ noble main\n".encode()
+        self.files["/etc/apt/sources.list.d/distribution.sources"] = b"URIs: http://d/\n"
+
+    def try_run(self, *argv: str, **how: Unpack[RunOptions]) -> Result:
+        result = super().try_run(*argv, **how)
+        return Result(argv, self.code, self.said, "") if argv[-1] == "update" else result
+
+    def _result(self, argv: Sequence[str]) -> Result:
+        code = 100 if "-s" in argv and "E: " in self.simulated else 0
+        return Result(tuple(argv), code, self.simulated if "-s" in argv else "", "")
+
+
+@pytest.mark.parametrize(("said", "code"), COMPLAINTS)
+def test_packages_are_installed_in_spite_of_a_source_that_fails(said: str, code: int) -> None:
+    on = Apt(said, code)
+    Packages(WANTED).apply(on)
+    assert isinstance(Packages(WANTED).check(on), Ok)
+    (warning,) = on.warned
+    assert said in warning and "`apt-get update` failed" in warning
+    assert "in /etc/apt/sources.list.d/theirs.list" in warning, "where it is named"
+
+
+@pytest.mark.parametrize(("said", "code"), COMPLAINTS)
+def test_packages_that_cannot_be_installed_name_the_source_that_fails(said: str, code: int) -> None:
+    on = Apt(said, code, "E: Unable to locate package git")
+    with pytest.raises(Problem, match="`apt-get` cannot install the missing packages") as found:
+        Packages(WANTED).apply(on)
+    problem = found.value
+    assert "Unable to locate package git" in problem.cause and said in problem.cause and "env" not in problem.message
+    network = "Temporary failure" in said or "Could not connect" in said
+    assert ("name server" if network else "theirs.list") in problem.hint
+    assert not on.warned
+
+
+@pytest.mark.parametrize("said", ["", *HARMLESS])
+def test_packages_with_sources_that_work_are_installed_without_a_warning(said: str) -> None:
+    on = Apt(said, 0)
+    Packages(WANTED).apply(on)
+    assert not on.warned and isinstance(Packages(WANTED).check(on), Ok)
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "cause"),
+    [
+        ("E: Write error - write (28: No space left on device)", 100, "the disk is full"),
+        ("E: List directory /var/lib/apt/lists/partial is missing. (30: Read-only file system)", 100, "read-only"),
+        ("", 137, "it was killed by SIGKILL"),
+    ],
+)
+def test_packages_are_not_tried_after_a_failure_that_is_not_of_a_source(said: str, code: int, cause: str) -> None:
+    on = Apt(said, code)
+    with pytest.raises(Problem) as found:
+        Packages(WANTED).apply(on)
+    assert cause in found.value.cause and on.ran == ["update"]
 
 
 @pytest.mark.parametrize("state", [*HALVES, "deinstall ok config-files", WHOLE])
@@ -231,3 +322,16 @@ def test_undo_packages_that_are_only_removed_are_purged_the_next_time() -> None:
     with pytest.raises(Problem, match="apt could not remove git"):
         packages.purge([Undo("packages", "apt", {}, {"packages": ["git"]})], on)
     assert on.ran == ["--configure -a", "purge git", "purge git"], "it is looked at after each"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_warning_of_a_step_stays_on_the_screen(terminal: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    warned = Warned("packages", "`apt-get update` failed for [a] source")
+    if terminal:
+        screen = _Screen()
+        for event in (StepStarted("packages"), warned, StepEnded("packages", "changed", 1.0)):
+            screen.take(event)
+        screen.leave(console(stderr=True))
+    else:
+        _Lines(verbose=False).take(warned)
+    assert "packages: " in (said := capsys.readouterr().err) and "`apt-get update` failed for [a] source" in said

@@ -137,6 +137,27 @@ def test_uninstall_after_a_power_cut_in_all_removes_what_was_begun(node: FreshNo
     assert packages(node) == before
 
 
+THEIRS = "/etc/apt/sources.list.d/theirs.list"
+WITHOUT_A_RELEASE = "The repository 'file:/srv/theirs ./ Release' does not have a Release file."
+
+
+def test_all_with_a_source_of_others_that_fails_names_it_where_a_package_is_missing(node: FreshNode) -> None:
+    node.run("mkdir", "-p", "/srv/theirs")
+    node.write(THEIRS, "deb file:/srv/theirs ./\n")
+    run = sparkinstall(node, *ALL, "--json", "--set", "packages.extra=[no-such-package]", check=False)
+    (error,) = json.loads(run.stdout)["errors"]
+    assert error["message"] == "`apt-get` cannot install the missing packages"
+    assert "no-such-package" in error["cause"] and WITHOUT_A_RELEASE in error["cause"]
+    assert THEIRS in error["hint"]
+
+
+def test_all_with_a_source_of_others_that_fails_installs_and_warns(node: FreshNode) -> None:
+    run = sparkinstall(node, *ALL, "--set", "packages.extra=[]")
+    assert_whole(node)
+    assert "git install ok installed" in packages(node)
+    assert WITHOUT_A_RELEASE in run.stderr and THEIRS in run.stderr
+
+
 def assert_whole(node: FreshNode) -> None:
     assert node.run("dpkg", "--audit").stdout == ""
     assert not [each for each in (node.root / "var/lib/dpkg/updates").iterdir() if each.name.isdigit()]

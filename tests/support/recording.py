@@ -21,6 +21,7 @@ class RecordingSystem(System):
     ) -> None:
         self.files, self.answers, self.effects = dict(files or {}), dict(answers or {}), dict(effects or {})
         self.changed: list[str] = []
+        self.warned: list[str] = []
         self.failing: tuple[str, ...] = ()
 
     rehearsal = False
@@ -96,6 +97,9 @@ class RecordingSystem(System):
             if self.changed[-1].startswith(begins):
                 self.answers.update(changed)
         return result
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
 
     def progress(self, done: int, total: int, unit: str) -> None:
         del done, total, unit

@@ -70,7 +70,8 @@ def rejected(on: Reader, read: Sequence[files.NetplanFile], wanted: Mapping[str,
 
 
 def _refusal(problem: Problem) -> Conflict:
-    return Conflict(f"{problem.message}: {problem.cause}", problem.hint)
+    # Its first line has the file, the place in it, and what is wrong; the others show that place.
+    return Conflict(f"{problem.message}: {next(iter(problem.cause.splitlines()), '')}", problem.hint)
 
 
 def _edits(
