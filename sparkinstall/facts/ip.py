@@ -9,13 +9,15 @@ from msgspec import Struct
 
 from sparkinstall.system import Reader
 
+_ADDRESS_FLAGS = ("noprefixroute", "nodad", "home", "mngtmpaddr")
+
 
 class Live(Struct, frozen=True):
     """The current state of an interface. `addresses`: IPv4 with prefix length; `leased`: those from DHCP.
 
     `all_addresses`: IPv4 and IPv6, without prefix length. `fixed`: IPv4 and IPv6 with prefix length, but those that a
-    router or a DHCP server gave for a time. `names`: its own name and further ones. `master`: the bridge, bond or VRF
-    that it is in.
+    router or a DHCP server gave for a time; `as_added`: the same as words for `ip address add`, with all properties.
+    `names`: its own name and further ones. `master`: the bridge, bond or VRF that it is in.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Live(Struct, frozen=True):
     leased: tuple[str, ...] = ()
     all_addresses: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
+    as_added: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     index: int = 0
     mac: str = ""
@@ -59,11 +62,23 @@ def _live(shown: Mapping[str, Any]) -> Live:
         leased=tuple(f"{each['local']}/{each['prefixlen']}" for each in found if each.get("dynamic")),
         all_addresses=tuple(each["local"] for each in every),
         fixed=tuple(f"{each['local']}/{each['prefixlen']}" for each in every if not each.get("dynamic")),
+        as_added=tuple(_as_added(each, shown["ifname"]) for each in every if not each.get("dynamic")),
         names=(shown["ifname"], *shown.get("altnames", ())),
         index=shown.get("ifindex", 0),
         mac=shown.get("address", ""),
         master=shown.get("master", ""),
     )
+
+
+def _as_added(address: Mapping[str, Any], interface: str) -> str:
+    local, length = address["local"], address["prefixlen"]
+    words = [f"{local} peer {address['address']}/{length}" if "address" in address else f"{local}/{length}"]
+    words += [f"{key} {address[key]}" for key in ("broadcast", "metric") if key in address]
+    if address.get("family") == "inet":
+        words += [f"scope {address['scope']}"] if address.get("scope", "global") != "global" else []
+        words += [f"label {address['label']}"] if address.get("label", interface) != interface else []
+    words += [flag for flag in _ADDRESS_FLAGS if address.get(flag)]
+    return " ".join([*words, *(["preferred_lft 0"] if address.get("deprecated") else [])])
 
 
 class Route(Struct, frozen=True):

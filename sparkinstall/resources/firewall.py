@@ -189,19 +189,23 @@ class LiveTable(Struct, frozen=True):
         _arm(on, self.node)
         on.run(NFT, "-f", self.node.firewall_rules, root=True)
         if lost := network.lost(before, on, self.node):
-            raise _put_back(on, lost, table)
+            hint = "set `firewall.mode: off` in the config if this node cannot use them, or report this"
+            raise _put_back(on, Problem(f"after loading the firewall's rules, {lost}", hint=hint), table)
         if not self.node.confirm_later:
-            rollback.disarm(on, TIMER)
+            try:
+                rollback.disarm(on, TIMER)
+            except rollback.RolledBack as late:
+                raise _put_back(on, late, table) from late
 
 
-def _put_back(on: System, lost: str, table: str) -> Problem:
+def _put_back(on: System, why: Problem, table: str) -> Problem:
+    """Roll back now; return the problem with what is loaded then, compared with the former `table`."""
     back = "will be restored within minutes"
     if rollback.fire(on, TIMER):
         back = "are restored" if live_table(on) == table else f"are not (`sudo nft list table {_NAME}` shows those now)"
-    return Problem(
-        f"after loading the firewall's rules, {lost}; the former rules {back}",
-        hint="set `firewall.mode: off` in the config if this node cannot use them, or report this",
-    )
+    said = Problem(f"{why.message}; the former rules {back}", hint=why.hint)
+    said.code = why.code
+    return said
 
 
 def _arm(on: System, node: Node) -> None:

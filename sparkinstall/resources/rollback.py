@@ -6,7 +6,7 @@ unreachable machine, a unit rolls back at boot.
 
 from collections.abc import Sequence
 
-from sparkinstall.errors import Problem
+from sparkinstall.errors import Blocked, Problem
 from sparkinstall.resources.template import render
 from sparkinstall.system import Reader, System, Undo, failure_of
 from sparkinstall.system.local import staged
@@ -17,6 +17,11 @@ HOME = "/var/lib/sparkinstall-rollback"
 _TEMPLATE = "rollback.sh.j2"
 _PLACES = {"home": HOME, "units": "/etc/systemd/system", "lock": "/run/sparkinstall-rollback.lock"}
 _UNIT = "sparkinstall-rollback-"
+_NAMES = ("network", "firewall")
+"""The timers that there may be."""
+_OWN = {"rollback.sh", "rollback.sh.new", *(f"{name}{state}" for name in _NAMES for state in ("", ".new", ".gone"))}
+_BOOT_UNIT = f"{_PLACES['units']}/sparkinstall-rollback.service"
+_MARK = b"# Created by sparkinstall"
 _FIRED = 9
 
 
@@ -32,7 +37,7 @@ def armed(on: Reader, name: str | None = None) -> bool:
 
 
 def _waiting(on: Reader) -> tuple[str, ...]:
-    return tuple(name for name in on.names(HOME) if "." not in name)
+    return tuple(name for name in on.names(HOME) if name in _NAMES)
 
 
 def arm(on: System, name: str, undo: Undo, restore_script: str, seconds: int, keep: Sequence[str] = ()) -> None:
@@ -47,8 +52,9 @@ def arm(on: System, name: str, undo: Undo, restore_script: str, seconds: int, ke
         keep: absolute paths; a path that does not exist now is removed.
 
     Raises:
-        Problem: the timer could not be started; nothing was changed.
+        Problem: the timer could not be started, or its place is taken; nothing was changed.
     """
+    _refuse_foreign(on)
     for path in keep:
         if "|" in path or not path.isprintable():
             raise Problem(f"{path!a} could not be restored by a script", hint="rename that file, using letters only")
@@ -58,6 +64,19 @@ def arm(on: System, name: str, undo: Undo, restore_script: str, seconds: int, ke
     if not answer.ok:
         what, places = "the rollback timer could not be started; nothing was changed", _PLACES.values()
         raise failure_of(answer, what, log=on.log, places=places, error=Problem)
+
+
+def _refuse_foreign(on: Reader) -> None:
+    """Raise Blocked if another program's folder or unit has our name."""
+    home, unit = on.entry(HOME), on.entry(_BOOT_UNIT)
+    taken = HOME if home and (home.kind != "dir" or not _OWN.issuperset(on.names(HOME))) else ""
+    if unit and (unit.kind != "file" or not (on.read(_BOOT_UNIT) or b"").startswith(_MARK)):
+        taken = _BOOT_UNIT
+    if taken:
+        raise Blocked(
+            f"{taken} is not sparkinstall's, but the rollback timer needs its place; nothing was changed",
+            hint="move it away, then run the same command again",
+        )
 
 
 def disarm(on: System, name: str) -> None:

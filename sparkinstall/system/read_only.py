@@ -35,7 +35,7 @@ ip -[46] rule show
 ip -j( -[46])? route show default
 ip -j( -[46])? route show table main
 ip -j route get _
-ip -j neighbour show to _ dev _
+ip -j neighbour show (to _ dev _|nud permanent)
 ip6?tables(-legacy)? -S
 iperf3 --version
 iperf3 (-s -1|-c _ -t \d+ -O \d+ -P \d+ -J --connect-timeout \d+) -B _ -p \d+

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from sparkinstall import config as configuration
 from sparkinstall.config import Layer
 from sparkinstall.core import engine
-from sparkinstall.errors import BadConfig
-from sparkinstall.facts import packet_filters
+from sparkinstall.errors import BadConfig, Problem
+from sparkinstall.facts import network, packet_filters
 from sparkinstall.node import Node
-from sparkinstall.resources import Drift, NodeOnly, firewall
+from sparkinstall.resources import Drift, NodeOnly, firewall, rollback
 from sparkinstall.stacks import load
 from sparkinstall.steps.firewall import Firewall
 from sparkinstall.system.local import LocalReader
+from tests.support.recording import RecordingSystem
 
 LINK = "192.168.100.0/24, 192.168.101.0/24"
 TWINS = '"enp1s0f0np0", "enP2p1s0f0np0"'
@@ -247,3 +248,42 @@ LEGACY = "-P INPUT ACCEPT\n-P FORWARD DROP\n-N DOCKER\n-N mine\n-A DOCKER -j DRO
 )
 def test_legacy_drops_follows_the_chains(more: str, drops: bool) -> None:
     assert packet_filters.legacy_drops((LEGACY + more).splitlines()) is drops
+
+
+LOADED = "/usr/sbin/nft -nn list table inet sparkinstall"
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["unreachable", "not confirmed in time"])
+@pytest.mark.parametrize(
+    ("former", "now", "words"),
+    [
+        ("table a\n", "table a\n", "the former rules are restored"),
+        ("table a\n", "table b\n", "the former rules are not (`sudo nft list table inet sparkinstall`"),
+        ("", "table b\n", "the former rules are not ("),
+        ("", "", "the former rules are restored"),
+    ],
+)
+def test_firewall_that_was_rolled_back_is_compared_with_the_former_rules(
+    former: str, now: str, words: str, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(table: str) -> None:
+        on.answers["/usr/sbin/nft list tables"] = "table inet sparkinstall\n" if table else ""
+        on.answers[LOADED] = table
+
+    def expired(*_: object) -> None:
+        loaded(now)
+        raise rollback.RolledBack("the firewall change was rolled back: it was not confirmed in time")
+
+    def fire(*_: object) -> bool:
+        loaded(now)
+        return True
+
+    on = RecordingSystem()
+    loaded(former)
+    for name, does in (("arm", lambda *_, **__: None), ("disarm", expired), ("fire", fire)):
+        monkeypatch.setattr(rollback, name, does)
+    monkeypatch.setattr(network, "reach", lambda *_: None)
+    monkeypatch.setattr(network, "lost", lambda *_: "" if late else "the gateway does not answer")
+    with pytest.raises(Problem) as found:
+        firewall.LiveTable(_node()).apply(on)
+    assert words in found.value.message and found.value.message.startswith("the firewall" if late else "after loading")

@@ -3,12 +3,15 @@
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sparkinstall.errors import Problem
 from sparkinstall.resources.netplan import files, record
+from sparkinstall.system import Result
 from tests.support.namespace import Namespace
 
 FIRST, SECOND, LAN = "enp1s0f0np0", "enP2p1s0f0np0", "enP7s7"
@@ -39,6 +42,19 @@ SETTINGS = {
     "rule": "ip rule add from 10.0.0.0/8 lookup 100 pref 50",
     "IPv6 rule": "ip -6 rule add from 2001:db8::/32 lookup 100",
     "down": "ip link set {name} down",
+    "peer": "ip address add 10.3.1.1 peer 10.3.1.2 dev {name}",
+    "address with properties": "ip address add 10.3.2.1/24 broadcast 10.3.2.9 dev {name} scope link label {name}:x"
+    " noprefixroute preferred_lft 0",
+    "route over another one": "ip route add 10.5.0.9 dev {name}; ip route add 10.4.0.0/16 via 10.5.0.9 dev {name}",
+    "several next hops": "ip address add 10.6.1.1/24 dev {name};"
+    " ip route add 10.60.0.0/16 nexthop via 10.6.1.2 weight 2 nexthop via 10.6.1.3",
+    "next hop object": "ip address add 10.6.2.1/24 dev {name}; ip nexthop add id 7 via 10.6.2.2 dev {name};"
+    " ip route add 10.61.0.0/16 nhid 7",
+    "neighbour": "ip neighbour replace 10.1.1.7 lladdr 02:00:00:00:00:07 dev {name} nud permanent",
+    "IPv6 neighbour": "ip neighbour replace 2001:db8::7 lladdr 02:00:00:00:00:07 dev {name} nud permanent",
+    "router announcements": "echo 2 > /proc/sys/net/ipv6/conf/{name}/accept_ra",
+    "privacy": "echo 2 > /proc/sys/net/ipv6/conf/{name}/use_tempaddr",
+    "reverse path": "echo 2 > /proc/sys/net/ipv4/conf/{name}/rp_filter",
     "no IPv6": "echo 1 > /proc/sys/net/ipv6/conf/{name}/disable_ipv6",
 }
 # What networkd does to an interface that it configures again; `all` at once is a renderer that does not run.
@@ -48,9 +64,13 @@ DAMAGE = {
     "IPv6": "ip link set dev {name} addrgenmode none; echo 1 > /proc/sys/net/ipv6/conf/{name}/disable_ipv6",
     "MTU": "ip link set {name} mtu 9000",
     "master": "ip link set {name} nomaster",
-    "routes": "for each in 4 6; do ip -$each route flush dev {name} proto boot; done; ip route flush table 100",
+    "routes": "for each in 4 6; do ip -$each route flush dev {name} proto boot; done; ip route flush table 100;"
+    " ip route flush root 10.60.0.0/15; ip nexthop flush",
     "rules": "ip rule del pref 50 2> /dev/null || true; ip -6 rule del from 2001:db8::/32 2> /dev/null || true",
     "up": "ip link set {name} up",
+    "neighbours": "ip neighbour flush nud permanent dev {name}",
+    "kernel": "for each in ipv6/conf/{name}/accept_ra ipv6/conf/{name}/use_tempaddr ipv4/conf/{name}/rp_filter; do"
+    " echo 0 > /proc/sys/net/$each; done",
 }
 
 
@@ -93,6 +113,19 @@ def test_record_of_any_state_is_restored_after_any_damage(
         ("bridge", "master", "is a part of nothing (`sudo ip link set dev enP7s7 master br-enP7s7`)"),
         ("rule", "rules", "the rule -4 pref 50 from 10.0.0.0/8 lookup 100 is gone (`sudo ip -4 rule add"),
         ("IPv6 rule", "rules", "the rule -6 pref"),
+        ("peer", "addresses", "lacks 10.3.1.1 peer 10.3.1.2/32"),
+        (
+            "address with properties",
+            "addresses",
+            "lacks 10.3.2.1/24 broadcast 10.3.2.9 scope link label enP7s7:x noprefixroute preferred_lft 0",
+        ),
+        ("route over another one", "routes", "lacks the route 10.4.0.0/16 via 10.5.0.9"),
+        ("several next hops", "routes", "lacks the route 10.60.0.0/16 nexthop via 10.6.1.2"),
+        ("next hop object", "routes", "lacks the route 10.61.0.0/16 via 10.6.2.2"),
+        ("neighbour", "neighbours", "lacks the neighbour 10.1.1.7 lladdr 02:00:00:00:00:07"),
+        ("IPv6 neighbour", "neighbours", "lacks the neighbour 2001:db8::7 lladdr 02:00:00:00:00:07"),
+        ("router announcements", "kernel", "has ipv6/accept_ra 0 (`sudo sysctl -q -w net/ipv6/conf/enP7s7/accept_ra=2"),
+        ("reverse path", "kernel", "has ipv4/rp_filter 0"),
         ("address", "link", "is down (`sudo ip link set dev enP7s7 up`)"),
     ],
 )
@@ -134,3 +167,15 @@ def test_record_of_an_earlier_version_is_restored(node: Namespace) -> None:
     node.shell(f"ip address add {OURS} dev {FIRST}", f"ip link set {FIRST} mtu 9000")
     node.shell(without_netplan(record.restoring(was, {FIRST: OURS})))
     assert record.differences(was, node, {FIRST: OURS}) == []
+
+
+def test_record_that_cannot_be_taken_is_an_error(tmp_path: Path) -> None:
+    """An empty record would be "as before" whatever is live."""
+
+    class Unreadable(Namespace):
+        def ask(self, *argv: str, **_: Any) -> Result:
+            return Result(argv, 1, "", "Cannot open netlink socket: Too many open files")
+
+    with pytest.raises(Problem, match="the network cannot be read") as found:
+        record.taken(Unreadable(tmp_path), [LAN])
+    assert "Too many open files" in found.value.cause

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparkinstall.errors import Blocked, Problem
+from sparkinstall.facts import qsfp
 from sparkinstall.resources import Conflict, Drift, State, rollback
 from sparkinstall.resources.netplan import files, live, record
 from sparkinstall.resources.netplan.live import LiveLink, Netplan
@@ -94,7 +95,7 @@ def test_network_with_an_edit_that_nobody_applied_is_refused(node: LiveNode, pat
     refused(node, "netplan apply", word)
 
 
-LIVE_EDITS = [each for each in EDITS if each not in ("name server", "DHCP", "rule")]
+LIVE_EDITS = [each for each in EDITS if each != "DHCP"]
 
 
 @pytest.mark.parametrize(("path", "text", "word"), [EDITS[each] for each in LIVE_EDITS], ids=LIVE_EDITS)
@@ -379,7 +380,7 @@ def test_rollback_that_does_not_restore_everything_says_what_is_missing(
     assert whole.message == "the link did not come up; the former network was restored"
     happened(node)
     part = live.rolled_back(node, Problem("the link did not come up", hint="look at the cable"), before, added)
-    assert "was restored" not in part.message and word in part.message, part.message
+    assert "; the former network was restored" not in part.message and word in part.message, part.message
     assert "commands" in part.hint and "look at the cable" in part.hint
 
 
@@ -413,6 +414,67 @@ def test_uninstall_with_a_card_that_was_removed_restores_the_rest(tmp_path: Path
     undo = undo_of(node)
     del node.links[FIRST]
     assert live.restore([undo], node).outcome == "restored"
+
+
+def test_uninstall_without_ip_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No interface is not an interface that was removed."""
+    node = Changing(tmp_path / "spark")
+    undo = undo_of(node)
+    monkeypatch.setattr(node, "ask", lambda *argv, **_: Result(argv, 127, "", "ip: not found"))
+    for present in (True, False):
+        if not present:
+            node.delete("usr/sbin/netplan")
+        with pytest.raises(Problem):
+            live.restore([undo], node)
+
+
+def test_uninstall_without_netplan_fails_until_the_former_network_is_live(tmp_path: Path) -> None:
+    node = Changing(tmp_path / "spark")
+    undo = undo_of(node)
+    node.delete("usr/sbin/netplan")
+    node.interface(FIRST, "192.168.100.10/24", mtu=9000)
+    with pytest.raises(Blocked, match=r"netplan is no longer installed") as found:
+        live.restore([undo], node)
+    assert "apt-get install netplan.io" in found.value.hint
+    node.interface(FIRST)
+    assert live.restore([undo], node).outcome == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("lines", "named"),
+    [
+        (f"# {FIRST} has 192.168.100.10/24\n{LAN_LINES}", False),
+        (edited("{addresses: [198.51.100.254]}", "{addresses: [192.168.100.10]}"), False),
+        (LAN_LINES + f"    {FIRST}: {{addresses: [192.168.100.10/24]}}\n", True),
+        (LAN_LINES + f"    {FIRST}: {{addresses: [192.168.100.10/24: {{label: a}}]}}\n", True),
+        (LAN_LINES + f"    {FIRST}: {{addresses: [192.168.100.10/16]}}\n", True),
+    ],
+)
+def test_uninstall_keeps_an_address_only_if_a_file_configures_it(tmp_path: Path, lines: str, named: bool) -> None:
+    node = Changing(tmp_path / "spark")
+    undo = undo_of(node)
+    node.put(LAN_FILE, lines)
+    node.netplan_applied()
+    node.interface(FIRST, mtu=1500)
+    live.restore([undo], node)
+    (script,) = [argv[-1] for argv in node.ran if argv[:2] == ("sh", "-ec")]
+    assert ("ip address del 192.168.100.10/24 dev" in script) == (not named)
+
+
+def test_network_confirmed_too_late_says_what_is_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The timer may have been faster than the change, which it then did not roll back."""
+    node = Changing(tmp_path / "spark")
+
+    def too_late(*_: object) -> None:
+        raise rollback.RolledBack("the network change was rolled back: it was not confirmed in time")
+
+    monkeypatch.setattr(record, "_PATIENCE", 0)
+    monkeypatch.setattr(qsfp, "used_port", lambda *_: None)
+    monkeypatch.setattr(rollback, "arm", lambda *_: None)
+    monkeypatch.setattr(rollback, "disarm", too_late)
+    monkeypatch.setattr(live, "_settle", lambda *_: node.interface(FIRST, "192.168.100.10/24", mtu=9000))
+    with pytest.raises(Problem, match=r"not the whole former network was restored: .*still has 192\.168\.100\.10/24"):
+        LiveLink(node_with()).apply(node)
 
 
 KEYS = st.sampled_from(

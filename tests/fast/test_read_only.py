@@ -31,6 +31,7 @@ PACKAGE = Path(__file__).parents[2] / "sparkinstall"
 READS = """\
 ip -j address
 ip -j neighbour show to 192.168.100.11 dev enp1s0f0np0
+ip -j neighbour show nud permanent
 ip -j -4 route show table main
 ip -br link
 sudo -n true

@@ -6,13 +6,14 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from sparkinstall import causes
-from sparkinstall.errors import Problem
+from sparkinstall.errors import Blocked, Problem
 from sparkinstall.facts import qsfp
 from sparkinstall.resources import rollback
 from sparkinstall.resources.firewall import LiveTable, RulesFile
@@ -189,6 +190,46 @@ def test_restore_that_fails_can_be_repeated(node: Path) -> None:
     assert (node / "kept.yaml").read_text() == FORMER and files_left(node) == []
 
 
+@pytest.mark.parametrize(("script", "waits"), [("kill -9 $$", True), ("kill $$", True), ("false", False)])
+def test_restore_whose_script_was_killed_is_repeated(node: Path, script: str, waits: bool) -> None:
+    assert arm(node) == 0
+    (node / "home/network/script").write_text(f"{script}\n")
+    assert (rollback_verb(node, "restore", "network").returncode != 0) == waits
+    assert (node / "home/network").is_dir() == waits
+
+
+TAKEN = {
+    "a folder of others": "mkdir -p {0}/mydata",
+    "a file in the folder": "mkdir {0}; echo precious > {0}/notes",
+    "a file": "echo precious > {0}",
+    "a link": "ln -s /tmp {0}",
+}
+
+
+@pytest.mark.parametrize("take", TAKEN.values(), ids=TAKEN)
+def test_arm_with_its_folder_taken_is_refused(tmp_path: Path, take: str) -> None:
+    (tmp_path / "var/lib").mkdir(parents=True)
+    subprocess.run(["sh", "-ec", take.format(tmp_path / "var/lib/sparkinstall-rollback")], check=True)
+    on = RecordingSystem()
+    there = LocalReader(str(tmp_path))
+    on.entry, on.names = there.entry, there.names  # type: ignore[method-assign]
+    with pytest.raises(Blocked, match=f"{rollback.HOME} is not sparkinstall's"):
+        rollback.arm(on, "network", CHANGE, "true", 30)
+    assert not on.changed and not rollback.armed(on) and rollback.confirm(on) == ()
+
+
+@pytest.mark.parametrize(("unit", "foreign"), [(b"[Service]\n", True), (b"", True), (None, False)])
+def test_arm_with_a_unit_of_its_name_is_refused(unit: bytes | None, foreign: bool, node: Path) -> None:
+    path = "/etc/systemd/system/sparkinstall-rollback.service"
+    if unit is None:
+        assert arm(node) == 0
+        unit = (node / "units/sparkinstall-rollback.service").read_bytes()
+    on = RecordingSystem({path: unit})
+    with pytest.raises(Blocked, match=path) if foreign else nullcontext():
+        rollback.arm(on, "network", CHANGE, "true", 30)
+    assert bool(on.changed) != foreign
+
+
 def test_arm_after_a_killed_run_keeps_the_former_state(node: Path) -> None:
     """The second timer replaces the first one, whose copy is older than the present file."""
     assert arm(node) == 0
@@ -251,7 +292,8 @@ def test_timer_whose_script_is_gone_ends_well(node: Path) -> None:
 @pytest.mark.parametrize("what", [Netplan, LiveLink, RulesFile, LiveTable])
 def test_arm_is_preceded_by_its_record_in_the_journal(what: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """So `uninstall` finds the timer, wherever the run is killed."""
-    on, node = RecordingSystem({"/usr/sbin/netplan": b""}), node_with()
+    ip = {"ip -j address": '[{"ifname": "lo"}]'}
+    on, node = RecordingSystem({"/usr/sbin/netplan": b""}, ip), node_with()
     port = qsfp.Port(0, tuple(qsfp.Interface(name, 0, True, 1500, 0) for name in ("enp1s0f0np0", "enP2p1s0f0np0")))
     monkeypatch.setattr(qsfp, "port_to_look_at", lambda *_: port)
     monkeypatch.setattr(qsfp, "used_port", lambda *_: port)
@@ -262,7 +304,8 @@ def test_arm_is_preceded_by_its_record_in_the_journal(what: type[Any], monkeypat
     before = on.changed[: on.changed.index(armed)]
     kinds = [each.split()[1] for each in before if each.startswith("promise ")]
     assert kinds == ["netplan" if what in (Netplan, LiveLink) else "nftables"]
-    dropped = RecordingSystem({f"{rollback.HOME}/{'network' if kinds == ['netplan'] else 'firewall'}/paths": b""})
+    timer = "network" if kinds == ["netplan"] else "firewall"
+    dropped = RecordingSystem({f"{rollback.HOME}/{timer}/paths": b""}, ip)
     dropped.files["/usr/sbin/netplan"] = b""
     UNDO_FUNCTIONS[kinds[0]]([Undo(kinds[0], "it", {}, {})], dropped)
     assert any(" confirm " in each for each in dropped.changed)

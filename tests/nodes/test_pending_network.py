@@ -27,6 +27,11 @@ BY_HAND = (
     f"-6 address add 2001:db8:7::1/64 dev {FIRST}",
     f"-6 route add 2001:db8:9::/48 via 2001:db8:7::9 dev {FIRST}",
     f"link set {SECOND} mtu 2000",
+    f"address add 10.79.0.1 peer 10.79.0.2 dev {FIRST}",
+    f"address add 10.80.0.1/24 broadcast 10.80.0.9 scope link noprefixroute dev {SECOND}",
+    "route add 10.81.0.0/16 nexthop via 10.77.0.8 nexthop via 10.77.0.9",
+    f"neighbour replace 10.77.0.7 lladdr 02:00:00:00:00:07 dev {FIRST} nud permanent",
+    f"neighbour replace 198.51.100.77 lladdr 02:00:00:00:00:08 dev {LAN} nud permanent",
     "rule add from 10.77.0.0/16 lookup 100 pref 50",
 )
 
@@ -73,10 +78,17 @@ def refused(node: FleetNode, word: str) -> None:
 
 
 def _network(node: FleetNode) -> str:
-    """Addresses, links, routes and rules, without their order, and without how an address came to be."""
+    """Addresses, links, routes, rules and neighbours, without their order, and without how an address came to be."""
     shown = [
         node.run("ip", "-o", *what).stdout
-        for what in (("address",), ("link",), ("-4", "route"), ("-6", "route"), ("rule",))
+        for what in (
+            ("-d", "address"),
+            ("link",),
+            ("-4", "route"),
+            ("-6", "route"),
+            ("rule",),
+            ("neighbour", "show", "nud", "permanent"),
+        )
     ]
     lines = "".join(shown).replace(" proto kernel_ll", "").splitlines()
     return "\n".join(sorted(" ".join(each for each in line.split() if each not in FLAGS) for line in lines))

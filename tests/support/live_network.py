@@ -86,7 +86,8 @@ class LiveNode(Machine):
         self.generated()
         for name in self.links:
             file = self.top / f"run/systemd/network/10-netplan-{name}.network"
-            self.configured_by(name, f"/{file.relative_to(self.top)}" if file.exists() else "")
+            servers = [each for each in (file.read_text().splitlines() if file.exists() else ()) if each[:4] == "DNS="]
+            self.configured_by(name, f"/{file.relative_to(self.top)}" if file.exists() else "", *servers)
 
     def configured_by(self, name: str, path: str, *more: str) -> None:
         """What networkd says about an interface."""

@@ -333,7 +333,11 @@ def _guarded(on: System, plan: _Plan, change: Callable[[], None]) -> None:
     except (Problem, OSError) as problem:
         raise rolled_back(on, problem, before, added) from problem
     if not plan.node.confirm_later:
-        rollback.disarm(on, TIMER)
+        try:
+            rollback.disarm(on, TIMER)
+        except rollback.RolledBack as late:
+            # The timer may even have been faster than the change.
+            raise rolled_back(on, late, before, added) from late
 
 
 def _settle(on: Reader, plan: _Plan, reach: network.Reach, theirs: Mapping[str, Any], until: float) -> None:
@@ -365,7 +369,7 @@ def rolled_back(on: System, problem: Exception, before: Mapping[str, Any], added
         if rollback.fire(on, TIMER):
             became = "the former network was restored"
             if missing := record.awaited(before, on, added):
-                became = f"the former files were restored, and not the whole former network: {'; '.join(missing)}"
+                became = f"not the whole former network was restored: {'; '.join(missing)}"
                 hint = f"restore the rest with the commands in parentheses; {hint}"
     except Interrupted:
         return Interrupted(f"interrupted; {later}", hint="wait for that, then run the same command again")
@@ -385,20 +389,22 @@ def restore(records: Sequence[Undo], on: System) -> Undone:
     Raises:
         CommandFailed: netplan failed.
         Blocked: this ssh session uses an address that would be removed, or netplan would change other interfaces.
-        Problem: something of the former network is missing.
+        Problem: something of the former network is missing, or `ip` does not show it.
     """
     subject = records[0].subject
-    if on.rehearsal or not on.entry(files.PROGRAM):
+    if on.rehearsal:
         return Undone(subject, "nothing")
     before, added = _first_of(records)
-    _refuse_own_way(on, before, added)
+    if not on.entry(files.PROGRAM):
+        return _without_netplan(on, subject, before, added)
     read = files.read_all(on)
+    _refuse_own_way(read, before, added)
     if edit := pending.pending(on, read, {}, before):
         raise Blocked(edit.message, hint=edit.hint)
     rollback.drop(on, TIMER)
-    kept = {name for name, address in added.items() if _still_named(on, address) and name in before}
+    kept = {name for name, address in added.items() if _still_named(read, address) and name in before}
     # A card that was removed since has nothing to restore.
-    there = ip.live(on)
+    there = record.taken(on, before)
     wanted = {name: was for name, was in before.items() if name not in kept and name in there}
     wanted |= record.taken(on, pending.configured(on, read, {}, before))
     answer = on.try_run("sh", "-ec", record.restoring(wanted, added), timeout=120, root=True)
@@ -411,13 +417,25 @@ def restore(records: Sequence[Undo], on: System) -> Undone:
     return Undone(subject, "restored")
 
 
-def _refuse_own_way(on: Reader, before: Mapping[str, Any], added: Mapping[str, str]) -> None:
+def _without_netplan(on: System, subject: str, before: Mapping[str, Any], added: Mapping[str, str]) -> Undone:
+    """Raise Blocked if the former network is not live: without netplan nothing removes what it made of our file."""
+    rollback.drop(on, TIMER)
+    there = record.taken(on, before)
+    if record.differences({name: was for name, was in before.items() if name in there}, on, added, soft=False):
+        raise Blocked(
+            "the former network cannot be restored: netplan is no longer installed",
+            hint="install it (`sudo apt-get install netplan.io`), and run `sparkinstall uninstall` again",
+        )
+    return Undone(subject, "nothing")
+
+
+def _refuse_own_way(read: Sequence[files.NetplanFile], before: Mapping[str, Any], added: Mapping[str, str]) -> None:
     """Raise Blocked if this ssh session uses an address that would be removed."""
     own = dict.fromkeys(qsfp.session()[2:3])
     for name, address in added.items():
-        had = {each.partition("/")[0] for each in before.get(name, {}).get("addresses", ())}
+        had = {each.split()[0].partition("/")[0] for each in before.get(name, {}).get("addresses", ())}
         ip = address.partition("/")[0]
-        if ip in own and ip not in had and not _still_named(on, address):
+        if ip in own and ip not in had and not _still_named(read, address):
             raise Blocked(
                 f"{name} was kept: this ssh session uses its address {ip}, which would be removed",
                 hint="log in over another interface, and run `sparkinstall uninstall` again",
@@ -435,7 +453,7 @@ def _first_of(records: Iterable[Undo]) -> tuple[dict[str, Any], dict[str, str]]:
     return before, added
 
 
-def _still_named(on: Reader, address: str) -> bool:
+def _still_named(read: Sequence[files.NetplanFile], address: str) -> bool:
     """Return whether a kept file, changed by someone else, still configures this address."""
-    folder = files.OWN_FOLDER
-    return any(address.encode() in (on.read(f"{folder}/{name}") or b"") for name in on.names(folder))
+    said = [fields for file in read for _, _, fields in file.definitions()]
+    return any(address.partition("/")[0] in _addresses_in(fields) for fields in said)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+from sparkinstall.errors import Problem
 from sparkinstall.facts import ip
 from sparkinstall.facts.sysfs import text_of
 from sparkinstall.resources.netplan import files, networkd
@@ -13,8 +14,16 @@ from sparkinstall.system import Reader
 
 _WRITTEN = ("", "static", "boot")
 """Who adds routes that a person or a file names; those of others (kernel, dhcp, ra, a daemon) return by themselves."""
-_IPV6 = "/proc/sys/net/ipv6/conf"
-_SWITCHES = ("addr_gen_mode", "disable_ipv6")
+_KERNEL = "/proc/sys/net/{}/conf/{}/{}"
+_SETTINGS = (
+    *(("ipv4", each) for each in ("accept_local", "forwarding", "promote_secondaries", "proxy_arp")),
+    *(("ipv4", each) for each in ("proxy_arp_pvlan", "route_localnet", "rp_filter")),
+    *(("ipv6", each) for each in ("accept_ra", "addr_gen_mode", "dad_transmits", "disable_ipv6", "forwarding")),
+    *(("ipv6", each) for each in ("proxy_ndp", "use_tempaddr")),
+)
+"""The kernel's settings of an interface that networkd writes, except those that a router announces (`hop_limit`)."""
+_MODES = {"0": "eui64", "1": "none", "2": "stable_secret", "3": "random"}
+"""The values of `addr_gen_mode` as words for `ip`, which can set it where `/proc/sys` is read-only."""
 _RULES = ""
 """The key of the routing rules in a record; every other key is an interface."""
 _PATIENCE = 20.0
@@ -30,21 +39,30 @@ def taken(on: Reader, names: Iterable[str]) -> dict[str, Any]:
     """Return the state of the interfaces `names` and the routing rules, as JSON values.
 
     Addresses and routes that a DHCP server, a router or the kernel gave are left out.
+
+    Raises:
+        Problem: `ip` does not show it. What cannot be read is not taken for absent.
     """
-    live, routes = ip.live(on), _routes(on)
-    found: dict[str, Any] = {name: _state(on, live[name], routes) for name in sorted(names) if name in live}
+    live = ip.live_or_complaint(on)
+    if isinstance(live, str):
+        raise Problem("the network cannot be read", cause=live, hint="find out why `ip -j address` fails")
+    routes, neighbours = _routes(on), _neighbours(on)
+    found = {name: _state(on, live[name], routes, neighbours) for name in sorted(names) if name in live}
     return {**found, _RULES: [f"{family} {line}" for family in ("-4", "-6") for line in _rules(on, family)]}
 
 
-def _state(on: Reader, there: ip.Live, routes: Mapping[str, list[str]]) -> dict[str, Any]:
+def _state(
+    on: Reader, there: ip.Live, routes: Mapping[str, list[str]], neighbours: Mapping[str, list[str]]
+) -> dict[str, Any]:
     networkd_says = networkd.state_of(on, there)
     return {
         "mtu": there.mtu,
         "up": there.up,
-        "addresses": list(there.fixed),
+        "addresses": list(there.as_added),
         "routes": routes.get(there.name, []),
+        "neighbours": neighbours.get(there.name, []),
         "master": there.master,
-        "ipv6": {each: text_of(on, f"{_IPV6}/{there.name}/{each}") for each in _SWITCHES},
+        "kernel": {"/".join(each): text_of(on, _KERNEL.format(each[0], there.name, each[1])) for each in _SETTINGS},
         "dhcp": bool(there.leased),
         "dns": networkd_says.get("DNS", ""),
         "file": networkd_says.get("NETWORK_FILE", ""),
@@ -56,11 +74,23 @@ def _routes(on: Reader) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for family in ("-4", "-6"):
         for line in on.ask("ip", "-o", family, "route", "show", "table", "all").out.splitlines():
-            words = [each for each in line.split() if each not in ("linkdown", "dead")]
-            after = dict(pairwise(words))
-            # A route with several next hops is one line with backslashes, and `ip` does not read it.
-            if after.get("proto", "") in _WRITTEN and "dev" in after and "\\" not in line and "expires" not in words:
-                found.setdefault(after["dev"], []).append(" ".join((family, *words)))
+            # The next hops are lines of their own, which `-o` joins with backslashes.
+            words = [each for each in line.replace("\\", " ").split() if each not in ("linkdown", "dead")]
+            if "nhid" in words:
+                # It names its next hop too.
+                del words[(at := words.index("nhid")) : at + 2]
+            if dict(pairwise(words)).get("proto", "") in _WRITTEN and "expires" not in words:
+                for name in {after for word, after in pairwise(words) if word == "dev"}:
+                    found.setdefault(name, []).append(" ".join((family, *words)))
+    return found
+
+
+def _neighbours(on: Reader) -> dict[str, list[str]]:
+    """Return the permanent neighbours, by interface, as words for `ip neighbour replace`."""
+    found: dict[str, list[str]] = {}
+    for each in ip.asked(on, "neighbour", "show", "nud", "permanent"):
+        if {"dst", "dev", "lladdr"} <= each.keys() and "extern_learn" not in each:
+            found.setdefault(each["dev"], []).append(f"{each['dst']} lladdr {each['lladdr']}")
     return found
 
 
@@ -76,21 +106,22 @@ def restoring(record: Mapping[str, Any], added: Mapping[str, str]) -> str:
 
     added: the address that each of our interfaces got, which is removed.
     """
-    lines = [f"{files.PROGRAM} apply", _SETTLED]
-    for name, was in record.items():
-        commands = _rule_commands(was) if name == _RULES else _commands(name, was, added.get(name))
-        lines += [f"{command} 2> /dev/null || true" for command in commands]
-    return "\n".join(lines)
+    interfaces = {name: was for name, was in record.items() if name != _RULES}
+    commands = [each for name, was in interfaces.items() for each in _commands(name, was, added.get(name))]
+    # One route may lead to the next hop of another, whatever their order.
+    commands += 2 * [f"ip {each}" for was in interfaces.values() for each in _route_commands(was)]
+    commands += _rule_commands(record.get(_RULES, ()))
+    return "\n".join([f"{files.PROGRAM} apply", _SETTLED, *(f"{each} 2> /dev/null || true" for each in commands)])
 
 
 def _commands(name: str, was: Mapping[str, Any], added: str | None) -> Iterator[str]:
     device = f"dev {shlex.quote(name)}"
-    if added and added not in was["addresses"]:
+    if added and not _among(was["addresses"], added):
         yield f"ip address del {added} {device}"
     yield f"ip link set {device} mtu {was['mtu']}"
-    for switch, value in was.get("ipv6", {}).items():
+    for setting, value in was.get("kernel", {}).items():
         if value:
-            yield f"echo {value} > {_IPV6}/{shlex.quote(name)}/{switch}"
+            yield _kernel_command(name, setting, value)
     if was.get("master"):
         yield f"ip link set {device} master {shlex.quote(was['master'])}"
     yield f"ip link set {device} {'up' if was['up'] else 'down'}"
@@ -98,9 +129,26 @@ def _commands(name: str, was: Mapping[str, Any], added: str | None) -> Iterator[
     for address in was["addresses"]:
         # The kernel has made link-local ones again by now.
         yield f"ip address {'add' if ':' in address else 'replace'} {address} {device}"
+    for neighbour in was.get("neighbours", ()):
+        yield f"ip neighbour replace {neighbour} {device} nud permanent"
+
+
+def _kernel_command(name: str, setting: str, value: str) -> str:
+    if setting == "ipv6/addr_gen_mode":
+        return f"ip link set dev {shlex.quote(name)} addrgenmode {_MODES.get(value, value)}"
+    family, _, key = setting.partition("/")
+    return f"sysctl -q -w net/{family}/conf/{shlex.quote(name)}/{key}={value}"
+
+
+def _route_commands(was: Mapping[str, Any]) -> Iterator[str]:
     for route in was.get("routes", ()):
         family, _, words = route.partition(" ")
-        yield f"ip {family} route add {words}"
+        yield f"{family} route add {words}"
+
+
+def _among(addresses: Iterable[str], wanted: str) -> bool:
+    """Return whether an address is there; earlier versions recorded only the address itself."""
+    return any(f"{each} ".startswith(f"{wanted} ") for each in addresses)
 
 
 def _rule_commands(rules: Iterable[str]) -> Iterator[str]:
@@ -127,6 +175,24 @@ def differences(record: Mapping[str, Any], on: Reader, added: Mapping[str, str],
 
 
 def _of_interface(name: str, was: Mapping[str, Any], now: Mapping[str, Any], added: str) -> Iterator[tuple[str, str]]:
+    yield from _of_link(name, was, now)
+    for address in was["addresses"]:
+        if not _among(now["addresses"], address) and (was["up"] or ":" not in address):
+            yield f"{name} lacks {address}", f"ip address add {address} dev {name}"
+    if added and _among(now["addresses"], added) and not _among(was["addresses"], added):
+        yield f"{name} still has {added}", f"ip address del {added} dev {name}"
+    for neighbour in was.get("neighbours", ()):
+        if neighbour not in now["neighbours"]:
+            yield (
+                f"{name} lacks the neighbour {neighbour}",
+                f"ip neighbour replace {neighbour} dev {name} nud permanent",
+            )
+    for route, command in zip(was.get("routes", ()), _route_commands(was), strict=True):
+        if route not in now["routes"]:
+            yield f"{name} lacks the route {route.partition(' ')[2]}", f"ip {command}"
+
+
+def _of_link(name: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     change = f"ip link set dev {name}"
     if was["mtu"] != now["mtu"]:
         yield f"{name} has MTU {now['mtu']}", f"{change} mtu {was['mtu']}"
@@ -137,15 +203,9 @@ def _of_interface(name: str, was: Mapping[str, Any], now: Mapping[str, Any], add
         )
     if was["up"] != now["up"]:
         yield f"{name} is {'up' if now['up'] else 'down'}", f"{change} {'up' if was['up'] else 'down'}"
-    for address in was["addresses"]:
-        if address not in now["addresses"] and (was["up"] or ":" not in address):
-            yield f"{name} lacks {address}", f"ip address add {address} dev {name}"
-    if added in now["addresses"] and added not in was["addresses"]:
-        yield f"{name} still has {added}", f"ip address del {added} dev {name}"
-    for route in was.get("routes", ()):
-        if route not in now["routes"]:
-            family, _, words = route.partition(" ")
-            yield f"{name} lacks the route {words}", f"ip {family} route add {words}"
+    for setting, value in was.get("kernel", {}).items():
+        if value and value != now["kernel"][setting]:
+            yield f"{name} has {setting} {now['kernel'][setting]}", _kernel_command(name, setting, value)
 
 
 def _soft(name: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
