@@ -107,7 +107,7 @@ case "$*" in
         echo update >>"$HOME/apt"
         [ "$(wc -l <"$HOME/apt")" -gt "$(cat "$HOME/held")" ] || { cat "$HOME/message" >&2; exit 100; } ;;
     *" -s "*) echo "Inst python3-venv (1 Debian [all])" ;;
-    *" install "*) rm "$HOME/no-ensurepip" ;;
+    *" install "*) [ ! -e "$HOME/not-there" ] || exit 100; rm "$HOME/no-ensurepip" ;;
 esac
 """
 _HELD = """\
@@ -223,12 +223,24 @@ def test_apt_lock_of_an_unnamed_holder_is_waited_for(machine: Machine) -> None:
     assert "held by another program; waiting" in done.stderr
 
 
-def test_apt_other_error_is_not_waited_for(machine: Machine) -> None:
-    machine.lacks_ensurepip(held=1000, message="E: Malformed entry 1 in list file /etc/apt/sources.list\n")
+WITHOUT_A_RELEASE = "E: The repository 'https://repo.example.com/x noble Release' does not have a Release file.\n"
+
+
+@pytest.mark.parametrize("message", [WITHOUT_A_RELEASE, "E: Failed to fetch https://d/InRelease  403  Forbidden\n"])
+def test_apt_source_that_fails_is_named_and_the_package_installed(machine: Machine, message: str) -> None:
+    machine.lacks_ensurepip(held=1000, message=message)
+    done = machine.run("--tool-only")
+    assert done.returncode == 0, done.stderr
+    assert message in done.stderr and "continuing with those that it has" in done.stderr
+    assert machine.lines("slept") == [], "only a lock is waited for"
+
+
+def test_apt_source_that_fails_is_named_where_the_package_cannot_be_installed(machine: Machine) -> None:
+    machine.lacks_ensurepip(held=1000, message=WITHOUT_A_RELEASE)
+    (machine.home / "not-there").touch()
     done = machine.run("--tool-only")
     assert done.returncode == 1
-    assert "Malformed entry 1" in done.stderr
-    assert machine.lines("slept") == []
+    assert WITHOUT_A_RELEASE in done.stderr and "apt could not install python3" in done.stderr
 
 
 # --- two runs at once, and Ctrl-C
