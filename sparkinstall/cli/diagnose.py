@@ -135,10 +135,11 @@ def _print_new(sighting: Match, search: Search, talk: bool, out: Console) -> Non
     """Print one failure as it appears, with its cause if that came before."""
     if not talk:
         return
-    every = judge.judge([search]).found
-    out.print(f"[dim]{time.strftime('%H:%M:%S')}[/]")
-    _show_found(next(each for each in every if each.name == sighting.signature.name), out, several=False)
-    out.file.flush()
+    for each in judge.judge([search]).found:
+        if each.name == sighting.signature.name:
+            out.print(f"[dim]{time.strftime('%H:%M:%S')}[/]")
+            _show_found(each, out, several=False)
+            out.file.flush()
 
 
 # --- text output

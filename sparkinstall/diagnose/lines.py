@@ -23,41 +23,40 @@ _DAY = 24 * 3600
 PROGRAM = r"(?:[\w.@/:()-]+\[\d+\]|kernel|systemd|sudo)"
 """What writes to the journal, as its lines name it."""
 _LEVEL = r"(?:TRACE|DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|CRITICAL|FATAL)"
-_PREFIXES = tuple(
-    re.compile(each)
-    for each in (
-        # docker compose, kubectl --prefix, containerd
-        r"(?P<who>[\w.-]+) +\| ",
-        r"(?P<who>\[pod/[^\]]+\]) ",
-        r"(?:std(?:out|err)) [FP] ",
-        # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
-        rf"\[?\d{{4}}[-/]\d\d[-/]\d\d[T ]{_TIME}(?:Z|[+-]\d\d:?\d\d)?\]? ?(?=\s*\S)"
-        rf"(?: ?[\w.-]+ (?={PROGRAM}: ))?",
-        rf"(?:[A-Z][a-z]{{2}} )?[A-Z][a-z]{{2}} [ \d]\d {_TIME}(?: \d{{4}})? [\w.-]+ (?={PROGRAM}: )",
-        # journald's program, the kernel's clock
-        r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
-        r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",
-        rf"(?P<kernel>\[(?: *\d+\.\d+|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
-        # vLLM and Ray name the process
-        r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
-        r"(?P<who>\((?:raylet|autoscaler|gcs_server)\)) ?",
-        r"(?P<who>\[rank\d+\]):? ?",
-        # loggers: of vLLM, uvicorn, Python, Ray, glog
-        rf"(?P<level>{_LEVEL}) \d\d-\d\d {_TIME} (?:\[[^\]]*:\d+\]|[\w./]+:\d+\]) ?",
-        rf"(?P<level>{_LEVEL}) [\w./]+\.py:\d+ -- ",
-        r"\[?(?P<glog>[IWEF])\d{4} [\d:.]+ +(?:\d+ )?[\w./-]+:\d+\] ",
-        rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWEC]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
-        r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
-        rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
-        rf"\[(?P<level>{_LEVEL})\] ",
-        r"level=(?P<level>\w+) (?:msg=)?",
-        r"[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
-        # NCCL
-        r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<nccl>INFO|WARN|TRACE) ",
-        r"[\w./]+:\d+ NCCL (?P<nccl>INFO|WARN) ",
-        r"NCCL (?P<nccl>INFO|WARN|TRACE) ",
-    )
+_PREFIXES = (
+    # docker compose, kubectl --prefix, containerd
+    r"(?P<who>[\w.-]+) +\| ",
+    r"(?P<who>\[pod/[^\]]+\]) ",
+    r"(?:std(?:out|err)) [FP] ",
+    # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
+    rf"\[?\d{{4}}[-/]\d\d[-/]\d\d[T ]{_TIME}(?:Z|[+-]\d\d:?\d\d)?\]? ?(?=\s*\S)"
+    rf"(?: ?[\w.-]+ (?={PROGRAM}: ))?",
+    rf"(?:[A-Z][a-z]{{2}} )?[A-Z][a-z]{{2}} [ \d]\d {_TIME}(?: \d{{4}})? [\w.-]+ (?={PROGRAM}: )",
+    # journald's program, the kernel's clock
+    r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
+    r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",
+    rf"(?P<kernel>\[(?: *\d+\.\d+|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
+    # vLLM and Ray name the process
+    r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
+    r"(?P<who>\((?:raylet|autoscaler|gcs_server)\)) ?",
+    r"(?P<who>\[rank\d+\]):? ?",
+    # loggers: of vLLM, uvicorn, Python, Ray, glog
+    rf"(?P<level>{_LEVEL}) \d\d-\d\d {_TIME} (?:\[[^\]]*:\d+\]|[\w./]+:\d+\]) ?",
+    rf"(?P<level>{_LEVEL}) [\w./]+\.py:\d+ -- ",
+    r"\[?(?P<glog>[IWEF])\d{4} [\d:.]+ +(?:\d+ )?[\w./-]+:\d+\] ",
+    rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWEC]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
+    r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
+    rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
+    rf"\[(?P<level>{_LEVEL})\] ",
+    r"level=(?P<level>\w+) (?:msg=)?",
+    r"[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
+    # NCCL
+    r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<nccl>INFO|WARN|TRACE) ",
+    r"[\w./]+:\d+ NCCL (?P<nccl>INFO|WARN) ",
+    r"NCCL (?P<nccl>INFO|WARN|TRACE) ",
 )
+# One of them, with the name of its group and its number, because a name may be used only once.
+_PREFIX = re.compile("|".join(each.replace("(?P<", f"(?P<n{at}_") for at, each in enumerate(_PREFIXES)))
 _LETTERS = {"I": "info", "W": "warning", "E": "error", "F": "error", "C": "error"}
 _LEVELS = {
     **dict.fromkeys(("trace", "debug", "info", "notice"), "info"),
@@ -74,12 +73,16 @@ KERNEL = "kernel"
 
 # Where the text of a request or of an answer begins: whatever follows are the words of a user, a tool or a model.
 _QUOTED = re.compile(
-    r"Received request \S|Generated response \S|\b(?:request|response) body\b|\bprompt(?:_token_ids)?['\"]?\s*[:=]"
+    r"[Rr]eceived request \S|[Gg]enerated response \S|\b(?:request|response) body\b"
+    r"|\bprompt(?:_token_ids)?['\"]?\s*[:=]"
     r"|\\?['\"](?:messages|content|arguments|tool_calls|prompt|input|text|reasoning(?:_content)?|query|output)\\?['\"]"
     r"\s*:\s*(?:\\?['\"]|\[|f')|\b(?:content|arguments|prompt|text)=(?:['\"]|\[)|</?(?:tool_response|tool_result|think)>"
-    r"|<\|(?:im_start|user|assistant|start)",
-    re.IGNORECASE,
+    r"|<\|(?:im_start|user|assistant|start)"
 )
+_QUOTING = (
+    "received request", "generated response", " body", "prompt", "message", "content", "argument", "tool_", "input",
+    "text", "reasoning", "query", "output", "<|", "think>",
+)  # fmt: skip
 
 
 class Line(Struct, frozen=True):
@@ -117,22 +120,31 @@ def take_apart(text: str) -> Line:
     text = _unpacked(text) if text.startswith("{") else text
     at, who, level = 0, [], ""
     for _ in range(_MOST_PREFIXES):
-        found = next((match for each in _PREFIXES if (match := each.match(text, at))), None)
+        found = _PREFIX.match(text, at)
         if found is None or found.end() == at:
             break
-        groups = found.groupdict()
-        if name := groups.get("who"):
-            who.append(name)
-        level = _level(groups) or level
-        at = found.end()
-        if groups.get("kernel"):
+        at, kind = found.end(), (found.lastgroup or "_").split("_")[1]
+        word = found[found.lastgroup] if found.lastgroup else ""
+        if kind == "kernel":
             # The rest is the kernel's own, even if it begins like the prefix of a logger ("INFO: task ...").
             who.append(KERNEL)
             break
+        if kind == "who":
+            who.append(word)
+        elif kind:
+            level = _LETTERS.get(word) or _LEVELS.get(word.lower(), "")
+            # What NCCL calls a warning is an error.
+            level = "error" if (kind, level) == ("nccl", "warning") else level
     if not level and (told := _JSON_LEVEL.search(text, 0, 400)):
         level = _LEVELS.get(told[1].lower(), "")
-    quoted = _QUOTED.search(text)
-    return Line(text, text[at:], " ".join(who), level, quoted.start() if quoted else len(text), _when(text[: at + 60]))
+    return Line(text, text[at:], " ".join(who), level, _quoted(text), _when(text, at))
+
+
+def _quoted(text: str) -> int:
+    """Return where the words of a request begin, or the length of the text."""
+    lower = text.lower() if text.isascii() else text
+    found = _QUOTED.search(lower) if any(word in lower for word in _QUOTING) else None
+    return found.start() if found else len(text)
 
 
 def _unpacked(text: str) -> str:
@@ -148,18 +160,11 @@ def _unescaped(found: re.Match[str]) -> str:
     return chr(int(letter[1:], 16)) if len(letter) > 1 else " " if letter in "nrt" else letter
 
 
-def _level(groups: dict[str, str | None]) -> str:
-    for kind in ("glog", "ray", "c10d"):
-        if letter := groups.get(kind):
-            return _LETTERS[letter]
-    if nccl := groups.get("nccl"):
-        # What NCCL calls a warning is an error.
-        return "error" if nccl == "WARN" else "info"
-    return _LEVELS.get((groups.get("level") or "").lower(), "")
-
-
-def _when(text: str) -> int | None:
-    found = _WHEN.search(text)
+def _when(text: str, at: int) -> int | None:
+    """Return the time of a line whose message begins at `at`: the program's own, not that of who passed the line on."""
+    found = None
+    for found in _WHEN.finditer(text, 0, at or 60):
+        pass
     if found is None:
         return None
     month = next((int(found[each]) for each in ("m1", "m3", "m4") if found[each]), 0)

@@ -214,7 +214,8 @@ class Search:
 
     def _weigh(self, signature: Signature | None, data: bytes, start: int, end: int, number: int) -> None:
         if signature is None:
-            if self._weighed < MOST_WEIGHED and self._current.number < number:
+            is_weighed = self._current.number == number and self._current.is_suspect
+            if self._weighed < MOST_WEIGHED and not is_weighed:
                 self._weighed += 1
                 self._begin_line(self._line(data, start, end), number, is_suspect=True)
             return
@@ -246,7 +247,8 @@ class Search:
         for signature, place, words in current.matches.values():
             if not any(self._tells_more(other, signature) for other in matches):
                 seen = self.sightings.setdefault(signature.name, Match(signature, words=words, when=self._clock))
-                seen.see(place)
+                if seen.count < MOST:
+                    seen.see(place)
                 self._enough |= seen.count >= MOST
                 self._chain(seen)
         if current.is_suspect and not matches:

@@ -8,9 +8,10 @@ from sparkinstall.diagnose.tracebacks import Role
 WORDS = (
     "rror", "ERROR", "xception", "FATAL", "Fatal", "fatal", "CRITICAL", "core dumped", "egmentation fault", "egfault",
     "panic", "NCCL WARN", "Main process exited", "Failed with result", "bort", "cannot open shared object", "what(): ",
-    "terminate called", "BUG: ", "Oops", "Unable to handle", "E: ", "command not found", "ssertion",
-    "blocked for more than", "soft lockup", "hard LOCKUP", "undefined symbol", "No such file or directory", "Killed",
-    "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error", "Illegal instruction", "mlx5_core ",
+    "terminate called", "BUG: ", "SError", "critical temp", "timeout, ", "Oops", "Unable to handle", "E: ",
+    "command not found", "ssertion", "blocked for more than", "soft lockup", "hard LOCKUP", "undefined symbol",
+    "No such file or directory", "Killed", "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error",
+    "Illegal instruction", "mlx5_core ",
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
 
@@ -42,6 +43,7 @@ _SHAPES = (
             r"[\w./+-]+: (?:not found|No such file or directory)$",
             r"E: \S",
             r"dpkg: error\b",
+            r"exec .*: exec format error$",
         ),
     ),
     (
@@ -71,6 +73,10 @@ _KERNEL = (
             "NVRM: .*(?:fail|error|fallen)",
             "Out of memory",
             ".*I/O error",
+            "EXT4-fs error",
+            ".*\\[Hardware Error\\]",
+            "SError",
+            ".*critical temperature",
             ignore_case=True,
         ),
     ),

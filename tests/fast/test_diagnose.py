@@ -19,6 +19,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparkinstall import stacks
 from sparkinstall.cli.app import VERBS
 from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
@@ -27,6 +28,7 @@ from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose.judge import Diagnosis, judge
 from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import Signature, load
+from sparkinstall.probes import known_hosts
 from sparkinstall.schema import Malformed
 from tests.support.nodes import FIXES_OF_SPARKS
 
@@ -294,6 +296,98 @@ def test_words_of_a_request_are_no_failure(prefix: str, words: str) -> None:
     assert (found.found, found.telling) == ((), ())
 
 
+# --- tracebacks, families, nodes
+
+
+def test_code_in_a_traceback_is_no_message() -> None:
+    found = diagnosed(b"""Traceback (most recent call last):
+  File "x.py", line 1, in f
+    raise OSError("No space left on device")
+  File "y.py", line 2, in g
+    g.check("torch.OutOfMemoryError: CUDA out of memory")
+acme.WidgetError: upside down
+""")
+    assert (found.found, [each.line for each in found.telling]) == ((), [6])
+
+
+def test_chained_exceptions_are_followed_to_the_first() -> None:
+    found = diagnosed(b"""(EngineCore pid=5) Traceback (most recent call last):
+(EngineCore pid=5)   File "x.py", line 1, in f
+(EngineCore pid=5) OSError: [Errno 28] No space left on device
+(Worker_TP1 pid=6) Traceback (most recent call last):
+(EngineCore pid=5)
+(EngineCore pid=5) During handling of the above exception, another exception occurred:
+(EngineCore pid=5)
+(EngineCore pid=5) Traceback (most recent call last):
+(EngineCore pid=5)   File "y.py", line 2, in g
+(EngineCore pid=5) PermissionError: [Errno 13] Permission denied: '/tmp/x'
+""")
+    assert causes(found) == ["disk-full"]
+    assert [(each.name, each.explained_by) for each in found.consequences] == [("permission-denied", ("disk-full",))]
+
+
+def test_traceback_tells_kinds_of_a_failure_apart() -> None:
+    def crashed_in(file: str) -> list[str]:
+        frames = f'Traceback (most recent call last):\n  File "{file}", line 1, in f\n    f()\n'
+        error = "RuntimeError: CUDA error: no kernel image is available for execution on the device\n"
+        return causes(diagnosed(f"{frames}{error}".encode()))
+
+    assert crashed_in("/env/torch/nn/functional.py") == ["no-kernel-for-this-gpu"]
+    assert crashed_in("/env/flashinfer/gemm.py") == ["no-kernel-in-a-backend"]
+
+
+def test_family_yields_to_its_kind_on_a_line_and_follows_from_it_on_another() -> None:
+    kind, family = example("nvcc-too-old"), example("compiling-failed")
+    assert [each.name for each in diagnosed(kind).found] == ["nvcc-too-old"]
+    found = diagnosed(family + kind)
+    assert causes(found) == ["nvcc-too-old"]
+    assert [(each.name, each.explained_by) for each in found.consequences] == [("compiling-failed", ("nvcc-too-old",))]
+
+
+def test_earliest_failure_of_several_nodes_is_the_cause() -> None:
+    def at(time_of_day: str, error: str) -> bytes:
+        return f"(Worker pid=1) ERROR 10-02 {time_of_day} [x.py:1] {error}\n".encode()
+
+    full, crashed = "OSError: No space left on device", "RuntimeError: CUDA error: misaligned address"
+    assert causes(diagnosed(at("09:10:00", full), at("09:00:00", crashed))) == ["gpu-kernel-crashed"]
+    assert causes(diagnosed(at("09:00:00", full), at("09:10:00", crashed))) == ["disk-full"]
+    assert causes(diagnosed(at("09:00:00", full), at("12:00:00", crashed))) == ["disk-full", "gpu-kernel-crashed"]
+
+
+def test_failure_that_needs_several_lines_is_none_with_fewer() -> None:
+    line = example("ranks-hang").splitlines(keepends=True)[0]
+    assert diagnosed(line * 3).found == ()
+    assert causes(diagnosed(line * 4)) == ["ranks-hang"]
+
+
+def test_hint_has_the_numbers_of_the_line() -> None:
+    line = (
+        b"ValueError: Free memory on device cuda:0 (104.10/121.69 GiB) on startup is less than desired GPU memory "
+        b"utilization (0.90, 109.52 GiB)."
+    )
+    (cause,) = diagnosed(line).causes
+    assert cause.why.startswith("5.42 GiB are missing: 104.10 of 121.69 GiB are available")
+    assert "at most 0.85:" in cause.hint
+
+
+def test_every_rule_for_the_kernels_log_is_known() -> None:
+    rules = [rule for rule in known_hosts.rules() if rule.looks == "kernel_log"]
+    assert len(rules) >= 5
+    for rule in rules:
+        bad = [case for case in HOST_CASES if case["rule"] == rule.name and case["verdict"] in ("warn", "fail")]
+        for case in (case for case in bad if case.get("kernel")):
+            log = "".join(f"Oct 02 03:00:00 node-a kernel: {line}\n" for line in case["kernel"]).encode()
+            names = {each.name for each in diagnosed(log).found}
+            assert names & {each.name for each in KNOWN if rule.name in (each.name, each.family)}, case
+
+
+def test_hints_name_stacks_that_are_shipped() -> None:
+    assert mentioned(r"--stack ([\d.]+)") <= set(stacks.names())
+    for each in KNOWN:
+        versions = re.findall(r"(?<![\d.])0\.\d\d\.\d+", each.hint)
+        assert all(version in (*stacks.names(), "0.16.0", "0.17.1") for version in versions), each.name
+
+
 # --- lines
 
 
@@ -389,13 +483,15 @@ def test_log_of_arbitrary_bytes_is_read(data: bytes) -> None:
     assert search.lines == data.count(b"\n") + bool(data and not data.endswith(b"\n"))
 
 
-def test_endless_line_uses_limited_memory() -> None:
+def test_line_of_300_megabytes_uses_limited_memory() -> None:
     search = Search(KNOWN, "x")
-    for _ in range(64):
+    for _ in range(300):
         search.feed(b"0123456789abcdef" * 65536)
         assert len(search._waiting) <= log_search.LONG
+    search.feed(b" " + example("oom-killer"))
     search.end()
-    assert (search.lines, search.bytes) == (1, 64 << 20)
+    assert (search.lines, search.bytes >> 20) == (1, 300)
+    assert list(search.sightings) == ["oom-killer"]
 
 
 # --- the command
