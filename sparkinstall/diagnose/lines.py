@@ -162,9 +162,7 @@ def _unescaped(found: re.Match[str]) -> str:
 
 def _when(text: str, at: int) -> int | None:
     """Return the time of a line whose message begins at `at`: the program's own, not that of who passed the line on."""
-    found = None
-    for found in _WHEN.finditer(text, 0, at or 60):
-        pass
+    found = max(_WHEN.finditer(text, 0, at or 60), key=lambda each: each.start(), default=None)
     if found is None:
         return None
     month = next((int(found[each]) for each in ("m1", "m3", "m4") if found[each]), 0)
