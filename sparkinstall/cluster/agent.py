@@ -102,9 +102,11 @@ def reach(session: Session, addresses: Sequence[str]) -> Reply[Reached]:
         waiting = {each: why for each in waiting if (why := _unreached(session.system, each, mtu))}
         if not waiting:
             break
-    hint = f"check the cable, and `ip -br address` on both nodes{qsfp.if_crossed(session.system, session.node)}"
     reached = Reached(tuple(each for each in addresses if each not in waiting))
-    return Reply(int(bool(waiting)), reached, [Problem(why, hint=hint) for why in waiting.values()])
+    if not waiting:
+        return Reply(0, reached)
+    hint = f"check the cable, and `ip -br address` on both nodes{qsfp.if_crossed(session.system, session.node)}"
+    return Reply(1, reached, [Problem(why, hint=hint) for why in waiting.values()])
 
 
 def _unreached(on: Reader, address: str, mtu: int) -> str:

@@ -2,14 +2,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from sparkinstall import config
+from sparkinstall.cluster import agent
 from sparkinstall.config import Layer
-from sparkinstall.facts import qsfp
+from sparkinstall.core.session import Session
+from sparkinstall.facts import ip, qsfp
 from sparkinstall.facts.qsfp import LinkProblem, Port
 from sparkinstall.node import Node
+from sparkinstall.probes import link
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.stacks import DEFAULT, load
 from sparkinstall.system import Reader
@@ -118,3 +123,22 @@ def test_unused_cable_to_the_lan_is_none(two_cables: Sysfs) -> None:
         node = of_a_cluster("head", workers)
         assert qsfp.used_port(reader(two_cables), node).number == 0
         assert qsfp.unused_cable(reader(two_cables), node) == ""
+
+
+@pytest.mark.parametrize("crossed", [True, False])
+def test_node_that_does_not_answer_may_have_crossed_cables(
+    two_cables: Sysfs, monkeypatch: pytest.MonkeyPatch, crossed: bool
+) -> None:
+    for name in HALVES[1]:
+        (two_cables.root / f"sys/class/net/{name}/carrier").write_text(f"{int(crossed)}\n")
+    for module in (agent, link):
+        monkeypatch.setattr(module, "pings", lambda *_, **__: False)
+    monkeypatch.setattr(agent, "_TRIES", 1)
+    node, on = of_a_cluster("head", 1), reader(two_cables)
+    session = cast(Session, SimpleNamespace(node=node, system=on))
+    reply = agent.reach(session, ["192.168.100.11"])
+    monkeypatch.setattr(ip, "live", lambda _: {})
+    (peers,) = [each for each in link.probes(node) if each.name == "peers"]
+    hints = [*(problem.hint for problem in reply.problems), peers.look(on).hint]
+    assert reply.code == 1 and len(hints) == 2
+    assert all(("of two cables" in hint and "--interface" in hint) is crossed for hint in hints)
