@@ -415,10 +415,15 @@ def _links(addresses: Sequence[str]) -> str:
 @generates("failures")
 def _failures(_: str) -> str:
     rows = (
-        [code(each.name), each.title + (" (a warning)" if each.is_warning else ""), str(each.fix or "")]
+        [
+            code(each.name),
+            each.title + (" (a warning)" if each.is_warning else ""),
+            code(each.family) if each.family else "",
+            str(each.fix or ""),
+        ]
         for each in signatures.load()
     )
-    return table("", ["failure", "what it is", "fix"], rows)
+    return table("", ["failure", "what it is", "a kind of", "fix"], rows)
 
 
 @generates("number of failures")

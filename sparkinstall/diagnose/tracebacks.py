@@ -13,6 +13,8 @@ BEGINNINGS = ("Traceback (most recent call last)", ", line ", "During handling o
 _HEAD = "Traceback (most recent call last)"
 _FILE = re.compile(r'\s*File "[^"]*", line \d+')
 _CHAIN = ("During handling of the above exception", "The above exception was the direct cause")
+# Python's word for an exception that changed nothing, usually while it ends.
+_IGNORED = "Exception ignored in"
 _BETWEEN = re.compile(r"\s*$|\s{2}|[\^~]+$|\.\.\.<|\[Previous line repeated|[|+] ")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?::(?: |$)|$)")
 _MOST_FRAMES = 120
@@ -39,6 +41,7 @@ class _Process(Struct):
     frames: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_FRAMES))
     is_open: bool = False
     is_chained: bool = False
+    is_ignored: bool = False
     first: int = 0
     lines: int = 0
 
@@ -59,6 +62,9 @@ class Tracebacks:
         """Take the next line of the log."""
         key, message = (line.who, line.level), line.message
         process = self._processes.get(key)
+        if message.startswith(_IGNORED):
+            self._begin(key).is_ignored = True
+            return _FRAME
         if _HEAD in message:
             self._begin(key)
             return _FRAME if message.lstrip().startswith(_HEAD) else _PLAIN
@@ -95,4 +101,7 @@ class Tracebacks:
     def _end(self, process: _Process, number: int) -> Role:
         process.is_open, process.first = False, process.first or number
         self._open -= 1
+        if process.is_ignored:
+            process.is_ignored = False
+            return _FRAME
         return Role("exception", "\n".join(process.frames), process.first)

@@ -326,6 +326,15 @@ def test_chained_exceptions_are_followed_to_the_first() -> None:
     assert [(each.name, each.explained_by) for each in found.consequences] == [("permission-denied", ("disk-full",))]
 
 
+def test_exception_that_python_ignores_is_not_suspicious() -> None:
+    found = diagnosed(b"""Exception ignored in: <function Socket.__del__ at 0x7f0>
+Traceback (most recent call last):
+  File "x.py", line 1, in __del__
+acme.SocketError: not a socket
+""")
+    assert (found.found, found.telling) == ((), ())
+
+
 def test_traceback_tells_kinds_of_a_failure_apart() -> None:
     def crashed_in(file: str) -> list[str]:
         frames = f'Traceback (most recent call last):\n  File "{file}", line 1, in f\n    f()\n'
