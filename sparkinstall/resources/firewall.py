@@ -28,6 +28,8 @@ UNDO = "nftables"
 """The kind of undo record that `delete_table` handles."""
 
 _NAME = " ".join(TABLE)
+_IN_KERNEL = "/sys/module/nf_tables"
+"""Exists if the kernel may have tables."""
 _SSHD = "/usr/sbin/sshd"
 _PORT_SETTING = re.compile(r"^port (\d+)$", re.MULTILINE)
 _LISTENING = re.compile(r":(\d+)\s+\S+\s+users:.*\"(?:sshd|dropbear)\"")
@@ -266,9 +268,14 @@ def delete_table(records: Sequence[Undo], on: System) -> Undone:
     """Delete the table and cancel a pending rollback.
 
     Raises:
-        Problem: it needs root.
+        Problem: it needs root, or nft is no longer installed while the kernel may have the table.
     """
     rollback.drop(on, TIMER)
+    if on.entry(NFT) is None and on.entry(_IN_KERNEL):
+        raise Problem(
+            f"whether the table {_NAME} is still loaded cannot be told: nft is no longer installed",
+            hint="install it (`sudo apt-get install nftables`), and run `sparkinstall uninstall` again",
+        )
     if on.entry(NFT) is None or not live_table(on):
         return Undone(records[0].subject, "nothing")
     answer = on.try_run(NFT, "delete", "table", *TABLE, root=True)

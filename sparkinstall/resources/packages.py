@@ -200,7 +200,11 @@ def purge(records: Sequence[Undo], on: System) -> Undone:
 
     Raises:
         CommandFailed: apt refuses.
+        Problem: dpkg's status file is not there, or empty.
     """
+    if not any(_packages(on)):
+        hint = "restore it (dpkg keeps copies in /var/backups), then run the same command again"
+        raise Problem(f"{STATUS} names no package, so which are installed cannot be told", hint=hint)
     names = {name for undo in records for name in undo.after["packages"]}
     if _unfinished(on) or names & _present(on) - installed(on):
         _configure(on)

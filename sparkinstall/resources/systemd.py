@@ -199,7 +199,14 @@ class Service(Struct, frozen=True):
 
 
 def _standing(on: Reader, name: str) -> dict[str, Any]:
+    """Return whether a unit is enabled and runs.
+
+    Raises:
+        Problem: systemd does not answer, which says nothing about the unit.
+    """
     now = show(on, name, *_PROPERTIES)
+    if not now["ActiveState"]:
+        raise Problem(f"systemd does not answer about {name}", hint=f"see `systemctl status {name}`, then run again")
     return {"enabled": now["UnitFileState"] == "enabled", "active": now["ActiveState"] in _RUNNING}
 
 

@@ -309,6 +309,27 @@ def test_undo_nftables_deletes_the_table() -> None:
     assert undone.outcome == "removed" and on.changed == ["/usr/sbin/nft delete table inet sparkinstall"]
 
 
+CANNOT_TELL = {
+    "service": ("vllm.service", {}, "systemd does not answer about vllm.service"),
+    "nftables": ("inet sparkinstall", {"/sys/module/nf_tables/refcnt": b""}, "nft is no longer installed"),
+    "packages": ("apt", {}, "names no package"),
+}
+
+
+@pytest.mark.parametrize(("kind", "subject", "files", "why"), [(each, *CANNOT_TELL[each]) for each in CANNOT_TELL])
+def test_undo_that_cannot_see_the_change_fails(kind: str, subject: str, files: dict[str, bytes], why: str) -> None:
+    """The record stays in the journal: a change that cannot be seen may still be there."""
+    on = RecordingSystem(files)
+    with pytest.raises(Problem, match=why) as found:
+        UNDO_FUNCTIONS[kind]([Undo(kind, subject, {}, {"packages": ["gcc"]})], on)
+    assert found.value.hint and not on.changed
+
+
+def test_undo_nftables_in_a_kernel_without_tables_has_nothing_to_do() -> None:
+    undone = UNDO_FUNCTIONS["nftables"]([Undo("nftables", "inet sparkinstall", {}, {})], RecordingSystem())
+    assert undone.outcome == "nothing"
+
+
 def test_undo_netplan_applies_the_restored_files_or_fails() -> None:
     before = {"enp1s0f0np0": {"mtu": 1500, "up": False, "addresses": []}}
     record = Undo("netplan", "the QSFP link", before, {"enp1s0f0np0": "192.168.100.10/24"})
