@@ -54,7 +54,7 @@ SETTINGS = {
     "IPv6 neighbour": "ip neighbour replace 2001:db8::7 lladdr 02:00:00:00:00:07 dev {name} nud permanent",
     "router announcements": "echo 2 > /proc/sys/net/ipv6/conf/{name}/accept_ra",
     "privacy": "echo 2 > /proc/sys/net/ipv6/conf/{name}/use_tempaddr",
-    "reverse path": "echo 2 > /proc/sys/net/ipv4/conf/{name}/rp_filter",
+    "secondary addresses": "echo 1 > /proc/sys/net/ipv4/conf/{name}/promote_secondaries",
     "no IPv6": "echo 1 > /proc/sys/net/ipv6/conf/{name}/disable_ipv6",
 }
 # What networkd does to an interface that it configures again; `all` at once is a renderer that does not run.
@@ -69,8 +69,8 @@ DAMAGE = {
     "rules": "ip rule del pref 50 2> /dev/null || true; ip -6 rule del from 2001:db8::/32 2> /dev/null || true",
     "up": "ip link set {name} up",
     "neighbours": "ip neighbour flush nud permanent dev {name}",
-    "kernel": "for each in ipv6/conf/{name}/accept_ra ipv6/conf/{name}/use_tempaddr ipv4/conf/{name}/rp_filter; do"
-    " echo 0 > /proc/sys/net/$each; done",
+    "kernel": "cd /proc/sys/net; for each in ipv6/conf/{name}/accept_ra ipv6/conf/{name}/use_tempaddr"
+    " ipv4/conf/{name}/promote_secondaries; do echo 0 > $each; done",
 }
 
 
@@ -125,7 +125,7 @@ def test_record_of_any_state_is_restored_after_any_damage(
         ("neighbour", "neighbours", "lacks the neighbour 10.1.1.7 lladdr 02:00:00:00:00:07"),
         ("IPv6 neighbour", "neighbours", "lacks the neighbour 2001:db8::7 lladdr 02:00:00:00:00:07"),
         ("router announcements", "kernel", "has ipv6/accept_ra 0 (`sudo sysctl -q -w net/ipv6/conf/enP7s7/accept_ra=2"),
-        ("reverse path", "kernel", "has ipv4/rp_filter 0"),
+        ("secondary addresses", "kernel", "has ipv4/promote_secondaries 0"),
         ("address", "link", "is down (`sudo ip link set dev enP7s7 up`)"),
     ],
 )
@@ -179,3 +179,11 @@ def test_record_that_cannot_be_taken_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(Problem, match="the network cannot be read") as found:
         record.taken(Unreadable(tmp_path), [LAN])
     assert "Too many open files" in found.value.cause
+
+
+def test_record_leaves_alone_what_other_programs_switch_for_all_interfaces(node: Namespace) -> None:
+    """Docker, for one, lets the kernel forward packets."""
+    taken = record.taken(node, [FIRST, LAN])
+    node.shell("echo 1 > /proc/sys/net/ipv4/ip_forward", "echo 1 > /proc/sys/net/ipv6/conf/all/forwarding")
+    assert record.differences(taken, node, {}) == []
+    assert "forwarding" not in record.restoring(taken, {})

@@ -16,12 +16,11 @@ _WRITTEN = ("", "static", "boot")
 """Who adds routes that a person or a file names; those of others (kernel, dhcp, ra, a daemon) return by themselves."""
 _KERNEL = "/proc/sys/net/{}/conf/{}/{}"
 _SETTINGS = (
-    *(("ipv4", each) for each in ("accept_local", "forwarding", "promote_secondaries", "proxy_arp")),
-    *(("ipv4", each) for each in ("proxy_arp_pvlan", "route_localnet", "rp_filter")),
-    *(("ipv6", each) for each in ("accept_ra", "addr_gen_mode", "dad_transmits", "disable_ipv6", "forwarding")),
-    *(("ipv6", each) for each in ("proxy_ndp", "use_tempaddr")),
+    ("ipv4", "promote_secondaries"),
+    *(("ipv6", each) for each in ("accept_ra", "addr_gen_mode", "disable_ipv6", "use_tempaddr")),
 )
-"""The kernel's settings of an interface that networkd writes, except those that a router announces (`hop_limit`)."""
+"""The kernel's settings that networkd writes for each of its interfaces, whatever its files say. Others, such as
+`forwarding`, it writes only if a file says so, and other programs change them at any time."""
 _MODES = {"0": "eui64", "1": "none", "2": "stable_secret", "3": "random"}
 """The values of `addr_gen_mode` as words for `ip`, which can set it where `/proc/sys` is read-only."""
 _RULES = ""
