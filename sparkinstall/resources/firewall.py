@@ -273,7 +273,7 @@ def delete_table(records: Sequence[Undo], on: System) -> Undone:
     rollback.drop(on, TIMER)
     if on.entry(NFT) is None and on.entry(_IN_KERNEL):
         raise Problem(
-            f"whether the table {_NAME} is still loaded cannot be told: nft is no longer installed",
+            f"it is unknown whether the table {_NAME} is still loaded: nft is no longer installed",
             hint="install it (`sudo apt-get install nftables`), and run `sparkinstall uninstall` again",
         )
     if on.entry(NFT) is None or not live_table(on):

@@ -204,7 +204,7 @@ def purge(records: Sequence[Undo], on: System) -> Undone:
     """
     if not any(_packages(on)):
         hint = "restore it (dpkg keeps copies in /var/backups), then run the same command again"
-        raise Problem(f"{STATUS} names no package, so which are installed cannot be told", hint=hint)
+        raise Problem(f"it is unknown which packages are installed: {STATUS} names none", hint=hint)
     names = {name for undo in records for name in undo.after["packages"]}
     if _unfinished(on) or names & _present(on) - installed(on):
         _configure(on)

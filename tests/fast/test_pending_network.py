@@ -183,8 +183,44 @@ def absent_interface(on: LiveNode) -> None:
     on.generated()
 
 
+SERVERS_AND_RULES = f"""\
+[Match]
+Name={LAN}
+[Network]
+Address=198.51.100.11/24
+Address=2001:db8::11/64
+Gateway=198.51.100.254
+DNS=198.51.100.254 2001:DB8::53
+DNS=9.9.9.9#dns.example
+[RoutingPolicyRule]
+From=10.0.0.7
+To=192.0.2.9/24
+[RoutingPolicyRule]
+From=2001:DB8::/32
+To=::/0
+"""
+
+
+def servers_and_rules(on: LiveNode) -> None:
+    path = "etc/systemd/network/05-lan.network"
+    on.put(path, SERVERS_AND_RULES)
+    on.configured_by(LAN, f"/{path}", "DNS=198.51.100.254 2001:db8::53 9.9.9.9#dns.example")
+    on.rules = {
+        "-4": "0:\tfrom all lookup local\n32765:\tfrom 10.0.0.7 to 192.0.2.0/24 lookup 7 proto static\n",
+        "-6": "32765:\tfrom 2001:db8::/32 lookup 7 proto static\n",
+    }
+
+
+@pytest.mark.parametrize("word", ["10.0.0.7", "192.0.2.0/24", "2001:db8::/32"])
+def test_network_with_a_rule_that_is_not_live_is_refused(node: LiveNode, word: str) -> None:
+    servers_and_rules(node)
+    node.rules = {family: lines.replace(word, "203.0.113.0/28") for family, lines in node.rules.items()}
+    refused(node, "lacks the rule", word)
+
+
 QUIET: dict[str, Callable[[LiveNode], None]] = {
     "containers": lambda on: on.interface("docker0", "172.17.0.1/16"),
+    "name servers and rules": servers_and_rules,
     "a tunnel": lambda on: on.route("100.64.0.0/10", "tailscale0"),
     "a lease": leased,
     "a lease for ever": leased_for_ever,

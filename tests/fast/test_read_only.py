@@ -312,7 +312,7 @@ def test_undo_nftables_deletes_the_table() -> None:
 CANNOT_TELL = {
     "service": ("vllm.service", {}, "systemd does not answer about vllm.service"),
     "nftables": ("inet sparkinstall", {"/sys/module/nf_tables/refcnt": b""}, "nft is no longer installed"),
-    "packages": ("apt", {}, "names no package"),
+    "packages": ("apt", {}, "it is unknown which packages are installed"),
 }
 
 

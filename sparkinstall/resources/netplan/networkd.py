@@ -74,6 +74,23 @@ class Settings(Struct, frozen=True):
             if _is_address(each.partition(",")[0])
         }
 
+    @property
+    def name_servers(self) -> set[str]:
+        """The name servers that it gives, but those with a port or a host name."""
+        said = [each for line in self.all("Network.DNS") for each in line.split()]
+        return {str(ip_interface(each).ip) for each in said if _is_address(each)}
+
+    @property
+    def rules(self) -> set[str]:
+        """The addresses of its routing rules, as `ip rule` shows them, such as `from 10.0.0.0/8`."""
+        said = [(word, each) for word in ("From", "To") for each in self.all(f"RoutingPolicyRule.{word}")]
+        networks = [(word, ip_network(each, strict=False)) for word, each in said if _is_address(each)]
+        return {
+            f"{word.lower()} {each if each.num_addresses > 1 else each.network_address}"
+            for word, each in networks
+            if each.prefixlen
+        }
+
 
 def _meets(patterns: str, values: Sequence[str]) -> bool:
     found = any(

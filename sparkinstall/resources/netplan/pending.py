@@ -200,16 +200,13 @@ class _Edits(Struct, frozen=True):
             if not said.leases:
                 yield f"has the address {address} from DHCP"
         servers = networkd.state_of(self.on, there).get("DNS", "").split()
-        yield from (f"lacks the name server {each}" for each in said.all("Network.DNS") if each not in servers)
-        yield from self._rule_differences(said)
+        yield from (f"lacks the name server {each}" for each in sorted(said.name_servers - set(servers)))
+        rules = [f"{line} " for family in ("-4", "-6") for line in self._rules(family)]
+        yield from (f"lacks the rule {each}" for each in sorted(said.rules) if not any(f"{each} " in r for r in rules))
         yield from _route_differences(said, routes)
 
-    def _rule_differences(self, said: Settings) -> Iterator[str]:
-        rules = [line for family in ("-4", "-6") for line in self.on.ask("ip", family, "rule", "show").out.splitlines()]
-        for key, word in (("From", "from"), ("To", "to")):
-            for each in said.all(f"RoutingPolicyRule.{key}"):
-                if not any(f"{word} {each.removesuffix('/32').removesuffix('/128')} " in f"{line} " for line in rules):
-                    yield f"lacks the rule {word} {each}"
+    def _rules(self, family: str) -> list[str]:
+        return self.on.ask("ip", family, "rule", "show").out.splitlines()
 
     def _matches(self, settings: Settings, name: str, unknown: bool = False) -> bool:
         return settings.matches(self.theirs[name], driver_of(self.on, name), unknown)
