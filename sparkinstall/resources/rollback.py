@@ -26,7 +26,7 @@ _FIRED = 9
 
 
 class RolledBack(Problem):
-    """The confirmation came too late: the change was rolled back."""
+    """The confirmation came too late: the rollback timer has run."""
 
     code = "rolled-back"
 
@@ -83,14 +83,14 @@ def disarm(on: System, name: str) -> None:
     """Confirm `name`: the change stays.
 
     Raises:
-        RolledBack: too late, the former state was restored.
+        RolledBack: too late, the rollback timer has run.
         Problem: the timer could not be stopped.
     """
     answer = on.try_run(*_words("confirm", name), root=True)
     if answer.code == _FIRED:
         raise RolledBack(
-            f"the {name} change was rolled back: it was not confirmed in time",
-            hint="raise `network.rollback_seconds` in the config, then run the same command again",
+            f"the {name} change was not confirmed in time: its rollback timer has run",
+            hint="raise `network.rollback_seconds` in the config, then run the same command: it shows what is live",
         )
     if not answer.ok:
         what = f"the rollback timer of the {name} could not be stopped"
@@ -101,7 +101,7 @@ def drop(on: System, name: str) -> None:
     """Cancel the pending rollback `name` and remove its files.
 
     Raises:
-        RolledBack: too late, the former state was restored.
+        RolledBack: too late, the rollback timer has run.
         Problem: the timer could not be stopped.
     """
     if armed(on, name):

@@ -272,7 +272,7 @@ def test_firewall_that_was_rolled_back_is_compared_with_the_former_rules(
 
     def expired(*_: object) -> None:
         loaded(now)
-        raise rollback.RolledBack("the firewall change was rolled back: it was not confirmed in time")
+        raise rollback.RolledBack("the firewall change was not confirmed in time: its rollback timer has run")
 
     def fire(*_: object) -> bool:
         loaded(now)

@@ -502,7 +502,7 @@ def test_network_confirmed_too_late_says_what_is_live(tmp_path: Path, monkeypatc
     node = Changing(tmp_path / "spark")
 
     def too_late(*_: object) -> None:
-        raise rollback.RolledBack("the network change was rolled back: it was not confirmed in time")
+        raise rollback.RolledBack("the network change was not confirmed in time: its rollback timer has run")
 
     monkeypatch.setattr(record, "_PATIENCE", 0)
     monkeypatch.setattr(qsfp, "used_port", lambda *_: None)
