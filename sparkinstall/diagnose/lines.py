@@ -28,6 +28,8 @@ _PREFIXES = (
     r"(?P<who>[\w.-]+) +\| ",
     r"(?P<who>\[pod/[^\]]+\]) ",
     r"(?:std(?:out|err)) [FP] ",
+    # Ray's own logger
+    rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWEC]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
     # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
     rf"\[?\d{{4}}[-/]\d\d[-/]\d\d[T ]{_TIME}(?:Z|[+-]\d\d:?\d\d)?\]? ?(?=\s*\S)"
     rf"(?: ?[\w.-]+ (?={PROGRAM}: ))?",
@@ -44,7 +46,6 @@ _PREFIXES = (
     rf"(?P<level>{_LEVEL}) \d\d-\d\d {_TIME} (?:\[[^\]]*:\d+\]|[\w./]+:\d+\]) ?",
     rf"(?P<level>{_LEVEL}) [\w./]+\.py:\d+ -- ",
     r"\[?(?P<glog>[IWEF])\d{4} [\d:.]+ +(?:\d+ )?[\w./-]+:\d+\] ",
-    rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWEC]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
     r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
     rf"\[(?P<level>{_LEVEL})\] ",
@@ -152,7 +153,7 @@ def _unpacked(text: str) -> str:
     found = _DOCKER.match(text)
     if found is None:
         return text
-    return _plain(_ESCAPED.sub(_unescaped, found[1]))
+    return _plain(_ESCAPED.sub(_unescaped, found[1])).rstrip()
 
 
 def _unescaped(found: re.Match[str]) -> str:

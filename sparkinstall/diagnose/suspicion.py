@@ -11,7 +11,7 @@ WORDS = (
     "terminate called", "BUG: ", "SError", "critical temp", "timeout, ", "Oops", "Unable to handle", "E: ",
     "command not found", "ssertion", "blocked for more than", "soft lockup", "hard LOCKUP", "undefined symbol",
     "No such file or directory", "Killed", "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error",
-    "Illegal instruction", "mlx5_core ",
+    "Illegal instruction", "mlx5_core ", " is required", "DPC: ",
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
 
@@ -40,8 +40,9 @@ _SHAPES = (
             r"Assertion error\b",
             # of a shell, apt and dpkg
             r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$",
-            r"[\w./+-]+: (?:not found|No such file or directory)$",
+            r"(?:[\w./+-]+: )+(?:not found|No such file or directory)$",
             r"E: \S",
+            r"sudo: a (?:password|terminal) is required",
             r"dpkg: error\b",
             r"exec .*: exec format error$",
         ),
@@ -49,7 +50,7 @@ _SHAPES = (
     (
         SOME,
         _any(
-            r"(?:[\w./+()-]+(?:[:(][\d:,]+\)?)?:? )?(?:[Ee]rror|ERROR)(?: \w+)?: \S",
+            r"(?:[\w./+()-]+(?:[:(][\d:,]+\)?)?:? )?(?:[Ee]rror|ERROR)(?: [\w ]{1,40})?: \S",
             r"nvcc +error",
             r".*\*\*\* \[.*\] Error \d",
             r".*(?:Main process exited|Failed with result|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
@@ -85,6 +86,7 @@ _KERNEL = (
         _any(
             "mlx5_core .*(?:timed? ?out|error|fail|health)",
             ".*\\bAER: .*(?:Fatal|Uncorrect)",
+            ".*\\bDPC: containment",
             ".*nvme\\S* .*timeout",
             ignore_case=True,
         ),
@@ -100,9 +102,9 @@ _HANDLED = _any(
 )
 # Programs of the desktop and the system that have no part in this.
 _OTHERS = _any(
-    r"^(?:sshd|avahi-daemon|gnome-\S+|gdm\S*|gsd-\S+|dbus-\S+|NetworkManager|snapd|pipewire|wireplumber|pulseaudio|cups\S*)\[",
-    r"^(?:polkitd|tracker-\S+|systemd-\w+|rtkit-daemon|wpa_supplicant|bluetoothd|packagekitd|PackageKit|fwupd|chronyd)\[",
-    r"^(?:cron|CRON|thermald|udisksd|upowerd|ModemManager|colord|xdg-\S+|evolution-\S+|firefox\S*|chrome|Xorg|xrdp\S*)\[",
+    r"(?<!\S)(?:sshd|avahi-daemon|gnome-\S+|gdm\S*|gsd-\S+|dbus-\S+|NetworkManager|snapd|pipewire|wireplumber|pulseaudio|cups\S*)\[",
+    r"(?<!\S)(?:polkitd|tracker-\S+|systemd-\w+|rtkit-daemon|wpa_supplicant|bluetoothd|packagekitd|PackageKit|fwupd|chronyd)\[",
+    r"(?<!\S)(?:cron|CRON|thermald|udisksd|upowerd|ModemManager|colord|xdg-\S+|evolution-\S+|firefox\S*|chrome|Xorg|xrdp\S*)\[",
 )
 
 
