@@ -28,7 +28,20 @@ class _Below:
         return f"{layout.prefix}/{self._path}"
 
 
-class Layout(Struct, frozen=True):
+class _InVenv(_Below):
+    """An attribute of `Layout`: this path in the environment."""
+
+    def __get__(self, layout: Layout, _: type[Layout]) -> str:
+        return f"{layout.venv}/{self._path}"
+
+
+class _Environment(Struct, frozen=True, kw_only=True):
+    """`venv_name`: the environment below the prefix. `venv` is a link to the one in use, in the folder `venvs`."""
+
+    venv_name: str = "venv"
+
+
+class Layout(_Environment, frozen=True):
     """All paths are node paths: absolute, below `prefix`. `platform` is the architecture of the wheels."""
 
     config: Config
@@ -46,15 +59,21 @@ class Layout(Struct, frozen=True):
 
     # --- the environment
 
-    venv = _Below("venv")
-    python = _Below("venv/bin/python")
-    venv_stamp = _Below("venv/sparkinstall.json")
+    venvs = _Below("venvs")
+    """The folder of all environments, each at its final place: scripts in it have absolute paths."""
+
+    @property
+    def venv(self) -> str:
+        return f"{self.prefix}/{self.venv_name}"
+
+    python = _InVenv("bin/python")
+    venv_stamp = _InVenv("sparkinstall.json")
     """Describes the installed environment; written last when it is created."""
-    venv_lock = _Below("venv/sparkinstall.lock")
+    venv_lock = _InVenv("sparkinstall.lock")
     """The complete lock that the environment was made from."""
-    installed_lock = _Below("venv/installed.lock")
+    installed_lock = _InVenv("installed.lock")
     """The installed part of the lock: in a rehearsal only vLLM."""
-    wheel_exceptions = _Below("venv/not-as-recorded.csv")
+    wheel_exceptions = _InVenv("not-as-recorded.csv")
     """Rows in RECORD format for files that a wheel's RECORD lists wrongly."""
 
     @property

@@ -38,6 +38,11 @@ HowFar = Annotated[
 ]
 Measure = Annotated[bool, choice("--measure", help="Include probes that keep the GPU or the link busy.")]
 
+KeepOld = Annotated[
+    bool | None,
+    choice("--keep-old/--no-keep-old", help="Keep the former environment after a switch to another stack."),
+]
+
 Yes = Annotated[bool, output("--yes", "-y", help="Do not ask for confirmation.")]
 Json = Annotated[bool, output("--json", help="Print one JSON object on stdout (docs/json.md).")]
 Verbose = Annotated[bool, output("--verbose", "-v", help="Show every line of every program.")]

@@ -37,6 +37,7 @@ def doc(text: str) -> Meta:
 
 
 class EnvironmentConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    keep_old: Annotated[bool, doc("Keep the former environment after a switch to another stack.")] = False
     link: Annotated[LinkPath | None, doc("A symbolic link to the environment, for convenience; null: none.")] = (
         "~/vllm-env"
     )

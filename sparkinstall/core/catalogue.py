@@ -10,6 +10,7 @@ from sparkinstall.steps.clock_lock import ClockLock
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.environment import Environment
 from sparkinstall.steps.firewall import Firewall
+from sparkinstall.steps.former import Former
 from sparkinstall.steps.fp8 import Fp8
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.steps.network import Network
@@ -28,6 +29,7 @@ STEPS: tuple[Step, ...] = (
     EnvFiles(),
     Ray(),
     Serving(),
+    Former(),
 )
 
 

@@ -14,6 +14,7 @@ from sparkinstall.core.fixes import FixState
 from sparkinstall.core.session import Session, looked_at
 from sparkinstall.errors import BadUsage, Blocked, PreflightFailed, Problem
 from sparkinstall.events import Emit, silent
+from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe, preflight
@@ -200,6 +201,7 @@ def _apply(session: Session, steps: Sequence[Step], options: InstallOptions, dia
             lambda step: JournaledSystem(session.system, journal, step, logs / f"{step}.log", emit),
             emit,
             options.force,
+            installed_stack(session.system, session.node.venv_stamp) not in ("", session.node.stack.name),
         )
         whole = not (options.only or options.skip)
         results = _proof(session, steps, reports, whole, emit)

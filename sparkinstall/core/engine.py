@@ -86,16 +86,22 @@ def _states(step: Step, node: Node, on: Reader, settle: Callable[[Resource], Sta
 
 
 def converge(
-    steps: Sequence[Step], node: Node, system_for: Callable[[str], System], emit: Emit, force: bool = False
+    steps: Sequence[Step],
+    node: Node,
+    system_for: Callable[[str], System],
+    emit: Emit,
+    force: bool = False,
+    switching: bool = False,
 ) -> list[StepReport]:
     """Bring everything into the desired state. Independent steps run in parallel; a failed step blocks only those that
-    need it. `force` also applies what is up to date."""
+    need it. `force` also applies what is up to date. `switching`: another stack is installed."""
 
     def visit(step: Step) -> Iterable[State]:
         on = system_for(step.name)
         return _states(step, node, on, lambda resource: _applied(step, resource, on, emit, force))
 
-    return _side_by_side(ordered(steps), visit, emit)
+    needs = {step.name: (*step.needs, *(step.needs_in_a_switch if switching else ())) for step in steps}
+    return _side_by_side(ordered(steps), needs, visit, emit)
 
 
 def _applied(step: Step, resource: Resource, on: System, emit: Emit, force: bool) -> State:
@@ -151,7 +157,9 @@ def _guarded(step: Step, visit: Visit) -> StepReport:
     return StepReport.of(step.name, checked, problem, time.monotonic() - started)
 
 
-def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepReport]:
+def _side_by_side(
+    steps: Sequence[Step], needs: Mapping[str, Sequence[str]], visit: Visit, emit: Emit
+) -> list[StepReport]:
     reports: dict[str, StepReport] = {}
     stop = threading.Event()
     waiting = list(steps)
@@ -174,10 +182,10 @@ def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepR
             while waiting or running:
                 unfinished = {step.name for step in (*waiting, *running.values())}
                 for step in list(waiting):
-                    if failed := _failed_need(step, reports):
+                    if failed := _failed_need(needs[step.name], reports):
                         waiting.remove(step)
                         end(StepReport(step.name, "blocked", blocked_by=failed))
-                    elif not unfinished.intersection(step.needs):
+                    elif not unfinished.intersection(needs[step.name]):
                         waiting.remove(step)
                         running[pool.submit(one, step)] = step
                 for future in wait(running, return_when=FIRST_COMPLETED).done if running else ():
@@ -190,6 +198,6 @@ def _side_by_side(steps: Sequence[Step], visit: Visit, emit: Emit) -> list[StepR
     return [reports[step.name] for step in steps]
 
 
-def _failed_need(step: Step, reports: Mapping[str, StepReport]) -> str | None:
+def _failed_need(needs: Sequence[str], reports: Mapping[str, StepReport]) -> str | None:
     bad = ("failed", "blocked")
-    return next((name for name in step.needs if name in reports and reports[name].outcome in bad), None)
+    return next((name for name in needs if name in reports and reports[name].outcome in bad), None)

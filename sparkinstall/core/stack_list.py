@@ -6,7 +6,7 @@ from msgspec import Struct
 
 from sparkinstall import stacks
 from sparkinstall.core.session import Session
-from sparkinstall.facts.decisions import RecordDamaged, VenvStamp, recorded
+from sparkinstall.facts.decisions import installed_stack
 
 
 class ListedStack(Struct, frozen=True):
@@ -33,7 +33,7 @@ class StackList(Struct, frozen=True):
 
 def stack_list(session: Session) -> StackList:
     """Return the shipped stacks, oldest vLLM first. Raises StackError if a lock cannot be read."""
-    installed, platform = _installed(session), session.node.platform
+    platform, installed = session.node.platform, installed_stack(session.system, session.node.venv_stamp) or None
     shipped = [_listed(stacks.load(name), platform, installed) for name in stacks.names()]
     return StackList(platform, installed, shipped)
 
@@ -51,11 +51,3 @@ def _listed(stack: stacks.Stack, platform: str, installed: str | None) -> Listed
         summary=stack.summary,
         evidence=stack.evidence,
     )
-
-
-def _installed(session: Session) -> str | None:
-    try:
-        stamp = recorded(session.system, session.node.venv_stamp, VenvStamp)
-    except RecordDamaged:
-        return None
-    return stamp.stack if stamp else None

@@ -80,6 +80,15 @@ def recorded(on: Reader, path: str, kind: type[T]) -> T | None:
         raise RecordDamaged(path, error.complaint) from error
 
 
+def installed_stack(on: Reader, stamp: str) -> str:
+    """Return the stack of the environment with that stamp; "" if there is none, or the stamp is damaged."""
+    try:
+        found = recorded(on, stamp, VenvStamp)
+    except RecordDamaged:
+        return ""
+    return found.stack if found else ""
+
+
 def as_text(decision: object) -> str:
     """A decision as the lines that it is stored and compared in; nothing for None."""
     return json.dumps(to_builtins(decision), indent=2, sort_keys=True) + "\n" if decision else ""

@@ -117,6 +117,13 @@ class JournaledSystem(System):
         self._make_parents(path)
         self._raw.make_dir(path, 0o755)
 
+    def switch(self, path: str, folder: str) -> None:
+        if not self._is_claimed(path):
+            before = self._room_for_tree(path)
+            self._make_parents(path)
+            self.promise(Undo("tree", path, before, {"kind": "dir"}))
+        self._raw.switch(path, folder)
+
     def _room_for_tree(self, path: str) -> dict[str, Any]:
         """Return what is in the place of a claimed folder: nothing, or an empty folder to restore later."""
         was = self.entry(path)

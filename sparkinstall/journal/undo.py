@@ -1,5 +1,6 @@
 """Undo everything from the journal alone, last change first."""
 
+import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -111,16 +112,26 @@ def _undo_dir(change: Change, on: System, _journal: Journal) -> Undone:
     return Undone(path, "kept", _not_empty(on.names(path)))
 
 
-def _undo_tree(change: Change, on: System, _journal: Journal) -> Undone:
+def _undo_tree(change: Change, on: System, journal: Journal) -> Undone:
     path, before = change.undo.subject, change.undo.before
     was = on.entry(path)
-    if was and was.kind != "dir":
+    if was and was.kind == "link" and _leads_into_a_tree(path, was, journal):
+        on.remove(path)
+    elif was and was.kind != "dir":
         return _not_a_folder(path, was)
-    on.clear(path)
+    else:
+        on.clear(path)
     if before["kind"] == "dir":
         on.make_dir(path, before["mode"])
         _restore_meta(path, before, on)
     return Undone(path, "removed" if was else "nothing")
+
+
+def _leads_into_a_tree(path: str, link: Entry, journal: Journal) -> bool:
+    """Return whether a link that `System.switch` could have made is at `path`."""
+    leads = posixpath.normpath(posixpath.join(posixpath.dirname(path), link.target))
+    trees = (record.undo.subject for record in journal.records() if record.undo.kind == "tree")
+    return any(leads.startswith(f"{tree}/") for tree in trees)
 
 
 def _not_a_folder(path: str, was: Entry) -> Undone:

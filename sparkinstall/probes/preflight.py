@@ -10,6 +10,7 @@ from pathlib import Path
 from sparkinstall.errors import NeedsRoot
 from sparkinstall.facts import machine, qsfp
 from sparkinstall.facts.changes import is_ours
+from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.facts.gpu import first_gpu, gpu_or_complaint
 from sparkinstall.node import Node, cuda_home
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
@@ -211,10 +212,12 @@ def _disk(on: Reader, node: Node) -> Finding:
         place = place.parent
     free = shutil.disk_usage(place).free
     wanted = _PARTIAL_DISK if node.partial else _FULL_DISK
-    if on.entry(node.venv_stamp) or free >= wanted:
+    there = installed_stack(on, node.venv_stamp)
+    if there == node.stack.name or free >= wanted:
         return passed(f"{free / _GIB:.0f} GiB free")
+    beside = f", beside the environment of stack {there}" if there else ""
     return failed(
-        f"{free / _GIB:.0f} GiB free below {place}",
+        f"{free / _GIB:.0f} GiB free below {place}{beside}",
         "free some space, or choose a larger disk with `prefix:` in the config",
         f"{wanted / _GIB:.0f} GiB",
     )
@@ -240,7 +243,7 @@ def _prefix(on: Reader, node: Node) -> Finding:
             f"{where} is {entry.words}", "move it away, or choose another `prefix:` in the config", "a folder"
         )
     on.inside(node.venv)
-    taken = [name for name in ("venv", "nccl", "env") if on.entry(f"{node.prefix}/{name}")]
+    taken = [name for name in ("venv", "venvs", "nccl", "env") if on.entry(f"{node.prefix}/{name}")]
     try:
         foreign = [name for name in taken if not is_ours(on, f"{node.prefix}/{name}")]
     except (PermissionError, NeedsRoot):

@@ -12,19 +12,25 @@ from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 from uv import find_uv_bin
 
-from sparkinstall import stacks
+from sparkinstall import patches, stacks
+from sparkinstall.assets import asset
 from sparkinstall.errors import Blocked, CommandFailed, StateDamaged
 from sparkinstall.facts import wheel_files, wheels
-from sparkinstall.facts.decisions import VenvStamp, as_text, recorded
+from sparkinstall.facts.decisions import VenvStamp, as_text, installed_stack, recorded
 from sparkinstall.node import Node, site_packages
-from sparkinstall.resources import Drift, Ok, State, Unknown, not_a_folder
+from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown, not_a_folder
+from sparkinstall.resources.fp8 import PatchedFile
+from sparkinstall.services import env_units
 from sparkinstall.stacks import Pin, canonical, parse_lock, render_lock
 from sparkinstall.system import Reader, System
 
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _DOWNLOADING = re.compile(r"Downloading (\S+) \(([\d.]+)([KMG]iB)\)")
+_IMPORTS = "import torch, triton, ray, vllm"
+_IMPORT_SECONDS = 900
 _DOWNLOADED = re.compile(r"Downloaded (\S+)")
 
 
@@ -112,7 +118,7 @@ class PythonEnvironment(Struct, frozen=True):
         lock = lock_of(self.node, on)
         if lock is None:
             return Unknown("the hashes are recorded")
-        if taken := not_a_folder(on, self.node.venv):
+        if _link_name(self.node, on) is None and (taken := not_a_folder(on, self.node.venv)):
             return taken
         pins = self._wanted(lock)
         stamp = recorded(on, self.node.venv_stamp, VenvStamp)
@@ -121,7 +127,18 @@ class PythonEnvironment(Struct, frozen=True):
             there = {}
         if stamp == self._stamp(lock) and all(there.get(pin.name) == pin.version for pin in pins):
             return Ok(self._note(lock))
-        return Drift(self._summary(pins), _listing(there), _listing({pin.name: pin.version for pin in pins}))
+        after = {pin.name: pin.version for pin in pins}
+        return Drift(self._summary(pins) + self._switch(on), _listing(there), _listing(after))
+
+    def _switch(self, on: Reader) -> str:
+        """Say what happens to an environment of another stack, and what is restarted."""
+        there = installed_stack(on, self.node.venv_stamp)
+        if there in ("", self.node.stack.name):
+            return ""
+        units = [each for each in env_units(self.node) if on.entry(self.node.started_record(each))]
+        restart = f", and restart {', '.join(units)}" if units else ""
+        former = "keep" if self.node.config.environment.keep_old else "then remove"
+        return f" beside stack {there}; once they are proven, switch to them{restart}; {former} the former environment"
 
     def _wanted(self, lock: Sequence[Pin]) -> list[Pin]:
         return list(lock)
@@ -143,21 +160,53 @@ class PythonEnvironment(Struct, frozen=True):
         )
 
     def apply(self, on: System) -> None:
+        """Install beside the environment in use, at the final place, prove it, and switch to it by one rename."""
         node = self.node
         lock = lock_of(node, on)
         assert lock is not None, "the engine applies no Unknown"
+        on.claim(node.venvs)
+        beside = replace(self, node=replace(node, venv_name=self._free_name(lock, on)))
+        if not isinstance(beside.check(on), Ok):
+            beside._build(on, lock)
+        on.switch(node.venv, beside.node.venv)
+
+    def _free_name(self, lock: Sequence[Pin], on: System) -> str:
+        """Return where to install: never where the environment in use is. What is left there of another run is used
+        if it is whole, unless this environment is to be installed again."""
+        stamp = self._stamp(lock)
+        name = f"venvs/{stamp.stack}-{hashlib.sha256(as_text(stamp).encode()).hexdigest()[:12]}"
+        both, used = (name, f"{name}-2"), _link_name(self.node, on)
+        if used not in both:
+            return name
+        free = both[1 - both.index(used)]
+        on.clear(f"{self.node.prefix}/{free}")
+        return free
+
+    def _build(self, on: System, lock: Sequence[Pin]) -> None:
+        node = self.node
         # A killed run may leave an incomplete package that looks complete: reinstall it from uv's cache.
-        on.claim(node.venv)
         on.clear(node.venv)
         on.claim(node.venv)
         # A node uses the system's Python, the same everywhere and with Python.h; uv prefers its own.
         whose = [] if node.rehearsal else ["--no-managed-python"]
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)
+        self._prove(on, lock)
+        on.write(node.venv_stamp, as_text(self._stamp(lock)).encode())
+
+    def _prove(self, on: System, lock: Sequence[Pin]) -> None:
+        """Check what can be checked before a switch; the stamp says that it was."""
+        node = self.node
         if complaint := wheels.complaint(node, lock, on):
             what = f"the stack {node.stack.name} does not pass the wheel gate: {complaint}"
             raise Blocked(what, hint=wheels.OTHER_STACK)
-        on.write(node.venv_stamp, as_text(self._stamp(lock)).encode())
+        for patch in patches.load(asset("patches")):
+            state = PatchedFile(node, patch).check(on)
+            if isinstance(state, Conflict):
+                raise Blocked(state.message, hint=f"set `fp8.fallback: off`, or {wheels.OTHER_STACK}")
+        # Without a former environment nothing is at risk: the probes at the end import all of it.
+        if on.entry(f"{node.prefix}/venv") and not node.partial and not node.foreign:
+            on.run(on.real(node.python), "-c", _IMPORTS, env={"LD_PRELOAD": ""}, timeout=_IMPORT_SECONDS)
 
     def _interpreter(self, on: System) -> str:
         del on
@@ -206,6 +255,37 @@ class VllmAlone(PythonEnvironment, frozen=True):
     def _install(self, on: System) -> None:
         self._pip(on, self.node.venv_lock, *_for_platform(self.node), "--dry-run")
         self._pip(on, self.node.installed_lock, *_for_platform(self.node), "--no-deps")
+
+
+class FormerEnvironments(Struct, frozen=True):
+    """No environment but the one in use, unless `environment.keep_old` is set."""
+
+    key: ClassVar[str] = "former-environments"
+    node: Node
+
+    def check(self, on: Reader) -> State:
+        former = self._former(on)
+        if not former:
+            return Ok()
+        if self.node.config.environment.keep_old:
+            return Ok(f"kept: {', '.join(former)}")
+        return Drift(f"remove the former environment {', '.join(former)}")
+
+    def apply(self, on: System) -> None:
+        for name in self._former(on):
+            on.clear(f"{self.node.venvs}/{name}")
+
+    def _former(self, on: Reader) -> list[str]:
+        used = _link_name(self.node, on)
+        return [name for name in on.names(self.node.venvs) if f"venvs/{name}" != used]
+
+
+def _link_name(node: Node, on: Reader) -> str | None:
+    """Return the name of the environment below the prefix that the link `node.venv` leads to; None if it is no link
+    of ours."""
+    found = on.entry(node.venv)
+    leads = found.target if found and found.kind == "link" else ""
+    return leads if leads.startswith("venvs/") else None
 
 
 def environment_of(node: Node) -> PythonEnvironment:

@@ -17,7 +17,8 @@ StepPhase = Literal["packages", "network", "build", "services"]
 class Step(ABC):
     """One part of a node.
 
-    `needs` names the steps that must run before. `impact`: the effect of drift on the user, one sentence.
+    `needs` names the steps that must run before; `needs_in_a_switch` those that must too if another stack is
+    installed, which stays in use if they fail. `impact`: the effect of drift on the user, one sentence.
     `fixes`: the fixes that it applies, alone or with other steps. `only_for`: the fix of a resource, by its key, that
     says nothing about the others.
     """
@@ -27,6 +28,7 @@ class Step(ABC):
     phase: ClassVar[StepPhase]
     impact: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    needs_in_a_switch: ClassVar[tuple[str, ...]] = ()
     fixes: ClassVar[tuple[Fix, ...]] = ()
     only_for: ClassVar[Mapping[str, Fix]] = {}
 

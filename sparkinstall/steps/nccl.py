@@ -14,6 +14,7 @@ class Nccl(Step):
     name = "nccl"
     why = "NCCL built for this GPU, the same on every node"
     needs = ("packages",)
+    needs_in_a_switch = ("environment",)
     phase = "build"
     impact = "Several nodes cannot start together: `Message truncated`, or a refused connection."
     fixes = (NCCL,)

@@ -156,6 +156,15 @@ class System(Reader, Protocol):
             Blocked: something that is not ours is in its place.
         """
 
+    def switch(self, path: str, folder: str) -> None:
+        """Make `path` a link to the claimed folder `folder`, by one rename; the journaling System claims `path`.
+
+        A folder of ours at `path` is moved to `folder`.former before.
+
+        Raises:
+            Blocked: something that is not ours is in its place.
+        """
+
     def clear(self, path: str) -> None:
         """Remove a claimed folder, or one within it, with its contents."""
 

@@ -180,6 +180,14 @@ class LocalSystem(LocalReader, System):
     def claim(self, path: str) -> None:
         self.make_dir(path)
 
+    def switch(self, path: str, folder: str) -> None:
+        if (was := self.entry(path)) and was.kind == "dir":
+            former = f"{folder}.former"
+            self.clear(former)
+            with self._or_as_root(f"moving {self.real(path)}", "mv", "-T", path, former):
+                os.rename(self.inside(path), self.inside(former))
+        self.link(path, os.path.relpath(folder, os.path.dirname(path)))
+
     def clear(self, path: str) -> None:
         by_root = ("rm", "-rf", "--one-file-system", path)
         with self._or_as_root(f"removing {self.real(path)}", *by_root), suppress(FileNotFoundError):

@@ -203,6 +203,15 @@ def test_converge_independent_steps_run_in_parallel() -> None:
     assert {report.outcome for report in reports.values()} == {"changed"}, "each waited for the other two"
 
 
+def test_converge_of_another_stack_builds_nccl_only_after_the_environment() -> None:
+    broken = step_of("environment", [Item(raises=Problem("not proven"))])
+    for switching, outcome in ((True, "blocked"), (False, "changed")):
+        nccl = step_of("nccl", [Item()])
+        type(nccl).needs_in_a_switch = catalogue.named("nccl").needs_in_a_switch
+        reports = converge([broken, nccl], NODE, system, silent, switching=switching)
+        assert {report.name: report.outcome for report in reports}["nccl"] == outcome
+
+
 def test_converge_step_starts_as_soon_as_its_needs_are_done() -> None:
     barrier = threading.Barrier(2)
     reports = done(

@@ -60,7 +60,7 @@ def test_fp8_fallback_with_code_for_the_family_is_off(spark: Rehearsal) -> None:
 
 
 def test_environment_for_aarch64_has_its_wheels(spark: Rehearsal) -> None:
-    (extension,) = spark.root.glob("opt/sparkinstall/venv/lib/python3.*/site-packages/vllm/_C.abi3.so")
+    (extension,) = spark.root.glob("opt/sparkinstall/venv/lib/python3.*/site-packages/vllm/_C_stable_libtorch.abi3.so")
     with open(extension, "rb") as library:
         # `e_machine` of the ELF header: EM_AARCH64.
         assert int.from_bytes(library.read(20)[18:], "little") == 183
@@ -123,11 +123,13 @@ def test_env_files_can_be_sourced(old: Rehearsal, shell: str, name: str) -> None
     path = old.root / f"opt/sparkinstall/env/{name}.env"
     script = f'. {shlex.quote(str(path))} && env && command -v vllm && echo "PATH:$PATH"'
     done = subprocess.run([shell, "-euc", script], capture_output=True, text=True, check=True)
-    assert f"VIRTUAL_ENV={old.root}/opt/sparkinstall/venv" in done.stdout
     assert "RAY_memory_usage_threshold=1.0" in done.stdout
-    assert f"{old.root}/opt/sparkinstall/venv/bin/vllm" in done.stdout
+    # `activate` names the environment itself, not the link that leads to it.
+    in_use = (old.root / "opt/sparkinstall/venv").resolve()
+    assert f"VIRTUAL_ENV={in_use}\n" in done.stdout
+    assert f"\n{in_use}/bin/vllm\n" in done.stdout
     # A shell keeps its PATH; the line with the whole PATH is for systemd.
-    assert done.stdout.count("/opt/sparkinstall/venv/bin:") >= 1
+    assert f"{in_use}/bin:" in done.stdout
     assert "/usr/local/cuda/bin:/usr/local/sbin" not in done.stdout.split("PATH:")[-1]
     # A service finds ninja in the environment and nvcc in the toolkit: FlashInfer calls both by name.
     of_service = assignments(path.read_bytes())

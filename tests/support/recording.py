@@ -78,6 +78,9 @@ class RecordingSystem(System):
     def claim(self, path: str) -> None:
         self.changed.append(f"claim {path}")
 
+    def switch(self, path: str, folder: str) -> None:
+        self.changed.append(f"switch {path} to {folder}")
+
     def clear(self, path: str) -> None:
         self.changed.append(f"clear {path}")
         self.files = {name: data for name, data in self.files.items() if not name.startswith(f"{path}/")}

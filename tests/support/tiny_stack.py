@@ -42,22 +42,27 @@ def tiny_stack(folder: Path, *, hash_is_right: bool = True, locked: bool = True,
     return _stack(folder, {"vllm==0.18.1": digest if hash_is_right else "0" * 64}, locked)
 
 
-def small_stack(folder: Path) -> Path:
+def small_stack(folder: Path, name: str = "tiny", *, works: bool = True) -> Path:
     """Like `tiny_stack`, with all that a rehearsal of `all` needs, and with vLLM's real file that `fp8` patches.
+
+    Without `works`, vLLM's compiled extension is missing: the wheel gate rejects it.
 
     vLLM's whole wheel has 3,000 files and 1 GB: a test that installs it a hundred times would mostly wait for the disk.
     """
     files = {name: wheel_member("0.18.1", member, platform=_X86_64) for name, member in _REAL.items()}
-    locked = {"vllm==0.18.1": _wheel(folder, "vllm", "0.18.1", {_MODULE: b"", **files})}
-    for name, version in (("torch", "2.10.0+cu129"), ("triton", "3.6.0"), ("ray", "2.60.0")):
-        locked[f"{name}=={version}"] = _wheel(folder, name, version, {f"{name}/__init__.py": b""})
-    return _stack(folder, locked)
+    if not works:
+        del files["vllm/_C.abi3.so"]
+    locked = {"vllm==0.18.1": _wheel(folder, "vllm", "0.18.1", {_MODULE: f"NAME = {name!r}\n".encode(), **files})}
+    for package, version in (("torch", "2.10.0+cu129"), ("triton", "3.6.0"), ("ray", "2.60.0")):
+        locked[f"{package}=={version}"] = _wheel(folder, package, version, {f"{package}/__init__.py": b""})
+    return _stack(folder, locked, name=name)
 
 
-def _stack(folder: Path, hashes: Mapping[str, str], locked: bool = True) -> Path:
+def _stack(folder: Path, hashes: Mapping[str, str], locked: bool = True, name: str = "tiny") -> Path:
     lock = "".join(f"{pin} \\\n    --hash=sha256:{digest}\n" for pin, digest in hashes.items())
     (folder / "tiny.lock").write_text(lock)
-    (folder / "tiny.yaml").write_text(_STACK if locked else _STACK.replace("{lock: tiny.lock}", "{}"))
+    text = _STACK.replace("name: tiny", f"name: {name}")
+    (folder / "tiny.yaml").write_text(text if locked else text.replace("{lock: tiny.lock}", "{}"))
     return folder / "tiny.yaml"
 
 
