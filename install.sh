@@ -10,6 +10,9 @@
 # Other options are passed to `sparkinstall all`; an unknown option is an error, and nothing is changed.
 set -eu
 
+# Meant for another Python; PYTHONHOME, for one, keeps any other from starting.
+for name in $(env | sed -n 's/^\(PYTHON[A-Z0-9_]*\)=.*/\1/p'); do unset "$name"; done
+
 HERE=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 HOME_OF_TOOL=${XDG_DATA_HOME:-${HOME:-}/.local/share}/sparkinstall
 TOOL=$HOME_OF_TOOL/tool
@@ -224,16 +227,19 @@ install_tool() {
     run_pip install --quiet --require-hashes -r "$HERE/requirements.lock"
     # Not "$HERE": pip reads a path with `;` or `[` in it as a requirement.
     (cd "$HERE" && run_pip install --quiet --no-deps --no-build-isolation --no-index .)
-    "$TOOL/bin/sparkinstall" --version >/dev/null 2>&1 || write_launcher
+    write_launcher
     printf '%s\n' "$wanted" >"$TOOL/made-from"
     rm -rf "$TOOL.old"
 }
 
-# The first line of pip's own script cannot name a path with both a blank and a quote or `$`.
+# In place of pip's own script: -I makes Python ignore the user's PYTHON* variables, which can keep it from starting, as
+# a folder as stdin does. The first line of that script also cannot name every path.
 write_launcher() {
+    quoted=$(printf '%s\n' "$TOOL/bin/python" | sed "s/'/'\\\\''/g")
     # shellcheck disable=SC2016 # for the script
-    printf '%s\n' '#!/bin/sh' 'exec "$(dirname -- "$(readlink -f -- "$0")")/python" -P -m sparkinstall "$@"' \
+    printf '%s\n' '#!/bin/sh' '[ ! -d /dev/stdin ] || exec </dev/null' "exec '$quoted' -I -m sparkinstall \"\$@\"" \
         >"$TOOL/bin/sparkinstall"
+    chmod +x "$TOOL/bin/sparkinstall"
 }
 
 move_aside() {

@@ -11,6 +11,9 @@ try:
 except KeyboardInterrupt:
     os.write(2, "✗ interrupted; nothing was changed\n".encode())
     os._exit(130)
+except (OSError, MemoryError) as error:
+    os.write(2, f"✗ sparkinstall cannot start: {str(error) or 'not enough memory'}\n".encode())
+    os._exit(1)
 
 
 def main() -> None:

@@ -155,18 +155,33 @@ _STORAGE = {
 }
 
 
-def storage_problem(error: OSError, doing: str) -> Storage:
-    """Turn an OSError into a `Storage` problem; `doing` names the action ("writing /etc/x")."""
-    why, hint = _STORAGE.get(error.errno or 0, (error.strerror or str(error), ""))
+def storage_problem(error: OSError, doing: str, hint: str = "") -> Storage:
+    """Turn an OSError into a `Storage` problem.
+
+    Args:
+        doing: the action ("writing /etc/x").
+        hint: what to do whatever the cause, such as to name another file.
+    """
+    why, usual = _storage_cause(error)
+    named = _named(error)
+    where = f" ({named})" if named and named not in doing else ""
+    return Storage(f"{doing} failed: {why}{where}", hint=hint or usual)
+
+
+def _named(error: OSError) -> str:
     # Of two names the second is the one that was to be created.
-    named = error.filename2 or error.filename
-    path = named if isinstance(named, str) else ""
+    path = error.filename2 or error.filename
+    return path if isinstance(path, str) else ""
+
+
+def _storage_cause(error: OSError) -> tuple[str, str]:
+    why, hint = _STORAGE.get(error.errno or 0, (error.strerror or str(error), ""))
+    path = _named(error)
     if error.errno == errno.ENOSPC and path and causes.no_inode_left(path):
         why, hint = "no inode is left on the disk", f"{causes.DELETE}, {causes.AGAIN}"
     elif error.errno in (errno.EACCES, errno.EPERM) and os.geteuid() == 0:
         hint = "root itself may not do that: see `lsattr`, the mount options, and the rights of this container"
-    where = f" ({path})" if path and path not in doing else ""
-    return Storage(f"{doing} failed: {why}{where}", hint=hint)
+    return why, hint
 
 
 @contextmanager

@@ -86,10 +86,11 @@ def _names_secret(word: str) -> bool:
         return False
     option, *keys = word.partition("=")[0].replace("_", "-").rstrip("+").split(".")
     is_ours = len(option) > 2 and any(each.startswith(option.lower()) for each in _OPTIONS)
-    return is_ours or any(map(_is_secret_key, (option[2:], *keys)))
+    return is_ours or any(map(is_secret_key, (option[2:], *keys)))
 
 
-def _is_secret_key(key: str) -> bool:
+def is_secret_key(key: str) -> bool:
+    """Return whether a value below a key of this name is a secret, such as `hf_token` or `secretKey`."""
     return bool(_SECRET_KEY.fullmatch(_CAMEL.sub("_", key).replace("-", "_").lower()))
 
 
@@ -103,7 +104,7 @@ def _holds_secret(text: str) -> bool:
 
 def _is_below_secret(value: Any, below: bool) -> bool:
     if isinstance(value, dict):
-        return any(_is_below_secret(each, below or _is_secret_key(key)) for key, each in value.items())
+        return any(_is_below_secret(each, below or is_secret_key(key)) for key, each in value.items())
     if isinstance(value, list):
         return any(_is_below_secret(each, below) for each in value)
     return isinstance(value, str) and bool(value) and (below or has_credential(value))

@@ -38,6 +38,9 @@ def load(content: bytes, *, only_text: bool = False) -> Any:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise _explained(error, content) from error
+    except (LookupError, AttributeError, TypeError) as error:
+        # PyYAML does not check the text of a value with a tag, such as `!!bool x`.
+        raise NotYaml("a value does not fit its tag") from error
 
 
 def line_of(content: bytes, path: Sequence[str | int]) -> int:

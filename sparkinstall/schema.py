@@ -17,13 +17,14 @@ import msgspec
 from msgspec import Meta, Struct, ValidationError
 
 from sparkinstall import safe_yaml
-from sparkinstall.redaction import HIDDEN, gives_secret, redact
+from sparkinstall.redaction import HIDDEN, gives_secret, is_secret_key, redact
 
 T = TypeVar("T")
 _Steps = tuple[str | int, ...]
 
 _PLACE = re.compile(r"(?P<why>.*?)(?: - at (?:`key` in )?`\$(?P<path>[^`]*)`)?", re.DOTALL)
 _OPTION = re.compile(r"--[\w.+-]+")
+_KEY = re.compile(r"[\"'](\w[\w-]*)\\*[\"']\s*:")
 _LONG = reprlib.Repr()
 _LONG.maxstring = 1 << 12
 _STEP = re.compile(r"\.(\w+)|\[(\d+)\]")
@@ -57,6 +58,8 @@ def read(kind: type[T], data: Any, where: str, *, content: bytes = b"", at: str 
         steps = (*filter(None, at.split(".")), *path)
         line = safe_yaml.line_of(content, steps) if steps and content else 0
         raise Malformed(where, complaint, hint, line) from error
+    except UnicodeEncodeError as error:
+        raise Malformed(where, "it contains half of a character (a lone surrogate)") from error
 
 
 def read_yaml(kind: type[T], content: bytes, where: str, *, only_text: bool = False) -> T:
@@ -107,8 +110,9 @@ def show(value: Any) -> str:
     # Not str(): a few lines of YAML aliases can expand to more text than fits into memory.
     try:
         text = "null" if value is None else ascii(value[:80]) if isinstance(value, str) else reprlib.repr(value)
-        # In more than what is shown, where the name of an option may be cut.
-        if any(map(gives_secret, _OPTION.findall(_LONG.repr(value)))):
+        # In more than what is shown, where the name of an option or a key may be cut.
+        whole = _LONG.repr(value)
+        if any(map(gives_secret, _OPTION.findall(whole))) or any(map(is_secret_key, _KEY.findall(whole))):
             return HIDDEN
     except ValueError:  # Python refuses to print numbers of more than 4300 digits
         text = f"such a {type(value).__name__}"

@@ -65,6 +65,10 @@ def run(program: Callable[[], None], problem_of: Callable[[BaseException], Any])
     """
     # At its end Python searches modules and classes for garbage: a quarter of the CPU time if there is nothing to do.
     atexit.register(gc.freeze)
+    if sys.flags.isolated:
+        # Python itself was told to ignore them. The Pythons that it starts must ignore them too.
+        for name in [name for name in os.environ if name.startswith("PYTHON")]:
+            del os.environ[name]
     on_interrupt(_leave)
     sys.unraisablehook = _interrupt_later
     _open_streams()
@@ -169,8 +173,15 @@ def _explained(error: BaseException, problem_of: Callable[[BaseException], Any])
         problem = problem_of(error)
     except Exception:
         # What explains errors cannot be imported either.
-        return _tell(1, "failed", f"sparkinstall cannot start: {error}", "install it again: `./install.sh`")
+        return _tell(1, "failed", *cannot_start(error))
     return _tell(int(problem.exit_code), problem.code, problem.message, problem.hint)
+
+
+def cannot_start(error: BaseException) -> tuple[str, str]:
+    """Return why the program cannot even be imported, and what to do."""
+    is_limit = isinstance(error, MemoryError | OSError)
+    hint = "`ulimit -a` shows the limits; raise them" if is_limit else "install it again: `./install.sh`"
+    return f"sparkinstall cannot start: {str(error) or 'not enough memory'}", hint
 
 
 def unwritten(error: Unwritten, problem_of: Callable[[BaseException], Any]) -> int:

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from sparkinstall.cli.hints import pointed
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
-from sparkinstall.errors import BadUsage, Problem, storage_problem
+from sparkinstall.errors import BadUsage, Problem, Storage, storage_problem
 from sparkinstall.given import absolute
 from sparkinstall.probes import LEVELS, Finding
 from sparkinstall.redaction import redact
@@ -91,15 +91,22 @@ def begin(path: Path) -> None:
         BadUsage: the path cannot be a file.
         Storage: the file cannot be written.
     """
-    if path.is_dir() or str(path) == "-":
-        raise BadUsage(f"--junit {path} is not a file", hint="name the report itself: `--junit FILE.xml`")
-    if not path.parent.is_dir():
-        raise BadUsage(f"there is no folder {path.parent}", hint=f"create it first: mkdir -p {path.parent}")
-    path = absolute(path, "--junit")
+    if str(path) == "-":
+        raise BadUsage("--junit - is not a file", hint="name the report itself: `--junit FILE.xml`")
+    path = absolute(path, "--junit", hidden=True)
     try:
         _open(path).close()
+    except IsADirectoryError as error:
+        raise BadUsage(f"--junit {path} is a folder", hint="name the report itself: `--junit FILE.xml`") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        hint = f"create it first: mkdir -p {path.parent}"
+        raise BadUsage(f"there is no folder {path.parent}", hint=hint) from error
     except OSError as error:
-        raise storage_problem(error, f"writing {path}") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> Storage:
+    return storage_problem(error, f"writing {path}", "choose a folder that you can write to: `--junit FILE.xml`")
 
 
 def _open(path: Path) -> BinaryIO:
@@ -121,10 +128,10 @@ def write(path: Path, cases: Sequence[Case], strict: bool, root: str = "") -> No
         if mine := [case for case in cases if case.suite == suite]:
             whole.append(_suite(suite, mine))
     try:
-        with _open(absolute(path, "--junit")) as file:
+        with _open(absolute(path, "--junit", hidden=True)) as file:
             ElementTree.ElementTree(whole).write(file, encoding="utf-8", xml_declaration=True)
     except OSError as error:
-        raise storage_problem(error, f"writing {path}") from error
+        raise _unwritable(path, error) from error
 
 
 def _completed(case: Case, strict: bool, root: str) -> Case:

@@ -31,10 +31,7 @@ def attend(context: typer.Context) -> None:
 
     The context's object is the function that runs a command line, which the program passes in.
     """
-    try:
-        agent.serve(context.obj)
-    except EOFError:
-        raise typer.Exit(1) from None
+    agent.serve(context.obj)
 
 
 @_command

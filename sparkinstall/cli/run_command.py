@@ -128,6 +128,8 @@ def problem_of(error: BaseException) -> Problem:
         return Interrupted("cancelled; nothing was changed")
     if isinstance(error, MemoryError):
         return Problem("there is not enough memory", hint="`free -h` and `ulimit -v` show how much there is")
+    if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
+        return Problem("no thread can be started", hint="`ulimit -u` and `ulimit -v` show the limits; raise them")
     if isinstance(error, ImportError | SyntaxError):
         return Problem(f"sparkinstall is not whole: {error}", hint="install it again: `./install.sh`")
     if isinstance(error, OSError):

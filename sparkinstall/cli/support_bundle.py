@@ -99,9 +99,8 @@ def write_bundle(path: Path, data: bytes) -> int:
 
 def _unwritable(path: Path, error: OSError) -> Storage:
     # Without the error's file name: it is that of the temporary file.
-    problem = storage_problem(OSError(error.errno, error.strerror), f"writing {path}")
-    problem.hint = "choose a folder that you can write to: `--output FILE.tar.gz`"
-    return problem
+    hint = "choose a folder that you can write to: `--output FILE.tar.gz`"
+    return storage_problem(OSError(error.errno, error.strerror), f"writing {path}", hint)
 
 
 def _show(packed: Packed) -> None:

@@ -23,7 +23,7 @@ from sparkinstall.cluster.protocol import (
 )
 from sparkinstall.core import catalogue, checks, engine
 from sparkinstall.core.session import Session
-from sparkinstall.errors import BadUsage, Problem
+from sparkinstall.errors import BadUsage, Problem, storage_errors
 from sparkinstall.events import silent
 from sparkinstall.facts import ip, machine, qsfp
 from sparkinstall.facts.network import HEADERS, pings
@@ -39,17 +39,18 @@ def serve(run: Callable[[Sequence[str]], None]) -> None:
     """Read a request from stdin and `run` its verb; end the verb when stdin ends: the caller is gone then.
 
     Raises:
-        EOFError: stdin ended before the request did.
+        Problem: stdin cannot be read, or contains no request.
     """
     # Unbuffered: the bytes after the line are for the thread that waits for the end of stdin.
-    with open(0, "rb", buffering=0, closefd=False) as stdin:
+    with storage_errors("reading stdin"), open(0, "rb", buffering=0, closefd=False) as stdin:
         line = stdin.readline(_LONGEST_REQUEST)
-    if not line.endswith(b"\n"):
-        raise EOFError
     try:
         request = msgspec.json.decode(line, type=Request)
     except (msgspec.MsgspecError, RecursionError) as error:
-        raise EOFError from error
+        raise Problem(
+            "`node attend` found no request of another node on stdin",
+            hint="do not call it yourself: `sparkinstall cluster` does, through ssh",
+        ) from error
     # Not StringIO: verbs read bytes too, through `buffer`.
     sys.stdin = io.TextIOWrapper(io.BytesIO(request.stdin.encode()))
     threading.Thread(target=_end_when_alone, daemon=True).start()

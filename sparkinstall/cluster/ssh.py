@@ -147,9 +147,12 @@ def _tell(to: IO[bytes], stdin: bytes, keep_open: bool) -> None:
 
 def _keep(stream: IO[bytes], out: list[bytes]) -> None:
     """Read the reply; of one that is too large only the begin, which is no reply then."""
-    out.append(stream.read(_LONGEST_REPLY))
-    while stream.read(1 << 16):
-        pass
+    size = 0
+    # In parts: `read` takes at once all the memory that it may need.
+    while part := stream.read(1 << 16):
+        if size < _LONGEST_REPLY:
+            out.append(part)
+        size += len(part)
 
 
 def _listen(stream: IO[bytes], said: list[str], on_line: Callable[[str], None]) -> None:

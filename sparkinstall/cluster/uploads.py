@@ -43,10 +43,7 @@ def uploads(settings: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[Uploa
 def _stack(named: str) -> Mapping[str, bytes]:
     if named in stacks.names():
         return {}
-    try:
-        stack = stacks.load(named)
-    except stacks.StackError as error:
-        raise BadConfig(str(error)) from error
+    stack = stacks.load(named)
     own = _read(stack.source)
     locks = sorted({each.lock for each in stack.platforms.values() if each.lock})
     return {stack.source.name: own, **{_beside(lock, stack.source, own): _read(lock) for lock in locks}}

@@ -167,7 +167,7 @@ def _checked(setting: Setting, value: Any, layer: Layer) -> Any:
         found = schema.read(setting.type, value, layer.source, content=layer.content, at=setting.name)
     except Malformed as error:
         numeric = isinstance(value, int | float) and setting.takes_text
-        quote = f' (write it in quotes: "{value}")' if numeric else ""
+        quote = f' (write it in quotes: "{show(value)}")' if numeric else ""
         raise BadConfig(f"{error.message}{quote}", hint=error.hint) from error
     if too_long := [each for each in (found if isinstance(found, tuple) else (found,)) if len(str(each)) > _LONGEST]:
         raise BadConfig(f"{layer.place(setting.name)}: `{setting.name}` is too long: {show(too_long[0])}")

@@ -180,10 +180,7 @@ def _settled(config: Config, sources: dict[str, str]) -> Config:
 
 
 def _node(config: Config, system: LocalSystem, options: dict[str, Any], target: Target) -> Node:
-    try:
-        stack = stacks.load(config.stack)
-    except stacks.StackError as error:
-        raise BadConfig(str(error)) from error
+    stack = stacks.load(config.stack)
     machine = platform.machine()
     wanted = options.get("platform") or machine
     if not system.rehearsal and (options.get("platform") or options.get("full") is not None):

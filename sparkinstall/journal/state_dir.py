@@ -25,6 +25,7 @@ from sparkinstall.system.local import LocalSystem, replace_file, staged, sync_fo
 
 FOLDER = "/var/lib/sparkinstall"
 _PATIENCE = 20.0
+_LONGEST_NAME = 4096
 # In the order in which they are removed: the journal last.
 _CONTENTS = {
     "options.json": "file", "unproven": "file", "logs": "dir", "originals": "dir", "journal.last": "file",
@@ -380,7 +381,7 @@ def _at_work(holder: Holder | None) -> Busy:
 def _who(handle: IO[str]) -> Holder | None:
     handle.seek(0)
     try:
-        return schema.read_json(Holder, handle.read(), "lock")
+        return schema.read_json(Holder, handle.read(_LONGEST_NAME), "lock")
     except ValueError:
         return None
 

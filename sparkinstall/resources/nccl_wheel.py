@@ -8,7 +8,6 @@ from msgspec import Struct
 from sparkinstall.node import Node
 from sparkinstall.resources import Conflict, Ok, State, Unknown
 from sparkinstall.resources.venv import lock_of
-from sparkinstall.stacks import parse_lock
 from sparkinstall.system import Reader, System
 
 _WHEEL = re.compile(r"nvidia-nccl-cu\d+")
@@ -25,7 +24,7 @@ class NcclOfWheel(Struct, frozen=True):
     def check(self, on: Reader) -> State:
         node = self.node
         # The shipped versions are known before the hashes are.
-        pins = parse_lock(node.wheels.lock_text()) if node.wheels.lock else lock_of(node, on)
+        pins = node.wheels.locked() if node.wheels.lock else lock_of(node, on)
         if pins is None:
             return Unknown("environment")
         version = next((pin.version for pin in pins if _WHEEL.fullmatch(pin.name)), "")

@@ -24,7 +24,7 @@ from sparkinstall.node import Node, site_packages
 from sparkinstall.resources import Conflict, Drift, Ok, State, Unknown, not_a_folder
 from sparkinstall.resources.fp8 import PatchedFile
 from sparkinstall.services import env_units
-from sparkinstall.stacks import Pin, canonical, parse_lock, render_lock
+from sparkinstall.stacks import Pin, StackError, canonical, parse_lock, render_lock
 from sparkinstall.system import Reader, System
 
 _SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -361,12 +361,12 @@ def lock_of(node: Node, on: Reader) -> tuple[Pin, ...] | None:
     None before they are recorded.
     """
     if node.wheels.complete:
-        return parse_lock(node.wheels.lock_text())
+        return node.wheels.locked()
     if on.entry(node.lock_record) is None:
         return None
     try:
         pins = parse_lock((on.read(node.lock_record) or b"").decode())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StackError) as error:
         raise _lock_damaged(node, on, str(error)) from error
     if not pins:
         raise _lock_damaged(node, on, "it pins nothing")

@@ -20,7 +20,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparkinstall import given, schema
-from sparkinstall.errors import BadUsage
+from sparkinstall.errors import BadConfig, BadUsage
 from sparkinstall.schema import either, like
 
 DEFAULT = "0.29.0"
@@ -38,7 +38,7 @@ _WHEEL_PIN = re.compile(rf"({_NAME}) @ (https://\S+)((?: --hash=sha256:[0-9a-f]{
 _WHEEL_FILE = re.compile(rf"([A-Za-z0-9._]+)-({_VERSION})(?:-[^-]+){{3,4}}\.whl")
 
 
-class StackError(ValueError):
+class StackError(BadConfig):
     """A stack or a lock is invalid: one sentence, with a hint."""
 
 
@@ -94,7 +94,7 @@ class Platform(Struct, frozen=True):
         Raises StackError if the lock cannot be read.
         """
         names = ("nvidia-cuda-runtime", "nvidia-cuda-runtime-cu12")
-        locked = parse_lock(self.lock_text()) if self.lock else ()
+        locked = self.locked() if self.lock else ()
         return next((pin.version.rpartition(".")[0] for pin in locked if pin.name in names), "")
 
     def lock_text(self) -> str:
@@ -103,13 +103,29 @@ class Platform(Struct, frozen=True):
             raise StackError(f"The stack has no lock for {self.arch}: generate it with tools/lock.py.")
         return _read(self.lock)
 
+    def locked(self) -> tuple[Pin, ...]:
+        """Return the pins of the shipped lock.
+
+        Raises StackError if it is missing or unreadable, is no lock, or lacks a pin of the stack.
+        """
+        text = self.lock_text()
+        try:
+            pins = parse_lock(text)
+        except StackError as error:
+            raise StackError(f"{self.lock}: {error}") from error
+        missing = {pin.name for pin in self.requirements} - {pin.name for pin in pins}
+        if missing:
+            names = ", ".join(sorted(missing))
+            raise StackError(f"{self.lock} does not pin {names}: generate it with tools/lock.py.")
+        return pins
+
     def open_text(self) -> str:
         """Return the input for uv's compile at the first install of an incomplete stack, without hashes.
 
         It includes the shipped lock, so that uv checks it against the metadata of wheels that could not be read before.
         Raises StackError if the lock cannot be read.
         """
-        pins = parse_lock(self.lock_text()) if self.lock else self.requirements
+        pins = self.locked() if self.lock else self.requirements
         return render_lock(replace(pin, hashes=()) for pin in pins)
 
     def close(self, compiled: str) -> str:
@@ -119,7 +135,7 @@ class Platform(Struct, frozen=True):
         output alone would accept any file. Raises StackError if that output is not a lock, or lacks a hash.
         """
         pins = {pin.name: pin for pin in parse_lock(compiled)}
-        for pin in parse_lock(self.lock_text()) if self.lock else ():
+        for pin in self.locked() if self.lock else ():
             if pin.hashes or pin.name not in pins:
                 pins[pin.name] = pin
         if missing := unhashed(pins.values()):
@@ -355,7 +371,8 @@ def _read(path: Path) -> str:
     except FileNotFoundError as error:
         raise StackError(f"{path} does not exist: generate it with tools/lock.py, or omit `lock`.") from error
     except (OSError, ValueError) as error:
-        raise StackError(f"{path} cannot be read ({error}): use a readable text file.") from error
+        why = getattr(error, "strerror", None) or error
+        raise StackError(f"{path} cannot be read ({why}): use a readable text file.") from error
 
 
 def _by_version(name: str) -> tuple[tuple[int, str], ...]:

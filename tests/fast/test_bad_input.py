@@ -1,12 +1,15 @@
 """Bad input: exit 2 or 4, one sentence with a hint, no traceback, and no change."""
 
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from sparkinstall import given
 from tests.support.cuda_toolkit import toolkit
 from tests.support.mounts import need_root
 from tests.support.rehearsals import (
@@ -84,6 +87,10 @@ def config_of(tmp_path: Path, content: bytes | str) -> Path:
         ("#" * 2_000_000, "larger or deeper"),
         ("prefix: !!python/object/apply:os.system [id]", "is not YAML: could not determine a constructor"),
         ("prefix: 2020-13-45", "is not YAML: month must be in 1..12"),
+        ("prefix: !!bool x", "is not YAML: a value does not fit its tag"),
+        ("prefix: !!timestamp x", "is not YAML: a value does not fit its tag"),
+        ("prefix: 0x" + "f" * 6000, "`prefix` must be text, not such a int"),
+        ("nccl: {jobs: 0x" + "f" * 6000 + "}", "`nccl.jobs` must be a number from 0 to 1024"),
     ],
 )
 def test_config_invalid_is_refused(tmp_path: Path, content: bytes | str, words: str) -> None:
@@ -173,6 +180,35 @@ def test_stack_unknown_is_refused(tmp_path: Path, stack: str, words: str) -> Non
 def test_stack_file_invalid_is_refused(tmp_path: Path, content: bytes) -> None:
     path = config_of(tmp_path, content)
     assert refused(tmp_path, "plan", "--root", tmp_path / "node", "--stack", path)["code"] == "config"
+
+
+def _pipe(lock: Path) -> None:
+    lock.unlink()
+    os.mkfifo(lock)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda lock: lock.write_bytes(b""), "does not pin vllm"),
+        (lambda lock: lock.write_bytes(lock.read_bytes()[:60]), "is not a pin with sha256 hashes"),
+        (lambda lock: lock.write_bytes(b"\xff\xfe"), "cannot be read"),
+        (lambda lock: lock.unlink(), "does not exist"),
+        (lambda lock: (lock.unlink(), lock.mkdir()), "cannot be read (it is a folder)"),
+        (lambda lock: (lock.unlink(), lock.symlink_to("/dev/zero")), "larger than"),
+        (_pipe, "no end within"),
+    ],
+)
+def test_lock_of_a_stack_that_is_damaged_is_named(
+    tmp_path: Path, damage: Callable[[Path], object], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(given, "PATIENCE", 0.1)
+    stack = tiny_stack(tmp_path)
+    damage(lock := tmp_path / "tiny.lock")
+    run = in_this_process("plan", "--root", tmp_path / "node", "--stack", stack, "--platform", "x86_64", "--json")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["code"]) == (1, "config"), error
+    assert str(lock) in error["message"] and words in error["message"], error
 
 
 def test_root_invalid_is_refused(tmp_path: Path) -> None:

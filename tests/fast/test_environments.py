@@ -1,5 +1,6 @@
 """Every verb in every environment: a documented exit code and one sentence, never a traceback."""
 
+import errno
 import os
 import pty
 import re
@@ -15,7 +16,7 @@ import click
 import pytest
 
 from sparkinstall import given
-from sparkinstall.cli import app
+from sparkinstall.cli import app, edge
 from sparkinstall.cluster import ssh
 from sparkinstall.cluster.artifacts import understood
 from sparkinstall.cluster.protocol import Introduction, announced
@@ -152,6 +153,7 @@ ENVIRONMENTS: dict[str, tuple[Callable[[], None] | None, dict[str, str | None]]]
     "no variables": (None, {"PATH": None, "HOME": None, "LANG": None, "LC_ALL": None, "TERM": None}),
     "no file may be written": (limited(resource.RLIMIT_FSIZE, 0), {}),
     "few files may be open": (limited(resource.RLIMIT_NOFILE, 12), {}),
+    "too little memory for a thread": (limited(resource.RLIMIT_AS, 72 << 20), {}),
 }
 
 
@@ -170,7 +172,7 @@ def test_verb_in_an_environment_gives_a_documented_answer(verb: str, name: str, 
     run = in_environment(name, *words(verb, tmp_path / "node"))
     well_answered(run.returncode, output_of(run))
     told = not any(word in name for word in ("stderr", "all", "reader"))
-    if run.returncode in (Exit.FAILED, USAGE, Exit.INTERRUPTED) and told and verb != "node attend":
+    if run.returncode in (Exit.FAILED, USAGE, Exit.INTERRUPTED) and told:
         assert is_explained(run.stderr), output_of(run)
 
 
@@ -235,6 +237,18 @@ def test_installation_that_is_not_whole_is_told(tmp_path: Path) -> None:
             assert is_explained(run.stderr) and len(run.stderr.splitlines()) <= 2
             assert "--json" not in args or envelope(run)["errors"][0]["message"]
         (tmp_path / f"{name}.py").unlink()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")], ids=repr)
+def test_program_that_cannot_start_for_a_limit_names_the_limits(
+    error: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: object = None) -> None:
+        raise error
+
+    assert edge._code_of(fail, fail) == Exit.FAILED
+    told = capsys.readouterr().err
+    assert re.match("✗ sparkinstall cannot start: .+\n", told) and "`ulimit -a`" in told, told
 
 
 # --- paths
@@ -314,6 +328,24 @@ def test_path_of_a_config_that_another_option_replaces_need_not_be_readable(tmp_
     assert as_ordinary_user(*shown, "--stack", "0.33.0").returncode == 0
     refused = as_ordinary_user("plan", "--root", tmp_path / "node", *shown[2:])
     assert (refused.returncode, "hidden/stack.yaml" in refused.stderr) == (USAGE, True), output_of(refused)
+
+
+@pytest.mark.parametrize("below", ["new.xml", "old.xml"])
+def test_report_in_a_folder_of_another_user_names_the_way_out(below: str, tmp_path: Path) -> None:
+    need_root()
+    root, hidden = empty_rehearsal(tmp_path / "node"), tmp_path / "hidden"
+    hidden.mkdir(mode=0o700)
+    (hidden / "old.xml").touch()
+    for mode in (0o700, 0o755):
+        hidden.chmod(mode)
+        for path in (hidden, hidden / "old.xml"):
+            os.chown(path, 65534, 65534)
+        run = as_ordinary_user("verify", "--root", root, "--only", "env-files", "--junit", hidden / below)
+        assert run.returncode == Exit.FAILED, output_of(run)
+        assert run.stderr == (
+            f"✗ writing {hidden / below} failed: permission denied\n"
+            "  do    choose a folder that you can write to: `--junit FILE.xml`\n"
+        )
 
 
 @pytest.mark.parametrize("kind", ["loop", "below a loop", "below a file", "long name", "long path", "unknown user"])
@@ -463,6 +495,7 @@ def test_request_that_is_none_ends_without_a_traceback(request_: str) -> None:
     )  # fmt: skip
     well_answered(run.returncode, output_of(run))
     assert run.returncode == Exit.FAILED
+    assert is_explained(run.stderr) and "found no request" in run.stderr, output_of(run)
 
 
 @pytest.mark.parametrize(

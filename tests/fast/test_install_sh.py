@@ -93,12 +93,18 @@ case "$1 $2" in
     *) exec {python} "$@" ;;
 esac
 mkdir -p "$3/bin"
-cp "$HOME/fake-tool" "$3/bin/sparkinstall"
-cp "$HOME/fake-pip" "$3/bin/python"
+cp "$HOME/fake-tool" "$3/bin/tool"
+cp "$HOME/fake-pip" "$3/bin/pip"
+cp "$HOME/fake-venv-python" "$3/bin/python"
 # Like a real one, it takes time, and prints a traceback on Ctrl-C.
 exec {python} -c 'import os, time
 print("begun", file=open(os.environ["HOME"] + "/made", "a"), flush=True)
 while os.path.exists(os.environ["HOME"] + "/hold"): time.sleep(0.02)'
+"""
+# That of the new environment: it runs either the tool or pip.
+_VENV_PYTHON = """\
+#!/bin/sh
+case "$*" in "-I -m sparkinstall"*) shift 3; exec "${0%/*}/tool" "$@" ;; *) exec "${0%/*}/pip" "$@" ;; esac
 """
 _APT = """\
 #!/bin/sh
@@ -130,6 +136,7 @@ class Machine:
             "XDG_DATA_HOME": "", "XDG_BIN_HOME": "",
         }  # fmt: skip
         self._put(self.bin / "python3.13", _PYTHON.format(python=sys.executable))
+        self._put(self.home / "fake-venv-python", _VENV_PYTHON)
         self._put(self.home / "fake-pip", "#!/bin/sh\n")
         self._put(self.home / "fake-tool", '#!/bin/sh\necho "$@"\n')
         self._put(self.bin / "apt-get", _APT)
@@ -271,6 +278,18 @@ def test_second_run_interrupted_while_waiting_does_not_disturb_the_first(machine
     machine.let_go()
     assert _ended(first)[0] == 0
     assert (machine.tool / "made-from").read_text() != "another checkout\n"
+
+
+def test_python_is_not_disturbed_by_variables_and_stdin_of_the_user(machine: Machine) -> None:
+    """With PYTHONHOME or a folder as stdin Python itself does not start."""
+    machine.env |= {"PYTHONHOME": "/nowhere", "PYTHONHASHSEED": "x"}
+    machine.replace_program("fake-venv-python", f'exec {sys.executable} -c "import sys; print(sys.argv[1:])" "$@"')
+    assert machine.run("--tool-only").returncode == 0
+    machine.replace_program("../home/.local/share/sparkinstall/tool/bin/python", '[ ! -d /dev/stdin ] && echo "$@"')
+    folder = os.open(machine.home, os.O_RDONLY)
+    done = subprocess.run([machine.command, "a b", "c"], stdin=folder, env=machine.env, capture_output=True, text=True)
+    os.close(folder)
+    assert (done.returncode, done.stdout) == (0, "-I -m sparkinstall a b c\n"), done.stderr
 
 
 def test_killed_run_leaves_no_lock(machine: Machine) -> None:

@@ -81,6 +81,9 @@ def test_read_yaml_only_text_keeps_scalars_as_written() -> None:
 def test_show_of_a_value_is_short_and_hides_secrets() -> None:
     assert show("hf_" + "a" * 30) == "'[hidden]'"
     assert len(show("a" * 10_000)) <= 82 and len(show(10**5000)) < 80
+    for value in ('{"password": "x"}', {"apiKey": "x"}, [{"hf_token": "x"}], '"{\\"hf-token\\": 1}"', ["--api_key=x"]):
+        assert show(value) == "[hidden]", value
+    assert show({"tokens": 5}) == "{'tokens': 5}"
 
 
 def test_host_rule_with_an_unknown_detector_is_refused() -> None:

@@ -138,6 +138,7 @@ KINDS: Mapping[str, Callable[[Path], None]] = {
     "link-out": _links_to("../../../../outside"),
 }
 CONTENTS: Mapping[str, bytes] = {
+    "half-of-a-character": b'{"\\ud800": "\\ud800"}\n',
     "empty": b"",
     "blank": b"\n",
     "not-utf8": b"\xff\xfe\n",
