@@ -37,7 +37,12 @@ LISTED = rf"{_QUOTE}?\s*[:=]\s*[\[(]\s*)((?:[\s,]*{_QUOTED})+)"
 # The pattern is tried only if the lower-case text contains one of the words. Group 1 is kept, group 2 is hidden.
 _Shapes = tuple[tuple[tuple[str, ...], re.Pattern[str]], ...]
 _WHOLE: _Shapes = (
-    (("://",), re.compile(r"(?<=://)()([^/?#\s\"]+)(?=@)")),
+    # A path that was made of a URL has one slash less.
+    ((":/",), re.compile(r"(://|\bhttps?:/)([^/?#\s\"]+)(?=@)")),
+    (
+        ("token=", "secret=", "password=", "passwd=", "key=", "credential="),
+        re.compile(r"\b([A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)=)([^\s\"'\\]+)"),
+    ),
     (("hf_",), re.compile(r"()(\bhf_[A-Za-z0-9]{20,})")),
     (("serial_number=",), re.compile(r"(SERIAL_NUMBER=)((?:\\?[\"'])?[^\s\"'\\]+)")),
     (

@@ -14,6 +14,7 @@ from sparkinstall.cli import edge, options
 from sparkinstall.cli.json_output import envelope
 from sparkinstall.core.session import Target
 from sparkinstall.errors import BadUsage, Exit, Interrupted, Problem, storage_problem
+from sparkinstall.redaction import redact
 
 _TARGET = {
     "root": options.Root, "config": options.ConfigFile, "stack": options.Stack, "set_": options.Set,
@@ -139,6 +140,7 @@ def problem_of(error: BaseException) -> Problem:
 
 def report_usage(words: Sequence[str], error: Any) -> int:
     """Print a usage error (an exception of click), as JSON if the command line asks for that; return the exit code."""
+    error.message = redact(error.message)
     if "--json" not in words:
         error.show()
         return int(error.exit_code)

@@ -137,6 +137,8 @@ def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:
         BadConfig: the addresses or ports of the config cannot be a cluster's.
     """
     for host in hosts:
+        if ":" in host.removeprefix("ssh://").rpartition("@")[0]:
+            raise BadUsage("the user of a host contains `:`", hint="write user@host; ssh itself asks for a password")
         if hosts.count(host) > 1:
             raise BadUsage(f"{host} is named twice", hint="name every node once, the head first")
         if host.startswith("-") or not host.isprintable() or any(c.isspace() for c in host) or not host:

@@ -182,6 +182,25 @@ def test_stack_file_invalid_is_refused(tmp_path: Path, content: bytes) -> None:
     assert refused(tmp_path, "plan", "--root", tmp_path / "node", "--stack", path)["code"] == "config"
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["HF_TOKEN={}"],
+        ["cluster", "status", "u:{}@h"],
+        ["cluster", "plan", "https://u:{}@h", "x"],
+        ["plan", "--config", "https://u:{}@h/c.yaml"],
+        ["plan", "--root", "http://u:{}@h"],
+        ["plan", "--stack", "https://u:{}@h/x"],
+        ["plan", "--set", 'hub.offline={{"password": "{}"}}'],
+        ["plan", "VLLM_API_KEY={}"],
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_secret_in_a_word_that_is_refused_is_not_repeated(args: list[str], more: list[str]) -> None:
+    run = sparkinstall(*(each.format("Zq9vTopSecret") for each in args), *more)
+    assert run.returncode == USAGE and "Zq9v" not in output_of(run), output_of(run)
+
+
 def _pipe(lock: Path) -> None:
     lock.unlink()
     os.mkfifo(lock)
