@@ -9,7 +9,10 @@ from typing import Literal, NamedTuple
 
 from msgspec import Struct
 
-Kind = Literal["full", "read-only", "sudo", "systemd", "missing", "network", "busy", "permission", "killed", "late"]
+Kind = Literal[
+    "full", "read-only", "sudo", "systemd", "missing", "certificate", "network", "limit", "busy", "permission",
+    "killed", "late",
+]  # fmt: skip
 
 
 class Cause(Struct, frozen=True):
@@ -64,11 +67,16 @@ _REFUSED = re.compile(
 )
 _ASKS = re.compile(r"password|terminal|tty\b|authentication is required")
 _FETCHING = ("apt-get", "uv", "pip", "git", "curl", "wget")
+_NOT_TRUSTED = re.compile(r"certificate|\bis not valid yet \(invalid for|\bis expired \(invalid since", re.IGNORECASE)
+_LIMITED = re.compile(
+    r"Cannot allocate memory|memory exhausted|Too many open files|fork\b.*Resource temporarily unavailable",
+    re.IGNORECASE,
+)
 _NO_NETWORK = re.compile(
     # sudo warns of a hostname without an address, and goes on.
     r"^(?!sudo: ).*(Could not (resolve|connect)|Temporary failure|Name or service not known|Network is unreachable"
     r"|No route to host|Connection (refused|reset|timed out|closed)|Unable to connect|unable to access|dns error"
-    r"|error sending request|timed out)",
+    r"|error sending request|timed out|407.*(proxy|CONNECT)|proxy authorization)",
     re.IGNORECASE,
 )
 
@@ -187,6 +195,12 @@ def _in_words(failure: _Failure) -> Cause | None:
     if line := failure.line_with(_BUSY):
         hint = f"wait until the other program has ended (often unattended-upgrades), {AGAIN}"
         return Cause("busy", f"another program holds a lock: {line}", hint)
+    if failure.program in _FETCHING and (line := failure.line_with(_NOT_TRUSTED)):
+        proxy = "behind a proxy, add its certificate to the system's (`sudo update-ca-certificates`)"
+        hint = f"check the clock (`date`); {proxy}; {AGAIN}"
+        return Cause("certificate", f"what a server sent is not trusted: {line}", hint)
+    if line := failure.line_with(_LIMITED):
+        return Cause("limit", line, f"`free -h` and `ulimit -a` show what there is too little of; change it, {AGAIN}")
     if failure.program in _FETCHING and (line := failure.line_with(_NO_NETWORK)):
         hint = f"check this node's network, name server and proxy, {AGAIN}"
         return Cause("network", f"it could not reach a server: {line}", hint)

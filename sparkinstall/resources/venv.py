@@ -301,7 +301,7 @@ def _uv(on: System, node: Node, argv: list[str]) -> None:
         on.run(*argv, env=_uv_env(node), watch=Downloads(on.progress).read)
     except CommandFailed as failure:
         # Without a network, everything may be in the cache.
-        if not (failure.kind == "network" and on.try_run(*argv, "--offline", env=_uv_env(node)).ok):
+        if not (failure.kind in ("network", "certificate") and on.try_run(*argv, "--offline", env=_uv_env(node)).ok):
             raise explain_failed_install(failure, node) from failure
 
 
@@ -324,11 +324,6 @@ def explain_failed_install(failure: CommandFailed, node: Node) -> CommandFailed:
     if "Hash mismatch" in said:
         failure.cause = "a wheel does not have the hash in the lock: it is damaged, or not the locked file"
         failure.hint = "it was not installed; run again, and if the error remains, stop and report it"
-    elif "certificate" in said:
-        failure.cause = "the package index's certificate is not trusted"
-        failure.hint = (
-            "behind a proxy, name the system's certificates: SSL_CERT_FILE=/etc/ssl/certs/ca-certificates.crt"
-        )
     elif address := _not_fetched(said, node):
         failure.cause = f"the stack {node.stack.name} locks a wheel by its URL, which cannot be downloaded: {address}"
         failure.hint = _another_way(address, node)

@@ -68,6 +68,18 @@ def test_program_of_a_command_is_not_a_wrapper(command: tuple[str, ...], program
         (APT, 100, "E: Failed to fetch http://d/x  Could not connect to 127.0.0.1:9 (127.0.0.1).", "network"),
         (("git", "clone"), 128, "fatal: unable to access 'https://x/': Could not resolve host: x", "network"),
         (("uv", "pip"), 2, "error: error sending request for url: dns error", "network"),
+        (("uv", "pip"), 2, "error sending request for url\ntunnel error: proxy authorization required", "network"),
+        (("git", "clone"), 128, "unable to access 'https://x/': Received HTTP code 407 from proxy", "network"),
+        # A server was reached, but what it sent is not trusted: the clock, or a proxy.
+        (("uv", "pip"), 2, "error sending request for url\ninvalid peer certificate: UnknownIssuer", "certificate"),
+        (("git", "clone"), 128, "unable to access 'https://x/': SSL certificate problem: expired", "certificate"),
+        (APT, 100, "E: Release file for http://x/InRelease is not valid yet (invalid for another 3h).", "certificate"),
+        (APT, 100, "Certificate verification failed: The certificate is NOT trusted.", "certificate"),
+        (("make",), 2, "no certificate here", ""),
+        # Too little of what a process may use.
+        (("make",), 2, "make: fork: Resource temporarily unavailable", "limit"),
+        (("cc1plus",), 1, "virtual memory exhausted: Cannot allocate memory", "limit"),
+        (("uv", "pip"), 2, "error: Too many open files (os error 24)", "limit"),
         (APT, 100, "sudo: unable to resolve host n: Name or service not known\nE: broken", ""),
         (("make",), 2, "collect2: error: Connection refused by the linker", ""),
         # Locks, read-only file systems, rights, signals, time.

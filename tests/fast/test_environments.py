@@ -240,15 +240,9 @@ def test_installation_that_is_not_whole_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")], ids=repr)
-def test_program_that_cannot_start_for_a_limit_names_the_limits(
-    error: BaseException, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(_: object = None) -> None:
-        raise error
-
-    assert edge._code_of(fail, fail) == Exit.FAILED
-    told = capsys.readouterr().err
-    assert re.match("✗ sparkinstall cannot start: .+\n", told) and "`ulimit -a`" in told, told
+def test_limit_that_keeps_the_program_from_starting_is_named(error: BaseException) -> None:
+    message, hint = edge.cannot_start(error)
+    assert re.fullmatch("sparkinstall cannot start: .*(memory|open files)", message) and "`ulimit -a`" in hint
 
 
 # --- paths
