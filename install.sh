@@ -239,7 +239,6 @@ write_launcher() {
     # shellcheck disable=SC2016 # for the script
     printf '%s\n' '#!/bin/sh' '[ ! -d /dev/stdin ] || exec </dev/null' "exec '$quoted' -I -m sparkinstall \"\$@\"" \
         >"$TOOL/bin/sparkinstall"
-    chmod +x "$TOOL/bin/sparkinstall"
 }
 
 move_aside() {

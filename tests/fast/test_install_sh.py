@@ -94,6 +94,7 @@ case "$1 $2" in
 esac
 mkdir -p "$3/bin"
 cp "$HOME/fake-tool" "$3/bin/tool"
+cp "$HOME/fake-tool" "$3/bin/sparkinstall"
 cp "$HOME/fake-pip" "$3/bin/pip"
 cp "$HOME/fake-venv-python" "$3/bin/python"
 # Like a real one, it takes time, and prints a traceback on Ctrl-C.
