@@ -23,7 +23,7 @@ BOOTSTRAPPED=$HOME_OF_TOOL/apt-packages
 PATIENCE=300
 # The options of `sparkinstall all` with and without a value; a test compares them with the program.
 VALUED='--root --config --stack --set --platform --only --skip --ignore'
-PLAIN='--full --partial --yes --json --verbose'
+PLAIN='--full --partial --keep-old --no-keep-old --yes --json --verbose'
 LETTERS=yv
 # Set once we create the environment: only then may we restore the one that was moved aside.
 making=
