@@ -417,7 +417,7 @@ def _failures(_: str) -> str:
     rows = (
         [
             code(each.name),
-            each.title + (" (a warning)" if each.is_warning else ""),
+            each.title + each.note,
             code(each.family) if each.family else "",
             str(each.fix or ""),
         ]

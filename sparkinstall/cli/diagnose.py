@@ -162,7 +162,9 @@ def _show(found: Diagnosis, verbose: bool, already_shown: bool) -> None:
 
 
 def _show_found(found: Found, out: Console, several: bool) -> None:
-    out.print(sign("warn" if found.is_warning else "fail"), f"[bold]{escape(found.title)}[/]  [dim]{found.name}[/]")
+    out.print(
+        sign("warn" if found.role == "warning" else "fail"), f"[bold]{escape(found.title)}[/]  [dim]{found.name}[/]"
+    )
     _show_lines(found.lines, out, several)
     if found.count > len(found.lines):
         out.print(f"      [dim]{_count(found)} lines in all[/]")
@@ -256,7 +258,7 @@ def _list_known() -> CommandResult:
     def show() -> None:
         table = headed("failure", "fix", "title")
         for each in signatures:
-            table.add_row(each.name, str(each.fix or ""), f"{each.title}{' (a warning)' if each.is_warning else ''}")
+            table.add_row(each.name, str(each.fix or ""), each.title + each.note)
         console().print(table)
 
     return CommandResult(data=KnownFailures(tuple(KnownFailure(**each.told()) for each in signatures)), show=show)

@@ -122,28 +122,32 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
             known.after |= match.after
         suspects = sorted([*suspects, *search.telling], key=lambda each: -each.weight)[:TELLING_KEPT]
     seen = {name: match for name, match in seen.items() if match.count >= match.signature.times}
-    causes = {name: _causes(match, seen.values()) for name, match in seen.items()}
+    causes = {name: () if each.signature.is_warning else _causes(each, seen.values()) for name, each in seen.items()}
+    explaining = {name for names in causes.values() for name in names}
+    told = {name: each for name, each in seen.items() if name in explaining or each.signature.severity != "event"}
     found = sorted(
-        (_found(each, causes[name]) for name, each in seen.items()), key=lambda each: get_args(Role).index(each.role)
+        (_found(each, causes[name], name in explaining) for name, each in told.items()),
+        key=lambda each: get_args(Role).index(each.role),
     )
     is_explained = any(each.role == "cause" for each in found)
     telling = () if is_explained else tuple(Telling(**asdict(each.place), count=each.count) for each in suspects)
     return Diagnosis(tuple(logs), tuple(found), telling)
 
 
-def _found(match: Match, causes: tuple[str, ...]) -> Found:
+def _found(match: Match, causes: tuple[str, ...], explains_others: bool) -> Found:
     signature = match.signature
-    role: Role = "warning" if signature.is_warning else "consequence" if causes or signature.ends_only else "cause"
+    role: Role = "consequence" if causes or signature.ends_only else "cause"
+    if signature.is_warning and not explains_others:
+        role = "warning"
     return Found(**signature.told(match.words), role=role, count=match.count, explained_by=causes, lines=match.lines)
 
 
 def _causes(match: Match, found: Iterable[Match]) -> tuple[str, ...]:
-    """Return the names of the failures that caused this one."""
-    return tuple(
-        other.signature.name
-        for other in found
-        if other is not match and not other.signature.is_warning and _caused(match, other)
-    )
+    """Return the names of the failures that caused this one; if none, of the warnings that it names as its causes."""
+    others = [each for each in found if each is not match]
+    failures = [each for each in others if not each.signature.is_warning and _caused(match, each)]
+    named = [each for each in others if each.signature.name in match.signature.consequence_of]
+    return tuple(each.signature.name for each in failures or named)
 
 
 def _caused(match: Match, other: Match) -> bool:

@@ -50,7 +50,7 @@ _PREFIXES = (
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
     rf"\[(?P<level>{_LEVEL})\] ",
     r"level=(?P<level>\w+) (?:msg=)?",
-    r"[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
+    r"(?:- )?[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
     # NCCL
     r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<nccl>INFO|WARN|TRACE) ",
     r"[\w./]+:\d+ NCCL (?P<nccl>INFO|WARN) ",
@@ -69,6 +69,10 @@ _JSON_LEVEL = re.compile(r'"(?:level|severity|levelname)"\s*:\s*"(\w+)"')
 _DOCKER = re.compile(r'\{"log": ?"((?:[^"\\]|\\.)*)')
 _ESCAPED = re.compile(r"\\(u[0-9a-f]{4}|.)")
 _MOST_PREFIXES = 12
+# What torch prints of kernels that it tries and drops, although at level error.
+_TRIED = re.compile(r"_inductor/select_algorithm\.py:\d+\]")
+# A command as a shell repeats it (`set -x`) or as it stands after a prompt.
+_COMMAND = re.compile(r"(?:\++|\$|[\w.-]+@[\w.-]+:\S*[$#]) (?=\S)")
 KERNEL = "kernel"
 """The name of the kernel in `who`."""
 
@@ -90,8 +94,8 @@ class Line(Struct, frozen=True):
     """A line taken apart.
 
     `text`: the whole line, printable. `message`: without what stands before it. `who`: the process, as far as the line
-    names it. `level`: "info", "warning", "error" or "" (not told). `quoted`: where in `text` the words of a request
-    begin. `when`: seconds since the beginning of a year, or None.
+    names it. `level`: "info", "warning", "error" or "" (not told). `quoted`: where in `text` the words of a request or
+    a command begin. `when`: seconds since the beginning of a year, or None.
     """
 
     text: str
@@ -100,6 +104,11 @@ class Line(Struct, frozen=True):
     level: str
     quoted: int
     when: int | None
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the message."""
+        return self.text[: len(self.text) - len(self.message)]
 
     @property
     def said(self) -> str:
@@ -138,7 +147,10 @@ def take_apart(text: str) -> Line:
             level = "error" if (kind, level) == ("nccl", "warning") else level
     if not level and (told := _JSON_LEVEL.search(text, 0, 400)):
         level = _LEVELS.get(told[1].lower(), "")
-    return Line(text, text[at:], " ".join(who), level, _quoted(text), _when(text, at))
+    if _TRIED.search(text, 0, at):
+        level = "info"
+    quoted = at if _COMMAND.match(text, at) else _quoted(text)
+    return Line(text, text[at:], " ".join(who), level, quoted, _when(text, at))
 
 
 def _quoted(text: str) -> int:

@@ -86,6 +86,13 @@ class _Current(Struct):
     is_suspect: bool
     matches: dict[str, tuple[Signature, Place, Mapping[str, str]]] = field(default_factory=dict)
 
+    @property
+    def raised_by(self) -> str:
+        """The code that raised an exception without a message, such as an `assert`; "" for any other line."""
+        code = [each.strip() for each in self.role.frames.splitlines() if re.search(r"\w", each)]
+        is_bare = self.role.kind == "exception" and ":" not in self.line.message
+        return f" (raised by `{code[-1][:_WIDEST]}`)" if is_bare and code else ""
+
 
 @lru_cache(maxsize=4)
 def _automaton(literals: tuple[bytes, ...]) -> BytesAhoCorasick:
@@ -278,7 +285,8 @@ class Search:
         if known := self._telling.get(key):
             known.count += 1
         elif len(self._telling) < TELLING_KEPT:
-            self._telling[key] = Suspect(Place(self.name, current.number, shown(current.line.text, 0)), weight)
+            text = shown(current.line.text, 0) + current.raised_by
+            self._telling[key] = Suspect(Place(self.name, current.number, text), weight)
 
 
 def around(data: bytes, start: int, end: int) -> tuple[str, bool]:

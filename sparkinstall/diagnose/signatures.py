@@ -40,12 +40,13 @@ _Name = Annotated[str, schema.like("[a-z0-9]+(-[a-z0-9]+)*", "words in lower cas
 class KnownFailure(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a user is told about a known failure.
 
-    `fix` is the number of a fix, or None. `family` names the broader failure that this one is a kind of.
+    `fix` is the number of a fix, or None. `family` names the broader failure that this one is a kind of. An "event" is
+    told only as the cause of a failure that names it.
     """
 
     name: _Name
     title: _Line
-    severity: Literal["failure", "warning"] = "failure"
+    severity: Literal["failure", "warning", "event"] = "failure"
     fix: Annotated[int, Meta(ge=1, le=FIXES[-1].number, title="the number of a fix")] | None = None
     why: _Line
     hint: _Line
@@ -55,7 +56,13 @@ class KnownFailure(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
     @property
     def is_warning(self) -> bool:
-        return self.severity == "warning"
+        """Whether it is no failure by itself: a warning or an event."""
+        return self.severity != "failure"
+
+    @property
+    def note(self) -> str:
+        """What a list says beside the title of what is no failure by itself."""
+        return {"failure": "", "warning": " (a warning)", "event": " (an event)"}[self.severity]
 
     def told(self, words: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Return these fields alone, with the numbers of a line in place of `{name}`, `{a - b}` and `{a / b}`."""

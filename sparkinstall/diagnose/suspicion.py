@@ -11,7 +11,8 @@ WORDS = (
     "terminate called", "BUG: ", "SError", "critical temp", "timeout, ", "Oops", "Unable to handle", "E: ",
     "command not found", "ssertion", "blocked for more than", "soft lockup", "hard LOCKUP", "undefined symbol",
     "No such file or directory", "Killed", "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error",
-    "Illegal instruction", "mlx5_core ", " is required", "DPC: ",
+    "Illegal instruction", "mlx5_core ", " is required", "DPC: ", "Failed: ", " failed: ", "double free", "corrupted ",
+    "): invalid", "stack smashing", "ermission denied", "Caused by: ", "Memory failure: ", "nvme ",
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
 
@@ -38,9 +39,14 @@ _SHAPES = (
             r".*(?:\bFATAL\b|\b[Ff]atal +(?:error\b|: ))",
             r".*(?:cannot open shared object|undefined symbol: |\b[Aa]ssertion\b.* failed)",
             r"Assertion error\b",
+            r"Failed: \S",
+            r"(?:double free or corruption|corrupted (?:size|double|unsorted))",
+            r"(?:malloc|free|realloc|munmap_chunk)\(\): ",
+            r"\*\*\* stack smashing",
             # of a shell, apt and dpkg
             r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$",
-            r"(?:[\w./+-]+: )+(?:not found|No such file or directory)$",
+            r"(?:[\w./+-]+: )+(?:not found|No such file or directory|[Pp]ermission denied)$",
+            r"[Pp]ermission denied\b",
             r"E: \S",
             r"sudo: a (?:password|terminal) is required",
             r"dpkg: error\b",
@@ -52,10 +58,13 @@ _SHAPES = (
         _any(
             r"(?:[\w./+()-]+(?:[:(][\d:,]+\)?)?:? )?(?:[Ee]rror|ERROR)(?: [\w ]{1,40})?: \S",
             r"nvcc +error",
+            r"\s*Caused by: \S",
+            r"[\w.-]+: aborting\b",
             r".*\*\*\* \[.*\] Error \d",
             r".*(?:Main process exited|Failed with result|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
         ),
     ),
+    (WEAK, _any(r" *[A-Za-z][\w ]{2,40} failed: [A-Z]\w+ \S")),
 )
 _KERNEL = (
     (
@@ -77,6 +86,8 @@ _KERNEL = (
             "EXT4-fs error",
             ".*\\[Hardware Error\\]",
             "SError",
+            "Memory failure: ",
+            "nvme\\S* \\S+ (?:controller is down|Disabling device)",
             ".*critical temperature",
             ignore_case=True,
         ),
@@ -87,7 +98,7 @@ _KERNEL = (
             "mlx5_core .*(?:timed? ?out|error|fail|health)",
             ".*\\bAER: .*(?:Fatal|Uncorrect)",
             ".*\\bDPC: containment",
-            ".*nvme\\S* .*timeout",
+            ".*nvme\\S* .*timeout,",
             ignore_case=True,
         ),
     ),
@@ -98,8 +109,15 @@ _HANDLED = _any(
     r"\b(?:retry(?:ing)?\b|fall(?:s|ing)? ?back|fallback|ignor(?:ed|ing)\b|skipp(?:ed|ing)\b)",
     r"\b(?:disabling\b|will be disabled|harmless|not fatal|non-fatal|safe to ignore|can be ignored|recovered|0 errors)",
     r"\b(?:no|without) errors?\b",
+    # pip's note about packages that it did not install; Arm's SVE, which need not exist; a server that is not up yet
+    r"pip's dependency resolver does not currently",
+    r"Error in cpuinfo: prctl\(PR_SVE",
+    r"\bdial tcp \S+ connect: connection refused|while connecting to upstream",
     ignore_case=True,
 )
+# What vLLM's front end logs of a request that it refuses, and the exceptions that it then logs.
+_REFUSING = re.compile(r"\[[\w/]*serving\w*\.py:\d+\]")
+_REFUSED = re.compile(r"(?:[\w.]+\.)?(?:\w*ValidationError|ValueError|JSONDecodeError|TemplateError|BadRequestError)\b")
 # Programs of the desktop and the system that have no part in this.
 _OTHERS = _any(
     r"(?<!\S)(?:sshd|avahi-daemon|gnome-\S+|gdm\S*|gsd-\S+|dbus-\S+|NetworkManager|snapd|pipewire|wireplumber|pulseaudio|cups\S*)\[",
@@ -117,13 +135,16 @@ def weight(line: Line, role: Role, number: int) -> int:
         return 0
     if KERNEL in line.who.split():
         return _first(_KERNEL, message)
+    if _REFUSING.search(line.prefix) and (role.kind != "exception" or _REFUSED.match(message)):
+        return 0
     if role.kind == "exception":
         return 0 if line.level == "warning" else MOST if role.first == number else STRONG
     if "NCCL WARN" in line.text:
-        return SOME
+        return STRONG
     if line.level == "warning":
         return 0
-    return _first(_SHAPES, message) or (WEAK if line.level == "error" else 0)
+    # An indented line of level error continues another one.
+    return _first(_SHAPES, message) or (WEAK if line.level == "error" and not message.startswith(" ") else 0)
 
 
 def _first(shapes: tuple[tuple[int, re.Pattern[str]], ...], message: str) -> int:

@@ -78,8 +78,8 @@ def causes(found: Diagnosis) -> list[str]:
 def test_example_is_diagnosed_as_its_signature_only(known: Signature, line: str) -> None:
     found = diagnosed(f"INFO all good\n{chr(10).join([line] * known.times)}\nINFO all good\n".encode())
     if known.is_warning:
-        assert [each.name for each in found.warnings] == [known.name]
-        assert not found.causes
+        assert [each.name for each in found.found] == ([] if known.severity == "event" else [known.name])
+        assert known.name in read(line.encode()).sightings
     else:
         failure, *others = found.found
         assert (failure.name, failure.role) == (known.name, "consequence" if known.ends_only else "cause")
@@ -159,7 +159,7 @@ def test_page_lists_every_signature() -> None:
     page = (REPOSITORY / "docs/diagnose.md").read_text()
     listed = dict(re.findall(r"^\| `([a-z0-9-]+)` \| ([^|]+) \|", page, re.M))
     assert {name: title.strip() for name, title in listed.items() if name in BY_NAME} == {
-        each.name: each.title + (" (a warning)" if each.is_warning else "") for each in KNOWN
+        each.name: each.title + each.note for each in KNOWN
     }
 
 
@@ -181,7 +181,7 @@ GOOD: dict[str, Any] = {
         ([{**GOOD, "regex": "(abcd"}], r"`\[0\].regex` is not a regular expression: missing"),
         ([{**GOOD, "name": "Some Failure"}], "name` must be words in lower case"),
         ([{**GOOD, "fix": 99}], "fix` must be the number of a fix, not 99"),
-        ([{**GOOD, "severity": "bad"}], "severity` must be one of failure, warning, not 'bad'"),
+        ([{**GOOD, "severity": "bad"}], "severity` must be one of failure, warning, event, not 'bad'"),
         ([GOOD, GOOD], "two signatures"),
         ([{**GOOD, "consequence_of": ["unheard-of"]}], "unheard-of"),
         ([{**GOOD, "consequence_of": ["some-failure"]}], "in a circle"),
@@ -248,6 +248,33 @@ def test_cause_in_another_log_is_found() -> None:
 def test_warning_is_no_cause() -> None:
     found = diagnosed(example("driver-no-memory") + example("engine-dead"))
     assert [each.role for each in found.found] == ["consequence", "warning"]
+
+
+def test_warning_is_the_cause_of_a_failure_that_names_it_unless_another_failure_is() -> None:
+    found = diagnosed(example("env-file-ignored") + example("engine-dead"))
+    assert [(each.name, each.role) for each in found.found] == [
+        *[("env-file-ignored", "cause"), ("engine-dead", "consequence")]
+    ]
+    assert causes(diagnosed(example("env-file-ignored") + example("disk-full") + example("engine-dead"))) == [
+        "disk-full"
+    ]
+
+
+def test_event_is_told_only_where_it_explains_a_failure() -> None:
+    assert causes(diagnosed(example("cable-unplugged") + example("rdma-failed"))) == ["cable-unplugged"]
+    assert [each.name for each in diagnosed(example("cable-unplugged") + example("disk-full")).found] == ["disk-full"]
+
+
+@pytest.mark.parametrize("before", ["+ ", "++ ", "$ ", "lab@spark-1:~/x$ "])
+def test_command_that_a_shell_repeats_is_not_diagnosed(before: str) -> None:
+    found = diagnosed(f"{before}grep -c 'Error: CUDA out of memory' vllm.log\n".encode())
+    assert not found.found and not found.telling
+
+
+def test_bare_exception_is_shown_with_the_code_that_raised_it() -> None:
+    frames = '  File "/a.py", line 3, in f\n    assert a >= b\n           ^^^^^^\n'
+    log = f"Traceback (most recent call last):\n{frames}AssertionError\n"
+    assert [each.text for each in diagnosed(log.encode()).telling] == ["AssertionError (raised by `assert a >= b`)"]
 
 
 def test_failure_with_its_consequences_has_a_cause() -> None:

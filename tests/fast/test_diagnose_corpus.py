@@ -11,7 +11,7 @@ from tools import score
 from tools.score import Case
 
 KNOWN = load()
-NAMES = {each.name for each in KNOWN if not each.is_warning}
+NAMES = {each.name for each in KNOWN}
 CASES = {f"{kind}-{case.name}": case for kind, those in score.cases().items() for case in those}
 
 
