@@ -44,13 +44,17 @@ class SymbolCheck(Struct, frozen=True):
 
 
 class VenvStamp(Struct, frozen=True):
-    """What an environment was made from; `lock`: sha256 of the lock; `part`: what was installed, `all` or `vllm`."""
+    """What an environment was made from; `lock`: sha256 of the lock; `part`: what was installed, `all` or `vllm`.
+
+    `place`: its folder below the prefix, so that services restart if an equal environment replaces it.
+    """
 
     lock: str
     stack: str = ""
     platform: str = ""
     python: str = ""
     part: str = ""
+    place: str = ""
 
 
 class RecordDamaged(Problem):

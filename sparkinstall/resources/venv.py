@@ -125,7 +125,8 @@ class PythonEnvironment(Struct, frozen=True):
         there = installed(self.node, on)
         if not Path(on.real(self.node.python)).exists():
             there = {}
-        if stamp == self._stamp(lock) and all(there.get(pin.name) == pin.version for pin in pins):
+        made_from = stamp and replace(stamp, place="")
+        if made_from == self._stamp(lock) and all(there.get(pin.name) == pin.version for pin in pins):
             return Ok(self._note(lock))
         after = {pin.name: pin.version for pin in pins}
         return Drift(self._summary(pins) + self._switch(on), _listing(there), _listing(after))
@@ -192,7 +193,7 @@ class PythonEnvironment(Struct, frozen=True):
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)
         self._prove(on, lock)
-        on.write(node.venv_stamp, as_text(self._stamp(lock)).encode())
+        on.write(node.venv_stamp, as_text(replace(self._stamp(lock), place=node.venv_name)).encode())
 
     def _prove(self, on: System, lock: Sequence[Pin]) -> None:
         """Check what can be checked before a switch; the stamp says that it was."""

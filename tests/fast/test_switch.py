@@ -118,6 +118,18 @@ def test_switch_with_keep_old_keeps_the_former_and_switches_back_at_once(node: R
     is_restored(node)
 
 
+def test_environment_installed_again_has_another_stamp(node: Rehearsal, use: Use) -> None:
+    """Services depend on the stamp: those that run from the former files are restarted before these are removed."""
+    stamp, options = node.root / "opt/sparkinstall/venv/sparkinstall.json", use(OLD)
+    before = stamp.read_text()
+    run = sparkinstall("run", "environment", "--force", "--root", node.root, *options, "--yes")
+    assert run.returncode == 0, output_of(run)
+    assert stamp.read_text() != before and (used(node), environments(node)) == (OLD, [OLD, OLD])
+    assert node.all().returncode == 0
+    assert environments(node) == [OLD]
+    is_restored(node)
+
+
 def test_failed_proof_leaves_the_former_in_use(node: Rehearsal, use: Use) -> None:
     env_files = tree(node.root / "opt/sparkinstall/env", files_with_times)
     run = node.all(*use(BROKEN))
