@@ -157,7 +157,11 @@ def _plan(cluster: Cluster) -> CommandResult:
 
 
 def _status(cluster: Cluster) -> CommandResult:
-    cluster.status()
+    try:
+        cluster.identify("status")
+        cluster.status()
+    except Barrier:
+        pass
     lines = {done.host: _standing(status) for done, status in cluster.replies("status", NodeStatus)}
     return end(cluster, lambda: show_nodes(cluster, lines))
 
@@ -165,8 +169,10 @@ def _status(cluster: Cluster) -> CommandResult:
 def _uninstall(cluster: Cluster) -> CommandResult:
     hosts = ", ".join(node.host for node in cluster.nodes)
     question = f"Uninstall everything that sparkinstall installed on {hosts}?"
-    confirm(question, agreed=cluster.options.yes, default=False)
     try:
+        cluster.identify("uninstall")
+        cluster.pause()
+        confirm(question, agreed=cluster.options.yes, default=False)
         cluster.uninstall()
     except Barrier:
         pass

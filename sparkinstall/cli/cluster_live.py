@@ -15,7 +15,7 @@ from sparkinstall.redaction import redact
 
 # Phases that apply nothing have a more specific word than "up to date".
 _DONE = {
-    **dict.fromkeys(("look", "compare", "token", "status", "ready"), "asked"),
+    **dict.fromkeys(("look", "identify", "compare", "token", "status", "ready"), "asked"),
     **dict.fromkeys(("tcp-bandwidth", "rdma-bandwidth", "nccl-bandwidth"), "measured"),
     "reach": "reached", "confirm": "confirmed", "copy": "copied", "verify": "proven", "uninstall": "uninstalled",
 }  # fmt: skip

@@ -10,7 +10,7 @@ from sparkinstall.cli.cluster_text import end, show_bandwidth, show_differences,
 from sparkinstall.cli.run_command import CommandResult
 from sparkinstall.cluster.bandwidth import Between
 from sparkinstall.cluster.drift import Comparison
-from sparkinstall.cluster.orchestrate import Cluster
+from sparkinstall.cluster.orchestrate import Barrier, Cluster
 from sparkinstall.cluster.protocol import Verified
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.errors import Problem
@@ -21,8 +21,13 @@ _MEASURED = frozenset(map(bandwidth.probe_name, bandwidth.KINDS))
 
 def verify(nodes: Cluster) -> CommandResult:
     """Verify every node, measure between them if requested, and compare them."""
-    nodes.verify()
-    measured = nodes.measure() if nodes.options.measure else []
+    measured: list[Between] = []
+    try:
+        nodes.identify("verify", bring=True)
+        nodes.verify()
+        measured += nodes.measure() if nodes.options.measure else []
+    except Barrier:
+        pass
     found = nodes.compare()
     if nodes.options.strict:
         _count_skipped(nodes, measured)

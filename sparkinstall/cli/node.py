@@ -13,7 +13,7 @@ from sparkinstall.core.session import Target, open_session
 from sparkinstall.errors import Exit
 from sparkinstall.probes.bandwidth import SECONDS, known
 from sparkinstall.resources import rollback
-from sparkinstall.system.local import LocalSystem
+from sparkinstall.system.local import LocalReader, LocalSystem
 
 app = typer.Typer(help="What `sparkinstall cluster` runs on each node.", no_args_is_help=True)
 
@@ -38,6 +38,12 @@ def attend(context: typer.Context) -> None:
 def look(target: Target, _: Output, only: options.Only = None, skip: options.Skip = None) -> CommandResult:
     """Plan, preflight and versions in one reply."""
     return CommandResult(data=agent.look(open_session(target), only or (), skip or ()))
+
+
+@_command
+def identify(_target: Target, _: Output) -> CommandResult:
+    """Reply which machine this is."""
+    return CommandResult(data=agent.identify(LocalReader()))
 
 
 @_command

@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 
 import msgspec
+from msgspec import structs
 
 from sparkinstall.cluster import artifacts, drift
 from sparkinstall.cluster.protocol import (
     Fetched,
+    Identity,
     Introduction,
     Look,
     Offered,
@@ -88,9 +90,14 @@ def look(session: Session, only: Sequence[str], skip: Sequence[str]) -> Look:
         armed=rollback.armed(on),
         user=node.user,
         executor=node.config.cluster.executor,
-        machine=machine.identity(on),
-        addresses=tuple(each.partition("/")[0] for live in ip.live(on).values() for each in live.addresses),
+        **structs.asdict(identify(on)),
     )
+
+
+def identify(on: Reader) -> Identity:
+    """Which machine this is, whatever is installed on it."""
+    addresses = tuple(each.partition("/")[0] for live in ip.live(on).values() for each in live.addresses)
+    return Identity(machine.identity(on), addresses)
 
 
 def reach(session: Session, addresses: Sequence[str]) -> Reply[Reached]:

@@ -19,6 +19,7 @@ from sparkinstall.cluster.protocol import (
     Applied,
     Confirmed,
     Fetched,
+    Identity,
     Look,
     Measurable,
     Reached,
@@ -227,6 +228,19 @@ class Cluster(Struct):
             catalogue.require_known(self.options.ignore, known, "check")
         for at, problem in identity.mistaken(self.nodes):
             self._refuse(at, [problem])
+
+    def identify(self, verb: str, *, bring: bool = False) -> None:
+        """Compare the machines before a verb that does not `look`; a node that does not answer is left to the verb.
+
+        Raises:
+            Barrier: one machine is named twice, or the nodes are in another order than they were set up in.
+        """
+        if len(self.nodes) < 2:
+            return
+        self._at_once("identify", self.nodes, lambda node, on_line: _identify(node, on_line, bring))
+        for at, problem in identity.mistaken(self.nodes, verb):
+            self._add(Done(self.nodes[at].host, verb, "failed", problems=(problem,)))
+        self._barrier()
 
     def require_ready(self) -> None:
         """After `look`, report every node that gave no reply or cannot be set up.
@@ -480,6 +494,19 @@ def _as_it_is(node: RemoteNode, on_line: OnLine, message: type[_Message], *argv:
         return node.call(message, *argv, on_line=on_line, bring=False)
     except NoTool:
         return Reply()
+
+
+def _identify(node: RemoteNode, on_line: OnLine, bring: bool) -> Reply[Identity]:
+    try:
+        reply = node.call(Identity, "node", "identify", on_line=on_line, bring=bring)
+    except Interrupted:
+        raise
+    except Problem:
+        # The verb meets it too, and reports it.
+        return Reply()
+    if reply.data:
+        node.look = Look(machine=reply.data.machine, addresses=reply.data.addresses)
+    return Reply()
 
 
 def _unready(node: RemoteNode, ignored: Sequence[str]) -> list[Problem]:

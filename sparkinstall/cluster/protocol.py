@@ -70,12 +70,21 @@ def as_problem(kind: type, data: Any) -> Problem:
 # --- what each verb replies; `status` replies a `NodeStatus`
 
 
-class Look(Struct, frozen=True):
+class Identity(Struct, frozen=True):
+    """Reply of `identify`: which machine a node is.
+
+    `machine`: what no other machine has, or "" where that is unknown. `addresses`: IPv4 addresses of all interfaces.
+    """
+
+    machine: str = ""
+    addresses: tuple[str, ...] = ()
+
+
+class Look(Identity, frozen=True):
     """Reply of `look`; an empty one stands for a node that gave no reply.
 
     `unproven`: probes that failed when the node was last proven. `armed`: a network change waits for its confirmation.
-    `token`: a digest of the Ray token, or None. `machine`: what no other machine has, or "" where that is unknown.
-    `addresses`: IPv4 addresses of all interfaces.
+    `token`: a digest of the Ray token, or None.
     """
 
     preflight: Sequence[ProbeResult] = ()
@@ -86,8 +95,6 @@ class Look(Struct, frozen=True):
     armed: bool = False
     user: str = "USER"
     executor: str = ""
-    machine: str = ""
-    addresses: tuple[str, ...] = ()
 
 
 class Planned(Struct, frozen=True):

@@ -367,6 +367,61 @@ def test_machine_under_two_names_is_refused_before_it_is_touched(
     assert all("name every node once" in each["hint"] for each in reply["errors"])
 
 
+def _identities(far: FarNodes, **machines: tuple[str, str]) -> None:
+    for host, (machine, address) in machines.items():
+        name = host.replace("_", "-")
+        if not (far.lab / name).exists():
+            far.add(name)
+        far.answer(name, identify=[0, {"machine": machine, "addresses": ["10.0.0.5", address]}, []])
+
+
+LATER_VERBS = ("verify", "status", "uninstall")
+
+
+@pytest.mark.parametrize("verb", LATER_VERBS)
+def test_machine_under_two_names_is_refused_by_every_verb(far: FarNodes, verb: str) -> None:
+    _identities(far, spark_1=("m", "10.0.0.6"), spark_2=("n", "10.0.0.7"), again=("m", "10.0.0.6"))
+    code, reply, _ = far.cluster(verb, "spark-1", "spark-2", "again", "--yes")
+    assert (code, {call["verb"] for call in far.calls}) == (5, {"identify"})
+    (error,) = reply["errors"]
+    assert error["message"] == "again is the same machine as spark-1"
+    assert "name every node once" in error["hint"]
+
+
+@pytest.mark.parametrize("verb", LATER_VERBS)
+def test_nodes_in_another_order_are_refused_by_every_verb(far: FarNodes, verb: str) -> None:
+    _identities(far, spark_1=("m", "192.168.100.10"), spark_2=("n", "192.168.100.11"))
+    code, reply, _ = far.cluster(verb, "spark-2", "spark-1", "--yes")
+    assert (code, {call["verb"] for call in far.calls}) == (5, {"identify"})
+    assert len(reply["errors"]) == 2
+    for each in reply["errors"]:
+        assert each["cause"] == "the nodes were set up in another order"
+        assert f"`sparkinstall cluster {verb} spark-1 spark-2`" in each["hint"]
+
+
+@pytest.mark.parametrize("verb", LATER_VERBS)
+def test_part_of_a_cluster_and_nodes_of_unknown_identity_are_taken_by_every_verb(far: FarNodes, verb: str) -> None:
+    """The workers alone, and one with an older version, which does not know the question."""
+    _identities(far, spark_1=("m", "192.168.100.11"), spark_2=("n", "192.168.100.12"))
+    far.add("older", identify=[2, {}, [problem("No such command 'identify'.")]])
+    code, reply, _ = far.cluster(verb, "spark-1", "spark-2", "older", "--yes")
+    assert (code, reply["errors"]) == (0, [])
+    assert [call["verb"] for call in far.calls].count(verb) == 3
+
+
+def test_report_names_a_machine_under_two_names(far: FarNodes) -> None:
+    _identities(far, spark_1=("m", "10.0.0.6"), spark_2=("m", "10.0.0.6"))
+    assert far.cluster("verify", "spark-1", "spark-2", "--junit", "report.xml")[0] == 5
+    assert "spark-2 is the same machine as spark-1" in (far.lab / "report.xml").read_text()
+
+
+def test_node_without_an_answer_is_reported_once(far: FarNodes) -> None:
+    (far.lab / "spark-1/ssh-says").write_text("ssh: connect to host spark-1 port 22: No route to host\n")
+    code, reply, _ = far.cluster("status", "spark-1", "spark-2")
+    assert (code, [each["message"] for each in reply["errors"]]) == (5, ["spark-1 does not answer"])
+    assert ("spark-2", "status", "") in _verbs(far)
+
+
 @pytest.mark.parametrize("machines", [("", ""), ("a", "b"), ("", "a")])
 def test_machines_that_are_not_known_to_be_the_same_are_set_up(far: FarNodes, machines: tuple[str, str]) -> None:
     for host, machine in zip(("spark-1", "spark-2"), machines, strict=True):
@@ -420,8 +475,9 @@ def test_identity_tells_machines_of_one_image_and_boots_of_one_kernel_apart(tmp_
     assert "" in found
 
 
-def test_node_tells_its_identity_and_addresses(checkout: tuple[Path, str]) -> None:
-    request = {"argv": ["node", "look", "--json"]}
+@pytest.mark.parametrize("verb", ["look", "identify"])
+def test_node_tells_its_identity_and_addresses(checkout: tuple[Path, str], verb: str) -> None:
+    request = {"argv": ["node", verb, "--json"]}
     whole = [sys.executable, "-m", "sparkinstall", "node", "attend"]
     with subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=checkout[0]) as run:
         assert run.stdin is not None
@@ -499,7 +555,7 @@ def test_uninstall_starts_with_the_workers_and_installs_nothing(far: FarNodes) -
         far.answer(host, uninstall=uninstalled)
     assert far.cluster("uninstall", "spark-1", "spark-2", "bare")[0] == 2
     code, reply, _ = far.cluster("uninstall", "spark-1", "spark-2", "bare", "--yes")
-    assert [call["host"] for call in far.calls] == ["spark-2", "spark-1"]
+    assert [call["host"] for call in far.calls if call["verb"] == "uninstall"] == ["spark-2", "spark-1"]
     assert code == 0, reply["errors"]
 
 
