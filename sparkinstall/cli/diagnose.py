@@ -1,5 +1,6 @@
 """`sparkinstall diagnose`: find known failures in logs, with their cause and what to do."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -13,14 +14,16 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from sparkinstall import stacks
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, headed, sign
-from sparkinstall.core.session import Target
+from sparkinstall.core.session import Target, open_session
 from sparkinstall.diagnose import judge
 from sparkinstall.diagnose.judge import Diagnosis, Found, Log
 from sparkinstall.diagnose.search import MOST, Match, Place, Search
 from sparkinstall.diagnose.signatures import KnownFailure, Signature, load
 from sparkinstall.errors import BadUsage, Exit, Problem
+from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.redaction import redact
 
 _SHOWN_TELLING = 8
@@ -52,9 +55,9 @@ class KnownFailures(Struct, frozen=True):
     known: tuple[KnownFailure, ...]
 
 
-@verb("diagnose", reads_only=True)
+@verb("diagnose", "root", reads_only=True)
 def diagnose(
-    _target: Target,
+    target: Target,
     output: Output,
     logs: Logs = None,
     unit: Units = None,
@@ -66,7 +69,7 @@ def diagnose(
     if known:
         return _list_known()
     units = tuple(unit or ())
-    named, signatures = _logs(tuple(logs or ()), units, follow, boot), load()
+    named, signatures = _logs(tuple(logs or ()), units, follow, boot), load(release=_installed_release(target))
     if follow:
         found = judge.judge([_follow(named[0], signatures, not output.json)])
     else:
@@ -74,6 +77,15 @@ def diagnose(
     silent = () if follow else _silent(found, units)
     code = Exit.DRIFT if found.causes or found.consequences else Exit.FAILED if silent else Exit.GOOD
     return CommandResult(code, found, lambda: _show(found, output.verbose, already_shown=follow), silent)
+
+
+def _installed_release(target: Target) -> str:
+    """Return the vLLM of the shipped stack that is installed; "" where there is none, or it cannot be told."""
+    with contextlib.suppress(Problem):
+        session = open_session(target)
+        name = installed_stack(session.system, session.node.venv_stamp)
+        return stacks.load(name).vllm if name in stacks.names() else ""
+    return ""
 
 
 def _silent(found: Diagnosis, units: Sequence[str]) -> tuple[Problem, ...]:

@@ -31,6 +31,8 @@ only that something ended. With `OTHERS` it is one."""
 _SHORTEST = 3
 # A number of the line in a text: `{free}`, or what two of them give.
 _PLACE = re.compile(r"\{([a-z]+)(?: ([-/]) ([a-z]+))?\}")
+# What a hint says for some releases of vLLM only.
+_RANGE = re.compile(r"\{(from|before) (\d+\.\d+\.\d+): ([^{}]+)\}")
 _Line = Annotated[str, schema.like(r"[^\n]+", "one line of text")]
 _Some = Annotated[tuple[_Line, ...], Meta(min_length=1, title="a list of text, at least one")]
 _Anchor = Annotated[str, schema.like(rf"[^\n]{{{_SHORTEST},}}", f"text of at least {_SHORTEST} characters")]
@@ -105,10 +107,11 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
         return found
 
 
-def load(folder: Path | None = None) -> tuple[Signature, ...]:
-    """Return every signature of the folder, in the order of files and entries.
+def load(folder: Path | None = None, release: str = "") -> tuple[Signature, ...]:
+    """Return every signature of the folder, in the order of files and entries, with hints for a release of vLLM.
 
-    By default these are the shipped ones and those of the rules for the kernel's log in `knowledge/hosts.yaml`.
+    Without a release the hints name the releases that each part is for. By default the signatures are the shipped ones
+    and those of the rules for the kernel's log in `knowledge/hosts.yaml`.
 
     Raises:
         Malformed: an entry is invalid, or two have the same name.
@@ -117,9 +120,25 @@ def load(folder: Path | None = None) -> tuple[Signature, ...]:
     found = [each for file in files for each in schema.read_file(tuple[Signature, ...], file)]
     if folder is None:
         found = _with_rules(found)
-    found = [replace(each, anchors=each.anchors or _anchors(each)) for each in found]
+    found = [replace(each, anchors=each.anchors or _anchors(each), hint=hint_for(each.hint, release)) for each in found]
     _refuse_bad_references(found)
     return tuple(found)
+
+
+def hint_for(hint: str, release: str) -> str:
+    """Return what a hint says for a release of vLLM; "" (not known): all of it, with the releases of each part."""
+
+    def told(part: re.Match[str]) -> str:
+        side, border, text = part.groups()
+        if not release:
+            return f" {text} (vLLM {border} and later)" if side == "from" else f" {text} (before vLLM {border})"
+        return f" {text}" if (_numbers(release) >= _numbers(border)) == (side == "from") else ""
+
+    return _RANGE.sub(told, hint)
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    return tuple(int(each) for each in re.findall(r"\d+", release)[:3])
 
 
 def _with_rules(signatures: Sequence[Signature]) -> list[Signature]:

@@ -27,7 +27,7 @@ from sparkinstall.diagnose import judge as judge_module
 from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose.judge import Diagnosis, judge
 from sparkinstall.diagnose.search import Search
-from sparkinstall.diagnose.signatures import Signature, load
+from sparkinstall.diagnose.signatures import Signature, hint_for, load
 from sparkinstall.probes import known_hosts
 from sparkinstall.schema import Malformed
 from tests.support.nodes import FIXES_OF_SPARKS
@@ -415,6 +415,14 @@ def test_every_rule_for_the_kernels_log_is_known() -> None:
             log = "".join(f"Oct 02 03:00:00 node-a kernel: {line}\n" for line in case["kernel"]).encode()
             names = {each.name for each in diagnosed(log).found}
             assert names & {each.name for each in KNOWN if rule.name in (each.name, each.family)}, case
+
+
+def test_hint_is_for_the_installed_release_and_otherwise_names_the_releases() -> None:
+    hint = "`--a`{from 0.22.1: and `--b`}{before 0.22.1: with `C=1`}; x"
+    assert hint_for(hint, "0.22.1") == hint_for(hint, "0.33.0+cu130") == "`--a` and `--b`; x"
+    assert hint_for(hint, "0.18.1") == "`--a` with `C=1`; x"
+    assert hint_for(hint, "") == "`--a` and `--b` (vLLM 0.22.1 and later) with `C=1` (before vLLM 0.22.1); x"
+    assert not any("{from" in each.hint or "{before" in each.hint for each in KNOWN)
 
 
 def test_hints_name_stacks_that_are_shipped() -> None:

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from sparkinstall import payloads, stacks
 from sparkinstall.assets import asset
 from sparkinstall.config import ClusterConfig, Config
+from sparkinstall.diagnose import signatures
 from sparkinstall.facts import vllm
 from sparkinstall.patches import digest, load
 from sparkinstall.steps.serving import arguments
@@ -217,3 +218,14 @@ def test_patches_have_a_variant_for_the_wheel(release: str) -> None:
         assert release in variant.releases
         assert digest(original) == variant.original
         assert patch.kernels_for(release) is not None
+
+
+def test_flags_and_variables_of_hints_exist_in_the_release(release: str) -> None:
+    options = b"".join(source(release, f"vllm.{module}") or b"" for module in SERVE)
+    # That one names options which a release does not have.
+    known = [each for each in signatures.load(release=release) if each.name != "setting-refused"]
+    hints = " ".join(each.hint for each in known if "-backend" in each.hint)
+    flags, variables = re.findall(r"`(--[a-z][a-z0-9-]+)", hints), re.findall(r"`(VLLM_\w+)", hints)
+    assert {"--moe-backend", "--attention-backend"} <= set(flags) and "VLLM_USE_DEEP_GEMM" in variables
+    assert {flag for flag in flags if f'"{flag}"'.encode() not in options} == set()
+    assert {name for name in variables if f'"{name}"'.encode() not in (source(release, "vllm.envs") or b"")} == set()
