@@ -80,7 +80,7 @@ def diagnose(
 
 
 def _installed_release(target: Target) -> str:
-    """Return the vLLM of the shipped stack that is installed; "" where there is none, or it cannot be told."""
+    """Return the vLLM of the shipped stack that is installed; "" where there is none, or it is unknown."""
     with contextlib.suppress(Problem):
         session = open_session(target)
         name = installed_stack(session.system, session.node.venv_stamp)
