@@ -68,8 +68,8 @@ def diagnose(
     """Find known failures in logs: lines, cause and what to do; exit 3 if one was found."""
     if known:
         return _list_known()
-    units = tuple(unit or ())
-    named, signatures = _logs(tuple(logs or ()), units, follow, boot), load(release=_installed_release(target))
+    units, signatures = tuple(unit or ()), load(release=_installed_release(target))
+    named = _logs(tuple(logs or ()), units, follow, boot)
     if follow:
         found = judge.judge([_follow(named[0], signatures, not output.json)])
     else:
