@@ -37,10 +37,12 @@ def absolute(path: str | Path, option: str, error: type[Problem] = BadUsage, *, 
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as found:
+        # What is given for a token's file may be the token itself.
+        shown = "" if option == "--token-file" else f" {path}"
         if hidden and isinstance(found, PermissionError):
             return Path(whole)
         why = getattr(found, "strerror", None) or found
-        raise error(f"{option} {path} cannot be used: {why}", hint="name another path") from found
+        raise error(f"{option}{shown} cannot be used: {why}", hint="name another path") from found
     return Path(whole)
 
 

@@ -24,6 +24,13 @@ _USER = r"(?<![\w-])(?:-u|--user|--proxy-user)"
 # vLLM's parser takes `_` for `-`, and any beginning of an option that is no other's.
 _FLAG = r"--(?:api[_-]k(?:e(?:ys?)?)?|hf[_-]t(?:o(?:k(?:en?)?)?)?)"
 _OPTIONS = ("--api-key", "--hf-token")
+# A key within the JSON of an option: `-O.a.api_key`.
+_DOTTED = (
+    r"(?i:(?<![\w.-])--?[a-z][\w-]*\.(?:[\w-]+\.)*(?:[\w-]*[_-])?"
+    r"(?:api[_-]?keys?|access[_-]?key|private[_-]?key|secret(?:[_-]?key)?|passw(?:or)?ds?|passphrase"
+    r"|(?:api|hf|hub|auth|access|refresh|bearer|session|security)[_-]?token|(?<=\.)token))"
+)
+_SHORT_OPTION = re.compile(r"^-[A-Za-z]+")
 _SECRET_KEY = re.compile(
     r"(?:.*_)?(?:api_?keys?|access_?key(?:_id)?|private_?key|secret(?:_?key)?|passwords?|passwd|passphrase"
     r"|(?<!allow_)credentials?|(?:api|hf|hub|auth|access|refresh|bearer|session|security)_?token)|token|authorization"
@@ -60,6 +67,7 @@ _IN_PIECES: _Shapes = (
     (("--api",), re.compile(rf"(--api[_-]k(?:e(?:ys?)?)?)((?:[ \t]+(?!{_QUOTE}?-){_WORD})+)")),
     (("--api", "--hf"), re.compile(rf"({_FLAG}{_QUOTE})((?:\s*,\s*(?!{_QUOTE}-){_QUOTED}(?!\s*:))+)")),
     (("api_key", "api-key", "apikey"), re.compile(rf"(?i)(api[_-]?keys?{LISTED}")),
+    ((".",), re.compile(rf"({_DOTTED}\+?(?:=|{_QUOTE}\s*,\s*|[ \t]+(?!-)))({_WORD}|{_QUOTED})")),
     (("curl",), re.compile(rf"({_USER}(?:=|[ \t]*(?!-)))({_WORD})")),
     (("curl",), re.compile(rf"({_USER}{_QUOTE}\s*,\s*)({_QUOTED})(?!\s*:)")),
 )
@@ -78,20 +86,20 @@ def has_credential(text: str) -> bool:
 def gives_secret(argument: str) -> bool:
     """Return whether an argument of `vllm serve` would give it a secret, in any spelling that its parser takes.
 
-    `--a.b.c=x` is a value within JSON; in JSON the keys tell. Further options in the same word count too: vLLM refuses
-    them, but they would be visible all the same.
+    `--a.b.c=x` and `-O.a=x` are values within JSON, which `-O{...}` has too; in JSON the keys tell. Further options in
+    the same word count too: vLLM refuses them, but they would be visible all the same.
     """
     if has_credential(argument) or any(map(_names_secret, argument.split())):
         return True
-    return any(map(_holds_secret, (argument, argument.partition("=")[2])))
+    return any(map(_holds_secret, (argument, argument.partition("=")[2], _SHORT_OPTION.sub("", argument))))
 
 
 def _names_secret(word: str) -> bool:
-    if not word.startswith("--"):
+    if not word.startswith("-"):
         return False
     option, *keys = word.partition("=")[0].replace("_", "-").rstrip("+").split(".")
     is_ours = len(option) > 2 and any(each.startswith(option.lower()) for each in _OPTIONS)
-    return is_ours or any(map(is_secret_key, (option[2:], *keys)))
+    return is_ours or any(map(is_secret_key, (option.lstrip("-"), *keys)))
 
 
 def is_secret_key(key: str) -> bool:

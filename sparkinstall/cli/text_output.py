@@ -108,12 +108,13 @@ def plan_lines(report: StepReport) -> list[tuple[str, str]]:
 
 def show_diff(drift: Drift, out: Console, verbose: bool) -> None:
     """Print a unified diff; a long one is shortened unless `verbose`."""
-    before, after = drift.before.splitlines(), drift.after.splitlines()
+    # As a whole, like JSON: a secret in several lines is not recognised in one of them.
+    before, after = redact(drift.before).splitlines(), redact(drift.after).splitlines()
     lines = list(difflib.unified_diff(before, after, "now", "then", lineterm="", n=2))[2:]
     if not lines:
         return
     out.print()
-    out.print(f"  [bold]{escape(drift.key)}[/]")
+    out.print(f"  [bold]{escape(shown(drift.key))}[/]")
     kept = lines if verbose else lines[:_MANY_LINES]
     for line in kept:
         style = {"+": "green", "-": "red", "@": "cyan"}.get(line[:1], "dim")
@@ -128,10 +129,12 @@ def show_findings(results: Sequence[ProbeResult], out: Console, only_bad: bool =
     for each in results:
         if only_bad and each.verdict in ("pass", "skip"):
             continue
-        expected = f" [dim](expected: {escape(each.expected)})[/]" if each.expected and each.verdict != "pass" else ""
+        expected = (
+            f" [dim](expected: {escape(shown(each.expected))})[/]" if each.expected and each.verdict != "pass" else ""
+        )
         table.add_row(sign(each.verdict), each.name, escape(shown(each.found)) + expected)
         if each.hint and each.verdict in ("fail", "warn"):
-            table.add_row("", "", f"[dim]→[/] {escape(pointed(each.hint, root))}")
+            table.add_row("", "", f"[dim]→[/] {escape(shown(pointed(each.hint, root)))}")
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
@@ -154,7 +157,7 @@ def show_proof(results: Sequence[ProbeResult], out: Console, root: str = "", ver
 
 def _hint(result: ProbeResult, root: str) -> str:
     of_fix = f"  [dim](fix {result.fix})[/]" if result.fix else ""
-    return f"[dim]→[/] {escape(pointed(result.hint, root))}{of_fix}"
+    return f"[dim]→[/] {escape(shown(pointed(result.hint, root)))}{of_fix}"
 
 
 def show_preflight(results: Sequence[ProbeResult], out: Console) -> None:
@@ -207,4 +210,4 @@ def show_problem(problem: Problem, out: Console, where: str = "", root: str = ""
     if problem.log:
         out.print(f"  [dim]log[/]   {escape(problem.log)}")
     if problem.hint:
-        out.print(Padding(f"[dim]do[/]    {escape(pointed(problem.hint, root))}", (0, 0, 0, 2), expand=False))
+        out.print(Padding(f"[dim]do[/]    {escape(shown(pointed(problem.hint, root)))}", (0, 0, 0, 2), expand=False))

@@ -35,7 +35,9 @@ def given(file: str) -> bytes:
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", "") or "it cannot be"
         raise BadUsage(
-            f"--token-file {file} cannot be read: {why}", hint="name the file, or - and pipe it in"
+            # It may be the token itself.
+            f"the file of --token-file cannot be read: {why}",
+            hint="name a file that contains the token, or - and pipe it in",
         ) from error
     if not _TOKEN.fullmatch(token):
         raise BadUsage(

@@ -1,6 +1,7 @@
 """A secret in the settings is recognised by the rules of vLLM's parser, since everyone can read the unit."""
 
 import argparse
+import io
 import json
 import logging
 import re
@@ -9,17 +10,20 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import HealthCheck, given, reject
 from hypothesis import settings as limits
 from hypothesis import strategies as st
+from rich.console import Console
 
 from sparkinstall import stacks
+from sparkinstall.cli.text_output import show_diff
 from sparkinstall.config import Layer, build, parse_assignment, read_layer
 from sparkinstall.errors import BadConfig
 from sparkinstall.redaction import redact
+from sparkinstall.resources import Drift
 from tests.support.wheel_member import needed_member
 
 VALUE = "s3same-open"
@@ -56,6 +60,9 @@ def refusal(*words: str) -> str:
         (f"--hf-overrides.api_key={VALUE}",), ("--model-loader-extra-config.aws_secret_access_key", VALUE),
         (f"--kv_transfer_config.kv_connector_extra_config.password={VALUE}",),
         (f"--additional-config.a.token+={VALUE}",),
+        (f"-O.api_key={VALUE}",), ("-O.a.hf_token", VALUE), (f"-cc.inductor.apiKey+={VALUE}",), (f"-ac.token={VALUE}",),
+        (f'-O{{"api_key": "{VALUE}"}}',), (f'-O={{"a": {{"password": "{VALUE}"}}}}',),
+        ("-O", f'{{"token": "{VALUE}"}}'), (f'-O.a={{"api_key": "{VALUE}"}}',),
         ("--hf-overrides", json.dumps({"api_key": VALUE})), (f'--hf-overrides={{"a": {{"hfToken": "{VALUE}"}}}}',),
         ("--kv-transfer-config", json.dumps({"a": [{"access-key": VALUE}]})),
         ("--additional-config", f'{{"api\\u005fkey": "{VALUE}"}}'),
@@ -91,7 +98,8 @@ def test_secret_in_any_spelling_is_refused_and_not_repeated(words: tuple[str, ..
         ("--hf-overrides", '{"api_key": null, "token": true, "password": ""}'), ("--ssl-keyfile", "/etc/ssl/key.pem"),
         ("--config", "/etc/vllm.yaml"), ("--override-generation-config", '{"stop_token_ids": [1, 2]}'),
         ("--otlp-traces-endpoint", "https://collector:4317"), ("--served-model-name", "hf_model"), ("-tp", "2"),
-        ("-O3",),
+        ("-O3",), ("-O.level=3",), ("-O.pass_config.fuse_norm_quant", "true"), ('-O{"level": 3}',), ("-dp=2",),
+        ("-tp", "-1"),
         ("--long-prefill-token-threshold=4", "--compilation-config", "{" * 4000), ("--x", "[" * 4000),
     ],
     ids=lambda words: " ".join(words)[:60],
@@ -129,6 +137,29 @@ def test_secret_in_a_value_of_the_wrong_type_is_not_repeated(name: str, form: st
 @pytest.mark.parametrize("form", ["{} {}", "{}={}", "'{}', '{}'", '["{}", "{}"]'])
 def test_output_hides_the_secret_of_every_spelling(option: str, form: str) -> None:
     assert VALUE not in redact("vllm serve Qwen/Q " + form.format(option, VALUE) + " --port 8000")
+
+
+@pytest.mark.parametrize(
+    "option", ["-O.api_key", "--hf-overrides.a.hf_token", "-cc.x.token", "--x.aws_secret_access_key"]
+)
+@pytest.mark.parametrize("form", ["{}={}", "{} {}", "'{}', '{}'", '["{}", "{}"]', "{}+={}"])
+def test_output_hides_the_secret_below_a_key(option: str, form: str) -> None:
+    shown = redact("vllm serve Qwen/Q " + form.format(option, VALUE) + " --port 8000")
+    assert VALUE not in shown and "--port 8000" in shown
+
+
+def test_output_keeps_what_is_below_another_key() -> None:
+    text = "vllm serve x -O.level=3 --hf-overrides.bos_token <s> --a.b-c=d see docs.api_key and -v"
+    assert redact(text) == text
+
+
+def test_text_of_a_plan_hides_what_its_json_hides() -> None:
+    after = f'api_keys: [\n  "{VALUE}",\n]\nport: 1\n'
+    drift = Drift("change it", before="port: 2\n", after=after, key=f"file:https://me:{VALUE}@host/x")
+    out = Console(file=io.StringIO(), width=200)
+    show_diff(drift, out, verbose=True)
+    shown = cast(io.StringIO, out.file).getvalue()
+    assert "port: 1" in shown and VALUE not in shown and VALUE not in redact(after)
 
 
 # --- with vLLM's own parser
