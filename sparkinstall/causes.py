@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 from msgspec import Struct
 
 Kind = Literal[
-    "full", "read-only", "sudo", "systemd", "missing", "certificate", "network", "limit", "busy", "permission",
+    "full", "read-only", "sudo", "systemd", "missing", "certificate", "server", "damaged", "key", "cache", "network",
+    "limit", "busy", "permission",
     "killed", "late",
 ]  # fmt: skip
 
@@ -68,6 +69,20 @@ _REFUSED = re.compile(
 _ASKS = re.compile(r"password|terminal|tty\b|authentication is required")
 _FETCHING = ("apt-get", "uv", "pip", "git", "curl", "wget")
 _NOT_TRUSTED = re.compile(r"certificate|\bis not valid yet \(invalid for|\bis expired \(invalid since", re.IGNORECASE)
+_STATUS = r"(?!407)[45]\d\d"
+_SERVER_REFUSED = re.compile(
+    rf"(?:HTTP (?:status (?:client|server) error \(|error )|returned error: |ERROR |Failed to fetch \S+ +)({_STATUS})\b"
+    rf"|(?<![\d.])({_STATUS}) (?:(?:Client|Server) Error\b| *[A-Z][a-z][\w ]*\[IP:)"
+    r"|repository .*not found|Authentication failed for|could not read Username",
+    re.IGNORECASE,
+)
+_DAMAGED = re.compile(
+    r"Hash mismatch for|Hash Sum mismatch|File has unexpected size|DO NOT MATCH THE HASHES|early EOF|index-pack failed",
+    re.IGNORECASE,
+)
+_NO_KEY = re.compile(r"NO_PUBKEY|EXPKEYSIG|KEYEXPIRED|REVKEYSIG|is not signed\b")
+_NO_CACHE = re.compile(r"Failed to initialize cache at `([^`]+)`")
+_IN_THE_WAY = re.compile(r"File exists|Not a directory|Is a directory")
 _LIMITED = re.compile(
     r"Cannot allocate memory|memory exhausted|Too many open files|fork\b.*Resource temporarily unavailable",
     re.IGNORECASE,
@@ -93,6 +108,8 @@ def program_of(argv: Sequence[str]) -> str:
             # The text comes next, then the name that its author gave it.
             inner = words[2:3] or words[1].split()[:1]
             return PurePosixPath(inner[0]).name if inner else name
+        elif re.fullmatch(r"python[\d.]*", name) and words[:2] == ["-m", "pip"]:
+            return "pip"
         else:
             return name
     return PurePosixPath(argv[0]).name if argv else ""
@@ -199,6 +216,8 @@ def _in_words(failure: _Failure) -> Cause | None:
         proxy = "behind a proxy, add its certificate to the system's (`sudo update-ca-certificates`)"
         hint = f"check the clock (`date`); {proxy}; {AGAIN}"
         return Cause("certificate", f"what a server sent is not trusted: {line}", hint)
+    if failure.program in _FETCHING and (cause := _from_a_server(failure)):
+        return cause
     if line := failure.line_with(_LIMITED):
         return Cause("limit", line, f"`free -h` and `ulimit -a` show what there is too little of; change it, {AGAIN}")
     if failure.program in _FETCHING and (line := failure.line_with(_NO_NETWORK)):
@@ -207,7 +226,37 @@ def _in_words(failure: _Failure) -> Cause | None:
     if line := failure.line_with(_DENIED):
         hint = f"check the owner and mode of what it names, and what this user or container may do, {AGAIN}"
         return Cause("permission", line, hint)
+    if (line := failure.line_with(_NO_CACHE)) and failure.line_with(_IN_THE_WAY) and (found := _NO_CACHE.search(line)):
+        return Cause(
+            "cache", f"{line}: a file is in the way", f"it contains only downloads: `rm -r {found[1]}`, {AGAIN}"
+        )
     return None
+
+
+def _from_a_server(failure: _Failure) -> Cause | None:
+    """What a server that was reached refused, or sent."""
+    if line := failure.line_with(_NO_KEY):
+        hint = f"install the key that the source's vendor publishes, or remove the source from /etc/apt, {AGAIN}"
+        return Cause("key", f"the signature of a source cannot be checked: {line}", hint)
+    if line := failure.line_with(_DAMAGED):
+        clean = "empty its cache (`sudo apt-get clean`), " if failure.program == "apt-get" else ""
+        hint = f"it was not used. {clean}check the proxy or mirror between, {AGAIN}; if it remains, report it"
+        return Cause("damaged", f"what a server sent is damaged, or not what was asked for: {line}", hint)
+    if line := failure.line_with(_SERVER_REFUSED):
+        return Cause("server", f"a server refused it: {line}", f"{_about_status(failure, line)}, {AGAIN}")
+    return None
+
+
+def _about_status(failure: _Failure, line: str) -> str:
+    found = _SERVER_REFUSED.search(line)
+    status = (found[1] or found[2] or "") if found else ""
+    if status == "429" or status.startswith("5"):
+        return "it is busy or down: wait a few minutes"
+    if status in ("401", "403"):
+        return "check what the proxy or mirror lets this node fetch, and whether it needs a login"
+    if failure.program == "apt-get":
+        return "its lists are old (`sudo apt-get update`), or the source in /etc/apt is wrong"
+    return "check the address, and the index or mirror that this node is to use"
 
 
 # A refusal comes first, since the program did not run; what is certain before what is only likely.

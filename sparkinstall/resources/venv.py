@@ -302,7 +302,10 @@ def _uv(on: System, node: Node, argv: list[str]) -> None:
         on.run(*argv, env=_uv_env(node), watch=Downloads(on.progress).read)
     except CommandFailed as failure:
         # Without a network, everything may be in the cache.
-        if not (failure.kind in ("network", "certificate") and on.try_run(*argv, "--offline", env=_uv_env(node)).ok):
+        if not (
+            failure.kind in ("network", "certificate", "server")
+            and on.try_run(*argv, "--offline", env=_uv_env(node)).ok
+        ):
             raise explain_failed_install(failure, node) from failure
 
 
@@ -320,7 +323,7 @@ def _uv_env(node: Node) -> dict[str, str]:
 
 def explain_failed_install(failure: CommandFailed, node: Node) -> CommandFailed:
     said = "\n".join(failure.output)
-    if failure.kind not in (None, "network"):
+    if failure.kind not in (None, "network", "server", "damaged"):
         return failure
     if "Hash mismatch" in said:
         failure.cause = "a wheel does not have the hash in the lock: it is damaged, or not the locked file"

@@ -76,6 +76,30 @@ def test_program_of_a_command_is_not_a_wrapper(command: tuple[str, ...], program
         (APT, 100, "E: Release file for http://x/InRelease is not valid yet (invalid for another 3h).", "certificate"),
         (APT, 100, "Certificate verification failed: The certificate is NOT trusted.", "certificate"),
         (("make",), 2, "no certificate here", ""),
+        # A server was reached, and refused.
+        (("uv", "pip"), 2, "cause: HTTP status client error (404 File not found) for url (http://h/x.whl)", "server"),
+        (("uv", "pip"), 2, "cause: HTTP status client error (403 Forbidden) for url (http://h/x.whl)", "server"),
+        (("uv", "pip"), 2, "HTTP status server error (503 Service Unavailable) for url (http://h/)", "server"),
+        (APT, 100, "E: Failed to fetch http://d/x.deb  404  Not Found [IP: 10.0.0.1 80]", "server"),
+        (APT, 100, "Err:3 http://d x Release\n  403  Forbidden [IP: 10.0.0.1 80]", "server"),
+        (("git", "clone"), 128, "unable to access 'https://h/': The requested URL returned error: 503", "server"),
+        (("git", "clone"), 128, "fatal: repository 'http://h/x/' not found", "server"),
+        (("git", "clone"), 128, "fatal: Authentication failed for 'https://h/x/'", "server"),
+        (("python3", "-m", "pip", "download"), 1, "ERROR: HTTP error 404 while getting http://h/x.whl", "server"),
+        (("pip", "x"), 1, "HTTP error 503 Server Error: Service Unavailable for url: http://h/x", "server"),
+        (("curl", "-f"), 22, "curl: (22) The requested URL returned error: 404", "server"),
+        (("make",), 2, "x.c:404 Client Error", ""),
+        # What came is not what was asked for.
+        (("uv", "pip"), 2, "error: Failed to download `x==1`\n  cause: Hash mismatch for `x==1`", "damaged"),
+        (APT, 100, "E: Failed to fetch http://d/x.deb  Hash Sum mismatch", "damaged"),
+        (APT, 100, "E: Failed to fetch http://d/x  File has unexpected size (3 != 5).", "damaged"),
+        (("pip", "x"), 1, "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.", "damaged"),
+        (("git", "clone"), 128, "fatal: early EOF\nfatal: fetch-pack: invalid index-pack output", "damaged"),
+        (APT, 100, "W: GPG error: http://d x InRelease: the public key is not available: NO_PUBKEY 3B4F", "key"),
+        (APT, 100, "E: The repository 'http://d x InRelease' is not signed.", "key"),
+        # A file in the place of uv's cache.
+        (("uv", "pip"), 2, "Failed to initialize cache at `/c`\n cause: `/c`: File exists (os error 17)", "cache"),
+        (("uv", "pip"), 2, "Failed to initialize cache at `/c`\n Permission denied (os error 13)", "permission"),
         # Too little of what a process may use.
         (("make",), 2, "make: fork: Resource temporarily unavailable", "limit"),
         (("cc1plus",), 1, "virtual memory exhausted: Cannot allocate memory", "limit"),
@@ -100,6 +124,23 @@ def test_cause_of_a_failure_is_what_was_observed(argv: tuple[str, ...], code: in
     assert (found.kind if found else "") == kind
     if found:
         assert found.why and "run the same command again" in found.hint
+
+
+@pytest.mark.parametrize(
+    ("program", "said", "advice"),
+    [
+        ("uv", "HTTP status client error (403 Forbidden) for url (x)", "proxy or mirror"),
+        ("uv", "HTTP status server error (503 Service Unavailable) for url (x)", "wait a few minutes"),
+        ("uv", "HTTP status client error (404 Not Found) for url (x)", "check the address"),
+        ("apt-get", "E: Failed to fetch http://d/x.deb  404  Not Found [IP: 10.0.0.1 80]", "`sudo apt-get update`"),
+        ("apt-get", "E: Failed to fetch http://d/x.deb  Hash Sum mismatch", "`sudo apt-get clean`"),
+        ("apt-get", "E: x: NO_PUBKEY 3B4F", "install the key"),
+        ("uv", "Failed to initialize cache at `/my/cache`\n`/my/cache`: File exists", "`rm -r /my/cache`"),
+    ],
+)
+def test_cause_at_a_server_or_cache_says_what_to_do(program: str, said: str, advice: str) -> None:
+    found = cause_of((program,), 1, said)
+    assert found is not None and advice in found.hint
 
 
 def test_cause_of_a_refusal_names_the_program_and_how_to_allow_it() -> None:
