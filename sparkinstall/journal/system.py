@@ -13,6 +13,8 @@ from sparkinstall.journal.journal import Journal, fingerprint
 from sparkinstall.redaction import redact
 from sparkinstall.system import Entry, Result, RunOptions, System, Undo, processes
 
+_LARGEST_ORIGINAL = 64 << 20
+
 
 class JournaledSystem(System):
     """Wraps `raw`: records each change of `step` in `journal` first; sends output of programs to `log` and `emit`."""
@@ -75,7 +77,13 @@ class JournaledSystem(System):
             self.promise(Undo("path", path, self._remember(path), after))
 
     def _remember(self, path: str) -> dict[str, Any]:
-        was, now = self.entry(path), fingerprint(self, path)
+        was = self.entry(path)
+        if was and was.kind == "file" and was.size > _LARGEST_ORIGINAL:
+            raise Blocked(
+                f"{self.real(path)} has {was.size} bytes; an original of more than {_LARGEST_ORIGINAL} is not kept",
+                hint="move it away, then run the same command again",
+            )
+        now = fingerprint(self, path)
         # Our own content is not an original: the first record of the path has that.
         if was is None or was.kind == "link" or now in self._left_at(path):
             return now

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparkinstall.core import engine
 from sparkinstall.core.engine import StepReport
-from sparkinstall.errors import StateDamaged
+from sparkinstall.errors import Blocked, StateDamaged
 from sparkinstall.events import Emit, Event, ResourceApplied, silent
 from sparkinstall.facts import wheel_files
 from sparkinstall.facts.decisions import Fp8Fallback, RecordDamaged, as_text, recorded
@@ -196,3 +196,20 @@ def test_read_regular_tells_what_is_there_from_what_is_not(tmp_path: Path) -> No
             read_regular(tmp_path / name, limit, follow=follow)
     for name in ("pipe", "."):
         assert LocalSystem(str(tmp_path)).entry(f"/{name}") is not None
+
+
+def test_file_too_large_for_an_original_is_named_and_not_copied(tmp_path: Path) -> None:
+    on = system_of(tmp_path)
+    place = tmp_path / "opt" / ".rendered.json"
+    place.parent.mkdir()
+    with place.open("wb") as file:
+        file.truncate(200 << 30)
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: on.remove("/opt/.rendered.json"),
+        lambda: on.write("/opt/.rendered.json", b"x"),
+    )
+    for change in changes:
+        with pytest.raises(Blocked, match="has 214748364800 bytes") as refused:
+            change()
+        assert str(place) in refused.value.message and "move it away" in refused.value.hint
+    assert place.stat().st_size == 200 << 30
