@@ -21,6 +21,9 @@ _SIZES = {"COLUMNS": (40, 1000), "LINES": (10, 1000)}
 """Variables with the size of the terminal: rich prints nothing on a width of 0, and fills any width with blanks."""
 
 
+_COMPLETE = "_SPARKINSTALL_COMPLETE"
+
+
 class Unwritten(OSError):
     """stdout takes no more output, so the error cannot be printed there."""
 
@@ -69,6 +72,9 @@ def run(program: Callable[[], None], problem_of: Callable[[BaseException], Any])
         # Python itself was told to ignore them. The Pythons that it starts must ignore them too.
         for name in [name for name in os.environ if name.startswith("PYTHON")]:
             del os.environ[name]
+    if os.environ.get(_COMPLETE, "").partition("_")[0] not in ("complete", "source"):
+        # A shell sets it to complete a command line; click refuses any other value.
+        os.environ.pop(_COMPLETE, None)
     on_interrupt(_leave)
     sys.unraisablehook = _interrupt_later
     _open_streams()

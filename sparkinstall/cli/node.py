@@ -1,6 +1,7 @@
 """The hidden verbs that `sparkinstall cluster` runs on each node; `cluster/agent.py` does their work."""
 
 from collections.abc import Callable
+from ipaddress import IPv4Address
 from typing import Annotated
 
 import typer
@@ -13,12 +14,23 @@ from sparkinstall.core.session import Target, open_session
 from sparkinstall.errors import Exit
 from sparkinstall.probes.bandwidth import SECONDS, known
 from sparkinstall.resources import rollback
+from sparkinstall.schema import show
 from sparkinstall.system.local import LocalReader, LocalSystem
 
 app = typer.Typer(help="What `sparkinstall cluster` runs on each node.", no_args_is_help=True)
 
-Words = Annotated[list[str], typer.Argument()]
 Word = Annotated[str, typer.Argument()]
+
+
+def _address(word: str) -> str:
+    try:
+        return str(IPv4Address(word))
+    except ValueError as error:
+        raise typer.BadParameter(f"{show(word)} is no IPv4 address") from error
+
+
+Address = Annotated[str, typer.Argument(parser=_address)]
+Addresses = Annotated[list[str], typer.Argument(parser=_address)]
 
 
 def _command(body: Callable[..., CommandResult]) -> Callable[..., None]:
@@ -47,14 +59,14 @@ def identify(_target: Target, _: Output) -> CommandResult:
 
 
 @_command
-def reach(target: Target, _: Output, addresses: Words) -> CommandResult:
+def reach(target: Target, _: Output, addresses: Addresses) -> CommandResult:
     """Ping other nodes over the link, with small packets and with the largest."""
     reply: Reply[Reached] = agent.reach(open_session(target), addresses)
     return CommandResult(Exit(reply.code), reply.data or {}, problems=tuple(reply.problems))
 
 
 @_command
-def offer(target: Target, _: Output, peers: Words, only: options.Only = None) -> CommandResult:
+def offer(target: Target, _: Output, peers: Addresses, only: options.Only = None) -> CommandResult:
     """Send this node's downloads and builds to the nodes at these addresses; the token is on stdin."""
     return CommandResult(data=agent.offer(open_session(target), peers, only or ()))
 
@@ -81,7 +93,7 @@ def respond(target: Target, _: Output, kind: Word) -> CommandResult:
 
 @_command
 def ask(
-    target: Target, _: Output, kind: Word, peer: Word, ports: Annotated[list[int], typer.Argument()]
+    target: Target, _: Output, kind: Word, peer: Address, ports: Annotated[list[int], typer.Argument()]
 ) -> CommandResult:
     """Measure the bandwidth to another node, which answers at these ports."""
     session = open_session(target)

@@ -1,6 +1,7 @@
 """The frame around every verb: shared options, error messages, JSON, exit codes, Ctrl-C."""
 
 import inspect
+import resource
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -127,7 +128,7 @@ def problem_of(error: BaseException) -> Problem:
         return Interrupted("interrupted")
     if isinstance(error, typer.Abort):
         return Interrupted("cancelled; nothing was changed")
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_lack_of_memory(error):
         return Problem("there is not enough memory", hint="`free -h` and `ulimit -v` show how much there is")
     if isinstance(error, RuntimeError) and str(error) == "can't start new thread":
         return Problem("no thread can be started", hint="`ulimit -u` and `ulimit -v` show the limits; raise them")
@@ -136,6 +137,12 @@ def problem_of(error: BaseException) -> Problem:
     if isinstance(error, OSError):
         return storage_problem(error, "writing the output" if isinstance(error, edge.Unwritten) else "sparkinstall")
     return _bug(error)
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Whether Python fails within itself, or cannot load a library, below `ulimit -v`."""
+    is_limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    return is_limited and (isinstance(error, SystemError) or "failed to map segment" in str(error))
 
 
 def report_usage(words: Sequence[str], error: Any) -> int:

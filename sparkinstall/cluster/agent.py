@@ -131,9 +131,14 @@ def offer(session: Session, peers: Sequence[str], only: Sequence[str]) -> Offere
     Raises:
         CopyFailed, Storage: as `artifacts.serve`.
     """
-    token = sys.stdin.readline().strip()
+    token = _line().decode(errors="replace").strip()
     tell("listing downloads and builds")
     return artifacts.serve(session.node, session.system, only, peers, token)
+
+
+def _line() -> bytes:
+    with storage_errors("reading stdin"):
+        return sys.stdin.buffer.readline(_LONGEST_REQUEST)
 
 
 def fetch(session: Session, only: Sequence[str]) -> Fetched:
@@ -147,7 +152,7 @@ def fetch(session: Session, only: Sequence[str]) -> Fetched:
         tell(f"copied {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
     try:
-        head = msgspec.json.decode(sys.stdin.readline(), type=Introduction)
+        head = msgspec.json.decode(_line(), type=Introduction)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise BadUsage("the introduction of the head on stdin cannot be read") from error
     return artifacts.fetch(session.node, session.system, only, head, progress)

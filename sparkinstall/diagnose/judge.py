@@ -180,6 +180,8 @@ def file_log(name: str, follow: bool = False) -> Log:
     path = absolute(name, "the log")
     if path.is_dir():
         raise BadUsage(f"{name} is a folder", hint="name one or more files: `sparkinstall diagnose DIR/*.log`")
+    if _is_endless(path):
+        raise BadUsage(f"{name} is a device", hint="name a file, a named pipe, or `-` for stdin")
     try:
         packed = _begins_packed(path)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -188,6 +190,19 @@ def file_log(name: str, follow: bool = False) -> Log:
         raise BadUsage(f"you may not read {name}", hint=f"sudo cat {name} | sparkinstall diagnose -") from error
     source = _growing if follow and not packed else _whole
     return Log(name, lambda: text_of(name, source(path)))
+
+
+def _is_endless(path: Path) -> bool:
+    """Whether a path is a device, except a terminal and /dev/null."""
+    try:
+        mode, same = path.stat().st_mode, os.path.samefile(path, os.devnull)
+    except OSError:
+        return False
+    return stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not same and not _is_terminal(path))
+
+
+def _is_terminal(path: Path) -> bool:
+    return os.path.realpath(path).startswith(("/dev/pts/", "/dev/tty"))
 
 
 def _begins_packed(path: Path) -> bool:

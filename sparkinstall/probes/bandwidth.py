@@ -13,12 +13,14 @@ import msgspec
 from msgspec import Struct, field
 
 from sparkinstall import payloads
+from sparkinstall.errors import BadUsage
 from sparkinstall.facts import card, machine, qsfp
 from sparkinstall.facts.env_file import started_with
 from sparkinstall.facts.gpu import DRIVER_FILE
 from sparkinstall.facts.network import own_addresses, twin_of
 from sparkinstall.node import Node, nccl_library
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.schema import either, show
 from sparkinstall.system import Reader
 
 Kind = Literal["tcp", "rdma", "nccl"]
@@ -64,9 +66,11 @@ def known(name: str) -> Kind:
     """Return the kind with that name.
 
     Raises:
-        StopIteration: there is none.
+        BadUsage: there is none.
     """
-    return next(kind for kind in KINDS if kind == name)
+    if found := next((kind for kind in KINDS if kind == name), None):
+        return found
+    raise BadUsage(f"there is no measurement {show(name)}", hint=f"it is {either(KINDS)}")
 
 
 def probe_name(kind: Kind) -> str:

@@ -154,6 +154,7 @@ ENVIRONMENTS: dict[str, tuple[Callable[[], None] | None, dict[str, str | None]]]
     "no file may be written": (limited(resource.RLIMIT_FSIZE, 0), {}),
     "few files may be open": (limited(resource.RLIMIT_NOFILE, 12), {}),
     "too little memory for a thread": (limited(resource.RLIMIT_AS, 72 << 20), {}),
+    "unknown value for the completion of click": (None, {"_SPARKINSTALL_COMPLETE": "x"}),
 }
 
 
@@ -514,3 +515,51 @@ def test_message_of_a_node_that_is_none_is_no_message(text: str) -> None:
     assert announced(text, Introduction) is None
     with pytest.raises(CopyFailed, match="list of files cannot be read"):
         understood(text.encode())
+
+
+# --- words of the shell, and of other nodes
+
+
+def test_unknown_completion_does_not_matter(tmp_path: Path) -> None:
+    run = in_environment("unknown value for the completion of click", "status", "--root", str(tmp_path))
+    assert run.returncode == 0, output_of(run)
+
+
+@pytest.mark.parametrize("mebibytes", range(30, 62, 4))
+def test_too_little_memory_is_named(mebibytes: int) -> None:
+    run = subprocess.run(
+        command("stacks"), env=environment(), preexec_fn=limited(resource.RLIMIT_AS, mebibytes << 20),
+        capture_output=True, text=True, errors="replace", timeout=60, check=False,
+    )  # fmt: skip
+    if run.returncode in set(Exit) and "sparkinstall" in run.stderr + run.stdout:
+        well_answered(run.returncode, output_of(run))
+        assert "not whole" not in run.stderr
+
+
+@pytest.mark.parametrize("verb", ["fetch", "offer", "ask x y 1", "ask tcp y 1", "respond x", "reach -- -x", "token"])
+@pytest.mark.parametrize("stdin", [b"", b"\xff\xda\x00" * 99, b"[" * 9000, b'{"port": "x"}\n', b"\n" * 9])
+def test_node_verb_with_garbage_gives_a_documented_answer(verb: str, stdin: bytes) -> None:
+    run = subprocess.run(
+        command("node", *verb.split()), env=environment(), input=stdin, capture_output=True, timeout=60, check=False
+    )
+    said = (run.stdout + run.stderr).decode(errors="replace")
+    well_answered(run.returncode, said)
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom", "/dev/full"])
+def test_device_is_no_log(device: str) -> None:
+    run = sparkinstall("diagnose", device)
+    assert run.returncode == USAGE and f"{device} is a device" in run.stderr, output_of(run)
+
+
+def test_empty_device_is_an_empty_log() -> None:
+    assert sparkinstall("diagnose", os.devnull).returncode == 0
+
+
+@pytest.mark.parametrize("token", ["0123456789abcdef" * 4, "s3same-" + "x" * 300, "a/b\n" * 99])
+def test_token_in_the_place_of_its_file_is_not_repeated(token: str, tmp_path: Path) -> None:
+    args = ("multi-node", "--root", tmp_path / "node", "--role", "worker", "--only", "ray", "--token-file", token)
+    for more in ((), ("--json",)):
+        run = sparkinstall(*args, *more)
+        assert run.returncode == USAGE, output_of(run)
+        assert token[:12] not in output_of(run) and "--token-file" in output_of(run)
