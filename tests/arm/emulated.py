@@ -1,7 +1,8 @@
 """An arm64 Debian under qemu-user in which the CUDA compiler, and the C++ compiler that it calls, are x86_64 programs.
 
 Everything else in it is emulated: Python, uv, apt, make. The compilers produce code for aarch64; emulated, they would
-take ten times as long. Their own libraries are those of the same Debian, in /native.
+take ten times as long. So would the two programs that NCCL's makefiles start for every header, bash and realpath, and
+Python where it only compiles bytecode. All of them, with their own libraries, are those of the same Debian, in /native.
 """
 
 import inspect
@@ -19,6 +20,13 @@ from tests.support import cuda_toolkit
 PACKAGES = ("python3", "python3-venv", "iproute2", "make", "procps")
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 NATIVE = "native"
+NATIVE_PACKAGES = ("g++-aarch64-linux-gnu", "bash", "coreutils", f"python{arm64.PYTHON}")
+NATIVE_PROGRAMS = {
+    "gcc": "aarch64-linux-gnu-gcc",
+    "g++": "aarch64-linux-gnu-g++",
+    "bash": "bash",
+    "realpath": "realpath",
+}
 COMPILERS = f"/{NATIVE}/compilers"
 CUDA = "usr/local/cuda"
 # What of the CUDA toolkit runs; headers and libraries are those for aarch64.
@@ -38,6 +46,13 @@ class Emulated(arm64.Arm64):
             yield from process.stdout
         if process.returncode:
             raise commands.CommandFailedError(process.returncode, list(argv))
+
+    def compile_bytecode(self, folder: str) -> None:
+        """Write the bytecode of all modules below `folder`, which emulated imports would do in half an hour."""
+        home = f"/{NATIVE}/usr"
+        argv = (f"{home}/bin/python{arm64.PYTHON}", "-m", "compileall", "-qq", "-j", "0", folder)
+        # Wheels have files for other versions of Python too.
+        self.run(*argv, env={"PYTHONHOME": home}, timeout=3600, check=False)
 
 
 @contextmanager
@@ -69,7 +84,7 @@ def _guest() -> list[str]:
 
 
 def _compilers() -> list[str]:
-    return rootfs.debootstrap("trixie", "--arch=amd64", "--variant=extract", "--include=g++-aarch64-linux-gnu")
+    return rootfs.debootstrap("trixie", "--arch=amd64", "--variant=extract", f"--include={','.join(NATIVE_PACKAGES)}")
 
 
 def _build(tree: Path) -> None:
@@ -80,8 +95,8 @@ def _build(tree: Path) -> None:
     (tree / "usr/lib/x86_64-linux-gnu").symlink_to(f"/{NATIVE}/usr/lib/x86_64-linux-gnu")
     (tree / "usr/aarch64-linux-gnu").symlink_to(f"/{NATIVE}/usr/aarch64-linux-gnu")
     (tree / COMPILERS.lstrip("/")).mkdir()
-    for name in ("gcc", "g++"):
-        (tree / COMPILERS.lstrip("/") / name).symlink_to(f"/{NATIVE}/usr/bin/aarch64-linux-gnu-{name}")
+    for name, program in NATIVE_PROGRAMS.items():
+        (tree / COMPILERS.lstrip("/") / name).symlink_to(f"/{NATIVE}/usr/bin/{program}")
     _cuda(tree / CUDA)
 
 

@@ -145,9 +145,14 @@ class Run:
         self.evidence.expect("failed checks that do not concern the hardware", [], failed)
 
     def install(self) -> None:
+        ignored = [word for name in IGNORED for word in ("--ignore", name)] if self.full else []
+        if self.full:
+            self.evidence.title("sparkinstall run packages environment --yes")
+            self.tool("environment", "run", "packages", "environment", "--yes", *ignored)
+            self.evidence.say("bytecode of the modules: compiled by the x86_64 Python of the same Debian")
+            self.node.compile_bytecode("/opt/sparkinstall/venv/lib")
         how = "the whole stack" if self.full else "a rehearsal: vLLM's wheel alone"
         self.evidence.title(f"sparkinstall all --yes ({how})")
-        ignored = [word for name in IGNORED for word in ("--ignore", name)] if self.full else []
         answer = self.tool("all", "all", "--yes", *ignored)
         self.probes(answer["data"].get("probes", []))
         self.must_pass(answer, WHOLE if self.full else REHEARSED)
