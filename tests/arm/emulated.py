@@ -70,10 +70,9 @@ def debian() -> Iterator[Emulated]:
 
 def _share_index(root: Path) -> None:
     """Copy this machine's certificates and what its settings of the package clients name."""
-    # Debian's own package of certificates takes minutes to configure itself under emulation.
     for path in (CERTIFICATES, *machine.named_paths()):
         target = root / str(path).lstrip("/")
-        if path.is_file() and not target.exists():
+        if path.is_file():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
 
