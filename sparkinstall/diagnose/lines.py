@@ -85,8 +85,9 @@ _QUOTED = re.compile(
     r"|<\|(?:im_start|user|assistant|start)"
 )
 _QUOTING = (
-    "received request", "generated response", " body", "prompt", "message", "content", "argument", "tool_", "input",
-    "text", "reasoning", "query", "output", "<|", "think>",
+    "eceived request", "enerated response", "request body", "response body", "prompt", "messages", "content",
+    "arguments", "tool_calls", "input", "text", "reasoning", "query", "output", "<|", "tool_response", "tool_result",
+    "think>",
 )  # fmt: skip
 
 
@@ -154,10 +155,23 @@ def take_apart(text: str) -> Line:
 
 
 def _quoted(text: str) -> int:
-    """Return where the words of a request begin, or the length of the text."""
+    """Return where the words of a request begin, or the length of the text.
+
+    The regex is tried only where a word of its own stands, at most two characters before it: a search would try it at
+    each character of a line of some kB.
+    """
     lower = text.lower() if text.isascii() else text
-    found = _QUOTED.search(lower) if any(word in lower for word in _QUOTING) else None
-    return found.start() if found else len(text)
+    first = len(text)
+    for word in _QUOTING:
+        at = lower.find(word, 0, first + len(word))
+        while 0 <= at < first + 2:
+            starts = (start for start in (at - 2, at - 1, at) if 0 <= start < first)
+            found = next((start for start in starts if _QUOTED.match(lower, start)), None)
+            if found is not None:
+                first = found
+                break
+            at = lower.find(word, at + 1, first + len(word))
+    return first
 
 
 def _unpacked(text: str) -> str:

@@ -31,6 +31,15 @@ SHOWN = 3
 TELLING_KEPT = 100
 """Suspicious lines that are kept."""
 _WIDEST = 400
+_FRUITLESS = 500
+"""After so many lines that differ in numbers only, in which a regex found nothing, it is not tried in another one."""
+_SHAPES = 10_000
+"""Shapes of lines that are remembered."""
+_NOWHERE = (1, 0)
+"""The span of no bytes."""
+_MOST_FRUITLESS = 50_000
+"""A failure is not looked for any more after so many lines without it that hold its literal; one in which the regex was
+tried counts as ten."""
 
 # Lines of journald and NCCL begin with the host name.
 _JOURNAL = re.compile(rf"^(\w{{3}} [ \d]\d [\d:]{{8}}|\d{{4}}-\d\d-\d\dT[\d:.,+-]+Z?) \S+ (?={PROGRAM}:)")
@@ -120,6 +129,10 @@ class Search:
         self._head = self._current.line
         self._clock: int | None = None
         self._weighed = 0
+        self._fruitless: dict[tuple[str, bytes], int] = {}
+        self._in_vain: dict[str, int] = {}
+        self._shape: tuple[int, bytes] = (0, b"")
+        self._span = _NOWHERE
         self.bytes = self.lines = 0
         self._waiting = b""
         self._seen = 0
@@ -142,7 +155,7 @@ class Search:
         if signature is None:
             return self._weighed >= MOST_WEIGHED
         seen = self.sightings.get(signature.name)
-        return seen is not None and seen.count >= MOST
+        return bool(seen and seen.count >= MOST) or self._in_vain.get(signature.name, 0) >= _MOST_FRUITLESS
 
     def feed(self, data: bytes) -> list[Match]:
         """Search the next block; return the failures found for the first time."""
@@ -168,6 +181,7 @@ class Search:
     def _look(self, upto: int, keep: int) -> list[Match]:
         """Search what begins before `upto`, and drop all but the last `keep` bytes before it."""
         known = len(self.sightings)
+        self._span = _NOWHERE
         data, at, number = self._waiting, 0, self._number
         for which, start, end in self._matches(data):
             if not self._seen <= start < upto:
@@ -199,12 +213,16 @@ class Search:
                 if self._weighed >= MOST_WEIGHED:
                     return
                 self._weighed += 1
-                self._begin_line(self._line(data, at, at), number, is_suspect=True)
+                self._begin_line(self._line(data, at, at, number), number, is_suspect=True)
             at, number = data.find(b"\n", at, upto) + 1 or upto, number + 1
 
-    def _line(self, data: bytes, start: int, end: int) -> Line:
-        """Return the line around a match. Who wrote a long line, and what it quotes, its beginning tells."""
-        text, is_whole = around(data, start, end)
+    def _line(self, data: bytes, start: int, end: int, number: int) -> Line:
+        """Return the line around a match, the current one if it is in that. Who wrote a long line, and what it quotes,
+        its beginning tells."""
+        if number == self._current.number and self._span[0] <= start and end <= self._span[1]:
+            return self._current.line
+        text, is_whole, span = around(data, start, end)
+        self._span = span if span[1] - span[0] < REACH else _NOWHERE
         line = take_apart(text)
         if is_whole:
             return line
@@ -224,17 +242,38 @@ class Search:
             is_weighed = self._current.number == number and self._current.is_suspect
             if self._weighed < MOST_WEIGHED and not is_weighed:
                 self._weighed += 1
-                self._begin_line(self._line(data, start, end), number, is_suspect=True)
+                self._begin_line(self._line(data, start, end, number), number, is_suspect=True)
             return
         seen = self.sightings.get(signature.name)
         if seen and (seen.count >= MOST or seen.last == number):
             return
-        current = self._begin_line(self._line(data, start, end), number, is_suspect=False)
+        tried = (signature.name, self._shape_of(data, start, number))
+        if self._fruitless.get(tried, 0) >= _FRUITLESS:
+            self._count_in_vain(signature, 1)
+            return
+        current = self._begin_line(self._line(data, start, end, number), number, is_suspect=False)
         if signature.name in current.matches or current.role.kind == "frame":
             return
         if found := signature.found_in(current.line, current.role.frames):
             place = Place(self.name, number, shown(current.line.text, found.end()))
             current.matches[signature.name] = (signature, place, found.groupdict())
+            return
+        self._count_in_vain(signature, 10)
+        # With `frames` the lines before count too.
+        if not signature.frames and tried[1] and len(self._fruitless) < _SHAPES:
+            self._fruitless[tried] = self._fruitless.get(tried, 0) + 1
+
+    def _count_in_vain(self, signature: Signature, lines: int) -> None:
+        count = self._in_vain[signature.name] = self._in_vain.get(signature.name, 0) + lines
+        self._enough |= count >= _MOST_FRUITLESS
+
+    def _shape_of(self, data: bytes, start: int, number: int) -> bytes:
+        """Return the line without its digits; b"" if it is long."""
+        if self._shape[0] != number:
+            first = data.rfind(b"\n", 0, start) + 1
+            last = data.find(b"\n", start, first + REACH)
+            self._shape = (number, data[first:last].translate(None, b"0123456789") if last > 0 else b"")
+        return self._shape[1]
 
     def _begin_line(self, line: Line, number: int, is_suspect: bool) -> _Current:
         """Read a line, or another part of the line that is being read."""
@@ -289,13 +328,14 @@ class Search:
             self._telling[key] = Suspect(Place(self.name, current.number, text), weight)
 
 
-def around(data: bytes, start: int, end: int) -> tuple[str, bool]:
-    """Return the line around a match, at most `REACH` bytes to each side, and whether it has the beginning."""
+def around(data: bytes, start: int, end: int) -> tuple[str, bool, tuple[int, int]]:
+    """Return the line around a match, at most `REACH` bytes to each side; whether it has the beginning; its span."""
     first, last = max(0, start - REACH), min(len(data), end + REACH)
     before = max(data.rfind(b"\n", first, start), data.rfind(b"\r", first, start)) + 1
     # A progress bar rewrites its line after each \r.
     after = min((at for at in (data.find(b"\n", end, last), data.find(b"\r", end, last)) if at >= 0), default=last)
-    return printable(data[max(first, before) : after]), before > 0 or start < REACH
+    span = (max(first, before), after)
+    return printable(data[span[0] : span[1]]), before > 0 or start < REACH, span
 
 
 def shown(text: str, at: int) -> str:

@@ -450,6 +450,29 @@ def test_count_of_lines_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert search.lines == 51
 
 
+NO_FAILURE = b"INFO 10-02 09:00:%02d [core.py:1] option %d is not supported here, error: none\n"
+
+
+@pytest.mark.parametrize("barren", [100, 3000])
+@pytest.mark.parametrize("more", [b"", b", skipped"])
+def test_failure_after_many_similar_lines_without_it_is_found(barren: int, more: bytes) -> None:
+    log = b"".join(NO_FAILURE % (at % 60, at) for at in range(barren))
+    failure = b"RuntimeError: this kernel is not supported on this device" + more + b"\n"
+    (cause,) = diagnosed(log + failure).causes
+    assert (cause.name, cause.lines[0].line) == ("no-code-for-this-gpu", barren + 1)
+
+
+def test_failure_is_looked_for_in_a_limited_number_of_lines_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its literal stands in every line: the regex would take most of the time of a large log."""
+    monkeypatch.setattr(log_search, "_MOST_FRUITLESS", 100)
+    search = Search(KNOWN, "x")
+    for at in range(20):
+        search.feed(NO_FAILURE % (at, at))
+    search.feed(b"RuntimeError: this kernel is not supported on this device\n" + example("disk-full"))
+    search.end()
+    assert list(search.sightings) == ["disk-full"]
+
+
 def test_shown_line_has_no_host_secret_or_control_character(tmp_path: Path) -> None:
     token = "hf_" + "a" * 30
     log = tmp_path / "x.log"
