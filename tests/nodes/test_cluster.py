@@ -93,7 +93,7 @@ def test_cluster_repeated_changes_nothing_in_two_ssh_trips(pair: Fleet) -> None:
 def test_cluster_status_and_verify_cover_all_nodes(pair: Fleet) -> None:
     code, output, _ = _cluster(pair, "status", "spark-1", "spark-2")
     assert code == 0
-    assert all(node["phases"][0]["data"]["installed"] for node in output["data"]["nodes"])
+    assert all(node["phases"][-1]["data"]["installed"] for node in output["data"]["nodes"])
     assert _cluster(pair, "verify", "spark-1", "spark-2", *LINK)[0] == 0
 
 
@@ -149,4 +149,4 @@ def test_cluster_uninstall_removes_everything(pair: Fleet) -> None:
     for node in pair.nodes:
         assert node.run("ls", NETPLAN, check=False).returncode != 0
     code, output, _ = _cluster(pair, "status", "spark-1", "spark-2")
-    assert not any(node["phases"][0]["data"].get("installed") for node in output["data"]["nodes"])
+    assert not any(node["phases"][-1]["data"].get("installed") for node in output["data"]["nodes"])
