@@ -117,7 +117,7 @@ def main_pid(node: FreshNode, unit: str) -> str:
     return node.run("systemctl", "show", "-P", "MainPID", unit).stdout.strip()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> float:
+def wait_until(condition: Callable[[], bool], seconds: float = 600) -> float:
     """Wait until the condition holds; the seconds that it took."""
     began = time.monotonic()
     while not condition():
@@ -246,15 +246,15 @@ def test_ray_that_is_killed_restarts(pair: Pair, whose: str, process: str) -> No
     node = getattr(pair, whose)
     before = main_pid(node, f"ray-{whose}")
     node.run("pkill", "-9", "-x", process)
-    wait_until(lambda: main_pid(node, f"ray-{whose}") not in (before, "0"), 60)
-    wait_until(lambda: both_in_ray(pair), 150)
+    wait_until(lambda: main_pid(node, f"ray-{whose}") not in (before, "0"))
+    wait_until(lambda: both_in_ray(pair))
 
 
 def test_ray_after_reboots_has_both_nodes(pair: Pair) -> None:
     pair.worker.reboot()
     wait_until(lambda: both_in_ray(pair))
     pair.head.reboot()
-    wait_until(lambda: both_in_ray(pair), 180)
+    wait_until(lambda: both_in_ray(pair))
 
 
 def test_vllm_restarts_with_its_ray(pair: Pair) -> None:
