@@ -33,7 +33,7 @@ _FIX = ("--no-remove", "-f", "install")
 # Otherwise dpkg does not remove a package whose unpacking was interrupted.
 _PURGE = ("-o", "Dpkg::Options::=--force-remove-reinstreq", "purge")
 # Kinds of causes that a single source may have; with any other nothing can be installed.
-_OF_A_SOURCE = ("network", "permission")
+_OF_A_SOURCE = ("network", "certificate", "server", "damaged", "key", "permission")
 _WORKERS = ("dpkg", "apt-get", "apt", "aptitude")
 _PATIENCE = 300.0
 
