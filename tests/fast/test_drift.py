@@ -218,8 +218,8 @@ def test_difference_that_is_a_warning_is_no_failure(far: FarNodes) -> None:
 
 def test_verify_without_measure_measures_nothing(far: FarNodes) -> None:
     far.cluster("verify", "spark-1", "spark-2", "--level", "link")
-    assert {call["verb"] for call in far.calls} == {"verify"}
-    assert all(call["argv"][-3:-1] == ["--level", "link"] for call in far.calls)
+    assert {call["verb"] for call in far.calls} == {"identify", "verify"}
+    assert all(call["argv"][-3:-1] == ["--level", "link"] for call in far.calls if call["verb"] == "verify")
 
 
 def test_measure_runs_each_direction_one_after_the_other(far: FarNodes) -> None:

@@ -23,6 +23,7 @@ def node_with_lock(root: Path, arch: str, lock: str | None) -> Node:
     path = root / "stack.lock"
     path.write_text(lock or "")
     platform = replace(node.stack.platforms[arch], lock=path if lock is not None else None, wheels=())
+    platform = replace(platform, requirements=())
     return replace(node, stack=replace(node.stack, platforms={arch: platform}), platform=arch)
 
 

@@ -29,7 +29,7 @@ __attribute__((section(".nv_fatbin"), used)) static const unsigned char code[] =
 """
 
 
-def library(path: Path, version: int = 22809, arch: int = 121) -> Path:
+def library(path: Path, version: int = 22907, arch: int = 121) -> Path:
     """A library that reports this version of NCCL, with an (empty) cubin for one architecture."""
     entry = struct.pack("<HHIQ12xI8xQ", 2, 1, 64, 0, arch, 0).ljust(64, b"\0")
     container = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(entry)) + entry
@@ -80,13 +80,13 @@ def test_nccl_preload_with_our_library_passes(node: Node, tmp_path: Path) -> Non
     found = finding_of(node, tmp_path, "nccl-preload")
     assert found.verdict == "pass", found
     build = str(elf.build_id(ours(tmp_path)))
-    assert found.found == f"2.28.9, {ours(tmp_path).resolve()}, build-id {build[:12]}, code for sm_121"
+    assert found.found == f"2.29.7, {ours(tmp_path).resolve()}, build-id {build[:12]}, code for sm_121"
     assert found.expected == f"{ours(tmp_path)}, build-id {build}"
 
 
 def test_nccl_preload_with_another_nccl_in_the_library_path_passes(node: Node, tmp_path: Path) -> None:
     library(ours(tmp_path))
-    library(tmp_path / "second/libnccl.so.2", 22907)
+    library(tmp_path / "second/libnccl.so.2", 22809)
     env = tmp_path / node.env_file.lstrip("/")
     env.write_text(env.read_text().replace("set -a\n", f'set -a\nLD_LIBRARY_PATH="{tmp_path}/second"\n', 1))
     assert finding_of(node, tmp_path, "nccl-preload").verdict == "pass"
@@ -94,7 +94,7 @@ def test_nccl_preload_with_another_nccl_in_the_library_path_passes(node: Node, t
 
 def test_nccl_preload_with_another_nccl_first_fails(node: Node, tmp_path: Path) -> None:
     library(ours(tmp_path))
-    second = library(tmp_path / "second/libnccl.so.2", 22907)
+    second = library(tmp_path / "second/libnccl.so.2", 22809)
     write_env(node, tmp_path, f"{second}:{ours(tmp_path)}")
     found = finding_of(node, tmp_path, "nccl-preload")
     assert found.verdict == "fail"
@@ -118,9 +118,9 @@ def test_nccl_preload_without_a_library_in_the_env_file_fails(node: Node, tmp_pa
 
 
 def test_nccl_preload_with_another_version_fails(node: Node, tmp_path: Path) -> None:
-    library(ours(tmp_path), 22907)
+    library(ours(tmp_path), 22809)
     found = finding_of(node, tmp_path, "nccl-preload")
-    assert (found.verdict, found.found, found.expected) == ("fail", "it reports version 2.29.7", "2.28.9")
+    assert (found.verdict, found.found, found.expected) == ("fail", "it reports version 2.28.9", "2.29.7")
 
 
 def test_nccl_preload_with_code_for_another_gpu_warns(node: Node, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_running_nccl_with_our_library_passes(served: Node, tmp_path: Path) -> N
 
 
 def test_running_nccl_preloaded_beside_that_of_a_wheel_passes(served: Node, tmp_path: Path) -> None:
-    wheels = library(tmp_path / "site-packages/nvidia/nccl/lib/libnccl.so.2", 22907)
+    wheels = library(tmp_path / "site-packages/nvidia/nccl/lib/libnccl.so.2", 22809)
     own = library(ours(tmp_path))
     with service(tmp_path, {"LD_PRELOAD": f"/nowhere.so:{own}"}, own, wheels):
         assert finding_of(served, tmp_path, "running-nccl").verdict == "pass"
@@ -289,7 +289,7 @@ def test_running_nccl_by_path_beside_that_of_a_wheel_fails(
     served: Node, tmp_path: Path, preloaded: dict[str, str]
 ) -> None:
     """As with VLLM_NCCL_SO_PATH alone: two NCCLs in one process."""
-    wheels = library(tmp_path / "site-packages/nvidia/nccl/lib/libnccl.so.2", 22907)
+    wheels = library(tmp_path / "site-packages/nvidia/nccl/lib/libnccl.so.2", 22809)
     with service(tmp_path, {"HOME": "/home/spark", **preloaded}, wheels, library(ours(tmp_path))) as pid:
         found = finding_of(served, tmp_path, "running-nccl")
     assert found.verdict == "fail"
@@ -298,7 +298,7 @@ def test_running_nccl_by_path_beside_that_of_a_wheel_fails(
 
 def test_running_nccl_of_a_wheel_fails(served: Node, tmp_path: Path) -> None:
     library(ours(tmp_path))
-    wheels = library(tmp_path / "site-packages/nvidia/nccl/lib/libnccl.so.2", 22907)
+    wheels = library(tmp_path / "site-packages/nvidia/nccl/lib/libnccl.so.2", 22809)
     with service(tmp_path, {}, wheels) as pid:
         found = finding_of(served, tmp_path, "running-nccl")
     assert found.verdict == "fail"
