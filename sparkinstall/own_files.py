@@ -33,5 +33,11 @@ def read_regular(path: str | Path, limit: int = LARGEST, *, follow: bool = True)
         while part := file.read(_PART):
             content += part
             if len(content) > limit:
-                raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+                raise too_large(path, limit)
     return bytes(content)
+
+
+def too_large(path: str | Path, limit: int) -> OSError:
+    """Return the error of a file that has more than `limit` bytes."""
+    # Not EFBIG: that is said of a file that is written.
+    return OSError(errno.EOVERFLOW, f"it is larger than {limit} bytes", str(path))

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from sparkinstall.errors import Blocked, Interrupted, NeedsRoot, storage_errors, storage_problem
-from sparkinstall.own_files import read_regular
+from sparkinstall.own_files import read_regular, too_large
 from sparkinstall.system import Entry, Result, RunOptions, System, Undo, failure_of, processes, read_only
 
 _KINDS: Mapping[int, Any] = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFLNK: "link"}
 _LONG = 1800.0
 _LINES_KEPT = 2000
+_LARGEST = 64 << 20
+"""Bytes. No file of a node that is read whole is larger: settings, records, sources, tables of the kernel."""
 # Seconds; sudo's password cache lasts 15 minutes or less.
 _SUDO_LASTS = 60.0
 # Never write through an existing link: remove the old file and create the new one exclusively.
@@ -103,7 +105,7 @@ class LocalReader:
 
     def read(self, path: str) -> bytes | None:
         try:
-            return read_regular(self.real(path))
+            return read_regular(self.real(path), _LARGEST)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except PermissionError as error:
@@ -112,11 +114,13 @@ class LocalReader:
     def _read_as_root(self, path: str, error: PermissionError) -> bytes | None:
         if not self.sudo:
             raise error
-        argv = (*self.sudo, "cat", path)
+        argv = (*self.sudo, "head", "-c", str(_LARGEST + 1), path)
         code, out, said = processes.answer(argv, {**os.environ, "LC_ALL": "C.UTF-8"}, 30)
         if code != 0:
             answer, hint = Result(argv, code, "", said.decode(errors="replace")), f"see what `sudo cat {path}` says"
             raise failure_of(answer, f"only root can read {path}", hint=hint, error=NeedsRoot) from error
+        if len(out) > _LARGEST:
+            raise too_large(path, _LARGEST)
         return out
 
     def names(self, path: str) -> tuple[str, ...]:

@@ -339,6 +339,22 @@ def test_verb_after_random_damage_ends_with_a_documented_code_and_names_the_file
     assert not made.restored()
 
 
+@pytest.mark.parametrize("place", ["opt/theirs.txt", "opt/sparkinstall/env/single-node.env", "etc/new/file"])
+def test_file_of_the_node_that_has_become_too_large_is_named_and_not_read(small: SmallRehearsal, place: str) -> None:
+    path = small.root / place
+    was = path.read_bytes()
+    with path.open("r+b") as file:
+        file.truncate(200 << 30)
+    for verb in ("plan", "all", "verify", "status"):
+        run = _run(small, verb)
+        assert run.returncode in DOCUMENTED and "internal error" not in output_of(run), output_of(run)
+    (error,) = envelope(_run(small, "uninstall"))["errors"]
+    assert str(path) in error["message"] and "larger than" in error["message"] and error["hint"], error
+    path.write_bytes(was)
+    assert _run(small, "uninstall").returncode == 0
+    assert not small.restored()
+
+
 def _judge(small: SmallRehearsal, path: Path, verb: str) -> None:
     """`uninstall` restores everything, or names the file and does so once that is repaired."""
     run = _run(small, verb)

@@ -22,9 +22,10 @@ from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.probes import Probe, failed
 from sparkinstall.resources.nccl_source import NcclSource
+from sparkinstall.system import local
 from sparkinstall.system.local import LocalSystem
 from tests.support.cut_downloads import CutServer, served
-from tests.support.fake_sudo import among_files_of_root, fake_sudo
+from tests.support.fake_sudo import AsAnotherUser, among_files_of_root, fake_sudo
 from tests.support.mounts import fill, need_root, read_only, resize, small_disk
 from tests.support.rehearsals import (
     SETTINGS,
@@ -524,3 +525,19 @@ def test_uninstall_after_a_clock_jump_removes_everything(tmp_path: Path) -> None
     assert years[0] > years[-1] == "1970"
     assert node.uninstall().returncode == 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_file_that_only_root_can_read_is_read_up_to_the_same_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    fake_sudo(tmp_path / "bin", monkeypatch)
+    monkeypatch.setattr(local, "read_regular", denied)
+    monkeypatch.setattr(local, "_LARGEST", 10)
+    (path := tmp_path / "file").write_bytes(b"0123456789")
+    assert AsAnotherUser().read(str(path)) == b"0123456789"
+    path.write_bytes(b"0123456789a")
+    with pytest.raises(OSError, match="larger than 10 bytes"):
+        AsAnotherUser().read(str(path))
