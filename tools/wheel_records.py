@@ -1,4 +1,4 @@
-"""Find wheels of the shipped stacks whose RECORD is wrong: a maintainer's tool, run from the root.
+"""Find wheels of the shipped stacks, and of the lab's, whose RECORD is wrong: a maintainer's tool, run from the root.
 
     PYTHONPATH=. python tools/wheel_records.py
 
@@ -23,13 +23,15 @@ from tests.support.wheel_member import client_env, opened_url
 from tests.support.wheel_record import recorded_hash, recorded_sizes
 from tools.lock import uv_argv
 
-RECORDS = Path(__file__).resolve().parents[1] / "knowledge/records"
+_ROOT = Path(__file__).resolve().parents[1]
+RECORDS = _ROOT / "knowledge/records"
+LAB_STACK = _ROOT / "tests/lab/stacks/lab-full.yaml"
 _AT_ONCE = 6
 
 
 def main() -> None:
     """Inspect every wheel, and write a file for each package with a wrong RECORD."""
-    wheels = {url: package for name in names() for url, package in _wheels(load(name))}
+    wheels = {url: package for name in (*names(), str(LAB_STACK)) for url, package in _wheels(load(name))}
     found: dict[str, set[tuple[str, str, str]]] = defaultdict(set)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for package, rows in zip(wheels.values(), pool.map(_wrong_rows, wheels), strict=True):

@@ -422,7 +422,8 @@ def test_ray_of_the_head_that_was_killed_has_restarted(pair: Fleet, lost: dict[s
 def test_cluster_with_different_versions_fails_before_ray(pair: Fleet) -> None:
     worker = pair.nodes[1]
     site = worker.run("sh", "-c", f"echo {PREFIX}/venv/lib/python3*/site-packages").stdout.strip()
-    real, other = f"{site}/triton-3.6.0.dist-info", f"{site}/triton-3.5.1.dist-info"
+    real = worker.run("sh", "-c", f"echo {site}/triton-*.dist-info").stdout.strip()
+    version, other = real.removeprefix(f"{site}/triton-").removesuffix(".dist-info"), f"{site}/triton-3.5.1.dist-info"
     worker.run("mv", real, other)
     try:
         result = _set_up(pair, "--skip", "environment", "--skip", "fp8")
@@ -430,7 +431,7 @@ def test_cluster_with_different_versions_fails_before_ray(pair: Fleet) -> None:
         worker.run("mv", other, real)
     assert result.code == 5
     assert "spark-1 and spark-2 differ in triton" in result.errors, result.errors
-    assert "triton: 3.6.0 on spark-1, 3.5.1 on spark-2" in result.errors
+    assert f"triton: {version} on spark-1, 3.5.1 on spark-2" in result.errors
     again = _set_up(pair)
     assert again.code == 0, again.errors
 
