@@ -57,6 +57,10 @@ def cut_power(node: FreshNode, words: tuple[str, ...], moment: str) -> None:
     node.boot()
 
 
+def is_cut_short(node: FreshNode) -> bool:
+    return bool(node.run("dpkg", "--audit").stdout)
+
+
 def test_nothing_is_finished_on_a_fresh_node(node: FreshNode, before: str) -> None:
     plan = sparkinstall(node, "plan", *ONLY, check=False).stdout
     assert "install python3.13-dev, build-essential, git" in plan and FINISH not in plan
@@ -110,7 +114,11 @@ def test_all_with_a_fault_in_apts_way_says_what_it_is(node: FreshNode, fault: st
 @pytest.mark.parametrize("moment", ["status half-installed git:", "status unpacked perl:", "status half-configured "])
 def test_plan_after_a_power_cut_says_what_is_finished(node: FreshNode, moment: str) -> None:
     cut_power(node, ALL, moment)
-    assert node.run("dpkg", "--audit").stdout, "the power was cut too late"
+    if not is_cut_short(node):
+        # The cuts before left dpkg so little to do that it was quicker. From the start it has more.
+        sparkinstall(node, "uninstall", "--yes")
+        cut_power(node, ALL, moment)
+    assert is_cut_short(node), "the power was cut too late"
     assert FINISH in sparkinstall(node, "plan", *ONLY, check=False).stdout
     assert sparkinstall(node, "verify", *ONLY, check=False).returncode == 3
 
