@@ -115,7 +115,7 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
     suspects: list[Suspect] = []
     for search in searches:
         logs.append(ReadLog(search.name, search.bytes, search.lines))
-        for match in sorted(search.sightings.values(), key=lambda each: each.lines[0].line):
+        for match in search.lasting:
             known = seen.setdefault(match.signature.name, Match(match.signature, words=match.words, when=match.when))
             known.count += match.count
             known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]

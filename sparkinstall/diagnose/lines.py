@@ -28,6 +28,8 @@ _PREFIXES = (
     r"(?P<who>[\w.-]+) +\| ",
     r"(?P<who>\[pod/[^\]]+\]) ",
     r"(?:std(?:out|err)) [FP] ",
+    # docker build
+    r"(?P<who>#\d+) \d+\.\d+ ",
     # Ray's own logger
     rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWEC]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
     # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
@@ -37,7 +39,7 @@ _PREFIXES = (
     # journald's program, the kernel's clock
     r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
     r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",
-    rf"(?P<kernel>\[(?: *\d+\.\d+|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
+    rf"(?P<kernel>\[(?: *\+?\d+\.\d+|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
     # vLLM and Ray name the process
     r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
     r"(?P<who>\((?:raylet|autoscaler|gcs_server)\)) ?",
@@ -51,6 +53,8 @@ _PREFIXES = (
     rf"\[(?P<level>{_LEVEL})\] ",
     r"level=(?P<level>\w+) (?:msg=)?",
     r"(?:- )?[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
+    # what CMake found, which is no error
+    r"(?P<cmake>-- )(?=\S)",
     # NCCL
     r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<nccl>INFO|WARN|TRACE) ",
     r"[\w./]+:\d+ NCCL (?P<nccl>INFO|WARN) ",
@@ -143,7 +147,7 @@ def take_apart(text: str) -> Line:
         if kind == "who":
             who.append(word)
         elif kind:
-            level = _LETTERS.get(word) or _LEVELS.get(word.lower(), "")
+            level = "info" if kind == "cmake" else _LETTERS.get(word) or _LEVELS.get(word.lower(), "")
             # What NCCL calls a warning is an error.
             level = "error" if (kind, level) == ("nccl", "warning") else level
     if not level and (told := _JSON_LEVEL.search(text, 0, 400)):

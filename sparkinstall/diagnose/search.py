@@ -30,6 +30,8 @@ SHOWN = 3
 """Lines of one failure that are kept."""
 TELLING_KEPT = 100
 """Suspicious lines that are kept."""
+SERVER_ANSWERS = "server-answers"
+"""The event of a server that has started, or that has answered a request."""
 _WIDEST = 400
 _FRUITLESS = 500
 """After so many lines that differ in numbers only, in which a regex found nothing, it is not tried in another one."""
@@ -174,9 +176,21 @@ class Search:
         return found
 
     @property
+    def lasting(self) -> list[Match]:
+        """The failures that were not over when the log ended, by their first line."""
+        found = (each for each in self.sightings.values() if each.last > self._last_of(each.signature.over_with))
+        return sorted(found, key=lambda each: each.lines[0].line)
+
+    @property
     def telling(self) -> list[Suspect]:
-        """The most suspicious lines, by weight."""
-        return sorted(self._telling.values(), key=lambda each: (-each.weight, each.place.line))
+        """The most suspicious lines, by weight. What was no exception has not kept a server from its answers."""
+        answers = self._last_of((SERVER_ANSWERS,))
+        told = (each for each in self._telling.values() if each.weight > suspicion.SOME or each.place.line > answers)
+        return sorted(told, key=lambda each: (-each.weight, each.place.line))
+
+    def _last_of(self, names: Sequence[str]) -> int:
+        """Return the last line of these failures or events; 0 if there is none."""
+        return max((self.sightings[name].last for name in names if name in self.sightings), default=0)
 
     def _look(self, upto: int, keep: int) -> list[Match]:
         """Search what begins before `upto`, and drop all but the last `keep` bytes before it."""
@@ -302,9 +316,12 @@ class Search:
         current.is_suspect, current.matches = False, {}
 
     def _tells_more(self, one: Signature, other: Signature) -> bool:
-        """Return whether `other` is only the family of `one`, or any family beside a failure that is none."""
+        """Return whether `other` is only the family of `one`, a broader kind of the same family, or any family beside a
+        failure that is none."""
         if one.is_warning or one.ends_only:
             return False
+        if one.name in other.consequence_of and one.family == other.family:
+            return True
         return one.family == other.name or (other.name in self._families and one.name not in self._families)
 
     def _chain(self, seen: Match) -> None:

@@ -80,7 +80,7 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     Where an entry gives no `anchors`, `load` derives them from the regex. `consequence_of` names the failures that
     cause this one, or contains `ANY` or `OTHERS`. `frames` must match too, in the traceback that ends with the line.
     `also_in` names where the regex is searched besides what programs report as an error. Fewer lines than `times` are
-    no failure. `harmless` are similar lines that must not match.
+    no failure, nor are those before a line of one of `over_with`. `harmless` are similar lines that must not match.
     """
 
     regex: re.Pattern[str]
@@ -90,6 +90,7 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     example: tuple[_Line, ...] = ()
     anchors: tuple[_Anchor, ...] = ()
     consequence_of: tuple[_Line, ...] = ()
+    over_with: tuple[_Line, ...] = ()
     harmless: tuple[_Line, ...] = ()
 
     @property
@@ -195,6 +196,8 @@ def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
     for each in signatures:
         if unknown := set(each.consequence_of) - {ANY, OTHERS, *names}:
             raise Malformed(FOLDER, f"{each.name}: consequence_of names {', '.join(sorted(unknown))}")
+        if unknown := set(each.over_with) - set(names):
+            raise Malformed(FOLDER, f"{each.name}: over_with names {', '.join(sorted(unknown))}")
         if each.family and each.family not in names:
             raise Malformed(FOLDER, f"{each.name}: there is no family {each.family}")
         used = {name for place in _PLACE.findall(each.why + each.hint) for name in (place[0], place[2]) if name}

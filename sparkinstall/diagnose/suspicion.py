@@ -143,8 +143,9 @@ def weight(line: Line, role: Role, number: int) -> int:
         return STRONG
     if line.level == "warning":
         return 0
-    # An indented line of level error continues another one.
-    return _first(_SHAPES, message) or (WEAK if line.level == "error" and not message.startswith(" ") else 0)
+    # What announces the next line, or continues the one before, tells nothing itself.
+    is_whole = not message.startswith(" ") and not message.rstrip().endswith(":")
+    return _first(_SHAPES, message) or (WEAK if line.level == "error" and is_whole else 0)
 
 
 def _first(shapes: tuple[tuple[int, re.Pattern[str]], ...], message: str) -> int:
