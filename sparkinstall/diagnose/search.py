@@ -30,8 +30,8 @@ SHOWN = 3
 """Lines of one failure that are kept."""
 TELLING_KEPT = 100
 """Suspicious lines that are kept."""
-SERVER_ANSWERS = "server-answers"
-"""The event of a server that has started, or that has answered a request."""
+SERVER_STARTED = "server-started"
+"""The event that ends the start of a server."""
 _WIDEST = 400
 _FRUITLESS = 500
 """After so many lines that differ in numbers only, in which a regex found nothing, it is not tried in another one."""
@@ -183,9 +183,9 @@ class Search:
 
     @property
     def telling(self) -> list[Suspect]:
-        """The most suspicious lines, by weight. What was no exception has not kept a server from its answers."""
-        answers = self._last_of((SERVER_ANSWERS,))
-        told = (each for each in self._telling.values() if each.weight > suspicion.SOME or each.place.line > answers)
+        """The most suspicious lines, by weight. What was no exception has not kept a server from starting."""
+        started = self._last_of((SERVER_STARTED,))
+        told = (each for each in self._telling.values() if each.weight > suspicion.SOME or each.place.line > started)
         return sorted(told, key=lambda each: (-each.weight, each.place.line))
 
     def _last_of(self, names: Sequence[str]) -> int:
