@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparkinstall import causes
 from sparkinstall.errors import CommandFailed, Storage, storage_problem
 
 if TYPE_CHECKING:
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 # Small, because a partly received chunk is lost when the connection closes.
 _CHUNK = 1 << 16
 _TIMEOUT = (15, 60)
+_SYSTEM_CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
+_TOO_MANY, _SERVER_ERROR = 429, 500
+
+
+class NotDownloaded(CommandFailed):
+    """A file could not be downloaded from `url`. `again`: whether it may come at another attempt."""
+
+    url = ""
+    again = False
 
 
 def sha256_of(path: Path) -> str:
@@ -24,14 +34,18 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
+def fetch(
+    url: str, into: Path, on_bytes: Callable[[int, int], None], *, authorization: str = "", certificates: str = ""
+) -> Path:
     """Download `url` to `into`, which appears only when it is complete; resume a partial download.
 
     Args:
         on_bytes: called with (bytes so far, total bytes or 0).
+        authorization: the header of that name; without it, a login of ~/.netrc.
+        certificates: the file of the certificates to trust; those of the system if omitted.
 
     Raises:
-        CommandFailed: the server cannot be reached, refuses, or closes the connection early.
+        NotDownloaded: the server cannot be reached, refuses, or closes the connection early.
         Storage: the file cannot be written.
     """
     import requests
@@ -41,26 +55,56 @@ def fetch(url: str, into: Path, on_bytes: Callable[[int, int], None]) -> Path:
     part = into.with_name(into.name + ".part")
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(into):
+        with _locked(into), requests.Session() as session:
+            session.auth = _sign(authorization) if authorization else None
             if not into.exists():
-                with requests.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part)) as response:
+                verify = certificates or _certificates()
+                with session.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part), verify=verify) as response:
                     if not _is_complete(response, part):
                         response.raise_for_status()
                         _receive(response, part, on_bytes)
                 part.replace(into)
     except (requests.RequestException, ConnectionError) as error:
-        hint = "check the network and run the same command again; the download resumes where it stopped"
-        if isinstance(error, requests.HTTPError):
-            hint = "the server answered, so the network works: check the address, or run the same command again later"
-        elif isinstance(error, requests.exceptions.SSLError):
-            hint = "behind a proxy, set REQUESTS_CA_BUNDLE=/etc/ssl/certs/ca-certificates.crt"
-        elif isinstance(error, ValueError):
-            hint = "correct the address, then run the same command again"
-        cause = str(error).split("(Caused by")[-1].strip(" )")[:200]
-        raise CommandFailed(f"{url} could not be downloaded", cause=cause, hint=hint) from error
+        raise _not_downloaded(url, error) from error
     except OSError as error:
         raise storage_problem(error, f"downloading to {into}") from error
     return into
+
+
+def _certificates() -> str | bool:
+    """Return the system's certificates unless a variable of requests names others: those of a proxy are there."""
+    chosen = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
+    return chosen or (_SYSTEM_CERTIFICATES if os.path.exists(_SYSTEM_CERTIFICATES) else True)
+
+
+def _sign(authorization: str) -> "Callable[[requests.PreparedRequest], requests.PreparedRequest]":
+    def add(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
+        request.headers["Authorization"] = authorization
+        return request
+
+    return add
+
+
+def _not_downloaded(url: str, error: OSError) -> NotDownloaded:
+    import requests
+
+    kind: causes.Kind = "network"
+    hint = "check the network and run the same command again; the download resumes where it stopped"
+    status = 0
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        kind, status = "server", error.response.status_code
+        hint = "the server answered, so the network works: check the address, or run the same command again later"
+    elif isinstance(error, requests.exceptions.SSLError):
+        kind = "certificate"
+        proxy = "behind a proxy, add its certificate to the system's (`sudo update-ca-certificates`)"
+        hint = f"check the clock (`date`); {proxy}; then run the same command again"
+    elif isinstance(error, ValueError):
+        kind, hint = "server", "correct the address, then run the same command again"
+    cause = str(error).split("(Caused by")[-1].strip(" )")[:200]
+    failure = NotDownloaded(f"{url} could not be downloaded", cause=cause, hint=hint)
+    failure.url, failure.kind = url, kind
+    failure.again = kind == "network" or status == _TOO_MANY or status >= _SERVER_ERROR
+    return failure
 
 
 @contextmanager

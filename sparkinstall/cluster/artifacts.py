@@ -1,4 +1,4 @@
-"""Copies of downloads and builds from the head to the workers: the stack's wheels in uv's cache, and NCCL.
+"""Copies of downloads and builds from the head to the workers: the stack's wheels in the wheelhouse, and NCCL.
 
 Artifacts go from cache to cache, never into an installation: the worker's own steps install them from its cache, with
 their own checks. A worker whose cache lacks them downloads and builds. So a failed copy is a warning, never a failure.
@@ -9,15 +9,11 @@ list.
 
 import fcntl
 import hashlib
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -29,24 +25,19 @@ from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode, repeat
 from sparkinstall.cluster.transfer import CopyFailed, Listed, Receiver, Sender, receiving
 from sparkinstall.downloads import sha256_of
 from sparkinstall.errors import Interrupted, Problem, storage_problem
-from sparkinstall.facts.machine import cores
 from sparkinstall.node import Node
 from sparkinstall.own_files import read_regular
 from sparkinstall.resources import Ok
 from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary, Recipe, Stamp
-from sparkinstall.resources.venv import environment_of, lock_of
+from sparkinstall.resources.venv import environment_of, lock_of, wheelhouse
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.system import Reader
 
 STEPS = ("environment", "nccl")
 """The steps whose artifacts can be copied."""
 
-_ARCHIVE = re.compile(r"uv/archive-v\d+/[\w-]+")
-_FILE = re.compile(rf"({_ARCHIVE.pattern})/.+")
-_POINTER = re.compile(r"uv/wheels-v\d+/.+\.(?:http|rev|msgpack)")
-_PAGE = re.compile(r"uv/simple-v\d+/.+\.rkyv")
+_WHEEL = re.compile(r"wheels/[A-Za-z0-9._+!-]+\.whl")
 _LIBRARY = re.compile(r"nccl/built/[0-9a-f]{12}/(?:libnccl\.so|build\.json)")
-_STEM = re.compile(r"uv/wheels-v\d+/.+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _ARRIVING = "arriving"
 _MODES = 0o755
@@ -60,13 +51,8 @@ class BuiltNccl(Struct, frozen=True):
 
 
 class Manifest(Struct, frozen=True):
-    """What a node offers. `wheels`: uv's name of each wheel, and the folder of its files; both relative to the cache.
+    """What a node offers; the paths of the files are relative to the cache."""
 
-    `of`: what must be equal on both nodes for the wheels to be usable.
-    """
-
-    of: Mapping[str, str]
-    wheels: tuple[tuple[str, str], ...] = ()
     files: tuple[Listed, ...] = ()
     nccl: BuiltNccl | None = None
 
@@ -96,30 +82,14 @@ def serve(node: Node, on: Reader, steps: Sequence[str], peers: Sequence[str], to
 
 def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Manifest, list[Path]]:
     """The artifacts that this node has of `steps`, and the real path of each file."""
-    files: list[tuple[Listed, Path]] = []
-    wheels: list[tuple[str, str]] = []
+    files = _wheels(node, on) if "environment" in steps else []
     built = None
-    if "environment" in steps:
-        wheels, files = _wheels(node, on)
     library = _nccl(node) if "nccl" in steps else None
     if library and isinstance(library.check(on), Ok) and (entries := _library(node, library, on)):
         built = BuiltNccl(library.recipe(), library.source.where)
         files += entries
-    manifest = Manifest(likeness(node), tuple(wheels), tuple(listed for listed, _ in files), built)
+    manifest = Manifest(tuple(listed for listed, _ in files), built)
     return manifest, [path for _, path in files]
-
-
-def likeness(node: Node) -> dict[str, str]:
-    """Return the values that must be equal for another node's wheels to be usable here."""
-    wheels = node.wheels
-    pins = wheels.lock_text() if wheels.lock else wheels.open_text()
-    return {
-        "machine": node.machine,
-        "platform": node.platform,
-        "Python": node.config.environment.python or node.stack.python,
-        "stack": hashlib.sha256(pins.encode()).hexdigest()[:16],
-        "uv": version("uv"),
-    }
 
 
 def _nccl(node: Node) -> NcclLibrary | None:
@@ -140,58 +110,19 @@ def _listed(path: str, real: Path) -> Listed:
     return Listed(path, found.st_size, found.st_mode & _MODES, sha256_of(real))
 
 
-def _wheels(node: Node, on: Reader) -> tuple[list[tuple[str, str]], list[tuple[Listed, Path]]]:
-    """What uv needs to install the lock without a network: index pages, metadata and contents of the wheels."""
-    uv = node.cache / "uv"
-    pins = {pin.name: pin.version for pin in lock_of(node, on) or ()}
-    stems, small = [], []
-    for path in _named(uv.glob("wheels-v*"), pins):
-        mine = [each for each in path.iterdir() if each.name.startswith(f"{pins[path.name]}-")]
-        stems += [each for each in mine if each.is_symlink() and each.is_dir()]
-        small += [each for each in mine if _POINTER.fullmatch(_relative(node, each))]
-    for page in uv.glob("simple-v*/**/*.rkyv"):
-        small += [page] if page.stem in pins else []
-    archives = {each: archive for each in stems if (archive := _archive(uv, each))}
-    with ThreadPoolExecutor(max_workers=cores()) as pool:
-        files = [each for some in pool.map(partial(_contents, node), sorted(set(archives.values()))) for each in some]
-    files += [(_listed(_relative(node, each), each), each) for each in sorted(small)]
-    return sorted((_relative(node, a), _relative(node, b)) for a, b in archives.items()), files
-
-
-def _named(buckets: Iterator[Path], names: Mapping[str, str]) -> list[Path]:
-    """uv's folders of these packages, at any depth: they are kept by index or by address."""
-    found = []
-    for bucket in buckets:
-        for base, folders, _ in os.walk(bucket):
-            found += [Path(base, each) for each in folders if each in names]
-            folders[:] = [each for each in folders if each not in names]
-    return found
-
-
-def _archive(uv: Path, stem: Path) -> Path | None:
-    """The folder of a wheel's contents, to which uv's name of the wheel is a link."""
-    archive = uv.joinpath(*Path(os.readlink(stem)).parts[-2:])
-    return archive if archive.is_dir() and archive.parent.parent == uv else None
+def _wheels(node: Node, on: Reader) -> list[tuple[Listed, Path]]:
+    """The wheels of the lock that this node has."""
+    house = wheelhouse(node)
+    house.refresh()
+    index = house.listed()
+    found = house.found(lock_of(node, on) or ()).values()
+    return [
+        (Listed(f"wheels/{each.name}", index[each.name].size, 0o644, index[each.name].sha256), each) for each in found
+    ]
 
 
 def _relative(node: Node, path: Path) -> str:
     return str(path.relative_to(node.cache))
-
-
-def _contents(node: Node, archive: Path) -> list[tuple[Listed, Path]]:
-    """The files of an unpacked wheel. uv never changes them, so their hashes are computed once and kept."""
-    record = node.cache / "hashes" / archive.name
-    try:
-        known = schema.read_json(list[Listed], read_regular(record), record.name)
-    except (OSError, ValueError):
-        prefix = _relative(node, archive)
-        paths = sorted(Path(base, name) for base, _, names in os.walk(archive) for name in names)
-        known = [_listed(f"{prefix}/{path.relative_to(archive)}", path) for path in paths]
-        record.parent.mkdir(parents=True, exist_ok=True)
-        waiting = record.with_name(f"{record.name}.{os.getpid()}.new")
-        waiting.write_bytes(msgspec.json.encode(known))
-        waiting.replace(record)
-    return [(each, node.cache / each.path) for each in known]
 
 
 # --- what a node fetches
@@ -227,13 +158,10 @@ def understood(listing: bytes) -> Manifest:
 
 def _require_harmless(manifest: Manifest) -> None:
     for each in manifest.files:
-        known = any(_is_at(each.path, kind) for kind in (_FILE, _POINTER, _PAGE, _LIBRARY))
+        known = any(_is_at(each.path, kind) for kind in (_WHEEL, _LIBRARY))
         if not known or each.size < 0 or each.mode & ~_MODES or not _SHA256.fullmatch(each.sha256):
             raise _misplaced(each.path)
-    for stem, archive in manifest.wheels:
-        if not _is_at(stem, _STEM) or not _is_at(archive, _ARCHIVE):
-            raise _misplaced(stem)
-    ends = [*(each.path for each in manifest.files), *(stem for stem, _ in manifest.wheels)]
+    ends = [each.path for each in manifest.files]
     # A file below a file or a link would be written elsewhere.
     whole = set(ends)
     if len(whole) < len(ends) or any(not whole.isdisjoint(_folders(path)) for path in ends):
@@ -300,44 +228,24 @@ class _Missing(Struct):
     manifest: Manifest
     waiting: Path
     reasons: list[str] = field(default_factory=list)
-    _wheels: list[tuple[str, str]] = field(default_factory=list)
-    _paths: list[str] = field(default_factory=list)
+    _listed: list[Listed] = field(default_factory=list)
 
     def of(self, steps: Sequence[str]) -> list[tuple[int, Listed]]:
         """The files to copy, each with its index in the list."""
         mine: set[str] = set()
-        if "environment" in steps and self._can_use_wheels():
+        if "environment" in steps and not isinstance(environment_of(self.node).check(self.on), Ok):
             mine |= self._of_wheels()
         if "nccl" in steps and self._can_use_nccl():
             built = [each for each in self.manifest.files if _LIBRARY.fullmatch(each.path)]
             mine |= {each.path for each in built if not _is(self.node.cache / each.path, each)}
         listed = [(n, each) for n, each in enumerate(self.manifest.files) if each.path in mine]
-        self._paths = [each.path for _, each in listed if not _FILE.fullmatch(each.path)]
+        self._listed = [each for _, each in listed]
         return [(n, each) for n, each in listed if not _is(self.waiting / each.path, each)]
 
-    def _can_use_wheels(self) -> bool:
-        if not self.manifest.wheels or isinstance(environment_of(self.node).check(self.on), Ok):
-            return False
-        own = likeness(self.node)
-        different = [name for name in own if own[name] != self.manifest.of.get(name)]
-        if different:
-            self.reasons.append(f"wheels not copied: the nodes differ in {', '.join(different)}")
-        return not different
-
     def _of_wheels(self) -> set[str]:
-        self._wheels = [pair for pair in self.manifest.wheels if not (self.node.cache / pair[0]).is_dir()]
-        archives = {archive for _, archive in self._wheels if not (self.node.cache / archive).is_dir()}
-        stems = tuple(f"{stem}." for stem, _ in self._wheels)
-        return {each.path for each in self.manifest.files if self._is_missing(each, archives, stems)}
-
-    def _is_missing(self, listed: Listed, archives: set[str], stems: tuple[str, ...]) -> bool:
-        within = _FILE.fullmatch(listed.path)
-        if within:
-            return within[1] in archives
-        if _POINTER.fullmatch(listed.path):
-            # Where uv has the wheel already, its record describes that copy.
-            return listed.path.startswith(stems) or not (self.node.cache / listed.path).exists()
-        return bool(_PAGE.fullmatch(listed.path)) and not _is(self.node.cache / listed.path, listed)
+        pins = wheelhouse(self.node).missing(lock_of(self.node, self.on) or ())
+        wanted = {digest for pin in pins for digest in pin.hashes}
+        return {each.path for each in self.manifest.files if f"sha256:{each.sha256}" in wanted}
 
     def _can_use_nccl(self) -> bool:
         offered, library = self.manifest.nccl, _nccl(self.node)
@@ -352,15 +260,13 @@ class _Missing(Struct):
         return not different
 
     def place(self) -> None:
-        """Move received files to where uv and the NCCL step read them: contents first, links to them last."""
-        cache = self.node.cache
-        for archive in {archive for _, archive in self._wheels}:
-            if (self.waiting / archive).is_dir() and not (cache / archive).is_dir():
-                _move(self.waiting / archive, cache / archive, cache)
-        for path in sorted(self._paths, key=lambda path: path.endswith(KEPT_STAMP)):
-            _move(self.waiting / path, cache / path, cache)
-        for stem, archive in self._wheels:
-            _link(cache / stem, cache / archive, cache)
+        """Move received files to where the steps take them from: the stamp of a library last."""
+        house = wheelhouse(self.node)
+        for each in sorted(self._listed, key=lambda listed: listed.path.endswith(KEPT_STAMP)):
+            if _WHEEL.fullmatch(each.path):
+                house.adopt(self.waiting / each.path, each.sha256)
+            else:
+                _move(self.waiting / each.path, self.node.cache / each.path, self.node.cache)
 
 
 def _is(path: Path, listed: Listed) -> bool:
@@ -373,13 +279,6 @@ def _is(path: Path, listed: Listed) -> bool:
 def _move(waiting: Path, to: Path, cache: Path) -> None:
     _make_room(to, cache)
     waiting.replace(to)
-
-
-def _link(stem: Path, archive: Path, cache: Path) -> None:
-    _make_room(stem, cache)
-    waiting = stem.with_name(f".{stem.name}.{os.getpid()}.new")
-    waiting.symlink_to(os.path.relpath(archive, stem.parent))
-    waiting.replace(stem)
 
 
 def _make_room(to: Path, cache: Path) -> None:

@@ -2,21 +2,19 @@
 
 import hashlib
 import os
-import re
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
-from msgspec import Struct, field
+from msgspec import Struct
 from msgspec.structs import replace
-from uv import find_uv_bin
 
 from sparkinstall import patches, stacks
 from sparkinstall.assets import asset
+from sparkinstall.downloads import NotDownloaded
 from sparkinstall.errors import Blocked, CommandFailed, StateDamaged
 from sparkinstall.facts import wheel_files, wheels
 from sparkinstall.facts.decisions import VenvStamp, as_text, installed_stack, recorded
@@ -26,23 +24,11 @@ from sparkinstall.resources.fp8 import PatchedFile
 from sparkinstall.services import env_units
 from sparkinstall.stacks import Pin, StackError, canonical, parse_lock, render_lock
 from sparkinstall.system import Reader, System
+from sparkinstall.wheel_index import for_platform, run_uv, uv, uv_env, uv_platform
+from sparkinstall.wheelhouse import Wheelhouse
 
-_SIZES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-_DOWNLOADING = re.compile(r"Downloading (\S+) \(([\d.]+)([KMG]iB)\)")
 _IMPORTS = "import torch, triton, ray, vllm"
 _IMPORT_SECONDS = 900
-_DOWNLOADED = re.compile(r"Downloaded (\S+)")
-
-
-@lru_cache(maxsize=1)
-def uv() -> str:
-    """Return the path of the uv installed with sparkinstall."""
-    return str(find_uv_bin())
-
-
-def uv_platform(platform: str) -> str:
-    """Return uv's platform name for a node of DGX OS 7 (glibc 2.39)."""
-    return f"{platform}-manylinux_2_39"
 
 
 class RecordedLock(Struct, frozen=True):
@@ -71,10 +57,24 @@ class RecordedLock(Struct, frozen=True):
         self.node.cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.node.cache, prefix="lock-") as scratch:
             wanted, made = Path(scratch, "wanted.in"), Path(scratch, "made.lock")
-            wanted.write_text(self.node.wheels.open_text())
+            here = self._unhashed_wheels(on)
+            text = self.node.wheels.open_text()
+            for url, path in here.items():
+                text = text.replace(url, path.as_uri())
+            wanted.write_text(text)
             _uv(on, self.node, [uv(), "pip", "compile", *self._options(), "-o", str(made), str(wanted)])
-            whole = self.node.wheels.close(made.read_text())
-        on.write(self.node.lock_record, whole.encode())
+            text = made.read_text()
+            for url, path in here.items():
+                text = text.replace(path.as_uri(), url)
+        on.write(self.node.lock_record, self.node.wheels.close(text).encode())
+
+    def _unhashed_wheels(self, on: System) -> dict[str, Path]:
+        """Return the wheels that must be downloaded to know their hashes, by their URLs."""
+        urls = [pin.url for pin in self.node.wheels.wheels if pin.url and not pin.hashes]
+        try:
+            return {url: wheelhouse(self.node).bring(on, url) for url in urls}
+        except CommandFailed as failure:
+            raise explain_failed_install(failure, self.node) from failure
 
     def _options(self) -> list[str]:
         node = self.node
@@ -85,23 +85,6 @@ class RecordedLock(Struct, frozen=True):
             options += ["--exclude-newer", node.stack.as_of]
             options += [f"--exclude-newer-package={pin.name}=false" for pin in node.stack.requirements]
         return [*options, "--python-platform", uv_platform(node.platform)]
-
-
-class Downloads(Struct):
-    """Sums uv's progress messages: bytes received of bytes announced."""
-
-    on_progress: Callable[[int, int, str], None]
-    sizes: dict[str, int] = field(default_factory=dict)
-    done: int = 0
-
-    def read(self, line: str) -> None:
-        if match := _DOWNLOADING.search(line):
-            self.sizes[match[1]] = int(float(match[2]) * _SIZES[match[3]])
-        elif match := _DOWNLOADED.search(line):
-            self.done += self.sizes.get(match[1], 0)
-        else:
-            return
-        self.on_progress(self.done, sum(self.sizes.values()), "bytes")
 
 
 class PythonEnvironment(Struct, frozen=True):
@@ -185,7 +168,7 @@ class PythonEnvironment(Struct, frozen=True):
 
     def _build(self, on: System, lock: Sequence[Pin]) -> None:
         node = self.node
-        # A killed run may leave an incomplete package that looks complete: reinstall it from uv's cache.
+        # A killed run may leave an incomplete package that looks complete: reinstall it from the wheelhouse.
         on.clear(node.venv)
         on.claim(node.venv)
         # A node uses the system's Python, the same everywhere and with Python.h; uv prefers its own.
@@ -215,18 +198,47 @@ class PythonEnvironment(Struct, frozen=True):
 
     def _fill(self, on: System, lock: Sequence[Pin]) -> None:
         on.write(self.node.venv_lock, render_lock(lock).encode())
-        on.write(self.node.installed_lock, render_lock(self._wanted(lock)).encode())
+        # The wheels of URLs come from the wheelhouse too.
+        wanted = [replace(pin, url=None) for pin in self._wanted(lock)]
+        on.write(self.node.installed_lock, render_lock(wanted).encode())
+        self._bring(on, lock)
         self._install(on)
         # Record files that differ from RECORD, which some wheels get wrong: only now are they known to be original.
         if rows := wheel_files.unlike_their_records(self.node, on):
             on.write(self.node.wheel_exceptions, rows.encode())
 
-    def _install(self, on: System) -> None:
-        self._pip(on, self.node.venv_lock, *(_for_platform(self.node) if self.node.foreign else ()))
+    def _bring(self, on: System, lock: Sequence[Pin]) -> None:
+        """Download what is missing of the environment's wheels."""
+        try:
+            wheelhouse(self.node).fill(on, self._wanted(lock), self._target(on))
+        except CommandFailed as failure:
+            raise explain_failed_install(failure, self.node) from failure
 
-    def _pip(self, on: System, lock: str, *options: str) -> None:
-        argv = [uv(), "pip", "install", "--color", "never", "--require-hashes", "--only-binary", ":all:"]
-        _uv(on, self.node, [*argv, "--python", on.real(self.node.venv), *options, "-r", on.real(lock)])
+    def _target(self, on: System) -> tuple[str, ...]:
+        """Return uv's options to choose wheels for this environment."""
+        return _for_platform(self.node) if self.node.foreign else ("--python", on.real(self.node.venv))
+
+    def _install(self, on: System) -> None:
+        """Install from the wheelhouse. uv unpacks the wheels beside the environment's files and only links them."""
+        node, house, unpacked = self.node, wheelhouse(self.node), f"{self.node.venv}/unpacked"
+        # Without the user's settings of uv: nothing but the wheelhouse is asked.
+        own = {"UV_CONFIG_FILE": "/dev/null", "UV_CACHE_DIR": on.real(unpacked), "UV_LINK_MODE": "hardlink"}
+        source = ("--offline", "--no-index", "--find-links", str(house.folder))
+        argv = (*_install_argv(node, on), *source, *self._options(), "-r", on.real(node.installed_lock))
+        try:
+            on.run(*argv, env={**uv_env(node.cache), **own})
+        except CommandFailed as failure:
+            if failure.kind in (None, "damaged") and (damaged := house.damaged()):
+                house.drop(damaged)
+                failure.cause = f"damaged since it was downloaded: {', '.join(damaged)}"
+                failure.hint = "it was removed: run the same command again, which downloads it"
+                raise
+            raise explain_failed_install(failure, node) from failure
+        # Before the stamp is written: a file that changes after it counts as changed.
+        on.clear(unpacked)
+
+    def _options(self) -> tuple[str, ...]:
+        return _for_platform(self.node) if self.node.foreign else ()
 
 
 class VllmAlone(PythonEnvironment, frozen=True):
@@ -249,13 +261,24 @@ class VllmAlone(PythonEnvironment, frozen=True):
     def _interpreter(self, on: System) -> str:
         """Return the stack's Python, or ours if it is missing: vLLM's wheel works with any."""
         wanted = super()._interpreter(on)
-        environment = {**os.environ, **_uv_env(self.node)}
+        environment = {**os.environ, **uv_env(self.node.cache)}
         found = on.ask(uv(), "python", "find", "--no-python-downloads", wanted, env=environment)
         return found.out.strip() if found.ok else sys.executable
 
-    def _install(self, on: System) -> None:
-        self._pip(on, self.node.venv_lock, *_for_platform(self.node), "--dry-run")
-        self._pip(on, self.node.installed_lock, *_for_platform(self.node), "--no-deps")
+    def _bring(self, on: System, lock: Sequence[Pin]) -> None:
+        house = wheelhouse(self.node)
+        house.refresh()
+        whole = [*_install_argv(self.node, on), *_for_platform(self.node), "--dry-run", "-r"]
+        if house.missing(lock):
+            _uv(on, self.node, [*whole, on.real(self.node.venv_lock)])
+        super()._bring(on, lock)
+
+    def _target(self, on: System) -> tuple[str, ...]:
+        del on
+        return _for_platform(self.node)
+
+    def _options(self) -> tuple[str, ...]:
+        return *_for_platform(self.node), "--no-deps"
 
 
 class FormerEnvironments(Struct, frozen=True):
@@ -293,32 +316,24 @@ def environment_of(node: Node) -> PythonEnvironment:
     return VllmAlone(node) if node.partial else PythonEnvironment(node)
 
 
+def wheelhouse(node: Node) -> Wheelhouse:
+    return Wheelhouse(node.cache / "wheels")
+
+
 def _for_platform(node: Node) -> tuple[str, ...]:
-    return "--python-platform", uv_platform(node.platform), "--python-version", node.stack.python
+    return for_platform(node.platform, node.stack.python)
+
+
+def _install_argv(node: Node, on: System) -> tuple[str, ...]:
+    hashes = ("--require-hashes", "--only-binary", ":all:")
+    return uv(), "pip", "install", "--color", "never", *hashes, "--python", on.real(node.venv)
 
 
 def _uv(on: System, node: Node, argv: list[str]) -> None:
     try:
-        on.run(*argv, env=_uv_env(node), watch=Downloads(on.progress).read)
+        run_uv(on, argv, uv_env(node.cache))
     except CommandFailed as failure:
-        # Without a network, everything may be in the cache.
-        if not (
-            failure.kind in ("network", "certificate", "server")
-            and on.try_run(*argv, "--offline", env=_uv_env(node)).ok
-        ):
-            raise explain_failed_install(failure, node) from failure
-
-
-def _uv_env(node: Node) -> dict[str, str]:
-    return {
-        "UV_CACHE_DIR": str(node.cache / "uv"),
-        # Copy, because editing a file that is hard-linked to the cache would damage the cache.
-        "UV_LINK_MODE": "copy",
-        "UV_PYTHON_INSTALL_DIR": str(node.cache / "python"),
-        "UV_NO_PROGRESS": "1",
-        "UV_SYSTEM_CERTS": "1",
-        "VIRTUAL_ENV": "",
-    }
+        raise explain_failed_install(failure, node) from failure
 
 
 def explain_failed_install(failure: CommandFailed, node: Node) -> CommandFailed:
@@ -328,7 +343,7 @@ def explain_failed_install(failure: CommandFailed, node: Node) -> CommandFailed:
     if "Hash mismatch" in said:
         failure.cause = "a wheel does not have the hash in the lock: it is damaged, or not the locked file"
         failure.hint = "it was not installed; run again, and if the error remains, stop and report it"
-    elif address := _not_fetched(said, node):
+    elif address := _not_fetched(failure, said, node):
         failure.cause = f"the stack {node.stack.name} locks a wheel by its URL, which cannot be downloaded: {address}"
         failure.hint = _another_way(address, node)
     elif failure.kind == "network":
@@ -337,11 +352,13 @@ def explain_failed_install(failure: CommandFailed, node: Node) -> CommandFailed:
     return failure
 
 
-def _not_fetched(said: str, node: Node) -> str:
-    """Return the URL of the wheel that uv failed to download; "" if something else failed."""
+def _not_fetched(failure: CommandFailed, said: str, node: Node) -> str:
+    """Return the URL of a wheel, named by the stack, that could not be downloaded; "" if something else failed."""
     # uv prints a URL as given or percent-encoded, and may break it across lines.
     unbroken = unquote("".join(said.replace("`", "").split()))
-    addresses = (pin.url for pin in node.wheels.wheels if pin.url)
+    addresses = [pin.url for pin in node.wheels.wheels if pin.url]
+    if isinstance(failure, NotDownloaded) and failure.url in addresses:
+        return failure.url
     return next((each for each in addresses if f"Failedtofetch:{unquote(each)}" in unbroken), "")
 
 

@@ -2,18 +2,10 @@
 
 import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -26,88 +18,51 @@ from sparkinstall.cluster.protocol import Offer
 from sparkinstall.cluster.transfer import CopyFailed
 from sparkinstall.resources.nccl import NcclLibrary
 from sparkinstall.resources.nccl_source import NcclSource
-from sparkinstall.resources.venv import uv
 from tests.support.cuda_toolkit import toolkit
 from tests.support.far_nodes import FarNodes, look, problem, step
-from tests.support.tiny_stack import tiny_stack
+from tests.support.rehearsals import Rehearsal, output_of
+from tests.support.tiny_stack import small_stack, tiny_stack
 from tests.support.two_caches import HEAD, OTHER, WORKER, Side, ended, fetched, offering
 
-ARCHIVE = "uv/archive-v0/AbCd_-0123456789"
-GOOD: dict[str, Any] = {"path": f"{ARCHIVE}/vllm/__init__.py", "size": 1, "mode": 0o644, "sha256": "0" * 64}
-
-
-class _Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_: Any) -> None:
-        """Print no requests."""
-
-
-@contextmanager
-def _index(folder: Path) -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Quiet, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-def _install(side: Side, lock: Path, index: str, *more: str) -> "subprocess.CompletedProcess[str]":
-    """Install a lock from an index with uv, as the step `environment` does."""
-    venv = side.home / "venv"
-    subprocess.run([uv(), "venv", "--quiet", "--clear", "--python", sys.executable, str(venv)], check=True)
-    options = ["--require-hashes", "--only-binary", ":all:", "--python", str(venv), "--default-index", index]
-    env = {**side.environment, "UV_CACHE_DIR": str(side.cache / "uv"), "UV_LINK_MODE": "copy"}
-    return subprocess.run(
-        [uv(), "pip", "install", *options, "-r", str(lock), *more], env=env, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A head whose uv has downloaded a wheel, and the address of its index, which has stopped since."""
-    folder = tmp_path_factory.mktemp("head")
-    stack = tiny_stack(folder / "stack")
-    (folder / "index/vllm").mkdir(parents=True)
-    shutil.copy(next(stack.parent.glob("*.whl")), folder / "index/vllm")
-    with _index(folder / "index") as index:
-        done = _install(Side(folder, HEAD), stack.with_name("tiny.lock"), index)
-        assert done.returncode == 0, done.stderr
-    return folder, index
+NOWHERE = "http://127.0.0.1:9/"
+GOOD: dict[str, Any] = {"path": "wheels/six-1-py3-none-any.whl", "size": 1, "mode": 0o644, "sha256": "0" * 64}
 
 
 @pytest.fixture
-def pair(tmp_path: Path, installed: tuple[Path, str]) -> tuple[Side, Side]:
-    shutil.copytree(installed[0], tmp_path / "head", symlinks=True)
-    (tmp_path / "worker").mkdir()
-    settings = (f"stack={tmp_path}/head/stack/tiny.yaml",)
-    return Side(tmp_path / "head", HEAD, settings), Side(tmp_path / "worker", WORKER, settings)
+def pair(tmp_path: Path) -> tuple[Side, Side]:
+    """A head with the wheel of a stack, and a worker without."""
+    stack = tiny_stack(tmp_path / "stack")
+    settings = (f"stack={stack}",)
+    head, worker = Side(tmp_path / "head", HEAD, settings), Side(tmp_path / "worker", WORKER, settings)
+    (head.cache / "wheels").mkdir(parents=True)
+    worker.home.mkdir()
+    shutil.copy(next(stack.parent.glob("*.whl")), head.cache / "wheels")
+    return head, worker
 
 
-def _archive(side: Side) -> Path:
-    (found,) = side.cache.glob("uv/archive-v*/*")
-    return found
-
-
-def _tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def _wheels(side: Side) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in side.cache.glob("wheels/*.whl")}
 
 
 # --- wheels
 
 
-def test_copied_wheels_install_without_a_network(pair: tuple[Side, Side], installed: tuple[Path, str]) -> None:
-    head, worker = pair
-    lock = head.home / "stack/tiny.lock"
-    assert _install(worker, lock, installed[1], "--offline").returncode != 0
-    shutil.rmtree(worker.cache)
+@pytest.mark.network
+def test_copied_wheels_install_without_a_network(pair: tuple[Side, Side], tmp_path: Path) -> None:
+    stack = small_stack(tmp_path / "small")
+    head, worker = (replace(side, settings=(f"stack={stack}",)) for side in pair)
+    for wheel in stack.parent.glob("*.whl"):
+        shutil.copy(wheel, head.cache / "wheels")
     with offering(head, "environment") as offered:
         code, data, error = fetched(worker, offered, "environment")
         assert (code, error) == (0, "")
         assert ended(offered)["sent"] == {WORKER: data["bytes"]}
-    assert data["changed"] is True
-    assert _tree(_archive(worker)) == _tree(_archive(head))
+    assert (data["changed"], data["files"]) == (True, 4)
+    assert _wheels(worker) == _wheels(head)
     assert not list(worker.cache.glob("arriving/*"))
-    done = _install(worker, lock, installed[1], "--offline")
-    assert done.returncode == 0, done.stderr
-    assert list(worker.home.glob("venv/lib/*/site-packages/vllm/__init__.py"))
+    node = Rehearsal(tmp_path / "node", ("--stack", str(stack), "--platform", "x86_64", "--only", "environment"))
+    run = node.all("--json", "--set", "nccl.mode=wheel", **{**worker.environment, "UV_DEFAULT_INDEX": NOWHERE})
+    assert run.returncode == 0, output_of(run)
 
 
 def test_copy_skips_what_the_worker_has(pair: tuple[Side, Side]) -> None:
@@ -128,48 +83,16 @@ def test_copy_serves_several_workers_at_once(pair: tuple[Side, Side], tmp_path: 
             out, err = each.communicate(offered.as_given(), timeout=60)
             assert each.returncode == 0, out + err
         assert set(ended(offered)["sent"]) == {WORKER, OTHER}
-    assert _tree(_archive(worker)) == _tree(_archive(other)) == _tree(_archive(head))
+    assert _wheels(worker) == _wheels(other) == _wheels(head)
 
 
-def test_copy_of_another_stack_is_skipped_with_a_warning(pair: tuple[Side, Side], tmp_path: Path) -> None:
+def test_copy_of_another_stack_is_not_taken(pair: tuple[Side, Side], tmp_path: Path) -> None:
     head, worker = pair
-    unlocked = tiny_stack(tmp_path / "unlocked", locked=False)
-    unlike = replace(worker, settings=(f"stack={unlocked}", "environment.python=3.13"))
+    other = small_stack(tmp_path / "other")
     with offering(head, "environment") as offered:
-        code, data, _ = fetched(unlike, offered, "environment")
-    assert code == 0
-    assert data["warning"] == "wheels not copied: the nodes differ in Python, stack"
-    assert not (worker.cache / "uv").exists()
-
-
-def test_copy_killed_in_the_middle_resumes(pair: tuple[Side, Side]) -> None:
-    head, worker = pair
-    with offering(head, "environment"):
-        pass
-    files = sorted(path for path in _archive(head).rglob("*") if path.is_file())
-    # The hashes are recorded by now; a pipe without a writer blocks the head in the middle of the list.
-    content = files[2].read_bytes()
-    files[2].unlink()
-    os.mkfifo(files[2])
-    with offering(head, "environment") as offered, worker.start("fetch", "--only", "environment") as fetch:
-        assert fetch.stdin is not None
-        fetch.stdin.write(offered.as_given())
-        fetch.stdin.flush()
-        staged = worker.cache / "arriving" / files[1].relative_to(head.cache)
-        until = time.monotonic() + 60
-        while not staged.exists():
-            assert time.monotonic() < until
-            time.sleep(0.01)
-        fetch.send_signal(signal.SIGKILL)
-    assert not list(worker.cache.glob("uv/wheels-v*"))
-    files[2].unlink()
-    files[2].write_bytes(content)
-    with offering(head, "environment") as offered:
-        code, data, error = fetched(worker, offered, "environment")
-    assert (code, error) == (0, "")
-    whole = sum(1 for path in head.cache.glob("uv/*-v*/**/*") if path.suffix in (".rkyv", ".http", ".msgpack"))
-    assert data["files"] < whole + len(files)
-    assert _tree(_archive(worker)) == _tree(_archive(head))
+        code, data, _ = fetched(replace(worker, settings=(f"stack={other}",)), offered, "environment")
+    assert (code, data["files"]) == (0, 0)
+    assert not _wheels(worker)
 
 
 # --- who gets a copy, and what is trusted
@@ -181,7 +104,7 @@ def test_copy_with_a_wrong_token_is_refused_and_blocks_nobody(pair: tuple[Side, 
         code, _, error = fetched(worker, offered, "environment", token="another")
         assert code == 1
         assert "refused the token" in error
-        assert not list(worker.cache.glob("uv/*"))
+        assert not list(worker.cache.glob("wheels/*"))
         assert fetched(worker, offered, "environment")[0] == 0
 
 
@@ -190,20 +113,7 @@ def test_copy_to_an_uninvited_address_is_refused(pair: tuple[Side, Side]) -> Non
     with offering(head, "environment") as offered:
         code, _, _ = fetched(replace(worker, address=OTHER), offered, "environment")
     assert code == 1
-    assert not list(worker.cache.glob("uv/*"))
-
-
-def test_copy_with_a_changed_byte_is_refused(pair: tuple[Side, Side]) -> None:
-    head, worker = pair
-    with offering(head, "environment"):
-        pass
-    (metadata,) = _archive(head).glob("*.dist-info/METADATA")
-    metadata.write_bytes(metadata.read_bytes().replace(b"vllm", b"evil"))
-    with offering(head, "environment") as offered:
-        code, _, error = fetched(worker, offered, "environment")
-    assert code == 1
-    assert "METADATA is not the announced file" in error
-    assert not list(worker.cache.glob("uv/*"))
+    assert not list(worker.cache.glob("wheels/*"))
 
 
 def test_list_not_announced_over_ssh_is_refused(pair: tuple[Side, Side]) -> None:
@@ -216,9 +126,8 @@ def test_list_not_announced_over_ssh_is_refused(pair: tuple[Side, Side]) -> None
 
 @pytest.mark.parametrize(
     "path",
-    ["/etc/passwd", "../x", f"{ARCHIVE}/../../../x", f"{ARCHIVE}//x", f"{ARCHIVE}/x\0", f"{ARCHIVE}/a\nb", ARCHIVE,
-     "uv/archive-v0/../x", "uv/wheels-v7/pypi/six/../../../../x.http", "uv/wheels-v7/pypi/x.sh", "uv/sdists-v10/x",
-     "nccl/tarballs.json", "nccl/built/0123456789ab/../../x", "hashes/x", ".bashrc", ""],
+    ["/etc/passwd", "../x.whl", "wheels/../x.whl", "wheels//x.whl", "wheels/x\0.whl", "wheels/a\nb.whl", "wheels/x",
+     "wheels/a/x.whl", "uv/x.whl", "nccl/tarballs.json", "nccl/built/0123456789ab/../../x", ".bashrc", ""],
 )  # fmt: skip
 def test_list_with_a_path_outside_a_cache_is_refused(path: str) -> None:
     assert artifacts.understood(_listing([GOOD])).files
@@ -227,45 +136,27 @@ def test_list_with_a_path_outside_a_cache_is_refused(path: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("files", "wheels"),
+    "files",
     [
-        ([{**GOOD, "mode": 0o4755}], []),
-        ([{**GOOD, "size": -1}], []),
-        ([{**GOOD, "sha256": "../x"}], []),
-        ([GOOD], [["uv/wheels-v7/pypi/six/1", "/etc"]]),
-        ([GOOD], [["uv/wheels-v7/pypi/six/1", "uv/archive-v0/../.."]]),
-        ([GOOD], [["uv/wheels-v7/../../../six", ARCHIVE]]),
-        ([GOOD, GOOD], []),
-        ([GOOD, {**GOOD, "path": GOOD["path"] + "/x"}], []),
-        ([{**GOOD, "path": "uv/wheels-v7/pypi/six/1/x.http"}], [["uv/wheels-v7/pypi/six/1", ARCHIVE]]),
+        [{**GOOD, "mode": 0o4755}],
+        [{**GOOD, "size": -1}],
+        [{**GOOD, "sha256": "../x"}],
+        [GOOD, GOOD],
     ],
 )
-def test_list_that_could_write_elsewhere_is_refused(files: list[Any], wheels: list[Any]) -> None:
+def test_list_that_could_write_elsewhere_is_refused(files: list[Any]) -> None:
     with pytest.raises(CopyFailed):
-        artifacts.understood(_listing(files, wheels))
+        artifacts.understood(_listing(files))
 
 
-@pytest.mark.parametrize("listing", [b"", b"[]", b"null", b'{"files": [{}]}', b"\xff", b'{"of": 1, "files": 3}'])
+@pytest.mark.parametrize("listing", [b"", b"[]", b"null", b'{"files": [{}]}', b"\xff", b'{"files": 3}'])
 def test_list_that_cannot_be_read_is_refused(listing: bytes) -> None:
     with pytest.raises(CopyFailed, match="cannot be read"):
         artifacts.understood(listing)
 
 
-def _listing(files: list[Any], wheels: list[Any] | None = None) -> bytes:
-    return json.dumps({"of": {}, "files": files, "wheels": wheels or [], "nccl": None}).encode()
-
-
-def test_copy_through_a_link_out_of_the_cache_is_refused(pair: tuple[Side, Side], tmp_path: Path) -> None:
-    head, worker = pair
-    (bucket,) = head.cache.glob("uv/wheels-v*")
-    (tmp_path / "outside").mkdir()
-    (worker.cache / "uv").mkdir(parents=True)
-    (worker.cache / "uv" / bucket.name).symlink_to(tmp_path / "outside")
-    with offering(head, "environment") as offered:
-        code, _, error = fetched(worker, offered, "environment")
-    assert code == 1
-    assert "leads out of the cache" in error
-    assert not [path for path in (tmp_path / "outside").rglob("*") if path.is_file()]
+def _listing(files: list[Any]) -> bytes:
+    return json.dumps({"files": files, "nccl": None}).encode()
 
 
 # --- NCCL

@@ -18,7 +18,7 @@ FLOORS = (
     ("steps",),
     ("resources", "probes"),
     ("facts",),
-    ("node", "services"),
+    ("node", "services", "wheelhouse", "wheel_index"),
     ("system",),
     ("payloads", "leaves"),
 )

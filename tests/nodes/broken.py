@@ -50,11 +50,11 @@ def probe_result(node: FreshNode, probe: str) -> tuple[str, str]:
 
 
 def reinstall(node: FreshNode, package: str) -> None:
-    """Reinstall the same version from the cache, as a user with a package manager."""
+    """Reinstall the same version from the wheelhouse, as a user with a package manager."""
     uv, python = f"{TOOL}/bin/uv", f"{SITE.partition('/lib/')[0]}/bin/python"
-    own = {"UV_CACHE_DIR": "/home/spark/.cache/sparkinstall/uv", "UV_OFFLINE": "1", "UV_LINK_MODE": "copy"}
+    source = ("--no-cache", "--offline", "--no-index", "--find-links", "/home/spark/.cache/sparkinstall/wheels")
     same = node.run("sh", "-c", f"basename {SITE}/{package}-*.dist-info .dist-info").stdout.strip().replace("-", "==")
-    node.run(uv, "pip", "install", "--reinstall", "--no-deps", "--python", python, same, user="spark", env=own)
+    node.run(uv, "pip", "install", *source, "--reinstall", "--no-deps", "--python", python, same, user="spark")
 
 
 def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float = 90) -> None:

@@ -69,9 +69,9 @@ def _binds(index: int) -> Sequence[Bind]:
 
 
 def _caches(whose: str) -> list[Bind]:
-    """A cache for each machine, so that it has no downloads or builds of the others; uv's cache is shared."""
-    own, downloads = _folder(f"fleet-cache-{whose}"), _folder("node-cache/uv")
-    return [Bind(own, CACHE, read_only=False), Bind(downloads, f"{CACHE}/uv", read_only=False)]
+    """A cache for each machine, so that it has no builds of the others; the wheelhouse is shared."""
+    own, wheels = _folder(f"fleet-cache-{whose}"), _folder("node-cache/wheels")
+    return [Bind(own, CACHE, read_only=False), Bind(wheels, f"{CACHE}/wheels", read_only=False)]
 
 
 def _folder(name: str) -> Path:

@@ -34,7 +34,7 @@ REHEARSAL = "/home/spark/rehearsal"
 COPY_OF_THE_CACHE = """
 mkdir -p "$1"
 cp -a ~/.cache/sparkinstall/nccl "$1"
-ln -s ~/.cache/sparkinstall/uv "$1/uv"
+ln -s ~/.cache/sparkinstall/wheels "$1/wheels"
 """
 W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
 
