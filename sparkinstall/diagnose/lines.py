@@ -35,7 +35,7 @@ _PREFIXES = (
     # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
     rf"\[?\d{{4}}[-/]\d\d[-/]\d\d[T ]{_TIME}(?:Z|[+-]\d\d:?\d\d)?\]? ?(?=\s*\S)"
     rf"(?: ?[\w.-]+ (?={PROGRAM}: ))?",
-    rf"(?:[A-Z][a-z]{{2}} )?[A-Z][a-z]{{2}} [ \d]\d {_TIME}(?: \d{{4}})? [\w.-]+ (?={PROGRAM}: )",
+    rf"(?:[A-Z][a-z]{{2}} )?[A-Z][a-z]{{2}} [ \d]\d {_TIME}(?: \d{{4}})? (?:[\w.-]+ )?(?={PROGRAM}: )",
     # journald's program, the kernel's clock
     r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
     r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",
@@ -55,6 +55,8 @@ _PREFIXES = (
     r"(?:- )?[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
     # what CMake found, which is no error
     r"(?P<cmake>-- )(?=\S)",
+    # the result of a test or a benchmark
+    r" *(?P<test>FAIL|PASS)  +",
     # NCCL
     r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<nccl>INFO|WARN|TRACE) ",
     r"[\w./]+:\d+ NCCL (?P<nccl>INFO|WARN) ",
@@ -147,7 +149,7 @@ def take_apart(text: str) -> Line:
         if kind == "who":
             who.append(word)
         elif kind:
-            level = "info" if kind == "cmake" else _LETTERS.get(word) or _LEVELS.get(word.lower(), "")
+            level = "info" if kind in ("cmake", "test") else _LETTERS.get(word) or _LEVELS.get(word.lower(), "")
             # What NCCL calls a warning is an error.
             level = "error" if (kind, level) == ("nccl", "warning") else level
     if not level and (told := _JSON_LEVEL.search(text, 0, 400)):

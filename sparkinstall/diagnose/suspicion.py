@@ -13,6 +13,9 @@ WORDS = (
     "No such file or directory", "Killed", "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error",
     "Illegal instruction", "mlx5_core ", " is required", "DPC: ", "Failed: ", " failed: ", "double free", "corrupted ",
     "): invalid", "stack smashing", "ermission denied", "Caused by: ", "Memory failure: ", "nvme ",
+    "onnection timed out", "o route to host", "etwork is unreachable", "nvalid argument",
+    "annot allocate memory", "esource busy", "nput/output error", "o such device", "peration not permitted",
+    "ddress already in use", "emporarily unavailable", "oo many open files",
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
 
@@ -61,6 +64,10 @@ _SHAPES = (
             r"\s*Caused by: \S",
             r"[\w.-]+: aborting\b",
             r".*\*\*\* \[.*\] Error \d",
+            # what the operating system answered, at the end of a message
+            r".*\S: (?:Connection timed out|No route to host|Network is unreachable"
+            r"|Invalid argument|Cannot allocate memory|Device or resource busy|Input/output error|No such device"
+            r"|Operation not permitted|Address already in use|Resource temporarily unavailable|Too many open files)\.?$",
             r".*(?:Main process exited|Failed with result|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
         ),
     ),
@@ -115,6 +122,10 @@ _HANDLED = _any(
     r"\bdial tcp \S+ connect: connection refused|while connecting to upstream",
     ignore_case=True,
 )
+# An exception that only passes on that something else failed: a program, a worker.
+_PASSED_ON = re.compile(
+    r"[\w.]+: (?:Caught \w+ in |[Cc]ommand .*(?:returned non-zero|failed with)|.{0,80}\bfailed with (?:return|exit) code \d)"
+)
 # What vLLM's front end logs of a request that it refuses, and the exceptions that it then logs.
 _REFUSING = re.compile(r"\[[\w/]*serving\w*\.py:\d+\]")
 _REFUSED = re.compile(r"(?:[\w.]+\.)?(?:\w*ValidationError|ValueError|JSONDecodeError|TemplateError|BadRequestError)\b")
@@ -137,6 +148,8 @@ def weight(line: Line, role: Role, number: int) -> int:
         return _first(_KERNEL, message)
     if _REFUSING.search(line.prefix) and (role.kind != "exception" or _REFUSED.match(message)):
         return 0
+    if _PASSED_ON.match(message):
+        return WEAK
     if role.kind == "exception":
         return 0 if line.level == "warning" else MOST if role.first == number else STRONG
     if "NCCL WARN" in line.text:
