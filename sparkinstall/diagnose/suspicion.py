@@ -67,7 +67,8 @@ _SHAPES = (
             # what the operating system answered, at the end of a message
             r".*\S: (?:Connection timed out|No route to host|Network is unreachable"
             r"|Invalid argument|Cannot allocate memory|Device or resource busy|Input/output error|No such device"
-            r"|Operation not permitted|Address already in use|Resource temporarily unavailable|Too many open files)\.?$",
+            r"|Operation not permitted|Address already in use|Resource temporarily unavailable"
+            r"|Too many open files)\.?$",
             r".*(?:Main process exited|Failed with result|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
         ),
     ),
@@ -124,7 +125,8 @@ _HANDLED = _any(
 )
 # An exception that only passes on that something else failed: a program, a worker.
 _PASSED_ON = re.compile(
-    r"[\w.]+: (?:Caught \w+ in |[Cc]ommand .*(?:returned non-zero|failed with)|.{0,80}\bfailed with (?:return|exit) code \d)"
+    r"[\w.]+: (?:Caught \w+ in |[Cc]ommand .*(?:returned non-zero|failed with)"
+    r"|.{0,80}\bfailed with (?:return|exit) code \d)"
 )
 # What vLLM's front end logs of a request that it refuses, and the exceptions that it then logs.
 _REFUSING = re.compile(r"\[[\w/]*serving\w*\.py:\d+\]")
