@@ -5,6 +5,7 @@
 #   ./install.sh --root ./node        rehearse below ./node, on any Linux machine; writes only there,
 #                                     to ~/.local (the command) and ~/.cache (downloads)
 #   ./install.sh --tool-only          install the command `sparkinstall` and stop
+#   ./install.sh --bundle FILE        the same without a network, from a bundle: docs/offline.md
 #   ./install.sh --remove             remove that command (run `sparkinstall uninstall` first)
 #
 # Other options are passed to `sparkinstall all`; an unknown option is an error, and nothing is changed.
@@ -22,9 +23,12 @@ BOOTSTRAPPED=$HOME_OF_TOOL/apt-packages
 # Seconds to wait for the lock of apt's package lists.
 PATIENCE=300
 # The options of `sparkinstall all` with and without a value; a test compares them with the program.
-VALUED='--root --config --stack --set --platform --only --skip --ignore'
+VALUED='--root --config --stack --set --platform --only --skip --ignore --bundle'
 PLAIN='--full --partial --keep-old --no-keep-old --yes --json --verbose'
 LETTERS=yv
+# With --bundle: that file, and the folder with the wheels and the uv that were in it.
+BUNDLE=
+UNPACKED=
 # Set once we create the environment: only then may we restore the one that was moved aside.
 making=
 
@@ -163,9 +167,24 @@ is_rehearsal() {
     return 1
 }
 
+find_bundle() {
+    while [ $# -gt 0 ]; do
+        case $1 in
+            --bundle=*) BUNDLE=${1#*=} ;;
+            --bundle)
+                BUNDLE=$2
+                shift
+                ;;
+        esac
+        shift
+    done
+    [ -z "$BUNDLE" ] || [ -f "$BUNDLE" ] || misused "there is no bundle $BUNDLE" "name the file that you copied here"
+}
+
 # Debian and Ubuntu ship ensurepip in a separate package.
 need_ensurepip() {
-    if "$PYTHON" -c 'import ensurepip' >/dev/null 2>&1; then return 0; fi
+    # The bundle's uv creates environments without it.
+    if [ -n "$BUNDLE" ] || "$PYTHON" -c 'import ensurepip' >/dev/null 2>&1; then return 0; fi
     package=$("$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
     if is_rehearsal "$@" || ! command -v apt-get >/dev/null 2>&1; then
         fail "$PYTHON cannot create an environment: $package is missing" "sudo apt-get install $package" 4
@@ -220,16 +239,47 @@ install_tool() {
     if [ "$(cat "$TOOL/made-from" 2>/dev/null)" = "$wanted" ] && "$TOOL/bin/sparkinstall" --version >/dev/null 2>&1; then
         return
     fi
+    [ -z "$BUNDLE" ] || unpack_bundle
     say "Installing the command sparkinstall in $TOOL ..."
     mkdir -p "$HOME_OF_TOOL"
     move_aside
-    quietly "$PYTHON" -m venv "$TOOL" || give_back "$PYTHON could not create an environment in $TOOL"
-    run_pip install --quiet --require-hashes -r "$HERE/requirements.lock"
+    make_environment || give_back "$PYTHON could not create an environment in $TOOL"
+    run_pip install --quiet ${UNPACKED:+--no-index} --require-hashes -r "$HERE/requirements.lock"
     # Not "$HERE": pip reads a path with `;` or `[` in it as a requirement.
     (cd "$HERE" && run_pip install --quiet --no-deps --no-build-isolation --no-index .)
     write_launcher
     printf '%s\n' "$wanted" >"$TOOL/made-from"
     rm -rf "$TOOL.old"
+    forget_unpacked
+}
+
+# Every byte of the bundle is checked before anything is installed.
+unpack_bundle() {
+    UNPACKED=$(mktemp -d)
+    say "Checking the bundle $BUNDLE ..."
+    if ! "$PYTHON" -I "$HERE/sparkinstall/payloads/bundle_archive.py" "$BUNDLE" "$UNPACKED" "$HERE/requirements.lock"; then
+        forget_unpacked
+        exit 1
+    fi
+    "$PYTHON" -I -m zipfile -e "$UNPACKED"/uv-*.whl "$UNPACKED/uv"
+    for UV in "$UNPACKED"/uv/*.data/scripts/uv; do chmod +x "$UV"; done
+}
+
+forget_unpacked() {
+    [ -z "$UNPACKED" ] || rm -rf "$UNPACKED"
+    UNPACKED=
+}
+
+bundled_uv() {
+    "$UV" --no-config --no-cache --offline "$@"
+}
+
+make_environment() {
+    if [ -z "$UNPACKED" ]; then
+        quietly "$PYTHON" -m venv "$TOOL"
+    else
+        quietly bundled_uv venv --quiet --no-python-downloads --python "$PYTHON" "$TOOL"
+    fi
 }
 
 # In place of pip's own script: -I makes Python ignore the user's PYTHON* variables, which can keep it from starting, as
@@ -260,6 +310,7 @@ quietly() {
 
 # Programs contain the path of their environment, so the former one must return to the same path.
 put_back() {
+    forget_unpacked
     if [ -e "$TOOL/made-from" ]; then return 0; fi
     rm -rf "$TOOL"
     if [ -e "$TOOL.old" ]; then mv "$TOOL.old" "$TOOL"; fi
@@ -275,12 +326,23 @@ give_back() {
 interrupted() {
     trap '' INT TERM HUP
     [ -z "$making" ] || put_back
+    forget_unpacked
     say "✗ interrupted; run it again: it continues where this one stopped" || :
     exit 130
 }
 
+pip_of_tool() {
+    if [ -z "$UNPACKED" ]; then
+        "$TOOL/bin/python" -m pip --disable-pip-version-check "$@"
+    else
+        verb=$1
+        shift
+        bundled_uv pip "$verb" --python "$TOOL/bin/python" --find-links "$UNPACKED" "$@"
+    fi
+}
+
 run_pip() {
-    if quietly "$TOOL/bin/python" -m pip --disable-pip-version-check "$@"; then return; fi
+    if quietly pip_of_tool "$@"; then return; fi
     case $output in
         *"No space left"* | *"quota exceeded"*) advice="free some space for $HOME_OF_TOOL, then run this again" ;;
         *Retrying* | *"NewConnectionError"* | *"timed out"*) advice="check the network, then run this again" ;;
@@ -374,13 +436,22 @@ set_up() {
     exit "$ended"
 }
 
-# --tool-only and --remove stand alone; all other options are for `sparkinstall all`.
+# --remove stands alone, and --tool-only but for a bundle; all other options are for `sparkinstall all`.
 read_words() {
     only=
-    case "$# ${1:-}" in
-        "1 --tool-only" | "1 --remove") only=$1 ;;
+    case "$# ${1:-} ${3:-}" in
+        "1 --tool-only " | "1 --remove ") only=$1 ;;
+        "3 --tool-only "*) read_bundle_alone "$2" "$3" ;;
+        "3 --bundle --tool-only") read_bundle_alone "$1" "$2" ;;
         *) refuse_unknown "$@" ;;
     esac
+    find_bundle "$@"
+}
+
+read_bundle_alone() {
+    [ "$1" = --bundle ] || misused "--tool-only can be combined with --bundle FILE only" "./install.sh --tool-only"
+    needs_value "$@"
+    only=--tool-only
 }
 
 main() {

@@ -112,6 +112,12 @@ class Blocked(Problem):
     code = "blocked"
 
 
+class BadBundle(Problem):
+    """A bundle is damaged, or is not for this node or this tool."""
+
+    code = "bundle"
+
+
 class NeedsRoot(Problem):
     """The check needs root, and sudo needs a password but cannot ask for it."""
 

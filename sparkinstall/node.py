@@ -15,7 +15,8 @@ class Node(Layout, frozen=True):
 
     In a rehearsal, `full` installs the whole environment instead of only vLLM's wheel. `cache` and
     `home` are real paths. `confirm_later`: a network change is rolled back unless another process confirms it.
-    `token_file`: the file of the cluster's token, for this run only.
+    `token_file`: the file of the cluster's token, for this run only. `bundle`: the bundle that this run installs from,
+    so that nothing is downloaded.
     """
 
     machine: str
@@ -25,6 +26,12 @@ class Node(Layout, frozen=True):
     cache: Path
     confirm_later: bool = False
     token_file: str = ""
+    bundle: str = ""
+
+    @property
+    def debian_packages(self) -> Path:
+        """The folder of the Debian packages that a bundle has brought."""
+        return self.cache / "debs"
 
     @property
     def partial(self) -> bool:

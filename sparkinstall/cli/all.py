@@ -17,9 +17,11 @@ def all_(
     skip: options.Skip = None,
     ignore: options.Ignore = None,
     keep_old: options.KeepOld = None,
+    bundle: options.Bundle = None,
     yes: options.Yes = False,
 ) -> CommandResult:
     """Set up this node: install, patch, verify. A second run changes nothing."""
     if keep_old is not None:
         target = replace(target, settings=(*target.settings, f"environment.keep_old={str(keep_old).lower()}"))
+    target = replace(target, bundle=bundle)
     return install(target, output, InstallOptions(tuple(only or ()), tuple(skip or ()), tuple(ignore or ())), yes)

@@ -31,6 +31,7 @@ VERBS = {
         "diagnose:diagnose",
         "Find known failures in logs: lines, cause and what to do; exit 3 if one was found.",
     ),
+    "bundle": ("bundle:app", "Make and check one file with which a node without a network is set up."),
     "support-bundle": (
         "support_bundle:support_bundle",
         "Pack facts, journal, logs and a `verify` into one archive for an issue, masked; nothing is sent.",

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
+from sparkinstall.bundle.supply import supply, with_its_stack
 from sparkinstall.cli.run_command import CommandResult, Output, confirm
 from sparkinstall.cluster.protocol import Applied
 from sparkinstall.core.checks import ProbeResult
-from sparkinstall.core.converge import Dialog, Installation, InstallOptions, converge, drifted
+from sparkinstall.core.converge import Dialog, Installation, InstallOptions, Supply, converge, drifted
 from sparkinstall.core.engine import StepReport
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.errors import BadConfig, Exit, PreflightFailed
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 def install(target: Target, output: Output, options: InstallOptions, yes: bool) -> CommandResult:
     """Converge a node and show the result."""
-    session = open_session(target)
+    session = open_session(with_its_stack(target))
     config = session.options.get("config")
     if config and not lasts(config):
         why = "later runs read the config again, and this one can be read only once"
@@ -46,13 +47,20 @@ def install(target: Target, output: Output, options: InstallOptions, yes: bool) 
 
     dialog = Dialog(preflight, agree, lambda: _watching(output.verbose))
     try:
-        done = converge(session, options, dialog)
+        done = converge(session, options, dialog, _supply(session, output))
     except PreflightFailed as problem:
         # Failed checks were already shown.
         problem.cause = problem.cause if output.json else ""
         raise
     code = Exit.FAILED if done.problems else Exit.GOOD
     return CommandResult(code, Applied.of(done), lambda: _show(session, done, options), done.problems)
+
+
+def _supply(session: Session, output: Output) -> Supply:
+    if not session.node.bundle:
+        return Supply()
+    with _watching(output.verbose) as emit:
+        return supply(session.node, session.system, emit)
 
 
 def _watching(verbose: bool) -> AbstractContextManager[Emit]:

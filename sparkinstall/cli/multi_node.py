@@ -43,6 +43,7 @@ def multi_node(
     only: options.Only = None,
     skip: options.Skip = None,
     ignore: options.Ignore = None,
+    bundle: options.Bundle = None,
     yes: options.Yes = False,
 ) -> CommandResult:
     """Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember the role."""
@@ -54,6 +55,6 @@ def multi_node(
         "network.interface": interface,
         "serving.model": model,
     }
-    target = replace(target, role=given, confirm_later=leave_armed, token_file=token_file)
+    target = replace(target, role=given, confirm_later=leave_armed, token_file=token_file, bundle=bundle)
     names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
     return install(target, output, InstallOptions(*names, verb="multi-node"), yes)

@@ -43,6 +43,10 @@ KeepOld = Annotated[
     choice("--keep-old/--no-keep-old", help="Keep the former environment after a switch to another stack."),
 ]
 
+Bundle = Annotated[
+    Path | None, choice(metavar="FILE", help="Install from this bundle, and download nothing (docs/offline.md).")
+]
+
 Yes = Annotated[bool, output("--yes", "-y", help="Do not ask for confirmation.")]
 Json = Annotated[bool, output("--json", help="Print one JSON object on stdout (docs/json.md).")]
 Verbose = Annotated[bool, output("--verbose", "-v", help="Show every line of every program.")]

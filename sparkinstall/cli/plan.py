@@ -3,7 +3,9 @@
 from typing import Annotated
 
 import typer
+from msgspec.structs import replace
 
+from sparkinstall.bundle.supply import supply, with_its_stack
 from sparkinstall.cli import options
 from sparkinstall.cli.hints import pointed
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
@@ -13,6 +15,7 @@ from sparkinstall.core.plan import Plan
 from sparkinstall.core.plan import plan as plan_node
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.errors import Exit
+from sparkinstall.events import silent
 
 
 @verb("plan", *NODE, reads_only=True)
@@ -21,12 +24,15 @@ def plan(
     output: Output,
     only: options.Only = None,
     skip: options.Skip = None,
+    bundle: options.Bundle = None,
     detailed: Annotated[bool, typer.Option("--detailed-exitcode", help="Exit 3 if anything would be changed.")] = False,
 ) -> CommandResult:
     """Show what `all` would do, with every difference; change nothing."""
-    session = open_session(target)
-    planned = plan_node(session, only or (), skip or ())
-    chosen = [*(f"--only {name}" for name in only or ()), *(f"--skip {name}" for name in skip or ())]
+    session = open_session(with_its_stack(replace(target, bundle=bundle)))
+    checks = supply(session.node, session.system, silent).checks if bundle else ()
+    planned = plan_node(session, only or (), skip or (), checks)
+    source = [f"--bundle {bundle}"] if bundle else []
+    chosen = [*source, *(f"--only {name}" for name in only or ()), *(f"--skip {name}" for name in skip or ())]
     command = " ".join(("sparkinstall all", *chosen))
     code = Exit.FAILED if planned.problems else Exit.DRIFT if planned.drift and detailed else Exit.GOOD
     data = Planned(planned.drift, planned.preflight, planned.reports)

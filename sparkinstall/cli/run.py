@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import typer
+from msgspec.structs import replace
 
 from sparkinstall.cli import options
 from sparkinstall.cli.install import install
@@ -20,7 +21,9 @@ def run(
     ],
     force: Annotated[bool, typer.Option("--force", help="Reinstall even if it is up to date.")] = False,
     ignore: options.Ignore = None,
+    bundle: options.Bundle = None,
     yes: options.Yes = False,
 ) -> CommandResult:
     """Run only these steps, not those that they need."""
+    target = replace(target, bundle=bundle)
     return install(target, output, InstallOptions(tuple(steps), (), tuple(ignore or ()), force, "run"), yes)

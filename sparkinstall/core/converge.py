@@ -44,6 +44,18 @@ class Dialog(Struct, frozen=True):
     watching: Callable[[], AbstractContextManager[Emit]]
 
 
+def _nothing_to_bring(_: Emit) -> None:
+    """Do nothing: what a step needs is downloaded by it."""
+
+
+class Supply(Struct, frozen=True):
+    """What a run takes from a bundle: `checks` whether the node lacks anything else, and `bring_in` puts it where the
+    steps look for it."""
+
+    checks: tuple[Probe, ...] = ()
+    bring_in: Callable[[Emit], None] = _nothing_to_bring
+
+
 class Installation(Struct, frozen=True):
     """Result of a run. `applied`: it went as far as applying; else all was up to date, and no step was run."""
 
@@ -58,7 +70,12 @@ class Installation(Struct, frozen=True):
         return any(report.outcome == "changed" for report in self.reports)
 
 
-def converge(session: Session, options: InstallOptions, dialog: Dialog) -> Installation:
+def converge(
+    session: Session,
+    options: InstallOptions,
+    dialog: Dialog,
+    supply: Supply = Supply(),  # noqa: B008 - it is frozen
+) -> Installation:
     """Plan the selected steps, check that the node is ready, ask, apply and verify.
 
     Raises:
@@ -74,9 +91,9 @@ def converge(session: Session, options: InstallOptions, dialog: Dialog) -> Insta
     if not any(report.is_due for report in reports) and not options.force and not session.state.unproven():
         return _nothing_to_do(session, steps, reports, options.verb)
     _refuse_missing_needs(session.node, reports, options.verb)
-    _require_ready(session, options.ignore, dialog)
+    _require_ready(session, options.ignore, dialog, supply.checks)
     dialog.agree(reports)
-    return _apply(session, steps, options, dialog)
+    return _apply(session, steps, options, dialog, supply)
 
 
 def drifted(session: Session) -> list[str]:
@@ -147,14 +164,14 @@ def _nothing_to_do(session: Session, steps: Sequence[Step], reports: Sequence[St
     return Installation(reports)
 
 
-def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog) -> None:
+def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog, more: Sequence[Probe]) -> None:
     """Run the preflight checks.
 
     Raises:
         PreflightFailed: one failed that is not ignored; the cause names all failures.
         BadUsage: `ignore` names no check.
     """
-    probes = list(preflight.preflight(session.node))
+    probes = [*preflight.preflight(session.node), *more]
     catalogue.require_known(ignore, [probe.name for probe in probes], "check")
     results = _preflight(session, probes, ignore)
     if sys.stdin.isatty() and _failed(results) == ["sudo"]:
@@ -189,23 +206,32 @@ def _warning(result: ProbeResult, hint: str) -> ProbeResult:
     return replace(result, verdict="warn", hint=hint)
 
 
-def _apply(session: Session, steps: Sequence[Step], options: InstallOptions, dialog: Dialog) -> Installation:
+def _apply(
+    session: Session, steps: Sequence[Step], options: InstallOptions, dialog: Dialog, supply: Supply
+) -> Installation:
+    with dialog.watching() as emit, session.system.sudo_kept():
+        # Before the node's state exists: if the cache is too small, nothing was changed.
+        supply.bring_in(emit)
+        with session.state.hold(options.verb, emit) as run:
+            return _converged(session, steps, options, run, emit)
+
+
+def _converged(session: Session, steps: Sequence[Step], options: InstallOptions, run: str, emit: Emit) -> Installation:
     state = session.state
-    with dialog.watching() as emit, session.system.sudo_kept(), state.hold(options.verb, emit) as run:
-        journal, logs = state.journal(run), state.logs(run)
-        # Before anything is applied: a bare `all` resumes a run that failed or was aborted.
-        state.remember_options(session.options)
-        reports = engine.converge(
-            steps,
-            session.node,
-            lambda step: JournaledSystem(session.system, journal, step, logs / f"{step}.log", emit),
-            emit,
-            options.force,
-            installed_stack(session.system, session.node.venv_stamp) not in ("", session.node.stack.name),
-        )
-        whole = not (options.only or options.skip)
-        results = _proof(session, steps, reports, whole, emit)
-        state.remember_unproven(_failed(results))
+    journal, logs = state.journal(run), state.logs(run)
+    # Before anything is applied: a bare `all` resumes a run that failed or was aborted.
+    state.remember_options(session.options)
+    reports = engine.converge(
+        steps,
+        session.node,
+        lambda step: JournaledSystem(session.system, journal, step, logs / f"{step}.log", emit),
+        emit,
+        options.force,
+        installed_stack(session.system, session.node.venv_stamp) not in ("", session.node.stack.name),
+    )
+    whole = not (options.only or options.skip)
+    results = _proof(session, steps, reports, whole, emit)
+    state.remember_unproven(_failed(results))
     return _conclude(session, reports, results)
 
 

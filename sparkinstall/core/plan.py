@@ -10,7 +10,7 @@ from sparkinstall.core.engine import StepReport
 from sparkinstall.core.session import Session, looked_at
 from sparkinstall.errors import Problem
 from sparkinstall.events import silent
-from sparkinstall.probes import preflight
+from sparkinstall.probes import Probe, preflight
 from sparkinstall.resources import Conflict
 
 
@@ -40,12 +40,12 @@ class Plan(Struct, frozen=True):
         ]
 
 
-def plan(session: Session, only: Sequence[str], skip: Sequence[str]) -> Plan:
-    """Plan the steps that `only` and `skip` leave; change nothing.
+def plan(session: Session, only: Sequence[str], skip: Sequence[str], more: Sequence[Probe] = ()) -> Plan:
+    """Plan the steps that `only` and `skip` leave; change nothing. `more`: preflight checks of a bundle.
 
     Raises:
         BadUsage: an unknown step.
     """
     steps = catalogue.chosen(session.node, only, skip)
-    ready = checks.look(preflight.preflight(session.node), session.system, silent)
+    ready = checks.look([*preflight.preflight(session.node), *more], session.system, silent)
     return Plan(ready, looked_at(session, steps), session.state.trouble(session.node))

@@ -31,7 +31,7 @@ _RECORDED = "the last `all` or `run`"
 class Target(Struct, frozen=True):
     """The node that a command line selects. `None`: not given, so the last `all` or the config decides.
 
-    `role`: options of `multi-node` as settings. `confirm_later` and `token_file` apply to this run only.
+    `role`: options of `multi-node` as settings. `confirm_later`, `token_file` and `bundle` apply to this run only.
     """
 
     root: Path | None = None
@@ -43,6 +43,7 @@ class Target(Struct, frozen=True):
     role: Mapping[str, Any] = field(default_factory=dict)
     confirm_later: bool = False
     token_file: Path | None = None
+    bundle: Path | None = None
 
     @property
     def root_option(self) -> str:
@@ -204,7 +205,19 @@ def _node(config: Config, system: LocalSystem, options: dict[str, Any], target: 
         cache=user_cache(),
         confirm_later=target.confirm_later,
         token_file=_token_file(target.token_file),
+        bundle=str(target.bundle or ""),
     )
+
+
+def described(target: Target) -> Node:
+    """Return a node as the target describes it, which may be anywhere: nothing of this machine's state is looked at.
+
+    Raises:
+        BadUsage, BadConfig: it is invalid.
+    """
+    named = [configuration.read_layer(path) for path in config_files(target.config)] if target.config else []
+    config, _ = configuration.build([*named, Layer("the command line", target.values())])
+    return _node(config, LocalSystem(str(user_cache())), {"platform": target.platform, "full": True}, target)
 
 
 def _token_file(named: Path | None) -> str:

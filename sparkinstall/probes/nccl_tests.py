@@ -63,7 +63,7 @@ def programs(node: Node, on: Reader) -> dict[str, Path]:
         raise NotBuilt("there is no NCCL to measure: `sparkinstall all`")
     if home is None:
         raise NotBuilt("there is no CUDA toolkit to build nccl-tests with: `nccl.cuda_home`")
-    cache, recipe = Workshop(node.cache / "nccl-tests"), _recipe(node, home)
+    cache, recipe = workshop(node), _recipe(node, home)
     folder = cache.folder / recipe
     if not all((folder / name).is_file() for name in PROGRAMS):
         _build(cache, recipe, home, node, on.real(library), _headers(node, on))
@@ -89,18 +89,37 @@ def _build(cache: Workshop, recipe: str, home: str, node: Node, library: str, he
     cache.remove(work.name)
 
 
+def workshop(node: Node) -> Workshop:
+    """Return the folder of nccl-tests in the user's cache."""
+    return Workshop(node.cache / "nccl-tests")
+
+
+def mirror(cache: Workshop) -> Path:
+    """Return the copy of the upstream repository, which may be missing."""
+    return cache.folder / f"nccl-tests-{TAG}.git"
+
+
 def _source(cache: Workshop, to: Path) -> None:
-    mirror = cache.folder / f"nccl-tests-{TAG}.git"
-    if not (mirror / "HEAD").exists():
+    copy = ("git", "clone", "--quiet", "--branch", TAG, str(mirrored(cache)), str(to))
+    _run_or_raise(cache, *copy, doing="nccl-tests cannot be unpacked")
+
+
+def mirrored(cache: Workshop) -> Path:
+    """Return the copy of the upstream repository at the expected commit; download it if it is missing.
+
+    Raises:
+        NotBuilt: it cannot be reached, or the tag is another commit.
+    """
+    copy = mirror(cache)
+    if not (copy / "HEAD").exists():
         waiting = cache.new_folder(f"nccl-tests-{TAG}.new")
         clone = ("git", "clone", "--quiet", "--bare", "--depth", "1", "--branch", TAG, REPOSITORY)
         _run_or_raise(cache, *clone, str(waiting), doing=f"{REPOSITORY} cannot be fetched")
-        waiting.rename(mirror)
-    head = cache.run("git", "-C", str(mirror), "rev-parse", f"{TAG}^{{commit}}", timeout=30).out.strip()
+        waiting.rename(copy)
+    head = cache.run("git", "-C", str(copy), "rev-parse", f"{TAG}^{{commit}}", timeout=30).out.strip()
     if head != COMMIT:
         raise NotBuilt(f"{TAG} of {REPOSITORY} is {head or 'missing'}, and {COMMIT} is expected")
-    copy = ("git", "clone", "--quiet", "--branch", TAG, str(mirror), str(to))
-    _run_or_raise(cache, *copy, doing="nccl-tests cannot be unpacked")
+    return copy
 
 
 def _headers(node: Node, on: Reader) -> str:

@@ -27,7 +27,7 @@ class NcclSource(Struct, frozen=True):
     """NCCL `version` from `where` ("git", a tarball's path or URL, or a folder).
 
     `commit` is the expected commit of the tag; `sha256` the expected hash of the tarball, None: recorded at first use.
-    `cache` is a real folder that outlives the prefix.
+    `cache` is a real folder that outlives the prefix. `offline`: nothing may be downloaded.
     """
 
     version: str
@@ -36,6 +36,7 @@ class NcclSource(Struct, frozen=True):
     where: str
     sha256: str | None
     cache: Path
+    offline: bool = False
 
     @property
     def kind(self) -> str:
@@ -68,7 +69,8 @@ class NcclSource(Struct, frozen=True):
 
     def out_of_reach(self, on: Reader) -> str:
         """Return why the upstream repository is unavailable, or "". Contacts it only if there is no cached copy."""
-        if self.kind != "git" or (self._mirror_folder / "HEAD").exists():
+        # Whether the bundle of an offline run has it was checked before.
+        if self.kind != "git" or self.offline or (self.mirror / "HEAD").exists():
             return ""
         environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
         answer = on.ask("git", "ls-remote", "--exit-code", REPOSITORY, self.tag, timeout=20, env=environment)
@@ -87,7 +89,8 @@ class NcclSource(Struct, frozen=True):
         replace_file(str(self._record), (json.dumps(recorded, indent=2) + "\n").encode(), 0o644)
 
     @property
-    def _mirror_folder(self) -> Path:
+    def mirror(self) -> Path:
+        """The cached copy of the upstream repository."""
         return self.cache / f"nccl-{self.tag}.git"
 
     def bring(self, on: System, to: str) -> str:
@@ -110,7 +113,19 @@ class NcclSource(Struct, frozen=True):
             )
 
     def _clone(self, on: System, to: str) -> str:
-        mirror = self._mirror_folder
+        mirror = self.mirrored(on)
+        on.clear(to)
+        on.run("git", "clone", "--quiet", "--branch", self.tag, str(mirror), on.real(to))
+        return to
+
+    def mirrored(self, on: System) -> Path:
+        """Return the cached copy of the upstream repository at the expected commit; download it if it is missing.
+
+        Raises:
+            Blocked: the tag is not the expected commit.
+            CommandFailed: the repository cannot be reached.
+        """
+        mirror = self.mirror
         if not (mirror / "HEAD").exists():
             self._mirror(on, mirror)
         head = on.ask("git", "-C", str(mirror), "rev-parse", f"{self.tag}^{{commit}}").out.strip()
@@ -121,11 +136,10 @@ class NcclSource(Struct, frozen=True):
                 cause=f"expected {self.commit}, found {head or 'nothing'}",
                 hint="the tag was moved or the download is damaged: investigate before you continue",
             )
-        on.clear(to)
-        on.run("git", "clone", "--quiet", "--branch", self.tag, str(mirror), on.real(to))
-        return to
+        return mirror
 
     def _mirror(self, on: System, mirror: Path) -> None:
+        self._refuse_download(REPOSITORY)
         waiting = mirror.with_suffix(".new")
         shutil.rmtree(waiting, ignore_errors=True)
         mirror.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +149,13 @@ class NcclSource(Struct, frozen=True):
         except CommandFailed as failure:
             raise _unreachable(failure) from failure
         waiting.rename(mirror)
+
+    def _refuse_download(self, address: str) -> None:
+        if self.offline:
+            raise Blocked(
+                f"the bundle does not have NCCL's source, and nothing is downloaded from {address}",
+                hint="create a bundle with it, set `nccl.source` to a file or a folder, or use `nccl.mode: wheel`",
+            )
 
     def _use_folder(self, on: System, to: str) -> str:
         on.clear(to)
@@ -163,6 +184,8 @@ class NcclSource(Struct, frozen=True):
     def _tarball(self, on: System) -> Path:
         if self.where.startswith(("https://", "http://")):
             name = hashlib.sha256(self.where.encode()).hexdigest()[:16]
+            if not (self.cache / f"{name}.tar").exists():
+                self._refuse_download(self.where)
             return fetch(self.where, self.cache / f"{name}.tar", lambda n, of: on.progress(n, of, "bytes"))
         path = Path(self.where).expanduser()
         if not path.is_file():

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import ClassVar
 
 from msgspec import Struct
@@ -16,6 +17,8 @@ from sparkinstall.system import Reader, Result, System, Undo, Undone, failure_of
 STATUS = "/var/lib/dpkg/status"
 UPDATES = "/var/lib/dpkg/updates"
 """Where dpkg keeps what is not yet in its status file; empty unless it works or was interrupted."""
+
+SOURCE_LIST = "sources.list"
 
 _FIELD = re.compile(r"^(Package|Status|Provides): (.+)$", re.MULTILINE)
 _SIMULATED = re.compile(r"^(Inst|Remv|Purg) (\S+)", re.MULTILINE)
@@ -34,6 +37,8 @@ _FIX = ("--no-remove", "-f", "install")
 _PURGE = ("-o", "Dpkg::Options::=--force-remove-reinstreq", "purge")
 # Kinds of causes that a single source may have; with any other nothing can be installed.
 _OF_A_SOURCE = ("network", "certificate", "server", "damaged", "key", "permission")
+# Below apt's own folder, where it creates it; root writes there.
+_LISTS = "/var/lib/apt/sparkinstall"
 _WORKERS = ("dpkg", "apt-get", "apt", "aptitude")
 _PATIENCE = 300.0
 
@@ -77,10 +82,14 @@ def _at_work(on: Reader) -> bool:
 
 
 class Packages(Struct, frozen=True):
-    """The Debian packages `names` are installed, and dpkg has finished its work."""
+    """The Debian packages `names` are installed, and dpkg has finished its work.
+
+    `source`: a folder (a real path) with an index of packages, from which apt takes them instead of its own sources.
+    """
 
     key: ClassVar[str] = "packages"
     names: tuple[str, ...]
+    source: str = ""
 
     def node_only(self, on: Reader) -> str:
         del on
@@ -117,14 +126,24 @@ class Packages(Struct, frozen=True):
             _configure(on)
         if not self._missing(on):
             return
-        updated = _updated(on)
+        apt = (*_APT, *self._only_source())
+        updated = _updated(on, apt)
         if begun:
-            _install(on, updated, *_FIX)
+            _install(on, apt, updated, *_FIX)
         if missing := self._missing(on):
-            _install(on, updated, *_INSTALL, *missing)
+            _install(on, apt, updated, *_INSTALL, *missing)
         if complaint := apt_sources.complaint(updated):
             hint = apt_sources.hint(on, complaint)
             on.warn(f"`apt-get update` failed for a source that was not needed: {complaint}. To be rid of it, {hint}")
+
+    def _only_source(self) -> tuple[str, ...]:
+        """Return apt's options that replace its sources by `source`."""
+        if not Path(self.source, SOURCE_LIST).is_file():
+            return ()
+        places = {
+            "Etc::sourcelist": f"{self.source}/{SOURCE_LIST}", "Etc::sourceparts": "/dev/null", "State::lists": _LISTS,
+        }  # fmt: skip
+        return tuple(word for name, path in places.items() for word in ("-o", f"Dir::{name}={path}"))
 
 
 def _configure(on: System) -> None:
@@ -151,29 +170,29 @@ def _patiently(on: System, *argv: str) -> Result:
     return answer
 
 
-def _updated(on: System) -> Result:
+def _updated(on: System, apt: Sequence[str]) -> Result:
     """Update apt's lists. A source of others may fail: that matters only if a package cannot be installed.
 
     Raises:
         CommandFailed: it failed for another reason, such as a full disk.
     """
-    answer = _patiently(on, *_APT, "update")
+    answer = _patiently(on, *apt, "update")
     cause = cause_of(answer.argv, answer.code, answer.out)
     if not answer.ok and cause and cause.kind not in _OF_A_SOURCE:
         raise failure_of(answer, log=on.log)
     return answer
 
 
-def _install(on: System, updated: Result, *words: str) -> None:
+def _install(on: System, apt: Sequence[str], updated: Result, *words: str) -> None:
     """Run `apt-get` with `words`; journal first what it would install, with dependencies but without upgrades, which
     are not ours."""
-    simulated = on.ask(*_APT, "-s", *words, timeout=120)
+    simulated = on.ask(*apt, "-s", *words, timeout=120)
     if not simulated.ok:
         raise _failure(on, simulated, updated, "`apt-get` cannot install the missing packages")
     present = _present(on)
     planned = [name for verb, name in _SIMULATED.findall(simulated.out) if verb == "Inst" and name not in present]
     on.promise(Undo("packages", "apt", {}, {"packages": planned}))
-    installed = on.try_run(*_APT, *words, root=True)
+    installed = on.try_run(*apt, *words, root=True)
     if not installed.ok:
         raise _failure(on, installed, updated, "`apt-get` could not install the missing packages")
 

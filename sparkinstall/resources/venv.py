@@ -173,6 +173,7 @@ class PythonEnvironment(Struct, frozen=True):
         on.claim(node.venv)
         # A node uses the system's Python, the same everywhere and with Python.h; uv prefers its own.
         whose = [] if node.rehearsal else ["--no-managed-python"]
+        whose += ["--no-python-downloads"] if node.bundle else []
         _uv(on, node, [uv(), "venv", "--quiet", *whose, "--python", self._interpreter(on), on.real(node.venv)])
         self._fill(on, lock)
         self._prove(on, lock)
@@ -209,6 +210,10 @@ class PythonEnvironment(Struct, frozen=True):
 
     def _bring(self, on: System, lock: Sequence[Pin]) -> None:
         """Download what is missing of the environment's wheels."""
+        if self.node.bundle and (missing := wheelhouse(self.node).missing(self._wanted(lock))):
+            names = ", ".join(pin.requirement for pin in missing)
+            hint = "create a bundle with them, or omit --bundle to download them"
+            raise Blocked(f"the bundle does not have these wheels: {names}", hint=hint)
         try:
             wheelhouse(self.node).fill(on, self._wanted(lock), self._target(on))
         except CommandFailed as failure:
@@ -269,7 +274,7 @@ class VllmAlone(PythonEnvironment, frozen=True):
         house = wheelhouse(self.node)
         house.refresh()
         whole = [*_install_argv(self.node, on), *_for_platform(self.node), "--dry-run", "-r"]
-        if house.missing(lock):
+        if house.missing(lock) and not self.node.bundle:
             _uv(on, self.node, [*whole, on.real(self.node.venv_lock)])
         super()._bring(on, lock)
 

@@ -43,6 +43,7 @@ def source(node: Node) -> "NcclSource":
         where=settings.source,
         sha256=settings.sha256,
         cache=node.cache / "nccl",
+        offline=bool(node.bundle),
     )
 
 

@@ -264,7 +264,7 @@ def _verb(program: str, rest: list[str]) -> str:
         return "all"
     if rest[0].startswith("-"):
         return ""
-    verb = " ".join(rest[:2]) if rest[0] == "settings" else rest[0]
+    verb = " ".join(rest[:2]) if rest[0] in ("settings", "bundle") else rest[0]
     assert verb in options_of(), f"there is no verb {verb}"
     return verb
 

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from sparkinstall.cli.app import command
+from tests.support.bundles import HERE, OTHER, Maker, packed, written
+from tests.support.tiny_stack import small_stack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "install.sh"
@@ -384,6 +386,12 @@ def test_pip_failure_has_the_hint_for_what_pip_said(machine: Machine, said: str,
         ("--root=", "--root needs a value"),
         ("--root --yes", "--root needs a value"),
         ("--yes=no", "--yes takes no value"),
+        ("--bundle missing.tar", "there is no bundle missing.tar"),
+        ("--bundle=missing.tar --root ./node", "there is no bundle missing.tar"),
+        ("--tool-only --bundle missing.tar", "there is no bundle missing.tar"),
+        ("--bundle", "--bundle needs a value"),
+        ("--tool-only --root ./node", "--tool-only can be combined with --bundle FILE only"),
+        ("--bundle missing.tar --tool-only --yes", "--tool-only cannot be combined with other options"),
     ],
 )
 def test_options_invalid_are_refused_before_any_change(machine: Machine, words: str, message: str) -> None:
@@ -420,6 +428,74 @@ def test_options_valid_are_passed_to_all(machine: Machine) -> None:
     done = machine.run(*words)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"all {' '.join(words)}\n"
+
+
+# --- a bundle
+
+
+def _bundle(folder: Path, platform: str = HERE, **files: bytes) -> Path:
+    """A bundle of this checkout's tool; `files` by the names of wheels."""
+    lock = (REPOSITORY / "requirements.lock").read_bytes()
+    wheels = {f"tool/{name}-1-py3-none-any.whl": content for name, content in files.items()}
+    return written(folder, packed({"sparkinstall/requirements.lock": lock, **wheels}, platform=platform))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "it ends after"),
+        ("hash", "tool/uv-1-py3-none-any.whl does not have a hash of requirements.lock"),
+        ("other machine", "it is for"),
+        ("no uv", "it has no uv"),
+        ("other tool", "it was made by another sparkinstall than this one"),
+    ],
+)
+@pytest.mark.parametrize("words", ["--bundle {} --root ./node", "--tool-only --bundle {}", "--bundle={} --root=./node"])
+def test_bundle_that_cannot_be_used_is_one_error_and_changes_nothing(
+    machine: Machine, tmp_path: Path, damage: str, message: str, words: str
+) -> None:
+    uv = "another" if damage == "no uv" else "uv"
+    path = _bundle(tmp_path, OTHER if damage == "other machine" else HERE, **{uv: b"wheel"})
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "other tool":
+        written(tmp_path, packed({"sparkinstall/requirements.lock": b"another"}))
+    before = sorted(machine.home.rglob("*"))
+    machine.env["TMPDIR"] = str(tmp_path / "temporary")
+    (tmp_path / "temporary").mkdir()
+    done = machine.run(*words.format(path).split(" "))
+    assert done.returncode == 1
+    assert done.stderr.count("✗") == 1 and f"✗ the bundle {path} cannot be used: {message}" in done.stderr
+    assert "  do    " in done.stderr and "Traceback" not in done.stderr
+    assert sorted(each for each in machine.home.rglob("*") if each.name not in (".local", "share")) == before
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.network
+def test_bundle_installs_the_command_and_a_rehearsal_without_a_network(tmp_path: Path) -> None:
+    """With the real packages of the tool, in a network namespace without a route, as a user whose home is empty."""
+    maker = Maker(tmp_path, small_stack(tmp_path / "stack"), platform=HERE, real_tool=True)
+    maker.created(tmp_path / "b.tar")
+    subprocess.run(["tar", "-xf", "b.tar", "sparkinstall"], cwd=tmp_path, check=True)
+    home = tmp_path / "home"
+    home.mkdir()
+    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
+    alone = ("unshare", "--map-root-user", "--net")
+
+    def run(*argv: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([*alone, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+    options = ("--root", "./node", "--stack", str(maker.stack), "--set", "nccl.mode=wheel")
+    done = run("sh", "sparkinstall/install.sh", "--bundle", "b.tar", *options)
+    assert done.returncode == 0, done.stderr
+    assert "is done. Next:" in done.stdout
+    again = run("sh", "sparkinstall/install.sh", "--bundle", "b.tar", *options)
+    assert again.returncode == 0 and "everything is up to date" in again.stdout, again.stderr
+    command = home / ".local/bin/sparkinstall"
+    assert run(str(command), "verify", "--root", "./node").returncode == 0
+    assert run(str(command), "uninstall", "--root", "./node").returncode == 0
+    assert run("sh", "sparkinstall/install.sh", "--remove").returncode == 0
+    assert not command.exists() and not (tmp_path / "node").exists()
 
 
 # --- removal, and the last lines

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[2] / "sparkinstall"
 FLOORS = (
     ("__main__",),
     ("cli",),
+    ("bundle",),
     ("cluster", "support", "diagnose"),
     ("core",),
     ("journal",),

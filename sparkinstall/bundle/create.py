@@ -1,0 +1,206 @@
+"""Create a bundle: everything is downloaded to the cache, so that a second attempt continues, then written in order."""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from msgspec import Struct, field
+
+from sparkinstall import __version__
+from sparkinstall.bundle import checked, contents, debian, git_objects
+from sparkinstall.cluster import bootstrap
+from sparkinstall.downloads import sha256_of
+from sparkinstall.errors import BadConfig, CommandFailed, storage_errors
+from sparkinstall.events import Emit, Progressed, StepEnded, StepStarted, Warned
+from sparkinstall.node import Node
+from sparkinstall.payloads import bundle_archive
+from sparkinstall.payloads.bundle_archive import Content, Manifest, Member
+from sparkinstall.probes import nccl_tests
+from sparkinstall.resources.venv import wheelhouse
+from sparkinstall.steps.nccl import source
+from sparkinstall.system.local import LocalSystem, sync_folder
+from sparkinstall.wheel_index import for_platform
+
+PYTHONS = ("3.11", "3.12", "3.13")
+"""The versions of Python that install.sh looks for: the tool's own wheels are for each."""
+_GLIBC = "2.39"
+
+
+class Order(Struct, frozen=True):
+    """What a bundle is to have. `since`: the manifest of an older one, whose files are left out."""
+
+    node: Node
+    nodes: int = 1
+    since: Manifest | None = None
+
+
+class Packed(Struct):
+    """The contents of a bundle by their paths, and the sha256 of those that are known.
+
+    `kept`: files that an older bundle has.
+    """
+
+    files: dict[str, Content] = field(default_factory=dict)
+    known: dict[str, str] = field(default_factory=dict)
+    kept: list[Member] = field(default_factory=list)
+    packages: Mapping[str, str] = field(default_factory=dict)
+    system: str = ""
+
+
+def require_locked(node: Node) -> None:
+    """Refuse a stack some of whose hashes are recorded only at the first install.
+
+    Raises:
+        BadConfig: its lock does not have all of them.
+    """
+    if not node.wheels.complete:
+        raise BadConfig(
+            f"stack {node.stack.name} has no hash of {', '.join(node.wheels.unhashed) or 'its packages'} for "
+            f"{node.platform}, and a bundle has only wheels whose hash is known in advance",
+            hint="choose another stack: `sparkinstall stacks` lists them",
+        )
+
+
+def create(order: Order, to: Path, emit: Emit) -> Manifest:
+    """Download what is missing, and write the bundle; `to` appears when it is whole.
+
+    Raises:
+        CommandFailed, Blocked: something cannot be downloaded, or is not what the locks say.
+        Storage: the disk is full or not writable.
+    """
+    packed = Packed()
+    parts: Sequence[tuple[str, Callable[[Order, Packed, _Part], None]]] = (
+        ("tool", _tool), ("wheels", _wheels), ("nccl", _nccl), ("packages", _packages),
+    )  # fmt: skip
+    for name, part in parts:
+        with _shown(name, emit) as on:
+            part(order, packed, on)
+    with _shown("archive", emit) as on:
+        manifest = _manifest(order, packed)
+        _write(manifest, packed, to, on)
+    return manifest
+
+
+class _Part(LocalSystem):
+    """This machine while one part of a bundle is brought: only caches are written."""
+
+    def __init__(self, name: str, emit: Emit) -> None:
+        super().__init__()
+        self._name, self._emit = name, emit
+
+    def warn(self, text: str) -> None:
+        self._emit(Warned(self._name, text))
+
+    def progress(self, done: int, total: int, unit: str) -> None:
+        self._emit(Progressed(self._name, done, total, unit))
+
+
+@contextmanager
+def _shown(name: str, emit: Emit) -> Iterator[_Part]:
+    started = time.monotonic()
+    emit(StepStarted(name))
+    yield _Part(name, emit)
+    emit(StepEnded(name, "changed", round(time.monotonic() - started, 3)))
+
+
+# --- the parts
+
+
+def _tool(order: Order, packed: Packed, _: _Part) -> None:
+    """The sources of this tool, and the wheels that it needs itself, with uv."""
+    packed.files |= {f"{contents.TOOL}/{name}": path for name, path in bootstrap.sources().items()}
+    for python in PYTHONS:
+        folder = bootstrap.wheelhouse(bootstrap.Place(order.node.platform, python, _GLIBC))
+        if folder is None:
+            raise CommandFailed(
+                "the tool's own packages could not be downloaded",
+                hint="check the network and run the same command again; finished downloads are kept",
+            )
+        packed.files |= {f"{contents.TOOL_WHEELS}/{each.name}": each for each in folder.iterdir()}
+
+
+def _wheels(order: Order, packed: Packed, on: _Part) -> None:
+    node, house = order.node, wheelhouse(order.node)
+    older = {f"sha256:{each.sha256}": each for each in order.since.everything} if order.since else {}
+    pins = node.wheels.locked()
+    new = [pin for pin in pins if not older.keys() & set(pin.hashes)]
+    packed.kept += [older[digest] for pin in pins for digest in pin.hashes if digest in older]
+    house.fill(on, new, for_platform(node.platform, node.stack.python))
+    hashes = {name: kept.sha256 for name, kept in house.listed().items()}
+    for path in house.found(new).values():
+        packed.files[f"{contents.WHEELS}/{path.name}"] = path
+        packed.known[f"{contents.WHEELS}/{path.name}"] = hashes[path.name]
+
+
+def _nccl(order: Order, packed: Packed, on: _Part) -> None:
+    nccl = source(order.node)
+    if order.node.config.nccl.mode == "source" and nccl.kind == "git":
+        packed.files[contents.nccl_member(nccl.tag)] = git_objects.packed(nccl.mirrored(on))
+    if order.nodes > 1:
+        try:
+            mirror = nccl_tests.mirrored(nccl_tests.workshop(order.node))
+        except nccl_tests.NotBuilt as why:
+            on.warn(f"{why}; without it only NCCL's bandwidth cannot be measured on the nodes")
+            return
+        packed.files[contents.nccl_tests_member()] = git_objects.packed(mirror)
+
+
+def _packages(order: Order, packed: Packed, on: _Part) -> None:
+    node = contents.of_several(order.node) if order.nodes > 1 else order.node
+    names = contents.debian_names(node)
+    packed.packages = dict.fromkeys(names, "")
+    found = debian.download(on, names, node.cache / "apt") if node.platform == node.machine else None
+    if found is None:
+        on.warn(f"not in the bundle, so the node must have them: {', '.join(names)}")
+        return
+    packed.packages, packed.system = {**packed.packages, **found.versions}, found.system
+    packed.files |= {f"{contents.DEBS}/{name}": path for name, path in found.files.items()}
+    packed.files[f"{contents.DEBS}/{debian.INDEX}"] = found.index
+
+
+# --- the archive
+
+
+def _manifest(order: Order, packed: Packed) -> Manifest:
+    older = {each.sha256 for each in order.since.everything} if order.since else set()
+    files = [
+        Member(path, *_size_and_hash(content, packed.known.get(path))) for path, content in sorted(packed.files.items())
+    ]
+    # The tool is always whole, so that install.sh works; what it brings is taken from the cache.
+    kept = [each for each in files if each.sha256 in older and each.path.startswith(f"{contents.NCCL}/")]
+    return Manifest(
+        tool=__version__,
+        stack=order.node.stack.name,
+        platform=order.node.platform,
+        python=order.node.stack.python,
+        nodes=order.nodes,
+        members=tuple(each for each in files if each not in kept),
+        packages=packed.packages,
+        system=packed.system,
+        base=order.since.digest if order.since else "",
+        kept=tuple(sorted([*packed.kept, *kept], key=lambda each: each.path)),
+    )
+
+
+def _size_and_hash(content: Content, known: str | None) -> tuple[int, str]:
+    if isinstance(content, bytes):
+        return len(content), bundle_archive.sha256(content)
+    with storage_errors(f"reading {content}"):
+        return content.stat().st_size, known or sha256_of(content)
+
+
+def _write(manifest: Manifest, packed: Packed, to: Path, on: _Part) -> None:
+    part = to.with_name(f"{to.name}.part")
+    try:
+        with checked.problems(to), storage_errors(f"writing {part}"):
+            with open(part, "wb") as out:
+                bundle_archive.write(out, manifest, packed.files, lambda done, of: on.progress(done, of, "bytes"))
+                out.flush()
+                os.fsync(out.fileno())
+            part.replace(to)
+            sync_folder(str(to.parent))
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

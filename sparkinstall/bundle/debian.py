@@ -1,0 +1,79 @@
+"""Debian packages in a bundle: those that apt of this machine chooses for a node without any, and their index."""
+
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from msgspec import Struct
+
+from sparkinstall.downloads import sha256_of
+from sparkinstall.errors import storage_errors
+from sparkinstall.system import System, failure_of
+
+INDEX = "Packages"
+_UNKNOWN = re.compile(r"Unable to locate package|has no installation candidate|Couldn't find any package")
+_CHOSEN = re.compile(r"^Inst (\S+) \((\S+) .*\[(\w+)\]\)", re.MULTILINE)
+_HOUR = 3600.0
+
+
+def system_name(release: Mapping[str, str]) -> str:
+    """Return the name of a distribution, such as `ubuntu 24.04`."""
+    return f"{release.get('ID', 'unknown')} {release.get('VERSION_ID', '')}".strip()
+
+
+class Packages(Struct, frozen=True):
+    """Debian packages with all that they need. `versions`: of those that were asked for."""
+
+    system: str
+    versions: Mapping[str, str]
+    files: Mapping[str, Path]
+    index: bytes
+
+
+def download(on: System, names: tuple[str, ...], cache: Path) -> Packages | None:
+    """Download the packages, and all that they need, to `cache`; None where this machine's apt does not have them.
+
+    Raises:
+        CommandFailed: apt fails for another reason.
+        Storage: the cache cannot be written.
+    """
+    if not shutil.which("apt-get") or not shutil.which("dpkg-deb"):
+        return None
+    apt = _own_apt(cache)
+    on.run(*apt, "update", timeout=_HOUR)
+    chosen = on.try_run(*apt, "-s", "install", *names)
+    if not chosen.ok:
+        if _UNKNOWN.search(chosen.out):
+            return None
+        raise failure_of(chosen, "apt cannot choose the Debian packages", log=on.log)
+    on.run(*apt, "--download-only", "install", *names, timeout=_HOUR)
+    found = _CHOSEN.findall(chosen.out)
+    files = {f"{name}_{version.replace(':', '%3a')}_{arch}.deb": version for name, version, arch in sorted(found)}
+    paths = {name: cache / "archives" / name for name in files}
+    versions = {name: version for name, version, _ in found if name in names}
+    system = system_name(platform.freedesktop_os_release())
+    return Packages(system, versions, paths, b"".join(_entry(on, path) for path in paths.values()))
+
+
+def _own_apt(cache: Path) -> tuple[str, ...]:
+    """Return apt with lists and archives of its own, to which nothing is installed: a node may lack what is here."""
+    with storage_errors(f"writing {cache}"):
+        for folder in ("lists/partial", "archives/partial"):
+            (cache / folder).mkdir(parents=True, exist_ok=True)
+        (cache / "status").write_bytes(b"")
+    settings = {
+        "Dir::State::status": cache / "status", "Dir::State::lists": cache / "lists", "Dir::Cache": cache,
+        "Dir::Cache::archives": cache / "archives", "APT::Install-Recommends": "false", "Debug::NoLocking": "true",
+        "APT::Sandbox::User": "root", "Acquire::Languages": "none",
+    }  # fmt: skip
+    return ("apt-get", "-y", *(word for name, value in settings.items() for word in ("-o", f"{name}={value}")))
+
+
+def _entry(on: System, path: Path) -> bytes:
+    """Return what apt reads of a package in the index of a folder."""
+    fields = on.run("dpkg-deb", "--field", str(path)).out
+    # apt replaces %3a in a name by a colon.
+    name = path.name.replace("%", "%25")
+    return f"{fields}\nFilename: ./{name}\nSize: {path.stat().st_size}\nSHA256: {sha256_of(path)}\n\n".encode()

@@ -1,0 +1,176 @@
+"""`sparkinstall bundle`: one file with which a node without a network is set up."""
+
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from msgspec import Struct
+from msgspec.structs import replace
+from rich.filesize import decimal
+
+from sparkinstall.bundle import checked
+from sparkinstall.bundle.changes import Change, Changes, changes
+from sparkinstall.bundle.create import Order, create, require_locked
+from sparkinstall.cli import options
+from sparkinstall.cli.live_output import watching
+from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
+from sparkinstall.cli.text_output import console, headed
+from sparkinstall.core.session import Target, described
+from sparkinstall.errors import BadUsage
+from sparkinstall.events import Progressed
+from sparkinstall.given import absolute
+from sparkinstall.payloads.bundle_archive import Manifest
+
+app = typer.Typer(help="Make and check one file with which a node without a network is set up.", no_args_is_help=True)
+
+_SPARK = "aarch64"
+
+Nodes = Annotated[
+    int, options.choice(min=1, metavar="NUMBER", help="For how many nodes: 2 and more also get nccl-tests.")
+]
+Since = Annotated[
+    Path | None,
+    options.choice(metavar="OLD", help="Leave out wheels and sources that this older bundle has."),
+]
+File = Annotated[
+    Path | None,
+    options.output("--output", "-o", metavar="FILE", help="The bundle, a .tar; default: in the current folder."),
+]
+Path_ = Annotated[Path, typer.Argument(metavar="FILE", help="The bundle.")]
+
+
+class Described(Struct, frozen=True):
+    """A bundle: its path, size in bytes, and what it is for. `files`: how many, by folder.
+
+    `packages`: the Debian packages that a node needs, with their versions; "" if they are not in the bundle.
+    """
+
+    path: str
+    bytes: int
+    sparkinstall: str
+    stack: str
+    platform: str
+    python: str
+    nodes: int
+    files: dict[str, int]
+    packages: dict[str, str]
+    system: str
+    updates: bool
+    manifest: str
+
+    @classmethod
+    def of(cls, path: Path, manifest: Manifest) -> "Described":
+        files = Counter(each.path.partition("/")[0] for each in manifest.members)
+        return cls(
+            str(path), manifest.size, manifest.tool, manifest.stack, manifest.platform, manifest.python, manifest.nodes,
+            dict(files), dict(manifest.packages), manifest.system, bool(manifest.base), manifest.digest,
+        )  # fmt: skip
+
+
+@app.command("create")
+@verb("bundle create", "config", "stack", "set_", "platform")
+def create_(
+    target: Target,
+    output: Output,
+    nodes: Nodes = 1,
+    since: Since = None,
+    file: File = None,
+    yes: options.Yes = False,
+) -> CommandResult:
+    """Download all that a node needs into one file, on any Linux machine with a network."""
+    node = described(replace(target, platform=target.platform or _SPARK))
+    require_locked(node)
+    older = checked.manifest_of(checked.place(since, "--since")) if since else None
+    place = _place(file or Path(f"sparkinstall-{node.stack.name}-{node.platform}.tar"), yes)
+    with watching(output.verbose) as emit:
+        manifest = create(Order(node, nodes, older), place, emit)
+    made = Described.of(place, manifest)
+    return CommandResult(data=made, show=lambda: _show_made(made))
+
+
+@app.command()
+@verb("bundle verify", reads_only=True)
+def verify(_: Target, output: Output, file: Path_) -> CommandResult:
+    """Read a bundle and compare every byte with its manifest."""
+    path = checked.place(file, "FILE")
+    with watching(output.verbose) as emit:
+        manifest = checked.read(path, lambda done, of: emit(Progressed("bundle", done, of, "bytes")))
+    found = Described.of(path, manifest)
+    return CommandResult(data=found, show=lambda: _show(found, "is whole"))
+
+
+@app.command()
+@verb("bundle diff", reads_only=True)
+def diff(
+    _: Target,
+    output: Output,
+    old: Annotated[Path, typer.Argument(metavar="OLD", help="A bundle.")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="Another one.")],
+) -> CommandResult:
+    """Show which packages and files differ between two bundles; reads only their manifests."""
+    del output
+    before, after = (checked.manifest_of(checked.place(each, "the bundle")) for each in (old, new))
+    found = changes(before, after)
+    return CommandResult(data=found, show=lambda: _show_changes(found))
+
+
+def _place(named: Path, yes: bool) -> Path:
+    """Return where to write a bundle, after confirmation, before the work begins.
+
+    Raises:
+        BadUsage: the path cannot be a file, or exists.
+    """
+    path = absolute(named, "--output")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise BadUsage(f"no file can be written to the folder {path.parent}", hint="name another one with --output")
+    if path.is_dir() or (os.path.lexists(path) and not path.is_file()):
+        raise BadUsage(f"{path} is not a file", hint="name the bundle itself: `--output FILE.tar`")
+    if path.exists():
+        if not (yes or sys.stdin.isatty()):
+            way_out = "add `--yes` to replace it, or name another file: `--output FILE.tar`"
+            raise BadUsage(f"{path} already exists", hint=way_out)
+        confirm(f"{path} already exists. Replace it?", agreed=yes, default=False)
+    return path
+
+
+def _show_made(made: Described) -> None:
+    _show(made, "is written")
+    out = console()
+    out.print("Carry it to the node, and there:", markup=False)
+    name = Path(made.path).name
+    line = f"tar -xf {name} sparkinstall && ./sparkinstall/install.sh --bundle {name}"
+    out.print(f"    {line}", markup=False, soft_wrap=True)
+
+
+def _show(found: Described, what: str) -> None:
+    out = console()
+    out.print(f"[green bold]✓[/] {found.path} {what}: {decimal(found.bytes)}", soft_wrap=True)
+    tool = f"sparkinstall {found.sparkinstall}"
+    out.print(f"  stack {found.stack} for {found.platform}, Python {found.python}, {tool}", markup=False)
+    if found.updates:
+        out.print("  An update: it needs what the bundle before it has brought to the node.")
+    missing = [name for name, version in found.packages.items() if not version]
+    if missing:
+        out.print(f"  The node must have these Debian packages: {', '.join(missing)}", markup=False, soft_wrap=True)
+    elif found.packages:
+        out.print(f"  With the Debian packages of {found.system}.", markup=False)
+
+
+def _show_changes(found: Changes) -> None:
+    out = console()
+    if not found.changes:
+        out.print("The two bundles have the same content.")
+        return
+    table = headed("folder", "name", "before", "after", "size")
+    for each in found.changes:
+        table.add_row(each.folder, each.name, each.before or "-", each.after or "-", _sizes(each))
+    out.print(table)
+    out.print(f"New in the second: {decimal(found.bytes_new)}.")
+
+
+def _sizes(change: Change) -> str:
+    sizes = (decimal(size) if size else "-" for size in (change.bytes_before, change.bytes_after))
+    return " -> ".join(sizes)
