@@ -55,8 +55,11 @@ _PREFIXES = (
     r"(?:- )?[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
     # what CMake found, which is no error
     r"(?P<cmake>-- )(?=\S)",
-    # the result of a test or a benchmark
+    # the result of a test or a benchmark, and advice for what may come
     r" *(?P<test>FAIL|PASS)  +",
+    r"(?P<advice>If you) (?:get|see|encounter|have|want|need|are) ",
+    # programs in Go
+    r"(?P<go>INFO|WARN|ERRO|FATA|DEBU)\[\d+\] +",
     # NCCL
     r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<nccl>INFO|WARN|TRACE) ",
     r"[\w./]+:\d+ NCCL (?P<nccl>INFO|WARN) ",
@@ -66,9 +69,9 @@ _PREFIXES = (
 _PREFIX = re.compile("|".join(each.replace("(?P<", f"(?P<n{at}_") for at, each in enumerate(_PREFIXES)))
 _LETTERS = {"I": "info", "W": "warning", "E": "error", "F": "error", "C": "error"}
 _LEVELS = {
-    **dict.fromkeys(("trace", "debug", "info", "notice"), "info"),
+    **dict.fromkeys(("trace", "debug", "debu", "info", "notice"), "info"),
     **dict.fromkeys(("warning", "warn"), "warning"),
-    **dict.fromkeys(("error", "critical", "fatal", "err"), "error"),
+    **dict.fromkeys(("error", "critical", "fatal", "err", "erro", "fata"), "error"),
 }
 _JSON_LEVEL = re.compile(r'"(?:level|severity|levelname)"\s*:\s*"(\w+)"')
 # {"log":"text\n","stream":"stderr","time":"..."}
@@ -149,7 +152,7 @@ def take_apart(text: str) -> Line:
         if kind == "who":
             who.append(word)
         elif kind:
-            level = "info" if kind in ("cmake", "test") else _LETTERS.get(word) or _LEVELS.get(word.lower(), "")
+            level = "info" if kind in ("cmake", "test", "advice") else _LETTERS.get(word) or _LEVELS.get(word.lower(), "")
             # What NCCL calls a warning is an error.
             level = "error" if (kind, level) == ("nccl", "warning") else level
     if not level and (told := _JSON_LEVEL.search(text, 0, 400)):

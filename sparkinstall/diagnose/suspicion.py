@@ -2,6 +2,7 @@
 
 import re
 
+from sparkinstall.diagnose import tracebacks
 from sparkinstall.diagnose.lines import KERNEL, Line
 from sparkinstall.diagnose.tracebacks import Role
 
@@ -144,7 +145,7 @@ def weight(line: Line, role: Role, number: int) -> int:
     if role.kind == "frame" or line.level == "info" or _OTHERS.search(line.who):
         return 0
     message = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
-    if not message.strip() or _HANDLED.search(message) or _ASKED_FOR.match(message):
+    if not message.strip() or tracebacks.HEAD in message or _HANDLED.search(message) or _ASKED_FOR.match(message):
         return 0
     if KERNEL in line.who.split():
         return _first(_KERNEL, message)

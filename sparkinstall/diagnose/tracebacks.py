@@ -7,10 +7,11 @@ from msgspec import Struct, field
 
 from sparkinstall.diagnose.lines import Line
 
-BEGINNINGS = ("Traceback (most recent call last)", ", line ", "During handling of the above", "The above exception was")
+HEAD = "Traceback (most recent call last)"
+"""What begins a traceback."""
+BEGINNINGS = (HEAD, ", line ", "During handling of the above", "The above exception was")
 """Texts without which no line begins or chains a traceback."""
 
-_HEAD = "Traceback (most recent call last)"
 _FILE = re.compile(r'\s*File "[^"]*", line \d+')
 _CHAIN = ("During handling of the above exception", "The above exception was the direct cause")
 # Python's word for an exception that changed nothing, usually while it ends.
@@ -65,9 +66,9 @@ class Tracebacks:
         if message.startswith(_IGNORED):
             self._begin(key).is_ignored = True
             return _FRAME
-        if _HEAD in message:
+        if HEAD in message:
             self._begin(key)
-            return _FRAME if message.lstrip().startswith(_HEAD) else _PLAIN
+            return _FRAME if message.lstrip().startswith(HEAD) else _PLAIN
         if _FILE.match(message):
             if process is None or not process.is_open:
                 process = self._begin(key)
