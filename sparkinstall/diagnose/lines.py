@@ -73,6 +73,8 @@ _LEVELS = {
     **dict.fromkeys(("warning", "warn"), "warning"),
     **dict.fromkeys(("error", "critical", "fatal", "err", "erro", "fata"), "error"),
 }
+_NO_ERRORS = ("cmake", "test", "advice")
+"""Kinds of prefixes of which no line reports an error."""
 _JSON_LEVEL = re.compile(r'"(?:level|severity|levelname)"\s*:\s*"(\w+)"')
 # {"log":"text\n","stream":"stderr","time":"..."}
 _DOCKER = re.compile(r'\{"log": ?"((?:[^"\\]|\\.)*)')
@@ -152,7 +154,7 @@ def take_apart(text: str) -> Line:
         if kind == "who":
             who.append(word)
         elif kind:
-            level = "info" if kind in ("cmake", "test", "advice") else _LETTERS.get(word) or _LEVELS.get(word.lower(), "")
+            level = "info" if kind in _NO_ERRORS else _LETTERS.get(word) or _LEVELS.get(word.lower(), "")
             # What NCCL calls a warning is an error.
             level = "error" if (kind, level) == ("nccl", "warning") else level
     if not level and (told := _JSON_LEVEL.search(text, 0, 400)):
