@@ -47,6 +47,9 @@ tried counts as ten."""
 _JOURNAL = re.compile(rf"^(\w{{3}} [ \d]\d [\d:]{{8}}|\d{{4}}-\d\d-\d\dT[\d:.,+-]+Z?) \S+ (?={PROGRAM}:)")
 _NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
 
+# The error of another process, which the message of one that only ended repeats.
+_INNER = re.compile(r"\bfailed with error ['\"]\w*(?:Error|Exception)\b")
+
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
 
@@ -311,7 +314,7 @@ class Search:
                     seen.see(place)
                 self._enough |= seen.count >= MOST
                 self._chain(seen)
-        if current.is_suspect and not matches:
+        if current.is_suspect and (not matches or _INNER.search(current.line.message)):
             self._suspect(current)
         current.is_suspect, current.matches = False, {}
 

@@ -82,10 +82,16 @@ class Tracebacks:
         if not process.is_open:
             return _PLAIN
         process.lines += 1
-        if _BETWEEN.match(message) and process.lines < _MOST_LINES:
+        if self._is_code(process, message) and process.lines < _MOST_LINES:
             process.frames.append(message)
             return _FRAME
         return self._end(process, number) if _EXCEPTION.match(message) else _PLAIN
+
+    def _is_code(self, process: _Process, message: str) -> bool:
+        """Whether a line belongs to the traceback. Who pastes a log may lose its indentation."""
+        is_next = bool(process.frames) and _FILE.match(process.frames[-1]) is not None
+        is_other = _EXCEPTION.match(message) or message.startswith(("assert ", "raise "))
+        return _BETWEEN.match(message) is not None or (is_next and not is_other)
 
     def _begin(self, key: tuple[str, str]) -> _Process:
         if len(self._processes) >= _MOST_PROCESSES:
