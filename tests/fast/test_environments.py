@@ -53,6 +53,8 @@ QUICK = {
     "status": "--root {root}",
     "run": "packages --root {root} --yes",
     "settings show": "--root {root}",
+    # Refused before anything is downloaded.
+    "bundle create": "--since {root}/no.tar --yes",
     "node attend": "",
 }
 
