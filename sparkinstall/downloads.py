@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparkinstall import causes
 from sparkinstall.errors import CommandFailed, Storage, storage_problem
@@ -35,14 +35,14 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(
-    url: str, into: Path, on_bytes: Callable[[int, int], None], *, authorization: str = "", certificates: str = ""
+    url: str, into: Path, on_bytes: Callable[[int, int], None], *, authorization: str = "", fingerprint: str = ""
 ) -> Path:
     """Download `url` to `into`, which appears only when it is complete; resume a partial download.
 
     Args:
         on_bytes: called with (bytes so far, total bytes or 0).
         authorization: the header of that name; without it, a login of ~/.netrc.
-        certificates: the file of the certificates to trust; those of the system if omitted.
+        fingerprint: the sha256 of the only certificate to trust, whatever it says; the system's are trusted if omitted.
 
     Raises:
         NotDownloaded: the server cannot be reached, refuses, or closes the connection early.
@@ -57,9 +57,11 @@ def fetch(
         into.parent.mkdir(parents=True, exist_ok=True)
         with _locked(into), requests.Session() as session:
             session.auth = _sign(authorization) if authorization else None
+            session.verify = _certificates()
+            if fingerprint:
+                _pin(session, fingerprint)
             if not into.exists():
-                verify = certificates or _certificates()
-                with session.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part), verify=verify) as response:
+                with session.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part)) as response:
                     if not _is_complete(response, part):
                         response.raise_for_status()
                         _receive(response, part, on_bytes)
@@ -75,6 +77,19 @@ def _certificates() -> str | bool:
     """Return the system's certificates unless a variable of requests names others: those of a proxy are there."""
     chosen = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
     return chosen or (_SYSTEM_CERTIFICATES if os.path.exists(_SYSTEM_CERTIFICATES) else True)
+
+
+def _pin(session: "requests.Session", fingerprint: str) -> None:
+    """Trust one certificate and no other. Its dates do not count: the clocks of two nodes may differ."""
+    from requests.adapters import HTTPAdapter
+
+    class Pinned(HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, **kwargs, assert_fingerprint=fingerprint)
+
+    session.mount("https://", Pinned())
+    # Nor do the proxies and logins that this user has for other servers.
+    session.verify = session.trust_env = False
 
 
 def _sign(authorization: str) -> "Callable[[requests.PreparedRequest], requests.PreparedRequest]":

@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,22 +120,41 @@ class Wheelhouse(Struct, frozen=True):
         """
         if not self.missing(pins):
             return
-        with self._alone(".filling.lock"):
+        with self.filling():
             # Another run may have brought them meanwhile, or the user.
             self.refresh()
             if missing := self.missing(pins):
-                wheels = locate(on, missing, target, self.folder.parent)
-                self._require_room(sum(wheel.size for wheel in wheels.values()))
-                _Downloading(self, on, logins()).bring(wheels.values())
+                self._download(locate(on, missing, target, self.folder.parent).values(), _from_the_index(on))
 
     def bring(self, on: System, url: str) -> Path:
         """Return the wheel at `url`, whose hash nobody knows; download it if none of its name is there."""
         wheel = RemoteWheel(url, "")
-        with self._alone(".filling.lock"):
+        with self.filling():
             self.refresh()
             if wheel.name not in self.listed():
-                _Downloading(self, on, logins()).bring([wheel])
+                self._download([wheel], _from_the_index(on))
         return self.folder / wheel.name
+
+    def download(self, wheels: Iterable[RemoteWheel], how: "Downloads") -> None:
+        """Download these wheels.
+
+        Raises:
+            CommandFailed: one cannot be downloaded, or does not have its hash.
+            Storage: the folder cannot be written.
+        """
+        with self.filling():
+            self._download(wheels, how)
+
+    def _download(self, wheels: Iterable[RemoteWheel], how: "Downloads") -> None:
+        wheels = list(wheels)
+        self._require_room(sum(wheel.size for wheel in wheels))
+        _Downloading(self, how).bring(wheels)
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Keep other runs from downloading."""
+        with self._alone(".filling.lock"):
+            yield
 
     def _index(self) -> Mapping[str, Kept]:
         """Return the index; one that cannot be read counts as empty, and is written again by `refresh`."""
@@ -176,12 +195,31 @@ class Wheelhouse(Struct, frozen=True):
             raise Storage(what, hint="free some space, or set XDG_CACHE_HOME to a folder on a larger disk")
 
 
+class Downloads(Struct, frozen=True):
+    """How to download.
+
+    Args:
+        on_bytes: called with (bytes so far, total bytes).
+        logins: the Authorization header by host and port.
+        fingerprint: as in `fetch`.
+        log: the path of the log that an error names.
+    """
+
+    on_bytes: Callable[[int, int], None]
+    logins: Mapping[str, str]
+    fingerprint: str = ""
+    log: str = ""
+
+
+def _from_the_index(on: System) -> Downloads:
+    return Downloads(lambda done, total: on.progress(done, total, "bytes"), logins(), log=on.log)
+
+
 class _Downloading(Struct):
     """Some downloads into a wheelhouse, with their progress as one."""
 
     house: Wheelhouse
-    on: System
-    logins: Mapping[str, str]
+    how: Downloads
     _sizes: dict[str, int] = field(default_factory=dict)
     _done: dict[str, int] = field(default_factory=dict)
     _told: float = 0
@@ -209,7 +247,7 @@ class _Downloading(Struct):
         if address.scheme == "file":
             self._copy(Path(unquote(address.path)), part)
         else:
-            self._fetch(wheel.url, part, self.logins.get(address.netloc, ""))
+            self._fetch(wheel.url, part, self.how.logins.get(address.netloc, ""))
         found = sha256_of(part)
         if is_right := wheel.sha256 in (found, ""):
             self.house.adopt(part, found)
@@ -217,7 +255,7 @@ class _Downloading(Struct):
             shutil.rmtree(part.parent)
         if not is_right:
             message = f"{wheel.url} is not the locked wheel: expected sha256 {wheel.sha256}, found {found}"
-            raise wrong_hash(message, self.on.log)
+            raise wrong_hash(message, self.how.log)
         self._tell(wheel.name, self._sizes[wheel.name], 0)
 
     def _copy(self, source: Path, to: Path) -> None:
@@ -226,12 +264,15 @@ class _Downloading(Struct):
             shutil.copyfile(source, to)
 
     def _fetch(self, url: str, to: Path, authorization: str) -> None:
+        def tell(done: int, total: int) -> None:
+            self._tell(to.name, done, total)
+
         for pause in (*_PAUSES, None):
             try:
-                fetch(url, to, lambda done, total: self._tell(to.name, done, total), authorization=authorization)
+                fetch(url, to, tell, authorization=authorization, fingerprint=self.how.fingerprint)
                 return
             except NotDownloaded as failure:
-                failure.log = self.on.log
+                failure.log = self.how.log
                 if pause is None or not failure.again or self._failed:
                     raise
                 time.sleep(pause)
@@ -245,7 +286,7 @@ class _Downloading(Struct):
             self._sizes[name] = self._sizes[name] or total
             if time.monotonic() - self._told > _TOLD_EVERY:
                 self._told = time.monotonic()
-                self.on.progress(sum(self._done.values()), sum(self._sizes.values()), "bytes")
+                self.how.on_bytes(sum(self._done.values()), sum(self._sizes.values()))
 
 
 def _is_locked(handle: int) -> bool:

@@ -66,9 +66,11 @@ def reach(target: Target, _: Output, addresses: Addresses) -> CommandResult:
 
 
 @_command
-def offer(target: Target, _: Output, peers: Addresses, only: options.Only = None) -> CommandResult:
-    """Send this node's downloads and builds to the nodes at these addresses; the token is on stdin."""
-    return CommandResult(data=agent.offer(open_session(target), peers, only or ()))
+def offer(
+    target: Target, _: Output, workers: Annotated[int, typer.Argument(min=1)], only: options.Only = None
+) -> CommandResult:
+    """Serve this node's downloads and builds to so many workers; the token is on stdin."""
+    return CommandResult(data=agent.offer(open_session(target), workers, only or ()))
 
 
 @_command

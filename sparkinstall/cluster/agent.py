@@ -125,15 +125,15 @@ def _unreached(on: Reader, address: str, mtu: int) -> str:
     return f"{address} does not answer over the link"
 
 
-def offer(session: Session, peers: Sequence[str], only: Sequence[str]) -> Offered:
-    """Send this node's downloads and builds to the nodes at these addresses. The token is on stdin.
+def offer(session: Session, workers: int, only: Sequence[str]) -> Offered:
+    """Serve this node's downloads and builds to so many workers. The token is on stdin.
 
     Raises:
         CopyFailed, Storage: as `artifacts.serve`.
     """
     token = _line().decode(errors="replace").strip()
     tell("listing downloads and builds")
-    return artifacts.serve(session.node, session.system, only, peers, token)
+    return artifacts.serve(session.node, session.system, only, workers, token)
 
 
 def _line() -> bytes:
@@ -145,7 +145,7 @@ def fetch(session: Session, only: Sequence[str]) -> Fetched:
     """Fetch missing artifacts from the head. Its `Introduction` is on stdin.
 
     Raises:
-        CopyFailed, Storage: as `artifacts.fetch`.
+        CopyFailed, Storage: as `artifacts.fetch_missing`.
     """
 
     def progress(done: int, total: int) -> None:
@@ -155,7 +155,7 @@ def fetch(session: Session, only: Sequence[str]) -> Fetched:
         head = msgspec.json.decode(_line(), type=Introduction)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise BadUsage("the introduction of the head on stdin cannot be read") from error
-    return artifacts.fetch(session.node, session.system, only, head, progress)
+    return artifacts.fetch_missing(session.node, session.system, only, head, progress)
 
 
 def token(session: Session) -> Token:

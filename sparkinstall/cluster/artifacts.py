@@ -1,292 +1,276 @@
-"""Copies of downloads and builds from the head to the workers: the stack's wheels in the wheelhouse, and NCCL.
+"""Copies of wheels and NCCL from the head's cache to those of the workers.
 
-Artifacts go from cache to cache, never into an installation: the worker's own steps install them from its cache, with
-their own checks. A worker whose cache lacks them downloads and builds. So a failed copy is a warning, never a failure.
+They go from cache to cache, never into an installation: the worker's own steps install them, with their own checks. A
+worker whose cache lacks them downloads and builds. So a failed copy is a warning, never a failure.
 
-The terminal only introduces the nodes: over ssh it gives both of them a token, and the workers the digest of the head's
-list.
+The terminal only introduces the nodes: over ssh it gives both of them a token, and the workers the sha256 of the head's
+certificate.
 """
 
-import fcntl
-import hashlib
-import re
 import secrets
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
 
 import msgspec
-from msgspec import UNSET, Struct, field
+from msgspec import UNSET, Meta, Struct, field
 
 from sparkinstall import schema
+from sparkinstall.cluster.file_server import DONE, CopyFailed, serving
 from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, Reply, announce
 from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode, repeated
-from sparkinstall.cluster.transfer import CopyFailed, Listed, Receiver, Sender, receiving
-from sparkinstall.downloads import sha256_of
-from sparkinstall.errors import Interrupted, Problem, storage_problem
+from sparkinstall.downloads import NotDownloaded, fetch, sha256_of
+from sparkinstall.errors import Interrupted, Problem, storage_errors
 from sparkinstall.node import Node
 from sparkinstall.own_files import read_regular
 from sparkinstall.resources import Ok
 from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary, Recipe, Stamp
 from sparkinstall.resources.venv import environment_of, lock_of, wheelhouse
+from sparkinstall.stacks import Pin
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.system import Reader
+from sparkinstall.wheel_index import RemoteWheel
+from sparkinstall.wheelhouse import Downloads
 
 STEPS = ("environment", "nccl")
 """The steps whose artifacts can be copied."""
 
-_WHEEL = re.compile(r"wheels/[A-Za-z0-9._+!-]+\.whl")
-_LIBRARY = re.compile(r"nccl/built/[0-9a-f]{12}/(?:libnccl\.so|build\.json)")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_ARRIVING = "arriving"
-_MODES = 0o755
+_PATIENCE = 60.0
+"""Seconds that the head waits while no worker is connected."""
+_LIST = "/list"
+_TOLD_EVERY = 2.0
+
+
+class Listed(Struct, frozen=True):
+    """A file that the head offers."""
+
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+!-]*\Z")]
+    size: Annotated[int, Meta(ge=0)]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 
 
 class BuiltNccl(Struct, frozen=True):
-    """The recipe of the head's library, and where its source is from."""
+    """The head's library: its recipe, where its source is from, and its files."""
 
     recipe: Recipe
     where: str
+    files: tuple[Listed, Listed]
 
 
-class Manifest(Struct, frozen=True):
-    """What a node offers; the paths of the files are relative to the cache."""
+class Artifacts(Struct, frozen=True):
+    """All that a head offers."""
 
-    files: tuple[Listed, ...] = ()
+    wheels: tuple[Listed, ...] = ()
     nccl: BuiltNccl | None = None
 
 
-# --- what a node offers
+# --- what the head offers
 
 
-def serve(node: Node, on: Reader, steps: Sequence[str], peers: Sequence[str], token: str) -> Offered:
-    """Announce this node's artifacts of `steps`, and send them to each of `peers` (addresses on the link) that asks.
+def serve(node: Node, on: Reader, steps: Sequence[str], workers: int, token: str) -> Offered:
+    """Announce this node's artifacts of `steps`, and serve them until so many workers are done.
 
     Raises:
-        CopyFailed: this node does not have its address on the link.
+        CopyFailed: this node does not have its address on the link, or cannot make a certificate.
         Storage: an artifact cannot be read.
     """
-    try:
-        manifest, files = offer(node, on, steps)
-    except OSError as error:
-        raise storage_problem(error, "listing the artifacts") from error
-    listing = msgspec.json.encode(manifest)
-    sizes = [each.size for each in manifest.files]
-    sender = Sender(node.address, frozenset(peers), token, listing, list(zip(files, sizes, strict=True)))
-    with sender.listening() as listener:
-        announce(Offer(listener.getsockname()[1], hashlib.sha256(listing).hexdigest()))
-        sender.serve(listener)
-    return Offered(len(files), sum(sizes), sender.sent)
+    with storage_errors("listing the artifacts"):
+        artifacts, files = offer(node, on, steps)
+    with serving(node.address, token, {_LIST: msgspec.json.encode(artifacts), **files}) as server:
+        announce(Offer(server.server_port, server.fingerprint))
+        server.wait(workers, _PATIENCE)
+        return Offered(len(files), sum(each.stat().st_size for each in files.values()), server.sent)
 
 
-def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Manifest, list[Path]]:
-    """The artifacts that this node has of `steps`, and the real path of each file."""
-    files = _wheels(node, on) if "environment" in steps else []
-    built = None
+def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Artifacts, dict[str, Path]]:
+    """The artifacts that this node has of `steps`, and the real path of each file by its path in an URL."""
+    wheels, files = _wheels(node, on) if "environment" in steps else ((), {})
     library = _nccl(node) if "nccl" in steps else None
-    if library and isinstance(library.check(on), Ok) and (entries := _library(node, library, on)):
-        built = BuiltNccl(library.recipe(), library.source.where)
-        files += entries
-    manifest = Manifest(tuple(listed for listed, _ in files), built)
-    return manifest, [path for _, path in files]
+    if library is None or not isinstance(library.check(on), Ok):
+        return Artifacts(wheels), files
+    so, stamp = Path(on.real(library.library)), Path(on.real(f"{library.folder}/build.json"))
+    built = (_listed(KEPT_LIBRARY, so), _listed(KEPT_STAMP, stamp))
+    if schema.read_json(Stamp, read_regular(stamp), str(stamp)).sha256 != built[0].sha256:
+        return Artifacts(wheels), files
+    files |= {_of_nccl(KEPT_LIBRARY): so, _of_nccl(KEPT_STAMP): stamp}
+    return Artifacts(wheels, BuiltNccl(library.recipe(), library.source.where, built)), files
+
+
+def _wheels(node: Node, on: Reader) -> tuple[tuple[Listed, ...], dict[str, Path]]:
+    house = wheelhouse(node)
+    house.refresh()
+    index, found = house.listed(), house.found(lock_of(node, on) or ()).values()
+    listed = (Listed(each.name, index[each.name].size, index[each.name].sha256) for each in found)
+    return tuple(listed), {_of_wheel(each.name): each for each in found}
+
+
+def _of_wheel(name: str) -> str:
+    return f"/wheels/{name}"
+
+
+def _of_nccl(name: str) -> str:
+    return f"/nccl/{name}"
 
 
 def _nccl(node: Node) -> NcclLibrary | None:
     return next((each for each in Nccl().resources(node) if isinstance(each, NcclLibrary)), None)
 
 
-def _library(node: Node, library: NcclLibrary, on: Reader) -> list[tuple[Listed, Path]]:
-    """The library and its stamp; nothing where the stamp does not match the library."""
-    real, stamp = Path(on.real(library.library)), Path(on.real(f"{library.folder}/build.json"))
-    folder = _relative(node, library.kept(library.recipe()))
-    so, build = _listed(f"{folder}/{KEPT_LIBRARY}", real), _listed(f"{folder}/{KEPT_STAMP}", stamp)
-    is_true = schema.read_json(Stamp, read_regular(stamp), str(stamp)).sha256 == so.sha256
-    return [(so, real), (build, stamp)] if is_true else []
+def _listed(name: str, real: Path) -> Listed:
+    return Listed(name, real.stat().st_size, sha256_of(real))
 
 
-def _listed(path: str, real: Path) -> Listed:
-    found = real.stat()
-    return Listed(path, found.st_size, found.st_mode & _MODES, sha256_of(real))
+# --- what a worker fetches
 
 
-def _wheels(node: Node, on: Reader) -> list[tuple[Listed, Path]]:
-    """The wheels of the lock that this node has."""
-    house = wheelhouse(node)
-    house.refresh()
-    index = house.listed()
-    found = house.found(lock_of(node, on) or ()).values()
-    return [
-        (Listed(f"wheels/{each.name}", index[each.name].size, 0o644, index[each.name].sha256), each) for each in found
-    ]
-
-
-def _relative(node: Node, path: Path) -> str:
-    return str(path.relative_to(node.cache))
-
-
-# --- what a node fetches
-
-
-def fetch(
+def fetch_missing(
     node: Node, on: Reader, steps: Sequence[str], head: Introduction, tell: Callable[[int, int], None]
 ) -> Fetched:
     """Fetch missing artifacts from the head; `tell` is called with the bytes that arrived and their total.
 
     Raises:
-        CopyFailed: the head cannot be reached, or its list or a file is not what it announced. The next copy resumes
-            with the files that arrived.
+        CopyFailed: the head cannot be reached, or a file is not what it announced. The next copy resumes.
         Storage: the cache cannot be written.
     """
-    with receiving(node.config.cluster.head, head.port, head.token, head.digest, node.address) as receiver:
-        return _accept(node, on, receiver, steps, tell)
+    link = Link(node.config.cluster.head, head, _seldom(tell))
+    try:
+        return Missing(node, on, link.artifacts(), link).take(steps)
+    except NotDownloaded as failure:
+        raise CopyFailed(f"the copy from {link.host} failed: {failure.cause}") from failure
+    finally:
+        link.end()
 
 
-def understood(listing: bytes) -> Manifest:
-    """The other node's list.
+def _seldom(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    told = time.monotonic()
+
+    def on_bytes(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > _TOLD_EVERY:
+            told = time.monotonic()
+            tell(done, total)
+
+    return on_bytes
+
+
+class Link(Struct, frozen=True):
+    """The head's server, as a worker sees it."""
+
+    host: str
+    head: Introduction
+    on_bytes: Callable[[int, int], None]
+
+    def url(self, path: str) -> str:
+        return f"https://{self.host}:{self.head.port}{quote(path)}"
+
+    @property
+    def authorization(self) -> str:
+        return f"Bearer {self.head.token}"
+
+    def get(self, path: str, into: Path) -> Path:
+        tell = self.on_bytes
+        return fetch(self.url(path), into, tell, authorization=self.authorization, fingerprint=self.head.fingerprint)
+
+    def artifacts(self) -> Artifacts:
+        """The head's list."""
+        with tempfile.TemporaryDirectory() as scratch:
+            return understood(self.get(_LIST, Path(scratch, "list")).read_bytes())
+
+    def end(self) -> None:
+        """Tell the head that this worker needs it no more. If that fails, the head waits in vain for a while."""
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                self.get(DONE, Path(scratch, "done"))
+            except Problem:
+                pass
+
+
+def understood(listing: bytes) -> Artifacts:
+    """The head's list.
 
     Raises:
-        CopyFailed: it is not a list, or a path in it does not belong into a cache.
+        CopyFailed: it is not one.
     """
     try:
-        manifest = msgspec.json.decode(listing, type=Manifest)
+        return msgspec.json.decode(listing, type=Artifacts)
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise CopyFailed("the other node's list of files cannot be read") from error
-    _require_harmless(manifest)
-    return manifest
+        raise CopyFailed("the head's list of files cannot be read") from error
 
 
-def _require_harmless(manifest: Manifest) -> None:
-    for each in manifest.files:
-        known = any(_is_at(each.path, kind) for kind in (_WHEEL, _LIBRARY))
-        if not known or each.size < 0 or each.mode & ~_MODES or not _SHA256.fullmatch(each.sha256):
-            raise _misplaced(each.path)
-    ends = [each.path for each in manifest.files]
-    # A file below a file or a link would be written elsewhere.
-    whole = set(ends)
-    if len(whole) < len(ends) or any(not whole.isdisjoint(_folders(path)) for path in ends):
-        raise CopyFailed("the other node offers a file twice, or one below another")
-
-
-def _is_at(path: str, kind: re.Pattern[str]) -> bool:
-    is_plain = path.isprintable() and not any(part in ("", ".", "..") for part in path.split("/"))
-    return is_plain and kind.fullmatch(path) is not None
-
-
-def _misplaced(path: str) -> CopyFailed:
-    return CopyFailed(f"the other node offers {path!a}, which does not belong into a cache")
-
-
-def _folders(path: str) -> Iterator[str]:
-    while "/" in path:
-        path = path.rpartition("/")[0]
-        yield path
-
-
-def _accept(
-    node: Node, on: Reader, receiver: Receiver, steps: Sequence[str], tell: Callable[[int, int], None]
-) -> Fetched:
-    manifest = understood(receiver.listing)
-    try:
-        with _alone(node.cache / _ARRIVING) as waiting:
-            missing = _Missing(node, on, manifest, waiting)
-            wanted = missing.of(steps)
-            _require_room(node, wanted)
-            receiver.take(wanted, waiting, tell)
-            missing.place()
-            shutil.rmtree(waiting, ignore_errors=True)
-    except (BrokenPipeError, ConnectionError, TimeoutError):
-        raise
-    except OSError as error:
-        raise storage_problem(error, "copying from another node") from error
-    size = sum(each.size for _, each in wanted)
-    return Fetched(bool(wanted), len(wanted), size, "; ".join(missing.reasons) or UNSET)
-
-
-@contextmanager
-def _alone(waiting: Path) -> Iterator[Path]:
-    waiting.mkdir(parents=True, exist_ok=True)
-    with open(waiting.with_name(f"{waiting.name}.lock"), "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CopyFailed("another copy to this node is running") from error
-        yield waiting
-
-
-def _require_room(node: Node, wanted: Sequence[tuple[int, Listed]]) -> None:
-    needed, free = sum(each.size for _, each in wanted), shutil.disk_usage(node.cache).free
-    if needed > free:
-        raise CopyFailed(f"not enough space in {node.cache}: {needed >> 20} MiB needed, {free >> 20} MiB free")
-
-
-class _Missing(Struct):
-    """What this node needs of another node's `manifest` and does not have; it arrives in the folder `waiting`."""
+class Missing(Struct):
+    """What this node needs of the head's artifacts and does not have."""
 
     node: Node
     on: Reader
-    manifest: Manifest
-    waiting: Path
+    offered: Artifacts
+    link: Link
     reasons: list[str] = field(default_factory=list)
-    _listed: list[Listed] = field(default_factory=list)
 
-    def of(self, steps: Sequence[str]) -> list[tuple[int, Listed]]:
-        """The files to copy, each with its index in the list."""
-        mine: set[str] = set()
-        if "environment" in steps and not isinstance(environment_of(self.node).check(self.on), Ok):
-            mine |= self._of_wheels()
-        if "nccl" in steps and self._can_use_nccl():
-            built = [each for each in self.manifest.files if _LIBRARY.fullmatch(each.path)]
-            mine |= {each.path for each in built if not _is(self.node.cache / each.path, each)}
-        listed = [(n, each) for n, each in enumerate(self.manifest.files) if each.path in mine]
-        self._listed = [each for _, each in listed]
-        return [(n, each) for n, each in listed if not _is(self.waiting / each.path, each)]
+    def take(self, steps: Sequence[str]) -> Fetched:
+        wheels = self._wheels() if "environment" in steps else []
+        with storage_errors("copying from the head"):
+            wheelhouse(self.node).download(wheels, self._downloads())
+            library = self._library() if "nccl" in steps else ()
+        sizes = [*(each.size for each in wheels), *(each.size for each in library)]
+        return Fetched(bool(sizes), len(sizes), sum(sizes), "; ".join(self.reasons) or UNSET)
 
-    def _of_wheels(self) -> set[str]:
-        pins = wheelhouse(self.node).missing(lock_of(self.node, self.on) or ())
-        wanted = {digest for pin in pins for digest in pin.hashes}
-        return {each.path for each in self.manifest.files if f"sha256:{each.sha256}" in wanted}
+    def _downloads(self) -> Downloads:
+        logins = {f"{self.link.host}:{self.link.head.port}": self.link.authorization}
+        return Downloads(self.link.on_bytes, logins, self.link.head.fingerprint)
 
-    def _can_use_nccl(self) -> bool:
-        offered, library = self.manifest.nccl, _nccl(self.node)
+    def _wheels(self) -> list[RemoteWheel]:
+        """The wheels whose hash this node's own lock has. The head's hash counts where no lock knows it yet."""
+        if isinstance(environment_of(self.node).check(self.on), Ok):
+            return []
+        house = wheelhouse(self.node)
+        house.refresh()
+        pins = self._pins()
+        hashes = {digest for pin in house.missing(pins) for digest in pin.hashes}
+        unhashed = {RemoteWheel(pin.url, "").name for pin in pins if pin.url and not pin.hashes} - house.listed().keys()
+        wanted = (each for each in self.offered.wheels if f"sha256:{each.sha256}" in hashes or each.name in unhashed)
+        return [RemoteWheel(self.link.url(_of_wheel(each.name)), each.sha256, each.size) for each in wanted]
+
+    def _pins(self) -> Sequence[Pin]:
+        wheels = self.node.wheels
+        return lock_of(self.node, self.on) or (wheels.locked() if wheels.lock else wheels.wheels)
+
+    def _library(self) -> Sequence[Listed]:
+        """Take the head's NCCL where it has the recipe of this node's."""
+        offered, library = self.offered.nccl, _nccl(self.node)
         if offered is None or library is None or isinstance(library.check(self.on), Ok):
-            return False
+            return ()
         if offered.where == library.source.where:
             library.source.hold_to(offered.recipe.source)
         own = library.recipe()
-        different = [each for each in own.__struct_fields__ if getattr(own, each) != getattr(offered.recipe, each)]
-        if different:
+        if different := [each for each in own.__struct_fields__ if getattr(own, each) != getattr(offered.recipe, each)]:
             self.reasons.append(f"NCCL not copied: the nodes differ in {', '.join(different)}")
-        return not different
+            return ()
+        kept = library.kept(own)
+        if all(_is(kept / each.name, each) for each in offered.files):
+            return ()
+        arrived = [self._arrived(each) for each in offered.files]
+        kept.mkdir(parents=True, exist_ok=True)
+        # The stamp last: it says that the library is there.
+        for file, name in zip(arrived, (KEPT_LIBRARY, KEPT_STAMP), strict=True):
+            file.replace(kept / name)
+        return offered.files
 
-    def place(self) -> None:
-        """Move received files to where the steps take them from: the stamp of a library last."""
-        house = wheelhouse(self.node)
-        for each in sorted(self._listed, key=lambda listed: listed.path.endswith(KEPT_STAMP)):
-            if _WHEEL.fullmatch(each.path):
-                house.adopt(self.waiting / each.path, each.sha256)
-            else:
-                _move(self.waiting / each.path, self.node.cache / each.path, self.node.cache)
+    def _arrived(self, listed: Listed) -> Path:
+        name = KEPT_STAMP if listed.name == KEPT_STAMP else KEPT_LIBRARY
+        file = self.link.get(_of_nccl(name), self.node.cache / "nccl/arriving" / listed.sha256)
+        if (found := sha256_of(file)) != listed.sha256:
+            file.unlink()
+            cause = f"expected sha256 {listed.sha256}, found {found}"
+            raise CopyFailed(f"{name} is not the announced file", cause=cause)
+        return file
 
 
 def _is(path: Path, listed: Listed) -> bool:
     """Whether the file exists with the listed size and hash."""
-    if path.is_symlink() or not path.is_file() or path.stat().st_size != listed.size:
-        return False
-    return sha256_of(path) == listed.sha256
-
-
-def _move(waiting: Path, to: Path, cache: Path) -> None:
-    _make_room(to, cache)
-    waiting.replace(to)
-
-
-def _make_room(to: Path, cache: Path) -> None:
-    """Make the parent folder. A link in its path must not lead out of the cache."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    top = cache / to.relative_to(cache).parts[0]
-    if not to.parent.resolve().is_relative_to(top.resolve()):
-        raise CopyFailed(f"{to.parent} leads out of the cache", hint="move that link away")
+    return path.is_file() and path.stat().st_size == listed.size and sha256_of(path) == listed.sha256
 
 
 # --- at the terminal
@@ -324,8 +308,7 @@ class Handover(Struct):
                 self._offer.end()
 
     def _serve(self, on_line: OnLine) -> Reply[Offered | Fetched]:
-        peers = [each.member.address for each in self.workers]
-        argv = ("node", "offer", *peers, *self.head.words, *repeated("--only", self.steps))
+        argv = ("node", "offer", str(len(self.workers)), *self.head.words, *repeated("--only", self.steps))
         return _forgiven(self.head.call(Offered, *argv, on_line=self._offer.listen(on_line), stdin=self._token))
 
     def _fetch(self, node: RemoteNode, on_line: OnLine) -> Reply[Offered | Fetched]:
@@ -333,7 +316,7 @@ class Handover(Struct):
         if found is None:
             return _warned(f"{self.head.host} offers nothing: this node downloads and builds what is missing")
         argv = ("node", "fetch", *node.words, *repeated("--only", self.steps))
-        head = Introduction(found.port, found.digest, str(self._token))
+        head = Introduction(found.port, found.fingerprint, str(self._token))
         return _forgiven(node.call(Fetched, *argv, on_line=on_line, stdin=msgspec.json.encode(head).decode()))
 
 

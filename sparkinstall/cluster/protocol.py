@@ -158,11 +158,11 @@ class Token(Struct, frozen=True):
 
 
 class Offered(Struct, frozen=True):
-    """Reply of `offer`: bytes offered, and bytes sent to each address."""
+    """Reply of `offer`: bytes offered, and bytes sent to all workers."""
 
     files: int = 0
     bytes: int = 0
-    sent: Mapping[str, int] = field(default_factory=dict)
+    sent: int = 0
 
 
 class Fetched(Struct, frozen=True):
@@ -197,10 +197,10 @@ class Asked(Struct, frozen=True):
 
 
 class Offer(Struct, frozen=True):
-    """The line of a head that waits for its workers: the port of its list of files, and the sha256 of the list."""
+    """The line of a head that waits for its workers: the port of its server, and the sha256 of its certificate."""
 
     port: int
-    digest: str
+    fingerprint: str
 
 
 class Listening(Struct, frozen=True, rename="kebab"):

@@ -19,9 +19,9 @@ from sparkinstall import given
 from sparkinstall.cli import app, edge
 from sparkinstall.cluster import ssh
 from sparkinstall.cluster.artifacts import understood
+from sparkinstall.cluster.file_server import CopyFailed
 from sparkinstall.cluster.protocol import Introduction, announced
 from sparkinstall.cluster.remote import Member, RemoteNode
-from sparkinstall.cluster.transfer import CopyFailed
 from sparkinstall.core.status import NodeStatus
 from sparkinstall.errors import BadUsage, Exit, Problem
 from tests.support.mounts import need_root

@@ -264,6 +264,7 @@ def test_wheel_files_with_a_reinstalled_wheel_fails_until_the_environment_is_rei
     forced = (COMMAND, "run", "environment", "--force", "--yes", *ignoring())
     node.run(*forced, user="spark", env={"UV_OFFLINE": "1"}, timeout=900)
     assert probe_result(node, "wheel-files")[0] == "pass"
+    sparkinstall(node, "run", "former", "--yes", *ignoring())
     assert json.loads(sparkinstall(node, "plan", "--json").stdout)["data"]["drift"] is False
 
 

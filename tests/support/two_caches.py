@@ -57,16 +57,16 @@ class Offered:
 
     process: "subprocess.Popen[str]"
     port: int = 0
-    digest: str = ""
+    fingerprint: str = ""
 
     def as_given(self, **other: Any) -> str:
-        return json.dumps({"token": TOKEN, "port": self.port, "digest": self.digest, **other}) + "\n"
+        return json.dumps({"token": TOKEN, "port": self.port, "fingerprint": self.fingerprint, **other}) + "\n"
 
 
 @contextmanager
-def offering(head: Side, *only: str, peers: tuple[str, ...] = (WORKER,)) -> Iterator[Offered]:
+def offering(head: Side, *only: str, workers: int = 1) -> Iterator[Offered]:
     """An offer of the head for these steps, which ends with the context at the latest."""
-    with head.start("offer", *peers, *(word for each in only for word in ("--only", each))) as process:
+    with head.start("offer", str(workers), *(word for each in only for word in ("--only", each))) as process:
         assert process.stdin is not None
         assert process.stderr is not None
         process.stdin.write(TOKEN + "\n")
@@ -76,7 +76,7 @@ def offering(head: Side, *only: str, peers: tuple[str, ...] = (WORKER,)) -> Iter
         for line in process.stderr:
             lines.append(line)
             if line.startswith('{"port"'):
-                offered.port, offered.digest = json.loads(line).values()
+                offered.port, offered.fingerprint = json.loads(line).values()
                 break
         else:
             raise AssertionError("".join(lines) + (process.stdout.read() if process.stdout else ""))
