@@ -49,6 +49,7 @@ VERBS = {
         "List the shipped stacks: versions, for whom each is, and who has run it on a Spark.",
     ),
     "run": ("run:run", "Run only these steps, not those that they need."),
+    "cache": ("cache:app", "List, verify or prune the downloads and builds in your cache."),
     "settings": ("settings:app", "Show every setting and its origin."),
     "node": ("node:app", ""),
 }

@@ -55,7 +55,7 @@ def files(node: Node, on: Reader) -> Finding:
     if found.wrong:
         return failed(_some(found.wrong), _REINSTALL, "every file as in its wheel")
     if found.since_installed:
-        again = f"`rm -r {node.cache}/wheels` and `sparkinstall run environment fp8 --force`"
+        again = "`sparkinstall cache verify` and `sparkinstall run environment fp8 --force`"
         hint = f"if this remains after {again}, the wheel's RECORD is wrong, and nothing needs to be done"
         return warned(_some([f"{each}, since it was installed" for each in found.since_installed]), hint)
     many = f"{found.packages} packages, as in their wheels"

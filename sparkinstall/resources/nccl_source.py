@@ -91,7 +91,7 @@ class NcclSource(Struct, frozen=True):
     @property
     def mirror(self) -> Path:
         """The cached copy of the upstream repository."""
-        return self.cache / f"nccl-{self.tag}.git"
+        return self.cache / mirror_name(self.tag)
 
     def bring(self, on: System, to: str) -> str:
         """Copy the source to the build folder `to`; return the node path of its top folder.
@@ -183,10 +183,10 @@ class NcclSource(Struct, frozen=True):
 
     def _tarball(self, on: System) -> Path:
         if self.where.startswith(("https://", "http://")):
-            name = hashlib.sha256(self.where.encode()).hexdigest()[:16]
-            if not (self.cache / f"{name}.tar").exists():
+            tarball = self.cache / tarball_name(self.where)
+            if not tarball.exists():
                 self._refuse_download(self.where)
-            return fetch(self.where, self.cache / f"{name}.tar", lambda n, of: on.progress(n, of, "bytes"))
+            return fetch(self.where, tarball, lambda n, of: on.progress(n, of, "bytes"))
         path = Path(self.where).expanduser()
         if not path.is_file():
             raise BadConfig(
@@ -216,6 +216,16 @@ class NcclSource(Struct, frozen=True):
             if on.entry(f"{folder}/src") and on.entry(f"{folder}/makefiles"):
                 return folder
         raise Blocked(f"{self.where} is not NCCL's source", hint="NCCL's top folder contains `src` and `makefiles`")
+
+
+def mirror_name(tag: str) -> str:
+    """Return the name in the cache of the repository's copy at this tag."""
+    return f"nccl-{tag}.git"
+
+
+def tarball_name(url: str) -> str:
+    """Return the name in the cache of the tarball at this URL."""
+    return f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.tar"
 
 
 def _unreachable(failure: CommandFailed) -> CommandFailed:

@@ -203,7 +203,8 @@ def _options(name: str, command: Any) -> Iterator[tuple[str, set[str]]]:
             yield from _options(f"{name} {sub}".strip(), inner)
 
 
-VERBS = tuple(name for name in options_of() if name and name != "settings")
+GROUPS = {name.rpartition(" ")[0] for name in options_of()}
+VERBS = tuple(name for name in options_of() if name not in GROUPS)
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,7 @@ def _verb(program: str, rest: list[str]) -> str:
         return "all"
     if rest[0].startswith("-"):
         return ""
-    verb = " ".join(rest[:2]) if rest[0] in ("settings", "bundle") else rest[0]
+    verb = " ".join(rest[:2]) if rest[0] in GROUPS else rest[0]
     assert verb in options_of(), f"there is no verb {verb}"
     return verb
 
