@@ -81,13 +81,8 @@ def _certificates() -> str | bool:
 
 def _pin(session: "requests.Session", fingerprint: str) -> None:
     """Trust one certificate and no other. Its dates do not count: the clocks of two nodes may differ."""
-    from requests.adapters import HTTPAdapter
-
-    class Pinned(HTTPAdapter):
-        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-            super().init_poolmanager(*args, **kwargs, assert_fingerprint=fingerprint)
-
-    session.mount("https://", Pinned())
+    adapter: Any = session.get_adapter("https://")
+    adapter.init_poolmanager(1, 1, assert_fingerprint=fingerprint)
     # Nor do the proxies and logins that this user has for other servers.
     session.verify = session.trust_env = False
 

@@ -17,6 +17,7 @@ app = typer.Typer(help="List, verify or prune the downloads and builds in your c
 _KINDS: dict[cache.Kind, str] = {
     "wheel": "wheels", "source": "NCCL sources", "build": "NCCL builds", "incomplete": "incomplete downloads",
     "index": "pages of the package index", "python": "Python", "tool": "sparkinstall's own packages",
+    "tests": "nccl-tests", "debian": "Debian packages for bundles",
     "former": "left by earlier versions", "other": "other",
 }  # fmt: skip
 

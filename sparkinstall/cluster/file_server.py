@@ -1,7 +1,7 @@
 """An HTTPS server of a few files, for clients that know its token and its certificate.
 
-Not ssh, whose ciphers are slower than the cable. Certificate and token are new for each server; the clients have both
-over ssh.
+Not ssh: the nodes need none between each other, only from the terminal. Certificate and token are new for each server;
+the clients have both over ssh from there.
 """
 
 import hashlib

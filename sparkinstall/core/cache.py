@@ -20,12 +20,14 @@ from sparkinstall.resources.nccl_source import mirror_name, tarball_name
 from sparkinstall.resources.venv import wheelhouse
 from sparkinstall.system import Reader
 
-Kind = Literal["wheel", "source", "build", "incomplete", "index", "python", "tool", "former", "other"]
+Kind = Literal[
+    "wheel", "source", "build", "incomplete", "index", "python", "tool", "tests", "debian", "former", "other"
+]  # fmt: skip
 
 _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
 _FOLDERS: Mapping[str, Kind] = {
-    "index": "index", "python": "python", "wheelhouse": "tool", "uv": "former", "hashes": "former",
-    "arriving": "former", "arriving.lock": "former",
+    "index": "index", "python": "python", "wheelhouse": "tool", "nccl-tests": "tests", "apt": "debian",
+    "arriving": "incomplete", "uv": "former", "hashes": "former", "arriving.lock": "former",
 }  # fmt: skip
 _MAY_GO = ("wheel", "source", "build", "incomplete", "former")
 
