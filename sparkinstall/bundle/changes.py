@@ -70,7 +70,7 @@ def _package(member: Member) -> tuple[str, str]:
         name, version = member.name.split("-")[:2]
         return canonical(name), version
     if match := _DEB.fullmatch(member.name):
-        return match[1], match[2].replace("%3a", ":")
+        return match[1], match[2]
     return inner, member.sha256[:12]
 
 

@@ -49,12 +49,20 @@ def download(on: System, names: tuple[str, ...], cache: Path) -> Packages | None
             return None
         raise failure_of(chosen, "apt cannot choose the Debian packages", log=on.log)
     on.run(*apt, "--download-only", "install", *names, timeout=_HOUR)
-    found = _CHOSEN.findall(chosen.out)
-    files = {f"{name}_{version.replace(':', '%3a')}_{arch}.deb": version for name, version, arch in sorted(found)}
-    paths = {name: cache / "archives" / name for name in files}
+    found = sorted(_CHOSEN.findall(chosen.out))
+    # Without the epoch, as in Debian's archive: apt would read the %3a of its cache as a colon.
+    files = {
+        f"{name}_{version.rpartition(':')[2]}_{arch}.deb": cache / "archives" / _cached(name, version, arch)
+        for name, version, arch in found
+    }
     versions = {name: version for name, version, _ in found if name in names}
     system = system_name(platform.freedesktop_os_release())
-    return Packages(system, versions, paths, b"".join(_entry(on, path) for path in paths.values()))
+    return Packages(system, versions, files, b"".join(_entry(on, name, path) for name, path in files.items()))
+
+
+def _cached(name: str, version: str, arch: str) -> str:
+    """Return the name of a package in apt's cache."""
+    return f"{name}_{version.replace(':', '%3a')}_{arch}.deb"
 
 
 def _own_apt(cache: Path) -> tuple[str, ...]:
@@ -71,9 +79,7 @@ def _own_apt(cache: Path) -> tuple[str, ...]:
     return ("apt-get", "-y", *(word for name, value in settings.items() for word in ("-o", f"{name}={value}")))
 
 
-def _entry(on: System, path: Path) -> bytes:
+def _entry(on: System, name: str, path: Path) -> bytes:
     """Return what apt reads of a package in the index of a folder."""
     fields = on.run("dpkg-deb", "--field", str(path)).out
-    # apt replaces %3a in a name by a colon.
-    name = path.name.replace("%", "%25")
     return f"{fields}\nFilename: ./{name}\nSize: {path.stat().st_size}\nSHA256: {sha256_of(path)}\n\n".encode()

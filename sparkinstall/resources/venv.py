@@ -228,6 +228,8 @@ class PythonEnvironment(Struct, frozen=True):
         node, house, unpacked = self.node, wheelhouse(self.node), f"{self.node.venv}/unpacked"
         # Without the user's settings of uv: nothing but the wheelhouse is asked.
         own = {"UV_CONFIG_FILE": "/dev/null", "UV_CACHE_DIR": on.real(unpacked), "UV_LINK_MODE": "hardlink"}
+        # A machine that never had a network may have no certificates, without which uv does not start.
+        own["UV_SYSTEM_CERTS"] = "false"
         source = ("--offline", "--no-index", "--find-links", str(house.folder))
         argv = (*_install_argv(node, on), *source, *self._options(), "-r", on.real(node.installed_lock))
         try:

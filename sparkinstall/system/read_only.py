@@ -17,8 +17,8 @@ _COMMANDS = r"""
 all_gather_perf( -[beg] \d+)*
 all_reduce_perf( -[beg] \d+)*
 apt-cache depends( --(recurse|installed|no-recommends|no-suggests))*( _)+
-apt-get( -y| -o [\w:-]+=[\w-]+| -o Dir::[\w:]+=/_)* -s( --no-remove)? (install|purge)( _)+
-apt-get( -y| -o [\w:-]+=[\w-]+| -o Dir::[\w:]+=/_)* -s --no-remove -f install
+apt-get( -y| -o [\w:-]+=[\w-]+)* -s purge( _)+
+apt-get( -y| -o [\w:-]+=[\w-]+| -o Dir::(Etc::source(list|parts)|State::lists)=/_)* -s --no-remove( -f)? install( _)*
 df -h
 dpkg-query -W -f(=| )%
 ethtool (-i |--show-fec )?_

@@ -202,8 +202,9 @@ def test_bundle_brings_the_source_of_nccl(tmp_path: Path) -> None:
 
 
 def _offline(*args: str | Path, **env: str) -> Run:
-    """A verb in a network namespace that has only its own loopback, which is down."""
-    alone = ("unshare", "--map-root-user", "--net", *command(*args))
+    """A verb on a machine without certificates, in a network namespace with a loopback only, which is down."""
+    bare = ("sh", "-ec", 'mount -t tmpfs none /etc/ssl; exec "$@"', "sh")
+    alone = ("unshare", "--map-root-user", "--net", "--mount", *bare, *command(*args))
     mine = environment(**env)
     return subprocess.run(alone, env=mine, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
 

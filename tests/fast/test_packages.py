@@ -132,6 +132,19 @@ def test_packages_with_a_half_installed_one_are_finished(half: str) -> None:
     assert on.ran == ["--configure -a"], "what dpkg can do alone needs no network"
 
 
+def test_packages_of_a_bundle_are_installed_from_its_folder_alone(tmp_path: Path) -> None:
+    on = Dpkg({"git": WHOLE}, {"install": {"make": WHOLE}})
+    Packages(WANTED, str(tmp_path)).apply(on)
+    assert "Dir::" not in str(on.changed), "a bundle without packages leaves them to the node's sources"
+    (tmp_path / "sources.list").touch()
+    on = Dpkg({"git": WHOLE}, {"install": {"make": WHOLE}})
+    Packages(WANTED, str(tmp_path)).apply(on)
+    assert len(on.changed) == 2
+    for line in on.changed:
+        assert f"-o Dir::Etc::sourcelist={tmp_path}/sources.list -o Dir::Etc::sourceparts=/dev/null" in line
+        assert "-o Dir::State::lists=/var/lib/apt/sparkinstall" in line
+
+
 @pytest.mark.parametrize("states", [{"git": WHOLE, "make": WHOLE}, {"git": WHOLE}, {}], ids=["whole", "some", "none"])
 def test_packages_with_updates_of_dpkg_are_not_whole(states: Mapping[str, str]) -> None:
     on = Dpkg(states, {"--configure": {"git": WHOLE, "make": WHOLE}}, _0003=b"", tmp_i=b"")

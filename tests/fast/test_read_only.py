@@ -49,6 +49,7 @@ fwupdmgr get-updates --json --no-unreported-check --no-metadata-check
 ninja --version
 journalctl --no-pager --boot --output=json --output-fields=MESSAGE_ID --lines=20 UNIT=vllm.service MESSAGE_ID=39f5
 env DEBIAN_FRONTEND=noninteractive NEEDRESTART_SUSPEND=1 apt-get -y -o DPkg::Lock::Timeout=600 -s purge gcc
+apt-get -y -o APT::Install-Recommends=false -o Dir::Etc::sourcelist=/c/debs/sources.list -s --no-remove install git
 make -j4 -C /src src.build BUILDDIR=/b 'NVCC_GENCODE=-gencode=arch=compute_121,code=sm_121' -n
 git ls-remote --exit-code https://example.org/x.git v1
 git -C /cache/x.git rev-parse 'v1^{commit}'
@@ -110,6 +111,8 @@ journalctl --rot
 journalctl --cursor-file=/tmp/x
 env LD_PRELOAD=/tmp/x.so true
 apt-get -o -s purge gcc
+apt-get -y -o Dir::Bin::dpkg=/tmp/x -s install git
+apt-get -y -o Dir::Etc::sourcelist=/tmp/x install git
 apt-cache gencaches
 make -j4 -C /src src.build
 git clone https://example.org/x rev-parse

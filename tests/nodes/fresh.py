@@ -28,7 +28,7 @@ nccl:
 
 
 @contextmanager
-def fresh_node() -> Iterator[FreshNode]:
+def fresh_node(*more: Bind) -> Iterator[FreshNode]:
     """A node on this machine's network with a CUDA toolkit in its usual place and a cache that outlives it."""
     cache = _shared_cache()
     # NCCL must be built in this run.
@@ -37,6 +37,7 @@ def fresh_node() -> Iterator[FreshNode]:
         Bind(toolkit(), "/usr/local/cuda"),
         Bind(tarball().parent, "/srv/nccl"),
         Bind(cache, "/home/spark/.cache/sparkinstall", read_only=False),
+        *more,
     ]
     with FreshNode(bind=binds) as node:
         node.run("chown", "spark:spark", "/home/spark/.cache")
