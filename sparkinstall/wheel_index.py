@@ -20,7 +20,9 @@ from sparkinstall.given import home
 from sparkinstall.stacks import Pin, canonical
 from sparkinstall.system import System
 
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9._+!-]+\.whl")
+WHEEL_NAME = re.compile(r"[\w.]+-[\w.+!]+(?:-[\w.]+){3,4}\.whl", re.ASCII)
+"""The name of a wheel's file: package, version, perhaps a build, and what it is compatible with."""
+
 _LOGIN = re.compile(r"://([^\s/@:\"']*:[^\s/@\"']+)@([^\s/\"'?#]+)")
 _GLIBC = re.compile(r"manylinux_2_(\d+)_")
 _OLD_GLIBC = {"manylinux2014": 17, "manylinux2010": 12, "manylinux1": 5}
@@ -37,7 +39,7 @@ class RemoteWheel(Struct, frozen=True):
     def name(self) -> str:
         """The file's name. Raises CommandFailed if the URL does not end in that of a wheel."""
         found = unquote(urlsplit(self.url).path.rpartition("/")[2])
-        if not _PLAIN_NAME.fullmatch(found):
+        if not WHEEL_NAME.fullmatch(found):
             raise CommandFailed(f"{self.url} is not the address of a wheel", hint="check the package index")
         return found
 

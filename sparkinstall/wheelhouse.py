@@ -26,7 +26,7 @@ from sparkinstall.own_files import read_regular
 from sparkinstall.stacks import Pin
 from sparkinstall.system import System, processes
 from sparkinstall.system.local import replace_file
-from sparkinstall.wheel_index import RemoteWheel, locate, logins, rank, wrong_hash
+from sparkinstall.wheel_index import WHEEL_NAME, RemoteWheel, locate, logins, rank, wrong_hash
 
 _AT_ONCE = 4
 _PAUSES = (0.5, 3.0)
@@ -75,7 +75,8 @@ class Wheelhouse(Struct, frozen=True):
         """
         with self._changing("reading the wheels"):
             known = self.listed()
-            new = [each for each in sorted(self.folder.glob("*.whl")) if each.name not in known and each.is_file()]
+            wheels = [each for each in sorted(self.folder.glob("*.whl")) if WHEEL_NAME.fullmatch(each.name)]
+            new = [each for each in wheels if each.name not in known and each.is_file()]
             if new:
                 self._write(known | {each.name: _kept(each, sha256_of(each)) for each in new})
         return [each.name for each in new]
@@ -162,7 +163,7 @@ class Wheelhouse(Struct, frozen=True):
             found = schema.read_json(dict[str, Kept], read_regular(self.folder / "index.json"), "index.json")
         except (OSError, schema.Malformed):
             return {}
-        return {name: kept for name, kept in found.items() if name.endswith(".whl") and "/" not in name}
+        return {name: kept for name, kept in found.items() if WHEEL_NAME.fullmatch(name)}
 
     def _write(self, index: Mapping[str, Kept]) -> None:
         content = msgspec.json.format(msgspec.json.encode(dict(sorted(index.items()))), indent=1)

@@ -8,6 +8,7 @@ certificate.
 """
 
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -256,11 +257,16 @@ class Missing(Struct):
         # The stamp last: it says that the library is there.
         for file, name in zip(arrived, (KEPT_LIBRARY, KEPT_STAMP), strict=True):
             file.replace(kept / name)
+        shutil.rmtree(self._arriving)
         return offered.files
+
+    @property
+    def _arriving(self) -> Path:
+        return self.node.cache / "nccl/arriving"
 
     def _arrived(self, listed: Listed) -> Path:
         name = KEPT_STAMP if listed.name == KEPT_STAMP else KEPT_LIBRARY
-        file = self.link.get(_of_nccl(name), self.node.cache / "nccl/arriving" / listed.sha256)
+        file = self.link.get(_of_nccl(name), self._arriving / listed.sha256)
         if (found := sha256_of(file)) != listed.sha256:
             file.unlink()
             cause = f"expected sha256 {listed.sha256}, found {found}"

@@ -256,6 +256,7 @@ def test_nccl_copied_from_the_head_replaces_the_build(
     with offering(head, "nccl") as offered:
         code, data, error = fetched(worker, offered, "nccl")
     assert (code, error, data["files"]) == (0, "", 2)
+    assert not (worker.cache / "nccl/arriving").exists()
     reply = _run_nccl(worker, tmp_path / "node")
     assert reply["exit_code"] == 0, reply["errors"]
     made = tmp_path / "node/opt/sparkinstall/nccl/lib/libnccl.so.2"

@@ -203,6 +203,14 @@ def test_wheels_that_a_user_put_there_are_used(
     assert house.missing(pins) == []
 
 
+def test_wheel_under_a_name_of_no_wheel_is_left_alone(tmp_path: Path, house: Wheelhouse) -> None:
+    """uv would not find it."""
+    pins = pins_of(tiny_stack(tmp_path))
+    house.folder.mkdir(parents=True)
+    shutil.copy(next(tmp_path.glob("*.whl")), house.folder / "vllm.whl")
+    assert house.refresh() == [] and house.missing(pins) == list(pins)
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"../x.whl": {"sha256": "", "size": 0, "mtime_ns": 0}}', "\0"])
 def test_index_that_cannot_be_read_is_written_again(tmp_path: Path, house: Wheelhouse, content: str) -> None:
     pins = pins_of(tiny_stack(tmp_path))
