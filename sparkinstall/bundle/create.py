@@ -112,7 +112,7 @@ def _tool(order: Order, packed: Packed, _: _Part) -> None:
     """The sources of this tool, and the wheels that it needs itself, with uv."""
     packed.files |= {f"{contents.TOOL}/{name}": path for name, path in bootstrap.sources().items()}
     for python in PYTHONS:
-        folder = bootstrap.wheelhouse(bootstrap.Place(order.node.platform, python, _GLIBC))
+        folder = bootstrap.own_packages(bootstrap.Place(order.node.platform, python, _GLIBC))
         if folder is None:
             raise CommandFailed(
                 "the tool's own packages could not be downloaded",

@@ -75,9 +75,9 @@ for other in "$home"/delivered/*; do
     case $other in "$into" | "$into".*) ;; *) rm -rf "$other" ;; esac
 done
 cd "$into" || exit 1
-if [ -d wheelhouse ]; then
+if [ -d own-packages ]; then
     # pip splits it at blanks, so it must not contain the path of the home.
-    PIP_NO_INDEX=1 PIP_FIND_LINKS=wheelhouse PIP_CONFIG_FILE=/dev/null
+    PIP_NO_INDEX=1 PIP_FIND_LINKS=own-packages PIP_CONFIG_FILE=/dev/null
     export PIP_NO_INDEX PIP_FIND_LINKS PIP_CONFIG_FILE
 fi
 if ! sh ./install.sh --tool-only </dev/null >&2; then
@@ -157,9 +157,9 @@ def digest_of(files: Mapping[str, bytes]) -> str:
     return hashlib.sha256(b"".join(lines)).hexdigest()
 
 
-def archive(wheelhouse: Path | None) -> bytes:
+def archive(own_packages: Path | None) -> bytes:
     """The sources, and the wheels of the locked requirements, as one tar."""
-    wheels = {f"wheelhouse/{path.name}": path for path in sorted(wheelhouse.iterdir())} if wheelhouse else {}
+    wheels = {f"own-packages/{path.name}": path for path in sorted(own_packages.iterdir())} if own_packages else {}
     return packed({name: path.read_bytes() for name, path in {**sources(), **wheels}.items()})
 
 
@@ -174,11 +174,11 @@ def packed(files: Mapping[str, bytes]) -> bytes:
     return packed.getvalue()
 
 
-def wheelhouse(of: Place) -> Path | None:
+def own_packages(of: Place) -> Path | None:
     """A folder in the cache with the wheels of requirements.lock for such a node; None: the download failed."""
     lock = sources()["requirements.lock"]
     key = hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
-    folder = user_cache() / "wheelhouse" / f"{key}-{of.python}-{of.machine}"
+    folder = user_cache() / "own-packages" / f"{key}-{of.python}-{of.machine}"
     # Nodes are served in parallel, and most of them need the same wheels.
     with _one_at_a_time:
         if folder.is_dir():

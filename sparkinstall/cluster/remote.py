@@ -143,7 +143,7 @@ class RemoteNode(Struct):
                 hint=f"at the node: `sudo apt-get install python3` ({self.host})",
             )
         on_line("installing sparkinstall on the node")
-        tar = bootstrap.archive(bootstrap.wheelhouse(place))
+        tar = bootstrap.archive(bootstrap.own_packages(place))
         result = self._unpack(bootstrap.INSTALL, bootstrap.digest(), tar, on_line)
         if not result.ok:
             raise _not_installed(self.host, result)

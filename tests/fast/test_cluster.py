@@ -628,16 +628,16 @@ def test_bare_node_with_an_odd_home_gets_sparkinstall(
     code, reply, _ = far.cluster("plan", "fresh", XDG_CACHE_HOME=str(cache))
     assert code == 0, reply["errors"]
     assert reply["data"]["nodes"][0]["tool_brought"]
-    assert [*cache.glob("sparkinstall/wheelhouse/*/*.whl")]
+    assert [*cache.glob("sparkinstall/own-packages/*/*.whl")]
     shutil.rmtree(tmp_path)
 
 
 def test_failed_installation_on_a_node_leaves_nothing_there(far: FarNodes, tmp_path: Path) -> None:
     (far.lab / "fresh").mkdir()
-    # A wheelhouse without wheels: pip fails, whatever the network does.
+    # A folder without wheels: pip fails, whatever the network does.
     lock = (far.checkout / "requirements.lock").read_bytes()
     key = f"{hashlib.sha256(lock).hexdigest()[:16]}-{sys.version_info[0]}.{sys.version_info[1]}-{platform.machine()}"
-    (wheels := tmp_path / "cache/sparkinstall/wheelhouse" / key).mkdir(parents=True)
+    (wheels := tmp_path / "cache/sparkinstall/own-packages" / key).mkdir(parents=True)
     (wheels / "none").touch()
     code, reply, _ = far.cluster("plan", "fresh", XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert code == 5

@@ -85,7 +85,7 @@ class Maker:
     def _add_tool_wheels(self) -> None:
         lock = hashlib.sha256((bootstrap.sources()["requirements.lock"]).read_bytes()).hexdigest()[:16]
         for python in ("3.11", "3.12", "3.13"):
-            folder = self.cache / "sparkinstall/wheelhouse" / f"{lock}-{python}-{self.platform}"
+            folder = self.cache / "sparkinstall/own-packages" / f"{lock}-{python}-{self.platform}"
             folder.mkdir(parents=True)
             (folder / "tool-1.0-py3-none-any.whl").write_bytes(b"wheel")
 
