@@ -1,5 +1,6 @@
 """Read bundles: what is wrong with one is an error for the user."""
 
+import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from sparkinstall.errors import BadBundle, BadUsage
 from sparkinstall.given import absolute
 from sparkinstall.payloads import bundle_archive
 from sparkinstall.payloads.bundle_archive import Manifest, OnBytes, Refused, Take, silent, take_nothing
+
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 def place(named: str | Path, option: str) -> Path:
@@ -71,7 +74,8 @@ def problems(path: Path) -> Iterator[None]:
     except Refused as refused:
         raise BadBundle(f"the bundle {path} cannot be used: {refused.message}", hint=refused.hint) from refused
     except OSError as error:
-        if error.filename in (None, str(path)):
+        # What was read is written elsewhere meanwhile, and an error of that names no file either.
+        if error.filename in (None, str(path)) and error.errno not in _OF_WRITING:
             why = error.strerror or str(error)
             raise BadBundle(f"the bundle {path} cannot be read: {why}", hint=bundle_archive.AGAIN) from error
         raise

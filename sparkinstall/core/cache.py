@@ -27,7 +27,7 @@ Kind = Literal[
 _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
 _FOLDERS: Mapping[str, Kind] = {
     "index": "index", "python": "python", "own-packages": "tool", "nccl-tests": "tests", "apt": "debian",
-    "arriving": "incomplete", "uv": "former", "hashes": "former", "arriving.lock": "former",
+    "debs": "debian", "arriving": "incomplete", "uv": "former", "hashes": "former", "arriving.lock": "former",
 }  # fmt: skip
 _MAY_GO = ("wheel", "source", "build", "incomplete", "former")
 

@@ -4,6 +4,7 @@ installs from one."""
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,10 +204,14 @@ def test_bundle_brings_the_source_of_nccl(tmp_path: Path) -> None:
 
 def _offline(*args: str | Path, **env: str) -> Run:
     """A verb on a machine without certificates, in a network namespace with a loopback only, which is down."""
+    return _alone(command(*args), env)
+
+
+def _alone(argv: Sequence[str], env: Mapping[str, str]) -> Run:
     bare = ("sh", "-ec", 'mount -t tmpfs none /etc/ssl; exec "$@"', "sh")
-    alone = ("unshare", "--map-root-user", "--net", "--mount", *bare, *command(*args))
+    inside = ("unshare", "--map-root-user", "--net", "--mount", *bare, *argv)
     mine = environment(**env)
-    return subprocess.run(alone, env=mine, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    return subprocess.run(inside, env=mine, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -301,6 +306,17 @@ def test_cache_that_is_full_while_installing_is_one_error(node: Offline, bundle:
         assert not node.root.exists(), "nothing was changed"
         resize(node.cache, "200m")
         assert node.run("all", "--bundle", bundle[0]).returncode == 0
+
+
+@pytest.mark.network
+def test_cache_that_cannot_take_a_wheel_is_no_fault_of_the_bundle(node: Offline, bundle: tuple[Path, Path]) -> None:
+    options = (*node.options, "--bundle", bundle[0], "--json")
+    run = _alone(("prlimit", "--fsize=100000", *command("all", *options)), node.env)
+    assert (run.returncode, _error(run)["code"]) == (1, "storage"), output_of(run)
+    assert _error(run)["message"].startswith(
+        f"unpacking {bundle[0]} to {node.cache}/sparkinstall failed: the file would be"
+    )
+    assert not node.root.exists() and not list((node.cache / "sparkinstall/arriving").iterdir())
 
 
 def test_bundle_decides_the_stack_unless_another_is_named(tmp_path: Path) -> None:
