@@ -300,6 +300,24 @@ def test_install_from_a_damaged_wheel_removes_it_and_the_next_run_succeeds(tmp_p
     assert run.returncode == 0, output_of(run)
 
 
+@pytest.mark.network
+def test_wheel_named_by_its_url_is_taken_from_the_wheelhouse_and_its_hash_recorded(tmp_path: Path) -> None:
+    stack = small_stack(tmp_path / "stack")
+    (wheel,) = stack.parent.glob("vllm-*.whl")
+    url, lock = f"https://127.0.0.1:9/{wheel.name}", stack.with_name("tiny.lock")
+    digest = f"--hash=sha256:{sha256_of(wheel)}"
+    lock.write_text(lock.read_text().replace(f"vllm==0.18.1 \\\n    {digest}", f"vllm @ {url}"))
+    stack.write_text(stack.read_text().replace("{lock: tiny.lock}", f"{{lock: tiny.lock, wheels: [{{url: '{url}'}}]}}"))
+    (wheels := stack.parent / "cache/sparkinstall/wheels").mkdir(parents=True)
+    for each in stack.parent.glob("*.whl"):
+        shutil.copy(each, wheels)
+    options = (*SETTINGS, "--stack", str(stack), "--platform", "x86_64", "--only", "environment")
+    run = Rehearsal(tmp_path / "node", options).all("--json", **no_index(stack))
+    assert run.returncode == 0, output_of(run)
+    recorded = (tmp_path / "node/opt/sparkinstall/locks/tiny.x86_64.lock").read_text()
+    assert f"vllm @ {url} \\\n    {digest}\n" in recorded and "file:" not in recorded
+
+
 # --- the choice among compatible wheels
 
 
