@@ -17,7 +17,7 @@ from tests.lab.commands import Completed
 
 PACKAGES = (
     *("base-files", "base-passwd", "python3", "iproute2", "netplan.io", "ca-certificates"),
-    *("dash", "bash", "coreutils", "libc-bin"),
+    *("dash", "bash", "coreutils", "libc-bin", "tar", "sed", "grep", "findutils"),
 )
 PYTHON = "3.13"  # trixie's
 # For a processor with pointer authentication qemu computes every signature: five times slower.

@@ -1,6 +1,7 @@
 """sparkinstall on aarch64, in a chroot under qemu: it starts there and plans a Spark's wheels."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab import arm64
+from tests.lab import arm64, commands
+from tests.support.bundles import WHEEL, Maker
+from tests.support.tiny_stack import small_stack
 
 pytestmark = [pytest.mark.layer6, pytest.mark.network]
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -51,3 +54,24 @@ def test_preflight_on_arm64_accepts_the_architecture(spark: arm64.Arm64) -> None
     checks = {check["name"]: check for check in json.loads(answer.stdout)["data"]["preflight"]}
     assert checks["arch"]["verdict"] == "pass"
     assert checks["machine"]["verdict"] == "fail"
+
+
+def test_bundle_made_on_another_architecture_is_installed_on_arm64_without_a_network(
+    spark: arm64.Arm64, tmp_path: Path
+) -> None:
+    maker = Maker(tmp_path, small_stack(tmp_path / "stack"), platform="aarch64", real_tool=True)
+    home = spark.root / "root"
+    maker.created(home / "b.tar")
+    shutil.copytree(maker.stack.parent, home / "stack")
+
+    def run(*argv: str) -> str:
+        # Without the packages of the other tests.
+        inside = spark.command(*argv, env={"PYTHONPATH": "", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}, cwd="/root")
+        return commands.run("unshare", "--net", *inside, timeout=600).stdout
+
+    run("tar", "-xf", "b.tar", "sparkinstall")
+    options = ("--root", "./node", "--stack", "stack/tiny.yaml", *WHEEL)
+    assert "is done. Next:" in run("sparkinstall/install.sh", "--bundle", "b.tar", *options)
+    assert "(stack tiny, aarch64)" in run("sparkinstall/install.sh", "--bundle", "b.tar", *options)
+    run(".local/bin/sparkinstall", "uninstall", "--root", "./node")
+    assert not (home / "node").exists()
