@@ -4,6 +4,7 @@ The tests of this file run in order on one node.
 """
 
 import json
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -36,6 +37,8 @@ mkdir -p "$1"
 cp -a ~/.cache/sparkinstall/nccl "$1"
 ln -s ~/.cache/sparkinstall/wheels "$1/wheels"
 """
+STACKS = f"{CHECKOUT}/tests/lab/stacks"
+IDNA = "idna==3.10 \\\\\n    --hash=sha256:946d195a0d259cbba61165e88e65941f16e9b36ea6ddb97f00452bae8b1287d3"
 W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
 
 
@@ -329,6 +332,23 @@ def test_all_restores_a_changed_env_file(node: FreshNode) -> None:
     assert repaired["exit_code"] == 0
     # The second one removes the environment that the reinstallation above has replaced.
     assert [s["step"] for s in repaired["data"]["steps"] if s["outcome"] == "changed"] == ["env-files", "former"]
+
+
+def test_all_with_another_stack_runs_it_and_keeps_the_former_environment_if_asked(node: FreshNode) -> None:
+    former = node.run("readlink", "/opt/sparkinstall/venv").stdout.strip()
+    node.write(f"{STACKS}/lab-other.yaml", node.read(f"{STACKS}/lab-full.yaml").replace("lab-full", "lab-other"))
+    lock, changed_pins = re.subn(r"idna==.*\n.*", IDNA, node.read(f"{STACKS}/lab-full.x86_64.lock"))
+    assert changed_pins == 1
+    node.write(f"{STACKS}/lab-other.x86_64.lock", lock)
+    other = ("--stack", f"{STACKS}/lab-other.yaml", "--keep-old")
+    assert "beside stack lab-full; once they are proven, switch to them" in sparkinstall(node, "plan", *other).stdout
+    sparkinstall(node, "all", *other, "--yes", *ignoring())
+    used = node.run("readlink", "/opt/sparkinstall/venv").stdout.strip()
+    assert used.startswith("venvs/lab-other-")
+    kept = node.run("ls", "/opt/sparkinstall/venvs").stdout.split()
+    assert sorted(f"venvs/{name}" for name in kept) == sorted([former, used])
+    assert _exists(node, f"{SITE}/idna-3.10.dist-info")
+    assert probe_result(node, "wheel-files")[0] == "pass"
 
 
 def test_uninstall_restores_every_byte(node: FreshNode, before: dict[str, str]) -> None:
