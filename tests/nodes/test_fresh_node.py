@@ -340,9 +340,9 @@ def test_all_with_another_stack_runs_it_and_keeps_the_former_environment_if_aske
     lock, changed_pins = re.subn(r"idna==.*\n.*", IDNA, node.read(f"{STACKS}/lab-full.x86_64.lock"))
     assert changed_pins == 1
     node.write(f"{STACKS}/lab-other.x86_64.lock", lock)
-    other = ("--stack", f"{STACKS}/lab-other.yaml", "--keep-old")
+    other = ("--stack", f"{STACKS}/lab-other.yaml")
     assert "beside stack lab-full; once they are proven, switch to them" in sparkinstall(node, "plan", *other).stdout
-    sparkinstall(node, "all", *other, "--yes", *ignoring())
+    sparkinstall(node, "all", *other, "--keep-old", "--yes", *ignoring())
     used = node.run("readlink", "/opt/sparkinstall/venv").stdout.strip()
     assert used.startswith("venvs/lab-other-")
     kept = node.run("ls", "/opt/sparkinstall/venvs").stdout.split()
