@@ -38,7 +38,7 @@ cp -a ~/.cache/sparkinstall/nccl "$1"
 ln -s ~/.cache/sparkinstall/wheels "$1/wheels"
 """
 STACKS = f"{CHECKOUT}/tests/lab/stacks"
-IDNA = "idna==3.10 \\\\\n    --hash=sha256:946d195a0d259cbba61165e88e65941f16e9b36ea6ddb97f00452bae8b1287d3"
+IDNA = "idna==3.18 \\\\\n    --hash=sha256:7f952cbe720b688055e3f87de14f5c3e5fdaa8bc3928985c4077ca689de849a2"
 W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
 
 
@@ -347,7 +347,7 @@ def test_all_with_another_stack_runs_it_and_keeps_the_former_environment_if_aske
     assert used.startswith("venvs/lab-other-")
     kept = node.run("ls", "/opt/sparkinstall/venvs").stdout.split()
     assert sorted(f"venvs/{name}" for name in kept) == sorted([former, used])
-    assert _exists(node, f"{SITE}/idna-3.10.dist-info")
+    assert _exists(node, f"{SITE}/idna-3.18.dist-info")
     assert probe_result(node, "wheel-files")[0] == "pass"
 
 
