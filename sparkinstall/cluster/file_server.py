@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
+from socketserver import TCPServer
 from typing import BinaryIO
 from urllib.parse import unquote
 
@@ -55,6 +56,11 @@ class FileServer(ThreadingHTTPServer):
         self.sent = self.done = self.busy = 0
         self.last_seen = time.monotonic()
         self.guard = threading.Lock()
+
+    def server_bind(self) -> None:
+        """Bind without asking a name server for the name of the address, which takes long where none answers."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
 
     def wait(self, clients: int, patience: float) -> None:
         """Return when so many clients are done, or none was connected for `patience` seconds."""
