@@ -39,7 +39,7 @@ _PREFIXES = (
     # journald's program, the kernel's clock
     r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
     r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",
-    rf"(?P<kernel>\[(?: *\+?\d+\.\d+|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
+    rf"(?P<kernel>\[(?: *\+?\d+\.\d+ ?|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
     # vLLM and Ray name the process
     r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
     r"(?P<who>\((?:raylet|autoscaler|gcs_server)\)) ?",
@@ -61,7 +61,7 @@ _PREFIXES = (
     # programs in Go
     r"(?P<go>INFO|WARN|ERRO|FATA|DEBU)\[\d+\] +",
     # NCCL
-    r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?NCCL (?P<nccl>INFO|WARN|TRACE) ",
+    r"[\w.-]+:\d+:\d+ \[\d+\] (?:[\w./]+:\d+ )?(?:NCCL )?(?P<nccl>INFO|WARN|TRACE) ",
     r"[\w./]+:\d+ NCCL (?P<nccl>INFO|WARN) ",
     r"NCCL (?P<nccl>INFO|WARN|TRACE) ",
 )

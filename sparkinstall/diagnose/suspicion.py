@@ -17,10 +17,12 @@ WORDS = (
     "onnection timed out", "o route to host", "etwork is unreachable", "nvalid argument",
     "annot allocate memory", "esource busy", "nput/output error", "o such device", "peration not permitted",
     "ddress already in use", "emporarily unavailable", "oo many open files",
+    "PAGE_FAULT", "arm-smmu", "failed command", "exception Emask", "symbol", "ailed to start", "nable to configure",
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
 
 MOST, STRONG, SOME, WEAK = 4, 3, 2, 1
+_SHORT = 40
 
 
 def _any(*shapes: str, ignore_case: bool = False) -> re.Pattern[str]:
@@ -62,11 +64,12 @@ _SHAPES = (
         _any(
             r"(?:[\w./+()-]+(?:[:(][\d:,]+\)?)?:? )?(?:[Ee]rror|ERROR)(?: [\w ]{1,40})?: \S",
             r"nvcc +error",
+            r"(?:failed to start|unable to configure) .*[: ]\S",
             r"\s*Caused by: \S",
             r"[\w.-]+: aborting\b",
             r".*\*\*\* \[.*\] Error \d",
             # what the operating system answered, at the end of a message
-            r".*\S: (?:Connection timed out|No route to host|Network is unreachable"
+            r".*: (?:Connection timed out|No route to host|Network is unreachable"
             r"|Invalid argument|Cannot allocate memory|Device or resource busy|Input/output error|No such device"
             r"|Operation not permitted|Address already in use|Resource temporarily unavailable"
             r"|Too many open files)\.?$",
@@ -95,6 +98,10 @@ _KERNEL = (
             "EXT4-fs error",
             ".*\\[Hardware Error\\]",
             "SError",
+            ".*IO_PAGE_FAULT",
+            "arm-smmu.*(?:fault|timeout)",
+            "ata\\d.*(?:failed command|exception Emask|error: )",
+            "\\w+: (?:disagrees about version of|Unknown) symbol",
             "Memory failure: ",
             "nvme\\S* \\S+ (?:controller is down|Disabling device)",
             ".*critical temperature",
@@ -160,7 +167,7 @@ def weight(line: Line, role: Role, number: int) -> int:
     if line.level == "warning":
         return 0
     # What announces the next line, or continues the one before, tells nothing itself.
-    is_whole = not message.startswith(" ") and not message.rstrip().endswith(":")
+    is_whole = not message.startswith(" ") and not (len(message) < _SHORT and message.rstrip().endswith(":"))
     return _first(_SHAPES, message) or (WEAK if line.level == "error" and is_whole else 0)
 
 
