@@ -1,7 +1,6 @@
 """`sparkinstall bundle`: one file with which a node without a network is set up."""
 
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,7 @@ from sparkinstall.bundle.changes import Change, Changes, changes
 from sparkinstall.bundle.create import Order, create, require_locked
 from sparkinstall.cli import options
 from sparkinstall.cli.live_output import watching
-from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
+from sparkinstall.cli.run_command import CommandResult, Output, agree_to_replace, verb
 from sparkinstall.cli.text_output import console, headed
 from sparkinstall.core.session import Target, described
 from sparkinstall.errors import BadUsage
@@ -128,11 +127,7 @@ def _place(named: Path, yes: bool) -> Path:
         raise BadUsage(f"no file can be written to the folder {path.parent}", hint="name another one with --output")
     if path.is_dir() or (os.path.lexists(path) and not path.is_file()):
         raise BadUsage(f"{path} is not a file", hint="name the bundle itself: `--output FILE.tar`")
-    if path.exists():
-        if not (yes or sys.stdin.isatty()):
-            way_out = "add `--yes` to replace it, or name another file: `--output FILE.tar`"
-            raise BadUsage(f"{path} already exists", hint=way_out)
-        confirm(f"{path} already exists. Replace it?", agreed=yes, default=False)
+    agree_to_replace(path, ".tar", agreed=yes)
     return path
 
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkinstall.cli import options
-from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
+from sparkinstall.cli.run_command import CommandResult, Output, agree_to_replace, verb
 from sparkinstall.cli.text_output import console
 from sparkinstall.core.session import Target, open_state
 from sparkinstall.core.verify import VerifyOptions
@@ -79,11 +78,7 @@ def _place(output: Path | None, yes: bool) -> Path:
         raise BadUsage(f"{path} is not a file", hint="name the archive itself: `--output FILE.tar.gz`")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise _unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
-    if path.exists() or path.is_symlink():
-        if not (yes or sys.stdin.isatty()):
-            way_out = "add `--yes` to replace it, or name another file: `--output FILE.tar.gz`"
-            raise BadUsage(f"{path} already exists", hint=way_out)
-        confirm(f"{path} already exists. Replace it?", agreed=yes, default=False)
+    agree_to_replace(path, ".tar.gz", agreed=yes)
     return path
 
 
