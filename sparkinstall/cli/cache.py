@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+from rich.filesize import decimal
 
 from sparkinstall.cli import options
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
@@ -34,13 +35,13 @@ def list_(target: Target, output: Output) -> CommandResult:
 
 def _show(found: cache.CacheList, verbose: bool) -> None:
     out = console()
-    out.print(f"{found.folder}: {_bytes(found.size)}", markup=False)
+    out.print(f"{found.folder}: {decimal(found.size)}", markup=False)
     if found.entries:
         out.print(_by_kind(found.entries))
     if verbose:
         out.print(_each(found.entries))
     if needless := [each for each in found.entries if each.is_needless]:
-        size = _bytes(sum(each.size for each in needless))
+        size = decimal(sum(each.size for each in needless))
         out.print(f"Nothing needs {len(needless)} of these ({size}): `sparkinstall cache prune` removes them.")
 
 
@@ -49,14 +50,14 @@ def _by_kind(entries: Sequence[cache.Entry]) -> object:
     for kind, title in _KINDS.items():
         if some := [each for each in entries if each.kind == kind]:
             needed = sorted({name for each in some for name in each.needed_by})
-            table.add_row(title, str(len(some)), _bytes(sum(each.size for each in some)), ", ".join(needed))
+            table.add_row(title, str(len(some)), decimal(sum(each.size for each in some)), ", ".join(needed))
     return table
 
 
 def _each(entries: Sequence[cache.Entry]) -> object:
     table = headed("path", "size", "needed by")
     for each in entries:
-        table.add_row(each.path, _bytes(each.size), ", ".join(each.needed_by))
+        table.add_row(each.path, decimal(each.size), ", ".join(each.needed_by))
     return table
 
 
@@ -83,12 +84,15 @@ def prune(target: Target, output: Output, everything: All = False, yes: options.
     def agree(going: Sequence[cache.Entry]) -> None:
         if not output.json:
             console().print(_each(going))
-        size = _bytes(sum(each.size for each in going))
+        size = decimal(sum(each.size for each in going))
         confirm(f"Remove these {size}?", agreed=yes, default=False)
 
     done = cache.prune(open_session(target), agree, everything)
-    return CommandResult(data=done, show=lambda: print(f"Removed {len(done.removed)}, {_bytes(done.freed)}."))
+    return CommandResult(data=done, show=lambda: _show_pruned(done))
 
 
-def _bytes(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+def _show_pruned(done: cache.CachePruned) -> None:
+    if done.removed:
+        print(f"Removed {len(done.removed)} files and folders: {decimal(done.freed)}.")
+    else:
+        print("Nothing to remove.")
