@@ -1,5 +1,6 @@
 """Progress events of the engine. The CLI renders them as a live screen or plain lines."""
 
+import time
 from collections.abc import Callable
 
 from msgspec import Struct
@@ -64,3 +65,20 @@ Emit = Callable[[Event], None]
 def silent(event: Event) -> None:
     """Discard the event."""
     del event
+
+
+Tell = Callable[[int, int], None]
+"""Called with the bytes so far, and their total."""
+
+
+def seldom(tell: Tell, seconds: float = 0.2) -> Tell:
+    """Return `tell` for a caller that has news thousands of times a second: it is called once every `seconds`."""
+    told = float("-inf")
+
+    def on_bytes(done: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > seconds:
+            told = time.monotonic()
+            tell(done, total)
+
+    return on_bytes

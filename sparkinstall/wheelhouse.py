@@ -22,6 +22,7 @@ from msgspec import Struct, field
 from sparkinstall import schema
 from sparkinstall.downloads import NotDownloaded, fetch, sha256_of
 from sparkinstall.errors import CommandFailed, Storage, storage_errors
+from sparkinstall.events import seldom
 from sparkinstall.own_files import read_regular
 from sparkinstall.stacks import Pin
 from sparkinstall.system import System, processes
@@ -30,7 +31,6 @@ from sparkinstall.wheel_index import WHEEL_NAME, RemoteWheel, locate, logins, ra
 
 _AT_ONCE = 4
 _PAUSES = (0.5, 3.0)
-_TOLD_EVERY = 0.2
 
 
 class Kept(Struct, frozen=True):
@@ -213,7 +213,7 @@ class Downloads(Struct, frozen=True):
 
 
 def _from_the_index(on: System) -> Downloads:
-    return Downloads(lambda done, total: on.progress(done, total, "bytes"), logins(), log=on.log)
+    return Downloads(seldom(lambda done, total: on.progress(done, total, "bytes")), logins(), log=on.log)
 
 
 class _Downloading(Struct):
@@ -223,7 +223,6 @@ class _Downloading(Struct):
     how: Downloads
     _sizes: dict[str, int] = field(default_factory=dict)
     _done: dict[str, int] = field(default_factory=dict)
-    _told: float = 0
     _failed: bool = False
     _guard: threading.Lock = field(default_factory=threading.Lock)
 
@@ -285,9 +284,7 @@ class _Downloading(Struct):
         with self._guard:
             self._done[name] = done
             self._sizes[name] = self._sizes[name] or total
-            if time.monotonic() - self._told > _TOLD_EVERY:
-                self._told = time.monotonic()
-                self.how.on_bytes(sum(self._done.values()), sum(self._sizes.values()))
+            self.how.on_bytes(sum(self._done.values()), sum(self._sizes.values()))
 
 
 def _is_locked(handle: int) -> bool:

@@ -19,11 +19,11 @@ from sparkinstall.bundle.debian import system_name
 from sparkinstall.core.converge import Supply
 from sparkinstall.core.session import Target
 from sparkinstall.errors import BadBundle, Storage, storage_errors
-from sparkinstall.events import Emit, Progressed, StepEnded, StepStarted
+from sparkinstall.events import Emit, Progressed, StepEnded, StepStarted, seldom
 from sparkinstall.facts.machine import os_release
 from sparkinstall.node import Node
 from sparkinstall.payloads import bundle_archive
-from sparkinstall.payloads.bundle_archive import Manifest, Member, Refused
+from sparkinstall.payloads.bundle_archive import Manifest, Member, OnBytes, Refused
 from sparkinstall.probes import Finding, Probe, failed, passed
 from sparkinstall.resources.packages import SOURCE_LIST, installed
 from sparkinstall.resources.venv import wheelhouse
@@ -50,8 +50,8 @@ def supply(node: Node, on: Reader, emit: Emit) -> Supply:
     Raises:
         BadBundle: it is damaged, for another architecture or stack, or of another version.
     """
-    path, told = Path(node.bundle), _Told(emit)
-    manifest = checked.read(path, told.bytes)
+    path = Path(node.bundle)
+    manifest = checked.read(path, _telling(emit))
     with checked.problems(path):
         _require_fit(manifest, node)
     probe = Probe(
@@ -123,17 +123,15 @@ def _paths(manifest: Manifest) -> set[str]:
     return {each.path for each in manifest.members}
 
 
-class _Told(Struct):
-    """Tells the progress of reading a bundle, a few times a second."""
+def _telling(emit: Emit) -> OnBytes:
+    """Return what tells the progress of reading a bundle, and ends it after Ctrl-C."""
+    tell = seldom(lambda done, total: emit(Progressed(NAME, done, total, "bytes")))
 
-    emit: Emit
-    at: float = 0.0
-
-    def bytes(self, done: int, total: int) -> None:
+    def on_bytes(done: int, total: int) -> None:
         processes.refuse_if_stopped()
-        if time.monotonic() - self.at > 0.2:
-            self.at = time.monotonic()
-            self.emit(Progressed(NAME, done, total, "bytes"))
+        tell(done, total)
+
+    return on_bytes
 
 
 class _BringIn(Struct):
@@ -163,7 +161,7 @@ class _BringIn(Struct):
             place = wanted.get(member.path)
             return place(member) if place else None
 
-        checked.read(self.path, _Told(self.emit).bytes, take)
+        checked.read(self.path, _telling(self.emit), take)
         if self.node.debian_packages.exists():
             address = quote(str(self.node.debian_packages))
             (self.node.debian_packages / SOURCE_LIST).write_text(f"deb [trusted=yes] file:{address} ./\n")

@@ -10,8 +10,8 @@ certificate.
 import secrets
 import shutil
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
@@ -25,6 +25,7 @@ from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered,
 from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode, repeated
 from sparkinstall.downloads import NotDownloaded, fetch, sha256_of
 from sparkinstall.errors import Interrupted, Problem, storage_errors
+from sparkinstall.events import Tell, seldom
 from sparkinstall.node import Node
 from sparkinstall.own_files import read_regular
 from sparkinstall.resources import Ok
@@ -33,6 +34,7 @@ from sparkinstall.resources.venv import environment_of, lock_of, wheelhouse
 from sparkinstall.stacks import Pin
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.system import Reader
+from sparkinstall.system.local import replace_file
 from sparkinstall.wheel_index import RemoteWheel
 from sparkinstall.wheelhouse import Downloads
 
@@ -41,7 +43,7 @@ STEPS = ("environment", "nccl")
 
 _PATIENCE = 60.0
 """Seconds that the head waits while no worker is connected."""
-_LIST = "/list"
+_LIST, _LIBRARY = "/list", f"/nccl/{KEPT_LIBRARY}"
 _TOLD_EVERY = 2.0
 
 
@@ -54,11 +56,11 @@ class Listed(Struct, frozen=True):
 
 
 class BuiltNccl(Struct, frozen=True):
-    """The head's library: its recipe, where its source is from, and its files."""
+    """The head's library, its recipe, and where its source is from."""
 
     recipe: Recipe
     where: str
-    files: tuple[Listed, Listed]
+    library: Listed
 
 
 class Artifacts(Struct, frozen=True):
@@ -79,114 +81,65 @@ def serve(node: Node, on: Reader, steps: Sequence[str], workers: int, token: str
         Storage: an artifact cannot be read.
     """
     with storage_errors("listing the artifacts"):
-        artifacts, files = offer(node, on, steps)
-    with serving(node.address, token, {_LIST: msgspec.json.encode(artifacts), **files}) as server:
+        wheels = _wheels(node, on) if "environment" in steps else {}
+        built, library = _built(node, on) if "nccl" in steps else (None, {})
+    files = {**{_of_wheel(each.name): path for each, path in wheels.items()}, **library}
+    listing = msgspec.json.encode(Artifacts(tuple(wheels), built))
+    with serving(node.address, token, {_LIST: listing, **files}) as server:
         announce(Offer(server.server_port, server.fingerprint))
         server.wait(workers, _PATIENCE)
         return Offered(len(files), sum(each.stat().st_size for each in files.values()), server.sent)
 
 
-def offer(node: Node, on: Reader, steps: Sequence[str]) -> tuple[Artifacts, dict[str, Path]]:
-    """The artifacts that this node has of `steps`, and the real path of each file by its path in an URL."""
-    wheels, files = _wheels(node, on) if "environment" in steps else ((), {})
-    library = _nccl(node) if "nccl" in steps else None
-    if library is None or not isinstance(library.check(on), Ok):
-        return Artifacts(wheels), files
-    so, stamp = Path(on.real(library.library)), Path(on.real(f"{library.folder}/build.json"))
-    built = (_listed(KEPT_LIBRARY, so), _listed(KEPT_STAMP, stamp))
-    if schema.read_json(Stamp, read_regular(stamp), str(stamp)).sha256 != built[0].sha256:
-        return Artifacts(wheels), files
-    files |= {_of_nccl(KEPT_LIBRARY): so, _of_nccl(KEPT_STAMP): stamp}
-    return Artifacts(wheels, BuiltNccl(library.recipe(), library.source.where, built)), files
-
-
-def _wheels(node: Node, on: Reader) -> tuple[tuple[Listed, ...], dict[str, Path]]:
+def _wheels(node: Node, on: Reader) -> Mapping[Listed, Path]:
+    """Return the wheels of this node's lock that are in its wheelhouse."""
     house = wheelhouse(node)
     house.refresh()
     index, found = house.listed(), house.found(lock_of(node, on) or ()).values()
-    listed = (Listed(each.name, index[each.name].size, index[each.name].sha256) for each in found)
-    return tuple(listed), {_of_wheel(each.name): each for each in found}
+    return {Listed(each.name, index[each.name].size, index[each.name].sha256): each for each in found}
 
 
 def _of_wheel(name: str) -> str:
     return f"/wheels/{name}"
 
 
-def _of_nccl(name: str) -> str:
-    return f"/nccl/{name}"
+def _built(node: Node, on: Reader) -> tuple[BuiltNccl | None, Mapping[str, Path]]:
+    """Return the library that this node has built, and its real path by that in an URL; None if it is not intact."""
+    library = _nccl(node)
+    if library is None or not isinstance(library.check(on), Ok):
+        return None, {}
+    stamp_path, real = on.real(f"{library.folder}/build.json"), Path(on.real(library.library))
+    stamp = schema.read_json(Stamp, read_regular(stamp_path), stamp_path)
+    if stamp.sha256 != sha256_of(real):
+        return None, {}
+    listed = Listed(KEPT_LIBRARY, real.stat().st_size, stamp.sha256)
+    return BuiltNccl(stamp.recipe, library.source.where, listed), {_LIBRARY: real}
 
 
 def _nccl(node: Node) -> NcclLibrary | None:
     return next((each for each in Nccl().resources(node) if isinstance(each, NcclLibrary)), None)
 
 
-def _listed(name: str, real: Path) -> Listed:
-    return Listed(name, real.stat().st_size, sha256_of(real))
-
-
 # --- what a worker fetches
 
 
-def fetch_missing(
-    node: Node, on: Reader, steps: Sequence[str], head: Introduction, tell: Callable[[int, int], None]
-) -> Fetched:
+def fetch_missing(node: Node, on: Reader, steps: Sequence[str], head: Introduction, tell: Tell) -> Fetched:
     """Fetch missing artifacts from the head; `tell` is called with the bytes that arrived and their total.
 
     Raises:
         CopyFailed: the head cannot be reached, or a file is not what it announced. The next copy resumes.
         Storage: the cache cannot be written.
     """
-    link = Link(node.config.cluster.head, head, _seldom(tell))
+    copy = _Copy(node, on, head, seldom(tell, _TOLD_EVERY))
     try:
-        return Missing(node, on, link.artifacts(), link).take(steps)
+        with storage_errors("copying from the head"):
+            return copy.of(steps)
     except NotDownloaded as failure:
-        raise CopyFailed(f"the copy from {link.host} failed: {failure.cause}") from failure
+        raise CopyFailed(f"the copy from {copy.host} failed: {failure.cause}") from failure
     finally:
-        link.end()
-
-
-def _seldom(tell: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    told = time.monotonic()
-
-    def on_bytes(done: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > _TOLD_EVERY:
-            told = time.monotonic()
-            tell(done, total)
-
-    return on_bytes
-
-
-class Link(Struct, frozen=True):
-    """The head's server, as a worker sees it."""
-
-    host: str
-    head: Introduction
-    on_bytes: Callable[[int, int], None]
-
-    def url(self, path: str) -> str:
-        return f"https://{self.host}:{self.head.port}{quote(path)}"
-
-    @property
-    def authorization(self) -> str:
-        return f"Bearer {self.head.token}"
-
-    def get(self, path: str, into: Path) -> Path:
-        tell = self.on_bytes
-        return fetch(self.url(path), into, tell, authorization=self.authorization, fingerprint=self.head.fingerprint)
-
-    def artifacts(self) -> Artifacts:
-        """The head's list."""
-        with tempfile.TemporaryDirectory() as scratch:
-            return understood(self.get(_LIST, Path(scratch, "list")).read_bytes())
-
-    def end(self) -> None:
-        """Tell the head that this worker needs it no more. If that fails, the head waits in vain for a while."""
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                self.get(DONE, Path(scratch, "done"))
-            except Problem:
-                pass
+        # If that does not arrive, the head waits in vain for a while.
+        with suppress(Problem):
+            copy.content(DONE)
 
 
 def understood(listing: bytes) -> Artifacts:
@@ -201,28 +154,44 @@ def understood(listing: bytes) -> Artifacts:
         raise CopyFailed("the head's list of files cannot be read") from error
 
 
-class Missing(Struct):
-    """What this node needs of the head's artifacts and does not have."""
+class _Copy(Struct, frozen=True):
+    """Takes from the head what this node needs and does not have."""
 
     node: Node
     on: Reader
-    offered: Artifacts
-    link: Link
-    reasons: list[str] = field(default_factory=list)
+    head: Introduction
+    on_bytes: Tell
 
-    def take(self, steps: Sequence[str]) -> Fetched:
-        wheels = self._wheels() if "environment" in steps else []
-        with storage_errors("copying from the head"):
-            wheelhouse(self.node).download(wheels, self._downloads())
-            library = self._library() if "nccl" in steps else ()
-        sizes = [*(each.size for each in wheels), *(each.size for each in library)]
-        return Fetched(bool(sizes), len(sizes), sum(sizes), "; ".join(self.reasons) or UNSET)
+    @property
+    def host(self) -> str:
+        return self.node.config.cluster.head
 
-    def _downloads(self) -> Downloads:
-        logins = {f"{self.link.host}:{self.link.head.port}": self.link.authorization}
-        return Downloads(self.link.on_bytes, logins, self.link.head.fingerprint)
+    @property
+    def authorization(self) -> str:
+        return f"Bearer {self.head.token}"
 
-    def _wheels(self) -> list[RemoteWheel]:
+    def url(self, path: str) -> str:
+        return f"https://{self.host}:{self.head.port}{quote(path)}"
+
+    def get(self, path: str, into: Path) -> Path:
+        url, tell = self.url(path), self.on_bytes
+        return fetch(url, into, tell, authorization=self.authorization, fingerprint=self.head.fingerprint)
+
+    def content(self, path: str) -> bytes:
+        with tempfile.TemporaryDirectory() as scratch:
+            return self.get(path, Path(scratch, "content")).read_bytes()
+
+    def of(self, steps: Sequence[str]) -> Fetched:
+        """Take the artifacts of these steps."""
+        offered = understood(self.content(_LIST))
+        wheels = self._wheels(offered.wheels) if "environment" in steps else []
+        logins = {f"{self.host}:{self.head.port}": self.authorization}
+        wheelhouse(self.node).download(wheels, Downloads(self.on_bytes, logins, self.head.fingerprint))
+        library, why = self._library(offered.nccl) if "nccl" in steps and offered.nccl else (0, "")
+        sizes = [*(each.size for each in wheels), *([library] if library else [])]
+        return Fetched(bool(sizes), len(sizes), sum(sizes), why or UNSET)
+
+    def _wheels(self, offered: Sequence[Listed]) -> list[RemoteWheel]:
         """The wheels whose hash this node's own lock has. The head's hash counts where no lock knows it yet."""
         if isinstance(environment_of(self.node).check(self.on), Ok):
             return []
@@ -231,52 +200,42 @@ class Missing(Struct):
         pins = self._pins()
         hashes = {digest for pin in house.missing(pins) for digest in pin.hashes}
         unhashed = {RemoteWheel(pin.url, "").name for pin in pins if pin.url and not pin.hashes} - house.listed().keys()
-        wanted = (each for each in self.offered.wheels if f"sha256:{each.sha256}" in hashes or each.name in unhashed)
-        return [RemoteWheel(self.link.url(_of_wheel(each.name)), each.sha256, each.size) for each in wanted]
+        wanted = (each for each in offered if f"sha256:{each.sha256}" in hashes or each.name in unhashed)
+        return [RemoteWheel(self.url(_of_wheel(each.name)), each.sha256, each.size) for each in wanted]
 
     def _pins(self) -> Sequence[Pin]:
         wheels = self.node.wheels
         return lock_of(self.node, self.on) or (wheels.locked() if wheels.lock else wheels.wheels)
 
-    def _library(self) -> Sequence[Listed]:
-        """Take the head's NCCL where it has the recipe of this node's."""
-        offered, library = self.offered.nccl, _nccl(self.node)
-        if offered is None or library is None or isinstance(library.check(self.on), Ok):
-            return ()
+    def _library(self, offered: BuiltNccl) -> tuple[int, str]:
+        """Take the head's NCCL if it has the recipe of this node's: its bytes, and why it was not taken."""
+        library, listed = _nccl(self.node), offered.library
+        if library is None or isinstance(library.check(self.on), Ok):
+            return 0, ""
         if offered.where == library.source.where:
             library.source.hold_to(offered.recipe.source)
         own = library.recipe()
         if different := [each for each in own.__struct_fields__ if getattr(own, each) != getattr(offered.recipe, each)]:
-            self.reasons.append(f"NCCL not copied: the nodes differ in {', '.join(different)}")
-            return ()
+            return 0, f"NCCL not copied: the nodes differ in {', '.join(different)}"
         kept = library.kept(own)
-        if all(_is(kept / each.name, each) for each in offered.files):
-            return ()
-        arrived = [self._arrived(each) for each in offered.files]
-        kept.mkdir(parents=True, exist_ok=True)
-        # The stamp last: it says that the library is there.
-        for file, name in zip(arrived, (KEPT_LIBRARY, KEPT_STAMP), strict=True):
-            file.replace(kept / name)
-        shutil.rmtree(self._arriving)
-        return offered.files
+        there = all((kept / name).is_file() for name in (KEPT_LIBRARY, KEPT_STAMP))
+        if there and sha256_of(kept / KEPT_LIBRARY) == listed.sha256:
+            return 0, ""
+        self._keep(kept, Stamp(own, listed.sha256))
+        return listed.size, ""
 
-    @property
-    def _arriving(self) -> Path:
-        return self.node.cache / "nccl/arriving"
-
-    def _arrived(self, listed: Listed) -> Path:
-        name = KEPT_STAMP if listed.name == KEPT_STAMP else KEPT_LIBRARY
-        file = self.link.get(_of_nccl(name), self._arriving / listed.sha256)
-        if (found := sha256_of(file)) != listed.sha256:
+    def _keep(self, kept: Path, stamp: Stamp) -> None:
+        arriving = self.node.cache / "nccl/arriving"
+        file = self.get(_LIBRARY, arriving / stamp.sha256)
+        if (found := sha256_of(file)) != stamp.sha256:
             file.unlink()
-            cause = f"expected sha256 {listed.sha256}, found {found}"
-            raise CopyFailed(f"{name} is not the announced file", cause=cause)
-        return file
-
-
-def _is(path: Path, listed: Listed) -> bool:
-    """Whether the file exists with the listed size and hash."""
-    return path.is_file() and path.stat().st_size == listed.size and sha256_of(path) == listed.sha256
+            cause = f"expected sha256 {stamp.sha256}, found {found}"
+            raise CopyFailed(f"{KEPT_LIBRARY} is not the announced file", cause=cause)
+        kept.mkdir(parents=True, exist_ok=True)
+        file.replace(kept / KEPT_LIBRARY)
+        # Last: it says that the library is there.
+        replace_file(str(kept / KEPT_STAMP), msgspec.json.encode(stamp), 0o644)
+        shutil.rmtree(arriving)
 
 
 # --- at the terminal

@@ -47,11 +47,10 @@ class FileServer(ThreadingHTTPServer):
         super().__init__((address, 0), _Request)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(certificate)
+        context.load_cert_chain(certificate, certificate.with_suffix(".key"))
         # The handshake belongs to the thread of the client, not to the one that accepts the next.
         self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
-        _, begin, public = certificate.read_text().rpartition("-----BEGIN CERTIFICATE")
-        self.fingerprint = hashlib.sha256(ssl.PEM_cert_to_DER_cert(begin + public)).hexdigest()
+        self.fingerprint = hashlib.sha256(ssl.PEM_cert_to_DER_cert(certificate.read_text())).hexdigest()
         self.expected, self.contents = f"Bearer {token}", contents
         self.sent = self.done = self.busy = 0
         self.last_seen = time.monotonic()
@@ -107,13 +106,13 @@ class _Request(BaseHTTPRequestHandler):
     def _send(self, file: BinaryIO) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         size, start = file.seek(0, 2), int(asked[1]) if asked else 0
-        if asked and start >= size:
-            self._answer(416, f"bytes */{size}")
-        else:
-            self._answer(206 if asked else 200, f"bytes {start}-{size - 1}/{size}" if asked else "", size - start)
-            file.seek(start)
-            shutil.copyfileobj(file, self.wfile, _PIECE)
-            self.server.count(sent=size - start)
+        if start >= size:
+            # The client has it all, or more than there is: it gets it again.
+            start = 0
+        self._answer(206 if start else 200, f"bytes {start}-{size - 1}/{size}" if start else "", size - start)
+        file.seek(start)
+        shutil.copyfileobj(file, self.wfile, _PIECE)
+        self.server.count(sent=size - start)
 
     def _answer(self, status: int, content_range: str = "", length: int = 0) -> None:
         self.send_response(status)
@@ -148,9 +147,9 @@ def serving(address: str, token: str, contents: Mapping[str, bytes | Path]) -> I
 
 
 def _certificate(folder: Path) -> Path:
-    """Make a certificate and its key, both in one file."""
-    file = folder / "certificate.pem"
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-keyout", str(file))
+    """Make a certificate, and its key beside it."""
+    file = folder / "own.pem"
+    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-keyout", str(folder / "own.key"))
     argv = ("openssl", "req", "-x509", *key, "-subj", "/CN=sparkinstall", "-days", "1", "-out", str(file))
     code, out, said = processes.answer(argv, {"PATH": "/usr/bin:/bin"}, 30)
     if code:

@@ -255,7 +255,7 @@ def test_nccl_copied_from_the_head_replaces_the_build(
     head, worker = built
     with offering(head, "nccl") as offered:
         code, data, error = fetched(worker, offered, "nccl")
-    assert (code, error, data["files"]) == (0, "", 2)
+    assert (code, error, data["files"]) == (0, "", 1)
     assert not (worker.cache / "nccl/arriving").exists()
     reply = _run_nccl(worker, tmp_path / "node")
     assert reply["exit_code"] == 0, reply["errors"]
