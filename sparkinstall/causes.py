@@ -38,9 +38,9 @@ class _Failure(NamedTuple):
     def by_sudo(self) -> bool:
         return self.argv[:1] == ("sudo",)
 
-    def line_with(self, words: re.Pattern[str]) -> str:
-        """The last line in which the program says `words`, or ""."""
-        return next((line[-300:] for line in reversed(self.lines) if words.search(line)), "")
+    def line_with(self, words: str) -> str:
+        """The last line in which the program says `words` (a pattern), or ""."""
+        return next((line[-300:] for line in reversed(self.lines) if re.search(words, line)), "")
 
 
 AGAIN = "then run the same command again"
@@ -48,51 +48,47 @@ DELETE = "delete files (`df -i` counts them)"
 BOOTED = "/run/systemd/system"
 """The folder that exists where systemd is PID 1 (sd_booted(3))."""
 
+# Patterns are text: re compiles one when it is first used, and a run in which nothing fails uses none.
 _ROOM = 64 * 1024
 _WRAPPERS = ("sudo", "env", "timeout", "unshare", "nsenter", "setsid", "nice")
-_OPTION = re.compile(r"-.*|\w+=.*|[\d.]+[smhd]?", re.DOTALL)
+_OPTION = r"(?s)-.*|\w+=.*|[\d.]+[smhd]?"
 _WITH_VALUE = ("-u", "-g", "-C")
-_PATH = re.compile(r"(?<![\w./])/[\w.@+/-]+")
+_PATH = r"(?<![\w./])/[\w.@+/-]+"
 # The kernel also counts watches of files so.
-_FULL = re.compile(r"^(?!.*watch).*(No space left on device|Disk quota exceeded|have enough free space)", re.IGNORECASE)
-_READ_ONLY = re.compile("Read-only file system", re.IGNORECASE)
-_DENIED = re.compile(r"Permission denied|Operation not permitted|Access denied", re.IGNORECASE)
-_BUSY = re.compile(r"Could not get lock|locked by another process", re.IGNORECASE)
-_NO_SYSTEMD = re.compile(
-    r"not been booted with systemd|Failed to connect to .*bus\b|(systemctl|systemd-run): (command )?not found"
-)
-_NOT_FOUND = re.compile(r"^sudo: .*: command not found$|^sudo: '?[\w./-]+'?: No such file")
-_REFUSED = re.compile(
+_FULL = r"(?i)^(?!.*watch).*(No space left on device|Disk quota exceeded|have enough free space)"
+_READ_ONLY = r"(?i)Read-only file system"
+_DENIED = r"(?i)Permission denied|Operation not permitted|Access denied"
+_BUSY = r"(?i)Could not get lock|locked by another process"
+_NO_SYSTEMD = r"not been booted with systemd|Failed to connect to .*bus\b|(systemctl|systemd-run): (command )?not found"
+_NOT_FOUND = r"^sudo: .*: command not found$|^sudo: '?[\w./-]+'?: No such file"
+_REFUSED = (
     r"^sudo: .*(password|terminal|tty\b|authentic|allowed|permitted|account|privileges|sudoers|setuid|uid 0)"
     r"|^Sorry, user .* (not allowed|may not)|is not (allowed to|in the sudoers)|may not run sudo|afraid I can't do that"
 )
-_ASKS = re.compile(r"password|terminal|tty\b|authentication is required")
+_ASKS = r"password|terminal|tty\b|authentication is required"
 _FETCHING = ("apt-get", "uv", "pip", "git", "curl", "wget")
-_NOT_TRUSTED = re.compile(r"certificate|\bis not valid yet \(invalid for|\bis expired \(invalid since", re.IGNORECASE)
+_NOT_TRUSTED = r"(?i)certificate|\bis not valid yet \(invalid for|\bis expired \(invalid since"
 _STATUS = r"(?!407)[45]\d\d"
-_SERVER_REFUSED = re.compile(
+_SERVER_REFUSED = (
+    r"(?i)"
     rf"(?:HTTP (?:status (?:client|server) error \(|error )|returned error: |ERROR |Failed to fetch \S+ +)({_STATUS})\b"
     rf"|(?<![\d.])({_STATUS}) (?:(?:Client|Server) Error\b| *[A-Z][a-z][\w ]*\[IP:)"
-    r"|repository .*not found|Authentication failed for|could not read Username",
-    re.IGNORECASE,
+    r"|repository .*not found|Authentication failed for|could not read Username"
 )
-_DAMAGED = re.compile(
-    r"Hash mismatch for|Hash Sum mismatch|File has unexpected size|DO NOT MATCH THE HASHES|early EOF|index-pack failed",
-    re.IGNORECASE,
+_DAMAGED = (
+    r"(?i)"
+    r"Hash mismatch for|Hash Sum mismatch|File has unexpected size|DO NOT MATCH THE HASHES|early EOF|index-pack failed"
 )
-_NO_KEY = re.compile(r"NO_PUBKEY|EXPKEYSIG|KEYEXPIRED|REVKEYSIG|is not signed\b")
-_NO_CACHE = re.compile(r"Failed to initialize cache at `([^`]+)`")
-_IN_THE_WAY = re.compile(r"File exists|Not a directory|Is a directory")
-_LIMITED = re.compile(
-    r"Cannot allocate memory|memory exhausted|Too many open files|fork\b.*Resource temporarily unavailable",
-    re.IGNORECASE,
-)
-_NO_NETWORK = re.compile(
+_NO_KEY = r"NO_PUBKEY|EXPKEYSIG|KEYEXPIRED|REVKEYSIG|is not signed\b"
+_NO_CACHE = r"Failed to initialize cache at `([^`]+)`"
+_IN_THE_WAY = r"File exists|Not a directory|Is a directory"
+_LIMITED = r"(?i)Cannot allocate memory|memory exhausted|Too many open files|fork\b.*Resource temporarily unavailable"
+_NO_NETWORK = (
+    r"(?i)"
     # sudo warns of a hostname without an address, and goes on.
     r"^(?!sudo: ).*(Could not (resolve|connect)|Temporary failure|Name or service not known|Network is unreachable"
     r"|No route to host|Connection (refused|reset|timed out|closed)|Unable to connect|unable to access|dns error"
-    r"|error sending request|timed out|407.*(proxy|CONNECT)|proxy authorization)",
-    re.IGNORECASE,
+    r"|error sending request|timed out|407.*(proxy|CONNECT)|proxy authorization)"
 )
 
 
@@ -102,7 +98,7 @@ def program_of(argv: Sequence[str]) -> str:
     while words:
         name = PurePosixPath(words.pop(0)).name
         if name in _WRAPPERS:
-            while words and _OPTION.fullmatch(words[0]):
+            while words and re.fullmatch(_OPTION, words[0]):
                 del words[: 2 if words[0] in _WITH_VALUE else 1]
         elif name in ("sh", "bash", "dash") and words and re.fullmatch(r"-\w*c", words[0]):
             # The text comes next, then the name that its author gave it.
@@ -142,7 +138,7 @@ def _killed(failure: _Failure) -> Cause | None:
 
 def _full(failure: _Failure) -> Cause | None:
     line, hint = failure.line_with(_FULL), f"free some space, {AGAIN}: it resumes"
-    places = (*failure.places, *(path.rstrip("./") for path in _PATH.findall(line)))
+    places = (*failure.places, *(path.rstrip("./") for path in re.findall(_PATH, line)))
     for place in places:
         if no_inode_left(place):
             return Cause("full", f"no inode is left on the disk of {place}", f"{DELETE}, {AGAIN}")
@@ -185,7 +181,7 @@ def _refused_by_sudo(failure: _Failure) -> Cause | None:
     reason = "" if PurePosixPath(asked).name == failure.program else f" for `{failure.program}`"
     allow = f"let this user run `{asked}` with sudo{reason} (`sudo visudo`)"
     hint = f"{allow}, {AGAIN}"
-    if _ASKS.search(line):
+    if re.search(_ASKS, line):
         hint = f"run `sudo -v` in this terminal, {AGAIN}; or {allow} without a password"
     return Cause("sudo", f"sudo refused it: {line}", hint)
 
@@ -226,7 +222,8 @@ def _in_words(failure: _Failure) -> Cause | None:
     if line := failure.line_with(_DENIED):
         hint = f"check the owner and mode of what it names, and what this user or container may do, {AGAIN}"
         return Cause("permission", line, hint)
-    if (line := failure.line_with(_NO_CACHE)) and failure.line_with(_IN_THE_WAY) and (found := _NO_CACHE.search(line)):
+    found = re.search(_NO_CACHE, line := failure.line_with(_NO_CACHE))
+    if found and failure.line_with(_IN_THE_WAY):
         return Cause(
             "cache", f"{line}: a file is in the way", f"it contains only downloads: `rm -r {found[1]}`, {AGAIN}"
         )
@@ -248,7 +245,7 @@ def _from_a_server(failure: _Failure) -> Cause | None:
 
 
 def _about_status(failure: _Failure, line: str) -> str:
-    found = _SERVER_REFUSED.search(line)
+    found = re.search(_SERVER_REFUSED, line)
     status = (found[1] or found[2] or "") if found else ""
     if status == "429" or status.startswith("5"):
         return "it is busy or down: wait a few minutes"

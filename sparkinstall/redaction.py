@@ -9,7 +9,8 @@ from typing import Any
 
 HIDDEN = "[hidden]"
 
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL", re.IGNORECASE)
+# Patterns are text: re compiles one when it is first used, and most runs use few of them.
+_SECRET_NAME = r"(?i)TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL"
 
 # The delimiter after a value must survive: the text may be JSON, or contain JSON in a string.
 _QUOTE = r"\\?[\"']"
@@ -18,7 +19,7 @@ _QUOTED = (
     r"(?:\"(?:[^\"\\\n]|\\.)*(?:\"|$)|'(?:[^'\"\\\n]|\\.)*(?:'|$)|"
     r"\\\"(?:[^\"\\\n]|\\[^\"\n])*(?:\\\"|$))"
 )
-_PIECE = re.compile(r"(?:\\[^\"']|[^\s,\"'\\])+")
+_PIECE = r"(?:\\[^\"']|[^\s,\"'\\])+"
 _WORD = rf"(?:(?P<q>{_QUOTE})(?![\s,:}})\]])[^\"'\\\n]+(?:(?P=q))?|{_BARE})"
 _USER = r"(?<![\w-])(?:-u|--user|--proxy-user)"
 # vLLM's parser takes `_` for `-`, and any beginning of an option that is no other's.
@@ -30,57 +31,57 @@ _DOTTED = (
     r"(?:api[_-]?keys?|access[_-]?key|private[_-]?key|secret(?:[_-]?key)?|passw(?:or)?ds?|passphrase"
     r"|(?:api|hf|hub|auth|access|refresh|bearer|session|security)[_-]?token|(?<=\.)token))"
 )
-_SHORT_OPTION = re.compile(r"^-[A-Za-z]+")
-_SECRET_KEY = re.compile(
+_SHORT_OPTION = r"^-[A-Za-z]+"
+_SECRET_KEY = (
     r"(?:.*_)?(?:api_?keys?|access_?key(?:_id)?|private_?key|secret(?:_?key)?|passwords?|passwd|passphrase"
     r"|(?<!allow_)credentials?|(?:api|hf|hub|auth|access|refresh|bearer|session|security)_?token)|token|authorization"
 )
-_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_CAMEL = r"(?<=[a-z0-9])(?=[A-Z])"
 _URL_KEYS = r"[\w-]*(?:token|signature|credential|api[_-]?key)|sig|key|policy|password"
 
 LISTED = rf"{_QUOTE}?\s*[:=]\s*[\[(]\s*)((?:[\s,]*{_QUOTED})+)"
 """The rest of a pattern that begins with an open group and a key: matches a list of values, for `hide_in`."""
 
 # The pattern is tried only if the lower-case text contains one of the words. Group 1 is kept, group 2 is hidden.
-_Shapes = tuple[tuple[tuple[str, ...], re.Pattern[str]], ...]
+_Shapes = tuple[tuple[tuple[str, ...], str], ...]
 _WHOLE: _Shapes = (
     # A path that was made of a URL has one slash less.
-    ((":/",), re.compile(r"(://|\bhttps?:/)([^/?#\s\"]+)(?=@)")),
+    ((":/",), r"(://|\bhttps?:/)([^/?#\s\"]+)(?=@)"),
     (
         ("token=", "secret=", "password=", "passwd=", "key=", "credential="),
-        re.compile(r"\b([A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)=)([^\s\"'\\]+)"),
+        r"\b([A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)=)([^\s\"'\\]+)",
     ),
-    (("hf_",), re.compile(r"()(\bhf_[A-Za-z0-9]{20,})")),
-    (("serial_number=",), re.compile(r"(SERIAL_NUMBER=)((?:\\?[\"'])?[^\s\"'\\]+)")),
+    (("hf_",), r"()(\bhf_[A-Za-z0-9]{20,})"),
+    (("serial_number=",), r"(SERIAL_NUMBER=)((?:\\?[\"'])?[^\s\"'\\]+)"),
     (
         ("authorization",),
-        re.compile(rf"(?i)(authorization{_QUOTE}?\s*[:=,]\s*b?{_QUOTE}?(?:bearer|basic|token)\s+)({_BARE})"),
+        rf"(?i)(authorization{_QUOTE}?\s*[:=,]\s*b?{_QUOTE}?(?:bearer|basic|token)\s+)({_BARE})",
     ),
     (
         ("token=", "sig", "credential=", "key=", "policy=", "password="),
-        re.compile(rf"(?i)((?:[?&;]|\\u0026)(?:{_URL_KEYS})=)([^&\s\"'\\]+)"),
+        rf"(?i)((?:[?&;]|\\u0026)(?:{_URL_KEYS})=)([^&\s\"'\\]+)",
     ),
 )
 _IN_PIECES: _Shapes = (
-    (("--api", "--hf"), re.compile(rf"({_FLAG}(?:=|[ \t]+(?!--)))({_WORD})")),
+    (("--api", "--hf"), rf"({_FLAG}(?:=|[ \t]+(?!--)))({_WORD})"),
     # vLLM accepts several keys: all words up to the next option.
-    (("--api",), re.compile(rf"(--api[_-]k(?:e(?:ys?)?)?)((?:[ \t]+(?!{_QUOTE}?-){_WORD})+)")),
-    (("--api", "--hf"), re.compile(rf"({_FLAG}{_QUOTE})((?:\s*,\s*(?!{_QUOTE}-){_QUOTED}(?!\s*:))+)")),
-    (("api_key", "api-key", "apikey"), re.compile(rf"(?i)(api[_-]?keys?{LISTED}")),
-    ((".",), re.compile(rf"({_DOTTED}\+?(?:=|{_QUOTE}\s*,\s*|[ \t]+(?!-)))({_WORD}|{_QUOTED})")),
-    (("curl",), re.compile(rf"({_USER}(?:=|[ \t]*(?!-)))({_WORD})")),
-    (("curl",), re.compile(rf"({_USER}{_QUOTE}\s*,\s*)({_QUOTED})(?!\s*:)")),
+    (("--api",), rf"(--api[_-]k(?:e(?:ys?)?)?)((?:[ \t]+(?!{_QUOTE}?-){_WORD})+)"),
+    (("--api", "--hf"), rf"({_FLAG}{_QUOTE})((?:\s*,\s*(?!{_QUOTE}-){_QUOTED}(?!\s*:))+)"),
+    (("api_key", "api-key", "apikey"), rf"(?i)(api[_-]?keys?{LISTED}"),
+    ((".",), rf"({_DOTTED}\+?(?:=|{_QUOTE}\s*,\s*|[ \t]+(?!-)))({_WORD}|{_QUOTED})"),
+    (("curl",), rf"({_USER}(?:=|[ \t]*(?!-)))({_WORD})"),
+    (("curl",), rf"({_USER}{_QUOTE}\s*,\s*)({_QUOTED})(?!\s*:)"),
 )
 
 
 def is_secret_name(name: str) -> bool:
     """Return whether an environment variable of this name holds a secret."""
-    return bool(_SECRET_NAME.search(name))
+    return bool(re.search(_SECRET_NAME, name))
 
 
 def has_credential(text: str) -> bool:
     """Return whether a text contains what only a credential looks like, such as a password in a URL."""
-    return any(shape.search(text) for _, shape in _WHOLE)
+    return any(re.search(shape, text) for _, shape in _WHOLE)
 
 
 def gives_secret(argument: str) -> bool:
@@ -91,7 +92,7 @@ def gives_secret(argument: str) -> bool:
     """
     if has_credential(argument) or any(map(_names_secret, argument.split())):
         return True
-    return any(map(_holds_secret, (argument, argument.partition("=")[2], _SHORT_OPTION.sub("", argument))))
+    return any(map(_holds_secret, (argument, argument.partition("=")[2], re.sub(_SHORT_OPTION, "", argument))))
 
 
 def _names_secret(word: str) -> bool:
@@ -104,7 +105,7 @@ def _names_secret(word: str) -> bool:
 
 def is_secret_key(key: str) -> bool:
     """Return whether a value below a key of this name is a secret, such as `hf_token` or `secretKey`."""
-    return bool(_SECRET_KEY.fullmatch(_CAMEL.sub("_", key).replace("-", "_").lower()))
+    return bool(re.fullmatch(_SECRET_KEY, re.sub(_CAMEL, "_", key).replace("-", "_").lower()))
 
 
 def _holds_secret(text: str) -> bool:
@@ -138,7 +139,7 @@ def _own_secrets() -> tuple[str, ...]:
 
 def hide_in(found: re.Match[str]) -> str:
     """Keep the first group; hide all of the second but quotes, commas and spaces."""
-    return found[1] + _PIECE.sub(HIDDEN, found[2])
+    return found[1] + re.sub(_PIECE, HIDDEN, found[2])
 
 
 def redact(text: str) -> str:
@@ -148,8 +149,8 @@ def redact(text: str) -> str:
     lower = text.lower()
     for words, shape in _WHOLE:
         if any(word in lower for word in words):
-            text = shape.sub(rf"\1{HIDDEN}", text)
+            text = re.sub(shape, rf"\1{HIDDEN}", text)
     for words, shape in _IN_PIECES:
         if any(word in lower for word in words):
-            text = shape.sub(hide_in, text)
+            text = re.sub(shape, hide_in, text)
     return text

@@ -5,14 +5,13 @@ import os
 import re
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from msgspec import Struct
+from msgspec import Struct, toml
 from uv import find_uv_bin
 
 from sparkinstall.errors import CommandFailed
@@ -98,7 +97,7 @@ def _listed(on: System, pins: Iterable[Pin], target: Sequence[str], cache: Path)
         wanted, found = Path(scratch, "wanted.in"), Path(scratch, "pylock.toml")
         wanted.write_text("".join(f"{pin.requirement}\n" for pin in pins))
         run_uv(on, [*argv, *python, *target, "-o", str(found), str(wanted)], uv_env(cache))
-        packages = tomllib.loads(found.read_text())["packages"]
+        packages = toml.decode(found.read_bytes())["packages"]
     return {canonical(each["name"]): [_remote(wheel) for wheel in each.get("wheels", ())] for each in packages}
 
 

@@ -1,15 +1,15 @@
 """Shared by `all`, `run` and `multi-node`: the dialog of a run and the view of its result.
 
-A run that finds nothing to do does not load rich: what shows more imports its view when it is called.
+A run that finds nothing to do loads neither rich nor what `--bundle` needs: they are imported when they are used.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from sparkinstall.bundle.supply import supply, with_its_stack
 from sparkinstall.cli.run_command import CommandResult, Output, confirm
 from sparkinstall.cluster.protocol import Applied
 from sparkinstall.core.checks import ProbeResult
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def install(target: Target, output: Output, options: InstallOptions, yes: bool) -> CommandResult:
     """Converge a node and show the result."""
-    session = open_session(with_its_stack(target))
+    session = open_session(_of_bundles().with_its_stack(target) if target.bundle else target)
     config = session.options.get("config")
     if config and not lasts(config):
         why = "later runs read the config again, and this one can be read only once"
@@ -60,7 +60,14 @@ def _supply(session: Session, output: Output) -> Supply:
     if not session.node.bundle:
         return Supply()
     with _watching(output.verbose) as emit:
-        return supply(session.node, session.system, emit)
+        found: Supply = _of_bundles().supply(session.node, session.system, emit)
+    return found
+
+
+def _of_bundles() -> ModuleType:
+    from sparkinstall.bundle import supply
+
+    return supply
 
 
 def _watching(verbose: bool) -> AbstractContextManager[Emit]:
