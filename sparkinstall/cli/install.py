@@ -35,9 +35,7 @@ def install(target: Target, output: Output, options: InstallOptions, yes: bool) 
 
     def preflight(results: Sequence[ProbeResult]) -> None:
         if not output.json:
-            from sparkinstall.cli.text_output import console, show_preflight
-
-            show_preflight(results, console())
+            _text().show_preflight(results, _text().console())
 
     def agree(reports: Sequence[StepReport]) -> None:
         if not output.json:
@@ -76,12 +74,16 @@ def _watching(verbose: bool) -> AbstractContextManager[Emit]:
     return watching(verbose)
 
 
-def _show_beginning(session: Session, reports: Sequence[StepReport], verbose: bool) -> None:
-    from sparkinstall.cli.text_output import console, show_plan
+def _text() -> ModuleType:
+    from sparkinstall.cli import text_output
 
-    out = console()
+    return text_output
+
+
+def _show_beginning(session: Session, reports: Sequence[StepReport], verbose: bool) -> None:
+    out = _text().console()
     out.print(f"[bold]Plan[/]  {session.where}")
-    show_plan(reports if verbose else list(map(_without_diffs, reports)), out, verbose, session.root_option)
+    _text().show_plan(reports if verbose else list(map(_without_diffs, reports)), out, verbose, session.root_option)
     out.print()
 
 
@@ -94,15 +96,13 @@ def _show(session: Session, done: Installation, options: InstallOptions) -> None
     if not done.applied:
         _show_nothing_done(session, done)
         return
-    from sparkinstall.cli.text_output import console, show_findings, show_fixes
-
-    out = console()
+    out = _text().console()
     if done.results:
         out.print("[bold]Proof[/]")
-        show_findings(done.results, out, root=session.root_option)
+        _text().show_findings(done.results, out, root=session.root_option)
     if not (options.only or options.skip or done.problems):
         out.print("\n[bold]The fixes[/]")
-        show_fixes(done.standing, out, session.root_option)
+        _text().show_fixes(done.standing, out, session.root_option)
     out.print()
     if not done.problems:
         _show_next(session, out)
