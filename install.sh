@@ -26,8 +26,10 @@ PATIENCE=300
 VALUED='--root --config --stack --set --platform --only --skip --ignore --bundle'
 PLAIN='--full --partial --keep-old --no-keep-old --yes --json --verbose'
 LETTERS=yv
-# With --bundle: that file, and the folder with the wheels and the uv that were in it.
+# With --bundle that file.
 BUNDLE=
+# The folder of the tool's own wheels, uv among them, if they are here already; and one of this run, with that uv.
+WHEELS=
 UNPACKED=
 # Set once we create the environment: only then may we restore the one that was moved aside.
 making=
@@ -183,8 +185,8 @@ find_bundle() {
 
 # Debian and Ubuntu ship ensurepip in a separate package.
 need_ensurepip() {
-    # The bundle's uv creates environments without it.
-    if [ -n "$BUNDLE" ] || "$PYTHON" -c 'import ensurepip' >/dev/null 2>&1; then return 0; fi
+    # uv creates environments without it.
+    if has_wheels || "$PYTHON" -c 'import ensurepip' >/dev/null 2>&1; then return 0; fi
     package=$("$PYTHON" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')
     if is_rehearsal "$@" || ! command -v apt-get >/dev/null 2>&1; then
         fail "$PYTHON cannot create an environment: $package is missing" "sudo apt-get install $package" 4
@@ -239,7 +241,7 @@ install_tool() {
     if [ "$(cat "$TOOL/made-from" 2>/dev/null)" = "$wanted" ] && "$TOOL/bin/sparkinstall" --version >/dev/null 2>&1; then
         return
     fi
-    [ -z "$BUNDLE" ] || unpack_bundle
+    if has_wheels; then unpack_wheels; fi
     say "Installing the command sparkinstall in $TOOL ..."
     mkdir -p "$HOME_OF_TOOL"
     move_aside
@@ -248,21 +250,42 @@ install_tool() {
     # Not "$HERE": pip reads a path with `;` or `[` in it as a requirement.
     (cd "$HERE" && run_pip install --quiet --no-deps --no-build-isolation --no-index .)
     write_launcher
+    [ -z "$BUNDLE" ] || keep_wheels
     printf '%s\n' "$wanted" >"$TOOL/made-from"
     rm -rf "$TOOL.old"
     forget_unpacked
 }
 
+# `sparkinstall cluster` has put them beside this file.
+has_wheels() {
+    [ -n "$BUNDLE" ] || [ -d "$HERE/own-packages" ]
+}
+
+unpack_wheels() {
+    UNPACKED=$(mktemp -d)
+    WHEELS=$UNPACKED/own-packages
+    if [ -n "$BUNDLE" ]; then unpack_bundle; else ln -s "$HERE/own-packages" "$WHEELS"; fi
+    if ! quietly "$PYTHON" -I -m zipfile -e "$WHEELS"/uv-*.whl "$UNPACKED/uv"; then
+        forget_unpacked
+        fail "uv, which installs the tool's own packages, could not be unpacked" "see the messages above, then run this again"
+    fi
+    for UV in "$UNPACKED"/uv/*.data/scripts/uv; do chmod +x "$UV"; done
+}
+
 # Every byte of the bundle is checked before anything is installed.
 unpack_bundle() {
-    UNPACKED=$(mktemp -d)
     say "Checking the bundle $BUNDLE ..."
-    if ! "$PYTHON" -I "$HERE/sparkinstall/payloads/bundle_archive.py" "$BUNDLE" "$UNPACKED" "$HERE/requirements.lock"; then
+    mkdir "$WHEELS"
+    if ! "$PYTHON" -I "$HERE/sparkinstall/payloads/bundle_archive.py" "$BUNDLE" "$WHEELS" "$HERE/requirements.lock"; then
         forget_unpacked
         exit 1
     fi
-    "$PYTHON" -I -m zipfile -e "$UNPACKED"/uv-*.whl "$UNPACKED/uv"
-    for UV in "$UNPACKED"/uv/*.data/scripts/uv; do chmod +x "$UV"; done
+}
+
+# For `sparkinstall cluster`, which takes the tool to nodes without a network.
+keep_wheels() {
+    mv "$WHEELS" "$TOOL/own-packages" ||
+        give_back "the tool's own packages could not be moved to $TOOL" "free some space there, then run this again"
 }
 
 forget_unpacked() {
@@ -337,7 +360,7 @@ pip_of_tool() {
     else
         verb=$1
         shift
-        bundled_uv pip "$verb" --python "$TOOL/bin/python" --find-links "$UNPACKED" "$@"
+        bundled_uv pip "$verb" --python "$TOOL/bin/python" --find-links "$WHEELS" "$@"
     fi
 }
 

@@ -9,6 +9,9 @@ from sparkinstall.layout import Layout
 from sparkinstall.stacks import Platform
 from sparkinstall.system import Reader
 
+DEBIAN_PACKAGES = "debs"
+"""The folder in the cache of the Debian packages that a bundle has brought."""
+
 
 class Node(Layout, frozen=True):
     """Settings, stack and paths of a node. `machine` is the architecture of this computer.
@@ -31,7 +34,7 @@ class Node(Layout, frozen=True):
     @property
     def debian_packages(self) -> Path:
         """The folder of the Debian packages that a bundle has brought."""
-        return self.cache / "debs"
+        return self.cache / DEBIAN_PACKAGES
 
     @property
     def partial(self) -> bool:

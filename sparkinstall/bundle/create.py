@@ -18,13 +18,12 @@ from sparkinstall.node import Node
 from sparkinstall.payloads import bundle_archive
 from sparkinstall.payloads.bundle_archive import Content, Manifest, Member
 from sparkinstall.probes import nccl_tests
+from sparkinstall.resources.packages import INDEX
 from sparkinstall.resources.venv import wheelhouse
 from sparkinstall.steps.nccl import source
 from sparkinstall.system.local import LocalSystem, sync_folder
 from sparkinstall.wheel_index import for_platform
 
-PYTHONS = ("3.11", "3.12", "3.13")
-"""The versions of Python that install.sh looks for: the tool's own wheels are for each."""
 _GLIBC = "2.39"
 
 
@@ -111,7 +110,7 @@ def _shown(name: str, emit: Emit) -> Iterator[_Part]:
 def _tool(order: Order, packed: Packed, _: _Part) -> None:
     """The sources of this tool, and the wheels that it needs itself, with uv."""
     packed.files |= {f"{contents.TOOL}/{name}": path for name, path in bootstrap.sources().items()}
-    for python in PYTHONS:
+    for python in bootstrap.PYTHONS:
         folder = bootstrap.own_packages(bootstrap.Place(order.node.platform, python, _GLIBC))
         if folder is None:
             raise CommandFailed(
@@ -157,7 +156,7 @@ def _packages(order: Order, packed: Packed, on: _Part) -> None:
         return
     packed.packages, packed.system = {**packed.packages, **found.versions}, found.system
     packed.files |= {f"{contents.DEBS}/{name}": path for name, path in found.files.items()}
-    packed.files[f"{contents.DEBS}/{debian.INDEX}"] = found.index
+    packed.files[f"{contents.DEBS}/{INDEX}"] = found.index
 
 
 # --- the archive

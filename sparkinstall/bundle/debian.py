@@ -10,17 +10,12 @@ from msgspec import Struct
 
 from sparkinstall.downloads import sha256_of
 from sparkinstall.errors import storage_errors
+from sparkinstall.facts.machine import system_name
 from sparkinstall.system import System, failure_of
 
-INDEX = "Packages"
 _UNKNOWN = re.compile(r"Unable to locate package|has no installation candidate|Couldn't find any package")
 _CHOSEN = re.compile(r"^Inst (\S+) \((\S+) .*\[(\w+)\]\)", re.MULTILINE)
 _HOUR = 3600.0
-
-
-def system_name(release: Mapping[str, str]) -> str:
-    """Return the name of a distribution, such as `ubuntu 24.04`."""
-    return f"{release.get('ID', 'unknown')} {release.get('VERSION_ID', '')}".strip()
 
 
 class Packages(Struct, frozen=True):

@@ -8,24 +8,22 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import quote
 
 from msgspec import Struct
 from msgspec.structs import replace
 
 from sparkinstall import stacks
 from sparkinstall.bundle import checked, contents, git_objects
-from sparkinstall.bundle.debian import system_name
 from sparkinstall.core.converge import Supply
 from sparkinstall.core.session import Target
 from sparkinstall.errors import BadBundle, Storage, storage_errors
 from sparkinstall.events import Emit, Progressed, StepEnded, StepStarted, seldom
-from sparkinstall.facts.machine import os_release
+from sparkinstall.facts.machine import os_release, system_name
 from sparkinstall.node import Node
 from sparkinstall.payloads import bundle_archive
 from sparkinstall.payloads.bundle_archive import Manifest, Member, OnBytes, Refused
 from sparkinstall.probes import Finding, Probe, failed, passed
-from sparkinstall.resources.packages import SOURCE_LIST, installed
+from sparkinstall.resources.packages import SYSTEM, installed
 from sparkinstall.resources.venv import wheelhouse
 from sparkinstall.steps.nccl import source
 from sparkinstall.system import Reader, processes
@@ -163,8 +161,8 @@ class _BringIn(Struct):
 
         checked.read(self.path, _telling(self.emit), take)
         if self.node.debian_packages.exists():
-            address = quote(str(self.node.debian_packages))
-            (self.node.debian_packages / SOURCE_LIST).write_text(f"deb [trusted=yes] file:{address} ./\n")
+            # Last: it says that all of them are there.
+            (self.node.debian_packages / SYSTEM).write_text(self.manifest.system)
 
     def _place(self, member: Member) -> "_Place | None":
         folder = member.path.partition("/")[0]

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import platform
 import re
 import shutil
 import sys
@@ -19,6 +20,7 @@ from uv import find_uv_bin
 
 from sparkinstall.assets import asset, user_cache
 from sparkinstall.errors import Problem
+from sparkinstall.node import DEBIAN_PACKAGES
 from sparkinstall.system.workshop import Workshop
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -31,6 +33,8 @@ _WHOLE = ".whole"
 _one_at_a_time = threading.Lock()
 MISSING = 90
 """Exit code of the remote shell where sparkinstall of exactly this version is missing; stdout describes the node."""
+PYTHONS = ("3.11", "3.12", "3.13")
+"""The versions of Python that install.sh looks for: the tool's own wheels in a bundle are for each."""
 LACKING = 91
 """Exit code of the remote shell where an upload is missing."""
 
@@ -75,11 +79,6 @@ for other in "$home"/delivered/*; do
     case $other in "$into" | "$into".*) ;; *) rm -rf "$other" ;; esac
 done
 cd "$into" || exit 1
-if [ -d own-packages ]; then
-    # pip splits it at blanks, so it must not contain the path of the home.
-    PIP_NO_INDEX=1 PIP_FIND_LINKS=own-packages PIP_CONFIG_FILE=/dev/null
-    export PIP_NO_INDEX PIP_FIND_LINKS PIP_CONFIG_FILE
-fi
 if ! sh ./install.sh --tool-only </dev/null >&2; then
     rm -rf "$into"
     rmdir "$home/delivered" "$home" 2>/dev/null
@@ -97,6 +96,9 @@ INSTALL = f"{_BEGIN}into=$home/delivered/$1\n{_INTO}{_INSTALL}"
 
 UNPACK = f"into=$HOME/{UPLOADS}/$1\n{_INTO}"
 """Shell script that unpacks an upload from stdin; $1 is its digest."""
+
+UNPACK_DEBIAN = f'into=${{XDG_CACHE_HOME:-$HOME/.cache}}/sparkinstall/{DEBIAN_PACKAGES}; rm -rf "$into"\n{_INTO}'
+"""Shell script that unpacks Debian packages from stdin to the node's cache."""
 
 
 class Place(Struct, frozen=True):
@@ -175,7 +177,11 @@ def packed(files: Mapping[str, bytes]) -> bytes:
 
 
 def own_packages(of: Place) -> Path | None:
-    """A folder in the cache with the wheels of requirements.lock for such a node; None: the download failed."""
+    """A folder with the wheels of requirements.lock for such a node; None: they could not be downloaded."""
+    # install.sh keeps those of a bundle in the tool's own environment.
+    bundled = Path(sys.prefix, "own-packages")
+    if bundled.is_dir() and of.machine == platform.machine() and of.python in PYTHONS:
+        return bundled
     lock = sources()["requirements.lock"]
     key = hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
     folder = user_cache() / "own-packages" / f"{key}-{of.python}-{of.machine}"

@@ -215,6 +215,8 @@ class Cluster(Struct):
         if token:
             argv += ["--token-file", "-"]
         argv += [*node.words, *repeated("--only", steps), *repeated("--ignore", self.options.ignore), "--yes"]
+        if "packages" in steps and "packages" in self._drifted(node):
+            node.bring_debian_packages(on_line)
         reply = node.call(Applied, *argv, on_line=on_line, stdin=token)
         node.changed |= bool(reply.data and reply.data.changed)
         return reply

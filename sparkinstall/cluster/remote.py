@@ -9,11 +9,13 @@ from typing import Any, Generic, TypeVar
 import msgspec
 from msgspec import Struct, field
 
+from sparkinstall.assets import user_cache
 from sparkinstall.cluster import bootstrap, protocol
 from sparkinstall.cluster.protocol import Reply
 from sparkinstall.cluster.ssh import Ssh
 from sparkinstall.cluster.uploads import Upload
-from sparkinstall.errors import PreflightFailed, Problem
+from sparkinstall.errors import PreflightFailed, Problem, storage_errors
+from sparkinstall.node import DEBIAN_PACKAGES
 from sparkinstall.redaction import redact
 from sparkinstall.system import Result, processes
 
@@ -149,13 +151,31 @@ class RemoteNode(Struct):
             raise _not_installed(self.host, result)
         self.brought = True
 
+    def bring_debian_packages(self, on_line: OnLine) -> None:
+        """Copy the Debian packages that a bundle has brought to this machine into the node's cache.
+
+        Raises:
+            Unreachable: as `call`.
+            Problem: they cannot be unpacked there.
+            Storage: they cannot be read here.
+        """
+        folder = user_cache() / DEBIAN_PACKAGES
+        if folder.is_dir():
+            on_line("copying Debian packages to the node")
+            with storage_errors(f"reading {folder}"):
+                files = {each.name: each.read_bytes() for each in sorted(folder.iterdir())}
+            self._copy("Debian packages", bootstrap.UNPACK_DEBIAN, "", files, on_line)
+
     def _upload(self, upload: Upload, on_line: OnLine) -> None:
         on_line(f"copying {', '.join(upload.files)} to the node")
-        result = self._unpack(bootstrap.UNPACK, upload.digest, bootstrap.packed(upload.files), on_line)
+        self._copy("files that the settings name", bootstrap.UNPACK, upload.digest, upload.files, on_line)
+
+    def _copy(self, what: str, script: str, digest: str, files: Mapping[str, bytes], on_line: OnLine) -> None:
+        result = self._unpack(script, digest, bootstrap.packed(files), on_line)
         if not result.ok:
             output = [line for line in result.err.splitlines() if line.strip()][-6:]
             raise Problem(
-                f"files that the settings name could not be copied to {self.host}",
+                f"{what} could not be copied to {self.host}",
                 cause="".join(output[-1:]),
                 hint=f"fix it at the node ({self.host}), then run the same command again",
                 output=output,

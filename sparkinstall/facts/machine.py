@@ -110,6 +110,11 @@ def os_release(on: Reader) -> Mapping[str, str]:
     return parse_release(on.read("/etc/os-release") or on.read("/usr/lib/os-release") or b"")
 
 
+def system_name(release: Mapping[str, str]) -> str:
+    """Return the name of a distribution, such as `ubuntu 24.04`."""
+    return f"{release.get('ID', 'unknown')} {release.get('VERSION_ID', '')}".strip()
+
+
 def has_gb10(on: Reader) -> bool:
     """Return whether the PCI bus has a GB10 (10de:2e12), or the driver reports one."""
     for device in on.names("/sys/bus/pci/devices"):

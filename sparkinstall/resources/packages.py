@@ -5,12 +5,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import quote
 
 from msgspec import Struct
 
 from sparkinstall.causes import cause_of
-from sparkinstall.errors import Problem
+from sparkinstall.errors import Problem, storage_errors
 from sparkinstall.facts import apt_sources
+from sparkinstall.facts.machine import os_release, system_name
 from sparkinstall.resources import Drift, Ok, State
 from sparkinstall.system import Reader, Result, System, Undo, Undone, failure_of, undoes
 
@@ -18,8 +20,10 @@ STATUS = "/var/lib/dpkg/status"
 UPDATES = "/var/lib/dpkg/updates"
 """Where dpkg keeps what is not yet in its status file; empty unless it works or was interrupted."""
 
-SOURCE_LIST = "sources.list"
+INDEX, SYSTEM = "Packages", "system"
+"""Files in a folder of packages: apt's index of them, and the distribution that they are for."""
 
+_NAME = re.compile(r"^Package: (\S+)$", re.MULTILINE)
 _FIELD = re.compile(r"^(Package|Status|Provides): (.+)$", re.MULTILINE)
 _SIMULATED = re.compile(r"^(Inst|Remv|Purg) (\S+)", re.MULTILINE)
 # Nobody can answer a question: a changed configuration file stays as it is.
@@ -84,7 +88,8 @@ def _at_work(on: Reader) -> bool:
 class Packages(Struct, frozen=True):
     """The Debian packages `names` are installed, and dpkg has finished its work.
 
-    `source`: a folder (a real path) with an index of packages, from which apt takes them instead of its own sources.
+    `source`: a folder (a real path), from which apt takes the missing ones if it has all of them. Its own sources count
+    where it does not, and where what is installed is too new for the packages of that folder.
     """
 
     key: ClassVar[str] = "packages"
@@ -126,8 +131,7 @@ class Packages(Struct, frozen=True):
             _configure(on)
         if not self._missing(on):
             return
-        apt = (*_APT, *self._only_source())
-        updated = _updated(on, apt)
+        apt, updated = self._offered(on) or (_APT, _updated(on, _APT))
         if begun:
             _install(on, apt, updated, *_FIX)
         if missing := self._missing(on):
@@ -136,14 +140,28 @@ class Packages(Struct, frozen=True):
             hint = apt_sources.hint(on, complaint)
             on.warn(f"`apt-get update` failed for a source that was not needed: {complaint}. To be rid of it, {hint}")
 
-    def _only_source(self) -> tuple[str, ...]:
-        """Return apt's options that replace its sources by `source`."""
-        if not Path(self.source, SOURCE_LIST).is_file():
-            return ()
-        places = {
-            "Etc::sourcelist": f"{self.source}/{SOURCE_LIST}", "Etc::sourceparts": "/dev/null", "State::lists": _LISTS,
-        }  # fmt: skip
-        return tuple(word for name, path in places.items() for word in ("-o", f"Dir::{name}={path}"))
+    def _offered(self, on: System) -> tuple[Sequence[str], Result] | None:
+        """Return apt for which `source` replaces its own sources, and what its update answered; None: it is no help."""
+        missing = self._missing(on)
+        if not self.source or not set(missing) <= _packages_in(Path(self.source), on):
+            return None
+        listing = Path(self.source, "sources.list")
+        with storage_errors(f"writing {listing}"):
+            listing.write_text(f"deb [trusted=yes] file:{quote(self.source)} ./\n")
+        places = {"Etc::sourcelist": str(listing), "Etc::sourceparts": "/dev/null", "State::lists": _LISTS}
+        apt = (*_APT, *(word for name, path in places.items() for word in ("-o", f"Dir::{name}={path}")))
+        updated = _updated(on, apt)
+        return (apt, updated) if on.ask(*apt, "-s", *_INSTALL, *missing, timeout=120).ok else None
+
+
+def _packages_in(folder: Path, on: Reader) -> set[str]:
+    """Return the names of the packages in a folder, if they are for this distribution."""
+    try:
+        if (folder / SYSTEM).read_text() != system_name(os_release(on)):
+            return set()
+        return set(_NAME.findall((folder / INDEX).read_text()))
+    except OSError:
+        return set()
 
 
 def _configure(on: System) -> None:

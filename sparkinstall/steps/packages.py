@@ -30,4 +30,4 @@ class SystemPackages(Step):
             *(("nftables",) if node.filtered else ()),
             *node.config.packages.extra,
         )
-        yield Packages(names, str(node.debian_packages) if node.bundle else "")
+        yield Packages(names, str(node.debian_packages))

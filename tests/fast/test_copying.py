@@ -342,6 +342,17 @@ def test_builds_run_on_the_head_then_copy_then_on_the_workers(far: FarNodes) -> 
     assert "f1ngerprint" not in log
 
 
+def test_debian_packages_of_a_bundle_go_to_the_nodes_that_lack_some(far: FarNodes) -> None:
+    (here := far.lab / ".cache/sparkinstall/debs").mkdir(parents=True)
+    (here / "git_1_all.deb").write_bytes(b"git")
+    far.answer("spark-1", look=look(steps=[step("packages", "unchanged"), step("ray")]))
+    code, reply, log = far.cluster("spark-1", "spark-2", "--yes", XDG_CACHE_HOME="")
+    assert code == 0, reply["errors"]
+    assert not (far.lab / "spark-1/.cache").exists()
+    assert (far.lab / "spark-2/.cache/sparkinstall/debs/git_1_all.deb").read_bytes() == b"git"
+    assert "spark-2 │   copying Debian packages to the node" in log
+
+
 def test_copy_that_fails_is_a_warning_and_the_worker_builds(far: FarNodes) -> None:
     broken = [1, {}, [problem("the other node was interrupted")]]
     far.answer("spark-2", fetch=broken)

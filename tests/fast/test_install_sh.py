@@ -15,6 +15,8 @@ import pytest
 
 from sparkinstall.cli.app import command
 from tests.support.bundles import HERE, OTHER, Maker, packed, written
+from tests.support.far_nodes import FarNodes
+from tests.support.rehearsals import envelope, output_of
 from tests.support.tiny_stack import small_stack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -473,7 +475,10 @@ def test_bundle_that_cannot_be_used_is_one_error_and_changes_nothing(
 
 @pytest.mark.network
 def test_bundle_installs_the_command_and_a_rehearsal_without_a_network(tmp_path: Path) -> None:
-    """With the real packages of the tool, in a network namespace without a route, as a user whose home is empty."""
+    """With the real packages of the tool, in a network namespace without a route, as a user whose home is empty.
+
+    `cluster` then installs the tool on a further node from what the bundle has brought.
+    """
     maker = Maker(tmp_path, small_stack(tmp_path / "stack"), platform=HERE, real_tool=True)
     maker.created(tmp_path / "b.tar")
     subprocess.run(["tar", "-xf", "b.tar", "sparkinstall"], cwd=tmp_path, check=True)
@@ -482,8 +487,8 @@ def test_bundle_installs_the_command_and_a_rehearsal_without_a_network(tmp_path:
     env = {"HOME": str(home), "PATH": os.environ["PATH"]}
     alone = ("unshare", "--map-root-user", "--net")
 
-    def run(*argv: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run([*alone, *argv], cwd=tmp_path, env=env, capture_output=True, text=True)
+    def run(*argv: str, **more: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([*alone, *argv], cwd=tmp_path, env=env | more, capture_output=True, text=True)
 
     options = ("--root", "./node", "--stack", str(maker.stack), "--set", "nccl.mode=wheel")
     done = run("sh", "sparkinstall/install.sh", "--bundle", "b.tar", *options)
@@ -493,6 +498,11 @@ def test_bundle_installs_the_command_and_a_rehearsal_without_a_network(tmp_path:
     assert again.returncode == 0 and "everything is up to date" in again.stdout, again.stderr
     command = home / ".local/bin/sparkinstall"
     assert run(str(command), "verify", "--root", "./node").returncode == 0
+    (fresh := tmp_path / "fresh").mkdir()
+    reached = FarNodes(tmp_path, REPOSITORY, "").environment()
+    planned = run(str(command), "cluster", "plan", "fresh", "--json", LAB=reached["LAB"], PATH=reached["PATH"])
+    assert envelope(planned)["data"]["nodes"][0]["tool_brought"], output_of(planned)
+    assert (fresh / ".local/share/sparkinstall/tool/bin/sparkinstall").exists()
     assert run(str(command), "uninstall", "--root", "./node").returncode == 0
     assert run("sh", "sparkinstall/install.sh", "--remove").returncode == 0
     assert not command.exists() and not (tmp_path / "node").exists()

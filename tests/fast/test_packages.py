@@ -4,7 +4,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import pytest
 
@@ -133,16 +133,41 @@ def test_packages_with_a_half_installed_one_are_finished(half: str) -> None:
 
 
 def test_packages_of_a_bundle_are_installed_from_its_folder_alone(tmp_path: Path) -> None:
-    on = Dpkg({"git": WHOLE}, {"install": {"make": WHOLE}})
-    Packages(WANTED, str(tmp_path)).apply(on)
-    assert "Dir::" not in str(on.changed), "a bundle without packages leaves them to the node's sources"
-    (tmp_path / "sources.list").touch()
-    on = Dpkg({"git": WHOLE}, {"install": {"make": WHOLE}})
-    Packages(WANTED, str(tmp_path)).apply(on)
+    on = _with_a_folder(tmp_path)
     assert len(on.changed) == 2
     for line in on.changed:
         assert f"-o Dir::Etc::sourcelist={tmp_path}/sources.list -o Dir::Etc::sourceparts=/dev/null" in line
         assert "-o Dir::State::lists=/var/lib/apt/sparkinstall" in line
+    assert (tmp_path / "sources.list").read_text() == f"deb [trusted=yes] file:{tmp_path} ./\n"
+
+
+class _TooNew(Dpkg):
+    """What is installed does not go together with the packages in a folder."""
+
+    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
+        if "Dir::Etc::sourceparts=/dev/null" in argv:
+            return Result(argv, 100, "", "")
+        return super().ask(*argv, timeout=timeout, env=env, root=root)
+
+
+def _with_a_folder(folder: Path, names: str = "make", system: str = "debian 13", *, too_new: bool = False) -> Dpkg:
+    """A Debian 13 on which `make` was missing, with a folder of these packages; `too_new`: for the ones in it."""
+    (folder / "Packages").write_text("".join(f"Package: {name}\nVersion: 1\n\n" for name in names.split()))
+    (folder / "system").write_text(system)
+    on = (_TooNew if too_new else Dpkg)({"git": WHOLE}, {"install": {"make": WHOLE}})
+    on.files["/etc/os-release"] = b'ID=debian\nVERSION_ID="13"\n'
+    Packages(WANTED, str(folder)).apply(on)
+    return on
+
+
+@pytest.mark.parametrize(
+    "folder", [{"names": "git"}, {"system": "ubuntu 24.04"}, {"too_new": True}], ids=["lacks", "other", "too new"]
+)
+def test_packages_that_a_folder_cannot_provide_are_left_to_the_nodes_sources(
+    tmp_path: Path, folder: Mapping[str, Any]
+) -> None:
+    on = _with_a_folder(tmp_path, **folder)
+    assert "install make" in on.changed[-1] and "Dir::" not in on.changed[-1]
 
 
 @pytest.mark.parametrize("states", [{"git": WHOLE, "make": WHOLE}, {"git": WHOLE}, {}], ids=["whole", "some", "none"])
