@@ -20,6 +20,8 @@ TOOL=$HOME_OF_TOOL/tool
 COMMAND=${XDG_BIN_HOME:-${HOME:-}/.local/bin}/sparkinstall
 # Packages that apt installed only for us, one per line, so that --remove can purge them.
 BOOTSTRAPPED=$HOME_OF_TOOL/apt-packages
+# Where the uv of a bundle is unpacked while it installs the command.
+PLACE_OF_UV=$HOME_OF_TOOL/uv-of-bundle
 # Seconds to wait for the lock of apt's package lists.
 PATIENCE=300
 # The options of `sparkinstall all` with and without a value; a test compares them with the program.
@@ -28,7 +30,7 @@ PLAIN='--full --partial --keep-old --no-keep-old --yes --json --verbose'
 LETTERS=yv
 # With --bundle that file.
 BUNDLE=
-# The folder of the tool's own wheels, uv among them, if they are here already; and one of this run, with that uv.
+# The folder of the tool's own wheels, uv among them, if they are here already; and the temporary one of this run.
 WHEELS=
 UNPACKED=
 # Set once we create the environment: only then may we restore the one that was moved aside.
@@ -180,7 +182,9 @@ find_bundle() {
         esac
         shift
     done
-    [ -z "$BUNDLE" ] || [ -f "$BUNDLE" ] || misused "there is no bundle $BUNDLE" "name the file that you copied here"
+    if [ -z "$BUNDLE" ] || [ -f "$BUNDLE" ]; then return 0; fi
+    if [ -e "$BUNDLE" ]; then misused "$BUNDLE is not a regular file" "name the bundle itself"; fi
+    misused "there is no bundle $BUNDLE" "name the file that you copied here"
 }
 
 # Debian and Ubuntu ship ensurepip in a separate package.
@@ -237,14 +241,16 @@ end_turn() {
 
 # Keep the former environment until the new one is complete: a failed update leaves a working command.
 install_tool() {
-    wanted="$(digest_of_checkout) $PYTHON"
-    if [ "$(cat "$TOOL/made-from" 2>/dev/null)" = "$wanted" ] && "$TOOL/bin/sparkinstall" --version >/dev/null 2>&1; then
+    if is_installed; then
+        forget_unpacked
         return
     fi
-    if has_wheels; then unpack_wheels; fi
+    # The command may have been removed by another run while this one waited.
+    if has_wheels && [ -z "$UNPACKED" ]; then unpack_wheels; fi
     say "Installing the command sparkinstall in $TOOL ..."
-    mkdir -p "$HOME_OF_TOOL"
+    make_folder "$HOME_OF_TOOL"
     move_aside
+    [ -z "$UNPACKED" ] || unpack_uv
     make_environment || give_back "$PYTHON could not create an environment in $TOOL"
     run_pip install --quiet ${UNPACKED:+--no-index} --require-hashes -r "$HERE/requirements.lock"
     # Not "$HERE": pip reads a path with `;` or `[` in it as a requirement.
@@ -254,6 +260,23 @@ install_tool() {
     printf '%s\n' "$wanted" >"$TOOL/made-from"
     rm -rf "$TOOL.old"
     forget_unpacked
+    making=
+}
+
+is_installed() {
+    [ "$(cat "$TOOL/made-from" 2>/dev/null)" = "$wanted" ] && "$TOOL/bin/sparkinstall" --version >/dev/null 2>&1
+}
+
+make_folder() {
+    if problem=$(mkdir -p "$1" 2>&1); then return 0; fi
+    forget_unpacked
+    fail "the folder $1 cannot be created: ${problem##*: }" "make room there, or make it writable, then run this again"
+}
+
+# Every byte of the bundle is checked before anything is created. `sparkinstall all` checks it itself.
+check_bundle() {
+    if [ -z "$BUNDLE" ]; then return 0; fi
+    if [ -n "$only" ] || ! is_installed; then unpack_wheels; fi
 }
 
 # `sparkinstall cluster` has put them beside this file.
@@ -262,20 +285,18 @@ has_wheels() {
 }
 
 unpack_wheels() {
-    UNPACKED=$(mktemp -d)
+    # Read-only, full, or not there: what mktemp says is the reason.
+    UNPACKED=$(mktemp -d 2>&1) || {
+        problem=$UNPACKED
+        UNPACKED=
+        fail "no temporary folder can be created: ${problem##*: }" "set TMPDIR to a folder of your own"
+    }
     WHEELS=$UNPACKED/own-packages
     if [ -n "$BUNDLE" ]; then unpack_bundle; else ln -s "$HERE/own-packages" "$WHEELS"; fi
-    if ! quietly "$PYTHON" -I -m zipfile -e "$WHEELS"/uv-*.whl "$UNPACKED/uv"; then
-        forget_unpacked
-        fail "uv, which installs the tool's own packages, could not be unpacked" "see the messages above, then run this again"
-    fi
-    for UV in "$UNPACKED"/uv/*.data/scripts/uv; do chmod +x "$UV"; done
 }
 
-# Every byte of the bundle is checked before anything is installed.
 unpack_bundle() {
     say "Checking the bundle $BUNDLE ..."
-    mkdir "$WHEELS"
     if ! "$PYTHON" -I "$HERE/sparkinstall/payloads/bundle_archive.py" "$BUNDLE" "$WHEELS" "$HERE/requirements.lock"; then
         forget_unpacked
         exit 1
@@ -288,13 +309,27 @@ keep_wheels() {
         give_back "the tool's own packages could not be moved to $TOOL" "free some space there, then run this again"
 }
 
+# Beside the tool and not in the temporary folder, from which a careful machine runs no programs (noexec).
+unpack_uv() {
+    rm -rf "$PLACE_OF_UV"
+    if ! output=$("$PYTHON" -I -m zipfile -e "$WHEELS"/uv-*.whl "$PLACE_OF_UV" 2>&1); then
+        # The last line of a traceback is the reason.
+        problem=$(printf '%s\n' "$output" | tail -n 1)
+        give_back "uv, which installs the tool's own packages, could not be unpacked to $PLACE_OF_UV: $problem" \
+            "make room there, or make it writable, then run this again"
+    fi
+    for UV in "$PLACE_OF_UV"/*.data/scripts/uv; do chmod +x "$UV"; done
+}
+
 forget_unpacked() {
     [ -z "$UNPACKED" ] || rm -rf "$UNPACKED"
     UNPACKED=
+    # Otherwise it is another run's.
+    [ -z "$making" ] || rm -rf "$PLACE_OF_UV"
 }
 
 bundled_uv() {
-    "$UV" --no-config --no-cache --offline "$@"
+    TMPDIR=$PLACE_OF_UV "$UV" --no-config --no-cache --offline "$@"
 }
 
 make_environment() {
@@ -375,7 +410,7 @@ run_pip() {
 }
 
 link_command() {
-    mkdir -p "$(dirname "$COMMAND")"
+    make_folder "$(dirname "$COMMAND")"
     if { [ ! -e "$COMMAND" ] && [ ! -L "$COMMAND" ]; } || is_linked; then ln -sfn "$TOOL/bin/sparkinstall" "$COMMAND"; fi
 }
 
@@ -441,7 +476,9 @@ remove_tool() {
 provide_tool() {
     PYTHON=$(find_python)
     need_ensurepip "$@"
-    mkdir -p "$(dirname "$HOME_OF_TOOL")"
+    wanted="$(digest_of_checkout) $PYTHON"
+    check_bundle
+    make_folder "$(dirname "$HOME_OF_TOOL")"
     take_turns
     install_tool
     link_command

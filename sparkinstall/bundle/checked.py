@@ -1,6 +1,5 @@
 """Read bundles: what is wrong with one is an error for the user."""
 
-import errno
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +11,6 @@ from sparkinstall.given import absolute
 from sparkinstall.payloads import bundle_archive
 from sparkinstall.payloads.bundle_archive import Manifest, OnBytes, Refused, Take, silent, take_nothing
 
-_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-
 
 def place(named: str | Path, option: str) -> Path:
     """Return the path of a bundle that must exist.
@@ -22,8 +19,10 @@ def place(named: str | Path, option: str) -> Path:
         BadUsage: there is no such file.
     """
     path = absolute(named, option)
-    if not path.is_file():
+    if not path.exists():
         raise BadUsage(f"there is no bundle {path}", hint="`sparkinstall bundle create` makes one")
+    if not path.is_file():
+        raise BadUsage(f"{path} is not a regular file", hint="name the bundle itself, or copy it to a disk first")
     return path
 
 
@@ -75,7 +74,9 @@ def problems(path: Path) -> Iterator[None]:
         raise BadBundle(f"the bundle {path} cannot be used: {refused.message}", hint=refused.hint) from refused
     except OSError as error:
         # What was read is written elsewhere meanwhile, and an error of that names no file either.
-        if error.filename in (None, str(path)) and error.errno not in _OF_WRITING:
+        if error.filename in (None, str(path)) and error.errno not in bundle_archive.OF_WRITING:
             why = error.strerror or str(error)
-            raise BadBundle(f"the bundle {path} cannot be read: {why}", hint=bundle_archive.AGAIN) from error
+            raise BadBundle(
+                f"the bundle {path} cannot be read: {why}", hint=bundle_archive.reading_hint(error)
+            ) from error
         raise

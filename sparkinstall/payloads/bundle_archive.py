@@ -6,6 +6,7 @@ install.sh runs this file before the tool exists: it needs nothing but Python.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -27,7 +28,12 @@ LOCK = "sparkinstall/requirements.lock"
 PLATFORMS = ("aarch64", "x86_64")
 
 AGAIN = "copy the file again, or create it again with `sparkinstall bundle create`"
+ANOTHER_TMPDIR = "free some space there, or set TMPDIR to a folder on another disk"
+DAMAGED = "`sparkinstall cache verify` removes what is damaged; then run the same command again"
 OWN_TOOL = "use the tool in it: `tar -xf FILE sparkinstall && ./sparkinstall/install.sh --bundle FILE`"
+
+OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors that reading a bundle does not give: they are of the place that its contents go to."""
 
 _BLOCK, _PART = 512, 1 << 20
 _LARGEST_MANIFEST = 16 << 20
@@ -36,6 +42,8 @@ _LARGEST_MEMBER = 8**11
 _TIME = 315619200
 _PATH = re.compile(r"(?:debs|models|nccl|sparkinstall|tool|wheels)(?:/[A-Za-z0-9_][A-Za-z0-9._+!~=,@%-]*)+")
 _HEX = re.compile(r"[0-9a-f]{64}")
+# What a manifest says is shown on terminals: no control characters.
+_TEXT = re.compile(r"[A-Za-z0-9._+~: -]{0,100}")
 _KINDS = {b"0": "the file", b"1": "the link", b"2": "the link", b"5": "the folder"}
 
 
@@ -131,13 +139,16 @@ def decoded(content: bytes) -> Manifest:
 
 def _manifest(data: dict[str, Any]) -> Manifest:
     texts, lists = ("tool", "stack", "platform", "python", "system", "base"), ("members", "kept")
-    if any(not isinstance(data[name], str) for name in texts) or not isinstance(data["nodes"], int):
+    shown = [*(data[name] for name in texts), *data["packages"], *data["packages"].values()]
+    if not all(isinstance(text, str) and _TEXT.fullmatch(text) for text in shown):
+        raise TypeError
+    if not isinstance(data["nodes"], int) or data["nodes"] < 1:
         raise TypeError
     files = {name: tuple(Member(**each) for each in data[name]) for name in lists}
     for each in (*files["members"], *files["kept"]):
         if not isinstance(each.path, str) or not isinstance(each.size, int) or not _HEX.fullmatch(each.sha256):
             raise TypeError
-    if any(not isinstance(version, str) for version in data["packages"].values()) or data["models"]:
+    if data["models"]:
         raise TypeError
     return Manifest(**{**data, **files, "models": ()})
 
@@ -198,7 +209,7 @@ def write(out: BinaryIO, manifest: Manifest, contents: Mapping[str, Content], on
                 done += len(part)
                 on_bytes(done, manifest.size)
         if found.hexdigest() != member.sha256:
-            raise Refused(f"{contents[member.path]!s:.200} has changed meanwhile", "run the same command again")
+            raise Refused(f"{contents[member.path]!s:.200} does not have its hash any more", DAMAGED)
         out.write(bytes(_padding(member.size)))
     out.write(bytes(2 * _BLOCK))
 
@@ -347,6 +358,11 @@ def _copy(file: BinaryIO, member: Member, out: BinaryIO, tell: Callable[[], None
         raise Refused(f"it is damaged behind {member.path}")
 
 
+def reading_hint(error: OSError) -> str:
+    """Return what to do about a bundle that cannot be read."""
+    return "make it readable for you: `chmod a+r FILE`" if error.errno in (errno.EACCES, errno.EPERM) else AGAIN
+
+
 # --- for install.sh
 
 
@@ -356,12 +372,18 @@ def main(argv: Iterable[str]) -> int:
     try:
         _unpack_tool(bundle, into, lock.read_bytes())
     except Refused as refused:
-        print(f"✗ the bundle {bundle} cannot be used: {refused.message}\n  do    {refused.hint}", file=sys.stderr)
-        return 1
+        return _failed(f"the bundle {bundle} cannot be used: {refused.message}", refused.hint)
     except OSError as error:
-        print(f"✗ the bundle {bundle} cannot be read: {error}", file=sys.stderr)
-        return 1
+        why = error.strerror or str(error)
+        if error.errno in OF_WRITING:
+            return _failed(f"the bundle {bundle} cannot be unpacked to {into}: {why}", ANOTHER_TMPDIR)
+        return _failed(f"the bundle {bundle} cannot be read: {why}", reading_hint(error))
     return 0
+
+
+def _failed(message: str, hint: str) -> int:
+    print(f"✗ {message}\n  do    {hint}", file=sys.stderr)
+    return 1
 
 
 def _unpack_tool(bundle: Path, into: Path, lock: bytes) -> None:
@@ -369,6 +391,8 @@ def _unpack_tool(bundle: Path, into: Path, lock: bytes) -> None:
     require_machine(manifest, platform.machine())
     if [each.sha256 for each in manifest.members if each.path == LOCK] != [sha256(lock)]:
         raise Refused(f"it was made by another sparkinstall than this one ({manifest.tool})", OWN_TOOL)
+
+    into.mkdir(exist_ok=True)
 
     def take(member: Member) -> AbstractContextManager[BinaryIO] | None:
         return open(into / member.name, "xb") if member.path.startswith("tool/") else None

@@ -16,7 +16,8 @@ import pytest
 from sparkinstall.cli.app import command
 from tests.support.bundles import HERE, OTHER, Maker, packed, written
 from tests.support.far_nodes import FarNodes
-from tests.support.rehearsals import envelope, output_of
+from tests.support.mounts import small_disk
+from tests.support.rehearsals import envelope, everything_with_times, output_of, tree
 from tests.support.tiny_stack import small_stack
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -469,8 +470,43 @@ def test_bundle_that_cannot_be_used_is_one_error_and_changes_nothing(
     assert done.returncode == 1
     assert done.stderr.count("✗") == 1 and f"✗ the bundle {path} cannot be used: {message}" in done.stderr
     assert "  do    " in done.stderr and "Traceback" not in done.stderr
-    assert sorted(each for each in machine.home.rglob("*") if each.name not in (".local", "share")) == before
+    assert sorted(machine.home.rglob("*")) == before
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_bundle_that_is_damaged_is_refused_where_its_tool_is_installed(machine: Machine, tmp_path: Path) -> None:
+    assert machine.run("--tool-only").returncode == 0
+    path = _bundle(tmp_path, uv=b"wheel")
+    path.write_bytes(path.read_bytes()[:-1])
+    before = tree(machine.home, everything_with_times)
+    done = machine.run("--tool-only", "--bundle", str(path))
+    assert done.returncode == 1 and f"✗ the bundle {path} cannot be used: it ends after" in done.stderr
+    assert tree(machine.home, everything_with_times) == before
+
+
+def test_bundle_on_a_full_disk_for_temporary_files_is_one_error(machine: Machine, tmp_path: Path) -> None:
+    path, before = _bundle(tmp_path, uv=b"u" * 100_000), sorted(machine.home.rglob("*"))
+    with small_disk(tmp_path / "temporary", "8k") as disk:
+        machine.env["TMPDIR"] = str(disk)
+        done = machine.run("--bundle", str(path), "--tool-only")
+        assert list(disk.iterdir()) == []
+    assert done.returncode == 1 and f"✗ the bundle {path} cannot be unpacked to {disk}/" in done.stderr
+    assert "No space left" in done.stderr and "set TMPDIR" in done.stderr and done.stderr.count("✗") == 1
+    assert sorted(machine.home.rglob("*")) == before
+
+
+def test_folder_for_temporary_files_that_is_missing_is_one_error(machine: Machine, tmp_path: Path) -> None:
+    machine.env["TMPDIR"] = str(tmp_path / "missing")
+    done = machine.run("--bundle", str(_bundle(tmp_path, uv=b"wheel")), "--tool-only")
+    assert done.returncode == 1 and done.stderr.startswith("✗ no temporary folder can be created: No such file")
+    assert "  do    set TMPDIR" in done.stderr
+
+
+def test_folder_for_the_tool_that_cannot_be_created_is_one_error(machine: Machine) -> None:
+    (machine.home / ".local").write_text("a file")
+    done = machine.run("--tool-only")
+    assert done.returncode == 1 and "  do    " in done.stderr
+    assert done.stderr.startswith(f"✗ the folder {machine.home}/.local/share cannot be created: Not a directory")
 
 
 @pytest.mark.network
@@ -484,8 +520,11 @@ def test_bundle_installs_the_command_and_a_rehearsal_without_a_network(tmp_path:
     subprocess.run(["tar", "-xf", "b.tar", "sparkinstall"], cwd=tmp_path, check=True)
     home = tmp_path / "home"
     home.mkdir()
-    env = {"HOME": str(home), "PATH": os.environ["PATH"]}
-    alone = ("unshare", "--map-root-user", "--net")
+    env = {"HOME": str(home), "PATH": os.environ["PATH"], "TMPDIR": str(tmp_path / "temporary")}
+    # A careful machine runs no programs from its temporary folder.
+    (tmp_path / "temporary").mkdir()
+    strict = ("sh", "-ec", 'mount -t tmpfs -o noexec none temporary; exec "$@"', "sh")
+    alone = ("unshare", "--map-root-user", "--net", "--mount", *strict)
 
     def run(*argv: str, **more: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run([*alone, *argv], cwd=tmp_path, env=env | more, capture_output=True, text=True)
