@@ -1,30 +1,34 @@
 """Create a bundle: everything is downloaded to the cache, so that a second attempt continues, then written in order."""
 
-import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from msgspec import Struct, field
 
 from sparkinstall import __version__
-from sparkinstall.bundle import checked, contents, debian, git_objects
+from sparkinstall.bundle import contents, debian, git_objects, part
 from sparkinstall.cluster import bootstrap
 from sparkinstall.downloads import sha256_of
-from sparkinstall.errors import BadConfig, CommandFailed, storage_errors
+from sparkinstall.errors import BadBundle, BadConfig, CommandFailed, storage_errors
 from sparkinstall.events import Emit, Progressed, StepEnded, StepStarted, Warned
 from sparkinstall.node import Node
 from sparkinstall.payloads import bundle_archive
-from sparkinstall.payloads.bundle_archive import Content, Manifest, Member
+from sparkinstall.payloads.bundle_archive import Content, Manifest, Member, Refused
 from sparkinstall.probes import nccl_tests
 from sparkinstall.resources.packages import INDEX
 from sparkinstall.resources.venv import wheelhouse
+from sparkinstall.stacks import canonical
 from sparkinstall.steps.nccl import source
-from sparkinstall.system.local import LocalSystem, sync_folder
+from sparkinstall.system.local import LocalSystem
 from sparkinstall.wheel_index import for_platform
 
 _GLIBC = "2.39"
+_PINNED = re.compile(r"^([A-Za-z0-9._-]+)==", re.MULTILINE)
 
 
 class Order(Struct, frozen=True):
@@ -67,18 +71,21 @@ def create(order: Order, to: Path, emit: Emit) -> Manifest:
 
     Raises:
         CommandFailed, Blocked: something cannot be downloaded, or is not what the locks say.
-        Storage: the disk is full or not writable.
+        BadBundle: a wheel in the cache is damaged.
+        Busy, BadUsage, Storage: as in `part.begun`.
     """
     packed = Packed()
     parts: Sequence[tuple[str, Callable[[Order, Packed, _Part], None]]] = (
         ("tool", _tool), ("wheels", _wheels), ("nccl", _nccl), ("packages", _packages),
     )  # fmt: skip
-    for name, part in parts:
-        with _shown(name, emit) as on:
-            part(order, packed, on)
-    with _shown("archive", emit) as on:
-        manifest = _manifest(order, packed)
-        _write(manifest, packed, to, on)
+    # Begun first: a place that cannot be written is found before anything is downloaded.
+    with part.begun(to) as out:
+        for name, bring in parts:
+            with _shown(name, emit) as on:
+                bring(order, packed, on)
+        with _shown("archive", emit) as on:
+            manifest = _manifest(order, packed)
+            _write(manifest, packed, to, out, on)
     return manifest
 
 
@@ -111,13 +118,34 @@ def _tool(order: Order, packed: Packed, _: _Part) -> None:
     """The sources of this tool, and the wheels that it needs itself, with uv."""
     packed.files |= {f"{contents.TOOL}/{name}": path for name, path in bootstrap.sources().items()}
     for python in bootstrap.PYTHONS:
-        folder = bootstrap.own_packages(bootstrap.Place(order.node.platform, python, _GLIBC))
-        if folder is None:
-            raise CommandFailed(
-                "the tool's own packages could not be downloaded",
-                hint="check the network and run the same command again; finished downloads are kept",
-            )
-        packed.files |= {f"{contents.TOOL_WHEELS}/{each.name}": each for each in folder.iterdir()}
+        wheels = _own_packages(bootstrap.Place(order.node.platform, python, _GLIBC))
+        packed.files |= {f"{contents.TOOL_WHEELS}/{each.name}": each for each in wheels}
+
+
+def _own_packages(place: bootstrap.Place) -> list[Path]:
+    """Return the wheels that the tool needs itself; damaged ones are downloaded again.
+
+    Raises:
+        CommandFailed: they cannot be downloaded.
+        Storage: the cache cannot be read or written.
+    """
+    with storage_errors("downloading the tool's own packages"):
+        folder = bootstrap.own_packages(place)
+        if folder and any(map(_is_damaged, folder.iterdir())):
+            shutil.rmtree(folder)
+            folder = bootstrap.own_packages(place)
+        if folder:
+            return list(folder.iterdir())
+    raise CommandFailed(
+        "the tool's own packages could not be downloaded",
+        hint="check the network and run the same command again; finished downloads are kept",
+    )
+
+
+def _is_damaged(wheel: Path) -> bool:
+    lock = bootstrap.sources()["requirements.lock"].read_text()
+    pinned = map(canonical, _PINNED.findall(lock))
+    return canonical(wheel.name.partition("-")[0]) in pinned and f"sha256:{sha256_of(wheel)}" not in lock
 
 
 def _wheels(order: Order, packed: Packed, on: _Part) -> None:
@@ -152,7 +180,6 @@ def _packages(order: Order, packed: Packed, on: _Part) -> None:
     packed.packages = dict.fromkeys(names, "")
     found = debian.download(on, names, node.cache / "apt") if node.platform == node.machine else None
     if found is None:
-        on.warn(f"not in the bundle, so the node must have them: {', '.join(names)}")
         return
     packed.packages, packed.system = {**packed.packages, **found.versions}, found.system
     packed.files |= {f"{contents.DEBS}/{name}": path for name, path in found.files.items()}
@@ -190,16 +217,9 @@ def _size_and_hash(content: Content, known: str | None) -> tuple[int, str]:
         return content.stat().st_size, known or sha256_of(content)
 
 
-def _write(manifest: Manifest, packed: Packed, to: Path, on: _Part) -> None:
-    part = to.with_name(f"{to.name}.part")
+def _write(manifest: Manifest, packed: Packed, to: Path, out: BinaryIO, on: _Part) -> None:
     try:
-        with checked.problems(to), storage_errors(f"writing {part}"):
-            with open(part, "wb") as out:
-                bundle_archive.write(out, manifest, packed.files, lambda done, of: on.progress(done, of, "bytes"))
-                out.flush()
-                os.fsync(out.fileno())
-            part.replace(to)
-            sync_folder(str(to.parent))
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+        with storage_errors(f"writing {to}"):
+            bundle_archive.write(out, manifest, packed.files, lambda done, of: on.progress(done, of, "bytes"))
+    except Refused as refused:
+        raise BadBundle(f"{to} cannot be written: {refused.message}", hint=refused.hint) from refused

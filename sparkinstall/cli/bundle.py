@@ -2,14 +2,18 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
 from msgspec import Struct
 from msgspec.structs import replace
 from rich.filesize import decimal
+from rich.text import Text
 
+from sparkinstall import stacks
 from sparkinstall.bundle import checked
 from sparkinstall.bundle.changes import Change, Changes, changes
 from sparkinstall.bundle.create import Order, create, require_locked
@@ -26,6 +30,7 @@ from sparkinstall.payloads.bundle_archive import Manifest
 app = typer.Typer(help="Make and check one file with which a node without a network is set up.", no_args_is_help=True)
 
 _SPARK = "aarch64"
+_NAME_IT = "name the bundle itself: `--output FILE.tar`"
 
 Nodes = Annotated[
     int, options.choice(min=1, metavar="NUMBER", help="For how many nodes: 2 and more also get nccl-tests.")
@@ -113,7 +118,7 @@ def diff(
     del output
     before, after = (checked.manifest_of(checked.place(each, "the bundle")) for each in (old, new))
     found = changes(before, after)
-    return CommandResult(data=found, show=lambda: _show_changes(found))
+    return CommandResult(data=found, show=lambda: _show_changes(found, before, after))
 
 
 def _place(named: Path, yes: bool) -> Path:
@@ -122,11 +127,13 @@ def _place(named: Path, yes: bool) -> Path:
     Raises:
         BadUsage: the path cannot be a file, or exists.
     """
+    if str(named) == "-":
+        raise BadUsage("a bundle is written to a file, not to stdout", hint=_NAME_IT)
     path = absolute(named, "--output")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         raise BadUsage(f"no file can be written to the folder {path.parent}", hint="name another one with --output")
     if path.is_dir() or (os.path.lexists(path) and not path.is_file()):
-        raise BadUsage(f"{path} is not a file", hint="name the bundle itself: `--output FILE.tar`")
+        raise BadUsage(f"{path} is not a file", hint=_NAME_IT)
     agree_to_replace(path, ".tar", agreed=yes)
     return path
 
@@ -134,28 +141,38 @@ def _place(named: Path, yes: bool) -> Path:
 def _show_made(made: Described) -> None:
     _show(made, "is written")
     out = console()
-    out.print("Carry it to the node, and there:", markup=False)
+    is_shipped = made.stack in stacks.names()
+    more, option = ("", "") if is_shipped else (f", with the files of stack {made.stack}", " --stack FILE.yaml")
+    out.print(f"Carry it to the node{more}, and there:", markup=False, soft_wrap=True)
     name = Path(made.path).name
-    line = f"tar -xf {name} sparkinstall && ./sparkinstall/install.sh --bundle {name}"
+    line = f"tar -xf {quote(name)} sparkinstall && ./sparkinstall/install.sh --bundle {quote(name)}{option}"
     out.print(f"    {line}", markup=False, soft_wrap=True)
 
 
 def _show(found: Described, what: str) -> None:
     out = console()
-    out.print(f"[green bold]✓[/] {found.path} {what}: {decimal(found.bytes)}", soft_wrap=True)
-    tool = f"sparkinstall {found.sparkinstall}"
-    out.print(f"  stack {found.stack} for {found.platform}, Python {found.python}, {tool}", markup=False)
+    out.print(Text.assemble(("✓ ", "green bold"), f"{found.path} {what}: {decimal(found.bytes)}"), soft_wrap=True)
+    for line in _about(found):
+        out.print(f"  {line}", markup=False, soft_wrap=True)
+
+
+def _about(found: Described) -> Iterator[str]:
+    yield f"stack {found.stack} for {found.platform}, Python {found.python}, sparkinstall {found.sparkinstall}"
+    yield f"sha256 of its manifest: {found.manifest}"
     if found.updates:
-        out.print("  An update: it needs what the bundle before it has brought to the node.")
-    missing = [name for name, version in found.packages.items() if not version]
+        yield "An update: it needs what the bundle before it has brought to the node."
+    missing = sorted(name for name, version in found.packages.items() if not version)
     if missing:
-        out.print(f"  The node must have these Debian packages: {', '.join(missing)}", markup=False, soft_wrap=True)
+        yield f"The node must have these Debian packages: {', '.join(missing)}"
     elif found.packages:
-        out.print(f"  With the Debian packages of {found.system}.", markup=False)
+        yield f"With the Debian packages of {found.system}."
 
 
-def _show_changes(found: Changes) -> None:
+def _show_changes(found: Changes, before: Manifest, after: Manifest) -> None:
     out = console()
+    for word, bundle in (("before", before), ("after", after)):
+        line = f"{word}: stack {bundle.stack} for {bundle.platform}, sparkinstall {bundle.tool}"
+        out.print(f"{line}, an update" if bundle.base else line, markup=False, soft_wrap=True)
     if not found.changes:
         out.print("The two bundles have the same content.")
         return

@@ -19,7 +19,9 @@ Root = Annotated[Path | None, node(help="Rehearse below this folder instead of s
 ConfigFile = Annotated[Path | None, node("--config", help="The config file (YAML).", envvar="SPARKINSTALL_CONFIG")]
 Stack = Annotated[str | None, node(help="The set of pins: a shipped name or a YAML file.")]
 Set = Annotated[list[str] | None, node("--set", metavar="KEY=VALUE", help="Override one setting of the config file.")]
-Platform = Annotated[str | None, node(help="Rehearsal: use the wheels of aarch64 or x86_64.")]
+Platform = Annotated[
+    str | None, node(help="Rehearsal or bundle: use the wheels of aarch64 (a bundle's default) or x86_64.")
+]
 Full = Annotated[bool | None, node("--full/--partial", help="Rehearsal: install all 9 GB, not only vLLM's wheel.")]
 
 Only = Annotated[list[str] | None, choice(metavar="STEP", help="Run only this step (may repeat).")]

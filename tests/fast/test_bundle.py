@@ -1,6 +1,7 @@
 """Bundles of tiny stacks: the same inputs give the same bytes, an update is small, and a rehearsal without a network
 installs from one."""
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from sparkinstall.payloads.bundle_archive import manifest_of
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system.local import LocalSystem
 from tests.support.bundles import HERE, OTHER, WHEEL, Maker, Run, packed, written
-from tests.support.mounts import resize, small_disk
+from tests.support.mounts import read_only, resize, small_disk
 from tests.support.rehearsals import (
     command,
     envelope,
@@ -121,6 +122,97 @@ def test_cache_that_is_full_is_one_error(tmp_path: Path, maker: Maker) -> None:
 
 
 # --- updates
+
+
+def test_two_runs_do_not_write_the_same_bundle(tmp_path: Path, maker: Maker) -> None:
+    part = written(tmp_path, packed()[:700], "b.tar.part")
+    with open(part, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        run = maker.create(tmp_path / "b.tar")
+    assert (run.returncode, _error(run)["code"]) == (1, "busy")
+    assert f"another run is writing {tmp_path / 'b.tar'}" in _error(run)["message"]
+    assert part.read_bytes() == packed()[:700] and not (tmp_path / "b.tar").exists()
+
+
+def test_what_a_killed_run_left_is_written_over(tmp_path: Path, maker: Maker) -> None:
+    written(tmp_path, packed() + bytes(100_000_000), "b.tar.part")
+    made = maker.created(tmp_path / "b.tar")
+    assert (tmp_path / "b.tar").stat().st_size == made["bytes"]
+    assert not (tmp_path / "b.tar.part").exists()
+
+
+def _about(path: Path) -> tuple[int, int, int]:
+    found = path.lstat()
+    return found.st_mode, found.st_size, found.st_mtime_ns
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "pipe", "link", "link to nothing"])
+def test_what_is_not_a_bundle_that_was_begun_is_not_written_over(tmp_path: Path, maker: Maker, kind: str) -> None:
+    part = tmp_path / "b.tar.part"
+    if kind == "text":
+        part.write_text("precious")
+    elif kind == "folder":
+        part.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(part)
+    else:
+        part.symlink_to(written(tmp_path, packed(), "other.tar") if kind == "link" else "nothing")
+    before = sorted((each.name, _about(each)) for each in tmp_path.iterdir())
+    run = maker.create(tmp_path / "b.tar")
+    assert run.returncode in (1, 2) and str(part) in _error(run)["message"]
+    assert "name another file" in _error(run)["hint"]
+    assert sorted((each.name, _about(each)) for each in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["-", "b" * 252, "/proc/b.tar"])
+def test_path_that_takes_no_bundle_is_one_error(tmp_path: Path, maker: Maker, name: str) -> None:
+    run = maker.create(Path(name) if name == "-" else tmp_path / name)
+    assert run.returncode in (1, 2) and "`--output FILE.tar`" in _error(run)["hint"]
+
+
+def test_wheel_damaged_in_the_cache_is_not_packed(tmp_path: Path, maker: Maker) -> None:
+    maker.created(tmp_path / "one.tar")
+    wheel = maker.cache / "sparkinstall/wheels/vllm-0.18.1-py3-none-any.whl"
+    found, content = wheel.stat(), bytearray(wheel.read_bytes())
+    content[40] ^= 1
+    wheel.write_bytes(content)
+    os.utime(wheel, ns=(found.st_atime_ns, found.st_mtime_ns))
+    run = maker.create(tmp_path / "two.tar")
+    assert (run.returncode, _error(run)["code"]) == (1, "bundle")
+    assert f"{wheel} does not have its hash any more" in _error(run)["message"]
+    assert "`sparkinstall cache verify`" in _error(run)["hint"]
+    assert sparkinstall("cache", "verify", **maker.env).returncode == 3
+    maker.created(tmp_path / "two.tar")
+    assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
+
+
+def test_package_of_the_tool_damaged_in_the_cache_is_not_packed(tmp_path: Path, maker: Maker) -> None:
+    (folder,) = (maker.cache / "sparkinstall/own-packages").glob("*-3.12-*")
+    (folder / "rich-15.0.0-py3-none-any.whl").write_bytes(b"damaged")
+    maker.env |= {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
+    run = maker.create(tmp_path / "b.tar")
+    assert run.returncode == 1 and "the tool's own packages could not be downloaded" in _error(run)["message"]
+    assert not folder.exists(), "they are downloaded again"
+
+
+def test_cache_that_is_read_only_is_one_error(tmp_path: Path, maker: Maker) -> None:
+    shutil.rmtree(maker.cache / "sparkinstall/own-packages")
+    with read_only(maker.cache):
+        run = maker.create(tmp_path / "b.tar")
+    assert (run.returncode, _error(run)["code"]) == (1, "storage"), output_of(run)
+    assert not list(tmp_path.glob("b.tar*"))
+
+
+def test_last_lines_say_how_to_install(tmp_path: Path, maker: Maker) -> None:
+    """A stack of one's own is not in the bundle."""
+    place, options = tmp_path / "my bundle.tar", ("--platform", maker.platform, *WHEEL)
+    run = sparkinstall("bundle", "create", "--stack", maker.stack, *options, "--output", place, **maker.env)
+    assert run.returncode == 0, output_of(run)
+    assert run.stdout.splitlines()[-2:] == [
+        "Carry it to the node, with the files of stack tiny, and there:",
+        "    tar -xf 'my bundle.tar' sparkinstall && "
+        "./sparkinstall/install.sh --bundle 'my bundle.tar' --stack FILE.yaml",
+    ]
 
 
 def test_update_leaves_out_the_wheels_of_the_older_bundle(tmp_path: Path, maker: Maker) -> None:
