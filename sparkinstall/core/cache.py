@@ -25,9 +25,10 @@ Kind = Literal[
 ]  # fmt: skip
 
 _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
+_WRITER = re.compile(r"[-.](\d+)(?:\.new)?$")
 _FOLDERS: Mapping[str, Kind] = {
-    "index": "index", "python": "python", "own-packages": "tool", "nccl-tests": "tests", "apt": "debian",
-    "debs": "debian", "arriving": "incomplete", "uv": "former", "hashes": "former", "arriving.lock": "former",
+    "index": "index", "python": "python", "nccl-tests": "tests", "apt": "debian",
+    "debs": "debian", "uv": "former", "hashes": "former", "arriving.lock": "former",
 }  # fmt: skip
 _MAY_GO = ("wheel", "source", "build", "incomplete", "former")
 
@@ -86,6 +87,11 @@ def _entries(node: Node, on: Reader) -> Iterator[Entry]:
             yield from _wheels(node, on)
         elif path.name == "nccl":
             yield from _nccl(node)
+        elif path.name == "arriving":
+            yield from (_incomplete(node, each) for each in path.iterdir())
+        elif path.name == "own-packages":
+            for each in path.iterdir():
+                yield _incomplete(node, each) if each.suffix == ".new" else _entry(node, each, "tool")
         else:
             kind = "former" if path.name.startswith("lock-") else _FOLDERS.get(path.name, "other")
             yield _entry(node, path, kind)
@@ -93,6 +99,13 @@ def _entries(node: Node, on: Reader) -> Iterator[Entry]:
 
 def _entry(node: Node, path: Path, kind: Kind, needed_by: Iterable[str] = ()) -> Entry:
     return Entry(str(path.relative_to(node.cache)), kind, _size(path), tuple(needed_by))
+
+
+def _incomplete(node: Node, path: Path) -> Entry:
+    """What is not complete yet; its name ends with the id of the process that writes it."""
+    writer = _WRITER.search(path.name)
+    lives = writer is not None and Path("/proc", writer[1]).exists()
+    return _entry(node, path, "incomplete", ("a run in progress",) if lives else ())
 
 
 def _size(path: Path) -> int:

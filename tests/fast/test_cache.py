@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,26 @@ def test_verify_removes_what_is_damaged(cache: Path, root: Path) -> None:
     assert not wheel.exists() and not list(cache.glob("nccl/built/*"))
     assert (cache / "wheels/vllm-0.18.0-py3-none-any.whl").exists()
     assert _run(root, "verify") == {"checked": 1, "damaged": []}
+
+
+def test_what_is_incomplete_is_needed_while_its_process_lives(cache: Path, root: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for name in ("arriving/0a-{}", "own-packages/0a-3.12-x86_64.{}.new"):
+        for number in (os.getpid(), ended.pid):
+            (cache / name.format(number)).mkdir(parents=True)
+    (cache / "own-packages/0a-3.11-x86_64").mkdir()
+    going = {f"arriving/0a-{ended.pid}", f"own-packages/0a-3.12-x86_64.{ended.pid}.new"}
+    assert set(_run(root, "prune", "--yes")["removed"]) == NEEDLESS | going
+    kept = {each["path"]: each["kind"] for each in _run(root, "list")["entries"]}
+    assert kept[f"arriving/0a-{os.getpid()}"] == "incomplete" and kept["own-packages/0a-3.11-x86_64"] == "tool"
+    assert not [path for path in going if (cache / path).exists()]
+
+
+def test_folder_for_arriving_files_that_is_empty_is_nothing_to_remove(cache: Path, root: Path) -> None:
+    _run(root, "prune", "--yes")
+    (cache / "arriving").mkdir()
+    assert _run(root, "prune", "--yes") == {"removed": [], "freed": 0}
 
 
 def test_prune_removes_what_nothing_needs(cache: Path, root: Path) -> None:
