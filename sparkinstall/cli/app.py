@@ -85,7 +85,8 @@ class LazyGroup(TyperGroup):
         """Refuse an empty argument: it comes from a variable that is not set, and would count as something else."""
         for before, word in zip(["", *args], args, strict=False):
             if not word or (word.startswith("--") and word.endswith("=")):
-                ctx.fail(f"the value {f'of {before or word} ' if before or word else ''}is empty")
+                option = word.removesuffix("=") or before
+                ctx.fail(f"the value {f'of {option} ' if option else ''}is empty")
         return super().parse_args(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -153,7 +153,9 @@ def report_usage(words: Sequence[str], error: Any) -> int:
     if "--json" not in words:
         error.show()
         return int(error.exit_code)
-    name = next((word for word in words if not word.startswith("-")), "")
+    # Of a verb of two words click knows both, once it has come that far.
+    called = error.ctx.command_path.split()[1:] if getattr(error, "ctx", None) else []
+    name = " ".join(called) or next((word for word in words if not word.startswith("-")), "")
     problem = BadUsage(error.format_message(), hint="`sparkinstall --help` lists verbs and options")
     print(envelope(name, Exit.USAGE, {}, [problem]))
     return int(Exit.USAGE)

@@ -1,5 +1,6 @@
 """The archive of a bundle: every byte of it follows from its manifest, and any other byte is one clear error."""
 
+import errno
 import hashlib
 import io
 import json
@@ -18,7 +19,7 @@ from sparkinstall.errors import BadBundle
 from sparkinstall.payloads import bundle_archive
 from sparkinstall.payloads.bundle_archive import Member, Refused
 from tests.support.bundles import FILES, HERE, OTHER, block, forged, manifest, packed, written
-from tests.support.rehearsals import Tree, envelope, in_this_process, tree
+from tests.support.rehearsals import Tree, envelope, in_this_process, output_of, sparkinstall, tree
 
 WHOLE = packed()
 
@@ -76,7 +77,7 @@ def test_same_contents_give_the_same_bytes() -> None:
 def test_file_that_changes_while_it_is_packed_is_refused(tmp_path: Path) -> None:
     files = {path: written(tmp_path, content, path.replace("/", "-")) for path, content in FILES.items()}
     files["sparkinstall/README.md"].write_bytes(b"READ me\n")
-    with pytest.raises(Refused, match=r"README.md has changed meanwhile"):
+    with pytest.raises(Refused, match=r"README.md does not have its hash any more"):
         bundle_archive.write(io.BytesIO(), manifest(), files, bundle_archive.silent)
 
 
@@ -206,6 +207,11 @@ def test_path_listed_twice_is_refused(tmp_path: Path) -> None:
         lambda data: data.update(platform=[]),
         lambda data: data.update(surplus=1),
         lambda data: data.update(nodes="1"),
+        lambda data: data.update(nodes=0),
+        lambda data: data.update(stack="a\x1b[31mb"),
+        lambda data: data.update(system="x" * 3000),
+        lambda data: data.update(packages={"git\n": ""}),
+        lambda data: data.update(packages={"git": "\u202e"}),
         lambda data: data.update(models=["m"]),
     ],
 )
@@ -249,6 +255,7 @@ def test_verify_describes_a_whole_bundle(tmp_path: Path) -> None:
     assert (data["stack"], data["platform"], data["bytes"]) == ("tiny", HERE, len(WHOLE))
     assert data["files"] == {"nccl": 1, "sparkinstall": 2, "tool": 1, "wheels": 3}
     shown = in_this_process("bundle", "verify", path).stdout
+    assert f"sha256 of its manifest: {data['manifest']}" in shown
     assert "is whole" in shown and "The node must have these Debian packages: git" in " ".join(shown.split())
 
 
@@ -275,7 +282,19 @@ def test_verify_of_a_bad_bundle_is_one_error_and_changes_nothing(tmp_path: Path,
 @pytest.mark.parametrize("name", ["missing.tar", ".", "/dev/null"])
 def test_verify_of_what_is_no_file_is_refused(tmp_path: Path, name: str) -> None:
     run = in_this_process("bundle", "verify", tmp_path / name, "--json")
-    assert (run.returncode, envelope(run)["errors"][0]["code"]) == (2, "usage")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["code"]) == (2, "usage")
+    assert ("there is no bundle" if name == "missing.tar" else "is not a regular file") in error["message"]
+
+
+def test_verify_of_what_this_user_may_not_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bundle_archive.Manifest:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(bundle_archive, "manifest_of", refuse)
+    run = in_this_process("bundle", "verify", written(tmp_path, WHOLE))
+    assert run.returncode == 1 and "cannot be read: Permission denied" in output_of(run)
+    assert "chmod a+r" in output_of(run)
 
 
 def test_diff_names_packages_with_versions_and_sizes(tmp_path: Path) -> None:
@@ -291,7 +310,8 @@ def test_diff_names_packages_with_versions_and_sizes(tmp_path: Path) -> None:
         "vllm": ("0.18.1", "0.22.1", 700, 900),
     }
     assert data["bytes_new"] == 905 and (data["stack_before"], data["stack_after"]) == ("tiny", "next")
-    assert "0.18.1" in in_this_process("bundle", "diff", old, new).stdout
+    shown = in_this_process("bundle", "diff", old, new).stdout
+    assert "0.18.1" in shown and f"after: stack next for {HERE}, sparkinstall 9.9" in shown
     assert "the same content" in in_this_process("bundle", "diff", old, old).stdout
 
 
@@ -307,3 +327,14 @@ def test_error_names_the_bundle_and_what_to_do(tmp_path: Path) -> None:
     assert BadBundle("x").code == "bundle"
     run = in_this_process("bundle", "verify", written(tmp_path, WHOLE[:-1]))
     assert "copy the file again" in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("words", ["bundle verify", "bundle diff only-one", "bundle create --nodes 0"])
+def test_usage_error_names_both_words_of_the_verb(words: str) -> None:
+    run = sparkinstall(*words.split(), "--json")
+    assert (run.returncode, envelope(run)["command"]) == (2, " ".join(words.split()[:2]))
+
+
+def test_empty_value_names_its_option() -> None:
+    (error,) = envelope(sparkinstall("all", "--bundle=", "--json"))["errors"]
+    assert error["message"] == "the value of --bundle is empty"
