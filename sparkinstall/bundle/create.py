@@ -76,9 +76,9 @@ def create(order: Order, to: Path, emit: Emit) -> Manifest:
     """
     packed = Packed()
     parts: Sequence[tuple[str, Callable[[Order, Packed, _Part], None]]] = (
-        ("tool", _tool), ("wheels", _wheels), ("nccl", _nccl), ("packages", _packages),
+        ("tool", _tool), ("nccl", _nccl), ("packages", _packages), ("wheels", _wheels),
     )  # fmt: skip
-    # Begun first: a place that cannot be written is found before anything is downloaded.
+    # Begun first, and the wheels last: what cannot be written or reached is found before the largest download.
     with part.begun(to) as out:
         for name, bring in parts:
             with _shown(name, emit) as on:

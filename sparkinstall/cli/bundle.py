@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import Annotated
@@ -25,6 +26,7 @@ from sparkinstall.core.session import Target, described
 from sparkinstall.errors import BadUsage
 from sparkinstall.events import Progressed
 from sparkinstall.given import absolute
+from sparkinstall.node import Node
 from sparkinstall.payloads.bundle_archive import Manifest
 
 app = typer.Typer(help="Make and check one file with which a node without a network is set up.", no_args_is_help=True)
@@ -37,13 +39,16 @@ Nodes = Annotated[
 ]
 Since = Annotated[
     Path | None,
-    options.choice(metavar="OLD", help="Leave out wheels and sources that this older bundle has."),
+    options.bundle(metavar="OLD", help="Leave out wheels and sources that this older bundle has."),
 ]
 File = Annotated[
     Path | None,
-    options.output("--output", "-o", metavar="FILE", help="The bundle, a .tar; default: in the current folder."),
+    options.output(
+        "--output", "-o", metavar="FILE", readable=False, help="The bundle, a .tar; default: in the current folder."
+    ),
 ]
-Path_ = Annotated[Path, typer.Argument(metavar="FILE", help="The bundle.")]
+argument = partial(typer.Argument, readable=False)
+Path_ = Annotated[Path, argument(metavar="FILE", help="The bundle.")]
 
 
 class Described(Struct, frozen=True):
@@ -87,7 +92,7 @@ def create_(
     """Download all that a node needs into one file, on any Linux machine with a network."""
     node = described(replace(target, platform=target.platform or _SPARK))
     require_locked(node)
-    older = checked.manifest_of(checked.place(since, "--since")) if since else None
+    older = _older(since, node) if since else None
     place = _place(file or Path(f"sparkinstall-{node.stack.name}-{node.platform}.tar"), yes)
     with watching(output.verbose) as emit:
         manifest = create(Order(node, nodes, older), place, emit)
@@ -111,14 +116,24 @@ def verify(_: Target, output: Output, file: Path_) -> CommandResult:
 def diff(
     _: Target,
     output: Output,
-    old: Annotated[Path, typer.Argument(metavar="OLD", help="A bundle.")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="Another one.")],
+    old: Annotated[Path, argument(metavar="OLD", help="A bundle.")],
+    new: Annotated[Path, argument(metavar="NEW", help="Another one.")],
 ) -> CommandResult:
     """Show which packages and files differ between two bundles; reads only their manifests."""
     del output
     before, after = (checked.manifest_of(checked.place(each, "the bundle")) for each in (old, new))
     found = changes(before, after)
     return CommandResult(data=found, show=lambda: _show_changes(found, before, after))
+
+
+def _older(since: Path, node: Node) -> Manifest:
+    older = checked.manifest_of(checked.place(since, "--since"))
+    if older.platform != node.platform:
+        raise BadUsage(
+            f"{since} is for {older.platform}, and the new bundle for {node.platform}: no node can install both",
+            hint=f"name an older bundle for {node.platform}, or leave out --since",
+        )
+    return older
 
 
 def _place(named: Path, yes: bool) -> Path:

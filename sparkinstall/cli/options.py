@@ -45,8 +45,10 @@ KeepOld = Annotated[
     choice("--keep-old/--no-keep-old", help="Keep the former environment after a switch to another stack."),
 ]
 
+# Otherwise click refuses a file that this user may not read, without a hint.
+bundle = partial(choice, readable=False)
 Bundle = Annotated[
-    Path | None, choice(metavar="FILE", help="Install from this bundle, and download nothing (docs/offline.md).")
+    Path | None, bundle(metavar="FILE", help="Install from this bundle, and download nothing (docs/offline.md).")
 ]
 
 Yes = Annotated[bool, output("--yes", "-y", help="Do not ask for confirmation.")]

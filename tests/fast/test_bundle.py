@@ -7,12 +7,14 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import click
 import pytest
 
 from sparkinstall.bundle import git_objects
 from sparkinstall.bundle.supply import with_its_stack
+from sparkinstall.cli.app import command as command_of
 from sparkinstall.core.session import Target
 from sparkinstall.payloads.bundle_archive import manifest_of
 from sparkinstall.resources.nccl_source import NcclSource
@@ -226,8 +228,15 @@ def test_update_leaves_out_the_wheels_of_the_older_bundle(tmp_path: Path, maker:
     assert (diff["data"]["changes"], diff["data"]["bytes_new"]) == ([], 0)
 
 
+def test_older_bundle_for_another_architecture_is_refused(tmp_path: Path, maker: Maker) -> None:
+    old = written(tmp_path, packed(platform=HERE), "old.tar")
+    run = maker.create(tmp_path / "new.tar", "--since", old)
+    assert (run.returncode, _error(run)["code"]) == (2, "usage")
+    assert f"{old} is for {HERE}, and the new bundle for {OTHER}" in _error(run)["message"]
+
+
 def test_older_bundle_may_be_of_an_older_tool(tmp_path: Path, maker: Maker) -> None:
-    maker.created(tmp_path / "new.tar", "--since", written(tmp_path, packed(tool="0.0.1")))
+    maker.created(tmp_path / "new.tar", "--since", written(tmp_path, packed({}, tool="0.0.1", platform=OTHER)))
     assert manifest_of(tmp_path / "new.tar").kept == ()
 
 
@@ -409,6 +418,14 @@ def test_cache_that_cannot_take_a_wheel_is_no_fault_of_the_bundle(node: Offline,
         f"unpacking {bundle[0]} to {node.cache}/sparkinstall failed: the file would be"
     )
     assert not node.root.exists() and not list((node.cache / "sparkinstall/arriving").iterdir())
+
+
+def test_bundle_that_this_user_may_not_read_is_left_to_the_verb() -> None:
+    """click would refuse it without a hint."""
+    verbs = [command_of(verb) for verb in ("all", "multi-node", "plan", "run")]
+    verbs += cast(click.Group, command_of("bundle")).commands.values()
+    files = [each for verb in verbs for each in verb.params if each.name in ("bundle", "file", "old", "new", "since")]
+    assert len(files) == 9 and not [each.name for each in files if cast(click.Path, each.type).readable]
 
 
 def test_bundle_decides_the_stack_unless_another_is_named(tmp_path: Path) -> None:
