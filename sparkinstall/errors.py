@@ -89,7 +89,7 @@ class PreflightFailed(Problem):
 
 
 class Busy(Problem):
-    """Another run holds the lock of this node, or writes the same bundle."""
+    """Another run holds the lock of this node, writes the same bundle, or uses the cache."""
 
     code = "busy"
 

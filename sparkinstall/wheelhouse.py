@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -21,7 +21,7 @@ from msgspec import Struct, field
 
 from sparkinstall import schema
 from sparkinstall.downloads import NotDownloaded, fetch, sha256_of
-from sparkinstall.errors import CommandFailed, Storage, storage_errors
+from sparkinstall.errors import Busy, CommandFailed, Storage, storage_errors
 from sparkinstall.events import seldom
 from sparkinstall.own_files import read_regular
 from sparkinstall.stacks import Pin
@@ -287,11 +287,53 @@ class _Downloading(Struct):
             self.how.on_bytes(sum(self._done.values()), sum(self._sizes.values()))
 
 
-def _is_locked(handle: int) -> bool:
+@contextmanager
+def cache_in_use(cache: Path) -> Iterator[None]:
+    """Keep `cache prune`, of whatever node, from removing what this context brings to the cache or takes from it."""
+    with suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+    with _folder(cache) as handle:
+        while handle is not None and not _is_locked(handle, fcntl.LOCK_SH):
+            processes.refuse_if_stopped()
+            time.sleep(0.05)
+        yield
+
+
+@contextmanager
+def cache_unused(cache: Path) -> Iterator[None]:
+    """Keep others from using the cache in this context.
+
+    Raises:
+        Busy: it is in use.
+    """
+    with _folder(cache) as handle:
+        if handle is not None and not _is_locked(handle):
+            raise Busy(f"another run is using {cache}", hint="wait until it has ended, then run this again")
+        yield
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[int | None]:
+    """Open a folder to lock it: that leaves no file behind, and the folder may be read-only. None: it cannot be."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield None
+        return
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def _is_locked(handle: int, how: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
+    except OSError:
+        # A file system without locks.
+        return True
     return True
 
 

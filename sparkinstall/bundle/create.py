@@ -26,6 +26,7 @@ from sparkinstall.stacks import canonical
 from sparkinstall.steps.nccl import source
 from sparkinstall.system.local import LocalSystem
 from sparkinstall.wheel_index import for_platform
+from sparkinstall.wheelhouse import cache_in_use
 
 _GLIBC = "2.39"
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+)==", re.MULTILINE)
@@ -79,7 +80,7 @@ def create(order: Order, to: Path, emit: Emit) -> Manifest:
         ("tool", _tool), ("nccl", _nccl), ("packages", _packages), ("wheels", _wheels),
     )  # fmt: skip
     # Begun first, and the wheels last: what cannot be written or reached is found before the largest download.
-    with part.begun(to) as out:
+    with part.begun(to) as out, cache_in_use(order.node.cache):
         for name, bring in parts:
             with _shown(name, emit) as on:
                 bring(order, packed, on)

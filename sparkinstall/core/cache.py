@@ -19,6 +19,7 @@ from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, Stamp
 from sparkinstall.resources.nccl_source import mirror_name, tarball_name
 from sparkinstall.resources.venv import wheelhouse
 from sparkinstall.system import Reader
+from sparkinstall.wheelhouse import cache_unused
 
 Kind = Literal[
     "wheel", "source", "build", "incomplete", "index", "python", "tool", "tests", "debian", "former", "other"
@@ -209,15 +210,17 @@ def prune(session: Session, agree: Callable[[Sequence[Entry]], None], everything
         everything: remove all of the cache.
 
     Raises:
-        Busy: a run holds the lock of this node.
+        Busy: a run holds the lock of this node, or one of another node uses the cache.
         Storage: something cannot be removed.
     """
     node = session.node
     going = [each for each in listed(session).entries if everything or each.is_needless]
     session.state.require_free()
+    with cache_unused(node.cache):
+        pass
     if going:
         agree(going)
-        with storage_errors(f"removing from {node.cache}"):
+        with cache_unused(node.cache), storage_errors(f"removing from {node.cache}"):
             _remove(node, going)
     return CachePruned([each.path for each in going], sum(each.size for each in going))
 

@@ -20,6 +20,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes import Probe, preflight
 from sparkinstall.resources import Conflict, Unknown
 from sparkinstall.steps import Step
+from sparkinstall.wheelhouse import cache_in_use
 
 
 class InstallOptions(Struct, frozen=True):
@@ -209,7 +210,7 @@ def _warning(result: ProbeResult, hint: str) -> ProbeResult:
 def _apply(
     session: Session, steps: Sequence[Step], options: InstallOptions, dialog: Dialog, supply: Supply
 ) -> Installation:
-    with dialog.watching() as emit, session.system.sudo_kept():
+    with dialog.watching() as emit, session.system.sudo_kept(), cache_in_use(session.node.cache):
         # Before the node's state exists: if the cache is too small, nothing was changed.
         supply.bring_in(emit)
         with session.state.hold(options.verb, emit) as run:

@@ -4,18 +4,21 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from msgspec.structs import asdict
 
+from sparkinstall.core.converge import Dialog, InstallOptions, Supply, converge
+from sparkinstall.core.session import Target, open_session
 from sparkinstall.downloads import sha256_of
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.resources.nccl import Recipe
 from sparkinstall.system.local import LocalSystem
-from sparkinstall.wheelhouse import Wheelhouse
+from sparkinstall.wheelhouse import Wheelhouse, cache_in_use
 from tests.support.rehearsals import empty_rehearsal, envelope, in_this_process, output_of
 from tests.support.tiny_stack import tiny_stack
 
@@ -157,6 +160,28 @@ def test_prune_during_a_run_is_refused(cache: Path, root: Path) -> None:
         run = in_this_process("cache", "prune", "--yes", "--root", root)
     assert run.returncode == 1 and "`all`" in output_of(run)
     assert all((cache / path).exists() for path in NEEDLESS)
+
+
+def _is_refused(root: Path) -> bool:
+    run = in_this_process("cache", "prune", "--yes", "--root", root, "--json")
+    return run.returncode == 1 and [each["code"] for each in envelope(run)["errors"]] == ["busy"]
+
+
+def test_prune_while_another_nodes_run_uses_the_cache_is_refused(cache: Path, root: Path) -> None:
+    with cache_in_use(cache), cache_in_use(cache):
+        assert _is_refused(root)
+        assert all((cache / path).exists() for path in NEEDLESS)
+    assert set(_run(root, "prune", "--yes")["removed"]) == NEEDLESS
+
+
+def test_run_uses_the_cache_while_it_takes_from_a_bundle(cache: Path, root: Path, tmp_path: Path) -> None:
+    refused = []
+    another = empty_rehearsal(tmp_path / "another")
+    supply = Supply(bring_in=lambda _: refused.append(_is_refused(another)))
+    dialog = Dialog(lambda _: None, lambda _: None, lambda: nullcontext(silent))
+    converge(open_session(Target(root=root)), InstallOptions(only=("packages",), force=True), dialog, supply)
+    assert refused == [True] and all((cache / path).exists() for path in NEEDLESS)
+    assert not _is_refused(another)
 
 
 @pytest.mark.parametrize("verb", ["list", "verify", "prune"])
