@@ -63,7 +63,7 @@ def require_locked(node: Node) -> None:
         raise BadConfig(
             f"stack {node.stack.name} has no hash of {', '.join(node.wheels.unhashed) or 'its packages'} for "
             f"{node.platform}, and a bundle has only wheels whose hash is known in advance",
-            hint="choose another stack: `sparkinstall stacks` lists them",
+            hint="choose another (`sparkinstall stacks` lists them), or give one of your own a lock (docs/offline.md)",
         )
 
 

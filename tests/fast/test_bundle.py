@@ -96,6 +96,7 @@ def test_stack_without_all_hashes_is_refused(tmp_path: Path) -> None:
     run = maker.create(tmp_path / "b.tar")
     assert (run.returncode, _error(run)["code"]) == (2, "config")
     assert "only wheels whose hash is known in advance" in _error(run)["message"]
+    assert "give one of your own a lock (docs/offline.md)" in _error(run)["hint"]
     assert not (tmp_path / "b.tar").exists()
 
 
