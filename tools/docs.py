@@ -41,6 +41,7 @@ from sparkinstall.node import Node
 from sparkinstall.patches import load
 from sparkinstall.probes import LEVELS, Probe, Verdict, known_hosts, nccl_tests
 from sparkinstall.probes.preflight import preflight
+from sparkinstall.recipes.catalogue import shipped
 from sparkinstall.resources import State
 from sparkinstall.schema import words
 from sparkinstall.steps import Step
@@ -452,6 +453,11 @@ def _stack_row(stack: stacks.Stack) -> Sequence[str]:
     pins = {pin.name: pin.version for pin in stack.requirements}
     versions = (pins.get(each, "") for each in ("torch", "triton", "transformers"))
     return name, *versions, stack.platforms["aarch64"].cuda, stack.nccl.version, stack.summary, stack.evidence
+
+
+@generates("number of recipes")
+def _number_of_recipes(_: str) -> str:
+    return str(len(shipped()))
 
 
 @generates("variants")

@@ -48,6 +48,7 @@ VERBS = {
         "stacks:stacks",
         "List the shipped stacks: versions, for whom each is, and who has run it on a Spark.",
     ),
+    "recipes": ("recipes:app", "List recipes for models on Sparks, or show one and its command."),
     "run": ("run:run", "Run only these steps, not those that they need."),
     "cache": ("cache:app", "List, verify or prune the downloads and builds in your cache."),
     "settings": ("settings:app", "Show every setting and its origin."),

@@ -1,0 +1,192 @@
+"""`sparkinstall recipes`: how models are served on Sparks, who reported it, and as which command."""
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import click
+import typer
+from msgspec import Struct
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from sparkinstall import given
+from sparkinstall.cli.run_command import CommandResult, Output, verb
+from sparkinstall.cli.text_output import console, headed
+from sparkinstall.cli.text_output import shown as redacted
+from sparkinstall.core import recipe_list as use
+from sparkinstall.core.session import Target, open_session
+from sparkinstall.recipes import Change, Recipe, Source, Speed
+from sparkinstall.recipes.catalogue import shipped
+from sparkinstall.recipes.readers import recipes_of
+from sparkinstall.recipes.render import Command, command, shell
+
+
+class _Group(TyperGroup):
+    """Without a verb, `list` is meant."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        help_options = ("-h", "--help")
+        alone = not args or (args[0].startswith("-") and args[0] not in help_options)
+        return super().parse_args(ctx, ["list", *args] if alone else args)
+
+
+app = typer.Typer(cls=_Group, help="List recipes for models on Sparks, or show one and its command.")
+
+Name = Annotated[
+    str,
+    typer.Argument(metavar="ID|FILE", help="A shipped recipe, or a file or folder with recipes.", show_default=False),
+]
+Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Which recipe of a file with several.")]
+
+
+@app.command("list")
+@verb("recipes list", "root", "config", "stack", reads_only=True)
+def list_(target: Target, output: Output) -> CommandResult:
+    """List the shipped recipes: what this node's stack can load, nodes, context, and the speed that was reported."""
+    session = open_session(target)
+    found = use.recipe_list(shipped(), session.node.stack)
+    return CommandResult(data=found, show=lambda: _show_list(found, output.verbose))
+
+
+def _show_list(found: use.RecipeList, verbose: bool) -> None:
+    out = console()
+    out.print(f"Recipes, for the stack {found.stack} (vLLM {found.vllm}):\n", markup=False)
+    table = headed("recipe", "runs", "nodes", "context", "GB", "reported speed", *(["model"] if verbose else []))
+    for each in found.recipes:
+        table.add_row(*map(Text, _row(each)), *([each.model] if verbose else []))
+    out.print(table)
+    out.print(
+        "\nReported by others, with their settings; `sparkinstall recipes show ID` names the source. "
+        "* not reported good on a GB10 with this vLLM or an older one.",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _row(each: use.ListedRecipe) -> tuple[str, ...]:
+    size = f"{each.bytes / 1e9:.0f}" if each.bytes else ""
+    speed = f"{each.speed.words} ({each.speed.source})" if each.speed else ""
+    mark = "*" if each.runs == "runs" and not each.good_on_gb10 else ""
+    return each.id, _runs(each.runs, each.stack) + mark, str(each.nodes), _number(each.context), size, speed
+
+
+def _runs(runs: use.Runs, stack: str) -> str:
+    """Say whether a stack can load a recipe."""
+    words = {"runs": "runs", "patched_build": "needs a patched build", "unknown": "not known"}
+    return words.get(runs) or (f"runs with stack {stack}" if stack else "needs a newer vLLM")
+
+
+def _number(value: int | str | None) -> str:
+    return f"{value:,}" if isinstance(value, int) else value or ""
+
+
+@app.command()
+@verb("recipes show", "root", "config", "stack", reads_only=True)
+def show(target: Target, output: Output, name: Name, id_: Id = None) -> CommandResult:
+    """Show all of a recipe, with its sources; of a file also what was dropped or overridden."""
+    del output
+    stack = open_session(target).node.stack
+    read = recipes_of(name, id_)
+    found = use.ShownRecipes(tuple(use.shown(each, stack) for each in read.recipes), read.skipped)
+    return CommandResult(data=found, show=lambda: _show_all(found))
+
+
+def _show_all(found: use.ShownRecipes) -> None:
+    out = console()
+    for at, each in enumerate(found.recipes):
+        if at:
+            out.print()
+        _show(each, out)
+    for skipped in found.skipped:
+        out.print(redacted(f"skipped {skipped.what}: {skipped.why}"), markup=False, soft_wrap=True)
+
+
+def _show(each: use.ShownRecipe, out: Console) -> None:
+    recipe = each.recipe
+    out.print(Text(recipe.id, style="bold"), Text(redacted(recipe.model)))
+    rows = [*_facts(each), *(("note", note) for note in recipe.notes), *(_change(change) for change in each.changes)]
+    for name, text in rows:
+        if text:
+            line = Text(f"  {name:<16} ", style="dim")
+            out.print(line.append(redacted(text), style="default"), soft_wrap=True)
+
+
+def _facts(each: use.ShownRecipe) -> Iterator[tuple[str, str]]:
+    recipe = each.recipe
+    parallel = f"tensor parallel {recipe.tensor_parallel}, pipeline parallel {recipe.pipeline_parallel}"
+    yield f"stack {each.stack}", _runs(each.fit.runs, each.fit.stack) + (f": {each.fit.why}" if each.fit.why else "")
+    yield "loads from", f"stack {recipe.loads_from}" if recipe.loads_from else ""
+    yield "good on a GB10", f"from vLLM {recipe.good_on_gb10_from}" if recipe.good_on_gb10_from else ""
+    yield "revision", recipe.revision or ""
+    yield "size", f"{recipe.bytes / 1e9:.1f} GB" if recipe.bytes else ""
+    yield "nodes", f"{recipe.nodes} ({parallel})" if recipe.nodes > 1 else "1"
+    yield "memory", f"at most {recipe.memory:g} (--gpu-memory-utilization)" if recipe.memory else ""
+    yield "context", _number(recipe.context)
+    yield "sequences", _number(recipe.sequences)
+    yield "batched tokens", _number(recipe.batched_tokens)
+    yield "parsers", _parsers(recipe)
+    for option in recipe.args:
+        yield "option", shell(option).replace(" \\\n    ", " ")
+    for variable, value in recipe.env.items():
+        yield "variable", f"{variable}={value}"
+    for file in recipe.expects:
+        yield "missing file", f"{file}: the recipe takes it from its image"
+    yield "image", recipe.image or ""
+    for speed in recipe.speed:
+        yield "reported", _speed(speed)
+    for source in recipe.sources:
+        yield "source", _source(source)
+
+
+def _parsers(recipe: Recipe) -> str:
+    both = (("tools", recipe.tool_parser), ("reasoning", recipe.reasoning_parser))
+    return ", ".join(f"{name} {parser}" for name, parser in both if parser)
+
+
+def _speed(speed: Speed) -> str:
+    more = (speed.content, speed.conditions, speed.date)
+    return ", ".join((f"{speed.words} by {speed.source}", *filter(None, more)))
+
+
+def _source(source: Source) -> str:
+    place = " ".join(filter(None, (source.repository, source.path)))
+    commit = f" at {source.commit[:12]}" if source.commit else ""
+    return place + commit + (f" ({source.licence})" if source.licence else "")
+
+
+def _change(change: Change) -> tuple[str, str]:
+    return change.done, f"{change.what}: {change.why}"
+
+
+class Rendered(Struct, frozen=True):
+    """What `render` prints: the command, and what is not as the recipe's file has it."""
+
+    id: str
+    command: Command
+    changes: Sequence[Change]
+    fit: use.Fit
+
+
+@app.command()
+@verb("recipes render", "root", "config", "stack", reads_only=True)
+def render(target: Target, output: Output, name: Name, id_: Id = None) -> CommandResult:
+    """Print a recipe as a command for `vllm serve`, its variables, and the same with docker."""
+    del output
+    node = open_session(target).node
+    read = recipes_of(name, id_, only_one=True).recipes[0]
+    made = command(read.recipe, node.config.serving.port, given.home())
+    found = Rendered(read.recipe.id, made, (*read.changes, *made.added), use.fit(read.recipe, node.stack))
+    return CommandResult(data=found, show=lambda: _show_rendered(found))
+
+
+def _show_rendered(found: Rendered) -> None:
+    for name, value in found.command.env.items():
+        print(shell(("export", f"{name}={value}")))
+    print(shell(found.command.argv))
+    print()
+    print(shell(found.command.docker) if found.command.docker else f"# docker: {found.command.no_docker}")
+    if found.fit.runs != "runs":
+        print(f"# {_runs(found.fit.runs, found.fit.stack)}{f': {found.fit.why}' if found.fit.why else ''}")
+    for each in found.changes:
+        print(redacted(f"# {each.done}: {each.what} ({each.why})"))

@@ -1,0 +1,133 @@
+"""The recipes, and which of them the vLLM of a stack can load."""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+from msgspec import Struct
+
+from sparkinstall import stacks
+from sparkinstall.recipes import Change, ReadRecipe, Recipe, Speed
+from sparkinstall.recipes.serve_options import key
+
+Runs = Literal["runs", "other_stack", "patched_build", "unknown"]
+
+# The first shipped stack whose vLLM has the method; `mtp` is in all of them.
+_METHODS = {"dflash": "0.22.1", "dspark": "0.29.0"}
+
+
+class Fit(Struct, frozen=True):
+    """Whether a stack can load a recipe; `stack`: the one that can, where it is another. "": none shipped."""
+
+    runs: Runs
+    stack: str = ""
+    why: str = ""
+
+
+class ListedRecipe(Struct, frozen=True):
+    """A recipe in a list. `good_on_gb10`: it was reported good there with this stack's release or an older one."""
+
+    id: str
+    model: str
+    runs: Runs
+    stack: str
+    nodes: int
+    context: int | str | None
+    bytes: int | None
+    good_on_gb10: bool
+    needs_build: str | None
+    speed: Speed | None
+
+
+class RecipeList(Struct, frozen=True):
+    """Result of `recipes list`: for which stack and release of vLLM, and the recipes; those that run come first."""
+
+    stack: str
+    vllm: str
+    recipes: Sequence[ListedRecipe]
+
+
+def recipe_list(recipes: Iterable[Recipe], stack: stacks.Stack) -> RecipeList:
+    """Judge each recipe for a stack."""
+    order: tuple[Runs, ...] = ("runs", "other_stack", "unknown", "patched_build")
+    listed = [_listed(each, stack) for each in recipes]
+    listed.sort(key=lambda each: (order.index(each.runs), each.nodes))
+    return RecipeList(stack.name, stack.vllm, listed)
+
+
+def _listed(recipe: Recipe, stack: stacks.Stack) -> ListedRecipe:
+    found, good = fit(recipe, stack), recipe.good_on_gb10_from
+    return ListedRecipe(
+        id=recipe.id,
+        model=recipe.model,
+        runs=found.runs,
+        stack=found.stack,
+        nodes=recipe.nodes,
+        context=recipe.context,
+        bytes=recipe.bytes,
+        good_on_gb10=bool(good) and release(stack.vllm) >= release(good or ""),
+        needs_build=recipe.needs_build,
+        speed=typical_speed(recipe),
+    )
+
+
+def typical_speed(recipe: Recipe) -> Speed | None:
+    """Return the reported speed of one stream, or else the first one."""
+    return next((each for each in recipe.speed if each.streams == 1), next(iter(recipe.speed), None))
+
+
+def fit(recipe: Recipe, stack: stacks.Stack) -> Fit:
+    """Judge whether the vLLM of a stack has what a recipe needs."""
+    if recipe.needs_build:
+        return Fit("patched_build", why=recipe.needs_build)
+    least = _least(recipe)
+    if not least:
+        return Fit("unknown", why="the recipe does not say which vLLM it needs")
+    if release(stack.vllm) >= release(least):
+        return Fit("runs")
+    others = [name for name in stacks.names() if release(name) >= release(least)]
+    return Fit("other_stack", others[0] if others else "", f"it needs vLLM {least} or newer")
+
+
+def _least(recipe: Recipe) -> str:
+    known = [recipe.loads_from, recipe.needs_vllm, _METHODS.get(_method(recipe))]
+    return max(filter(None, known), key=release, default="")
+
+
+def _method(recipe: Recipe) -> str:
+    """Return the method of speculative decoding, which JSON or a dotted option names."""
+    for each in recipe.args:
+        if key(each) == "--speculative-config.method" and each[1:]:
+            return each[1]
+        if key(each) == "--speculative-config" and each[1:]:
+            found = re.search(r'"method"\s*:\s*"(\w+)"', each[1])
+            return found[1] if found else ""
+    return ""
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a release, to compare two of them."""
+    found = re.match(r"\d+(?:\.\d+)*", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+class ShownRecipe(Struct, frozen=True):
+    """A recipe with where it is from, what of its file is not in it, and whether the stack of that name can load it."""
+
+    stack: str
+    recipe: Recipe
+    format: str
+    changes: Sequence[Change]
+    fit: Fit
+
+
+class ShownRecipes(Struct, frozen=True):
+    """Result of `recipes show`: the recipes, and files of a folder that have none."""
+
+    recipes: Sequence[ShownRecipe]
+    skipped: Sequence[Change]
+
+
+def shown(read: ReadRecipe, stack: stacks.Stack) -> ShownRecipe:
+    """Add the judgement for a stack."""
+    return ShownRecipe(stack.name, read.recipe, read.format, read.changes, fit(read.recipe, stack))

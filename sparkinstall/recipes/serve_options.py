@@ -1,0 +1,81 @@
+"""Options of `vllm serve` as its parser understands them: spellings, values, which of two counts."""
+
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+
+from sparkinstall.recipes import Option
+
+# Short options of vLLM 0.18.1 to 0.33.0 that recipes use.
+_SHORT = {
+    "-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dcp": "--decode-context-parallel-size",
+    "-dp": "--data-parallel-size", "-ep": "--enable-expert-parallel", "-n": "--nnodes", "-r": "--node-rank",
+    "-q": "--quantization", "-cc": "--compilation-config", "-ac": "--attention-config", "-sc": "--speculative-config",
+    "-dc": "--diffusion-config",
+}  # fmt: skip
+_NUMBER = re.compile(r"-\d+(?:\.\d+)?")
+
+
+def options(words: Sequence[str]) -> tuple[tuple[str, ...], tuple[Option, ...]]:
+    """Return the words before the first option, and the options: a word without `-` belongs to the one before it."""
+    first: list[str] = []
+    found: list[list[str]] = []
+    for word in words:
+        if is_option(word):
+            found.append(list(_parts(word)))
+        elif found:
+            found[-1].append(word)
+        else:
+            first.append(word)
+    return tuple(first), tuple(map(tuple, found))
+
+
+def is_option(word: str) -> bool:
+    """Whether a word is an option: not a negative number, nor a single `-`."""
+    return len(word) > 1 and word.startswith("-") and not _NUMBER.fullmatch(word)
+
+
+def _parts(word: str) -> tuple[str, ...]:
+    name, equals, value = word.partition("=")
+    # `-O3` and `-O{...}` are one word.
+    if not name.startswith("--") and name.partition(".")[0] not in _SHORT:
+        return (word,)
+    return (full_name(name), value) if equals else (full_name(name),)
+
+
+def full_name(name: str) -> str:
+    """Return the long name, with `-` for `_`. What follows a dot is a key of JSON, and stays."""
+    option, dot, key = name.partition(".")
+    return _SHORT.get(option, option.replace("_", "-")) + dot + key
+
+
+def key(option: Option) -> str:
+    """Return what an option sets: `--x` and `--no-x` set the same."""
+    return re.sub("^--no-", "--", option[0])
+
+
+def last_of_each(given: Iterable[Option]) -> tuple[Option, ...]:
+    """Return the options without those that a later one replaces."""
+    every = tuple(given)
+    last = {key(each): at for at, each in enumerate(every)}
+    return tuple(each for at, each in enumerate(every) if last[key(each)] == at)
+
+
+def serve_words(command: str) -> list[str]:
+    """Return the words of a command after `vllm serve`, split as a shell does.
+
+    Raises:
+        ValueError: it does not call `vllm serve`, or a quote is not closed.
+    """
+    # A backslash ends a line of a command even if blanks follow it.
+    joined = re.sub(r"\\[ \t]*\r?\n", " ", command)
+    words = shlex.split(joined, comments=False)
+    for at in range(len(words) - 1):
+        if words[at].rpartition("/")[2] == "vllm" and words[at + 1] == "serve":
+            return _until_next_command(words[at + 2 :])
+    raise ValueError("it has no `vllm serve`")
+
+
+def _until_next_command(words: list[str]) -> list[str]:
+    ends = [at for at, word in enumerate(words) if word in ("&&", "||", ";", "|", "&")]
+    return words[: ends[0]] if ends else words

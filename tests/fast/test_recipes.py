@@ -1,0 +1,321 @@
+"""The shipped recipes, and `sparkinstall recipes`."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sparkinstall import stacks
+from sparkinstall.core import recipe_list
+from sparkinstall.recipes import Recipe, RecipeError
+from sparkinstall.recipes.catalogue import find, shipped
+from sparkinstall.recipes.owned import env_without_owned, without_owned
+from sparkinstall.recipes.render import command, options_of, shell
+from sparkinstall.recipes.serve_options import key, last_of_each, options
+from tests.support.rehearsals import envelope, in_this_process, output_of
+
+RECIPES = {each.id: each for each in shipped()}
+PLAIN = [each for each in shipped() if not each.needs_build]
+PATCHED = [each for each in shipped() if each.needs_build]
+HOME = Path("/home/spark")
+
+OWN = """
+id: mine
+model: openai/gpt-oss-20b
+memory: 0.5
+args:
+  - [--host, 0.0.0.0]
+  - [--nnodes, '2']
+  - [--max-num-seqs, '4']
+  - [--api-key, s3cr3t-key]
+env: {NCCL_DEBUG: INFO, HF_TOKEN: s3cr3t-key, VLLM_MARLIN_USE_ATOMIC_ADD: '1'}
+loads_from: 0.18.1
+"""
+
+
+def write(tmp_path: Path, text: str, name: str = "mine.yaml") -> Path:
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+# --- the catalogue
+
+
+def test_catalogue_has_plain_recipes_and_those_that_need_a_patched_build() -> None:
+    assert len(RECIPES) == len(shipped())
+    assert len(PLAIN) >= 25
+    assert {each.nodes for each in PLAIN} == {1, 2}
+    assert {"deepseek-v4-flash", "glm-5.3-flash-nvfp4", "inkling-small-nvfp4"} <= {each.id for each in PATCHED}
+
+
+@pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.id)
+def test_plain_recipe_names_a_shipped_stack(recipe: Recipe) -> None:
+    assert recipe.loads_from in stacks.names()
+    assert recipe.memory
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.id)
+def test_shipped_recipe_is_sound(recipe: Recipe) -> None:
+    assert recipe.sources
+    assert recipe.nodes == recipe.tensor_parallel * recipe.pipeline_parallel
+    stray, args = options([word for option in recipe.args for word in option])
+    assert (stray, args) == ((), recipe.args), "long names, as vLLM spells them"
+    assert len({key(each) for each in args}) == len(args)
+    assert without_owned(args)[1] == env_without_owned(recipe.env)[1] == ()
+    fields = options_of(Recipe(id="x", model="x/y", memory=1, context=1, sequences=1, batched_tokens=1))
+    assert not {key(each) for each in args} & {key(each) for each in fields}
+    for option in args:
+        for value in option[1:]:
+            assert not value.startswith("{") or json.loads(value)
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.id)
+def test_shipped_recipe_names_no_parser_that_no_vllm_has(recipe: Recipe) -> None:
+    assert recipe.tool_parser not in ("nemotron_v3", "openai_gptoss", "qwen3")
+    assert recipe.reasoning_parser not in ("qwen3_coder", "nano_v3", "super_v3")
+
+
+@pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.id)
+def test_load_format_is_in_the_lock_of_every_stack_that_loads_the_recipe(recipe: Recipe) -> None:
+    formats = [each[1] for each in recipe.args if key(each) == "--load-format" and each[1] != "mistral"]
+    for name in stacks.names():
+        if recipe_list.fit(recipe, stacks.load(name)).runs == "runs":
+            locked = {pin.name for pin in stacks.load(name).platforms["aarch64"].locked()}
+            assert set(formats) <= locked
+
+
+def test_figures_of_a_licence_that_asks_for_it_are_attributed() -> None:
+    used = {each.source for recipe in shipped() for each in recipe.speed}
+    licences = {each.repository: each.licence for recipe in shipped() for each in recipe.sources if each.licence}
+    named = {name for name, licence in licences.items() if licence.startswith("CC-BY") and name in used}
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+    assert named == {"djangodevreng/dgx-spark-benchmarks"}
+    assert all(f"{name}](https://github.com/{name}), CC BY 4.0" in page for name in named)
+
+
+@pytest.mark.parametrize("recipe", [each for each in shipped() if each.speed], ids=lambda recipe: recipe.id)
+def test_dense_decode_is_not_faster_than_the_memory_allows(recipe: Recipe) -> None:
+    """273 GB/s divided by the bytes of a dense model, unless it drafts."""
+    if recipe.bytes and "27b" in recipe.id and "nvfp4" not in recipe.id:
+        assert recipe_list.typical_speed(recipe).value < 273e9 / recipe.bytes  # type: ignore[union-attr]
+
+
+# --- what a stack can load
+
+
+@pytest.mark.parametrize(
+    ("given", "stack", "runs", "with_stack"),
+    [
+        (Recipe(id="a", model="a/b", loads_from="0.18.1"), "0.18.1", "runs", ""),
+        (Recipe(id="a", model="a/b", loads_from="0.29.0"), "0.22.1", "other_stack", "0.29.0"),
+        (Recipe(id="a", model="a/b", loads_from="0.29.0"), "0.33.0", "runs", ""),
+        (Recipe(id="a", model="a/b", needs_vllm="0.30.0"), "0.29.0", "other_stack", "0.33.0"),
+        (Recipe(id="a", model="a/b", needs_vllm="0.99.0"), "0.33.0", "other_stack", ""),
+        (Recipe(id="a", model="a/b", needs_build="a fork", loads_from="0.18.1"), "0.33.0", "patched_build", ""),
+        (Recipe(id="a", model="a/b"), "0.33.0", "unknown", ""),
+        (
+            Recipe(id="a", model="a/b", args=(("--speculative-config.method", "dspark"),)),
+            "0.22.1",
+            "other_stack",
+            "0.29.0",
+        ),
+        (
+            Recipe(id="a", model="a/b", loads_from="0.18.1", args=(("--speculative-config", '{"method": "dflash"}'),)),
+            "0.18.1",
+            "other_stack",
+            "0.22.1",
+        ),
+    ],
+)  # fmt: skip
+def test_fit_of_a_recipe_and_a_stack(given: Recipe, stack: str, runs: str, with_stack: str) -> None:
+    found = recipe_list.fit(given, stacks.load(stack))
+    assert (found.runs, found.stack) == (runs, with_stack)
+
+
+@pytest.mark.parametrize(
+    ("older", "newer"), [("0.9.2", "0.18.1"), ("0.29.0", "0.29.1.dev3+g1234"), ("0.27", "0.27.1"), ("x", "0.1")]
+)
+def test_release_compares_by_number(older: str, newer: str) -> None:
+    assert recipe_list.release(older) < recipe_list.release(newer)
+
+
+# --- recipes
+
+
+def test_recipes_without_a_verb_lists_what_the_stack_loads(tmp_path: Path) -> None:
+    run = in_this_process("recipes", "--json", "--root", tmp_path / "node")
+    found = envelope(run)["data"]
+    assert (run.returncode, found["stack"]) == (0, stacks.DEFAULT), output_of(run)
+    assert len(found["recipes"]) == len(RECIPES)
+    order = [each["runs"] for each in found["recipes"]]
+    assert order == sorted(order, key=["runs", "other_stack", "patched_build"].index)
+    lightning = next(each for each in found["recipes"] if each["id"] == "nemotron-3.5-lightning-30b-a3b-nvfp4")
+    assert (lightning["runs"], lightning["good_on_gb10"], lightning["bytes"]) == ("runs", True, 21561882284)
+    assert lightning["speed"]["value"] == 104.5
+
+
+def test_recipes_of_an_older_stack_name_the_one_that_loads_them(tmp_path: Path) -> None:
+    run = in_this_process("recipes", "--stack", "0.18.1", "--root", tmp_path / "node")
+    lines = {line.split()[0]: line for line in run.stdout.splitlines() if line}
+    assert "runs with stack 0.29.0" in lines["gemma-4-26b-a4b-nvfp4"], output_of(run)
+    assert "runs with stack 0.22.1" in lines["mistral-small-4-119b-nvfp4"]
+    assert "needs a patched build" in lines["deepseek-v4-flash"]
+    assert re.search(r" runs\* +1 ", lines["qwen3.6-35b-a3b-fp8"]), "seen on a GB10 with a newer vLLM only"
+
+
+# --- recipes show
+
+
+def test_show_names_sources_speeds_and_notes(tmp_path: Path) -> None:
+    run = in_this_process("recipes", "show", "qwen3.6-35b-a3b-nvfp4", "--root", tmp_path / "node")
+    assert "97.7 tokens/s by vllm-project/recipes" in run.stdout, output_of(run)
+    assert "models/Qwen/Qwen3.6-35B-A3B.yaml at 8959cf64189c (Apache-2.0)" in run.stdout
+    assert "option           --moe-backend marlin" in run.stdout
+    assert "stack 0.29.0     runs" in run.stdout
+
+
+def test_show_by_the_name_of_the_model(tmp_path: Path) -> None:
+    data = envelope(in_this_process("recipes", "show", "openai/gpt-oss-20b", "--json", "--root", tmp_path / "n"))[
+        "data"
+    ]
+    assert [each["recipe"]["id"] for each in data["recipes"]] == ["gpt-oss-20b"]
+
+
+def test_model_with_several_recipes_names_them() -> None:
+    with pytest.raises(RecipeError) as error:
+        find("nvidia/NVIDIA-Nemotron-3.5-Lightning-30B-A3B-NVFP4")
+    assert "nemotron-3.5-lightning-30b-a3b-nvfp4-mtp" in error.value.hint
+
+
+def test_show_of_an_unknown_recipe_names_the_nearest(tmp_path: Path) -> None:
+    run = in_this_process("recipes", "show", "gpt-os-20b", "--json", "--root", tmp_path / "node")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["code"]) == (2, "config")
+    assert error["message"] == "there is no recipe 'gpt-os-20b'"
+    assert error["cause"] == "did you mean `gpt-oss-20b`?"
+
+
+# --- recipes render
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.id)
+def test_rendered_command_is_one_shell_command(recipe: Recipe) -> None:
+    made = command(recipe, 8000, HOME)
+    assert made.argv[:3] == ("vllm", "serve", recipe.model)
+    assert shlex.split(shell(made.argv).replace("\\\n", "")) == list(made.argv)
+    assert len({key(each) for each in options(made.argv[3:])[1]}) == len(options(made.argv[3:])[1])
+    assert bool(made.docker) == (recipe.image is not None and recipe.nodes == 1)
+    assert bool(made.no_docker) != bool(made.docker)
+
+
+def test_docker_has_the_pinned_image_the_variables_and_the_same_options() -> None:
+    recipe = RECIPES["nemotron-3.5-lightning-30b-a3b-nvfp4-mtp"]
+    made = command(recipe, 8001, HOME)
+    at = list(made.docker).index(recipe.image or "")
+    assert made.docker[at - 2 : at] == ("--entrypoint", "vllm")
+    assert made.docker[at + 1 :] == tuple(made.argv[1:])
+    assert "VLLM_USE_RUST_FRONTEND=0" in made.docker
+    assert made.argv[-4:] == ("--host", "127.0.0.1", "--port", "8001")
+
+
+def test_several_nodes_get_no_autotune_and_a_long_patience() -> None:
+    made = command(RECIPES["minimax-m2.7-nvfp4"], 8000, HOME)
+    assert made.argv[-1] == "--no-enable-flashinfer-autotune"
+    assert made.env["VLLM_ENGINE_READY_TIMEOUT_S"] == "3600"
+    own = command(Recipe(id="a", model="a/b", nodes=2, args=(("--enable-flashinfer-autotune",),)), 8000, HOME)
+    assert "--no-enable-flashinfer-autotune" not in own.argv
+
+
+def test_render_of_a_file_drops_what_sparkinstall_decides_and_says_so(tmp_path: Path) -> None:
+    run = in_this_process("recipes", "render", write(tmp_path, OWN), "--json", "--root", tmp_path / "node")
+    assert "s3cr3t-key" not in run.stdout
+    data = envelope(run)["data"]
+    argv = data["command"]["argv"]
+    assert argv == [
+        *("vllm", "serve", "openai/gpt-oss-20b", "--gpu-memory-utilization", "0.5", "--max-num-seqs", "4"),
+        *("--host", "127.0.0.1", "--port", "8000"),
+    ]
+    assert data["command"]["env"] == {"VLLM_MARLIN_USE_ATOMIC_ADD": "1"}
+    dropped = [each["what"] for each in data["changes"] if each["done"] == "dropped"]
+    assert dropped == ["--host 0.0.0.0", "--nnodes 2", "--api-key", "NCCL_DEBUG=INFO", "HF_TOKEN"]
+    text = in_this_process("recipes", "render", tmp_path / "mine.yaml", "--root", tmp_path / "node").stdout
+    assert "# dropped: --nnodes 2 (sparkinstall starts the ranks of several nodes itself)" in text
+    assert "# docker: no image for this recipe is known by its digest" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [
+        (OWN.replace("memory: 0.5", "memory: 5"), "`memory` must be a number above 0, at most 1"),
+        (OWN.replace("memory", "memmory"), "unknown key `memmory`"),
+        (OWN.replace("0.18.1", "0.18.2"), "`loads_from` names no shipped stack: 0.18.2"),
+        (OWN.replace("id: mine", "id: mine\nid: yours"), "the key `id` is repeated, line 3"),
+        (OWN.replace("[--host, 0.0.0.0]", "[0.0.0.0]"), "`args` begins with '0.0.0.0', which is no option"),
+        ("- 1", "must be a mapping"),
+        ("[]", "mine.yaml has no recipe"),
+        ("hello", "has none of the known formats"),
+    ],
+)
+def test_file_that_is_no_recipe_is_one_clear_error(text: str, wrong: str, tmp_path: Path) -> None:
+    run = in_this_process("recipes", "render", write(tmp_path, text), "--json", "--root", tmp_path / "node")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["code"]) == (2, "config")
+    assert wrong in error["message"]
+
+
+def test_render_of_a_file_with_several_recipes_wants_an_id(tmp_path: Path) -> None:
+    both = "\n".join("- " + text.strip().replace("\n", "\n  ") for text in (OWN, OWN.replace("id: mine", "id: yours")))
+    path = write(tmp_path, both)
+    run = in_this_process("recipes", "render", path, "--root", tmp_path / "node")
+    assert (run.returncode, "name one with `--id`: mine or yours" in run.stderr) == (2, True), output_of(run)
+    assert in_this_process("recipes", "render", path, "--id", "yours", "--root", tmp_path / "node").returncode == 0
+    near = in_this_process("recipes", "render", path, "--id", "your", "--root", tmp_path / "node")
+    assert "did you mean `yours`?" in near.stderr
+
+
+def test_folder_gives_its_recipes_and_names_files_without_one(tmp_path: Path) -> None:
+    folder = tmp_path / "recipes"
+    (folder / "deep").mkdir(parents=True)
+    write(folder, OWN)
+    write(folder / "deep", OWN.replace("id: mine", "id: yours"))
+    write(folder, "a: 1", "other.yaml")
+    (tmp_path / "outside.yaml").write_text(OWN)
+    (folder / "link.yaml").symlink_to(tmp_path / "outside.yaml")
+    data = envelope(in_this_process("recipes", "show", folder, "--json", "--root", tmp_path / "node"))["data"]
+    assert [each["recipe"]["id"] for each in data["recipes"]] == ["mine", "yours"]
+    assert {each["what"] for each in data["skipped"]} == {"link.yaml", "other.yaml"}
+    assert "outside of the folder" in next(each["why"] for each in data["skipped"] if each["what"] == "link.yaml")
+
+
+# --- options of vllm serve
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["-tp", "2", "--a_b=1"], [("--tensor-parallel-size", "2"), ("--a-b", "1")]),
+        (["--max-model-len", "-1", "--x"], [("--max-model-len", "-1"), ("--x",)]),
+        (["--speculative_config.num_speculative_tokens", "3"], [("--speculative-config.num_speculative_tokens", "3")]),
+        (["-cc.cudagraph_mode", "FULL", "-O3"], [("--compilation-config.cudagraph_mode", "FULL"), ("-O3",)]),
+        (["--sizes", "1", "2", "--json", '{"a": "b=c"}'], [("--sizes", "1", "2"), ("--json", '{"a": "b=c"}')]),
+        (['--json={"a":1}'], [("--json", '{"a":1}')]),
+    ],
+)
+def test_options_are_spelled_as_vllm_names_them(words: list[str], expected: list[tuple[str, ...]]) -> None:
+    assert options(["model", *words]) == (("model",), tuple(expected))
+
+
+def test_last_option_wins_and_no_is_the_same_option() -> None:
+    given = options(["--x", "1", "--enable-y", "--x", "2", "--no-enable-y"])[1]
+    assert last_of_each(given) == (("--x", "2"), ("--no-enable-y",))
+
+
+@pytest.mark.parametrize("name", ["NCCL_IB_HCA", "GLOO_SOCKET_IFNAME", "VLLM_HOST_IP", "HF_HOME", "VLLM_CACHE_ROOT"])
+@pytest.mark.parametrize("more", [{}, {"VLLM_USE_V2_MODEL_RUNNER": "1"}])
+def test_variables_of_the_link_and_of_caches_are_dropped(name: str, more: dict[str, str]) -> None:
+    kept, dropped = env_without_owned({name: "x", **more})
+    assert kept == more
+    assert [each.what for each in dropped] == [f"{name}=x"]
