@@ -12,6 +12,8 @@ PACKAGES = (
     *("systemd", "systemd-sysv", "dbus", "udev", "netplan.io", "iproute2", "iputils-ping", "ca-certificates"),
     *("python3", "python3-venv", "kmod", "procps", "openssh-server", "sudo"),
     *("nftables", "iputils-arping", "iperf3", "ethtool"),
+    # It keeps what a compiler made, for tests that build NCCL.
+    "ccache",
     # Libraries of vLLM's build for the CPU.
     *("libnuma1", "libtcmalloc-minimal4"),
 )

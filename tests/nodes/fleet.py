@@ -1,16 +1,14 @@
 """Sparks on a cable, a terminal with the checkout, and the commands of a user there."""
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from sparkinstall.resources import rollback
 from tests.lab.commands import Completed
 from tests.lab.fleet import Fleet, FleetNode
 from tests.lab.node import Bind, FreshNode
-from tests.nodes.fresh import CHECKOUT, COMMAND, CONFIG, REPOSITORY, SPARK_UID
+from tests.nodes.fresh import CHECKOUT, COMMAND, CONFIG, REPOSITORY, ccache, kept_folder, put_before_the_compiler
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
 
@@ -57,6 +55,7 @@ def _prepare(node: FleetNode) -> None:
     node.run("mkdir", "-p", f"{CHECKOUT}/{STACKS}", user="spark")
     node.push(REPOSITORY / STACKS, f"{CHECKOUT}/{STACKS}", owner="spark")
     node.write("/etc/sparkinstall.yaml", CONFIG.format(tarball=tarball().name))
+    put_before_the_compiler(node)
 
 
 def _own_cache(node: FreshNode) -> None:
@@ -64,23 +63,14 @@ def _own_cache(node: FreshNode) -> None:
 
 
 def _binds(index: int) -> Sequence[Bind]:
-    parts = [Bind(toolkit(), "/usr/local/cuda"), Bind(tarball().parent, "/srv/nccl")]
+    parts = [Bind(toolkit(), "/usr/local/cuda"), Bind(tarball().parent, "/srv/nccl"), ccache()]
     return [*parts, *_caches(str(index + 1))]
 
 
 def _caches(whose: str) -> list[Bind]:
     """A cache for each machine, so that it has no builds of the others; the wheelhouse is shared."""
-    own, wheels = _folder(f"fleet-cache-{whose}"), _folder("node-cache/wheels")
+    own, wheels = kept_folder(f"fleet-cache-{whose}"), kept_folder("node-cache/wheels")
     return [Bind(own, CACHE, read_only=False), Bind(wheels, f"{CACHE}/wheels", read_only=False)]
-
-
-def _folder(name: str) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "sparkinstall" / "tests" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in (folder, folder.parent) if "/" in name else (folder,):
-        os.chown(path, SPARK_UID, SPARK_UID)
-    return folder
 
 
 def armed(node: FleetNode) -> bool:

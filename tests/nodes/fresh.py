@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.lab import cache
 from tests.lab.commands import Completed
 from tests.lab.node import Bind, FreshNode
 from tests.support.cuda_toolkit import toolkit
@@ -27,16 +28,20 @@ nccl:
 """
 
 
+CCACHE = "/srv/ccache"
+
+
 @contextmanager
 def fresh_node(*more: Bind) -> Iterator[FreshNode]:
     """A node on this machine's network with a CUDA toolkit in its usual place and a cache that outlives it."""
-    cache = _shared_cache()
+    own = kept_folder("node-cache")
     # NCCL must be built in this run.
-    shutil.rmtree(cache / "nccl/built", ignore_errors=True)
+    shutil.rmtree(own / "nccl/built", ignore_errors=True)
     binds = [
         Bind(toolkit(), "/usr/local/cuda"),
         Bind(tarball().parent, "/srv/nccl"),
-        Bind(cache, "/home/spark/.cache/sparkinstall", read_only=False),
+        Bind(own, "/home/spark/.cache/sparkinstall", read_only=False),
+        ccache(),
         *more,
     ]
     with FreshNode(bind=binds) as node:
@@ -44,15 +49,29 @@ def fresh_node(*more: Bind) -> Iterator[FreshNode]:
         leave_out = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__"]
         node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=leave_out)
         node.write("/etc/sparkinstall.yaml", CONFIG.format(tarball=tarball().name))
+        put_before_the_compiler(node)
         yield node
 
 
-def _shared_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(base) / "sparkinstall" / "tests" / "node-cache"
-    cache.mkdir(parents=True, exist_ok=True)
-    os.chown(cache, SPARK_UID, SPARK_UID)
-    return cache
+def ccache() -> Bind:
+    """Where ccache keeps what g++ compiled, for all nodes and later runs: most of the time of NCCL's build."""
+    return Bind(kept_folder("ccache"), CCACHE, read_only=False)
+
+
+def put_before_the_compiler(node: FreshNode, *, used: bool = True) -> None:
+    """Let ccache answer for g++; if it is not `used`, g++ compiles each time."""
+    node.run("ln", "-sf", "/usr/bin/ccache", "/usr/local/bin/g++")
+    node.write("/etc/ccache.conf", f"cache_dir = {CCACHE}\ndisable = {str(not used).lower()}\n")
+
+
+def kept_folder(name: str) -> Path:
+    """A folder of the user `spark` that outlives the nodes."""
+    folder = cache.folder()
+    for part in name.split("/"):
+        folder /= part
+        folder.mkdir(exist_ok=True)
+        os.chown(folder, SPARK_UID, SPARK_UID)
+    return folder
 
 
 def ignoring() -> list[str]:
@@ -65,18 +84,35 @@ def sparkinstall(node: FreshNode, *argv: str, check: bool = True, timeout: float
     return node.run(COMMAND, *argv, user="spark", cwd="/home/spark", check=check, timeout=timeout)
 
 
-def objects(node: FreshNode, prefix: str) -> dict[str, int]:
-    """The object files of the NCCL build below `prefix`, each with its time of change (ns)."""
-    found = (node.root / prefix.lstrip("/")).glob("nccl/build-*/obj/**/*.o")
-    return {str(path): path.stat().st_mtime_ns for path in found}
+def objects(node: FreshNode, prefix: str, *, age: float = 0) -> dict[str, float]:
+    """The object files of the NCCL build below `prefix`, each with its time of change (s).
+
+    `age`: only those that are so many seconds older than the newest file of the build.
+    """
+    build = node.root / prefix.lstrip("/") / "nccl"
+    times = {path: _changed(path) for path in build.glob("build-*/**/*") if path.suffix}
+    newest = max(times.values(), default=0.0)
+    return {str(path): at for path, at in times.items() if path.suffix == ".o" and 0 < at <= newest - age}
 
 
-def wait_for_objects(node: FreshNode, prefix: str, count: int, seconds: float = 600) -> None:
-    """Return when the build has compiled so many object files."""
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def wait_for_objects(
+    node: FreshNode, prefix: str, *, age: float = 0, after: float = 0, seconds: float = 600
+) -> dict[str, float]:
+    """Return `objects` when one of them was written after a time."""
     until = time.monotonic() + seconds
-    while len(objects(node, prefix)) < count:
-        assert time.monotonic() < until, f"{len(objects(node, prefix))} of {count} object files in {seconds:g} s"
+    found = objects(node, prefix, age=age)
+    while max(found.values(), default=0) <= after:
+        assert time.monotonic() < until, f"only {objects(node, prefix)} in {seconds:g} s"
         time.sleep(0.1)
+        found = objects(node, prefix, age=age)
+    return found
 
 
 NOT_COMPARED = (
