@@ -1,6 +1,10 @@
 """Tests of a layer that cannot run here are skipped and reported, and fail in CI (tests/lab/layers.py)."""
 
+import atexit
+import os
+import shutil
 import signal
+import tempfile
 
 import pytest
 
@@ -11,6 +15,12 @@ from tests.lab.layers import (  # noqa: F401
     pytest_terminal_summary,
     pytest_testnodedown,
 )
+
+# The tests start sparkinstall thousands of times: it is compiled once a run, and not beside its sources.
+if "PYTHONPYCACHEPREFIX" not in os.environ:
+    os.environ["PYTHONPYCACHEPREFIX"] = bytecode = tempfile.mkdtemp(prefix="bytecode-")
+    atexit.register(shutil.rmtree, bytecode, ignore_errors=True)
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell that starts the tests in the background makes them, and every program that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

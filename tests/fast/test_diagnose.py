@@ -565,7 +565,7 @@ def test_line_of_300_megabytes_uses_limited_memory() -> None:
 
 
 def run(*argv: str, given: bytes | None = None) -> "subprocess.CompletedProcess[str]":
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "100"}
+    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
     ended = subprocess.run(
         [sys.executable, "-m", "sparkinstall", *argv], input=given or b"", capture_output=True, env=environ
     )
@@ -655,7 +655,7 @@ class Followed:
     """A running `diagnose --follow`, and its output so far."""
 
     def __init__(self, *argv: str) -> None:
-        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1"}
+        environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "sparkinstall", "diagnose", "--follow", *argv],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.PIPE, env=environ,

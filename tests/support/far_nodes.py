@@ -95,7 +95,7 @@ def copied(to: Path) -> tuple[Path, str]:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, to / name)
     ask = [sys.executable, "-c", "from sparkinstall.cluster import bootstrap; print(bootstrap.digest())"]
-    env = {**os.environ, "PYTHONPATH": str(to), "PYTHONDONTWRITEBYTECODE": "1"}
+    env = {**os.environ, "PYTHONPATH": str(to)}
     run = subprocess.run(ask, env=env, cwd=to, capture_output=True, text=True, check=True)
     return to, run.stdout.strip()
 

@@ -40,7 +40,7 @@ def command(*args: str | Path, through: str = "sparkinstall") -> list[str]:
 def environment(**more: str) -> dict[str, str]:
     """This process's environment with the checkout first, and without the user's settings of sparkinstall."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SPARKINSTALL_")}
-    return {**kept, "PYTHONPATH": str(CHECKOUT), "PYTHONDONTWRITEBYTECODE": "1", **more}
+    return {**kept, "PYTHONPATH": str(CHECKOUT), **more}
 
 
 def sparkinstall(*args: str | Path, through: str = "sparkinstall", **env: str) -> subprocess.CompletedProcess[str]:
