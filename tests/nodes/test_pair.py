@@ -277,7 +277,7 @@ def test_cluster_with_a_lost_ssh_session_fails_and_can_be_repeated(pair: Fleet) 
         result = run.result()
     assert result.code == 5
     assert "the connection to spark-2 was lost" in result.errors, result.errors
-    again = _set_up(pair)
+    again = _set_up(pair, *QUICK)
     assert again.code == 0, (again.errors, again.log)
     assert worker.read(TOKEN).strip() == pair.nodes[0].read(TOKEN).strip()
     assert _is_complete(pair.nodes[0])
@@ -296,7 +296,7 @@ def test_cluster_with_the_cable_pulled_while_it_applies_rolls_back(pair: Fleet) 
     _until(lambda: not any(armed(node) for node in pair.nodes), 120)
     assert "mtu: 8000" in head.read(NETPLAN)
     pair.plug(head)
-    again = _set_up(pair)
+    again = _set_up(pair, *QUICK)
     assert again.code == 0, (again.errors, again.log)
     assert all(_is_linked(node, address) for node, address in zip(pair.nodes, ADDRESSES, strict=True))
 
@@ -330,7 +330,7 @@ def test_cluster_with_a_node_that_dies_before_yes_names_it(pair: Fleet) -> None:
     words = " ".join(rest.split())
     assert "the connection to spark-2 was lost" in words or "spark-2 does not answer" in words, rest
     _until(lambda: _is_complete(head, without=lost), 180)
-    result = _set_up(pair)
+    result = _set_up(pair, *QUICK)
     assert result.code == 0, result.errors
 
 
@@ -381,14 +381,14 @@ def test_cluster_with_a_conflict_on_one_node_changes_nothing(pair: Fleet) -> Non
     worker = pair.nodes[1]
     _change_by_hand(pair)
     with _bond_at(worker):
-        result = _set_up(pair)
+        result = _set_up(pair, *QUICK)
         assert result.code == 5
         assert "spark-2: network: `bond0` (bonds) in /etc/netplan/90-theirs.yaml contains enp1s0f0np0" in result.errors
     with _address_at(worker, f"{WORKER}/32"):
-        result = _set_up(pair)
+        result = _set_up(pair, *QUICK)
         assert result.code == 5
         assert "spark-2: network: the address 192.168.100.11 is already in use: enP7s7 has it" in result.errors
-    result = _set_up(pair, "--interface", LAN)
+    result = _set_up(pair, *QUICK, "--interface", LAN)
     assert result.code == 5
     assert "spark-1: " in result.errors and "spark-2: " in result.errors
     assert "enP7s7 must not be changed: it has the default route" in result.errors
@@ -432,7 +432,7 @@ def test_cluster_with_different_versions_fails_before_ray(pair: Fleet) -> None:
     assert result.code == 5
     assert "spark-1 and spark-2 differ in triton" in result.errors, result.errors
     assert f"triton: {version} on spark-1, 3.5.1 on spark-2" in result.errors
-    again = _set_up(pair)
+    again = _set_up(pair, *QUICK)
     assert again.code == 0, again.errors
 
 
