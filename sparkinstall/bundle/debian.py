@@ -3,6 +3,7 @@
 import platform
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sparkinstall.system import System, failure_of
 
 _UNKNOWN = re.compile(r"Unable to locate package|has no installation candidate|Couldn't find any package")
 _CHOSEN = re.compile(r"^Inst (\S+) \((\S+) .*\[(\w+)\]\)", re.MULTILINE)
+_FIELD = re.compile(r"^(Package|Version|SHA256): (\S+)", re.MULTILINE)
 _HOUR = 3600.0
 
 
@@ -43,8 +45,9 @@ def download(on: System, names: tuple[str, ...], cache: Path) -> Packages | None
         if _UNKNOWN.search(chosen.out):
             return None
         raise failure_of(chosen, "apt cannot choose the Debian packages", log=on.log)
-    on.run(*apt, "--download-only", "install", *names, timeout=_HOUR)
     found = sorted(_CHOSEN.findall(chosen.out))
+    _remove_damaged(on, apt, found, cache / "archives")
+    on.run(*apt, "--download-only", "install", *names, timeout=_HOUR)
     # Without the epoch, as in Debian's archive: apt would read the %3a of its cache as a colon.
     files = {
         f"{name}_{version.rpartition(':')[2]}_{arch}.deb": cache / "archives" / _cached(name, version, arch)
@@ -53,6 +56,20 @@ def download(on: System, names: tuple[str, ...], cache: Path) -> Packages | None
     versions = {name: version for name, version, _ in found if name in names}
     system = system_name(platform.freedesktop_os_release())
     return Packages(system, versions, files, b"".join(_entry(on, name, path) for name, path in files.items()))
+
+
+def _remove_damaged(on: System, apt: tuple[str, ...], found: list[tuple[str, str, str]], archives: Path) -> None:
+    """Remove packages that do not have the hash that apt knows: of what is in its cache it compares only the size."""
+    _, _, *settings = apt
+    shown = on.run("apt-cache", *settings, "show", *(f"{name}={version}" for name, version, _ in found)).out
+    hashes: dict[str, set[str]] = defaultdict(set)
+    for entry in map(dict, map(_FIELD.findall, shown.split("\n\n"))):
+        hashes[f"{entry.get('Package')}={entry.get('Version')}"].add(entry.get("SHA256", ""))
+    for name, version, arch in found:
+        path = archives / _cached(name, version, arch)
+        with storage_errors(f"reading {path}"):
+            if path.exists() and sha256_of(path) not in hashes[f"{name}={version}"]:
+                path.unlink()
 
 
 def _cached(name: str, version: str, arch: str) -> str:
