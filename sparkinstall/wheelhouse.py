@@ -290,12 +290,7 @@ class _Downloading(Struct):
 @contextmanager
 def cache_in_use(cache: Path) -> Iterator[None]:
     """Keep `cache prune`, of whatever node, from removing what this context brings to the cache or takes from it."""
-    with suppress(OSError):
-        cache.mkdir(parents=True, exist_ok=True)
-    with _folder(cache) as handle:
-        while handle is not None and not _is_locked(handle, fcntl.LOCK_SH):
-            processes.refuse_if_stopped()
-            time.sleep(0.05)
+    with folder_locked(cache, fcntl.LOCK_SH):
         yield
 
 
@@ -309,6 +304,19 @@ def cache_unused(cache: Path) -> Iterator[None]:
     with _folder(cache) as handle:
         if handle is not None and not _is_locked(handle):
             raise Busy(f"another run is using {cache}", hint="wait until it has ended, then run this again")
+        yield
+
+
+@contextmanager
+def folder_locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Wait until no other run has locked the folder, which is created, and lock it in this context."""
+    # Whoever writes there says why it cannot be created.
+    with suppress(OSError):
+        path.mkdir(parents=True, exist_ok=True)
+    with _folder(path) as handle:
+        while handle is not None and not _is_locked(handle, how):
+            processes.refuse_if_stopped()
+            time.sleep(0.05)
         yield
 
 

@@ -11,6 +11,7 @@ from typing import BinaryIO
 from msgspec import Struct, field
 
 from sparkinstall import __version__
+from sparkinstall.assets import user_cache
 from sparkinstall.bundle import contents, debian, git_objects, part
 from sparkinstall.cluster import bootstrap
 from sparkinstall.downloads import sha256_of
@@ -26,7 +27,7 @@ from sparkinstall.stacks import canonical
 from sparkinstall.steps.nccl import source
 from sparkinstall.system.local import LocalSystem
 from sparkinstall.wheel_index import for_platform
-from sparkinstall.wheelhouse import cache_in_use
+from sparkinstall.wheelhouse import cache_in_use, folder_locked
 
 _GLIBC = "2.39"
 _PINNED = re.compile(r"^([A-Za-z0-9._-]+)==", re.MULTILINE)
@@ -130,7 +131,7 @@ def _own_packages(place: bootstrap.Place) -> list[Path]:
         CommandFailed: they cannot be downloaded.
         Storage: the cache cannot be read or written.
     """
-    with storage_errors("downloading the tool's own packages"):
+    with folder_locked(user_cache() / "own-packages"), storage_errors("downloading the tool's own packages"):
         folder = bootstrap.own_packages(place)
         if folder and any(map(_is_damaged, folder.iterdir())):
             shutil.rmtree(folder)
@@ -179,7 +180,11 @@ def _packages(order: Order, packed: Packed, on: _Part) -> None:
     node = contents.of_several(order.node) if order.nodes > 1 else order.node
     names = contents.debian_names(node)
     packed.packages = dict.fromkeys(names, "")
-    found = debian.download(on, names, node.cache / "apt") if node.platform == node.machine else None
+    found = None
+    if node.platform == node.machine:
+        # apt itself would let two runs spoil each other's lists.
+        with folder_locked(node.cache / "apt"):
+            found = debian.download(on, names, node.cache / "apt")
     if found is None:
         return
     packed.packages, packed.system = {**packed.packages, **found.versions}, found.system
