@@ -84,7 +84,7 @@ def fit(recipe: Recipe, stack: stacks.Stack) -> Fit:
     if not least:
         return Fit("unknown", why="the recipe does not say which vLLM it needs")
     if release(stack.vllm) >= release(least):
-        return Fit("runs")
+        return Fit("runs", why="" if recipe.loads_from else f"the file asks for vLLM {least} or newer")
     others = [name for name in stacks.names() if release(name) >= release(least)]
     return Fit("other_stack", others[0] if others else "", f"it needs vLLM {least} or newer")
 

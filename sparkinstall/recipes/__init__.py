@@ -96,7 +96,9 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     tool_parser: _Line | None = None
     reasoning_parser: _Line | None = None
     args: tuple[Option, ...] = ()
-    env: Mapping[_Name, _Word] = {}
+    env: Annotated[
+        Mapping[_Name, _Word], Meta(title="a mapping, each key the name of a variable, each value text")
+    ] = {}
     loads_from: _Release | None = None
     good_on_gb10_from: _Release | None = None
     needs_vllm: _Release | None = None

@@ -4,6 +4,8 @@ import re
 import shlex
 from collections.abc import Iterable, Sequence
 
+from msgspec import Struct
+
 from sparkinstall.recipes import Option
 
 # Short options of vLLM 0.18.1 to 0.33.0 that recipes use.
@@ -13,6 +15,8 @@ _SHORT = {
     "-q": "--quantization", "-cc": "--compilation-config", "-ac": "--attention-config", "-sc": "--speculative-config",
     "-dc": "--diffusion-config",
 }  # fmt: skip
+_SEPARATORS = ";&|"
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 _NUMBER = re.compile(r"-\d+(?:\.\d+)?")
 
 
@@ -61,21 +65,35 @@ def last_of_each(given: Iterable[Option]) -> tuple[Option, ...]:
     return tuple(each for at, each in enumerate(every) if last[key(each)] == at)
 
 
-def serve_words(command: str) -> list[str]:
-    """Return the words of a command after `vllm serve`, split as a shell does.
+class ServeCall(Struct, frozen=True):
+    """A command that calls `vllm serve`: its words, the variables set before it, and words of other programs."""
+
+    words: tuple[str, ...]
+    env: dict[str, str]
+    other: tuple[str, ...]
+
+
+def serve_call(command: str) -> ServeCall:
+    """Find `vllm serve` in a command, which is split as a shell does. Nothing in it is expanded.
 
     Raises:
         ValueError: it does not call `vllm serve`, or a quote is not closed.
     """
-    # A backslash ends a line of a command even if blanks follow it.
-    joined = re.sub(r"\\[ \t]*\r?\n", " ", command)
-    words = shlex.split(joined, comments=False)
+    words = _shell_words(command)
     for at in range(len(words) - 1):
         if words[at].rpartition("/")[2] == "vllm" and words[at + 1] == "serve":
-            return _until_next_command(words[at + 2 :])
+            ends = (each for each in range(at, len(words)) if words[each] and set(words[each]) <= set(_SEPARATORS))
+            end = next(ends, len(words))
+            pairs = [word.partition("=") for word in words[:at] if _ASSIGNMENT.match(word)]
+            other = [word for word in words[:at] if not _ASSIGNMENT.match(word) and word not in ("exec", "env")]
+            env = {name: value for name, _, value in pairs}
+            return ServeCall(tuple(words[at + 2 : end]), env, (*other, *words[end:]))
     raise ValueError("it has no `vllm serve`")
 
 
-def _until_next_command(words: list[str]) -> list[str]:
-    ends = [at for at, word in enumerate(words) if word in ("&&", "||", ";", "|", "&")]
-    return words[: ends[0]] if ends else words
+def _shell_words(command: str) -> list[str]:
+    # A backslash ends a line of a command even if blanks follow it.
+    lines = re.sub(r"(?m)^[ \t]*#.*$", "", command)
+    lexer = shlex.shlex(re.sub(r"\\[ \t]*\r?\n", " ", lines), posix=True, punctuation_chars=_SEPARATORS)
+    lexer.whitespace_split, lexer.commenters = True, ""
+    return list(lexer)
