@@ -61,7 +61,9 @@ def ccache() -> Bind:
 def put_before_the_compiler(node: FreshNode, *, used: bool = True) -> None:
     """Let ccache answer for g++; if it is not `used`, g++ compiles each time."""
     node.run("ln", "-sf", "/usr/bin/ccache", "/usr/local/bin/g++")
-    node.write("/etc/ccache.conf", f"cache_dir = {CCACHE}\ndisable = {str(not used).lower()}\n")
+    # NCCL's files are unpacked just before; what they contain tells whether they have changed.
+    settings = f"cache_dir = {CCACHE}\ndisable = {str(not used).lower()}\n"
+    node.write("/etc/ccache.conf", f"{settings}sloppiness = include_file_mtime,include_file_ctime,time_macros\n")
 
 
 def kept_folder(name: str) -> Path:
