@@ -86,6 +86,11 @@ def sparkinstall(node: FreshNode, *argv: str, check: bool = True, timeout: float
     return node.run(COMMAND, *argv, user="spark", cwd="/home/spark", check=check, timeout=timeout)
 
 
+def file_metadata(node: FreshNode, *folders: str) -> str:
+    """All files with inode, size, owner, mode and times, including the ctime, which every write changes."""
+    return node.run("find", *folders, "-printf", "%p %i %s %u %m %T@ %C@ %l\\n").stdout
+
+
 def objects(node: FreshNode, prefix: str, *, age: float = 0) -> dict[str, float]:
     """The object files of the NCCL build below `prefix`, each with its time of change (s).
 

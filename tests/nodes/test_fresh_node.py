@@ -20,6 +20,7 @@ from tests.nodes.fresh import (
     CHECKOUT,
     COMMAND,
     NOT_COMPARED,
+    file_metadata,
     fresh_node,
     ignoring,
     objects,
@@ -173,10 +174,10 @@ def test_a_rehearsal_on_a_node_is_uninstalled_whole(node: FreshNode) -> None:
 
 def test_all_again_changes_nothing(node: FreshNode) -> None:
     looked_at = ("/opt/sparkinstall", "/var/lib/sparkinstall", "/etc", "/home/spark/vllm-env")
-    there = node.tree_digest(*looked_at, times=True)
+    there = file_metadata(node, *looked_at)
     answer = json.loads(sparkinstall(node, "all", "--yes", "--json").stdout)
     assert answer["data"]["changed"] is False
-    assert node.tree_digest(*looked_at, times=True) == there
+    assert file_metadata(node, *looked_at) == there
 
 
 def test_verify_passes_and_names_the_loaded_nccl(node: FreshNode) -> None:

@@ -18,7 +18,7 @@ from tests.lab.cabling import LAN, PORT_0
 from tests.lab.commands import Completed, Process
 from tests.lab.fleet import Fleet, FleetNode
 from tests.nodes.fleet import armed, install, sparkinstall, two_sparks
-from tests.nodes.fresh import COMMAND, NOT_COMPARED, ignoring
+from tests.nodes.fresh import COMMAND, NOT_COMPARED, file_metadata, ignoring
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
@@ -127,9 +127,7 @@ def _change_by_hand(pair: Fleet) -> None:
 
 
 def _file_metadata(pair: Fleet) -> list[str]:
-    """All our files with inode, size, owner, mode and times, including the ctime, which every write changes."""
-    shown = ("find", *OURS, "-printf", "%p %i %s %u %m %T@ %C@ %l\\n")
-    return [node.run(*shown).stdout for node in pair.nodes]
+    return [file_metadata(node, *OURS) for node in pair.nodes]
 
 
 # --- from fresh nodes to a Ray of two
