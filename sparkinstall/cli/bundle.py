@@ -29,7 +29,11 @@ from sparkinstall.given import absolute
 from sparkinstall.node import Node
 from sparkinstall.payloads.bundle_archive import Manifest
 
-app = typer.Typer(help="Make and check one file with which a node without a network is set up.", no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False,
+    help="Make and check one file with which a node without a network is set up.",
+    no_args_is_help=True,
+)
 
 _SPARK = "aarch64"
 _NAME_IT = "name the bundle itself: `--output FILE.tar`"

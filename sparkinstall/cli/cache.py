@@ -13,7 +13,9 @@ from sparkinstall.core import cache
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.errors import Exit
 
-app = typer.Typer(help="List, verify or prune the downloads and builds in your cache.", no_args_is_help=True)
+app = typer.Typer(
+    add_completion=False, help="List, verify or prune the downloads and builds in your cache.", no_args_is_help=True
+)
 
 _KINDS: dict[cache.Kind, str] = {
     "wheel": "wheels", "source": "NCCL sources", "build": "NCCL builds", "incomplete": "incomplete downloads",

@@ -17,7 +17,7 @@ from sparkinstall.resources import rollback
 from sparkinstall.schema import show
 from sparkinstall.system.local import LocalReader, LocalSystem
 
-app = typer.Typer(help="What `sparkinstall cluster` runs on each node.", no_args_is_help=True)
+app = typer.Typer(add_completion=False, help="What `sparkinstall cluster` runs on each node.", no_args_is_help=True)
 
 Word = Annotated[str, typer.Argument()]
 

@@ -31,7 +31,9 @@ class _Group(TyperGroup):
         return super().parse_args(ctx, ["list", *args] if alone else args)
 
 
-app = typer.Typer(cls=_Group, help="List recipes for models on Sparks, or show one and its command.")
+app = typer.Typer(
+    add_completion=False, cls=_Group, help="List recipes for models on Sparks, or show one and its command."
+)
 
 Name = Annotated[
     str,

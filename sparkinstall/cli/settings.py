@@ -10,7 +10,7 @@ from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, headed
 from sparkinstall.core.session import Setting, Target, open_session
 
-app = typer.Typer(help="Show every setting and its origin.", no_args_is_help=True)
+app = typer.Typer(add_completion=False, help="Show every setting and its origin.", no_args_is_help=True)
 
 
 class Settings(Struct, frozen=True):

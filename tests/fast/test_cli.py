@@ -79,6 +79,12 @@ def test_completion_in_bash_completes_a_verb() -> None:
     assert "uninstall" in words.stdout
 
 
+@pytest.mark.parametrize("verb", app.VERBS)
+def test_only_the_whole_command_line_offers_completion(verb: str) -> None:
+    assert "completion" in in_this_process("--help").stdout
+    assert "completion" not in in_this_process(verb, "--help").stdout
+
+
 def test_version_does_not_import_typer() -> None:
     code = "import sys; from sparkinstall.__main__ import main; main(); print('typer' in sys.modules)"
     done = subprocess.run(
