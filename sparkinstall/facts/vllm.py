@@ -1,4 +1,4 @@
-"""vLLM's internals that are read from files or referred to by name: paths, fields, parsers, an operator, metrics.
+"""vLLM's internals that are read from files or referred to by name: paths, fields, options, an operator, metrics.
 
 payloads/vllm_internals.py has what needs a running vLLM. tests/fast/test_vllm_internals.py compares both with the
 wheels of every shipped stack.
@@ -6,9 +6,12 @@ wheels of every shipped stack.
 
 import ast
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from sparkinstall import elf
+from sparkinstall.facts.python_source import Hint, Module, Read, Sources, fields, last_name, parsed, texts
+from sparkinstall.facts.vllm_options import Declared, Fold, Option
 from sparkinstall.node import Node, site_packages
 from sparkinstall.system import Reader
 
@@ -53,8 +56,7 @@ def reasoning_fields(node: Node, on: Reader) -> list[str]:
 def delta_fields(source: bytes) -> list[str]:
     """Return the annotated fields of `class DeltaMessage` in a module's source, or []."""
     classes = [each for each in _body(source) if isinstance(each, ast.ClassDef) and each.name == "DeltaMessage"]
-    fields = [field for each in classes for field in each.body if isinstance(field, ast.AnnAssign)]
-    return [field.target.id for field in fields if isinstance(field.target, ast.Name)]
+    return [name for each in classes for name in fields(each)]
 
 
 def reasoning_parsers(node: Node, on: Reader) -> list[str]:
@@ -70,7 +72,234 @@ def parsers_in(source: bytes) -> list[str]:
 
 
 def _body(source: bytes) -> list[ast.stmt]:
-    try:
-        return ast.parse(source).body
-    except (SyntaxError, ValueError):
-        return []
+    return parsed(source).body
+
+
+# --- the command line of `vllm serve`
+
+
+_VERSION_FILE = "vllm/_version.py"
+_ENGINE = "vllm.engine.arg_utils"
+_FRONTENDS = tuple(f"vllm.entrypoints.{each}.cli_args" for each in ("common", "launchers", "openai"))
+"""Modules that defined `class FrontendArgs`, newest first."""
+_SERVE = "vllm.entrypoints.cli.serve"
+_PARSER = "vllm.utils.argparse_utils"
+_VARIABLES = ("vllm.envs", "environment_variables")
+READ_ELSEWHERE = {
+    "VLLM_BATCH_INVARIANT": "vllm/model_executor/layers/batch_invariant.py",
+    "VLLM_CPU_CI_ENV": "vllm/platforms/cpu.py",
+    "VLLM_CPU_SIM_MULTI_NUMA": "vllm/v1/worker/cpu_worker.py",
+    "VLLM_CUSTOM_ALLREDUCE_ALGO": "vllm/model_executor/determinism/batch_invariant.py",
+    "VLLM_DIST_IDENT": "vllm/v1/worker/cpu_worker.py",
+    "VLLM_MINIMAX_M3_MSA_CUTLASS_MIN_BATCH": "vllm/models/minimax_m3/nvidia/sparse_attention_msa.py",
+    "VLLM_MORIIO_TRANSFER_TIMEOUT_S": "vllm/distributed/kv_transfer/kv_connector/v1/moriio/moriio_common.py",
+    "VLLM_SNAPSHOT_TIMEOUT_S": "vllm/snapshot/runtime.py",
+}
+"""Variables that its list does not have in some release, though a module of it reads them."""
+_TABLES = {
+    "--tool-call-parser": ("vllm.tool_parsers", "_TOOL_PARSERS_TO_REGISTER"),
+    "--reasoning-parser": ("vllm.reasoning", "_REASONING_PARSERS_TO_REGISTER"),
+}
+"""Dictionaries whose keys are the values of an option that is compared with them after the start."""
+_NAMED: Mapping[str, tuple[str, str, Fold]] = {
+    "--kv-cache-dtype": ("vllm.config.cache", "CacheDType", ""),
+    "--load-format": ("vllm.model_executor.model_loader", "LoadFormats", "case"),
+    "--quantization": ("vllm.model_executor.layers.quantization", "QuantizationMethods", ""),
+}
+"""Likewise `Literal`s, of options that argparse itself takes as any text: a plug-in may register more."""
+_OPENED_BY = {
+    "--tool-call-parser": ("--tool-parser-plugin", "--config"),
+    "--reasoning-parser": ("--reasoning-parser-plugin", "--config"),
+}
+"""Options that add values to another one's; a file of options may name them."""
+_FILES = frozenset((
+    *("--chat-template", "--config", "--log-config-file", "--tool-parser-plugin", "--reasoning-parser-plugin"),
+    *("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--mm-encoder-fp8-scale-path"),
+))  # fmt: skip
+_PATHS = frozenset(("--tokenizer", "--hf-config-path", "--generation-config", "--lora-modules"))
+_PLUGIN = re.compile(rb"^\[vllm\.", re.MULTILINE)
+_OPEN = Option()
+_KINDS = {"store_true": "flag", "store_false": "flag", "BooleanOptionalAction": "switch"}
+
+
+def release_of(read: Read) -> str:
+    """Return the version of the vLLM whose files `read` finds; "" if there is none."""
+    found = re.search(rb"^__version__ = version = ['\"]([^'\"]+)", read(_VERSION_FILE) or b"", re.MULTILINE)
+    return found[1].decode() if found else ""
+
+
+def has_plugins(on: Reader, site: str) -> bool:
+    """Whether another package registers itself with vLLM: it may add values to options."""
+    folders = (each for each in on.names(site) if each.endswith(".dist-info") and not each.startswith("vllm-"))
+    return any(_PLUGIN.search(on.read(f"{site}/{each}/entry_points.txt") or b"") for each in folders)
+
+
+def declared(read: Read, plugins: bool = False) -> Declared | None:
+    """Return what the vLLM whose files `read` finds takes as arguments and variables; None if it is not understood.
+
+    What depends on the run, such as the platform, is left open, and so is what plug-ins extend if there are `plugins`.
+    """
+    sources = Sources(read)
+    engine, variables = sources.module(_ENGINE), sources.module(_VARIABLES[0])
+    frontend = next((each for each in map(sources.module, _FRONTENDS) if each and "FrontendArgs" in each.defined), None)
+    if not (engine and variables and frontend):
+        return None
+    named, of_frontend = dict(_Calls(sources, engine).options()), dict(_fields_of_frontend(sources, frontend))
+    names = _keys(variables.defined.get(_VARIABLES[1]))
+    if not (named and of_frontend and names):
+        return None
+    others = (module for module in (sources.module(_SERVE), frontend) if module)
+    options = {**named, **of_frontend, **{k: v for each in others for k, v in _Calls(sources, each).options()}}
+    options.update(_inverses(sources, options))
+    tabled = {name: each for name, each in _tabled(sources, options).items() if not plugins}
+    return with_files(release_of(read), {**options, **tabled}, frozenset(names))
+
+
+def with_files(release: str, options: Mapping[str, Option], variables: frozenset[str]) -> Declared:
+    """Return the same with what no source tells: which options name a file, and which allow others more values."""
+    ours = frozenset(name for name in variables if name.startswith("VLLM_")) | READ_ELSEWHERE.keys()
+    return Declared(release, options, ours, _FILES & options.keys(), _PATHS & options.keys(), _OPENED_BY)
+
+
+def _fields_of_frontend(sources: Sources, module: Module) -> Iterator[tuple[str, Option]]:
+    """Yield the options that are made of the fields of the classes `*FrontendArgs`."""
+    for name, found in module.defined.items():
+        if isinstance(found, ast.ClassDef) and name.endswith("FrontendArgs"):
+            for field, annotation in fields(found).items():
+                if not field.startswith("_"):
+                    yield _flag(field), option_of(tuple(sources.hints(module, annotation)))
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
+
+
+def _inverses(sources: Sources, options: Mapping[str, Option]) -> dict[str, Option]:
+    """Return the second names of switches, `--disable-x` of `--enable-x`, if the parser makes them."""
+    parser = sources.module(_PARSER)
+    found = parser.defined.get("EnableDisableAction") if parser else None
+    pairs = {
+        str(key.value): str(value.value)
+        for each in (found.body if isinstance(found, ast.ClassDef) else ())
+        if isinstance(each, ast.Assign) and isinstance(each.value, ast.Dict)
+        for key, value in zip(each.value.keys, each.value.values, strict=True)
+        if isinstance(key, ast.Constant) and isinstance(value, ast.Constant)
+    }
+    switches = [name for name, each in options.items() if each.kind == "switch"]
+    made = (to + name.removeprefix(of) for name in switches for of, to in pairs.items() if name.startswith(of))
+    return {name: Option("inverse") for name in made if name not in options}
+
+
+def _tabled(sources: Sources, options: Mapping[str, Option]) -> dict[str, Option]:
+    """Return the options whose values are compared with a table after the start, with these."""
+    found: dict[str, Option] = {}
+    for option, (where, table) in _TABLES.items():
+        module = sources.module(where)
+        if keys := _keys(module.defined.get(table)) if module else ():
+            found[option] = Option("value", keys)
+    for option, (where, name, fold) in _NAMED.items():
+        module = sources.module(where)
+        literal = module.defined.get(name) if module else None
+        if module and isinstance(literal, ast.Subscript):
+            found[option] = Option("value", tuple(sources.literals(module, literal.slice)), fold)
+    engine = sources.module(_ENGINE)
+    if "--reasoning-parser" in found and engine and "parse_reasoning_parser" in _functions(engine):
+        found["--reasoning-parser"] = Option("value", (*found["--reasoning-parser"].choices, "none"))
+    return {name: each for name, each in found.items() if name in options}
+
+
+def _functions(module: Module) -> set[str]:
+    return {each.name for each in module.tree.body if isinstance(each, ast.FunctionDef)}
+
+
+def _keys(table: ast.expr | ast.ClassDef | None) -> tuple[str, ...]:
+    keys = table.keys if isinstance(table, ast.Dict) else ()
+    return tuple(key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str))
+
+
+def option_of(hints: tuple[Hint, ...]) -> Option:
+    """Return the option that vLLM makes of a field with these alternatives of its type, in its own order."""
+    names = {each.name for each in hints}
+    literals = tuple(value for each in hints if each.name == "Literal" for value in each.values)
+    enums = tuple(value for each in hints if each.name == "Enum" for value in each.values)
+    several = next((each for each in hints if each.name in ("tuple", "list", "set")), None)
+    if "dataclass" in names:
+        return _OPEN
+    if names == {"bool", "str", "None"}:
+        return Option("optional")
+    if "bool" in names:
+        return Option("switch")
+    if literals:
+        none = ("None",) if "None" in names else ()
+        return _OPEN if "str" in names else Option("value", literals + none)
+    if several:
+        inner = [each for each in several.inner if each.name == "Literal"]
+        return Option("several", inner[0].values if len(several.inner) == len(inner) == 1 else ())
+    # An enumeration is compared after the start, by the names of its members; most take `auto` as well.
+    return Option("value", (*enums, "auto"), "case") if enums and "str" not in names else _OPEN
+
+
+class _Calls:
+    """The calls of `add_argument` in a module, and what their arguments are made of."""
+
+    def __init__(self, sources: Sources, module: Module) -> None:
+        self._sources, self._module = sources, module
+        assigned = [each for each in ast.walk(module.tree) if isinstance(each, ast.Assign)]
+        self._values = {last_name(each.targets[0]): each.value for each in assigned if last_name(each.targets[0])}
+        self._set = {ast.unparse(each.targets[0]): each.value for each in assigned}
+        self._added = {ast.unparse(each.target) for each in ast.walk(module.tree) if isinstance(each, ast.AugAssign)}
+
+    def options(self) -> Iterator[tuple[str, Option]]:
+        for call in ast.walk(self._module.tree):
+            if isinstance(call, ast.Call) and last_name(call.func) == "add_argument":
+                names = [each.value for each in call.args if isinstance(each, ast.Constant)]
+                option = self._option(call.keywords)
+                yield from ((str(name), option) for name in names if str(name).startswith("-"))
+
+    def _option(self, keywords: list[ast.keyword]) -> Option:
+        option = next((self._spread(each.value) for each in keywords if each.arg is None), _OPEN)
+        for each in keywords:
+            if each.arg == "action":
+                action = each.value.value if isinstance(each.value, ast.Constant) else last_name(each.value)
+                option = Option("switch") if _KINDS.get(str(action)) == "switch" else option
+                option = Option("flag") if _KINDS.get(str(action)) == "flag" else option
+            elif each.arg == "nargs":
+                count = each.value.value if isinstance(each.value, ast.Constant) else "*"
+                option = Option("optional" if count == "?" else "several", option.choices)
+            elif each.arg == "choices":
+                option = Option(option.kind, self._choices(each.value))
+        return option
+
+    def _choices(self, value: ast.expr) -> tuple[str, ...]:
+        """Return choices that are listed, or the values of a Literal; () for any other expression."""
+        if isinstance(value, ast.Call) and last_name(value.func) == "get_args":
+            return tuple(text for each in self._sources.hints(self._module, value.args[0]) for text in each.values)
+        return texts(value) or ()
+
+    def _spread(self, value: ast.expr) -> Option:
+        """Return the option of `**value`: a field of a class, possibly with changes."""
+        if isinstance(value, ast.Dict):
+            inner = next((v for k, v in zip(value.keys, value.values, strict=True) if k is None), None)
+            changed = {key.value for key in value.keys if isinstance(key, ast.Constant)}
+            return _OPEN if inner is None or changed & {"choices", "nargs", "action"} else self._spread(inner)
+        place = ast.unparse(value)
+        if isinstance(value, ast.Name) and isinstance(of := self._values.get(value.id), ast.Subscript):
+            value = of
+        if not isinstance(value, ast.Subscript) or not isinstance(value.slice, ast.Constant):
+            return _OPEN
+        option = self._field(value.value, str(value.slice.value))
+        if any(f"{each}['choices']" in self._added for each in (place, ast.unparse(value))):
+            return Option(option.kind)
+        converted = self._set.get(f"{place}['type']")
+        folds = isinstance(converted, ast.Lambda) and ".lower()" in ast.unparse(converted)
+        return Option(option.kind, option.choices, "dash") if folds else option
+
+    def _field(self, of: ast.expr, field: str) -> Option:
+        """Return the option of a field of the class in `get_kwargs(Class)`, or of a name that was assigned that."""
+        call = self._values.get(of.id) if isinstance(of, ast.Name) else of
+        if not isinstance(call, ast.Call) or last_name(call.func) != "get_kwargs":
+            return _OPEN
+        found = self._sources.find(self._module, last_name(call.args[0]))
+        if found is None or not isinstance(found[1], ast.ClassDef) or field not in fields(found[1]):
+            return _OPEN
+        return option_of(tuple(self._sources.hints(found[0], fields(found[1])[field])))

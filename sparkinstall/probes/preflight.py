@@ -13,7 +13,7 @@ from sparkinstall.facts.changes import is_ours
 from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.facts.gpu import first_gpu, gpu_or_complaint
 from sparkinstall.node import Node, cuda_home
-from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, vllm_arguments, warned
 from sparkinstall.system import Reader
 
 _GIB = 2**30
@@ -52,6 +52,8 @@ def preflight(node: Node) -> Iterable[Probe]:
         yield Probe("qsfp", "the QSFP port with the cable", lambda on: _qsfp(on, node), "node",
             "The nodes cannot use the fast link.", needs_node=_LEFT)
     # fmt: on
+    if node.config.serving.model is not None:
+        yield vllm_arguments.probe(node, node.config.serving.arguments)
 
 
 def _qsfp(on: Reader, node: Node) -> Finding:

@@ -7,7 +7,7 @@ from typing import Any
 from sparkinstall import payloads
 from sparkinstall.layout import VLLM_UNIT, unit_path
 from sparkinstall.node import Node, site_packages
-from sparkinstall.probes import Probe, serving
+from sparkinstall.probes import Probe, serving, vllm_arguments
 from sparkinstall.resources import Resource, systemd
 from sparkinstall.resources.files import File
 from sparkinstall.resources.systemd import Service, UnitFile
@@ -49,7 +49,7 @@ class Serving(Step):
         yield Service(VLLM_UNIT, inputs, noted, (ray_step.NO_ADDRESS,))
 
     def probes(self, node: Node) -> Iterable[Probe]:
-        return serving.probes(node)
+        return (vllm_arguments.probe(node, arguments(node)), *serving.probes(node))
 
 
 def _with_head(node: Node) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+from msgspec.structs import replace
 
 from sparkinstall import __version__, errors, ray_ports, stacks
 from sparkinstall.cli import cluster_text, json_output
@@ -146,8 +147,10 @@ def test_json_page_examples_are_json(text: str) -> None:
 
 def test_checks_page_marks_the_checks_of_several_nodes() -> None:
     table = rows(section("docs/checks.md", "## Preflight checks"))
-    between = {probe.name for probe in preflight(HEAD)} - {probe.name for probe in preflight(NODE)}
-    assert between == {row[0] for row in table if "of several nodes" in row[3]}
+    serving = replace(NODE, config=Config(serving=HEAD.config.serving))
+    alone, served, several = ({probe.name for probe in preflight(node)} for node in (NODE, serving, HEAD))
+    assert several - served == {row[0] for row in table if "of several nodes" in row[3]}
+    assert served - alone == {row[0] for row in table if "with `serving.model`" in row[3]}
 
 
 def test_multi_node_page_lists_every_port() -> None:

@@ -3,13 +3,9 @@
 import argparse
 import io
 import json
-import logging
-import re
-import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import pytest
@@ -24,7 +20,7 @@ from sparkinstall.config import Layer, build, parse_assignment, read_layer
 from sparkinstall.errors import BadConfig
 from sparkinstall.redaction import redact
 from sparkinstall.resources import Drift
-from tests.support.wheel_member import needed_member
+from tests.support.vllm_parser import empty_parser
 
 VALUE = "s3same-open"
 REFUSED = "must not contain a secret"
@@ -168,30 +164,11 @@ def test_text_of_a_plan_hides_what_its_json_hides() -> None:
 @cache
 def parser_of(release: str) -> Any:
     """The parser of this vLLM, with the options above."""
-    source = needed_member(release, "vllm/utils/argparse_utils.py").decode()
-    stubs = {"regex": re, "vllm": ModuleType("vllm"), "vllm.logger": ModuleType("vllm.logger")}
-    logger: Any = logging.getLogger("vllm")
-    logger.disabled, logger.warning_once = True, logger.warning
-    stubs["vllm.logger"].__dict__["init_logger"] = lambda _: logger
-    module = ModuleType("argparse_utils")
-    before = {name: sys.modules.get(name) for name in stubs}
-    sys.modules.update(stubs)
-    try:
-        exec(compile(source, "argparse_utils.py", "exec"), module.__dict__)
-    finally:
-        for name, former in before.items():
-            sys.modules.pop(name)
-            sys.modules.update({name: former} if former else {})
-    parser = module.FlexibleArgumentParser(exit_on_error=False)
-    parser.error = _refuse
+    parser = empty_parser(release)
     for option in OPTIONS:
         how = {"action": "store_true"} if option in NO_VALUE else {"nargs": "*"} if option == "--api-key" else {}
         parser.add_argument(option, **how)
     return parser
-
-
-def _refuse(message: str) -> None:
-    raise ValueError(message)
 
 
 def _strings(value: Any) -> Iterator[str]:

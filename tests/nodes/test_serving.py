@@ -126,7 +126,11 @@ def _set_up(node: FreshNode, role: str, *settings: str) -> None:
 
 
 def _findings(node: FreshNode, role: str, *settings: str, key: str = "") -> Found:
-    return dict(_run_step(node, "probe", role, *settings, key=key))
+    """The findings of the API's probes; another one must find that vLLM takes all that these tests start it with."""
+    found = dict(_run_step(node, "probe", role, *settings, key=key))
+    before = found.pop("vllm-arguments")
+    assert before["verdict"] == "pass", before
+    return found
 
 
 def _serving_finding(node: FreshNode, role: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import tomllib
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPResponse
@@ -83,6 +83,24 @@ def needed_member(release: str, member: str) -> bytes:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"NOT TESTED, the package index is needed: {failure}")
+
+
+def source_reader(release: str, package: str = "vllm") -> Callable[[str], bytes | None]:
+    """Return a function that reads members of a release's wheel, None for those that it lacks; skips like the above.
+
+    A member is downloaded once, and so is the list of them.
+    """
+    listing = cache_dir() / f"{package}-{release}" / f"{SPARK_PLATFORM}.members"
+    if not listing.is_file():
+        try:
+            with opened_wheel(package, release) as wheel:
+                _keep(listing, "\n".join(wheel.namelist()).encode())
+        except Unavailable as failure:
+            if os.environ.get("CI"):
+                raise
+            pytest.skip(f"NOT TESTED, the package index is needed: {failure}")
+    members = set(listing.read_text().split("\n"))
+    return lambda path: needed_member(release, path) if path in members else None
 
 
 def newest_release(package: str = "vllm", platform: str = SPARK_PLATFORM) -> str:
