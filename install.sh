@@ -264,6 +264,8 @@ install_tool() {
 }
 
 is_installed() {
+    # A bundle brings more than the command.
+    [ -z "$BUNDLE" ] || [ -d "$TOOL/own-packages" ] || return 1
     [ "$(cat "$TOOL/made-from" 2>/dev/null)" = "$wanted" ] && "$TOOL/bin/sparkinstall" --version >/dev/null 2>&1
 }
 

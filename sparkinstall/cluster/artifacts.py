@@ -173,13 +173,13 @@ class _Copy(Struct, frozen=True):
     def url(self, path: str) -> str:
         return f"https://{self.host}:{self.head.port}{quote(path)}"
 
-    def get(self, path: str, into: Path) -> Path:
-        url, tell = self.url(path), self.on_bytes
-        return fetch(url, into, tell, authorization=self.authorization, fingerprint=self.head.fingerprint)
+    def get(self, path: str, into: Path, on_bytes: Tell) -> Path:
+        url = self.url(path)
+        return fetch(url, into, on_bytes, authorization=self.authorization, fingerprint=self.head.fingerprint)
 
     def content(self, path: str) -> bytes:
         with tempfile.TemporaryDirectory() as scratch:
-            return self.get(path, Path(scratch, "content")).read_bytes()
+            return self.get(path, Path(scratch, "content"), lambda *_: None).read_bytes()
 
     def of(self, steps: Sequence[str]) -> Fetched:
         """Take the artifacts of these steps."""
@@ -226,7 +226,7 @@ class _Copy(Struct, frozen=True):
 
     def _keep(self, kept: Path, stamp: Stamp) -> None:
         arriving = self.node.cache / "nccl/arriving"
-        file = self.get(_LIBRARY, arriving / stamp.sha256)
+        file = self.get(_LIBRARY, arriving / stamp.sha256, self.on_bytes)
         if (found := sha256_of(file)) != stamp.sha256:
             file.unlink()
             cause = f"expected sha256 {stamp.sha256}, found {found}"

@@ -17,7 +17,7 @@ import pytest
 from sparkinstall.core import catalogue
 from sparkinstall.downloads import fetch
 from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Storage, storage_problem
-from sparkinstall.events import silent
+from sparkinstall.events import seldom, silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.probes import Probe, failed
@@ -225,6 +225,17 @@ CONTENT = bytes(range(256)) * 4096
 def same(got: Path) -> bool:
     """Whether a file has the whole content. A plain assert would let pytest compare a megabyte byte by byte."""
     return got.read_bytes() == CONTENT
+
+
+def test_progress_is_told_at_once_and_then_once_in_a_while() -> None:
+    told: list[tuple[int, int]] = []
+    tell = seldom(lambda *amount: told.append(amount), 0.3)
+    for done in range(1000):
+        tell(done, 1000)
+    assert told[0] == (0, 1000) and len(told) < 100
+    time.sleep(0.3)
+    tell(1000, 1000)
+    assert told[-1] == (1000, 1000)
 
 
 def test_fetch_after_a_cut_resumes(tmp_path: Path) -> None:

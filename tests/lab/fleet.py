@@ -39,14 +39,24 @@ SSH_CONFIG = "Host *\n  User spark\n  StrictHostKeyChecking yes\n"
 
 
 class FleetNode(FreshNode):
-    """A node with plugs: its LAN address, its host key, and the users who may log in."""
+    """A node with plugs: its LAN address, its host key, and the users who may log in. `router`: "" if it has none."""
 
-    def __init__(self, wires: Cabling, plugs: Plugs, name: str, address: str, keys: Path, bind: Sequence[Bind]) -> None:
+    def __init__(
+        self,
+        wires: Cabling,
+        plugs: Plugs,
+        name: str,
+        address: str,
+        keys: Path,
+        bind: Sequence[Bind],
+        router: str = ROUTER_ADDRESS,
+    ) -> None:
         super().__init__(netns=plugs.netns, bind=bind, hostname=name)
         self._wires = wires
         self.plugs = plugs
         self.address = address
         self._keys = keys
+        self._router = router
 
     @property
     def host_key(self) -> str:
@@ -61,9 +71,9 @@ class FleetNode(FreshNode):
         shutil.copy(self._keys / self._name_of_key, etc / "ssh" / HOST_KEY)
         shutil.copy(self._keys / f"{self._name_of_key}.pub", etc / "ssh" / f"{HOST_KEY}.pub")
         plan = etc / "netplan/01-lan.yaml"
-        plan.write_text(_lan_plan(self.address))
+        plan.write_text(_lan_plan(self.address, self._router))
         plan.chmod(0o600)
-        (etc / "resolv.conf").write_text(f"nameserver {ROUTER_ADDRESS}\n")
+        (etc / "resolv.conf").write_text(f"nameserver {self._router}\n" if self._router else "")
         settings = machine.environment()
         (etc / "environment").write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
         self._write_keys()
@@ -119,7 +129,8 @@ class Fleet:
     """`count` nodes (`spark-1`, `spark-2`, ...) and the terminal, as a context manager. They boot in parallel.
 
     `bind`: the binds of node 0, 1 and so on; `terminal_bind`: those of the terminal. `port_1`: the nodes also have the
-    card's other port, without a cable. `internet`: the router leads to this machine's indexes.
+    card's other port, without a cable. `internet`: the router leads to this machine's indexes;
+    without it there is none, and the machines see only each other.
     """
 
     def __init__(
@@ -200,14 +211,20 @@ class Fleet:
         plugs = self._wires.add("terminal", (LAN,))
         _make_key(keys / "user")
         _make_key(keys / f"host-{plugs.number}")
-        self.terminal = Terminal(self._wires, plugs, "terminal", TERMINAL_ADDRESS, keys, self._terminal_bind)
+        bind = self._terminal_bind
+        self.terminal = Terminal(self._wires, plugs, "terminal", TERMINAL_ADDRESS, keys, bind, self._router)
         self.nodes = [self._node(index, keys) for index in range(self._count)]
 
     def _node(self, index: int, keys: Path) -> FleetNode:
         name = f"spark-{index + 1}"
         plugs = self._wires.add(name, self._interfaces)
         _make_key(keys / f"host-{plugs.number}")
-        return FleetNode(self._wires, plugs, name, f"{NETWORK}.{11 + index}", keys, self._bind(index))
+        address, bind = f"{NETWORK}.{11 + index}", self._bind(index)
+        return FleetNode(self._wires, plugs, name, address, keys, bind, self._router)
+
+    @property
+    def _router(self) -> str:
+        return ROUTER_ADDRESS if self._internet else ""
 
 
 @contextmanager
@@ -254,9 +271,9 @@ def _make_key(path: Path) -> None:
     commands.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", path.name, "-f", str(path))
 
 
-def _lan_plan(address: str) -> str:
-    gateway = f"routes: [{{to: default, via: {ROUTER_ADDRESS}}}]"
-    lan = f"{LAN}: {{addresses: [{address}/24], {gateway}}}"
+def _lan_plan(address: str, router: str) -> str:
+    gateway = f", routes: [{{to: default, via: {router}}}]" if router else ""
+    lan = f"{LAN}: {{addresses: [{address}/24]{gateway}}}"
     return f"network: {{version: 2, renderer: networkd, ethernets: {{{lan}}}}}\n"
 
 

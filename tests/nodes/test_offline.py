@@ -1,33 +1,39 @@
-"""A fresh Debian node without any network but its loopback: a bundle made outside, install, verify, uninstall.
+"""Two fresh Debian nodes that see only each other: a bundle made outside installs the head, and the head the worker.
 
-The tests of this file run in order on one node. What a node with a network does too has its tests in the other files.
+The head begins without any network but its loopback. The tests run in order; what nodes with a network do too has its
+tests in the other files.
 """
 
 import json
-import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.lab import cache, commands
-from tests.lab.node import Bind, FreshNode
+from tests.lab import cache
+from tests.lab.cabling import LAN, PORT_0
+from tests.lab.fleet import Fleet, FleetNode
+from tests.lab.node import Bind
 from tests.nodes.fresh import CHECKOUT, COMMAND, NOT_COMPARED, REPOSITORY, fresh_node, ignoring, sparkinstall
 from tests.support.bundles import HERE
 
-pytestmark = [pytest.mark.layer3, pytest.mark.layer4, pytest.mark.network]
+pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer4, pytest.mark.network]
 
 BUNDLES, BUNDLE = "/srv/bundles", "/srv/bundles/spark.tar"
 STACKS = "tests/lab/stacks"
 # Building NCCL from a file takes minutes and no network: another file's test.
 SETTINGS = f"stack: {{home}}/{STACKS}/lab-full.yaml\nnccl: {{{{mode: wheel}}}}\n"
 INSTALLER = "/home/spark/sparkinstall/install.sh"
+INSTALL = (INSTALLER, "--bundle", BUNDLE, "--yes", *ignoring())
+NAMES = ("spark-1", "spark-2")
 
 
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
-    """Where the bundle is, for both nodes."""
+    """Where the bundle is, for the machine that makes it and for the head."""
     with tempfile.TemporaryDirectory(dir=cache.folder(), prefix="bundles-") as made:
         Path(made).chmod(0o777)
         yield Path(made)
@@ -35,83 +41,139 @@ def folder() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def manifest(folder: Path) -> dict[str, object]:
-    """A bundle, made on a machine with a network and the node's distribution."""
+    """A bundle, made on a machine with a network and the nodes' distribution."""
     with fresh_node(Bind(folder, BUNDLES, read_only=False)) as outside:
         outside.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=300)
         outside.write("/home/spark/config.yaml", SETTINGS.format(home=CHECKOUT), user="spark")
-        options = ("--config", "/home/spark/config.yaml", "--platform", HERE, "--output", BUNDLE)
+        options = ("--config", "/home/spark/config.yaml", "--platform", HERE, "--nodes", "2", "--output", BUNDLE)
         made = sparkinstall(outside, "bundle", "create", *options, "--json")
     return dict(json.loads(made.stdout)["data"])
 
 
 @pytest.fixture(scope="module")
-def node(folder: Path, manifest: dict[str, object]) -> Iterator[FreshNode]:
+def pair(folder: Path, manifest: dict[str, object]) -> Iterator[Fleet]:
+    """Nodes without a way out; the head has the bundle, and the user's key for both."""
     del manifest
-    name = f"offline-{os.getpid()}"
-    commands.run("ip", "netns", "add", name)
-    try:
-        with FreshNode(netns=name, bind=[Bind(folder, BUNDLES)]) as fresh:
-            fresh.push(REPOSITORY / STACKS, f"/home/spark/{STACKS}", owner="spark")
-            fresh.write("/etc/sparkinstall.yaml", SETTINGS.format(home="/home/spark"))
-            yield fresh
-    finally:
-        commands.run("ip", "netns", "delete", name)
+    with Fleet(2, bind=lambda index: [] if index else [Bind(folder, BUNDLES)], internet=False) as fleet:
+        head = fleet.nodes[0]
+        for node in fleet.nodes:
+            node.run("apt-get", "--yes", "purge", "python3.13-venv")
+        head.push(REPOSITORY / STACKS, f"/home/spark/{STACKS}", owner="spark")
+        head.write("/etc/sparkinstall.yaml", SETTINGS.format(home="/home/spark"))
+        for path in (f"/home/spark/.ssh/{name}" for name in ("id_ed25519", "config", "known_hosts")):
+            head.write(path, fleet.terminal.read(path), mode="0600", user="spark")
+        yield fleet
 
 
 @pytest.fixture(scope="module")
-def before(node: FreshNode) -> dict[str, str]:
-    """The node before anything was done to it, the tool itself apart."""
-    node.run("tar", "-xf", BUNDLE, "sparkinstall", user="spark", cwd="/home/spark")
-    node.run(INSTALLER, "--bundle", BUNDLE, "--tool-only", user="spark", timeout=300)
+def before(pair: Fleet) -> list[dict[str, str]]:
+    """Both nodes before anything was done to them, the tool itself apart."""
+    head = pair.nodes[0]
+    pair.unplug(head, LAN, *PORT_0)
+    head.run("tar", "-xf", BUNDLE, "sparkinstall", user="spark", cwd="/home/spark")
+    head.run(INSTALLER, "--bundle", BUNDLE, "--tool-only", user="spark", timeout=300)
+    return [_tree(node) for node in pair.nodes]
+
+
+def _tree(node: FleetNode) -> dict[str, str]:
     return node.tree_digest("/", exclude=NOT_COMPARED)
 
 
-def test_node_has_no_network(node: FreshNode) -> None:
-    assert node.run("ip", "route").stdout == ""
-    assert node.run("ip", "-6", "route", "show", "default").stdout == ""
-    assert node.run("getent", "hosts", "deb.debian.org", check=False).returncode != 0
+def _cluster(head: FleetNode, *words: str) -> list[dict[str, Any]]:
+    """Run `cluster` at the head: what it replies of each node."""
+    answer = sparkinstall(head, "cluster", *words, "--yes", "--json", check=False)
+    reply = json.loads(answer.stdout)
+    assert answer.returncode == 0, (reply["errors"], answer.stderr[-3000:])
+    return list(reply["data"]["nodes"])
+
+
+# --- one node, with a loopback only
 
 
 def test_bundle_has_the_packages_of_the_nodes_distribution(manifest: dict[str, object]) -> None:
     packages, files = manifest["packages"], manifest["files"]
     assert isinstance(packages, dict) and isinstance(files, dict)
-    assert {"python3.13-dev", "build-essential", "git"} <= packages.keys() and all(packages.values())
+    assert {"python3.13-dev", "build-essential", "git", "nftables"} <= packages.keys() and all(packages.values())
     assert manifest["system"] == "debian 13" and files["debs"] > 20 and files["wheels"] > 150
 
 
-def test_plan_says_that_nothing_is_lacking(node: FreshNode, before: dict[str, str]) -> None:
-    planned = json.loads(sparkinstall(node, "plan", "--bundle", BUNDLE, "--json").stdout)
-    checks = {each["name"]: each["verdict"] for each in planned["data"]["preflight"]}
-    assert checks["bundle"] == "pass" and planned["data"]["drift"] is True
-    assert node.tree_digest("/", exclude=NOT_COMPARED) == before
+@pytest.mark.usefixtures("before")
+def test_disk_that_is_full_is_one_error(pair: Fleet) -> None:
+    head = pair.nodes[0]
+    _until_alone(head)
+    head.run("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", "/opt")
+    try:
+        failed = head.run(*INSTALL, "--json", user="spark", timeout=1200, check=False)
+    finally:
+        head.run("umount", "/opt")
+    (error,) = json.loads(failed.stdout)["errors"]
+    assert failed.returncode == 1 and "the disk is full" in error["message"] + error["cause"], error
+    assert "free some space" in error["hint"] and "Traceback" not in failed.stderr
 
 
-def test_install_from_the_bundle_is_whole(node: FreshNode) -> None:
-    done = node.run(INSTALLER, "--bundle", BUNDLE, "--yes", *ignoring(), user="spark", timeout=2400)
-    assert "is done" in done.stdout
-    status = node.run("dpkg-query", "-W", "-f", "${Status} ${Package}\n", "python3.13-dev", "build-essential", "git")
+def _until_alone(node: FleetNode) -> None:
+    """Wait until networkd has noticed that the plugs were pulled."""
+    until = time.monotonic() + 20
+    while any(node.run("ip", *words).stdout for words in (("route",), ("-6", "route", "show", "default"))):
+        assert time.monotonic() < until
+        time.sleep(0.2)
+    assert node.run("getent", "hosts", "deb.debian.org", check=False).returncode != 0
+
+
+def test_install_from_the_bundle_continues_with_more_room_and_is_proven(pair: Fleet) -> None:
+    head = pair.nodes[0]
+    done = json.loads(head.run(*INSTALL, "--json", user="spark", timeout=2400).stdout)
+    _require_passed(done["data"]["probes"], "wheel-gate", "fp8-path", "wheel-files", "imports")
+    again = json.loads(sparkinstall(head, "all", "--yes", "--json").stdout)
+    assert again["data"]["changed"] is False
+
+
+def test_debian_packages_of_the_bundle_are_whole(pair: Fleet) -> None:
+    head = pair.nodes[0]
+    status = head.run("dpkg-query", "-W", "-f", "${Status} ${Package}\n", "python3.13-dev", "build-essential", "git")
     assert status.stdout.count("install ok installed") == 3
     # They work: all that they need came with them.
-    node.run("sh", "-euc", "echo '#include <Python.h>' | gcc -xc -c $(python3.13-config --includes) -o /dev/null -")
-    node.run("git", "--version")
+    head.run("sh", "-euc", "echo '#include <Python.h>' | gcc -xc -c $(python3.13-config --includes) -o /dev/null -")
+    head.run("git", "--version")
 
 
-def test_verify_passes(node: FreshNode) -> None:
-    answer = json.loads(sparkinstall(node, "verify", "--json").stdout)
-    verdicts = {probe["name"]: probe["verdict"] for probe in answer["data"]["probes"]}
-    wanted = ("wheel-gate", "fp8-path", "wheel-files", "imports")
-    assert {name: verdicts[name] for name in wanted} == dict.fromkeys(wanted, "pass")
+def _require_passed(probes: list[dict[str, Any]], *names: str) -> None:
+    verdicts = {each["name"]: each["verdict"] for each in probes}
+    assert {name: verdicts[name] for name in names} == dict.fromkeys(names, "pass")
 
 
-def test_all_again_changes_nothing(node: FreshNode) -> None:
-    for more in (("--bundle", BUNDLE), ()):
-        answer = json.loads(sparkinstall(node, "all", "--yes", "--json", *more).stdout)
-        assert answer["data"]["changed"] is False
+# --- the other one, which sees the head only
 
 
-def test_uninstall_restores_every_byte(node: FreshNode, before: dict[str, str]) -> None:
-    sparkinstall(node, "uninstall", "--yes", timeout=600)
-    after = node.tree_digest("/", exclude=NOT_COMPARED)
-    assert {path for path in before | after if before.get(path) != after.get(path)} == set()
-    node.run(INSTALLER, "--remove", user="spark")
-    assert node.run("test", "-e", COMMAND, check=False).returncode != 0
+def test_cluster_from_the_head_sets_up_a_node_that_has_nothing(pair: Fleet) -> None:
+    head, worker = pair.nodes
+    pair.plug(head, LAN, *PORT_0)
+    _until_reached(head, worker)
+    assert "default" not in worker.run("ip", "route").stdout
+    nodes = [{each["phase"]: each["data"] for each in node["phases"]} for node in _cluster(head, *NAMES, *ignoring())]
+    assert nodes[1]["copy"]["files"] > 150 and "warning" not in nodes[1]["copy"]
+    for phases in nodes:
+        _require_passed(phases["verify"]["probes"], "wheel-gate", "imports", "peers", "ray-nodes")
+    assert worker.run("python3", "-c", "import ensurepip", check=False).returncode != 0, "and was not needed"
+
+
+def _until_reached(head: FleetNode, worker: FleetNode) -> None:
+    until = time.monotonic() + 20
+    while head.run("ping", "-c", "1", "-W", "1", worker.address, check=False).returncode:
+        assert time.monotonic() < until
+        time.sleep(0.2)
+
+
+def test_plan_of_both_finds_nothing_to_do(pair: Fleet) -> None:
+    nodes = _cluster(pair.nodes[0], "plan", *NAMES)
+    assert {step["outcome"] for node in nodes for step in node["steps"]} == {"unchanged"}
+
+
+def test_uninstall_restores_every_byte_of_both(pair: Fleet, before: list[dict[str, str]]) -> None:
+    head = pair.nodes[0]
+    _cluster(head, "uninstall", *NAMES)
+    for node, former in zip(pair.nodes, before, strict=True):
+        after = _tree(node)
+        assert {path for path in former | after if former.get(path) != after.get(path)} == set()
+    head.run(INSTALLER, "--remove", user="spark")
+    assert head.run("test", "-e", COMMAND, check=False).returncode != 0
