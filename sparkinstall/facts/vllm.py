@@ -117,6 +117,7 @@ _FILES = frozenset((
     *("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--mm-encoder-fp8-scale-path"),
 ))  # fmt: skip
 _PATHS = frozenset(("--tokenizer", "--hf-config-path", "--generation-config", "--lora-modules"))
+_WITHOUT_NARGS = re.compile(r"\['(\w+)'\]\['nargs'\]$")
 _PLUGIN = re.compile(rb"^\[vllm\.", re.MULTILINE)
 _OPEN = Option()
 _KINDS = {"store_true": "flag", "store_false": "flag", "BooleanOptionalAction": "switch"}
@@ -163,11 +164,15 @@ def with_files(release: str, options: Mapping[str, Option], variables: frozenset
 
 def _fields_of_frontend(sources: Sources, module: Module) -> Iterator[tuple[str, Option]]:
     """Yield the options that are made of the fields of the classes `*FrontendArgs`."""
+    # `del frontend_kwargs["middleware"]["nargs"]`: each takes one value, in spite of its type.
+    deleted = (ast.unparse(to) for each in ast.walk(module.tree) if isinstance(each, ast.Delete) for to in each.targets)
+    single = {match[1] for text in deleted if (match := _WITHOUT_NARGS.search(text))}
     for name, found in module.defined.items():
         if isinstance(found, ast.ClassDef) and name.endswith("FrontendArgs"):
             for field, annotation in fields(found).items():
                 if not field.startswith("_"):
-                    yield _flag(field), option_of(tuple(sources.hints(module, annotation)))
+                    option = option_of(tuple(sources.hints(module, annotation)))
+                    yield _flag(field), Option("value", option.choices) if field in single else option
 
 
 def _flag(field: str) -> str:
