@@ -54,7 +54,7 @@ def list_(target: Target, output: Output) -> CommandResult:
 def _show_list(found: use.RecipeList, verbose: bool) -> None:
     out = console()
     out.print(f"Recipes, for the stack {found.stack} (vLLM {found.vllm}):\n", markup=False)
-    table = headed("recipe", "runs", "nodes", "context", "GB", "reported speed", *(["model"] if verbose else []))
+    table = headed("recipe", "loads", "nodes", "context", "GB", "reported speed", *(["model"] if verbose else []))
     for each in found.recipes:
         table.add_row(*map(Text, _row(each)), *([each.model] if verbose else []))
     out.print(table)
@@ -69,14 +69,14 @@ def _show_list(found: use.RecipeList, verbose: bool) -> None:
 def _row(each: use.ListedRecipe) -> tuple[str, ...]:
     size = f"{each.bytes / 1e9:.0f}" if each.bytes else ""
     speed = f"{each.speed.words} ({each.speed.source})" if each.speed else ""
-    mark = "*" if each.runs == "runs" and not each.good_on_gb10 else ""
-    return each.id, _runs(each.runs, each.stack) + mark, str(each.nodes), _number(each.context), size, speed
+    mark = "*" if each.loads == "loads" and not each.good_on_gb10 else ""
+    return each.id, _loads(each.loads, each.stack) + mark, str(each.nodes), _number(each.context), size, speed
 
 
-def _runs(runs: use.Runs, stack: str) -> str:
+def _loads(loads: use.Loads, stack: str) -> str:
     """Say whether a stack can load a recipe."""
-    words = {"runs": "runs", "patched_build": "needs a patched build", "unknown": "not known"}
-    return words.get(runs) or (f"runs with stack {stack}" if stack else "needs a newer vLLM")
+    words = {"loads": "loads", "patched_build": "needs a patched build", "unknown": "not known"}
+    return words.get(loads) or (f"loads with stack {stack}" if stack else "needs a newer vLLM")
 
 
 def _number(value: int | str | None) -> str:
@@ -117,7 +117,7 @@ def _show(each: use.ShownRecipe, out: Console) -> None:
 def _facts(each: use.ShownRecipe) -> Iterator[tuple[str, str]]:
     recipe = each.recipe
     parallel = f"tensor parallel {recipe.tensor_parallel}, pipeline parallel {recipe.pipeline_parallel}"
-    yield f"stack {each.stack}", _runs(each.fit.runs, each.fit.stack) + (f": {each.fit.why}" if each.fit.why else "")
+    yield f"stack {each.stack}", _loads(each.fit.loads, each.fit.stack) + (f": {each.fit.why}" if each.fit.why else "")
     yield "loads from", f"stack {recipe.loads_from}" if recipe.loads_from else ""
     yield "good on a GB10", f"from vLLM {recipe.good_on_gb10_from}" if recipe.good_on_gb10_from else ""
     yield "revision", recipe.revision or ""
@@ -188,7 +188,7 @@ def _show_rendered(found: Rendered) -> None:
     print(shell(found.command.argv))
     print()
     print(shell(found.command.docker) if found.command.docker else f"# docker: {found.command.no_docker}")
-    if found.fit.runs != "runs":
-        print(f"# {_runs(found.fit.runs, found.fit.stack)}{f': {found.fit.why}' if found.fit.why else ''}")
+    if found.fit.loads != "loads":
+        print(f"# {_loads(found.fit.loads, found.fit.stack)}{f': {found.fit.why}' if found.fit.why else ''}")
     for each in found.changes:
         print(redacted(f"# {each.done}: {each.what} ({each.why})"))

@@ -10,7 +10,7 @@ from sparkinstall import stacks
 from sparkinstall.recipes import Change, ReadRecipe, Recipe, Speed
 from sparkinstall.recipes.serve_options import key
 
-Runs = Literal["runs", "other_stack", "patched_build", "unknown"]
+Loads = Literal["loads", "other_stack", "patched_build", "unknown"]
 
 # The first shipped stack whose vLLM has the method; `mtp` is in all of them.
 _METHODS = {"dflash": "0.22.1", "dspark": "0.29.0"}
@@ -19,7 +19,7 @@ _METHODS = {"dflash": "0.22.1", "dspark": "0.29.0"}
 class Fit(Struct, frozen=True):
     """Whether a stack can load a recipe; `stack`: the one that can, where it is another. "": none shipped."""
 
-    runs: Runs
+    loads: Loads
     stack: str = ""
     why: str = ""
 
@@ -29,7 +29,7 @@ class ListedRecipe(Struct, frozen=True):
 
     id: str
     model: str
-    runs: Runs
+    loads: Loads
     stack: str
     nodes: int
     context: int | str | None
@@ -49,9 +49,9 @@ class RecipeList(Struct, frozen=True):
 
 def recipe_list(recipes: Iterable[Recipe], stack: stacks.Stack) -> RecipeList:
     """Judge each recipe for a stack."""
-    order: tuple[Runs, ...] = ("runs", "other_stack", "unknown", "patched_build")
+    order: tuple[Loads, ...] = ("loads", "other_stack", "unknown", "patched_build")
     listed = [_listed(each, stack) for each in recipes]
-    listed.sort(key=lambda each: (order.index(each.runs), each.nodes))
+    listed.sort(key=lambda each: (order.index(each.loads), each.nodes))
     return RecipeList(stack.name, stack.vllm, listed)
 
 
@@ -60,7 +60,7 @@ def _listed(recipe: Recipe, stack: stacks.Stack) -> ListedRecipe:
     return ListedRecipe(
         id=recipe.id,
         model=recipe.model,
-        runs=found.runs,
+        loads=found.loads,
         stack=found.stack,
         nodes=recipe.nodes,
         context=recipe.context,
@@ -84,7 +84,7 @@ def fit(recipe: Recipe, stack: stacks.Stack) -> Fit:
     if not least:
         return Fit("unknown", why="the recipe does not say which vLLM it needs")
     if release(stack.vllm) >= release(least):
-        return Fit("runs", why="" if recipe.loads_from else f"the file asks for vLLM {least} or newer")
+        return Fit("loads", why="" if recipe.loads_from else f"the file asks for vLLM {least} or newer")
     others = [name for name in stacks.names() if release(name) >= release(least)]
     return Fit("other_stack", others[0] if others else "", f"it needs vLLM {least} or newer")
 

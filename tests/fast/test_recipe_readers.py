@@ -364,7 +364,7 @@ def test_unknown_options_are_kept_in_their_order(tmp_path: Path) -> None:
 def test_what_changes_the_image_needs_a_patched_build(old: str, new: str, reason: str, tmp_path: Path) -> None:
     found = one(tmp_path, SPARKRUN.replace(old, new, 1)).recipe
     assert found.needs_build == reason
-    assert fit(found, load("0.33.0")).runs == "patched_build"
+    assert fit(found, load("0.33.0")).loads == "patched_build"
 
 
 @pytest.mark.parametrize(
@@ -672,7 +672,7 @@ def test_class_is_said_of_every_recipe(tmp_path: Path) -> None:
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     run = in_this_process("recipes", "show", folder, "--stack", "0.18.1", "--json", "--root", tmp_path / "node")
-    found = {each["recipe"]["id"]: each["fit"]["runs"] for each in envelope(run)["data"]["recipes"]}
+    found = {each["recipe"]["id"]: each["fit"]["loads"] for each in envelope(run)["data"]["recipes"]}
     assert found["lightning-nvfp4"] == found["qwen9-35b"] == "other_stack"
     assert found["vllm.nano.spark-single.v1"] == "unknown"
     assert found["e"] == "patched_build"

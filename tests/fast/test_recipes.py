@@ -82,7 +82,7 @@ def test_shipped_recipe_names_no_parser_that_no_vllm_has(recipe: Recipe) -> None
 def test_load_format_is_in_the_lock_of_every_stack_that_loads_the_recipe(recipe: Recipe) -> None:
     formats = [each[1] for each in recipe.args if key(each) == "--load-format" and each[1] != "mistral"]
     for name in stacks.names():
-        if recipe_list.fit(recipe, stacks.load(name)).runs == "runs":
+        if recipe_list.fit(recipe, stacks.load(name)).loads == "loads":
             locked = {pin.name for pin in stacks.load(name).platforms["aarch64"].locked()}
             assert set(formats) <= locked
 
@@ -107,11 +107,11 @@ def test_dense_decode_is_not_faster_than_the_memory_allows(recipe: Recipe) -> No
 
 
 @pytest.mark.parametrize(
-    ("given", "stack", "runs", "with_stack"),
+    ("given", "stack", "loads", "with_stack"),
     [
-        (Recipe(id="a", model="a/b", loads_from="0.18.1"), "0.18.1", "runs", ""),
+        (Recipe(id="a", model="a/b", loads_from="0.18.1"), "0.18.1", "loads", ""),
         (Recipe(id="a", model="a/b", loads_from="0.29.0"), "0.22.1", "other_stack", "0.29.0"),
-        (Recipe(id="a", model="a/b", loads_from="0.29.0"), "0.33.0", "runs", ""),
+        (Recipe(id="a", model="a/b", loads_from="0.29.0"), "0.33.0", "loads", ""),
         (Recipe(id="a", model="a/b", needs_vllm="0.30.0"), "0.29.0", "other_stack", "0.33.0"),
         (Recipe(id="a", model="a/b", needs_vllm="0.99.0"), "0.33.0", "other_stack", ""),
         (Recipe(id="a", model="a/b", needs_build="a fork", loads_from="0.18.1"), "0.33.0", "patched_build", ""),
@@ -130,9 +130,9 @@ def test_dense_decode_is_not_faster_than_the_memory_allows(recipe: Recipe) -> No
         ),
     ],
 )  # fmt: skip
-def test_fit_of_a_recipe_and_a_stack(given: Recipe, stack: str, runs: str, with_stack: str) -> None:
+def test_fit_of_a_recipe_and_a_stack(given: Recipe, stack: str, loads: str, with_stack: str) -> None:
     found = recipe_list.fit(given, stacks.load(stack))
-    assert (found.runs, found.stack) == (runs, with_stack)
+    assert (found.loads, found.stack) == (loads, with_stack)
 
 
 @pytest.mark.parametrize(
@@ -150,20 +150,20 @@ def test_recipes_without_a_verb_lists_what_the_stack_loads(tmp_path: Path) -> No
     found = envelope(run)["data"]
     assert (run.returncode, found["stack"]) == (0, stacks.DEFAULT), output_of(run)
     assert len(found["recipes"]) == len(RECIPES)
-    order = [each["runs"] for each in found["recipes"]]
-    assert order == sorted(order, key=["runs", "other_stack", "patched_build"].index)
+    order = [each["loads"] for each in found["recipes"]]
+    assert order == sorted(order, key=["loads", "other_stack", "patched_build"].index)
     lightning = next(each for each in found["recipes"] if each["id"] == "nemotron-3.5-lightning-30b-a3b-nvfp4")
-    assert (lightning["runs"], lightning["good_on_gb10"], lightning["bytes"]) == ("runs", True, 21561882284)
+    assert (lightning["loads"], lightning["good_on_gb10"], lightning["bytes"]) == ("loads", True, 21561882284)
     assert lightning["speed"]["value"] == 104.5
 
 
 def test_recipes_of_an_older_stack_name_the_one_that_loads_them(tmp_path: Path) -> None:
     run = in_this_process("recipes", "--stack", "0.18.1", "--root", tmp_path / "node")
     lines = {line.split()[0]: line for line in run.stdout.splitlines() if line}
-    assert "runs with stack 0.29.0" in lines["gemma-4-26b-a4b-nvfp4"], output_of(run)
-    assert "runs with stack 0.22.1" in lines["mistral-small-4-119b-nvfp4"]
+    assert "loads with stack 0.29.0" in lines["gemma-4-26b-a4b-nvfp4"], output_of(run)
+    assert "loads with stack 0.22.1" in lines["mistral-small-4-119b-nvfp4"]
     assert "needs a patched build" in lines["deepseek-v4-flash"]
-    assert re.search(r" runs\* +1 ", lines["qwen3.6-35b-a3b-fp8"]), "seen on a GB10 with a newer vLLM only"
+    assert re.search(r" loads\* +1 ", lines["qwen3.6-35b-a3b-fp8"]), "seen on a GB10 with a newer vLLM only"
 
 
 # --- recipes show
@@ -174,7 +174,7 @@ def test_show_names_sources_speeds_and_notes(tmp_path: Path) -> None:
     assert "97.7 tokens/s by vllm-project/recipes" in run.stdout, output_of(run)
     assert "models/Qwen/Qwen3.6-35B-A3B.yaml at 8959cf64189c (Apache-2.0)" in run.stdout
     assert "option           --moe-backend marlin" in run.stdout
-    assert "stack 0.29.0     runs" in run.stdout
+    assert "stack 0.29.0     loads" in run.stdout
 
 
 def test_show_by_the_name_of_the_model(tmp_path: Path) -> None:
