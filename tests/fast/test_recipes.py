@@ -9,6 +9,8 @@ import pytest
 
 from sparkinstall import stacks
 from sparkinstall.core import recipe_list
+from sparkinstall.facts import vllm_releases
+from sparkinstall.facts.vllm_options import refusals
 from sparkinstall.recipes import Recipe, RecipeError
 from sparkinstall.recipes.catalogue import find, shipped
 from sparkinstall.recipes.owned import env_without_owned, without_owned
@@ -76,6 +78,15 @@ def test_shipped_recipe_is_sound(recipe: Recipe) -> None:
 def test_shipped_recipe_names_no_parser_that_no_vllm_has(recipe: Recipe) -> None:
     assert recipe.tool_parser not in ("nemotron_v3", "openai_gptoss", "qwen3")
     assert recipe.reasoning_parser not in ("qwen3_coder", "nano_v3", "super_v3")
+
+
+@pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.id)
+def test_every_stack_that_loads_a_recipe_takes_its_options_and_variables(recipe: Recipe) -> None:
+    words = [word for option in options_of(recipe) for word in option]
+    takes = {each.release: refusals(words, recipe.env, each) for each in vllm_releases.shipped()}
+    loading = [name for name in takes if recipe_list.fit(recipe, stacks.load(name)).loads == "loads"]
+    assert loading
+    assert not any(takes[name] for name in loading)
 
 
 @pytest.mark.parametrize("recipe", PLAIN, ids=lambda recipe: recipe.id)
