@@ -16,6 +16,7 @@ from sparkinstall.cli.text_output import console, headed
 from sparkinstall.cli.text_output import shown as redacted
 from sparkinstall.core import recipe_list as use
 from sparkinstall.core.session import Target, open_session
+from sparkinstall.facts.vllm_options import Refusal
 from sparkinstall.recipes import Change, Recipe, Source, Speed
 from sparkinstall.recipes.catalogue import shipped
 from sparkinstall.recipes.readers import recipes_of
@@ -88,9 +89,11 @@ def _number(value: int | str | None) -> str:
 def show(target: Target, output: Output, name: Name, id_: Id = None) -> CommandResult:
     """Show all of a recipe, with its sources; of a file also what was dropped or overridden."""
     del output
-    stack = open_session(target).node.stack
+    session = open_session(target)
     read = recipes_of(name, id_)
-    found = use.ShownRecipes(tuple(use.shown(each, stack) for each in read.recipes), read.skipped)
+    found = use.ShownRecipes(
+        tuple(use.shown(each, session.node, session.system) for each in read.recipes), read.skipped
+    )
     return CommandResult(data=found, show=lambda: _show_all(found))
 
 
@@ -132,6 +135,8 @@ def _facts(each: use.ShownRecipe) -> Iterator[tuple[str, str]]:
         yield "option", shell(option).replace(" \\\n    ", " ")
     for variable, value in recipe.env.items():
         yield "variable", f"{variable}={value}"
+    for refused in each.refused:
+        yield "not taken", f"{refused.message} ({refused.hint})"
     for file in recipe.expects:
         yield "missing file", f"{file}: the recipe takes it from its image"
     yield "image", recipe.image or ""
@@ -168,6 +173,7 @@ class Rendered(Struct, frozen=True):
     command: Command
     changes: Sequence[Change]
     fit: use.Fit
+    refused: Sequence[Refusal]
 
 
 @app.command()
@@ -175,10 +181,12 @@ class Rendered(Struct, frozen=True):
 def render(target: Target, output: Output, name: Name, id_: Id = None) -> CommandResult:
     """Print a recipe as a command for `vllm serve`, its variables, and the same with docker."""
     del output
-    node = open_session(target).node
+    session = open_session(target)
+    node = session.node
     read = recipes_of(name, id_, only_one=True).recipes[0]
     made = command(read.recipe, node.config.serving.port, given.home())
-    found = Rendered(read.recipe.id, made, (*read.changes, *made.added), use.fit(read.recipe, node.stack))
+    refused = use.refused_of(read.recipe, node, session.system)
+    found = Rendered(read.recipe.id, made, (*read.changes, *made.added), use.fit(read.recipe, node.stack), refused)
     return CommandResult(data=found, show=lambda: _show_rendered(found))
 
 
@@ -190,5 +198,7 @@ def _show_rendered(found: Rendered) -> None:
     print(shell(found.command.docker) if found.command.docker else f"# docker: {found.command.no_docker}")
     if found.fit.loads != "loads":
         print(f"# {_loads(found.fit.loads, found.fit.stack)}{f': {found.fit.why}' if found.fit.why else ''}")
+    for refused in found.refused:
+        print(redacted(f"# not taken: {refused.message} ({refused.hint})"))
     for each in found.changes:
         print(redacted(f"# {each.done}: {each.what} ({each.why})"))

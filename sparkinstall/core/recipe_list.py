@@ -7,8 +7,13 @@ from typing import Literal
 from msgspec import Struct
 
 from sparkinstall import stacks
+from sparkinstall.facts import vllm_releases
+from sparkinstall.facts.vllm_options import Refusal, refusals
+from sparkinstall.node import Node
 from sparkinstall.recipes import Change, ReadRecipe, Recipe, Speed
+from sparkinstall.recipes.render import options_of
 from sparkinstall.recipes.serve_options import key
+from sparkinstall.system import Reader
 
 Loads = Literal["loads", "other_stack", "patched_build", "unknown"]
 
@@ -112,13 +117,17 @@ def release(version: str) -> tuple[int, ...]:
 
 
 class ShownRecipe(Struct, frozen=True):
-    """A recipe with where it is from, what of its file is not in it, and whether the stack of that name can load it."""
+    """A recipe with where it is from, what of its file is not in it, and whether the stack of that name can load it.
+
+    `refused`: options, values and variables that the stack's vLLM does not take.
+    """
 
     stack: str
     recipe: Recipe
     format: str
     changes: Sequence[Change]
     fit: Fit
+    refused: Sequence[Refusal]
 
 
 class ShownRecipes(Struct, frozen=True):
@@ -128,6 +137,14 @@ class ShownRecipes(Struct, frozen=True):
     skipped: Sequence[Change]
 
 
-def shown(read: ReadRecipe, stack: stacks.Stack) -> ShownRecipe:
-    """Add the judgement for a stack."""
-    return ShownRecipe(stack.name, read.recipe, read.format, read.changes, fit(read.recipe, stack))
+def shown(read: ReadRecipe, node: Node, on: Reader) -> ShownRecipe:
+    """Add the judgement for a node's stack."""
+    refused = refused_of(read.recipe, node, on)
+    return ShownRecipe(node.stack.name, read.recipe, read.format, read.changes, fit(read.recipe, node.stack), refused)
+
+
+def refused_of(recipe: Recipe, node: Node, on: Reader) -> Sequence[Refusal]:
+    """Return what a node's vLLM does not take; empty if what it takes is not known."""
+    known = vllm_releases.known(node, on)
+    words = [word for option in options_of(recipe) for word in option]
+    return refusals(words, recipe.env, known.declared, vllm_releases.shipped()) if known else ()

@@ -330,3 +330,19 @@ def test_variables_of_the_link_and_of_caches_are_dropped(name: str, more: dict[s
     kept, dropped = env_without_owned({name: "x", **more})
     assert kept == more
     assert [each.what for each in dropped] == [f"{name}=x"]
+
+
+def test_show_and_render_name_what_the_stack_does_not_take(tmp_path: Path) -> None:
+    text = "id: mine\nmodel: a/b\nloads_from: 0.18.1\ntool_parser: qwen3\nargs: [[--calculate-kv-scales]]\n"
+    path = write(tmp_path, text + "env: {VLLM_MARLIN_USE_ATOMIC: '1'}\n")
+    told = (
+        "no option `--calculate-kv-scales` (the last stack that has it is 0.22.1)",
+        "does not take `qwen3` (did you mean `qwen3_xml`?)",
+        "`VLLM_MARLIN_USE_ATOMIC` (did you mean `VLLM_MARLIN_USE_ATOMIC_ADD`?)",
+    )
+    for verb in ("show", "render"):
+        run = in_this_process("recipes", verb, str(path), "--stack", "0.29.0")
+        assert run.returncode == 0 and all(words in run.stdout for words in told), output_of(run)
+    shown = envelope(in_this_process("recipes", "show", str(path), "--stack", "0.22.1", "--json"))
+    (refused,) = [each["message"] for each in shown["data"]["recipes"][0]["refused"] if "VLLM_" not in each["message"]]
+    assert "`qwen3`" in refused
