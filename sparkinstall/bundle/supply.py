@@ -62,9 +62,11 @@ def supply(node: Node, on: Reader, emit: Emit) -> Supply:
 def _require_fit(manifest: Manifest, node: Node) -> None:
     bundle_archive.require_machine(manifest, node.platform)
     if manifest.stack != node.stack.name:
+        # A stack that is not shipped is named by its file, which is not in the bundle.
+        its = manifest.stack if manifest.stack in stacks.names() else f"its YAML file, that of {manifest.stack}"
         raise Refused(
             f"it has the stack {manifest.stack}, and this node's is {node.stack.name}",
-            f"use its stack (`--stack {manifest.stack}`), or create one with `--stack {node.stack.name}`",
+            f"use its stack (`--stack` with {its}), or create a bundle with this node's",
         )
 
 
@@ -74,7 +76,9 @@ def _complete(manifest: Manifest, node: Node, on: Reader) -> Finding:
         return passed(f"{len(manifest.folder('wheels'))} wheels of stack {manifest.stack} for {manifest.platform}")
     older = f"the bundle that it updates (its manifest has the sha256 {manifest.base[:12]}...)"
     hint = f"install {older} first" if manifest.base else "create it again"
-    return failed(f"it lacks {'; '.join(lacking)}", _package_hint(manifest, node, on) or hint, "everything")
+    return failed(
+        f"it lacks {'; '.join(lacking)}", _package_hint(manifest, node, on) or hint, "all that this node lacks"
+    )
 
 
 def _lacking(manifest: Manifest, node: Node, on: Reader) -> Iterator[str]:
