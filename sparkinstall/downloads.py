@@ -56,8 +56,8 @@ def fetch(
     try:
         into.parent.mkdir(parents=True, exist_ok=True)
         with _locked(into), requests.Session() as session:
-            session.auth = _sign(authorization) if authorization else None
-            session.verify = _certificates()
+            session.auth = sign(authorization) if authorization else None
+            session.verify = certificates()
             if fingerprint:
                 _pin(session, fingerprint)
             if not into.exists():
@@ -73,7 +73,7 @@ def fetch(
     return into
 
 
-def _certificates() -> str | bool:
+def certificates() -> str | bool:
     """Return the system's certificates unless a variable of requests names others: those of a proxy are there."""
     chosen = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
     return chosen or (_SYSTEM_CERTIFICATES if os.path.exists(_SYSTEM_CERTIFICATES) else True)
@@ -87,9 +87,12 @@ def _pin(session: "requests.Session", fingerprint: str) -> None:
     session.verify = session.trust_env = False
 
 
-def _sign(authorization: str) -> "Callable[[requests.PreparedRequest], requests.PreparedRequest]":
+def sign(authorization: str) -> "Callable[[requests.PreparedRequest], requests.PreparedRequest]":
+    """Return the login of a session that sends this header and no other: "" sends none, whatever ~/.netrc has."""
+
     def add(request: "requests.PreparedRequest") -> "requests.PreparedRequest":
-        request.headers["Authorization"] = authorization
+        if authorization:
+            request.headers["Authorization"] = authorization
         return request
 
     return add

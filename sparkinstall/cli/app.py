@@ -49,6 +49,10 @@ VERBS = {
         "List the shipped stacks: versions, for whom each is, and who has run it on a Spark.",
     ),
     "recipes": ("recipes:app", "List recipes for models on Sparks, or show one and its command."),
+    "fit": (
+        "fit:fit",
+        "Tell whether a model fits into a Spark, before it is downloaded; exit 3 if it does not, or that is unknown.",
+    ),
     "run": ("run:run", "Run only these steps, not those that they need."),
     "cache": ("cache:app", "List, verify or prune the downloads and builds in your cache."),
     "settings": ("settings:app", "Show every setting and its origin."),

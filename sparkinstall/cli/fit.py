@@ -1,0 +1,211 @@
+"""`sparkinstall fit`: whether a model fits into a Spark, before it is downloaded."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from msgspec.structs import replace
+from rich.text import Text
+
+from sparkinstall.cli import options
+from sparkinstall.cli.run_command import CommandResult, Output, verb
+from sparkinstall.cli.text_output import columns, console
+from sparkinstall.cli.text_output import shown as redacted
+from sparkinstall.core import fit as use
+from sparkinstall.core.model_source import Source, source_of
+from sparkinstall.core.session import Target, open_session
+from sparkinstall.errors import BadUsage, Exit
+from sparkinstall.models import Figure
+from sparkinstall.schema import show
+
+_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_LONGEST, _MOST, _NODES = 1 << 32, 1 << 20, 64
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RECIPE", help="A folder, ORG/NAME of the hub, a shipped recipe, or its file.", show_default=False
+    ),
+]
+Context = Annotated[
+    str | None,
+    options.choice("--context", metavar="TOKENS", help="Tokens of a sequence; auto: as many as fit."),
+]
+Sequences = Annotated[
+    int | None, options.choice("--sequences", metavar="N", help="Sequences at once.", min=1, max=_MOST)
+]
+Batched = Annotated[
+    int | None,
+    options.choice("--batched-tokens", metavar="N", help="vLLM's --max-num-batched-tokens.", min=1, max=_MOST),
+]
+KvDtype = Annotated[str | None, options.choice("--kv-dtype", metavar="auto|fp8", help="The type of the KV cache.")]
+Parallel = Annotated[
+    int | None,
+    options.choice("--tensor-parallel", metavar="NODES", help="Spread it over nodes.", min=1, max=_NODES),
+]
+Memory = Annotated[
+    str | None, options.choice("--memory", metavar="SIZE", help="What a node has available, such as 101GiB.")
+]
+Folder = Annotated[Path | None, options.choice("--folder", metavar="FOLDER", help="Where a recipe's model is.")]
+Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Which recipe of a file with several.")]
+
+
+@verb("fit", "root", "config", "stack", reads_only=True)
+def fit(
+    target: Target,
+    output: Output,
+    model: Model,
+    context: Context = None,
+    sequences: Sequences = None,
+    batched_tokens: Batched = None,
+    kv_dtype: KvDtype = None,
+    tensor_parallel: Parallel = None,
+    memory: Memory = None,
+    folder: Folder = None,
+    id_: Id = None,
+) -> CommandResult:
+    """Tell whether a model fits into a Spark, before it is downloaded; exit 3 if it does not, or that is unknown."""
+    del output
+    given = {
+        "context": _context(context),
+        "sequences": sequences,
+        "batched_tokens": batched_tokens,
+        "kv_dtype": _kv_dtype(kv_dtype),
+        "tensor_parallel": tensor_parallel,
+    }
+    size = _size(memory)
+    session = open_session(target)
+    source = source_of(model, folder, id_)
+    asked = replace(_options(source), **{name: value for name, value in given.items() if value is not None})
+    recipe = source.recipe.id if source.recipe else ""
+    node_memory = use.memory_of(session.system, size)
+    found = use.fit(source.name, source.files, asked, node_memory, session.node.stack.vllm, recipe)
+    code = Exit.GOOD if found.verdict == "fits" else Exit.DRIFT
+    return CommandResult(code, found, lambda: _show(found))
+
+
+def _options(source: Source) -> use.FitOptions:
+    return use.options_of_recipe(source.recipe) if source.recipe else use.FitOptions()
+
+
+def _context(text: str | None) -> int | Literal["auto"] | None:
+    if text is None or text == "auto":
+        return "auto" if text else None
+    if not re.fullmatch(r"[0-9]{1,10}", text) or not 0 < int(text) <= _LONGEST:
+        raise BadUsage(f"--context {show(text)} is no number of tokens", hint="use a number such as 32768, or auto")
+    return int(text)
+
+
+def _kv_dtype(text: str | None) -> str | None:
+    if text not in (None, "auto", "fp8"):
+        raise BadUsage(f"--kv-dtype {show(text)} is not known", hint="use auto or fp8")
+    return text
+
+
+def _size(text: str | None) -> int | None:
+    """Return the bytes of a size such as 101GiB."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([A-Za-z]+)", text)
+    unit = {name.lower(): value for name, value in _UNITS.items()}.get(match[2].lower()) if match else None
+    if not match or not unit or not float(match[1]):
+        raise BadUsage(f"--memory {show(text)} is no size", hint="use a number and a unit, such as 101GiB or 108GB")
+    return int(float(match[1]) * unit)
+
+
+# --- text
+
+
+def _show(found: use.FitReport) -> None:
+    out = console()
+    out.print(Text(redacted(found.model), style="bold"), Text(_described(found), style="dim"), soft_wrap=True)
+    table = columns(16, 10, None)
+    for name, value, why in _rows(found):
+        table.add_row(Text(name, style="dim"), Text(value, justify="right"), Text(redacted(why)))
+    out.print(table)
+    out.print()
+    colour = {"fits": "green", "does_not_fit": "red", "unknown": "yellow"}[found.verdict]
+    out.print(Text(_verdict(found), style=f"bold {colour}"), soft_wrap=True)
+    for line in (*_limits(found), *_ways(found), *(f"note: {each}" for each in found.notes)):
+        out.print(Text(redacted(line)), soft_wrap=True)
+
+
+def _described(found: use.FitReport) -> str:
+    recipe = f"recipe {found.recipe}, " if found.recipe else ""
+    place = found.place + (f" at {found.revision[:12]}" if found.revision else "")
+    return redacted(f"{recipe}{found.model_type or 'unknown type'}, {found.quantization or 'not quantized'}, {place}")
+
+
+def _rows(found: use.FitReport) -> Iterator[tuple[str, str, str]]:
+    memory, files = found.memory, found.files
+    types = ", ".join(f"{name} {_gb(size)}" for name, size in files.by_dtype.items())
+    yield "weights' files", _gb(files.bytes), f"exact: {files.files} file{'s' if files.files != 1 else ''} ({types})"
+    yield "loaded", *_cells(files.loaded)
+    if found.tensor_parallel > 1:
+        yield "", "", f"each of {found.tensor_parallel} nodes:"
+    yield "weights", *_cells(memory.weights)
+    amount, why = _cells(memory.kv_cache)
+    yield "KV cache", amount, why if memory.kv_cache.value is None else f"estimate: {_asked(found)}"
+    yield "engine", *_cells(memory.overhead)
+    yield "system", *_cells(memory.reserve)
+    yield "needs", *_cells(memory.need)
+    yield "available", *_cells(memory.available)
+    yield "decode ceiling", *_ceiling(found)
+
+
+def _asked(found: use.FitReport) -> str:
+    sequences = f"{found.sequences:,} sequence{'s' if found.sequences > 1 else ''} of {found.context or 0:,} tokens"
+    return f"{sequences}, type {found.kv_dtype}, {found.batched_tokens:,} batched tokens, as vLLM {found.vllm} counts"
+
+
+def _cells(figure: Figure) -> tuple[str, str]:
+    why = f": {figure.why}" if figure.why else ""
+    return ("unknown", figure.why) if figure.value is None else (_gb(figure.value), figure.basis + why)
+
+
+def _ceiling(found: use.FitReport) -> tuple[str, str]:
+    decode = found.decode
+    if decode.ceiling is None:
+        return "unknown", decode.read.why
+    later = f", {decode.ceiling_at_context:.1f} at the end of the context" if decode.ceiling_at_context else ""
+    per_token = f"{_gb(decode.read.value or 0)} a token ({decode.read.why})"
+    return f"{decode.ceiling:.1f}/s", f"estimate: 273 GB/s over {per_token}; one sequence, no drafts{later}"
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
+
+
+def _verdict(found: use.FitReport) -> str:
+    short = found.memory.short
+    words = {
+        "fits": f"It fits, with {_gb(-(short or 0))} left",
+        "does_not_fit": "It does not fit" + (f" by {_gb(short)}" if short is not None else ""),
+        "unknown": "Whether it fits is unknown",
+    }[found.verdict]
+    mark = "" if found.verdict == "unknown" else " (estimate)"
+    return words + mark + (f": {redacted(found.why)}" if found.why else "")
+
+
+def _limits(found: use.FitReport) -> Iterator[str]:
+    if found.largest_context is not None:
+        sequences = f"{found.sequences:,} sequence{'s' if found.sequences > 1 else ''}"
+        yield f"largest context with {sequences}: {found.largest_context:,} tokens (estimate)"
+    if found.most_sequences is not None:
+        yield f"sequences of {found.context or 0:,} tokens that fit: {found.most_sequences:,} (estimate)"
+    if found.serve:
+        yield f"as options of vLLM: {' '.join(found.serve)}"
+    if found.serve_largest:
+        yield f"the largest context as options of vLLM: {' '.join(found.serve_largest)}"
+
+
+def _ways(found: use.FitReport) -> Iterator[str]:
+    for each in found.ways:
+        nodes = " on each node" if any(word.startswith("--tensor") for word in each.options) else ""
+        fits = "fits" if each.fits else "does not fit either"
+        yield f"with {' '.join(each.options)}: {_gb(each.need)}{nodes}, {fits} (estimate)"
+    room = found.memory.available.value
+    if found.ways and room is not None and not any(each.fits for each in found.ways):
+        yield "no change of the options is enough: take a version with fewer bits a weight, or a smaller model"

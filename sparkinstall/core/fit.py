@@ -1,0 +1,470 @@
+"""Whether a model fits into the memory of a Spark, and what would make it fit; nothing is downloaded or run."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from sparkinstall.core.recipe_list import release
+from sparkinstall.errors import BadUsage
+from sparkinstall.facts import machine
+from sparkinstall.models import Figure, ModelError, unknown
+from sparkinstall.models.files import CONFIG, Files, read_object
+from sparkinstall.models.kv_cache import CacheSize, Formulas, Load
+from sparkinstall.models.layout import Layout, layout_of
+from sparkinstall.models.weights import Weights, loaded_size, read_by_token, read_weights
+from sparkinstall.recipes import Recipe
+from sparkinstall.recipes.serve_options import key
+from sparkinstall.system import Reader
+
+Verdict = Literal["fits", "does_not_fit", "unknown"]
+
+GIB = 1 << 30
+OVERHEAD = Figure(9 * GIB, "reported", "about 9 GiB beside weights and KV cache were reported on a Spark; unverified")
+RESERVE = Figure(4 * GIB, "chosen", "kept free for the system")
+SPARK_TOTAL = Figure(int(121.69 * GIB), "reported", "what vLLM reports as the memory of a Spark")
+BANDWIDTH = 273_000_000_000
+"""Bytes a second that the memory of a GB10 delivers at best."""
+
+BATCHED_TOKENS = 8192
+"""vLLM's own `--max-num-batched-tokens` for a server with as much memory as a Spark."""
+FEWER_BATCHED_TOKENS = 2048
+
+# vLLM schedules a batch ahead by default, and counts its tokens for sliding layers, from some release after 0.22.1 on.
+_ONE_BATCH_UNTIL = "0.22.1"
+_PADDED = {"mxfp4": (1.1, "vLLM pads MXFP4: gpt-oss-120b took 8.4 % more than its files; counted with 10 % more")}
+_HF_QUANT = "hf_quant_config.json"
+_UNCOUNTED = {
+    "--speculative-config": "the draft of speculative decoding, with its own weights and cache",
+    "--cpu-offload-gb": "what is offloaded: on a Spark it is the same memory",
+    "--kv-offloading-size": "the cache that is offloaded: on a Spark it is the same memory",
+    "--enable-lora": "LoRA adapters",
+}
+_FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
+_OTHER_CACHE = ("--decode-context-parallel-size", "--block-size", "--hf-overrides", "--disable-hybrid-kv-cache-manager")
+
+
+class FitOptions(Struct, frozen=True):
+    """How a model is to be served. `context` "auto": as long as fits; None: as long as the model allows."""
+
+    context: int | Literal["auto"] | None = None
+    sequences: int = 1
+    batched_tokens: int = BATCHED_TOKENS
+    kv_dtype: str = "auto"
+    tensor_parallel: int = 1
+    uncounted: tuple[str, ...] = ()
+    no_formula: str = ""
+    quantized_at_load: bool = False
+
+
+class Memory(Struct, frozen=True):
+    """What a node has available now, and in all."""
+
+    available: Figure
+    total: Figure
+
+
+class Way(Struct, frozen=True):
+    """A change of the options: what each node then needs (an estimate), and whether that fits."""
+
+    options: Sequence[str]
+    need: int
+    fits: bool
+
+
+class Decode(Struct, frozen=True):
+    """The ceiling of decoding for one sequence, without speculative decoding.
+
+    `read`: bytes of weights that each node reads for a token; the ceilings are tokens a second, of an empty context and
+    at the end of the asked one. None: unknown.
+    """
+
+    read: Figure
+    ceiling: float | None
+    ceiling_at_context: float | None
+
+
+class WeightFiles(Struct, frozen=True):
+    """The files of the weights: exact. `loaded`: their bytes in memory, `counted` what the verdict takes for them."""
+
+    bytes: int
+    files: int
+    left_out: Sequence[str]
+    by_dtype: dict[str, int]
+    loaded: Figure
+    counted: Figure
+
+
+class Budget(Struct, frozen=True):
+    """What each node needs. `need` is the sum of the others, `short`: bytes that are missing, negative if none are."""
+
+    weights: Figure
+    kv_cache: Figure
+    overhead: Figure
+    reserve: Figure
+    need: Figure
+    available: Figure
+    total: Figure
+    short: int | None
+
+
+class FitReport(Struct, frozen=True):
+    """Result of `fit`. Bytes are those of each node, but for the files.
+
+    `vllm`: whose way of counting is taken. `largest_context`: with the asked sequences, `most_sequences`: with the
+    asked context. `serve` and `serve_largest`: options of `vllm serve` for what was asked, and for the largest context.
+    """
+
+    model: str
+    place: str
+    revision: str
+    recipe: str
+    vllm: str
+    model_type: str
+    quantization: str
+    remote_code: Sequence[str]
+    context: int | None
+    sequences: int
+    batched_tokens: int
+    kv_dtype: str
+    tensor_parallel: int
+    files: WeightFiles
+    memory: Budget
+    verdict: Verdict
+    why: str
+    largest_context: int | None
+    most_sequences: int | None
+    serve: Sequence[str]
+    serve_largest: Sequence[str]
+    decode: Decode
+    ways: Sequence[Way]
+    notes: Sequence[str]
+
+
+def options_of_recipe(recipe: Recipe) -> FitOptions:
+    """Return how a recipe serves its model."""
+    values = {key(each): " ".join(each[1:]) for each in recipe.args}
+    kv_dtype = values.get("--kv-cache-dtype", "auto")
+    other = next((f"the recipe has {name}" for name in _OTHER_CACHE if name in values), "")
+    if recipe.pipeline_parallel > 1:
+        other = "the recipe spreads the layers over nodes (pipeline parallel)"
+    return FitOptions(
+        context=recipe.context,
+        sequences=recipe.sequences or 1,
+        batched_tokens=recipe.batched_tokens or BATCHED_TOKENS,
+        kv_dtype="fp8" if kv_dtype in _FP8 else kv_dtype,
+        tensor_parallel=recipe.tensor_parallel,
+        uncounted=tuple(what for name, what in _UNCOUNTED.items() if any(each.startswith(name) for each in values)),
+        no_formula=other and f"{other}, for which fit has no formula",
+        quantized_at_load="--quantization" in values,
+    )
+
+
+def memory_of(on: Reader, given: int | None) -> Memory:
+    """Return the memory of a node: as given, or that of this one if it is a Spark."""
+    is_spark = machine.has_gb10(on)
+    total = machine.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemTotal", 0) << 10 if is_spark else 0
+    whole = Figure(total, "measured", "MemTotal of this node") if total else SPARK_TOTAL
+    if given is not None:
+        return Memory(Figure(given, "given", "as given with --memory"), whole)
+    found = machine.available_memory(on) if is_spark else 0
+    if found:
+        return Memory(Figure(found, "measured", "MemAvailable of this node, now"), whole)
+    why = "this machine is not a Spark: say what one has available with --memory, such as 101GiB"
+    return Memory(unknown(why), whole)
+
+
+class _Model(Struct, frozen=True):
+    """What the files of a model say, and how its cache is counted: None if that is unknown."""
+
+    layout: Layout
+    weights: Weights
+    cache: CacheSize | None
+    why: str
+
+
+def fit(name: str, files: Files, options: FitOptions, memory: Memory, vllm: str, recipe: str = "") -> FitReport:
+    """Judge whether a model fits.
+
+    Args:
+        name: how the user calls the model.
+        vllm: the release whose way of counting is taken.
+
+    Raises:
+        ModelError: a file of the model is missing, damaged, or absurd.
+        BadUsage: the options do not suit the model.
+        NotDownloaded: the hub does not give a file.
+    """
+    model = _read(files, options)
+    _require_divisible(model.layout, options.tensor_parallel)
+    judge = _Judge(model, options, memory, 1 if release(vllm) <= release(_ONE_BATCH_UNTIL) else 2)
+    context = judge.context
+    verdict, why = judge.verdict(options, context)
+    largest = judge.largest_context(options)
+    fits = verdict == "fits"
+    return FitReport(
+        model=name,
+        place=files.place,
+        revision=files.revision,
+        recipe=recipe,
+        vllm=vllm,
+        model_type=model.layout.type,
+        quantization=model.layout.quantization,
+        remote_code=model.layout.remote_code,
+        context=context,
+        sequences=options.sequences,
+        batched_tokens=options.batched_tokens,
+        kv_dtype=judge.kv_dtype(options),
+        tensor_parallel=options.tensor_parallel,
+        files=judge.files,
+        memory=judge.budget(options, context),
+        verdict=verdict,
+        why=why,
+        largest_context=largest,
+        most_sequences=judge.most_sequences(options, context),
+        serve=judge.serve(options, context) if fits and context else (),
+        serve_largest=judge.serve(options, largest) if largest and largest != context else (),
+        decode=judge.decode(options, context),
+        ways=tuple(judge.ways(context)) if verdict == "does_not_fit" else (),
+        notes=tuple(judge.notes()),
+    )
+
+
+def _read(files: Files, options: FitOptions) -> _Model:
+    names = files.names()
+    if CONFIG not in names:
+        has = " (it has params.json, which is Mistral's own format)" if "params.json" in names else ""
+        raise ModelError(f"{files.place} has no {CONFIG}{has}", hint="name the folder or the hub's name of a model")
+    config = read_object(files, CONFIG)
+    in_config = bool(config.get("quantization_config"))
+    layout = layout_of(config, read_object(files, _HF_QUANT) if _HF_QUANT in names and not in_config else None)
+    why = layout.why or options.no_formula or _why_no_dtype(layout, options)
+    return _Model(layout, read_weights(files), None if why else Formulas(layout.layers), why)
+
+
+def _why_no_dtype(layout: Layout, options: FitOptions) -> str:
+    wanted = layout.kv_dtype if options.kv_dtype == "auto" else options.kv_dtype
+    return "" if wanted in ("auto", "fp8") else f"fit has no formula for a KV cache of the type {wanted}"
+
+
+def _require_divisible(layout: Layout, nodes: int) -> None:
+    complaint = _indivisible(layout, nodes)
+    if complaint:
+        raise BadUsage(f"--tensor-parallel {nodes}: {complaint}", hint="name another number of nodes")
+
+
+def _indivisible(layout: Layout, nodes: int) -> str:
+    """Return why vLLM cannot spread the heads over so many nodes, "" if it can."""
+    if layout.heads % nodes:
+        return f"the model's {layout.heads} attention heads cannot be divided by {nodes}"
+    for each in layout.layers:
+        if each.kind != "mla" and max(each.heads, nodes) % min(each.heads, nodes):
+            return f"the model's {each.heads} KV heads cannot be spread over {nodes} nodes"
+    return ""
+
+
+class _Judge:
+    """Counts one model's bytes in one kind of node, for different options."""
+
+    def __init__(self, model: _Model, options: FitOptions, memory: Memory, batches: int) -> None:
+        self._model, self._options, self._memory, self._batches = model, options, memory, batches
+        self.files = _weight_files(model, options)
+        self.context = self._context()
+
+    def _context(self) -> int | None:
+        asked = self._options.context
+        if asked == "auto":
+            return self.largest_context(self._options) or self._model.layout.context
+        return asked if asked is not None else self._model.layout.context
+
+    def kv_dtype(self, options: FitOptions) -> str:
+        """Return the dtype that vLLM then takes for the cache: a checkpoint may ask for fp8."""
+        own = self._model.layout.kv_dtype
+        return own if options.kv_dtype == "auto" else options.kv_dtype
+
+    def _load(self, options: FitOptions, context: int) -> Load:
+        element = 1 if self.kv_dtype(options) == "fp8" else 2
+        parallel = options.tensor_parallel
+        return Load(context, options.sequences, options.batched_tokens, element, parallel, self._batches)
+
+    def _cache(self, options: FitOptions, context: int | None) -> int | None:
+        if self._model.cache is None or context is None:
+            return None
+        return self._model.cache.bytes_of(self._load(options, context))
+
+    def _weights(self, options: FitOptions) -> int:
+        return -(-(self.files.counted.value or 0) // options.tensor_parallel)
+
+    def _fixed(self, options: FitOptions) -> int:
+        """Return what a node needs beside the cache."""
+        return self._weights(options) + (OVERHEAD.value or 0) + (RESERVE.value or 0)
+
+    def budget(self, options: FitOptions, context: int | None) -> Budget:
+        cache = self._cache(options, context)
+        why = self._model.why or ("" if context else "config.json does not say how long a sequence may be")
+        need = Figure(self._fixed(options) + cache, "estimate") if cache is not None else unknown(why)
+        available = self._memory.available
+        known = need.value is not None and available.value is not None
+        return Budget(
+            weights=Figure(self._weights(options), "estimate", self.files.counted.why),
+            kv_cache=Figure(cache, "estimate") if cache is not None else unknown(why),
+            overhead=OVERHEAD,
+            reserve=RESERVE,
+            need=need,
+            available=available,
+            total=self._memory.total,
+            short=(need.value or 0) - (available.value or 0) if known else None,
+        )
+
+    def verdict(self, options: FitOptions, context: int | None) -> tuple[Verdict, str]:
+        """Return the verdict with its reason; without the cache only that it does not fit can be known."""
+        budget = self.budget(options, context)
+        available = budget.available.value
+        if available is None:
+            return "unknown", budget.available.why
+        if budget.short is not None and budget.short <= 0:
+            return "fits", ""
+        if budget.short is not None and budget.short <= (OVERHEAD.value or 0):
+            return "does_not_fit", "it would fit only if the engine took less than was reported, which is unverified"
+        if self._fixed(options) > available:
+            return "does_not_fit", "even without a KV cache it needs more than is available"
+        if budget.short is None:
+            return "unknown", budget.need.why
+        return "does_not_fit", "it needs more than is available"
+
+    def _fits(self, options: FitOptions, context: int) -> bool:
+        return self.verdict(options, context)[0] == "fits"
+
+    def largest_context(self, options: FitOptions) -> int | None:
+        """Return the longest context that fits, 0 if none does, None if that is unknown."""
+        longest = self._model.layout.context
+        if self._model.cache is None or self._memory.available.value is None or longest is None:
+            return None
+        low, high = 0, longest
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._fits(options, middle) else (low, middle - 1)
+        return low
+
+    def most_sequences(self, options: FitOptions, context: int | None) -> int | None:
+        """Return how many sequences of the context fit."""
+        one, two = (self._cache(replace(options, sequences=count), context) for count in (1, 2))
+        available = self._memory.available.value
+        if one is None or two is None or available is None:
+            return None
+        left = available - self._fixed(options)
+        return 0 if left < one else 1 + (left - one) // (two - one)
+
+    def serve(self, options: FitOptions, context: int) -> tuple[str, ...]:
+        """Return options of `vllm serve` that take no more than that."""
+        cache = self._cache(options, context) or 0
+        used = self._fixed(options) - (RESERVE.value or 0) + cache
+        # vLLM asks for that share to be free at its start, also where the bytes of the cache are given.
+        share = math.ceil(1000 * used / (self._memory.total.value or used)) / 1000
+        words = ["--kv-cache-memory-bytes", str(cache), "--gpu-memory-utilization", f"{min(share, 1):g}"]
+        words += ["--max-model-len", str(context), "--max-num-seqs", str(options.sequences)]
+        words += ["--max-num-batched-tokens", str(options.batched_tokens)]
+        words += ["--kv-cache-dtype", "fp8"] if options.kv_dtype == "fp8" else []
+        parallel = options.tensor_parallel
+        return (*words, *(("--tensor-parallel-size", str(parallel)) if parallel > 1 else ()))
+
+    def decode(self, options: FitOptions, context: int | None) -> Decode:
+        read = self._read(options)
+        if not read.value:
+            return Decode(read, None, None)
+        at_end = None
+        if self._model.cache is not None and context is not None:
+            load = self._load(options, context)
+            at_end = BANDWIDTH / (read.value + self._model.cache.read_by_token(load))
+        return Decode(read, BANDWIDTH / read.value, at_end)
+
+    def _read(self, options: FitOptions) -> Figure:
+        layout = self._model.layout
+        read = read_by_token(self._model.weights.tensors, layout.depth, narrow=not layout.quantization)
+        if options.quantized_at_load:
+            return unknown("the weights are quantized when they are loaded")
+        if not read.experts and not layout.experts:
+            return Figure(-(-read.always // options.tensor_parallel), "estimate", "all weights")
+        if not (read.experts and layout.experts and layout.experts_by_token):
+            return unknown("config.json and the names of the tensors do not tell which experts a token uses")
+        used = read.always + read.experts * layout.experts_by_token // layout.experts
+        why = f"{layout.experts_by_token} of {layout.experts} experts"
+        return Figure(-(-used // options.tensor_parallel), "estimate", why)
+
+    def ways(self, context: int | None) -> Iterator[Way]:
+        """Yield changes that need less: each alone, then together, on one node and on two."""
+        options, steps = self._options, dict(self._steps())
+        tried = [[step] for step in steps] + ([list(steps)] if len(steps) > 1 else [])
+        nodes = options.tensor_parallel * 2
+        variants: list[tuple[list[str], FitOptions]] = [
+            (names, _changed(options, [steps[name] for name in names])) for names in tried
+        ]
+        if not _indivisible(self._model.layout, nodes):
+            two = [(list(steps), _changed(options, list(steps.values())))] if steps else []
+            variants += [
+                ([*names, f"--tensor-parallel {nodes}"], replace(changed, tensor_parallel=nodes))
+                for names, changed in ([([], options), *two])
+            ]
+        for names, changed in variants:
+            cache = self._cache(changed, context)
+            need = self._fixed(changed) + (cache or 0)
+            yield Way(names, need, cache is not None and need <= (self._memory.available.value or 0))
+
+    def _steps(self) -> Iterator[tuple[str, dict[str, object]]]:
+        options, layers = self._options, self._model.layout.layers
+        if layers and self.kv_dtype(options) == "auto":
+            yield "--kv-dtype fp8", {"kv_dtype": "fp8"}
+        if any(each.kind == "sliding" for each in layers) and options.batched_tokens > FEWER_BATCHED_TOKENS:
+            yield f"--batched-tokens {FEWER_BATCHED_TOKENS}", {"batched_tokens": FEWER_BATCHED_TOKENS}
+
+    def notes(self) -> Iterator[str]:
+        """Yield what the numbers do not have, and what the user should know."""
+        layout, options = self._model.layout, self._options
+        if layout.remote_code:
+            named = ", ".join(layout.remote_code)
+            yield f"the model has code of its own ({named}): vLLM runs it only with --trust-remote-code, fit never does"
+        if layout.kv_dtype == "fp8" and options.kv_dtype == "auto":
+            yield "the checkpoint asks for an fp8 KV cache, and vLLM follows it"
+        if layout.context and isinstance(options.context, int) and options.context > layout.context:
+            yield f"config.json allows {layout.context:,} tokens: vLLM refuses a longer context"
+        for what in options.uncounted:
+            yield f"not counted: {what}"
+        if options.tensor_parallel > 1:
+            yield f"each of the {options.tensor_parallel} nodes is taken to have as much available as this one"
+        if left_out := self._model.weights.left_out:
+            yield f"not counted: safetensors files that vLLM does not need ({len(left_out)})"
+        available, total = self._memory.available, self._memory.total.value or 0
+        if available.basis == "measured" and (available.value or 0) < total // 2:
+            yield "more than half of this node's memory is in use: what runs now counts against the model"
+
+
+def _changed(options: FitOptions, steps: Sequence[dict[str, object]]) -> FitOptions:
+    for step in steps:
+        options = replace(options, **step)
+    return options
+
+
+def _weight_files(model: _Model, options: FitOptions) -> WeightFiles:
+    weights, layout = model.weights, model.layout
+    loaded = _loaded(model, options)
+    factor, why = _PADDED.get(layout.quantization.lower(), (1.0, "taken as the bytes of the files"))
+    counted = loaded if loaded.value is not None else Figure(int(weights.size * factor), "estimate", why)
+    return WeightFiles(
+        bytes=weights.size,
+        files=len(weights.files),
+        left_out=weights.left_out,
+        by_dtype=weights.by_dtype(),
+        loaded=loaded,
+        counted=counted,
+    )
+
+
+def _loaded(model: _Model, options: FitOptions) -> Figure:
+    layout = model.layout
+    if options.quantized_at_load:
+        return unknown("the recipe quantizes the weights when they are loaded")
+    if layout.quantization:
+        return unknown(f"the weights are quantized ({layout.quantization}), and vLLM may pad or repack them")
+    return Figure(loaded_size(model.weights.tensors, layout.depth, layout.tied), "estimate", "16 bits a weight")
