@@ -176,26 +176,23 @@ class HubFiles:
 
     @contextmanager
     def _answer(self, url: str, headers: dict[str, str]) -> Iterator["requests.Response"]:
-        import requests
-
         # A compressed transfer would have other bytes than those of the range.
         headers = {**headers, "Accept-Encoding": "identity"}
         try:
             with self._session.get(url, stream=True, timeout=_TIMEOUT, headers=headers) as response:
                 self._require_good(response)
                 yield response
-        except requests.exceptions.SSLError as error:
-            failure = self._unreachable(str(error), "check the clock (`date`), or add your proxy's certificate")
-            failure.kind = "certificate"
-            raise failure from error
-        except requests.RequestException as error:
+        except OSError as error:  # as all errors of requests are
             raise self._unreachable(str(error)) from error
 
-    def _unreachable(self, why: str, hint: str = "") -> NotDownloaded:
+    def _unreachable(self, why: str) -> NotDownloaded:
         cause = why.split("(Caused by")[-1].strip(" )")[:200]
-        hint = hint or "check the network and HF_ENDPOINT, or name a folder that has the model"
+        hint = "check the network and HF_ENDPOINT, or name a folder that has the model"
+        distrusted = "certificate" in cause.lower()
+        if distrusted:
+            hint = "check the clock (`date`); behind a proxy, add its certificate to the system's"
         failure = NotDownloaded(f"the hub {self._hub} cannot be reached", cause=cause, hint=hint)
-        failure.url, failure.kind, failure.again = self._hub, "network", True
+        failure.url, failure.kind, failure.again = self._hub, "certificate" if distrusted else "network", not distrusted
         return failure
 
     def _require_good(self, response: "requests.Response") -> None:
