@@ -291,7 +291,12 @@ class _Downloading(Struct):
 def cache_in_use(cache: Path) -> Iterator[None]:
     """Keep `cache prune`, of whatever node, from removing what this context brings to the cache or takes from it."""
     with folder_locked(cache, fcntl.LOCK_SH):
-        yield
+        try:
+            yield
+        finally:
+            # A run that brought nothing leaves no folder.
+            with suppress(OSError):
+                cache.rmdir()
 
 
 @contextmanager

@@ -184,6 +184,12 @@ def test_run_uses_the_cache_while_it_takes_from_a_bundle(cache: Path, root: Path
     assert not _is_refused(another)
 
 
+def test_run_that_brings_nothing_to_the_cache_leaves_no_folder(tmp_path: Path) -> None:
+    with cache_in_use(tmp_path / "cache"):
+        assert (tmp_path / "cache").is_dir()
+    assert not (tmp_path / "cache").exists()
+
+
 @pytest.mark.parametrize("verb", ["list", "verify", "prune"])
 def test_cache_that_does_not_exist_is_empty_and_not_created(
     verb: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
