@@ -265,19 +265,6 @@ def test_wheel_files_with_a_changed_file_fails(node: FreshNode) -> None:
     assert probe_result(node, "wheel-files")[0] == "pass"
 
 
-def test_wheel_files_with_a_reinstalled_wheel_fails_until_the_environment_is_reinstalled_offline(
-    node: FreshNode,
-) -> None:
-    """The wheel's files match its own RECORD, but they may not be those of the lock."""
-    reinstall(node, "idna")
-    assert probe_result(node, "wheel-files") == ("fail", "idna was reinstalled since")
-    forced = (COMMAND, "run", "environment", "--force", "--yes", *ignoring())
-    node.run(*forced, user="spark", env={"UV_OFFLINE": "1"}, timeout=900)
-    assert probe_result(node, "wheel-files")[0] == "pass"
-    sparkinstall(node, "run", "former", "--yes", *ignoring())
-    assert json.loads(sparkinstall(node, "plan", "--json").stdout)["data"]["drift"] is False
-
-
 def test_fp8_path_without_the_patch_fails(node: FreshNode) -> None:
     node.run("cp", "-a", f"{SITE}/{W8A8}", "/run/unpatched")
     sparkinstall(node, "run", "fp8", "env-files", "--set", "fp8.fallback=on", "--yes", *ignoring())
@@ -340,7 +327,10 @@ def test_all_restores_a_changed_env_file(node: FreshNode) -> None:
     assert [s["step"] for s in repaired["data"]["steps"] if s["outcome"] == "changed"] == ["env-files"]
 
 
-def test_all_with_another_stack_runs_it_and_keeps_the_former_environment_if_asked(node: FreshNode) -> None:
+def test_all_with_another_stack_replaces_a_changed_environment_and_keeps_the_former_if_asked(node: FreshNode) -> None:
+    """The files of a reinstalled wheel match its own RECORD, but they may not be those of the lock."""
+    reinstall(node, "idna")
+    assert probe_result(node, "wheel-files") == ("fail", "idna was reinstalled since")
     former = node.run("readlink", "/opt/sparkinstall/venv").stdout.strip()
     node.write(f"{STACKS}/lab-other.yaml", node.read(f"{STACKS}/lab-full.yaml").replace("lab-full", "lab-other"))
     lock, changed_pins = re.subn(r"idna==.*\n.*", IDNA, node.read(f"{STACKS}/lab-full.x86_64.lock"))
