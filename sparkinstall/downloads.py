@@ -1,12 +1,15 @@
-"""Download files, resuming after an interruption, and hash them. Callers compare the hash before use."""
+"""Download files, resuming after an interruption, and hash them. Callers compare a hash that is not `Known` before."""
 
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
 
 from sparkinstall import causes
 from sparkinstall.errors import CommandFailed, Storage, storage_problem
@@ -22,10 +25,28 @@ _TOO_MANY, _SERVER_ERROR = 429, 500
 
 
 class NotDownloaded(CommandFailed):
-    """A file could not be downloaded from `url`. `again`: whether it may come at another attempt."""
+    """A file could not be downloaded from `url`. `again`: whether it may come at another attempt.
+
+    `status`: that of the server's answer, or 0. `reason`: its header X-Error-Code.
+    """
 
     url = ""
     again = False
+    status = 0
+    reason = ""
+
+
+class Known(Struct, frozen=True):
+    """What is known of a file before it arrives: its size in bytes, its hash in hex, and how that is computed.
+
+    `part`: where it arrives, on the disk of its place. `lock`: the file that whoever downloads it has locked.
+    """
+
+    size: int
+    digest: str
+    hasher: "Callable[[], hashlib._Hash]"
+    part: Path
+    lock: Path
 
 
 def sha256_of(path: Path) -> str:
@@ -35,42 +56,79 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch(
-    url: str, into: Path, on_bytes: Callable[[int, int], None], *, authorization: str = "", fingerprint: str = ""
+    url: str,
+    into: Path,
+    on_bytes: Callable[[int, int], None],
+    *,
+    authorization: str | None = None,
+    fingerprint: str = "",
+    known: Known | None = None,
 ) -> Path:
     """Download `url` to `into`, which appears only when it is complete; resume a partial download.
 
     Args:
         on_bytes: called with (bytes so far, total bytes or 0).
-        authorization: the header of that name; without it, a login of ~/.netrc.
+        authorization: the header of that name, which no other host gets; None: a login of ~/.netrc.
         fingerprint: the sha256 of the only certificate to trust, whatever it says; the system's are trusted if omitted.
+        known: what the file must be; what is not is removed.
 
     Raises:
-        NotDownloaded: the server cannot be reached, refuses, or closes the connection early.
+        NotDownloaded: the server cannot be reached, refuses, closes the connection early, or sends another file.
         Storage: the file cannot be written.
     """
-    import requests
-
     if into.is_file():
         return into
-    part = into.with_name(into.name + ".part")
+    part = known.part if known else into.with_name(into.name + ".part")
+    lock = known.lock if known else into.with_name(f".{into.name}.lock")
     try:
-        into.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(into), requests.Session() as session:
-            session.auth = sign(authorization) if authorization else None
-            session.verify = certificates()
-            if fingerprint:
-                _pin(session, fingerprint)
+        for folder in (into.parent, part.parent, lock.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with _locked(into, part, lock, on_bytes), _session(url, authorization, fingerprint) as session:
             if not into.exists():
-                with session.get(url, stream=True, timeout=_TIMEOUT, headers=_headers(part)) as response:
-                    if not _is_complete(response, part):
-                        response.raise_for_status()
-                        _receive(response, part, on_bytes)
+                _Arrival(url, part, on_bytes, known).bring(session)
                 part.replace(into)
-    except (requests.RequestException, ConnectionError) as error:
-        raise _not_downloaded(url, error) from error
     except OSError as error:
         raise storage_problem(error, f"downloading to {into}") from error
     return into
+
+
+def page(url: str, most: int, *, authorization: str | None = None) -> bytes:
+    """Return what a server answers, which is short.
+
+    Args:
+        most: the largest number of bytes.
+        authorization: as in `fetch`.
+
+    Raises:
+        NotDownloaded: as `fetch`, or the answer is too large.
+    """
+    with _session(url, authorization) as session, session.get(url, stream=True, timeout=_TIMEOUT) as response:
+        response.raise_for_status()
+        if url.startswith("https:") and not response.url.startswith("https:"):
+            raise _not_accepted(url, "the server redirects to an address without TLS")
+        content = bytearray()
+        for chunk in response.iter_content(_CHUNK):
+            content += chunk
+            if len(content) > most:
+                raise _not_accepted(url, f"the answer has more than {most} bytes")
+    return bytes(content)
+
+
+@contextmanager
+def _session(url: str, authorization: str | None, fingerprint: str = "") -> "Iterator[requests.Session]":
+    """Yield a session; what goes wrong with the server in this context is `NotDownloaded`."""
+    import requests
+
+    try:
+        with requests.Session() as session:
+            if authorization is not None:
+                _log_in(session, authorization)
+            session.verify = certificates()
+            if fingerprint:
+                _pin(session, fingerprint)
+            yield session
+    except (requests.RequestException, ConnectionError) as error:
+        raise _not_downloaded(url, error) from error
 
 
 def certificates() -> str | bool:
@@ -85,6 +143,20 @@ def _pin(session: "requests.Session", fingerprint: str) -> None:
     adapter.init_poolmanager(1, 1, assert_fingerprint=fingerprint)
     # Nor do the proxies and logins that this user has for other servers.
     session.verify = session.trust_env = False
+
+
+def _log_in(session: "requests.Session", authorization: str) -> None:
+    """Send this header to the host that is asked, and no login to another one that it redirects to."""
+
+    # Its method is replaced, and another one of it has no types.
+    changed: Any = session
+
+    def at_redirect(request: "requests.PreparedRequest", response: "requests.Response") -> None:
+        if changed.should_strip_auth(response.request.url, request.url):
+            request.headers.pop("Authorization", None)
+
+    # Otherwise requests looks for a login of the other host in ~/.netrc.
+    session.auth, changed.rebuild_auth = sign(authorization), at_redirect
 
 
 def sign(authorization: str) -> "Callable[[requests.PreparedRequest], requests.PreparedRequest]":
@@ -115,50 +187,121 @@ def _not_downloaded(url: str, error: OSError) -> NotDownloaded:
         kind, hint = "server", "correct the address, then run the same command again"
     cause = str(error).split("(Caused by")[-1].strip(" )")[:200]
     failure = NotDownloaded(f"{url} could not be downloaded", cause=cause, hint=hint)
-    failure.url, failure.kind = url, kind
+    failure.url, failure.kind, failure.status = url, kind, status
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        failure.reason = error.response.headers.get("X-Error-Code", "")
     failure.again = kind == "network" or status == _TOO_MANY or status >= _SERVER_ERROR
     return failure
 
 
+def _not_accepted(url: str, why: str) -> NotDownloaded:
+    """Return the error of an answer that is not what it must be."""
+    hint = "run the same command again; if the error remains, the server has another file than it announces"
+    failure = NotDownloaded(f"{url} was not accepted", cause=why, hint=hint)
+    failure.url, failure.kind = url, "damaged"
+    return failure
+
+
 @contextmanager
-def _locked(into: Path) -> Iterator[None]:
+def _locked(into: Path, part: Path, lock: Path, on_bytes: Callable[[int, int], None]) -> Iterator[None]:
     """Lock the download: of two runs that share a cache, the second waits and finds the file."""
-    handle = into.with_name(f".{into.name}.lock")
-    for each in (into, into.with_name(into.name + ".part"), handle):
+    for each in (into, part, lock):
         if os.path.lexists(each) and not each.is_file():
             raise Storage(f"{each} is not a file, but downloads go there", hint=f"delete it: `rm -r {each}`")
-    with open(handle, "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with open(lock, "wb") as handle:
+        while not _has_locked(handle.fileno()):
+            # Whoever wants to stop this thread does so there.
+            on_bytes(0, 0)
+            time.sleep(0.05)
         yield
 
 
-def _headers(part: Path) -> dict[str, str]:
-    # A compressed transfer would contain other bytes than those whose hash is known.
-    plain = {"Accept-Encoding": "identity"}
-    return {**plain, "Range": f"bytes={part.stat().st_size}-"} if part.exists() else plain
-
-
-def _is_complete(response: "requests.Response", part: Path) -> bool:
-    """Return whether a killed run had already received everything: the server then answers 416."""
-    if response.status_code != 416:
+def _has_locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
-    if response.headers.get("Content-Range") == f"bytes */{part.stat().st_size}":
+    return True
+
+
+class _Arrival(Struct, frozen=True):
+    """A download from `url` into `part`."""
+
+    url: str
+    part: Path
+    on_bytes: Callable[[int, int], None]
+    known: Known | None
+
+    def bring(self, session: "requests.Session") -> None:
+        """Complete `part`, and compare it with what is known."""
+        hasher = self.known.hasher() if self.known else None
+        if not self._ask(session, hasher) and hasher:
+            self._read_into(hasher)
+        if self.known and hasher and hasher.hexdigest() != self.known.digest:
+            self.part.unlink()
+            found = f"expected {hasher.name} {self.known.digest}, found {hasher.hexdigest()}"
+            raise _not_accepted(self.url, found)
+
+    def _ask(self, session: "requests.Session", hasher: "hashlib._Hash | None") -> bool:
+        """Ask the server for what is missing; return whether anything was received."""
+        if self.known and self._size() > self.known.size:
+            self.part.unlink()
+        if self.known and self.part.exists() and self._size() == self.known.size:
+            return False
+        with session.get(self.url, stream=True, timeout=_TIMEOUT, headers=self._headers()) as response:
+            if self._is_complete(response):
+                return False
+            response.raise_for_status()
+            self._receive(response, hasher)
         return True
-    part.unlink()
-    return False
 
+    def _size(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
 
-def _receive(response: "requests.Response", part: Path, on_bytes: Callable[[int, int], None]) -> None:
-    size = part.stat().st_size if part.exists() else 0
-    resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {size}-")
-    if response.status_code == 206 and not resumed:
-        raise ConnectionError("the server sent another range than the requested one")
-    done = size if resumed else 0
-    total = done + int(response.headers.get("Content-Length", 0))
-    with open(part, "ab" if resumed else "wb") as out:
-        for chunk in response.iter_content(_CHUNK):
-            out.write(chunk)
-            done += len(chunk)
-            on_bytes(done, total)
-    if total and done < total:
-        raise ConnectionError(f"the connection closed after {done} of {total} bytes")
+    def _read_into(self, hasher: "hashlib._Hash") -> None:
+        with open(self.part, "rb") as file:
+            while content := file.read(1 << 20):
+                hasher.update(content)
+
+    def _headers(self) -> dict[str, str]:
+        # A compressed transfer would contain other bytes than those whose hash is known.
+        plain = {"Accept-Encoding": "identity"}
+        return {**plain, "Range": f"bytes={self._size()}-"} if self.part.exists() else plain
+
+    def _is_complete(self, response: "requests.Response") -> bool:
+        """Return whether a killed run had already received everything: the server then answers 416."""
+        if response.status_code != 416:
+            return False
+        if self.part.exists() and response.headers.get("Content-Range") == f"bytes */{self._size()}":
+            return True
+        self.part.unlink(missing_ok=True)
+        return False
+
+    def _receive(self, response: "requests.Response", hasher: "hashlib._Hash | None") -> None:
+        size = self._size()
+        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {size}-")
+        if response.status_code == 206 and not resumed:
+            raise ConnectionError("the server sent another range than the requested one")
+        done = size if resumed else 0
+        total = done + int(response.headers.get("Content-Length", 0))
+        if self.known:
+            if "Content-Length" in response.headers and total != self.known.size:
+                raise _not_accepted(self.url, f"it has {total} bytes instead of {self.known.size}")
+            total = self.known.size
+        if hasher and resumed:
+            self._read_into(hasher)
+        with open(self.part, "ab" if resumed else "wb") as out:
+            for chunk in response.iter_content(_CHUNK):
+                done += len(chunk)
+                if self.known and done > total:
+                    raise _not_accepted(self.url, f"it has more than {total} bytes")
+                out.write(chunk)
+                if hasher:
+                    hasher.update(chunk)
+                self.on_bytes(done, total)
+            if self.known:
+                # It gets its name only when it would survive a loss of power.
+                out.flush()
+                os.fsync(out.fileno())
+        if total and done < total:
+            raise ConnectionError(f"the connection closed after {done} of {total} bytes")

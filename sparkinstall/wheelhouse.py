@@ -247,7 +247,7 @@ class _Downloading(Struct):
         if address.scheme == "file":
             self._copy(Path(unquote(address.path)), part)
         else:
-            self._fetch(wheel.url, part, self.how.logins.get(address.netloc, ""))
+            self._fetch(wheel.url, part, self.how.logins.get(address.netloc))
         found = sha256_of(part)
         if is_right := wheel.sha256 in (found, ""):
             self.house.adopt(part, found)
@@ -263,7 +263,7 @@ class _Downloading(Struct):
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, to)
 
-    def _fetch(self, url: str, to: Path, authorization: str) -> None:
+    def _fetch(self, url: str, to: Path, authorization: str | None) -> None:
         def tell(done: int, total: int) -> None:
             self._tell(to.name, done, total)
 
@@ -323,6 +323,12 @@ def folder_locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
             processes.refuse_if_stopped()
             time.sleep(0.05)
         yield
+
+
+def is_folder_locked(path: Path) -> bool:
+    """Return whether another run has locked the folder, which may be missing."""
+    with _folder(path) as handle:
+        return handle is not None and not _is_locked(handle)
 
 
 @contextmanager

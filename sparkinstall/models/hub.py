@@ -40,7 +40,7 @@ def is_name(text: str) -> bool:
 
 def cached(model: str, revision: str = "") -> LocalFiles | None:
     """Return the whole snapshot of a model in the user's cache of the hub, None if there is none."""
-    folder = _cache() / f"models--{model.replace('/', '--')}"
+    folder = cache_folder() / f"models--{model.replace('/', '--')}"
     commit = revision
     if not _COMMIT.fullmatch(revision):
         try:
@@ -67,12 +67,21 @@ def _is_whole(files: LocalFiles) -> bool:
 
 def _home() -> Path:
     below = os.environ.get("XDG_CACHE_HOME") or str(given.home() / ".cache")
-    return Path(os.path.expanduser(os.environ.get("HF_HOME") or f"{below}/huggingface"))
+    return _absolute(os.environ.get("HF_HOME") or f"{below}/huggingface", "HF_HOME")
 
 
-def _cache() -> Path:
+def _absolute(named: str, variable: str) -> Path:
+    return given.absolute(os.path.expandvars(named), variable)
+
+
+def cache_folder() -> Path:
+    """Return the folder of the hub's cache, as the hub's own client finds it.
+
+    Raises:
+        BadUsage: a variable names a path that cannot be used, or the user has no home folder.
+    """
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(os.path.expanduser(named)) if named else _home() / "hub"
+    return _absolute(named, "HF_HUB_CACHE") if named else _home() / "hub"
 
 
 def token() -> str:

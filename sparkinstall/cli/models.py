@@ -1,0 +1,193 @@
+"""`sparkinstall models`: pull models from the hub into its cache; list, verify or remove them."""
+
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.filesize import decimal
+from rich.status import Status
+from rich.text import Text
+
+from sparkinstall.cli import options
+from sparkinstall.cli.live_output import duration
+from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
+from sparkinstall.cli.text_output import console, headed, shown
+from sparkinstall.core import models as use
+from sparkinstall.core.model_cache import Revision
+from sparkinstall.core.session import Target
+from sparkinstall.errors import Exit
+from sparkinstall.models import listing
+
+app = typer.Typer(
+    add_completion=False,
+    help="Pull models from the hub into its cache; list, verify or remove them.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name on the hub, ORG/NAME.")]
+AnyModel = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="A model's name on the hub; default: all.", show_default=False)
+]
+At = Annotated[str, typer.Option("--revision", metavar="REVISION", help="A branch, a tag or a commit.")]
+
+
+@app.command()
+@verb("models pull")
+def pull(_: Target, output: Output, model: Model, revision: At = listing.MAIN) -> CommandResult:
+    """Download a model into the hub's cache; resume within a file, and check the hash of each one."""
+    del output
+    with _dialog(model) as dialog:
+        done = use.pull(model, revision, dialog)
+    return CommandResult(data=done, show=lambda: _show_pulled(done))
+
+
+def _show_pulled(done: use.Pulled) -> None:
+    print(f"✓ {done.model} ({done.revision} is {done.commit[:12]}): {done.files} files, {decimal(done.size)}, complete")
+    print(f"  {done.path}")
+    if not done.fetched_files:
+        print("  All files were there; nothing was downloaded.")
+
+
+@app.command("list")
+@verb("models list", reads_only=True)
+def list_(_: Target, output: Output) -> CommandResult:
+    """List the models in the hub's cache: revision, size, and whether all files are there."""
+    found = use.listed()
+    return CommandResult(data=found, show=lambda: _show_list(found, output.verbose))
+
+
+def _show_list(found: use.ModelList, verbose: bool) -> None:
+    out = console()
+    out.print(f"{found.folder}: {decimal(found.size)}", markup=False, soft_wrap=True)
+    rows = [(model, each) for model in found.models for each in model.revisions]
+    if rows:
+        table = headed("model", "revision", "size", "files", "")
+        for model, each in rows:
+            size, count = decimal(each.size), str(each.files)
+            table.add_row(*map(Text, (model.id, _named(each), size, count, _completeness(each))))
+        out.print(table)
+    if verbose:
+        for model, each in rows:
+            for path in each.missing:
+                out.print(shown(f"{model.id} {each.commit[:12]}: {path} is missing"), markup=False, soft_wrap=True)
+    elif any(each.missing for _, each in rows):
+        out.print("`-v` names the missing files; `sparkinstall models pull MODEL` downloads them.")
+
+
+def _named(each: Revision) -> str:
+    return shown(f"{each.commit[:12]} ({', '.join(each.refs)})" if each.refs else each.commit[:12])
+
+
+def _completeness(each: Revision) -> str:
+    """Say whether a revision is complete."""
+    if each.complete is None:
+        return "not known: there is no list of its files"
+    return "complete" if each.complete else f"{len(each.missing)} missing"
+
+
+@app.command()
+@verb("models verify")
+def verify(_: Target, output: Output, model: AnyModel = None) -> CommandResult:
+    """Read all files of models and compare their hashes; remove damaged ones; exit 3 if any is damaged or missing."""
+    with _dialog(model or "models") as dialog:
+        found = use.verify(model, dialog)
+    code = Exit.DRIFT if found.damaged or found.incomplete else Exit.GOOD
+    return CommandResult(code, found, lambda: _show_verified(found, output.verbose))
+
+
+def _show_verified(found: use.ModelsVerified, verbose: bool) -> None:
+    for damaged in found.damaged:
+        files = ", ".join(damaged.files) or damaged.blob
+        print(shown(f"✗ {damaged.model}: {files} was damaged and is removed"))
+    for each in found.incomplete:
+        print(shown(f"✗ {each.model} {each.commit[:12]}: {_some(each.missing, verbose)} missing"))
+    for name in found.unknown:
+        print(shown(f"! {name}: there is no list of its files, so one may be missing"))
+    for name in found.unchecked:
+        print(shown(f"! {name}: its name is no hash, so it was not checked"))
+    print(f"{found.checked} files read ({decimal(found.size)}), {len(found.damaged)} damaged.")
+    if again := sorted({each.model for each in found.damaged} | {each.model for each in found.incomplete}):
+        print("To download what is missing: " + ", ".join(f"`sparkinstall models pull {each}`" for each in again))
+
+
+def _some(paths: Sequence[str], verbose: bool) -> str:
+    first = paths if verbose else paths[:3]
+    more = f" and {len(paths) - len(first)} more" if len(first) < len(paths) else ""
+    return ", ".join(first) + more + (" is" if len(paths) == 1 else " are")
+
+
+@app.command()
+@verb("models remove")
+def remove(_: Target, output: Output, model: Model, yes: options.Yes = False) -> CommandResult:
+    """Remove a model from the hub's cache, with all its revisions."""
+
+    def agree(found: use.ListedModel, path: Path) -> None:
+        if not output.json:
+            revisions = ", ".join(map(_named, found.revisions))
+            print(f"{path}: {decimal(found.size)}{f', revision {revisions}' if revisions else ''}")
+        confirm(f"Remove {model}?", agreed=yes, default=False)
+
+    with _dialog(model) as dialog:
+        done = use.remove(model, agree, dialog)
+    return CommandResult(data=done, show=lambda: print(f"Removed {done.model}: {decimal(done.freed)}."))
+
+
+@contextmanager
+def _dialog(name: str) -> Iterator[use.Dialog]:
+    """Yield a dialog on stderr: one line that changes on a terminal, else one for each tenth."""
+    if not sys.stderr.isatty():
+        yield use.Dialog(_Progress(name, None).take, _say)
+        return
+    out = console(stderr=True)
+    # It begins to turn with the first byte: not while a question is asked.
+    status = out.status("", spinner="dots")
+    try:
+        yield use.Dialog(_Progress(name, status).take, lambda text: out.print(shown(text), markup=False))
+    finally:
+        status.stop()
+
+
+def _say(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), shown(text), file=sys.stderr, flush=True)
+
+
+class _Progress:
+    """Bytes, speed and time left of a download or of reading."""
+
+    def __init__(self, name: str, status: Status | None) -> None:
+        self._name, self._status = name, status
+        self._begun: tuple[float, int] | None = None
+        self._tenth = -1
+        self._guard = threading.Lock()
+
+    def take(self, done: int, total: int) -> None:
+        """Show that `done` bytes of `total` have come."""
+        with self._guard:
+            if self._begun is None:
+                self._begun = time.monotonic(), done
+                if self._status:
+                    self._status.start()
+            text = f"{self._name}: {amount(done, total, time.monotonic() - self._begun[0], done - self._begun[1])}"
+            if self._status:
+                self._status.update(Text(text))
+            elif total and 10 * done // total != self._tenth:
+                self._tenth = 10 * done // total
+                _say(text)
+
+
+def amount(done: int, total: int, seconds: float, came: int) -> str:
+    """Return the progress in words.
+
+    Args:
+        seconds, came: how long this run has taken until now, and the bytes that came in it.
+    """
+    text = f"{decimal(done)} of {decimal(total)}"
+    if seconds < 1 or came <= 0:
+        return text
+    speed = came / seconds
+    return f"{text}, {decimal(int(speed))}/s, {duration((total - done) / speed)} left"

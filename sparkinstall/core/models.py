@@ -1,0 +1,330 @@
+"""Models: bring one from the hub into its cache, list and verify what is there, remove one."""
+
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from msgspec import Struct, field
+
+from sparkinstall.core.model_cache import ModelFolder, Revision, folders
+from sparkinstall.downloads import NotDownloaded, fetch
+from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Storage, storage_errors
+from sparkinstall.events import Tell, seldom
+from sparkinstall.models import listing
+from sparkinstall.models.hub import cache_folder
+from sparkinstall.models.listing import HubFile, Listing
+from sparkinstall.schema import nearest, show
+from sparkinstall.system import processes
+
+_AT_ONCE = 4
+_PAUSES = (0.5, 3.0)
+# An attempt that has brought this many bytes does not count: the next one is the first again.
+_ADVANCE = 1 << 20
+_PIECE = 1 << 20
+
+
+class Dialog(Struct, frozen=True):
+    """How a use case talks to the terminal: bytes so far and their total; a sentence."""
+
+    on_bytes: Tell
+    say: Callable[[str], None]
+
+
+class Pulled(Struct, frozen=True):
+    """Result of `models pull`: the snapshot, its size in bytes, and what of it this run has downloaded."""
+
+    model: str
+    revision: str
+    commit: str
+    path: str
+    size: int
+    files: int
+    fetched: int
+    fetched_files: int
+
+
+class ListedModel(Struct, frozen=True):
+    """A model in the cache: what it takes on the disk, and how much of that are parts of files."""
+
+    id: str
+    size: int
+    arriving: int
+    revisions: Sequence[Revision]
+
+
+class ModelList(Struct, frozen=True):
+    """Result of `models list`."""
+
+    folder: str
+    size: int
+    models: Sequence[ListedModel]
+
+
+class DamagedBlob(Struct, frozen=True):
+    """A blob whose content does not have the hash that is its name, and the model's files that it was."""
+
+    model: str
+    blob: str
+    files: Sequence[str]
+
+
+class Incomplete(Struct, frozen=True):
+    """A snapshot of which files are missing."""
+
+    model: str
+    commit: str
+    missing: Sequence[str]
+
+
+class ModelsVerified(Struct, frozen=True):
+    """Result of `models verify`. `unknown`: snapshots without a list of their files, as MODEL@COMMIT.
+
+    `unchecked`: blobs whose name is not a hash.
+    """
+
+    checked: int
+    size: int
+    damaged: Sequence[DamagedBlob]
+    incomplete: Sequence[Incomplete]
+    unknown: Sequence[str]
+    unchecked: Sequence[str]
+
+
+class ModelRemoved(Struct, frozen=True):
+    """Result of `models remove`."""
+
+    model: str
+    path: str
+    freed: int
+
+
+def pull(model: str, revision: str, dialog: Dialog) -> Pulled:
+    """Bring a model into the hub's cache, and let the revision mean it.
+
+    Raises:
+        BadUsage: a name or a variable cannot be right.
+        HubRefused: the hub has no such model, or does not give it to this user.
+        NotDownloaded: a file cannot be downloaded, or is not what the hub's list says. The same command resumes.
+        Storage: the disk is too small, or cannot be written.
+    """
+    folder = ModelFolder(cache_folder(), model)
+    listed = listing.listing(model, revision)
+    _require_no_link(folder)
+    with folder.locked(lambda: dialog.say(f"another run uses {model}: waiting for it")):
+        missing = _missing(folder, listed)
+        needed = _size(missing) - sum(folder.arrived(file) for file in missing)
+        _require_room(folder, needed)
+        folder.begin(listed)
+        _announce(listed, needed, dialog)
+        try:
+            _Downloading(folder, listed, revision, seldom(dialog.on_bytes)).bring(missing)
+        except BaseException:
+            folder.drop_if_empty()
+            raise
+        folder.finish(listed, revision)
+    return Pulled(
+        model=model,
+        revision=revision,
+        commit=listed.commit,
+        path=str(folder.snapshot(listed.commit)),
+        size=_size(listed.files),
+        files=len(listed.files),
+        fetched=needed,
+        fetched_files=len(missing),
+    )
+
+
+def _size(files: Iterable[HubFile]) -> int:
+    return sum({file.digest: file.size for file in files}.values())
+
+
+def _missing(folder: ModelFolder, listed: Listing) -> list[HubFile]:
+    """Return one file for each blob that is missing."""
+    by_digest = {file.digest: file for file in reversed(listed.files)}
+    return [file for file in by_digest.values() if not folder.is_whole(file)]
+
+
+def _require_no_link(folder: ModelFolder) -> None:
+    if folder.path.is_symlink():
+        raise Blocked(f"{folder.path} is a link: what it leads to is not changed", hint="name its cache: HF_HUB_CACHE")
+
+
+def _require_room(folder: ModelFolder, needed: int) -> None:
+    with storage_errors(f"reading {folder.cache}"):
+        place = next(each for each in (folder.path, *folder.path.parents) if each.exists())
+        free = shutil.disk_usage(place).free
+    if needed > free:
+        raise Storage(
+            f"not enough space in {folder.cache}: {_in_gb(needed)} needed, {_in_gb(free)} free",
+            hint="free some space, or set HF_HUB_CACHE to a folder on a larger disk",
+        )
+
+
+def _in_gb(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else f"{size / 1e6:.1f} MB"
+
+
+def _announce(listed: Listing, needed: int, dialog: Dialog) -> None:
+    what = f"{listed.model} at {listed.commit[:12]}: {len(listed.files)} files, {_in_gb(_size(listed.files))}"
+    dialog.say(f"{what}, of which {_in_gb(needed)} are not here yet" if needed else f"{what}, all here")
+
+
+class _Downloading(Struct):
+    """The downloads of a model's files, with their progress as one."""
+
+    folder: ModelFolder
+    listed: Listing
+    revision: str
+    on_bytes: Tell
+    _total: int = 0
+    _done: dict[str, int] = field(default_factory=dict)
+    _failed: bool = False
+    _guard: threading.Lock = field(default_factory=threading.Lock)
+
+    def bring(self, files: Sequence[HubFile]) -> None:
+        """Download, a few at once; the first failure ends all."""
+        self._total = sum(file.size for file in files)
+        self._done = {file.digest: self.folder.arrived(file) for file in files}
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            jobs = [pool.submit(self._one, file) for file in sorted(files, key=lambda each: -each.size)]
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            except BaseException:
+                self._failed = True
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def _one(self, file: HubFile) -> None:
+        blob = self.folder.blobs / file.digest
+        if not self.folder.is_whole(file):
+            # It has another size, because a power loss or another program cut it.
+            with storage_errors(f"removing {blob}"):
+                blob.unlink(missing_ok=True)
+        pauses = list(_PAUSES)
+        while True:
+            before = self._done[file.digest]
+            try:
+                self._fetch(file, blob)
+                return
+            except NotDownloaded as failure:
+                if self._done[file.digest] >= before + _ADVANCE:
+                    pauses = list(_PAUSES)
+                if not failure.again or self._failed or not pauses:
+                    raise listing.refused(failure, self.listed.model, self.revision) from failure
+                time.sleep(pauses.pop(0))
+
+    def _fetch(self, file: HubFile, blob: Path) -> None:
+        def tell(done: int, total: int) -> None:
+            self._tell(file, done if total else self._done[file.digest])
+
+        url = listing.address(self.listed, file)
+        fetch(url, blob, tell, authorization=listing.authorization(), known=self.folder.known(file))
+        self._tell(file, file.size)
+
+    def _tell(self, file: HubFile, done: int) -> None:
+        processes.refuse_if_stopped()
+        if self._failed:
+            raise CommandFailed("another download failed")
+        with self._guard:
+            self._done[file.digest] = done
+            self.on_bytes(sum(self._done.values()), self._total)
+
+
+def listed() -> ModelList:
+    """Return what models are in the cache.
+
+    Raises:
+        Storage: it cannot be read.
+    """
+    cache = cache_folder()
+    with storage_errors(f"reading {cache}"):
+        models = [_listed(each) for each in folders(cache)]
+    return ModelList(str(cache), sum(each.size for each in models), models)
+
+
+def _listed(folder: ModelFolder) -> ListedModel:
+    return ListedModel(folder.model, folder.bytes(), folder.arriving(), folder.revisions())
+
+
+def verify(model: str | None, dialog: Dialog) -> ModelsVerified:
+    """Read the blobs of one model or of all, remove those that are damaged, and name what is missing. No network.
+
+    Raises:
+        BadUsage: the model is not in the cache.
+        Storage: the cache cannot be read, or a damaged blob not be removed.
+    """
+    chosen = [_folder(model)] if model else folders(cache_folder())
+    with storage_errors(f"reading {cache_folder()}"):
+        blobs = [(folder, blob, blob.stat().st_size) for folder in chosen for blob in folder.all_blobs()]
+        total = sum(size for _, _, size in blobs)
+        reading = _Reading(seldom(dialog.on_bytes), total)
+        revisions = [(folder.model, each) for folder in chosen for each in folder.revisions()]
+        damaged = [_removed(folder, blob, dialog) for folder, blob, size in blobs if not reading.is_right(blob, size)]
+    return ModelsVerified(
+        checked=len(blobs),
+        size=total,
+        damaged=damaged,
+        incomplete=[Incomplete(name, each.commit, each.missing) for name, each in revisions if each.complete is False],
+        unknown=[f"{name}@{each.commit}" for name, each in revisions if each.complete is None],
+        unchecked=[f"{folder.model}: {name}" for folder in chosen for name in folder.unchecked()],
+    )
+
+
+class _Reading(Struct):
+    """The blobs that are read, with their progress as one."""
+
+    on_bytes: Tell
+    total: int
+    _done: int = 0
+
+    def is_right(self, blob: Path, size: int) -> bool:
+        """Return whether the content has the hash that is its name."""
+        hasher = listing.hasher(blob.name, size)()
+        with open(blob, "rb") as file:
+            while content := file.read(_PIECE):
+                hasher.update(content)
+                self._done += len(content)
+                self.on_bytes(self._done, self.total)
+        return hasher.hexdigest() == blob.name
+
+
+def _removed(folder: ModelFolder, blob: Path, dialog: Dialog) -> DamagedBlob:
+    files = folder.users(blob)
+    with folder.locked(lambda: dialog.say(f"another run uses {folder.model}: waiting for it")):
+        blob.unlink(missing_ok=True)
+    return DamagedBlob(folder.model, blob.name, files)
+
+
+def remove(model: str, agree: Callable[[ListedModel, Path], None], dialog: Dialog) -> ModelRemoved:
+    """Remove a model from the cache, with all its revisions.
+
+    Args:
+        agree: is given what would be removed; raises if it is to stay.
+
+    Raises:
+        BadUsage: the model is not in the cache.
+        Blocked: its folder is a link to another place.
+        Storage: it cannot be removed.
+    """
+    folder = _folder(model)
+    _require_no_link(folder)
+    with storage_errors(f"reading {folder.path}"):
+        found = _listed(folder)
+    agree(found, folder.path)
+    with folder.locked(lambda: dialog.say(f"another run uses {model}: waiting for it")):
+        folder.remove()
+    return ModelRemoved(model, str(folder.path), found.size)
+
+
+def _folder(model: str) -> ModelFolder:
+    listing.require_model(model)
+    folder = ModelFolder(cache_folder(), model)
+    if not folder.exists():
+        known = [each.model for each in folders(folder.cache)]
+        hint = nearest(model, known) or "`sparkinstall models list` shows what is there"
+        raise BadUsage(f"there is no model {show(model)} in {folder.cache}", hint=hint)
+    return folder

@@ -1,0 +1,45 @@
+"""The hub's own client, huggingface_hub, in the versions of the stacks, each in a folder of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from uv import find_uv_bin
+
+from sparkinstall import stacks
+from tests.lab import cache, commands
+
+SECONDS = 300
+
+
+def versions() -> list[str]:
+    """The versions that the shipped stacks pin."""
+    texts = [each.lock_text() for name in stacks.names() for each in stacks.load(name).platforms.values() if each.lock]
+    found = {match[1] for text in texts if (match := re.search(r"^huggingface-hub==([\d.]+)", text, re.MULTILINE))}
+    return sorted(found)
+
+
+def _installed(version: str) -> Path:
+    def build(place: Path) -> None:
+        argv = [find_uv_bin(), "pip", "install", "--quiet", "--no-progress", "--python", sys.executable]
+        commands.run(*argv, "--target", str(place), f"huggingface_hub=={version}", timeout=SECONDS)
+
+    return cache.kept(f"huggingface-hub-{version}", (version, sys.version), build)
+
+
+def printed(version: str, code: str, **env: str) -> Any:
+    """What a program prints as JSON at its end; it has the client's functions for downloads and its scan."""
+    imported = "import json\nfrom huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download\n"
+    found = subprocess.run(
+        [sys.executable, "-c", imported + code],
+        env={**os.environ, "PYTHONPATH": str(_installed(version)), "HF_HUB_DISABLE_XET": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout.splitlines()[-1])
