@@ -31,7 +31,7 @@ _PREFIXES = (
     # docker build
     r"(?P<who>#\d+) \d+\.\d+ ",
     # Ray's own logger
-    rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWEC]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
+    rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWECF]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
     # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
     rf"\[?\d{{4}}[-/]\d\d[-/]\d\d[T ]{_TIME}(?:Z|[+-]\d\d:?\d\d)?\]? ?(?=\s*\S)"
     rf"(?: ?[\w.-]+ (?={PROGRAM}: ))?",
@@ -40,10 +40,14 @@ _PREFIXES = (
     r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
     r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",
     rf"(?P<kernel>\[(?: *\+?\d+\.\d+ ?|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
+    # the time alone
+    rf"\[{_TIME}\] (?=\S)",
     # vLLM and Ray name the process
     r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
     r"(?P<who>\((?:raylet|autoscaler|gcs_server)\)) ?",
-    r"(?P<who>\[rank\d+\]):? ?",
+    r"(?P<who>\[(?:rank|default)\d+\]):? ?",
+    # launchers put the rank before each line of a process, perhaps twice
+    r"(?P<who>\[\d{1,5}\]) (?=[\[ A-Za-z])",
     # loggers: of vLLM, uvicorn, Python, Ray, glog
     rf"(?P<level>{_LEVEL}) \d\d-\d\d {_TIME} (?:\[[^\]]*:\d+\]|[\w./]+:\d+\]) ?",
     rf"(?P<level>{_LEVEL}) [\w./]+\.py:\d+ -- ",
@@ -51,7 +55,9 @@ _PREFIXES = (
     r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
     rf"\[(?P<level>{_LEVEL})\] ",
-    r"level=(?P<level>\w+) (?:msg=)?",
+    # logfmt, of programs in Go
+    r"(?:time|ts)=(?:\"[^\"]*\"|\S+) (?=level=)",
+    r"level=(?P<level>\w+) (?:(?:source|caller)=\S+ )?(?:msg=)?",
     r"(?:- )?[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
     # what CMake found, which is no error
     r"(?P<cmake>-- )(?=\S)",

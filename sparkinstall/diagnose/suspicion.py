@@ -6,6 +6,23 @@ from sparkinstall.diagnose import tracebacks
 from sparkinstall.diagnose.lines import KERNEL, Line
 from sparkinstall.diagnose.tracebacks import Role
 
+# The texts of the system's error numbers, as C, Go and Rust print them. Those of the second list stand in good logs
+# too, so they count only in what says that it failed.
+_ANSWERS = (
+    "Connection timed out", "No route to host", "Network is unreachable", "Invalid argument", "Cannot allocate memory",
+    "Device or resource busy", "Input/output error", "No such device", "Operation not permitted",
+    "Address already in use", "Resource temporarily unavailable", "Too many open files", "Read-only file system",
+    "Structure needs cleaning", "Stale file handle", "Remote I/O error", "Text file busy", "No buffer space available",
+    "Host is down", "Cannot assign requested address", "Disk quota exceeded", "Argument list too long",
+    "Bad file descriptor",
+)  # fmt: skip
+_OTHER_ANSWERS = (
+    "Operation not supported", "Permission denied", "Protocol error", "Bad message", "Bad address", "Is a directory",
+    "Not a directory", "Value too large for defined data type", "Function not implemented", "Exec format error",
+    "Transport endpoint is not connected", "Too many levels of symbolic links", "File name too long", "No such process",
+    "Numerical result out of range", "Invalid cross-device link",
+)  # fmt: skip
+
 WORDS = (
     "rror", "ERROR", "xception", "FATAL", "Fatal", "fatal", "CRITICAL", "core dumped", "egmentation fault", "egfault",
     "panic", "NCCL WARN", "Main process exited", "Failed with result", "bort", "cannot open shared object", "what(): ",
@@ -13,11 +30,10 @@ WORDS = (
     "command not found", "ssertion", "blocked for more than", "soft lockup", "hard LOCKUP", "undefined symbol",
     "No such file or directory", "Killed", "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error",
     "Illegal instruction", "mlx5_core ", " is required", "DPC: ", "Failed: ", " failed: ", "double free", "corrupted ",
-    "): invalid", "stack smashing", "ermission denied", "Caused by: ", "Memory failure: ", "nvme ",
-    "onnection timed out", "o route to host", "etwork is unreachable", "nvalid argument",
-    "annot allocate memory", "esource busy", "nput/output error", "o such device", "peration not permitted",
-    "ddress already in use", "emporarily unavailable", "oo many open files",
-    "PAGE_FAULT", "arm-smmu", "failed command", "exception Emask", "symbol", "ailed to start", "nable to configure",
+    "): invalid", "stack smashing", "Caused by: ", "Memory failure: ", "nvme ",
+    "PAGE_FAULT", "arm-smmu", "failed command", "exception Emask", "symbol", "ailed to start",
+    "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
+    *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
 
@@ -46,6 +62,10 @@ _SHAPES = (
             r".*(?:cannot open shared object|undefined symbol: |\b[Aa]ssertion\b.* failed)",
             r"Assertion error\b",
             r"Failed: \S",
+            # of glog, and of what says the file and the line of an assertion
+            r"(?:.{0,120}[\]:] +|\s*)Check failed: \S",
+            r"(?:\S+:\d+:? )?(?:[\w:~]+: )?\w*(?:ASSERT|[Aa]ssert)\w*\(.*\):? fail",
+            r"\w+_ASSERT: \S+:\d+: \S",
             r"(?:double free or corruption|corrupted (?:size|double|unsorted))",
             r"(?:malloc|free|realloc|munmap_chunk)\(\): ",
             r"\*\*\* stack smashing",
@@ -69,14 +89,17 @@ _SHAPES = (
             r"[\w.-]+: aborting\b",
             r".*\*\*\* \[.*\] Error \d",
             # what the operating system answered, at the end of a message
-            r".*: (?:Connection timed out|No route to host|Network is unreachable"
-            r"|Invalid argument|Cannot allocate memory|Device or resource busy|Input/output error|No such device"
-            r"|Operation not permitted|Address already in use|Resource temporarily unavailable"
-            r"|Too many open files)\.?$",
-            r".*(?:Main process exited|Failed with result|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
+            rf".*: (?i:{'|'.join(_ANSWERS)})[.\"')]*$",
+            rf"(?i:(?=.*\b(?:failed|unable|cannot|could not|couldn't)\b).*: (?:{'|'.join(_OTHER_ANSWERS)})[.\"')]*$)",
+            r".*(?:Main process exited|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
+            # of git, Ansible and many scripts, but not what tells a build that it is in no repository
+            r"fatal: (?!not a git |no (?:names|tags|annotated)|ambiguous argument|(?:detected )?(?:dubious|unsafe) )\S",
+            # of udev: a driver that it could not load; its other programs fail in good logs too
+            r"(?:[\w.:@-]+: )?Process '(?:/\S*/)?(?:modprobe|insmod|nvidia-\S+) [^']*' failed with exit code [1-9]",
         ),
     ),
-    (WEAK, _any(r" *[A-Za-z][\w ]{2,40} failed: [A-Z]\w+ \S")),
+    # what only says that something ended
+    (WEAK, _any(r" *[A-Za-z][\w ]{2,40} failed: [A-Z]\w+ \S", r".*Failed with result")),
 )
 _KERNEL = (
     (
@@ -119,6 +142,13 @@ _KERNEL = (
         ),
     ),
 )
+# One sentence of a small program that logs no levels: what it could not do, and nothing of what it does instead. What
+# it does not find, reach or load may not be needed.
+_COULD_NOT = re.compile(
+    r"(?:Couldn't|Could not|Unable to|Failed to) "
+    r"(?:(?:re)?create|allocate|initiali[sz]e|register|map|bind|attach|modify|launch) [^.;,]{2,80}\.?$"
+    r"|(?:Couldn't|Could not|Unable to) (?:get|open|access|read|write|query|set|mount|run) [^.;,]{2,80}\.?$"
+)
 # Python's own words for an end on request.
 _ASKED_FOR = re.compile(r"(?:[\w.]+\.)?(?:KeyboardInterrupt|SystemExit|CancelledError|GeneratorExit|StopIteration)\b")
 _HANDLED = _any(
@@ -129,12 +159,14 @@ _HANDLED = _any(
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",
     r"\bdial tcp \S+ connect: connection refused|while connecting to upstream",
+    # docker on a request that it refuses, and on a container that has ended
+    r"\bHandler for (?:GET|HEAD|POST|PUT|DELETE) /|closed fifo",
     ignore_case=True,
 )
 # An exception that only passes on that something else failed: a program, a worker.
 _PASSED_ON = re.compile(
     r"[\w.]+: (?:Caught \w+ in |[Cc]ommand .*(?:returned non-zero|failed with)"
-    r"|.{0,80}\bfailed with (?:return|exit) code \d)"
+    r"|(?!Process ').{0,80}\bfailed with (?:return|exit) code \d)"
 )
 # What vLLM's front end logs of a request that it refuses, and the exceptions that it then logs.
 _REFUSING = re.compile(r"\[[\w/]*serving\w*\.py:\d+\]")
@@ -154,6 +186,7 @@ def weight(line: Line, role: Role, number: int) -> int:
     message = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
     if not message.strip() or tracebacks.HEAD in message or _HANDLED.search(message) or _ASKED_FOR.match(message):
         return 0
+    message = message.strip() if role.kind == "exception" else message
     if KERNEL in line.who.split():
         return _first(_KERNEL, message)
     if _REFUSING.search(line.prefix) and (role.kind != "exception" or _REFUSED.match(message)):
@@ -168,7 +201,8 @@ def weight(line: Line, role: Role, number: int) -> int:
         return 0
     # What announces the next line, or continues the one before, tells nothing itself.
     is_whole = not message.startswith(" ") and not (len(message) < _SHORT and message.rstrip().endswith(":"))
-    return _first(_SHAPES, message) or (WEAK if line.level == "error" and is_whole else 0)
+    is_weak = line.level == "error" or (not line.level and "systemd[" not in line.who and _COULD_NOT.match(message))
+    return _first(_SHAPES, message) or (WEAK if is_weak and is_whole else 0)
 
 
 def _first(shapes: tuple[tuple[int, re.Pattern[str]], ...], message: str) -> int:

@@ -18,6 +18,8 @@ _CHAIN = ("During handling of the above exception", "The above exception was the
 _IGNORED = "Exception ignored in"
 _BETWEEN = re.compile(r"\s*$|\s{2}|[\^~]+$|\.\.\.<|\[Previous line repeated|[|+] ")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?::(?: |$)|$)")
+# One that stands as deep as the lines with `File`: a traceback that was pasted or is indented. Code is deeper.
+_INDENTED = re.compile(r"\s+(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|Interrupt|Exit)(?:: \S|$)")
 _MOST_FRAMES = 120
 _MOST_LINES = 1000
 _MOST_PROCESSES = 1000
@@ -45,6 +47,7 @@ class _Process(Struct):
     is_ignored: bool = False
     first: int = 0
     lines: int = 0
+    depth: int = 0
 
 
 class Tracebacks:
@@ -73,6 +76,7 @@ class Tracebacks:
             if process is None or not process.is_open:
                 process = self._begin(key)
             process.frames.append(message)
+            process.depth = _depth(message)
             return _FRAME
         if process is None:
             return _PLAIN
@@ -82,10 +86,14 @@ class Tracebacks:
         if not process.is_open:
             return _PLAIN
         process.lines += 1
-        if self._is_code(process, message) and process.lines < _MOST_LINES:
+        is_exception = self._is_indented_exception(process, message)
+        if not is_exception and self._is_code(process, message) and process.lines < _MOST_LINES:
             process.frames.append(message)
             return _FRAME
-        return self._end(process, number) if _EXCEPTION.match(message) else _PLAIN
+        return self._end(process, number) if is_exception or _EXCEPTION.match(message) else _PLAIN
+
+    def _is_indented_exception(self, process: _Process, message: str) -> bool:
+        return _INDENTED.match(message) is not None and _depth(message) <= process.depth
 
     def _is_code(self, process: _Process, message: str) -> bool:
         """Whether a line belongs to the traceback. Who pastes a log may lose its indentation."""
@@ -101,7 +109,7 @@ class Tracebacks:
         if not process.is_chained:
             process.first = 0
         self._open += not process.is_open
-        process.is_open, process.is_chained, process.lines = True, False, 0
+        process.is_open, process.is_chained, process.lines, process.depth = True, False, 0, 0
         process.frames.clear()
         return process
 
@@ -112,3 +120,7 @@ class Tracebacks:
             process.is_ignored = False
             return _FRAME
         return Role("exception", "\n".join(process.frames), process.first)
+
+
+def _depth(message: str) -> int:
+    return len(message) - len(message.lstrip())
