@@ -9,6 +9,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 KINDS = {
     stat.S_IFREG: "file",
@@ -25,16 +26,24 @@ def tree_digest(*paths: str, exclude: Sequence[str] = (), times: bool = False) -
     """Type, mode, owner and content of every file at and under `paths`, without leaving their filesystems.
 
     `exclude` takes shell patterns that match whole paths; an excluded folder is left out with all that is below.
-    `times` adds the time of the last change, in nanoseconds.
+    `times` adds the time of the last change, in nanoseconds. What is removed meanwhile is left out.
     """
-    seen = {path: os.lstat(path) for start in paths for path in _walk(os.path.abspath(start), exclude)}
-    return {path: _describe(path, info, times) for path, info in sorted(seen.items())}
+    found = {}
+    for path in sorted(path for start in paths for path in _walk(os.path.abspath(start), exclude)):
+        with suppress(FileNotFoundError):
+            found[path] = _describe(path, os.lstat(path), times)
+    return found
 
 
 def _walk(path: str, exclude: Sequence[str]) -> Iterator[str]:
     if any(fnmatch.fnmatchcase(path, pattern) for pattern in exclude) or not os.path.lexists(path):
         return
     yield path
+    with suppress(FileNotFoundError):
+        yield from _below(path, exclude)
+
+
+def _below(path: str, exclude: Sequence[str]) -> Iterator[str]:
     info = os.lstat(path)
     if stat.S_ISDIR(info.st_mode):
         for entry in os.scandir(path):
