@@ -4,10 +4,11 @@ import fcntl
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Struct
 
@@ -17,6 +18,8 @@ from sparkinstall.errors import CommandFailed, Storage, storage_problem
 if TYPE_CHECKING:
     import requests
 
+_Each = TypeVar("_Each")
+_AT_ONCE = 4
 # Small, because a partly received chunk is lost when the connection closes.
 _CHUNK = 1 << 16
 _TIMEOUT = (15, 60)
@@ -47,6 +50,23 @@ class Known(Struct, frozen=True):
     hasher: "Callable[[], hashlib._Hash]"
     part: Path
     lock: Path
+
+
+def in_parallel(work: Callable[[_Each], None], items: Iterable[_Each], stop: Callable[[], None]) -> None:
+    """Do the work for all items, a few at once; the first failure ends all.
+
+    Args:
+        stop: called then, so that what has begun ends too.
+    """
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        jobs = [pool.submit(work, each) for each in items]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException:
+            stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def sha256_of(path: Path) -> str:

@@ -11,7 +11,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -20,7 +19,7 @@ import msgspec
 from msgspec import Struct, field
 
 from sparkinstall import schema
-from sparkinstall.downloads import NotDownloaded, fetch, sha256_of
+from sparkinstall.downloads import NotDownloaded, fetch, in_parallel, sha256_of
 from sparkinstall.errors import Busy, CommandFailed, Storage, storage_errors
 from sparkinstall.events import seldom
 from sparkinstall.own_files import read_regular
@@ -29,7 +28,6 @@ from sparkinstall.system import System, processes
 from sparkinstall.system.local import replace_file
 from sparkinstall.wheel_index import WHEEL_NAME, RemoteWheel, locate, logins, rank, wrong_hash
 
-_AT_ONCE = 4
 _PAUSES = (0.5, 3.0)
 
 
@@ -230,15 +228,10 @@ class _Downloading(Struct):
         """Download, a few at once; the first failure ends all."""
         ordered = sorted(wheels, key=lambda wheel: wheel.size, reverse=True)
         self._sizes = {wheel.name: wheel.size for wheel in ordered}
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            jobs = [pool.submit(self._one, wheel) for wheel in ordered]
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-            except BaseException:
-                self._failed = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        in_parallel(self._one, ordered, self._stop)
+
+    def _stop(self) -> None:
+        self._failed = True
 
     def _one(self, wheel: RemoteWheel) -> None:
         # By its hash: another file of the same name may be arriving too.

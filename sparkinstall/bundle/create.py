@@ -133,7 +133,7 @@ def _own_packages(place: bootstrap.Place) -> list[Path]:
     """
     with folder_locked(user_cache() / "own-packages"), storage_errors("downloading the tool's own packages"):
         folder = bootstrap.own_packages(place)
-        if folder and any(map(_is_damaged, folder.iterdir())):
+        if folder and _has_damage(folder):
             shutil.rmtree(folder)
             folder = bootstrap.own_packages(place)
         if folder:
@@ -144,10 +144,12 @@ def _own_packages(place: bootstrap.Place) -> list[Path]:
     )
 
 
-def _is_damaged(wheel: Path) -> bool:
+def _has_damage(folder: Path) -> bool:
+    """Whether a wheel of a pinned package does not have a hash of the lock."""
     lock = bootstrap.sources()["requirements.lock"].read_text()
-    pinned = map(canonical, _PINNED.findall(lock))
-    return canonical(wheel.name.partition("-")[0]) in pinned and f"sha256:{sha256_of(wheel)}" not in lock
+    pinned = set(map(canonical, _PINNED.findall(lock)))
+    wheels = [each for each in folder.iterdir() if canonical(each.name.partition("-")[0]) in pinned]
+    return any(f"sha256:{sha256_of(each)}" not in lock for each in wheels)
 
 
 def _wheels(order: Order, packed: Packed, on: _Part) -> None:

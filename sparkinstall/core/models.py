@@ -4,13 +4,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from msgspec import Struct, field
 
 from sparkinstall.core.model_cache import ModelFolder, Revision, folders
-from sparkinstall.downloads import NotDownloaded, fetch
+from sparkinstall.downloads import NotDownloaded, fetch, in_parallel
 from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Storage, storage_errors
 from sparkinstall.events import Tell, seldom
 from sparkinstall.models import listing
@@ -19,7 +18,6 @@ from sparkinstall.models.listing import HubFile, Listing
 from sparkinstall.schema import nearest, show
 from sparkinstall.system import processes
 
-_AT_ONCE = 4
 _PAUSES = (0.5, 3.0)
 # An attempt that has brought this many bytes does not count: the next one is the first again.
 _ADVANCE = 1 << 20
@@ -188,15 +186,10 @@ class _Downloading(Struct):
         """Download, a few at once; the first failure ends all."""
         self._total = sum(file.size for file in files)
         self._done = {file.digest: self.folder.arrived(file) for file in files}
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            jobs = [pool.submit(self._one, file) for file in sorted(files, key=lambda each: -each.size)]
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-            except BaseException:
-                self._failed = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        in_parallel(self._one, sorted(files, key=lambda each: -each.size), self._stop)
+
+    def _stop(self) -> None:
+        self._failed = True
 
     def _one(self, file: HubFile) -> None:
         blob = self.folder.blobs / file.digest
