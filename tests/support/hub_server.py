@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+
+from tests.support.local_server import listening
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -54,15 +55,9 @@ def served(hub: Hub) -> Iterator[Hub]:
         def log_message(self, *_: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        hub.url = f"http://127.0.0.1:{listening.server_address[1]}"
-        thread = threading.Thread(target=listening.serve_forever)
-        thread.start()
-        try:
-            yield hub
-        finally:
-            listening.shutdown()
-            thread.join()
+    with listening(Handler) as url:
+        hub.url = url
+        yield hub
 
 
 def _answer(to: BaseHTTPRequestHandler, hub: Hub) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.support.local_server import listening
 
 COMMIT = "c0ffee" * 6 + "c0de"
 LARGE = 1000
@@ -112,16 +113,9 @@ def served(hub: ModelHub) -> Iterator[ModelHub]:
     class Handler(_Handler):
         of = hub
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
-        listening.daemon_threads = True
-        hub.url = f"http://127.0.0.1:{listening.server_address[1]}"
-        thread = threading.Thread(target=listening.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield hub
-        finally:
-            listening.shutdown()
-            thread.join()
+    with listening(Handler) as url:
+        hub.url = url
+        yield hub
 
 
 class _Handler(BaseHTTPRequestHandler):
