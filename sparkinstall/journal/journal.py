@@ -47,7 +47,8 @@ class Journal:
     def __init__(self, home: Path, run: str = "") -> None:
         self.home, self.run = home, run
         self.path = home / "journal.jsonl"
-        self._guard = threading.Lock()
+        # Steps of one phase run at the same time and share the journal. Reentrant: `add` reads the records.
+        self._guard = threading.RLock()
         self._known: list[Record] | None = None
 
     def records(self) -> list[Record]:
@@ -57,11 +58,14 @@ class Journal:
             JournalDamaged: any other line cannot be read.
             Blocked, Storage: the file belongs to another user, or cannot be read.
         """
-        if self._known is None:
-            self._known = list(self._read())
-        return list(self._known)
+        with self._guard:
+            if self._known is None:
+                self._known = list(self._read())
+            return list(self._known)
 
     def _read(self) -> Iterator[Record]:
+        # Before the lines: a run that adds one meanwhile writes its number last.
+        noted = self._noted()
         content = read_state(self.path, JournalDamaged, "put a copy of the journal there, from a backup")
         if content is None:
             if left := [name for name in LEFT_OF_A_JOURNAL if os.path.lexists(self.home / name)]:
@@ -76,25 +80,26 @@ class Journal:
             record = self._parse(number, line)
             last = record.n
             yield record
-        self._require_last(last)
+        # Read again: an uninstall that shortens the journal meanwhile writes the number first.
+        if noted is not None and noted > last and (noted := self._noted()) is not None and noted > last:
+            raise self._lost(
+                f"{self.path} was cut: its last line has the number {last}, but {noted} was written",
+                f"; or delete {self.home / 'journal.last'}, to undo what the lines that are left say",
+            )
 
-    def _require_last(self, last: int) -> None:
-        """Check that the journal ends with its last record, unless an older version wrote it."""
+    def _noted(self) -> int | None:
+        """Return the number of the last record that was written; None if an older version wrote the journal."""
         path = self.home / "journal.last"
         noted = read_state(path, JournalDamaged, f"delete it (`rm -r {path}`): the journal is then taken as it is")
         if noted is None:
-            return
+            return None
         if not _NUMBER.fullmatch(noted):
             raise JournalDamaged(
                 f"{path} is not the number of a line",
                 cause="another program changed the file, or the disk failed",
                 hint=f"delete it (`rm {path}`): the journal is then taken as it is",
             )
-        if int(noted) > last:
-            raise self._lost(
-                f"{self.path} was cut: its last line has the number {last}, but {int(noted)} was written",
-                f"; or delete {path}, to undo what the lines that are left say",
-            )
+        return int(noted)
 
     def _lost(self, message: str, otherwise: str = "") -> JournalDamaged:
         return JournalDamaged(

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sparkinstall.errors import Busy, JournalDamaged, Storage
+from sparkinstall.errors import Busy, JournalDamaged, Problem, Storage
 from sparkinstall.events import Event, silent
+from sparkinstall.journal import journal as journal_module
 from sparkinstall.journal.journal import Journal
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.undo import undo_all
@@ -139,6 +140,48 @@ def test_records_of_several_threads_are_complete_and_numbered(tmp_path: Path) ->
     for thread in threads:
         thread.join()
     assert [record.n for record in Journal(tmp_path).records()] == list(range(1, 161))
+
+
+def test_step_that_reads_first_while_another_adds_loses_no_record(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = Journal(journal.home, "run")
+    adding = threading.Thread(target=shared.add, args=("step", UNDO))
+    read = journal_module.read_state
+
+    def read_slowly(path: Path, kind: type[Problem], hint: str) -> bytes | None:
+        content = read(path, kind, hint)
+        if path.name == "journal.jsonl" and adding.ident is None:
+            adding.start()
+            adding.join(0.5)
+        return content
+
+    monkeypatch.setattr(journal_module, "read_state", read_slowly)
+    assert [record.n for record in shared.records()] == [1, 2, 3]
+    adding.join()
+    shared.add("step", UNDO)
+    assert [record.n for record in Journal(journal.home).records()] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("change", ["add", "rewrite"])
+@pytest.mark.parametrize("after", ["journal.last", "journal.jsonl"])
+def test_journal_that_another_process_changes_while_it_is_read_is_not_called_cut(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, change: str, after: str
+) -> None:
+    other, reader = Journal(journal.home), Journal(journal.home)
+    known, read = other.records(), journal_module.read_state
+    changed: list[Path] = []
+
+    def read_then_change(path: Path, kind: type[Problem], hint: str) -> bytes | None:
+        content = read(path, kind, hint)
+        if path.name == after and not changed:
+            changed.append(path)
+            other.add("step", UNDO) if change == "add" else other.rewrite(known[:1])
+        return content
+
+    monkeypatch.setattr(journal_module, "read_state", read_then_change)
+    reader.records()
+    assert changed
 
 
 def test_original_is_kept_once_readable_by_its_owner_and_checked_when_read(journal: Journal) -> None:
