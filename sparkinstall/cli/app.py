@@ -53,6 +53,7 @@ VERBS = {
         "fit:fit",
         "Tell whether a model fits into a Spark, before it is downloaded; exit 3 if it does not, or that is unknown.",
     ),
+    "ask": ("ask:ask", "Ask the served model one question; its answer appears while it is made."),
     "models": ("models:app", "Pull models from the hub into its cache; list, verify or remove them."),
     "run": ("run:run", "Run only these steps, not those that they need."),
     "cache": ("cache:app", "List, verify or prune the downloads and builds in your cache."),
