@@ -54,7 +54,10 @@ VERBS = {
         "Tell whether a model fits into a Spark, before it is downloaded; exit 3 if it does not, or that is unknown.",
     ),
     "ask": ("ask:ask", "Ask the served model one question; its answer appears while it is made."),
-    "models": ("models:app", "Pull models from the hub into its cache; list, verify or remove them."),
+    "models": (
+        "models:app",
+        "Pull models from the hub into its cache; copy them to other nodes; list, verify or remove them.",
+    ),
     "run": ("run:run", "Run only these steps, not those that they need."),
     "cache": ("cache:app", "List, verify or prune the downloads and builds in your cache."),
     "settings": ("settings:app", "Show every setting and its origin."),

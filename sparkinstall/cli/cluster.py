@@ -10,15 +10,13 @@ from msgspec.structs import replace
 
 from sparkinstall import config as configuration
 from sparkinstall.cli import options
-from sparkinstall.cli.cluster_live import Watch
+from sparkinstall.cli.cluster_live import connected
 from sparkinstall.cli.cluster_proof import verify
 from sparkinstall.cli.cluster_text import end, show_nodes, show_plan
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console
-from sparkinstall.cluster import ssh
 from sparkinstall.cluster.orchestrate import Barrier, Cluster, ClusterOptions, members, options_of
 from sparkinstall.cluster.protocol import Uninstalled
-from sparkinstall.cluster.remote import RemoteNode
 from sparkinstall.cluster.uploads import uploads
 from sparkinstall.config import Config
 from sparkinstall.core import catalogue
@@ -94,19 +92,9 @@ def _opened(hosts: list[str], wanted: ClusterOptions, verbose: bool, *, uploadin
     """Return the nodes; `uploading`: with the files that settings name."""
     settings, files = uploads(wanted.settings) if uploading else (wanted.settings, ())
     catalogue.require_known(wanted.only + wanted.skip, [step.name for step in catalogue.STEPS], "step")
-    with ssh.sockets() as sockets:
-        found = members(hosts, wanted.config)
-        nodes = [
-            RemoteNode(each, ssh.Ssh(each.host, sockets), verbose, options_of(each, found, settings), files)
-            for each in found
-        ]
-        watch = Watch(hosts, verbose)
-        try:
-            yield Cluster(nodes, wanted, watch.tell, watch.end)
-        finally:
-            watch.end()
-            for node in nodes:
-                node.ssh.close()
+    found = members(hosts, wanted.config)
+    with connected(found, wanted, verbose, lambda each: options_of(each, found, settings), files) as opened:
+        yield opened
 
 
 def _settings(target: Target) -> tuple[Config, dict[str, Any]]:

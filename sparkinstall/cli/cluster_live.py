@@ -3,21 +3,25 @@
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 from msgspec import Struct, field
 
 from sparkinstall.cli.live_output import OUTCOMES, LiveTable, Row, duration, shown
-from sparkinstall.cluster.orchestrate import Done, Line, Started, Tell
+from sparkinstall.cluster import ssh
+from sparkinstall.cluster.orchestrate import Cluster, ClusterOptions, Done, Line, Started, Tell
 from sparkinstall.cluster.protocol import Fetched
+from sparkinstall.cluster.remote import Member, RemoteNode
+from sparkinstall.cluster.uploads import Upload
 from sparkinstall.redaction import redact
 
 # Phases that apply nothing have a more specific word than "up to date".
 _DONE = {
-    **dict.fromkeys(("look", "identify", "compare", "token", "status", "ready"), "asked"),
+    **dict.fromkeys(("look", "identify", "compare", "token", "status", "ready", "models"), "asked"),
     **dict.fromkeys(("tcp-bandwidth", "rdma-bandwidth", "nccl-bandwidth"), "measured"),
-    "reach": "reached", "confirm": "confirmed", "copy": "copied", "verify": "proven", "uninstall": "uninstalled",
+    **dict.fromkeys(("copy", "sync"), "copied"),
+    "reach": "reached", "confirm": "confirmed", "verify": "proven", "uninstall": "uninstalled",
 }  # fmt: skip
 
 
@@ -45,6 +49,30 @@ class Watch:
             view, self._view = self._view, None
         if view is not None:
             view.__exit__(None, None, None)
+
+
+@contextmanager
+def connected(
+    members: Sequence[Member],
+    options: ClusterOptions,
+    verbose: bool,
+    words: Callable[[Member], Sequence[str]] = lambda _: (),
+    files: tuple[Upload, ...] = (),
+) -> Iterator[Cluster]:
+    """Yield the nodes with a live view; their connections end with the context.
+
+    Args:
+        words, files: the settings of a node as options, and the files that they name.
+    """
+    with ssh.sockets() as sockets:
+        nodes = [RemoteNode(each, ssh.Ssh(each.host, sockets), verbose, words(each), files) for each in members]
+        watch = Watch([each.host for each in members], verbose)
+        try:
+            yield Cluster(nodes, options, watch.tell, watch.end)
+        finally:
+            watch.end()
+            for node in nodes:
+                node.ssh.close()
 
 
 class _Progress(Struct):

@@ -27,7 +27,7 @@ _BETWEEN = ("measure", "compare")
 def end(cluster: Cluster, show: Callable[[], None], **more: Any) -> CommandResult:
     """Return the result of a verb of `cluster`: `more` is added to the JSON, `show` prints it."""
     cluster.pause()
-    problems = [_named(done.host, problem) for done in cluster.done for problem in done.problems]
+    problems = [named(done.host, problem) for done in cluster.done for problem in done.problems]
     code = Exit.SOME_NODES if cluster.failed else Exit.GOOD
     if cluster.options.json:
         data = {"nodes": [node_data(cluster, node) for node in cluster.nodes], **more}
@@ -40,7 +40,7 @@ def end(cluster: Cluster, show: Callable[[], None], **more: Any) -> CommandResul
     return CommandResult(code, show=tell)
 
 
-def _named(host: str, problem: Problem) -> Problem:
+def named(host: str, problem: Problem) -> Problem:
     """Return the problem prefixed with its node, for the list of all errors."""
     named = copy(problem)
     named.message = problem.message if host in problem.message else f"{host}: {problem.message}"

@@ -10,6 +10,7 @@ from typing import Any
 
 from msgspec import Struct, field
 from rich.console import Console, Group, RenderableType
+from rich.filesize import decimal
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
@@ -200,6 +201,31 @@ def duration(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     return f"{seconds:.0f} s" if seconds < 60 else f"{int(seconds) // 60} m {int(seconds) % 60:02d} s"
+
+
+class Pace:
+    """The words for bytes that come: how many of how many, how fast, and the time left. It begins with the first."""
+
+    def __init__(self) -> None:
+        self._begun: tuple[float, int] | None = None
+
+    def words(self, done: int, total: int) -> str:
+        """Return them for `done` bytes of `total`."""
+        began, first = self._begun = self._begun or (time.monotonic(), done)
+        return amount(done, total, time.monotonic() - began, done - first)
+
+
+def amount(done: int, total: int, seconds: float, came: int) -> str:
+    """Return the progress in words.
+
+    Args:
+        seconds, came: how long this run has taken until now, and the bytes that came in it.
+    """
+    text = f"{decimal(done)} of {decimal(total)}"
+    if seconds < 1 or came <= 0:
+        return text
+    speed = came / seconds
+    return f"{text}, {decimal(int(speed))}/s, {duration((total - done) / speed)} left"
 
 
 class _Lines:

@@ -1,4 +1,4 @@
-"""`sparkinstall models`: pull models from the hub into its cache; list, verify or remove them."""
+"""`sparkinstall models`: pull models from the hub into its cache; sync, list, verify or remove them."""
 
 import sys
 import threading
@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from msgspec.structs import asdict
 from rich.filesize import decimal
 from rich.status import Status
 from rich.text import Text
 
 from sparkinstall.cli import options
-from sparkinstall.cli.live_output import duration
+from sparkinstall.cli.live_output import Pace
+from sparkinstall.cli.model_nodes import Others, asked, synced
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console, headed, shown
 from sparkinstall.core import models as use
@@ -25,7 +27,7 @@ from sparkinstall.models import listing
 
 app = typer.Typer(
     add_completion=False,
-    help="Pull models from the hub into its cache; list, verify or remove them.",
+    help="Pull models from the hub into its cache; copy them to other nodes; list, verify or remove them.",
     no_args_is_help=True,
 )
 
@@ -53,24 +55,58 @@ def _show_pulled(done: use.Pulled) -> None:
         print("  All files were there; nothing was downloaded.")
 
 
+@app.command()
+@verb("models sync")
+def sync(
+    target: Target,
+    output: Output,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL]... [NODE]...",
+            help="Models, ORG/NAME (default: all that are complete), then nodes as you write them after `ssh` "
+            "(default: the workers, if this is the head).",
+            show_default=False,
+        ),
+    ] = None,
+) -> CommandResult:
+    """Copy models from this machine's cache to those of other nodes over the link; only what they lack, resumable."""
+    return synced(words or (), target, output)
+
+
 @app.command("list")
 @verb("models list", reads_only=True)
-def list_(_: Target, output: Output) -> CommandResult:
-    """List the models in the hub's cache: revision, size, and whether all files are there."""
-    found = use.listed()
-    return CommandResult(data=found, show=lambda: _show_list(found, output.verbose))
+def list_(
+    target: Target,
+    output: Output,
+    nodes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NODE]...",
+            help="Nodes to ask, as you write them after `ssh`; default: the workers, if this is the head.",
+            show_default=False,
+        ),
+    ] = None,
+) -> CommandResult:
+    """List the models in the hub's cache: revision, size, whether all files are there, and on which nodes too."""
+    found, others = use.listed(), asked(nodes or (), target, output)
+    data = {**asdict(found), "nodes": others.whole, "silent": others.silent}
+    return CommandResult(others.code, data, lambda: _show_list(found, others, output.verbose), others.problems)
 
 
-def _show_list(found: use.ModelList, verbose: bool) -> None:
+def _show_list(found: use.ModelList, others: Others, verbose: bool) -> None:
     out = console()
     out.print(f"{found.folder}: {decimal(found.size)}", markup=False, soft_wrap=True)
     rows = [(model, each) for model in found.models for each in model.revisions]
     if rows:
-        table = headed("model", "revision", "size", "files", "")
+        table = headed("model", "revision", "size", "files", "", *(["complete on"] if others.whole else []))
         for model, each in rows:
             size, count = decimal(each.size), str(each.files)
-            table.add_row(*map(Text, (model.id, _named(each), size, count, _completeness(each))))
+            there = [others.having(f"{model.id}@{each.commit}")] if others.whole else []
+            table.add_row(*map(Text, (model.id, _named(each), size, count, _completeness(each), *there)))
         out.print(table)
+    for host, why in () if others.problems else others.silent.items():
+        out.print(shown(f"! {host} was not asked: {why}"), markup=False, soft_wrap=True)
     if verbose:
         for model, each in rows:
             for path in each.missing:
@@ -160,34 +196,17 @@ class _Progress:
     """Bytes, speed and time left of a download or of reading."""
 
     def __init__(self, name: str, status: Status | None) -> None:
-        self._name, self._status = name, status
-        self._begun: tuple[float, int] | None = None
+        self._name, self._status, self._pace = name, status, Pace()
         self._tenth = -1
         self._guard = threading.Lock()
 
     def take(self, done: int, total: int) -> None:
         """Show that `done` bytes of `total` have come."""
         with self._guard:
-            if self._begun is None:
-                self._begun = time.monotonic(), done
-                if self._status:
-                    self._status.start()
-            text = f"{self._name}: {amount(done, total, time.monotonic() - self._begun[0], done - self._begun[1])}"
+            text = f"{self._name}: {self._pace.words(done, total)}"
             if self._status:
+                self._status.start()
                 self._status.update(Text(text))
             elif total and 10 * done // total != self._tenth:
                 self._tenth = 10 * done // total
                 _say(text)
-
-
-def amount(done: int, total: int, seconds: float, came: int) -> str:
-    """Return the progress in words.
-
-    Args:
-        seconds, came: how long this run has taken until now, and the bytes that came in it.
-    """
-    text = f"{decimal(done)} of {decimal(total)}"
-    if seconds < 1 or came <= 0:
-        return text
-    speed = came / seconds
-    return f"{text}, {decimal(int(speed))}/s, {duration((total - done) / speed)} left"

@@ -10,6 +10,7 @@ from sparkinstall.cli import options
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cluster import agent, bandwidth
 from sparkinstall.cluster.protocol import Confirmed, Reached, Reply
+from sparkinstall.core.models import listed
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.errors import Exit
 from sparkinstall.probes.bandwidth import SECONDS, known
@@ -77,6 +78,18 @@ def offer(
 def fetch(target: Target, _: Output, only: options.Only = None) -> CommandResult:
     """Fetch missing artifacts from the head; its `Introduction` is on stdin."""
     return CommandResult(data=agent.fetch(open_session(target), only or ()))
+
+
+@_command
+def receive(_target: Target, _: Output) -> CommandResult:
+    """Take the models that another machine offers; its `ModelSource` is on stdin."""
+    return CommandResult(data=agent.receive())
+
+
+@_command
+def models(_target: Target, _: Output) -> CommandResult:
+    """Reply which models are in this user's cache of the hub."""
+    return CommandResult(data=listed())
 
 
 @_command

@@ -7,16 +7,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import msgspec
 from msgspec import structs
 
-from sparkinstall.cluster import artifacts, drift
+from sparkinstall.cluster import artifacts, drift, model_copies
 from sparkinstall.cluster.protocol import (
     Fetched,
     Identity,
     Introduction,
     Look,
+    ModelSource,
     Offered,
     Reached,
     Reply,
@@ -33,6 +35,7 @@ from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import rollback
 from sparkinstall.system import Reader
 
+_Introduction = TypeVar("_Introduction", bound=Introduction)
 _LONGEST_REQUEST = 1 << 22
 _TRIES = 8
 
@@ -151,11 +154,24 @@ def fetch(session: Session, only: Sequence[str]) -> Fetched:
     def progress(done: int, total: int) -> None:
         tell(f"copied {done / 1e9:.1f} of {total / 1e9:.1f} GB")
 
-    try:
-        head = msgspec.json.decode(_line(), type=Introduction)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise BadUsage("the introduction of the head on stdin cannot be read") from error
+    head = _introduced(Introduction)
     return artifacts.fetch_missing(session.node, session.system, only, head, progress)
+
+
+def receive() -> Fetched:
+    """Take the models that another machine offers. Its `ModelSource` is on stdin.
+
+    Raises:
+        CopyFailed, Blocked, Storage: as `model_copies.receive`.
+    """
+    return model_copies.receive(_introduced(ModelSource))
+
+
+def _introduced(by: type[_Introduction]) -> _Introduction:
+    try:
+        return msgspec.json.decode(_line(), type=by)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise BadUsage("the introduction of the other node on stdin cannot be read") from error
 
 
 def token(session: Session) -> Token:

@@ -9,21 +9,20 @@ certificate.
 
 import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, field
 
 from sparkinstall import schema
+from sparkinstall.cluster.file_client import FileClient
 from sparkinstall.cluster.file_server import DONE, CopyFailed, serving
 from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, Reply, announce
 from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode, repeated
-from sparkinstall.downloads import NotDownloaded, fetch, sha256_of
+from sparkinstall.downloads import NotDownloaded, sha256_of
 from sparkinstall.errors import Interrupted, Problem, storage_errors
 from sparkinstall.events import Tell, seldom
 from sparkinstall.node import Node
@@ -130,16 +129,16 @@ def fetch_missing(node: Node, on: Reader, steps: Sequence[str], head: Introducti
         CopyFailed: the head cannot be reached, or a file is not what it announced. The next copy resumes.
         Storage: the cache cannot be written.
     """
-    copy = _Copy(node, on, head, seldom(tell, _TOLD_EVERY))
+    client = FileClient(node.config.cluster.head, head)
     try:
         with storage_errors("copying from the head"):
-            return copy.of(steps)
+            return _Copy(node, on, client, seldom(tell, _TOLD_EVERY)).of(steps)
     except NotDownloaded as failure:
-        raise CopyFailed(f"the copy from {copy.host} failed: {failure.cause}") from failure
+        raise CopyFailed(f"the copy from {client.host} failed: {failure.cause}") from failure
     finally:
         # If that does not arrive, the head waits in vain for a while.
         with suppress(Problem):
-            copy.content(DONE)
+            client.content(DONE)
 
 
 def understood(listing: bytes) -> Artifacts:
@@ -159,33 +158,14 @@ class _Copy(Struct, frozen=True):
 
     node: Node
     on: Reader
-    head: Introduction
+    head: FileClient
     on_bytes: Tell
-
-    @property
-    def host(self) -> str:
-        return self.node.config.cluster.head
-
-    @property
-    def authorization(self) -> str:
-        return f"Bearer {self.head.token}"
-
-    def url(self, path: str) -> str:
-        return f"https://{self.host}:{self.head.port}{quote(path)}"
-
-    def get(self, path: str, into: Path, on_bytes: Tell) -> Path:
-        url = self.url(path)
-        return fetch(url, into, on_bytes, authorization=self.authorization, fingerprint=self.head.fingerprint)
-
-    def content(self, path: str) -> bytes:
-        with tempfile.TemporaryDirectory() as scratch:
-            return self.get(path, Path(scratch, "content"), lambda *_: None).read_bytes()
 
     def of(self, steps: Sequence[str]) -> Fetched:
         """Take the artifacts of these steps."""
-        offered = understood(self.content(_LIST))
+        offered = understood(self.head.content(_LIST))
         wheels = self._wheels(offered.wheels) if "environment" in steps else []
-        logins = {f"{self.host}:{self.head.port}": self.authorization}
+        logins = {self.head.netloc: self.head.authorization}
         wheelhouse(self.node).download(wheels, Downloads(self.on_bytes, logins, self.head.fingerprint))
         library, why = self._library(offered.nccl) if "nccl" in steps and offered.nccl else (0, "")
         sizes = [*(each.size for each in wheels), *([library] if library else [])]
@@ -201,7 +181,7 @@ class _Copy(Struct, frozen=True):
         hashes = {digest for pin in house.missing(pins) for digest in pin.hashes}
         unhashed = {RemoteWheel(pin.url, "").name for pin in pins if pin.url and not pin.hashes} - house.listed().keys()
         wanted = (each for each in offered if f"sha256:{each.sha256}" in hashes or each.name in unhashed)
-        return [RemoteWheel(self.url(_of_wheel(each.name)), each.sha256, each.size) for each in wanted]
+        return [RemoteWheel(self.head.url(_of_wheel(each.name)), each.sha256, each.size) for each in wanted]
 
     def _pins(self) -> Sequence[Pin]:
         wheels = self.node.wheels
@@ -226,7 +206,7 @@ class _Copy(Struct, frozen=True):
 
     def _keep(self, kept: Path, stamp: Stamp) -> None:
         arriving = self.node.cache / "nccl/arriving"
-        file = self.get(_LIBRARY, arriving / stamp.sha256, self.on_bytes)
+        file = self.head.get(_LIBRARY, arriving / stamp.sha256, self.on_bytes)
         if (found := sha256_of(file)) != stamp.sha256:
             file.unlink()
             cause = f"expected sha256 {stamp.sha256}, found {found}"

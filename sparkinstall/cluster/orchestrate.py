@@ -137,13 +137,7 @@ def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:
         BadUsage: a host is named twice or cannot be one, or the subnet has too few addresses.
         BadConfig: the addresses or ports of the config cannot be a cluster's.
     """
-    for host in hosts:
-        if ":" in host.removeprefix("ssh://").rpartition("@")[0]:
-            raise BadUsage("the user of a host contains `:`", hint="write user@host; ssh itself asks for a password")
-        if hosts.count(host) > 1:
-            raise BadUsage(f"{host} is named twice", hint="name every node once, the head first")
-        if host.startswith("-") or not host.isprintable() or any(c.isspace() for c in host) or not host:
-            raise BadUsage(f"{host!a} cannot be a host", hint="write it as you would after `ssh`")
+    require_hosts(hosts)
     if len(hosts) == 1:
         return (Member(hosts[0], "single", 0, config.cluster.head),)
     workers = _workers(config, len(hosts) - 1)
@@ -153,6 +147,17 @@ def members(hosts: Sequence[str], config: Config) -> tuple[Member, ...]:
     return tuple(
         Member(h, role, rank, a) for rank, (h, role, a) in enumerate(zip(hosts, roles, addresses, strict=True))
     )
+
+
+def require_hosts(hosts: Sequence[str]) -> None:
+    """Raise BadUsage if a host is named twice or cannot be one."""
+    for host in hosts:
+        if ":" in host.removeprefix("ssh://").rpartition("@")[0]:
+            raise BadUsage("the user of a host contains `:`", hint="write user@host; ssh itself asks for a password")
+        if hosts.count(host) > 1:
+            raise BadUsage(f"{host} is named twice", hint="name every node once, the head first")
+        if host.startswith("-") or not host.isprintable() or any(c.isspace() for c in host) or not host:
+            raise BadUsage(f"{host!a} cannot be a host", hint="write it as you would after `ssh`")
 
 
 def _workers(config: Config, count: int) -> tuple[str, ...]:
@@ -446,6 +451,10 @@ class Cluster(Struct):
             self._barrier()
 
     # --- in parallel
+
+    def on_each(self, phase: str, work: Work) -> None:
+        """Do the work on every node; where it fails on one, the others go on."""
+        self._at_once(phase, self.nodes, work)
 
     def _at_once(self, phase: str, nodes: Sequence[RemoteNode], work: Work) -> None:
         stop = threading.Event()

@@ -209,10 +209,24 @@ class Listening(Struct, frozen=True, rename="kebab"):
     answers_at: tuple[int, ...]
 
 
+class Arriving(Struct, frozen=True, rename={"what": "arriving"}):
+    """The line of a node that takes a model: bytes so far and their total, or a sentence without them."""
+
+    what: str
+    done: int = 0
+    total: int = 0
+
+
 class Introduction(Offer, frozen=True):
     """What a worker reads from its stdin: the head's offer, and the token for it."""
 
     token: str
+
+
+class ModelSource(Introduction, frozen=True):
+    """What a node that takes models reads from its stdin: also the address that offers them."""
+
+    address: str
 
 
 def announce(announcement: Struct) -> None:

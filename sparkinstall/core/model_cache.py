@@ -1,5 +1,6 @@
 """The models in the hub's cache, in the layout of the hub's own client: blobs by hash, snapshots of links, refs."""
 
+import fcntl
 import json
 import os
 import re
@@ -25,6 +26,7 @@ _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _PREFIX = "models--"
 _ARRIVING = ".incomplete"
 _SMALL = 1 << 16
+_SHA256 = 64
 
 
 class Revision(Struct, frozen=True):
@@ -74,6 +76,12 @@ class ModelFolder(Struct, frozen=True):
         with folder_locked(self.locks):
             yield
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Keep other runs from changing this model, but not from reading it."""
+        with folder_locked(self.locks, fcntl.LOCK_SH):
+            yield
+
     # --- reading
 
     def exists(self) -> bool:
@@ -86,6 +94,17 @@ class ModelFolder(Struct, frozen=True):
         except OSError:
             return None
         return None if files is None else Listing(self.model, commit, files)
+
+    def linked(self, commit: str) -> Listing | None:
+        """Return the files of a snapshot by its links; None: one leads to no blob that is named after its hash."""
+        files = []
+        for path in sorted(_walked(top := self.snapshot(commit))):
+            name, size = Path(os.path.realpath(path)).name, _size_of(path)
+            if not path.is_symlink() or not _BLOB.fullmatch(name) or size is None:
+                return None
+            large = len(name) == _SHA256
+            files.append(HubFile(str(path.relative_to(top)), size, "" if large else name, name if large else ""))
+        return Listing(self.model, commit, tuple(files)) if files else None
 
     def is_whole(self, file: HubFile) -> bool:
         """Return whether the blob of a file is there, by its size."""
@@ -181,7 +200,11 @@ class ModelFolder(Struct, frozen=True):
         with storage_errors(f"writing below {self.path}"):
             for folder in (self.blobs, self.path / "snapshots", tree.parent):
                 folder.mkdir(parents=True, exist_ok=True)
-            replace_file(str(tree), json.dumps(msgspec.to_builtins(listing.tree_of(listed)), indent=1).encode(), 0o644)
+            # Of a snapshot that an older client made, git's names of large files are not known.
+            if all(file.blob_id for file in listed.files):
+                replace_file(
+                    str(tree), json.dumps(msgspec.to_builtins(listing.tree_of(listed)), indent=1).encode(), 0o644
+                )
 
     def drop_if_empty(self) -> None:
         """Remove the folder if nothing of the model has come."""
@@ -189,8 +212,8 @@ class ModelFolder(Struct, frozen=True):
             with storage_errors(f"removing {self.path}"):
                 shutil.rmtree(self.path, ignore_errors=True)
 
-    def finish(self, listed: Listing, revision: str) -> None:
-        """Link all files into the snapshot, then let the revision mean it. All blobs are there.
+    def finish(self, listed: Listing, refs: Iterable[str]) -> None:
+        """Link all files into the snapshot, then let the branches and tags mean it. All blobs are there.
 
         Raises:
             Storage: it cannot be written.
@@ -206,8 +229,10 @@ class ModelFolder(Struct, frozen=True):
                 _link(place, file)
             if place != snapshot:
                 place.rename(snapshot)
-            if revision != listed.commit:
-                ref = self.path / "refs" / revision
+            for name in refs:
+                if name == listed.commit:
+                    continue
+                ref = self.path / "refs" / name
                 ref.parent.mkdir(parents=True, exist_ok=True)
                 replace_file(str(ref), listed.commit.encode(), 0o644)
 

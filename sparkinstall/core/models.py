@@ -1,16 +1,19 @@
-"""Models: bring one from the hub into its cache, list and verify what is there, remove one."""
+"""Models: bring one from the hub, or from another node, into the hub's cache; list, verify and remove what is there."""
 
+import os
+import pwd
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from msgspec import Struct, field
 
 from sparkinstall.core.model_cache import ModelFolder, Revision, folders
 from sparkinstall.downloads import NotDownloaded, fetch, in_parallel
-from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Storage, storage_errors
+from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Problem, Storage, storage_errors
 from sparkinstall.events import Tell, seldom
 from sparkinstall.models import listing
 from sparkinstall.models.hub import cache_folder
@@ -29,6 +32,21 @@ class Dialog(Struct, frozen=True):
 
     on_bytes: Tell
     say: Callable[[str], None]
+
+
+class Origin(Struct, frozen=True):
+    """Where the files of a model are downloaded from.
+
+    Attributes:
+        address: that of a file.
+        authorization, fingerprint: as in `fetch`.
+        explained: what a failed download means there.
+    """
+
+    address: Callable[[HubFile], str]
+    authorization: str
+    explained: Callable[[NotDownloaded], Problem]
+    fingerprint: str = ""
 
 
 class Pulled(Struct, frozen=True):
@@ -110,32 +128,55 @@ def pull(model: str, revision: str, dialog: Dialog) -> Pulled:
     """
     folder = ModelFolder(cache_folder(), model)
     listed = listing.listing(model, revision)
-    _require_no_link(folder)
-    with folder.locked(lambda: dialog.say(f"another run uses {model}: waiting for it")):
-        missing = _missing(folder, listed)
-        needed = _size(missing) - sum(folder.arrived(file) for file in missing)
-        _require_room(folder, needed)
-        folder.begin(listed)
-        _announce(listed, needed, dialog)
-        try:
-            _Downloading(folder, listed, revision, seldom(dialog.on_bytes)).bring(missing)
-        except BaseException:
-            folder.drop_if_empty()
-            raise
-        folder.finish(listed, revision)
+    hub = Origin(
+        partial(listing.address, listed),
+        listing.authorization(),
+        lambda failure: listing.refused(failure, model, revision),
+    )
+    fetched, files = bring(folder, listed, (revision,), hub, dialog)
     return Pulled(
         model=model,
         revision=revision,
         commit=listed.commit,
         path=str(folder.snapshot(listed.commit)),
-        size=_size(listed.files),
+        size=size_of(listed.files),
         files=len(listed.files),
-        fetched=needed,
-        fetched_files=len(missing),
+        fetched=fetched,
+        fetched_files=files,
     )
 
 
-def _size(files: Iterable[HubFile]) -> int:
+def bring(folder: ModelFolder, listed: Listing, refs: Sequence[str], origin: Origin, dialog: Dialog) -> tuple[int, int]:
+    """Download what is missing of a model, then link the snapshot, and at last let the branches and tags mean it.
+
+    Args:
+        refs: names of branches and tags; the commit itself is no further one.
+
+    Returns:
+        The bytes that came, and of how many files.
+
+    Raises:
+        Blocked: the model's folder is a link.
+        Problem: as `origin.explained`; what has come is kept.
+        Storage: the disk is too small, or cannot be written.
+    """
+    require_room(folder.cache, [(folder, listed)])
+    with folder.locked(lambda: dialog.say(f"another run uses {folder.model}: waiting for it")):
+        missing = _missing(folder, listed)
+        needed = _still_needed(folder, listed)
+        folder.begin(listed)
+        _announce(listed, needed, dialog)
+        try:
+            _Downloading(folder, origin, seldom(dialog.on_bytes)).bring(missing)
+        except BaseException:
+            folder.drop_if_empty()
+            raise
+        folder.finish(listed, refs)
+    return needed, len(missing)
+
+
+def size_of(files: Iterable[HubFile]) -> int:
+    """Return the bytes of files, each content once."""
     return sum({file.digest: file.size for file in files}.values())
 
 
@@ -145,20 +186,57 @@ def _missing(folder: ModelFolder, listed: Listing) -> list[HubFile]:
     return [file for file in by_digest.values() if not folder.is_whole(file)]
 
 
+def _still_needed(folder: ModelFolder, listed: Listing) -> int:
+    missing = _missing(folder, listed)
+    return size_of(missing) - sum(folder.arrived(file) for file in missing)
+
+
 def _require_no_link(folder: ModelFolder) -> None:
     if folder.path.is_symlink():
         raise Blocked(f"{folder.path} is a link: what it leads to is not changed", hint="name its cache: HF_HUB_CACHE")
 
 
-def _require_room(folder: ModelFolder, needed: int) -> None:
-    with storage_errors(f"reading {folder.cache}"):
-        place = next(each for each in (folder.path, *folder.path.parents) if each.exists())
-        free = shutil.disk_usage(place).free
+def require_room(cache: Path, models: Sequence[tuple[ModelFolder, Listing]]) -> None:
+    """Check that all these models find room in the cache, and that this user may write there.
+
+    Raises:
+        Blocked: the folder of a model is a link.
+        Storage: there is too little space, or the cache belongs to another user.
+    """
+    for folder, _ in models:
+        _require_no_link(folder)
+        _require_writable(folder)
+    needed = sum(_still_needed(*each) for each in models)
+    with storage_errors(f"reading {cache}"):
+        free = shutil.disk_usage(_nearest(cache)).free
     if needed > free:
         raise Storage(
-            f"not enough space in {folder.cache}: {_in_gb(needed)} needed, {_in_gb(free)} free",
+            f"not enough space in {cache}: {_in_gb(needed)} needed, {_in_gb(free)} free",
             hint="free some space, or set HF_HUB_CACHE to a folder on a larger disk",
         )
+
+
+def _require_writable(folder: ModelFolder) -> None:
+    with storage_errors(f"reading {folder.cache}"):
+        place = _nearest(folder.blobs)
+        owner = place.stat().st_uid
+        if owner != os.geteuid() and not os.access(place, os.W_OK | os.X_OK):
+            raise Storage(
+                f"{place} belongs to another user ({_name_of(owner)}), so {folder.model} cannot be stored there",
+                hint="run it as that user, or set HF_HUB_CACHE to a folder of your own",
+            )
+
+
+def _name_of(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return str(user)
+
+
+def _nearest(path: Path) -> Path:
+    """Return the path, or the next one above it that exists."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def _in_gb(size: int) -> str:
@@ -166,7 +244,7 @@ def _in_gb(size: int) -> str:
 
 
 def _announce(listed: Listing, needed: int, dialog: Dialog) -> None:
-    what = f"{listed.model} at {listed.commit[:12]}: {len(listed.files)} files, {_in_gb(_size(listed.files))}"
+    what = f"{listed.model} at {listed.commit[:12]}: {len(listed.files)} files, {_in_gb(size_of(listed.files))}"
     dialog.say(f"{what}, of which {_in_gb(needed)} are not here yet" if needed else f"{what}, all here")
 
 
@@ -174,8 +252,7 @@ class _Downloading(Struct):
     """The downloads of a model's files, with their progress as one."""
 
     folder: ModelFolder
-    listed: Listing
-    revision: str
+    origin: Origin
     on_bytes: Tell
     _total: int = 0
     _done: dict[str, int] = field(default_factory=dict)
@@ -207,15 +284,21 @@ class _Downloading(Struct):
                 if self._done[file.digest] >= before + _ADVANCE:
                     pauses = list(_PAUSES)
                 if not failure.again or self._failed or not pauses:
-                    raise listing.refused(failure, self.listed.model, self.revision) from failure
+                    raise self.origin.explained(failure) from failure
                 time.sleep(pauses.pop(0))
 
     def _fetch(self, file: HubFile, blob: Path) -> None:
         def tell(done: int, total: int) -> None:
             self._tell(file, done if total else self._done[file.digest])
 
-        url = listing.address(self.listed, file)
-        fetch(url, blob, tell, authorization=listing.authorization(), known=self.folder.known(file))
+        fetch(
+            self.origin.address(file),
+            blob,
+            tell,
+            authorization=self.origin.authorization,
+            fingerprint=self.origin.fingerprint,
+            known=self.folder.known(file),
+        )
         self._tell(file, file.size)
 
     def _tell(self, file: HubFile, done: int) -> None:
@@ -250,7 +333,7 @@ def verify(model: str | None, dialog: Dialog) -> ModelsVerified:
         BadUsage: the model is not in the cache.
         Storage: the cache cannot be read, or a damaged blob not be removed.
     """
-    chosen = [_folder(model)] if model else folders(cache_folder())
+    chosen = [folder_of(model)] if model else folders(cache_folder())
     with storage_errors(f"reading {cache_folder()}"):
         blobs = [(folder, blob, blob.stat().st_size) for folder in chosen for blob in folder.all_blobs()]
         total = sum(size for _, _, size in blobs)
@@ -303,7 +386,7 @@ def remove(model: str, agree: Callable[[ListedModel, Path], None], dialog: Dialo
         Blocked: its folder is a link to another place.
         Storage: it cannot be removed.
     """
-    folder = _folder(model)
+    folder = folder_of(model)
     _require_no_link(folder)
     with storage_errors(f"reading {folder.path}"):
         found = _listed(folder)
@@ -313,7 +396,12 @@ def remove(model: str, agree: Callable[[ListedModel, Path], None], dialog: Dialo
     return ModelRemoved(model, str(folder.path), found.size)
 
 
-def _folder(model: str) -> ModelFolder:
+def folder_of(model: str) -> ModelFolder:
+    """Return the folder of a model in the cache.
+
+    Raises:
+        BadUsage: the model is not there.
+    """
     listing.require_model(model)
     folder = ModelFolder(cache_folder(), model)
     if not folder.exists():

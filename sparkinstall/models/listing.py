@@ -31,6 +31,8 @@ _LONGEST_REVISION, _LONGEST_PATH, _LONGEST_NAME = 250, 1000, 255
 
 Sha1 = Annotated[str, schema.like(r"[0-9a-f]{40}", "40 hexadecimal digits")]
 Sha256 = Annotated[str, schema.like(r"[0-9a-f]{64}", "64 hexadecimal digits")]
+_Name1 = Annotated[str, schema.like(r"(?:[0-9a-f]{40})?", "40 hexadecimal digits, or nothing")]
+_Name256 = Annotated[str, schema.like(r"(?:[0-9a-f]{64})?", "64 hexadecimal digits, or nothing")]
 Size = Annotated[int, Meta(ge=0, le=1 << 50, title="a number of bytes")]
 
 
@@ -41,12 +43,15 @@ class HubRefused(Problem):
 
 
 class HubFile(Struct, frozen=True):
-    """A file of a model: its path, size in bytes and git's name for it; a large one also has a sha256."""
+    """A file of a model: its path, size in bytes and git's name for it; a large one also has a sha256.
+
+    `blob_id` is "" for a large one if only the cache of an older client is known.
+    """
 
     path: str
-    size: int
-    blob_id: str
-    sha256: str = ""
+    size: Size
+    blob_id: _Name1
+    sha256: _Name256 = ""
 
     @property
     def digest(self) -> str:
@@ -187,7 +192,7 @@ def listing(model: str, revision: str) -> Listing:
     except schema.Malformed as error:
         raise _unusable(url, error.message) from error
     files = tuple(map(_file, info.siblings))
-    if why := require_files(files) or _unlikely(files):
+    if why := unusable(files):
         raise _unusable(url, why)
     if re.fullmatch(r"[0-9a-f]{40}", revision) and revision != info.sha:
         raise _unusable(url, f"it is of another commit, {info.sha}")
@@ -200,9 +205,14 @@ def _file(of: _Sibling) -> HubFile:
     return HubFile(of.rfilename, of.size, of.blob_id)
 
 
-def _unlikely(files: tuple[HubFile, ...]) -> str:
+def unusable(files: tuple[HubFile, ...]) -> str:
+    """Return why a list of a model's files from elsewhere is not used, or ""."""
+    if why := require_files(files):
+        return why
     if not files:
         return "the model has no file"
+    if not all(file.digest for file in files):
+        return "a file has no hash"
     if len(files) > MOST_FILES:
         return f"the model has more than {MOST_FILES} files"
     sizes: dict[str, int] = {}

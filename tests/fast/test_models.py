@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from sparkinstall.cli.models import amount
+from sparkinstall.cli.live_output import amount
 from sparkinstall.models import listing as client
 from tests.support.hub_client import printed, versions
 from tests.support.model_hub import COMMIT, ModelHub, digest, served

@@ -50,6 +50,28 @@ code, data, errors = answers[key] if key else (0, {{"changed": True}}, [])
 print(json.dumps({{"version": 1, "command": verb, "status": "", "exit_code": code, "data": data, "errors": errors}}))
 sys.exit(code)
 """
+# The real program, which believes to be another machine at an address of this one.
+_REAL_TOOL = """\
+#!/bin/sh
+unset HF_HOME XDG_CACHE_HOME
+export PYTHONPATH={checkout}
+exec {through} {python} -c '
+import os, signal
+from pathlib import Path
+from sparkinstall.cli import app
+from sparkinstall.cluster import agent, protocol
+from sparkinstall.core import models
+agent.identify = lambda on: protocol.Identity("{address}", ("{address}",))
+dies = Path.home() / "dies-after"
+told = models._Downloading._tell
+def tell(self, file, done):
+    if dies.exists() and done > int(dies.read_text()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    told(self, file, done)
+models._Downloading._tell = tell
+app.main()
+' "$@"
+"""
 STEPS = ("packages", "environment", "nccl", "fp8", "network", "firewall", "env-files", "ray", "serving")
 VERSIONS = {"python": "3.12.3", "vllm": "0.18.1", "torch": "2.10.0", "ray": "2.60.0", "nccl": "2.28.9 121"}
 
@@ -116,13 +138,25 @@ class FarNodes:
 
     def add(self, host: str, **answers: Any) -> None:
         """Add a node that has sparkinstall of exactly this version."""
+        self._add(host, _TOOL.format(python=sys.executable))
+        self.answer(host, **answers)
+
+    def add_real(self, host: str, address: str, through: str = "") -> Path:
+        """Add a node with the real program, run `through` another one; its home.
+
+        With a number in the file `dies-after` there, the program is killed when a file has that many bytes.
+        """
+        self._add(
+            host, _REAL_TOOL.format(checkout=self.checkout, python=sys.executable, address=address, through=through)
+        )
+        return self.lab / host
+
+    def _add(self, host: str, program: str) -> None:
         tool = self.lab / host / ".local/share/sparkinstall/tool"
         (tool / "bin").mkdir(parents=True)
         (tool / "made-from").write_text(f"{self.digest} /usr/bin/python3\n")
-        program = tool / "bin/sparkinstall"
-        program.write_text(_TOOL.format(python=sys.executable))
-        program.chmod(0o755)
-        self.answer(host, **answers)
+        (tool / "bin/sparkinstall").write_text(program)
+        (tool / "bin/sparkinstall").chmod(0o755)
 
     def answer(self, host: str, **answers: Any) -> None:
         """Set the replies of a node."""

@@ -1,0 +1,260 @@
+"""Copies of models from this machine's cache of the hub to those of other nodes, over the link where there is one.
+
+As with wheels, this machine serves files, and the nodes take what they lack; over ssh they get the server's address,
+the sha256 of its certificate and a token. All bytes are compared with the hash that is a file's name in the cache.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from ipaddress import IPv4Address, IPv4Interface
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from sparkinstall import schema
+from sparkinstall.cluster.artifacts import Secret
+from sparkinstall.cluster.file_client import FileClient
+from sparkinstall.cluster.file_server import CopyFailed, FileServer, serving
+from sparkinstall.cluster.protocol import Arriving, Fetched, Identity, ModelSource, Reply, announce, announced
+from sparkinstall.cluster.remote import OnLine, RemoteNode
+from sparkinstall.core import models
+from sparkinstall.core.model_cache import ModelFolder
+from sparkinstall.downloads import NotDownloaded
+from sparkinstall.errors import BadUsage, Problem
+from sparkinstall.events import seldom
+from sparkinstall.facts import ip, machine
+from sparkinstall.facts.sysfs import NET, text_of
+from sparkinstall.models import ModelError, listing
+from sparkinstall.models.hub import cache_folder
+from sparkinstall.models.listing import HubFile, Listing, Sha1
+from sparkinstall.system import Reader
+
+_LIST = "/list"
+_TOLD_EVERY = 2.0
+
+
+class Snapshot(Struct, frozen=True):
+    """A model at a commit, the branches and tags that mean it, and its files."""
+
+    model: str
+    commit: Sha1
+    refs: tuple[str, ...]
+    files: tuple[HubFile, ...]
+
+    @property
+    def listing(self) -> Listing:
+        return Listing(self.model, self.commit, self.files)
+
+
+# --- what this machine offers
+
+
+def whole(names: Sequence[str]) -> list[Snapshot]:
+    """Return the whole snapshots of these models, or of all that are in the cache.
+
+    Raises:
+        BadUsage: a model is not in the cache, or there is none at all.
+        ModelError: one that was named has no whole snapshot.
+    """
+    found = []
+    for name in names or [each.id for each in models.listed().models]:
+        some = _snapshots(models.folder_of(name))
+        if names and not some:
+            raise _not_whole(models.folder_of(name))
+        found += some
+    if not found:
+        raise BadUsage(f"no model in {cache_folder()} is complete", hint="`sparkinstall models pull MODEL` brings one")
+    return found
+
+
+def _snapshots(folder: ModelFolder) -> list[Snapshot]:
+    complete = (each for each in folder.revisions() if each.complete is not False)
+    some = ((each, folder.listing(each.commit) or folder.linked(each.commit)) for each in complete)
+    return [
+        Snapshot(folder.model, each.commit, tuple(each.refs), listed.files)
+        for each, listed in some
+        if listed and all(map(folder.is_whole, listed.files))
+    ]
+
+
+def _not_whole(folder: ModelFolder) -> ModelError:
+    missing = sorted({path for each in folder.revisions() for path in each.missing})
+    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+    why = f"{', '.join(missing[:3])}{more} missing" if missing else "it has files that are not named after their hash"
+    return ModelError(
+        f"{folder.model} is not complete here",
+        cause=why,
+        hint=f"`sparkinstall models pull {folder.model}` completes it",
+    )
+
+
+def _contents(snapshots: Sequence[Snapshot]) -> Mapping[str, bytes | Path]:
+    blobs = {
+        _of_blob(file): ModelFolder(cache_folder(), each.model).blobs / file.digest
+        for each in snapshots
+        for file in each.files
+    }
+    return {_LIST: msgspec.json.encode(snapshots), **blobs}
+
+
+def _of_blob(file: HubFile) -> str:
+    return f"/blobs/{file.digest}"
+
+
+# --- what a node takes
+
+
+def receive(source: ModelSource) -> Fetched:
+    """Take what is missing here of the models that another machine offers; announce how many bytes have come.
+
+    Raises:
+        CopyFailed: it cannot be reached, or a file is not the announced one. The next run resumes.
+        Blocked, Storage: the cache cannot take them.
+    """
+    client = FileClient(source.address, source)
+    try:
+        offered = understood(client.content(_LIST))
+    except NotDownloaded as failure:
+        raise _failed(source.address, "", failure) from failure
+    places = [(ModelFolder(cache_folder(), each.model), each) for each in offered]
+    models.require_room(cache_folder(), [(folder, each.listing) for folder, each in places])
+    came = [_bring(client, folder, each) for folder, each in places]
+    files, size = sum(files for _, files in came), sum(size for size, _ in came)
+    return Fetched(bool(files), files, size)
+
+
+def _bring(client: FileClient, folder: ModelFolder, offered: Snapshot) -> tuple[int, int]:
+    origin = models.Origin(
+        lambda file: client.url(_of_blob(file)),
+        client.authorization,
+        partial(_failed, client.host, offered.model),
+        client.fingerprint,
+    )
+    on_bytes = seldom(lambda done, total: announce(Arriving(offered.model, done, total)), _TOLD_EVERY)
+    dialog = models.Dialog(on_bytes, lambda text: announce(Arriving(text)))
+    return models.bring(folder, offered.listing, offered.refs, origin, dialog)
+
+
+def _failed(host: str, model: str, failure: NotDownloaded) -> Problem:
+    if failure.kind == "damaged" and model:
+        hint = f"`sparkinstall models verify {model}` at the machine with {host}, then run the same command again"
+        return CopyFailed(f"a file of {model} from {host} is damaged", cause=failure.cause, hint=hint)
+    return CopyFailed(
+        f"the copy from {host} failed", cause=failure.cause, hint="run the same command again: it resumes"
+    )
+
+
+def understood(content: bytes) -> Sequence[Snapshot]:
+    """The list of another machine, which is input as hostile as the hub's.
+
+    Raises:
+        CopyFailed: it cannot be used.
+    """
+    try:
+        found = schema.read_json(tuple[Snapshot, ...], content, "the list of models")
+        for each in found:
+            listing.require_model(each.model)
+            for name in each.refs:
+                listing.require_revision(name)
+    except (schema.Malformed, BadUsage) as error:
+        raise CopyFailed("the other machine's list of models cannot be read", cause=error.message) from error
+    if why := next((why for each in found if (why := listing.unusable(each.files))), ""):
+        raise CopyFailed("the other machine's list of models is refused", cause=why)
+    return found
+
+
+# --- at the terminal
+
+
+class Sync:
+    """Offers snapshots to nodes, each over the fastest network that this machine shares with it.
+
+    `in_words`: how a node's progress is told; it gets (model, bytes so far, total bytes).
+    """
+
+    def __init__(
+        self, snapshots: Sequence[Snapshot], own: "Own", opened: ExitStack, in_words: Callable[[str, Arriving], str]
+    ) -> None:
+        self._own, self._opened, self._in_words = own, opened, in_words
+        self._contents, self._token = _contents(snapshots), Secret()
+        self._servers: dict[str, FileServer] = {}
+        self._guard = threading.Lock()
+
+    def work(self, node: RemoteNode, on_line: OnLine) -> Reply[Fetched]:
+        """Let a node take what it lacks."""
+        there = node.call(Identity, "node", "identify", on_line=on_line)
+        if there.data is None:
+            return Reply(there.code, problems=there.problems)
+        if there.data.machine and there.data.machine == self._own.machine:
+            on_line("this machine has them")
+            return Reply(data=Fetched())
+        address = self._own.shared_with(node.host, there.data.addresses)
+        server = self._server(address)
+        source = ModelSource(server.server_port, server.fingerprint, str(self._token), address)
+        given = msgspec.json.encode(source).decode()
+        return node.call(Fetched, "node", "receive", on_line=self._told(node.host, on_line), stdin=given)
+
+    def _server(self, address: str) -> FileServer:
+        with self._guard:
+            if address not in self._servers:
+                server = serving(address, str(self._token), self._contents)
+                self._servers[address] = self._opened.enter_context(server)
+            return self._servers[address]
+
+    def _told(self, host: str, on_line: OnLine) -> OnLine:
+        def take(line: str) -> None:
+            found = announced(line, Arriving)
+            on_line(self._in_words(host, found) if found else line)
+
+        return take
+
+
+@contextmanager
+def offering(snapshots: Sequence[Snapshot], own: "Own", in_words: Callable[[str, Arriving], str]) -> Iterator[Sync]:
+    """Offer snapshots during this context, in which they stay."""
+    with ExitStack() as opened:
+        for name in sorted({each.model for each in snapshots}):
+            opened.enter_context(ModelFolder(cache_folder(), name).kept())
+        yield Sync(snapshots, own, opened, in_words)
+
+
+class Own(Struct, frozen=True):
+    """This machine: what no other has, and its addresses with the speed of their networks in Mb/s, the link first."""
+
+    machine: str
+    addresses: Sequence[tuple[IPv4Interface, int]]
+
+    def shared_with(self, host: str, addresses: Sequence[str]) -> str:
+        """Return the address at which this machine can be reached over the fastest network that a node is in too.
+
+        Raises:
+            CopyFailed: there is none.
+        """
+        others = [IPv4Address(each) for each in addresses]
+        own = {each.ip for each, _ in self.addresses}
+        shared = [
+            (speed, each.ip)
+            for each, speed in self.addresses
+            if any(other in each.network for other in others if other not in own)
+        ]
+        if not shared:
+            raise CopyFailed(
+                f"this machine and {host} are in no common network",
+                hint="connect them, or run `sparkinstall models pull` there",
+            )
+        # Of several that are as fast the first, which is the link.
+        return str(max(shared, key=lambda each: each[0])[1])
+
+
+def own(on: Reader, link: str) -> Own:
+    """Read what this machine is; `link` is its address on the QSFP link, if it has one."""
+    found = [(IPv4Interface(each), _speed(on, name)) for name, live in ip.live(on).items() for each in live.addresses]
+    return Own(machine.identity(on), sorted(found, key=lambda each: str(each[0].ip) != link))
+
+
+def _speed(on: Reader, interface: str) -> int:
+    told = text_of(on, f"{NET}/{interface}/speed")
+    return int(told) if told.isdigit() else 0
