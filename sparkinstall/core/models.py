@@ -16,7 +16,7 @@ from sparkinstall.downloads import NotDownloaded, fetch, in_parallel
 from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Problem, Storage, storage_errors
 from sparkinstall.events import Tell, seldom
 from sparkinstall.models import listing
-from sparkinstall.models.hub import cache_folder
+from sparkinstall.models.hub import authorization, cache_folder
 from sparkinstall.models.listing import HubFile, Listing
 from sparkinstall.schema import nearest, show
 from sparkinstall.system import processes
@@ -130,7 +130,7 @@ def pull(model: str, revision: str, dialog: Dialog) -> Pulled:
     listed = listing.listing(model, revision)
     hub = Origin(
         partial(listing.address, listed),
-        listing.authorization(),
+        authorization(),
         lambda failure: listing.refused(failure, model, revision),
     )
     fetched, files = bring(folder, listed, (revision,), hub, dialog)

@@ -30,6 +30,8 @@ _WORKERS = 8
 _CHUNK = 1 << 16
 _LONGEST_TOKEN = 4096
 _OFFLINE = ("1", "on", "yes", "true")
+_TOKEN = re.compile(r"[!-~]{1,4096}")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _UNAUTHORIZED, _FORBIDDEN, _NOT_FOUND, _TOO_MANY, _SERVER_ERROR = 401, 403, 404, 429, 500
 
 
@@ -85,11 +87,21 @@ def cache_folder() -> Path:
 
 
 def token() -> str:
-    """Return the token of the user's own login, "" if there is none.
+    """Return the token of the variable HF_TOKEN, else that of the user's own login, or "" if there is none.
 
     Raises:
-        BadUsage: HF_TOKEN_PATH names a file that cannot be read, or the file has no token.
+        BadUsage: what is there is no token, or HF_TOKEN_PATH names a file that cannot be read.
     """
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if found := os.environ.get(name, "").strip():
+            if not _TOKEN.fullmatch(found):
+                # A line break would end the header.
+                raise BadUsage(f"the variable {name} has no token: it must be one word", hint="correct or unset it")
+            return found
+    return _token_of_login()
+
+
+def _token_of_login() -> str:
     named = os.environ.get("HF_TOKEN_PATH")
     path = Path(os.path.expanduser(named)) if named else _home() / "token"
     hint = "log in again, or unset HF_TOKEN_PATH" if named else "log in again: `hf auth login`"
@@ -102,6 +114,15 @@ def token() -> str:
     if not re.fullmatch(rb"[!-~]*", found) or len(found) > _LONGEST_TOKEN:
         raise BadUsage(f"{path} is not the file of a token: it must have one word", hint=hint)
     return found.decode()
+
+
+def authorization() -> str:
+    """Return the Authorization header for the hub, or "". A token never travels unencrypted to another machine."""
+    address = urlsplit(endpoint())
+    if address.scheme == "http" and address.hostname not in _LOOPBACK:
+        return ""
+    found = token()
+    return f"Bearer {found}" if found else ""
 
 
 def endpoint() -> str:
@@ -178,8 +199,7 @@ class HubFiles:
         import requests
 
         session = requests.Session()
-        own = token()
-        session.auth = sign(f"Bearer {own}" if own else "")
+        session.auth = sign(authorization())
         session.verify = certificates()
         return session
 
@@ -211,7 +231,7 @@ class HubFiles:
         known = {
             _UNAUTHORIZED: (
                 f"the hub has no public model {self.model} (401)",
-                "check the name; for a private or gated model log in: `hf auth login`",
+                "check the name; for a private or gated model log in with `hf auth login`, or set HF_TOKEN",
             ),
             _FORBIDDEN: (
                 f"the hub does not let you read {self.model} (403)",

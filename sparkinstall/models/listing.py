@@ -14,15 +14,12 @@ from msgspec import Meta, Struct, field
 from sparkinstall import schema
 from sparkinstall.downloads import NotDownloaded, page
 from sparkinstall.errors import BadUsage, Problem
-from sparkinstall.models.hub import endpoint
-from sparkinstall.models.hub import token as own_token
+from sparkinstall.models.hub import authorization, endpoint, token
 
 MAIN = "main"
 
 _MODEL = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[A-Za-z0-9_][\w.+-]*(?:/[A-Za-z0-9_][\w.+-]*)*", re.ASCII)
-_TOKEN = re.compile(r"[!-~]{1,4096}")
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 LARGEST_ANSWER = 64 << 20
 """Bytes of a list of files."""
@@ -73,33 +70,6 @@ def hasher(digest: str, size: int) -> "Callable[[], hashlib._Hash]":
         return hashlib.sha256
     # Of a name, not of a secret.
     return partial(hashlib.sha1, b"blob %d\0" % size, usedforsecurity=False)
-
-
-# --- this user's login
-
-
-def token() -> str:
-    """Return the token of the variable HF_TOKEN, else that of the user's own login, or "" if there is none.
-
-    Raises:
-        BadUsage: what is there is no token.
-    """
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        if found := os.environ.get(name, "").strip():
-            if not _TOKEN.fullmatch(found):
-                # A line break would end the header.
-                raise BadUsage(f"the variable {name} has no token: it must be one word", hint="correct or unset it")
-            return found
-    return own_token()
-
-
-def authorization() -> str:
-    """Return the Authorization header for the hub, or "". A token never travels unencrypted to another machine."""
-    address = urlsplit(endpoint())
-    if address.scheme == "http" and address.hostname not in _LOOPBACK:
-        return ""
-    found = token()
-    return f"Bearer {found}" if found else ""
 
 
 # --- names

@@ -30,7 +30,9 @@ OLD, NEW = "0.18.1", "0.29.0"
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the user's cache of models nor a login of theirs."""
-    for name in ("HF_TOKEN_PATH", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "HF_HUB_OFFLINE", "HF_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -579,14 +581,24 @@ def test_login_of_the_user_opens_a_private_model(
     assert TOKEN not in output_of(run)
 
 
-def test_token_of_the_environment_and_of_netrc_are_not_sent(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_token_of_netrc_is_not_sent(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert on_hub().returncode == 0
     assert set(hub.logins) == {""}
+
+
+@pytest.mark.parametrize("variable", ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
+def test_token_of_the_environment_wins_over_the_login(
+    variable: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.token = TOKEN
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/token").write_text("hf_of_the_login")
+    monkeypatch.setenv(variable, TOKEN)
+    run = on_hub()
+    assert (run.returncode, set(hub.logins)) == (0, {f"Bearer {TOKEN}"}), output_of(run)
+    assert TOKEN not in output_of(run)
 
 
 def test_token_does_not_follow_to_the_storage(hub: Hub, tmp_path: Path) -> None:
@@ -602,7 +614,7 @@ def test_token_does_not_follow_to_the_storage(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "message", "hint"),
     [
-        (401, "no public model org/model (401)", "hf auth login"),
+        (401, "no public model org/model (401)", "HF_TOKEN"),
         (403, "does not let you read org/model (403)", "accept the model's conditions"),
         (404, "no model org/model with the revision 'main'", "check the name"),
         (429, "answers with 429", "later"),

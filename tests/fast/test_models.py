@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from sparkinstall.cli.live_output import amount
-from sparkinstall.models import listing as client
+from sparkinstall.models import hub as client
+from sparkinstall.models import listing as hub_listing
 from tests.support.hub_client import printed, versions
 from tests.support.model_hub import COMMIT, ModelHub, digest, served
 from tests.support.mounts import resize, small_disk
@@ -386,7 +387,7 @@ def test_answer_for_another_commit_is_refused(hub: ModelHub, home: Path) -> None
 
 @pytest.mark.usefixtures("hub")
 def test_answer_that_is_too_large_is_not_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "LARGEST_ANSWER", 100)
+    monkeypatch.setattr(hub_listing, "LARGEST_ANSWER", 100)
     assert "more than 100 bytes" in _error("pull", MODEL)["cause"]
     assert not home.exists()
 
