@@ -12,6 +12,13 @@ VLLM_UNIT = "vllm.service"
 RAY_UNITS = ("ray-head.service", "ray-worker.service")
 FIREWALL_UNIT = "sparkinstall-firewall.service"
 CLOCK_LOCK_UNIT = "sparkinstall-clock-lock.service"
+LIFE_UNIT = "vllm-life.service"
+LIFE_PROGRAM = "/usr/local/lib/vllm-life.py"
+"""Not below the prefix, which belongs to the user who runs vLLM: root runs this program."""
+LIFE_FOLDER = "/var/lib/vllm-life"
+"""The evidence, and what the proof of life knows after a boot."""
+LIFE_LIVE = "/run/vllm-life"
+"""The folder in memory in which it notes every look."""
 
 
 def unit_path(unit: str) -> str:
@@ -126,6 +133,8 @@ class Layout(_Environment, frozen=True):
     """The render record of the unit files."""
     clock_lock_unit_record = _Below("services/clock-lock-unit.json")
     """The render record of the clock lock's unit, whose step runs beside those of the others."""
+    life_unit_record = _Below("services/life-unit.json")
+    """The render record of the unit that watches vLLM."""
     ray_token = _Below("ray-token")
     """The secret that all nodes of a cluster share; readable only by its owner."""
 

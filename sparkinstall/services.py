@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from sparkinstall.layout import CLOCK_LOCK_UNIT, FIREWALL_UNIT, RAY_UNITS, VLLM_UNIT
+from sparkinstall.layout import CLOCK_LOCK_UNIT, FIREWALL_UNIT, LIFE_UNIT, RAY_UNITS, VLLM_UNIT
 from sparkinstall.node import Node
 
 
@@ -24,9 +24,16 @@ def _of_ray(name: str) -> Unit:
 VLLM = Unit(
     VLLM_UNIT, lambda node: node.config.serving.model is not None and (node.role != "worker" or not node.with_ray)
 )
+# The API is on one node only, whatever the executor.
+LIFE = Unit(
+    LIFE_UNIT,
+    lambda node: node.config.serving.model is not None and node.role != "worker" and node.config.serving.life.enabled,
+    env_file=False,
+)
 UNITS = (
     *map(_of_ray, RAY_UNITS),
     VLLM,
+    LIFE,
     Unit(FIREWALL_UNIT, lambda node: node.filtered, env_file=False),
     Unit(CLOCK_LOCK_UNIT, lambda node: node.config.gpu.max_clock is not None, env_file=False),
 )

@@ -192,8 +192,10 @@ def example() -> str:
 
 
 def _example_section(section: str, of: list[Setting]) -> str:
-    indent = "  " if section else ""
-    lines = [f"{section}:"] if section else []
+    outer, _, name = section.rpartition(".")
+    above = "  " if outer else ""
+    indent = f"{above}  " if section else ""
+    lines = [f"{above}{name}:"] if section else []
     for each in of:
         lines += [f"{indent}# {each.doc}", f"{indent}{each.name.rpartition('.')[2]}: {yaml_value(each.default)}"]
     return "\n".join(lines) + "\n"

@@ -154,7 +154,9 @@ def build(layers: Sequence[Layer]) -> tuple[Config, dict[str, str]]:
         sources[setting.name] = layer.source if layer else "default"
         if layer:
             *sections, leaf = setting.name.split(".")
-            section = values.setdefault(sections[0], {}) if sections else values
+            section = values
+            for each in sections:
+                section = section.setdefault(each, {})
             section[leaf] = _checked(setting, layer.values[setting.name], layer)
     return msgspec.convert(values, Config), sources
 

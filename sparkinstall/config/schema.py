@@ -134,6 +134,42 @@ class FirewallConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = "auto"
 
 
+class LifeConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    enabled: Annotated[
+        bool, doc("Watch whether vLLM generates (the service `vllm-life`), and restart it if it does not.")
+    ] = True
+    every_seconds: Annotated[
+        int,
+        Meta(ge=1, le=300, title="a number of seconds from 1 to 300"),
+        doc("Seconds between two looks at /metrics."),
+    ] = 10
+    still_seconds: Annotated[
+        int,
+        Meta(ge=5, le=7200, title="a number of seconds from 5 to 7200"),
+        doc("Seconds that a busy vLLM may show no sign of life before a probe request decides whether it is wedged."),
+    ] = 300
+    probe_every_seconds: Annotated[
+        int,
+        Meta(ge=5, le=86400, title="a number of seconds from 5 to 86400"),
+        doc("Seconds without a token after which an idle vLLM is asked for one."),
+    ] = 300
+    probe_seconds: Annotated[
+        int,
+        Meta(ge=2, le=1800, title="a number of seconds from 2 to 1800"),
+        doc("The time limit of a probe request, which asks for one token."),
+    ] = 120
+    start_seconds: Annotated[
+        int,
+        Meta(ge=30, le=86400, title="a number of seconds from 30 to 86400"),
+        doc("Seconds from the start of vLLM to its first token, after which it is restarted."),
+    ] = 5400
+    restarts_per_hour: Annotated[
+        int,
+        Meta(ge=0, le=20, title="a number from 0 to 20"),
+        doc("How often it may restart vLLM within an hour; 0: it only saves evidence and tells."),
+    ] = 3
+
+
 class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[
         Argument | None, doc("The model that the unit `vllm` serves (a folder or a name); null: no unit.")
@@ -151,6 +187,7 @@ class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
         doc("vLLM's --max-model-len; 0: 32768 on one node, 16384 on several."),
     ] = 0
     arguments: Annotated[tuple[Argument, ...], doc("Further arguments of `vllm serve`, one word each.")] = ()
+    life: LifeConfig = field(default_factory=LifeConfig)
 
 
 class HubConfig(Struct, frozen=True, forbid_unknown_fields=True):

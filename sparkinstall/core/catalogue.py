@@ -12,6 +12,7 @@ from sparkinstall.steps.environment import Environment
 from sparkinstall.steps.firewall import Firewall
 from sparkinstall.steps.former import Former
 from sparkinstall.steps.fp8 import Fp8
+from sparkinstall.steps.life import Life
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.steps.network import Network
 from sparkinstall.steps.packages import SystemPackages
@@ -29,6 +30,7 @@ STEPS: tuple[Step, ...] = (
     EnvFiles(),
     Ray(),
     Serving(),
+    Life(),
     Former(),
 )
 

@@ -8,10 +8,14 @@ from sparkinstall.core import catalogue, fixes
 from sparkinstall.core.engine import StepReport
 from sparkinstall.core.fixes import FixState
 from sparkinstall.core.session import Session, looked_at
+from sparkinstall.facts.life import LifeState, life_state
+from sparkinstall.services import LIFE
 
 
 class NodeStatus(Struct, frozen=True):
-    """Result of `status`. `since` and `last_change` are UTC; None: nothing is installed."""
+    """Result of `status`. `since` and `last_change` are UTC; None: nothing is installed.
+    `life`: what the proof of life has seen of vLLM; None: none is set up, or it has noted nothing yet.
+    """
 
     installed: bool = False
     stack: str = ""
@@ -22,6 +26,7 @@ class NodeStatus(Struct, frozen=True):
     journal: str = ""
     steps: Sequence[StepReport] = ()
     fixes: Sequence[FixState] = ()
+    life: LifeState | None = None
 
 
 def status(session: Session) -> NodeStatus:
@@ -44,4 +49,5 @@ def status(session: Session) -> NodeStatus:
         journal=str(session.state.home / "journal.jsonl"),
         steps=reports,
         fixes=fixes.stand(node, reports, {}),
+        life=life_state(session.system) if LIFE.wanted(node) else None,
     )

@@ -28,6 +28,15 @@ METRICS_FILE = "vllm/v1/metrics/loggers.py"
 GENERATED_TOKENS = "vllm:generation_tokens_total"
 KV_CACHE_USAGE = ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")
 """Names of the metric, newest first; the second was used before vLLM 0.10."""
+RUNNING_REQUESTS = ("vllm:num_requests_running",)
+WAITING_REQUESTS = ("vllm:num_requests_waiting",)
+MOVES_WITH_THE_ENGINE = (
+    *("vllm:prompt_tokens_total", "vllm:iteration_tokens_total_count", "vllm:num_preemptions_total"),
+    *KV_CACHE_USAGE,
+)
+"""Metrics that only an engine that works changes. While it reads a long prompt in parts, the last one alone moves."""
+SLEEP_STATE = "vllm:engine_sleep_state"
+"""0 with the label `sleep_state="awake"` while it sleeps."""
 _CUDART = re.compile(r"libcudart\.so\.(\d+)")
 
 

@@ -2,7 +2,7 @@
 
 from msgspec import Struct
 
-from sparkinstall.resources import Conflict, Drift, Ok, State
+from sparkinstall.resources import Conflict, Drift, Ok, State, not_a_folder
 from sparkinstall.system import Reader, System
 
 
@@ -32,6 +32,24 @@ class File(Struct, frozen=True):
 
     def apply(self, on: System) -> None:
         on.write(self.path, self.content, self.mode)
+
+
+class OwnFolder(Struct, frozen=True):
+    """A folder that is ours with all that a service will write to it: uninstall removes it with its contents."""
+
+    path: str
+
+    @property
+    def key(self) -> str:
+        return f"folder:{self.path}"
+
+    def check(self, on: Reader) -> State:
+        if stop := not_a_folder(on, self.path):
+            return stop
+        return Ok() if on.entry(self.path) else Drift(f"create the folder {self.path}")
+
+    def apply(self, on: System) -> None:
+        on.claim(self.path)
 
 
 class Link(Struct, frozen=True):

@@ -24,6 +24,7 @@ from sparkinstall.services import UNITS
 from sparkinstall.steps import ray
 from sparkinstall.steps.env_files import EnvFiles
 from sparkinstall.steps.firewall import Firewall
+from sparkinstall.steps.life import Life
 from sparkinstall.steps.ray import Ray
 from sparkinstall.steps.serving import Serving, arguments
 from sparkinstall.system.local import LocalReader
@@ -263,7 +264,7 @@ def inputs_of(node: Node, on: JournaledSystem) -> list[str]:
 @pytest.mark.parametrize("model", [None, "m"])
 def test_wanted_units_are_those_of_the_steps(tmp_path: Path, role: str, executor: str, model: str | None) -> None:
     node = node_of(tmp_path, role, cluster__executor=executor, serving__model=model)
-    steps = [step for step in (Ray(), Serving(), Firewall()) if step.wanted(node)]
+    steps = [step for step in (Ray(), Serving(), Life(), Firewall()) if step.wanted(node)]
     found = [each for step in steps for each in step.resources(node)]
     wanted = {unit.name for unit in UNITS if unit.wanted(node)}
     assert wanted == {each.name for each in found if isinstance(each, Service)}

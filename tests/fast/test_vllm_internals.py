@@ -153,6 +153,17 @@ def test_metrics_of_the_wheel_have_the_names_of_the_probe(release: str) -> None:
     assert any(f'"{name}"' in text for name in vllm.KV_CACHE_USAGE)
 
 
+def test_metrics_of_the_wheel_have_the_names_of_the_proof_of_life(release: str) -> None:
+    text = needed_member(release, vllm.METRICS_FILE).decode()
+    moving = [name for name in vllm.MOVES_WITH_THE_ENGINE if name not in vllm.KV_CACHE_USAGE]
+    for name in (*vllm.RUNNING_REQUESTS, *vllm.WAITING_REQUESTS, *moving, vllm.SLEEP_STATE):
+        # Prometheus' client appends the suffix to the name of a counter or a histogram.
+        assert any(f'"{name.removesuffix(suffix)}"' in text for suffix in ("_total", "_count") if suffix in name) or (
+            f'"{name}"' in text
+        ), name
+    assert '"awake"' in text
+
+
 def test_variables_of_the_env_files_are_known_to_the_wheel(release: str) -> None:
     """Another name would only be a warning in vLLM's log."""
     names = {name for path in asset("templates").glob("*.j2") for name in re.findall(r"\bVLLM_\w+", path.read_text())}

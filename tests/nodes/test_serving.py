@@ -263,6 +263,63 @@ def test_serving_with_a_stopped_engine_fails_despite_health(pair: Pair, unparsed
     assert _findings(pair.head, "single", *_reasoning_settings())["serving"]["verdict"] == "pass"
 
 
+LIFE = "vllm-life.service"
+EVIDENCE = "/var/lib/vllm-life/evidence"
+# Of seconds, where a Spark waits for minutes.
+SHORT = {"every": 1, "still": 10, "probe_every": 6, "probe": 6, "start": 400}
+LIVELY = tuple(f"serving.life.{name}_seconds={seconds}" for name, seconds in SHORT.items())
+
+
+def _set_up_life(node: FreshNode, role: str, *settings: str) -> None:
+    report = _run_step(node, "converge", role, *settings, *LIVELY, "step=life")
+    assert report["outcome"] == "changed", report
+
+
+def _life_says(node: FreshNode, words: str, within: float = 90) -> str:
+    """Wait until the proof of life has said this in systemd's journal; return the last such line."""
+    deadline = time.monotonic() + within
+    while True:
+        said = node.run("journalctl", "-u", LIFE, "-o", "cat", "--no-pager").stdout
+        if found := [line for line in said.splitlines() if words in line]:
+            return str(found[-1])
+        assert time.monotonic() < deadline, (words, said, _journal(node))
+        time.sleep(1)
+
+
+def _life_state(node: FreshNode) -> dict[str, Any]:
+    return dict(json.loads(node.read("/run/vllm-life/state.json")))
+
+
+def test_life_restarts_a_stopped_engine_and_keeps_evidence(pair: Pair, unparsed: Found) -> None:
+    del unparsed
+    node, settings = pair.head, _reasoning_settings()
+    _set_up_life(node, "single", *settings)
+    before = _main_pid(node)
+    node.run("pkill", "--full", "VLLM::EngineCore", "--signal", "STOP")
+    assert "no request runs, no token has come for" in _life_says(node, "vllm.service is wedged: ")
+    place = _life_says(node, "evidence of the wedge is in ").rpartition(" ")[2]
+    _life_says(node, "vllm.service was restarted; 2 of 3 restarts of this hour are left")
+    assert _main_pid(node) != before
+    _until_it_serves(node, "single", *settings)
+    _life_says(node, "vllm.service generates again")
+    names = node.run("ls", place).stdout.split()
+    wanted = {
+        "why.txt",
+        "metrics-at-last-sign.txt",
+        "metrics-last.txt",
+        "processes.txt",
+        "vllm.service.log",
+        "sockets.txt",
+    }
+    assert wanted <= set(names), names
+    assert "State:\tT (stopped)" in node.read(f"{place}/processes.txt")
+    assert "vllm:generation_tokens_total" in node.read(f"{place}/metrics-at-last-sign.txt")
+    assert "Application startup complete" in node.read(f"{place}/vllm.service.log")
+    (wedge,) = _life_state(node)["wedges"]
+    assert (wedge["evidence"], wedge["action"]) == (place, "restarted")
+    assert _run_step(node, "plan", "single", *settings, *LIVELY, "step=life")["outcome"] == "unchanged"
+
+
 def test_serving_stream_with_reasoning_opened_by_the_chat_template_warns(pair: Pair) -> None:
     settings = _reasoning_settings("--chat-template", f"{REASONER}/opening.jinja")
     _set_up(pair.head, "single", *settings)

@@ -1,4 +1,4 @@
-"""The steps `ray` and `serving` on a node, without the other steps, whose work the test does itself.
+"""The steps `ray`, `serving` and `life` on a node, without the other steps, whose work the test does itself.
 
     python -m tests.support.ray_on_a_node plan|converge|probe|uninstall ROLE [NAME=VALUE...]
 
@@ -23,11 +23,12 @@ from sparkinstall.journal.undo import undo_all
 from sparkinstall.node import Node
 from sparkinstall.resources import Drift
 from sparkinstall.steps import ray
+from sparkinstall.steps.life import Life
 from sparkinstall.steps.serving import Serving
 from sparkinstall.system.local import LocalReader, LocalSystem
 
 ADDRESSES = {"head": "192.0.2.1", "worker": "192.0.2.2"}
-STEPS = {"ray": ray.Ray(), "serving": Serving()}
+STEPS = {"ray": ray.Ray(), "serving": Serving(), "life": Life()}
 
 
 def main() -> None:
