@@ -13,7 +13,7 @@ import pytest
 from sparkinstall.cluster import bootstrap, model_copies
 from sparkinstall.cluster.file_server import CopyFailed, FileServer
 from tests.support.far_nodes import FarNodes
-from tests.support.model_hub import COMMIT, digest, git_sha1
+from tests.support.model_hub import COMMIT, digest
 from tests.support.mounts import small_disk
 from tests.support.rehearsals import (
     CHECKOUT,
@@ -24,11 +24,8 @@ from tests.support.rehearsals import (
     output_of,
     tree,
 )
+from tests.support.stored_models import BIG, FILES, FOLDER, MODEL, OTHER, store
 
-MODEL = "org/tiny-model"
-FOLDER = "models--org--tiny-model"
-BIG, OTHER = bytes(range(256)) * 12_000, b"other" * 200_000
-FILES = {"config.json": b"{}", "a.safetensors": BIG, "b.safetensors": OTHER, "deep/er/same.json": b"{}", "empty": b""}
 SIZE = sum(map(len, set(FILES.values())))
 CACHE = ".cache/huggingface/hub"
 
@@ -41,7 +38,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FarNodes:
         monkeypatch.delenv(name, raising=False)
     for name, value in {**made.environment(), "HF_HOME": str(tmp_path / "here")}.items():
         monkeypatch.setenv(name, value)
-    _store(tmp_path / "here/hub" / FOLDER)
+    store(tmp_path / "here/hub" / FOLDER)
     made.add_real("spark-2", "127.0.0.2")
     made.add_real("spark-3", "127.0.0.3")
     return made
@@ -65,24 +62,6 @@ def servers(monkeypatch: pytest.MonkeyPatch) -> list[FileServer]:
 
     monkeypatch.setattr("sparkinstall.cluster.file_server.FileServer", Recorded)
     return started
-
-
-def _store(folder: Path, *, listed: bool = True) -> None:
-    """Put the model into a cache, as the hub's client does; `listed`: with the list of its files."""
-    entries = {}
-    for path, content in FILES.items():
-        link = folder / "snapshots" / COMMIT / path
-        for place in (folder / "blobs", link.parent):
-            place.mkdir(parents=True, exist_ok=True)
-        (folder / "blobs" / digest(content)).write_bytes(content)
-        link.symlink_to("../" * (2 + path.count("/")) + f"blobs/{digest(content)}")
-        large = {"lfs_sha256": digest(content), "lfs_size": len(content)} if len(digest(content)) == 64 else {}
-        entries[path] = {"size": len(content), "blob_id": git_sha1(content), **large}
-    (folder / "refs").mkdir()
-    (folder / "refs/main").write_text(COMMIT)
-    if listed:
-        (folder / "trees").mkdir()
-        (folder / f"trees/{COMMIT}.json").write_text(json.dumps({"format_version": 1, "files": entries}))
 
 
 def _sync(*words: str, code: int = 0) -> dict[str, Any]:

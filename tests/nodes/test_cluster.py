@@ -4,8 +4,10 @@ All tests use the same nodes, in order.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +15,12 @@ import pytest
 from tests.lab.fleet import Fleet, FleetNode
 from tests.nodes.fleet import armed, install, sparkinstall, two_sparks
 from tests.nodes.fresh import COMMAND, ignoring
+from tests.support import stored_models
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
 HEAD, WORKER = "192.168.100.10", "192.168.100.11"
+HUB = "/home/spark/.cache/huggingface/hub"
 NETPLAN = "/etc/netplan/40-cx7.yaml"
 LINK = ("--only", "packages", "--only", "network", "--only", "firewall")
 
@@ -95,6 +99,37 @@ def test_cluster_status_and_verify_cover_all_nodes(pair: Fleet) -> None:
     assert code == 0
     assert all(node["phases"][-1]["data"]["installed"] for node in output["data"]["nodes"])
     assert _cluster(pair, "verify", "spark-1", "spark-2", *LINK)[0] == 0
+
+
+def test_models_go_from_the_head_to_its_worker_over_the_link(pair: Fleet, tmp_path: Path) -> None:
+    head, worker = pair.nodes
+    head.run("mkdir", "-p", "-m", "700", "/home/spark/.ssh", user="spark")
+    head.write(
+        "/home/spark/.ssh/id_ed25519", pair.terminal.read("/home/spark/.ssh/id_ed25519"), mode="0600", user="spark"
+    )
+    head.write("/home/spark/.ssh/known_hosts", f"{WORKER} {worker.host_key}\n", user="spark")
+    stored_models.store(tmp_path / "model", {**stored_models.FILES, "large.safetensors": os.urandom(64 << 20)})
+    for name in ("", "/huggingface", "/huggingface/hub"):
+        head.run("mkdir", "-p", f"/home/spark/.cache{name}", user="spark")
+    head.push(tmp_path / "model", f"{HUB}/{stored_models.FOLDER}", owner="spark")
+    before = _sent(head)
+    reply = json.loads(head.run(COMMAND, "models", "sync", "--json", user="spark").stdout)
+    (there,) = reply["data"]["nodes"]
+    assert (there["host"], there["outcome"]) == (WORKER, "changed")
+    assert there["bytes"] > 64 << 20 and _sent(head) - before > there["bytes"]
+    assert worker.tree_digest(f"{HUB}/{stored_models.FOLDER}/snapshots") == head.tree_digest(
+        f"{HUB}/{stored_models.FOLDER}/snapshots"
+    )
+    assert json.loads(worker.run(COMMAND, "models", "verify", "--json", user="spark").stdout)["data"]["damaged"] == []
+    # From the terminal, where no model is, both are asked.
+    listed = json.loads(sparkinstall(pair, "models", "list", "spark-1", "spark-2", "--json").stdout)["data"]
+    assert listed["nodes"]["spark-1"] == listed["nodes"]["spark-2"] == reply["data"]["models"]
+
+
+def _sent(node: FleetNode) -> int:
+    """The bytes that left a node over the link."""
+    link = json.loads(node.run("ip", "-j", "-4", "address", "show", "to", HEAD).stdout)[0]["ifname"]
+    return int(node.read(f"/sys/class/net/{link}/statistics/tx_bytes"))
 
 
 def test_cluster_killed_in_the_network_phase_rolls_back(pair: Fleet) -> None:
