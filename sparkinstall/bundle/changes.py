@@ -15,7 +15,7 @@ _DEB = re.compile(r"([^_]+)_([^_]+)_[^_]+\.deb")
 class Change(Struct, frozen=True):
     """A package or a file in one of two bundles or in both; sizes in bytes, "" and 0 where it is missing.
 
-    `folder`: `wheels`, `tool` (what the tool itself needs), `debs`, `nccl` or `sparkinstall`.
+    `folder`: `wheels`, `tool` (what the tool itself needs), `debs`, `nccl`, `models` or `sparkinstall`.
     """
 
     folder: str
@@ -64,8 +64,14 @@ def _by_name(members: Iterable[Member]) -> dict[_Key, list[Member]]:
 
 
 def _package(member: Member) -> tuple[str, str]:
-    """Return name and version; of a file that is no package its path below the folder, and a part of its hash."""
+    """Return name and version; of a file that is no package its path below the folder, and a part of its hash.
+
+    The files of a model are one package, whose version is the commit.
+    """
     folder, _, inner = member.path.partition("/")
+    if folder == contents.MODELS:
+        is_list = inner.endswith(".json")
+        return inner.partition("/")[0].replace("--", "/"), member.name[:12] if is_list else ""
     if folder in (contents.WHEELS, contents.TOOL_WHEELS):
         name, version = member.name.split("-")[:2]
         return canonical(name), version
@@ -79,7 +85,7 @@ def _change(key: _Key, before: list[Member], after: list[Member]) -> Change:
 
 
 def _versions(members: list[Member]) -> str:
-    return ", ".join(sorted({_package(each)[1] for each in members}))
+    return ", ".join(sorted({version for each in members if (version := _package(each)[1])}))
 
 
 def _size(members: Iterable[Member]) -> int:

@@ -13,6 +13,7 @@ from sparkinstall.steps.nccl import source
 from sparkinstall.steps.packages import SystemPackages
 
 TOOL, TOOL_WHEELS, WHEELS, NCCL, DEBS = "sparkinstall", "tool", "wheels", "nccl", "debs"
+MODELS = "models"
 
 
 class Repository(Struct, frozen=True):
@@ -29,6 +30,11 @@ def nccl_member(tag: str) -> str:
 
 def nccl_tests_member() -> str:
     return f"{NCCL}/nccl-tests-{nccl_tests.TAG}.objects"
+
+
+def model_folder(model: str) -> str:
+    """Return the folder of a model of the hub in a bundle."""
+    return f"{MODELS}/{model.replace('/', '--')}"
 
 
 def repositories(node: Node) -> Mapping[str, Repository]:

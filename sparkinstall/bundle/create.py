@@ -12,8 +12,9 @@ from msgspec import Struct, field
 
 from sparkinstall import __version__
 from sparkinstall.assets import user_cache
-from sparkinstall.bundle import contents, debian, git_objects, part
+from sparkinstall.bundle import contents, debian, git_objects, models, part
 from sparkinstall.cluster import bootstrap
+from sparkinstall.core.models import Dialog
 from sparkinstall.downloads import sha256_of
 from sparkinstall.errors import BadBundle, BadConfig, CommandFailed, storage_errors
 from sparkinstall.events import Emit, Progressed, StepEnded, StepStarted, Warned
@@ -34,11 +35,15 @@ _PINNED = re.compile(r"^([A-Za-z0-9._-]+)==", re.MULTILINE)
 
 
 class Order(Struct, frozen=True):
-    """What a bundle is to have. `since`: the manifest of an older one, whose files are left out."""
+    """What a bundle is to have. `since`: the manifest of an older one, whose files are left out.
+
+    `models`: of the hub, as ORG/NAME or ORG/NAME@REVISION.
+    """
 
     node: Node
     nodes: int = 1
     since: Manifest | None = None
+    models: tuple[str, ...] = ()
 
 
 class Packed(Struct):
@@ -52,6 +57,7 @@ class Packed(Struct):
     kept: list[Member] = field(default_factory=list)
     packages: Mapping[str, str] = field(default_factory=dict)
     system: str = ""
+    models: list[str] = field(default_factory=list)
 
 
 def require_locked(node: Node) -> None:
@@ -78,11 +84,11 @@ def create(order: Order, to: Path, emit: Emit) -> Manifest:
     """
     packed = Packed()
     parts: Sequence[tuple[str, Callable[[Order, Packed, _Part], None]]] = (
-        ("tool", _tool), ("nccl", _nccl), ("packages", _packages), ("wheels", _wheels),
+        ("tool", _tool), ("nccl", _nccl), ("packages", _packages), ("wheels", _wheels), ("models", _models),
     )  # fmt: skip
-    # Begun first, and the wheels last: what cannot be written or reached is found before the largest download.
+    # Begun first, and wheels and models last: what cannot be written or reached is found before the largest download.
     with part.begun(to) as out, cache_in_use(order.node.cache):
-        for name, bring in parts:
+        for name, bring in parts if order.models else parts[:-1]:
             with _shown(name, emit) as on:
                 bring(order, packed, on)
         with _shown("archive", emit) as on:
@@ -194,6 +200,14 @@ def _packages(order: Order, packed: Packed, on: _Part) -> None:
     packed.files[f"{contents.DEBS}/{INDEX}"] = found.index
 
 
+def _models(order: Order, packed: Packed, on: _Part) -> None:
+    for word in order.models:
+        snapshot = models.brought(word, Dialog(lambda done, total: on.progress(done, total, "bytes"), on.warn))
+        packed.files |= models.members(snapshot)
+        packed.known |= models.known_hashes(snapshot)
+        packed.models.append(snapshot.name)
+
+
 # --- the archive
 
 
@@ -203,7 +217,8 @@ def _manifest(order: Order, packed: Packed) -> Manifest:
         Member(path, *_size_and_hash(content, packed.known.get(path))) for path, content in sorted(packed.files.items())
     ]
     # The tool is always whole, so that install.sh works; what it brings is taken from the cache.
-    kept = [each for each in files if each.sha256 in older and each.path.startswith(f"{contents.NCCL}/")]
+    spared = (f"{contents.NCCL}/", f"{contents.MODELS}/")
+    kept = [each for each in files if each.sha256 in older and each.path.startswith(spared)]
     return Manifest(
         tool=__version__,
         stack=order.node.stack.name,
@@ -215,6 +230,7 @@ def _manifest(order: Order, packed: Packed) -> Manifest:
         system=packed.system,
         base=order.since.digest if order.since else "",
         kept=tuple(sorted([*packed.kept, *kept], key=lambda each: each.path)),
+        models=tuple(sorted(packed.models)),
     )
 
 

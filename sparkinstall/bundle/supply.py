@@ -3,7 +3,7 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,12 +13,13 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparkinstall import stacks
-from sparkinstall.bundle import checked, contents, git_objects
+from sparkinstall.bundle import checked, contents, git_objects, models
 from sparkinstall.core.converge import Supply
 from sparkinstall.core.session import Target
 from sparkinstall.errors import BadBundle, Storage, storage_errors
 from sparkinstall.events import Emit, Progressed, StepEnded, StepStarted, seldom
 from sparkinstall.facts.machine import os_release, system_name
+from sparkinstall.models.hub import cache_folder
 from sparkinstall.node import Node
 from sparkinstall.payloads import bundle_archive
 from sparkinstall.payloads.bundle_archive import Manifest, Member, OnBytes, Refused
@@ -30,6 +31,7 @@ from sparkinstall.system import Reader, processes
 from sparkinstall.wheelhouse import Wheelhouse
 
 NAME = "bundle"
+_VARIABLES = {False: "XDG_CACHE_HOME", True: "HF_HUB_CACHE"}
 
 
 def with_its_stack(target: Target) -> Target:
@@ -56,7 +58,8 @@ def supply(node: Node, on: Reader, emit: Emit) -> Supply:
         NAME, "the bundle has all that this node needs", partial(_complete, manifest, node), "node",
         "A step would need a network.", to_install=True,
     )  # fmt: skip
-    return Supply((probe,), lambda emit: _BringIn(path, manifest, node, on, emit).run())
+    unpacking = models.Unpacking(path, manifest)
+    return Supply((probe,), lambda emit: _BringIn(path, manifest, node, on, emit, unpacking).run())
 
 
 def _require_fit(manifest: Manifest, node: Node) -> None:
@@ -91,6 +94,8 @@ def _lacking(manifest: Manifest, node: Node, on: Reader) -> Iterator[str]:
     is_needed = node.config.nccl.mode == "source" and nccl.kind == "git"
     if is_needed and not nccl.mirror.exists() and contents.nccl_member(nccl.tag) not in _paths(manifest):
         yield f"the source of NCCL {nccl.version}"
+    if lacking := models.lacking(manifest):
+        yield f"files of the models {', '.join(lacking)}"
     if packages := _missing_packages(manifest, node, on):
         yield f"Debian packages: {', '.join(packages)}"
 
@@ -144,6 +149,7 @@ class _BringIn(Struct):
     node: Node
     on: Reader
     emit: Emit
+    models: models.Unpacking
 
     def run(self) -> None:
         started = time.monotonic()
@@ -153,7 +159,8 @@ class _BringIn(Struct):
         wanted = {each.path: into for each in self.manifest.members if (into := self._place(each))}
         outcome = "changed" if wanted else "unchanged"
         if wanted:
-            self._require_room(sum(each.size for each in self.manifest.members if each.path in wanted))
+            self.models.require_writable()
+            self._require_room([each for each in self.manifest.members if each.path in wanted])
             with storage_errors(f"unpacking {self.path} to {self.node.cache}"):
                 self._read(wanted)
         self.emit(StepEnded(NAME, outcome, round(time.monotonic() - started, 3)))
@@ -167,6 +174,7 @@ class _BringIn(Struct):
         if self.node.debian_packages.exists():
             # Last: it says that all of them are there.
             (self.node.debian_packages / SYSTEM).write_text(self.manifest.system)
+        self.models.finish()
 
     def _place(self, member: Member) -> "_Place | None":
         folder = member.path.partition("/")[0]
@@ -176,6 +184,8 @@ class _BringIn(Struct):
         if folder == contents.DEBS:
             is_for_here = not self.node.rehearsal and _is_for(self.manifest, self.on)
             return self._package if is_for_here else None
+        if folder == contents.MODELS:
+            return self.models.place(member)
         if repository := contents.repositories(self.node).get(member.path):
             return None if (repository.mirror / "HEAD").exists() else partial(self._mirror, repository)
         return None
@@ -184,12 +194,19 @@ class _BringIn(Struct):
     def _house(self) -> Wheelhouse:
         return wheelhouse(self.node)
 
-    def _require_room(self, needed: int) -> None:
-        self.node.cache.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.node.cache).free
-        if needed > free:
-            what = f"{self.node.cache} has no room for the bundle: {needed >> 20} MiB needed, {free >> 20} MiB free"
-            raise Storage(what, hint="free some space, or set XDG_CACHE_HOME to a folder on a larger disk")
+    def _require_room(self, wanted: Sequence[Member]) -> None:
+        """Raise Storage if a disk has no room for all that goes to it."""
+        places = {False: self.node.cache, True: cache_folder()} if self.manifest.models else {False: self.node.cache}
+        needed: dict[int, int] = {}
+        for is_model, place in places.items():
+            place.mkdir(parents=True, exist_ok=True)
+            size = sum(each.size for each in wanted if each.path.startswith(f"{contents.MODELS}/") is is_model)
+            disk = place.stat().st_dev
+            needed[disk] = needed.get(disk, 0) + size
+            free = shutil.disk_usage(place).free
+            if needed[disk] > free:
+                what = f"{place} has no room for the bundle: {needed[disk] >> 20} MiB needed, {free >> 20} MiB free"
+                raise Storage(what, hint=f"free some space, or set {_VARIABLES[is_model]} to a folder on a larger disk")
 
     @contextmanager
     def _wheel(self, member: Member) -> Iterator[BinaryIO]:

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from sparkinstall import stacks
-from sparkinstall.bundle import checked
+from sparkinstall.bundle import checked, models
 from sparkinstall.bundle.changes import Change, Changes, changes
 from sparkinstall.bundle.create import Order, create, require_locked
 from sparkinstall.cli import options
@@ -45,6 +45,12 @@ Since = Annotated[
     Path | None,
     options.bundle(metavar="OLD", help="Leave out wheels and sources that this older bundle has."),
 ]
+Models = Annotated[
+    list[str] | None,
+    options.choice(
+        "--model", metavar="MODEL", help="Add a model of the hub, ORG/NAME or ORG/NAME@REVISION (may repeat)."
+    ),
+]
 File = Annotated[
     Path | None,
     options.output(
@@ -59,6 +65,7 @@ class Described(Struct, frozen=True):
     """A bundle: its path, size in bytes, and what it is for. `files`: how many, by folder.
 
     `packages`: the Debian packages that a node needs, with their versions; "" if they are not in the bundle.
+    `models`: of the hub, as ORG/NAME@COMMIT.
     """
 
     path: str
@@ -71,6 +78,7 @@ class Described(Struct, frozen=True):
     files: dict[str, int]
     packages: dict[str, str]
     system: str
+    models: tuple[str, ...]
     updates: bool
     manifest: str
 
@@ -79,7 +87,8 @@ class Described(Struct, frozen=True):
         files = Counter(each.path.partition("/")[0] for each in manifest.members)
         return cls(
             str(path), manifest.size, manifest.tool, manifest.stack, manifest.platform, manifest.python, manifest.nodes,
-            dict(files), dict(manifest.packages), manifest.system, bool(manifest.base), manifest.digest,
+            dict(files), dict(manifest.packages), manifest.system, manifest.models, bool(manifest.base),
+            manifest.digest,
         )  # fmt: skip
 
 
@@ -90,16 +99,18 @@ def create_(
     output: Output,
     nodes: Nodes = 1,
     since: Since = None,
+    model: Models = None,
     file: File = None,
     yes: options.Yes = False,
 ) -> CommandResult:
     """Download all that a node needs into one file, on any Linux machine with a network."""
     node = described(replace(target, platform=target.platform or _SPARK))
     require_locked(node)
+    models.require_names(wanted := tuple(model or ()))
     older = _older(since, node) if since else None
     place = _place(file or Path(f"sparkinstall-{node.stack.name}-{node.platform}.tar"), yes)
     with watching(output.verbose) as emit:
-        manifest = create(Order(node, nodes, older), place, emit)
+        manifest = create(Order(node, nodes, older, wanted), place, emit)
     made = Described.of(place, manifest)
     return CommandResult(data=made, show=lambda: _show_made(made))
 
@@ -185,6 +196,8 @@ def _about(found: Described) -> Iterator[str]:
         yield f"The node must have these Debian packages: {', '.join(missing)}"
     elif found.packages:
         yield f"With the Debian packages of {found.system}."
+    for name, _, commit in (each.partition("@") for each in found.models):
+        yield f"With the model {name} at {commit[:12]}."
 
 
 def _show_changes(found: Changes, before: Manifest, after: Manifest) -> None:

@@ -48,7 +48,7 @@ def synced(words: Sequence[str], target: Target, output: Output) -> CommandResul
         cluster.on_each("sync", sync.work)
         cluster.pause()
     data = {
-        "models": [f"{each.model}@{each.commit}" for each in snapshots],
+        "models": [each.name for each in snapshots],
         "nodes": [_outcome(each) for each in cluster.done],
     }
     return CommandResult(_code(cluster), data, lambda: _show(cluster.done), _problems(cluster))

@@ -14,39 +14,24 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from sparkinstall import schema
 from sparkinstall.cluster.artifacts import Secret
 from sparkinstall.cluster.file_client import FileClient
 from sparkinstall.cluster.file_server import CopyFailed, FileServer, serving
 from sparkinstall.cluster.protocol import Arriving, Fetched, Identity, ModelSource, Reply, announce, announced
 from sparkinstall.cluster.remote import OnLine, RemoteNode
-from sparkinstall.core import models
-from sparkinstall.core.model_cache import ModelFolder
+from sparkinstall.core import model_snapshots, models
+from sparkinstall.core.model_snapshots import Snapshot, Unusable
 from sparkinstall.downloads import NotDownloaded
 from sparkinstall.errors import BadUsage, Problem
 from sparkinstall.events import seldom
 from sparkinstall.facts import ip, machine
 from sparkinstall.facts.sysfs import NET, text_of
-from sparkinstall.models import ModelError, listing
 from sparkinstall.models.hub import cache_folder
-from sparkinstall.models.listing import HubFile, Listing, Sha1
+from sparkinstall.models.listing import HubFile
 from sparkinstall.system import Reader
 
 _LIST = "/list"
 _TOLD_EVERY = 2.0
-
-
-class Snapshot(Struct, frozen=True):
-    """A model at a commit, the branches and tags that mean it, and its files."""
-
-    model: str
-    commit: Sha1
-    refs: tuple[str, ...]
-    files: tuple[HubFile, ...]
-
-    @property
-    def listing(self) -> Listing:
-        return Listing(self.model, self.commit, self.files)
 
 
 # --- what this machine offers
@@ -61,43 +46,18 @@ def whole(names: Sequence[str]) -> list[Snapshot]:
     """
     found = []
     for name in names or [each.id for each in models.listed().models]:
-        some = _snapshots(models.folder_of(name))
+        some = model_snapshots.whole(models.folder_of(name))
         if names and not some:
-            raise _not_whole(models.folder_of(name))
+            raise model_snapshots.not_whole(models.folder_of(name))
         found += some
     if not found:
         raise BadUsage(f"no model in {cache_folder()} is complete", hint="`sparkinstall models pull MODEL` brings one")
     return found
 
 
-def _snapshots(folder: ModelFolder) -> list[Snapshot]:
-    complete = (each for each in folder.revisions() if each.complete is not False)
-    some = ((each, folder.listing(each.commit) or folder.linked(each.commit)) for each in complete)
-    return [
-        Snapshot(folder.model, each.commit, tuple(each.refs), listed.files)
-        for each, listed in some
-        if listed and all(map(folder.is_whole, listed.files))
-    ]
-
-
-def _not_whole(folder: ModelFolder) -> ModelError:
-    missing = sorted({path for each in folder.revisions() for path in each.missing})
-    more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-    why = f"{', '.join(missing[:3])}{more} missing" if missing else "it has files that are not named after their hash"
-    return ModelError(
-        f"{folder.model} is not complete here",
-        cause=why,
-        hint=f"`sparkinstall models pull {folder.model}` completes it",
-    )
-
-
 def _contents(snapshots: Sequence[Snapshot]) -> Mapping[str, bytes | Path]:
-    blobs = {
-        _of_blob(file): ModelFolder(cache_folder(), each.model).blobs / file.digest
-        for each in snapshots
-        for file in each.files
-    }
-    return {_LIST: msgspec.json.encode(snapshots), **blobs}
+    blobs = {_of_blob(file): each.folder.blobs / file.digest for each in snapshots for file in each.files}
+    return {_LIST: model_snapshots.encoded(snapshots), **blobs}
 
 
 def _of_blob(file: HubFile) -> str:
@@ -116,17 +76,18 @@ def receive(source: ModelSource) -> Fetched:
     """
     client = FileClient(source.address, source)
     try:
-        offered = understood(client.content(_LIST))
+        offered = model_snapshots.understood(client.content(_LIST))
     except NotDownloaded as failure:
         raise _failed(source.address, "", failure) from failure
-    places = [(ModelFolder(cache_folder(), each.model), each) for each in offered]
-    models.require_room(cache_folder(), [(folder, each.listing) for folder, each in places])
-    came = [_bring(client, folder, each) for folder, each in places]
+    except Unusable as error:
+        raise CopyFailed("the other machine's list of models is refused", cause=error.message) from error
+    models.require_room(cache_folder(), [(each.folder, each.listing) for each in offered])
+    came = [_bring(client, each) for each in offered]
     files, size = sum(files for _, files in came), sum(size for size, _ in came)
     return Fetched(bool(files), files, size)
 
 
-def _bring(client: FileClient, folder: ModelFolder, offered: Snapshot) -> tuple[int, int]:
+def _bring(client: FileClient, offered: Snapshot) -> tuple[int, int]:
     origin = models.Origin(
         lambda file: client.url(_of_blob(file)),
         client.authorization,
@@ -135,7 +96,7 @@ def _bring(client: FileClient, folder: ModelFolder, offered: Snapshot) -> tuple[
     )
     on_bytes = seldom(lambda done, total: announce(Arriving(offered.model, done, total)), _TOLD_EVERY)
     dialog = models.Dialog(on_bytes, lambda text: announce(Arriving(text)))
-    return models.bring(folder, offered.listing, offered.refs, origin, dialog)
+    return models.bring(offered.folder, offered.listing, offered.refs, origin, dialog)
 
 
 def _failed(host: str, model: str, failure: NotDownloaded) -> Problem:
@@ -145,25 +106,6 @@ def _failed(host: str, model: str, failure: NotDownloaded) -> Problem:
     return CopyFailed(
         f"the copy from {host} failed", cause=failure.cause, hint="run the same command again: it resumes"
     )
-
-
-def understood(content: bytes) -> Sequence[Snapshot]:
-    """The list of another machine, which is input as hostile as the hub's.
-
-    Raises:
-        CopyFailed: it cannot be used.
-    """
-    try:
-        found = schema.read_json(tuple[Snapshot, ...], content, "the list of models")
-        for each in found:
-            listing.require_model(each.model)
-            for name in each.refs:
-                listing.require_revision(name)
-    except (schema.Malformed, BadUsage) as error:
-        raise CopyFailed("the other machine's list of models cannot be read", cause=error.message) from error
-    if why := next((why for each in found if (why := listing.unusable(each.files))), ""):
-        raise CopyFailed("the other machine's list of models is refused", cause=why)
-    return found
 
 
 # --- at the terminal
@@ -216,8 +158,8 @@ class Sync:
 def offering(snapshots: Sequence[Snapshot], own: "Own", in_words: Callable[[str, Arriving], str]) -> Iterator[Sync]:
     """Offer snapshots during this context, in which they stay."""
     with ExitStack() as opened:
-        for name in sorted({each.model for each in snapshots}):
-            opened.enter_context(ModelFolder(cache_folder(), name).kept())
+        for folder in {each.model: each.folder for each in snapshots}.values():
+            opened.enter_context(folder.kept())
         yield Sync(snapshots, own, opened, in_words)
 
 

@@ -204,8 +204,7 @@ def require_room(cache: Path, models: Sequence[tuple[ModelFolder, Listing]]) -> 
         Storage: there is too little space, or the cache belongs to another user.
     """
     for folder, _ in models:
-        _require_no_link(folder)
-        _require_writable(folder)
+        require_writable(folder)
     needed = sum(_still_needed(*each) for each in models)
     with storage_errors(f"reading {cache}"):
         free = shutil.disk_usage(_nearest(cache)).free
@@ -216,7 +215,14 @@ def require_room(cache: Path, models: Sequence[tuple[ModelFolder, Listing]]) -> 
         )
 
 
-def _require_writable(folder: ModelFolder) -> None:
+def require_writable(folder: ModelFolder) -> None:
+    """Check that this user may write to a model's folder.
+
+    Raises:
+        Blocked: it is a link.
+        Storage: it, or the cache, belongs to another user.
+    """
+    _require_no_link(folder)
     with storage_errors(f"reading {folder.cache}"):
         place = _nearest(folder.blobs)
         owner = place.stat().st_uid

@@ -37,11 +37,16 @@ OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 _BLOCK, _PART = 512, 1 << 20
 _LARGEST_MANIFEST = 16 << 20
-_LARGEST_MEMBER = 8**11
+_LARGEST_MEMBER = 1 << 50
+# A file that is as large has its size in a record before its header.
+_LARGE = 8**11
 # 1980-01-02: the tool is packed as a zip when it is installed, and a zip knows no earlier year.
 _TIME = 315619200
 _PATH = re.compile(r"(?:debs|models|nccl|sparkinstall|tool|wheels)(?:/[A-Za-z0-9_][A-Za-z0-9._+!~=,@%-]*)+")
+# Before the commit, a name of the hub: that of an organization and that of the model, or the latter alone.
+_MODEL = re.compile(r"(?:[A-Za-z0-9][A-Za-z0-9._-]{0,95}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,95}@[0-9a-f]{40}")
 _HEX = re.compile(r"[0-9a-f]{64}")
+_BLOB = re.compile(r"(models/[^/]+)/blobs/(?:[0-9a-f]{40}|[0-9a-f]{64})")
 # What a manifest says is shown on terminals: no control characters.
 _TEXT = re.compile(r"[A-Za-z0-9._+~: -]{0,100}")
 _KINDS = {b"0": "the file", b"1": "the link", b"2": "the link", b"5": "the folder"}
@@ -75,7 +80,7 @@ class Manifest:
     `python`: of the stack. `nodes`: 1, or more if it also has what only several nodes need. `packages`: the Debian
     packages that a node needs, with their versions; "" if they are not in the bundle. `system`: the distribution that
     those in it are for. `kept`: files that an update leaves out, because the bundle whose manifest has the sha256
-    `base` has them. `models` is empty: no bundle has a model yet.
+    `base` has them. `models`: of the hub, as ORG/NAME@COMMIT.
     """
 
     tool: str
@@ -148,9 +153,9 @@ def _manifest(data: dict[str, Any]) -> Manifest:
     for each in (*files["members"], *files["kept"]):
         if not isinstance(each.path, str) or not isinstance(each.size, int) or not _HEX.fullmatch(each.sha256):
             raise TypeError
-    if data["models"]:
+    if not all(isinstance(each, str) and _MODEL.fullmatch(each) for each in data["models"]):
         raise TypeError
-    return Manifest(**{**data, **files, "models": ()})
+    return Manifest(**{**data, **files, "models": tuple(data["models"])})
 
 
 def _require_sound(manifest: Manifest) -> None:
@@ -169,9 +174,30 @@ def _require_sound(manifest: Manifest) -> None:
         raise Refused("its manifest is damaged")
     if manifest.platform not in PLATFORMS:
         raise Refused(f"it is for an unknown architecture, {manifest.platform!a}")
+    _require_sound_models(manifest)
     for each in (*manifest.folder("tool"), *manifest.folder("wheels")):
         if not _fits(each.name, manifest.platform):
             raise Refused(f"{each.path} is not a wheel for {manifest.platform}", "do not use it")
+
+
+def _require_sound_models(manifest: Manifest) -> None:
+    """Refuse files of models that no cache of the hub has, or whose name is another sha256 than theirs."""
+    lists = {f"models/{_of_model(each)}.json" for each in manifest.models}
+    folders = {each.rpartition("/")[0] for each in lists}
+    found = [each for each in manifest.everything if each.path.startswith("models/")]
+    if not lists <= {each.path for each in found}:
+        raise Refused("its manifest lists a model without its files", "do not use it")
+    for each in found:
+        blob = _BLOB.fullmatch(each.path)
+        if each.path not in lists and not (blob and blob[1] in folders):
+            raise Refused(f"its manifest lists a path that no bundle has: {each.path!a}", "do not use it")
+        if len(each.name) == len(each.sha256) and each.name != each.sha256:
+            raise Refused(f"its manifest lists {each.path} with another hash than its name", "do not use it")
+
+
+def _of_model(listed: str) -> str:
+    name, _, commit = listed.partition("@")
+    return f"{name.replace('/', '--')}/{commit}"
 
 
 def _fits(wheel: str, machine: str) -> bool:
@@ -226,13 +252,22 @@ def _digest_text(manifest: bytes) -> bytes:
 def header(path: str, size: int) -> bytes:
     """Return what is before a file, as POSIX's pax has it. Not by tarfile, whose bytes differ between versions."""
     mode = 0o755 if path == INSTALLER else 0o644
-    if len(path) <= 100:
-        return _block(path, size, mode)
-    # A record is a line with its own length; no wheel has a name of more than 800 characters.
-    line = f"{len(path) + 10} path={path}\n".encode()
-    return (
-        _block("long-name", len(line), 0o644, b"x") + line + bytes(_padding(len(line))) + _block(path[:100], size, mode)
-    )
+    records = {"path": path} if len(path) > 100 else {}
+    if size >= _LARGE:
+        records["size"] = str(size)
+    own = _block(path[:100], 0 if "size" in records else size, mode)
+    if not records:
+        return own
+    lines = "".join(_record(key, value) for key, value in records.items()).encode()
+    return _block("long-name", len(lines), 0o644, b"x") + lines + bytes(_padding(len(lines))) + own
+
+
+def _record(key: str, value: str) -> str:
+    """Return a line that begins with its own length."""
+    rest = f" {key}={value}\n"
+    length = len(rest) + len(str(len(rest)))
+    length = len(rest) + len(str(length))
+    return f"{length}{rest}"
 
 
 def _block(path: str, size: int, mode: int, kind: bytes = b"0") -> bytes:

@@ -199,7 +199,7 @@ def test_path_listed_twice_is_refused(tmp_path: Path) -> None:
         lambda data: data.pop("members"),
         lambda data: data.update(members=[{"path": 1, "size": 1, "sha256": "0" * 64}]),
         lambda data: data.update(members=[{"path": "nccl/x", "size": -1, "sha256": "0" * 64}]),
-        lambda data: data.update(members=[{"path": "nccl/x", "size": 1 << 40, "sha256": "0" * 64}]),
+        lambda data: data.update(members=[{"path": "nccl/x", "size": 1 << 50, "sha256": "0" * 64}]),
         lambda data: data.update(members=[{"path": "nccl/x", "size": 1, "sha256": "0"}]),
         lambda data: data.update(members={"nccl/x": 1}),
         lambda data: data.update(packages=["git"]),

@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from sparkinstall.cluster import bootstrap, model_copies
-from sparkinstall.cluster.file_server import CopyFailed, FileServer
+from sparkinstall.cluster import bootstrap
+from sparkinstall.cluster.file_server import FileServer
+from sparkinstall.core.model_snapshots import Unusable, understood
 from tests.support.far_nodes import FarNodes
 from tests.support.model_hub import COMMIT, digest
 from tests.support.mounts import small_disk
@@ -243,6 +244,6 @@ _OF_FILE = ("path", "size", "blob_id", "sha256")
     ],
 )  # fmt: skip
 def test_list_of_models_that_is_hostile_is_refused(listing: bytes) -> None:
-    assert model_copies.understood(_listing())
-    with pytest.raises(CopyFailed, match="the other machine's list of models"):
-        model_copies.understood(listing)
+    assert understood(_listing())
+    with pytest.raises(Unusable):
+        understood(listing)
