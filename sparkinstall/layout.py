@@ -19,6 +19,8 @@ LIFE_FOLDER = "/var/lib/vllm-life"
 """The evidence, and what the proof of life knows after a boot."""
 LIFE_LIVE = "/run/vllm-life"
 """The folder in memory in which it notes every look."""
+API_KEY = "/etc/sparkinstall-api-key"
+"""The generated key of the API. Not below the prefix, which belongs to a user: only root reads it."""
 
 
 def unit_path(unit: str) -> str:
@@ -125,6 +127,10 @@ class Layout(_Environment, frozen=True):
     """The program that asks the running Ray for its nodes."""
     with_head = _Below("services/with-head.py")
     """The program that ends a worker's vLLM with the head's."""
+    python_modules = _Below("services/python")
+    """The folder of the modules that vLLM imports."""
+    api_key_module = _Below("services/python/sparkinstall_api_key.py")
+    """The middleware that asks for the API's key."""
     vllm_config = _Below("services/vllm")
     """vLLM's configuration folder on the head."""
     vllm_kept_back = _Below("services/vllm/ray_non_carry_over_env_vars.json")
@@ -141,6 +147,19 @@ class Layout(_Environment, frozen=True):
     def started_record(self, unit: str) -> str:
         """The inputs of a service at its last start."""
         return f"{self.services}/{unit}.json"
+
+    @property
+    def api_key(self) -> str | None:
+        """The file with the API's key; None: this node's API asks for none, or it has no API."""
+        serving = self.config.serving
+        if self.role == "worker" or serving.model is None:
+            return None
+        return serving.key_file or (API_KEY if serving.is_open else None)
+
+    @property
+    def hub_token(self) -> str | None:
+        """The file with the token for the hub; None: none is named, or nothing is downloaded while serving."""
+        return None if self.config.hub.offline else self.config.hub.token_file
 
     @property
     def ray_unit(self) -> str:

@@ -1,6 +1,7 @@
 """Checks of settings that a type cannot express: each returns what is wrong with a value, or None."""
 
 import re
+from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network
 
 from sparkinstall.redaction import gives_secret, has_credential
@@ -9,13 +10,14 @@ _PATH = re.compile(r"/[A-Za-z0-9._+@/-]*")
 _LINK = re.compile(r"(~?)(/[^/\0]+)+")
 # The prefix is in the first line of the environment's scripts, of which the kernel reads 255 bytes.
 _LONGEST_PATH = 200
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _IN_URL = "must not contain a user name, password or token"
 _IN_ARGUMENT = "must not contain a secret: everyone can read the unit and the process list"
 SECRETS = {
     _IN_URL: "download the file and set its path",
-    _IN_ARGUMENT: "vLLM reads `VLLM_API_KEY` and `HF_TOKEN` too: set them in a file that only root can read, "
-    "and name it as `EnvironmentFile=` in `sudo systemctl edit vllm`",
+    _IN_ARGUMENT: "write it to a file that only root can read, and name that: `serving.key_file` for the API's key, "
+    "`hub.token_file` for a token of the hub",
 }
 """What to do about each complaint whose value must not be repeated."""
 
@@ -61,6 +63,19 @@ def one_line(value: str) -> str | None:
     if has_credential(value):
         return _IN_URL
     return None if value and value.isprintable() else "must be one line of printable text"
+
+
+def listens_elsewhere(arguments: Sequence[str]) -> bool:
+    """Return whether arguments of `vllm serve` let it listen at another address than this machine's own.
+
+    vLLM takes any beginning of an option that is no other's.
+    """
+    for place, word in enumerate(arguments):
+        option, given, value = word.partition("=")
+        if option in ("--ho", "--hos", "--host"):
+            address = value if given else "".join(arguments[place + 1 : place + 2])
+            return address not in _LOOPBACK
+    return False
 
 
 def argument(value: str) -> str | None:

@@ -18,7 +18,7 @@ from sparkinstall.schema import Malformed, nearest, show
 DEFAULT_FILES = ("/etc/sparkinstall.yaml", "~/.config/sparkinstall.yaml")
 
 # Settings that may be a file, and the suffixes that distinguish a file from a name.
-_PATHS = ("stack", "nccl.source", "nccl.cuda_home")
+_PATHS = ("stack", "nccl.source", "nccl.cuda_home", "serving.key_file", "hub.token_file")
 _FILES = (".yaml", ".yml", ".gz", ".xz", ".bz2", ".tgz", ".tar")
 
 

@@ -178,6 +178,10 @@ class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
     allow: Annotated[
         Network | None, doc("A network that may use the API, such as 192.168.1.0/24; null: only this node.")
     ] = None
+    key_file: Annotated[
+        SafePath | None,
+        doc("The file with the API's key; null: none for this node alone, a generated one if a network may use it."),
+    ] = None
     memory: Annotated[
         Share | None, doc("vLLM's --gpu-memory-utilization; null: 0.85 on one node, 0.80 on several.")
     ] = None
@@ -189,11 +193,20 @@ class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
     arguments: Annotated[tuple[Argument, ...], doc("Further arguments of `vllm serve`, one word each.")] = ()
     life: LifeConfig = field(default_factory=LifeConfig)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether other machines may reach the API: by `allow`, or by an address in `arguments`."""
+        return self.allow is not None or checks.listens_elsewhere(self.arguments)
+
 
 class HubConfig(Struct, frozen=True, forbid_unknown_fields=True):
     offline: Annotated[
         bool, doc("HF_HUB_OFFLINE=1 in single-node.env: models are on the disk, nothing is downloaded.")
     ] = True
+    token_file: Annotated[
+        SafePath | None,
+        doc("The file with the hub's token, for units that download (`hub.offline: false`); null: the user's login."),
+    ] = None
 
 
 class GpuConfig(Struct, frozen=True, forbid_unknown_fields=True):

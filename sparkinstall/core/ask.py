@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,10 @@ from sparkinstall import given
 from sparkinstall.core.reasoning import Kind, Piece, Separator
 from sparkinstall.core.session import Session
 from sparkinstall.downloads import certificates, sign
-from sparkinstall.errors import BadUsage, Problem
+from sparkinstall.errors import BadUsage, NeedsRoot, Problem
 from sparkinstall.payloads.vllm_client import PROMPT_END
 from sparkinstall.probes.serving import not_up
-from sparkinstall.probes.vllm_client import KEY
+from sparkinstall.probes.vllm_client import KEY, key_of
 from sparkinstall.redaction import has_credential
 from sparkinstall.schema import nearest, show
 
@@ -78,10 +79,10 @@ def server_of(session: Session, url: str | None, key_file: Path | None) -> Serve
 
     Raises:
         BadUsage: the address or the key's file cannot be used, or this node has no API.
+        NeedsRoot: the key is in a file that only root may read, and sudo asks for a password.
     """
-    key, key_from = _key(key_file)
     if url is not None:
-        return Server(_address(url), key, key_from)
+        return Server(_address(url), *_key(key_file))
     node = session.node
     if node.rehearsal:
         raise BadUsage("a rehearsal starts no services", hint="name a server: `--url http://HOST:8000`")
@@ -90,7 +91,21 @@ def server_of(session: Session, url: str | None, key_file: Path | None) -> Serve
         raise BadUsage(
             "a worker has no API", hint=f"ask on the head; or, if its API is open to this node: --url {head}"
         )
+    key, key_from = _key(key_file)
+    if not key and node.api_key:
+        key, key_from = _own_key(session)
     return Server(f"http://127.0.0.1:{node.config.serving.port}", key, key_from, node.config.serving.model or "")
+
+
+def _own_key(session: Session) -> tuple[str, str]:
+    """Return the key of this node's API, and its file; on a terminal, ask for the password of sudo if that needs it."""
+    try:
+        return key_of(session.node, session.system)
+    except NeedsRoot:
+        if not sys.stdin.isatty():
+            raise
+        session.system.ask_for_sudo()
+        return key_of(session.node, session.system)
 
 
 def _address(url: str) -> str:
@@ -342,6 +357,8 @@ class Conversation:
         server = self._server
         if server.key:
             hint = "name the file with the key that the server was started with: --key-file FILE"
+            if server.key_from == self._node.api_key:
+                hint = "it was changed since the last start: `sudo systemctl restart vllm`"
             return NoAnswer(f"the API at {server.url} rejects the key in {server.key_from} ({code})", hint=hint)
         hint = f"name its file: --key-file FILE; or set {KEY} without showing it: `read -rs {KEY}; export {KEY}`"
         return NoAnswer(f"the API at {server.url} asks for a key ({code})", hint=hint)

@@ -49,8 +49,10 @@ class JournaledSystem(System):
     def names(self, path: str) -> tuple[str, ...]:
         return self._raw.names(path)
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        return self._raw.ask(*argv, timeout=timeout, env=env, root=root)
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
+        return self._raw.ask(*argv, timeout=timeout, env=env, root=root, stdin=stdin)
 
     def promise(self, undo: Undo) -> None:
         self._journal.add(self._step, undo)

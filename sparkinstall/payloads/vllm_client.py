@@ -1,11 +1,11 @@
 """Send one request to the vLLM on this node and print the result as JSON: `Reply` in probes/vllm_client.py.
 
+The API's key, if any, is on stdin.
 argv[1] is JSON: `verb` (complete, stream, metrics, health), `port`, `patience` in seconds, `tokens`, `model`.
 """
 
 import http.client
 import json
-import os
 import signal
 import sys
 import time
@@ -26,11 +26,12 @@ class Client:
         self.port, self.model = asked["port"], asked["model"]
         self.few = {"max_tokens": asked["tokens"], "temperature": 0}
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self.key = sys.stdin.read().strip()
         self.answer: Answer = {}
 
     def ask(self, path: str, **body: Any) -> Any:
-        key = os.environ.get("VLLM_API_KEY")
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        own = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        headers = {"Content-Type": "application/json", **own}
         data = json.dumps(body).encode() if body else None
         return self.opener.open(urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers))
 

@@ -1,6 +1,5 @@
 """Probe vLLM as a client: a completion, a stream, moving counters. /health alone proves nothing."""
 
-import os
 import time
 from collections.abc import Iterable
 
@@ -55,7 +54,7 @@ def _serving(of: Api) -> Finding:
         if answer.refused:
             return not_up(of.node, of.on)
         if answer.status == 401:
-            return _locked()
+            return _locked(of)
         return failed(answer.error, f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")
     if (model := str(of.node.config.serving.model)) not in (answer.model, *answer.roots) and answer.roots:
         other = f"otherwise another program has port {of.node.config.serving.port}: `serving.port`"
@@ -64,12 +63,13 @@ def _serving(of: Api) -> Finding:
     return passed(f"{answer.tokens} tokens of {answer.model} in {answer.seconds:.1f} s", wanted)
 
 
-def _locked() -> Finding:
-    """Judge a rejected request. The key is only read from the environment, never prompted for or stored."""
-    if os.environ.get(vllm_client.KEY):
-        return failed(
-            f"the API rejects the key in {vllm_client.KEY}", f"set it to the key that {UNIT} was started with"
-        )
+def _locked(of: Api) -> Finding:
+    """Judge a rejected request. The key is from a variable or from its file, never prompted for."""
+    key, source = vllm_client.key_of(of.node, of.on)
+    if key and source == of.node.api_key:
+        return failed(f"the API rejects the key in {source}", f"it was changed: `sudo systemctl restart {UNIT}`")
+    if key:
+        return failed(f"the API rejects the key in {source}", f"set it to the key that {UNIT} was started with")
     return failed(
         "it asks for a key (HTTP 401)",
         f"put the key into {vllm_client.KEY}, without showing it: "

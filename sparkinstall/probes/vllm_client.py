@@ -1,6 +1,7 @@
 """Client of the vLLM on this node: few requests, each in a process with a time limit."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -60,6 +61,11 @@ class Api(Struct, frozen=True, dict=True):
         """A stream, possibly incomplete."""
         return self._asked("stream", STREAMED, self.completion.model)
 
+    @cached_property
+    def key(self) -> str:
+        """The key: from the variable, else from its file; "" if the API asks for none."""
+        return key_of(self.node, self.on)[0]
+
     @property
     def made(self) -> int:
         """The number of tokens generated for us so far."""
@@ -78,13 +84,25 @@ class Api(Struct, frozen=True, dict=True):
         seconds, port = patience or PATIENCE, self.node.config.serving.port
         asked = {"verb": verb, "port": port, "patience": seconds, "tokens": tokens, "model": model}
         command = (self.on.real(self.node.python), "-I", "-c", payloads.source("vllm_client"), json.dumps(asked))
-        answer = self.on.ask(*command, timeout=seconds + 5)
+        answer = self.on.ask(*command, timeout=seconds + 5, stdin=self.key)
         if answer.code == 124:
             return Reply(error="it did not answer", late=True)
         try:
             return msgspec.json.decode(answer.out, type=Reply)
         except msgspec.DecodeError:
             return Reply(error=answer.last_line or f"it ended with code {answer.code}")
+
+
+def key_of(node: Node, on: Reader) -> tuple[str, str]:
+    """Return the key of this node's API and where it is from: the user's variable, else its file; "" if there is none.
+
+    Raises:
+        NeedsRoot: only root may read the file, and sudo asks for a password.
+    """
+    if found := os.environ.get(KEY, ""):
+        return found.strip(), KEY
+    content = on.read(node.api_key) if node.api_key else None
+    return (content or b"").decode(errors="replace").strip(), node.api_key or ""
 
 
 def sample(lines: Iterable[str], *names: str) -> float | None:

@@ -122,13 +122,15 @@ class Service(Struct, frozen=True):
     """A service that is enabled, runs, and was started from its current inputs.
 
     `inputs` returns the files (node paths) that it depends on; `noted_in` stores their digests at the last start. So
-    a changed input is drift, and the service is restarted.
+    a changed input is drift, and the service is restarted. Of `secrets` only time and size are stored: their content is
+    not to be recorded, and root alone reads it.
     """
 
     name: str
     inputs: Callable[[Reader], Iterable[str]]
     noted_in: str
     causes: tuple[Cause, ...] = ()
+    secrets: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -159,7 +161,9 @@ class Service(Struct, frozen=True):
             yield f"changed since its last start: {names}" if then else "it was not started by sparkinstall"
 
     def _digests(self, on: Reader) -> dict[str, str]:
-        return {path: hashlib.sha256(on.read(path) or b"").hexdigest() for path in self.inputs(on)}
+        digests = {path: hashlib.sha256(on.read(path) or b"").hexdigest() for path in self.inputs(on)}
+        entries = ((path, on.entry(path)) for path in self.secrets)
+        return digests | {path: f"{each.mtime_ns} {each.size}" for path, each in entries if each}
 
     def apply(self, on: System) -> None:
         on.promise(Undo("service", self.name, _standing(on, self.name), {"enabled": True, "active": True}))

@@ -25,6 +25,8 @@ from sparkinstall.system import Reader
 OWN_TO_EACH_NODE = (
     *("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "NCCL_IB_GID_INDEX", "NCCL_IB_DISABLE", "UCX_NET_DEVICES"),
     "VLLM_CONFIG_ROOT",
+    # It is in the folder of the unit's own credentials.
+    "HF_TOKEN_PATH",
 )
 FILES = ("single-node", "multi-node-head", "multi-node-worker")
 _SPARK_PORT = NcclTransport("socket", interface="enp1s0f0np0")

@@ -60,6 +60,8 @@ def _options(node: Node) -> Iterable[tuple[str, str | int]]:
     yield "probe", settings.probe_seconds
     yield "start", settings.start_seconds
     yield "restarts", settings.restarts_per_hour
+    if node.api_key:
+        yield "key-file", node.api_key
     if node.with_ray:
         yield "also-unit", node.ray_unit
         yield "also-port", cluster.ray_port

@@ -13,6 +13,7 @@ from sparkinstall.probes import ray as probe
 from sparkinstall.resources import Resource, systemd
 from sparkinstall.resources.files import File
 from sparkinstall.resources.ray_token import RayToken, by_hand
+from sparkinstall.resources.secret_files import NamedSecret
 from sparkinstall.resources.systemd import Cause, Service, UnitFile
 from sparkinstall.resources.template import Template
 from sparkinstall.steps import Step
@@ -48,9 +49,12 @@ class Ray(Step):
         yield before_start(node)
         yield File(node.ray_nodes, payloads.as_file("ray_nodes"))
         path = unit_path(node.ray_unit)
+        if node.hub_token:
+            yield NamedSecret(node.hub_token, "hub.token_file")
         yield UnitFile(path, "ray.service.j2", partial(_values, node), noted_in=node.units_record)
         depends = (path, node.env_file, node.ray_token, node.venv_stamp, node.before_start, node.ray_nodes)
-        yield Service(node.ray_unit, lambda _: depends, node.started_record(node.ray_unit), causes(node))
+        secrets = (node.hub_token,) if node.hub_token else ()
+        yield Service(node.ray_unit, lambda _: depends, node.started_record(node.ray_unit), causes(node), secrets)
 
     def probes(self, node: Node) -> Iterable[Probe]:
         return probe.probes(node)
@@ -73,6 +77,7 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
         "user": systemd.setting(node.user),
         "env_file": systemd.setting(on.real(node.env_file)),
         "hub_offline": node.config.hub.offline,
+        "hub_token": node.hub_token,
         "before_start": systemd.program(on.real(node.before_start)),
         "python": systemd.program(on.real(node.python)),
         "ray": systemd.program(on.real(f"{node.venv}/bin/ray")),

@@ -5,12 +5,13 @@ from functools import partial
 from typing import Any
 
 from sparkinstall import payloads
-from sparkinstall.layout import VLLM_UNIT, unit_path
+from sparkinstall.layout import API_KEY, VLLM_UNIT, unit_path
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Probe, serving, vllm_arguments
 from sparkinstall.resources import Resource, systemd
 from sparkinstall.resources.files import File
-from sparkinstall.resources.systemd import Service, UnitFile
+from sparkinstall.resources.secret_files import ApiKey, NamedSecret
+from sparkinstall.resources.systemd import Cause, Service, UnitFile
 from sparkinstall.services import VLLM
 from sparkinstall.steps import Step
 from sparkinstall.steps import ray as ray_step
@@ -20,6 +21,19 @@ from sparkinstall.system import Reader
 _UNIT = unit_path(VLLM_UNIT)
 # Seconds to wait until the other nodes have joined Ray; vLLM itself waits as long.
 _JOINED = 1800
+_MIDDLEWARE = "sparkinstall_api_key.RequireKey"
+_OF_SECRETS = (
+    Cause(
+        r"^sparkinstall: .*(API's key|VLLM_API_KEY)",
+        "the API's key cannot be used",
+        "correct the key in its file, or remove a generated one, or correct what is named here; then run again",
+    ),
+    Cause(
+        r"Failed to set up credentials",
+        "systemd cannot read the file of a key or token",
+        "see `systemctl cat vllm`: the files after `LoadCredential=` must exist on this node; then run again",
+    ),
+)
 
 
 class Serving(Step):
@@ -44,12 +58,23 @@ class Serving(Step):
         if _with_head(node):
             yield File(node.with_head, payloads.as_file("with_head"))
             depends.append(node.with_head)
+        if node.api_key:
+            yield _key(node.api_key)
+            yield File(node.api_key_module, payloads.as_file("api_key"))
+            depends.append(node.api_key_module)
+        if node.hub_token:
+            yield NamedSecret(node.hub_token, "hub.token_file")
         yield UnitFile(_UNIT, "vllm.service.j2", partial(_values, node), noted_in=node.units_record)
         inputs, noted = partial(_inputs, node, tuple(depends)), node.started_record(VLLM_UNIT)
-        yield Service(VLLM_UNIT, inputs, noted, (ray_step.NO_ADDRESS,))
+        secrets = tuple(each for each in (node.api_key, node.hub_token) if each)
+        yield Service(VLLM_UNIT, inputs, noted, (ray_step.NO_ADDRESS, *_OF_SECRETS), secrets)
 
     def probes(self, node: Node) -> Iterable[Probe]:
         return (vllm_arguments.probe(node, arguments(node)), *serving.probes(node))
+
+
+def _key(path: str) -> Resource:
+    return ApiKey(path) if path == API_KEY else NamedSecret(path, "serving.key_file")
 
 
 def _with_head(node: Node) -> bool:
@@ -67,11 +92,22 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
         "user": systemd.setting(node.user),
         "env_file": systemd.setting(on.real(node.env_file)),
         "hub_offline": node.config.hub.offline,
+        "hub_token": node.hub_token,
+        "api_key": node.api_key,
+        "python_modules": systemd.setting(on.real(node.python_modules)),
+        "check_key": _check_of_key(node, on),
         "several": node.several,
         "with_ray": node.with_ray,
         "before_start": systemd.program(on.real(node.before_start)),
         "command": _command(node, on),
     }
+
+
+def _check_of_key(node: Node, on: Reader) -> str:
+    """Return the quoted words of the check that the key will be asked for; servers of vLLM for gRPC would not."""
+    others = [each for each in node.config.serving.arguments if each.startswith("--gr")]
+    first, *rest = on.real(node.python), on.real(node.api_key_module), *others
+    return " ".join([systemd.program(first), *map(systemd.word, rest)])
 
 
 def _command(node: Node, on: Reader) -> list[str]:
@@ -101,7 +137,9 @@ def _api(node: Node) -> list[str]:
     if node.role == "worker":
         return ["--headless"]
     host = "0.0.0.0" if node.config.serving.allow else "127.0.0.1"
-    return ["--host", host, "--port", str(node.config.serving.port)]
+    words = ["--host", host, "--port", str(node.config.serving.port)]
+    # vLLM's own key leaves /invocations and others open.
+    return [*words, "--middleware", _MIDDLEWARE] if node.api_key else words
 
 
 def _share(node: Node) -> list[str]:

@@ -96,13 +96,16 @@ class Reader(Protocol):
     def names(self, path: str) -> tuple[str, ...]:
         """Return the sorted names in a folder, or ()."""
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
         """Run a program that only reads, whatever its exit code.
 
         Args:
             timeout: seconds.
             env: replaces this process's environment.
             root: use sudo unless this process is root.
+            stdin: what it reads there. A secret is nowhere else visible to others.
 
         Raises:
             MayChange: the command is not on the list of read-only commands (system/read_only.py).

@@ -129,11 +129,13 @@ class LocalReader:
         except (FileNotFoundError, NotADirectoryError):
             return ()
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
         read_only.require(argv)
         chosen = env if env is not None else {**os.environ, "LC_ALL": "C.UTF-8"}
         full = (*self.sudo, *argv) if root else argv
-        code, out, err = processes.answer(full, chosen, timeout)
+        code, out, err = processes.answer(full, chosen, timeout, stdin.encode())
         return Result(full, code, out.decode(errors="replace"), err.decode(errors="replace"))
 
 

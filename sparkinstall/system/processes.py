@@ -103,13 +103,15 @@ def refuse_if_stopped() -> None:
         raise Interrupted("interrupted")
 
 
-def answer(argv: tuple[str, ...], env: Mapping[str, str], timeout: float) -> tuple[int, bytes, bytes]:
+def answer(
+    argv: tuple[str, ...], env: Mapping[str, str], timeout: float, stdin: bytes = b""
+) -> tuple[int, bytes, bytes]:
     """Run `argv`; return exit code (127 not found, 124 after `timeout` seconds), stdout and stderr."""
-    process = start(argv, env, stdin=subprocess.DEVNULL)
+    process = start(argv, env, stdin=subprocess.PIPE if stdin else subprocess.DEVNULL)
     if process is None:
         return 127, b"", f"{argv[0]}: not found".encode()
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(stdin or None, timeout=timeout)
     except subprocess.TimeoutExpired:
         kill_group(process.pid)
         process.communicate()

@@ -15,8 +15,10 @@ LIMIT = "_LIMIT = 120.0\n"
 _answer, _start, _source = processes.answer, processes.start, payloads.source
 
 
-def answer(argv: tuple[str, ...], env: Mapping[str, str], timeout: float) -> tuple[int, bytes, bytes]:
-    return _answer(argv, env, timeout * FACTOR)
+def answer(
+    argv: tuple[str, ...], env: Mapping[str, str], timeout: float, stdin: bytes = b""
+) -> tuple[int, bytes, bytes]:
+    return _answer(argv, env, timeout * FACTOR, stdin)
 
 
 def start(argv: tuple[str, ...], env: Mapping[str, str], **popen: Any) -> Any:

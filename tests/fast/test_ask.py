@@ -4,6 +4,7 @@ tests/nodes/test_serving.py asks a real vLLM.
 """
 
 import fcntl
+import json
 import os
 import pty
 import random
@@ -172,6 +173,35 @@ def test_ask_without_a_server_says_so(rehearsal: tuple[str, str]) -> None:
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["code"], error["message"]) == (1, "no-answer", f"nothing answers at {gone.url}")
     assert "refused" in error["cause"]
+
+
+def config_of(folder: Path, url: str, **serving: str) -> tuple[str, str]:
+    """The options for this machine as a node with this server."""
+    values = {"model": "/srv/tiny", "port": int(url.rpartition(":")[2]), **serving}
+    (folder / "config.yaml").write_text(json.dumps({"serving": values}))
+    return "--config", str(folder / "config.yaml")
+
+
+def test_ask_of_this_node_takes_address_model_and_key_from_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    (tmp_path / "key").write_text("sesame-sesame-sesame\n")
+    with chatting(ChatServer(names=("other", "/srv/tiny"), key="sesame-sesame-sesame")) as server:
+        run = in_this_process("ask", "x", *config_of(tmp_path, server.url, key_file=f"{tmp_path}/key"), "--json")
+        assert envelope(run)["data"]["model"] == "/srv/tiny", run.stdout
+        server.key = "sesame-of-another-day"
+        (error,) = envelope(in_this_process("ask", "x", "--config", f"{tmp_path}/config.yaml", "--json"))["errors"]
+    assert error["message"].endswith(f" rejects the key in {tmp_path}/key (401)")
+    assert error["hint"] == "it was changed since the last start: `sudo systemctl restart vllm`"
+
+
+def test_ask_of_this_node_says_what_its_unit_does(tmp_path: Path) -> None:
+    with chatting(ChatServer()) as gone:
+        options = config_of(tmp_path, gone.url)
+    (error,) = envelope(in_this_process("ask", "x", *options, "--json"))["errors"]
+    assert error["message"].startswith(f"nothing answers at {gone.url.removeprefix('http://')}; vllm.service is ")
+    assert "journalctl -u vllm" in error["hint"]
 
 
 def test_ask_in_a_rehearsal_wants_an_address(rehearsal: tuple[str, str]) -> None:

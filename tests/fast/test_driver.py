@@ -25,8 +25,10 @@ class WithSmi(Machine):
         super().__init__(str(root))
         self.answer = code, out, err
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        del timeout, env, root
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
+        del timeout, env, root, stdin
         return Result(argv, *self.answer)
 
 

@@ -46,8 +46,10 @@ class Recorded(LocalReader):
         super().__init__(str(root))
         self.answers = answers
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        del timeout, env, root
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
+        del timeout, env, root, stdin
         previous = "--boot=-1" in argv
         output = self.answers.get("previous" if previous else Path(argv[0]).name)
         return Result(argv, 0 if output is not None else 127, output or "", "")
@@ -211,10 +213,15 @@ def test_probes_of_all_rules_run_each_program_once(tmp_path: Path) -> None:
 
     class Counting(Recorded):
         def ask(
-            self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False
+            self,
+            *argv: str,
+            timeout: float = 30,
+            env: Mapping[str, str] | None = None,
+            root: bool = False,
+            stdin: str = "",
         ) -> Result:
             asked.append(argv[0])
-            return super().ask(*argv, timeout=timeout, env=env, root=root)
+            return super().ask(*argv, timeout=timeout, env=env, root=root, stdin=stdin)
 
     reader = Counting(tmp_path, host(tmp_path).on.answers)  # type: ignore[attr-defined]
     # The GPU is busy, so no load is added.

@@ -144,10 +144,12 @@ def test_packages_of_a_bundle_are_installed_from_its_folder_alone(tmp_path: Path
 class _TooNew(Dpkg):
     """What is installed does not go together with the packages in a folder."""
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
         if "Dir::Etc::sourceparts=/dev/null" in argv:
             return Result(argv, 100, "", "")
-        return super().ask(*argv, timeout=timeout, env=env, root=root)
+        return super().ask(*argv, timeout=timeout, env=env, root=root, stdin=stdin)
 
 
 def _with_a_folder(folder: Path, names: str = "make", system: str = "debian 13", *, too_new: bool = False) -> Dpkg:

@@ -173,8 +173,10 @@ class SameAnswer(Machine):
         super().__init__(str(root))
         self.code, self.out, self.programs = code, out, set[str]()
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        del timeout, env, root
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
+        del timeout, env, root, stdin
         read_only.require(argv)
         self.programs.add(Path(argv[0]).name)
         return Result(argv, self.code, self.out, "")

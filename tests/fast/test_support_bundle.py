@@ -298,8 +298,10 @@ class WithoutSudo(LocalReader):
     def rehearsal(self) -> bool:
         return False
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        del timeout, env
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
+        del timeout, env, stdin
         if root:
             return Result(argv, 1, "", "sudo: a password is required")
         known = next((answer for start, answer in self.answers.items() if " ".join(argv).startswith(start)), None)

@@ -94,8 +94,10 @@ class LiveNode(Machine):
         lines = ["ADMIN_STATE=configured", f"NETWORK_FILE={path}"] if path else ["ADMIN_STATE=unmanaged"]
         self.put(f"{_STATES}/{self.links[name]['ifindex']}", "\n".join([*lines, *more, ""]))
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        del timeout, env, root
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
+        del timeout, env, root, stdin
         match argv:
             case [files.PROGRAM, "generate", *words]:
                 done = _generate(*words)

@@ -25,7 +25,9 @@ class OnASpark(Machine):
         super().__init__(str(root))
         self.programs = programs
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        del timeout, env, root
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
+        del timeout, env, root, stdin
         installed = argv[0] in self.programs
         return Result(argv, 0 if installed else 127, self.programs.get(argv[0], ""), "")

@@ -41,8 +41,10 @@ class Namespace(LocalSystem):
         # Another process of this namespace sees other values there.
         return self.ask("sh", "-c", f"cat {path}").out.encode() if path.startswith("/proc/sys/") else super().read(path)
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        del env, root
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
+        del env, root, stdin
         if argv[0] not in ("ip", "sh"):
             return Result(argv, 127, "", "")
         inside = ("nsenter", "--target", str(self._holder.pid), "--user", "--net", "--preserve-credentials", *argv)

@@ -45,8 +45,10 @@ class RecordingSystem(System):
         inside = (each.removeprefix(f"{path}/").split("/")[0] for each in self.files if each.startswith(f"{path}/"))
         return tuple(sorted(set(inside)))
 
-    def ask(self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False) -> Result:
-        del timeout, env, root
+    def ask(
+        self, *argv: str, timeout: float = 30, env: Mapping[str, str] | None = None, root: bool = False, stdin: str = ""
+    ) -> Result:
+        del timeout, env, root, stdin
         read_only.require(argv)
         return self._result(argv)
 
