@@ -1,7 +1,5 @@
 """Create a bundle: everything is downloaded to the cache, so that a second attempt continues, then written in order."""
 
-import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +9,6 @@ from typing import BinaryIO
 from msgspec import Struct, field
 
 from sparkinstall import __version__
-from sparkinstall.assets import user_cache
 from sparkinstall.bundle import contents, debian, git_objects, models, part
 from sparkinstall.cluster import bootstrap
 from sparkinstall.core.models import Dialog
@@ -24,14 +21,12 @@ from sparkinstall.payloads.bundle_archive import Content, Manifest, Member, Refu
 from sparkinstall.probes import nccl_tests
 from sparkinstall.resources.packages import INDEX
 from sparkinstall.resources.venv import wheelhouse
-from sparkinstall.stacks import canonical
 from sparkinstall.steps.nccl import source
 from sparkinstall.system.local import LocalSystem
 from sparkinstall.wheel_index import for_platform
 from sparkinstall.wheelhouse import cache_in_use, folder_locked
 
 _GLIBC = "2.39"
-_PINNED = re.compile(r"^([A-Za-z0-9._-]+)==", re.MULTILINE)
 
 
 class Order(Struct, frozen=True):
@@ -131,31 +126,18 @@ def _tool(order: Order, packed: Packed, _: _Part) -> None:
 
 
 def _own_packages(place: bootstrap.Place) -> list[Path]:
-    """Return the wheels that the tool needs itself; damaged ones are downloaded again.
+    """Return the wheels that the tool needs itself.
 
     Raises:
         CommandFailed: they cannot be downloaded.
         Storage: the cache cannot be read or written.
     """
-    with folder_locked(user_cache() / "own-packages"), storage_errors("downloading the tool's own packages"):
-        folder = bootstrap.own_packages(place)
-        if folder and _has_damage(folder):
-            shutil.rmtree(folder)
-            folder = bootstrap.own_packages(place)
-        if folder:
-            return list(folder.iterdir())
+    if folder := bootstrap.own_packages(place):
+        return list(folder.iterdir())
     raise CommandFailed(
         "the tool's own packages could not be downloaded",
         hint="check the network and run the same command again; finished downloads are kept",
     )
-
-
-def _has_damage(folder: Path) -> bool:
-    """Whether a wheel of a pinned package does not have a hash of the lock."""
-    lock = bootstrap.sources()["requirements.lock"].read_text()
-    pinned = set(map(canonical, _PINNED.findall(lock)))
-    wheels = [each for each in folder.iterdir() if canonical(each.name.partition("-")[0]) in pinned]
-    return any(f"sha256:{sha256_of(each)}" not in lock for each in wheels)
 
 
 def _wheels(order: Order, packed: Packed, on: _Part) -> None:

@@ -19,9 +19,12 @@ from msgspec import Struct
 from uv import find_uv_bin
 
 from sparkinstall.assets import asset, user_cache
-from sparkinstall.errors import Problem
+from sparkinstall.downloads import sha256_of
+from sparkinstall.errors import Problem, storage_errors
 from sparkinstall.node import DEBIAN_PACKAGES
+from sparkinstall.stacks import canonical
 from sparkinstall.system.workshop import Workshop
+from sparkinstall.wheelhouse import folder_locked
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DIGESTED = ("templates", "patches", "knowledge", "pyproject.toml", "requirements.lock")
@@ -31,6 +34,7 @@ UPLOADS = ".local/share/sparkinstall/uploads"
 
 _WHOLE = ".whole"
 _one_at_a_time = threading.Lock()
+_PINNED = re.compile(r"^([A-Za-z0-9._-]+)==", re.MULTILINE)
 MISSING = 90
 """Exit code of the remote shell where sparkinstall of exactly this version is missing; stdout describes the node."""
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -177,27 +181,44 @@ def packed(files: Mapping[str, bytes]) -> bytes:
 
 
 def own_packages(of: Place) -> Path | None:
-    """A folder with the wheels of requirements.lock for such a node; None: they could not be downloaded."""
+    """A folder with the wheels of requirements.lock for such a node; None: they could not be downloaded.
+
+    Damaged ones are downloaded again.
+
+    Raises:
+        Storage: the cache cannot be read or written.
+    """
     # install.sh keeps those of a bundle in the tool's own environment.
     bundled = Path(sys.prefix, "own-packages")
     if bundled.is_dir() and of.machine == platform.machine() and of.python in PYTHONS:
         return bundled
     lock = sources()["requirements.lock"]
-    key = hashlib.sha256(lock.read_bytes()).hexdigest()[:16]
-    folder = user_cache() / "own-packages" / f"{key}-{of.python}-{of.machine}"
-    # Nodes are served in parallel, and most of them need the same wheels.
-    with _one_at_a_time:
-        if folder.is_dir():
-            return folder
-        waiting = folder.with_name(f"{folder.name}.{os.getpid()}.new")
-        waiting.mkdir(parents=True, exist_ok=True)
-        try:
-            if not _download(lock, waiting, of):
-                return None
+    all_folders = user_cache() / "own-packages"
+    folder = all_folders / f"{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}-{of.python}-{of.machine}"
+    # Nodes are served in parallel, and most of them need the same wheels; so may another run.
+    with _one_at_a_time, folder_locked(all_folders), storage_errors("downloading the tool's own packages"):
+        if folder.is_dir() and _has_damage(folder, lock.read_text()):
+            shutil.rmtree(folder)
+        return folder if folder.is_dir() or _brought(lock, folder, of) else None
+
+
+def _has_damage(folder: Path, lock: str) -> bool:
+    """Whether a wheel of a pinned package does not have a hash of the lock."""
+    pinned = set(map(canonical, _PINNED.findall(lock)))
+    wheels = [each for each in folder.iterdir() if canonical(each.name.partition("-")[0]) in pinned]
+    return any(f"sha256:{sha256_of(each)}" not in lock for each in wheels)
+
+
+def _brought(lock: Path, folder: Path, of: Place) -> bool:
+    """Download the wheels into the folder, which appears when all are there; whether they came."""
+    waiting = folder.with_name(f"{folder.name}.{os.getpid()}.new")
+    waiting.mkdir(parents=True, exist_ok=True)
+    try:
+        if _download(lock, waiting, of):
             waiting.rename(folder)
-        finally:
-            shutil.rmtree(waiting, ignore_errors=True)
-    return folder
+        return folder.is_dir()
+    finally:
+        shutil.rmtree(waiting, ignore_errors=True)
 
 
 def _download(lock: Path, into: Path, of: Place) -> bool:
