@@ -163,12 +163,13 @@ def _show(found: Diagnosis, verbose: bool, already_shown: bool) -> None:
     if not already_shown:
         for each in found.causes:
             _show_found(each, out, several)
-        if not found.causes:
-            _show_telling(found, out, several, verbose)
+        _show_telling(found, out, several, verbose)
         _show_consequences(found, out, several, verbose)
         for each in found.warnings:
             _show_found(each, out, several)
-    elif not found.causes:
+    else:
+        for each in (each for each in found.causes if each.general):
+            _show_found(each, out, several)
         _show_telling(found, out, several, verbose)
     out.print(_summary(found), style="dim")
 
@@ -182,6 +183,7 @@ def _show_found(found: Found, out: Console, several: bool) -> None:
         out.print(f"      [dim]{_count(found)} lines in all[/]")
     fields = {
         "after": f"a consequence of {', '.join(found.explained_by)}: fix that first" if found.explained_by else "",
+        "in": found.where,
         "why": found.why,
         "do": found.hint + (f" (fix {found.fix})" if found.fix else ""),
         "for": found.concerns,
@@ -228,16 +230,24 @@ def _show_consequences(found: Diagnosis, out: Console, several: bool, verbose: b
 
 
 def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) -> None:
-    """Show the most suspicious lines, where no cause was found."""
-    if found.consequences:
+    """Show the most suspicious lines, where no cause was found, and beside a general one the others."""
+    shown = {(place.log, place.line) for each in found.causes for place in each.lines}
+    telling = [each for each in found.telling if (each.log, each.line) not in shown]
+    if found.causes:
+        if not telling:
+            return
+        out.print("This is what the kind of error means. Other suspicious lines:")
+    elif found.consequences:
         out.print(sign("fail"), f"[bold]{_ENDED}[/]")
         out.print("    " + ("The most suspicious lines:" if found.telling else _NO_LINES))
     elif found.telling:
         out.print("No known failure found. The most suspicious lines:")
     else:
         return
-    for each in found.telling if verbose else found.telling[:_SHOWN_TELLING]:
+    for each in telling if verbose else telling[:_SHOWN_TELLING]:
         _show_lines([each], out, several)
+        if each.where:
+            out.print(f"      [dim]in {escape(each.where)}[/]")
         if each.count > 1:
             out.print(f"      [dim]{each.count} lines like this[/]")
     out.print()

@@ -8,15 +8,15 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
 from msgspec import Struct
-from msgspec.structs import asdict
+from msgspec.structs import asdict, replace
 
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
-from sparkinstall.diagnose.search import TELLING_KEPT, Match, Place, Search, Suspect
+from sparkinstall.diagnose.search import SHOWN, TELLING_KEPT, Match, Place, Search, Suspect
 from sparkinstall.diagnose.signatures import KnownFailure, Signature, explains
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
 from sparkinstall.given import absolute
@@ -24,6 +24,8 @@ from sparkinstall.system import processes
 from sparkinstall.system.local import LocalReader
 
 Role = Literal["cause", "consequence", "warning"]
+_Suspicion = tuple[Suspect, Match | None]
+"""A suspicious line, and what it means by its kind."""
 _RELATED = 3600
 """Seconds: failures of different nodes that are further apart have nothing to do with each other."""
 _PAUSE = 0.2
@@ -57,26 +59,28 @@ class ReadLog(Struct, frozen=True):
 class Found(KnownFailure, frozen=True, kw_only=True):
     """A known failure found in the logs: its role, its number of lines, the names of its causes, and its first lines.
 
-    A consequence whose cause is not known is explained by nothing.
+    A consequence whose cause is not known is explained by nothing. `where`: the code that raised it, if known.
     """
 
     role: Role
     count: int
     explained_by: tuple[str, ...]
+    where: str
     lines: tuple[Place, ...]
 
 
 class Telling(Place, frozen=True):
-    """A suspicious line, and how many similar lines there are."""
+    """A suspicious line, how many similar lines there are, and the code that raised it, if known."""
 
     count: int
+    where: str
 
 
 class Diagnosis(Struct, frozen=True):
     """The result for all logs together.
 
     `found`: causes, consequences, then warnings, each in the order of the logs. `telling`: the most suspicious lines,
-    if no cause was found.
+    if no cause was found, or only a general one.
     """
 
     logs: tuple[ReadLog, ...]
@@ -112,26 +116,64 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
     """
     logs: list[ReadLog] = []
     seen: dict[str, Match] = {}
-    suspects: list[Suspect] = []
+    suspects: list[_Suspicion] = []
     for search in searches:
         logs.append(ReadLog(search.name, search.bytes, search.lines))
         for match in search.lasting:
-            known = seen.setdefault(match.signature.name, Match(match.signature, words=match.words, when=match.when))
+            known = seen.setdefault(match.signature.name, replace(match, lines=(), count=0))
             known.count += match.count
             known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]
             known.after |= match.after
-        suspects = sorted([*suspects, *search.telling], key=lambda each: -each.weight)[:TELLING_KEPT]
-    seen = {name: match for name, match in seen.items() if match.count >= match.signature.times}
+        suspects = _most_telling([*suspects, *((each, search.general_of(each)) for each in search.telling)])
+    found = _judged(seen)
+    if not any(each.role == "cause" for each in found) and (general := _general(suspects)):
+        found = _judged({**seen, general.signature.name: general})
+    is_explained = any(each.role == "cause" and not each.general for each in found)
+    telling = () if is_explained else tuple(_telling(each) for each, _ in suspects)
+    return Diagnosis(tuple(logs), tuple(found), telling)
+
+
+def _judged(seen: Mapping[str, Match]) -> list[Found]:
+    """Return what is told of all that was found: causes, consequences, then warnings."""
+    seen = {name: match for name, match in seen.items() if _is_met(match, seen)}
+    kinds = {match.signature.family for match in seen.values() if not match.signature.is_warning}
     causes = {name: () if each.signature.is_warning else _causes(each, seen.values()) for name, each in seen.items()}
     explaining = {name for names in causes.values() for name in names}
-    told = {name: each for name, each in seen.items() if name in explaining or each.signature.severity != "event"}
-    found = sorted(
+    told = {
+        name: each
+        for name, each in seen.items()
+        if name in explaining
+        or (each.signature.severity != "event" and not (each.signature.is_warning and name in kinds))
+    }
+    return sorted(
         (_found(each, causes[name], name in explaining) for name, each in told.items()),
         key=lambda each: get_args(Role).index(each.role),
     )
-    is_explained = any(each.role == "cause" for each in found)
-    telling = () if is_explained else tuple(Telling(**asdict(each.place), count=each.count) for each in suspects)
-    return Diagnosis(tuple(logs), tuple(found), telling)
+
+
+def _is_met(match: Match, seen: Mapping[str, Match]) -> bool:
+    """Return whether there are as many lines, and such others, as a failure needs."""
+    others = [seen[name] for name in match.signature.only_with if name in seen]
+    is_accompanied = any(each.count >= each.signature.times for each in others) or not match.signature.only_with
+    return match.count >= match.signature.times and is_accompanied
+
+
+def _most_telling(suspects: Iterable[_Suspicion]) -> list[_Suspicion]:
+    return sorted(suspects, key=lambda each: -each[0].weight)[:TELLING_KEPT]
+
+
+def _general(suspects: Sequence[_Suspicion]) -> Match | None:
+    """Return what the most suspicious lines mean by their kind: the first of them for which one is known."""
+    most = [match for suspect, match in suspects if match and suspect.weight == suspects[0][0].weight]
+    if not most:
+        return None
+    same = [match for match in most if match.signature is most[0].signature]
+    lines = tuple(place for match in same for place in match.lines)
+    return replace(most[0], lines=lines[:SHOWN], count=sum(match.count for match in same))
+
+
+def _telling(suspect: Suspect) -> Telling:
+    return Telling(**asdict(suspect.place), count=suspect.count, where=suspect.where)
 
 
 def _found(match: Match, causes: tuple[str, ...], explains_others: bool) -> Found:
@@ -139,7 +181,14 @@ def _found(match: Match, causes: tuple[str, ...], explains_others: bool) -> Foun
     role: Role = "consequence" if causes or signature.ends_only else "cause"
     if signature.is_warning and not explains_others:
         role = "warning"
-    return Found(**signature.told(match.words), role=role, count=match.count, explained_by=causes, lines=match.lines)
+    return Found(
+        **signature.told(match.words),
+        role=role,
+        count=match.count,
+        explained_by=causes,
+        where=match.where,
+        lines=match.lines,
+    )
 
 
 def _causes(match: Match, found: Iterable[Match]) -> tuple[str, ...]:
@@ -152,6 +201,8 @@ def _causes(match: Match, found: Iterable[Match]) -> tuple[str, ...]:
 
 def _caused(match: Match, other: Match) -> bool:
     """Return whether `other` is a cause: known to be one, or before it in a traceback or, in another log, in time."""
+    if (device := match.words.get("device")) and device == other.words.get("device"):
+        return _is_before(other, match)
     if explains(match.signature, other.signature):
         return False
     if explains(other.signature, match.signature):
@@ -164,6 +215,14 @@ def _caused(match: Match, other: Match) -> bool:
     if logs or match.when is None or other.when is None:
         return False
     return 0 < match.when - other.when < _RELATED
+
+
+def _is_before(one: Match, other: Match) -> bool:
+    """Return whether a failure of a device came before another of it, within the hour."""
+    first, second = one.lines[0], other.lines[0]
+    if first.log != second.log or one.when is None or other.when is None or one.when == other.when:
+        return first.log == second.log and first.line < second.line
+    return 0 < other.when - one.when < _RELATED
 
 
 # --- sources of logs

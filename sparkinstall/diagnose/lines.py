@@ -40,10 +40,14 @@ _PREFIXES = (
     r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
     r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",
     rf"(?P<kernel>\[(?: *\+?\d+\.\d+ ?|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
+    # `dmesg --decode`
+    rf"(?P<kernel>kern)(?:el)? *:\w+ *: (?:\[[^\]]{{1,40}}\] ?|\d{{4}}-\d\d-\d\dT{_TIME}[+-]\d\d:?\d\d )?",
     # the time alone
     rf"\[{_TIME}\] (?=\S)",
     # vLLM and Ray name the process
     r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
+    # pasted in bold
+    r" *\*\*(?P<who>\([\w.:-]+(?: [\w.:]+)? (?:pid|rank|ip)=[^)]*\))\*\* ?",
     r"(?P<who>\((?:raylet|autoscaler|gcs_server)\)) ?",
     r"(?P<who>\[(?:rank|default)\d+\]):? ?",
     # launchers put the rank before each line of a process, perhaps twice
@@ -95,7 +99,7 @@ KERNEL = "kernel"
 
 # Where the text of a request or of an answer begins: whatever follows are the words of a user, a tool or a model.
 _QUOTED = re.compile(
-    r"[Rr]eceived request \S|[Gg]enerated response \S|\b(?:request|response) body\b"
+    r"[Rr]eceived request \S|[Gg]enerated response \S|\b(?<!decoding )(?<!reading )(?:request|response) body\b"
     r"|\bprompt(?:_token_ids)?['\"]?\s*[:=]"
     r"|\\?['\"](?:messages|content|arguments|tool_calls|prompt|input|text|reasoning(?:_content)?|query|output)\\?['\"]"
     r"\s*:\s*(?:\\?['\"]|\[|f')|\b(?:content|arguments|prompt|text)=(?:['\"]|\[)|</?(?:tool_response|tool_result|think)>"

@@ -13,10 +13,10 @@ from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.diagnose import suspicion, tracebacks
-from sparkinstall.diagnose.lines import PROGRAM, Line, printable, take_apart
+from sparkinstall.diagnose import messages, suspicion, tracebacks
+from sparkinstall.diagnose.lines import KERNEL, PROGRAM, Line, printable, take_apart
 from sparkinstall.diagnose.signatures import Signature
-from sparkinstall.diagnose.tracebacks import Role, Tracebacks
+from sparkinstall.diagnose.tracebacks import Role, Tracebacks, place_of
 
 REACH = 2048
 """Bytes around a literal in which its regex is searched, within the line."""
@@ -32,11 +32,21 @@ TELLING_KEPT = 100
 """Suspicious lines that are kept."""
 SERVER_STARTED = "server-started"
 """The event that ends the start of a server."""
+FELL_BACK = "fell-back"
+"""The event that a program goes on another way after what failed just before."""
+_BEFORE_FALLBACK = 12
+"""Lines before a fallback in which the failure that it handles is looked for."""
+_MOST_AFTER = 3
+"""Lines that may continue a message."""
+_MOST_CONTINUED = 2000
+"""Lines of a log after which the next one is read for the rest of their message."""
 _WIDEST = 400
 _FRUITLESS = 500
 """After so many lines that differ in numbers only, in which a regex found nothing, it is not tried in another one."""
 _SHAPES = 10_000
 """Shapes of lines that are remembered."""
+_FRAMES_KEPT = 2000
+"""Characters of a suspicious line's traceback that are kept."""
 _NOWHERE = (1, 0)
 """The span of no bytes."""
 _MOST_FRUITLESS = 50_000
@@ -64,8 +74,9 @@ class Place(Struct, frozen=True):
 class Match(Struct):
     """One known failure in a log: its first lines, number of its last line, and count of lines up to `MOST`.
 
-    `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, and `after`
-    are the names of failures that a traceback names as what came before.
+    `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, `who` wrote
+    it, and `where` is the code that raised it. `after` are the names of failures that a traceback names as what came
+    before.
     """
 
     signature: Signature
@@ -75,6 +86,8 @@ class Match(Struct):
     words: Mapping[str, str] = field(default_factory=dict)
     when: int | None = None
     after: frozenset[str] = frozenset()
+    who: str = ""
+    where: str = ""
 
     def see(self, place: Place) -> None:
         """Count another line."""
@@ -84,11 +97,28 @@ class Match(Struct):
 
 
 class Suspect(Struct):
-    """A suspicious line that matches no known failure, and how many similar lines there are."""
+    """A suspicious line that matches no known failure, and how many similar lines there are.
+
+    `message` is what it says, `who` wrote it, `where` is the code that raised it, and `frames` is its traceback.
+    """
 
     place: Place
     weight: int
+    message: str = ""
+    who: str = ""
+    where: str = ""
+    frames: str = ""
     count: int = 1
+
+
+class _Unfinished(Struct):
+    """A line of which the message may go on in the next line of the same process; `takers` want to know."""
+
+    line: Line
+    message: str
+    takers: list[Match | Suspect]
+    left: int = _MOST_AFTER
+    others: int = 20
 
 
 class _Current(Struct):
@@ -125,6 +155,9 @@ class Search:
                 self._meanings.setdefault(anchor.encode(), []).append(each)
         for word in (*suspicion.WORDS, *tracebacks.BEGINNINGS):
             self._meanings.setdefault(word.encode(), []).append(None)
+        self._general = [each for each in signatures if each.general]
+        self._unfinished: _Unfinished | None = None
+        self._continued = 0
         self._families = {each.family for each in signatures}
         self.sightings: dict[str, Match] = {}
         self._telling: dict[str, Suspect] = {}
@@ -184,6 +217,16 @@ class Search:
         found = (each for each in self.sightings.values() if each.last > self._last_of(each.signature.over_with))
         return sorted(found, key=lambda each: each.lines[0].line)
 
+    def general_of(self, suspect: Suspect) -> Match | None:
+        """Return what a suspicious line means by its kind, if a general failure is of that kind."""
+        for each in self._general:
+            found = each.regex.search(suspect.message)
+            if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
+                words = {name: word or "" for name, word in found.groupdict().items()}
+                lines, last = (suspect.place,), suspect.place.line
+                return Match(each, lines, suspect.count, last, words, who=suspect.who, where=suspect.where)
+        return None
+
     @property
     def telling(self) -> list[Suspect]:
         """The most suspicious lines, by weight. What was no exception has not kept a server from starting."""
@@ -225,13 +268,26 @@ class Search:
 
     def _walk(self, data: bytes, at: int, number: int, upto: int) -> None:
         """Read each line before `upto` while a traceback is open: the exception that ends it may be any line."""
-        while self._tracebacks.are_open and at < upto:
+        while at < upto and (self._tracebacks.are_open or self._may_go_on):
             if number > self._current.number:
                 if self._weighed >= MOST_WEIGHED:
                     return
                 self._weighed += 1
-                self._begin_line(self._line(data, at, at, number), number, is_suspect=True)
+                is_open = self._tracebacks.are_open
+                self._begin_line(self._line(data, at, at, number), number, is_suspect=is_open)
             at, number = data.find(b"\n", at, upto) + 1 or upto, number + 1
+
+    @property
+    def _may_go_on(self) -> bool:
+        """Whether the next line may continue a message that is shown."""
+        if self._unfinished:
+            return True
+        current = self._current
+        if self._continued >= _MOST_CONTINUED or not _may_go_on(current.line):
+            return False
+        if any(name not in self.sightings or self.sightings[name].count < SHOWN for name in current.matches):
+            return True
+        return current.is_suspect and suspicion.weight(current.line, current.role, current.number) > 0
 
     def _line(self, data: bytes, start: int, end: int, number: int) -> Line:
         """Return the line around a match, the current one if it is in that. Who wrote a long line, and what it quotes,
@@ -299,6 +355,7 @@ class Search:
             self._current.is_suspect |= is_suspect
             return self._current
         self._finish_line()
+        self._go_on(line)
         self._clock = self._clock if line.when is None else line.when
         self._current = _Current(number, line, self._tracebacks.see(number, line), is_suspect)
         return self._current
@@ -307,16 +364,61 @@ class Search:
         """Count the failures in the line, or take it for a suspicious one."""
         current, self._enough = self._current, self._enough or self._weighed >= MOST_WEIGHED
         matches = [each for each, _, _ in current.matches.values()]
+        takers: list[Match | Suspect] = []
         for signature, place, words in current.matches.values():
             if not any(self._tells_more(other, signature) for other in matches):
-                seen = self.sightings.setdefault(signature.name, Match(signature, words=words, when=self._clock))
+                seen = self._seen_now(signature, words)
                 if seen.count < MOST:
                     seen.see(place)
+                    takers += [seen] if seen.count <= SHOWN else []
                 self._enough |= seen.count >= MOST
                 self._chain(seen)
         if current.is_suspect and (not matches or _INNER.search(current.line.message)):
-            self._suspect(current)
+            takers += self._suspect(current)
+        if takers and _may_go_on(current.line):
+            self._unfinished = _Unfinished(current.line, current.line.message, takers)
+        if FELL_BACK in current.matches:
+            self._forgive(current)
         current.is_suspect, current.matches = False, {}
+
+    def _seen_now(self, signature: Signature, words: Mapping[str, str]) -> Match:
+        """Return the failure that was found in this line, perhaps for the first time."""
+        if signature.name not in self.sightings:
+            who, where = self._current.line.who, place_of(self._current.role.frames)
+            self.sightings[signature.name] = Match(signature, words=words, when=self._clock, who=who, where=where)
+        return self.sightings[signature.name]
+
+    def _go_on(self, line: Line) -> None:
+        """Add a line to the message before, if it continues that."""
+        if (before := self._unfinished) is None:
+            return
+        if line.who != before.line.who or not line.message.strip():
+            before.others -= 1
+            self._unfinished = before if before.others else None
+            return
+        self._unfinished = None
+        if not messages.goes_on(before.message, line.message):
+            return
+        self._continued += 1
+        for each in before.takers:
+            _append(each, line.message.strip())
+        before.left, before.message = before.left - 1, line.message
+        if before.left and _may_go_on(line):
+            self._unfinished = before
+
+    def _forgive(self, current: _Current) -> None:
+        """Forget what failed just before, and what the program now goes on without."""
+        first, who, words = current.number - _BEFORE_FALLBACK, current.line.who, messages.words(current.line.message)
+
+        def is_handled(place: Place, by: str) -> bool:
+            return place.line >= first and by == who and bool(words & messages.words(place.text))
+
+        for name, match in list(self.sightings.items()):
+            if not match.signature.is_warning and is_handled(match.lines[0], match.who):
+                del self.sightings[name]
+        for key, suspect in list(self._telling.items()):
+            if is_handled(suspect.place, suspect.who):
+                del self._telling[key]
 
     def _tells_more(self, one: Signature, other: Signature) -> bool:
         """Return whether `other` is only the family of `one`, a broader kind of the same family, or any family beside a
@@ -336,16 +438,39 @@ class Search:
             seen.after |= names - {seen.signature.name}
             names.add(seen.signature.name)
 
-    def _suspect(self, current: _Current) -> None:
-        weight = suspicion.weight(current.line, current.role, current.number)
+    def _suspect(self, current: _Current) -> list[Suspect]:
+        """Keep a suspicious line; return it if it is a new one."""
+        line, frames = current.line, current.role.frames
+        weight = suspicion.weight(line, current.role, current.number)
         if not weight:
-            return
-        key = _VARIES.sub("#", current.line.message)[:200]
+            return []
+        key = _VARIES.sub("#", line.message)[:200]
         if known := self._telling.get(key):
             known.count += 1
         elif len(self._telling) < TELLING_KEPT:
-            text = shown(current.line.text, 0) + current.raised_by
-            self._telling[key] = Suspect(Place(self.name, current.number, text), weight)
+            place = Place(self.name, current.number, shown(line.text, 0) + current.raised_by)
+            said = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
+            self._telling[key] = Suspect(place, weight, said, line.who, place_of(frames), frames[-_FRAMES_KEPT:])
+            return [self._telling[key]]
+        return []
+
+
+def _may_go_on(line: Line) -> bool:
+    """Return whether the next line may continue a message. The kernel and systemd write each message in one line."""
+    return not line.who.startswith("systemd") and line.who != KERNEL and messages.may_go_on(line.message)
+
+
+def _append(taker: Match | Suspect, text: str) -> None:
+    """Let a line be shown with the rest of its message."""
+    if isinstance(taker, Suspect):
+        taker.place, taker.message = _longer(taker.place, text), f"{taker.message} {text}"
+    else:
+        taker.lines = (*taker.lines[:-1], _longer(taker.lines[-1], text))
+
+
+def _longer(place: Place, text: str) -> Place:
+    whole = f"{place.text} {text}"
+    return replace(place, text=whole if len(whole) <= _WIDEST else f"{whole[:_WIDEST]} ...")
 
 
 def around(data: bytes, start: int, end: int) -> tuple[str, bool, tuple[int, int]]:

@@ -43,7 +43,8 @@ class KnownFailure(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     """What a user is told about a known failure.
 
     `fix` is the number of a fix, or None. `family` names the broader failure that this one is a kind of. An "event" is
-    told only as the cause of a failure that names it.
+    told only as the cause of a failure that names it. A `general` one tells what a kind of exception or error means,
+    and is told only where nothing else is the cause.
     """
 
     name: _Name
@@ -54,6 +55,7 @@ class KnownFailure(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     hint: _Line
     concerns: str = ""
     family: str = ""
+    general: bool = False
     links: _Some
 
     @property
@@ -80,7 +82,11 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     Where an entry gives no `anchors`, `load` derives them from the regex. `consequence_of` names the failures that
     cause this one, or contains `ANY` or `OTHERS`. `frames` must match too, in the traceback that ends with the line.
     `also_in` names where the regex is searched besides what programs report as an error. Fewer lines than `times` are
-    no failure, nor are those before a line of one of `over_with`. `harmless` are similar lines that must not match.
+    no failure, nor are those before a line of one of `over_with`, nor, where `only_with` names others, those without
+    one of these. `harmless` are similar lines that must not match.
+
+    A `general` one is searched only in suspicious lines in which no other is found, the first that matches counts, and
+    it needs no `anchors`.
     """
 
     regex: re.Pattern[str]
@@ -91,6 +97,7 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     anchors: tuple[_Anchor, ...] = ()
     consequence_of: tuple[_Line, ...] = ()
     over_with: tuple[_Line, ...] = ()
+    only_with: tuple[_Line, ...] = ()
     harmless: tuple[_Line, ...] = ()
 
     @property
@@ -170,6 +177,8 @@ def _of_rule(rule: Rule) -> Signature:
 
 
 def _anchors(signature: Signature) -> tuple[str, ...]:
+    if signature.general:
+        return ()
     # Not over a quotation mark: JSON writes a backslash before it.
     found = tuple(max(each.split('"'), key=len) for each in required_literals(signature.regex.pattern))
     if not found or min(map(len, found)) < _SHORTEST:
@@ -196,10 +205,13 @@ def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
     for each in signatures:
         if unknown := set(each.consequence_of) - {ANY, OTHERS, *names}:
             raise Malformed(FOLDER, f"{each.name}: consequence_of names {', '.join(sorted(unknown))}")
-        if unknown := set(each.over_with) - set(names):
-            raise Malformed(FOLDER, f"{each.name}: over_with names {', '.join(sorted(unknown))}")
+        for field in ("over_with", "only_with"):
+            if unknown := set(getattr(each, field)) - set(names):
+                raise Malformed(FOLDER, f"{each.name}: {field} names {', '.join(sorted(unknown))}")
         if each.family and each.family not in names:
             raise Malformed(FOLDER, f"{each.name}: there is no family {each.family}")
+        if each.general and (each.ends_only or each.is_warning):
+            raise Malformed(FOLDER, f"{each.name}: what is general is a failure, and a cause if alone")
         used = {name for place in _PLACE.findall(each.why + each.hint) for name in (place[0], place[2]) if name}
         if unknown := used - set(each.regex.groupindex):
             raise Malformed(FOLDER, f"{each.name}: the regex has no group {', '.join(sorted(unknown))}")

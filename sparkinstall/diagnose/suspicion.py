@@ -32,6 +32,8 @@ WORDS = (
     "Illegal instruction", "mlx5_core ", " is required", "DPC: ", "Failed: ", " failed: ", "double free", "corrupted ",
     "): invalid", "stack smashing", "Caused by: ", "Memory failure: ", "nvme ",
     "PAGE_FAULT", "arm-smmu", "failed command", "exception Emask", "symbol", "ailed to start",
+    "unknown flag", "unknown shorthand", "unknown option", "unknown command", "curl: (", "% full", ": denied",
+    "CANCELED", "Canceled", ".yaml:", ".yml:", ".json:", ".toml:", ".conf:", "nvalid YAML", "nvalid JSON",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
@@ -84,6 +86,11 @@ _SHAPES = (
         _any(
             r"(?:[\w./+()-]+(?:[:(][\d:,]+\)?)?:? )?(?:[Ee]rror|ERROR)(?: [\w ]{1,40})?: \S",
             r"nvcc +error",
+            # of programs in Go, of curl, of what read a file and names the place in it, of Ray
+            r"(?:[\w./+-]+: )?unknown (?:(?:shorthand )?flag|option|command)\b",
+            r"curl: \((?!7\)|28\)|52\)|56\))\d+\) ",
+            r"\S+\.(?:ya?ml|json|toml|conf):\d+(?::\d+)?: (?![Ww]arning)\S",
+            r".*\bis over \d+(?:\.\d+)?% full\b",
             r"(?:failed to start|unable to configure) .*[: ]\S",
             r"\s*Caused by: \S",
             r"[\w.-]+: aborting\b",

@@ -12,6 +12,11 @@ HEAD = "Traceback (most recent call last)"
 BEGINNINGS = (HEAD, ", line ", "During handling of the above", "The above exception was")
 """Texts without which no line begins or chains a traceback."""
 
+_PLACE = re.compile(r'File "([^"]*)", line \d+(?:, in (\S+))?')
+# The part of a path that tells nothing: where an environment is.
+_ENVIRONMENT = re.compile(r".*/(?:site-packages|dist-packages|python3\.\d+)/")
+# Code through which every call passes.
+_WRAPPERS = ("contextlib.py", "torch/nn/modules/module.py", "vllm/tracing/", "torch/utils/_contextlib.py", "<frozen ")
 _FILE = re.compile(r'\s*File "[^"]*", line \d+')
 _CHAIN = ("During handling of the above exception", "The above exception was the direct cause")
 # Python's word for an exception that changed nothing, usually while it ends.
@@ -120,6 +125,19 @@ class Tracebacks:
             process.is_ignored = False
             return _FRAME
         return Role("exception", "\n".join(process.frames), process.first)
+
+
+def place_of(frames: str) -> str:
+    """Return the file and the function that raised an exception, from its traceback; "" if that does not tell.
+
+    Where that is torch or Python itself, what called it is told too.
+    """
+    found = [(_ENVIRONMENT.sub("", path), function) for path, function in _PLACE.findall(frames)]
+    told = [f"{path}, {function}" if function else path for path, function in found if not path.startswith(_WRAPPERS)]
+    if not told:
+        return ""
+    caller = next((each for each in reversed(told) if not each.startswith("torch/") and "/" in each), told[-1])
+    return told[-1] if caller == told[-1] else f"{told[-1]}, called by {caller}"
 
 
 def _depth(message: str) -> int:

@@ -105,7 +105,9 @@ FORMATS: dict[str, Callable[[str], bytes]] = {
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("known", [each for each in KNOWN if "^" not in each.regex.pattern], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "known", [each for each in KNOWN if "^" not in each.regex.pattern and not each.general], ids=lambda each: each.name
+)
 def test_example_is_found_in_every_format(known: Signature, form: str) -> None:
     assert known.name in read(FORMATS[form](LINES[known.name][0]), (7777,)).sightings
 
@@ -275,6 +277,41 @@ def test_bare_exception_is_shown_with_the_code_that_raised_it() -> None:
     frames = '  File "/a.py", line 3, in f\n    assert a >= b\n           ^^^^^^\n'
     log = f"Traceback (most recent call last):\n{frames}AssertionError\n"
     assert [each.text for each in diagnosed(log.encode()).telling] == ["AssertionError (raised by `assert a >= b`)"]
+
+
+def test_general_failure_is_the_cause_only_where_no_other_is_found() -> None:
+    line = example("call-does-not-fit")
+    found = diagnosed(line + example("engine-dead"))
+    assert causes(found) == ["call-does-not-fit"]
+    assert [each.explained_by for each in found.consequences] == [("call-does-not-fit",)]
+    assert [each.line for each in found.telling] == [1]
+    known = diagnosed(line + example("disk-full"))
+    assert (causes(known), known.telling) == (["disk-full"], ())
+
+
+def test_general_failure_is_told_of_the_most_suspicious_lines_only() -> None:
+    first = 'Traceback (most recent call last):\n  File "a.py", line 1, in b\n    c()\nacme.OwnError: no rows\n'
+    assert causes(diagnosed(f"{first}error: the own table is locked by 4\n".encode())) == []
+
+
+def test_place_of_an_exception_is_that_of_its_last_frames() -> None:
+    frames = [
+        ("/e/site-packages/vllm/v1/a.py", "run"),
+        ("/e/dist-packages/torch/nn/b.py", "go"),
+        ("/usr/lib/python3.12/contextlib.py", "x"),
+    ]
+    log = "Traceback (most recent call last):\n"
+    log += "".join(f'  File "{path}", line 7, in {name}\n    own()\n' for path, name in frames)
+    cause = diagnosed(f"{log}KeyError: 'rows'\n".encode()).causes[0]
+    assert cause.where == "torch/nn/b.py, go, called by vllm/v1/a.py, run"
+
+
+def test_fallback_forgives_only_what_the_same_process_has_just_named() -> None:
+    failed = b"OSError: own-7b is not a local folder and is not a valid model identifier, no tokenizer\n"
+    fallback = b"Falling back to the plain tokenizer\n"
+    assert not diagnosed(failed + fallback).found
+    assert causes(diagnosed(failed + b"ok\n" * 20 + fallback)) == ["model-not-found"]
+    assert causes(diagnosed(failed + b"(Worker pid=9) " + fallback)) == ["model-not-found"]
 
 
 def test_failure_with_its_consequences_has_a_cause() -> None:
@@ -588,6 +625,19 @@ def test_diagnose_prints_causes_and_consequences(tmp_path: Path) -> None:
         assert expected in words[0]
     assert "engine-dead, line 3, 2 lines" in words[1]
     assert ended.stderr == ""
+
+
+def test_diagnose_prints_the_place_and_the_other_suspicious_lines_of_a_general_cause(tmp_path: Path) -> None:
+    log = tmp_path / "vllm.log"
+    log.write_text(
+        'Traceback (most recent call last):\n  File "/e/site-packages/own/a.py", line 7, in run\n    go()\n'
+        "TypeError: go() got an unexpected keyword argument 'x'\nerror: the rest was left out\n"
+    )
+    ended = run("diagnose", str(log))
+    words = " ".join(ended.stdout.split())
+    assert ended.returncode == 3
+    assert "in own/a.py, run" in words
+    assert "Other suspicious lines: 5 │ error: the rest was left out" in words
 
 
 @pytest.mark.parametrize("packed", [False, True])

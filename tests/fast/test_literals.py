@@ -54,4 +54,5 @@ def test_literals_of_any_regex_are_in_every_match(data: st.DataObject, pattern: 
 @pytest.mark.parametrize("name", sorted(KNOWN))
 def test_signature_examples_contain_an_anchor(name: str) -> None:
     known = KNOWN[name]
-    assert all(any(anchor in line for anchor in known.anchors) for line in known.example)
+    is_found = [any(anchor in line for anchor in known.anchors) for line in known.example]
+    assert not any(is_found) if known.general else all(is_found)

@@ -1,0 +1,36 @@
+"""Messages of several lines: where one goes on, and what two of them have in common."""
+
+import re
+
+_WRAPPED = range(56, 161)
+"""Characters of a line that can be one that was wrapped."""
+_OPEN_ENDS = (":", ",", "\u2500", "(", "[", "{")
+_ENDS = tuple(".!?;)]}>\"'`|^~%")
+_BEGINS = re.compile(r"\s*(?!\S+: |\[\w+ )[a-z(\[`'\"]")
+_NO_REST = re.compile(r"\s*(?:File \"|Traceback|During handling|The above exception|[|+^~-]{2})")
+_WORD = re.compile(r"[a-z][a-z_-]{4,}")
+_COMMON = frozenset(
+    {
+        "error", "errors", "warning", "failed", "failure", "loading", "using", "which", "while", "after", "before",
+        "instead", "falling", "cannot", "could", "unable", "found", "default", "other", "trying", "there", "where",
+        "please", "python",
+    }
+)  # fmt: skip
+
+
+def may_go_on(message: str) -> bool:
+    """Return whether the next line may belong to a message: it announces something, or may have been wrapped."""
+    end = message.rstrip()
+    return end.endswith(_OPEN_ENDS) or (len(end) in _WRAPPED and not end.endswith(_ENDS))
+
+
+def goes_on(before: str, message: str) -> bool:
+    """Return whether a line continues the one before, of the same process."""
+    if _NO_REST.match(message):
+        return False
+    return before.rstrip().endswith(_OPEN_ENDS) or _BEGINS.match(message) is not None
+
+
+def words(message: str) -> frozenset[str]:
+    """Return the words by which one tells what a message is about."""
+    return frozenset(_WORD.findall(message.lower())) - _COMMON
