@@ -141,6 +141,8 @@ class Layout(_Environment, frozen=True):
     """The render record of the clock lock's unit, whose step runs beside those of the others."""
     life_unit_record = _Below("services/life-unit.json")
     """The render record of the unit that watches vLLM."""
+    serving_record = _Below("services/serving.json")
+    """What runs since the last start that `serve` waited for."""
     ray_token = _Below("ray-token")
     """The secret that all nodes of a cluster share; readable only by its owner."""
 

@@ -2,7 +2,7 @@
 
 from msgspec.structs import replace
 
-from sparkinstall.cli import options
+from sparkinstall.cli import app, options
 from sparkinstall.cli.install import install
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
 from sparkinstall.core.converge import InstallOptions
@@ -18,10 +18,15 @@ def all_(
     ignore: options.Ignore = None,
     keep_old: options.KeepOld = None,
     bundle: options.Bundle = None,
+    serve: options.Serve = None,
     yes: options.Yes = False,
 ) -> CommandResult:
     """Set up this node: install, patch, verify. A second run changes nothing."""
     if keep_old is not None:
         target = replace(target, settings=(*target.settings, f"environment.keep_old={str(keep_old).lower()}"))
     target = replace(target, bundle=bundle)
-    return install(target, output, InstallOptions(tuple(only or ()), tuple(skip or ()), tuple(ignore or ())), yes)
+    chosen = InstallOptions(tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
+    if serve is not None:
+        done: CommandResult = app.imported("serve:install_and_serve")(target, output, chosen, serve, yes)
+        return done
+    return install(target, output, chosen, yes)

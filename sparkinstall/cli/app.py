@@ -58,6 +58,10 @@ VERBS = {
         "models:app",
         "Pull models from the hub into its cache; copy them to other nodes; list, verify or remove them.",
     ),
+    "serve": (
+        "serve:app",
+        "Serve a recipe or a model until it answers: `serve RECIPE|MODEL`; then status, logs, stop, restart.",
+    ),
     "run": ("run:run", "Run only these steps, not those that they need."),
     "cache": ("cache:app", "List, verify or prune the downloads and builds in your cache."),
     "settings": ("settings:app", "Show every setting and its origin."),
@@ -69,7 +73,7 @@ VERBS = {
 def command(verb: str) -> click.Command:
     """Import the module of a verb and return its command."""
     place, line = VERBS[verb]
-    app = _imported(place)
+    app = imported(place)
     if not isinstance(app, typer.Typer):
         function, app = app, typer.Typer(add_completion=False)
         app.command(verb)(function)
@@ -78,7 +82,8 @@ def command(verb: str) -> click.Command:
     return found
 
 
-def _imported(place: str) -> Any:
+def imported(place: str) -> Any:
+    """Return what `MODULE:NAME` of the command line names; its module is imported only now."""
     module, _, name = place.partition(":")
     return getattr(import_module(f"sparkinstall.cli.{module}"), name)
 
@@ -152,4 +157,4 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         # typer's own exceptions have moved between packages; what they have in common is this.
         if not hasattr(error, "format_message"):
             raise
-        sys.exit(_imported("run_command:report_usage")(words, error))
+        sys.exit(imported("run_command:report_usage")(words, error))

@@ -10,7 +10,8 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -92,6 +93,16 @@ def on_interrupt(handler: Any) -> None:
     for number in _INTERRUPTS:
         if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let what is within come to its end: who presses Ctrl-C twice wants to leave, but not half of something."""
+    on_interrupt(lambda *_: None)
+    try:
+        yield
+    finally:
+        on_interrupt(raise_interrupt)
 
 
 def raise_interrupt(_number: int, _frame: FrameType | None) -> NoReturn:

@@ -3,8 +3,8 @@
 A run that finds nothing to do loads neither rich nor what `--bundle` needs: they are imported when they are used.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,39 @@ if TYPE_CHECKING:
 
 def install(target: Target, output: Output, options: InstallOptions, yes: bool) -> CommandResult:
     """Converge a node and show the result."""
+    session = opened(target)
+    with shown_checks(output):
+        done = converge(session, options, dialog_of(session, output, yes), supply_of(session, output))
+    code = Exit.FAILED if done.problems else Exit.GOOD
+    return CommandResult(code, Applied.of(done), lambda: show(session, done, options), done.problems)
+
+
+def opened(target: Target) -> Session:
+    """Return the session of a run that later runs may resume.
+
+    Raises:
+        BadConfig: they could not read the config again.
+    """
     session = open_session(_of_bundles().with_its_stack(target) if target.bundle else target)
     config = session.options.get("config")
     if config and not lasts(config):
         why = "later runs read the config again, and this one can be read only once"
         raise BadConfig(f"the config {config} is not a regular file", cause=why, hint="save it as a file first")
+    return session
+
+
+@contextmanager
+def shown_checks(output: Output) -> Iterator[None]:
+    """Leave out of an error what failed in the preflight: text output has shown it."""
+    try:
+        yield
+    except PreflightFailed as problem:
+        problem.cause = problem.cause if output.json else ""
+        raise
+
+
+def dialog_of(session: Session, output: Output, yes: bool) -> Dialog:
+    """Return the dialog of a run on the terminal, or for JSON."""
 
     def preflight(results: Sequence[ProbeResult]) -> None:
         if not output.json:
@@ -43,18 +71,11 @@ def install(target: Target, output: Output, options: InstallOptions, yes: bool) 
         # A rehearsal changes only its own folder: no confirmation needed.
         confirm("Go on?", agreed=yes or session.node.rehearsal, default=True)
 
-    dialog = Dialog(preflight, agree, lambda: _watching(output.verbose))
-    try:
-        done = converge(session, options, dialog, _supply(session, output))
-    except PreflightFailed as problem:
-        # Failed checks were already shown.
-        problem.cause = problem.cause if output.json else ""
-        raise
-    code = Exit.FAILED if done.problems else Exit.GOOD
-    return CommandResult(code, Applied.of(done), lambda: _show(session, done, options), done.problems)
+    return Dialog(preflight, agree, lambda: _watching(output.verbose))
 
 
-def _supply(session: Session, output: Output) -> Supply:
+def supply_of(session: Session, output: Output) -> Supply:
+    """Return what the bundle of this run has; nothing without one."""
     if not session.node.bundle:
         return Supply()
     with _watching(output.verbose) as emit:
@@ -92,7 +113,8 @@ def _without_diffs(report: StepReport) -> StepReport:
     return replace(report, checked=tuple(brief))
 
 
-def _show(session: Session, done: Installation, options: InstallOptions) -> None:
+def show(session: Session, done: Installation, options: InstallOptions) -> None:
+    """Show what a run did."""
     if not done.applied:
         _show_nothing_done(session, done)
         return

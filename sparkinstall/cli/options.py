@@ -30,6 +30,10 @@ Ignore = Annotated[list[str] | None, choice(metavar="CHECK", help="Ignore this c
 Names = Annotated[list[str] | None, choice(metavar="NAME", help="Run only this step or probe (may repeat).")]
 NotNames = Annotated[list[str] | None, choice(metavar="NAME", help="Skip this step or probe (may repeat).")]
 Model = Annotated[str | None, link(metavar="MODEL", help="Serve this model as a service.")]
+Serve = Annotated[
+    str | None,
+    choice(metavar="RECIPE|MODEL", help="Serve it when all is set up, and wait until it answers (docs/serving.md)."),
+]
 HowFar = Annotated[
     str | None,
     choice(

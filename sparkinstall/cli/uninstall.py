@@ -19,7 +19,12 @@ from sparkinstall.errors import BadUsage, Exit
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.undo import Change
 
-_KINDS = {"path": "file or link", "dir": "folder, if empty", "tree": "folder with its contents"}
+_KINDS = {
+    "path": "file or link",
+    "dir": "folder, if empty",
+    "tree": "folder with its contents",
+    "model": "model, all files",
+}
 
 PurgeCache = Annotated[bool, typer.Option("--purge-cache", help="Remove downloads and wheels in your cache too.")]
 

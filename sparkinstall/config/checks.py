@@ -4,9 +4,10 @@ import re
 from collections.abc import Sequence
 from ipaddress import IPv4Address, IPv4Network
 
-from sparkinstall.redaction import gives_secret, has_credential
+from sparkinstall.redaction import gives_secret, has_credential, is_secret_name
 
 _PATH = re.compile(r"/[A-Za-z0-9._+@/-]*")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _LINK = re.compile(r"(~?)(/[^/\0]+)+")
 # The prefix is in the first line of the environment's scripts, of which the kernel reads 255 bytes.
 _LONGEST_PATH = 200
@@ -81,6 +82,16 @@ def listens_elsewhere(arguments: Sequence[str]) -> bool:
 def argument(value: str) -> str | None:
     """Check an argument of `vllm serve`."""
     return _IN_ARGUMENT if gives_secret(value) else one_line(value)
+
+
+def variable(value: str) -> str | None:
+    """Check a variable of a unit."""
+    name, equals, text = value.partition("=")
+    if not equals or not _NAME.fullmatch(name):
+        return "must be NAME=VALUE"
+    if is_secret_name(name) or has_credential(text):
+        return _IN_ARGUMENT
+    return None if text.isprintable() else "must be one line of printable text"
 
 
 def source(value: str) -> str | None:

@@ -17,6 +17,8 @@ LinkPath = Annotated[str, checks.link_path]
 Address = Annotated[str, checks.private_address]
 Network = Annotated[str, checks.network]
 Argument = Annotated[str, checks.argument]
+Variable = Annotated[str, checks.variable]
+Revision = Annotated[str, like(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,199}", "a branch, a tag or a commit")]
 Source = Annotated[str, checks.source]
 Port = Annotated[int, Meta(ge=1, le=65535, title="a port from 1 to 65535")]
 Sha256 = Annotated[str, like("[0-9a-f]{64}", "64 hexadecimal digits")]
@@ -174,6 +176,15 @@ class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
     model: Annotated[
         Argument | None, doc("The model that the unit `vllm` serves (a folder or a name); null: no unit.")
     ] = None
+    revision: Annotated[
+        Revision | None, doc("vLLM's --revision: the commit of a model of the hub; null: the branch `main`.")
+    ] = None
+    recipe: Annotated[
+        Line | None,
+        doc(
+            "The recipe that the model is served with, as `serve` sets it; then vLLM's own defaults hold for the rest."
+        ),
+    ] = None
     port: Annotated[Port, doc("The API's port.")] = 8000
     allow: Annotated[
         Network | None, doc("A network that may use the API, such as 192.168.1.0/24; null: only this node.")
@@ -191,6 +202,9 @@ class ServingConfig(Struct, frozen=True, forbid_unknown_fields=True):
         doc("vLLM's --max-model-len; 0: 32768 on one node, 16384 on several."),
     ] = 0
     arguments: Annotated[tuple[Argument, ...], doc("Further arguments of `vllm serve`, one word each.")] = ()
+    env: Annotated[
+        tuple[Variable, ...], doc("Variables of the unit `vllm`, each as NAME=VALUE; those of the env file win.")
+    ] = ()
     life: LifeConfig = field(default_factory=LifeConfig)
 
     @property

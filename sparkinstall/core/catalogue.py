@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from sparkinstall.core.model_step import ModelStep
 from sparkinstall.errors import BadUsage
 from sparkinstall.node import Node
 from sparkinstall.schema import nearest
@@ -21,6 +22,7 @@ from sparkinstall.steps.serving import Serving
 
 STEPS: tuple[Step, ...] = (
     SystemPackages(),
+    ModelStep(),
     ClockLock(),
     Network(),
     Environment(),

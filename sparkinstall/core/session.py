@@ -8,7 +8,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from msgspec import Struct, field
+from msgspec import Struct, field, to_builtins
 from msgspec.structs import replace
 
 from sparkinstall import config as configuration
@@ -19,19 +19,25 @@ from sparkinstall.config.cluster import require_sound
 from sparkinstall.core import engine
 from sparkinstall.core.engine import StepReport
 from sparkinstall.errors import BadConfig, BadUsage, NeedsRoot
-from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.journal.state_dir import Served, StateFolder
 from sparkinstall.node import Node
+from sparkinstall.recipes import serve_options
 from sparkinstall.resources import ray_token
 from sparkinstall.steps import Step
 from sparkinstall.system.local import LocalSystem
 
 _RECORDED = "the last `all` or `run`"
+_MODEL = "serving.model"
+IDENTITY = (_MODEL, "serving.revision", "serving.recipe")
+"""The settings that say what is served: `serve` decides them."""
+_OF_A_MODEL = ("serving.arguments", "serving.env", "serving.memory", "serving.max_model_len")
 
 
 class Target(Struct, frozen=True):
     """The node that a command line selects. `None`: not given, so the last `all` or the config decides.
 
-    `role`: options of `multi-node` as settings. `confirm_later`, `token_file` and `bundle` apply to this run only.
+    `role`: options of `multi-node` as settings. `served`: what `serve` names. `confirm_later`, `token_file` and
+    `bundle` apply to this run only.
     """
 
     root: Path | None = None
@@ -41,6 +47,7 @@ class Target(Struct, frozen=True):
     platform: str | None = None
     full: bool | None = None
     role: Mapping[str, Any] = field(default_factory=dict)
+    served: Served | None = None
     confirm_later: bool = False
     token_file: Path | None = None
     bundle: Path | None = None
@@ -67,13 +74,23 @@ class Target(Struct, frozen=True):
 
     def after(self, recorded: Mapping[str, Any]) -> dict[str, Any]:
         """Return the options that later verbs continue with: these, over those of former runs."""
+        values, former = self.values(), dict(recorded.get("settings", {}))
+        kept = {name: value for name, value in recorded.items() if name != "served" or _MODEL not in values}
+        served = None
+        if self.served:
+            former = {name: value for name, value in former.items() if name not in IDENTITY}
+            served = replace(self.served, own={name: value for name, value in values.items() if name in _OF_A_MODEL})
+            values = {name: value for name, value in values.items() if name not in _OF_A_MODEL}
         said = {
             "config": self._config_file(),
             "platform": self.platform,
             "full": self.full,
-            "settings": {**recorded.get("settings", {}), **self.values()} or None,
+            "served": to_builtins(served) if served else None,
         }
-        return {**recorded, **{name: value for name, value in said.items() if value is not None}}
+        settings = {**former, **values}
+        kept.pop("settings", None)
+        after = {**kept, **{name: value for name, value in said.items() if value is not None}}
+        return {**after, "settings": settings} if settings else after
 
 
 class Setting(Struct, frozen=True):
@@ -121,7 +138,11 @@ def open_session(target: Target) -> Session:
     state = StateFolder(system)
     options = target.after(state.options())
     try:
-        config, sources = configuration.build(_layers(target, state.options(), options))
+        layers, served = _layers(target, options), options.get("served")
+        base = [Layer(f"`serve {served['name']}`", served["settings"])] if served else []
+        config, sources = configuration.build([*base, *layers])
+        for layer in base:
+            config = _with_lists_of(config, sources, layer)
         node = _node(_settled(config, sources), system, options, target)
     except BadConfig as problem:
         if state.options():
@@ -151,9 +172,27 @@ def _root(root: Path | None) -> str:
     return real
 
 
-def _layers(target: Target, recorded: dict[str, Any], options: dict[str, Any]) -> list[Layer]:
+def _layers(target: Target, options: dict[str, Any]) -> list[Layer]:
     files = [configuration.read_layer(path) for path in config_files(options.get("config"))]
-    return [*files, Layer(_RECORDED, recorded.get("settings", {})), Layer("the command line", target.values())]
+    served = options.get("served")
+    own = [Layer(f"`serve {served['name']} --set`", served.get("own", {}))] if served else []
+    given = Layer("the command line", target.values())
+    return [*files, Layer(_RECORDED, options.get("settings", {})), *own, given]
+
+
+def _with_lists_of(config: Config, sources: dict[str, str], served: Layer) -> Config:
+    """Put the user's arguments and variables of vLLM after those of what is served, which they replace one by one."""
+    serving, values = config.serving, served.values
+    if sources["serving.arguments"] != served.source:
+        words = (*values.get("serving.arguments", ()), *serving.arguments)
+        stray, named = serve_options.options(words)
+        one_of_each = [word for option in serve_options.last_of_each(named) for word in option]
+        serving = replace(serving, arguments=words if stray else tuple(one_of_each))
+    if sources["serving.env"] != served.source:
+        pairs = (each.partition("=") for each in (*values.get("serving.env", ()), *serving.env))
+        last = {name: value for name, _, value in pairs}
+        serving = replace(serving, env=tuple(f"{name}={value}" for name, value in last.items()))
+    return replace(config, serving=serving)
 
 
 def config_files(named: Path | str | None) -> list[Path]:

@@ -33,6 +33,17 @@ _CONTENTS = {
 }  # fmt: skip
 
 
+class Served(Struct, frozen=True, forbid_unknown_fields=True):
+    """The settings that a recipe or a model stands for, by name, as `serve` found them: those of the user win.
+
+    `own`: what the user has set for this model on the command line of `serve`.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    own: dict[str, Any] = {}
+
+
 class Options(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True):
     """The options of the last `all`, as in options.json; None: not given."""
 
@@ -40,6 +51,7 @@ class Options(Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=Tru
     settings: dict[str, Any] | None = None
     platform: str | None = None
     full: bool | None = None
+    served: Served | None = None
 
 
 class Holder(Struct, frozen=True):
@@ -137,7 +149,9 @@ class StateFolder:
         except schema.Malformed as error:
             raise StateDamaged(error.message, hint=hint) from error
         known = [each.name for each in config.settings()]
-        if unknown := [name for name in found.settings or {} if name not in known]:
+        served = found.served or Served("", {})
+        named = {**(found.settings or {}), **served.settings, **served.own}
+        if unknown := [name for name in named if name not in known]:
             raise StateDamaged(f"{path}: unknown setting {schema.show(unknown[0])}", hint=hint)
         return dict(to_builtins(found))
 

@@ -1,7 +1,8 @@
 """Send one request to the vLLM on this node and print the result as JSON: `Reply` in probes/vllm_client.py.
 
 The API's key, if any, is on stdin.
-argv[1] is JSON: `verb` (complete, stream, metrics, health), `port`, `patience` in seconds, `tokens`, `model`.
+argv[1] is JSON: `verb` (complete, stream, first, warm, metrics, health), `port`, `patience` in seconds, `tokens`,
+`model`. `warm` takes `words` of the prompt, and whether it is a `chat` with `tools`, too.
 """
 
 import http.client
@@ -15,6 +16,7 @@ from typing import Any
 
 Answer = dict[str, Any]
 QUESTION = [{"role": "user", "content": "Count to three."}]
+TOOLS = [{"type": "function", "function": {"name": "now", "description": "Tell the time.", "parameters": {}}}]
 # Characters of the prompt that show whether the chat template opens the reasoning.
 PROMPT_END = 16
 
@@ -23,7 +25,7 @@ class Client:
     """Collects results in `answer`, so that what arrived before an error is kept."""
 
     def __init__(self, asked: dict[str, Any]) -> None:
-        self.port, self.model = asked["port"], asked["model"]
+        self.port, self.model, self.asked = asked["port"], asked["model"], asked
         self.few = {"max_tokens": asked["tokens"], "temperature": 0}
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         self.key = sys.stdin.read().strip()
@@ -60,10 +62,42 @@ class Client:
         self.answer["tokens"] = said["usage"]["completion_tokens"]
         self.answer["seconds"] = time.monotonic() - began
 
+    def first(self) -> None:
+        self.answer["model"] = self.model = json.load(self.ask("/v1/models"))["data"][0]["id"]
+        try:
+            self.stream()
+        except urllib.error.HTTPError as error:
+            if error.code not in (400, 404, 405):
+                raise
+            # Without a chat template nobody can chat with it.
+            self.streamed("/v1/completions", prompt=QUESTION[0]["content"])
+
+    def warm(self) -> None:
+        words = self.asked["words"]
+        while True:
+            try:
+                json.load(self.ask(**self.long(words), model=self.model, **self.few))
+                return
+            except urllib.error.HTTPError as error:
+                # A word may be several tokens, so that it does not fit.
+                if error.code != 400 or words < 2:
+                    raise
+                words //= 2
+
+    def long(self, words: int) -> dict[str, Any]:
+        text = "word " * words
+        if not self.asked["chat"]:
+            return {"path": "/v1/completions", "prompt": text}
+        tools = {"tools": TOOLS} if self.asked["tools"] else {}
+        return {"path": "/v1/chat/completions", "messages": [{**QUESTION[0], "content": text}], **tools}
+
     def stream(self) -> None:
+        self.streamed("/v1/chat/completions", messages=QUESTION)
+
+    def streamed(self, path: str, **question: Any) -> None:
         began, prompt = time.monotonic(), list[int]()
         how = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-        for line in self.ask("/v1/chat/completions", model=self.model, messages=QUESTION, **self.few, **how):
+        for line in self.ask(path, model=self.model, **question, **self.few, **how):
             data = line.partition(b"data:")[2].strip()
             if data == b"[DONE]":
                 self.answer["done"] = True
@@ -79,7 +113,7 @@ class Client:
         said, answer = self.answer.setdefault("said", {}), self.answer
         for choice in event.get("choices", []):
             answer["finish"] = choice.get("finish_reason")
-            for field, text in choice["delta"].items():
+            for field, text in choice.get("delta", {"text": choice.get("text")}).items():
                 if field != "role" and text and isinstance(text, str):
                     answer.setdefault("first", time.monotonic() - began)
                     said[field] = said.get(field, "") + text

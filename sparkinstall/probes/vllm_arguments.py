@@ -30,7 +30,8 @@ def _look(node: Node, arguments: tuple[str, ...], on: Reader) -> Finding:
     known = vllm_releases.known(node, on)
     if known is None:
         return skipped(f"stack {node.stack.name} has a vLLM of its own, which is not here yet")
-    variables = units.own_variables(on, f"{unit_path(VLLM_UNIT)}.d")
+    own = (each.partition("=")[0] for each in node.config.serving.env)
+    variables = [*own, *units.own_variables(on, f"{unit_path(VLLM_UNIT)}.d")]
     # This machine is not the node in a rehearsal; with Ray, only the head reads files.
     exists = partial(_exists, on) if VLLM.wanted(node) and not on.rehearsal else None
     wrong = refusals(arguments, variables, known.declared, vllm_releases.shipped(), exists)
@@ -53,5 +54,5 @@ def _told(wrong: Sequence[Refusal]) -> str:
 
 
 def _where(variables: Sequence[str]) -> str:
-    edit = ", or the variables in `sudo systemctl edit vllm`" if variables else ""
+    edit = ", or the variables in `serving.env` and `sudo systemctl edit vllm`" if variables else ""
     return f"change `serving.arguments`{edit}"

@@ -54,12 +54,12 @@ class Api(Struct, frozen=True, dict=True):
     @cached_property
     def completion(self) -> Reply:
         """A completion, and the metrics before it."""
-        return self._asked("complete", TOKENS)
+        return self.ask("complete", TOKENS)
 
     @cached_property
     def stream(self) -> Reply:
         """A stream, possibly incomplete."""
-        return self._asked("stream", STREAMED, self.completion.model)
+        return self.ask("stream", STREAMED, self.completion.model)
 
     @cached_property
     def key(self) -> str:
@@ -73,16 +73,17 @@ class Api(Struct, frozen=True, dict=True):
         return self.completion.tokens + streamed.tokens
 
     def metrics(self) -> Reply:
-        return self._asked("metrics")
+        return self.ask("metrics")
 
     @property
     def healthy(self) -> bool:
         """Whether /health succeeds, which only proves that there is a process."""
-        return self._asked("health", patience=_HEALTH_PATIENCE).status == 200
+        return self.ask("health", patience=_HEALTH_PATIENCE).status == 200
 
-    def _asked(self, verb: str, tokens: int = 0, model: str = "", patience: int = 0) -> Reply:
+    def ask(self, verb: str, tokens: int = 0, model: str = "", patience: int = 0, **how: int) -> Reply:
+        """Send one request; `how`: what only this verb of the payload takes."""
         seconds, port = patience or PATIENCE, self.node.config.serving.port
-        asked = {"verb": verb, "port": port, "patience": seconds, "tokens": tokens, "model": model}
+        asked = {"verb": verb, "port": port, "patience": seconds, "tokens": tokens, "model": model, **how}
         command = (self.on.real(self.node.python), "-I", "-c", payloads.source("vllm_client"), json.dumps(asked))
         answer = self.on.ask(*command, timeout=seconds + 5, stdin=self.key)
         if answer.code == 124:

@@ -214,6 +214,18 @@ def _standing(on: Reader, name: str) -> dict[str, Any]:
     return {"enabled": now["UnitFileState"] == "enabled", "active": now["ActiveState"] in _RUNNING}
 
 
+def stop_for_now(on: System, name: str) -> None:
+    """Stop a service and keep it from starting at boot; its unit stays.
+
+    Raises:
+        CommandFailed: systemctl refuses.
+    """
+    on.promise(Undo("service", name, _standing(on, name), {"enabled": False, "active": False}))
+    _systemctl(on, "disable", "--now", name)
+    if show(on, name, "ActiveState")["ActiveState"] == "failed":
+        _systemctl(on, "reset-failed", name)
+
+
 @undoes("service")
 def stop(records: Sequence[Undo], on: System) -> Undone:
     """Stop and disable a service.

@@ -39,7 +39,7 @@ _OF_SECRETS = (
 class Serving(Step):
     name = "serving"
     why = "vLLM as a service"
-    needs = ("env-files", "ray")
+    needs = ("env-files", "ray", "model")
     phase = "services"
     impact = "The model is not served as configured."
 
@@ -96,6 +96,7 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
         "api_key": node.api_key,
         "python_modules": systemd.setting(on.real(node.python_modules)),
         "check_key": _check_of_key(node, on),
+        "variables": [systemd.program(each) for each in node.config.serving.env],
         "several": node.several,
         "with_ray": node.with_ray,
         "before_start": systemd.program(on.real(node.before_start)),
@@ -130,7 +131,9 @@ def arguments(node: Node) -> list[str]:
     `--trust-remote-code`, common in published launch commands, runs code from the model and must be set in
     `serving.arguments`. So must the parsers, which depend on the model.
     """
-    return [*_api(node), *_share(node), *_limits(node), *_autotune(node), *node.config.serving.arguments]
+    serving = node.config.serving
+    revision = ["--revision", serving.revision] if serving.revision else []
+    return [*_api(node), *_share(node), *revision, *_limits(node), *_autotune(node), *serving.arguments]
 
 
 def _api(node: Node) -> list[str]:
@@ -159,7 +162,8 @@ def _limits(node: Node) -> list[str]:
     memory = settings.memory or ("0.80" if node.several else "0.85")
     length = settings.max_model_len or (16384 if node.several else 32768)
     words = ["--gpu-memory-utilization", memory, "--max-model-len", str(length)]
-    return [*words, "--enforce-eager", "--enable-prefix-caching"]
+    # A recipe was tried with vLLM's own defaults for what it does not name.
+    return words if settings.recipe else [*words, "--enforce-eager", "--enable-prefix-caching"]
 
 
 def _autotune(node: Node) -> list[str]:

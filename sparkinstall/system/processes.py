@@ -26,6 +26,7 @@ _LONGEST_LINE = 1 << 16
 
 _running: set[int] = set()
 _stopped = threading.Event()
+_killers: list[threading.Timer] = []
 _guard = threading.Lock()
 
 
@@ -88,6 +89,17 @@ def stop_all() -> None:
     killing = threading.Timer(_GRACE, _end_running, (signal.SIGKILL,))
     killing.daemon = True
     killing.start()
+    _killers.append(killing)
+
+
+def start_again() -> None:
+    """After `stop_all`: wait for what still works, then let programs be started again, to restore what was before."""
+    for each in threading.enumerate():
+        if not each.daemon and each is not threading.current_thread() and each is not threading.main_thread():
+            each.join(_GRACE * 2)
+    while _killers:
+        _killers.pop().cancel()
+    _stopped.clear()
 
 
 def _end_running(sig: signal.Signals) -> None:

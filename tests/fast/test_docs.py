@@ -269,6 +269,9 @@ def _verb(program: str, rest: list[str]) -> str:
     if rest[0].startswith("-"):
         return ""
     verb = " ".join(rest[:2]) if rest[0] in GROUPS else rest[0]
+    if rest[0] == "serve" and verb not in options_of():
+        # What is no verb of it is a recipe or a model.
+        return "serve start"
     assert verb in options_of(), f"there is no verb {verb}"
     return verb
 

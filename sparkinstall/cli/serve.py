@@ -1,0 +1,266 @@
+"""`sparkinstall serve`: from a recipe or a model to a server that answers."""
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import click
+import typer
+from msgspec import UNSET, UnsetType
+from msgspec.structs import asdict, replace
+from rich.text import Text
+from typer.core import TyperGroup
+
+from sparkinstall import stacks
+from sparkinstall.cli import edge, options
+from sparkinstall.cli.install import dialog_of, opened, show, shown_checks, supply_of
+from sparkinstall.cli.live_output import duration
+from sparkinstall.cli.run_command import CommandResult, Output, verb
+from sparkinstall.cli.text_output import console, shown
+from sparkinstall.cluster.protocol import Applied
+from sparkinstall.core import serve as use
+from sparkinstall.core.converge import InstallOptions, converge
+from sparkinstall.core.readiness import LIMIT
+from sparkinstall.core.serve_record import Serving
+from sparkinstall.core.serve_settings import REMOTE_CODE, wanted
+from sparkinstall.core.session import Session, Target, open_session
+from sparkinstall.diagnose import judge
+from sparkinstall.diagnose.signatures import load
+from sparkinstall.errors import BadUsage, Exit, Problem
+from sparkinstall.facts.decisions import installed_stack
+from sparkinstall.layout import VLLM_UNIT
+from sparkinstall.recipes import Change
+from sparkinstall.redaction import redact
+
+_LINES = 4
+
+
+class _Group(TyperGroup):
+    """A name that is no verb is that of a recipe or a model, and means `serve start`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        verb_or_help = not args or args[0] in self.commands or args[0] in ("-h", "--help")
+        return super().parse_args(ctx, args if verb_or_help else ["start", *args])
+
+
+app = typer.Typer(
+    add_completion=False,
+    cls=_Group,
+    help="Serve a recipe or a model until it answers: `serve RECIPE|MODEL`; then status, logs, stop, restart.",
+    no_args_is_help=True,
+)
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|MODEL", help="A recipe, its file, a model's folder, or ORG/NAME.", show_default=False
+    ),
+]
+Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Which recipe of a file with several.")]
+Trust = Annotated[bool, typer.Option(REMOTE_CODE, help="Agree that a recipe runs code from the model's repository.")]
+Limit = Annotated[
+    int, typer.Option("--limit", metavar="SECONDS", help="How long to wait for the first answer.", min=1, max=86400)
+]
+
+
+@app.command()
+@verb("serve start", "config", "set_", "root")
+def start(
+    target: Target,
+    output: Output,
+    name: Name,
+    id_: Id = None,
+    trust_remote_code: Trust = False,
+    limit: Limit = LIMIT,
+    ignore: options.Ignore = None,
+    yes: options.Yes = False,
+) -> CommandResult:
+    """Start vLLM with a recipe or a model, and wait for a streamed answer. `start` may be left out."""
+    use.require_installed(open_session(target), name)
+    found = wanted(name, id_, trusts=trust_remote_code)
+    target = replace(target, served=found.served)
+    session = open_session(target)
+    with shown_checks(output):
+        done = use.serve(session, target, found, _options(ignore, limit), _dialog(session, output, yes))
+    return CommandResult(data=done, show=lambda: show_answering(done))
+
+
+class Installed(Applied, frozen=True):
+    """Reply of `all --serve`: what was installed, and what is served, if it came so far."""
+
+    serving: use.Answering | UnsetType = UNSET
+
+
+def install_and_serve(target: Target, output: Output, chosen: InstallOptions, name: str, yes: bool) -> CommandResult:
+    """Set up this node, then serve: `all --serve NAME`."""
+    use.require_one_node(open_session(target), name)
+    found = wanted(name)
+    target = replace(target, served=found.served)
+    session = opened(target)
+    checks, supply = use.require_possible(session, found), supply_of(session, output)
+    dialog, before = _dialog(session, output, yes), use.before_serving(session, within_all=True)
+    with shown_checks(output):
+        done = converge(session, chosen, dialog.install, replace(supply, checks=(*supply.checks, *checks.checks)))
+    if any(report.outcome in ("failed", "blocked") for report in done.reports):
+        return CommandResult(Exit.FAILED, Applied.of(done), lambda: show(session, done, chosen), done.problems)
+    answering = use.after_install(session, target, found, before, done, dialog)
+    data = Installed(**asdict(Applied.of(done)), serving=answering)
+
+    def tell() -> None:
+        show(session, done, chosen)
+        show_answering(answering)
+
+    return CommandResult(Exit.FAILED if done.problems else Exit.GOOD, data, tell, done.problems)
+
+
+@app.command()
+@verb("serve restart", "root")
+def restart(
+    target: Target, output: Output, limit: Limit = LIMIT, ignore: options.Ignore = None, yes: options.Yes = False
+) -> CommandResult:
+    """Start vLLM again with the settings that it has, and wait for a streamed answer."""
+    session = open_session(target)
+    done = use.restart(session, target, _options(ignore, limit), _dialog(session, output, yes))
+    return CommandResult(data=done, show=lambda: show_answering(done))
+
+
+@app.command()
+@verb("serve stop", "root")
+def stop(target: Target, output: Output) -> CommandResult:
+    """Stop vLLM; it does not start at boot either, and its settings stay."""
+    del output
+    use.stop(open_session(target))
+    return CommandResult(show=_show_stopped)
+
+
+def _show_stopped() -> None:
+    print("✓ vLLM is stopped, and does not start at boot. `sparkinstall serve restart` starts it again.")
+
+
+@app.command()
+@verb("serve status", "root", reads_only=True)
+def status(target: Target, output: Output) -> CommandResult:
+    """Show what is served, and the record of its start; exit 3 if it does not run."""
+    session = open_session(target)
+    found = use.status(session)
+    code = Exit.GOOD if found.active == "active" else Exit.DRIFT
+    return CommandResult(code, found, lambda: _show_status(found, output.verbose))
+
+
+@app.command()
+@verb("serve logs", reads_only=True)
+def logs(
+    target: Target,
+    output: Output,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing new lines, until Ctrl-C.")] = False,
+) -> CommandResult:
+    """Print the log of vLLM since its last start."""
+    del target
+    if output.json:
+        raise BadUsage("a log is no JSON", hint="omit --json; `sparkinstall diagnose --unit vllm --json` explains it")
+    pieces = judge.unit_log(VLLM_UNIT, follow).pieces()
+    try:
+        for piece in pieces:
+            sys.stdout.write(redact(piece.decode(errors="replace")))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        if not follow:
+            raise
+    return CommandResult()
+
+
+def _options(ignore: Sequence[str] | None, limit: int) -> use.ServeOptions:
+    return use.ServeOptions(tuple(ignore or ()), limit)
+
+
+def _dialog(session: Session, output: Output, yes: bool) -> use.ServeDialog:
+    return use.ServeDialog(dialog_of(session, output, yes), lambda: explained(session), edge.uninterrupted)
+
+
+def explained(session: Session) -> use.Explained:
+    """Say what the log of vLLM's last start shows, as `diagnose` does."""
+    name = installed_stack(session.system, session.node.venv_stamp)
+    release = stacks.load(name).vllm if name in stacks.names() else ""
+    try:
+        found = judge.judge([judge.read(judge.unit_log(VLLM_UNIT), load(release=release))])
+    except Problem:
+        return use.Explained()
+    for cause in (*found.causes, *found.consequences):
+        return use.Explained(f"{cause.title}: {cause.why}", cause.hint, [each.text for each in cause.lines[:1]])
+    return use.Explained(lines=[each.text for each in found.telling[:_LINES]])
+
+
+# --- text
+
+
+def show_answering(done: use.Answering) -> None:
+    """Show how to use what is served."""
+    serving, out = done.serving, console()
+    for change in done.changes:
+        out.print(Text(shown(_changed(change)), style="dim"), soft_wrap=True)
+    ready = f"in {duration(serving.seconds)}, first token after {serving.first_token:.2f} s" if done.changed else ""
+    print(f"✓ {serving.model} answers{' ' + ready if ready else ': it ran already'}.")
+    print(f"  URL    {serving.url}")
+    print(f"  model  {serving.model}")
+    print(f"\n{curl(serving)}")
+
+
+def _changed(change: Change) -> str:
+    return f"{change.done}: {change.what} ({change.why})"
+
+
+def curl(serving: Serving) -> str:
+    """Return one line for a shell that asks the model something."""
+    model = serving.model.replace("\\", "\\\\").replace('"', '\\"')
+    if serving.chat:
+        path, body = "chat/completions", '"messages": [{"role": "user", "content": "What is a GB10?"}]'
+    else:
+        path, body = "completions", '"prompt": "A GB10 is", "max_tokens": 64'
+    data = shlex.quote(f'{{"model": "{model}", {body}}}')
+    key = f' -H "Authorization: Bearer $(sudo cat {shlex.quote(serving.key_file)})"' if serving.key_file else ""
+    return f"curl {serving.url}/{path} -H 'Content-Type: application/json'{key} -d {data}"
+
+
+def _show_status(found: use.ServeStatus, verbose: bool) -> None:
+    out = console()
+    if found.model is None:
+        print("No model is served on this node. `sparkinstall serve RECIPE|MODEL` serves one.")
+        return
+    for name, text in _rows(found, verbose):
+        line = Text(f"  {name:<12} ", style="dim")
+        out.print(line.append(shown(text), style="default"), soft_wrap=True)
+
+
+def _rows(found: use.ServeStatus, verbose: bool) -> Iterator[tuple[str, str]]:
+    serving = found.serving
+    yield "model", str(found.model) + (f" (recipe {found.recipe})" if found.recipe else "")
+    again = f", started again by systemd {found.starts} times" if found.starts else ""
+    yield "service", f"{VLLM_UNIT} is {found.active}{again}"
+    if serving is None:
+        yield "record", "none: no start was waited for; `sparkinstall serve restart` does"
+        return
+    if not found.current:
+        yield "record", f"of an earlier start, {serving.started}"
+    yield "URL", serving.url
+    yield "since", serving.started
+    yield "ready", f"{duration(serving.seconds)}: {_phases(serving)}"
+    yield "first token", f"{serving.first_token:.2f} s"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in serving.versions.items())
+    yield "system", f"kernel {serving.kernel}" + (f", driver {serving.driver}" if serving.driver else "")
+    if serving.clocks:
+        yield "clocks", ", ".join(f"{name} {value}" for name, value in serving.clocks.items())
+    yield (
+        "memory",
+        f"{serving.memory.available / (1 << 20):.1f} of {serving.memory.total / (1 << 20):.1f} GiB available",
+    )
+    if serving.server:
+        yield "command", shlex.join(serving.server.argv)
+    process = serving.engine or serving.server
+    if verbose and process:
+        for name, value in sorted(process.env.items()):
+            yield "variable", f"{name}={value}"
+
+
+def _phases(serving: Serving) -> str:
+    return ", ".join(f"{phase.name} {duration(phase.seconds)}" for phase in serving.phases if phase.seconds >= 0.1)

@@ -1,0 +1,143 @@
+"""One record of what runs: read back from vLLM's own processes and from the machine, not from the settings."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+from msgspec import Struct
+
+from sparkinstall.core.readiness import Phase, Ready
+from sparkinstall.core.session import Session
+from sparkinstall.errors import Problem
+from sparkinstall.facts import gpu, machine
+from sparkinstall.facts.units import show
+from sparkinstall.layout import VLLM_UNIT
+from sparkinstall.node import site_packages
+from sparkinstall.redaction import is_secret_name, redact
+from sparkinstall.system import Reader
+
+_PACKAGES = ("vllm", "torch", "transformers", "triton", "flashinfer_python", "ray")
+_CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem")
+_HIDDEN = "[hidden]"
+
+
+class Process(Struct, frozen=True):
+    """A process of vLLM: its words and variables as the kernel has them, without secrets."""
+
+    pid: int
+    argv: Sequence[str]
+    env: Mapping[str, str]
+
+
+class Memory(Struct, frozen=True):
+    """KiB. `free_blocks`: what is free in blocks of each size; little in large ones means fragmentation."""
+
+    total: int
+    available: int
+    free_blocks: Mapping[int, int]
+
+
+class Serving(Struct, frozen=True):
+    """What runs since a start that was waited for. `engine`: the process that computes; null: it could not be read.
+
+    `key_file`: the file with the API's key; null: it asks for none.
+    """
+
+    url: str
+    model: str
+    served: str
+    recipe: str | None
+    revision: str | None
+    invocation: str
+    started: str
+    seconds: float
+    phases: Sequence[Phase]
+    first_token: float
+    server: Process | None
+    engine: Process | None
+    versions: Mapping[str, str]
+    kernel: str
+    driver: str
+    clocks: Mapping[str, str]
+    memory: Memory
+    chat: bool = True
+    key_file: str | None = None
+
+
+def record(session: Session, ready: Ready) -> Serving:
+    """Read what runs now."""
+    node, on = session.node, session.system
+    now = show(on, VLLM_UNIT, "MainPID", "InvocationID", "ExecMainStartTimestamp")
+    server = _process(on, int(now["MainPID"] or 0))
+    return Serving(
+        url=f"http://127.0.0.1:{node.config.serving.port}/v1",
+        model=ready.model,
+        served=str(node.config.serving.model),
+        recipe=node.config.serving.recipe,
+        revision=node.config.serving.revision,
+        invocation=now["InvocationID"],
+        started=now["ExecMainStartTimestamp"],
+        seconds=ready.seconds,
+        phases=ready.phases,
+        first_token=ready.first_token,
+        server=server,
+        engine=_engine(on, server.pid) if server else None,
+        versions=dict(_versions(on, site_packages(node, on) or "")),
+        kernel=_line(on, "/proc/sys/kernel/osrelease"),
+        driver=gpu.loaded_driver(on),
+        clocks=_clocks(on),
+        memory=_memory(on),
+        chat=ready.chat,
+        key_file=node.api_key,
+    )
+
+
+def _line(on: Reader, path: str) -> str:
+    return (on.read(path) or b"").decode(errors="replace").strip()
+
+
+def _process(on: Reader, pid: int) -> Process | None:
+    try:
+        argv, env = (on.read(f"/proc/{pid}/{name}") for name in ("cmdline", "environ"))
+    except (OSError, Problem):
+        return None
+    if not argv:
+        return None
+    words = redact("\0".join(_words(argv))).split("\0")
+    # A process that changes its title may have written over its variables.
+    pairs = (each.partition("=") for each in _words(env or b"") if "=" in each[1:])
+    return Process(pid, words, {name: _HIDDEN if is_secret_name(name) else redact(value) for name, _, value in pairs})
+
+
+def _words(data: bytes) -> list[str]:
+    return [each.decode(errors="replace") for each in data.rstrip(b"\0").split(b"\0")]
+
+
+def _engine(on: Reader, server: int) -> Process | None:
+    """Return the engine's process among the children of the server's; it has a title of its own."""
+    for pid in _children(on, server):
+        if "EngineCore" in _line(on, f"/proc/{pid}/cmdline").replace("\0", " "):
+            return _process(on, pid)
+    return None
+
+
+def _children(on: Reader, pid: int) -> Iterator[int]:
+    for child in map(int, _line(on, f"/proc/{pid}/task/{pid}/children").split()):
+        yield child
+        yield from _children(on, child)
+
+
+def _versions(on: Reader, site: str) -> Iterator[tuple[str, str]]:
+    for name in on.names(site):
+        if found := re.fullmatch(rf"({'|'.join(_PACKAGES)})-(.+)\.dist-info", name):
+            yield found[1], found[2]
+
+
+def _clocks(on: Reader) -> dict[str, str]:
+    answer = on.ask("nvidia-smi", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader")
+    values = [each.strip() for each in answer.out.split("\n")[0].split(",")]
+    return dict(zip(_CLOCKS, values, strict=False)) if answer.ok else {}
+
+
+def _memory(on: Reader) -> Memory:
+    found = machine.parse_meminfo(on.read("/proc/meminfo") or b"")
+    return Memory(found.get("MemTotal", 0), found.get("MemAvailable", 0), machine.free_blocks(on))
