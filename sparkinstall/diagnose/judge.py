@@ -195,7 +195,8 @@ def _causes(match: Match, found: Iterable[Match]) -> tuple[str, ...]:
     """Return the names of the failures that caused this one; if none, of the warnings that it names as its causes."""
     others = [each for each in found if each is not match]
     failures = [each for each in others if not each.signature.is_warning and _caused(match, each)]
-    named = [each for each in others if each.signature.name in match.signature.consequence_of]
+    warnings = (each for each in others if each.signature.is_warning)
+    named = [each for each in warnings if each.signature.name in match.signature.consequence_of]
     return tuple(each.signature.name for each in failures or named)
 
 

@@ -222,9 +222,10 @@ class Search:
         for each in self._general:
             found = each.regex.search(suspect.message)
             if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
-                words = {name: word or "" for name, word in found.groupdict().items()}
                 lines, last = (suspect.place,), suspect.place.line
-                return Match(each, lines, suspect.count, last, words, who=suspect.who, where=suspect.where)
+                return Match(
+                    each, lines, suspect.count, last, found.groupdict(""), who=suspect.who, where=suspect.where
+                )
         return None
 
     @property
@@ -329,7 +330,7 @@ class Search:
             return
         if found := signature.found_in(current.line, current.role.frames):
             place = Place(self.name, number, shown(current.line.text, found.end()))
-            current.matches[signature.name] = (signature, place, found.groupdict())
+            current.matches[signature.name] = (signature, place, found.groupdict(""))
             return
         self._count_in_vain(signature, 10)
         # With `frames` the lines before count too.
@@ -423,7 +424,7 @@ class Search:
     def _tells_more(self, one: Signature, other: Signature) -> bool:
         """Return whether `other` is only the family of `one`, a broader kind of the same family, or any family beside a
         failure that is none."""
-        if one.is_warning or one.ends_only:
+        if one.is_warning or one.ends_only or one.only_with:
             return False
         if one.name in other.consequence_of and one.family == other.family:
             return True

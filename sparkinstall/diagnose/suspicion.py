@@ -30,10 +30,11 @@ WORDS = (
     "command not found", "ssertion", "blocked for more than", "soft lockup", "hard LOCKUP", "undefined symbol",
     "No such file or directory", "Killed", "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error",
     "Illegal instruction", "mlx5_core ", " is required", "DPC: ", "Failed: ", " failed: ", "double free", "corrupted ",
-    "): invalid", "stack smashing", "Caused by: ", "Memory failure: ", "nvme ",
+    "): invalid", "stack smashing", "Caused by: ", "Memory failure: ", "nvme ", "page allocation failure",
     "PAGE_FAULT", "arm-smmu", "failed command", "exception Emask", "symbol", "ailed to start",
     "unknown flag", "unknown shorthand", "unknown option", "unknown command", "curl: (", "% full", ": denied",
-    "CANCELED", "Canceled", ".yaml:", ".yml:", ".json:", ".toml:", ".conf:", "nvalid YAML", "nvalid JSON",
+    "CANCELED", "Canceled", ".yaml:", ".yml:", ".json:", ".toml:", ".conf:", "nvalid YAML", "nvalid JSON", "yaml: line",
+    "dditional propert", " must be a",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
@@ -47,13 +48,16 @@ def _any(*shapes: str, ignore_case: bool = False) -> re.Pattern[str]:
     return re.compile("|".join(shapes), re.IGNORECASE if ignore_case else 0)
 
 
+# What may stand behind such an answer: its number, and the end of a sentence.
+_END = r"(?: \(\d+\))?[.\"')]*$"
 # Shapes of a message, each with its weight; a line without any is not suspicious.
 _SHAPES = (
     (
         STRONG,
         _any(
             # an exception of Python, of any library
-            r"(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception|Exit|Unsupported|Failure)\b(?:: \S|\(['\"]|$)",
+            r"Exception: \S",
+            r"(?:[\w.]+\.)?_?[A-Z]\w*(?:Error|Exception|Exit|Unsupported|Failure)\b(?:: \S|\(['\"]|$)",
             r"(?:[a-z_]\w*\.)+[A-Z]\w+: \S",
             # of C++, and a process that crashes
             r"\s*what\(\): ",
@@ -88,6 +92,8 @@ _SHAPES = (
             r"nvcc +error",
             # of programs in Go, of curl, of what read a file and names the place in it, of Ray
             r"(?:[\w./+-]+: )?unknown (?:(?:shorthand )?flag|option|command)\b",
+            r"(?:.{0,80}: )?yaml: line \d+: \S",
+            r"(?:services|networks|volumes|secrets)\.[\w.-]+ .*(?:is required|must be|not allowed)",
             r"curl: \((?!7\)|28\)|52\)|56\))\d+\) ",
             r"\S+\.(?:ya?ml|json|toml|conf):\d+(?::\d+)?: (?![Ww]arning)\S",
             r".*\bis over \d+(?:\.\d+)?% full\b",
@@ -96,8 +102,9 @@ _SHAPES = (
             r"[\w.-]+: aborting\b",
             r".*\*\*\* \[.*\] Error \d",
             # what the operating system answered, at the end of a message
-            rf".*: (?i:{'|'.join(_ANSWERS)})[.\"')]*$",
-            rf"(?i:(?=.*\b(?:failed|unable|cannot|could not|couldn't)\b).*: (?:{'|'.join(_OTHER_ANSWERS)})[.\"')]*$)",
+            rf".*: (?i:{'|'.join(_ANSWERS)}){_END}",
+            rf"(?i:(?=.*\b(?:failed|unable|cannot|could not|couldn't)\b).*: (?:{'|'.join(_OTHER_ANSWERS)}){_END})",
+            r"(?:[\w./+-]+: )+(?:\[\w+\] )?\w+ \"[^\"]+\" failed: \S",
             r".*(?:Main process exited|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
             # of git, Ansible and many scripts, but not what tells a build that it is in no repository
             r"fatal: (?!not a git |no (?:names|tags|annotated)|ambiguous argument|(?:detected )?(?:dubious|unsafe) )\S",
@@ -135,6 +142,7 @@ _KERNEL = (
             "Memory failure: ",
             "nvme\\S* \\S+ (?:controller is down|Disabling device)",
             ".*critical temperature",
+            ".*page allocation failure: order:",
             ignore_case=True,
         ),
     ),
@@ -142,6 +150,7 @@ _KERNEL = (
         SOME,
         _any(
             "mlx5_core .*(?:timed? ?out|error|fail|health)",
+            "(?:nvidia|nvme|r8127|r8169|igc|mt79\\w+)\\b.*\\bprobe .*failed with error",
             ".*\\bAER: .*(?:Fatal|Uncorrect)",
             ".*\\bDPC: containment",
             ".*nvme\\S* .*timeout,",

@@ -43,7 +43,7 @@ HOST_CASES = yaml.safe_load((REPOSITORY / "tests/cases/known-hosts.yaml").read_t
 def of_rule(known: Signature) -> list[str]:
     """What the kernel's log has on a host that the rule of this name finds bad."""
     lines = {f"kernel: {line}" for case in HOST_CASES if case["rule"] == known.name for line in case.get("kernel", ())}
-    kinds = [each.regex for each in KNOWN if each.family == known.name]
+    kinds = [each.regex for each in KNOWN if each.family == known.name and not each.only_with]
     return sorted(line for line in lines if known.regex.search(line) and not any(kind.search(line) for kind in kinds))
 
 
@@ -74,9 +74,15 @@ def causes(found: Diagnosis) -> list[str]:
 # --- the signatures
 
 
+def companions(known: Signature) -> bytes:
+    """The lines without which a failure is none."""
+    return b"".join(example(name) * BY_NAME[name].times for name in known.only_with)
+
+
 @pytest.mark.parametrize(("known", "line"), EXAMPLES)
 def test_example_is_diagnosed_as_its_signature_only(known: Signature, line: str) -> None:
-    found = diagnosed(f"INFO all good\n{chr(10).join([line] * known.times)}\nINFO all good\n".encode())
+    lines = f"INFO all good\n{chr(10).join([line] * known.times)}\nINFO all good\n".encode()
+    found = diagnosed(lines + companions(known))
     if known.is_warning:
         assert [each.name for each in found.found] == ([] if known.severity == "event" else [known.name])
         assert known.name in read(line.encode()).sightings
@@ -316,7 +322,8 @@ def test_fallback_forgives_only_what_the_same_process_has_just_named() -> None:
 
 def test_failure_with_its_consequences_has_a_cause() -> None:
     for each in (each for each in KNOWN if not each.is_warning):
-        found = diagnosed(b"".join(example(other.name) for other in KNOWN if other in (each, *_after(each))))
+        lines = b"".join(example(other.name) for other in KNOWN if other in (each, *_after(each)))
+        found = diagnosed(lines + companions(each))
         assert found.causes or each.ends_only, each.name
     assert causes(diagnosed(b"".join(example(each.name) for each in KNOWN)))
 
