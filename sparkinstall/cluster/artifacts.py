@@ -7,30 +7,29 @@ The terminal only introduces the nodes: over ssh it gives both of them a token, 
 certificate.
 """
 
+import hashlib
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
-from msgspec import UNSET, Meta, Struct, field
+from msgspec import UNSET, Meta, Struct
 
-from sparkinstall import schema
 from sparkinstall.cluster.file_client import FileClient
 from sparkinstall.cluster.file_server import DONE, CopyFailed, serving
 from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered, Reply, announce
 from sparkinstall.cluster.remote import Announcement, OnLine, RemoteNode, repeated
-from sparkinstall.downloads import NotDownloaded, sha256_of
+from sparkinstall.downloads import Known, NotDownloaded, sha256_of
 from sparkinstall.errors import Interrupted, Problem, storage_errors
 from sparkinstall.events import Tell, seldom
+from sparkinstall.facts.decisions import recorded
 from sparkinstall.node import Node
-from sparkinstall.own_files import read_regular
 from sparkinstall.resources import Ok
 from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, NcclLibrary, Recipe, Stamp
 from sparkinstall.resources.venv import environment_of, lock_of, wheelhouse
-from sparkinstall.stacks import Pin
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.system import Reader
 from sparkinstall.system.local import replace_file
@@ -42,7 +41,7 @@ STEPS = ("environment", "nccl")
 
 _PATIENCE = 60.0
 """Seconds that the head waits while no worker is connected."""
-_LIST, _LIBRARY = "/list", f"/nccl/{KEPT_LIBRARY}"
+_LIST, _WHEELS, _LIBRARY = "/list", "/wheels/", f"/nccl/{KEPT_LIBRARY}"
 _TOLD_EVERY = 2.0
 
 
@@ -72,8 +71,10 @@ class Artifacts(Struct, frozen=True):
 # --- what the head offers
 
 
-def serve(node: Node, on: Reader, steps: Sequence[str], workers: int, token: str) -> Offered:
-    """Announce this node's artifacts of `steps`, and serve them until so many workers are done.
+def serve(
+    node: Node, on: Reader, steps: Sequence[str], workers: int, token: str, tell: Callable[[Offer], None] = announce
+) -> Offered:
+    """Tell where this node's artifacts of `steps` are, and serve them until so many workers are done.
 
     Raises:
         CopyFailed: this node does not have its address on the link, or cannot make a certificate.
@@ -82,10 +83,10 @@ def serve(node: Node, on: Reader, steps: Sequence[str], workers: int, token: str
     with storage_errors("listing the artifacts"):
         wheels = _wheels(node, on) if "environment" in steps else {}
         built, library = _built(node, on) if "nccl" in steps else (None, {})
-    files = {**{_of_wheel(each.name): path for each, path in wheels.items()}, **library}
+    files = {**{_WHEELS + each.name: path for each, path in wheels.items()}, **library}
     listing = msgspec.json.encode(Artifacts(tuple(wheels), built))
     with serving(node.address, token, {_LIST: listing, **files}) as server:
-        announce(Offer(server.server_port, server.fingerprint))
+        tell(Offer(server.server_port, server.fingerprint))
         server.wait(workers, _PATIENCE)
         return Offered(len(files), sum(each.stat().st_size for each in files.values()), server.sent)
 
@@ -98,18 +99,13 @@ def _wheels(node: Node, on: Reader) -> Mapping[Listed, Path]:
     return {Listed(each.name, index[each.name].size, index[each.name].sha256): each for each in found}
 
 
-def _of_wheel(name: str) -> str:
-    return f"/wheels/{name}"
-
-
 def _built(node: Node, on: Reader) -> tuple[BuiltNccl | None, Mapping[str, Path]]:
     """Return the library that this node has built, and its real path by that in an URL; None if it is not intact."""
     library = _nccl(node)
     if library is None or not isinstance(library.check(on), Ok):
         return None, {}
-    stamp_path, real = on.real(f"{library.folder}/build.json"), Path(on.real(library.library))
-    stamp = schema.read_json(Stamp, read_regular(stamp_path), stamp_path)
-    if stamp.sha256 != sha256_of(real):
+    stamp, real = recorded(on, library.stamp_path, Stamp), Path(on.real(library.library))
+    if stamp is None or stamp.sha256 != sha256_of(real):
         return None, {}
     listed = Listed(KEPT_LIBRARY, real.stat().st_size, stamp.sha256)
     return BuiltNccl(stamp.recipe, library.source.where, listed), {_LIBRARY: real}
@@ -166,7 +162,7 @@ class _Copy(Struct, frozen=True):
         offered = understood(self.head.content(_LIST))
         wheels = self._wheels(offered.wheels) if "environment" in steps else []
         logins = {self.head.netloc: self.head.authorization}
-        wheelhouse(self.node).download(wheels, Downloads(self.on_bytes, logins, self.head.fingerprint))
+        wheelhouse(self.node).download(wheels, Downloads(self.on_bytes, logins, self.head.server.fingerprint))
         library, why = self._library(offered.nccl) if "nccl" in steps and offered.nccl else (0, "")
         sizes = [*(each.size for each in wheels), *([library] if library else [])]
         return Fetched(bool(sizes), len(sizes), sum(sizes), why or UNSET)
@@ -177,15 +173,13 @@ class _Copy(Struct, frozen=True):
             return []
         house = wheelhouse(self.node)
         house.refresh()
-        pins = self._pins()
+        # Before the first install the stack's own pins are known, which may lack hashes.
+        own = self.node.wheels
+        pins = lock_of(self.node, self.on) or (own.locked() if own.lock else own.wheels)
         hashes = {digest for pin in house.missing(pins) for digest in pin.hashes}
         unhashed = {RemoteWheel(pin.url, "").name for pin in pins if pin.url and not pin.hashes} - house.listed().keys()
         wanted = (each for each in offered if f"sha256:{each.sha256}" in hashes or each.name in unhashed)
-        return [RemoteWheel(self.head.url(_of_wheel(each.name)), each.sha256, each.size) for each in wanted]
-
-    def _pins(self) -> Sequence[Pin]:
-        wheels = self.node.wheels
-        return lock_of(self.node, self.on) or (wheels.locked() if wheels.lock else wheels.wheels)
+        return [RemoteWheel(self.head.url(_WHEELS + each.name), each.sha256, each.size) for each in wanted]
 
     def _library(self, offered: BuiltNccl) -> tuple[int, str]:
         """Take the head's NCCL if it has the recipe of this node's: its bytes, and why it was not taken."""
@@ -201,73 +195,52 @@ class _Copy(Struct, frozen=True):
         there = all((kept / name).is_file() for name in (KEPT_LIBRARY, KEPT_STAMP))
         if there and sha256_of(kept / KEPT_LIBRARY) == listed.sha256:
             return 0, ""
-        self._keep(kept, Stamp(own, listed.sha256))
+        self._keep(kept, listed, Stamp(own, listed.sha256))
         return listed.size, ""
 
-    def _keep(self, kept: Path, stamp: Stamp) -> None:
-        arriving = self.node.cache / "nccl/arriving"
-        file = self.head.get(_LIBRARY, arriving / stamp.sha256, self.on_bytes)
-        if (found := sha256_of(file)) != stamp.sha256:
-            file.unlink()
-            cause = f"expected sha256 {stamp.sha256}, found {found}"
-            raise CopyFailed(f"{KEPT_LIBRARY} is not the announced file", cause=cause)
+    def _keep(self, kept: Path, listed: Listed, stamp: Stamp) -> None:
+        file = self.node.cache / "nccl/arriving" / listed.sha256
+        part, lock = file.with_suffix(".part"), file.with_suffix(".lock")
+        self.head.get(_LIBRARY, file, self.on_bytes, Known(listed.size, listed.sha256, hashlib.sha256, part, lock))
         kept.mkdir(parents=True, exist_ok=True)
         file.replace(kept / KEPT_LIBRARY)
         # Last: it says that the library is there.
         replace_file(str(kept / KEPT_STAMP), msgspec.json.encode(stamp), 0o644)
-        shutil.rmtree(arriving)
+        shutil.rmtree(file.parent)
 
 
 # --- at the terminal
 
 
-class Secret(str):
-    """32 random bytes in hex, which no `repr` shows."""
-
-    def __new__(cls) -> "Secret":
-        return super().__new__(cls, secrets.token_hex(32))
-
-    def __repr__(self) -> str:
-        return "Secret()"
-
-
-class Handover(Struct):
+class Handover:
     """Copies the artifacts of `steps` from the head to `workers`."""
 
-    head: RemoteNode
-    workers: Sequence[RemoteNode]
-    steps: Sequence[str]
-    _token: Secret = field(default_factory=Secret)
-    _offer: Announcement[Offer] = field(default_factory=lambda: Announcement(Offer))
+    def __init__(self, head: RemoteNode, workers: Sequence[RemoteNode], steps: Sequence[str]) -> None:
+        self._head, self._workers, self._steps = head, workers, steps
+        self._token, self._offer = secrets.token_hex(32), Announcement(Offer)
 
     def work(self, node: RemoteNode, on_line: OnLine) -> Reply[Offered | Fetched]:
         """Run this node's part. A failed copy is a warning: the node downloads and builds by itself."""
         try:
-            return self._serve(on_line) if node is self.head else self._fetch(node, on_line)
+            reply = self._serve(on_line) if node is self._head else self._fetch(node, on_line)
         except Interrupted:
             raise
         except Problem as problem:
-            return _warned(f"{problem.message}{f' ({problem.cause})' if problem.cause else ''}")
+            reply = Reply(problems=(problem,))
         finally:
-            if node is self.head:
+            if node is self._head:
                 self._offer.end()
+        why = [f"{each.message}{f' ({each.cause})' if each.cause else ''}" for each in reply.problems]
+        return Reply(data=Fetched(warning=why[0]) if why else reply.data)
 
     def _serve(self, on_line: OnLine) -> Reply[Offered | Fetched]:
-        argv = ("node", "offer", str(len(self.workers)), *self.head.words, *repeated("--only", self.steps))
-        return _forgiven(self.head.call(Offered, *argv, on_line=self._offer.listen(on_line), stdin=self._token))
+        argv = ("node", "offer", str(len(self._workers)), *self._head.words, *repeated("--only", self._steps))
+        return self._head.call(Offered, *argv, on_line=self._offer.listen(on_line), stdin=self._token)
 
     def _fetch(self, node: RemoteNode, on_line: OnLine) -> Reply[Offered | Fetched]:
         found = self._offer.wait()
         if found is None:
-            return _warned(f"{self.head.host} offers nothing: this node downloads and builds what is missing")
-        argv = ("node", "fetch", *node.words, *repeated("--only", self.steps))
-        head = Introduction(found.port, found.fingerprint, str(self._token))
-        return _forgiven(node.call(Fetched, *argv, on_line=on_line, stdin=msgspec.json.encode(head).decode()))
-
-
-def _forgiven(reply: Reply[Offered | Fetched]) -> Reply[Offered | Fetched]:
-    return _warned(reply.problems[0].message) if reply.problems else Reply(data=reply.data)
-
-
-def _warned(why: str) -> Reply[Offered | Fetched]:
-    return Reply(data=Fetched(warning=why))
+            raise CopyFailed(f"{self._head.host} offers nothing: this node downloads and builds what is missing")
+        argv = ("node", "fetch", *node.words, *repeated("--only", self._steps))
+        head = msgspec.json.encode(Introduction(found.port, found.fingerprint, self._token))
+        return node.call(Fetched, *argv, on_line=on_line, stdin=head.decode())

@@ -7,7 +7,7 @@ from urllib.parse import quote
 from msgspec import Struct
 
 from sparkinstall.cluster.protocol import Introduction
-from sparkinstall.downloads import fetch
+from sparkinstall.downloads import Known, fetch
 from sparkinstall.events import Tell
 
 
@@ -26,16 +26,13 @@ class FileClient(Struct, frozen=True):
     def authorization(self) -> str:
         return f"Bearer {self.server.token}"
 
-    @property
-    def fingerprint(self) -> str:
-        return self.server.fingerprint
-
     def url(self, path: str) -> str:
         return f"https://{self.netloc}{quote(path)}"
 
-    def get(self, path: str, into: Path, on_bytes: Tell) -> Path:
+    def get(self, path: str, into: Path, on_bytes: Tell, known: Known | None = None) -> Path:
         """Download a file, as `fetch`."""
-        return fetch(self.url(path), into, on_bytes, authorization=self.authorization, fingerprint=self.fingerprint)
+        trusted = {"authorization": self.authorization, "fingerprint": self.server.fingerprint}
+        return fetch(self.url(path), into, on_bytes, **trusted, known=known)
 
     def content(self, path: str) -> bytes:
         """Download a small file."""

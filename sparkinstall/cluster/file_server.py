@@ -22,7 +22,8 @@ from typing import BinaryIO
 from urllib.parse import unquote
 
 from sparkinstall.errors import Problem, storage_errors
-from sparkinstall.system import Result, failure_of, processes
+from sparkinstall.system import failure_of, processes
+from sparkinstall.system.workshop import Workshop
 
 DONE = "/done"
 """What a client asks for when it has all that it wants, or gives up."""
@@ -106,9 +107,8 @@ class _Request(BaseHTTPRequestHandler):
     def _send(self, file: BinaryIO) -> None:
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         size, start = file.seek(0, 2), int(asked[1]) if asked else 0
-        if start >= size:
-            # The client has it all, or more than there is: it gets it again.
-            start = 0
+        # A client that has it all, or more than there is, gets it again.
+        start = start if start < size else 0
         self._answer(206 if start else 200, f"bytes {start}-{size - 1}/{size}" if start else "", size - start)
         file.seek(start)
         shutil.copyfileobj(file, self.wfile, _PIECE)
@@ -151,8 +151,7 @@ def _certificate(folder: Path) -> Path:
     file = folder / "own.pem"
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-noenc", "-keyout", str(folder / "own.key"))
     argv = ("openssl", "req", "-x509", *key, "-subj", "/CN=sparkinstall", "-days", "1", "-out", str(file))
-    code, out, said = processes.answer(argv, {"PATH": "/usr/bin:/bin"}, 30)
-    if code:
-        answer = Result(argv, code, out.decode(errors="replace"), said.decode(errors="replace"))
-        raise failure_of(answer, "no certificate can be made", error=CopyFailed)
+    made = Workshop(folder).run(*argv, timeout=30)
+    if not made.ok:
+        raise failure_of(made, "no certificate can be made", error=CopyFailed)
     return file

@@ -4,6 +4,7 @@ As with wheels, this machine serves files, and the nodes take what they lack; ov
 the sha256 of its certificate and a token. All bytes are compared with the hash that is a file's name in the cache.
 """
 
+import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,7 +15,6 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from sparkinstall.cluster.artifacts import Secret
 from sparkinstall.cluster.file_client import FileClient
 from sparkinstall.cluster.file_server import CopyFailed, FileServer, serving
 from sparkinstall.cluster.protocol import Arriving, Fetched, Identity, ModelSource, Reply, announce, announced
@@ -92,7 +92,7 @@ def _bring(client: FileClient, offered: Snapshot) -> tuple[int, int]:
         lambda file: client.url(_of_blob(file)),
         client.authorization,
         partial(_failed, client.host, offered.model),
-        client.fingerprint,
+        client.server.fingerprint,
     )
     on_bytes = seldom(lambda done, total: announce(Arriving(offered.model, done, total)), _TOLD_EVERY)
     dialog = models.Dialog(on_bytes, lambda text: announce(Arriving(text)))
@@ -121,7 +121,7 @@ class Sync:
         self, snapshots: Sequence[Snapshot], own: "Own", opened: ExitStack, in_words: Callable[[str, Arriving], str]
     ) -> None:
         self._own, self._opened, self._in_words = own, opened, in_words
-        self._contents, self._token = _contents(snapshots), Secret()
+        self._contents, self._token = _contents(snapshots), secrets.token_hex(32)
         self._servers: dict[str, FileServer] = {}
         self._guard = threading.Lock()
 
@@ -135,14 +135,14 @@ class Sync:
             return Reply(data=Fetched())
         address = self._own.shared_with(node.host, there.data.addresses)
         server = self._server(address)
-        source = ModelSource(server.server_port, server.fingerprint, str(self._token), address)
+        source = ModelSource(server.server_port, server.fingerprint, self._token, address)
         given = msgspec.json.encode(source).decode()
         return node.call(Fetched, "node", "receive", on_line=self._told(node.host, on_line), stdin=given)
 
     def _server(self, address: str) -> FileServer:
         with self._guard:
             if address not in self._servers:
-                server = serving(address, str(self._token), self._contents)
+                server = serving(address, self._token, self._contents)
                 self._servers[address] = self._opened.enter_context(server)
             return self._servers[address]
 

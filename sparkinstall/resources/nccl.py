@@ -83,7 +83,7 @@ class NcclLibrary(Struct, frozen=True):
     def check(self, on: Reader) -> State:
         if taken := not_a_folder(on, self.folder):
             return taken
-        stamp = recorded(on, self._stamp_path, Stamp)
+        stamp = recorded(on, self.stamp_path, Stamp)
         recipe = self.recipe()
         if stamp and stamp.recipe == recipe and stamp.library == self._identity(on):
             return Ok(f"{recipe.version} for sm_{self.arch}, build-id {str(stamp.build_id)[:12]}")
@@ -94,7 +94,8 @@ class NcclLibrary(Struct, frozen=True):
         return Drift(what, _as_lines(stamp.recipe) if stamp else "", _as_lines(recipe))
 
     @property
-    def _stamp_path(self) -> str:
+    def stamp_path(self) -> str:
+        """The node path of the file that says what was built, and from what."""
         return f"{self.folder}/build.json"
 
     def recipe(self) -> Recipe:
@@ -161,7 +162,7 @@ class NcclLibrary(Struct, frozen=True):
         on.clear(f"{self.folder}/{build}/obj")
         self._write_stamp(on, recipe)
         # Cache the library for reuse: after an uninstall, below another prefix, by another stack.
-        folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: self._stamp_path}
+        folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: self.stamp_path}
         # An unwritable cache only costs a later build.
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ class NcclLibrary(Struct, frozen=True):
         real = Path(on.real(self.library))
         digest = hashlib.sha256(real.read_bytes()).hexdigest()
         stamp = Stamp(recipe, digest, elf.build_id(real), self._identity(on))
-        on.write(self._stamp_path, as_text(stamp).encode())
+        on.write(self.stamp_path, as_text(stamp).encode())
 
 
 def _as_lines(recipe: Recipe) -> str:

@@ -2,11 +2,9 @@
 
 import hashlib
 import json
-import platform
 import shutil
-import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,26 +15,29 @@ from msgspec.structs import asdict
 
 from sparkinstall.cluster import artifacts
 from sparkinstall.cluster.file_server import CopyFailed, serving
-from sparkinstall.cluster.protocol import Offer
+from sparkinstall.cluster.protocol import Fetched, Offer
+from sparkinstall.errors import CommandFailed
 from sparkinstall.resources.nccl import NcclLibrary
 from sparkinstall.resources.nccl_source import NcclSource
 from tests.support.cuda_toolkit import toolkit
 from tests.support.far_nodes import FarNodes, look, problem, step
-from tests.support.rehearsals import Rehearsal, output_of
+from tests.support.nccl_library import library
+from tests.support.rehearsals import Rehearsal, envelope, output_of, sparkinstall
 from tests.support.tiny_stack import small_stack, tiny_stack
-from tests.support.two_caches import HEAD, OTHER, WORKER, Side, ended, fetched, offering
+from tests.support.two_caches import HEAD, OTHER, WORKER, Side, offering
 
 NOWHERE = "http://127.0.0.1:9/"
+NOTHING = Fetched()
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Side, Side]:
     """A head with the wheel of a stack, and a worker without."""
     stack = tiny_stack(tmp_path / "stack")
-    settings = (f"stack={stack}",)
-    head, worker = Side(tmp_path / "head", HEAD, settings), Side(tmp_path / "worker", WORKER, settings)
+    head, worker = (
+        Side(tmp_path / role, at, {"stack": str(stack)}) for role, at in (("head", HEAD), ("worker", WORKER))
+    )
     (head.cache / "wheels").mkdir(parents=True)
-    worker.home.mkdir()
     shutil.copy(next(stack.parent.glob("*.whl")), head.cache / "wheels")
     return head, worker
 
@@ -51,49 +52,39 @@ def _wheels(side: Side) -> dict[str, bytes]:
 @pytest.mark.network
 def test_copied_wheels_install_without_a_network(pair: tuple[Side, Side], tmp_path: Path) -> None:
     stack = small_stack(tmp_path / "small")
-    head, worker = (replace(side, settings=(f"stack={stack}",)) for side in pair)
+    head, worker = (replace(side, settings={"stack": str(stack)}) for side in pair)
     for wheel in stack.parent.glob("*.whl"):
         shutil.copy(wheel, head.cache / "wheels")
     with offering(head, "environment") as offered:
-        code, data, error = fetched(worker, offered, "environment")
-        assert (code, error) == (0, "")
-        assert ended(offered)["sent"] > data["bytes"], "and the list"
-    assert (data["changed"], data["files"]) == (True, 4)
+        came = worker.fetch(offered, "environment")
+        assert offered.sent > came.bytes, "and the list"
+    assert (came.changed, came.files) == (True, 4)
     assert _wheels(worker) == _wheels(head)
     assert not list(worker.cache.glob("arriving/*"))
     node = Rehearsal(tmp_path / "node", ("--stack", str(stack), "--platform", "x86_64", "--only", "environment"))
-    run = node.all("--json", "--set", "nccl.mode=wheel", **{**worker.environment, "UV_DEFAULT_INDEX": NOWHERE})
+    variables = {"HOME": str(worker.home), "XDG_CACHE_HOME": str(worker.cache.parent), "UV_DEFAULT_INDEX": NOWHERE}
+    run = node.all("--json", "--set", "nccl.mode=wheel", **variables)
     assert run.returncode == 0, output_of(run)
 
 
-def test_copy_skips_what_the_worker_has(pair: tuple[Side, Side]) -> None:
+def test_copy_takes_only_what_the_worker_needs_and_lacks(pair: tuple[Side, Side], tmp_path: Path) -> None:
     head, worker = pair
-    with offering(head, "environment") as offered:
-        assert fetched(worker, offered, "environment")[1]["files"] == 1
-    with offering(head, "environment") as offered:
-        assert fetched(worker, offered, "environment")[1] == {"changed": False, "files": 0, "bytes": 0}
+    other = Side(tmp_path / "other", OTHER, {"stack": str(small_stack(tmp_path / "small"))})
+    with offering(head, "environment", workers=3) as offered:
+        assert worker.fetch(offered, "environment").files == 1
+        assert worker.fetch(offered, "environment") == NOTHING, "it has it"
+        assert other.fetch(offered, "environment") == NOTHING, "its stack has another one"
+    assert not _wheels(other)
 
 
 def test_copy_serves_several_workers_at_once(pair: tuple[Side, Side], tmp_path: Path) -> None:
     head, worker = pair
     other = Side(tmp_path / "other", OTHER, worker.settings)
-    other.home.mkdir()
-    with offering(head, "environment", workers=2) as offered:
-        both = [side.start("fetch", "--only", "environment") for side in (worker, other)]
-        for each in both:
-            out, err = each.communicate(offered.as_given(), timeout=60)
-            assert each.returncode == 0, out + err
-        assert ended(offered)["sent"] > 2 * sum(map(len, _wheels(head).values()))
+    with offering(head, "environment", workers=2) as offered, ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(side.fetch, offered, "environment") for side in (worker, other)]
+        assert [each.result().files for each in both] == [1, 1]
+        assert offered.sent > 2 * sum(map(len, _wheels(head).values()))
     assert _wheels(worker) == _wheels(other) == _wheels(head)
-
-
-def test_copy_of_another_stack_is_not_taken(pair: tuple[Side, Side], tmp_path: Path) -> None:
-    head, worker = pair
-    other = small_stack(tmp_path / "other")
-    with offering(head, "environment") as offered:
-        code, data, _ = fetched(replace(worker, settings=(f"stack={other}",)), offered, "environment")
-    assert (code, data["files"]) == (0, 0)
-    assert not _wheels(worker)
 
 
 def test_copy_that_stopped_in_a_file_resumes_there(pair: tuple[Side, Side]) -> None:
@@ -103,8 +94,8 @@ def test_copy_that_stopped_in_a_file_resumes_there(pair: tuple[Side, Side]) -> N
     arriving.mkdir(parents=True)
     (arriving / f"{name}.part").write_bytes(content[:-100])
     with offering(head, "environment") as offered:
-        assert fetched(worker, offered, "environment")[0] == 0
-        assert ended(offered)["sent"] < len(content), "only the list and the rest"
+        worker.fetch(offered, "environment")
+        assert offered.sent < len(content), "only the list and the rest"
     assert _wheels(worker) == _wheels(head)
     assert not list(worker.cache.glob("wheels/arriving/*"))
 
@@ -116,32 +107,29 @@ def test_copy_of_a_wheel_without_a_known_hash_is_taken_by_its_name(pair: tuple[S
     stack = tmp_path / "stack/tiny.yaml"
     url = f"https://127.0.0.1:9/{name}"
     stack.write_text(stack.read_text().replace("{lock: tiny.lock}", f"{{wheels: [{{url: '{url}'}}]}}"))
-    recorded = head.prefix / f"locks/tiny.{platform.machine()}.lock"
+    recorded = head.home / f"opt/locks/tiny.{head.node.platform}.lock"
     recorded.parent.mkdir(parents=True)
     recorded.write_text(f"vllm @ {url} --hash=sha256:{hashlib.sha256(content).hexdigest()}\n")
     with offering(head, "environment") as offered:
-        assert fetched(worker, offered, "environment")[1]["files"] == 1
+        assert worker.fetch(offered, "environment").files == 1
     assert _wheels(worker) == _wheels(head)
 
 
 # --- who gets a copy, and what is trusted
 
 
-def test_copy_with_a_wrong_token_is_refused_and_blocks_nobody(pair: tuple[Side, Side]) -> None:
+@pytest.mark.parametrize(
+    ("other", "why"), [({"token": "another"}, "403"), ({"fingerprint": "0" * 64}, "Fingerprints did not match")]
+)
+def test_copy_without_the_token_or_the_certificate_is_refused_and_blocks_nobody(
+    other: dict[str, str], why: str, pair: tuple[Side, Side]
+) -> None:
     head, worker = pair
     with offering(head, "environment") as offered:
-        code, _, error = fetched(worker, offered, "environment", token="another")
-        assert code == 1 and "403" in error
+        with pytest.raises(CopyFailed, match=why):
+            worker.fetch(offered, "environment", **other)
         assert not _wheels(worker)
-        assert fetched(worker, offered, "environment")[0] == 0
-
-
-def test_head_with_another_certificate_is_refused_before_the_token_is_sent(pair: tuple[Side, Side]) -> None:
-    head, worker = pair
-    with offering(head, "environment") as offered:
-        code, _, error = fetched(worker, offered, "environment", fingerprint="0" * 64)
-    assert code == 1 and "Fingerprints did not match" in error
-    assert not _wheels(worker)
+        assert worker.fetch(offered, "environment").files == 1
 
 
 def test_copy_with_a_changed_byte_is_refused(pair: tuple[Side, Side]) -> None:
@@ -150,8 +138,8 @@ def test_copy_with_a_changed_byte_is_refused(pair: tuple[Side, Side]) -> None:
         (wheel,) = head.cache.glob("wheels/*.whl")
         content = wheel.read_bytes()
         wheel.write_bytes(content[:-1] + b"x")
-        code, _, error = fetched(worker, offered, "environment")
-    assert code == 1 and "is not the locked wheel" in error
+        with pytest.raises(CommandFailed, match="is not the locked wheel"):
+            worker.fetch(offered, "environment")
     assert not _wheels(worker)
 
 
@@ -159,21 +147,16 @@ def _listing(**wheel: Any) -> bytes:
     return json.dumps({"wheels": [{"name": "a.whl", "size": 1, "sha256": "0" * 64, **wheel}]}).encode()
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.whl", "/etc/x.whl", "a/x.whl", "x\0.whl", "a\nb.whl", "", "..", ".bashrc", "x\n"]
-)
-def test_list_with_a_path_as_a_name_is_refused(name: str) -> None:
-    assert artifacts.understood(_listing()).wheels
-    with pytest.raises(CopyFailed, match="cannot be read"):
-        artifacts.understood(_listing(name=name))
+NO_NAMES = ("../x.whl", "/etc/x.whl", "a/x.whl", "x\0.whl", "a\nb.whl", "", "..", ".bashrc", "x\n")
 
 
 @pytest.mark.parametrize(
     "listing",
-    [b"", b"[]", b"null", b"\xff", b'{"wheels": 3}', b'{"wheels": [{}]}',
-     _listing(size=-1), _listing(sha256="../x"), _listing(sha256=1)],
+    [b"", b"[]", b"null", b"\xff", b'{"wheels": 3}', b'{"wheels": [{}]}', _listing(size=-1),
+     _listing(sha256="../x"), _listing(sha256=1), *(_listing(name=each) for each in NO_NAMES)],
 )  # fmt: skip
-def test_list_that_cannot_be_read_is_refused(listing: bytes) -> None:
+def test_list_that_cannot_be_read_or_names_a_path_is_refused(listing: bytes) -> None:
+    assert artifacts.understood(_listing()).wheels
     with pytest.raises(CopyFailed, match="cannot be read"):
         artifacts.understood(listing)
 
@@ -193,116 +176,77 @@ def test_address_of_another_machine_cannot_be_served() -> None:
 # --- NCCL
 
 
-_KERNEL = "__global__ void k(float* x) { *x *= 2; }\n"
-_VERSION = r"""
-int ncclGetVersion(int* v) { *v = 22907; return 0; }
-asm(".section .nv_fatbin,\"a\"\n.incbin \"k.fatbin\"\n.text\n");
-"""
-
-
-@pytest.fixture(scope="module")
-def small_nccl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that reports NCCL 2.29.7 and has code for sm_121, as the checks expect."""
-    folder = tmp_path_factory.mktemp("library")
-    (folder / "k.cu").write_text(_KERNEL)
-    (folder / "v.c").write_text(_VERSION)
-    compile_ = [str(toolkit() / "bin/nvcc"), "-fatbin", "-gencode", "arch=compute_121,code=sm_121", "k.cu"]
-    subprocess.run([*compile_, "-o", "k.fatbin"], cwd=folder, check=True)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,--build-id", "v.c", "-o", "libnccl.so"], cwd=folder, check=True)
-    return folder / "libnccl.so"
-
-
 @pytest.fixture
-def built(tmp_path: Path, small_nccl: Path) -> tuple[Side, Side]:
+def built(tmp_path: Path) -> tuple[Side, Side]:
     """A head that has built NCCL from a tarball that the worker does not have."""
     where = str(tmp_path / "nccl.tar.gz")
-    settings = ("stack=0.29.0", f"nccl.source={where}", "nccl.version=2.29.7", f"nccl.cuda_home={toolkit()}")
+    nccl = {"nccl.source": where, "nccl.version": "2.29.7", "nccl.cuda_home": str(toolkit())}
+    settings = {"stack": "0.29.0", **nccl}
     head, worker = (Side(tmp_path / name, at, settings) for name, at in (("head", HEAD), ("worker", WORKER)))
     (head.cache / "nccl").mkdir(parents=True)
     (head.cache / "nccl/tarballs.json").write_text(json.dumps({where: "5" * 64}))
-    worker.home.mkdir()
     source = NcclSource("2.29.7", "", "", where, None, head.cache / "nccl")
-    _as_built(NcclLibrary(f"{head.prefix}/nccl", source, "121", str(toolkit()), 0, None), small_nccl)
+    _as_built(NcclLibrary(f"{head.home}/opt/nccl", source, "121", str(toolkit()), 0, None))
     return head, worker
 
 
-def _as_built(library: NcclLibrary, so: Path) -> None:
-    recipe = library.recipe()
-    folder = Path(library.folder)
-    (folder / f"build-{recipe.id}/lib").mkdir(parents=True)
-    shutil.copy(so, folder / f"build-{recipe.id}/lib/libnccl.so.2")
+def _as_built(nccl: NcclLibrary) -> None:
+    recipe, folder = nccl.recipe(), Path(nccl.folder)
+    made = library(folder / f"build-{recipe.id}/lib/libnccl.so.2")
     (folder / "lib").symlink_to(f"build-{recipe.id}/lib")
-    found = Path(library.library).stat()
-    digest = hashlib.sha256(so.read_bytes()).hexdigest()
+    found, digest = made.stat(), hashlib.sha256(made.read_bytes()).hexdigest()
     stamp = {"recipe": asdict(recipe), "library": [found.st_size, found.st_mtime_ns], "build_id": "", "sha256": digest}
     (folder / "build.json").write_text(json.dumps(stamp))
 
 
-def _run_nccl(worker: Side, root: Path, *more: str) -> dict[str, Any]:
-    words = [word for each in (*worker.settings, *more) if "stack" not in each for word in ("--set", each)]
-    argv = ["run", "nccl", "--root", str(root), "--stack", "0.29.0", *words, "--json"]
-    done = subprocess.run(
-        [sys.executable, "-m", "sparkinstall", *argv],
-        env=worker.environment, cwd=worker.home, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return dict(json.loads(done.stdout))
+def _run_nccl(worker: Side, root: Path, **more: str) -> dict[str, Any]:
+    words = [word for name, value in {**worker.settings, **more}.items() for word in ("--set", f"{name}={value}")]
+    variables = {"HOME": str(worker.home), "XDG_CACHE_HOME": str(worker.cache.parent)}
+    return envelope(sparkinstall("run", "nccl", "--root", root, *words, "--json", **variables))
 
 
 @pytest.mark.network
-def test_nccl_copied_from_the_head_replaces_the_build(
-    built: tuple[Side, Side], small_nccl: Path, tmp_path: Path
-) -> None:
+def test_nccl_copied_from_the_head_replaces_the_build(built: tuple[Side, Side], tmp_path: Path) -> None:
     head, worker = built
     with offering(head, "nccl") as offered:
-        code, data, error = fetched(worker, offered, "nccl")
-    assert (code, error, data["files"]) == (0, "", 1)
+        assert worker.fetch(offered, "nccl").files == 1
     assert not (worker.cache / "nccl/arriving").exists()
     reply = _run_nccl(worker, tmp_path / "node")
     assert reply["exit_code"] == 0, reply["errors"]
     made = tmp_path / "node/opt/sparkinstall/nccl/lib/libnccl.so.2"
-    assert made.read_bytes() == small_nccl.read_bytes()
+    assert made.read_bytes() == (head.home / "opt/nccl/lib/libnccl.so.2").read_bytes()
     assert _run_nccl(worker, tmp_path / "node")["data"]["changed"] is False
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("what", ["a byte", "the recipe", "the version", "the file"])
+@pytest.mark.parametrize("what", ["its hash", "the recipe", "the version", "the file"])
 def test_nccl_of_another_recipe_is_not_used(built: tuple[Side, Side], tmp_path: Path, what: str) -> None:
+    """But for the hash, the library and its stamp agree."""
     head, worker = built
     with offering(head, "nccl") as offered:
-        assert fetched(worker, offered, "nccl")[0] == 0
-    (waiting,) = worker.cache.glob("nccl/built/*")
-    more = ["nccl.only_functions=AllReduce"] if what == "the recipe" else []
-    stamp = json.loads((waiting / "build.json").read_text())
-    if what != "the recipe":
-        marks = {"a byte": (b"ncclGetVersion", b"ncclGotVersion"), "the file": (b"\x7fELF", b"\x7fBLF")}
-        _tamper(waiting, stamp, *marks.get(what, _version_bytes()), honest=what != "a byte")
-    reply = _run_nccl(worker, tmp_path / "node", *more)
+        worker.fetch(offered, "nccl")
+    (kept,) = worker.cache.glob("nccl/built/*/libnccl.so")
+    if what == "the version":
+        library(kept, version=22908)
+    elif what != "the recipe":
+        kept.write_bytes(b"no library" if what == "the file" else kept.read_bytes() + b"x")
+    if what in ("the version", "the file"):
+        stamp = json.loads(kept.with_name("build.json").read_text())
+        stamp["sha256"] = hashlib.sha256(kept.read_bytes()).hexdigest()
+        kept.with_name("build.json").write_text(json.dumps(stamp))
+    more = {"nccl.only_functions": "AllReduce"} if what == "the recipe" else {}
+    reply = _run_nccl(worker, tmp_path / "node", **more)
     assert reply["exit_code"] != 0
     assert "neither a file nor a folder" in reply["errors"][0]["message"]
     assert not list(tmp_path.glob("node/opt/sparkinstall/nccl/lib*"))
-
-
-def _version_bytes() -> tuple[bytes, bytes]:
-    return (22907).to_bytes(4, "little"), (22908).to_bytes(4, "little")
-
-
-def _tamper(waiting: Path, stamp: dict[str, Any], before: bytes, after: bytes, *, honest: bool) -> None:
-    """Change the library; `honest` also updates its hash in the stamp."""
-    content = (waiting / "libnccl.so").read_bytes()
-    assert before in content
-    (waiting / "libnccl.so").write_bytes(content.replace(before, after))
-    if honest:
-        stamp["sha256"] = hashlib.sha256((waiting / "libnccl.so").read_bytes()).hexdigest()
-        (waiting / "build.json").write_text(json.dumps(stamp))
 
 
 @pytest.mark.network
 def test_nccl_for_another_gpu_is_skipped_with_a_warning(built: tuple[Side, Side]) -> None:
     head, worker = built
     with offering(head, "nccl") as offered:
-        code, data, _ = fetched(replace(worker, settings=(*worker.settings, "nccl.arch=120")), offered, "nccl")
-    assert code == 0
-    assert data["warning"] == "NCCL not copied: the nodes differ in arch"
+        found = replace(worker, settings={**worker.settings, "nccl.arch": "120"}).fetch(offered, "nccl")
+    assert found.warning == "NCCL not copied: the nodes differ in arch"
     assert not list(worker.cache.glob("nccl/built/*"))
 
 
@@ -353,24 +297,20 @@ def test_debian_packages_of_a_bundle_go_to_the_nodes_that_lack_some(far: FarNode
     assert "spark-2 │   copying Debian packages to the node" in log
 
 
-def test_copy_that_fails_is_a_warning_and_the_worker_builds(far: FarNodes) -> None:
-    broken = [1, {}, [problem("the other node was interrupted")]]
-    far.answer("spark-2", fetch=broken)
+@pytest.mark.parametrize(("host", "verb", "asked"), [("spark-2", "fetch", 1), ("spark-1", "offer", 0)])
+def test_copy_that_fails_is_a_warning_and_the_worker_builds(host: str, verb: str, asked: int, far: FarNodes) -> None:
+    """`asked`: where the head offers nothing, no worker waits for it."""
+    far.answer(host, **{verb: [1, {}, [problem("the other node was interrupted")]]})
     code, reply, log = far.cluster("spark-1", "spark-2", "--yes")
     assert code == 0, reply["errors"]
-    (copy,) = [each for each in reply["data"]["nodes"][1]["phases"] if each["phase"] == "copy"]
-    assert (copy["outcome"], copy["data"]["warning"]) == ("unchanged", "the other node was interrupted")
-    assert "spark-2 │ copy: warning: the other node was interrupted" in log
+    why = "the other node was interrupted (a cause)"
+    phases = {node["host"]: node["phases"] for node in reply["data"]["nodes"]}
+    (copy,) = [each for each in phases[host] if each["phase"] == "copy"]
+    assert (copy["outcome"], copy["data"]["warning"]) == ("unchanged", why)
+    assert f"{host} │ copy: warning: {why}" in log
+    assert ("downloads and builds what is missing" in log) is (asked == 0)
+    assert len([call for call in far.calls if call["verb"] == "fetch"]) == asked
     assert _builds(far)[-1] == ("spark-2", "multi-node")
-
-
-def test_head_that_offers_nothing_delays_no_worker(far: FarNodes) -> None:
-    far.answer("spark-1", offer=[1, {}, [problem("nothing can be offered")]])
-    code, _, log = far.cluster("spark-1", "spark-2", "--yes")
-    assert code == 0
-    assert not [call for call in far.calls if call["verb"] == "fetch"]
-    assert "spark-1 │ copy: warning: nothing can be offered" in log
-    assert "downloads and builds what is missing" in log
 
 
 def test_copy_is_skipped_if_no_worker_can_use_it(far: FarNodes) -> None:

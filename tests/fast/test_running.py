@@ -1,8 +1,6 @@
 """The probes of the env file and of running services, on real processes and libraries, some of them wrong."""
 
-import os
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -21,25 +19,8 @@ from sparkinstall.probes import Finding, services
 from sparkinstall.resources.template import quoted, render
 from sparkinstall.services import env_units
 from sparkinstall.system.local import LocalReader
+from tests.support.nccl_library import library
 from tests.support.nodes import node_of
-
-SOURCE = """
-int ncclGetVersion(int *version) { *version = %d; return 0; }
-__attribute__((section(".nv_fatbin"), used)) static const unsigned char code[] = { %s };
-"""
-
-
-def library(path: Path, version: int = 22907, arch: int = 121) -> Path:
-    """A library that reports this version of NCCL, with an (empty) cubin for one architecture."""
-    entry = struct.pack("<HHIQ12xI8xQ", 2, 1, 64, 0, arch, 0).ljust(64, b"\0")
-    container = struct.pack("<IHHQ", 0xBA55ED50, 1, 16, len(entry)) + entry
-    path.parent.mkdir(parents=True, exist_ok=True)
-    source = path.with_suffix(".c")
-    source.write_text(SOURCE % (version, ", ".join(map(str, container))))
-    made = path.with_name(f"{path.name}.new")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-Wl,--build-id", "-o", made, source], check=True)
-    os.replace(made, path)
-    return path
 
 
 @pytest.fixture

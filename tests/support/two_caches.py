@@ -1,24 +1,25 @@
-"""A head and a worker, each a cache and a prefix, that copy artifacts with real processes and sockets.
+"""A head and its workers in this process, each with a cache and a prefix of its own, at addresses of this machine."""
 
-They are at 127.0.0.1 and 127.0.0.2, addresses of this machine. A config may not name these, so `main` sets them for
-`node offer` and `node fetch` after the config was read.
-"""
-
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from sparkinstall.cluster import artifacts
+from sparkinstall.cluster.file_client import FileClient
+from sparkinstall.cluster.file_server import DONE
+from sparkinstall.cluster.protocol import Fetched, Introduction, Offer, Offered
+from sparkinstall.config import ClusterConfig
+from sparkinstall.node import Node
+from sparkinstall.system.local import LocalReader
+from tests.support.nodes import node_of
+
 HEAD, WORKER, OTHER = "127.0.0.1", "127.0.0.2", "127.0.0.3"
-TOKEN = "a-token-of-these-tests"
 
 
 @dataclass(frozen=True)
@@ -27,101 +28,47 @@ class Side:
 
     home: Path
     address: str
-    settings: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def cache(self) -> Path:
         return self.home / "cache/sparkinstall"
 
     @property
-    def prefix(self) -> Path:
-        return self.home / "opt"
+    def node(self) -> Node:
+        # A config may not name these addresses.
+        cluster = ClusterConfig("head" if self.address == HEAD else "worker", HEAD, (WORKER, OTHER), self.address)
+        made = node_of(self.home, prefix=str(self.home / "opt"), **self.settings)
+        return replace(made, rehearsal=False, cache=self.cache, config=replace(made.config, cluster=cluster))
+
+    def fetch(self, offered: "Offering", *steps: str, **other: Any) -> Fetched:
+        """Take what is missing; `other`: of the introduction to the head."""
+        head = replace(offered.introduction, **other)
+        return artifacts.fetch_missing(self.node, LocalReader(), steps, head, lambda *_: None)
+
+
+@dataclass(frozen=True)
+class Offering:
+    """What a head announced, and its reply when all workers are done."""
+
+    introduction: Introduction
+    reply: "Future[Offered]"
 
     @property
-    def environment(self) -> dict[str, str]:
-        own = {"HOME": str(self.home), "XDG_CACHE_HOME": str(self.home / "cache"), "PYTHONPATH": str(REPOSITORY)}
-        return {**os.environ, **own}
-
-    def start(self, *argv: str) -> "subprocess.Popen[str]":
-        words = [word for each in (f"prefix={self.prefix}", *self.settings) for word in ("--set", each)]
-        whole = [sys.executable, "-m", "tests.support.two_caches", self.address, "node", *argv, *words, "--json"]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            whole, env=self.environment, cwd=self.home, stdin=pipe, stdout=pipe, stderr=pipe, text=True
-        )
-
-
-@dataclass
-class Offered:
-    """A running offer, with what the head announced."""
-
-    process: "subprocess.Popen[str]"
-    port: int = 0
-    fingerprint: str = ""
-
-    def as_given(self, **other: Any) -> str:
-        return json.dumps({"token": TOKEN, "port": self.port, "fingerprint": self.fingerprint, **other}) + "\n"
+    def sent(self) -> int:
+        return self.reply.result(60).sent
 
 
 @contextmanager
-def offering(head: Side, *only: str, workers: int = 1) -> Iterator[Offered]:
-    """An offer of the head for these steps, which ends with the context at the latest."""
-    with head.start("offer", str(workers), *(word for each in only for word in ("--only", each))) as process:
-        assert process.stdin is not None
-        assert process.stderr is not None
-        process.stdin.write(TOKEN + "\n")
-        process.stdin.flush()
-        offered = Offered(process)
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith('{"port"'):
-                offered.port, offered.fingerprint = json.loads(line).values()
-                break
-        else:
-            raise AssertionError("".join(lines) + (process.stdout.read() if process.stdout else ""))
+def offering(head: Side, *steps: str, workers: int = 1) -> Iterator[Offering]:
+    """The head's artifacts of these steps, offered until so many workers are done or the context ends."""
+    offers: Queue[Offer] = Queue()
+    with ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(artifacts.serve, head.node, LocalReader(), steps, workers, "a-token", offers.put)
+        introduction = Introduction(**asdict(offers.get(timeout=60)), token="a-token")
         try:
-            yield offered
+            yield Offering(introduction, reply)
         finally:
-            process.terminate()
-
-
-def ended(offered: Offered) -> Mapping[str, Any]:
-    """The reply of an offer that served every peer."""
-    out, err = offered.process.communicate(timeout=60)
-    assert offered.process.returncode == 0, out + err
-    return dict(json.loads(out)["data"])
-
-
-def fetched(worker: Side, offered: Offered, *only: str, **other: Any) -> tuple[int, dict[str, Any], str]:
-    """Run a fetch: exit code, data, first error."""
-    with worker.start("fetch", *(word for each in only for word in ("--only", each))) as process:
-        out, err = process.communicate(offered.as_given(**other), timeout=60)
-    reply = json.loads(out)
-    errors = [f"{each['message']} {each['cause']}" for each in reply["errors"]]
-    assert "Traceback" not in err, err
-    return reply["exit_code"], reply["data"], errors[0] if errors else ""
-
-
-def main() -> None:
-    """Run a verb as the node whose address is the first argument."""
-    from sparkinstall.cli import app
-    from sparkinstall.config import ClusterConfig
-    from sparkinstall.core import session
-
-    address = sys.argv.pop(1)
-    workers = (WORKER, OTHER)
-    cluster = ClusterConfig(role="head" if address == HEAD else "worker", head=HEAD, workers=workers, address=address)
-    opened = session.open_session
-
-    def open_session(target: session.Target) -> session.Session:
-        found = opened(target)
-        config = replace(found.node.config, cluster=cluster)
-        return replace(found, node=replace(found.node, config=config))
-
-    session.open_session = open_session
-    app.main()
-
-
-if __name__ == "__main__":
-    main()
+            # It ends by itself, unless the test has failed before all workers were done.
+            for _ in range(workers if wait([reply], 5).not_done else 0):
+                FileClient(HEAD, introduction).content(DONE)
