@@ -69,13 +69,14 @@ def one_line(value: str) -> str | None:
 def listens_elsewhere(arguments: Sequence[str]) -> bool:
     """Return whether arguments of `vllm serve` let it listen at another address than this machine's own.
 
-    vLLM takes any beginning of an option that is no other's.
+    vLLM takes any beginning of an option that is no other's, and of several the last one.
     """
     for place, word in enumerate(arguments):
         option, given, value = word.partition("=")
         if option in ("--ho", "--hos", "--host"):
             address = value if given else "".join(arguments[place + 1 : place + 2])
-            return address not in _LOOPBACK
+            if address not in _LOOPBACK:
+                return True
     return False
 
 

@@ -4,12 +4,13 @@ Not among the other steps: what knows the cache of models is above them.
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from msgspec import Struct
 
 from sparkinstall.core import models
-from sparkinstall.core.model_cache import ModelFolder, Revision
-from sparkinstall.errors import BadUsage, Problem
+from sparkinstall.core.model_cache import ModelFolder, Revision, folders
+from sparkinstall.errors import Problem
 from sparkinstall.models.hub import cache_folder, cached, is_name
 from sparkinstall.node import Node
 from sparkinstall.resources import Drift, Ok, Resource, State
@@ -60,7 +61,8 @@ class Snapshot(Struct, frozen=True):
 
     def apply(self, on: System) -> None:
         folder = ModelFolder(cache_folder(), self.model)
-        on.promise(Undo("model", self.model, {"there": folder.exists()}, {"commit": self.commit}))
+        # By its path: the cache of who undoes it may be another, where the same model is their own.
+        on.promise(Undo("model", str(folder.path), {"there": folder.exists()}, {"commit": self.commit}))
         tell = lambda done, total: on.progress(done, total, "bytes")  # noqa: E731
         try:
             models.pull(self.model, self.commit, models.Dialog(tell, _ignored))
@@ -89,16 +91,15 @@ def _some(paths: Sequence[str]) -> str:
 def remove(records: Sequence[Undo], on: System) -> Undone:
     """Remove a model that was brought for `serve`: not one of which anything was there before, or has come since."""
     del on
-    name, before = records[0].subject, records[0].before
-    try:
-        folder = ModelFolder(cache_folder(), name)
-    except BadUsage:
-        return Undone(name, "nothing")
-    if before.get("there") or not folder.exists():
-        return Undone(name, "nothing")
+    subject, before = records[0].subject, records[0].before
+    folder = next((each for each in folders(Path(subject).parent) if str(each.path) == subject), None)
+    if before.get("there") or folder is None:
+        return Undone(subject, "nothing")
+    if folder.path.is_symlink():
+        return Undone(subject, "kept", "it is a link, so it was moved to another place since")
     ours = {record.after.get("commit") for record in records}
     if others := sorted(each.commit[:12] for each in folder.revisions() if each.commit not in ours):
-        return Undone(name, "kept", f"it has a revision that was not brought by sparkinstall: {', '.join(others)}")
+        return Undone(subject, "kept", f"it has a revision that was not brought by sparkinstall: {', '.join(others)}")
     with folder.locked(lambda: None):
         folder.remove()
-    return Undone(name, "removed", "")
+    return Undone(subject, "removed", "")

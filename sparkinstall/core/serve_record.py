@@ -1,5 +1,6 @@
 """One record of what runs: read back from vLLM's own processes and from the machine, not from the settings."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -67,7 +68,7 @@ def record(session: Session, ready: Ready) -> Serving:
     """Read what runs now."""
     node, on = session.node, session.system
     now = show(on, VLLM_UNIT, "MainPID", "InvocationID", "ExecMainStartTimestamp")
-    server = _process(on, int(now["MainPID"] or 0))
+    server = process_of(on, int(now["MainPID"] or 0))
     return Serving(
         url=f"http://127.0.0.1:{node.config.serving.port}/v1",
         model=ready.model,
@@ -95,14 +96,16 @@ def _line(on: Reader, path: str) -> str:
     return (on.read(path) or b"").decode(errors="replace").strip()
 
 
-def _process(on: Reader, pid: int) -> Process | None:
+def process_of(on: Reader, pid: int) -> Process | None:
+    """Read a process; None: there is none, or it cannot be read."""
     try:
         argv, env = (on.read(f"/proc/{pid}/{name}") for name in ("cmdline", "environ"))
     except (OSError, Problem):
         return None
     if not argv:
         return None
-    words = redact("\0".join(_words(argv))).split("\0")
+    # As JSON a word that follows `--api-key` is recognised as its value.
+    words = json.loads(redact(json.dumps(_words(argv))))
     # A process that changes its title may have written over its variables.
     pairs = (each.partition("=") for each in _words(env or b"") if "=" in each[1:])
     return Process(pid, words, {name: _HIDDEN if is_secret_name(name) else redact(value) for name, _, value in pairs})
@@ -116,7 +119,7 @@ def _engine(on: Reader, server: int) -> Process | None:
     """Return the engine's process among the children of the server's; it has a title of its own."""
     for pid in _children(on, server):
         if "EngineCore" in _line(on, f"/proc/{pid}/cmdline").replace("\0", " "):
-            return _process(on, pid)
+            return process_of(on, pid)
     return None
 
 

@@ -103,7 +103,8 @@ def _commit(model: str, revision: str) -> str:
 
 
 def _require_trust(recipe: Recipe, trusts: bool) -> None:
-    asks = any(serve_options.key(each) == REMOTE_CODE for each in recipe.args)
+    # vLLM takes any beginning of an option that is no other's.
+    asks = any(REMOTE_CODE.startswith(serve_options.key(each).partition(".")[0]) for each in recipe.args)
     if asks and not trusts:
         raise BadUsage(
             f"the recipe {recipe.id} runs code from the repository {recipe.model} ({REMOTE_CODE})",

@@ -53,7 +53,9 @@ def without_owned(args: Iterable[Option]) -> tuple[tuple[Option, ...], tuple[Cha
 def _why_dropped(option: Option) -> str:
     if any(map(gives_secret, option)):
         return _SECRET
-    return _OPTIONS.get(key(option).partition(".")[0], "")
+    name = key(option).partition(".")[0]
+    # vLLM takes any beginning of an option that is no other's; of one that could be several nothing is kept.
+    return next((why for owned, why in _OPTIONS.items() if owned.startswith(name)), "")
 
 
 def env_without_owned(env: Mapping[str, str]) -> tuple[dict[str, str], tuple[Change, ...]]:

@@ -361,6 +361,7 @@ def unit_of(node: Node, on: LocalReader, step: Step | None = None) -> str:
         ({"serving__arguments": ["--host", "0.0.0.0"]}, API_KEY),
         ({"serving__arguments": ["--host=192.168.1.5"]}, API_KEY),
         ({"serving__arguments": ["--ho", "::"]}, API_KEY),
+        ({"serving__arguments": ["--host", "127.0.0.1", "--host", "0.0.0.0"]}, API_KEY),
         ({"serving__key_file": "/etc/mine"}, "/etc/mine"),
         ({"serving__allow": "192.168.1.0/24", "serving__key_file": "/etc/mine"}, "/etc/mine"),
         ({"serving__allow": "192.168.1.0/24", "cluster__role": "head"}, API_KEY),

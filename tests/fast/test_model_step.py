@@ -44,8 +44,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def records(system: RecordingSystem, there: bool) -> list[Undo]:
-    assert system.changed[0] == f"promise model {MODEL}"
-    return [Undo("model", MODEL, {"there": there}, {"commit": COMMIT})]
+    kind, _, subject = system.changed[0].removeprefix("promise ").partition(" ")
+    assert (kind, Path(subject).name) == ("model", "models--org--tiny-model")
+    return [Undo("model", subject, {"there": there}, {"commit": COMMIT})]
 
 
 def test_name_of_the_hub_is_pinned_to_its_commit(hub: ModelHub) -> None:
@@ -111,3 +112,24 @@ def test_model_with_another_revision_is_kept(hub: ModelHub, folder: Path) -> Non
     found = remove(records(system, there=False), system)
     assert (found.outcome, "bbbbbbbbbbbb" in found.note) == ("kept", True)
     assert (folder / "snapshots" / COMMIT).is_dir()
+
+
+def test_same_model_in_the_cache_of_who_undoes_it_is_kept(
+    hub: ModelHub, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del hub
+    SNAPSHOT.apply(system := RecordingSystem())
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "other"))
+    SNAPSHOT.apply(RecordingSystem())
+    assert remove(records(system, there=False), system).outcome == "removed"
+    assert not folder.exists()
+    assert (tmp_path / "other/models--org--tiny-model/snapshots" / COMMIT).is_dir()
+
+
+def test_model_that_was_moved_and_linked_is_kept_whole(hub: ModelHub, folder: Path, tmp_path: Path) -> None:
+    del hub
+    SNAPSHOT.apply(system := RecordingSystem())
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert remove(records(system, there=False), system).outcome == "kept"
+    assert (tmp_path / "elsewhere/snapshots" / COMMIT / "two.safetensors").is_file()

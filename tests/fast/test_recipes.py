@@ -332,6 +332,13 @@ def test_variables_of_the_link_and_of_caches_are_dropped(name: str, more: dict[s
     assert [each.what for each in dropped] == [f"{name}=x"]
 
 
+@pytest.mark.parametrize("word", ["--ho", "--conf", "--data-parallel-add", "--"])
+def test_begin_of_an_option_of_the_tools_own_is_dropped_too(word: str) -> None:
+    kept, dropped = without_owned([(word, "x"), ("--hf-overrides", "{}")])
+    assert kept == (("--hf-overrides", "{}"),)
+    assert [each.what for each in dropped] == [f"{word} x"]
+
+
 def test_show_and_render_name_what_the_stack_does_not_take(tmp_path: Path) -> None:
     text = "id: mine\nmodel: a/b\nloads_from: 0.18.1\ntool_parser: qwen3\nargs: [[--calculate-kv-scales]]\n"
     path = write(tmp_path, text + "env: {VLLM_MARLIN_USE_ATOMIC: '1'}\n")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from sparkinstall.core import readiness, serve_checks
+from sparkinstall.core import readiness, serve_checks, serve_record
 from sparkinstall.core.readiness import Following, NotReady, Phase
 from sparkinstall.core.serve_settings import overridden, require_decided, wanted
 from sparkinstall.core.session import Session, Target, open_session
@@ -30,6 +30,7 @@ from tests.support.local_server import listening
 from tests.support.machine import OnASpark
 from tests.support.model_files import LLAMA, TENSORS, write_model
 from tests.support.nodes import NODE, node_of
+from tests.support.recording import RecordingSystem
 from tests.support.rehearsals import envelope, in_this_process
 
 LOG = Path(__file__).parents[1] / "logs/vllm-good-start.log"
@@ -157,6 +158,10 @@ def test_code_of_the_model_needs_consent_with_the_reason(tmp_path: Path) -> None
     assert "--trust-remote-code" in wanted(name, trusts=True).served.settings["serving.arguments"]
     with pytest.raises(BadUsage, match="does not ask for"):
         wanted(recipe_file(tmp_path), trusts=True)
+    # vLLM takes the beginning of an option for the whole.
+    for word in ("--trust-rem", "--trust_remote_code=true", "--tr"):
+        with pytest.raises(BadUsage, match="runs code from the repository"):
+            wanted(recipe_file(tmp_path, args=[[word]]))
     with pytest.raises(BadUsage, match="is for a recipe"):
         wanted(str(write_model(tmp_path / "m")), trusts=True)
 
@@ -451,3 +456,14 @@ def test_serve_status_without_a_model_says_how_to_serve_one(tmp_path: Path) -> N
     run = in_this_process("serve", "status", "--root", str(tmp_path), "--json")
     data = envelope(run)["data"]
     assert (run.returncode, data["model"], data["serving"]) == (3, None, None)
+
+
+def test_record_of_a_process_has_no_secret_of_its_words_and_variables() -> None:
+    words = ("vllm", "--api-key", "sk-4711", "--hf-token=4712", "a b", "")
+    on = RecordingSystem(
+        {"/proc/7/cmdline": "\0".join((*words, "")).encode(), "/proc/7/environ": b"A=b\0MY_TOKEN=4713\0"}
+    )
+    found = serve_record.process_of(on, 7)
+    assert found is not None
+    assert tuple(found.argv) == ("vllm", "--api-key", "[hidden]", "--hf-token=[hidden]", "a b")
+    assert found.env == {"A": "b", "MY_TOKEN": "[hidden]"}
