@@ -211,15 +211,17 @@ def _changed(change: Change) -> str:
 
 
 def curl(serving: Serving) -> str:
-    """Return one line for a shell that asks the model something."""
+    """Return one line for a shell that asks the model something; the key comes through a pipe, not as an argument."""
     model = serving.model.replace("\\", "\\\\").replace('"', '\\"')
     if serving.chat:
         path, body = "chat/completions", '"messages": [{"role": "user", "content": "What is a GB10?"}]'
     else:
         path, body = "completions", '"prompt": "A GB10 is", "max_tokens": 64'
     data = shlex.quote(f'{{"model": "{model}", {body}}}')
-    key = f' -H "Authorization: Bearer $(sudo cat {shlex.quote(serving.key_file)})"' if serving.key_file else ""
-    return f"curl {serving.url}/{path} -H 'Content-Type: application/json'{key} -d {data}"
+    asking = f"{serving.url}/{path} -H 'Content-Type: application/json' -d {data}"
+    if not serving.key_file:
+        return f"curl {asking}"
+    return f"sudo sed 's/^/Authorization: Bearer /' {shlex.quote(serving.key_file)} | curl -H @- {asking}"
 
 
 def _show_status(found: use.ServeStatus, verbose: bool) -> None:

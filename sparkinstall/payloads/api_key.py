@@ -10,13 +10,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 Message = Mapping[str, Any]
+Scope = MutableMapping[str, Any]
 Send = Callable[[Message], Awaitable[None]]
 Receive = Callable[[], Awaitable[Message]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 CREDENTIAL = "api-key"
 KEY = re.compile(rb"[!-~]{16,4096}")
@@ -43,10 +44,13 @@ class RequireKey:
         # A digest: its comparison says nothing about the length of the key.
         self.app, self.digest = app, digest(key())
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan" or self.is_known(scope.get("headers", ())):
             await self.app(scope, receive, send)
-        elif scope["type"] == "websocket":
+            return
+        # The server logs it with the answer: a key that was sent there by mistake.
+        scope["query_string"] = b""
+        if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": POLICY, "reason": "no key"})
         elif scope["type"] == "http":
             await send({"type": "http.response.start", "status": 401, "headers": HEADERS})

@@ -1,4 +1,7 @@
-"""The API's key: who is let in, where the key is from, and that it is nowhere to be seen."""
+"""The API's key: who is let in, where the key is from, and that it is nowhere to be seen.
+
+tests/nodes/test_serving.py tries every route of a real vLLM.
+"""
 
 import asyncio
 import importlib.util
@@ -13,10 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import msgspec
 import pytest
 
 from sparkinstall import payloads
+from sparkinstall.cli.serve import curl
 from sparkinstall.core.ask import server_of
+from sparkinstall.core.serve_record import Serving as ServingRecord
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.events import silent
 from sparkinstall.facts.vllm_releases import shipped
@@ -36,6 +42,7 @@ from sparkinstall.steps.life import Life
 from sparkinstall.steps.ray import Ray
 from sparkinstall.steps.serving import Serving, arguments
 from sparkinstall.system.local import LocalReader, LocalSystem
+from tests.support.chat_server import ChatServer, chatting
 from tests.support.machine import Machine, OnASpark
 from tests.support.nodes import node_of, system_of
 
@@ -68,7 +75,7 @@ def credential(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def sent_to(module: ModuleType, scope: Message) -> list[Message]:
+def sent_to(module: ModuleType, scope: dict[str, Any]) -> list[Message]:
     """What a client gets; the app behind the middleware answers with its own name."""
     sent: list[Message] = []
 
@@ -143,7 +150,13 @@ def test_every_path_method_and_client_needs_the_key(module: ModuleType, credenti
     del credential
     for path in ("/", "/health", "/metrics", "//v1/models", "/v1/models/..", "", "*", "http://x/v1"):
         for method in ("GET", "OPTIONS", "HEAD", "TRACE"):
-            scope: Message = {"type": "http", "method": method, "path": path, "headers": [], "client": ("127.0.0.1", 9)}
+            scope: dict[str, Any] = {
+                "type": "http",
+                "method": method,
+                "path": path,
+                "headers": [],
+                "client": ("127.0.0.1", 9),
+            }
             assert sent_to(module, scope)[0]["status"] == 401, (method, path)
     assert sent_to(module, {"type": "http"})[0]["status"] == 401
 
@@ -155,6 +168,17 @@ def test_rejection_says_how_to_ask(module: ModuleType, credential: Path) -> None
     assert headers[b"www-authenticate"] == b"Bearer"
     assert int(headers[b"content-length"]) == len(body["body"])
     assert b"this API asks for a key" in body["body"] and GIVEN not in body["body"]
+
+
+def test_rejected_request_leaves_no_query_for_the_log(module: ModuleType, credential: Path) -> None:
+    del credential
+    scope: dict[str, Any] = {"type": "http", "headers": [], "query_string": b"api_key=" + GIVEN}
+    sent_to(module, scope)
+    assert GIVEN not in str(scope).encode()
+    known = [(b"authorization", b"Bearer " + GIVEN)]
+    scope = {"type": "http", "headers": known, "query_string": b"stream=1"}
+    sent_to(module, scope)
+    assert scope["query_string"] == b"stream=1"
 
 
 def test_websocket_without_the_key_is_closed_before_it_is_accepted(module: ModuleType, credential: Path) -> None:
@@ -445,3 +469,32 @@ def test_key_of_this_node_goes_to_no_other_server(tmp_path: Path, monkeypatch: p
     session = open_session(Target(root=tmp_path, settings=("serving.model=/m", "serving.allow=192.168.1.0/24")))
     assert session.node.api_key == API_KEY
     assert server_of(session, "http://192.168.1.9:8000", None).key == ""
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_line_that_serve_prints_gives_the_key_to_curl_through_a_pipe(tmp_path: Path) -> None:
+    (tmp_path / "a key").write_text(f"{KEY}\n")
+    with chatting(ChatServer(names=("tiny",), key=KEY)) as server:
+        fields = dict.fromkeys(("served", "recipe", "revision", "invocation", "started", "kernel", "driver"), "")
+        none: dict[str, Any] = {
+            "phases": [],
+            "versions": {},
+            "clocks": {},
+            "server": None,
+            "engine": None,
+            "seconds": 1,
+            "first_token": 1,
+        }
+        memory = {"total": 1, "available": 1, "free_blocks": {}}
+        given = {
+            "seconds": 1,
+            "first_token": 1,
+            "url": f"{server.url}/v1",
+            "model": "tiny",
+            "key_file": f"{tmp_path}/a key",
+            "memory": memory,
+        }
+        line = curl(msgspec.convert({**fields, **none, **given}, ServingRecord))
+        assert "$(" not in line and KEY not in line and "\n" not in line
+        done = subprocess.run(line.replace("sudo ", ""), shell=True, capture_output=True, text=True, timeout=60)
+    assert "42" in "".join(re.findall(r'"content": "(.*?)"', done.stdout)), done
