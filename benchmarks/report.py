@@ -5,7 +5,7 @@ import os
 import platform
 from collections.abc import Iterable, Mapping
 
-from benchmarks import converged, diagnose, startup
+from benchmarks import converged, diagnose, models, startup
 from benchmarks.fresh import Fresh, Installed
 from benchmarks.timing import Long, Spread
 
@@ -52,6 +52,25 @@ def startup_table(found: Mapping[str, Spread]) -> str:
                 _ms_range(each),
                 f"{each.times(python):.1f} x",
                 f"{each.times(typer):.1f} x",
+            )
+            for name, each in found.items()
+        ),
+    )
+
+
+def models_table(found: Mapping[str, Spread], size: int, tensors: int) -> str:
+    """`sparkinstall fit` and `recipes`."""
+    typer, by_hand = found[models.TYPER], found[models.BY_HAND]
+    return table(
+        f"Whether a model of {size / 1e9:.0f} GB with {tensors:,} tensors fits, and what there is to serve",
+        ("", "median", "lowest - highest", "beside Python and typer", "beside reading by hand"),
+        (
+            (
+                f"`{name}`" if "`" not in name else name,
+                _ms(each.median),
+                _ms_range(each),
+                f"{each.times(typer):.1f} x",
+                f"{each.times(by_hand):.1f} x",
             )
             for name, each in found.items()
         ),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import converged, diagnose, environments, fresh, report, startup
+from benchmarks import converged, diagnose, environments, fresh, models, report, startup
 
 RESULTS = Path(__file__).with_name("results.md")
 
@@ -50,6 +50,8 @@ def _sections(quick: bool, full: bool, rounds: int) -> Iterator[str]:
     yield report.converged_table(*converged.measure(tool, pyinfra, ansible, work / "converged", rounds))
     _say("starting")
     yield report.startup_table(startup.measure(tool, rounds))
+    _say("models")
+    yield report.models_table(*models.measure(tool, work / "models", rounds))
     _say("reading a log")
     yield report.diagnose_table(diagnose.measure(tool, work / "diagnose"))
     if not quick:

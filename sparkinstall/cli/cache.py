@@ -20,7 +20,7 @@ app = typer.Typer(
 _KINDS: dict[cache.Kind, str] = {
     "wheel": "wheels", "source": "NCCL sources", "build": "NCCL builds", "incomplete": "incomplete downloads",
     "index": "pages of the package index", "python": "Python", "tool": "sparkinstall's own packages",
-    "tests": "nccl-tests", "debian": "Debian packages for bundles",
+    "tests": "nccl-tests", "debian": "Debian packages for bundles", "plan": "plans of KV caches",
     "former": "left by earlier versions", "other": "other",
 }  # fmt: skip
 

@@ -1,7 +1,9 @@
 """`sparkinstall fit`: whether a model fits into a Spark, before it is downloaded."""
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,6 +17,7 @@ from sparkinstall.cli.text_output import columns, console
 from sparkinstall.cli.text_output import shown as redacted
 from sparkinstall.core import fit as use
 from sparkinstall.core.model_source import Source, source_of
+from sparkinstall.core.planned import InstalledVllm
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.errors import BadUsage, Exit
 from sparkinstall.models import Figure
@@ -48,6 +51,19 @@ Parallel = Annotated[
 Memory = Annotated[
     str | None, options.choice("--memory", metavar="SIZE", help="What a node has available, such as 101GiB.")
 ]
+Prefix = Annotated[
+    bool | None,
+    options.choice("--prefix-caching/--no-prefix-caching", help="Of vLLM; default: what vLLM does with the model."),
+]
+BlockSize = Annotated[
+    int | None, options.choice("--block-size", metavar="N", help="vLLM's --block-size.", min=1, max=_MOST)
+]
+ByFormula = Annotated[
+    bool, options.choice("--by-formula", help="Do not ask the installed vLLM, which takes 10 to 20 seconds.")
+]
+RemoteCode = Annotated[
+    bool, options.choice("--trust-remote-code", help="Let vLLM run the model's own code when it is asked.")
+]
 Folder = Annotated[Path | None, options.choice("--folder", metavar="FOLDER", help="Where a recipe's model is.")]
 Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Which recipe of a file with several.")]
 
@@ -62,12 +78,15 @@ def fit(
     batched_tokens: Batched = None,
     kv_dtype: KvDtype = None,
     tensor_parallel: Parallel = None,
+    prefix_caching: Prefix = None,
+    block_size: BlockSize = None,
     memory: Memory = None,
     folder: Folder = None,
     id_: Id = None,
+    by_formula: ByFormula = False,
+    trust_remote_code: RemoteCode = False,
 ) -> CommandResult:
     """Tell whether a model fits into a Spark, before it is downloaded; exit 3 if it does not, or that is unknown."""
-    del output
     given = {
         "context": _context(context),
         "sequences": sequences,
@@ -79,11 +98,34 @@ def fit(
     session = open_session(target)
     source = source_of(model, folder, id_)
     asked = replace(_options(source), **{name: value for name, value in given.items() if value is not None})
+    asked = use.with_cache_options(asked, prefix_caching, block_size)
+    asked = replace(asked, remote_code=trust_remote_code)
     recipe = source.recipe.id if source.recipe else ""
-    node_memory = use.memory_of(session.system, size)
-    found = use.fit(source.name, source.files, asked, node_memory, session.node.stack.vllm, recipe)
+    peers = session.node.peers if asked.tensor_parallel > 1 and session.node.several else ()
+    node_memory = use.memory_of(session.system, size, peers)
+    with _waiting(output) as say:
+        oracle = None if by_formula else InstalledVllm(session.node, session.system, say).plan
+        found = use.fit(source.name, source.files, asked, node_memory, session.node.stack.vllm, recipe, oracle)
     code = Exit.GOOD if found.verdict == "fits" else Exit.DRIFT
     return CommandResult(code, found, lambda: _show(found))
+
+
+@contextmanager
+def _waiting(output: Output) -> Iterator[Callable[[str], None]]:
+    """Yield a function that says on stderr what is waited for: on a terminal until it is over."""
+    if output.json or not sys.stderr.isatty():
+        yield lambda text: None if output.json else print(text, file=sys.stderr, flush=True)
+        return
+    status = console(stderr=True).status("", spinner="dots")
+
+    def say(text: str) -> None:
+        status.update(Text(text))
+        status.start()
+
+    try:
+        yield say
+    finally:
+        status.stop()
 
 
 def _options(source: Source) -> use.FitOptions:
@@ -147,7 +189,7 @@ def _rows(found: use.FitReport) -> Iterator[tuple[str, str, str]]:
         yield "", "", f"each of {found.tensor_parallel} nodes:"
     yield "weights", *_cells(memory.weights)
     amount, why = _cells(memory.kv_cache)
-    yield "KV cache", amount, why if memory.kv_cache.value is None else f"estimate: {_asked(found)}"
+    yield "KV cache", amount, why if memory.kv_cache.value is None else f"{memory.kv_cache.basis}: {_asked(found)}"
     yield "engine", *_cells(memory.overhead)
     yield "system", *_cells(memory.reserve)
     yield "needs", *_cells(memory.need)
@@ -157,7 +199,8 @@ def _rows(found: use.FitReport) -> Iterator[tuple[str, str, str]]:
 
 def _asked(found: use.FitReport) -> str:
     sequences = f"{found.sequences:,} sequence{'s' if found.sequences > 1 else ''} of {found.context or 0:,} tokens"
-    return f"{sequences}, type {found.kv_dtype}, {found.batched_tokens:,} batched tokens, as vLLM {found.vllm} counts"
+    by = f"asked vLLM {found.vllm}" if found.asked else f"as vLLM {found.vllm} counts"
+    return f"{sequences}, type {found.kv_dtype}, {found.batched_tokens:,} batched tokens, {by}"
 
 
 def _cells(figure: Figure) -> tuple[str, str]:
@@ -205,7 +248,9 @@ def _ways(found: use.FitReport) -> Iterator[str]:
     for each in found.ways:
         nodes = " on each node" if any(word.startswith("--tensor") for word in each.options) else ""
         fits = "fits" if each.fits else "does not fit either"
-        yield f"with {' '.join(each.options)}: {_gb(each.need)}{nodes}, {fits} (estimate)"
-    room = found.memory.available.value
-    if found.ways and room is not None and not any(each.fits for each in found.ways):
-        yield "no change of the options is enough: take a version with fewer bits a weight, or a smaller model"
+        change = f"a version with {each.version}" if each.version else " ".join(each.options)
+        yield f"with {change}: {_gb(each.need)}{nodes}, {fits} (estimate)"
+    if outgrown := found.outgrown:
+        yield "no change is enough: the model has outgrown the machine"
+        over = f"over {outgrown.nodes} nodes, or " if outgrown.nodes else ""
+        yield f"use it {over}on a machine with {_gb(outgrown.bytes)} for it (estimate); else take a smaller model"

@@ -22,16 +22,16 @@ from sparkinstall.system import Reader
 from sparkinstall.wheelhouse import cache_unused
 
 Kind = Literal[
-    "wheel", "source", "build", "incomplete", "index", "python", "tool", "tests", "debian", "former", "other"
+    "wheel", "source", "build", "incomplete", "index", "python", "tool", "tests", "debian", "plan", "former", "other"
 ]  # fmt: skip
 
 _SHA256 = re.compile(r"sha256:([0-9a-f]{64})")
 _WRITER = re.compile(r"[-.](\d+)(?:\.new)?$")
 _FOLDERS: Mapping[str, Kind] = {
     "index": "index", "python": "python", "nccl-tests": "tests", "apt": "debian",
-    "debs": "debian", "uv": "former", "hashes": "former", "arriving.lock": "former",
+    "debs": "debian", "plans": "plan", "uv": "former", "hashes": "former", "arriving.lock": "former",
 }  # fmt: skip
-_MAY_GO = ("wheel", "source", "build", "incomplete", "former")
+_MAY_GO = ("wheel", "source", "build", "incomplete", "plan", "former")
 
 
 class Entry(Struct, frozen=True):

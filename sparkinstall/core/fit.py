@@ -1,19 +1,21 @@
 """Whether a model fits into the memory of a Spark, and what would make it fit; nothing is downloaded or run."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sparkinstall.core.planned import NotPlanned, Oracle, Questions
 from sparkinstall.core.recipe_list import release
 from sparkinstall.errors import BadUsage
 from sparkinstall.facts import machine
-from sparkinstall.models import Figure, ModelError, unknown
+from sparkinstall.models import Basis, Figure, ModelError, unknown
 from sparkinstall.models.files import CONFIG, Files, read_object
 from sparkinstall.models.kv_cache import CacheSize, Formulas, Load
 from sparkinstall.models.layout import Layout, layout_of
+from sparkinstall.models.planned import Asked, Plan, Planned
 from sparkinstall.models.weights import Weights, loaded_size, read_by_token, read_weights
 from sparkinstall.recipes import Recipe
 from sparkinstall.recipes.serve_options import key
@@ -43,11 +45,27 @@ _UNCOUNTED = {
     "--enable-lora": "LoRA adapters",
 }
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
-_OTHER_CACHE = ("--decode-context-parallel-size", "--block-size", "--hf-overrides", "--disable-hybrid-kv-cache-manager")
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+_PATIENCE = 20.0
+# Of 16 bits a weight; embeddings and scales stay wider.
+_VERSIONS = {"8 bits a weight": 0.55, "4 bits a weight": 0.32}
+_MOST_NODES = 64
+# Options that change the cache in ways for which there is no formula.
+_NO_FORMULA = ("--block-size", "--decode-context-parallel-size", "--disable-hybrid-kv-cache-manager", "--hf-overrides")
+# Options that vLLM is asked with: they may change its plan.
+_TO_VLLM = (
+    *("--attention-backend", "--block-size", "--disable-hybrid-kv-cache-manager", "--dtype", "--hf-overrides"),
+    *("--enable-prefix-caching", "--no-enable-prefix-caching", "--mamba-block-size", "--mamba-cache-dtype"),
+    *("--mamba-cache-mode", "--mamba-ssm-cache-dtype", "--quantization"),
+)
 
 
 class FitOptions(Struct, frozen=True):
-    """How a model is to be served. `context` "auto": as long as fits; None: as long as the model allows."""
+    """How a model is to be served. `context` "auto": as long as fits; None: as long as the model allows.
+
+    `to_vllm`: further options of `vllm serve` that change its plan. `no_formula`, `no_plan`: why there is no formula
+    for them, or why vLLM is not asked. `remote_code`: vLLM may run the code of the model to plan.
+    """
 
     context: int | Literal["auto"] | None = None
     sequences: int = 1
@@ -56,22 +74,41 @@ class FitOptions(Struct, frozen=True):
     tensor_parallel: int = 1
     uncounted: tuple[str, ...] = ()
     no_formula: str = ""
+    no_plan: str = ""
     quantized_at_load: bool = False
+    to_vllm: tuple[str, ...] = ()
+    remote_code: bool = False
+
+    @property
+    def asked(self) -> Asked:
+        """What of them changes vLLM's plan."""
+        return Asked(self.batched_tokens, self.kv_dtype, self.tensor_parallel)
 
 
 class Memory(Struct, frozen=True):
-    """What a node has available now, and in all."""
+    """What a node has available now, and in all; `others`: what the other nodes have, if several serve it."""
 
     available: Figure
     total: Figure
+    others: tuple[Figure, ...] = ()
 
 
 class Way(Struct, frozen=True):
-    """A change of the options: what each node then needs (an estimate), and whether that fits."""
+    """A change of the options, or another version of the model: what each node then needs (an estimate), and whether
+    that fits."""
 
     options: Sequence[str]
     need: int
     fits: bool
+    version: str = ""
+
+
+class Outgrown(Struct, frozen=True):
+    """A model that no change makes fit: the nodes over which it would, None if those are more than 64, and the bytes
+    that a single machine would need. Both are estimates."""
+
+    nodes: int | None
+    bytes: int
 
 
 class Decode(Struct, frozen=True):
@@ -113,8 +150,9 @@ class Budget(Struct, frozen=True):
 class FitReport(Struct, frozen=True):
     """Result of `fit`. Bytes are those of each node, but for the files.
 
-    `vllm`: whose way of counting is taken. `largest_context`: with the asked sequences, `most_sequences`: with the
-    asked context. `serve` and `serve_largest`: options of `vllm serve` for what was asked, and for the largest context.
+    `vllm`: whose way of counting is taken; `asked`: it was asked itself, else `not_asked` says why not.
+    `largest_context`: with the asked sequences, `most_sequences`: with the asked context. `serve` and `serve_largest`:
+    options of `vllm serve` for what was asked, and for the largest context.
     """
 
     model: str
@@ -122,6 +160,8 @@ class FitReport(Struct, frozen=True):
     revision: str
     recipe: str
     vllm: str
+    asked: bool
+    not_asked: str
     model_type: str
     quantization: str
     remote_code: Sequence[str]
@@ -140,6 +180,7 @@ class FitReport(Struct, frozen=True):
     serve_largest: Sequence[str]
     decode: Decode
     ways: Sequence[Way]
+    outgrown: Outgrown | None
     notes: Sequence[str]
 
 
@@ -147,9 +188,10 @@ def options_of_recipe(recipe: Recipe) -> FitOptions:
     """Return how a recipe serves its model."""
     values = {key(each): " ".join(each[1:]) for each in recipe.args}
     kv_dtype = values.get("--kv-cache-dtype", "auto")
-    other = next((f"the recipe has {name}" for name in _OTHER_CACHE if name in values), "")
+    other = next((f"the recipe has {name}" for name in _NO_FORMULA if name in values), "")
+    no_plan = "the recipe has --decode-context-parallel-size" if "--decode-context-parallel-size" in values else ""
     if recipe.pipeline_parallel > 1:
-        other = "the recipe spreads the layers over nodes (pipeline parallel)"
+        other = no_plan = "the recipe spreads the layers over nodes (pipeline parallel)"
     return FitOptions(
         context=recipe.context,
         sequences=recipe.sequences or 1,
@@ -158,58 +200,103 @@ def options_of_recipe(recipe: Recipe) -> FitOptions:
         tensor_parallel=recipe.tensor_parallel,
         uncounted=tuple(what for name, what in _UNCOUNTED.items() if any(each.startswith(name) for each in values)),
         no_formula=other and f"{other}, for which fit has no formula",
+        no_plan=no_plan,
+        to_vllm=tuple(word for each in recipe.args if key(each) in _TO_VLLM for word in each),
         quantized_at_load="--quantization" in values,
     )
 
 
-def memory_of(on: Reader, given: int | None) -> Memory:
-    """Return the memory of a node: as given, or that of this one if it is a Spark."""
+def with_cache_options(options: FitOptions, prefix_caching: bool | None, block_size: int | None) -> FitOptions:
+    """Add what only vLLM itself can count: whether prefixes are cached, and the tokens of a block."""
+    words = list(options.to_vllm)
+    if prefix_caching is not None:
+        words.append("--enable-prefix-caching" if prefix_caching else "--no-enable-prefix-caching")
+    if block_size is None:
+        return replace(options, to_vllm=tuple(words))
+    why = "--block-size, for which fit has no formula"
+    return replace(options, to_vllm=(*words, "--block-size", str(block_size)), no_formula=options.no_formula or why)
+
+
+def memory_of(on: Reader, given: int | None, peers: Sequence[str] = ()) -> Memory:
+    """Return the memory of a node: as given, or that of this one if it is a Spark; with `peers` the least."""
     is_spark = machine.has_gb10(on)
     total = machine.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemTotal", 0) << 10 if is_spark else 0
     whole = Figure(total, "measured", "MemTotal of this node") if total else SPARK_TOTAL
     if given is not None:
         return Memory(Figure(given, "given", "as given with --memory"), whole)
     found = machine.available_memory(on) if is_spark else 0
-    if found:
-        return Memory(Figure(found, "measured", "MemAvailable of this node, now"), whole)
-    why = "this machine is not a Spark: say what one has available with --memory, such as 101GiB"
-    return Memory(unknown(why), whole)
+    if not found:
+        why = "this machine is not a Spark: say what one has available with --memory, such as 101GiB"
+        return Memory(unknown(why), whole)
+    own = Figure(found, "measured", "MemAvailable of this node, now")
+    others = tuple(_memory_of_peer(on, peer) for peer in peers)
+    return Memory(min((own, *others), key=lambda each: each.value or found + 1), whole, others)
+
+
+def _memory_of_peer(on: Reader, peer: str) -> Figure:
+    said = on.ask(*_SSH, peer, "cat /proc/meminfo", timeout=_PATIENCE)
+    found = machine.parse_meminfo(said.out.encode()).get("MemAvailable", 0) << 10 if said.ok else 0
+    if not found:
+        return unknown(f"{peer} does not tell its memory: {said.last_line or f'ssh ended with code {said.code}'}")
+    return Figure(found, "measured", f"MemAvailable of {peer}, now")
 
 
 class _Model(Struct, frozen=True):
-    """What the files of a model say, and how its cache is counted: None if that is unknown."""
+    """What the files of a model say, and how its cache is counted: None if that is unknown.
+
+    `planned`: vLLM's own plans, if it was asked and has answered; else `not_asked` says why.
+    """
 
     layout: Layout
     weights: Weights
     cache: CacheSize | None
     why: str
+    planned: Planned | None = None
+    not_asked: str = ""
+
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence, None if that is unknown."""
+        plans = self.planned.plans.values() if self.planned else ()
+        return min((each.context for each in plans), default=self.layout.context)
 
 
-def fit(name: str, files: Files, options: FitOptions, memory: Memory, vllm: str, recipe: str = "") -> FitReport:
+def fit(
+    name: str,
+    files: Files,
+    options: FitOptions,
+    memory: Memory,
+    vllm: str,
+    recipe: str = "",
+    oracle: Oracle | None = None,
+) -> FitReport:
     """Judge whether a model fits.
 
     Args:
         name: how the user calls the model.
-        vllm: the release whose way of counting is taken.
+        vllm: the release whose way of counting is taken, unless `oracle` answers.
+        oracle: asks the installed vLLM for its plan; None: formulas only.
 
     Raises:
         ModelError: a file of the model is missing, damaged, or absurd.
         BadUsage: the options do not suit the model.
         NotDownloaded: the hub does not give a file.
     """
-    model = _read(files, options)
-    _require_divisible(model.layout, options.tensor_parallel)
+    model = _read(files, options, oracle)
     judge = _Judge(model, options, memory, 1 if release(vllm) <= release(_ONE_BATCH_UNTIL) else 2)
     context = judge.context
     verdict, why = judge.verdict(options, context)
     largest = judge.largest_context(options)
     fits = verdict == "fits"
+    ways = tuple(judge.ways(context)) if verdict == "does_not_fit" else ()
     return FitReport(
         model=name,
         place=files.place,
         revision=files.revision,
         recipe=recipe,
-        vllm=vllm,
+        vllm=model.planned.vllm if model.planned else vllm,
+        asked=model.planned is not None,
+        not_asked=model.not_asked,
         model_type=model.layout.type,
         quantization=model.layout.quantization,
         remote_code=model.layout.remote_code,
@@ -227,12 +314,13 @@ def fit(name: str, files: Files, options: FitOptions, memory: Memory, vllm: str,
         serve=judge.serve(options, context) if fits and context else (),
         serve_largest=judge.serve(options, largest) if largest and largest != context else (),
         decode=judge.decode(options, context),
-        ways=tuple(judge.ways(context)) if verdict == "does_not_fit" else (),
+        ways=ways,
+        outgrown=judge.outgrown(context) if ways and not any(each.fits for each in ways) else None,
         notes=tuple(judge.notes()),
     )
 
 
-def _read(files: Files, options: FitOptions) -> _Model:
+def _read(files: Files, options: FitOptions, oracle: Oracle | None) -> _Model:
     names = files.names()
     if CONFIG not in names:
         has = " (it has params.json, which is Mistral's own format)" if "params.json" in names else ""
@@ -241,7 +329,43 @@ def _read(files: Files, options: FitOptions) -> _Model:
     in_config = bool(config.get("quantization_config"))
     layout = layout_of(config, read_object(files, _HF_QUANT) if _HF_QUANT in names and not in_config else None)
     why = layout.why or options.no_formula or _why_no_dtype(layout, options)
-    return _Model(layout, read_weights(files), None if why else Formulas(layout.layers), why)
+    weights = read_weights(files)
+    _require_divisible(layout, options.tensor_parallel)
+    try:
+        if planned := _plans(files, layout, options, oracle):
+            return _Model(layout, weights, planned, "", planned)
+        not_asked = options.no_plan
+    except NotPlanned as error:
+        not_asked = str(error)
+    return _Model(layout, weights, None if why else Formulas(layout.layers), why, not_asked=not_asked)
+
+
+def _plans(files: Files, layout: Layout, options: FitOptions, oracle: Oracle | None) -> Planned | None:
+    """Ask vLLM for the options, and for every change of them that may be shown."""
+    if oracle is None or options.no_plan:
+        return None
+    changed = [_changed(options, steps) for steps in ([], *_combined(_changes(options, layout.kv_dtype)))]
+    nodes = options.tensor_parallel * 2
+    if not _indivisible(layout, nodes):
+        changed += [replace(each, tensor_parallel=nodes) for each in (changed[0], changed[-1])]
+    sets = list(dict.fromkeys(each.asked for each in changed))
+    return oracle(files, Questions(sets, options.to_vllm, options.remote_code))
+
+
+def _changes(options: FitOptions, kv_dtype: str) -> dict[str, dict[str, object]]:
+    """Return the changes of options that may shrink a cache, by their words."""
+    found: dict[str, dict[str, object]] = {}
+    if options.kv_dtype == "auto" and kv_dtype == "auto":
+        found["--kv-dtype fp8"] = {"kv_dtype": "fp8"}
+    if options.batched_tokens > FEWER_BATCHED_TOKENS:
+        found[f"--batched-tokens {FEWER_BATCHED_TOKENS}"] = {"batched_tokens": FEWER_BATCHED_TOKENS}
+    return found
+
+
+def _combined(changes: Mapping[str, dict[str, object]]) -> list[list[dict[str, object]]]:
+    """Return each change alone, then all together."""
+    alone = [[each] for each in changes.values()]
+    return alone + ([list(changes.values())] if len(changes) > 1 else [])
 
 
 def _why_no_dtype(layout: Layout, options: FitOptions) -> str:
@@ -276,18 +400,26 @@ class _Judge:
     def _context(self) -> int | None:
         asked = self._options.context
         if asked == "auto":
-            return self.largest_context(self._options) or self._model.layout.context
-        return asked if asked is not None else self._model.layout.context
+            return self.largest_context(self._options) or self._model.longest
+        return asked if asked is not None else self._model.longest
 
     def kv_dtype(self, options: FitOptions) -> str:
         """Return the dtype that vLLM then takes for the cache: a checkpoint may ask for fp8."""
-        own = self._model.layout.kv_dtype
+        plan = self._plan(options)
+        own = plan.kv_dtype if plan else self._model.layout.kv_dtype
         return own if options.kv_dtype == "auto" else options.kv_dtype
+
+    def _plan(self, options: FitOptions) -> Plan | None:
+        """Return vLLM's plan, None if it was not asked, or has none for these options."""
+        planned = self._model.planned
+        return planned.plans.get(options.asked) if planned else None
 
     def _load(self, options: FitOptions, context: int) -> Load:
         element = 1 if self.kv_dtype(options) == "fp8" else 2
         parallel = options.tensor_parallel
-        return Load(context, options.sequences, options.batched_tokens, element, parallel, self._batches)
+        return Load(
+            context, options.sequences, options.batched_tokens, element, parallel, self._batches, options.kv_dtype
+        )
 
     def _cache(self, options: FitOptions, context: int | None) -> int | None:
         if self._model.cache is None or context is None:
@@ -295,6 +427,9 @@ class _Judge:
         return self._model.cache.bytes_of(self._load(options, context))
 
     def _weights(self, options: FitOptions) -> int:
+        plan = self._plan(options)
+        if plan and self.files.counted.basis == "planned":
+            return plan.weights
         return -(-(self.files.counted.value or 0) // options.tensor_parallel)
 
     def _fixed(self, options: FitOptions) -> int:
@@ -303,13 +438,13 @@ class _Judge:
 
     def budget(self, options: FitOptions, context: int | None) -> Budget:
         cache = self._cache(options, context)
-        why = self._model.why or ("" if context else "config.json does not say how long a sequence may be")
+        why = self._why_no_cache(context)
         need = Figure(self._fixed(options) + cache, "estimate") if cache is not None else unknown(why)
         available = self._memory.available
         known = need.value is not None and available.value is not None
         return Budget(
-            weights=Figure(self._weights(options), "estimate", self.files.counted.why),
-            kv_cache=Figure(cache, "estimate") if cache is not None else unknown(why),
+            weights=Figure(self._weights(options), self._basis_of_weights, self.files.counted.why),
+            kv_cache=self._cache_figure(cache) if cache is not None else unknown(why),
             overhead=OVERHEAD,
             reserve=RESERVE,
             need=need,
@@ -317,6 +452,22 @@ class _Judge:
             total=self._memory.total,
             short=(need.value or 0) - (available.value or 0) if known else None,
         )
+
+    @property
+    def _basis_of_weights(self) -> Basis:
+        return "planned" if self.files.counted.basis == "planned" else "estimate"
+
+    def _cache_figure(self, cache: int) -> Figure:
+        planned = self._model.planned
+        return Figure(cache, "planned", f"asked vLLM {planned.vllm}") if planned else Figure(cache, "estimate")
+
+    def _why_no_cache(self, context: int | None) -> str:
+        if self._model.why:
+            return self._model.why
+        longest = self._model.longest
+        if self._model.planned and context and longest and context > longest:
+            return f"vLLM allows sequences of {longest:,} tokens, not of {context:,}"
+        return "" if context else "config.json does not say how long a sequence may be"
 
     def verdict(self, options: FitOptions, context: int | None) -> tuple[Verdict, str]:
         """Return the verdict with its reason; without the cache only that it does not fit can be known."""
@@ -339,7 +490,7 @@ class _Judge:
 
     def largest_context(self, options: FitOptions) -> int | None:
         """Return the longest context that fits, 0 if none does, None if that is unknown."""
-        longest = self._model.layout.context
+        longest = self._model.longest
         if self._model.cache is None or self._memory.available.value is None or longest is None:
             return None
         low, high = 0, longest
@@ -367,6 +518,7 @@ class _Judge:
         words += ["--max-model-len", str(context), "--max-num-seqs", str(options.sequences)]
         words += ["--max-num-batched-tokens", str(options.batched_tokens)]
         words += ["--kv-cache-dtype", "fp8"] if options.kv_dtype == "fp8" else []
+        words += options.to_vllm
         parallel = options.tensor_parallel
         return (*words, *(("--tensor-parallel-size", str(parallel)) if parallel > 1 else ()))
 
@@ -377,7 +529,8 @@ class _Judge:
         at_end = None
         if self._model.cache is not None and context is not None:
             load = self._load(options, context)
-            at_end = BANDWIDTH / (read.value + self._model.cache.read_by_token(load))
+            cache = self._model.cache.read_by_token(load)
+            at_end = BANDWIDTH / (read.value + cache) if cache is not None else None
         return Decode(read, BANDWIDTH / read.value, at_end)
 
     def _read(self, options: FitOptions) -> Figure:
@@ -409,15 +562,42 @@ class _Judge:
             ]
         for names, changed in variants:
             cache = self._cache(changed, context)
+            if cache is None and self._model.planned:
+                continue  # vLLM does not take that change.
             need = self._fixed(changed) + (cache or 0)
             yield Way(names, need, cache is not None and need <= (self._memory.available.value or 0))
 
+        yield from self._versions(context)
+
+    def _versions(self, context: int | None) -> Iterator[Way]:
+        """Yield versions of the model with fewer bits a weight, if this one has 16."""
+        cache, weights = self._cache(self._options, context), self._weights(self._options)
+        if self._model.layout.quantization or self._options.quantized_at_load or cache is None:
+            return
+        for version, share in _VERSIONS.items():
+            need = self._fixed(self._options) - weights + int(weights * share) + cache
+            yield Way((), need, need <= (self._memory.available.value or 0), version)
+
+    def outgrown(self, context: int | None) -> Outgrown:
+        """Return what would be needed, with the changes that need less."""
+        options = _changed(self._options, list(dict(self._steps()).values()))
+        # More nodes take no more of the cache each than two.
+        two = self._cache(replace(options, tensor_parallel=2 * options.tensor_parallel), context)
+        one = self._cache(options, context) or 0
+        room = (self._memory.available.value or 0) - (OVERHEAD.value or 0) - (RESERVE.value or 0)
+        whole = self._weights(options) * options.tensor_parallel
+        counts = [options.tensor_parallel << power for power in range(1, _MOST_NODES.bit_length())]
+        counts = [each for each in counts if each <= _MOST_NODES and not _indivisible(self._model.layout, each)]
+        nodes = next((each for each in counts if -(-whole // each) + (two or one) <= room), None)
+        return Outgrown(nodes, whole + one + (OVERHEAD.value or 0) + (RESERVE.value or 0))
+
     def _steps(self) -> Iterator[tuple[str, dict[str, object]]]:
-        options, layers = self._options, self._model.layout.layers
-        if layers and self.kv_dtype(options) == "auto":
-            yield "--kv-dtype fp8", {"kv_dtype": "fp8"}
-        if any(each.kind == "sliding" for each in layers) and options.batched_tokens > FEWER_BATCHED_TOKENS:
-            yield f"--batched-tokens {FEWER_BATCHED_TOKENS}", {"batched_tokens": FEWER_BATCHED_TOKENS}
+        """Yield the changes that shrink this cache."""
+        layers, plan = self._model.layout.layers, self._plan(self._options)
+        windows = [each.window for each in plan.layers] if plan else [each.window for each in layers]
+        for words, change in _changes(self._options, self.kv_dtype(self._options)).items():
+            if ("batched_tokens" in change and any(windows)) or ("kv_dtype" in change and windows):
+                yield words, change
 
     def notes(self) -> Iterator[str]:
         """Yield what the numbers do not have, and what the user should know."""
@@ -427,17 +607,26 @@ class _Judge:
             yield f"the model has code of its own ({named}): vLLM runs it only with --trust-remote-code, fit never does"
         if layout.kv_dtype == "fp8" and options.kv_dtype == "auto":
             yield "the checkpoint asks for an fp8 KV cache, and vLLM follows it"
-        if layout.context and isinstance(options.context, int) and options.context > layout.context:
-            yield f"config.json allows {layout.context:,} tokens: vLLM refuses a longer context"
+        longest = self._model.longest
+        if longest and isinstance(options.context, int) and options.context > longest:
+            by = "vLLM" if self._model.planned else "config.json"
+            yield f"{by} allows {longest:,} tokens: vLLM refuses a longer context"
         for what in options.uncounted:
             yield f"not counted: {what}"
-        if options.tensor_parallel > 1:
-            yield f"each of the {options.tensor_parallel} nodes is taken to have as much available as this one"
+        yield from self._notes_on_nodes()
         if left_out := self._model.weights.left_out:
             yield f"not counted: safetensors files that vLLM does not need ({len(left_out)})"
         available, total = self._memory.available, self._memory.total.value or 0
         if available.basis == "measured" and (available.value or 0) < total // 2:
             yield "more than half of this node's memory is in use: what runs now counts against the model"
+
+    def _notes_on_nodes(self) -> Iterator[str]:
+        others, nodes = self._memory.others, self._options.tensor_parallel
+        yield from (each.why for each in others if each.value is None)
+        if nodes > 1 + sum(each.value is not None for each in others):
+            yield f"each of the {nodes} nodes is taken to have as much available as this one"
+        if self._model.not_asked:
+            yield f"vLLM was not asked: {self._model.not_asked}"
 
 
 def _changed(options: FitOptions, steps: Sequence[dict[str, object]]) -> FitOptions:
@@ -465,6 +654,10 @@ def _loaded(model: _Model, options: FitOptions) -> Figure:
     layout = model.layout
     if options.quantized_at_load:
         return unknown("the recipe quantizes the weights when they are loaded")
+    if model.planned:
+        plan, parallel = model.planned.plans[options.asked], options.tensor_parallel
+        why = f"asked vLLM {model.planned.vllm}: its tensors" + (f" of {parallel} nodes" if parallel > 1 else "")
+        return Figure(plan.weights * parallel, "planned", why)
     if layout.quantization:
         return unknown(f"the weights are quantized ({layout.quantization}), and vLLM may pad or repack them")
     return Figure(loaded_size(model.weights.tensors, layout.depth, layout.tied), "estimate", "16 bits a weight")

@@ -37,6 +37,7 @@ class Load(Struct, frozen=True):
         element: bytes of an element.
         tensor_parallel: nodes over which the heads are spread.
         batches: batches in flight, whose tokens a sliding layer keeps too; vLLM schedules one ahead from 0.29 on.
+        kv_dtype: `--kv-cache-dtype`; `element` follows from it.
     """
 
     context: int
@@ -45,15 +46,16 @@ class Load(Struct, frozen=True):
     element: int
     tensor_parallel: int = 1
     batches: int = 1
+    kv_dtype: str = "auto"
 
 
 class CacheSize(Protocol):
-    """Tells the size of a model's KV cache. The formulas are one implementation."""
+    """Tells the size of a model's KV cache: by formulas, or as the installed vLLM plans it."""
 
-    def bytes_of(self, load: Load) -> int:
-        """Return the bytes that each node takes."""
+    def bytes_of(self, load: Load) -> int | None:
+        """Return the bytes that each node takes, None if they are not known for these options."""
 
-    def read_by_token(self, load: Load) -> int:
+    def read_by_token(self, load: Load) -> int | None:
         """Return the bytes that each node reads to decode one token at the end of the context."""
 
 

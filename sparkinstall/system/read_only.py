@@ -8,7 +8,9 @@ from pathlib import PurePosixPath
 
 from sparkinstall import payloads
 
-_PAYLOADS = ("cutlass_fp8", "inspect_env", "loaded_nccl", "nccl_bandwidth", "nccl_version", "vllm_client")
+_PAYLOADS = (
+    *("cutlass_fp8", "inspect_env", "loaded_nccl", "nccl_bandwidth", "nccl_version", "vllm_client", "vllm_kv_cache"),
+)
 _GPU_LOAD = "gpu_load"
 """The payload that runs the command it is given."""
 

@@ -18,7 +18,9 @@ from sparkinstall.models.layout import layout_of
 from sparkinstall.models.weights import INDEX, Tensor, read_by_token, read_weights
 from sparkinstall.recipes import Recipe
 from sparkinstall.recipes.catalogue import shipped
+from sparkinstall.system import Result, read_only
 from tests.support.hub_server import COMMIT, Hub, served
+from tests.support.machine import Machine
 from tests.support.model_files import LLAMA, TENSORS, Shapes, size_of, write_model, write_shard
 from tests.support.rehearsals import envelope, in_this_process, output_of, sparkinstall
 
@@ -56,7 +58,7 @@ SLIDING = config("mistral", 4, sliding_window=512)
 
 def sequence(of: dict[str, Any], context: int = 8192, **more: int) -> int:
     """The bytes of one sequence."""
-    load = Load(**{"context": context, "sequences": 1, "batched_tokens": 8192, "element": 2, **more})
+    load = replace(Load(context=context, sequences=1, batched_tokens=8192, element=2), **more)
     return Formulas(layout_of(of).layers).of_sequence(load)
 
 
@@ -374,13 +376,17 @@ def test_what_does_not_fit_names_what_would_make_it_fit(tmp_path: Path) -> None:
     data = envelope(run)["data"]
     assert (run.returncode, data["verdict"], data["serve"]) == (3, "does_not_fit", []), output_of(run)
     ways = {" ".join(each["options"]): each for each in data["ways"]}
-    assert set(ways) == {"--kv-dtype fp8", "--tensor-parallel 2", "--kv-dtype fp8 --tensor-parallel 2"}
+    versions = {each["version"]: each["need"] for each in data["ways"] if each["version"]}
+    assert set(ways) == {"--kv-dtype fp8", "--tensor-parallel 2", "--kv-dtype fp8 --tensor-parallel 2", ""}
     cache = data["memory"]["kv_cache"]["value"]
     fixed = sum(data["memory"][name]["value"] for name in ("overhead", "reserve"))
     assert ways["--kv-dtype fp8"]["need"] == data["memory"]["need"]["value"] - cache // 2
     assert ways["--tensor-parallel 2"] == {
-        "options": ["--tensor-parallel 2"], "need": 35 * 10**9 + cache // 2 + fixed, "fits": True,
+        "options": ["--tensor-parallel 2"], "need": 35 * 10**9 + cache // 2 + fixed, "fits": True, "version": "",
     }  # fmt: skip
+    weights = {"8 bits a weight": 0.55, "4 bits a weight": 0.32}
+    assert versions == {name: int(70 * 10**9 * share) + cache + fixed for name, share in weights.items()}
+    assert data["outgrown"] is None
     assert ways["--kv-dtype fp8 --tensor-parallel 2"]["fits"]
 
 
@@ -395,7 +401,8 @@ def test_model_that_is_larger_than_two_nodes_says_so(tmp_path: Path) -> None:
     run = in_this_process("fit", big(tmp_path, 400), "--memory", "100GiB")
     assert run.returncode == 3
     assert "It does not fit" in run.stdout and "even without a KV cache" in run.stdout, output_of(run)
-    assert "no change of the options is enough" in run.stdout
+    assert "the model has outgrown the machine" in run.stdout
+    assert "use it over 8 nodes, or on a machine with 414." in run.stdout
 
 
 def test_verdict_that_hangs_on_the_reported_overhead_says_so(tmp_path: Path) -> None:
@@ -441,6 +448,35 @@ def test_spark_has_what_is_available_now(tmp_path: Path) -> None:
         "value": 110_000_000 << 10, "basis": "measured", "why": "MemAvailable of this node, now",
     }  # fmt: skip
     assert memory["total"]["value"] == 125_000_000 << 10
+
+
+@pytest.mark.parametrize(
+    ("said", "least", "note"),
+    [
+        (Result((), 0, "MemAvailable: 90000000 kB\n", ""), (90_000_000 << 10, "MemAvailable of 192.0.2.2, now"), ""),
+        (Result((), 0, "MemAvailable: 120000000 kB\n", ""), (110_000_000 << 10, "MemAvailable of this node, now"), ""),
+        (Result((), 255, "", "ssh: no route\n"), (110_000_000 << 10, "MemAvailable of this node, now"), "no route"),
+    ],
+)
+def test_of_several_nodes_the_least_counts(
+    said: Result, least: tuple[int, str], note: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    reader = Machine(str(spark(tmp_path, 110_000_000)))
+
+    def ask(*argv: str, **_: object) -> Result:
+        asked.append(argv)
+        return said
+
+    monkeypatch.setattr(reader, "ask", ask)
+    memory = use.memory_of(reader, None, ("192.0.2.2",))
+    assert (memory.available.value, memory.available.why) == least
+    assert asked == [("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "192.0.2.2", "cat /proc/meminfo")]
+    assert read_only.allows(asked[0])
+    model = LocalFiles(write_model(tmp_path / "m"))
+    notes = use.fit("m", model, use.FitOptions(tensor_parallel=2), memory, NEW).notes
+    assert any("does not tell its memory" in each for each in notes) == any(note in each for each in notes if note)
+    assert any("each of the 2 nodes is taken" in each for each in notes) == bool(note)
 
 
 def test_spark_that_is_in_use_says_so(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ SERVE = (
     *("engine.arg_utils", "entrypoints.cli.serve"),
     *("entrypoints.openai.cli_args", "entrypoints.launchers.cli_args", "entrypoints.common.cli_args"),
 )
-PAYLOADS = ("vllm_internals", "cutlass_fp8")
+PAYLOADS = ("vllm_internals", "cutlass_fp8", "vllm_kv_cache")
 
 
 @pytest.fixture(params=stacks.names())
@@ -132,6 +132,38 @@ def test_kernel_selection_accepts_the_arguments_of_the_payload(release: str) -> 
     }
     first, named = required(function(release, "init_fp8_linear_kernel"))
     assert {*first, *named} <= given
+
+
+def methods(text: bytes | None, name: str) -> dict[str, ast.FunctionDef]:
+    """The methods of a class."""
+    body = ast.parse(text or b"").body
+    (found,) = (each for each in body if isinstance(each, ast.ClassDef) and each.name == name)
+    return {each.name: each for each in found.body if isinstance(each, ast.FunctionDef)}
+
+
+def test_start_of_the_engine_asks_its_executor_for_what_the_payload_answers(release: str) -> None:
+    start = methods(source(release, "vllm.v1.engine.core"), "EngineCore")["_initialize_kv_caches"]
+    assert [each.arg for each in start.args.args] == ["self", "vllm_config"]
+    asked = {
+        each.attr
+        for each in ast.walk(start)
+        if isinstance(each, ast.Attribute) and ast.unparse(each.value) == "self.model_executor"
+    }
+    stand_in = methods(payloads.source("vllm_kv_cache").encode(), "Worker")
+    # Only for a connector of which nothing is said to it.
+    assert asked - set(stand_in) <= {"get_simple_cpu_offload_num_blocks"}
+    assert {"get_kv_cache_specs", "determine_available_memory", "initialize_from_config"} <= asked
+    worker = methods(source(release, "vllm.v1.worker.worker_base"), "WorkerBase")
+    assert asked & {"get_supported_kv_cache_layouts", "set_kv_cache_layout"} <= set(worker)
+
+
+def test_methods_that_the_payload_calls_are_in_the_wheel(release: str) -> None:
+    runner = methods(source(release, "vllm.v1.worker.gpu_model_runner"), "GPUModelRunner")["get_kv_cache_spec"]
+    # The payload has no more of a runner.
+    used = {ast.unparse(each) for each in ast.walk(runner) if isinstance(each, ast.Attribute)}
+    assert {each for each in used if each.startswith("self.")} == {"self.vllm_config", "self.shared_kv_cache_layers"}
+    assert "update_block_size_for_backend" in methods(source(release, "vllm.platforms.interface"), "Platform")
+    assert has(release, "vllm.model_executor.models.registry", "_run_in_subprocess")
 
 
 def test_delta_message_has_a_reasoning_field(release: str) -> None:
