@@ -60,7 +60,7 @@ VERBS = {
     ),
     "serve": (
         "serve:app",
-        "Serve a recipe or a model until it answers: `serve RECIPE|MODEL`; then status, logs, stop, restart.",
+        "Serve a recipe or a model until it answers: `serve RECIPE|MODEL`; then status, logs, stop, restart, wait.",
     ),
     "run": ("run:run", "Run only these steps, not those that they need."),
     "cache": ("cache:app", "List, verify or prune the downloads and builds in your cache."),

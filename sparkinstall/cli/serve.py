@@ -21,16 +21,16 @@ from sparkinstall.cli.text_output import console, shown
 from sparkinstall.cluster.protocol import Applied
 from sparkinstall.core import serve as use
 from sparkinstall.core.converge import InstallOptions, converge
-from sparkinstall.core.readiness import LIMIT
+from sparkinstall.core.readiness import LIMIT, LIMIT_OF_SEVERAL
+from sparkinstall.core.serve_checks import within_memory
 from sparkinstall.core.serve_record import Serving
-from sparkinstall.core.serve_settings import REMOTE_CODE, wanted
+from sparkinstall.core.serve_settings import REMOTE_CODE, Wanted, overridden, wanted
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.diagnose import judge
 from sparkinstall.diagnose.signatures import load
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.layout import VLLM_UNIT
-from sparkinstall.recipes import Change
 from sparkinstall.redaction import redact
 
 _LINES = 4
@@ -47,7 +47,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     add_completion=False,
     cls=_Group,
-    help="Serve a recipe or a model until it answers: `serve RECIPE|MODEL`; then status, logs, stop, restart.",
+    help="Serve a recipe or a model until it answers: `serve RECIPE|MODEL`; then status, logs, stop, restart, wait.",
     no_args_is_help=True,
 )
 
@@ -60,7 +60,14 @@ Name = Annotated[
 Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Which recipe of a file with several.")]
 Trust = Annotated[bool, typer.Option(REMOTE_CODE, help="Agree that a recipe runs code from the model's repository.")]
 Limit = Annotated[
-    int, typer.Option("--limit", metavar="SECONDS", help="How long to wait for the first answer.", min=1, max=86400)
+    int | None,
+    typer.Option(
+        "--limit",
+        metavar="SECONDS",
+        help=f"How long to wait for the first answer ({LIMIT}; on several nodes {LIMIT_OF_SEVERAL}).",
+        min=1,
+        max=86400,
+    ),
 ]
 
 
@@ -72,17 +79,19 @@ def start(
     name: Name,
     id_: Id = None,
     trust_remote_code: Trust = False,
-    limit: Limit = LIMIT,
+    limit: Limit = None,
     ignore: options.Ignore = None,
     yes: options.Yes = False,
 ) -> CommandResult:
     """Start vLLM with a recipe or a model, and wait for a streamed answer. `start` may be left out."""
-    use.require_installed(open_session(target), name)
-    found = wanted(name, id_, trusts=trust_remote_code)
+    session = open_session(target)
+    use.require_installed(session, name)
+    found = within_memory(wanted(name, id_, trusts=trust_remote_code), session.node, session.system)
     target = replace(target, served=found.served)
     session = open_session(target)
+    _show_changes(session, found, output)
     with shown_checks(output):
-        done = use.serve(session, target, found, _options(ignore, limit), _dialog(session, output, yes))
+        done = use.serve(session, target, found, _options(session, ignore, limit), _dialog(session, output, yes))
     return CommandResult(data=done, show=lambda: show_answering(done))
 
 
@@ -94,10 +103,12 @@ class Installed(Applied, frozen=True):
 
 def install_and_serve(target: Target, output: Output, chosen: InstallOptions, name: str, yes: bool) -> CommandResult:
     """Set up this node, then serve: `all --serve NAME`."""
-    use.require_one_node(open_session(target), name)
-    found = wanted(name)
+    session = open_session(target)
+    use.require_one_node(session, name)
+    found = within_memory(wanted(name), session.node, session.system)
     target = replace(target, served=found.served)
     session = opened(target)
+    _show_changes(session, found, output)
     checks, supply = use.require_possible(session, found), supply_of(session, output)
     dialog, before = _dialog(session, output, yes), use.before_serving(session, within_all=True)
     with shown_checks(output):
@@ -117,11 +128,21 @@ def install_and_serve(target: Target, output: Output, chosen: InstallOptions, na
 @app.command()
 @verb("serve restart", "root")
 def restart(
-    target: Target, output: Output, limit: Limit = LIMIT, ignore: options.Ignore = None, yes: options.Yes = False
+    target: Target, output: Output, limit: Limit = None, ignore: options.Ignore = None, yes: options.Yes = False
 ) -> CommandResult:
     """Start vLLM again with the settings that it has, and wait for a streamed answer."""
     session = open_session(target)
-    done = use.restart(session, target, _options(ignore, limit), _dialog(session, output, yes))
+    with shown_checks(output):
+        done = use.restart(session, target, _options(session, ignore, limit), _dialog(session, output, yes))
+    return CommandResult(data=done, show=lambda: show_answering(done))
+
+
+@app.command()
+@verb("serve wait", "root")
+def wait(target: Target, output: Output, limit: Limit = None) -> CommandResult:
+    """Wait until vLLM answers that was started by systemd or `cluster`, and record what runs."""
+    session = open_session(target)
+    done = use.wait(session, _options(session, None, limit), _dialog(session, output, yes=True))
     return CommandResult(data=done, show=lambda: show_answering(done))
 
 
@@ -170,8 +191,9 @@ def logs(
     return CommandResult()
 
 
-def _options(ignore: Sequence[str] | None, limit: int) -> use.ServeOptions:
-    return use.ServeOptions(tuple(ignore or ()), limit)
+def _options(session: Session, ignore: Sequence[str] | None, limit: int | None) -> use.ServeOptions:
+    usual = LIMIT_OF_SEVERAL if session.node.several else LIMIT
+    return use.ServeOptions(tuple(ignore or ()), limit or usual)
 
 
 def _dialog(session: Session, output: Output, yes: bool) -> use.ServeDialog:
@@ -186,8 +208,10 @@ def explained(session: Session) -> use.Explained:
         found = judge.judge([judge.read(judge.unit_log(VLLM_UNIT), load(release=release))])
     except Problem:
         return use.Explained()
-    for cause in (*found.causes, *found.consequences):
+    if found.causes:
+        cause = found.causes[0]
         return use.Explained(f"{cause.title}: {cause.why}", cause.hint, [each.text for each in cause.lines[:1]])
+    # A consequence alone says no more than that vLLM has ended.
     return use.Explained(lines=[each.text for each in found.telling[:_LINES]])
 
 
@@ -196,18 +220,22 @@ def explained(session: Session) -> use.Explained:
 
 def show_answering(done: use.Answering) -> None:
     """Show how to use what is served."""
-    serving, out = done.serving, console()
-    for change in done.changes:
-        out.print(Text(shown(_changed(change)), style="dim"), soft_wrap=True)
+    serving = done.serving
     ready = f"in {duration(serving.seconds)}, first token after {serving.first_token:.2f} s" if done.changed else ""
-    print(f"✓ {serving.model} answers{' ' + ready if ready else ': it ran already'}.")
+    print(f"✓ {serving.model} answers{' ' + ready if ready else ''}.")
     print(f"  URL    {serving.url}")
     print(f"  model  {serving.model}")
+    print("  ask    sparkinstall ask 'What is a GB10?'")
     print(f"\n{curl(serving)}")
 
 
-def _changed(change: Change) -> str:
-    return f"{change.done}: {change.what} ({change.why})"
+def _show_changes(session: Session, found: Wanted, output: Output) -> None:
+    """Show what will not be as the recipe has it, before the user is asked."""
+    if output.json:
+        return
+    out = console()
+    for each in (*found.changes, *overridden(session, found.served)):
+        out.print(Text(shown(f"{each.done}: {each.what} ({each.why})"), style="dim"), soft_wrap=True)
 
 
 def curl(serving: Serving) -> str:
@@ -238,7 +266,8 @@ def _rows(found: use.ServeStatus, verbose: bool) -> Iterator[tuple[str, str]]:
     serving = found.serving
     yield "model", str(found.model) + (f" (recipe {found.recipe})" if found.recipe else "")
     again = f", started again by systemd {found.starts} times" if found.starts else ""
-    yield "service", f"{VLLM_UNIT} is {found.active}{again}"
+    gave_up = "; systemd has given up: `sparkinstall diagnose --unit vllm`" if found.active == "failed" else ""
+    yield "service", f"{VLLM_UNIT} is {found.active}{again}{gave_up}"
     if serving is None:
         yield "record", "none: no start was waited for; `sparkinstall serve restart` does"
         return

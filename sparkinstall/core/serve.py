@@ -20,6 +20,7 @@ from sparkinstall.facts.decisions import as_text
 from sparkinstall.facts.units import show
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.layout import LIFE_UNIT, VLLM_UNIT
+from sparkinstall.node import Node
 from sparkinstall.recipes import Change
 from sparkinstall.resources import Drift
 from sparkinstall.resources.stale_services import StaleServices
@@ -117,6 +118,19 @@ def restart(session: Session, target: Target, options: ServeOptions, dialog: Ser
         return Answering(True, _started(session, done, options.limit, dialog))
 
 
+def wait(session: Session, options: ServeOptions, dialog: ServeDialog) -> Answering:
+    """Wait until the vLLM that was started by something else answers: systemd at boot, `cluster`, or a person.
+
+    Raises:
+        BadUsage: nothing is served here, or this node has no API.
+        NotReady: it has ended, or has not answered in time; nothing is changed.
+    """
+    _require_served(session)
+    if session.node.role == "worker":
+        raise BadUsage("a worker has no API", hint=f"ask on the head, {session.node.config.cluster.head}")
+    return Answering(False, _started(session, Installation(), options.limit, dialog))
+
+
 def after_install(
     session: Session, target: Target, wanted: Wanted, before: Before, done: Installation, dialog: ServeDialog
 ) -> Answering:
@@ -169,7 +183,7 @@ def status(session: Session) -> ServeStatus:
         recipe=config.recipe,
         active=now["ActiveState"] or "unknown",
         starts=int(now["NRestarts"] or 0),
-        current=bool(serving) and serving is not None and serving.invocation == now["InvocationID"],
+        current=serving is not None and serving.invocation == now["InvocationID"],
         serving=serving,
     )
 
@@ -281,7 +295,7 @@ def _undo(session: Session, target: Target, dialog: ServeDialog, before: Before,
     if started and not isinstance(problem, Interrupted):
         _explain(problem, dialog.explain())
     if started or session.state.options() != before.options:
-        problem.message = f"{problem.message}; {_restored(session, target, before)}"
+        problem.message = f"{problem.message}; {_restored(session, target, before, started)}"
 
 
 def _explain(problem: Problem, found: Explained) -> None:
@@ -290,27 +304,36 @@ def _explain(problem: Problem, found: Explained) -> None:
     problem.output = tuple(found.lines) or problem.output
 
 
-def _restored(session: Session, target: Target, before: Before) -> str:
+def _restored(session: Session, target: Target, before: Before, started: bool) -> str:
     """Stop what was started, restore the settings, and what was served before; return that in words."""
     state = session.state
     with state.hold("serve", silent) as run:
         on = _journaled(session, run, silent)
-        _stop(on)
+        if started:
+            _stop(on)
         if state.options() == before.options:
             return "vLLM is stopped"
         state.remember_options(before.options)
-        former = open_session(Target(root=target.root))
-        if not VLLM.wanted(former.node):
-            _without_unit(StaleServices(former.node), on)
-            return "vLLM is stopped, and no model is served, as before"
-        steps = [step for step in map(named, _SERVICES) if step.wanted(former.node)]
-        if before.active:
-            engine.converge(steps, former.node, lambda _: on, silent)
-            return f"{former.node.config.serving.model} is started again, as before"
-        for resource in (each for step in steps for each in step.resources(former.node)):
+        former = open_session(Target(root=target.root)).node
+        if not VLLM.wanted(former):
+            _without_unit(StaleServices(former), on)
+            return f"{'vLLM is stopped, and ' if started else ''}no model is served, as before"
+        return _former_restored(former, on, before)
+
+
+def _former_restored(node: Node, on: JournaledSystem, before: Before) -> str:
+    """Bring back what was served before, as it was: running or not."""
+    model, steps = node.config.serving.model, [each for each in map(named, _SERVICES) if each.wanted(node)]
+    if not before.active:
+        for resource in (each for step in steps for each in step.resources(node)):
             if not isinstance(resource, Service) and isinstance(resource.check(on), Drift):
                 resource.apply(on)
-    return f"vLLM is stopped, and the settings are those of before, for {former.node.config.serving.model}"
+        return f"vLLM is stopped, and the settings are those of before, for {model}"
+    reports = engine.converge(steps, node, lambda _: on, silent)
+    if failures := [report.problem.message for report in reports if report.problem]:
+        return f"the settings are those of before, but {model} is not started again: {failures[0]}"
+    again = any(report.outcome == "changed" for report in reports)
+    return f"{model} is {'started again' if again else 'served'}, as before"
 
 
 def _without_unit(stale: StaleServices, on: JournaledSystem) -> None:

@@ -1,8 +1,11 @@
 """What `serve` checks before anything is downloaded or started."""
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
+
+from msgspec.structs import replace
 
 from sparkinstall.core import fit as fits
 from sparkinstall.core.recipe_list import fit as loads
@@ -15,12 +18,13 @@ from sparkinstall.models.hub import HubFiles
 from sparkinstall.models.weights import INDEX, read_weights
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
-from sparkinstall.recipes import Recipe
+from sparkinstall.recipes import Change, Recipe
 from sparkinstall.recipes.serve_options import options
 from sparkinstall.stacks import Stack
 from sparkinstall.system import Reader
 
 _SHOWN = 5
+_SHARE, _LEAST_SHARE = "0.85", 0.1
 
 
 def probes(node: Node, wanted: Wanted) -> Iterator[Probe]:
@@ -111,13 +115,38 @@ def _port(node: Node, on: Reader) -> Finding:
     return passed(f"{port} is free")
 
 
-def _fit(wanted: Wanted, node: Node, on: Reader) -> Finding:
+def within_memory(wanted: Wanted, node: Node, on: Reader) -> Wanted:
+    """Lower the share of the memory to what is available: vLLM ends if less is free than it is told to take.
+
+    A recipe's share is what its source had free. Where the memory is not known, nothing is changed.
+    """
+    memory = _available(node, on)
+    available, total = memory.available.value, memory.total.value
+    if available is None or not total:
+        return wanted
+    asked = wanted.served.settings.get("serving.memory") or _SHARE
+    most = math.floor(100 * (available - (fits.RESERVE.value or 0)) / total) / 100
+    if not _LEAST_SHARE <= most < float(asked):
+        return wanted
+    why = f"{available / 1e9:.1f} GB are available, of which the system keeps some"
+    change = Change(f"serving.memory {asked}", "overridden", f"{most:g}: {why}")
+    served = replace(wanted.served, settings={**wanted.served.settings, "serving.memory": f"{most:g}"})
+    return replace(wanted, served=served, changes=(*wanted.changes, change))
+
+
+def _available(node: Node, on: Reader) -> fits.Memory:
+    """Return the memory of this node; what the running vLLM holds becomes free."""
     memory = fits.memory_of(on, None)
+    if memory.available.value is None or show(on, VLLM_UNIT, "ActiveState")["ActiveState"] != "active":
+        return memory
+    return _without_running(memory, node)
+
+
+def _fit(wanted: Wanted, node: Node, on: Reader) -> Finding:
+    memory = _available(node, on)
     if memory.available.value is None:
         return skipped(f"unknown: {memory.available.why}")
     files = wanted.files or HubFiles(wanted.model, node.config.serving.revision or "")
-    running = show(on, VLLM_UNIT, "ActiveState")["ActiveState"] == "active"
-    memory = _without_running(memory, node) if running else memory
     try:
         found = fits.fit(wanted.model, files, wanted.options, memory, node.stack.vllm)
     except ModelError as error:
@@ -136,7 +165,7 @@ def _fit(wanted: Wanted, node: Node, on: Reader) -> Finding:
 def _without_running(memory: fits.Memory, node: Node) -> fits.Memory:
     """Return the memory without the vLLM that is replaced, which may hold its share of it."""
     total = memory.total.value or 0
-    share = float(_last(node, "--gpu-memory-utilization") or node.config.serving.memory or 0.85)
+    share = float(_last(node, "--gpu-memory-utilization") or node.config.serving.memory or _SHARE)
     freed = min(total, (memory.available.value or 0) + int(share * total))
     return fits.Memory(Figure(freed, "estimate", "MemAvailable, and what the running vLLM may hold"), memory.total)
 

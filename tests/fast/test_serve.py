@@ -16,7 +16,7 @@ from sparkinstall.core import readiness, serve_checks, serve_record
 from sparkinstall.core.readiness import Following, NotReady, Phase
 from sparkinstall.core.serve_settings import overridden, require_decided, wanted
 from sparkinstall.core.session import Session, Target, open_session
-from sparkinstall.errors import BadConfig, BadUsage, Problem
+from sparkinstall.errors import BadConfig, BadUsage, Interrupted, Problem
 from sparkinstall.events import Event, Progressed, StepStarted, silent
 from sparkinstall.journal.state_dir import Served
 from sparkinstall.models import ModelError
@@ -24,7 +24,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes import Finding
 from sparkinstall.recipes import RecipeError
 from sparkinstall.steps.serving import arguments
-from sparkinstall.system import Reader, Result
+from sparkinstall.system import Reader, Result, processes
 from sparkinstall.system.local import LocalReader
 from tests.support.local_server import listening
 from tests.support.machine import OnASpark
@@ -241,8 +241,8 @@ def test_recipe_for_another_node_is_refused(
     assert found.verdict == "pass" or found.hint
 
 
-def fits(folder: Path, available: int, on: Mapping[str, str] | None = None) -> Finding:
-    """Judge a model of 8 MB on a Spark with so much memory, in KiB."""
+def spark(folder: Path, available: int, on: Mapping[str, str] | None = None) -> OnASpark:
+    """A Spark with so much memory, in KiB."""
     root = folder / "spark"
     for name, text in {
         "proc/meminfo": f"MemTotal: 127600000 kB\nMemAvailable: {available} kB\n",
@@ -254,8 +254,12 @@ def fits(folder: Path, available: int, on: Mapping[str, str] | None = None) -> F
     device.mkdir(parents=True, exist_ok=True)
     for name, text in {"vendor": "0x10de\n", "device": "0x2e12\n", "class": "0x030200\n"}.items():
         (device / name).write_text(text)
-    reader = OnASpark(root, {"systemctl": "ActiveState=inactive\n", **(on or {})})
-    return finding("fit", str(write_model(folder / "m")), reader)
+    return OnASpark(root, {"systemctl": "ActiveState=inactive\n", **(on or {})})
+
+
+def fits(folder: Path, available: int, on: Mapping[str, str] | None = None) -> Finding:
+    """Judge a model of 8 MB."""
+    return finding("fit", str(write_model(folder / "m")), spark(folder, available, on))
 
 
 def test_model_that_does_not_fit_is_refused_before_it_is_started(tmp_path: Path) -> None:
@@ -265,6 +269,23 @@ def test_model_that_does_not_fit_is_refused_before_it_is_started(tmp_path: Path)
     assert small.hint.startswith("`sparkinstall fit ")
     running = fits(tmp_path, 8_000_000, {"systemctl": "ActiveState=active\n"})
     assert running.verdict == "pass", "what the running vLLM holds becomes free"
+
+
+@pytest.mark.parametrize(
+    ("available", "memory", "changed"),
+    [(122_000_000, "0.82", False), (90_000_000, "0.67", True), (1_000_000, "0.82", False)],
+)
+def test_share_of_the_memory_is_no_more_than_is_available(
+    available: int, memory: str, changed: bool, tmp_path: Path
+) -> None:
+    found = serve_checks.within_memory(wanted(recipe_file(tmp_path)), NODE, spark(tmp_path, available))
+    assert found.served.settings["serving.memory"] == memory
+    assert [each.what for each in found.changes] == (["serving.memory 0.82"] if changed else [])
+
+
+def test_share_of_the_memory_stays_where_it_is_unknown(tmp_path: Path) -> None:
+    found = wanted(recipe_file(tmp_path))
+    assert serve_checks.within_memory(found, NODE, OnASpark(tmp_path, {})) == found
 
 
 # --- how a start is followed
@@ -445,6 +466,7 @@ def test_unit_that_has_ended_is_told_at_once(state: Mapping[str, str], tmp_path:
         (("serve", "gpt-oss-20b"), "a rehearsal starts no services"),
         (("serve", "stop"), "a rehearsal starts no services"),
         (("serve", "restart"), "a rehearsal starts no services"),
+        (("all", "--serve", "gpt-oss-20b"), "a rehearsal starts no services"),
     ],
 )
 def test_serve_in_a_rehearsal_is_refused(words: tuple[str, ...], says: str, tmp_path: Path) -> None:
@@ -467,3 +489,11 @@ def test_record_of_a_process_has_no_secret_of_its_words_and_variables() -> None:
     assert found is not None
     assert tuple(found.argv) == ("vllm", "--api-key", "[hidden]", "--hf-token=[hidden]", "a b")
     assert found.env == {"A": "b", "MY_TOKEN": "[hidden]"}
+
+
+def test_programs_start_again_after_an_interrupt_has_stopped_all() -> None:
+    processes.stop_all()
+    with pytest.raises(Interrupted):
+        LocalReader().ask("true")
+    processes.start_again()
+    assert LocalReader().ask("true").ok
