@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -25,6 +26,10 @@ _CHUNK = 1 << 16
 _TIMEOUT = (15, 60)
 _SYSTEM_CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 _TOO_MANY, _SERVER_ERROR = 429, 500
+_LONGEST_REASON = 200
+# The last error within one of requests: its words, perhaps after a number.
+_WRAPPED = re.compile(r""".*Error\((?:-?\d+, )?(["'])(.+?)\1\)""")
+_NOISE = re.compile(r"^HTTPS?Connection(?:Pool)?\(.*?\): |\[Errno -?\d+\] ")
 
 
 class NotDownloaded(CommandFailed):
@@ -190,6 +195,14 @@ def sign(authorization: str) -> "Callable[[requests.PreparedRequest], requests.P
     return add
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the words of an error of requests that say the reason, without the objects that it wraps."""
+    text = str(error).rsplit("(Caused by ", 1)[-1]
+    if match := _WRAPPED.match(text):
+        text = match[2]
+    return _NOISE.sub("", text)[:_LONGEST_REASON]
+
+
 def _not_downloaded(url: str, error: OSError) -> NotDownloaded:
     import requests
 
@@ -205,7 +218,7 @@ def _not_downloaded(url: str, error: OSError) -> NotDownloaded:
         hint = f"check the clock (`date`); {proxy}; then run the same command again"
     elif isinstance(error, ValueError):
         kind, hint = "server", "correct the address, then run the same command again"
-    cause = str(error).split("(Caused by")[-1].strip(" )")[:200]
+    cause = reason_of(error)
     failure = NotDownloaded(f"{url} could not be downloaded", cause=cause, hint=hint)
     failure.url, failure.kind, failure.status = url, kind, status
     if isinstance(error, requests.HTTPError) and error.response is not None:

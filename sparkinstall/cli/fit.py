@@ -13,7 +13,7 @@ from rich.text import Text
 
 from sparkinstall.cli import options
 from sparkinstall.cli.run_command import CommandResult, Output, verb
-from sparkinstall.cli.text_output import columns, console
+from sparkinstall.cli.text_output import columns, console, show_line
 from sparkinstall.cli.text_output import shown as redacted
 from sparkinstall.core import fit as use
 from sparkinstall.core.model_source import Source, source_of
@@ -169,9 +169,11 @@ def _show(found: use.FitReport) -> None:
     out.print(table)
     out.print()
     colour = {"fits": "green", "does_not_fit": "red", "unknown": "yellow"}[found.verdict]
-    out.print(Text(_verdict(found), style=f"bold {colour}"), soft_wrap=True)
+    show_line(_verdict(found), out, f"bold {colour}")
     for line in (*_limits(found), *_ways(found), *(f"note: {each}" for each in found.notes)):
-        out.print(Text(redacted(line)), soft_wrap=True)
+        # What is copied must not be wrapped by us.
+        copied = "options of vLLM:" in line
+        out.print(Text(redacted(line)), soft_wrap=True) if copied else show_line(redacted(line), out)
 
 
 def _described(found: use.FitReport) -> str:

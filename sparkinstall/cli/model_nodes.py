@@ -40,7 +40,7 @@ def synced(words: Sequence[str], target: Target, output: Output) -> CommandResul
     names = [each for each in words if _is_model(each, here)]
     hosts = _hosts([each for each in words if each not in names], session)
     if not hosts:
-        hint = "sparkinstall models sync MODEL spark-2; the head of an installed cluster knows its workers"
+        hint = "name them: `sparkinstall models sync MODEL spark-2`; the head of an installed cluster knows its workers"
         raise BadUsage("`models sync` names no nodes", hint=hint)
     snapshots = model_copies.whole(names)
     own = model_copies.own(session.system, session.node.address)

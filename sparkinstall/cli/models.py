@@ -18,7 +18,7 @@ from sparkinstall.cli import options
 from sparkinstall.cli.live_output import Pace
 from sparkinstall.cli.model_nodes import Others, asked, synced
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
-from sparkinstall.cli.text_output import console, headed, shown
+from sparkinstall.cli.text_output import console, headed, show_line, shown
 from sparkinstall.core import models as use
 from sparkinstall.core.model_cache import Revision
 from sparkinstall.core.session import Target
@@ -96,7 +96,9 @@ def list_(
 
 def _show_list(found: use.ModelList, others: Others, verbose: bool) -> None:
     out = console()
-    out.print(f"{found.folder}: {decimal(found.size)}", markup=False, soft_wrap=True)
+    show_line(f"{found.folder}: {decimal(found.size)}", out)
+    if not found.models:
+        show_line("There are no models. `sparkinstall models pull MODEL` brings one.", out)
     rows = [(model, each) for model in found.models for each in model.revisions]
     if rows:
         table = headed("model", "revision", "size", "files", "", *(["complete on"] if others.whole else []))
@@ -106,7 +108,7 @@ def _show_list(found: use.ModelList, others: Others, verbose: bool) -> None:
             table.add_row(*map(Text, (model.id, _named(each), size, count, _completeness(each), *there)))
         out.print(table)
     for host, why in () if others.problems else others.silent.items():
-        out.print(shown(f"! {host} was not asked: {why}"), markup=False, soft_wrap=True)
+        show_line(shown(f"! {host} was not asked: {why}"), out)
     if verbose:
         for model, each in rows:
             for path in each.missing:

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from sparkinstall import given
 from sparkinstall.cli.run_command import CommandResult, Output, verb
-from sparkinstall.cli.text_output import console, headed
+from sparkinstall.cli.text_output import console, headed, show_line, show_rows
 from sparkinstall.cli.text_output import shown as redacted
 from sparkinstall.core import recipe_list as use
 from sparkinstall.core.session import Target, open_session
@@ -55,23 +55,34 @@ def list_(target: Target, output: Output) -> CommandResult:
 def _show_list(found: use.RecipeList, verbose: bool) -> None:
     out = console()
     out.print(f"Recipes, for the stack {found.stack} (vLLM {found.vllm}):\n", markup=False)
-    table = headed("recipe", "loads", "nodes", "context", "GB", "reported speed", *(["model"] if verbose else []))
+    table = headed("recipe", "loads", "nodes", "context", "GB", "tokens/s", *(["source", "model"] if verbose else []))
+    # Who wants to serve it copies it.
+    table.columns[0].no_wrap = True
     for each in found.recipes:
-        table.add_row(*map(Text, _row(each)), *([each.model] if verbose else []))
+        table.add_row(*map(Text, (*_row(each), *(_more(each) if verbose else ()))))
     out.print(table)
-    out.print(
-        "\nReported by others, with their settings; `sparkinstall recipes show ID` names the source. "
-        "* not reported good on a GB10 with this vLLM or an older one.",
-        soft_wrap=True,
-        highlight=False,
-    )
+    out.print()
+    show_line("* not reported to work on a GB10 with this vLLM or an older one", out)
+    show_line("Speeds are those that others report, with their settings: `sparkinstall recipes show ID`.", out)
+    show_line("To serve one: `sparkinstall serve ID`.", out)
 
 
 def _row(each: use.ListedRecipe) -> tuple[str, ...]:
     size = f"{each.bytes / 1e9:.0f}" if each.bytes else ""
-    speed = f"{each.speed.words} ({each.speed.source})" if each.speed else ""
+    speed = each.speed.words.removesuffix(" tokens/s") if each.speed else ""
     mark = "*" if each.loads == "loads" and not each.good_on_gb10 else ""
-    return each.id, _loads(each.loads, each.stack) + mark, str(each.nodes), _number(each.context), size, speed
+    return each.id, _loads(each.loads, each.stack) + mark, str(each.nodes), _short(each.context), size, speed
+
+
+def _more(each: use.ListedRecipe) -> tuple[str, str]:
+    return each.speed.source if each.speed else "", each.model
+
+
+def _short(tokens: int | str | None) -> str:
+    """Return a context as people name it, such as 256K; in full if it is no multiple of 1024."""
+    if not isinstance(tokens, int) or tokens % 1024:
+        return _number(tokens)
+    return f"{tokens >> 10}K" if tokens % (1 << 20) else f"{tokens >> 20}M"
 
 
 def _loads(loads: use.Loads, stack: str) -> str:
@@ -104,17 +115,14 @@ def _show_all(found: use.ShownRecipes) -> None:
             out.print()
         _show(each, out)
     for skipped in found.skipped:
-        out.print(redacted(f"skipped {skipped.what}: {skipped.why}"), markup=False, soft_wrap=True)
+        show_line(redacted(f"skipped {skipped.what}: {skipped.why}"), out)
 
 
 def _show(each: use.ShownRecipe, out: Console) -> None:
     recipe = each.recipe
     out.print(Text(recipe.id, style="bold"), Text(redacted(recipe.model)))
     rows = [*_facts(each), *(("note", note) for note in recipe.notes), *(_change(change) for change in each.changes)]
-    for name, text in rows:
-        if text:
-            line = Text(f"  {name:<16} ", style="dim")
-            out.print(line.append(redacted(text), style="default"), soft_wrap=True)
+    show_rows(((name, redacted(text)) for name, text in rows if text), out, 16)
 
 
 def _facts(each: use.ShownRecipe) -> Iterator[tuple[str, str]]:

@@ -71,13 +71,32 @@ def columns(*widths: int | None) -> Table:
     """Return a table without lines; a column with a width is at least that wide and never wrapped."""
     table = Table.grid(padding=(0, 2))
     for width in widths:
-        table.add_column(min_width=width, no_wrap=width is not None)
+        table.add_column(min_width=width, no_wrap=width is not None, overflow="fold")
     return table
 
 
 def headed(*headings: str) -> Table:
     """Return a table without lines, with headings."""
-    return Table(*headings, box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def show_line(text: str, out: Console, style: str = "") -> None:
+    """Print a line: a terminal wraps it between words, in a file or a pipe it stays one."""
+    out.print(Text(text, style=style), soft_wrap=not out.is_terminal)
+
+
+def show_rows(rows: Iterable[tuple[str, str]], out: Console, width: int) -> None:
+    """Print names and texts; on a terminal a long text continues below itself, in a file or a pipe it is one line."""
+    table = columns(width, None)
+    for name, text in rows:
+        if out.is_terminal:
+            table.add_row(Text(name, style="dim"), Text(text))
+        else:
+            out.print(f"  {name:<{width}} {text}", markup=False, soft_wrap=True)
+    _show_table(table, out)
 
 
 def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False, root: str = "") -> None:

@@ -18,7 +18,7 @@ from msgspec import Struct, field
 from sparkinstall import given
 from sparkinstall.core.reasoning import Kind, Piece, Separator
 from sparkinstall.core.session import Session
-from sparkinstall.downloads import certificates, sign
+from sparkinstall.downloads import certificates, reason_of, sign
 from sparkinstall.errors import BadUsage, NeedsRoot, Problem
 from sparkinstall.payloads.vllm_client import PROMPT_END
 from sparkinstall.probes.serving import not_up
@@ -324,11 +324,11 @@ class Conversation:
 
     def _not_there(self, error: Exception) -> Problem:
         if not self._server.model:
-            hint = "serve a model first: `serving.model` in the config, then `sparkinstall run serving`"
+            hint = "serve a model first: `sparkinstall serve RECIPE|MODEL`"
             elsewhere = "check the address, and that the server's firewall lets this machine in"
             is_ours = self._server.url == f"http://127.0.0.1:{self._node.config.serving.port}"
             where = f"nothing answers at {self._server.url}"
-            return NoAnswer(where, cause=_why(error), hint=hint if is_ours else elsewhere)
+            return NoAnswer(where, cause=reason_of(error), hint=hint if is_ours else elsewhere)
         found = not_up(self._node, self._on)
         return NoAnswer(found.found, hint=found.hint.replace("sparkinstall verify --only serving", "sparkinstall ask"))
 
@@ -414,7 +414,10 @@ def _said_of(error: Any) -> str:
 
 
 def _is_refused(error: BaseException) -> bool:
-    return isinstance(error, requests.exceptions.ConnectionError) and "NewConnectionError" in repr(error)
+    return (
+        isinstance(error, requests.exceptions.ConnectionError)
+        and re.search("(NewConnection|NameResolution)Error", repr(error)) is not None
+    )
 
 
 def _why(error: BaseException) -> str:

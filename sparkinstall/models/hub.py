@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from sparkinstall import given
-from sparkinstall.downloads import NotDownloaded, certificates, sign
+from sparkinstall.downloads import NotDownloaded, certificates, reason_of, sign
 from sparkinstall.errors import BadUsage
 from sparkinstall.models import ModelError
 from sparkinstall.models.files import CONFIG, LARGEST_JSON, LocalFiles, Part, read_object
@@ -212,15 +212,14 @@ class HubFiles:
                 self._require_good(response)
                 yield response
         except OSError as error:  # as all errors of requests are
-            raise self._unreachable(str(error)) from error
+            raise self._unreachable(reason_of(error)) from error
 
     def _unreachable(self, why: str) -> NotDownloaded:
-        cause = why.split("(Caused by")[-1].strip(" )")[:200]
         hint = "check the network and HF_ENDPOINT, or name a folder that has the model"
-        distrusted = "certificate" in cause.lower()
+        distrusted = "certificate" in why.lower()
         if distrusted:
             hint = "check the clock (`date`); behind a proxy, add its certificate to the system's"
-        failure = NotDownloaded(f"the hub {self._hub} cannot be reached", cause=cause, hint=hint)
+        failure = NotDownloaded(f"the hub {self._hub} cannot be reached", cause=why, hint=hint)
         failure.url, failure.kind, failure.again = self._hub, "certificate" if distrusted else "network", not distrusted
         return failure
 

@@ -41,7 +41,7 @@ def find(name: str) -> ReadRecipe:
         raise RecipeError(f"{name} has several recipes", hint=f"name one: {ids}")
     near = schema.nearest(name.lower(), [*(each.id for each in shipped()), *(each.model for each in shipped())], 0.5)
     hint = "`sparkinstall recipes` lists them; a file of yours is named by its path, such as ./NAME.yaml"
-    raise RecipeError(f"there is no recipe {schema.show(name)}", cause=near, hint=hint)
+    raise RecipeError(f"there is no recipe {schema.show(name)}", hint=f"{near} {hint}".strip())
 
 
 def checked(recipe: Recipe, where: str) -> ReadRecipe:
@@ -53,7 +53,8 @@ def checked(recipe: Recipe, where: str) -> ReadRecipe:
     if recipe.loads_from and recipe.loads_from not in stacks.names():
         near = schema.nearest(recipe.loads_from, stacks.names(), 0.5)
         known = f"use {schema.either(stacks.names())}"
-        raise RecipeError(f"{where}: `loads_from` names no shipped stack: {recipe.loads_from}", cause=near, hint=known)
+        hint = f"{near} {known}".strip()
+        raise RecipeError(f"{where}: `loads_from` names no shipped stack: {recipe.loads_from}", hint=hint)
     words = [word for option in recipe.args for word in option]
     stray, args = options(words)
     if stray:
@@ -75,7 +76,6 @@ def named(recipes: Sequence[ReadRecipe], wanted: str | None, where: str) -> Read
     if wanted is None:
         raise RecipeError(f"{where} has {len(ids)} recipes", hint=f"name one with `--id`: {schema.either(ids)}")
     if wanted not in ids:
-        raise RecipeError(
-            f"{where} has no recipe {schema.show(wanted)}", cause=schema.nearest(wanted, ids), hint=schema.either(ids)
-        )
+        hint = f"{schema.nearest(wanted, ids)} It has {schema.either(ids)}".strip()
+        raise RecipeError(f"{where} has no recipe {schema.show(wanted)}", hint=hint)
     return recipes[ids.index(wanted)]

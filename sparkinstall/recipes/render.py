@@ -10,6 +10,7 @@ from sparkinstall.recipes import Change, Option, Recipe
 from sparkinstall.recipes.serve_options import is_option, key, last_of_each
 
 _PATIENCE = "VLLM_ENGINE_READY_TIMEOUT_S"
+_DIGEST = "@sha256:"
 _OPENAI_IMAGE = "vllm/vllm-openai"
 
 
@@ -84,9 +85,9 @@ def _docker(recipe: Recipe, argv: Sequence[str], env: Mapping[str, str], home: P
 
 
 def shell(words: Sequence[str]) -> str:
-    """Return a command as a shell reads it, an option a line."""
+    """Return a command as a shell reads it, an option a line; so is the image of a container."""
     text = ""
     for word in words:
-        gap = " \\\n    " if is_option(word) and text else " " if text else ""
+        gap = " \\\n    " if (is_option(word) or _DIGEST in word) and text else " " if text else ""
         text += gap + shlex.quote(word)
     return text

@@ -172,7 +172,26 @@ def test_ask_without_a_server_says_so(rehearsal: tuple[str, str]) -> None:
     run = in_this_process("ask", "x", *rehearsal, "--url", gone.url, "--json")
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["code"], error["message"]) == (1, "no-answer", f"nothing answers at {gone.url}")
-    assert "refused" in error["cause"]
+    assert error["cause"] == "Failed to establish a new connection: Connection refused"
+
+
+def test_ask_of_a_host_that_does_not_exist_says_so(rehearsal: tuple[str, str]) -> None:
+    run = in_this_process("ask", "x", *rehearsal, "--url", "http://nowhere.invalid:8000", "--json")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["message"]) == (1, "nothing answers at http://nowhere.invalid:8000")
+    assert error["cause"].startswith("Failed to resolve 'nowhere.invalid' (")
+    assert error["hint"].startswith("check the address")
+
+
+def test_ask_without_a_served_model_names_the_verb_that_serves_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with chatting(ChatServer()) as gone:
+        port = gone.url.rpartition(":")[2]
+    (tmp_path / "config.yaml").write_text(json.dumps({"serving": {"port": int(port)}}))
+    (error,) = envelope(in_this_process("ask", "x", "--config", tmp_path / "config.yaml", "--json"))["errors"]
+    assert error["hint"] == "serve a model first: `sparkinstall serve RECIPE|MODEL`"
 
 
 def config_of(folder: Path, url: str, **serving: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
 from sparkinstall import __version__
@@ -42,6 +43,23 @@ def test_help_of_a_verb_names_its_options(verb: str) -> None:
     text = sparkinstall(verb, "--help").stdout
     assert "--root" in text
     assert "--json" in text
+
+
+@pytest.mark.parametrize("verb", [verb for verb, (_, line) in app.VERBS.items() if line])
+def test_every_argument_has_its_help(verb: str) -> None:
+    found = app.command(verb)
+    for each in (found, *getattr(found, "commands", {}).values()):
+        assert all(param.help for param in each.params if isinstance(param, click.Argument)), each.name
+
+
+def test_help_of_an_argument_is_shown() -> None:
+    assert "- reads it from stdin" in in_this_process("ask", "--help").stdout
+    assert "ORG/NAME" in in_this_process("serve", "start", "--help").stdout
+
+
+def test_misspelled_verb_of_a_group_is_suggested_once() -> None:
+    run = in_this_process("recipes", "lst")
+    assert (run.returncode, output_of(run).count("Did you mean")) == (2, 1)
 
 
 def test_cluster_usage_line_names_its_verbs() -> None:

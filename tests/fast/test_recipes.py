@@ -1,13 +1,16 @@
 """The shipped recipes, and `sparkinstall recipes`."""
 
+import io
 import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from sparkinstall import stacks
+from sparkinstall.cli import recipes as cli
 from sparkinstall.core import recipe_list
 from sparkinstall.facts import vllm_releases
 from sparkinstall.facts.vllm_options import refusals
@@ -177,6 +180,21 @@ def test_recipes_of_an_older_stack_name_the_one_that_loads_them(tmp_path: Path) 
     assert re.search(r" loads\* +1 ", lines["qwen3.6-35b-a3b-fp8"]), "seen on a GB10 with a newer vLLM only"
 
 
+@pytest.mark.parametrize("width", [80, 100])
+def test_list_on_a_narrow_terminal_has_every_id_whole(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Console(width=width, file=io.StringIO(), force_terminal=True, no_color=True, highlight=False)
+    monkeypatch.setattr(cli, "console", lambda: screen)
+    assert in_this_process("recipes", "--root", tmp_path / "node").returncode == 0
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", screen.file.getvalue()).splitlines()  # type: ignore[attr-defined]
+    assert set(RECIPES) <= {line.split()[0] for line in lines if line.strip()}
+    assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
+    assert next(line.split() for line in lines if line.startswith("gpt-oss-20b ")) == [
+        "gpt-oss-20b", "loads", "1", "128K", "46.5",
+    ]  # fmt: skip
+
+
 # --- recipes show
 
 
@@ -206,7 +224,7 @@ def test_show_of_an_unknown_recipe_names_the_nearest(tmp_path: Path) -> None:
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["code"]) == (2, "config")
     assert error["message"] == "there is no recipe 'gpt-os-20b'"
-    assert error["cause"] == "did you mean `gpt-oss-20b`?"
+    assert error["hint"].startswith("did you mean `gpt-oss-20b`? `sparkinstall recipes` lists them")
 
 
 # --- recipes render

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from sparkinstall.downloads import NotDownloaded, sha256_of
+from sparkinstall.downloads import NotDownloaded, reason_of, sha256_of
 from sparkinstall.errors import CommandFailed, Storage
 from sparkinstall.stacks import Pin, load
 from sparkinstall.system.local import LocalSystem
@@ -143,6 +143,31 @@ def test_unreachable_index_is_an_error_of_the_network(
     with pytest.raises(CommandFailed) as found:
         house.fill(LocalSystem(), pins_of(tiny_stack(tmp_path)), TARGET)
     assert found.value.kind == "network"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            "HTTPSConnectionPool(host='a', port=443): Max retries exceeded with url: / (Caused by NameResolutionError("
+            "\"HTTPSConnection(host='a', port=443): Failed to resolve 'a' ([Errno -2] Name or service not known)\"))",
+            "Failed to resolve 'a' (Name or service not known)",
+        ),
+        (
+            "HTTPSConnectionPool(host='a', port=443): Max retries exceeded with url: / (Caused by SSLError("
+            "SSLCertVerificationError(1, '[SSL: X] certificate verify failed: self-signed (_ssl.c:1006)')))",
+            "[SSL: X] certificate verify failed: self-signed (_ssl.c:1006)",
+        ),
+        ("('Connection aborted.', ConnectionResetError(104, 'Connection reset by peer'))", "Connection reset by peer"),
+        (
+            "HTTPConnectionPool(host='a', port=80): Read timed out. (read timeout=60)",
+            "Read timed out. (read timeout=60)",
+        ),
+        ("404 Client Error: Not Found for url: http://a/b", "404 Client Error: Not Found for url: http://a/b"),
+    ],
+)
+def test_reason_of_an_error_of_the_network_is_its_words(error: str, reason: str) -> None:
+    assert reason_of(OSError(error)) == reason
 
 
 def test_wheel_that_the_index_lost_is_an_error_of_the_server(
