@@ -10,6 +10,7 @@ import datetime
 import functools
 import http.client
 import json
+import math
 import os
 import shutil
 import signal
@@ -33,6 +34,8 @@ RESTART_SECONDS = 240.0
 # Bounds of the evidence: folders, bytes a file, processes, threads a process, lines a log.
 FOLDERS, FILE_BYTES, PROCESSES, THREADS, LINES = 10, 512 * 1024, 32, 256, 400
 ASLEEP = 'sleep_state="awake"'
+# FlashInfer and Triton compile kernels when a shape is needed for the first time: for minutes, in which no token comes.
+COMPILERS = frozenset(("nvcc", "cicc", "cudafe++", "ptxas", "fatbinary", "nvlink", "ninja", "cc1plus"))
 
 
 # --- the decision
@@ -64,7 +67,7 @@ class Look:
 
     `unit`: systemd's ActiveState; `invocation` differs after each start, which was at `started`. `trouble`: why
     /metrics was not read, in words. `signs`: the values that only a working engine changes; empty: there are none.
-    `generated`: tokens so far. `requests`: running and waiting; None: unknown.
+    `generated`: tokens so far. `requests`: running and waiting; None: unknown. `compiling`: a compiler runs for it.
     """
 
     now: float
@@ -76,6 +79,7 @@ class Look:
     generated: float = 0.0
     requests: float | None = None
     asleep: bool = False
+    compiling: bool = False
     probed: Probed | None = None
 
 
@@ -112,14 +116,14 @@ def decide(limits: Limits, memory: Memory, look: Look) -> tuple[Memory, Verdict]
     if look.asleep:
         return replace(memory, sign_at=look.now), Verdict("asleep", "it sleeps until it is woken")
     if moved:
-        return memory, Verdict("alive", "it generates")
+        return memory, Verdict("alive", "it compiles kernels" if look.compiling else "it generates")
     return memory, _standing(limits, memory, look)
 
 
 def _remembered(memory: Memory, look: Look) -> tuple[Memory, bool]:
     """Return the memory with what this look adds, and whether it shows a sign of life."""
     probed = look.probed or Probed()
-    moved = probed.token or bool(look.signs and memory.signs and look.signs != memory.signs)
+    moved = probed.token or look.compiling or bool(look.signs and memory.signs and look.signs != memory.signs)
     return replace(
         memory,
         up=memory.up or look.generated > 0 or probed.token or probed.cannot,
@@ -195,7 +199,9 @@ def read_metrics(text: str, names: Names) -> dict[str, float]:
         name = line.partition(" ")[0].partition("{")[0]
         if name in wanted and (name != names.asleep or ASLEEP in line):
             with suppress(ValueError):
-                found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+                value = float(line.rpartition(" ")[2])
+                # Not a number differs from itself: it would look like a sign of life.
+                found[name] = found.get(name, 0.0) + (0.0 if math.isnan(value) else value)
     return found
 
 
@@ -367,6 +373,11 @@ def processes_of(unit: str) -> list[int]:
     return sorted(found)
 
 
+def compiles(unit: str) -> bool:
+    """Return whether a compiler runs in the control group of a unit."""
+    return any(_read(pid, "comm") in COMPILERS for pid in processes_of(unit))
+
+
 # --- evidence
 
 
@@ -437,7 +448,7 @@ class Evidence:
 
     def _sockets(self) -> str:
         ports = " or ".join(f"sport = :{port} or dport = :{port}" for port in self.ports)
-        return output_of("ss", "-tanop", f"( {ports} )")[1]
+        return output_of("ss", "-tanop", "exclude", "time-wait", f"( {ports} )")[1]
 
 
 # --- the service
@@ -473,7 +484,7 @@ class Watch:
 
     def run(self) -> None:
         """Look every `every` seconds, for ever."""
-        self._recall()
+        self.recall()
         say(f"watching {self.unit}: {self.limits.restarts} restarts an hour at most")
         while True:
             began = time.monotonic()
@@ -506,7 +517,10 @@ class Watch:
             self.metrics = text
         self._say_once(str(found.get("trouble", "")) if text else "")
         now = self.now
-        return Look(time.monotonic(), now.state, now.invocation, now.started, probed=probed, **found)
+        compiling = probed is not None and not probed.token and compiles(self.unit)
+        return Look(
+            time.monotonic(), now.state, now.invocation, now.started, compiling=compiling, probed=probed, **found
+        )
 
     def _say_once(self, trouble: str) -> None:
         """Tell a lasting trouble of the server's text once."""
@@ -589,7 +603,7 @@ class Watch:
             if verdict.state == "wedged":
                 say(f"{folder}/state.json cannot be written: {error.strerror}", "<4>")
 
-    def _recall(self) -> None:
+    def recall(self) -> None:
         """Read what an earlier process of this service has noted, the newest first: the budget outlives a restart."""
         for folder in (self.places.live, self.places.state):
             with suppress(OSError, ValueError, LookupError, TypeError):

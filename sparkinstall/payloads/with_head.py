@@ -8,6 +8,13 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+# A unit has some twenty processes.
+_LINES = 100
 
 
 def main() -> None:
@@ -16,6 +23,8 @@ def main() -> None:
     if os.fork() == 0:
         attend(head, port)
         print(f"sparkinstall: vLLM on the head {head} has ended; this one restarts too", flush=True)
+        for line in islice(states(), _LINES):
+            print(f"sparkinstall: {line}", flush=True)
         if os.getppid() == vllm:
             # systemd would count SIGTERM as a clean exit and not restart the unit.
             os.kill(vllm, signal.SIGKILL)
@@ -41,6 +50,18 @@ def attend(head: str, port: int) -> None:
             pass
     except OSError:
         pass
+
+
+def states() -> Iterator[str]:
+    """Yield what each process of this control group does: a rank that hangs may be why the head was restarted."""
+    own = Path("/proc/self/cgroup").read_text()
+    for folder in sorted(Path("/proc").glob("[0-9]*"), key=lambda each: int(each.name), reverse=True):
+        with suppress(OSError):
+            if (folder / "cgroup").read_text() == own:
+                status = (folder / "status").read_text().splitlines()
+                has = dict(line.partition(":\t")[::2] for line in status)
+                waits = (folder / "wchan").read_text().strip()
+                yield f"until then {has['Name']} (pid {folder.name}) was {has['State']}, in the kernel at {waits}"
 
 
 if __name__ == "__main__":

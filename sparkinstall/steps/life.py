@@ -9,7 +9,7 @@ from sparkinstall.facts import vllm
 from sparkinstall.layout import LIFE_FOLDER, LIFE_LIVE, LIFE_PROGRAM, LIFE_UNIT, VLLM_UNIT, unit_path
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe, life
-from sparkinstall.resources import Resource
+from sparkinstall.resources import Resource, systemd
 from sparkinstall.resources.files import File, OwnFolder
 from sparkinstall.resources.systemd import Service, UnitFile
 from sparkinstall.services import LIFE
@@ -44,10 +44,10 @@ def _values(node: Node, on: Reader) -> Mapping[str, Any]:
     return {
         "name": LIFE_UNIT.removesuffix(".service"),
         "unit": VLLM_UNIT,
-        "program": on.real(LIFE_PROGRAM),
+        "program": systemd.word(on.real(LIFE_PROGRAM)),
         "folder": LIFE_FOLDER,
         "live": LIFE_LIVE,
-        "options": list(_options(node)),
+        "options": [(name, systemd.word(str(value))) for name, value in _options(node)],
     }
 
 
@@ -61,6 +61,9 @@ def _options(node: Node) -> Iterable[tuple[str, str | int]]:
     yield "start", settings.start_seconds
     yield "restarts", settings.restarts_per_hour
     if node.api_key:
+        yield "key-file", node.api_key
+    if node.api_key:
+        # Root reads the file itself: no copy that is old after the key was changed.
         yield "key-file", node.api_key
     if node.with_ray:
         yield "also-unit", node.ray_unit

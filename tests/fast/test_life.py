@@ -1,8 +1,10 @@
 """The proof of life: when vLLM is wedged, what /metrics tells, the budget, the evidence, and what it reports."""
 
 import json
+import os
 import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,9 +17,22 @@ import pytest
 from sparkinstall.core import catalogue
 from sparkinstall.facts import vllm
 from sparkinstall.facts.life import LifeState, Wedge, life_state, summary
-from sparkinstall.layout import LIFE_FOLDER, LIFE_LIVE, LIFE_PROGRAM, LIFE_UNIT, unit_path
+from sparkinstall.layout import API_KEY, LIFE_FOLDER, LIFE_LIVE, LIFE_PROGRAM, LIFE_UNIT, unit_path
 from sparkinstall.payloads import as_file, vllm_life
-from sparkinstall.payloads.vllm_life import Evidence, Limits, Look, Memory, Names, Probed, Server, Verdict, decide
+from sparkinstall.payloads.vllm_life import (
+    Evidence,
+    Limits,
+    Look,
+    Memory,
+    Names,
+    Places,
+    Probed,
+    Server,
+    Unit,
+    Verdict,
+    Watch,
+    decide,
+)
 from sparkinstall.probes import life
 from sparkinstall.resources import NodeOnly, state_of
 from sparkinstall.resources.systemd import complaints_of_systemd
@@ -25,6 +40,7 @@ from sparkinstall.steps.life import Life
 from sparkinstall.system.local import LocalReader
 from tests.support.nodes import node_of, system_of
 from tests.support.recording import RecordingSystem
+from tests.support.rehearsals import envelope, in_this_process
 
 LIMITS = Limits(still=300, probe_every=300, probe=120, start=5400, restarts=3)
 LATE = Probed(why="no answer within 120 s")
@@ -99,6 +115,8 @@ def states(looks: Sequence[Look], limits: Limits = LIMITS) -> list[str]:
         ([busy(0), busy(300), busy(301, probed=Probed(cannot=True))], ["quiet", "probe", "wedged"]),
         ([at(9, generated=0.0), at(10, generated=0.0, probed=Probed(cannot=True))], ["probe", "idle"]),
         ([at(0), silent(300), silent(301, probed=Probed(cannot=True))], ["idle", "probe", "quiet"]),
+        # It compiles kernels, which takes minutes in which nothing moves.
+        ([at(0), at(300), at(420, probed=LATE, compiling=True), at(430)], ["idle", "probe", "alive", "idle"]),
         # Asleep by request.
         ([at(0), at(900, asleep=True), at(1100), at(1200)], ["idle", "asleep", "idle", "probe"]),
         # Another start of the unit: all is counted again.
@@ -161,6 +179,11 @@ def test_metrics_are_summed_over_engines() -> None:
     assert found == expected
 
 
+def test_metric_that_is_not_a_number_is_no_sign_of_life() -> None:
+    text = METRICS.replace('model_name="m"} 0.25', 'model_name="m"} NaN')
+    assert vllm_life.seen(text, NAMES)["signs"] == vllm_life.seen(text, NAMES)["signs"]
+
+
 def test_metrics_of_a_sleeping_engine() -> None:
     assert vllm_life.seen(METRICS.replace('"awake"} 1.0', '"awake"} 0.0'), NAMES)["asleep"]
 
@@ -183,7 +206,7 @@ class Api(BaseHTTPRequestHandler):
             self.rfile.read(int(self.headers["Content-Length"]))
         answer = self.answers.get(self.path, (404, "{}"))
         if answer is None:
-            time.sleep(2)
+            time.sleep(0.6)
             return
         if answer == (401, "") and self.keys[-1] == "Bearer right":
             answer = (200, METRICS)
@@ -287,11 +310,128 @@ def test_evidence_has_the_kernels_view_of_a_process() -> None:
     assert "\n-- thread 1 " in text
 
 
+def test_compiler_of_a_unit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "ptxas").symlink_to("/bin/sleep")
+    monkeypatch.setattr(vllm_life, "processes_of", lambda _unit: [os.getpid()])
+    assert not vllm_life.compiles("vllm.service")
+    with subprocess.Popen([tmp_path / "ptxas", "60"]) as compiler:
+        monkeypatch.setattr(vllm_life, "processes_of", lambda _unit: [os.getpid(), compiler.pid])
+        while not Path(f"/proc/{compiler.pid}/cmdline").read_bytes().startswith(bytes(tmp_path)):
+            time.sleep(0.01)
+        assert vllm_life.compiles("vllm.service")
+        compiler.kill()
+
+
 def test_program_that_hangs_is_left_behind() -> None:
     began = time.monotonic()
     assert vllm_life.output_of("sleep", "30", seconds=0.2) == (124, "sleep did not end within 0.2 s")
     assert time.monotonic() - began < 5
     assert vllm_life.output_of("no-such-program") == (127, "no-such-program: No such file or directory")
+
+
+# --- a wedge
+
+
+class Wedged(Server):
+    """A server whose engine stands still: /metrics answers always the same, and no token comes."""
+
+    def __init__(self) -> None:
+        super().__init__(0, lambda: "")
+
+    def metrics(self) -> tuple[str, str]:
+        return METRICS, ""
+
+    def probe(self, seconds: float) -> Probed:
+        return Probed(why=f"no answer within {seconds:g} s")
+
+
+class Revived(Wedged):
+    """The same, which generates again."""
+
+    def probe(self, seconds: float) -> Probed:
+        del seconds
+        return TOKEN
+
+
+@pytest.fixture
+def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """A watch of a wedged server that has just started; what it runs is noted in `commands`."""
+    commands: list[str] = []
+
+    def run(*argv: str, seconds: float = 0) -> tuple[int, str]:
+        del seconds
+        commands.append(" ".join(argv))
+        return 0, ""
+
+    monkeypatch.setattr(vllm_life, "output_of", run)
+    monkeypatch.setattr(vllm_life, "unit_now", lambda _: Unit("active", str(len(restarts_in(commands))), 0.0, 0))
+    folders = [tmp_path / name for name in ("state", "live")]
+    for each in folders:
+        each.mkdir()
+    evidence = Evidence(folders[0] / "evidence", (), (8000,))
+    limits = Limits(still=0, probe_every=0, restarts=2)
+    found = Watch("vllm.service", 1, limits, NAMES, Wedged(), evidence, Places(*folders))
+    monkeypatch.setattr(found, "commands", commands, raising=False)
+    return found
+
+
+def restarts_in(commands: list[str]) -> list[str]:
+    return [each for each in commands if each.startswith("systemctl restart")]
+
+
+def looks(watch: Watch, number: int) -> list[str]:
+    """The verdicts of some looks, each of a process of its own: after a restart the unit is another one."""
+    found = []
+    for _ in range(number):
+        watch.memory = Memory(watch.memory.invocation, up=True)
+        found.append(watch.once().state)
+    return found
+
+
+def test_wedge_is_restarted_until_the_budget_is_used_up(watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert set(looks(watch, 6)) == {"wedged"}
+    commands: list[str] = vars(watch)["commands"]
+    assert restarts_in(commands) == ["systemctl restart vllm.service"] * 2
+    first = commands.index("systemctl reset-failed vllm.service")
+    assert commands[first + 1] == "systemctl restart vllm.service"
+    told = capsys.readouterr().out.splitlines()
+    refusal = "<3>sparkinstall: vllm.service is not restarted: the budget of 2 restarts an hour is used up"
+    assert told.count(refusal) == 1
+    assert [each["action"] for each in watch.wedges] == ["restarted", "restarted", "none"]
+    state = life_state(RecordingSystem({f"{LIFE_LIVE}/state.json": (watch.places.live / "state.json").read_bytes()}))
+    assert state is not None
+    assert (state.left, state.budget, len(state.wedges), len(state.restarts)) == (0, 2, 3, 2)
+
+
+def test_budget_outlives_the_process_of_the_service(watch: Watch) -> None:
+    looks(watch, 2)
+    again = Watch("vllm.service", 1, watch.limits, NAMES, watch.server, watch.evidence, watch.places)
+    (watch.places.live / "state.json").unlink()
+    again.recall()
+    assert [each["action"] for each in again.wedges] == ["restarted", "restarted"]
+    assert vllm_life.left(again.limits, again.restarts, time.time()) == 0
+
+
+def test_wedge_without_room_for_evidence_is_restarted(
+    watch: Watch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_path: Path, _data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert looks(watch, 1) == ["wedged"]
+    assert restarts_in(vars(watch)["commands"]) == ["systemctl restart vllm.service"]
+    assert list(watch.evidence.folder.iterdir()) == []
+    trouble = "the evidence could not be saved: No space left on device"
+    assert watch.wedges[0]["trouble"] == trouble
+    assert f"<3>sparkinstall: {trouble} ({watch.evidence.folder})" in capsys.readouterr().out.splitlines()
+
+
+def test_server_that_generates_after_a_wedge_is_told_once(watch: Watch, capsys: pytest.CaptureFixture[str]) -> None:
+    looks(watch, 1)
+    watch.server = Revived()
+    assert looks(watch, 2) == ["alive", "alive"]
+    assert capsys.readouterr().out.splitlines().count("<5>sparkinstall: vllm.service generates again") == 1
 
 
 # --- the step
@@ -334,6 +474,13 @@ def test_life_unit_passes_settings_and_names_of_metrics(tmp_path: Path) -> None:
     assert (tmp_path / LIFE_FOLDER[1:]).is_dir()
 
 
+def test_life_unit_of_an_open_api_names_the_file_of_the_key(tmp_path: Path) -> None:
+    text = rehearsed(tmp_path, serving__allow="192.168.1.0/24", serving__port=8001)
+    assert f"    --key-file {API_KEY}" in text
+    assert "    --port 8001 " in text
+    assert "key-file" not in rehearsed(tmp_path)
+
+
 # --- what it reports
 
 
@@ -353,6 +500,20 @@ def test_state_is_read_from_memory_then_from_the_disk() -> None:
     assert state.wedges == [Wedge("2026-11-29T10:00:00Z", "stopped", "restarted", "/e")]
     assert summary(state) == "idle; 1 wedge and 1 restarts in 24 h, 2 of 3 restarts left this hour"
     assert life_state(RecordingSystem()) is None
+
+
+def test_status_shows_wedges_restarts_and_evidence(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    words = ("status", "--root", str(tmp_path), "--config", str(config))
+    config.write_text("serving: {model: /m}\n")
+    live = tmp_path / LIFE_LIVE[1:]
+    live.mkdir(parents=True)
+    (live / "state.json").write_bytes(noted(wedges=[WEDGE]))
+    found = envelope(in_this_process(*words, "--json"))["data"]["life"]
+    assert (found["state"], found["budget"], found["left"], len(found["restarts"])) == ("idle", 3, 2, 1)
+    assert found["wedges"] == [{each: WEDGE.get(each, "") for each in ("at", "why", "action", "evidence", "trouble")}]
+    config.write_text("serving: {model: /m, life: {enabled: false}}\n")
+    assert envelope(in_this_process(*words, "--json"))["data"]["life"] is None
 
 
 @pytest.mark.parametrize(

@@ -61,4 +61,7 @@ def test_with_head_ends_the_program_with_the_head() -> None:
         with subprocess.Popen(isolated("with_head", *program), stdout=subprocess.PIPE, text=True) as vllm:
             head.accept()[0].close()
             assert vllm.wait(timeout=30) == -signal.SIGKILL
-            assert vllm.stdout is not None and "has ended; this one restarts too" in vllm.stdout.read()
+            assert vllm.stdout is not None
+            output = vllm.stdout.read()
+    assert "has ended; this one restarts too" in output
+    assert f"until then sleep (pid {vllm.pid}) was S (sleeping), in the kernel at " in output

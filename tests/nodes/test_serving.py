@@ -4,6 +4,7 @@ All tests use the same nodes, in order.
 """
 
 import json
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -266,20 +267,20 @@ def test_serving_with_a_stopped_engine_fails_despite_health(pair: Pair, unparsed
 LIFE = "vllm-life.service"
 EVIDENCE = "/var/lib/vllm-life/evidence"
 # Of seconds, where a Spark waits for minutes.
-SHORT = {"every": 1, "still": 10, "probe_every": 6, "probe": 6, "start": 400}
+SHORT = {"every": 1, "still": 10, "probe_every": 6, "probe": 6, "start": 1200}
 LIVELY = tuple(f"serving.life.{name}_seconds={seconds}" for name, seconds in SHORT.items())
 
 
 def _set_up_life(node: FreshNode, role: str, *settings: str) -> None:
     report = _run_step(node, "converge", role, *settings, *LIVELY, "step=life")
-    assert report["outcome"] == "changed", report
+    assert report["outcome"] in ("changed", "unchanged"), report
 
 
-def _life_says(node: FreshNode, words: str, within: float = 90) -> str:
-    """Wait until the proof of life has said this in systemd's journal; return the last such line."""
+def _life_says(node: FreshNode, words: str, since: float, within: float = 120) -> str:
+    """Wait until the proof of life has said this in systemd's journal since a time; return the last such line."""
     deadline = time.monotonic() + within
     while True:
-        said = node.run("journalctl", "-u", LIFE, "-o", "cat", "--no-pager").stdout
+        said = node.run("journalctl", "-u", LIFE, "-o", "cat", "--no-pager", f"--since=@{since:.0f}").stdout
         if found := [line for line in said.splitlines() if words in line]:
             return str(found[-1])
         assert time.monotonic() < deadline, (words, said, _journal(node))
@@ -287,21 +288,32 @@ def _life_says(node: FreshNode, words: str, within: float = 90) -> str:
 
 
 def _life_state(node: FreshNode) -> dict[str, Any]:
+    # A service that has just started has noted nothing yet.
+    node.run("sh", "-c", "timeout 30 sh -c 'until [ -e /run/vllm-life/state.json ]; do sleep 0.2; done'")
     return dict(json.loads(node.read("/run/vllm-life/state.json")))
+
+
+# A server that reads a prompt in parts of 64 tokens, two of which fill a block of its cache.
+IN_SMALL_PARTS = (
+    *_reasoning_settings(
+        *("--chat-template", f"{REASONER}/opening.jinja", "--max-num-batched-tokens", "64", "--max-num-seqs", "8")
+    ),
+    "serving.max_model_len=1024",
+)
 
 
 def test_life_restarts_a_stopped_engine_and_keeps_evidence(pair: Pair, unparsed: Found) -> None:
     del unparsed
     node, settings = pair.head, _reasoning_settings()
     _set_up_life(node, "single", *settings)
-    before = _main_pid(node)
+    before, since = _main_pid(node), time.time()
     node.run("pkill", "--full", "VLLM::EngineCore", "--signal", "STOP")
-    assert "no request runs, no token has come for" in _life_says(node, "vllm.service is wedged: ")
-    place = _life_says(node, "evidence of the wedge is in ").rpartition(" ")[2]
-    _life_says(node, "vllm.service was restarted; 2 of 3 restarts of this hour are left")
+    assert "no request runs, no token has come for" in _life_says(node, "vllm.service is wedged: ", since)
+    place = _life_says(node, "evidence of the wedge is in ", since).rpartition(" ")[2]
+    _life_says(node, "vllm.service was restarted; 2 of 3 restarts of this hour are left", since)
     assert _main_pid(node) != before
     _until_it_serves(node, "single", *settings)
-    _life_says(node, "vllm.service generates again")
+    _life_says(node, "vllm.service generates again", since)
     names = node.run("ls", place).stdout.split()
     wanted = {
         "why.txt",
@@ -318,12 +330,13 @@ def test_life_restarts_a_stopped_engine_and_keeps_evidence(pair: Pair, unparsed:
     (wedge,) = _life_state(node)["wedges"]
     assert (wedge["evidence"], wedge["action"]) == (place, "restarted")
     assert _run_step(node, "plan", "single", *settings, *LIVELY, "step=life")["outcome"] == "unchanged"
+    # Other tests wait longer on purpose.
+    node.run("systemctl", "stop", LIFE)
 
 
 def test_serving_stream_with_reasoning_opened_by_the_chat_template_warns(pair: Pair) -> None:
-    settings = _reasoning_settings("--chat-template", f"{REASONER}/opening.jinja")
-    _set_up(pair.head, "single", *settings)
-    stream = _until_it_serves(pair.head, "single", *settings)["serving-stream"]
+    _set_up(pair.head, "single", *IN_SMALL_PARTS)
+    stream = _until_it_serves(pair.head, "single", *IN_SMALL_PARTS)["serving-stream"]
     assert stream["verdict"] == "warn"
     says = "reasoning is in delta.content, unmarked: the chat template opens it; first token after "
     assert stream["found"].startswith(says)
@@ -362,13 +375,42 @@ def test_serving_after_the_cable_is_inserted_passes_without_a_restart(pair: Pair
     assert _main_pid(pair.head) == before
 
 
-def test_vllm_of_the_worker_restarts_with_the_head(pair: Pair) -> None:
-    before = _main_pid(pair.worker)
-    pair.head.run("systemctl", "restart", UNIT, timeout=120)
+def _until_it_completes(node: FreshNode) -> None:
+    deadline = time.monotonic() + LOAD_SECONDS
+    given = json.dumps({"model": MODEL, "prompt": "One, two,", "max_tokens": 1})
+    ask = ("python3", "-I", "-c", ASK, "/v1/completions", given, "10")
+    while node.run(*ask, check=False, timeout=40).returncode:
+        assert time.monotonic() < deadline, (_journal(node), node.run("journalctl", "-u", LIFE, "-n", "40").stdout)
+        time.sleep(2)
+
+
+def test_life_with_a_full_disk_restarts_both_ranks_when_the_workers_is_stopped(pair: Pair) -> None:
+    before, since = [_main_pid(node) for node in pair.nodes.values()], time.time()
+    pair.head.run("mount", "-t", "tmpfs", "-o", "size=16k,mode=755", "full", "/var/lib/vllm-life")
+    pair.head.run("sh", "-c", "cat /dev/zero > /var/lib/vllm-life/zeros || true")
+    _set_up_life(pair.head, "head", "serving.life.restarts_per_hour=20")
+    _life_says(pair.head, "watching vllm.service", since)
+    pair.worker.run("pkill", "--full", "VLLM::Worker", "--signal", "STOP")
+    _life_says(
+        pair.head, "the evidence could not be saved: No space left on device (/var/lib/vllm-life/evidence)", since
+    )
+    _life_says(pair.head, "vllm.service was restarted; ", since)
     _until_it_serves(pair.head, "head")
-    assert _main_pid(pair.worker) != before
-    assert "sparkinstall: vLLM on the head 192.0.2.1 has ended" in _journal(pair.worker, 2000)
+    for node, pid in zip(pair.nodes.values(), before, strict=True):
+        assert _main_pid(node) != pid
+    of_the_worker = _journal(pair.worker, 2000)
+    assert "sparkinstall: vLLM on the head 192.0.2.1 has ended" in of_the_worker
+    assert re.search(r"sparkinstall: until then VLLM::Worker\S* \(pid \d+\) was T \(stopped\)", of_the_worker)
     assert _run_step(pair.worker, "plan", "worker")["outcome"] == "unchanged"
+    wedge = _life_state(pair.head)["wedges"][-1]
+    assert wedge["trouble"] == "the evidence could not be saved: No space left on device"
+    pair.head.run("umount", "--lazy", "/var/lib/vllm-life")
+    pair.head.run("systemctl", "restart", LIFE)
+
+
+def test_pair_whose_worker_is_killed_answers_again(pair: Pair) -> None:
+    pair.worker.run("pkill", "--full", "VLLM::Worker", "--signal", "KILL")
+    _until_it_completes(pair.head)
 
 
 def test_uninstall_removes_vllm(pair: Pair) -> None:
@@ -379,3 +421,5 @@ def test_uninstall_removes_vllm(pair: Pair) -> None:
         assert shown[1] == "inactive"
         assert node.run("pgrep", "-f", "vllm", check=False).stdout == ""
         assert node.run("ls", PREFIX).stdout.split() == ["env", "venv"]
+    for path in ("/var/lib/vllm-life", "/run/vllm-life", "/usr/local/lib/vllm-life.py"):
+        assert pair.head.run("ls", path, check=False).returncode != 0, path
