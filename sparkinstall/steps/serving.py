@@ -9,7 +9,7 @@ from sparkinstall.layout import API_KEY, VLLM_UNIT, unit_path
 from sparkinstall.node import Node, site_packages
 from sparkinstall.probes import Probe, serving, vllm_arguments
 from sparkinstall.resources import Resource, systemd
-from sparkinstall.resources.files import File
+from sparkinstall.resources.files import File, OwnFolder
 from sparkinstall.resources.secret_files import ApiKey, NamedSecret
 from sparkinstall.resources.systemd import Cause, Service, UnitFile
 from sparkinstall.services import VLLM
@@ -60,6 +60,8 @@ class Serving(Step):
             depends.append(node.with_head)
         if node.api_key:
             yield _key(node.api_key)
+            # Python writes its compiled modules beside them.
+            yield OwnFolder(node.python_modules)
             yield File(node.api_key_module, payloads.as_file("api_key"))
             depends.append(node.api_key_module)
         if node.hub_token:

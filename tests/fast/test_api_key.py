@@ -436,16 +436,25 @@ def test_token_of_the_hub_is_only_for_units_that_download(tmp_path: Path) -> Non
     assert node_of(tmp_path, **OPEN, **named, hub__offline=False).hub_token == "/etc/hub-token"
 
 
-def test_rehearsal_of_the_step_makes_the_key(tmp_path: Path) -> None:
-    node, on = node_of(tmp_path, **OPEN), system_of(tmp_path)
-    for resource in Serving().resources(node):
-        if not isinstance(resource, Service):
-            resource.apply(on)
-            assert isinstance(resource.check(on), Ok), resource.key
+def test_rehearsal_of_the_step_makes_the_key_and_leaves_nothing(tmp_path: Path) -> None:
+    node, system = node_of(tmp_path, **OPEN), LocalSystem(str(tmp_path))
+    state = StateFolder(system)
+    with state.hold("all", silent):
+        on = JournaledSystem(system, Journal(state.home, "run"), "serving", state.home / "log", silent)
+        for resource in Serving().resources(node):
+            if not isinstance(resource, Service):
+                resource.apply(on)
+                assert isinstance(resource.check(on), Ok), resource.key
     made = key_at(tmp_path).read_text().strip()
     unit = (tmp_path / "etc/systemd/system/vllm.service").read_text()
     assert len(made) == 64 and made not in unit
-    assert (tmp_path / node.api_key_module.removeprefix("/")).read_bytes() == payloads.as_file("api_key")
+    module = tmp_path / node.api_key_module.removeprefix("/")
+    assert module.read_bytes() == payloads.as_file("api_key")
+    # As vLLM does when it imports it.
+    (module.parent / "__pycache__").mkdir()
+    (module.parent / "__pycache__/sparkinstall_api_key.cpython-312.pyc").write_bytes(b"")
+    assert {each.outcome for each in undo_all(state)} <= {"removed", "nothing"}
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 # --- who asks

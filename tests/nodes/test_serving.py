@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 
+from sparkinstall.layout import API_KEY
 from tests.lab.cabling import PORT_0, Cabling, Plugs, ip
 from tests.lab.node import Bind, FreshNode
 from tests.nodes.fresh import REPOSITORY
 from tests.support import vllm_on_cpu
+from tests.support.chat_server import example
 from tests.support.ray_on_a_node import ADDRESSES
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer5, pytest.mark.network]
@@ -27,6 +29,7 @@ MODEL, REASONER = "/srv/model", "/srv/reasoner"
 UNIT = "vllm.service"
 KEY = "VLLM_API_KEY"
 NAMES = {"single": "single-node", "head": "multi-node-head", "worker": "multi-node-worker"}
+CHECKOUT_ENV = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
 SETTINGS = ("step=serving", "cluster.executor=mp", f"serving.model={MODEL}", "serving.max_model_len=512")
 # Seconds for two processes on two busy cores to import PyTorch and connect.
 LOAD_SECONDS = 420
@@ -39,6 +42,7 @@ VLLM_HOST_IP="{address}"
 VLLM_PORT="29600"
 {link}
 VIRTUAL_ENV="{prefix}/venv"
+SPT_NOENV="1"
 set +a
 : <<'SYSTEMD'
 PATH="{prefix}/venv/bin:/usr/local/bin:/usr/bin:/bin"
@@ -114,10 +118,14 @@ def _write_env(node: FreshNode, role: str) -> None:
 
 
 def _run_step(node: FreshNode, verb: str, role: str, *settings: str, key: str = "") -> Any:
-    env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1", **({KEY: key} if key else {})}
-    program = (f"{PREFIX}/venv/bin/python", "-m", "tests.support.ray_on_a_node", verb, role, *SETTINGS, *settings)
-    output = node.run(*program, user="spark", env=env, cwd=CHECKOUT, timeout=600)
+    env = {**CHECKOUT_ENV, **({KEY: key} if key else {})}
+    output = node.run(*_program(verb, role, *settings), user="spark", env=env, cwd=CHECKOUT, timeout=600)
     return json.loads(output.stdout.splitlines()[-1])
+
+
+def _program(verb: str, role: str, *settings: str) -> tuple[str, ...]:
+    python = f"{PREFIX}/venv/bin/python"
+    return (python, "-m", "tests.support.ray_on_a_node", verb, role, *SETTINGS, *settings)
 
 
 def _set_up(node: FreshNode, role: str, *settings: str) -> None:
@@ -210,21 +218,106 @@ def _reasoning_settings(*arguments: str) -> tuple[str, str]:
     return f"serving.model={REASONER}", f"serving.arguments={json.dumps(arguments)}"
 
 
-def test_serving_with_the_parser_has_the_reasoning_field_and_needs_the_key(pair: Pair) -> None:
-    node, settings, drop_in = pair.head, _reasoning_settings("--reasoning-parser", "qwen3"), "key.conf"
-    node.write(f"/etc/systemd/system/{UNIT}.d/{drop_in}", f"[Service]\nEnvironment={KEY}=sesame\n")
-    _set_up(node, "single", *settings)
-    found = _until_it_serves(node, "single", *settings, key="sesame")
+HUB_TOKEN, HUB_TOKEN_FILE = "hf_a-token-of-this-test-0123456789", "/etc/hub-token"
+
+
+@pytest.fixture(scope="module")
+def opened(pair: Pair) -> tuple[str, ...]:
+    """The settings of an API that a network may use, with the reasoning model and a token for the hub."""
+    pair.head.write(HUB_TOKEN_FILE, f"{HUB_TOKEN}\n", mode="0600")
+    named = (f"hub.token_file={HUB_TOKEN_FILE}", "hub.offline=false", "serving.allow=192.0.2.0/24")
+    settings = (*_reasoning_settings("--reasoning-parser", "qwen3"), *named)
+    _set_up(pair.head, "single", *settings)
+    _until_it_serves(pair.head, "single", *settings)
+    return settings
+
+
+def test_serving_with_the_parser_has_the_reasoning_field_and_the_key(pair: Pair, opened: tuple[str, ...]) -> None:
+    found = _findings(pair.head, "single", *opened)
     assert [each["verdict"] for each in found.values()] == ["pass"] * 3, found
     says = "reasoning in delta.reasoning, the answer in delta.content; first token after "
     assert found["serving-stream"]["found"].startswith(says)
     assert "grew by 16 tokens, of which the probes made 16; 0% of the KV cache" in found["serving-metrics"]["found"]
-    locked = _findings(node, "single", *settings)
-    assert (locked["serving"]["verdict"], locked["serving"]["found"]) == ("fail", "it asks for a key (HTTP 401)")
-    _assert_others_skip(locked)
-    wrong = _findings(node, "single", *settings, key="simsim")["serving"]
-    assert (wrong["verdict"], wrong["found"]) == ("fail", f"the API rejects the key in {KEY}")
-    node.run("rm", f"/etc/systemd/system/{UNIT}.d/{drop_in}")
+    wrong = _findings(pair.head, "single", *opened, key="simsim")
+    assert (wrong["serving"]["verdict"], wrong["serving"]["found"]) == ("fail", f"the API rejects the key in {KEY}")
+    _assert_others_skip(wrong)
+
+
+def test_no_secret_is_where_others_could_read_it(pair: Pair, opened: tuple[str, ...]) -> None:
+    node, secrets = pair.head, (pair.head.read(API_KEY).strip(), HUB_TOKEN)
+    assert node.run("stat", "-c", "%a %U", API_KEY, HUB_TOKEN_FILE).stdout.split("\n")[:2] == ["600 root"] * 2
+    probing = node.popen(*_program("probe", "single", *opened), user="spark", env=CHECKOUT_ENV, cwd=CHECKOUT)
+    seen = ""
+    while probing.poll() is None:
+        seen += node.run("sh", "-c", "cat /proc/[0-9]*/cmdline /proc/[0-9]*/environ 2>&-; true").stdout
+        time.sleep(0.2)
+    said = probing.communicate()
+    assert probing.returncode == 0, said
+    assert f"HF_TOKEN_PATH=/run/credentials/{UNIT}/hf-token" in seen and "VLLM::EngineCore" in seen
+    # All that is on the disk or in memory as a file, but for the two files and the credentials of the unit.
+    kept = f"-path {PREFIX}/venv -prune -o -path /srv -prune -o"
+    find = f"find /etc /run/systemd /run/log /tmp /var /home /root {PREFIX} {kept} -type f -print0"
+    texts = {
+        "processes": seen,
+        "unit": node.run("sh", "-c", f"systemctl cat {UNIT}; systemctl show {UNIT}").stdout,
+        "journal": node.run("journalctl", "--no-pager", "-a", "-o", "json").stdout,
+    }
+    for secret in secrets:
+        assert [name for name, text in texts.items() if secret in text] == []
+        files = node.run("sh", "-c", f"{find} | xargs -0 grep -lFe {secret} -- 2>&-; true").stdout.split()
+        assert files == [HUB_TOKEN_FILE if secret == HUB_TOKEN else API_KEY]
+    assert node.run("cat", f"/run/credentials/{UNIT}/hf-token").stdout.strip() == HUB_TOKEN
+
+
+def test_no_route_answers_without_the_key(pair: Pair, opened: tuple[str, ...]) -> None:
+    del opened
+    key = pair.head.read(API_KEY)
+    # By the node's own address and by that which the network uses.
+    for address in ("127.0.0.1", ADDRESSES["head"]):
+        output = pair.head.run("python3", "-I", f"{CHECKOUT}/tests/support/routes.py", address, input=key, timeout=600)
+        tried = json.loads(output.stdout)
+        routes = tried["routes"]
+        assert {"POST /v1/chat/completions", "POST /invocations", "POST /tokenize"} <= set(routes["none"])
+        assert len(routes["none"]) > 50, routes["none"]
+        for name in ("none", "wrong"):
+            answered = {each: status for each, status in routes[name].items() if status != 401}
+            assert answered == {}, name
+        refused = {each: status for each, status in routes["right"].items() if status in (401, 403)}
+        assert refused == {}
+        assert [routes["right"][f"GET {path}"] for path in ("/metrics", "/health", "/v1/models")] == [200] * 3
+        strange = tried["strange"]
+        for name in ("right", "odd case", "spaces", "HTTP/1.0"):
+            assert strange.pop(name) == [200], name
+        assert strange.pop("kept connection") == [200, 401]
+        assert strange.pop("pipelined") == [401, 401, 200]
+        assert {name for name, statuses in strange.items() if not _is_refusal(statuses)} == set(), strange
+    # One of them has the key in its address.
+    assert key.strip() not in pair.head.run("journalctl", "--no-pager", "-a", "-o", "json").stdout
+
+
+def _is_refusal(statuses: list[int]) -> bool:
+    """400: what is no HTTP; 403: a websocket that was not accepted."""
+    return bool(statuses) and set(statuses) <= {400, 401, 403}
+
+
+def test_ask_and_the_example_of_the_docs_show_reasoning_apart_from_the_answer(
+    pair: Pair, opened: tuple[str, ...]
+) -> None:
+    node, python = pair.head, f"{PREFIX}/venv/bin/python"
+    lines = [each.removeprefix("serving.").replace("=", ": ", 1) for each in opened if each.startswith("serving.")]
+    node.write("/home/spark/config.yaml", "serving: {" + ", ".join(lines) + "}\n", user="spark")
+    ask = (python, "-m", "sparkinstall", "ask", "How much?", "--config", "/home/spark/config.yaml")
+    spoken = node.run(*ask, "--reasoning", user="spark", env=CHECKOUT_ENV)
+    assert (spoken.stdout, spoken.stderr) == (f"{vllm_on_cpu.ANSWER}\n", f"{vllm_on_cpu.REASONING}\n")
+    data = json.loads(node.run(*ask, "--json", user="spark", env=CHECKOUT_ENV).stdout)["data"]
+    said = (data["model"], data["content"], data["reasoning"], data["finish_reason"])
+    assert said == (REASONER, vllm_on_cpu.ANSWER, vllm_on_cpu.REASONING, "stop")
+    unknown = node.run(*ask, "--model", "other", user="spark", env=CHECKOUT_ENV, check=False)
+    assert unknown.returncode == 1 and f"it serves {REASONER}" in unknown.stderr
+    node.write("/home/spark/example.py", example(), user="spark")
+    env = {KEY: node.read(API_KEY).strip()}
+    shown = node.run(python, "/home/spark/example.py", user="spark", env=env)
+    assert (shown.stdout, shown.stderr) == (f"{vllm_on_cpu.ANSWER}\n", vllm_on_cpu.REASONING)
 
 
 @pytest.fixture(scope="module")
@@ -421,5 +514,6 @@ def test_uninstall_removes_vllm(pair: Pair) -> None:
         assert shown[1] == "inactive"
         assert node.run("pgrep", "-f", "vllm", check=False).stdout == ""
         assert node.run("ls", PREFIX).stdout.split() == ["env", "venv"]
+        assert node.run("test", "-e", API_KEY, check=False).returncode == 1
     for path in ("/var/lib/vllm-life", "/run/vllm-life", "/usr/local/lib/vllm-life.py"):
         assert pair.head.run("ls", path, check=False).returncode != 0, path
