@@ -9,20 +9,28 @@ namespaces with a cable at MTU 9000 between them. They share the cores and the d
 import datetime
 import os
 import platform
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
 
-from benchmarks.report import table
+from benchmarks.cable import (
+    HEAD,
+    HEAD_SPACE,
+    SSH_PORT,
+    WORKER,
+    WORKER_SPACE,
+    Copied,
+    cable,
+    copied_table,
+    machine,
+    measured,
+    sshd,
+)
 from sparkinstall.assets import user_cache
 from sparkinstall.cluster.protocol import Introduction, Offer, announced
 from sparkinstall.stacks import canonical
@@ -31,10 +39,6 @@ from tests.lab.commands import run
 
 RESULTS = Path(__file__).with_name("copying.md")
 ROUNDS = 3
-HEAD, WORKER = "192.168.177.1", "192.168.177.2"
-HEAD_SPACE, WORKER_SPACE = "bench-head", "bench-worker"
-CABLE = "cable"
-SSH_PORT = "2222"
 OURS = "`sparkinstall cluster`"
 _STACK = """
 name: bench
@@ -47,62 +51,21 @@ platforms: {{{machine}: {{lock: bench.lock}}}}
 """
 
 
-@dataclass(frozen=True)
-class Copied:
-    """Seconds, CPU seconds of both sides, and bytes that left the head's interface."""
-
-    seconds: float
-    cpu: float
-    sent: int
-
-
 def main() -> None:
     """Measure, and write copying.md."""
     house = Wheelhouse(Path(sys.argv[1]).absolute() if sys.argv[1:] else user_cache() / "wheels")
     house.refresh()
     size = sum(kept.size for kept in house.listed().values())
-    with tempfile.TemporaryDirectory(dir=user_cache()) as scratch, _cable():
+    with tempfile.TemporaryDirectory(dir=user_cache()) as scratch, cable():
         work = Path(scratch)
         ways = {OURS: lambda: _ours(house, work), **_over_ssh(house, work)}
         found: dict[str, list[Copied]] = {name: [] for name in ways}
         for _ in range(ROUNDS):
             for name, way in ways.items():
-                found[name].append(_measured(way))
+                found[name].append(measured(way))
                 shutil.rmtree(work / "worker")
     RESULTS.write_text(_report(found, len(house.listed()), size))
     print(RESULTS.read_text())
-
-
-@contextmanager
-def _cable() -> Iterator[None]:
-    for space in (HEAD_SPACE, WORKER_SPACE):
-        run("ip", "netns", "add", space)
-    try:
-        end = ("type", "veth", "peer", "name", CABLE, "netns", WORKER_SPACE)
-        run("ip", "-n", HEAD_SPACE, "link", "add", CABLE, *end)
-        for space, address in ((HEAD_SPACE, HEAD), (WORKER_SPACE, WORKER)):
-            run("ip", "-n", space, "address", "add", f"{address}/24", "dev", CABLE)
-            run("ip", "-n", space, "link", "set", CABLE, "mtu", "9000", "up")
-        yield
-    finally:
-        for space in (HEAD_SPACE, WORKER_SPACE):
-            run("ip", "netns", "del", space)
-
-
-def _measured(way: Callable[[], None]) -> Copied:
-    began, cpu, sent = time.perf_counter(), _cpu(), _sent()
-    way()
-    return Copied(time.perf_counter() - began, _cpu() - cpu, _sent() - sent)
-
-
-def _cpu() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def _sent() -> int:
-    counter = f"/sys/class/net/{CABLE}/statistics/tx_bytes"
-    return int(run("ip", "netns", "exec", HEAD_SPACE, "cat", counter).stdout)
 
 
 def _ours(house: Wheelhouse, work: Path) -> None:
@@ -147,8 +110,6 @@ def _stack(house: Wheelhouse, work: Path) -> Path:
 
 
 def _over_ssh(house: Wheelhouse, work: Path) -> Mapping[str, Callable[[], None]]:
-    run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(work / "key"))
-
     def way(cipher: str) -> Callable[[], None]:
         return lambda: _scp(house, work, cipher)
 
@@ -157,31 +118,16 @@ def _over_ssh(house: Wheelhouse, work: Path) -> Mapping[str, Callable[[], None]]
 
 def _scp(house: Wheelhouse, work: Path, cipher: str) -> None:
     (work / "worker").mkdir()
-    Path("/run/sshd").mkdir(exist_ok=True)
-    options = ("-o", f"HostKey={work / 'key'}", "-o", f"AuthorizedKeysFile={work / 'key'}.pub", "-o", "StrictModes=no")
-    server = ("/usr/sbin/sshd", "-D", "-f", "/dev/null", "-p", SSH_PORT, "-o", "UsePAM=no", *options)
-    subsystem = ("-o", "Subsystem=sftp internal-sftp", "-o", "PermitRootLogin=yes")
-    with subprocess.Popen(("ip", "netns", "exec", HEAD_SPACE, *server, *subsystem)) as sshd:
-        time.sleep(0.5)
-        client = ("scp", "-q", "-c", cipher, "-P", SSH_PORT, "-i", str(work / "key"), "-o", "StrictHostKeyChecking=no")
-        quiet = ("-o", "UserKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR")
+    with sshd(work / "key") as options:
+        client = ("scp", "-q", "-c", cipher, "-P", SSH_PORT, *options)
         source = f"root@{HEAD}:{house.folder}/*.whl"
-        run("ip", "netns", "exec", WORKER_SPACE, *client, *quiet, source, str(work / "worker"), timeout=600)
-        sshd.terminate()
+        run("ip", "netns", "exec", WORKER_SPACE, *client, source, str(work / "worker"), timeout=600)
 
 
 def _report(found: Mapping[str, list[Copied]], wheels: int, size: int) -> str:
-    best = {name: min(rounds, key=lambda each: each.seconds) for name, rounds in found.items()}
-    rows = [
-        (name, f"{each.seconds:.1f} s", f"{size / each.seconds / 1e6:.0f} MB/s", f"{each.cpu:.1f} s",
-         f"{each.sent / 1e9:.2f} GB")
-        for name, each in best.items()
-    ]  # fmt: skip
-    cores = f"{os.cpu_count()} cores, {platform.machine()}"
-    made = f"Made by `python -m benchmarks.copying` on {datetime.date.today()}, {cores} for both sides and the cable."
+    made = f"Made by `python -m benchmarks.copying` on {datetime.date.today()}, {machine()}."
     title = f"{wheels} wheels, {size / 1e9:.2f} GB, from one network namespace to another; the best of {ROUNDS} runs"
-    heads = ("", "time", "speed", "CPU time of both sides", "sent by the head")
-    return "\n".join(["# Wheels from the head to a worker", "", made, "", table(title, heads, rows)])
+    return "\n".join(["# Wheels from the head to a worker", "", made, "", copied_table(title, found, size)])
 
 
 if __name__ == "__main__":

@@ -23,7 +23,9 @@ def versions() -> list[str]:
     return sorted(found)
 
 
-def _installed(version: str) -> Path:
+def installed(version: str) -> Path:
+    """The folder with a version of the client, for PYTHONPATH."""
+
     def build(place: Path) -> None:
         argv = [find_uv_bin(), "pip", "install", "--quiet", "--no-progress", "--python", sys.executable]
         commands.run(*argv, "--target", str(place), f"huggingface_hub=={version}", timeout=SECONDS)
@@ -36,7 +38,7 @@ def printed(version: str, code: str, **env: str) -> Any:
     imported = "import json\nfrom huggingface_hub import hf_hub_download, scan_cache_dir, snapshot_download\n"
     found = subprocess.run(
         [sys.executable, "-c", imported + code],
-        env={**os.environ, "PYTHONPATH": str(_installed(version)), "HF_HUB_DISABLE_XET": "1", **env},
+        env={**os.environ, "PYTHONPATH": str(installed(version)), "HF_HUB_DISABLE_XET": "1", **env},
         capture_output=True,
         text=True,
         timeout=SECONDS,

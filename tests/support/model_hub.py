@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -18,13 +19,15 @@ from tests.support.local_server import listening
 COMMIT = "c0ffee" * 6 + "c0de"
 LARGE = 1000
 """A file with more bytes has a sha256 on the hub, like one that git keeps elsewhere."""
-_PIECE = 1 << 14
+_PIECE, _LARGE_PIECE = 1 << 14, 1 << 20
 
 
+@lru_cache(maxsize=32)
 def git_sha1(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
+@lru_cache(maxsize=32)
 def digest(content: bytes) -> str:
     """The name of the blob of a file with this content."""
     return hashlib.sha256(content).hexdigest() if len(content) > LARGE else git_sha1(content)
@@ -192,8 +195,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         shown = content[:cut] if cut else content
         try:
-            for at in range(0, len(shown), _PIECE):
-                self.wfile.write(shown[at : at + _PIECE])
+            piece = _PIECE if self.of.pause else _LARGE_PIECE
+            for at in range(0, len(shown), piece):
+                self.wfile.write(shown[at : at + piece])
                 time.sleep(self.of.pause)
         except OSError:
             pass
