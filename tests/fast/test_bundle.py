@@ -19,7 +19,9 @@ from sparkinstall.core.session import Target
 from sparkinstall.payloads.bundle_archive import manifest_of
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system.local import LocalSystem
+from tests.support import stored_models
 from tests.support.bundles import HERE, OTHER, WHEEL, Maker, Run, packed, written
+from tests.support.model_hub import ModelHub, served
 from tests.support.mounts import read_only, resize, small_disk
 from tests.support.rehearsals import (
     command,
@@ -30,6 +32,7 @@ from tests.support.rehearsals import (
     sparkinstall,
     tree,
 )
+from tests.support.stored_models import MODEL
 from tests.support.tiny_stack import small_stack, tiny_stack
 
 
@@ -331,7 +334,7 @@ class Offline:
     def __init__(self, folder: Path, stack: Path) -> None:
         self.root, self.cache = folder / "node", folder / "empty-cache"
         self.options = ("--root", self.root, "--stack", stack, "--platform", OTHER, *WHEEL)
-        self.env = {"XDG_CACHE_HOME": str(self.cache), "HOME": str(folder)}
+        self.env = {"XDG_CACHE_HOME": str(self.cache), "HOME": str(folder), "HF_HOME": str(folder / "hf")}
 
     def run(self, verb: str, *more: str | Path) -> Run:
         return _offline(verb, *self.options, *more, **self.env)
@@ -343,17 +346,26 @@ def node(tmp_path: Path, bundle: tuple[Path, Path]) -> Offline:
 
 
 @pytest.mark.network
-def test_rehearsal_without_a_network_is_installed_from_a_bundle(node: Offline, bundle: tuple[Path, Path]) -> None:
-    planned = node.run("plan", "--bundle", bundle[0])
+def test_rehearsal_without_a_network_is_installed_from_a_bundle(
+    node: Offline, bundle: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """With a model, which stays in the cache of the hub."""
+    maker, file = Maker(tmp_path / "m", bundle[1]), tmp_path / "model.tar"
+    with served(ModelHub(MODEL, dict(stored_models.FILES))) as hub:
+        maker.env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "m/hf")}
+        maker.created(file, "--model", MODEL)
+    planned = node.run("plan", "--bundle", file)
     assert planned.returncode == 0 and "--bundle" in planned.stdout, output_of(planned)
     assert not node.root.exists() and not (node.cache / "sparkinstall/wheels").exists(), "plan changes nothing"
-    done = node.run("all", "--bundle", bundle[0], "--json")
+    done = node.run("all", "--bundle", file, "--json")
     assert envelope(done)["data"]["changed"] is True, output_of(done)
-    again = node.run("all", "--bundle", bundle[0], "--json")
+    again = node.run("all", "--bundle", file, "--json")
     assert envelope(again)["data"]["changed"] is False, output_of(again)
     assert node.run("verify").returncode == 0
     undone = _offline("uninstall", "--root", node.root, **node.env)
     assert undone.returncode == 0 and not node.root.exists(), output_of(undone)
+    (model,) = envelope(_offline("models", "list", "--json", **node.env))["data"]["models"]
+    assert (model["id"], model["revisions"][0]["complete"]) == (MODEL, True)
 
 
 @pytest.mark.network
