@@ -604,7 +604,8 @@ class _Judge:
         layout, options = self._model.layout, self._options
         if layout.remote_code:
             named = ", ".join(layout.remote_code)
-            yield f"the model has code of its own ({named}): vLLM runs it only with --trust-remote-code, fit never does"
+            does = "as it did to plan" if options.remote_code and self._model.planned else "fit never does"
+            yield f"the model has code of its own ({named}): vLLM runs it only with --trust-remote-code, {does}"
         if layout.kv_dtype == "fp8" and options.kv_dtype == "auto":
             yield "the checkpoint asks for an fp8 KV cache, and vLLM follows it"
         longest = self._model.longest
@@ -626,7 +627,7 @@ class _Judge:
         if nodes > 1 + sum(each.value is not None for each in others):
             yield f"each of the {nodes} nodes is taken to have as much available as this one"
         if self._model.not_asked:
-            yield f"vLLM was not asked: {self._model.not_asked}"
+            yield f"counted by formulas: {self._model.not_asked}"
 
 
 def _changed(options: FitOptions, steps: Sequence[dict[str, object]]) -> FitOptions:

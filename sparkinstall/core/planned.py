@@ -75,7 +75,7 @@ class InstalledVllm(Struct, frozen=True):
             raise NotPlanned(reply.error or "its answer is not whole")
         answers = dict(zip(questions.sets, reply.answers, strict=True))
         if not answers[questions.sets[0]].plan:
-            raise NotPlanned(f"vLLM {reply.vllm} has no plan for it: {answers[questions.sets[0]].error}")
+            raise NotPlanned(_why_no_plan(reply.vllm, answers[questions.sets[0]].error))
         _keep(kept, reply)
         return _planned(reply, answers)
 
@@ -99,7 +99,7 @@ class InstalledVllm(Struct, frozen=True):
             more = {**_QUIET, "VLLM_CACHE_ROOT": f"{folder}/.vllm", "TMPDIR": folder}
             said = with_env_file(self.node, self.on, *command, timeout=_LIMIT, **more)
         try:
-            return msgspec.json.decode(said.out.splitlines()[-1], type=Reply)
+            return msgspec.json.decode(said.out.splitlines()[-1].replace(folder, "the model's folder"), type=Reply)
         except (msgspec.DecodeError, IndexError):
             late = f"it has not answered within {_LIMIT:g} s" if said.code == 124 else ""
             return Reply(error=late or said.last_line[:300] or f"it ended with code {said.code}")
@@ -125,6 +125,12 @@ def _question(folder: str, questions: Questions, asked: Asked) -> Question:
     words = ["--max-num-batched-tokens", str(asked.batched_tokens), *questions.more]
     words += ["--kv-cache-dtype", asked.kv_dtype] if asked.kv_dtype != "auto" else []
     return Question(folder, [*words, *([_REMOTE] if questions.remote_code else [])], asked.tensor_parallel)
+
+
+def _why_no_plan(release: str, error: str) -> str:
+    if "custom code" in error or "trust_remote_code" in error or _REMOTE in error:
+        return f"vLLM {release} needs the model's own code for it: {_REMOTE} lets it run that"
+    return f"vLLM {release} has no plan for it: {error}"
 
 
 def _planned(reply: Reply, answers: Mapping[Asked, Answer]) -> Planned:

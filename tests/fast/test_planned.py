@@ -200,7 +200,7 @@ def test_without_an_answer_the_formulas_count_and_the_reason_is_named(of: dict[s
     found = use.fit("m", files, use.FitOptions(), ROOM, "0.29.0", oracle=silent("KeyError: 'x'"))
     assert (found.asked, found.not_asked, found.vllm) == (False, "KeyError: 'x'", "0.29.0")
     assert found.memory.kv_cache.basis == ("unknown" if of is HYBRID else "estimate")
-    assert "vLLM was not asked: KeyError: 'x'" in found.notes
+    assert "counted by formulas: KeyError: 'x'" in found.notes
 
 
 def test_options_that_only_vllm_can_count_are_unknown_without_it(tmp_path: Path) -> None:
@@ -325,6 +325,7 @@ def test_answer_is_kept_until_something_changes(node: Node, tmp_path: Path) -> N
         (Spark("[]"), "code 0"),
         (Spark('{"vllm": "0.33.0", "answers": []}'), "not whole"),
         (Spark('{"vllm": "0.33.0", "answers": [{"error": "ValueError: no"}, {}]}'), "no plan for it: ValueError: no"),
+        (Spark('{"vllm": "0.33.0", "answers": [{"error": "X: it has custom code"}, {}]}'), "--trust-remote-code lets"),
         (Spark(REPLY, free=2 << 20), "only 2048 MiB of memory"),
     ],
 )  # fmt: skip

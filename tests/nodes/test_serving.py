@@ -9,11 +9,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sparkinstall import payloads
 from sparkinstall.layout import API_KEY
+from sparkinstall.system.read_only import WITH_ENV_FILE
 from tests.lab.cabling import PORT_0, Cabling, Plugs, ip
 from tests.lab.node import Bind, FreshNode
 from tests.nodes.fresh import REPOSITORY
@@ -27,6 +30,15 @@ CHECKOUT = "/srv/checkout"
 PREFIX = "/opt/sparkinstall"
 MODEL, REASONER = "/srv/model", "/srv/reasoner"
 UNIT = "vllm.service"
+# A folder with config.json for each file of another.
+FOLDERS = """
+for each in "$1"/*.json; do
+  to="/srv/kv/$(basename "$each" .json)"
+  mkdir -p "$to"
+  ln -s "$each" "$to/config.json"
+done
+"""
+PLANS = Path(__file__).parents[1] / "cases/kv-cache"
 KEY = "VLLM_API_KEY"
 NAMES = {"single": "single-node", "head": "multi-node-head", "worker": "multi-node-worker"}
 CHECKOUT_ENV = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
@@ -211,6 +223,45 @@ def test_single_node_serves_and_streams(pair: Pair, alone: str) -> None:
     last = json.loads(events[-2])
     assert last["choices"][0]["finish_reason"] == "length", last
     assert len(events) > 5
+
+
+def test_fit_plans_the_cache_that_the_log_of_the_server_has(pair: Pair, alone: str) -> None:
+    assert alone
+    first, second = (_planned_cache(pair.head, sequences) for sequences in (1, 2))
+    # vLLM keeps one block for itself.
+    block = 2 * first - second
+    sequences = (1 << 30) // block / ((second - first) // block)
+    log = _journal(pair.head, 4000)
+    said = re.findall(r"Maximum concurrency for ([\d,]+) tokens per request: ([\d.]+)x", log)
+    assert said and set(said) == {("512", f"{sequences:.2f}")}
+
+
+def _planned_cache(node: FreshNode, sequences: int) -> int:
+    """Bytes of the cache for so many sequences; the second time from what was kept of the first answer."""
+    words = ("fit", MODEL, "--context", "512", "--sequences", str(sequences), "--memory", "20GiB", "--json")
+    program = (f"{PREFIX}/venv/bin/python", "-m", "sparkinstall", *words)
+    run = node.run(*program, user="spark", env=CHECKOUT_ENV, timeout=600)
+    data = json.loads(run.stdout)["data"]
+    assert (data["asked"], data["memory"]["kv_cache"]["basis"]) == (True, "planned"), data
+    return int(data["memory"]["kv_cache"]["value"])
+
+
+def test_payload_gives_the_recorded_plans(pair: Pair) -> None:
+    """All models in one process: fast tests hold these plans to the logs of real engines."""
+    records = json.loads((PLANS / f"{vllm_on_cpu.VERSION}.json").read_text())["records"]
+    pair.head.run("sh", "-c", FOLDERS, "sh", f"{CHECKOUT}/tests/cases/kv-cache/models")
+    questions = [{**_of(each), "folder": f"/srv/kv/{each['model']}"} for each in records]
+    program = ("python", "-P", "-c", payloads.source("vllm_kv_cache"), json.dumps(questions))
+    env = {"HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    started = ("bash", "-c", WITH_ENV_FILE, "bash", f"{PREFIX}/env/single-node.env", *program)
+    said = pair.head.run(*started, user="spark", env=env, timeout=600).stdout
+    answers = json.loads(said.splitlines()[-1])["answers"]
+    assert [each.get("plan") for each in answers] == [each.get("plan") for each in records]
+    assert [bool(each.get("error")) for each in answers] == [bool(each.get("error")) for each in records]
+
+
+def _of(record: dict[str, Any]) -> dict[str, Any]:
+    return {"words": record["words"], "nodes": record["nodes"]}
 
 
 def _reasoning_settings(*arguments: str) -> tuple[str, str]:
