@@ -12,6 +12,7 @@ import http.client
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,8 @@ HOUR, DAY = 3600.0, 86400.0
 SCRAPE_SECONDS = 10.0
 # Seconds for one program that collects evidence; one that hangs in the kernel cannot even be killed.
 COLLECT_SECONDS = 15.0
+# Seconds for all stacks of Python: a process that is stopped lets each of them wait.
+SPY_SECONDS = 60.0
 # Above the unit's TimeoutStopSec, after which systemd kills what SIGTERM has not ended.
 RESTART_SECONDS = 240.0
 # Bounds of the evidence: folders, bytes a file, processes, threads a process, lines a log.
@@ -36,6 +39,12 @@ FOLDERS, FILE_BYTES, PROCESSES, THREADS, LINES = 10, 512 * 1024, 32, 256, 400
 ASLEEP = 'sleep_state="awake"'
 # FlashInfer and Triton compile kernels when a shape is needed for the first time: for minutes, in which no token comes.
 COMPILERS = frozenset(("nvcc", "cicc", "cudafe++", "ptxas", "fatbinary", "nvlink", "ninja", "cc1plus"))
+# Bytes of an answer, of which vLLM's have some thousand: whoever has the port must not fill the memory of root.
+MOST_BYTES = 8 << 20
+MOST_KEY = 4096
+KEY = re.compile(rf"[!-~]{{1,{MOST_KEY}}}")
+# The state of a socket in /proc/net/tcp.
+LISTENS = "0A"
 
 
 # --- the decision
@@ -247,6 +256,7 @@ class Server:
 
     def __init__(self, port: int, key: Callable[[], str]) -> None:
         self._port, self._ask_key, self._key = port, key, ""
+        self._users: set[int] = set()
 
     def request(self, path: str, seconds: float, body: Mapping[str, Any] | None = None) -> tuple[int, str]:
         """Return the status and the text of an answer; read the key again if it is refused.
@@ -254,6 +264,10 @@ class Server:
         Raises:
             OSError, HTTPException: there is none.
         """
+        users = users_at(self._port)
+        if users != self._users:
+            # While vLLM is down, another user's program can have its port.
+            self._key, self._users = "", users
         status, text = self._request(path, seconds, body)
         if status not in (401, 403) or (key := self._ask_key()) == self._key:
             return status, text
@@ -269,7 +283,10 @@ class Server:
             with time_limit(seconds):
                 link.request("POST" if body else "GET", path, json.dumps(body) if body else None, headers)
                 answer = link.getresponse()
-                return answer.status, answer.read().decode(errors="replace")
+                data = answer.read(MOST_BYTES + 1)
+                if len(data) > MOST_BYTES:
+                    raise http.client.HTTPException(f"more than {MOST_BYTES >> 20} MiB come")
+                return answer.status, data.decode(errors="replace")
         finally:
             link.close()
 
@@ -287,7 +304,7 @@ class Server:
             return self._probe(time.monotonic() + seconds)
         except (OSError, http.client.HTTPException) as error:
             return Probed(why=_words(error, seconds))
-        except (ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             return Probed(why=f"its answer cannot be read ({type(error).__name__})")
 
     def _probe(self, until: float) -> Probed:
@@ -443,8 +460,9 @@ class Evidence:
         if shutil.which("nvidia-smi"):
             yield "nvidia-smi.txt", output_of("nvidia-smi")[1]
         if spy := shutil.which("py-spy"):
-            stacks = (output_of(spy, "dump", "--pid", str(pid))[1] for each in pids.values() for pid in each)
-            yield "py-spy.txt", "\n".join(stacks)
+            until = time.monotonic() + SPY_SECONDS
+            chosen = (pid for each in pids.values() for pid in each if time.monotonic() < until)
+            yield "py-spy.txt", "\n".join(output_of(spy, "dump", "--pid", str(pid))[1] for pid in chosen)
 
     def _sockets(self) -> str:
         ports = " or ".join(f"sport = :{port} or dport = :{port}" for port in self.ports)
@@ -558,7 +576,16 @@ class Watch:
 
     def _restart(self, now: float) -> None:
         assert self.wedge is not None, "only a wedge leads to a restart"
+        found = unit_now(self.unit)
+        if (found.state, found.invocation) != ("active", self.memory.invocation):
+            # The evidence takes a while, in which somebody may have stopped it or started it again.
+            self.wedge["action"] = "left alone: it was stopped or started meanwhile"
+            say(f"{self.unit} is {self.wedge['action']}")
+            self._keep()
+            return
         self.restarts.append(now)
+        # Before: a restart takes minutes, and who is killed in them must not forget the budget.
+        self._keep()
         # Else systemd counts it with the starts that failed, and after some of them refuses to start the unit.
         output_of("systemctl", "reset-failed", self.unit)
         code, text = output_of("systemctl", "restart", self.unit, seconds=RESTART_SECONDS)
@@ -580,7 +607,8 @@ class Watch:
         self._write(self.places.live, verdict)
 
     def _keep(self) -> None:
-        self._write(self.places.state, Verdict("wedged"))
+        for folder in (self.places.live, self.places.state):
+            self._write(folder, Verdict("wedged"))
 
     def _write(self, folder: Path, verdict: Verdict) -> None:
         now = time.time()
@@ -608,7 +636,8 @@ class Watch:
         for folder in (self.places.live, self.places.state):
             with suppress(OSError, ValueError, LookupError, TypeError):
                 found = json.loads((folder / "state.json").read_text())
-                self.wedges, self.restarts = list(found["wedges"]), [epoch(each) for each in found["restarts"]]
+                restarts = [epoch(each) for each in found["restarts"]]
+                self.wedges, self.restarts = [each for each in found["wedges"] if epoch(each["at"])], restarts
                 return
 
 
@@ -625,16 +654,46 @@ def say(text: str, level: str = "<5>") -> None:
     print(f"{level}sparkinstall: {text}", flush=True)
 
 
+def users_at(port: int) -> set[int]:
+    """Return the users whose programs listen at a port of this machine."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+                words = line.split()
+                if words[3] == LISTENS and int(words[1].rpartition(":")[2], 16) == port:
+                    found.add(int(words[7]))
+    return found
+
+
+def key_for(unit: str, file: str, port: int) -> str:
+    """Return the API's key if the unit's own user listens at the port, else "": nobody else gets to know it."""
+    user = re.search(r"^Uid:\s+(\d+)", _read(unit_now(unit).pid, "status"), re.MULTILINE)
+    return key_of(unit, file) if user and users_at(port) == {int(user[1])} else ""
+
+
 def key_of(unit: str, file: str) -> str:
     """Return the API's key: from the credential, or from the environment that vLLM was started with; "" if none."""
     with suppress(OSError):
         if file:
-            return Path(file).read_text().strip()
+            return _sound(_begin_of(file))
     with suppress(OSError):
         for each in Path("/proc", str(unit_now(unit).pid), "environ").read_bytes().split(b"\0"):
             if each.startswith(b"VLLM_API_KEY="):
-                return each.partition(b"=")[2].decode(errors="replace")
+                return _sound(each.partition(b"=")[2])
     return ""
+
+
+def _begin_of(file: str) -> bytes:
+    """Return what a file begins with; of a pipe, which could let us wait for ever, nothing."""
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", buffering=0) as opened:
+        return opened.read(MOST_KEY + 2) or b""
+
+
+def _sound(key: bytes) -> str:
+    """Return a key that a header can have, else ""."""
+    text = key.decode(errors="replace").strip()
+    return text if KEY.fullmatch(text) else ""
 
 
 def main(words: Sequence[str]) -> None:
@@ -654,7 +713,7 @@ def main(words: Sequence[str]) -> None:
     asked = parser.parse_args(words)
     limits = Limits(asked.still, asked.probe_every, asked.probe, asked.start, asked.restarts)
     names = Names(asked.running, asked.waiting, asked.generated, asked.moving, *asked.asleep[:1])
-    server = Server(asked.port, functools.partial(key_of, asked.unit, asked.key_file))
+    server = Server(asked.port, functools.partial(key_for, asked.unit, asked.key_file, asked.port))
     evidence = Evidence(asked.state / "evidence", (asked.unit, *asked.also_unit), (asked.port, *asked.also_port))
     Watch(asked.unit, asked.every, limits, names, server, evidence, Places(asked.state, asked.live)).run()
 
