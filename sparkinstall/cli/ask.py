@@ -115,6 +115,10 @@ class _Nothing:
         del answer
 
 
+def _visible(text: str) -> str:
+    return _CONTROL.sub(lambda found: "" if found[0] == "\r" else ascii(found[0])[1:-1], text)
+
+
 class _Terminal:
     """Both, the reasoning dim. Control characters, which a terminal would obey, become visible."""
 
@@ -122,7 +126,7 @@ class _Terminal:
         self._out, self._before, self._ends_line = console(), "", True
 
     def show(self, piece: Piece) -> None:
-        text = _CONTROL.sub(lambda found: "" if found[0] == "\r" else ascii(found[0])[1:-1], piece.text)
+        text = _visible(piece.text)
         if piece.kind != self._before:
             text = text.lstrip("\n")
             self._separate(piece)
@@ -162,7 +166,8 @@ class _Pipe:
             text = piece.text if self._shown[piece.kind] else piece.text.lstrip("\n")
             # First: after an interrupt here it must not be shown again.
             self._shown[piece.kind] += text
-            stream.write(text)
+            # stderr is often the terminal that stdout is not.
+            stream.write(_visible(text) if stream.isatty() else text)
             stream.flush()
 
     def end(self, answer: Answer) -> None:

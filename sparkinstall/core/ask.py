@@ -30,6 +30,7 @@ from sparkinstall.schema import nearest, show
 _TIMEOUT = (5, 900)
 _PIECE = 1 << 16
 _LONGEST_EVENT = 1 << 26
+_LONGEST_ANSWER = 1 << 22
 _LONGEST_KEY = 4096
 _LONGEST_SAID = 2000
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -230,9 +231,9 @@ class Conversation:
         """
         with self._reaching():
             self._model = self._model or self._served()
-            with self._post("/v1/chat/completions", self._body(), stream=True) as response:
+            with self._post("/v1/chat/completions", self._body()) as response:
                 self._require_good(response)
-                for piece in self._separated(_events(response)):
+                for piece in self._separated(events(response)):
                     self._said[piece.kind] = self._said.get(piece.kind, "") + piece.text
                     yield piece
         if self._finish is None:
@@ -284,7 +285,10 @@ class Conversation:
         with self._post("/detokenize", {"model": self._model, "tokens": self._prompt_end}) as response:
             if response.status_code != 200:
                 return None
-            text = _decoded(response.content, _Text).prompt
+            try:
+                text = _decoded(_content(response), _Text).prompt
+            except NoAnswer:
+                return None
         return text.rfind("<think>") > text.rfind("</think>")
 
     # --- the server
@@ -297,15 +301,20 @@ class Conversation:
         return self._server.model if self._server.model in names else names[0]
 
     def _names(self) -> list[str]:
-        with self._http.get(f"{self._server.url}/v1/models", timeout=_TIMEOUT, allow_redirects=False) as response:
+        with self._request("GET", "/v1/models") as response:
             self._require_good(response)
-            return [each.id for each in _decoded(response.content, _Models).data]
+            return [each.id for each in _decoded(_content(response), _Models).data]
 
-    def _post(self, path: str, body: dict[str, Any], stream: bool = False) -> requests.Response:
-        url, data = self._server.url + path, msgspec.json.encode(body)
-        # What is compressed arrives in larger pieces.
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        return self._http.post(url, data, headers=headers, stream=stream, timeout=_TIMEOUT, allow_redirects=False)
+    def _post(self, path: str, body: dict[str, Any]) -> requests.Response:
+        return self._request("POST", path, msgspec.json.encode(body))
+
+    def _request(self, method: str, path: str, data: bytes | None = None) -> requests.Response:
+        # What is compressed arrives in larger pieces, and may be far larger than it seems.
+        headers = {"Accept-Encoding": "identity", **({"Content-Type": "application/json"} if data else {})}
+        url = self._server.url + path
+        return self._http.request(
+            method, url, data=data, headers=headers, stream=True, timeout=_TIMEOUT, allow_redirects=False
+        )
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
@@ -336,7 +345,7 @@ class Conversation:
         code = response.status_code
         if code == 200:
             return
-        said = _said_of(response.content)
+        said = _said_of(_begin(response, _PIECE))
         if code in _UNAUTHORIZED:
             raise self._locked(code)
         if code == _NOT_FOUND and response.request.method == "POST" and self._question.model:
@@ -370,6 +379,7 @@ class Conversation:
         return NoAnswer(f"the server has no model {show(asked)} (404)", cause=served if names else said, hint=hint)
 
 
+_OTHER_SERVER = "the address must be that of vLLM, or of a server with the same API"
 _READ_LOG = "read the server's log: `journalctl -u vllm`, or `sparkinstall diagnose --unit vllm`"
 
 
@@ -378,27 +388,54 @@ def _text(text: str) -> str:
     return text.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def _events(response: requests.Response) -> Iterator[_Event]:
+def events(response: requests.Response) -> Iterator[_Event]:
     """Yield each event of the stream as soon as it is there, until `[DONE]` or the end of the connection."""
-    held = b""
+    for line in _lines(response):
+        event = line.partition(b"data:")[2].strip() if line.startswith(b"data:") else b""
+        if event == b"[DONE]":
+            return
+        if event:
+            yield _decoded(event, _Event)
+
+
+def _lines(response: requests.Response) -> Iterator[bytes]:
+    held, size = list[bytes](), 0
     while data := response.raw.read1(_PIECE):
-        *lines, held = (held + data).split(b"\n")
-        if len(held) > _LONGEST_EVENT:
-            raise NoAnswer("an event of the stream has no end", hint="the server does not speak vLLM's protocol")
+        first, *lines = data.split(b"\n")
+        held.append(first)
+        size += len(first)
+        if size > _LONGEST_EVENT:
+            raise NoAnswer("an event of the stream has no end", hint=_OTHER_SERVER)
         for line in lines:
-            event = line.partition(b"data:")[2].strip() if line.startswith(b"data:") else b""
-            if event == b"[DONE]":
-                return
-            if event:
-                yield _decoded(event, _Event)
+            yield b"".join(held)
+            held, size = [line], len(line)
+
+
+def _content(response: requests.Response) -> bytes:
+    """Return an answer that is no stream.
+
+    Raises:
+        NoAnswer: it does not end.
+    """
+    found = _begin(response, _LONGEST_ANSWER + 1)
+    if len(found) > _LONGEST_ANSWER:
+        raise NoAnswer(f"the server sends more than {_LONGEST_ANSWER >> 20} MiB", hint=_OTHER_SERVER)
+    return found
+
+
+def _begin(response: requests.Response, most: int) -> bytes:
+    """Return what an answer begins with; the rest is not received."""
+    found = bytearray()
+    while len(found) < most and (data := response.raw.read1(min(_PIECE, most - len(found)))):
+        found += data
+    return bytes(found)
 
 
 def _decoded(data: bytes, kind: type[_Part]) -> _Part:
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        hint = "the address must be that of vLLM, or of a server with the same API"
-        raise NoAnswer("the server does not answer like vLLM", cause=str(error), hint=hint) from error
+        raise NoAnswer("the server does not answer like vLLM", cause=str(error), hint=_OTHER_SERVER) from error
 
 
 def _said_of(error: Any) -> str:

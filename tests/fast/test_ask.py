@@ -16,13 +16,18 @@ import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from sparkinstall.core import ask as core_ask
 from sparkinstall.core.reasoning import Piece, Separator
 from tests.support.chat_server import ChatServer, chatting, example
+from tests.support.local_server import listening
 from tests.support.rehearsals import command, envelope, environment, in_this_process
 
 REASONED: Sequence[Mapping[str, Any]] = (
@@ -306,6 +311,59 @@ def test_ask_shows_an_error_in_the_middle_of_a_stream(rehearsal: tuple[str, str]
     assert error["cause"] == "EngineCore encountered an issue"
 
 
+class Endless(BaseHTTPRequestHandler):
+    """Sends what has no end."""
+
+    status, begin = 200, b""
+
+    def do_GET(self) -> None:
+        self.send_response(self.status)
+        self.end_headers()
+        with suppress(OSError):
+            self.wfile.write(self.begin)
+            while True:
+                self.wfile.write(b"x" * 65536)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(200, "the server sends more than 4 MiB"), (500, "the server refuses the question (500)")],
+)
+def test_ask_reads_no_answer_without_an_end(
+    status: int, message: str, rehearsal: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Endless, "status", status)
+    with listening(Endless) as url:
+        run = in_this_process("ask", "x", *rehearsal, "--url", url, "--json")
+    (error,) = envelope(run)["errors"]
+    assert error["message"] == message
+    assert len(error["cause"]) < 2100
+
+
+def test_ask_takes_lines_however_they_are_cut_and_no_endless_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Response:
+        def __init__(self, data: bytes, size: int) -> None:
+            pieces = [data[at : at + size] for at in range(0, len(data), size)]
+            self.raw = SimpleNamespace(read1=lambda _: pieces.pop(0) if pieces else b"")
+
+    stream = b'data: {"choices": []}\n\n: said\ndata: {"choices": [{"finish_reason": "stop"}]}\r\n\ndata: [DONE]\n'
+    for size in (1, 2, 7, 1000):
+        found = list(core_ask.events(cast(Any, Response(stream, size))))
+        assert [len(each.choices) for each in found] == [0, 1]
+    monkeypatch.setattr(core_ask, "_LONGEST_EVENT", 1000)
+    with pytest.raises(core_ask.NoAnswer, match="has no end"):
+        list(core_ask.events(cast(Any, Response(b"data: " + b"x" * 2000, 100))))
+
+
+def test_ask_without_a_usable_detokenize_answers_all_the_same(rehearsal: tuple[str, str]) -> None:
+    server = ChatServer(texts("hm</think>", "42"), refuses={"/detokenize": (200, "<html>")})
+    data = data_of(server, rehearsal)
+    assert (data["reasoning"], data["content"]) == ("hm", "42")
+
+
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:99999", "http://me:secret@x", "http://a b", "x:y:z"])
 def test_ask_refuses_what_is_no_address(url: str, rehearsal: tuple[str, str]) -> None:
     run = in_this_process("ask", "x", *rehearsal, "--url", url, "--json")
@@ -354,6 +412,17 @@ def test_ask_on_a_terminal_shows_dim_reasoning_and_no_control_characters(rehears
 def test_ask_on_a_terminal_says_what_turned_out_to_be_reasoning(rehearsal: tuple[str, str]) -> None:
     drawn = on_a_terminal(ChatServer(texts("hm, six", "</think>42"), prompt=None), rehearsal)
     assert drawn == "hm, six\n\n\x1b[2m(above: its reasoning)\x1b[0m\n\n42\n"
+
+
+def test_ask_sends_no_control_characters_to_a_terminal_that_is_only_stderr(rehearsal: tuple[str, str]) -> None:
+    ours, theirs = pty.openpty()
+    with chatting(ChatServer(({"reasoning": "hm\x1b[2J"}, {"content": "4\x1b2"}))) as server:
+        argv = command("ask", "x", *rehearsal, "--url", server.url, "--reasoning")
+        run = subprocess.run(argv, env=environment(), stdout=subprocess.PIPE, stderr=theirs, timeout=60)
+    os.close(theirs)
+    drawn = os.read(ours, 65536)
+    os.close(ours)
+    assert (run.stdout, drawn.replace(b"\r\n", b"\n")) == (b"4\x1b2\n", b"hm\\x1b[2J\n")
 
 
 def on_a_terminal(server: ChatServer, rehearsal: tuple[str, str]) -> str:
