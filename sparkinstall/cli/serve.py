@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated
 
 import click
@@ -182,13 +182,25 @@ def logs(
         raise BadUsage("a log is no JSON", hint="omit --json; `sparkinstall diagnose --unit vllm --json` explains it")
     pieces = judge.unit_log(VLLM_UNIT, follow).pieces()
     try:
-        for piece in pieces:
-            sys.stdout.write(redact(piece.decode(errors="replace")))
+        for text in whole_lines(pieces):
+            sys.stdout.write(redact(text))
             sys.stdout.flush()
     except KeyboardInterrupt:
         if not follow:
             raise
     return CommandResult()
+
+
+def whole_lines(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Yield the lines that each piece of a log ends: a secret or a character that is cut in two is not recognised."""
+    held = b""
+    for piece in pieces:
+        begun, newline, rest = piece.rpartition(b"\n")
+        if newline:
+            yield (held + begun + newline).decode(errors="replace")
+            held = b""
+        held += rest
+    yield held.decode(errors="replace")
 
 
 def _options(session: Session, ignore: Sequence[str] | None, limit: int | None) -> use.ServeOptions:

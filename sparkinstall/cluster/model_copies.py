@@ -175,7 +175,8 @@ class Own(Struct, frozen=True):
         Raises:
             CopyFailed: there is none.
         """
-        others = [IPv4Address(each) for each in addresses]
+        # What a node says of itself may be anything.
+        others = [IPv4Address(each) for each in addresses if is_address(each)]
         own = {each.ip for each, _ in self.addresses}
         shared = [
             (speed, each.ip)
@@ -189,6 +190,15 @@ class Own(Struct, frozen=True):
             )
         # Of several that are as fast the first, which is the link.
         return str(max(shared, key=lambda each: each[0])[1])
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an IPv4 address."""
+    try:
+        IPv4Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def own(on: Reader, link: str) -> Own:

@@ -578,7 +578,7 @@ class Watch:
         assert self.wedge is not None, "only a wedge leads to a restart"
         found = unit_now(self.unit)
         if (found.state, found.invocation) != ("active", self.memory.invocation):
-            # The evidence takes a while, in which somebody may have stopped it or started it again.
+            # The evidence takes a while, in which a user may have stopped it or started it again.
             self.wedge["action"] = "left alone: it was stopped or started meanwhile"
             say(f"{self.unit} is {self.wedge['action']}")
             self._keep()

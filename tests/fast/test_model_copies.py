@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from ipaddress import IPv4Interface
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import msgspec
 import pytest
 
 from sparkinstall.cluster import bootstrap
-from sparkinstall.cluster.file_server import FileServer
+from sparkinstall.cluster.file_server import CopyFailed, FileServer
+from sparkinstall.cluster.model_copies import Own
 from sparkinstall.core.model_snapshots import Unusable, understood
 from tests.support.far_nodes import FarNodes
 from tests.support.model_hub import COMMIT, digest
@@ -247,3 +249,10 @@ def test_list_of_models_that_is_hostile_is_refused(listing: bytes) -> None:
     assert understood(_listing())
     with pytest.raises(Unusable):
         understood(listing)
+
+
+def test_node_that_names_no_addresses_is_in_no_common_network() -> None:
+    own = Own("m", [(IPv4Interface("10.0.0.1/24"), 1000)])
+    with pytest.raises(CopyFailed, match="in no common network"):
+        own.shared_with("spark-2", ["::1", "10.0.0.300", "\x1b[2J"])
+    assert own.shared_with("spark-2", ["?", "10.0.0.2"]) == "10.0.0.1"

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from sparkinstall.cli.serve import whole_lines
 from sparkinstall.core import readiness, serve_checks, serve_record
 from sparkinstall.core.readiness import Following, NotReady, Phase
 from sparkinstall.core.serve_settings import overridden, require_decided, wanted
@@ -23,6 +24,7 @@ from sparkinstall.models import ModelError
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding
 from sparkinstall.recipes import RecipeError
+from sparkinstall.redaction import redact
 from sparkinstall.steps.serving import arguments
 from sparkinstall.system import Reader, Result, processes
 from sparkinstall.system.local import LocalReader
@@ -489,6 +491,13 @@ def test_record_of_a_process_has_no_secret_of_its_words_and_variables() -> None:
     assert found is not None
     assert tuple(found.argv) == ("vllm", "--api-key", "[hidden]", "--hf-token=[hidden]", "a b")
     assert found.env == {"A": "b", "MY_TOKEN": "[hidden]"}
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 100])
+def test_log_is_passed_on_in_whole_lines_however_it_comes(size: int) -> None:
+    log = "\u00fc --api-key sk-4711\n\nlast".encode()
+    texts = list(whole_lines(log[at : at + size] for at in range(0, len(log), size)))
+    assert "".join(map(redact, texts)) == "\u00fc --api-key [hidden]\n\nlast"
 
 
 def test_programs_start_again_after_an_interrupt_has_stopped_all() -> None:
