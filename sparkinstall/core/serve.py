@@ -1,5 +1,6 @@
 """The use case of `serve`: a recipe or a model becomes settings, and vLLM is started with them until it answers."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -292,10 +293,19 @@ def _restoring(session: Session, target: Target, dialog: ServeDialog, before: Be
 
 def _undo(session: Session, target: Target, dialog: ServeDialog, before: Before, problem: Problem) -> None:
     started = show(session.system, VLLM_UNIT, "InvocationID")["InvocationID"] not in ("", before.invocation)
+    if _is_of_another_run(session, before, started):
+        problem.message = f"{problem.message}; another run has changed what is served since, so nothing is restored"
+        return
     if started and not isinstance(problem, Interrupted):
         _explain(problem, dialog.explain())
     if started or session.state.options() != before.options:
         problem.message = f"{problem.message}; {_restored(session, target, before, started)}"
+
+
+def _is_of_another_run(session: Session, before: Before, started: bool) -> bool:
+    """Whether another run has started vLLM or set something else: while this one waits, it does not hold the node."""
+    is_ours = session.state.last_run.endswith(f"-{os.getpid()}")
+    return session.state.options() not in (before.options, session.options) or (started and not is_ours)
 
 
 def _explain(problem: Problem, found: Explained) -> None:

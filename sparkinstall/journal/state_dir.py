@@ -132,6 +132,15 @@ class StateFolder:
             folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    @property
+    def last_run(self) -> str:
+        """The last run that began to change the node; "" if there is none."""
+        with storage_errors(f"reading {self.home}/logs", but=FileNotFoundError):
+            try:
+                return max(os.listdir(self.home / "logs"), default="")
+            except FileNotFoundError:
+                return ""
+
     def options(self) -> dict[str, Any]:
         """Return the options of the last `all` (stack, platform, ...).
 

@@ -1,19 +1,21 @@
 """`serve`: what it makes settings of, what it checks, and how it follows a start. tests/nodes has a real vLLM."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from msgspec.structs import replace
 
 from sparkinstall.cli.serve import whole_lines
 from sparkinstall.core import readiness, serve_checks, serve_record
+from sparkinstall.core import serve as use
 from sparkinstall.core.readiness import Following, NotReady, Phase
 from sparkinstall.core.serve_settings import overridden, require_decided, wanted
 from sparkinstall.core.session import Session, Target, open_session
@@ -506,3 +508,49 @@ def test_programs_start_again_after_an_interrupt_has_stopped_all() -> None:
         LocalReader().ask("true")
     processes.start_again()
     assert LocalReader().ask("true").ok
+
+
+@pytest.mark.parametrize(
+    ("other", "invocation", "says"),
+    [
+        # Nothing else has happened; this run has started it; another run has, or has named another model.
+        (None, "a", "nothing was changed"),
+        ((), "b", "vLLM is stopped"),
+        (
+            ("77", "serving.model=/srv/model"),
+            "b",
+            "another run has changed what is served since, so nothing is restored",
+        ),
+        (("77", ""), "b", "another run has changed what is served since, so nothing is restored"),
+    ],
+)
+def test_what_another_run_serves_meanwhile_is_neither_stopped_nor_replaced(
+    other: tuple[str, ...] | None, invocation: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = wanted(recipe_file(tmp_path))
+    session = session_of(tmp_path, found.served)
+    root = Target(root=tmp_path / "node")
+    with session.state.hold("test", silent):
+        session.state.remember_options(session.options)
+    state = {"InvocationID": "a", "ActiveState": "active", "LoadState": "loaded"}
+    stopped: list[str] = []
+    monkeypatch.setattr(use, "show", lambda *_: state)
+    monkeypatch.setattr(use, "stop_for_now", lambda _, unit: stopped.append(unit))
+
+    def converge(*_: object) -> Any:
+        state["InvocationID"] = invocation
+        if other is not None:
+            session.state.logs(f"20261129-120000-{other[0] if other else os.getpid()}")
+        if other and other[1]:
+            theirs = open_session(Target(root=root.root, settings=(other[1],)))
+            theirs.state.remember_options(theirs.options)
+        raise Interrupted("nothing was changed")
+
+    monkeypatch.setattr(use, "converge", converge)
+    dialog = use.ServeDialog(cast(Any, None), use.Explained, nullcontext)
+    with pytest.raises(Interrupted) as error:
+        use.serve(session, root, found, use.ServeOptions(), dialog)
+    assert error.value.message.endswith(says)
+    assert bool(stopped) == (says == "vLLM is stopped")
+    settings = open_session(root).node.config.serving
+    assert settings.model == ("/srv/model" if other and other[1] else "org/model")
