@@ -32,10 +32,14 @@ TELLING_KEPT = 100
 """Suspicious lines that are kept."""
 SERVER_STARTED = "server-started"
 """The event that ends the start of a server."""
+SUCCEEDED = "program-succeeded"
+"""The event that a program says that all went well."""
 FELL_BACK = "fell-back"
 """The event that a program goes on another way after what failed just before."""
 _BEFORE_FALLBACK = 12
 """Lines before a fallback in which the failure that it handles is looked for."""
+_MOST_AFTERMATH = 200
+"""Lines after which an error that is no exception was none that ended the program."""
 _MOST_AFTER = 3
 """Lines that may continue a message."""
 _MOST_CONTINUED = 2000
@@ -58,7 +62,7 @@ _JOURNAL = re.compile(rf"^(\w{{3}} [ \d]\d [\d:]{{8}}|\d{{4}}-\d\d-\d\dT[\d:.,+-
 _NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
 
 # The error of another process, which the message of one that only ended repeats.
-_INNER = re.compile(r"\bfailed with error ['\"]\w*(?:Error|Exception)\b")
+_INNER = re.compile(r"\bfailed with error ['\"](?P<error>\w*(?:Error|Exception)\b.*)")
 
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
@@ -218,7 +222,15 @@ class Search:
         return sorted(found, key=lambda each: each.lines[0].line)
 
     def general_of(self, suspect: Suspect) -> Match | None:
-        """Return what a suspicious line means by its kind, if a general failure is of that kind."""
+        """Return what a suspicious line means by its kind, if a general failure is of that kind.
+
+        It did not end what has started later, nor, if it is no exception, what went on for long.
+        """
+        lasted = self._number - suspect.place.line
+        ended_well = self._last_of((SERVER_STARTED, SUCCEEDED))
+        is_passing = suspect.weight <= suspicion.SOME and (lasted > _MOST_AFTERMATH or suspect.place.line <= ended_well)
+        if is_passing or suspect.place.line <= self._last_of((SERVER_STARTED,)):
+            return None
         for each in self._general:
             found = each.regex.search(suspect.message)
             if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
@@ -414,11 +426,13 @@ class Search:
         def is_handled(place: Place, by: str) -> bool:
             return place.line >= first and by == who and bool(words & messages.words(place.text))
 
+        is_retry = "etrying" in current.line.message
         for name, match in list(self.sightings.items()):
-            if not match.signature.is_warning and is_handled(match.lines[0], match.who):
+            if not is_retry and not match.signature.is_warning and is_handled(match.lines[0], match.who):
                 del self.sightings[name]
         for key, suspect in list(self._telling.items()):
-            if is_handled(suspect.place, suspect.who):
+            is_tried_again = is_retry and suspect.place.line == current.number - 1 and suspect.who == who
+            if is_tried_again or is_handled(suspect.place, suspect.who):
                 del self._telling[key]
 
     def _tells_more(self, one: Signature, other: Signature) -> bool:
@@ -451,6 +465,11 @@ class Search:
         elif len(self._telling) < TELLING_KEPT:
             place = Place(self.name, current.number, shown(line.text, 0) + current.raised_by)
             said = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
+            if inner := _INNER.search(said):
+                said = inner["error"]
+            elif "NCCL WARN" in line.prefix:
+                # The word that tells NCCL's errors stands in what comes before the message.
+                said = f"NCCL WARN {said}"
             self._telling[key] = Suspect(place, weight, said, line.who, place_of(frames), frames[-_FRAMES_KEPT:])
             return [self._telling[key]]
         return []

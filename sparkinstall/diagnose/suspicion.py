@@ -34,7 +34,7 @@ WORDS = (
     "PAGE_FAULT", "arm-smmu", "failed command", "exception Emask", "symbol", "ailed to start",
     "unknown flag", "unknown shorthand", "unknown option", "unknown command", "curl: (", "% full", ": denied",
     "CANCELED", "Canceled", ".yaml:", ".yml:", ".json:", ".toml:", ".conf:", "nvalid YAML", "nvalid JSON", "yaml: line",
-    "dditional propert", " must be a",
+    "dditional propert", " must be a", "RTNETLINK", "annot find device", "mount error", "CMake Error",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
@@ -57,7 +57,7 @@ _SHAPES = (
         _any(
             # an exception of Python, of any library
             r"Exception: \S",
-            r"(?:[\w.]+\.)?_?[A-Z]\w*(?:Error|Exception|Exit|Unsupported|Failure)\b(?:: \S|\(['\"]|$)",
+            r"(?:[\w.]+\.)?_?[A-Z]\w*(?:Error|Exception|Exit|Unsupported|Failure)\b(?:: \S|:\s*$|\(['\"]|$)",
             r"(?:[a-z_]\w*\.)+[A-Z]\w+: \S",
             # of C++, and a process that crashes
             r"\s*what\(\): ",
@@ -77,7 +77,9 @@ _SHAPES = (
             r"\*\*\* stack smashing",
             # of a shell, apt and dpkg
             r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$",
-            r"(?:[\w./+-]+: )+(?:not found|No such file or directory|[Pp]ermission denied)$",
+            r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
+            r"(?:not found|No such file or directory|[Pp]ermission denied)$",
+            r"CMake Error\b",
             r"[Pp]ermission denied\b",
             r"E: \S",
             r"sudo: a (?:password|terminal) is required",
@@ -94,6 +96,11 @@ _SHAPES = (
             r"(?:[\w./+-]+: )?unknown (?:(?:shorthand )?flag|option|command)\b",
             r"(?:.{0,80}: )?yaml: line \d+: \S",
             r"(?:services|networks|volumes|secrets)\.[\w.-]+ .*(?:is required|must be|not allowed)",
+            # of tools of the system, which write no level
+            r"Cannot find device |RTNETLINK answers: (?!File exists)|mount error\(\d+\): |NVIDIA-SMI couldn't ",
+            r"Failed to (?:enable|disable|unmask|restart|start) (?:unit|\S+\.(?:service|socket|mount|timer))\b",
+            r"\s*(?:[\w-]+: )?(?:Couldn't (?:connect to \S+[: ]\d|get device attributes)|Unable to Connect the )",
+            r"[a-z][\w.-]+: failed to \w+ [^:]{2,60}: \S",
             r"curl: \((?!7\)|28\)|52\)|56\))\d+\) ",
             r"\S+\.(?:ya?ml|json|toml|conf):\d+(?::\d+)?: (?![Ww]arning)\S",
             r".*\bis over \d+(?:\.\d+)?% full\b",

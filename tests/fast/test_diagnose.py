@@ -447,7 +447,7 @@ def test_hint_has_the_numbers_of_the_line() -> None:
     )
     (cause,) = diagnosed(line).causes
     assert cause.why.startswith("5.42 GiB are missing: 104.10 of 121.69 GiB are available")
-    assert "at most 0.85:" in cause.hint
+    assert "fit into 104.10 GiB, lower the share to at most 0.85 " in cause.hint
 
 
 def test_every_rule_for_the_kernels_log_is_known() -> None:
