@@ -163,13 +163,17 @@ def _most_telling(suspects: Iterable[_Suspicion]) -> list[_Suspicion]:
 
 
 def _general(suspects: Sequence[_Suspicion]) -> Match | None:
-    """Return what the most suspicious lines mean by their kind: the first of them for which one is known."""
-    most = [match for suspect, match in suspects if match and suspect.weight == suspects[0][0].weight]
-    if not most:
+    """Return what the most suspicious line means by its kind, with the others of that kind.
+
+    What comes after a line of which the kind tells nothing may follow from it.
+    """
+    first = suspects[0][1] if suspects else None
+    if first is None:
         return None
-    same = [match for match in most if match.signature is most[0].signature]
+    most = (match for suspect, match in suspects if match and suspect.weight == suspects[0][0].weight)
+    same = [match for match in most if match.signature is first.signature]
     lines = tuple(place for match in same for place in match.lines)
-    return replace(most[0], lines=lines[:SHOWN], count=sum(match.count for match in same))
+    return replace(first, lines=lines[:SHOWN], count=sum(match.count for match in same))
 
 
 def _telling(suspect: Suspect) -> Telling:

@@ -38,6 +38,8 @@ FELL_BACK = "fell-back"
 """The event that a program goes on another way after what failed just before."""
 _BEFORE_FALLBACK = 12
 """Lines before a fallback in which the failure that it handles is looked for."""
+_SOON = 3
+"""Lines within which a program says that it tries again what failed."""
 _MOST_AFTERMATH = 200
 """Lines after which an error that is no exception was none that ended the program."""
 _MOST_AFTER = 3
@@ -431,7 +433,7 @@ class Search:
             if not is_retry and not match.signature.is_warning and is_handled(match.lines[0], match.who):
                 del self.sightings[name]
         for key, suspect in list(self._telling.items()):
-            is_tried_again = is_retry and suspect.place.line == current.number - 1 and suspect.who == who
+            is_tried_again = is_retry and suspect.place.line >= current.number - _SOON and suspect.who == who
             if is_tried_again or is_handled(suspect.place, suspect.who):
                 del self._telling[key]
 

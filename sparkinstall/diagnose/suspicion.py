@@ -35,6 +35,7 @@ WORDS = (
     "unknown flag", "unknown shorthand", "unknown option", "unknown command", "curl: (", "% full", ": denied",
     "CANCELED", "Canceled", ".yaml:", ".yml:", ".json:", ".toml:", ".conf:", "nvalid YAML", "nvalid JSON", "yaml: line",
     "dditional propert", " must be a", "RTNETLINK", "annot find device", "mount error", "CMake Error",
+    "docker: error", "OCI runtime", "toomanyrequests", "ailed: ",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
@@ -80,6 +81,8 @@ _SHAPES = (
             r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
             r"(?:not found|No such file or directory|[Pp]ermission denied)$",
             r"CMake Error\b",
+            # of docker and the kubelet
+            r"docker: [Ee]rror\b|OCI runtime \w+ failed: \S|toomanyrequests: ",
             r"[Pp]ermission denied\b",
             r"E: \S",
             r"sudo: a (?:password|terminal) is required",
@@ -101,6 +104,7 @@ _SHAPES = (
             r"Failed to (?:enable|disable|unmask|restart|start) (?:unit|\S+\.(?:service|socket|mount|timer))\b",
             r"\s*(?:[\w-]+: )?(?:Couldn't (?:connect to \S+[: ]\d|get device attributes)|Unable to Connect the )",
             r"[a-z][\w.-]+: failed to \w+ [^:]{2,60}: \S",
+            r"failed to (?:copy|solve|pull|extract|resolve) ?[^:]{0,60}: \S",
             r"curl: \((?!7\)|28\)|52\)|56\))\d+\) ",
             r"\S+\.(?:ya?ml|json|toml|conf):\d+(?::\d+)?: (?![Ww]arning)\S",
             r".*\bis over \d+(?:\.\d+)?% full\b",
@@ -143,7 +147,7 @@ _KERNEL = (
             ".*\\[Hardware Error\\]",
             "SError",
             ".*IO_PAGE_FAULT",
-            "arm-smmu.*(?:fault|timeout)",
+            "arm-smmu.*(?:fault|timeout|event 0x10 received)",
             "ata\\d.*(?:failed command|exception Emask|error: )",
             "\\w+: (?:disagrees about version of|Unknown) symbol",
             "Memory failure: ",
