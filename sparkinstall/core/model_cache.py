@@ -182,7 +182,7 @@ class ModelFolder(Struct, frozen=True):
 
     def bytes(self) -> int:
         """Return what the model takes on the disk."""
-        return sum(path.lstat().st_size for path in _walked(self.path) if not path.is_symlink())
+        return sum(_own_size_of(path) for path in _walked(self.path))
 
     def arriving(self) -> int:
         """Return how many bytes are in parts of files."""
@@ -298,6 +298,15 @@ def _size_of(path: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return found.st_size if stat.S_ISREG(found.st_mode) else None
+
+
+def _own_size_of(path: Path) -> int:
+    """Return the size of a file, 0 of a link, and of a part that a download has just renamed."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return 0
+    return 0 if stat.S_ISLNK(found.st_mode) else found.st_size
 
 
 def _entries(folder: Path) -> Iterable[Path]:

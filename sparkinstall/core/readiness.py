@@ -26,7 +26,7 @@ _PAUSE = 1.0
 _LOOKS = 15
 # Seconds since 1970, the host, the program, and what it said.
 _LINE = re.compile(r"(\d+\.\d+) \S+ [^:]*: ?(.*)")
-_SHARDS = re.compile(r"(\d+)/(\d+) \[")
+_SHARDS = re.compile(r"(\d{1,9})/(\d{1,9}) \[")
 _SINCE = "ExecMainStartTimestampMonotonic"
 _PROPERTIES = ("ActiveState", "SubState", "InvocationID", "NRestarts", "Result", "ExecMainStatus", _SINCE)
 _LOOK = "`sparkinstall diagnose --unit vllm` explains its log"

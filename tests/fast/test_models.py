@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from sparkinstall.cli.live_output import amount
+from sparkinstall.core import model_cache
 from sparkinstall.models import hub as client
 from sparkinstall.models import listing as hub_listing
 from tests.support.hub_client import printed, versions
@@ -613,6 +614,20 @@ def test_list_says_what_is_complete(folder: Path) -> None:
     ]
     text = in_this_process("models", "list").stdout
     assert f"{COMMIT[:12]} (main)" in text and "complete" in text
+
+
+@pytest.mark.usefixtures("hub")
+def test_list_goes_on_where_a_download_has_just_renamed_a_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _pull()
+    size = model_cache.ModelFolder(folder.parent, MODEL).bytes()
+    walk = os.walk
+
+    def stale(top: Any, **how: Any) -> Iterator[Any]:
+        for place, names, files in walk(top, **how):
+            yield place, names, [*files, "gone.incomplete"]
+
+    monkeypatch.setattr(os, "walk", stale)
+    assert model_cache.ModelFolder(folder.parent, MODEL).bytes() == size
 
 
 @pytest.mark.usefixtures("hub")

@@ -401,6 +401,7 @@ def test_phases_of_compilation_and_graphs_are_named(tmp_path: Path) -> None:
         "(EngineCore pid=8) INFO torch.compile takes 25.2 s in total",
         "(EngineCore pid=8) INFO Available KV cache memory: 31.3 GiB",
         "Capturing CUDA graphs (mixed prefill-decode, PIECEWISE):  57%|#### | 4/7 [00:01<00:01]",
+        f"{'9' * 5000}/{'9' * 5000} [a number that Python does not read",
         "init engine (profile, create kv cache, warmup model) took 60 seconds",
         "INFO:     Application startup complete.",
     ]
