@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from rich.filesize import decimal
 
 from sparkinstall.cluster import bootstrap
 from sparkinstall.cluster.file_server import CopyFailed, FileServer
@@ -98,6 +99,16 @@ def test_sync_brings_the_same_files_links_and_refs_to_every_node(nodes: FarNodes
     for host in ("spark-2", "spark-3"):
         assert _layout(nodes.lab / host / CACHE / FOLDER) == _layout(here)
     assert _complete("spark-2", "spark-3") == {host: [f"{MODEL}@{COMMIT}"] for host in ("spark-2", "spark-3")}
+
+
+def test_sync_tells_the_progress_of_each_node(nodes: FarNodes) -> None:
+    run = in_this_process("models", "sync", MODEL, "spark-2", "spark-3")
+    assert run.returncode == 0, output_of(run)
+    for host in ("spark-2", "spark-3"):
+        told = [line for line in run.stderr.splitlines() if line.startswith(f"{host} │   {MODEL}: ")]
+        assert any(line.endswith(f" of {decimal(SIZE)}") or " left" in line for line in told), run.stderr
+        assert f"✓ {host}: {len(FILES) - 1} files, {decimal(SIZE)}" in run.stdout
+        assert not (nodes.lab / host / CACHE / FOLDER / "blobs" / f"{digest(BIG)}.incomplete").exists()
 
 
 def test_sync_again_copies_nothing(nodes: FarNodes) -> None:
@@ -256,3 +267,10 @@ def test_node_that_names_no_addresses_is_in_no_common_network() -> None:
     with pytest.raises(CopyFailed, match="in no common network"):
         own.shared_with("spark-2", ["::1", "10.0.0.300", "\x1b[2J"])
     assert own.shared_with("spark-2", ["?", "10.0.0.2"]) == "10.0.0.1"
+
+
+def test_machine_with_a_hostile_list_is_refused(nodes: FarNodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparkinstall.core.model_snapshots.encoded", lambda _: _listing(path="../a"))
+    (error,) = _sync(MODEL, "spark-2", code=5)["errors"]
+    assert "spark-2" in error["message"] and "list of models is refused" in error["message"]
+    assert not (nodes.lab / "spark-2" / CACHE / FOLDER).exists()
