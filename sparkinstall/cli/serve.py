@@ -180,14 +180,21 @@ def logs(
     del target
     if output.json:
         raise BadUsage("a log is no JSON", hint="omit --json; `sparkinstall diagnose --unit vllm --json` explains it")
-    pieces = judge.unit_log(VLLM_UNIT, follow).pieces()
     try:
-        for text in whole_lines(pieces):
+        log = judge.unit_log(VLLM_UNIT, follow)
+    except BadUsage as error:
+        hint = "`sparkinstall serve RECIPE|MODEL` makes it; what a former one has written: `journalctl -u vllm`"
+        raise BadUsage(f"there is no service {VLLM_UNIT} on this node", hint=hint) from error
+    text = ""
+    try:
+        for text in whole_lines(log.pieces()):
             sys.stdout.write(redact(text))
             sys.stdout.flush()
     except KeyboardInterrupt:
         if not follow:
             raise
+    if not text:
+        console(stderr=True).print("The journal has no line of vLLM.")
     return CommandResult()
 
 

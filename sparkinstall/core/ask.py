@@ -34,7 +34,7 @@ _LONGEST_ANSWER = 1 << 22
 _LONGEST_KEY = 4096
 _LONGEST_SAID = 2000
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_UNAUTHORIZED, _NOT_FOUND, _UNAVAILABLE = (401, 403), 404, 503
+_UNAUTHORIZED, _NOT_FOUND, _SERVER_ERROR, _UNAVAILABLE = (401, 403), 404, 500, 503
 
 
 class NoAnswer(Problem):
@@ -355,12 +355,14 @@ class Conversation:
             raise NoAnswer(f"{self._server.url} has no API for a chat (404)", cause=said, hint=hint)
         if code == _UNAVAILABLE:
             raise NoAnswer("the server is not ready (503)", cause=said, hint="it may still be loading: ask again later")
-        hint = "shorten the question, or change what the server says" if code < 500 else _READ_LOG
+        failed = code >= _SERVER_ERROR
+        hint = _READ_LOG if failed else "shorten the question, or change what the server says"
         if "chat template" in said:
             hint = (
                 "this model is not made for a chat: serve one that is, or set `--chat-template` in `serving.arguments`"
             )
-        raise NoAnswer(f"the server refuses the question ({code})", cause=said, hint=hint)
+        did = "failed at" if failed else "refuses"
+        raise NoAnswer(f"the server {did} the question ({code})", cause=said, hint=hint)
 
     def _locked(self, code: int) -> Problem:
         server = self._server

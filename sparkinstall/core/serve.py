@@ -13,7 +13,7 @@ from sparkinstall.core.catalogue import named
 from sparkinstall.core.converge import Dialog, Installation, InstallOptions, Supply, converge
 from sparkinstall.core.readiness import LIMIT, Following, Ready
 from sparkinstall.core.serve_record import Serving, record
-from sparkinstall.core.serve_settings import Wanted, overridden, require_decided
+from sparkinstall.core.serve_settings import Wanted, overridden, require_decided, require_known
 from sparkinstall.core.session import IDENTITY, Session, Target, open_session
 from sparkinstall.errors import BadUsage, Interrupted, NotThere, Problem
 from sparkinstall.events import Emit, silent
@@ -216,9 +216,11 @@ def require_installed(session: Session, name: str) -> None:
 
     Raises:
         BadUsage, NotThere: it cannot.
+        RecipeError, ModelError: nor could it after an installation, because there is nothing of that name.
     """
     require_one_node(session, name)
     if not (session.system.entry(session.node.env_file) and session.system.entry(session.node.python)):
+        require_known(name)
         raise NotThere(
             "vLLM is not installed on this node", hint=f"install and serve at once: `sparkinstall all --serve {name}`"
         )

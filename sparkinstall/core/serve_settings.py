@@ -146,6 +146,18 @@ def _of_model(name: str) -> Wanted:
     return Wanted(Served(name, settings), model, None, files, FitOptions(context=min(longest or _LONGEST, _LONGEST)))
 
 
+def require_known(name: str) -> None:
+    """Check that a name can be that of a recipe or a model; the hub is not asked.
+
+    Raises:
+        RecipeError, ModelError: it cannot.
+    """
+    if name.endswith(_RECIPES) or not (is_path(name) or is_name(name)):
+        recipes_of(name)
+    elif is_path(name):
+        _folder(name)
+
+
 def is_path(name: str) -> bool:
     """Whether a name is that of a folder, not of a model of the hub."""
     begins = name.startswith(("/", "./", "../", "~")) or name in (".", "..")

@@ -282,7 +282,7 @@ def test_ask_with_a_file_without_a_key_is_refused(content: bytes, rehearsal: tup
         (
             "/v1/chat/completions",
             (500, '{"object": "error", "message": "EngineCore died"}'),
-            "the server refuses the question (500)",
+            "the server failed at the question (500)",
             "EngineCore died",
         ),
         ("/v1/chat/completions", (404, '{"detail": "Not Found"}'), "has no API for a chat (404)", "Not Found"),

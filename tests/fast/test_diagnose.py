@@ -829,6 +829,13 @@ def test_unit_unknown_exits_2(journal: Path) -> None:
     del journal
 
 
+def test_serve_logs_without_a_service_says_how_to_make_one(journal: Path) -> None:
+    ended = run("serve", "logs")
+    assert ended.returncode == 2
+    assert "there is no service vllm" in ended.stderr and "`journalctl -u vllm`" in ended.stderr
+    del journal
+
+
 def test_unit_without_entries_is_an_error(journal: Path) -> None:
     (journal / "systemctl").write_text("#!/bin/sh\nexit 1\n")
     (journal / "journalctl").write_text("#!/bin/sh\nexit 0\n")

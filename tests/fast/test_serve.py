@@ -479,6 +479,25 @@ def test_serve_in_a_rehearsal_is_refused(words: tuple[str, ...], says: str, tmp_
     assert (run.returncode, envelope(run)["errors"][0]["message"]) == (2, says)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("gpt-os-20b", "there is no recipe 'gpt-os-20b'"),
+        ("stat", "there is no recipe 'stat'"),
+        ("/no/such/folder", "there is no folder /no/such/folder"),
+        ("gpt-oss-20b", "vLLM is not installed on this node"),
+        ("org/model", "vLLM is not installed on this node"),
+    ],
+)
+def test_serve_on_a_node_without_vllm_names_what_does_not_exist_first(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"prefix: {tmp_path}/prefix\n")
+    run = in_this_process("serve", name, "--config", str(tmp_path / "config.yaml"), "--json")
+    error = envelope(run)["errors"][0]
+    assert error["message"] == says
+    assert run.returncode == (3 if "installed" in says else 2)
+    assert says[0] == "t" or error["hint"].endswith(f"`sparkinstall all --serve {name}`")
+
+
 def test_serve_status_without_a_model_says_how_to_serve_one(tmp_path: Path) -> None:
     run = in_this_process("serve", "status", "--root", str(tmp_path), "--json")
     data = envelope(run)["data"]
