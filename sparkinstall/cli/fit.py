@@ -178,8 +178,10 @@ def _show(found: use.FitReport) -> None:
 
 def _described(found: use.FitReport) -> str:
     recipe = f"recipe {found.recipe}, " if found.recipe else ""
-    place = found.place + (f" at {found.revision[:12]}" if found.revision else "")
-    return redacted(f"{recipe}{found.model_type or 'unknown type'}, {found.quantization or 'not quantized'}, {place}")
+    place = "" if found.place == found.model else f", {found.place}"
+    commit = f" at {found.revision[:12]}" if found.revision else ""
+    kind = f"{found.model_type or 'unknown type'}, {found.quantization or 'not quantized'}"
+    return redacted(f"{recipe}{kind}{place}{commit}")
 
 
 def _rows(found: use.FitReport) -> Iterator[tuple[str, str, str]]:
@@ -250,8 +252,8 @@ def _ways(found: use.FitReport) -> Iterator[str]:
     for each in found.ways:
         nodes = " on each node" if any(word.startswith("--tensor") for word in each.options) else ""
         fits = "fits" if each.fits else "does not fit either"
-        change = f"a version with {each.version}" if each.version else " ".join(each.options)
-        yield f"with {change}: {_gb(each.need)}{nodes}, {fits} (estimate)"
+        change = f"in a version with {each.version}" if each.version else f"with {' '.join(each.options)}"
+        yield f"{change}: {_gb(each.need)}{nodes}, {fits} (estimate)"
     if outgrown := found.outgrown:
         yield "no change is enough: the model has outgrown the machine"
         over = f"over {outgrown.nodes} nodes, or " if outgrown.nodes else ""

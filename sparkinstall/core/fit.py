@@ -223,7 +223,7 @@ def memory_of(on: Reader, given: int | None, peers: Sequence[str] = ()) -> Memor
     total = machine.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemTotal", 0) << 10 if is_spark else 0
     whole = Figure(total, "measured", "MemTotal of this node") if total else SPARK_TOTAL
     if given is not None:
-        return Memory(Figure(given, "given", "as given with --memory"), whole)
+        return Memory(Figure(given, "given", "--memory"), whole)
     found = machine.available_memory(on) if is_spark else 0
     if not found:
         why = "this machine is not a Spark: say what one has available with --memory, such as 101GiB"

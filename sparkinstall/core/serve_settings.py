@@ -159,9 +159,8 @@ def require_known(name: str) -> None:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is that of a folder, not of a model of the hub."""
-    begins = name.startswith(("/", "./", "../", "~")) or name in (".", "..")
-    return begins or (not is_name(name) and Path(name).is_dir())
+    """Whether a name is that of a folder, not of a model of the hub: as for vLLM and `fit`, a folder that exists is."""
+    return name.startswith(("/", "./", "../", "~")) or name in (".", "..") or Path(name).is_dir()
 
 
 def _folder(name: str) -> str:

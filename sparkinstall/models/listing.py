@@ -156,6 +156,9 @@ def listing(model: str, revision: str) -> Listing:
     try:
         answer = page(url, LARGEST_ANSWER, authorization=authorization())
     except NotDownloaded as failure:
+        if failure.kind == "network":
+            failure.message = f"the hub {endpoint()} cannot be reached"
+            failure.hint = "check the network and HF_ENDPOINT, and run the same command again"
         raise refused(failure, model, revision) from failure
     try:
         info = schema.read_json(_Info, answer, "the hub's list of files")

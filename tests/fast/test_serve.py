@@ -183,6 +183,12 @@ def test_unknown_name_is_an_error(name: str, error: type[Problem], says: str) ->
         wanted(name)
 
 
+def test_folder_that_exists_is_no_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(tmp_path / "org" / "model")
+    monkeypatch.chdir(tmp_path)
+    assert wanted("org/model").served.settings["serving.model"] == str(tmp_path / "org" / "model")
+
+
 # --- what is checked before
 
 
