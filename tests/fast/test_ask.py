@@ -330,7 +330,7 @@ class Endless(BaseHTTPRequestHandler):
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(200, "the server sends more than 4 MiB"), (500, "the server refuses the question (500)")],
+    [(200, "the server sends more than 4 MiB"), (500, "the server failed at the question (500)")],
 )
 def test_ask_reads_no_answer_without_an_end(
     status: int, message: str, rehearsal: tuple[str, str], monkeypatch: pytest.MonkeyPatch
