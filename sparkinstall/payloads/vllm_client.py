@@ -17,6 +17,8 @@ from typing import Any
 Answer = dict[str, Any]
 QUESTION = [{"role": "user", "content": "Count to three."}]
 TOOLS = [{"type": "function", "function": {"name": "now", "description": "Tell the time.", "parameters": {}}}]
+# Bytes of an answer, or of a line of a stream.
+MOST = 8 << 20
 # Characters of the prompt that show whether the chat template opens the reasoning.
 PROMPT_END = 16
 
@@ -37,33 +39,40 @@ class Client:
         data = json.dumps(body).encode() if body else None
         return self.opener.open(urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers))
 
+    def read(self, path: str, **body: Any) -> bytes:
+        """Return a whole answer; other programs than vLLM may have the port, and send without end."""
+        content: bytes = self.ask(path, **body).read(MOST + 1)
+        if len(content) > MOST:
+            raise ValueError(f"it sends more than {MOST >> 20} MiB")
+        return content
+
     def health(self) -> None:
         self.answer["status"] = self.ask("/health").status
 
     def metrics(self) -> None:
         try:
-            lines = self.ask("/metrics").read().decode().splitlines()
+            lines = self.read("/metrics").decode().splitlines()
             self.answer["metrics"] = [each for each in lines if each.startswith("vllm:") and "_bucket" not in each]
         except urllib.error.HTTPError as error:
             self.answer["metrics_status"] = error.code
 
     def complete(self) -> None:
         self.metrics()
-        served = json.load(self.ask("/v1/models"))["data"]
+        served = json.loads(self.read("/v1/models"))["data"]
         self.answer["model"] = model = served[0]["id"]
         self.answer["roots"] = [each["root"] for each in served if each.get("root")]
         began = time.monotonic()
         try:
-            said = json.load(self.ask("/v1/completions", model=model, prompt="One, two,", **self.few))
+            said = json.loads(self.read("/v1/completions", model=model, prompt="One, two,", **self.few))
         except urllib.error.HTTPError as error:
             if error.code not in (400, 404, 405):
                 raise
-            said = json.load(self.ask("/v1/chat/completions", model=model, messages=QUESTION, **self.few))
+            said = json.loads(self.read("/v1/chat/completions", model=model, messages=QUESTION, **self.few))
         self.answer["tokens"] = said["usage"]["completion_tokens"]
         self.answer["seconds"] = time.monotonic() - began
 
     def first(self) -> None:
-        self.answer["model"] = self.model = json.load(self.ask("/v1/models"))["data"][0]["id"]
+        self.answer["model"] = self.model = json.loads(self.read("/v1/models"))["data"][0]["id"]
         try:
             self.stream()
         except urllib.error.HTTPError as error:
@@ -76,7 +85,7 @@ class Client:
         words = self.asked["words"]
         while True:
             try:
-                json.load(self.ask(**self.long(words), model=self.model, **self.few))
+                json.loads(self.read(**self.long(words), model=self.model, **self.few))
                 return
             except urllib.error.HTTPError as error:
                 # A word may be several tokens, so that it does not fit.
@@ -97,7 +106,8 @@ class Client:
     def streamed(self, path: str, **question: Any) -> None:
         began, prompt = time.monotonic(), list[int]()
         how = {"stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-        for line in self.ask(path, model=self.model, **question, **self.few, **how):
+        answer = self.ask(path, model=self.model, **question, **self.few, **how)
+        while line := answer.readline(MOST):
             data = line.partition(b"data:")[2].strip()
             if data == b"[DONE]":
                 self.answer["done"] = True
@@ -123,7 +133,9 @@ class Client:
 
     def text_of(self, tokens: list[int]) -> str:
         try:
-            return str(json.load(self.ask("/detokenize", model=self.model, tokens=tokens))["prompt"]) if tokens else ""
+            return (
+                str(json.loads(self.read("/detokenize", model=self.model, tokens=tokens))["prompt"]) if tokens else ""
+            )
         except (OSError, ValueError, LookupError):
             return ""
 
@@ -143,7 +155,7 @@ def main() -> None:
     except urllib.error.HTTPError as error:
         said = f"HTTP {error.code}: {error.read(300).decode(errors='replace')}"
         client.answer.update(status=error.code, error=said)
-    except (OSError, ValueError, LookupError, TypeError, http.client.HTTPException) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, http.client.HTTPException) as error:
         why = getattr(error, "reason", error)
         late, refused = isinstance(why, TimeoutError), isinstance(why, ConnectionRefusedError)
         client.answer.update(error=str(why) or type(why).__name__, late=late, refused=refused)

@@ -16,8 +16,6 @@ import termios
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -27,7 +25,7 @@ import pytest
 from sparkinstall.core import ask as core_ask
 from sparkinstall.core.reasoning import Piece, Separator
 from tests.support.chat_server import ChatServer, chatting, example
-from tests.support.local_server import listening
+from tests.support.local_server import Endless, listening
 from tests.support.rehearsals import command, envelope, environment, in_this_process
 
 REASONED: Sequence[Mapping[str, Any]] = (
@@ -309,23 +307,6 @@ def test_ask_shows_an_error_in_the_middle_of_a_stream(rehearsal: tuple[str, str]
     error = error_of(ChatServer(deltas), rehearsal)
     assert error["message"] == "the server interrupted its answer"
     assert error["cause"] == "EngineCore encountered an issue"
-
-
-class Endless(BaseHTTPRequestHandler):
-    """Sends what has no end."""
-
-    status, begin = 200, b""
-
-    def do_GET(self) -> None:
-        self.send_response(self.status)
-        self.end_headers()
-        with suppress(OSError):
-            self.wfile.write(self.begin)
-            while True:
-                self.wfile.write(b"x" * 65536)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.mark.parametrize(

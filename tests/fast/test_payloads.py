@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from sparkinstall import payloads
+from tests.support.local_server import Endless, listening
 
 NAMES = sorted(path.stem for path in Path(payloads.__file__).parent.glob("*.py") if path.stem != "__init__")
 
@@ -49,6 +51,13 @@ def test_payload_source_defines_each_name_once(name: str) -> None:
 def test_vllm_client_without_a_server_reports_refused() -> None:
     request = {"verb": "health", "port": 9, "patience": 1, "tokens": 0, "model": ""}
     assert json.loads(run("vllm_client", json.dumps(request)).stdout)["refused"] is True
+
+
+@pytest.mark.parametrize("verb", ["complete", "first"])
+def test_vllm_client_reads_no_answer_without_an_end(verb: str) -> None:
+    with listening(Endless) as url:
+        request = {"verb": verb, "port": urlsplit(url).port, "patience": 30, "tokens": 1, "model": ""}
+        assert json.loads(run("vllm_client", json.dumps(request)).stdout)["error"] == "it sends more than 8 MiB"
 
 
 def test_loaded_nccl_without_nccl_names_no_library() -> None:
