@@ -134,7 +134,15 @@ class _Current(Struct):
     line: Line
     role: Role
     is_suspect: bool
+    weight: int | None = None
     matches: dict[str, tuple[Signature, Place, Mapping[str, str]]] = field(default_factory=dict)
+
+    @property
+    def weighed(self) -> int:
+        """How suspicious the line is."""
+        if self.weight is None:
+            self.weight = suspicion.weight(self.line, self.role, self.number)
+        return self.weight
 
     @property
     def raised_by(self) -> str:
@@ -302,7 +310,7 @@ class Search:
             return False
         if any(name not in self.sightings or self.sightings[name].count < SHOWN for name in current.matches):
             return True
-        return current.is_suspect and suspicion.weight(current.line, current.role, current.number) > 0
+        return current.is_suspect and current.weighed > 0
 
     def _line(self, data: bytes, start: int, end: int, number: int) -> Line:
         """Return the line around a match, the current one if it is in that. Who wrote a long line, and what it quotes,
@@ -366,7 +374,7 @@ class Search:
     def _begin_line(self, line: Line, number: int, is_suspect: bool) -> _Current:
         """Read a line, or another part of the line that is being read."""
         if number == self._current.number:
-            self._current.line = line
+            self._current.line, self._current.weight = line, None
             self._current.is_suspect |= is_suspect
             return self._current
         self._finish_line()
@@ -388,7 +396,8 @@ class Search:
                     takers += [seen] if seen.count <= SHOWN else []
                 self._enough |= seen.count >= MOST
                 self._chain(seen)
-        if current.is_suspect and (not matches or _INNER.search(current.line.message)):
+        is_known = not all(each.only_with for each in matches)
+        if current.is_suspect and (not is_known or _INNER.search(current.line.message)):
             takers += self._suspect(current)
         if takers and _may_go_on(current.line):
             self._unfinished = _Unfinished(current.line, current.line.message, takers)
@@ -458,8 +467,7 @@ class Search:
     def _suspect(self, current: _Current) -> list[Suspect]:
         """Keep a suspicious line; return it if it is a new one."""
         line, frames = current.line, current.role.frames
-        weight = suspicion.weight(line, current.role, current.number)
-        if not weight:
+        if not (weight := current.weighed):
             return []
         key = _VARIES.sub("#", line.message)[:200]
         if known := self._telling.get(key):

@@ -33,7 +33,7 @@ WORDS = (
     "): invalid", "stack smashing", "Caused by: ", "Memory failure: ", "nvme ", "page allocation failure",
     "PAGE_FAULT", "arm-smmu", "failed command", "exception Emask", "symbol", "ailed to start",
     "unknown flag", "unknown shorthand", "unknown option", "unknown command", "curl: (", "% full", ": denied",
-    "CANCELED", "Canceled", ".yaml:", ".yml:", ".json:", ".toml:", ".conf:", "nvalid YAML", "nvalid JSON", "yaml: line",
+    "CANCELED", "Canceled", ".yaml:", ".yml:", ".toml:", "nvalid YAML", "nvalid JSON", "yaml: line",
     "dditional propert", " must be a", "RTNETLINK", "annot find device", "mount error", "CMake Error",
     "docker: error", "OCI runtime", "toomanyrequests", "ailed: ",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",

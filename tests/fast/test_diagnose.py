@@ -84,7 +84,8 @@ def test_example_is_diagnosed_as_its_signature_only(known: Signature, line: str)
     lines = f"INFO all good\n{chr(10).join([line] * known.times)}\nINFO all good\n".encode()
     found = diagnosed(lines + companions(known))
     if known.is_warning:
-        assert [each.name for each in found.found] == ([] if known.severity == "event" else [known.name])
+        told = [each.name for each in found.found if known.name not in BY_NAME[each.name].only_with]
+        assert told == ([] if known.severity == "event" else [known.name])
         assert known.name in read(line.encode()).sightings
     else:
         failure, *others = found.found
@@ -310,6 +311,31 @@ def test_place_of_an_exception_is_that_of_its_last_frames() -> None:
     log += "".join(f'  File "{path}", line 7, in {name}\n    own()\n' for path, name in frames)
     cause = diagnosed(f"{log}KeyError: 'rows'\n".encode()).causes[0]
     assert cause.where == "torch/nn/b.py, go, called by vllm/v1/a.py, run"
+
+
+def test_first_failure_of_a_device_is_the_cause_of_its_later_ones() -> None:
+    line = "[{}] NVRM: Xid (PCI:{}:01:00): {}, pid=7, name=python3, Ch 00000008\n"
+    same = line.format("Fri Oct 30 11:43:09 2026", "000f", 13) + line.format("Fri Oct 30 11:43:14 2026", "000f", 109)
+    assert causes(diagnosed(same.encode())) == ["gpu-kernel-xid"]
+    assert causes(diagnosed(same.replace("000f", "0001", 1).encode())) == ["gpu-xid"]
+    assert causes(diagnosed(same.replace("11:43:14", "19:43:14").encode())) == ["gpu-kernel-xid", "gpu-xid"]
+
+
+def test_failure_that_needs_another_is_none_without_it() -> None:
+    line = b"kernel: NVRM: Check failed: Out of memory [NV_ERR_NO_MEMORY] (0x00000051) returned from x\n"
+    assert [each.name for each in diagnosed(line).found] == ["driver-no-memory"]
+    pressed = diagnosed(line + b"systemd-journald[662]: Under memory pressure, flushing caches.\n" * 3)
+    assert [each.name for each in pressed.found] == ["driver-memory-exhausted"]
+
+
+def test_general_failure_is_not_told_of_what_went_on() -> None:
+    line = b"error: own-tool: cannot find the file x\n"
+    assert causes(diagnosed(line)) == ["path-missing"]
+    assert causes(diagnosed(line + b"ok\n" * 300)) == []
+    assert causes(diagnosed(line + b"Successfully installed own-1.0\n")) == []
+    exception = b"FileNotFoundError: [Errno 2] No such file or directory: 'x'\n"
+    assert causes(diagnosed(exception + b"ok\n" * 300)) == ["path-missing"]
+    assert causes(diagnosed(exception + b"INFO:     Application startup complete.\n")) == []
 
 
 def test_fallback_forgives_only_what_the_same_process_has_just_named() -> None:
