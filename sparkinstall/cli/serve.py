@@ -9,7 +9,6 @@ import click
 import typer
 from msgspec import UNSET, UnsetType
 from msgspec.structs import asdict, replace
-from rich.text import Text
 from typer.core import TyperGroup
 
 from sparkinstall import stacks
@@ -17,7 +16,7 @@ from sparkinstall.cli import edge, options
 from sparkinstall.cli.install import dialog_of, opened, show, shown_checks, supply_of
 from sparkinstall.cli.live_output import duration
 from sparkinstall.cli.run_command import CommandResult, Output, verb
-from sparkinstall.cli.text_output import console, shown
+from sparkinstall.cli.text_output import console, show_line, show_rows, shown
 from sparkinstall.cluster.protocol import Applied
 from sparkinstall.core import serve as use
 from sparkinstall.core.converge import InstallOptions, converge
@@ -252,9 +251,8 @@ def _show_changes(session: Session, found: Wanted, output: Output) -> None:
     """Show what will not be as the recipe has it, before the user is asked."""
     if output.json:
         return
-    out = console()
     for each in (*found.changes, *overridden(session, found.served)):
-        out.print(Text(shown(f"{each.done}: {each.what} ({each.why})"), style="dim"), soft_wrap=True)
+        show_line(shown(f"{each.done}: {each.what} ({each.why})"), console(), "dim")
 
 
 def curl(serving: Serving) -> str:
@@ -272,13 +270,10 @@ def curl(serving: Serving) -> str:
 
 
 def _show_status(found: use.ServeStatus, verbose: bool) -> None:
-    out = console()
     if found.model is None:
         print("No model is served on this node. `sparkinstall serve RECIPE|MODEL` serves one.")
         return
-    for name, text in _rows(found, verbose):
-        line = Text(f"  {name:<12} ", style="dim")
-        out.print(line.append(shown(text), style="default"), soft_wrap=True)
+    show_rows(((name, shown(text)) for name, text in _rows(found, verbose)), console(), 12)
 
 
 def _rows(found: use.ServeStatus, verbose: bool) -> Iterator[tuple[str, str]]:

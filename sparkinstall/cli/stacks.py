@@ -1,7 +1,7 @@
 """`sparkinstall stacks`: the shipped stacks and their evidence."""
 
 from sparkinstall.cli.run_command import CommandResult, Output, verb
-from sparkinstall.cli.text_output import console
+from sparkinstall.cli.text_output import console, show_line
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.core.stack_list import ListedStack, StackList, stack_list
 
@@ -20,8 +20,8 @@ def _show(session: Session, found: StackList) -> None:
     for each in found.stacks:
         versions = f"vLLM {each.vllm}, torch {each.torch}, NCCL {each.nccl}, CUDA {each.cuda}"
         out.print(f"[bold]{each.name}[/]{_marks(each)}  [dim]{versions}[/]")
-        out.print(f"    {each.summary}", markup=False, soft_wrap=True)
-        out.print(f"    evidence: {each.evidence}", markup=False, soft_wrap=True)
+        show_line(f"    {each.summary}", out)
+        show_line(f"    evidence: {each.evidence}", out)
     if found.installed and not any(each.installed for each in found.stacks):
         out.print(f"Installed: {found.installed}, a stack of your own.", markup=False)
     out.print(f"\n`sparkinstall plan --stack NAME{session.root_option}` shows what would change.", markup=False)

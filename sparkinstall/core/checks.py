@@ -138,5 +138,6 @@ def chosen(
     ]
     steps = tuple(step for step in catalogue.of(node) if step.name in wanted)
     if not steps and not probes:
-        raise BadUsage("nothing is left to check", hint="omit some of --only, --skip and --level")
+        hint = "omit some of --only, --skip and --level; what needs a served model is left out where none is served"
+        raise BadUsage("nothing is left to check", hint=hint)
     return Chosen(steps, tuple(sorted(probes, key=lambda each: LEVELS.index(each.level))), not only and not skip)

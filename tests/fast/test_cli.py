@@ -1,5 +1,6 @@
 """The command line: help, version, completion, output, JSON, interrupts."""
 
+import io
 import os
 import pty
 import re
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import click
 import pytest
+from rich.console import Console
 
 from sparkinstall import __version__
 from sparkinstall.cli import app
 from sparkinstall.cli.hints import pointed
+from sparkinstall.cli.text_output import show_line, show_rows
 from sparkinstall.errors import BadUsage, Interrupted
 from sparkinstall.probes import Probe, failed
 from tests.support.rehearsals import (
@@ -60,6 +63,21 @@ def test_help_of_an_argument_is_shown() -> None:
 def test_misspelled_verb_of_a_group_is_suggested_once() -> None:
     run = in_this_process("recipes", "lst")
     assert (run.returncode, output_of(run).count("Did you mean")) == (2, 1)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_long_text_is_wrapped_between_words_on_a_terminal_only(terminal: bool) -> None:
+    written = io.StringIO()
+    out = Console(width=30, file=written, force_terminal=terminal, no_color=True, highlight=False)
+    show_line("a sentence that is longer than thirty columns", out)
+    show_rows([("versions", "vllm 0.29.0, torch 2.13.0")], out, 8)
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", written.getvalue()).splitlines()]
+    if terminal:
+        assert lines == [
+            "a sentence that is longer than", "thirty columns", "  versions  vllm 0.29.0, torch", "            2.13.0",
+        ]  # fmt: skip
+    else:
+        assert lines == ["a sentence that is longer than thirty columns", "  versions vllm 0.29.0, torch 2.13.0"]
 
 
 def test_cluster_usage_line_names_its_verbs() -> None:
