@@ -552,6 +552,27 @@ def test_life_with_a_full_disk_restarts_both_ranks_when_the_workers_is_stopped(p
     pair.head.run("systemctl", "restart", LIFE)
 
 
+def test_life_restarts_a_pair_whose_link_passes_one_way_only(pair: Pair) -> None:
+    _set_up_life(pair.head, "head", "serving.life.restarts_per_hour=20")
+    before = _main_pid(pair.head)
+    rule = f"type filter hook input priority 0\niifname {PORT_0[0]} drop"
+    pair.worker.run("/usr/sbin/nft", "-f", "-", input=f"table inet oneway {{\nchain in {{\n{rule}\n}}\n}}\n")
+    try:
+        count = len(_life_state(pair.head)["wedges"])
+        deadline = time.monotonic() + 240
+        while not [each for each in _life_state(pair.head)["wedges"][count:] if each["action"]]:
+            assert time.monotonic() < deadline, _life_state(pair.head)
+            time.sleep(1)
+    finally:
+        pair.worker.run("/usr/sbin/nft", "delete", "table", "inet", "oneway")
+    wedge = _life_state(pair.head)["wedges"][-1]
+    assert wedge["action"] == "restarted"
+    sockets = pair.head.read(f"{wedge['evidence']}/sockets.txt")
+    assert re.search(r"192\.0\.2\.2\]?:\d+ .*VLLM::Worker", sockets), sockets
+    _until_it_completes(pair.head)
+    assert _main_pid(pair.head) != before
+
+
 def test_pair_whose_worker_is_killed_answers_again(pair: Pair) -> None:
     pair.worker.run("pkill", "--full", "VLLM::Worker", "--signal", "KILL")
     _until_it_completes(pair.head)
