@@ -119,7 +119,8 @@ class LazyGroup(TyperGroup):
         for before, word in zip(["", *args], args, strict=False):
             if not word or (word.startswith("--") and word.endswith("=")):
                 option = word.removesuffix("=") or before
-                ctx.fail(f"the value {f'of {option} ' if option else ''}is empty")
+                of = f"{'of' if option.startswith('-') else 'after'} {option} " if option else ""
+                ctx.fail(f"the value {of}is empty")
         return super().parse_args(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

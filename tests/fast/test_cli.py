@@ -60,6 +60,12 @@ def test_help_of_an_argument_is_shown() -> None:
     assert "ORG/NAME" in in_this_process("serve", "start", "--help").stdout
 
 
+@pytest.mark.parametrize(("words", "says"), [(("ask", ""), "after ask"), (("ask", "x", "--url", ""), "of --url")])
+def test_empty_value_is_named_by_what_is_before_it(words: tuple[str, ...], says: str) -> None:
+    run = in_this_process(*words)
+    assert (run.returncode, f"the value {says} is empty" in output_of(run)) == (2, True), output_of(run)
+
+
 def test_misspelled_verb_of_a_group_is_suggested_once() -> None:
     run = in_this_process("recipes", "lst")
     assert (run.returncode, output_of(run).count("Did you mean")) == (2, 1)
