@@ -5,6 +5,8 @@ All tests use the same nodes, in order.
 
 import json
 import re
+import shlex
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -18,6 +20,7 @@ from sparkinstall import payloads
 from sparkinstall.layout import API_KEY
 from sparkinstall.system.read_only import WITH_ENV_FILE
 from tests.lab.cabling import PORT_0, Cabling, Plugs, ip
+from tests.lab.commands import Completed
 from tests.lab.node import Bind, FreshNode
 from tests.nodes.fresh import REPOSITORY
 from tests.support import vllm_on_cpu
@@ -26,7 +29,7 @@ from tests.support.ray_on_a_node import ADDRESSES
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer5, pytest.mark.network]
 
-CHECKOUT = "/srv/checkout"
+CHECKOUT, PACKAGES = "/srv/checkout", "/srv/packages"
 PREFIX = "/opt/sparkinstall"
 MODEL, REASONER = "/srv/model", "/srv/reasoner"
 UNIT = "vllm.service"
@@ -77,6 +80,13 @@ asked = urllib.request.Request("http://127.0.0.1:8000" + path, body, {"Content-T
 print(urllib.request.urlopen(asked, timeout=float(sys.argv[3])).read().decode())
 """
 
+BEGIN = """
+from sparkinstall.events import silent
+from sparkinstall.journal.state_dir import StateFolder
+from sparkinstall.system.local import LocalSystem
+with StateFolder(LocalSystem()).hold("test", silent):
+    pass
+"""
 
 Found = dict[str, dict[str, Any]]
 
@@ -100,6 +110,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     for each in models:
         each.host.chmod(0o755)
     parts = [Bind(vllm_on_cpu.environment(), vllm_on_cpu.PLACE), Bind(REPOSITORY, CHECKOUT), *models]
+    parts.append(Bind(vllm_on_cpu.search_library(), PACKAGES))
     with ExitStack() as stack:
         wires = Cabling(direct=True)
         stack.callback(wires.remove)
@@ -121,6 +132,9 @@ def _prepare(node: FreshNode) -> None:
     node.run("mkdir", "-p", f"{PREFIX}/env", user="spark")
     node.run("mkdir", f"/etc/systemd/system/{UNIT}.d")
     node.write(f"/etc/systemd/system/{UNIT}.d/cpu.conf", ON_A_CPU)
+    # An environment without a journal would count as one whose journal is lost.
+    env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
+    node.run(f"{PREFIX}/venv/bin/python", "-c", BEGIN, user="spark", env=env)
 
 
 def _write_env(node: FreshNode, role: str) -> None:
@@ -206,6 +220,36 @@ def test_serving_without_a_server_fails_and_skips_the_others(pair: Pair) -> None
     _assert_others_skip(found)
 
 
+# This is no Spark, and the test has set it up itself.
+NOT_HERE = ("machine", "arch", "os", "driver", "memory", "disk", "cuda", "prefix")
+AGREED = ("--yes", *(word for name in NOT_HERE for word in ("--ignore", name)))
+UNWATCHED = ("--set", "serving.life.enabled=false")
+BROKEN = "/srv/broken"
+
+
+def _command(*words: str) -> tuple[list[str], dict[str, str]]:
+    """A command line of sparkinstall on the node, and its variables: there is no hub."""
+    env = {"PYTHONPATH": f"{CHECKOUT}:{PACKAGES}", "PYTHONDONTWRITEBYTECODE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    return [f"{PREFIX}/venv/bin/python", "-m", "sparkinstall", *words], env
+
+
+def _sparkinstall(node: FreshNode, *words: str, check: bool = True) -> Completed:
+    argv, env = _command(*words)
+    return node.run(*argv, user="spark", env=env, cwd=CHECKOUT, timeout=LOAD_SECONDS, check=check)
+
+
+def _told(node: FreshNode) -> dict[str, Any]:
+    """What `serve status` says."""
+    return dict(json.loads(_sparkinstall(node, "serve", "status", "--json", check=False).stdout)["data"])
+
+
+@pytest.fixture(scope="module")
+def served(pair: Pair) -> str:
+    """What `serve` says of a single node."""
+    _write_env(pair.head, "single")
+    return _sparkinstall(pair.head, "serve", MODEL, *AGREED, *UNWATCHED).stdout
+
+
 @pytest.fixture(scope="module")
 def alone(pair: Pair) -> str:
     """The completion of a single node."""
@@ -262,6 +306,113 @@ def test_payload_gives_the_recorded_plans(pair: Pair) -> None:
 
 def _of(record: dict[str, Any]) -> dict[str, Any]:
     return {"words": record["words"], "nodes": record["nodes"]}
+
+
+def test_serve_ends_with_a_line_for_a_shell_that_is_answered(pair: Pair, served: str) -> None:
+    assert re.search(rf"^✓ {MODEL} answers in [\d m]+ s, first token after \d+\.\d\d s\.$", served, re.MULTILINE), (
+        served
+    )
+    program, url, *rest = shlex.split(served.splitlines()[-1])
+    assert (program, url) == ("curl", "http://127.0.0.1:8000/v1/chat/completions")
+    output = json.loads(_ask(pair.head, "/v1/chat/completions", **json.loads(rest[-1]), max_tokens=4))
+    assert output["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_serve_records_what_runs(pair: Pair, served: str) -> None:
+    del served
+    told = _told(pair.head)
+    record = told["serving"]
+    assert (told["model"], told["active"], told["starts"], told["current"]) == (MODEL, "active", 0, True)
+    assert record["server"]["pid"] == int(_main_pid(pair.head))
+    assert record["server"]["argv"][2:8] == ["serve", MODEL, "--host", "127.0.0.1", "--port", "8000"]
+    assert "--max-model-len 1024" in " ".join(record["server"]["argv"]), "the model allows no more"
+    assert record["server"]["env"]["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert record["engine"]["pid"] != record["server"]["pid"]
+    assert {"vllm", "torch"} <= set(record["versions"])
+    assert record["memory"]["free_blocks"]
+    assert [each["name"] for each in record["phases"]][:2] == ["start", "weights"]
+    assert record["seconds"] > record["phases"][0]["seconds"] > 10
+    again = _sparkinstall(pair.head, "serve", MODEL, *AGREED, *UNWATCHED).stdout
+    assert f"✓ {MODEL} answers.\n" in again
+    assert f"✓ {MODEL} answers.\n" in _sparkinstall(pair.head, "serve", "wait").stdout
+    assert _told(pair.head)["serving"] == record
+
+
+def test_serve_of_an_incomplete_snapshot_without_a_hub_names_its_files_and_changes_nothing(
+    pair: Pair, served: str
+) -> None:
+    del served
+    node, place, commit = pair.head, "/home/spark/.cache/huggingface/hub/models--org--half", "c" * 40
+    node.run("mkdir", "-p", f"{place}/refs", f"{place}/snapshots/{commit}", user="spark")
+    index = json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    for name, text in {
+        "refs/main": commit,
+        f"snapshots/{commit}/config.json": "{}",
+        f"snapshots/{commit}/one.safetensors": "1",
+        f"snapshots/{commit}/model.safetensors.index.json": index,
+    }.items():
+        node.write(f"{place}/{name}", text, user="spark")
+    before = _main_pid(node)
+    failed = _sparkinstall(node, "serve", "org/half", *AGREED, check=False)
+    assert failed.returncode == 1
+    assert f"download what org/half at {commit[:12]} lacks: two.safetensors" in failed.stdout
+    assert f"{MODEL} is served, as before" in failed.stderr
+    assert "still missing: two.safetensors" in failed.stderr
+    assert (_main_pid(node), _told(node)["model"]) == (before, MODEL)
+
+
+def test_serve_of_a_model_that_vllm_does_not_load_is_explained_and_undone(pair: Pair, served: str) -> None:
+    del served
+    node = pair.head
+    node.run("cp", "-r", MODEL, BROKEN)
+    node.run("truncate", "-s", "300000", f"{BROKEN}/model.safetensors")
+    refused = _sparkinstall(node, "serve", BROKEN, *AGREED, check=False)
+    assert refused.returncode == 4
+    assert "model.safetensors is truncated" in refused.stdout
+    failed = _sparkinstall(node, "serve", BROKEN, *AGREED, "--ignore", "model-files", check=False)
+    assert failed.returncode == 1
+    assert "vLLM has ended before it answered, in the phase `weights`" in failed.stderr
+    assert f"{MODEL} is started again, as before" in failed.stderr
+    assert "damaged or truncated" in failed.stderr, "the cause from its log"
+    told = _told(node)
+    assert (told["model"], told["active"]) == (MODEL, "active")
+    assert f"vllm serve {MODEL} " in node.read(f"/etc/systemd/system/{UNIT}")
+
+
+def test_serve_that_is_interrupted_leaves_what_was_before(pair: Pair, served: str) -> None:
+    del served
+    argv, env = _command("serve", REASONER, *AGREED)
+    process = pair.head.popen(*argv, user="spark", env=env, cwd=CHECKOUT)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "start: begins" in line:
+            break
+    # Twice, as people do.
+    pair.head.signal(process, signal.SIGTERM)
+    pair.head.signal(process, signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130, said
+    assert f"✗ interrupted; {MODEL} is started again, as before" in said
+    assert (_told(pair.head)["model"], _state(pair.head)) == (MODEL, ["active", "enabled"])
+
+
+def test_serve_stop_frees_the_port_and_a_start_that_takes_too_long_ends(pair: Pair, served: str) -> None:
+    del served
+    node = pair.head
+    _sparkinstall(node, "serve", "stop")
+    assert _state(node) == ["inactive", "disabled"]
+    taken = node.popen("python3", "-m", "http.server", "8000", "--bind", "127.0.0.1")
+    try:
+        node.run("sh", "-c", "until ss -Hltn | grep -q :8000; do sleep 0.1; done", timeout=20)
+        refused = _sparkinstall(node, "serve", MODEL, *AGREED, check=False)
+    finally:
+        node.signal(taken, signal.SIGKILL)
+        taken.communicate()
+    assert (refused.returncode, "port 8000 is in use" in refused.stdout) == (4, True), refused
+    late = _sparkinstall(node, "serve", "restart", *AGREED, "--limit", "2", check=False)
+    assert late.returncode == 1
+    assert "vLLM has not answered within 2 s, in the phase `start`; vLLM is stopped" in late.stderr
+    assert _state(node) == ["inactive", "disabled"]
 
 
 def _reasoning_settings(*arguments: str) -> tuple[str, str]:
@@ -580,8 +731,8 @@ def test_pair_whose_worker_is_killed_answers_again(pair: Pair) -> None:
 
 def test_uninstall_removes_vllm(pair: Pair) -> None:
     for role, node in pair.nodes.items():
-        outcomes = {each["outcome"] for each in _run_step(node, "uninstall", role)}
-        assert outcomes <= {"removed", "restored", "nothing"}, outcomes
+        left = [each for each in _run_step(node, "uninstall", role) if each["outcome"] in ("kept", "failed")]
+        assert left == []
         shown = node.run("systemctl", "show", "-P", "LoadState", "-P", "ActiveState", UNIT).stdout.split()
         assert shown[1] == "inactive"
         assert node.run("pgrep", "-f", "vllm", check=False).stdout == ""

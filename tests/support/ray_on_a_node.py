@@ -13,6 +13,8 @@ from typing import Any
 from msgspec import to_builtins as asdict
 from msgspec.structs import replace
 
+# It imports all undo functions.
+import sparkinstall.core.catalogue  # noqa: F401
 from sparkinstall import stacks
 from sparkinstall.config import Layer, build, parse_assignment
 from sparkinstall.core import engine

@@ -3,6 +3,7 @@
 import json
 import platform
 import random
+import re
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,6 +68,13 @@ def _build(tree: Path) -> None:
     (programs / "vllm").chmod(0o755)
 
 
+def search_library() -> Path:
+    """What `diagnose` needs, for the Python of the nodes: a folder for PYTHONPATH."""
+    lock = REQUIREMENTS.parents[2].joinpath("requirements.lock").read_text()
+    (pin,) = re.findall(r"^ahocorasick-rs==\S+", lock, re.MULTILINE)
+    return cache.kept("ahocorasick", (pin, PYTHON), lambda tree: _fetch(tree, pin))
+
+
 def _separate_nodes(file: Path) -> None:
     """Make the workers of two nodes use the cable, as with GPUs, and not shared memory."""
     before, found, after = file.read_text().partition(_ONE_MACHINE)
@@ -75,12 +83,16 @@ def _separate_nodes(file: Path) -> None:
 
 
 def _install(site: Path) -> None:
+    _fetch(site, "-r", str(REQUIREMENTS))
+
+
+def _fetch(site: Path, *wanted: str) -> None:
     uv = find_uv_bin()
     built_for = ("--python-version", PYTHON, "--python-platform", f"{platform.machine()}-manylinux_2_39")
     # Without uv's cache, which would keep a second copy of everything.
     quiet = ("--quiet", "--no-progress", "--no-cache", "--no-deps")
     commands.run(
-        *(uv, "pip", "install", *quiet, "--target", str(site), *built_for, "-r", str(REQUIREMENTS)),
+        *(uv, "pip", "install", *quiet, "--target", str(site), *built_for, *wanted),
         timeout=SECONDS,
     )
 
