@@ -1,6 +1,6 @@
 """Record what a real vLLM writes into its log about the KV cache of small models: a maintainer's tool.
 
-    PYTHONPATH=. python tools/kv_cache_records.py PYTHON [--site FOLDER] [--preload LIBRARY]... [--plans]
+    PYTHONPATH=. python tools/kv_cache_records.py PYTHON [--site FOLDER] [--preload LIBRARY]... [--plans] [--gpu NAME]
 
 PYTHON has vLLM, built for the CPU; with --site, vLLM is in that folder. An engine is started for each model of
 tests/cases/kv-cache/models and each set of options, with random weights (`--load-format dummy`) and 1 GiB for the
@@ -30,8 +30,10 @@ from sparkinstall import payloads
 
 CASES = Path(__file__).resolve().parents[1] / "tests/cases/kv-cache"
 MODELS = CASES / "models"
-_DUMMY = ("--load-format", "dummy", "--skip-tokenizer-init", "--enforce-eager")
 GIB = 1 << 30
+# On a CPU a variable says it.
+_ON_GPU = ("--kv-cache-memory-bytes", str(GIB), "--gpu-memory-utilization", "0.5")
+_DUMMY = ("--load-format", "dummy", "--skip-tokenizer-init", "--enforce-eager")
 # vLLM is imported once; each engine has a process of its own, in which its workers are too.
 _ENGINES = """
 import json, os, sys
@@ -93,17 +95,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--site", default="", help="the folder that has vLLM, if PYTHON does not")
     parser.add_argument("--preload", action="append", default=[], help="a library that vLLM's workers need")
     parser.add_argument("--plans", action="store_true", help="start no engine: keep their logs, and ask for the plans")
+    parser.add_argument("--gpu", default="", metavar="NAME", help="vLLM is built for CUDA, and there is this GPU")
     asked = parser.parse_args(argv)
     env = _environment(asked.site, asked.preload)
     with tempfile.TemporaryDirectory() as folder:
-        cases = list(_cases(Path(folder)))
+        cases = [each for each in _cases(Path(folder)) if each.nodes == 1 or not asked.gpu]
         reply = _reply(asked.python, env, cases)
-        path = CASES / f"{reply['vllm'].partition('+')[0]}.json"
-        logs = _recorded(path) if asked.plans else _logs(asked.python, env, cases, folder)
+        kind = "-gpu" if asked.gpu else ""
+        path = CASES / f"{reply['vllm'].partition('+')[0]}{kind}.json"
+        logs = _recorded(path) if asked.plans else _logs(asked.python, env, cases, folder, _ON_GPU if asked.gpu else ())
         records = [
             {**_told(case), **log, **answer} for case, log, answer in zip(cases, logs, reply["answers"], strict=True)
         ]
-    made = f"by tools/kv_cache_records.py with vLLM {reply['vllm']} built for the CPU"
+    on = f"on an {asked.gpu}" if asked.gpu else "built for the CPU"
+    made = f"by tools/kv_cache_records.py with vLLM {reply['vllm']} {on}"
     lines = ",\n".join(json.dumps(each) for each in records)
     path.write_text(f'{{"made": {json.dumps(made)}, "bytes": {GIB}, "records": [\n{lines}\n]}}\n')
     return 0
@@ -127,9 +132,11 @@ def _reply(python: str, env: dict[str, str], cases: Sequence[Case]) -> dict[str,
     return reply
 
 
-def _logs(python: str, env: dict[str, str], cases: Sequence[Case], folder: str) -> list[dict[str, Any]]:
+def _logs(
+    python: str, env: dict[str, str], cases: Sequence[Case], folder: str, more: Sequence[str]
+) -> list[dict[str, Any]]:
     """Start the engines, one after the other."""
-    started = [[each.log, _arguments(each)] for each in cases]
+    started = [[each.log, [*_arguments(each), *more]] for each in cases]
     Path(folder, "engines.py").write_text(_ENGINES)
     command = [python, f"{folder}/engines.py", json.dumps(started)]
     found = []

@@ -73,9 +73,8 @@ def test_plan_equals_the_log_of_a_real_engine(release: str, record: dict[str, An
         assert f"{int(sequences * context):,}" == tokens
 
 
-@pytest.mark.parametrize("release", [name for name in RECORDS if name != "0.18.1"])
-def test_records_have_every_kind_of_layers(release: str) -> None:
-    assert {each["model"] for each in RECORDS[release]["records"] if each["log"]} == KINDS
+def test_records_have_every_kind_of_layers() -> None:
+    assert {each["model"] for each in RECORDS["0.32.0"]["records"] if each["log"]} == KINDS
     assert set(RECORDS) >= {"0.18.1", "0.32.0"}
 
 
