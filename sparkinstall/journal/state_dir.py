@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import time
@@ -26,6 +27,8 @@ from sparkinstall.system.local import LocalSystem, replace_file, staged, sync_fo
 FOLDER = "/var/lib/sparkinstall"
 _PATIENCE = 20.0
 _LONGEST_NAME = 4096
+# The id of a run: when it began, and its process.
+_RUN = re.compile(r"\d{8}-\d{6}-\d+")
 # In the order in which they are removed: the journal last.
 _CONTENTS = {
     "options.json": "file", "unproven": "file", "logs": "dir", "originals": "dir", "journal.last": "file",
@@ -137,7 +140,7 @@ class StateFolder:
         """The last run that began to change the node; "" if there is none."""
         with storage_errors(f"reading {self.home}/logs", but=FileNotFoundError):
             try:
-                return max(os.listdir(self.home / "logs"), default="")
+                return max(filter(_RUN.fullmatch, os.listdir(self.home / "logs")), default="")
             except FileNotFoundError:
                 return ""
 

@@ -61,7 +61,7 @@ def _converge(node: Node, step: Any) -> Any:
     state = StateFolder(LocalSystem())
     with state.hold("test", silent) as run:
         journal = state.journal(run)
-        log = state.logs("test") / "log"
+        log = state.logs(run) / "log"
         make = lambda name: JournaledSystem(state.system, journal, name, log, silent)  # noqa: E731
         (report,) = engine.converge([step], node, make, silent)
     return _shown(report)
