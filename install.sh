@@ -25,7 +25,7 @@ PLACE_OF_UV=$HOME_OF_TOOL/uv-of-bundle
 # Seconds to wait for the lock of apt's package lists.
 PATIENCE=300
 # The options of `sparkinstall all` with and without a value; a test compares them with the program.
-VALUED='--root --config --stack --set --platform --only --skip --ignore --bundle'
+VALUED='--root --config --stack --set --platform --only --skip --ignore --bundle --serve'
 PLAIN='--full --partial --keep-old --no-keep-old --yes --json --verbose'
 LETTERS=yv
 # With --bundle that file.

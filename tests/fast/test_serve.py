@@ -558,7 +558,7 @@ def test_what_another_run_serves_meanwhile_is_neither_stopped_nor_replaced(
     root = Target(root=tmp_path / "node")
     with session.state.hold("test", silent):
         session.state.remember_options(session.options)
-    # A folder of somebody's own among those of the runs.
+    # A folder that no run has made, beside those of the runs.
     session.state.logs("z-kept")
     state = {"InvocationID": "a", "ActiveState": "active", "LoadState": "loaded"}
     stopped: list[str] = []
