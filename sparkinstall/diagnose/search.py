@@ -63,6 +63,8 @@ tried counts as ten."""
 _JOURNAL = re.compile(rf"^(\w{{3}} [ \d]\d [\d:]{{8}}|\d{{4}}-\d\d-\d\dT[\d:.,+-]+Z?) \S+ (?={PROGRAM}:)")
 _NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
 
+# NCCL's source file, which names the part of it that reports something.
+_NCCL_FILE = re.compile(r"[\w/]+\.(?:cc|h)(?=:\d+ )")
 # The error of another process, which the message of one that only ended repeats.
 _INNER = re.compile(r"\bfailed with error ['\"](?P<error>\w*(?:Error|Exception)\b.*)")
 
@@ -175,6 +177,7 @@ class Search:
         self._families = {each.family for each in signatures}
         self.sightings: dict[str, Match] = {}
         self._telling: dict[str, Suspect] = {}
+        self._set_aside: dict[str, Suspect] = {}
         self._tracebacks = Tracebacks()
         self._chains: dict[int, set[str]] = {}
         self._current = _Current(0, take_apart(""), Role("plain"), False)
@@ -252,10 +255,19 @@ class Search:
 
     @property
     def telling(self) -> list[Suspect]:
-        """The most suspicious lines, by weight. What was no exception has not kept a server from starting."""
+        """The most suspicious lines, by weight. What was no exception has not kept a server from starting.
+
+        Where the log shows that something failed, and no such line tells what, it is what was handled or warned of.
+        """
         started = self._last_of((SERVER_STARTED,))
-        told = (each for each in self._telling.values() if each.weight > suspicion.SOME or each.place.line > started)
+        those = self._telling or (self._set_aside if self._has_failed else {})
+        told = (each for each in those.values() if each.weight > suspicion.SOME or each.place.line > started)
         return sorted(told, key=lambda each: (-each.weight, each.place.line))
+
+    @property
+    def _has_failed(self) -> bool:
+        """Whether the log ends within a traceback, or something in it only says that a process ended."""
+        return self._tracebacks.are_cut_off or any(each.signature.ends_only for each in self.lasting)
 
     def _last_of(self, names: Sequence[str]) -> int:
         """Return the last line of these failures or events; 0 if there is none."""
@@ -467,21 +479,25 @@ class Search:
     def _suspect(self, current: _Current) -> list[Suspect]:
         """Keep a suspicious line; return it if it is a new one."""
         line, frames = current.line, current.role.frames
-        if not (weight := current.weighed):
+        weight, kept = current.weighed, self._telling
+        if not weight and suspicion.is_set_aside(line, current.role):
+            weight, kept = suspicion.WEAK, self._set_aside
+        if not weight:
             return []
         key = _VARIES.sub("#", line.message)[:200]
-        if known := self._telling.get(key):
+        if known := kept.get(key):
             known.count += 1
-        elif len(self._telling) < TELLING_KEPT:
+        elif len(kept) < TELLING_KEPT:
             place = Place(self.name, current.number, shown(line.text, 0) + current.raised_by)
             said = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
             if inner := _INNER.search(said):
                 said = inner["error"]
             elif "NCCL WARN" in line.prefix:
                 # The word that tells NCCL's errors stands in what comes before the message.
-                said = f"NCCL WARN {said}"
-            self._telling[key] = Suspect(place, weight, said, line.who, place_of(frames), frames[-_FRAMES_KEPT:])
-            return [self._telling[key]]
+                file = _NCCL_FILE.search(line.prefix)
+                said = f"NCCL WARN {file[0]}: {said}" if file else f"NCCL WARN {said}"
+            kept[key] = Suspect(place, weight, said, line.who, place_of(frames), frames[-_FRAMES_KEPT:])
+            return [kept[key]]
         return []
 
 

@@ -37,6 +37,8 @@ WORDS = (
     "dditional propert", " must be a", "RTNETLINK", "annot find device", "mount error", "CMake Error",
     "docker: error", "OCI runtime", "toomanyrequests", "ailed: ",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
+    "LLVM ERROR", "not enough slots", " was unable", "ABORT", "usercopy", "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***",
+    "etrying", "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
@@ -75,7 +77,11 @@ _SHAPES = (
             r"\w+_ASSERT: \S+:\d+: \S",
             r"(?:double free or corruption|corrupted (?:size|double|unsorted))",
             r"(?:malloc|free|realloc|munmap_chunk)\(\): ",
-            r"\*\*\* stack smashing",
+            r"\*\*\* (?:stack smashing|[\w ]+ detected \*\*\*)",
+            # of the C library, the loader and OpenMP
+            r"(?:[\w./+-]+: )*(?:symbol lookup|relocation) error: \S|Inconsistency detected by ld|Fatal glibc error: ",
+            r"(?:OMP: Error #\d|libgomp: |libc\+\+abi: )\S?|.*\bpthread_create failed",
+            r".*[:.] ABORT(?:ED|ING)?[.!]?$|cannot allocate memory (?:for|in) \S",
             # of a shell, apt and dpkg
             r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$",
             r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
@@ -110,7 +116,8 @@ _SHAPES = (
             r".*\bis over \d+(?:\.\d+)?% full\b",
             r"(?:failed to start|unable to configure) .*[: ]\S",
             r"\s*Caused by: \S",
-            r"[\w.-]+: aborting\b",
+            r"[\w.-]+: (?:aborting\b|error - \S)",
+            r"LLVM ERROR: \S|There are not enough slots available|(?:ORTE|PRTE|mpi(?:run|exec)) was unable to ",
             r".*\*\*\* \[.*\] Error \d",
             # what the operating system answered, at the end of a message
             rf".*: (?i:{'|'.join(_ANSWERS)}){_END}",
@@ -133,6 +140,8 @@ _KERNEL = (
             "BUG: |Oops\\b|Internal error: |Unable to handle kernel|Kernel panic|watchdog: BUG",
             ".*soft lockup",
             ".*hard LOCKUP",
+            ".*Kernel memory (?:exposure|overwrite) attempt|usercopy: ",
+            ".*\\bgeneral protection fault|list_(?:add|del) corruption|.*\\brcu\\w*: .*detected stall",
         ),
     ),
     (
@@ -197,6 +206,31 @@ _PASSED_ON = re.compile(
 )
 # What vLLM's front end logs of a request that it refuses, and the exceptions that it then logs.
 _REFUSING = re.compile(r"\[[\w/]*serving\w*\.py:\d+\]")
+# What takes a model's answer apart: it may be malformed, which is no failure of the server.
+_PARSING = re.compile(r"\[[\w/]*parser\w*\.py:\d+\]")
+# An error in words, and words about one that is not there.
+_OF_AN_ERROR = re.compile(
+    r"\[Errno \d+\] |(?i:\b(?:error|failed|failure|unable to|cannot|could not|couldn't|denied|refused|timed out|killed|died)\b)"
+)
+_OF_NONE = _any(
+    r"(?:Future|Deprecation|User|Runtime)Warning\b|\b(?:no|without|0|any|not an?) (?:errors?|failures?)\b",
+    r"\b(?:may|might|could(?! not)|can|if|when|where|should|would|to avoid) .{0,60}\b(?:errors?|fail(?:ed|ure)?)\b",
+    r"pip's dependency resolver does not currently|Error in cpuinfo: prctl\(PR_SVE|harmless|safe to ignore|can be ignored",
+    ignore_case=True,
+)
+_ATTEMPT = re.compile("[Rr]etr(?:y|ies)|[Aa]ttempt| tries| [Uu]p ")
+# The last of the attempts that a program makes, at whatever level it tells of it, and that it failed.
+_USED_UP = re.compile(
+    r"(?i:(?=.*\b(?:fail(?:ed|ure|s)?|error|refused|timed out|unreachable|unable|cannot|could not|no route)\b)"
+    r".*\b(?:retry(?:ing|\s+count|\s+attempt)?|retries|attempts?|tries|try)\b:? ?[(\[#]?"
+    r"(?P<last>[2-9]|[1-9]\d+)(?: ?/ ?| of | out of )(?P=last)\b)"
+)
+_NO_MORE = re.compile(
+    r"(?i:(?!.*\b(?:if|when|until|unless|once|before) )"
+    r".*\b(?:(?:max(?:imum)?|all|retry|retries)\b.{0,30}\b(?:retries|attempts|tries|count|limit)\b.{0,12}"
+    r"\b(?:exceeded|exhausted|reached|failed|used up)|(?:giv(?:ing|es)|gave) up (?:after|on|waiting|retrying)\b"
+    r"|(?:exceeded|exhausted|reached)\b.{0,24}\b(?:retries|attempts|retry count|tries)\b))"
+)
 _REFUSED = re.compile(r"(?:[\w.]+\.)?(?:\w*ValidationError|ValueError|JSONDecodeError|TemplateError|BadRequestError)\b")
 # Programs of the desktop and the system that have no part in this.
 _OTHERS = _any(
@@ -208,15 +242,20 @@ _OTHERS = _any(
 
 def weight(line: Line, role: Role, number: int) -> int:
     """Return 0 (not suspicious) to `MOST`, which is for the first exception of a chain; `number` is the line's."""
-    if role.kind == "frame" or line.level == "info" or _OTHERS.search(line.who):
+    if role.kind == "frame" or _OTHERS.search(line.who):
         return 0
-    message = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
-    if not message.strip() or tracebacks.HEAD in message or _HANDLED.search(message) or _ASKED_FOR.match(message):
+    message = _said(line)
+    if is_used_up(message):
+        return SOME
+    if line.level == "info" or not message.strip() or tracebacks.HEAD in message:
+        return 0
+    if _HANDLED.search(message) or _ASKED_FOR.match(message):
         return 0
     message = message.strip() if role.kind == "exception" else message
     if KERNEL in line.who.split():
         return _first(_KERNEL, message)
-    if _REFUSING.search(line.prefix) and (role.kind != "exception" or _REFUSED.match(message)):
+    is_of_request = _REFUSING.search(line.prefix) or _PARSING.search(line.prefix)
+    if is_of_request and (role.kind != "exception" or _REFUSED.match(message)):
         return 0
     if _PASSED_ON.match(message):
         return WEAK
@@ -230,6 +269,26 @@ def weight(line: Line, role: Role, number: int) -> int:
     is_whole = not message.startswith(" ") and not (len(message) < _SHORT and message.rstrip().endswith(":"))
     is_weak = line.level == "error" or (not line.level and "systemd[" not in line.who and _COULD_NOT.match(message))
     return _first(_SHAPES, message) or (WEAK if is_weak and is_whole else 0)
+
+
+def is_set_aside(line: Line, role: Role) -> bool:
+    """Return whether a line tells of an error that the program handled or that it only warns of."""
+    message = _said(line)
+    if role.kind == "frame" or line.level == "info" or _OTHERS.search(line.who) or tracebacks.HEAD in message:
+        return False
+    if _REFUSING.search(line.prefix) or _PARSING.search(line.prefix) or _ASKED_FOR.match(message):
+        return False
+    return _OF_AN_ERROR.search(message) is not None and not _OF_NONE.search(message)
+
+
+def is_used_up(message: str) -> bool:
+    """Return whether a program says that the last of its attempts has failed."""
+    return _ATTEMPT.search(message) is not None and bool(_USED_UP.match(message) or _NO_MORE.match(message))
+
+
+def _said(line: Line) -> str:
+    """Return the part of a message that the program itself says."""
+    return line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
 
 
 def _first(shapes: tuple[tuple[int, re.Pattern[str]], ...], message: str) -> int:

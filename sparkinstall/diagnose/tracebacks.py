@@ -63,6 +63,15 @@ class Tracebacks:
         self._open = 0
 
     @property
+    def are_cut_off(self) -> bool:
+        """Whether the log ends within a traceback, so that its exception is not known."""
+        those = self._processes.items()
+        return any(
+            each.is_open and not each.is_ignored and each.lines < _MOST_FRAMES and key[1] not in ("info", "warning")
+            for key, each in those
+        )
+
+    @property
     def are_open(self) -> bool:
         """Whether a following line may end a traceback."""
         return self._open > 0
