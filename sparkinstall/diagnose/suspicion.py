@@ -37,8 +37,9 @@ WORDS = (
     "dditional propert", " must be a", "RTNETLINK", "annot find device", "mount error", "CMake Error",
     "docker: error", "OCI runtime", "toomanyrequests", "ailed: ",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
-    "LLVM ERROR", "not enough slots", " was unable", "ABORT", "usercopy", "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***",
-    "etrying", "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
+    "LLVM ERROR", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy", "write attempt",
+    "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying", "etry ", "etries",
+    "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
@@ -116,7 +117,8 @@ _SHAPES = (
             r".*\bis over \d+(?:\.\d+)?% full\b",
             r"(?:failed to start|unable to configure) .*[: ]\S",
             r"\s*Caused by: \S",
-            r"[\w.-]+: (?:aborting\b|error - \S)",
+            r"[\w.-]+: (?:aborting\b|error - \S)|\s*std::bad_alloc\b",
+            r"(?:cp|mv|ln|tar|rsync|install|chmod|chown|mkdir|touch|dd|cat|stat): (?:cannot|can't|failed to) .*: \S",
             r"LLVM ERROR: \S|There are not enough slots available|(?:ORTE|PRTE|mpi(?:run|exec)) was unable to ",
             r".*\*\*\* \[.*\] Error \d",
             # what the operating system answered, at the end of a message
@@ -140,7 +142,7 @@ _KERNEL = (
             "BUG: |Oops\\b|Internal error: |Unable to handle kernel|Kernel panic|watchdog: BUG",
             ".*soft lockup",
             ".*hard LOCKUP",
-            ".*Kernel memory (?:exposure|overwrite) attempt|usercopy: ",
+            ".*Kernel memory (?:exposure|overwrite) attempt",
             ".*\\bgeneral protection fault|list_(?:add|del) corruption|.*\\brcu\\w*: .*detected stall",
         ),
     ),
@@ -210,12 +212,14 @@ _REFUSING = re.compile(r"\[[\w/]*serving\w*\.py:\d+\]")
 _PARSING = re.compile(r"\[[\w/]*parser\w*\.py:\d+\]")
 # An error in words, and words about one that is not there.
 _OF_AN_ERROR = re.compile(
-    r"\[Errno \d+\] |(?i:\b(?:error|failed|failure|unable to|cannot|could not|couldn't|denied|refused|timed out|killed|died)\b)"
+    r"\[Errno \d+\] "
+    r"|(?i:\b(?:error|failed|failure|unable to|cannot|could not|couldn't|denied|refused|timed out|killed|died)\b)"
 )
 _OF_NONE = _any(
     r"(?:Future|Deprecation|User|Runtime)Warning\b|\b(?:no|without|0|any|not an?) (?:errors?|failures?)\b",
     r"\b(?:may|might|could(?! not)|can|if|when|where|should|would|to avoid) .{0,60}\b(?:errors?|fail(?:ed|ure)?)\b",
-    r"pip's dependency resolver does not currently|Error in cpuinfo: prctl\(PR_SVE|harmless|safe to ignore|can be ignored",
+    r"pip's dependency resolver does not currently|Error in cpuinfo: prctl\(PR_SVE",
+    r"harmless|safe to ignore|can be ignored|originates from a subprocess|^\s*(?:note|hint|tip)\b",
     ignore_case=True,
 )
 _ATTEMPT = re.compile("[Rr]etr(?:y|ies)|[Aa]ttempt| tries| [Uu]p ")
@@ -225,6 +229,8 @@ _USED_UP = re.compile(
     r".*\b(?:retry(?:ing|\s+count|\s+attempt)?|retries|attempts?|tries|try)\b:? ?[(\[#]?"
     r"(?P<last>[2-9]|[1-9]\d+)(?: ?/ ?| of | out of )(?P=last)\b)"
 )
+# What a program says that goes on without it.
+_GOES_ON = re.compile(r"(?i)\b(?:fall(?:s|ing)? back|fallback|skipp(?:ed|ing)|continu(?:es?|ing)|instead|disabl|ignor)")
 _NO_MORE = re.compile(
     r"(?i:(?!.*\b(?:if|when|until|unless|once|before) )"
     r".*\b(?:(?:max(?:imum)?|all|retry|retries)\b.{0,30}\b(?:retries|attempts|tries|count|limit)\b.{0,12}"
@@ -245,8 +251,10 @@ def weight(line: Line, role: Role, number: int) -> int:
     if role.kind == "frame" or _OTHERS.search(line.who):
         return 0
     message = _said(line)
-    if is_used_up(message):
-        return SOME
+    return _by_shape(line, role, number, message) or (SOME if is_used_up(message) else 0)
+
+
+def _by_shape(line: Line, role: Role, number: int, message: str) -> int:
     if line.level == "info" or not message.strip() or tracebacks.HEAD in message:
         return 0
     if _HANDLED.search(message) or _ASKED_FOR.match(message):
@@ -283,7 +291,9 @@ def is_set_aside(line: Line, role: Role) -> bool:
 
 def is_used_up(message: str) -> bool:
     """Return whether a program says that the last of its attempts has failed."""
-    return _ATTEMPT.search(message) is not None and bool(_USED_UP.match(message) or _NO_MORE.match(message))
+    if not _ATTEMPT.search(message) or _GOES_ON.search(message):
+        return False
+    return bool(_USED_UP.match(message) or _NO_MORE.match(message))
 
 
 def _said(line: Line) -> str:
