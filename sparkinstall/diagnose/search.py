@@ -255,13 +255,13 @@ class Search:
 
     @property
     def telling(self) -> list[Suspect]:
-        """The most suspicious lines, by weight. What was no exception has not kept a server from starting.
+        """The most suspicious lines, by weight. What was no exception has not kept a program from succeeding later.
 
         Where the log shows that something failed, and no such line tells what, it is what was handled or warned of.
         """
-        started = self._last_of((SERVER_STARTED,))
+        passed = self._last_of((SERVER_STARTED, SUCCEEDED))
         those = self._telling or (self._set_aside if self._has_failed else {})
-        told = (each for each in those.values() if each.weight > suspicion.SOME or each.place.line > started)
+        told = (each for each in those.values() if each.weight > suspicion.SOME or each.place.line > passed)
         return sorted(told, key=lambda each: (-each.weight, each.place.line))
 
     @property

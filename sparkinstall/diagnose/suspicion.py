@@ -171,7 +171,7 @@ _KERNEL = (
     (
         SOME,
         _any(
-            "mlx5_core .*(?:timed? ?out|error|fail|health)",
+            "mlx5_core (?!.*severity=Corrected).*(?:timed? ?out|error|fail|health)",
             "(?:nvidia|nvme|r8127|r8169|igc|mt79\\w+)\\b.*\\bprobe .*failed with error",
             ".*\\bAER: .*(?:Fatal|Uncorrect)",
             ".*\\bDPC: containment",

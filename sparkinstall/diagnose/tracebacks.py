@@ -48,6 +48,7 @@ _PLAIN, _FRAME = Role("plain"), Role("frame")
 class _Process(Struct):
     frames: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_FRAMES))
     is_open: bool = False
+    has_head: bool = False
     is_chained: bool = False
     is_ignored: bool = False
     first: int = 0
@@ -67,7 +68,7 @@ class Tracebacks:
         """Whether the log ends within a traceback, so that its exception is not known."""
         those = self._processes.items()
         return any(
-            each.is_open and not each.is_ignored and each.lines < _MOST_FRAMES and key[1] not in ("info", "warning")
+            each.has_head and each.is_open and not each.is_ignored and each.lines < _MOST_FRAMES and key[1] not in ("info", "warning")
             for key, each in those
         )
 
@@ -84,11 +85,13 @@ class Tracebacks:
             self._begin(key).is_ignored = True
             return _FRAME
         if HEAD in message:
-            self._begin(key)
-            return _FRAME if message.lstrip().startswith(HEAD) else _PLAIN
+            begun = self._begin(key)
+            begun.has_head = message.lstrip().startswith(HEAD)
+            return _FRAME if begun.has_head else _PLAIN
         if _FILE.match(message):
             if process is None or not process.is_open:
                 process = self._begin(key)
+                process.has_head = False
             process.frames.append(message)
             process.depth = _depth(message)
             return _FRAME
