@@ -37,7 +37,7 @@ WORDS = (
     "dditional propert", " must be a", "RTNETLINK", "annot find device", "mount error", "CMake Error",
     "docker: error", "OCI runtime", "toomanyrequests", "ailed: ",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
-    "LLVM ERROR", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy", "write attempt",
+    "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy", "write attempt",
     "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying", "etry ", "etries",
     "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
@@ -155,7 +155,7 @@ _KERNEL = (
             "Out of memory",
             ".*I/O error",
             "EXT4-fs error",
-            ".*\\[Hardware Error\\]",
+            ".*\\[Hardware Error\\]|\\[drm:.*nvidia.*\\*ERROR\\*",
             "SError",
             ".*IO_PAGE_FAULT",
             "arm-smmu.*(?:fault|timeout|event 0x10 received)",
@@ -241,6 +241,8 @@ _REFUSED = re.compile(r"(?:[\w.]+\.)?(?:\w*ValidationError|ValueError|JSONDecode
 # Programs of the desktop and the system that have no part in this.
 _OTHERS = _any(
     r"(?<!\S)(?:sshd|avahi-daemon|gnome-\S+|gdm\S*|gsd-\S+|dbus-\S+|NetworkManager|snapd|pipewire|wireplumber|pulseaudio|cups\S*)\[",
+    # A unit that loads a module: what is needed at boot is known by name.
+    r"(?<!\S)modprobe\[",
     r"(?<!\S)(?:polkitd|tracker-\S+|systemd-\w+|rtkit-daemon|wpa_supplicant|bluetoothd|packagekitd|PackageKit|fwupd|chronyd)\[",
     r"(?<!\S)(?:cron|CRON|thermald|udisksd|upowerd|ModemManager|colord|xdg-\S+|evolution-\S+|firefox\S*|chrome|Xorg|xrdp\S*)\[",
 )

@@ -68,7 +68,11 @@ class Tracebacks:
         """Whether the log ends within a traceback, so that its exception is not known."""
         those = self._processes.items()
         return any(
-            each.has_head and each.is_open and not each.is_ignored and each.lines < _MOST_FRAMES and key[1] not in ("info", "warning")
+            each.has_head
+            and each.is_open
+            and not each.is_ignored
+            and each.lines < _MOST_FRAMES
+            and key[1] not in ("info", "warning")
             for key, each in those
         )
 

@@ -338,6 +338,22 @@ def test_general_failure_is_not_told_of_what_went_on() -> None:
     assert causes(diagnosed(exception + b"INFO:     Application startup complete.\n")) == []
 
 
+def test_what_was_handled_is_shown_only_where_the_log_proves_a_failure() -> None:
+    handled = b"WARNING: could not read the table: [Errno 5] Input/output error\n"
+    assert diagnosed(handled + b"done\n").telling == ()
+    for proof in (b"Traceback (most recent call last):\n", example("engine-dead")):
+        assert [each.line for each in diagnosed(handled + proof).telling] == [1]
+    other = b"ERROR: the other table is empty\n"
+    assert [each.line for each in diagnosed(handled + other + example("engine-dead")).telling] == [2]
+
+
+def test_last_attempt_that_failed_is_suspicious_at_level_info() -> None:
+    lines = [f"INFO: attempt {at}/4 failed, no route to host\n".encode() for at in (3, 4)]
+    assert diagnosed(lines[0]).telling == ()
+    assert [each.line for each in diagnosed(b"".join(lines)).telling] == [2]
+    assert diagnosed(b"".join(lines) + example("program-succeeded")).telling == ()
+
+
 def test_fallback_forgives_only_what_the_same_process_has_just_named() -> None:
     failed = b"OSError: own-7b is not a local folder and is not a valid model identifier, no tokenizer\n"
     fallback = b"Falling back to the plain tokenizer\n"
