@@ -37,9 +37,9 @@ WORDS = (
     "dditional propert", " must be a", "RTNETLINK", "annot find device", "mount error", "CMake Error",
     "docker: error", "OCI runtime", "toomanyrequests", "ailed: ",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
-    "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy", "write attempt",
-    "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying", "etry ", "etries",
-    "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
+    "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy",
+    "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
+    "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
