@@ -59,6 +59,8 @@ _PREFIXES = (
     r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
     rf"\[(?P<level>{_LEVEL})\] ",
+    # a library that names itself
+    r"[\w.-]+: (?P<level>[Ww]arning): (?=\S)",
     # logfmt, of programs in Go
     r"(?:time|ts)=(?:\"[^\"]*\"|\S+) (?=level=)",
     r"level=(?P<level>\w+) (?:(?:source|caller)=\S+ )?(?:msg=)?",

@@ -84,7 +84,7 @@ _SHAPES = (
             r"(?:OMP: Error #\d|libgomp: |libc\+\+abi: )\S?|.*\bpthread_create failed",
             r".*[:.] ABORT(?:ED|ING)?[.!]?$|cannot allocate memory (?:for|in) \S",
             # of a shell, apt and dpkg
-            r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$",
+            r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$|[\w./+-]+:(?:\d+:)? command not found: \S",
             r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
             r"(?:not found|No such file or directory|[Pp]ermission denied)$",
             r"CMake Error\b",
