@@ -25,12 +25,6 @@ CHECKOUT, MODEL, PREFIX = "/srv/checkout", "/srv/model", "/opt/sparkinstall"
 SECONDS = 60.0
 LOADING = 900.0
 ENV = f'VLLM_HOST_IP="127.0.0.1"\nPATH="{PREFIX}/venv/bin:/usr/local/bin:/usr/bin:/bin"\n'
-ON_A_CPU = f"""\
-[Service]
-Environment=LD_PRELOAD={":".join(vllm_on_cpu.PRELOADED)}
-Environment=VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1
-Environment=TORCHDYNAMO_DISABLE=1 VLLM_NO_USAGE_STATS=1
-"""
 # The kernel's ticks of the service's process and of the programs that it has run and waited for, and a tick's length.
 TICKS = """
 import os, sys
@@ -60,7 +54,7 @@ def _prepare(node: FreshNode) -> None:
     node.run("install", "-d", "-o", "spark", "-g", "spark", PREFIX, f"{PREFIX}/env")
     node.write(f"{PREFIX}/env/single-node.env", ENV, user="spark")
     node.run("mkdir", f"/etc/systemd/system/{VLLM_UNIT}.d")
-    node.write(f"/etc/systemd/system/{VLLM_UNIT}.d/cpu.conf", ON_A_CPU)
+    node.write(f"/etc/systemd/system/{VLLM_UNIT}.d/cpu.conf", vllm_on_cpu.DROP_IN)
 
 
 def _converge(node: FreshNode, step: str) -> None:

@@ -65,14 +65,6 @@ SYSTEMD
 . "{prefix}/venv/bin/activate"
 """
 LINK = "".join(f'{name}_SOCKET_IFNAME="{PORT_0[0]}"\n' for name in ("NCCL", "GLOO", "TP"))
-# What a CPU needs and a Spark does not. The unit is that of a Spark.
-ON_A_CPU = f"""\
-[Service]
-Environment=LD_PRELOAD={":".join(vllm_on_cpu.PRELOADED)}
-Environment=VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1
-# Without PyTorch's compilation, which needs a compiler that these nodes do not have.
-Environment=TORCHDYNAMO_DISABLE=1 VLLM_NO_USAGE_STATS=1
-"""
 ASK = """
 import json, sys, urllib.request
 path, body = sys.argv[1], sys.argv[2].encode() or None
@@ -131,7 +123,7 @@ def _prepare(node: FreshNode) -> None:
     node.run("install", "-d", "-o", "spark", "-g", "spark", PREFIX)
     node.run("mkdir", "-p", f"{PREFIX}/env", user="spark")
     node.run("mkdir", f"/etc/systemd/system/{UNIT}.d")
-    node.write(f"/etc/systemd/system/{UNIT}.d/cpu.conf", ON_A_CPU)
+    node.write(f"/etc/systemd/system/{UNIT}.d/cpu.conf", vllm_on_cpu.DROP_IN)
     # An environment without a journal would count as one whose journal is lost.
     env = {"PYTHONPATH": CHECKOUT, "PYTHONDONTWRITEBYTECODE": "1"}
     node.run(f"{PREFIX}/venv/bin/python", "-c", BEGIN, user="spark", env=env)

@@ -25,6 +25,14 @@ REQUIREMENTS = Path(__file__).with_name("vllm-on-cpu.txt")
 SITE = f"lib/python{PYTHON}/site-packages"
 # vLLM's CPU workers require these two. The first is part of the node's Debian.
 PRELOADED = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", f"{PLACE}/{SITE}/lib/libiomp5.so")
+# For the unit of a Spark, which serves here too: what a CPU needs and a Spark does not.
+DROP_IN = f"""\
+[Service]
+Environment=LD_PRELOAD={":".join(PRELOADED)}
+Environment=VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1
+# Without PyTorch's compilation, which needs a compiler that the lab's nodes do not have.
+Environment=TORCHDYNAMO_DISABLE=1 VLLM_NO_USAGE_STATS=1
+"""
 # The index has PyTorch for x86_64 only with CUDA, whose libraries must exist to be loaded. These 1.4 GB are needed only
 # with a GPU.
 ONLY_FOR_A_GPU = (
