@@ -232,9 +232,8 @@ def require_one_node(session: Session, name: str) -> None:
     Raises:
         BadUsage: it is another.
     """
+    _require_services(session)
     node = session.node
-    if node.rehearsal:
-        raise BadUsage("a rehearsal starts no services", hint="on the node: `sparkinstall serve`")
     if node.several:
         raise BadUsage(
             f"this node is the {node.role} of several, and they must start together",
@@ -242,9 +241,13 @@ def require_one_node(session: Session, name: str) -> None:
         )
 
 
-def _require_served(session: Session) -> None:
+def _require_services(session: Session) -> None:
     if session.node.rehearsal:
         raise BadUsage("a rehearsal starts no services", hint="on the node: `sparkinstall serve`")
+
+
+def _require_served(session: Session) -> None:
+    _require_services(session)
     if not VLLM.wanted(session.node):
         raise BadUsage("no model is served on this node", hint="`sparkinstall serve RECIPE|MODEL` serves one")
 
