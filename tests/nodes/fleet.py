@@ -8,13 +8,12 @@ from sparkinstall.resources import rollback
 from tests.lab.commands import Completed
 from tests.lab.fleet import Fleet, FleetNode
 from tests.lab.node import Bind, FreshNode
-from tests.nodes.fresh import CHECKOUT, COMMAND, CONFIG, REPOSITORY, ccache, kept_folder, put_before_the_compiler
+from tests.nodes.fresh import CHECKOUT, COMMAND, CONFIG, REPOSITORY, ccache, own_cache, put_before_the_compiler
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
 
 STACKS = "tests/lab/stacks"
 LEFT_OUT = (".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__")
-CACHE = "/home/spark/.cache/sparkinstall"
 
 
 @contextmanager
@@ -31,8 +30,8 @@ def sparks(count: int, *, port_1: bool = False) -> Iterator[Fleet]:
     The checkout is at the terminal, where `install` installs it.
     """
     toolkit()
-    with Fleet(count, bind=_binds, terminal_bind=_caches("terminal"), port_1=port_1) as fleet:
-        _own_cache(fleet.terminal)
+    with Fleet(count, bind=_binds, terminal_bind=own_cache("fleet-cache-terminal"), port_1=port_1) as fleet:
+        _give_cache_to_user(fleet.terminal)
         fleet.terminal.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
         for node in fleet.nodes:
             _prepare(node)
@@ -50,7 +49,7 @@ def sparkinstall(fleet: Fleet, *argv: str, **options: Any) -> Completed:
 
 
 def _prepare(node: FleetNode) -> None:
-    _own_cache(node)
+    _give_cache_to_user(node)
     # The parent folders belong to the user, as if the checkout were here.
     node.run("mkdir", "-p", f"{CHECKOUT}/{STACKS}", user="spark")
     node.push(REPOSITORY / STACKS, f"{CHECKOUT}/{STACKS}", owner="spark")
@@ -58,19 +57,13 @@ def _prepare(node: FleetNode) -> None:
     put_before_the_compiler(node)
 
 
-def _own_cache(node: FreshNode) -> None:
+def _give_cache_to_user(node: FreshNode) -> None:
     node.run("chown", "spark:spark", "/home/spark/.cache")
 
 
 def _binds(index: int) -> Sequence[Bind]:
     parts = [Bind(toolkit(), "/usr/local/cuda"), Bind(tarball().parent, "/srv/nccl"), ccache()]
-    return [*parts, *_caches(str(index + 1))]
-
-
-def _caches(whose: str) -> list[Bind]:
-    """A cache for each machine, so that it has no builds of the others; the wheelhouse is shared."""
-    own, wheels = kept_folder(f"fleet-cache-{whose}"), kept_folder("node-cache/wheels")
-    return [Bind(own, CACHE, read_only=False), Bind(wheels, f"{CACHE}/wheels", read_only=False)]
+    return [*parts, *own_cache(f"fleet-cache-{index + 1}")]
 
 
 def armed(node: FleetNode) -> bool:

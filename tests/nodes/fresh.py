@@ -28,19 +28,23 @@ nccl:
 """
 
 
+CACHE = "/home/spark/.cache/sparkinstall"
 CCACHE = "/srv/ccache"
 
 
 @contextmanager
-def fresh_node(*more: Bind) -> Iterator[FreshNode]:
-    """A node on this machine's network with a CUDA toolkit in its usual place and a cache that outlives it."""
-    own = kept_folder("node-cache")
+def fresh_node(whose: str, *more: Bind) -> Iterator[FreshNode]:
+    """A node on this machine's network with a CUDA toolkit in its usual place and a cache that outlives it.
+
+    `whose`: the test file that asks. Files run in parallel, and each has a cache of its own.
+    """
+    cache_name = f"{whose}-cache"
     # NCCL must be built in this run.
-    shutil.rmtree(own / "nccl/built", ignore_errors=True)
+    shutil.rmtree(kept_folder(cache_name) / "nccl/built", ignore_errors=True)
     binds = [
         Bind(toolkit(), "/usr/local/cuda"),
         Bind(tarball().parent, "/srv/nccl"),
-        Bind(own, "/home/spark/.cache/sparkinstall", read_only=False),
+        *own_cache(cache_name),
         ccache(),
         *more,
     ]
@@ -51,6 +55,12 @@ def fresh_node(*more: Bind) -> Iterator[FreshNode]:
         node.write("/etc/sparkinstall.yaml", CONFIG.format(tarball=tarball().name))
         put_before_the_compiler(node)
         yield node
+
+
+def own_cache(name: str) -> list[Bind]:
+    """The cache `name` for one node, so that it has no builds of the others; the wheelhouse is shared."""
+    own, wheels = kept_folder(name), kept_folder("node-cache/wheels")
+    return [Bind(own, CACHE, read_only=False), Bind(wheels, f"{CACHE}/wheels", read_only=False)]
 
 
 def ccache() -> Bind:

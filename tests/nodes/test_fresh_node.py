@@ -48,7 +48,7 @@ W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
 # What apt, dpkg, ldconfig and logging leave by their own nature, and what the tool itself is (it stays).
 @pytest.fixture(scope="module")
 def node() -> Iterator[FreshNode]:
-    with fresh_node() as fresh:
+    with fresh_node("fresh-node") as fresh:
         yield fresh
 
 

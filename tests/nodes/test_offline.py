@@ -42,7 +42,7 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def manifest(folder: Path) -> dict[str, object]:
     """A bundle, made on a machine with a network and the nodes' distribution."""
-    with fresh_node(Bind(folder, BUNDLES, read_only=False)) as outside:
+    with fresh_node("offline", Bind(folder, BUNDLES, read_only=False)) as outside:
         outside.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=300)
         outside.write("/home/spark/config.yaml", SETTINGS.format(home=CHECKOUT), user="spark")
         options = ("--config", "/home/spark/config.yaml", "--platform", HERE, "--nodes", "2", "--output", BUNDLE)
