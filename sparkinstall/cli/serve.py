@@ -108,8 +108,8 @@ def install_and_serve(target: Target, output: Output, chosen: InstallOptions, na
     target = replace(target, served=found.served)
     session = opened(target)
     _show_changes(session, found, output)
-    checks, supply = use.require_possible(session, found), supply_of(session, output)
     dialog, before = _dialog(session, output, yes), use.before_serving(session, within_all=True)
+    checks, supply = use.require_possible(session, found, dialog.say), supply_of(session, output)
     with shown_checks(output):
         done = converge(session, chosen, dialog.install, replace(supply, checks=(*supply.checks, *checks.checks)))
     if any(report.outcome in ("failed", "blocked") for report in done.reports):
@@ -215,7 +215,11 @@ def _options(session: Session, ignore: Sequence[str] | None, limit: int | None) 
 
 
 def _dialog(session: Session, output: Output, yes: bool) -> use.ServeDialog:
-    return use.ServeDialog(dialog_of(session, output, yes), lambda: explained(session), edge.uninterrupted)
+    def say(text: str) -> None:
+        if not output.json:
+            print(text, file=sys.stderr, flush=True)
+
+    return use.ServeDialog(dialog_of(session, output, yes), lambda: explained(session), edge.uninterrupted, say)
 
 
 def explained(session: Session) -> use.Explained:

@@ -18,7 +18,7 @@ from sparkinstall.models.files import LARGEST_JSON, Files
 from sparkinstall.models.planned import Answer, Asked, Plan, Planned, Question, Reply
 from sparkinstall.node import Node
 from sparkinstall.own_files import read_regular
-from sparkinstall.system import Reader
+from sparkinstall.system import Reader, Result
 
 PLANS = "plans"
 """The folder of the answers in the user's cache."""
@@ -91,6 +91,17 @@ class InstalledVllm(Struct, frozen=True):
         if free < _ROOM:
             return Reply(error=f"only {free >> 10} MiB of memory are available to run it")
         self.say(f"asking vLLM {self.node.stack.vllm} how it would plan the KV cache: 10 to 20 seconds")
+        try:
+            said = self._ask(contents, questions)
+        except OSError as error:
+            return Reply(error=f"its files of the model cannot be written: {error.strerror}")
+        try:
+            return msgspec.json.decode(said.out.splitlines()[-1], type=Reply)
+        except (msgspec.DecodeError, IndexError):
+            late = f"it has not answered within {_LIMIT:g} s" if said.code == 124 else ""
+            return Reply(error=late or said.last_line[:300] or f"it ended with code {said.code}")
+
+    def _ask(self, contents: Mapping[str, bytes], questions: Questions) -> Result:
         with tempfile.TemporaryDirectory(prefix="sparkinstall-fit-") as folder:
             for name, content in contents.items():
                 (Path(folder) / name).write_bytes(content)
@@ -98,11 +109,7 @@ class InstalledVllm(Struct, frozen=True):
             command = ("python", "-P", "-c", payloads.source(_PAYLOAD), msgspec.json.encode(asked).decode())
             more = {**_QUIET, "VLLM_CACHE_ROOT": f"{folder}/.vllm", "TMPDIR": folder}
             said = with_env_file(self.node, self.on, *command, timeout=_LIMIT, **more)
-        try:
-            return msgspec.json.decode(said.out.splitlines()[-1].replace(folder, "the model's folder"), type=Reply)
-        except (msgspec.DecodeError, IndexError):
-            late = f"it has not answered within {_LIMIT:g} s" if said.code == 124 else ""
-            return Reply(error=late or said.last_line[:300] or f"it ended with code {said.code}")
+            return replace(said, out=said.out.replace(folder, "the model's folder"))
 
     def _cache_file(self, contents: Mapping[str, bytes], questions: Questions) -> Path:
         """Return where the answer is kept: all that it depends on is in the name."""

@@ -44,12 +44,14 @@ class Explained(Struct, frozen=True):
 class ServeDialog(Struct, frozen=True):
     """How `serve` talks to its caller.
 
-    `explain` searches the logs of the last start, and within `uninterrupted` no interrupt arrives.
+    `explain` searches the logs of the last start, and within `uninterrupted` no interrupt arrives. `say` is given a
+    sentence before a check that takes long.
     """
 
     install: Dialog
     explain: Callable[[], Explained]
     uninterrupted: Callable[[], AbstractContextManager[None]]
+    say: Callable[[str], None] = lambda _: None
 
 
 class ServeOptions(Struct, frozen=True):
@@ -97,8 +99,7 @@ def serve(session: Session, target: Target, wanted: Wanted, options: ServeOption
     Raises:
         Problem: see above; also the checks' failure, before anything is changed.
     """
-    require_decided(session, wanted.served)
-    supply = Supply(tuple(serve_checks.probes(session.node, wanted)))
+    supply = require_possible(session, wanted, dialog.say)
     install = InstallOptions(only=STEPS, ignore=options.ignore, verb="serve")
     with _restoring(session, target, dialog, before_serving(session)):
         done = converge(session, install, dialog.install, supply)
@@ -145,14 +146,14 @@ def after_install(
     return Answering(done.changed, serving, (*wanted.changes, *overridden(session, wanted.served)))
 
 
-def require_possible(session: Session, wanted: Wanted) -> Supply:
-    """Return the checks of what is to be served when all is installed.
+def require_possible(session: Session, wanted: Wanted, say: Callable[[str], None]) -> Supply:
+    """Return the checks of what is to be served. `say` is given a sentence before one that takes long.
 
     Raises:
         BadUsage, BadConfig: it cannot be served here, or a setting says otherwise.
     """
     require_decided(session, wanted.served)
-    return Supply(tuple(serve_checks.probes(session.node, wanted)))
+    return Supply(tuple(serve_checks.probes(session.node, wanted, say)))
 
 
 def stop(session: Session) -> None:

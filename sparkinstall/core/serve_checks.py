@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from msgspec.structs import replace
 
 from sparkinstall.core import fit as fits
+from sparkinstall.core.planned import InstalledVllm
 from sparkinstall.core.recipe_list import fit as loads
 from sparkinstall.core.serve_settings import Wanted
 from sparkinstall.facts.units import show
@@ -27,8 +28,8 @@ _SHOWN = 5
 _SHARE, _LEAST_SHARE = "0.85", 0.1
 
 
-def probes(node: Node, wanted: Wanted) -> Iterator[Probe]:
-    """Yield the checks of what is to be served on a node."""
+def probes(node: Node, wanted: Wanted, say: Callable[[str], None] = lambda _: None) -> Iterator[Probe]:
+    """Yield the checks of what is to be served on a node. `say` is told before one that takes long."""
     if wanted.recipe:
         yield Probe(
             "recipe", "a recipe for this stack and these nodes", lambda _: _recipe(wanted.recipe, node), "node",
@@ -43,7 +44,7 @@ def probes(node: Node, wanted: Wanted) -> Iterator[Probe]:
         "port", "a free port for the API", partial(_port, node), "node", "vLLM ends after it has loaded the model."
     )
     yield Probe(
-        "fit", "a model that fits", partial(_fit, wanted, node), "node", "The node runs out of memory and freezes."
+        "fit", "a model that fits", partial(_fit, wanted, node, say), "node", "The node runs out of memory and freezes."
     )
 
 
@@ -142,17 +143,18 @@ def _available(node: Node, on: Reader) -> fits.Memory:
     return _without_running(memory, node)
 
 
-def _fit(wanted: Wanted, node: Node, on: Reader) -> Finding:
+def _fit(wanted: Wanted, node: Node, say: Callable[[str], None], on: Reader) -> Finding:
     memory = _available(node, on)
     if memory.available.value is None:
         return skipped(f"unknown: {memory.available.why}")
     files = wanted.files or HubFiles(wanted.model, node.config.serving.revision or "")
     try:
-        found = fits.fit(wanted.model, files, wanted.options, memory, node.stack.vllm)
+        oracle = InstalledVllm(node, on, say).plan
+        found = fits.fit(wanted.model, files, wanted.options, memory, node.stack.vllm, oracle=oracle)
     except ModelError as error:
         return skipped(f"unknown: {error.message}")
     need, there = found.memory.need.value, memory.available.value or 0
-    size = f"{need / 1e9:.1f} GB needed, {there / 1e9:.1f} GB available" if need else ""
+    size = f"{need / 1e9:.1f} GB needed, {there / 1e9:.1f} GB available{_counted(found)}" if need else ""
     if found.verdict == "does_not_fit":
         return failed(
             f"{found.why}: {size}" if size else found.why, f"`sparkinstall fit {wanted.served.name}` explains it"
@@ -160,6 +162,13 @@ def _fit(wanted: Wanted, node: Node, on: Reader) -> Finding:
     if found.verdict == "unknown":
         return skipped(f"unknown: {found.why}")
     return passed(size)
+
+
+def _counted(found: fits.FitReport) -> str:
+    """Say how the KV cache was counted."""
+    if found.asked:
+        return f", the KV cache as vLLM {found.vllm} plans it"
+    return f" (estimate: {found.not_asked})" if found.not_asked else " (estimate)"
 
 
 def _without_running(memory: fits.Memory, node: Node) -> fits.Memory:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from sparkinstall import given
 from sparkinstall.core.fit import FitOptions, options_of_recipe
@@ -77,8 +78,8 @@ def _of_recipe(name: str, wanted_id: str | None, trusts: bool) -> Wanted:
     _require_trust(recipe, trusts)
     model = _folder(recipe.model) if recipe.model.startswith(("/", "~")) else recipe.model
     settings = dict(_settings(recipe, model))
-    files = _files(model, recipe.revision, settings)
-    return Wanted(Served(recipe.id, settings), model, recipe, files, options_of_recipe(recipe), read.changes)
+    files, options = _files(model, recipe.revision, settings), replace(options_of_recipe(recipe), remote_code=trusts)
+    return Wanted(Served(recipe.id, settings), model, recipe, files, options, read.changes)
 
 
 def _files(model: str, revision: str | None, settings: dict[str, Any]) -> Files | None:

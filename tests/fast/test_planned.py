@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,17 @@ def test_node_without_vllm_and_a_rehearsal_are_not_asked(node: Node, tmp_path: P
         with pytest.raises(NotPlanned, match=why):
             InstalledVllm(each, spark).plan(with_code(tmp_path), QUESTIONS)
     assert spark.asked == []
+
+
+def test_folder_for_temporary_files_that_cannot_be_written_is_a_reason(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    with pytest.raises(NotPlanned, match="cannot be written: No space left on device"):
+        InstalledVllm(node, Spark(REPLY)).plan(with_code(tmp_path), QUESTIONS)
 
 
 def test_cache_that_cannot_be_written_does_not_matter(node: Node, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -23,6 +24,7 @@ from sparkinstall.errors import BadConfig, BadUsage, Interrupted, Problem
 from sparkinstall.events import Event, Progressed, StepStarted, silent
 from sparkinstall.journal.state_dir import Served
 from sparkinstall.models import ModelError
+from sparkinstall.models.planned import Answer, Plan, PlannedLayers, Reply
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding
 from sparkinstall.recipes import RecipeError
@@ -50,6 +52,14 @@ RECIPE = {
     "env": {"VLLM_FLOAT32_MATMUL_PRECISION": "high"},
     "loads_from": "0.18.1",
 }
+
+
+PLAN = Plan(
+    weights=8_000_000,
+    layers=(PlannedLayers("FullAttentionSpec", 786_432, 16, 0, 2),),
+    block_size=16, kv_dtype="auto", prefix_caching=True, batched_tokens=8192, context=65536, concurrency=1.0,
+    blocks=512, block_bytes=1_572_864, groups=1, step=16, steps=((4096, 1),),
+)  # fmt: skip
 
 
 def recipe_file(folder: Path, **changes: Any) -> str:
@@ -279,6 +289,58 @@ def test_model_that_does_not_fit_is_refused_before_it_is_started(tmp_path: Path)
     assert small.hint.startswith("`sparkinstall fit ")
     running = fits(tmp_path, 8_000_000, {"systemctl": "ActiveState=active\n"})
     assert running.verdict == "pass", "what the running vLLM holds becomes free"
+
+
+class Planning(LocalReader):
+    """A Spark whose installed vLLM has this plan for all options; None: it cannot be imported."""
+
+    def __init__(self, on: OnASpark, plan: Plan | None) -> None:
+        super().__init__(on.root)
+        self.on, self.plan, self.asked = on, plan, 0
+
+    rehearsal = False
+
+    def real(self, path: str) -> str:
+        return self.on.real(path)
+
+    def ask(self, *argv: str, **how: Any) -> Result:
+        if argv[-1].startswith("[{"):
+            self.asked += 1
+            reply = Reply("", "0.33.0", "cuda", 1.5, (Answer(self.plan),) * len(json.loads(argv[-1])))
+            said = msgspec.json.encode(reply).decode() if self.plan else ""
+            return Result(argv, 0 if said else 1, said, "ImportError: no torch\n")
+        return self.on.ask(*argv, **how)
+
+
+@pytest.mark.parametrize(
+    ("plan", "verdict", "says"),
+    [
+        (PLAN, "pass", ", the KV cache as vLLM 0.33.0 plans it"),
+        (replace(PLAN, weights=95_000_000_000), "fail", ", the KV cache as vLLM 0.33.0 plans it"),
+        (None, "pass", "(estimate: ImportError: no torch)"),
+    ],
+)
+def test_fit_before_a_start_asks_the_installed_vllm(plan: Plan | None, verdict: str, says: str, tmp_path: Path) -> None:
+    folder, node = write_model(tmp_path / "m"), replace(NODE, cache=tmp_path / "cache")
+    on = Planning(spark(tmp_path, 100_000_000), plan)
+    for path in (f"{node.venv}/bin/python", node.env_file):
+        (tmp_path / "spark" / path[1:]).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "spark" / path[1:]).touch()
+    told: list[str] = []
+    (look,) = [each.look for each in serve_checks.probes(node, wanted(str(folder)), told.append) if each.name == "fit"]
+    found = look(on)
+    assert (found.verdict, found.found.endswith(says)) == (verdict, True), found
+    assert on.asked == 1 and told == [f"asking vLLM {node.stack.vllm} how it would plan the KV cache: 10 to 20 seconds"]
+
+
+def test_fit_without_an_installed_vllm_is_an_estimate(tmp_path: Path) -> None:
+    assert fits(tmp_path, 100_000_000).found.endswith("(estimate: vLLM is not installed here)")
+
+
+def test_agreed_code_of_the_model_may_run_to_plan(tmp_path: Path) -> None:
+    name = recipe_file(tmp_path, args=[["--trust-remote-code"]])
+    assert wanted(name, trusts=True).options.remote_code
+    assert not wanted(recipe_file(tmp_path)).options.remote_code
 
 
 @pytest.mark.parametrize(
