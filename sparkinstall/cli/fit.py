@@ -16,6 +16,7 @@ from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import columns, console, show_line
 from sparkinstall.cli.text_output import shown as redacted
 from sparkinstall.core import fit as use
+from sparkinstall.core.memory import memory_of
 from sparkinstall.core.model_source import Source, source_of
 from sparkinstall.core.planned import InstalledVllm
 from sparkinstall.core.session import Target, open_session
@@ -102,7 +103,7 @@ def fit(
     asked = replace(asked, remote_code=trust_remote_code)
     recipe = source.recipe.id if source.recipe else ""
     peers = session.node.peers if asked.tensor_parallel > 1 and session.node.several else ()
-    node_memory = use.memory_of(session.system, size, peers)
+    node_memory = memory_of(session.system, size, peers)
     with _waiting(output) as say:
         oracle = None if by_formula else InstalledVllm(session.node, session.system, say).plan
         found = use.fit(source.name, source.files, asked, node_memory, session.node.stack.vllm, recipe, oracle)

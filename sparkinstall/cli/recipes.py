@@ -1,6 +1,6 @@
 """`sparkinstall recipes`: how models are served on Sparks, who reported it, and as which command."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated
 
 import click
@@ -46,36 +46,95 @@ Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Which recipe
 @app.command("list")
 @verb("recipes list", "root", "config", "stack", reads_only=True)
 def list_(target: Target, output: Output) -> CommandResult:
-    """List the shipped recipes: what this node's stack can load, nodes, context, and the speed that was reported."""
+    """List the shipped recipes: whether a Spark can run them, with which stack, and the speed that was reported."""
     session = open_session(target)
-    found = use.recipe_list(shipped(), session.node.stack)
+    found = use.recipe_list(shipped(), session.node.stack, use.memory_for_models(session.system))
     return CommandResult(data=found, show=lambda: _show_list(found, output.verbose))
 
 
 def _show_list(found: use.RecipeList, verbose: bool) -> None:
     out = console()
-    out.print(f"Recipes, for the stack {found.stack} (vLLM {found.vllm}):\n", markup=False)
-    table = headed("recipe", "loads", "nodes", "context", "GB", "tokens/s", *(["source", "model"] if verbose else []))
-    # Who wants to serve it copies it.
-    table.columns[0].no_wrap = True
-    for each in found.recipes:
-        table.add_row(*map(Text, (*_row(each), *(_more(each) if verbose else ()))))
+    out.print(f"Recipes for the stack {found.stack} (vLLM {found.vllm}) and {_memory(found)}:\n", markup=False)
+    shown_columns = [each for each in _COLUMNS if verbose or out.width >= each.from_width]
+    table = headed(*(each.heading for each in shown_columns))
+    for column, each in zip(table.columns, shown_columns, strict=True):
+        column.justify = "right" if each.number else "left"
+        # Who wants to serve it copies it.
+        column.no_wrap = each is shown_columns[0]
+    section = ""
+    for recipe in found.recipes:
+        if (title := _section(recipe)) != section:
+            table.add_row(Text(f"\n{title}" if section else title, style="bold"))
+            section = title
+        table.add_row(*(each.cell(recipe) for each in shown_columns))
     out.print(table)
     out.print()
-    show_line("* not reported to work on a GB10 with this vLLM or an older one", out)
-    show_line("Speeds are those that others report, with their settings: `sparkinstall recipes show ID`.", out)
-    show_line("To serve one: `sparkinstall serve ID`.", out)
+    for line in _LEGEND:
+        show_line(line, out, "dim")
 
 
-def _row(each: use.ListedRecipe) -> tuple[str, ...]:
-    size = f"{each.bytes / 1e9:.0f}" if each.bytes else ""
-    speed = each.speed.words.removesuffix(" tokens/s") if each.speed else ""
-    mark = "*" if each.loads == "loads" and not each.good_on_gb10 else ""
-    return each.id, _loads(each.loads, each.stack) + mark, str(each.nodes), _short(each.context), size, speed
+def _memory(found: use.RecipeList) -> str:
+    amount = f"{(found.memory.value or 0) / 1e9:.1f} GB"
+    return f"the {amount} available now" if found.memory.basis == "measured" else f"a Spark's {amount}"
 
 
-def _more(each: use.ListedRecipe) -> tuple[str, str]:
-    return each.speed.source if each.speed else "", each.model
+def _section(each: use.ListedRecipe) -> str:
+    words = {"other_stack": "With another stack", "patched_build": "With a patched build", "unknown": "Stack not known"}
+    return words.get(each.loads) or ("On one Spark" if each.nodes == 1 else "On several Sparks")
+
+
+def _fits(each: use.ListedRecipe) -> Text:
+    words = {
+        "fits": ("yes", "green"),
+        "does_not_fit": ("no", "red"),
+        "reported": ("reported", ""),
+        "unknown": ("unknown", "dim"),
+    }
+    word, style = words[each.fits]
+    return Text(word, style=style)
+
+
+def _stack(each: use.ListedRecipe) -> Text:
+    if each.loads == "loads":
+        return Text(each.stack + ("" if each.good_on_gb10 else "*"))
+    words = {"patched_build": "patched", "unknown": "unknown"}
+    return Text(words.get(each.loads) or each.stack or "newer", style="yellow")
+
+
+def _listed_speed(each: use.ListedRecipe) -> Text:
+    if each.speed is None:
+        return Text("")
+    # Of embeddings: not of one stream, and not tokens.
+    return Text(f"{each.speed.value:g}" if each.speed.unit == "tokens/s" else f"{each.speed.value:g} {each.speed.unit}")
+
+
+class _Column(Struct, frozen=True):
+    """A column of the list, and the width of the terminal from which there is room for it."""
+
+    heading: str
+    cell: Callable[[use.ListedRecipe], Text]
+    from_width: int = 0
+    number: bool = False
+
+
+_COLUMNS = (
+    _Column("recipe", lambda each: Text(each.id)),
+    _Column("fits", _fits),
+    _Column("stack", _stack),
+    _Column("nodes", lambda each: Text(str(each.nodes)), number=True),
+    _Column("context", lambda each: Text(_short(each.context)), 95, number=True),
+    _Column("GB", lambda each: Text(f"{each.bytes / 1e9:.0f}" if each.bytes else ""), 95, number=True),
+    _Column("tokens/s", _listed_speed, number=True),
+    _Column("source", lambda each: Text(each.speed.source if each.speed else ""), 135),
+    _Column("model", lambda each: Text(each.model), 175),
+)
+_LEGEND = (
+    "fits: weights, engine and system; `sparkinstall fit ID` adds the KV cache",
+    "reported: size not known, but others have run it on as many Sparks",
+    "* not reported to work on a GB10 with this vLLM or an older one",
+    "tokens/s: what others report; `sparkinstall recipes show ID` has the settings",
+    "To serve one: `sparkinstall serve ID`",
+)
 
 
 def _short(tokens: int | str | None) -> str:

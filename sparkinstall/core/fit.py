@@ -7,10 +7,10 @@ from typing import Literal
 from msgspec import Struct
 from msgspec.structs import replace
 
+from sparkinstall.core.memory import OVERHEAD, RESERVE, Memory
 from sparkinstall.core.planned import NotPlanned, Oracle, Questions
 from sparkinstall.core.recipe_list import release
 from sparkinstall.errors import BadUsage
-from sparkinstall.facts import machine
 from sparkinstall.models import Basis, Figure, ModelError, unknown
 from sparkinstall.models.files import CONFIG, Files, read_object
 from sparkinstall.models.kv_cache import CacheSize, Formulas, Load
@@ -19,14 +19,9 @@ from sparkinstall.models.planned import Asked, Plan, Planned
 from sparkinstall.models.weights import Weights, loaded_size, read_by_token, read_weights
 from sparkinstall.recipes import Recipe
 from sparkinstall.recipes.serve_options import key
-from sparkinstall.system import Reader
 
 Verdict = Literal["fits", "does_not_fit", "unknown"]
 
-GIB = 1 << 30
-OVERHEAD = Figure(9 * GIB, "reported", "about 9 GiB beside weights and KV cache were reported on a Spark; unverified")
-RESERVE = Figure(4 * GIB, "chosen", "kept free for the system")
-SPARK_TOTAL = Figure(int(121.69 * GIB), "reported", "what vLLM reports as the memory of a Spark")
 BANDWIDTH = 273_000_000_000
 """Bytes a second that the memory of a GB10 delivers at best."""
 
@@ -45,8 +40,6 @@ _UNCOUNTED = {
     "--enable-lora": "LoRA adapters",
 }
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
-_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
-_PATIENCE = 20.0
 # Of 16 bits a weight; embeddings and scales stay wider.
 _VERSIONS = {"8 bits a weight": 0.55, "4 bits a weight": 0.32}
 _MOST_NODES = 64
@@ -83,14 +76,6 @@ class FitOptions(Struct, frozen=True):
     def asked(self) -> Asked:
         """What of them changes vLLM's plan."""
         return Asked(self.batched_tokens, self.kv_dtype, self.tensor_parallel)
-
-
-class Memory(Struct, frozen=True):
-    """What a node has available now, and in all; `others`: what the other nodes have, if several serve it."""
-
-    available: Figure
-    total: Figure
-    others: tuple[Figure, ...] = ()
 
 
 class Way(Struct, frozen=True):
@@ -215,30 +200,6 @@ def with_cache_options(options: FitOptions, prefix_caching: bool | None, block_s
         return replace(options, to_vllm=tuple(words))
     why = "--block-size, for which fit has no formula"
     return replace(options, to_vllm=(*words, "--block-size", str(block_size)), no_formula=options.no_formula or why)
-
-
-def memory_of(on: Reader, given: int | None, peers: Sequence[str] = ()) -> Memory:
-    """Return the memory of a node: as given, or that of this one if it is a Spark; with `peers` the least."""
-    is_spark = machine.has_gb10(on)
-    total = machine.parse_meminfo(on.read("/proc/meminfo") or b"").get("MemTotal", 0) << 10 if is_spark else 0
-    whole = Figure(total, "measured", "MemTotal of this node") if total else SPARK_TOTAL
-    if given is not None:
-        return Memory(Figure(given, "given", "--memory"), whole)
-    found = machine.available_memory(on) if is_spark else 0
-    if not found:
-        why = "this machine is not a Spark: say what one has available with --memory, such as 101GiB"
-        return Memory(unknown(why), whole)
-    own = Figure(found, "measured", "MemAvailable of this node, now")
-    others = tuple(_memory_of_peer(on, peer) for peer in peers)
-    return Memory(min((own, *others), key=lambda each: each.value or found + 1), whole, others)
-
-
-def _memory_of_peer(on: Reader, peer: str) -> Figure:
-    said = on.ask(*_SSH, peer, "cat /proc/meminfo", timeout=_PATIENCE)
-    found = machine.parse_meminfo(said.out.encode()).get("MemAvailable", 0) << 10 if said.ok else 0
-    if not found:
-        return unknown(f"{peer} does not tell its memory: {said.last_line or f'ssh ended with code {said.code}'}")
-    return Figure(found, "measured", f"MemAvailable of {peer}, now")
 
 
 class _Model(Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""The recipes, and which of them the vLLM of a stack can load."""
+"""The recipes: which of them the vLLM of a stack can load, and whether their weights fit into a node's memory."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,8 +7,10 @@ from typing import Literal
 from msgspec import Struct
 
 from sparkinstall import stacks
+from sparkinstall.core.memory import OVERHEAD, RESERVE, memory_of
 from sparkinstall.facts import vllm_releases
 from sparkinstall.facts.vllm_options import Refusal, refusals
+from sparkinstall.models import Figure
 from sparkinstall.node import Node
 from sparkinstall.recipes import Change, ReadRecipe, Recipe, Speed
 from sparkinstall.recipes.render import options_of
@@ -16,6 +18,8 @@ from sparkinstall.recipes.serve_options import key
 from sparkinstall.system import Reader
 
 Loads = Literal["loads", "other_stack", "patched_build", "unknown"]
+Room = Literal["fits", "does_not_fit", "reported", "unknown"]
+"""Whether the weights fit into a node's memory; `reported`: their size is not known, but others have run them."""
 
 # The first shipped stack whose vLLM has the method; `mtp` is in all of them.
 _METHODS = {"dflash": "0.22.1", "dspark": "0.29.0"}
@@ -30,12 +34,18 @@ class Fit(Struct, frozen=True):
 
 
 class ListedRecipe(Struct, frozen=True):
-    """A recipe in a list. `good_on_gb10`: it was reported good there with this stack's release or an older one."""
+    """A recipe in a list. `good_on_gb10`: it was reported good there with this stack's release or an older one.
+
+    `stack`: the one that loads it, "" if none of the shipped ones does.
+    `need`: bytes that each node needs beside the KV cache, None if the size of the weights is not known.
+    """
 
     id: str
     model: str
     loads: Loads
     stack: str
+    fits: Room
+    need: int | None
     nodes: int
     context: int | str | None
     bytes: int | None
@@ -45,28 +55,40 @@ class ListedRecipe(Struct, frozen=True):
 
 
 class RecipeList(Struct, frozen=True):
-    """Result of `recipes list`: for which stack and release of vLLM, and the recipes; those that run come first."""
+    """Result of `recipes list`: for which stack and release of vLLM, and the recipes; those that run come first.
+
+    `memory`: what a node has available for vLLM and the system.
+    """
 
     stack: str
     vllm: str
+    memory: Figure
     recipes: Sequence[ListedRecipe]
 
 
-def recipe_list(recipes: Iterable[Recipe], stack: stacks.Stack) -> RecipeList:
-    """Judge each recipe for a stack."""
+def recipe_list(recipes: Iterable[Recipe], stack: stacks.Stack, memory: Figure) -> RecipeList:
+    """Judge each recipe for a stack and the memory of each node."""
     order: tuple[Loads, ...] = ("loads", "other_stack", "unknown", "patched_build")
-    listed = [_listed(each, stack) for each in recipes]
-    listed.sort(key=lambda each: (order.index(each.loads), each.nodes))
-    return RecipeList(stack.name, stack.vllm, listed)
+    listed = [_listed(each, stack, memory) for each in recipes]
+    listed.sort(key=lambda each: (order.index(each.loads), each.nodes, each.fits == "does_not_fit"))
+    return RecipeList(stack.name, stack.vllm, memory, listed)
 
 
-def _listed(recipe: Recipe, stack: stacks.Stack) -> ListedRecipe:
-    found, good = fit(recipe, stack), recipe.good_on_gb10_from
+def memory_for_models(on: Reader) -> Figure:
+    """Return what this node has available now; on another machine, all memory of a Spark."""
+    memory = memory_of(on, None)
+    return memory.total if memory.available.value is None else memory.available
+
+
+def _listed(recipe: Recipe, stack: stacks.Stack, memory: Figure) -> ListedRecipe:
+    found, good, need = fit(recipe, stack), recipe.good_on_gb10_from, _need(recipe)
     return ListedRecipe(
         id=recipe.id,
         model=recipe.model,
         loads=found.loads,
-        stack=found.stack,
+        stack=stack.name if found.loads == "loads" else found.stack,
+        fits=_room(recipe, need, memory),
+        need=need,
         nodes=recipe.nodes,
         context=recipe.context,
         bytes=recipe.bytes,
@@ -74,6 +96,22 @@ def _listed(recipe: Recipe, stack: stacks.Stack) -> ListedRecipe:
         needs_build=recipe.needs_build,
         speed=typical_speed(recipe),
     )
+
+
+def _need(recipe: Recipe) -> int | None:
+    """Return the bytes that each node needs beside the KV cache."""
+    if recipe.bytes is None:
+        return None
+    return -(-recipe.bytes // recipe.nodes) + (OVERHEAD.value or 0) + (RESERVE.value or 0)
+
+
+def _room(recipe: Recipe, need: int | None, memory: Figure) -> Room:
+    if need is not None and memory.value is not None and need <= memory.value:
+        return "fits"
+    if need is not None and not recipe.needs_build:
+        return "does_not_fit"
+    # A patched build may keep a part of the weights on the disk.
+    return "reported" if recipe.speed or recipe.good_on_gb10_from else "unknown"
 
 
 def typical_speed(recipe: Recipe) -> Speed | None:

@@ -8,6 +8,7 @@ from functools import partial
 from msgspec.structs import replace
 
 from sparkinstall.core import fit as fits
+from sparkinstall.core.memory import RESERVE, Memory, memory_of
 from sparkinstall.core.planned import InstalledVllm
 from sparkinstall.core.recipe_list import fit as loads
 from sparkinstall.core.serve_settings import Wanted
@@ -126,7 +127,7 @@ def within_memory(wanted: Wanted, node: Node, on: Reader) -> Wanted:
     if available is None or not total:
         return wanted
     asked = wanted.served.settings.get("serving.memory") or _SHARE
-    most = math.floor(100 * (available - (fits.RESERVE.value or 0)) / total) / 100
+    most = math.floor(100 * (available - (RESERVE.value or 0)) / total) / 100
     if not _LEAST_SHARE <= most < float(asked):
         return wanted
     why = f"{available / 1e9:.1f} GB are available, of which the system keeps some"
@@ -135,9 +136,9 @@ def within_memory(wanted: Wanted, node: Node, on: Reader) -> Wanted:
     return replace(wanted, served=served, changes=(*wanted.changes, change))
 
 
-def _available(node: Node, on: Reader) -> fits.Memory:
+def _available(node: Node, on: Reader) -> Memory:
     """Return the memory of this node; what the running vLLM holds becomes free."""
-    memory = fits.memory_of(on, None)
+    memory = memory_of(on, None)
     if memory.available.value is None or show(on, VLLM_UNIT, "ActiveState")["ActiveState"] != "active":
         return memory
     return _without_running(memory, node)
@@ -171,12 +172,12 @@ def _counted(found: fits.FitReport) -> str:
     return f" (estimate: {found.not_asked})" if found.not_asked else " (estimate)"
 
 
-def _without_running(memory: fits.Memory, node: Node) -> fits.Memory:
+def _without_running(memory: Memory, node: Node) -> Memory:
     """Return the memory without the vLLM that is replaced, which may hold its share of it."""
     total = memory.total.value or 0
     share = float(_last(node, "--gpu-memory-utilization") or node.config.serving.memory or _SHARE)
     freed = min(total, (memory.available.value or 0) + int(share * total))
-    return fits.Memory(Figure(freed, "estimate", "MemAvailable, and what the running vLLM may hold"), memory.total)
+    return Memory(Figure(freed, "estimate", "MemAvailable, and what the running vLLM may hold"), memory.total)
 
 
 def _last(node: Node, name: str) -> str:

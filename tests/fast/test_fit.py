@@ -10,6 +10,7 @@ import pytest
 from msgspec.structs import replace
 
 from sparkinstall.core import fit as use
+from sparkinstall.core.memory import GIB, SPARK_TOTAL, Memory, memory_of
 from sparkinstall.core.model_source import source_of
 from sparkinstall.models import Figure, ModelError
 from sparkinstall.models.files import LocalFiles
@@ -25,7 +26,7 @@ from tests.support.model_files import LLAMA, TENSORS, Shapes, size_of, write_mod
 from tests.support.rehearsals import envelope, in_this_process, output_of, sparkinstall
 
 TOKEN = "hf_" + "x" * 30
-ROOM = use.Memory(Figure(100 * use.GIB, "given"), use.SPARK_TOTAL)
+ROOM = Memory(Figure(100 * GIB, "given"), SPARK_TOTAL)
 OLD, NEW = "0.18.1", "0.29.0"
 
 
@@ -469,7 +470,7 @@ def test_of_several_nodes_the_least_counts(
         return said
 
     monkeypatch.setattr(reader, "ask", ask)
-    memory = use.memory_of(reader, None, ("192.0.2.2",))
+    memory = memory_of(reader, None, ("192.0.2.2",))
     assert (memory.available.value, memory.available.why) == least
     assert asked == [("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", "192.0.2.2", "cat /proc/meminfo")]
     assert read_only.allows(asked[0])

@@ -12,6 +12,7 @@ import pytest
 from msgspec.structs import replace
 
 from sparkinstall.core import fit as use
+from sparkinstall.core.memory import GIB, SPARK_TOTAL, Memory
 from sparkinstall.core.planned import PLANS, InstalledVllm, NotPlanned, Oracle, Questions
 from sparkinstall.models import Figure
 from sparkinstall.models.files import Files, LocalFiles
@@ -35,7 +36,7 @@ KINDS = {
     "qwen3", "llama-mha", "qwen3-moe", "gemma2", "gemma3", "mistral-sliding", "gpt-oss", "deepseek-v2", "qwen3-next",
     "nemotron-h", "granite-hybrid",
 }  # fmt: skip
-ROOM = use.Memory(Figure(100 * use.GIB, "given"), use.SPARK_TOTAL)
+ROOM = Memory(Figure(100 * GIB, "given"), SPARK_TOTAL)
 HYBRID = {
     "model_type": "qwen3_next", "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 2,
     "head_dim": 64, "hidden_size": 512, "max_position_embeddings": 65536, "full_attention_interval": 4,
@@ -158,7 +159,7 @@ def test_hybrid_is_judged_by_what_vllm_plans(tmp_path: Path) -> None:
     assert found.memory.weights.value == found.files.loaded.value == PLAN.weights
     assert found.files.loaded.basis == "planned" and "0.33.0" in found.files.loaded.why
     assert str(cache) in found.serve
-    room = 100 * use.GIB - PLAN.weights - 13 * use.GIB
+    room = 100 * GIB - PLAN.weights - 13 * GIB
     assert found.most_sequences == (room // 1_572_864 - 1) // 28
     assert found.largest_context == 65536
 

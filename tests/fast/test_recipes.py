@@ -5,6 +5,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,13 +13,16 @@ from rich.console import Console
 from sparkinstall import stacks
 from sparkinstall.cli import recipes as cli
 from sparkinstall.core import recipe_list
+from sparkinstall.core.memory import OVERHEAD, RESERVE, SPARK_TOTAL, memory_of
 from sparkinstall.facts import vllm_releases
 from sparkinstall.facts.vllm_options import refusals
-from sparkinstall.recipes import Recipe, RecipeError
+from sparkinstall.models import Figure
+from sparkinstall.recipes import Recipe, RecipeError, Speed
 from sparkinstall.recipes.catalogue import find, shipped
 from sparkinstall.recipes.owned import env_without_owned, without_owned
 from sparkinstall.recipes.render import command, options_of, shell
 from sparkinstall.recipes.serve_options import key, last_of_each, options
+from tests.support.machine import Machine
 from tests.support.rehearsals import envelope, in_this_process, output_of
 
 RECIPES = {each.id: each for each in shipped()}
@@ -174,15 +178,23 @@ def test_recipes_without_a_verb_lists_what_the_stack_loads(tmp_path: Path) -> No
 def test_recipes_of_an_older_stack_name_the_one_that_loads_them(tmp_path: Path) -> None:
     run = in_this_process("recipes", "--stack", "0.18.1", "--root", tmp_path / "node")
     lines = {line.split()[0]: line for line in run.stdout.splitlines() if line}
-    assert "loads with stack 0.29.0" in lines["gemma-4-26b-a4b-nvfp4"], output_of(run)
-    assert "loads with stack 0.22.1" in lines["mistral-small-4-119b-nvfp4"]
-    assert "needs a patched build" in lines["deepseek-v4-flash"]
-    assert re.search(r" loads\* +1 ", lines["qwen3.6-35b-a3b-fp8"]), "seen on a GB10 with a newer vLLM only"
+    assert " 0.29.0 " in lines["gemma-4-26b-a4b-nvfp4"], output_of(run)
+    assert " 0.22.1 " in lines["mistral-small-4-119b-nvfp4"]
+    assert " patched " in lines["deepseek-v4-flash"]
+    assert re.search(r" 0.18.1\* +1 ", lines["qwen3.6-35b-a3b-fp8"]), "seen on a GB10 with a newer vLLM only"
+    titles = [line for line in run.stdout.splitlines() if line in ("On one Spark", "On several Sparks")]
+    assert [*titles, "With another stack", "With a patched build"] == [
+        line for line in run.stdout.splitlines() if re.fullmatch(r"(On|With) .*[^.]", line)
+    ]
 
 
-@pytest.mark.parametrize("width", [80, 100])
-def test_list_on_a_narrow_terminal_has_every_id_whole(
-    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("width", "gpt_oss"), [
+    (80, ["reported", "0.29.0", "1", "46.5"]),
+    (100, ["reported", "0.29.0", "1", "128K", "46.5"]),
+    (140, ["reported", "0.29.0", "1", "128K", "46.5", "djangodevreng/dgx-spark-benchmarks"]),
+])  # fmt: skip
+def test_list_on_a_terminal_has_every_id_whole_and_what_there_is_room_for(
+    width: int, gpt_oss: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, no_color=True, highlight=False)
     monkeypatch.setattr(cli, "console", lambda: screen)
@@ -190,9 +202,60 @@ def test_list_on_a_narrow_terminal_has_every_id_whole(
     lines = re.sub(r"\x1b\[[0-9;]*m", "", screen.file.getvalue()).splitlines()  # type: ignore[attr-defined]
     assert set(RECIPES) <= {line.split()[0] for line in lines if line.strip()}
     assert max(map(len, lines)) <= width and not any("…" in line for line in lines)
-    assert next(line.split() for line in lines if line.startswith("gpt-oss-20b ")) == [
-        "gpt-oss-20b", "loads", "1", "128K", "46.5",
-    ]  # fmt: skip
+    assert next(line.split() for line in lines if line.startswith("gpt-oss-20b ")) == ["gpt-oss-20b", *gpt_oss]
+
+
+# --- whether a recipe fits
+
+_HALF = 60_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("given", "fits"),
+    [
+        ({"bytes": _HALF}, "fits"),
+        ({"bytes": 2 * _HALF}, "does_not_fit"),
+        ({"bytes": 2 * _HALF, "nodes": 2, "tensor_parallel": 2}, "fits"),
+        ({"bytes": 2 * _HALF, "speed": (Speed(1, "a/b"),)}, "does_not_fit"),
+        ({"bytes": 2 * _HALF, "needs_build": "one that keeps tables on the disk"}, "unknown"),
+        ({"bytes": 2 * _HALF, "needs_build": "the same", "speed": (Speed(1, "a/b"),)}, "reported"),
+        ({"speed": (Speed(1, "a/b"),)}, "reported"),
+        ({"good_on_gb10_from": "0.26.0"}, "reported"),
+        ({}, "unknown"),
+    ],
+)
+def test_recipe_fits_if_its_weights_the_engine_and_the_system_do(given: dict[str, Any], fits: str) -> None:
+    recipe = Recipe(id="a", model="a/b", loads_from="0.18.1", **given)
+    (found,) = recipe_list.recipe_list([recipe], stacks.load("0.18.1"), Figure(100_000_000_000, "measured")).recipes
+    assert found.fits == fits
+    beside = (OVERHEAD.value or 0) + (RESERVE.value or 0)
+    assert found.need == (recipe.bytes // recipe.nodes + beside if recipe.bytes else None)
+
+
+@pytest.mark.parametrize(("available", "fits"), [(96_000_000, "yes"), (64_000_000, "no")])
+def test_list_on_a_spark_counts_what_is_available_now(
+    available: int, fits: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spark = Machine(str(tmp_path / "spark"))
+    (tmp_path / "spark/proc").mkdir(parents=True)
+    (tmp_path / "spark/proc/meminfo").write_text(f"MemTotal: 127600000 kB\nMemAvailable: {available} kB\n")
+    gpu = tmp_path / "spark/proc/driver/nvidia/gpus/000f:01:00.0/information"
+    gpu.parent.mkdir(parents=True)
+    gpu.write_text("Model: NVIDIA GB10\n")
+    monkeypatch.setattr(recipe_list, "memory_of", lambda _on, given: memory_of(spark, given))
+    run = in_this_process("recipes", "--root", tmp_path / "node")
+    lines = {line.split()[0]: line.split() for line in run.stdout.splitlines() if line}
+    assert lines["qwen3.6-35b-a3b"][1] == fits, output_of(run)
+    assert f"the {available * 1024 / 1e9:.1f} GB available now" in run.stdout
+
+
+def test_list_elsewhere_says_what_an_idle_spark_does(tmp_path: Path) -> None:
+    run = in_this_process("recipes", "--json", "--root", tmp_path / "node")
+    found = envelope(run)["data"]
+    assert (found["memory"]["value"], found["memory"]["basis"]) == (SPARK_TOTAL.value, "reported")
+    fits = {each["id"]: each["fits"] for each in found["recipes"]}
+    assert fits["nemotron-3-super-120b-a12b-nvfp4"] == "fits" and fits["deepseek-v4.1-flash"] == "unknown"
+    assert "does_not_fit" not in {fits[each.id] for each in shipped() if each.good_on_gb10_from}
 
 
 # --- recipes show
