@@ -8,7 +8,7 @@ import pathlib
 import re
 import reprlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta, Struct, ValidationError
 
 from sparkinstall import safe_yaml
+from sparkinstall.errors import BadUsage
 from sparkinstall.redaction import HIDDEN, gives_secret, is_secret_key, redact
 
 T = TypeVar("T")
@@ -118,6 +119,14 @@ def show(value: Any) -> str:
         text = f"such a {type(value).__name__}"
     text = redact(text)
     return text if len(text) < 80 else text[:76] + " ..."
+
+
+def require_known(asked: Iterable[str], known: Sequence[str], what: str) -> None:
+    """Raise BadUsage for an unknown name, and suggest the nearest known one."""
+    for name in asked:
+        if name not in known:
+            hint = nearest(name, known) or f"known: {', '.join(known)}"
+            raise BadUsage(f"there is no {what} {name!r}", hint=hint)
 
 
 def nearest(wrong: str, known: Sequence[str], cutoff: float = 0.6) -> str:

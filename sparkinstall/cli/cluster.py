@@ -23,6 +23,7 @@ from sparkinstall.core import catalogue
 from sparkinstall.core.session import Target, config_files
 from sparkinstall.core.status import NodeStatus
 from sparkinstall.errors import BadUsage
+from sparkinstall.schema import require_known
 from sparkinstall.system import Undone
 
 
@@ -91,7 +92,7 @@ def _refuse_misspelt(words: list[str], verbs: list[str]) -> None:
 def _opened(hosts: list[str], wanted: ClusterOptions, verbose: bool, *, uploading: bool) -> Iterator[Cluster]:
     """Return the nodes; `uploading`: with the files that settings name."""
     settings, files = uploads(wanted.settings) if uploading else (wanted.settings, ())
-    catalogue.require_known(wanted.only + wanted.skip, [step.name for step in catalogue.STEPS], "step")
+    require_known(wanted.only + wanted.skip, [step.name for step in catalogue.STEPS], "step")
     found = members(hosts, wanted.config)
     with connected(found, wanted, verbose, lambda each: options_of(each, found, settings), files) as opened:
         yield opened

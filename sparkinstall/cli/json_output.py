@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec import Struct, to_builtins
 
-from sparkinstall.cluster.protocol import Envelope, plain
+from sparkinstall.envelope import Envelope, plain
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.redaction import redact
 

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from sparkinstall.core.catalogue import require_known
 from sparkinstall.probes import LEVELS, Level
+from sparkinstall.schema import require_known
 
 # An option below its heading in the help.
 node = partial(typer.Option, rich_help_panel="Which node")

@@ -5,7 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,13 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkinstall.cli.hints import pointed
-from sparkinstall.core.checks import ProbeResult
-from sparkinstall.core.engine import StepReport
-from sparkinstall.core.fixes import FixState
 from sparkinstall.errors import Problem, brief
 from sparkinstall.probes import Verdict
 from sparkinstall.redaction import redact
 from sparkinstall.resources import Drift, describe
+
+# Not loaded by a list of recipes or models, which is shown at once.
+if TYPE_CHECKING:
+    from sparkinstall.core.checks import ProbeResult
+    from sparkinstall.core.engine import StepReport
+    from sparkinstall.core.fixes import FixState
 
 _MANY_LINES = 40
 _LOG_WIDTH = 200
@@ -99,7 +102,7 @@ def show_rows(rows: Iterable[tuple[str, str]], out: Console, width: int) -> None
     _show_table(table, out)
 
 
-def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False, root: str = "") -> None:
+def show_plan(reports: "Sequence[StepReport]", out: Console, verbose: bool = False, root: str = "") -> None:
     """Print what every step would do, then the differences."""
     table = columns(1, 12, None)
     for report in reports:
@@ -112,7 +115,7 @@ def show_plan(reports: Sequence[StepReport], out: Console, verbose: bool = False
                 show_diff(state, out, verbose)
 
 
-def plan_lines(report: StepReport) -> list[tuple[str, str]]:
+def plan_lines(report: "StepReport") -> list[tuple[str, str]]:
     """Return sign and sentence of each line of a step's plan."""
     if report.problem:
         return [("failed", report.problem.message)]
@@ -142,7 +145,7 @@ def show_diff(drift: Drift, out: Console, verbose: bool) -> None:
         out.print(f"    [dim]... {len(lines) - len(kept)} more lines (-v shows them)[/]")
 
 
-def show_findings(results: Sequence[ProbeResult], out: Console, only_bad: bool = False, root: str = "") -> None:
+def show_findings(results: "Sequence[ProbeResult]", out: Console, only_bad: bool = False, root: str = "") -> None:
     """Print one line per probe, followed by its hint, if any."""
     table = columns(1, 16, None)
     for each in results:
@@ -157,7 +160,7 @@ def show_findings(results: Sequence[ProbeResult], out: Console, only_bad: bool =
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
-def show_proof(results: Sequence[ProbeResult], out: Console, root: str = "", verbose: bool = False) -> None:
+def show_proof(results: "Sequence[ProbeResult]", out: Console, root: str = "", verbose: bool = False) -> None:
     """Print every probe below its level, with the expected value and hint if it did not pass."""
     table = columns(7, 1, 16, None)
     level = ""
@@ -174,12 +177,12 @@ def show_proof(results: Sequence[ProbeResult], out: Console, root: str = "", ver
     out.print(Padding(table, (0, 0, 0, 2), expand=False))
 
 
-def _hint(result: ProbeResult, root: str) -> str:
+def _hint(result: "ProbeResult", root: str) -> str:
     of_fix = f"  [dim](fix {result.fix})[/]" if result.fix else ""
     return f"[dim]→[/] {escape(shown(pointed(result.hint, root)))}{of_fix}"
 
 
-def show_preflight(results: Sequence[ProbeResult], out: Console) -> None:
+def show_preflight(results: "Sequence[ProbeResult]", out: Console) -> None:
     """Print how many checks passed, and those that did not."""
     counts = [each.verdict for each in results]
     words = [f"{counts.count('pass')} checks passed"]
@@ -191,7 +194,7 @@ def show_preflight(results: Sequence[ProbeResult], out: Console) -> None:
     show_findings(results, out, only_bad=True)
 
 
-def show_fixes(states: Iterable[FixState], out: Console, root: str = "") -> None:
+def show_fixes(states: "Iterable[FixState]", out: Console, root: str = "") -> None:
     """Print one line per fix; on a narrow terminal a long note gets its own line."""
     narrow, said = out.width < _NARROW, ""
     table = columns(1, 1, 43, 8, *(() if narrow else (None,)))

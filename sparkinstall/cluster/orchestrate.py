@@ -37,6 +37,7 @@ from sparkinstall.errors import BadUsage, Interrupted, PreflightFailed, Problem
 from sparkinstall.probes import LEVELS, Level
 from sparkinstall.probes import bandwidth as bandwidth_probes
 from sparkinstall.resources import Conflict
+from sparkinstall.schema import require_known
 from sparkinstall.steps import StepPhase
 from sparkinstall.system import processes
 
@@ -232,7 +233,7 @@ class Cluster(Struct):
         """Install sparkinstall where it is missing, and read the state of every node; nothing else is changed."""
         self._at_once("look", self.nodes, self._look)
         if known := [each.name for node in self.nodes for each in node.look.preflight]:
-            catalogue.require_known(self.options.ignore, known, "check")
+            require_known(self.options.ignore, known, "check")
         for at, problem in identity.mistaken(self.nodes):
             self._refuse(at, [problem])
 

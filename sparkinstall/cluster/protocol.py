@@ -7,7 +7,7 @@ Unknown fields are ignored, so that a newer node may send more; another `version
 
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType, field
@@ -19,15 +19,12 @@ from sparkinstall.core.engine import StepReport
 from sparkinstall.core.fixes import FixState
 from sparkinstall.core.session import Session
 from sparkinstall.core.verify import Verification
+from sparkinstall.envelope import VERSION, Envelope, as_problem
 from sparkinstall.errors import Problem
 from sparkinstall.probes.bandwidth import Measured
 from sparkinstall.system import Undone
 
-VERSION = 1
-"""The version of the envelope that both ends speak."""
-
 _Message = TypeVar("_Message", covariant=True)
-_Data = TypeVar("_Data")
 
 
 class Request(Struct, frozen=True):
@@ -35,36 +32,6 @@ class Request(Struct, frozen=True):
 
     argv: tuple[str, ...]
     stdin: str = ""
-
-
-# --- problems
-
-
-class _Error(Struct, frozen=True):
-    """A problem as JSON."""
-
-    code: str
-    message: str
-    cause: str = ""
-    hint: str = ""
-    log: str = ""
-    output: tuple[str, ...] = ()
-
-
-def plain(value: Any) -> Any:
-    """What msgspec cannot encode by itself: a problem as an object, anything else as text."""
-    if not isinstance(value, Problem):
-        return str(value)
-    return _Error(value.code, value.message, value.cause, value.hint, value.log, value.output)
-
-
-def as_problem(kind: type, data: Any) -> Problem:
-    """Decode a problem, the only type in a message that msgspec does not know."""
-    assert kind is Problem, kind
-    error = msgspec.convert(data, _Error)
-    problem = Problem(error.message, cause=error.cause, hint=error.hint, log=error.log, output=error.output)
-    problem.code = error.code
-    return problem
 
 
 # --- what each verb replies; `status` replies a `NodeStatus`
@@ -243,17 +210,6 @@ def announced(line: str, announcement: type[_Message]) -> _Message | None:
 
 
 # --- the reply as a whole
-
-
-class Envelope(Struct, Generic[_Data], frozen=True, kw_only=True):
-    """The whole reply. `data` is the verb's own message."""
-
-    version: int = VERSION
-    command: str = ""
-    status: str = ""
-    exit_code: int
-    data: _Data
-    errors: tuple[Problem, ...]
 
 
 class Reply(Struct, Generic[_Message], frozen=True):

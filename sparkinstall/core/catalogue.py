@@ -3,9 +3,8 @@
 from collections.abc import Iterable, Sequence
 
 from sparkinstall.core.model_step import ModelStep
-from sparkinstall.errors import BadUsage
 from sparkinstall.node import Node
-from sparkinstall.schema import nearest
+from sparkinstall.schema import require_known
 from sparkinstall.steps import Step
 from sparkinstall.steps.clock_lock import ClockLock
 from sparkinstall.steps.env_files import EnvFiles
@@ -56,11 +55,3 @@ def chosen(node: Node, only: Iterable[str], skip: Iterable[str]) -> Sequence[Ste
     only, skip = tuple(only), tuple(skip)
     require_known(only + skip, [step.name for step in STEPS], "step")
     return [step for step in of(node) if (not only or step.name in only) and step.name not in skip]
-
-
-def require_known(asked: Iterable[str], known: Sequence[str], what: str) -> None:
-    """Raise BadUsage for an unknown name, and suggest the nearest known one."""
-    for name in asked:
-        if name not in known:
-            hint = nearest(name, known) or f"known: {', '.join(known)}"
-            raise BadUsage(f"there is no {what} {name!r}", hint=hint)

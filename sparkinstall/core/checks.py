@@ -13,6 +13,7 @@ from sparkinstall.errors import BadUsage, Problem, storage_problem
 from sparkinstall.events import Emit, ProbeStarted
 from sparkinstall.node import Node
 from sparkinstall.probes import LEVELS, Finding, Level, Probe, failed, known_hosts, skipped
+from sparkinstall.schema import require_known
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader
 
@@ -124,7 +125,7 @@ def chosen(
     groups = {step.name: list(step.probes(node)) for step in catalogue.of(node)}
     groups[HOSTS] = list(known_hosts.probes(node))
     if only or skip:
-        catalogue.require_known((*only, *skip), _names(node), "step or probe")
+        require_known((*only, *skip), _names(node), "step or probe")
     far = LEVELS.index(level) if level else len(LEVELS)
     wanted = [name for name in groups if (not only or name in only) and name not in skip]
     probes = [

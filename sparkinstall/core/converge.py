@@ -19,6 +19,7 @@ from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe, preflight
 from sparkinstall.resources import Conflict, Unknown
+from sparkinstall.schema import require_known
 from sparkinstall.steps import Step
 from sparkinstall.wheelhouse import cache_in_use
 
@@ -173,7 +174,7 @@ def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog, more
         BadUsage: `ignore` names no check.
     """
     probes = [*preflight.preflight(session.node), *more]
-    catalogue.require_known(ignore, [probe.name for probe in probes], "check")
+    require_known(ignore, [probe.name for probe in probes], "check")
     results = _preflight(session, probes, ignore)
     if sys.stdin.isatty() and _failed(results) == ["sudo"]:
         # Only the password is missing, and the user can enter it.

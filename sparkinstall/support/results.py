@@ -9,12 +9,13 @@ from msgspec import Struct, to_builtins
 
 from sparkinstall import given, stacks
 from sparkinstall.assets import user_cache
-from sparkinstall.cluster.protocol import Verified, plain
+from sparkinstall.cluster.protocol import Verified
 from sparkinstall.config import Config
 from sparkinstall.core import checks, verify
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.core.verify import VerifyOptions
+from sparkinstall.envelope import plain
 from sparkinstall.errors import Problem
 from sparkinstall.events import silent
 from sparkinstall.node import Node

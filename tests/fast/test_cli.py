@@ -237,6 +237,19 @@ def test_help_imports_no_library_that_only_verbs_need() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], cwd=CHECKOUT, text=True) == "\n"
 
 
+def test_list_of_recipes_loads_no_step_of_an_installation(tmp_path: Path) -> None:
+    words = ["sparkinstall", "recipes", "--root", str(tmp_path / "node")]
+    code = (
+        f"import sys; sys.argv = {words!r}; from sparkinstall.__main__ import main\n"
+        "try: main()\n"
+        "finally: print(*(name for name in sys.modules if name.startswith('sparkinstall.')), file=sys.stderr)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    loaded = set(run.stderr.split())
+    assert "sparkinstall.recipes.catalogue" in loaded
+    assert not {"sparkinstall.core.catalogue", "sparkinstall.core.converge", "sparkinstall.cluster.protocol"} & loaded
+
+
 @pytest.mark.parametrize("name", [name for name, (_, line) in app.VERBS.items() if line])
 def test_help_of_the_group_equals_that_of_the_verb(name: str) -> None:
     assert (app.command(name).help or "").splitlines()[0] == app.VERBS[name][1]

@@ -17,10 +17,11 @@ from msgspec.structs import replace
 from sparkinstall import __version__, errors, ray_ports, stacks
 from sparkinstall.cli import cluster_text, json_output
 from sparkinstall.cli.multi_node import Role
-from sparkinstall.cluster import orchestrate, protocol, remote
+from sparkinstall.cluster import orchestrate, remote
 from sparkinstall.cluster.ssh import Ssh
 from sparkinstall.config import Config, build, read_layer, settings
 from sparkinstall.core import catalogue
+from sparkinstall.envelope import VERSION
 from sparkinstall.errors import Exit
 from sparkinstall.journal import undo
 from sparkinstall.probes.preflight import preflight
@@ -134,7 +135,7 @@ def test_json_page_envelope_has_the_fields_of_a_real_one() -> None:
     real = json.loads(json_output.envelope("plan", Exit.USAGE, {}, [errors.BadConfig("x")]))
     assert shown.keys() == real.keys()
     assert shown["errors"][0].keys() == real["errors"][0].keys()
-    assert shown["version"] == protocol.VERSION
+    assert shown["version"] == VERSION
 
 
 @pytest.mark.parametrize("text", re.findall(r"```json\n(.*?)```", page("docs/json.md"), re.DOTALL))

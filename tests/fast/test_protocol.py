@@ -11,6 +11,7 @@ from sparkinstall.cluster import protocol
 from sparkinstall.cluster.protocol import Fetched, Listening, Look
 from sparkinstall.core.checks import ProbeResult
 from sparkinstall.core.engine import StepReport
+from sparkinstall.envelope import VERSION, as_problem, plain
 from sparkinstall.errors import Blocked, Problem
 from sparkinstall.fixes import MTU
 from sparkinstall.probes import Probe, warned
@@ -20,13 +21,13 @@ STATES = (Ok("9 GB"), Drift("change it", "a", "b"), Unknown("nccl"), NodeOnly("n
 
 
 def envelope(data: Any, **other: Any) -> bytes:
-    return json.dumps({"version": protocol.VERSION, "exit_code": 0, "data": data, "errors": [], **other}).encode()
+    return json.dumps({"version": VERSION, "exit_code": 0, "data": data, "errors": [], **other}).encode()
 
 
 @pytest.mark.parametrize("state", STATES, ids=lambda state: type(state).__name__)
 def test_state_after_transfer_is_the_same(state: State) -> None:
     report = StepReport.of("network", [replace(state, key="eth0", changed=True)])
-    assert msgspec.json.decode(msgspec.json.encode(report), type=StepReport, dec_hook=protocol.as_problem) == report
+    assert msgspec.json.decode(msgspec.json.encode(report), type=StepReport, dec_hook=as_problem) == report
 
 
 def test_resource_encoded_is_one_flat_object() -> None:
@@ -36,7 +37,7 @@ def test_resource_encoded_is_one_flat_object() -> None:
 
 def test_problem_after_transfer_keeps_its_code_and_names_the_node_of_its_log() -> None:
     problem = Blocked("it is taken", cause="someone", hint="move it", log="/var/log/x", output=["a", "b"])
-    errors = msgspec.to_builtins([problem], enc_hook=protocol.plain)
+    errors = msgspec.to_builtins([problem], enc_hook=plain)
     (sent,) = protocol.decode(envelope({}, errors=errors, exit_code=1), Look, "spark-2").problems
     assert (sent.code, sent.message, sent.cause, sent.hint) == ("blocked", "it is taken", "someone", "move it")
     assert (sent.log, list(sent.output)) == ("spark-2:/var/log/x", ["a", "b"])
