@@ -16,6 +16,7 @@ from sparkinstall.errors import BadUsage, Blocked, PreflightFailed, Problem
 from sparkinstall.events import Emit, silent
 from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.journal.system import JournaledSystem
+from sparkinstall.layout import LIFE_FOLDER
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe, preflight
 from sparkinstall.resources import Conflict, Unknown
@@ -111,7 +112,7 @@ def _refuse_another_prefix(session: Session) -> None:
         Blocked: this node was set up with another prefix.
     """
     trees = [r.undo.subject for r in session.state.journal().records() if r.undo.kind == "tree"]
-    elsewhere = [tree for tree in trees if not tree.startswith(f"{session.node.prefix}/")]
+    elsewhere = [tree for tree in trees if tree != LIFE_FOLDER and not tree.startswith(f"{session.node.prefix}/")]
     if elsewhere:
         raise Blocked(
             f"this node was set up in {session.system.real(elsewhere[0].rpartition('/')[0])}, "

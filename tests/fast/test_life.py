@@ -516,6 +516,19 @@ def test_status_shows_wedges_restarts_and_evidence(tmp_path: Path) -> None:
     assert envelope(in_this_process(*words, "--json"))["data"]["life"] is None
 
 
+def test_folder_of_the_evidence_is_taken_for_no_second_installation(tmp_path: Path) -> None:
+    chosen = ("--stack", "0.22.1", "--platform", "x86_64", "--set", "nccl.mode=wheel")
+    served = ("--set", "serving.model=/m", "--set", "serving.allow=192.0.2.0/24")
+    words = ("run", "serving", "life", "--root", str(tmp_path), *chosen, *served, "--yes", "--json")
+    first, second = (envelope(in_this_process(*words)) for _ in range(2))
+    assert (first["status"], second["status"]) == ("good", "good"), second["errors"]
+    assert (tmp_path / LIFE_FOLDER[1:]).is_dir()
+    (error,) = envelope(in_this_process(*words, "--set", "prefix=/opt/other"))["errors"]
+    assert error["message"] == (
+        f"this node was set up in {tmp_path}/opt/sparkinstall/services, and `prefix` is /opt/other now"
+    )
+
+
 @pytest.mark.parametrize(
     ("state", "verdict"),
     [
