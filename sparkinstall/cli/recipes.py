@@ -15,12 +15,14 @@ from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, headed, show_line, show_rows
 from sparkinstall.cli.text_output import shown as redacted
 from sparkinstall.core import recipe_list as use
+from sparkinstall.core.recipe_settings import RankUnit, members_of, units_of
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.facts.vllm_options import Refusal
 from sparkinstall.recipes import Change, Recipe, Source, Speed
 from sparkinstall.recipes.catalogue import shipped
 from sparkinstall.recipes.readers import recipes_of
 from sparkinstall.recipes.render import Command, command, shell
+from sparkinstall.redaction import redact
 
 
 class _Group(TyperGroup):
@@ -234,10 +236,11 @@ def _change(change: Change) -> tuple[str, str]:
 
 
 class Rendered(Struct, frozen=True):
-    """What `render` prints: the command, and what is not as the recipe's file has it."""
+    """What `render` prints: commands and units of each node, and what is not as the recipe's file has it."""
 
     id: str
     command: Command
+    units: Sequence[RankUnit]
     changes: Sequence[Change]
     fit: use.Fit
     refused: Sequence[Refusal]
@@ -246,26 +249,60 @@ class Rendered(Struct, frozen=True):
 @app.command()
 @verb("recipes render", "root", "config", "stack", reads_only=True)
 def render(target: Target, output: Output, name: Name, id_: Id = None) -> CommandResult:
-    """Print a recipe as a command for `vllm serve`, its variables, and the same with docker."""
+    """Print a recipe as a command for `vllm serve`, its variables, the unit of systemd, and the same with docker."""
     del output
     session = open_session(target)
     node = session.node
     read = recipes_of(name, id_, only_one=True).recipes[0]
-    made = command(read.recipe, node.config.serving.port, given.home())
-    refused = use.refused_of(read.recipe, node, session.system)
-    found = Rendered(read.recipe.id, made, (*read.changes, *made.added), use.fit(read.recipe, node.stack), refused)
-    return CommandResult(data=found, show=lambda: _show_rendered(found))
+    recipe, config = read.recipe, node.config
+    members = members_of(recipe, node)
+    made = command(recipe, config.serving.port, given.home(), members, config.cluster.master_port)
+    refused = use.refused_of(recipe, node, session.system)
+    units = units_of(recipe, target, session)
+    found = Rendered(recipe.id, made, units, (*read.changes, *made.added), use.fit(recipe, node.stack), refused)
+    return CommandResult(data=found, show=lambda: _show_rendered(found, session.system.real(node.env_folder)))
 
 
-def _show_rendered(found: Rendered) -> None:
-    for name, value in found.command.env.items():
-        print(shell(("export", f"{name}={value}")))
-    print(shell(found.command.argv))
-    print()
-    print(shell(found.command.docker) if found.command.docker else f"# docker: {found.command.no_docker}")
+def _show_rendered(found: Rendered, env_folder: str) -> None:
+    print("# --- by hand")
+    for rank in found.command.ranks:
+        _show_place(rank.address, env_folder, first=rank is found.command.head)
+        for name, value in found.command.env.items():
+            print(shell(("export", f"{name}={value}")))
+        print(shell(rank.argv))
+    _show_units(found.units)
+    print("\n# --- with docker")
+    for rank in found.command.ranks if not found.command.no_docker else ():
+        if rank.address:
+            _show_place(rank.address, env_folder, first=rank is found.command.head)
+        print(shell(rank.docker))
+    print(f"# {found.command.no_docker}\n" if found.command.no_docker else "")
     if found.fit.loads != "loads":
         print(f"# {_loads(found.fit.loads, found.fit.stack)}{f': {found.fit.why}' if found.fit.why else ''}")
     for refused in found.refused:
         print(redacted(f"# not taken: {refused.message} ({refused.hint})"))
     for each in found.changes:
         print(redacted(f"# {each.done}: {each.what} ({each.why})"))
+
+
+def _show_place(address: str, env_folder: str, first: bool) -> None:
+    name = ("multi-node-head" if first else "multi-node-worker") if address else "single-node"
+    print(f"#{_on(address)} after `source {env_folder}/{name}.env`:")
+
+
+def _show_units(units: Sequence[RankUnit]) -> None:
+    """Print the first unit, and of the others what they do not share with it."""
+    for at, unit in enumerate(units):
+        print(f"\n# --- {'the unit ' + unit.path if not at else 'the same unit'}{_on(unit.address)}", end="")
+        if not at:
+            print(f"\n{redact(unit.text)}")
+            continue
+        first = units[0].text.splitlines()
+        print(", but with")
+        for line in unit.text.splitlines():
+            if line not in first:
+                print(redact(line))
+
+
+def _on(address: str) -> str:
+    return f" on {address}" if address else ""

@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from sparkinstall import given
 from sparkinstall.core.fit import FitOptions, options_of_recipe
 from sparkinstall.core.model_cache import ModelFolder
+from sparkinstall.core.recipe_settings import cache_variables, settings_of
 from sparkinstall.core.session import IDENTITY, Session
 from sparkinstall.errors import BadConfig, BadUsage
 from sparkinstall.journal.state_dir import Served
@@ -22,16 +23,12 @@ from sparkinstall.models.listing import MAIN, listing
 from sparkinstall.recipes import Change, Recipe, serve_options
 from sparkinstall.recipes.catalogue import shipped
 from sparkinstall.recipes.readers import recipes_of
-from sparkinstall.recipes.render import options_of
 from sparkinstall.schema import show
 
 REMOTE_CODE = "--trust-remote-code"
 _RECIPES = (".yaml", ".yml")
 # Without a recipe, sparkinstall's own default for one node; a model may allow less.
 _LONGEST = 32768
-_LEAST_SHARE, _MOST_SHARE = 0.1, 0.95
-# Options of a recipe that are settings of their own, or that follow from the nodes.
-_SETTINGS = ("--revision", "--gpu-memory-utilization", "--tensor-parallel-size", "--pipeline-parallel-size")
 
 
 class Wanted(Struct, frozen=True):
@@ -77,7 +74,7 @@ def _of_recipe(name: str, wanted_id: str | None, trusts: bool) -> Wanted:
     recipe = read.recipe
     _require_trust(recipe, trusts)
     model = _folder(recipe.model) if recipe.model.startswith(("/", "~")) else recipe.model
-    settings = dict(_settings(recipe, model))
+    settings = dict(settings_of(recipe, model))
     files, options = _files(model, recipe.revision, settings), replace(options_of_recipe(recipe), remote_code=trusts)
     return Wanted(Served(recipe.id, settings), model, recipe, files, options, read.changes)
 
@@ -116,30 +113,13 @@ def _require_trust(recipe: Recipe, trusts: bool) -> None:
         raise BadUsage(f"the recipe {recipe.id} does not ask for {REMOTE_CODE}", hint=f"omit {REMOTE_CODE}")
 
 
-def _settings(recipe: Recipe, model: str) -> Iterator[tuple[str, Any]]:
-    """Yield what a recipe sets."""
-    yield "serving.model", model
-    yield "serving.recipe", recipe.id
-    yield "serving.revision", recipe.revision
-    if recipe.memory is not None:
-        share = min(max(recipe.memory, _LEAST_SHARE), _MOST_SHARE)
-        yield "serving.memory", f"{round(share, 2):g}"
-    apart: tuple[str, ...] = _SETTINGS
-    if isinstance(recipe.context, int):
-        yield "serving.max_model_len", recipe.context
-        apart = (*apart, "--max-model-len")
-    kept = (each for each in options_of(recipe) if serve_options.key(each) not in apart)
-    yield "serving.arguments", [word for option in kept for word in option]
-    yield "serving.env", [*(f"{name}={value}" for name, value in recipe.env.items()), *_cache_variables(model)]
-
-
 def _of_model(name: str) -> Wanted:
     if not (is_path(name) or is_name(name)):
         # It is neither; the recipes know what it is near to.
         recipes_of(name)
     model = _folder(name) if is_path(name) else name
     settings: dict[str, Any] = {"serving.model": model, "serving.recipe": None, "serving.revision": None}
-    settings["serving.env"] = _cache_variables(model)
+    settings["serving.env"] = cache_variables(model)
     files = _files(model, None, settings)
     longest = _longest(files) if files else None
     if longest and longest < _LONGEST:
@@ -176,12 +156,6 @@ def _longest(files: Files) -> int | None:
     if CONFIG not in files.names():
         return None
     return layout_of(read_object(files, CONFIG), None).context
-
-
-def _cache_variables(model: str) -> list[str]:
-    """Return the variable that leads the service to the user's cache of the hub, if it is not in its usual place."""
-    cache, usual = cache_folder(), given.home() / ".cache/huggingface/hub"
-    return [] if model.startswith("/") or cache == usual else [f"HF_HUB_CACHE={cache}"]
 
 
 def require_decided(session: Session, served: Served) -> None:

@@ -72,6 +72,11 @@ class Template(Struct, frozen=True):
         state = self._file(values).check(on)
         return Drift(f"record the inputs of {self.path}") if isinstance(state, Ok) else state
 
+    def rendered(self, on: Reader) -> bytes | Unknown:
+        """Return what the file would contain."""
+        values = self._values(on)
+        return values if isinstance(values, Unknown) else self._file(values).content
+
     def _values(self, on: Reader) -> Mapping[str, Any] | Unknown:
         values = self.values(on)
         return values if isinstance(values, Unknown) else {**values, "path": on.real(self.path)}

@@ -221,7 +221,7 @@ def test_nemoclaw(tmp_path: Path) -> None:
     assert (recipe.sources[0].licence, recipe.image and recipe.image[:16]) == ("Apache-2.0", "vllm/vllm-openai")
     assert args(recipe)["--served-model-name"] == ("nano",)
     assert recipe.needs_build is None
-    assert command(recipe, 8000, Path("/h")).docker
+    assert command(recipe, 8000, Path("/h")).head.docker
 
 
 def test_vllm_project_gives_one_recipe_for_each_variant_that_a_spark_may_use(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_owned_options_and_variables_are_dropped(tmp_path: Path) -> None:
         *("--download-dir /x", *(f"{name}=s3cr3t" for name in names[:-1]), "HF_TOKEN"),
     ]
     made = command(found.recipe, 8000, Path("/h"))
-    assert not {"0.0.0.0", "--nnodes", "--headless"} & set(made.argv)
+    assert not {"0.0.0.0", "--nnodes", "--headless"} & set(made.head.argv)
     assert done(one(tmp_path, EUGR), "dropped")[-1] == "--distributed-executor-backend ray"
 
 
@@ -499,15 +499,15 @@ def test_strategy_layer_of_a_generation_replaces_the_common_one(tmp_path: Path) 
 def test_length_auto(length: str, tmp_path: Path) -> None:
     recipe = one(tmp_path, EUGR.replace("max_model_len: auto", f"max_model_len: {length}")).recipe
     assert recipe.context == "auto"
-    assert "auto" in command(recipe, 8000, Path("/h")).argv
+    assert "auto" in command(recipe, 8000, Path("/h")).head.argv
 
 
 def test_several_nodes_are_rendered_without_autotune_unless_the_recipe_decides(tmp_path: Path) -> None:
     made = command(one(tmp_path, EUGR).recipe, 8000, Path("/h"))
-    assert "--no-enable-flashinfer-autotune" in made.argv
+    assert "--no-enable-flashinfer-autotune" in made.head.argv
     assert made.env["VLLM_ENGINE_READY_TIMEOUT_S"] == "3600"
     own = one(tmp_path, EUGR.replace("-tp {t", "--enable-flashinfer-autotune -tp {t")).recipe
-    assert "--no-enable-flashinfer-autotune" not in command(own, 8000, Path("/h")).argv
+    assert "--no-enable-flashinfer-autotune" not in command(own, 8000, Path("/h")).head.argv
 
 
 # --- rule 13: hostile files
@@ -613,7 +613,7 @@ def test_hooks_are_never_run(tmp_path: Path) -> None:
         assert run.returncode == 0
         assert "no program of a file is ever run" in run.stdout
     assert not mark.exists()
-    assert "&&" not in envelope(run)["data"]["command"]["argv"]
+    assert "&&" not in envelope(run)["data"]["command"]["ranks"][0]["argv"]
 
 
 def test_model_of_nemoclaw_is_read_from_the_named_folder_only(tmp_path: Path) -> None:
@@ -706,7 +706,7 @@ def test_part_of_any_type_is_a_recipe_or_one_clear_error(text: str, part: Any, t
     for path in places(data):
         try:
             for found in read(tmp_path, json.dumps(with_part(data, path, part))):
-                assert command(found.recipe, 8000, tmp_path).argv[:2] == ("vllm", "serve")
+                assert command(found.recipe, 8000, tmp_path).head.argv[:2] == ("vllm", "serve")
                 outcomes.add("read")
         except RecipeError as error:
             assert error.message.startswith("a.yaml: ") or "a.yaml has no recipe" in error.message

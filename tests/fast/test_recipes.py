@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from sparkinstall import stacks
+from sparkinstall.assets import asset
 from sparkinstall.cli import recipes as cli
 from sparkinstall.core import recipe_list
 from sparkinstall.core.memory import OVERHEAD, RESERVE, SPARK_TOTAL, memory_of
@@ -20,7 +21,7 @@ from sparkinstall.models import Figure
 from sparkinstall.recipes import Recipe, RecipeError, Speed
 from sparkinstall.recipes.catalogue import find, shipped
 from sparkinstall.recipes.owned import env_without_owned, without_owned
-from sparkinstall.recipes.render import command, options_of, shell
+from sparkinstall.recipes.render import LINK_VARIABLES, command, options_of, shell
 from sparkinstall.recipes.serve_options import key, last_of_each, options
 from tests.support.machine import Machine
 from tests.support.rehearsals import envelope, in_this_process, output_of
@@ -296,36 +297,85 @@ def test_show_of_an_unknown_recipe_names_the_nearest(tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda recipe: recipe.id)
 def test_rendered_command_is_one_shell_command(recipe: Recipe) -> None:
     made = command(recipe, 8000, HOME)
-    assert made.argv[:3] == ("vllm", "serve", recipe.model)
-    assert shlex.split(shell(made.argv).replace("\\\n", "")) == list(made.argv)
-    assert len({key(each) for each in options(made.argv[3:])[1]}) == len(options(made.argv[3:])[1])
-    assert bool(made.docker) == (recipe.image is not None and recipe.nodes == 1)
-    assert bool(made.no_docker) != bool(made.docker)
+    assert len(made.ranks) == recipe.nodes
+    for rank in made.ranks:
+        assert rank.argv[:3] == ("vllm", "serve", recipe.model)
+        assert shlex.split(shell(rank.argv).replace("\\\n", "")) == list(rank.argv)
+        assert len({key(each) for each in options(rank.argv[3:])[1]}) == len(options(rank.argv[3:])[1])
+        assert bool(rank.docker) == (recipe.image is not None) != bool(made.no_docker)
 
 
 def test_docker_has_the_pinned_image_the_variables_and_the_same_options() -> None:
     recipe = RECIPES["nemotron-3.5-lightning-30b-a3b-nvfp4-mtp"]
     made = command(recipe, 8001, HOME)
-    at = list(made.docker).index(recipe.image or "")
-    assert made.docker[at - 2 : at] == ("--entrypoint", "vllm")
-    assert made.docker[at + 1 :] == tuple(made.argv[1:])
-    assert "VLLM_USE_RUST_FRONTEND=0" in made.docker
-    assert made.argv[-4:] == ("--host", "127.0.0.1", "--port", "8001")
+    at = list(made.head.docker).index(recipe.image or "")
+    assert made.head.docker[at - 2 : at] == ("--entrypoint", "vllm")
+    assert made.head.docker[at + 1 :] == tuple(made.head.argv[1:])
+    assert "VLLM_USE_RUST_FRONTEND=0" in made.head.docker
+    assert made.head.argv[-4:] == ("--host", "127.0.0.1", "--port", "8001")
 
 
 def test_several_nodes_get_no_autotune_and_a_long_patience() -> None:
     made = command(RECIPES["minimax-m2.7-nvfp4"], 8000, HOME)
-    assert made.argv[-1] == "--no-enable-flashinfer-autotune"
+    assert "--no-enable-flashinfer-autotune" in made.head.argv
     assert made.env["VLLM_ENGINE_READY_TIMEOUT_S"] == "3600"
     own = command(Recipe(id="a", model="a/b", nodes=2, args=(("--enable-flashinfer-autotune",),)), 8000, HOME)
-    assert "--no-enable-flashinfer-autotune" not in own.argv
+    assert "--no-enable-flashinfer-autotune" not in own.head.argv
+
+
+def test_each_rank_of_several_has_its_place_and_meets_the_head() -> None:
+    recipe = RECIPES["deepseek-v4-flash"]
+    head, worker = command(recipe, 8000, HOME, ("10.0.0.1", "10.0.0.2"), 29502).ranks
+    meets = ("--master-addr", "10.0.0.1", "--master-port", "29502")
+    by_mp = ("--distributed-executor-backend", "mp", "--nnodes", "2", "--node-rank")
+    assert head.argv[-14:] == ("--host", "127.0.0.1", "--port", "8000", *by_mp, "0", *meets)
+    assert worker.argv[-11:] == ("--headless", *by_mp, "1", *meets)
+    assert head.argv[:-14] == worker.argv[:-11]
+    for rank in (head, worker):
+        at = list(rank.docker).index(recipe.image or "")
+        assert rank.docker[at + 1 :] == tuple(rank.argv)
+        assert {"/dev/infiniband", "VLLM_ENGINE_READY_TIMEOUT_S=3600", *LINK_VARIABLES} <= set(rank.docker[:at])
+
+
+def test_variables_of_the_link_are_those_of_the_environment_file() -> None:
+    files = [(asset("templates") / name).read_text() for name in ("multi-node.env.j2", "roce-gid.sh.j2")]
+    assert set(LINK_VARIABLES) <= set(re.findall(r"\b([A-Z][A-Z_]+)=", "\n".join(files)))
+
+
+@pytest.mark.parametrize("name", ["qwen3.6-27b-fp8", "minimax-m2.7-nvfp4", "deepseek-v4.1-flash"])
+def test_rendered_unit_is_the_one_that_serve_writes(name: str, tmp_path: Path) -> None:
+    recipe, root = RECIPES[name], tmp_path / "node"
+    found = envelope(in_this_process("recipes", "render", name, "--json", "--root", root))["data"]
+    assert len(found["units"]) == recipe.nodes
+    for at, (unit, rank) in enumerate(zip(found["units"], found["command"]["ranks"], strict=True)):
+        assert (unit["address"], unit["path"]) == (rank["address"], f"{root}/etc/systemd/system/vllm.service")
+        (started,) = re.findall(r"ExecStart=((?:.*\\\n)*.*)", unit["text"])
+        words = shlex.split(started.replace("\\\n", ""))
+        words = words[words.index("serve") + 2 :]
+        # What `serve` and a person run is the same, in another order.
+        assert sorted(last_of_each(options(words)[1])) == sorted(options(rank["argv"][3:])[1])
+        assert all(f"Environment={name}={value}" in unit["text"] for name, value in recipe.env.items())
+        assert ("with-head" in started) == (at > 0)
+    settings = envelope(in_this_process("settings", "show", "--json", "--root", root))["data"]["settings"]
+    assert settings["serving.model"]["value"] is None, "nothing is remembered"
+
+
+def test_render_on_a_cluster_takes_its_addresses_and_its_executor(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("cluster: {role: head, head: 10.0.0.1, workers: [10.0.0.2], executor: mp, master_port: 29777}\n")
+    run = in_this_process("recipes", "render", "minimax-m2.7-nvfp4", "--config", config, "--root", tmp_path / "node")
+    assert run.returncode == 0, output_of(run)
+    assert "# on 10.0.0.2 after `source " in run.stdout and "multi-node-worker.env`:" in run.stdout
+    assert run.stdout.count("--master-addr 10.0.0.1") == 3, "two commands, and the head's unit; the worker's shares it"
+    assert "# --- the same unit on 10.0.0.2, but with" in run.stdout
+    assert "# no image for this recipe is known by its digest" in run.stdout
 
 
 def test_render_of_a_file_drops_what_sparkinstall_decides_and_says_so(tmp_path: Path) -> None:
     run = in_this_process("recipes", "render", write(tmp_path, OWN), "--json", "--root", tmp_path / "node")
     assert "s3cr3t-key" not in run.stdout
     data = envelope(run)["data"]
-    argv = data["command"]["argv"]
+    argv = data["command"]["ranks"][0]["argv"]
     assert argv == [
         *("vllm", "serve", "openai/gpt-oss-20b", "--gpu-memory-utilization", "0.5", "--max-num-seqs", "4"),
         *("--host", "127.0.0.1", "--port", "8000"),
@@ -335,7 +385,7 @@ def test_render_of_a_file_drops_what_sparkinstall_decides_and_says_so(tmp_path: 
     assert dropped == ["--host 0.0.0.0", "--nnodes 2", "--api-key", "NCCL_DEBUG=INFO", "HF_TOKEN"]
     text = in_this_process("recipes", "render", tmp_path / "mine.yaml", "--root", tmp_path / "node").stdout
     assert "# dropped: --nnodes 2 (sparkinstall starts the ranks of several nodes itself)" in text
-    assert "# docker: no image for this recipe is known by its digest" in text
+    assert "# no image for this recipe is known by its digest" in text
 
 
 @pytest.mark.parametrize(
