@@ -75,7 +75,7 @@ def diagnose(
     else:
         found = judge.judge(judge.read(log, signatures) for log in named)
     silent = () if follow else _silent(found, units)
-    code = Exit.DRIFT if found.causes or found.consequences else Exit.FAILED if silent else Exit.GOOD
+    code = Exit.DRIFT if found.shows_failure else Exit.FAILED if silent else Exit.GOOD
     return CommandResult(code, found, lambda: _show(found, output.verbose, already_shown=follow), silent)
 
 
@@ -219,7 +219,8 @@ def _show_consequences(found: Diagnosis, out: Console, several: bool, verbose: b
         return
     out.print("[bold]Consequences[/]")
     for each in found.consequences:
-        if verbose:
+        # Where nothing tells more, its line and what it means are all that there is.
+        if verbose or not (found.causes or found.telling):
             _show_found(each, out, several)
             continue
         first = each.lines[0]
@@ -241,7 +242,10 @@ def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) 
         out.print(sign("fail"), f"[bold]{_ENDED}[/]")
         out.print("    " + ("The most suspicious lines:" if found.telling else _NO_LINES))
     elif found.telling:
-        out.print("No known failure found. The most suspicious lines:")
+        has_failed = (
+            "Something has failed that is not known here." if found.shows_failure else "No known failure found."
+        )
+        out.print(f"{has_failed} The most suspicious lines:")
     else:
         return
     for each in telling if verbose else telling[:_SHOWN_TELLING]:

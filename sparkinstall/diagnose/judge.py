@@ -18,6 +18,7 @@ from msgspec.structs import asdict, replace
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
 from sparkinstall.diagnose.search import SHOWN, TELLING_KEPT, Match, Place, Search, Suspect
 from sparkinstall.diagnose.signatures import KnownFailure, Signature, explains
+from sparkinstall.diagnose.suspicion import STRONG
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
 from sparkinstall.given import absolute
 from sparkinstall.system import processes
@@ -80,12 +81,14 @@ class Diagnosis(Struct, frozen=True):
     """The result for all logs together.
 
     `found`: causes, consequences, then warnings, each in the order of the logs. `telling`: the most suspicious lines,
-    if no cause was found, or only a general one.
+    if no cause was found, or only a general one. `shows_failure`: something has failed, whether its cause is known or
+    not: a failure was found, or an exception or a crash is among the suspicious lines.
     """
 
     logs: tuple[ReadLog, ...]
     found: tuple[Found, ...]
     telling: tuple[Telling, ...]
+    shows_failure: bool
 
     @property
     def causes(self) -> list[Found]:
@@ -130,7 +133,8 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
         found = _judged({**seen, general.signature.name: general})
     is_explained = any(each.role == "cause" and not each.general for each in found)
     telling = () if is_explained else tuple(_telling(each) for each, _ in suspects)
-    return Diagnosis(tuple(logs), tuple(found), telling)
+    is_proven = any(each.role != "warning" for each in found) or any(each.weight >= STRONG for each, _ in suspects)
+    return Diagnosis(tuple(logs), tuple(found), telling, is_proven)
 
 
 def _judged(seen: Mapping[str, Match]) -> list[Found]:
@@ -155,7 +159,8 @@ def _is_met(match: Match, seen: Mapping[str, Match]) -> bool:
     """Return whether there are as many lines, and such others, as a failure needs."""
     others = [seen[name] for name in match.signature.only_with if name in seen]
     is_accompanied = any(each.count >= each.signature.times for each in others) or not match.signature.only_with
-    return match.count >= match.signature.times and is_accompanied
+    is_other = any(name in seen for name in match.signature.unless_with)
+    return match.count >= match.signature.times and is_accompanied and not is_other
 
 
 def _most_telling(suspects: Iterable[_Suspicion]) -> list[_Suspicion]:

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 from sparkinstall.diagnose import messages, suspicion, tracebacks
 from sparkinstall.diagnose.lines import KERNEL, PROGRAM, Line, printable, take_apart
 from sparkinstall.diagnose.signatures import Signature
-from sparkinstall.diagnose.tracebacks import Role, Tracebacks, place_of
+from sparkinstall.diagnose.tracebacks import CutOff, Role, Tracebacks, place_of
 
 REACH = 2048
 """Bytes around a literal in which its regex is searched, within the line."""
@@ -171,6 +171,7 @@ class Search:
                 self._meanings.setdefault(anchor.encode(), []).append(each)
         for word in (*suspicion.WORDS, *tracebacks.BEGINNINGS):
             self._meanings.setdefault(word.encode(), []).append(None)
+        self._signatures = signatures
         self._general = [each for each in signatures if each.general]
         self._unfinished: _Unfinished | None = None
         self._continued = 0
@@ -224,9 +225,40 @@ class Search:
     def end(self) -> list[Match]:
         """Search the last line, which may lack a line end; return the failures found for the first time."""
         rest = self._waiting[self._seen :]
-        found = self._look(len(self._waiting), 0)
+        known = len(self.sightings)
+        self._look(len(self._waiting), 0)
         self.lines = self._number - 1 + bool(rest)
-        return found
+        self._read_cut_off()
+        return list(self.sightings.values())[known:]
+
+    def _read_cut_off(self) -> None:
+        """Read what a traceback without its last line would have raised, or at least where it ended."""
+        for each in self._tracebacks.cut_off(self.lines):
+            if each.number <= self._last_of((SERVER_STARTED, SUCCEEDED)):
+                continue
+            if not each.raised:
+                if not self._telling:
+                    self._keep_end_of(each)
+                continue
+            line = Line(each.raised, each.raised, each.who, each.level, len(each.raised), None)
+            current = _Current(each.number, line, Role("exception", each.frames, each.number), is_suspect=True)
+            for signature in self._signatures:
+                if not signature.general and any(anchor in each.raised for anchor in signature.anchors):
+                    found = signature.found_in(line, each.frames)
+                    if found:
+                        place = Place(self.name, each.number, shown(each.raised, found.end()))
+                        current.matches[signature.name] = (signature, place, found.groupdict(""))
+            self._current = current
+            self._finish_line()
+
+    def _keep_end_of(self, cut: CutOff) -> None:
+        """Keep the last line of a traceback of which the exception is missing."""
+        lines = [each.strip() for each in cut.frames.splitlines() if each.strip()]
+        place = Place(self.name, cut.number, f"{lines[-1][:_WIDEST]} (the log ends within this traceback)")
+        self._telling.setdefault(
+            f"cut off {cut.who}",
+            Suspect(place, suspicion.STRONG, "", cut.who, place_of(cut.frames), cut.frames[-_FRAMES_KEPT:]),
+        )
 
     @property
     def lasting(self) -> list[Match]:
@@ -260,8 +292,10 @@ class Search:
         Where the log shows that something failed, and no such line tells what, it is what was handled or warned of.
         """
         passed = self._last_of((SERVER_STARTED, SUCCEEDED))
-        those = self._telling or (self._set_aside if self._has_failed else {})
-        told = (each for each in those.values() if each.weight > suspicion.SOME or each.place.line > passed)
+        those = list(self._telling.values()) or (list(self._set_aside.values()) if self._has_failed else [])
+        if those and all(each.weight <= suspicion.WEAK for each in those):
+            those += [each for each in self._set_aside.values() if each.weight > suspicion.WEAK]
+        told = (each for each in those if each.weight > suspicion.SOME or each.place.line > passed)
         return sorted(told, key=lambda each: (-each.weight, each.place.line))
 
     @property
@@ -481,7 +515,8 @@ class Search:
         line, frames = current.line, current.role.frames
         weight, kept = current.weighed, self._telling
         if not weight and suspicion.is_set_aside(line, current.role):
-            weight, kept = suspicion.WEAK, self._set_aside
+            has_named = suspicion.named_within(line.message) is not None
+            weight, kept = suspicion.SOME if has_named else suspicion.WEAK, self._set_aside
         if not weight:
             return []
         key = _VARIES.sub("#", line.message)[:200]
@@ -490,7 +525,7 @@ class Search:
         elif len(kept) < TELLING_KEPT:
             place = Place(self.name, current.number, shown(line.text, 0) + current.raised_by)
             said = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
-            if inner := _INNER.search(said):
+            if inner := _INNER.search(said) or (suspicion.named_within(said) if kept is self._set_aside else None):
                 said = inner["error"]
             elif "NCCL WARN" in line.prefix:
                 # The word that tells NCCL's errors stands in what comes before the message.

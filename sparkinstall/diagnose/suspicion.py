@@ -40,6 +40,7 @@ WORDS = (
     "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy",
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
     "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
+    "Timeout: ", "Refused: ", "Interrupt: ",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
@@ -222,6 +223,10 @@ _OF_NONE = _any(
     r"harmless|safe to ignore|can be ignored|originates from a subprocess|^\s*(?:note|hint|tip)\b",
     ignore_case=True,
 )
+_NAMED_WITHIN = re.compile(
+    r"(?i:\b(?:fail(?:ed|ure)?|errors?|could not|couldn't|unable to|cannot|crashed|exception)\b)[^:]{0,80}: ['\"]?"
+    r"(?P<error>(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): (?:[^\\\n]|\\(?!n))+)"
+)
 _ATTEMPT = re.compile("[Rr]etr(?:y|ies)|[Aa]ttempt| tries| [Uu]p ")
 # The last of the attempts that a program makes, at whatever level it tells of it, and that it failed.
 _USED_UP = re.compile(
@@ -284,11 +289,18 @@ def _by_shape(line: Line, role: Role, number: int, message: str) -> int:
 def is_set_aside(line: Line, role: Role) -> bool:
     """Return whether a line tells of an error that the program handled or that it only warns of."""
     message = _said(line)
-    if role.kind == "frame" or line.level == "info" or _OTHERS.search(line.who) or tracebacks.HEAD in message:
+    if role.kind == "frame" or _OTHERS.search(line.who) or tracebacks.HEAD in message:
+        return False
+    if line.level == "info" and named_within(message) is None:
         return False
     if _REFUSING.search(line.prefix) or _PARSING.search(line.prefix) or _ASKED_FOR.match(message):
         return False
     return _OF_AN_ERROR.search(message) is not None and not _OF_NONE.search(message)
+
+
+def named_within(message: str) -> re.Match[str] | None:
+    """Return the exception that a message of another program repeats."""
+    return _NAMED_WITHIN.search(message)
 
 
 def is_used_up(message: str) -> bool:

@@ -2,6 +2,7 @@
 
 import re
 from collections import deque
+from collections.abc import Iterable
 
 from msgspec import Struct, field
 
@@ -25,6 +26,11 @@ _BETWEEN = re.compile(r"\s*$|\s{2}|[\^~]+$|\.\.\.<|\[Previous line repeated|[|+]
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?::(?: |$)|$)")
 # One that stands as deep as the lines with `File`: a traceback that was pasted or is indented. Code is deeper.
 _INDENTED = re.compile(r"\s+(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|Interrupt|Exit)(?:: \S|$)")
+# What the code of the last frame raises, and the texts in it.
+_RAISE = re.compile(r"\braise (?:[a-z_]\w*\.)*(?P<name>[A-Z]\w*)\((?P<rest>.*)", re.DOTALL)
+_TEXTS = re.compile(r"\"((?:[^\"\\\n]|\\.)*)\"|'((?:[^'\\\n]|\\.)*)'")
+_FROM_END = 40
+"""Lines at the end of a log in which a traceback that has no exception is cut off."""
 _MOST_FRAMES = 120
 _MOST_LINES = 1000
 _MOST_PROCESSES = 1000
@@ -42,6 +48,17 @@ class Role(Struct, frozen=True):
     first: int = 0
 
 
+class CutOff(Struct, frozen=True):
+    """A traceback without its last line: the process, the level, the number of its last line, its lines, and what its
+    code would have raised ("" if that does not tell)."""
+
+    who: str
+    level: str
+    number: int
+    frames: str
+    raised: str
+
+
 _PLAIN, _FRAME = Role("plain"), Role("frame")
 
 
@@ -54,6 +71,7 @@ class _Process(Struct):
     first: int = 0
     lines: int = 0
     depth: int = 0
+    last: int = 0
 
 
 class Tracebacks:
@@ -76,6 +94,22 @@ class Tracebacks:
             for key, each in those
         )
 
+    def cut_off(self, end: int) -> list[CutOff]:
+        """Return the tracebacks that are cut off at the end of a log with so many lines."""
+        those = (
+            (key, each)
+            for key, each in self._processes.items()
+            if each.is_open
+            and each.frames
+            and not (each.is_ignored or each.first)
+            and key[1] not in ("info", "warning")
+        )
+        return [
+            CutOff(*key, each.last, "\n".join(each.frames), _raised(each.frames))
+            for key, each in those
+            if end - each.last <= _FROM_END
+        ]
+
     @property
     def are_open(self) -> bool:
         """Whether a following line may end a traceback."""
@@ -97,7 +131,7 @@ class Tracebacks:
                 process = self._begin(key)
                 process.has_head = False
             process.frames.append(message)
-            process.depth = _depth(message)
+            process.depth, process.last = _depth(message), number
             return _FRAME
         if process is None:
             return _PLAIN
@@ -110,6 +144,7 @@ class Tracebacks:
         is_exception = self._is_indented_exception(process, message)
         if not is_exception and self._is_code(process, message) and process.lines < _MOST_LINES:
             process.frames.append(message)
+            process.last = number if message.strip() else process.last
             return _FRAME
         return self._end(process, number) if is_exception or _EXCEPTION.match(message) else _PLAIN
 
@@ -141,6 +176,17 @@ class Tracebacks:
             process.is_ignored = False
             return _FRAME
         return Role("exception", "\n".join(process.frames), process.first)
+
+
+def _raised(frames: Iterable[str]) -> str:
+    """Return the exception that the code of the last frame raises, as far as its texts tell; "" if they do not."""
+    code = "\n".join(frames)
+    places = list(_FILE.finditer(code))
+    found = _RAISE.search(code, places[-1].end() if places else 0)
+    if found is None:
+        return ""
+    told = "".join(one or other for one, other in _TEXTS.findall(found["rest"]))
+    return f"{found['name']}: {told}" if told.strip() else ""
 
 
 def place_of(frames: str) -> str:
