@@ -19,6 +19,7 @@ def all_(
     keep_old: options.KeepOld = None,
     bundle: options.Bundle = None,
     serve: options.Serve = None,
+    order: options.Order = None,
     yes: options.Yes = False,
 ) -> CommandResult:
     """Set up this node: install, patch, verify. A second run changes nothing."""
@@ -29,4 +30,10 @@ def all_(
     if serve is not None:
         done: CommandResult = app.imported("serve:install_and_serve")(target, output, chosen, serve, yes)
         return done
-    return install(target, output, chosen, yes)
+    return install(ordered(target, order), output, chosen, yes)
+
+
+def ordered(target: Target, order: str | None) -> Target:
+    """Return the target that serves what `cluster --serve` has ordered, if it has."""
+    found: Target = app.imported("serve:ordered")(target, order) if order else target
+    return found

@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -43,6 +45,7 @@ def cluster(
         str | None, options.link(metavar="NAME", help="The QSFP interface with the cable, on every node.")
     ] = None,
     model: options.Model = None,
+    serve: options.Serve = None,
     only: options.Only = None,
     skip: options.Skip = None,
     ignore: options.Ignore = None,
@@ -56,7 +59,10 @@ def cluster(
     given = {"network.interface": interface, "serving.model": model}
     names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
     settings = _settings(replace(target, role=given))
-    wanted = ClusterOptions(*settings, *names, options.known_level(level), measure, strict, junit, yes, output.json)
+    if serve is not None and model is not None:
+        raise BadUsage("--serve and --model both name what is served", hint="name one of them")
+    highest = options.known_level(level)
+    wanted = ClusterOptions(*settings, *names, highest, measure, strict, junit, yes, output.json, serve or "")
     return _cluster(words, wanted, output.verbose)
 
 
@@ -70,6 +76,10 @@ def _cluster(words: list[str], wanted: ClusterOptions, verbose: bool) -> Command
     if name != "verify" and wanted.of_verify:
         option = wanted.of_verify[0]
         raise BadUsage(f"{option} is for `cluster verify`", hint=f"sparkinstall cluster verify {option} ... HOST...")
+    if name not in ("", "plan") and wanted.serve:
+        raise BadUsage(
+            f"--serve is not for `cluster {name}`", hint=f"sparkinstall cluster --serve {wanted.serve} HOST..."
+        )
     with _opened(hosts, wanted, verbose, uploading=name not in ("status", "uninstall")) as opened:
         return verbs.get(name, _up)(opened)
 
@@ -108,16 +118,57 @@ def _settings(target: Target) -> tuple[Config, dict[str, Any]]:
 
 
 def _up(cluster: Cluster) -> CommandResult:
+    if cluster.options.serve:
+        return _serve(cluster)
     try:
-        cluster.look()
-        _tell_plan(cluster)
-        cluster.require_ready()
-        if _drifts(cluster):
-            confirm(f"Go on, on {len(cluster.nodes)} nodes?", agreed=cluster.options.yes, default=True)
+        _agree(cluster)
         cluster.up()
+        cluster.verify()
+        cluster.barrier()
     except Barrier:
         pass
     return end(cluster, lambda: _show_up(cluster))
+
+
+def _agree(cluster: Cluster) -> None:
+    """Show the plan, and ask."""
+    cluster.look()
+    _tell_plan(cluster)
+    cluster.require_ready()
+    if _drifts(cluster):
+        confirm(f"Go on, on {len(cluster.nodes)} nodes?", agreed=cluster.options.yes, default=True)
+
+
+def _serve(cluster: Cluster) -> CommandResult:
+    """Set up the nodes, and serve a model until it answers."""
+    way = _of_serving()
+    answering: dict[str, Any] = {}
+    serving = None
+    try:
+        serving = way.together(cluster, cluster.options.serve)
+        if not cluster.options.json:
+            cluster.pause()
+            way.show_changes(serving)
+        _agree(cluster)
+        with way.restoring(cluster, serving):
+            cluster.up()
+            serving.wait()
+        answering = {"serving": serving.answering}
+        cluster.verify()
+        cluster.barrier()
+    except Barrier:
+        pass
+
+    def tell() -> None:
+        _show_up(cluster)
+        if serving:
+            way.show_served(cluster, serving)
+
+    return end(cluster, tell, **answering)
+
+
+def _of_serving() -> ModuleType:
+    return import_module("sparkinstall.cli.cluster_serve")
 
 
 def _tell_plan(cluster: Cluster) -> None:
@@ -139,8 +190,14 @@ def _show_up(cluster: Cluster) -> None:
 
 
 def _plan(cluster: Cluster) -> CommandResult:
-    cluster.look()
-    _tell_plan(cluster)
+    try:
+        if cluster.options.serve:
+            _of_serving().together(cluster, cluster.options.serve)
+        cluster.look()
+    except Barrier:
+        pass
+    else:
+        _tell_plan(cluster)
     said = "" if _drifts(cluster) or cluster.failed else "\nNothing would be changed."
     return end(cluster, lambda: print(said))
 

@@ -18,10 +18,11 @@ from sparkinstall.redaction import redact
 
 # Phases that apply nothing have a more specific word than "up to date".
 _DONE = {
-    **dict.fromkeys(("look", "identify", "compare", "token", "status", "ready", "models"), "asked"),
+    **dict.fromkeys(("look", "identify", "compare", "token", "status", "ready", "models", "prepare"), "asked"),
     **dict.fromkeys(("tcp-bandwidth", "rdma-bandwidth", "nccl-bandwidth"), "measured"),
     **dict.fromkeys(("copy", "sync"), "copied"),
     "reach": "reached", "confirm": "confirmed", "verify": "proven", "uninstall": "uninstalled",
+    "answer": "answered", "logs": "read", "restore": "restored",
 }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.errors import BadConfig, Exit, PreflightFailed
 from sparkinstall.events import Emit
 from sparkinstall.given import lasts
+from sparkinstall.node import Node
 from sparkinstall.resources import Drift
 
 if TYPE_CHECKING:
@@ -151,16 +152,21 @@ def _show_next(session: Session, out: "Console") -> None:
     out.print(f"    sparkinstall uninstall{session.root_option}   [dim]undoes everything[/]")
 
 
+def on_workers(node: Node, more: str = "") -> list[str]:
+    """Return the command that sets up a worker of this head; `more`: further options."""
+    token = f"ssh THIS_NODE cat {node.ray_token} | " if node.config.cluster.executor == "ray" else ""
+    # Stdin is a pipe, so nobody could answer a question.
+    option = " --token-file - --yes" if token else ""
+    return [f"{token}sparkinstall multi-node --role worker --head {node.address}{more}{option}"]
+
+
 def _next_lines(session: Session) -> list[str]:
     node = session.node
     source = f"source {session.system.real(node.env_file)}"
     if node.rehearsal:
         return [source]
     if node.role == "head":
-        token = f"ssh THIS_NODE cat {node.ray_token} | " if node.config.cluster.executor == "ray" else ""
-        # Stdin is a pipe, so nobody could answer a question.
-        option = " --token-file - --yes" if token else ""
-        return [f"{token}sparkinstall multi-node --role worker --head {node.address}{option}   # on the other node"]
+        return [f"{line}   # on the other node" for line in on_workers(node)]
     if node.config.serving.model:
         return [f"curl http://127.0.0.1:{node.config.serving.port}/v1/models"] if node.role == "single" else []
     return [source, "vllm serve MODEL --gpu-memory-utilization 0.85 --max-model-len 32768"] if not node.several else []

@@ -7,11 +7,13 @@ from typing import Annotated
 import typer
 from msgspec.structs import replace
 
-from sparkinstall.cli import options
+from sparkinstall.cli import app, options
+from sparkinstall.cli.all import ordered
 from sparkinstall.cli.install import install
 from sparkinstall.cli.run_command import NODE, CommandResult, Output, verb
 from sparkinstall.core.converge import InstallOptions
 from sparkinstall.core.session import Target
+from sparkinstall.errors import BadUsage
 
 
 class Role(StrEnum):
@@ -44,6 +46,8 @@ def multi_node(
     skip: options.Skip = None,
     ignore: options.Ignore = None,
     bundle: options.Bundle = None,
+    serve: options.Serve = None,
+    order: options.Order = None,
     yes: options.Yes = False,
 ) -> CommandResult:
     """Set up this node as the head or a worker: network, Ray, vLLM. Later verbs remember the role."""
@@ -57,4 +61,10 @@ def multi_node(
     }
     target = replace(target, role=given, confirm_later=leave_armed, token_file=token_file, bundle=bundle)
     names = (tuple(only or ()), tuple(skip or ()), tuple(ignore or ()))
-    return install(target, output, InstallOptions(*names, verb="multi-node"), yes)
+    chosen = InstallOptions(*names, verb="multi-node")
+    if serve is None:
+        return install(ordered(target, order), output, chosen, yes)
+    if model is not None:
+        raise BadUsage("--serve and --model both name what is served", hint="name one of them")
+    done: CommandResult = app.imported("serve:install_and_serve")(target, output, chosen, serve, yes)
+    return done

@@ -7,6 +7,8 @@ from typing import Annotated
 import typer
 
 from sparkinstall.cli import options
+from sparkinstall.cli.all import ordered
+from sparkinstall.cli.app import imported
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cluster import agent, bandwidth
 from sparkinstall.cluster.protocol import Confirmed, Reached, Reply
@@ -48,9 +50,45 @@ def attend(context: typer.Context) -> None:
 
 
 @_command
-def look(target: Target, _: Output, only: options.Only = None, skip: options.Skip = None) -> CommandResult:
+def look(
+    target: Target, _: Output, only: options.Only = None, skip: options.Skip = None, order: options.Order = None
+) -> CommandResult:
     """Plan, preflight and versions in one reply."""
-    return CommandResult(data=agent.look(open_session(target), only or (), skip or ()))
+    session = open_session(ordered(target, order))
+    more = imported("serve:checks_of")(session, order) if order else ()
+    return CommandResult(data=agent.look(session, only or (), skip or (), more))
+
+
+@_command
+def prepare(target: Target, _: Output) -> CommandResult:
+    """Reply what this node has for serving with others; on the head, what is meant is on stdin."""
+    return CommandResult(data=imported("serve:prepared")(target))
+
+
+@_command
+def unit(target: Target, _: Output) -> CommandResult:
+    """Reply how the service that computes here stands."""
+    return CommandResult(data=imported("serve:unit_state")(open_session(target)))
+
+
+@_command
+def log(target: Target, _: Output) -> CommandResult:
+    """Reply with the log of the last start of vLLM, without secrets."""
+    return CommandResult(data=imported("serve:unit_log")(open_session(target)))
+
+
+@_command
+def restore(target: Target, _: Output, order: options.Order = None) -> CommandResult:
+    """Stop what was started, and restore what was served before, which is on stdin."""
+    return CommandResult(data=imported("serve:restored")(ordered(target, order)))
+
+
+@_command
+def offer_model(
+    target: Target, _: Output, workers: Annotated[int, typer.Argument(min=1)], model: Word, commit: Word
+) -> CommandResult:
+    """Serve a model of this user's cache to so many workers; the token is on stdin."""
+    return CommandResult(data=agent.offer_model(open_session(target), workers, model, commit))
 
 
 @_command

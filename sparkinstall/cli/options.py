@@ -34,6 +34,9 @@ Serve = Annotated[
     str | None,
     choice(metavar="RECIPE|MODEL", help="Serve it when all is set up, and wait until it answers (docs/serving.md)."),
 ]
+Order = Annotated[
+    str | None, typer.Option("--order", hidden=True, help="What `cluster --serve` serves on all nodes, as JSON.")
+]
 HowFar = Annotated[
     str | None,
     choice(

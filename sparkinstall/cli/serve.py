@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Annotated
 
 import click
@@ -13,26 +13,33 @@ from typer.core import TyperGroup
 
 from sparkinstall import stacks
 from sparkinstall.cli import edge, options
-from sparkinstall.cli.install import dialog_of, opened, show, shown_checks, supply_of
+from sparkinstall.cli.install import dialog_of, on_workers, opened, show, shown_checks, supply_of
 from sparkinstall.cli.live_output import duration
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, show_line, show_rows, shown
+from sparkinstall.cluster import agent
 from sparkinstall.cluster.protocol import Applied
+from sparkinstall.cluster.serving import Restored, UnitLog
 from sparkinstall.core import serve as use
-from sparkinstall.core.converge import InstallOptions, converge
+from sparkinstall.core import serve_together as use_together
+from sparkinstall.core.converge import Installation, InstallOptions, converge
 from sparkinstall.core.readiness import LIMIT, LIMIT_OF_SEVERAL
 from sparkinstall.core.serve_checks import within_memory
 from sparkinstall.core.serve_record import Serving
-from sparkinstall.core.serve_settings import REMOTE_CODE, Wanted, overridden, wanted
+from sparkinstall.core.serve_settings import REMOTE_CODE, Named, Order, Wanted, overridden, spread, wanted
+from sparkinstall.core.serve_together import Prepared, UnitState, understood
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.diagnose import judge
+from sparkinstall.diagnose.search import Place
 from sparkinstall.diagnose.signatures import load
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.layout import VLLM_UNIT
+from sparkinstall.probes import Probe
 from sparkinstall.redaction import redact
 
 _LINES = 4
+_LONGEST_LOG = 4 << 20
 
 
 class _Group(TyperGroup):
@@ -101,10 +108,11 @@ class Installed(Applied, frozen=True):
 
 
 def install_and_serve(target: Target, output: Output, chosen: InstallOptions, name: str, yes: bool) -> CommandResult:
-    """Set up this node, then serve: `all --serve NAME`."""
+    """Set up this node, then serve: `all --serve NAME`, and `multi-node --serve NAME` on each of several."""
     session = open_session(target)
-    use.require_one_node(session, name)
-    found = within_memory(wanted(name), session.node, session.system)
+    several = chosen.verb == "multi-node"
+    use.require_a_node(session) if several else use.require_one_node(session, name)
+    found = within_memory(spread(wanted(name), session.node), session.node, session.system)
     target = replace(target, served=found.served)
     session = opened(target)
     _show_changes(session, found, output)
@@ -114,6 +122,11 @@ def install_and_serve(target: Target, output: Output, chosen: InstallOptions, na
         done = converge(session, chosen, dialog.install, replace(supply, checks=(*supply.checks, *checks.checks)))
     if any(report.outcome in ("failed", "blocked") for report in done.reports):
         return CommandResult(Exit.FAILED, Applied.of(done), lambda: show(session, done, chosen), done.problems)
+    if session.node.role == "worker":
+        code = Exit.FAILED if done.problems else Exit.GOOD
+        return CommandResult(code, Applied.of(done), lambda: _show_worker(session, done, chosen), done.problems)
+    if several and not output.json:
+        _say_what_waits(session, name)
     answering = use.after_install(session, target, found, before, done, dialog)
     data = Installed(**asdict(Applied.of(done)), serving=answering)
 
@@ -122,6 +135,66 @@ def install_and_serve(target: Target, output: Output, chosen: InstallOptions, na
         show_answering(answering)
 
     return CommandResult(Exit.FAILED if done.problems else Exit.GOOD, data, tell, done.problems)
+
+
+def _show_worker(session: Session, done: Installation, chosen: InstallOptions) -> None:
+    show(session, done, chosen)
+    head = session.node.config.cluster.head
+    print(f"✓ This worker computes for the head, {head}, whose `--serve` ends when the model has answered.")
+
+
+def _say_what_waits(session: Session, name: str) -> None:
+    """Say what the head waits for: without all workers vLLM does not even begin to load."""
+    node = session.node
+    count = len(node.members) - 1
+    who = "the worker" if count == 1 else f"{count} workers"
+    out = console(stderr=True)
+    out.print(f"vLLM on this head waits for {who} before it loads the model, for up to {duration(LIMIT_OF_SEVERAL)}.")
+    out.print(
+        "On the other node, if it is not set up yet:" if count == 1 else "On each of them, if it is not set up yet:"
+    )
+    for line in on_workers(node, f" --serve {shlex.quote(name)}"):
+        out.print(f"    {line}", markup=False, soft_wrap=True)
+
+
+# --- what `cluster --serve` runs on each node
+
+
+def ordered(target: Target, order: str) -> Target:
+    """Return the target that serves what the terminal has ordered."""
+    return replace(target, served=understood(Order, order).served)
+
+
+def checks_of(session: Session, order: str) -> Sequence[Probe]:
+    """Return the checks of what the terminal has ordered."""
+    supply = use.require_possible(session, understood(Order, order).here(), lambda text: agent.tell(text))
+    return supply.checks
+
+
+def prepared(target: Target) -> Prepared:
+    """Tell what this node has for serving with others."""
+    given = sys.stdin.read()
+    return use_together.prepared(target, understood(Named, given) if given else None)
+
+
+def unit_state(session: Session) -> UnitState:
+    """Tell how the service that computes here stands."""
+    return use_together.state(session)
+
+
+def unit_log(session: Session) -> UnitLog:
+    """Return the end of the log of vLLM's last start."""
+    try:
+        pieces = judge.unit_log(use_together.unit_of(session.node)).pieces()
+        return UnitLog(redact(b"".join(pieces)[-_LONGEST_LOG:].decode(errors="replace")))
+    except Problem:
+        return UnitLog()
+
+
+def restored(target: Target) -> Restored:
+    """Restore what was served before, which is on stdin."""
+    before = understood(use.Before, sys.stdin.read())
+    return Restored(use.restore(open_session(target), target, before))
 
 
 @app.command()
@@ -230,11 +303,16 @@ def explained(session: Session) -> use.Explained:
         found = judge.judge([judge.read(judge.unit_log(VLLM_UNIT), load(release=release))])
     except Problem:
         return use.Explained()
+    return told(found, lambda place: place.text)
+
+
+def told(found: judge.Diagnosis, line: Callable[[Place], str]) -> use.Explained:
+    """Return the cause that logs show; `line`: how one of their lines is shown."""
     if found.causes:
         cause = found.causes[0]
-        return use.Explained(f"{cause.title}: {cause.why}", cause.hint, [each.text for each in cause.lines[:1]])
+        return use.Explained(f"{cause.title}: {cause.why}", cause.hint, [line(each) for each in cause.lines[:1]])
     # A consequence alone says no more than that vLLM has ended.
-    return use.Explained(lines=[each.text for each in found.telling[:_LINES]])
+    return use.Explained(lines=[line(each) for each in found.telling[:_LINES]])
 
 
 # --- text

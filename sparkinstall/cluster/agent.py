@@ -31,6 +31,7 @@ from sparkinstall.errors import BadUsage, Problem, storage_errors
 from sparkinstall.events import silent
 from sparkinstall.facts import ip, machine, qsfp
 from sparkinstall.facts.network import HEADERS, pings
+from sparkinstall.probes import Probe
 from sparkinstall.probes.preflight import preflight
 from sparkinstall.resources import rollback
 from sparkinstall.system import Reader
@@ -77,8 +78,8 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def look(session: Session, only: Sequence[str], skip: Sequence[str]) -> Look:
-    """Plan, preflight and versions in one reply.
+def look(session: Session, only: Sequence[str], skip: Sequence[str], more: Sequence[Probe] = ()) -> Look:
+    """Plan, preflight with `more` checks, and versions in one reply.
 
     Raises:
         BadUsage: `only` or `skip` names a step that does not exist.
@@ -86,7 +87,7 @@ def look(session: Session, only: Sequence[str], skip: Sequence[str]) -> Look:
     node, on = session.node, session.system
     return Look(
         steps=engine.plan(catalogue.chosen(node, only, skip), node, on),
-        preflight=checks.look(preflight(node), on, silent),
+        preflight=checks.look([*preflight(node), *more], on, silent),
         unproven=tuple(session.state.unproven()),
         versions=drift.versions(node, on),
         token=drift.token_digest(node, on),
@@ -137,6 +138,16 @@ def offer(session: Session, workers: int, only: Sequence[str]) -> Offered:
     token = _line().decode(errors="replace").strip()
     tell("listing downloads and builds")
     return artifacts.serve(session.node, session.system, only, workers, token)
+
+
+def offer_model(session: Session, workers: int, model: str, commit: str) -> Offered:
+    """Serve a model of this user's cache to so many workers. The token is on stdin.
+
+    Raises:
+        CopyFailed, BadUsage, ModelError: as `model_copies.offer`.
+    """
+    token = _line().decode(errors="replace").strip()
+    return model_copies.offer(session.node.address, model, commit, workers, token)
 
 
 def _line() -> bytes:

@@ -7,7 +7,7 @@ the sha256 of its certificate and a token. All bytes are compared with the hash 
 import secrets
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from ipaddress import IPv4Address, IPv4Interface
 from pathlib import Path
@@ -16,8 +16,18 @@ import msgspec
 from msgspec import Struct
 
 from sparkinstall.cluster.file_client import FileClient
-from sparkinstall.cluster.file_server import CopyFailed, FileServer, serving
-from sparkinstall.cluster.protocol import Arriving, Fetched, Identity, ModelSource, Reply, announce, announced
+from sparkinstall.cluster.file_server import DONE, CopyFailed, FileServer, serving
+from sparkinstall.cluster.protocol import (
+    Arriving,
+    Fetched,
+    Identity,
+    ModelSource,
+    Offer,
+    Offered,
+    Reply,
+    announce,
+    announced,
+)
 from sparkinstall.cluster.remote import OnLine, RemoteNode
 from sparkinstall.core import model_snapshots, models
 from sparkinstall.core.model_snapshots import Snapshot, Unusable
@@ -32,6 +42,8 @@ from sparkinstall.system import Reader
 
 _LIST = "/list"
 _TOLD_EVERY = 2.0
+# Seconds that one who offers waits while nobody is connected.
+_PATIENCE = 60.0
 
 
 # --- what this machine offers
@@ -64,6 +76,23 @@ def _of_blob(file: HubFile) -> str:
     return f"/blobs/{file.digest}"
 
 
+def offer(address: str, model: str, commit: str, workers: int, token: str) -> Offered:
+    """Announce where a model at a commit is, and serve it until so many workers have it.
+
+    Raises:
+        CopyFailed: this node does not have the address, or not the model at that commit.
+        BadUsage, ModelError: as `whole`.
+    """
+    snapshots = [each for each in whole([model]) if each.commit == commit]
+    if not snapshots:
+        raise CopyFailed(f"{model} at {commit[:12]} is not complete here")
+    contents = _contents(snapshots)
+    with snapshots[0].folder.kept(), serving(address, token, contents) as server:
+        announce(Offer(server.server_port, server.fingerprint))
+        server.wait(workers, _PATIENCE)
+        return Offered(len(snapshots[0].files), sum(each.size for each in snapshots[0].files), server.sent)
+
+
 # --- what a node takes
 
 
@@ -75,6 +104,15 @@ def receive(source: ModelSource) -> Fetched:
         Blocked, Storage: the cache cannot take them.
     """
     client = FileClient(source.address, source)
+    try:
+        return _received(client, source)
+    finally:
+        # If that does not arrive, who offers waits in vain for a while.
+        with suppress(Problem, NotDownloaded):
+            client.content(DONE)
+
+
+def _received(client: FileClient, source: ModelSource) -> Fetched:
     try:
         offered = model_snapshots.understood(client.content(_LIST))
     except NotDownloaded as failure:

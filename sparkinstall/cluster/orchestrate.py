@@ -110,7 +110,7 @@ _Message = TypeVar("_Message", bound=Struct)
 
 
 class ClusterOptions(Struct, frozen=True):
-    """The options of `cluster`; `level` to `junit` are for `verify`."""
+    """The options of `cluster`; `level` to `junit` are for `verify`, `serve` names a recipe or a model."""
 
     config: Config
     settings: Mapping[str, Any]
@@ -123,6 +123,7 @@ class ClusterOptions(Struct, frozen=True):
     junit: Path | None = None
     yes: bool = False
     json: bool = False
+    serve: str = ""
 
     @property
     def of_verify(self) -> list[str]:
@@ -192,7 +193,8 @@ class Barrier(Problem):
 class Cluster(Struct):
     """The nodes of one command line, the head first. `done`: the outcome of each phase and node, in order.
 
-    `tell` is called with every event. `pause` closes the live view, so that something else can be printed.
+    `tell` is called with every event. `pause` closes the live view, so that something else can be printed. `order`:
+    what the nodes are to serve, which goes with the requests that look and apply. `bring_model` copies that model.
     """
 
     nodes: Sequence[RemoteNode]
@@ -200,6 +202,9 @@ class Cluster(Struct):
     tell: Tell
     pause: Callable[[], None] = lambda: None
     done: list[Done] = field(default_factory=list)
+    order: str = ""
+    bring_model: Callable[[Sequence[RemoteNode]], None] | None = None
+    _first_look: int = 0
 
     @property
     def failed(self) -> bool:
@@ -221,6 +226,7 @@ class Cluster(Struct):
         if token:
             argv += ["--token-file", "-"]
         argv += [*node.words, *repeated("--only", steps), *repeated("--ignore", self.options.ignore), "--yes"]
+        argv += self._order_words
         if "packages" in steps and "packages" in self._drifted(node):
             node.bring_debian_packages(on_line)
         reply = node.call(Applied, *argv, on_line=on_line, stdin=token)
@@ -231,6 +237,7 @@ class Cluster(Struct):
 
     def look(self) -> None:
         """Install sparkinstall where it is missing, and read the state of every node; nothing else is changed."""
+        self._first_look = len(self.done)
         self._at_once("look", self.nodes, self._look)
         if known := [each.name for node in self.nodes for each in node.look.preflight]:
             require_known(self.options.ignore, known, "check")
@@ -248,7 +255,7 @@ class Cluster(Struct):
         self._at_once("identify", self.nodes, lambda node, on_line: _identify(node, on_line, bring))
         for at, problem in identity.mistaken(self.nodes, verb):
             self._add(Done(self.nodes[at].host, verb, "failed", problems=(problem,)))
-        self._barrier()
+        self.barrier()
 
     def require_ready(self) -> None:
         """After `look`, report every node that gave no reply or cannot be set up.
@@ -258,22 +265,27 @@ class Cluster(Struct):
         """
         for at, node in enumerate(self.nodes):
             self._refuse(at, [*_unready(node, self.options.ignore), *_conflicts(node)])
-        self._barrier()
+        self.barrier()
 
     def _refuse(self, at: int, problems: Sequence[Problem]) -> None:
         """Report why node number `at` cannot be set up, unless its `look` has failed for another reason."""
+        at += self._first_look
         if problems and self.done[at].outcome != "failed":
             self.done[at] = replace(self.done[at], outcome="failed", problems=problems)
             self.tell(self.done[at])
 
     def _look(self, node: RemoteNode, on_line: OnLine) -> Reply[Look]:
         chosen = [*repeated("--only", self.options.only), *repeated("--skip", self.options.skip)]
-        reply = node.call(Look, "node", "look", *node.words, *chosen, on_line=on_line)
+        reply = node.call(Look, "node", "look", *node.words, *chosen, *self._order_words, on_line=on_line)
         node.look = reply.data or Look()
         return reply
 
+    @property
+    def _order_words(self) -> list[str]:
+        return ["--order", self.order] if self.order else []
+
     def up(self) -> None:
-        """Apply everything that `look` found missing, with a barrier after each phase; then verify.
+        """Apply everything that `look` found missing, with a barrier after each phase.
 
         Raises:
             Barrier: a node failed; the others stopped at the same barrier.
@@ -288,13 +300,17 @@ class Cluster(Struct):
             due = [node for node in nodes if self._is_due(node, phase)]
             if phase.copied:
                 self._copy(due)
+                if lacking := [node for node in due if "model" in self._drifted(node)]:
+                    self._bring_model(lacking)
             for node in nodes:
                 if node not in due:
                     self._add(Done(node.host, phase.name, "unchanged"))
             self._do(phase, due)
-            self._barrier()
-        self.verify()
-        self._barrier()
+            self.barrier()
+
+    def _bring_model(self, nodes: Sequence[RemoteNode]) -> None:
+        if self.bring_model:
+            self.bring_model(nodes)
 
     def _steps(self, node: RemoteNode, phase: Phase) -> list[str]:
         """The chosen steps of the phase that this node has."""
@@ -303,7 +319,8 @@ class Cluster(Struct):
 
     def _is_due(self, node: RemoteNode, phase: Phase) -> bool:
         """Whether the phase has work there. What an earlier phase changed may have outdated what `look` found."""
-        if node.changed or (phase.services and node.look.unproven):
+        if node.changed or (phase.services and (node.look.unproven or self.order)):
+            # With an order the node must remember it, even if it serves with these settings already.
             return True
         if phase.token and node.look.token != self.nodes[0].look.token:
             return True
@@ -338,7 +355,7 @@ class Cluster(Struct):
         """Keep the new network only after each node was reached over a new connection and over the link."""
         self._at_once("reach", due, self._reach)
         # Without a confirmation the nodes roll the network back.
-        self._barrier()
+        self.barrier()
         self._at_once("confirm", due, lambda node, on_line: node.call(Confirmed, "node", "confirm", on_line=on_line))
 
     def _reach(self, node: RemoteNode, on_line: OnLine) -> Reply[Reached]:
@@ -354,14 +371,14 @@ class Cluster(Struct):
         stale = [node for node in self.nodes if node.changed]
         if stale:
             self._at_once("compare", stale, self._look)
-            self._barrier()
+            self.barrier()
             for node in stale:
                 node.changed = False
         try:
             drift.require_same({node.host: node.look.versions for node in self.nodes})
         except Problem as problem:
             self._add(Done(self.nodes[0].host, "compare", "failed", problems=(problem,)))
-            self._barrier()
+            self.barrier()
 
     def _token(self) -> str:
         """The head's Ray token, which is passed from its stdout to the workers' stdin and nowhere else."""
@@ -377,7 +394,7 @@ class Cluster(Struct):
             return Reply(reply.code, problems=reply.problems)
 
         self._at_once("token", self.nodes[:1], ask)
-        self._barrier()
+        self.barrier()
         return found.token
 
     def verify(self) -> None:
@@ -449,13 +466,13 @@ class Cluster(Struct):
             self._at_once(
                 "uninstall", nodes, lambda node, on_line: _as_it_is(node, on_line, Uninstalled, "uninstall", "--yes")
             )
-            self._barrier()
+            self.barrier()
 
     # --- in parallel
 
-    def on_each(self, phase: str, work: Work) -> None:
-        """Do the work on every node; where it fails on one, the others go on."""
-        self._at_once(phase, self.nodes, work)
+    def on_each(self, phase: str, work: Work, nodes: Sequence[RemoteNode] | None = None) -> None:
+        """Do the work on every node, or on these; where it fails on one, the others go on."""
+        self._at_once(phase, self.nodes if nodes is None else nodes, work)
 
     def _at_once(self, phase: str, nodes: Sequence[RemoteNode], work: Work) -> None:
         stop = threading.Event()
@@ -494,7 +511,12 @@ class Cluster(Struct):
         self.done.append(done)
         self.tell(done)
 
-    def _barrier(self) -> None:
+    def barrier(self) -> None:
+        """Stop if a node has failed.
+
+        Raises:
+            Barrier: see above.
+        """
         bad = sorted({each.host for each in self.done if each.outcome == "failed"})
         if bad:
             raise Barrier(f"stopped: {', '.join(bad)}")

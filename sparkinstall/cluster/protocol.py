@@ -183,6 +183,11 @@ class Arriving(Struct, frozen=True, rename={"what": "arriving"}):
     done: int = 0
     total: int = 0
 
+    @property
+    def words(self) -> str:
+        """The sentence, or how much has come."""
+        return f"{self.what}: {self.done / 1e9:.1f} of {self.total / 1e9:.1f} GB" if self.total else self.what
+
 
 class Introduction(Offer, frozen=True):
     """What a worker reads from its stdin: the head's offer, and the token for it."""

@@ -11,7 +11,7 @@ from msgspec import Struct
 from sparkinstall.core import engine, serve_checks
 from sparkinstall.core.catalogue import named
 from sparkinstall.core.converge import Dialog, Installation, InstallOptions, Supply, converge
-from sparkinstall.core.readiness import LIMIT, Following, Ready
+from sparkinstall.core.readiness import LIMIT, LIMIT_OF_SEVERAL, Following, Ready
 from sparkinstall.core.serve_record import Serving, record
 from sparkinstall.core.serve_settings import Wanted, overridden, require_decided, require_known
 from sparkinstall.core.session import IDENTITY, Session, Target, open_session
@@ -141,8 +141,9 @@ def after_install(
     Raises:
         Problem: as `serve`; what else was installed stays.
     """
+    limit = LIMIT_OF_SEVERAL if session.node.several else LIMIT
     with _restoring(session, target, dialog, before):
-        serving = _started(session, done, LIMIT, dialog)
+        serving = _started(session, done, limit, dialog)
     return Answering(done.changed, serving, (*wanted.changes, *overridden(session, wanted.served)))
 
 
@@ -233,22 +234,27 @@ def require_one_node(session: Session, name: str) -> None:
     Raises:
         BadUsage: it is another.
     """
-    _require_services(session)
+    require_a_node(session)
     node = session.node
     if node.several:
         raise BadUsage(
             f"this node is the {node.role} of several, and they must start together",
-            hint=f"`sparkinstall cluster HOST HOST --model {name}` starts vLLM on all of them",
+            hint=f"`sparkinstall cluster HOST HOST --serve {name}` starts vLLM on all of them",
         )
 
 
-def _require_services(session: Session) -> None:
+def require_a_node(session: Session) -> None:
+    """Check that services can be started here.
+
+    Raises:
+        BadUsage: this is a rehearsal.
+    """
     if session.node.rehearsal:
         raise BadUsage("a rehearsal starts no services", hint="on the node: `sparkinstall serve`")
 
 
 def _require_served(session: Session) -> None:
-    _require_services(session)
+    require_a_node(session)
     if not VLLM.wanted(session.node):
         raise BadUsage("no model is served on this node", hint="`sparkinstall serve RECIPE|MODEL` serves one")
 
@@ -281,6 +287,17 @@ def _journaled(session: Session, run: str, emit: Emit) -> JournaledSystem:
 
 
 # --- after a failure
+
+
+def restore(session: Session, target: Target, before: Before) -> str:
+    """Restore what was before on a node that was to serve with others; return that in words."""
+    options = session.state.options()
+    if options not in (before.options, session.options):
+        return "another run has changed what is served since, so nothing is restored"
+    started = show(session.system, VLLM_UNIT, "InvocationID")["InvocationID"] not in ("", before.invocation)
+    if not started and options == before.options:
+        return "nothing was changed"
+    return _restored(session, target, before, started)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from sparkinstall.core.planned import InstalledVllm
 from sparkinstall.core.recipe_list import fit as loads
 from sparkinstall.core.serve_settings import Wanted
 from sparkinstall.facts.units import show
+from sparkinstall.journal.state_dir import Served
 from sparkinstall.layout import VLLM_UNIT
 from sparkinstall.models import Figure, ModelError
 from sparkinstall.models.files import CONFIG, Files, read_object
@@ -26,7 +27,7 @@ from sparkinstall.stacks import Stack
 from sparkinstall.system import Reader
 
 _SHOWN = 5
-_SHARE, _LEAST_SHARE = "0.85", 0.1
+_SHARE, _SHARE_OF_SEVERAL, _LEAST_SHARE = "0.85", "0.80", 0.1
 
 
 def probes(node: Node, wanted: Wanted, say: Callable[[str], None] = lambda _: None) -> Iterator[Probe]:
@@ -41,9 +42,10 @@ def probes(node: Node, wanted: Wanted, say: Callable[[str], None] = lambda _: No
             "model-files", "all files of the model", lambda _: _model_files(wanted.files), "node",
             "vLLM ends when it loads the model.",
         )  # fmt: skip
-    yield Probe(
-        "port", "a free port for the API", partial(_port, node), "node", "vLLM ends after it has loaded the model."
-    )
+    if node.role != "worker":
+        yield Probe(
+            "port", "a free port for the API", partial(_port, node), "node", "vLLM ends after it has loaded the model."
+        )
     yield Probe(
         "fit", "a model that fits", partial(_fit, wanted, node, say), "node", "The node runs out of memory and freezes."
     )
@@ -122,18 +124,31 @@ def within_memory(wanted: Wanted, node: Node, on: Reader) -> Wanted:
 
     A recipe's share is what its source had free. Where the memory is not known, nothing is changed.
     """
+    most = most_memory(node, on)
+    if most is None:
+        return wanted
+    available = _available(node, on).available.value or 0
+    why = f"{available / 1e9:.1f} GB are available, of which the system keeps some"
+    served, changes = lowered(wanted.served, most, why, several=node.several)
+    return replace(wanted, served=served, changes=(*wanted.changes, *changes))
+
+
+def most_memory(node: Node, on: Reader) -> float | None:
+    """Return the largest share of the memory that vLLM may take now, None if that is unknown."""
     memory = _available(node, on)
     available, total = memory.available.value, memory.total.value
     if available is None or not total:
-        return wanted
-    asked = wanted.served.settings.get("serving.memory") or _SHARE
-    most = math.floor(100 * (available - (RESERVE.value or 0)) / total) / 100
+        return None
+    return math.floor(100 * (available - (RESERVE.value or 0)) / total) / 100
+
+
+def lowered(served: Served, most: float, why: str, *, several: bool) -> tuple[Served, Sequence[Change]]:
+    """Lower the share of what is served to `most`, and say why; of an absurdly small one nothing would start."""
+    asked = served.settings.get("serving.memory") or (_SHARE_OF_SEVERAL if several else _SHARE)
     if not _LEAST_SHARE <= most < float(asked):
-        return wanted
-    why = f"{available / 1e9:.1f} GB are available, of which the system keeps some"
+        return served, ()
     change = Change(f"serving.memory {asked}", "overridden", f"{most:g}: {why}")
-    served = replace(wanted.served, settings={**wanted.served.settings, "serving.memory": f"{most:g}"})
-    return replace(wanted, served=served, changes=(*wanted.changes, change))
+    return replace(served, settings={**served.settings, "serving.memory": f"{most:g}"}), (change,)
 
 
 def _available(node: Node, on: Reader) -> Memory:
@@ -148,6 +163,8 @@ def _fit(wanted: Wanted, node: Node, say: Callable[[str], None], on: Reader) -> 
     memory = _available(node, on)
     if memory.available.value is None:
         return skipped(f"unknown: {memory.available.why}")
+    if wanted.files is None and node.role == "worker":
+        return skipped("the model is not here yet: the head's check counts")
     files = wanted.files or HubFiles(wanted.model, node.config.serving.revision or "")
     try:
         oracle = InstalledVllm(node, on, say).plan

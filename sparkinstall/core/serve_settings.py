@@ -20,6 +20,7 @@ from sparkinstall.models.files import CONFIG, Files, LocalFiles, read_object
 from sparkinstall.models.hub import cache_folder, cached, is_name
 from sparkinstall.models.layout import layout_of
 from sparkinstall.models.listing import MAIN, listing
+from sparkinstall.node import Node
 from sparkinstall.recipes import Change, Recipe, serve_options
 from sparkinstall.recipes.catalogue import shipped
 from sparkinstall.recipes.readers import recipes_of
@@ -46,6 +47,32 @@ class Wanted(Struct, frozen=True):
     changes: Sequence[Change] = ()
 
 
+class Named(Struct, frozen=True):
+    """What a name means before a node is asked: a recipe, or else a model. `changes`: as in `Wanted`."""
+
+    name: str
+    recipe: Recipe | None = None
+    changes: tuple[Change, ...] = ()
+    trusts: bool = False
+
+
+class Order(Struct, frozen=True):
+    """What several nodes are to serve together, as the head has found it: the same for all of them."""
+
+    served: Served
+    model: str
+    recipe: Recipe | None
+    options: FitOptions
+
+    def here(self) -> Wanted:
+        """Return it with the files of the model that are on this node."""
+        if self.model.startswith("/"):
+            files: Files | None = LocalFiles(Path(self.model))
+        else:
+            files = cached(self.model, str(self.served.settings["serving.revision"]))
+        return Wanted(self.served, self.model, self.recipe, files, self.options)
+
+
 def wanted(name: str, wanted_id: str | None = None, *, trusts: bool = False) -> Wanted:
     """Find what a name means: a recipe, its file, the folder of a model, or a model of the hub.
 
@@ -57,8 +84,35 @@ def wanted(name: str, wanted_id: str | None = None, *, trusts: bool = False) -> 
         RecipeError, ModelError: there is none, or it cannot be used.
         BadUsage: it asks for what the user has not agreed to.
     """
+    return found(named(name, wanted_id, trusts=trusts))
+
+
+def found(of: Named) -> Wanted:
+    """Find the model of a recipe, or of that name, on this node or the hub.
+
+    Raises:
+        ModelError, HubRefused, NotDownloaded: there is none, or the hub does not tell its commit.
+    """
+    return _of_recipe(of, of.recipe) if of.recipe else _of_model(of.name)
+
+
+def spread(of: Wanted, node: Node) -> Wanted:
+    """Return a model without a recipe as this node and the others of its cluster serve it: spread over all of them."""
+    if of.recipe or not node.several:
+        return of
+    return replace(of, options=replace(of.options, tensor_parallel=len(node.members)))
+
+
+def named(name: str, wanted_id: str | None = None, *, trusts: bool = False) -> Named:
+    """Read what a name means of files that the user has here; the model is not looked for.
+
+    Raises:
+        as `wanted`.
+    """
     if name.endswith(_RECIPES) or any(each.id == name for each in shipped()):
-        return _of_recipe(name, wanted_id, trusts)
+        read = recipes_of(name, wanted_id, only_one=True).recipes[0]
+        _require_trust(read.recipe, trusts)
+        return Named(name, read.recipe, read.changes, trusts)
     if wanted_id is not None:
         raise BadUsage("--id is for a file with several recipes", hint="omit it, or name such a file")
     if trusts:
@@ -66,17 +120,18 @@ def wanted(name: str, wanted_id: str | None = None, *, trusts: bool = False) -> 
             f"{REMOTE_CODE} is for a recipe that asks for it",
             hint="if you have read the model's code, write a recipe of your own with it (docs/recipes.md)",
         )
-    return _of_model(name)
+    if not (is_path(name) or is_name(name)):
+        # It is neither; the recipes know what it is near to.
+        recipes_of(name)
+    return Named(name)
 
 
-def _of_recipe(name: str, wanted_id: str | None, trusts: bool) -> Wanted:
-    read = recipes_of(name, wanted_id, only_one=True).recipes[0]
-    recipe = read.recipe
-    _require_trust(recipe, trusts)
+def _of_recipe(of: Named, recipe: Recipe) -> Wanted:
     model = _folder(recipe.model) if recipe.model.startswith(("/", "~")) else recipe.model
     settings = dict(settings_of(recipe, model))
-    files, options = _files(model, recipe.revision, settings), replace(options_of_recipe(recipe), remote_code=trusts)
-    return Wanted(Served(recipe.id, settings), model, recipe, files, options, read.changes)
+    files = _files(model, recipe.revision, settings)
+    options = replace(options_of_recipe(recipe), remote_code=of.trusts)
+    return Wanted(Served(recipe.id, settings), model, recipe, files, options, of.changes)
 
 
 def _files(model: str, revision: str | None, settings: dict[str, Any]) -> Files | None:
@@ -114,9 +169,6 @@ def _require_trust(recipe: Recipe, trusts: bool) -> None:
 
 
 def _of_model(name: str) -> Wanted:
-    if not (is_path(name) or is_name(name)):
-        # It is neither; the recipes know what it is near to.
-        recipes_of(name)
     model = _folder(name) if is_path(name) else name
     settings: dict[str, Any] = {"serving.model": model, "serving.recipe": None, "serving.revision": None}
     settings["serving.env"] = cache_variables(model)

@@ -116,7 +116,7 @@ def test_json_page_lists_the_fields_of_cluster() -> None:
     )
     data = cluster_text.node_data(whole, one)
     outcomes = get_args(orchestrate.Outcome)
-    assert {"nodes", *data, *data["phases"][0], *outcomes} == set(re.findall(r"`(\w+)`", text))
+    assert {"nodes", "serving", *data, *data["phases"][0], *outcomes} == set(re.findall(r"`(\w+)`", text))
 
 
 def test_how_it_works_names_existing_files() -> None:

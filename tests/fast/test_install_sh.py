@@ -415,7 +415,7 @@ def test_options_equal_those_of_all() -> None:
     plain: set[str] = set()
     letters: set[str] = set()
     options: Any = command("all").params
-    for option in options:
+    for option in (each for each in options if not each.hidden):
         for name in (*option.opts, *option.secondary_opts):
             if name in ("-h", "--help"):
                 continue

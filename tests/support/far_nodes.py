@@ -40,7 +40,7 @@ call = {{"host": os.path.basename(home), "verb": verb, "argv": argv, "stdin": pr
 print("00:00:00 working", file=sys.stderr, flush=True)
 answers = json.load(open(home + "/answers.json"))
 key = next((k for k in (verb + ":" + only[0] if only else "", verb) if k in answers), None)
-time.sleep(answers.get("slow", 0))
+time.sleep(answers.get("slow:" + verb, answers.get("slow", 0)))
 if verb in answers.get("says", ()):
     print(answers["says"][verb], file=sys.stderr, flush=True)
 call["ended"] = time.monotonic()
@@ -128,6 +128,7 @@ PROVEN = [0, {"checks": [], "probes": [], "fixes": []}, []]
 @dataclass(frozen=True)
 class FarNodes:
     """The folder `lab` of all fake nodes. Replies are by verb, or by verb and first step: `multi-node:network`.
+    Seconds that they take are `slow`, or `slow:VERB`.
 
     `checkout` is a copy of the sources, so that edits during a test change nothing.
     """
