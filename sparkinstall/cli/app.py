@@ -56,6 +56,7 @@ VERBS = {
         "Tell whether a model fits into a Spark, before it is downloaded; exit 3 if it does not, or that is unknown.",
     ),
     "ask": ("ask:ask", "Ask the served model one question; its answer appears while it is made."),
+    "bench": ("bench:app", "Measure the served model with vLLM's own benchmark: `bench [SCENARIO...]`."),
     "models": (
         "models:app",
         "Pull models from the hub into its cache; copy them to other nodes; list, verify or remove them.",

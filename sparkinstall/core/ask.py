@@ -4,7 +4,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,8 @@ _LONGEST_EVENT = 1 << 26
 _LONGEST_ANSWER = 1 << 22
 _LONGEST_KEY = 4096
 _LONGEST_SAID = 2000
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+"""Names of this machine itself."""
 _UNAUTHORIZED, _NOT_FOUND, _SERVER_ERROR, _UNAVAILABLE = (401, 403), 404, 500, 503
 
 
@@ -200,7 +201,7 @@ class Conversation:
         self._http = requests.Session()
         self._http.auth = sign(f"Bearer {server.key}" if server.key else "")
         self._http.verify = certificates()
-        if urlsplit(server.url).hostname in _LOOPBACK:
+        if urlsplit(server.url).hostname in LOOPBACK:
             # No proxy has a way to this machine's own address.
             self._http.trust_env = False
 
@@ -238,6 +239,27 @@ class Conversation:
                     yield piece
         if self._finish is None:
             raise self._cut()
+
+    def served(self) -> str:
+        """Return the name that is asked for: the given one, else that of the settings if it is served, else the first.
+
+        Raises:
+            NoAnswer: there is none.
+        """
+        with self._reaching():
+            self._model = self._model or self._served()
+            return self._model
+
+    def content(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
+        """Return what one of the server's other interfaces answers.
+
+        Raises:
+            NoAnswer: there is none.
+        """
+        data = None if body is None else msgspec.json.encode(body)
+        with self._reaching(), self._request("GET" if body is None else "POST", path, data) as response:
+            self._require_good(response)
+            return _content(response)
 
     def _cut(self, why: str = "") -> Problem:
         length = sum(map(len, self._said.values()))

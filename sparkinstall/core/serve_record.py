@@ -81,18 +81,19 @@ def record(session: Session, ready: Ready) -> Serving:
         phases=ready.phases,
         first_token=ready.first_token,
         server=server,
-        engine=_engine(on, server.pid) if server else None,
-        versions=dict(_versions(on, site_packages(node, on) or "")),
-        kernel=_line(on, "/proc/sys/kernel/osrelease"),
+        engine=engine_of(on, server.pid) if server else None,
+        versions=dict(versions(on, site_packages(node, on) or "")),
+        kernel=line_of(on, "/proc/sys/kernel/osrelease"),
         driver=gpu.loaded_driver(on),
-        clocks=_clocks(on),
-        memory=_memory(on),
+        clocks=clocks(on),
+        memory=memory(on),
         chat=ready.chat,
         key_file=node.api_key,
     )
 
 
-def _line(on: Reader, path: str) -> str:
+def line_of(on: Reader, path: str) -> str:
+    """Return a file of the kernel as text; "" if there is none."""
     return (on.read(path) or b"").decode(errors="replace").strip()
 
 
@@ -115,32 +116,36 @@ def _words(data: bytes) -> list[str]:
     return [each.decode(errors="replace") for each in data.rstrip(b"\0").split(b"\0")]
 
 
-def _engine(on: Reader, server: int) -> Process | None:
+def engine_of(on: Reader, server: int) -> Process | None:
     """Return the engine's process among the children of the server's; it has a title of its own."""
-    for pid in _children(on, server):
-        if "EngineCore" in _line(on, f"/proc/{pid}/cmdline").replace("\0", " "):
+    for pid in children(on, server):
+        if "EngineCore" in line_of(on, f"/proc/{pid}/cmdline").replace("\0", " "):
             return process_of(on, pid)
     return None
 
 
-def _children(on: Reader, pid: int) -> Iterator[int]:
-    for child in map(int, _line(on, f"/proc/{pid}/task/{pid}/children").split()):
+def children(on: Reader, pid: int) -> Iterator[int]:
+    """Yield the ids of all processes that a process has started, directly or not."""
+    for child in map(int, line_of(on, f"/proc/{pid}/task/{pid}/children").split()):
         yield child
-        yield from _children(on, child)
+        yield from children(on, child)
 
 
-def _versions(on: Reader, site: str) -> Iterator[tuple[str, str]]:
+def versions(on: Reader, site: str) -> Iterator[tuple[str, str]]:
+    """Yield the packages of an environment that decide how it serves, with their versions."""
     for name in on.names(site):
         if found := re.fullmatch(rf"({'|'.join(_PACKAGES)})-(.+)\.dist-info", name):
             yield found[1], found[2]
 
 
-def _clocks(on: Reader) -> dict[str, str]:
+def clocks(on: Reader) -> dict[str, str]:
+    """Return the clocks of the first GPU as nvidia-smi writes them; {} without one."""
     answer = on.ask("nvidia-smi", f"--query-gpu={','.join(_CLOCKS)}", "--format=csv,noheader")
     values = [each.strip() for each in answer.out.split("\n")[0].split(",")]
     return dict(zip(_CLOCKS, values, strict=False)) if answer.ok else {}
 
 
-def _memory(on: Reader) -> Memory:
+def memory(on: Reader) -> Memory:
+    """Read the memory of the machine."""
     found = machine.parse_meminfo(on.read("/proc/meminfo") or b"")
     return Memory(found.get("MemTotal", 0), found.get("MemAvailable", 0), machine.free_blocks(on))

@@ -37,6 +37,20 @@ MOVES_WITH_THE_ENGINE = (
 """Metrics that only an engine that works changes. While it reads a long prompt in parts, the last one alone moves."""
 SLEEP_STATE = "vllm:engine_sleep_state"
 """0 with the label `sleep_state="awake"` while it sleeps."""
+PROMPT_TOKENS = "vllm:prompt_tokens_total"
+PREFIX_CACHE_QUERIES, PREFIX_CACHE_HITS = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
+SPECULATION = (
+    *("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_draft_tokens_total"),
+    "vllm:spec_decode_num_accepted_tokens_total",
+)
+"""Only there with speculative decoding."""
+BENCH_METRICS = (GENERATED_TOKENS, PROMPT_TOKENS, PREFIX_CACHE_QUERIES, PREFIX_CACHE_HITS, *SPECULATION)
+"""What a benchmark reads before and after, which all are counters."""
+CACHE_CONFIG, PREFIX_CACHING = "vllm:cache_config_info", "enable_prefix_caching"
+"""A metric whose labels are settings, and the label that says whether prefixes are cached."""
+SPECULATION_FILE = "vllm/v1/spec_decode/metrics.py"
+BENCH_FILE = "vllm/benchmarks/serve.py"
+"""`vllm bench serve`."""
 _CUDART = re.compile(r"libcudart\.so\.(\d+)")
 
 

@@ -273,6 +273,9 @@ def _verb(program: str, rest: list[str]) -> str:
     if rest[0] == "serve" and verb not in options_of():
         # What is no verb of it is a recipe or a model.
         return "serve start"
+    if rest[0] == "bench" and verb not in options_of():
+        # What is no verb of it is a scenario.
+        return "bench run"
     assert verb in options_of(), f"there is no verb {verb}"
     return verb
 

@@ -13,7 +13,7 @@ FLOORS = (
     ("__main__",),
     ("cli",),
     ("bundle",),
-    ("cluster", "support", "diagnose"),
+    ("cluster", "support", "diagnose", "measure"),
     ("core",),
     ("journal",),
     ("steps",),

@@ -36,7 +36,7 @@ SERVE = (
     *("engine.arg_utils", "entrypoints.cli.serve"),
     *("entrypoints.openai.cli_args", "entrypoints.launchers.cli_args", "entrypoints.common.cli_args"),
 )
-PAYLOADS = ("vllm_internals", "cutlass_fp8", "vllm_kv_cache")
+PAYLOADS = ("vllm_internals", "cutlass_fp8", "vllm_kv_cache", "vllm_bench")
 
 
 @pytest.fixture(params=stacks.names())
@@ -194,6 +194,46 @@ def test_metrics_of_the_wheel_have_the_names_of_the_proof_of_life(release: str) 
             f'"{name}"' in text
         ), name
     assert '"awake"' in text
+
+
+def test_metrics_of_the_wheel_have_the_names_of_the_benchmark(release: str) -> None:
+    text = needed_member(release, vllm.METRICS_FILE).decode()
+    drafts = needed_member(release, vllm.SPECULATION_FILE).decode()
+    for name in vllm.BENCH_METRICS:
+        assert f'"{name.removesuffix("_total")}"' in (drafts if name in vllm.SPECULATION else text), name
+    assert f'"{vllm.CACHE_CONFIG}"' in text or f'"{vllm.CACHE_CONFIG.removesuffix("_info")}"' in text
+    assert re.search(rf"^ +{vllm.PREFIX_CACHING}: bool", (source(release, "vllm.config.cache") or b"").decode(), re.M)
+
+
+def test_benchmark_of_the_wheel_has_what_the_payload_gives_and_takes(release: str) -> None:
+    text = needed_member(release, vllm.BENCH_FILE)
+    payload = strings(payloads.source("vllm_bench").encode())
+    flags = {each for each in payload if re.fullmatch(r"--[a-z][a-z-]+", each)}
+    datasets = source(release, "vllm.benchmarks.datasets.datasets") or source(release, "vllm.benchmarks.datasets")
+    known = strings(text) | strings(datasets or b"")
+    assert {"--max-concurrency", "--ignore-eos", "--skip-tokenizer-init"} <= flags <= known
+    taken = {"input_lens", "output_lens", "ttfts", "itls", "start_times", "errors", "duration", "completed", "failed"}
+    assert taken <= payload and taken <= known
+    assert "custom" in known and "openai" in strings(
+        source(release, "vllm.benchmarks.lib.endpoint_request_func") or b""
+    )
+    functions = {each.name: each for each in ast.parse(text).body if isinstance(each, ast.AsyncFunctionDef)}
+    # The module's own name, which the payload replaces.
+    assert "get_samples(args, tokenizer)" in ast.unparse(functions["main_async"])
+
+
+def test_benchmark_of_the_wheel_sends_the_prompt_as_it_is(release: str) -> None:
+    """A list of tokens, so that each prompt has exactly as many as it shall."""
+    text = source(release, "vllm.benchmarks.lib.endpoint_request_func") or b""
+    (sending,) = (
+        each
+        for each in ast.parse(text).body
+        if isinstance(each, ast.AsyncFunctionDef) and each.name == "async_request_openai_completions"
+    )
+    body = ast.unparse(sending)
+    assert "'prompt': request_func_input.prompt" in body
+    assert "usage.get('completion_tokens')" in body
+    assert "os.environ.get('OPENAI_API_KEY')" in text.decode().replace('"', "'")
 
 
 def test_variables_of_the_env_files_are_known_to_the_wheel(release: str) -> None:

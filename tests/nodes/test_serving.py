@@ -330,6 +330,34 @@ def test_serve_records_what_runs(pair: Pair, served: str) -> None:
     assert _told(pair.head)["serving"] == record
 
 
+def test_bench_measures_what_is_served_with_vllms_own_tool(pair: Pair, served: str) -> None:
+    """One process of it, for all rounds; its counts are those of the server."""
+    del served
+    told = _told(pair.head)["serving"]
+    words = ("bench", "58/2", "600/32", "1834/32", "--concurrency", "2", "--requests", "4", "--text", "code")
+    slo = ("--slo", "ttft=60s,itl=30s")
+    run = _sparkinstall(pair.head, *words, *slo, "--output", "/home/spark/bench.json", "--json")
+    record = json.loads(run.stdout)["data"]["record"]
+    assert record == json.loads(pair.head.read("/home/spark/bench.json"))
+    assert (record["complete"], [each["name"] for each in record["left_out"]]) == (True, ["1834/32"])
+    results: list[dict[str, Any]] = [*record["scenarios"], *record["levels"]]
+    short, long, several = results
+    assert [(each["completed"], each["failed"], each["others"]) for each in results] == [
+        (3, 0, 0), (3, 0, 0), (4, 0, 0),
+    ]  # fmt: skip
+    requests = [(each["prompt_tokens"], each["tokens"]) for each in (*short["raw"], *long["raw"], *several["raw"])]
+    assert requests == [(58, 2)] * 3 + [(600, 32)] * 7
+    assert all(0 < first < total for first, total in zip(long["ttft"], long["total"], strict=True))
+    assert (several["concurrency"], several["good"], several["met"]) == (2, 4, True)
+    assert [each["cache"] for each in (long, several)] == [{"queries": 1800, "hits": 0}, {"queries": 2400, "hits": 0}]
+    ran = record["served"]
+    assert (ran["process"], ran["engine"], ran["versions"]) == (told["server"], told["engine"], told["versions"])
+    assert (ran["vllm"], ran["context"], ran["prefix_cache"]) == (vllm_on_cpu.VERSION, 1024, True)
+    assert (ran["invocation"], ran["ready"]) == (told["invocation"], told["seconds"])
+    # vLLM itself is no other process.
+    assert not {each["pid"] for each in record["busy"]} & {ran["process"]["pid"], ran["engine"]["pid"]}
+
+
 def test_serve_of_an_incomplete_snapshot_without_a_hub_names_its_files_and_changes_nothing(
     pair: Pair, served: str
 ) -> None:

@@ -1,0 +1,345 @@
+"""`sparkinstall bench`: how fast the served model is, and what made the numbers."""
+
+import errno
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Annotated, get_args
+
+import click
+import msgspec
+import typer
+from msgspec import UNSET, Struct, UnsetType
+from rich.text import Text
+from typer.core import TyperGroup
+
+from sparkinstall.cli import options
+from sparkinstall.cli.run_command import CommandResult, Output, agree_to_replace, problem_of, verb
+from sparkinstall.cli.text_output import console, headed, show_line, shown
+from sparkinstall.core.ask import server_of
+from sparkinstall.core.session import Target, open_session
+from sparkinstall.errors import BadUsage, Exit, Problem, Storage, storage_problem
+from sparkinstall.given import absolute
+from sparkinstall.measure import bench as use
+from sparkinstall.measure import rounds
+from sparkinstall.measure.results import LevelResult, Note, Percentiles, ScenarioResult
+from sparkinstall.schema import either, show
+from sparkinstall.system.local import replace_file
+
+_MOST_AT_ONCE, _MOST_REQUESTS = 1024, 10000
+_SEED = 1 << 31
+_FEW_FOR_P99 = 100
+_CONCURRENCY = ",".join(map(str, rounds.CONCURRENCY))
+
+
+class _Group(TyperGroup):
+    """What is no verb is a scenario or an option, and means `bench run`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        verb_or_help = bool(args) and (args[0] in self.commands or args[0] in ("-h", "--help"))
+        return super().parse_args(ctx, args if verb_or_help else ["run", *args])
+
+
+app = typer.Typer(
+    add_completion=False,
+    cls=_Group,
+    help="Measure the served model with vLLM's own benchmark: `bench [SCENARIO...]`.",
+)
+
+
+@app.callback()
+def _bench() -> None:
+    """A group also while it has a single verb."""
+
+
+Scenarios = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[SCENARIO]...", help="Tokens of the prompt and generated tokens, such as 1834/32.", show_default=False
+    ),
+]
+Url = Annotated[
+    str | None, typer.Option("--url", metavar="URL", help="Measure another server, such as http://HOST:8000.")
+]
+Model = Annotated[str | None, typer.Option("--model", metavar="NAME", help="One of several served models.")]
+KeyFile = Annotated[
+    Path | None, typer.Option("--key-file", metavar="FILE", help="The file with the API's key.", readable=False)
+]
+Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text", metavar="prose|code", help="What the prompts are (may repeat); default: prose."),
+]
+Concurrency = Annotated[
+    str, typer.Option("--concurrency", metavar="N,N", help="How many requests at once, one after the other; or none.")
+]
+Requests = Annotated[
+    int | None,
+    typer.Option(
+        "--requests", metavar="N", help="Requests of each such level; default: 8 for each at once, 16 or more.",
+        min=1, max=_MOST_REQUESTS,
+    ),
+]  # fmt: skip
+SloText = Annotated[
+    str | None, typer.Option("--slo", metavar="LIMITS", help="An objective, such as ttft=500ms,itl=250ms.")
+]
+SloPercentile = Annotated[
+    int, typer.Option("--slo-percentile", metavar="P", help="The percentile that the objective is for.")
+]
+Cached = Annotated[
+    bool, typer.Option("--cached", help="Send each prompt once before, so that the prefix cache has it.")
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        "--seed", metavar="N", help="The same prompts as a run with this seed; default: new ones.", min=0, max=_SEED
+    ),
+]
+Limit = Annotated[int, typer.Option("--limit", metavar="SECONDS", help="How long a round may take.", min=1, max=86400)]
+Python = Annotated[
+    Path | None,
+    typer.Option(
+        "--python", metavar="FILE", help="The Python with the vLLM that sends the requests; default: this node's."
+    ),
+]
+File = Annotated[
+    Path | None,
+    options.output("--output", "-o", metavar="FILE", help="The record, a .json; default: in the current folder."),
+]
+
+
+class Measured(Struct, frozen=True):
+    """Result of `bench run`: the record, and its file, if it was written."""
+
+    file: str
+    record: use.Benchmark | UnsetType = UNSET
+
+
+@app.command()
+@verb("bench run", "root", "config", reads_only=True)
+def run(
+    target: Target,
+    output: Output,
+    scenario: Scenarios = None,
+    url: Url = None,
+    model: Model = None,
+    key_file: KeyFile = None,
+    text: Texts = None,
+    concurrency: Concurrency = _CONCURRENCY,
+    requests: Requests = None,
+    slo: SloText = None,
+    slo_percentile: SloPercentile = 95,
+    cached: Cached = False,
+    seed: Seed = None,
+    limit: Limit = 1800,
+    python: Python = None,
+    file: File = None,
+    yes: options.Yes = False,
+) -> CommandResult:
+    """Measure the served model: one request at a time, then several at once. `run` may be left out."""
+    asked = rounds.BenchOptions(
+        scenarios=tuple(dict.fromkeys(map(rounds.scenario_of, scenario))) if scenario else rounds.FIELD,
+        texts=_texts(text),
+        concurrency=_levels(concurrency),
+        requests=requests,
+        slo=rounds.slo_of(slo, slo_percentile) if slo is not None else None,
+        cached=cached,
+        seed=int(time.time()) % _SEED if seed is None else seed,
+        limit=limit,
+        python=str(_python(python)) if python else "",
+    )
+    path = _place(file, yes)
+    session = open_session(target)
+    bench = use.Bench(session, server_of(session, url, key_file), asked, model or "")
+    try:
+        with _watching(output) as tell:
+            found = bench.run(tell)
+    except (Exception, KeyboardInterrupt) as error:
+        return _ended_early(bench, problem_of(error), path)
+    return _kept(found, path, ())
+
+
+def _ended_early(bench: use.Bench, problem: Problem, path: Path) -> CommandResult:
+    """Keep what was measured before, marked as a part."""
+    bench.stopped(problem.message)
+    found = bench.found
+    if found is None or not (found.scenarios or found.levels):
+        return CommandResult(problem.exit_code, problems=(problem,))
+    return _kept(found, path, (problem,))
+
+
+def _kept(found: use.Benchmark, path: Path, problems: tuple[Problem, ...]) -> CommandResult:
+    try:
+        replace_file(str(path), msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n", 0o644)
+    except OSError as error:
+        problems = (*problems, _unwritable(path, error))
+    if found.wrong and not problems:
+        problems = (
+            use.BenchFailed(
+                "a number is not to be used", cause="; ".join(found.wrong), hint="remove the cause, and measure again"
+            ),
+        )
+    code = problems[0].exit_code if problems else Exit.GOOD
+    return CommandResult(code, Measured(str(path), found), lambda: show_benchmark(found, str(path)), problems)
+
+
+# --- the options
+
+
+def _texts(words: Sequence[str] | None) -> tuple[rounds.Text, ...]:
+    known: tuple[rounds.Text, ...] = get_args(rounds.Text)
+    chosen = tuple(each for each in known if each in (words or known[:1]))
+    if wrong := next((each for each in words or () if each not in known), None):
+        raise BadUsage(f"--text {show(wrong)} is not known", hint=f"use {either(known)}")
+    return chosen
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    if text == "none":
+        return ()
+    parts = [each.strip() for each in text.split(",")]
+    if not all(each.isascii() and each.isdigit() and 0 < int(each[:9]) <= _MOST_AT_ONCE for each in parts):
+        raise BadUsage(f"--concurrency {show(text)} is no list of numbers", hint="use one such as 1,2,4,8, or none")
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _python(file: Path) -> Path:
+    path = absolute(file, "--python")
+    if not os.access(path, os.X_OK) or path.is_dir():
+        raise BadUsage(f"--python {path} is no program", hint="name one such as /opt/venv/bin/python")
+    return path
+
+
+def _place(output: Path | None, yes: bool) -> Path:
+    """Return the path of the record, after confirmation, before the work begins.
+
+    Raises:
+        BadUsage: the path cannot be a file, or exists.
+        Storage: this user may not write to the folder.
+    """
+    path = absolute(output or time.strftime("sparkinstall-bench-%Y%m%d-%H%M%S.json"), "--output")
+    if not path.parent.is_dir():
+        raise BadUsage(f"there is no folder {path.parent}", hint=f"create it first: mkdir -p {path.parent}")
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise BadUsage(f"{path} is not a file", hint="name the record itself: `--output FILE.json`")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise _unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
+    agree_to_replace(path, ".json", agreed=yes)
+    return path
+
+
+def _unwritable(path: Path, error: OSError) -> Storage:
+    # Without the error's file name: it is that of the temporary file.
+    hint = "choose a folder that you can write to: `--output FILE.json`"
+    return storage_problem(OSError(error.errno, error.strerror), f"writing {path}", hint)
+
+
+@contextmanager
+def _watching(output: Output) -> Iterator[Callable[[use.Progress], None]]:
+    """Yield a function that shows on stderr which round is measured."""
+    if output.json:
+        yield lambda _: None
+        return
+    if not sys.stderr.isatty():
+        yield lambda now: print(f"{now.place}/{now.count} {now.name}", file=sys.stderr, flush=True)
+        return
+    with console(stderr=True).status("[dim]loading vLLM's benchmark[/]", spinner="dots") as status:
+        yield lambda now: status.update(Text(f"{now.place}/{now.count} {now.name}", style="dim"))
+
+
+# --- text
+
+
+def show_benchmark(found: use.Benchmark, file: str) -> None:
+    """Show a record's results."""
+    out, served = console(), found.served
+    cache = {True: "prefix cache on", False: "prefix cache off", None: "prefix cache unknown"}[served.prefix_cache]
+    sent = "prompts sent before" if found.options.cached else "new prompts"
+    out.print(Text(shown(served.model), style="bold"), Text(f"vLLM {served.vllm}, {cache}, {sent}", style="dim"))
+    if found.scenarios:
+        out.print(_scenarios(found.scenarios))
+    if found.levels:
+        out.print(_levels_table(found.levels))
+    for line in _remarks(found):
+        show_line(shown(line), out)
+    state = "[green bold]✓[/]" if found.complete and not found.wrong else "[yellow]![/]"
+    part = "" if found.complete else " (a part: see above)"
+    out.print(f"{state} {file}{part}", soft_wrap=True)
+
+
+def _scenarios(results: Sequence[ScenarioResult]) -> object:
+    table = headed("one at a time", "TTFT ms", "total ms", "prefill tok/s", "decode tok/s", "failed")
+    for each in results:
+        cells = (_middle(each.ttft), _middle(each.total), _middle(each.prefill), _middle(each.decode))
+        table.add_row(each.name, *cells, str(each.failed or ""))
+    return table
+
+
+def _middle(values: Sequence[float] | None) -> str:
+    """Return the median, and the distance of the farthest value."""
+    if not values:
+        return "-"
+    middle = median(values)
+    spread = max(abs(each - middle) for each in values)
+    return f"{_number(middle)} ± {_number(spread)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def _levels_table(results: Sequence[LevelResult]) -> object:
+    table = headed(
+        "at once", "tok/s", "TTFT p50", "p95", "p99", "ITL p50", "p95", "p99", "E2E p50", "p95", "p99", "good", "SLO"
+    )
+    for each in results:
+        cells = [cell for found in (each.ttft, each.itl, each.total) for cell in _three(found)]
+        good = "" if each.good is None else f"{each.good}/{each.requests}"
+        met = {True: "met", False: "missed", None: ""}[each.met]
+        table.add_row(f"{each.concurrency} {each.text}", _number(each.tokens_per_second), *cells, good, met)
+    return table
+
+
+def _three(found: Percentiles | None) -> tuple[str, str, str]:
+    if found is None:
+        return "-", "-", "-"
+    # Of few values it is about the largest one.
+    mark = "*" if found.count < _FEW_FOR_P99 else ""
+    return _number(found.p50), _number(found.p95), _number(found.p99) + mark
+
+
+def _remarks(found: use.Benchmark) -> Iterator[str]:
+    results = (*found.scenarios, *found.levels)
+    if any(each.count < _FEW_FOR_P99 for level in found.levels for each in (level.ttft, level.total) if each):
+        yield f"* of fewer than {_FEW_FOR_P99} values: about the slowest one"
+    for level in found.levels:
+        if level.why:
+            yield f"{level.name}: {level.why}"
+    yield from _power(found.levels)
+    for each in results:
+        if each.speculation and each.speculation.acceptance is not None:
+            said = each.speculation
+            yield f"{each.name}: speculative decoding, {said.acceptance:.0%} accepted, {said.length} tokens a step"
+    yield from (f"{_sign(note)} {each.name}: {note.text}" for each in results for note in each.notes)
+    yield from (f"left out: {each.name}: {each.why}" for each in found.left_out)
+    if not found.complete:
+        yield f"! a part only: {found.why}"
+
+
+def _power(levels: Sequence[LevelResult]) -> Iterator[str]:
+    for each in levels:
+        if each.power.watts and each.per_watt and each.energy:
+            yield (
+                f"{each.name}: {each.power.watts:.0f} W of the GPU, {each.per_watt:.2f} tok/s each watt, "
+                f"{each.energy:.2f} kWh for a million tokens"
+            )
+    unread = sorted({each.power.why for each in levels if each.power.watts is None})
+    if unread:
+        yield f"power cannot be read: {unread[0]}"
+
+
+def _sign(note: Note) -> str:
+    return {"error": "✗", "warning": "!", "note": "·"}[note.weight]

@@ -1,0 +1,5 @@
+"""See ../benchmarks/serve.py."""
+
+from argparse import ArgumentParser as FlexibleArgumentParser
+
+__all__ = ["FlexibleArgumentParser"]
