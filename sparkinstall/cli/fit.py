@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,7 +12,6 @@ import typer
 from msgspec.structs import replace
 from rich.text import Text
 
-from sparkinstall.cli import options
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import columns, console, show_line
 from sparkinstall.cli.text_output import shown as redacted
@@ -27,6 +27,10 @@ from sparkinstall.schema import show
 _UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 _LONGEST, _MOST, _NODES = 1 << 32, 1 << 20, 64
 
+model_option = partial(typer.Option, rich_help_panel="Which model")
+served_option = partial(typer.Option, rich_help_panel="How it is served")
+count_option = partial(typer.Option, rich_help_panel="How it is counted")
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -35,38 +39,38 @@ Model = Annotated[
 ]
 Context = Annotated[
     str | None,
-    options.choice("--context", metavar="TOKENS", help="Tokens of a sequence; auto: as many as fit."),
+    served_option("--context", metavar="TOKENS", help="Tokens of a sequence; auto: as many as fit."),
 ]
 Sequences = Annotated[
-    int | None, options.choice("--sequences", metavar="N", help="Sequences at once.", min=1, max=_MOST)
+    int | None, served_option("--sequences", metavar="N", help="Sequences at once.", min=1, max=_MOST)
 ]
 Batched = Annotated[
     int | None,
-    options.choice("--batched-tokens", metavar="N", help="vLLM's --max-num-batched-tokens.", min=1, max=_MOST),
+    served_option("--batched-tokens", metavar="N", help="vLLM's --max-num-batched-tokens.", min=1, max=_MOST),
 ]
-KvDtype = Annotated[str | None, options.choice("--kv-dtype", metavar="auto|fp8", help="The type of the KV cache.")]
+KvDtype = Annotated[str | None, served_option("--kv-dtype", metavar="auto|fp8", help="The type of the KV cache.")]
 Parallel = Annotated[
     int | None,
-    options.choice("--tensor-parallel", metavar="NODES", help="Spread it over nodes.", min=1, max=_NODES),
+    served_option("--tensor-parallel", metavar="NODES", help="Spread it over nodes.", min=1, max=_NODES),
 ]
 Memory = Annotated[
-    str | None, options.choice("--memory", metavar="SIZE", help="What a node has available, such as 101GiB.")
+    str | None, count_option("--memory", metavar="SIZE", help="What a node has available, such as 101GiB.")
 ]
 Prefix = Annotated[
     bool | None,
-    options.choice("--prefix-caching/--no-prefix-caching", help="Of vLLM; default: what vLLM does with the model."),
+    served_option("--prefix-caching/--no-prefix-caching", help="Of vLLM; default: what vLLM does with the model."),
 ]
 BlockSize = Annotated[
-    int | None, options.choice("--block-size", metavar="N", help="vLLM's --block-size.", min=1, max=_MOST)
+    int | None, served_option("--block-size", metavar="N", help="vLLM's --block-size.", min=1, max=_MOST)
 ]
 ByFormula = Annotated[
-    bool, options.choice("--by-formula", help="Do not ask the installed vLLM, which takes 10 to 20 seconds.")
+    bool, count_option("--by-formula", help="Do not ask the installed vLLM, which takes 10 to 20 seconds.")
 ]
 RemoteCode = Annotated[
-    bool, options.choice("--trust-remote-code", help="Let vLLM run the model's own code when it is asked.")
+    bool, count_option("--trust-remote-code", help="Let vLLM run the model's own code when it is asked.")
 ]
-Folder = Annotated[Path | None, options.choice("--folder", metavar="FOLDER", help="Where a recipe's model is.")]
-Id = Annotated[str | None, typer.Option("--id", metavar="ID", help="Which recipe of a file with several.")]
+Folder = Annotated[Path | None, model_option("--folder", metavar="FOLDER", help="Where a recipe's model is.")]
+Id = Annotated[str | None, model_option("--id", metavar="ID", help="Which recipe of a file with several.")]
 
 
 @verb("fit", "root", "config", "stack", reads_only=True)
@@ -189,7 +193,9 @@ def _rows(found: use.FitReport) -> Iterator[tuple[str, str, str]]:
     memory, files = found.memory, found.files
     types = ", ".join(f"{name} {_gb(size)}" for name, size in files.by_dtype.items())
     yield "weights' files", _gb(files.bytes), f"exact: {files.files} file{'s' if files.files != 1 else ''} ({types})"
-    yield "loaded", *_cells(files.loaded)
+    # On one node both are the same, unless the verdict counts with another number than the files tell.
+    if found.tensor_parallel > 1 or files.loaded.value != memory.weights.value:
+        yield "loaded", *_cells(files.loaded)
     if found.tensor_parallel > 1:
         yield "", "", f"each of {found.tensor_parallel} nodes:"
     yield "weights", *_cells(memory.weights)
@@ -238,10 +244,10 @@ def _verdict(found: use.FitReport) -> str:
 
 
 def _limits(found: use.FitReport) -> Iterator[str]:
-    if found.largest_context is not None:
+    if found.largest_context:
         sequences = f"{found.sequences:,} sequence{'s' if found.sequences > 1 else ''}"
         yield f"largest context with {sequences}: {found.largest_context:,} tokens (estimate)"
-    if found.most_sequences is not None:
+    if found.most_sequences:
         yield f"sequences of {found.context or 0:,} tokens that fit: {found.most_sequences:,} (estimate)"
     if found.serve:
         yield f"as options of vLLM: {' '.join(found.serve)}"
@@ -250,12 +256,22 @@ def _limits(found: use.FitReport) -> Iterator[str]:
 
 
 def _ways(found: use.FitReport) -> Iterator[str]:
+    """Yield the changes that make it fit; of the others only the one that needs least."""
     for each in found.ways:
-        nodes = " on each node" if any(word.startswith("--tensor") for word in each.options) else ""
-        fits = "fits" if each.fits else "does not fit either"
-        change = f"in a version with {each.version}" if each.version else f"with {' '.join(each.options)}"
-        yield f"{change}: {_gb(each.need)}{nodes}, {fits} (estimate)"
+        if each.fits:
+            yield f"{_changed(each)}: {_gb(each.need)}{_on_each(each)}, fits (estimate)"
+    if found.ways and not any(each.fits for each in found.ways):
+        least = min(found.ways, key=lambda each: each.need)
+        yield f"no change is enough; least {_changed(least)}: {_gb(least.need)}{_on_each(least)} (estimate)"
     if outgrown := found.outgrown:
-        yield "no change is enough: the model has outgrown the machine"
         over = f"over {outgrown.nodes} nodes, or " if outgrown.nodes else ""
+        yield "the model has outgrown the machine"
         yield f"use it {over}on a machine with {_gb(outgrown.bytes)} for it (estimate); else take a smaller model"
+
+
+def _changed(each: use.Way) -> str:
+    return f"in a version with {each.version}" if each.version else f"with {' '.join(each.options)}"
+
+
+def _on_each(each: use.Way) -> str:
+    return " on each node" if any(word.startswith("--tensor") for word in each.options) else ""

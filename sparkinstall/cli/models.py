@@ -23,7 +23,6 @@ from sparkinstall.core import models as use
 from sparkinstall.core.model_cache import Revision
 from sparkinstall.core.session import Target
 from sparkinstall.errors import Exit
-from sparkinstall.models import listing
 
 app = typer.Typer(
     add_completion=False,
@@ -35,16 +34,27 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name on
 AnyModel = Annotated[
     str | None, typer.Argument(metavar="[MODEL]", help="A model's name on the hub; default: all.", show_default=False)
 ]
-At = Annotated[str, typer.Option("--revision", metavar="REVISION", help="A branch, a tag or a commit.")]
+ToPull = Annotated[
+    str, typer.Argument(metavar="MODEL|RECIPE", help="The model's name on the hub, ORG/NAME, or a shipped recipe's.")
+]
+At = Annotated[
+    str | None,
+    typer.Option(
+        "--revision",
+        metavar="REVISION",
+        help="A branch, a tag or a commit; default: that of the recipe, or main.",
+        show_default=False,
+    ),
+]
 
 
 @app.command()
 @verb("models pull")
-def pull(_: Target, output: Output, model: Model, revision: At = listing.MAIN) -> CommandResult:
-    """Download a model into the hub's cache; resume within a file, and check the hash of each one."""
+def pull(_: Target, output: Output, model: ToPull, revision: At = None) -> CommandResult:
+    """Download a model, or that of a recipe, into the hub's cache; resume within a file, and check each hash."""
     del output
     with _dialog(model) as dialog:
-        done = use.pull(model, revision, dialog)
+        done = use.pull_named(model, revision, dialog)
     return CommandResult(data=done, show=lambda: _show_pulled(done))
 
 
@@ -53,6 +63,8 @@ def _show_pulled(done: use.Pulled) -> None:
     print(f"  {done.path}")
     if not done.fetched_files:
         print("  All files were there; nothing was downloaded.")
+    if done.draft:
+        print(f"  The recipe drafts with another model: `sparkinstall models pull {done.draft}`.")
 
 
 @app.command()

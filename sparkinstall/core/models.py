@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
 from sparkinstall.core.model_cache import ModelFolder, Revision, folders
 from sparkinstall.downloads import NotDownloaded, fetch, in_parallel
@@ -18,6 +19,8 @@ from sparkinstall.events import Tell, seldom
 from sparkinstall.models import listing
 from sparkinstall.models.hub import authorization, cache_folder
 from sparkinstall.models.listing import HubFile, Listing
+from sparkinstall.recipes import serve_options
+from sparkinstall.recipes.catalogue import shipped
 from sparkinstall.schema import nearest, show
 from sparkinstall.system import processes
 
@@ -50,7 +53,10 @@ class Origin(Struct, frozen=True):
 
 
 class Pulled(Struct, frozen=True):
-    """Result of `models pull`: the snapshot, its size in bytes, and what of it this run has downloaded."""
+    """Result of `models pull`: the snapshot, its size in bytes, and what of it this run has downloaded.
+
+    `recipe`: the one that was named, or empty; `draft`: the model that drafts in it, which is another one to pull.
+    """
 
     model: str
     revision: str
@@ -60,6 +66,8 @@ class Pulled(Struct, frozen=True):
     files: int
     fetched: int
     fetched_files: int
+    recipe: str = ""
+    draft: str = ""
 
 
 class ListedModel(Struct, frozen=True):
@@ -115,6 +123,24 @@ class ModelRemoved(Struct, frozen=True):
     model: str
     path: str
     freed: int
+
+
+def pull_named(name: str, revision: str | None, dialog: Dialog) -> Pulled:
+    """Bring a model, or the one of a shipped recipe, into the hub's cache.
+
+    Args:
+        revision: None: the recipe's, or main.
+
+    Raises:
+        as `pull`.
+    """
+    recipe = next((each for each in shipped() if each.id == name), None)
+    if recipe is None:
+        return pull(name, revision or listing.MAIN, dialog)
+    revision = revision or recipe.revision or listing.MAIN
+    dialog.say(f"recipe {name}: {recipe.model} at {revision}")
+    done = pull(recipe.model, revision, dialog)
+    return replace(done, recipe=name, draft=serve_options.draft_of(recipe.args))
 
 
 def pull(model: str, revision: str, dialog: Dialog) -> Pulled:

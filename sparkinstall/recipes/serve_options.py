@@ -65,6 +65,17 @@ def last_of_each(given: Iterable[Option]) -> tuple[Option, ...]:
     return tuple(each for at, each in enumerate(every) if last[key(each)] == at)
 
 
+def draft_of(args: Iterable[Option]) -> str:
+    """Return the model that drafts in speculative decoding, "" if none does or the main model does."""
+    for each in args:
+        if key(each) == "--speculative-config.model" and each[1:]:
+            return each[1]
+        if key(each) == "--speculative-config" and each[1:]:
+            found = re.search(r'"model"\s*:\s*"([^"]+)"', each[1])
+            return found[1] if found else ""
+    return ""
+
+
 class ServeCall(Struct, frozen=True):
     """A command that calls `vllm serve`: its words, the variables set before it, and words of other programs."""
 

@@ -398,11 +398,20 @@ def test_fewer_batched_tokens_are_a_way_for_sliding_layers_only(tmp_path: Path) 
     assert ways[:3] == ["--kv-dtype fp8", "--batched-tokens 2048", "--kv-dtype fp8 --batched-tokens 2048"]
 
 
+@pytest.mark.parametrize(("nodes", "rows"), [("1", 0), ("2", 1)])
+def test_weights_are_told_once_where_loaded_is_the_same(nodes: str, rows: int, tmp_path: Path) -> None:
+    run = in_this_process("fit", big(tmp_path, 20), "--memory", "100GiB", "--tensor-parallel", nodes)
+    lines = [line.split()[0] for line in run.stdout.splitlines() if line]
+    assert (lines.count("weights"), lines.count("loaded")) == (1, rows), output_of(run)
+
+
 def test_model_that_is_larger_than_two_nodes_says_so(tmp_path: Path) -> None:
     run = in_this_process("fit", big(tmp_path, 400), "--memory", "100GiB")
     assert run.returncode == 3
     assert "It does not fit" in run.stdout and "even without a KV cache" in run.stdout, output_of(run)
     assert "the model has outgrown the machine" in run.stdout
+    assert re.search(r"no change is enough; least in a version with 4 bits a weight: 14\d\.\d\d GB", run.stdout)
+    assert "largest context" not in run.stdout and "that fit" not in run.stdout, "none does"
     assert "use it over 8 nodes, or on a machine with 414." in run.stdout
 
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from sparkinstall.cli.live_output import amount
-from sparkinstall.core import model_cache
+from sparkinstall.core import model_cache, models
 from sparkinstall.models import hub as client
 from sparkinstall.models import listing as hub_listing
+from sparkinstall.recipes import Recipe, serve_options
 from tests.support.hub_client import printed, versions
 from tests.support.model_hub import COMMIT, ModelHub, digest, served
 from tests.support.mounts import resize, small_disk
@@ -108,7 +109,7 @@ def test_pull_makes_the_layout_of_the_hubs_cache(folder: Path) -> None:
     assert done == {
         "model": MODEL, "revision": "main", "commit": COMMIT, "path": str(snapshot), "files": len(FILES),
         "size": sum(len(each) for each in set(FILES.values())),
-        "fetched": done["size"], "fetched_files": len(FILES) - 1,
+        "fetched": done["size"], "fetched_files": len(FILES) - 1, "recipe": "", "draft": "",
     }  # fmt: skip
     assert {path.name for path in (folder / "blobs").iterdir()} == {digest(each) for each in FILES.values()}
     assert {path.name for path in folder.iterdir()} == {"blobs", "refs", "snapshots", "trees"}
@@ -140,6 +141,38 @@ def test_pull_of_a_revision_pins_its_commit(revision: str, ref: str | None, hub:
     assert refs == ([ref] if ref else [])
     # What was resolved once is not asked by its name again: all files are of one commit.
     assert all(f"/resolve/{COMMIT}/" in each.path for each in hub.downloads())
+
+
+RECIPE = Recipe(
+    id="mine", model=MODEL, revision=COMMIT, args=(("--speculative-config", '{"method": "x", "model": "org/draft"}'),)
+)
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(("words", "revision"), [((), COMMIT), (("--revision", "main"), "main")])
+def test_pull_of_a_recipe_brings_its_model_at_its_revision(
+    words: Sequence[str], revision: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "shipped", lambda: (RECIPE,))
+    run = in_this_process("models", "pull", "mine", *words)
+    assert run.returncode == 0, output_of(run)
+    assert f"{MODEL} ({revision} is " in run.stdout and f"recipe mine: {MODEL} at {revision}" in run.stderr
+    assert "`sparkinstall models pull org/draft`" in run.stdout
+    assert (folder / "snapshots" / COMMIT).is_dir()
+    done = envelope(in_this_process("models", "pull", "mine", *words, "--json"))["data"]
+    assert (done["recipe"], done["draft"], done["model"], done["fetched_files"]) == ("mine", "org/draft", MODEL, 0)
+
+
+@pytest.mark.parametrize(
+    ("args", "draft"),
+    [
+        ((("--speculative-config.model", "a/b"),), "a/b"),
+        ((("--speculative-config", '{"method": "mtp"}'),), ""),
+        ((("--max-num-seqs", "4"),), ""),
+    ],
+)
+def test_draft_of_a_recipe_is_another_model(args: tuple[tuple[str, ...], ...], draft: str) -> None:
+    assert serve_options.draft_of(args) == draft
 
 
 def test_pull_of_another_commit_keeps_the_blobs_that_are_the_same(
