@@ -292,11 +292,13 @@ def _journaled(session: Session, run: str, emit: Emit) -> JournaledSystem:
 def restore(session: Session, target: Target, before: Before) -> str:
     """Restore what was before on a node that was to serve with others; return that in words."""
     options = session.state.options()
-    if options not in (before.options, session.options):
+    recorded, former = options.get("served"), before.options.get("served")
+    if recorded not in (former, session.options.get("served")):
         return "another run has changed what is served since, so nothing is restored"
-    started = show(session.system, VLLM_UNIT, "InvocationID")["InvocationID"] not in ("", before.invocation)
-    if not started and options == before.options:
+    if recorded == former:
+        # The order has not come so far here.
         return "nothing was changed"
+    started = show(session.system, VLLM_UNIT, "InvocationID")["InvocationID"] not in ("", before.invocation)
     return _restored(session, target, before, started)
 
 

@@ -253,26 +253,34 @@ def test_head_finds_the_model_and_every_node_what_a_failure_restores(
 
 
 @pytest.mark.parametrize(
-    ("now", "says"),
+    ("recorded", "now", "says"),
     [
-        ("b", "vLLM is stopped, and no model is served, as before"),
-        ("a", "no model is served, as before"),
+        ("ours", "b", "vLLM is stopped, and no model is served, as before"),
+        ("ours", "a", "no model is served, as before"),
+        ("none", "a", "nothing was changed"),
+        ("theirs", "b", "another run has changed what is served since, so nothing is restored"),
     ],
 )
-def test_node_restores_what_was_before(now: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_restores_what_was_before(
+    recorded: str, now: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, model = tmp_path / "node", write_model(tmp_path / "m", LLAMA)
     root.mkdir()
     stopped: list[str] = []
     monkeypatch.setattr(use, "show", lambda *_: {"InvocationID": now, "ActiveState": "active", "LoadState": "loaded"})
     monkeypatch.setattr(use, "stop_for_now", lambda _, unit: stopped.append(unit))
     target = Target(root=root, served=wanted(str(model)).served)
-    session = open_session(target)
+    theirs = Target(root=root, served=Served("theirs", {"serving.model": "/srv/theirs"}))
+    session = open_session({"ours": target, "none": Target(root=root), "theirs": theirs}[recorded])
     with session.state.hold("test", silent):
         session.state.remember_options(session.options)
-    before = use.Before({}, "a", active=False)
+    # The settings of the command line are in it, although the order may not have come so far on this node.
+    before = use.Before({"settings": {"serving.port": 9000}}, "a", active=False)
     assert use.restore(open_session(target), target, before) == says
-    assert (VLLM_UNIT in stopped) == (now == "b")
-    assert open_session(Target(root=root)).node.config.serving.model is None
+    assert (VLLM_UNIT in stopped) == says.startswith("vLLM is stopped")
+    assert open_session(Target(root=root)).node.config.serving.model == (
+        "/srv/theirs" if recorded == "theirs" else None
+    )
 
 
 def test_worker_with_ray_computes_in_ray() -> None:
