@@ -103,6 +103,7 @@ def _body(source: bytes) -> list[ast.stmt]:
 
 _VERSION_FILE = "vllm/_version.py"
 _ENGINE = "vllm.engine.arg_utils"
+_CONFIG = "vllm.config"
 _FRONTENDS = tuple(f"vllm.entrypoints.{each}.cli_args" for each in ("common", "launchers", "openai"))
 """Modules that defined `class FrontendArgs`, newest first."""
 _SERVE = "vllm.entrypoints.cli.serve"
@@ -140,6 +141,10 @@ _FILES = frozenset((
     *("--ssl-keyfile", "--ssl-certfile", "--ssl-ca-certs", "--mm-encoder-fp8-scale-path"),
 ))  # fmt: skip
 _PATHS = frozenset(("--tokenizer", "--hf-config-path", "--generation-config", "--lora-modules"))
+_CLOSED_KEYS = frozenset(("method",))
+"""Keys whose values are compared too: `method` of speculative decoding, which differs between releases."""
+_DEEPEST_KEY = 1
+_OPEN_TYPES = ("dict", "Mapping", "Any")
 _WITHOUT_NARGS = re.compile(r"\['(\w+)'\]\['nargs'\]$")
 _PLUGIN = re.compile(rb"^\[vllm\.", re.MULTILINE)
 _OPEN = Option()
@@ -267,6 +272,58 @@ def option_of(hints: tuple[Hint, ...]) -> Option:
     return Option("value", (*enums, "auto"), "case") if enums and "str" not in names else _OPEN
 
 
+def _keys_of(sources: Sources, module: Module, annotation: ast.expr, within: str = "") -> Iterator[str]:
+    """Yield the keys that JSON for this type may have, as in `Option`: pydantic refuses others of a `@config` class."""
+    # Modules of that package import each other by relative names, which are not followed.
+    package = sources.module(_CONFIG)
+    for name in _named_in(annotation):
+        found = sources.find(module, name) or (sources.find(package, name) if package else None)
+        if found is None or not isinstance(found[1], ast.ClassDef) or not _is_config(found[1]):
+            continue
+        for field, inner in fields(found[1]).items():
+            if field.startswith("_") or _is_made_later(found[1], field):
+                continue
+            yield within + field
+            if within + field in _CLOSED_KEYS:
+                yield from (f"{within}{field}={value}" for value in _only_literals(sources, found[0], inner))
+            if within.count(".") < _DEEPEST_KEY:
+                yield from _keys_of(sources, found[0], inner, f"{within}{field}.")
+
+
+def _named_in(annotation: ast.expr) -> tuple[str, ...]:
+    """Return the names of the alternatives of an annotation; none if one of them allows any key."""
+    if isinstance(annotation, ast.BinOp):
+        sides = _named_in(annotation.left), _named_in(annotation.right)
+        return () if () in sides else (*sides[0], *sides[1])
+    if isinstance(annotation, ast.Constant) and annotation.value is None:
+        return ("None",)
+    name = last_name(annotation)
+    return (name,) if name and name not in _OPEN_TYPES else ()
+
+
+def _is_config(of: ast.ClassDef) -> bool:
+    """Whether a class refuses unknown keys. One with a base may have more fields than its own."""
+    return not of.bases and any(last_name(each) == "config" for each in of.decorator_list)
+
+
+def _is_made_later(of: ast.ClassDef, field: str) -> bool:
+    """Whether a field is no argument of its class: `field(init=False)`."""
+    for each in of.body:
+        if isinstance(each, ast.AnnAssign) and last_name(each.target) == field and isinstance(each.value, ast.Call):
+            return any(
+                word.arg == "init" and isinstance(word.value, ast.Constant) and word.value.value is False
+                for word in each.value.keywords
+            )
+    return False
+
+
+def _only_literals(sources: Sources, module: Module, annotation: ast.expr) -> tuple[str, ...]:
+    hints = tuple(sources.hints(module, annotation))
+    if not all(each.name in ("Literal", "None") for each in hints):
+        return ()
+    return tuple(value for each in hints for value in each.values)
+
+
 class _Calls:
     """The calls of `add_argument` in a module, and what their arguments are made of."""
 
@@ -330,4 +387,7 @@ class _Calls:
         found = self._sources.find(self._module, last_name(call.args[0]))
         if found is None or not isinstance(found[1], ast.ClassDef) or field not in fields(found[1]):
             return _OPEN
-        return option_of(tuple(self._sources.hints(found[0], fields(found[1])[field])))
+        annotation = fields(found[1])[field]
+        option = option_of(tuple(self._sources.hints(found[0], annotation)))
+        keys = tuple(_keys_of(self._sources, found[0], annotation)) if option == _OPEN else ()
+        return Option(keys=keys) if keys else option

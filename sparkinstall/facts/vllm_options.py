@@ -4,11 +4,12 @@ That parser is argparse with more spellings: `_` for `-`, `--option.key value` f
 reads what a vLLM declares; facts/vllm_releases.py has it for the shipped stacks.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import takewhile
-from typing import Literal
+from typing import Any, Literal
 
 from msgspec import Struct
 
@@ -29,11 +30,16 @@ _SHOWN = 60
 
 
 class Option(Struct, frozen=True):
-    """An option. `choices`: its only values; () if any are allowed, or the source does not tell."""
+    """An option. `choices`: its only values; () if any are allowed, or the source does not tell.
+
+    `keys`: those that it takes in JSON, with a dot before those within another, and `KEY=VALUE` for each value of one
+    that takes no other; () if any are allowed.
+    """
 
     kind: Kind = "value"
     choices: tuple[str, ...] = ()
     fold: Fold = ""
+    keys: tuple[str, ...] = ()
 
     def takes(self, value: str) -> bool:
         """Whether it accepts `value`, as far as the source tells."""
@@ -102,6 +108,7 @@ def refusals(
     named = {each.name for each in given}
     found = [_about_option(each, declared, elsewhere) for each in given]
     found += [_about_choice(each, declared, elsewhere) for each in given if _is_closed(each, named, declared)]
+    found += [refusal for each in given for refusal in _about_keys(each, declared, elsewhere)]
     found += [_about_variable(name, declared, elsewhere) for name in variables]
     missing = [_missing(each, declared, exists) for each in given] if exists else []
     return [each for each in (*found, *missing) if each]
@@ -132,8 +139,8 @@ def options_of(argv: Sequence[str], declared: Declared) -> Iterator[Given]:
 
 
 def _respelled(argv: Sequence[str]) -> Iterator[str]:
-    """Yield the words as vLLM hands them to argparse, with `{}` for keys after a dot, which come last."""
-    words, in_json = list(argv), dict[str, bool]()
+    """Yield the words as vLLM hands them to argparse: keys after a dot become one JSON for each option, at the end."""
+    words, in_json = list(argv), dict[str, dict[str, Any] | None]()
     while words:
         word = words.pop(0)
         name, equals, value = word.partition("=")
@@ -146,14 +153,35 @@ def _respelled(argv: Sequence[str]) -> Iterator[str]:
         elif word == "-O" and words and words[0] in ("0", "1", "2", "3"):
             name = OPTIMIZATION
         if name.startswith("-") and "." in name:
-            in_json[name.split(".")[0]] = bool(equals or words)
-            del words[: 0 if equals else 1]
+            option, *keys = name.removesuffix("+").split(".")
+            text = value if equals else words.pop(0) if words else None
+            in_json[option] = _with_key(in_json.get(option) or {}, keys, text) if text is not None else None
         else:
             yield name + equals + value
-    for name, has_value in in_json.items():
+    for name, keyed in in_json.items():
+        # A word with a space would not be an option.
+        text = json.dumps(keyed, separators=(",", ":")).replace(" ", "\\u0020")
         # As one word where it can be: an option without a value then is what is wrong, not a word that follows it.
-        joined = (f"{name}={{}}",) if name.startswith("--") else (name, "{}")
-        yield from joined if has_value else (name,)
+        joined = (f"{name}={text}",) if name.startswith("--") else (name, text)
+        yield from (name,) if keyed is None else joined
+
+
+def _with_key(of: dict[str, Any], keys: Sequence[str], text: str) -> dict[str, Any]:
+    """Put the value of a key after a dot, and of those within it, into what the option has so far."""
+    inner = of
+    for key in keys[:-1]:
+        if not isinstance(inner.get(key), dict):
+            inner[key] = {}
+        inner = inner[key]
+    inner[keys[-1]] = _json(text, text)
+    return of
+
+
+def _json(text: str, otherwise: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return otherwise
 
 
 def _is_option(word: str, spelled: Collection[str]) -> bool:
@@ -251,6 +279,61 @@ def _like(wrong: str, choices: Sequence[str]) -> str:
 
 def _many(choices: Sequence[str]) -> str:
     return f"it takes one of {len(choices)}, such as {either(choices[:_LISTED])}"
+
+
+def _about_keys(given: Given, declared: Declared, elsewhere: Sequence[Declared]) -> Iterator[Refusal]:
+    """Yield what is wrong with the JSON of an option whose keys are known."""
+    known = given.known
+    if known is None or given.complaint or not known.keys:
+        return
+    for value in given.values:
+        found = _json(value, None)
+        if found is None and value.lstrip().startswith("{"):
+            hint = "write it as one word, with double quotes within: '{\"key\": 1}'"
+            yield Refusal(f"the value of `{given.name}` is no JSON: {_shown(value)}", hint)
+        elif isinstance(found, dict):
+            for path, wrong in _not_taken(found, known.keys):
+                yield _about_key(given.name, known, path, wrong, declared, elsewhere)
+
+
+def _not_taken(found: Mapping[str, Any], keys: Collection[str], within: str = "") -> Iterator[tuple[str, str | None]]:
+    """Yield keys that are not among those of an option, and keys with a value that they do not take."""
+    for name, value in found.items():
+        # In newer releases a key of speculative decoding may have `-`.
+        path = within + name.replace("-", "_")
+        values = [each.partition("=")[2] for each in keys if each.startswith(f"{path}=")]
+        if path not in keys:
+            yield path, None
+        elif values and isinstance(value, str) and value not in values:
+            yield path, value
+        elif isinstance(value, dict) and any(each.startswith(f"{path}.") for each in keys):
+            yield from _not_taken(value, keys, f"{path}.")
+
+
+def _about_key(
+    option: str, known: Option, path: str, wrong: str | None, declared: Declared, elsewhere: Sequence[Declared]
+) -> Refusal:
+    wanted = path if wrong is None else f"{path}={wrong}"
+
+    def has(other: Declared) -> bool:
+        there = other.spelled.get(option)
+        return there is not None and wanted in there.keys
+
+    also, of = _elsewhere(declared, elsewhere, has), f"`{option}` of vLLM {declared.release}"
+    if wrong is not None:
+        values = [each.partition("=")[2] for each in known.keys if each.startswith(f"{path}=")]
+        near = nearest(wrong, values)
+        told = (
+            _hint(near, also)
+            if near or also
+            else _many(values)
+            if len(values) > _LISTED
+            else f"it takes {either(values)}"
+        )
+        return Refusal(f"`{_shown(path)}` in {of} does not take `{_shown(wrong)}`", told)
+    within, _, last = path.rpartition(".")
+    beside = [each.rpartition(".")[2] for each in known.keys if each.rpartition(".")[0] == within and "=" not in each]
+    return Refusal(f"{of} has no key `{_shown(path)}`", _hint(nearest(last, beside, 0.7), also))
 
 
 def _about_variable(name: str, declared: Declared, elsewhere: Sequence[Declared]) -> Refusal | None:

@@ -28,12 +28,13 @@ _Words = str
 
 
 class Group(Struct, frozen=True, forbid_unknown_fields=True):
-    """What these releases have, and no other one: options by kind, values by option, and variables."""
+    """What these releases have, and no other one: options by kind, values and keys by option, and variables."""
 
     releases: tuple[str, ...]
     options: Mapping[Kind, _Words] = {}
     choices: Mapping[str, _Words] = {}
     folds: Mapping[str, Fold] = {}
+    keys: Mapping[str, _Words] = {}
     variables: _Words = ""
 
 
@@ -58,13 +59,17 @@ def _order(release: str) -> tuple[int, ...]:
 
 
 def _release(name: str, groups: Sequence[Group]) -> Declared:
-    choices, folds = defaultdict[str, list[str]](list), dict[str, Fold]()
+    choices, keys, folds = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list), dict[str, Fold]()
     for group in groups:
         folds.update(group.folds)
         for option, values in group.choices.items():
             choices[option] += values.split(" ")
+        for option, words in group.keys.items():
+            keys[option] += words.split(" ")
     kinds = {option: kind for group in groups for kind, words in group.options.items() for option in words.split()}
-    options = {name: Option(kind, tuple(choices[name]), folds.get(name, "")) for name, kind in kinds.items()}
+    options = {
+        name: Option(kind, tuple(choices[name]), folds.get(name, ""), tuple(keys[name])) for name, kind in kinds.items()
+    }
     return vllm.with_files(name, options, frozenset(word for group in groups for word in group.variables.split()))
 
 
@@ -78,6 +83,8 @@ def grouped(releases: Iterable[Declared]) -> list[Group]:
                 having["choice", option, value].append(each.release)
             if known.fold:
                 having["fold", option, known.fold].append(each.release)
+            for key in known.keys:
+                having["key", option, key].append(each.release)
         for name in each.variables - vllm.READ_ELSEWHERE.keys():
             having["variable", name].append(each.release)
     facts = defaultdict[tuple[str, ...], list[tuple[str, ...]]](list)
@@ -87,14 +94,14 @@ def grouped(releases: Iterable[Declared]) -> list[Group]:
 
 
 def _group(releases: tuple[str, ...], facts: Sequence[tuple[str, ...]]) -> Group:
-    lines: dict[str, Any] = {"option": {}, "choice": {}, "fold": {}}
+    lines: dict[str, Any] = {"option": {}, "choice": {}, "fold": {}, "key": {}}
     for kind, *rest in facts:
         if kind != "variable":
             lines[kind].setdefault(rest[0], []).append(rest[1])
     joined = {kind: {key: " ".join(words) for key, words in of.items()} for kind, of in lines.items()}
     variables = " ".join(fact[1] for fact in facts if fact[0] == "variable")
-    made = {"options": joined["option"], "choices": joined["choice"], "folds": joined["fold"], "variables": variables}
-    return schema.read(Group, {"releases": releases, **made}, FILE)
+    made = {"options": joined["option"], "choices": joined["choice"], "folds": joined["fold"], "keys": joined["key"]}
+    return schema.read(Group, {"releases": releases, **made, "variables": variables}, FILE)
 
 
 # --- one vLLM

@@ -64,6 +64,7 @@ def test_table_is_what_the_wheel_declares(release: str) -> None:
         other = table.options[name]
         assert (option.kind, option.fold) == (other.kind, other.fold), name
         assert sorted(option.choices) == sorted(other.choices), name
+        assert sorted(option.keys) == sorted(other.keys), name
 
 
 @pytest.mark.network
@@ -145,6 +146,9 @@ TAKEN = (
     ("--moe-backend", "flashinfer-cutlass"), ("--hf-overrides", '{"rope": "-x y"}'), ("--chat-template", "{{ a }}"),
     ("--max-lora-rank", "016"), ("-q", "fp8"), ("--tool-call-parser", "mine", "--tool-parser-plugin", "/x.py"),
     ("--tool-call-parser", "mine", "--config", "/x.yaml"),
+    ("-cc.custom_ops+=a,b",), ("-cc", '{"inductor_compile_config": {"any": 1}}'), ("--kv-transfer-config", "{}"),
+    ("--speculative-config", '{"method": "eagle3", "model": "a/b", "num_speculative_tokens": 3}'),
+    ("--compilation-config.backend=a b", "--compilation-config.mode", "3"), ("--hf-overrides.any", "1"),
     ("--tokenizer", "-"), ("--served-model-name", "-a b"), ("--gpu-memory-util", "0.8"), ("--dtype=half",),
 )  # fmt: skip
 
@@ -186,6 +190,18 @@ REFUSED = (
     (DEFAULT, ("--compilation-confg.mode", "3"), "vLLM 0.29.0 has no option `--compilation-confg` (did you mean"
      " `--compilation-config`?)"),
     (DEFAULT, ("--no-headless",), "vLLM 0.29.0 has no option `--no-headless`"),
+    (DEFAULT, ("--speculative-config", '{"method": "mtp", "num_speculative_token": 3}'), "`--speculative-config` of"
+     " vLLM 0.29.0 has no key `num_speculative_token` (did you mean `num_speculative_tokens`?)"),
+    (OLD, ("--speculative_config={\"kv_cache_dtype\": \"fp8\"}",), "`--speculative-config` of vLLM 0.18.1 has no key"
+     " `kv_cache_dtype` (the first stack that has it is 0.29.0)"),
+    (OLD, ("--speculative-config.method", "dspark"), "`method` in `--speculative-config` of vLLM 0.18.1 does not take"
+     " `dspark` (the first stack that has it is 0.29.0"),
+    (DEFAULT, ("--compilation-config.mod", "3"), "`--compilation-config` of vLLM 0.29.0 has no key `mod` (did you mean"
+     " `mode`?)"),
+    (DEFAULT, ("-cc.pass_config.fuse_norm=true",), "`-cc` of vLLM 0.29.0 has no key `pass_config.fuse_norm`"),
+    (NEW, ("-cc", '{"splitting_op": [], "mode": 3}'), "`-cc` of vLLM 0.33.0 has no key `splitting_op` (did you mean"
+     " `splitting_ops`?)"),
+    (DEFAULT, ("--kernel-config", "{'moe_backend': 'triton'}"), "the value of `--kernel-config` is no JSON:"),
     (DEFAULT, ("--reasoning-parser", "qwen3", "--reasoning-parser", "super_v3"), "`--reasoning-parser` of vLLM 0.29.0"
      " does not take `super_v3`"),
     (DEFAULT, ("--tool-call-parser=mine", "--reasoning-parser-plugin=/x.py"), "`--tool-call-parser` of vLLM 0.29.0 does"
@@ -287,7 +303,9 @@ def test_what_vllms_parser_takes_is_taken_and_nothing_else(release: str, data: s
     argv = data.draw(command_line(release))
     # Values that are compared after the start are not the parser's: its choices alone count here.
     of = SHIPPED[release]
-    plain = {name: replace(each, choices=() if each.fold else each.choices) for name, each in of.options.items()}
+    plain = {
+        name: replace(each, choices=() if each.fold else each.choices, keys=()) for name, each in of.options.items()
+    }
     refused = refusals(argv, (), replace(of, options=plain, opened_by={}))
     assert is_taken(release, argv) == (refused == []), (argv, refused)
 
@@ -386,7 +404,8 @@ def test_small_source_is_read() -> None:
         "--backend": Option(choices=("ONE", "TWO", "auto"), fold="case"),
         "--traces": Option("several"),
         "--names": Option(),
-        **dict.fromkeys(("--free", "--where", "--deep", "--device"), Option()),
+        **dict.fromkeys(("--free", "--where", "--device"), Option()),
+            "--deep": Option(keys=("a",)),
         **dict.fromkeys(("--chat-template", "--tool-parser-plugin"), Option()),
         "--folded": Option(choices=("a", "b", "c_d", "None"), fold="dash"),
         "--listed": Option(choices=("a", "b")),
@@ -564,6 +583,29 @@ def test_variables_of_the_units_drop_in_are_checked(tmp_path: Path) -> None:
     verdict, found = look(tmp_path)
     assert verdict == "fail" and "VLLM_API_KEY" not in found
     assert "does not read the variable `VLLM_B`" in found and "`VLLM_C`" in found
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("x.yaml", "max-model-len: 4096\nserved_model_name: [a, b]\nenforce-eager: true\nno-such: false\n", ""),
+        ("x.yaml", "compilation-config: {mode: 3, pass_config: {fuse_norm_quant: true}}\nport: -1\n", ""),
+        ("x.yaml", "max-model-length: 4096\n", "/srv/x.yaml: vLLM 0.29.0 has no option `--max-model-length`"),
+        ("x.yaml", "tool-call-parser: mine\n", "/srv/x.yaml: `--tool-call-parser` of vLLM 0.29.0 does not take `mine`"),
+        ("x.yaml", "tool-call-parser: mine\ntool-parser-plugin: /srv/x.yaml\n", ""),
+        ("x.yaml", "speculative-config: {methd: mtp}\n", "has no key `methd` (did you mean `method`?)"),
+        ("x.yaml", "chat-template: /srv/none.jinja\n", "/srv/x.yaml: `--chat-template` names /srv/none.jinja, which"),
+        ("x.yaml", "a: [\n", "x.yaml: not YAML"),
+        ("x.yaml", "- a\n", "/srv/x.yaml"),
+        ("x.json", "{}", "/srv/x.json is no YAML file by its name"),
+    ],
+)
+def test_file_of_options_is_checked_like_the_arguments(name: str, text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "srv").mkdir()
+    (tmp_path / "srv" / name).write_text(text)
+    node = replace(node_of(tmp_path, serving__model="m", serving__life__enabled=False), rehearsal=False)
+    finding = vllm_arguments.probe(node, ("--port", "8000", "--config", f"/srv/{name}")).look(Machine(str(tmp_path)))
+    assert (finding.verdict, says in finding.found) == ("fail" if says else "pass", True), finding
 
 
 def test_files_are_looked_for_on_the_node_and_not_in_a_rehearsal(tmp_path: Path) -> None:
