@@ -20,8 +20,9 @@ from sparkinstall.cli.app import program
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.system.local import LocalSystem
+from tests.support import forks
+from tests.support.forks import CHECKOUT as CHECKOUT
 
-CHECKOUT = Path(__file__).parents[2]
 SETTINGS = ("--set", "nccl.mode=wheel")
 TIMEOUT_SECONDS = 300
 ENVELOPE = {"version", "command", "status", "exit_code", "data", "errors"}
@@ -44,7 +45,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def sparkinstall(*args: str | Path, through: str = "sparkinstall", **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a verb to its end, without a terminal."""
+    """Run a verb to its end in a process of its own, without a terminal."""
+    if not any(name.startswith(forks.FOR_PYTHON) for name in env):
+        return forks.run(through, [str(arg) for arg in args], environment(**env), TIMEOUT_SECONDS)
     return subprocess.run(
         command(*args, through=through),
         cwd=CHECKOUT,
