@@ -29,6 +29,8 @@ _Suspicion = tuple[Suspect, Match | None]
 """A suspicious line, and what it means by its kind."""
 _RELATED = 3600
 """Seconds: failures of different nodes that are further apart have nothing to do with each other."""
+_REASONS = 12
+"""Lines below an error in which its reasons stand."""
 _PAUSE = 0.2
 _MOST_PLACES = 100
 """Lines of one failure that are kept, of all logs."""
@@ -174,11 +176,27 @@ def _general(suspects: Sequence[_Suspicion]) -> Match | None:
     """
     first = suspects[0][1] if suspects else None
     if first is None:
-        return None
+        return _last_reason(suspects)
     most = (match for suspect, match in suspects if match and suspect.weight == suspects[0][0].weight)
     same = [match for match in most if match.signature is first.signature]
     lines = tuple(place for match in same for place in match.lines)
     return replace(first, lines=lines[:SHOWN], count=sum(match.count for match in same))
+
+
+def _last_reason(suspects: Sequence[_Suspicion]) -> Match | None:
+    """Return what the last reason ("Caused by: ") below the most suspicious line means by its kind."""
+    if not suspects:
+        return None
+    top = suspects[0][0].place
+    reasons = [
+        (suspect.place.line, match)
+        for suspect, match in suspects
+        if match
+        and suspect.place.log == top.log
+        and 0 < suspect.place.line - top.line <= _REASONS
+        and suspect.message.lstrip().startswith("Caused by: ")
+    ]
+    return max(reasons, key=lambda each: each[0])[1] if reasons else None
 
 
 def _telling(suspect: Suspect) -> Telling:

@@ -41,7 +41,8 @@ _PREFIXES = (
     r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",
     rf"(?P<kernel>\[(?: *\+?\d+\.\d+ ?|[A-Z][a-z]{{2}} [A-Z][a-z]{{2}} [ \d]\d {_TIME} \d{{4}})\])(?:\[ *[TC]\d+\])? ",
     # `dmesg --decode`
-    rf"(?P<kernel>kern)(?:el)? *:\w+ *: (?:\[[^\]]{{1,40}}\] ?|\d{{4}}-\d\d-\d\dT{_TIME}[+-]\d\d:?\d\d )?",
+    rf"(?:[\w.-]+: )?(?P<kernel>kern)(?:el)? *: ?\w+ *: "
+    rf"(?:\[[^\]]{{1,40}}\]:? *|\d{{4}}-\d\d-\d\dT{_TIME}[+-]\d\d:?\d\d )?",
     # the time alone
     rf"\[{_TIME}\] (?=\S)",
     # vLLM and Ray name the process
@@ -59,6 +60,7 @@ _PREFIXES = (
     r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
     rf"\[(?P<level>{_LEVEL})\] ",
+    rf"\[[\w.-]+\] (?P<level>{_LEVEL}): (?=\S)",
     # a library that names itself
     r"[\w.-]+: (?P<level>[Ww]arning): (?=\S)",
     # logfmt, of programs in Go

@@ -35,7 +35,7 @@ WORDS = (
     "unknown flag", "unknown shorthand", "unknown option", "unknown command", "curl: (", "% full", ": denied",
     "CANCELED", "Canceled", ".yaml:", ".yml:", ".toml:", "nvalid YAML", "nvalid JSON", "yaml: line",
     "dditional propert", " must be a", "RTNETLINK", "annot find device", "mount error", "CMake Error",
-    "docker: error", "OCI runtime", "toomanyrequests", "ailed: ",
+    "docker: error", "docker: invalid", "make: *** ", "OCI runtime", "toomanyrequests", "ailed: ",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
     "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy",
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
@@ -90,7 +90,7 @@ _SHAPES = (
             r"(?:not found|No such file or directory|[Pp]ermission denied)$",
             r"CMake Error\b",
             # of docker and the kubelet
-            r"docker: [Ee]rror\b|OCI runtime \w+ failed: \S|toomanyrequests: ",
+            r"docker: (?:[Ee]rror\b|invalid )|OCI runtime \w+ failed: \S|toomanyrequests: ",
             r"[Pp]ermission denied\b",
             r"E: \S",
             r"sudo: a (?:password|terminal) is required",
@@ -121,7 +121,7 @@ _SHAPES = (
             r"[\w.-]+: (?:aborting\b|error - \S)|\s*std::bad_alloc\b",
             r"(?:cp|mv|ln|tar|rsync|install|chmod|chown|mkdir|touch|dd|cat|stat): (?:cannot|can't|failed to) .*: \S",
             r"LLVM ERROR: \S|There are not enough slots available|(?:ORTE|PRTE|mpi(?:run|exec)) was unable to ",
-            r".*\*\*\* \[.*\] Error \d",
+            r".*\*\*\* \[.*\] Error \d|make: \*\*\* \S|unable to prepare context: \S|.*\bTest NCCL failure \S+:\d+ '",
             # what the operating system answered, at the end of a message
             rf".*: (?i:{'|'.join(_ANSWERS)}){_END}",
             rf"(?i:(?=.*\b(?:failed|unable|cannot|could not|couldn't)\b).*: (?:{'|'.join(_OTHER_ANSWERS)}){_END})",
@@ -174,7 +174,7 @@ _KERNEL = (
         _any(
             "mlx5_core (?!.*severity=Corrected).*(?:timed? ?out|error|fail|health)",
             "(?:nvidia|nvme|r8127|r8169|igc|mt79\\w+)\\b.*\\bprobe .*failed with error",
-            ".*\\bAER: .*(?:Fatal|Uncorrect)",
+            ".*\\bAER: .*(?:Fatal|Uncorrect|can't recover)",
             ".*\\bDPC: containment",
             ".*nvme\\S* .*timeout,",
             ignore_case=True,
