@@ -37,6 +37,7 @@ from sparkinstall.core import catalogue, engine, fixes
 from sparkinstall.diagnose import signatures
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.fixes import Fix
+from sparkinstall.measure.advice import rules
 from sparkinstall.node import Node
 from sparkinstall.patches import load
 from sparkinstall.probes import LEVELS, Probe, Verdict, known_hosts, nccl_tests
@@ -410,6 +411,12 @@ def _seen(evidence: Sequence[known_hosts.Evidence]) -> str:
 
 def _links(addresses: Sequence[str]) -> str:
     return ", ".join(f"[{number}]({address})" for number, address in enumerate(addresses, 1))
+
+
+@generates("readings")
+def _readings(_: str) -> str:
+    columns = ["name", "colour", "when", "what it means", "what to do"]
+    return table("", columns, ([code(each.name), each.level, each.condition, each.means, each.do] for each in rules()))
 
 
 # --- failures, stacks

@@ -57,6 +57,10 @@ VERBS = {
     ),
     "ask": ("ask:ask", "Ask the served model one question; its answer appears while it is made."),
     "bench": ("bench:app", "Measure the served model with vLLM's own benchmark: `bench [SCENARIO...]`."),
+    "watch": (
+        "watch:watch",
+        "Show how the served model does: latencies, load, cache, memory and GPU, until Ctrl-C.",
+    ),
     "models": (
         "models:app",
         "Pull models from the hub into its cache; copy them to other nodes; list, verify or remove them.",

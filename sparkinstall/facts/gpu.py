@@ -16,6 +16,13 @@ QUERY = (
 )
 """The command whose output `understood` parses."""
 
+LIVE_QUERY = (
+    "nvidia-smi",
+    "--query-gpu=utilization.gpu,clocks.sm,clocks.max.sm,power.draw,temperature.gpu",
+    "--format=csv,noheader,nounits",
+)
+"""The command whose output `live` parses."""
+
 DRIVER_FILE = "/proc/driver/nvidia/version"
 """The loaded driver's description of itself."""
 _LOADED = re.compile(r"(?:Kernel Module|for \S+) +([0-9][0-9.]+)")
@@ -30,6 +37,26 @@ class Gpu(Struct, frozen=True):
     busy: float | None = None
     mhz: float | None = None
     watts: float | None = None
+
+
+class LiveGpu(Struct, frozen=True):
+    """How busy the first GPU is: percent, SM clock and its highest in MHz, W, degrees C; None: it does not tell."""
+
+    busy: float | None = None
+    mhz: float | None = None
+    max_mhz: float | None = None
+    watts: float | None = None
+    celsius: float | None = None
+
+
+def live(on: Reader) -> LiveGpu | None:
+    """Return how busy the first GPU is, or None if nvidia-smi is missing or fails."""
+    if on.rehearsal:
+        return None
+    answer = on.ask(*LIVE_QUERY)
+    rows = answer.out.splitlines()
+    numbers = [_number(cell.strip()) for cell in rows[0].split(",")] if answer.ok and rows else []
+    return LiveGpu(*numbers) if len(numbers) == len(LiveGpu.__struct_fields__) else None
 
 
 def first_gpu(on: Reader) -> Gpu | None:

@@ -8,6 +8,9 @@ import ast
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Literal
+
+from msgspec import Struct
 
 from sparkinstall import elf
 from sparkinstall.facts.python_source import Hint, Module, Read, Sources, fields, last_name, parsed, texts
@@ -51,6 +54,42 @@ CACHE_CONFIG, PREFIX_CACHING = "vllm:cache_config_info", "enable_prefix_caching"
 SPECULATION_FILE = "vllm/v1/spec_decode/metrics.py"
 BENCH_FILE = "vllm/benchmarks/serve.py"
 """`vllm bench serve`."""
+
+
+class Metric(Struct, frozen=True):
+    """A number of /metrics: its names, the newest first, and how those of several engines become one."""
+
+    names: tuple[str, ...]
+    together: Literal["sum", "max"] = "sum"
+
+
+GAUGES = {
+    "running": Metric(RUNNING_REQUESTS),
+    "waiting": Metric(WAITING_REQUESTS),
+    "kv_cache": Metric(KV_CACHE_USAGE, "max"),
+}
+"""What is so at the moment. `kv_cache`: a share from 0 to 1."""
+COUNTERS = {
+    "prompt_tokens": Metric((PROMPT_TOKENS,)),
+    "cached_tokens": Metric(("vllm:prompt_tokens_cached_total",)),
+    "generated_tokens": Metric((GENERATED_TOKENS,)),
+    "preemptions": Metric(("vllm:num_preemptions_total",)),
+    "prefix_queries": Metric((PREFIX_CACHE_QUERIES, "vllm:gpu_prefix_cache_queries_total")),
+    "prefix_hits": Metric((PREFIX_CACHE_HITS, "vllm:gpu_prefix_cache_hits_total")),
+}
+"""What only grows while a server runs. All count tokens, except preemptions of requests."""
+OF_SPECULATION = {
+    key: Metric((name,)) for key, name in zip(("drafts", "drafted_tokens", "accepted_tokens"), SPECULATION, strict=True)
+}
+"""Counters that are there only with speculative decoding."""
+HISTOGRAMS = {
+    "ttft": Metric(("vllm:time_to_first_token_seconds",)),
+    "itl": Metric(("vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds")),
+    "e2e": Metric(("vllm:e2e_request_latency_seconds",)),
+}
+"""Latencies in seconds: to the first token, between two tokens, of a whole request."""
+STARTED = "process_start_time_seconds"
+"""When the server was started, in seconds of the epoch; it has no prefix, because Prometheus' client adds it."""
 _CUDART = re.compile(r"libcudart\.so\.(\d+)")
 
 

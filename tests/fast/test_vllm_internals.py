@@ -312,3 +312,14 @@ def test_flags_and_variables_of_hints_exist_in_the_release(release: str) -> None
     assert {"--moe-backend", "--attention-backend"} <= set(flags) and "VLLM_USE_DEEP_GEMM" in variables
     assert {flag for flag in flags if f'"{flag}"'.encode() not in options} == set()
     assert {name for name in variables if f'"{name}"'.encode() not in (source(release, "vllm.envs") or b"")} == set()
+
+
+def test_metrics_of_the_wheel_have_the_names_of_watch(release: str) -> None:
+    text = needed_member(release, vllm.METRICS_FILE).decode()
+    drafts = needed_member(release, vllm.SPECULATION_FILE).decode()
+    for metrics, source in (
+        (vllm.GAUGES, text), (vllm.COUNTERS, text), (vllm.HISTOGRAMS, text), (vllm.OF_SPECULATION, drafts),
+    ):  # fmt: skip
+        for key, metric in metrics.items():
+            # The newest name: no shipped release lacks one. Prometheus' client appends the suffix to a counter's name.
+            assert f'"{metric.names[0].removesuffix("_total")}"' in source, key

@@ -1,0 +1,152 @@
+"""`sparkinstall watch`: how the served model does, in a view that is renewed; changes nothing."""
+
+import socket
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+from msgspec import to_builtins
+
+from sparkinstall import given
+from sparkinstall.cli.json_output import envelope
+from sparkinstall.cli.run_command import CommandResult, Output, verb
+from sparkinstall.cli.watch_view import Seen, Watched, show, shown_live
+from sparkinstall.core.ask import LOOPBACK, server_of
+from sparkinstall.core.session import Session, Target, open_session
+from sparkinstall.errors import BadUsage, Exit, Problem
+from sparkinstall.measure.record import Record, recorded
+from sparkinstall.measure.rounds import slo_of
+from sparkinstall.measure.samples import Sample, Sampler, Source
+
+_SLO = "ttft=500ms,itl=250ms"
+# Seconds: a record can have a gap of a night.
+_LONGEST_PAUSE = 10.0
+_NO_METRICS = "`sparkinstall serve status` tells whether it serves; with `--url`, check the address"
+
+Url = Annotated[
+    str | None, typer.Option("--url", metavar="URL", help="Watch another server, such as http://HOST:8000.")
+]
+KeyFile = Annotated[
+    Path | None, typer.Option("--key-file", metavar="FILE", help="The file with the API's key.", readable=False)
+]
+Once = Annotated[bool, typer.Option("--once", help="Take two samples, show the readings, and end.")]
+Interval = Annotated[
+    float, typer.Option("--interval", metavar="SECONDS", help="From one sample to the next.", min=0.2, max=3600)
+]
+Span = Annotated[
+    float,
+    typer.Option("--window", metavar="SECONDS", help="What latencies and shares are taken over.", min=1, max=86400),
+]
+SloText = Annotated[
+    str, typer.Option("--slo", metavar="LIMITS", help="Limits of the 95th percentiles; a latency over its own is red.")
+]
+RecordFile = Annotated[
+    Path | None, typer.Option("--record", metavar="FILE", help="Write each sample to a new file.", readable=False)
+]
+Replay = Annotated[
+    Path | None,
+    typer.Option("--replay", metavar="FILE", help="Show a record again instead of a server.", readable=False),
+]
+
+
+class NoMetrics(Problem):
+    """The server tells nothing."""
+
+    code = "no-metrics"
+
+
+@verb("watch", "root", "config", reads_only=True)
+def watch(
+    target: Target,
+    output: Output,
+    url: Url = None,
+    key_file: KeyFile = None,
+    once: Once = False,
+    interval: Interval = 2.0,
+    window: Span = 60.0,
+    slo: SloText = _SLO,
+    record: RecordFile = None,
+    replay: Replay = None,
+) -> CommandResult:
+    """Show how the served model does: latencies, load, cache, memory and GPU, until Ctrl-C."""
+    watched = Watched(window, slo_of(slo, 95))
+    if replay:
+        if url or key_file or record:
+            raise BadUsage("--replay shows a record, and asks no server", hint="omit --url, --key-file and --record")
+        samples = recorded(given.absolute(replay, "--replay"))
+        # A record is shown as fast as it was taken, to people.
+        samples = samples if once or output.json or not sys.stdout.isatty() else _paced(samples)
+    else:
+        samples = _taken(_sampler(open_session(target), url, key_file), interval)
+    if once and not replay:
+        samples = islice(samples, 2)
+    with Record(given.absolute(record, "--record")) if record else nullcontext() as file:
+        for_each = _kept(samples, file) if file else samples
+        return _once(watched, for_each) if once else _live(watched, for_each, output)
+
+
+def _sampler(session: Session, url: str | None, key_file: Path | None) -> Sampler:
+    server = server_of(session, url, key_file)
+    is_here = urlsplit(server.url).hostname in LOOPBACK
+    node = socket.gethostname() if is_here else urlsplit(server.url).netloc
+    return Sampler(Source(node, server.url, server.key, session.system if is_here else None))
+
+
+def _taken(sampler: Sampler, interval: float) -> Iterator[Sample]:
+    due = time.monotonic()
+    while True:
+        yield sampler.take()
+        # After a scrape that took longer than the interval the next one follows at once, and no others catch up.
+        due = max(due + interval, time.monotonic())
+        time.sleep(max(0.0, due - time.monotonic()))
+
+
+def _paced(samples: Iterable[Sample]) -> Iterator[Sample]:
+    before: float | None = None
+    for sample in samples:
+        if before is not None:
+            time.sleep(min(max(0.0, sample.at - before), _LONGEST_PAUSE))
+        before = sample.at
+        yield sample
+
+
+def _kept(samples: Iterable[Sample], record: Record) -> Iterator[Sample]:
+    for sample in samples:
+        record.add(sample)
+        yield sample
+
+
+def _once(watched: Watched, samples: Iterable[Sample]) -> CommandResult:
+    for sample in samples:
+        watched.take(sample)
+    troubles = [each.readings for each in watched.nodes.values() if each.readings.trouble]
+    problems = tuple(NoMetrics(f"{each.node}: {each.trouble}", hint=_NO_METRICS) for each in troubles)
+    return CommandResult(
+        Exit.FAILED if problems else Exit.GOOD, _data(watched.nodes.values()), lambda: show(watched), problems
+    )
+
+
+def _live(watched: Watched, samples: Iterable[Sample], output: Output) -> CommandResult:
+    """Show until Ctrl-C, which is how a watch ends, or until a record ends."""
+    count = 0
+    with nullcontext() if output.json else shown_live(watched) as view:
+        try:
+            for sample in samples:
+                seen, count = watched.take(sample), count + 1
+                if view:
+                    view(seen)
+                else:
+                    print(envelope("watch", Exit.GOOD, _data([seen]), ()), flush=True)
+        except KeyboardInterrupt:
+            pass
+    return CommandResult(data={"samples": count})
+
+
+def _data(nodes: Iterable[Seen]) -> dict[str, Any]:
+    return {"nodes": [{**to_builtins(each.readings), "advice": to_builtins(each.advice)} for each in nodes]}
