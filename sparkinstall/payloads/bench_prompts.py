@@ -6,7 +6,7 @@ Each begins with its name, so that no two have a block of the prefix cache in co
 import random
 from collections.abc import Callable
 
-VERSION = 1
+VERSION = 2
 """Of the texts: results of different ones are not compared."""
 
 SUBJECTS = (
@@ -61,10 +61,15 @@ def code(drawn: random.Random) -> str:
 KINDS: dict[str, Callable[[random.Random], str]] = {"prose": prose, "code": code}
 
 
+def name_of(seed: int, number: int) -> str:
+    """Return the name of a prompt of a run. What distinguishes it is within 16 characters, the shortest block."""
+    return f"{number}-{seed}"
+
+
 def text(kind: str, name: str, characters: int) -> str:
     """Return at least so many characters of a kind. The name is all that decides which."""
     drawn = random.Random(f"{kind} {name}")
-    begin = f"# Module {name}\n\n" if kind == "code" else f"Chapter {name}. "
+    begin = f"# {name}\n\n" if kind == "code" else f"{name}. "
     parts, length = [begin], len(begin)
     while length < characters:
         parts.append(KINDS[kind](drawn))

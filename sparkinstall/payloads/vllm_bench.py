@@ -25,7 +25,7 @@ from vllm.benchmarks import serve
 from vllm.benchmarks.datasets import SampleRequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from sparkinstall.payloads.bench_prompts import text
+from sparkinstall.payloads.bench_prompts import name_of, text
 
 MARK, MORE = "sparkinstall-bench:", "sparkinstall-bench+"
 PIECE = 3000
@@ -65,7 +65,7 @@ class Client:
 
     def prompt(self, kind: str, number: int, length: int) -> list[int]:
         """Return a prompt of exactly so many tokens."""
-        name, characters = f"{self.job['seed']}-{number}", length * CHARACTERS
+        name, characters = name_of(self.job["seed"], number), length * CHARACTERS
         while True:
             body = {"model": self.job["model"], "prompt": text(kind, name, characters)}
             found: list[int] = json.loads(self.read("/tokenize", body))["tokens"]
