@@ -26,6 +26,8 @@ from sparkinstall.errors import BadUsage, Exit, Problem, Storage, storage_proble
 from sparkinstall.given import absolute
 from sparkinstall.measure import bench as use
 from sparkinstall.measure import rounds
+from sparkinstall.measure.compare import Change, Comparison, compare, require_comparable
+from sparkinstall.measure.report import html, markdown, number, percent
 from sparkinstall.measure.results import LevelResult, Note, Percentiles, ScenarioResult
 from sparkinstall.schema import either, show
 from sparkinstall.system.local import replace_file
@@ -33,6 +35,8 @@ from sparkinstall.system.local import replace_file
 _MOST_AT_ONCE, _MOST_REQUESTS = 1024, 10000
 _SEED = 1 << 31
 _FEW_FOR_P99 = 100
+# Of the cores: vLLM itself keeps one or two busy while it waits.
+_LOADED = 0.5
 _CONCURRENCY = ",".join(map(str, rounds.CONCURRENCY))
 
 
@@ -158,20 +162,20 @@ def run(
         with _watching(output) as tell:
             found = bench.run(tell)
     except (Exception, KeyboardInterrupt) as error:
-        return _ended_early(bench, problem_of(error), path)
-    return _kept(found, path, ())
+        return _ended_early(bench, problem_of(error), path, output.verbose)
+    return _kept(found, path, (), output.verbose)
 
 
-def _ended_early(bench: use.Bench, problem: Problem, path: Path) -> CommandResult:
+def _ended_early(bench: use.Bench, problem: Problem, path: Path, verbose: bool) -> CommandResult:
     """Keep what was measured before, marked as a part."""
     bench.stopped(problem.message)
     found = bench.found
     if found is None or not (found.scenarios or found.levels):
         return CommandResult(problem.exit_code, problems=(problem,))
-    return _kept(found, path, (problem,))
+    return _kept(found, path, (problem,), verbose)
 
 
-def _kept(found: use.Benchmark, path: Path, problems: tuple[Problem, ...]) -> CommandResult:
+def _kept(found: use.Benchmark, path: Path, problems: tuple[Problem, ...], verbose: bool) -> CommandResult:
     try:
         replace_file(str(path), msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n", 0o644)
     except OSError as error:
@@ -183,7 +187,116 @@ def _kept(found: use.Benchmark, path: Path, problems: tuple[Problem, ...]) -> Co
             ),
         )
     code = problems[0].exit_code if problems else Exit.GOOD
-    return CommandResult(code, Measured(str(path), found), lambda: show_benchmark(found, str(path)), problems)
+    return CommandResult(code, Measured(str(path), found), lambda: show_benchmark(found, str(path), verbose), problems)
+
+
+Records = Annotated[
+    list[Path],
+    typer.Argument(metavar="RECORD...", help="Records that `bench` has written.", show_default=False, readable=False),
+]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Compare also different models, or different work.")]
+Detailed = Annotated[bool, typer.Option("--detailed-exitcode", help="Exit 3 if a number is worse.")]
+
+
+class Compared(Struct, frozen=True):
+    """Result of `bench compare`: each other record against the first."""
+
+    comparisons: tuple[Comparison, ...]
+
+
+@app.command("compare")
+@verb("bench compare", reads_only=True)
+def compare_(
+    _target: Target, output: Output, record: Records, anyway: Anyway = False, detailed_exitcode: Detailed = False
+) -> CommandResult:
+    """Compare records with the first one: which differences are more than noise, and what was not the same."""
+    if len(record) < 2:
+        raise BadUsage("there is nothing to compare it with", hint="name two records or more, the older one first")
+    named = _named(record)
+    found = _comparisons(named, anyway)
+    worse = any(change.verdict == "worse" for each in found for change in each.changes)
+    code = Exit.DRIFT if detailed_exitcode and worse else Exit.GOOD
+    return CommandResult(code, Compared(found), lambda: _show_comparisons(found, output.verbose))
+
+
+def _named(files: Sequence[Path]) -> list[tuple[str, use.Benchmark]]:
+    """Return the records, each with a name that no other has."""
+    paths = [absolute(each, "the record") for each in files]
+    short = [each.stem for each in paths]
+    names = short if len(set(short)) == len(short) else list(map(str, paths))
+    if len(set(names)) < len(names):
+        raise BadUsage("a record is named twice", hint="name each once")
+    return [(name, use.read_record(path)) for name, path in zip(names, paths, strict=True)]
+
+
+def _comparisons(named: Sequence[tuple[str, use.Benchmark]], anyway: bool) -> tuple[Comparison, ...]:
+    (first, base), *others = named
+    for name, each in others:
+        require_comparable(base, each, (first, name), anyway)
+    return tuple(compare(base, each, (first, name)) for name, each in others)
+
+
+def _show_comparisons(found: Sequence[Comparison], verbose: bool) -> None:
+    out = console()
+    for each in found:
+        out.print(Text(f"{each.file} against {each.base}", style="bold"))
+        told = [change for change in each.changes if verbose or change.verdict != "noise"]
+        if told:
+            out.print(_changes(told))
+        noise = sum(change.verdict == "noise" for change in each.changes)
+        show_line(f"{noise} of {len(each.changes)} numbers differ by no more than noise", out, "dim")
+        for text in each.left_out:
+            show_line(shown(f"left out: {text}"), out)
+        for differs in each.differs:
+            show_line(shown(f"differs: {differs.what}: {differs.base or 'none'} -> {differs.other or 'none'}"), out)
+
+
+def _changes(changes: Sequence[Change]) -> object:
+    table = headed("", "", "before", "after", "change", "interval", "")
+    colours = {"better": "green", "worse": "red", "noise": "dim"}
+    for each in changes:
+        interval = f"{percent(each.low)} ... {percent(each.high)}"
+        values = (f"{number(each.base)} {each.unit}", f"{number(each.other)} {each.unit}", percent(each.change))
+        table.add_row(each.name, each.metric, *values, interval, Text(each.verdict, style=colours[each.verdict]))
+    return table
+
+
+ReportFile = Annotated[
+    Path | None,
+    options.output("--output", "-o", metavar="FILE", help="The page, .html or .md; default: in the current folder."),
+]
+
+
+class Reported(Struct, frozen=True):
+    """Result of `bench report`."""
+
+    file: str
+
+
+@app.command()
+@verb("bench report", reads_only=True)
+def report(
+    _target: Target,
+    _output: Output,
+    record: Records,
+    anyway: Anyway = False,
+    file: ReportFile = None,
+    yes: options.Yes = False,
+) -> CommandResult:
+    """Write one page of records, with plots: HTML that loads nothing from a network, or Markdown."""
+    named = _named(record)
+    path = _place(file or Path(f"{named[0][0].rpartition('/')[2]}.html"), yes, ".html")
+    if path.suffix not in _PAGES:
+        raise BadUsage(f"{path} is neither .html nor .md", hint="name the page so: `--output FILE.html`")
+    text = _PAGES[path.suffix](named, _comparisons(named, anyway))
+    try:
+        replace_file(str(path), text.encode(), 0o644)
+    except OSError as error:
+        raise _unwritable(path, error, path.suffix) from error
+    return CommandResult(data=Reported(str(path)), show=lambda: print(f"✓ {path}"))
+
+
+_PAGES = {".html": html, ".md": markdown}
 
 
 # --- the options
@@ -213,8 +326,8 @@ def _python(file: Path) -> Path:
     return path
 
 
-def _place(output: Path | None, yes: bool) -> Path:
-    """Return the path of the record, after confirmation, before the work begins.
+def _place(output: Path | None, yes: bool, ending: str = ".json") -> Path:
+    """Return the path of a file, after confirmation, before the work begins.
 
     Raises:
         BadUsage: the path cannot be a file, or exists.
@@ -224,16 +337,16 @@ def _place(output: Path | None, yes: bool) -> Path:
     if not path.parent.is_dir():
         raise BadUsage(f"there is no folder {path.parent}", hint=f"create it first: mkdir -p {path.parent}")
     if path.is_dir() or (path.exists() and not path.is_file()):
-        raise BadUsage(f"{path} is not a file", hint="name the record itself: `--output FILE.json`")
+        raise BadUsage(f"{path} is not a file", hint=f"name the file itself: `--output FILE{ending}`")
     if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise _unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
-    agree_to_replace(path, ".json", agreed=yes)
+        raise _unwritable(path, PermissionError(errno.EACCES, "Permission denied"), ending)
+    agree_to_replace(path, ending, agreed=yes)
     return path
 
 
-def _unwritable(path: Path, error: OSError) -> Storage:
+def _unwritable(path: Path, error: OSError, ending: str = ".json") -> Storage:
     # Without the error's file name: it is that of the temporary file.
-    hint = "choose a folder that you can write to: `--output FILE.json`"
+    hint = f"choose a folder that you can write to: `--output FILE{ending}`"
     return storage_problem(OSError(error.errno, error.strerror), f"writing {path}", hint)
 
 
@@ -253,7 +366,7 @@ def _watching(output: Output) -> Iterator[Callable[[use.Progress], None]]:
 # --- text
 
 
-def show_benchmark(found: use.Benchmark, file: str) -> None:
+def show_benchmark(found: use.Benchmark, file: str, verbose: bool = False) -> None:
     """Show a record's results."""
     out, served = console(), found.served
     cache = {True: "prefix cache on", False: "prefix cache off", None: "prefix cache unknown"}[served.prefix_cache]
@@ -263,7 +376,7 @@ def show_benchmark(found: use.Benchmark, file: str) -> None:
         out.print(_scenarios(found.scenarios))
     if found.levels:
         out.print(_levels_table(found.levels))
-    for line in _remarks(found):
+    for line in _remarks(found, verbose):
         show_line(shown(line), out)
     state = "[green bold]✓[/]" if found.complete and not found.wrong else "[yellow]![/]"
     part = "" if found.complete else " (a part: see above)"
@@ -284,11 +397,7 @@ def _middle(values: Sequence[float] | None) -> str:
         return "-"
     middle = median(values)
     spread = max(abs(each - middle) for each in values)
-    return f"{_number(middle)} ± {_number(spread)}"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    return f"{number(middle)} ± {number(spread)}"
 
 
 def _levels_table(results: Sequence[LevelResult]) -> object:
@@ -299,7 +408,7 @@ def _levels_table(results: Sequence[LevelResult]) -> object:
         cells = [cell for found in (each.ttft, each.itl, each.total) for cell in _three(found)]
         good = "" if each.good is None else f"{each.good}/{each.requests}"
         met = {True: "met", False: "missed", None: ""}[each.met]
-        table.add_row(f"{each.concurrency} {each.text}", _number(each.tokens_per_second), *cells, good, met)
+        table.add_row(f"{each.concurrency} {each.text}", number(each.tokens_per_second), *cells, good, met)
     return table
 
 
@@ -308,10 +417,10 @@ def _three(found: Percentiles | None) -> tuple[str, str, str]:
         return "-", "-", "-"
     # Of few values it is about the largest one.
     mark = "*" if found.count < _FEW_FOR_P99 else ""
-    return _number(found.p50), _number(found.p95), _number(found.p99) + mark
+    return number(found.p50), number(found.p95), number(found.p99) + mark
 
 
-def _remarks(found: use.Benchmark) -> Iterator[str]:
+def _remarks(found: use.Benchmark, verbose: bool) -> Iterator[str]:
     results = (*found.scenarios, *found.levels)
     if any(each.count < _FEW_FOR_P99 for level in found.levels for each in (level.ttft, level.total) if each):
         yield f"* of fewer than {_FEW_FOR_P99} values: about the slowest one"
@@ -323,8 +432,17 @@ def _remarks(found: use.Benchmark) -> Iterator[str]:
         if each.speculation and each.speculation.acceptance is not None:
             said = each.speculation
             yield f"{each.name}: speculative decoding, {said.acceptance:.0%} accepted, {said.length} tokens a step"
-    yield from (f"{_sign(note)} {each.name}: {note.text}" for each in results for note in each.notes)
+    merged = [each for each in results for note in each.notes if note.weight == "note"]
+    if merged and not verbose:
+        yield f"· notes on {', '.join(dict.fromkeys(each.name for each in merged))}: `-v` shows them"
+    notes = ((each.name, note) for each in results for note in each.notes if verbose or note.weight != "note")
+    yield from (f"{_sign(note)} {name}: {note.text}" for name, note in notes)
     yield from (f"left out: {each.name}: {each.why}" for each in found.left_out)
+    if found.busy:
+        yield "! other processes were busy: " + ", ".join(f"{each.name} {each.cores:.2f} cores" for each in found.busy)
+    load = found.before.load.partition(" ")[0] if found.before else ""
+    if found.host and float(load or 0) > _LOADED * found.host.cores:
+        yield f"! the machine had a load of {load} on {found.host.cores} cores before"
     if not found.complete:
         yield f"! a part only: {found.why}"
 

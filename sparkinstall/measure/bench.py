@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
 
-from sparkinstall import __version__, payloads
+from sparkinstall import __version__, given, payloads
 from sparkinstall.core.ask import LOOPBACK, Conversation, NoAnswer, Question, Server
 from sparkinstall.core.session import Session
 from sparkinstall.errors import BadUsage, Problem
@@ -31,7 +32,7 @@ TOOL = "vllm bench serve"
 _PAYLOAD = "vllm_bench"
 _MARK, _MORE = "sparkinstall-bench:", "sparkinstall-bench+"
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-_LONGEST_LINE_SHOWN = 300
+_LARGEST_RECORD = 64 << 20
 
 
 class BenchFailed(Problem):
@@ -72,6 +73,33 @@ class Benchmark(Struct, frozen=True, kw_only=True):
         """Which results are not to be used, and why."""
         results = (*self.scenarios, *self.levels)
         return [f"{each.name}: {note.text}" for each in results for note in each.notes if note.weight == "error"]
+
+
+def read_record(path: Path) -> Benchmark:
+    """Read a record.
+
+    Raises:
+        BadUsage: it is none, or one of another format.
+    """
+    try:
+        content = given.read(path, _LARGEST_RECORD)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise BadUsage(f"{path} cannot be read: {why}", hint="name a record that `bench` has written") from error
+    try:
+        found = msgspec.json.decode(content, type=_Format)
+        if found.format == FORMAT:
+            return msgspec.json.decode(content, type=Benchmark)
+    except msgspec.DecodeError as error:
+        raise BadUsage(f"{path} is no record of `bench`", hint=str(error)) from error
+    raise BadUsage(
+        f"{path} has format {found.format}, and this sparkinstall knows {FORMAT}",
+        hint="measure again, or use the sparkinstall that wrote it",
+    )
+
+
+class _Format(Struct):
+    format: int
 
 
 class Progress(Struct, frozen=True):

@@ -11,14 +11,16 @@ from sparkinstall.measure.rounds import PERCENTILES, Round, Slo, Text
 
 Weight = Literal["error", "warning", "note"]
 
-# Fewer tokens than these, and the time between them is no rate: of two tokens it is a single gap.
-_LEAST_FOR_A_RATE = 8
+LEAST_FOR_A_RATE = 8
+"""Fewer tokens than these, and the time between them is no rate: of two tokens it is a single gap."""
 # Part of the prompts' tokens that came from the prefix cache, from which on TTFT tells nothing of the prefill.
 _CACHED = 0.05
 _COLD = 2.0
 # Tokens for others that do not matter: the proof of life asks for one now and then.
 _FEW, _SHARE = 4, 0.01
 _MERGED = 0.02
+# Milliseconds: chunks that are nearer were waiting, because the program that reads them did not run.
+_TOGETHER, _MANY = 0.05, 0.1
 
 
 class Raw(Struct, frozen=True):
@@ -207,7 +209,7 @@ def scenario_result(raw: Raw, of: Round, context: Context) -> ScenarioResult:
     cache, speculation = _cache(raw), _speculation(raw)
     from_cache = cache is not None and cache.queries > 0 and cache.hits / cache.queries > _CACHED
     decoded = [_rate(each) for each in whole]
-    decode = [each for each in decoded if each is not None] if of.tokens >= _LEAST_FOR_A_RATE else []
+    decode = [each for each in decoded if each is not None] if of.tokens >= LEAST_FOR_A_RATE else []
     notes = [*_notes(raw, of, whole, broken, context), *_on_decode(decode, speculation, context)]
     return ScenarioResult(
         **_common(raw, of, whole, broken, notes, context),
@@ -337,6 +339,7 @@ def _notes(raw: Raw, of: Round, whole: Sequence[Request], broken: Sequence[str],
     if of.alone and len(times) > 1 and times[0] > _COLD * median(times[1:]):
         yield Note("warning", f"the first request took {times[0] / median(times[1:]):.1f} times as long as the others")
     yield from _on_chunks(whole)
+    yield from _on_stalls(whole)
 
 
 def _on_prompts(raw: Raw, of: Round, whole: Sequence[Request], context: Context) -> Iterator[Note]:
@@ -360,6 +363,17 @@ def _on_chunks(whole: Sequence[Request]) -> Iterator[Note]:
         yield Note(
             "note",
             f"{tokens} tokens arrived in {chunks} chunks: ITL is the time between chunks, TPOT that of a token",
+        )
+
+
+def _on_stalls(whole: Sequence[Request]) -> Iterator[Note]:
+    gaps = [gap for each in whole for gap in each.gaps]
+    together = sum(gap < _TOGETHER for gap in gaps)
+    if gaps and together > _MANY * len(gaps):
+        yield Note(
+            "warning",
+            f"{together} of {len(gaps)} chunks arrived together with the one before: what reads them, or the server, "
+            "stood still at times, so that TTFT is too long and decode too fast",
         )
 
 

@@ -1,0 +1,156 @@
+"""Plots as geometry: what stands where. The template of the report draws it as SVG."""
+
+import math
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+from msgspec import Struct, field
+from msgspec.structs import replace
+
+from sparkinstall.measure.bench import Benchmark
+from sparkinstall.measure.results import LevelResult, Percentiles
+
+WIDTH, HEIGHT = 460, 260
+LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 40
+_TICKS = 5
+_SCENARIO, _AT_ONCE = "tokens of the prompt / generated", "requests at once"
+# Of what lies beside another, part of the width of a category.
+_BESIDE = 0.16
+# Colours that people with any colour vision tell apart (Okabe and Ito), and dashes for print.
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
+
+
+class Point(Struct, frozen=True):
+    """A place in the drawing, and what a pointer on it says."""
+
+    x: float
+    y: float
+    text: str
+
+
+class Series(Struct, frozen=True):
+    """Points of one kind: the results, joined by a line where the categories have an order; `dots`: single values."""
+
+    name: str
+    colour: str
+    dash: str
+    line: Sequence[Point]
+    joined: bool
+    dots: Sequence[Point] = ()
+
+
+class Plot(Struct, frozen=True):
+    """A drawing of WIDTH by HEIGHT. `ticks` and `labels`: places and words along the left and below."""
+
+    title: str
+    below: str
+    ticks: Sequence[tuple[float, str]]
+    labels: Sequence[tuple[float, str]]
+    series: Sequence[Series]
+
+
+class _Values(Struct, frozen=True):
+    """A series before it has places: by category one value that is joined, and single ones."""
+
+    name: str
+    middle: dict[str, float]
+    single: dict[str, Sequence[float]] = field(default_factory=dict)
+
+
+def plots(records: Sequence[tuple[str, Benchmark]]) -> list[Plot]:
+    """Return the plots of records, each with its name."""
+    found = [
+        _plot("Time to first token, one at a time, ms", _SCENARIO, _by_scenario(records, "ttft")),
+        _plot("Decode, one at a time, tokens a second", _SCENARIO, _by_scenario(records, "decode")),
+        _plot("Prefill, one at a time, tokens a second", _SCENARIO, _by_scenario(records, "prefill")),
+        _plot("Throughput, generated tokens a second", _AT_ONCE, _throughput(records)),
+        _plot("Time to first token, ms", _AT_ONCE, _latency(records, "ttft")),
+        _plot("Time of a token after the first (TPOT), ms", _AT_ONCE, _latency(records, "per_token")),
+        _plot("Whole request (E2E), ms", _AT_ONCE, _latency(records, "total")),
+    ]
+    return [each for each in found if each is not None]
+
+
+def _by_scenario(records: Sequence[tuple[str, Benchmark]], metric: str) -> list[_Values]:
+    found = []
+    for name, record in records:
+        single = {each.name: getattr(each, metric) for each in record.scenarios if getattr(each, metric)}
+        found.append(_Values(name, {where: median(values) for where, values in single.items()}, single))
+    return found
+
+
+def _throughput(records: Sequence[tuple[str, Benchmark]]) -> list[_Values]:
+    return [_Values(name, {_level(each): each.tokens_per_second for each in of.levels}) for name, of in records]
+
+
+def _latency(records: Sequence[tuple[str, Benchmark]], metric: str) -> list[_Values]:
+    """Of one record three percentiles, of several the p95 of each."""
+    one = len(records) == 1
+    return [
+        _Values(f"p{percentile}" if one else f"{name}, p{percentile}", dict(_at(record, metric, percentile)))
+        for name, record in records
+        for percentile in ((50, 95, 99) if one else (95,))
+    ]
+
+
+def _at(record: Benchmark, metric: str, percentile: int) -> Iterator[tuple[str, float]]:
+    for level in record.levels:
+        found = getattr(level, metric)
+        if isinstance(found, Percentiles):
+            yield _level(level), found.at(percentile)
+
+
+def _level(of: LevelResult) -> str:
+    return f"{of.concurrency} {of.text}"
+
+
+def _plot(title: str, below: str, of: Sequence[_Values]) -> Plot | None:
+    categories = list(dict.fromkeys(where for each in of for where in each.middle))
+    texts = {where.rpartition(" ")[2] for where in categories}
+    short = {where: where.rpartition(" ")[0] if len(texts) == 1 else where for where in categories}
+    highest = max((value for each in of for value in _all(each)), default=0.0)
+    if not categories or not highest:
+        return None
+    step = _step(highest)
+    top = step * math.ceil(highest / step)
+    count = round(top / step)
+    wide = (WIDTH - LEFT - RIGHT) / len(categories)
+    places = {where: LEFT + wide * (at + 0.5) for at, where in enumerate(categories)}
+    series = [_placed(each, at, _beside(places, of, at, wide, below), top) for at, each in enumerate(of) if each.middle]
+    joined = below == _AT_ONCE
+    ticks = [(_y(step * at, top), f"{step * at:g}") for at in range(count + 1)]
+    labels = [(x, short[where]) for where, x in places.items()]
+    return Plot(title, below, ticks, labels, [replace(each, joined=joined) for each in series])
+
+
+def _beside(places: dict[str, float], of: Sequence[_Values], at: int, wide: float, below: str) -> dict[str, float]:
+    """Move the values of several records of one category apart."""
+    aside = wide * _BESIDE * (at - (len(of) - 1) / 2) if below == _SCENARIO else 0.0
+    return {where: x + aside for where, x in places.items()}
+
+
+def _all(of: _Values) -> Iterator[float]:
+    yield from of.middle.values()
+    for values in of.single.values():
+        yield from values
+
+
+def _step(highest: float) -> float:
+    """Return a round distance of ticks, so that there are about five."""
+    raw = highest / _TICKS
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(power * each for each in (1, 2, 2.5, 5, 10) if power * each >= raw * 0.999)
+
+
+def _y(value: float, top: float) -> float:
+    return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top, 1)
+
+
+def _placed(of: _Values, at: int, places: dict[str, float], top: float) -> Series:
+    def point(where: str, value: float) -> Point:
+        return Point(round(places[where], 1), _y(value, top), f"{of.name}, {where}: {value:,.4g}")
+
+    line = [point(where, value) for where, value in of.middle.items()]
+    dots = [point(where, value) for where, values in of.single.items() for value in values]
+    return Series(of.name, _COLOURS[at % len(_COLOURS)], _DASHES[at % len(_DASHES)], line, False, dots)
