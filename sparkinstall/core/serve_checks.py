@@ -107,16 +107,26 @@ def missing_files(files: Files) -> Sequence[str]:
 
 
 def _port(node: Node, on: Reader) -> Finding:
-    port = node.config.serving.port
-    if show(on, VLLM_UNIT, "ActiveState")["ActiveState"] == "active":
-        return passed(f"{port}: {VLLM_UNIT} runs, and is restarted")
+    port, ours = node.config.serving.port, f"{VLLM_UNIT} has it, and is restarted"
+    runs = show(on, VLLM_UNIT, "ActiveState")["ActiveState"] == "active"
     for line in on.ask("ss", "-Hltnp").out.splitlines():
         words = line.split()
         if len(words) > 3 and words[3].endswith(f":{port}"):
             who = re.search(r'\("([^"]+)",pid=(\d+)', line)
+            if runs and (who is None or _is_in_unit(on, who[2])):
+                return passed(f"{port}: {ours}")
             by = f" by {who[1]} (process {who[2]})" if who else ""
             return failed(f"port {port} is in use{by}", f"stop it, or choose another: `--set serving.port={port + 1}`")
     return passed(f"{port} is free")
+
+
+def _is_in_unit(on: Reader, pid: str) -> bool:
+    """Return whether a process is one of the running vLLM, or may be: that of another user is not shown."""
+    try:
+        groups = on.read(f"/proc/{pid}/cgroup")
+    except OSError:
+        return True
+    return groups is None or f"/{VLLM_UNIT}".encode() in groups
 
 
 def within_memory(wanted: Wanted, node: Node, on: Reader) -> Wanted:

@@ -95,6 +95,16 @@ def states(looks: Sequence[Look], limits: Limits = LIMITS) -> list[str]:
         ([busy(0), busy(290), busy(299)], ["quiet"] * 3),
         ([busy(0), busy(600, signs=(11.0, 2.0)), busy(890, signs=(11.0, 2.0))], ["quiet", "alive", "quiet"]),
         ([busy(t, signs=(10.0, 2.0, t / 1e5)) for t in range(0, 4000, 250)], ["quiet", *["alive"] * 15]),
+        # A slow answer: a token every 295 s, looked for every 59 s; and a long prompt for which only the cache grows,
+        # so slowly that a probe request in between is late.
+        (
+            [busy(59.0 * n, signs=(10.0 + n // 5, 2.0)) for n in range(61)],
+            ["quiet", *(["quiet"] * 4 + ["alive"]) * 12],
+        ),
+        (
+            [busy(0), busy(300), busy(301, signs=(10.0, 2.0, 0.1), probed=LATE), busy(590, signs=(10.0, 2.0, 0.1))],
+            ["quiet", "probe", "alive", "quiet"],
+        ),
         # Busy, and nothing moves: one token decides.
         ([busy(0), busy(300), busy(420, probed=LATE)], ["quiet", "probe", "wedged"]),
         ([busy(0), busy(300), busy(310, probed=TOKEN), busy(320)], ["quiet", "probe", "alive", "quiet"]),

@@ -231,11 +231,17 @@ def test_missing_files_of_a_model_are_named(tmp_path: Path) -> None:
         ("inactive", "LISTEN 0 5 *:8000 *:*", "fail", "port 8000 is in use"),
         ("inactive", "LISTEN 0 5 127.0.0.1:18000 0.0.0.0:*", "pass", "8000 is free"),
         ("active", "LISTEN 0 5 127.0.0.1:8000 0.0.0.0:*", "pass", "is restarted"),
+        ("active", 'LISTEN 0 5 127.0.0.1:8000 0.0.0.0:* users:(("vllm",pid=78,fd=3))', "pass", "is restarted"),
+        ("active", 'LISTEN 0 5 127.0.0.1:8000 0.0.0.0:* users:(("python3",pid=77,fd=3))', "fail", "in use by python3"),
+        ("active", "LISTEN 0 5 127.0.0.1:18000 0.0.0.0:*", "pass", "8000 is free"),
     ],
 )
 def test_port_in_use_is_found_before_a_model_is_loaded(
     active: str, listeners: str, verdict: str, says: str, tmp_path: Path
 ) -> None:
+    for pid, unit in (("77", "user.slice/session-1.scope"), ("78", "system.slice/vllm.service")):
+        (tmp_path / "proc" / pid).mkdir(parents=True)
+        (tmp_path / "proc" / pid / "cgroup").write_text(f"0::/{unit}\n")
     on = OnASpark(tmp_path, {"systemctl": f"ActiveState={active}\n", "ss": f"{listeners}\n"})
     found = finding("port", recipe_file(tmp_path), on)
     assert (found.verdict, says in found.found) == (verdict, True), found

@@ -237,9 +237,11 @@ def _told(node: FreshNode) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def served(pair: Pair) -> str:
-    """What `serve` says of a single node."""
+    """What `all --serve` says of a single node."""
     _write_env(pair.head, "single")
-    return _sparkinstall(pair.head, "serve", MODEL, *AGREED, *UNWATCHED).stdout
+    # What installs is not here: the other steps are tests/nodes/test_fresh_node.py's.
+    steps = ("--only", "model", "--only", "serving", "--only", "life")
+    return _sparkinstall(pair.head, "all", "--serve", MODEL, *steps, *AGREED, *UNWATCHED).stdout
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +310,13 @@ def test_serve_ends_with_a_line_for_a_shell_that_is_answered(pair: Pair, served:
     assert (program, url) == ("curl", "http://127.0.0.1:8000/v1/chat/completions")
     output = json.loads(_ask(pair.head, "/v1/chat/completions", **json.loads(rest[-1]), max_tokens=4))
     assert output["choices"][0]["message"]["role"] == "assistant"
+
+
+def test_question_is_answered_after_all_serve(pair: Pair, served: str) -> None:
+    assert "sparkinstall ask 'What is a GB10?'" in served
+    answer = _sparkinstall(pair.head, "ask", "What is a GB10?", "--max-tokens", "8", "--json")
+    data = json.loads(answer.stdout)["data"]
+    assert (data["model"], data["finish_reason"] in ("length", "stop")) == (MODEL, True), data
 
 
 def test_serve_records_what_runs(pair: Pair, served: str) -> None:
