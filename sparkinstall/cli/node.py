@@ -10,11 +10,12 @@ from sparkinstall.cli import options
 from sparkinstall.cli.all import ordered
 from sparkinstall.cli.app import imported
 from sparkinstall.cli.run_command import CommandResult, Output, verb
-from sparkinstall.cluster import agent, bandwidth
+from sparkinstall.cluster import agent, bandwidth, watching
 from sparkinstall.cluster.protocol import Confirmed, Reached, Reply
 from sparkinstall.core.models import listed
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.errors import Exit
+from sparkinstall.measure.samples import Sampler, source_of
 from sparkinstall.probes.bandwidth import SECONDS, known
 from sparkinstall.resources import rollback
 from sparkinstall.schema import show
@@ -152,6 +153,13 @@ def ask(
     session = open_session(target)
     agent.tell(f"measuring for about {SECONDS} seconds")
     return CommandResult(data=bandwidth.ask(session.node, session.system, known(kind), peer, ports))
+
+
+@_command
+def watch(target: Target, _: Output, interval: Annotated[float, typer.Argument(min=0.2)]) -> CommandResult:
+    """Announce a sample of this node on stderr at each interval."""
+    watching.announce_samples(Sampler(source_of(open_session(target))), interval)
+    return CommandResult()
 
 
 @_command

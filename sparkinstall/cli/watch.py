@@ -1,11 +1,10 @@
 """`sparkinstall watch`: how the served model does, in a view that is renewed; changes nothing."""
 
-import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -17,18 +16,25 @@ from sparkinstall import given
 from sparkinstall.cli.json_output import envelope
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.watch_view import Seen, Watched, show, shown_live
+from sparkinstall.cluster.orchestrate import require_hosts
+from sparkinstall.cluster.watching import Nodes
 from sparkinstall.core.ask import LOOPBACK, server_of
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.measure.record import Record, recorded
 from sparkinstall.measure.rounds import slo_of
-from sparkinstall.measure.samples import Sample, Sampler, Source
+from sparkinstall.measure.samples import Sample, Sampler, Source, source_of, taken
 
 _SLO = "ttft=500ms,itl=250ms"
 # Seconds: a record can have a gap of a night.
 _LONGEST_PAUSE = 10.0
 _NO_METRICS = "`sparkinstall serve status` tells whether it serves; with `--url`, check the address"
 
+Hosts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[HOST]...", help="Nodes over ssh; none: this one.", show_default=False),
+]
+All = Annotated[bool, typer.Option("--all", help="On a head: this node and its workers, over ssh.")]
 Url = Annotated[
     str | None, typer.Option("--url", metavar="URL", help="Watch another server, such as http://HOST:8000.")
 ]
@@ -65,6 +71,8 @@ class NoMetrics(Problem):
 def watch(
     target: Target,
     output: Output,
+    hosts: Hosts = None,
+    everyone: All = False,
     url: Url = None,
     key_file: KeyFile = None,
     once: Once = False,
@@ -75,36 +83,59 @@ def watch(
     replay: Replay = None,
 ) -> CommandResult:
     """Show how the served model does: latencies, load, cache, memory and GPU, until Ctrl-C."""
-    watched = Watched(window, slo_of(slo, 95))
+    watched = Watched(window, slo_of(slo, 95), hosts or ())
     if replay:
-        if url or key_file or record:
-            raise BadUsage("--replay shows a record, and asks no server", hint="omit --url, --key-file and --record")
+        if url or key_file or record or hosts or everyone:
+            raise BadUsage("--replay shows a record, and asks no server", hint="omit the nodes, --url and --record")
         samples = recorded(given.absolute(replay, "--replay"))
         # A record is shown as fast as it was taken, to people.
         samples = samples if once or output.json or not sys.stdout.isatty() else _paced(samples)
     else:
-        samples = _taken(_sampler(open_session(target), url, key_file), interval)
-    if once and not replay:
-        samples = islice(samples, 2)
+        count, samples = _asked(target, hosts or (), everyone, url, key_file, interval)
+        samples = _until_all_have(count, samples) if once else samples
     with Record(given.absolute(record, "--record")) if record else nullcontext() as file:
         for_each = _kept(samples, file) if file else samples
         return _once(watched, for_each) if once else _live(watched, for_each, output)
 
 
-def _sampler(session: Session, url: str | None, key_file: Path | None) -> Sampler:
+def _asked(
+    target: Target, hosts: Sequence[str], everyone: bool, url: str | None, key_file: Path | None, interval: float
+) -> tuple[int, Iterator[Sample]]:
+    """Return how many nodes are watched, and their samples as they come."""
+    if (url or key_file) and (hosts or everyone):
+        raise BadUsage("--url is for one server", hint="name nodes, or a server")
+    require_hosts(hosts)
+    if hosts:
+        return len(hosts), Nodes(hosts, interval).samples()
+    session = open_session(target)
+    if session.node.rehearsal and not url:
+        raise BadUsage("a rehearsal starts no services", hint="name a server: `--url http://HOST:8000`")
+    if everyone:
+        if not session.node.peers or session.node.role != "head":
+            raise BadUsage(
+                "this node is no head with workers", hint="name the nodes: `sparkinstall watch spark-1 spark-2`"
+            )
+        workers = session.node.peers
+        return len(workers) + 1, Nodes(workers, interval, Sampler(source_of(session))).samples()
+    return 1, taken(Sampler(_source(session, url, key_file)), interval)
+
+
+def _source(session: Session, url: str | None, key_file: Path | None) -> Source:
+    if url is None:
+        return source_of(session)
     server = server_of(session, url, key_file)
-    is_here = urlsplit(server.url).hostname in LOOPBACK
-    node = socket.gethostname() if is_here else urlsplit(server.url).netloc
-    return Sampler(Source(node, server.url, server.key, session.system if is_here else None))
+    host = urlsplit(server.url).hostname
+    return Source(urlsplit(server.url).netloc, server.url, server.key, session.system if host in LOOPBACK else None)
 
 
-def _taken(sampler: Sampler, interval: float) -> Iterator[Sample]:
-    due = time.monotonic()
-    while True:
-        yield sampler.take()
-        # After a scrape that took longer than the interval the next one follows at once, and no others catch up.
-        due = max(due + interval, time.monotonic())
-        time.sleep(max(0.0, due - time.monotonic()))
+def _until_all_have(count: int, samples: Iterable[Sample]) -> Iterator[Sample]:
+    """Yield samples until each of so many nodes has had two, or one with a trouble."""
+    had: Counter[str] = Counter()
+    for sample in samples:
+        yield sample
+        had[sample.node] += 2 if sample.trouble and count > 1 else 1
+        if len(had) == count and min(had.values()) >= 2:
+            return
 
 
 def _paced(samples: Iterable[Sample]) -> Iterator[Sample]:
@@ -125,11 +156,10 @@ def _kept(samples: Iterable[Sample], record: Record) -> Iterator[Sample]:
 def _once(watched: Watched, samples: Iterable[Sample]) -> CommandResult:
     for sample in samples:
         watched.take(sample)
-    troubles = [each.readings for each in watched.nodes.values() if each.readings.trouble]
+    troubles = [each.readings for each in watched.nodes if each.readings.trouble]
     problems = tuple(NoMetrics(f"{each.node}: {each.trouble}", hint=_NO_METRICS) for each in troubles)
-    return CommandResult(
-        Exit.FAILED if problems else Exit.GOOD, _data(watched.nodes.values()), lambda: show(watched), problems
-    )
+    code = Exit.FAILED if len(problems) == len(watched.nodes) else Exit.SOME_NODES
+    return CommandResult(code if problems else Exit.GOOD, _data(watched.nodes), lambda: show(watched), problems)
 
 
 def _live(watched: Watched, samples: Iterable[Sample], output: Output) -> CommandResult:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from msgspec import Struct
@@ -47,14 +47,21 @@ class Seen(Struct, frozen=True):
 
 
 class Watched:
-    """The nodes that are watched, as they were last seen."""
+    """The nodes that are watched, as they were last seen. `order`: their names as the user gave them, if so."""
 
-    def __init__(self, window: float, slo: Slo) -> None:
+    def __init__(self, window: float, slo: Slo, order: Sequence[str] = ()) -> None:
         self.slo = slo
-        self.nodes: dict[str, Seen] = {}
+        self._order = order
+        self._nodes: dict[str, Seen] = {}
         self._window = window
         self._windows: dict[str, Window] = {}
         self._trends: dict[str, dict[str, deque[float]]] = {}
+
+    @property
+    def nodes(self) -> Sequence[Seen]:
+        """The nodes in the user's order, others in that of their first sample."""
+        named = [self._nodes[each] for each in self._order if each in self._nodes]
+        return [*named, *(seen for name, seen in self._nodes.items() if name not in self._order)]
 
     def take(self, sample: Sample) -> Seen:
         """Add a sample to those of its node."""
@@ -64,14 +71,14 @@ class Watched:
             if rate is not None:
                 trends.setdefault(name, deque(maxlen=_SPARK)).append(rate)
         seen = Seen(readings, advice(readings, self.slo), {name: tuple(each) for name, each in trends.items()})
-        self.nodes[sample.node] = seen
+        self._nodes[sample.node] = seen
         return seen
 
 
 def show(watched: Watched) -> None:
     """Print the view once."""
     out = console()
-    for seen in watched.nodes.values():
+    for seen in watched.nodes:
         out.print(view(seen, watched.slo, out.width))
 
 
@@ -85,7 +92,7 @@ def shown_live(watched: Watched) -> Iterator[Callable[[Seen], None]]:
     with Live(console=out, auto_refresh=False) as live:
         # Drawn only when there is something new: drawing takes more processor time than a sample.
         yield lambda _: live.update(
-            Group(*(view(each, watched.slo, out.width) for each in watched.nodes.values())), refresh=True
+            Group(*(view(each, watched.slo, out.width) for each in watched.nodes)), refresh=True
         )
 
 
@@ -261,7 +268,8 @@ def line(seen: Seen) -> str:
     clock = time.strftime("%H:%M:%S", time.localtime(of.at))
     if of.trouble:
         return f"{clock} {of.node}: {of.trouble}"
-    said = [f"{name} {'/'.join(map(words, (found.p50, found.p95, found.p99)))}" for key, name in _LATENCIES.items()
+    said = [f"({of.note})"] if of.note else []
+    said += [f"{name} {'/'.join(map(words, (found.p50, found.p95, found.p99)))}" for key, name in _LATENCIES.items()
             if (found := getattr(of, key))]  # fmt: skip
     said += [f"{name} {_number(rate, ' tokens/s')}" for name, rate in (("prefill", of.prefill), ("decode", of.decode))]
     said += [str(_number(of.running, " running")), str(_number(of.waiting, " waiting"))]

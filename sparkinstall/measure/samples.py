@@ -1,15 +1,19 @@
 """One look at a node: what its server tells, and how the machine does. A record is a file of them, one a line."""
 
+import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from msgspec import Struct, field
 
-from sparkinstall.facts import gpu, machine
+from sparkinstall.core.session import Session
+from sparkinstall.facts import card, gpu, machine, qsfp
 from sparkinstall.facts.gpu import LiveGpu
+from sparkinstall.facts.qsfp import LinkProblem, Port
 from sparkinstall.measure.metrics_text import Told, told
 from sparkinstall.measure.scrape import SECONDS, NotScraped, scrape
+from sparkinstall.node import Node
 from sparkinstall.system import Reader
 
 GPU_SECONDS = 10.0
@@ -44,12 +48,20 @@ class Sample(Struct, frozen=True, omit_defaults=True):
 
 
 class Source(NamedTuple):
-    """Whom to ask. `url`: "" without a server. `on`: the machine of the server; None: it is skipped."""
+    """Whom to ask. `url`: "" without a server. `on`: the machine of the server; None: it is skipped. `of`: its link."""
 
     node: str
     url: str
     key: str = ""
     on: Reader | None = None
+    of: Node | None = None
+
+
+def source_of(session: Session) -> Source:
+    """Return this node: a worker has no server. Its /metrics needs no key."""
+    node = session.node
+    url = "" if node.role == "worker" else f"http://127.0.0.1:{node.config.serving.port}"
+    return Source(socket.gethostname(), url, on=session.system, of=node)
 
 
 class Sampler:
@@ -59,6 +71,7 @@ class Sampler:
         self._source, self._seconds, self._clock = source, seconds, clock
         self._gpu: LiveGpu | None = None
         self._gpu_at = float("-inf")
+        self._port = _port(source)
 
     def take(self) -> Sample:
         """Take one; a server that does not answer is a sample too."""
@@ -82,9 +95,30 @@ class Sampler:
             return None
         memory = machine.parse_meminfo(on.read("/proc/meminfo") or b"")
         total, available = (memory.get(each, 0) << 10 for each in ("MemTotal", "MemAvailable"))
-        return Machine(total, available, self._live_gpu(on, at))
+        counted = card.counted(on, self._port) if self._port else card.Counted({}, {})
+        return Machine(total, available, self._live_gpu(on, at), counted.errors, counted.packets)
 
     def _live_gpu(self, on: Reader, at: float) -> LiveGpu | None:
         if not 0 <= at - self._gpu_at < GPU_SECONDS:
             self._gpu, self._gpu_at = gpu.live(on), at
         return self._gpu
+
+
+def _port(source: Source) -> Port | None:
+    """Return the QSFP port of a node of several; None if there is none, or which one is unknown."""
+    if source.on is None or source.of is None or not source.of.several:
+        return None
+    try:
+        return qsfp.port_to_look_at(source.on, source.of)
+    except LinkProblem:
+        return None
+
+
+def taken(sampler: Sampler, interval: float) -> Iterator[Sample]:
+    """Yield a sample at each interval in seconds, for ever."""
+    due = time.monotonic()
+    while True:
+        yield sampler.take()
+        # After a scrape that took longer than the interval the next one follows at once, and no others catch up.
+        due = max(due + interval, time.monotonic())
+        time.sleep(max(0.0, due - time.monotonic()))

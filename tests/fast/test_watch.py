@@ -19,16 +19,23 @@ import msgspec
 import pytest
 
 from sparkinstall.cli.watch_view import words
+from sparkinstall.facts.gpu import LiveGpu
 from sparkinstall.measure import histogram
 from sparkinstall.measure.advice import advice, rules
 from sparkinstall.measure.metrics_text import Told, told
 from sparkinstall.measure.readings import Readings, Window
 from sparkinstall.measure.rounds import Slo
-from sparkinstall.measure.samples import Machine, Sample
+from sparkinstall.measure.samples import Machine, Sample, Sampler, Source
 from sparkinstall.measure.scrape import NotScraped, scrape
+from sparkinstall.system import Result
+from tests.support.far_nodes import FarNodes
 from tests.support.local_server import Endless, listening
+from tests.support.machine import OnASpark
+from tests.support.nodes import HEAD
 from tests.support.rehearsals import command, envelope, environment, in_this_process
+from tests.support.sysfs import spark
 
+FIRST = "enp1s0f0np0"
 CASES = Path(__file__).parents[1] / "cases/watch"
 IDLE, LOAD = (CASES / f"0.18.1-{name}.txt" for name in ("idle", "load"))
 SLO = Slo(500, 250)
@@ -363,6 +370,19 @@ def test_watch_without_a_terminal_prints_a_line_each_and_no_colour(tmp_path: Pat
     assert "\x1b" not in second
 
 
+def test_watch_replays_a_server_that_hung_ended_and_came_again() -> None:
+    """Samples of a real vLLM: its process was stopped for 9 s, continued, ended, and started again."""
+    run = in_this_process("watch", "--replay", CASES / "restart.jsonl", "--json")
+    nodes = [json.loads(line)["data"]["nodes"][0] for line in run.stdout.splitlines()[:-1]]
+    assert [each["trouble"] for each in nodes] == [
+        "", "", "/metrics has not answered within 5 s", "", "nothing listens at this address", "", "", "",
+    ]  # fmt: skip
+    assert [each["note"] for each in nodes[3:]] == ["", "", *["the server was restarted"] * 3]
+    assert [round(each["seconds"]) for each in nodes] == [0, 6, 0, 17, 0, 0, 6, 15]
+    # The client counted 318 requests before the restart and 229 after it.
+    assert (nodes[3]["e2e"]["count"], nodes[-1]["e2e"]["count"]) == (318, 229)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -404,3 +424,70 @@ def test_watch_ends_cleanly_with_ctrl_c() -> None:
             rest, errors = run.communicate(timeout=30)
     assert (run.returncode, errors) == (0, "")
     assert "TTFT" in first + rest
+
+
+# --- the machine
+
+
+def test_sampler_reads_memory_gpu_and_link(tmp_path: Path) -> None:
+    node = spark(tmp_path)
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  127600000 kB\nMemAvailable:  4000000 kB\n")
+    smi = {"nvidia-smi": "96, 2411, 3003, 45.10, 62\n"}
+    counter = node.root / "sys/class/net" / FIRST / "statistics/rx_crc_errors"
+    counter.parent.mkdir(exist_ok=True)
+    counter.write_text("7\n")
+    sampler, window = Sampler(Source("n", "", on=OnASpark(tmp_path, smi), of=HEAD)), Window(60)
+    window.take(sampler.take())
+    counter.write_text("9\n")
+    found = window.take(sampler.take())
+    assert found.machine
+    assert (found.trouble, found.machine.memory, found.machine.available) == (None, 127600000 << 10, 4000000 << 10)
+    assert found.machine.gpu == LiveGpu(96, 2411, 3003, 45.1, 62)
+    assert found.link_errors == {f"{FIRST} rx_crc_errors": 2}
+    assert [each.name for each in advice(found, SLO)] == ["memory-low", "link-errors"]
+
+
+def test_sampler_asks_for_the_gpu_no_more_often_than_needed(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Counting(OnASpark):
+        def ask(self, *argv: str, **more: Any) -> Result:
+            asked.append(argv[0])
+            return super().ask(*argv, **more)
+
+    clock = iter([0.0, 2.0, 9.9, 10.0])
+    sampler = Sampler(
+        Source("n", "", on=Counting(tmp_path, {"nvidia-smi": "[N/A], 1, 2, [N/A], 3"})), clock=lambda: next(clock)
+    )
+    gpus = [each.gpu for _ in range(4) if (each := sampler.take().machine)]
+    assert (asked, gpus) == (["nvidia-smi"] * 2, [LiveGpu(None, 1, 2, None, 3)] * 4)
+
+
+# --- several nodes
+
+
+def test_watch_shows_several_nodes_over_ssh(checkout: tuple[Path, str], tmp_path: Path) -> None:
+    far = FarNodes(tmp_path, *checkout)
+    for number, host in enumerate(("spark-1", "spark-2"), 1):
+        far.add_real(host, f"192.168.100.{number}")
+    far.add("spark-3")
+    (tmp_path / "spark-3/ssh-says").write_text("ssh: connect to host spark-3 port 22: No route to host\n")
+    with serving(IDLE.read_text(), LOAD.read_text()) as (_, url):
+        settings = tmp_path / "sparkinstall.yaml"
+        settings.write_text(f"serving: {{port: {url.rpartition(':')[2]}, model: m}}\n")
+        argv = command("watch", "--once", "--json", "--interval", "0.2", "spark-1", "spark-2", "spark-3")
+        env = {**far.environment(), "SPARKINSTALL_CONFIG": str(settings)}
+        run = subprocess.run(argv, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    found = {each["node"]: each for each in json.loads(run.stdout)["data"]["nodes"]}
+    assert run.returncode == 5, run.stderr
+    assert {each["trouble"] for host, each in found.items() if host != "spark-3"} == {""}
+    assert found["spark-1"]["models"] == ["/srv/model"] and found["spark-2"]["machine"]["memory"] > 0
+    assert found["spark-3"]["trouble"] == "spark-3 does not answer"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--all",), ("spark-1", "--url", "http://127.0.0.1:9"), ("spark-1", "spark-1"), ("--replay", "x", "spark-1")],
+)
+def test_watch_refuses_nodes_that_make_no_sense(wrong: tuple[str, ...], tmp_path: Path) -> None:
+    assert in_this_process("watch", "--once", "--root", tmp_path, *wrong).returncode == 2
