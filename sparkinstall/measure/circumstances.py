@@ -120,7 +120,7 @@ class _Ticks(Struct, frozen=True):
 
 def served(session: Session, on: Reader | None, url: str, port: int, said: Interfaces) -> Served:
     """Read the server back; `on`: its machine, None if that is another."""
-    process = _listener(on, port) if on else None
+    process = listener(on, port, None if session.node.rehearsal else session.node.config.serving.port) if on else None
     engine = serve_record.engine_of(on, process.pid) if on and process else None
     labels = cache_settings(said.metrics)
     argv = process.argv if process else ()
@@ -160,12 +160,19 @@ def _unit(session: Session, on: Reader | None, process: Process | None) -> dict[
     return now if now["MainPID"] == str(process.pid) else None
 
 
-def _listener(on: Reader, port: int) -> Process | None:
-    """Return the process that listens at a port of this machine."""
-    for line in on.ask("ss", "-Hltnp").out.splitlines():
+def listener(on: Reader, port: int, of_unit: int | None) -> Process | None:
+    """Return the process that listens at a port of this machine.
+
+    Args:
+        of_unit: the port of this node's unit, whose process is the one if `ss` is not installed; None: there is none.
+    """
+    answer = on.ask("ss", "-Hltnp")
+    for line in answer.out.splitlines():
         words, found = line.split(), _LISTENER.search(line)
         if found and len(words) > 3 and words[3].endswith(f":{port}"):
             return serve_record.process_of(on, int(found[1]))
+    if not answer.ok and port == of_unit:
+        return serve_record.process_of(on, int(show(on, VLLM_UNIT, "MainPID")["MainPID"] or 0))
     return None
 
 

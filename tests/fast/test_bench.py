@@ -19,7 +19,7 @@ from msgspec.structs import replace
 
 from sparkinstall.measure import results, rounds
 from sparkinstall.measure.bench import Benchmark
-from sparkinstall.measure.circumstances import ceiling_of
+from sparkinstall.measure.circumstances import ceiling_of, listener
 from sparkinstall.measure.results import Context, Power, Raw, level_result, percentiles, scenario_result
 from sparkinstall.measure.rounds import BenchOptions, Round, Scenario, Slo, planned
 from sparkinstall.payloads import bench_prompts
@@ -179,6 +179,17 @@ def test_more_than_the_bandwidth_allows_is_an_error_without_speculative_decoding
     found = scenario_result(replace(answers, after={GENERATED: 9.0, **drafted}), round_of(1, 9), Context(ceiling=50.0))
     assert found.notes == ()
     assert found.speculation and (found.speculation.acceptance, found.speculation.length) == (0.5, 2.0)
+
+
+def test_server_is_the_process_of_the_unit_where_ss_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "proc/42").mkdir(parents=True)
+    (tmp_path / "proc/42/cmdline").write_bytes(b"python\0vllm\0serve\0")
+    without = OnASpark(tmp_path, {"systemctl": "MainPID=42\n"})
+    found = listener(without, 8000, 8000)
+    assert found is not None and (found.pid, found.argv) == (42, ["python", "vllm", "serve"])
+    assert listener(without, 8001, 8000) is None and listener(without, 8000, None) is None
+    # It is installed, and knows of nobody at that port.
+    assert listener(OnASpark(tmp_path, {"systemctl": "MainPID=42\n", "ss": ""}), 8000, 8000) is None
 
 
 def test_ceiling_is_that_of_fit_on_a_spark(tmp_path: Path) -> None:
