@@ -26,7 +26,10 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Where files run in parallel, the longest start first: at the end nothing waits for one long file.
-LONGEST_FIRST = ("tests/nodes/", "tests/lab/", "tests/fast/test_killed.py", "tests/fast/")
+LONGEST_FIRST = (
+    *(f"/test_{name}.py" for name in ("pair", "fresh_node", "serving", "serving_pair", "offline", "ray_units")),
+    *("tests/nodes/", "tests/lab/", "tests/fast/test_killed.py", "tests/fast/"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

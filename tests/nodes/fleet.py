@@ -8,12 +8,20 @@ from sparkinstall.resources import rollback
 from tests.lab.commands import Completed
 from tests.lab.fleet import Fleet, FleetNode
 from tests.lab.node import Bind, FreshNode
-from tests.nodes.fresh import CHECKOUT, COMMAND, CONFIG, REPOSITORY, ccache, own_cache, put_before_the_compiler
+from tests.nodes.fresh import (
+    CHECKOUT,
+    COMMAND,
+    CONFIG,
+    LEFT_OUT,
+    REPOSITORY,
+    ccache,
+    own_cache,
+    put_before_the_compiler,
+)
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
 
 STACKS = "tests/lab/stacks"
-LEFT_OUT = (".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__")
 
 
 @contextmanager

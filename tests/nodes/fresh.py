@@ -10,10 +10,12 @@ from pathlib import Path
 from tests.lab import cache
 from tests.lab.commands import Completed
 from tests.lab.node import Bind, FreshNode
+from tests.support.bytecode import compile_modules
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+LEFT_OUT = (".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__")
 CHECKOUT = "/home/spark/sparkinstall"
 COMMAND = "/home/spark/.local/bin/sparkinstall"
 # Checks of a Spark's hardware; all others must pass here too.
@@ -50,8 +52,7 @@ def fresh_node(whose: str, *more: Bind) -> Iterator[FreshNode]:
     ]
     with FreshNode(bind=binds) as node:
         node.run("chown", "spark:spark", "/home/spark/.cache")
-        leave_out = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__"]
-        node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=leave_out)
+        node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
         node.write("/etc/sparkinstall.yaml", CONFIG.format(tarball=tarball().name))
         put_before_the_compiler(node)
         yield node
@@ -74,6 +75,14 @@ def put_before_the_compiler(node: FreshNode, *, used: bool = True) -> None:
     # NCCL's files are unpacked just before; what they contain tells whether they have changed.
     settings = f"cache_dir = {CCACHE}\ndisable = {str(not used).lower()}\n"
     node.write("/etc/ccache.conf", f"{settings}sloppiness = include_file_mtime,include_file_ctime,time_macros\n")
+
+
+def compiled_checkout(scratch: Path, place: str) -> Bind:
+    """A copy of the checkout below `scratch`, to read at `place`, with the bytecode that its many processes need."""
+    scratch.chmod(0o755)
+    copy = shutil.copytree(REPOSITORY, scratch / "checkout", ignore=shutil.ignore_patterns(*LEFT_OUT))
+    compile_modules(copy, place)
+    return Bind(copy, place)
 
 
 def kept_folder(name: str) -> Path:

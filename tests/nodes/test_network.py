@@ -17,8 +17,7 @@ from tests.lab import cabling
 from tests.lab.cabling import LAN, PORT_0
 from tests.lab.commands import Completed, run
 from tests.lab.fleet import ROUTER_ADDRESS, Fleet, FleetNode
-from tests.nodes.fleet import LEFT_OUT
-from tests.nodes.fresh import CHECKOUT, COMMAND, REPOSITORY, ignoring
+from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 

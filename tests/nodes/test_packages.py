@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.node import FreshNode
-from tests.nodes.fresh import CHECKOUT, COMMAND, REPOSITORY, ignoring, sparkinstall
+from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring, sparkinstall
 
 pytestmark = [pytest.mark.layer3, pytest.mark.network]
 
@@ -25,8 +25,7 @@ LOG = "var/log/dpkg.log"
 @pytest.fixture(scope="module")
 def node() -> Iterator[FreshNode]:
     with FreshNode() as fresh:
-        leave_out = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__"]
-        fresh.push(REPOSITORY, CHECKOUT, owner="spark", exclude=leave_out)
+        fresh.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
         fresh.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=300)
         fresh.write("/etc/sparkinstall.yaml", CONFIG)
         yield fresh

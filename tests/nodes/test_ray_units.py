@@ -15,7 +15,7 @@ from sparkinstall import ray_ports
 from sparkinstall.resources import systemd
 from tests.lab.cabling import PORT_0, Cabling, ip
 from tests.lab.node import Bind, FreshNode
-from tests.nodes.fresh import REPOSITORY
+from tests.nodes.fresh import compiled_checkout
 from tests.support import ray_environment
 from tests.support.ray_on_a_node import ADDRESSES
 
@@ -73,22 +73,23 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def pair() -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    checkout = compiled_checkout(tmp_path_factory.mktemp("ray"), CHECKOUT)
     with ExitStack() as stack:
         wires = Cabling(direct=True)
         stack.callback(wires.remove)
-        nodes = [stack.enter_context(_node(wires, role)) for role in ADDRESSES]
+        nodes = [stack.enter_context(_node(wires, role, checkout)) for role in ADDRESSES]
         for node, role in zip(nodes, ADDRESSES, strict=True):
             node.run("install", "-d", "-o", "spark", "-g", "spark", PREFIX)
             write_env(node, role)
         yield Pair(*nodes)
 
 
-def _node(wires: Cabling, role: str) -> FreshNode:
+def _node(wires: Cabling, role: str, checkout: Bind) -> FreshNode:
     plugs = wires.add(role, PORT_0[:1])
     wires.power_on(plugs)
     ip(plugs.netns, "addr", "add", f"{ADDRESSES[role]}/24", "dev", PORT_0[0])
-    binds = [Bind(ray_environment.environment(), ray_environment.PLACE), Bind(REPOSITORY, CHECKOUT)]
+    binds = [Bind(ray_environment.environment(), ray_environment.PLACE), checkout]
     return FreshNode(netns=plugs.netns, bind=binds)
 
 
@@ -122,7 +123,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 600) -> float:
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds, f"still false after {seconds:g} s"
-        time.sleep(1)
+        time.sleep(2)
     return time.monotonic() - began
 
 

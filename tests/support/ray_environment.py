@@ -6,12 +6,11 @@ from pathlib import Path
 from uv import find_uv_bin
 
 from tests.lab import cache, commands
+from tests.support.bytecode import PYTHON, compile_modules
 
 RAY = "2.60.0"
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.lock"
 PLACE = "/opt/sparkinstall/venv"
-# The Python of the lab's nodes.
-PYTHON = "3.13"
 SECONDS = 600
 
 _RAY = f"#!{PLACE}/bin/python\nfrom ray.scripts.scripts import main\n\nmain()\n"
@@ -20,7 +19,7 @@ _ACTIVATE = f'PATH="{PLACE}/bin:$PATH"\nexport PATH\n'
 
 def environment() -> Path:
     """The folder to bind to `PLACE`; 220 MB to download the first time."""
-    return cache.kept("ray", (RAY, REQUIREMENTS.read_text(), PYTHON, _RAY, _ACTIVATE), _build)
+    return cache.kept("ray", (RAY, REQUIREMENTS.read_text(), PYTHON, "compiled", _RAY, _ACTIVATE), _build)
 
 
 def _build(tree: Path) -> None:
@@ -43,3 +42,4 @@ def _build(tree: Path) -> None:
     (programs / "activate").write_text(_ACTIVATE)
     (programs / "ray").write_text(_RAY)
     (programs / "ray").chmod(0o755)
+    compile_modules(tree, PLACE)

@@ -1,0 +1,139 @@
+"""vLLM, built for the CPU, as a unit of systemd on two nodes with a cable.
+
+All tests use the same nodes, in order.
+"""
+
+import re
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.cabling import PORT_0
+from tests.nodes.serving import (
+    LIFE,
+    PATIENCE,
+    ServingNodes,
+    ask,
+    completion,
+    findings,
+    journal,
+    life_says,
+    life_state,
+    main_pid,
+    run_step,
+    serving_finding,
+    serving_nodes,
+    set_up,
+    set_up_life,
+    state,
+    uninstall,
+    until_it_completes,
+    until_it_serves,
+)
+
+pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer5, pytest.mark.network]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingNodes]:
+    with serving_nodes(tmp_path_factory.mktemp("serving"), "head", "worker") as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def alone(pair: ServingNodes) -> str:
+    """The completion of a single node."""
+    set_up(pair.head, "single")
+    until_it_serves(pair.head, "single")
+    return completion(pair.head)
+
+
+def test_two_nodes_give_the_completion_of_one(pair: ServingNodes, alone: str) -> None:
+    for role, node in pair.nodes.items():
+        set_up(node, role)
+    until_it_serves(pair.head, "head")
+    assert [state(node) for node in pair.nodes.values()] == [["active", "enabled"]] * 2
+    assert completion(pair.head) == alone
+    assert findings(pair.worker, "worker") == {}, "a worker has no API"
+    assert "TP rank 1" in journal(pair.worker)
+
+
+def test_serving_with_the_link_down_fails_despite_health(pair: ServingNodes) -> None:
+    pair.wires.pull(pair.plugs["worker"], PORT_0[:1])
+    try:
+        began = time.monotonic()
+        found = serving_finding(pair.head, "head")
+        took = time.monotonic() - began
+        ask(pair.head, "/health", within=5)
+    finally:
+        pair.wires.insert(pair.plugs["worker"], PORT_0[:1])
+    assert found["verdict"] == "fail"
+    assert found["found"] == "no completion within 60 s, although /health returns 200"
+    assert "`sparkinstall verify --only peers`" in found["hint"]
+    assert took < PATIENCE + 45
+
+
+def test_serving_after_the_cable_is_inserted_passes_without_a_restart(pair: ServingNodes) -> None:
+    before = main_pid(pair.head)
+    until = time.monotonic() + 240
+    while (found := serving_finding(pair.head, "head"))["verdict"] != "pass":
+        assert time.monotonic() < until, (found, journal(pair.head))
+    assert main_pid(pair.head) == before
+
+
+def test_life_with_a_full_disk_restarts_both_ranks_when_the_workers_is_stopped(pair: ServingNodes) -> None:
+    set_up_life(pair.head, "head", "serving.life.restarts_per_hour=20")
+    pair.head.run("systemctl", "stop", LIFE)
+    before, since = [main_pid(node) for node in pair.nodes.values()], time.time()
+    pair.head.run("mount", "-t", "tmpfs", "-o", "size=16k,mode=755", "full", "/var/lib/vllm-life")
+    pair.head.run("sh", "-c", "cat /dev/zero > /var/lib/vllm-life/zeros || true")
+    pair.head.run("systemctl", "start", LIFE)
+    life_says(pair.head, "watching vllm.service", since)
+    pair.worker.run("pkill", "--full", "VLLM::Worker", "--signal", "STOP")
+    life_says(
+        pair.head, "the evidence could not be saved: No space left on device (/var/lib/vllm-life/evidence)", since
+    )
+    life_says(pair.head, "vllm.service was restarted; ", since)
+    until_it_serves(pair.head, "head")
+    for node, pid in zip(pair.nodes.values(), before, strict=True):
+        assert main_pid(node) != pid
+    of_the_worker = journal(pair.worker, 2000)
+    assert "sparkinstall: vLLM on the head 192.0.2.1 has ended" in of_the_worker
+    assert re.search(r"sparkinstall: until then VLLM::Worker\S* \(pid \d+\) was T \(stopped\)", of_the_worker)
+    assert run_step(pair.worker, "plan", "worker")["outcome"] == "unchanged"
+    wedge = life_state(pair.head)["wedges"][-1]
+    assert wedge["trouble"] == "the evidence could not be saved: No space left on device"
+    pair.head.run("umount", "--lazy", "/var/lib/vllm-life")
+    pair.head.run("systemctl", "restart", LIFE)
+
+
+def test_life_restarts_a_pair_whose_link_passes_one_way_only(pair: ServingNodes) -> None:
+    set_up_life(pair.head, "head", "serving.life.restarts_per_hour=20")
+    before = main_pid(pair.head)
+    rule = f"type filter hook input priority 0\niifname {PORT_0[0]} drop"
+    pair.worker.run("/usr/sbin/nft", "-f", "-", input=f"table inet oneway {{\nchain in {{\n{rule}\n}}\n}}\n")
+    try:
+        count = len(life_state(pair.head)["wedges"])
+        deadline = time.monotonic() + 240
+        while not [each for each in life_state(pair.head)["wedges"][count:] if each["action"]]:
+            assert time.monotonic() < deadline, life_state(pair.head)
+            time.sleep(1)
+    finally:
+        pair.worker.run("/usr/sbin/nft", "delete", "table", "inet", "oneway")
+    wedge = life_state(pair.head)["wedges"][-1]
+    assert wedge["action"] == "restarted"
+    sockets = pair.head.read(f"{wedge['evidence']}/sockets.txt")
+    assert re.search(r"192\.0\.2\.2\]?:\d+ .*VLLM::Worker", sockets), sockets
+    until_it_completes(pair.head)
+    assert main_pid(pair.head) != before
+
+
+def test_pair_whose_worker_is_killed_answers_again(pair: ServingNodes) -> None:
+    pair.worker.run("pkill", "--full", "VLLM::Worker", "--signal", "KILL")
+    until_it_completes(pair.head)
+
+
+def test_uninstall_removes_vllm(pair: ServingNodes) -> None:
+    for role, node in pair.nodes.items():
+        uninstall(node, role)
