@@ -512,6 +512,20 @@ def _verbs(_: str) -> str:
     return table("", ["verb", "what"], rows)
 
 
+@generates("groups of verbs")
+def _groups_of_verbs(_: str) -> str:
+    group = whole_program()
+    shown = [(name, each) for name, each in group.commands.items() if not each.hidden and app.VERBS[name][1]]
+    rows = ([code(f"{name}{_its_verbs(each)}"), app.VERBS[name][1]] for name, each in shown)
+    return table("", ["verb", "what"], rows)
+
+
+def _its_verbs(command: Any) -> str:
+    """Return the verbs of a group, but for those that may be left out."""
+    names = [name for name in getattr(command, "commands", {}) if name not in ("run", "start")]
+    return f" {'|'.join(names)}" if names else ""
+
+
 @generates("exit codes of verbs")
 def _exit_codes_of_verbs(old: str) -> str:
     columns = ["verb", *(str(int(each)) for each in Exit)]
