@@ -258,8 +258,10 @@ def _meanings(seen: Seen, slo: Slo) -> Iterator[RenderableType]:
         yield Text()
         sign = Text("✗ " if each.level == "red" else "! ", style=_COLOURS[each.level])
         yield Text.assemble(sign, (_NAMES[each.reading], "bold"), f"  {each.found}")
-        yield Padding(Text(each.means), (0, 0, 0, 2))
-        yield Padding(Text.assemble(("→ ", "dim"), each.do), (0, 0, 0, 2))
+        lines = Table.grid(padding=(0, 1, 0, 0))
+        lines.add_row("", each.means)
+        lines.add_row(Text("→", style="dim"), each.do)
+        yield lines
 
 
 def line(seen: Seen) -> str:

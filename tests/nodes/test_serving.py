@@ -8,7 +8,9 @@ import re
 import shlex
 import signal
 import time
+from bisect import bisect_left
 from collections.abc import Iterator
+from statistics import quantiles
 from typing import Any
 
 import pytest
@@ -228,6 +230,38 @@ def test_bench_measures_what_is_served_with_vllms_own_tool(node: FreshNode, serv
     assert (ran["invocation"], ran["ready"]) == (told["invocation"], told["seconds"])
     # vLLM itself is no other process.
     assert not {each["pid"] for each in record["busy"]} & {ran["process"]["pid"], ran["engine"]["pid"]}
+
+
+WATCHED = """
+cd "$HOME" || exit 1
+"$@" --record watch.jsonl --interval 1 >/dev/null 2>watch.err &
+until [ "$(cat watch.jsonl 2>/dev/null | wc -l)" -ge 3 ]; do sleep 0.2; done
+python3 -I {checkout}/tests/support/streamed_load.py http://127.0.0.1:8000 {model} {requests} {tokens}
+sleep 2
+kill $! && wait $! && cat watch.err
+"""
+
+
+def test_watch_tells_the_latencies_that_a_client_measures(node: FreshNode, served: str) -> None:
+    """Within one bucket of vLLM's histograms: the client is a little later than the server."""
+    del served
+    requests, tokens = 120, 16
+    script = WATCHED.format(checkout=CHECKOUT, model=MODEL, requests=requests, tokens=tokens)
+    argv, env = _command("watch")
+    run = node.run("sh", "-c", script, "sh", *argv, user="spark", env=env, timeout=LOAD_SECONDS)
+    measured: dict[str, list[float]] = json.loads(run.stdout)
+    replayed = _sparkinstall(node, "watch", "--replay", "/home/spark/watch.jsonl", "--once", "--json")
+    (seen,) = json.loads(replayed.stdout)["data"]["nodes"]
+    counts = {name: seen[name]["count"] for name in measured}
+    assert counts == {"ttft": requests, "itl": requests * (tokens - 1), "e2e": requests}
+    assert (seen["models"], seen["lacking"], seen["trouble"]) == ([MODEL], [], "")
+    first = json.loads(node.read("/home/spark/watch.jsonl").splitlines()[1])
+    for name, seconds in measured.items():
+        bounds = [float(each) for each in first["told"]["histograms"][name]]
+        for share in (50, 95):
+            found = quantiles(seconds, n=100, method="inclusive")[share - 1]
+            apart = bisect_left(bounds, found) - bisect_left(bounds, seen[name][f"p{share}"]["high"])
+            assert apart in (-1, 0, 1), (name, share, found, seen[name])
 
 
 def test_serve_of_an_incomplete_snapshot_without_a_hub_names_its_files_and_changes_nothing(
