@@ -7,11 +7,12 @@ The hub is a server on this machine. The nodes are two network namespaces with a
 
 import datetime
 import os
+import random
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from benchmarks.cable import (
@@ -38,6 +39,8 @@ from tests.support.stored_models import FOLDER, MODEL, store
 
 RESULTS = Path(__file__).with_name("model_copies.md")
 ROUNDS, SHARDS = 3, 4
+PULLED, SYNCED = 2_000_000_000, 8
+"""Bytes of the model that is pulled, which the hub has in memory, and GB of the one that is copied to a node."""
 CIPHERS = {"rsync": (), "rsync, aes128-gcm@openssh.com": ("-c", "aes128-gcm@openssh.com")}
 _HF = "from huggingface_hub.cli.hf import main; main()"
 
@@ -48,23 +51,41 @@ def main() -> None:
     """Measure, and write model_copies.md."""
     if not shutil.which("rsync"):
         sys.exit("rsync is missing: sudo apt-get install rsync")
-    shard = int(float(sys.argv[1] if sys.argv[1:] else 2) * 1e9) // SHARDS
-    files = {f"model-{number}-of-{SHARDS}.safetensors": os.urandom(shard) for number in range(1, SHARDS + 1)}
+    size = int(float(sys.argv[1] if sys.argv[1:] else SYNCED) * 1e9)
     with tempfile.TemporaryDirectory(dir=user_cache()) as scratch, cable():
         work = Path(scratch)
-        with served(ModelHub(MODEL, files, stored=False)) as hub:
+        with served(ModelHub(MODEL, dict(Shards(min(size, PULLED))), stored=False)) as hub:
             pulled = _rounds(_pulls(hub.url, work), work / "hf")
-        store(work / "here/hub" / FOLDER, files)
+        store(work / "here/hub" / FOLDER, Shards(size))
         synced = _rounds(_syncs(work), work / "spark-2")
     made = f"Made by `python -m benchmarks.model_copies` on {datetime.date.today()}, {machine()}."
-    size = SHARDS * shard
-    what = f"{size / 1e9:.2f} GB in {SHARDS} files; the best of {ROUNDS} runs"
     tables = (
-        copied_table(f"From a hub on this machine, {what}", pulled, size),
-        copied_table(f"From one network namespace to another, {what}", synced, size),
+        copied_table(f"From a hub on this machine, {_what(min(size, PULLED))}", pulled, min(size, PULLED)),
+        copied_table(f"From one network namespace to another, {_what(size)}", synced, size),
     )
     RESULTS.write_text("\n".join(["# Copies of models", "", made, "", *tables]))
     print(RESULTS.read_text())
+
+
+class Shards(Mapping[str, bytes]):
+    """Files of a model with random bytes, each made when it is asked for: together they need not fit into memory."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size // SHARDS
+
+    def __getitem__(self, name: str) -> bytes:
+        made, piece = random.Random(name), 1 << 26
+        return b"".join(made.randbytes(min(piece, self._size - at)) for at in range(0, self._size, piece))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([f"model-{number}-of-{SHARDS}.safetensors" for number in range(1, SHARDS + 1)])
+
+    def __len__(self) -> int:
+        return SHARDS
+
+
+def _what(size: int) -> str:
+    return f"{size / 1e9:.2f} GB in {SHARDS} files; the best of {ROUNDS} runs"
 
 
 def _rounds(ways: Ways, made: Path) -> dict[str, list[Copied]]:
