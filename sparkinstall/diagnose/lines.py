@@ -61,6 +61,8 @@ _PREFIXES = (
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
     rf"\[(?P<level>{_LEVEL})\] ",
     rf"\[[\w.-]+\] (?P<level>{_LEVEL}): (?=\S)",
+    # nginx
+    r"\[(?P<level>emerg|alert|crit|error|warn|notice)\] \d+#\d+: (?:\*\d+ )?",
     # a library that names itself
     r"[\w.-]+: (?P<level>[Ww]arning): (?=\S)",
     # logfmt, of programs in Go
@@ -85,7 +87,7 @@ _LETTERS = {"I": "info", "W": "warning", "E": "error", "F": "error", "C": "error
 _LEVELS = {
     **dict.fromkeys(("trace", "debug", "debu", "info", "notice"), "info"),
     **dict.fromkeys(("warning", "warn"), "warning"),
-    **dict.fromkeys(("error", "critical", "fatal", "err", "erro", "fata"), "error"),
+    **dict.fromkeys(("error", "critical", "fatal", "err", "erro", "fata", "emerg", "alert", "crit"), "error"),
 }
 _NO_ERRORS = ("cmake", "test", "advice")
 """Kinds of prefixes of which no line reports an error."""

@@ -35,7 +35,8 @@ WORDS = (
     "unknown flag", "unknown shorthand", "unknown option", "unknown command", "curl: (", "% full", ": denied",
     "CANCELED", "Canceled", ".yaml:", ".yml:", ".toml:", "nvalid YAML", "nvalid JSON", "yaml: line",
     "dditional propert", " must be a", "RTNETLINK", "annot find device", "mount error", "CMake Error",
-    "docker: error", "docker: invalid", "make: *** ", "OCI runtime", "toomanyrequests", "ailed: ",
+    "docker: error", "docker: invalid", "[emerg]", "[crit]", "-E- ", "make: *** ",
+    "OCI runtime", "toomanyrequests", "ailed: ",
     "ould not ", "ouldn't ", "nable to ", "ailed to ", "ASSERT", "ssert(", "failed with exit code",
     "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy",
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
@@ -85,12 +86,9 @@ _SHAPES = (
             r"(?:OMP: Error #\d|libgomp: |libc\+\+abi: )\S?|.*\bpthread_create failed",
             r".*[:.] ABORT(?:ED|ING)?[.!]?$|cannot allocate memory (?:for|in) \S",
             # of a shell, apt and dpkg
-            r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$|[\w./+-]+:(?:\d+:)? command not found: \S",
-            r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
-            r"(?:not found|No such file or directory|[Pp]ermission denied)$",
             r"CMake Error\b",
             # of docker and the kubelet
-            r"docker: (?:[Ee]rror\b|invalid )|OCI runtime \w+ failed: \S|toomanyrequests: ",
+            r"(?:[\w-]+: )?-E- \S|docker: (?:[Ee]rror\b|invalid )|OCI runtime \w+ failed: \S|toomanyrequests: ",
             r"[Pp]ermission denied\b",
             r"E: \S",
             r"sudo: a (?:password|terminal) is required",
@@ -103,6 +101,10 @@ _SHAPES = (
         _any(
             r"(?:[\w./+()-]+(?:[:(][\d:,]+\)?)?:? )?(?:[Ee]rror|ERROR)(?: [\w ]{1,40})?: \S",
             r"nvcc +error",
+            # of a shell, which goes on after it
+            r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$|[\w./+-]+:(?:\d+:)? command not found: \S",
+            r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
+            r"(?:not found|No such file or directory|[Pp]ermission denied)$",
             # of programs in Go, of curl, of what read a file and names the place in it, of Ray
             r"(?:[\w./+-]+: )?unknown (?:(?:shorthand )?flag|option|command)\b",
             r"(?:.{0,80}: )?yaml: line \d+: \S",
