@@ -6,6 +6,7 @@ import shutil
 import signal
 import tempfile
 
+import hypothesis
 import pytest
 
 from tests.lab.layers import (  # noqa: F401
@@ -21,6 +22,12 @@ if "PYTHONPYCACHEPREFIX" not in os.environ:
     os.environ["PYTHONPYCACHEPREFIX"] = bytecode = tempfile.mkdtemp(prefix="bytecode-")
     atexit.register(shutil.rmtree, bytecode, ignore_errors=True)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# How fast a machine is must decide no test.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 # A shell that starts the tests in the background makes them, and every program that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
