@@ -249,7 +249,8 @@ def circumstances(base: Benchmark, other: Benchmark) -> Iterator[Differs]:
     yield from _of_names("package", one.versions, two.versions)
     if one.process and two.process:
         yield from _of_words(one.process.argv, two.process.argv)
-    if (first := one.engine or one.process) and (second := two.engine or two.process):
+    # The engine has written its title over some of its own.
+    if (first := one.process) and (second := two.process):
         yield from _of_names("variable", _settings(first.env), _settings(second.env))
     yield from _of_hosts(base, other)
     yield from _differ("sparkinstall", base.sparkinstall, other.sparkinstall)

@@ -153,8 +153,7 @@ def _made(record: Benchmark) -> Iterator[tuple[str, str]]:
         yield "recipe", served.recipe + (f" at {served.revision}" if served.revision else "")
     if served.process:
         yield "command", shlex.join(served.process.argv)
-    if process := served.engine or served.process:
-        yield "variables", " ".join(f"{name}={value}" for name, value in sorted(process.env.items()))
+        yield "variables", " ".join(f"{name}={value}" for name, value in sorted(served.process.env.items()))
     if served.versions:
         yield "packages", ", ".join(f"{name} {version}" for name, version in served.versions.items())
     if served.ready is not None:

@@ -156,13 +156,13 @@ def test_compare_refuses_what_is_no_record(content: str, said: str, tmp_path: Pa
 
 def test_circumstances_name_what_was_not_the_same(record: Benchmark) -> None:
     served = record.served
-    assert served.process and served.engine and record.host and record.before
-    process = replace(served.process, argv=[*served.process.argv, "--async-scheduling"], pid=1)
-    engine = replace(served.engine, env={**served.engine.env, "NCCL_DEBUG": "INFO", "INVOCATION_ID": "other"})
+    assert served.process and record.host and record.before
+    env = {**served.process.env, "NCCL_DEBUG": "INFO", "INVOCATION_ID": "other"}
+    process = replace(served.process, argv=[*served.process.argv, "--async-scheduling"], env=env, pid=1)
     memory = replace(record.before.memory, free_blocks={4: 1000, 32768: 0})
     other = replace(
         record,
-        served=replace(served, process=process, engine=engine, vllm="0.29.0", versions={"vllm": "0.29.0"}),
+        served=replace(served, process=process, vllm="0.29.0", versions={"vllm": "0.29.0"}),
         host=replace(record.host, kho="kho=off"),
         before=replace(record.before, memory=memory, uptime=5.0),
     )
