@@ -618,7 +618,7 @@ def test_bare_node_gets_sparkinstall_first(far: FarNodes) -> None:
 
 
 @pytest.mark.network
-@pytest.mark.parametrize("home", ["My Spark", 'it\'s $HOME "x" `id`', "Übung;[x]&(e)#%20@~1", "back\\slash -e "])
+@pytest.mark.parametrize("home", ['My Spark it\'s $HOME "x" `id` back\\slash -e ', "Übung;[x]&(e)#%20@~1"])
 def test_bare_node_with_an_odd_home_gets_sparkinstall(
     home: str, tmp_path: Path, checkout: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -136,8 +136,8 @@ def test_env_files_can_be_sourced(old: Rehearsal, shell: str, name: str) -> None
     assert of_service["PATH"].split(":")[:2] == [f"{of_service[name]}/bin" for name in ("VIRTUAL_ENV", "CUDA_HOME")]
 
 
-def test_env_files_and_home_contain_no_secret(tmp_path: Path) -> None:
-    rehearsal = Rehearsal(tmp_path / "node")
+def test_env_files_and_home_contain_no_secret(tmp_path: Path, small: tuple[str, ...]) -> None:
+    rehearsal = Rehearsal(tmp_path / "node", small)
     secret = "hf_" + "x1Y2z3" * 6
     run = rehearsal.all(HF_TOKEN=secret, MY_PASSWORD="correct-horse-battery")
     assert run.returncode == 0

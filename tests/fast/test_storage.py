@@ -481,8 +481,8 @@ def test_all_repeated_after_an_interrupt_completes(tmp_path: Path) -> None:
 
 
 @pytest.mark.network
-def test_second_run_during_the_first_is_refused_with_its_pid(tmp_path: Path) -> None:
-    node = Rehearsal(tmp_path / "node")
+def test_second_run_during_the_first_is_refused_with_its_pid(tmp_path: Path, small: tuple[str, ...]) -> None:
+    node = Rehearsal(tmp_path / "node", small)
     run = node.start(through=DYING, DYING_AT="stop:5")
     while not node.journal.exists() or node.journal.read_bytes().count(b"\n") < 5:
         assert run.poll() is None, run.communicate()
@@ -526,8 +526,8 @@ def test_all_with_a_wrong_clock_fails_in_preflight(tmp_path: Path) -> None:
 
 
 @pytest.mark.network
-def test_uninstall_after_a_clock_jump_removes_everything(tmp_path: Path) -> None:
-    node = Rehearsal(tmp_path / "node", (*SETTINGS, "--ignore", "clock"))
+def test_uninstall_after_a_clock_jump_removes_everything(tmp_path: Path, small: tuple[str, ...]) -> None:
+    node = Rehearsal(tmp_path / "node", (*small, "--ignore", "clock"))
     killed = node.all(through=DYING, DYING_AT="after:8")
     assert killed.returncode == -signal.SIGKILL
     run = node.all(through="tests.support.wrong_clock", CLOCK_SECONDS="86400")

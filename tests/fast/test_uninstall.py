@@ -77,8 +77,8 @@ def test_uninstall_of_a_rehearsal_among_other_files_leaves_no_trace(root: Path) 
 
 
 @pytest.mark.network
-def test_all_repeated_changes_nothing_and_uninstall_keeps_changed_files(tmp_path: Path) -> None:
-    node = Rehearsal(tmp_path / "node")
+def test_all_repeated_changes_nothing_and_uninstall_keeps_changed_files(tmp_path: Path, small: tuple[str, ...]) -> None:
+    node = Rehearsal(tmp_path / "node", small)
     assert node.all().returncode == 0
     once = tree(tmp_path, everything_with_times)
     again = node.all("--json")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sparkinstall.cluster import bootstrap
+from tests.support import forks
 
 _SSH = """\
 #!/bin/sh
@@ -168,8 +169,7 @@ class FarNodes:
     def cluster(self, *argv: str, **variables: str) -> tuple[int, Mapping[str, Any], str]:
         """Run `sparkinstall cluster --json`: exit code, JSON object, stderr."""
         env = {**self.environment(), **variables}
-        whole = [sys.executable, "-m", "sparkinstall", "cluster", *argv, "--json"]
-        done = subprocess.run(whole, env=env, cwd=self.lab, capture_output=True, text=True, timeout=180, check=False)
+        done = forks.run("sparkinstall", ["cluster", *argv, "--json"], env, 180, self.lab)
         assert done.stdout, done.stderr
         return done.returncode, json.loads(done.stdout), done.stderr
 

@@ -38,12 +38,14 @@ _LONGEST_REQUEST = 1 << 20
 _parent: Parent | None = None
 
 
-def run(module: str, words: Sequence[str], env: Mapping[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-    """Run `python -m MODULE WORDS` in the checkout to its end, with an empty stdin."""
+def run(
+    module: str, words: Sequence[str], env: Mapping[str, str], timeout: float, cwd: Path = CHECKOUT
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m MODULE WORDS` in the folder `cwd` to its end, with an empty stdin."""
     global _parent
     if _parent is None or _parent.owner != os.getpid() or _parent.for_python != _for_python(env):
         _parent = Parent(env)
-    return _parent.run(module, words, env, timeout)
+    return _parent.run(module, words, env, timeout, cwd)
 
 
 def _for_python(env: Mapping[str, str]) -> Mapping[str, str]:
@@ -59,7 +61,7 @@ class Parent:
         self._requests.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LONGEST_REQUEST)
         with theirs:
             self._program = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.forks", str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno())],
                 cwd=CHECKOUT, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             )  # fmt: skip
         atexit.register(self._end)
@@ -70,14 +72,14 @@ class Parent:
             self._program.wait()
 
     def run(
-        self, module: str, words: Sequence[str], env: Mapping[str, str], timeout: float
+        self, module: str, words: Sequence[str], env: Mapping[str, str], timeout: float, cwd: Path
     ) -> subprocess.CompletedProcess[str]:
         """Let one fork run, and wait for its end.
 
         Raises:
             TimeoutExpired: it took longer, and was killed.
         """
-        request = json.dumps({"module": module, "words": list(words), "env": dict(env)}).encode()
+        request = json.dumps({"module": module, "words": list(words), "env": dict(env), "cwd": str(cwd)}).encode()
         ends, their_ends = socket.socketpair()
         pipes = [os.pipe(), os.pipe()]
         with ends, ends.makefile() as lines:
@@ -125,6 +127,9 @@ def main() -> None:
     request = _fork_for_each(socket.socket(fileno=int(sys.argv[1])))
     os.environ.clear()
     os.environ.update(request["env"])
+    os.chdir(request["cwd"])
+    # As `python -m` has it; until now, the folder of this file.
+    sys.path[0] = request["cwd"]
     sys.argv[1:] = request["words"]
     try:
         runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
