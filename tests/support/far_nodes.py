@@ -180,7 +180,8 @@ class FarNodes:
         (tools / "ssh").write_text(_SSH)
         (tools / "ssh").chmod(0o755)
         paths = {"PATH": f"{tools}:{os.environ['PATH']}", "LAB": str(self.lab), "HOME": str(self.lab)}
-        env = {**os.environ, **paths, "PYTHONPATH": str(self.checkout)}
+        # What pip installs here is imported once or twice, and most of it never.
+        env = {**os.environ, **paths, "PYTHONPATH": str(self.checkout), "PIP_NO_COMPILE": "1"}
         env.pop("XDG_DATA_HOME", None)
         return env
 
