@@ -52,6 +52,8 @@ QUICK = {
     "support-bundle": "--root {root} --level static --output {root}.tar.gz --yes",
     "uninstall": "--root {root} --yes",
     "status": "--root {root}",
+    # Without `--once` it goes on until Ctrl-C.
+    "watch": "--root {root} --once --interval 0.2 --url http://127.0.0.1:1",
     "run": "packages --root {root} --yes",
     "settings show": "--root {root}",
     # Refused before anything is downloaded.
