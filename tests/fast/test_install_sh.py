@@ -615,8 +615,7 @@ def test_ctrl_c_during_all_is_handled_by_all(machine: Machine) -> None:
 @pytest.mark.network
 def test_command_is_installed_once_and_removed(tmp_path: Path) -> None:
     def run(*argv: str) -> int:
-        home = {"HOME": str(tmp_path), "XDG_DATA_HOME": "", "XDG_BIN_HOME": ""}
-        return _run(*argv, **home, PIP_NO_COMPILE="1").returncode
+        return _run(*argv, HOME=str(tmp_path), XDG_DATA_HOME="", XDG_BIN_HOME="", PIP_NO_COMPILE="1").returncode
 
     assert run("--tool-only") == 0
     command = tmp_path / ".local/bin/sparkinstall"
