@@ -249,7 +249,8 @@ def test_bench_measures_and_records(asked: tuple[str, ...]) -> None:
     assert [each.name for each in record.scenarios] == ["40/8 prose", "60/2 prose"]
     first, (level,) = record.scenarios[0], record.levels
     assert (first.completed, len(first.ttft), first.others, {each.tokens for each in first.raw}) == (3, 3, 0, {8})
-    assert all(20 <= each < 300 for each in first.ttft) and first.decode and max(first.decode) < 500
+    assert min(first.ttft) >= 20 and len(first.decode or ()) == 3
+    assert all(total - ttft > 0 for ttft, total in zip(first.ttft, first.total, strict=True))
     assert (level.concurrency, level.completed, level.good, level.met) == (2, 4, 4, True)
     # A warm-up each: 1 + 3 twice, then 2 + 4; no prompt twice, each as long as asked for.
     assert [len(each) for each in server.prompts] == [40] * 4 + [60] * 4 + [60] * 6
@@ -272,10 +273,10 @@ def test_bench_shows_tables_and_what_is_to_be_known(asked: tuple[str, ...]) -> N
 
 def test_bench_does_not_measure_a_cold_start(asked: tuple[str, ...]) -> None:
     """The first request compiles: it is the warm-up, and in no number."""
-    found = run(CompletionServer(first=0.5, cold=1), asked, "40/8", "--concurrency", "none")
+    found = run(CompletionServer(first=1.5, cold=1), asked, "40/8", "--concurrency", "none")
     assert found.returncode == 0
     (scenario,) = recorded(asked).scenarios
-    assert max(scenario.ttft) < 400
+    assert max(scenario.ttft) < 1500
 
 
 def test_bench_with_cached_prompts_says_how_many_the_cache_had(asked: tuple[str, ...]) -> None:
