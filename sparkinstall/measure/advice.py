@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any, Literal
 
-from msgspec import Struct
+from msgspec import Struct, to_builtins
+from msgspec.structs import replace
 
 from sparkinstall import schema
 from sparkinstall.assets import asset
@@ -12,6 +13,7 @@ from sparkinstall.facts import card
 from sparkinstall.measure.histogram import Latency
 from sparkinstall.measure.readings import Readings, grew
 from sparkinstall.measure.rounds import Slo
+from sparkinstall.probes import known_hosts
 
 KNOWLEDGE = "knowledge/readings.yaml"
 Level = Literal["red", "yellow"]
@@ -20,7 +22,7 @@ _GIB = 1 << 30
 
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
-    """A condition of a reading. `looks` names its detector, `limit` is its argument."""
+    """A condition of a reading. `looks` names its detector, `limit` is its argument; a name: that rule's of hosts."""
 
     name: str
     reading: str
@@ -66,7 +68,11 @@ def _advice(of: Readings, slo: Slo) -> Iterator[Advice]:
 @lru_cache(maxsize=1)
 def rules() -> tuple[Rule, ...]:
     """Return the shipped rules, in order."""
-    return schema.read_file(tuple[Rule, ...], asset(KNOWLEDGE))
+    hosts = {each.name: each.limits for each in known_hosts.rules()}
+    found = schema.read_file(tuple[Rule, ...], asset(KNOWLEDGE))
+    return tuple(
+        replace(each, limit=to_builtins(hosts[each.limit])) if isinstance(each.limit, str) else each for each in found
+    )
 
 
 def limit_of(slo: Slo, latency: str) -> float | None:

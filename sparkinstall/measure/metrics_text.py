@@ -42,7 +42,7 @@ class Line(NamedTuple):
 def told(text: str) -> Told:
     """Return what a text of /metrics tells; values of several engines are one. Lines that make no sense are left."""
     kept: dict[str, list[Line]] = {}
-    for line in _lines(text):
+    for line in wanted(text):
         kept.setdefault(line.name, []).append(line)
     values = {key: _together(lines, metric) for key, metric in _NUMBERS.items() if (lines := _of(kept, metric))}
     histograms = {
@@ -77,7 +77,7 @@ _WANTED = frozenset((
 ))  # fmt: skip
 
 
-def _lines(text: str) -> Iterator[Line]:
+def wanted(text: str) -> Iterator[Line]:
     """Yield the samples that are wanted: a text has thousands of others."""
     for line in text.splitlines():
         name = line.partition(" ")[0].partition("{")[0]
