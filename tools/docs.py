@@ -526,6 +526,12 @@ def _its_verbs(command: Any) -> str:
     return f" {'|'.join(names)}" if names else ""
 
 
+@generates("rules of health")
+def _rules_of_health(old: str) -> str:
+    rows = ([code(rule.name), rule.title, rule.verdict, rule.impact] for rule in known_hosts.rules() if rule.health)
+    return table(old, ["name", "what", "verdict", "effect"], rows)
+
+
 @generates("exit codes of verbs")
 def _exit_codes_of_verbs(old: str) -> str:
     columns = ["verb", *(str(int(each)) for each in Exit)]

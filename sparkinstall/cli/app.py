@@ -61,6 +61,10 @@ VERBS = {
         "watch:watch",
         "Show how the served model does: latencies, load, cache, memory and GPU, until Ctrl-C.",
     ),
+    "health": (
+        "health:health",
+        "Tell what makes this node slow or unsafe while it serves; exit 3 if anything does.",
+    ),
     "models": (
         "models:app",
         "Pull models from the hub into its cache; copy them to other nodes; list, verify or remove them.",

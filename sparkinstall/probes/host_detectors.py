@@ -11,7 +11,7 @@ from sparkinstall import payloads
 from sparkinstall.facts import card, firmware, gpu, machine, network, qsfp
 from sparkinstall.facts.env_file import assignments
 from sparkinstall.facts.gpu import Gpu
-from sparkinstall.facts.sysfs import NET, is_connectx, text_of
+from sparkinstall.facts.sysfs import NET, RDMA, is_connectx, text_of
 from sparkinstall.facts.units import journal
 from sparkinstall.node import Node
 from sparkinstall.probes import Level
@@ -38,10 +38,11 @@ class CannotTell(Exception):
 
 
 class Host(Struct, frozen=True, dict=True):
-    """Facts that several rules use, each read once."""
+    """Facts that several rules use, each read once. `may_load`: an idle GPU may be kept busy to judge it."""
 
     on: Reader
     node: Node
+    may_load: bool = True
 
     @cached_property
     def meminfo(self) -> Mapping[str, int]:
@@ -78,8 +79,10 @@ class Host(Struct, frozen=True, dict=True):
         """The first GPU while the environment's torch keeps it busy for about four seconds.
 
         Raises:
-            CannotTell: torch is missing, memory is short, or the load failed.
+            CannotTell: torch is missing, memory is short, no load is wanted, or the load failed.
         """
+        if not self.may_load:
+            raise CannotTell("the GPU has little to do, and only one that is busy shows it")
         python = self.node.python
         if self.on.entry(python) is None:
             raise CannotTell("the GPU is idle, and torch is not installed to keep it busy: `sparkinstall all`")
@@ -122,10 +125,22 @@ class FragmentLimits(Struct, frozen=True, forbid_unknown_fields=True):
     free_percent: int
 
 
+class PressureLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    """`full_percent` of the last five minutes in which every task that could run waited for memory."""
+
+    full_percent: float
+
+
 class PowerLimits(Struct, frozen=True, forbid_unknown_fields=True):
     busy_percent: int
     sm_mhz: int
     watts: int
+
+
+class SlowdownLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    """`reasons`: what nvidia-smi calls them, after `clocks_event_reasons.`"""
+
+    reasons: tuple[str, ...]
 
 
 class DriverLimits(Struct, frozen=True, forbid_unknown_fields=True):
@@ -149,6 +164,12 @@ class FirmwareLimits(Struct, frozen=True, forbid_unknown_fields=True):
 class BusLimits(Struct, frozen=True, forbid_unknown_fields=True):
     gts: int
     lanes: int
+
+
+class DownLimits(Struct, frozen=True, forbid_unknown_fields=True):
+    """So many times since the boot, of one half of a port."""
+
+    times: int
 
 
 class RoundTripLimits(Struct, frozen=True, forbid_unknown_fields=True):
@@ -246,6 +267,18 @@ def _fragments(host: Host, limits: FragmentLimits) -> Observation:
     return Observation(large * 100 < free * limits.block_percent, words)
 
 
+def _pressure(host: Host, limits: PressureLimits) -> Observation:
+    # `full avg10=0.00 avg60=0.00 avg300=0.00 total=0`; a kernel with psi=0 has the file, and refuses to read it.
+    rows = [line.split() for line in text_of(host.on, "/proc/pressure/memory").splitlines()]
+    averages = {row[0]: dict(word.partition("=")[::2] for word in row[1:]) for row in rows if row}
+    try:
+        waited = float(averages["full"]["avg300"])
+    except (KeyError, ValueError):
+        raise CannotTell("the kernel does not report how long tasks wait for memory") from None
+    words = f"in the last five minutes everything waited for memory for {waited:g} % of the time"
+    return Observation(waited >= limits.full_percent, words)
+
+
 # --- GPU and firmware
 
 
@@ -267,6 +300,20 @@ def _work(of: Gpu) -> tuple[float, float, float]:
     if of.busy is None or of.mhz is None or of.watts is None:
         raise CannotTell("nvidia-smi does not report the GPU's utilization, clock, or power")
     return of.busy, of.mhz, of.watts
+
+
+def _slowdown(host: Host, limits: SlowdownLimits) -> Observation:
+    names = [f"clocks_event_reasons.{reason}" for reason in limits.reasons]
+    answer = host.on.ask(
+        "nvidia-smi", f"--query-gpu=temperature.gpu,{','.join(names)}", "--format=csv,noheader,nounits"
+    )
+    celsius, *states = [cell.strip() for cell in answer.out.partition("\n")[0].split(",")]
+    told = dict(zip(limits.reasons, states, strict=False))
+    if not answer.ok or len(states) != len(names) or not {"Active", "Not Active"} & set(states):
+        raise CannotTell("nvidia-smi does not tell why the GPU's clock is low")
+    active = [reason.replace("_", " ") for reason, state in told.items() if state == "Active"]
+    degrees = f" at {celsius} degrees" if celsius.isdecimal() else ""
+    return Observation(bool(active), f"{', '.join(active) or 'none'}{degrees}")
 
 
 def _driver(host: Host, limits: DriverLimits) -> Observation:
@@ -325,6 +372,23 @@ def _connectx(host: Host, limits: BusLimits) -> Observation:
     words = ", ".join(f"{name} {gts:g} GT/s x{lanes}" for name, (lanes, gts) in (slow or told).items())
     versions = ", ".join(card.rdma_firmware(host.on))
     return Observation(bool(slow), words + (f"; firmware {versions}" if versions else ""))
+
+
+def _link_down(host: Host, limits: DownLimits) -> Observation:
+    halves = [half for port in qsfp.ports(host.on) for half in port.twins]
+    if not halves:
+        return Observation(False, "this node has no QSFP port")
+    places = {half.name: [f"{NET}/{half.name}/carrier_down_count"] for half in halves}
+    for half in halves:
+        places[half.name] += [f"{RDMA}/{half.hca}/ports/1/counters/link_downed"] if half.hca else []
+    said = {name: [text_of(host.on, path) for path in paths] for name, paths in places.items()}
+    counts = {name: max(map(int, filter(str.isdecimal, texts)), default=None) for name, texts in said.items()}
+    known = {name: count for name, count in counts.items() if count is not None}
+    if not known:
+        raise CannotTell("the kernel does not count how often the links went down")
+    bad = {name: count for name, count in known.items() if count >= limits.times}
+    words = ", ".join(f"{name} {count} times" for name, count in (bad or known).items())
+    return Observation(bool(bad), f"down since the boot: {words}")
 
 
 def _round_trip(host: Host, limits: RoundTripLimits) -> Observation:
@@ -397,11 +461,14 @@ DETECTORS: Mapping[str, Detector] = {
     "boot_option": Detector(BootOptionLimits, _boot_option),
     "kernel_log": Detector(KernelLogLimits, _kernel_log),
     "fragments": Detector(FragmentLimits, _fragments),
+    "pressure": Detector(PressureLimits, _pressure),
     "low_power": Detector(PowerLimits, _low_power, "gpu"),
+    "slowdown": Detector(SlowdownLimits, _slowdown),
     "driver": Detector(DriverLimits, _driver),
     "driver_mismatch": Detector(MismatchLimits, _driver_mismatch),
     "firmware": Detector(FirmwareLimits, _firmware),
     "connectx": Detector(BusLimits, _connectx),
+    "link_down": Detector(DownLimits, _link_down),
     "round_trip": Detector(RoundTripLimits, _round_trip, "link"),
     "service": Detector(ServiceLimits, _service),
     "service_path": Detector(ServicePathLimits, _service_path),

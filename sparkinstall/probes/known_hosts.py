@@ -27,7 +27,7 @@ class Evidence(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     """One kind of bad host. `looks` names the detector, `limits` are its arguments; `checked`: when the evidence was
-    read; `load`: the detector keeps the GPU busy."""
+    read; `load`: the detector keeps the GPU busy; `health`: a host can become like this while it serves."""
 
     name: str
     title: str
@@ -42,6 +42,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     checked: date
     evidence: tuple[Evidence, ...]
     load: bool = False
+    health: bool = False
 
     def __post_init__(self) -> None:
         if self.looks not in DETECTORS:
@@ -67,6 +68,18 @@ def probes(node: Node) -> Iterable[Probe]:
             yield Probe(
                 rule.name, rule.title, judge(rule), rule.level, rule.impact, others=of_link, load=rule.load
             )  # fmt: skip
+
+
+def of_health(node: Node) -> Iterable[Probe]:
+    """Yield the probes of rules that a host can break while it serves. None of them adds load."""
+    hosts: dict[int, Host] = {}
+
+    def judge(rule: Rule) -> Callable[[Reader], Finding]:
+        return lambda on: judged(rule, hosts.setdefault(id(on), Host(on, node, may_load=False)))
+
+    for rule in rules():
+        if rule.health:
+            yield Probe(rule.name, rule.title, judge(rule), rule.level, rule.impact)
 
 
 def judged(rule: Rule, host: Host) -> Finding:

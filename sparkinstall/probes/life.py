@@ -8,7 +8,8 @@ from sparkinstall.facts.life import LifeState, life_state, summary
 from sparkinstall.facts.units import show
 from sparkinstall.layout import LIFE_UNIT
 from sparkinstall.node import Node
-from sparkinstall.probes import Finding, Probe, failed, passed, warned
+from sparkinstall.probes import Finding, Probe, failed, passed, skipped, warned
+from sparkinstall.services import LIFE
 from sparkinstall.system import Reader
 
 # Seconds for /metrics, evidence and a restart, during which it notes nothing.
@@ -45,3 +46,15 @@ def judged(node: Node, state: LifeState | None, now: float) -> Finding:
         evidence = f"see {last.evidence}, and" if last and last.evidence else "see"
         return warned(found, f"{evidence} `journalctl -u vllm-life`", "vLLM generates")
     return passed(found, expected)
+
+
+def history(node: Node, on: Reader) -> Finding:
+    """Judge what it has noted within 24 hours: a wedge that is over is a finding too, because it tends to return."""
+    if not LIFE.wanted(node):
+        return skipped("no proof of life watches vLLM on this node: `serving.life`")
+    found, state = _watches(node, on), life_state(on)
+    if found.verdict != "pass" or state is None or not (state.wedges or state.restarts):
+        return found
+    told = [f"{each.at} {each.why} ({each.evidence or each.trouble or 'no evidence'})" for each in state.wedges]
+    hint = "read the evidence, and `sparkinstall diagnose`"
+    return warned("; ".join([summary(state), *told]), hint, "no wedge within 24 hours")
