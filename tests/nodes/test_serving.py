@@ -235,10 +235,10 @@ def test_bench_measures_what_is_served_with_vllms_own_tool(node: FreshNode, serv
 WATCHED = """
 cd "$HOME" || exit 1
 "$@" --record watch.jsonl --interval 1 >/dev/null 2>watch.err &
-until [ "$(cat watch.jsonl 2>/dev/null | wc -l)" -ge 3 ]; do sleep 0.2; done
+while kill -0 $! && [ "$(cat watch.jsonl 2>/dev/null | wc -l)" -lt 3 ]; do sleep 0.2; done
 python3 -I {checkout}/tests/support/streamed_load.py http://127.0.0.1:8000 {model} {requests} {tokens}
 sleep 2
-kill $! && wait $! && cat watch.err
+kill $! && wait $! || {{ cat watch.err >&2; exit 1; }}
 """
 
 
