@@ -61,8 +61,6 @@ def _options(node: Node) -> Iterable[tuple[str, str | int]]:
     yield "start", settings.start_seconds
     yield "restarts", settings.restarts_per_hour
     if node.api_key:
-        yield "key-file", node.api_key
-    if node.api_key:
         # Root reads the file itself: no copy that is old after the key was changed.
         yield "key-file", node.api_key
     if node.with_ray:

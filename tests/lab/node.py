@@ -255,6 +255,10 @@ class FreshNode:
             self._nspawn.wait(10)
         self.leader, self.state = 0, "off"
 
+    def command(self, *argv: str, user: str = "root") -> list[str]:
+        """Return a command line of this machine that runs `argv` on the node, while that runs."""
+        return self._entering(argv, user, {}, None)
+
     def _entering(self, argv: Sequence[str], user: str, env: Mapping[str, str], cwd: str | None) -> list[str]:
         home = "/root" if user == "root" else f"/home/{user}"
         settings = {**_login(user, home), **machine.environment(), **env}

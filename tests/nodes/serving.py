@@ -57,6 +57,11 @@ with StateFolder(LocalSystem()).hold("test", silent):
     pass
 """
 
+# This is no Spark, and the test has set it up itself.
+NOT_HERE = ("machine", "arch", "os", "driver", "memory", "disk", "cuda", "prefix")
+AGREED = ("--yes", *(word for name in NOT_HERE for word in ("--ignore", name)))
+UNWATCHED = ("--set", "serving.life.enabled=false")
+
 Found = dict[str, dict[str, Any]]
 
 LIFE = "vllm-life.service"

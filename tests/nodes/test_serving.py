@@ -22,6 +22,7 @@ from tests.lab.commands import Completed
 from tests.lab.node import FreshNode
 from tests.nodes.fresh import REPOSITORY
 from tests.nodes.serving import (
+    AGREED,
     CHECKOUT,
     CHECKOUT_ENV,
     KEY,
@@ -34,6 +35,7 @@ from tests.nodes.serving import (
     PREFIX,
     REASONER,
     UNIT,
+    UNWATCHED,
     Found,
     ask,
     assert_others_skip,
@@ -84,10 +86,6 @@ def test_serving_without_a_server_fails_and_skips_the_others(node: FreshNode) ->
     assert_others_skip(found)
 
 
-# This is no Spark, and the test has set it up itself.
-NOT_HERE = ("machine", "arch", "os", "driver", "memory", "disk", "cuda", "prefix")
-AGREED = ("--yes", *(word for name in NOT_HERE for word in ("--ignore", name)))
-UNWATCHED = ("--set", "serving.life.enabled=false")
 BROKEN = "/srv/broken"
 
 
@@ -359,6 +357,68 @@ def test_serve_stop_frees_the_port_and_a_start_that_takes_too_long_ends(node: Fr
     assert late.returncode == 1
     assert "vLLM has not answered within 2 s, in the phase `start`; vLLM is stopped" in late.stderr
     assert state(node) == ["inactive", "disabled"]
+
+
+# Starts that fail. Before each of them no vLLM runs, and the settings name the model.
+
+
+def _state_left(node: FreshNode) -> tuple[Any, ...]:
+    """What a failed start must leave as it was: settings, unit, processes and ports."""
+    processes = node.run("pgrep", "-fa", "vllm serve|VLLM::", check=False).stdout
+    ports = node.run("sh", "-c", "ss -Hltn | grep -c :8000 || true").stdout.strip()
+    unit = node.read(f"/etc/systemd/system/{UNIT}")
+    return _told(node)["model"], state(node), processes, ports, unit
+
+
+@pytest.fixture
+def stopped(node: FreshNode, served: str) -> Iterator[FreshNode]:
+    """The node without a running vLLM; after the test all must be as before."""
+    del served
+    _sparkinstall(node, "serve", "stop")
+    before = _state_left(node)
+    assert before[:4] == (MODEL, ["inactive", "disabled"], "", "0")
+    yield node
+    assert _state_left(node) == before, journal(node, 40)
+
+
+def _copy_of_the_model(node: FreshNode, name: str) -> str:
+    place = f"/srv/{name}"
+    node.run("cp", "-r", MODEL, place)
+    return place
+
+
+def test_serve_without_config_json_and_with_an_unknown_parser_is_refused_before_a_start(stopped: FreshNode) -> None:
+    place = _copy_of_the_model(stopped, "without-config")
+    stopped.run("rm", f"{place}/config.json")
+    refused = _sparkinstall(stopped, "serve", place, *AGREED, check=False)
+    assert (refused.returncode, f"{place} lacks config.json" in refused.stdout) == (4, True), refused
+    words = ("--set", "serving.arguments=[--tool-call-parser, hermess]")
+    refused = _sparkinstall(stopped, "serve", MODEL, *words, *AGREED, check=False)
+    assert (refused.returncode, "did you mean `hermes`?" in refused.stdout) == (4, True), refused
+
+
+def test_serve_of_an_architecture_that_vllm_does_not_know_is_explained_and_undone(stopped: FreshNode) -> None:
+    place = _copy_of_the_model(stopped, "unknown-architecture")
+    config = json.loads(stopped.read(f"{place}/config.json"))
+    stopped.write(f"{place}/config.json", json.dumps({**config, "architectures": ["NoSuchForCausalLM"]}))
+    failed = _sparkinstall(stopped, "serve", place, *AGREED, check=False)
+    assert failed.returncode == 1
+    assert "vLLM has ended before it answered" in failed.stderr
+    assert "NoSuchForCausalLM" in failed.stderr, failed.stderr
+
+
+def test_serve_whose_engine_is_killed_while_it_starts_ends_at_once(stopped: FreshNode) -> None:
+    """As the kernel does when no memory is left."""
+    argv, env = _command("serve", MODEL, *AGREED)
+    process = stopped.popen(*argv, user="spark", env=env, cwd=CHECKOUT)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if "weights: begins" in line:
+            break
+    stopped.run("pkill", "-KILL", "--full", "VLLM::EngineCor")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1, said
+    assert "vLLM has ended before it answered, in the phase" in said
 
 
 HUB_TOKEN, HUB_TOKEN_FILE = "hf_a-token-of-this-test-0123456789", "/etc/hub-token"

@@ -3,16 +3,33 @@
 All tests use the same nodes, in order.
 """
 
+import json
+import os
 import re
+import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sparkinstall.cluster import bootstrap
 from tests.lab.cabling import PORT_0
+from tests.nodes.fresh import REPOSITORY
 from tests.nodes.serving import (
+    AGREED,
+    CHECKOUT,
     LIFE,
+    LOAD_SECONDS,
+    MODEL,
+    PACKAGES,
     PATIENCE,
+    PREFIX,
+    UNIT,
+    UNWATCHED,
     ServingNodes,
     ask,
     completion,
@@ -30,7 +47,9 @@ from tests.nodes.serving import (
     uninstall,
     until_it_completes,
     until_it_serves,
+    write_env,
 )
+from tests.support.ray_on_a_node import ADDRESSES
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer5, pytest.mark.network]
 
@@ -39,6 +58,55 @@ pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer5, pytest
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingNodes]:
     with serving_nodes(tmp_path_factory.mktemp("serving"), "head", "worker") as served:
         yield served
+
+
+# Instead of ssh, whose way to a node tests/nodes/test_pair.py has: the command is run there as the user `spark`.
+SSH = """\
+#!/bin/sh
+while [ "$1" != -- ]; do case $1 in -O) exit 0 ;; esac; shift; done
+case $2 in
+{cases}esac
+"""
+TOOL = f"""\
+#!/bin/sh
+export PYTHONPATH={CHECKOUT}:{PACKAGES} PYTHONDONTWRITEBYTECODE=1
+exec {PREFIX}/venv/bin/python -m sparkinstall "$@"
+"""
+
+
+def _cluster(pair: ServingNodes, folder: Path, *words: str) -> tuple[int, dict[str, Any], str]:
+    """Run `sparkinstall cluster` on this machine, with the checkout as the tool of both nodes."""
+    cases = ""
+    for role, node in pair.nodes.items():
+        tool = "/home/spark/.local/share/sparkinstall/tool"
+        node.run("mkdir", "-p", f"{tool}/bin", user="spark")
+        node.write(f"{tool}/made-from", f"{bootstrap.digest()} /usr/bin/python3\n", user="spark")
+        node.write(f"{tool}/bin/sparkinstall", TOOL, mode="0755", user="spark")
+        cases += f'{role}) exec {shlex.join(node.command("sh", "-c", user="spark"))} "$3" ;;\n'
+    (folder / "ssh").write_text(SSH.format(cases=cases))
+    (folder / "ssh").chmod(0o755)
+    addresses = (f"cluster.head={ADDRESSES['head']}", f"cluster.workers=[{ADDRESSES['worker']}]")
+    settings = (*addresses, "cluster.executor=mp", "network.manage=false", "network.transport=socket")
+    given = [word for each in settings for word in ("--set", each)]
+    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "PYTHONPATH": str(REPOSITORY)}
+    argv = [sys.executable, "-m", "sparkinstall", "cluster", *words, *given, *AGREED, *UNWATCHED, "--json"]
+    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=2 * LOAD_SECONDS, check=False)
+    return done.returncode, json.loads(done.stdout), done.stderr
+
+
+def test_cluster_serve_ends_when_the_pair_has_answered(pair: ServingNodes, tmp_path: Path) -> None:
+    for role, node in pair.nodes.items():
+        write_env(node, role)
+    code, reply, log = _cluster(pair, tmp_path, "head", "worker", "--serve", MODEL, "--only", "serving")
+    assert code == 0, (reply["errors"], log[-3000:])
+    serving = reply["data"]["serving"]
+    assert (serving["changed"], serving["serving"]["served"]) == (True, MODEL)
+    assert "--nnodes 2 --node-rank 0" in " ".join(serving["serving"]["server"]["argv"])
+    assert [state(node) for node in pair.nodes.values()] == [["active", "enabled"]] * 2
+    assert all(f"vllm serve {MODEL} " in node.read(f"/etc/systemd/system/{UNIT}") for node in pair.nodes.values())
+    assert completion(pair.head)
+    again, reply, _ = _cluster(pair, tmp_path, "head", "worker", "--serve", MODEL, "--only", "serving")
+    assert (again, reply["data"]["serving"]["changed"]) == (0, False), reply["errors"]
 
 
 @pytest.fixture(scope="module")
