@@ -526,6 +526,12 @@ def _its_verbs(command: Any) -> str:
     return f" {'|'.join(names)}" if names else ""
 
 
+@generates("alerts")
+def _alerts(old: str) -> str:
+    rows = ([code(rule.name), rule.level, rule.condition] for rule in rules() if rule.alert)
+    return table(old, ["alert", "level in `watch`", "when"], rows)
+
+
 @generates("rules of health")
 def _rules_of_health(old: str) -> str:
     rows = ([code(rule.name), rule.title, rule.verdict, rule.impact] for rule in known_hosts.rules() if rule.health)

@@ -65,6 +65,7 @@ VERBS = {
         "health:health",
         "Tell what makes this node slow or unsafe while it serves; exit 3 if anything does.",
     ),
+    "monitoring": ("monitoring:app", "Print the files with which Prometheus watches nodes."),
     "models": (
         "models:app",
         "Pull models from the hub into its cache; copy them to other nodes; list, verify or remove them.",

@@ -21,6 +21,13 @@ _ENOUGH_FOR_A_TAIL = 100
 _GIB = 1 << 30
 
 
+class Alert(Struct, frozen=True, forbid_unknown_fields=True):
+    """A condition in PromQL, a text for `format`; it must hold for `lasts` seconds."""
+
+    expr: str
+    lasts: int = 0
+
+
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     """A condition of a reading. `looks` names its detector, `limit` is its argument; a name: that rule's of hosts."""
 
@@ -32,6 +39,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     when: str
     means: str
     do: str
+    alert: Alert | None = None
 
     def __post_init__(self) -> None:
         if self.looks not in _DETECTORS:

@@ -1,0 +1,62 @@
+"""Files for Prometheus: what to scrape, percentiles to record, and alerts that say the same as `watch`."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from sparkinstall.facts import vllm
+from sparkinstall.measure.advice import rules
+from sparkinstall.measure.rounds import Slo
+
+NODE_EXPORTER = 9100
+_PERCENTILES = (50, 90, 95, 99)
+_SEVERITY = {"red": "critical", "yellow": "warning"}
+
+
+def scrape_config(heads: Sequence[str], workers: Sequence[str], port: int) -> str:
+    """Return the whole configuration of a Prometheus: vLLM of `heads`, which have an API, node_exporter of all."""
+    lines = ["global:", "  scrape_interval: 5s", "  evaluation_interval: 15s", "rule_files: [sparkinstall.rules.yml]"]
+    lines.append("scrape_configs:")
+    for job, hosts, at in (("vllm", heads, port), ("node", [*heads, *workers], NODE_EXPORTER)):
+        targets = ", ".join(_quoted(f"{host}:{at}") for host in hosts)
+        lines += [f"  - job_name: {job}", f"    static_configs: [{{targets: [{targets}]}}]"]
+    return _text(lines)
+
+
+def rule_file(slo: Slo) -> str:
+    """Return recording rules for percentiles, and an alert for each rule of `watch` for which there are numbers."""
+    lines = ["groups:", "  - name: sparkinstall-records", "    rules:"]
+    for name, expr in _records():
+        lines += [f"      - record: {name}", f"        expr: {_quoted(expr)}"]
+    return _text([*lines, "  - name: sparkinstall-alerts", "    rules:", *_alerts(slo)])
+
+
+def _records() -> Iterator[tuple[str, str]]:
+    for key, metric in vllm.HISTOGRAMS.items():
+        names = "|".join(f"{name}_bucket" for name in metric.names)
+        rate = f'sum by (instance, le) (rate({{__name__=~"{names}"}}[1m]))'
+        for percentile in _PERCENTILES:
+            yield f"instance:vllm_{key}_seconds:p{percentile}", f"histogram_quantile({percentile / 100:g}, {rate})"
+    yield "instance:vllm_waiting:sum", f"sum by (instance) ({vllm.WAITING_REQUESTS[0]})"
+
+
+def _alerts(slo: Slo) -> Iterator[str]:
+    limits = {"ttft": slo.ttft, "itl": slo.itl}
+    for rule in rules():
+        if rule.alert is None or (rule.reading in limits and rule.limit is None and limits[rule.reading] is None):
+            continue
+        seconds = {name: f"{limit / 1000:g}" for name, limit in limits.items() if limit is not None}
+        yield f"      - alert: {rule.name}"
+        yield f"        expr: {_quoted(rule.alert.expr.format(limit=rule.limit, **seconds))}"
+        if rule.alert.lasts:
+            yield f"        for: {rule.alert.lasts}s"
+        yield f"        labels: {{severity: {_SEVERITY[rule.level]}}}"
+        yield f"        annotations: {{summary: {_quoted(rule.means)}, description: {_quoted(rule.do)}}}"
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a scalar of YAML, which takes those of JSON."""
+    return json.dumps(text)
+
+
+def _text(lines: Sequence[str]) -> str:
+    return "\n".join(lines) + "\n"
