@@ -157,7 +157,7 @@ def _with_rules(signatures: Sequence[Signature]) -> list[Signature]:
     named = [each.name for each in signatures]
     return [
         *(_widened(each, rules[each.name]) if each.name in rules else each for each in signatures),
-        *(_of_rule(each) for name, each in rules.items() if name not in named),
+        *(_of_rule(each) for name, each in rules.items() if each.signature and name not in named),
     ]
 
 

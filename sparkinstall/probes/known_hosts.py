@@ -27,7 +27,8 @@ class Evidence(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     """One kind of bad host. `looks` names the detector, `limits` are its arguments; `checked`: when the evidence was
-    read; `load`: the detector keeps the GPU busy; `health`: a host can become like this while it serves."""
+    read; `load`: the detector keeps the GPU busy; `health`: a host can become like this while it serves; `signature`:
+    diagnose looks for a pattern of the kernel's log too, as it has no finer signatures."""
 
     name: str
     title: str
@@ -43,6 +44,7 @@ class Rule(Struct, frozen=True, forbid_unknown_fields=True):
     evidence: tuple[Evidence, ...]
     load: bool = False
     health: bool = False
+    signature: bool = True
 
     def __post_init__(self) -> None:
         if self.looks not in DETECTORS:
