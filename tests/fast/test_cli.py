@@ -257,7 +257,7 @@ def test_help_of_the_group_equals_that_of_the_verb(name: str) -> None:
 
 @pytest.mark.parametrize("line", [*app.VERBS, "settings show", "run nccl --force", "--help", "-v"])
 def test_command_in_a_hint_gets_the_root_if_its_verb_takes_one(line: str) -> None:
-    groups = ("bench", "cluster", "bundle", "cache", "settings", "recipes", "models", "serve", "node")
+    groups = ("bench", "cluster", "bundle", "cache", "monitoring", "settings", "recipes", "models", "serve", "node")
     takes_root = line not in (*groups, "--help", "-v")
     text, root = "see `sparkinstall {}` and `apt`", " --root ./node"
     expected = text.format(line + root if takes_root else line)
