@@ -41,7 +41,7 @@ WORDS = (
     "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy",
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
     "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
-    "Timeout: ", "Refused: ", "Interrupt: ",
+    "Timeout: ", "Refused: ", "Interrupt: ", "did not run succ",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
@@ -86,7 +86,9 @@ _SHAPES = (
             r"(?:OMP: Error #\d|libgomp: |libc\+\+abi: )\S?|.*\bpthread_create failed",
             r".*[:.] ABORT(?:ED|ING)?[.!]?$|cannot allocate memory (?:for|in) \S",
             # of a shell, apt and dpkg
-            r"CMake Error\b",
+            r"[\s\d.]*CMake Error\b",
+            r"\W*[\w .()-]{4,80} did not run successfully\b",
+            r"(?:\[[\d/:. -]+\] )?\[[\w.-]+\] \[E\] (?:Error in\b|.*\b[Ff]ailed to\b)",
             # of docker and the kubelet
             r"(?:[\w-]+: )?-E- \S|docker: (?:[Ee]rror\b|invalid )|OCI runtime \w+ failed: \S|toomanyrequests: ",
             r"[Pp]ermission denied\b",
