@@ -22,6 +22,8 @@ _FIRST_ANSWER = 900
 _TOKENS = 16
 _SEQUENCE, _LONG_PROMPT, _TOKENS_OF_A_WORD = 32768, 4096, 8
 _PAUSE = 1.0
+# Looks in which a server whose engine has died ends too: until then it answers with an error of its own.
+_LOOKS_AT_AN_END = 10
 # Every so many looks /health is asked too: a user may have turned the log off.
 _LOOKS = 15
 # Seconds since 1970, the host, the program, and what it said.
@@ -175,6 +177,13 @@ class Following:
             hint=_LOOK,
         )
 
+    def _require_lasting(self, reply: Reply) -> None:
+        """Check that vLLM lives, and lives on if this reply can be the end of its engine."""
+        can_be_the_end = not reply.late and (reply.status == 0 or reply.status >= 500)
+        for _ in range(_LOOKS_AT_AN_END if can_be_the_end else 1):
+            self._require_alive()
+            time.sleep(_PAUSE)
+
     def _require_time(self, what: str) -> None:
         if time.monotonic() - self._began > self._limit:
             raise NotReady(
@@ -192,7 +201,7 @@ class Following:
         reply = api.ask("first", _TOKENS, patience=patience)
         if reply.done and reply.tokens:
             return reply, "text" not in reply.said
-        self._require_alive()
+        self._require_lasting(reply)
         if reply.late:
             raise NotReady(
                 f"vLLM listens, but has not answered within {patience} s",
@@ -207,7 +216,7 @@ class Following:
         how = {"words": _words_of(self._node), "chat": chat, "tools": _has_tools(self._node)}
         reply = Api(self._node, self._on).ask("warm", 8, model, _FIRST_ANSWER, **how)
         if reply.error:
-            self._require_alive()
+            self._require_lasting(reply)
             raise NotReady("vLLM answers, but not to a long prompt", cause=reply.error, hint=_hint(reply))
 
 

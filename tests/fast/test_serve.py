@@ -507,6 +507,14 @@ def test_stream_without_a_whole_answer_is_not_ready(how: Mapping[str, Any], says
     assert (error.value.cause, bool(error.value.hint)) == (says, True)
 
 
+def test_server_that_ends_soon_after_its_engine_is_said_to_have_ended(tmp_path: Path) -> None:
+    looks_before = len(GOOD) // 15 + 1
+    on = OnANode(GOOD, *[{}] * (looks_before + 4), {"ActiveState": "failed", "Result": "signal", "ExecMainStatus": "9"})
+    says = "has ended before it answered, in the phase `first answer`"
+    with api(tmp_path, cut=True) as (node, _), pytest.raises(NotReady, match=says):
+        Following(node, on, silent, 60).until_ready()
+
+
 def test_server_that_never_answers_ends_at_the_limit(tmp_path: Path) -> None:
     with api(tmp_path, wedged=True) as (node, _), pytest.raises(NotReady, match="has not answered within 1 s"):
         Following(node, OnANode(GOOD), silent, 1).until_ready()

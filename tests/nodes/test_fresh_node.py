@@ -232,7 +232,7 @@ def test_verify_at_level_node_skips_only_what_a_spark_has(node: FreshNode) -> No
     verdicts = {probe["name"]: probe["verdict"] for probe in answer["data"]["probes"]}
     # What only a Spark can tell: its GPU and firmware; and its kernel's journal, which no container has.
     journal = {rule.name for rule in rules() if rule.looks == "kernel_log"}
-    of_a_spark = {"gpu-driver", "driver-mismatch", "firmware"}
+    of_a_spark = {"gpu-driver", "gpu-slowdown", "driver-mismatch", "firmware"}
     assert {name for name, verdict in verdicts.items() if verdict == "skip"} == journal | of_a_spark
 
 
