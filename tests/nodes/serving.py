@@ -209,7 +209,7 @@ def life_says(node: FreshNode, words: str, since: float, within: float = 120) ->
     """Wait until the proof of life has said this in systemd's journal since a time; return the last such line."""
     deadline = time.monotonic() + within
     while True:
-        said = node.run("journalctl", "-u", LIFE, "-o", "cat", "--no-pager", f"--since=@{since:.0f}").stdout
+        said = node.run("journalctl", "-u", LIFE, "-o", "cat", "--no-pager", f"--since=@{since:.6f}").stdout
         if found := [line for line in said.splitlines() if words in line]:
             return str(found[-1])
         assert time.monotonic() < deadline, (words, said, journal(node))

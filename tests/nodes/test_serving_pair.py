@@ -155,25 +155,27 @@ def test_life_with_a_full_disk_restarts_both_ranks_when_the_workers_is_stopped(p
     pair.head.run("systemctl", "stop", LIFE)
     before, since = [main_pid(node) for node in pair.nodes.values()], time.time()
     pair.head.run("mount", "-t", "tmpfs", "-o", "size=16k,mode=755", "full", "/var/lib/vllm-life")
-    pair.head.run("sh", "-c", "cat /dev/zero > /var/lib/vllm-life/zeros || true")
-    pair.head.run("systemctl", "start", LIFE)
-    life_says(pair.head, "watching vllm.service", since)
-    pair.worker.run("pkill", "--full", "VLLM::Worker", "--signal", "STOP")
-    life_says(
-        pair.head, "the evidence could not be saved: No space left on device (/var/lib/vllm-life/evidence)", since
-    )
-    life_says(pair.head, "vllm.service was restarted; ", since)
-    until_it_serves(pair.head, "head")
-    for node, pid in zip(pair.nodes.values(), before, strict=True):
-        assert main_pid(node) != pid
-    of_the_worker = journal(pair.worker, 2000)
-    assert "sparkinstall: vLLM on the head 192.0.2.1 has ended" in of_the_worker
-    assert re.search(r"sparkinstall: until then VLLM::Worker\S* \(pid \d+\) was T \(stopped\)", of_the_worker)
-    assert run_step(pair.worker, "plan", "worker")["outcome"] == "unchanged"
-    wedge = life_state(pair.head)["wedges"][-1]
-    assert wedge["trouble"] == "the evidence could not be saved: No space left on device"
-    pair.head.run("umount", "--lazy", "/var/lib/vllm-life")
-    pair.head.run("systemctl", "restart", LIFE)
+    try:
+        pair.head.run("sh", "-c", "cat /dev/zero > /var/lib/vllm-life/zeros || true")
+        pair.head.run("systemctl", "start", LIFE)
+        life_says(pair.head, "watching vllm.service", since)
+        pair.worker.run("pkill", "--full", "VLLM::Worker", "--signal", "STOP")
+        life_says(
+            pair.head, "the evidence could not be saved: No space left on device (/var/lib/vllm-life/evidence)", since
+        )
+        life_says(pair.head, "vllm.service was restarted; ", since)
+        until_it_serves(pair.head, "head")
+        for node, pid in zip(pair.nodes.values(), before, strict=True):
+            assert main_pid(node) != pid
+        of_the_worker = journal(pair.worker, 2000)
+        assert "sparkinstall: vLLM on the head 192.0.2.1 has ended" in of_the_worker
+        assert re.search(r"sparkinstall: until then VLLM::Worker\S* \(pid \d+\) was T \(stopped\)", of_the_worker)
+        assert run_step(pair.worker, "plan", "worker")["outcome"] == "unchanged"
+        wedge = life_state(pair.head)["wedges"][-1]
+        assert wedge["trouble"] == "the evidence could not be saved: No space left on device"
+    finally:
+        pair.head.run("umount", "--lazy", "/var/lib/vllm-life")
+        pair.head.run("systemctl", "restart", LIFE)
 
 
 def test_life_restarts_a_pair_whose_link_passes_one_way_only(pair: ServingNodes) -> None:
