@@ -1,6 +1,5 @@
 """`sparkinstall bench`: how fast the served model is, and what made the numbers."""
 
-import errno
 import os
 import sys
 import time
@@ -17,12 +16,12 @@ from msgspec import UNSET, Struct, UnsetType
 from rich.text import Text
 from typer.core import TyperGroup
 
-from sparkinstall.cli import options
-from sparkinstall.cli.run_command import CommandResult, Output, agree_to_replace, problem_of, verb
+from sparkinstall.cli import options, output_file
+from sparkinstall.cli.run_command import CommandResult, Output, problem_of, verb
 from sparkinstall.cli.text_output import console, headed, show_line, shown
 from sparkinstall.core.ask import server_of
 from sparkinstall.core.session import Target, open_session
-from sparkinstall.errors import BadUsage, Exit, Problem, Storage, storage_problem
+from sparkinstall.errors import BadUsage, Exit, Problem, Storage
 from sparkinstall.given import absolute
 from sparkinstall.measure import bench as use
 from sparkinstall.measure import rounds
@@ -30,10 +29,10 @@ from sparkinstall.measure.compare import Change, Comparison, compare, require_co
 from sparkinstall.measure.report import html, markdown, number, percent
 from sparkinstall.measure.results import LevelResult, Note, Percentiles, ScenarioResult
 from sparkinstall.schema import either, show
-from sparkinstall.system.local import replace_file
 
 _MOST_AT_ONCE, _MOST_REQUESTS = 1024, 10000
 _SEED = 1 << 31
+_ENDING = ".json"
 _FEW_FOR_P99 = 100
 # Of the cores: vLLM itself keeps one or two busy while it waits.
 _LOADED = 0.5
@@ -155,7 +154,8 @@ def run(
         limit=limit,
         python=str(_python(python)) if python else "",
     )
-    path = _place(file, yes)
+    named = file or Path(time.strftime("sparkinstall-bench-%Y%m%d-%H%M%S.json"))
+    path = output_file.choose(named, _ENDING, agreed=yes)
     session = open_session(target)
     bench = use.Bench(session, server_of(session, url, key_file), asked, model or "")
     try:
@@ -177,9 +177,9 @@ def _ended_early(bench: use.Bench, problem: Problem, path: Path, verbose: bool) 
 
 def _kept(found: use.Benchmark, path: Path, problems: tuple[Problem, ...], verbose: bool) -> CommandResult:
     try:
-        replace_file(str(path), msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n", 0o644)
-    except OSError as error:
-        problems = (*problems, _unwritable(path, error))
+        output_file.write(path, _ENDING, msgspec.json.format(msgspec.json.encode(found), indent=1) + b"\n")
+    except Storage as problem:
+        problems = (*problems, problem)
     if found.wrong and not problems:
         problems = (
             use.BenchFailed(
@@ -285,14 +285,11 @@ def report(
 ) -> CommandResult:
     """Write one page of records, with plots: HTML that loads nothing from a network, or Markdown."""
     named = _named(record)
-    path = _place(file or Path(f"{named[0][0].rpartition('/')[2]}.html"), yes, ".html")
+    path = output_file.choose(file or Path(f"{named[0][0].rpartition('/')[2]}.html"), ".html", agreed=yes)
     if path.suffix not in _PAGES:
         raise BadUsage(f"{path} is neither .html nor .md", hint="name the page so: `--output FILE.html`")
     text = _PAGES[path.suffix](named, _comparisons(named, anyway))
-    try:
-        replace_file(str(path), text.encode(), 0o644)
-    except OSError as error:
-        raise _unwritable(path, error, path.suffix) from error
+    output_file.write(path, path.suffix, text.encode())
     return CommandResult(data=Reported(str(path)), show=lambda: print(f"✓ {path}"))
 
 
@@ -324,30 +321,6 @@ def _python(file: Path) -> Path:
     if not os.access(path, os.X_OK) or path.is_dir():
         raise BadUsage(f"--python {path} is no program", hint="name one such as /opt/venv/bin/python")
     return path
-
-
-def _place(output: Path | None, yes: bool, ending: str = ".json") -> Path:
-    """Return the path of a file, after confirmation, before the work begins.
-
-    Raises:
-        BadUsage: the path cannot be a file, or exists.
-        Storage: this user may not write to the folder.
-    """
-    path = absolute(output or time.strftime("sparkinstall-bench-%Y%m%d-%H%M%S.json"), "--output")
-    if not path.parent.is_dir():
-        raise BadUsage(f"there is no folder {path.parent}", hint=f"create it first: mkdir -p {path.parent}")
-    if path.is_dir() or (path.exists() and not path.is_file()):
-        raise BadUsage(f"{path} is not a file", hint=f"name the file itself: `--output FILE{ending}`")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise _unwritable(path, PermissionError(errno.EACCES, "Permission denied"), ending)
-    agree_to_replace(path, ending, agreed=yes)
-    return path
-
-
-def _unwritable(path: Path, error: OSError, ending: str = ".json") -> Storage:
-    # Without the error's file name: it is that of the temporary file.
-    hint = f"choose a folder that you can write to: `--output FILE{ending}`"
-    return storage_problem(OSError(error.errno, error.strerror), f"writing {path}", hint)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """`sparkinstall bundle`: one file with which a node without a network is set up."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -18,14 +17,13 @@ from sparkinstall import stacks
 from sparkinstall.bundle import checked, models
 from sparkinstall.bundle.changes import Change, Changes, changes
 from sparkinstall.bundle.create import Order, create, require_locked
-from sparkinstall.cli import options
+from sparkinstall.cli import options, output_file
 from sparkinstall.cli.live_output import watching
-from sparkinstall.cli.run_command import CommandResult, Output, agree_to_replace, verb
+from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, headed
 from sparkinstall.core.session import Target, described
 from sparkinstall.errors import BadUsage
 from sparkinstall.events import Progressed
-from sparkinstall.given import absolute
 from sparkinstall.node import Node
 from sparkinstall.payloads.bundle_archive import Manifest
 
@@ -36,7 +34,6 @@ app = typer.Typer(
 )
 
 _SPARK = "aarch64"
-_NAME_IT = "name the bundle itself: `--output FILE.tar`"
 
 Nodes = Annotated[
     int, options.choice(min=1, metavar="NUMBER", help="For how many nodes: 2 and more also get nccl-tests.")
@@ -108,7 +105,7 @@ def create_(
     require_locked(node)
     models.require_names(wanted := tuple(model or ()))
     older = _older(since, node) if since else None
-    place = _place(file or Path(f"sparkinstall-{node.stack.name}-{node.platform}.tar"), yes)
+    place = output_file.choose(file or Path(f"sparkinstall-{node.stack.name}-{node.platform}.tar"), ".tar", agreed=yes)
     with watching(output.verbose) as emit:
         manifest = create(Order(node, nodes, older, wanted), place, emit)
     made = Described.of(place, manifest)
@@ -149,23 +146,6 @@ def _older(since: Path, node: Node) -> Manifest:
             hint=f"name an older bundle for {node.platform}, or leave out --since",
         )
     return older
-
-
-def _place(named: Path, yes: bool) -> Path:
-    """Return where to write a bundle, after confirmation, before the work begins.
-
-    Raises:
-        BadUsage: the path cannot be a file, or exists.
-    """
-    if str(named) == "-":
-        raise BadUsage("a bundle is written to a file, not to stdout", hint=_NAME_IT)
-    path = absolute(named, "--output")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        raise BadUsage(f"no file can be written to the folder {path.parent}", hint="name another one with --output")
-    if path.is_dir() or (os.path.lexists(path) and not path.is_file()):
-        raise BadUsage(f"{path} is not a file", hint=_NAME_IT)
-    agree_to_replace(path, ".tar", agreed=yes)
-    return path
 
 
 def _show_made(made: Described) -> None:

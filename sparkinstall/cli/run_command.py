@@ -1,13 +1,11 @@
 """The frame around every verb: shared options, error messages, JSON, exit codes, Ctrl-C."""
 
 import inspect
-import os
 import resource
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter
-from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -174,21 +172,6 @@ def confirm(question: str, *, agreed: bool, default: bool) -> None:
         raise BadUsage("there is no terminal to ask on", hint="add `--yes` to confirm")
     if not typer.confirm(question, default=default):
         raise Interrupted("cancelled; nothing was changed")
-
-
-def agree_to_replace(path: Path, ending: str, *, agreed: bool) -> None:
-    """Ask before an existing file is replaced, unless already `agreed`. `ending`: that of the file's name.
-
-    Raises:
-        BadUsage: there is no terminal to ask on.
-        Interrupted: the answer is no.
-    """
-    if not os.path.lexists(path):
-        return
-    if not (agreed or sys.stdin.isatty()):
-        way_out = f"add `--yes` to replace it, or name another file: `--output FILE{ending}`"
-        raise BadUsage(f"{path} already exists", hint=way_out)
-    confirm(f"{path} already exists. Replace it?", agreed=agreed, default=False)
 
 
 def _complete(problem: Problem, reads_only: bool) -> None:

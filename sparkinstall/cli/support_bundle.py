@@ -1,7 +1,5 @@
 """`sparkinstall support-bundle`: one masked archive for an issue. Nothing is sent anywhere."""
 
-import errno
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -10,23 +8,22 @@ from msgspec import Struct
 from rich.table import Table
 from rich.text import Text
 
-from sparkinstall.cli import options
-from sparkinstall.cli.run_command import CommandResult, Output, agree_to_replace, verb
+from sparkinstall.cli import options, output_file
+from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console
 from sparkinstall.core.session import Target, open_state
 from sparkinstall.core.verify import VerifyOptions
-from sparkinstall.errors import BadUsage, Problem, Storage, storage_problem
-from sparkinstall.given import absolute
+from sparkinstall.errors import Problem
 from sparkinstall.support import bundle, identity
 from sparkinstall.support.mask import Mask
 from sparkinstall.support.results import results
-from sparkinstall.system.local import replace_file
 
 Archive = Annotated[
     Path | None,
     options.output("--output", "-o", metavar="FILE", help="The archive, a .tar.gz; default: in the current folder."),
 ]
 _LARGEST = 25_000_000
+_ENDING = ".tar.gz"
 
 
 class PackedMember(Struct, frozen=True):
@@ -53,7 +50,8 @@ def support_bundle(
     """Pack facts, journal, logs and a `verify` into one archive for an issue, masked; nothing is sent."""
     del output
     chosen = VerifyOptions(level=options.known_level(level))
-    path = _place(archive, yes)
+    named = archive or Path(time.strftime("sparkinstall-support-%Y%m%d-%H%M%S.tar.gz"))
+    path = output_file.choose(named, _ENDING, agreed=yes)
     on = open_state(target).system
     mask = Mask(identity.known(on))
     found = results(target, chosen, on)
@@ -64,38 +62,11 @@ def support_bundle(
     return CommandResult(data=packed, show=lambda: _show(packed))
 
 
-def _place(output: Path | None, yes: bool) -> Path:
-    """Return the path of the archive, after confirmation, before the work begins.
-
-    Raises:
-        BadUsage: the path cannot be a file, or exists.
-        Storage: this user may not write to the folder.
-    """
-    path = absolute(output or time.strftime("sparkinstall-support-%Y%m%d-%H%M%S.tar.gz"), "--output")
-    if not path.parent.is_dir():
-        raise BadUsage(f"there is no folder {path.parent}", hint=f"create it first: mkdir -p {path.parent}")
-    if path.is_dir() or (path.exists() and not path.is_file()):
-        raise BadUsage(f"{path} is not a file", hint="name the archive itself: `--output FILE.tar.gz`")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise _unwritable(path, PermissionError(errno.EACCES, "Permission denied"))
-    agree_to_replace(path, ".tar.gz", agreed=yes)
-    return path
-
-
 def write_bundle(path: Path, data: bytes) -> int:
     if len(data) > _LARGEST:
         raise Problem(f"the archive would have {len(data) / 1e6:.0f} MB, too much for an issue", hint="report this")
-    try:
-        replace_file(str(path), data, 0o600)
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    output_file.write(path, _ENDING, data, 0o600)
     return len(data)
-
-
-def _unwritable(path: Path, error: OSError) -> Storage:
-    # Without the error's file name: it is that of the temporary file.
-    hint = "choose a folder that you can write to: `--output FILE.tar.gz`"
-    return storage_problem(OSError(error.errno, error.strerror), f"writing {path}", hint)
 
 
 def _show(packed: Packed) -> None:
