@@ -48,10 +48,10 @@ def main(url: str) -> None:
 
 def _round(name: str, url: str) -> tuple[str, ...]:
     alone = _share(lambda: _of_server(url))
-    with _view(url) as pid:
+    with viewed("--url", url) as pid:
         time.sleep(WARM_UP)
         before = _of_server(url)
-        view = _share(lambda: _of_process(pid))
+        view = _share(lambda: of_process(pid))
         beside = (_of_server(url) - before) / SECONDS
     return name, *(f"{share:.2%}" for share in (view, alone, beside))
 
@@ -63,7 +63,7 @@ def _share(read: Callable[[], float]) -> float:
     return (read() - before) / (time.monotonic() - began)
 
 
-def _of_process(pid: int) -> float:
+def of_process(pid: int) -> float:
     """Seconds of a process and of the programs that it has run and waited for."""
     fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
@@ -82,12 +82,12 @@ def _metrics(url: str) -> str:
 
 
 @contextmanager
-def _view(url: str) -> Iterator[int]:
+def viewed(*options: str) -> Iterator[int]:
     """Run the verb on a terminal that is read all the time; its pid."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
-    argv = [sys.executable, "-m", "sparkinstall", "watch", "--url", url]
-    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TERM": "xterm-256color"}
+    argv = [sys.executable, "-m", "sparkinstall", "watch", *options]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(REPOSITORY), *sys.path[1:])), "TERM": "xterm-256color"}
     with subprocess.Popen(argv, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
         threading.Thread(target=_drain, args=(ours,), daemon=True).start()
