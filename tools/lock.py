@@ -1,6 +1,7 @@
 """Regenerate the locks of stacks from their YAML files: a maintainer's tool, run from the repository's root.
 
     PYTHONPATH=. python tools/lock.py                 # every shipped stack
+    PYTHONPATH=. python tools/lock.py --tool          # sparkinstall's own, from pyproject.toml
     PYTHONPATH=. python tools/lock.py 0.22.1 tests/lab/stacks/lab-full.yaml
     PYTHONPATH=. python tools/lock.py --check         # write nothing, exit 1 if a lock differs
 
@@ -11,15 +12,20 @@ address of that index is in a lock. Two runs give the same bytes: what a stack d
 Only wheels that fit the stack's Python and the architecture (glibc 2.39: Ubuntu 24.04) are listed, so a lock has some
 200 hashes instead of 4,500. Wheels that a stack names by address are copied from the YAML file: uv resolves the same
 public version of the index in their place, with the pins under `needs` added.
+
+sparkinstall's own locks, requirements.lock and requirements-dev.lock, are for every platform. What they have stays as
+long as it fits pyproject.toml, so that a new requirement changes nothing else; without the file all is the newest.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 
 from uv import find_uv_bin
@@ -27,15 +33,23 @@ from uv import find_uv_bin
 from sparkinstall.stacks import Pin, Platform, Stack, StackError, load, names, render_lock
 
 GLIBC = "manylinux_2_39"
+REPOSITORY = Path(__file__).resolve().parents[1]
+# What an installation from a checkout builds with, besides the build system that pyproject.toml names.
+EDITABLE = "editables"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Regenerate the locks of stacks from their YAML files.")
     parser.add_argument("stacks", nargs="*", metavar="STACK", help="a shipped stack's name, or a YAML file")
+    parser.add_argument("--tool", action="store_true", help="sparkinstall's own locks, instead of those of stacks")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a lock differs")
     arguments = parser.parse_args(argv)
     try:
-        differing = [lock for name in arguments.stacks or names() for lock in regenerate(load(name), arguments.check)]
+        if arguments.tool:
+            differing = written(stale_own(REPOSITORY), arguments.check)
+        else:
+            chosen = arguments.stacks or names()
+            differing = [lock for name in chosen for lock in regenerate(load(name), arguments.check)]
     except StackError as error:
         print(error, file=sys.stderr)
         return 1
@@ -47,7 +61,11 @@ def regenerate(stack: Stack, check: bool) -> list[Path]:
 
     Raises StackError when uv finds no solution.
     """
-    differing = stale(stack)
+    return written(stale(stack), check)
+
+
+def written(differing: Mapping[Path, str], check: bool) -> list[Path]:
+    """Write the new texts of locks (or only name them); return their paths."""
     for lock, text in differing.items():
         print(f"{lock.name}: {'differs' if check else 'written'}", file=sys.stderr)
         if not check:
@@ -61,6 +79,28 @@ def stale(stack: Stack) -> dict[Path, str]:
     return {
         lock: text for lock, text in generated.items() if not lock.exists() or lock.read_text(encoding="utf-8") != text
     }
+
+
+def stale_own(root: Path) -> dict[Path, str]:
+    """The locks of the sparkinstall in `root` that differ, each with its new text. Raises StackError as above."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    builds = "".join(f"{each}\n" for each in (EDITABLE, *project["build-system"]["requires"]))
+    python = project["project"]["requires-python"].removeprefix(">=")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        (wanted := Path(folder, "build.in")).write_text(builds, encoding="utf-8")
+        for name, more in (("requirements.lock", (str(wanted),)), ("requirements-dev.lock", ("--group", "dev"))):
+            lock, new = root / name, Path(folder, name)
+            if lock.exists():
+                shutil.copy(lock, new)
+            argv = [find_uv_bin(), "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--no-header"]
+            argv += ["--no-annotate", "--python", sys.executable, "--python-version", python, "--output-file", str(new)]
+            argv += ["pyproject.toml", *more]
+            done = subprocess.run(argv, cwd=root, check=False, capture_output=True, text=True)
+            if done.returncode:
+                raise StackError(f"uv finds no solution for {name}:\n{done.stderr.strip()}")
+            found[lock] = new.read_text(encoding="utf-8")
+    return {lock: text for lock, text in found.items() if not lock.exists() or lock.read_text("utf-8") != text}
 
 
 def lock_text(stack: Stack, platform: Platform) -> str:

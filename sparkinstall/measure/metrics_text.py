@@ -3,9 +3,10 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 from msgspec import Struct, field
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from sparkinstall.facts import vllm
 from sparkinstall.facts.vllm import Metric
@@ -13,9 +14,7 @@ from sparkinstall.facts.vllm import Metric
 Buckets = Mapping[str, float]
 """How many observations are not above a bound, by the bound in seconds as it is written: `0.5`, ..., `+Inf`."""
 
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
-_ESCAPED = re.compile(r"\\(.)")
-_INFINITE = "+Inf"
+_NAME = re.compile(r"[\w:]+")
 _NUMBERS = {**vllm.GAUGES, **vllm.COUNTERS, **vllm.OF_SPECULATION}
 
 
@@ -31,17 +30,9 @@ class Told(Struct, frozen=True):
     models: tuple[str, ...] = ()
 
 
-class Line(NamedTuple):
-    """One sample of the format."""
-
-    name: str
-    labels: Mapping[str, str]
-    value: float
-
-
 def told(text: str) -> Told:
     """Return what a text of /metrics tells; values of several engines are one. Lines that make no sense are left."""
-    kept: dict[str, list[Line]] = {}
+    kept: dict[str, list[Sample]] = {}
     for line in wanted(text):
         kept.setdefault(line.name, []).append(line)
     values = {key: _together(lines, metric) for key, metric in _NUMBERS.items() if (lines := _of(kept, metric))}
@@ -53,21 +44,21 @@ def told(text: str) -> Told:
     return Told(values, histograms, started, tuple(each for each in models if each))
 
 
-def _of(kept: Mapping[str, list[Line]], metric: Metric, suffix: str = "") -> list[Line]:
+def _of(kept: Mapping[str, list[Sample]], metric: Metric, suffix: str = "") -> list[Sample]:
     return next((lines for name in metric.names if (lines := kept.get(name + suffix))), [])
 
 
-def _together(lines: Iterable[Line], metric: Metric) -> float:
+def _together(lines: Iterable[Sample], metric: Metric) -> float:
     numbers = [line.value for line in lines]
     return max(numbers) if metric.together == "max" else sum(numbers)
 
 
-def _buckets(lines: Iterable[Line]) -> Buckets:
+def _buckets(lines: Iterable[Sample]) -> Buckets:
     found: dict[str, float] = {}
     for line in lines:
-        bound = line.labels.get("le", "")
+        bound = line.labels["le"]
         found[bound] = found.get(bound, 0.0) + line.value
-    return {bound: found[bound] for bound in sorted(found, key=_number)}
+    return {bound: found[bound] for bound in sorted(found, key=float)}
 
 
 _WANTED = frozenset((
@@ -77,25 +68,23 @@ _WANTED = frozenset((
 ))  # fmt: skip
 
 
-def wanted(text: str) -> Iterator[Line]:
-    """Yield the samples that are wanted: a text has thousands of others."""
-    for line in text.splitlines():
-        name = line.partition(" ")[0].partition("{")[0]
-        if name not in _WANTED:
-            continue
-        labels, _, rest = line[len(name) :].rpartition("}")
-        value = _number((rest.split() or [""])[0])
-        if not math.isnan(value):
-            yield Line(name, {key: _ESCAPED.sub(_plain, said) for key, said in _LABEL.findall(labels)}, value)
+def wanted(text: str) -> Iterator[Sample]:
+    """Yield the samples that are wanted and have a number. A text has thousands of others, which are not parsed."""
+    for line in text.split("\n"):
+        name = _NAME.match(line)
+        if name and name[0] in _WANTED and (sample := _parsed(line)):
+            yield sample
 
 
-def _plain(escaped: re.Match[str]) -> str:
-    return "\n" if escaped[1] == "n" else escaped[1]
+def _parsed(line: str) -> Sample | None:
+    """Return the sample of a line, None if it is none, or if its value is unknown (NaN) or its bucket has no bound.
 
-
-def _number(word: str) -> float:
-    """Return a number of the format, NaN if it is none: Prometheus writes NaN for an unknown value."""
+    A line by itself: of a whole text the library yields nothing after one that makes no sense.
+    """
     try:
-        return math.inf if word == _INFINITE else float(word)
-    except ValueError:
-        return math.nan
+        (family,) = text_string_to_metric_families(line)
+        (sample,) = family.samples
+        numbers = [float(sample.value), *([float(sample.labels["le"])] if sample.name.endswith("_bucket") else ())]
+    except (ValueError, LookupError, OverflowError):
+        return None
+    return None if any(map(math.isnan, numbers)) else sample._replace(value=numbers[0])

@@ -25,7 +25,7 @@ FLOORS = (
 )
 HEIGHT = {name: len(FLOORS) - at for at, names in enumerate(FLOORS) for name in names}
 TOUCHING = ("sparkinstall.system.local", "sparkinstall.system.processes", "sparkinstall.journal")
-KEPT_IN = {"plumbum": "system", "typer": "cli", "click": "cli", "rich": "cli"}
+KEPT_IN = {"plumbum": "system", "typer": "cli", "click": "cli", "rich": "cli", "prometheus_client": "measure"}
 
 MODULES = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py"))
 

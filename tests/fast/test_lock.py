@@ -42,6 +42,38 @@ def test_lock_without_a_solution_fails(stack: Path, capsys: pytest.CaptureFixtur
     assert "uv finds no solution for tiny on aarch64" in capsys.readouterr().err
 
 
+PROJECT = """
+[build-system]
+requires = []
+[project]
+name = "mine"
+version = "1"
+requires-python = ">=3.11"
+dependencies = ["vllm"]
+[dependency-groups]
+dev = ["torch"]
+"""
+
+
+def test_own_locks_are_made_of_pyproject_and_keep_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = tiny_stack(tmp_path / "stack", more_packages=("editables", "torch"))
+    for name, value in no_index(stack).items():
+        monkeypatch.setenv(name, value)
+    (root := tmp_path / "mine").mkdir()
+    (root / "pyproject.toml").write_text(PROJECT)
+    made = lock.stale_own(root)
+    pins = {file.name: [line.split()[0] for line in text.splitlines() if "==" in line] for file, text in made.items()}
+    assert pins == {
+        "requirements.lock": ["editables==1", "vllm==0.18.1"],
+        "requirements-dev.lock": ["torch==1", "vllm==0.18.1"],
+    }
+    assert lock.written(made, check=True) == list(made) and not (root / "requirements.lock").exists()
+    lock.written(made, check=False)
+    assert lock.stale_own(root) == {}
+    (root / "requirements.lock").write_text(OTHER)
+    assert list(lock.stale_own(root)) == [root / "requirements.lock"]
+
+
 def test_upstream_with_another_resolution_names_the_lock(stack: Path) -> None:
     assert list(upstream.stale_locks([str(stack)])) == []
     stack.with_name("tiny.lock").write_text(OTHER)

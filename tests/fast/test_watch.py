@@ -5,6 +5,7 @@ that runs.
 """
 
 import json
+import math
 import signal
 import subprocess
 import time
@@ -17,12 +18,15 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
 
 from sparkinstall.cli.watch_view import words
 from sparkinstall.facts.gpu import LiveGpu
 from sparkinstall.measure import histogram
 from sparkinstall.measure.advice import advice, rules
-from sparkinstall.measure.metrics_text import Told, told
+from sparkinstall.measure.metrics_text import Told, told, wanted
 from sparkinstall.measure.readings import Readings, Window
 from sparkinstall.measure.rounds import Slo
 from sparkinstall.measure.samples import Machine, Sample, Sampler, Source
@@ -87,9 +91,38 @@ def test_told_makes_one_of_several_engines() -> None:
     assert found.histograms["ttft"] == {"0.5": 5}
 
 
-@pytest.mark.parametrize("line", ["vllm:num_requests_running", "vllm:num_requests_running{} NaN", "\0{", "{} 1", "# x"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("vllm:num_requests_running", "vllm:num_requests_running{} NaN", "\0{", "{} 1", "# x", "# TYPE vllm:x"),
+        *('vllm:num_requests_running{a="b} 1', 'vllm:num_requests_running{a="1", ="2"} 1'),
+        *("vllm:num_requests_running 1_0", f"vllm:num_requests_running 1{'0' * 400}"),
+        *("vllm:time_to_first_token_seconds_bucket 3", 'vllm:time_to_first_token_seconds_bucket{le="x"} 3'),
+    ],
+)
 def test_told_leaves_what_makes_no_sense(line: str) -> None:
-    assert told(f"{line}\nvllm:num_requests_waiting 2 1395066363000\n").values == {"waiting": 2}
+    found = told(f"{line}\nvllm:num_requests_waiting 2 1395066363000\n")
+    assert (found.values, found.histograms) == ({"waiting": 2}, {})
+
+
+@given(st.text(st.sampled_from('ab="{},\\ \t\n+-.1eNInfle_#\u2028\r'), max_size=60))
+def test_told_never_fails_and_loses_no_other_line(rest: str) -> None:
+    found = told(f"vllm:time_to_first_token_seconds_bucket{rest}\nvllm:num_requests_waiting 2\n")
+    assert found.values == {"waiting": 2}
+    assert all(not math.isnan(float(bound)) for bound in found.histograms.get("ttft", {}))
+
+
+def test_told_is_what_the_library_reads_of_the_whole_text() -> None:
+    """Families with their HELP and TYPE, `_created` and all; ours asks for single lines."""
+    text = LOAD.read_text()
+    names = {each.name for each in wanted(text)}
+    whole = [each for family in text_string_to_metric_families(text) for each in family.samples if each.name in names]
+    assert list(wanted(text)) == whole and len(whole) > 70
+
+
+def test_told_keeps_infinity_of_a_bound_and_of_a_value() -> None:
+    found = told('vllm:time_to_first_token_seconds_bucket{le="+Inf"} 7\nvllm:kv_cache_usage_perc +Inf\n')
+    assert (found.histograms["ttft"], found.values["kv_cache"]) == ({"+Inf": 7}, math.inf)
 
 
 def test_told_reads_names_with_quotes_and_braces() -> None:

@@ -276,28 +276,6 @@ def _buckets_apart(node: FreshNode) -> dict[tuple[str, int], int]:
     return apart
 
 
-SAME = """
-import urllib.request
-from prometheus_client.parser import text_string_to_metric_families
-from sparkinstall.measure.metrics_text import wanted
-
-text = urllib.request.urlopen("http://127.0.0.1:8000/metrics", timeout=60).read().decode()
-ours = [(each.name, sorted(each.labels.items()), each.value) for each in wanted(text)]
-names = {name for name, _, _ in ours}
-theirs = [each for family in text_string_to_metric_families(text) for each in family.samples if each.name in names]
-assert ours == [(each.name, sorted(each.labels.items()), each.value) for each in theirs], (ours, theirs)
-print(len(ours))
-"""
-
-
-def test_watch_reads_metrics_as_the_library_does_that_wrote_them(node: FreshNode, served: str) -> None:
-    """Prometheus' client is in vLLM's environment; it takes 16 times as long."""
-    del served
-    _, env = _command()
-    count = node.run(f"{PREFIX}/venv/bin/python", "-P", "-c", SAME, user="spark", env=env, timeout=120).stdout
-    assert int(count) > 70
-
-
 def test_serve_of_an_incomplete_snapshot_without_a_hub_names_its_files_and_changes_nothing(
     node: FreshNode, served: str
 ) -> None:

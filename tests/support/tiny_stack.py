@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.support.wheel_member import wheel_member
@@ -33,11 +33,20 @@ _REAL = {**dict(zip(_READ, _READ, strict=True)), "vllm/_C.abi3.so": "vllm/_flash
 _X86_64 = "x86_64-manylinux_2_39"
 
 
-def tiny_stack(folder: Path, *, hash_is_right: bool = True, locked: bool = True, more: bytes = b"") -> Path:
+def tiny_stack(
+    folder: Path,
+    *,
+    hash_is_right: bool = True,
+    locked: bool = True,
+    more: bytes = b"",
+    more_packages: Sequence[str] = (),
+) -> Path:
     """The stack's YAML file in `folder`, its wheel and lock beside it.
 
-    `more`: content of the wheel's module that is not in RECORD.
+    `more`: content of the wheel's module that is not in RECORD. `more_packages`: empty ones, of which it needs none.
     """
+    for package in more_packages:
+        _wheel(folder, package, "1", {f"{package}.py": b""})
     digest = _wheel(folder, "vllm", "0.18.1", {_MODULE: b""}, {_MODULE: more})
     return _stack(folder, {"vllm==0.18.1": digest if hash_is_right else "0" * 64}, locked)
 
