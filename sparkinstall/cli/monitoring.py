@@ -24,6 +24,10 @@ Hosts = Annotated[
 Workers = Annotated[
     list[str] | None, typer.Option("--worker", metavar="HOST", help="A node without an API; may be repeated.")
 ]
+KeyFile = Annotated[
+    str | None,
+    typer.Option("--key-file", metavar="FILE", help="The API's key, in a file that Prometheus may read."),
+]
 SloText = Annotated[str, typer.Option("--slo", metavar="LIMITS", help="Limits of the 95th percentiles for alerts.")]
 
 
@@ -46,9 +50,10 @@ def render(
     what: What,
     hosts: Hosts = None,
     worker: Workers = None,
+    key_file: KeyFile = None,
     slo: SloText = "ttft=500ms,itl=250ms",
 ) -> CommandResult:
     """Print the configuration of Prometheus, or its rules: percentiles to record, and the alerts of `watch`."""
     port, heads = open_session(target).node.config.serving.port, hosts or ["127.0.0.1"]
-    text = scrape_config(heads, worker or (), port) if what == "scrape" else rule_file(slo_of(slo, 95))
+    text = scrape_config(heads, worker or (), port, key_file or "") if what == "scrape" else rule_file(slo_of(slo, 95))
     return CommandResult(data=Rendered(text), show=lambda: print(text, end=""))

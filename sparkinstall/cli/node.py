@@ -15,7 +15,6 @@ from sparkinstall.cluster.protocol import Confirmed, Reached, Reply
 from sparkinstall.core.models import listed
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.errors import Exit
-from sparkinstall.measure.samples import Sampler, source_of
 from sparkinstall.probes.bandwidth import SECONDS, known
 from sparkinstall.resources import rollback
 from sparkinstall.schema import show
@@ -158,7 +157,7 @@ def ask(
 @_command
 def watch(target: Target, _: Output, interval: Annotated[float, typer.Argument(min=0.2)]) -> CommandResult:
     """Announce a sample of this node on stderr at each interval."""
-    watching.announce_samples(Sampler(source_of(open_session(target))), interval)
+    watching.announce_samples(watching.own_sampler(open_session(target)), interval)
     return CommandResult()
 
 

@@ -116,14 +116,16 @@ def _asked(
                 "this node is no head with workers", hint="name the nodes: `sparkinstall watch spark-1 spark-2`"
             )
         workers = session.node.peers
-        return len(workers) + 1, Nodes(workers, interval, Sampler(source_of(session))).samples()
+        return len(workers) + 1, Nodes(workers, interval, Sampler(_source(session, None, None))).samples()
     return 1, taken(Sampler(_source(session, url, key_file)), interval)
 
 
 def _source(session: Session, url: str | None, key_file: Path | None) -> Source:
-    if url is None:
+    if url is None and session.node.role == "worker":
         return source_of(session)
     server = server_of(session, url, key_file)
+    if url is None:
+        return source_of(session, server.key)
     host = urlsplit(server.url).hostname
     return Source(urlsplit(server.url).netloc, server.url, server.key, session.system if host in LOOPBACK else None)
 
@@ -156,10 +158,18 @@ def _kept(samples: Iterable[Sample], record: Record) -> Iterator[Sample]:
 def _once(watched: Watched, samples: Iterable[Sample]) -> CommandResult:
     for sample in samples:
         watched.take(sample)
-    troubles = [each.readings for each in watched.nodes if each.readings.trouble]
-    problems = tuple(NoMetrics(f"{each.node}: {each.trouble}", hint=_NO_METRICS) for each in troubles)
+    problems = tuple(map(_no_metrics, (each for each in watched.nodes if each.readings.trouble)))
     code = Exit.FAILED if len(problems) == len(watched.nodes) else Exit.SOME_NODES
     return CommandResult(code if problems else Exit.GOOD, _data(watched.nodes), lambda: show(watched), problems)
+
+
+def _no_metrics(of: Seen) -> NoMetrics:
+    said = next((each for each in of.advice if each.reading == "server" and each.name != "no-answer"), None)
+    return NoMetrics(
+        f"{of.readings.node}: {of.readings.trouble}",
+        cause=said.means if said else "",
+        hint=said.do if said else _NO_METRICS,
+    )
 
 
 def _live(watched: Watched, samples: Iterable[Sample], output: Output) -> CommandResult:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sparkinstall.cli.text_output import console
+from sparkinstall.errors import brief
 from sparkinstall.measure.advice import Advice, advice, limit_of
 from sparkinstall.measure.histogram import Latency, Percentile
 from sparkinstall.measure.readings import Readings, Window
@@ -120,7 +121,7 @@ def _beside(left: RenderableType, right: RenderableType) -> Table:
 def _heading(of: Readings, width: int) -> Text:
     clock = time.strftime("%H:%M:%S", time.localtime(of.at))
     window = f"last {of.seconds:.0f} s" if of.seconds else "the first sample"
-    named = Text.assemble((of.node, "bold"), "  ", ", ".join(of.models))
+    named = Text.assemble((brief(of.node), "bold"), "  ", brief(", ".join(of.models)))
     said = f"{clock}, {window}{f' ({of.note})' if of.note else ''}" if of.trouble == "" else clock
     gap = max(2, min(width, _WIDE + 20) - named.cell_len - len(said) - 1)
     return Text.assemble(named, " " * gap, (said, "dim"), "\n")
@@ -238,7 +239,9 @@ def _machine(seen: Seen) -> Table:
     grown = seen.readings.link_errors
     if grown is not None:
         count = sum(grown.values())
-        table.add_row("link", Text(f"{count:,} errors", style=seen.levels.get("link", "")), Text(", ".join(grown)))
+        table.add_row(
+            "link", Text(f"{count:,} errors", style=seen.levels.get("link", "")), Text(brief(", ".join(grown)))
+        )
     return table
 
 
@@ -257,7 +260,7 @@ def _meanings(seen: Seen, slo: Slo) -> Iterator[RenderableType]:
     for each in seen.advice:
         yield Text()
         sign = Text("✗ " if each.level == "red" else "! ", style=_COLOURS[each.level])
-        yield Text.assemble(sign, (_NAMES[each.reading], "bold"), f"  {each.found}")
+        yield Text.assemble(sign, (_NAMES[each.reading], "bold"), f"  {brief(each.found)}")
         lines = Table.grid(padding=(0, 1, 0, 0))
         lines.add_row("", each.means)
         lines.add_row(Text("→", style="dim"), each.do)
@@ -269,7 +272,7 @@ def line(seen: Seen) -> str:
     of = seen.readings
     clock = time.strftime("%H:%M:%S", time.localtime(of.at))
     if of.trouble:
-        return f"{clock} {of.node}: {of.trouble}"
+        return f"{clock} {brief(of.node)}: {brief(of.trouble)}"
     said = [f"({of.note})"] if of.note else []
     said += [f"{name} {'/'.join(map(words, (found.p50, found.p95, found.p99)))}" for key, name in _LATENCIES.items()
             if (found := getattr(of, key))]  # fmt: skip
@@ -277,4 +280,4 @@ def line(seen: Seen) -> str:
     said += [str(_number(of.running, " running")), str(_number(of.waiting, " waiting"))]
     said += [f"KV cache {of.kv_cache.now:.0%}"] if of.kv_cache else []
     said += [f"{each.level}: {_NAMES[each.reading]}: {each.found}" for each in seen.advice]
-    return f"{clock} {of.node}: {', '.join(said)}"
+    return f"{clock} {brief(of.node)}: {brief(', '.join(said))}"

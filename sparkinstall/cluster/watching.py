@@ -7,14 +7,17 @@ import queue
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from msgspec.structs import replace
 
 from sparkinstall.cluster import protocol, ssh
 from sparkinstall.cluster.protocol import announce
 from sparkinstall.cluster.remote import Member, RemoteNode
-from sparkinstall.errors import Interrupted, Problem
-from sparkinstall.measure.samples import Sample, Sampler, taken
+from sparkinstall.core.session import Session
+from sparkinstall.errors import Interrupted, NeedsRoot, Problem
+from sparkinstall.measure.samples import Sample, Sampler, source_of, taken
+from sparkinstall.probes.vllm_client import key_of
 from sparkinstall.system import processes
 
 AGAIN = 10.0
@@ -22,6 +25,15 @@ AGAIN = 10.0
 
 
 # --- on a node
+
+
+def own_sampler(session: Session) -> Sampler:
+    """Return what samples this node. Where sudo asks for a password its key cannot be read, and /metrics says so."""
+    key = ""
+    if session.node.role != "worker":
+        with suppress(NeedsRoot):
+            key, _ = key_of(session.node, session.system)
+    return Sampler(source_of(session, key))
 
 
 def announce_samples(sampler: Sampler, interval: float) -> None:

@@ -95,11 +95,11 @@ def server_of(session: Session, url: str | None, key_file: Path | None) -> Serve
         )
     key, key_from = _key(key_file)
     if not key and node.api_key:
-        key, key_from = _own_key(session)
+        key, key_from = own_key(session)
     return Server(f"http://127.0.0.1:{node.config.serving.port}", key, key_from, node.config.serving.model or "")
 
 
-def _own_key(session: Session) -> tuple[str, str]:
+def own_key(session: Session) -> tuple[str, str]:
     """Return the key of this node's API, and its file; on a terminal, ask for the password of sudo if that needs it."""
     try:
         return key_of(session.node, session.system)

@@ -100,8 +100,14 @@ def _detects(detector: Callable[[Readings, Rule, Slo], str]) -> Callable[[Readin
 
 
 @_detects
-def no_answer(of: Readings, _: Rule, __: Slo) -> str:
-    return of.trouble or ""
+def says(of: Readings, rule: Rule, _: Slo) -> str:
+    return of.trouble if of.trouble and any(word in of.trouble for word in rule.limit) else ""
+
+
+@_detects
+def no_answer(of: Readings, _: Rule, slo: Slo) -> str:
+    explained = any(says(of, each, slo) for each in rules() if each.looks == says.__name__)
+    return "" if explained or not of.trouble else of.trouble
 
 
 @_detects

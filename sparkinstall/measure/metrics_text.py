@@ -77,14 +77,15 @@ def wanted(text: str) -> Iterator[Sample]:
 
 
 def _parsed(line: str) -> Sample | None:
-    """Return the sample of a line, None if it is none, or if its value is unknown (NaN) or its bucket has no bound.
+    """Return the sample of a line, None if it is none, its value is no number (NaN, Inf) or its bucket has no bound.
 
     A line by itself: of a whole text the library yields nothing after one that makes no sense.
     """
     try:
         (family,) = text_string_to_metric_families(line)
         (sample,) = family.samples
-        numbers = [float(sample.value), *([float(sample.labels["le"])] if sample.name.endswith("_bucket") else ())]
+        value = float(sample.value)
+        bound = float(sample.labels["le"]) if sample.name.endswith("_bucket") else 0.0
     except (ValueError, LookupError, OverflowError):
         return None
-    return None if any(map(math.isnan, numbers)) else sample._replace(value=numbers[0])
+    return sample._replace(value=value) if math.isfinite(value) and not math.isnan(bound) else None

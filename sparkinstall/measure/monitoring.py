@@ -12,13 +12,18 @@ _PERCENTILES = (50, 90, 95, 99)
 _SEVERITY = {"red": "critical", "yellow": "warning"}
 
 
-def scrape_config(heads: Sequence[str], workers: Sequence[str], port: int) -> str:
-    """Return the whole configuration of a Prometheus: vLLM of `heads`, which have an API, node_exporter of all."""
+def scrape_config(heads: Sequence[str], workers: Sequence[str], port: int, key_file: str = "") -> str:
+    """Return the whole configuration of a Prometheus: vLLM of `heads`, which have an API, node_exporter of all.
+
+    `key_file`: the file with the API's key, as Prometheus sees it; "": the API asks for none.
+    """
     lines = ["global:", "  scrape_interval: 5s", "  evaluation_interval: 15s", "rule_files: [sparkinstall.rules.yml]"]
     lines.append("scrape_configs:")
     for job, hosts, at in (("vllm", heads, port), ("node", [*heads, *workers], NODE_EXPORTER)):
         targets = ", ".join(_quoted(f"{host}:{at}") for host in hosts)
         lines += [f"  - job_name: {job}", f"    static_configs: [{{targets: [{targets}]}}]"]
+        if job == "vllm" and key_file:
+            lines.append(f"    authorization: {{credentials_file: {_quoted(key_file)}}}")
     return _text(lines)
 
 

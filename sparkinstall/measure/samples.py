@@ -57,11 +57,11 @@ class Source(NamedTuple):
     of: Node | None = None
 
 
-def source_of(session: Session) -> Source:
-    """Return this node: a worker has no server. Its /metrics needs no key."""
+def source_of(session: Session, key: str = "") -> Source:
+    """Return this node: a worker has no server. An API that a network may reach tells its metrics with its key only."""
     node = session.node
     url = "" if node.role == "worker" else f"http://127.0.0.1:{node.config.serving.port}"
-    return Source(socket.gethostname(), url, on=session.system, of=node)
+    return Source(socket.gethostname(), url, key, session.system, node)
 
 
 class Sampler:

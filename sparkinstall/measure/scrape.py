@@ -12,6 +12,7 @@ from sparkinstall.downloads import certificates
 SECONDS = 5.0
 """A working server sends it within a few milliseconds."""
 MOST_BYTES = 8 << 20
+_LOCKED = (401, 403)
 
 
 class NotScraped(Exception):
@@ -36,6 +37,8 @@ def scrape(url: str, key: str = "", seconds: float = SECONDS) -> str:
         link.request("GET", "/metrics", headers={"Authorization": f"Bearer {key}"} if key else {})
         answer = link.getresponse()
         data = answer.read(MOST_BYTES + 1)
+    except ValueError as error:
+        raise NotScraped("the key has characters that a header cannot have") from error
     except (OSError, http.client.HTTPException) as error:
         raise NotScraped(_why(error, late.is_set(), seconds)) from error
     finally:
@@ -44,6 +47,8 @@ def scrape(url: str, key: str = "", seconds: float = SECONDS) -> str:
         link.close()
     if late.is_set():
         raise NotScraped(_why(TimeoutError(), True, seconds))
+    if answer.status in _LOCKED:
+        raise NotScraped(f"/metrics {'rejects the key' if key else 'asks for a key'} (HTTP {answer.status})")
     if answer.status != 200:
         raise NotScraped(f"/metrics answers HTTP {answer.status}")
     if len(data) > MOST_BYTES:

@@ -38,6 +38,12 @@ def test_scrape_config_has_an_api_on_heads_and_an_exporter_on_all() -> None:
     }
 
 
+def test_scrape_config_sends_the_key_to_the_api_alone() -> None:
+    vllm, exporter = msgspec.yaml.decode(scrape_config(["a"], [], 8000, "/etc/prometheus/key"))["scrape_configs"]
+    assert vllm["authorization"] == {"credentials_file": "/etc/prometheus/key"}
+    assert "authorization" not in exporter
+
+
 def test_rules_use_only_metrics_that_vllm_has_and_series_that_are_recorded() -> None:
     records, alerts = groups()
     text = " ".join(each["expr"] for each in (*records, *alerts))

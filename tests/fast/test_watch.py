@@ -23,6 +23,8 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from sparkinstall.cli.watch_view import words
+from sparkinstall.cluster.watching import own_sampler
+from sparkinstall.core.session import Target, open_session
 from sparkinstall.facts.gpu import LiveGpu
 from sparkinstall.measure import histogram
 from sparkinstall.measure.advice import advice, rules
@@ -96,6 +98,7 @@ def test_told_makes_one_of_several_engines() -> None:
     [
         *("vllm:num_requests_running", "vllm:num_requests_running{} NaN", "\0{", "{} 1", "# x", "# TYPE vllm:x"),
         *('vllm:num_requests_running{a="b} 1', 'vllm:num_requests_running{a="1", ="2"} 1'),
+        *("vllm:num_requests_running -Inf", 'vllm:time_to_first_token_seconds_bucket{le="1"} +Inf'),
         *("vllm:num_requests_running 1_0", f"vllm:num_requests_running 1{'0' * 400}"),
         *("vllm:time_to_first_token_seconds_bucket 3", 'vllm:time_to_first_token_seconds_bucket{le="x"} 3'),
     ],
@@ -120,9 +123,10 @@ def test_told_is_what_the_library_reads_of_the_whole_text() -> None:
     assert list(wanted(text)) == whole and len(whole) > 70
 
 
-def test_told_keeps_infinity_of_a_bound_and_of_a_value() -> None:
+def test_told_keeps_infinity_of_a_bound_and_takes_none_for_a_value() -> None:
+    """JSON has no infinity: with it a record of `watch` could not be replayed."""
     found = told('vllm:time_to_first_token_seconds_bucket{le="+Inf"} 7\nvllm:kv_cache_usage_perc +Inf\n')
-    assert (found.histograms["ttft"], found.values["kv_cache"]) == ({"+Inf": 7}, math.inf)
+    assert (found.histograms["ttft"], found.values) == ({"+Inf": 7}, {})
 
 
 def test_told_reads_names_with_quotes_and_braces() -> None:
@@ -292,8 +296,10 @@ class Silent(BaseHTTPRequestHandler):
 
 
 class Refusing(BaseHTTPRequestHandler):
+    status = 503
+
     def do_GET(self) -> None:
-        self.send_error(503)
+        self.send_error(self.status)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -309,6 +315,17 @@ def test_scrape_that_never_ends_has_a_time_limit() -> None:
 def test_scrape_reads_no_more_than_its_most() -> None:
     with listening(Endless) as url, pytest.raises(NotScraped, match="/metrics has more than 8 MiB"):
         scrape(url)
+
+
+class Locked(Refusing):
+    status = 401
+
+
+def test_scrape_tells_a_missing_key_from_a_wrong_one() -> None:
+    with listening(Locked) as url:
+        for key, said in (("", "asks for a key"), ("wrong", "rejects the key"), ("\u00e9\n", "a header cannot have")):
+            with pytest.raises(NotScraped, match=said):
+                scrape(url, key)
 
 
 def test_scrape_names_a_server_that_refuses_and_one_that_is_not_there() -> None:
@@ -374,6 +391,46 @@ def test_watch_once_fails_where_nothing_answers() -> None:
     (error,) = envelope(run)["errors"]
     assert (run.returncode, error["code"]) == (1, "no-metrics")
     assert error["message"].endswith("/metrics answers HTTP 500")
+
+
+def test_watch_of_this_node_sends_the_key_of_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    (tmp_path / "key").write_text("sesame-sesame-sesame\n")
+    with serving(LOAD.read_text()) as (state, url):
+        settings = {"model": "/srv/tiny", "port": int(url.rpartition(":")[2]), "key_file": f"{tmp_path}/key"}
+        (tmp_path / "config.yaml").write_text(json.dumps({"serving": settings}))
+        words = ("watch", "--once", "--interval", "0.2", "--config", tmp_path / "config.yaml")
+        in_this_process(*words)
+        (tmp_path / "other").write_text("another-key-of-mine\n")
+        in_this_process(*words, "--key-file", tmp_path / "other")
+        sampler = own_sampler(open_session(Target(config=tmp_path / "config.yaml")))
+        assert sampler.take().trouble == ""
+    assert state.asked == ["Bearer sesame-sesame-sesame"] * 2 + ["Bearer another-key-of-mine"] * 2 + state.asked[:1]
+
+
+def test_watch_of_a_locked_api_says_how_to_name_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with listening(Locked) as url:
+        run = in_this_process("watch", "--once", "--json", "--interval", "0.2", "--url", url)
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, "--key-file FILE" in error["hint"]) == (1, True)
+    assert error["message"].endswith("/metrics asks for a key (HTTP 401)")
+
+
+def test_watch_shows_names_of_a_server_without_obeying_them(tmp_path: Path) -> None:
+    """The name of a model is anybody's text, and so is a record."""
+    hostile = LOAD.read_text().replace("/srv/model", "/srv/\x1b[31m\x1b]0;title\x07[bold red]x[/nothing]")
+    record = tmp_path / "night.jsonl"
+    with serving(hostile) as (_, url):
+        run = in_this_process("watch", "--once", "--interval", "0.2", "--url", url, "--record", record)
+    assert r"/srv/\x1b[31m\x1b]0;title\x07[bold red]x[/nothing]" in run.stdout
+    lines = [json.loads(each) for each in record.read_text().splitlines()]
+    lines[-1] |= {"node": "spark\x1b[2J", "trouble": "hung\x1b[5m"}
+    record.write_text("".join(json.dumps(each) + "\n" for each in lines))
+    for option in ((), ("--once",)):
+        again = in_this_process("watch", "--replay", record, *option)
+        assert r"spark\x1b[2J" in again.stdout and r"hung\x1b[5m" in again.stdout
+        assert "\x1b" not in run.stdout + again.stdout + again.stderr
 
 
 def test_watch_record_is_replayed_to_the_same_view(tmp_path: Path) -> None:
