@@ -38,6 +38,7 @@ from sparkinstall.diagnose import signatures
 from sparkinstall.errors import Exit, Problem
 from sparkinstall.fixes import Fix
 from sparkinstall.measure.advice import rules
+from sparkinstall.measure.vllm_dashboards import VLLM_DASHBOARDS
 from sparkinstall.node import Node
 from sparkinstall.patches import load
 from sparkinstall.probes import LEVELS, Probe, Verdict, known_hosts, nccl_tests
@@ -524,6 +525,12 @@ def _its_verbs(command: Any) -> str:
     """Return the verbs of a group, but for those that may be left out."""
     names = [name for name in getattr(command, "commands", {}) if name not in ("run", "start")]
     return f" {'|'.join(names)}" if names else ""
+
+
+@generates("vllm dashboards")
+def _vllm_dashboards(old: str) -> str:
+    rows = ([code(name), each.has, code(each.path), code(each.sha256)] for name, each in VLLM_DASHBOARDS.items())
+    return table(old, ["name", "what it shows", "file", "sha256"], rows)
 
 
 @generates("alerts")
