@@ -112,7 +112,7 @@ def install_and_serve(target: Target, output: Output, chosen: InstallOptions, na
     session = open_session(target)
     several = chosen.verb == "multi-node"
     use.require_a_node(session) if several else use.require_one_node(session, name)
-    found = within_memory(spread(wanted(name), session.node), session.node, session.system)
+    found = within_memory(spread(wanted(name), session), session.node, session.system)
     target = replace(target, served=found.served)
     session = opened(target)
     _show_changes(session, found, output)

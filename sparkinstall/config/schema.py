@@ -94,7 +94,10 @@ class ClusterConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
     executor: Annotated[
         Literal["ray", "mp"],
-        doc("What distributes vLLM over the nodes: `ray`, or `mp` (vLLM's own processes, without Ray)."),
+        doc(
+            "What distributes vLLM over the nodes: `ray`, or `mp` (vLLM's own processes, without Ray). `--serve` "
+            "chooses `mp` where Ray is not set up yet."
+        ),
     ] = "ray"
     ray_port: Annotated[Port, doc("Ray's port on the head.")] = 6379
     master_port: Annotated[Port, doc("The rendezvous port of the processes of `mp` on the head.")] = 29501

@@ -20,10 +20,10 @@ from sparkinstall.models.files import CONFIG, Files, LocalFiles, read_object
 from sparkinstall.models.hub import cache_folder, cached, is_name
 from sparkinstall.models.layout import layout_of
 from sparkinstall.models.listing import MAIN, listing
-from sparkinstall.node import Node
 from sparkinstall.recipes import Change, Recipe, serve_options
 from sparkinstall.recipes.catalogue import shipped
 from sparkinstall.recipes.readers import recipes_of
+from sparkinstall.resources.stale_services import is_ours
 from sparkinstall.schema import show
 
 REMOTE_CODE = "--trust-remote-code"
@@ -96,11 +96,19 @@ def found(of: Named) -> Wanted:
     return _of_recipe(of, of.recipe) if of.recipe else _of_model(of.name)
 
 
-def spread(of: Wanted, node: Node) -> Wanted:
-    """Return a model without a recipe as this node and the others of its cluster serve it: spread over all of them."""
-    if of.recipe or not node.several:
+def spread(of: Wanted, session: Session) -> Wanted:
+    """Return it as this node and the others of its cluster serve it.
+
+    vLLM's own processes meet without Ray, unless this node has Ray already, or a token to join one. A model without a
+    recipe is spread over all nodes.
+    """
+    node, served = session.node, of.served
+    if not node.several:
         return of
-    return replace(of, options=replace(of.options, tensor_parallel=len(node.members)))
+    if not (node.token_file or is_ours(session.system, node.ray_unit)):
+        served = replace(served, settings={**served.settings, "cluster.executor": "mp"})
+    options = of.options if of.recipe else replace(of.options, tensor_parallel=len(node.members))
+    return replace(of, served=served, options=options)
 
 
 def named(name: str, wanted_id: str | None = None, *, trusts: bool = False) -> Named:

@@ -82,7 +82,7 @@ def prepared(target: Target, named: Named | None) -> Prepared:
     memory = most_memory(session.node, session.system)
     if named is None:
         return Prepared(memory, before)
-    what = spread(found(named), session.node)
+    what = spread(found(named), session)
     session = open_session(replace(target, served=what.served))
     require_decided(session, what.served)
     changes = (*what.changes, *overridden(session, what.served))

@@ -24,7 +24,7 @@ class StaleServices(Struct, frozen=True):
         return Drift(f"stop {', '.join(former)}: no longer required") if former else Ok()
 
     def _former(self, on: Reader) -> list[str]:
-        return [unit.name for unit in UNITS if not unit.wanted(self.node) and _is_ours(on, unit_path(unit.name))]
+        return [unit.name for unit in UNITS if not unit.wanted(self.node) and is_ours(on, unit.name)]
 
     def apply(self, on: System) -> None:
         for name in self._former(on):
@@ -43,6 +43,8 @@ class StaleServices(Struct, frozen=True):
         yield unit_path(name)
 
 
-def _is_ours(on: Reader, path: str) -> bool:
+def is_ours(on: Reader, name: str) -> bool:
+    """Return whether we have written the file of this unit."""
+    path = unit_path(name)
     first = (on.read(path) or b"").partition(b"\n")[0].decode(errors="replace")
     return first == f"# {on.real(path)}, created by sparkinstall."

@@ -19,7 +19,7 @@ from sparkinstall.cluster.protocol import Fetched, Offered, Reply
 from sparkinstall.cluster.remote import Member, RemoteNode
 from sparkinstall.cluster.serving import ModelHandover
 from sparkinstall.core import serve as use
-from sparkinstall.core import serve_together
+from sparkinstall.core import serve_settings, serve_together
 from sparkinstall.core.readiness import NotReady
 from sparkinstall.core.serve_checks import probes
 from sparkinstall.core.serve_settings import Named, Order, Wanted, found, wanted
@@ -249,7 +249,29 @@ def test_head_finds_the_model_and_every_node_what_a_failure_restores(
     assert restored["serving.memory"] == "0.50", "that was for the former model"
     assert (told.before.invocation, told.before.active) == ("a", True)
     assert serve_together.prepared(target, None).order is None
+    assert told.order.served.settings["cluster.executor"] == "mp"
     assert [p.name for p in probes(open_session(target).node, told.order.here())] == ["model-files", "port", "fit"]
+
+
+def test_nodes_serve_without_ray_unless_they_have_it_or_a_token_for_it_or_the_user_wants_it(tmp_path: Path) -> None:
+    root, model = tmp_path / "node", write_model(tmp_path / "m", LLAMA)
+    units, token = root / "etc/systemd/system", tmp_path / "token"
+    units.mkdir(parents=True)
+    token.write_text("t" * 64)
+
+    def with_ray(role: str, *settings: str, **more: Any) -> bool:
+        target = Target(root=root, settings=(f"cluster.role={role}", *settings), **more)
+        spread = serve_settings.spread(wanted(str(model)), open_session(target))
+        return open_session(replace(target, served=spread.served)).node.with_ray
+
+    assert [with_ray(role) for role in ("single", "head", "worker")] == [False, False, False]
+    assert with_ray("head", "cluster.executor=ray")
+    assert with_ray("worker", token_file=token)
+    (units / RAY_UNITS[0]).write_text("# a Ray of the user's own\n")
+    assert not with_ray("head")
+    (units / RAY_UNITS[0]).write_text(f"# {units / RAY_UNITS[0]}, created by sparkinstall.\n")
+    assert [with_ray(role) for role in ("head", "worker")] == [True, False]
+    assert not with_ray("head", "cluster.executor=mp")
 
 
 @pytest.mark.parametrize(

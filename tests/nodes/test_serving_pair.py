@@ -86,7 +86,7 @@ def _cluster(pair: ServingNodes, folder: Path, *words: str) -> tuple[int, dict[s
     (folder / "ssh").write_text(SSH.format(cases=cases))
     (folder / "ssh").chmod(0o755)
     addresses = (f"cluster.head={ADDRESSES['head']}", f"cluster.workers=[{ADDRESSES['worker']}]")
-    settings = (*addresses, "cluster.executor=mp", "network.manage=false", "network.transport=socket")
+    settings = (*addresses, "network.manage=false", "network.transport=socket")
     given = [word for each in settings for word in ("--set", each)]
     env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "PYTHONPATH": str(REPOSITORY)}
     argv = [sys.executable, "-m", "sparkinstall", "cluster", *words, *given, *AGREED, *UNWATCHED, "--json"]
