@@ -11,13 +11,18 @@ from sparkinstall.measure.bench import Benchmark
 from sparkinstall.measure.results import LevelResult, Percentiles
 
 WIDTH, HEIGHT = 460, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 40
+LEFT, RIGHT, TOP, BOTTOM = 74, 14, 14, 52
 _TICKS = 5
 _SCENARIO, _AT_ONCE = "tokens of the prompt / generated", "requests at once"
 # Of what lies beside another, part of the width of a category.
 _BESIDE = 0.16
-# Colours that people with any colour vision tell apart (Okabe and Ito), and dashes for print.
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# What the words below a category take.
+_LABEL = 56
+# Of light and of dark pages: each is far enough from its background, and the dashes tell them apart in print.
+COLOURS = (
+    *(("#0072b2", "#56b4e9"), ("#c24e00", "#ff9d5c"), ("#00785a", "#3fd0a0")),
+    *(("#a4478a", "#e59fc5"), ("#5b3fa0", "#b9a3ff"), ("#7a5c00", "#f0c945")),
+)
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
 
@@ -30,10 +35,13 @@ class Point(Struct, frozen=True):
 
 
 class Series(Struct, frozen=True):
-    """Points of one kind: the results, joined by a line where the categories have an order; `dots`: single values."""
+    """Points of one kind: the results, joined by a line where the categories have an order; `dots`: single values.
+
+    `colour`: which one of COLOURS.
+    """
 
     name: str
-    colour: str
+    colour: int
     dash: str
     line: Sequence[Point]
     joined: bool
@@ -41,12 +49,16 @@ class Series(Struct, frozen=True):
 
 
 class Plot(Struct, frozen=True):
-    """A drawing of WIDTH by HEIGHT. `ticks` and `labels`: places and words along the left and below."""
+    """A drawing of `width`, which is WIDTH or more, by HEIGHT.
+
+    `ticks` and `labels`: places and words along the left, and below, where each has one or more lines.
+    """
 
     title: str
     below: str
+    width: int
     ticks: Sequence[tuple[float, str]]
-    labels: Sequence[tuple[float, str]]
+    labels: Sequence[tuple[float, Sequence[str]]]
     series: Sequence[Series]
 
 
@@ -108,20 +120,21 @@ def _level(of: LevelResult) -> str:
 def _plot(title: str, below: str, of: Sequence[_Values]) -> Plot | None:
     categories = list(dict.fromkeys(where for each in of for where in each.middle))
     texts = {where.rpartition(" ")[2] for where in categories}
-    short = {where: where.rpartition(" ")[0] if len(texts) == 1 else where for where in categories}
+    lines = {where: where.split(" ")[: 1 if len(texts) == 1 else 2] for where in categories}
+    width = max(WIDTH, LEFT + RIGHT + _LABEL * len(categories))
     highest = max((value for each in of for value in _all(each)), default=0.0)
     if not categories or not highest:
         return None
     step = _step(highest)
     top = step * math.ceil(highest / step)
     count = round(top / step)
-    wide = (WIDTH - LEFT - RIGHT) / len(categories)
+    wide = (width - LEFT - RIGHT) / len(categories)
     places = {where: LEFT + wide * (at + 0.5) for at, where in enumerate(categories)}
     series = [_placed(each, at, _beside(places, of, at, wide, below), top) for at, each in enumerate(of) if each.middle]
     joined = below == _AT_ONCE
-    ticks = [(_y(step * at, top), f"{step * at:g}") for at in range(count + 1)]
-    labels = [(x, short[where]) for where, x in places.items()]
-    return Plot(title, below, ticks, labels, [replace(each, joined=joined) for each in series])
+    ticks = [(_y(step * at, top), f"{step * at:,.10g}") for at in range(count + 1)]
+    labels = [(x, lines[where]) for where, x in places.items()]
+    return Plot(title, below, width, ticks, labels, [replace(each, joined=joined) for each in series])
 
 
 def _beside(places: dict[str, float], of: Sequence[_Values], at: int, wide: float, below: str) -> dict[str, float]:
@@ -153,4 +166,4 @@ def _placed(of: _Values, at: int, places: dict[str, float], top: float) -> Serie
 
     line = [point(where, value) for where, value in of.middle.items()]
     dots = [point(where, value) for where, values in of.single.items() for value in values]
-    return Series(of.name, _COLOURS[at % len(_COLOURS)], _DASHES[at % len(_DASHES)], line, False, dots)
+    return Series(of.name, at % len(COLOURS), _DASHES[at % len(_DASHES)], line, False, dots)

@@ -11,11 +11,12 @@ from sparkinstall import __version__
 from sparkinstall.assets import asset
 from sparkinstall.measure.bench import Benchmark
 from sparkinstall.measure.compare import Change, Comparison
-from sparkinstall.measure.plots import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, plots
+from sparkinstall.measure.plots import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, plots
 from sparkinstall.measure.results import Percentiles
 
 _TEMPLATE = "bench-report.html.j2"
-_SIZE = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
+_SIZE = {"height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
+_NONE_COMMON, _NONE_DIFFERS = "no result is in both and to be used", "nothing that made the numbers differs"
 
 
 class Table(Struct, frozen=True):
@@ -50,7 +51,10 @@ def html(records: Sequence[tuple[str, Benchmark]], comparisons: Sequence[Compari
         pages=[page(name, record) for name, record in records],
         comparisons=comparisons,
         plots=plots(records),
+        colours=COLOURS,
         size=_SIZE,
+        none_common=_NONE_COMMON,
+        none_differs=_NONE_DIFFERS,
         version=__version__,
     )
 
@@ -214,11 +218,12 @@ def _markdown_of(comparisons: Sequence[Comparison]) -> Iterator[str]:
     for each in comparisons:
         yield f"\n## {_plain(each.file)} against {_plain(each.base)}\n"
         head = ("what", "number", "before", "after", "change", "interval", "")
-        yield _markdown_table(Table(head, [_cells(change) for change in each.changes]))
+        changes = [_cells(change) for change in each.changes]
+        yield _markdown_table(Table(head, changes)) if changes else _NONE_COMMON
         yield ""
         yield from (f"- left out: {_plain(text)}" for text in each.left_out)
         rows = [(differs.what, differs.base, differs.other) for differs in each.differs]
-        yield "\n" + _markdown_table(Table(("what differs", each.base, each.file), rows))
+        yield "\n" + (_markdown_table(Table(("what differs", each.base, each.file), rows)) if rows else _NONE_DIFFERS)
 
 
 def _cells(of: Change) -> Sequence[str]:

@@ -240,21 +240,21 @@ def test_report_is_one_page_that_loads_nothing(
 
 
 def test_plots_of_the_report_show_each_value_within_the_drawing(tmp_path: Path, record: Benchmark) -> None:
-    drawings = re.findall(r"<svg.*?</svg>", report(tmp_path, str(RECORD)), re.DOTALL)
+    drawings = re.findall(r"<svg viewBox.*?</svg>", report(tmp_path, str(RECORD)), re.DOTALL)
     assert len(drawings) == 7
     for drawing in drawings:
         tree = ElementTree.fromstring(drawing)
-        circles = tree.findall("circle")
+        circles = tree.findall(".//circle")
         assert circles
         for each in circles:
             assert plots.LEFT <= float(each.attrib["cx"]) <= plots.WIDTH - plots.RIGHT
             assert plots.TOP <= float(each.attrib["cy"]) <= plots.HEIGHT - plots.BOTTOM
-        points = [pair for line in tree.findall("polyline") for pair in line.attrib["points"].split()]
+        points = [pair for line in tree.findall(".//polyline") for pair in line.attrib["points"].split()]
         marks = {(each.attrib["cx"], each.attrib["cy"]) for each in circles}
         assert {tuple(pair.split(",")) for pair in points} <= marks
     # Three runs and their median of each scenario.
     first = ElementTree.fromstring(drawings[0])
-    assert len(first.findall("circle")) == 4 * len(record.scenarios)
+    assert len(first.findall(".//circle")) == 4 * len(record.scenarios)
     throughput = next(each for each in plots.plots([("a", record)]) if each.title.startswith("Throughput"))
     (line,) = throughput.series
     assert [each.text for each in line.line] == [
