@@ -42,15 +42,18 @@ _CONCURRENCY = ",".join(map(str, rounds.CONCURRENCY))
 class _Group(TyperGroup):
     """What is no verb is a scenario or an option, and means `bench run`."""
 
+    otherwise = "run"
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         verb_or_help = bool(args) and (args[0] in self.commands or args[0] in ("-h", "--help"))
-        return super().parse_args(ctx, args if verb_or_help else ["run", *args])
+        return super().parse_args(ctx, args if verb_or_help else [self.otherwise, *args])
 
 
 app = typer.Typer(
     add_completion=False,
     cls=_Group,
     help="Measure the served model with vLLM's own benchmark: `bench [SCENARIO...]`.",
+    subcommand_metavar="[SCENARIO]... | COMMAND [ARGS]...",
 )
 
 

@@ -26,5 +26,6 @@ def _takes_root(verb: str, word: str = "") -> bool:
         return False
     found: click.Command | None = command(verb)
     if isinstance(found, click.Group):
-        found = found.commands.get(word)
+        # What is no verb of `bench` is a scenario, and means `bench run`.
+        found = found.commands.get(word) or found.commands.get(getattr(found, "otherwise", ""))
     return found is not None and any(each.name == "root" for each in found.params)

@@ -22,6 +22,7 @@ from sparkinstall.measure.power import Readings, reading
 from sparkinstall.measure.results import Context, LevelResult, Raw, ScenarioResult, level_result, scenario_result
 from sparkinstall.measure.rounds import BenchOptions, Job, LeftOut, Round, planned
 from sparkinstall.node import site_packages
+from sparkinstall.payloads.bench_marks import MARK, MORE
 from sparkinstall.payloads.bench_prompts import VERSION as PROMPTS
 from sparkinstall.system import Reader, failure_of
 from sparkinstall.system.local import LocalReader
@@ -30,7 +31,6 @@ FORMAT = 1
 """Of the record. A reader of another one refuses it."""
 TOOL = "vllm bench serve"
 _PAYLOAD = "vllm_bench"
-_MARK, _MORE = "sparkinstall-bench:", "sparkinstall-bench+"
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
 _LARGEST_RECORD = 64 << 20
 
@@ -153,7 +153,11 @@ class Bench:
             BadUsage: there is no `vllm bench serve` here, or no scenario fits.
             BenchFailed: it has ended in the middle.
         """
-        said = self._interfaces()
+        try:
+            said = self._interfaces()
+        except NoAnswer as problem:
+            problem.hint = _again(problem.hint)
+            raise
         rounds, left = planned(self._options, said.context)
         if not rounds:
             raise BadUsage(f"nothing fits into the served context of {said.context} tokens", hint=_SHORTER)
@@ -221,9 +225,9 @@ class Bench:
         held = list[str]()
 
         def take(line: str) -> None:
-            if line.startswith((_MARK, _MORE)):
-                held.append(line[len(_MARK) :])
-            if not line.startswith(_MARK):
+            if line.startswith((MARK, MORE)):
+                held.append(line[len(MARK) :])
+            if not line.startswith(MARK):
                 return
             event = msgspec.json.decode("".join(held), type=_Event)
             held.clear()
@@ -311,8 +315,13 @@ class Bench:
             raise BenchFailed(
                 f"the server has ended in the round `{failed}`: {problem.message}",
                 cause=problem.cause,
-                hint=problem.hint.replace("sparkinstall ask", "sparkinstall bench"),
+                hint=_again(problem.hint),
             ) from problem
+
+
+def _again(hint: str) -> str:
+    """Return the hint of a question that got no answer for a benchmark."""
+    return hint.replace("sparkinstall ask", "sparkinstall bench")
 
 
 _LOOK = "`sparkinstall diagnose --unit vllm` explains the log of the server"

@@ -25,9 +25,9 @@ from vllm.benchmarks import serve
 from vllm.benchmarks.datasets import SampleRequest
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from sparkinstall.payloads.bench_marks import MARK, MORE
 from sparkinstall.payloads.bench_prompts import name_of, text
 
-MARK, MORE = "sparkinstall-bench:", "sparkinstall-bench+"
 PIECE = 3000
 # What vLLM saves of each request, but for the texts.
 BY_REQUEST = ("input_lens", "output_lens", "ttfts", "itls", "start_times", "latencies")

@@ -339,6 +339,11 @@ def test_bench_without_a_server_says_so(asked: tuple[str, ...]) -> None:
     assert not Path(asked[-1]).exists()
 
 
+def test_bench_with_an_unknown_scenario_says_so_before_it_asks_a_server(asked: tuple[str, ...]) -> None:
+    error = error_of(in_this_process("bench", "long", *asked, "--url", "http://127.0.0.1:9", "--json", "--yes"), 2)
+    assert error["message"] == "'long' is no scenario"
+
+
 def test_bench_with_a_key(asked: tuple[str, ...], tmp_path: Path) -> None:
     error = error_of(run(CompletionServer(key="k"), asked, "40/8"))
     assert "asks for a key (401)" in error["message"]

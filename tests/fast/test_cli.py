@@ -255,9 +255,9 @@ def test_help_of_the_group_equals_that_of_the_verb(name: str) -> None:
     assert (app.command(name).help or "").splitlines()[0] == app.VERBS[name][1]
 
 
-@pytest.mark.parametrize("line", [*app.VERBS, "settings show", "run nccl --force", "--help", "-v"])
+@pytest.mark.parametrize("line", [*app.VERBS, "bench 58/2", "settings show", "run nccl --force", "--help", "-v"])
 def test_command_in_a_hint_gets_the_root_if_its_verb_takes_one(line: str) -> None:
-    groups = ("bench", "cluster", "bundle", "cache", "monitoring", "settings", "recipes", "models", "serve", "node")
+    groups = ("cluster", "bundle", "cache", "monitoring", "settings", "recipes", "models", "serve", "node")
     takes_root = line not in (*groups, "--help", "-v")
     text, root = "see `sparkinstall {}` and `apt`", " --root ./node"
     expected = text.format(line + root if takes_root else line)
