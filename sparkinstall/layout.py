@@ -13,6 +13,10 @@ RAY_UNITS = ("ray-head.service", "ray-worker.service")
 FIREWALL_UNIT = "sparkinstall-firewall.service"
 CLOCK_LOCK_UNIT = "sparkinstall-clock-lock.service"
 LIFE_UNIT = "vllm-life.service"
+HEALTH_UNIT = "sparkinstall-health.service"
+HEALTH_TIMER = "sparkinstall-health.timer"
+HEALTH_METRICS = "sparkinstall_health.prom"
+"""The file in node_exporter's folder that the timer writes: the exporter reads those that end so."""
 LIFE_PROGRAM = "/usr/local/lib/vllm-life.py"
 """Not below the prefix, which belongs to the user who runs vLLM: root runs this program."""
 LIFE_FOLDER = "/var/lib/vllm-life"
@@ -141,6 +145,8 @@ class Layout(_Environment, frozen=True):
     """The render record of the clock lock's unit, whose step runs beside those of the others."""
     life_unit_record = _Below("services/life-unit.json")
     """The render record of the unit that watches vLLM."""
+    health_unit_record = _Below("services/health-unit.json")
+    """The render record of the units that judge the node regularly."""
     serving_record = _Below("services/serving.json")
     """What runs since the last start that `serve` waited for."""
     ray_token = _Below("ray-token")
@@ -149,6 +155,11 @@ class Layout(_Environment, frozen=True):
     def started_record(self, unit: str) -> str:
         """The inputs of a service at its last start."""
         return f"{self.services}/{unit}.json"
+
+    @property
+    def health_metrics(self) -> str:
+        """The file with the result of the last `health` that the timer has run."""
+        return f"{self.config.health.folder}/{HEALTH_METRICS}"
 
     @property
     def api_key(self) -> str | None:

@@ -4,7 +4,15 @@ from collections.abc import Callable
 
 from msgspec import Struct
 
-from sparkinstall.layout import CLOCK_LOCK_UNIT, FIREWALL_UNIT, LIFE_UNIT, RAY_UNITS, VLLM_UNIT
+from sparkinstall.layout import (
+    CLOCK_LOCK_UNIT,
+    FIREWALL_UNIT,
+    HEALTH_TIMER,
+    HEALTH_UNIT,
+    LIFE_UNIT,
+    RAY_UNITS,
+    VLLM_UNIT,
+)
 from sparkinstall.node import Node
 
 
@@ -36,6 +44,8 @@ UNITS = (
     LIFE,
     Unit(FIREWALL_UNIT, lambda node: node.filtered, env_file=False),
     Unit(CLOCK_LOCK_UNIT, lambda node: node.config.gpu.max_clock is not None, env_file=False),
+    # The timer first: it starts the other.
+    *(Unit(name, lambda node: node.config.health.timer, env_file=False) for name in (HEALTH_TIMER, HEALTH_UNIT)),
 )
 
 

@@ -7,6 +7,7 @@ from sparkinstall.cli.text_output import console, show_fixes
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.core.status import NodeStatus
 from sparkinstall.core.status import status as status_of
+from sparkinstall.facts.health import summary as summary_of_health
 from sparkinstall.facts.life import LifeState, summary
 
 _SHOWN = ("stack", "platform", "prefix", "since", "last_change", "journal")
@@ -33,6 +34,9 @@ def _show(session: Session, found: NodeStatus) -> None:
         out.print(f"  [dim]{name.replace('_', ' '):12}[/] {getattr(found, name)}")
     if found.life:
         _show_life(found.life, out)
+    if found.health:
+        out.print(f"  [dim]{'health':12}[/] ", end="")
+        out.print(f"{summary_of_health(found.health)} (ran at {found.health.at})", markup=False)
     out.print("\n[bold]The fixes[/]  [dim]by files; `sparkinstall verify` checks running processes[/]")
     show_fixes(found.fixes, out, session.root_option)
 

@@ -233,6 +233,18 @@ class GpuConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = None
 
 
+class HealthConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    timer: Annotated[
+        bool, doc("Run `health` regularly, and write the result for node_exporter: `health --install` sets it.")
+    ] = False
+    every_minutes: Annotated[
+        int, Meta(ge=1, le=1440, title="a number of minutes from 1 to 1440"), doc("Minutes between two runs.")
+    ] = 5
+    folder: Annotated[
+        SafePath, doc("The folder of node_exporter's textfile collector; the default is that of Debian's package.")
+    ] = "/var/lib/prometheus/node-exporter"
+
+
 class PackagesConfig(Struct, frozen=True, forbid_unknown_fields=True):
     extra: Annotated[tuple[Package, ...], doc("Additional Debian packages.")] = ()
 
@@ -249,6 +261,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     serving: ServingConfig = field(default_factory=ServingConfig)
     hub: HubConfig = field(default_factory=HubConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     packages: PackagesConfig = field(default_factory=PackagesConfig)
 
 

@@ -12,6 +12,7 @@ from sparkinstall.steps.environment import Environment
 from sparkinstall.steps.firewall import Firewall
 from sparkinstall.steps.former import Former
 from sparkinstall.steps.fp8 import Fp8
+from sparkinstall.steps.health import Health
 from sparkinstall.steps.life import Life
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.steps.network import Network
@@ -22,6 +23,7 @@ from sparkinstall.steps.serving import Serving
 STEPS: tuple[Step, ...] = (
     SystemPackages(),
     ModelStep(),
+    Health(),
     ClockLock(),
     Network(),
     Environment(),

@@ -26,13 +26,17 @@ from sparkinstall.wheelhouse import cache_in_use
 
 
 class InstallOptions(Struct, frozen=True):
-    """The steps to run, and the preflight checks to ignore. `force` also applies what is up to date."""
+    """The steps to run, and the preflight checks to ignore. `force` also applies what is up to date.
+
+    `checks`: the only preflight checks that matter for these steps; None: all do.
+    """
 
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
     force: bool = False
     verb: str = "all"
+    checks: tuple[str, ...] | None = None
 
 
 class Dialog(Struct, frozen=True):
@@ -94,7 +98,7 @@ def converge(
     if not any(report.is_due for report in reports) and not options.force and not session.state.unproven():
         return _nothing_to_do(session, steps, reports, options.verb)
     _refuse_missing_needs(session.node, reports, options.verb)
-    _require_ready(session, options.ignore, dialog, supply.checks)
+    _require_ready(session, options, dialog, supply.checks)
     dialog.agree(reports)
     return _apply(session, steps, options, dialog, supply)
 
@@ -167,14 +171,18 @@ def _nothing_to_do(session: Session, steps: Sequence[Step], reports: Sequence[St
     return Installation(reports)
 
 
-def _require_ready(session: Session, ignore: Sequence[str], dialog: Dialog, more: Sequence[Probe]) -> None:
+def _require_ready(session: Session, options: InstallOptions, dialog: Dialog, more: Sequence[Probe]) -> None:
     """Run the preflight checks.
 
     Raises:
         PreflightFailed: one failed that is not ignored; the cause names all failures.
         BadUsage: `ignore` names no check.
     """
-    probes = [*preflight.preflight(session.node), *more]
+    ignore = options.ignore
+    probes = [
+        each for each in preflight.preflight(session.node) if options.checks is None or each.name in options.checks
+    ]
+    probes += more
     require_known(ignore, [probe.name for probe in probes], "check")
     results = _preflight(session, probes, ignore)
     if sys.stdin.isatty() and _failed(results) == ["sudo"]:

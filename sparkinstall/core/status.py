@@ -8,13 +8,15 @@ from sparkinstall.core import catalogue, fixes
 from sparkinstall.core.engine import StepReport
 from sparkinstall.core.fixes import FixState
 from sparkinstall.core.session import Session, looked_at
+from sparkinstall.facts.health import HealthRun, last_run
 from sparkinstall.facts.life import LifeState, life_state
 from sparkinstall.services import LIFE
 
 
 class NodeStatus(Struct, frozen=True):
     """Result of `status`. `since` and `last_change` are UTC; None: nothing is installed.
-    `life`: what the proof of life has seen of vLLM; None: none is set up, or it has noted nothing yet.
+    `life`: what the proof of life has seen of vLLM; None: none is set up, or it has noted nothing yet. `health`: the
+    last run of the timer of `health`; None: there is no timer, or it has not run.
     """
 
     installed: bool = False
@@ -27,6 +29,7 @@ class NodeStatus(Struct, frozen=True):
     steps: Sequence[StepReport] = ()
     fixes: Sequence[FixState] = ()
     life: LifeState | None = None
+    health: HealthRun | None = None
 
 
 def status(session: Session) -> NodeStatus:
@@ -50,4 +53,5 @@ def status(session: Session) -> NodeStatus:
         steps=reports,
         fixes=fixes.stand(node, reports, {}),
         life=life_state(session.system) if LIFE.wanted(node) else None,
+        health=last_run(session.system, node.health_metrics) if node.config.health.timer else None,
     )

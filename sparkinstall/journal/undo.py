@@ -157,18 +157,47 @@ def undo_all(state: StateFolder, emit: Emit = silent) -> list[Undone]:
     with state.hold("uninstall", emit):
         journal = state.journal()
         own, others = _apart(changes(journal.records()), state)
-        staying: list[tuple[Change, Undone]] = []
-        results: list[Undone] = []
-        for change in others:
-            results.append(_undone_after(change, staying, state.system, journal))
-            if results[-1].outcome in ("kept", "failed"):
-                staying.append((change, results[-1]))
+        results, staying = _undone(others, state.system, journal)
         # Do not keep records of folders only: what is in them now is not ours.
         if any(change.undo.kind != "dir" or result.outcome == "failed" for change, result in staying):
             journal.rewrite([record for each in (*own, *(change for change, _ in staying)) for record in each.records])
         elif strangers := state.remove({each.undo.subject: each.undo.before["kind"] for each in reversed(own)}):
             results.append(Undone(str(state.home), "kept", _not_empty(strangers)))
     return results
+
+
+def undo_step(state: StateFolder, step: str) -> list[Undone]:
+    """Undo every change of one step, last first; remove the state too if nothing else was changed on the node.
+
+    The caller holds the node.
+
+    Raises:
+        JournalDamaged: as `undo_all`.
+    """
+    journal = state.journal()
+    records = journal.records()
+    results, staying = _undone(changes([each for each in records if each.step == step]), state.system, journal)
+    kept = {record.n for change, _ in staying for record in change.records}
+    left = [each for each in records if each.step != step or each.n in kept]
+    failed = any(result.outcome == "failed" for _, result in staying)
+    own, others = _apart(changes(left), state)
+    if failed or any(change.undo.kind != "dir" for change in others):
+        # A folder that other steps use now stays until they are undone.
+        journal.rewrite(left)
+    else:
+        state.remove({each.undo.subject: each.undo.before["kind"] for each in reversed(own)})
+    return results
+
+
+def _undone(found: Sequence[Change], on: System, journal: Journal) -> tuple[list[Undone], list[tuple[Change, Undone]]]:
+    """Undo changes, and return the results, and which of the changes stay with their results."""
+    staying: list[tuple[Change, Undone]] = []
+    results: list[Undone] = []
+    for change in found:
+        results.append(_undone_after(change, staying, on, journal))
+        if results[-1].outcome in ("kept", "failed"):
+            staying.append((change, results[-1]))
+    return results, staying
 
 
 def _undone_after(change: Change, staying: Sequence[tuple[Change, Undone]], on: System, journal: Journal) -> Undone:

@@ -4,6 +4,9 @@ import json
 from collections.abc import Iterator, Sequence
 
 from sparkinstall.facts import vllm
+from sparkinstall.facts.health import LAST_RUN as HEALTH_LAST_RUN
+from sparkinstall.facts.health import STATE as HEALTH_STATE
+from sparkinstall.layout import HEALTH_UNIT
 from sparkinstall.measure.advice import rules
 from sparkinstall.measure.rounds import Slo
 
@@ -32,7 +35,8 @@ def rule_file(slo: Slo) -> str:
     lines = ["groups:", "  - name: sparkinstall-records", "    rules:"]
     for name, expr in _records():
         lines += [f"      - record: {name}", f"        expr: {_quoted(expr)}"]
-    return _text([*lines, "  - name: sparkinstall-alerts", "    rules:", *_alerts(slo)])
+    lines += ["  - name: sparkinstall-alerts", "    rules:", *_alerts(slo)]
+    return _text([*lines, "  - name: sparkinstall-health", "    rules:", *_alerts_of_health()])
 
 
 def _records() -> Iterator[tuple[str, str]]:
@@ -56,6 +60,20 @@ def _alerts(slo: Slo) -> Iterator[str]:
             yield f"        for: {rule.alert.lasts}s"
         yield f"        labels: {{severity: {_SEVERITY[rule.level]}}}"
         yield f"        annotations: {{summary: {_quoted(rule.means)}, description: {_quoted(rule.do)}}}"
+
+
+def _alerts_of_health() -> Iterator[str]:
+    """The alerts for what the timer of `health` writes: the rules themselves have judged."""
+    of_rule, hint = "{{ $labels.rule }}", "`sparkinstall health` on that node says what it means and what to do"
+    late = "nobody knows any more whether the node is healthy", f"`journalctl -u {HEALTH_UNIT}` on that node says why"
+    for name, expr, lasts, severity, summary, do in (
+        ("health-failure", f"{HEALTH_STATE} == 2", 0, "critical", f"the rule {of_rule} of `health` fails", hint),
+        ("health-warning", f"{HEALTH_STATE} == 1", 600, "warning", f"the rule {of_rule} of `health` warns", hint),
+        ("health-old", f"time() - {HEALTH_LAST_RUN} > 3600", 0, "warning", *late),
+    ):
+        yield from (f"      - alert: {name}", f"        expr: {_quoted(expr)}", f"        for: {lasts}s")
+        yield f"        labels: {{severity: {severity}}}"
+        yield f"        annotations: {{summary: {_quoted(summary)}, description: {_quoted(do)}}}"
 
 
 def _quoted(text: str) -> str:

@@ -5,9 +5,10 @@ from typing import ClassVar
 
 from msgspec import Struct
 
-from sparkinstall.layout import FIREWALL_UNIT, unit_path
+from sparkinstall.layout import FIREWALL_UNIT, HEALTH_UNIT, unit_path
 from sparkinstall.node import Node
 from sparkinstall.resources import Drift, Ok, State
+from sparkinstall.resources.metrics_file import remove_metrics
 from sparkinstall.services import UNITS
 from sparkinstall.system import Reader, System, Undo
 
@@ -33,6 +34,8 @@ class StaleServices(Struct, frozen=True):
                 on.run("systemctl", "disable", "--now", name, root=True)
             for path in self._files(name):
                 on.remove(path)
+            if name == HEALTH_UNIT:
+                remove_metrics(on, self.node.health_metrics)
             if not on.rehearsal:
                 on.run("systemctl", "daemon-reload", root=True)
 

@@ -134,8 +134,19 @@ def test_health_of_a_rehearsal_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("case", "code", "lines"),
     [
-        (CASES[6], 3, ["✗ gpu-xid", "means: ", "→ reboot", "! memory-guard", "✗ 3 findings, the worst first; "]),
-        (CASES[0], 0, ["· gpu-low-power  unreadable: the GPU has little", "rules find nothing; 2 could not be read"]),
+        (
+            CASES[6],
+            3,
+            ["✗ gpu-xid", "means: ", "→ reboot", "! memory-guard", "✗ 3 findings, the worst first; 2 of 18 rules "],
+        ),
+        (
+            CASES[0],
+            0,
+            [
+                "· gpu-low-power  unreadable: the GPU has little",
+                "✓ 16 rules find nothing; 2 of 18 rules could not be read here",
+            ],
+        ),
     ],
     ids=["bad", "good"],
 )

@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from sparkinstall.facts import vllm
+from sparkinstall.facts.health import STATES, metrics
 from sparkinstall.measure.advice import rules
 from sparkinstall.measure.monitoring import rule_file, scrape_config
 from sparkinstall.measure.rounds import Slo
@@ -26,7 +27,7 @@ METRICS = {
 
 
 def groups(slo: Slo = SLO) -> list[list[dict[str, Any]]]:
-    """The recording rules, and the alerts."""
+    """The recording rules, the alerts of `watch`, and those of the timer of `health`."""
     return [each["rules"] for each in msgspec.yaml.decode(rule_file(slo))["groups"]]
 
 
@@ -45,8 +46,8 @@ def test_scrape_config_sends_the_key_to_the_api_alone() -> None:
 
 
 def test_rules_use_only_metrics_that_vllm_has_and_series_that_are_recorded() -> None:
-    records, alerts = groups()
-    text = " ".join(each["expr"] for each in (*records, *alerts))
+    records, alerts, of_health = groups()
+    text = " ".join(each["expr"] for each in (*records, *alerts, *of_health))
     used = set(re.findall(r"vllm:\w+", text))
     assert used and used <= METRICS
     assert set(re.findall(r"instance:\w+:\w+", text)) <= {each["record"] for each in records}
@@ -72,6 +73,16 @@ def test_alerts_have_the_limits_and_the_advice_of_watch() -> None:
     assert alerts["ttft-high"]["expr"] == "instance:vllm_ttft_seconds:p95 > 0.5"
     assert alerts["no-answer"]["expr"] == 'up{job="vllm"} == 0'
     assert alerts["no-token"]["for"] == "60s"
+
+
+def test_alerts_of_health_use_what_the_timer_writes() -> None:
+    written = {
+        line.split()[2] for line in metrics([("any", "pass")], None, 0).splitlines() if line.startswith("# TYPE")
+    }
+    alerts = {each["alert"]: each["expr"] for each in groups()[2]}
+    used = set(re.findall(r"sparkinstall_\w+", " ".join(alerts.values())))
+    assert used == written and set(alerts) == {"health-failure", "health-warning", "health-old"}
+    assert f"== {STATES['fail']}" in alerts["health-failure"] and f"== {STATES['warn']}" in alerts["health-warning"]
 
 
 def test_alert_without_a_limit_is_left_out() -> None:
