@@ -252,6 +252,8 @@ def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) 
         _show_lines([each], out, several)
         if each.where:
             out.print(f"      [dim]in {escape(each.where)}[/]")
+        if each.advice:
+            out.print(f"      [dim]do[/] {escape(redact('; '.join(each.advice)))}")
         if each.count > 1:
             out.print(f"      [dim]{each.count} lines like this[/]")
     out.print()

@@ -18,7 +18,7 @@ from msgspec.structs import asdict, replace
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
 from sparkinstall.diagnose.search import SHOWN, TELLING_KEPT, Match, Place, Search, Suspect
 from sparkinstall.diagnose.signatures import KnownFailure, Signature, explains
-from sparkinstall.diagnose.suspicion import STRONG
+from sparkinstall.diagnose.suspicion import SOME
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
 from sparkinstall.given import absolute
 from sparkinstall.system import processes
@@ -73,10 +73,12 @@ class Found(KnownFailure, frozen=True, kw_only=True):
 
 
 class Telling(Place, frozen=True):
-    """A suspicious line, how many similar lines there are, and the code that raised it, if known."""
+    """A suspicious line, how many similar lines there are, the code that raised it, if known, and what its own words
+    advise."""
 
     count: int
     where: str
+    advice: tuple[str, ...] = ()
 
 
 class Diagnosis(Struct, frozen=True):
@@ -84,7 +86,7 @@ class Diagnosis(Struct, frozen=True):
 
     `found`: causes, consequences, then warnings, each in the order of the logs. `telling`: the most suspicious lines,
     if no cause was found, or only a general one. `shows_failure`: something has failed, whether its cause is known or
-    not: a failure was found, or an exception or a crash is among the suspicious lines.
+    not: a failure was found, or an error or a crash is among the suspicious lines.
     """
 
     logs: tuple[ReadLog, ...]
@@ -135,7 +137,7 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
         found = _judged({**seen, general.signature.name: general})
     is_explained = any(each.role == "cause" and not each.general for each in found)
     telling = () if is_explained else tuple(_telling(each) for each, _ in suspects)
-    is_proven = any(each.role != "warning" for each in found) or any(each.weight >= STRONG for each, _ in suspects)
+    is_proven = any(each.role != "warning" for each in found) or any(each.weight >= SOME for each, _ in suspects)
     return Diagnosis(tuple(logs), tuple(found), telling, is_proven)
 
 
@@ -200,16 +202,21 @@ def _last_reason(suspects: Sequence[_Suspicion]) -> Match | None:
 
 
 def _telling(suspect: Suspect) -> Telling:
-    return Telling(**asdict(suspect.place), count=suspect.count, where=suspect.where)
+    return Telling(**asdict(suspect.place), count=suspect.count, where=suspect.where, advice=suspect.advice)
 
 
 def _found(match: Match, causes: tuple[str, ...], explains_others: bool) -> Found:
-    signature = match.signature
+    signature, told = match.signature, match.signature.told(match.words)
+    if match.says:
+        told["why"] = f"{match.says}: {told['why']}"
+        # What the program itself advises is in the hint.
+        hints = (told["hint"], *match.advice) if "advice" in match.words else (*match.advice, told["hint"])
+        told["hint"] = "; ".join(hints)
     role: Role = "consequence" if causes or signature.ends_only else "cause"
     if signature.is_warning and not explains_others:
         role = "warning"
     return Found(
-        **signature.told(match.words),
+        **told,
         role=role,
         count=match.count,
         explained_by=causes,

@@ -13,7 +13,7 @@ from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.diagnose import messages, suspicion, tracebacks
+from sparkinstall.diagnose import advice, messages, suspicion, tracebacks
 from sparkinstall.diagnose.lines import KERNEL, PROGRAM, Line, printable, take_apart
 from sparkinstall.diagnose.signatures import Signature
 from sparkinstall.diagnose.tracebacks import CutOff, Role, Tracebacks, place_of
@@ -53,6 +53,7 @@ _SHAPES = 10_000
 """Shapes of lines that are remembered."""
 _FRAMES_KEPT = 2000
 """Characters of a suspicious line's traceback that are kept."""
+_CUT_OFF = "the log ends within this traceback, so its exception is missing"
 _NOWHERE = (1, 0)
 """The span of no bytes."""
 _MOST_FRUITLESS = 50_000
@@ -67,6 +68,9 @@ _NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
 _NCCL_FILE = re.compile(r"[\w/]+\.(?:cc|h)(?=:\d+ )")
 # The error of another process, which the message of one that only ended repeats.
 _INNER = re.compile(r"\bfailed with error ['\"](?P<error>\w*(?:Error|Exception)\b.*)")
+
+# What names vLLM: its processes, its folder, its name.
+_OF_VLLM = re.compile(r"(?i:vllm)|\b(?:EngineCore|APIServer|Worker_|WorkerProc)")
 
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
@@ -84,7 +88,7 @@ class Match(Struct):
 
     `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, `who` wrote
     it, and `where` is the code that raised it. `after` are the names of failures that a traceback names as what came
-    before.
+    before. Of a general one, `says` are the line's own words, and `advice` is what follows from them.
     """
 
     signature: Signature
@@ -96,6 +100,8 @@ class Match(Struct):
     after: frozenset[str] = frozenset()
     who: str = ""
     where: str = ""
+    says: str = ""
+    advice: tuple[str, ...] = ()
 
     def see(self, place: Place) -> None:
         """Count another line."""
@@ -108,6 +114,7 @@ class Suspect(Struct):
     """A suspicious line that matches no known failure, and how many similar lines there are.
 
     `message` is what it says, `who` wrote it, `where` is the code that raised it, and `frames` is its traceback.
+    `is_cut_off`: it is the end of a traceback of which the log lacks the exception.
     """
 
     place: Place
@@ -117,6 +124,17 @@ class Suspect(Struct):
     where: str = ""
     frames: str = ""
     count: int = 1
+    is_cut_off: bool = False
+
+    @property
+    def is_of_vllm(self) -> bool:
+        """Whether vLLM's own code raised or logged it."""
+        return _OF_VLLM.search(f"{self.who} {self.place.text} {self.frames}") is not None
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to do that follows from its own words."""
+        return advice.advice(self.message, self.is_of_vllm)
 
 
 class _Unfinished(Struct):
@@ -233,11 +251,12 @@ class Search:
 
     def _read_cut_off(self) -> None:
         """Read what a traceback without its last line would have raised, or at least where it ended."""
-        for each in self._tracebacks.cut_off(self.lines):
+        cut = self._tracebacks.cut_off(self.lines)
+        for each in sorted(cut, key=lambda each: each.number, reverse=True):
             if each.number <= self._last_of((SERVER_STARTED, SUCCEEDED)):
                 continue
             if not each.raised:
-                if not self._telling:
+                if all(suspect.weight <= suspicion.WEAK for suspect in self._telling.values()):
                     self._keep_end_of(each)
                 continue
             line = Line(each.raised, each.raised, each.who, each.level, len(each.raised), None)
@@ -254,11 +273,10 @@ class Search:
     def _keep_end_of(self, cut: CutOff) -> None:
         """Keep the last line of a traceback of which the exception is missing."""
         lines = [each.strip() for each in cut.frames.splitlines() if each.strip()]
-        place = Place(self.name, cut.number, f"{lines[-1][:_WIDEST]} (the log ends within this traceback)")
-        self._telling.setdefault(
-            f"cut off {cut.who}",
-            Suspect(place, suspicion.STRONG, "", cut.who, place_of(cut.frames), cut.frames[-_FRAMES_KEPT:]),
-        )
+        place = Place(self.name, cut.number, f"{lines[-1][:_WIDEST]} ({_CUT_OFF})")
+        where, frames = place_of(cut.frames), cut.frames[-_FRAMES_KEPT:]
+        suspect = Suspect(place, suspicion.STRONG, _CUT_OFF, cut.who, where, frames, is_cut_off=True)
+        self._telling.setdefault(f"cut off {cut.who}", suspect)
 
     @property
     def lasting(self) -> list[Match]:
@@ -276,14 +294,36 @@ class Search:
         is_passing = suspect.weight <= suspicion.SOME and (lasted > _MOST_AFTERMATH or suspect.place.line <= ended_well)
         if is_passing or suspect.place.line <= self._last_of((SERVER_STARTED,)):
             return None
+        part = self._part_of(suspect)
+        if suspect.is_cut_off:
+            return self._meaning(part, suspect, {}) if part else None
         for each in self._general:
             found = each.regex.search(suspect.message)
             if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
-                lines, last = (suspect.place,), suspect.place.line
-                return Match(
-                    each, lines, suspect.count, last, found.groupdict(""), who=suspect.who, where=suspect.where
-                )
+                return self._meaning(each, suspect, found.groupdict(""), part if each.by_part else None)
         return None
+
+    def _part_of(self, suspect: Suspect) -> Signature | None:
+        """Return what tells of the part of a program that raised an exception, by its traceback."""
+        parts = (each for each in self._general if each.part)
+        return next((each for each in parts if each.frames and each.frames.search(f"{suspect.frames}\n")), None)
+
+    def _meaning(
+        self, kind: Signature, suspect: Suspect, words: Mapping[str, str], part: Signature | None = None
+    ) -> Match:
+        """Return a failure of a general kind, with the line's own words, and what follows from them."""
+        told = list(suspect.advice)
+        if "advice" not in words:
+            found = (each.regex.search(suspect.message) for each in self._general if "advice" in each.regex.groupindex)
+            told = [f'what it says: "{each["advice"]}"' for each in found if each] + told
+        if part:
+            told.append(f"{part.title}: {part.hint}")
+        says = suspect.message if suspect.is_cut_off else f'"{advice.says(suspect.message)}"'
+        place = suspect.place
+        return Match(
+            kind, (place,), suspect.count, place.line, words,
+            who=suspect.who, where=suspect.where, says=says, advice=tuple(told),
+        )  # fmt: skip
 
     @property
     def telling(self) -> list[Suspect]:
@@ -454,8 +494,12 @@ class Search:
     def _seen_now(self, signature: Signature, words: Mapping[str, str]) -> Match:
         """Return the failure that was found in this line, perhaps for the first time."""
         if signature.name not in self.sightings:
-            who, where = self._current.line.who, place_of(self._current.role.frames)
-            self.sightings[signature.name] = Match(signature, words=words, when=self._clock, who=who, where=where)
+            line, frames = self._current.line, self._current.role.frames
+            seen = Match(signature, words=words, when=self._clock, who=line.who, where=place_of(frames))
+            if signature.own_words:
+                suspect = Suspect(Place(self.name, self._current.number, line.text), 0, line.message, line.who)
+                seen.says, seen.advice = f'"{advice.says(line.message)}"', suspect.advice
+            self.sightings[signature.name] = seen
         return self.sightings[signature.name]
 
     def _go_on(self, line: Line) -> None:

@@ -87,7 +87,8 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     not match.
 
     A `general` one is searched only in suspicious lines in which no other is found, the first that matches counts, and
-    it needs no `anchors`.
+    it needs no `anchors`; what the line says is quoted, and so it is with `own_words`. A `part` names a part of a
+    program by its `frames`; its hint is told too with a kind that is general `by_part`.
     """
 
     regex: re.Pattern[str]
@@ -101,6 +102,9 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     only_with: tuple[_Line, ...] = ()
     unless_with: tuple[_Line, ...] = ()
     harmless: tuple[_Line, ...] = ()
+    own_words: bool = False
+    part: bool = False
+    by_part: bool = False
 
     @property
     def ends_only(self) -> bool:
@@ -214,6 +218,8 @@ def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
             raise Malformed(FOLDER, f"{each.name}: there is no family {each.family}")
         if each.general and (each.ends_only or each.is_warning):
             raise Malformed(FOLDER, f"{each.name}: what is general is a failure, and a cause if alone")
+        if ((each.part or each.by_part) and not each.general) or (each.part and not each.frames):
+            raise Malformed(FOLDER, f"{each.name}: a part is general and has `frames`; by_part needs general")
         used = {name for place in _PLACE.findall(each.why + each.hint) for name in (place[0], place[2]) if name}
         if unknown := used - set(each.regex.groupindex):
             raise Malformed(FOLDER, f"{each.name}: the regex has no group {', '.join(sorted(unknown))}")

@@ -285,7 +285,11 @@ def _by_shape(line: Line, role: Role, number: int, message: str) -> int:
     if line.level == "warning":
         return 0
     # What announces the next line, or continues the one before, tells nothing itself.
-    is_whole = not message.startswith(" ") and not (len(message) < _SHORT and message.rstrip().endswith(":"))
+    is_whole = (
+        re.search(r"\w", message)
+        and not message.startswith(" ")
+        and not (len(message) < _SHORT and message.rstrip().endswith(":"))
+    )
     is_weak = line.level == "error" or (not line.level and "systemd[" not in line.who and _COULD_NOT.match(message))
     return _first(_SHAPES, message) or (WEAK if is_weak and is_whole else 0)
 

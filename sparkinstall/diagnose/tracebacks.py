@@ -28,6 +28,7 @@ _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?::(?: |$)|$)")
 _INDENTED = re.compile(r"\s+(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|Interrupt|Exit)(?:: \S|$)")
 # What the code of the last frame raises, and the texts in it.
 _RAISE = re.compile(r"\braise (?:[a-z_]\w*\.)*(?P<name>[A-Z]\w*)\((?P<rest>.*)", re.DOTALL)
+_ASSERT = re.compile(r"[^\n]*\n\s*assert (?P<what>\S[^\n]*)")
 _TEXTS = re.compile(r"\"((?:[^\"\\\n]|\\.)*)\"|'((?:[^'\\\n]|\\.)*)'")
 _FROM_END = 40
 """Lines at the end of a log in which a traceback that has no exception is cut off."""
@@ -154,8 +155,7 @@ class Tracebacks:
     def _is_code(self, process: _Process, message: str) -> bool:
         """Whether a line belongs to the traceback. Who pastes a log may lose its indentation."""
         is_next = bool(process.frames) and _FILE.match(process.frames[-1]) is not None
-        is_other = _EXCEPTION.match(message) or message.startswith(("assert ", "raise "))
-        return _BETWEEN.match(message) is not None or (is_next and not is_other)
+        return _BETWEEN.match(message) is not None or (is_next and not _EXCEPTION.match(message))
 
     def _begin(self, key: tuple[str, str]) -> _Process:
         if len(self._processes) >= _MOST_PROCESSES:
@@ -182,7 +182,10 @@ def _raised(frames: Iterable[str]) -> str:
     """Return the exception that the code of the last frame raises, as far as its texts tell; "" if they do not."""
     code = "\n".join(frames)
     places = list(_FILE.finditer(code))
-    found = _RAISE.search(code, places[-1].end() if places else 0)
+    last = code[places[-1].end() if places else 0 :]
+    if found := _ASSERT.match(last):
+        return f"AssertionError: {found['what'].strip()}"
+    found = _RAISE.search(last)
     if found is None:
         return ""
     told = "".join(one or other for one, other in _TEXTS.findall(found["rest"]))

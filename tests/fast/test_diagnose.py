@@ -23,11 +23,13 @@ from sparkinstall import stacks
 from sparkinstall.cli.app import VERBS
 from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
+from sparkinstall.diagnose import advice
 from sparkinstall.diagnose import judge as judge_module
 from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose.judge import Diagnosis, judge
 from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import Signature, hint_for, load
+from sparkinstall.facts import vllm_releases
 from sparkinstall.probes import known_hosts
 from sparkinstall.schema import Malformed
 from tests.support.nodes import FIXES_OF_SPARKS
@@ -294,6 +296,55 @@ def test_general_failure_is_the_cause_only_where_no_other_is_found() -> None:
     assert [each.line for each in found.telling] == [1]
     known = diagnosed(line + example("disk-full"))
     assert (causes(known), known.telling) == (["disk-full"], ())
+
+
+def test_general_failure_quotes_the_line_and_advises_what_that_names() -> None:
+    raised = (
+        '  File "/opt/v/lib/python3.12/site-packages/vllm/v1/attention/backends/own.py", line 8, in build',
+        "    raise ValueError(",
+        "ValueError: own_rows (4) of kv_cache_dtype must be one of ['auto', 'fp8'], see --own-table and VLLM_OWN_ROWS",
+    )
+    log = "\n".join(f"(EngineCore pid=7) ERROR 10-02 09:00:01 [core.py:9] {each}" for each in raised)
+    (cause,) = diagnosed(log.encode()).causes
+    assert cause.why.startswith(f'"{raised[2].removeprefix("ValueError: ")}": ')
+    for words in ("['auto', 'fp8']", "`--own-table` and `--kv-cache-dtype`", "`VLLM_OWN_ROWS`"):
+        assert words in cause.hint
+    assert cause.hint.index("TRITON_ATTN") < cause.hint.index(BY_NAME[cause.name].hint)
+
+
+@pytest.mark.parametrize(
+    ("message", "advised"),
+    [
+        ("RuntimeError: the table is not aligned", ""),
+        ("ValueError: Unknown kind own. Supported kinds: a, b, c", "a, b, c"),
+        ("ValueError: own backend is not supported for models with windows", ""),
+        ("Error: run `apt install own-dev` first", "`apt install own-dev`"),
+        ("OSError: [Errno 22] Invalid argument: '/srv/own/part.bin'", "`/srv/own/part.bin`"),
+        ("RuntimeError: raised in /opt/v/lib/python3.12/site-packages/vllm/own.py", ""),
+        ("ValueError: total heads 12 is not divisible by tp_size 8", "`--tensor-parallel-size`"),
+        ("HTTPError: 404 for url: https://example.com/own/x", "https://example.com/own/x"),
+    ],
+)
+def test_advice_is_drawn_from_the_words_of_a_message(message: str, advised: str) -> None:
+    told = advice.advice(message, is_of_vllm=True)
+    assert advised in "".join(told) if advised else told == ()
+
+
+def test_words_of_a_message_lack_the_class_of_its_exception() -> None:
+    assert advice.says("own.errors.OwnError:  the rows\n differ.") == "the rows differ"
+    assert advice.says("RuntimeError: Worker failed with error 'OwnError: 3 < 4', please check the stack") == "3 < 4"
+    assert advice.says("OwnError: ") == "OwnError"
+
+
+def test_advice_names_options_that_vllm_has() -> None:
+    known = {option for each in vllm_releases.shipped() for option in each.options}
+    assert {option for _, option in advice.OPTIONS} <= known
+
+
+def test_error_alone_is_a_failure_though_its_cause_is_not_known() -> None:
+    found = diagnosed(b"own-tool: reading the table\nError: own rows are gone\n")
+    assert found.shows_failure and not found.found
+    assert [each.text for each in found.telling] == ["Error: own rows are gone"]
 
 
 def test_general_failure_is_told_of_the_most_suspicious_lines_only() -> None:

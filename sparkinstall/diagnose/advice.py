@@ -1,0 +1,129 @@
+"""What a message tells by itself: its own words, and what in it one can act on."""
+
+import re
+from collections.abc import Iterable
+from functools import lru_cache
+
+from sparkinstall.facts import vllm_releases
+
+_MOST = 3
+"""Things of one kind that an advice names."""
+_LONGEST = 300
+"""Characters of a message that are repeated."""
+_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|Exit|Unsupported)(?:: +|\(['\"])")
+_INNER = re.compile(r"\bfailed with error ['\"](?P<error>.*?)['\"], please check")
+_ERRNO = re.compile(r"\[Errno -?\d+\] ")
+
+_LIST = r"(?P<{0}>\[[^\[\]]{{2,300}}\]|\{{[^{{}}]{{2,300}}\}}|\([^()]{{2,300}}\)|['\"`\w][^.;\n]{{1,160}})"
+# The values that are taken instead.
+_TAKEN = re.compile(
+    r"(?i:(?:one of|choose from|(?:valid|supported|available|allowed|possible|registered|known|accepted|expected)"
+    r"(?: [\w-]+){0,3}?(?: are| is| include|:| =|\s?\()|only supports?|options are)(?: the following)?:?) ?"
+    + _LIST.format("list")
+    + r"(?!\s+(?:by|for|with|when|if|yet)\b)"
+)
+_SEVERAL = re.compile(r"[,|]| or | and |['\"\[{(]")
+_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*[a-z0-9](?:[.][\w.-]+)?")
+_VARIABLE = re.compile(
+    r"\b(?:VLLM|NCCL|CUDA|RAY|HF|TORCH|TRITON|FLASHINFER|PYTORCH|PYTHON|GLOO|UCX|OMP|TIKTOKEN|TRANSFORMERS|NVIDIA|LD)_[A-Z][A-Z0-9_]+\b"
+)
+_PROGRAMS = (
+    r"sudo |pip3? |uv |python3? -m |apt(?:-get)? |docker |ray |hf |huggingface-cli |nvidia-\S+ |git |systemctl "
+    r"|modprobe "
+)
+_COMMAND = re.compile(rf"[`'\"](?P<command>(?:{_PROGRAMS})[^`'\"\n]{{2,120}})[`'\"]")
+_ADDRESS = re.compile(r"https?://(?!localhost|127\.|0\.0\.0\.0)[\w.-]+\.[a-z]{2,}[^\s'\"`<>)\]]*")
+_PATH = re.compile(r"(?<![\w./:-])(?<!url: )/(?!usr/lib|proc/self)(?:[\w.+@-]+/)+[\w.+@-]+")
+_CODE = re.compile(r"\.(?:pyx?|pxi|cc?|cpp|cuh?|h|hpp|cu|so)\b|/(?:site|dist)-packages/")
+# What vLLM calls a thing in words, and the option that sets it.
+OPTIONS = (
+    (r"tensor.?parallel|\btp(?:_| )?size|(?-i:\bTP\b)", "--tensor-parallel-size"),
+    (r"pipeline.?parallel|\bpp(?:_| )size|(?-i:\bPP\b)", "--pipeline-parallel-size"),
+    (r"data.?parallel|\bdp(?:_| )size", "--data-parallel-size"),
+    (r"decode.context.parallel|(?-i:\bDCP\b)|\bdcp_\w+", "--decode-context-parallel-size"),
+    (r"expert.?parallel", "--enable-expert-parallel"),
+    (r"\bEPLB\b|\beplb", "--enable-eplb"),
+    (r"speculative|spec(?:ulative)?.decod|\bdraft(?:er|ing)?\b|(?-i:\bMTP\b)|(?-i:\bEAGLE)", "--speculative-config"),
+    (r"\bLoRA\b|\blora_", "--enable-lora"),
+    (r"prefix.?cach", "--enable-prefix-caching"),
+    (r"chunked.?prefill", "--enable-chunked-prefill"),
+    (r"cuda.?graphs?\b|cudagraph", "--enforce-eager"),
+    (r"kv.?cache.?dtype|fp8.kv.?cache|quantized kv", "--kv-cache-dtype"),
+    (r"attention.?backend|attn.?backend", "--attention-backend"),
+    (r"moe.?backend", "--moe-backend"),
+    (r"load.?format", "--load-format"),
+    (r"sliding.?window", "--disable-sliding-window"),
+    (r"async(?:hronous)?.scheduling", "--async-scheduling"),
+    (r"hybrid kv cache", "--disable-hybrid-kv-cache-manager"),
+    (r"kv.?connector|kv.?transfer|\bnixl\b|\bmooncake\b|\blmcache\b", "--kv-transfer-config"),
+    (r"tool.?(?:call.)?parser", "--tool-call-parser"),
+    (r"reasoning.parser", "--reasoning-parser"),
+    (r"structured.output|guided.decoding|\bgrammars?\b", "--structured-outputs-config"),
+    (r"logits?.?process", "--logits-processors"),
+    (r"\bquanti[sz]ation\b|quant_method|quant_algo", "--quantization"),
+    (r"chat.template", "--chat-template"),
+    (r"\bmulti.?modal\b", "--limit-mm-per-prompt"),
+    (r"\bmamba\w* ?cache|mamba.?block", "--mamba-block-size"),
+    (r"\bblock.?size\b", "--block-size"),
+    (r"\bpool(?:ing|er)\b", "--runner"),
+)
+"""Words of vLLM's messages, and the option that they are about."""
+_OPTIONS = tuple((re.compile(f"(?i:{words})"), option) for words, option in OPTIONS)
+
+
+def says(message: str) -> str:
+    """Return what a message says, in one line: without the class of the exception, and of one that repeats another
+    process's, what that one says."""
+    words = " ".join(message.split())
+    words = inner["error"] if (inner := _INNER.search(words)) else words
+    found = _CLASS.match(words)
+    words = words[found.end() :] if found and found.end() < len(words) else words
+    words = _ERRNO.sub("", words).rstrip("'\")").rstrip(" .;:") or words
+    return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."
+
+
+def advice(message: str, is_of_vllm: bool) -> tuple[str, ...]:
+    """Return what to do that follows from the words of a message: one sentence for each thing that it names."""
+    found = []
+    if values := _values(message):
+        found.append(f"use one of those that it takes: {values}")
+    if named := _some(match["command"] for match in _COMMAND.finditer(message)):
+        found.append(f"run what it names: {named}")
+    flags = _FLAG.findall(message)
+    if options := _some([*flags, *(_options(message) if is_of_vllm else ())]):
+        found.append(f"change, add or leave out what it is about: {options}")
+    if variables := _some(_VARIABLE.findall(message)):
+        found.append(f"look at the variable that it names: {variables}")
+    if paths := _some(each for each in _PATH.findall(message) if not _CODE.search(each)):
+        found.append(f"look at what it names: {paths}")
+    if addresses := _some(each.rstrip(".,:") for each in _ADDRESS.findall(message)):
+        found.append(f"it names {addresses}")
+    return tuple(found)
+
+
+def _values(message: str) -> str:
+    for found in _TAKEN.finditer(message):
+        values = found["list"].strip().rstrip(".,;")
+        if _SEVERAL.search(values) and len(values) > 3:
+            return values
+    return ""
+
+
+def _options(message: str) -> list[str]:
+    """Return vLLM's options that a message speaks of, by their own names first."""
+    normal = re.sub("[_-]", " ", message.lower())
+    own = [(normal.find(name), option) for name, option in _names().items() if re.search(rf"\b{name}\b", normal)]
+    longest = [option for _, option in sorted(own) if not any(option != each and option in each for _, each in own)]
+    return longest or [option for words, option in _OPTIONS if words.search(message)]
+
+
+@lru_cache(maxsize=1)
+def _names() -> dict[str, str]:
+    """Return vLLM's options by their names with spaces; those of one word are words of the language too."""
+    options = {option for each in vllm_releases.shipped() for option in each.options if "-" in option[2:]}
+    return {option[2:].replace("-", " "): option for option in sorted(options)}
+
+
+def _some(those: Iterable[str]) -> str:
+    different = list(dict.fromkeys(those))[:_MOST]
+    return " and ".join(f"`{each}`" for each in different)
