@@ -30,8 +30,16 @@ def checked(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def _offered() -> tuple[str, ...]:
+    """What apt offers; on a machine that has never asked, after it has."""
+    if "(none)" in (candidate := _candidate()):
+        subprocess.run(("apt-get", "update", "-qq"), check=True, capture_output=True)
+        candidate = _candidate()
+    return _PACKAGE, os.uname().machine, candidate
+
+
+def _candidate() -> str:
     policy = subprocess.run(("apt-cache", "policy", _PACKAGE), check=True, capture_output=True, text=True).stdout
-    return _PACKAGE, os.uname().machine, *(line.strip() for line in policy.splitlines() if "Candidate" in line)
+    return next((line.strip() for line in policy.splitlines() if "Candidate" in line), "(none)")
 
 
 def _unpack(into: Path) -> None:
