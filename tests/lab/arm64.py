@@ -36,14 +36,14 @@ class Arm64:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def install(self, *requirements: str, timeout: float = 600) -> None:
+    def install(self, *requirements: str, timeout: float = 1800) -> None:
         """Install requirements, or wheels by their paths, for aarch64; `python3 -m` finds their modules."""
         where = ["--target", str(self.root / SITE), "--python", sys.executable]
         what = ["--python-version", PYTHON, "--python-platform", PLATFORM, "--only-binary", ":all:"]
         commands.run(uv.find_uv_bin(), "pip", "install", "--quiet", *where, *what, *requirements, timeout=timeout)
 
     def run(
-        self, *argv: str, env: Mapping[str, str] | None = None, timeout: float = 120, check: bool = True
+        self, *argv: str, env: Mapping[str, str] | None = None, timeout: float = 900, check: bool = True
     ) -> Completed:
         """Run a command of the tree as root and wait; CommandFailedError if it fails and `check` is set."""
         return commands.run(*self.command(*argv, env=env or {}), timeout=timeout, check=check)

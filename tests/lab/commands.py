@@ -24,7 +24,7 @@ class CommandTimedOutError(AssertionError):
     """A command ran longer than its limit; the message ends with its output until then."""
 
 
-def run(*argv: str, timeout: float = 180, check: bool = True, env: dict[str, str] | None = None) -> Completed:
+def run(*argv: str, timeout: float = 300, check: bool = True, env: dict[str, str] | None = None) -> Completed:
     """Run a command of this machine; `timeout` in seconds."""
     process = subprocess.Popen(
         argv,
@@ -63,7 +63,7 @@ def finish(
 
 def _late(process: Process, argv: tuple[str, ...], timeout: float) -> str:
     try:
-        out, err = process.communicate(timeout=5)
+        out, err = process.communicate(timeout=60)
     except subprocess.TimeoutExpired:
         # A daemon that left the killed group may keep the pipes open for ever.
         process.send_signal(signal.SIGKILL)

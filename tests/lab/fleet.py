@@ -32,7 +32,7 @@ ROUTER_ADDRESS = f"{NETWORK}.254"
 # Routes that make every address local to the router; used only for the web's two ports.
 ROUTER_TABLE = "100"
 HOST_KEY = "ssh_host_ed25519_key"
-LAN_SECONDS = 20.0
+LAN_SECONDS = 180.0
 
 # A key other than the known one ends the session without a question.
 SSH_CONFIG = "Host *\n  User spark\n  StrictHostKeyChecking yes\n"
@@ -83,7 +83,7 @@ class FleetNode(FreshNode):
         started = time.monotonic()
         self._wires.power_on(self.plugs)
         super().boot()
-        self._wait_for_lan(started + LAN_SECONDS)
+        self._wait_for_lan(time.monotonic() + LAN_SECONDS)
         self.boot_seconds = time.monotonic() - started
 
     def kill(self) -> None:

@@ -41,7 +41,9 @@ UDEV_UNITS = ("systemd-udevd.service", "systemd-udevd-control.socket", "systemd-
 # `systemctl stop` could kill the other's service. So each starts in its own group.
 IN_OWN_GROUP = 'n=$1; shift; while [ "$n" -gt 0 ]; do echo $$ > "$1/cgroup.procs"; shift; n=$((n-1)); done; exec "$@"'
 
-BOOT_LIMIT = 180.0
+# Seconds that a busy machine with several nodes does not need.
+BOOT_LIMIT = 600.0
+OFF_LIMIT = 300.0
 RESTART_ASKED = 133  # nspawn's exit status after a reboot with --keep-unit
 
 
@@ -115,9 +117,9 @@ class FreshNode:
         if self.leader:
             with suppress(ProcessLookupError):
                 os.kill(self.leader, signal.SIGKILL)
-        self._wait_until_off(10)
+        self._wait_until_off(OFF_LIMIT)
 
-    def reboot(self, timeout: float = 120) -> None:
+    def reboot(self, timeout: float = OFF_LIMIT) -> None:
         """Reboot with `systemctl reboot`."""
         self.run("systemctl", "reboot", check=False)
         status = self._wait_until_off(timeout)
@@ -132,7 +134,7 @@ class FreshNode:
         env: Mapping[str, str] | None = None,
         input: str | None = None,  # noqa: A002 - subprocess.run's name for it
         cwd: str | None = None,
-        timeout: float = 180,
+        timeout: float = 300,
         check: bool = True,
     ) -> Completed:
         """Run a command and wait; CommandFailedError if it fails and `check` is set."""
@@ -176,7 +178,7 @@ class FreshNode:
         with suppress(BrokenPipeError), pipe, tarfile.open(fileobj=pipe, mode="w|") as archive:
             archive.add(source, arcname=target.lstrip("/"), filter=adopt)
         process.stdin = None
-        commands.finish(process, argv, None, 60, True, lambda: self.signal(process, signal.SIGKILL))
+        commands.finish(process, argv, None, 600, True, lambda: self.signal(process, signal.SIGKILL))
 
     def read(self, path: str) -> str:
         """A text file of the node."""
@@ -252,7 +254,7 @@ class FreshNode:
     def _scrap(self) -> None:
         self._overlay.remove()
         if self._nspawn is not None:
-            self._nspawn.wait(10)
+            self._nspawn.wait(OFF_LIMIT)
         self.leader, self.state = 0, "off"
 
     def command(self, *argv: str, user: str = "root") -> list[str]:

@@ -132,7 +132,7 @@ def destroy(place: Path) -> None:
         _remove_group(group)
 
 
-def _end_all(groups: list[Path], patience: float = 60) -> None:
+def _end_all(groups: list[Path], patience: float = 300) -> None:
     deadline = time.monotonic() + patience
     while pids := {pid for group in groups for pid in _members(group)}:
         if time.monotonic() > deadline:

@@ -7,8 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,10 @@ from tests.lab.cabling import LAN, PORT_0, PORT_1
 from tests.lab.fleet import ROUTER_ADDRESS, TERMINAL_ADDRESS, Fleet, FleetNode
 from tests.lab.node import Bind, FreshNode, NodeError
 from tests.lab.tree import tree_digest
+from tests.support.waiting import until
 
 CABLE = "enp1s0f0np0"
 REPOSITORY = Path(__file__).parents[2]
-
-
-def _wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, f"still false after {seconds} s"
-        time.sleep(0.05)
 
 
 def _is_alive(pid: str) -> bool:
@@ -110,8 +103,8 @@ def test_unit_on_a_node_starts_restarts_and_logs(node: FreshNode) -> None:
     node.run("systemctl", "daemon-reload")
     node.run("systemctl", "start", "small")
     node.run("systemctl", "kill", "--signal=KILL", "small")
-    _wait_until(lambda: node.run("journalctl", "-u", "small", "-o", "cat").stdout.count("alive\n") == 2)
-    _wait_until(lambda: node.run("systemctl", "is-active", "small", check=False).stdout == "active\n")
+    until(lambda: node.run("journalctl", "-u", "small", "-o", "cat").stdout.count("alive\n") == 2)
+    until(lambda: node.run("systemctl", "is-active", "small", check=False).stdout == "active\n")
     node.run("systemctl", "stop", "small")
 
 
@@ -156,10 +149,14 @@ def test_failed_command_shows_its_output(node: FreshNode) -> None:
 
 @pytest.mark.layer3
 def test_command_after_its_timeout_is_ended_in_the_node(node: FreshNode) -> None:
-    with pytest.raises(commands.CommandTimedOutError, match="started"):
-        node.run("sh", "-c", "echo started; sleep 4321; true", timeout=1)
-    time.sleep(0.2)
-    assert node.run("pgrep", "-f", "^sleep 4321", check=False).stdout == ""
+    # A busy machine may not even start it in a second.
+    for seconds in (1, 10, 100):
+        with pytest.raises(commands.CommandTimedOutError) as late:
+            node.run("sh", "-c", "echo started; sleep 4321; true", timeout=seconds)
+        if str(late.value).endswith("\nstarted"):
+            break
+    assert str(late.value).endswith("\nstarted"), late.value
+    until(lambda: node.run("pgrep", "-f", "^sleep 4321", check=False).stdout == "")
 
 
 @pytest.mark.layer3
@@ -238,10 +235,10 @@ def test_netplan_apply_on_two_nodes_with_a_cable_configures_both(cable: tuple[st
             node.run("netplan", "apply")
         # Not before: an end has no carrier until the other is up.
         for node in (head, worker):
-            waited = ("/usr/lib/systemd/systemd-networkd-wait-online", f"--interface={CABLE}", "--timeout=20")
+            waited = ("/usr/lib/systemd/systemd-networkd-wait-online", f"--interface={CABLE}", "--timeout=300")
             node.run(*waited)
         assert "mtu 9000" in head.run("ip", "link", "show", CABLE).stdout
-        head.run("ping", "-c", "1", "-W", "5", "-M", "do", "-s", "8972", "192.0.2.2")
+        until(lambda: _ping(head, "192.0.2.2", 8972))
 
 
 CRASH = """
@@ -284,7 +281,7 @@ def _carrier(node: FleetNode, interface: str = CABLE) -> str:
     return node.read(f"/sys/class/net/{interface}/carrier").strip()
 
 
-def _ping(node: FleetNode, address: str, size: int = 56) -> bool:
+def _ping(node: FreshNode, address: str, size: int = 56) -> bool:
     sent = node.run("ping", "-c", "1", "-W", "1", "-M", "do", "-s", str(size), address, check=False)
     return sent.returncode == 0
 
@@ -340,11 +337,11 @@ def test_ssh_with_a_changed_host_key_fails(fleet: Fleet) -> None:
 def test_lan_after_netplan_apply_and_reboot_works(fleet: Fleet) -> None:
     node = fleet.nodes[0]
     node.run("netplan", "apply")
-    _wait_until(lambda: f"default via {ROUTER_ADDRESS} dev {LAN}" in node.run("ip", "route").stdout)
+    until(lambda: f"default via {ROUTER_ADDRESS} dev {LAN}" in node.run("ip", "route").stdout)
     assert fleet.ssh(node, "true").returncode == 0
     node.reboot()
-    _wait_until(lambda: f"default via {ROUTER_ADDRESS} dev {LAN}" in node.run("ip", "route").stdout)
-    _wait_until(lambda: fleet.ssh(node, "true", check=False).returncode == 0)
+    until(lambda: f"default via {ROUTER_ADDRESS} dev {LAN}" in node.run("ip", "route").stdout)
+    until(lambda: fleet.ssh(node, "true", check=False).returncode == 0)
 
 
 @pytest.mark.layer2
@@ -368,11 +365,11 @@ def test_ping_of_an_unused_address_fails(fleet: Fleet) -> None:
 @pytest.mark.layer3
 def test_cable_carries_packets_up_to_the_smaller_mtu(addressed: Fleet) -> None:
     one, other = addressed.nodes
-    assert _ping(one, "192.0.2.2") and _ping(other, "192.0.2.129")
+    until(lambda: _ping(one, "192.0.2.2") and _ping(other, "192.0.2.129"))
     addressed.set_mtu(9000, one)
     assert not _ping(one, "192.0.2.2", 8972)
     addressed.set_mtu(9000, other)
-    assert _ping(one, "192.0.2.2", 8972) and _ping(other, "192.0.2.129", 8972)
+    until(lambda: _ping(one, "192.0.2.2", 8972) and _ping(other, "192.0.2.129", 8972))
     assert not _ping(one, "192.0.2.2", 8973)
 
 
@@ -385,11 +382,11 @@ def test_pulled_cable_has_no_carrier_at_both_ends_only(addressed: Fleet) -> None
         assert [_carrier(node, interface) for interface in (LAN, *PORT_0)] == ["1", "0", "0"]
     assert addressed.ssh(one, "true").returncode == 0
     addressed.plug(one)
-    _wait_until(lambda: _ping(one, "192.0.2.2"))
+    until(lambda: _ping(one, "192.0.2.2"))
     addressed.unplug(other, LAN)
     assert not _ping(addressed.terminal, other.address)
     addressed.plug(other, LAN)
-    _wait_until(lambda: _ping(addressed.terminal, other.address))
+    until(lambda: _ping(addressed.terminal, other.address))
 
 
 @pytest.mark.layer2
@@ -408,7 +405,7 @@ def test_node_switched_off_and_on_loses_carrier_and_addresses(fleet: Fleet) -> N
     other.kill()
     assert _carrier(one) == "0"
     other.boot()
-    _wait_until(lambda: _carrier(one) == "1")
+    until(lambda: _carrier(one) == "1")
     assert "192.0.2.2" not in other.run("ip", "address").stdout
     assert "mtu 1500" in other.run("ip", "link", "show", CABLE).stdout
     assert other.run("nft", "list", "ruleset").stdout == ""
@@ -569,5 +566,4 @@ def test_arm64_command_after_its_timeout_is_ended_with_its_children(spark: arm64
     seconds = 100_000 + os.getpid()
     with pytest.raises(commands.CommandTimedOutError):
         spark.run("sh", "-c", f"sleep {seconds}; true", timeout=1)
-    time.sleep(0.2)
-    assert commands.run("pgrep", "-f", f"sleep {seconds}", check=False).stdout == ""
+    until(lambda: commands.run("pgrep", "-f", f"sleep {seconds}", check=False).stdout == "")

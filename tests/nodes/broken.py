@@ -57,7 +57,7 @@ def reinstall(node: FreshNode, package: str) -> None:
     node.run(uv, "pip", "install", *source, "--reinstall", "--no-deps", "--python", python, same, user="spark")
 
 
-def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float = 90) -> None:
+def serve(node: FreshNode, more: str = "", program: str = "pass", seconds: float = 600) -> None:
     """Restart `vllm.service` with `more` in its unit and the Python statements `program` in its process."""
     node.write(UNIT, SERVICE.format(env_file=ENV_FILE, more=more, program=program, up=UP))
     node.run("systemctl", "daemon-reload")

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sparkinstall.resources import rollback
-from tests.lab.commands import Completed
+from tests.lab.commands import Completed, Process
 from tests.lab.fleet import Fleet, FleetNode
 from tests.lab.node import Bind, FreshNode
 from tests.nodes.fresh import (
@@ -20,6 +20,7 @@ from tests.nodes.fresh import (
 )
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
+from tests.support.waiting import until
 
 STACKS = "tests/lab/stacks"
 
@@ -48,7 +49,7 @@ def sparks(count: int, *, port_1: bool = False) -> Iterator[Fleet]:
 
 def install(fleet: Fleet) -> None:
     """Install the command `sparkinstall` at the terminal, as the README says."""
-    fleet.on_terminal("./install.sh", "--tool-only", cwd=CHECKOUT, timeout=600)
+    fleet.on_terminal("./install.sh", "--tool-only", cwd=CHECKOUT, timeout=1200)
 
 
 def sparkinstall(fleet: Fleet, *argv: str, **options: Any) -> Completed:
@@ -76,5 +77,9 @@ def _binds(index: int) -> Sequence[Bind]:
 
 def armed(node: FleetNode) -> bool:
     """Whether a rollback timer waits for a confirmation there, or a rollback runs."""
-    kept = ("-mindepth", "1", "-maxdepth", "1", "-type", "d", "-not", "-name", "*.new")
-    return bool(node.run("find", rollback.HOME, *kept, check=False).stdout)
+    return any(each.suffix != ".new" for each in (node.root / rollback.HOME.lstrip("/")).glob("*/"))
+
+
+def until_armed(node: FleetNode, run: Process) -> None:
+    """Wait until `run` has started the timer. What follows has to be in time, so this looks often."""
+    until(lambda: armed(node), during=run, pause=0.01)

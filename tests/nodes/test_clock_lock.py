@@ -31,7 +31,7 @@ def node() -> Iterator[FreshNode]:
     with FreshNode() as fresh:
         leave_out = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__", "tests"]
         fresh.push(REPOSITORY, CHECKOUT, owner="spark", exclude=leave_out)
-        fresh.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=300)
+        fresh.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
         fresh.run("mkdir", NOTES)
         fresh.write("/usr/bin/nvidia-smi", NVIDIA_SMI)
         fresh.run("chmod", "755", "/usr/bin/nvidia-smi")

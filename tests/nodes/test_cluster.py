@@ -5,17 +5,17 @@ All tests use the same nodes, in order.
 
 import json
 import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.lab.fleet import Fleet, FleetNode
-from tests.nodes.fleet import armed, install, sparkinstall, two_sparks
+from tests.nodes.fleet import armed, install, sparkinstall, two_sparks, until_armed
 from tests.nodes.fresh import COMMAND, ignoring
 from tests.support import stored_models
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
@@ -42,14 +42,7 @@ def _set_up(fleet: Fleet, *more: str) -> tuple[int, dict[str, Any], str]:
 
 
 def _largest_ping(node: FleetNode, address: str) -> bool:
-    return node.run("ping", "-c", "2", "-W", "2", "-M", "do", "-s", "8972", address, check=False).returncode == 0
-
-
-def _until(true: Callable[[], bool], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < until, f"still false after {seconds:g} s"
-        time.sleep(0.1)
+    return node.run("ping", "-c", "3", "-W", "5", "-M", "do", "-s", "8972", address, check=False).returncode == 0
 
 
 def test_cluster_plan_installs_only_sparkinstall(pair: Fleet) -> None:
@@ -144,10 +137,10 @@ def test_cluster_killed_in_the_network_phase_rolls_back(pair: Fleet) -> None:
     words = ("cluster", "spark-1", "spark-2", *LINK, *ignoring(), "--yes", "--json", *changed)
     head = pair.nodes[0]
     with pair.start_on_terminal(COMMAND, *words, cwd="/home/spark") as run:
-        _until(lambda: armed(head))
+        until_armed(head, run)
         pair.terminal.run("pkill", "-9", "-u", "spark", check=False)
         run.wait()
-    _until(lambda: not armed(head) and not head.run("pgrep", "-f", "attend", check=False).stdout, 180)
+    until(lambda: not armed(head) and not head.run("pgrep", "-f", "attend", check=False).stdout)
     assert "mtu: 9000" in head.read(NETPLAN)
     code, output, log = _set_up(pair, *changed)
     assert code == 0, (output["errors"], log)
@@ -160,14 +153,14 @@ def test_cluster_with_a_node_that_dies_names_it(pair: Fleet) -> None:
     changed = ("--set", "network.rollback_seconds=30", "--set", "network.mtu=8000")
     words = ("cluster", "spark-1", "spark-2", *LINK, *ignoring(), "--yes", "--json", *changed)
     with pair.start_on_terminal(COMMAND, *words, cwd="/home/spark") as run:
-        _until(lambda: armed(head))
+        until_armed(head, run)
         worker.kill()
-        out, _ = run.communicate(timeout=200)
+        out, _ = run.communicate(timeout=900)
     output = json.loads(out)
     assert output["exit_code"] == 5
     assert any("spark-2" in error["message"] for error in output["errors"])
     worker.boot()
-    _until(lambda: not armed(head), 120)
+    until(lambda: not armed(head))
     code, output, log = _set_up(pair, "--set", "network.mtu=9000")
     assert code == 0, (output["errors"], log)
 

@@ -34,6 +34,7 @@ CABLE = (
     "ip link set far0 up",
     "ip link set far1 up",
 )
+LOST_CARRIER = ("while grep -q 1 /sys/class/net/enp1s0f0np0/carrier /sys/class/net/enP2p1s0f0np0/carrier; do :; done",)
 UP = (
     "ip link set enp1s0f0np0 mtu 9000 up",
     "ip link set enP2p1s0f0np0 up",
@@ -86,7 +87,7 @@ def test_port_that_is_up_has_carrier_mtu_and_addresses() -> None:
 
 
 def test_port_with_a_pulled_cable_has_no_carrier() -> None:
-    found = facts_after(*CABLE, *UP, "ip link set far0 down", "ip link set far1 down", "sleep 0.2")
+    found = facts_after(*CABLE, *UP, "ip link set far0 down", "ip link set far1 down", *LOST_CARRIER)
     assert [port[:2] for port in found["ports"]] == [[0, False]]
 
 

@@ -4,8 +4,7 @@ The wires are this machine's memory, whose speed has no meaning, so a token buck
 """
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +15,7 @@ from tests.lab.commands import run
 from tests.lab.fleet import Fleet, FleetNode
 from tests.nodes.fleet import install, sparkinstall, two_sparks
 from tests.nodes.fresh import COMMAND, ignoring
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
@@ -55,8 +55,8 @@ def _servers(pair: Fleet) -> list[str]:
 
 @contextmanager
 def _throttled(*wires: tuple[FleetNode, str]) -> Iterator[None]:
-    """Limit what these nodes send on these interfaces to 200 Mb/s."""
-    bucket = ("root", "tbf", "rate", "200mbit", "burst", "256kb", "latency", "50ms")
+    """Limit what these nodes send on these interfaces to 60 Mb/s: less than a third of the slowest machine's memory."""
+    bucket = ("root", "tbf", "rate", "60mbit", "burst", "128kb", "latency", "50ms")
     for node, interface in wires:
         run("tc", "-n", node.plugs.netns, "qdisc", "add", "dev", interface, *bucket)
     try:
@@ -66,13 +66,6 @@ def _throttled(*wires: tuple[FleetNode, str]) -> Iterator[None]:
             run("tc", "-n", node.plugs.netns, "qdisc", "del", "dev", interface, "root")
 
 
-def _until(condition: Callable[[], bool], seconds: float) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"still false after {seconds:g} s"
-        time.sleep(0.1)
-
-
 def test_measure_covers_both_halves_in_both_directions(pair: Fleet) -> None:
     for node in pair.nodes:
         assert "29600-29699" in node.run("nft", "list", "table", "inet", "sparkinstall").stdout
@@ -80,7 +73,7 @@ def test_measure_covers_both_halves_in_both_directions(pair: Fleet) -> None:
     for host in NAMES:
         tcp = found["tcp-bandwidth", host]
         assert tcp["measured"]["halves"].keys() == set(PORT_0), tcp
-        assert min(tcp["measured"]["halves"].values()) > 0.3, tcp
+        assert min(tcp["measured"]["halves"].values()) > 0, tcp
     assert found["rdma-bandwidth", NAMES[0]]["found"] == f"spark-1: {FIRST} has no RDMA device"
     assert found["nccl-bandwidth", NAMES[0]]["verdict"] == "skip"
     assert "no GPU" in found["nccl-bandwidth", NAMES[0]]["found"]
@@ -97,16 +90,16 @@ def test_measure_with_a_slow_half_or_a_slow_card_names_which(pair: Fleet) -> Non
     assert one_half["found"].startswith("one half: "), one_half
     assert f"{SECOND} reaches a fraction" in one_half["found"]
     assert degraded["found"].startswith("a degraded card: "), degraded
-    assert 0.2 < sum(degraded["measured"]["halves"].values()) < 0.5
+    assert 0.05 < sum(degraded["measured"]["halves"].values()) < 0.2
     assert output["exit_code"] == 5
 
 
 def test_measure_with_the_terminal_killed_ends_the_servers(pair: Fleet) -> None:
     with pair.start_on_terminal(COMMAND, *MEASURE, cwd="/home/spark") as process:
-        _until(lambda: any(" -s " in each for each in _servers(pair)), 60)
+        until(lambda: any(" -s " in each for each in _servers(pair)), during=process)
         pair.terminal.run("pkill", "-9", "-u", "spark", check=False)
-        process.wait(60)
-    _until(lambda: _servers(pair) == ["", ""], 60)
+        process.wait(300)
+    until(lambda: _servers(pair) == ["", ""])
 
 
 def test_measure_without_iperf3_names_the_package(pair: Fleet) -> None:

@@ -6,8 +6,7 @@ All tests use the same nodes, in order.
 import json
 import re
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import pytest
 
 from tests.lab import cabling
 from tests.lab.cabling import LAN, PORT_0
-from tests.lab.commands import Completed, run
+from tests.lab.commands import Completed, Process, run
 from tests.lab.fleet import ROUTER_ADDRESS, Fleet, FleetNode
 from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
@@ -26,7 +26,8 @@ TARGET = "/etc/netplan/40-cx7.yaml"
 THEIRS = "/etc/netplan/60-theirs.yaml"
 THEIR_LINES = f"# by hand\nnetwork: {{version: 2, ethernets: {{{FIRST}: {{addresses: [10.77.0.1/24], mtu: 2000}}}}}}\n"
 HEAD, WORKER = "192.168.100.10", "192.168.100.11"
-ROLLBACK_SECONDS = 30
+# Of the run that is killed and whose timer expires. Those before must have applied the network by then.
+ROLLBACK_SECONDS = 60
 ARMED = "/var/lib/sparkinstall-rollback/network"
 AT_BOOT = "/etc/systemd/system/sparkinstall-rollback.service"
 # Their times change with their entries.
@@ -38,13 +39,13 @@ def pair() -> Iterator[Fleet]:
     with Fleet(2) as fleet:
         for node in fleet.nodes:
             node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
-            node.write("/etc/sparkinstall.yaml", f"network: {{rollback_seconds: {ROLLBACK_SECONDS}}}\n")
-            node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=600)
+            node.write("/etc/sparkinstall.yaml", "network: {rollback_seconds: 900}\n")
+            node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
         head = fleet.nodes[0]
         head.write(THEIRS, THEIR_LINES, mode="0640")
         head.run("touch", "-d", "2001-02-03 04:05:06.789", THEIRS)
         head.run("netplan", "apply")
-        _until(lambda: "10.77.0.1/24" in _addresses(head, FIRST))
+        until(lambda: "10.77.0.1/24" in _addresses(head, FIRST))
         yield fleet
 
 
@@ -72,7 +73,7 @@ def _words(role: str, *more: str) -> tuple[str, ...]:
 
 
 def _tool(node: FleetNode, *words: str, check: bool = True) -> Completed:
-    return node.run(COMMAND, *words, user="spark", cwd="/home/spark", check=check, timeout=300)
+    return node.run(COMMAND, *words, user="spark", cwd="/home/spark", check=check, timeout=1200)
 
 
 def _address_facts(node: FleetNode, interface: str) -> dict[str, object]:
@@ -89,13 +90,6 @@ def _addresses(node: FleetNode, interface: str) -> list[str]:
 def _mtu(node: FleetNode, interface: str) -> int:
     output = run("ip", "-n", node.plugs.netns, "-j", "link", "show", interface).stdout
     return int(json.loads(output)[0]["mtu"])
-
-
-def _until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, f"still false after {seconds:g} s"
-        time.sleep(0.05)
 
 
 def _exists(node: FleetNode, path: str) -> bool:
@@ -124,7 +118,7 @@ def gateway_silent(pair: Fleet) -> Iterator[None]:
         yield
     finally:
         cabling.ip(switch, "link", "set", "lan", "up")
-        _until(lambda: pair.nodes[0].run("ping", "-c1", "-W1", ROUTER_ADDRESS, check=False).returncode == 0)
+        until(lambda: pair.nodes[0].run("ping", "-c1", "-W1", ROUTER_ADDRESS, check=False).returncode == 0)
 
 
 def test_plan_shows_the_netplan_file_that_it_replaces(head: FleetNode, before: dict[str, str]) -> None:
@@ -166,30 +160,28 @@ def test_network_that_loses_the_gateway_rolls_back_at_once(
     pair: Fleet, head: FleetNode, before: dict[str, str]
 ) -> None:
     with head.popen(COMMAND, *_words("head", "--json"), user="spark", cwd="/home/spark") as process:
-        _until(lambda: _exists(head, ARMED), 60)
+        _until_armed(head, process)
         with gateway_silent(pair):
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate(timeout=600)
     (error,) = json.loads(output)["errors"]
     assert f"{ROUTER_ADDRESS} no longer answers; the former network was restored" in error["message"]
     assert not _exists(head, ARMED)
-    _until(lambda: is_as_before(head, before))
+    until(lambda: is_as_before(head, before))
 
 
 def test_network_of_a_killed_run_rolls_back(pair: Fleet, head: FleetNode, before: dict[str, str]) -> None:
-    _kill_after_the_apply(pair, head)
-    assert not _exists(head, THEIRS)
-    assert _mtu(head, FIRST) == 9000
-    _until(lambda: is_as_before(head, before), ROLLBACK_SECONDS + 60)
-    _until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
-    _until(lambda: not head.run("systemctl", "list-units", "--all", "--no-legend", "*rollback*").stdout)
+    _kill_after_the_apply(pair, head, "--set", f"network.rollback_seconds={ROLLBACK_SECONDS}")
+    until(lambda: is_as_before(head, before))
+    until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
+    until(lambda: not head.run("systemctl", "list-units", "--all", "--no-legend", "*rollback*").stdout)
 
 
 def test_network_unconfirmed_before_a_reboot_rolls_back(pair: Fleet, head: FleetNode, before: dict[str, str]) -> None:
     """As a user does with a machine that does not answer, long before the timer expires."""
-    _kill_after_the_apply(pair, head, "--set", "network.rollback_seconds=900")
+    _kill_after_the_apply(pair, head)
     head.reboot()
-    _until(lambda: is_as_before(head, before), 60)
-    _until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
+    until(lambda: is_as_before(head, before))
+    until(lambda: not _exists(head, str(Path(ARMED).parent)) and not _exists(head, AT_BOOT))
     assert head.run("systemctl", "is-failed", Path(AT_BOOT).name, check=False).stdout.strip() == "inactive"
     assert _changed(head, before) <= FOLDERS
 
@@ -199,7 +191,7 @@ def test_network_confirmed_after_a_killed_run_is_kept(pair: Fleet, head: FleetNo
     assert "confirm" in _planned(head)
     assert "confirm the network" in set_up(head, "head").stderr
     assert not _exists(head, ARMED)
-    time.sleep(ROLLBACK_SECONDS)
+    until(lambda: not head.run("systemctl", "list-units", "--all", "--no-legend", "*rollback*").stdout)
     assert is_set_up(head, HEAD)
 
 
@@ -210,11 +202,17 @@ def _changed(node: FleetNode, before: dict[str, str]) -> set[str]:
 
 def _kill_after_the_apply(pair: Fleet, head: FleetNode, *more: str) -> None:
     with head.popen(COMMAND, *_words("head", *more), user="spark", cwd="/home/spark") as process:
-        _until(lambda: _exists(head, ARMED), 60)
+        _until_armed(head, process)
         with gateway_silent(pair):
-            _until(lambda: is_set_up(head, HEAD), 60)
+            until(lambda: is_set_up(head, HEAD), during=process, pause=0.05)
+            assert not _exists(head, THEIRS)
             head.signal(process, signal.SIGKILL)
-            process.wait(60)
+            process.wait(300)
+
+
+def _until_armed(head: FleetNode, process: Process) -> None:
+    """Wait until the rollback timer runs. What follows has to be in time: this looks often, and only from outside."""
+    until(lambda: (head.root / ARMED.lstrip("/")).exists(), during=process, pause=0.01)
 
 
 def test_peers_with_a_peer_that_is_not_set_up_warns(head: FleetNode) -> None:
@@ -231,7 +229,7 @@ def test_link_carries_packets_of_9000_bytes(head: FleetNode, worker: FleetNode) 
     assert is_set_up(worker, WORKER)
     for node, peer in ((head, WORKER), (worker, HEAD)):
         for to in (peer, peer.replace(".100.", ".101.")):
-            node.run("ping", "-c", "1", "-W", "5", "-M", "do", "-s", "8972", to)
+            node.run("ping", "-c", "3", "-W", "5", "-M", "do", "-s", "8972", to)
         answer = json.loads(_tool(node, "verify", "--only", "network", "--only", "round-trip", "--json").stdout)
         found = {probe["name"]: probe for probe in answer["data"]["probes"]}
         assert found["peers"]["verdict"] == "pass", found["peers"]
@@ -271,8 +269,8 @@ def test_link_with_a_pulled_cable_fails_and_keeps_its_address(pair: Fleet, head:
 
 def test_network_after_a_reboot_is_set_up(head: FleetNode, worker: FleetNode) -> None:
     head.reboot()
-    _until(lambda: is_set_up(head, HEAD))
-    _until(lambda: worker.run("ping", "-c1", "-W1", "-M", "do", "-s", "8972", HEAD, check=False).returncode == 0)
+    until(lambda: is_set_up(head, HEAD))
+    until(lambda: worker.run("ping", "-c1", "-W1", "-M", "do", "-s", "8972", HEAD, check=False).returncode == 0)
 
 
 def test_uninstall_with_a_file_that_cannot_be_removed_keeps_its_link_and_can_be_repeated(head: FleetNode) -> None:

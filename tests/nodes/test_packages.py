@@ -26,7 +26,7 @@ LOG = "var/log/dpkg.log"
 def node() -> Iterator[FreshNode]:
     with FreshNode() as fresh:
         fresh.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
-        fresh.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=300)
+        fresh.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
         fresh.write("/etc/sparkinstall.yaml", CONFIG)
         yield fresh
 
@@ -46,7 +46,7 @@ def cut_power(node: FreshNode, words: tuple[str, ...], moment: str) -> None:
     log = node.root / LOG
     seen = log.stat().st_size if log.exists() else 0
     with node.popen(COMMAND, *words, user="spark", cwd="/home/spark") as run:
-        until = time.monotonic() + 240
+        until = time.monotonic() + 1800
         while not (log.exists() and moment in log.read_text(errors="replace")[seen:]):
             assert run.poll() is None, run.communicate()
             assert time.monotonic() < until, log.read_text(errors="replace")[seen:]
@@ -112,11 +112,12 @@ def test_all_with_a_fault_in_apts_way_says_what_it_is(node: FreshNode, fault: st
 # The last one is of any package: how far the cuts before it let dpkg come depends on the machine.
 @pytest.mark.parametrize("moment", ["status half-installed git:", "status unpacked perl:", "status half-configured "])
 def test_plan_after_a_power_cut_says_what_is_finished(node: FreshNode, moment: str) -> None:
-    cut_power(node, ALL, moment)
-    if not is_cut_short(node):
-        # The cuts before left dpkg so little to do that it was quicker. From the start it has more.
-        sparkinstall(node, "uninstall", "--yes")
+    for _ in range(5):
         cut_power(node, ALL, moment)
+        if is_cut_short(node):
+            break
+        # dpkg was quicker, perhaps because the cuts before left it little to do. From the start it has more.
+        sparkinstall(node, "uninstall", "--yes")
     assert is_cut_short(node), "the power was cut too late"
     assert FINISH in sparkinstall(node, "plan", *ONLY, check=False).stdout
     assert sparkinstall(node, "verify", *ONLY, check=False).returncode == 3

@@ -2,23 +2,22 @@
 
 import json
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from sparkinstall.resources import rollback
 from tests.lab import cabling
 from tests.lab.cabling import LAN, PORT_0
-from tests.lab.commands import Completed
+from tests.lab.commands import Completed, Process
 from tests.lab.fleet import Fleet, FleetNode
 from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
 
 FIRST, SECOND = PORT_0
 LAN_FILE = "/etc/netplan/01-lan.yaml"
-ARMED = f"{rollback.HOME}/network"
 FLAGS = ("nodad", "tentative")
 BY_HAND = (
     f"address add 10.77.0.1/24 dev {FIRST}",
@@ -40,8 +39,8 @@ def pair() -> Iterator[Fleet]:
     with Fleet(2) as fleet:
         node = fleet.nodes[0]
         node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
-        node.write("/etc/sparkinstall.yaml", f"network: {{rollback_seconds: 30, interface: {FIRST}}}\n")
-        node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=600)
+        node.write("/etc/sparkinstall.yaml", f"network: {{interface: {FIRST}}}\n")
+        node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
         node.run("ip", "link", "set", FIRST, "up")
         node.run("ip", "link", "set", SECOND, "up")
         yield fleet
@@ -53,7 +52,7 @@ def node(pair: Fleet) -> FleetNode:
 
 
 def tool(node: FleetNode, *words: str) -> Completed:
-    return node.run(COMMAND, *words, user="spark", cwd="/home/spark", check=False, timeout=300)
+    return node.run(COMMAND, *words, user="spark", cwd="/home/spark", check=False, timeout=1200)
 
 
 def words(*more: str) -> tuple[str, ...]:
@@ -93,11 +92,9 @@ def _network(node: FleetNode) -> str:
     return "\n".join(sorted(" ".join(each for each in line.split() if each not in FLAGS) for line in lines))
 
 
-def _until(holds: Callable[[], bool], seconds: float = 30) -> None:
-    until = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < until, f"still false after {seconds:g} s"
-        time.sleep(0.1)
+def _until_armed(node: FleetNode, name: str, process: Process) -> None:
+    """Wait until a rollback timer runs. What follows has to be in time: this looks often, and only from outside."""
+    until(lambda: (node.root / rollback.HOME.lstrip("/") / name).exists(), during=process, pause=0.01)
 
 
 @pytest.mark.parametrize("generated", [False, True], ids=["written", "generated"])
@@ -163,9 +160,9 @@ def test_rollback_restores_what_was_set_by_hand(pair: Fleet, node: FleetNode) ->
     """The gateway does not answer while the network is applied, so the new one is not kept."""
     before, switch = _network(node), pair._wires.switch
     with node.popen(COMMAND, *words(), user="spark", cwd="/home/spark") as process:
-        _until(lambda: node.run("test", "-d", ARMED, check=False).returncode == 0, 60)
+        _until_armed(node, "network", process)
         cabling.ip(switch, "link", "set", "lan", "down")
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         cabling.ip(switch, "link", "set", "lan", "up")
     (error,) = json.loads(output)["errors"]
     assert "the former network was restored" in error["message"], error
@@ -176,9 +173,9 @@ def test_uninstall_after_a_kill_at_the_firewalls_timer_leaves_nothing(node: Flee
     answer = set_up(node)
     assert answer["exit_code"] == 0, answer["errors"]
     with node.popen(COMMAND, *words("--only", "firewall"), user="spark", cwd="/home/spark") as process:
-        _until(lambda: node.run("test", "-d", f"{rollback.HOME}/firewall", check=False).returncode == 0, 60)
+        _until_armed(node, "firewall", process)
         node.signal(process, signal.SIGKILL)
-        process.wait(60)
+        process.wait(300)
     undone = tool(node, "uninstall", "--yes")
     assert undone.returncode == 0, undone.stderr
     assert node.run("test", "-e", rollback.HOME, check=False).returncode == 1

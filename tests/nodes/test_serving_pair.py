@@ -26,7 +26,6 @@ from tests.nodes.serving import (
     LOAD_SECONDS,
     MODEL,
     PACKAGES,
-    PATIENCE,
     PREFIX,
     UNIT,
     UNWATCHED,
@@ -130,21 +129,18 @@ def test_two_nodes_give_the_completion_of_one(pair: ServingNodes, alone: str) ->
 def test_serving_with_the_link_down_fails_despite_health(pair: ServingNodes) -> None:
     pair.wires.pull(pair.plugs["worker"], PORT_0[:1])
     try:
-        began = time.monotonic()
         found = serving_finding(pair.head, "head")
-        took = time.monotonic() - began
-        ask(pair.head, "/health", within=5)
+        ask(pair.head, "/health")
     finally:
         pair.wires.insert(pair.plugs["worker"], PORT_0[:1])
     assert found["verdict"] == "fail"
     assert found["found"] == "no completion within 60 s, although /health returns 200"
     assert "`sparkinstall verify --only peers`" in found["hint"]
-    assert took < PATIENCE + 45
 
 
 def test_serving_after_the_cable_is_inserted_passes_without_a_restart(pair: ServingNodes) -> None:
     before = main_pid(pair.head)
-    until = time.monotonic() + 240
+    until = time.monotonic() + LOAD_SECONDS
     while (found := serving_finding(pair.head, "head"))["verdict"] != "pass":
         assert time.monotonic() < until, (found, journal(pair.head))
     assert main_pid(pair.head) == before
@@ -185,7 +181,7 @@ def test_life_restarts_a_pair_whose_link_passes_one_way_only(pair: ServingNodes)
     pair.worker.run("/usr/sbin/nft", "-f", "-", input=f"table inet oneway {{\nchain in {{\n{rule}\n}}\n}}\n")
     try:
         count = len(life_state(pair.head)["wedges"])
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + LOAD_SECONDS
         while not [each for each in life_state(pair.head)["wedges"][count:] if each["action"]]:
             assert time.monotonic() < deadline, life_state(pair.head)
             time.sleep(1)
