@@ -14,7 +14,6 @@ import subprocess
 import sys
 import termios
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -360,7 +359,7 @@ def test_ask_is_interrupted_with_what_had_come(rehearsal: tuple[str, str]) -> No
             assert process.stdout is not None and process.stderr is not None
             assert process.stdout.read(6) == b"It is ", "it is shown while the server still works"
             process.send_signal(signal.SIGINT)
-            rest, said = process.communicate(timeout=30)
+            rest, said = process.communicate(timeout=300)
         waits.set()
     assert (process.returncode, rest) == (130, b"\n")
     assert b"interrupted; nothing was changed" in said and b"Traceback" not in said
@@ -372,7 +371,7 @@ def test_ask_is_interrupted_with_what_had_come(rehearsal: tuple[str, str]) -> No
 def ask_process(server: ChatServer, rehearsal: tuple[str, str], prompt: str, stdin: bytes) -> tuple[int, bytes]:
     with chatting(server):
         argv = command("ask", prompt, *rehearsal, "--url", server.url)
-        run = subprocess.run(argv, env=environment(), input=stdin, capture_output=True, timeout=60)
+        run = subprocess.run(argv, env=environment(), input=stdin, capture_output=True, timeout=300)
         return run.returncode, run.stdout + run.stderr
 
 
@@ -399,7 +398,7 @@ def test_ask_sends_no_control_characters_to_a_terminal_that_is_only_stderr(rehea
     ours, theirs = pty.openpty()
     with chatting(ChatServer(({"reasoning": "hm\x1b[2J"}, {"content": "4\x1b2"}))) as server:
         argv = command("ask", "x", *rehearsal, "--url", server.url, "--reasoning")
-        run = subprocess.run(argv, env=environment(), stdout=subprocess.PIPE, stderr=theirs, timeout=60)
+        run = subprocess.run(argv, env=environment(), stdout=subprocess.PIPE, stderr=theirs, timeout=300)
     os.close(theirs)
     drawn = os.read(ours, 65536)
     os.close(ours)
@@ -415,8 +414,7 @@ def on_a_terminal(server: ChatServer, rehearsal: tuple[str, str]) -> str:
         with subprocess.Popen(argv, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
             os.close(theirs)
             drawn = b""
-            until = time.monotonic() + 60
-            while time.monotonic() < until:
+            while True:
                 try:
                     drawn += os.read(ours, 65536)
                 except OSError:  # the other end is closed
@@ -464,7 +462,7 @@ def test_example_of_the_docs_streams_reasoning_apart_from_content(tmp_path: Path
     with chatting(ChatServer(REASONED, key="sesame-sesame")) as server:
         env = environment(PYTHONPATH=str(tmp_path), SERVER=server.url, VLLM_API_KEY="sesame-sesame")
         argv = [sys.executable, str(tmp_path / "example.py"), "How", "much?"]
-        run = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=60)
+        run = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=300)
     assert (run.returncode, run.stdout, run.stderr) == (0, "42\n", "hm, six")
     assert server.question["messages"] == [{"role": "user", "content": "How much?"}]
 

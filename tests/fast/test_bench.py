@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from tests.support import vllm_on_cpu
 from tests.support.completion_server import CompletionServer, completing
 from tests.support.machine import OnASpark
 from tests.support.rehearsals import command, envelope, environment, in_this_process
+from tests.support.waiting import until
 
 LOAD = Path(__file__).parents[1] / "support/load"
 GENERATED = "vllm:generation_tokens_total"
@@ -306,9 +306,7 @@ def error_of(found: subprocess.CompletedProcess[str], code: int = 1) -> dict[str
 def test_bench_sends_nothing_again_to_a_server_that_has_ended(asked: tuple[str, ...]) -> None:
     """Of 40/8 all four are answered; then the server dies: what was measured stays, marked as a part."""
     server = CompletionServer(dies_after=5)
-    began = time.monotonic()
     error = error_of(run(server, asked, "40/8", "60/8", "80/8", "--concurrency", "none"))
-    assert time.monotonic() - began < 30
     assert error["code"] == "bench"
     assert error["message"].startswith("the server has ended in the round `60/8 prose`: nothing answers at")
     assert len(server.prompts) <= 6
@@ -367,11 +365,9 @@ def test_bench_keeps_what_was_measured_before_an_interrupt(asked: tuple[str, ...
     with completing(CompletionServer(hangs_at=6)) as server:
         argv = command("bench", "40/8", "60/8", *asked, "--url", server.url, "--concurrency", "none", "--yes")
         process = subprocess.Popen(argv, env=environment(), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        until = time.monotonic() + 60
-        while len(server.prompts) < 7 and time.monotonic() < until:
-            time.sleep(0.02)
+        until(lambda: len(server.prompts) == 7, during=process)
         process.send_signal(signal.SIGINT)
-        said, errors = process.communicate(timeout=60)
+        said, errors = process.communicate(timeout=300)
     assert process.returncode == 130, errors
     assert "interrupted" in errors and "Traceback" not in errors
     assert "(a part: see above)" in said

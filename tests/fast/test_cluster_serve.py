@@ -152,7 +152,7 @@ def test_failure_is_explained_from_the_logs_of_all_nodes_and_undone_on_all(far: 
 
 def test_worker_that_ends_ends_the_start_on_the_head(far: FarNodes) -> None:
     dead = {**RUNS, "active": "failed", "how": "exit-code, status 1"}
-    far.answer("spark-1", **{**HEAD, "serve": [1, {}, [problem("vLLM has ended")]], "slow": 0.5})
+    far.answer("spark-1", **{**HEAD, "serve": [1, {}, [problem("vLLM has ended")]], "after:serve": ["serve", "stop"]})
     far.answer("spark-2", **{**WORKER, "unit": [0, dead, []]})
     code, reply, _ = far.cluster("spark-1", "spark-2", "--serve", "gpt-oss-20b", "--yes")
     assert code == 5
@@ -165,7 +165,7 @@ def test_worker_that_ends_ends_the_start_on_the_head(far: FarNodes) -> None:
 
 
 def test_ctrl_c_while_it_is_waited_for_restores_what_was_before(far: FarNodes) -> None:
-    far.answer("spark-1", **HEAD, slow__serve=60)
+    far.answer("spark-1", **HEAD, slow__serve=600)
     words = ("cluster", "spark-1", "spark-2", "--serve", "gpt-oss-20b", "--yes", "--json")
     with subprocess.Popen(
         [sys.executable, "-m", "sparkinstall", *words],
@@ -174,7 +174,7 @@ def test_ctrl_c_while_it_is_waited_for_restores_what_was_before(far: FarNodes) -
         while ("spark-2", "unit") not in _calls(far, "unit") and run.poll() is None:
             time.sleep(0.1)
         run.send_signal(signal.SIGINT)
-        out, _ = run.communicate(timeout=60)
+        out, _ = run.communicate(timeout=300)
     assert (run.returncode, json.loads(out)["status"]) == (130, "interrupted")
     assert len(_calls(far, "restore")) == 2
     assert not _calls(far, "log", "verify")

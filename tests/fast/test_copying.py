@@ -162,10 +162,10 @@ def test_list_that_cannot_be_read_or_names_a_path_is_refused(listing: bytes) -> 
 
 
 def test_head_without_a_client_ends_after_a_while() -> None:
-    began = time.monotonic()
     with serving("127.0.0.1", "token", {}) as server:
+        began = time.monotonic()
         server.wait(1, patience=0.3)
-    assert 0.3 <= time.monotonic() - began < 5
+        assert time.monotonic() - began >= 0.3 and server.done == 0
 
 
 def test_address_of_another_machine_cannot_be_served() -> None:

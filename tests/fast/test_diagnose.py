@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from sparkinstall.facts import vllm_releases
 from sparkinstall.probes import known_hosts
 from sparkinstall.schema import Malformed
 from tests.support.nodes import FIXES_OF_SPARKS
+from tests.support.waiting import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOGS = REPOSITORY / "tests/logs"
@@ -821,23 +821,24 @@ class Followed:
             self.output += line.decode()
 
     def until(self, words: str) -> None:
-        deadline = time.monotonic() + 60
-        while words not in self.output:
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.05)
+        until(lambda: words in self.output, during=self._process)
 
     def until_it_reads(self, log: Path) -> None:
-        deadline, files = time.monotonic() + 60, Path(f"/proc/{self._process.pid}/fd")
-        while str(log) not in map(os.path.realpath, files.iterdir()):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        # It is open; the line in it is read within the next pause.
-        time.sleep(0.5)
+        files = Path(f"/proc/{self._process.pid}/fd")
+
+        def has_read() -> bool:
+            """Whether it sleeps, and its place in the file, which the kernel tells, is the end."""
+            at = [each.name for each in files.iterdir() if os.path.realpath(each) == str(log)]
+            told = [(files.parent / "fdinfo" / each).read_text() for each in at]
+            state = (files.parent / "stat").read_text().rpartition(")")[2].split()[0]
+            return state == "S" and any(int(each.split()[1]) == log.stat().st_size for each in told)
+
+        until(has_read, during=self._process)
 
     def end(self) -> int:
         self._process.send_signal(signal.SIGINT)
-        code = self._process.wait(60)
-        self._reader.join(20)
+        code = self._process.wait(300)
+        self._reader.join(300)
         assert self._process.stderr
         assert b"Traceback" not in self._process.stderr.read()
         for stream in (self._process.stdout, self._process.stderr, self._process.stdin):

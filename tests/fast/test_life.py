@@ -246,7 +246,8 @@ def asked(port: int, **answers: tuple[int, str] | None) -> Probed:
         "/v1/models": (200, '{"data": [{"id": "m"}]}'),
         **{paths[name]: answer for name, answer in answers.items()},
     }
-    return Server(port, lambda: "").probe(0.3)
+    # One that answers may take its time.
+    return Server(port, lambda: "").probe(0.3 if None in answers.values() else 300)
 
 
 ONE = (200, '{"usage": {"completion_tokens": 1}}')
@@ -277,7 +278,7 @@ def test_probe_request_has_a_token_or_a_reason(
 def test_probe_request_where_nothing_listens() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         free = taken.getsockname()[1]
-    assert Server(free, lambda: "").probe(0.3) == Probed(why="nothing listens")
+    assert Server(free, lambda: "").probe(300) == Probed(why="nothing listens")
     assert Server(free, lambda: "").metrics() == ("", "/metrics does not answer: nothing listens")
 
 
@@ -324,7 +325,7 @@ def test_compiler_of_a_unit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "ptxas").symlink_to("/bin/sleep")
     monkeypatch.setattr(vllm_life, "processes_of", lambda _unit: [os.getpid()])
     assert not vllm_life.compiles("vllm.service")
-    with subprocess.Popen([tmp_path / "ptxas", "60"]) as compiler:
+    with subprocess.Popen([tmp_path / "ptxas", "600"]) as compiler:
         monkeypatch.setattr(vllm_life, "processes_of", lambda _unit: [os.getpid(), compiler.pid])
         while not Path(f"/proc/{compiler.pid}/cmdline").read_bytes().startswith(bytes(tmp_path)):
             time.sleep(0.01)
@@ -333,9 +334,7 @@ def test_compiler_of_a_unit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_program_that_hangs_is_left_behind() -> None:
-    began = time.monotonic()
-    assert vllm_life.output_of("sleep", "30", seconds=0.2) == (124, "sleep did not end within 0.2 s")
-    assert time.monotonic() - began < 5
+    assert vllm_life.output_of("sleep", "600", seconds=0.2) == (124, "sleep did not end within 0.2 s")
     assert vllm_life.output_of("no-such-program") == (127, "no-such-program: No such file or directory")
 
 

@@ -317,6 +317,6 @@ def test_redact_and_mask_leave_no_api_key(keys: list[str], way: Callable[[list[s
 )
 def test_mask_of_a_long_line_is_fast(unit: str) -> None:
     """A log may be one long line: the time of a pattern must not grow with the square of its length."""
-    started = time.monotonic()
+    started = time.process_time()
     Mask(KNOWN).text(unit * (60_000 // len(unit)))
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +33,7 @@ from tests.support.rehearsals import (
     sparkinstall,
     tree,
 )
+from tests.support.waiting import until
 
 MODEL = "org/tiny-model"
 FOLDER = "models--org--tiny-model"
@@ -257,13 +257,6 @@ def _start(*words: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def _until(what: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def _arrived(folder: Path) -> int:
     total = 0
     for path in folder.glob("blobs/*.incomplete"):
@@ -275,18 +268,19 @@ def _arrived(folder: Path) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_pull_that_is_stopped_resumes_within_the_file(number: int, hub: ModelHub, folder: Path) -> None:
-    hub.pause = 0.01
+    hub.stops_at = 1_000_000
     with _start("pull", MODEL, "--json") as run:
-        _until(lambda: _arrived(folder) > 500_000)
+        until(lambda: _arrived(folder) > 500_000, during=run)
         run.send_signal(number)
-        out, err = run.communicate(timeout=30)
+        out, err = run.communicate(timeout=300)
+    hub.goes_on.set()
     assert run.returncode == (-number if number == signal.SIGKILL else 130), out + err
     assert "Traceback" not in err
     assert _is_nowhere_linked(folder)
     (found,) = _revisions()
     assert (found["complete"], found["refs"]) == (False, [])
     parts = {path.name.partition(".")[0]: path.stat().st_size for path in folder.glob("blobs/*.incomplete")}
-    hub.pause, hub.requests = 0.0, []
+    hub.stops_at, hub.requests = 0, []
     done = _pull()
     assert 0 < done["fetched"] <= done["size"] - sum(parts.values())
     asked = {each.path.rpartition("/")[2]: each.range for each in hub.downloads()}
@@ -296,12 +290,26 @@ def test_pull_that_is_stopped_resumes_within_the_file(number: int, hub: ModelHub
     assert not list(folder.glob("blobs/*.incomplete"))
 
 
+def _line_with(words: str, run: "subprocess.Popen[str]") -> str:
+    """What it writes on stderr, up to the line with these words."""
+    assert run.stderr is not None
+    told = ""
+    while words not in told:
+        line = run.stderr.readline()
+        assert line, told
+        told += line
+    return told
+
+
 def test_two_pulls_at_once_download_each_file_once(hub: ModelHub, folder: Path) -> None:
-    hub.pause = 0.01
+    hub.stops_at = 1_000_000
     with _start("pull", MODEL) as first:
-        _until(lambda: _arrived(folder) > 100_000)
+        until(lambda: _arrived(folder) > 100_000, during=first)
         with _start("pull", MODEL) as second:
-            waits, done = second.communicate(timeout=60)[1], first.communicate(timeout=60)[1]
+            waits = _line_with("waiting for it", second)
+            hub.goes_on.set()
+            waits += second.communicate(timeout=300)[1]
+            done = first.communicate(timeout=300)[1]
     assert (first.returncode, second.returncode) == (0, 0), done + waits
     assert "another run uses org/tiny-model: waiting for it" in waits
     asked = [each.path for each in hub.downloads()]
@@ -550,11 +558,13 @@ def test_token_is_in_no_output_and_no_file(hub: ModelHub, home: Path, tmp_path: 
     failed = sparkinstall("models", "pull", MODEL, "-v")
     # What has arrived of the other files would shorten the second pull.
     shutil.rmtree(home / "hub" / FOLDER)
-    hub.sent, hub.pause = {}, 0.01
+    hub.sent, hub.stops_at = {}, 1_000_000
     with _start("pull", MODEL, "-v") as run:
-        _until(lambda: _arrived(home / "hub" / FOLDER) > 100_000)
+        until(lambda: _arrived(home / "hub" / FOLDER) > 100_000, during=run)
         line = Path(f"/proc/{run.pid}/cmdline").read_bytes()
-        out, err = run.communicate(timeout=60)
+        hub.goes_on.set()
+        out, err = run.communicate(timeout=300)
+    assert MODEL.encode() in line
     assert (failed.returncode, run.returncode) == (1, 0), output_of(failed) + out + err
     assert secret not in output_of(failed) + out + err + line.decode()
     files = [path for path in tmp_path.rglob("*") if path.is_file() and path != token]
@@ -799,12 +809,14 @@ def test_remove_does_not_follow_links(folder: Path, tmp_path: Path) -> None:
 
 
 def test_remove_waits_for_a_pull(hub: ModelHub, folder: Path) -> None:
-    hub.pause = 0.01
+    hub.stops_at = 1_000_000
     with _start("pull", MODEL) as first:
-        _until(lambda: _arrived(folder) > 100_000)
+        until(lambda: _arrived(folder) > 100_000, during=first)
         with _start("remove", MODEL, "--yes") as second:
-            waits = second.communicate(timeout=60)[1]
-        first.communicate(timeout=60)
+            waits = _line_with("waiting for it", second)
+            hub.goes_on.set()
+            waits += second.communicate(timeout=300)[1]
+        first.communicate(timeout=300)
     assert (first.returncode, second.returncode) == (0, 0) and "waiting for it" in waits
     assert not folder.exists()
 

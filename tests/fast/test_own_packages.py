@@ -39,7 +39,7 @@ def ask(tmp_path: Path) -> Started:
 
 
 def _answers(*asking: "subprocess.Popen[str]") -> set[Path]:
-    return {Path(each.communicate(timeout=60)[0].strip()) for each in asking}
+    return {Path(each.communicate(timeout=300)[0].strip()) for each in asking}
 
 
 def test_two_processes_download_the_tools_packages_once(ask: Started, tmp_path: Path) -> None:

@@ -563,9 +563,9 @@ HOSTILE: dict[str, tuple[str | bytes, str]] = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_file_is_one_clear_error(name: str, tmp_path: Path) -> None:
     text, wrong = HOSTILE[name]
-    began = time.monotonic()
+    began = time.process_time()
     assert wrong in message(tmp_path, text)
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
 
 
 @pytest.mark.parametrize("text", [SPARKRUN, EUGR, NEMOCLAW, VLLM], ids=["sparkrun", "eugr", "nemoclaw", "vllm"])

@@ -538,10 +538,8 @@ def test_start_that_never_listens_ends_at_the_limit(tmp_path: Path) -> None:
 )
 def test_unit_that_has_ended_is_told_at_once(state: Mapping[str, str], tmp_path: Path) -> None:
     on = OnANode(["Starting to load model m..."], {}, state)
-    began = time.monotonic()
     with pytest.raises(NotReady, match="has ended before it answered, in the phase `weights`"):
-        Following(node_of(tmp_path, serving__port=1), on, silent, 60).until_ready()
-    assert time.monotonic() - began < 5
+        Following(node_of(tmp_path, serving__port=1), on, silent, 3600).until_ready()
 
 
 # --- the command line

@@ -374,7 +374,7 @@ def test_locked_folder_is_waited_for(tmp_path: Path) -> None:
         other.start()
         time.sleep(0.3)
         events.append("first")
-    other.join(10)
+    other.join(300)
     assert events == ["first", "second"]
     assert list(folder.iterdir()) == [], "nothing is left"
 

@@ -44,7 +44,7 @@ class ChatServer:
         for each in self.deltas:
             yield _event(dict(each) if "error" in each else {"choices": [{"delta": each, "finish_reason": None}]})
         if self.waits:
-            self.waits.wait(60)
+            self.waits.wait(600)
         if self.finish:
             yield _event({"choices": [{"delta": {}, "finish_reason": self.finish}]})
             yield _event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": len(self.deltas)}})

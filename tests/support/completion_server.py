@@ -40,6 +40,8 @@ class CompletionServer:
     read: int = 0
     hits: int = 0
     ended: threading.Event = field(default_factory=threading.Event)
+    closed: threading.Event = field(default_factory=threading.Event)
+    """Set when it no longer listens."""
 
     def metrics(self) -> str:
         drafts = self.made // 2
@@ -76,6 +78,7 @@ def completing(server: CompletionServer) -> Iterator[CompletionServer]:
         server.ended.wait()
         listener.shutdown()
         listener.server_close()
+        server.closed.set()
 
     ender = threading.Thread(target=end)
     ender.start()
@@ -124,11 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
             self._whole(of.refuses[number], "no")
             return
         if number == of.hangs_at:
-            time.sleep(30)
+            of.ended.wait(600)
         if of.dies_after is not None and number >= of.dies_after:
             of.ended.set()
-            # Until it no longer listens.
-            time.sleep(0.3)
+            of.closed.wait(600)
             self.close_connection = True
             return
         of.read += len(body["prompt"])

@@ -42,6 +42,9 @@ print("00:00:00 working", file=sys.stderr, flush=True)
 answers = json.load(open(home + "/answers.json"))
 key = next((k for k in (verb + ":" + only[0] if only else "", verb) if k in answers), None)
 time.sleep(answers.get("slow:" + verb, answers.get("slow", 0)))
+first = answers.get("after:" + verb, argv)
+while argv[:len(first)] != first and json.dumps(first)[:-1] not in open(os.environ["LAB"] + "/calls").read():
+    time.sleep(0.02)
 if verb in answers.get("says", ()):
     print(answers["says"][verb], file=sys.stderr, flush=True)
 call["ended"] = time.monotonic()
@@ -129,7 +132,7 @@ PROVEN = [0, {"checks": [], "probes": [], "fixes": []}, []]
 @dataclass(frozen=True)
 class FarNodes:
     """The folder `lab` of all fake nodes. Replies are by verb, or by verb and first step: `multi-node:network`.
-    Seconds that they take are `slow`, or `slow:VERB`.
+    Seconds that they take are `slow`, or `slow:VERB`; `after:VERB` has the first words of a call that they wait for.
 
     `checkout` is a copy of the sources, so that edits during a test change nothing.
     """

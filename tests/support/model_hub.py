@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler
+from threading import Event
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -49,8 +50,9 @@ class ModelHub:
     """One model, with its files.
 
     sent: what is sent in place of a file's content; cut: at most so many bytes per answer (0: all); pause: seconds
-    between two pieces of 16 KiB; refuses: status and X-Error-Code of the API, of files; answer: that of the API,
-    instead of the list; stored: large files are at another host.
+    between two pieces of 16 KiB; stops_at: bytes of an answer after which it waits until `goes_on` is set; refuses:
+    status and X-Error-Code of the API, of files; answer: that of the API, instead of the list; stored: large files are
+    at another host.
     """
 
     model: str
@@ -60,6 +62,8 @@ class ModelHub:
     sent: dict[str, bytes] = field(default_factory=dict)
     cut: int = 0
     pause: float = 0.0
+    stops_at: int = 0
+    goes_on: Event = field(default_factory=Event)
     refuses: dict[str, tuple[int, str]] = field(default_factory=dict)
     answer: bytes | None = None
     stored: bool = True
@@ -195,8 +199,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         shown = content[:cut] if cut else content
         try:
-            piece = _PIECE if self.of.pause else _LARGE_PIECE
+            piece = _PIECE if self.of.pause or self.of.stops_at else _LARGE_PIECE
             for at in range(0, len(shown), piece):
+                if 0 < self.of.stops_at <= at:
+                    self.of.goes_on.wait(600)
                 self.wfile.write(shown[at : at + piece])
                 time.sleep(self.of.pause)
         except OSError:

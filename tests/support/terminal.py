@@ -28,7 +28,7 @@ def on_a_terminal(far: FarNodes, argv: Sequence[str], width: int = 80) -> tuple[
         drawn = b""
         while more := _read(ours):
             drawn += more
-        process.wait(timeout=60)
+        process.wait(timeout=300)
     os.close(ours)
     text = _CONTROL.sub("", drawn.decode())
     return process.returncode, [line.rstrip() for line in re.split(r"[\r\n]+", text)]

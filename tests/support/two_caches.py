@@ -56,7 +56,7 @@ class Offering:
 
     @property
     def sent(self) -> int:
-        return self.reply.result(60).sent
+        return self.reply.result(300).sent
 
 
 @contextmanager
@@ -65,10 +65,10 @@ def offering(head: Side, *steps: str, workers: int = 1) -> Iterator[Offering]:
     offers: Queue[Offer] = Queue()
     with ThreadPoolExecutor(1) as pool:
         reply = pool.submit(artifacts.serve, head.node, LocalReader(), steps, workers, "a-token", offers.put)
-        introduction = Introduction(**asdict(offers.get(timeout=60)), token="a-token")
+        introduction = Introduction(**asdict(offers.get(timeout=300)), token="a-token")
         try:
             yield Offering(introduction, reply)
         finally:
             # It ends by itself, unless the test has failed before all workers were done.
-            for _ in range(workers if wait([reply], 5).not_done else 0):
+            for _ in range(workers if wait([reply], 60).not_done else 0):
                 FileClient(HEAD, introduction).content(DONE)

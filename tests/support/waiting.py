@@ -3,6 +3,7 @@
 import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 LONGEST = 600.0
 
@@ -12,7 +13,7 @@ def until(
     seconds: float = LONGEST,
     *,
     pause: float = 0.1,
-    during: "subprocess.Popen[str] | None" = None,
+    during: "subprocess.Popen[Any] | None" = None,
 ) -> None:
     """Wait until the condition holds. `during`: a process after whose end it cannot begin to hold.
 
