@@ -65,7 +65,9 @@ def _bench() -> None:
 Scenarios = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[SCENARIO]...", help="Tokens of the prompt and generated tokens, such as 1834/32.", show_default=False
+        metavar="[SCENARIO]...",
+        help="Tokens of the prompt and generated ones, such as 1834/32; with cached ones before it: 2048/32@0,8192.",
+        show_default=False,
     ),
 ]
 Url = Annotated[
@@ -147,7 +149,7 @@ def run(
 ) -> CommandResult:
     """Measure the served model: one request at a time, then several at once. `run` may be left out."""
     asked = rounds.BenchOptions(
-        scenarios=tuple(dict.fromkeys(map(rounds.scenario_of, scenario))) if scenario else rounds.FIELD,
+        scenarios=_scenarios_of(scenario, cached) if scenario else rounds.FIELD,
         texts=_texts(text),
         concurrency=_levels(concurrency),
         requests=requests,
@@ -300,6 +302,16 @@ _PAGES = {".html": html, ".md": markdown}
 
 
 # --- the options
+
+
+def _scenarios_of(words: Sequence[str], cached: bool) -> tuple[rounds.Scenario, ...]:
+    found = tuple(dict.fromkeys(each for word in words for each in rounds.scenarios_of(word)))
+    if cached and (deep := next((each for each in found if each.depth), None)):
+        raise BadUsage(
+            f"with --cached the whole prompt of {deep.name} would be in the prefix cache",
+            hint="omit --cached: what stands before the @ is new, what stands after it is cached",
+        )
+    return found
 
 
 def _texts(words: Sequence[str] | None) -> tuple[rounds.Text, ...]:

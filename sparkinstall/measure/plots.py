@@ -16,8 +16,8 @@ _TICKS = 5
 _SCENARIO, _AT_ONCE = "tokens of the prompt / generated", "requests at once"
 # Of what lies beside another, part of the width of a category.
 _BESIDE = 0.16
-# What the words below a category take.
-_LABEL = 56
+# What a letter takes below a category, and what is between the words of two.
+_LETTER, _APART = 7, 8
 # Of light and of dark pages: each is far enough from its background, and the dashes tell them apart in print.
 COLOURS = (
     *(("#0072b2", "#56b4e9"), ("#c24e00", "#ff9d5c"), ("#00785a", "#3fd0a0")),
@@ -121,7 +121,8 @@ def _plot(title: str, below: str, of: Sequence[_Values]) -> Plot | None:
     categories = list(dict.fromkeys(where for each in of for where in each.middle))
     texts = {where.rpartition(" ")[2] for where in categories}
     lines = {where: where.split(" ")[: 1 if len(texts) == 1 else 2] for where in categories}
-    width = max(WIDTH, LEFT + RIGHT + _LABEL * len(categories))
+    longest = max((len(line) for each in lines.values() for line in each), default=0)
+    width = max(WIDTH, LEFT + RIGHT + (_LETTER * longest + _APART) * len(categories))
     highest = max((value for each in of for value in _all(each)), default=0.0)
     if not categories or not highest:
         return None

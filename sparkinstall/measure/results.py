@@ -15,6 +15,8 @@ LEAST_FOR_A_RATE = 8
 """Fewer tokens than these, and the time between them is no rate: of two tokens it is a single gap."""
 # Part of the prompts' tokens that came from the prefix cache, from which on TTFT tells nothing of the prefill.
 _CACHED = 0.05
+# Part of the depth that whole blocks of the cache must reach.
+_MOSTLY = 0.8
 _COLD = 2.0
 # Tokens for others that do not matter: the proof of life asks for one now and then.
 _FEW, _SHARE = 4, 0.01
@@ -107,7 +109,10 @@ class Percentiles(Struct, frozen=True):
 
 
 class Counted(Struct, frozen=True):
-    """What each measured round has. `others`: generated tokens that were not for us; None: the server does not tell."""
+    """What each measured round has. `others`: generated tokens that were not for us; None: the server does not tell.
+
+    `depth`: tokens at the beginning of each prompt that the prefix cache should have.
+    """
 
     name: str
     text: Text
@@ -123,6 +128,7 @@ class Counted(Struct, frozen=True):
     speculation: Speculation | None
     others: int | None
     raw: Sequence[Request]
+    depth: int = 0
 
 
 class ScenarioResult(Counted, frozen=True):
@@ -207,7 +213,6 @@ def scenario_result(raw: Raw, of: Round, context: Context) -> ScenarioResult:
     """Return the result of one request at a time."""
     whole, broken = requests_of(raw, of)
     cache, speculation = _cache(raw), _speculation(raw)
-    from_cache = cache is not None and cache.queries > 0 and cache.hits / cache.queries > _CACHED
     decoded = [_rate(each) for each in whole]
     decode = [each for each in decoded if each is not None] if of.tokens >= LEAST_FOR_A_RATE else []
     notes = [*_notes(raw, of, whole, broken, context), *_on_decode(decode, speculation, context)]
@@ -217,9 +222,22 @@ def scenario_result(raw: Raw, of: Round, context: Context) -> ScenarioResult:
         speculation=speculation,
         ttft=[each.ttft for each in whole],
         total=[each.total for each in whole],
-        prefill=None if from_cache else [round(each.prompt_tokens / each.ttft * 1000, 2) for each in whole],
+        prefill=_prefill(whole, of, cache),
         decode=decode or None,
     )
+
+
+def _prefill(whole: Sequence[Request], of: Round, cache: Cache | None) -> list[float] | None:
+    """Return the tokens a second of the prompts that were computed; None if that is unknown."""
+    if (of.depth and cache is None) or _beyond(of, cache) > _CACHED:
+        return None
+    from_cache = cache.hits / of.requests if of.depth and cache else 0.0
+    return [round((each.prompt_tokens - from_cache) / each.ttft * 1000, 2) for each in whole]
+
+
+def _beyond(of: Round, cache: Cache | None) -> float:
+    """Return the part of the prompts' tokens that came from the prefix cache, without those that were to."""
+    return cache.hits / cache.queries - of.depth / of.prompt_tokens if cache and cache.queries else 0.0
 
 
 def level_result(raw: Raw, of: Round, context: Context) -> LevelResult:
@@ -258,6 +276,7 @@ def _common(
         "name": of.name,
         "text": of.text,
         "prompt_tokens": of.prompt_tokens,
+        "depth": of.depth,
         "tokens": of.tokens,
         "requests": of.requests,
         "completed": len(whole),
@@ -349,12 +368,22 @@ def _on_prompts(raw: Raw, of: Round, whole: Sequence[Request], context: Context)
     cache = _cache(raw)
     part = cache.hits / cache.queries if cache and cache.queries else 0.0
     if context.cached and part <= _CACHED:
-        why = "it is off" if context.prefix_cache is False else "the prompts are shorter than a block, or it is full"
-        yield Note("warning", f"the prompts were sent before, but the prefix cache had none of them: {why}")
-    elif not context.cached and part > _CACHED:
+        yield Note("warning", f"the prompts were sent before, but the prefix cache had none of them: {_why(context)}")
+    elif of.depth and (cache is None or cache.hits < _MOSTLY * of.depth * of.requests):
+        had = (
+            "the server does not tell what"
+            if cache is None
+            else f"{cache.hits // of.requests} tokens a request are all that"
+        )
+        yield Note("warning", f"{had} the prefix cache had of the {of.depth} before the prompt: {_why(context)}")
+    elif not context.cached and _beyond(of, cache) > _CACHED:
         yield Note(
             "error", f"{part:.0%} of the prompts' tokens came from the prefix cache, though none was sent before"
         )
+
+
+def _why(context: Context) -> str:
+    return "it is off" if context.prefix_cache is False else "the prompts are shorter than a block, or it is full"
 
 
 def _on_chunks(whole: Sequence[Request]) -> Iterator[Note]:

@@ -18,24 +18,28 @@ RUNS = 3
 CONCURRENCY = (1, 2, 4, 8)
 _LEAST_REQUESTS, _REQUESTS_EACH = 16, 8
 _MOST_TOKENS = 1 << 20
-_SCENARIO = re.compile(r"([0-9]{1,7})/([0-9]{1,7})")
+_SCENARIO = re.compile(r"([0-9]{1,7})/([0-9]{1,7})(?:@([0-9]{1,7}(?:,[0-9]{1,7})*))?")
 _SLO = re.compile(r"(ttft|itl)=([0-9]{1,7}(?:\.[0-9]{1,3})?)(ms|s)")
 
 
 class Scenario(Struct, frozen=True):
-    """One request at a time: tokens of its prompt, and tokens that are generated."""
+    """One request at a time: tokens of its prompt, and tokens that are generated.
+
+    `depth`: tokens of a context before the prompt, which the prefix cache has: all requests of a round share it.
+    """
 
     prompt: int
     tokens: int
+    depth: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.prompt}/{self.tokens}"
+        return f"{self.prompt}/{self.tokens}" + (f"@{self.depth}" if self.depth else "")
 
     @property
     def length(self) -> int:
         """Tokens of context that it takes."""
-        return self.prompt + self.tokens
+        return self.depth + self.prompt + self.tokens
 
 
 FIELD = (Scenario(58, 2), Scenario(1834, 32), Scenario(7234, 32), Scenario(1834, 108), Scenario(7234, 124))
@@ -44,19 +48,22 @@ LOAD = Scenario(1834, 108)
 """What each request is in the rounds with several at once."""
 
 
-def scenario_of(word: str) -> Scenario:
-    """Parse a scenario, such as 1834/32.
+def scenarios_of(word: str) -> list[Scenario]:
+    """Parse a scenario, such as 1834/32, or one at several depths: 2048/32@0,8192.
 
     Raises:
         BadUsage: it is none.
     """
     found = _SCENARIO.fullmatch(word)
-    scenario = Scenario(int(found[1]), int(found[2])) if found else None
-    if not scenario or not scenario.prompt or not scenario.tokens or scenario.length > _MOST_TOKENS:
+    depths = (found[3] or "0").split(",") if found else []
+    scenarios = [Scenario(int(found[1]), int(found[2]), int(depth)) for depth in depths] if found else []
+    if not scenarios or not all(each.prompt and each.tokens and each.length <= _MOST_TOKENS for each in scenarios):
         raise BadUsage(
-            f"{show(word)} is no scenario", hint="write tokens of the prompt and generated tokens, such as 1834/32"
+            f"{show(word)} is no scenario",
+            hint="write tokens of the prompt and generated tokens, such as 1834/32; "
+            "`sparkinstall bench --help` lists what else there is",
         )
-    return scenario
+    return scenarios
 
 
 class Slo(Struct, frozen=True):
@@ -93,6 +100,7 @@ class Round(Struct, frozen=True):
     """Requests that are sent with so many at once. `measured`: False for a warm-up.
 
     `first_prompt`: the number of the first of its prompts, which no other round has, unless they shall be cached.
+    `depth`: how many of the prompt's tokens are the first ones of the prompt with the number `shared`.
     """
 
     name: str
@@ -104,6 +112,8 @@ class Round(Struct, frozen=True):
     first_prompt: int
     measured: bool = True
     alone: bool = True
+    depth: int = 0
+    shared: int = 0
 
 
 class BenchOptions(Struct, frozen=True):
@@ -157,13 +167,16 @@ def planned(options: BenchOptions, context: int | None) -> tuple[list[Round], li
     numbers, rounds = _Numbers(options), list[Round]()
     for text in options.texts:
         for each in fits:
+            shared = numbers.one() if each.depth else 0
             warm, number = numbers.take(1, RUNS)
-            rounds += _pair(each.name, each, text, (1 if not options.cached else RUNS, RUNS), 1, (warm, number))
+            sizes = (1 if not options.cached else RUNS, RUNS)
+            rounds += _pair(each.name, each, text, sizes, 1, (warm, number, shared))
         for level in levels:
-            count = options.requests or max(_LEAST_REQUESTS, _REQUESTS_EACH * level)
+            count, each = options.requests or max(_LEAST_REQUESTS, _REQUESTS_EACH * level), load or LOAD
+            shared = numbers.one() if each.depth else 0
             warm, number = numbers.take(level, count)
             sizes = (count if options.cached else level, count)
-            rounds += _pair(f"{level} at once", load or LOAD, text, sizes, level, (warm, number), alone=False)
+            rounds += _pair(f"{level} at once", each, text, sizes, level, (warm, number, shared), alone=False)
     return rounds, left
 
 
@@ -176,6 +189,11 @@ class _Numbers:
 
     def __init__(self, options: BenchOptions) -> None:
         self._cached, self._next = options.cached, 0
+
+    def one(self) -> int:
+        """Return the number of a prompt whose beginning others share."""
+        self._next += 1
+        return self._next - 1
 
     def take(self, warm: int, measured: int) -> tuple[int, int]:
         first = self._next
@@ -190,10 +208,13 @@ def _pair(
     text: Text,
     sizes: tuple[int, int],
     level: int,
-    numbers: tuple[int, int],
+    numbers: tuple[int, int, int],
     alone: bool = True,
 ) -> Iterator[Round]:
     """Yield the warm-up and the measured round."""
-    for size, first, measured in zip(sizes, numbers, (False, True), strict=True):
-        whole = f"{name} {text}" if measured else f"{name} {text}, warm-up"
-        yield Round(whole, scenario.prompt, scenario.tokens, text, size, level, first, measured, alone)
+    *firsts, shared = numbers
+    for size, first, measured in zip(sizes, firsts, (False, True), strict=True):
+        whole, length = f"{name} {text}" if measured else f"{name} {text}, warm-up", scenario.depth + scenario.prompt
+        yield Round(
+            whole, length, scenario.tokens, text, size, level, first, measured, alone, scenario.depth, shared
+        )  # fmt: skip

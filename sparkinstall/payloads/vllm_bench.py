@@ -112,7 +112,9 @@ def words(job: dict[str, Any], of: dict[str, Any]) -> list[str]:
 def measured(job: dict[str, Any], client: Client, of: dict[str, Any]) -> dict[str, Any]:
     """Run one round; return what vLLM found."""
     numbers = range(of["first_prompt"], of["first_prompt"] + of["requests"])
-    prompts = [client.prompt(of["text"], number, of["prompt_tokens"]) for number in numbers]
+    shared = client.prompt(of["text"], of["shared"], of["depth"]) if of["depth"] else []
+    own = of["prompt_tokens"] - len(shared)
+    prompts = [[*shared, *client.prompt(of["text"], number, own)] for number in numbers]
     before, began = client.counters(), time.perf_counter()
     tell("began", round=of["name"])
     result = generated(words(job, of), prompts, of["tokens"])

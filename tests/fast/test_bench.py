@@ -94,6 +94,22 @@ def test_cached_rounds_send_the_same_prompts_as_their_warm_up() -> None:
         assert (warm.first_prompt, warm.requests) == (measured.first_prompt, measured.requests)
 
 
+def test_rounds_at_a_depth_share_the_beginning_of_their_prompts_and_nothing_else() -> None:
+    found, left = planned(
+        BenchOptions(scenarios=tuple(rounds.scenarios_of("100/8@0,512,9000")), concurrency=(2,)), 8192
+    )
+    assert [each.name for each in left] == ["100/8@9000"]
+    depths = [(each.prompt_tokens, each.depth, each.measured) for each in found]
+    assert depths == [(100, 0, False), (100, 0, True), (612, 512, False), (612, 512, True)] * 1 + [
+        (612, 512, False), (612, 512, True),
+    ]  # fmt: skip
+    assert [each.name for each in found[2::2]] == ["100/8@512 prose, warm-up", "2 at once prose, warm-up"]
+    own = [n for each in found for n in range(each.first_prompt, each.first_prompt + each.requests)]
+    shared = [each.shared for each in found if each.depth]
+    assert shared[0] == shared[1] != shared[2] == shared[3] and not set(shared) & set(own)
+    assert len(own) == len(set(own))
+
+
 def test_what_is_longer_than_the_served_context_is_left_out_and_said() -> None:
     found, left = planned(BenchOptions(), 2000)
     assert {each.prompt_tokens for each in found} == {58, 1834}
@@ -221,6 +237,26 @@ def test_tokens_from_the_prefix_cache_are_an_error_unless_they_were_meant() -> N
     assert note.text.endswith("had none of them: it is off")
 
 
+def test_prefill_at_a_depth_is_of_the_tokens_that_were_computed() -> None:
+    deep = round_of(2, 8, depth=80)
+
+    def counted(hits: float) -> dict[str, float]:
+        return {GENERATED: 16.0, "vllm:prefix_cache_queries_total": 200.0, "vllm:prefix_cache_hits_total": hits}
+
+    answers = raw((0.5, [0.1] * 7), (0.25, [0.1] * 7), tokens=8, after=counted(160.0))
+    found = scenario_result(answers, deep, Context())
+    assert (found.depth, found.prefill, found.notes) == (80, [40.0, 80.0], ())
+    off = scenario_result(replace(answers, after=counted(0.0)), deep, Context(prefix_cache=False))
+    assert off.prefill == [200.0, 400.0]
+    assert [each.text for each in off.notes] == [
+        "0 tokens a request are all that the prefix cache had of the 80 before the prompt: it is off"
+    ]
+    more = scenario_result(replace(answers, after=counted(190.0)), deep, Context())
+    assert more.prefill is None and [each.weight for each in more.notes] == ["error"]
+    unknown = scenario_result(replace(answers, after={GENERATED: 16.0}), deep, Context())
+    assert unknown.prefill is None and "the server does not tell" in unknown.notes[0].text
+
+
 def test_objective_is_two_comparisons_of_percentiles() -> None:
     answers = raw(*((0.1 * at, [0.01] * 7) for at in range(1, 11)), tokens=8)
     found = level_result(answers, round_of(10, 8, alone=False), Context(Slo(ttft=500.0, itl=20.0)))
@@ -286,6 +322,19 @@ def test_bench_with_cached_prompts_says_how_many_the_cache_had(asked: tuple[str,
     off = CompletionServer(caching=False)
     assert run(off, asked, "40/8", "--concurrency", "none", "--cached").returncode == 0
     assert "the prefix cache had none of them: it is off" in recorded(asked).scenarios[0].notes[0].text
+
+
+def test_bench_at_depths_measures_new_prompts_after_a_cached_beginning(asked: tuple[str, ...]) -> None:
+    server = CompletionServer()
+    assert run(server, asked, "40/8@0,160", "--concurrency", "none").returncode == 0
+    flat, deep = recorded(asked).scenarios
+    assert (flat.name, flat.prompt_tokens, flat.cache) == ("40/8 prose", 40, results.Cache(120, 0))
+    assert (deep.name, deep.prompt_tokens, deep.cache) == ("40/8@160 prose", 200, results.Cache(600, 480))
+    assert deep.prefill and not [each for each in deep.notes if "cache" in each.text]
+    assert len({tuple(each[:160]) for each in server.prompts[4:]}) == 1
+    assert len({tuple(each[160:]) for each in server.prompts}) == 5, "those without a depth have nothing there"
+    error = error_of(run(CompletionServer(), asked, "40/8@160", "--cached"), 2)
+    assert "would be in the prefix cache" in error["message"]
 
 
 def test_bench_names_speculative_decoding_with_its_acceptance(asked: tuple[str, ...]) -> None:
@@ -390,8 +439,10 @@ def test_bench_refuses_what_it_cannot_measure(words: tuple[str, ...], asked: tup
 
 
 def test_scenarios_of_the_field_and_objectives_are_read() -> None:
-    assert tuple(rounds.scenario_of(each.name) for each in rounds.FIELD) == rounds.FIELD
-    assert rounds.scenario_of("1834/32") == Scenario(1834, 32)
+    assert tuple(scenario for each in rounds.FIELD for scenario in rounds.scenarios_of(each.name)) == rounds.FIELD
+    assert rounds.scenarios_of("1834/32") == [Scenario(1834, 32)]
+    assert rounds.scenarios_of("2048/32@0,512") == [Scenario(2048, 32), Scenario(2048, 32, 512)]
+    assert [each.name for each in rounds.scenarios_of("2048/32@0,512")] == ["2048/32", "2048/32@512"]
     assert rounds.slo_of("ttft=0.5s,itl=250ms", 95) == Slo(500.0, 250.0, 95)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import takewhile
 from typing import Any
 
 
@@ -43,6 +44,12 @@ class CompletionServer:
     closed: threading.Event = field(default_factory=threading.Event)
     """Set when it no longer listens."""
 
+    def cached(self, prompt: list[int]) -> int:
+        """Tokens of a prompt that were sent before: all, or blocks of 16 at its beginning."""
+        if prompt in self.prompts:
+            return len(prompt)
+        return max((_common(prompt, each) // 16 * 16 for each in self.prompts), default=0)
+
     def metrics(self) -> str:
         drafts = self.made // 2
         lines = [
@@ -59,6 +66,10 @@ class CompletionServer:
                 f'vllm:spec_decode_num_accepted_tokens_total{{engine="0"}} {drafts}',
             ]
         return "\n".join(lines) + "\n"
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))))
 
 
 @contextmanager
@@ -120,8 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _complete(self, body: dict[str, Any]) -> None:
         of, number = self.of, len(self.of.prompts)
-        if body["prompt"] in of.prompts and of.caching:
-            of.hits += len(body["prompt"])
+        if of.caching:
+            of.hits += of.cached(body["prompt"])
         of.prompts.append(body["prompt"])
         if number in of.refuses:
             self._whole(of.refuses[number], "no")
