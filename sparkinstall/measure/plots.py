@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from statistics import median
 
 from msgspec import Struct, field
-from msgspec.structs import replace
 
 from sparkinstall.measure.bench import Benchmark
 from sparkinstall.measure.results import LevelResult, Percentiles
@@ -35,16 +35,16 @@ class Point(Struct, frozen=True):
 
 
 class Series(Struct, frozen=True):
-    """Points of one kind: the results, joined by a line where the categories have an order; `dots`: single values.
+    """Points of one kind: the results; `dots`: single values. `colour`: which one of COLOURS.
 
-    `colour`: which one of COLOURS.
+    `joined`: those of the results that a line joins, each in the order of the categories: of one text.
     """
 
     name: str
     colour: int
     dash: str
     line: Sequence[Point]
-    joined: bool
+    joined: Sequence[Sequence[Point]] = ()
     dots: Sequence[Point] = ()
 
 
@@ -131,11 +131,11 @@ def _plot(title: str, below: str, of: Sequence[_Values]) -> Plot | None:
     count = round(top / step)
     wide = (width - LEFT - RIGHT) / len(categories)
     places = {where: LEFT + wide * (at + 0.5) for at, where in enumerate(categories)}
-    series = [_placed(each, at, _beside(places, of, at, wide, below), top) for at, each in enumerate(of) if each.middle]
-    joined = below == _AT_ONCE
+    beside = [_beside(places, of, at, wide, below) for at in range(len(of))]
+    series = [_placed(each, at, beside[at], top, below == _AT_ONCE) for at, each in enumerate(of) if each.middle]
     ticks = [(_y(step * at, top), f"{step * at:,.10g}") for at in range(count + 1)]
     labels = [(x, lines[where]) for where, x in places.items()]
-    return Plot(title, below, width, ticks, labels, [replace(each, joined=joined) for each in series])
+    return Plot(title, below, width, ticks, labels, series)
 
 
 def _beside(places: dict[str, float], of: Sequence[_Values], at: int, wide: float, below: str) -> dict[str, float]:
@@ -161,10 +161,12 @@ def _y(value: float, top: float) -> float:
     return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * value / top, 1)
 
 
-def _placed(of: _Values, at: int, places: dict[str, float], top: float) -> Series:
+def _placed(of: _Values, at: int, places: dict[str, float], top: float, ordered: bool) -> Series:
     def point(where: str, value: float) -> Point:
         return Point(round(places[where], 1), _y(value, top), f"{of.name}, {where}: {value:,.4g}")
 
-    line = [point(where, value) for where, value in of.middle.items()]
+    line = {where: point(where, value) for where, value in of.middle.items()}
     dots = [point(where, value) for where, values in of.single.items() for value in values]
-    return Series(of.name, at % len(COLOURS), _DASHES[at % len(_DASHES)], line, False, dots)
+    joined = [list(each) for _, each in groupby(line, lambda where: where.rpartition(" ")[2])] if ordered else []
+    lines = [[line[where] for where in each] for each in joined]
+    return Series(of.name, at % len(COLOURS), _DASHES[at % len(_DASHES)], list(line.values()), lines, dots)

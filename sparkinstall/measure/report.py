@@ -11,11 +11,13 @@ from sparkinstall import __version__
 from sparkinstall.assets import asset
 from sparkinstall.measure.bench import Benchmark
 from sparkinstall.measure.compare import Change, Comparison
-from sparkinstall.measure.plots import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, plots
+from sparkinstall.measure.plots import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, WIDTH, plots
 from sparkinstall.measure.results import Percentiles
 
 _TEMPLATE = "bench-report.html.j2"
 _SIZE = {"height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
+# From here on a plot has a row of its own.
+_WIDER = 1.2
 _NONE_COMMON, _NONE_DIFFERS = "no result is in both and to be used", "nothing that made the numbers differs"
 
 
@@ -53,6 +55,7 @@ def html(records: Sequence[tuple[str, Benchmark]], comparisons: Sequence[Compari
         plots=plots(records),
         colours=COLOURS,
         size=_SIZE,
+        wide=WIDTH * _WIDER,
         none_common=_NONE_COMMON,
         none_differs=_NONE_DIFFERS,
         version=__version__,

@@ -19,6 +19,7 @@ WIDE, NARROW = 1280, 400
 LOOKED_AT = """
 (() => {
   const shown = [], wrong = [];
+  for (const each of document.querySelectorAll("details")) each.open = true;
   const rgb = text => text.match(/[\\d.]+/g).slice(0, 3).map(Number);
   const light = text => rgb(text).map(each => each / 255)
     .map(each => each <= 0.03928 ? each / 12.92 : ((each + 0.055) / 1.055) ** 2.4)
@@ -31,7 +32,7 @@ LOOKED_AT = """
   const apart = (one, two) => one.right <= two.left || two.right <= one.left || one.bottom <= two.top
     || two.bottom <= one.top;
   if (document.documentElement.scrollWidth > document.documentElement.clientWidth) wrong.push("the page is too wide");
-  for (const each of document.querySelectorAll("h1, h2, h3, p, li, figcaption, th, td, .names, svg text")) {
+  for (const each of document.querySelectorAll("h1, h2, h3, p, li, summary, figcaption, th, td, .names, svg text")) {
     const style = getComputedStyle(each), box = each.getBoundingClientRect();
     if (!each.textContent.trim()) continue;
     if (contrast(each.closest("svg") ? style.fill : style.color) < 4.5) say("too pale", each);
@@ -129,6 +130,15 @@ def test_page_of_one_record_shows_each_result(page: Page, record: Benchmark, tmp
     assert f"a, 2 prose: {record.levels[1].tokens_per_second:,.4g}" in told
 
 
+def test_lines_join_the_levels_of_one_text_only(page: Page, record: Benchmark, tmp_path: Path) -> None:
+    assert seen(page, written(tmp_path, ("a", many(record))))["wrong"] == []
+    count = "document.querySelector('[aria-label^=Throughput]').querySelectorAll('polyline')"
+    assert page.value(f"[...{count}].map(each => each.points.length)") == [4, 4]
+    # Many categories have a row of their own, and nothing is behind an edge.
+    wide = "[...document.querySelectorAll('figure')].map(each => each.scrollWidth <= each.clientWidth)"
+    assert set(page.value(wide)) == {True}
+
+
 def test_page_without_a_common_result_says_so_instead_of_an_empty_table(
     page: Page, record: Benchmark, tmp_path: Path
 ) -> None:
@@ -136,6 +146,18 @@ def test_page_without_a_common_result_says_so_instead_of_an_empty_table(
     assert seen(page, file)["wrong"] == []
     assert page.value("[...document.querySelectorAll('table')].every(each => each.tBodies[0].rows.length > 0)") is True
     assert page.value("document.body.innerText.includes('no result is in both and to be used')") is True
+
+
+def test_warnings_are_open_and_notes_are_one_click_away(page: Page, record: Benchmark, tmp_path: Path) -> None:
+    page.show(written(tmp_path, ("a", record)), WIDE)
+    visible = "[...document.querySelectorAll('li')].filter(each => each.checkVisibility()).map(each => each.className)"
+    assert set(page.value(visible)) == {"warning"}
+    assert page.value("[...document.querySelectorAll('summary')].map(each => each.innerText)") == [
+        "4 warnings",
+        "8 notes",
+    ]
+    page.value("document.querySelectorAll('summary')[1].click()")
+    assert set(page.value(visible)) == {"warning", "note"}
 
 
 @pytest.mark.parametrize(
