@@ -134,7 +134,8 @@ def _waiting(output: Output) -> Iterator[Callable[[str], None]]:
 
 
 def _options(source: Source) -> use.FitOptions:
-    return use.options_of_recipe(source.recipe) if source.recipe else use.FitOptions()
+    recipe = source.recipe
+    return use.with_draft(use.options_of_recipe(recipe), recipe) if recipe else use.FitOptions()
 
 
 def _context(text: str | None) -> int | Literal["auto"] | None:

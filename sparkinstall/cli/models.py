@@ -51,7 +51,7 @@ At = Annotated[
 @app.command()
 @verb("models pull")
 def pull(_: Target, output: Output, model: ToPull, revision: At = None) -> CommandResult:
-    """Download a model, or that of a recipe, into the hub's cache; resume within a file, and check each hash."""
+    """Download a model, or those of a recipe, into the hub's cache; resume within a file, and check each hash."""
     del output
     with _dialog(model) as dialog:
         done = use.pull_named(model, revision, dialog)
@@ -64,7 +64,7 @@ def _show_pulled(done: use.Pulled) -> None:
     if not done.fetched_files:
         print("  All files were there; nothing was downloaded.")
     if done.draft:
-        print(f"  The recipe drafts with another model: `sparkinstall models pull {done.draft}`.")
+        _show_pulled(done.draft)
 
 
 @app.command()

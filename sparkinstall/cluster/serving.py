@@ -11,6 +11,7 @@ from sparkinstall.cluster.artifacts import Handover
 from sparkinstall.cluster.orchestrate import Cluster, Done
 from sparkinstall.cluster.protocol import Arriving, Fetched, ModelSource, Offered, Reply, announced
 from sparkinstall.cluster.remote import OnLine, RemoteNode
+from sparkinstall.core.model_step import pinned
 from sparkinstall.core.readiness import NotReady
 from sparkinstall.core.serve import Answering
 from sparkinstall.core.serve_checks import lowered
@@ -72,8 +73,10 @@ class Together:
             served, more = lowered(order.served, least or 0.0, f"{host} has no more available", several=several)
             order, self.changes = replace(order, served=served), (*self.changes, *more)
         self._cluster.order = _text(order)
-        self._cluster.bring_model = self._bring if "serving.revision" in order.served.settings else None
-        self._model, self._commit = order.model, str(order.served.settings.get("serving.revision") or "")
+        settings = order.served.settings
+        revision, recipe, arguments = (settings.get(f"serving.{name}") for name in ("revision", "recipe", "arguments"))
+        self._models = list(pinned(order.model, revision, recipe, arguments or ()))
+        self._cluster.bring_model = self._bring if self._models else None
 
     def _prepare(self, node: RemoteNode, on_line: OnLine) -> Reply[Prepared]:
         given = _text(self._named) if node is self._head else ""
@@ -85,9 +88,10 @@ class Together:
     # --- the model
 
     def _bring(self, nodes: Sequence[RemoteNode]) -> None:
-        """Copy the model from the head to nodes that lack it; one that gets no copy downloads it."""
-        handover = ModelHandover(self._head, nodes, self._model, self._commit)
-        self._cluster.on_each("copy", handover.work, [self._head, *nodes])
+        """Copy the models from the head to nodes that lack them; one that gets no copy downloads it."""
+        for model, commit in self._models:
+            handover = ModelHandover(self._head, nodes, model, commit)
+            self._cluster.on_each("copy", handover.work, [self._head, *nodes])
 
     # --- the answer
 

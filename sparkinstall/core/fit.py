@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 from msgspec import Struct
@@ -10,15 +11,16 @@ from msgspec.structs import replace
 from sparkinstall.core.memory import OVERHEAD, RESERVE, Memory
 from sparkinstall.core.planned import NotPlanned, Oracle, Questions
 from sparkinstall.core.recipe_list import release
+from sparkinstall.downloads import NotDownloaded
 from sparkinstall.errors import BadUsage
-from sparkinstall.models import Basis, Figure, ModelError, unknown
-from sparkinstall.models.files import CONFIG, Files, read_object
+from sparkinstall.models import Basis, Figure, ModelError, hub, unknown
+from sparkinstall.models.files import CONFIG, Files, LocalFiles, read_object
 from sparkinstall.models.kv_cache import CacheSize, Formulas, Load
 from sparkinstall.models.layout import Layout, layout_of
 from sparkinstall.models.planned import Asked, Plan, Planned
 from sparkinstall.models.weights import Weights, loaded_size, read_by_token, read_weights
 from sparkinstall.recipes import Recipe
-from sparkinstall.recipes.serve_options import key
+from sparkinstall.recipes.serve_options import draft_of, key
 
 Verdict = Literal["fits", "does_not_fit", "unknown"]
 
@@ -39,6 +41,7 @@ _UNCOUNTED = {
     "--kv-offloading-size": "the cache that is offloaded: on a Spark it is the same memory",
     "--enable-lora": "LoRA adapters",
 }
+_DRAFT_CACHE = "the cache of the model that drafts"
 _FP8 = ("fp8", "fp8_e4m3", "fp8_e5m2")
 # Of 16 bits a weight; embeddings and scales stay wider.
 _VERSIONS = {"8 bits a weight": 0.55, "4 bits a weight": 0.32}
@@ -56,6 +59,7 @@ _TO_VLLM = (
 class FitOptions(Struct, frozen=True):
     """How a model is to be served. `context` "auto": as long as fits; None: as long as the model allows.
 
+    `draft`, `draft_bytes`: the model that drafts, and what each node needs for its weights, if that is known.
     `to_vllm`: further options of `vllm serve` that change its plan. `no_formula`, `no_plan`: why there is no formula
     for them, or why vLLM is not asked. `remote_code`: vLLM may run the code of the model to plan.
     """
@@ -66,6 +70,8 @@ class FitOptions(Struct, frozen=True):
     kv_dtype: str = "auto"
     tensor_parallel: int = 1
     uncounted: tuple[str, ...] = ()
+    draft: str = ""
+    draft_bytes: int = 0
     no_formula: str = ""
     no_plan: str = ""
     quantized_at_load: bool = False
@@ -189,6 +195,24 @@ def options_of_recipe(recipe: Recipe) -> FitOptions:
         to_vllm=tuple(word for each in recipe.args if key(each) in _TO_VLLM for word in each),
         quantized_at_load="--quantization" in values,
     )
+
+
+def with_draft(options: FitOptions, recipe: Recipe) -> FitOptions:
+    """Count the weights of the model that drafts in a recipe, if their files can be read here or on the hub."""
+    draft = draft_of(recipe.args)
+    if draft is None:
+        return options
+    try:
+        if draft.model.startswith("/"):
+            files: Files = LocalFiles(Path(draft.model))
+        else:
+            revision = draft.revision or ""
+            files = hub.cached(draft.model, revision) or hub.HubFiles(draft.model, revision)
+        size = read_weights(files).size
+    except (ModelError, NotDownloaded, BadUsage):
+        return options
+    left = tuple(_DRAFT_CACHE if each == _UNCOUNTED["--speculative-config"] else each for each in options.uncounted)
+    return replace(options, draft=draft.model, draft_bytes=size, uncounted=left)
 
 
 def with_cache_options(options: FitOptions, prefix_caching: bool | None, block_size: int | None) -> FitOptions:
@@ -390,8 +414,8 @@ class _Judge:
     def _weights(self, options: FitOptions) -> int:
         plan = self._plan(options)
         if plan and self.files.counted.basis == "planned":
-            return plan.weights
-        return -(-(self.files.counted.value or 0) // options.tensor_parallel)
+            return plan.weights + options.draft_bytes
+        return -(-(self.files.counted.value or 0) // options.tensor_parallel) + options.draft_bytes
 
     def _fixed(self, options: FitOptions) -> int:
         """Return what a node needs beside the cache."""
@@ -573,6 +597,8 @@ class _Judge:
         if longest and isinstance(options.context, int) and options.context > longest:
             by = "vLLM" if self._model.planned else "config.json"
             yield f"{by} allows {longest:,} tokens: vLLM refuses a longer context"
+        if options.draft_bytes:
+            yield f"counted with {options.draft_bytes / 1e6:,.0f} MB of the model that drafts, {options.draft}"
         for what in options.uncounted:
             yield f"not counted: {what}"
         yield from self._notes_on_nodes()

@@ -3,7 +3,8 @@
 Not among the other steps: what knows the cache of models is above them.
 """
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from msgspec import Struct
@@ -13,6 +14,7 @@ from sparkinstall.core.model_cache import ModelFolder, Revision, folders
 from sparkinstall.errors import Problem
 from sparkinstall.models.hub import cache_folder, cached, is_name
 from sparkinstall.node import Node
+from sparkinstall.recipes.serve_options import draft_of, options
 from sparkinstall.resources import Drift, Ok, Resource, State
 from sparkinstall.steps import Step
 from sparkinstall.system import Reader, System, Undo, Undone, undoes
@@ -22,18 +24,29 @@ _SHOWN = 3
 
 class ModelStep(Step):
     name = "model"
-    why = "the model that `serve` names"
+    why = "the model that `serve` names, and the one that drafts for it"
     phase = "build"
     impact = "vLLM ends when it loads the model."
 
     def wanted(self, node: Node) -> bool:
-        serving = node.config.serving
-        # A commit is pinned by `serve` only; of other models the user takes care.
-        return serving.revision is not None and is_name(serving.model or "")
+        return bool(list(self.resources(node)))
 
     def resources(self, node: Node) -> Iterable[Resource]:
         serving = node.config.serving
-        yield Snapshot(serving.model or "", serving.revision or "")
+        named = serving.model or "", serving.revision, serving.recipe, serving.arguments
+        yield from (Snapshot(*each) for each in pinned(*named))
+
+
+def pinned(model: str, revision: str | None, recipe: str | None, arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the models of the hub that a service needs with their commits: its own, and the one that drafts.
+
+    A commit is pinned by `serve` only; of other models the user takes care.
+    """
+    if revision is not None and is_name(model):
+        yield model, revision
+    draft = draft_of(options(arguments)[1]) if recipe else None
+    if draft and is_name(draft.model) and re.fullmatch("[0-9a-f]{40}", draft.revision or ""):
+        yield draft.model, str(draft.revision)
 
 
 class Snapshot(Struct, frozen=True):

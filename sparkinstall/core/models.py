@@ -17,7 +17,7 @@ from sparkinstall.downloads import NotDownloaded, fetch, in_parallel
 from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Problem, Storage, storage_errors
 from sparkinstall.events import Tell, seldom
 from sparkinstall.models import listing
-from sparkinstall.models.hub import authorization, cache_folder
+from sparkinstall.models.hub import authorization, cache_folder, is_name
 from sparkinstall.models.listing import HubFile, Listing
 from sparkinstall.recipes import serve_options
 from sparkinstall.recipes.catalogue import shipped
@@ -55,7 +55,7 @@ class Origin(Struct, frozen=True):
 class Pulled(Struct, frozen=True):
     """Result of `models pull`: the snapshot, its size in bytes, and what of it this run has downloaded.
 
-    `recipe`: the one that was named, or empty; `draft`: the model that drafts in it, which is another one to pull.
+    `recipe`: the one that was named, or empty; `draft`: the model that drafts in it, which was pulled too.
     """
 
     model: str
@@ -67,7 +67,7 @@ class Pulled(Struct, frozen=True):
     fetched: int
     fetched_files: int
     recipe: str = ""
-    draft: str = ""
+    draft: "Pulled | None" = None
 
 
 class ListedModel(Struct, frozen=True):
@@ -126,7 +126,7 @@ class ModelRemoved(Struct, frozen=True):
 
 
 def pull_named(name: str, revision: str | None, dialog: Dialog) -> Pulled:
-    """Bring a model, or the one of a shipped recipe, into the hub's cache.
+    """Bring a model, or that of a shipped recipe and the one that drafts in it, into the hub's cache.
 
     Args:
         revision: None: the recipe's, or main.
@@ -139,8 +139,12 @@ def pull_named(name: str, revision: str | None, dialog: Dialog) -> Pulled:
         return pull(name, revision or listing.MAIN, dialog)
     revision = revision or recipe.revision or listing.MAIN
     dialog.say(f"recipe {name}: {recipe.model} at {revision}")
-    done = pull(recipe.model, revision, dialog)
-    return replace(done, recipe=name, draft=serve_options.draft_of(recipe.args))
+    done = replace(pull(recipe.model, revision, dialog), recipe=name)
+    draft = serve_options.draft_of(recipe.args)
+    if draft is None or not is_name(draft.model):
+        return done
+    dialog.say(f"recipe {name} drafts with {draft.model}")
+    return replace(done, draft=pull(draft.model, draft.revision or listing.MAIN, dialog))
 
 
 def pull(model: str, revision: str, dialog: Dialog) -> Pulled:

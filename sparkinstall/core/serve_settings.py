@@ -9,7 +9,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparkinstall import given
-from sparkinstall.core.fit import FitOptions, options_of_recipe
+from sparkinstall.core.fit import FitOptions, options_of_recipe, with_draft
 from sparkinstall.core.model_cache import ModelFolder
 from sparkinstall.core.recipe_settings import cache_variables, settings_of
 from sparkinstall.core.session import IDENTITY, Session
@@ -138,7 +138,11 @@ def _of_recipe(of: Named, recipe: Recipe) -> Wanted:
     model = _folder(recipe.model) if recipe.model.startswith(("/", "~")) else recipe.model
     settings = dict(settings_of(recipe, model))
     files = _files(model, recipe.revision, settings)
-    options = replace(options_of_recipe(recipe), remote_code=of.trusts)
+    draft = serve_options.draft_of(recipe.args)
+    if draft and is_name(draft.model):
+        commit = _commit(draft.model, draft.revision or MAIN)
+        settings["serving.arguments"] = serve_options.with_draft_at(settings["serving.arguments"], commit)
+    options = replace(with_draft(options_of_recipe(recipe), recipe), remote_code=of.trusts)
     return Wanted(Served(recipe.id, settings), model, recipe, files, options, of.changes)
 
 

@@ -1,8 +1,10 @@
 """Options of `vllm serve` as its parser understands them: spellings, values, which of two counts."""
 
+import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from msgspec import Struct
 
@@ -15,6 +17,7 @@ _SHORT = {
     "-q": "--quantization", "-cc": "--compilation-config", "-ac": "--attention-config", "-sc": "--speculative-config",
     "-dc": "--diffusion-config",
 }  # fmt: skip
+_SPECULATION = "--speculative-config"
 _SEPARATORS = ";&|"
 _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=")
 _NUMBER = re.compile(r"-\d+(?:\.\d+)?")
@@ -65,15 +68,45 @@ def last_of_each(given: Iterable[Option]) -> tuple[Option, ...]:
     return tuple(each for at, each in enumerate(every) if last[key(each)] == at)
 
 
-def draft_of(args: Iterable[Option]) -> str:
-    """Return the model that drafts in speculative decoding, "" if none does or the main model does."""
+class Draft(Struct, frozen=True):
+    """The model that drafts in speculative decoding; `revision`: what of it, if that is named."""
+
+    model: str
+    revision: str | None = None
+
+
+def draft_of(args: Iterable[Option]) -> Draft | None:
+    """Return the model that drafts, None if none does or the main model does. Of several the last one counts."""
+    found: dict[str, Any] = {}
     for each in args:
-        if key(each) == "--speculative-config.model" and each[1:]:
-            return each[1]
-        if key(each) == "--speculative-config" and each[1:]:
-            found = re.search(r'"model"\s*:\s*"([^"]+)"', each[1])
-            return found[1] if found else ""
-    return ""
+        if key(each) == _SPECULATION and each[1:]:
+            found = _object(each[1])
+        elif key(each).startswith(f"{_SPECULATION}.") and each[1:]:
+            found[key(each).rpartition(".")[2]] = each[1]
+    model, revision = found.get("model"), found.get("revision")
+    return Draft(str(model), str(revision) if revision else None) if model else None
+
+
+def with_draft_at(words: Sequence[str], commit: str) -> list[str]:
+    """Return the words of options with the model that drafts at this commit."""
+    first, given = options(words)
+    changed: list[str] = [*first]
+    for each in given:
+        if key(each) == _SPECULATION and "model" in (content := _object(each[1] if each[1:] else "")):
+            each = (each[0], json.dumps({**content, "revision": commit}))
+        elif key(each) == f"{_SPECULATION}.model":
+            each = (*each, f"{_SPECULATION}.revision", commit)
+        if key(each) != f"{_SPECULATION}.revision":
+            changed += each
+    return changed
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class ServeCall(Struct, frozen=True):

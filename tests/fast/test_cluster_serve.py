@@ -115,22 +115,29 @@ def test_nodes_that_are_up_to_date_remember_what_is_served(far: FarNodes) -> Non
     assert not reply["data"]["serving"]["changed"]
 
 
-def test_model_goes_from_the_head_to_a_worker_without_it(far: FarNodes) -> None:
-    steps = look()
+def test_model_and_its_draft_go_from_the_head_to_a_worker_without_them(far: FarNodes) -> None:
+    steps, drafts = look(), {"method": "x", "model": "org/draft", "revision": "d" * 40}
+    order: dict[str, Any] = json.loads(json.dumps(ORDER))
+    order["served"]["settings"] |= {
+        "serving.recipe": "mine",
+        "serving.arguments": ["--speculative-config", json.dumps(drafts)],
+    }
+    prepare = [0, {"memory": 0.7, "before": BEFORE, "order": order, "changes": []}, []]
     steps[1]["steps"].append({**steps[1]["steps"][0], "step": "model"})
     said = {"offer-model": json.dumps({"port": 4711, "fingerprint": "ff"})}
     offered: list[Any] = [0, {"files": 3, "bytes": 9, "sent": 9}, []]
-    far.answer("spark-1", **HEAD, look=steps, says=said, offer_model=offered)
+    far.answer("spark-1", **{**HEAD, "prepare": prepare}, look=steps, says=said, offer_model=offered)
     far.answer("spark-2", **WORKER, look=steps, receive=[0, {"changed": True, "files": 3, "bytes": 9}, []])
     code, reply, _ = far.cluster("spark-1", "spark-2", "--serve", "gpt-oss-20b", "--yes")
     assert code == 0, reply["errors"]
-    (offer,) = [call for call in far.calls if call["verb"] == "offer-model"]
-    (taken,) = [call for call in far.calls if call["verb"] == "receive"]
+    offer, second = [call for call in far.calls if call["verb"] == "offer-model"]
+    taken, last = [call for call in far.calls if call["verb"] == "receive"]
     assert offer["argv"][2:5] == ["1", MODEL, COMMIT]
+    assert second["argv"][2:5] == ["1", "org/draft", "d" * 40]
     source = json.loads(taken["stdin"])
     assert source == {"port": 4711, "fingerprint": "ff", "token": offer["stdin"], "address": "192.168.100.10"}
     builds = [call for call in far.calls if call["host"] == "spark-2" and "model" in call["only"]]
-    assert builds and builds[0]["began"] > taken["ended"], "the worker's own step finds it there"
+    assert builds and builds[0]["began"] > last["ended"], "the worker's own step finds it there"
 
 
 def test_failure_is_explained_from_the_logs_of_all_nodes_and_undone_on_all(far: FarNodes) -> None:

@@ -566,6 +566,28 @@ def test_recipe_file_takes_its_model_from_the_cache(tmp_path: Path) -> None:
     assert (data["context"], data["sequences"], data["verdict"]) == (4096, 2, "fits")
 
 
+def test_recipe_with_a_draft_counts_its_weights_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    in_cache(tmp_path, "org/mine", TENSORS, {"a": ("BF16", (1,))})
+    path = tmp_path / "mine.yaml"
+    speculation = 'args: [[--speculative-config, \'{"method": "x", "model": "org/draft"}\']]\n'
+
+    def counted(more: str = "") -> tuple[int, list[str]]:
+        path.write_text(f"id: mine\nmodel: org/mine\ncontext: 4096\n{more}")
+        data = envelope(in_this_process("fit", path, "--memory", "100GiB", "--json"))["data"]
+        return data["memory"]["weights"]["value"], data["notes"]
+
+    alone, _ = counted()
+    without, notes = counted(speculation)
+    assert without == alone
+    assert "not counted: the draft of speculative decoding, with its own weights and cache" in notes
+    in_cache(tmp_path, "org/draft", {"a": ("BF16", (1000, 1000))}, {"b": ("BF16", (500_000,))})
+    with_draft, notes = counted(speculation)
+    assert with_draft == alone + 3_000_000
+    assert "counted with 3 MB of the model that drafts, org/draft" in notes
+    assert "not counted: the cache of the model that drafts" in notes
+
+
 def test_model_of_the_hub_comes_from_the_cache_only_if_it_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

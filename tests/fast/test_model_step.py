@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparkinstall.core import catalogue, models
-from sparkinstall.core.model_step import Snapshot, remove
+from sparkinstall.core.model_step import ModelStep, Snapshot, remove
 from sparkinstall.core.serve_settings import wanted
 from sparkinstall.errors import Problem
 from sparkinstall.resources import Drift, Ok
@@ -67,6 +67,29 @@ def test_step_is_for_models_of_the_hub_that_serve_has_pinned(tmp_path: Path) -> 
     assert "model" in steps(serving__model=MODEL, serving__revision=COMMIT)
     assert "model" not in steps(serving__model=MODEL)
     assert "model" not in steps(serving__model="/srv/model", serving__revision=COMMIT)
+
+
+def test_draft_of_a_recipe_is_pinned_and_must_be_whole_too(hub: ModelHub, folder: Path, tmp_path: Path) -> None:
+    hub.others = ("org/draft",)
+    config = {"method": "dflash", "model": "org/draft", "num_speculative_tokens": 3}
+    recipe = {"id": "mine", "model": MODEL, "args": [["--speculative-config", json.dumps(config)]]}
+    (tmp_path / "mine.yaml").write_text(json.dumps(recipe))
+    settings = wanted(str(tmp_path / "mine.yaml")).served.settings
+    assert json.loads(settings["serving.arguments"][1]) == {**config, "revision": COMMIT}
+    own = {name.replace(".", "__"): value for name, value in settings.items()}
+    resources = list(ModelStep().resources(node_of(tmp_path, **own)))
+    assert resources == [SNAPSHOT, Snapshot("org/draft", COMMIT)]
+    system = RecordingSystem()
+    for each in (SNAPSHOT, Snapshot("org/draft", COMMIT)):
+        each.apply(system)
+        assert isinstance(each.check(system), Ok)
+    (folder.with_name("models--org--draft") / "snapshots" / COMMIT / "two.safetensors").resolve().unlink()
+    assert Snapshot("org/draft", COMMIT).check(system) == Drift(
+        f"download what org/draft at {COMMIT[:12]} lacks: two.safetensors"
+    )
+    # What the user sets instead of it is theirs to bring.
+    by_hand = {**own, "serving__arguments": ("--speculative-config", json.dumps(config))}
+    assert list(ModelStep().resources(node_of(tmp_path, **by_hand))) == [SNAPSHOT]
 
 
 def test_model_is_downloaded_and_removed_again(hub: ModelHub, folder: Path) -> None:

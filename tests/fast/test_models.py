@@ -19,6 +19,7 @@ from sparkinstall.core import model_cache, models
 from sparkinstall.models import hub as client
 from sparkinstall.models import listing as hub_listing
 from sparkinstall.recipes import Recipe, serve_options
+from sparkinstall.recipes.serve_options import Draft
 from tests.support.hub_client import printed, versions
 from tests.support.model_hub import COMMIT, ModelHub, digest, served
 from tests.support.mounts import resize, small_disk
@@ -110,7 +111,7 @@ def test_pull_makes_the_layout_of_the_hubs_cache(folder: Path) -> None:
     assert done == {
         "model": MODEL, "revision": "main", "commit": COMMIT, "path": str(snapshot), "files": len(FILES),
         "size": sum(len(each) for each in set(FILES.values())),
-        "fetched": done["size"], "fetched_files": len(FILES) - 1, "recipe": "", "draft": "",
+        "fetched": done["size"], "fetched_files": len(FILES) - 1, "recipe": "", "draft": None,
     }  # fmt: skip
     assert {path.name for path in (folder / "blobs").iterdir()} == {digest(each) for each in FILES.values()}
     assert {path.name for path in folder.iterdir()} == {"blobs", "refs", "snapshots", "trees"}
@@ -149,31 +150,43 @@ RECIPE = Recipe(
 )
 
 
-@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize(("words", "revision"), [((), COMMIT), (("--revision", "main"), "main")])
-def test_pull_of_a_recipe_brings_its_model_at_its_revision(
-    words: Sequence[str], revision: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_pull_of_a_recipe_brings_its_model_at_its_revision_and_its_draft(
+    words: Sequence[str], revision: str, hub: ModelHub, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    hub.others = ("org/draft",)
     monkeypatch.setattr(models, "shipped", lambda: (RECIPE,))
     run = in_this_process("models", "pull", "mine", *words)
     assert run.returncode == 0, output_of(run)
     assert f"{MODEL} ({revision} is " in run.stdout and f"recipe mine: {MODEL} at {revision}" in run.stderr
-    assert "`sparkinstall models pull org/draft`" in run.stdout
-    assert (folder / "snapshots" / COMMIT).is_dir()
+    assert f"✓ org/draft (main is {COMMIT[:12]}): 6 files" in run.stdout
+    draft = folder.with_name("models--org--draft")
+    assert all((each / "snapshots" / COMMIT).is_dir() for each in (folder, draft))
     done = envelope(in_this_process("models", "pull", "mine", *words, "--json"))["data"]
-    assert (done["recipe"], done["draft"], done["model"], done["fetched_files"]) == ("mine", "org/draft", MODEL, 0)
+    assert (done["recipe"], done["model"], done["fetched_files"]) == ("mine", MODEL, 0)
+    assert (done["draft"]["model"], done["draft"]["commit"], done["draft"]["draft"]) == ("org/draft", COMMIT, None)
 
 
 @pytest.mark.parametrize(
     ("args", "draft"),
     [
-        ((("--speculative-config.model", "a/b"),), "a/b"),
-        ((("--speculative-config", '{"method": "mtp"}'),), ""),
-        ((("--max-num-seqs", "4"),), ""),
+        ((("--speculative-config.model", "a/b"),), Draft("a/b")),
+        ((("--speculative-config.revision", "v1"), ("--speculative-config.model", "a/b")), Draft("a/b", "v1")),
+        ((("--speculative-config", '{"method": "x", "model": "a/b", "revision": "v1"}'),), Draft("a/b", "v1")),
+        ((("--speculative-config", '{"model": "a/b"}'), ("--speculative-config", '{"method": "mtp"}')), None),
+        ((("--speculative-config", '{"method": "mtp"}'),), None),
+        ((("--speculative-config", "no JSON"),), None),
+        ((("--max-num-seqs", "4"),), None),
     ],
 )
-def test_draft_of_a_recipe_is_another_model(args: tuple[tuple[str, ...], ...], draft: str) -> None:
+def test_draft_of_a_recipe_is_another_model(args: tuple[tuple[str, ...], ...], draft: Draft | None) -> None:
     assert serve_options.draft_of(args) == draft
+    words = [word for each in args for word in each]
+    pinned = serve_options.options(serve_options.with_draft_at(words, COMMIT))[1]
+    if draft:
+        assert serve_options.draft_of(pinned) == Draft(draft.model, COMMIT)
+    else:
+        assert serve_options.draft_of(pinned) is None and len(pinned) == len(args)
 
 
 def test_pull_of_another_commit_keeps_the_blobs_that_are_the_same(

@@ -148,6 +148,8 @@ TAKEN = (
     ("--tool-call-parser", "mine", "--config", "/x.yaml"),
     ("-cc.custom_ops+=a,b",), ("-cc", '{"inductor_compile_config": {"any": 1}}'), ("--kv-transfer-config", "{}"),
     ("--speculative-config", '{"method": "eagle3", "model": "a/b", "num_speculative_tokens": 3}'),
+    # With which `serve` pins the model that drafts.
+    ("--speculative-config", '{"model": "a/b", "revision": "main"}'), ("--speculative-config.revision", "main"),
     ("--compilation-config.backend=a b", "--compilation-config.mode", "3"), ("--hf-overrides.any", "1"),
     ("--tokenizer", "-"), ("--served-model-name", "-a b"), ("--gpu-memory-util", "0.8"), ("--dtype=half",),
 )  # fmt: skip

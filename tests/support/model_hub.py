@@ -47,7 +47,7 @@ class Request:
 
 @dataclass
 class ModelHub:
-    """One model, with its files.
+    """One model, with its files; `others`: names of models with the same files.
 
     sent: what is sent in place of a file's content; cut: at most so many bytes per answer (0: all); pause: seconds
     between two pieces of 16 KiB; stops_at: bytes of an answer after which it waits until `goes_on` is set; refuses:
@@ -57,6 +57,7 @@ class ModelHub:
 
     model: str
     files: dict[str, bytes]
+    others: tuple[str, ...] = ()
     revisions: tuple[str, ...] = ("main",)
     token: str = ""
     sent: dict[str, bytes] = field(default_factory=dict)
@@ -154,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, path: str) -> None:
         found = re.fullmatch(r"/api/models/(.+)/(revision|tree)/([^/]+)", path)
-        if not found or found[1] != self.of.model:
+        if not found or found[1] not in (self.of.model, *self.of.others):
             self._refuse(404, "RepoNotFound")
         elif unquote(found[3]) not in (*self.of.revisions, COMMIT):
             self._refuse(404, "RevisionNotFound")
@@ -165,7 +166,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _file(self, path: str, host: str) -> None:
         name = _named(path)
-        if not path.startswith(f"/{self.of.model}/resolve/") or name not in self.of.files:
+        models = (self.of.model, *self.of.others)
+        if not any(path.startswith(f"/{each}/resolve/") for each in models) or name not in self.of.files:
             self._refuse(404, "EntryNotFound")
             return
         whole, known = self.of.files[name], self.of.sent.get(name, self.of.files[name])
