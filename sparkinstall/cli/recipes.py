@@ -125,14 +125,14 @@ _COLUMNS = (
     _Column("stack", _stack),
     _Column("nodes", lambda each: Text(str(each.nodes)), number=True),
     _Column("context", lambda each: Text(_short(each.context)), 95, number=True),
-    _Column("GB", lambda each: Text(f"{each.bytes / 1e9:.0f}" if each.bytes else ""), 95, number=True),
+    _Column("GB", lambda each: Text(f"{each.bytes / 1e9:.0f}" if each.bytes else "?"), 95, number=True),
     _Column("tokens/s", _listed_speed, number=True),
     _Column("source", lambda each: Text(each.speed.source if each.speed else ""), 135),
     _Column("model", lambda each: Text(each.model), 175),
 )
 _LEGEND = (
     "fits: weights, engine and system; `sparkinstall fit ID` adds the KV cache",
-    "reported: size not known, but others have run it on as many Sparks",
+    "reported: size unknown (GB ?), but others have run it on as many Sparks",
     "* not reported to work on a GB10 with this vLLM or an older one",
     "tokens/s: what others report; `sparkinstall recipes show ID` has the settings",
     "To serve one: `sparkinstall serve ID`",
@@ -193,7 +193,8 @@ def _facts(each: use.ShownRecipe) -> Iterator[tuple[str, str]]:
     yield "loads from", f"stack {recipe.loads_from}" if recipe.loads_from else ""
     yield "good on a GB10", f"from vLLM {recipe.good_on_gb10_from}" if recipe.good_on_gb10_from else ""
     yield "revision", recipe.revision or ""
-    yield "size", f"{recipe.bytes / 1e9:.1f} GB" if recipe.bytes else ""
+    unknown = "unknown: no source names it; `sparkinstall fit` reads it from the hub or a folder"
+    yield "size", f"{recipe.bytes / 1e9:.1f} GB" if recipe.bytes else unknown
     yield "nodes", f"{recipe.nodes} ({parallel})" if recipe.nodes > 1 else "1"
     yield "memory", f"at most {recipe.memory:g} (--gpu-memory-utilization)" if recipe.memory else ""
     yield "context", _number(recipe.context)
