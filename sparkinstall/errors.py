@@ -27,9 +27,15 @@ class Exit(IntEnum):
         return self.name.lower().replace("_", "-")
 
 
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# With those that turn the direction of a text around: what follows would look like something else.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _LONG_WORD = re.compile(r"\S{300,}")
 _LONGEST = 3000
+
+
+def visible(text: str) -> str:
+    """Return a text in which control characters, which a terminal would obey, are visible."""
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def brief(text: str) -> str:
@@ -37,7 +43,7 @@ def brief(text: str) -> str:
 
     Control characters, which a terminal would obey, become visible.
     """
-    text = _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+    text = visible(text)
     text = _LONG_WORD.sub(lambda word: f"{word[0][:150]}[...]{word[0][-50:]}", text)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 500]} [...] {text[-400:]}"
 

@@ -13,6 +13,9 @@ import click
 import msgspec
 import typer
 from msgspec import UNSET, Struct, UnsetType
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -34,6 +37,7 @@ _MOST_AT_ONCE, _MOST_REQUESTS = 1024, 10000
 _SEED = 1 << 31
 _ENDING = ".json"
 _FEW_FOR_P99 = 100
+_ANY_WIDTH = 1000
 # Of the cores: vLLM itself keeps one or two busy while it waits.
 _LOADED = 0.5
 _CONCURRENCY = ",".join(map(str, rounds.CONCURRENCY))
@@ -244,12 +248,14 @@ def _comparisons(named: Sequence[tuple[str, use.Benchmark]], anyway: bool) -> tu
 def _show_comparisons(found: Sequence[Comparison], verbose: bool) -> None:
     out = console()
     for each in found:
-        out.print(Text(f"{each.file} against {each.base}", style="bold"))
+        out.print(Text(shown(f"{each.file} against {each.base}"), style="bold"))
         told = [change for change in each.changes if verbose or change.verdict != "noise"]
         if told:
             out.print(_changes(told))
         noise = sum(change.verdict == "noise" for change in each.changes)
-        show_line(f"{noise} of {len(each.changes)} numbers differ by no more than noise", out, "dim")
+        count = len(each.changes)
+        many = f"{noise} of {count} numbers differ by no more than noise" if count else "no number can be compared"
+        show_line(many, out, "dim")
         for text in each.left_out:
             show_line(shown(f"left out: {text}"), out)
         for differs in each.differs:
@@ -295,7 +301,7 @@ def report(
         raise BadUsage(f"{path} is neither .html nor .md", hint="name the page so: `--output FILE.html`")
     text = _PAGES[path.suffix](named, _comparisons(named, anyway))
     output_file.write(path, path.suffix, text.encode())
-    return CommandResult(data=Reported(str(path)), show=lambda: print(f"✓ {path}"))
+    return CommandResult(data=Reported(str(path)), show=lambda: print(f"✓ {shown(str(path))}"))
 
 
 _PAGES = {".html": html, ".md": markdown}
@@ -363,12 +369,14 @@ def show_benchmark(found: use.Benchmark, file: str, verbose: bool = False) -> No
     if found.scenarios:
         out.print(_scenarios(found.scenarios))
     if found.levels:
-        out.print(_levels_table(found.levels))
+        wide = _levels_table(found.levels)
+        fits = Measurement.get(out, out.options.update(max_width=_ANY_WIDTH), wide).maximum <= out.width
+        out.print(wide if fits else _narrow_levels(found.levels))
     for line in _remarks(found, verbose):
         show_line(shown(line), out)
     state = "[green bold]✓[/]" if found.complete and not found.wrong else "[yellow]![/]"
     part = "" if found.complete else " (a part: see above)"
-    out.print(f"{state} {file}{part}", soft_wrap=True)
+    out.print(f"{state} {escape(shown(file))}{part}", soft_wrap=True)
 
 
 def _scenarios(results: Sequence[ScenarioResult]) -> object:
@@ -388,16 +396,32 @@ def _middle(values: Sequence[float] | None) -> str:
     return f"{number(middle)} ± {number(spread)}"
 
 
-def _levels_table(results: Sequence[LevelResult]) -> object:
+def _levels_table(results: Sequence[LevelResult]) -> Table:
     table = headed(
-        "at once", "tok/s", "TTFT p50", "p95", "p99", "ITL p50", "p95", "p99", "E2E p50", "p95", "p99", "good", "SLO"
-    )
+        "at once", "tok/s", "TTFT ms p50", "p95", "p99", "ITL ms p50", "p95", "p99", "E2E ms p50", "p95", "p99", "good",
+        "SLO",
+    )  # fmt: skip
     for each in results:
         cells = [cell for found in (each.ttft, each.itl, each.total) for cell in _three(found)]
-        good = "" if each.good is None else f"{each.good}/{each.requests}"
-        met = {True: "met", False: "missed", None: ""}[each.met]
-        table.add_row(f"{each.concurrency} {each.text}", number(each.tokens_per_second), *cells, good, met)
+        table.add_row(f"{each.concurrency} {each.text}", number(each.tokens_per_second), *cells, *_objective(each))
     return table
+
+
+def _narrow_levels(results: Sequence[LevelResult]) -> object:
+    """Return the same with a row for each latency."""
+    table = headed("at once", "tok/s", "ms", "p50", "p95", "p99", "good", "SLO")
+    for each in results:
+        first = (f"{each.concurrency} {each.text}", number(each.tokens_per_second))
+        table.add_row(*first, "TTFT", *_three(each.ttft), *_objective(each))
+        table.add_row("", "", "ITL", *_three(each.itl))
+        table.add_row("", "", "E2E", *_three(each.total))
+    return table
+
+
+def _objective(of: LevelResult) -> tuple[str, str]:
+    """Return how many requests were within the objective, and whether it was met."""
+    good = "" if of.good is None else f"{of.good}/{of.requests}"
+    return good, {True: "met", False: "missed", None: ""}[of.met]
 
 
 def _three(found: Percentiles | None) -> tuple[str, str, str]:

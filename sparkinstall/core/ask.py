@@ -26,8 +26,10 @@ from sparkinstall.probes.vllm_client import KEY, key_of
 from sparkinstall.redaction import has_credential
 from sparkinstall.schema import nearest, show
 
-# Seconds until a server must accept the connection, and between two parts of an answer: a long prompt takes minutes.
-_TIMEOUT = (5, 900)
+_CHAT = "/v1/chat/completions"
+# Seconds until a server must accept the connection, and between two parts of an answer: a long prompt takes minutes,
+# all else is known at once.
+_TIMEOUT, _SHORT = (5, 900), (5, 60)
 _PIECE = 1 << 16
 _LONGEST_EVENT = 1 << 26
 _LONGEST_ANSWER = 1 << 22
@@ -198,6 +200,7 @@ class Conversation:
         self._usage = _Usage()
         self._began = time.monotonic()
         self._first: float | None = None
+        self._patience = _TIMEOUT[1]
         self._http = requests.Session()
         self._http.auth = sign(f"Bearer {server.key}" if server.key else "")
         self._http.verify = certificates()
@@ -232,8 +235,8 @@ class Conversation:
         """
         with self._reaching():
             self._model = self._model or self._served()
-            with self._post("/v1/chat/completions", self._body()) as response:
-                self._require_good(response)
+            with self._post(_CHAT, self._body()) as response:
+                self._require_good(response, _CHAT)
                 for piece in self._separated(events(response)):
                     self._said[piece.kind] = self._said.get(piece.kind, "") + piece.text
                     yield piece
@@ -258,7 +261,7 @@ class Conversation:
         """
         data = None if body is None else msgspec.json.encode(body)
         with self._reaching(), self._request("GET" if body is None else "POST", path, data) as response:
-            self._require_good(response)
+            self._require_good(response, path)
             return _content(response)
 
     def _cut(self, why: str = "") -> Problem:
@@ -324,7 +327,7 @@ class Conversation:
 
     def _names(self) -> list[str]:
         with self._request("GET", "/v1/models") as response:
-            self._require_good(response)
+            self._require_good(response, "/v1/models")
             return [each.id for each in _decoded(_content(response), _Models).data]
 
     def _post(self, path: str, body: dict[str, Any]) -> requests.Response:
@@ -334,8 +337,10 @@ class Conversation:
         # What is compressed arrives in larger pieces, and may be far larger than it seems.
         headers = {"Accept-Encoding": "identity", **({"Content-Type": "application/json"} if data else {})}
         url = self._server.url + path
+        timeout = _TIMEOUT if path == _CHAT else _SHORT
+        self._patience = timeout[1]
         return self._http.request(
-            method, url, data=data, headers=headers, stream=True, timeout=_TIMEOUT, allow_redirects=False
+            method, url, data=data, headers=headers, stream=True, timeout=timeout, allow_redirects=False
         )
 
     @contextmanager
@@ -347,7 +352,7 @@ class Conversation:
             if isinstance(error, requests.exceptions.ConnectTimeout) or _is_refused(error):
                 raise self._not_there(error) from error
             if isinstance(error, requests.exceptions.ReadTimeout | urllib3.exceptions.ReadTimeoutError):
-                raise NoAnswer(f"nothing has come for {_TIMEOUT[1]} s", hint=_READ_LOG) from error
+                raise NoAnswer(f"nothing has come for {self._patience} s", hint=_READ_LOG) from error
             if self._said:
                 raise self._cut(_why(error)) from error
             hint = "check the address, and the log of the server"
@@ -363,7 +368,7 @@ class Conversation:
         found = not_up(self._node, self._on)
         return NoAnswer(found.found, hint=found.hint.replace("sparkinstall verify --only serving", "sparkinstall ask"))
 
-    def _require_good(self, response: requests.Response) -> None:
+    def _require_good(self, response: requests.Response, path: str) -> None:
         code = response.status_code
         if code == 200:
             return
@@ -374,17 +379,19 @@ class Conversation:
             raise self._unknown_model(said)
         if code == _NOT_FOUND:
             hint = "the address must be that of vLLM, or of a server with the same API: http://HOST:PORT"
-            raise NoAnswer(f"{self._server.url} has no API for a chat (404)", cause=said, hint=hint)
+            lacks = "API for a chat" if path.startswith("/v1") else path
+            raise NoAnswer(f"{self._server.url} has no {lacks} (404)", cause=said, hint=hint)
         if code == _UNAVAILABLE:
             raise NoAnswer("the server is not ready (503)", cause=said, hint="it may still be loading: ask again later")
-        failed = code >= _SERVER_ERROR
-        hint = _READ_LOG if failed else "shorten the question, or change what the server says"
+        failed, asked = code >= _SERVER_ERROR, path == _CHAT
+        refused = "shorten the question, or change what the server says" if asked else _OTHER_SERVER
+        hint = _READ_LOG if failed else refused
         if "chat template" in said:
             hint = (
                 "this model is not made for a chat: serve one that is, or set `--chat-template` in `serving.arguments`"
             )
         did = "failed at" if failed else "refuses"
-        raise NoAnswer(f"the server {did} the question ({code})", cause=said, hint=hint)
+        raise NoAnswer(f"the server {did} {'the question' if asked else path} ({code})", cause=said, hint=hint)
 
     def _locked(self, code: int) -> Problem:
         server = self._server
@@ -483,4 +490,6 @@ def _is_refused(error: BaseException) -> bool:
 
 def _why(error: BaseException) -> str:
     """Return the last words of an error of requests, which has those of all that it wraps."""
+    while inner := next((each for each in reversed(error.args) if isinstance(each, BaseException)), None):
+        error = inner
     return str(error).rsplit(": ", 1)[-1].strip(" )'\"")[:_LONGEST_SAID]

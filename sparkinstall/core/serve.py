@@ -250,7 +250,9 @@ def require_a_node(session: Session) -> None:
         BadUsage: this is a rehearsal.
     """
     if session.node.rehearsal:
-        raise BadUsage("a rehearsal starts no services", hint="on the node: `sparkinstall serve`")
+        raise BadUsage(
+            "a rehearsal starts no services", hint="on the node, without `--root`: `sparkinstall serve NAME`"
+        )
 
 
 def _require_served(session: Session) -> None:

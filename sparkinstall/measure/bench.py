@@ -1,5 +1,6 @@
 """Measure the served model with `vllm bench serve`, and keep everything that made the numbers."""
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from sparkinstall.measure import circumstances
 from sparkinstall.measure.circumstances import Busy, Host, Interfaces, Served, State
 from sparkinstall.measure.power import Readings, reading
 from sparkinstall.measure.results import Context, LevelResult, Raw, ScenarioResult, level_result, scenario_result
-from sparkinstall.measure.rounds import BenchOptions, Job, LeftOut, Round, planned
+from sparkinstall.measure.rounds import PERCENTILES, BenchOptions, Job, LeftOut, Round, planned
 from sparkinstall.node import site_packages
 from sparkinstall.payloads.bench_marks import MARK, MORE
 from sparkinstall.payloads.bench_prompts import VERSION as PROMPTS
@@ -33,6 +34,8 @@ TOOL = "vllm bench serve"
 _PAYLOAD = "vllm_bench"
 _QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
 _LARGEST_RECORD = 64 << 20
+# Milliseconds of a request (a month), and tokens a second.
+_HIGHEST = 2.7e9
 
 
 class BenchFailed(Problem):
@@ -85,17 +88,36 @@ def read_record(path: Path) -> Benchmark:
         content = given.read(path, _LARGEST_RECORD)
     except OSError as error:
         why = error.strerror or str(error)
-        raise BadUsage(f"{path} cannot be read: {why}", hint="name a record that `bench` has written") from error
+        raise BadUsage(f"{path} cannot be read: {why}", hint=_NAME_A_RECORD) from error
     try:
         found = msgspec.json.decode(content, type=_Format)
         if found.format == FORMAT:
-            return msgspec.json.decode(content, type=Benchmark)
+            return _sound(msgspec.json.decode(content, type=Benchmark), path)
     except msgspec.DecodeError as error:
-        raise BadUsage(f"{path} is no record of `bench`", hint=str(error)) from error
+        raise BadUsage(f"{path} is no record of `bench`", cause=str(error), hint=_NAME_A_RECORD) from error
     raise BadUsage(
         f"{path} has format {found.format}, and this sparkinstall knows {FORMAT}",
         hint="measure again, or use the sparkinstall that wrote it",
     )
+
+
+def _sound(found: Benchmark, path: Path) -> Benchmark:
+    """Return a record whose times can be divided and drawn.
+
+    Raises:
+        BadUsage: it has others.
+    """
+    for result in (*found.scenarios, *found.levels):
+        times, rates = [time for each in result.raw for time in (each.ttft, each.total)], list[float]()
+        if isinstance(result, ScenarioResult):
+            times += (*result.ttft, *result.total)
+            rates += (*(result.prefill or ()), *(result.decode or ()))
+        elif isinstance(result, LevelResult):
+            found_at = [each for each in (result.ttft, result.itl, result.per_token, result.total) if each]
+            rates += (result.tokens_per_second, *(each.at(of) for each in found_at for of in PERCENTILES))
+        if not all(0 < each < _HIGHEST for each in times) or not all(0 <= each < _HIGHEST for each in rates):
+            raise BadUsage(f"{path} is damaged: {result.name} has a time or a rate that cannot be", hint=_NAME_A_RECORD)
+    return found
 
 
 class _Format(Struct):
@@ -194,7 +216,7 @@ class Bench:
             version = _decoded(asking.content("/version"), _Version).version
         with suppress(NoAnswer):
             metrics = asking.content("/metrics").decode(errors="replace")
-        asking.content("/tokenize", {"model": model, "prompt": "One"})
+        _decoded(asking.content("/tokenize", {"model": model, "prompt": "One"}), _Tokens)
         return Interfaces(model, own.root or "", own.max_model_len, version, metrics)
 
     def _command(self) -> tuple[str, ...]:
@@ -302,9 +324,12 @@ class Bench:
                 f"no request of {where} was answered; none was sent again", cause=self._failed.error, hint=_LOOK
             )
         if not self._result.ok:
-            missing = "No module named" in self._result.out
-            hint = "name the Python of an environment with vLLM: --python FILE" if missing else _LOOK
-            raise failure_of(self._result, f"`{TOOL}` has ended with code {self._result.code}", hint=hint)
+            if missing := _MISSING.search(self._result.out):
+                raise BadUsage(
+                    f"{self._client()} cannot load `{TOOL}`: it has no module {missing[1]}",
+                    hint="name the Python of an environment with vLLM: --python FILE",
+                )
+            raise failure_of(self._result, f"`{TOOL}` has ended with code {self._result.code}", hint=_LOOK)
 
     def _require_server(self) -> None:
         """Say it if the server is gone, which explains all the errors of requests."""
@@ -324,6 +349,8 @@ def _again(hint: str) -> str:
     return hint.replace("sparkinstall ask", "sparkinstall bench")
 
 
+_MISSING = re.compile(r"^ModuleNotFoundError: No module named '([^']+)'", re.MULTILINE)
+_NAME_A_RECORD = "name a file that `sparkinstall bench` has written"
 _LOOK = "`sparkinstall diagnose --unit vllm` explains the log of the server"
 _SHORTER = "name a shorter scenario, such as 58/2, or serve with a larger `--max-model-len`"
 
@@ -338,11 +365,15 @@ class _Models(Struct):
     data: list[_Model]
 
 
+class _Tokens(Struct):
+    tokens: list[int]
+
+
 class _Version(Struct):
     version: str = ""
 
 
-_Said = TypeVar("_Said", _Models, _Version)
+_Said = TypeVar("_Said", _Models, _Version, _Tokens)
 
 
 def _decoded(data: bytes, kind: type[_Said]) -> _Said:

@@ -1,5 +1,6 @@
 """One page of records: HTML with plots that needs no network, and Markdown."""
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
 from statistics import median
@@ -9,11 +10,13 @@ from msgspec import Struct
 
 from sparkinstall import __version__
 from sparkinstall.assets import asset
+from sparkinstall.errors import visible
 from sparkinstall.measure.bench import Benchmark
 from sparkinstall.measure.compare import Change, Comparison
 from sparkinstall.measure.plots import BOTTOM, COLOURS, HEIGHT, LEFT, RIGHT, WIDTH, plots
 from sparkinstall.measure.results import Percentiles
 
+_MARKS = re.compile(r"[\\`*\[\]|]")
 _TEMPLATE = "bench-report.html.j2"
 _SIZE = {"height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
 # From here on a plot has a row of its own.
@@ -48,7 +51,7 @@ def html(records: Sequence[tuple[str, Benchmark]], comparisons: Sequence[Compari
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, percent=percent)
-    return environment.get_template(_TEMPLATE).render(
+    text = environment.get_template(_TEMPLATE).render(
         title=_title(records),
         pages=[page(name, record) for name, record in records],
         comparisons=comparisons,
@@ -60,6 +63,7 @@ def html(records: Sequence[tuple[str, Benchmark]], comparisons: Sequence[Compari
         none_differs=_NONE_DIFFERS,
         version=__version__,
     )
+    return visible(text)
 
 
 def markdown(records: Sequence[tuple[str, Benchmark]], comparisons: Sequence[Comparison]) -> str:
@@ -240,5 +244,5 @@ def _markdown_table(of: Table) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return a text that Markdown takes for nothing else."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    """Return a text that Markdown takes for nothing else, such as a picture that a reader's browser would load."""
+    return _MARKS.sub(r"\\\g<0>", visible(text)).replace("<", "&lt;").replace("\n", " ")

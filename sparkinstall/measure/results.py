@@ -193,7 +193,9 @@ def requests_of(raw: Raw, of: Round) -> tuple[list[Request], list[str]]:
     for at, error in enumerate(raw.errors):
         tokens = raw.output_lens[at]
         if error or not tokens:
-            broken.append(error or "no answer has arrived")
+            broken.append(error or "no answer has arrived, or none with the `usage` that counts its tokens")
+        elif not raw.ttfts[at] > 0:
+            broken.append("by the server's `usage` it has tokens, but none arrived")
         elif tokens != of.tokens:
             broken.append(f"by the server's `usage` it has {tokens} tokens of the {of.tokens} that were asked for")
         else:

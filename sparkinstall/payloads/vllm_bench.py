@@ -10,6 +10,7 @@ tests/fast/test_vllm_internals.py compares every name used here with the wheels 
 # These imports exist in the node's environment only.
 # mypy: disable-error-code="import-not-found, misc"
 
+import http.client
 import io
 import json
 import os
@@ -35,6 +36,9 @@ WHOLE = ("duration", "completed", "failed", "request_goodput", "output_throughpu
 # Tokens are rarely longer; where they are, the text is made longer.
 CHARACTERS = 8
 LONGEST_ERROR = 300
+MOST_BYTES = 64 << 20
+# More characters for each token than any text has.
+MOST_CHARACTERS = 64 * CHARACTERS
 # Seconds until the server's counters include what it has sent.
 COUNTED = 2.0
 
@@ -48,6 +52,13 @@ def tell(event: str, **what: Any) -> None:
         print((MORE if text else MARK) + piece, file=sys.__stdout__, flush=True)
 
 
+class SameServer(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key would be sent along."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class Client:
     """The server's other interfaces."""
 
@@ -55,35 +66,37 @@ class Client:
         self.job, self.tokens = job, dict[str, list[int]]()
         key = os.environ.get("OPENAI_API_KEY")
         self.headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        self.opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if job["direct"] else []))
+        self.opener = urllib.request.build_opener(
+            SameServer, *([urllib.request.ProxyHandler({})] if job["direct"] else [])
+        )
 
     def read(self, path: str, body: dict[str, Any] | None = None) -> bytes:
         data = json.dumps(body).encode() if body else None
         request = urllib.request.Request(self.job["url"] + path, data, self.headers)
-        answer: bytes = self.opener.open(request, timeout=60).read()
+        answer: bytes = self.opener.open(request, timeout=60).read(MOST_BYTES)
         return answer
 
     def prompt(self, kind: str, number: int, length: int) -> list[int]:
         """Return a prompt of exactly so many tokens."""
         name, characters = name_of(self.job["seed"], number), length * CHARACTERS
-        while True:
+        while characters <= length * MOST_CHARACTERS:
             body = {"model": self.job["model"], "prompt": text(kind, name, characters)}
             found: list[int] = json.loads(self.read("/tokenize", body))["tokens"]
             if len(found) >= length:
                 return found[:length]
             characters *= 2
+        raise ValueError(f"/tokenize makes {len(found)} tokens of {characters // 2} characters")
 
     def counters(self) -> dict[str, float]:
         """Return the wanted metrics, each summed over its labels; {} if the server does not tell."""
         found: dict[str, float] = {}
         try:
-            lines = self.read("/metrics").decode().splitlines()
-        except (OSError, ValueError):
-            return found
-        for line in lines:
-            name = line.partition("{")[0].partition(" ")[0]
-            if name in self.job["metrics"]:
-                found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+            for line in self.read("/metrics").decode().splitlines():
+                name = line.partition("{")[0].partition(" ")[0]
+                if name in self.job["metrics"]:
+                    found[name] = found.get(name, 0.0) + float(line.rpartition(" ")[2])
+        except (OSError, ValueError, http.client.HTTPException):
+            return {}
         return found
 
     def counted(self, before: dict[str, float], made: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ import sys
 import termios
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -293,6 +294,38 @@ def test_ask_explains_a_refusal(
     assert cause in error["cause"]
 
 
+class Closing(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_ask_names_the_reason_of_a_connection_that_ends(rehearsal: tuple[str, str]) -> None:
+    with listening(Closing) as url:
+        run = in_this_process("ask", "x", *rehearsal, "--url", url, "--json")
+    (error,) = envelope(run)["errors"]
+    assert error["cause"] == "Remote end closed connection without response"
+
+
+class Silent(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        threading.Event().wait(30)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_ask_waits_for_minutes_only_for_an_answer(rehearsal: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that hangs has not even a list of its models."""
+    monkeypatch.setattr(core_ask, "_SHORT", (5, 0.2))
+    with listening(Silent) as url:
+        run = in_this_process("ask", "x", *rehearsal, "--url", url, "--json")
+    (error,) = envelope(run)["errors"]
+    assert (run.returncode, error["message"]) == (1, "nothing has come for 0.2 s")
+
+
 def test_ask_shows_what_came_before_a_stream_was_cut(rehearsal: tuple[str, str]) -> None:
     run = asked(ChatServer(texts("It is ", "4"), finish=None), rehearsal)
     assert (run.returncode, run.stdout) == (1, "It is 4\n")
@@ -310,7 +343,7 @@ def test_ask_shows_an_error_in_the_middle_of_a_stream(rehearsal: tuple[str, str]
 
 @pytest.mark.parametrize(
     ("status", "message"),
-    [(200, "the server sends more than 4 MiB"), (500, "the server failed at the question (500)")],
+    [(200, "the server sends more than 4 MiB"), (500, "the server failed at /v1/models (500)")],
 )
 def test_ask_reads_no_answer_without_an_end(
     status: int, message: str, rehearsal: tuple[str, str], monkeypatch: pytest.MonkeyPatch

@@ -3,6 +3,7 @@
 tests/nodes/test_serving.py measures a real vLLM with vLLM's own benchmark.
 """
 
+import io
 import json
 import os
 import signal
@@ -10,14 +11,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
 from msgspec.structs import replace
+from rich.console import Console
 
+from sparkinstall.cli import bench as cli
 from sparkinstall.measure import results, rounds
-from sparkinstall.measure.bench import Benchmark
+from sparkinstall.measure.bench import Benchmark, read_record
 from sparkinstall.measure.circumstances import ceiling_of, listener
 from sparkinstall.measure.results import Context, Power, Raw, level_result, percentiles, scenario_result
 from sparkinstall.measure.rounds import BenchOptions, Round, Scenario, Slo, planned
@@ -29,6 +32,7 @@ from tests.support.rehearsals import command, envelope, environment, in_this_pro
 from tests.support.waiting import until
 
 LOAD = Path(__file__).parents[1] / "support/load"
+RECORD = Path(__file__).parents[1] / "cases/bench/vllm-0.18.1-cpu.json"
 GENERATED = "vllm:generation_tokens_total"
 
 
@@ -405,9 +409,51 @@ def test_bench_without_the_tool_says_what_is_missing(asked: tuple[str, ...], tmp
     error = error_of(run(CompletionServer(), without, "40/8"), code=2)
     assert error["message"].startswith("there is no `vllm bench serve` in ")
     (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    error = error_of(run(CompletionServer(), asked, "40/8"))
-    assert error["message"] == "`vllm bench serve` has ended with code 1"
-    assert error["output"][-1] == "ModuleNotFoundError: No module named 'vllm'"
+    error = error_of(run(CompletionServer(), asked, "40/8"), code=2)
+    assert error["message"] == f"{tmp_path}/python cannot load `vllm bench serve`: it has no module vllm"
+    assert error["hint"].startswith("name the Python of an environment with vLLM") and not error["output"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message", "cause"),
+    [
+        (None, "has no /tokenize (404)", ""),
+        ({"count": 1}, "the server does not answer like vLLM", "missing required field `tokens`"),
+        ({"tokens": [1]}, "no request of the round `40/8 prose, warm-up` was answered", "makes 1 tokens of 20480"),
+    ],
+)
+def test_bench_refuses_a_server_that_does_not_count_like_vllm(
+    answer: dict[str, Any] | None, message: str, cause: str, asked: tuple[str, ...]
+) -> None:
+    error = error_of(run(CompletionServer(tokenizes=lambda _: answer), asked, "40/8"))
+    assert message in error["message"] and cause in error["cause"]
+
+
+def test_bench_sends_the_key_to_no_other_server(asked: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "sesame-sesame-sesame")
+    with completing(CompletionServer()) as other:
+        server = CompletionServer(moved={"/metrics": other.url})
+        assert run(server, asked, "40/8", "--concurrency", "none").returncode == 0
+        assert server.paths.count("/metrics") > 1 and other.paths == []
+    assert recorded(asked).scenarios[0].others is None
+
+
+def test_answer_without_a_first_token_is_no_answer() -> None:
+    whole, broken = results.requests_of(raw((0.0, [0.1]), tokens=2), round_of(1, 2))
+    assert whole == [] and "none arrived" in broken[0]
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_tables_of_a_record_fit_into_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = read_record(RECORD)
+    out = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(cli, "console", lambda: out)
+    cli.show_benchmark(record, "x.json")
+    lines = cast(io.StringIO, out.file).getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    rows = [line.split() for line in lines if line.startswith(("1 prose", "2 prose"))]
+    assert len(rows) == 2 and all(each[2].replace(",", "").replace(".", "").isdigit() for each in rows)
+    assert any(line.split()[:1] == ["ITL"] for line in lines) == (width < 160)
 
 
 def test_bench_keeps_what_was_measured_before_an_interrupt(asked: tuple[str, ...]) -> None:

@@ -139,6 +139,9 @@ def test_compare_refuses_records_without_a_common_result(
         ("{}", "is no record of `bench`"),
         ("none", "is no record of `bench`"),
         ('{"format": 99}', "has format 99, and this sparkinstall knows 1"),
+        (re.sub(r'"ttft": ([\d.])', r'"ttft": -\1', RECORD.read_text()), "is damaged: "),
+        (re.sub(r'"total": [\d.]+', '"total": 0', RECORD.read_text()), "is damaged: "),
+        (re.sub(r'"p50": [\d.]+', '"p50": 1e308', RECORD.read_text()), "is damaged: "),
     ],
 )
 def test_compare_refuses_what_is_no_record(content: str, said: str, tmp_path: Path) -> None:
@@ -267,12 +270,21 @@ def test_plots_of_the_report_show_each_value_within_the_drawing(tmp_path: Path, 
 def test_report_shows_hostile_names_as_text(
     tmp_path: Path, record: Benchmark, written: Callable[[str, Benchmark], str]
 ) -> None:
-    name = "<script>alert(1)</script>|`x`"
+    name = "<script>alert(1)</script>|`x` \x1b[31m\u202e ![x](http://192.0.2.1/x.png)"
     file = written("a", replace(record, served=replace(record.served, model=name), complete=False, why="interrupted"))
     text = report(tmp_path, file)
     assert "<script>" not in text and html.escape(name).split("|")[0] in text
     assert "only a part: interrupted" in text
-    assert "<script>" not in report(tmp_path, file, ending="md")
+    plain = report(tmp_path, file, ending="md")
+    assert "<script>" not in plain and r"\`x\` \\x1b\[31m\\u202e !\[x\](http" in plain
+    assert not re.search("[\x1b\u202e]", text + plain)
+
+
+def test_compare_shows_the_names_of_files_without_obeying_them(
+    record: Benchmark, written: Callable[[str, Benchmark], str]
+) -> None:
+    run = in_this_process("bench", "compare", str(RECORD), written("a\x1b[31m[b]", record))
+    assert run.stdout.startswith(r"a\x1b[31m[b] against ") and "\x1b" not in run.stdout
 
 
 def test_report_as_markdown_has_tables_of_equal_width(tmp_path: Path, record: Benchmark) -> None:

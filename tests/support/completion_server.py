@@ -4,7 +4,7 @@ slow at first, merge tokens into chunks, refuse, hang, or end after some request
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +19,8 @@ class CompletionServer:
     first: seconds to the first token of the first requests, `cold` of them; later: of the others. each: seconds of a
     token. chunk: tokens in one. refuses: status by number of the request, from 0. dies_after: it ends with that
     request. hangs_at: that request gets no answer. short: tokens that are missing. for_others: tokens it makes besides.
+    tokenizes: what it answers to a text to be tokenized; None of it: it has no such interface. moved: where a path is
+    said to be now. paths: those that were asked for.
     """
 
     first: float = 0.0
@@ -35,6 +37,9 @@ class CompletionServer:
     for_others: int = 0
     caching: bool = True
     drafts: bool = False
+    tokenizes: Callable[[str], dict[str, Any] | None] = lambda text: {"tokens": list(text.encode())}
+    moved: dict[str, str] = field(default_factory=dict)
+    paths: list[str] = field(default_factory=list)
     url: str = ""
     prompts: list[list[int]] = field(default_factory=list)
     made: int = 0
@@ -116,7 +121,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, body: dict[str, Any]) -> None:
         of = self.of
-        if of.key and self.path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {of.key}":
+        of.paths.append(self.path)
+        if self.path in of.moved:
+            self._whole(302, "", of.moved[self.path] + self.path)
+        elif of.key and self.path.startswith("/v1") and self.headers["Authorization"] != f"Bearer {of.key}":
             self._whole(401, '{"error":"Unauthorized"}')
         elif self.path == "/v1/models":
             self._whole(200, json.dumps({"data": [{"id": "tiny", "root": "/srv/tiny", "max_model_len": of.context}]}))
@@ -125,7 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif self.path == "/metrics":
             self._whole(200, of.metrics())
         elif self.path == "/tokenize":
-            self._whole(200, json.dumps({"tokens": list(body["prompt"].encode())}))
+            found = of.tokenizes(body["prompt"])
+            self._whole(404 if found is None else 200, json.dumps(found))
         else:
             self._complete(body)
 
@@ -166,8 +175,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {json.dumps(what)}\n\n".encode())
         self.wfile.flush()
 
-    def _whole(self, status: int, text: str) -> None:
+    def _whole(self, status: int, text: str, location: str = "") -> None:
         self.send_response(status)
+        if location:
+            self.send_header("Location", location)
         self.send_header("Content-Length", str(len(text)))
         # A connection that stays open would outlive the server.
         self.send_header("Connection", "close")
