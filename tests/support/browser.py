@@ -2,7 +2,9 @@
 
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -15,8 +17,12 @@ import pytest
 _NAMES = ("chromium-headless-shell", "chromium")
 # It reads from the first descriptor, and writes to the second.
 _READS, _WRITES = 3, 4
-# No profile of a person, no service of its maker, no picture of a graphics card.
+# Seconds: it answers within one, or it hangs.
+_LIMIT = 300
+# No profile of a person, no service of its maker, no graphics card. And no sandbox, for which a container may lack the
+# right: the pages are ours.
 _OPTIONS = (
+    *("--no-sandbox", "--disable-dev-shm-usage"),
     *("--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-background-networking"),
     *("--disable-component-update", "--disable-default-apps", "--disable-sync", "--hide-scrollbars", "--no-pings"),
 )
@@ -73,6 +79,7 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._left:
+            assert select.select([self._reads], [], [], _LIMIT)[0], f"the browser has said nothing for {_LIMIT} s"
             more = os.read(self._reads, 1 << 16)
             assert more, "the browser has ended"
             self._left += more
@@ -97,8 +104,7 @@ def browser() -> Iterator[Page]:
     to_it, ours = os.pipe()
     mine, from_it = os.pipe()
     with tempfile.TemporaryDirectory() as profile:
-        # Of another user's processes it may make no sandbox, and root is such a one.
-        argv = (program, *_OPTIONS, *(["--no-sandbox"] if os.geteuid() == 0 else []), f"--user-data-dir={profile}")
+        argv = (program, *_OPTIONS, f"--user-data-dir={profile}")
         script = f'exec "$@" {_READS}<&{to_it} {_WRITES}>&{from_it}'
         env = {**os.environ, "HOME": profile}
         # In a group of its own, as it starts others.
@@ -111,6 +117,10 @@ def browser() -> Iterator[Page]:
             try:
                 yield Page(mine, ours)
             finally:
+                # With the pipe it ends.
                 os.close(ours)
-                process.wait()
+                try:
+                    process.wait(_LIMIT)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
                 os.close(mine)
