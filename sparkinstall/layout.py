@@ -13,6 +13,10 @@ RAY_UNITS = ("ray-head.service", "ray-worker.service")
 FIREWALL_UNIT = "sparkinstall-firewall.service"
 CLOCK_LOCK_UNIT = "sparkinstall-clock-lock.service"
 LIFE_UNIT = "vllm-life.service"
+PROMETHEUS_UNIT, EXPORTER_UNIT = "prometheus.service", "prometheus-node-exporter.service"
+"""Those of Debian's packages; a file in the drop-in folder of each makes it ours."""
+PROMETHEUS_CONFIG = "/etc/prometheus/sparkinstall.yml"
+PROMETHEUS_RULES = "/etc/prometheus/sparkinstall.rules.yml"
 HEALTH_UNIT = "sparkinstall-health.service"
 HEALTH_TIMER = "sparkinstall-health.timer"
 HEALTH_METRICS = "sparkinstall_health.prom"
@@ -29,6 +33,11 @@ API_KEY = "/etc/sparkinstall-api-key"
 
 def unit_path(unit: str) -> str:
     return f"{UNIT_FOLDER}/{unit}"
+
+
+def drop_in_path(unit: str) -> str:
+    """Our file that changes a unit of others."""
+    return f"{unit_path(unit)}.d/sparkinstall.conf"
 
 
 class _Below:
@@ -147,6 +156,8 @@ class Layout(_Environment, frozen=True):
     """The render record of the unit that watches vLLM."""
     health_unit_record = _Below("services/health-unit.json")
     """The render record of the units that judge the node regularly."""
+    monitoring_unit_record = _Below("services/monitoring-unit.json")
+    """The render record of the files that make Debian's units ours."""
     serving_record = _Below("services/serving.json")
     """What runs since the last start that `serve` waited for."""
     ray_token = _Below("ray-token")

@@ -65,7 +65,10 @@ VERBS = {
         "health:health",
         "Tell what makes this node slow or unsafe while it serves; exit 3 if anything does.",
     ),
-    "monitoring": ("monitoring:app", "Print the files with which Prometheus and Grafana watch nodes."),
+    "monitoring": (
+        "monitoring:app",
+        "Print the files with which Prometheus and Grafana watch nodes, or install Debian's Prometheus.",
+    ),
     "models": (
         "models:app",
         "Pull models from the hub into its cache; copy them to other nodes; list, verify or remove them.",

@@ -1,4 +1,4 @@
-"""`sparkinstall monitoring`: files for Prometheus and Grafana; changes nothing."""
+"""`sparkinstall monitoring`: Prometheus and Grafana that watch nodes: their files, and Debian's Prometheus itself."""
 
 import sys
 from typing import Annotated, Literal
@@ -6,16 +6,25 @@ from typing import Annotated, Literal
 import typer
 from msgspec import Struct
 
-from sparkinstall.cli.run_command import CommandResult, Output, verb
-from sparkinstall.core.session import Target, open_session
-from sparkinstall.errors import BadUsage
+from sparkinstall.cli import options
+from sparkinstall.cli.install import dialog_of, opened, shown_checks
+from sparkinstall.cli.parts import show_part, show_withdrawal
+from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
+from sparkinstall.cluster.protocol import Applied, Uninstalled
+from sparkinstall.core import parts
+from sparkinstall.core.catalogue import named
+from sparkinstall.core.converge import Installation
+from sparkinstall.core.session import Session, Target, open_session
+from sparkinstall.errors import BadUsage, Exit
 from sparkinstall.measure.dashboard import dashboard
-from sparkinstall.measure.monitoring import rule_file, scrape_config
 from sparkinstall.measure.rounds import slo_of
 from sparkinstall.measure.vllm_dashboards import LICENCE, VLLM_DASHBOARDS, VllmDashboard, fetched
+from sparkinstall.steps.prometheus_files import rule_file, scrape_config
 
 app = typer.Typer(
-    add_completion=False, help="Print the files with which Prometheus and Grafana watch nodes.", no_args_is_help=True
+    add_completion=False,
+    help="Print the files with which Prometheus and Grafana watch nodes, or install Debian's Prometheus.",
+    no_args_is_help=True,
 )
 
 What = Annotated[
@@ -46,6 +55,15 @@ Vllm = Annotated[
 ]
 
 
+PortOption = Annotated[int | None, typer.Option("--port", metavar="PORT", help="Its port on 127.0.0.1 (9090).")]
+Days = Annotated[int | None, typer.Option("--days", metavar="DAYS", help="How long it keeps what it records (15).")]
+OwnSlo = Annotated[
+    str | None, typer.Option("--slo", metavar="LIMITS", help="Limits of the 95th percentiles for its alerts.")
+]
+_STEP = "monitoring"
+_SETTINGS = tuple(f"monitoring.{name}" for name in ("prometheus", "port", "days", "ttft_ms", "itl_ms"))
+
+
 class Rendered(Struct, frozen=True, omit_defaults=True):
     """Result of `monitoring render`: the file's text; of what vLLM has, where it is from, and its licence."""
 
@@ -56,7 +74,7 @@ class Rendered(Struct, frozen=True, omit_defaults=True):
 
 @app.callback()
 def monitoring() -> None:
-    """Print the files with which Prometheus and Grafana watch nodes."""
+    """Print the files with which Prometheus and Grafana watch nodes, or install Debian's Prometheus."""
 
 
 @app.command()
@@ -77,13 +95,79 @@ def render(
     if vllm:
         return _of_vllm(VLLM_DASHBOARDS[vllm])
     port, heads = open_session(target).node.config.serving.port, hosts or ["127.0.0.1"]
+    limits = slo_of(slo, 95)
     files = {
         "scrape": lambda: scrape_config(heads, worker or (), port, key_file or ""),
-        "rules": lambda: rule_file(slo_of(slo, 95)),
-        "dashboard": lambda: dashboard(slo_of(slo, 95)),
+        "rules": lambda: rule_file(limits.ttft, limits.itl),
+        "dashboard": lambda: dashboard(limits),
     }
     text = files[what]()
     return CommandResult(data=Rendered(text), show=lambda: print(text, end=""))
+
+
+@app.command()
+@verb("monitoring install", "root", "config")
+def install(
+    target: Target,
+    output: Output,
+    port: PortOption = None,
+    days: Days = None,
+    slo: OwnSlo = None,
+    yes: options.Yes = False,
+) -> CommandResult:
+    """Install Debian's Prometheus and node_exporter, listening on this node alone, with the files of `render`."""
+    limits = slo_of(slo, 95) if slo else None
+    values = {
+        "monitoring.prometheus": True,
+        "monitoring.port": port,
+        "monitoring.days": days,
+        "monitoring.ttft_ms": round(limits.ttft or 0) if limits else None,
+        "monitoring.itl_ms": round(limits.itl or 0) if limits else None,
+    }
+    session = opened(parts.switched_on(target, values))
+    with shown_checks(output):
+        done = parts.install(session, named(_STEP), "monitoring install", dialog_of(session, output, yes))
+    code = Exit.FAILED if done.problems else Exit.GOOD
+    return CommandResult(code, Applied.of(done), lambda: _show_installed(session, done), done.problems)
+
+
+def _show_installed(session: Session, done: Installation) -> None:
+    if not show_part(session, done):
+        return
+    node, where = session.node, "On a node, " if session.node.rehearsal else ""
+    if node.role == "worker":
+        print(f"✓ {where}node_exporter listens at {node.address} for the Prometheus of the head.")
+    else:
+        port = node.config.monitoring.port
+        print(f"✓ {where}Prometheus watches this node: http://127.0.0.1:{port}")
+        print(f"    ssh -L {port}:127.0.0.1:{port} NODE   brings that address to another machine")
+    if not node.config.health.timer:
+        print(
+            f"    sparkinstall health --install{session.root_option}         has it watch the health of this node too"
+        )
+    print(f"    sparkinstall monitoring uninstall{session.root_option}     undoes this")
+
+
+@app.command()
+@verb("monitoring uninstall", "root", "config")
+def uninstall(target: Target, _output: Output, yes: options.Yes = False) -> CommandResult:
+    """Undo `monitoring install`: what Prometheus has recorded is removed too."""
+    rehearsal = target.root is not None
+    confirm("Remove Prometheus with all that it has recorded?", agreed=yes or rehearsal, default=False)
+    done = parts.withdraw(target, named(_STEP), _SETTINGS, "monitoring uninstall")
+    if done.found:
+        _restore_health(target)
+    code = Exit.FAILED if done.problems else Exit.GOOD
+    what = "Prometheus and node_exporter"
+    return CommandResult(code, Uninstalled(tuple(done.changes)), lambda: show_withdrawal(done, what), done.problems)
+
+
+def _restore_health(target: Target) -> None:
+    """Bring back what the timer of `health` has written: Debian's package removes its whole folder."""
+    session = open_session(target)
+    if session.node.config.health.timer:
+        quiet = Output(json=True)
+        parts.install(session, named("health"), "monitoring uninstall", dialog_of(session, quiet, yes=True))
 
 
 def _of_vllm(of: VllmDashboard) -> CommandResult:

@@ -245,6 +245,31 @@ class HealthConfig(Struct, frozen=True, forbid_unknown_fields=True):
     ] = "/var/lib/prometheus/node-exporter"
 
 
+class MonitoringConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    prometheus: Annotated[
+        bool,
+        doc(
+            "Run Debian's Prometheus and node_exporter; on a worker node_exporter alone: `monitoring install` sets it."
+        ),
+    ] = False
+    port: Annotated[Port, doc("The port of Prometheus on 127.0.0.1.")] = 9090
+    days: Annotated[
+        int,
+        Meta(ge=1, le=3650, title="a number of days from 1 to 3650"),
+        doc("Days for which Prometheus keeps what it has scraped, but at most 4 GB."),
+    ] = 15
+    ttft_ms: Annotated[
+        int,
+        Meta(ge=0, le=3600000, title="a number from 0 to 3600000"),
+        doc("Milliseconds of TTFT that the 95th percentile may have without an alert; 0: no such alert."),
+    ] = 500
+    itl_ms: Annotated[
+        int,
+        Meta(ge=0, le=3600000, title="a number from 0 to 3600000"),
+        doc("The same of the time between two tokens."),
+    ] = 250
+
+
 class PackagesConfig(Struct, frozen=True, forbid_unknown_fields=True):
     extra: Annotated[tuple[Package, ...], doc("Additional Debian packages.")] = ()
 
@@ -262,6 +287,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     hub: HubConfig = field(default_factory=HubConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
+    monitoring: MonitoringConfig = field(default_factory=MonitoringConfig)
     packages: PackagesConfig = field(default_factory=PackagesConfig)
 
 

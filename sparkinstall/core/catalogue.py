@@ -14,6 +14,7 @@ from sparkinstall.steps.former import Former
 from sparkinstall.steps.fp8 import Fp8
 from sparkinstall.steps.health import Health
 from sparkinstall.steps.life import Life
+from sparkinstall.steps.monitoring import Monitoring
 from sparkinstall.steps.nccl import Nccl
 from sparkinstall.steps.network import Network
 from sparkinstall.steps.packages import SystemPackages
@@ -34,6 +35,7 @@ STEPS: tuple[Step, ...] = (
     Ray(),
     Serving(),
     Life(),
+    Monitoring(),
     Former(),
 )
 

@@ -2,53 +2,19 @@
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, Literal
 
-from msgspec import Struct, to_builtins
-from msgspec.structs import replace
+from msgspec import Struct
 
 from sparkinstall import schema
-from sparkinstall.assets import asset
 from sparkinstall.facts import card
 from sparkinstall.measure.histogram import Latency
 from sparkinstall.measure.readings import Readings, grew
 from sparkinstall.measure.rounds import Slo
-from sparkinstall.probes import known_hosts
+from sparkinstall.probes import reading_rules
+from sparkinstall.probes.reading_rules import Level, Rule
 
-KNOWLEDGE = "knowledge/readings.yaml"
-Level = Literal["red", "yellow"]
 _ENOUGH_FOR_A_TAIL = 100
 _GIB = 1 << 30
-
-
-class Alert(Struct, frozen=True, forbid_unknown_fields=True):
-    """A condition in PromQL, a text for `format`; it must hold for `lasts` seconds."""
-
-    expr: str
-    lasts: int = 0
-
-
-class Rule(Struct, frozen=True, forbid_unknown_fields=True):
-    """A condition of a reading. `looks` names its detector, `limit` is its argument; a name: that rule's of hosts."""
-
-    name: str
-    reading: str
-    looks: str
-    limit: Any
-    level: Level
-    when: str
-    means: str
-    do: str
-    alert: Alert | None = None
-
-    def __post_init__(self) -> None:
-        if self.looks not in _DETECTORS:
-            raise ValueError(f"looks names no detector: use {schema.either(tuple(_DETECTORS))}")
-
-    @property
-    def condition(self) -> str:
-        """`when` with the limit in it."""
-        return self.when.format(**(self.limit if isinstance(self.limit, dict) else {"limit": self.limit}))
 
 
 class Advice(Struct, frozen=True):
@@ -75,12 +41,15 @@ def _advice(of: Readings, slo: Slo) -> Iterator[Advice]:
 
 @lru_cache(maxsize=1)
 def rules() -> tuple[Rule, ...]:
-    """Return the shipped rules, in order."""
-    hosts = {each.name: each.limits for each in known_hosts.rules()}
-    found = schema.read_file(tuple[Rule, ...], asset(KNOWLEDGE))
-    return tuple(
-        replace(each, limit=to_builtins(hosts[each.limit])) if isinstance(each.limit, str) else each for each in found
-    )
+    """Return the shipped rules, in order.
+
+    Raises:
+        ValueError: one names no detector.
+    """
+    found = reading_rules.rules()
+    if unknown := [each.looks for each in found if each.looks not in _DETECTORS]:
+        raise ValueError(f"looks names no detector: {unknown[0]}, use {schema.either(tuple(_DETECTORS))}")
+    return found
 
 
 def limit_of(slo: Slo, latency: str) -> float | None:

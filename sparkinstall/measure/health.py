@@ -18,6 +18,7 @@ from sparkinstall.measure.rounds import Slo
 from sparkinstall.measure.samples import Sampler, source_of
 from sparkinstall.node import Node
 from sparkinstall.probes import Finding, Probe, Verdict, failed, known_hosts, life, passed, skipped, warned
+from sparkinstall.probes.reading_rules import Rule
 from sparkinstall.system import Reader
 
 _GIB = 1 << 30
@@ -119,7 +120,7 @@ def _of_readings(node: Node, readings: Callable[[], Readings]) -> Iterable[Probe
             yield Probe(name, title, partial(_judged, rule, readings, told), "node", rule.means)
 
 
-def _judged(rule: advice.Rule, readings: Callable[[], Readings], told: Callable[[Readings], str], _: Reader) -> Finding:
+def _judged(rule: Rule, readings: Callable[[], Readings], told: Callable[[Readings], str], _: Reader) -> Finding:
     of = readings()
     words = told(of)
     if not words:

@@ -77,7 +77,7 @@ class UnitFile(Template, frozen=True):
         if on.rehearsal:
             super().apply(on)
             return
-        on.promise(Undo("units", self.name, _standing(on, self.name), {}))
+        promise_units(on, self.name)
         super().apply(on)
         on.run("systemctl", "daemon-reload", root=True)
 
@@ -200,6 +200,15 @@ class Service(Struct, frozen=True):
             if any(re.search(cause.pattern, line) for line in lines):
                 return (told[-1] if told else cause.why), cause.hint
         return (told[-1] if told else ""), ""
+
+
+def promise_units(on: System, name: str) -> None:
+    """Promise that systemd forgets what we write of a unit, and that one of others runs again as it did.
+
+    Raises:
+        Problem: systemd does not answer.
+    """
+    on.promise(Undo("units", name, _standing(on, name), {}))
 
 
 def _standing(on: Reader, name: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`sparkinstall monitoring render`: files for Prometheus that have the names, limits and advice of `watch`."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -8,9 +9,11 @@ import pytest
 
 from sparkinstall.facts import vllm
 from sparkinstall.facts.health import STATES, metrics
+from sparkinstall.facts.life import LifeState, Wedge
 from sparkinstall.measure.advice import rules
-from sparkinstall.measure.monitoring import rule_file, scrape_config
 from sparkinstall.measure.rounds import Slo
+from sparkinstall.steps.prometheus_files import rule_file, scrape_config
+from tests.support.promtool import checked
 from tests.support.rehearsals import envelope, in_this_process
 
 SLO = Slo(500, 250)
@@ -28,7 +31,7 @@ METRICS = {
 
 def groups(slo: Slo = SLO) -> list[list[dict[str, Any]]]:
     """The recording rules, the alerts of `watch`, and those of the timer of `health`."""
-    return [each["rules"] for each in msgspec.yaml.decode(rule_file(slo))["groups"]]
+    return [each["rules"] for each in msgspec.yaml.decode(rule_file(slo.ttft, slo.itl))["groups"]]
 
 
 def test_scrape_config_has_an_api_on_heads_and_an_exporter_on_all() -> None:
@@ -96,3 +99,44 @@ def test_render_prints_the_file(what: str) -> None:
     assert shown.returncode == 0
     assert envelope(in_this_process("monitoring", "render", what, "--json"))["data"]["text"] == shown.stdout
     assert msgspec.yaml.decode(shown.stdout)
+
+
+# --- what Prometheus itself says of the files
+
+CASES = Path(__file__).parents[1] / "cases/alerts.yaml"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with what `render` prints, and a key."""
+    (tmp_path / "key").write_text("0123456789abcdef")
+    (tmp_path / "prometheus.yml").write_text(scrape_config(["spark-1"], ["spark-2"], 8000, "key"))
+    (tmp_path / "sparkinstall.rules.yml").write_text(rule_file(500, 250))
+    return tmp_path
+
+
+def test_promtool_accepts_the_configuration_with_its_rules(files: Path) -> None:
+    run = checked("check", "config", "prometheus.yml", cwd=files)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert f"{sum(map(len, groups()))} rules found" in run.stdout
+    (files / "sparkinstall.rules.yml").write_text(
+        rule_file(500, 250).replace("histogram_quantile", "histogram_quantil")
+    )
+    assert checked("check", "config", "prometheus.yml", cwd=files).returncode != 0
+
+
+def test_alerts_fire_for_their_faults_and_for_nothing_else(files: Path) -> None:
+    (files / "alerts.yaml").write_text(CASES.read_text())
+    run = checked("test", "rules", "alerts.yaml", cwd=files)
+    assert run.returncode == 0, run.stdout + run.stderr
+    # A case that fires nothing at another limit shows that the cases are judged.
+    (files / "sparkinstall.rules.yml").write_text(rule_file(5000, 250))
+    assert checked("test", "rules", "alerts.yaml", cwd=files).returncode != 0
+
+
+def test_promtool_accepts_the_metrics_of_the_timer(tmp_path: Path) -> None:
+    life = LifeState("2026-11-30T00:53:15Z", "alive", "", 3, 2, (Wedge("2026-11-30T00:10:00Z", "nothing"),), ("x",))
+    text = metrics([("memory-low", "pass"), ("gpu-xid", "fail")], life, 1_796_000_000)
+    run = checked("check", "metrics", cwd=tmp_path, given=text)
+    assert (run.returncode, run.stdout + run.stderr) == (0, "")
+    assert checked("check", "metrics", cwd=tmp_path, given=text.replace("} 0", "}")).returncode != 0

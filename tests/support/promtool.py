@@ -24,9 +24,9 @@ def promtool() -> str:
         pytest.skip(f"no promtool (apt-get update; apt-get install {_PACKAGE}): {error}")
 
 
-def checked(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run promtool in a folder."""
-    return subprocess.run((promtool(), *words), cwd=cwd, capture_output=True, text=True, check=False)
+def checked(*words: str, cwd: Path, given: str = "") -> subprocess.CompletedProcess[str]:
+    """Run promtool in a folder. `given`: what it reads from stdin."""
+    return subprocess.run((promtool(), *words), cwd=cwd, input=given, capture_output=True, text=True, check=False)
 
 
 def _offered() -> tuple[str, ...]:

@@ -1,14 +1,13 @@
 """Files for Prometheus: what to scrape, percentiles to record, and alerts that say the same as `watch`."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from sparkinstall.facts import vllm
 from sparkinstall.facts.health import LAST_RUN as HEALTH_LAST_RUN
 from sparkinstall.facts.health import STATE as HEALTH_STATE
 from sparkinstall.layout import HEALTH_UNIT
-from sparkinstall.measure.advice import rules
-from sparkinstall.measure.rounds import Slo
+from sparkinstall.probes.reading_rules import rules
 
 NODE_EXPORTER = 9100
 _PERCENTILES = (50, 90, 95, 99)
@@ -30,12 +29,15 @@ def scrape_config(heads: Sequence[str], workers: Sequence[str], port: int, key_f
     return _text(lines)
 
 
-def rule_file(slo: Slo) -> str:
-    """Return recording rules for percentiles, and an alert for each rule of `watch` for which there are numbers."""
+def rule_file(ttft: float | None, itl: float | None) -> str:
+    """Return recording rules for percentiles, and an alert for each rule of `watch` for which there are numbers.
+
+    `ttft` and `itl`: milliseconds that the 95th percentile must not exceed; None: not limited.
+    """
     lines = ["groups:", "  - name: sparkinstall-records", "    rules:"]
     for name, expr in _records():
         lines += [f"      - record: {name}", f"        expr: {_quoted(expr)}"]
-    lines += ["  - name: sparkinstall-alerts", "    rules:", *_alerts(slo)]
+    lines += ["  - name: sparkinstall-alerts", "    rules:", *_alerts({"ttft": ttft, "itl": itl})]
     return _text([*lines, "  - name: sparkinstall-health", "    rules:", *_alerts_of_health()])
 
 
@@ -48,8 +50,7 @@ def _records() -> Iterator[tuple[str, str]]:
     yield "instance:vllm_waiting:sum", f"sum by (instance) ({vllm.WAITING_REQUESTS[0]})"
 
 
-def _alerts(slo: Slo) -> Iterator[str]:
-    limits = {"ttft": slo.ttft, "itl": slo.itl}
+def _alerts(limits: Mapping[str, float | None]) -> Iterator[str]:
     for rule in rules():
         if rule.alert is None or (rule.reading in limits and rule.limit is None and limits[rule.reading] is None):
             continue
