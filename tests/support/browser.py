@@ -37,12 +37,14 @@ class Page:
     def __init__(self, reads: int, writes: int) -> None:
         self._reads, self._writes, self._left = reads, writes, b""
         self._count, self._session = 0, ""
+        self._loaded: set[str] = set()
         self.asked: list[str] = []
         self.said: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Page.setLifecycleEventsEnabled", enabled=True)
 
     def show(self, file: Path, width: int, *, dark: bool = False) -> None:
         """Load a file, in a window as high as the whole of it."""
@@ -51,9 +53,10 @@ class Page:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
         self._window(width, 800)
-        self.call("Page.navigate", url=file.as_uri())
-        while self._next().get("method") != "Page.loadEventFired":
-            pass
+        # That it is loaded may be told before the answer.
+        loader = self.call("Page.navigate", url=file.as_uri())["loaderId"]
+        while loader not in self._loaded:
+            self._next()
         self._window(width, int(self.value("document.documentElement.scrollHeight")))
 
     def value(self, script: str) -> Any:
@@ -89,7 +92,9 @@ class Page:
         return found
 
     def _note(self, method: str | None, params: Mapping[str, Any]) -> None:
-        if method == "Network.requestWillBeSent":
+        if method == "Page.lifecycleEvent" and params["name"] == "load":
+            self._loaded.add(params["loaderId"])
+        elif method == "Network.requestWillBeSent":
             self.asked.append(params["request"]["url"])
         elif method in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.said.append(json.dumps(params))
