@@ -1,9 +1,10 @@
 """Models in a bundle: the files of a snapshot by their hashes, and a list of which file of the model each is."""
 
+import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +23,7 @@ from sparkinstall.payloads.bundle_archive import Content, Manifest, Member
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PART = 1 << 20
+_ABANDONED = re.compile(r"[0-9a-f]{40,64}\.\d+\.incomplete")
 
 
 def require_names(words: tuple[str, ...]) -> None:
@@ -97,9 +99,11 @@ class Unpacking(Struct):
         return any(each.commit == member.name.removesuffix(".json") for each in whole(folder))
 
     def require_writable(self) -> None:
-        """Raise Storage or Blocked if this user's cache cannot take the models."""
+        """Raise Storage or Blocked if this user's cache cannot take the models. Remove parts that a killed run left."""
         for name in self._folders.values():
-            models.require_writable(ModelFolder(cache_folder(), name))
+            folder = ModelFolder(cache_folder(), name)
+            models.require_writable(folder)
+            _remove_abandoned(folder.blobs)
 
     def finish(self) -> None:
         """Link the snapshots, whose files are all there, and at last let the branches and tags mean them.
@@ -143,6 +147,7 @@ class Unpacking(Struct):
         part = blob.with_name(f"{blob.name}.{os.getpid()}.incomplete")
         try:
             with open(part, "wb") as out:
+                _is_alone(out)
                 yield out
                 out.flush()
                 os.fsync(out.fileno())
@@ -152,6 +157,25 @@ class Unpacking(Struct):
             part.replace(blob)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _remove_abandoned(blobs: Path) -> None:
+    """Remove the parts of files whose run has ended without removing them, as after SIGKILL."""
+    for each in blobs.iterdir() if blobs.is_dir() else ():
+        if not _ABANDONED.fullmatch(each.name) or each.is_symlink():
+            continue
+        with suppress(OSError), open(each, "rb") as part:
+            if _is_alone(part):
+                each.unlink()
+
+
+def _is_alone(part: BinaryIO) -> bool:
+    """Lock a part until it is closed; whether no other run has it, False also where files cannot be locked."""
+    try:
+        fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _name(listed: str) -> str:

@@ -72,7 +72,8 @@ def _cluster(words: list[str], wanted: ClusterOptions, verbose: bool) -> Command
     _refuse_misspelt(words, list(verbs))
     hosts = words[1:] if name else words
     if not hosts:
-        raise BadUsage(f"`cluster {name}` names no nodes", hint=f"sparkinstall cluster {name} spark-1 spark-2")
+        given = f"{name} --serve {wanted.serve}" if wanted.serve else name
+        raise BadUsage(f"`cluster {name}` names no nodes", hint=f"sparkinstall cluster {given} spark-1 spark-2")
     if name != "verify" and wanted.of_verify:
         option = wanted.of_verify[0]
         raise BadUsage(f"{option} is for `cluster verify`", hint=f"sparkinstall cluster verify {option} ... HOST...")

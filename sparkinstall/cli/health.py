@@ -31,7 +31,10 @@ _STEP = "health"
 _SETTINGS = ("health.timer", "health.every_minutes", "health.folder")
 
 Interval = Annotated[
-    float, typer.Option("--interval", metavar="SECONDS", help="From one reading to the next.", min=0, max=600)
+    float,
+    typer.Option(
+        "--interval", metavar="SECONDS", help="From one reading to the next.", min=0, max=600, callback=options.a_number
+    ),
 ]
 Metrics = Annotated[
     bool, options.output("--metrics", help="Print the result as metrics for node_exporter's textfile collector.")

@@ -1,5 +1,6 @@
 """Options shared by the verbs."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,18 @@ import typer
 
 from sparkinstall.probes import LEVELS, Level
 from sparkinstall.schema import require_known
+
+
+def a_number(value: float) -> float:
+    """Return the value of an option, unless it is NaN, which no limits of an option catch.
+
+    Raises:
+        BadParameter: it is.
+    """
+    if math.isnan(value):
+        raise typer.BadParameter("nan is no number")
+    return value
+
 
 # An option below its heading in the help.
 node = partial(typer.Option, rich_help_panel="Which node")

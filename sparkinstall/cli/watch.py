@@ -13,6 +13,7 @@ import typer
 from msgspec import to_builtins
 
 from sparkinstall import given
+from sparkinstall.cli import options
 from sparkinstall.cli.json_output import envelope
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.watch_view import Seen, Watched, show, shown_live
@@ -43,11 +44,26 @@ KeyFile = Annotated[
 ]
 Once = Annotated[bool, typer.Option("--once", help="Take two samples, show the readings, and end.")]
 Interval = Annotated[
-    float, typer.Option("--interval", metavar="SECONDS", help="From one sample to the next.", min=0.2, max=3600)
+    float,
+    typer.Option(
+        "--interval",
+        metavar="SECONDS",
+        help="From one sample to the next.",
+        min=0.2,
+        max=3600,
+        callback=options.a_number,
+    ),
 ]
 Span = Annotated[
     float,
-    typer.Option("--window", metavar="SECONDS", help="What latencies and shares are taken over.", min=1, max=86400),
+    typer.Option(
+        "--window",
+        metavar="SECONDS",
+        help="What latencies and shares are taken over.",
+        min=1,
+        max=86400,
+        callback=options.a_number,
+    ),
 ]
 SloText = Annotated[
     str, typer.Option("--slo", metavar="LIMITS", help="Limits of the 95th percentiles; a latency over its own is red.")

@@ -1,5 +1,6 @@
 """Models in bundles: pinned by their commit, every byte compared, and installed into the cache of the hub."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -101,6 +102,22 @@ def test_bundle_brings_the_model_into_the_hubs_cache(maker: Maker, bundle: Path,
     before = tree(there, everything_with_times)
     _checks(bundle, maker.stack)
     assert tree(there, everything_with_times) == before, "it was there"
+
+
+def test_next_run_removes_the_parts_of_a_killed_one_and_no_others(maker: Maker, bundle: Path, there: Path) -> None:
+    blobs = there / "blobs"
+    blobs.mkdir(parents=True)
+    kept = {
+        f"{'a' * 64}.incomplete": "a pull",
+        f"{'b' * 64}.77.incomplete": "a run that goes on",
+        "note.1.incomplete": "",
+    }
+    for name, content in {f"{'c' * 64}.4711.incomplete": "killed", f"{'d' * 40}.12.incomplete": "", **kept}.items():
+        (blobs / name).write_text(content)
+    with open(blobs / f"{'b' * 64}.77.incomplete") as running:
+        fcntl.flock(running, fcntl.LOCK_EX)
+        _checks(bundle, maker.stack)
+    assert {each.name for each in blobs.iterdir() if "incomplete" in each.name} == set(kept)
 
 
 def test_update_leaves_out_the_files_of_the_older_bundle(

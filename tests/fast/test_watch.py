@@ -478,6 +478,10 @@ def test_watch_replays_a_server_that_hung_ended_and_came_again() -> None:
         ("hello\n", "is no record"),
         ('{"sparkinstall_watch": 9}\n', "is a record of version 9"),
         ('{"sparkinstall_watch": 1}\n{"node": 7}\n', "line 2 of"),
+        ('{"sparkinstall_watch": 1}\n{"node": "n", "at": 1e308}\n', "its time is none of a clock"),
+        ('{"sparkinstall_watch": 1}\n{"node": "n", "at": 1, "told": {"histograms": {"ttft": {"x": 1}}}}\n', "line 2"),
+        ('{"sparkinstall_watch": 1}\n', "has no sample"),
+        ('{"sparkinstall_watch": 1}\n{"node": "cut', "has no sample"),
     ],
 )
 def test_watch_refuses_what_is_no_record(content: str, said: str, tmp_path: Path) -> None:
@@ -492,6 +496,7 @@ def test_watch_refuses_what_is_no_record(content: str, said: str, tmp_path: Path
     "wrong",
     [
         ("--slo", "ttft=fast"), ("--slo", "ttft=0ms"), ("--slo", "itl=1s,itl=2s"), ("--interval", "0"),
+        ("--interval", "nan"), ("--window", "nan"),
         ("--replay", "/nowhere/x"), ("--replay", "x", "--record", "y"),
     ],
 )  # fmt: skip
