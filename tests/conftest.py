@@ -23,9 +23,12 @@ if "PYTHONPYCACHEPREFIX" not in os.environ:
     atexit.register(shutil.rmtree, bytecode, ignore_errors=True)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# How fast a machine is must decide no test.
+# Neither how fast a machine is nor chance must decide a test: without SPARKINSTALL_FUZZ each run has the same examples.
 hypothesis.settings.register_profile(
-    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    "any machine",
+    deadline=None,
+    derandomize="SPARKINSTALL_FUZZ" not in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("any machine")
 

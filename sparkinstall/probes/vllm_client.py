@@ -18,6 +18,8 @@ PATIENCE = 60
 TOKENS, STREAMED = 4, 64
 KEY = "VLLM_API_KEY"
 _HEALTH_PATIENCE = 5
+# Seconds for Python to start where the model has left little memory.
+_START = 30
 
 
 class Reply(Struct, frozen=True):
@@ -85,7 +87,7 @@ class Api(Struct, frozen=True, dict=True):
         seconds, port = patience or PATIENCE, self.node.config.serving.port
         asked = {"verb": verb, "port": port, "patience": seconds, "tokens": tokens, "model": model, **how}
         command = (self.on.real(self.node.python), "-I", "-c", payloads.source("vllm_client"), json.dumps(asked))
-        answer = self.on.ask(*command, timeout=seconds + 5, stdin=self.key)
+        answer = self.on.ask(*command, timeout=seconds + _START, stdin=self.key)
         if answer.code == 124:
             return Reply(error="it did not answer", late=True)
         try:

@@ -349,7 +349,7 @@ def test_release_file_hostile_is_read_and_its_serial_number_is_not_shown(tmp_pat
             capture_output=True,
             text=True,
             errors="surrogateescape",
-            timeout=60,
+            timeout=300,
         )
         assert run.returncode == (PREFLIGHT if args[0] == "all" else 0), output_of(run)
         assert SERIAL not in output_of(run) and "Traceback" not in output_of(run)

@@ -397,5 +397,5 @@ def test_nccl_program_sources_the_env_file_and_listens(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     (program,) = bandwidth.programs(node_with(), Machine(str(tmp_path)), "nccl", (port,))
     argv = ["127.0.0.1" if word == "192.168.100.10" else word for word in program.argv]
-    run = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    run = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     assert f"0100007F:{port:04X} 00000000:0000 0A" in run.stderr, run.stderr

@@ -41,7 +41,7 @@ class Item:
         del on
         self.applied += 1
         if self.barrier:
-            self.barrier.wait(timeout=60)
+            self.barrier.wait(timeout=300)
         if self.raises:
             raise self.raises
 

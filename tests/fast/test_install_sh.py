@@ -6,8 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from tests.support.far_nodes import FarNodes
 from tests.support.mounts import small_disk
 from tests.support.rehearsals import envelope, everything_with_times, output_of, tree
 from tests.support.tiny_stack import small_stack
+from tests.support.waiting import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "install.sh"
@@ -176,7 +175,7 @@ class Machine:
 
     def run(self, *argv: str) -> "subprocess.CompletedProcess[str]":
         process = self.start(*argv)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
     def start_and_hold(self, *argv: str) -> "subprocess.Popen[str]":
@@ -184,22 +183,15 @@ class Machine:
         (self.home / "hold").touch()
         begun = len(self.lines("made"))
         process = self.start(*argv)
-        _until(lambda: len(self.lines("made")) > begun)
+        until(lambda: len(self.lines("made")) > begun, during=process)
         return process
 
     def let_go(self) -> None:
         (self.home / "hold").unlink()
 
 
-def _until(so: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not so():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def _ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     return process.returncode, err
 
 

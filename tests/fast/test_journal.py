@@ -282,7 +282,7 @@ def test_lock_separates_runs_that_start_while_an_uninstall_ends(tmp_path: Path) 
     runs = [
         subprocess.Popen(command, cwd=CHECKOUT, env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(3)
     ]
-    errors = [run.communicate(timeout=120)[1] for run in runs]
+    errors = [run.communicate(timeout=600)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0, 0], "\n".join(errors)
     assert list(tmp_path.iterdir()) == []
 

@@ -236,7 +236,7 @@ def test_end_leftovers_ends_only_marked_programs() -> None:
     mine = subprocess.Popen(["sleep", "1000"], env=environment(**{processes.RUN_MARK: "this"}))
     try:
         assert processes.end_leftovers("this") == 1
-        assert mine.wait(60) == -signal.SIGKILL
+        assert mine.wait(300) == -signal.SIGKILL
         assert other.poll() is None
     finally:
         other.kill()

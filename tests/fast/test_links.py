@@ -270,7 +270,7 @@ def test_session_under_sudo_is_found() -> None:
     through = ["env", "-u", "SSH_CONNECTION", "SUDO_USER=spark", sys.executable, "-c", ask]
     shell = ["sh", "-c", '"$@"; exit $?', "sh", *through]
     env = {**os.environ, "SSH_CONNECTION": "192.0.2.9 50000 192.0.2.1 22"}
-    run = subprocess.run(shell, env=env, capture_output=True, text=True, check=True, timeout=60)
+    run = subprocess.run(shell, env=env, capture_output=True, text=True, check=True, timeout=300)
     assert run.stdout.split() == ["192.0.2.9", "50000", "192.0.2.1", "22"]
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from sparkinstall import payloads
 from tests.support.local_server import Endless, listening
+from tests.support.waiting import until
 
 NAMES = sorted(path.stem for path in Path(payloads.__file__).parent.glob("*.py") if path.stem != "__init__")
 
@@ -23,7 +24,7 @@ def isolated(name: str, *words: str) -> tuple[str, ...]:
 
 
 def run(name: str, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(isolated(name, *words), capture_output=True, text=True, timeout=60)
+    return subprocess.run(isolated(name, *words), capture_output=True, text=True, timeout=600)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,7 +57,7 @@ def test_vllm_client_without_a_server_reports_refused() -> None:
 @pytest.mark.parametrize("verb", ["complete", "first"])
 def test_vllm_client_reads_no_answer_without_an_end(verb: str) -> None:
     with listening(Endless) as url:
-        request = {"verb": verb, "port": urlsplit(url).port, "patience": 30, "tokens": 1, "model": ""}
+        request = {"verb": verb, "port": urlsplit(url).port, "patience": 300, "tokens": 1, "model": ""}
         assert json.loads(run("vllm_client", json.dumps(request)).stdout)["error"] == "it sends more than 8 MiB"
 
 
@@ -64,12 +65,18 @@ def test_loaded_nccl_without_nccl_names_no_library() -> None:
     assert json.loads(run("loaded_nccl").stdout) == {"bound": "", "version": 0, "mapped": []}
 
 
+def _status(process: "subprocess.Popen[str]") -> str:
+    return Path(f"/proc/{process.pid}/status").read_text()
+
+
 def test_with_head_ends_the_program_with_the_head() -> None:
     with socket.create_server(("127.0.0.1", 0)) as head:
-        program = ("127.0.0.1", str(head.getsockname()[1]), "/bin/sleep", "60")
+        program = ("127.0.0.1", str(head.getsockname()[1]), "/bin/sleep", "600")
         with subprocess.Popen(isolated("with_head", *program), stdout=subprocess.PIPE, text=True) as vllm:
-            head.accept()[0].close()
-            assert vllm.wait(timeout=30) == -signal.SIGKILL
+            link = head.accept()[0]
+            until(lambda: "Name:\tsleep\nUmask" in (status := _status(vllm)) and "State:\tS" in status, during=vllm)
+            link.close()
+            assert vllm.wait(timeout=300) == -signal.SIGKILL
             assert vllm.stdout is not None
             output = vllm.stdout.read()
     assert "has ended; this one restarts too" in output

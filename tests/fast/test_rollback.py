@@ -72,7 +72,7 @@ def rollback_verb(node: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def run_sh(node: Path, *words: str) -> subprocess.CompletedProcess[str]:
     env = {"PATH": f"{node}/counting:{node}/bin:{os.environ['PATH']}"}
     return subprocess.run(
-        ["sh", *words], env=env, check=False, timeout=60, capture_output=True, text=True, start_new_session=True
+        ["sh", *words], env=env, check=False, timeout=300, capture_output=True, text=True, start_new_session=True
     )
 
 

@@ -43,7 +43,7 @@ def folder() -> Iterator[Path]:
 def manifest(folder: Path) -> dict[str, object]:
     """A bundle, made on a machine with a network and the nodes' distribution."""
     with fresh_node("offline", Bind(folder, BUNDLES, read_only=False)) as outside:
-        outside.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=300)
+        outside.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
         outside.write("/home/spark/config.yaml", SETTINGS.format(home=CHECKOUT), user="spark")
         options = ("--config", "/home/spark/config.yaml", "--platform", HERE, "--nodes", "2", "--output", BUNDLE)
         made = sparkinstall(outside, "bundle", "create", *options, "--json")
@@ -71,7 +71,7 @@ def before(pair: Fleet) -> list[dict[str, str]]:
     head = pair.nodes[0]
     pair.unplug(head, LAN, *PORT_0)
     head.run("tar", "-xf", BUNDLE, "sparkinstall", user="spark", cwd="/home/spark")
-    head.run(INSTALLER, "--bundle", BUNDLE, "--tool-only", user="spark", timeout=300)
+    head.run(INSTALLER, "--bundle", BUNDLE, "--tool-only", user="spark", timeout=1200)
     return [_tree(node) for node in pair.nodes]
 
 
@@ -103,7 +103,7 @@ def test_disk_that_is_full_is_one_error(pair: Fleet) -> None:
     _until_alone(head)
     head.run("mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", "/opt")
     try:
-        failed = head.run(*INSTALL, "--json", user="spark", timeout=1200, check=False)
+        failed = head.run(*INSTALL, "--json", user="spark", timeout=2400, check=False)
     finally:
         head.run("umount", "/opt")
     (error,) = json.loads(failed.stdout)["errors"]
@@ -113,7 +113,7 @@ def test_disk_that_is_full_is_one_error(pair: Fleet) -> None:
 
 def _until_alone(node: FleetNode) -> None:
     """Wait until networkd has noticed that the plugs were pulled."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + 300
     while any(node.run("ip", *words).stdout for words in (("route",), ("-6", "route", "show", "default"))):
         assert time.monotonic() < until
         time.sleep(0.2)
@@ -158,7 +158,7 @@ def test_cluster_from_the_head_sets_up_a_node_that_has_nothing(pair: Fleet) -> N
 
 
 def _until_reached(head: FleetNode, worker: FleetNode) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 300
     while head.run("ping", "-c", "1", "-W", "1", worker.address, check=False).returncode:
         assert time.monotonic() < until
         time.sleep(0.2)

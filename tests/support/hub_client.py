@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,27 +9,28 @@ from typing import Any
 
 from uv import find_uv_bin
 
-from sparkinstall import stacks
 from tests.lab import cache, commands
+from tests.support import pins
 
-SECONDS = 300
+SECONDS = 1200
 
 
 def versions() -> list[str]:
     """The versions that the shipped stacks pin."""
-    texts = [each.lock_text() for name in stacks.names() for each in stacks.load(name).platforms.values() if each.lock]
-    found = {match[1] for text in texts if (match := re.search(r"^huggingface-hub==([\d.]+)", text, re.MULTILINE))}
-    return sorted(found)
+    return sorted(pins.locks_with("huggingface-hub"))
 
 
 def installed(version: str) -> Path:
     """The folder with a version of the client, for PYTHONPATH."""
 
+    lines = pins.constraints(pins.locks_with("huggingface-hub")[version])
+
     def build(place: Path) -> None:
         argv = [find_uv_bin(), "pip", "install", "--quiet", "--no-progress", "--python", sys.executable]
-        commands.run(*argv, "--target", str(place), f"huggingface_hub=={version}", timeout=SECONDS)
+        where = ("--target", str(place), *pins.written(place, lines))
+        commands.run(*argv, *where, f"huggingface_hub=={version}", timeout=SECONDS)
 
-    return cache.kept(f"huggingface-hub-{version}", (version, sys.version), build)
+    return cache.kept(f"huggingface-hub-{version}", (version, sys.version, lines), build)
 
 
 def printed(version: str, code: str, **env: str) -> Any:

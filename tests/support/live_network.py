@@ -122,7 +122,7 @@ class LiveNode(Machine):
 
 
 def _generate(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*_GENERATE, *words], capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run([*_GENERATE, *words], capture_output=True, text=True, check=False, timeout=300)
 
 
 def _family(route: Mapping[str, Any]) -> str:
