@@ -312,7 +312,7 @@ def test_scrape_that_never_ends_has_a_time_limit() -> None:
 
 def test_scrape_reads_no_more_than_its_most() -> None:
     with listening(Endless) as url, pytest.raises(NotScraped, match="/metrics has more than 8 MiB"):
-        scrape(url)
+        scrape(url, seconds=300)
 
 
 class Locked(Refusing):
