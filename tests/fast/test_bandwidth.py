@@ -5,7 +5,6 @@ github.com/linux-rdma/perftest/issues/234, since no RDMA device was available.
 """
 
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from sparkinstall.core import checks
 from sparkinstall.probes import bandwidth, link
 from sparkinstall.probes.bandwidth import Kind, Measured
 from sparkinstall.system import read_only
+from tests.support.local_server import free_port
 from tests.support.machine import Machine, OnASpark
 from tests.support.nodes import node_with
 from tests.support.sysfs import Sysfs, card, spark
@@ -393,8 +393,7 @@ def test_nccl_program_sources_the_env_file_and_listens(tmp_path: Path) -> None:
     (tools / "python").symlink_to(sys.executable)
     (tmp_path / "torch.py").write_text("import sys; sys.exit(open('/proc/net/tcp').read())\n")
     env.write_text(f'export PATH="{tools}:$PATH" PYTHONPATH="{tmp_path}"\n')
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     (program,) = bandwidth.programs(node_with(), Machine(str(tmp_path)), "nccl", (port,))
     argv = ["127.0.0.1" if word == "192.168.100.10" else word for word in program.argv]
     run = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)

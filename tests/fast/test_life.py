@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -38,6 +37,7 @@ from sparkinstall.resources import NodeOnly, state_of
 from sparkinstall.resources.systemd import complaints_of_systemd
 from sparkinstall.steps.life import Life
 from sparkinstall.system.local import LocalReader
+from tests.support.local_server import free_port
 from tests.support.nodes import node_of, system_of
 from tests.support.recording import RecordingSystem
 from tests.support.rehearsals import envelope, in_this_process
@@ -276,8 +276,7 @@ def test_probe_request_has_a_token_or_a_reason(
 
 
 def test_probe_request_where_nothing_listens() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        free = taken.getsockname()[1]
+    free = free_port()
     assert Server(free, lambda: "").probe(300) == Probed(why="nothing listens")
     assert Server(free, lambda: "").metrics() == ("", "/metrics does not answer: nothing listens")
 

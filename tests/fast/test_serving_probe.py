@@ -5,7 +5,6 @@ tests/nodes/test_serving.py runs them with a real vLLM.
 
 import json
 import re
-import socket
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from sparkinstall.node import Node
 from sparkinstall.probes import Finding, serving, streams, vllm_client
 from sparkinstall.system import Result
 from sparkinstall.system.local import LocalReader
+from tests.support.local_server import free_port
 from tests.support.nodes import HEAD
 
 Findings = dict[str, Finding]
@@ -139,9 +139,13 @@ def prefix(tmp_path: Path) -> Path:
 
 
 def node_of(prefix: Path, role: str = "single", **settings: Any) -> Node:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = int(free.getsockname()[1])
-    values = {"prefix": str(prefix), "serving.model": QWEN, "serving.port": port, "cluster.role": role, **settings}
+    values = {
+        "prefix": str(prefix),
+        "serving.model": QWEN,
+        "serving.port": free_port(),
+        "cluster.role": role,
+        **settings,
+    }
     config = build([Layer("test", values)])[0]
     return Node(config, stacks.load(config.stack), "x86_64", "x86_64", False, False, str(prefix), prefix / "cache")
 

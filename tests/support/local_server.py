@@ -1,9 +1,24 @@
 """A server on this machine for the time of a test."""
 
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+_kept: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """A port of the loopback at which nothing listens. Nobody else gets it before the end of this process.
+
+    A server that allows to reuse an address, as Python's do, can listen there.
+    """
+    kept = socket.socket()
+    kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    kept.bind(("127.0.0.1", 0))
+    _kept.append(kept)
+    return int(kept.getsockname()[1])
 
 
 @contextmanager
