@@ -534,7 +534,7 @@ def test_good(): ...
 )
 def test_skipped_tests_fail_in_ci(setting: str, counts: str, tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text(SKIPPING)
-    settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CI": setting}
+    settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CI": setting, "SPARKINSTALL_ALL_LAYERS": ""}
     argv = [sys.executable, "-m", "pytest", "-p", "tests.lab.layers", "-p", "no:cacheprovider", "-rf", str(tmp_path)]
     output = subprocess.run(argv, capture_output=True, text=True, env=settings, cwd=tmp_path).stdout
     assert counts in output
