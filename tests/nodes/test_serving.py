@@ -206,17 +206,22 @@ def test_bench_measures_what_is_served_with_vllms_own_tool(node: FreshNode, serv
     """One process of it, for all rounds; its counts are those of the server."""
     del served
     told = _told(node)["serving"]
-    words = ("bench", "58/2", "600/32", "1834/32", "--concurrency", "2", "--requests", "4", "--text", "code")
+    # A block of the cache has 128 tokens here.
+    scenarios = ("58/2", "600/32", "1834/32", "64/8@512")
+    words = ("bench", *scenarios, "--concurrency", "2", "--requests", "4", "--text", "code")
     slo = ("--slo", "ttft=3600s,itl=3600s")
     run = _sparkinstall(node, *words, *slo, "--output", "/home/spark/bench.json", "--json")
     record = json.loads(run.stdout)["data"]["record"]
     assert record == json.loads(node.read("/home/spark/bench.json"))
     assert (record["complete"], [each["name"] for each in record["left_out"]]) == (True, ["1834/32"])
     results: list[dict[str, Any]] = [*record["scenarios"], *record["levels"]]
-    short, long, several = results
+    short, long, deep, several = results
     assert [(each["completed"], each["failed"], each["others"]) for each in results] == [
-        (3, 0, 0), (3, 0, 0), (4, 0, 0),
+        (3, 0, 0), (3, 0, 0), (3, 0, 0), (4, 0, 0),
     ]  # fmt: skip
+    assert (deep["name"], deep["prompt_tokens"]) == ("64/8@512 code", 576)
+    assert (deep["cache"], len(deep["prefill"])) == ({"queries": 1728, "hits": 1536}, 3)
+    assert not [each for each in deep["notes"] if "cache" in each["text"]]
     requests = [(each["prompt_tokens"], each["tokens"]) for each in (*short["raw"], *long["raw"], *several["raw"])]
     assert requests == [(58, 2)] * 3 + [(600, 32)] * 7
     # A server that is late sends many tokens in one piece; not in every request.
@@ -229,6 +234,18 @@ def test_bench_measures_what_is_served_with_vllms_own_tool(node: FreshNode, serv
     assert (ran["invocation"], ran["ready"]) == (told["invocation"], told["seconds"])
     # vLLM itself is no other process.
     assert not {each["pid"] for each in record["busy"]} & {ran["process"]["pid"], ran["engine"]["pid"]}
+
+
+def test_bench_of_cached_prompts_finds_them_in_the_cache_of_vllm(node: FreshNode, served: str) -> None:
+    del served
+    words = ("bench", "600/8", "--cached", "--concurrency", "2", "--requests", "2", "--text", "prose")
+    said = _sparkinstall(node, *words, "--output", "/home/spark/cached.json", "--json")
+    record = json.loads(said.stdout)["data"]["record"]
+    found = [*record["scenarios"], *record["levels"]]
+    # Of 600 tokens the whole blocks.
+    assert [each["cache"] for each in found] == [{"queries": 1800, "hits": 1536}, {"queries": 1200, "hits": 1024}]
+    assert found[0]["prefill"] is None and record["served"]["prefix_cache"] is True
+    assert not [note for each in found for note in each["notes"] if note["weight"] == "error"]
 
 
 WATCHED = """
