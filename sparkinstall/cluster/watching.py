@@ -16,6 +16,7 @@ from sparkinstall.cluster.protocol import announce
 from sparkinstall.cluster.remote import Member, RemoteNode
 from sparkinstall.core.session import Session
 from sparkinstall.errors import Interrupted, NeedsRoot, Problem
+from sparkinstall.facts.listening import stranger_at_the_api
 from sparkinstall.measure.samples import Sample, Sampler, source_of, taken
 from sparkinstall.probes.vllm_client import key_of
 from sparkinstall.system import processes
@@ -32,7 +33,7 @@ def own_sampler(session: Session) -> Sampler:
     key = ""
     if session.node.role != "worker":
         with suppress(NeedsRoot):
-            key, _ = key_of(session.node, session.system)
+            key = "" if stranger_at_the_api(session.node, session.system) else key_of(session.node, session.system)[0]
     return Sampler(source_of(session, key))
 
 

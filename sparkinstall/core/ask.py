@@ -20,9 +20,10 @@ from sparkinstall.core.reasoning import Kind, Piece, Separator
 from sparkinstall.core.session import Session
 from sparkinstall.downloads import certificates, reason_of, sign
 from sparkinstall.errors import BadUsage, NeedsRoot, Problem
+from sparkinstall.facts.listening import stranger_at_the_api
 from sparkinstall.payloads.vllm_client import PROMPT_END
 from sparkinstall.probes.serving import not_up
-from sparkinstall.probes.vllm_client import KEY, key_of
+from sparkinstall.probes.vllm_client import KEY, key_of, strange, whose
 from sparkinstall.redaction import has_credential
 from sparkinstall.schema import nearest, show
 
@@ -83,6 +84,7 @@ def server_of(session: Session, url: str | None, key_file: Path | None) -> Serve
 
     Raises:
         BadUsage: the address or the key's file cannot be used, or this node has no API.
+        NoAnswer: another user's program has the port of this node's API, and must not get its key.
         NeedsRoot: the key is in a file that only root may read, and sudo asks for a password.
     """
     if url is not None:
@@ -98,6 +100,9 @@ def server_of(session: Session, url: str | None, key_file: Path | None) -> Serve
     key, key_from = _key(key_file)
     if not key and node.api_key:
         key, key_from = own_key(session)
+    if key and (who := stranger_at_the_api(node, session.system)):
+        port = node.config.serving.port
+        raise NoAnswer(strange(who, port), hint=whose(port))
     return Server(f"http://127.0.0.1:{node.config.serving.port}", key, key_from, node.config.serving.model or "")
 
 

@@ -11,7 +11,7 @@ from sparkinstall.events import Emit, LineRead, Progressed, StepEnded, StepStart
 from sparkinstall.facts.units import journal, show
 from sparkinstall.layout import VLLM_UNIT
 from sparkinstall.node import Node
-from sparkinstall.probes.vllm_client import Api, Reply
+from sparkinstall.probes.vllm_client import Api, Reply, whose
 from sparkinstall.system import Reader
 
 LIMIT, LIMIT_OF_SEVERAL = 1800, 3600
@@ -209,7 +209,7 @@ class Following:
                 hint=_LOOK,
             )
         why = reply.error or ("the stream had no token" if reply.done else "the stream was cut before its end")
-        raise NotReady("vLLM listens, but no whole answer has arrived", cause=why, hint=_hint(reply))
+        raise NotReady("vLLM listens, but no whole answer has arrived", cause=why, hint=_hint(reply, self._node))
 
     def _warm(self, model: str, chat: bool) -> None:
         """Send one request of the size that users send, which compiles what is compiled late."""
@@ -217,13 +217,13 @@ class Following:
         reply = Api(self._node, self._on).ask("warm", 8, model, _FIRST_ANSWER, **how)
         if reply.error:
             self._require_lasting(reply)
-            raise NotReady("vLLM answers, but not to a long prompt", cause=reply.error, hint=_hint(reply))
+            raise NotReady("vLLM answers, but not to a long prompt", cause=reply.error, hint=_hint(reply, self._node))
 
 
-def _hint(reply: Reply) -> str:
+def _hint(reply: Reply, node: Node) -> str:
     if reply.status in (401, 403):
         return "it asks for a key: put it into VLLM_API_KEY, without showing it"
-    return _LOOK
+    return whose(node.config.serving.port) if reply.stranger else _LOOK
 
 
 def _words_of(node: Node) -> int:

@@ -53,6 +53,8 @@ def _serving(of: Api) -> Finding:
             return _late(of, "no completion")
         if answer.refused:
             return not_up(of.node, of.on)
+        if answer.stranger:
+            return failed(answer.error, vllm_client.whose(of.node.config.serving.port), f"vLLM of {of.node.user}")
         if answer.status == 401:
             return _locked(of)
         return failed(answer.error, f"read `journalctl -u {UNIT}`", f"a completion within {vllm_client.PATIENCE} s")

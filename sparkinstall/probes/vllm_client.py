@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from sparkinstall import payloads
+from sparkinstall.facts.listening import stranger_at_the_api
 from sparkinstall.node import Node
 from sparkinstall.system import Reader
 
@@ -34,6 +35,7 @@ class Reply(Struct, frozen=True):
     status: int = 0
     late: bool = False
     refused: bool = False
+    stranger: bool = False
     metrics: Sequence[str] = ()
     metrics_status: int = 0
     model: str = ""
@@ -87,6 +89,8 @@ class Api(Struct, frozen=True, dict=True):
         seconds, port = patience or PATIENCE, self.node.config.serving.port
         asked = {"verb": verb, "port": port, "patience": seconds, "tokens": tokens, "model": model, **how}
         command = (self.on.real(self.node.python), "-I", "-c", payloads.source("vllm_client"), json.dumps(asked))
+        if self.key and (who := stranger_at_the_api(self.node, self.on)):
+            return Reply(error=strange(who, port), stranger=True)
         answer = self.on.ask(*command, timeout=seconds + _START, stdin=self.key)
         if answer.code == 124:
             return Reply(error="it did not answer", late=True)
@@ -94,6 +98,16 @@ class Api(Struct, frozen=True, dict=True):
             return msgspec.json.decode(answer.out, type=Reply)
         except msgspec.DecodeError:
             return Reply(error=answer.last_line or f"it ended with code {answer.code}")
+
+
+def strange(who: str, port: int) -> str:
+    """Return the sentence about a user who has the port of vLLM."""
+    return f"a program of {who} listens at 127.0.0.1:{port} instead of vLLM, and gets no key"
+
+
+def whose(port: int) -> str:
+    """Return the hint to that sentence."""
+    return f"`sudo ss -ltnp 'sport = :{port}'` shows the program; end it, or choose another `serving.port`"
 
 
 def key_of(node: Node, on: Reader) -> tuple[str, str]:

@@ -426,10 +426,12 @@ def test_folder_gives_its_recipes_and_names_files_without_one(tmp_path: Path) ->
     write(folder, "a: 1", "other.yaml")
     (tmp_path / "outside.yaml").write_text(OWN)
     (folder / "link.yaml").symlink_to(tmp_path / "outside.yaml")
+    (folder / "circle.yaml").symlink_to("circle.yaml")
     data = envelope(in_this_process("recipes", "show", folder, "--json", "--root", tmp_path / "node"))["data"]
     assert [each["recipe"]["id"] for each in data["recipes"]] == ["mine", "yours"]
-    assert {each["what"] for each in data["skipped"]} == {"link.yaml", "other.yaml"}
-    assert "outside of the folder" in next(each["why"] for each in data["skipped"] if each["what"] == "link.yaml")
+    assert {each["what"] for each in data["skipped"]} == {"circle.yaml", "link.yaml", "other.yaml"}
+    why = {each["what"]: each["why"] for each in data["skipped"]}
+    assert "outside of the folder" in why["link.yaml"] and "in a circle" in why["circle.yaml"]
 
 
 # --- options of vllm serve

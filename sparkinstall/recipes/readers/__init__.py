@@ -65,7 +65,11 @@ def _in_folder(folder: Path) -> Found:
 
 
 def _require_inside(path: Path, folder: Path) -> None:
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError) as error:
+        raise RecipeError(f"{path.name}: it is a link that leads in a circle") from error
+    if not inside:
         raise RecipeError(f"{path.name}: it is a link to a file outside of the folder")
 
 
