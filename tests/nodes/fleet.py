@@ -14,9 +14,9 @@ from tests.nodes.fresh import (
     CONFIG,
     LEFT_OUT,
     REPOSITORY,
-    ccache,
     own_cache,
     put_before_the_compiler,
+    what_nccl_is_built_of,
 )
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
@@ -71,8 +71,7 @@ def _give_cache_to_user(node: FreshNode) -> None:
 
 
 def _binds(index: int) -> Sequence[Bind]:
-    parts = [Bind(toolkit(), "/usr/local/cuda"), Bind(tarball().parent, "/srv/nccl"), ccache()]
-    return [*parts, *own_cache(f"fleet-cache-{index + 1}")]
+    return [*what_nccl_is_built_of(), *own_cache(f"fleet-cache-{index + 1}")]
 
 
 def armed(node: FleetNode) -> bool:

@@ -32,6 +32,7 @@ nccl:
 
 CACHE = "/home/spark/.cache/sparkinstall"
 CCACHE = "/srv/ccache"
+NVCC = Path(__file__).with_name("nvcc")
 
 
 @contextmanager
@@ -43,13 +44,7 @@ def fresh_node(whose: str, *more: Bind) -> Iterator[FreshNode]:
     cache_name = f"{whose}-cache"
     # NCCL must be built in this run.
     shutil.rmtree(kept_folder(cache_name) / "nccl/built", ignore_errors=True)
-    binds = [
-        Bind(toolkit(), "/usr/local/cuda"),
-        Bind(tarball().parent, "/srv/nccl"),
-        *own_cache(cache_name),
-        ccache(),
-        *more,
-    ]
+    binds = [*what_nccl_is_built_of(), *own_cache(cache_name), *more]
     with FreshNode(bind=binds) as node:
         node.run("chown", "spark:spark", "/home/spark/.cache")
         node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
@@ -64,13 +59,17 @@ def own_cache(name: str) -> list[Bind]:
     return [Bind(own, CACHE, read_only=False), Bind(wheels, f"{CACHE}/wheels", read_only=False)]
 
 
-def ccache() -> Bind:
-    """Where ccache keeps what g++ compiled, for all nodes and later runs: most of the time of NCCL's build."""
-    return Bind(kept_folder("ccache"), CCACHE, read_only=False)
+def what_nccl_is_built_of() -> list[Bind]:
+    """The CUDA toolkit in its usual place, NCCL's source, and what was compiled before, for all nodes and later runs.
+
+    Most of the time of NCCL's build is that of the compilers. The toolkit's nvcc is one of ours (tests/nodes/nvcc).
+    """
+    cuda = [Bind(toolkit(), "/usr/local/cuda"), Bind(toolkit(), "/srv/cuda"), Bind(NVCC, "/usr/local/cuda/bin/nvcc")]
+    return [*cuda, Bind(tarball().parent, "/srv/nccl"), Bind(kept_folder("ccache"), CCACHE, read_only=False)]
 
 
 def put_before_the_compiler(node: FreshNode, *, used: bool = True) -> None:
-    """Let ccache answer for g++; if it is not `used`, g++ compiles each time."""
+    """Let ccache answer for g++ and nvcc; if it is not `used`, they compile each time."""
     node.run("ln", "-sf", "/usr/bin/ccache", "/usr/local/bin/g++")
     # NCCL's files are unpacked just before; what they contain tells whether they have changed.
     settings = f"cache_dir = {CCACHE}\ndisable = {str(not used).lower()}\n"
