@@ -10,6 +10,9 @@ DASHBOARD_AGENT_HTTP = 20002
 DASHBOARD_AGENT_GRPC = 20003
 RUNTIME_ENV_AGENT = 20004
 METRICS = 20005
+# Only on the head, if prometheus-client is installed, as it is with vLLM. `ray start` has no option for them.
+AUTOSCALER_METRICS = 20006
+DASHBOARD_METRICS = 20007
 # Each worker process and each client (such as `vllm serve`) uses one of these.
 FIRST_WORKER = 20010
 LAST_WORKER = 20999
