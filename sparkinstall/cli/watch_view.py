@@ -24,7 +24,7 @@ from sparkinstall.measure.samples import Sample
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _SPARK = 24
 _GIB = 1 << 30
-_WIDE = 110
+_WIDE, _WIDEST = 124, 130
 _COLOURS = {"red": "bold red", "yellow": "yellow"}
 _LATENCIES = {"ttft": "TTFT", "itl": "ITL", "e2e": "E2E"}
 _NAMES = {
@@ -123,7 +123,7 @@ def _heading(of: Readings, width: int) -> Text:
     window = f"last {of.seconds:.0f} s" if of.seconds else "the first sample"
     named = Text.assemble((brief(of.node), "bold"), "  ", brief(", ".join(of.models)))
     said = f"{clock}, {window}{f' ({of.note})' if of.note else ''}" if of.trouble == "" else clock
-    gap = max(2, min(width, _WIDE + 20) - named.cell_len - len(said) - 1)
+    gap = max(2, min(width, _WIDEST) - named.cell_len - len(said) - 1)
     return Text.assemble(named, " " * gap, (said, "dim"), "\n")
 
 

@@ -21,8 +21,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 
-from sparkinstall.cli.watch_view import words
+from sparkinstall.cli.watch_view import Watched, view, words
 from sparkinstall.cluster.watching import own_sampler
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.facts.gpu import LiveGpu
@@ -447,6 +448,22 @@ def test_watch_record_is_replayed_to_the_same_view(tmp_path: Path) -> None:
     data = [json.loads(each)["data"] for each in lines]
     assert [len(each.get("nodes", ())) for each in data] == [1, 1, 0]
     assert data[-1] == {"samples": 2}
+
+
+@pytest.mark.parametrize("width", [60, 80, 110, 123, 124, 160])
+def test_view_cuts_no_number_on_a_terminal_of_this_width(width: int) -> None:
+    watched = Watched(60.0, Slo())
+    for at, text in ((10.0, IDLE), (20.0, LOAD)):
+        seen = watched.take(Sample("spark-1", at, told=told(text.read_text())))
+    out = Console(width=width)
+    with out.capture() as captured:
+        out.print(view(seen, Slo(), width))
+    rows = [line.split() for line in captured.get().splitlines()]
+    (heading,) = (row for row in rows if row[:1] == ["p50"])
+    assert heading[:5] == ["p50", "p95", "p99", "p99/p50", "count"]
+    (ttft,) = (row for row in rows if row[:1] == ["TTFT"])
+    assert ttft[:9] == ["TTFT", "16", "ms", "51", "ms", "111", "ms", "7.0", "1,480"]
+    assert ("decode" in ttft) is (width >= 124), "beside each other where both fit"
 
 
 def test_watch_without_a_terminal_prints_a_line_each_and_no_colour(tmp_path: Path) -> None:
