@@ -52,6 +52,9 @@ _WHOLE: _Shapes = (
         r"\b([A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)=)([^\s\"'\\]+)",
     ),
     (("hf_",), r"()(\bhf_[A-Za-z0-9]{20,})"),
+    (("gh", "glpat-", "xox"), r"()(\b(?:gh[pousr]_|github_pat_|glpat-|xox[abeprs]-)[A-Za-z0-9_-]{16,})"),
+    (("akia", "asia"), r"()(\bA[KS]IA[A-Z0-9]{16}\b)"),
+    (("hooks.slack.com/",), r"(hooks\.slack\.com/\w+/)([\w/-]+)"),
     (("serial_number=",), r"(SERIAL_NUMBER=)((?:\\?[\"'])?[^\s\"'\\]+)"),
     (
         ("authorization",),

@@ -58,5 +58,7 @@ def _name_it(ending: str) -> str:
 
 def _unwritable(path: Path, ending: str, error: OSError) -> Storage:
     # Without the error's file name: it is that of the temporary file.
-    hint = f"choose a folder that you can write to: `--output FILE{ending}`"
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    hint = "free some space, or choose another disk" if full else "choose a folder that you can write to"
+    hint += f": `--output FILE{ending}`"
     return storage_problem(OSError(error.errno, error.strerror), f"writing {path}", hint)

@@ -19,6 +19,7 @@ from sparkinstall.system import Reader
 _PACKAGES = ("vllm", "torch", "transformers", "triton", "flashinfer_python", "ray")
 _CLOCKS = ("clocks.sm", "clocks.max.sm", "clocks.mem")
 _HIDDEN = "[hidden]"
+_PRIVATE = r"(?i)(?:^|_)(?:PAT|CREDS?|AUTH|COOKIE|SESSION|WEBHOOK|DSN|PASS)(?:_|$)|(?:ACCESS|PRIVATE)_KEY|PASSPHRASE"
 
 
 class Process(Struct, frozen=True):
@@ -109,7 +110,12 @@ def process_of(on: Reader, pid: int) -> Process | None:
     words = json.loads(redact(json.dumps(_words(argv))))
     # A process that changes its title may have written over its variables.
     pairs = (each.partition("=") for each in _words(env or b"") if "=" in each[1:])
-    return Process(pid, words, {name: _HIDDEN if is_secret_name(name) else redact(value) for name, _, value in pairs})
+    return Process(pid, words, {name: _HIDDEN if _is_private(name) else redact(value) for name, _, value in pairs})
+
+
+def _is_private(name: str) -> bool:
+    """Return whether a variable may hold a secret: a server that was started by hand has all those of a login shell."""
+    return is_secret_name(name) or re.search(_PRIVATE, name) is not None
 
 
 def _words(data: bytes) -> list[str]:

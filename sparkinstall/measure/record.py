@@ -9,7 +9,7 @@ from typing import IO
 import msgspec
 from msgspec import Struct
 
-from sparkinstall.errors import BadUsage, storage_errors, storage_problem
+from sparkinstall.errors import BadUsage, storage_problem
 from sparkinstall.measure.samples import Sample
 
 VERSION = 1
@@ -59,8 +59,11 @@ class Record:
         self._write(sample)
 
     def _write(self, line: Struct) -> None:
-        with storage_errors(f"writing {self._path}"):
+        try:
             self._file.write(msgspec.json.encode(line) + b"\n")
+        except OSError as error:
+            hint = "free some space, and name another file; what was written can be shown: `--replay FILE`"
+            raise storage_problem(error, f"writing {self._path}", hint) from error
 
 
 def recorded(path: Path) -> Iterator[Sample]:

@@ -1,5 +1,6 @@
 """`bench compare` and `bench report`, with records that a real vLLM gave (tests/cases/bench), and changed ones."""
 
+import errno
 import html
 import random
 import re
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
+from sparkinstall.cli import output_file
 from sparkinstall.measure import plots
 from sparkinstall.measure.bench import Benchmark
 from sparkinstall.measure.compare import Change, circumstances, compare
@@ -303,6 +305,15 @@ def test_report_as_markdown_has_tables_of_equal_width(tmp_path: Path, record: Be
 def test_report_of_a_record_without_results_has_no_plot() -> None:
     empty: Any = msgspec.json.decode(RECORD.read_bytes(), type=Benchmark)
     assert plots.plots([("a", replace(empty, scenarios=(), levels=()))]) == []
+
+
+def test_report_on_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output_file, "replace_file", full)
+    (error,) = envelope(in_this_process("bench", "report", str(RECORD), "-o", tmp_path / "x.html", "--json"))["errors"]
+    assert error["message"].endswith("the disk is full") and error["hint"].startswith("free some space, or choose")
 
 
 def test_report_refuses_another_ending(tmp_path: Path) -> None:

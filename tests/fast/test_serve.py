@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -593,6 +594,22 @@ def test_record_of_a_process_has_no_secret_of_its_words_and_variables() -> None:
     assert found is not None
     assert tuple(found.argv) == ("vllm", "--api-key", "[hidden]", "--hf-token=[hidden]", "a b")
     assert found.env == {"A": "b", "MY_TOKEN": "[hidden]"}
+
+
+def test_record_of_a_process_has_no_secret_of_a_login_shell() -> None:
+    """The variables of a server that was started by hand are all those of its shell, and a report of them is shared."""
+    private = {
+        "GITHUB_PAT": "4711", "MY_CRED": "4712", "AWS_ACCESS_KEY_ID": "4713", "DB_PASS": "4714", "COOKIE": "4715",
+        "A": "ghp_4716abcdefghijklmnop", "B": "x AKIA4717ABCDEFGHIJKL", "SENTRY_DSN": "4718",
+        "C": "xoxb-4719-abcdefghijkl",
+        "D": "https://hooks.slack.com/services/T4720/B4720/abc", "SSH_PRIVATE_KEY": "4721",
+    }  # fmt: skip
+    plain = {"PATH": "/usr/bin", "PWD": "/srv", "VLLM_X": "sk-no", "PYTHONPATH": "a", "COMPASS": "n"}
+    pairs = "\0".join(f"{name}={value}" for name, value in {**private, **plain}.items())
+    found = serve_record.process_of(RecordingSystem({"/proc/7/cmdline": b"x\0", "/proc/7/environ": pairs.encode()}), 7)
+    assert found is not None
+    assert not re.search("47[12]", json.dumps(found.env)) and set(found.env) == {*private, *plain}
+    assert {name: found.env[name] for name in plain} == plain
 
 
 @pytest.mark.parametrize("size", [1, 3, 10, 100])

@@ -4,6 +4,7 @@ The texts in tests/cases/watch are a vLLM's on a CPU, before and after a load; t
 that runs.
 """
 
+import errno
 import json
 import math
 import signal
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -26,11 +28,13 @@ from rich.console import Console
 from sparkinstall.cli.watch_view import Watched, view, words
 from sparkinstall.cluster.watching import own_sampler
 from sparkinstall.core.session import Target, open_session
+from sparkinstall.errors import Storage
 from sparkinstall.facts.gpu import LiveGpu
 from sparkinstall.measure import histogram
 from sparkinstall.measure.advice import advice, rules
 from sparkinstall.measure.metrics_text import Told, told, wanted
 from sparkinstall.measure.readings import Readings, Window
+from sparkinstall.measure.record import Record
 from sparkinstall.measure.rounds import Slo
 from sparkinstall.measure.samples import Machine, Sample, Sampler, Source
 from sparkinstall.measure.scrape import NotScraped, scrape
@@ -464,6 +468,17 @@ def test_view_cuts_no_number_on_a_terminal_of_this_width(width: int) -> None:
     (ttft,) = (row for row in rows if row[:1] == ["TTFT"])
     assert ttft[:9] == ["TTFT", "16", "ms", "51", "ms", "111", "ms", "7.0", "1,480"]
     assert ("decode" in ttft) is (width >= 124), "beside each other where both fit"
+
+
+def test_watch_whose_disk_is_full_says_what_remains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Record(tmp_path / "night.jsonl") as record, monkeypatch.context() as patched:
+        patched.setattr(record, "_file", SimpleNamespace(write=full))
+        with pytest.raises(Storage, match="the disk is full") as error:
+            record.add(Sample("n", 1.0))
+    assert "name another file" in error.value.hint and "resumes" not in error.value.hint
 
 
 def test_watch_without_a_terminal_prints_a_line_each_and_no_colour(tmp_path: Path) -> None:
