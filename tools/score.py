@@ -13,6 +13,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from sparkinstall import schema
+from sparkinstall.diagnose.encodings import text_of
 from sparkinstall.diagnose.judge import Diagnosis, judge
 from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import Signature, load
@@ -47,7 +48,8 @@ def diagnosed(logs: Iterable[bytes], signatures: Sequence[Signature]) -> Diagnos
     searches = []
     for at, log in enumerate(logs):
         search = Search(signatures, f"node {at}")
-        search.feed(log)
+        for piece in text_of(search.name, iter([log])):
+            search.feed(piece)
         search.end()
         searches.append(search)
     return judge(searches)

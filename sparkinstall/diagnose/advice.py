@@ -6,6 +6,8 @@ from functools import lru_cache
 
 from sparkinstall.facts import vllm_releases
 
+NO_TEXT = "its text is missing"
+"""What stands for the text of an exception of which only the class is known."""
 _MOST = 3
 """Things of one kind that an advice names."""
 _LONGEST = 300
@@ -24,6 +26,7 @@ _TAKEN = re.compile(
 )
 _SEVERAL = re.compile(r"[,|]| or | and |['\"\[{(]")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*[a-z0-9](?:[.][\w.-]+)?")
+_OF_OPTIONS = re.compile("(?i:option|argument|flag|unknown|unrecogni|invalid|requires?|exclusive|conflict)")
 _VARIABLE = re.compile(
     r"\b(?:VLLM|NCCL|CUDA|RAY|HF|TORCH|TRITON|FLASHINFER|PYTORCH|PYTHON|GLOO|UCX|OMP|TIKTOKEN|TRANSFORMERS|NVIDIA|LD)_[A-Z][A-Z0-9_]+\b"
 )
@@ -33,7 +36,7 @@ _PROGRAMS = (
 )
 _COMMAND = re.compile(rf"[`'\"](?P<command>(?:{_PROGRAMS})[^`'\"\n]{{2,120}})[`'\"]")
 _ADDRESS = re.compile(r"https?://(?!localhost|127\.|0\.0\.0\.0)[\w.-]+\.[a-z]{2,}[^\s'\"`<>)\]]*")
-_PATH = re.compile(r"(?<![\w./:-])(?<!url: )/(?!usr/lib|proc/self)(?:[\w.+@-]+/)+[\w.+@-]+")
+_PATH = re.compile(r"(?<![\w./:-])(?<!url: )/(?!usr/s?bin/|usr/lib|bin/|proc/self)(?:[\w.+@-]+/)+[\w.+@-]+")
 _CODE = re.compile(r"\.(?:pyx?|pxi|cc?|cpp|cuh?|h|hpp|cu|so)\b|/(?:site|dist)-packages/")
 # What vLLM calls a thing in words, and the option that sets it.
 OPTIONS = (
@@ -77,7 +80,8 @@ def says(message: str) -> str:
     words = " ".join(message.split())
     words = inner["error"] if (inner := _INNER.search(words)) else words
     found = _CLASS.match(words)
-    words = words[found.end() :] if found and found.end() < len(words) else words
+    is_told = found and found.end() < len(words) and not words.endswith(NO_TEXT)
+    words = words[found.end() :] if found and is_told else words
     words = _ERRNO.sub("", words).rstrip("'\")").rstrip(" .;:") or words
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."
 
@@ -89,8 +93,7 @@ def advice(message: str, is_of_vllm: bool) -> tuple[str, ...]:
         found.append(f"use one of those that it takes: {values}")
     if named := _some(match["command"] for match in _COMMAND.finditer(message)):
         found.append(f"run what it names: {named}")
-    flags = _FLAG.findall(message)
-    if options := _some([*flags, *(_options(message) if is_of_vllm else ())]):
+    if options := _some([*_flags(message, is_of_vllm), *(_options(message) if is_of_vllm else ())]):
         found.append(f"change, add or leave out what it is about: {options}")
     if variables := _some(_VARIABLE.findall(message)):
         found.append(f"look at the variable that it names: {variables}")
@@ -99,6 +102,12 @@ def advice(message: str, is_of_vllm: bool) -> tuple[str, ...]:
     if addresses := _some(each.rstrip(".,:") for each in _ADDRESS.findall(message)):
         found.append(f"it names {addresses}")
     return tuple(found)
+
+
+def _flags(message: str, is_of_vllm: bool) -> list[str]:
+    """Return the options that a message names, not those of a command that it repeats."""
+    flags = _FLAG.findall(message)
+    return flags if len(flags) <= _MOST and (is_of_vllm or _OF_OPTIONS.search(message)) else []
 
 
 def _values(message: str) -> str:

@@ -12,11 +12,23 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import IO, Any
 
+from sparkinstall.diagnose.lines import printable, take_apart
 from sparkinstall.errors import BadUsage
 
 BLOCK = 1 << 20
 """Bytes per read."""
 _SAMPLE = 4096
+_SAMPLE_OF_LINES = 1 << 16
+_LONG_LINE = 200
+"""Bytes of a line that may be several; fewer on the average are none."""
+_MOST_IN_LINE = 3
+"""How often the beginnings of vLLM's lines, or the frames of a traceback, may stand within a line."""
+# How a line of vLLM, a frame and an exception begin, with a space before them.
+_LEVEL = rb"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d "
+_JOINED = re.compile(
+    rb"[ \t]+(\((?:\w+ )?\w+ pid=\d+[^)]{0,40}\) (?:" + _LEVEL + rb")?|" + _LEVEL + rb"|\[rank\d+\]: "
+    rb'|File "[^"\n]+", line \d+(?=, in |\s)|(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception): )'
+)
 
 _PACKED: tuple[tuple[bytes, Callable[..., Any]], ...] = (
     (rb"\x1f\x8b\x08", gzip.open),
@@ -68,7 +80,28 @@ def text_of(name: str, pieces: Iterator[bytes], *, unpacked: bool = False) -> It
             yield decoder.decode(piece).replace("\0", "").encode()
         yield decoder.decode(b"", True).encode()
         return
-    yield from _checked(name, whole)
+    checked = _checked(name, whole)
+    # What was pasted is small: one piece.
+    yield _with_line_ends(next(checked, b""))
+    yield from checked
+
+
+def _with_line_ends(piece: bytes) -> bytes:
+    """Return a piece of a log in which each line of vLLM is a line again: who pastes a log may lose the line ends."""
+    sample = piece[:_SAMPLE_OF_LINES]
+    if len(sample) < _LONG_LINE * max(1, sample.count(b"\n")):
+        return piece
+    return b"\n".join(_parted(line) for line in piece.split(b"\n"))
+
+
+def _parted(line: bytes) -> bytes:
+    if len(line) < _LONG_LINE or len(_JOINED.findall(line)) < _MOST_IN_LINE:
+        return line
+    known = take_apart(printable(line[:_SAMPLE_OF_LINES]))
+    # The words of a request stay in its line.
+    if known.quoted < len(known.text):
+        return line
+    return _JOINED.sub(rb"\n\1", line)
 
 
 def _head(pieces: Iterator[bytes]) -> bytes:

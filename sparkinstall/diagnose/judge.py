@@ -17,8 +17,8 @@ from msgspec.structs import asdict, replace
 
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
 from sparkinstall.diagnose.search import SHOWN, TELLING_KEPT, Match, Place, Search, Suspect
-from sparkinstall.diagnose.signatures import KnownFailure, Signature, explains
-from sparkinstall.diagnose.suspicion import SOME
+from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, Signature, explains
+from sparkinstall.diagnose.suspicion import SOME, STRONG
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
 from sparkinstall.given import absolute
 from sparkinstall.system import processes
@@ -31,6 +31,8 @@ _RELATED = 3600
 """Seconds: failures of different nodes that are further apart have nothing to do with each other."""
 _REASONS = 12
 """Lines below an error in which its reasons stand."""
+_LAST, _LAST_WEAK = 40, 5
+"""Lines at the end of a log in which an error that is no exception has ended it; fewer for one that says little."""
 _PAUSE = 0.2
 _MOST_PLACES = 100
 """Lines of one failure that are kept, of all logs."""
@@ -133,16 +135,48 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
             known.after |= match.after
         suspects = _most_telling([*suspects, *((each, search.general_of(each)) for each in search.telling)])
     found = _judged(seen)
-    if not any(each.role == "cause" for each in found) and (general := _general(suspects)):
-        found = _judged({**seen, general.signature.name: general})
+    before = _before_the_causes(found, seen, suspects)
+    if not any(each.role == "cause" for each in found) or before:
+        general = _general(before or suspects)
+        found = _judged({**seen, general.signature.name: general} if general else seen, is_late=bool(before))
     is_explained = any(each.role == "cause" and not each.general for each in found)
     telling = () if is_explained else tuple(_telling(each) for each, _ in suspects)
-    is_proven = any(each.role != "warning" for each in found) or any(each.weight >= SOME for each, _ in suspects)
+    ends = {each.name: each.lines for each in logs}
+    is_proven = any(each.role != "warning" for each in found) or any(
+        _ended(each, ends[each.place.log]) for each, _ in suspects
+    )
     return Diagnosis(tuple(logs), tuple(found), telling, is_proven)
 
 
-def _judged(seen: Mapping[str, Match]) -> list[Found]:
-    """Return what is told of all that was found: causes, consequences, then warnings."""
+def _ended(suspect: Suspect, last: int) -> bool:
+    """Return whether a suspicious line tells why a log of so many lines ended."""
+    return suspect.weight >= STRONG or suspect.place.line > last - (_LAST if suspect.weight >= SOME else _LAST_WEAK)
+
+
+def _before_the_causes(
+    found: Iterable[Found], seen: Mapping[str, Match], suspects: Sequence[_Suspicion]
+) -> list[_Suspicion]:
+    """Return the exceptions before the first cause, of which no entry is known, if the causes follow from whatever
+    else has failed."""
+    causes = [seen[each.name] for each in found if each.role == "cause"]
+    if not causes or not all(OTHERS in each.signature.consequence_of for each in causes):
+        return []
+    first: dict[str, int] = {}
+    for each in causes:
+        for place in each.lines:
+            first[place.log] = min(place.line, first.get(place.log, place.line))
+    return [
+        (suspect, match)
+        for suspect, match in suspects
+        if suspect.is_raised and suspect.place.line < first.get(suspect.place.log, 0)
+    ]
+
+
+def _judged(seen: Mapping[str, Match], is_late: bool = False) -> list[Found]:
+    """Return what is told of all that was found: causes, consequences, then warnings.
+
+    `is_late`: what follows from whatever else has failed came after something that is not known.
+    """
     seen = {name: match for name, match in seen.items() if _is_met(match, seen)}
     kinds = {match.signature.family for match in seen.values() if not match.signature.is_warning}
     causes = {name: () if each.signature.is_warning else _causes(each, seen.values()) for name, each in seen.items()}
@@ -154,7 +188,10 @@ def _judged(seen: Mapping[str, Match]) -> list[Found]:
         or (each.signature.severity != "event" and not (each.signature.is_warning and name in kinds))
     }
     return sorted(
-        (_found(each, causes[name], name in explaining) for name, each in told.items()),
+        (
+            _found(each, causes[name], name in explaining, is_late and OTHERS in each.signature.consequence_of)
+            for name, each in told.items()
+        ),
         key=lambda each: get_args(Role).index(each.role),
     )
 
@@ -205,14 +242,14 @@ def _telling(suspect: Suspect) -> Telling:
     return Telling(**asdict(suspect.place), count=suspect.count, where=suspect.where, advice=suspect.advice)
 
 
-def _found(match: Match, causes: tuple[str, ...], explains_others: bool) -> Found:
+def _found(match: Match, causes: tuple[str, ...], explains_others: bool, is_late: bool) -> Found:
     signature, told = match.signature, match.signature.told(match.words)
     if match.says:
         told["why"] = f"{match.says}: {told['why']}"
         # What the program itself advises is in the hint.
         hints = (told["hint"], *match.advice) if "advice" in match.words else (*match.advice, told["hint"])
         told["hint"] = "; ".join(hints)
-    role: Role = "consequence" if causes or signature.ends_only else "cause"
+    role: Role = "consequence" if causes or signature.ends_only or is_late else "cause"
     if signature.is_warning and not explains_others:
         role = "warning"
     return Found(

@@ -5,6 +5,9 @@ import re
 from msgspec import Struct
 
 _COLOURS = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+# Colours that have lost the escape character when they were pasted, and what ends them.
+_BARE_COLOURS = re.compile(r"\[\d{1,2}(?:;\d{1,2})*m")
+_BARE_ENDS = ("[0m", "[0;0m")
 # Characters that would move the cursor, ring the bell or change the text direction of a terminal.
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
@@ -24,6 +27,8 @@ PROGRAM = r"(?:[\w.@/:()-]+\[\d+\]|kernel|systemd|sudo)"
 """What writes to the journal, as its lines name it."""
 _LEVEL = r"(?:TRACE|DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|CRITICAL|FATAL)"
 _PREFIXES = (
+    # a quotation in a mail or an issue
+    r"(?:> ?)+(?=\S| {2})",
     # docker compose, kubectl --prefix, containerd
     r"(?P<who>[\w.-]+) +\| ",
     r"(?P<who>\[pod/[^\]]+\]) ",
@@ -150,7 +155,10 @@ def printable(data: bytes) -> str:
 
 
 def _plain(text: str) -> str:
-    return _CONTROL.sub("", _COLOURS.sub("", text)).replace("\t", " ")
+    text = _COLOURS.sub("", text)
+    if any(each in text for each in _BARE_ENDS):
+        text = _BARE_COLOURS.sub("", text)
+    return _CONTROL.sub("", text).replace("\t", " ")
 
 
 def take_apart(text: str) -> Line:

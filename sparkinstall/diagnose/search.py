@@ -34,6 +34,8 @@ SERVER_STARTED = "server-started"
 """The event that ends the start of a server."""
 SUCCEEDED = "program-succeeded"
 """The event that a program says that all went well."""
+NCCL_CONNECTED = "nccl-connected"
+"""The event that NCCL has connected the ranks, whatever it warned of before."""
 FELL_BACK = "fell-back"
 """The event that a program goes on another way after what failed just before."""
 _BEFORE_FALLBACK = 12
@@ -114,7 +116,8 @@ class Suspect(Struct):
     """A suspicious line that matches no known failure, and how many similar lines there are.
 
     `message` is what it says, `who` wrote it, `where` is the code that raised it, and `frames` is its traceback.
-    `is_cut_off`: it is the end of a traceback of which the log lacks the exception.
+    `is_cut_off`: it is the end of a traceback of which the log lacks the exception. `is_raised`: a traceback ends with
+    it.
     """
 
     place: Place
@@ -125,6 +128,7 @@ class Suspect(Struct):
     frames: str = ""
     count: int = 1
     is_cut_off: bool = False
+    is_raised: bool = False
 
     @property
     def is_of_vllm(self) -> bool:
@@ -335,7 +339,13 @@ class Search:
         those = list(self._telling.values()) or (list(self._set_aside.values()) if self._has_failed else [])
         if those and all(each.weight <= suspicion.WEAK for each in those):
             those += [each for each in self._set_aside.values() if each.weight > suspicion.WEAK]
-        told = (each for each in those if each.weight > suspicion.SOME or each.place.line > passed)
+        connected = self._last_of((NCCL_CONNECTED,))
+        told = (
+            each
+            for each in those
+            if (each.weight > suspicion.SOME or each.place.line > passed)
+            and not (each.message.startswith("NCCL WARN") and each.place.line <= connected)
+        )
         return sorted(told, key=lambda each: (-each.weight, each.place.line))
 
     @property
@@ -575,7 +585,9 @@ class Search:
                 # The word that tells NCCL's errors stands in what comes before the message.
                 file = _NCCL_FILE.search(line.prefix)
                 said = f"NCCL WARN {file[0]}: {said}" if file else f"NCCL WARN {said}"
-            kept[key] = Suspect(place, weight, said, line.who, place_of(frames), frames[-_FRAMES_KEPT:])
+            said += current.raised_by
+            where, is_raised = place_of(frames), current.role.kind == "exception"
+            kept[key] = Suspect(place, weight, said, line.who, where, frames[-_FRAMES_KEPT:], is_raised=is_raised)
             return [kept[key]]
         return []
 

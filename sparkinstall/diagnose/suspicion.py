@@ -41,6 +41,7 @@ WORDS = (
     "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy",
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
     "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
+    "*** SIG", "cannot find -l", "undefined reference", "modify QP", "{\"error\"",
     "Timeout: ", "Refused: ", "Interrupt: ", "did not run succ",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
@@ -69,7 +70,8 @@ _SHAPES = (
             r"\s*what\(\): ",
             r"terminate called\b",
             r"Fatal Python error: ",
-            r".*(?:\b[Ss]eg(?:mentation )?fault\b|\bcore dumped|\bBus error\b|\bIllegal instruction\b|\bpanic\b)",
+            r".*(?:\b[Ss]eg(?:mentation )?fault\b|\bcore dumped|\bBus error\b|\bIllegal instruction\b)",
+            r".*\bpanic(?:ked)?\b",
             r".*(?:\bFATAL\b|\b[Ff]atal +(?:error\b|: ))",
             r".*(?:cannot open shared object|undefined symbol: |\b[Aa]ssertion\b.* failed)",
             r"Assertion error\b",
@@ -80,7 +82,7 @@ _SHAPES = (
             r"\w+_ASSERT: \S+:\d+: \S",
             r"(?:double free or corruption|corrupted (?:size|double|unsorted))",
             r"(?:malloc|free|realloc|munmap_chunk)\(\): ",
-            r"\*\*\* (?:stack smashing|[\w ]+ detected \*\*\*)",
+            r"\*\*\* (?:stack smashing|[\w ]+ detected \*\*\*|SIG[A-Z]+ received)",
             # of the C library, the loader and OpenMP
             r"(?:[\w./+-]+: )*(?:symbol lookup|relocation) error: \S|Inconsistency detected by ld|Fatal glibc error: ",
             r"(?:OMP: Error #\d|libgomp: |libc\+\+abi: )\S?|.*\bpthread_create failed",
@@ -103,6 +105,10 @@ _SHAPES = (
         _any(
             r"(?:[\w./+()-]+(?:[:(][\d:,]+\)?)?:? )?(?:[Ee]rror|ERROR)(?: [\w ]{1,40})?: \S",
             r"nvcc +error",
+            # of a linker, of tools that measure RDMA, of a server's answer
+            r".*(?:\bld(?:\.\w+)?: cannot find -l|undefined reference to )",
+            r".*(?:ailed to modify QP\b|got completion with error)",
+            r"\{\s*\"error\"\s*:\s*[{\"]",
             # of a shell, which goes on after it
             r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$|[\w./+-]+:(?:\d+:)? command not found: \S",
             r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
@@ -117,7 +123,7 @@ _SHAPES = (
             r"\s*(?:[\w-]+: )?(?:Couldn't (?:connect to \S+[: ]\d|get device attributes)|Unable to Connect the )",
             r"[a-z][\w.-]+: failed to \w+ [^:]{2,60}: \S",
             r"failed to (?:copy|solve|pull|extract|resolve) ?[^:]{0,60}: \S",
-            r"curl: \((?!7\)|28\)|52\)|56\))\d+\) ",
+            r"curl: \((?!7\)|28\)|52\)|56\) (?!CONNECT))\d+\) ",
             r"\S+\.(?:ya?ml|json|toml|conf):\d+(?::\d+)?: (?![Ww]arning)\S",
             r".*\bis over \d+(?:\.\d+)?% full\b",
             r"(?:failed to start|unable to configure) .*[: ]\S",
@@ -201,6 +207,8 @@ _HANDLED = _any(
     # pip's note about packages that it did not install; Arm's SVE, which need not exist; a server that is not up yet
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",
+    # CuTe DSL on a part of it that is not installed
+    r"error during package walk",
     r"\bdial tcp \S+ connect: connection refused|while connecting to upstream",
     # docker on a request that it refuses, and on a container that has ended
     r"\bHandler for (?:GET|HEAD|POST|PUT|DELETE) /|closed fifo",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from msgspec import Struct, field
 
+from sparkinstall.diagnose.advice import NO_TEXT
 from sparkinstall.diagnose.lines import Line
 
 HEAD = "Traceback (most recent call last)"
@@ -30,6 +31,7 @@ _INDENTED = re.compile(r"\s+(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|I
 _RAISE = re.compile(r"\braise (?:[a-z_]\w*\.)*(?P<name>[A-Z]\w*)\((?P<rest>.*)", re.DOTALL)
 _ASSERT = re.compile(r"[^\n]*\n\s*assert (?P<what>\S[^\n]*)")
 _TEXTS = re.compile(r"\"((?:[^\"\\\n]|\\.)*)\"|'((?:[^'\\\n]|\\.)*)'")
+_PLAIN_NAMES = ("Exception", "RuntimeError", "ValueError", "TypeError", "OSError", "AssertionError")
 _FROM_END = 40
 """Lines at the end of a log in which a traceback that has no exception is cut off."""
 _MOST_FRAMES = 120
@@ -189,7 +191,9 @@ def _raised(frames: Iterable[str]) -> str:
     if found is None:
         return ""
     told = "".join(one or other for one, other in _TEXTS.findall(found["rest"]))
-    return f"{found['name']}: {told}" if told.strip() else ""
+    # Without a text the name says more than nothing, unless it is one for everything.
+    name = "" if found["name"] in _PLAIN_NAMES else found["name"]
+    return f"{found['name']}: {told}" if told.strip() else name and f"{name}: {NO_TEXT}"
 
 
 def place_of(frames: str) -> str:
