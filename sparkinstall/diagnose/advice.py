@@ -19,7 +19,8 @@ _ERRNO = re.compile(r"\[Errno -?\d+\] ")
 _LIST = r"(?P<{0}>\[[^\[\]]{{2,300}}\]|\{{[^{{}}]{{2,300}}\}}|\([^()]{{2,300}}\)|['\"`\w][^.;\n]{{1,160}})"
 # The values that are taken instead.
 _TAKEN = re.compile(
-    r"(?i:(?:one of|choose from|(?:valid|supported|available|allowed|possible|registered|known|accepted|expected)"
+    r"(?i:(?:one of|choose from|input should be"
+    r"|(?:valid|supported|available|allowed|possible|registered|known|accepted|expected)"
     r"(?: [\w-]+){0,3}?(?: are| is| include|:| =|\s?\()|only supports?|options are)(?: the following)?:?) ?"
     + _LIST.format("list")
     + r"(?!\s+(?:by|for|with|when|if|yet)\b)"
@@ -28,7 +29,7 @@ _SEVERAL = re.compile(r"[,|]| or | and |['\"\[{(]")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*[a-z0-9](?:[.][\w.-]+)?")
 _OF_OPTIONS = re.compile("(?i:option|argument|flag|unknown|unrecogni|invalid|requires?|exclusive|conflict)")
 _VARIABLE = re.compile(
-    r"\b(?:VLLM|NCCL|CUDA|RAY|HF|TORCH|TRITON|FLASHINFER|PYTORCH|PYTHON|GLOO|UCX|OMP|TIKTOKEN|TRANSFORMERS|NVIDIA|LD)_[A-Z][A-Z0-9_]+\b"
+    r"\b(?!CUDA_ERROR_|CUDA_SUCCESS)(?:VLLM|NCCL|CUDA|RAY|HF|TORCH|TRITON|FLASHINFER|PYTORCH|PYTHON|GLOO|UCX|OMP|TIKTOKEN|TRANSFORMERS|NVIDIA|LD)_[A-Z][A-Z0-9_]+\b"
 )
 _PROGRAMS = (
     r"sudo |pip3? |uv |python3? -m |apt(?:-get)? |docker |ray |hf |huggingface-cli |nvidia-\S+ |git |systemctl "
@@ -112,7 +113,7 @@ def _flags(message: str, is_of_vllm: bool) -> list[str]:
 
 def _values(message: str) -> str:
     for found in _TAKEN.finditer(message):
-        values = found["list"].strip().rstrip(".,;")
+        values = found["list"].split(" [type=")[0].strip().rstrip(".,;")
         if _SEVERAL.search(values) and len(values) > 3:
             return values
     return ""

@@ -126,6 +126,7 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
     logs: list[ReadLog] = []
     seen: dict[str, Match] = {}
     suspects: list[_Suspicion] = []
+    serving: set[str] = set()
     for search in searches:
         logs.append(ReadLog(search.name, search.bytes, search.lines))
         for match in search.lasting:
@@ -133,6 +134,7 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
             known.count += match.count
             known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]
             known.after |= match.after
+        serving |= {search.name} if search.has_started else set()
         suspects = _most_telling([*suspects, *((each, search.general_of(each)) for each in search.telling)])
     found = _judged(seen)
     before = _before_the_causes(found, seen, suspects)
@@ -143,14 +145,16 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
     telling = () if is_explained else tuple(_telling(each) for each, _ in suspects)
     ends = {each.name: each.lines for each in logs}
     is_proven = any(each.role != "warning" for each in found) or any(
-        _ended(each, ends[each.place.log]) for each, _ in suspects
+        _ended(each, ends[each.place.log], each.place.log in serving) for each, _ in suspects
     )
     return Diagnosis(tuple(logs), tuple(found), telling, is_proven)
 
 
-def _ended(suspect: Suspect, last: int) -> bool:
-    """Return whether a suspicious line tells why a log of so many lines ended."""
-    return suspect.weight >= STRONG or suspect.place.line > last - (_LAST if suspect.weight >= SOME else _LAST_WEAK)
+def _ended(suspect: Suspect, last: int, is_serving: bool) -> bool:
+    """Return whether a suspicious line tells why a log of so many lines ended; `is_serving`: a server had started."""
+    if suspect.weight >= SOME:
+        return suspect.weight >= STRONG or suspect.place.line > last - _LAST
+    return suspect.place.line > last - _LAST_WEAK and not is_serving
 
 
 def _before_the_causes(

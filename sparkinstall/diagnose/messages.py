@@ -7,6 +7,9 @@ _WRAPPED = range(56, 161)
 _OPEN_ENDS = (":", ",", "\u2500", "(", "[", "{")
 _ENDS = tuple(".!?;)]}>\"'`|^~%")
 _BEGINS = re.compile(r"\s*(?!\S+: |\[\w+ )[a-z(\[`'\"]")
+# What pydantic writes on three lines: that something is not valid, the field, and what is wrong with it.
+_VALIDATED = re.compile(r"\d+ validation errors? for \S+\s*$")
+_FIELD = re.compile(r"\d+ validation errors? for \S+$|[a-z][\w-]*(?:\.[\w-]+)+$")
 _NO_REST = re.compile(r"\s*(?:File \"|Traceback|During handling|The above exception|[|+^~-]{2})")
 _WORD = re.compile(r"[a-z][a-z_-]{4,}")
 _COMMON = frozenset(
@@ -21,6 +24,8 @@ _COMMON = frozenset(
 def may_go_on(message: str) -> bool:
     """Return whether the next line may belong to a message: it announces something, or may have been wrapped."""
     end = message.rstrip()
+    if _FIELD.match(end):
+        return True
     return end.endswith(_OPEN_ENDS) or (len(end) in _WRAPPED and not end.endswith(_ENDS))
 
 
@@ -28,6 +33,8 @@ def goes_on(before: str, message: str) -> bool:
     """Return whether a line continues the one before, of the same process."""
     if _NO_REST.match(message):
         return False
+    if _FIELD.match(before.rstrip()) or _VALIDATED.search(before):
+        return True
     return before.rstrip().endswith(_OPEN_ENDS) or _BEGINS.match(message) is not None
 
 

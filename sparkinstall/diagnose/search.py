@@ -349,6 +349,11 @@ class Search:
         return sorted(told, key=lambda each: (-each.weight, each.place.line))
 
     @property
+    def has_started(self) -> bool:
+        """Whether a server has started: what it reports afterwards need not end it."""
+        return SERVER_STARTED in self.sightings
+
+    @property
     def _has_failed(self) -> bool:
         """Whether the log ends within a traceback, or something in it only says that a process ended."""
         return self._tracebacks.are_cut_off or any(each.signature.ends_only for each in self.lasting)

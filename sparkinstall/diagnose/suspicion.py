@@ -41,7 +41,7 @@ WORDS = (
     "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy",
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
     "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
-    "*** SIG", "cannot find -l", "undefined reference", "modify QP", "{\"error\"",
+    "No module named", "can't open file", "*** SIG", "cannot find -l", "undefined reference", "modify QP", "{\"error\"",
     "Timeout: ", "Refused: ", "Interrupt: ", "did not run succ",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
@@ -70,6 +70,7 @@ _SHAPES = (
             r"\s*what\(\): ",
             r"terminate called\b",
             r"Fatal Python error: ",
+            r"\S*python[\d.]*: (?:No module named \S|can't open file |Error while finding module)",
             r".*(?:\b[Ss]eg(?:mentation )?fault\b|\bcore dumped|\bBus error\b|\bIllegal instruction\b)",
             r".*\bpanic(?:ked)?\b",
             r".*(?:\bFATAL\b|\b[Ff]atal +(?:error\b|: ))",
@@ -207,6 +208,7 @@ _HANDLED = _any(
     # pip's note about packages that it did not install; Arm's SVE, which need not exist; a server that is not up yet
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",
+    r"\bwill not be (?:exported|collected|reported|recorded)\b",
     # CuTe DSL on a part of it that is not installed
     r"error during package walk",
     r"\bdial tcp \S+ connect: connection refused|while connecting to upstream",
