@@ -18,16 +18,18 @@ from sparkinstall.errors import BadUsage
 BLOCK = 1 << 20
 """Bytes per read."""
 _SAMPLE = 4096
-_SAMPLE_OF_LINES = 1 << 16
+_PASTED = 1 << 18
+"""Bytes of the longest log that a person may have pasted."""
 _LONG_LINE = 200
-"""Bytes of a line that may be several; fewer on the average are none."""
+"""Bytes of a line that may be several."""
+_COLOURS = re.compile(rb"\x1b\[[\d;]*m")
 _MOST_IN_LINE = 3
 """How often the beginnings of vLLM's lines, or the frames of a traceback, may stand within a line."""
 # How a line of vLLM, a frame and an exception begin, with a space before them.
 _LEVEL = rb"(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d "
 _JOINED = re.compile(
     rb"[ \t]+(\((?:\w+ )?\w+ pid=\d+[^)]{0,40}\) (?:" + _LEVEL + rb")?|" + _LEVEL + rb"|\[rank\d+\]: "
-    rb'|File "[^"\n]+", line \d+(?=, in |\s)|(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception): )'
+    rb'|File \\?"[^"\n]+", line \d+(?=, in |\s)|(?:[\w.]+\.)?[A-Z]\w*(?:Error|Exception): )'
 )
 
 _PACKED: tuple[tuple[bytes, Callable[..., Any]], ...] = (
@@ -88,20 +90,22 @@ def text_of(name: str, pieces: Iterator[bytes], *, unpacked: bool = False) -> It
 
 def _with_line_ends(piece: bytes) -> bytes:
     """Return a piece of a log in which each line of vLLM is a line again: who pastes a log may lose the line ends."""
-    sample = piece[:_SAMPLE_OF_LINES]
-    if len(sample) < _LONG_LINE * max(1, sample.count(b"\n")):
+    if len(piece) > _PASTED:
         return piece
     return b"\n".join(_parted(line) for line in piece.split(b"\n"))
 
 
 def _parted(line: bytes) -> bytes:
-    if len(line) < _LONG_LINE or len(_JOINED.findall(line)) < _MOST_IN_LINE:
+    if len(line) < _LONG_LINE:
         return line
-    known = take_apart(printable(line[:_SAMPLE_OF_LINES]))
+    bare = _COLOURS.sub(b"", line) if b"\x1b" in line else line
+    if len(_JOINED.findall(bare)) < _MOST_IN_LINE:
+        return line
+    known = take_apart(printable(bare))
     # The words of a request stay in its line.
     if known.quoted < len(known.text):
         return line
-    return _JOINED.sub(rb"\n\1", line)
+    return _JOINED.sub(rb"\n\1", bare)
 
 
 def _head(pieces: Iterator[bytes]) -> bytes:
