@@ -58,6 +58,7 @@ from tests.nodes.serving import (
 from tests.support import vllm_on_cpu
 from tests.support.chat_server import example
 from tests.support.ray_on_a_node import ADDRESSES
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer5, pytest.mark.network]
 
@@ -521,12 +522,32 @@ def test_ask_and_the_example_of_the_docs_show_reasoning_apart_from_the_answer(
     data = json.loads(node.run(*ask, "--json", user="spark", env=CHECKOUT_ENV).stdout)["data"]
     said = (data["model"], data["content"], data["reasoning"], data["finish_reason"])
     assert said == (REASONER, vllm_on_cpu.ANSWER, vllm_on_cpu.REASONING, "stop")
+    watch = (python, "-m", "sparkinstall", "watch", "--once", "--config", "/home/spark/config.yaml", "--json")
+    (seen,) = json.loads(node.run(*watch, user="spark", env=CHECKOUT_ENV).stdout)["data"]["nodes"]
+    assert (seen["trouble"], seen["models"]) == ("", [REASONER])
     unknown = node.run(*ask, "--model", "other", user="spark", env=CHECKOUT_ENV, check=False)
     assert unknown.returncode == 1 and f"it serves {REASONER}" in unknown.stderr
     node.write("/home/spark/example.py", example(), user="spark")
     env = {KEY: node.read(API_KEY).strip()}
     shown = node.run(python, "/home/spark/example.py", user="spark", env=env)
     assert (shown.stdout, shown.stderr) == (f"{vllm_on_cpu.ANSWER}\n", vllm_on_cpu.REASONING)
+
+
+def test_stranger_who_has_the_port_gets_no_key(node: FreshNode, opened: tuple[str, ...]) -> None:
+    del opened
+    server = ("systemd-run", "--quiet", "--unit", "stranger", "--uid", "nobody", "python3", "-um", "http.server")
+    node.run(*server, "--bind", "127.0.0.1", "8123")
+    try:
+        until(lambda: node.run("ss", "-Hltn", "sport = :8123").stdout)
+        node.write(
+            "/home/spark/other.yaml", f"serving: {{model: {REASONER}, port: 8123, allow: 192.0.2.0/24}}\n", user="spark"
+        )
+        ask = (f"{PREFIX}/venv/bin/python", "-m", "sparkinstall", "ask", "x", "--config", "/home/spark/other.yaml")
+        run = node.run(*ask, user="spark", env=CHECKOUT_ENV, check=False)
+        assert run.returncode == 1 and "a program of nobody listens at 127.0.0.1:8123" in run.stderr, run
+        assert "GET" not in node.run("journalctl", "-u", "stranger", "-o", "cat").stdout
+    finally:
+        node.run("systemctl", "stop", "stranger", check=False)
 
 
 @pytest.fixture(scope="module")
