@@ -60,6 +60,10 @@ def _workspace() -> tuple[Path | None, str]:
     for folder in _candidates():
         refusal = _refusal(folder)
         if refusal is None:
+            # ext4 then puts each overlay into a part of the disk of its own, far from what was removed with the last
+            # one. Without a journal it reuses no inode for minutes, and looks at every such inode to create a file.
+            with suppress(OSError):
+                run("chattr", "+T", str(folder), check=False)
             return folder, ""
         reason = f"no overlayfs: {refusal}"
     return None, reason

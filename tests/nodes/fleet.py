@@ -14,6 +14,7 @@ from tests.nodes.fresh import (
     CONFIG,
     LEFT_OUT,
     REPOSITORY,
+    install_tool,
     own_cache,
     put_before_the_compiler,
     what_nccl_is_built_of,
@@ -49,7 +50,7 @@ def sparks(count: int, *, port_1: bool = False) -> Iterator[Fleet]:
 
 def install(fleet: Fleet) -> None:
     """Install the command `sparkinstall` at the terminal, as the README says."""
-    fleet.on_terminal("./install.sh", "--tool-only", cwd=CHECKOUT, timeout=1200)
+    install_tool(fleet.terminal)
 
 
 def sparkinstall(fleet: Fleet, *argv: str, **options: Any) -> Completed:

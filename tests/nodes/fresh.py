@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.lab import cache
+from tests.lab import cache, commands
 from tests.lab.commands import Completed
 from tests.lab.node import Bind, FreshNode
 from tests.support.bytecode import compile_modules
@@ -33,6 +33,7 @@ nccl:
 CACHE = "/home/spark/.cache/sparkinstall"
 CCACHE = "/srv/ccache"
 NVCC = Path(__file__).with_name("nvcc")
+HOME_OF_TOOL = "home/spark/.local/share/sparkinstall"
 
 
 @contextmanager
@@ -51,6 +52,31 @@ def fresh_node(whose: str, *more: Bind) -> Iterator[FreshNode]:
         node.write("/etc/sparkinstall.yaml", CONFIG.format(tarball=tarball().name))
         put_before_the_compiler(node)
         yield node
+
+
+def install_tool(node: FreshNode) -> None:
+    """Run the checkout's install.sh, which finds what it has made of the same files on another node, if it has.
+
+    Else it takes ten seconds of a processor, on each of a dozen nodes. `test_fresh_node.py` runs it as users do.
+    """
+    kept, there = cache.folder() / "tool", node.root / HOME_OF_TOOL
+    made_from = "tool/made-from"
+    with cache.locked(cache.folder() / "tool.lock"):
+        if (kept / made_from).is_file():
+            node.run("mkdir", "-p", f"/{HOME_OF_TOOL}", user="spark")
+            commands.run("cp", "-a", f"{kept}/.", str(there))
+        node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
+        if not (kept / made_from).is_file() or (kept / made_from).read_text() != (there / made_from).read_text():
+            _replace(kept, there)
+
+
+def _replace(kept: Path, source: Path) -> None:
+    """Copy a tree to `kept`; a killed run leaves the former one or none."""
+    new = kept.with_name(f"{kept.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    commands.run("cp", "-a", str(source), str(new))
+    shutil.rmtree(kept, ignore_errors=True)
+    new.rename(kept)
 
 
 def own_cache(name: str) -> list[Bind]:

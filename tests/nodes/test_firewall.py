@@ -14,7 +14,7 @@ from sparkinstall.resources import rollback
 from tests.lab.cabling import LAN, PORT_0
 from tests.lab.fleet import Fleet, FleetNode
 from tests.lab.node import FreshNode
-from tests.nodes.fresh import CHECKOUT, COMMAND, REPOSITORY, ignoring, sparkinstall
+from tests.nodes.fresh import CHECKOUT, COMMAND, REPOSITORY, ignoring, install_tool, sparkinstall
 from tests.support import services
 from tests.support.waiting import until
 
@@ -47,7 +47,7 @@ def fleet() -> Iterator[Fleet]:
         for node in fresh.nodes:
             leave_out = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__", "tests"]
             node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=leave_out)
-            node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
+            install_tool(node)
             node.push(Path(services.__file__), "/srv/services.py")
             _prepare(node, HEAD if node is fresh.nodes[0] else WORKER)
         yield fresh

@@ -11,7 +11,7 @@ from tests.lab import cabling
 from tests.lab.cabling import LAN, PORT_0
 from tests.lab.commands import Completed, Process
 from tests.lab.fleet import Fleet, FleetNode
-from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring
+from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring, install_tool
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
@@ -40,7 +40,7 @@ def pair() -> Iterator[Fleet]:
         node = fleet.nodes[0]
         node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
         node.write("/etc/sparkinstall.yaml", f"network: {{interface: {FIRST}}}\n")
-        node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
+        install_tool(node)
         node.run("ip", "link", "set", FIRST, "up")
         node.run("ip", "link", "set", SECOND, "up")
         yield fleet
