@@ -27,6 +27,8 @@ def settings_of(recipe: Recipe, model: str) -> Iterator[tuple[str, Any]]:
     yield "serving.model", model
     yield "serving.recipe", recipe.id
     yield "serving.revision", recipe.revision
+    if recipe.executor and recipe.nodes > 1:
+        yield "cluster.executor", recipe.executor
     if recipe.memory is not None:
         share = min(max(recipe.memory, _LEAST_SHARE), _MOST_SHARE)
         yield "serving.memory", f"{round(share, 2):g}"
@@ -69,18 +71,18 @@ def units_of(recipe: Recipe, target: Target, session: Session) -> Sequence[RankU
     members = members_of(recipe, session.node)
     found = []
     for at, address in enumerate(members):
-        opened = open_session(replace(target, served=served, role=_role(members, at, session.node)))
+        opened = open_session(replace(target, served=served, role=_role(members, at, session.node, recipe)))
         for each in Serving().resources(opened.node):
             if isinstance(each, UnitFile) and isinstance(content := each.rendered(opened.system), bytes):
                 found.append(RankUnit(address, opened.system.real(each.path), content.decode()))
     return found
 
 
-def _role(members: Sequence[str], at: int, node: Node) -> dict[str, Any]:
+def _role(members: Sequence[str], at: int, node: Node, recipe: Recipe) -> dict[str, Any]:
     if len(members) == 1:
         return {"cluster.role": "single"}
     role = "worker" if at else "head"
-    # mp, unless this cluster has Ray.
-    executor = node.config.cluster.executor if node.several else "mp"
+    # mp, unless the recipe or this cluster has Ray.
+    executor = recipe.executor or (node.config.cluster.executor if node.several else "mp")
     addresses = {"cluster.head": members[0], "cluster.workers": list(members[1:]), "cluster.address": members[at]}
     return {"cluster.role": role, "cluster.executor": executor, **addresses}

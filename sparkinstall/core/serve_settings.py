@@ -99,14 +99,14 @@ def found(of: Named) -> Wanted:
 def spread(of: Wanted, session: Session) -> Wanted:
     """Return it as this node and the others of its cluster serve it.
 
-    vLLM's own processes meet without Ray, unless this node has Ray already, or a token to join one. A model without a
-    recipe is spread over all nodes.
+    vLLM's own processes meet without Ray, unless the recipe asks for it, or this node has Ray already, or a token to
+    join one. A model without a recipe is spread over all nodes.
     """
     node, served = session.node, of.served
     if not node.several:
         return of
     if not (node.token_file or is_ours(session.system, node.ray_unit)):
-        served = replace(served, settings={**served.settings, "cluster.executor": "mp"})
+        served = replace(served, settings={"cluster.executor": "mp", **served.settings})
     options = of.options if of.recipe else replace(of.options, tensor_parallel=len(node.members))
     return replace(of, served=served, options=options)
 

@@ -70,6 +70,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     Attributes:
         bytes: size of the weights' files.
         nodes: Sparks that it takes, one GPU each.
+        executor: what distributes it over several nodes, if it works with nothing else.
         memory: the most that it asks for, as vLLM's `--gpu-memory-utilization`: a ceiling, not a recommendation.
         context: tokens of one sequence; "auto": as many as fit.
         sequences, batched_tokens: `--max-num-seqs` and `--max-num-batched-tokens`.
@@ -89,6 +90,7 @@ class Recipe(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     nodes: _Count = 1
     tensor_parallel: _Count = 1
     pipeline_parallel: _Count = 1
+    executor: Literal["ray", "mp"] | None = None
     memory: _Share | None = None
     context: _Count | Literal["auto"] | None = None
     sequences: _Count | None = None

@@ -274,6 +274,10 @@ def test_nodes_serve_without_ray_unless_they_have_it_or_a_token_for_it_or_the_us
     assert [with_ray(role) for role in ("single", "head", "worker")] == [False, False, False]
     assert with_ray("head", "cluster.executor=ray")
     assert with_ray("worker", token_file=token)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"- {{id: two, model: {model}, nodes: 2, tensor_parallel: 2, executor: ray}}\n")
+    asked = serve_settings.spread(wanted(str(recipe)), open_session(Target(root=root, settings=("cluster.role=head",))))
+    assert asked.served.settings["cluster.executor"] == "ray"
     (units / RAY_UNITS[0]).write_text("# a Ray of the user's own\n")
     assert not with_ray("head")
     (units / RAY_UNITS[0]).write_text(f"# {units / RAY_UNITS[0]}, created by sparkinstall.\n")
