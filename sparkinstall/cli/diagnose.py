@@ -243,7 +243,9 @@ def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) 
         out.print("    " + ("The most suspicious lines:" if found.telling else _NO_LINES))
     elif found.telling:
         has_failed = (
-            "Something has failed that is not known here." if found.shows_failure else "No known failure found."
+            "The cause is not known: no rule knows what has failed."
+            if found.shows_failure
+            else "No known failure found."
         )
         out.print(f"{has_failed} The most suspicious lines:")
     else:
@@ -272,7 +274,8 @@ def _summary(found: Diagnosis) -> str:
     if found.consequences:
         return f"{read}cause not known, {_many(len(found.consequences), 'consequence')}"
     if found.telling:
-        return f"{read}no known failure; see also `journalctl -k` and the logs of the other nodes"
+        known = "cause not known" if found.shows_failure else "no known failure"
+        return f"{read}{known}; see also `journalctl -k` and the logs of the other nodes"
     return f"{read}no known failure, and no suspicious lines" if lines else "the log is empty"
 
 

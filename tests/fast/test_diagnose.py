@@ -347,6 +347,15 @@ def test_error_alone_is_a_failure_though_its_cause_is_not_known() -> None:
     assert [each.text for each in found.telling] == ["Error: own rows are gone"]
 
 
+def test_diagnose_failure_that_is_not_known_says_so_and_exits_3(tmp_path: Path) -> None:
+    log = tmp_path / "own.log"
+    log.write_text("Error: own rows are gone, run `apt install own-rows`\n")
+    ended = run("diagnose", str(log))
+    assert ended.returncode == 3
+    for words in ("The cause is not known", "own rows are gone", "`apt install own-rows`", "cause not known; see also"):
+        assert words in ended.stdout
+
+
 def test_general_failure_is_told_of_the_most_suspicious_lines_only() -> None:
     first = 'Traceback (most recent call last):\n  File "a.py", line 1, in b\n    c()\nacme.OwnError: no rows\n'
     assert causes(diagnosed(f"{first}error: the own table is locked by 4\n".encode())) == []
