@@ -16,7 +16,7 @@ from tests.lab import cabling
 from tests.lab.cabling import LAN, PORT_0
 from tests.lab.commands import Completed, Process, run
 from tests.lab.fleet import ROUTER_ADDRESS, Fleet, FleetNode
-from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring
+from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring, install_tool
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.network]
@@ -40,7 +40,7 @@ def pair() -> Iterator[Fleet]:
         for node in fleet.nodes:
             node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
             node.write("/etc/sparkinstall.yaml", "network: {rollback_seconds: 900}\n")
-            node.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
+            install_tool(node)
         head = fleet.nodes[0]
         head.write(THEIRS, THEIR_LINES, mode="0640")
         head.run("touch", "-d", "2001-02-03 04:05:06.789", THEIRS)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab.node import FreshNode
-from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring, sparkinstall
+from tests.nodes.fresh import CHECKOUT, COMMAND, LEFT_OUT, REPOSITORY, ignoring, install_tool, sparkinstall
 
 pytestmark = [pytest.mark.layer3, pytest.mark.network]
 
@@ -26,7 +26,7 @@ LOG = "var/log/dpkg.log"
 def node() -> Iterator[FreshNode]:
     with FreshNode() as fresh:
         fresh.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
-        fresh.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
+        install_tool(fresh)
         fresh.write("/etc/sparkinstall.yaml", CONFIG)
         yield fresh
 
