@@ -11,6 +11,7 @@ import pytest
 
 from tests.lab import arm64, commands
 from tests.support.bundles import WHEEL, Maker
+from tests.support.bytecode import compile_modules
 from tests.support.tiny_stack import small_stack
 
 pytestmark = [pytest.mark.layer6, pytest.mark.network]
@@ -29,6 +30,8 @@ def spark(tmp_path_factory: pytest.TempPathFactory) -> Iterator[arm64.Arm64]:
     (wheel,) = out.glob("*.whl")
     with arm64.chroot() as tree:
         tree.install(str(wheel))
+        # What this machine compiles in a second takes half a minute under qemu.
+        compile_modules(tree.root / arm64.SITE, f"/{arm64.SITE}")
         yield tree
 
 
