@@ -10,13 +10,14 @@ from typing import Any
 
 from sparkinstall.layout import API_KEY
 from tests.lab.cabling import PORT_0, Cabling, Plugs, ip
+from tests.lab.fleet import Fleet
 from tests.lab.node import Bind, FreshNode
-from tests.nodes.fresh import compiled_checkout
-from tests.support import vllm_on_cpu
+from tests.nodes.fresh import compiled_checkout, ignoring, own_cache
+from tests.support import cpu_stack, vllm_on_cpu
 from tests.support.ray_on_a_node import ADDRESSES
 from tests.support.waiting import until
 
-CHECKOUT, PACKAGES = "/srv/checkout", "/srv/packages"
+CHECKOUT, PACKAGES, STACK = "/srv/checkout", "/srv/packages", "/srv/stack"
 PREFIX = "/opt/sparkinstall"
 MODEL, REASONER = "/srv/model", "/srv/reasoner"
 UNIT = "vllm.service"
@@ -86,13 +87,41 @@ class ServingNodes:
         return self.nodes["worker"]
 
 
+INSTALLED = f"""\
+stack: {STACK}/{cpu_stack.NAME}.yaml
+# vLLM for the CPU has no use for NCCL: what torch comes with counts.
+nccl: {{mode: wheel}}
+"""
+# What the service needs on a CPU; with NCCL as in the env file, whose LD_PRELOAD it replaces.
+CPU_ENV = "/etc/vllm-cpu.env"
+NCCL = f"{vllm_on_cpu.PLACE}/{vllm_on_cpu.SITE}/nvidia/nccl/lib/libnccl.so.2"
+
+
+@contextmanager
+def installed_node(scratch: Path) -> Iterator[FreshNode]:
+    """A node on which `./install.sh` has installed vLLM for the CPU, as the README says."""
+    parts, own = cpu_stack.tree(), own_cache("serving-cache")[0]
+    binds = [own, Bind(parts / "wheels", f"{own.node}/wheels", read_only=False), Bind(parts / "stack", STACK)]
+    binds += [Bind(parts / "cuda", "/usr/local/cuda/lib64"), *_models(scratch), compiled_checkout(scratch, CHECKOUT)]
+    with Fleet(1, bind=lambda _: binds) as fleet:
+        (node,) = fleet.nodes
+        ip(node.plugs.netns, "addr", "add", f"{ADDRESSES['head']}/24", "dev", PORT_0[0])
+        node.run("chown", "spark:spark", "/home/spark/.cache")
+        node.write("/etc/ld.so.conf.d/cuda.conf", "/usr/local/cuda/lib64\n")
+        node.run("ldconfig")
+        node.write("/etc/sparkinstall.yaml", INSTALLED)
+        node.run("mkdir", f"/etc/systemd/system/{UNIT}.d")
+        node.write(f"/etc/systemd/system/{UNIT}.d/cpu.conf", f"[Service]\nEnvironmentFile={CPU_ENV}\n")
+        node.write(CPU_ENV, vllm_on_cpu.VARIABLES.replace(".so\n", f".so:{NCCL}\n", 1))
+        node.run("./install.sh", "--yes", *ignoring(), "--ignore", "cuda", user="spark", cwd=CHECKOUT, timeout=1200)
+        yield node
+
+
 @contextmanager
 def serving_nodes(scratch: Path, *roles: str) -> Iterator[ServingNodes]:
     """Nodes of these roles; `scratch` is for what they have in common."""
-    models = [Bind(vllm_on_cpu.model(scratch / "model"), MODEL)]
-    models.append(Bind(vllm_on_cpu.reasoning_model(scratch / "reasoner"), REASONER))
-    parts = [Bind(vllm_on_cpu.environment(), vllm_on_cpu.PLACE), compiled_checkout(scratch, CHECKOUT), *models]
-    parts.append(Bind(vllm_on_cpu.search_library(), PACKAGES))
+    parts = [Bind(vllm_on_cpu.environment(), vllm_on_cpu.PLACE), compiled_checkout(scratch, CHECKOUT)]
+    parts += [*_models(scratch), Bind(vllm_on_cpu.search_library(), PACKAGES)]
     with ExitStack() as stack:
         wires = Cabling(direct=len(roles) > 1)
         stack.callback(wires.remove)
@@ -101,6 +130,11 @@ def serving_nodes(scratch: Path, *roles: str) -> Iterator[ServingNodes]:
         for node in nodes.values():
             _prepare(node)
         yield ServingNodes(wires, plugs, nodes)
+
+
+def _models(scratch: Path) -> list[Bind]:
+    models = {MODEL: vllm_on_cpu.model(scratch / "model"), REASONER: vllm_on_cpu.reasoning_model(scratch / "reasoner")}
+    return [Bind(folder, place) for place, folder in models.items()]
 
 
 def _node(wires: Cabling, plugs: Plugs, address: str, parts: Sequence[Bind]) -> FreshNode:
@@ -234,10 +268,13 @@ def uninstall(node: FreshNode, role: str) -> None:
     """Remove all that the tests have set up there, and require that nothing is left."""
     left = [each for each in run_step(node, "uninstall", role) if each["outcome"] in ("kept", "failed")]
     assert left == []
+    assert_no_service_is_left(node)
+    assert node.run("ls", PREFIX).stdout.split() == ["env", "venv"]
+
+
+def assert_no_service_is_left(node: FreshNode) -> None:
     shown = node.run("systemctl", "show", "-P", "LoadState", "-P", "ActiveState", UNIT).stdout.split()
     assert shown[1] == "inactive"
     assert node.run("pgrep", "-f", "vllm", check=False).stdout == ""
-    assert node.run("ls", PREFIX).stdout.split() == ["env", "venv"]
-    assert node.run("test", "-e", API_KEY, check=False).returncode == 1
-    for path in ("/var/lib/vllm-life", "/run/vllm-life", "/usr/local/lib/vllm-life.py"):
+    for path in (API_KEY, "/var/lib/vllm-life", "/run/vllm-life", "/usr/local/lib/vllm-life.py"):
         assert node.run("ls", path, check=False).returncode != 0, path

@@ -25,13 +25,16 @@ SITE = f"lib/python{PYTHON}/site-packages"
 # vLLM's CPU workers require these two. The first is part of the node's Debian.
 PRELOADED = ("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4", f"{PLACE}/{SITE}/lib/libiomp5.so")
 # For the unit of a Spark, which serves here too: what a CPU needs and a Spark does not.
-DROP_IN = f"""\
-[Service]
-Environment=LD_PRELOAD={":".join(PRELOADED)}
-Environment=VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind OMP_NUM_THREADS=1
+VARIABLES = f"""\
+LD_PRELOAD={":".join(PRELOADED)}
+VLLM_CPU_KVCACHE_SPACE=1
+VLLM_CPU_OMP_THREADS_BIND=nobind
+OMP_NUM_THREADS=1
 # Without PyTorch's compilation, which needs a compiler that the lab's nodes do not have.
-Environment=TORCHDYNAMO_DISABLE=1 VLLM_NO_USAGE_STATS=1
+TORCHDYNAMO_DISABLE=1
+VLLM_NO_USAGE_STATS=1
 """
+DROP_IN = "[Service]\n" + re.sub("^(?=[A-Z])", "Environment=", VARIABLES, flags=re.MULTILINE)
 # The index has PyTorch for x86_64 only with CUDA, whose libraries must exist to be loaded. These 1.4 GB are needed only
 # with a GPU.
 ONLY_FOR_A_GPU = (
@@ -80,7 +83,7 @@ def search_library() -> Path:
     """What `diagnose` needs, for the Python of the nodes: a folder for PYTHONPATH."""
     lock = REQUIREMENTS.parents[2].joinpath("requirements.lock").read_text()
     (pin,) = re.findall(r"^ahocorasick-rs==\S+", lock, re.MULTILINE)
-    return cache.kept("ahocorasick", (pin, PYTHON), lambda tree: _fetch(tree, pin))
+    return cache.kept("ahocorasick", (pin, PYTHON), lambda tree: fetch(tree, pin))
 
 
 def _separate_nodes(file: Path) -> None:
@@ -91,10 +94,11 @@ def _separate_nodes(file: Path) -> None:
 
 
 def _install(site: Path) -> None:
-    _fetch(site, "-r", str(REQUIREMENTS))
+    fetch(site, "-r", str(REQUIREMENTS))
 
 
-def _fetch(site: Path, *wanted: str) -> None:
+def fetch(site: Path, *wanted: str) -> None:
+    """Install packages for the Python of the nodes, without what they need."""
     uv = find_uv_bin()
     built_for = ("--python-version", PYTHON, "--python-platform", f"{platform.machine()}-manylinux_2_39")
     # Without uv's cache, which would keep a second copy of everything.
