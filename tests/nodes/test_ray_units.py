@@ -183,6 +183,8 @@ def test_ray_spreads_a_placement_group_over_both_nodes(pair: Pair) -> None:
 
 
 def test_ray_listens_only_on_ports_of_the_firewall(pair: Pair) -> None:
+    # Its metrics come last.
+    until(lambda: f":{ray_ports.AUTOSCALER_METRICS} " in pair.head.run("ss", "-ltnH").stdout, 120)
     for node, own in ((pair.head, (6379, ray_ports.CLIENT)), (pair.worker, ())):
         lines = node.run("ss", "-ltnH").stdout.splitlines()
         addresses = [line.split()[3] for line in lines]
