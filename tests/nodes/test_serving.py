@@ -421,8 +421,8 @@ def test_serve_whose_engine_is_killed_while_it_starts_ends_at_once(stopped: Fres
     """As the kernel does when no memory is left."""
     argv, env = _command("serve", MODEL, *AGREED)
     process = stopped.popen(*argv, user="spark", env=env, cwd=CHECKOUT)
-    # As soon as it is there: what `serve` says of a phase may come when a small model already answers. The brackets keep
-    # the shell itself from having that name.
+    # As soon as it is there: what `serve` says of a phase may come when a small model already answers. The brackets are
+    # there so that the shell itself has not that name.
     stopped.run("sh", "-c", "until pkill -KILL --full VLLM::[E]ngineCor; do sleep 0.05; done", timeout=LOAD_SECONDS)
     _, said = process.communicate(timeout=LOAD_SECONDS)
     assert process.returncode == 1, said

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -49,6 +50,7 @@ from tests.nodes.serving import (
     write_env,
 )
 from tests.support.ray_on_a_node import ADDRESSES
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer5, pytest.mark.network]
 
@@ -59,6 +61,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingNodes]:
         yield served
 
 
+COMMAND = (sys.executable, "-m", "sparkinstall")
 # Instead of ssh, whose way to a node tests/nodes/test_pair.py has: the command is run there as the user `spark`.
 SSH = """\
 #!/bin/sh
@@ -66,6 +69,7 @@ while [ "$1" != -- ]; do case $1 in -O) exit 0 ;; esac; shift; done
 case $2 in
 {cases}esac
 """
+TOOL_ON_A_NODE = "/home/spark/.local/share/sparkinstall/tool"
 TOOL = f"""\
 #!/bin/sh
 export PYTHONPATH={CHECKOUT}:{PACKAGES} PYTHONDONTWRITEBYTECODE=1
@@ -73,22 +77,27 @@ exec {PREFIX}/venv/bin/python -m sparkinstall "$@"
 """
 
 
-def _cluster(pair: ServingNodes, folder: Path, *words: str) -> tuple[int, dict[str, Any], str]:
-    """Run `sparkinstall cluster` on this machine, with the checkout as the tool of both nodes."""
+def _terminal(pair: ServingNodes, folder: Path) -> dict[str, str]:
+    """The variables of a terminal whose `ssh` reaches both nodes, with the checkout as their tool."""
     cases = ""
     for role, node in pair.nodes.items():
-        tool = "/home/spark/.local/share/sparkinstall/tool"
-        node.run("mkdir", "-p", f"{tool}/bin", user="spark")
-        node.write(f"{tool}/made-from", f"{bootstrap.digest()} /usr/bin/python3\n", user="spark")
-        node.write(f"{tool}/bin/sparkinstall", TOOL, mode="0755", user="spark")
+        node.run("mkdir", "-p", f"{TOOL_ON_A_NODE}/bin", user="spark")
+        node.write(f"{TOOL_ON_A_NODE}/made-from", f"{bootstrap.digest()} /usr/bin/python3\n", user="spark")
+        node.write(f"{TOOL_ON_A_NODE}/bin/sparkinstall", TOOL, mode="0755", user="spark")
         cases += f'{role}) exec {shlex.join(node.command("sh", "-c", user="spark"))} "$3" ;;\n'
     (folder / "ssh").write_text(SSH.format(cases=cases))
     (folder / "ssh").chmod(0o755)
+    path = f"{folder}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "HOME": str(folder), "PYTHONPATH": str(REPOSITORY)}
+
+
+def _cluster(pair: ServingNodes, folder: Path, *words: str) -> tuple[int, dict[str, Any], str]:
+    """Run `sparkinstall cluster` on this machine."""
     addresses = (f"cluster.head={ADDRESSES['head']}", f"cluster.workers=[{ADDRESSES['worker']}]")
     settings = (*addresses, "network.manage=false", "network.transport=socket")
     given = [word for each in settings for word in ("--set", each)]
-    env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(folder), "PYTHONPATH": str(REPOSITORY)}
-    argv = [sys.executable, "-m", "sparkinstall", "cluster", *words, *given, *AGREED, *UNWATCHED, "--json"]
+    argv = [*COMMAND, "cluster", *words, *given, *AGREED, *UNWATCHED, "--json"]
+    env = _terminal(pair, folder)
     done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=2 * LOAD_SECONDS, check=False)
     return done.returncode, json.loads(done.stdout), done.stderr
 
@@ -106,6 +115,43 @@ def test_cluster_serve_ends_when_the_pair_has_answered(pair: ServingNodes, tmp_p
     assert completion(pair.head)
     again, reply, _ = _cluster(pair, tmp_path, "head", "worker", "--serve", MODEL, "--only", "serving")
     assert (again, reply["data"]["serving"]["changed"]) == (0, False), reply["errors"]
+
+
+def test_watch_sees_both_nodes_while_bench_measures_the_pair(pair: ServingNodes, tmp_path: Path) -> None:
+    env, record = _terminal(pair, tmp_path), tmp_path / "watch.jsonl"
+    watch = [*COMMAND, "watch", *pair.nodes, "--interval", "1", "--record", str(record)]
+    with (
+        (tmp_path / "watch.txt").open("w") as shown,
+        subprocess.Popen(watch, env=env, stdout=shown, stderr=shown) as run,
+    ):
+        until(lambda: record.exists() and {"head", "worker"} <= _nodes_of(record), LOAD_SECONDS)
+        words = ("bench", "58/2", "--concurrency", "2", "--requests", "4", "--output", "pair.json", "--json")
+        measured = pair.head.run(
+            "sh",
+            "-c",
+            f"cd && {TOOL_ON_A_NODE}/bin/sparkinstall {shlex.join(words)}",
+            user="spark",
+            timeout=LOAD_SECONDS,
+        )
+        run.send_signal(signal.SIGINT)
+    found = json.loads(measured.stdout)["data"]["record"]
+    results = [*found["scenarios"], *found["levels"]]
+    assert [(each["completed"], each["failed"]) for each in results] == [(3, 0), (4, 0)], found
+    replayed = subprocess.run(
+        [*COMMAND, "watch", "--replay", str(record), "--once", "--window", "3600", "--json"],
+        env=env, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False,
+    )  # fmt: skip
+    seen = {each["node"]: each for each in json.loads(replayed.stdout)["data"]["nodes"]}
+    head, worker = seen["head"], seen["worker"]
+    assert (head["models"], worker["models"]) == ([MODEL], [])
+    # Those that warm up count too.
+    assert head["ttft"]["count"] >= 7, head
+    assert worker["trouble"] is None and worker["machine"]["memory"] > 0, worker
+
+
+def _nodes_of(record: Path) -> set[str]:
+    """The nodes of which a record has samples; its last line may be incomplete."""
+    return set(re.findall(r'^\{"node":"([^"]+)"', record.read_text(), re.MULTILINE))
 
 
 @pytest.fixture(scope="module")
