@@ -136,14 +136,24 @@ def file_metadata(node: FreshNode, *folders: str) -> str:
 
 
 def objects(node: FreshNode, prefix: str, *, age: float = 0) -> dict[str, float]:
-    """The object files of the NCCL build below `prefix`, each with its time of change (s).
+    """The object files of the NCCL build below `prefix` that are done, each with its time of change (s).
 
     `age`: only those that are so many seconds older than the newest file of the build.
     """
     build = node.root / prefix.lstrip("/") / "nccl"
     times = {path: _changed(path) for path in build.glob("build-*/**/*") if path.suffix}
     newest = max(times.values(), default=0.0)
-    return {str(path): at for path, at in times.items() if path.suffix == ".o" and 0 < at <= newest - age}
+    return {str(path): at for path, at in times.items() if _is_done(path) and 0 < at <= newest - age}
+
+
+def _is_done(path: Path) -> bool:
+    """Whether it is an object file that a make which is ended now leaves: it removes that of a rule which still runs.
+
+    After the object a rule of NCCL's writes, by a temporary file, what it depends on; not so for the device's code.
+    """
+    dependencies = path.with_suffix(".d")
+    written = dependencies.exists() and not Path(f"{dependencies}.tmp").exists()
+    return path.suffix == ".o" and (written or "device" in path.parts)
 
 
 def _changed(path: Path) -> float:
