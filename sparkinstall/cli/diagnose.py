@@ -29,7 +29,8 @@ from sparkinstall.redaction import redact
 _SHOWN_TELLING = 8
 _ENDED = "The cause is not known: what was recognized are consequences only."
 _NO_LINES = (
-    "Nothing else in it is suspicious: the cause is in another log, of another node, the kernel or an earlier run."
+    "Nothing else in it is suspicious: the cause was not logged, or is in another log, of another node, the kernel or "
+    "an earlier run."
 )
 
 Logs = Annotated[

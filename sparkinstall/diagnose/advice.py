@@ -17,10 +17,14 @@ _INNER = re.compile(r"\bfailed with error ['\"](?P<error>.*?)['\"], please check
 _ERRNO = re.compile(r"\[Errno -?\d+\] ")
 
 _LIST = r"(?P<{0}>\[[^\[\]]{{2,300}}\]|\{{[^{{}}]{{2,300}}\}}|\([^()]{{2,300}}\)|['\"`\w][^.;\n]{{1,160}})"
+# Behind these such a word means the opposite: what follows is the value that was refused. "is not one of" keeps its
+# sense.
+_NOT = "".join(rf"(?<!{each} )" for each in ("no", "not", "n't", "never", "neither", "nor", "without", "not be"))
+_NOT += "".join(rf"(?<!{word} {each} )" for word in ("not", "n't") for each in ("a", "an", "any", "in any", "yet"))
 # The values that are taken instead.
 _TAKEN = re.compile(
-    r"(?i:(?:one of|choose from|input should be"
-    r"|(?:valid|supported|available|allowed|possible|registered|known|accepted|expected)"
+    r"(?i:(?:(?<!not be )(?<!cannot be )(?<!n't be )one of|choose from|input should be"
+    rf"|(?<![a-z-]){_NOT}(?:valid|supported|available|allowed|possible|registered|known|accepted|expected)"
     r"(?: [\w-]+){0,3}?(?: are| is| include|:| =|\s?\()|only supports?|options are)(?: the following)?:?) ?"
     + _LIST.format("list")
     + r"(?!\s+(?:by|for|with|when|if|yet)\b)"
@@ -38,7 +42,7 @@ _PROGRAMS = (
 _COMMAND = re.compile(rf"[`'\"](?P<command>(?:{_PROGRAMS})[^`'\"\n]{{2,120}})[`'\"]")
 _ADDRESS = re.compile(r"https?://(?!localhost|127\.|0\.0\.0\.0)[\w.-]+\.[a-z]{2,}[^\s'\"`<>)\]]*")
 _PATH = re.compile(r"(?<![\w./:-])(?<!url: )/(?!usr/s?bin/|usr/lib|bin/|proc/self)(?:[\w.+@-]+/)+[\w.+@-]+")
-_CODE = re.compile(r"\.(?:pyx?|pxi|cc?|cpp|cuh?|h|hpp|cu|so)\b|/(?:site|dist)-packages/")
+_CODE = re.compile(r"\.(?:pyx?|pxi|cc?|cpp|cuh?|h|hpp|cu|so|go|rs|java|[cm]?[jt]s)\b|/(?:site|dist)-packages/")
 # What vLLM calls a thing in words, and the option that sets it.
 OPTIONS = (
     (r"tensor.?parallel|\btp(?:_| )?size|(?-i:\bTP\b)", "--tensor-parallel-size"),

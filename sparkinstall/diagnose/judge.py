@@ -181,7 +181,8 @@ def _judged(seen: Mapping[str, Match], is_late: bool = False) -> list[Found]:
 
     `is_late`: what follows from whatever else has failed came after something that is not known.
     """
-    seen = {name: match for name, match in seen.items() if _is_met(match, seen)}
+    met = {name: match for name, match in seen.items() if _is_met(match, seen)}
+    seen = {name: match for name, match in met.items() if not _yields_to_a_kind(match, met)}
     kinds = {match.signature.family for match in seen.values() if not match.signature.is_warning}
     causes = {name: () if each.signature.is_warning else _causes(each, seen.values()) for name, each in seen.items()}
     explaining = {name for names in causes.values() for name in names}
@@ -193,7 +194,7 @@ def _judged(seen: Mapping[str, Match], is_late: bool = False) -> list[Found]:
     }
     return sorted(
         (
-            _found(each, causes[name], name in explaining, is_late and OTHERS in each.signature.consequence_of)
+            _found(each, seen, causes[name], name in explaining, is_late and OTHERS in each.signature.consequence_of)
             for name, each in told.items()
         ),
         key=lambda each: get_args(Role).index(each.role),
@@ -204,8 +205,15 @@ def _is_met(match: Match, seen: Mapping[str, Match]) -> bool:
     """Return whether there are as many lines, and such others, as a failure needs."""
     others = [seen[name] for name in match.signature.only_with if name in seen]
     is_accompanied = any(each.count >= each.signature.times for each in others) or not match.signature.only_with
-    is_other = any(name in seen for name in match.signature.unless_with)
+    unwanted = (seen[name] for name in match.signature.unless_with if name in seen)
+    is_other = any(each.count >= each.signature.times for each in unwanted)
     return match.count >= match.signature.times and is_accompanied and not is_other
+
+
+def _yields_to_a_kind(match: Match, seen: Mapping[str, Match]) -> bool:
+    """Return whether a family was found only in lines in which a kind of it was that needs others: that tells more."""
+    kinds = (each for each in seen.values() if each.signature.family == match.signature.name)
+    return any(each.signature.only_with and (each.lines, each.count) == (match.lines, match.count) for each in kinds)
 
 
 def _most_telling(suspects: Iterable[_Suspicion]) -> list[_Suspicion]:
@@ -246,8 +254,12 @@ def _telling(suspect: Suspect) -> Telling:
     return Telling(**asdict(suspect.place), count=suspect.count, where=suspect.where, advice=suspect.advice)
 
 
-def _found(match: Match, causes: tuple[str, ...], explains_others: bool, is_late: bool) -> Found:
+def _found(
+    match: Match, seen: Mapping[str, Match], causes: tuple[str, ...], explains_others: bool, is_late: bool
+) -> Found:
     signature, told = match.signature, match.signature.told(match.words)
+    beside = (seen[name] for name in signature.told_with if name in seen)
+    told["why"] = " ".join([told["why"], *(each.signature.told(each.words)["why"] for each in beside)])
     if match.says:
         told["why"] = f"{match.says}: {told['why']}"
         # What the program itself advises is in the hint.

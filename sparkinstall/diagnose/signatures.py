@@ -83,8 +83,8 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     cause this one, or contains `ANY` or `OTHERS`. `frames` must match too, in the traceback that ends with the line.
     `also_in` names where the regex is searched besides what programs report as an error. Fewer lines than `times` are
     no failure, nor are those before a line of one of `over_with`, nor, where `only_with` names others, those without
-    one of these, nor those of which `unless_with` names another that was found. `harmless` are similar lines that must
-    not match.
+    one of these, nor those of which `unless_with` names another that was found. `told_with` names events whose `why` is
+    told too, where they were found. `harmless` are similar lines that must not match.
 
     A `general` one is searched only in suspicious lines in which no other is found, the first that matches counts, and
     it needs no `anchors`; what the line says is quoted, and so it is with `own_words`. A `part` names a part of a
@@ -101,6 +101,7 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     over_with: tuple[_Line, ...] = ()
     only_with: tuple[_Line, ...] = ()
     unless_with: tuple[_Line, ...] = ()
+    told_with: tuple[_Line, ...] = ()
     harmless: tuple[_Line, ...] = ()
     own_words: bool = False
     part: bool = False
@@ -211,7 +212,7 @@ def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
     for each in signatures:
         if unknown := set(each.consequence_of) - {ANY, OTHERS, *names}:
             raise Malformed(FOLDER, f"{each.name}: consequence_of names {', '.join(sorted(unknown))}")
-        for field in ("over_with", "only_with", "unless_with"):
+        for field in ("over_with", "only_with", "unless_with", "told_with"):
             if unknown := set(getattr(each, field)) - set(names):
                 raise Malformed(FOLDER, f"{each.name}: {field} names {', '.join(sorted(unknown))}")
         if each.family and each.family not in names:

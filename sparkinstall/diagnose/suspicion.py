@@ -221,8 +221,6 @@ _PASSED_ON = re.compile(
     r"[\w.]+: (?:Caught \w+ in |[Cc]ommand .*(?:returned non-zero|failed with)"
     r"|(?!Process ').{0,80}\bfailed with (?:return|exit) code \d)"
 )
-# What vLLM's front end logs of a request that it refuses, and the exceptions that it then logs.
-_REFUSING = re.compile(r"\[[\w/]*serving\w*\.py:\d+\]")
 # What takes a model's answer apart: it may be malformed, which is no failure of the server.
 _PARSING = re.compile(r"\[[\w/]*parser\w*\.py:\d+\]")
 # An error in words, and words about one that is not there.
@@ -256,7 +254,6 @@ _NO_MORE = re.compile(
     r"\b(?:exceeded|exhausted|reached|failed|used up)|(?:giv(?:ing|es)|gave) up (?:after|on|waiting|retrying)\b"
     r"|(?:exceeded|exhausted|reached)\b.{0,24}\b(?:retries|attempts|retry count|tries)\b))"
 )
-_REFUSED = re.compile(r"(?:[\w.]+\.)?(?:\w*ValidationError|ValueError|JSONDecodeError|TemplateError|BadRequestError)\b")
 # Programs of the desktop and the system that have no part in this.
 _OTHERS = _any(
     r"(?<!\S)(?:sshd|avahi-daemon|gnome-\S+|gdm\S*|gsd-\S+|dbus-\S+|NetworkManager|snapd|pipewire|wireplumber|pulseaudio|cups\S*)\[",
@@ -283,8 +280,8 @@ def _by_shape(line: Line, role: Role, number: int, message: str) -> int:
     message = message.strip() if role.kind == "exception" else message
     if KERNEL in line.who.split():
         return _first(_KERNEL, message)
-    is_of_request = _REFUSING.search(line.prefix) or _PARSING.search(line.prefix)
-    if is_of_request and (role.kind != "exception" or _REFUSED.match(message)):
+    is_of_request = tracebacks.REFUSING.search(line.prefix) or _PARSING.search(line.prefix)
+    if is_of_request and (role.kind != "exception" or tracebacks.REFUSED.match(message)):
         return 0
     if _PASSED_ON.match(message):
         return WEAK
@@ -311,7 +308,7 @@ def is_set_aside(line: Line, role: Role) -> bool:
         return False
     if line.level == "info" and named_within(message) is None:
         return False
-    if _REFUSING.search(line.prefix) or _PARSING.search(line.prefix) or _ASKED_FOR.match(message):
+    if tracebacks.REFUSING.search(line.prefix) or _PARSING.search(line.prefix) or _ASKED_FOR.match(message):
         return False
     return _OF_AN_ERROR.search(message) is not None and not _OF_NONE.search(message)
 

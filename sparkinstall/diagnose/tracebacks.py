@@ -23,7 +23,15 @@ _FILE = re.compile(r'\s*File "[^"]*", line \d+')
 _CHAIN = ("During handling of the above exception", "The above exception was the direct cause")
 # Python's word for an exception that changed nothing, usually while it ends.
 _IGNORED = "Exception ignored in"
+REFUSING = re.compile(r"\[[\w/]*serving\w*\.py:\d+\]")
+"""The logger of vLLM's front end, which logs each request that it refuses."""
+REFUSED = re.compile(r"(?:[\w.]+\.)?(?:\w*ValidationError|ValueError|JSONDecodeError|TemplateError|BadRequestError)\b")
+"""An exception by which it refuses one."""
+# Functions that read a request, before the engine has it.
+_READS_A_REQUEST = re.compile(r", in _?\w*(?:preprocess|tokeni[sz]e|validate|render|parse_chat|chat_template)\w*")
 _BETWEEN = re.compile(r"\s*$|\s{2}|[\^~]+$|\.\.\.<|\[Previous line repeated|[|+] ")
+# Code that looks like a name and a message, where a log has lost its indentation: an annotation, or `else:`.
+_CODE = re.compile(r"[a-z_][\w.]*: [^=\"']{1,80} = |(?:try|else|finally):\s*$")
 _EXCEPTION = re.compile(r"[A-Za-z_][\w.]*(?::(?: |$)|$)")
 # One that stands as deep as the lines with `File`: a traceback that was pasted or is indented. Code is deeper.
 _INDENTED = re.compile(r"\s+(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|Interrupt|Exit)(?:: \S|$)")
@@ -71,6 +79,7 @@ class _Process(Struct):
     has_head: bool = False
     is_chained: bool = False
     is_ignored: bool = False
+    is_of_request: bool = False
     first: int = 0
     lines: int = 0
     depth: int = 0
@@ -91,7 +100,7 @@ class Tracebacks:
         return any(
             each.has_head
             and each.is_open
-            and not each.is_ignored
+            and not (each.is_ignored or _is_refused(each))
             and each.lines < _MOST_FRAMES
             and key[1] not in ("info", "warning")
             for key, each in those
@@ -104,7 +113,7 @@ class Tracebacks:
             for key, each in self._processes.items()
             if each.is_open
             and each.frames
-            and not (each.is_ignored or each.first)
+            and not (each.is_ignored or each.first or _is_refused(each))
             and key[1] not in ("info", "warning")
         )
         return [
@@ -127,6 +136,7 @@ class Tracebacks:
             return _FRAME
         if HEAD in message:
             begun = self._begin(key)
+            begun.is_of_request = REFUSING.search(line.prefix) is not None
             begun.has_head = message.lstrip().startswith(HEAD)
             return _FRAME if begun.has_head else _PLAIN
         if _FILE.match(message):
@@ -157,7 +167,9 @@ class Tracebacks:
     def _is_code(self, process: _Process, message: str) -> bool:
         """Whether a line belongs to the traceback. Who pastes a log may lose its indentation."""
         is_next = bool(process.frames) and _FILE.match(process.frames[-1]) is not None
-        return _BETWEEN.match(message) is not None or (is_next and not _EXCEPTION.match(message))
+        if _BETWEEN.match(message):
+            return True
+        return is_next and (_EXCEPTION.match(message) is None or _CODE.match(message) is not None)
 
     def _begin(self, key: tuple[str, str]) -> _Process:
         if len(self._processes) >= _MOST_PROCESSES:
@@ -168,6 +180,7 @@ class Tracebacks:
             process.first = 0
         self._open += not process.is_open
         process.is_open, process.is_chained, process.lines, process.depth = True, False, 0, 0
+        process.is_of_request = False
         process.frames.clear()
         return process
 
@@ -178,6 +191,15 @@ class Tracebacks:
             process.is_ignored = False
             return _FRAME
         return Role("exception", "\n".join(process.frames), process.first)
+
+
+def _is_refused(process: _Process) -> bool:
+    """Return whether a traceback without its exception is that of a request that the front end refuses: no failure of
+    the server."""
+    if not process.is_of_request or not _READS_A_REQUEST.search("\n".join(process.frames)):
+        return False
+    raised = _raised(process.frames)
+    return not raised or REFUSED.match(raised) is not None
 
 
 def _raised(frames: Iterable[str]) -> str:

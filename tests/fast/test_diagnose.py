@@ -276,6 +276,14 @@ def test_event_is_told_only_where_it_explains_a_failure() -> None:
     assert [each.name for each in diagnosed(example("cable-unplugged") + example("disk-full")).found] == ["disk-full"]
 
 
+def test_event_that_tells_more_about_a_failure_is_told_with_it() -> None:
+    failure = example("ray-memory-monitor")
+    assert "stands first" not in diagnosed(failure).causes[0].why
+    found = diagnosed(failure + example("ray-memory-holder"))
+    assert causes(found) == ["ray-memory-monitor"]
+    assert "process 5120 (ray::RayWorkerWrapper.execute_method) stands first, with 104.83 GB." in found.causes[0].why
+
+
 @pytest.mark.parametrize("before", ["+ ", "++ ", "$ ", "lab@spark-1:~/x$ "])
 def test_command_that_a_shell_repeats_is_not_diagnosed(before: str) -> None:
     found = diagnosed(f"{before}grep -c 'Error: CUDA out of memory' vllm.log\n".encode())
@@ -318,6 +326,15 @@ def test_general_failure_quotes_the_line_and_advises_what_that_names() -> None:
         ("RuntimeError: the table is not aligned", ""),
         ("ValueError: Unknown kind own. Supported kinds: a, b, c", "a, b, c"),
         ("ValueError: own backend is not supported for models with windows", ""),
+        ("RuntimeError: unknown model architecture: 'own7'", ""),
+        ("ValueError: unsupported formats: 'own', 'b'", ""),
+        ("ValueError: not a valid backend: 'own', 'b'", ""),
+        ("ValueError: not supported: 'own'", ""),
+        ("ValueError: there are no available blocks: 'own', 'b'", ""),
+        ("ValueError: 'own' is not one of ['a', 'b']", "['a', 'b']"),
+        ("ValueError: 'own' is not supported. Available: ['a', 'b']", "['a', 'b']"),
+        ("ValueError: the name must not be one of ['own', 'b']", ""),
+        ("RuntimeError: own, logged by /srv/own/process.go", ""),
         ("Error: run `apt install own-dev` first", "`apt install own-dev`"),
         ("OSError: [Errno 22] Invalid argument: '/srv/own/part.bin'", "`/srv/own/part.bin`"),
         ("RuntimeError: raised in /opt/v/lib/python3.12/site-packages/vllm/own.py", ""),
@@ -538,8 +555,14 @@ def test_earliest_failure_of_several_nodes_is_the_cause() -> None:
 
 def test_failure_that_needs_several_lines_is_none_with_fewer() -> None:
     line = example("ranks-hang").splitlines(keepends=True)[0]
-    assert diagnosed(line * 3).found == ()
+    assert causes(diagnosed(line * 3)) == []
     assert causes(diagnosed(line * 4)) == ["ranks-hang"]
+
+
+def test_warning_is_told_unless_the_failure_that_it_may_become_was_found() -> None:
+    line = example("rank-stalls")
+    assert [each.name for each in diagnosed(line * 3).warnings] == ["rank-stalls"]
+    assert [each.name for each in diagnosed(line * 4).found] == ["ranks-hang"]
 
 
 def test_hint_has_the_numbers_of_the_line() -> None:
