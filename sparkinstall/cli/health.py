@@ -11,15 +11,12 @@ from rich.text import Text
 
 from sparkinstall.cli import options
 from sparkinstall.cli.hints import pointed
-from sparkinstall.cli.install import dialog_of, opened, shown_checks
 from sparkinstall.cli.live_output import asking
-from sparkinstall.cli.parts import show_part, show_withdrawal
+from sparkinstall.cli.parts import install_part, withdrawn_part
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
 from sparkinstall.cli.text_output import console, show_line, shown, sign
-from sparkinstall.cluster.protocol import Applied, Uninstalled
 from sparkinstall.core import parts
 from sparkinstall.core.catalogue import named
-from sparkinstall.core.converge import Installation
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.errors import BadUsage, Exit
 from sparkinstall.facts.health import last_run, metrics, summary
@@ -106,16 +103,10 @@ def _metrics(session: Session, found: Health) -> str:
 
 def _install(target: Target, output: Output, every: int | None, folder: str | None, yes: bool) -> CommandResult:
     values = {"health.timer": True, "health.every_minutes": every, "health.folder": folder}
-    session = opened(parts.switched_on(target, values))
-    with shown_checks(output):
-        done = parts.install(session, named(_STEP), "health --install", dialog_of(session, output, yes))
-    code = Exit.FAILED if done.problems else Exit.GOOD
-    return CommandResult(code, Applied.of(done), lambda: _show_installed(session, done), done.problems)
+    return install_part(target, named(_STEP), values, "health --install", output, yes, _show_installed)
 
 
-def _show_installed(session: Session, done: Installation) -> None:
-    if not show_part(session, done):
-        return
+def _show_installed(session: Session) -> None:
     settings, path = session.node.config.health, session.node.health_metrics
     run = None if session.node.rehearsal else last_run(session.system, path)
     minutes = "minute" if settings.every_minutes == 1 else f"{settings.every_minutes} minutes"
@@ -130,9 +121,7 @@ def _uninstall(target: Target, yes: bool) -> CommandResult:
     rehearsal = target.root is not None
     confirm("Stop the timer of `health`, and remove it with its result?", agreed=yes or rehearsal, default=True)
     done = parts.withdraw(target, named(_STEP), _SETTINGS, "health --uninstall")
-    code = Exit.FAILED if done.problems else Exit.GOOD
-    what = "the timer of `health`"
-    return CommandResult(code, Uninstalled(tuple(done.changes)), lambda: show_withdrawal(done, what), done.problems)
+    return withdrawn_part(done, "the timer of `health`")
 
 
 # --- text

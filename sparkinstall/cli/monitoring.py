@@ -7,15 +7,13 @@ import typer
 from msgspec import Struct
 
 from sparkinstall.cli import options
-from sparkinstall.cli.install import dialog_of, opened, shown_checks
-from sparkinstall.cli.parts import show_part, show_withdrawal
+from sparkinstall.cli.install import dialog_of
+from sparkinstall.cli.parts import install_part, withdrawn_part
 from sparkinstall.cli.run_command import CommandResult, Output, confirm, verb
-from sparkinstall.cluster.protocol import Applied, Uninstalled
 from sparkinstall.core import parts
 from sparkinstall.core.catalogue import named
-from sparkinstall.core.converge import Installation
 from sparkinstall.core.session import Session, Target, open_session
-from sparkinstall.errors import BadUsage, Exit
+from sparkinstall.errors import BadUsage
 from sparkinstall.measure.dashboard import dashboard
 from sparkinstall.measure.rounds import slo_of
 from sparkinstall.measure.vllm_dashboards import LICENCE, VLLM_DASHBOARDS, VllmDashboard, fetched
@@ -124,16 +122,10 @@ def install(
         "monitoring.ttft_ms": round(limits.ttft or 0) if limits else None,
         "monitoring.itl_ms": round(limits.itl or 0) if limits else None,
     }
-    session = opened(parts.switched_on(target, values))
-    with shown_checks(output):
-        done = parts.install(session, named(_STEP), "monitoring install", dialog_of(session, output, yes))
-    code = Exit.FAILED if done.problems else Exit.GOOD
-    return CommandResult(code, Applied.of(done), lambda: _show_installed(session, done), done.problems)
+    return install_part(target, named(_STEP), values, "monitoring install", output, yes, _show_installed)
 
 
-def _show_installed(session: Session, done: Installation) -> None:
-    if not show_part(session, done):
-        return
+def _show_installed(session: Session) -> None:
     node, where = session.node, "On a node, " if session.node.rehearsal else ""
     if node.role == "worker":
         print(f"✓ {where}node_exporter listens at {node.address} for the Prometheus of the head.")
@@ -157,9 +149,7 @@ def uninstall(target: Target, _output: Output, yes: options.Yes = False) -> Comm
     done = parts.withdraw(target, named(_STEP), _SETTINGS, "monitoring uninstall")
     if done.found:
         _restore_health(target)
-    code = Exit.FAILED if done.problems else Exit.GOOD
-    what = "Prometheus and node_exporter"
-    return CommandResult(code, Uninstalled(tuple(done.changes)), lambda: show_withdrawal(done, what), done.problems)
+    return withdrawn_part(done, "Prometheus and node_exporter")
 
 
 def _restore_health(target: Target) -> None:
