@@ -92,7 +92,7 @@ class PackageUser(Struct, frozen=True):
 
     def check(self, on: Reader) -> State:
         known = is_ours(on, self.key) or _exists(on, self.name)
-        return Ok() if known else Drift(f"note that the user {self.name} is made by a package")
+        return Ok() if known else Drift(f"note that a package creates the user {self.name}")
 
     def apply(self, on: System) -> None:
         if not is_ours(on, self.key) and not _exists(on, self.name):
