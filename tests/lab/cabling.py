@@ -153,7 +153,8 @@ def sweep() -> None:
         with mark.open("wb") as held, suppress(BlockingIOError):
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _remove_namespaces(mark.stem)
-            mark.unlink()
+            # Another run may have removed its own between the listing and the lock.
+            mark.unlink(missing_ok=True)
 
 
 def _hold(tag: str) -> tuple[Path, IO[bytes]]:

@@ -11,7 +11,6 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 from tests.lab import cache as kept_trees
 from tests.lab.commands import run
@@ -23,7 +22,8 @@ class Overlay:
     """A writable copy of `lower` at `root`. The processes in its control groups end with it.
 
     Its folder is locked while this process lives; an unlocked folder is that of a crashed run, and the next overlay
-    removes it.
+    removes it. The lock is on the folder itself: a file in it would go before the folder, and be created again by who
+    looks meanwhile.
     """
 
     def __init__(self, lower: Path) -> None:
@@ -31,7 +31,7 @@ class Overlay:
             sweep()
             self.place = workspace() / f"{PREFIX}{secrets.token_hex(4)}"
             self.place.mkdir(mode=0o700)
-            self._lock = (self.place / "lock").open("wb")
+            self._lock = os.open(self.place, os.O_RDONLY | os.O_DIRECTORY)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.root = self.place / "root"
         self.cgroups = [mount / self.place.name for mount in cgroup_mounts()]
@@ -42,7 +42,7 @@ class Overlay:
     def remove(self) -> None:
         """End its processes, unmount it, remove it."""
         destroy(self.place)
-        self._lock.close()
+        os.close(self._lock)
 
 
 def workspace() -> Path:
@@ -111,15 +111,17 @@ def sweep() -> None:
         for place in folder.glob(f"{PREFIX}*"):
             if (lock := _abandoned(place)) is not None:
                 destroy(place)
-                lock.close()
+                os.close(lock)
 
 
-def _abandoned(place: Path) -> IO[bytes] | None:
-    lock = (place / "lock").open("wb")
-    with suppress(BlockingIOError):
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return lock
-    lock.close()
+def _abandoned(place: Path) -> int | None:
+    """The lock of a folder that no process holds; None if one does, or if it has just removed the folder."""
+    with suppress(FileNotFoundError):
+        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        os.close(lock)
     return None
 
 
@@ -149,10 +151,11 @@ def _end_all(groups: list[Path], patience: float = 300) -> None:
 
 def _members(group: Path) -> set[int]:
     found: set[int] = set()
-    for listing in group.rglob("cgroup.procs"):
+    # Groups go while they are listed: walk passes over one that is gone, rglob does not.
+    for folder, _, _ in os.walk(group):
         # 0 is a process of a namespace that is invisible from here.
-        with suppress(FileNotFoundError, OSError):
-            found.update(int(pid) for pid in listing.read_text().split() if pid != "0")
+        with suppress(OSError):
+            found.update(int(pid) for pid in Path(folder, "cgroup.procs").read_text().split() if pid != "0")
     return found
 
 

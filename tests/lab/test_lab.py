@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,21 @@ def test_node_after_a_crashed_run_removes_what_it_left(node: FreshNode) -> None:
         assert not _is_alive(leader)
     assert node.run("true").returncode == 0
     assert not [mount / Path(place).name for mount in overlay.cgroup_mounts() if (mount / Path(place).name).exists()]
+
+
+@pytest.mark.layer3
+def test_overlays_made_and_removed_at_once_leave_no_trace(tmp_path: Path) -> None:
+    def make_and_remove(number: int) -> Path:
+        copy = overlay.Overlay(tmp_path)
+        (copy.root / "file").write_text(str(number))
+        copy.remove()
+        return copy.place
+
+    with ThreadPoolExecutor(8) as threads:
+        places = list(threads.map(make_and_remove, range(80)))
+    assert len(set(places)) == 80
+    assert not [place for place in places if place.exists()]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
