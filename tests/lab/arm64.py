@@ -72,6 +72,12 @@ def register() -> None:
     """Make the kernel run aarch64 programs through qemu until a restart, unless it already does."""
     if platform.machine() == "aarch64":
         return
+    # The kernel refuses a second handler of the same name.
+    with cache.locked(cache.folder() / "binfmt.lock"):
+        _register()
+
+
+def _register() -> None:
     if not (BINFMT / "register").exists():
         commands.run("mount", "-t", "binfmt_misc", "binfmt_misc", str(BINFMT))
     if _registered():

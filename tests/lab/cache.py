@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +22,20 @@ def folder() -> Path:
     home = Path(base) / "sparkinstall" / "tests"
     home.mkdir(parents=True, exist_ok=True)
     return home
+
+
+@functools.cache
+def own_name(name: str) -> str:
+    """The first of `name`, `name-2` and so on that no other process has; this one has it until it ends."""
+    for number in itertools.count(1):
+        own = name if number == 1 else f"{name}-{number}"
+        lock = os.open(folder() / f"{own}.lock", os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return own
+        except BlockingIOError:
+            os.close(lock)
+    raise AssertionError("there is always another number")
 
 
 @contextmanager

@@ -160,7 +160,9 @@ class FreshNode:
         # The Popen is nsenter, outside the node; the command is its only child, and leads its own group.
         while process.poll() is None:
             if (leads := _children(process.pid)) and _leads_a_group(leads[0]):
-                os.killpg(leads[0], number)
+                # It may just have ended by itself.
+                with suppress(ProcessLookupError):
+                    os.killpg(leads[0], number)
                 return
             time.sleep(0.005)
 

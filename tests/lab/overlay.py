@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
@@ -159,8 +160,22 @@ def _members(group: Path) -> set[int]:
     return found
 
 
-def _remove_group(group: Path) -> None:
-    if group.is_dir():
-        for inner in sorted((path for path in group.rglob("*") if path.is_dir()), reverse=True):
-            inner.rmdir()
-        group.rmdir()
+def _remove_group(group: Path, patience: float = 300) -> None:
+    """Remove a control group without processes; OSError if it is busy for so many seconds."""
+    deadline = time.monotonic() + patience
+    for folder, _, _ in os.walk(group, topdown=False):
+        while not _is_removed(folder):
+            if time.monotonic() > deadline:
+                raise OSError(f"the control group {folder} is busy")
+            time.sleep(0.02)
+
+
+def _is_removed(group: str) -> bool:
+    try:
+        os.rmdir(group)
+    except OSError as error:
+        # A process that ends is not listed any more while its memory is freed, and leaves its group only then.
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -91,10 +93,14 @@ def test_command_on_a_node_gets_only_its_own_variables(node: FreshNode, monkeypa
 @pytest.mark.parametrize("user", ["root", "spark"])
 def test_node_on_this_machines_network_cannot_change_it(node: FreshNode, user: str) -> None:
     as_root = ["sudo", "-n"] if user == "spark" else []
-    before = commands.run("ip", "-json", "link").stdout
+    before = _interfaces()
     refused = node.run(*as_root, "ip", "link", "add", "lab0", "type", "dummy", user=user, check=False)
     assert "Operation not permitted" in refused.stderr
-    assert commands.run("ip", "-json", "link").stdout == before
+    assert _interfaces() == before
+
+
+def _interfaces() -> list[str]:
+    return [each["ifname"] for each in json.loads(commands.run("ip", "-json", "link").stdout)]
 
 
 @pytest.mark.layer3
@@ -216,13 +222,13 @@ def test_second_node_is_fresh_and_has_its_binds(node: FreshNode, tmp_path: Path)
 @pytest.fixture
 def cable() -> Iterator[tuple[str, str]]:
     names = (f"lab-{secrets.token_hex(3)}", f"lab-{secrets.token_hex(3)}")
-    for name in names:
-        commands.run("ip", "netns", "add", name)
-    ends = [CABLE, "netns", names[0], "type", "veth", "peer", "name", CABLE, "netns", names[1]]
-    commands.run("ip", "link", "add", *ends)
-    yield names
-    for name in names:
-        commands.run("ip", "netns", "del", name)
+    with ExitStack() as stack:
+        for name in names:
+            commands.run("ip", "netns", "add", name)
+            stack.callback(commands.run, "ip", "netns", "del", name)
+        ends = [CABLE, "netns", names[0], "type", "veth", "peer", "name", CABLE, "netns", names[1]]
+        commands.run("ip", "link", "add", *ends)
+        yield names
 
 
 @pytest.mark.layer2
@@ -246,7 +252,9 @@ CRASH = """
 import os, signal
 from tests.lab.node import FreshNode
 node = FreshNode().__enter__()
-print(node.root.parent, node.leader, flush=True)
+# Any other run may remove it as soon as this one is dead.
+os.kill(node.leader, 0)
+print(node.root.parent, node.leader, node.root.is_mount(), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -262,9 +270,8 @@ def test_node_after_a_crashed_run_removes_what_it_left(node: FreshNode) -> None:
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     )
     assert crashed.returncode == -signal.SIGKILL, crashed.stderr
-    place, leader = crashed.stdout.split()
-    assert Path(place, "root").is_mount()
-    assert _is_alive(leader)
+    place, leader, mounted = crashed.stdout.split()
+    assert mounted == "True"
     with FreshNode():
         assert not Path(place).exists()
         assert not _is_alive(leader)
@@ -285,6 +292,22 @@ def test_overlays_made_and_removed_at_once_leave_no_trace(tmp_path: Path) -> Non
     assert len(set(places)) == 80
     assert not [place for place in places if place.exists()]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.layer3
+def test_control_group_is_removed_as_soon_as_its_last_process_has_ended() -> None:
+    group = overlay.cgroup_mounts()[0] / f"{overlay.PREFIX}{secrets.token_hex(4)}"
+    (group / "inner").mkdir(parents=True)
+    with subprocess.Popen(["sleep", "1000"]) as process, ThreadPoolExecutor(1) as thread:
+        try:
+            (group / "inner/cgroup.procs").write_text(str(process.pid))
+            removed = thread.submit(overlay._remove_group, group)
+            with pytest.raises(TimeoutError):
+                removed.result(0.5)
+        finally:
+            process.kill()
+        removed.result()
+    assert not group.exists()
 
 
 @pytest.fixture(scope="module")
@@ -459,9 +482,12 @@ def test_fleet_with_a_node_that_does_not_boot_is_removed(tmp_path: Path) -> None
 
 CRASHED_FLEET = """
 import os, signal
+from tests.lab.cabling import NETNS
 from tests.lab.fleet import Fleet
 fleet = Fleet(1).__enter__()
-print(fleet.terminal.plugs.netns.removesuffix("-terminal"), fleet.nodes[0].leader, flush=True)
+tag = fleet.terminal.plugs.netns.removesuffix("-terminal")
+# Any other run may remove them as soon as this one is dead.
+print(tag, fleet.nodes[0].leader, len([*NETNS.glob(f"{tag}-*")]), flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -473,9 +499,9 @@ def test_cabling_after_a_crashed_fleet_removes_what_it_left() -> None:
     argv = [sys.executable, "-c", CRASHED_FLEET]
     crashed = subprocess.run(argv, capture_output=True, text=True, env=settings)
     assert crashed.returncode == -signal.SIGKILL, crashed.stderr
-    tag, leader = crashed.stdout.split()
     # The router has ended: capture_output waits until it closes its standard error.
-    assert len(_traces(tag)) == 3
+    tag, leader, namespaces = crashed.stdout.split()
+    assert namespaces == "3"
     cabling.Cabling(direct=False).remove()
     assert _traces(tag) == []
     with FreshNode():
@@ -497,6 +523,31 @@ def test_cache_kept_by_two_processes_is_built_once(tmp_path: Path) -> None:
     output = [process.communicate(timeout=60)[0].splitlines() for process in both]
     assert sorted(map(len, output)) == [1, 2]
     assert output[0][-1] == output[1][-1]
+
+
+OWN_NAME = """
+from tests.lab import cache
+print(cache.own_name("probe"), cache.own_name("probe"), flush=True)
+input()
+"""
+
+
+def test_own_name_of_two_processes_differs_until_one_has_ended(tmp_path: Path) -> None:
+    settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XDG_CACHE_HOME": str(tmp_path)}
+
+    def started(stack: ExitStack) -> tuple[subprocess.Popen[str], str]:
+        argv = [sys.executable, "-c", OWN_NAME]
+        process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings)
+        stack.enter_context(process)
+        stack.callback(process.kill)
+        assert process.stdout is not None
+        return process, process.stdout.readline()
+
+    with ExitStack() as stack:
+        first, name = started(stack)
+        assert (name, started(stack)[1]) == ("probe probe\n", "probe-2 probe-2\n")
+        first.communicate("\n")
+        assert started(stack)[1] == "probe probe\n"
 
 
 def test_cache_kept_removes_failed_and_old_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

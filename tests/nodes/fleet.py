@@ -1,5 +1,6 @@
 """Sparks on a cable, a terminal with the checkout, and the commands of a user there."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -77,7 +78,9 @@ def _binds(index: int) -> Sequence[Bind]:
 
 def armed(node: FleetNode) -> bool:
     """Whether a rollback timer waits for a confirmation there, or a rollback runs."""
-    return any(each.suffix != ".new" for each in (node.root / rollback.HOME.lstrip("/")).glob("*/"))
+    # It goes while it is listed: walk passes over that, glob does not.
+    _, folders, _ = next(os.walk(node.root / rollback.HOME.lstrip("/")), ("", (), ()))
+    return any(not name.endswith(".new") for name in folders)
 
 
 def until_armed(node: FleetNode, run: Process) -> None:

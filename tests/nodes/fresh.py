@@ -42,7 +42,8 @@ def fresh_node(whose: str, *more: Bind) -> Iterator[FreshNode]:
 
     `whose`: the test file that asks. Files run in parallel, and each has a cache of its own.
     """
-    cache_name = f"{whose}-cache"
+    # Of two runs at once the second has another one.
+    cache_name = cache.own_name(f"{whose}-cache")
     # NCCL must be built in this run.
     shutil.rmtree(kept_folder(cache_name) / "nccl/built", ignore_errors=True)
     binds = [*what_nccl_is_built_of(), *own_cache(cache_name), *more]
@@ -141,7 +142,10 @@ def objects(node: FreshNode, prefix: str, *, age: float = 0) -> dict[str, float]
     `age`: only those that are so many seconds older than the newest file of the build.
     """
     build = node.root / prefix.lstrip("/") / "nccl"
-    times = {path: _changed(path) for path in build.glob("build-*/**/*") if path.suffix}
+    # Folders go while they are listed: walk passes over one that is gone, glob does not.
+    walked = (each for top in build.glob("build-*") for each in os.walk(top))
+    paths = [Path(folder, name) for folder, _, names in walked for name in names]
+    times = {path: _changed(path) for path in paths if path.suffix}
     newest = max(times.values(), default=0.0)
     return {str(path): at for path, at in times.items() if _is_done(path) and 0 < at <= newest - age}
 

@@ -13,6 +13,7 @@ from urllib.request import ProxyHandler, build_opener
 import pytest
 
 from sparkinstall.layout import CLOCK_LOCK_UNIT, HEALTH_TIMER, HEALTH_UNIT, unit_path
+from tests.lab import cache
 from tests.lab.node import FreshNode
 from tests.nodes.fresh import CHECKOUT, NOT_COMPARED, REPOSITORY, ignoring, sparkinstall
 
@@ -33,7 +34,8 @@ ALL = ("all", "--only", "clock-lock", "--yes", *ignoring(), "--ignore", "cuda", 
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[FreshNode]:
-    with FreshNode() as fresh:
+    # It is on this machine's network, where a second run's node would find the ports of Prometheus in use.
+    with cache.locked(cache.folder() / "prometheus-ports.lock"), FreshNode() as fresh:
         leave_out = [".git", ".venv", ".mypy_cache", ".ruff_cache", ".hypothesis", "__pycache__", "tests"]
         fresh.push(REPOSITORY, CHECKOUT, owner="spark", exclude=leave_out)
         fresh.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=300)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.lab.cache import kept
+from tests.lab.cache import folder, kept, locked
 
 _PACKAGE = "prometheus"
 
@@ -31,9 +31,11 @@ def checked(*words: str, cwd: Path, given: str = "") -> subprocess.CompletedProc
 
 def _offered() -> tuple[str, ...]:
     """What apt offers; on a machine that has never asked, after it has."""
-    if "(none)" in (candidate := _candidate()):
-        subprocess.run(("apt-get", "update", "-qq"), check=True, capture_output=True)
-        candidate = _candidate()
+    # apt-get does not wait for another one.
+    with locked(folder() / "apt.lock"):
+        if "(none)" in (candidate := _candidate()):
+            subprocess.run(("apt-get", "update", "-qq"), check=True, capture_output=True)
+            candidate = _candidate()
     return _PACKAGE, os.uname().machine, candidate
 
 
