@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -283,13 +284,14 @@ class _Downloading(Struct):
 @contextmanager
 def cache_in_use(cache: Path) -> Iterator[None]:
     """Keep `cache prune`, of whatever node, from removing what this context brings to the cache or takes from it."""
-    with folder_locked(cache, fcntl.LOCK_SH):
+    with folder_locked(cache, fcntl.LOCK_SH) as handle:
         try:
             yield
         finally:
-            # A run that brought nothing leaves no folder.
+            # A run that brought nothing leaves no folder, unless another one is using it.
             with suppress(OSError):
-                cache.rmdir()
+                if handle is None or _is_locked(handle):
+                    cache.rmdir()
 
 
 @contextmanager
@@ -306,16 +308,44 @@ def cache_unused(cache: Path) -> Iterator[None]:
 
 
 @contextmanager
-def folder_locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Wait until no other run has locked the folder, which is created, and lock it in this context."""
-    # Whoever writes there says why it cannot be created.
-    with suppress(OSError):
-        path.mkdir(parents=True, exist_ok=True)
+def folder_locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int | None]:
+    """Wait until no other run has locked the folder, which is created, and lock it in this context.
+
+    Yields what is locked; None: it cannot be opened.
+    """
+    is_made = _is_made(path)
     with _folder(path) as handle:
         while handle is not None and not _is_locked(handle, how):
             processes.refuse_if_stopped()
             time.sleep(0.05)
-        yield
+        if not is_made or _is_at(handle, path):
+            yield handle
+            return
+    # The run that had locked it has removed it.
+    with folder_locked(path, how) as again:
+        yield again
+
+
+def _is_made(path: Path) -> bool:
+    """Create a folder; whether it can be. Whoever writes there says why not."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        # A file, or a folder that another run has removed at this moment.
+        with suppress(FileNotFoundError):
+            return stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        return False
+    return True
+
+
+def _is_at(handle: int | None, path: Path) -> bool:
+    """Whether a folder is still where it was opened. None: one that may not be opened."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return False
+    return not os.access(path, os.R_OK) if handle is None else os.path.samestat(os.fstat(handle), found)
 
 
 def is_folder_locked(path: Path) -> bool:

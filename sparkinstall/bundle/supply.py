@@ -28,7 +28,7 @@ from sparkinstall.resources.packages import SYSTEM, installed
 from sparkinstall.resources.venv import wheelhouse
 from sparkinstall.steps.nccl import source
 from sparkinstall.system import Reader, processes
-from sparkinstall.wheelhouse import Wheelhouse
+from sparkinstall.wheelhouse import Wheelhouse, folder_locked
 
 NAME = "bundle"
 _VARIABLES = {False: "XDG_CACHE_HOME", True: "HF_HUB_CACHE"}
@@ -227,7 +227,10 @@ class _BringIn(Struct):
             with open(path, "wb") as out:
                 yield out
             try:
-                git_objects.unpack(path.read_bytes(), repository.mirror, repository.tag, repository.commit)
+                with folder_locked(repository.mirror.parent):
+                    # Another run may have brought it meanwhile.
+                    if not (repository.mirror / "HEAD").exists():
+                        git_objects.unpack(path.read_bytes(), repository.mirror, repository.tag, repository.commit)
             except ValueError as error:
                 raise BadBundle(
                     f"{member.path} in {self.path} cannot be used: {error}", hint="do not use it"

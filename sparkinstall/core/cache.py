@@ -1,9 +1,12 @@
 """The user's cache: what it contains and who needs it, whether it is intact, and how to make it smaller."""
 
+import os
 import re
 import shutil
+import stat
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -110,8 +113,14 @@ def _incomplete(node: Node, path: Path) -> Entry:
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
-    return sum(each.lstat().st_size for each in files if not each.is_dir() or each.is_symlink())
+    """Return the bytes of a file, or of all below a folder; another run may remove some meanwhile."""
+    size, walked = 0, os.walk(path) if path.is_dir() and not path.is_symlink() else [("", [], [str(path)])]
+    for above, folders, names in walked:
+        for name in (*folders, *names):
+            with suppress(FileNotFoundError):
+                found = os.lstat(os.path.join(above, name))
+                size += 0 if stat.S_ISDIR(found.st_mode) else found.st_size
+    return size
 
 
 def _wheels(node: Node, on: Reader) -> Iterator[Entry]:

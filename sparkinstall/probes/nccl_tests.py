@@ -15,6 +15,7 @@ from sparkinstall.node import Node, cuda_home, nccl_library, site_packages
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped
 from sparkinstall.system import Reader, Result
 from sparkinstall.system.workshop import Workshop
+from sparkinstall.wheelhouse import folder_locked
 
 REPOSITORY = "https://github.com/NVIDIA/nccl-tests.git"
 TAG, COMMIT = "v2.19.6", "a0b82b2260cf5152b9f8c061bbf7eaf0ba096432"
@@ -65,9 +66,16 @@ def programs(node: Node, on: Reader) -> dict[str, Path]:
         raise NotBuilt("there is no CUDA toolkit to build nccl-tests with: `nccl.cuda_home`")
     cache, recipe = workshop(node), _recipe(node, home)
     folder = cache.folder / recipe
-    if not all((folder / name).is_file() for name in PROGRAMS):
-        _build(cache, recipe, home, node, on.real(library), _headers(node, on))
+    if not _are_built(folder):
+        # Another run may be building them.
+        with folder_locked(cache.folder):
+            if not _are_built(folder):
+                _build(cache, recipe, home, node, on.real(library), _headers(node, on))
     return {name: folder / name for name in PROGRAMS}
+
+
+def _are_built(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in PROGRAMS)
 
 
 def _recipe(node: Node, home: str) -> str:
@@ -100,7 +108,7 @@ def mirror(cache: Workshop) -> Path:
 
 
 def _source(cache: Workshop, to: Path) -> None:
-    copy = ("git", "clone", "--quiet", "--branch", TAG, str(mirrored(cache)), str(to))
+    copy = ("git", "clone", "--quiet", "--branch", TAG, str(_mirrored(cache)), str(to))
     _run_or_raise(cache, *copy, doing="nccl-tests cannot be unpacked")
 
 
@@ -110,6 +118,11 @@ def mirrored(cache: Workshop) -> Path:
     Raises:
         NotBuilt: it cannot be reached, or the tag is another commit.
     """
+    with folder_locked(cache.folder):
+        return _mirrored(cache)
+
+
+def _mirrored(cache: Workshop) -> Path:
     copy = mirror(cache)
     if not (copy / "HEAD").exists():
         waiting = cache.new_folder(f"nccl-tests-{TAG}.new")

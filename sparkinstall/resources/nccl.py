@@ -21,6 +21,7 @@ from sparkinstall.own_files import read_regular
 from sparkinstall.resources import Drift, Ok, State, not_a_folder
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Reader, System
+from sparkinstall.wheelhouse import folder_locked
 
 KEPT_LIBRARY, KEPT_STAMP = "libnccl.so", "build.json"
 
@@ -164,8 +165,7 @@ class NcclLibrary(Struct, frozen=True):
         # Cache the library for reuse: after an uninstall, below another prefix, by another stack.
         folder, files = self.kept(recipe), {KEPT_LIBRARY: self.library, KEPT_STAMP: self.stamp_path}
         # An unwritable cache only costs a later build.
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError), folder_locked(folder):
             for name, path in files.items():
                 shutil.copyfile(on.real(path), folder / f"{name}.new")
                 (folder / f"{name}.new").replace(folder / name)

@@ -17,6 +17,7 @@ from sparkinstall.errors import BadConfig, Blocked, CommandFailed, StateDamaged
 from sparkinstall.own_files import read_regular
 from sparkinstall.system import Reader, System
 from sparkinstall.system.local import replace_file
+from sparkinstall.wheelhouse import folder_locked
 
 REPOSITORY = "https://github.com/NVIDIA/nccl.git"
 _VERSION_PARTS = re.compile(r"^NCCL_(?:MAJOR|MINOR|PATCH)\s*:=\s*(\d+)", re.MULTILINE)
@@ -126,8 +127,10 @@ class NcclSource(Struct, frozen=True):
             CommandFailed: the repository cannot be reached.
         """
         mirror = self.mirror
-        if not (mirror / "HEAD").exists():
-            self._mirror(on, mirror)
+        # Another run may be downloading it to the same place.
+        with folder_locked(mirror.parent):
+            if not (mirror / "HEAD").exists():
+                self._mirror(on, mirror)
         head = on.ask("git", "-C", str(mirror), "rev-parse", f"{self.tag}^{{commit}}").out.strip()
         if head != self.commit:
             shutil.rmtree(mirror, ignore_errors=True)

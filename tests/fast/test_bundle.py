@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from sparkinstall.bundle.supply import with_its_stack
 from sparkinstall.cli.app import command as command_of
 from sparkinstall.core.session import Target
 from sparkinstall.payloads.bundle_archive import manifest_of
+from sparkinstall.resources import nccl_source
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system.local import LocalSystem
 from tests.support import stored_models
@@ -283,6 +285,18 @@ def test_repository_is_unpacked_as_it_was(tmp_path: Path) -> None:
     assert tree(tmp_path / "node/source") == tree(upstream)
     subprocess.run(["git", "-C", source.mirror, "fsck", "--strict"], check=True, capture_output=True)
     assert git_objects.packed(source.mirror) == one
+
+
+def test_repository_that_several_runs_need_at_once_is_downloaded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upstream, commit = _upstream(tmp_path / "upstream")
+    monkeypatch.setattr(nccl_source, "REPOSITORY", f"file://{upstream}")
+    source = NcclSource("2.28.9", "v2.28.9-1", commit, "git", None, tmp_path / "cache", offline=False)
+    with ThreadPoolExecutor(4) as runs:
+        found = list(runs.map(lambda _: source.mirrored(LocalSystem(str(tmp_path / "node"))), range(4)))
+    assert found == [source.mirror] * 4
+    assert list((tmp_path / "cache").iterdir()) == [source.mirror]
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"0 blob 5\nab", b"0 blob -1\n\n", b"0 what 0\n\n", b"0 blob 0\n\n"])

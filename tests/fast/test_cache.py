@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from msgspec.structs import asdict
 from sparkinstall.core.converge import Dialog, InstallOptions, Supply, converge
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.downloads import sha256_of
+from sparkinstall.errors import Busy
 from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.resources.nccl import Recipe
 from sparkinstall.system.local import LocalSystem
-from sparkinstall.wheelhouse import Wheelhouse, cache_in_use
+from sparkinstall.wheelhouse import Wheelhouse, cache_in_use, cache_unused
 from tests.support.rehearsals import empty_rehearsal, envelope, in_this_process, output_of
 from tests.support.tiny_stack import tiny_stack
 
@@ -188,6 +190,28 @@ def test_run_that_brings_nothing_to_the_cache_leaves_no_folder(tmp_path: Path) -
     with cache_in_use(tmp_path / "cache"):
         assert (tmp_path / "cache").is_dir()
     assert not (tmp_path / "cache").exists()
+
+
+def test_cache_of_a_run_stays_when_another_that_brought_nothing_ends(tmp_path: Path) -> None:
+    cache = tmp_path / "cache/sparkinstall"
+    with cache_in_use(cache):
+        with cache_in_use(cache):
+            pass
+        (cache / "mine").write_text("")
+        with pytest.raises(Busy), cache_unused(cache):
+            pass
+
+
+def test_cache_that_others_leave_and_remove_is_locked_each_time(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def use(_: int) -> bool:
+        with cache_in_use(cache):
+            return cache.is_dir()
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(use, range(1000)))
+    assert not cache.exists()
 
 
 @pytest.mark.parametrize("verb", ["list", "verify", "prune"])
