@@ -33,6 +33,9 @@ nccl:
 CACHE = "/home/spark/.cache/sparkinstall"
 CCACHE = "/srv/ccache"
 NVCC = Path(__file__).with_name("nvcc")
+BEFORE_THE_COMPILER = Path(__file__).with_name("ccache")
+# ccache itself takes what has such a name for ccache, and looks for the compiler behind it.
+BEFORE = "/srv/ccache-and-files"
 HOME_OF_TOOL = "home/spark/.local/share/sparkinstall"
 
 
@@ -92,12 +95,14 @@ def what_nccl_is_built_of() -> list[Bind]:
     Most of the time of NCCL's build is that of the compilers. The toolkit's nvcc is one of ours (tests/nodes/nvcc).
     """
     cuda = [Bind(toolkit(), "/usr/local/cuda"), Bind(toolkit(), "/srv/cuda"), Bind(NVCC, "/usr/local/cuda/bin/nvcc")]
-    return [*cuda, Bind(tarball().parent, "/srv/nccl"), Bind(kept_folder("ccache"), CCACHE, read_only=False)]
+    kept = [Bind(kept_folder("ccache"), CCACHE, read_only=False), Bind(BEFORE_THE_COMPILER, BEFORE)]
+    return [*cuda, *kept, Bind(tarball().parent, "/srv/nccl")]
 
 
 def put_before_the_compiler(node: FreshNode, *, used: bool = True) -> None:
     """Let ccache answer for g++ and nvcc; if it is not `used`, they compile each time."""
-    node.run("ln", "-sf", "/usr/bin/ccache", "/usr/local/bin/g++")
+    for name in ("g++", "ccache"):
+        node.run("ln", "-sf", BEFORE, f"/usr/local/bin/{name}")
     # NCCL's files are unpacked just before; what they contain tells whether they have changed.
     settings = f"cache_dir = {CCACHE}\ndisable = {str(not used).lower()}\n"
     node.write("/etc/ccache.conf", f"{settings}sloppiness = include_file_mtime,include_file_ctime,time_macros\n")
