@@ -861,7 +861,11 @@ class Followed:
         def has_read() -> bool:
             """Whether it sleeps, and its place in the file, which the kernel tells, is the end."""
             at = [each.name for each in files.iterdir() if os.path.realpath(each) == str(log)]
-            told = [(files.parent / "fdinfo" / each).read_text() for each in at]
+            try:
+                told = [(files.parent / "fdinfo" / each).read_text() for each in at]
+            except FileNotFoundError:
+                # It has just closed one.
+                return False
             state = (files.parent / "stat").read_text().rpartition(")")[2].split()[0]
             return state == "S" and any(int(each.split()[1]) == log.stat().st_size for each in told)
 

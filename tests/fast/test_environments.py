@@ -474,8 +474,9 @@ def _wait_for_handler(run: "subprocess.Popen[str]") -> None:
     """Wait until the program has a handler of its own for TERM: before that the signal ends Python itself."""
 
     def handles() -> int:
-        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{run.pid}/status").read_text())
-        # That of a program that has ended has no such line.
+        # A program that has ended has no such line, or no such file.
+        status = Path(f"/proc/{run.pid}/status").read_text() if run.poll() is None else ""
+        caught = re.search(r"SigCgt:\s*(\w+)", status)
         return int(caught[1], 16) >> (signal.SIGTERM - 1) & 1 if caught else 1
 
     until(handles, during=run, pause=0.001)

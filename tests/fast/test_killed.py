@@ -232,10 +232,12 @@ def processes_of_group(leader: int) -> set[int]:
 
 
 def test_end_leftovers_ends_only_marked_programs() -> None:
-    other = subprocess.Popen(["sleep", "1000"], env=environment(**{processes.RUN_MARK: "another"}))
-    mine = subprocess.Popen(["sleep", "1000"], env=environment(**{processes.RUN_MARK: "this"}))
+    # All processes of this machine are looked at, also those of other tests.
+    run = f"of-{os.getpid()}"
+    other = subprocess.Popen(["sleep", "1000"], env=environment(**{processes.RUN_MARK: f"{run}-another"}))
+    mine = subprocess.Popen(["sleep", "1000"], env=environment(**{processes.RUN_MARK: run}))
     try:
-        assert processes.end_leftovers("this") == 1
+        assert processes.end_leftovers(run) == 1
         assert mine.wait(300) == -signal.SIGKILL
         assert other.poll() is None
     finally:

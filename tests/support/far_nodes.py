@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,8 +181,12 @@ class FarNodes:
         """Environment in which `ssh` reaches these nodes."""
         tools = self.lab / "bin"
         tools.mkdir(exist_ok=True)
-        (tools / "ssh").write_text(_SSH)
-        (tools / "ssh").chmod(0o755)
+        # It appears whole: another thread's run may be starting it.
+        if not (tools / "ssh").exists():
+            made = tools / f"ssh-{threading.get_ident()}"
+            made.write_text(_SSH)
+            made.chmod(0o755)
+            made.replace(tools / "ssh")
         paths = {"PATH": f"{tools}:{os.environ['PATH']}", "LAB": str(self.lab), "HOME": str(self.lab)}
         # What pip installs here is imported once or twice, and most of it never.
         env = {**os.environ, **paths, "PYTHONPATH": str(self.checkout), "PIP_NO_COMPILE": "1"}

@@ -35,6 +35,7 @@ FOR_PYTHON = ("PYTHON", "LC_", "LANG", "TZ", "LD_")
 """How the names of variables begin that Python, or what starts it, reads at its start."""
 _LONGEST_REQUEST = 1 << 20
 
+_guard = threading.Lock()
 _parent: Parent | None = None
 
 
@@ -43,9 +44,12 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run `python -m MODULE WORDS` in the folder `cwd` to its end, with an empty stdin."""
     global _parent
-    if _parent is None or _parent.owner != os.getpid() or _parent.for_python != _for_python(env):
-        _parent = Parent(env)
-    return _parent.run(module, words, env, timeout, cwd)
+    # Tests that run several at once do so in threads: all take one.
+    with _guard:
+        if _parent is None or _parent.owner != os.getpid() or _parent.for_python != _for_python(env):
+            _parent = Parent(env)
+        parent = _parent
+    return parent.run(module, words, env, timeout, cwd)
 
 
 def _for_python(env: Mapping[str, str]) -> Mapping[str, str]:
