@@ -118,9 +118,12 @@ def _show_installed(session: Session) -> None:
 
 
 def _uninstall(target: Target, yes: bool) -> CommandResult:
-    rehearsal = target.root is not None
-    confirm("Stop the timer of `health`, and remove it with its result?", agreed=yes or rehearsal, default=True)
-    done = parts.withdraw(target, named(_STEP), _SETTINGS, "health --uninstall")
+    question = "Stop the timer of `health`, and remove it with its result?"
+
+    def agree() -> None:
+        confirm(question, agreed=yes or target.root is not None, default=True)
+
+    done = parts.withdraw(target, named(_STEP), _SETTINGS, "health --uninstall", agree)
     return withdrawn_part(done, "the timer of `health`")
 
 

@@ -144,12 +144,15 @@ def _show_installed(session: Session) -> None:
 @verb("monitoring uninstall", "root", "config")
 def uninstall(target: Target, _output: Output, yes: options.Yes = False) -> CommandResult:
     """Undo `monitoring install`: what Prometheus has recorded is removed too."""
-    rehearsal = target.root is not None
-    confirm("Remove Prometheus with all that it has recorded?", agreed=yes or rehearsal, default=False)
-    done = parts.withdraw(target, named(_STEP), _SETTINGS, "monitoring uninstall")
+    question = "Remove Prometheus with all that it has recorded?"
+
+    def agree() -> None:
+        confirm(question, agreed=yes or target.root is not None, default=False)
+
+    done = parts.withdraw(target, named(_STEP), _SETTINGS, "monitoring uninstall", agree)
     if done.found:
         _restore_health(target)
-    return withdrawn_part(done, "Prometheus and node_exporter")
+    return withdrawn_part(done, "Prometheus with node_exporter")
 
 
 def _restore_health(target: Target) -> None:

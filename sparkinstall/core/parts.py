@@ -1,6 +1,6 @@
 """An optional part of a node, one step that settings switch on: installed and undone alone, by its own verb."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
@@ -56,8 +56,11 @@ def install(session: Session, step: Step, verb: str, dialog: Dialog) -> Installa
     return converge(session, InstallOptions(only=(step.name,), verb=verb, checks=_CHECKS), dialog)
 
 
-def withdraw(target: Target, step: Step, names: Sequence[str], verb: str) -> Withdrawal:
+def withdraw(target: Target, step: Step, names: Sequence[str], verb: str, agree: Callable[[], None]) -> Withdrawal:
     """Undo all changes of one step, and forget the settings `names`.
+
+    Args:
+        agree: called before anything is undone, if there is something to undo; what it raises ends this.
 
     Raises:
         Busy, JournalDamaged: nothing was undone.
@@ -68,6 +71,7 @@ def withdraw(target: Target, step: Step, names: Sequence[str], verb: str) -> Wit
     if not any(record.step == step.name for record in state.journal().records()):
         return Withdrawal(found=False, wanted_by=_wanted_by(session, step, names))
     state.require_free()
+    agree()
     with state.hold(verb, silent):
         options = state.options()
         settings = {name: value for name, value in options.get("settings", {}).items() if name not in names}

@@ -7,7 +7,7 @@ import pytest
 from msgspec import json
 
 from sparkinstall.core import catalogue
-from sparkinstall.errors import BadUsage
+from sparkinstall.errors import BadUsage, Interrupted
 from sparkinstall.facts.health import MARK, last_run, metrics, summary
 from sparkinstall.facts.life import LifeState, Wedge
 from sparkinstall.layout import HEALTH_TIMER, HEALTH_UNIT, unit_path
@@ -181,6 +181,29 @@ def test_health_install_in_a_rehearsal_is_undone_without_a_trace(tmp_path: Path)
     assert not root.exists()
     again = in_this_process("health", "--uninstall", "--root", root)
     assert again.returncode == 0 and "Nothing to undo" in again.stdout
+
+
+def test_health_uninstall_asks_only_if_the_timer_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, asked = tmp_path / "node", list[str]()
+    monkeypatch.setattr("sparkinstall.cli.health.confirm", lambda question, **_: asked.append(question))
+    nothing = in_this_process("health", "--uninstall", "--root", root)
+    assert (nothing.returncode, asked) == (0, []), output_of(nothing)
+    assert nothing.stdout.startswith("Nothing to undo: the timer of `health` is not installed.")
+    assert in_this_process("health", "--install", "--root", root).returncode == 0
+    assert in_this_process("health", "--uninstall", "--root", root).returncode == 0
+    assert len(asked) == 1 and not root.exists()
+
+
+def test_health_uninstall_that_is_refused_undoes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise Interrupted("cancelled; nothing was changed")
+
+    root = tmp_path / "node"
+    assert in_this_process("health", "--install", "--root", root).returncode == 0
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    monkeypatch.setattr("sparkinstall.cli.health.confirm", refuse)
+    assert in_this_process("health", "--uninstall", "--root", root).returncode == Interrupted.exit_code
+    assert {path: path.read_bytes() for path in root.rglob("*") if path.is_file()} == before
 
 
 def test_health_uninstall_keeps_what_other_steps_have_and_their_options(tmp_path: Path) -> None:

@@ -160,6 +160,17 @@ def test_monitoring_install_in_a_rehearsal_is_undone_without_a_trace(tmp_path: P
     assert not root.exists()
 
 
+def test_monitoring_uninstall_asks_only_if_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, asked = tmp_path / "node", list[str]()
+    monkeypatch.setattr("sparkinstall.cli.monitoring.confirm", lambda question, **_: asked.append(question))
+    nothing = in_this_process("monitoring", "uninstall", "--root", root)
+    assert (nothing.returncode, asked) == (0, []), output_of(nothing)
+    assert nothing.stdout.startswith("Nothing to undo: Prometheus with node_exporter is not installed.")
+    assert in_this_process("monitoring", "install", "--root", root).returncode == 0
+    assert in_this_process("monitoring", "uninstall", "--root", root).returncode == 0
+    assert len(asked) == 1 and not root.exists()
+
+
 def test_monitoring_uninstall_keeps_the_timer_of_health(tmp_path: Path) -> None:
     root = tmp_path / "node"
     assert in_this_process("health", "--install", "--root", root).returncode == 0
