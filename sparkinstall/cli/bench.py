@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Annotated, get_args
@@ -13,6 +14,7 @@ import click
 import msgspec
 import typer
 from msgspec import UNSET, Struct, UnsetType
+from rich.console import Console
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
@@ -251,7 +253,8 @@ def _show_comparisons(found: Sequence[Comparison], verbose: bool) -> None:
         out.print(Text(shown(f"{each.file} against {each.base}"), style="bold"))
         told = [change for change in each.changes if verbose or change.verdict != "noise"]
         if told:
-            out.print(_changes(told))
+            wide = _changes(told)
+            out.print(wide if _fits(wide, out) else _narrow_changes(told))
         noise = sum(change.verdict == "noise" for change in each.changes)
         count = len(each.changes)
         many = f"{noise} of {count} numbers differ by no more than noise" if count else "no number can be compared"
@@ -262,14 +265,37 @@ def _show_comparisons(found: Sequence[Comparison], verbose: bool) -> None:
             show_line(shown(f"differs: {differs.what}: {differs.base or 'none'} -> {differs.other or 'none'}"), out)
 
 
-def _changes(changes: Sequence[Change]) -> object:
+def _changes(changes: Sequence[Change]) -> Table:
     table = headed("", "", "before", "after", "change", "interval", "")
-    colours = {"better": "green", "worse": "red", "noise": "dim"}
     for each in changes:
-        interval = f"{percent(each.low)} ... {percent(each.high)}"
         values = (f"{number(each.base)} {each.unit}", f"{number(each.other)} {each.unit}", percent(each.change))
-        table.add_row(each.name, each.metric, *values, interval, Text(each.verdict, style=colours[each.verdict]))
+        table.add_row(each.name, each.metric, *values, _interval(each), _verdict(each))
     return table
+
+
+def _narrow_changes(changes: Sequence[Change]) -> Table:
+    """Return the same with a row for each result's name, and the interval below each number's name."""
+    table = headed("number and interval", "before", "after", "change", "")
+    for name, of_one in groupby(changes, lambda each: each.name):
+        table.add_row(Text(name, style="bold"))
+        for each in of_one:
+            values = (number(each.base), number(each.other), percent(each.change))
+            table.add_row(f"{each.metric} {each.unit}", *values, _verdict(each))
+            table.add_row(f"  {_interval(each)}")
+    return table
+
+
+def _interval(of: Change) -> str:
+    return f"{percent(of.low)} ... {percent(of.high)}"
+
+
+def _verdict(of: Change) -> Text:
+    return Text(of.verdict, style={"better": "green", "worse": "red", "noise": "dim"}[of.verdict])
+
+
+def _fits(table: Table, out: Console) -> bool:
+    """Whether no cell of the table would be wrapped."""
+    return Measurement.get(out, out.options.update(max_width=_ANY_WIDTH), table).maximum <= out.width
 
 
 ReportFile = Annotated[
@@ -370,8 +396,7 @@ def show_benchmark(found: use.Benchmark, file: str, verbose: bool = False) -> No
         out.print(_scenarios(found.scenarios))
     if found.levels:
         wide = _levels_table(found.levels)
-        fits = Measurement.get(out, out.options.update(max_width=_ANY_WIDTH), wide).maximum <= out.width
-        out.print(wide if fits else _narrow_levels(found.levels))
+        out.print(wide if _fits(wide, out) else _narrow_levels(found.levels))
     for line in _remarks(found, verbose):
         show_line(shown(line), out)
     state = "[green bold]✓[/]" if found.complete and not found.wrong else "[yellow]![/]"

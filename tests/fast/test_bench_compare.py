@@ -2,22 +2,26 @@
 
 import errno
 import html
+import io
 import random
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from xml.etree import ElementTree
 
 import msgspec
 import pytest
 from msgspec.structs import replace
+from rich.console import Console
 
+from sparkinstall.cli import bench as cli
 from sparkinstall.cli import output_file
 from sparkinstall.measure import plots
 from sparkinstall.measure.bench import Benchmark
 from sparkinstall.measure.compare import Change, circumstances, compare
+from sparkinstall.measure.report import number, percent
 from sparkinstall.measure.results import LevelResult, Note, Request, ScenarioResult
 from tests.support.rehearsals import envelope, in_this_process
 
@@ -192,6 +196,25 @@ def test_compare_shows_what_is_worse_and_ends_with_3_if_asked(
     assert in_this_process(*words, "--detailed-exitcode").returncode == 3
     same = (words[0], words[1], words[2], written("same", level(record, seed=2)))
     assert in_this_process(*same, "--detailed-exitcode").returncode == 0
+
+
+@pytest.mark.parametrize("width", [60, 80, 160])
+def test_table_of_changes_fits_into_the_terminal(
+    width: int, record: Benchmark, written: Callable[[str, Benchmark], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None, highlight=False)
+    monkeypatch.setattr(cli, "console", lambda: out)
+    base, other = level(record), level(record, factor=1.5, seed=1)
+    assert in_this_process("bench", "compare", written("old", base), written("new", other)).returncode == 0
+    lines = [line.split() for line in cast(io.StringIO, out.file).getvalue().splitlines()]
+    found = changes(base, other)
+    assert len(found) == 7
+    for each in found.values():
+        (row,) = [line for line in lines if each.metric in " ".join(line)]
+        assert {number(each.base), number(each.other), percent(each.change), each.verdict} <= set(row)
+        interval = [percent(each.low), "...", percent(each.high)]
+        below = lines[lines.index(row) + 1]
+        assert below == interval if width < 160 else " ".join(interval) in " ".join(row)
 
 
 # --- the page
