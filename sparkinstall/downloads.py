@@ -5,22 +5,27 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from msgspec import Struct
 
 from sparkinstall import causes
-from sparkinstall.errors import CommandFailed, Storage, storage_problem
+from sparkinstall.errors import CommandFailed, Interrupted, Storage, storage_problem
 
 if TYPE_CHECKING:
     import requests
 
 _Each = TypeVar("_Each")
+_Result = TypeVar("_Result")
 _AT_ONCE = 4
+# Seconds: between two looks at whether the run was interrupted, and how long what has begun may take to end.
+_LOOK, _AFTER_AN_INTERRUPT, _AFTER_A_FAILURE = 0.1, 0.8, 10.0
 # Small, because a partly received chunk is lost when the connection closes.
 _CHUNK = 1 << 16
 _TIMEOUT = (15, 60)
@@ -57,21 +62,76 @@ class Known(Struct, frozen=True):
     lock: Path
 
 
-def in_parallel(work: Callable[[_Each], None], items: Iterable[_Each], stop: Callable[[], None]) -> None:
-    """Do the work for all items, a few at once; the first failure ends all.
+def _nothing() -> None:
+    """Do nothing."""
+
+
+def in_parallel(
+    work: Callable[[_Each], _Result],
+    items: Iterable[_Each],
+    stop: Callable[[], None] = _nothing,
+    wanted: Callable[[], None] = _nothing,
+    at_once: int = _AT_ONCE,
+) -> list[_Result]:
+    """Do the work for all items, a few at once, and return what it gives for each; the first failure ends all.
 
     Args:
-        stop: called then, so that what has begun ends too.
+        stop: called after a failure or an interrupt, so that what has begun ends too.
+        wanted: called now and then; raises if the run was interrupted.
     """
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        jobs = [pool.submit(work, each) for each in items]
-        try:
-            for job in as_completed(jobs):
-                job.result()
-        except BaseException:
-            stop()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    waiting = deque(enumerate(items))
+    results: dict[int, _Result] = {}
+    ended: SimpleQueue[tuple[int, _Result] | BaseException] = SimpleQueue()
+    count = len(waiting)
+
+    def work_off() -> None:
+        with suppress(IndexError):
+            while True:
+                at, item = waiting.popleft()
+                try:
+                    ended.put((at, work(item)))
+                except BaseException as error:
+                    ended.put(error)
+
+    # A thread that waits for a server which sends nothing cannot be ended: it must not keep the process.
+    threads = [Thread(target=work_off, daemon=True) for _ in range(min(at_once, count))]
+    try:
+        for thread in threads:
+            thread.start()
+        while len(results) < count:
+            wanted()
+            with suppress(Empty):
+                found = ended.get(timeout=_LOOK)
+                if isinstance(found, BaseException):
+                    raise found
+                results[found[0]] = found[1]
+    except BaseException as error:
+        waiting.clear()
+        stop()
+        _wait_for(threads, _AFTER_A_FAILURE if _is_failure(error) else _AFTER_AN_INTERRUPT)
+        raise
+    return [results[at] for at in range(count)]
+
+
+def _is_failure(error: BaseException) -> bool:
+    return isinstance(error, Exception) and not isinstance(error, Interrupted)
+
+
+def _wait_for(threads: Sequence[Thread], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    for thread in threads:
+        if thread.is_alive():
+            thread.join(max(0.0, until - time.monotonic()))
+
+
+@contextmanager
+def kept_when_interrupted() -> Iterator[None]:
+    """Say of an interrupt in this context that what has come of a download is kept."""
+    try:
+        yield
+    except (KeyboardInterrupt, Interrupted) as error:
+        hint = "run the same command again: it continues there, also in the middle of a file"
+        raise Interrupted("interrupted while downloading; what has come is kept", hint=hint) from error
 
 
 def sha256_of(path: Path) -> str:

@@ -20,7 +20,7 @@ import msgspec
 from msgspec import Struct, field
 
 from sparkinstall import schema
-from sparkinstall.downloads import NotDownloaded, fetch, in_parallel, sha256_of
+from sparkinstall.downloads import NotDownloaded, fetch, in_parallel, kept_when_interrupted, sha256_of
 from sparkinstall.errors import Busy, CommandFailed, Storage, storage_errors
 from sparkinstall.events import seldom
 from sparkinstall.own_files import read_regular
@@ -229,7 +229,8 @@ class _Downloading(Struct):
         """Download, a few at once; the first failure ends all."""
         ordered = sorted(wheels, key=lambda wheel: wheel.size, reverse=True)
         self._sizes = {wheel.name: wheel.size for wheel in ordered}
-        in_parallel(self._one, ordered, self._stop)
+        with kept_when_interrupted():
+            in_parallel(self._one, ordered, self._stop, processes.refuse_if_stopped)
 
     def _stop(self) -> None:
         self._failed = True

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from graphlib import TopologicalSorter
 from typing import Literal
 
@@ -177,7 +178,7 @@ def _side_by_side(
         note = report.problem.message if report.problem else f"needs {report.blocked_by}" if report.blocked_by else ""
         emit(StepEnded(report.name, report.outcome, report.seconds, note))
 
-    with ThreadPoolExecutor(max_workers=len(steps) or 1) as pool:
+    with _words_of_steps(reports), ThreadPoolExecutor(max_workers=len(steps) or 1) as pool:
         try:
             while waiting or running:
                 unfinished = {step.name for step in (*waiting, *running.values())}
@@ -196,6 +197,19 @@ def _side_by_side(
             processes.stop_all()
             raise
     return [reports[step.name] for step in steps]
+
+
+@contextmanager
+def _words_of_steps(reports: Mapping[str, StepReport]) -> Iterator[None]:
+    """After an interrupt, raise what a step says of it, if one does: a download is kept."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        for report in reports.values():
+            # Without a hint it says no more than that it was interrupted.
+            if isinstance(report.problem, Interrupted) and report.problem.hint:
+                raise report.problem from error
+        raise
 
 
 def _failed_need(needs: Sequence[str], reports: Mapping[str, StepReport]) -> str | None:

@@ -13,7 +13,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from sparkinstall.core.model_cache import ModelFolder, Revision, folders
-from sparkinstall.downloads import NotDownloaded, fetch, in_parallel
+from sparkinstall.downloads import NotDownloaded, fetch, in_parallel, kept_when_interrupted
 from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Problem, Storage, storage_errors
 from sparkinstall.events import Tell, seldom
 from sparkinstall.models import listing
@@ -299,7 +299,8 @@ class _Downloading(Struct):
         """Download, a few at once; the first failure ends all."""
         self._total = sum(file.size for file in files)
         self._done = {file.digest: self.folder.arrived(file) for file in files}
-        in_parallel(self._one, sorted(files, key=lambda each: -each.size), self._stop)
+        with kept_when_interrupted():
+            in_parallel(self._one, sorted(files, key=lambda each: -each.size), self._stop, processes.refuse_if_stopped)
 
     def _stop(self) -> None:
         self._failed = True

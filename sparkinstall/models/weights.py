@@ -6,13 +6,14 @@ A header is 8 bytes (its length, little endian) and JSON: dtype, shape and byte 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
 from sparkinstall import schema
+from sparkinstall.downloads import in_parallel
 from sparkinstall.models import ModelError
 from sparkinstall.models.files import Files, Part, read_object
 
@@ -81,8 +82,7 @@ def read_weights(files: Files) -> Weights:
     names = files.names()
     wanted, left_out = _wanted(files, names)
     if files.workers > 1:
-        with ThreadPoolExecutor(files.workers) as pool:
-            each_file = list(pool.map(lambda name: _tensors(files, name), wanted))
+        each_file = in_parallel(partial(_tensors, files), wanted, at_once=files.workers)
     else:
         each_file = [_tensors(files, name) for name in wanted]
     return Weights([each for of_file in each_file for each in of_file], wanted, left_out)

@@ -7,15 +7,16 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from msgspec import Struct
 
 from sparkinstall import schema
-from sparkinstall.downloads import fetch, sha256_of
+from sparkinstall.downloads import fetch, in_parallel, kept_when_interrupted, sha256_of
 from sparkinstall.errors import BadConfig, Blocked, CommandFailed, StateDamaged
 from sparkinstall.own_files import read_regular
-from sparkinstall.system import Reader, System
+from sparkinstall.system import Reader, System, processes
 from sparkinstall.system.local import replace_file
 from sparkinstall.wheelhouse import folder_locked
 
@@ -189,7 +190,7 @@ class NcclSource(Struct, frozen=True):
             tarball = self.cache / tarball_name(self.where)
             if not tarball.exists():
                 self._refuse_download(self.where)
-            return fetch(self.where, tarball, lambda n, of: on.progress(n, of, "bytes"))
+            return self._downloaded(on, tarball)
         path = Path(self.where).expanduser()
         if not path.is_file():
             raise BadConfig(
@@ -197,6 +198,18 @@ class NcclSource(Struct, frozen=True):
                 hint="set it to NCCL's tarball or source folder, or remove the setting to use the upstream repository",
             )
         return path
+
+    def _downloaded(self, on: System, to: Path) -> Path:
+        over = Event()
+
+        def tell(done: int, total: int) -> None:
+            if over.is_set():
+                raise CommandFailed("the run has ended")
+            on.progress(done, total, "bytes")
+
+        with kept_when_interrupted():
+            in_parallel(lambda url: fetch(url, to, tell), [self.where], over.set, processes.refuse_if_stopped)
+        return to
 
     def _hold_to_hash(self, tarball: Path) -> None:
         found, recorded = sha256_of(tarball), self._recorded()

@@ -11,7 +11,7 @@ import pytest
 from sparkinstall.core import catalogue, checks
 from sparkinstall.core.engine import StepReport, converge, ordered, plan
 from sparkinstall.core.session import Session, looked_at
-from sparkinstall.errors import Blocked, NeedsRoot, Problem
+from sparkinstall.errors import Blocked, Interrupted, NeedsRoot, Problem
 from sparkinstall.events import Event, ResourceApplied, StepEnded, StepStarted, silent
 from sparkinstall.node import Node
 from sparkinstall.probes import Probe, passed
@@ -235,6 +235,19 @@ def test_converge_interrupt_stops_the_programs_of_all_steps(monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         done(step_of("a", [Item(raises=KeyboardInterrupt())]))
     assert stopped
+
+
+def test_converge_interrupt_says_what_an_interrupted_step_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "stop_all", lambda: None)
+    barrier = threading.Barrier(2)
+    said = Interrupted("interrupted while downloading", hint="it continues")
+    steps = (
+        step_of("a", [Item(barrier=barrier, raises=KeyboardInterrupt())]),
+        step_of("b", [Item(barrier=barrier, raises=said)]),
+    )
+    with pytest.raises(Interrupted) as found:
+        done(*steps)
+    assert found.value is said
 
 
 def test_plan_applies_nothing() -> None:

@@ -306,6 +306,25 @@ def test_pull_that_is_stopped_resumes_within_the_file(number: int, hub: ModelHub
     assert not list(folder.glob("blobs/*.incomplete"))
 
 
+def test_pull_that_is_interrupted_while_the_hub_sends_nothing_ends_at_once_and_keeps_the_part(
+    hub: ModelHub, folder: Path
+) -> None:
+    hub.stops_at = 1_000_000
+    with _start("pull", MODEL) as run:
+        until(lambda: _arrived(folder) > 500_000, during=run)
+        run.send_signal(signal.SIGINT)
+        # Before a download gives the server up, which takes a minute.
+        _, err = run.communicate(timeout=50)
+    assert run.returncode == 130 and not hub.goes_on.is_set(), err
+    assert "interrupted while downloading; what has come is kept" in err
+    assert "run the same command again: it continues there, also in the middle of a file" in err
+    assert _arrived(folder) > 500_000
+    hub.stops_at, hub.requests = 0, []
+    hub.goes_on.set()
+    _pull()
+    assert any(each.range and not each.range.startswith("bytes=0-") for each in hub.downloads())
+
+
 def _line_with(words: str, run: "subprocess.Popen[str]") -> str:
     """What it writes on stderr, up to the line with these words."""
     assert run.stderr is not None

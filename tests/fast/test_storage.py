@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,13 @@ import pytest
 
 from sparkinstall.core import catalogue
 from sparkinstall.downloads import fetch
-from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Storage, storage_problem
+from sparkinstall.errors import BadUsage, Blocked, CommandFailed, Interrupted, Storage, storage_problem
 from sparkinstall.events import seldom, silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.journal.system import JournaledSystem
 from sparkinstall.probes import Probe, failed
 from sparkinstall.resources.nccl_source import NcclSource
-from sparkinstall.system import local
+from sparkinstall.system import local, processes
 from sparkinstall.system.local import LocalSystem
 from tests.support.cut_downloads import CutServer, served
 from tests.support.fake_sudo import AsAnotherUser, among_files_of_root, fake_sudo
@@ -356,6 +357,27 @@ def test_nccl_source_with_a_wrong_hash_is_not_kept(tmp_path: Path) -> None:
 
 
 # --- interrupts
+
+
+def test_nccl_source_that_stalls_ends_at_an_interrupt_and_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = threading.Event()
+
+    def refuse() -> None:
+        if any(part.stat().st_size for part in tmp_path.glob("cache/*.part")):
+            raise Interrupted("interrupted")
+
+    monkeypatch.setattr(processes, "refuse_if_stopped", refuse)
+    with served(CutServer(CONTENT, cut=len(CONTENT) // 2, held=held)) as server:
+        source = NcclSource("2.28.9", "v2.28.9-1", "0" * 40, server.url, None, tmp_path / "cache")
+        with pytest.raises(Interrupted, match="what has come is kept"):
+            source.bring(LocalSystem(str(tmp_path / "node")), "/nccl/source")
+        # Nobody has asked again, and the server still holds the connection.
+        assert server.asked == [None] and not held.is_set()
+        assert [part.stat().st_size > 0 for part in tmp_path.glob("cache/*.part")] == [True]
+        held.set()
+
 
 SLEEPY = "tests.support.sleepy_run"
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -23,16 +24,21 @@ from sparkinstall.wheelhouse import Wheelhouse, folder_locked
 from tests.support.mounts import resize, small_disk
 from tests.support.rehearsals import SETTINGS, Rehearsal, envelope, output_of
 from tests.support.tiny_stack import no_index, small_stack, tiny_stack
+from tests.support.waiting import until
 
 TARGET = for_platform("x86_64", "3.12")
 NOWHERE = "http://127.0.0.1:9/"
 
 
 class Index(SimpleHTTPRequestHandler):
-    """A folder as a package index. `asked`: the paths of the wheels that were downloaded."""
+    """A folder as a package index. `asked`: the paths of the wheels that were downloaded.
+
+    `held`: of those it sends only a half until that is set.
+    """
 
     asked: list[str]
     login = ""
+    held: threading.Event | None = None
 
     def do_GET(self) -> None:
         """Answer with a file or a listing."""
@@ -44,22 +50,35 @@ class Index(SimpleHTTPRequestHandler):
             return
         if self.path.endswith(".whl") and "uv/" not in self.headers["User-Agent"]:
             self.asked.append(self.path)
+            if self.held and not self.held.is_set():
+                self._stall(self.held)
+                return
         super().do_GET()
+
+    def _stall(self, held: threading.Event) -> None:
+        content = Path(self.translate_path(self.path)).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[: len(content) // 2])
+        held.wait(600)
+        self.close_connection = True
 
     def log_message(self, *_: object) -> None:
         """Print no requests."""
 
 
 @contextmanager
-def index(folder: Path, login: str = "") -> Iterator[tuple[str, list[str]]]:
+def index(folder: Path, login: str = "", held: threading.Event | None = None) -> Iterator[tuple[str, list[str]]]:
     """The wheels in `folder` at an address; also the list of downloads."""
     for wheel in folder.glob("*.whl"):
         (place := folder / "index" / wheel.name.partition("-")[0]).mkdir(parents=True, exist_ok=True)
         shutil.copy(wheel, place)
     asked: list[str] = []
     kept = f"Basic {base64.b64encode(login.encode()).decode()}" if login else ""
-    handler = type("Handler", (Index,), {"asked": asked, "login": kept})
+    handler = type("Handler", (Index,), {"asked": asked, "login": kept, "held": held})
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(folder / "index"))) as server:
+        server.daemon_threads = True
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://{f'{login}@' if login else ''}127.0.0.1:{server.server_port}/", asked
         server.shutdown()
@@ -211,6 +230,24 @@ def test_two_runs_at_once_download_each_wheel_once(
         for each in both:
             each.join()
     assert len(asked) == 1 and house.found(pins)
+
+
+def test_install_that_is_interrupted_while_the_index_sends_nothing_ends_at_once_and_keeps_the_part(
+    tmp_path: Path,
+) -> None:
+    stack = tiny_stack(tmp_path, more=os.urandom(600_000))
+    options = (*SETTINGS, "--stack", str(stack), "--platform", "x86_64", "--only", "environment")
+    parts, held = partial(tmp_path.glob, "cache/sparkinstall/wheels/arriving/*/*.part"), threading.Event()
+    with index(tmp_path, held=held) as (url, asked):
+        env = {"UV_DEFAULT_INDEX": url, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        with Rehearsal(tmp_path / "node", options).start(**env) as run:
+            until(lambda: any(each.stat().st_size > 100_000 for each in parts()), during=run)
+            run.send_signal(signal.SIGINT)
+            # Before a download gives the server up, which takes a minute.
+            said, _ = run.communicate(timeout=50)
+        assert run.returncode == 130 and len(asked) == 1 and not held.is_set(), said
+    assert "interrupted while downloading; what has come is kept" in said
+    assert [each.stat().st_size > 100_000 for each in parts()] == [True]
 
 
 # --- the folder

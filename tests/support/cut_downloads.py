@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,13 +14,14 @@ from tests.support.local_server import listening
 @dataclass
 class CutServer:
     """Sends `content`, at most `cut` bytes per answer (0: all), or the error `status`; supports ranges only if `ranges`
-    is true."""
+    is true. `held`: after the cut it keeps the connection until that is set."""
 
     content: bytes
     cut: int = 0
     ranges: bool = True
     shifted: int = 0
     status: int = 0
+    held: threading.Event | None = None
     url: str = ""
     asked: list[str | None] = field(default_factory=list)
 
@@ -60,3 +62,6 @@ def _answer(to: BaseHTTPRequestHandler, server: CutServer) -> None:
     to.send_header("Content-Length", str(size - start))
     to.end_headers()
     to.wfile.write(server.content[start : start + server.cut if server.cut else size])
+    if server.held:
+        to.wfile.flush()
+        server.held.wait(600)
