@@ -29,11 +29,15 @@ _TAKEN = re.compile(
     + _LIST.format("list")
     + r"(?!\s+(?:by|for|with|when|if|yet)\b)"
 )
+# What a node has cannot be chosen: a list of GPUs is none of values.
+_OF_GPUS = re.compile(r"(?i:\b(?:sm_?\d{2,3}|hopper|blackwell|ampere|turing|volta|ada lovelace|compute capabilit))")
 _SEVERAL = re.compile(r"[,|]| or | and |['\"\[{(]")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*[a-z0-9](?:[.][\w.-]+)?")
 _OF_OPTIONS = re.compile("(?i:option|argument|flag|unknown|unrecogni|invalid|requires?|exclusive|conflict)")
 _VARIABLE = re.compile(
-    r"\b(?!CUDA_ERROR_|CUDA_SUCCESS)(?:VLLM|NCCL|CUDA|RAY|HF|TORCH|TRITON|FLASHINFER|PYTORCH|PYTHON|GLOO|UCX|OMP|TIKTOKEN|TRANSFORMERS|NVIDIA|LD)_[A-Z][A-Z0-9_]+\b"
+    # Neither CUDA's errors nor the names of backends.
+    r"\b(?!CUDA_ERROR_|CUDA_SUCCESS|TORCH_(?:CHECK|SDPA)\b|(?:TRITON|FLASHINFER)_(?:ATTN|MLA|TRTLLM|CUTLASS|CUTEDSL|UNFUSED)(?:_|\b))"
+    r"(?:VLLM|NCCL|CUDA|RAY|HF|TORCH|TRITON|FLASHINFER|PYTORCH|PYTHON|GLOO|UCX|OMP|TIKTOKEN|TRANSFORMERS|NVIDIA|LD)_[A-Z][A-Z0-9_]+\b"
 )
 _PROGRAMS = (
     r"sudo |pip3? |uv |python3? -m |apt(?:-get)? |docker |ray |hf |huggingface-cli |nvidia-\S+ |git |systemctl "
@@ -118,7 +122,7 @@ def _flags(message: str, is_of_vllm: bool) -> list[str]:
 def _values(message: str) -> str:
     for found in _TAKEN.finditer(message):
         values = found["list"].split(" [type=")[0].strip().rstrip(".,;")
-        if _SEVERAL.search(values) and len(values) > 3:
+        if _SEVERAL.search(values) and len(values) > 3 and not _OF_GPUS.search(values):
             return values
     return ""
 

@@ -5,8 +5,9 @@ import re
 from msgspec import Struct
 
 _COLOURS = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-# Colours that have lost the escape character when they were pasted, and what ends them.
-_BARE_COLOURS = re.compile(r"\[\d{1,2}(?:;\d{1,2})*m")
+# Colours that have lost the escape character when they were pasted, or of which it was written in letters (rsyslog and
+# others: #033, \x1b, ^[), and what ends them.
+_BARE_COLOURS = re.compile(r"(?:#033|\\033|\\x1[bB]|\\u001[bB]|\\e|\^\[)?\[\d{1,2}(?:;\d{1,2})*m")
 _BARE_ENDS = ("[0m", "[0;0m")
 # Characters that would move the cursor, ring the bell or change the text direction of a terminal.
 _CONTROL = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
@@ -61,6 +62,9 @@ _PREFIXES = (
     # loggers: of vLLM, uvicorn, Python, Ray, glog
     rf"(?P<level>{_LEVEL}) \d\d-\d\d {_TIME} (?:\[[^\]]*:\d+\]|[\w./]+:\d+\]) ?",
     rf"(?P<level>{_LEVEL}) [\w./]+\.py:\d+ -- ",
+    # what a program printed, passed on by its logger under a level of its own; loguru
+    rf"\| {_LEVEL} +\| std(?:out|err) \|(?: |$)",
+    rf"\| (?P<level>{_LEVEL}) +\| [\w.<>]+:[\w.<>]+:\d+ - ",
     r"\[?(?P<glog>[IWEF])\d{4} [\d:.]+ +(?:\d+ )?[\w./-]+:\d+\] ",
     r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",

@@ -42,7 +42,7 @@ WORDS = (
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
     "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
     "No module named", "can't open file", "*** SIG", "cannot find -l", "undefined reference", "modify QP", "{\"error\"",
-    "Timeout: ", "Refused: ", "Interrupt: ", "did not run succ",
+    "Timeout: ", "Refused: ", "Interrupt: ", "did not run succ", ": no such file or dir",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
@@ -114,7 +114,9 @@ _SHAPES = (
             r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$|[\w./+-]+:(?:\d+:)? command not found: \S",
             r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
             r"(?:not found|No such file or directory|[Pp]ermission denied)$",
-            # of programs in Go, of curl, of what read a file and names the place in it, of Ray
+            # of programs in Go, whose calls of the system are named in small letters
+            r"(?:open|l?stat|mkdir|chdir|exec|fork/exec|rename|readlink|unlinkat) /\S+: no such file or directory$",
+            # of curl, of what read a file and names the place in it, of Ray
             r"(?:[\w./+-]+: )?unknown (?:(?:shorthand )?flag|option|command)\b",
             r"(?:.{0,80}: )?yaml: line \d+: \S",
             r"(?:services|networks|volumes|secrets)\.[\w.-]+ .*(?:is required|must be|not allowed)",

@@ -334,6 +334,8 @@ def test_general_failure_quotes_the_line_and_advises_what_that_names() -> None:
         ("ValueError: 'own' is not one of ['a', 'b']", "['a', 'b']"),
         ("ValueError: 'own' is not supported. Available: ['a', 'b']", "['a', 'b']"),
         ("ValueError: the name must not be one of ['own', 'b']", ""),
+        ("RuntimeError: own GEMM only supports Hopper (SM90) and B200", ""),
+        ("ValueError: TRITON_ATTN and FLASHINFER_MLA refuse 7 rows", ""),
         ("RuntimeError: own, logged by /srv/own/process.go", ""),
         ("Error: run `apt install own-dev` first", "`apt install own-dev`"),
         ("OSError: [Errno 22] Invalid argument: '/srv/own/part.bin'", "`/srv/own/part.bin`"),
