@@ -135,7 +135,7 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
             known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]
             known.after |= match.after
         serving |= {search.name} if search.has_started else set()
-        suspects = _most_telling([*suspects, *((each, search.general_of(each)) for each in search.telling)])
+        suspects = _most_telling(suspects, search)
     found = _judged(seen)
     before = _before_the_causes(found, seen, suspects)
     if not any(each.role == "cause" for each in found) or before:
@@ -216,8 +216,12 @@ def _yields_to_a_kind(match: Match, seen: Mapping[str, Match]) -> bool:
     return any(each.signature.only_with and (each.lines, each.count) == (match.lines, match.count) for each in kinds)
 
 
-def _most_telling(suspects: Iterable[_Suspicion]) -> list[_Suspicion]:
-    return sorted(suspects, key=lambda each: -each[0].weight)[:TELLING_KEPT]
+def _most_telling(suspects: Iterable[_Suspicion], search: Search) -> list[_Suspicion]:
+    """Return the most suspicious lines of all, with those of one more log; what a line means is asked of these only."""
+    former = ((suspect, match, False) for suspect, match in suspects)
+    new = ((suspect, None, True) for suspect in search.telling)
+    most = sorted((*former, *new), key=lambda each: -each[0].weight)[:TELLING_KEPT]
+    return [(suspect, search.general_of(suspect) if is_new else match) for suspect, match, is_new in most]
 
 
 def _general(suspects: Sequence[_Suspicion]) -> Match | None:
