@@ -7,7 +7,7 @@ does not depend on how the stream is cut into blocks.
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from operator import itemgetter
+from operator import is_, itemgetter
 
 from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
@@ -182,22 +182,45 @@ def _automaton(literals: tuple[bytes, ...]) -> BytesAhoCorasick:
     return BytesAhoCorasick(list(literals), implementation=Implementation.DFA)
 
 
+class _Known(Struct, frozen=True):
+    """What is looked for: each literal with the failures that it may tell of (None: a suspicious line), and the
+    failures that are general."""
+
+    signatures: tuple[Signature, ...]
+    meanings: Mapping[bytes, Sequence[Signature | None]]
+    general: Sequence[Signature]
+    families: frozenset[str]
+    longest: int
+
+
+_known: _Known | None = None
+
+
+def _what_is_known(signatures: Sequence[Signature]) -> _Known:
+    """Return what these signatures look for; many logs share it."""
+    global _known
+    if _known and len(_known.signatures) == len(signatures) and all(map(is_, _known.signatures, signatures)):
+        return _known
+    meanings: dict[bytes, list[Signature | None]] = {}
+    for each in signatures:
+        for anchor in each.anchors:
+            meanings.setdefault(anchor.encode(), []).append(each)
+    for word in (*suspicion.WORDS, *tracebacks.BEGINNINGS):
+        meanings.setdefault(word.encode(), []).append(None)
+    general = [each for each in signatures if each.general]
+    families = frozenset(each.family for each in signatures)
+    _known = _Known(tuple(signatures), meanings, general, families, max(map(len, meanings)))
+    return _known
+
+
 class Search:
     """Search the log `name` fed in blocks. `sightings` and `telling` are complete after `end()`."""
 
     def __init__(self, signatures: Sequence[Signature], name: str) -> None:
         self.name = name
-        self._meanings: dict[bytes, list[Signature | None]] = {}
-        for each in signatures:
-            for anchor in each.anchors:
-                self._meanings.setdefault(anchor.encode(), []).append(each)
-        for word in (*suspicion.WORDS, *tracebacks.BEGINNINGS):
-            self._meanings.setdefault(word.encode(), []).append(None)
-        self._signatures = signatures
-        self._general = [each for each in signatures if each.general]
+        self._known = _what_is_known(signatures)
         self._unfinished: _Unfinished | None = None
         self._continued = 0
-        self._families = {each.family for each in signatures}
         self.sightings: dict[str, Match] = {}
         self._telling: dict[str, Suspect] = {}
         self._set_aside: dict[str, Suspect] = {}
@@ -215,15 +238,16 @@ class Search:
         self._waiting = b""
         self._seen = 0
         self._number = 1
-        self._longest = max(map(len, self._meanings))
-        self._build()
+        self._meant: Sequence[Sequence[Signature | None]] = list(self._known.meanings.values())
+        self._automaton = _automaton(tuple(self._known.meanings))
+        self._enough = False
 
     def _build(self) -> None:
         """Build the automaton of the literals whose failures have not reached their limit yet."""
         self._enough = False
         wanted = {
             literal: signature
-            for literal, signature in self._meanings.items()
+            for literal, signature in self._known.meanings.items()
             if not all(map(self._is_counted_enough, signature))
         }
         self._meant = list(wanted.values())
@@ -241,7 +265,7 @@ class Search:
         self._waiting = self._waiting + data if self._waiting else data
         whole = self._waiting.rfind(b"\n") + 1
         if len(self._waiting) - whole > LONG:
-            return self._look(len(self._waiting) - REACH - self._longest, REACH)
+            return self._look(len(self._waiting) - REACH - self._known.longest, REACH)
         return self._look(whole, 0) if whole else []
 
     def end(self) -> list[Match]:
@@ -265,7 +289,7 @@ class Search:
                 continue
             line = Line(each.raised, each.raised, each.who, each.level, len(each.raised), None)
             current = _Current(each.number, line, Role("exception", each.frames, each.number), is_suspect=True)
-            for signature in self._signatures:
+            for signature in self._known.signatures:
                 if not signature.general and any(anchor in each.raised for anchor in signature.anchors):
                     found = signature.found_in(line, each.frames)
                     if found:
@@ -301,7 +325,7 @@ class Search:
         part = self._part_of(suspect)
         if suspect.is_cut_off:
             return self._meaning(part, suspect, {}) if part else None
-        for each in self._general:
+        for each in self._known.general:
             found = each.regex.search(suspect.message)
             if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
                 return self._meaning(each, suspect, found.groupdict(""), part if each.by_part else None)
@@ -309,7 +333,7 @@ class Search:
 
     def _part_of(self, suspect: Suspect) -> Signature | None:
         """Return what tells of the part of a program that raised an exception, by its traceback."""
-        parts = (each for each in self._general if each.part)
+        parts = (each for each in self._known.general if each.part)
         return next((each for each in parts if each.frames and each.frames.search(f"{suspect.frames}\n")), None)
 
     def _meaning(
@@ -318,7 +342,9 @@ class Search:
         """Return a failure of a general kind, with the line's own words, and what follows from them."""
         told = list(suspect.advice)
         if "advice" not in words:
-            found = (each.regex.search(suspect.message) for each in self._general if "advice" in each.regex.groupindex)
+            found = (
+                each.regex.search(suspect.message) for each in self._known.general if "advice" in each.regex.groupindex
+            )
             told = [f'what it says: "{each["advice"]}"' for each in found if each] + told
         if part:
             told.append(f"{part.title}: {part.hint}")
@@ -558,7 +584,7 @@ class Search:
             return False
         if one.name in other.consequence_of and one.family == other.family:
             return True
-        return one.family == other.name or (other.name in self._families and one.name not in self._families)
+        return one.family == other.name or (other.name in self._known.families and one.name not in self._known.families)
 
     def _chain(self, seen: Match) -> None:
         """Note which failures the traceback names as what came before."""
