@@ -18,7 +18,7 @@ from sparkinstall.facts import vllm
 from sparkinstall.patches import digest, load
 from sparkinstall.steps.serving import arguments
 from tests.support.nodes import NODE, node_of
-from tests.support.wheel_member import NoMember, needed_member
+from tests.support.wheel_member import needed_member, source_reader
 
 pytestmark = pytest.mark.network
 
@@ -44,16 +44,16 @@ def release(request: pytest.FixtureRequest) -> str:
     return stacks.load(str(request.param)).vllm
 
 
+# Most modules that are looked for are names, and no modules: the list of the wheel's members says so.
+reader = cache(source_reader)
+
+
 @cache
 def source(release: str, module: str) -> bytes | None:
     """The source of a module of the wheel; None where it has no such module."""
     path = module.replace(".", "/")
-    for member in (f"{path}.py", f"{path}/__init__.py"):
-        try:
-            return needed_member(release, member)
-        except NoMember:
-            continue
-    return None
+    found = (reader(release)(member) for member in (f"{path}.py", f"{path}/__init__.py"))
+    return next((text for text in found if text is not None), None)
 
 
 def defined(body: list[ast.stmt]) -> Iterator[str]:
@@ -70,12 +70,17 @@ def defined(body: list[ast.stmt]) -> Iterator[str]:
             yield from defined([*node.body, *node.orelse])
 
 
+@cache
+def names_in(release: str, module: str) -> frozenset[str]:
+    """The names that a module of the wheel defines."""
+    return frozenset(defined(ast.parse(source(release, module) or b"").body))
+
+
 def has(release: str, module: str, name: str) -> bool:
     """Whether `name` can be imported from `module`."""
-    text = source(release, module)
-    return text is not None and (
-        name in defined(ast.parse(text).body) or source(release, f"{module}.{name}") is not None
-    )
+    if source(release, module) is None:
+        return False
+    return name in names_in(release, module) or source(release, f"{module}.{name}") is not None
 
 
 def used(release: str, name: str) -> Iterator[tuple[str, str]]:
