@@ -28,6 +28,11 @@ FIRST, SECOND = "enp1s0f0np0", "enP2p1s0f0np0"
 HCAS = ("rocep1s0f0", "roceP2p1s0f0")
 
 
+@pytest.fixture
+def tmp_path(in_memory: Path) -> Path:
+    return in_memory
+
+
 @pytest.fixture(autouse=True)
 def no_ssh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SSH_CONNECTION", raising=False)

@@ -24,6 +24,11 @@ RECORD = "vllm/__init__.py,sha256=aaaa,10\nvllm/version.py,sha256=bbbb,10\n"
 # --- the comparison
 
 
+@pytest.fixture
+def tmp_path(in_memory: Path) -> Path:
+    return in_memory
+
+
 def test_compared_equal_nodes_have_no_rows() -> None:
     found = compared({"spark-1": ALIKE, "spark-2": dict(ALIKE)})
     assert (found.rows, found.compared) == ((), len(ALIKE))

@@ -46,6 +46,11 @@ PROGRAMS: Mapping[str, str | list[str]] = {
 }
 
 
+@pytest.fixture
+def tmp_path(in_memory: Path) -> Path:
+    return in_memory
+
+
 class Case(Struct, frozen=True, forbid_unknown_fields=True):
     """A Spark, and what is found on it; the file of the cases describes the fields."""
 

@@ -23,6 +23,11 @@ pytestmark = pytest.mark.skipif(shutil.which(files.PROGRAM) is None, reason="no 
 
 
 @pytest.fixture
+def tmp_path(in_memory: Path) -> Path:
+    return in_memory
+
+
+@pytest.fixture
 def node(tmp_path: Path) -> LiveNode:
     return LiveNode(tmp_path / "spark")
 

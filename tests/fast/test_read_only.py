@@ -133,6 +133,11 @@ env NCCL_DEBUG_FILE=/tmp/x true
 """
 
 
+@pytest.fixture
+def tmp_path(in_memory: Path) -> Path:
+    return in_memory
+
+
 @pytest.mark.parametrize("line", READS.splitlines())
 def test_read_only_command_is_allowed(line: str) -> None:
     assert read_only.allows(shlex.split(line))
