@@ -144,7 +144,7 @@ def file_metadata(node: FreshNode, *folders: str) -> str:
 def objects(node: FreshNode, prefix: str, *, age: float = 0) -> dict[str, float]:
     """The object files of the NCCL build below `prefix` that are done, each with its time of change (s).
 
-    `age`: only those that are so many seconds older than the newest file of the build.
+    `age`: only those that are so many seconds older than the newest file of the build, and what they depend on too.
     """
     build = node.root / prefix.lstrip("/") / "nccl"
     # Folders go while they are listed: walk passes over one that is gone, glob does not.
@@ -152,7 +152,12 @@ def objects(node: FreshNode, prefix: str, *, age: float = 0) -> dict[str, float]
     paths = [Path(folder, name) for folder, _, names in walked for name in names]
     times = {path: _changed(path) for path in paths if path.suffix}
     newest = max(times.values(), default=0.0)
-    return {str(path): at for path, at in times.items() if _is_done(path) and 0 < at <= newest - age}
+    # A compiler that is asked for the dependencies may take seconds; the product removes each file by its own age.
+    return {
+        str(path): at
+        for path, at in times.items()
+        if _is_done(path) and at and max(at, _changed(path.with_suffix(".d"))) <= newest - age
+    }
 
 
 def _is_done(path: Path) -> bool:
