@@ -186,19 +186,6 @@ def test_all_again_changes_nothing(node: FreshNode) -> None:
     assert file_metadata(node, *looked_at) == there
 
 
-def test_verify_passes_and_names_the_loaded_nccl(node: FreshNode) -> None:
-    answer = json.loads(sparkinstall(node, "verify", "--json").stdout)
-    probes = {probe["name"]: probe for probe in answer["data"]["probes"]}
-    wanted = {
-        "wheel-gate": "pass", "reasoning-field": "pass", "fp8-path": "pass", "wheel-files": "pass",
-        "nccl-preload": "pass", "imports": "pass", "nccl-loaded": "pass", "host-ip": "pass",
-    }  # fmt: skip
-    assert {name: probes[name]["verdict"] for name in wanted} == wanted
-    assert "/opt/sparkinstall/nccl/build-" in probes["nccl-loaded"]["found"]
-    assert "2.29.7" in probes["nccl-loaded"]["found"]
-    assert "vllm 0.29.0" in probes["imports"]["found"]
-
-
 def test_torch_without_the_env_file_loads_the_nccl_of_its_wheel(node: FreshNode) -> None:
     """LD_LIBRARY_PATH does not change that."""
     look = "import torch; print([l for l in open('/proc/self/maps') if 'libnccl' in l][0])"
@@ -277,7 +264,8 @@ def test_fp8_path_without_the_patch_fails(node: FreshNode) -> None:
     assert probe_result(node, "fp8-path")[0] == "pass"
     node.run("cp", "-a", "/run/unpatched", f"{SITE}/{W8A8}")
     assert probe_result(node, "fp8-path") == ("fail", "vLLM's file is not as decided")
-    sparkinstall(node, "run", "fp8", "--set", "fp8.fallback=auto", "--yes", *ignoring())
+    # Both steps again: the env files name the kernels that are off.
+    sparkinstall(node, "run", "fp8", "env-files", "--set", "fp8.fallback=auto", "--yes", *ignoring())
     assert probe_result(node, "fp8-path")[0] == "pass"
 
 
@@ -311,10 +299,21 @@ def test_running_nccl_of_a_wheel_fails(node: FreshNode) -> None:
     assert probe_result(node, "running-nccl") == ("skip", "vllm.service: not running")
 
 
-def test_verify_after_a_reboot_passes(node: FreshNode) -> None:
+def test_verify_after_a_reboot_passes_and_names_the_loaded_nccl(node: FreshNode) -> None:
     node.reboot()
-    answer = json.loads(sparkinstall(node, "verify", "--json", "--only", "nccl", "--only", "fp8").stdout)
-    assert answer["exit_code"] == 0
+    answer = json.loads(sparkinstall(node, "verify", "--json", check=False).stdout)
+    drift = [check["step"] for check in answer["data"]["checks"] if check["outcome"] != "unchanged"]
+    failures = {probe["name"]: probe["found"] for probe in answer["data"]["probes"] if probe["verdict"] == "fail"}
+    assert (drift, failures, answer["exit_code"]) == ([], {}, 0)
+    probes = {probe["name"]: probe for probe in answer["data"]["probes"]}
+    wanted = {
+        "wheel-gate": "pass", "reasoning-field": "pass", "fp8-path": "pass", "wheel-files": "pass",
+        "nccl-preload": "pass", "imports": "pass", "nccl-loaded": "pass", "host-ip": "pass",
+    }  # fmt: skip
+    assert {name: probes[name]["verdict"] for name in wanted} == wanted
+    assert "/opt/sparkinstall/nccl/build-" in probes["nccl-loaded"]["found"]
+    assert "2.29.7" in probes["nccl-loaded"]["found"]
+    assert "vllm 0.29.0" in probes["imports"]["found"]
 
 
 def test_verify_with_a_missing_library_fails(node: FreshNode) -> None:
