@@ -23,8 +23,8 @@ from sparkinstall.resources.packages import INDEX
 from sparkinstall.resources.venv import wheelhouse
 from sparkinstall.steps.nccl import source
 from sparkinstall.system.local import LocalSystem
+from sparkinstall.system.locks import cache_in_use, folder_locked
 from sparkinstall.wheel_index import for_platform
-from sparkinstall.wheelhouse import cache_in_use, folder_locked
 
 _GLIBC = "2.39"
 

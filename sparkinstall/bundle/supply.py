@@ -28,7 +28,8 @@ from sparkinstall.resources.packages import SYSTEM, installed
 from sparkinstall.resources.venv import wheelhouse
 from sparkinstall.steps.nccl import source
 from sparkinstall.system import Reader, processes
-from sparkinstall.wheelhouse import Wheelhouse, folder_locked
+from sparkinstall.system.locks import folder_locked
+from sparkinstall.wheelhouse import Wheelhouse
 
 NAME = "bundle"
 _VARIABLES = {False: "XDG_CACHE_HOME", True: "HF_HUB_CACHE"}

@@ -23,8 +23,8 @@ from sparkinstall.downloads import sha256_of
 from sparkinstall.errors import Problem, storage_errors
 from sparkinstall.node import DEBIAN_PACKAGES
 from sparkinstall.stacks import canonical
+from sparkinstall.system.locks import folder_locked
 from sparkinstall.system.workshop import Workshop
-from sparkinstall.wheelhouse import folder_locked
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _DIGESTED = ("templates", "patches", "knowledge", "pyproject.toml", "requirements.lock")

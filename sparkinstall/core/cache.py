@@ -22,7 +22,7 @@ from sparkinstall.resources.nccl import KEPT_LIBRARY, KEPT_STAMP, Stamp
 from sparkinstall.resources.nccl_source import mirror_name, tarball_name
 from sparkinstall.resources.venv import wheelhouse
 from sparkinstall.system import Reader
-from sparkinstall.wheelhouse import cache_unused
+from sparkinstall.system.locks import cache_unused
 
 Kind = Literal[
     "wheel", "source", "build", "incomplete", "index", "python", "tool", "tests", "debian", "plan", "former", "other"

@@ -22,7 +22,7 @@ from sparkinstall.probes import Probe, preflight
 from sparkinstall.resources import Conflict, Unknown
 from sparkinstall.schema import require_known
 from sparkinstall.steps import Step
-from sparkinstall.wheelhouse import cache_in_use
+from sparkinstall.system.locks import cache_in_use
 
 
 class InstallOptions(Struct, frozen=True):

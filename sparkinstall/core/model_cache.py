@@ -19,7 +19,7 @@ from sparkinstall.models import listing
 from sparkinstall.models.listing import HubFile, Listing
 from sparkinstall.own_files import read_regular
 from sparkinstall.system.local import replace_file
-from sparkinstall.wheelhouse import folder_locked, is_folder_locked
+from sparkinstall.system.locks import folder_locked, is_folder_locked
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")

@@ -14,8 +14,8 @@ from sparkinstall.facts.env_file import with_env_file
 from sparkinstall.node import Node, cuda_home, nccl_library, site_packages
 from sparkinstall.probes import Finding, Probe, failed, nccl, passed, skipped
 from sparkinstall.system import Reader, Result
+from sparkinstall.system.locks import folder_locked
 from sparkinstall.system.workshop import Workshop
-from sparkinstall.wheelhouse import folder_locked
 
 REPOSITORY = "https://github.com/NVIDIA/nccl-tests.git"
 TAG, COMMIT = "v2.19.6", "a0b82b2260cf5152b9f8c061bbf7eaf0ba096432"

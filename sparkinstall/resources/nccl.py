@@ -21,7 +21,7 @@ from sparkinstall.own_files import read_regular
 from sparkinstall.resources import Drift, Ok, State, not_a_folder
 from sparkinstall.resources.nccl_source import NcclSource
 from sparkinstall.system import Reader, System
-from sparkinstall.wheelhouse import folder_locked
+from sparkinstall.system.locks import folder_locked
 
 KEPT_LIBRARY, KEPT_STAMP = "libnccl.so", "build.json"
 

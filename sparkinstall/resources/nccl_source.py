@@ -18,7 +18,7 @@ from sparkinstall.errors import BadConfig, Blocked, CommandFailed, StateDamaged
 from sparkinstall.own_files import read_regular
 from sparkinstall.system import Reader, System, processes
 from sparkinstall.system.local import replace_file
-from sparkinstall.wheelhouse import folder_locked
+from sparkinstall.system.locks import folder_locked
 
 REPOSITORY = "https://github.com/NVIDIA/nccl.git"
 _VERSION_PARTS = re.compile(r"^NCCL_(?:MAJOR|MINOR|PATCH)\s*:=\s*(\d+)", re.MULTILINE)

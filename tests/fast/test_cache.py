@@ -20,7 +20,8 @@ from sparkinstall.events import silent
 from sparkinstall.journal.state_dir import StateFolder
 from sparkinstall.resources.nccl import Recipe
 from sparkinstall.system.local import LocalSystem
-from sparkinstall.wheelhouse import Wheelhouse, cache_in_use, cache_unused
+from sparkinstall.system.locks import cache_in_use, cache_unused
+from sparkinstall.wheelhouse import Wheelhouse
 from tests.support.rehearsals import empty_rehearsal, envelope, in_this_process, output_of
 from tests.support.tiny_stack import tiny_stack
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ from sparkinstall.errors import CommandFailed, Storage
 from sparkinstall.stacks import Pin, load
 from sparkinstall.system.local import LocalSystem
 from sparkinstall.wheel_index import for_platform, rank
-from sparkinstall.wheelhouse import Wheelhouse, folder_locked
+from sparkinstall.wheelhouse import Wheelhouse
 from tests.support.mounts import resize, small_disk
 from tests.support.rehearsals import SETTINGS, Rehearsal, envelope, output_of
 from tests.support.tiny_stack import no_index, small_stack, tiny_stack
@@ -397,27 +396,3 @@ def test_wheel_named_by_its_url_is_taken_from_the_wheelhouse_and_its_hash_record
 )
 def test_choice_is_the_wheel_that_fits_closest(chosen: str, other: str) -> None:
     assert max((other, chosen), key=rank) == chosen
-
-
-def test_locked_folder_is_waited_for(tmp_path: Path) -> None:
-    folder, events = tmp_path / "new/folder", []
-
-    def second() -> None:
-        with folder_locked(folder):
-            events.append("second")
-
-    with folder_locked(folder):
-        other = threading.Thread(target=second)
-        other.start()
-        time.sleep(0.3)
-        events.append("first")
-    other.join(300)
-    assert events == ["first", "second"]
-    assert list(folder.iterdir()) == [], "nothing is left"
-
-
-def test_folder_that_cannot_be_created_is_not_locked(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with folder_locked(tmp_path / "file/folder"):
-        pass
-    assert (tmp_path / "file").read_text() == ""
