@@ -7,7 +7,7 @@ or `nothing`.
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from msgspec import Struct
@@ -15,8 +15,8 @@ from msgspec import Struct
 from sparkinstall import schema
 from sparkinstall.diagnose.encodings import text_of
 from sparkinstall.diagnose.judge import Diagnosis, judge
-from sparkinstall.diagnose.search import Search
-from sparkinstall.diagnose.signatures import Signature, load
+from sparkinstall.diagnose.search import Search, SignatureIndex, index_of
+from sparkinstall.diagnose.signatures import load
 
 CORPUS = Path(__file__).resolve().parents[1] / "tests/logs/corpus"
 UNKNOWN, NOTHING = "unknown", "nothing"
@@ -43,11 +43,11 @@ def cases() -> dict[str, tuple[Case, ...]]:
     return {path.stem: schema.read_file(tuple[Case, ...], path) for path in sorted(CORPUS.glob("*.yaml"))}
 
 
-def diagnosed(logs: Iterable[bytes], signatures: Sequence[Signature]) -> Diagnosis:
+def diagnosed(logs: Iterable[bytes], index: SignatureIndex) -> Diagnosis:
     """Return the diagnosis of the logs of several nodes."""
     searches = []
     for at, log in enumerate(logs):
-        search = Search(signatures, f"node {at}")
+        search = Search(index, f"node {at}")
         for piece in text_of(search.name, iter([log])):
             search.feed(piece)
         search.end()
@@ -79,9 +79,9 @@ def _same(line: str, text: str) -> bool:
 
 def faults() -> dict[str, dict[str, str]]:
     """Return what is wrong with the diagnosis of each case ("": nothing), by kind and name."""
-    signatures = load()
+    index = index_of(load())
     return {
-        kind: {case.name: wrong(case, diagnosed((log.encode() for log in case.nodes), signatures)) for case in those}
+        kind: {case.name: wrong(case, diagnosed((log.encode() for log in case.nodes), index)) for case in those}
         for kind, those in cases().items()
     }
 

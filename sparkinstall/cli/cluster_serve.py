@@ -14,6 +14,7 @@ from sparkinstall.core.serve import Explained
 from sparkinstall.core.serve_settings import named
 from sparkinstall.diagnose import judge
 from sparkinstall.diagnose.judge import Log
+from sparkinstall.diagnose.search import index_of
 from sparkinstall.diagnose.signatures import load
 from sparkinstall.errors import Interrupted
 from sparkinstall.system import processes
@@ -65,8 +66,8 @@ def _undo(cluster: Cluster, serving: Together, *, explains: bool) -> None:
 
 def _explained(cluster: Cluster, logs: Mapping[str, str]) -> Explained:
     """Say what the logs of all nodes show together."""
-    signatures = load(release=cluster.nodes[0].look.versions.get("vllm", ""))
-    searches = (judge.read(_log(host, text), signatures) for host, text in logs.items())
+    index = index_of(load(release=cluster.nodes[0].look.versions.get("vllm", "")))
+    searches = (judge.read(_log(host, text), index) for host, text in logs.items())
     return told(judge.judge(searches), lambda place: f"{place.log}: {place.text}")
 
 

@@ -20,8 +20,8 @@ from sparkinstall.cli.text_output import console, headed, sign
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.diagnose import judge
 from sparkinstall.diagnose.judge import Diagnosis, Found, Log
-from sparkinstall.diagnose.search import MOST, Match, Place, Search
-from sparkinstall.diagnose.signatures import KnownFailure, Signature, load
+from sparkinstall.diagnose.search import MOST, Match, Place, Search, SignatureIndex, index_of
+from sparkinstall.diagnose.signatures import KnownFailure, load
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.redaction import redact
@@ -69,12 +69,12 @@ def diagnose(
     """Find known failures in logs: lines, cause and what to do; exit 3 if one was found."""
     if known:
         return _list_known()
-    units, signatures = tuple(unit or ()), load(release=_installed_release(target))
+    units, index = tuple(unit or ()), index_of(load(release=_installed_release(target)))
     named = _logs(tuple(logs or ()), units, follow, boot)
     if follow:
-        found = judge.judge([_follow(named[0], signatures, not output.json)])
+        found = judge.judge([_follow(named[0], index, not output.json)])
     else:
-        found = judge.judge(judge.read(log, signatures) for log in named)
+        found = judge.judge(judge.read(log, index) for log in named)
     silent = () if follow else _silent(found, units)
     code = Exit.DRIFT if found.shows_failure else Exit.FAILED if silent else Exit.GOOD
     return CommandResult(code, found, lambda: _show(found, output.verbose, already_shown=follow), silent)
@@ -128,9 +128,9 @@ def _logs(files: Sequence[str], units: Sequence[str], follow: bool, boot: bool) 
     ]
 
 
-def _follow(log: Log, signatures: Sequence[Signature], talk: bool) -> Search:
+def _follow(log: Log, index: SignatureIndex, talk: bool) -> Search:
     """Read until the log ends or Ctrl-C, and print each failure as it appears."""
-    search, out = Search(signatures, log.name), console()
+    search, out = Search(index, log.name), console()
     if talk:
         console(stderr=True).print(f"[dim]following {log.name}; Ctrl-C ends it[/]")
     try:

@@ -30,7 +30,7 @@ from sparkinstall.core.serve_settings import REMOTE_CODE, Named, Order, Wanted, 
 from sparkinstall.core.serve_together import Prepared, UnitState, understood
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.diagnose import judge
-from sparkinstall.diagnose.search import Place
+from sparkinstall.diagnose.search import Place, index_of
 from sparkinstall.diagnose.signatures import load
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.facts.decisions import installed_stack
@@ -300,7 +300,7 @@ def explained(session: Session) -> use.Explained:
     name = installed_stack(session.system, session.node.venv_stamp)
     release = stacks.load(name).vllm if name in stacks.names() else ""
     try:
-        found = judge.judge([judge.read(judge.unit_log(VLLM_UNIT), load(release=release))])
+        found = judge.judge([judge.read(judge.unit_log(VLLM_UNIT), index_of(load(release=release)))])
     except Problem:
         return use.Explained()
     return told(found, lambda place: place.text)

@@ -16,8 +16,8 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
-from sparkinstall.diagnose.search import SHOWN, TELLING_KEPT, Match, Place, Search, Suspect
-from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, Signature, explains
+from sparkinstall.diagnose.search import SHOWN, TELLING_KEPT, Match, Place, Search, SignatureIndex, Suspect
+from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, explains
 from sparkinstall.diagnose.suspicion import SOME, STRONG
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
 from sparkinstall.given import absolute
@@ -109,9 +109,9 @@ class Diagnosis(Struct, frozen=True):
         return [each for each in self.found if each.role == "warning"]
 
 
-def read(log: Log, signatures: Sequence[Signature]) -> Search:
+def read(log: Log, index: SignatureIndex) -> Search:
     """Search a whole log."""
-    search = Search(signatures, log.name)
+    search = Search(index, log.name)
     for piece in log.pieces():
         search.feed(piece)
     search.end()

@@ -5,9 +5,8 @@ does not depend on how the stream is cut into blocks.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from operator import is_, itemgetter
+from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 
 from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
@@ -176,31 +175,22 @@ class _Current(Struct):
         return f" (raised by `{code[-1][:_WIDEST]}`)" if is_bare and code else ""
 
 
-@lru_cache(maxsize=4)
-def _automaton(literals: tuple[bytes, ...]) -> BytesAhoCorasick:
-    """Return what finds these literals; many logs share one, which has 2 MB."""
-    return BytesAhoCorasick(list(literals), implementation=Implementation.DFA)
+class SignatureIndex(Struct, frozen=True):
+    """What is looked for in a log. Logs that are searched for the same signatures share one, which has 2 MB.
 
+    `meanings` has, for each literal, the failures that it may tell of (None: a suspicious line).
+    """
 
-class _Known(Struct, frozen=True):
-    """What is looked for: each literal with the failures that it may tell of (None: a suspicious line), and the
-    failures that are general."""
-
-    signatures: tuple[Signature, ...]
+    signatures: Sequence[Signature]
     meanings: Mapping[bytes, Sequence[Signature | None]]
+    automaton: BytesAhoCorasick
     general: Sequence[Signature]
     families: frozenset[str]
     longest: int
 
 
-_known: _Known | None = None
-
-
-def _what_is_known(signatures: Sequence[Signature]) -> _Known:
-    """Return what these signatures look for; many logs share it."""
-    global _known
-    if _known and len(_known.signatures) == len(signatures) and all(map(is_, _known.signatures, signatures)):
-        return _known
+def index_of(signatures: Sequence[Signature]) -> SignatureIndex:
+    """Return what these signatures look for."""
     meanings: dict[bytes, list[Signature | None]] = {}
     for each in signatures:
         for anchor in each.anchors:
@@ -209,16 +199,19 @@ def _what_is_known(signatures: Sequence[Signature]) -> _Known:
         meanings.setdefault(word.encode(), []).append(None)
     general = [each for each in signatures if each.general]
     families = frozenset(each.family for each in signatures)
-    _known = _Known(tuple(signatures), meanings, general, families, max(map(len, meanings)))
-    return _known
+    return SignatureIndex(signatures, meanings, _automaton(meanings), general, families, max(map(len, meanings)))
+
+
+def _automaton(literals: Iterable[bytes]) -> BytesAhoCorasick:
+    return BytesAhoCorasick(list(literals), implementation=Implementation.DFA)
 
 
 class Search:
     """Search the log `name` fed in blocks. `sightings` and `telling` are complete after `end()`."""
 
-    def __init__(self, signatures: Sequence[Signature], name: str) -> None:
+    def __init__(self, index: SignatureIndex, name: str) -> None:
         self.name = name
-        self._known = _what_is_known(signatures)
+        self._index = index
         self._unfinished: _Unfinished | None = None
         self._continued = 0
         self.sightings: dict[str, Match] = {}
@@ -238,8 +231,8 @@ class Search:
         self._waiting = b""
         self._seen = 0
         self._number = 1
-        self._meant: Sequence[Sequence[Signature | None]] = list(self._known.meanings.values())
-        self._automaton = _automaton(tuple(self._known.meanings))
+        self._meant: Sequence[Sequence[Signature | None]] = list(index.meanings.values())
+        self._automaton = index.automaton
         self._enough = False
 
     def _build(self) -> None:
@@ -247,11 +240,11 @@ class Search:
         self._enough = False
         wanted = {
             literal: signature
-            for literal, signature in self._known.meanings.items()
+            for literal, signature in self._index.meanings.items()
             if not all(map(self._is_counted_enough, signature))
         }
         self._meant = list(wanted.values())
-        self._automaton = _automaton(tuple(wanted))
+        self._automaton = _automaton(wanted)
 
     def _is_counted_enough(self, signature: Signature | None) -> bool:
         if signature is None:
@@ -265,7 +258,7 @@ class Search:
         self._waiting = self._waiting + data if self._waiting else data
         whole = self._waiting.rfind(b"\n") + 1
         if len(self._waiting) - whole > LONG:
-            return self._look(len(self._waiting) - REACH - self._known.longest, REACH)
+            return self._look(len(self._waiting) - REACH - self._index.longest, REACH)
         return self._look(whole, 0) if whole else []
 
     def end(self) -> list[Match]:
@@ -289,7 +282,7 @@ class Search:
                 continue
             line = Line(each.raised, each.raised, each.who, each.level, len(each.raised), None)
             current = _Current(each.number, line, Role("exception", each.frames, each.number), is_suspect=True)
-            for signature in self._known.signatures:
+            for signature in self._index.signatures:
                 if not signature.general and any(anchor in each.raised for anchor in signature.anchors):
                     found = signature.found_in(line, each.frames)
                     if found:
@@ -325,7 +318,7 @@ class Search:
         part = self._part_of(suspect)
         if suspect.is_cut_off:
             return self._meaning(part, suspect, {}) if part else None
-        for each in self._known.general:
+        for each in self._index.general:
             found = each.regex.search(suspect.message)
             if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
                 return self._meaning(each, suspect, found.groupdict(""), part if each.by_part else None)
@@ -333,7 +326,7 @@ class Search:
 
     def _part_of(self, suspect: Suspect) -> Signature | None:
         """Return what tells of the part of a program that raised an exception, by its traceback."""
-        parts = (each for each in self._known.general if each.part)
+        parts = (each for each in self._index.general if each.part)
         return next((each for each in parts if each.frames and each.frames.search(f"{suspect.frames}\n")), None)
 
     def _meaning(
@@ -343,7 +336,7 @@ class Search:
         told = list(suspect.advice)
         if "advice" not in words:
             found = (
-                each.regex.search(suspect.message) for each in self._known.general if "advice" in each.regex.groupindex
+                each.regex.search(suspect.message) for each in self._index.general if "advice" in each.regex.groupindex
             )
             told = [f'what it says: "{each["advice"]}"' for each in found if each] + told
         if part:
@@ -584,7 +577,7 @@ class Search:
             return False
         if one.name in other.consequence_of and one.family == other.family:
             return True
-        return one.family == other.name or (other.name in self._known.families and one.name not in self._known.families)
+        return one.family == other.name or (other.name in self._index.families and one.name not in self._index.families)
 
     def _chain(self, seen: Match) -> None:
         """Note which failures the traceback names as what came before."""

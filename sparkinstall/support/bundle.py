@@ -21,6 +21,7 @@ from msgspec import Struct, to_builtins
 from sparkinstall import __version__, safe_yaml
 from sparkinstall.diagnose import judge, signatures
 from sparkinstall.diagnose.judge import Log
+from sparkinstall.diagnose.search import index_of
 from sparkinstall.errors import Problem
 from sparkinstall.facts import machine
 from sparkinstall.facts.sysfs import is_connectx
@@ -331,8 +332,8 @@ def _diagnose(logs: Mapping[str, str]) -> dict[str, Any]:
     """Return the known failures in the logs, also if there are none."""
     if not logs:
         return {}
-    known = signatures.load()
-    read = (judge.read(Log(name, partial(iter, [text.encode()])), known) for name, text in logs.items())
+    index = index_of(signatures.load())
+    read = (judge.read(Log(name, partial(iter, [text.encode()])), index) for name, text in logs.items())
     diagnosis = judge.judge(read)
     return {
         "logs": list(logs),

@@ -26,7 +26,7 @@ from sparkinstall.diagnose import advice
 from sparkinstall.diagnose import judge as judge_module
 from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose.judge import Diagnosis, judge
-from sparkinstall.diagnose.search import Search
+from sparkinstall.diagnose.search import Search, SignatureIndex, index_of
 from sparkinstall.diagnose.signatures import Signature, hint_for, load
 from sparkinstall.facts import vllm_releases
 from sparkinstall.probes import known_hosts
@@ -38,6 +38,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LOGS = REPOSITORY / "tests/logs"
 INDEX = yaml.safe_load((LOGS / "index.yaml").read_text())
 KNOWN = load()
+LOOKED_FOR = index_of(KNOWN)
 BY_NAME = {each.name: each for each in KNOWN}
 HOST_CASES = yaml.safe_load((REPOSITORY / "tests/cases/known-hosts.yaml").read_text())
 
@@ -54,9 +55,9 @@ EXAMPLES = [pytest.param(BY_NAME[n], line, id=f"{n}-{at}") for n, some in LINES.
 HARMLESS = [pytest.param(s, line, id=f"{s.name}-{at}") for s in KNOWN for at, line in enumerate(s.harmless)]
 
 
-def read(data: bytes, sizes: Sequence[int] = (1 << 20,), known: Sequence[Signature] = KNOWN, name: str = "x") -> Search:
+def read(data: bytes, sizes: Sequence[int] = (1 << 20,), index: SignatureIndex = LOOKED_FOR, name: str = "x") -> Search:
     """Search a log that is fed in pieces of these sizes, repeatedly."""
-    search, at = Search(known, name), 0
+    search, at = Search(index, name), 0
     while at < len(data):
         for size in sizes:
             search.feed(data[at : at + size])
@@ -637,7 +638,7 @@ def test_failure_after_many_similar_lines_without_it_is_found(barren: int, more:
 def test_failure_is_looked_for_in_a_limited_number_of_lines_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its literal stands in every line: the regex would take most of the time of a large log."""
     monkeypatch.setattr(log_search, "_MOST_FRUITLESS", 100)
-    search = Search(KNOWN, "x")
+    search = Search(LOOKED_FOR, "x")
     for at in range(20):
         search.feed(NO_FAILURE % (at, at))
     search.feed(b"RuntimeError: this kernel is not supported on this device\n" + example("disk-full"))
@@ -723,7 +724,7 @@ def test_log_of_arbitrary_bytes_is_read(data: bytes) -> None:
 
 
 def test_line_of_300_megabytes_uses_limited_memory() -> None:
-    search = Search(KNOWN, "x")
+    search = Search(LOOKED_FOR, "x")
     for _ in range(300):
         search.feed(b"0123456789abcdef" * 65536)
         assert len(search._waiting) <= log_search.LONG
@@ -1047,4 +1048,4 @@ def test_unit_journal_without_permission_is_an_error(message: str, journal: Path
 def test_load_reads_signatures_of_another_folder(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(yaml.safe_dump([GOOD]))
     (mine,) = load(tmp_path)
-    assert list(read(b"abcd", known=[mine]).sightings) == ["some-failure"]
+    assert list(read(b"abcd", index=index_of([mine])).sightings) == ["some-failure"]

@@ -6,17 +6,19 @@ from collections.abc import Callable
 
 import pytest
 
+from sparkinstall.diagnose.search import index_of
 from sparkinstall.diagnose.signatures import load
 from tools import score
 from tools.score import Case
 
 KNOWN = load()
 NAMES = {each.name for each in KNOWN}
+LOOKED_FOR = index_of(KNOWN)
 CASES = {f"{kind}-{case.name}": case for kind, those in score.cases().items() for case in those}
 
 
 def fault(case: Case, change: Callable[[str], str]) -> str:
-    return score.wrong(case, score.diagnosed((change(log).encode() for log in case.nodes), KNOWN))
+    return score.wrong(case, score.diagnosed((change(log).encode() for log in case.nodes), LOOKED_FOR))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -22,10 +22,12 @@ from hypothesis import strategies as st
 
 from sparkinstall.diagnose.encodings import text_of
 from sparkinstall.diagnose.judge import Log, judge, read
+from sparkinstall.diagnose.search import index_of
 from sparkinstall.diagnose.signatures import load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KNOWN = load()
+LOOKED_FOR = index_of(KNOWN)
 OOM = next(each for each in KNOWN if each.name == "oom-killer").example[0]
 TEXT = f"INFO 11-21 16:46:08 starting ✓ für 漢字 {'x' * 300}\r\n" * 30 + f"{OOM}\r\nINFO ended\r\n"
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
@@ -40,7 +42,7 @@ def found_in(data: bytes, sizes: Iterator[int] | None = None) -> tuple[list[str]
         while piece := stream.read(next(sizes) if sizes else 1 << 20):
             yield piece
 
-    search = read(Log("x", lambda: text_of("x", pieces())), KNOWN)
+    search = read(Log("x", lambda: text_of("x", pieces())), LOOKED_FOR)
     return [each.name for each in judge([search]).found], search.lines
 
 
@@ -193,6 +195,6 @@ def test_memory_does_not_grow_with_the_number_of_files(line: str, tmp_path: Path
 
 def test_many_logs_are_judged_as_one_case() -> None:
     logs = [Log(str(at), partial(iter, [f"RuntimeError: {chr(97 + at)}\n".encode()])) for at in range(20)]
-    found = judge(read(each, KNOWN) for each in logs)
+    found = judge(read(each, LOOKED_FOR) for each in logs)
     assert [each.log for each in found.telling] == [str(at) for at in range(20)]
     assert [each.lines for each in found.logs] == [1] * 20
