@@ -83,19 +83,24 @@ def _is_made(path: Path) -> bool:
 
 
 def _is_at(handle: int | None, path: Path) -> bool:
-    """Whether a folder is still where it was opened. None: one that may not be opened."""
+    """Whether a folder is still where it was opened. None: whether it may not be opened."""
     try:
-        found = os.stat(path)
+        if handle is None:
+            # One that was missing may be there again, or gone again.
+            os.close(_opened(path))
+            return False
+        return os.path.samestat(os.fstat(handle), os.stat(path))
     except FileNotFoundError:
         return False
-    return not os.access(path, os.R_OK) if handle is None else os.path.samestat(os.fstat(handle), found)
+    except OSError:
+        return handle is None
 
 
 @contextmanager
 def _folder(path: Path) -> Iterator[int | None]:
     """Open a folder to lock it: that leaves no file behind, and the folder may be read-only. None: it cannot be."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        handle = _opened(path)
     except OSError:
         yield None
         return
@@ -103,6 +108,10 @@ def _folder(path: Path) -> Iterator[int | None]:
         yield handle
     finally:
         os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 def _is_locked(handle: int, how: int = fcntl.LOCK_EX) -> bool:
