@@ -115,7 +115,8 @@ _SHAPES = (
             r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
             r"(?:not found|No such file or directory|[Pp]ermission denied)$",
             # of programs in Go, whose calls of the system are named in small letters
-            r"(?:open|l?stat|mkdir|chdir|exec|fork/exec|rename|readlink|unlinkat) /\S+: no such file or directory$",
+            r"(?:open|l?stat|mkdir|chdir|exec|fork/exec|rename|readlink|unlinkat) /\S+: (?:no such file or directory"
+            r"|permission denied|not a directory|is a directory|exec format error|text file busy)$",
             # of curl, of what read a file and names the place in it, of Ray
             r"(?:[\w./+-]+: )?unknown (?:(?:shorthand )?flag|option|command)\b",
             r"(?:.{0,80}: )?yaml: line \d+: \S",
