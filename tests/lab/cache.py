@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,35 @@ def locked(path: Path) -> Iterator[None]:
     with path.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def abandoned(place: Path) -> int | None:
+    """The lock of a folder that no process holds; None if one does, or if it has just removed the folder."""
+    with suppress(FileNotFoundError):
+        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return lock
+        os.close(lock)
+    return None
+
+
+@contextmanager
+def temporary(kind: str) -> Iterator[Path]:
+    """A folder of this process, removed at the end. Before, those of killed processes are: each is locked itself."""
+    with locked(folder() / f"{kind}.lock"):
+        for left in folder().glob(f"{kind}-*"):
+            if (lock := abandoned(left)) is not None:
+                shutil.rmtree(left)
+                os.close(lock)
+        made = Path(tempfile.mkdtemp(dir=folder(), prefix=f"{kind}-"))
+        lock = os.open(made, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made)
+        os.close(lock)
 
 
 def kept(kind: str, recipe: Sequence[str], build: Callable[[Path], None]) -> Path:

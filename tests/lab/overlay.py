@@ -110,20 +110,9 @@ def sweep() -> None:
     """Remove the overlays of crashed test runs. The caller holds the lock of all overlays."""
     for folder in _candidates():
         for place in folder.glob(f"{PREFIX}*"):
-            if (lock := _abandoned(place)) is not None:
+            if (lock := kept_trees.abandoned(place)) is not None:
                 destroy(place)
                 os.close(lock)
-
-
-def _abandoned(place: Path) -> int | None:
-    """The lock of a folder that no process holds; None if one does, or if it has just removed the folder."""
-    with suppress(FileNotFoundError):
-        lock = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return lock
-        os.close(lock)
-    return None
 
 
 def destroy(place: Path) -> None:

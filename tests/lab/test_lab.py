@@ -550,6 +550,35 @@ def test_own_name_of_two_processes_differs_until_one_has_ended(tmp_path: Path) -
         assert started(stack)[1] == "probe probe\n"
 
 
+TEMPORARY = """
+import os, signal, sys
+from tests.lab import cache
+with cache.temporary("probe") as made:
+    (made / "file").write_text("x")
+    print(made, flush=True)
+    input()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_temporary_folder_of_a_killed_process_is_removed_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    settings = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    argv = [sys.executable, "-c", TEMPORARY]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=settings) as process:
+        assert process.stdout is not None
+        left = Path(process.stdout.readline().strip())
+        with cache.temporary("probe") as mine:
+            assert left.is_dir() and mine.is_dir()
+        assert (left / "file").is_file() and not mine.exists()
+        process.communicate("\n")
+    assert process.returncode == -signal.SIGKILL and left.is_dir()
+    with cache.temporary("probe") as mine:
+        assert [path for path in cache.folder().iterdir() if path.is_dir()] == [mine]
+
+
 def test_cache_kept_removes_failed_and_old_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 

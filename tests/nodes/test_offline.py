@@ -5,7 +5,6 @@ tests in the other files.
 """
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +33,9 @@ NAMES = ("spark-1", "spark-2")
 @pytest.fixture(scope="module")
 def folder() -> Iterator[Path]:
     """Where the bundle is, for the machine that makes it and for the head."""
-    with tempfile.TemporaryDirectory(dir=cache.folder(), prefix="bundles-") as made:
-        Path(made).chmod(0o777)
-        yield Path(made)
+    with cache.temporary("bundles") as made:
+        made.chmod(0o777)
+        yield made
 
 
 @pytest.fixture(scope="module")
