@@ -1,9 +1,10 @@
 """Compare records of `bench`: what differs around them, and which differences of numbers are more than noise."""
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import PurePosixPath
-from statistics import mean, median
 from typing import Literal
 
 from msgspec import Struct
@@ -13,10 +14,9 @@ from sparkinstall.measure.bench import Benchmark
 from sparkinstall.measure.results import (
     LEAST_FOR_A_RATE,
     LevelResult,
-    Percentiles,
     Request,
     ScenarioResult,
-    percentiles,
+    between,
 )
 
 Verdict = Literal["noise", "better", "worse"]
@@ -153,7 +153,8 @@ def _is_wrong(of: _Result) -> bool:
 # --- numbers
 
 
-_Statistic = Callable[[Sequence[float]], float]
+_Statistic = Callable[[Sequence[float], Iterable[Sequence[int]]], list[float]]
+"""Of values in ascending order: what it is for each of these draws, which have the places drawn, in order."""
 
 
 def _changes(base: _Result, other: _Result) -> Iterator[Change]:
@@ -162,9 +163,9 @@ def _changes(base: _Result, other: _Result) -> Iterator[Change]:
         others = [each for each in map(value, other.raw) if each is not None]
         if not values or not others or (value is _tpot and base.tokens < LEAST_FOR_A_RATE):
             continue
-        yield _change(base.name, f"{metric} p50", "ms", values, others, median)
+        yield _change(base.name, f"{metric} p50", "ms", values, others, _percentile(50))
         if isinstance(base, LevelResult):
-            yield _change(base.name, f"{metric} p95", "ms", values, others, _p95)
+            yield _change(base.name, f"{metric} p95", "ms", values, others, _percentile(95))
     if isinstance(base, LevelResult) and isinstance(other, LevelResult):
         yield from _throughput(base, other)
 
@@ -174,7 +175,7 @@ def _throughput(base: LevelResult, other: LevelResult) -> Iterator[Change]:
     request, which is where its spread is from."""
     if not base.tokens_per_second or not other.tokens_per_second:
         return
-    times = _change(base.name, "", "", [each.total for each in base.raw], [each.total for each in other.raw], mean)
+    times = _change(base.name, "", "", [each.total for each in base.raw], [each.total for each in other.raw], _mean)
     change = other.tokens_per_second / base.tokens_per_second - 1
     low, high = 1 / (1 + times.high) - 1, 1 / (1 + times.low) - 1
     count = min(len(base.raw), len(other.raw))
@@ -197,23 +198,34 @@ def _total(of: Request) -> float | None:
     return of.total
 
 
-def _p95(values: Sequence[float]) -> float:
-    found = percentiles(values)
-    assert isinstance(found, Percentiles), "there are values"
-    return found.p95
+def _percentile(percentile: int) -> _Statistic:
+    def statistic(ordered: Sequence[float], draws: Iterable[Sequence[int]]) -> list[float]:
+        low, high, part = between(len(ordered), percentile)
+        return [(one := ordered[each[low]]) + (ordered[each[high]] - one) * part for each in draws]
+
+    return statistic
+
+
+def _mean(ordered: Sequence[float], draws: Iterable[Sequence[int]]) -> list[float]:
+    return [sum(map(ordered.__getitem__, each)) / len(ordered) for each in draws]
+
+
+@lru_cache(maxsize=8)
+def _draws(count: int, side: int) -> Sequence[Sequence[int]]:
+    """Return what is drawn of `count` values, as often as many, with repetition. Each side has draws of its own, but
+    the same each time, so that a comparison can be repeated."""
+    drawn = random.Random(side)
+    return [array("L", sorted(drawn.choices(range(count), k=count))) for _ in range(_RESAMPLES)]
 
 
 def _change(
     name: str, metric: str, unit: str, base: Sequence[float], other: Sequence[float], statistic: _Statistic
 ) -> Change:
     """Return a change, with the interval that other requests of the same runs would give (bootstrap)."""
-    before, after = statistic(base), statistic(other)
-    # The same draws each time, so that a comparison can be repeated.
-    drawn = random.Random(0)
-    found = sorted(
-        _relative(statistic(drawn.choices(base, k=len(base))), statistic(drawn.choices(other, k=len(other))))
-        for _ in range(_RESAMPLES)
-    )
+    sides = [sorted(base), sorted(other)]
+    ((before,), (after,)) = (statistic(each, [range(len(each))]) for each in sides)
+    drawn = (statistic(each, _draws(len(each), side)) for side, each in enumerate(sides))
+    found = sorted(map(_relative, *drawn))
     low, high = (found[int(part * (len(found) - 1))] for part in _INTERVAL)
     change = _relative(before, after)
     verdict = _verdict(change, (low, high), min(len(base), len(other)), higher_is_better=False)

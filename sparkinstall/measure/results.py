@@ -181,10 +181,15 @@ def percentiles(values: Sequence[float]) -> Percentiles | None:
 
 
 def _at(ordered: Sequence[float], percentile: int) -> float:
-    place = (len(ordered) - 1) * percentile / 100
+    low, high, part = between(len(ordered), percentile)
+    return ordered[low] + (ordered[high] - ordered[low]) * part
+
+
+def between(count: int, percentile: int) -> tuple[int, int, float]:
+    """Return between which two of `count` values in ascending order a percentile is, and at which part of the way."""
+    place = (count - 1) * percentile / 100
     low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return low, min(low + 1, count - 1), place - low
 
 
 def requests_of(raw: Raw, of: Round) -> tuple[list[Request], list[str]]:

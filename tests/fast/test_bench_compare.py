@@ -22,7 +22,7 @@ from sparkinstall.measure import plots
 from sparkinstall.measure.bench import Benchmark
 from sparkinstall.measure.compare import Change, circumstances, compare
 from sparkinstall.measure.report import number, percent
-from sparkinstall.measure.results import LevelResult, Note, Request, ScenarioResult
+from sparkinstall.measure.results import LevelResult, Note, Request, ScenarioResult, percentiles
 from tests.support.rehearsals import envelope, in_this_process
 
 CASES = Path(__file__).parents[1] / "cases/bench"
@@ -95,6 +95,15 @@ def test_three_requests_tell_only_large_differences(record: Benchmark) -> None:
     assert changes(three(100, 101, 102), three(106, 107, 108))["TTFT p50"].verdict == "noise"
     assert changes(three(100, 101, 102), three(126, 127, 128))["TTFT p50"].verdict == "worse"
     assert changes(three(100, 101, 140), three(126, 127, 128))["TTFT p50"].verdict == "noise"
+
+
+def test_numbers_are_those_of_all_requests_and_the_intervals_those_of_drawn_ones(record: Benchmark) -> None:
+    one = level(record)
+    found, raw = changes(one, one), one.levels[0].raw
+    for metric, values in (("TTFT", [each.ttft for each in raw]), ("E2E", [each.total for each in raw])):
+        told = percentiles(values)
+        assert told and (found[f"{metric} p50"].base, found[f"{metric} p95"].other) == (told.p50, told.p95)
+    assert all(each.low < 0 < each.high for each in found.values()), "each record has draws of its own"
 
 
 def test_a_comparison_is_the_same_each_time(record: Benchmark) -> None:
