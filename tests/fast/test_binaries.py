@@ -112,24 +112,39 @@ A_SPARKS = ("sm_120f", "sm_121", "compute_120")
 COMPRESSIONS = {"none": "none", "lz4": "speed", "zstd": "size"}
 
 
-def with_gpu_code(folder: Path, compression: str, architectures: tuple[str, ...]) -> Path:
-    nvcc, library = str(toolkit() / "bin" / "nvcc"), folder / "libgpu.so"
-    objects = []
-    for architecture in architectures:
-        source, made = folder / f"{architecture}.cu", folder / f"{architecture}.o"
-        source.write_text(KERNEL.replace("scale", f"scale_{architecture}"))
-        real = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
-        options = [
-            "-Xfatbin",
-            "-compress-all",
-            f"-compress-mode={COMPRESSIONS[compression]}",
-            "-Xcompiler",
-            "-fPIC",
-        ]
-        run(nvcc, "-gencode", real, *options, "-c", str(source), "-o", str(made))
-        objects.append(str(made))
-    run(nvcc, "-shared", "-cudart", "none", *objects, "-o", str(library))
-    return library
+class GpuObjects:
+    """Object files with the code of one architecture, each compiled once: two libraries may need the same."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def linked(self, compression: str, architectures: tuple[str, ...]) -> Path:
+        """A library with the code of these architectures."""
+        library = self._folder / f"lib{compression}-{len(architectures)}.so"
+        if not library.exists():
+            objects = [str(self._compiled(compression, each)) for each in architectures]
+            run(nvcc(), "-shared", "-cudart", "none", *objects, "-o", str(library))
+        return library
+
+    def _compiled(self, compression: str, architecture: str) -> Path:
+        source = self._folder / f"{architecture}.cu"
+        made = self._folder / f"{architecture}-{compression}.o"
+        if not made.exists():
+            source.write_text(KERNEL.replace("scale", f"scale_{architecture}"))
+            real = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
+            options = (
+                "-Xfatbin",
+                "-compress-all",
+                f"-compress-mode={COMPRESSIONS[compression]}",
+                "-Xcompiler",
+                "-fPIC",
+            )
+            run(nvcc(), "-gencode", real, *options, "-c", str(source), "-o", str(made))
+        return made
+
+
+def nvcc() -> str:
+    return str(toolkit() / "bin" / "nvcc")
 
 
 def listed_by_cuobjdump(library: Path) -> Counter[GpuCode]:
@@ -140,14 +155,14 @@ def listed_by_cuobjdump(library: Path) -> Counter[GpuCode]:
 
 @pytest.mark.network
 class TestGpuCode:
-    def test_gpu_code_distinguishes_every_architecture(self, tmp_path: Path) -> None:
-        library = with_gpu_code(tmp_path, "zstd", ONE_LIBRARY)
+    def test_gpu_code_distinguishes_every_architecture(self, gpu_objects: GpuObjects) -> None:
+        library = gpu_objects.linked("zstd", ONE_LIBRARY)
         assert sorted(code.arch for code in gpu_code(library)) == sorted(ONE_LIBRARY)
         assert Counter(gpu_code(library)) == listed_by_cuobjdump(library)
 
     @pytest.mark.parametrize("compression", COMPRESSIONS)
-    def test_gpu_code_is_the_same_in_every_compression(self, compression: str, tmp_path: Path) -> None:
-        library = with_gpu_code(tmp_path, compression, A_SPARKS)
+    def test_gpu_code_is_the_same_in_every_compression(self, compression: str, gpu_objects: GpuObjects) -> None:
+        library = gpu_objects.linked(compression, A_SPARKS)
         assert [code.arch for code in gpu_code(library)] == list(A_SPARKS)
         assert Counter(gpu_code(library)) == listed_by_cuobjdump(library)
 
@@ -159,8 +174,7 @@ class TestGpuCode:
         source, library = tmp_path / "later.cu", tmp_path / "liblater.so"
         source.write_text(KERNEL)
         options = ["-gencode=arch=compute_121,code=sm_121", "-rdc=true", "-Xcompiler", "-fPIC", "-shared"]
-        nvcc = str(toolkit() / "bin" / "nvcc")
-        run(nvcc, *options, "-cudart", "shared", str(source), "-o", str(library))
+        run(nvcc(), *options, "-cudart", "shared", str(source), "-o", str(library))
         assert b"__nv_relfatbin" in library.read_bytes()
         assert Counter(gpu_code(library)) == listed_by_cuobjdump(library) == {GpuCode("cubin", "sm_121"): 1}
 
@@ -266,8 +280,13 @@ class TestDamage:
 
 
 @pytest.fixture(scope="module")
-def gpu_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return with_gpu_code(tmp_path_factory.mktemp("gpu"), "zstd", A_SPARKS)
+def gpu_objects(tmp_path_factory: pytest.TempPathFactory) -> GpuObjects:
+    return GpuObjects(tmp_path_factory.mktemp("gpu"))
+
+
+@pytest.fixture(scope="module")
+def gpu_library(gpu_objects: GpuObjects) -> Path:
+    return gpu_objects.linked("zstd", A_SPARKS)
 
 
 @pytest.fixture(scope="module")

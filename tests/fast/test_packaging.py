@@ -1,13 +1,13 @@
 """sdist -> wheel -> a new environment -> `plan`: a release has all files that it needs."""
 
 import json
-import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from uv import find_uv_bin
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONTAINED = (
@@ -20,9 +20,7 @@ CONTAINED = (
 
 
 def _run(*argv: str, cwd: Path) -> str:
-    # What pip installs here is imported once, and most of it never.
-    env = {**os.environ, "PIP_NO_COMPILE": "1"}
-    done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     return done.stdout
 
@@ -48,10 +46,10 @@ def test_wheel_contains_templates_patches_and_locks(wheel: Path) -> None:
 
 @pytest.mark.network
 def test_wheel_installed_from_the_lock_plans(wheel: Path, tmp_path: Path) -> None:
-    _run(sys.executable, "-m", "venv", "tool", cwd=tmp_path)
-    pip = (str(tmp_path / "tool/bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
-    _run(*pip, "--require-hashes", "-r", str(REPOSITORY / "requirements.lock"), cwd=tmp_path)
-    _run(*pip, "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
+    uv, install = find_uv_bin(), ("pip", "install", "--quiet", "--python", "tool")
+    _run(uv, "venv", "--quiet", "--python", sys.executable, "tool", cwd=tmp_path)
+    _run(uv, *install, "--require-hashes", "-r", str(REPOSITORY / "requirements.lock"), cwd=tmp_path)
+    _run(uv, *install, "--no-deps", "--no-index", str(wheel), cwd=tmp_path)
     output = _run(str(tmp_path / "tool/bin/sparkinstall"), "plan", "--json", "--root", "./node", cwd=tmp_path)
     plan = json.loads(output)
     assert plan["exit_code"] == 0
