@@ -221,7 +221,7 @@ def write(out: BinaryIO, manifest: Manifest, contents: Mapping[str, Content], on
     Raises:
         Refused: a file is no longer what the manifest says.
     """
-    text, done = manifest.encoded(), 0
+    text, done, total = manifest.encoded(), 0, manifest.size
     own = {MANIFEST: text, DIGEST: _digest_text(text)}
     for path, content in own.items():
         out.write(header(path, len(content)) + content + bytes(_padding(len(content))))
@@ -233,7 +233,7 @@ def write(out: BinaryIO, manifest: Manifest, contents: Mapping[str, Content], on
                 found.update(part)
                 out.write(part)
                 done += len(part)
-                on_bytes(done, manifest.size)
+                on_bytes(done, total)
         if found.hexdigest() != member.sha256:
             raise Refused(f"{contents[member.path]!s:.200} does not have its hash any more", DAMAGED)
         out.write(bytes(_padding(member.size)))
@@ -328,8 +328,8 @@ def read(path: Path, on_bytes: OnBytes = silent, take: Take = take_nothing) -> M
             raise Refused(f"it has {size - manifest.size} bytes more than its manifest lists")
         for member in manifest.members:
             _require_header(file, member)
-            with take(member) or contextlib.nullcontext(io.BytesIO()) as out:
-                _copy(file, member, out if out else io.BytesIO(), lambda: on_bytes(file.tell(), size))
+            with take(member) or contextlib.nullcontext() as out:
+                _copy(file, member, out, lambda: on_bytes(file.tell(), size))
         if file.read() != bytes(2 * _BLOCK):
             raise Refused("its end is damaged")
         return manifest
@@ -378,13 +378,14 @@ def _require_header(file: BinaryIO, member: Member) -> None:
     raise Refused(f"it has {what} {name!a} where its manifest lists {listed}: it is damaged, or was changed")
 
 
-def _copy(file: BinaryIO, member: Member, out: BinaryIO, tell: Callable[[], None]) -> None:
+def _copy(file: BinaryIO, member: Member, out: BinaryIO | None, tell: Callable[[], None]) -> None:
     left, found = member.size, hashlib.sha256()
     while left:
         if not (part := file.read(min(left, _PART))):
             raise Refused(f"it was cut in {member.path}")
         found.update(part)
-        out.write(part)
+        if out is not None:
+            out.write(part)
         left -= len(part)
         tell()
     if found.hexdigest() != member.sha256:

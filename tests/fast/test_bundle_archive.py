@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from sparkinstall.errors import BadBundle
 from sparkinstall.payloads import bundle_archive
-from sparkinstall.payloads.bundle_archive import Member, Refused
+from sparkinstall.payloads.bundle_archive import Manifest, Member, Refused
 from tests.support.bundles import FILES, HERE, OTHER, block, forged, manifest, packed, written
 from tests.support.rehearsals import Tree, envelope, in_this_process, output_of, sparkinstall, tree
 
@@ -54,6 +55,31 @@ def test_sha256sum_checks_the_manifest(tmp_path: Path) -> None:
     subprocess.run(["tar", "-xf", written(tmp_path, WHOLE)], cwd=tmp_path, check=True)
     checked = subprocess.run(["sha256sum", "--check", "--quiet", "manifest.sha256"], cwd=tmp_path)
     assert checked.returncode == 0
+
+
+def test_large_file_that_is_only_checked_is_not_kept_in_memory(tmp_path: Path) -> None:
+    path = written(tmp_path, packed({**FILES, "debs/large.deb": bytes(64 << 20)}))
+    tracemalloc.start()
+    try:
+        bundle_archive.read(path)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 16 << 20
+
+
+def test_manifest_is_encoded_once_however_large_the_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    times, encoded = [0], Manifest.encoded
+
+    def counted(self: Manifest) -> bytes:
+        times[0] += 1
+        return encoded(self)
+
+    monkeypatch.setattr(Manifest, "encoded", counted)
+    large = {"debs/large.deb": bytes(16 << 20)}
+    bundle_archive.write(io.BytesIO(), manifest(large), large, bundle_archive.silent)
+    # For its text, and for the size of the archive.
+    assert times == [2]
 
 
 @pytest.mark.parametrize("length", [40, 99, 100, 101, 180, 900])
