@@ -150,7 +150,7 @@ def _refuse_missing_needs(node: Node, reports: Sequence[StepReport], verb: str) 
             first = sorted(needs)[0]
             alone = f"`sparkinstall run {first} {report.name}`, or everything: `sparkinstall all`"
             # A run that never began does not store the role, so `all` would not know it.
-            hint = f"add `--only {first}`, or leave `--only` out" if verb == "multi-node" else alone
+            hint = f"select {first} too, or omit `--only` and `--skip`" if verb == "multi-node" else alone
             raise BadUsage(f"the step {report.name} needs {first} to run before", hint=hint)
 
 

@@ -42,7 +42,7 @@ def given(file: str) -> bytes:
     if not _TOKEN.fullmatch(token):
         raise BadUsage(
             f"--token-file {file} contains no token: one line of 16 to 1024 printable characters without spaces",
-            hint="the head's token is in its file `ray-token` below the prefix",
+            hint="the head's token is in its file `ray-token` below the prefix; a head without Ray has and needs none",
         )
     return token
 
@@ -108,7 +108,9 @@ class RayToken(Struct, frozen=True):
 def by_hand(node: Node) -> str:
     """Return the command that installs the head's token on a worker."""
     head = node.config.cluster.head
+    join = f"sparkinstall multi-node --role worker --head {head} --token-file - --yes"
     return (
-        "set up the head first, then run on this node: "
-        f"ssh {head} cat {node.ray_token} | sparkinstall multi-node --role worker --head {head} --token-file - --yes"
+        f"set up the head first, then run on this node: `ssh {head} cat {node.ray_token} | {join}`; "
+        "a head that `--serve` has set up without Ray has no token: then add `--serve` here too, as on the head, or "
+        "`--set cluster.executor=mp`"
     )

@@ -64,7 +64,7 @@ def test_multi_node_with_invalid_settings_is_refused(tmp_path: Path, options: tu
 def test_multi_node_with_a_single_step_of_the_role_is_refused(tmp_path: Path) -> None:
     answer = in_this_process("multi-node", *HEAD, "--root", tmp_path / "node", "--only", "env-files")
     assert answer.returncode == 2
-    assert "add `--only fp8`, or leave `--only` out" in output_of(answer)
+    assert "select fp8 too, or omit `--only` and `--skip`" in output_of(answer)
 
 
 def test_multi_node_that_fails_stores_the_role(tmp_path: Path) -> None:
