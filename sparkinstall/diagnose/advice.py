@@ -1,10 +1,13 @@
 """What a message tells by itself: its own words, and what in it one can act on."""
 
 import re
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from difflib import get_close_matches
 from functools import lru_cache
 
 from sparkinstall.facts import vllm_releases
+from sparkinstall.facts.vllm_options import Declared
 
 NO_TEXT = "its text is missing"
 """What stands for the text of an exception of which only the class is known."""
@@ -33,6 +36,13 @@ _TAKEN = re.compile(
 _OF_GPUS = re.compile(r"(?i:\b(?:sm_?\d{2,3}|hopper|blackwell|ampere|turing|volta|ada lovelace|compute capabilit))")
 _SEVERAL = re.compile(r"[,|]| or | and |['\"\[{(]")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*[a-z0-9](?:[.][\w.-]+)?")
+# How vLLM's command line says that it refuses something.
+_VLLM_REFUSES = re.compile(r"\b(?:vllm(?: \w+)?|api_server\.py|serve): error: ")
+_UNKNOWN = re.compile(r": unrecognized arguments: (?P<words>.+)")
+_VERB = re.compile(r"(?:vllm )?(?:serve|chat|complete|bench)\b")
+_NO_MODEL = re.compile(r"arguments are required: model_tag")
+_WRONG_VALUE = re.compile(r": argument (?P<option>--[\w-]+)\S*: invalid choice: ['\"]?(?P<value>[\w.-]+)")
+_NO_VALUE = re.compile(r": argument (?P<option>--[\w-]+)\S*: ignored explicit argument")
 _OF_OPTIONS = re.compile("(?i:option|argument|flag|unknown|unrecogni|invalid|requires?|exclusive|conflict)")
 _VARIABLE = re.compile(
     # Neither CUDA's errors nor the names of backends.
@@ -97,12 +107,13 @@ def says(message: str) -> str:
 
 def advice(message: str, is_of_vllm: bool) -> tuple[str, ...]:
     """Return what to do that follows from the words of a message: one sentence for each thing that it names."""
-    found = []
+    found = list(_of_the_command_line(message))
     if values := _values(message):
         found.append(f"use one of those that it takes: {values}")
     if named := _some(match["command"] for match in _COMMAND.finditer(message)):
         found.append(f"run what it names: {named}")
-    if options := _some([*_flags(message, is_of_vllm), *(_options(message) if is_of_vllm else ())]):
+    options = _some([*_flags(message, is_of_vllm), *(_options(message) if is_of_vllm else ())])
+    if options and not (found and _VLLM_REFUSES.search(message)):
         found.append(f"change, add or leave out what it is about: {options}")
     if variables := _some(_VARIABLE.findall(message)):
         found.append(f"look at the variable that it names: {variables}")
@@ -111,6 +122,72 @@ def advice(message: str, is_of_vllm: bool) -> tuple[str, ...]:
     if addresses := _some(each.rstrip(".,:") for each in _ADDRESS.findall(message)):
         found.append(f"it names {addresses}")
     return tuple(found)
+
+
+def _of_the_command_line(message: str) -> Iterator[str]:
+    """Yield what to do about a command line that vLLM refuses: which releases have an option, or what stands wrong."""
+    if not _VLLM_REFUSES.search(message):
+        return
+    if found := _UNKNOWN.search(message):
+        flags = [flag.split(".")[0].replace("_", "-") for flag in dict.fromkeys(_FLAG.findall(found["words"]))]
+        yield from _known_to(flags)
+        if not flags and _VERB.match(found["words"]):
+            yield (
+                "the image or script already runs `vllm serve`, so that the word stands there twice: after the name of "
+                "the image give the model and the options alone, or set `--entrypoint vllm`"
+            )
+        elif not flags:
+            yield (
+                "these words belong to no option: the model's name comes first and once, a value with blanks or braces "
+                "needs quotes, and a line of the command that goes on needs its `\\` at the very end"
+            )
+    elif _NO_MODEL.search(message):
+        yield "name the model as the first word after `vllm serve` (a name of the hub or a folder), before all options"
+    elif found := _WRONG_VALUE.search(message):
+        having = [each.release for each in shipped_with(found["option"], found["value"])]
+        if having:
+            yield f"`{found['value']}` is a value of `{found['option']}` in vLLM {_releases(having)}"
+    elif found := _NO_VALUE.search(message):
+        yield f"`{found['option']}` takes no value: give it alone, or `--no-{found['option'][2:]}` for the opposite"
+
+
+def _known_to(flags: Iterable[str]) -> Iterator[str]:
+    """Yield which releases have these options, or the nearest one that they have."""
+    releases = [each.release for each in vllm_releases.shipped()]
+    alike = defaultdict[tuple[str, ...], list[str]](list)
+    for flag in flags:
+        alike[tuple(each.release for each in shipped_with(flag))].append(flag)
+    for having, those in alike.items():
+        names = " and ".join(f"`{each}`" for each in those[:_MOST])
+        if len(having) == len(releases):
+            yield f"vLLM {releases[0]} to {releases[-1]} have {names}: this one is older, or another program"
+        elif having:
+            yield f"only vLLM {_releases(having)} {'have' if having[1:] else 'has'} {names}: leave it out otherwise"
+        else:
+            near = {each: _nearest(each) for each in those[:_MOST]}
+            told = " and ".join(
+                f"`{each}`" + (f" (the nearest is `{near[each]}`)" if near[each] else "") for each in near
+            )
+            yield f"no vLLM from {releases[0]} to {releases[-1]} has {told}: leave it out, or correct its name"
+
+
+def _nearest(flag: str) -> str:
+    return next(iter(get_close_matches(flag, vllm_releases.shipped()[-1].options, n=1, cutoff=0.75)), "")
+
+
+def shipped_with(option: str, value: str = "") -> list[Declared]:
+    """Return the releases of the shipped stacks that have an option, or this value of it."""
+    known = {option, f"--{option.removeprefix('--no-')}"}
+    return [
+        each
+        for each in vllm_releases.shipped()
+        if any(name in each.options and (not value or value in each.options[name].choices) for name in known)
+    ]
+
+
+def _releases(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _flags(message: str, is_of_vllm: bool) -> list[str]:
@@ -122,6 +199,7 @@ def _flags(message: str, is_of_vllm: bool) -> list[str]:
 def _values(message: str) -> str:
     for found in _TAKEN.finditer(message):
         values = found["list"].split(" [type=")[0].strip().rstrip(".,;")
+        values = values if "(" in values else values.rstrip(")")
         if _SEVERAL.search(values) and len(values) > 3 and not _OF_GPUS.search(values):
             return values
     return ""

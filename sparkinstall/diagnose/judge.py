@@ -268,6 +268,9 @@ def _found(
         told["why"] = f"{match.says}: {told['why']}"
         # What the program itself advises is in the hint.
         hints = (told["hint"], *match.advice) if "advice" in match.words else (*match.advice, told["hint"])
+        if match.part:
+            told |= {"title": f"{match.part.title}: {told['title']}", "links": match.part.links}
+            hints = (*match.advice, match.part.hint, *(() if signature.vague else (told["hint"],)))
         told["hint"] = "; ".join(hints)
     role: Role = "consequence" if causes or signature.ends_only or is_late else "cause"
     if signature.is_warning and not explains_others:

@@ -89,7 +89,8 @@ class Match(Struct):
 
     `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, `who` wrote
     it, and `where` is the code that raised it. `after` are the names of failures that a traceback names as what came
-    before. Of a general one, `says` are the line's own words, and `advice` is what follows from them.
+    before. Of a general one, `says` are the line's own words, `advice` is what follows from them, and `part` tells of
+    the part of a program that it is about.
     """
 
     signature: Signature
@@ -103,6 +104,7 @@ class Match(Struct):
     where: str = ""
     says: str = ""
     advice: tuple[str, ...] = ()
+    part: Signature | None = None
 
     def see(self, place: Place) -> None:
         """Count another line."""
@@ -317,7 +319,7 @@ class Search:
             return None
         part = self._part_of(suspect)
         if suspect.is_cut_off:
-            return self._meaning(part, suspect, {}) if part else None
+            return self._meaning(part, suspect, {}) if part and not part.outer else None
         for each in self._index.general:
             found = each.regex.search(suspect.message)
             if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
@@ -325,9 +327,11 @@ class Search:
         return None
 
     def _part_of(self, suspect: Suspect) -> Signature | None:
-        """Return what tells of the part of a program that raised an exception, by its traceback."""
-        parts = (each for each in self._index.general if each.part)
-        return next((each for each in parts if each.frames and each.frames.search(f"{suspect.frames}\n")), None)
+        """Return what tells of the part of a program that raised an exception, by its traceback or else its words."""
+        parts = [each for each in self._index.general if each.part]
+        by_frames = (each for each in parts if each.frames and each.frames.search(f"{suspect.frames}\n"))
+        by_words = (each for each in parts if each.about and each.about.search(suspect.message))
+        return next(by_frames, None) or next(by_words, None)
 
     def _meaning(
         self, kind: Signature, suspect: Suspect, words: Mapping[str, str], part: Signature | None = None
@@ -339,13 +343,11 @@ class Search:
                 each.regex.search(suspect.message) for each in self._index.general if "advice" in each.regex.groupindex
             )
             told = [f'what it says: "{each["advice"]}"' for each in found if each] + told
-        if part:
-            told.append(f"{part.title}: {part.hint}")
         says = suspect.message if suspect.is_cut_off else f'"{advice.says(suspect.message)}"'
         place = suspect.place
         return Match(
             kind, (place,), suspect.count, place.line, words,
-            who=suspect.who, where=suspect.where, says=says, advice=tuple(told),
+            who=suspect.who, where=suspect.where, says=says, advice=tuple(told), part=part,
         )  # fmt: skip
 
     @property

@@ -88,7 +88,9 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     A `general` one is searched only in suspicious lines in which no other is found, the first that matches counts, and
     it needs no `anchors`; what the line says is quoted, and so it is with `own_words`. A `part` names a part of a
-    program by its `frames`; its hint is told too with a kind that is general `by_part`.
+    program by its `frames`, or by the words that its messages are `about`; its title and hint are told with a kind that
+    is general `by_part`, the latter in place of the hint of a `vague` one. An `outer` part calls the others, so that it
+    tells nothing of a traceback without its exception.
     """
 
     regex: re.Pattern[str]
@@ -105,7 +107,10 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     harmless: tuple[_Line, ...] = ()
     own_words: bool = False
     part: bool = False
+    outer: bool = False
+    about: re.Pattern[str] | None = None
     by_part: bool = False
+    vague: bool = False
 
     @property
     def ends_only(self) -> bool:
@@ -217,14 +222,20 @@ def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
                 raise Malformed(FOLDER, f"{each.name}: {field} names {', '.join(sorted(unknown))}")
         if each.family and each.family not in names:
             raise Malformed(FOLDER, f"{each.name}: there is no family {each.family}")
-        if each.general and (each.ends_only or each.is_warning):
-            raise Malformed(FOLDER, f"{each.name}: what is general is a failure, and a cause if alone")
-        if ((each.part or each.by_part) and not each.general) or (each.part and not each.frames):
-            raise Malformed(FOLDER, f"{each.name}: a part is general and has `frames`; by_part needs general")
+        _refuse_bad_kind(each)
         used = {name for place in _PLACE.findall(each.why + each.hint) for name in (place[0], place[2]) if name}
         if unknown := used - set(each.regex.groupindex):
             raise Malformed(FOLDER, f"{each.name}: the regex has no group {', '.join(sorted(unknown))}")
     _refuse_circles(signatures)
+
+
+def _refuse_bad_kind(each: Signature) -> None:
+    if each.general and (each.ends_only or each.is_warning):
+        raise Malformed(FOLDER, f"{each.name}: what is general is a failure, and a cause if alone")
+    if ((each.part or each.by_part) and not each.general) or (each.part and not each.frames):
+        raise Malformed(FOLDER, f"{each.name}: a part is general and has `frames`; by_part needs general")
+    if ((each.about or each.outer) and not each.part) or (each.vague and not each.by_part):
+        raise Malformed(FOLDER, f"{each.name}: `about` and outer need part; vague needs by_part")
 
 
 def _refuse_circles(signatures: Iterable[Signature]) -> None:

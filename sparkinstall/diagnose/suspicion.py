@@ -42,7 +42,7 @@ WORDS = (
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
     "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
     "No module named", "can't open file", "*** SIG", "cannot find -l", "undefined reference", "modify QP", "{\"error\"",
-    "Timeout: ", "Refused: ", "Interrupt: ", "did not run succ", ": no such file or dir",
+    "Timeout: ", "stack trace above", "Refused: ", "Interrupt: ", "did not run succ", ": no such file or dir",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
 """Every suspicious line outside a traceback contains one of these."""
@@ -77,6 +77,8 @@ _SHAPES = (
             r".*(?:cannot open shared object|undefined symbol: |\b[Aa]ssertion\b.* failed)",
             r"Assertion error\b",
             r"Failed: \S",
+            # the end of another process's error, of which the beginning stands above
+            r"(?!.*Worker failed with).{8,400}['\"], please check the stack trace above",
             # of glog, and of what says the file and the line of an assertion
             r"(?:.{0,120}[\]:] +|\s*)Check failed: \S",
             r"(?:\S+:\d+:? )?(?:[\w:~]+: )?\w*(?:ASSERT|[Aa]ssert)\w*\(.*\):? fail",
@@ -219,6 +221,13 @@ _HANDLED = _any(
     r"\bHandler for (?:GET|HEAD|POST|PUT|DELETE) /|closed fifo",
     ignore_case=True,
 )
+# What makes an exception that ends a traceback harmless: one that names a fallback did not take it.
+_HARMLESS = _any(
+    r"\b(?:harmless|not fatal|non-fatal|safe to ignore|can be ignored|recovered)\b",
+    r"\bdial tcp \S+ connect: connection refused|while connecting to upstream|error during package walk",
+    r"\b(?:retrying|falling back|ignoring|skipping)\b",
+    ignore_case=True,
+)
 # An exception that only passes on that something else failed: a program, a worker.
 _PASSED_ON = re.compile(
     r"[\w.]+: (?:Caught \w+ in |[Cc]ommand .*(?:returned non-zero|failed with)"
@@ -278,7 +287,8 @@ def weight(line: Line, role: Role, number: int) -> int:
 def _by_shape(line: Line, role: Role, number: int, message: str) -> int:
     if line.level == "info" or not message.strip() or tracebacks.HEAD in message:
         return 0
-    if _HANDLED.search(message) or _ASKED_FOR.match(message):
+    handled = _HARMLESS if role.kind == "exception" else _HANDLED
+    if handled.search(message) or _ASKED_FOR.match(message):
         return 0
     message = message.strip() if role.kind == "exception" else message
     if KERNEL in line.who.split():

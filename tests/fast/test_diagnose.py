@@ -319,6 +319,31 @@ def test_general_failure_quotes_the_line_and_advises_what_that_names() -> None:
     for words in ("['auto', 'fp8']", "`--own-table` and `--kv-cache-dtype`", "`VLLM_OWN_ROWS`"):
         assert words in cause.hint
     assert cause.hint.index("TRITON_ATTN") < cause.hint.index(BY_NAME[cause.name].hint)
+    assert cause.title == f"{BY_NAME['attention-part-failed'].title}: {BY_NAME[cause.name].title}"
+
+
+@pytest.mark.parametrize(
+    ("file", "message", "part"),
+    [
+        ("vllm/config/parallel.py", "ValueError: own rows differ", "settings-part-failed"),
+        ("vllm/config/speculative.py", "ValueError: own rows differ", "speculation-part-failed"),
+        ("vllm/v1/kv_cache_interface.py", "AssertionError: own page", "kv-cache-part-failed"),
+        ("vllm/models/own/nvidia/ops/own.py", "ValueError: own rows differ", "kernel-part-failed"),
+        ("own/start.py", "ValueError: own LoRA rows differ", "lora-part-failed"),
+        ("own/start.py", "ValueError: own rows differ", ""),
+    ],
+)
+def test_general_failure_tells_the_part_by_its_frames_or_else_its_words(file: str, message: str, part: str) -> None:
+    head, frame = (
+        "Traceback (most recent call last):",
+        f'  File "/opt/v/lib/python3.12/site-packages/{file}", line 8, in own',
+    )
+    (cause,) = diagnosed(f"{head}\n{frame}\n    own()\n{message}\n".encode()).causes
+    kind = BY_NAME[cause.name]
+    assert cause.title == (f"{BY_NAME[part].title}: {kind.title}" if part else kind.title)
+    assert kind.vague and (
+        BY_NAME[part].hint in cause.hint and kind.hint not in cause.hint if part else kind.hint == cause.hint
+    )
 
 
 @pytest.mark.parametrize(
@@ -343,6 +368,20 @@ def test_general_failure_quotes_the_line_and_advises_what_that_names() -> None:
         ("RuntimeError: raised in /opt/v/lib/python3.12/site-packages/vllm/own.py", ""),
         ("ValueError: total heads 12 is not divisible by tp_size 8", "`--tensor-parallel-size`"),
         ("HTTPError: 404 for url: https://example.com/own/x", "https://example.com/own/x"),
+        ("vllm: error: unrecognized arguments: serve own/model", "stands there twice"),
+        ("vllm serve: error: unrecognized arguments: own model", "belong to no option"),
+        (
+            "vllm serve: error: unrecognized arguments: --tensor-paralel-size 2",
+            "the nearest is `--tensor-parallel-size`",
+        ),
+        ("vllm serve: error: unrecognized arguments: --max-model-len 9", "this one is older, or another program"),
+        ("vllm serve: error: unrecognized arguments: --linear-backend own", "only vLLM "),
+        ("vllm serve: error: the following arguments are required: model_tag", "before all options"),
+        (
+            "vllm serve: error: argument --moe-backend: invalid choice: 'b12x'",
+            "`b12x` is a value of `--moe-backend` in vLLM ",
+        ),
+        ("vllm serve: error: argument --own/--no-own: ignored explicit argument 'true'", "`--own` takes no value"),
     ],
 )
 def test_advice_is_drawn_from_the_words_of_a_message(message: str, advised: str) -> None:
