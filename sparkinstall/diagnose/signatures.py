@@ -6,6 +6,7 @@ search.py finds them in a log; knowledge/README.md explains how to add one.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -136,11 +137,16 @@ def load(folder: Path | None = None, release: str = "") -> tuple[Signature, ...]
     Raises:
         Malformed: an entry is invalid, or two have the same name.
     """
+    return tuple(replace(each, hint=hint_for(each.hint, release)) for each in _read(folder))
+
+
+@lru_cache(maxsize=1)
+def _read(folder: Path | None) -> tuple[Signature, ...]:
     files = sorted((folder or asset(FOLDER)).glob("*.yaml"))
     found = [each for file in files for each in schema.read_file(tuple[Signature, ...], file)]
     if folder is None:
         found = _with_rules(found)
-    found = [replace(each, anchors=each.anchors or _anchors(each), hint=hint_for(each.hint, release)) for each in found]
+    found = [replace(each, anchors=each.anchors or _anchors(each)) for each in found]
     _refuse_bad_references(found)
     return tuple(found)
 

@@ -31,7 +31,9 @@ from sparkinstall.diagnose.signatures import Signature, hint_for, load
 from sparkinstall.facts import vllm_releases
 from sparkinstall.probes import known_hosts
 from sparkinstall.schema import Malformed
+from tests.support import forks
 from tests.support.nodes import FIXES_OF_SPARKS
+from tests.support.rehearsals import TIMEOUT_SECONDS, environment
 from tests.support.waiting import until
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -776,12 +778,8 @@ def test_line_of_300_megabytes_uses_limited_memory() -> None:
 # --- the command
 
 
-def run(*argv: str, given: bytes | None = None) -> "subprocess.CompletedProcess[str]":
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
-    ended = subprocess.run(
-        [sys.executable, "-m", "sparkinstall", *argv], input=given or b"", capture_output=True, env=environ
-    )
-    return subprocess.CompletedProcess(argv, ended.returncode, ended.stdout.decode(), ended.stderr.decode())
+def run(*argv: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":
+    return forks.run("sparkinstall", argv, environment(COLUMNS="100"), TIMEOUT_SECONDS, stdin=given)
 
 
 def test_diagnose_prints_causes_and_consequences(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from sparkinstall.diagnose.encodings import text_of
 from sparkinstall.diagnose.judge import Log, judge, read
 from sparkinstall.diagnose.search import index_of
 from sparkinstall.diagnose.signatures import load
+from tests.support import forks
+from tests.support.rehearsals import CHECKOUT, TIMEOUT_SECONDS, environment
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 KNOWN = load()
 LOOKED_FOR = index_of(KNOWN)
 OOM = next(each for each in KNOWN if each.name == "oom-killer").example[0]
@@ -46,11 +47,8 @@ def found_in(data: bytes, sizes: Iterator[int] | None = None) -> tuple[list[str]
     return [each.name for each in judge([search]).found], search.lines
 
 
-def run(*argv: str, given: bytes = b"") -> "subprocess.CompletedProcess[bytes]":
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "100"}
-    return subprocess.run(
-        [sys.executable, "-m", "sparkinstall", "diagnose", *argv], input=given, capture_output=True, env=environ
-    )
+def run(*argv: str, given: bytes = b"") -> "subprocess.CompletedProcess[str]":
+    return forks.run("sparkinstall", ("diagnose", *argv), environment(COLUMNS="100"), TIMEOUT_SECONDS, stdin=given)
 
 
 # --- encodings
@@ -103,7 +101,7 @@ def test_packed_log_is_read_from_a_file_and_from_stdin(
     data = pack(TEXT.encode(encoding)) + pack(f"{OOM}\n".encode(encoding))
     (tmp_path / "log").write_bytes(data)
     for ended in (run(str(tmp_path / "log"), "--json"), run("-", "--json", given=data)):
-        assert ended.returncode == 3, ended.stderr.decode()
+        assert ended.returncode == 3, ended.stderr
         assert json.loads(ended.stdout)["data"]["found"][0]["count"] == 2
 
 
@@ -139,9 +137,9 @@ def test_file_that_is_no_text_is_named_and_not_called_healthy(name: str, tmp_pat
     (tmp_path / "some log").write_bytes(FOREIGN[name])
     for ended in (run(str(tmp_path / "some log")), run("-", given=FOREIGN[name])):
         assert ended.returncode == 2
-        said = " ".join(ended.stderr.decode().split())
+        said = " ".join(ended.stderr.split())
         assert "not text" in said and "do " in said
-        assert b"no known failure" not in ended.stdout
+        assert "no known failure" not in ended.stdout
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress], ids=["gzip", "bzip2", "xz"])
@@ -157,13 +155,13 @@ def test_damaged_archive_is_an_error(pack: Callable[[bytes], bytes], how: str, t
     (tmp_path / "log").write_bytes(data)
     ended = run(str(tmp_path / "log"))
     if how != "followed by others" or ended.returncode:  # gzip and bz2 ignore what follows
-        assert ended.returncode == 2 and b"is damaged" in ended.stderr
+        assert ended.returncode == 2 and "is damaged" in ended.stderr
 
 
 def test_empty_log_is_called_empty(tmp_path: Path) -> None:
     (tmp_path / "log").touch()
     ended = run(str(tmp_path / "log"))
-    assert ended.returncode == 0 and b"the log is empty" in ended.stdout
+    assert ended.returncode == 0 and "the log is empty" in ended.stdout
 
 
 # --- memory
@@ -178,7 +176,7 @@ def _peak(*argv: str) -> float:
         # Not ru_maxrss, which begins with the memory of this process.
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], file=sys.stderr)"
     )
-    environ = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environ = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
     ended = subprocess.run([sys.executable, "-c", script, "diagnose", *argv], capture_output=True, env=environ)
     return int(ended.stderr.split()[-1]) / 1024
 

@@ -512,10 +512,7 @@ def test_absolute_names_the_option_and_the_path() -> None:
 
 @pytest.mark.parametrize("request_", ["", "garbage", "garbage\n", "[" * 100_000 + "\n", '{"argv": 1}\n', "\0\n"])
 def test_request_that_is_none_ends_without_a_traceback(request_: str) -> None:
-    run = subprocess.run(
-        command("node", "attend"), cwd=CHECKOUT, env=environment(), input=request_, capture_output=True, text=True,
-        timeout=300, check=False,
-    )  # fmt: skip
+    run = forks.run("sparkinstall", ("node", "attend"), environment(), 300, stdin=request_.encode())
     well_answered(run.returncode, output_of(run))
     assert run.returncode == Exit.FAILED
     assert is_explained(run.stderr) and "found no request" in run.stderr, output_of(run)
@@ -567,11 +564,8 @@ def test_too_little_memory_is_named(mebibytes: int) -> None:
 @pytest.mark.parametrize("verb", ["fetch", "offer", "ask x y 1", "ask tcp y 1", "respond x", "reach -- -x", "token"])
 @pytest.mark.parametrize("stdin", [b"", b"\xff\xda\x00" * 99, b"[" * 9000, b'{"port": "x"}\n', b"\n" * 9])
 def test_node_verb_with_garbage_gives_a_documented_answer(verb: str, stdin: bytes) -> None:
-    run = subprocess.run(
-        command("node", *verb.split()), env=environment(), input=stdin, capture_output=True, timeout=300, check=False
-    )
-    said = (run.stdout + run.stderr).decode(errors="replace")
-    well_answered(run.returncode, said)
+    run = forks.run("sparkinstall", ("node", *verb.split()), environment(), 300, stdin=stdin)
+    well_answered(run.returncode, output_of(run))
 
 
 @pytest.mark.parametrize("device", ["/dev/zero", "/dev/urandom", "/dev/full"])

@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sparkinstall.cli import app
+from sparkinstall.diagnose.signatures import load as load_signatures
 
 CHECKOUT = Path(__file__).parents[2]
 
@@ -40,16 +42,24 @@ _parent: Parent | None = None
 
 
 def run(
-    module: str, words: Sequence[str], env: Mapping[str, str], timeout: float, cwd: Path = CHECKOUT
+    module: str,
+    words: Sequence[str],
+    env: Mapping[str, str],
+    timeout: float,
+    cwd: Path = CHECKOUT,
+    stdin: bytes = b"",
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python -m MODULE WORDS` in the folder `cwd` to its end, with an empty stdin."""
+    """Run `python -m MODULE WORDS` in the folder `cwd` to its end."""
     global _parent
     # Tests that run several at once do so in threads: all take one.
     with _guard:
         if _parent is None or _parent.owner != os.getpid() or _parent.for_python != _for_python(env):
             _parent = Parent(env)
         parent = _parent
-    return parent.run(module, words, env, timeout, cwd)
+    with tempfile.TemporaryFile() as given:
+        given.write(stdin)
+        given.seek(0)
+        return parent.run(module, words, env, timeout, cwd, given.fileno())
 
 
 def _for_python(env: Mapping[str, str]) -> Mapping[str, str]:
@@ -76,7 +86,7 @@ class Parent:
             self._program.wait()
 
     def run(
-        self, module: str, words: Sequence[str], env: Mapping[str, str], timeout: float, cwd: Path
+        self, module: str, words: Sequence[str], env: Mapping[str, str], timeout: float, cwd: Path, stdin: int
     ) -> subprocess.CompletedProcess[str]:
         """Let one fork run, and wait for its end.
 
@@ -88,7 +98,8 @@ class Parent:
         pipes = [os.pipe(), os.pipe()]
         with ends, ends.makefile() as lines:
             with their_ends:
-                socket.send_fds(self._requests, [request], [their_ends.fileno(), *(write for _, write in pipes)])
+                streams = (stdin, *(write for _, write in pipes))
+                socket.send_fds(self._requests, [request], [their_ends.fileno(), *streams])
             for _, write in pipes:
                 os.close(write)
             pid = int(lines.readline())
@@ -121,11 +132,12 @@ def _read(pipes: Sequence[int], pid: int, timeout: float) -> list[str]:
 
 
 def main() -> None:
-    """Import every verb; for each request, be a fork that runs what it names."""
+    """Import every verb, read what diagnose knows; for each request, be a fork that runs what it names."""
     for place, _ in app.VERBS.values():
         app.imported(place)
     for name in _LATER:
         import_module(name)
+    load_signatures()
     gc.collect()
     gc.freeze()
     request = _fork_for_each(socket.socket(fileno=int(sys.argv[1])))
@@ -153,7 +165,7 @@ def _leave(code: object) -> NoReturn:
 def _fork_for_each(requests: socket.socket) -> dict[str, Any]:
     """Return in a fork with its request; in this process never."""
     while True:
-        request, descriptors, _, _ = socket.recv_fds(requests, _LONGEST_REQUEST, 3)
+        request, descriptors, _, _ = socket.recv_fds(requests, _LONGEST_REQUEST, 4)
         if not request:
             sys.exit()
         if not os.fork():
@@ -173,29 +185,30 @@ def _ended() -> bool:
         return False
 
 
-def _run_and_tell(ends: int, out: int, err: int) -> None:
+def _run_and_tell(ends: int, *streams: int) -> None:
     """Return in the process that is to run; in this one, write its id, then its exit code, to `ends`."""
     pid = os.fork()
     if not pid:
-        for number, name, stream in ((1, "stdout", out), (2, "stderr", err)):
+        for number, stream in enumerate(streams):
             os.dup2(stream, number)
-            _reopen(number, name)
-        for each in (ends, out, err):
+            _reopen(number)
+        for each in (ends, *streams):
             os.close(each)
         return
-    os.close(out)
-    os.close(err)
+    for each in streams:
+        os.close(each)
     os.write(ends, f"{pid}\n".encode())
     os.write(ends, f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
     os._exit(0)
 
 
-def _reopen(number: int, name: str) -> None:
+def _reopen(number: int) -> None:
     """Open a stream again as Python does at its start: the former one remembers what kind of file it was."""
+    name = ("stdin", "stdout", "stderr")[number]
     former = getattr(sys, name)
     # Not the descriptor's owner, like Python's own: it stays open to the end of the process.
     stream = open(  # noqa: SIM115
-        number, "w", 1 if name == "stderr" else -1, former.encoding, former.errors, closefd=False
+        number, "w" if number else "r", 1 if name == "stderr" else -1, former.encoding, former.errors, closefd=False
     )
     setattr(sys, name, stream)
     setattr(sys, f"__{name}__", stream)
