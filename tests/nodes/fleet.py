@@ -13,9 +13,12 @@ from tests.nodes.fresh import (
     CHECKOUT,
     COMMAND,
     CONFIG,
+    CPU_STACK,
+    FULL_STACK,
     LEFT_OUT,
     REPOSITORY,
     install_tool,
+    let_pytorch_find_cuda,
     own_cache,
     put_before_the_compiler,
     what_nccl_is_built_of,
@@ -28,24 +31,30 @@ STACKS = "tests/lab/stacks"
 
 
 @contextmanager
-def two_sparks(*, port_1: bool = False) -> Iterator[Fleet]:
+def two_sparks(*, port_1: bool = False, on_cpu: bool = False) -> Iterator[Fleet]:
     """`sparks(2)`."""
-    with sparks(2, port_1=port_1) as fleet:
+    with sparks(2, port_1=port_1, on_cpu=on_cpu) as fleet:
         yield fleet
 
 
 @contextmanager
-def sparks(count: int, *, port_1: bool = False) -> Iterator[Fleet]:
+def sparks(count: int, *, port_1: bool = False, on_cpu: bool = False) -> Iterator[Fleet]:
     """Nodes, each with a CUDA toolkit, NCCL's source, a stack and a config, and with caches that outlive them.
 
-    The checkout is at the terminal, where `install` installs it.
+    The checkout is at the terminal, where `install` installs it. `on_cpu`: the stack is that of vLLM for the CPU.
     """
     toolkit()
-    with Fleet(count, bind=_binds, terminal_bind=own_cache("fleet-cache-terminal"), port_1=port_1) as fleet:
+
+    def binds(index: int) -> Sequence[Bind]:
+        return [*what_nccl_is_built_of(), *own_cache(f"fleet-cache-{index + 1}", on_cpu=on_cpu)]
+
+    with Fleet(count, bind=binds, terminal_bind=own_cache("fleet-cache-terminal"), port_1=port_1) as fleet:
         _give_cache_to_user(fleet.terminal)
         fleet.terminal.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
         for node in fleet.nodes:
-            _prepare(node)
+            _prepare(node, CPU_STACK if on_cpu else FULL_STACK)
+            if on_cpu:
+                let_pytorch_find_cuda(node)
         yield fleet
 
 
@@ -59,21 +68,17 @@ def sparkinstall(fleet: Fleet, *argv: str, **options: Any) -> Completed:
     return fleet.on_terminal(COMMAND, *argv, **{"cwd": "/home/spark", "timeout": 1800, **options})
 
 
-def _prepare(node: FleetNode) -> None:
+def _prepare(node: FleetNode, stack: str) -> None:
     _give_cache_to_user(node)
     # The parent folders belong to the user, as if the checkout were here.
     node.run("mkdir", "-p", f"{CHECKOUT}/{STACKS}", user="spark")
     node.push(REPOSITORY / STACKS, f"{CHECKOUT}/{STACKS}", owner="spark")
-    node.write("/etc/sparkinstall.yaml", CONFIG.format(tarball=tarball().name))
+    node.write("/etc/sparkinstall.yaml", CONFIG.format(stack=stack, tarball=tarball().name))
     put_before_the_compiler(node)
 
 
 def _give_cache_to_user(node: FreshNode) -> None:
     node.run("chown", "spark:spark", "/home/spark/.cache")
-
-
-def _binds(index: int) -> Sequence[Bind]:
-    return [*what_nccl_is_built_of(), *own_cache(f"fleet-cache-{index + 1}")]
 
 
 def armed(node: FleetNode) -> bool:

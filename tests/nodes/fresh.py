@@ -4,12 +4,13 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.lab import cache, commands
 from tests.lab.commands import Completed
 from tests.lab.node import Bind, FreshNode
+from tests.support import cpu_stack
 from tests.support.bytecode import compile_modules
 from tests.support.cuda_toolkit import toolkit
 from tests.support.nccl_source import tarball
@@ -21,14 +22,17 @@ COMMAND = "/home/spark/.local/bin/sparkinstall"
 # Checks of a Spark's hardware; all others must pass here too.
 NOT_A_SPARK = ("machine", "arch", "os", "driver", "memory", "disk")
 SPARK_UID = 1000
-CONFIG = f"""\
-stack: {CHECKOUT}/tests/lab/stacks/lab-full.yaml
+FULL_STACK = f"{CHECKOUT}/tests/lab/stacks/lab-full.yaml"
+STACK = "/srv/stack"
+CPU_STACK = f"{STACK}/{cpu_stack.NAME}.yaml"
+CUDA_LIBRARIES = "/srv/cuda-libraries"
+CONFIG = """\
+stack: {stack}
 nccl:
-  source: /srv/nccl/{{tarball}}
+  source: /srv/nccl/{tarball}
   version: 2.29.7
   only_functions: AllReduce Sum f32 RING SIMPLE
 """
-
 
 CACHE = "/home/spark/.cache/sparkinstall"
 CCACHE = "/srv/ccache"
@@ -40,20 +44,21 @@ HOME_OF_TOOL = "home/spark/.local/share/sparkinstall"
 
 
 @contextmanager
-def fresh_node(whose: str, *more: Bind) -> Iterator[FreshNode]:
+def fresh_node(whose: str, *more: Bind, on_cpu: bool = False) -> Iterator[FreshNode]:
     """A node on this machine's network with a CUDA toolkit in its usual place and a cache that outlives it.
 
-    `whose`: the test file that asks. Files run in parallel, and each has a cache of its own.
+    `whose`: the test file that asks. Files run in parallel, and each has a cache of its own. `on_cpu`: with the wheels
+    of vLLM for the CPU.
     """
     # Of two runs at once the second has another one.
     cache_name = cache.own_name(f"{whose}-cache")
     # NCCL must be built in this run.
     shutil.rmtree(kept_folder(cache_name) / "nccl/built", ignore_errors=True)
-    binds = [*what_nccl_is_built_of(), *own_cache(cache_name), *more]
+    binds = [*what_nccl_is_built_of(), *own_cache(cache_name, on_cpu=on_cpu), *more]
     with FreshNode(bind=binds) as node:
         node.run("chown", "spark:spark", "/home/spark/.cache")
         node.push(REPOSITORY, CHECKOUT, owner="spark", exclude=LEFT_OUT)
-        node.write("/etc/sparkinstall.yaml", CONFIG.format(tarball=tarball().name))
+        node.write("/etc/sparkinstall.yaml", CONFIG.format(stack=FULL_STACK, tarball=tarball().name))
         put_before_the_compiler(node)
         yield node
 
@@ -83,10 +88,26 @@ def _replace(kept: Path, source: Path) -> None:
     new.rename(kept)
 
 
-def own_cache(name: str) -> list[Bind]:
-    """The cache `name` for one node, so that it has no builds of the others; the wheelhouse is shared."""
-    own, wheels = kept_folder(name), kept_folder("node-cache/wheels")
-    return [Bind(own, CACHE, read_only=False), Bind(wheels, f"{CACHE}/wheels", read_only=False)]
+def own_cache(name: str, *, on_cpu: bool = False) -> list[Bind]:
+    """The cache `name` for one node, so that it has no builds of the others; the wheelhouse is shared.
+
+    `on_cpu`: the wheelhouse has vLLM for the CPU (`CPU_STACK`), and the node what PyTorch loads besides.
+    """
+    own = Bind(kept_folder(name), CACHE, read_only=False)
+    if not on_cpu:
+        return [own, Bind(kept_folder("node-cache/wheels"), f"{CACHE}/wheels", read_only=False)]
+    return [own, Bind(cpu_stack.tree() / "wheels", f"{CACHE}/wheels", read_only=False), *beside_the_wheels()]
+
+
+def beside_the_wheels() -> list[Bind]:
+    """The stack for the CPU, and the libraries of CUDA, which its wheels lack."""
+    return [Bind(cpu_stack.tree() / "stack", STACK), Bind(cpu_stack.tree() / "cuda", CUDA_LIBRARIES)]
+
+
+def let_pytorch_find_cuda(node: FreshNode) -> None:
+    """On a node with `beside_the_wheels`."""
+    node.write("/etc/ld.so.conf.d/cuda.conf", f"{CUDA_LIBRARIES}\n")
+    node.run("ldconfig")
 
 
 def what_nccl_is_built_of() -> list[Bind]:
@@ -146,11 +167,7 @@ def objects(node: FreshNode, prefix: str, *, age: float = 0) -> dict[str, float]
 
     `age`: only those that are so many seconds older than the newest file of the build, and what they depend on too.
     """
-    build = node.root / prefix.lstrip("/") / "nccl"
-    # Folders go while they are listed: walk passes over one that is gone, glob does not.
-    walked = (each for top in build.glob("build-*") for each in os.walk(top))
-    paths = [Path(folder, name) for folder, _, names in walked for name in names]
-    times = {path: _changed(path) for path in paths if path.suffix}
+    times = {path: _changed(path) for path in _build(node, prefix) if path.suffix}
     newest = max(times.values(), default=0.0)
     # A compiler that is asked for the dependencies may take seconds; the product removes each file by its own age.
     return {
@@ -158,6 +175,22 @@ def objects(node: FreshNode, prefix: str, *, age: float = 0) -> dict[str, float]
         for path, at in times.items()
         if _is_done(path) and at and max(at, _changed(path.with_suffix(".d"))) <= newest - age
     }
+
+
+def grow_old(node: FreshNode, prefix: str, seconds: int) -> None:
+    """Date the files of the NCCL build below `prefix` back, as if they had been written so much earlier."""
+    for path in _build(node, prefix):
+        # Temporary files go meanwhile.
+        with suppress(FileNotFoundError):
+            at = path.stat().st_mtime_ns - seconds * 10**9
+            os.utime(path, ns=(at, at))
+
+
+def _build(node: FreshNode, prefix: str) -> list[Path]:
+    build = node.root / prefix.lstrip("/") / "nccl"
+    # Folders go while they are listed: walk passes over one that is gone, glob does not.
+    walked = (each for top in build.glob("build-*") for each in os.walk(top))
+    return [Path(folder, name) for folder, _, names in walked for name in names]
 
 
 def _is_done(path: Path) -> bool:

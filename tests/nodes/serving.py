@@ -12,12 +12,12 @@ from sparkinstall.layout import API_KEY
 from tests.lab.cabling import PORT_0, Cabling, Plugs, ip
 from tests.lab.fleet import Fleet
 from tests.lab.node import Bind, FreshNode
-from tests.nodes.fresh import compiled_checkout, ignoring, own_cache
-from tests.support import cpu_stack, vllm_on_cpu
+from tests.nodes.fresh import CPU_STACK, compiled_checkout, ignoring, let_pytorch_find_cuda, own_cache
+from tests.support import vllm_on_cpu
 from tests.support.ray_on_a_node import ADDRESSES
 from tests.support.waiting import until
 
-CHECKOUT, PACKAGES, STACK = "/srv/checkout", "/srv/packages", "/srv/stack"
+CHECKOUT, PACKAGES = "/srv/checkout", "/srv/packages"
 PREFIX = "/opt/sparkinstall"
 MODEL, REASONER = "/srv/model", "/srv/reasoner"
 UNIT = "vllm.service"
@@ -88,7 +88,7 @@ class ServingNodes:
 
 
 INSTALLED = f"""\
-stack: {STACK}/{cpu_stack.NAME}.yaml
+stack: {CPU_STACK}
 # vLLM for the CPU has no use for NCCL: what torch comes with counts.
 nccl: {{mode: wheel}}
 """
@@ -100,15 +100,12 @@ NCCL = f"{vllm_on_cpu.PLACE}/{vllm_on_cpu.SITE}/nvidia/nccl/lib/libnccl.so.2"
 @contextmanager
 def installed_node(scratch: Path) -> Iterator[FreshNode]:
     """A node on which `./install.sh` has installed vLLM for the CPU, as the README says."""
-    parts, own = cpu_stack.tree(), own_cache("serving-cache")[0]
-    binds = [own, Bind(parts / "wheels", f"{own.node}/wheels", read_only=False), Bind(parts / "stack", STACK)]
-    binds += [Bind(parts / "cuda", "/usr/local/cuda/lib64"), *_models(scratch), compiled_checkout(scratch, CHECKOUT)]
+    binds = [*own_cache("serving-cache", on_cpu=True), *_models(scratch), compiled_checkout(scratch, CHECKOUT)]
     with Fleet(1, bind=lambda _: binds) as fleet:
         (node,) = fleet.nodes
         ip(node.plugs.netns, "addr", "add", f"{ADDRESSES['head']}/24", "dev", PORT_0[0])
         node.run("chown", "spark:spark", "/home/spark/.cache")
-        node.write("/etc/ld.so.conf.d/cuda.conf", "/usr/local/cuda/lib64\n")
-        node.run("ldconfig")
+        let_pytorch_find_cuda(node)
         node.write("/etc/sparkinstall.yaml", INSTALLED)
         node.run("mkdir", f"/etc/systemd/system/{UNIT}.d")
         node.write(f"/etc/systemd/system/{UNIT}.d/cpu.conf", f"[Service]\nEnvironmentFile={CPU_ENV}\n")

@@ -4,9 +4,7 @@ The tests of this file run in order on one node.
 """
 
 import json
-import re
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,20 +13,25 @@ import pytest
 
 from sparkinstall import elf
 from sparkinstall.probes.known_hosts import rules
-from tests.lab.node import FreshNode
+from tests.lab.node import Bind, FreshNode
 from tests.nodes.broken import ENV_FILE, SITE, changed, probe_result, reinstall, serve, stop_serving
 from tests.nodes.fresh import (
     CHECKOUT,
     COMMAND,
+    CPU_STACK,
     NOT_COMPARED,
+    beside_the_wheels,
     file_metadata,
     fresh_node,
+    grow_old,
     ignoring,
+    let_pytorch_find_cuda,
     objects,
     put_before_the_compiler,
     sparkinstall,
     wait_for_objects,
 )
+from tests.support import cpu_stack, vllm_on_cpu
 
 pytestmark = [pytest.mark.layer3, pytest.mark.layer4, pytest.mark.network]
 
@@ -39,8 +42,8 @@ mkdir -p "$1"
 cp -a ~/.cache/sparkinstall/nccl "$1"
 ln -s ~/.cache/sparkinstall/wheels "$1/wheels"
 """
-STACKS = f"{CHECKOUT}/tests/lab/stacks"
-IDNA = "idna==3.18 \\\\\n    --hash=sha256:7f952cbe720b688055e3f87de14f5c3e5fdaa8bc3928985c4077ca689de849a2"
+# For another stack, a wheelhouse of its own: both have wheels of the same name.
+CPU_CACHE = {"XDG_CACHE_HOME": "/srv/cpu-cache"}
 # resources/nccl.py distrusts what was written 30 s before the last file.
 UNSURE_SECONDS = 31
 W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
@@ -49,7 +52,10 @@ W8A8 = "vllm/model_executor/layers/quantization/utils/w8a8_utils.py"
 # What apt, dpkg, ldconfig and logging leave by their own nature, and what the tool itself is (it stays).
 @pytest.fixture(scope="module")
 def node() -> Iterator[FreshNode]:
-    with fresh_node("fresh-node") as fresh:
+    other = Bind(cpu_stack.tree() / "wheels", f"{CPU_CACHE['XDG_CACHE_HOME']}/sparkinstall/wheels", read_only=False)
+    with fresh_node("fresh-node", *beside_the_wheels(), other) as fresh:
+        fresh.run("chown", "spark:spark", CPU_CACHE["XDG_CACHE_HOME"], f"{CPU_CACHE['XDG_CACHE_HOME']}/sparkinstall")
+        let_pytorch_find_cuda(fresh)
         yield fresh
 
 
@@ -96,7 +102,7 @@ def test_install_killed_during_the_build_continues_without_compiling_a_file_twic
         wait_for_objects(node, nccl)
         # What there is grows old, and meanwhile no other file is compiled.
         node.run("pkill", "--signal", "STOP", "--exact", "make")
-        time.sleep(UNSURE_SECONDS + 5)
+        grow_old(node, nccl, UNSURE_SECONDS + 5)
         node.run("pkill", "--signal", "CONT", "--exact", "make")
         wait_for_objects(node, nccl, age=UNSURE_SECONDS + 5)
         node.signal(run, signal.SIGKILL)
@@ -339,18 +345,14 @@ def test_all_with_another_stack_replaces_a_changed_environment_and_keeps_the_for
     reinstall(node, "idna")
     assert probe_result(node, "wheel-files") == ("fail", "idna was reinstalled since")
     former = node.run("readlink", "/opt/sparkinstall/venv").stdout.strip()
-    node.write(f"{STACKS}/lab-other.yaml", node.read(f"{STACKS}/lab-full.yaml").replace("lab-full", "lab-other"))
-    lock, changed_pins = re.subn(r"idna==.*\n.*", IDNA, node.read(f"{STACKS}/lab-full.x86_64.lock"))
-    assert changed_pins == 1
-    node.write(f"{STACKS}/lab-other.x86_64.lock", lock)
-    other = ("--stack", f"{STACKS}/lab-other.yaml")
+    other = ("--stack", CPU_STACK)
     assert "beside stack lab-full; once they are proven, switch to them" in sparkinstall(node, "plan", *other).stdout
-    sparkinstall(node, "all", *other, "--keep-old", "--yes", *ignoring())
+    node.run(COMMAND, "all", *other, "--keep-old", "--yes", *ignoring(), user="spark", env=CPU_CACHE, timeout=1800)
     used = node.run("readlink", "/opt/sparkinstall/venv").stdout.strip()
-    assert used.startswith("venvs/lab-other-")
+    assert used.startswith("venvs/lab-cpu-")
     kept = node.run("ls", "/opt/sparkinstall/venvs").stdout.split()
     assert sorted(f"venvs/{name}" for name in kept) == sorted([former, used])
-    assert _exists(node, f"{SITE}/idna-3.18.dist-info")
+    assert _exists(node, f"{SITE}/vllm-{vllm_on_cpu.VERSION}+cpu.dist-info")
     assert probe_result(node, "wheel-files")[0] == "pass"
 
 

@@ -16,15 +16,24 @@ from tests.lab import cache
 from tests.lab.cabling import LAN, PORT_0
 from tests.lab.fleet import Fleet, FleetNode
 from tests.lab.node import Bind
-from tests.nodes.fresh import CHECKOUT, COMMAND, NOT_COMPARED, REPOSITORY, fresh_node, ignoring, sparkinstall
+from tests.nodes.fresh import (
+    CHECKOUT,
+    COMMAND,
+    CPU_STACK,
+    NOT_COMPARED,
+    beside_the_wheels,
+    fresh_node,
+    ignoring,
+    let_pytorch_find_cuda,
+    sparkinstall,
+)
 from tests.support.bundles import HERE
 
 pytestmark = [pytest.mark.layer2, pytest.mark.layer3, pytest.mark.layer4, pytest.mark.network]
 
 BUNDLES, BUNDLE = "/srv/bundles", "/srv/bundles/spark.tar"
-STACKS = "tests/lab/stacks"
 # Building NCCL from a file takes minutes and no network: another file's test.
-SETTINGS = f"stack: {{home}}/{STACKS}/lab-full.yaml\nnccl: {{{{mode: wheel}}}}\n"
+SETTINGS = f"stack: {CPU_STACK}\nnccl: {{mode: wheel}}\n"
 INSTALLER = "/home/spark/sparkinstall/install.sh"
 INSTALL = (INSTALLER, "--bundle", BUNDLE, "--yes", *ignoring())
 NAMES = ("spark-1", "spark-2")
@@ -41,9 +50,9 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def manifest(folder: Path) -> dict[str, object]:
     """A bundle, made on a machine with a network and the nodes' distribution."""
-    with fresh_node("offline", Bind(folder, BUNDLES, read_only=False)) as outside:
+    with fresh_node("offline", Bind(folder, BUNDLES, read_only=False), on_cpu=True) as outside:
         outside.run("./install.sh", "--tool-only", user="spark", cwd=CHECKOUT, timeout=1200)
-        outside.write("/home/spark/config.yaml", SETTINGS.format(home=CHECKOUT), user="spark")
+        outside.write("/home/spark/config.yaml", SETTINGS, user="spark")
         options = ("--config", "/home/spark/config.yaml", "--platform", HERE, "--nodes", "2", "--output", BUNDLE)
         made = sparkinstall(outside, "bundle", "create", *options, "--json")
     return dict(json.loads(made.stdout)["data"])
@@ -53,12 +62,13 @@ def manifest(folder: Path) -> dict[str, object]:
 def pair(folder: Path, manifest: dict[str, object]) -> Iterator[Fleet]:
     """Nodes without a way out; the head has the bundle, and the user's key for both."""
     del manifest
-    with Fleet(2, bind=lambda index: [] if index else [Bind(folder, BUNDLES)], internet=False) as fleet:
+    bundle = Bind(folder, BUNDLES)
+    with Fleet(2, bind=lambda index: [*beside_the_wheels(), *([] if index else [bundle])], internet=False) as fleet:
         head = fleet.nodes[0]
         for node in fleet.nodes:
             node.run("apt-get", "--yes", "purge", "python3.13-venv")
-        head.push(REPOSITORY / STACKS, f"/home/spark/{STACKS}", owner="spark")
-        head.write("/etc/sparkinstall.yaml", SETTINGS.format(home="/home/spark"))
+            let_pytorch_find_cuda(node)
+        head.write("/etc/sparkinstall.yaml", SETTINGS)
         for path in (f"/home/spark/.ssh/{name}" for name in ("id_ed25519", "config", "known_hosts")):
             head.write(path, fleet.terminal.read(path), mode="0600", user="spark")
         yield fleet

@@ -32,15 +32,14 @@ ENV_FILE = f"{PREFIX}/env/multi-node-head.env"
 # Steps of each phase whose probes are quick: those of `env-files` import torch and vLLM.
 QUICK = tuple(word for step in ("network", "firewall", "ray") for word in ("--only", step))
 OURS = (PREFIX, "/etc", "/var/lib/sparkinstall")
-# Ask Ray as a user would on the head; the env file has the address and the token. A driver also prints events of
-# other nodes until it disconnects.
+# Ask Ray on the head; the env file has the address and the token. A user's program, for which Ray would start a worker
+# on each processor, runs in tests/nodes/test_ray_units.py.
 ASK_RAY = f'. {ENV_FILE}; exec timeout 120 python -W ignore -c "$0"'
 NODES_OF_RAY = """
-import json, ray
-ray.init(logging_level="ERROR")
-found = [[node["NodeManagerAddress"], node["NodeID"]] for node in ray.nodes() if node["Alive"]]
-ray.shutdown()
-print(json.dumps(found))
+import json, os
+from ray._raylet import GcsClient
+nodes = GcsClient(address=os.environ["RAY_ADDRESS"]).get_all_node_info(timeout=60).values()
+print(json.dumps([[each.node_manager_address, each.node_id.hex()] for each in nodes if each.state == each.ALIVE]))
 """
 # `script` provides the terminal without which sparkinstall does not ask.
 ON_A_TERMINAL = ("script", "-qec")
@@ -57,7 +56,7 @@ class ClusterResult(NamedTuple):
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Fleet]:
-    with two_sparks() as fleet:
+    with two_sparks(on_cpu=True) as fleet:
         install(fleet)
         yield fleet
 
@@ -103,7 +102,7 @@ def _until(condition: Callable[[], bool], seconds: float = 600, pause: float = 0
 
 
 def _until_complete(pair: Fleet, lost: list[tuple[str, str]]) -> None:
-    """Wait until Ray has both nodes again. Each question to Ray costs seconds of a processor that Ray starts with."""
+    """Wait until Ray has both nodes again. Each question costs a second of a processor that Ray starts with."""
     _until(lambda: _is_complete(pair.nodes[0], without=lost), pause=3)
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from sparkinstall.facts.wheel_files import patched_files
 from tests.lab import cache
 from tests.support import vllm_on_cpu
-from tests.support.bytecode import PYTHON
+from tests.support.bytecode import PYTHON, compile_modules
+from tests.support.ray_environment import RAY
 from tests.support.wheel_member import wheel_member
 from tests.support.wheel_record import recorded_hash
 
@@ -34,9 +35,8 @@ platforms:
   x86_64: {{lock: {NAME}.lock}}
 """
 _CUDA = re.compile(r"nvidia/(?!nccl/).*")
-_TRITON = "triton==3.6.0"
-# One node needs no Ray; the wheel gate requires it, and an extension that is built for torch's CUDA.
-_RAY = "2.60.0"
+# What several nodes need, and what the wheel gate requires: Triton, and an extension that is built for torch's CUDA.
+_MORE = ("triton==3.6.0", f"ray=={RAY}", "msgpack==1.1.2")
 _EXTENSION = "vllm/_flashmla_extension_C.abi3.so"
 _PROGRAM = "[console_scripts]\nvllm = vllm.entrypoints.cli.main:main\n"
 _WHEEL = "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
@@ -44,7 +44,7 @@ _WHEEL = "Wheel-Version: 1.0\nGenerator: tests\nRoot-Is-Purelib: true\nTag: py3-
 
 def tree() -> Path:
     """A folder with `wheels`, `stack` (the YAML file and its lock) and `cuda`: 3.5 GB that are not elsewhere yet."""
-    parts = (_STACK, _CUDA.pattern, _TRITON, _RAY, _EXTENSION, _PROGRAM, _WHEEL)
+    parts = (_STACK, _CUDA.pattern, *_MORE, _EXTENSION, _PROGRAM, _WHEEL)
     recipe = (*parts, str(vllm_on_cpu.environment()))
     return cache.kept("stack-on-cpu", recipe, _build)
 
@@ -53,11 +53,9 @@ def _build(tree: Path) -> None:
     site = vllm_on_cpu.environment() / vllm_on_cpu.SITE
     for name in ("wheels", "stack", "cuda", "more"):
         (tree / name).mkdir()
-    vllm_on_cpu.fetch(tree / "more", _TRITON)
+    vllm_on_cpu.fetch(tree / "more", *_MORE)
+    compile_modules(tree / "more", f"{vllm_on_cpu.PLACE}/{vllm_on_cpu.SITE}")
     lock = [_repacked(each, folder, tree) for each in (site, tree / "more") for folder in _packages(each)]
-    unused = tree / "more/unused.py"
-    unused.write_text(f'"""Unused on one node."""\n__version__ = "{_RAY}"\n')
-    lock.append(_wheel(tree, "ray", _RAY, {"ray/__init__.py": unused}, {}))
     (tree / "stack" / f"{NAME}.yaml").write_text(_STACK)
     (tree / "stack" / f"{NAME}.lock").write_text("".join(lock))
     for each in (tree / "wheels", *(tree / "wheels").iterdir()):
