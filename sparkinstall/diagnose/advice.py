@@ -101,7 +101,9 @@ def says(message: str) -> str:
     found = _CLASS.match(words)
     is_told = found and found.end() < len(words) and not words.endswith(NO_TEXT)
     words = words[found.end() :] if found and is_told else words
-    words = _ERRNO.sub("", words).rstrip("'\")").rstrip(" .;:") or words
+    is_quoted = found is not None and found[0].endswith(("('", '("'))
+    words = _ERRNO.sub("", words)
+    words = (words.rstrip("'\")") if is_quoted else words).rstrip(" .;:") or words
     return words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."
 
 

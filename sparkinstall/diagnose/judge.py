@@ -271,7 +271,7 @@ def _found(
         if match.part:
             told |= {"title": f"{match.part.title}: {told['title']}", "links": match.part.links}
             hints = (*match.advice, match.part.hint, *(() if signature.vague else (told["hint"],)))
-        told["hint"] = "; ".join(hints)
+        told["hint"] = "; ".join((match.stage, *hints) if match.stage else hints)
     role: Role = "consequence" if causes or signature.ends_only or is_late else "cause"
     if signature.is_warning and not explains_others:
         role = "warning"

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from sparkinstall.diagnose import advice, messages, suspicion, tracebacks
 from sparkinstall.diagnose.lines import KERNEL, PROGRAM, Line, printable, take_apart
 from sparkinstall.diagnose.signatures import Signature
-from sparkinstall.diagnose.tracebacks import CutOff, Role, Tracebacks, place_of
+from sparkinstall.diagnose.tracebacks import CutOff, Role, Tracebacks, place_of, stage_of
 
 REACH = 2048
 """Bytes around a literal in which its regex is searched, within the line."""
@@ -68,7 +68,7 @@ _NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
 # NCCL's source file, which names the part of it that reports something.
 _NCCL_FILE = re.compile(r"[\w/]+\.(?:cc|h)(?=:\d+ )")
 # The error of another process, which the message of one that only ended repeats.
-_INNER = re.compile(r"\bfailed with error ['\"](?P<error>\w*(?:Error|Exception)\b.*)")
+_INNER = re.compile(r"\bfailed with error ['\"](?P<error>\w*(?:Error|Exception)\b.*?)(?:['\"], please check.*)?$")
 
 # What names vLLM: its processes, its folder, its name.
 _OF_VLLM = re.compile(r"(?i:vllm)|\b(?:EngineCore|APIServer|Worker_|WorkerProc)")
@@ -89,8 +89,8 @@ class Match(Struct):
 
     `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, `who` wrote
     it, and `where` is the code that raised it. `after` are the names of failures that a traceback names as what came
-    before. Of a general one, `says` are the line's own words, `advice` is what follows from them, and `part` tells of
-    the part of a program that it is about.
+    before. Of a general one, `says` are the line's own words, `advice` is what follows from them, `part` tells of the
+    part of a program that it is about, and `stage` what to do about what the engine did then.
     """
 
     signature: Signature
@@ -105,6 +105,7 @@ class Match(Struct):
     says: str = ""
     advice: tuple[str, ...] = ()
     part: Signature | None = None
+    stage: str = ""
 
     def see(self, place: Place) -> None:
         """Count another line."""
@@ -116,7 +117,8 @@ class Match(Struct):
 class Suspect(Struct):
     """A suspicious line that matches no known failure, and how many similar lines there are.
 
-    `message` is what it says, `who` wrote it, `where` is the code that raised it, and `frames` is its traceback.
+    `message` is what it says, `who` wrote it, `where` is the code that raised it, `frames` is its traceback, and
+    `stage` is what to do about what the engine did then.
     `is_cut_off`: it is the end of a traceback of which the log lacks the exception. `is_raised`: a traceback ends with
     it.
     """
@@ -127,6 +129,7 @@ class Suspect(Struct):
     who: str = ""
     where: str = ""
     frames: str = ""
+    stage: str = ""
     count: int = 1
     is_cut_off: bool = False
     is_raised: bool = False
@@ -331,7 +334,8 @@ class Search:
         parts = [each for each in self._index.general if each.part]
         by_frames = (each for each in parts if each.frames and each.frames.search(f"{suspect.frames}\n"))
         by_words = (each for each in parts if each.about and each.about.search(suspect.message))
-        return next(by_frames, None) or next(by_words, None)
+        named = next(by_frames, None)
+        return next(by_words, named) if named is None or named.outer else named
 
     def _meaning(
         self, kind: Signature, suspect: Suspect, words: Mapping[str, str], part: Signature | None = None
@@ -347,7 +351,7 @@ class Search:
         place = suspect.place
         return Match(
             kind, (place,), suspect.count, place.line, words,
-            who=suspect.who, where=suspect.where, says=says, advice=tuple(told), part=part,
+            who=suspect.who, where=suspect.where, says=says, advice=tuple(told), part=part, stage=suspect.stage,
         )  # fmt: skip
 
     @property
@@ -605,15 +609,19 @@ class Search:
         elif len(kept) < TELLING_KEPT:
             place = Place(self.name, current.number, shown(line.text, 0) + current.raised_by)
             said = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
-            if inner := _INNER.search(said) or (suspicion.named_within(said) if kept is self._set_aside else None):
-                said = inner["error"]
+            inner = _INNER.search(said)
+            if told := inner or (suspicion.named_within(said) if kept is self._set_aside else None):
+                said = told["error"]
             elif "NCCL WARN" in line.prefix:
                 # The word that tells NCCL's errors stands in what comes before the message.
                 file = _NCCL_FILE.search(line.prefix)
                 said = f"NCCL WARN {file[0]}: {said}" if file else f"NCCL WARN {said}"
             said += current.raised_by
+            # The traceback of what another process has raised is that of who passes it on.
+            frames = "" if inner else frames
             where, is_raised = place_of(frames), current.role.kind == "exception"
             kept[key] = Suspect(place, weight, said, line.who, where, frames[-_FRAMES_KEPT:], is_raised=is_raised)
+            kept[key].stage = stage_of(frames)
             return [kept[key]]
         return []
 

@@ -40,6 +40,26 @@ _RAISE = re.compile(r"\braise (?:[a-z_]\w*\.)*(?P<name>[A-Z]\w*)\((?P<rest>.*)",
 _ASSERT = re.compile(r"[^\n]*\n\s*assert (?P<what>\S[^\n]*)")
 _TEXTS = re.compile(r"\"((?:[^\"\\\n]|\\.)*)\"|'((?:[^'\\\n]|\\.)*)'")
 _PLAIN_NAMES = ("Exception", "RuntimeError", "ValueError", "TypeError", "OSError", "AssertionError")
+# What vLLM's engine does while it starts, by its functions, and what to do about it.
+_STAGES = tuple(
+    (re.compile(rf", in (?:{functions})\b"), do)
+    for functions, do in (
+        (
+            r"_?capture_(?:model|graphs?|cudagraphs?)|build_for_cudagraph_capture|_?capture_cudagraphs",
+            "it happened while CUDA graphs were captured: `--enforce-eager` starts without them, and a lower "
+            "`--max-cudagraph-capture-size` captures fewer",
+        ),
+        (
+            r"kernel_warmup|flashinfer_autotune|_?run_flashinfer_autotune|autotune|choose_one",
+            "it happened while kernels were tuned and warmed up: `--no-enable-flashinfer-autotune` leaves that out",
+        ),
+        (
+            r"profile_run|profile_cudagraph_memory|determine_(?:available_memory|num_available_blocks)",
+            "it happened while memory was measured with the largest batch: a lower `--max-num-batched-tokens`, and "
+            "of a model with images `--limit-mm-per-prompt`, make that smaller",
+        ),
+    )
+)
 _FROM_END = 40
 """Lines at the end of a log in which a traceback that has no exception is cut off."""
 _MOST_FRAMES = 120
@@ -229,6 +249,15 @@ def place_of(frames: str) -> str:
         return ""
     caller = next((each for each in reversed(told) if not each.startswith("torch/") and "/" in each), told[-1])
     return told[-1] if caller == told[-1] else f"{told[-1]}, called by {caller}"
+
+
+def stage_of(frames: str) -> str:
+    """Return what to do about what vLLM's engine did when an exception was raised; "" if its traceback does not tell.
+
+    It is the last stage that the traceback passes: graphs are captured with a run that measures memory too.
+    """
+    passed = [(found.start(), do) for stage, do in _STAGES for found in stage.finditer(frames)]
+    return max(passed, default=(0, ""))[1]
 
 
 def _depth(message: str) -> int:

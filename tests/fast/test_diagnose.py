@@ -22,7 +22,7 @@ from sparkinstall import stacks
 from sparkinstall.cli.app import VERBS
 from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
-from sparkinstall.diagnose import advice
+from sparkinstall.diagnose import advice, tracebacks
 from sparkinstall.diagnose import judge as judge_module
 from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose.judge import Diagnosis, judge
@@ -343,9 +343,7 @@ def test_general_failure_tells_the_part_by_its_frames_or_else_its_words(file: st
     (cause,) = diagnosed(f"{head}\n{frame}\n    own()\n{message}\n".encode()).causes
     kind = BY_NAME[cause.name]
     assert cause.title == (f"{BY_NAME[part].title}: {kind.title}" if part else kind.title)
-    assert kind.vague and (
-        BY_NAME[part].hint in cause.hint and kind.hint not in cause.hint if part else kind.hint == cause.hint
-    )
+    assert (not part or BY_NAME[part].hint in cause.hint) and (kind.hint in cause.hint) == (not part or not kind.vague)
 
 
 @pytest.mark.parametrize(
@@ -432,6 +430,31 @@ def test_place_of_an_exception_is_that_of_its_last_frames() -> None:
     log += "".join(f'  File "{path}", line 7, in {name}\n    own()\n' for path, name in frames)
     cause = diagnosed(f"{log}KeyError: 'rows'\n".encode()).causes[0]
     assert cause.where == "torch/nn/b.py, go, called by vllm/v1/a.py, run"
+
+
+@pytest.mark.parametrize(
+    ("functions", "words"),
+    [
+        (("load_model",), ""),
+        (("capture_model", "_dummy_run"), "--enforce-eager"),
+        (("determine_available_memory", "profile_run"), "--max-num-batched-tokens"),
+        (("profile_run", "capture_model"), "--enforce-eager"),
+        (("kernel_warmup", "own"), "--no-enable-flashinfer-autotune"),
+    ],
+)
+def test_stage_of_the_start_is_told_with_what_leaves_it_out(functions: Sequence[str], words: str) -> None:
+    lines = [f'  File "/opt/v/vllm/v1/worker/own.py", line 7, in {each}\n    own()' for each in functions]
+    head = "Traceback (most recent call last):"
+    (cause,) = diagnosed("\n".join((head, *lines, "ValueError: own rows differ", "")).encode()).causes
+    stage = tracebacks.stage_of("\n".join(lines))
+    assert (words in stage and cause.hint.startswith(stage)) if words else stage == ""
+
+
+def test_error_of_another_process_has_no_place_of_the_process_that_passes_it_on() -> None:
+    place = '  File "/opt/v/vllm/v1/executor/own.py", line 7, in get_response\n    raise RuntimeError('
+    passed_on = "RuntimeError: Worker failed with error 'AssertionError: own rows', please check the stack trace above"
+    (cause,) = diagnosed(f"Traceback (most recent call last):\n{place}\n{passed_on}\n".encode()).causes
+    assert (cause.where, cause.why.partition(": ")[0]) == ("", '"own rows"')
 
 
 def test_first_failure_of_a_device_is_the_cause_of_its_later_ones() -> None:
