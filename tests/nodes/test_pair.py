@@ -270,8 +270,12 @@ def _kill(pair: Fleet, run: Process, *, everything: bool) -> None:
 
 
 def test_cluster_with_a_lost_ssh_session_fails_and_can_be_repeated(pair: Fleet) -> None:
-    """The worker's sshd is killed while it starts Ray with another token than the head's."""
+    """The worker's sshd is killed while it starts Ray with another token than the head's, and its changed env file."""
     worker = pair.nodes[1]
+    env_file = f"{PREFIX}/env/multi-node-worker.env"
+    former = worker.read(env_file)
+    worker.run("sed", "-i", "/VLLM_HOST_IP/d", env_file)
+    assert worker.read(env_file) != former
     worker.write(TOKEN, "f" * 64 + "\n", mode="0600", user="spark")
     with _running(pair) as run:
         next(line for line in run.log() if "spark-2" in line and "ray: begins" in line)
@@ -282,6 +286,7 @@ def test_cluster_with_a_lost_ssh_session_fails_and_can_be_repeated(pair: Fleet) 
     again = _set_up(pair, *QUICK)
     assert again.code == 0, (again.errors, again.log)
     assert worker.read(TOKEN).strip() == pair.nodes[0].read(TOKEN).strip()
+    assert worker.read(env_file) == former
     assert _is_complete(pair.nodes[0])
 
 
