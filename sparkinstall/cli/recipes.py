@@ -132,7 +132,7 @@ _COLUMNS = (
 )
 _LEGEND = (
     "fits: weights, engine and system; `sparkinstall fit ID` adds the KV cache",
-    "reported: size unknown (GB ?), but others have run it on as many Sparks",
+    "reported: others have run it so; size unknown (GB ?), or a part is on the disk",
     "* not reported to work on a GB10 with this vLLM or an older one",
     "tokens/s: what others report; `sparkinstall recipes show ID` has the settings",
     "To serve one: `sparkinstall serve ID`",

@@ -19,7 +19,8 @@ from sparkinstall.system import Reader
 
 Loads = Literal["loads", "other_stack", "patched_build", "unknown"]
 Room = Literal["fits", "does_not_fit", "reported", "unknown"]
-"""Whether the weights fit into a node's memory; `reported`: their size is not known, but others have run them."""
+"""Whether the weights fit into a node's memory; `reported`: their size is not known, or a patched build keeps a part of
+them on the disk, but others have run them."""
 
 # The first shipped stack whose vLLM has the method; `mtp` is in all of them.
 _METHODS = {"dflash": "0.22.1", "dspark": "0.29.0"}

@@ -190,9 +190,9 @@ def test_recipes_of_an_older_stack_name_the_one_that_loads_them(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(("width", "gpt_oss"), [
-    (80, ["reported", "0.29.0", "1", "46.5"]),
-    (100, ["reported", "0.29.0", "1", "128K", "?", "46.5"]),
-    (140, ["reported", "0.29.0", "1", "128K", "?", "46.5", "djangodevreng/dgx-spark-benchmarks"]),
+    (80, ["yes", "0.29.0", "1", "46.5"]),
+    (100, ["yes", "0.29.0", "1", "128K", "14", "46.5"]),
+    (140, ["yes", "0.29.0", "1", "128K", "14", "46.5", "djangodevreng/dgx-spark-benchmarks"]),
 ])  # fmt: skip
 def test_list_on_a_terminal_has_every_id_whole_and_what_there_is_room_for(
     width: int, gpt_oss: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
