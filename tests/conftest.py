@@ -43,5 +43,10 @@ LONGEST_FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order files by `LONGEST_FIRST`; those of one entry keep their order."""
-    items.sort(key=lambda item: next(at for at, folder in enumerate(LONGEST_FIRST) if folder in str(item.path)))
+    """Order files by `LONGEST_FIRST`; those of one entry by their paths."""
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> tuple[int, str]:
+    path = str(item.path)
+    return next(at for at, folder in enumerate(LONGEST_FIRST) if folder in path), path
