@@ -53,6 +53,7 @@ _PREFIXES = (
     rf"\[{_TIME}\] (?=\S)",
     # vLLM and Ray name the process
     r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
+    r"(?P<who>\(pid=[\w-]+, ip=[\w.:]+\)) ",
     # pasted in bold
     r" *\*\*(?P<who>\([\w.:-]+(?: [\w.:]+)? (?:pid|rank|ip)=[^)]*\))\*\* ?",
     r"(?P<who>\((?:raylet|autoscaler|gcs_server)\)) ?",
@@ -65,7 +66,7 @@ _PREFIXES = (
     # what a program printed, passed on by its logger under a level of its own; loguru
     rf"\| {_LEVEL} +\| std(?:out|err) \|(?: |$)",
     rf"\| (?P<level>{_LEVEL}) +\| [\w.<>]+:[\w.<>]+:\d+ - ",
-    r"\[?(?P<glog>[IWEF])\d{4} [\d:.]+ +(?:\d+ )?[\w./-]+:\d+\] ",
+    r"\[?(?P<glog>[IWEF])\d{4} [\d:.]+ +(?:\d+ +){0,2}[\w./-]+:\d+\] ",
     r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
     rf"\[(?P<level>{_LEVEL})\] ",

@@ -248,8 +248,10 @@ class Search:
             for literal, signature in self._index.meanings.items()
             if not all(map(self._is_counted_enough, signature))
         }
-        self._meant = list(wanted.values())
-        self._automaton = _automaton(wanted)
+        # Literals are only ever dropped; to build it costs as much as to search some MB.
+        if len(wanted) < len(self._meant):
+            self._meant = list(wanted.values())
+            self._automaton = _automaton(wanted)
 
     def _is_counted_enough(self, signature: Signature | None) -> bool:
         if signature is None:

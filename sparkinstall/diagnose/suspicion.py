@@ -41,7 +41,8 @@ WORDS = (
     "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy",
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
     "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
-    "No module named", "can't open file", "*** SIG", "cannot find -l", "undefined reference", "modify QP", "{\"error\"",
+    "No module named", "can't open file", ": not found", "*** SIG", "cannot find -l", "undefined reference",
+    "unbound variable", "bad substitution", "yntax error", "modify QP", "{\"error\"",
     "Timeout: ", "stack trace above", "Refused: ", "Interrupt: ", "did not run succ", ": no such file or dir",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
@@ -113,6 +114,7 @@ _SHAPES = (
             r".*(?:ailed to modify QP\b|got completion with error)",
             r"\{\s*\"error\"\s*:\s*[{\"]",
             # of a shell, which goes on after it
+            r"(?:[\w./+-]+: )+(?:line )?\d+: .*(?:unbound variable$|parameter not set$|bad substitution|yntax error\b)",
             r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$|[\w./+-]+:(?:\d+:)? command not found: \S",
             r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
             r"(?:not found|No such file or directory|[Pp]ermission denied)$",
@@ -172,7 +174,8 @@ _KERNEL = (
             "Out of memory",
             ".*I/O error",
             "EXT4-fs error",
-            ".*\\[Hardware Error\\]|\\[drm:.*nvidia.*\\*ERROR\\*",
+            "(?!.*(?:corrected|events logged|from APEI|info\\b)).*\\[Hardware Error\\]",
+            "\\[drm:.*nvidia.*\\*ERROR\\*",
             "SError",
             ".*IO_PAGE_FAULT",
             "arm-smmu.*(?:fault|timeout|event 0x10 received)",
@@ -188,7 +191,7 @@ _KERNEL = (
     (
         SOME,
         _any(
-            "mlx5_core (?!.*severity=Corrected).*(?:timed? ?out|error|fail|health)",
+            "mlx5_core (?!.*severity=Correct).*(?:timed? ?out|error|fail|health)",
             "(?:nvidia|nvme|r8127|r8169|igc|mt79\\w+)\\b.*\\bprobe .*failed with error",
             ".*\\bAER: .*(?:Fatal|Uncorrect|can't recover)",
             ".*\\bDPC: containment",
@@ -214,6 +217,8 @@ _HANDLED = _any(
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",
     r"\bwill not be (?:exported|collected|reported|recorded)\b",
+    # NCCL, which goes on with sockets
+    r"Failed to open libibverbs",
     # CuTe DSL on a part of it that is not installed
     r"error during package walk",
     r"\bdial tcp \S+ connect: connection refused|while connecting to upstream",
