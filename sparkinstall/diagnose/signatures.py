@@ -213,7 +213,8 @@ def _filled(text: str, words: Mapping[str, str]) -> str:
         # Rounded down: a share that is a little too large fails again.
         return f"{one - other:.2f}" if sign == "-" else f"{math.floor(one / other * 100) / 100:.2f}"
 
-    return _PLACE.sub(fill, text)
+    # A part of the regex that did not match leaves no empty parentheses.
+    return _PLACE.sub(fill, text).replace(" ()", "")
 
 
 def _refuse_bad_references(signatures: Sequence[Signature]) -> None:

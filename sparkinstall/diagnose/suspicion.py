@@ -25,7 +25,7 @@ _OTHER_ANSWERS = (
 
 WORDS = (
     "rror", "ERROR", "xception", "FATAL", "Fatal", "fatal", "CRITICAL", "core dumped", "egmentation fault", "egfault",
-    "panic", "NCCL WARN", "Main process exited", "Failed with result", "bort", "cannot open shared object", "what(): ",
+    "panic", "NCCL WARN", "ain process exited", "Failed with result", "bort", "cannot open shared object", "what(): ",
     "terminate called", "BUG: ", "SError", "critical temp", "timeout, ", "Oops", "Unable to handle", "E: ",
     "command not found", "ssertion", "blocked for more than", "soft lockup", "hard LOCKUP", "undefined symbol",
     "No such file or directory", "Killed", "NVRM: ", "Exit: ", "Unsupported: ", "Call Trace:", "Bus error",
@@ -144,7 +144,7 @@ _SHAPES = (
             rf".*: (?i:{'|'.join(_ANSWERS)}){_END}",
             rf"(?i:(?=.*\b(?:failed|unable|cannot|could not|couldn't)\b).*: (?:{'|'.join(_OTHER_ANSWERS)}){_END})",
             r"(?:[\w./+-]+: )+(?:\[\w+\] )?\w+ \"[^\"]+\" failed: \S",
-            r".*(?:Main process exited|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
+            r".*(?:[Mm]ain process exited|\bAborted\b|\bKilled$|Internal error: |: Killed\b)",
             # of git, Ansible and many scripts, but not what tells a build that it is in no repository
             r"fatal: (?!not a git |no (?:names|tags|annotated)|ambiguous argument|(?:detected )?(?:dubious|unsafe) )\S",
             # of udev: a driver that it could not load; its other programs fail in good logs too

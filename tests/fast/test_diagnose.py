@@ -226,6 +226,13 @@ def test_real_log_gives_the_diagnosis_of_the_index(entry: dict[str, Any]) -> Non
         assert [each.line for each in found.telling] == entry.get("telling", [])
 
 
+def test_word_that_the_line_lacks_leaves_no_empty_parentheses() -> None:
+    named = b"own.service: Failed to set up mount namespacing: /run/systemd/unit-root/srv/own: No such file"
+    unnamed = b"own.service: Main process exited, code=exited, status=226/NAMESPACE"
+    assert "exists (/srv/own);" in diagnosed(named).causes[0].why
+    assert "exists;" in diagnosed(unnamed).causes[0].why
+
+
 # --- causes and consequences
 
 
