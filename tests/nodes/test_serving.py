@@ -20,7 +20,7 @@ from sparkinstall.layout import API_KEY
 from sparkinstall.system.read_only import WITH_ENV_FILE
 from tests.lab.commands import Completed
 from tests.lab.node import FreshNode
-from tests.nodes.fresh import REPOSITORY
+from tests.nodes.fresh import CACHE, COMMAND, REPOSITORY
 from tests.nodes.serving import (
     AGREED,
     CHECKOUT,
@@ -30,15 +30,16 @@ from tests.nodes.serving import (
     LIVELY,
     LOAD_SECONDS,
     MODEL,
-    PACKAGES,
     PREFIX,
     REASONER,
     UNIT,
     UNWATCHED,
     Found,
     ask,
+    assert_no_service_is_left,
     assert_others_skip,
     findings,
+    installed_node,
     journal,
     life_says,
     life_state,
@@ -47,13 +48,9 @@ from tests.nodes.serving import (
     reasoning_settings,
     run_step,
     serving_finding,
-    serving_nodes,
-    set_up,
     set_up_life,
     state,
-    uninstall,
     until_it_serves,
-    write_env,
 )
 from tests.support import vllm_on_cpu
 from tests.support.chat_server import example
@@ -75,8 +72,8 @@ PLANS = REPOSITORY / "tests" / "cases/kv-cache"
 
 @pytest.fixture(scope="module")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshNode]:
-    with serving_nodes(tmp_path_factory.mktemp("serving"), "head") as served:
-        yield served.head
+    with installed_node(tmp_path_factory.mktemp("serving")) as installed:
+        yield installed
 
 
 def test_serving_without_a_server_fails_and_skips_the_others(node: FreshNode) -> None:
@@ -91,13 +88,12 @@ BROKEN = "/srv/broken"
 
 def _command(*words: str) -> tuple[list[str], dict[str, str]]:
     """A command line of sparkinstall on the node, and its variables: there is no hub."""
-    env = {"PYTHONPATH": f"{CHECKOUT}:{PACKAGES}", "PYTHONDONTWRITEBYTECODE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    return [f"{PREFIX}/venv/bin/python", "-m", "sparkinstall", *words], env
+    return [COMMAND, *words], {"HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 def _sparkinstall(node: FreshNode, *words: str, check: bool = True) -> Completed:
     argv, env = _command(*words)
-    return node.run(*argv, user="spark", env=env, cwd=CHECKOUT, timeout=LOAD_SECONDS, check=check)
+    return node.run(*argv, user="spark", env=env, timeout=LOAD_SECONDS, check=check)
 
 
 def _told(node: FreshNode) -> dict[str, Any]:
@@ -107,11 +103,13 @@ def _told(node: FreshNode) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def served(node: FreshNode) -> str:
-    """What `all --serve` says of a single node."""
-    write_env(node, "single")
-    # What installs is not here: the other steps are tests/nodes/test_fresh_node.py's.
-    steps = ("--only", "model", "--only", "serving", "--only", "life")
-    return _sparkinstall(node, "all", "--serve", MODEL, *steps, *AGREED, *UNWATCHED).stdout
+    """What `serve` says of the node that `./install.sh` has set up."""
+    return _sparkinstall(node, "serve", MODEL, *AGREED, *UNWATCHED).stdout
+
+
+def _set_up(node: FreshNode, *settings: str) -> None:
+    report = run_step(node, "converge", "single", *settings)
+    assert report["outcome"] == "changed", report
 
 
 @pytest.mark.usefixtures("served")
@@ -140,9 +138,7 @@ def test_fit_plans_the_cache_that_the_log_of_the_server_has(node: FreshNode) -> 
 def _planned_cache(node: FreshNode, sequences: int) -> int:
     """Bytes of the cache for so many sequences; the second time from what was kept of the first answer."""
     words = ("fit", MODEL, "--context", "1024", "--sequences", str(sequences), "--memory", "20GiB", "--json")
-    program = (f"{PREFIX}/venv/bin/python", "-m", "sparkinstall", *words)
-    run = node.run(*program, user="spark", env=CHECKOUT_ENV, timeout=600)
-    data = json.loads(run.stdout)["data"]
+    data = json.loads(_sparkinstall(node, *words).stdout)["data"]
     assert (data["asked"], data["memory"]["kv_cache"]["basis"]) == (True, "planned"), data
     return int(data["memory"]["kv_cache"]["value"])
 
@@ -176,8 +172,9 @@ def test_serve_ends_with_a_line_for_a_shell_that_is_answered(node: FreshNode, se
     assert output["choices"][0]["message"]["role"] == "assistant"
 
 
-def test_question_is_answered_after_all_serve(node: FreshNode, served: str) -> None:
+def test_question_is_answered_after_install_sh_and_one_command(node: FreshNode, served: str) -> None:
     assert "sparkinstall ask 'What is a GB10?'" in served
+    assert _told(node)["serving"]["versions"]["vllm"] == f"{vllm_on_cpu.VERSION}+cpu"
     answer = _sparkinstall(node, "ask", "What is a GB10?", "--max-tokens", "8", "--json")
     data = json.loads(answer.stdout)["data"]
     assert (data["model"], data["finish_reason"] in ("length", "stop")) == (MODEL, True), data
@@ -337,7 +334,7 @@ def test_serve_of_a_model_that_vllm_does_not_load_is_explained_and_undone(node: 
 def test_serve_that_is_interrupted_leaves_what_was_before(node: FreshNode, served: str) -> None:
     del served
     argv, env = _command("serve", REASONER, *AGREED)
-    process = node.popen(*argv, user="spark", env=env, cwd=CHECKOUT)
+    process = node.popen(*argv, user="spark", env=env)
     assert process.stderr is not None
     for line in process.stderr:
         if "start: begins" in line:
@@ -420,7 +417,7 @@ def test_serve_of_an_architecture_that_vllm_does_not_know_is_explained_and_undon
 def test_serve_whose_engine_is_killed_while_it_starts_ends_at_once(stopped: FreshNode) -> None:
     """As the kernel does when no memory is left."""
     argv, env = _command("serve", MODEL, *AGREED)
-    process = stopped.popen(*argv, user="spark", env=env, cwd=CHECKOUT)
+    process = stopped.popen(*argv, user="spark", env=env)
     # As soon as it is there: what `serve` says of a phase may come when a small model already answers. The brackets are
     # there so that the shell itself has not that name.
     stopped.run("sh", "-c", "until pkill -KILL --full VLLM::[E]ngineCor; do sleep 0.05; done", timeout=LOAD_SECONDS)
@@ -438,8 +435,10 @@ def opened(node: FreshNode) -> tuple[str, ...]:
     node.write(HUB_TOKEN_FILE, f"{HUB_TOKEN}\n", mode="0600")
     named = (f"hub.token_file={HUB_TOKEN_FILE}", "hub.offline=false", "serving.allow=192.0.2.0/24")
     settings = (*reasoning_settings("--reasoning-parser", "qwen3"), *named)
-    set_up(node, "single", *settings)
-    until_it_serves(node, "single", *settings)
+    # The other steps are up to date.
+    steps = ("--only", "model", "--only", "serving", "--only", "life", *AGREED, *UNWATCHED)
+    more = [word for each in ("serving.max_model_len=512", *settings[1:]) for word in ("--set", each)]
+    assert f"✓ {REASONER} answers in " in _sparkinstall(node, "all", "--serve", REASONER, *steps, *more).stdout
     return settings
 
 
@@ -466,7 +465,7 @@ def test_no_secret_is_where_others_could_read_it(node: FreshNode, opened: tuple[
     assert probing.returncode == 0, said
     assert f"HF_TOKEN_PATH=/run/credentials/{UNIT}/hf-token" in seen and "VLLM::EngineCore" in seen
     # All that is on the disk or in memory as a file, but for the two files and the credentials of the unit.
-    kept = f"-path {PREFIX}/venv -prune -o -path /srv -prune -o"
+    kept = f"-path {PREFIX}/venvs -prune -o -path {CACHE} -prune -o -path /srv -prune -o"
     find = f"find /etc /run/systemd /run/log /tmp /var /home /root {PREFIX} {kept} -type f -print0"
     texts = {
         "processes": seen,
@@ -514,23 +513,22 @@ def _is_refusal(statuses: list[int]) -> bool:
 def test_ask_and_the_example_of_the_docs_show_reasoning_apart_from_the_answer(
     node: FreshNode, opened: tuple[str, ...]
 ) -> None:
-    python = f"{PREFIX}/venv/bin/python"
     lines = [each.removeprefix("serving.").replace("=", ": ", 1) for each in opened if each.startswith("serving.")]
     node.write("/home/spark/config.yaml", "serving: {" + ", ".join(lines) + "}\n", user="spark")
-    ask = (python, "-m", "sparkinstall", "ask", "How much?", "--config", "/home/spark/config.yaml")
-    spoken = node.run(*ask, "--reasoning", user="spark", env=CHECKOUT_ENV)
+    ask = (COMMAND, "ask", "How much?", "--config", "/home/spark/config.yaml")
+    spoken = node.run(*ask, "--reasoning", user="spark")
     assert (spoken.stdout, spoken.stderr) == (f"{vllm_on_cpu.ANSWER}\n", f"{vllm_on_cpu.REASONING}\n")
-    data = json.loads(node.run(*ask, "--json", user="spark", env=CHECKOUT_ENV).stdout)["data"]
+    data = json.loads(node.run(*ask, "--json", user="spark").stdout)["data"]
     said = (data["model"], data["content"], data["reasoning"], data["finish_reason"])
     assert said == (REASONER, vllm_on_cpu.ANSWER, vllm_on_cpu.REASONING, "stop")
-    watch = (python, "-m", "sparkinstall", "watch", "--once", "--config", "/home/spark/config.yaml", "--json")
-    (seen,) = json.loads(node.run(*watch, user="spark", env=CHECKOUT_ENV).stdout)["data"]["nodes"]
+    watch = (COMMAND, "watch", "--once", "--config", "/home/spark/config.yaml", "--json")
+    (seen,) = json.loads(node.run(*watch, user="spark").stdout)["data"]["nodes"]
     assert (seen["trouble"], seen["models"]) == ("", [REASONER])
-    unknown = node.run(*ask, "--model", "other", user="spark", env=CHECKOUT_ENV, check=False)
+    unknown = node.run(*ask, "--model", "other", user="spark", check=False)
     assert unknown.returncode == 1 and f"it serves {REASONER}" in unknown.stderr
     node.write("/home/spark/example.py", example(), user="spark")
     env = {KEY: node.read(API_KEY).strip()}
-    shown = node.run(python, "/home/spark/example.py", user="spark", env=env)
+    shown = node.run(f"{PREFIX}/venv/bin/python", "/home/spark/example.py", user="spark", env=env)
     assert (shown.stdout, shown.stderr) == (f"{vllm_on_cpu.ANSWER}\n", vllm_on_cpu.REASONING)
 
 
@@ -543,8 +541,7 @@ def test_stranger_who_has_the_port_gets_no_key(node: FreshNode, opened: tuple[st
         node.write(
             "/home/spark/other.yaml", f"serving: {{model: {REASONER}, port: 8123, allow: 192.0.2.0/24}}\n", user="spark"
         )
-        ask = (f"{PREFIX}/venv/bin/python", "-m", "sparkinstall", "ask", "x", "--config", "/home/spark/other.yaml")
-        run = node.run(*ask, user="spark", env=CHECKOUT_ENV, check=False)
+        run = node.run(COMMAND, "ask", "x", "--config", "/home/spark/other.yaml", user="spark", check=False)
         assert run.returncode == 1 and "a program of nobody listens at 127.0.0.1:8123" in run.stderr, run
         assert "GET" not in node.run("journalctl", "-u", "stranger", "-o", "cat").stdout
     finally:
@@ -554,7 +551,7 @@ def test_stranger_who_has_the_port_gets_no_key(node: FreshNode, opened: tuple[st
 @pytest.fixture(scope="module")
 def unparsed(node: FreshNode) -> Found:
     """The findings for the reasoning model without a parser."""
-    set_up(node, "single", *reasoning_settings())
+    _set_up(node, *reasoning_settings())
     return until_it_serves(node, "single", *reasoning_settings())
 
 
@@ -627,12 +624,15 @@ def test_life_restarts_a_stopped_engine_and_keeps_evidence(node: FreshNode, unpa
 
 
 def test_serving_stream_with_reasoning_opened_by_the_chat_template_warns(node: FreshNode) -> None:
-    set_up(node, "single", *IN_SMALL_PARTS)
+    _set_up(node, *IN_SMALL_PARTS)
     stream = until_it_serves(node, "single", *IN_SMALL_PARTS)["serving-stream"]
     assert stream["verdict"] == "warn"
     says = "reasoning is in delta.content, unmarked: the chat template opens it; first token after "
     assert stream["found"].startswith(says)
 
 
-def test_uninstall_removes_vllm(node: FreshNode) -> None:
-    uninstall(node, "single")
+def test_uninstall_removes_vllm_and_all_that_was_installed(node: FreshNode) -> None:
+    done = json.loads(_sparkinstall(node, "uninstall", "--yes", "--json").stdout)
+    assert done["exit_code"] == 0, done
+    assert_no_service_is_left(node)
+    assert node.run("ls", PREFIX, check=False).returncode != 0
