@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -16,6 +17,13 @@ from tests.lab.layers import (  # noqa: F401
     pytest_terminal_summary,
     pytest_testnodedown,
 )
+
+# Tests write and remove many small files: in memory, where the machine has plenty of it and programs may be run there.
+MEMORY, ROOM = Path("/dev/shm"), 8 << 30
+if "TMPDIR" not in os.environ and MEMORY.is_mount() and os.access(MEMORY, os.W_OK):
+    found = os.statvfs(MEMORY)
+    if not found.f_flag & os.ST_NOEXEC and found.f_bavail * found.f_frsize > ROOM:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(MEMORY)
 
 # The tests start sparkinstall thousands of times: it is compiled once a run, and not beside its sources.
 if "PYTHONPYCACHEPREFIX" not in os.environ:
