@@ -315,7 +315,9 @@ def test_flags_and_variables_of_hints_exist_in_the_release(release: str) -> None
     hints = " ".join(each.hint for each in known if "-backend" in each.hint)
     flags, variables = re.findall(r"`(--[a-z][a-z0-9-]+)", hints), re.findall(r"`(VLLM_\w+)", hints)
     assert {"--moe-backend", "--attention-backend"} <= set(flags) and "VLLM_USE_DEEP_GEMM" in variables
-    assert {flag for flag in flags if f'"{flag}"'.encode() not in options} == set()
+    # Of a field that is a bool vLLM makes an option with and without `--no-`.
+    plain = {flag.replace("--no-", "--", 1) for flag in flags}
+    assert {flag for flag in plain if f'"{flag}"'.encode() not in options} == set()
     assert {name for name in variables if f'"{name}"'.encode() not in (source(release, "vllm.envs") or b"")} == set()
 
 
