@@ -17,6 +17,8 @@ from sparkinstall.recipes.serve_options import serve_call
 from sparkinstall.stacks import load
 from tests.support.rehearsals import envelope, in_this_process
 
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
 SPARKRUN = """\
 recipe_version: "2"
 model: Qwen/Qwen3.6-27B-FP8

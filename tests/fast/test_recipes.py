@@ -26,6 +26,8 @@ from sparkinstall.recipes.serve_options import key, last_of_each, options
 from tests.support.machine import Machine
 from tests.support.rehearsals import envelope, in_this_process, output_of
 
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
 RECIPES = {each.id: each for each in shipped()}
 PLAIN = [each for each in shipped() if not each.needs_build]
 PATCHED = [each for each in shipped() if each.needs_build]
