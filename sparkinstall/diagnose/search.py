@@ -85,7 +85,8 @@ class Place(Struct, frozen=True):
 
 
 class Match(Struct):
-    """One known failure in a log: its first lines, number of its last line, and count of lines up to `MOST`.
+    """One known failure in a log: its first lines, number of its last line, and count of lines up to `MOST`; `over` is
+    the last line with the text after which it is over.
 
     `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, `who` wrote
     it, and `where` is the code that raised it. `after` are the names of failures that a traceback names as what came
@@ -106,6 +107,7 @@ class Match(Struct):
     advice: tuple[str, ...] = ()
     part: Signature | None = None
     stage: str = ""
+    over: int = 0
 
     def see(self, place: Place) -> None:
         """Count another line."""
@@ -309,7 +311,8 @@ class Search:
     @property
     def lasting(self) -> list[Match]:
         """The failures that were not over when the log ended, by their first line."""
-        found = (each for each in self.sightings.values() if each.last > self._last_of(each.signature.over_with))
+        seen = self.sightings.values()
+        found = (each for each in seen if each.last > max(each.over, self._last_of(each.signature.over_with)))
         return sorted(found, key=lambda each: each.lines[0].line)
 
     def general_of(self, suspect: Suspect) -> Match | None:
@@ -405,6 +408,7 @@ class Search:
         self._walk(data, at, number, upto)
         if not keep:
             self._finish_line()
+        self._see_ends(data, upto)
         self._remember_head(data, upto, keep)
         cut = max(0, upto - keep)
         self._number = number + data.count(b"\n", at, cut)
@@ -412,6 +416,12 @@ class Search:
         if self._enough:
             self._build()
         return list(self.sightings.values())[known:]
+
+    def _see_ends(self, data: bytes, upto: int) -> None:
+        """Note the last text after which a failure that was seen is over: good logs pay nothing for it."""
+        for seen in self.sightings.values():
+            if (text := seen.signature.over_after) and (at := data.rfind(text.encode(), self._seen, upto)) >= 0:
+                seen.over = self._number + data.count(b"\n", 0, at)
 
     def _matches(self, data: bytes) -> list[tuple[int, int, int]]:
         """Return (literal, start, end) of each match, ordered by start."""
