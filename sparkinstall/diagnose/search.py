@@ -331,7 +331,8 @@ class Search:
         for each in self._index.general:
             found = each.regex.search(suspect.message)
             if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
-                return self._meaning(each, suspect, found.groupdict(""), part if each.by_part else None)
+                kind = part if each.outer and part else each
+                return self._meaning(kind, suspect, found.groupdict(""), part if each.by_part else None)
         return None
 
     def _part_of(self, suspect: Suspect) -> Signature | None:

@@ -83,9 +83,10 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     Where an entry gives no `anchors`, `load` derives them from the regex. `consequence_of` names the failures that
     cause this one, or contains `ANY` or `OTHERS`. `frames` must match too, in the traceback that ends with the line.
     `also_in` names where the regex is searched besides what programs report as an error. Fewer lines than `times` are
-    no failure, nor are those before a line of one of `over_with` or with the text `over_after`, nor, where `only_with` names others, those without
-    one of these, nor those of which `unless_with` names another that was found. `told_with` names events whose `why` is
-    told too, where they were found. `harmless` are similar lines that must not match.
+    no failure, nor are those before a line of one of `over_with` or with the text `over_after`, nor, where `only_with`
+    names others, those without one of these, nor those of which `unless_with` names another that was found.
+    `told_with` names events whose `why` is told too, where they were found. `harmless` are similar lines that must not
+    match.
 
     A `general` one is searched only in suspicious lines in which no other is found, the first that matches counts, and
     it needs no `anchors`; what the line says is quoted, and so it is with `own_words`. A `part` names a part of a

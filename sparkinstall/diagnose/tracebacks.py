@@ -20,6 +20,8 @@ _ENVIRONMENT = re.compile(r".*/(?:site-packages|dist-packages|python3\.\d+)/")
 # Code through which every call passes.
 _WRAPPERS = ("contextlib.py", "torch/nn/modules/module.py", "vllm/tracing/", "torch/utils/_contextlib.py", "<frozen ")
 _FILE = re.compile(r'\s*File "[^"]*", line \d+')
+# The same as IPython and notebooks write it, older and newer.
+_NOTEBOOK = re.compile(r"(?:File )?(?P<path>[~/]\S+?\.py)(?::(?P<line>\d+),)? in (?P<function>\w+)\(")
 _CHAIN = ("During handling of the above exception", "The above exception was the direct cause")
 # Python's word for an exception that changed nothing, usually while it ends.
 _IGNORED = "Exception ignored in"
@@ -174,6 +176,10 @@ class Tracebacks:
         if not process.is_open:
             return _PLAIN
         process.lines += 1
+        if place := _NOTEBOOK.match(message):
+            process.frames.append(f'  File "{place["path"]}", line {place["line"] or 0}, in {place["function"]}')
+            process.last = number
+            return _FRAME
         is_exception = self._is_indented_exception(process, message)
         if not is_exception and self._is_code(process, message) and process.lines < _MOST_LINES:
             process.frames.append(message)
