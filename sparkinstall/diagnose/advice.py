@@ -200,7 +200,7 @@ def _flags(message: str, is_of_vllm: bool) -> list[str]:
 
 def _values(message: str) -> str:
     for found in _TAKEN.finditer(message):
-        values = found["list"].split(" [type=")[0].strip().rstrip(".,;")
+        values = found["list"].split(" [type=")[0].strip().rstrip(".,;").removesuffix(" now")
         values = values if "(" in values else values.rstrip(")")
         if _SEVERAL.search(values) and len(values) > 3 and not _OF_GPUS.search(values):
             return values
@@ -211,7 +211,7 @@ def _options(message: str) -> list[str]:
     """Return vLLM's options that a message speaks of, by their own names first."""
     normal = re.sub("[_-]", " ", message.lower())
     own = [(normal.find(name), option) for name, option in _names().items() if re.search(rf"\b{name}\b", normal)]
-    longest = [option for _, option in sorted(own) if not any(option != each and option in each for _, each in own)]
+    longest = [option for _, option in sorted(own) if not any(option != each and option[2:] in each for _, each in own)]
     return longest or [option for words, option in _OPTIONS if words.search(message)]
 
 

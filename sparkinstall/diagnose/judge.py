@@ -267,9 +267,11 @@ def _found(
     if match.says:
         told["why"] = f"{match.says}: {told['why']}"
         # What the program itself advises is in the hint.
-        hints = (told["hint"], *match.advice) if "advice" in match.words else (*match.advice, told["hint"])
+        is_advised = "advice" in match.words
+        hints = (told["hint"], *match.advice) if is_advised else (*match.advice, told["hint"])
         if match.part:
             told |= {"title": f"{match.part.title}: {told['title']}", "links": match.part.links}
+        if match.part and not is_advised:
             hints = (*match.advice, match.part.hint, *(() if signature.vague else (told["hint"],)))
         told["hint"] = "; ".join((match.stage, *hints) if match.stage else hints)
     role: Role = "consequence" if causes or signature.ends_only or is_late else "cause"

@@ -230,7 +230,7 @@ _HANDLED = _any(
 _HARMLESS = _any(
     r"\b(?:harmless|not fatal|non-fatal|safe to ignore|can be ignored|recovered)\b",
     r"\bdial tcp \S+ connect: connection refused|while connecting to upstream|error during package walk",
-    r"\b(?:retrying|falling back|ignoring|skipping)\b",
+    r"\b(?:retrying|falling back)\b",
     ignore_case=True,
 )
 # An exception that only passes on that something else failed: a program, a worker.

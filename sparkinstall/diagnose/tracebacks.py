@@ -47,7 +47,7 @@ _STAGES = tuple(
     (re.compile(rf", in (?:{functions})\b"), do)
     for functions, do in (
         (
-            r"_?capture_(?:model|graphs?|cudagraphs?)|build_for_cudagraph_capture|_?capture_cudagraphs",
+            r"_?capture_(?:model|graphs?|cudagraphs?)|build_for_cudagraph_capture|_?capture_cudagraphs|profile_cudagraph_memory",
             "it happened while CUDA graphs were captured: `--enforce-eager` starts without them, and a lower "
             "`--max-cudagraph-capture-size` captures fewer",
         ),
@@ -55,13 +55,10 @@ _STAGES = tuple(
             r"kernel_warmup|flashinfer_autotune|_?run_flashinfer_autotune|autotune|choose_one",
             "it happened while kernels were tuned and warmed up: `--no-enable-flashinfer-autotune` leaves that out",
         ),
-        (
-            r"profile_run|profile_cudagraph_memory|determine_(?:available_memory|num_available_blocks)",
-            "it happened while memory was measured with the largest batch: a lower `--max-num-batched-tokens`, and "
-            "of a model with images `--limit-mm-per-prompt`, make that smaller",
-        ),
     )
 )
+_OF_NEW_RUNNER = "vllm/v1/worker/gpu/"
+_NEW_RUNNER = "it is in vLLM's second model runner: `VLLM_USE_V2_MODEL_RUNNER=0` takes the first one"
 _FROM_END = 40
 """Lines at the end of a log in which a traceback that has no exception is cut off."""
 _MOST_FRAMES = 120
@@ -263,7 +260,8 @@ def stage_of(frames: str) -> str:
     It is the last stage that the traceback passes: graphs are captured with a run that measures memory too.
     """
     passed = [(found.start(), do) for stage, do in _STAGES for found in stage.finditer(frames)]
-    return max(passed, default=(0, ""))[1]
+    told = [max(passed)[1]] if passed else []
+    return "; ".join([*told, _NEW_RUNNER] if _OF_NEW_RUNNER in frames else told)
 
 
 def _depth(message: str) -> int:

@@ -444,8 +444,7 @@ def test_place_of_an_exception_is_that_of_its_last_frames() -> None:
     [
         (("load_model",), ""),
         (("capture_model", "_dummy_run"), "--enforce-eager"),
-        (("determine_available_memory", "profile_run"), "--max-num-batched-tokens"),
-        (("profile_run", "capture_model"), "--enforce-eager"),
+        (("kernel_warmup", "capture_model"), "--enforce-eager"),
         (("kernel_warmup", "own"), "--no-enable-flashinfer-autotune"),
     ],
 )
@@ -454,6 +453,7 @@ def test_stage_of_the_start_is_told_with_what_leaves_it_out(functions: Sequence[
     head = "Traceback (most recent call last):"
     (cause,) = diagnosed("\n".join((head, *lines, "ValueError: own rows differ", "")).encode()).causes
     stage = tracebacks.stage_of("\n".join(lines))
+    assert "VLLM_USE_V2_MODEL_RUNNER=0" in tracebacks.stage_of("\n".join(lines).replace("worker/", "worker/gpu/"))
     assert (words in stage and cause.hint.startswith(stage)) if words else stage == ""
 
 
