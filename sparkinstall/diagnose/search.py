@@ -333,7 +333,7 @@ class Search:
             if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
                 kind = part if each.outer and part else each
                 return self._meaning(kind, suspect, found.groupdict(""), part if each.by_part else None)
-        return None
+        return self._meaning(part, suspect, {}) if part and part.regex.search(suspect.message) else None
 
     def _part_of(self, suspect: Suspect) -> Signature | None:
         """Return what tells of the part of a program that raised an exception, by its traceback or else its words."""
