@@ -49,7 +49,7 @@ class Tree:
     def run(self, *argv: str) -> str:
         """Run a program of this Python's environment, which must succeed, and return its output."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-        env = {**kept, "PYTHONPATH": str(self.root), "COLUMNS": "200", "MYPY_CACHE_DIR": ".mypy_cache"}
+        env = {**kept, "PYTHONPATH": str(self.root), "COLUMNS": "200"}
         done = subprocess.run(argv, cwd=self.root, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
@@ -59,7 +59,7 @@ class Tree:
 
     def typed(self, given: list[Block]) -> None:
         """Check types with mypy, starting from its cache of the unchanged files."""
-        if (cache := Path(os.environ.get("MYPY_CACHE_DIR", REPOSITORY / ".mypy_cache"))).exists():
+        if (cache := REPOSITORY / ".mypy_cache").exists():
             shutil.copytree(cache, self.root / ".mypy_cache")
         self.python("-m", "mypy", *(block.file for block in given if block.file.endswith(".py")))
 
