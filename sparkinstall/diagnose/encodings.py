@@ -105,7 +105,10 @@ def _parted(line: bytes) -> bytes:
     # The words of a request stay in its line.
     if known.quoted < len(known.text):
         return line
-    return _JOINED.sub(rb"\n\1", bare)
+    # Several beginnings may stand before one message.
+    head = bare[: len(known.prefix.encode())]
+    rest = bare[len(head) :]
+    return head + _JOINED.sub(rb"\n\1", rest) if len(_JOINED.findall(rest)) >= _MOST_IN_LINE else line
 
 
 def _head(pieces: Iterator[bytes]) -> bytes:

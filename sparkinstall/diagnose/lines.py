@@ -40,7 +40,7 @@ _PREFIXES = (
     rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWECF]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
     # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
     rf"\[?\d{{4}}[-/]\d\d[-/]\d\d[T ]{_TIME}(?:Z|[+-]\d\d:?\d\d)?\]? ?(?=\s*\S)"
-    rf"(?: ?[\w.-]+ (?={PROGRAM}: ))?",
+    rf"(?:\| +(?!{_LEVEL} |std(?:out|err) )|(?: ?[\w.-]+ (?={PROGRAM}: )))?",
     rf"(?:[A-Z][a-z]{{2}} )?[A-Z][a-z]{{2}} [ \d]\d {_TIME}(?: \d{{4}})? (?:[\w.-]+ )?(?={PROGRAM}: )",
     # journald's program, the kernel's clock
     r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
@@ -52,7 +52,8 @@ _PREFIXES = (
     # the time alone
     rf"\[{_TIME}\] (?=\S)",
     # vLLM and Ray name the process
-    r"(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
+    r" {0,16}(?P<who>\([\w.:-]+(?: [\w.:]+)?(?: (?:pid|rank|ip)=[^)]*|, ?ip=[^)]*)\)) ?",
+    r"(?P<who>\((?:EngineCore|APIServer|Worker)\w*\)) (?=\S)",
     r"(?P<who>\(pid=[\w-]+, ip=[\w.:]+\)) ",
     # pasted in bold
     r" *\*\*(?P<who>\([\w.:-]+(?: [\w.:]+)? (?:pid|rank|ip)=[^)]*\))\*\* ?",
@@ -62,6 +63,7 @@ _PREFIXES = (
     r"(?P<who>\[\d{1,5}\]) (?=[\[ A-Za-z])",
     # loggers: of vLLM, uvicorn, Python, Ray, glog
     rf"(?P<level>{_LEVEL}) \d\d-\d\d {_TIME} (?:\[[^\]]*:\d+\]|[\w./]+:\d+\]) ?",
+    rf"(?P<level>{_LEVEL}) \[[\w./]+\.py:\d+\] ",
     rf"(?P<level>{_LEVEL}) [\w./]+\.py:\d+ -- ",
     # what a program printed, passed on by its logger under a level of its own; loguru
     rf"\| {_LEVEL} +\| std(?:out|err) \|(?: |$)",

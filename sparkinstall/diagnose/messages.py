@@ -6,11 +6,13 @@ _WRAPPED = range(56, 161)
 """Characters of a line that can be one that was wrapped."""
 _OPEN_ENDS = (":", ",", "\u2500", "(", "[", "{")
 _ENDS = tuple(".!?;)]}>\"'`|^~%")
-_BEGINS = re.compile(r"\s*(?!\S+: |\[\w+ )[a-z(\[`'\"]")
+_BEGINS = re.compile(r"\s*(?!\S+: |\[\w+ |\(\w+\) [A-Z]+ )(?:[a-z(\[`'\"]|--[a-z])")
+# One that lost the beginning of its line: even a name may stand there.
+_BEGINS_LATER = re.compile(r"(?!\S+: |\S*\[|\(\w+\) [A-Z]+ |[A-Z]{4,} )[\w(\[{`'\"./<-]")
 # What pydantic writes on three lines: that something is not valid, the field, and what is wrong with it.
 _VALIDATED = re.compile(r"\d+ validation errors? for \S+\s*$")
 _FIELD = re.compile(r"\d+ validation errors? for \S+$|[a-z][\w-]*(?:\.[\w-]+)+$")
-_NO_REST = re.compile(r"\s*(?:File \"|Traceback|During handling|The above exception|[|+^~-]{2})")
+_NO_REST = re.compile(r"\s*(?:File \"|Traceback|During handling|The above exception|[|+^~]{2}|--(?!\w))")
 _WORD = re.compile(r"[a-z][a-z_-]{4,}")
 _COMMON = frozenset(
     {
@@ -21,12 +23,13 @@ _COMMON = frozenset(
 )  # fmt: skip
 
 
-def may_go_on(message: str) -> bool:
+def may_go_on(message: str, prefix: str = "") -> bool:
     """Return whether the next line may belong to a message: it announces something, or may have been wrapped."""
     end = message.rstrip()
     if _FIELD.match(end):
         return True
-    return end.endswith(_OPEN_ENDS) or (len(end) in _WRAPPED and not end.endswith(_ENDS))
+    is_wide = len(end) in _WRAPPED or (bool(end) and len(prefix) + len(end) in _WRAPPED)
+    return end.endswith(_OPEN_ENDS) or (is_wide and not end.endswith(_ENDS))
 
 
 def goes_on(before: str, message: str) -> bool:
@@ -36,6 +39,11 @@ def goes_on(before: str, message: str) -> bool:
     if _FIELD.match(before.rstrip()) or _VALIDATED.search(before):
         return True
     return before.rstrip().endswith(_OPEN_ENDS) or _BEGINS.match(message) is not None
+
+
+def goes_on_bare(before: str, message: str) -> bool:
+    """Return whether a line without anything before its message is the rest of one that was wrapped."""
+    return not _NO_REST.match(message) and not message.startswith("  ") and _BEGINS_LATER.match(message) is not None
 
 
 def words(message: str) -> frozenset[str]:

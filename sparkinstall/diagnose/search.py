@@ -43,7 +43,7 @@ _SOON = 3
 """Lines within which a program says that it tries again what failed."""
 _MOST_AFTERMATH = 200
 """Lines after which an error that is no exception was none that ended the program."""
-_MOST_AFTER = 3
+_MOST_AFTER = 5
 """Lines that may continue a message."""
 _MOST_CONTINUED = 2000
 """Lines of a log after which the next one is read for the rest of their message."""
@@ -122,7 +122,7 @@ class Suspect(Struct):
     `message` is what it says, `who` wrote it, `where` is the code that raised it, `frames` is its traceback, and
     `stage` is what to do about what the engine did then.
     `is_cut_off`: it is the end of a traceback of which the log lacks the exception. `is_raised`: a traceback ends with
-    it.
+    it. `is_joined`: its message stood in several lines.
     """
 
     place: Place
@@ -135,6 +135,7 @@ class Suspect(Struct):
     count: int = 1
     is_cut_off: bool = False
     is_raised: bool = False
+    is_joined: bool = False
 
     @property
     def is_of_vllm(self) -> bool:
@@ -152,6 +153,7 @@ class _Unfinished(Struct):
 
     line: Line
     message: str
+    text: str
     takers: list[Match | Suspect]
     left: int = _MOST_AFTER
     others: int = 20
@@ -228,6 +230,7 @@ class Search:
         self._chains: dict[int, set[str]] = {}
         self._current = _Current(0, take_apart(""), Role("plain"), False)
         self._head = self._current.line
+        self._widths: dict[int, int] = {}
         self._clock: int | None = None
         self._weighed = 0
         self._fruitless: dict[tuple[str, bytes], int] = {}
@@ -276,8 +279,28 @@ class Search:
         known = len(self.sightings)
         self._look(len(self._waiting), 0)
         self.lines = self._number - 1 + bool(rest)
+        self._read_joined()
         self._read_cut_off()
         return list(self.sightings.values())[known:]
+
+    def _read_joined(self) -> None:
+        """Look for known failures in messages of several lines, of which no line has enough."""
+        for key, suspect in list(self._telling.items()):
+            if not suspect.is_joined:
+                continue
+            line = Line(suspect.message, suspect.message, suspect.who, "error", len(suspect.message), None)
+            for signature in self._index.signatures:
+                if signature.general or not any(anchor in suspect.message for anchor in signature.anchors):
+                    continue
+                if signature.name in self.sightings or not (found := signature.found_in(line, suspect.frames)):
+                    continue
+                seen = Match(signature, words=found.groupdict(""), who=suspect.who, where=suspect.where)
+                if signature.own_words:
+                    seen.says, seen.advice = f'"{advice.says(suspect.message)}"', suspect.advice
+                seen.see(suspect.place)
+                self.sightings[signature.name] = seen
+                del self._telling[key]
+                break
 
     def _read_cut_off(self) -> None:
         """Read what a traceback without its last line would have raised, or at least where it ended."""
@@ -517,7 +540,10 @@ class Search:
             self._current.is_suspect |= is_suspect
             return self._current
         self._finish_line()
-        self._go_on(line)
+        before, is_next = self._current.line, number == self._current.number + 1
+        if is_next and before.prefix and not line.prefix and len(self._widths) < _MOST_AFTERMATH:
+            self._widths[len(before.text)] = self._widths.get(len(before.text), 0) + 1
+        self._go_on(line, is_next)
         self._clock = self._clock if line.when is None else line.when
         self._current = _Current(number, line, self._tracebacks.see(number, line), is_suspect)
         return self._current
@@ -539,7 +565,7 @@ class Search:
         if current.is_suspect and (not is_known or _INNER.search(current.line.message)):
             takers += self._suspect(current)
         if takers and _may_go_on(current.line):
-            self._unfinished = _Unfinished(current.line, current.line.message, takers)
+            self._unfinished = _Unfinished(current.line, current.line.message, current.line.text, takers)
         if FELL_BACK in current.matches:
             self._forgive(current)
         current.is_suspect, current.matches = False, {}
@@ -555,23 +581,30 @@ class Search:
             self.sightings[signature.name] = seen
         return self.sightings[signature.name]
 
-    def _go_on(self, line: Line) -> None:
-        """Add a line to the message before, if it continues that."""
+    def _go_on(self, line: Line, is_next: bool) -> None:
+        """Add a line to the message before, if it continues that; `is_next`: none stands between them."""
         if (before := self._unfinished) is None:
             return
-        if line.who != before.line.who or not line.message.strip():
+        is_bare = is_next and bool(before.line.prefix) and not line.prefix and bool(line.message.strip())
+        if not is_bare and (line.who != before.line.who or not line.message.strip()):
             before.others -= 1
             self._unfinished = before if before.others else None
             return
         self._unfinished = None
-        if not messages.goes_on(before.message, line.message):
+        goes_on = messages.goes_on_bare if is_bare else messages.goes_on
+        if not goes_on(before.message, line.message):
             return
         self._continued += 1
+        is_cut = is_bare and self._is_cut(before.text, line.message)
         for each in before.takers:
-            _append(each, line.message.strip())
-        before.left, before.message = before.left - 1, line.message
-        if before.left and _may_go_on(line):
+            _append(each, line.message.strip(), "" if is_cut else " ")
+        before.left, before.message, before.text = before.left - 1, line.message, line.text
+        if before.left and (_may_go_on(line) or (is_bare and not before.message.rstrip().endswith("."))):
             self._unfinished = before
+
+    def _is_cut(self, text: str, rest: str) -> bool:
+        """Return whether a word goes on in the next line: lines were cut where a terminal ended."""
+        return self._widths.get(len(text), 0) > 1 and text[-1:].isalnum() and rest[:1].isalnum()
 
     def _forgive(self, current: _Current) -> None:
         """Forget what failed just before, and what the program now goes on without."""
@@ -581,11 +614,13 @@ class Search:
             return place.line >= first and by == who and bool(words & messages.words(place.text))
 
         is_retry = "etrying" in current.line.message
+        goes_on = re.match(r"\W*[Cc]ontinuing\b", current.line.message) is not None
         for name, match in list(self.sightings.items()):
             if not is_retry and not match.signature.is_warning and is_handled(match.lines[0], match.who):
                 del self.sightings[name]
         for key, suspect in list(self._telling.items()):
-            is_tried_again = is_retry and suspect.place.line >= current.number - _SOON and suspect.who == who
+            is_soon = suspect.place.line >= current.number - _SOON and suspect.who == who
+            is_tried_again = is_soon and (is_retry or (goes_on and suspect.weight <= suspicion.SOME))
             if is_tried_again or is_handled(suspect.place, suspect.who):
                 del self._telling[key]
 
@@ -641,19 +676,22 @@ class Search:
 
 def _may_go_on(line: Line) -> bool:
     """Return whether the next line may continue a message. The kernel and systemd write each message in one line."""
-    return not line.who.startswith("systemd") and line.who != KERNEL and messages.may_go_on(line.message)
+    return not line.who.startswith("systemd") and line.who != KERNEL and messages.may_go_on(line.message, line.prefix)
 
 
-def _append(taker: Match | Suspect, text: str) -> None:
-    """Let a line be shown with the rest of its message."""
+def _append(taker: Match | Suspect, text: str, between: str) -> None:
+    """Let a line be shown with the rest of its message, which may have the numbers that its beginning lacks."""
     if isinstance(taker, Suspect):
-        taker.place, taker.message = _longer(taker.place, text), f"{taker.message} {text}"
-    else:
-        taker.lines = (*taker.lines[:-1], _longer(taker.lines[-1], text))
+        taker.place, taker.message = _longer(taker.place, text, between), f"{taker.message}{between}{text}"
+        taker.is_joined = True
+        return
+    taker.lines = (*taker.lines[:-1], _longer(taker.lines[-1], text, between))
+    if len(taker.lines) == 1 and (found := taker.signature.regex.search(taker.lines[0].text)):
+        taker.words = {**taker.words, **{name: word for name, word in found.groupdict().items() if word}}
 
 
-def _longer(place: Place, text: str) -> Place:
-    whole = f"{place.text} {text}"
+def _longer(place: Place, text: str, between: str) -> Place:
+    whole = f"{place.text}{between}{text}"
     return replace(place, text=whole if len(whole) <= _WIDEST else f"{whole[:_WIDEST]} ...")
 
 
