@@ -28,7 +28,7 @@ def may_go_on(message: str, prefix: str = "") -> bool:
     end = message.rstrip()
     if _FIELD.match(end):
         return True
-    is_wide = len(end) in _WRAPPED or (bool(end) and len(prefix) + len(end) in _WRAPPED)
+    is_wide = len(end) in _WRAPPED or (end[:1].strip() != "" and len(prefix) + len(end) in _WRAPPED)
     return end.endswith(_OPEN_ENDS) or (is_wide and not end.endswith(_ENDS))
 
 
@@ -41,9 +41,9 @@ def goes_on(before: str, message: str) -> bool:
     return before.rstrip().endswith(_OPEN_ENDS) or _BEGINS.match(message) is not None
 
 
-def goes_on_bare(before: str, message: str) -> bool:
+def goes_on_bare(message: str) -> bool:
     """Return whether a line without anything before its message is the rest of one that was wrapped."""
-    return not _NO_REST.match(message) and not message.startswith("  ") and _BEGINS_LATER.match(message) is not None
+    return not _NO_REST.match(message) and _BEGINS_LATER.match(message.lstrip()) is not None
 
 
 def words(message: str) -> frozenset[str]:

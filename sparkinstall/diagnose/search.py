@@ -541,8 +541,9 @@ class Search:
             return self._current
         self._finish_line()
         before, is_next = self._current.line, number == self._current.number + 1
-        if is_next and before.prefix and not line.prefix and len(self._widths) < _MOST_AFTERMATH:
-            self._widths[len(before.text)] = self._widths.get(len(before.text), 0) + 1
+        if is_next and _lacks_its_beginning(before, line) and len(self._widths) < _MOST_AFTERMATH:
+            width = len(before.text) - len(line.prefix)
+            self._widths[width] = self._widths.get(width, 0) + 1
         self._go_on(line, is_next)
         self._clock = self._clock if line.when is None else line.when
         self._current = _Current(number, line, self._tracebacks.see(number, line), is_suspect)
@@ -585,26 +586,27 @@ class Search:
         """Add a line to the message before, if it continues that; `is_next`: none stands between them."""
         if (before := self._unfinished) is None:
             return
-        is_bare = is_next and bool(before.line.prefix) and not line.prefix and bool(line.message.strip())
+        is_bare = is_next and _lacks_its_beginning(before.line, line)
         if not is_bare and (line.who != before.line.who or not line.message.strip()):
             before.others -= 1
             self._unfinished = before if before.others else None
             return
         self._unfinished = None
-        goes_on = messages.goes_on_bare if is_bare else messages.goes_on
-        if not goes_on(before.message, line.message):
+        if not (messages.goes_on_bare(line.message) if is_bare else messages.goes_on(before.message, line.message)):
             return
         self._continued += 1
-        is_cut = is_bare and self._is_cut(before.text, line.message)
+        is_cut = is_bare and self._is_cut(before.text, line)
         for each in before.takers:
             _append(each, line.message.strip(), "" if is_cut else " ")
         before.left, before.message, before.text = before.left - 1, line.message, line.text
-        if before.left and (_may_go_on(line) or (is_bare and not before.message.rstrip().endswith("."))):
+        is_within = is_bare and line.message[:1].strip() != "" and not line.message.rstrip().endswith(".")
+        if before.left and (_may_go_on(line) or is_within):
             self._unfinished = before
 
-    def _is_cut(self, text: str, rest: str) -> bool:
+    def _is_cut(self, text: str, rest: Line) -> bool:
         """Return whether a word goes on in the next line: lines were cut where a terminal ended."""
-        return self._widths.get(len(text), 0) > 1 and text[-1:].isalnum() and rest[:1].isalnum()
+        is_full = self._widths.get(len(text) - len(rest.prefix), 0) > 1
+        return is_full and text[-1:].isalnum() and rest.message[:1].isalnum()
 
     def _forgive(self, current: _Current) -> None:
         """Forget what failed just before, and what the program now goes on without."""
@@ -672,6 +674,13 @@ class Search:
             kept[key].stage = stage_of(frames)
             return [kept[key]]
         return []
+
+
+def _lacks_its_beginning(before: Line, line: Line) -> bool:
+    """Return whether a line has only the first part of what stands before the message above it: that was cut."""
+    if not line.message.strip() or line.level or not before.who.startswith(line.who):
+        return False
+    return len(line.prefix) < len(before.prefix) and (line.who, line.level) != (before.who, before.level)
 
 
 def _may_go_on(line: Line) -> bool:
