@@ -73,6 +73,7 @@ OPTIONS = (
     (r"kv.?cache.?dtype|fp8.kv.?cache|quantized kv", "--kv-cache-dtype"),
     (r"attention.?backend|attn.?backend", "--attention-backend"),
     (r"moe.?backend", "--moe-backend"),
+    (r"mamba (?:ssu )?backend", "--mamba-backend"),
     (r"load.?format", "--load-format"),
     (r"sliding.?window", "--disable-sliding-window"),
     (r"async(?:hronous)?.scheduling", "--async-scheduling"),

@@ -8,7 +8,7 @@ _OPEN_ENDS = (":", ",", "\u2500", "(", "[", "{")
 _ENDS = tuple(".!?;)]}>\"'`|^~%")
 _BEGINS = re.compile(r"\s*(?!\S+: |\[\w+ |\(\w+\) [A-Z]+ )(?:[a-z(\[`'\"]|--[a-z])")
 # One that lost the beginning of its line: even a name may stand there.
-_BEGINS_LATER = re.compile(r"(?!\S+: |\S*\[|\(\w+\) [A-Z]+ |[A-Z]{4,} )[\w(\[{`'\"./<-]")
+_BEGINS_LATER = re.compile(r"(?!\w\S*: |\w*\[|\(\w+\) [A-Z]+ |[A-Z]{4,} )[\w(\[{`'\"./<-]")
 # What pydantic writes on three lines: that something is not valid, the field, and what is wrong with it.
 _VALIDATED = re.compile(r"\d+ validation errors? for \S+\s*$")
 _FIELD = re.compile(r"\d+ validation errors? for \S+$|[a-z][\w-]*(?:\.[\w-]+)+$")

@@ -39,6 +39,8 @@ FELL_BACK = "fell-back"
 """The event that a program goes on another way after what failed just before."""
 _BEFORE_FALLBACK = 12
 """Lines before a fallback in which the failure that it handles is looked for."""
+_RAGGED = 12
+"""Characters by which the lines of a paragraph differ in length."""
 _SOON = 3
 """Lines within which a program says that it tries again what failed."""
 _MOST_AFTERMATH = 200
@@ -68,7 +70,10 @@ _NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
 # NCCL's source file, which names the part of it that reports something.
 _NCCL_FILE = re.compile(r"[\w/]+\.(?:cc|h)(?=:\d+ )")
 # The error of another process, which the message of one that only ended repeats.
-_INNER = re.compile(r"\bfailed with error ['\"](?P<error>\w*(?:Error|Exception)\b.*?)(?:['\"], please check.*)?$")
+_INNER = re.compile(
+    r"\bfailed with error ['\"](?P<error>\w*(?:Error|Exception)\b.*?)(?:['\"], please check.*)?$"
+    r"|\bWorker failed with error ['\"](?P<words>[^'\"#].{8,}?)['\"], please check"
+)
 
 # What names vLLM: its processes, its folder, its name.
 _OF_VLLM = re.compile(r"(?i:vllm)|\b(?:EngineCore|APIServer|Worker_|WorkerProc)")
@@ -231,6 +236,7 @@ class Search:
         self._current = _Current(0, take_apart(""), Role("plain"), False)
         self._head = self._current.line
         self._widths: dict[int, int] = {}
+        self._joined: list[tuple[Match, int]] = []
         self._clock: int | None = None
         self._weighed = 0
         self._fruitless: dict[tuple[str, bytes], int] = {}
@@ -286,21 +292,28 @@ class Search:
     def _read_joined(self) -> None:
         """Look for known failures in messages of several lines, of which no line has enough."""
         for key, suspect in list(self._telling.items()):
-            if not suspect.is_joined:
+            if suspect.is_joined and self._is_known(suspect):
+                del self._telling[key]
+        for match, at in self._joined:
+            place = match.lines[at]
+            self._is_known(Suspect(place, 0, place.text, match.who, match.where), match.signature.name)
+
+    def _is_known(self, suspect: Suspect, family: str = "") -> bool:
+        """Note the first known failure (of a family) in a whole message; return whether there is one."""
+        message = suspect.message
+        line = Line(message, message, suspect.who, "error", len(message), None)
+        for signature in self._index.signatures:
+            is_other = signature.general or signature.name in self.sightings or (family and signature.family != family)
+            if is_other or not any(anchor in message for anchor in signature.anchors):
                 continue
-            line = Line(suspect.message, suspect.message, suspect.who, "error", len(suspect.message), None)
-            for signature in self._index.signatures:
-                if signature.general or not any(anchor in suspect.message for anchor in signature.anchors):
-                    continue
-                if signature.name in self.sightings or not (found := signature.found_in(line, suspect.frames)):
-                    continue
+            if found := signature.found_in(line, suspect.frames):
                 seen = Match(signature, words=found.groupdict(""), who=suspect.who, where=suspect.where)
                 if signature.own_words:
-                    seen.says, seen.advice = f'"{advice.says(suspect.message)}"', suspect.advice
+                    seen.says, seen.advice = f'"{advice.says(message)}"', suspect.advice
                 seen.see(suspect.place)
                 self.sightings[signature.name] = seen
-                del self._telling[key]
-                break
+                return True
+        return False
 
     def _read_cut_off(self) -> None:
         """Read what a traceback without its last line would have raised, or at least where it ended."""
@@ -592,12 +605,17 @@ class Search:
             self._unfinished = before if before.others else None
             return
         self._unfinished = None
-        if not (messages.goes_on_bare(line.message) if is_bare else messages.goes_on(before.message, line.message)):
+        # The third line of a paragraph may begin with any word.
+        is_block = before.left < _MOST_AFTER and abs(len(before.text) - len(before.line.text)) <= _RAGGED
+        any_word = is_bare or is_block
+        if not (messages.goes_on_bare(line.message) if any_word else messages.goes_on(before.message, line.message)):
             return
         self._continued += 1
         is_cut = is_bare and self._is_cut(before.text, line)
         for each in before.takers:
             _append(each, line.message.strip(), "" if is_cut else " ")
+            if isinstance(each, Match) and before.left == _MOST_AFTER:
+                self._joined.append((each, len(each.lines) - 1))
         before.left, before.message, before.text = before.left - 1, line.message, line.text
         is_within = is_bare and line.message[:1].strip() != "" and not line.message.rstrip().endswith(".")
         if before.left and (_may_go_on(line) or is_within):
@@ -661,7 +679,7 @@ class Search:
             said = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
             inner = _INNER.search(said)
             if told := inner or (suspicion.named_within(said) if kept is self._set_aside else None):
-                said = told["error"]
+                said = told["error"] or told["words"]
             elif "NCCL WARN" in line.prefix:
                 # The word that tells NCCL's errors stands in what comes before the message.
                 file = _NCCL_FILE.search(line.prefix)

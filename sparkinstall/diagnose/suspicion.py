@@ -217,8 +217,9 @@ _HANDLED = _any(
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",
     r"\bwill not be (?:exported|collected|reported|recorded)\b",
-    # NCCL, which goes on with sockets
+    # NCCL, which goes on with sockets, or without a function that an older library of the card lacks
     r"Failed to open libibverbs",
+    r"\bdlv?sym failed on \w",
     # CuTe DSL on a part of it that is not installed
     r"error during package walk",
     r"\bdial tcp \S+ connect: connection refused|while connecting to upstream",

@@ -457,6 +457,29 @@ def test_stage_of_the_start_is_told_with_what_leaves_it_out(functions: Sequence[
     assert (words in stage and cause.hint.startswith(stage)) if words else stage == ""
 
 
+def test_message_that_a_terminal_has_cut_has_the_numbers_of_all_its_lines() -> None:
+    log = """(EngineCore pid=3) ValueError: To serve at least one request with the model's max seq len
+(90000), 3.09 GiB KV cache is needed, which is larger than the available KV
+cache memory (0.24 GiB). Estimated maximum model length is 57344.
+"""
+    (cause,) = diagnosed(log.encode()).causes
+    assert (cause.name, "(57344)" in cause.hint, cause.count) == ("kv-cache-too-small", True, 1)
+
+
+def test_word_that_was_cut_at_the_width_of_a_terminal_is_one_again() -> None:
+    who = "(Worker_TP0 pid=28) ERROR 05-30 19:59:18 [multiproc_executor.py:870] "
+    frame = '  File "/srv/env/lib/python3.12/own-packages/vllm/own.py", line 5, in own'
+    text = "\n".join(f"{each[:96]}\n{each[96:]:96}" for each in (who + frame, f"{who}AssertionError: the own tables fit"))
+    (place,) = diagnosed(f"{text}\n".encode()).causes[0].lines
+    assert place.text.endswith("AssertionError: the own tables fit")
+
+
+def test_line_with_several_beginnings_is_one_line() -> None:
+    who = "        (EngineCore_DP0 pid=1026745) (Worker_TP0 pid=1026751) ERROR 02-01 09:32:13 [multiproc_executor.py:852] "
+    found = diagnosed(f"{who}ValueError: {'own tables do not fit, ' * 6}\n".encode())
+    assert found.logs[0].lines == 1 and [each.line for each in found.causes[0].lines] == [1]
+
+
 def test_error_of_another_process_has_no_place_of_the_process_that_passes_it_on() -> None:
     place = '  File "/opt/v/vllm/v1/executor/own.py", line 7, in get_response\n    raise RuntimeError('
     passed_on = "RuntimeError: Worker failed with error 'AssertionError: own rows', please check the stack trace above"
