@@ -41,6 +41,8 @@ _INDENTED = re.compile(r"\s+(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|I
 _RAISE = re.compile(r"\braise (?:[a-z_]\w*\.)*(?P<name>[A-Z]\w*)\((?P<rest>.*)", re.DOTALL)
 _ASSERT = re.compile(r"[^\n]*\n\s*assert (?P<what>\S[^\n]*)")
 _TEXTS = re.compile(r"\"((?:[^\"\\\n]|\\.)*)\"|'((?:[^'\\\n]|\\.)*)'")
+# The exception itself, behind a beginning of its line that is not known.
+_TOLD = re.compile(r"(?:^|[\s|\]])(?P<all>(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): \S.*)$", re.MULTILINE)
 _PLAIN_NAMES = ("Exception", "RuntimeError", "ValueError", "TypeError", "OSError", "AssertionError")
 # What vLLM's engine does while it starts, by its functions, and what to do about it.
 _STAGES = tuple(
@@ -230,6 +232,8 @@ def _raised(frames: Iterable[str]) -> str:
     code = "\n".join(frames)
     places = list(_FILE.finditer(code))
     last = code[places[-1].end() if places else 0 :]
+    if told := _TOLD.search(last):
+        return told["all"]
     if found := _ASSERT.match(last):
         return f"AssertionError: {found['what'].strip()}"
     found = _RAISE.search(last)

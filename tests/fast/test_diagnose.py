@@ -474,6 +474,13 @@ def test_word_that_was_cut_at_the_width_of_a_terminal_is_one_again() -> None:
     assert place.text.endswith("AssertionError: the own tables fit")
 
 
+def test_exception_that_looks_like_code_is_told_whole() -> None:
+    told = "ValueError: own_tables='round' are not there, but ['long', 'short'] are"
+    code = '  File "/opt/own.py", line 7, in own\n    raise ValueError(\n'
+    (place,) = diagnosed(f"Traceback (most recent call last):\n{code}  # {told}\n".encode()).causes[0].lines
+    assert place.text == told
+
+
 def test_line_with_several_beginnings_is_one_line() -> None:
     who = "        (EngineCore_DP0 pid=1026745) (Worker_TP0 pid=1026751) ERROR 02-01 09:32:13 [multiproc_executor.py:852] "
     found = diagnosed(f"{who}ValueError: {'own tables do not fit, ' * 6}\n".encode())
