@@ -469,7 +469,8 @@ cache memory (0.24 GiB). Estimated maximum model length is 57344.
 def test_word_that_was_cut_at_the_width_of_a_terminal_is_one_again() -> None:
     who = "(Worker_TP0 pid=28) ERROR 05-30 19:59:18 [multiproc_executor.py:870] "
     frame = '  File "/srv/env/lib/python3.12/own-packages/vllm/own.py", line 5, in own'
-    text = "\n".join(f"{each[:96]}\n{each[96:]:96}" for each in (who + frame, f"{who}AssertionError: the own tables fit"))
+    whole = (who + frame, f"{who}AssertionError: the own tables fit")
+    text = "\n".join(f"{each[:96]}\n{each[96:]:96}" for each in whole)
     (place,) = diagnosed(f"{text}\n".encode()).causes[0].lines
     assert place.text.endswith("AssertionError: the own tables fit")
 
@@ -482,7 +483,7 @@ def test_exception_that_looks_like_code_is_told_whole() -> None:
 
 
 def test_line_with_several_beginnings_is_one_line() -> None:
-    who = "        (EngineCore_DP0 pid=1026745) (Worker_TP0 pid=1026751) ERROR 02-01 09:32:13 [multiproc_executor.py:852] "
+    who = "        (EngineCore_DP0 pid=1026745) (Worker_TP0 pid=1026751) ERROR 02-01 09:32:13 [executor.py:852] "
     found = diagnosed(f"{who}ValueError: {'own tables do not fit, ' * 6}\n".encode())
     assert found.logs[0].lines == 1 and [each.line for each in found.causes[0].lines] == [1]
 
