@@ -303,7 +303,9 @@ class Search:
         message = suspect.message
         line = Line(message, message, suspect.who, "error", len(message), None)
         for signature in self._index.signatures:
-            is_other = signature.general or signature.name in self.sightings or (family and signature.family != family)
+            # A kind that is told in the line's own words takes any.
+            is_no_kind = family and (signature.family != family or signature.own_words)
+            is_other = signature.general or signature.name in self.sightings or is_no_kind
             if is_other or not any(anchor in message for anchor in signature.anchors):
                 continue
             if found := signature.found_in(line, suspect.frames):
