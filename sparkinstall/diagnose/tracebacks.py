@@ -232,8 +232,8 @@ def _raised(frames: Iterable[str]) -> str:
     code = "\n".join(frames)
     places = list(_FILE.finditer(code))
     last = code[places[-1].end() if places else 0 :]
-    if told := _TOLD.search(last):
-        return told["all"]
+    if whole := _TOLD.search(last):
+        return whole["all"]
     if found := _ASSERT.match(last):
         return f"AssertionError: {found['what'].strip()}"
     found = _RAISE.search(last)
