@@ -20,7 +20,8 @@ from sparkinstall.cli.text_output import console, headed, sign
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.diagnose import judge
 from sparkinstall.diagnose.judge import Diagnosis, Found, Log
-from sparkinstall.diagnose.search import MOST, Match, Place, Search, SignatureIndex, index_of
+from sparkinstall.diagnose.search import MOST, Search, SignatureIndex, index_of
+from sparkinstall.diagnose.sightings import Match, Place
 from sparkinstall.diagnose.signatures import KnownFailure, load
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.facts.decisions import installed_stack

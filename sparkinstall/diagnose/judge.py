@@ -16,7 +16,8 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
-from sparkinstall.diagnose.search import SHOWN, TELLING_KEPT, Match, Place, Search, SignatureIndex, Suspect
+from sparkinstall.diagnose.search import TELLING_KEPT, Search, SignatureIndex
+from sparkinstall.diagnose.sightings import SHOWN, Match, Place, Suspect
 from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, explains
 from sparkinstall.diagnose.suspicion import SOME, STRONG
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors

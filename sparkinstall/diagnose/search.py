@@ -13,9 +13,11 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from sparkinstall.diagnose import advice, messages, suspicion, tracebacks
-from sparkinstall.diagnose.lines import KERNEL, PROGRAM, Line, printable, take_apart
+from sparkinstall.diagnose.lines import Line, printable, take_apart
+from sparkinstall.diagnose.sightings import SHOWN, WIDEST, Match, Place, Suspect, shown
 from sparkinstall.diagnose.signatures import Signature
 from sparkinstall.diagnose.tracebacks import CutOff, Role, Tracebacks, place_of, stage_of
+from sparkinstall.diagnose.wrapped import Wrapped
 
 REACH = 2048
 """Bytes around a literal in which its regex is searched, within the line."""
@@ -25,8 +27,6 @@ MOST = 10_000
 """Lines of one failure that are counted."""
 MOST_WEIGHED = 20_000
 """Suspicious lines that are weighed."""
-SHOWN = 3
-"""Lines of one failure that are kept."""
 TELLING_KEPT = 100
 """Suspicious lines that are kept."""
 SERVER_STARTED = "server-started"
@@ -39,17 +39,10 @@ FELL_BACK = "fell-back"
 """The event that a program goes on another way after what failed just before."""
 _BEFORE_FALLBACK = 12
 """Lines before a fallback in which the failure that it handles is looked for."""
-_RAGGED = 12
-"""Characters by which the lines of a paragraph differ in length."""
 _SOON = 3
 """Lines within which a program says that it tries again what failed."""
 _MOST_AFTERMATH = 200
 """Lines after which an error that is no exception was none that ended the program."""
-_MOST_AFTER = 5
-"""Lines that may continue a message."""
-_MOST_CONTINUED = 2000
-"""Lines of a log after which the next one is read for the rest of their message."""
-_WIDEST = 400
 _FRUITLESS = 500
 """After so many lines that differ in numbers only, in which a regex found nothing, it is not tried in another one."""
 _SHAPES = 10_000
@@ -63,10 +56,6 @@ _MOST_FRUITLESS = 50_000
 """A failure is not looked for any more after so many lines without it that hold its literal; one in which the regex was
 tried counts as ten."""
 
-# Lines of journald and NCCL begin with the host name.
-_JOURNAL = re.compile(rf"^(\w{{3}} [ \d]\d [\d:]{{8}}|\d{{4}}-\d\d-\d\dT[\d:.,+-]+Z?) \S+ (?={PROGRAM}:)")
-_NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
-
 # NCCL's source file, which names the part of it that reports something.
 _NCCL_FILE = re.compile(r"[\w/]+\.(?:cc|h)(?=:\d+ )")
 # The error of another process, which the message of one that only ended repeats.
@@ -75,93 +64,7 @@ _INNER = re.compile(
     r"|\bWorker failed with error ['\"](?P<words>[^'\"#].{8,}?)['\"], please check"
 )
 
-# What names vLLM: its processes, its folder, its name.
-_OF_VLLM = re.compile(r"(?i:vllm)|\b(?:EngineCore|APIServer|Worker_|WorkerProc)")
-
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
-
-
-class Place(Struct, frozen=True):
-    """A line of a log: its 1-based number and its printable text."""
-
-    log: str
-    line: int
-    text: str
-
-
-class Match(Struct):
-    """One known failure in a log: its first lines, number of its last line, and count of lines up to `MOST`; `over` is
-    the last line with the text after which it is over.
-
-    `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, `who` wrote
-    it, and `where` is the code that raised it. `after` are the names of failures that a traceback names as what came
-    before. Of a general one, `says` are the line's own words, `advice` is what follows from them, `part` tells of the
-    part of a program that it is about, and `stage` what to do about what the engine did then.
-    """
-
-    signature: Signature
-    lines: tuple[Place, ...] = ()
-    count: int = 0
-    last: int = 0
-    words: Mapping[str, str] = field(default_factory=dict)
-    when: int | None = None
-    after: frozenset[str] = frozenset()
-    who: str = ""
-    where: str = ""
-    says: str = ""
-    advice: tuple[str, ...] = ()
-    part: Signature | None = None
-    stage: str = ""
-    over: int = 0
-
-    def see(self, place: Place) -> None:
-        """Count another line."""
-        self.count, self.last = self.count + 1, place.line
-        if len(self.lines) < SHOWN:
-            self.lines = (*self.lines, place)
-
-
-class Suspect(Struct):
-    """A suspicious line that matches no known failure, and how many similar lines there are.
-
-    `message` is what it says, `who` wrote it, `where` is the code that raised it, `frames` is its traceback, and
-    `stage` is what to do about what the engine did then.
-    `is_cut_off`: it is the end of a traceback of which the log lacks the exception. `is_raised`: a traceback ends with
-    it. `is_joined`: its message stood in several lines.
-    """
-
-    place: Place
-    weight: int
-    message: str = ""
-    who: str = ""
-    where: str = ""
-    frames: str = ""
-    stage: str = ""
-    count: int = 1
-    is_cut_off: bool = False
-    is_raised: bool = False
-    is_joined: bool = False
-
-    @property
-    def is_of_vllm(self) -> bool:
-        """Whether vLLM's own code raised or logged it."""
-        return _OF_VLLM.search(f"{self.who} {self.place.text} {self.frames}") is not None
-
-    @property
-    def advice(self) -> tuple[str, ...]:
-        """What to do that follows from its own words."""
-        return advice.advice(self.message, self.is_of_vllm)
-
-
-class _Unfinished(Struct):
-    """A line of which the message may go on in the next line of the same process; `takers` want to know."""
-
-    line: Line
-    message: str
-    text: str
-    takers: list[Match | Suspect]
-    left: int = _MOST_AFTER
-    others: int = 20
 
 
 class _Current(Struct):
@@ -186,7 +89,7 @@ class _Current(Struct):
         """The code that raised an exception without a message, such as an `assert`; "" for any other line."""
         code = [each.strip() for each in self.role.frames.splitlines() if re.search(r"\w", each)]
         is_bare = self.role.kind == "exception" and ":" not in self.line.message
-        return f" (raised by `{code[-1][:_WIDEST]}`)" if is_bare and code else ""
+        return f" (raised by `{code[-1][:WIDEST]}`)" if is_bare and code else ""
 
 
 class SignatureIndex(Struct, frozen=True):
@@ -226,8 +129,7 @@ class Search:
     def __init__(self, index: SignatureIndex, name: str) -> None:
         self.name = name
         self._index = index
-        self._unfinished: _Unfinished | None = None
-        self._continued = 0
+        self._wrapped = Wrapped()
         self.sightings: dict[str, Match] = {}
         self._telling: dict[str, Suspect] = {}
         self._set_aside: dict[str, Suspect] = {}
@@ -235,8 +137,6 @@ class Search:
         self._chains: dict[int, set[str]] = {}
         self._current = _Current(0, take_apart(""), Role("plain"), False)
         self._head = self._current.line
-        self._widths: dict[int, int] = {}
-        self._joined: list[tuple[Match, int]] = []
         self._clock: int | None = None
         self._weighed = 0
         self._fruitless: dict[tuple[str, bytes], int] = {}
@@ -294,7 +194,7 @@ class Search:
         for key, suspect in list(self._telling.items()):
             if suspect.is_joined and self._is_known(suspect):
                 del self._telling[key]
-        for match, at in self._joined:
+        for match, at in self._wrapped.joined:
             place = match.lines[at]
             self._is_known(Suspect(place, 0, place.text, match.who, match.where), match.signature.name)
 
@@ -341,7 +241,7 @@ class Search:
     def _keep_end_of(self, cut: CutOff) -> None:
         """Keep the last line of a traceback of which the exception is missing."""
         lines = [each.strip() for each in cut.frames.splitlines() if each.strip()]
-        place = Place(self.name, cut.number, f"{lines[-1][:_WIDEST]} ({_CUT_OFF})")
+        place = Place(self.name, cut.number, f"{lines[-1][:WIDEST]} ({_CUT_OFF})")
         where, frames = place_of(cut.frames), cut.frames[-_FRAMES_KEPT:]
         suspect = Suspect(place, suspicion.STRONG, _CUT_OFF, cut.who, where, frames, is_cut_off=True)
         self._telling.setdefault(f"cut off {cut.who}", suspect)
@@ -480,10 +380,10 @@ class Search:
     @property
     def _may_go_on(self) -> bool:
         """Whether the next line may continue a message that is shown."""
-        if self._unfinished:
+        if self._wrapped.is_open:
             return True
         current = self._current
-        if self._continued >= _MOST_CONTINUED or not _may_go_on(current.line):
+        if not self._wrapped.may_begin(current.line):
             return False
         if any(name not in self.sightings or self.sightings[name].count < SHOWN for name in current.matches):
             return True
@@ -555,11 +455,7 @@ class Search:
             self._current.is_suspect |= is_suspect
             return self._current
         self._finish_line()
-        before, is_next = self._current.line, number == self._current.number + 1
-        if is_next and _lacks_its_beginning(before, line) and len(self._widths) < _MOST_AFTERMATH:
-            width = len(before.text) - len(line.prefix)
-            self._widths[width] = self._widths.get(width, 0) + 1
-        self._go_on(line, is_next)
+        self._wrapped.see(line, self._current.line, is_next=number == self._current.number + 1)
         self._clock = self._clock if line.when is None else line.when
         self._current = _Current(number, line, self._tracebacks.see(number, line), is_suspect)
         return self._current
@@ -580,8 +476,7 @@ class Search:
         is_known = not all(each.only_with for each in matches)
         if current.is_suspect and (not is_known or _INNER.search(current.line.message)):
             takers += self._suspect(current)
-        if takers and _may_go_on(current.line):
-            self._unfinished = _Unfinished(current.line, current.line.message, current.line.text, takers)
+        self._wrapped.begin(current.line, takers)
         if FELL_BACK in current.matches:
             self._forgive(current)
         current.is_suspect, current.matches = False, {}
@@ -596,37 +491,6 @@ class Search:
                 seen.says, seen.advice = f'"{advice.says(line.message)}"', suspect.advice
             self.sightings[signature.name] = seen
         return self.sightings[signature.name]
-
-    def _go_on(self, line: Line, is_next: bool) -> None:
-        """Add a line to the message before, if it continues that; `is_next`: none stands between them."""
-        if (before := self._unfinished) is None:
-            return
-        is_bare = is_next and _lacks_its_beginning(before.line, line)
-        if not is_bare and (line.who != before.line.who or not line.message.strip()):
-            before.others -= 1
-            self._unfinished = before if before.others else None
-            return
-        self._unfinished = None
-        # The third line of a paragraph may begin with any word.
-        is_block = before.left < _MOST_AFTER and abs(len(before.text) - len(before.line.text)) <= _RAGGED
-        any_word = is_bare or is_block
-        if not (messages.goes_on_bare(line.message) if any_word else messages.goes_on(before.message, line.message)):
-            return
-        self._continued += 1
-        is_cut = is_bare and self._is_cut(before.text, line)
-        for each in before.takers:
-            _append(each, line.message.strip(), "" if is_cut else " ")
-            if isinstance(each, Match) and before.left == _MOST_AFTER:
-                self._joined.append((each, len(each.lines) - 1))
-        before.left, before.message, before.text = before.left - 1, line.message, line.text
-        is_within = is_bare and line.message[:1].strip() != "" and not line.message.rstrip().endswith(".")
-        if before.left and (_may_go_on(line) or is_within):
-            self._unfinished = before
-
-    def _is_cut(self, text: str, rest: Line) -> bool:
-        """Return whether a word goes on in the next line: lines were cut where a terminal ended."""
-        is_full = self._widths.get(len(text) - len(rest.prefix), 0) > 1
-        return is_full and text[-1:].isalnum() and rest.message[:1].isalnum()
 
     def _forgive(self, current: _Current) -> None:
         """Forget what failed just before, and what the program now goes on without."""
@@ -696,34 +560,6 @@ class Search:
         return []
 
 
-def _lacks_its_beginning(before: Line, line: Line) -> bool:
-    """Return whether a line has only the first part of what stands before the message above it: that was cut."""
-    if not line.message.strip() or line.level or not before.who.startswith(line.who):
-        return False
-    return len(line.prefix) < len(before.prefix) and (line.who, line.level) != (before.who, before.level)
-
-
-def _may_go_on(line: Line) -> bool:
-    """Return whether the next line may continue a message. The kernel and systemd write each message in one line."""
-    return not line.who.startswith("systemd") and line.who != KERNEL and messages.may_go_on(line.message, line.prefix)
-
-
-def _append(taker: Match | Suspect, text: str, between: str) -> None:
-    """Let a line be shown with the rest of its message, which may have the numbers that its beginning lacks."""
-    if isinstance(taker, Suspect):
-        taker.place, taker.message = _longer(taker.place, text, between), f"{taker.message}{between}{text}"
-        taker.is_joined = True
-        return
-    taker.lines = (*taker.lines[:-1], _longer(taker.lines[-1], text, between))
-    if len(taker.lines) == 1 and (found := taker.signature.regex.search(taker.lines[0].text)):
-        taker.words = {**taker.words, **{name: word for name, word in found.groupdict().items() if word}}
-
-
-def _longer(place: Place, text: str, between: str) -> Place:
-    whole = f"{place.text}{between}{text}"
-    return replace(place, text=whole if len(whole) <= _WIDEST else f"{whole[:_WIDEST]} ...")
-
-
 def around(data: bytes, start: int, end: int) -> tuple[str, bool, tuple[int, int]]:
     """Return the line around a match, at most `REACH` bytes to each side; whether it has the beginning; its span."""
     first, last = max(0, start - REACH), min(len(data), end + REACH)
@@ -732,11 +568,3 @@ def around(data: bytes, start: int, end: int) -> tuple[str, bool, tuple[int, int
     after = min((at for at in (data.find(b"\n", end, last), data.find(b"\r", end, last)) if at >= 0), default=last)
     span = (max(first, before), after)
     return printable(data[span[0] : span[1]]), before > 0 or start < REACH, span
-
-
-def shown(text: str, at: int) -> str:
-    """Return `text` for display: without the host name, and cut around the position `at` if it is long."""
-    if len(text) > _WIDEST:
-        first = max(0, min(at - _WIDEST * 3 // 4, len(text) - _WIDEST))
-        text = f"{'... ' if first else ''}{text[first : first + _WIDEST]} ..."
-    return _NCCL.sub("", _JOURNAL.sub(r"\1 ", text.rstrip()))

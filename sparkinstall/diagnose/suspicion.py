@@ -209,31 +209,30 @@ _COULD_NOT = re.compile(
 )
 # Python's own words for an end on request.
 _ASKED_FOR = re.compile(r"(?:[\w.]+\.)?(?:KeyboardInterrupt|SystemExit|CancelledError|GeneratorExit|StopIteration)\b")
+# Nothing has failed, whoever says it.
+_NOT_FATAL = (
+    r"\b(?:harmless|not fatal|non-fatal|safe to ignore|can be ignored|recovered)\b",
+    # A server that is not up yet; CuTe DSL on a part of it that is not installed.
+    r"\bdial tcp \S+ connect: connection refused|while connecting to upstream|error during package walk",
+)
 _HANDLED = _any(
+    *_NOT_FATAL,
     r"\b(?:retry(?:ing)?\b|fall(?:s|ing)? ?back|fallback|ignor(?:ed|ing)\b|skipp(?:ed|ing)\b)",
-    r"\b(?:disabling\b|will be disabled|harmless|not fatal|non-fatal|safe to ignore|can be ignored|recovered|0 errors)",
+    r"\b(?:disabling\b|will be disabled|0 errors)",
     r"\b(?:no|without) errors?\b",
-    # pip's note about packages that it did not install; Arm's SVE, which need not exist; a server that is not up yet
+    # pip's note about packages that it did not install; Arm's SVE, which need not exist
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",
     r"\bwill not be (?:exported|collected|reported|recorded)\b",
     # NCCL, which goes on with sockets, or without a function that an older library of the card lacks
     r"Failed to open libibverbs",
     r"\bdlv?sym failed on \w",
-    # CuTe DSL on a part of it that is not installed
-    r"error during package walk",
-    r"\bdial tcp \S+ connect: connection refused|while connecting to upstream",
     # docker on a request that it refuses, and on a container that has ended
     r"\bHandler for (?:GET|HEAD|POST|PUT|DELETE) /|closed fifo",
     ignore_case=True,
 )
 # What makes an exception that ends a traceback harmless: one that names a fallback did not take it.
-_HARMLESS = _any(
-    r"\b(?:harmless|not fatal|non-fatal|safe to ignore|can be ignored|recovered)\b",
-    r"\bdial tcp \S+ connect: connection refused|while connecting to upstream|error during package walk",
-    r"\b(?:retrying|falling back)\b",
-    ignore_case=True,
-)
+_HARMLESS = _any(*_NOT_FATAL, r"\b(?:retrying|falling back)\b", ignore_case=True)
 # An exception that only passes on that something else failed: a program, a worker.
 _PASSED_ON = re.compile(
     r"[\w.]+: (?:Caught \w+ in |[Cc]ommand .*(?:returned non-zero|failed with)"

@@ -18,16 +18,15 @@ def folder_locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[int | None]:
 
     Yields what is locked; None: it cannot be opened.
     """
-    is_made = _is_made(path)
-    with _folder(path) as handle:
-        if handle is not None:
-            wait_for_lock(handle, how)
-        if not is_made or _is_at(handle, path):
-            yield handle
-            return
-    # The run that had locked it has removed it.
-    with folder_locked(path, how) as again:
-        yield again
+    while True:
+        is_made = _is_made(path)
+        with _folder(path) as handle:
+            if handle is not None:
+                wait_for_lock(handle, how)
+            if not is_made or _is_at(handle, path):
+                yield handle
+                return
+        # The run that had locked it has removed it: create it again.
 
 
 def wait_for_lock(handle: int, how: int = fcntl.LOCK_EX) -> None:

@@ -115,6 +115,7 @@ def _disk(place: Path) -> Path:
         run("mount", "-o", DISK_OPTIONS, str(file), str(disk))
     except (OSError, subprocess.CalledProcessError):
         file.unlink(missing_ok=True)
+        disk.rmdir()
         return place
     return disk
 
