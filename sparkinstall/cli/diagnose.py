@@ -29,9 +29,9 @@ from sparkinstall.redaction import redact
 
 _SHOWN_TELLING = 8
 _ENDED = "The cause is not known: what was recognized are consequences only."
-_NO_LINES = (
-    "Nothing else in it is suspicious: the cause was not logged, or is in another log, of another node, the kernel or "
-    "an earlier run."
+_NO_REASON = (
+    "What failed first is below, with what to do next. Why is in no line of this log: it was not logged, or is in "
+    "another log, of another node, the kernel or an earlier run."
 )
 
 Logs = Annotated[
@@ -166,6 +166,7 @@ def _show(found: Diagnosis, verbose: bool, already_shown: bool) -> None:
         for each in found.causes:
             _show_found(each, out, several)
         _show_telling(found, out, several, verbose)
+        _show_what_is_known(found, out, several)
         _show_consequences(found, out, several, verbose)
         for each in found.warnings:
             _show_found(each, out, several)
@@ -216,13 +217,28 @@ def _grid(width: int) -> Table:
     return table
 
 
+def _show_what_is_known(found: Diagnosis, out: Console, several: bool) -> None:
+    """Show first what failed, where nothing tells why: its line and what it means are all that there is."""
+    if those := _first_known(found):
+        out.print(f"[bold]{_NO_REASON}[/]")
+    for each in those:
+        _show_found(each, out, several)
+
+
+def _first_known(found: Diagnosis) -> list[Found]:
+    """Return the consequences that no other explains, where neither a cause nor a suspicious line was found."""
+    is_known = not (found.causes or found.telling)
+    return [each for each in found.consequences if is_known and not each.explained_by]
+
+
 def _show_consequences(found: Diagnosis, out: Console, several: bool, verbose: bool) -> None:
-    if not found.consequences:
+    shown = {each.name for each in _first_known(found)}
+    others = [each for each in found.consequences if each.name not in shown]
+    if not others:
         return
     out.print("[bold]Consequences[/]")
-    for each in found.consequences:
-        # Where nothing tells more, its line and what it means are all that there is.
-        if verbose or not (found.causes or found.telling):
+    for each in others:
+        if verbose:
             _show_found(each, out, several)
             continue
         first = each.lines[0]
@@ -240,9 +256,9 @@ def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) 
         if not telling:
             return
         out.print("This is what the kind of error means. Other suspicious lines:")
-    elif found.consequences:
+    elif found.consequences and found.telling:
         out.print(sign("fail"), f"[bold]{_ENDED}[/]")
-        out.print("    " + ("The most suspicious lines:" if found.telling else _NO_LINES))
+        out.print("    The most suspicious lines:")
     elif found.telling:
         has_failed = (
             "The cause is not known: no rule knows what has failed."

@@ -279,6 +279,12 @@ _OTHERS = _any(
     r"(?<!\S)(?:polkitd|tracker-\S+|systemd-\w+|rtkit-daemon|wpa_supplicant|bluetoothd|packagekitd|PackageKit|fwupd|chronyd)\[",
     r"(?<!\S)(?:cron|CRON|thermald|udisksd|upowerd|ModemManager|colord|xdg-\S+|evolution-\S+|firefox\S*|chrome|Xorg|xrdp\S*)\[",
 )
+# Units of the desktop, of which systemd reports an end.
+_OTHER_UNITS = re.compile(
+    r"(?:snap\.(?!nvidia|docker)|app-|user@|session-|gnome-|org\.(?:gnome|freedesktop)\.|gvfs|tracker-|evolution-|xdg-|pipewire|wireplumber|pulseaudio"
+    r"|apport|whoopsie|update-notifier|snapd|cups|ModemManager|motd-news|ubuntu-advantage|esm-cache|apt-news|fwupd-refresh|packagekit|kerneloops)"
+    r"[\w.@\\:-]*(?:\.(?:service|scope|socket|timer))?: "
+)
 
 
 def weight(line: Line, role: Role, number: int) -> int:
@@ -286,6 +292,8 @@ def weight(line: Line, role: Role, number: int) -> int:
     if role.kind == "frame" or _OTHERS.search(line.who):
         return 0
     message = _said(line)
+    if "systemd[" in line.who and _OTHER_UNITS.match(message):
+        return 0
     return _by_shape(line, role, number, message) or (SOME if is_used_up(message) else 0)
 
 

@@ -861,6 +861,17 @@ def test_diagnose_prints_causes_and_consequences(tmp_path: Path) -> None:
     assert ended.stderr == ""
 
 
+def test_diagnose_prints_what_is_known_first_where_nothing_tells_the_cause() -> None:
+    ended = run("diagnose", given=example("worker-died") + example("engine-dead"))
+    assert ended.returncode == 3
+    first, others = ended.stdout.split("Consequences")
+    assert first.startswith("What failed first is below, with what to do next.")
+    assert first.index("a worker process has died") < first.index("journalctl -k -b")
+    assert "engine-dead" not in first
+    assert "engine-dead, line 2" in others
+    assert "cause not known, 2 consequences" in others
+
+
 def test_diagnose_prints_the_place_and_the_other_suspicious_lines_of_a_general_cause(tmp_path: Path) -> None:
     log = tmp_path / "vllm.log"
     log.write_text(
