@@ -1,0 +1,102 @@
+"""What was found in a log: the lines of known failures, and suspicious lines."""
+
+import re
+from collections.abc import Mapping
+
+from msgspec import Struct, field
+
+from sparkinstall.diagnose import advice
+from sparkinstall.diagnose.lines import PROGRAM
+from sparkinstall.diagnose.signatures import Signature
+
+SHOWN = 3
+"""Lines of one failure that are kept."""
+WIDEST = 400
+"""Characters of a line that are shown."""
+
+# Lines of journald and NCCL begin with the host name.
+_JOURNAL = re.compile(rf"^(\w{{3}} [ \d]\d [\d:]{{8}}|\d{{4}}-\d\d-\d\dT[\d:.,+-]+Z?) \S+ (?={PROGRAM}:)")
+_NCCL = re.compile(r"(?<![\w.-])[\w.-]+:(?=\d+:\d+ \[\d+\] )")
+
+# What names vLLM: its processes, its folder, its name.
+_OF_VLLM = re.compile(r"(?i:vllm)|\b(?:EngineCore|APIServer|Worker_|WorkerProc)")
+
+
+class Place(Struct, frozen=True):
+    """A line of a log: its 1-based number and its printable text."""
+
+    log: str
+    line: int
+    text: str
+
+
+class Match(Struct):
+    """One known failure in a log: its first lines, number of its last line, and count of lines up to `MOST`; `over` is
+    the last line with the text after which it is over.
+
+    `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, `who` wrote
+    it, and `where` is the code that raised it. `after` are the names of failures that a traceback names as what came
+    before. Of a general one, `says` are the line's own words, `advice` is what follows from them, `part` tells of the
+    part of a program that it is about, and `stage` what to do about what the engine did then.
+    """
+
+    signature: Signature
+    lines: tuple[Place, ...] = ()
+    count: int = 0
+    last: int = 0
+    words: Mapping[str, str] = field(default_factory=dict)
+    when: int | None = None
+    after: frozenset[str] = frozenset()
+    who: str = ""
+    where: str = ""
+    says: str = ""
+    advice: tuple[str, ...] = ()
+    part: Signature | None = None
+    stage: str = ""
+    over: int = 0
+
+    def see(self, place: Place) -> None:
+        """Count another line."""
+        self.count, self.last = self.count + 1, place.line
+        if len(self.lines) < SHOWN:
+            self.lines = (*self.lines, place)
+
+
+class Suspect(Struct):
+    """A suspicious line that matches no known failure, and how many similar lines there are.
+
+    `message` is what it says, `who` wrote it, `where` is the code that raised it, `frames` is its traceback, and
+    `stage` is what to do about what the engine did then.
+    `is_cut_off`: it is the end of a traceback of which the log lacks the exception. `is_raised`: a traceback ends with
+    it. `is_joined`: its message stood in several lines.
+    """
+
+    place: Place
+    weight: int
+    message: str = ""
+    who: str = ""
+    where: str = ""
+    frames: str = ""
+    stage: str = ""
+    count: int = 1
+    is_cut_off: bool = False
+    is_raised: bool = False
+    is_joined: bool = False
+
+    @property
+    def is_of_vllm(self) -> bool:
+        """Whether vLLM's own code raised or logged it."""
+        return _OF_VLLM.search(f"{self.who} {self.place.text} {self.frames}") is not None
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What to do that follows from its own words."""
+        return advice.advice(self.message, self.is_of_vllm)
+
+
+def shown(text: str, at: int) -> str:
+    """Return `text` for display: without the host name, and cut around the position `at` if it is long."""
+    if len(text) > WIDEST:
+        first = max(0, min(at - WIDEST * 3 // 4, len(text) - WIDEST))
+        text = f"{'... ' if first else ''}{text[first : first + WIDEST]} ..."
+    return _NCCL.sub("", _JOURNAL.sub(r"\1 ", text.rstrip()))
