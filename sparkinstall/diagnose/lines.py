@@ -36,6 +36,8 @@ _PREFIXES = (
     r"(?:std(?:out|err)) [FP] ",
     # docker build
     r"(?P<who>#\d+) \d+\.\d+ ",
+    # the same in what it repeats of the step that failed: seconds with four digits
+    r"(?:0\.\d{3}|[1-9]\.\d{3}|[1-9]\d\.\d\d|[1-9]\d{2,4}\.\d) (?=\s*\S)",
     # Ray's own logger
     rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWECF]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
     # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program

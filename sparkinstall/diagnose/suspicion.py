@@ -9,6 +9,7 @@ from sparkinstall.diagnose.tracebacks import Role
 # The texts of the system's error numbers, as C, Go and Rust print them. Those of the second list stand in good logs
 # too, so they count only in what says that it failed.
 _ANSWERS = (
+    "Operation timed out",
     "Connection timed out", "No route to host", "Network is unreachable", "Invalid argument", "Cannot allocate memory",
     "Device or resource busy", "Input/output error", "No such device", "Operation not permitted",
     "Address already in use", "Resource temporarily unavailable", "Too many open files", "Read-only file system",
@@ -116,6 +117,7 @@ _SHAPES = (
             # of a shell, which goes on after it
             r"(?:[\w./+-]+: )+(?:line )?\d+: .*(?:unbound variable$|parameter not set$|bad substitution|yntax error\b)",
             r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$|[\w./+-]+:(?:\d+:)? command not found: \S",
+            r"(?:[\w./+-]+: )+(?:line )?\d+: cannot (?:open|create) \S+: \S",
             r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
             r"(?:not found|No such file or directory|[Pp]ermission denied)$",
             # of programs in Go, whose calls of the system are named in small letters
