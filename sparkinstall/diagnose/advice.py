@@ -217,6 +217,12 @@ def _options(message: str) -> list[str]:
 
 
 @lru_cache(maxsize=1)
+def options_of_vllm() -> frozenset[str]:
+    """Return every option of vLLM of the shipped stacks."""
+    return frozenset(option for each in vllm_releases.shipped() for option in each.options)
+
+
+@lru_cache(maxsize=1)
 def _names() -> dict[str, str]:
     """Return vLLM's options by their names with spaces; those of one word are words of the language too."""
     options = {option for each in vllm_releases.shipped() for option in each.options if "-" in option[2:]}

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -16,6 +16,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
+from sparkinstall.diagnose.programs import PROGRAMS, rewritten
 from sparkinstall.diagnose.search import TELLING_KEPT, Search, SignatureIndex
 from sparkinstall.diagnose.sightings import SHOWN, Match, Place, Suspect
 from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, explains
@@ -128,6 +129,7 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
     seen: dict[str, Match] = {}
     suspects: list[_Suspicion] = []
     serving: set[str] = set()
+    ended_by: dict[tuple[str, str], int] = {}
     for search in searches:
         logs.append(ReadLog(search.name, search.bytes, search.lines))
         for match in search.lasting:
@@ -135,14 +137,21 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
             known.count += match.count
             known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]
             known.after |= match.after
+            known.is_logged &= match.is_logged
+        ended_by |= {(search.name, who): line for who, line in search.ended_by.items()}
         serving |= {search.name} if search.has_started else set()
         suspects = _most_telling(suspects, search)
-    found = _judged(seen)
+    passed = {name for name, match in seen.items() if _is_passed(match, ended_by)}
+    found = _judged(seen, passed)
     before = _before_the_causes(found, seen, suspects)
+    named = {each.name for each in found if each.role == "cause"}
+    if named and named <= passed:
+        before = before or [each for each in suspects if _has_ended(each[0], ended_by)]
     if not any(each.role == "cause" for each in found) or before:
         general = _general(before or suspects)
-        found = _judged({**seen, general.signature.name: general} if general else seen, is_late=bool(before))
-    is_explained = any(each.role == "cause" and not each.general for each in found)
+        found = _judged({**seen, general.signature.name: general} if general else seen, passed, is_late=bool(before))
+    found = [_in_its_name(each, seen) for each in found]
+    is_explained = any(each.role == "cause" and not each.general and each.name not in passed for each in found)
     telling = () if is_explained else tuple(_telling(each) for each, _ in suspects)
     ends = {each.name: each.lines for each in logs}
     is_proven = any(each.role != "warning" for each in found) or any(
@@ -156,6 +165,22 @@ def _ended(suspect: Suspect, last: int, is_serving: bool) -> bool:
     if suspect.weight >= SOME:
         return suspect.weight >= STRONG or suspect.place.line > last - _LAST
     return suspect.place.line > last - _LAST_WEAK and not is_serving
+
+
+def _in_its_name(found: Found, seen: Container[str]) -> Found:
+    """Return what is told of a failure in the name of the program that the log is of."""
+    its = next((each for each in PROGRAMS if each.event in seen or each.path in found.where), None)
+    return found if its is None or "vllm/" in found.where else rewritten(found, its)
+
+
+def _is_passed(match: Match, ended_by: Mapping[tuple[str, str], int]) -> bool:
+    """Return whether a program logged these exceptions and went on, until another one ended it."""
+    return match.is_logged and all(place.line < ended_by.get((place.log, match.who), 0) for place in match.lines)
+
+
+def _has_ended(suspect: Suspect, ended_by: Mapping[tuple[str, str], int]) -> bool:
+    """Return whether a suspicious line is the exception that ended a program."""
+    return suspect.is_raised and ended_by.get((suspect.place.log, suspect.who)) == suspect.place.line
 
 
 def _before_the_causes(
@@ -177,10 +202,11 @@ def _before_the_causes(
     ]
 
 
-def _judged(seen: Mapping[str, Match], is_late: bool = False) -> list[Found]:
+def _judged(seen: Mapping[str, Match], passed: Container[str], is_late: bool = False) -> list[Found]:
     """Return what is told of all that was found: causes, consequences, then warnings.
 
-    `is_late`: what follows from whatever else has failed came after something that is not known.
+    `passed`: after these a program went on, so that they come behind the other causes. `is_late`: what follows from
+    whatever else has failed came after something that is not known.
     """
     met = {name: match for name, match in seen.items() if _is_met(match, seen)}
     seen = {name: match for name, match in met.items() if not _yields_to_a_kind(match, met)}
@@ -198,7 +224,7 @@ def _judged(seen: Mapping[str, Match], is_late: bool = False) -> list[Found]:
             _found(each, seen, causes[name], name in explaining, is_late and OTHERS in each.signature.consequence_of)
             for name, each in told.items()
         ),
-        key=lambda each: get_args(Role).index(each.role),
+        key=lambda each: (get_args(Role).index(each.role), each.name in passed),
     )
 
 

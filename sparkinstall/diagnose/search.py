@@ -64,6 +64,9 @@ _INNER = re.compile(
     r"|\bWorker failed with error ['\"](?P<words>[^'\"#].{8,}?)['\"], please check"
 )
 
+# The outermost code of a program: an exception that passes it ends the program.
+_OF_MAIN = re.compile(r'File "[^"]*", line \d+, in (?:<module>|_bootstrap)$', re.MULTILINE)
+
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
 
@@ -131,6 +134,8 @@ class Search:
         self._index = index
         self._wrapped = Wrapped()
         self.sightings: dict[str, Match] = {}
+        # For each process the line of the exception that nothing caught, or that such a chain began with.
+        self.ended_by: dict[str, int] = {}
         self._telling: dict[str, Suspect] = {}
         self._set_aside: dict[str, Suspect] = {}
         self._tracebacks = Tracebacks()
@@ -463,11 +468,14 @@ class Search:
     def _finish_line(self) -> None:
         """Count the failures in the line, or take it for a suspicious one."""
         current, self._enough = self._current, self._enough or self._weighed >= MOST_WEIGHED
+        if current.role.kind == "exception" and not current.line.level and _OF_MAIN.search(current.role.frames):
+            self.ended_by[current.line.who] = current.role.first
         matches = [each for each, _, _ in current.matches.values()]
         takers: list[Match | Suspect] = []
         for signature, place, words in current.matches.values():
             if not any(self._tells_more(other, signature) for other in matches):
                 seen = self._seen_now(signature, words)
+                seen.is_logged &= current.role.kind == "exception" and current.line.level == "error"
                 if seen.count < MOST:
                     seen.see(place)
                     takers += [seen] if seen.count <= SHOWN else []
@@ -512,7 +520,9 @@ class Search:
 
     def _tells_more(self, one: Signature, other: Signature) -> bool:
         """Return whether `other` is only the family of `one`, a broader kind of the same family, or any family beside a
-        failure that is none."""
+        failure that is none; or whether the code that raised it makes a warning of it."""
+        if one.is_warning and one.frames:
+            return not other.frames
         if one.is_warning or one.ends_only or one.only_with:
             return False
         if one.name in other.consequence_of and one.family == other.family:

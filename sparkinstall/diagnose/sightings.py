@@ -36,8 +36,9 @@ class Match(Struct):
 
     `words` are the named groups of the regex in the first line, `when` is the time of that line in seconds, `who` wrote
     it, and `where` is the code that raised it. `after` are the names of failures that a traceback names as what came
-    before. Of a general one, `says` are the line's own words, `advice` is what follows from them, `part` tells of the
-    part of a program that it is about, and `stage` what to do about what the engine did then.
+    before. `is_logged`: each line ends a traceback that the program logged, so that it caught the exception. Of a
+    general one, `says` are the line's own words, `advice` is what follows from them, `part` tells of the part of a
+    program that it is about, and `stage` what to do about what the engine did then.
     """
 
     signature: Signature
@@ -54,6 +55,7 @@ class Match(Struct):
     part: Signature | None = None
     stage: str = ""
     over: int = 0
+    is_logged: bool = True
 
     def see(self, place: Place) -> None:
         """Count another line."""

@@ -22,7 +22,7 @@ from sparkinstall import stacks
 from sparkinstall.cli.app import VERBS
 from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
-from sparkinstall.diagnose import advice, tracebacks
+from sparkinstall.diagnose import advice, programs, tracebacks
 from sparkinstall.diagnose import judge as judge_module
 from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose.judge import Diagnosis, judge
@@ -698,6 +698,73 @@ def test_hint_is_for_the_installed_release_and_otherwise_names_the_releases() ->
     assert hint_for(hint, "0.18.1") == "`--a` with `C=1`; x"
     assert hint_for(hint, "") == "`--a` and `--b` (vLLM 0.22.1 and later) with `C=1` (before vLLM 0.22.1); x"
     assert not any("{from" in each.hint or "{before" in each.hint for each in KNOWN)
+
+
+# An error that a program logs, and after which it goes on until another one ends it.
+LOGGED = """(APIServer pid=7) ERROR 10-02 09:00:02 [own.py:57] Traceback (most recent call last):
+(APIServer pid=7) ERROR 10-02 09:00:02 [own.py:57]   File "/opt/own/cache.py", line 4, in read
+(APIServer pid=7) ERROR 10-02 09:00:02 [own.py:57] ModuleNotFoundError: No module named 'own_cache'
+(APIServer pid=7) INFO 10-02 09:00:03 [own.py:61] starting
+"""
+ENDING = """(APIServer pid=7) Traceback (most recent call last):
+(APIServer pid=7)   File "/opt/env/bin/vllm", line 10, in <module>
+(APIServer pid=7)     sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "first"),
+    [
+        ("(APIServer pid=7) OSError: [Errno 28] No space left on device\n", "disk-full"),
+        ("(APIServer pid=7) KeyError: 'own_widget'\n", "key-missing"),
+    ],
+)
+def test_error_after_which_a_program_went_on_is_told_after_the_one_that_ended_it(end: str, first: str) -> None:
+    assert causes(diagnosed(f"{LOGGED}{ENDING}{end}".encode())) == [first, "module-not-installed"]
+
+
+def test_error_that_ended_the_program_stays_the_cause_where_it_was_logged_before() -> None:
+    found = diagnosed(f"{LOGGED}{ENDING}(APIServer pid=7) ModuleNotFoundError: No module named 'own_cache'\n".encode())
+    assert causes(found) == ["module-not-installed"]
+
+
+def test_logged_error_of_another_process_stays_the_first_cause() -> None:
+    other = LOGGED.replace("APIServer pid=7", "EngineCore pid=9")
+    found = diagnosed(f"{other}{ENDING}(APIServer pid=7) OSError: [Errno 28] No space left on device\n".encode())
+    assert causes(found) == ["module-not-installed", "disk-full"]
+
+
+# What SGLang's start logs, and an exception in its code.
+SGLANG_LOG = """[2026-10-02 09:00:01] server_args=ServerArgs(model_path='own/x')
+[2026-10-02 09:00:02] Scheduler hit an exception: Traceback (most recent call last):
+  File "/opt/env/lib/python3.12/site-packages/{package}/own.py", line 7, in load_weights
+    raise AssertionError("own rows")
+AssertionError: own rows
+"""
+
+
+def test_failure_of_sglang_is_told_in_its_name_and_with_its_options() -> None:
+    (cause,) = diagnosed(SGLANG_LOG.format(package="sglang").encode()).causes
+    told = f"{cause.title} {cause.why} {cause.hint} {cause.links}"
+    assert cause.name == "checkpoint-not-loaded"
+    assert "this SGLang's code" in told
+    assert "`--speculative-algorithm`" in told
+    assert cause.hint.endswith("a newer release of SGLang")
+    assert "vllm" not in told.lower()
+    assert "sparkinstall plan" not in told
+
+
+def test_failure_in_vllms_code_keeps_its_name_in_a_log_of_sglang() -> None:
+    (cause,) = diagnosed(SGLANG_LOG.format(package="vllm").encode()).causes
+    assert "this vLLM's code" in cause.why
+
+
+def test_every_hint_leaves_something_to_do_with_sglang() -> None:
+    for each in KNOWN:
+        hint = programs.rewritten(each, programs.SGLANG).hint
+        assert hint.strip()
+        assert "VLLM_" not in hint
+        assert "; ;" not in hint
 
 
 def test_hints_name_stacks_that_are_shipped() -> None:
