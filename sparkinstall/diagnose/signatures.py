@@ -159,7 +159,9 @@ def hint_for(hint: str, release: str) -> str:
     def told(part: re.Match[str]) -> str:
         side, border, text = part.groups()
         if not release:
-            return f" {text} (vLLM {border} and later)" if side == "from" else f" {text} (before vLLM {border})"
+            which = f"vLLM {border} and later" if side == "from" else f"before vLLM {border}"
+            # What other releases take instead follows.
+            return f" {text} ({which})" + ("," if hint[part.end() :].startswith("{") else "")
         return f" {text}" if (_numbers(release) >= _numbers(border)) == (side == "from") else ""
 
     return _RANGE.sub(told, hint)

@@ -696,7 +696,7 @@ def test_hint_is_for_the_installed_release_and_otherwise_names_the_releases() ->
     hint = "`--a`{from 0.22.1: and `--b`}{before 0.22.1: with `C=1`}; x"
     assert hint_for(hint, "0.22.1") == hint_for(hint, "0.33.0+cu130") == "`--a` and `--b`; x"
     assert hint_for(hint, "0.18.1") == "`--a` with `C=1`; x"
-    assert hint_for(hint, "") == "`--a` and `--b` (vLLM 0.22.1 and later) with `C=1` (before vLLM 0.22.1); x"
+    assert hint_for(hint, "") == "`--a` and `--b` (vLLM 0.22.1 and later), with `C=1` (before vLLM 0.22.1); x"
     assert not any("{from" in each.hint or "{before" in each.hint for each in KNOWN)
 
 
