@@ -229,6 +229,8 @@ _HANDLED = _any(
     # NCCL, which goes on with sockets, or without a function that an older library of the card lacks
     r"Failed to open libibverbs",
     r"\bdlv?sym failed on \w",
+    # vLLM before the traceback that it prints next
+    r"^Error executing method \S+?\.? This might cause deadlock",
     # docker on a request that it refuses, and on a container that has ended
     r"\bHandler for (?:GET|HEAD|POST|PUT|DELETE) /|closed fifo",
     ignore_case=True,
@@ -251,7 +253,7 @@ _OF_NONE = _any(
     r"(?:Future|Deprecation|User|Runtime)Warning\b|\b(?:no|without|0|any|not an?) (?:errors?|failures?)\b",
     r"\b(?:may|might|could(?! not)|can|if|when|where|should|would|to avoid) .{0,60}\b(?:errors?|fail(?:ed|ure)?)\b",
     r"pip's dependency resolver does not currently|Error in cpuinfo: prctl\(PR_SVE",
-    r"harmless|safe to ignore|can be ignored|originates from a subprocess|^\s*(?:note|hint|tip)\b",
+    r"harmless|safe to ignore|can be ignored|originates from a subprocess|^Error executing method |^\s*(?:note|hint|tip)\b",
     ignore_case=True,
 )
 _NAMED_WITHIN = re.compile(

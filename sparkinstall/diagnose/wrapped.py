@@ -70,7 +70,8 @@ class Wrapped:
         if (before := self._unfinished) is None:
             return
         is_bare = is_next and _lacks_its_beginning(before.line, line)
-        if not is_bare and (line.who != before.line.who or not line.message.strip()):
+        is_other = line.who != before.line.who or (line.level and line.level != before.line.level)
+        if not is_bare and (is_other or line.message.strip() in ("", before.message.strip())):
             before.others -= 1
             self._unfinished = before if before.others else None
             return
