@@ -253,7 +253,8 @@ _OF_NONE = _any(
     r"(?:Future|Deprecation|User|Runtime)Warning\b|\b(?:no|without|0|any|not an?) (?:errors?|failures?)\b",
     r"\b(?:may|might|could(?! not)|can|if|when|where|should|would|to avoid) .{0,60}\b(?:errors?|fail(?:ed|ure)?)\b",
     r"pip's dependency resolver does not currently|Error in cpuinfo: prctl\(PR_SVE",
-    r"harmless|safe to ignore|can be ignored|originates from a subprocess|^Error executing method |^\s*(?:note|hint|tip)\b",
+    r"harmless|safe to ignore|can be ignored|originates from a subprocess|^\s*(?:note|hint|tip)\b",
+    r"^Error executing method ",
     ignore_case=True,
 )
 _NAMED_WITHIN = re.compile(
