@@ -40,6 +40,8 @@ _PREFIXES = (
     r"(?:0\.\d{3}|[1-9]\.\d{3}|[1-9]\d\.\d\d|[1-9]\d{2,4}\.\d) (?=\s*\S)",
     # Ray's own logger
     rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWECF]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
+    # UCX: the time, the process and the place
+    r"\[\d+\.\d+\] \[[\w.-]+:\d+ *:\d+\] +[\w./]+:\d+ +UCX +(?P<level>ERROR|WARN|FATAL|DIAG|INFO|DEBUG) +",
     # SGLang: the time and the rank
     rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<who>(?:[A-Z_]{{2,10}}\d+ ?)+)\] ",
     # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
