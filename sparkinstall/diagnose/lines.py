@@ -42,6 +42,8 @@ _PREFIXES = (
     rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWECF]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
     # UCX: the time, the process and the place
     r"\[\d+\.\d+\] \[[\w.-]+:\d+ *:\d+\] +[\w./]+:\d+ +UCX +(?P<level>ERROR|WARN|FATAL|DIAG|INFO|DEBUG) +",
+    # Open MPI: the host and the process
+    r"(?P<who>\[[\w.-]+:\d+\]) (?=\*\*\* |\w+\.c:\d+ )",
     # SGLang: the time and the rank
     rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<who>(?:[A-Z_]{{2,10}}\d+ ?)+)\] ",
     # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program

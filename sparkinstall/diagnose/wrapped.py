@@ -1,5 +1,6 @@
 """Messages that stand in several lines of a log: what was found in the first line is shown with the others."""
 
+import re
 from collections.abc import Sequence
 
 from msgspec import Struct
@@ -19,6 +20,8 @@ _MOST_CONTINUED = 2000
 """Lines of a log after which the next one is read for the rest of their message."""
 _MOST_CUT = 200
 """Lines without their beginning of which the width is counted."""
+# Who writes each message in one line.
+_WHOLE = re.compile(r"\b(?:NCCL|UCX) +[A-Z]+ +$")
 
 
 class _Unfinished(Struct):
@@ -70,7 +73,8 @@ class Wrapped:
         if (before := self._unfinished) is None:
             return
         is_bare = is_next and _lacks_its_beginning(before.line, line)
-        is_other = line.who != before.line.who or (line.level and line.level != before.line.level)
+        is_other = line.who != before.line.who or line.level not in ("", before.line.level)
+        is_other |= _WHOLE.search(line.prefix) is not None
         if not is_bare and (is_other or line.message.strip() in ("", before.message.strip())):
             before.others -= 1
             self._unfinished = before if before.others else None
