@@ -91,6 +91,39 @@ OPTIONS = (
     (r"\bpool(?:ing|er)\b", "--runner"),
 )
 """Words of vLLM's messages, and the option that they are about."""
+FORMER = {
+    "--calculate-kv-scales": "",
+    "--chat-template-text-format": "--chat-template-content-format",
+    "--cuda-graph-sizes": "--cudagraph-capture-sizes",
+    "--disable-log-requests": "--no-enable-log-requests",
+    "--disable-mm-preprocessor-cache": "--mm-processor-cache-gb 0",
+    "--enable-reasoning": "--reasoning-parser NAME alone",
+    "--guided-decoding-backend": "--structured-outputs-config",
+    "--max-seq-len-to-capture": "--max-cudagraph-capture-size",
+    "--num-scheduler-steps": "",
+    "--num-speculative-tokens": "--speculative-config",
+    "--preemption-mode": "",
+    "--rope-scaling": "--hf-overrides",
+    "--rope-theta": "--hf-overrides",
+    "--speculative-draft-tensor-parallel-size": "--speculative-config",
+    "--speculative-model": "--speculative-config",
+    "--swap-space": "",
+    "--task": "--runner or --convert",
+    "--use-v2-block-manager": "",
+    "--worker-use-ray": "--distributed-executor-backend ray",
+    # of LoRA as other programs have it, of SGLang and of llama.cpp
+    "--lora-path": "--lora-modules NAME=PATH",
+    "--lora-paths": "--lora-modules NAME=PATH",
+    "--context-length": "--max-model-len",
+    "--ctx-size": "--max-model-len",
+    "--max-running-requests": "--max-num-seqs",
+    "--mem-fraction-static": "--gpu-memory-utilization",
+    "--model-path": "the model as the first word after vllm serve",
+    "--n-gpu-layers": "",
+    "--tp": "--tensor-parallel-size",
+    "--tp-size": "--tensor-parallel-size",
+}
+"""Options that vLLM had, or that other servers have, and what they are now; "": nothing, they are not needed."""
 _OPTIONS = tuple((re.compile(f"(?i:{words})"), option) for words, option in OPTIONS)
 
 
@@ -159,6 +192,11 @@ def _known_to(flags: Iterable[str]) -> Iterator[str]:
     releases = [each.release for each in vllm_releases.shipped()]
     alike = defaultdict[tuple[str, ...], list[str]](list)
     for flag in flags:
+        if flag in FORMER and not shipped_with(flag):
+            its = FORMER[flag]
+            what = f"it is now `{its}`" if its else "nothing takes its place"
+            yield f"no vLLM from {releases[0]} to {releases[-1]} has `{flag}`, leave it out: {what}"
+            continue
         alike[tuple(each.release for each in shipped_with(flag))].append(flag)
     for having, those in alike.items():
         names = " and ".join(f"`{each}`" for each in those[:_MOST])
@@ -175,7 +213,12 @@ def _known_to(flags: Iterable[str]) -> Iterator[str]:
 
 
 def _nearest(flag: str) -> str:
-    return next(iter(get_close_matches(flag, vllm_releases.shipped()[-1].options, n=1, cutoff=0.75)), "")
+    """Return the option that is written most alike; of those with the same first word a less similar one too."""
+    options = vllm_releases.shipped()[-1].options
+    first = f"{flag[2:].split('-')[0]}-"
+    same = [each for each in options if each[2:].startswith(first)]
+    alike = get_close_matches(flag, options, n=1, cutoff=0.75) or get_close_matches(flag, same, n=1, cutoff=0.6)
+    return next(iter(alike), "")
 
 
 def shipped_with(option: str, value: str = "") -> list[Declared]:

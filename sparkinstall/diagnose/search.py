@@ -522,7 +522,7 @@ class Search:
         """Return whether `other` is only the family of `one`, a broader kind of the same family, or any family beside a
         failure that is none; or whether the code that raised it makes a warning of it."""
         if one.is_warning and one.frames:
-            return not other.frames
+            return not other.is_warning
         if one.is_warning or one.ends_only or one.only_with:
             return False
         if one.name in other.consequence_of and one.family == other.family:

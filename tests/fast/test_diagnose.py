@@ -381,6 +381,8 @@ def test_general_failure_tells_the_part_by_its_frames_or_else_its_words(file: st
             "vllm serve: error: unrecognized arguments: --tensor-paralel-size 2",
             "the nearest is `--tensor-parallel-size`",
         ),
+        ("vllm serve: error: unrecognized arguments: --tp-size 2", "it is now `--tensor-parallel-size`"),
+        ("vllm serve: error: unrecognized arguments: --swap-space 4", "nothing takes its place"),
         ("vllm serve: error: unrecognized arguments: --max-model-len 9", "this one is older, or another program"),
         ("vllm serve: error: unrecognized arguments: --linear-backend own", "only vLLM "),
         ("vllm serve: error: the following arguments are required: model_tag", "before all options"),
@@ -400,6 +402,14 @@ def test_words_of_a_message_lack_the_class_of_its_exception() -> None:
     assert advice.says("own.errors.OwnError:  the rows\n differ.") == "the rows differ"
     assert advice.says("RuntimeError: Worker failed with error 'OwnError: 3 < 4', please check the stack") == "3 < 4"
     assert advice.says("OwnError: ") == "OwnError"
+
+
+def test_former_options_are_gone_from_a_release_and_name_what_vllm_has() -> None:
+    shipped = vllm_releases.shipped()
+    for former, now in advice.FORMER.items():
+        assert not all(former in each.options for each in shipped), former
+        for option in re.findall(r"--[a-z-]+", now):
+            assert advice.shipped_with(option), option
 
 
 def test_advice_names_options_that_vllm_has() -> None:
