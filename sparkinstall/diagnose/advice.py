@@ -39,6 +39,7 @@ _FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*[a-z0-9](?:[.][\w.-]+)?")
 # How vLLM's command line says that it refuses something.
 _VLLM_REFUSES = re.compile(r"\b(?:vllm(?: \w+)?|api_server\.py|serve): error: ")
 _UNKNOWN = re.compile(r": unrecognized arguments: (?P<words>.+)")
+_ARGUMENT = re.compile(r"nexpected keyword argument '(?P<name>\w+)'")
 _VERB = re.compile(r"(?:vllm )?(?:serve|chat|complete|bench)\b")
 _NO_MODEL = re.compile(r"arguments are required: model_tag")
 _WRONG_VALUE = re.compile(r": argument (?P<option>--[\w-]+)\S*: invalid choice: ['\"]?(?P<value>[\w.-]+)")
@@ -98,6 +99,7 @@ FORMER = {
     "--disable-log-requests": "--no-enable-log-requests",
     "--disable-mm-preprocessor-cache": "--mm-processor-cache-gb 0",
     "--enable-reasoning": "--reasoning-parser NAME alone",
+    "--guided-decoding": "--structured-outputs-config",
     "--guided-decoding-backend": "--structured-outputs-config",
     "--max-seq-len-to-capture": "--max-cudagraph-capture-size",
     "--num-scheduler-steps": "",
@@ -143,7 +145,7 @@ def says(message: str) -> str:
 
 def advice(message: str, is_of_vllm: bool) -> tuple[str, ...]:
     """Return what to do that follows from the words of a message: one sentence for each thing that it names."""
-    found = list(_of_the_command_line(message))
+    found = [*_of_the_command_line(message), *_of_a_call(message)]
     if values := _values(message):
         found.append(f"use one of those that it takes: {values}")
     if named := _some(match["command"] for match in _COMMAND.finditer(message)):
@@ -185,6 +187,12 @@ def _of_the_command_line(message: str) -> Iterator[str]:
             yield f"`{found['value']}` is a value of `{found['option']}` in vLLM {_releases(having)}"
     elif found := _NO_VALUE.search(message):
         yield f"`{found['option']}` takes no value: give it alone, or `--no-{found['option'][2:]}` for the opposite"
+
+
+def _of_a_call(message: str) -> Iterator[str]:
+    """Yield what became of an argument that Python code gives vLLM, where it was an option."""
+    if (found := _ARGUMENT.search(message)) and (now := FORMER.get(f"--{found['name'].replace('_', '-')}")):
+        yield f"`{found['name']}` is now what the option `{now}` is, in Python's spelling"
 
 
 def _known_to(flags: Iterable[str]) -> Iterator[str]:

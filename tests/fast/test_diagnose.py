@@ -382,6 +382,10 @@ def test_general_failure_tells_the_part_by_its_frames_or_else_its_words(file: st
             "the nearest is `--tensor-parallel-size`",
         ),
         ("vllm serve: error: unrecognized arguments: --tp-size 2", "it is now `--tensor-parallel-size`"),
+        (
+            "TypeError: EngineArgs.__init__() got an unexpected keyword argument 'task'",
+            "`task` is now what the option `--runner or --convert` is",
+        ),
         ("vllm serve: error: unrecognized arguments: --swap-space 4", "nothing takes its place"),
         ("vllm serve: error: unrecognized arguments: --max-model-len 9", "this one is older, or another program"),
         ("vllm serve: error: unrecognized arguments: --linear-backend own", "only vLLM "),
