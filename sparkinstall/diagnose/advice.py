@@ -35,7 +35,7 @@ _TAKEN = re.compile(
 # What a node has cannot be chosen: a list of GPUs is none of values.
 _OF_GPUS = re.compile(r"(?i:\b(?:sm_?\d{2,3}|hopper|blackwell|ampere|turing|volta|ada lovelace|compute capabilit))")
 _SEVERAL = re.compile(r"[,|]| or | and |['\"\[{(]")
-_FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*[a-z0-9](?:[.][\w.-]+)?")
+_FLAG = re.compile(r"(?<![\w-])--(?!force-conf)[a-z][\w-]*[a-z0-9](?:[.][\w.-]+)?")
 # How vLLM's command line says that it refuses something.
 _VLLM_REFUSES = re.compile(r"\b(?:vllm(?: \w+)?|api_server\.py|serve): error: ")
 _UNKNOWN = re.compile(r": unrecognized arguments: (?P<words>.+)")

@@ -229,8 +229,8 @@ _HANDLED = _any(
     # NCCL, which goes on with sockets, or without a function that an older library of the card lacks
     r"Failed to open libibverbs",
     r"\bdlv?sym failed on \w",
-    # vLLM before the traceback that it prints next
-    r"^Error executing method \S+?\.? This might cause deadlock",
+    # vLLM before the traceback that it prints next, or of what it did at the end
+    r"^Error executing method \S+?\.? This might cause deadlock|^Dumping (?:input data|scheduler)",
     # docker on a request that it refuses, and on a container that has ended
     r"\bHandler for (?:GET|HEAD|POST|PUT|DELETE) /|closed fifo",
     ignore_case=True,
