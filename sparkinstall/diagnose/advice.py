@@ -217,7 +217,10 @@ def _known_to(flags: Iterable[str]) -> Iterator[str]:
             told = " and ".join(
                 f"`{each}`" + (f" (the nearest is `{near[each]}`)" if near[each] else "") for each in near
             )
-            yield f"no vLLM from {releases[0]} to {releases[-1]} has {told}: leave it out, or correct its name"
+            yield (
+                f"no vLLM from {releases[0]} to {releases[-1]} has {told}: leave it out, correct its name, or install "
+                "the extension (such as vllm-omni) that adds it, of the same release"
+            )
 
 
 def _nearest(flag: str) -> str:
