@@ -218,17 +218,17 @@ def _grid(width: int) -> Table:
 
 
 def _show_what_is_known(found: Diagnosis, out: Console, several: bool) -> None:
-    """Show first what failed, where nothing tells why: its line and what it means are all that there is."""
-    if those := _first_known(found):
+    """Show in full what failed, where the cause is not known: what it means tells where to look further."""
+    those = _first_known(found)
+    if those and not found.telling:
         out.print(f"[bold]{_NO_REASON}[/]")
     for each in those:
         _show_found(each, out, several)
 
 
 def _first_known(found: Diagnosis) -> list[Found]:
-    """Return the consequences that no other explains, where neither a cause nor a suspicious line was found."""
-    is_known = not (found.causes or found.telling)
-    return [each for each in found.consequences if is_known and not each.explained_by]
+    """Return the consequences that no other explains, where no cause was found."""
+    return [each for each in found.consequences if not (found.causes or each.explained_by)]
 
 
 def _show_consequences(found: Diagnosis, out: Console, several: bool, verbose: bool) -> None:
