@@ -41,6 +41,8 @@ _INDENTED = re.compile(r"\s+(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|I
 _RAISE = re.compile(r"\braise (?:[a-z_]\w*\.)*(?P<name>[A-Z]\w*)\((?P<rest>.*)", re.DOTALL)
 _ASSERT = re.compile(r"[^\n]*\n\s*assert (?P<what>\S[^\n]*)")
 _TEXTS = re.compile(r"\"((?:[^\"\\\n]|\\.)*)\"|'((?:[^'\\\n]|\\.)*)'")
+# One that the end of the log has cut.
+_BEGUN = re.compile(r"\s*f?[\"'](?P<text>[^\"'\n]{8,})\s*\Z")
 # The exception itself, behind a beginning of its line that is not known.
 _TOLD = re.compile(r"(?:^|[\s|\]])(?P<all>(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): \S.*)$", re.MULTILINE)
 _PLAIN_NAMES = ("Exception", "RuntimeError", "ValueError", "TypeError", "OSError", "AssertionError")
@@ -240,6 +242,8 @@ def _raised(frames: Iterable[str]) -> str:
     if found is None:
         return ""
     told = "".join(one or other for one, other in _TEXTS.findall(found["rest"]))
+    if not told and (begun := _BEGUN.match(found["rest"])):
+        told = begun["text"]
     # Without a text the name says more than nothing, unless it is one for everything.
     name = "" if found["name"] in _PLAIN_NAMES else found["name"]
     return f"{found['name']}: {told}" if told.strip() else name and f"{name}: {NO_TEXT}"
