@@ -39,7 +39,7 @@ _PREFIXES = (
     # the same in what it repeats of the step that failed: seconds with four digits
     r"(?:0\.\d{3}|[1-9]\.\d{3}|[1-9]\d\.\d\d|[1-9]\d{2,4}\.\d) (?=\s*\S)",
     # Ray's own logger
-    rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWECF]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: ",
+    rf"\[\d{{4}}-\d\d-\d\d {_TIME} (?P<ray>[IWECF]) \d+ \d+\] (?:\(\w+\) )?[\w./]+:\d+: +",
     # UCX: the time, the process and the place
     r"\[\d+\.\d+\] \[[\w.-]+:\d+ *:\d+\] +[\w./]+:\d+ +UCX +(?P<level>ERROR|WARN|FATAL|DIAG|INFO|DEBUG) +",
     # Open MPI: the host and the process
@@ -49,7 +49,9 @@ _PREFIXES = (
     # ISO time, of docker, kubectl, journald and many programs; journald goes on with the host and the program
     rf"\[?\d{{4}}[-/]\d\d[-/]\d\d[T ]{_TIME}(?:Z|[+-]\d\d:?\d\d)?\]? ?(?=\s*\S)"
     rf"(?:\| +(?!{_LEVEL} |std(?:out|err) )|(?: ?[\w.-]+ (?={PROGRAM}: )))?",
-    rf"(?:[A-Z][a-z]{{2}} )?[A-Z][a-z]{{2}} [ \d]\d {_TIME}(?: \d{{4}})? (?:[\w.-]+ )?(?={PROGRAM}: )",
+    # the names of months are those of the user's language
+    rf"(?:[A-Z][a-z]{{2}} )?(?:[A-Za-zà-ž]{{3,5}}\.?|\d{{1,2}}月) [ \d]?\d {_TIME}(?: \d{{4}})? "
+    rf"(?:[\w.-]+ )?(?={PROGRAM}: )",
     # journald's program, the kernel's clock
     r"(?P<who>[\w.@/:()-]+\[\d+\]): ?",
     r"(?P<kernel>kernel): ?(?:\[ *\d+\.\d+\](?:\[ *[TC]\d+\])? ?)?",

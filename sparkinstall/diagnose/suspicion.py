@@ -43,7 +43,7 @@ WORDS = (
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
     "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
     "No module named", "can't open file", ": not found", "*** SIG", "cannot find -l", "undefined reference",
-    "unbound variable", "bad substitution", "yntax error", "modify QP", "{\"error\"",
+    "unbound variable", "bad substitution", "Fail : ", "yntax error", "modify QP", "{\"error\"",
     "Timeout: ", "stack trace above", "Refused: ", "Interrupt: ", "did not run succ", ": no such file or dir",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
 )  # fmt: skip
@@ -138,7 +138,7 @@ _SHAPES = (
             r".*\bis over \d+(?:\.\d+)?% full\b",
             r"(?:failed to start|unable to configure) .*[: ]\S",
             r"\s*Caused by: \S",
-            r"[\w.-]+: (?:aborting\b|error - \S)|\s*std::bad_alloc\b",
+            r"[\w.-]+: (?:aborting\b|error - \S)|\s*std::bad_alloc\b|\s*Fail : \S",
             r"(?:cp|mv|ln|tar|rsync|install|chmod|chown|mkdir|touch|dd|cat|stat): (?:cannot|can't|failed to) .*: \S",
             r"LLVM ERROR: \S|There are not enough slots available|(?:ORTE|PRTE|mpi(?:run|exec)) was unable to ",
             r".*\*\*\* \[.*\] Error \d|make: \*\*\* \S|unable to prepare context: \S|.*\bTest NCCL failure \S+:\d+ '",
@@ -287,7 +287,7 @@ _OTHERS = _any(
 # Units of the desktop, of which systemd reports an end.
 _OTHER_UNITS = re.compile(
     r"(?:snap\.(?!nvidia|docker)|app-|user@|session-|gnome-|org\.(?:gnome|freedesktop)\.|gvfs|tracker-|evolution-|xdg-|pipewire|wireplumber|pulseaudio"
-    r"|apport|whoopsie|update-notifier|snapd|cups|ModemManager|motd-news|ubuntu-advantage|esm-cache|apt-news|fwupd-refresh|packagekit|kerneloops)"
+    r"|apport|whoopsie|update-notifier|snapd|cups|ModemManager|motd-news|ubuntu-advantage|esm-cache|apt-news|fwupd|packagekit|kerneloops)"
     r"[\w.@\\:-]*(?:\.(?:service|scope|socket|timer))?: "
 )
 
