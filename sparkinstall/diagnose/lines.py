@@ -74,6 +74,7 @@ _PREFIXES = (
     # loggers: of vLLM, uvicorn, Python, Ray, glog
     rf"(?P<level>{_LEVEL}) \d\d-\d\d {_TIME} (?:\[[^\]]*:\d+\]|[\w./]+:\d+\]) ?",
     rf"(?P<level>{_LEVEL}) \[[\w./]+\.py:\d+\] ",
+    rf"(?P<level>{_LEVEL}) +(?:\[[a-z_]\w*(?:\.\w+)+\]|\([a-z_]\w*(?:\.\w+)+\):) ",
     rf"(?P<level>{_LEVEL}) [\w./]+\.py:\d+ -- ",
     # what a program printed, passed on by its logger under a level of its own; loguru
     rf"\| {_LEVEL} +\| std(?:out|err) \|(?: |$)",

@@ -527,6 +527,8 @@ class Search:
             return False
         if one.name in other.consequence_of and one.family == other.family:
             return True
+        if other.name in one.consequence_of and one.family == other.family:
+            return False
         return one.family == other.name or (other.name in self._index.families and one.name not in self._index.families)
 
     def _chain(self, seen: Match) -> None:

@@ -42,7 +42,7 @@ WORDS = (
     "LLVM ERROR", "*ERROR*", "not enough slots", " was unable", "bad_alloc", ": cannot ", "ABORT", "usercopy",
     "write attempt", "corruption", "protection fault", "detected stall", "pthread_create", " detected ***", "etrying",
     "etry ", "etries", "ttempt", " tries", "gave up", "iving up", "nconsistency ", "libc++abi",
-    "No module named", "can't open file", ": not found", "*** SIG", "cannot find -l", "undefined reference",
+    "No module named", "an't open ", ": not found", "*** SIG", "cannot find -l", "undefined reference",
     "unbound variable", "bad substitution", "Fail : ", "yntax error", "modify QP", "{\"error\"",
     "Timeout: ", "stack trace above", "Refused: ", "Interrupt: ", "did not run succ", ": no such file or dir",
     *(each[1:] for each in (*_ANSWERS, *_OTHER_ANSWERS)),
@@ -117,7 +117,8 @@ _SHAPES = (
             # of a shell, which goes on after it
             r"(?:[\w./+-]+: )+(?:line )?\d+: .*(?:unbound variable$|parameter not set$|bad substitution|yntax error\b)",
             r"(?:[\w./+-]+: )*(?:line \d+: )?[\w./+-]+: command not found$|[\w./+-]+:(?:\d+:)? command not found: \S",
-            r"(?:[\w./+-]+: )+(?:line )?\d+: cannot (?:open|create) \S+: \S",
+            r"(?:[\w./+-]+: )+(?:line )?\d+: (?:cannot (?:open|create) \S+: \S|[Cc]an't open \S)",
+            r"wget: server returned error: \S",
             r"(?:(?:[\w./+-]+|['\u2018][\w./+-]+['\u2019]|line \d+): )+"
             r"(?:not found|No such file or directory|[Pp]ermission denied)$",
             # of programs in Go, whose calls of the system are named in small letters
