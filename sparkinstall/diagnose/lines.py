@@ -131,7 +131,7 @@ _QUOTED = re.compile(
     r"[Rr]eceived request \S|[Gg]enerated response \S|\b(?<!decoding )(?<!reading )(?:request|response) body\b"
     r"|(?<!-)\bprompt(?:_token_ids)?['\"]?\s*[:=]"
     r"|\\?['\"](?:messages|content|arguments|tool_calls|prompt|input|text|reasoning(?:_content)?|query|output)\\?['\"]"
-    r"\s*:\s*(?:\\?['\"]|\[|f')|\b(?:content|arguments|prompt|text)=(?:['\"]|\[)|</?(?:tool_response|tool_result|think)>"
+    r"\s*:\s*(?:\\?['\"]|\[|f')|\b(?:content|arguments|prompt|text)=(?:['\"]|\[)|(?<!['\"`])</?(?:tool_response|tool_result|think)>"
     r"|<\|(?:im_start|user|assistant|start)"
 )
 _QUOTING = (
