@@ -26,7 +26,7 @@ _NOT = "".join(rf"(?<!{each} )" for each in ("no", "not", "n't", "never", "neith
 _NOT += "".join(rf"(?<!{word} {each} )" for word in ("not", "n't") for each in ("a", "an", "any", "in any", "yet"))
 # The values that are taken instead.
 _TAKEN = re.compile(
-    r"(?i:(?:(?<!not be )(?<!cannot be )(?<!n't be )one of|choose from|input should be"
+    r"(?i:(?:(?<!not be )(?<!cannot be )(?<!n't be )(?<!for )one of|choose from|input should be"
     rf"|(?<![a-z-]){_NOT}(?:valid|supported|available|allowed|possible|registered|known|accepted|expected)"
     r"(?: [\w-]+){0,3}?(?: are| is| include|:| =|\s?\()|only supports?|options are)(?: the following)?:?) ?"
     + _LIST.format("list")
@@ -44,6 +44,8 @@ _VERB = re.compile(r"(?:vllm )?(?:serve|chat|complete|bench)\b")
 _NO_MODEL = re.compile(r"arguments are required: model_tag")
 _WRONG_VALUE = re.compile(r": argument (?P<option>--[\w-]+)\S*: invalid choice: ['\"]?(?P<value>[\w.-]+)")
 _NO_VALUE = re.compile(r": argument (?P<option>--[\w-]+)\S*: ignored explicit argument")
+_AMBIGUOUS = re.compile(r": ambiguous option: (?P<option>--[\w-]+)\S* could match")
+_VALUE_MISSING = re.compile(r": argument (?P<option>--[\w-]+)\S*: expected (?:one|at least one|\d+) argument")
 _OF_OPTIONS = re.compile("(?i:option|argument|flag|unknown|unrecogni|invalid|requires?|exclusive|conflict)")
 _VARIABLE = re.compile(
     # Neither CUDA's errors nor the names of backends.
@@ -76,6 +78,7 @@ OPTIONS = (
     (r"moe.?backend", "--moe-backend"),
     (r"mamba (?:ssu )?backend", "--mamba-backend"),
     (r"load.?format", "--load-format"),
+    (r"\b(?:b?float16|float32)\b", "--dtype"),
     (r"sliding.?window", "--disable-sliding-window"),
     (r"async(?:hronous)?.scheduling", "--async-scheduling"),
     (r"hybrid kv cache", "--disable-hybrid-kv-cache-manager"),
@@ -167,18 +170,7 @@ def _of_the_command_line(message: str) -> Iterator[str]:
     if not _VLLM_REFUSES.search(message):
         return
     if found := _UNKNOWN.search(message):
-        flags = [flag.split(".")[0].replace("_", "-") for flag in dict.fromkeys(_FLAG.findall(found["words"]))]
-        yield from _known_to(flags)
-        if not flags and _VERB.match(found["words"]):
-            yield (
-                "the image or script already runs `vllm serve`, so that the word stands there twice: after the name of "
-                "the image give the model and the options alone, or set `--entrypoint vllm`"
-            )
-        elif not flags:
-            yield (
-                "these words belong to no option: the model's name comes first and once, a value with blanks or braces "
-                "needs quotes, and a line of the command that goes on needs its `\\` at the very end"
-            )
+        yield from _of_unknown_words(found["words"])
     elif _NO_MODEL.search(message):
         yield "name the model as the first word after `vllm serve` (a name of the hub or a folder), before all options"
     elif found := _WRONG_VALUE.search(message):
@@ -187,6 +179,35 @@ def _of_the_command_line(message: str) -> Iterator[str]:
             yield f"`{found['value']}` is a value of `{found['option']}` in vLLM {_releases(having)}"
     elif found := _NO_VALUE.search(message):
         yield f"`{found['option']}` takes no value: give it alone, or `--no-{found['option'][2:]}` for the opposite"
+    elif found := _AMBIGUOUS.search(message):
+        is_model = found["option"] == "--model"
+        yield (
+            "give the model as the first word after `vllm serve`, without `--model`"
+            if is_model
+            else (f"write the whole name of the option: `{found['option']}` is the beginning of several")
+        )
+    elif found := _VALUE_MISSING.search(message):
+        yield (
+            f"give the value of `{found['option']}` right behind it: a variable of the shell that is empty, or a line "
+            "that ends before its value, leaves none"
+        )
+
+
+def _of_unknown_words(words: str) -> Iterator[str]:
+    """Yield what to do about words that are no options, or none of this vLLM."""
+    flags = [flag.split(".")[0].replace("_", "-") for flag in dict.fromkeys(_FLAG.findall(words))]
+    if _VERB.match(words):
+        yield (
+            "the image or script already runs `vllm serve`, so that the word stands there twice: after the name of the "
+            "image give the model and the options alone, or set `--entrypoint vllm`"
+        )
+        return
+    yield from _known_to(flags)
+    if not flags:
+        yield (
+            "these words belong to no option: the model's name comes first and once, a value with blanks or braces "
+            "needs quotes, and a line of the command that goes on needs its `\\` at the very end"
+        )
 
 
 def _of_a_call(message: str) -> Iterator[str]:
@@ -209,7 +230,11 @@ def _known_to(flags: Iterable[str]) -> Iterator[str]:
     for having, those in alike.items():
         names = " and ".join(f"`{each}`" for each in those[:_MOST])
         if len(having) == len(releases):
-            yield f"vLLM {releases[0]} to {releases[-1]} have {names}: this one is older, or another program"
+            yield (
+                f"vLLM {releases[0]} to {releases[-1]} have {names}: either option and value came as one word (an "
+                "entry of a list in a compose file, in Kubernetes or in `subprocess`): two entries, or "
+                "`--option=value`; or this one is older, or another program"
+            )
         elif having:
             yield f"only vLLM {_releases(having)} {'have' if having[1:] else 'has'} {names}: leave it out otherwise"
         else:
@@ -257,7 +282,8 @@ def _values(message: str) -> str:
     for found in _TAKEN.finditer(message):
         values = found["list"].split(" [type=")[0].strip().rstrip(".,;").removesuffix(" now")
         values = values if "(" in values else values.rstrip(")")
-        if _SEVERAL.search(values) and len(values) > 3 and not _OF_GPUS.search(values):
+        is_amount = re.match(r"\(?\d[\d.,]* (?:tokens|bytes|[KMG]i?B)\b", values) is not None
+        if _SEVERAL.search(values) and len(values) > 3 and not (is_amount or _OF_GPUS.search(values)):
             return values
     return ""
 
