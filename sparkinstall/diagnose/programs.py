@@ -1,7 +1,7 @@
-"""Another server than vLLM: what is told of a failure of both, in that program's own name and options."""
+"""Another server than vLLM: what is told of a failure of both, in that program's name, without what only vLLM has."""
 
 import re
-from collections.abc import Set
+from functools import reduce
 from typing import TypeVar
 
 from msgspec import Struct
@@ -16,8 +16,8 @@ Told = TypeVar("Told", bound=KnownFailure)
 class Program(Struct, frozen=True):
     """A server that shares libraries and models with vLLM.
 
-    `event`: the entry that recognizes its log. `path`: where its code is. `options`: its names of vLLM's options; what
-    is missing there it does not have, except `same`.
+    `event`: the entry that recognizes its log. `path`: where its code is. `options`: its names of vLLM's options, and
+    of what stands for one. `same`: the options that both have. What is in neither it does not have.
     """
 
     name: str
@@ -25,7 +25,6 @@ class Program(Struct, frozen=True):
     path: str
     options: dict[str, str]
     same: frozenset[str]
-    newer: str
     link: str
 
 
@@ -34,11 +33,6 @@ SGLANG = Program(
     event="sglang-runs",
     path="sglang/",
     options={
-        "--attention-backend TRITON_ATTN` or FLASH_ATTN": "--attention-backend triton`",
-        "--attention-backend TRITON_ATTN": "--attention-backend triton",
-        "--moe-backend marlin` or `triton": "--moe-runner-backend triton",
-        "--moe-backend marlin": "--moe-runner-backend triton",
-        "--moe-backend": "--moe-runner-backend",
         "--gpu-memory-utilization": "--mem-fraction-static",
         "serving.memory": "--mem-fraction-static",
         "serving.max_model_len": "--context-length",
@@ -64,29 +58,17 @@ SGLANG = Program(
             "--tool-call-parser", "--trust-remote-code",
         }
     ),
-    newer="a newer release of SGLang",
     link="https://docs.sglang.io/",
 )  # fmt: skip
 PROGRAMS = (SGLANG,)
 
-_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+[a-z]")
-_NEWER = re.compile(r"a newer (?:stack|version \(`sparkinstall)|another stack|sparkinstall (?:plan --stack|stacks)")
-_BEFORE_NEWER = re.compile(
-    r",? ?(?:(?:or|and|then|try) )*(?:a newer (?:stack|version)|another stack|a stack whose)|\. A newer stack"
-)
-# What changes vLLM's environment, or is said of it alone.
-_OF_VLLM = re.compile(
-    r"\bVLLM_|~/\.cache/vllm|sparkinstall (?:run environment|all|verify --only (?:environment|wheel-gate|imports))"
-    r"|sparkinstall (?:plan|stacks)|(?:packages|serving)\.\w+"
-)
-# What is for some releases of vLLM, and what stands in quotation marks, with what joins it to the others.
-_OF_RELEASES = re.compile(
-    r",? (?:or |and )?[^,;()]*\((?:vLLM \S+ and later|before vLLM \S+)\)|\{(?:from|before) [^{}]*\}"
-)
-_QUOTED = re.compile(r"(?:,? (?:or|and) |, )?`[^`]+`(?: \(`serving\.arguments`\))?")
 _PARTS = re.compile(r"; (?![^()]*\))")
-_DANGLING = re.compile(r",?(?: (?:another|against|or|and|with|without|by|than|then|of))+$")
-_TWICE = re.compile(r"(`[^`]+`)(?:, | or )\1")
+_FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+[a-z]")
+# What is in vLLM's environment, its releases, and the values that its options take.
+_OF_VLLM = re.compile(
+    r"\bVLLM_|\{(?:from|before) |vLLM \d|~/\.cache/vllm|\bsparkinstall \w|\b(?:packages|serving)\.\w"
+    r"|\b(?:TRITON|FLASH|TORCH)_(?:ATTN|MLA|SDPA)\b|a newer stack|another stack"
+)
 
 
 def rewritten(told: Told, program: Program) -> Told:
@@ -104,25 +86,21 @@ def _named(text: str, name: str) -> str:
 
 
 def _hint(hint: str, program: Program) -> str:
-    """Return the parts of a hint that fit the program; a newer stack is a newer release of it."""
+    """Return the parts of a hint that name nothing that only vLLM has; a newer release stands for the others."""
+    parts = _PARTS.split(hint)
+    known = [_named(_with_its_options(each, program), program.name) for each in parts if not _is_foreign(each, program)]
+    return "; ".join(known if len(known) == len(parts) else [*known, f"a newer release of {program.name}"])
+
+
+def _with_its_options(text: str, program: Program) -> str:
+    return reduce(
+        lambda told, names: re.sub(rf"(?<![\w-]){re.escape(names[0])}(?![\w-])", names[1], told),
+        program.options.items(),
+        text,
+    )
+
+
+def _is_foreign(part: str, program: Program) -> bool:
     own = {each.split()[0] for each in program.options.values()} | program.same
-    foreign = advice.options_of_vllm() - own
-    parts: list[str] = []
-    is_newer = False
-    for told in _PARTS.split(hint):
-        part = _OF_RELEASES.sub("", told)
-        for theirs, its in program.options.items():
-            part = re.sub(rf"(?<![\w-]){re.escape(theirs)}(?![\w-])", its, part)
-        if _NEWER.search(part):
-            is_newer = True
-            part = _BEFORE_NEWER.split(part)[0].rstrip(" ,:")
-        part = _QUOTED.sub(lambda found: "" if _is_foreign(found[0], foreign) else found[0], part)
-        part = _TWICE.sub(r"\1", _DANGLING.sub("", part.rstrip()).replace(" )", ")").replace("()", "")).strip()
-        is_left = "`" in part or "`" not in told
-        if is_left and " " in part.strip(" ,:") and not _is_foreign(part, foreign):
-            parts.append(_named(part, program.name))
-    return "; ".join([*parts, *([program.newer] if is_newer or not parts else [])])
-
-
-def _is_foreign(text: str, options: Set[str]) -> bool:
-    return _OF_VLLM.search(text) is not None or not options.isdisjoint(_FLAG.findall(text))
+    told = _with_its_options(part, program)
+    return _OF_VLLM.search(told) is not None or not (advice.options_of_vllm() - own).isdisjoint(_FLAG.findall(told))

@@ -61,7 +61,7 @@ _NCCL_FILE = re.compile(r"[\w/]+\.(?:cc|h)(?=:\d+ )")
 # The error of another process, which the message of one that only ended repeats.
 _INNER = re.compile(
     r"\bfailed with error ['\"](?P<error>\w*(?:Error|Exception)\b.*?)(?:['\"], please check.*)?$"
-    r"|\bWorker failed with error ['\"](?P<words>[^'\"#].{8,}?)['\"], please check"
+    r"|\bWorker failed with error ['\"](?P<words>[^'\"#].{8,}?)(?:['\"], please check.*|['\"]?\s*$)"
 )
 
 # The outermost code of a program: an exception that passes it ends the program.

@@ -31,7 +31,7 @@ only that something ended. With `OTHERS` it is one."""
 
 _SHORTEST = 3
 # A number of the line in a text: `{free}`, or what two of them give.
-_PLACE = re.compile(r"\{([a-z]+)(?: ([-/]) ([a-z]+))?\}")
+_PLACE = re.compile(r"\{([a-z_]+)(?: ([-/]) ([a-z_]+))?\}")
 # What a hint says for some releases of vLLM only.
 _RANGE = re.compile(r"\{(from|before) (\d+\.\d+\.\d+): ([^{}]+)\}")
 _Line = Annotated[str, schema.like(r"[^\n]+", "one line of text")]

@@ -41,6 +41,8 @@ _INDENTED = re.compile(r"\s+(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|I
 _RAISE = re.compile(r"\braise (?:[a-z_]\w*\.)*(?P<name>[A-Z]\w*)\((?P<rest>.*)", re.DOTALL)
 _ASSERT = re.compile(r"[^\n]*\n\s*assert (?P<what>\S[^\n]*)")
 _TEXTS = re.compile(r"\"((?:[^\"\\\n]|\\.)*)\"|'((?:[^'\\\n]|\\.)*)'")
+# The check of a library in C++, as the frame of its traceback shows it.
+_CHECKED = re.compile(r"\b\w*CHECK\w*\((?P<what>.{1,200})\) << \"(?P<text>[^\"]+)\"")
 # One that the end of the log has cut.
 _BEGUN = re.compile(r"\s*f?[\"'](?P<text>[^\"'\n]{8,})\s*\Z")
 # The exception itself, behind a beginning of its line that is not known.
@@ -238,6 +240,8 @@ def _raised(frames: Iterable[str]) -> str:
         return whole["all"]
     if found := _ASSERT.match(last):
         return f"AssertionError: {found['what'].strip()}"
+    if found := _CHECKED.search(last):
+        return f"RuntimeError: Check failed: ({found['what']}) is false: {found['text']}"
     found = _RAISE.search(last)
     if found is None:
         return ""
