@@ -142,9 +142,11 @@ def either(choices: Sequence[str]) -> str:
 
 
 def _custom(kind: Any, value: Any) -> Any:
-    """Convert what msgspec does not know: a regular expression."""
+    """Convert what msgspec does not know: a regular expression, or a list of its alternatives."""
+    if isinstance(value, list) and value and all(isinstance(each, str) for each in value):
+        value = "|".join(value)
     if get_origin(kind) is not re.Pattern or not isinstance(value, str):
-        raise ValueError(f"must be text, not {show(value)}")
+        raise ValueError(f"must be text or a list of text, not {show(value)}")
     try:
         return re.compile(value)
     except re.error as error:

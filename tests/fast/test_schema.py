@@ -69,6 +69,19 @@ def test_read_yaml_of_invalid_text_names_the_place(text: str, says: str) -> None
     assert "\n" not in str(caught.value)
 
 
+def test_read_regular_expression_of_alternatives_matches_each() -> None:
+    found = read(Service, {"name": "api", "matches": ["(?i)^api", r"\d: port"]}, "x").matches
+    assert found
+    assert found.pattern == r"(?i)^api|\d: port"
+    assert all(found.search(line) for line in ("API is up", "8: Port"))
+
+
+@pytest.mark.parametrize("wrong", [[], ["api", 1], {"api": 1}, 7])
+def test_read_regular_expression_of_other_types_is_refused(wrong: object) -> None:
+    with pytest.raises(Malformed, match="x: `matches` must be text or a list of text, not "):
+        read(Service, {"name": "api", "matches": wrong}, "x")
+
+
 def test_read_with_a_key_that_looks_like_a_path_names_the_key() -> None:
     with pytest.raises(Malformed, match="unknown key `x"):
         read(Service, {"name": "api", "x` - at `$.name": 1}, "x")
