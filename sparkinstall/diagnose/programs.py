@@ -1,7 +1,7 @@
 """Another server than vLLM: what is told of a failure of both, in that program's name, without what only vLLM has."""
 
 import re
-from functools import reduce
+from functools import cached_property
 from typing import TypeVar
 
 from msgspec import Struct
@@ -13,7 +13,7 @@ from sparkinstall.diagnose.signatures import KnownFailure
 Told = TypeVar("Told", bound=KnownFailure)
 
 
-class Program(Struct, frozen=True):
+class Program(Struct, frozen=True, dict=True):
     """A server that shares libraries and models with vLLM.
 
     `event`: the entry that recognizes its log. `path`: where its code is. `options`: its names of vLLM's options, and
@@ -26,6 +26,20 @@ class Program(Struct, frozen=True):
     options: dict[str, str]
     same: frozenset[str]
     link: str
+
+    @cached_property
+    def foreign(self) -> frozenset[str]:
+        """The options that only vLLM has."""
+        own = {each.split()[0] for each in self.options.values()} | self.same
+        return advice.options_of_vllm() - own
+
+    @cached_property
+    def _names(self) -> re.Pattern[str]:
+        return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, self.options))})(?![\w-])")
+
+    def with_its_options(self, text: str) -> str:
+        """Return a text with this program's options in place of vLLM's."""
+        return self._names.sub(lambda found: self.options[found[0]], text)
 
 
 SGLANG = Program(
@@ -87,20 +101,10 @@ def _named(text: str, name: str) -> str:
 
 def _hint(hint: str, program: Program) -> str:
     """Return the parts of a hint that name nothing that only vLLM has; a newer release stands for the others."""
-    parts = _PARTS.split(hint)
-    known = [_named(_with_its_options(each, program), program.name) for each in parts if not _is_foreign(each, program)]
+    parts = [program.with_its_options(each) for each in _PARTS.split(hint)]
+    known = [_named(each, program.name) for each in parts if not _is_foreign(each, program)]
     return "; ".join(known if len(known) == len(parts) else [*known, f"a newer release of {program.name}"])
 
 
-def _with_its_options(text: str, program: Program) -> str:
-    return reduce(
-        lambda told, names: re.sub(rf"(?<![\w-]){re.escape(names[0])}(?![\w-])", names[1], told),
-        program.options.items(),
-        text,
-    )
-
-
 def _is_foreign(part: str, program: Program) -> bool:
-    own = {each.split()[0] for each in program.options.values()} | program.same
-    told = _with_its_options(part, program)
-    return _OF_VLLM.search(told) is not None or not (advice.options_of_vllm() - own).isdisjoint(_FLAG.findall(told))
+    return _OF_VLLM.search(part) is not None or not program.foreign.isdisjoint(_FLAG.findall(part))
