@@ -166,8 +166,9 @@ def _show(found: Diagnosis, verbose: bool, already_shown: bool) -> None:
         for each in found.causes:
             _show_found(each, out, several)
         _show_telling(found, out, several, verbose)
-        _show_what_is_known(found, out, several)
-        _show_consequences(found, out, several, verbose)
+        first = _first_known(found)
+        _show_what_is_known(first, not found.telling, out, several)
+        _show_consequences([each for each in found.consequences if each not in first], out, several, verbose)
         for each in found.warnings:
             _show_found(each, out, several)
     else:
@@ -217,23 +218,20 @@ def _grid(width: int) -> Table:
     return table
 
 
-def _show_what_is_known(found: Diagnosis, out: Console, several: bool) -> None:
-    """Show in full what failed, where the cause is not known: what it means tells where to look further."""
-    those = _first_known(found)
-    if those and not found.telling:
-        out.print(f"[bold]{_NO_REASON}[/]")
-    for each in those:
-        _show_found(each, out, several)
-
-
 def _first_known(found: Diagnosis) -> list[Found]:
     """Return the consequences that no other explains, where no cause was found."""
     return [each for each in found.consequences if not (found.causes or each.explained_by)]
 
 
-def _show_consequences(found: Diagnosis, out: Console, several: bool, verbose: bool) -> None:
-    shown = {each.name for each in _first_known(found)}
-    others = [each for each in found.consequences if each.name not in shown]
+def _show_what_is_known(first: Sequence[Found], is_all: bool, out: Console, several: bool) -> None:
+    """Show in full what failed first, where the cause is not known: what it means tells where to look further."""
+    if first and is_all:
+        out.print(f"[bold]{_NO_REASON}[/]")
+    for each in first:
+        _show_found(each, out, several)
+
+
+def _show_consequences(others: Sequence[Found], out: Console, several: bool, verbose: bool) -> None:
     if not others:
         return
     out.print("[bold]Consequences[/]")
