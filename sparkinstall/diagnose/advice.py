@@ -305,8 +305,8 @@ def options_of_vllm() -> frozenset[str]:
 @lru_cache(maxsize=1)
 def _names() -> dict[str, str]:
     """Return vLLM's options by their names with spaces; those of one word are words of the language too."""
-    options = {option for each in vllm_releases.shipped() for option in each.options if "-" in option[2:]}
-    return {option[2:].replace("-", " "): option for option in sorted(options)}
+    options = sorted(option for option in options_of_vllm() if "-" in option[2:])
+    return {option[2:].replace("-", " "): option for option in options}
 
 
 def _some(those: Iterable[str]) -> str:
