@@ -196,7 +196,7 @@ def _show_found(found: Found, out: Console, several: bool) -> None:
     table = _grid(7)
     for name, text in fields.items():
         if text:
-            table.add_row(Text(name, style="dim"), Text(text))
+            table.add_row(Text(name, style="dim"), Text(redact(text)))
     out.print(table)
     out.print()
 

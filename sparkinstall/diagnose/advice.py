@@ -8,6 +8,7 @@ from functools import lru_cache
 
 from sparkinstall.facts import vllm_releases
 from sparkinstall.facts.vllm_options import Declared
+from sparkinstall.redaction import redact
 
 NO_TEXT = "its text is missing"
 """What stands for the text of an exception of which only the class is known."""
@@ -133,9 +134,9 @@ _OPTIONS = tuple((re.compile(f"(?i:{words})"), option) for words, option in OPTI
 
 
 def says(message: str) -> str:
-    """Return what a message says, in one line: without the class of the exception, and of one that repeats another
-    process's, what that one says."""
-    words = " ".join(message.split())
+    """Return what a message says, in one line: without secrets, without the class of the exception, and of one that
+    repeats another process's, what that one says."""
+    words = " ".join(redact(message).split())
     words = inner["error"] if (inner := _INNER.search(words)) else words
     found = _CLASS.match(words)
     is_told = found and found.end() < len(words) and not words.endswith(NO_TEXT)

@@ -35,6 +35,11 @@ _REASONS = 12
 """Lines below an error in which its reasons stand."""
 _LAST, _LAST_WEAK = 40, 5
 """Lines at the end of a log in which an error that is no exception has ended it; fewer for one that says little."""
+_ELSEWHERE = (
+    "look at what the code above was given: its options, its files of settings, its input; then another release of the "
+    "package that it is of, or the one from before its last update"
+)
+"""What to do about code that has no part in serving a model."""
 _PAUSE = 0.2
 _MOST_PLACES = 100
 """Lines of one failure that are kept, of all logs."""
@@ -282,7 +287,12 @@ def _last_reason(suspects: Sequence[_Suspicion]) -> Match | None:
 
 
 def _telling(suspect: Suspect) -> Telling:
-    return Telling(**asdict(suspect.place), count=suspect.count, where=suspect.where, advice=suspect.advice)
+    searched = (
+        [f"look for reports with these words: {suspect.reports}"] if suspect.is_raised and suspect.reports else []
+    )
+    return Telling(
+        **asdict(suspect.place), count=suspect.count, where=suspect.where, advice=(*suspect.advice, *searched)
+    )
 
 
 def _found(
@@ -292,15 +302,7 @@ def _found(
     beside = (seen[name] for name in signature.told_with if name in seen)
     told["why"] = " ".join([told["why"], *(each.signature.told(each.words)["why"] for each in beside)])
     if match.says:
-        told["why"] = f"{match.says}: {told['why']}"
-        # What the program itself advises is in the hint.
-        is_advised = "advice" in match.words
-        hints = (told["hint"], *match.advice) if is_advised else (*match.advice, told["hint"])
-        if match.part:
-            told |= {"title": f"{match.part.title}: {told['title']}", "links": match.part.links}
-        if match.part and not is_advised:
-            hints = (*match.advice, match.part.hint, *(() if signature.vague else (told["hint"],)))
-        told["hint"] = "; ".join((match.stage, *hints) if match.stage else hints)
+        told |= _in_its_words(match, told)
     role: Role = "consequence" if causes or signature.ends_only or is_late else "cause"
     if signature.is_warning and not explains_others:
         role = "warning"
@@ -312,6 +314,29 @@ def _found(
         where=match.where,
         lines=match.lines,
     )
+
+
+def _in_its_words(match: Match, told: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
+    """Return what is told of a failure of a general kind, with its own words, its part, and what follows from both."""
+    signature, part = match.signature, match.part
+    why, hint = told["why"], told["hint"]
+    if match.is_elsewhere and signature.elsewhere:
+        why, hint = signature.elsewhere, _ELSEWHERE
+    # What the program itself advises is in the hint.
+    is_advised = "advice" in match.words
+    hints = [hint, *match.advice] if is_advised else [*match.advice, hint]
+    if part and not is_advised:
+        hints = [*match.advice, part.hint, *(() if signature.vague else (hint,))]
+    links = part.links if part else signature.links
+    if match.project and match.reports and (signature.by_part or signature.part):
+        hints.append(f"look for these words in the reports of {match.project} (the last link)")
+        links = (*links, match.reports)
+    return {
+        "title": f"{part.title}: {told['title']}" if part else told["title"],
+        "links": links,
+        "why": f"{match.says}: {why}",
+        "hint": "; ".join([match.stage, *hints] if match.stage else hints),
+    }
 
 
 def _causes(match: Match, found: Iterable[Match]) -> tuple[str, ...]:

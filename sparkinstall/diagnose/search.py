@@ -12,7 +12,7 @@ from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.diagnose import advice, messages, suspicion, tracebacks
+from sparkinstall.diagnose import advice, messages, projects, suspicion, tracebacks
 from sparkinstall.diagnose.lines import Line, printable, take_apart
 from sparkinstall.diagnose.sightings import SHOWN, WIDEST, Match, Place, Suspect, shown
 from sparkinstall.diagnose.signatures import Signature
@@ -249,6 +249,7 @@ class Search:
         place = Place(self.name, cut.number, f"{lines[-1][:WIDEST]} ({_CUT_OFF})")
         where, frames = place_of(cut.frames), cut.frames[-_FRAMES_KEPT:]
         suspect = Suspect(place, suspicion.STRONG, _CUT_OFF, cut.who, where, frames, is_cut_off=True)
+        suspect.is_elsewhere = projects.is_elsewhere(cut.frames)
         self._telling.setdefault(f"cut off {cut.who}", suspect)
 
     @property
@@ -301,6 +302,8 @@ class Search:
         return Match(
             kind, (place,), suspect.count, place.line, words,
             who=suspect.who, where=suspect.where, says=says, advice=tuple(told), part=part, stage=suspect.stage,
+            project=suspect.project.name if suspect.project else "", reports=suspect.reports,
+            is_elsewhere=suspect.is_elsewhere,
         )  # fmt: skip
 
     @property
@@ -568,6 +571,8 @@ class Search:
             where, is_raised = place_of(frames), current.role.kind == "exception"
             kept[key] = Suspect(place, weight, said, line.who, where, frames[-_FRAMES_KEPT:], is_raised=is_raised)
             kept[key].stage = stage_of(frames)
+            kept[key].project = projects.raised_by(frames) or projects.told_by(said)
+            kept[key].is_elsewhere = projects.is_elsewhere(frames)
             return [kept[key]]
         return []
 

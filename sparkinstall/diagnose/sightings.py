@@ -5,8 +5,9 @@ from collections.abc import Mapping
 
 from msgspec import Struct, field
 
-from sparkinstall.diagnose import advice
+from sparkinstall.diagnose import advice, projects
 from sparkinstall.diagnose.lines import PROGRAM
+from sparkinstall.diagnose.projects import Project
 from sparkinstall.diagnose.signatures import Signature
 
 SHOWN = 3
@@ -38,7 +39,8 @@ class Match(Struct):
     it, and `where` is the code that raised it. `after` are the names of failures that a traceback names as what came
     before. `is_logged`: each line ends a traceback that the program logged, so that it caught the exception. Of a
     general one, `says` are the line's own words, `advice` is what follows from them, `part` tells of the part of a
-    program that it is about, and `stage` what to do about what the engine did then.
+    program that it is about, `stage` what to do about what the engine did then, and `reports` the address of the
+    reports of `project` like it; `is_elsewhere`: its traceback passes no code that has a part in serving a model.
     """
 
     signature: Signature
@@ -54,6 +56,9 @@ class Match(Struct):
     advice: tuple[str, ...] = ()
     part: Signature | None = None
     stage: str = ""
+    project: str = ""
+    reports: str = ""
+    is_elsewhere: bool = False
     over: int = 0
     is_logged: bool = True
 
@@ -68,7 +73,8 @@ class Suspect(Struct):
     """A suspicious line that matches no known failure, and how many similar lines there are.
 
     `message` is what it says, `who` wrote it, `where` is the code that raised it, `frames` is its traceback, and
-    `stage` is what to do about what the engine did then.
+    `stage` is what to do about what the engine did then. `project` is whose code or message it is, if known, and
+    `is_elsewhere`: the traceback passes no code that has a part in serving a model.
     `is_cut_off`: it is the end of a traceback of which the log lacks the exception. `is_raised`: a traceback ends with
     it. `is_joined`: its message stood in several lines.
     """
@@ -80,6 +86,8 @@ class Suspect(Struct):
     where: str = ""
     frames: str = ""
     stage: str = ""
+    project: Project | None = None
+    is_elsewhere: bool = False
     count: int = 1
     is_cut_off: bool = False
     is_raised: bool = False
@@ -89,6 +97,11 @@ class Suspect(Struct):
     def is_of_vllm(self) -> bool:
         """Whether vLLM's own code raised or logged it."""
         return _OF_VLLM.search(f"{self.who} {self.place.text} {self.frames}") is not None
+
+    @property
+    def reports(self) -> str:
+        """The address of a search for reports of it; "" if it is not known whose it is, or it says too little."""
+        return projects.reports(self.project, self.message, self.where) if self.project else ""
 
     @property
     def advice(self) -> tuple[str, ...]:

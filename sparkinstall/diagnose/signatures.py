@@ -92,7 +92,8 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     it needs no `anchors`; what the line says is quoted, and so it is with `own_words`. A `part` names a part of a
     program by its `frames`, or by the words that its messages are `about`; its title and hint are told with a kind that
     is general `by_part`, the latter in place of the hint of a `vague` one. An `outer` part calls the others, so that it
-    tells nothing of a traceback without its exception.
+    tells nothing of a traceback without its exception. `elsewhere` is the `why` of a traceback that passes no code with
+    a part in serving a model.
     """
 
     regex: re.Pattern[str]
@@ -111,6 +112,7 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     own_words: bool = False
     part: bool = False
     outer: bool = False
+    elsewhere: str = ""
     about: re.Pattern[str] | None = None
     by_part: bool = False
     vague: bool = False

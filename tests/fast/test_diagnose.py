@@ -338,8 +338,8 @@ def test_general_failure_quotes_the_line_and_advises_what_that_names() -> None:
         ("vllm/config/speculative.py", "ValueError: own rows differ", "speculation-part-failed"),
         ("vllm/v1/kv_cache_interface.py", "AssertionError: own page", "kv-cache-part-failed"),
         ("vllm/models/own/nvidia/ops/own.py", "ValueError: own rows differ", "kernel-part-failed"),
-        ("own/start.py", "ValueError: own LoRA rows differ", "lora-part-failed"),
-        ("own/start.py", "ValueError: own rows differ", ""),
+        ("/srv/vllm/own/start.py", "ValueError: own LoRA rows differ", "lora-part-failed"),
+        ("/srv/vllm/own/start.py", "ValueError: own rows differ", ""),
     ],
 )
 def test_general_failure_tells_the_part_by_its_frames_or_else_its_words(file: str, message: str, part: str) -> None:

@@ -1,0 +1,131 @@
+"""Whose code a failure is of, as its traceback or its message tells, and where reports of such failures are."""
+
+import re
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Annotated
+from urllib.parse import quote_plus
+
+from msgspec import Struct
+
+from sparkinstall import schema
+from sparkinstall.assets import asset
+from sparkinstall.diagnose.advice import says
+
+FILE = "knowledge/projects.yaml"
+
+_FRAME = re.compile(r'File "(?P<path>[^"]*)", line \d+(?:, in (?P<function>\w+))?')
+_ENVIRONMENT = re.compile(r".*/(?:site-packages|dist-packages|python3(?:\.\d+)?)/")
+# Python's own library, and code without a file.
+_PYTHON = re.compile(r".*/python3\.\d+/(?!(?:site|dist)-packages/)|<|[\w.]+\.py\Z")
+_INSTALLED = re.compile(r"/(?:site|dist)-packages/")
+# What differs from report to report, and what a search takes for more than a word.
+_DIFFERS = re.compile(
+    r"\[type=.*|https?://\S*|(?:/[\w.+@-]+){2,}/?|\b0x[0-9a-f]+\b|<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)|[\"'`]"
+    r"|(?<![\w.])[-+]?\d[\d.,]*\w*|[=|\\]"
+)
+_CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Failure|Exit|Unsupported))\b")
+_NAMED = re.compile(r"['\"`]((?!str\b|int\b|dict\b|list\b|tuple\b|float\b|bool\b|None)[\w.-]{3,60})['\"`]")
+# Others have functions called `forward` or `run` too.
+_TELLING_NAME = re.compile(r"\A(?=.{8})_?[a-z]+_\w+\Z")
+_FEWEST, _MOST = 3, 10
+"""Words that are searched for as one text."""
+_FEW, _LONG = 14, 40
+"""Characters of a text that is worth a search, and of one that needs no names beside it."""
+
+_Search = Annotated[str, schema.like(r"https://\S+\{words\}", "an https address that ends with {words}")]
+
+
+class Project(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Who makes a package or a program.
+
+    `path` is found in the files of its code, `said` in its messages. `serves`: it has a part in serving a model, so
+    that the model's files, the options and the versions of the stack concern it. `is_called`: others call it, and what
+    it raises is as a rule theirs. `reports` is the address of a search in its reports, with `{words}`.
+    """
+
+    name: Annotated[str, schema.like(r"[^\n]+", "one line of text")]
+    path: re.Pattern[str] | None = None
+    said: re.Pattern[str] | None = None
+    serves: bool = False
+    is_called: bool = False
+    reports: _Search | None = None
+
+
+@lru_cache(maxsize=1)
+def projects() -> tuple[Project, ...]:
+    """Return the known projects.
+
+    Raises:
+        Malformed: an entry is invalid.
+    """
+    return schema.read_file(tuple[Project, ...], asset(FILE))
+
+
+def raised_by(frames: str) -> Project | None:
+    """Return whose code a traceback ends in; of packages that others call, who called them. None: not known."""
+    called = None
+    for path in _files(frames):
+        project = _project_at(path)
+        if project and not project.is_called:
+            return project
+        if project is None and not _INSTALLED.search(path):
+            # A script of the user, whatever started it.
+            return called
+        called = called or project
+    return called
+
+
+def is_elsewhere(frames: str) -> bool:
+    """Return whether a traceback passes no code that has a part in serving a model."""
+    found = [_project_at(path) for path in _files(frames)]
+    return bool(found) and not any(each and each.serves for each in found)
+
+
+def told_by(message: str) -> Project | None:
+    """Return whose words a message is, if it says so."""
+    return next((each for each in projects() if each.said and each.said.search(message)), None)
+
+
+def reports(project: Project, message: str, where: str) -> str:
+    """Return the address that searches a project's reports for the words of a message; "" if it says too little.
+
+    `where`: the file and the function that raised it, if known.
+    """
+    words = _searched(message, where)
+    if not project.reports or not words:
+        return ""
+    # Other trackers take a quotation mark for a part of the word.
+    words = words if project.reports.startswith("https://github.com/") else words.replace('"', "")
+    return project.reports.format(words=quote_plus(words))
+
+
+def _files(frames: str) -> Iterator[str]:
+    """Yield the files of a traceback, the last one first, but for Python's own."""
+    for found in reversed(list(_FRAME.finditer(frames))):
+        if not _PYTHON.match(found["path"]):
+            yield found["path"]
+
+
+def _project_at(path: str) -> Project | None:
+    inner = _ENVIRONMENT.sub("", path)
+    return next((each for each in projects() if each.path and each.path.search(inner)), None)
+
+
+def _searched(message: str, where: str) -> str:
+    """Return the words of a message that other reports of the failure have too: its longest text that does not vary,
+    and the names that it and the traceback give."""
+    told = says(message)
+    texts = [" ".join(each.split()).strip(" .,:;!-") for each in _DIFFERS.split(told)]
+    longest = max(texts, key=len, default="")
+    words = longest.split()
+    if len(words) < _FEWEST:
+        # A bare name, as of a key that is missing.
+        kind = _CLASS.search(message)
+        words = [*([kind[1]] if kind else []), *words]
+    function = where.split(", called by ")[0].rpartition(", ")[2]
+    names = [] if len(longest) >= _LONG else [*_NAMED.findall(told)[:2], *_TELLING_NAME.findall(function)]
+    text = " ".join(dict.fromkeys(words[:_MOST]))
+    beside = [each for each in names if each not in text]
+    is_enough = len(text) >= _FEW if " " in text else bool(beside)
+    return " ".join([f'"{text}"' if " " in text else text, *beside]) if is_enough else ""

@@ -1,0 +1,94 @@
+"""Whose code a failure is of, and the search for reports of it."""
+
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from sparkinstall.diagnose import projects
+from sparkinstall.diagnose.judge import Diagnosis, Log, judge, read
+from sparkinstall.diagnose.search import index_of
+from sparkinstall.diagnose.signatures import load
+
+VENV = "/srv/venv/lib/python3.12/site-packages"
+
+
+def traceback(*files: str, ends: str = "ValueError: the widget is not as it was expected to be") -> str:
+    frames = "".join(f'  File "{each}", line 7, in own_widget_loader\n    call()\n' for each in files)
+    return f"Traceback (most recent call last):\n{frames}{ends}\n"
+
+
+def diagnosed(text: str) -> Diagnosis:
+    return judge([read(Log("own.log", lambda: iter([text.encode()])), index_of(load()))])
+
+
+def searched(link: str) -> str:
+    return parse_qs(urlsplit(link).query)["q"][0]
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        ((f"{VENV}/vllm/own.py",), "vLLM"),
+        (("/usr/share/netplan/netplan/cli/own.py",), "netplan"),
+        # What others call raises what is theirs.
+        ((f"{VENV}/vllm/own.py", f"{VENV}/torch/own.py", f"{VENV}/pydantic/own.py"), "vLLM"),
+        ((f"{VENV}/torch/own.py",), "PyTorch"),
+        # A package that is not known was called, a script of the user was not.
+        ((f"{VENV}/vllm/own.py", f"{VENV}/own_package/own.py"), "vLLM"),
+        ((f"{VENV}/vllm/own.py", "/home/own/script.py"), None),
+        # Python itself, and an environment in a folder called vllm.
+        ((f"{VENV}/ray/own.py", "/usr/lib/python3.12/json/decoder.py"), "Ray"),
+        (("/srv/vllm/lib/python3.12/site-packages/own_package/own.py",), None),
+        ((), None),
+    ],
+)
+def test_whose_code_a_traceback_is_of(files: tuple[str, ...], name: str | None) -> None:
+    found = projects.raised_by(traceback(*files))
+    assert (found and found.name) == name
+
+
+def test_a_traceback_without_a_server_is_elsewhere() -> None:
+    assert projects.is_elsewhere(traceback(f"{VENV}/torch/own.py", "/home/own/script.py"))
+    assert not projects.is_elsewhere(traceback(f"{VENV}/vllm/own.py", f"{VENV}/numpy/own.py"))
+    assert not projects.is_elsewhere("")
+
+
+@pytest.mark.parametrize(
+    ("message", "where", "words"),
+    [
+        ("RuntimeError: n_group must not be zero for routing 7 groups", "", '"n_group must not be zero for routing"'),
+        ("AttributeError: 'Own' object has no attribute 'rope'", "own.py, own_widget_loader",
+         '"object has no attribute" Own rope own_widget_loader'),
+        ("KeyError: 'own_rope'", "own.py, run", '"KeyError own_rope"'),
+        ("AssertionError", "own.py, own_widget_loader, called by x.py, run", "AssertionError own_widget_loader"),
+        # Too little, or only what differs.
+        ("AssertionError", "vllm/own.py, forward", ""),
+        ("KeyError: 7", "", ""),
+    ],
+)  # fmt: skip
+def test_words_to_search_for(message: str, where: str, words: str) -> None:
+    vllm = next(each for each in projects.projects() if each.name == "vLLM")
+    link = projects.reports(vllm, message, where)
+    assert (searched(link) if link else "") == words
+
+
+def test_reports_are_the_last_link_of_a_general_kind() -> None:
+    (cause,) = diagnosed(traceback(f"{VENV}/vllm/own.py")).causes
+    assert searched(cause.links[-1]) == '"the widget is not as it was expected to be"'
+    assert cause.hint.endswith("look for these words in the reports of vLLM (the last link)")
+
+
+def test_what_is_said_of_a_model_is_not_said_of_another_program() -> None:
+    ends = "AttributeError: 'str' object has no attribute 'get'"
+    (cause,) = diagnosed(traceback("/usr/share/netplan/netplan/cli/own.py", ends=ends)).causes
+    (of_server,) = diagnosed(traceback(f"{VENV}/vllm/own.py", ends=ends)).causes
+    assert cause.name == of_server.name == "attribute-missing"
+    assert "model" not in cause.why + cause.hint and "model" in of_server.why
+    assert cause.links[-1].startswith("https://bugs.launchpad.net/netplan/") and "%22" not in cause.links[-1]
+
+
+def test_a_secret_is_not_searched_for() -> None:
+    found = diagnosed(
+        traceback(f"{VENV}/vllm/own.py", ends=f"ValueError: a widget has the name hf_{'a' * 34} which is wrong")
+    )
+    assert all("aaaa" not in link for cause in found.causes for link in cause.links)
