@@ -1,20 +1,38 @@
-"""`diagnose` on the corpus of small logs: each is judged right, and so is each in other clothes."""
+"""`diagnose` on the real logs and the corpus of small ones: each is judged right, and so is each in other clothes."""
 
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+import yaml
 
-from sparkinstall.diagnose.search import index_of
-from sparkinstall.diagnose.signatures import load
+from tests.support.diagnosing import BY_NAME, LOOKED_FOR, REPOSITORY, causes, diagnosed
 from tools import score
 from tools.score import Case
 
-KNOWN = load()
-NAMES = {each.name for each in KNOWN}
-LOOKED_FOR = index_of(KNOWN)
+LOGS = REPOSITORY / "tests/logs"
+INDEX = yaml.safe_load((LOGS / "index.yaml").read_text())
 CASES = {f"{kind}-{case.name}": case for kind, those in score.cases().items() for case in those}
+
+
+def test_log_index_has_every_log() -> None:
+    assert sorted(each["log"] for each in INDEX) == sorted(path.name for path in LOGS.glob("*.log"))
+    assert all(each["how"] for each in INDEX)
+
+
+@pytest.mark.parametrize("entry", INDEX, ids=lambda entry: str(entry["log"]))
+def test_real_log_gives_the_diagnosis_of_the_index(entry: dict[str, Any]) -> None:
+    found = diagnosed((LOGS / entry["log"]).read_bytes())
+    assert causes(found) == entry.get("causes", [])
+    assert [each.name for each in found.consequences] == entry.get("consequences", [])
+    assert [each.name for each in found.warnings] == entry.get("warnings", [])
+    if not found.causes:
+        assert [each.line for each in found.telling] == entry.get("telling", [])
+
+
+# --- the corpus
 
 
 def fault(case: Case, change: Callable[[str], str]) -> str:
@@ -32,7 +50,7 @@ def test_corpus_has_many_logs_good_ones_included() -> None:
     assert len([case for case in every if case.cause == score.NOTHING]) >= 30
     assert len([case for case in every if case.cause == score.UNKNOWN]) >= 5
     assert len([case for case in every if case.logs]) >= 5
-    assert {case.cause for case in every} <= {*NAMES, score.NOTHING, score.UNKNOWN}
+    assert {case.cause for case in every} <= {*BY_NAME, score.NOTHING, score.UNKNOWN}
     assert len({case.name for case in every}) == len(every)
 
 

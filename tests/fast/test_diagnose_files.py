@@ -22,14 +22,11 @@ from hypothesis import strategies as st
 
 from sparkinstall.diagnose.encodings import text_of
 from sparkinstall.diagnose.judge import Log, judge, read
-from sparkinstall.diagnose.search import index_of
-from sparkinstall.diagnose.signatures import load
 from tests.support import forks
+from tests.support.diagnosing import LINES, LOOKED_FOR
 from tests.support.rehearsals import CHECKOUT, TIMEOUT_SECONDS, environment
 
-KNOWN = load()
-LOOKED_FOR = index_of(KNOWN)
-OOM = next(each for each in KNOWN if each.name == "oom-killer").example[0]
+OOM = LINES["oom-killer"][0]
 TEXT = f"INFO 11-21 16:46:08 starting ✓ für 漢字 {'x' * 300}\r\n" * 30 + f"{OOM}\r\nINFO ended\r\n"
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
 BOMS = {"utf-16-be": b"\xfe\xff", "utf-32-be": b"\x00\x00\xfe\xff"}

@@ -1,0 +1,33 @@
+"""Lines that a terminal has cut, that have several beginnings, or that are very long."""
+
+from tests.support.diagnosing import diagnosed
+
+
+def test_message_that_a_terminal_has_cut_has_the_numbers_of_all_its_lines() -> None:
+    log = """(EngineCore pid=3) ValueError: To serve at least one request with the model's max seq len
+(90000), 3.09 GiB KV cache is needed, which is larger than the available KV
+cache memory (0.24 GiB). Estimated maximum model length is 57344.
+"""
+    (cause,) = diagnosed(log.encode()).causes
+    assert (cause.name, "(57344)" in cause.hint, cause.count) == ("kv-cache-too-small", True, 1)
+
+
+def test_word_that_was_cut_at_the_width_of_a_terminal_is_one_again() -> None:
+    who = "(Worker_TP0 pid=28) ERROR 05-30 19:59:18 [multiproc_executor.py:870] "
+    frame = '  File "/srv/env/lib/python3.12/own-packages/vllm/own.py", line 5, in own'
+    whole = (who + frame, f"{who}AssertionError: 14 is not divisible by 4")
+    text = "\n".join(f"{each[:96]}\n{each[96:]:96}" for each in whole)
+    (cause,) = diagnosed(f"{text}\n".encode()).causes
+    assert cause.name == "size-not-divisible" and cause.lines[0].text == whole[1]
+
+
+def test_line_with_several_beginnings_is_one_line() -> None:
+    who = "        (EngineCore_DP0 pid=1026745) (Worker_TP0 pid=1026751) ERROR 02-01 09:32:13 [executor.py:852] "
+    found = diagnosed(f"{who}ValueError: {'own tables do not fit, ' * 6}\n".encode())
+    assert found.logs[0].lines == 1 and [each.line for each in found.causes[0].lines] == [1]
+
+
+def test_long_line_is_shown_around_the_match() -> None:
+    (place,) = diagnosed(b"x" * 1500 + b" No space left on device " + b"y" * 9000).causes[0].lines
+    assert "No space left on device" in place.text
+    assert len(place.text) < 420

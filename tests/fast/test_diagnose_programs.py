@@ -1,0 +1,36 @@
+"""Logs of another server than vLLM are told in its name and with its options."""
+
+from sparkinstall.diagnose import programs
+from tests.support.diagnosing import KNOWN, diagnosed
+
+# What SGLang's start logs, and an exception in its code.
+SGLANG_LOG = """[2026-10-02 09:00:01] server_args=ServerArgs(model_path='own/x')
+[2026-10-02 09:00:02] Scheduler hit an exception: Traceback (most recent call last):
+  File "/opt/env/lib/python3.12/site-packages/{package}/own.py", line 7, in load_weights
+    raise AssertionError("own rows")
+AssertionError: own rows
+"""
+
+
+def test_failure_of_sglang_is_told_in_its_name_and_with_its_options() -> None:
+    (cause,) = diagnosed(SGLANG_LOG.format(package="sglang").encode()).causes
+    told = f"{cause.title} {cause.why} {cause.hint} {cause.links}"
+    assert cause.name == "checkpoint-not-loaded"
+    assert "this SGLang's code" in told
+    assert "`--speculative-algorithm`" in told
+    assert cause.hint.endswith("a newer release of SGLang")
+    assert "vllm" not in told.lower()
+    assert "sparkinstall plan" not in told
+
+
+def test_failure_in_vllms_code_keeps_its_name_in_a_log_of_sglang() -> None:
+    (cause,) = diagnosed(SGLANG_LOG.format(package="vllm").encode()).causes
+    assert "this vLLM's code" in cause.why
+
+
+def test_every_hint_leaves_something_to_do_with_sglang() -> None:
+    for each in KNOWN:
+        hint = programs.rewritten(each, programs.SGLANG).hint
+        assert hint.strip()
+        assert "VLLM_" not in hint
+        assert "; ;" not in hint
