@@ -321,7 +321,7 @@ def _in_its_words(match: Match, told: Mapping[str, str]) -> dict[str, str | tupl
     signature, part = match.signature, match.part
     why, hint = told["why"], told["hint"]
     if match.is_elsewhere and signature.elsewhere:
-        why, hint = signature.elsewhere, _ELSEWHERE
+        why, hint = signature.told_elsewhere(match.words), _ELSEWHERE
     # What the program itself advises is in the hint.
     is_advised = "advice" in match.words
     hints = [hint, *match.advice] if is_advised else [*match.advice, hint]

@@ -117,6 +117,10 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     by_part: bool = False
     vague: bool = False
 
+    def told_elsewhere(self, words: Mapping[str, str]) -> str:
+        """Return what is told of a traceback that passes no code with a part in serving a model; "" if nothing else."""
+        return _filled(self.elsewhere, words)
+
     @property
     def ends_only(self) -> bool:
         """Whether it says only that something ended, not why."""
@@ -236,7 +240,12 @@ def _refuse_bad_references(signatures: Sequence[Signature]) -> None:
         if each.family and each.family not in names:
             raise Malformed(FOLDER, f"{each.name}: there is no family {each.family}")
         _refuse_bad_kind(each)
-        used = {name for place in _PLACE.findall(each.why + each.hint) for name in (place[0], place[2]) if name}
+        used = {
+            name
+            for place in _PLACE.findall(each.why + each.hint + each.elsewhere)
+            for name in (place[0], place[2])
+            if name
+        }
         if unknown := used - set(each.regex.groupindex):
             raise Malformed(FOLDER, f"{each.name}: the regex has no group {', '.join(sorted(unknown))}")
     _refuse_circles(signatures)

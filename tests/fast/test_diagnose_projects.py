@@ -82,7 +82,7 @@ def test_what_is_said_of_a_model_is_not_said_of_another_program() -> None:
     ends = "AttributeError: 'str' object has no attribute 'get'"
     (cause,) = diagnosed(traceback("/usr/share/netplan/netplan/cli/own.py", ends=ends)).causes
     (of_server,) = diagnosed(traceback(f"{VENV}/vllm/own.py", ends=ends)).causes
-    assert cause.name == of_server.name == "attribute-missing"
+    assert cause.name == of_server.name == "plain-value-in-place-of-an-object"
     assert "model" not in cause.why + cause.hint and "model" in of_server.why
     assert cause.links[-1].startswith("https://bugs.launchpad.net/netplan/") and "%22" not in cause.links[-1]
 
