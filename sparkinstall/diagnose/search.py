@@ -12,7 +12,7 @@ from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.diagnose import advice, messages, projects, suspicion, tracebacks
+from sparkinstall.diagnose import advice, messages, pastes, projects, suspicion, tracebacks
 from sparkinstall.diagnose.lines import Line, printable, take_apart
 from sparkinstall.diagnose.sightings import SHOWN, WIDEST, Match, Place, Suspect, shown
 from sparkinstall.diagnose.signatures import Signature
@@ -149,6 +149,9 @@ class Search:
         self._shape: tuple[int, bytes] = (0, b"")
         self._span = _NOWHERE
         self.bytes = self.lines = 0
+        # All of a log that is short enough to be a paste, and its lines that are known.
+        self._paste = b""
+        self._settled: set[int] = set()
         self._waiting = b""
         self._seen = 0
         self._number = 1
@@ -178,6 +181,8 @@ class Search:
     def feed(self, data: bytes) -> list[Match]:
         """Search the next block; return the failures found for the first time."""
         self.bytes += len(data)
+        if self.bytes <= pastes.BYTES:
+            self._paste += data
         self._waiting = self._waiting + data if self._waiting else data
         whole = self._waiting.rfind(b"\n") + 1
         if len(self._waiting) - whole > LONG:
@@ -192,6 +197,7 @@ class Search:
         self.lines = self._number - 1 + bool(rest)
         self._read_joined()
         self._read_cut_off()
+        self._read_paste()
         return list(self.sightings.values())[known:]
 
     def _read_joined(self) -> None:
@@ -242,6 +248,27 @@ class Search:
                         current.matches[signature.name] = (signature, place, found.groupdict(""))
             self._current = current
             self._finish_line()
+
+    def _read_paste(self) -> None:
+        """Look through a short log for any words of failure."""
+        if self.lines > pastes.LINES or self.bytes > pastes.BYTES:
+            return
+        known = set(self._telling)
+        seen = self._settled | {each.place.line for each in self._telling.values()}
+        joined = [each.place.text for each in self._telling.values() if each.is_joined]
+        is_clear = not known and all(each.signature.severity == "event" for each in self.sightings.values())
+        found = pastes.suspects(self._paste, seen, with_warnings=is_clear)
+        least = suspicion.SOME if any(each.weight >= suspicion.SOME for each in self._telling.values()) else 0
+        for each, weight in found:
+            key = _VARIES.sub("#", each.line.message)[:200]
+            if key in known or any(each.line.message.strip() in text for text in joined):
+                continue
+            if same := self._telling.get(key):
+                same.count += 1
+            elif weight >= least and len(self._telling) < TELLING_KEPT:
+                place = Place(self.name, each.number, shown(each.line.text, 0))
+                said = suspicion.said(each.line)
+                self._telling[key] = Suspect(place, weight, said, each.line.who, project=projects.told_by(said))
 
     def _keep_end_of(self, cut: CutOff) -> None:
         """Keep the last line of a traceback of which the exception is missing."""
@@ -323,7 +350,7 @@ class Search:
             if (each.weight > suspicion.SOME or each.place.line > passed)
             and not (each.message.startswith("NCCL WARN") and each.place.line <= connected)
         )
-        return sorted(told, key=lambda each: (-each.weight, each.place.line))
+        return sorted(_by_reason(list(told)), key=lambda each: (-each.weight, each.place.line))
 
     @property
     def has_started(self) -> bool:
@@ -474,6 +501,8 @@ class Search:
         if current.role.kind == "exception" and not current.line.level and _OF_MAIN.search(current.role.frames):
             self.ended_by[current.line.who] = current.role.first
         matches = [each for each, _, _ in current.matches.values()]
+        if matches and current.number <= pastes.LINES:
+            self._settled.add(current.number)
         takers: list[Match | Suspect] = []
         for signature, place, words in current.matches.values():
             if not any(self._tells_more(other, signature) for other in matches):
@@ -575,6 +604,17 @@ class Search:
             kept[key].is_elsewhere = projects.is_elsewhere(frames)
             return [kept[key]]
         return []
+
+
+def _by_reason(told: Sequence[Suspect]) -> list[Suspect]:
+    """Return suspicious lines: those that tell no reason weigh little where others do."""
+    is_bare = [each.is_cut_off or (not each.is_raised and pastes.tells_no_reason(each.message)) for each in told]
+    if all(is_bare):
+        return list(told)
+    return [
+        replace(each, weight=min(each.weight, suspicion.WEAK)) if bare else each
+        for each, bare in zip(told, is_bare, strict=True)
+    ]
 
 
 def around(data: bytes, start: int, end: int) -> tuple[str, bool, tuple[int, int]]:

@@ -173,7 +173,7 @@ _KERNEL = (
         _any(
             "INFO: task .* blocked for more than",
             "NVRM: Xid",
-            "NVRM: .*(?:fail|error|fallen)",
+            "NVRM: .*(?:fail|error|fallen|annot |unable|timed out|mismatch)",
             "Out of memory",
             ".*I/O error",
             "EXT4-fs error",
@@ -297,7 +297,7 @@ def weight(line: Line, role: Role, number: int) -> int:
     """Return 0 (not suspicious) to `MOST`, which is for the first exception of a chain; `number` is the line's."""
     if role.kind == "frame" or _OTHERS.search(line.who):
         return 0
-    message = _said(line)
+    message = said(line)
     if "systemd[" in line.who and _OTHER_UNITS.match(message):
         return 0
     return _by_shape(line, role, number, message) or (SOME if is_used_up(message) else 0)
@@ -335,7 +335,7 @@ def _by_shape(line: Line, role: Role, number: int, message: str) -> int:
 
 def is_set_aside(line: Line, role: Role) -> bool:
     """Return whether a line tells of an error that the program handled or that it only warns of."""
-    message = _said(line)
+    message = said(line)
     if role.kind == "frame" or _OTHERS.search(line.who) or tracebacks.HEAD in message:
         return False
     if line.level == "info" and named_within(message) is None:
@@ -345,9 +345,23 @@ def is_set_aside(line: Line, role: Role) -> bool:
     return _OF_AN_ERROR.search(message) is not None and not _OF_NONE.search(message)
 
 
+def is_harmless(line: Line) -> bool:
+    """Return whether a line tells of what was handled, refuses a request, or is of a program that has no part."""
+    message = said(line)
+    is_other = _OTHERS.search(line.who) or ("systemd[" in line.who and _OTHER_UNITS.match(message))
+    is_of_request = tracebacks.REFUSING.search(line.prefix) or _PARSING.search(line.prefix)
+    is_handled = _HANDLED.search(message) or _OF_NONE.search(message) or _ASKED_FOR.match(message)
+    return bool(is_other or is_of_request or is_handled or tracebacks.HEAD in message)
+
+
 def named_within(message: str) -> re.Match[str] | None:
     """Return the exception that a message of another program repeats."""
     return _NAMED_WITHIN.search(message)
+
+
+def goes_on(message: str) -> bool:
+    """Return whether a program says that it goes on without something."""
+    return _GOES_ON.search(message) is not None
 
 
 def is_used_up(message: str) -> bool:
@@ -357,7 +371,7 @@ def is_used_up(message: str) -> bool:
     return bool(_USED_UP.match(message) or _NO_MORE.match(message))
 
 
-def _said(line: Line) -> str:
+def said(line: Line) -> str:
     """Return the part of a message that the program itself says."""
     return line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
 
