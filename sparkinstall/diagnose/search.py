@@ -71,7 +71,10 @@ _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
 
 class _Current(Struct):
-    """The line that is being read, what it is for the traceback around it, and what was found in it."""
+    """The line that is being read, what it is for the traceback around it, and what was found in it.
+
+    `missed`: failures that are not in the part of the line that was read, though it has a literal of theirs.
+    """
 
     number: int
     line: Line
@@ -79,6 +82,7 @@ class _Current(Struct):
     is_suspect: bool
     weight: int | None = None
     matches: dict[str, tuple[Signature, Place, Mapping[str, str]]] = field(default_factory=dict)
+    missed: set[str] = field(default_factory=set)
 
     @property
     def weighed(self) -> int:
@@ -460,12 +464,13 @@ class Search:
             self._count_in_vain(signature, 1)
             return
         current = self._begin_line(self._line(data, start, end, number), number, is_suspect=False)
-        if signature.name in current.matches or current.role.kind == "frame":
+        if signature.name in current.matches or signature.name in current.missed or current.role.kind == "frame":
             return
         if found := signature.found_in(current.line, current.role.frames):
             place = Place(self.name, number, shown(current.line.text, found.end()))
             current.matches[signature.name] = (signature, place, found.groupdict(""))
             return
+        current.missed.add(signature.name)
         self._count_in_vain(signature, 10)
         # With `frames` the lines before count too.
         if not signature.frames and tried[1] and len(self._fruitless) < _SHAPES:
@@ -486,6 +491,8 @@ class Search:
     def _begin_line(self, line: Line, number: int, is_suspect: bool) -> _Current:
         """Read a line, or another part of the line that is being read."""
         if number == self._current.number:
+            if line is not self._current.line:
+                self._current.missed.clear()
             self._current.line, self._current.weight = line, None
             self._current.is_suspect |= is_suspect
             return self._current

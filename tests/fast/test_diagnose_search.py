@@ -3,11 +3,14 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sparkinstall.diagnose import search as log_search
 from sparkinstall.diagnose.judge import judge
-from sparkinstall.diagnose.search import Search
-from tests.support.diagnosing import KNOWN, LINES, LOOKED_FOR, diagnosed, example, read
+from sparkinstall.diagnose.lines import Line
+from sparkinstall.diagnose.search import Search, index_of
+from sparkinstall.diagnose.signatures import Signature
+from tests.support.diagnosing import BY_NAME, KNOWN, LINES, LOOKED_FOR, diagnosed, example, read
 
 
 def test_lines_of_a_failure_are_counted_and_the_first_kept() -> None:
@@ -46,6 +49,19 @@ def test_failure_is_looked_for_in_a_limited_number_of_lines_without_it(monkeypat
     search.feed(b"RuntimeError: this kernel is not supported on this device\n" + example("disk-full"))
     search.end()
     assert list(search.sightings) == ["disk-full"]
+
+
+def test_failure_with_several_literals_in_a_line_is_tried_once_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[str] = []
+
+    def found_in(known: Signature, line: Line, frames: str) -> None:
+        del known, frames
+        tried.append(line.text)
+
+    monkeypatch.setattr(Signature, "found_in", found_in)
+    two = replace(BY_NAME["disk-full"], anchors=("own rows", "own table"))
+    read(b"the own rows of own table, own rows\nown table\n", index=index_of([two]))
+    assert tried == ["the own rows of own table, own rows", "own table"]
 
 
 _PARTS = st.sampled_from(

@@ -98,6 +98,8 @@ def test_signature_fields_are_valid(known: Signature) -> None:
     for anchor in known.anchors:
         assert "\n" not in anchor
         assert len(anchor) >= 3
+        # Every line of a process whose number has it would be tried.
+        assert not re.fullmatch(r"[ =(:]?\d{1,4} ?", anchor)
 
 
 def mentioned(pattern: str) -> set[str]:
