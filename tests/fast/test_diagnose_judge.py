@@ -179,7 +179,7 @@ def test_general_failure_is_not_told_of_what_went_on() -> None:
 @pytest.mark.parametrize(
     ("file", "message", "part"),
     [
-        ("vllm/config/parallel.py", "ValueError: own rows differ", "settings-part-failed"),
+        ("vllm/engine/arg_utils.py", "ValueError: own rows differ", "settings-part-failed"),
         ("vllm/config/speculative.py", "ValueError: own rows differ", "speculation-part-failed"),
         ("vllm/v1/kv_cache_interface.py", "AssertionError: own page", "kv-cache-part-failed"),
         ("vllm/models/own/nvidia/ops/own.py", "ValueError: own rows differ", "kernel-part-failed"),
