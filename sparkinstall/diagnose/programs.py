@@ -31,7 +31,8 @@ class Program(Struct, frozen=True, dict=True):
     def foreign(self) -> frozenset[str]:
         """The options that only vLLM has."""
         own = {each.split()[0] for each in self.options.values()} | self.same
-        return advice.options_of_vllm() - own
+        those = advice.options_of_vllm()
+        return those.union(f"--no-{each[2:]}" for each in those) - own
 
     @cached_property
     def _names(self) -> re.Pattern[str]:
@@ -39,7 +40,8 @@ class Program(Struct, frozen=True, dict=True):
 
     def with_its_options(self, text: str) -> str:
         """Return a text with this program's options in place of vLLM's."""
-        return self._names.sub(lambda found: self.options[found[0]], text)
+        own = self._names.sub(lambda found: self.options[found[0]], text)
+        return _TWICE.sub(lambda found: f" or {found[2]}" if found[1] else found[2], own)
 
 
 SGLANG = Program(
@@ -61,6 +63,14 @@ SGLANG = Program(
         "--speculative-config": "--speculative-algorithm",
         "--no-enable-prefix-caching": "--disable-radix-cache",
         "--hf-overrides": "--json-model-override-args",
+        "--moe-backend": "--moe-runner-backend",
+        "--no-async-scheduling": "--disable-overlap-schedule",
+        "--no-enable-flashinfer-autotune": "--disable-flashinfer-autotune",
+        # What else it has for attention is for other GPUs.
+        "TRITON_ATTN": "triton",
+        "TRITON_MLA": "triton",
+        "FLASH_ATTN": "flashinfer",
+        "FLASHINFER": "flashinfer",
         "vllm serve --help=all": "python3 -m sglang.launch_server --help",
         "vllm serve": "python3 -m sglang.launch_server",
     },
@@ -76,6 +86,8 @@ SGLANG = Program(
 )  # fmt: skip
 PROGRAMS = (SGLANG,)
 
+# Two of vLLM's backends that are one of the program's.
+_TWICE = re.compile(r"(, )?\b(\w+) or \2\b")
 _PARTS = re.compile(r"; (?![^()]*\))")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+[a-z]")
 # What is in vLLM's environment, its releases, and the values that its options take.

@@ -1,5 +1,8 @@
 """Logs of another server than vLLM are told in its name and with its options."""
 
+import pytest
+from msgspec.structs import replace
+
 from sparkinstall.diagnose import programs
 from tests.support.diagnosing import KNOWN, diagnosed
 
@@ -34,3 +37,25 @@ def test_every_hint_leaves_something_to_do_with_sglang() -> None:
         assert hint.strip()
         assert "VLLM_" not in hint
         assert "; ;" not in hint
+
+
+@pytest.mark.parametrize(
+    ("hint", "told"),
+    [
+        (
+            "take TRITON_ATTN, FLASHINFER or FLASH_ATTN; `--moe-backend triton`",
+            "take triton or flashinfer; `--moe-runner-backend triton`",
+        ),
+        ("FLASHINFER or FLASH_ATTN", "flashinfer"),
+        (
+            "`--no-async-scheduling`; `--no-enable-flashinfer-autotune`",
+            "`--disable-overlap-schedule`; `--disable-flashinfer-autotune`",
+        ),
+        (
+            "`--linear-backend marlin`; `--no-enable-expert-parallel`; `--port 1`",
+            "`--port 1`; a newer release of SGLang",
+        ),
+    ],
+)
+def test_hint_names_what_sglang_has_instead(hint: str, told: str) -> None:
+    assert programs.rewritten(replace(KNOWN[0], hint=hint), programs.SGLANG).hint == told
