@@ -17,6 +17,8 @@ LINES = 60
 """Lines of a log that is read as a paste."""
 BYTES = 1 << 15
 """Bytes of such a log."""
+LAST = 8
+"""Lines at the end of a longer log that are read so, if nothing else was found in it."""
 
 # Paths and addresses, options, and names in which a word of failure is a part.
 _NAMES = re.compile(r"\S*(?:/\S*){2,}|(?<!\S)--?[A-Za-z]\S*|\S*_(?:error|fail|invalid|missing|denied)\S*")
@@ -45,7 +47,7 @@ _AMISS = re.compile(
     r"|no \w+(?: \w+){0,3} (?:found|available|detected|image)|insufficient|unsupported|unknown|unrecogni[sz]ed"
     r"|unexpected(?:ly)?|undefined|unavailable|unreachable|exceed(?:s|ed)|too (?:large|small|long|many|old|new|few|low)"
     r"|(?:larger|greater|less|smaller|older|newer|more) than|expected .{1,60}\b(?:got|but|found)\b|but got"
-    r"|corrupt(?:ed)?|broken|conflict(?:s|ing)?|stuck|requires?|must(?: be| not)?|restricted|lost"
+    r"|corrupt(?:ed)?|broken|conflict(?:s|ing)?|stuck|requires?|must(?: be| not)?|restricted|lost|only supported"
     r"|(?:is|are) going to be|is to be installed|held back)(?![\w/=-]))"
 )
 # What is said of no failure that happened: of none, of a number of them that is 0, of what may come.
@@ -87,6 +89,8 @@ _RESUMES = re.compile(
     r"(?i)\bretrying\b|\b(?:trying|attempting) to (?:resume|reconnect)\b|\bnext one in\b"
     r"|[.,;] (?:using|defaulting to|setting (?:it )?to|switching to|stopping|generating) \w"
 )
+# What a person is to do is nothing that the program does.
+_ADVISES = re.compile(r"(?i)\b(?:you (?:can|may|must|should|need)|please|try|must be) .{0,60}\binstead\b")
 # A level in a form that no logger here is known for.
 _QUIET = re.compile(r".{0,80}?(?<![\w-])(?:INFO|DEBUG|TRACE|NOTICE|VERBOSE|I|D)(?=[\]:| ])(?!: task)")
 _WARNING = re.compile(r".{0,80}?(?:(?<![\w-])(?:WARN(?:ING)?|[Ww]arning)(?=[\]:| ])|\[W[: ])")
@@ -130,6 +134,14 @@ def suspects(data: bytes, known: Collection[int], with_warnings: bool) -> list[t
     return [(each, suspicion.WEAK) for each in later if _is_warned_of(each, lines[-1].number)]
 
 
+def last_words(data: bytes, lines: int) -> list[tuple[Read, int]]:
+    """Return the suspicious ones of the last lines of a longer log, which has so many; `data` has its end."""
+    last = data.removesuffix(b"\n").split(b"\n")[-LAST:]
+    found = suspects(b"\n".join(last), (), with_warnings=False)
+    ended = lines - len(last)
+    return [(replace(each, number=ended + each.number), suspicion.WEAK) for each, w in found if w >= suspicion.SOME]
+
+
 def _handled(lines: Sequence[Read]) -> set[int]:
     """Return the numbers of the lines soon after which the same process says that it goes on."""
     numbers: dict[str, list[int]] = {}
@@ -156,6 +168,8 @@ def _went_right(line: Line) -> bool:
 
 
 def _goes_on(line: Line) -> bool:
+    if _ADVISES.search(line.message):
+        return False
     return suspicion.goes_on(line.message) or _RESUMES.search(line.message) is not None
 
 

@@ -153,7 +153,7 @@ class Search:
         self._shape: tuple[int, bytes] = (0, b"")
         self._span = _NOWHERE
         self.bytes = self.lines = 0
-        # All of a log that is short enough to be a paste, and its lines that are known.
+        # The end of the log, or all of one that is short enough to be a paste, and those of its lines that are known.
         self._paste = b""
         self._settled: set[int] = set()
         self._waiting = b""
@@ -185,8 +185,7 @@ class Search:
     def feed(self, data: bytes) -> list[Match]:
         """Search the next block; return the failures found for the first time."""
         self.bytes += len(data)
-        if self.bytes <= pastes.BYTES:
-            self._paste += data
+        self._paste = (self._paste + data if len(data) < pastes.BYTES else data)[-pastes.BYTES :]
         self._waiting = self._waiting + data if self._waiting else data
         whole = self._waiting.rfind(b"\n") + 1
         if len(self._waiting) - whole > LONG:
@@ -254,14 +253,17 @@ class Search:
             self._finish_line()
 
     def _read_paste(self) -> None:
-        """Look through a short log for any words of failure."""
-        if self.lines > pastes.LINES or self.bytes > pastes.BYTES:
-            return
+        """Look through a short log, and the end of a longer one that tells nothing else, for any words of failure."""
         known = set(self._telling)
-        seen = self._settled | {each.place.line for each in self._telling.values()}
-        joined = [each.place.text for each in self._telling.values() if each.is_joined]
         is_clear = not known and all(each.signature.severity == "event" for each in self.sightings.values())
-        found = pastes.suspects(self._paste, seen, with_warnings=is_clear)
+        if self.lines <= pastes.LINES and self.bytes <= pastes.BYTES:
+            seen = self._settled | {each.place.line for each in self._telling.values()}
+            found = pastes.suspects(self._paste, seen, with_warnings=is_clear)
+        elif is_clear and not self.has_started:
+            found = pastes.last_words(self._paste, self.lines)
+        else:
+            return
+        joined = [each.place.text for each in self._telling.values() if each.is_joined]
         least = suspicion.SOME if any(each.weight >= suspicion.SOME for each in self._telling.values()) else 0
         for each, weight in found:
             key = _VARIES.sub("#", each.line.message)[:200]
@@ -272,7 +274,8 @@ class Search:
             elif weight >= least and len(self._telling) < TELLING_KEPT:
                 place = Place(self.name, each.number, shown(each.line.text, 0))
                 said = suspicion.said(each.line)
-                self._telling[key] = Suspect(place, weight, said, each.line.who, project=projects.told_by(said))
+                project = projects.told_by(said)
+                self._telling[key] = Suspect(place, weight, said, each.line.who, project=project, is_by_words=True)
 
     def _keep_end_of(self, cut: CutOff) -> None:
         """Keep the last line of a traceback of which the exception is missing."""
@@ -354,7 +357,7 @@ class Search:
             if (each.weight > suspicion.SOME or each.place.line > passed)
             and not (each.message.startswith("NCCL WARN") and each.place.line <= connected)
         )
-        return sorted(_by_reason(list(told)), key=lambda each: (-each.weight, each.place.line))
+        return sorted(_by_reason(list(told)), key=lambda each: (-each.weight, each.is_by_words, each.place.line))
 
     @property
     def has_started(self) -> bool:

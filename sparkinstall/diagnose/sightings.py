@@ -76,7 +76,7 @@ class Suspect(Struct):
     `stage` is what to do about what the engine did then. `project` is whose code or message it is, if known, and
     `is_elsewhere`: the traceback passes no code that has a part in serving a model.
     `is_cut_off`: it is the end of a traceback of which the log lacks the exception. `is_raised`: a traceback ends with
-    it. `is_joined`: its message stood in several lines.
+    it. `is_joined`: its message stood in several lines. `is_by_words`: only words of a short log make it suspicious.
     """
 
     place: Place
@@ -92,6 +92,7 @@ class Suspect(Struct):
     is_cut_off: bool = False
     is_raised: bool = False
     is_joined: bool = False
+    is_by_words: bool = False
 
     @property
     def is_of_vllm(self) -> bool:

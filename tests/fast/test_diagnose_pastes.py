@@ -32,6 +32,7 @@ def diagnosed(text: str, index: SignatureIndex) -> Diagnosis:
         "<- own-b rc=255 (0.1s)",
         "OWN_STEP_FAILED reason=lease_held",
         "own-agent: version 3 does not match version 4",
+        "own-loader: own16 is only supported by own-b; you may use own32 instead",
     ],
 )
 def test_short_log_with_words_of_failure_shows_their_line(line: str, index: SignatureIndex) -> None:
@@ -66,11 +67,19 @@ def test_words_of_failure_that_tell_of_none_are_not_shown(line: str, index: Sign
     assert not diagnosed(f"own-agent: starting\n{line}\n", index).telling
 
 
-def test_long_log_is_not_read_so(index: SignatureIndex) -> None:
-    line = "own-agent: lease denied by own-b\n"
-    short, long = ("".join(map(QUIET.format, range(count))) for count in (pastes.LINES - 1, pastes.LINES))
-    assert diagnosed(short + line, index).telling
-    assert not diagnosed(long + line, index).telling
+def test_long_log_is_read_so_at_its_end_only(index: SignatureIndex) -> None:
+    line, quiet = "own-agent: lease denied by own-b\n", "".join(map(QUIET.format, range(pastes.LINES)))
+    found = diagnosed(quiet + line, index)
+    assert [each.line for each in found.telling] == [pastes.LINES + 1]
+    assert found.shows_failure
+    assert not diagnosed(line + quiet, index).telling
+    assert not diagnosed(f"{quiet}{line}own-agent: retrying\n", index).telling
+
+
+def test_end_of_a_log_beyond_what_is_kept_has_the_right_number(index: SignatureIndex) -> None:
+    count = pastes.BYTES // 10
+    log = "".join(map(QUIET.format, range(count))) + "own-agent: lease denied by own-b\n"
+    assert [each.line for each in diagnosed(log, index).telling] == [count + 1]
 
 
 def test_reason_is_shown_before_the_line_that_only_tells_of_an_end(index: SignatureIndex) -> None:
