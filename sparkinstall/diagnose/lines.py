@@ -245,8 +245,12 @@ def _when(text: str, at: int) -> int | None:
     found = max(_WHEN.finditer(text, 0, at or 60), key=lambda each: each.start(), default=None)
     if found is None:
         return None
-    month = next((int(found[each]) for each in ("m1", "m3", "m4") if found[each]), 0)
-    month = month or _MONTHS.index(found["name"]) + 1
+    month = next((int(found[each]) for each in ("m1", "m3", "m4") if found[each]), None)
+    if month is None:
+        month = _MONTHS.index(found["name"]) + 1
     day = next(int(found[each]) for each in ("d1", "d2", "d3", "d4") if found[each])
+    if not (month and day):
+        # The logger has not been told the date yet.
+        return None
     seconds = int(found["h"]) * 3600 + int(found["min"]) * 60 + int(found["s"])
     return (month * 31 + day) * _DAY + seconds

@@ -103,6 +103,8 @@ _ENDED_ONLY = re.compile(
 _STEP = re.compile(r"\s*(?:=> ERROR \[|fatal: \[[\w.-]+\]: FAILED!|Main process exited|\S+: Main process exited)")
 # The last of a tree of reasons.
 _LAST_REASON = re.compile(r"\s*\u2570\u2500\u25b6 ")
+# Where an exception of torch in C++ comes from, below its message.
+_RAISED = re.compile(r"\s*Exception raised from \S+ at \S+:\d+")
 _ANNOUNCES = re.compile(r".{0,60}:\s*$")
 # What gives a reason: a colon with words behind it, "because", a value of a key.
 _REASONED = re.compile(r": \S|(?i:\b(?:because|due to|since)\b)|\w=\w")
@@ -128,7 +130,8 @@ def suspects(data: bytes, known: Collection[int], with_warnings: bool) -> list[t
     well = max((each.number for each in lines if _went_right(each.line)), default=0)
     forgiven = _handled(lines)
     later = [each for each in lines if each.number > well and each.number not in forgiven | set(known)]
-    found = [(each, weight) for each in later if (weight := _weight(each))]
+    raised = _raised(lines)
+    found = [(each, weight) for each in later if (weight := _weight(each, each.number in raised))]
     if found or not with_warnings:
         return found
     return [(each, suspicion.WEAK) for each in later if _is_warned_of(each, lines[-1].number)]
@@ -140,6 +143,21 @@ def last_words(data: bytes, lines: int) -> list[tuple[Read, int]]:
     found = suspects(b"\n".join(last), (), with_warnings=False)
     ended = lines - len(last)
     return [(replace(each, number=ended + each.number), suspicion.WEAK) for each, w in found if w >= suspicion.SOME]
+
+
+def _raised(lines: Sequence[Read]) -> set[int]:
+    """Return the numbers of the lines below which the same process says where their exception comes from."""
+    before: dict[str, int] = {}
+    raised: set[int] = set()
+    last: Read | None = None
+    for each in lines:
+        if _RAISED.match(each.line.message):
+            # What begins such a message is taken for its process at times.
+            is_told = last is not None and _level(last.line) in ("", "error")
+            number = last.number if last and is_told else before.get(each.line.who, 0)
+            raised.add(number)
+        before[each.line.who], last = each.number, each
+    return raised
 
 
 def _handled(lines: Sequence[Read]) -> set[int]:
@@ -173,10 +191,12 @@ def _goes_on(line: Line) -> bool:
     return suspicion.goes_on(line.message) or _RESUMES.search(line.message) is not None
 
 
-def _weight(read: Read) -> int:
-    """Return how suspicious a line is that no program calls a warning or less."""
-    if _level(read.line) not in ("", "error"):
+def _weight(read: Read, is_raised: bool) -> int:
+    """Return how suspicious a line is that no program calls a warning or less; `is_raised`: it is an exception."""
+    if _level(read.line) not in ("", "error") or _RAISED.match(read.line.message):
         return 0
+    if is_raised and not suspicion.is_harmless(read.line):
+        return suspicion.STRONG
     stripped = replace(read.line, message=read.line.message.lstrip())
     if weight := suspicion.weight(stripped, read.role, read.number):
         return weight

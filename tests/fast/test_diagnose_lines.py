@@ -1,5 +1,6 @@
 """Lines that a terminal has cut, that have several beginnings, or that are very long."""
 
+from sparkinstall.diagnose.lines import take_apart
 from tests.support.diagnosing import diagnosed
 
 
@@ -31,3 +32,9 @@ def test_long_line_is_shown_around_the_match() -> None:
     (place,) = diagnosed(b"x" * 1500 + b" No space left on device " + b"y" * 9000).causes[0].lines
     assert "No space left on device" in place.text
     assert len(place.text) < 420
+
+
+def test_line_of_a_logger_that_does_not_know_the_date_has_no_time() -> None:
+    line = take_apart("E0000 00:00:00.123456    1234 own.cc:83] Unable to register the own factory")
+    assert (line.level, line.when) == ("error", None)
+    assert take_apart("E0000 00:00:1733333333.123456    1234 own.cc:83] Unable to register it").when is None
