@@ -139,7 +139,8 @@ def suspects(data: bytes, known: Collection[int], with_warnings: bool) -> list[t
 
 def last_words(data: bytes, lines: int) -> list[tuple[Read, int]]:
     """Return the suspicious ones of the last lines of a longer log, which has so many; `data` has its end."""
-    last = data.removesuffix(b"\n").split(b"\n")[-LAST:]
+    # The first may lack its beginning, which tells whose words they are.
+    last = data.removesuffix(b"\n").split(b"\n")[1:][-LAST:]
     found = suspects(b"\n".join(last), (), with_warnings=False)
     ended = lines - len(last)
     return [(replace(each, number=ended + each.number), suspicion.WEAK) for each, w in found if w >= suspicion.SOME]
