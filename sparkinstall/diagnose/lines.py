@@ -74,6 +74,8 @@ _PREFIXES = (
     # loggers: of vLLM, uvicorn, Python, Ray, glog
     rf"(?P<level>{_LEVEL}) \d\d-\d\d {_TIME} (?:\[[^\]]*:\d+\]|[\w./]+:\d+\]) ?",
     rf"(?P<level>{_LEVEL}) \[[\w./]+\.py:\d+\] ",
+    # the same of which only the file is left
+    r" {0,2}\[[a-z_]\w+\.py:\d+\] (?=\s*\S)",
     rf"(?P<level>{_LEVEL}) +(?:\[[a-z_]\w*(?:\.\w+)+\]|\([a-z_]\w*(?:\.\w+)+\):) ",
     rf"(?P<level>{_LEVEL}) [\w./]+\.py:\d+ -- ",
     # what a program printed, passed on by its logger under a level of its own; loguru
