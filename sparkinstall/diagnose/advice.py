@@ -284,7 +284,8 @@ def _values(message: str) -> str:
         values = found["list"].split(" [type=")[0].strip().rstrip(".,;").removesuffix(" now")
         values = values if "(" in values else values.rstrip(")")
         is_amount = re.match(r"\(?\d[\d.,]* (?:tokens|bytes|[KMG]i?B)\b", values) is not None
-        if _SEVERAL.search(values) and len(values) > 3 and not (is_amount or _OF_GPUS.search(values)):
+        is_other = is_amount or _OF_GPUS.search(values) or _CODE.search(values)
+        if _SEVERAL.search(values) and len(values) > 3 and not is_other:
             return values
     return ""
 
