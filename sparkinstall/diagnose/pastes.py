@@ -198,7 +198,8 @@ def _weight(read: Read, is_raised: bool) -> int:
         return 0
     if is_raised and not suspicion.is_harmless(read.line):
         return suspicion.STRONG
-    stripped = replace(read.line, message=read.line.message.lstrip())
+    # without the dot or dash of a list
+    stripped = replace(read.line, message=read.line.message.lstrip(" \t-*•"))
     if weight := suspicion.weight(stripped, read.role, read.number):
         return weight
     message = _said(read)

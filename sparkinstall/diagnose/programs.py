@@ -88,6 +88,10 @@ PROGRAMS = (SGLANG,)
 
 # Two of vLLM's backends that are one of the program's.
 _TWICE = re.compile(r"(, )?\b(\w+) or \2\b")
+# Beside an option, one that only some releases of vLLM have.
+_OF_RELEASES = re.compile(
+    r"(?<=`|\w)(?:,? (?:or|and)|,) `[^`]+`(?: or `?\w+`?)? \((?:before )?vLLM [\d.]+(?: and later)?\),?"
+)
 _PARTS = re.compile(r"; (?![^()]*\))")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+[a-z]")
 # What is in vLLM's environment, its releases, and the values that its options take.
@@ -113,7 +117,7 @@ def _named(text: str, name: str) -> str:
 
 def _hint(hint: str, program: Program) -> str:
     """Return the parts of a hint that name nothing that only vLLM has; a newer release stands for the others."""
-    parts = [program.with_its_options(each) for each in _PARTS.split(hint)]
+    parts = [program.with_its_options(_OF_RELEASES.sub("", each)) for each in _PARTS.split(hint)]
     known = [_named(each, program.name) for each in parts if not _is_foreign(each, program)]
     return "; ".join(known if len(known) == len(parts) else [*known, f"a newer release of {program.name}"])
 
