@@ -1,6 +1,7 @@
 """`sparkinstall diagnose`: find known failures in logs, with their cause and what to do."""
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.redaction import redact
 
 _SHOWN_TELLING = 8
+# A semicolon in parentheses or in code ends no step.
+_STEP_ENDS = re.compile(r"; (?=(?:[^`]*`[^`]*`)*[^`]*\Z)(?![^()]*\))")
 _ENDED = "The cause is not known: what was recognized are consequences only."
 _NO_REASON = (
     "What failed first is below, with what to do next. Why is in no line of this log: it was not logged, or is in "
@@ -196,9 +199,20 @@ def _show_found(found: Found, out: Console, several: bool) -> None:
     table = _grid(7)
     for name, text in fields.items():
         if text:
-            table.add_row(Text(name, style="dim"), Text(redact(text)))
+            table.add_row(Text(name, style="dim"), _listed(text) if name == "do" else Text(redact(text)))
     out.print(table)
     out.print()
+
+
+def _listed(hint: str) -> Text | Table:
+    """Return what to do, each thing on a line of its own; semicolons stand between them."""
+    steps = [redact(each) for each in _STEP_ENDS.split(hint)]
+    if len(steps) == 1:
+        return Text(steps[0])
+    table = Table.grid(padding=(0, 1))
+    for each in steps:
+        table.add_row(Text("-", style="dim"), Text(each))
+    return table
 
 
 def _show_lines(lines: Sequence[Place], out: Console, several: bool) -> None:
@@ -271,7 +285,9 @@ def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) 
         if each.where:
             out.print(f"      [dim]in {escape(each.where)}[/]")
         if each.advice:
-            out.print(f"      [dim]do[/] {escape(redact('; '.join(each.advice)))}")
+            table = _grid(7)
+            table.add_row(Text("do", style="dim"), _listed("; ".join(each.advice)))
+            out.print(table)
         if each.count > 1:
             out.print(f"      [dim]{each.count} lines like this[/]")
     out.print()

@@ -287,9 +287,8 @@ def _last_reason(suspects: Sequence[_Suspicion]) -> Match | None:
 
 
 def _telling(suspect: Suspect) -> Telling:
-    searched = (
-        [f"look for reports with these words: {suspect.reports}"] if suspect.is_raised and suspect.reports else []
-    )
+    reports = suspect.reports if suspect.is_raised else ""
+    searched = (f"look for reports with these words: {reports}",) if reports else ()
     return Telling(
         **asdict(suspect.place), count=suspect.count, where=suspect.where, advice=(*suspect.advice, *searched)
     )

@@ -11,11 +11,10 @@ from msgspec import Struct
 from sparkinstall import schema
 from sparkinstall.assets import asset
 from sparkinstall.diagnose.advice import says
+from sparkinstall.diagnose.tracebacks import Frame, frames_of
 
 FILE = "knowledge/projects.yaml"
 
-_FRAME = re.compile(r'File "(?P<path>[^"]*)", line \d+(?:, in (?P<function>\w+))?')
-_ENVIRONMENT = re.compile(r".*/(?:site-packages|dist-packages|python3(?:\.\d+)?)/")
 # Python's own library, and code without a file.
 _PYTHON = re.compile(r".*/python3\.\d+/(?!(?:site|dist)-packages/)|<|[\w.]+\.py\Z")
 _INSTALLED = re.compile(r"/(?:site|dist)-packages/")
@@ -65,11 +64,11 @@ def projects() -> tuple[Project, ...]:
 def raised_by(frames: str) -> Project | None:
     """Return whose code a traceback ends in; of packages that others call, who called them. None: not known."""
     called = None
-    for path in _files(frames):
-        project = _project_at(path)
+    for frame in _frames(frames):
+        project = _project_at(frame.inner)
         if project and not project.is_called:
             return project
-        if project is None and not _INSTALLED.search(path):
+        if project is None and not _INSTALLED.search(frame.path):
             # A script of the user, whatever started it.
             return called
         called = called or project
@@ -78,7 +77,7 @@ def raised_by(frames: str) -> Project | None:
 
 def is_elsewhere(frames: str) -> bool:
     """Return whether a traceback passes no code that has a part in serving a model."""
-    found = [_project_at(path) for path in _files(frames)]
+    found = [_project_at(frame.inner) for frame in _frames(frames)]
     return bool(found) and not any(each and each.serves for each in found)
 
 
@@ -100,15 +99,14 @@ def reports(project: Project, message: str, where: str) -> str:
     return project.reports.format(words=quote_plus(words))
 
 
-def _files(frames: str) -> Iterator[str]:
-    """Yield the files of a traceback, the last one first, but for Python's own."""
-    for found in reversed(list(_FRAME.finditer(frames))):
-        if not _PYTHON.match(found["path"]):
-            yield found["path"]
+def _frames(frames: str) -> Iterator[Frame]:
+    """Yield the places of a traceback, the last one first, but for those in Python's own files."""
+    return (each for each in reversed(frames_of(frames)) if not _PYTHON.match(each.path))
 
 
-def _project_at(path: str) -> Project | None:
-    inner = _ENVIRONMENT.sub("", path)
+@lru_cache(maxsize=1000)
+def _project_at(inner: str) -> Project | None:
+    """Return whose file a path within an environment is."""
     return next((each for each in projects() if each.path and each.path.search(inner)), None)
 
 

@@ -12,11 +12,11 @@ from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.diagnose import advice, messages, pastes, projects, suspicion, tracebacks
+from sparkinstall.diagnose import advice, messages, pastes, sightings, suspicion, tracebacks
 from sparkinstall.diagnose.lines import Line, printable, take_apart
 from sparkinstall.diagnose.sightings import SHOWN, WIDEST, Match, Place, Suspect, shown
 from sparkinstall.diagnose.signatures import Signature
-from sparkinstall.diagnose.tracebacks import CutOff, Role, Tracebacks, place_of, stage_of
+from sparkinstall.diagnose.tracebacks import CutOff, Role, Tracebacks, place_of
 from sparkinstall.diagnose.wrapped import Wrapped
 
 REACH = 2048
@@ -47,8 +47,6 @@ _FRUITLESS = 500
 """After so many lines that differ in numbers only, in which a regex found nothing, it is not tried in another one."""
 _SHAPES = 10_000
 """Shapes of lines that are remembered."""
-_FRAMES_KEPT = 2000
-"""Characters of a suspicious line's traceback that are kept."""
 _CUT_OFF = "the log ends within this traceback, so its exception is missing"
 _NOWHERE = (1, 0)
 """The span of no bytes."""
@@ -273,17 +271,15 @@ class Search:
                 same.count += 1
             elif weight >= least and len(self._telling) < TELLING_KEPT:
                 place = Place(self.name, each.number, shown(each.line.text, 0))
-                said = suspicion.said(each.line)
-                project = projects.told_by(said)
-                self._telling[key] = Suspect(place, weight, said, each.line.who, project=project, is_by_words=True)
+                self._telling[key] = sightings.suspect(place, weight, suspicion.said(each.line), each.line.who)
+                self._telling[key].is_by_words = True
 
     def _keep_end_of(self, cut: CutOff) -> None:
         """Keep the last line of a traceback of which the exception is missing."""
         lines = [each.strip() for each in cut.frames.splitlines() if each.strip()]
         place = Place(self.name, cut.number, f"{lines[-1][:WIDEST]} ({_CUT_OFF})")
-        where, frames = place_of(cut.frames), cut.frames[-_FRAMES_KEPT:]
-        suspect = Suspect(place, suspicion.STRONG, _CUT_OFF, cut.who, where, frames, is_cut_off=True)
-        suspect.is_elsewhere = projects.is_elsewhere(cut.frames)
+        suspect = sightings.suspect(place, suspicion.STRONG, _CUT_OFF, cut.who, cut.frames)
+        suspect.is_cut_off = True
         self._telling.setdefault(f"cut off {cut.who}", suspect)
 
     @property
@@ -606,12 +602,8 @@ class Search:
                 said = f"NCCL WARN {file[0]}: {said}" if file else f"NCCL WARN {said}"
             said += current.raised_by
             # The traceback of what another process has raised is that of who passes it on.
-            frames = "" if inner else frames
-            where, is_raised = place_of(frames), current.role.kind == "exception"
-            kept[key] = Suspect(place, weight, said, line.who, where, frames[-_FRAMES_KEPT:], is_raised=is_raised)
-            kept[key].stage = stage_of(frames)
-            kept[key].project = projects.raised_by(frames) or projects.told_by(said)
-            kept[key].is_elsewhere = projects.is_elsewhere(frames)
+            kept[key] = sightings.suspect(place, weight, said, line.who, "" if inner else frames)
+            kept[key].is_raised = current.role.kind == "exception"
             return [kept[key]]
         return []
 

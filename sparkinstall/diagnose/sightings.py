@@ -9,11 +9,15 @@ from sparkinstall.diagnose import advice, projects
 from sparkinstall.diagnose.lines import PROGRAM
 from sparkinstall.diagnose.projects import Project
 from sparkinstall.diagnose.signatures import Signature
+from sparkinstall.diagnose.stages import stage_of
+from sparkinstall.diagnose.tracebacks import place_of
 
 SHOWN = 3
 """Lines of one failure that are kept."""
 WIDEST = 400
 """Characters of a line that are shown."""
+_FRAMES_KEPT = 2000
+"""Characters of a suspicious line's traceback that are kept."""
 
 # Lines of journald and NCCL begin with the host name.
 _JOURNAL = re.compile(rf"^(\w{{3}} [ \d]\d [\d:]{{8}}|\d{{4}}-\d\d-\d\dT[\d:.,+-]+Z?) \S+ (?={PROGRAM}:)")
@@ -102,12 +106,23 @@ class Suspect(Struct):
     @property
     def reports(self) -> str:
         """The address of a search for reports of it; "" if it is not known whose it is, or it says too little."""
-        return projects.reports(self.project, self.message, self.where) if self.project else ""
+        if self.project is None or self.is_cut_off:
+            return ""
+        return projects.reports(self.project, self.message, self.where)
 
     @property
     def advice(self) -> tuple[str, ...]:
         """What to do that follows from its own words."""
         return advice.advice(self.message, self.is_of_vllm)
+
+
+def suspect(place: Place, weight: int, message: str, who: str, frames: str = "") -> Suspect:
+    """Return a suspicious line with what its traceback, if it has one, and its words tell of where it comes from."""
+    return Suspect(
+        place, weight, message, who, place_of(frames), frames[-_FRAMES_KEPT:], stage_of(frames),
+        project=projects.raised_by(frames) or projects.told_by(message),
+        is_elsewhere=projects.is_elsewhere(frames),
+    )  # fmt: skip
 
 
 def shown(text: str, at: int) -> str:

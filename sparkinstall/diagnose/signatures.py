@@ -118,7 +118,7 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     vague: bool = False
 
     def told_elsewhere(self, words: Mapping[str, str]) -> str:
-        """Return what is told of a traceback that passes no code with a part in serving a model; "" if nothing else."""
+        """Return what is told of a traceback that passes no code with a part in serving a model."""
         return _filled(self.elsewhere, words)
 
     @property

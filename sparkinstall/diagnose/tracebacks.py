@@ -14,9 +14,9 @@ HEAD = "Traceback (most recent call last)"
 BEGINNINGS = (HEAD, ", line ", "During handling of the above", "The above exception was")
 """Texts without which no line begins or chains a traceback."""
 
-_PLACE = re.compile(r'File "([^"]*)", line \d+(?:, in (\S+))?')
+_PLACE = re.compile(r'File "(?P<path>[^"]*)", line \d+(?:, in (?P<function>\S+))?')
 # The part of a path that tells nothing: where an environment is.
-_ENVIRONMENT = re.compile(r".*/(?:site-packages|dist-packages|python3\.\d+)/")
+_ENVIRONMENT = re.compile(r".*/(?:site-packages|dist-packages|python3(?:\.\d+)?)/")
 # Code through which every call passes.
 _WRAPPERS = ("contextlib.py", "torch/nn/modules/module.py", "vllm/tracing/", "torch/utils/_contextlib.py", "<frozen ")
 _FILE = re.compile(r'\s*File "[^"]*", line \d+')
@@ -48,23 +48,6 @@ _BEGUN = re.compile(r"\s*f?[\"'](?P<text>[^\"'\n]{8,})\s*\Z")
 # The exception itself, behind a beginning of its line that is not known.
 _TOLD = re.compile(r"(?:^|[\s|\]])(?P<all>(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception): \S.*)$", re.MULTILINE)
 _PLAIN_NAMES = ("Exception", "RuntimeError", "ValueError", "TypeError", "OSError", "AssertionError")
-# What vLLM's engine does while it starts, by its functions, and what to do about it.
-_STAGES = tuple(
-    (re.compile(rf", in (?:{functions})\b"), do)
-    for functions, do in (
-        (
-            r"_?capture_(?:model|graphs?|cudagraphs?)|build_for_cudagraph_capture|_?capture_cudagraphs|profile_cudagraph_memory",
-            "it happened while CUDA graphs were captured: `--enforce-eager` starts without them, and a lower "
-            "`--max-cudagraph-capture-size` captures fewer",
-        ),
-        (
-            r"kernel_warmup|flashinfer_autotune|_?run_flashinfer_autotune|autotune|choose_one",
-            "it happened while kernels were tuned and warmed up: `--no-enable-flashinfer-autotune` leaves that out",
-        ),
-    )
-)
-_OF_NEW_RUNNER = "vllm/v1/worker/gpu/"
-_NEW_RUNNER = "it is in vLLM's second model runner: `VLLM_USE_V2_MODEL_RUNNER=0` takes the first one"
 _FROM_END = 40
 """Lines at the end of a log in which a traceback that has no exception is cut off."""
 _MOST_FRAMES = 120
@@ -82,6 +65,18 @@ class Role(Struct, frozen=True):
     kind: str
     frames: str = ""
     first: int = 0
+
+
+class Frame(Struct, frozen=True):
+    """A place in a traceback: the path of the file as it stands there, and the function ("" if it is not told)."""
+
+    path: str
+    function: str
+
+    @property
+    def inner(self) -> str:
+        """The path within the environment."""
+        return _ENVIRONMENT.sub("", self.path)
 
 
 class CutOff(Struct, frozen=True):
@@ -253,27 +248,25 @@ def _raised(frames: Iterable[str]) -> str:
     return f"{found['name']}: {told}" if told.strip() else name and f"{name}: {NO_TEXT}"
 
 
+def frames_of(frames: str) -> list[Frame]:
+    """Return the places of a traceback, the outermost first."""
+    return [Frame(found["path"], found["function"] or "") for found in _PLACE.finditer(frames)]
+
+
 def place_of(frames: str) -> str:
     """Return the file and the function that raised an exception, from its traceback; "" if that does not tell.
 
     Where that is torch or Python itself, what called it is told too.
     """
-    found = [(_ENVIRONMENT.sub("", path), function) for path, function in _PLACE.findall(frames)]
-    told = [f"{path}, {function}" if function else path for path, function in found if not path.startswith(_WRAPPERS)]
+    told = [
+        f"{each.inner}, {each.function}" if each.function else each.inner
+        for each in frames_of(frames)
+        if not each.inner.startswith(_WRAPPERS)
+    ]
     if not told:
         return ""
     caller = next((each for each in reversed(told) if not each.startswith("torch/") and "/" in each), told[-1])
     return told[-1] if caller == told[-1] else f"{told[-1]}, called by {caller}"
-
-
-def stage_of(frames: str) -> str:
-    """Return what to do about what vLLM's engine did when an exception was raised; "" if its traceback does not tell.
-
-    It is the last stage that the traceback passes: graphs are captured with a run that measures memory too.
-    """
-    passed = [(found.start(), do) for stage, do in _STAGES for found in stage.finditer(frames)]
-    told = [max(passed)[1]] if passed else []
-    return "; ".join([*told, _NEW_RUNNER] if _OF_NEW_RUNNER in frames else told)
 
 
 def _depth(message: str) -> int:

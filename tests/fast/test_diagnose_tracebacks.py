@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from sparkinstall.diagnose import tracebacks
+from sparkinstall.diagnose.stages import stage_of
 from tests.support.diagnosing import causes, diagnosed
 
 
@@ -99,6 +99,6 @@ def test_stage_of_the_start_is_told_with_what_leaves_it_out(functions: Sequence[
     lines = [f'  File "/opt/v/vllm/v1/worker/own.py", line 7, in {each}\n    own()' for each in functions]
     head = "Traceback (most recent call last):"
     (cause,) = diagnosed("\n".join((head, *lines, "ValueError: own rows differ", "")).encode()).causes
-    stage = tracebacks.stage_of("\n".join(lines))
-    assert "VLLM_USE_V2_MODEL_RUNNER=0" in tracebacks.stage_of("\n".join(lines).replace("worker/", "worker/gpu/"))
+    stage = stage_of("\n".join(lines))
+    assert "VLLM_USE_V2_MODEL_RUNNER=0" in stage_of("\n".join(lines).replace("worker/", "worker/gpu/"))
     assert (words in stage and cause.hint.startswith(stage)) if words else stage == ""
