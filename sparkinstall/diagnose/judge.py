@@ -16,10 +16,10 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
-from sparkinstall.diagnose.programs import PROGRAMS, rewritten
+from sparkinstall.diagnose.programs import PROGRAMS, for_any_program, rewritten
 from sparkinstall.diagnose.search import TELLING_KEPT, Search, SignatureIndex
 from sparkinstall.diagnose.sightings import SHOWN, Match, Place, Suspect
-from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, explains
+from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, Signature, explains
 from sparkinstall.diagnose.suspicion import SOME, STRONG
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
 from sparkinstall.given import absolute
@@ -36,10 +36,10 @@ _REASONS = 12
 _LAST, _LAST_WEAK = 40, 5
 """Lines at the end of a log in which an error that is no exception has ended it; fewer for one that says little."""
 _ELSEWHERE = (
-    "look at what the code above was given: its options, its files of settings, its input; then another release of the "
+    "look at what the program was given: its options, its files of settings, its input; then another release of the "
     "package that it is of, or the one from before its last update"
 )
-"""What to do about code that has no part in serving a model."""
+"""What to do about a program that has no part in serving a model."""
 _PAUSE = 0.2
 _MOST_PLACES = 100
 """Lines of one failure that are kept, of all logs."""
@@ -315,27 +315,37 @@ def _found(
     )
 
 
-def _in_its_words(match: Match, told: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
+def _in_its_words(match: Match, told: dict[str, str]) -> dict[str, str | tuple[str, ...]]:
     """Return what is told of a failure of a general kind, with its own words, its part, and what follows from both."""
     signature, part = match.signature, match.part
-    why, hint = told["why"], told["hint"]
-    if match.is_elsewhere and signature.elsewhere:
-        why, hint = signature.told_elsewhere(match.words), _ELSEWHERE
+    its = part.told({}) if part else None
+    if match.is_elsewhere:
+        told = told | _of_any_program(signature, match.words)
+        its = part.told({}) | _of_any_program(part, {}) if part else None
+    hint = told["hint"]
     # What the program itself advises is in the hint.
     is_advised = "advice" in match.words
     hints = [hint, *match.advice] if is_advised else [*match.advice, hint]
-    if part and not is_advised:
-        hints = [*match.advice, part.hint, *(() if signature.vague else (hint,))]
+    if its and not is_advised:
+        hints = [*match.advice, its["hint"], *(() if signature.vague or its["hint"] == hint else (hint,))]
     links = part.links if part else signature.links
     if match.project and match.reports and (signature.by_part or signature.part):
         hints.append(f"look for these words in the reports of {match.project} (the last link)")
         links = (*links, match.reports)
     return {
-        "title": f"{part.title}: {told['title']}" if part else told["title"],
+        "title": f"{its['title']}: {told['title']}" if its else told["title"],
         "links": links,
-        "why": f"{match.says}: {why}",
+        "why": f"{match.says}: {told['why']}",
         "hint": "; ".join([match.stage, *hints] if match.stage else hints),
     }
+
+
+def _of_any_program(signature: Signature, words: Mapping[str, str]) -> dict[str, str]:
+    """Return what is told of a general failure of a program that serves no models."""
+    told = signature.told(words)
+    elsewhere = signature.told_elsewhere(words)
+    elsewhere.setdefault("hint", "; ".join([*for_any_program(told["hint"]), _ELSEWHERE]))
+    return elsewhere
 
 
 def _causes(match: Match, found: Iterable[Match]) -> tuple[str, ...]:

@@ -86,6 +86,8 @@ _PREFIXES = (
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
     rf"\[(?P<level>{_LEVEL})\] ",
     rf"\[[\w.-]+\] (?P<level>{_LEVEL}): (?=\S)",
+    # Chromium, and with it programs of Electron
+    r"\[\d+:\d{4}/\d{6}\.\d+:(?P<level>FATAL|ERROR|WARNING|INFO|VERBOSE\d*):[\w./-]+(?:\(|:)\d+[\])]+ ",
     # nginx
     r"\[(?P<level>emerg|alert|crit|error|warn|notice)\] \d+#\d+: (?:\*\d+ )?",
     # a library that names itself

@@ -48,11 +48,13 @@ _AMISS = re.compile(
     r"|unexpected(?:ly)?|undefined|unavailable|unreachable|exceed(?:s|ed)|too (?:large|small|long|many|old|new|few|low)"
     r"|(?:larger|greater|less|smaller|older|newer|more) than|expected .{1,60}\b(?:got|but|found)\b|but got"
     r"|corrupt(?:ed)?|broken|conflict(?:s|ing)?|stuck|requires?|must(?: be| not)?|restricted|lost|only supported"
-    r"|(?:is|are) going to be|is to be installed|held back)(?![\w/=-]))"
+    r"|(?:is|are) going to be|is to be installed|held back|not (?:yet )?(?:ready|healthy|running|up|responding)"
+    r" (?:after|within|in) \d)(?![\w/=-]))"
 )
 # What is said of no failure that happened: of none, of a number of them that is 0, of what may come.
 _NOT_SO = re.compile(
-    r"(?i:(?<![\w.])(?:0|no|zero|without|any) (?:\w+ )?(?:errors?|failures?|failed|problems?|conflicts?)\b"
+    r"(?i:(?<![\w.])(?:0|no|zero|without|any) (?:\w+ )?"
+    r"(?:errors?|failures?|failed|problems?|conflicts?|issues?|warnings?|faults?)\b(?: (?:was |were )?found)?"
     r"|\b(?:errors?|fail(?:ed|ures?)?|unreachable|dropped|timeouts?)(?: \w+){0,2}"
     r"(?: *[:=]\W*|[ |]{2,})(?:0\b(?!x)|none\b|false\b)"
     r"|\\?\"(?:error|errors|exception|failure|stderr)\\?\": ?(?:null|false|0|\\?\"\\?\"|\[\]|\{\})"
@@ -91,6 +93,8 @@ _RESUMES = re.compile(
 )
 # What a person is to do is nothing that the program does.
 _ADVISES = re.compile(r"(?i)\b(?:you (?:can|may|must|should|need)|please|try|must be) .{0,60}\binstead\b")
+# It goes on without knowing whether that is good.
+_ANYWAY = re.compile(r"(?i)\b(?:continu\w+|proceed\w*|going on|carrying on) anyway\b")
 # A level in a form that no logger here is known for.
 _QUIET = re.compile(r".{0,80}?(?<![\w-])(?:INFO|DEBUG|TRACE|NOTICE|VERBOSE|I|D)(?=[\]:| ])(?!: task)")
 _WARNING = re.compile(r".{0,80}?(?:(?<![\w-])(?:WARN(?:ING)?|[Ww]arning)(?=[\]:| ])|\[W[: ])")
@@ -108,6 +112,8 @@ _RAISED = re.compile(r"\s*Exception raised from \S+ at \S+:\d+")
 _ANNOUNCES = re.compile(r".{0,60}:\s*$")
 # What gives a reason: a colon with words behind it, "because", a value of a key.
 _REASONED = re.compile(r": \S|(?i:\b(?:because|due to|since)\b)|\w=\w")
+_SENTENCES = 160
+"""Characters of a message that is long enough to say why something ended."""
 _SOON = 3
 """Lines after which a program says that it goes on without what failed."""
 
@@ -179,7 +185,17 @@ def _read(data: bytes) -> list[Read]:
     indent = min((len(each) - len(each.lstrip()) for each in texts if each.strip()), default=0)
     lines = [(number, take_apart(each[indent:])) for number, each in enumerate(texts, 1) if each.strip()]
     tracebacks = Tracebacks()
-    return [Read(number, line, tracebacks.see(number, line)) for number, line in lines]
+    found = [Read(number, line, tracebacks.see(number, line)) for number, line in lines]
+    return _without_first_code(found)
+
+
+def _without_first_code(lines: list[Read]) -> list[Read]:
+    """Return the lines, with code before the first place of a traceback of which the paste lacks the beginning."""
+    first = next((at for at, each in enumerate(lines) if each.role.kind == "frame"), 0)
+    is_begun = first and lines[first].line.message.lstrip().startswith("File ")
+    if not is_begun or any(not each.line.message.startswith("    ") for each in lines[:first]):
+        return lines
+    return [replace(each, role=Role("frame")) for each in lines[:first]] + lines[first:]
 
 
 def _went_right(line: Line) -> bool:
@@ -187,7 +203,7 @@ def _went_right(line: Line) -> bool:
 
 
 def _goes_on(line: Line) -> bool:
-    if _ADVISES.search(line.message):
+    if _ADVISES.search(line.message) or _ANYWAY.search(line.message):
         return False
     return suspicion.goes_on(line.message) or _RESUMES.search(line.message) is not None
 
@@ -213,7 +229,8 @@ def _weight(read: Read, is_raised: bool) -> int:
 
 def tells_no_reason(message: str) -> bool:
     """Return whether a message only says that something ended or that a step failed."""
-    return bool(_STEP.match(message) or (_ENDED_ONLY.search(message) and not _REASONED.search(message)))
+    is_bare = len(message) < _SENTENCES and _ENDED_ONLY.search(message) and not _REASONED.search(message)
+    return bool(_STEP.match(message) or is_bare)
 
 
 def _is_warned_of(read: Read, last: int) -> bool:

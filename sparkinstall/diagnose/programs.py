@@ -95,9 +95,15 @@ _OF_RELEASES = re.compile(
 _PARTS = re.compile(r"; (?![^()]*\))")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+[a-z]")
 # What is in vLLM's environment, its releases, and the values that its options take.
-_OF_VLLM = re.compile(
-    r"\bVLLM_|\{(?:from|before) |vLLM \d|~/\.cache/vllm|\bsparkinstall \w|\b(?:packages|serving)\.\w"
+_OF_THE_STACK = (
+    r"\bVLLM_|\{(?:from|before) |vLLM \d|~/\.cache/vllm|\b(?:packages|serving)\.\w"
     r"|\b(?:TRITON|FLASH|TORCH)_(?:ATTN|MLA|SDPA)\b|a newer stack|another stack"
+)
+_OF_VLLM = re.compile(rf"{_OF_THE_STACK}|\bsparkinstall \w")
+# The same, and what only a program that serves models has.
+_OF_MODELS = re.compile(
+    rf"{_OF_THE_STACK}|\bsparkinstall (?:plan|serve|recipes|ask|fit|models|stacks)\b|\bvLLM|locked set"
+    r"|(?i:\bmodels?\b|quantization|checkpoint|tokenizer|backend|weights)"
 )
 
 
@@ -109,6 +115,13 @@ def rewritten(told: Told, program: Program) -> Told:
     return replace(
         told, title=_named(told.title, name), why=_named(told.why, name), hint=_hint(told.hint, program), links=links
     )
+
+
+def for_any_program(hint: str) -> list[str]:
+    """Return the steps of a hint that concern no program in particular."""
+    steps = (_OF_RELEASES.sub("", each) for each in _PARTS.split(hint))
+    known = advice.options_of_vllm()
+    return [each for each in steps if not _OF_MODELS.search(each) and known.isdisjoint(_FLAG.findall(each))]
 
 
 def _named(text: str, name: str) -> str:

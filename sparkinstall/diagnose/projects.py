@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, Literal
 from urllib.parse import quote_plus
 
 from msgspec import Struct
@@ -15,6 +15,11 @@ from sparkinstall.diagnose.tracebacks import Frame, frames_of
 
 FILE = "knowledge/projects.yaml"
 
+# What only programs that serve or train models speak of.
+_OF_MODELS = re.compile(
+    r"(?i:\b(?:models?|weights?|layers?|checkpoints?|tokeni[sz]er|experts?|lora|prompts?|(?<!auth )tokens|embeddings?"
+    r"|attention|kv.?cache|quanti[sz]\w*|speculative|logits?|safetensors)\b)|\b(?:EngineCore|APIServer|Worker_\w+)"
+)
 # Python's own library, and code without a file.
 _PYTHON = re.compile(r".*/python3\.\d+/(?!(?:site|dist)-packages/)|<|[\w.]+\.py\Z")
 _INSTALLED = re.compile(r"/(?:site|dist)-packages/")
@@ -38,15 +43,16 @@ _Search = Annotated[str, schema.like(r"https://\S+\{words\}", "an https address 
 class Project(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Who makes a package or a program.
 
-    `path` is found in the files of its code, `said` in its messages. `serves`: it has a part in serving a model, so
-    that the model's files, the options and the versions of the stack concern it. `is_called`: others call it, and what
-    it raises is as a rule theirs. `reports` is the address of a search in its reports, with `{words}`.
+    `path` is found in the files of its code, `said` in its messages. `role`: a "server" serves models, so that the
+    model's files, the options and the versions of the stack concern it, as they do a "library" that servers are made
+    of; a "program" uses such libraries for something else, such as training. `is_called`: others call it, and what it
+    raises is as a rule theirs. `reports` is the address of a search in its reports, with `{words}`.
     """
 
     name: Annotated[str, schema.like(r"[^\n]+", "one line of text")]
     path: re.Pattern[str] | None = None
     said: re.Pattern[str] | None = None
-    serves: bool = False
+    role: Literal["server", "library", "program", ""] = ""
     is_called: bool = False
     reports: _Search | None = None
 
@@ -76,14 +82,31 @@ def raised_by(frames: str) -> Project | None:
 
 
 def is_elsewhere(frames: str) -> bool:
-    """Return whether a traceback passes no code that has a part in serving a model."""
-    found = [_project_at(frame.inner) for frame in _frames(frames)]
-    return bool(found) and not any(each and each.serves for each in found)
+    """Return whether a traceback is of a program that serves no model, whatever libraries it calls."""
+    passed = list(_frames(frames))
+    found = [_project_at(each.inner) for each in passed]
+    roles = {each.role for each in found if each}
+    if not passed or "server" in roles:
+        return False
+    is_of_a_script = found[-1] is None and not _INSTALLED.search(passed[-1].path)
+    return "program" in roles or "library" not in roles or is_of_a_script
 
 
 def told_by(message: str) -> Project | None:
     """Return whose words a message is, if it says so."""
     return next((each for each in projects() if each.said and each.said.search(message)), None)
+
+
+def is_of_a_server(text: str) -> bool:
+    """Return whether a log names a server, or a library that servers are made of, or speaks of models."""
+    return _named().search(text) is not None or _OF_MODELS.search(text) is not None
+
+
+@lru_cache(maxsize=1)
+def _named() -> re.Pattern[str]:
+    """Return what finds the name of such a project, as it is written in text or in code."""
+    names = (re.sub(r"\W", "[-_. ]?", each.name) for each in projects() if each.role in ("server", "library"))
+    return re.compile(rf"(?i:{'|'.join(names)})")
 
 
 def reports(project: Project, message: str, where: str) -> str:

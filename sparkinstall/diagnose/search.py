@@ -6,13 +6,14 @@ does not depend on how the stream is cut into blocks.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from operator import itemgetter
 
 from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.diagnose import advice, messages, pastes, sightings, suspicion, tracebacks
+from sparkinstall.diagnose import advice, messages, pastes, projects, sightings, suspicion, tracebacks
 from sparkinstall.diagnose.lines import Line, printable, take_apart
 from sparkinstall.diagnose.sightings import SHOWN, WIDEST, Match, Place, Suspect, shown
 from sparkinstall.diagnose.signatures import Signature
@@ -151,8 +152,8 @@ class Search:
         self._shape: tuple[int, bytes] = (0, b"")
         self._span = _NOWHERE
         self.bytes = self.lines = 0
-        # The end of the log, or all of one that is short enough to be a paste, and those of its lines that are known.
-        self._paste = b""
+        # The beginning of the log, its end (all of one that is short enough to be a paste), and its known lines.
+        self._beginning = self._paste = b""
         self._settled: set[int] = set()
         self._waiting = b""
         self._seen = 0
@@ -183,6 +184,8 @@ class Search:
     def feed(self, data: bytes) -> list[Match]:
         """Search the next block; return the failures found for the first time."""
         self.bytes += len(data)
+        if len(self._beginning) < pastes.BYTES:
+            self._beginning = (self._beginning + data)[: pastes.BYTES]
         self._paste = (self._paste + data if len(data) < pastes.BYTES else data)[-pastes.BYTES :]
         self._waiting = self._waiting + data if self._waiting else data
         whole = self._waiting.rfind(b"\n") + 1
@@ -333,8 +336,13 @@ class Search:
             kind, (place,), suspect.count, place.line, words,
             who=suspect.who, where=suspect.where, says=says, advice=tuple(told), part=part, stage=suspect.stage,
             project=suspect.project.name if suspect.project else "", reports=suspect.reports,
-            is_elsewhere=suspect.is_elsewhere,
+            is_elsewhere=suspect.is_elsewhere or not (suspect.frames or self._is_of_a_server),
         )  # fmt: skip
+
+    @cached_property
+    def _is_of_a_server(self) -> bool:
+        """Whether the log's beginning or end tells that it is of a program that serves models; known at its end."""
+        return any(projects.is_of_a_server(printable(each)) for each in (self._beginning, self._paste))
 
     @property
     def telling(self) -> list[Suspect]:

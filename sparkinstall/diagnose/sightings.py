@@ -44,7 +44,8 @@ class Match(Struct):
     before. `is_logged`: each line ends a traceback that the program logged, so that it caught the exception. Of a
     general one, `says` are the line's own words, `advice` is what follows from them, `part` tells of the part of a
     program that it is about, `stage` what to do about what the engine did then, and `reports` the address of the
-    reports of `project` like it; `is_elsewhere`: its traceback passes no code that has a part in serving a model.
+    reports of `project` like it; `is_elsewhere`: neither its traceback nor the log shows that a program that serves
+    models has a part in it.
     """
 
     signature: Signature

@@ -210,6 +210,8 @@ _COULD_NOT = re.compile(
     r"(?:(?:re)?create|allocate|initiali[sz]e|register|map|bind|attach|modify|launch) [^.;,]{2,80}\.?$"
     r"|(?:Couldn't|Could not|Unable to) (?:get|open|access|read|write|query|set|mount|run) [^.;,]{2,80}\.?$"
 )
+# A program's last words, as its logger calls them.
+_LAST_WORDS = re.compile(r"\b(?:FATAL|FATA)\b|\[?F\d{4} \d\d:|\[(?:emerg|crit)\]")
 # Python's own words for an end on request.
 _ASKED_FOR = re.compile(r"(?:[\w.]+\.)?(?:KeyboardInterrupt|SystemExit|CancelledError|GeneratorExit|StopIteration)\b")
 # Nothing has failed, whoever says it.
@@ -330,6 +332,8 @@ def _by_shape(line: Line, role: Role, number: int, message: str) -> int:
         and not (len(message) < _SHORT and message.rstrip().endswith(":"))
     )
     is_weak = line.level == "error" or (not line.level and "systemd[" not in line.who and _COULD_NOT.match(message))
+    if line.level == "error" and _LAST_WORDS.search(line.prefix):
+        return STRONG
     return _first(_SHAPES, message) or (WEAK if is_weak and is_whole else 0)
 
 

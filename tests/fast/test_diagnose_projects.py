@@ -47,10 +47,33 @@ def test_whose_code_a_traceback_is_of(files: tuple[str, ...], name: str | None) 
     assert (found and found.name) == name
 
 
-def test_a_traceback_without_a_server_is_elsewhere() -> None:
-    assert projects.is_elsewhere(traceback(f"{VENV}/torch/own.py", "/home/own/script.py"))
-    assert not projects.is_elsewhere(traceback(f"{VENV}/vllm/own.py", f"{VENV}/numpy/own.py"))
-    assert not projects.is_elsewhere("")
+@pytest.mark.parametrize(
+    ("files", "is_elsewhere"),
+    [
+        ((f"{VENV}/torch/own.py", "/home/own/script.py"), True),
+        (("/home/own/script.py", f"{VENV}/transformers/own.py"), True),
+        ((f"{VENV}/transformers/own.py", f"{VENV}/torch/own.py"), False),
+        ((f"{VENV}/vllm/own.py", f"{VENV}/numpy/own.py"), False),
+        (("/home/own/script.py", f"{VENV}/vllm/own.py"), False),
+        ((), False),
+    ],
+)
+def test_a_traceback_without_a_server_is_elsewhere(files: tuple[str, ...], is_elsewhere: bool) -> None:
+    assert projects.is_elsewhere(traceback(*files)) == is_elsewhere
+
+
+@pytest.mark.parametrize(
+    ("log", "is_of_one"),
+    [
+        ("own-agent: Error: own lists are Not Supported", False),
+        ("own-agent: Error: own lists are Not Supported by the model", True),
+        ("loading sgl_kernel for SGLang", True),
+        ("a job of own-llama_cpp", True),
+        ("kernel: own: auth tokens are expired", False),
+    ],
+)
+def test_a_log_that_names_no_server_and_no_model_is_of_none(log: str, is_of_one: bool) -> None:
+    assert projects.is_of_a_server(log) == is_of_one
 
 
 @pytest.mark.parametrize(
