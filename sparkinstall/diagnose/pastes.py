@@ -82,7 +82,8 @@ _OF_A_PART = re.compile(r"(?:NVRM|nvidia\b|nvidia-\w+|mlx5_core|infiniband|oom\b
 _LIKE_THE_KERNEL = re.compile(r"[\w-]+ (?:[0-9a-f]{4}:)?[0-9a-f]{2}:[0-9a-f]{2}\.\d: |(?:audit|ACPI|EFI|usb|pci)\b")
 # All went right, after whatever was before.
 _WENT_RIGHT = re.compile(
-    r"(?i:(?<!not )(?<!not yet )\b(?:success(?:ful(?:ly)?)?|succeeded|complete(?:d|ly)?|done|ready|healthy|passed|finished"
+    r"(?i:(?<!not )(?<!not yet )\b"
+    r"(?:success(?:ful(?:ly)?)?|succeeded|complete(?:d|ly)?|done|ready|healthy|passed|finished"
     r"|recovered|resumed|reconnected|established)\b|\bis (?:now )?(?:running|up|active|serving)\b|active \(running\)"
     r"|\b(?:server|service|application|container|node) (?:is )?(?:started|running|up)\b|\blistening on\b|\b200 OK\b"
     r"|\bok\b *(?:[:=\]]|$)|: started\b|\bstarted \w|^fetched \d)"
