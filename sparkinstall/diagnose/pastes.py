@@ -215,9 +215,10 @@ def _weight(read: Read, is_raised: bool) -> int:
         return 0
     if is_raised and not suspicion.is_harmless(read.line):
         return suspicion.STRONG
-    # without the dot or dash of a list
-    stripped = replace(read.line, message=read.line.message.lstrip(" \t-*•"))
-    if weight := suspicion.weight(stripped, read.role, read.number):
+    # Without the dot or dash of a list. What a logger indents below the first line of an error is code.
+    is_code = read.line.level == "error" and read.line.message.startswith("  ")
+    line = read.line if is_code else replace(read.line, message=read.line.message.lstrip(" \t-*•"))
+    if weight := suspicion.weight(line, read.role, read.number):
         return weight
     message = _said(read)
     if _LAST_REASON.match(read.line.message) and (_FAILED.search(message) or _AMISS.search(message)):

@@ -48,6 +48,10 @@ _FRUITLESS = 500
 """After so many lines that differ in numbers only, in which a regex found nothing, it is not tried in another one."""
 _SHAPES = 10_000
 """Shapes of lines that are remembered."""
+_ENDS = ".!?)]'\"`"
+"""What ends a sentence, or something that it quotes."""
+_FEW_WORDS = 2
+"""Words of an advice that may be the beginning of a longer one."""
 _CUT_OFF = "the log ends within this traceback, so its exception is missing"
 _NOWHERE = (1, 0)
 """The span of no bytes."""
@@ -307,10 +311,19 @@ class Search:
             return self._meaning(part, suspect, {}) if part and not part.outer else None
         for each in self._index.general:
             found = each.regex.search(suspect.message)
+            if found and self._is_cut(suspect, found):
+                continue
             if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
                 kind = part if each.outer and part else each
                 return self._meaning(kind, suspect, found.groupdict(""), part if each.by_part else None)
         return self._meaning(part, suspect, {}) if part and part.regex.search(suspect.message) else None
+
+    def _is_cut(self, suspect: Suspect, found: re.Match[str]) -> bool:
+        """Return whether what a message advises is at the end of the log, without the end of the sentence."""
+        advised = (found.groupdict().get("advice") or "").rstrip()
+        if not advised or suspect.place.line < self.lines or len(advised.split()) > _FEW_WORDS:
+            return False
+        return suspect.message.rstrip().endswith(advised) and advised[-1] not in _ENDS
 
     def _part_of(self, suspect: Suspect) -> Signature | None:
         """Return what tells of the part of a program that raised an exception, by its traceback or else its words."""
@@ -329,7 +342,8 @@ class Search:
             found = (
                 each.regex.search(suspect.message) for each in self._index.general if "advice" in each.regex.groupindex
             )
-            told = [f'what it says: "{each["advice"]}"' for each in found if each] + told
+            whole = (each for each in found if each and not self._is_cut(suspect, each))
+            told = [f'what it says: "{each["advice"]}"' for each in whole] + told
         says = suspect.message if suspect.is_cut_off else f'"{advice.says(suspect.message)}"'
         place = suspect.place
         return Match(
