@@ -157,7 +157,7 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
         found = _judged({**seen, general.signature.name: general} if general else seen, passed, is_late=bool(before))
     found = [_in_its_name(each, seen) for each in found]
     is_explained = any(each.role == "cause" and not each.general and each.name not in passed for each in found)
-    telling = () if is_explained else tuple(_telling(each) for each, _ in suspects)
+    telling = () if is_explained else tuple(_telling(each, at == 0) for at, (each, _) in enumerate(suspects))
     ends = {each.name: each.lines for each in logs}
     is_proven = any(each.role != "warning" for each in found) or any(
         _ended(each, ends[each.place.log], each.place.log in serving) for each, _ in suspects
@@ -286,8 +286,8 @@ def _last_reason(suspects: Sequence[_Suspicion]) -> Match | None:
     return max(reasons, key=lambda each: each[0])[1] if reasons else None
 
 
-def _telling(suspect: Suspect) -> Telling:
-    reports = suspect.reports if suspect.is_raised else ""
+def _telling(suspect: Suspect, is_first: bool) -> Telling:
+    reports = suspect.reports if suspect.is_raised or is_first else ""
     searched = (f"look for reports with these words: {reports}",) if reports else ()
     return Telling(
         **asdict(suspect.place), count=suspect.count, where=suspect.where, advice=(*suspect.advice, *searched)
@@ -329,8 +329,9 @@ def _in_its_words(match: Match, told: dict[str, str]) -> dict[str, str | tuple[s
     if its and not is_advised:
         hints = [*match.advice, its["hint"], *(() if signature.vague or its["hint"] == hint else (hint,))]
     links = part.links if part else signature.links
-    if match.project and match.reports and (signature.by_part or signature.part):
-        hints.append(f"look for these words in the reports of {match.project} (the last link)")
+    if match.reports:
+        whose = f"in the reports of {match.project}" if match.project else "in the reports on GitHub"
+        hints.append(f"look for these words {whose} (the last link)")
         links = (*links, match.reports)
     return {
         "title": f"{its['title']}: {told['title']}" if its else told["title"],

@@ -14,6 +14,8 @@ from sparkinstall.diagnose.advice import says
 from sparkinstall.diagnose.tracebacks import Frame, frames_of
 
 FILE = "knowledge/projects.yaml"
+_EVERYWHERE = "https://github.com/search?type=issues&q={words}"
+"""A search in the reports of all projects on GitHub."""
 
 # What only programs that serve or train models speak of.
 _OF_MODELS = re.compile(
@@ -25,7 +27,9 @@ _PYTHON = re.compile(r".*/python3\.\d+/(?!(?:site|dist)-packages/)|<|[\w.]+\.py\
 _INSTALLED = re.compile(r"/(?:site|dist)-packages/")
 # What differs from report to report, and what a search takes for more than a word.
 _DIFFERS = re.compile(
-    r"\[type=.*|https?://\S*|(?:/[\w.+@-]+){2,}/?|\b0x[0-9a-f]+\b|<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)|[\"'`]"
+    r"\[type=.*|https?://\S*|(?:/[\w.+@-]+){2,}/?|\b0x[0-9a-f]+\b|<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)"
+    # not the apostrophe of a word, but what draws a tree
+    r"|(?<!\w)[\"'`]|[\"'`](?!\w)|[\u2500-\u25ff]"
     r"|(?<![\w.])[-+]?\d[\d.,]*\w*|[=|\\]"
 )
 _CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Failure|Exit|Unsupported))\b")
@@ -109,17 +113,18 @@ def _named() -> re.Pattern[str]:
     return re.compile(rf"(?i:{'|'.join(names)})")
 
 
-def reports(project: Project, message: str, where: str) -> str:
-    """Return the address that searches a project's reports for the words of a message; "" if it says too little.
+def reports(project: Project | None, message: str, where: str) -> str:
+    """Return the address that searches a project's reports, or all on GitHub, for the words of a message.
 
-    `where`: the file and the function that raised it, if known.
+    It is "" if the message says too little. `where`: the file and the function that raised it, if known.
     """
     words = _searched(message, where)
-    if not project.reports or not words:
+    if not words:
         return ""
+    address = (project.reports if project else None) or _EVERYWHERE
     # Other trackers take a quotation mark for a part of the word.
-    words = words if project.reports.startswith("https://github.com/") else words.replace('"', "")
-    return project.reports.format(words=quote_plus(words))
+    words = words if address.startswith("https://github.com/") else words.replace('"', "")
+    return address.format(words=quote_plus(words))
 
 
 def _frames(frames: str) -> Iterator[Frame]:

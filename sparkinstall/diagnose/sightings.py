@@ -106,10 +106,8 @@ class Suspect(Struct):
 
     @property
     def reports(self) -> str:
-        """The address of a search for reports of it; "" if it is not known whose it is, or it says too little."""
-        if self.project is None or self.is_cut_off:
-            return ""
-        return projects.reports(self.project, self.message, self.where)
+        """The address of a search for reports of it; "" if it says too little."""
+        return "" if self.is_cut_off else projects.reports(self.project, self.message, self.where)
 
     @property
     def advice(self) -> tuple[str, ...]:
