@@ -148,10 +148,10 @@ def _searched(message: str, where: str) -> str:
     if len(words) < _FEWEST:
         # A bare name, as of a key that is missing.
         kind = _CLASS.search(message)
-        words = [*([kind[1]] if kind else []), *words]
+        words = [*([kind[1]] if kind and kind[1] not in words else []), *words]
     function = where.split(", called by ")[0].rpartition(", ")[2]
     names = [] if len(longest) >= _LONG else [*_NAMED.findall(told)[:2], *_TELLING_NAME.findall(function)]
-    text = " ".join(dict.fromkeys(words[:_MOST]))
+    text = " ".join(words[:_MOST])
     beside = [each for each in names if each not in text]
     is_enough = len(text) >= _FEW if " " in text else bool(beside)
     return " ".join([f'"{text}"' if " " in text else text, *beside]) if is_enough else ""

@@ -101,6 +101,19 @@ def test_reports_are_the_last_link_of_a_general_kind() -> None:
     assert cause.hint.endswith("look for these words in the reports of vLLM (the last link)")
 
 
+def test_line_that_nothing_is_known_of_names_a_search_in_all_reports() -> None:
+    (telling,) = diagnosed("own-loader: fatal error: own tables don't fit the own 17 slots\n").telling
+    link = telling.advice[-1].rpartition(" ")[2]
+    assert link.startswith("https://github.com/search?type=issues&q=")
+    assert searched(link) == '"own-loader: fatal error: own tables don\'t fit the own"'
+
+
+@pytest.mark.parametrize(("end", "is_advice"), [(" Add suitabl", False), (" Add suitable nodes to this cluster", True)])
+def test_advice_of_which_the_log_has_only_the_beginning_is_none(end: str, is_advice: bool) -> None:
+    found = diagnosed(f"own-autoscaler: Error: no own node fulfills the request.{end}\n")
+    assert any(end.strip() in each.hint for each in found.causes) == is_advice
+
+
 def test_what_is_said_of_a_model_is_not_said_of_another_program() -> None:
     ends = "AttributeError: 'str' object has no attribute 'get'"
     (cause,) = diagnosed(traceback("/usr/share/netplan/netplan/cli/own.py", ends=ends)).causes
