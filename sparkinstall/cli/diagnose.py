@@ -1,7 +1,6 @@
 """`sparkinstall diagnose`: find known failures in logs, with their cause and what to do."""
 
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -23,14 +22,12 @@ from sparkinstall.diagnose import judge
 from sparkinstall.diagnose.judge import Diagnosis, Found, Log
 from sparkinstall.diagnose.search import MOST, Search, SignatureIndex, index_of
 from sparkinstall.diagnose.sightings import Match, Place
-from sparkinstall.diagnose.signatures import KnownFailure, load
+from sparkinstall.diagnose.signatures import KnownFailure, load, steps
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.redaction import redact
 
 _SHOWN_TELLING = 8
-# A semicolon in parentheses or in code ends no step.
-_STEP_ENDS = re.compile(r"; (?=(?:[^`]*`[^`]*`)*[^`]*\Z)(?![^()]*\))")
 _ENDED = "The cause is not known: what was recognized are consequences only."
 _NO_REASON = (
     "What failed first is below, with what to do next. Why is in no line of this log: it was not logged, or is in "
@@ -206,11 +203,11 @@ def _show_found(found: Found, out: Console, several: bool) -> None:
 
 def _listed(hint: str) -> Text | Table:
     """Return what to do, each thing on a line of its own; semicolons stand between them."""
-    steps = [redact(each) for each in _STEP_ENDS.split(hint)]
-    if len(steps) == 1:
-        return Text(steps[0])
+    told = [redact(each) for each in steps(hint)]
+    if len(told) == 1:
+        return Text(told[0])
     table = Table.grid(padding=(0, 1))
-    for each in steps:
+    for each in told:
         table.add_row(Text("-", style="dim"), Text(each))
     return table
 

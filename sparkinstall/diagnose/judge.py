@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
 from sparkinstall.diagnose.programs import PROGRAMS, for_any_program, rewritten
 from sparkinstall.diagnose.search import TELLING_KEPT, Search, SignatureIndex
 from sparkinstall.diagnose.sightings import SHOWN, Match, Place, Suspect
-from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, Signature, explains
+from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, Signature, explains, steps
 from sparkinstall.diagnose.suspicion import SOME, STRONG
 from sparkinstall.errors import BadUsage, CommandFailed, NeedsRoot, storage_errors
 from sparkinstall.given import absolute
@@ -40,6 +41,8 @@ _ELSEWHERE = (
     "package that it is of, or the one from before its last update"
 )
 """What to do about a program that has no part in serving a model."""
+# An option, a variable or a command.
+_NAMED = re.compile(r"`([^`]+)`")
 _PAUSE = 0.2
 _MOST_PLACES = 100
 """Lines of one failure that are kept, of all logs."""
@@ -337,8 +340,19 @@ def _in_its_words(match: Match, told: dict[str, str]) -> dict[str, str | tuple[s
         "title": f"{its['title']}: {told['title']}" if its else told["title"],
         "links": links,
         "why": f"{match.says}: {told['why']}",
-        "hint": "; ".join([match.stage, *hints] if match.stage else hints),
+        "hint": _joined([match.stage, *hints] if match.stage else hints),
     }
+
+
+def _joined(hints: Iterable[str]) -> str:
+    """Return the steps of several hints, without those that name nothing but what a hint before has named."""
+    told: list[str] = []
+    named: set[str] = set()
+    for hint in hints:
+        parts = [(each, set(_NAMED.findall(each))) for each in steps(hint)]
+        told += [each for each, names in parts if each not in told and not (names and names <= named)]
+        named.update(*(names for _, names in parts))
+    return "; ".join(told)
 
 
 def _of_any_program(signature: Signature, words: Mapping[str, str]) -> dict[str, str]:

@@ -83,6 +83,8 @@ _PREFIXES = (
     rf"\| (?P<level>{_LEVEL}) +\| [\w.<>]+:[\w.<>]+:\d+ - ",
     r"\[?(?P<glog>[IWEF])\d{4} [\d:.]+ +(?:\d+ +){0,2}[\w./-]+:\d+\] ",
     r"\[(?P<c10d>[IWEF]) [\w./]+:\d+\] ",
+    # llama.cpp: minutes, seconds, their parts and the level
+    r"\d+\.\d\d\.\d{3}\.\d{3} (?P<llama>[DIWE]) (?=\S)",
     rf"-? ?\[?(?P<level>{_LEVEL})\]? ?(?:- |:[\w.]+: ?|: *|\| |  +)",
     rf"\[(?P<level>{_LEVEL})\] ",
     rf"\[[\w.-]+\] (?P<level>{_LEVEL}): (?=\S)",
@@ -110,7 +112,7 @@ _PREFIXES = (
 )
 # One of them, with the name of its group and its number, because a name may be used only once.
 _PREFIX = re.compile("|".join(each.replace("(?P<", f"(?P<n{at}_") for at, each in enumerate(_PREFIXES)))
-_LETTERS = {"I": "info", "W": "warning", "E": "error", "F": "error", "C": "error"}
+_LETTERS = {"D": "info", "I": "info", "W": "warning", "E": "error", "F": "error", "C": "error"}
 _LEVELS = {
     **dict.fromkeys(("trace", "debug", "debu", "info", "notice"), "info"),
     **dict.fromkeys(("warning", "warn"), "warning"),

@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparkinstall.diagnose import advice
-from sparkinstall.diagnose.signatures import KnownFailure
+from sparkinstall.diagnose.signatures import KnownFailure, steps
 
 Told = TypeVar("Told", bound=KnownFailure)
 
@@ -92,7 +92,6 @@ _TWICE = re.compile(r"(, )?\b(\w+) or \2\b")
 _OF_RELEASES = re.compile(
     r"(?<=`|\w)(?:,? (?:or|and)|,) `[^`]+`(?: or `?\w+`?)? \((?:before )?vLLM [\d.]+(?: and later)?\),?"
 )
-_PARTS = re.compile(r"; (?![^()]*\))")
 _FLAG = re.compile(r"(?<![\w-])--[a-z][a-z-]+[a-z]")
 # What is in vLLM's environment, its releases, and the values that its options take.
 _OF_THE_STACK = (
@@ -119,9 +118,9 @@ def rewritten(told: Told, program: Program) -> Told:
 
 def for_any_program(hint: str) -> list[str]:
     """Return the steps of a hint that concern no program in particular."""
-    steps = (_OF_RELEASES.sub("", each) for each in _PARTS.split(hint))
+    told = (_OF_RELEASES.sub("", each) for each in steps(hint))
     known = advice.options_of_vllm()
-    return [each for each in steps if not _OF_MODELS.search(each) and known.isdisjoint(_FLAG.findall(each))]
+    return [each for each in told if not _OF_MODELS.search(each) and known.isdisjoint(_FLAG.findall(each))]
 
 
 def _named(text: str, name: str) -> str:
@@ -130,7 +129,7 @@ def _named(text: str, name: str) -> str:
 
 def _hint(hint: str, program: Program) -> str:
     """Return the parts of a hint that name nothing that only vLLM has; a newer release stands for the others."""
-    parts = [program.with_its_options(_OF_RELEASES.sub("", each)) for each in _PARTS.split(hint)]
+    parts = [program.with_its_options(_OF_RELEASES.sub("", each)) for each in steps(hint)]
     known = [_named(each, program.name) for each in parts if not _is_foreign(each, program)]
     return "; ".join(known if len(known) == len(parts) else [*known, f"a newer release of {program.name}"])
 

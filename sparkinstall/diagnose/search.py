@@ -64,6 +64,7 @@ _NCCL_FILE = re.compile(r"[\w/]+\.(?:cc|h)(?=:\d+ )")
 # The error of another process, which the message of one that only ended repeats.
 _INNER = re.compile(
     r"\bfailed with error ['\"](?P<error>\w*(?:Error|Exception)\b.*?)(?:['\"], please check.*)?$"
+    r"|<Future [^>]*\bexception=(?P<kind>\w+)\(['\"](?P<told>.{4,}?)['\"],?\)"
     r"|\bWorker failed with error ['\"](?P<words>[^'\"#].{8,}?)(?:['\"], please check.*|['\"]?\s*$)"
 )
 
@@ -617,7 +618,8 @@ class Search:
             said = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
             inner = _INNER.search(said)
             if told := inner or (suspicion.named_within(said) if kept is self._set_aside else None):
-                said = told["error"] or told["words"]
+                parts = told.groupdict("")
+                said = parts["error"] or parts.get("words") or f"{parts['kind']}: {parts['told']}"
             elif "NCCL WARN" in line.prefix:
                 # The word that tells NCCL's errors stands in what comes before the message.
                 file = _NCCL_FILE.search(line.prefix)

@@ -29,6 +29,8 @@ FOLDER = "knowledge/logs"
 ANY, OTHERS = "any", "others"
 """In `consequence_of`: whatever else was found is a cause of this one. With `ANY` it is no cause even if alone: it says
 only that something ended. With `OTHERS` it is one."""
+# A semicolon in parentheses or in code ends no step.
+_STEP_ENDS = re.compile(r"; (?=(?:[^`]*`[^`]*`)*[^`]*\Z)(?![^()]*\))")
 
 _SHORTEST = 3
 # A number of the line in a text: `{free}`, or what two of them give.
@@ -161,6 +163,11 @@ def _read(folder: Path | None) -> tuple[Signature, ...]:
     found = [replace(each, anchors=each.anchors or _anchors(each)) for each in found]
     _refuse_bad_references(found)
     return tuple(found)
+
+
+def steps(hint: str) -> list[str]:
+    """Return the things to do that a hint names."""
+    return _STEP_ENDS.split(hint)
 
 
 def hint_for(hint: str, release: str) -> str:

@@ -110,6 +110,8 @@ _SHAPES = (
         _any(
             r"(?:[\w./+()-]+(?:[:(][\d:,]+\)?)?:? )?(?:[Ee]rror|ERROR)(?: [\w ]{1,40})?: \S",
             r"nvcc +error",
+            # of asyncio, below "Future exception was never retrieved"
+            r"(?:future: )?<(?:Future|Task) [^>]*\bexception=\w+\(['\"]",
             # of a linker, of tools that measure RDMA, of a server's answer
             r".*(?:\bld(?:\.\w+)?: cannot find -l|undefined reference to )",
             r".*(?:ailed to modify QP\b|got completion with error)",

@@ -196,3 +196,11 @@ def test_general_failure_tells_the_part_by_its_frames_or_else_its_words(file: st
     kind = BY_NAME[cause.name]
     assert cause.title == (f"{BY_NAME[part].title}: {kind.title}" if part else kind.title)
     assert (not part or BY_NAME[part].hint in cause.hint) and (kind.hint in cause.hint) == (not part or not kind.vague)
+
+
+def test_step_that_names_what_another_has_named_is_told_once() -> None:
+    frame = '  File "/opt/v/vllm/v1/worker/gpu_model_runner.py", line 7, in capture_model'
+    (cause,) = diagnosed(
+        f"Traceback (most recent call last):\n{frame}\n    own()\nValueError: own rows\n".encode()
+    ).causes
+    assert cause.hint.count("`--enforce-eager`") == 1
