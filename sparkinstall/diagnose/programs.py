@@ -40,6 +40,8 @@ class Program(Struct, frozen=True, dict=True):
 
     def with_its_options(self, text: str) -> str:
         """Return a text with this program's options in place of vLLM's."""
+        if not self.options:
+            return text
         own = self._names.sub(lambda found: self.options[found[0]], text)
         return _TWICE.sub(lambda found: f" or {found[2]}" if found[1] else found[2], own)
 
@@ -84,7 +86,66 @@ SGLANG = Program(
     ),
     link="https://docs.sglang.io/",
 )  # fmt: skip
-PROGRAMS = (SGLANG,)
+LLAMA_CPP = Program(
+    name="llama.cpp",
+    event="llama-cpp-runs",
+    path="llama_cpp/",
+    options={
+        "--max-model-len": "--ctx-size",
+        "serving.max_model_len": "--ctx-size",
+        "--max-num-seqs": "--parallel",
+        "--max-num-batched-tokens": "--batch-size",
+        "vllm serve --help=all": "llama-server --help",
+        "vllm serve": "llama-server",
+    },
+    same=frozenset({"--api-key", "--chat-template", "--host", "--port"}),
+    link="https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md",
+)
+TENSORRT_LLM = Program(
+    name="TensorRT-LLM",
+    event="tensorrt-llm-runs",
+    path="tensorrt_llm/",
+    options={
+        "--gpu-memory-utilization": "--kv_cache_free_gpu_memory_fraction",
+        "serving.memory": "--kv_cache_free_gpu_memory_fraction",
+        "--max-model-len": "--max_seq_len",
+        "serving.max_model_len": "--max_seq_len",
+        "--max-num-seqs": "--max_batch_size",
+        "--max-num-batched-tokens": "--max_num_tokens",
+        "--tensor-parallel-size": "--tp_size",
+        "--pipeline-parallel-size": "--pp_size",
+        "--trust-remote-code": "--trust_remote_code",
+        "vllm serve --help=all": "trtllm-serve --help",
+        "vllm serve": "trtllm-serve",
+    },
+    same=frozenset({"--host", "--port", "--tokenizer"}),
+    link="https://nvidia.github.io/TensorRT-LLM/",
+)
+OLLAMA = Program(
+    name="Ollama",
+    event="ollama-runs",
+    path="ollama/",
+    options={"--max-model-len": "num_ctx", "serving.max_model_len": "num_ctx"},
+    same=frozenset(),
+    link="https://github.com/ollama/ollama/blob/main/docs/troubleshooting.mdx",
+)
+COMFYUI = Program(
+    name="ComfyUI",
+    event="comfyui-runs",
+    path="custom_nodes/",
+    options={},
+    same=frozenset({"--port"}),
+    link="https://docs.comfy.org/troubleshooting/overview",
+)
+TRAINING = Program(
+    name="the training",
+    event="training-runs",
+    path="transformers/trainer",
+    options={},
+    same=frozenset(),
+    link="https://huggingface.co/docs/transformers/main_classes/trainer",
+)
+PROGRAMS = (SGLANG, TENSORRT_LLM, COMFYUI, TRAINING, OLLAMA, LLAMA_CPP)
 
 # Two of vLLM's backends that are one of the program's.
 _TWICE = re.compile(r"(, )?\b(\w+) or \2\b")
@@ -124,6 +185,9 @@ def for_any_program(hint: str) -> list[str]:
 
 
 def _named(text: str, name: str) -> str:
+    """Return a text with another name in place of vLLM's; "this vLLM" where it is no name: "this training"."""
+    kind = name.removeprefix("the ")
+    text = text if kind == name else re.sub(r"\b([Tt]his|[Aa]nother|[Oo]ld(?:er)?) vLLM(?![\w/-])", rf"\1 {kind}", text)
     return re.sub(r"(?<![\w./-])vLLM(?![\w/-])", name, text)
 
 

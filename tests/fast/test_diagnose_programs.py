@@ -31,9 +31,10 @@ def test_failure_in_vllms_code_keeps_its_name_in_a_log_of_sglang() -> None:
     assert "this vLLM's code" in cause.why
 
 
-def test_every_hint_leaves_something_to_do_with_sglang() -> None:
+@pytest.mark.parametrize("program", programs.PROGRAMS, ids=lambda each: each.name)
+def test_every_hint_leaves_something_to_do_with_another_program(program: programs.Program) -> None:
     for each in KNOWN:
-        hint = programs.rewritten(each, programs.SGLANG).hint
+        hint = programs.rewritten(each, program).hint
         assert hint.strip()
         assert "VLLM_" not in hint
         assert "; ;" not in hint
@@ -59,3 +60,19 @@ def test_every_hint_leaves_something_to_do_with_sglang() -> None:
 )
 def test_hint_names_what_sglang_has_instead(hint: str, told: str) -> None:
     assert programs.rewritten(replace(KNOWN[0], hint=hint), programs.SGLANG).hint == told
+
+
+def test_failure_of_a_training_is_told_without_what_only_a_server_has() -> None:
+    told = programs.rewritten(
+        replace(KNOWN[0], title="this vLLM cannot", why="a fault of vLLM", hint="`--enforce-eager`; a smaller batch"),
+        programs.TRAINING,
+    )
+    assert told.title == "this training cannot"
+    assert told.why == "a fault of the training"
+    assert told.hint == "a smaller batch; a newer release of the training"
+
+
+def test_code_in_a_hint_is_no_end_of_a_step() -> None:
+    hint = '`python -c "import own; own.show()"`; `--enforce-eager`'
+    told = programs.rewritten(replace(KNOWN[0], hint=hint), programs.COMFYUI).hint
+    assert told == '`python -c "import own; own.show()"`; a newer release of ComfyUI'
