@@ -5,6 +5,7 @@ import re
 import pytest
 
 from sparkinstall.diagnose import advice
+from sparkinstall.diagnose.signatures import steps
 from sparkinstall.facts import vllm_releases
 from tests.support.diagnosing import BY_NAME, diagnosed
 
@@ -20,7 +21,7 @@ def test_general_failure_quotes_the_line_and_advises_what_that_names() -> None:
     assert cause.why.startswith(f'"{raised[2].removeprefix("ValueError: ")}": ')
     for words in ("['auto', 'fp8']", "`--own-table` and `--kv-cache-dtype`", "`VLLM_OWN_ROWS`"):
         assert words in cause.hint
-    assert cause.hint.index("TRITON_ATTN") < cause.hint.index(BY_NAME[cause.name].hint)
+    assert cause.hint.index("TRITON_ATTN") < cause.hint.index(steps(BY_NAME[cause.name].hint)[0])
     assert cause.title == f"{BY_NAME['attention-part-failed'].title}: {BY_NAME[cause.name].title}"
 
 
