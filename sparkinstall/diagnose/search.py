@@ -219,9 +219,11 @@ class Search:
             self._is_known(Suspect(place, 0, place.text, match.who, match.where), match.signature.name)
 
     def _is_known(self, suspect: Suspect, family: str = "") -> bool:
-        """Note the first known failure (of a family) in a whole message; return whether there is one."""
+        """Note the first known failure (of a family) in a whole message, its kind rather than a family; return whether
+        there is one."""
         message = suspect.message
         line = Line(message, message, suspect.who, "error", len(message), None)
+        those: dict[str, tuple[Signature, re.Match[str]]] = {}
         for signature in self._index.signatures:
             # A kind that is told in the line's own words takes any.
             is_no_kind = family and (signature.family != family or signature.own_words)
@@ -229,12 +231,17 @@ class Search:
             if is_other or not any(anchor in message for anchor in signature.anchors):
                 continue
             if found := signature.found_in(line, suspect.frames):
-                seen = Match(signature, words=found.groupdict(""), who=suspect.who, where=suspect.where)
-                if signature.own_words:
-                    seen.says, seen.advice = f'"{advice.says(message)}"', suspect.advice
-                seen.see(suspect.place)
-                self.sightings[signature.name] = seen
-                return True
+                those[signature.name] = (signature, found)
+        families = {signature.family for signature, _ in those.values()}
+        for name, (signature, found) in those.items():
+            if name in families:
+                continue
+            seen = Match(signature, words=found.groupdict(""), who=suspect.who, where=suspect.where)
+            if signature.own_words:
+                seen.says, seen.advice = f'"{advice.says(message)}"', suspect.advice
+            seen.see(suspect.place)
+            self.sightings[name] = seen
+            return True
         return False
 
     def _read_cut_off(self) -> None:
