@@ -33,6 +33,8 @@ _DIFFERS = re.compile(
     r"|(?<![\w.])[-+]?\d[\d.,]*\w*|[=|\\]"
 )
 _CLASS = re.compile(r"(?:[A-Za-z_]\w*\.)*([A-Z]\w*(?:Error|Exception|Failure|Exit|Unsupported))\b")
+# The file, which the log has before these words; `Suspect` has it after them.
+_OF_NCCL = re.compile(r"NCCL WARN (?P<file>(?:[\w.-]+/)*(?P<name>[\w-]+\.(?:cc|h)): )")
 _NAMED = re.compile(r"['\"`]((?!str\b|int\b|dict\b|list\b|tuple\b|float\b|bool\b|None)[\w.-]{3,60})['\"`]")
 # Others have functions called `forward` or `run` too.
 _TELLING_NAME = re.compile(r"\A(?=.{8})_?[a-z]+_\w+\Z")
@@ -113,12 +115,13 @@ def _named() -> re.Pattern[str]:
     return re.compile(rf"(?i:{'|'.join(names)})")
 
 
-def reports(project: Project | None, message: str, where: str) -> str:
+def reports(project: Project | None, message: str, where: str, may_end_cut: bool = False) -> str:
     """Return the address that searches a project's reports, or all on GitHub, for the words of a message.
 
     It is "" if the message says too little. `where`: the file and the function that raised it, if known.
+    `may_end_cut`: the last word may be half a one.
     """
-    words = _searched(message, where)
+    words = _searched(message, where, may_end_cut)
     if not words:
         return ""
     address = (project.reports if project else None) or _EVERYWHERE
@@ -138,20 +141,27 @@ def _project_at(inner: str) -> Project | None:
     return next((each for each in projects() if each.path and each.path.search(inner)), None)
 
 
-def _searched(message: str, where: str) -> str:
+def _searched(message: str, where: str, may_end_cut: bool = False) -> str:
     """Return the words of a message that other reports of the failure have too: its longest text that does not vary,
-    and the names that it and the traceback give."""
-    told = says(message)
+    and the names that it and the traceback give. A text of several words stands in the message as it is."""
+    file = _OF_NCCL.match(message)
+    told = says(message.replace(file["file"], "", 1) if file else message)
     texts = [" ".join(each.split()).strip(" .,:;!-") for each in _DIFFERS.split(told)]
     longest = max(texts, key=len, default="")
     words = longest.split()
-    if len(words) < _FEWEST:
-        # A bare name, as of a key that is missing.
-        kind = _CLASS.search(message)
-        words = [*([kind[1]] if kind and kind[1] not in words else []), *words]
+    names = [file["name"]] if file else []
+    if len(words) < _FEWEST and (kind := _CLASS.search(message)) and kind[1] not in words:
+        # A bare name, as of a key that is missing. A search passes over the signs between both.
+        if re.match(rf"\W*{re.escape(longest)}", message[kind.end() :]):
+            words = [kind[1], *words]
+        else:
+            names = [kind[1], *names]
     function = where.split(", called by ")[0].rpartition(", ")[2]
-    names = [] if len(longest) >= _LONG else [*_NAMED.findall(told)[:2], *_TELLING_NAME.findall(function)]
+    names += [] if len(longest) >= _LONG else [*_NAMED.findall(told)[:2], *_TELLING_NAME.findall(function)]
     text = " ".join(words[:_MOST])
+    whole = " ".join(words[: min(_MOST, len(words) - 1)])
+    if may_end_cut and told.endswith(text) and " " in whole and len(whole) >= _FEW:
+        text = whole
     beside = [each for each in names if each not in text]
     is_enough = len(text) >= _FEW if " " in text else bool(beside)
     return " ".join([f'"{text}"' if " " in text else text, *beside]) if is_enough else ""

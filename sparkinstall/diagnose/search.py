@@ -52,6 +52,8 @@ _ENDS = ".!?)]'\"`"
 """What ends a sentence, or something that it quotes."""
 _FEW_WORDS = 2
 """Words of an advice that may be the beginning of a longer one."""
+_LONGEST_WORD = 200
+"""Bytes of the end of a log that have its last word."""
 _CUT_OFF = "the log ends within this traceback, so its exception is missing"
 _NOWHERE = (1, 0)
 """The span of no bytes."""
@@ -207,6 +209,7 @@ class Search:
         self._read_joined()
         self._read_cut_off()
         self._read_paste()
+        self._note_what_ends_the_log()
         return list(self.sightings.values())[known:]
 
     def _read_joined(self) -> None:
@@ -217,6 +220,12 @@ class Search:
         for match, at in self._wrapped.joined:
             place = match.lines[at]
             self._is_known(Suspect(place, 0, place.text, match.who, match.where), match.signature.name)
+
+    def _note_what_ends_the_log(self) -> None:
+        """Note of which suspicious lines the last word may be half a one: the log's end may have cut it."""
+        end = " ".join(printable(self._paste[-_LONGEST_WORD:]).split()).rpartition(" ")[2]
+        for suspect in self._telling.values():
+            suspect.may_end_cut = end[-1:].isalnum() and suspect.message.rstrip().endswith(end)
 
     def _is_known(self, suspect: Suspect, family: str = "") -> bool:
         """Note the first known failure (of a family) in a whole message, its kind rather than a family; return whether

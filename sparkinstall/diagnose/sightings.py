@@ -82,6 +82,7 @@ class Suspect(Struct):
     `is_elsewhere`: the traceback passes no code that has a part in serving a model.
     `is_cut_off`: it is the end of a traceback of which the log lacks the exception. `is_raised`: a traceback ends with
     it. `is_joined`: its message stood in several lines. `is_by_words`: only words of a short log make it suspicious.
+    `may_end_cut`: its last word is the log's, and may be half a one.
     """
 
     place: Place
@@ -98,6 +99,7 @@ class Suspect(Struct):
     is_raised: bool = False
     is_joined: bool = False
     is_by_words: bool = False
+    may_end_cut: bool = False
 
     @property
     def is_of_vllm(self) -> bool:
@@ -107,7 +109,9 @@ class Suspect(Struct):
     @property
     def reports(self) -> str:
         """The address of a search for reports of it; "" if it says too little."""
-        return "" if self.is_cut_off else projects.reports(self.project, self.message, self.where)
+        if self.is_cut_off:
+            return ""
+        return projects.reports(self.project, self.message, self.where, self.may_end_cut)
 
     @property
     def advice(self) -> tuple[str, ...]:

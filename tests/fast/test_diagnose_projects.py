@@ -84,6 +84,10 @@ def test_a_log_that_names_no_server_and_no_model_is_of_none(log: str, is_of_one:
          '"object has no attribute" Own rope own_widget_loader'),
         ("KeyError: 'own_rope'", "own.py, run", '"KeyError own_rope"'),
         ("AssertionError", "own.py, own_widget_loader, called by x.py, run", "AssertionError own_widget_loader"),
+        # What stands apart in the log is no one text.
+        ("NCCL WARN transport/own.cc: Own failure 7", "", '"NCCL WARN Own failure" own.cc'),
+        ("ValueError: the own 7: 'rope'", "", '"ValueError the own" rope'),
+        ("KeyError: 7 rope", "own.py, own_widget_loader", "rope KeyError own_widget_loader"),
         # Too little, or only what differs.
         ("AssertionError", "vllm/own.py, forward", ""),
         ("KeyError: 7", "", ""),
@@ -95,8 +99,24 @@ def test_words_to_search_for(message: str, where: str, words: str) -> None:
     assert (searched(link) if link else "") == words
 
 
+@pytest.mark.parametrize(
+    ("ends", "words"),
+    [
+        # The log's last word may be half a one.
+        ("the own widget was not fou", '"the own widget was not"'),
+        ("the own widget was not found.", '"the own widget was not found"'),
+        ("the own widget was not found\nown: goodbye", '"the own widget was not found"'),
+        ("own widget lost", '"own widget lost" own_widget_loader'),
+    ],
+)
+def test_word_that_the_end_of_the_log_may_have_cut_is_not_searched_for(ends: str, words: str) -> None:
+    (cause,) = diagnosed(traceback(f"{VENV}/vllm/own.py", ends=f"ValueError: {ends}")).causes
+    assert searched(cause.links[-1]).removesuffix(" own_widget_loader") == words.removesuffix(" own_widget_loader")
+
+
 def test_reports_are_the_last_link_of_a_general_kind() -> None:
-    (cause,) = diagnosed(traceback(f"{VENV}/vllm/own.py")).causes
+    ends = "ValueError: the widget is not as it was expected to be."
+    (cause,) = diagnosed(traceback(f"{VENV}/vllm/own.py", ends=ends)).causes
     assert searched(cause.links[-1]) == '"the widget is not as it was expected to be"'
     assert cause.hint.endswith("look for these words in the reports of vLLM (the last link)")
 
