@@ -231,6 +231,8 @@ _HANDLED = _any(
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",
     r"\bwill not be (?:exported|collected|reported|recorded)\b",
+    # ldconfig about a library that was copied without its links, which it reads all the same
+    r"^(?:\S*/)?ldconfig(?:\.real)?: \S+ is not a symbolic link",
     # NCCL, which goes on with sockets, or without a function that an older library of the card lacks
     r"Failed to open libibverbs",
     r"\bdlv?sym failed on \w",
