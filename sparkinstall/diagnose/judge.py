@@ -17,7 +17,7 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
-from sparkinstall.diagnose.programs import PROGRAMS, for_any_program, rewritten
+from sparkinstall.diagnose.programs import ELSEWHERE, PROGRAMS, for_any_program, of_a_script, rewritten
 from sparkinstall.diagnose.search import TELLING_KEPT, Search, SignatureIndex
 from sparkinstall.diagnose.sightings import SHOWN, Match, Place, Suspect
 from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, Signature, explains, steps
@@ -36,11 +36,6 @@ _REASONS = 12
 """Lines below an error in which its reasons stand."""
 _LAST, _LAST_WEAK = 40, 5
 """Lines at the end of a log in which an error that is no exception has ended it; fewer for one that says little."""
-_ELSEWHERE = (
-    "look at what the program was given: its options, its files of settings, its input; then another release of the "
-    "package that it is of, or the one from before its last update"
-)
-"""What to do about a program that has no part in serving a model."""
 # An option, a variable or a command.
 _NAMED = re.compile(r"`([^`]+)`")
 _PAUSE = 0.2
@@ -146,6 +141,7 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
             known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]
             known.after |= match.after
             known.is_logged &= match.is_logged
+            known.is_elsewhere &= match.is_elsewhere
         ended_by |= {(search.name, who): line for who, line in search.ended_by.items()}
         serving |= {search.name} if search.has_started else set()
         suspects = _most_telling(suspects, search)
@@ -175,10 +171,13 @@ def _ended(suspect: Suspect, last: int, is_serving: bool) -> bool:
     return suspect.place.line > last - _LAST_WEAK and not is_serving
 
 
-def _in_its_name(found: Found, seen: Container[str]) -> Found:
+def _in_its_name(found: Found, seen: Mapping[str, Match]) -> Found:
     """Return what is told of a failure in the name of the program that the log is of."""
     its = next((each for each in PROGRAMS if each.event in seen or each.path in found.where), None)
-    return found if its is None or "vllm/" in found.where else rewritten(found, its)
+    if its and "vllm/" not in found.where:
+        return rewritten(found, its)
+    match = seen.get(found.name)
+    return of_a_script(found) if match and match.is_elsewhere and not match.says else found
 
 
 def _is_passed(match: Match, ended_by: Mapping[tuple[str, str], int]) -> bool:
@@ -305,6 +304,8 @@ def _found(
     told["why"] = " ".join([told["why"], *(each.signature.told(each.words)["why"] for each in beside)])
     if match.says:
         told |= _in_its_words(match, told)
+    elif match.is_elsewhere:
+        told |= signature.told_elsewhere(match.words)
     role: Role = "consequence" if causes or signature.ends_only or is_late else "cause"
     if signature.is_warning and not explains_others:
         role = "warning"
@@ -321,10 +322,9 @@ def _found(
 def _in_its_words(match: Match, told: dict[str, str]) -> dict[str, str | tuple[str, ...]]:
     """Return what is told of a failure of a general kind, with its own words, its part, and what follows from both."""
     signature, part = match.signature, match.part
-    its = part.told({}) if part else None
     if match.is_elsewhere:
-        told = told | _of_any_program(signature, match.words)
-        its = part.told({}) | _of_any_program(part, {}) if part else None
+        told = told | _of_any_program(signature, told, match.words)
+    its = _told_of(part, match.is_elsewhere) if part else None
     hint = told["hint"]
     # What the program itself advises is in the hint.
     is_advised = "advice" in match.words
@@ -355,11 +355,16 @@ def _joined(hints: Iterable[str]) -> str:
     return "; ".join(told)
 
 
-def _of_any_program(signature: Signature, words: Mapping[str, str]) -> dict[str, str]:
-    """Return what is told of a general failure of a program that serves no models."""
-    told = signature.told(words)
+def _told_of(part: Signature, is_elsewhere: bool) -> dict[str, str]:
+    """Return what is told of a part of a program."""
+    told = part.told({})
+    return told | _of_any_program(part, told, {}) if is_elsewhere else told
+
+
+def _of_any_program(signature: Signature, told: Mapping[str, str], words: Mapping[str, str]) -> dict[str, str]:
+    """Return what is told otherwise of a general failure of a program that serves no models."""
     elsewhere = signature.told_elsewhere(words)
-    elsewhere.setdefault("hint", "; ".join([*for_any_program(told["hint"]), _ELSEWHERE]))
+    elsewhere.setdefault("hint", "; ".join([*for_any_program(told["hint"]), ELSEWHERE]))
     return elsewhere
 
 

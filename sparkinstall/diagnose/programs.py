@@ -8,9 +8,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from sparkinstall.diagnose import advice
+from sparkinstall.diagnose.projects import OF_MODELS
 from sparkinstall.diagnose.signatures import KnownFailure, steps
 
 Told = TypeVar("Told", bound=KnownFailure)
+ELSEWHERE = (
+    "look at what the program was given: its options, its files of settings, its input; then another release of the "
+    "package that it is of, or the one from before its last update"
+)
+"""What to do about a program that has no part in serving a model."""
 
 
 class Program(Struct, frozen=True, dict=True):
@@ -160,11 +166,12 @@ _OF_THE_STACK = (
     r"|\b(?:TRITON|FLASH|TORCH)_(?:ATTN|MLA|SDPA)\b|a newer stack|another stack"
 )
 _OF_VLLM = re.compile(rf"{_OF_THE_STACK}|\bsparkinstall \w")
-# The same, and what only a program that serves models has.
-_OF_MODELS = re.compile(
+# The same, and what else concerns vLLM alone.
+_OF_VLLM_ALONE = re.compile(
     rf"{_OF_THE_STACK}|\bsparkinstall (?:plan|serve|recipes|ask|fit|models|stacks)\b|\bvLLM|locked set"
-    r"|(?i:\bmodels?\b|quantization|checkpoint|tokenizer|backend|weights)"
 )
+# What only a program has that serves models.
+_OF_A_SERVER = re.compile(rf"(?i:\bbackend)|{OF_MODELS}")
 
 
 def rewritten(told: Told, program: Program) -> Told:
@@ -179,9 +186,21 @@ def rewritten(told: Told, program: Program) -> Told:
 
 def for_any_program(hint: str) -> list[str]:
     """Return the steps of a hint that concern no program in particular."""
+    return [each for each in without_vllm(hint) if not _OF_A_SERVER.search(each)]
+
+
+def without_vllm(hint: str) -> list[str]:
+    """Return the steps of a hint that need no vLLM."""
     told = (_OF_RELEASES.sub("", each) for each in steps(hint))
     known = advice.options_of_vllm()
-    return [each for each in told if not _OF_MODELS.search(each) and known.isdisjoint(_FLAG.findall(each))]
+    return [each for each in told if not _OF_VLLM_ALONE.search(each) and known.isdisjoint(_FLAG.findall(each))]
+
+
+def of_a_script(told: Told) -> Told:
+    """Return what is told of a failure as it is true of a program that serves no models, whatever libraries it uses."""
+    all_steps, known = steps(told.hint), without_vllm(told.hint)
+    hint = "; ".join(known if len(known) == len(all_steps) else [*known, ELSEWHERE])
+    return replace(told, title=_named(told.title, "the program"), why=_named(told.why, "the program"), hint=hint)
 
 
 def _named(text: str, name: str) -> str:

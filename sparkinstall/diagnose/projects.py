@@ -17,11 +17,12 @@ FILE = "knowledge/projects.yaml"
 _EVERYWHERE = "https://github.com/search?type=issues&q={words}"
 """A search in the reports of all projects on GitHub."""
 
-# What only programs that serve or train models speak of.
-_OF_MODELS = re.compile(
+OF_MODELS = (
     r"(?i:\b(?:models?|weights?|layers?|checkpoints?|tokeni[sz]er|experts?|lora|prompts?|(?<!auth )tokens|embeddings?"
-    r"|attention|kv.?cache|quanti[sz]\w*|speculative|logits?|safetensors)\b)|\b(?:EngineCore|APIServer|Worker_\w+)"
+    r"|attention|kv.?cache|quanti[sz]\w*|speculative|logits?|safetensors)\b)"
 )
+"""A regex of the words that only programs speak that serve or train models."""
+_OF_A_SERVER = re.compile(rf"{OF_MODELS}|\b(?:EngineCore|APIServer|Worker_\w+)")
 # Python's own library, and code without a file.
 _PYTHON = re.compile(r".*/python3\.\d+/(?!(?:site|dist)-packages/)|<|[\w.]+\.py\Z")
 _INSTALLED = re.compile(r"/(?:site|dist)-packages/")
@@ -105,7 +106,7 @@ def told_by(message: str) -> Project | None:
 
 def is_of_a_server(text: str) -> bool:
     """Return whether a log names a server, or a library that servers are made of, or speaks of models."""
-    return _named().search(text) is not None or _OF_MODELS.search(text) is not None
+    return _named().search(text) is not None or _OF_A_SERVER.search(text) is not None
 
 
 @lru_cache(maxsize=1)

@@ -570,7 +570,10 @@ class Search:
         """Return the failure that was found in this line, perhaps for the first time."""
         if signature.name not in self.sightings:
             line, frames = self._current.line, self._current.role.frames
-            seen = Match(signature, words=words, when=self._clock, who=line.who, where=place_of(frames))
+            seen = Match(
+                signature, words=words, when=self._clock, who=line.who, where=place_of(frames),
+                is_elsewhere=projects.is_elsewhere(frames),
+            )  # fmt: skip
             if signature.own_words:
                 suspect = Suspect(Place(self.name, self._current.number, line.text), 0, line.message, line.who)
                 seen.says, seen.advice = f'"{advice.says(line.message)}"', suspect.advice

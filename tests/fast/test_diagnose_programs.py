@@ -4,6 +4,7 @@ import pytest
 from msgspec.structs import replace
 
 from sparkinstall.diagnose import programs
+from sparkinstall.diagnose.signatures import Signature
 from tests.support.diagnosing import KNOWN, diagnosed
 
 # What SGLang's start logs, and an exception in its code.
@@ -76,3 +77,31 @@ def test_code_in_a_hint_is_no_end_of_a_step() -> None:
     hint = '`python -c "import own; own.show()"`; `--enforce-eager`'
     told = programs.rewritten(replace(KNOWN[0], hint=hint), programs.COMFYUI).hint
     assert told == '`python -c "import own; own.show()"`; a newer release of ComfyUI'
+
+
+# A kernel's library, called by a script or by a server.
+LACKING = """Traceback (most recent call last):
+  File "{caller}", line 20, in main
+    run()
+  File "/opt/env/lib/python3.12/site-packages/own/utils.py", line 90, in precision
+    raise AssertionError(f"Unsupported SM {{sm}}")
+AssertionError: Unsupported SM 121
+"""
+
+
+def test_a_known_failure_of_a_script_is_told_without_vllms_options() -> None:
+    (of_vllm,) = diagnosed(LACKING.format(caller="/opt/env/lib/python3.12/site-packages/vllm/own.py").encode()).causes
+    (of_a_script,) = diagnosed(LACKING.format(caller="/work/paint.py").encode()).causes
+    assert of_a_script.name == of_vllm.name == "no-code-for-this-gpu"
+    assert "--moe-backend" in of_vllm.hint
+    told = f"{of_a_script.title} {of_a_script.why} {of_a_script.hint}"
+    assert of_a_script.hint
+    assert "vllm" not in told.lower()
+    assert "--" not in told
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda each: each.name)
+def test_every_hint_leaves_something_to_do_with_a_script(known: Signature) -> None:
+    told = programs.of_a_script(known)
+    assert told.hint.strip()
+    assert "VLLM_" not in told.hint
