@@ -13,7 +13,7 @@ from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.diagnose import advice, messages, pastes, projects, sightings, suspicion, tracebacks
+from sparkinstall.diagnose import advice, kinds, messages, pastes, projects, sightings, suspicion, tracebacks
 from sparkinstall.diagnose.lines import Line, printable, take_apart
 from sparkinstall.diagnose.sightings import SHOWN, WIDEST, Match, Place, Suspect, shown
 from sparkinstall.diagnose.signatures import Signature
@@ -48,10 +48,6 @@ _FRUITLESS = 500
 """After so many lines that differ in numbers only, in which a regex found nothing, it is not tried in another one."""
 _SHAPES = 10_000
 """Shapes of lines that are remembered."""
-_ENDS = ".!?)]'\"`"
-"""What ends a sentence, or something that it quotes."""
-_FEW_WORDS = 2
-"""Words of an advice that may be the beginning of a longer one."""
 _LONGEST_WORD = 200
 """Bytes of the end of a log that have its last word."""
 _CUT_OFF = "the log ends within this traceback, so its exception is missing"
@@ -323,52 +319,8 @@ class Search:
         is_passing = suspect.weight <= suspicion.SOME and (lasted > _MOST_AFTERMATH or suspect.place.line <= ended_well)
         if is_passing or suspect.place.line <= self._last_of((SERVER_STARTED,)):
             return None
-        part = self._part_of(suspect)
-        if suspect.is_cut_off:
-            return self._meaning(part, suspect, {}) if part and not part.outer else None
-        for each in self._index.general:
-            found = each.regex.search(suspect.message)
-            if found and self._is_cut(suspect, found):
-                continue
-            if found and (each.frames is None or each.frames.search(f"{suspect.frames}\n{suspect.message}")):
-                kind = part if each.outer and part else each
-                return self._meaning(kind, suspect, found.groupdict(""), part if each.by_part else None)
-        return self._meaning(part, suspect, {}) if part and part.regex.search(suspect.message) else None
-
-    def _is_cut(self, suspect: Suspect, found: re.Match[str]) -> bool:
-        """Return whether what a message advises is at the end of the log, without the end of the sentence."""
-        advised = (found.groupdict().get("advice") or "").rstrip()
-        if not advised or suspect.place.line < self.lines or len(advised.split()) > _FEW_WORDS:
-            return False
-        return suspect.message.rstrip().endswith(advised) and advised[-1] not in _ENDS
-
-    def _part_of(self, suspect: Suspect) -> Signature | None:
-        """Return what tells of the part of a program that raised an exception, by its traceback or else its words."""
-        parts = [each for each in self._index.general if each.part]
-        by_frames = (each for each in parts if each.frames and each.frames.search(f"{suspect.frames}\n"))
-        by_words = (each for each in parts if each.about and each.about.search(suspect.message))
-        named = next(by_frames, None)
-        return next(by_words, named) if named is None or named.outer else named
-
-    def _meaning(
-        self, kind: Signature, suspect: Suspect, words: Mapping[str, str], part: Signature | None = None
-    ) -> Match:
-        """Return a failure of a general kind, with the line's own words, and what follows from them."""
-        told = list(suspect.advice)
-        if "advice" not in words:
-            found = (
-                each.regex.search(suspect.message) for each in self._index.general if "advice" in each.regex.groupindex
-            )
-            whole = (each for each in found if each and not self._is_cut(suspect, each))
-            told = [f'what it says: "{each["advice"]}"' for each in whole] + told
-        says = suspect.message if suspect.is_cut_off else f'"{advice.says(suspect.message)}"'
-        place = suspect.place
-        return Match(
-            kind, (place,), suspect.count, place.line, words,
-            who=suspect.who, where=suspect.where, says=says, advice=tuple(told), part=part, stage=suspect.stage,
-            project=suspect.project.name if suspect.project else "", reports=suspect.reports,
-            is_elsewhere=suspect.is_elsewhere or not (suspect.frames or self._is_of_a_server),
-        )  # fmt: skip
+        is_last = suspect.place.line >= self.lines
+        return kinds.meaning_of(suspect, self._index.general, is_last=is_last, is_of_a_server=self._is_of_a_server)
 
     @cached_property
     def _is_of_a_server(self) -> bool:
