@@ -166,12 +166,14 @@ _OF_THE_STACK = (
     r"|\b(?:TRITON|FLASH|TORCH)_(?:ATTN|MLA|SDPA)\b|a newer stack|another stack"
 )
 _OF_VLLM = re.compile(rf"{_OF_THE_STACK}|\bsparkinstall \w")
-# The same, and what else concerns vLLM alone.
+# The same, but for commands that help with any program.
 _OF_VLLM_ALONE = re.compile(
-    rf"{_OF_THE_STACK}|\bsparkinstall (?:plan|serve|recipes|ask|fit|models|stacks)\b|\bvLLM|locked set"
+    rf"{_OF_THE_STACK}|\bsparkinstall (?:plan|serve|recipes|ask|fit|models|stacks)\b|locked set"
 )
+# Options of vLLM that other launchers have too.
+_OF_LAUNCHERS = frozenset({"--host", "--master-addr", "--master-port", "--nnodes", "--node-rank", "--port"})
 # What only a program has that serves models.
-_OF_A_SERVER = re.compile(rf"(?i:\bbackend)|{OF_MODELS}")
+_OF_A_SERVER = re.compile(rf"\bvLLM|(?i:\bbackend)|{OF_MODELS}")
 
 
 def rewritten(told: Told, program: Program) -> Told:
@@ -192,15 +194,15 @@ def for_any_program(hint: str) -> list[str]:
 def without_vllm(hint: str) -> list[str]:
     """Return the steps of a hint that need no vLLM."""
     told = (_OF_RELEASES.sub("", each) for each in steps(hint))
-    known = advice.options_of_vllm()
+    known = advice.options_of_vllm() - _OF_LAUNCHERS
     return [each for each in told if not _OF_VLLM_ALONE.search(each) and known.isdisjoint(_FLAG.findall(each))]
 
 
 def of_a_script(told: Told) -> Told:
     """Return what is told of a failure as it is true of a program that serves no models, whatever libraries it uses."""
-    all_steps, known = steps(told.hint), without_vllm(told.hint)
-    hint = "; ".join(known if len(known) == len(all_steps) else [*known, ELSEWHERE])
-    return replace(told, title=_named(told.title, "the program"), why=_named(told.why, "the program"), hint=hint)
+    known = without_vllm(told.hint) or [ELSEWHERE]
+    title, why, hint = (_named(each, "the program") for each in (told.title, told.why, "; ".join(known)))
+    return replace(told, title=title, why=why, hint=hint)
 
 
 def _named(text: str, name: str) -> str:
