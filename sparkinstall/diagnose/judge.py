@@ -205,7 +205,7 @@ def _before_the_causes(
     return [
         (suspect, match)
         for suspect, match in suspects
-        if suspect.is_raised and suspect.place.line < first.get(suspect.place.log, 0)
+        if suspect.is_raised and not suspect.says_nothing and suspect.place.line < first.get(suspect.place.log, 0)
     ]
 
 

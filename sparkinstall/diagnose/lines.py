@@ -125,6 +125,8 @@ _JSON_LEVEL = re.compile(r'"(?:level|severity|levelname)"\s*:\s*"(\w+)"')
 _DOCKER = re.compile(r'\{"log": ?"((?:[^"\\]|\\.)*)')
 _ESCAPED = re.compile(r"\\(u[0-9a-f]{4}|.)")
 _MOST_PREFIXES = 12
+# A whole line that was pasted in bold.
+_BOLD = re.compile(r"\*\*(\S.*[^\s*])\*\*\s*$")
 # What torch prints of kernels that it tries and drops, although at level error.
 _TRIED = re.compile(r"_inductor/select_algorithm\.py:\d+\]")
 # A command as a shell repeats it (`set -x`) or as it stands after a prompt.
@@ -188,6 +190,7 @@ def _plain(text: str) -> str:
 def take_apart(text: str) -> Line:
     """Return who says what in a printable line."""
     text = _unpacked(text) if text.startswith("{") else text
+    text = _BOLD.sub(r"\1", text) if text.startswith("**") else text
     at, who, level = 0, [], ""
     for _ in range(_MOST_PREFIXES):
         found = _PREFIX.match(text, at)

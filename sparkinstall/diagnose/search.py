@@ -605,7 +605,7 @@ class Search:
 
 def _by_reason(told: Sequence[Suspect]) -> list[Suspect]:
     """Return suspicious lines: those that tell no reason weigh little where others do."""
-    is_bare = [each.is_cut_off or (not each.is_raised and pastes.tells_no_reason(each.message)) for each in told]
+    is_bare = [each.says_nothing or (not each.is_raised and pastes.tells_no_reason(each.message)) for each in told]
     if all(is_bare):
         return list(told)
     return [

@@ -102,6 +102,11 @@ class Suspect(Struct):
     may_end_cut: bool = False
 
     @property
+    def says_nothing(self) -> bool:
+        """Whether an exception is missing, or only announces what follows, such as the traceback of another process."""
+        return self.is_cut_off or (self.is_raised and self.message.rstrip().endswith(":"))
+
+    @property
     def is_of_vllm(self) -> bool:
         """Whether vLLM's own code raised or logged it."""
         return _OF_VLLM.search(f"{self.who} {self.place.text} {self.frames}") is not None

@@ -249,6 +249,8 @@ _PASSED_ON = re.compile(
     r"[\w.]+: (?:Caught \w+ in |[Cc]ommand .*(?:returned non-zero|failed with)"
     r"|(?!Process ').{0,80}\bfailed with (?:return|exit) code \d)"
 )
+# A place in the stack of a program in C++, below what it says.
+_PLACE = re.compile(r"\s*frame #\d+: ")
 # What takes a model's answer apart: it may be malformed, which is no failure of the server.
 _PARSING = re.compile(r"\[[\w/]*parser\w*\.py:\d+\]")
 # An error in words, and words about one that is not there.
@@ -310,7 +312,7 @@ def weight(line: Line, role: Role, number: int) -> int:
 
 
 def _by_shape(line: Line, role: Role, number: int, message: str) -> int:
-    if line.level == "info" or not message.strip() or tracebacks.HEAD in message:
+    if line.level == "info" or not message.strip() or tracebacks.HEAD in message or _PLACE.match(message):
         return 0
     handled = _HARMLESS if role.kind == "exception" else _HANDLED
     if handled.search(message) or _ASKED_FOR.match(message):
@@ -344,7 +346,7 @@ def _by_shape(line: Line, role: Role, number: int, message: str) -> int:
 def is_set_aside(line: Line, role: Role) -> bool:
     """Return whether a line tells of an error that the program handled or that it only warns of."""
     message = said(line)
-    if role.kind == "frame" or _OTHERS.search(line.who) or tracebacks.HEAD in message:
+    if role.kind == "frame" or _OTHERS.search(line.who) or tracebacks.HEAD in message or _PLACE.match(message):
         return False
     if line.level == "info" and named_within(message) is None:
         return False

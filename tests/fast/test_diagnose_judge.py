@@ -206,3 +206,33 @@ def test_step_that_names_what_another_has_named_is_told_once() -> None:
         f"Traceback (most recent call last):\n{frame}\n    own()\nValueError: own rows\n".encode()
     ).causes
     assert cause.hint.count("`--enforce-eager`") == 1
+
+
+# The parent repeats the traceback of its child below its own.
+SPAWNED = """Traceback (most recent call last):
+  File "/opt/env/lib/python3.12/site-packages/torch/multiprocessing/spawn.py", line 114, in join
+    raise Exception(msg)
+Exception:
+
+-- Process 0 terminated with the following error:
+Traceback (most recent call last):
+  File "/work/train.py", line 9, in train
+    own()
+{error}
+"""
+
+
+@pytest.mark.parametrize(
+    "error", ["OwnError: no own 7", "torch.distributed.DistNetworkError: The client socket failed"]
+)
+def test_an_exception_that_only_announces_that_of_another_process_is_not_the_cause(error: str) -> None:
+    found = diagnosed(SPAWNED.format(error=error).encode())
+    first = found.causes[0].lines[0] if found.causes else found.telling[0]
+    assert (first.line, first.text) == (10, error)
+
+
+def test_a_place_in_the_stack_of_a_program_in_c_is_not_suspicious() -> None:
+    log = b"own: recv failed on a socket: Connection reset by peer\nframe #0: c10::Error::Error(c10::Source) + 0x80\n"
+    found = diagnosed(log)
+    shown = [place.line for each in found.found for place in each.lines] + [each.line for each in found.telling]
+    assert set(shown) == {1}

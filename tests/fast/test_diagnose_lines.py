@@ -38,3 +38,9 @@ def test_line_of_a_logger_that_does_not_know_the_date_has_no_time() -> None:
     line = take_apart("E0000 00:00:00.123456    1234 own.cc:83] Unable to register the own factory")
     assert (line.level, line.when) == ("error", None)
     assert take_apart("E0000 00:00:1733333333.123456    1234 own.cc:83] Unable to register it").when is None
+
+
+def test_line_that_was_pasted_in_bold_is_read() -> None:
+    log = "**INFO 12-08 22:01:10 own.py:1] up**\n**ERROR 12-08 22:01:13 own.py:5] ValueError: own 5 of 4**\n"
+    found = diagnosed(log.encode())
+    assert [each.text for each in found.telling] == ["ERROR 12-08 22:01:13 own.py:5] ValueError: own 5 of 4"]
