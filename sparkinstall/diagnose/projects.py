@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from sparkinstall import schema
 from sparkinstall.assets import asset
-from sparkinstall.diagnose.advice import says
+from sparkinstall.diagnose.advice import NO_TEXT, says
 from sparkinstall.diagnose.tracebacks import Frame, frames_of
 
 FILE = "knowledge/projects.yaml"
@@ -28,7 +28,8 @@ _PYTHON = re.compile(r".*/python3\.\d+/(?!(?:site|dist)-packages/)|<|[\w.]+\.py\
 _INSTALLED = re.compile(r"/(?:site|dist)-packages/")
 # What differs from report to report, and what a search takes for more than a word.
 _DIFFERS = re.compile(
-    r"\[type=.*|https?://\S*|(?:/[\w.+@-]+){2,}/?|\b0x[0-9a-f]+\b|<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)"
+    rf"\[type=.*|https?://\S*|(?:/[\w.+@-]+){{2,}}/?|\b0x[0-9a-f]+\b|\b[0-9a-f]{{16,}}\b\.*|{NO_TEXT}"
+    r"|<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)"
     # not the apostrophe of a word, but what draws a tree
     r"|(?<!\w)[\"'`]|[\"'`](?!\w)|[\u2500-\u25ff]"
     r"|(?<![\w.])[-+]?\d[\d.,]*\w*|[=|\\]"

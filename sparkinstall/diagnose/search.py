@@ -50,6 +50,8 @@ _SHAPES = 10_000
 """Shapes of lines that are remembered."""
 _LONGEST_WORD = 200
 """Bytes of the end of a log that have its last word."""
+_CRASHED = "Fatal Python error: "
+"""How Python begins to tell of a crash."""
 _CUT_OFF = "the log ends within this traceback, so its exception is missing"
 _NOWHERE = (1, 0)
 """The span of no bytes."""
@@ -205,6 +207,7 @@ class Search:
         self._read_joined()
         self._read_cut_off()
         self._read_paste()
+        self._read_dumps()
         self._note_what_ends_the_log()
         return list(self.sightings.values())[known:]
 
@@ -269,6 +272,17 @@ class Search:
                         current.matches[signature.name] = (signature, place, found.groupdict(""))
             self._current = current
             self._finish_line()
+
+    def _read_dumps(self) -> None:
+        """Let Python's word for a crash have the place that it prints below."""
+        dumps = {who: "\n".join(frames) for who, frames in self._tracebacks.dumps.items()}
+        for key, each in list(self._telling.items()):
+            if each.message.startswith(_CRASHED) and each.who in dumps:
+                placed = sightings.suspect(each.place, each.weight, each.message, each.who, dumps[each.who])
+                self._telling[key] = replace(placed, count=each.count)
+        for match in self.sightings.values():
+            if _CRASHED in match.lines[0].text and not match.where:
+                match.where = place_of(dumps.get(match.who, ""))
 
     def _read_paste(self) -> None:
         """Look through a short log, and the end of a longer one that tells nothing else, for any words of failure."""

@@ -11,7 +11,8 @@ from sparkinstall.diagnose.lines import Line
 
 HEAD = "Traceback (most recent call last)"
 """What begins a traceback."""
-BEGINNINGS = (HEAD, ", line ", "During handling of the above", "The above exception was")
+_DUMPED = "(most recent call first)"
+BEGINNINGS = (HEAD, ", line ", "During handling of the above", "The above exception was", _DUMPED)
 """Texts without which no line begins or chains a traceback."""
 
 _PLACE = re.compile(r'File "(?P<path>[^"]*)", line \d+(?:, in (?P<function>\S+))?')
@@ -22,6 +23,12 @@ _WRAPPERS = ("contextlib.py", "torch/nn/modules/module.py", "vllm/tracing/", "to
 _FILE = re.compile(r'\s*File "[^"]*", line \d+')
 # The same as IPython and notebooks write it, older and newer.
 _NOTEBOOK = re.compile(r"(?:File )?(?P<path>[~/]\S+?\.py)(?::(?P<line>\d+),)? in (?P<function>\w+)\(")
+# A notebook names the exception where a traceback begins, and tells it at the end.
+_HEADED = re.compile(
+    r"(?P<name>(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|Interrupt)) {2,}Traceback \(most recent"
+)
+# What faulthandler prints of a thread when a program crashes: the innermost place first, and no exception.
+_DUMP = re.compile(r"(?P<current>Current )?[Tt]hread 0x[0-9a-f]+ .*" + re.escape(_DUMPED))
 _CHAIN = ("During handling of the above exception", "The above exception was the direct cause")
 # Python's word for an exception that changed nothing, usually while it ends.
 _IGNORED = "Exception ignored in"
@@ -98,6 +105,8 @@ class _Process(Struct):
     frames: deque[str] = field(default_factory=lambda: deque(maxlen=_MOST_FRAMES))
     is_open: bool = False
     has_head: bool = False
+    is_dump: bool = False
+    name: str = ""
     is_chained: bool = False
     is_ignored: bool = False
     is_of_request: bool = False
@@ -108,9 +117,13 @@ class _Process(Struct):
 
 
 class Tracebacks:
-    """The tracebacks of a log, whose processes may write in turns."""
+    """The tracebacks of a log, whose processes may write in turns.
+
+    `dumps`: for each process that crashed, where it was then.
+    """
 
     def __init__(self) -> None:
+        self.dumps: dict[str, deque[str]] = {}
         self._processes: dict[tuple[str, str], _Process] = {}
         self._open = 0
 
@@ -134,11 +147,11 @@ class Tracebacks:
             for key, each in self._processes.items()
             if each.is_open
             and each.frames
-            and not (each.is_ignored or each.first or _is_refused(each))
+            and not (each.is_ignored or each.is_dump or each.first or _is_refused(each))
             and key[1] not in ("info", "warning")
         )
         return [
-            CutOff(*key, each.last, "\n".join(each.frames), _raised(each.frames))
+            CutOff(*key, each.last, "\n".join(each.frames), _raised(each.frames) or each.name)
             for key, each in those
             if end - each.last <= _FROM_END
         ]
@@ -151,29 +164,56 @@ class Tracebacks:
     def see(self, number: int, line: Line) -> Role:
         """Take the next line of the log."""
         key, message = (line.who, line.level), line.message
+        if begun := self._begun_by(key, line):
+            return begun
         process = self._processes.get(key)
-        if message.startswith(_IGNORED):
-            self._begin(key).is_ignored = True
-            return _FRAME
-        if HEAD in message:
-            begun = self._begin(key)
-            begun.is_of_request = REFUSING.search(line.prefix) is not None
-            begun.has_head = message.lstrip().startswith(HEAD)
-            return _FRAME if begun.has_head else _PLAIN
         if _FILE.match(message):
-            if process is None or not process.is_open:
-                process = self._begin(key)
-                process.has_head = False
-            process.frames.append(message)
-            process.depth, process.last = _depth(message), number
-            return _FRAME
+            return self._place(process or self._begin(key), key, message, number)
         if process is None:
             return _PLAIN
         if message.lstrip().startswith(_CHAIN):
             process.is_chained = True
             return _FRAME
+        if process.is_open and process.is_dump:
+            process.is_open = False
+            self._open -= 1
+        return self._go_on(process, message, number) if process.is_open else _PLAIN
+
+    def _begun_by(self, key: tuple[str, str], line: Line) -> Role | None:
+        """Begin a traceback or a dump, if a line does so."""
+        message = line.message
+        if message.startswith(_IGNORED):
+            self._begin(key).is_ignored = True
+            return _FRAME
+        if HEAD in message:
+            begun = self._begin(key)
+            headed = _HEADED.match(message)
+            begun.is_of_request = REFUSING.search(line.prefix) is not None
+            begun.name = f"{headed['name']}: {NO_TEXT}" if headed else ""
+            begun.has_head = headed is not None or message.lstrip().startswith(HEAD)
+            return _FRAME if begun.has_head else _PLAIN
+        if dump := _DUMP.match(message):
+            begun = self._begin(key)
+            begun.is_dump = True
+            if dump["current"]:
+                self.dumps.setdefault(line.who, begun.frames)
+            return _FRAME
+        return None
+
+    def _place(self, process: _Process, key: tuple[str, str], message: str, number: int) -> Role:
+        """Take a place in a file."""
         if not process.is_open:
-            return _PLAIN
+            process = self._begin(key)
+            process.has_head = False
+        if process.is_dump:
+            process.frames.appendleft(message.replace(" in ", ", in ", 1))
+            return _FRAME
+        process.frames.append(message)
+        process.depth, process.last = _depth(message), number
+        return _FRAME
+
+    def _go_on(self, process: _Process, message: str, number: int) -> Role:
+        """Take a line below a place: code, or the exception."""
         process.lines += 1
         if place := _NOTEBOOK.match(message):
             process.frames.append(f'  File "{place["path"]}", line {place["line"] or 0}, in {place["function"]}')
@@ -205,8 +245,8 @@ class Tracebacks:
             process.first = 0
         self._open += not process.is_open
         process.is_open, process.is_chained, process.lines, process.depth = True, False, 0, 0
-        process.is_of_request = False
-        process.frames.clear()
+        process.is_of_request, process.is_dump, process.name = False, False, ""
+        process.frames = deque(maxlen=_MOST_FRAMES)
         return process
 
     def _end(self, process: _Process, number: int) -> Role:

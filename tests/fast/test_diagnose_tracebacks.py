@@ -102,3 +102,32 @@ def test_stage_of_the_start_is_told_with_what_leaves_it_out(functions: Sequence[
     stage = stage_of("\n".join(lines))
     assert "VLLM_USE_V2_MODEL_RUNNER=0" in stage_of("\n".join(lines).replace("worker/", "worker/gpu/"))
     assert (words in stage and cause.hint.startswith(stage)) if words else stage == ""
+
+
+def test_a_crash_is_told_with_the_place_that_python_prints_below_it() -> None:
+    log = """Fatal Python error: Segmentation fault
+
+Current thread 0x00007f1c2a7fc640 (most recent call first):
+  File "/opt/env/lib/python3.12/site-packages/vllm/own/wrapper.py", line 373 in own_reduce
+  File "/opt/env/lib/python3.12/site-packages/vllm/own/worker.py", line 12 in run
+  File "/usr/lib/python3.12/threading.py", line 1012 in _bootstrap
+
+Thread 0x00007f1c2a7fc641 (most recent call first):
+  File "/usr/lib/python3.12/threading.py", line 359 in wait
+
+Extension modules: own._core (total: 1)
+"""
+    (cause,) = diagnosed(log.encode()).causes
+    assert cause.name == "crashed-in-native-code"
+    assert cause.where == "vllm/own/wrapper.py, own_reduce"
+    assert [each.line for each in cause.lines] == [1]
+
+
+def test_a_notebooks_traceback_that_is_cut_off_is_read_by_its_head() -> None:
+    log = """OwnPartError                              Traceback (most recent call last)
+File ~/env/lib/python3.12/site-packages/own/part.py:22, in own(self)
+     21     args = 1
+"""
+    (told,) = diagnosed(log.encode()).telling
+    assert told.text.startswith("OwnPartError: ")
+    assert told.where == "own/part.py, own"
