@@ -121,8 +121,10 @@ def index_of(signatures: Sequence[Signature]) -> SignatureIndex:
     """Return what these signatures look for."""
     meanings: dict[bytes, list[Signature | None]] = {}
     for each in signatures:
-        for anchor in each.anchors:
-            meanings.setdefault(anchor.encode(), []).append(each)
+        # JSON, such as that of docker's own files, writes a backslash before a quotation mark.
+        written = (text for anchor in each.anchors for text in (anchor, anchor.replace('"', '\\"')))
+        for literal in dict.fromkeys(written):
+            meanings.setdefault(literal.encode(), []).append(each)
     for word in (*suspicion.WORDS, *tracebacks.BEGINNINGS):
         meanings.setdefault(word.encode(), []).append(None)
     general = [each for each in signatures if each.general]

@@ -1,5 +1,8 @@
 """The search in a log: lines are counted within limits, and any bytes are read, cut anywhere."""
 
+import json
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,3 +112,11 @@ def test_line_of_300_megabytes_uses_limited_memory() -> None:
     search.end()
     assert (search.lines, search.bytes >> 20) == (1, 300)
     assert list(search.sightings) == ["oom-killer"]
+
+
+def test_a_literal_with_a_quotation_mark_is_found_in_json() -> None:
+    known = replace(BY_NAME["disk-full"], regex=re.compile('no own "part" left'), anchors=('own "part"',))
+    search = Search(index_of([known]), "x")
+    search.feed(json.dumps({"log": 'no own "part" left\n', "stream": "stderr"}).encode() + b"\n")
+    search.end()
+    assert list(search.sightings) == ["disk-full"]
