@@ -42,11 +42,14 @@ _URL_KEYS = r"[\w-]*(?:token|signature|credential|api[_-]?key)|sig|key|policy|pa
 LISTED = rf"{_QUOTE}?\s*[:=]\s*[\[(]\s*)((?:[\s,]*{_QUOTED})+)"
 """The rest of a pattern that begins with an open group and a key: matches a list of values, for `hide_in`."""
 
+# What an instruction writes in place of a secret: a word in capitals, or the name of a variable.
+_NO_PLACEHOLDER = r"(?!(?-i:KEY(?![\w.-])|USER:PASSWORD@|\$[A-Z_]+(?![\w.-])))"
+
 # The pattern is tried only if the lower-case text contains one of the words. Group 1 is kept, group 2 is hidden.
 _Shapes = tuple[tuple[tuple[str, ...], str], ...]
 _WHOLE: _Shapes = (
     # A path that was made of a URL has one slash less.
-    ((":/",), r"(://|\bhttps?:/)([^/?#\s\"]+)(?=@)"),
+    ((":/",), rf"(://|\bhttps?:/){_NO_PLACEHOLDER}([^/?#\s\"]+)(?=@)"),
     (
         ("token=", "secret=", "password=", "passwd=", "key=", "credential="),
         r"\b([A-Z0-9_]*(?:TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|CREDENTIAL)=)([^\s\"'\\]+)",
@@ -58,7 +61,7 @@ _WHOLE: _Shapes = (
     (("serial_number=",), r"(SERIAL_NUMBER=)((?:\\?[\"'])?[^\s\"'\\]+)"),
     (
         ("authorization",),
-        rf"(?i)(authorization{_QUOTE}?\s*[:=,]\s*b?{_QUOTE}?(?:bearer|basic|token)\s+)({_BARE})",
+        rf"(?i)(authorization{_QUOTE}?\s*[:=,]\s*b?{_QUOTE}?(?:bearer|basic|token)\s+){_NO_PLACEHOLDER}({_BARE})",
     ),
     (
         ("token=", "sig", "credential=", "key=", "policy=", "password="),

@@ -151,7 +151,46 @@ TRAINING = Program(
     same=frozenset(),
     link="https://huggingface.co/docs/transformers/main_classes/trainer",
 )
-PROGRAMS = (SGLANG, TENSORRT_LLM, COMFYUI, TRAINING, OLLAMA, LLAMA_CPP)
+LMDEPLOY = Program(
+    name="LMDeploy",
+    event="lmdeploy-runs",
+    path="lmdeploy/",
+    options={
+        "--gpu-memory-utilization": "--cache-max-entry-count",
+        "serving.memory": "--cache-max-entry-count",
+        "--max-model-len": "--session-len",
+        "serving.max_model_len": "--session-len",
+        "--max-num-seqs": "--max-batch-size",
+        "--max-num-batched-tokens": "--max-prefill-token-num",
+        "--tensor-parallel-size": "--tp",
+        "--data-parallel-size": "--dp",
+        "--enforce-eager": "--eager-mode",
+        "vllm serve --help=all": "lmdeploy serve api_server --help",
+        "vllm serve": "lmdeploy serve api_server",
+    },
+    same=frozenset({"--chat-template", "--download-dir", "--dtype", "--reasoning-parser", "--revision"}),
+    link="https://lmdeploy.readthedocs.io/",
+)
+TGI = Program(
+    name="text-generation-inference",
+    event="tgi-runs",
+    path="text_generation_server/",
+    options={
+        "--gpu-memory-utilization": "--cuda-memory-fraction",
+        "serving.memory": "--cuda-memory-fraction",
+        "--max-model-len": "--max-total-tokens",
+        "serving.max_model_len": "--max-total-tokens",
+        "--max-num-batched-tokens": "--max-batch-prefill-tokens",
+        "--max-num-seqs": "--max-batch-size",
+        "--tensor-parallel-size": "--num-shard",
+        "--quantization": "--quantize",
+        "vllm serve --help=all": "text-generation-launcher --help",
+        "vllm serve": "text-generation-launcher",
+    },
+    same=frozenset({"--dtype", "--kv-cache-dtype", "--port", "--revision", "--trust-remote-code"}),
+    link="https://huggingface.co/docs/text-generation-inference",
+)
+PROGRAMS = (SGLANG, TENSORRT_LLM, LMDEPLOY, TGI, COMFYUI, TRAINING, OLLAMA, LLAMA_CPP)
 
 # Two of vLLM's backends that are one of the program's.
 _TWICE = re.compile(r"(, )?\b(\w+) or \2\b")
@@ -165,7 +204,7 @@ _OF_THE_STACK = (
     r"\bVLLM_|\{(?:from|before) |vLLM \d|~/\.cache/vllm|\b(?:packages|serving)\.\w"
     r"|\b(?:TRITON|FLASH|TORCH)_(?:ATTN|MLA|SDPA)\b|a newer stack|another stack"
 )
-_OF_VLLM = re.compile(rf"{_OF_THE_STACK}|\bsparkinstall \w")
+_OF_VLLM = re.compile(rf"{_OF_THE_STACK}|\bsparkinstall (?!diagnose\b|verify --level link\b)\w")
 # The same, but for commands that help with any program.
 _OF_VLLM_ALONE = re.compile(
     rf"{_OF_THE_STACK}|\bsparkinstall (?:plan|serve|recipes|ask|fit|models|stacks)\b|locked set"
@@ -209,7 +248,9 @@ def _named(text: str, name: str) -> str:
     """Return a text with another name in place of vLLM's; "this vLLM" where it is no name: "this training"."""
     kind = name.removeprefix("the ")
     text = text if kind == name else re.sub(r"\b([Tt]his|[Aa]nother|[Oo]ld(?:er)?) vLLM(?![\w/-])", rf"\1 {kind}", text)
-    return re.sub(r"(?<![\w./-])vLLM(?![\w/-])", name, text)
+    text = re.sub(r"\b([Aa]) vLLM(?![\w/-])", r"\1 server", text)
+    # What is told of a release of vLLM is of no other program.
+    return re.sub(r"(?<![\w./-])vLLM(?! \d)(?![\w/-])", name, text)
 
 
 def _hint(hint: str, program: Program) -> str:

@@ -526,7 +526,9 @@ class Search:
                     takers += [seen] if seen.count <= SHOWN else []
                 self._enough |= seen.count >= MOST
                 self._chain(seen)
-        is_known = not all(each.only_with for each in matches)
+        # An exception in which only an event was found, such as the name of a program, tells more.
+        is_raised = current.role.kind == "exception"
+        is_known = any(not each.only_with and not (is_raised and each.severity == "event") for each in matches)
         if current.is_suspect and (not is_known or _INNER.search(current.line.message)):
             takers += self._suspect(current)
         self._wrapped.begin(current.line, takers)

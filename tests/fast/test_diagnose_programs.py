@@ -16,11 +16,24 @@ AssertionError: own rows
 """
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("this vLLM cannot", "this SGLang cannot"),
+        ("A vLLM that ends", "A server that ends"),
+        ("vLLM 0.24 moved it", "vLLM 0.24 moved it"),
+        ("vllm/own.py of vLLM", "vllm/own.py of SGLang"),
+    ],
+)
+def test_another_name_stands_for_vllms_but_where_its_release_is_told(text: str, told: str) -> None:
+    assert programs.rewritten(replace(KNOWN[0], why=text), programs.SGLANG).why == told
+
+
 def test_failure_of_sglang_is_told_in_its_name_and_with_its_options() -> None:
     (cause,) = diagnosed(SGLANG_LOG.format(package="sglang").encode()).causes
     told = f"{cause.title} {cause.why} {cause.hint} {cause.links}"
     assert cause.name == "checkpoint-not-loaded"
-    assert "this SGLang's code" in told
+    assert "this release's code" in told
     assert "`--speculative-algorithm`" in told
     assert cause.hint.endswith("a newer release of SGLang")
     assert "vllm" not in told.lower()
@@ -29,7 +42,8 @@ def test_failure_of_sglang_is_told_in_its_name_and_with_its_options() -> None:
 
 def test_failure_in_vllms_code_keeps_its_name_in_a_log_of_sglang() -> None:
     (cause,) = diagnosed(SGLANG_LOG.format(package="vllm").encode()).causes
-    assert "this vLLM's code" in cause.why
+    assert "this release's code" in cause.why
+    assert "a newer release of SGLang" not in cause.hint
 
 
 @pytest.mark.parametrize("program", programs.PROGRAMS, ids=lambda each: each.name)

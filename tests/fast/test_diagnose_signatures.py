@@ -13,8 +13,9 @@ from sparkinstall.cli.app import VERBS
 from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
 from sparkinstall.diagnose.search import index_of
-from sparkinstall.diagnose.signatures import Signature, hint_for, load
+from sparkinstall.diagnose.signatures import Signature, hint_for, load, steps
 from sparkinstall.probes import known_hosts
+from sparkinstall.redaction import redact
 from sparkinstall.schema import Malformed
 from tests.support.diagnosing import (
     BY_NAME,
@@ -218,3 +219,9 @@ def test_no_literal_is_in_the_lines_that_a_server_repeats() -> None:
     )
     literals = [anchor for each in KNOWN for anchor in each.anchors]
     assert [each for each in literals if any(each in line for line in repeated)] == []
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda each: each.name)
+def test_nothing_in_what_is_told_is_taken_for_a_secret(known: Signature) -> None:
+    for text in (known.title, known.why, known.elsewhere, *steps(known.hint), *steps(known.elsewhere_hint)):
+        assert redact(text) == text
