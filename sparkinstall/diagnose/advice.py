@@ -28,7 +28,7 @@ _NOT += "".join(rf"(?<!{word} {each} )" for word in ("not", "n't") for each in (
 # The values that are taken instead.
 _TAKEN = re.compile(
     r"(?i:(?:(?<!not be )(?<!cannot be )(?<!n't be )(?<!for )one of|choose from|input should be"
-    rf"|(?<![a-z-]){_NOT}(?:valid|supported|available|allowed|possible|registered|known|accepted|expected)"
+    rf"|(?<![a-z-]){_NOT}(?:valid|supported|available|allowed|possible|registered(?! for\b)|known|accepted|expected)"
     r"(?: [\w-]+){0,3}?(?: are| is| include|:| =|\s?\()|only supports?|options are)(?: the following)?:?) ?"
     + _LIST.format("list")
     + r"(?!\s+(?:by|for|with|when|if|yet)\b)"

@@ -27,6 +27,8 @@ def meaning_of(suspect: Suspect, general: Sequence[Signature], *, is_last: bool,
     told = list(suspect.advice)
     if "advice" not in words:
         told = [f'what it says: "{each}"' for each in _advised(suspect.message, general, is_last)] + told
+    if suspect.message.endswith(advice.NO_TEXT):
+        told.insert(0, "look at the whole log: the rest of this line tells what is wrong")
     says = suspect.message if suspect.is_cut_off else f'"{advice.says(suspect.message)}"'
     place = suspect.place
     return Match(

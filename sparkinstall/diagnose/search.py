@@ -71,6 +71,9 @@ _INNER = re.compile(
 # The outermost code of a program: an exception that passes it ends the program.
 _OF_MAIN = re.compile(r'File "[^"]*", line \d+, in (?:<module>|_bootstrap)$', re.MULTILINE)
 
+# An exception of which the end of the log has left less than a word of text.
+_CUT_TEXT = re.compile(r"(?P<name>[A-Za-z_][\w.]*): \w{1,8}\s*$")
+
 _VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
 
@@ -227,6 +230,8 @@ class Search:
         end = " ".join(printable(self._paste[-_LONGEST_WORD:]).split()).rpartition(" ")[2]
         for suspect in self._telling.values():
             suspect.may_end_cut = end[-1:].isalnum() and suspect.message.rstrip().endswith(end)
+            if suspect.may_end_cut and (cut := _CUT_TEXT.match(suspect.message)):
+                suspect.message = f"{cut['name']}: {advice.NO_TEXT}"
 
     def _is_known(self, suspect: Suspect, family: str = "") -> bool:
         """Note the first known failure (of a family) in a whole message, its kind rather than a family; return whether

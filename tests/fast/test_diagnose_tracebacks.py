@@ -131,3 +131,14 @@ File ~/env/lib/python3.12/site-packages/own/part.py:22, in own(self)
     (told,) = diagnosed(log.encode()).telling
     assert told.text.startswith("OwnPartError: ")
     assert told.where == "own/part.py, own"
+
+
+def test_an_exception_of_which_a_few_letters_are_left_says_nothing_that_they_do_not_tell() -> None:
+    log = """Traceback (most recent call last):
+  File "/opt/env/lib/python3.12/site-packages/vllm/model_executor/model_loader/own.py", line 19, in own
+    raise ValueError(
+ValueError: Cann"""
+    (cause,) = diagnosed(log.encode()).causes
+    assert cause.name == "loader-part-failed"
+    assert cause.hint.startswith("look at the whole log")
+    assert "Cann" not in f"{cause.why} {cause.links}"
