@@ -30,8 +30,8 @@ from sparkinstall.redaction import redact
 _SHOWN_TELLING = 8
 _ENDED = "The cause is not known: what was recognized are consequences only."
 _NO_REASON = (
-    "What failed first is below, with what to do next. Why is in no line of this log: it was not logged, or is in "
-    "another log, of another node, the kernel or an earlier run."
+    "The cause is in no line of this log: it was logged before or after these lines, in another log (of another node, "
+    "the kernel, an earlier run), or not at all. What follows from it is below, with what to do next."
 )
 
 Logs = Annotated[

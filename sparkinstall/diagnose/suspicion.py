@@ -251,8 +251,9 @@ _PASSED_ON = re.compile(
 )
 # A place in the stack of a program in C++, below what it says.
 _PLACE = re.compile(r"\s*frame #\d+: ")
-# What takes a model's answer apart, not options or settings: it may be malformed, which is no failure of the server.
-_PARSING = re.compile(r"\[(?![\w/]*(?:arg|config)\w*parser)[\w/]*parser\w*\.py:\d+\]")
+# What vLLM prints of its requests when the engine ends, and what takes a model's answer apart, not options: that may
+# be malformed, which is no failure of the server.
+_PARSING = re.compile(r"\[(?![\w/]*(?:arg|config)\w*parser)(?:[\w/]*parser\w*|[\w/]*dump_input)\.py:\d+\]")
 # An error in words, and words about one that is not there.
 _OF_AN_ERROR = re.compile(
     r"\[Errno \d+\] "

@@ -46,7 +46,7 @@ def test_diagnose_prints_what_is_known_first_where_nothing_tells_the_cause() -> 
     ended = run("diagnose", given=example("worker-died") + example("engine-dead"))
     assert ended.returncode == 3
     first, others = ended.stdout.split("Consequences")
-    assert first.startswith("What failed first is below, with what to do next.")
+    assert first.startswith("The cause is in no line of this log")
     assert first.index("a worker process has died") < first.index("journalctl -k -b")
     assert "engine-dead" not in first
     assert "engine-dead, line 2" in others
