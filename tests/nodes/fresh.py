@@ -223,8 +223,9 @@ def wait_for_objects(
     return found
 
 
+# dpkg copies its own files to /var/backups at midnight.
 NOT_COMPARED = (
     "/proc", "/sys", "/dev", "/run", "/tmp", "/var/tmp", "/var/log", "/var/cache", "/var/lib/apt", "/var/lib/dpkg",
-    "/var/lib/systemd", "/etc/ld.so.cache", "/home/spark/.cache", "/home/spark/.local", CHECKOUT, "/usr/local/cuda",
-    "/srv", "/usr/share/man", "/usr/lib/python3*/__pycache__", "*/__pycache__",
+    "/var/backups", "/var/lib/systemd", "/etc/ld.so.cache", "/home/spark/.cache", "/home/spark/.local", CHECKOUT,
+    "/usr/local/cuda", "/srv", "/usr/share/man", "/usr/lib/python3*/__pycache__", "*/__pycache__",
 )  # fmt: skip
