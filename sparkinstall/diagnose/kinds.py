@@ -16,10 +16,11 @@ _Kind = tuple[Signature | None, Mapping[str, str], Signature | None]
 """A general failure, the words of the line in its regex, and the part of a program that is told beside it."""
 
 
-def meaning_of(suspect: Suspect, general: Sequence[Signature], *, is_last: bool, is_of_a_server: bool) -> Match | None:
+def meaning_of(suspect: Suspect, general: Sequence[Signature], *, is_last: bool, is_elsewhere: bool) -> Match | None:
     """Return the general failure that a suspicious line is of, told in its own words.
 
-    `is_last`: the log ends with this line. `is_of_a_server`: the log is of a program that serves models.
+    `is_last`: the log ends with this line. `is_elsewhere`: nothing shows that the line is of a program that serves
+    models.
     """
     kind, words, part = _kind_of(suspect, general, is_last)
     if kind is None:
@@ -35,7 +36,7 @@ def meaning_of(suspect: Suspect, general: Sequence[Signature], *, is_last: bool,
         kind, (place,), suspect.count, place.line, words,
         who=suspect.who, where=suspect.where, says=says, advice=tuple(told), part=part, stage=suspect.stage,
         project=suspect.project.name if suspect.project else "", reports=suspect.reports,
-        is_elsewhere=suspect.is_elsewhere or not (suspect.frames or is_of_a_server),
+        is_elsewhere=is_elsewhere,
     )  # fmt: skip
 
 

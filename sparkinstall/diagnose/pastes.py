@@ -67,7 +67,7 @@ _NONE = re.compile(
     r"(?i:^\s*(?:note|hint|tip|info|usage)\b|--help\b|severity=correct|\bcorrect(?:ed|able)\b|\btainting kernel"
     r"|direct firmware load|\becho \"|\bapparmor\b|\bgkr-pam|\bstack trace\b|\bbacktrace\b|\bframe #\d"
     # what torch says of any GPU with few multiprocessors
-    r"|\bmay mean that\b|^debconf:|^not enough sms to use max_autotune|^\s*\u2502 exit code: \d+$|\.\.\. error$"
+    r"|\bmay mean that\b|^debconf:|^not enough sms to use max_autotune|^\s*\u2502 exit code: \d+$"
     # notes of pip and apt
     r"|requires .* but you have |^(?:Err|Ign|Hit|Get):\d|\[IP: |^No (?:services|containers|user sessions|VM guests) )"
 )

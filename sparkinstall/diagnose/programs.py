@@ -1,6 +1,7 @@
 """Another server than vLLM: what is told of a failure of both, in that program's name, without what only vLLM has."""
 
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TypeVar
 
@@ -19,11 +20,15 @@ ELSEWHERE = (
 """What to do about a program that has no part in serving a model."""
 
 
+_SETTINGS = {"serving.memory": "--gpu-memory-utilization", "serving.max_model_len": "--max-model-len"}
+"""Settings of sparkinstall, and the option of vLLM that each sets."""
+
+
 class Program(Struct, frozen=True, dict=True):
     """A server that shares libraries and models with vLLM.
 
-    `event`: the entry that recognizes its log. `path`: where its code is. `options`: its names of vLLM's options, and
-    of what stands for one. `same`: the options that both have. What is in neither it does not have.
+    `event`: the entry that recognizes its log. `path`: where its code is. `options`: its names of vLLM's options and of
+    their values. `same`: the options that both have. What is in neither it does not have. `command`: what starts it.
     """
 
     name: str
@@ -32,6 +37,7 @@ class Program(Struct, frozen=True, dict=True):
     options: dict[str, str]
     same: frozenset[str]
     link: str
+    command: str = ""
 
     @cached_property
     def foreign(self) -> frozenset[str]:
@@ -41,14 +47,21 @@ class Program(Struct, frozen=True, dict=True):
         return those.union(f"--no-{each[2:]}" for each in those) - own
 
     @cached_property
+    def _words(self) -> dict[str, str]:
+        """Its words for vLLM's options, the settings that stand for them, and vLLM's commands."""
+        settings = {name: self.options[option] for name, option in _SETTINGS.items() if option in self.options}
+        commands = {"vllm serve --help=all": f"{self.command} --help", "vllm serve": self.command}
+        return {**self.options, **settings, **(commands if self.command else {})}
+
+    @cached_property
     def _names(self) -> re.Pattern[str]:
-        return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, self.options))})(?![\w-])")
+        return re.compile(rf"(?<![\w-])(?:{'|'.join(map(re.escape, self._words))})(?![\w-])")
 
     def with_its_options(self, text: str) -> str:
         """Return a text with this program's options in place of vLLM's."""
-        if not self.options:
+        if not self._words:
             return text
-        own = self._names.sub(lambda found: self.options[found[0]], text)
+        own = self._names.sub(lambda found: self._words[found[0]], text)
         return _TWICE.sub(lambda found: f" or {found[2]}" if found[1] else found[2], own)
 
 
@@ -58,8 +71,6 @@ SGLANG = Program(
     path="sglang/",
     options={
         "--gpu-memory-utilization": "--mem-fraction-static",
-        "serving.memory": "--mem-fraction-static",
-        "serving.max_model_len": "--context-length",
         "--max-model-len": "--context-length",
         "--max-num-seqs": "--max-running-requests",
         "--max-num-batched-tokens": "--chunked-prefill-size",
@@ -79,9 +90,8 @@ SGLANG = Program(
         "TRITON_MLA": "triton",
         "FLASH_ATTN": "flashinfer",
         "FLASHINFER": "flashinfer",
-        "vllm serve --help=all": "python3 -m sglang.launch_server --help",
-        "vllm serve": "python3 -m sglang.launch_server",
     },
+    command="python3 -m sglang.launch_server",
     same=frozenset(
         {
             "--attention-backend", "--chat-template", "--disable-custom-all-reduce", "--download-dir", "--dtype",
@@ -98,12 +108,10 @@ LLAMA_CPP = Program(
     path="llama_cpp/",
     options={
         "--max-model-len": "--ctx-size",
-        "serving.max_model_len": "--ctx-size",
         "--max-num-seqs": "--parallel",
         "--max-num-batched-tokens": "--batch-size",
-        "vllm serve --help=all": "llama-server --help",
-        "vllm serve": "llama-server",
     },
+    command="llama-server",
     same=frozenset({"--api-key", "--chat-template", "--host", "--port"}),
     link="https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md",
 )
@@ -113,17 +121,14 @@ TENSORRT_LLM = Program(
     path="tensorrt_llm/",
     options={
         "--gpu-memory-utilization": "--kv_cache_free_gpu_memory_fraction",
-        "serving.memory": "--kv_cache_free_gpu_memory_fraction",
         "--max-model-len": "--max_seq_len",
-        "serving.max_model_len": "--max_seq_len",
         "--max-num-seqs": "--max_batch_size",
         "--max-num-batched-tokens": "--max_num_tokens",
         "--tensor-parallel-size": "--tp_size",
         "--pipeline-parallel-size": "--pp_size",
         "--trust-remote-code": "--trust_remote_code",
-        "vllm serve --help=all": "trtllm-serve --help",
-        "vllm serve": "trtllm-serve",
     },
+    command="trtllm-serve",
     same=frozenset({"--host", "--port", "--tokenizer"}),
     link="https://nvidia.github.io/TensorRT-LLM/",
 )
@@ -131,7 +136,7 @@ OLLAMA = Program(
     name="Ollama",
     event="ollama-runs",
     path="ollama/",
-    options={"--max-model-len": "num_ctx", "serving.max_model_len": "num_ctx"},
+    options={"--max-model-len": "num_ctx"},
     same=frozenset(),
     link="https://github.com/ollama/ollama/blob/main/docs/troubleshooting.mdx",
 )
@@ -157,17 +162,14 @@ LMDEPLOY = Program(
     path="lmdeploy/",
     options={
         "--gpu-memory-utilization": "--cache-max-entry-count",
-        "serving.memory": "--cache-max-entry-count",
         "--max-model-len": "--session-len",
-        "serving.max_model_len": "--session-len",
         "--max-num-seqs": "--max-batch-size",
         "--max-num-batched-tokens": "--max-prefill-token-num",
         "--tensor-parallel-size": "--tp",
         "--data-parallel-size": "--dp",
         "--enforce-eager": "--eager-mode",
-        "vllm serve --help=all": "lmdeploy serve api_server --help",
-        "vllm serve": "lmdeploy serve api_server",
     },
+    command="lmdeploy serve api_server",
     same=frozenset({"--chat-template", "--download-dir", "--dtype", "--reasoning-parser", "--revision"}),
     link="https://lmdeploy.readthedocs.io/",
 )
@@ -177,16 +179,13 @@ TGI = Program(
     path="text_generation_server/",
     options={
         "--gpu-memory-utilization": "--cuda-memory-fraction",
-        "serving.memory": "--cuda-memory-fraction",
         "--max-model-len": "--max-total-tokens",
-        "serving.max_model_len": "--max-total-tokens",
         "--max-num-batched-tokens": "--max-batch-prefill-tokens",
         "--max-num-seqs": "--max-batch-size",
         "--tensor-parallel-size": "--num-shard",
         "--quantization": "--quantize",
-        "vllm serve --help=all": "text-generation-launcher --help",
-        "vllm serve": "text-generation-launcher",
     },
+    command="text-generation-launcher",
     same=frozenset({"--dtype", "--kv-cache-dtype", "--port", "--revision", "--trust-remote-code"}),
     link="https://huggingface.co/docs/text-generation-inference",
 )
@@ -219,10 +218,7 @@ def rewritten(told: Told, program: Program) -> Told:
     """Return what is told of a failure as it is true of another program than vLLM: with its name, and of the actions
     those that it knows."""
     links = tuple(each for each in told.links if "vllm" not in each) or (program.link,)
-    name = program.name
-    return replace(
-        told, title=_named(told.title, name), why=_named(told.why, name), hint=_hint(told.hint, program), links=links
-    )
+    return replace(_retold(told, program.name, _steps_of(program, told.hint)), links=links)
 
 
 def for_any_program(hint: str) -> list[str]:
@@ -239,8 +235,12 @@ def without_vllm(hint: str) -> list[str]:
 
 def of_a_script(told: Told) -> Told:
     """Return what is told of a failure as it is true of a program that serves no models, whatever libraries it uses."""
-    known = without_vllm(told.hint) or [ELSEWHERE]
-    title, why, hint = (_named(each, "the program") for each in (told.title, told.why, "; ".join(known)))
+    return _retold(told, "the program", without_vllm(told.hint) or [ELSEWHERE])
+
+
+def _retold(told: Told, name: str, hints: Sequence[str]) -> Told:
+    """Return what is told of a failure with these steps, and a program's name in place of vLLM's."""
+    title, why, hint = (_named(each, name) for each in (told.title, told.why, "; ".join(hints)))
     return replace(told, title=title, why=why, hint=hint)
 
 
@@ -253,12 +253,12 @@ def _named(text: str, name: str) -> str:
     return re.sub(r"(?<![\w./-])vLLM(?! \d)(?![\w/-])", name, text)
 
 
-def _hint(hint: str, program: Program) -> str:
-    """Return the parts of a hint that name nothing that only vLLM has; a newer release stands for the others."""
-    parts = [program.with_its_options(_OF_RELEASES.sub("", each)) for each in steps(hint)]
-    known = [_named(each, program.name) for each in parts if not _is_foreign(each, program)]
-    return "; ".join(known if len(known) == len(parts) else [*known, f"a newer release of {program.name}"])
+def _steps_of(program: Program, hint: str) -> list[str]:
+    """Return the steps of a hint that name nothing that only vLLM has; a newer release stands for the others."""
+    told = [program.with_its_options(_OF_RELEASES.sub("", each)) for each in steps(hint)]
+    known = [each for each in told if not _is_foreign(each, program)]
+    return known if len(known) == len(told) else [*known, f"a newer release of {program.name}"]
 
 
-def _is_foreign(part: str, program: Program) -> bool:
-    return _OF_VLLM.search(part) is not None or not program.foreign.isdisjoint(_FLAG.findall(part))
+def _is_foreign(step: str, program: Program) -> bool:
+    return _OF_VLLM.search(step) is not None or not program.foreign.isdisjoint(_FLAG.findall(step))

@@ -283,10 +283,9 @@ class Search:
     def _read_dumps(self) -> None:
         """Let Python's word for a crash have the place that it prints below."""
         dumps = {who: "\n".join(frames) for who, frames in self._tracebacks.dumps.items()}
-        for key, each in list(self._telling.items()):
+        for each in self._telling.values():
             if each.message.startswith(_CRASHED) and each.who in dumps:
-                placed = sightings.suspect(each.place, each.weight, each.message, each.who, dumps[each.who])
-                self._telling[key] = replace(placed, count=each.count)
+                each.raised_within(dumps[each.who])
         for match in self.sightings.values():
             if _CRASHED in match.lines[0].text and not match.where:
                 match.where = place_of(dumps.get(match.who, ""))
@@ -341,7 +340,8 @@ class Search:
         if is_passing or suspect.place.line <= self._last_of((SERVER_STARTED,)):
             return None
         is_last = suspect.place.line >= self.lines
-        return kinds.meaning_of(suspect, self._index.general, is_last=is_last, is_of_a_server=self._is_of_a_server)
+        is_elsewhere = suspect.is_elsewhere or not (suspect.frames or self._is_of_a_server)
+        return kinds.meaning_of(suspect, self._index.general, is_last=is_last, is_elsewhere=is_elsewhere)
 
     @cached_property
     def _is_of_a_server(self) -> bool:

@@ -101,6 +101,12 @@ class Suspect(Struct):
     is_by_words: bool = False
     may_end_cut: bool = False
 
+    def raised_within(self, frames: str) -> None:
+        """Take a traceback for the one of this line, with what that tells of where the line comes from."""
+        self.frames, self.where, self.stage = frames[-_FRAMES_KEPT:], place_of(frames), stage_of(frames)
+        self.project = projects.raised_by(frames) or projects.told_by(self.message)
+        self.is_elsewhere = projects.is_elsewhere(frames)
+
     @property
     def says_nothing(self) -> bool:
         """Whether an exception is missing, or only announces what follows, such as the traceback of another process."""
@@ -126,11 +132,9 @@ class Suspect(Struct):
 
 def suspect(place: Place, weight: int, message: str, who: str, frames: str = "") -> Suspect:
     """Return a suspicious line with what its traceback, if it has one, and its words tell of where it comes from."""
-    return Suspect(
-        place, weight, message, who, place_of(frames), frames[-_FRAMES_KEPT:], stage_of(frames),
-        project=projects.raised_by(frames) or projects.told_by(message),
-        is_elsewhere=projects.is_elsewhere(frames),
-    )  # fmt: skip
+    found = Suspect(place, weight, message, who)
+    found.raised_within(frames)
+    return found
 
 
 def shown(text: str, at: int) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections import deque
 from collections.abc import Iterable
+from functools import lru_cache
 
 from msgspec import Struct, field
 
@@ -204,7 +205,6 @@ class Tracebacks:
         """Take a place in a file."""
         if not process.is_open:
             process = self._begin(key)
-            process.has_head = False
         if process.is_dump:
             process.frames.appendleft(message.replace(" in ", ", in ", 1))
             return _FRAME
@@ -245,7 +245,7 @@ class Tracebacks:
             process.first = 0
         self._open += not process.is_open
         process.is_open, process.is_chained, process.lines, process.depth = True, False, 0, 0
-        process.is_of_request, process.is_dump, process.name = False, False, ""
+        process.has_head, process.is_of_request, process.is_dump, process.name = False, False, False, ""
         process.frames = deque(maxlen=_MOST_FRAMES)
         return process
 
@@ -289,9 +289,10 @@ def _raised(frames: Iterable[str]) -> str:
     return f"{found['name']}: {told}" if told.strip() else name and f"{name}: {NO_TEXT}"
 
 
-def frames_of(frames: str) -> list[Frame]:
-    """Return the places of a traceback, the outermost first."""
-    return [Frame(found["path"], found["function"] or "") for found in _PLACE.finditer(frames)]
+@lru_cache(maxsize=8)
+def frames_of(frames: str) -> tuple[Frame, ...]:
+    """Return the places of a traceback, the outermost first. Several questions are asked of the same one in turn."""
+    return tuple(Frame(found["path"], found["function"] or "") for found in _PLACE.finditer(frames))
 
 
 def place_of(frames: str) -> str:
