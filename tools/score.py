@@ -14,8 +14,9 @@ from msgspec import Struct
 
 from sparkinstall import schema
 from sparkinstall.diagnose.encodings import text_of
+from sparkinstall.diagnose.index import SignatureIndex, index_of
 from sparkinstall.diagnose.judge import Diagnosis, judge
-from sparkinstall.diagnose.search import Search, SignatureIndex, index_of
+from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import load
 
 CORPUS = Path(__file__).resolve().parents[1] / "tests/logs/corpus"

@@ -19,8 +19,9 @@ from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, headed, sign
 from sparkinstall.core.session import Target, open_session
 from sparkinstall.diagnose import judge
+from sparkinstall.diagnose.index import SignatureIndex, index_of
 from sparkinstall.diagnose.judge import Diagnosis, Found, Log
-from sparkinstall.diagnose.search import MOST, Search, SignatureIndex, index_of
+from sparkinstall.diagnose.search import MOST, Search
 from sparkinstall.diagnose.sightings import Match, Place
 from sparkinstall.diagnose.signatures import KnownFailure, load, steps
 from sparkinstall.errors import BadUsage, Exit, Problem

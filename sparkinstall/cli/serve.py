@@ -30,7 +30,7 @@ from sparkinstall.core.serve_settings import REMOTE_CODE, Named, Order, Wanted, 
 from sparkinstall.core.serve_together import Prepared, UnitState, understood
 from sparkinstall.core.session import Session, Target, open_session
 from sparkinstall.diagnose import judge
-from sparkinstall.diagnose.search import index_of
+from sparkinstall.diagnose.index import index_of
 from sparkinstall.diagnose.sightings import Place
 from sparkinstall.diagnose.signatures import load
 from sparkinstall.errors import BadUsage, Exit, Problem

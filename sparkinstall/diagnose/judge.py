@@ -17,8 +17,10 @@ from msgspec import Struct
 from msgspec.structs import asdict, replace
 
 from sparkinstall.diagnose.encodings import BLOCK, is_packed, text_of
+from sparkinstall.diagnose.findings import TELLING_KEPT
+from sparkinstall.diagnose.index import SignatureIndex
 from sparkinstall.diagnose.programs import ELSEWHERE, PROGRAMS, for_any_program, of_a_script, rewritten
-from sparkinstall.diagnose.search import TELLING_KEPT, Search, SignatureIndex
+from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.sightings import SHOWN, Match, Place, Suspect
 from sparkinstall.diagnose.signatures import OTHERS, KnownFailure, Signature, explains, steps
 from sparkinstall.diagnose.suspicion import SOME, STRONG
@@ -135,15 +137,15 @@ def judge(searches: Iterable[Search]) -> Diagnosis:
     ended_by: dict[tuple[str, str], int] = {}
     for search in searches:
         logs.append(ReadLog(search.name, search.bytes, search.lines))
-        for match in search.lasting:
+        for match in search.found.lasting:
             known = seen.setdefault(match.signature.name, replace(match, lines=(), count=0))
             known.count += match.count
             known.lines = (*known.lines, *match.lines)[:_MOST_PLACES]
             known.after |= match.after
             known.is_logged &= match.is_logged
             known.is_elsewhere &= match.is_elsewhere
-        ended_by |= {(search.name, who): line for who, line in search.ended_by.items()}
-        serving |= {search.name} if search.has_started else set()
+        ended_by |= {(search.name, who): line for who, line in search.found.ended_by.items()}
+        serving |= {search.name} if search.found.has_started else set()
         suspects = _most_telling(suspects, search)
     passed = {name for name, match in seen.items() if _is_passed(match, ended_by)}
     found = _judged(seen, passed)
@@ -253,7 +255,7 @@ def _yields_to_a_kind(match: Match, seen: Mapping[str, Match]) -> bool:
 def _most_telling(suspects: Iterable[_Suspicion], search: Search) -> list[_Suspicion]:
     """Return the most suspicious lines of all, with those of one more log; what a line means is asked of these only."""
     former = ((suspect, match, False) for suspect, match in suspects)
-    new = ((suspect, None, True) for suspect in search.telling)
+    new = ((suspect, None, True) for suspect in search.found.telling)
     most = sorted((*former, *new), key=lambda each: -each[0].weight)[:TELLING_KEPT]
     return [(suspect, search.general_of(suspect) if is_new else match) for suspect, match, is_new in most]
 

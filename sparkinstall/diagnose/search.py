@@ -5,19 +5,21 @@ does not depend on how the stream is cut into blocks.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from operator import itemgetter
 
-from ahocorasick_rs import BytesAhoCorasick, Implementation
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from sparkinstall.diagnose import advice, kinds, messages, pastes, projects, sightings, suspicion, tracebacks
+from sparkinstall.diagnose import advice, ending, kinds, pastes, projects, sightings, suspicion
+from sparkinstall.diagnose.ending import End
+from sparkinstall.diagnose.findings import SERVER_STARTED, SUCCEEDED, TELLING_KEPT, Findings, shape_of
+from sparkinstall.diagnose.index import SignatureIndex, automaton
 from sparkinstall.diagnose.lines import Line, printable, take_apart
 from sparkinstall.diagnose.sightings import SHOWN, WIDEST, Match, Place, Suspect, shown
 from sparkinstall.diagnose.signatures import Signature
-from sparkinstall.diagnose.tracebacks import CutOff, Role, Tracebacks, place_of
+from sparkinstall.diagnose.tracebacks import Role, Tracebacks, place_of
 from sparkinstall.diagnose.wrapped import Wrapped
 
 REACH = 2048
@@ -28,31 +30,14 @@ MOST = 10_000
 """Lines of one failure that are counted."""
 MOST_WEIGHED = 20_000
 """Suspicious lines that are weighed."""
-TELLING_KEPT = 100
-"""Suspicious lines that are kept."""
-SERVER_STARTED = "server-started"
-"""The event that ends the start of a server."""
-SUCCEEDED = "program-succeeded"
-"""The event that a program says that all went well."""
-NCCL_CONNECTED = "nccl-connected"
-"""The event that NCCL has connected the ranks, whatever it warned of before."""
 FELL_BACK = "fell-back"
 """The event that a program goes on another way after what failed just before."""
-_BEFORE_FALLBACK = 12
-"""Lines before a fallback in which the failure that it handles is looked for."""
-_SOON = 3
-"""Lines within which a program says that it tries again what failed."""
 _MOST_AFTERMATH = 200
 """Lines after which an error that is no exception was none that ended the program."""
 _FRUITLESS = 500
 """After so many lines that differ in numbers only, in which a regex found nothing, it is not tried in another one."""
 _SHAPES = 10_000
 """Shapes of lines that are remembered."""
-_LONGEST_WORD = 200
-"""Bytes of the end of a log that have its last word."""
-_CRASHED = "Fatal Python error: "
-"""How Python begins to tell of a crash."""
-_CUT_OFF = "the log ends within this traceback, so its exception is missing"
 _NOWHERE = (1, 0)
 """The span of no bytes."""
 _MOST_FRUITLESS = 50_000
@@ -70,11 +55,6 @@ _INNER = re.compile(
 
 # The outermost code of a program: an exception that passes it ends the program.
 _OF_MAIN = re.compile(r'File "[^"]*", line \d+, in (?:<module>|_bootstrap)$', re.MULTILINE)
-
-# An exception of which the end of the log has left less than a word of text.
-_CUT_TEXT = re.compile(r"(?P<name>[A-Za-z_][\w.]*): \w{1,8}\s*$")
-
-_VARIES = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{8,}\b|\d+")
 
 
 class _Current(Struct):
@@ -106,51 +86,14 @@ class _Current(Struct):
         return f" (raised by `{code[-1][:WIDEST]}`)" if is_bare and code else ""
 
 
-class SignatureIndex(Struct, frozen=True):
-    """What is looked for in a log. Logs that are searched for the same signatures share one, which has 2 MB.
-
-    `meanings` has, for each literal, the failures that it may tell of (None: a suspicious line).
-    """
-
-    signatures: Sequence[Signature]
-    meanings: Mapping[bytes, Sequence[Signature | None]]
-    automaton: BytesAhoCorasick
-    general: Sequence[Signature]
-    families: frozenset[str]
-    longest: int
-
-
-def index_of(signatures: Sequence[Signature]) -> SignatureIndex:
-    """Return what these signatures look for."""
-    meanings: dict[bytes, list[Signature | None]] = {}
-    for each in signatures:
-        # JSON, such as that of docker's own files, writes a backslash before a quotation mark.
-        written = (text for anchor in each.anchors for text in (anchor, anchor.replace('"', '\\"')))
-        for literal in dict.fromkeys(written):
-            meanings.setdefault(literal.encode(), []).append(each)
-    for word in (*suspicion.WORDS, *tracebacks.BEGINNINGS):
-        meanings.setdefault(word.encode(), []).append(None)
-    general = [each for each in signatures if each.general]
-    families = frozenset(each.family for each in signatures)
-    return SignatureIndex(signatures, meanings, _automaton(meanings), general, families, max(map(len, meanings)))
-
-
-def _automaton(literals: Iterable[bytes]) -> BytesAhoCorasick:
-    return BytesAhoCorasick(list(literals), implementation=Implementation.DFA)
-
-
 class Search:
-    """Search the log `name` fed in blocks. `sightings` and `telling` are complete after `end()`."""
+    """Search the log `name` fed in blocks. `found` is complete after `end()`."""
 
     def __init__(self, index: SignatureIndex, name: str) -> None:
         self.name = name
         self._index = index
         self._wrapped = Wrapped()
-        self.sightings: dict[str, Match] = {}
-        # For each process the line of the exception that nothing caught, or that such a chain began with.
-        self.ended_by: dict[str, int] = {}
-        self._telling: dict[str, Suspect] = {}
-        self._set_aside: dict[str, Suspect] = {}
+        self.found = Findings()
         self._tracebacks = Tracebacks()
         self._chains: dict[int, set[str]] = {}
         self._current = _Current(0, take_apart(""), Role("plain"), False)
@@ -162,9 +105,9 @@ class Search:
         self._shape: tuple[int, bytes] = (0, b"")
         self._span = _NOWHERE
         self.bytes = self.lines = 0
-        # The beginning of the log, its end (all of one that is short enough to be a paste), and its known lines.
-        self._beginning = self._paste = b""
-        self._settled: set[int] = set()
+        # The beginning of the log, its end, and the numbers of its known lines.
+        self._beginning = self._ending = b""
+        self._known_lines: set[int] = set()
         self._waiting = b""
         self._seen = 0
         self._number = 1
@@ -183,12 +126,12 @@ class Search:
         # Literals are only ever dropped; to build it costs as much as to search some MB.
         if len(wanted) < len(self._meant):
             self._meant = list(wanted.values())
-            self._automaton = _automaton(wanted)
+            self._automaton = automaton(wanted)
 
     def _is_counted_enough(self, signature: Signature | None) -> bool:
         if signature is None:
             return self._weighed >= MOST_WEIGHED
-        seen = self.sightings.get(signature.name)
+        seen = self.found.sightings.get(signature.name)
         return bool(seen and seen.count >= MOST) or self._in_vain.get(signature.name, 0) >= _MOST_FRUITLESS
 
     def feed(self, data: bytes) -> list[Match]:
@@ -196,7 +139,7 @@ class Search:
         self.bytes += len(data)
         if len(self._beginning) < pastes.BYTES:
             self._beginning = (self._beginning + data)[: pastes.BYTES]
-        self._paste = (self._paste + data if len(data) < pastes.BYTES else data)[-pastes.BYTES :]
+        self._ending = (self._ending + data if len(data) < pastes.BYTES else data)[-pastes.BYTES :]
         self._waiting = self._waiting + data if self._waiting else data
         whole = self._waiting.rfind(b"\n") + 1
         if len(self._waiting) - whole > LONG:
@@ -206,128 +149,38 @@ class Search:
     def end(self) -> list[Match]:
         """Search the last line, which may lack a line end; return the failures found for the first time."""
         rest = self._waiting[self._seen :]
-        known = len(self.sightings)
+        known = len(self.found.sightings)
         self._look(len(self._waiting), 0)
         self.lines = self._number - 1 + bool(rest)
-        self._read_joined()
+        self.found.is_cut_off = self._tracebacks.are_cut_off
+        end = End(self.name, self.lines, self.bytes, self._ending, self._known_lines)
+        ending.read_joined(self.found, self._wrapped, self._index)
         self._read_cut_off()
-        self._read_paste()
-        self._read_dumps()
-        self._note_what_ends_the_log()
-        return list(self.sightings.values())[known:]
-
-    def _read_joined(self) -> None:
-        """Look for known failures in messages of several lines, of which no line has enough."""
-        for key, suspect in list(self._telling.items()):
-            if suspect.is_joined and self._is_known(suspect):
-                del self._telling[key]
-        for match, at in self._wrapped.joined:
-            place = match.lines[at]
-            self._is_known(Suspect(place, 0, place.text, match.who, match.where), match.signature.name)
-
-    def _note_what_ends_the_log(self) -> None:
-        """Note of which suspicious lines the last word may be half a one: the log's end may have cut it."""
-        end = " ".join(printable(self._paste[-_LONGEST_WORD:]).split()).rpartition(" ")[2]
-        for suspect in self._telling.values():
-            suspect.may_end_cut = end[-1:].isalnum() and suspect.message.rstrip().endswith(end)
-            if suspect.may_end_cut and (cut := _CUT_TEXT.match(suspect.message)):
-                suspect.message = f"{cut['name']}: {advice.NO_TEXT}"
-
-    def _is_known(self, suspect: Suspect, family: str = "") -> bool:
-        """Note the first known failure (of a family) in a whole message, its kind rather than a family; return whether
-        there is one."""
-        message = suspect.message
-        line = Line(message, message, suspect.who, "error", len(message), None)
-        those: dict[str, tuple[Signature, re.Match[str]]] = {}
-        for signature in self._index.signatures:
-            # A kind that is told in the line's own words takes any.
-            is_no_kind = family and (signature.family != family or signature.own_words)
-            is_other = signature.general or signature.name in self.sightings or is_no_kind
-            if is_other or not any(anchor in message for anchor in signature.anchors):
-                continue
-            if found := signature.found_in(line, suspect.frames):
-                those[signature.name] = (signature, found)
-        families = {signature.family for signature, _ in those.values()}
-        for name, (signature, found) in those.items():
-            if name in families:
-                continue
-            seen = Match(signature, words=found.groupdict(""), who=suspect.who, where=suspect.where)
-            if signature.own_words:
-                seen.says, seen.advice = f'"{advice.says(message)}"', suspect.advice
-            seen.see(suspect.place)
-            self.sightings[name] = seen
-            return True
-        return False
+        ending.read_words(self.found, end)
+        ending.place_crashes(self.found, {who: "\n".join(frames) for who, frames in self._tracebacks.dumps.items()})
+        ending.note_last_word(self.found, end)
+        return list(self.found.sightings.values())[known:]
 
     def _read_cut_off(self) -> None:
         """Read what a traceback without its last line would have raised, or at least where it ended."""
         cut = self._tracebacks.cut_off(self.lines)
         for each in sorted(cut, key=lambda each: each.number, reverse=True):
-            if each.number <= self._last_of((SERVER_STARTED, SUCCEEDED)):
+            if each.number <= self.found.last_of(SERVER_STARTED, SUCCEEDED):
                 continue
             if not each.raised:
-                if all(suspect.weight <= suspicion.WEAK for suspect in self._telling.values()):
-                    self._keep_end_of(each)
+                if all(suspect.weight <= suspicion.WEAK for suspect in self.found.suspects.values()):
+                    ending.keep_end_of(self.found, each, self.name)
                 continue
             line = Line(each.raised, each.raised, each.who, each.level, len(each.raised), None)
             current = _Current(each.number, line, Role("exception", each.frames, each.number), is_suspect=True)
             for signature in self._index.signatures:
-                if not signature.general and any(anchor in each.raised for anchor in signature.anchors):
-                    found = signature.found_in(line, each.frames)
-                    if found:
-                        place = Place(self.name, each.number, shown(each.raised, found.end()))
-                        current.matches[signature.name] = (signature, place, found.groupdict(""))
+                if signature.general or not any(anchor in each.raised for anchor in signature.anchors):
+                    continue
+                if words := signature.found_in(line, each.frames):
+                    place = Place(self.name, each.number, shown(each.raised, words.end()))
+                    current.matches[signature.name] = (signature, place, words.groupdict(""))
             self._current = current
             self._finish_line()
-
-    def _read_dumps(self) -> None:
-        """Let Python's word for a crash have the place that it prints below."""
-        dumps = {who: "\n".join(frames) for who, frames in self._tracebacks.dumps.items()}
-        for each in self._telling.values():
-            if each.message.startswith(_CRASHED) and each.who in dumps:
-                each.raised_within(dumps[each.who])
-        for match in self.sightings.values():
-            if _CRASHED in match.lines[0].text and not match.where:
-                match.where = place_of(dumps.get(match.who, ""))
-
-    def _read_paste(self) -> None:
-        """Look through a short log, and the end of a longer one that tells nothing else, for any words of failure."""
-        known = set(self._telling)
-        is_clear = not known and all(each.signature.severity == "event" for each in self.sightings.values())
-        if self.lines <= pastes.LINES and self.bytes <= pastes.BYTES:
-            seen = self._settled | {each.place.line for each in self._telling.values()}
-            found = pastes.suspects(self._paste, seen, with_warnings=is_clear)
-        elif is_clear and not self.has_started:
-            found = pastes.last_words(self._paste, self.lines)
-        else:
-            return
-        joined = [each.place.text for each in self._telling.values() if each.is_joined]
-        least = suspicion.SOME if any(each.weight >= suspicion.SOME for each in self._telling.values()) else 0
-        for each, weight in found:
-            key = _VARIES.sub("#", each.line.message)[:200]
-            if key in known or any(each.line.message.strip() in text for text in joined):
-                continue
-            if same := self._telling.get(key):
-                same.count += 1
-            elif weight >= least and len(self._telling) < TELLING_KEPT:
-                place = Place(self.name, each.number, shown(each.line.text, 0))
-                self._telling[key] = sightings.suspect(place, weight, suspicion.said(each.line), each.line.who)
-                self._telling[key].is_by_words = True
-
-    def _keep_end_of(self, cut: CutOff) -> None:
-        """Keep the last line of a traceback of which the exception is missing."""
-        lines = [each.strip() for each in cut.frames.splitlines() if each.strip()]
-        place = Place(self.name, cut.number, f"{lines[-1][:WIDEST]} ({_CUT_OFF})")
-        suspect = sightings.suspect(place, suspicion.STRONG, _CUT_OFF, cut.who, cut.frames)
-        suspect.is_cut_off = True
-        self._telling.setdefault(f"cut off {cut.who}", suspect)
-
-    @property
-    def lasting(self) -> list[Match]:
-        """The failures that were not over when the log ended, by their first line."""
-        seen = self.sightings.values()
-        found = (each for each in seen if each.last > max(each.over, self._last_of(each.signature.over_with)))
-        return sorted(found, key=lambda each: each.lines[0].line)
 
     def general_of(self, suspect: Suspect) -> Match | None:
         """Return what a suspicious line means by its kind, if a general failure is of that kind.
@@ -335,9 +188,9 @@ class Search:
         It did not end what has started later, nor, if it is no exception, what went on for long.
         """
         lasted = self._number - suspect.place.line
-        ended_well = self._last_of((SERVER_STARTED, SUCCEEDED))
+        ended_well = self.found.last_of(SERVER_STARTED, SUCCEEDED)
         is_passing = suspect.weight <= suspicion.SOME and (lasted > _MOST_AFTERMATH or suspect.place.line <= ended_well)
-        if is_passing or suspect.place.line <= self._last_of((SERVER_STARTED,)):
+        if is_passing or suspect.place.line <= self.found.last_of(SERVER_STARTED):
             return None
         is_last = suspect.place.line >= self.lines
         is_elsewhere = suspect.is_elsewhere or not (suspect.frames or self._is_of_a_server)
@@ -346,44 +199,11 @@ class Search:
     @cached_property
     def _is_of_a_server(self) -> bool:
         """Whether the log's beginning or end tells that it is of a program that serves models; known at its end."""
-        return any(projects.is_of_a_server(printable(each)) for each in (self._beginning, self._paste))
-
-    @property
-    def telling(self) -> list[Suspect]:
-        """The most suspicious lines, by weight. What was no exception has not kept a program from succeeding later.
-
-        Where the log shows that something failed, and no such line tells what, it is what was handled or warned of.
-        """
-        passed = self._last_of((SERVER_STARTED, SUCCEEDED))
-        those = list(self._telling.values()) or (list(self._set_aside.values()) if self._has_failed else [])
-        if those and all(each.weight <= suspicion.WEAK for each in those):
-            those += [each for each in self._set_aside.values() if each.weight > suspicion.WEAK]
-        connected = self._last_of((NCCL_CONNECTED,))
-        told = (
-            each
-            for each in those
-            if (each.weight > suspicion.SOME or each.place.line > passed)
-            and not (each.message.startswith("NCCL WARN") and each.place.line <= connected)
-        )
-        return sorted(_by_reason(list(told)), key=lambda each: (-each.weight, each.is_by_words, each.place.line))
-
-    @property
-    def has_started(self) -> bool:
-        """Whether a server has started: what it reports afterwards need not end it."""
-        return SERVER_STARTED in self.sightings
-
-    @property
-    def _has_failed(self) -> bool:
-        """Whether the log ends within a traceback, or something in it only says that a process ended."""
-        return self._tracebacks.are_cut_off or any(each.signature.ends_only for each in self.lasting)
-
-    def _last_of(self, names: Sequence[str]) -> int:
-        """Return the last line of these failures or events; 0 if there is none."""
-        return max((self.sightings[name].last for name in names if name in self.sightings), default=0)
+        return any(projects.is_of_a_server(printable(each)) for each in (self._beginning, self._ending))
 
     def _look(self, upto: int, keep: int) -> list[Match]:
         """Search what begins before `upto`, and drop all but the last `keep` bytes before it."""
-        known = len(self.sightings)
+        known = len(self.found.sightings)
         self._span = _NOWHERE
         data, at, number = self._waiting, 0, self._number
         for which, start, end in self._matches(data):
@@ -404,11 +224,11 @@ class Search:
         self._waiting, self._seen = data[cut:], upto - cut
         if self._enough:
             self._build()
-        return list(self.sightings.values())[known:]
+        return list(self.found.sightings.values())[known:]
 
     def _see_ends(self, data: bytes, upto: int) -> None:
         """Note the last text after which a failure that was seen is over: good logs pay nothing for it."""
-        for seen in self.sightings.values():
+        for seen in self.found.sightings.values():
             if (text := seen.signature.over_after) and (at := data.rfind(text.encode(), self._seen, upto)) >= 0:
                 seen.over = self._number + data.count(b"\n", 0, at)
 
@@ -435,7 +255,9 @@ class Search:
         current = self._current
         if not self._wrapped.may_begin(current.line):
             return False
-        if any(name not in self.sightings or self.sightings[name].count < SHOWN for name in current.matches):
+        if any(
+            name not in self.found.sightings or self.found.sightings[name].count < SHOWN for name in current.matches
+        ):
             return True
         return current.is_suspect and current.weighed > 0
 
@@ -467,7 +289,7 @@ class Search:
                 self._weighed += 1
                 self._begin_line(self._line(data, start, end, number), number, is_suspect=True)
             return
-        seen = self.sightings.get(signature.name)
+        seen = self.found.sightings.get(signature.name)
         if seen and (seen.count >= MOST or seen.last == number):
             return
         tried = (signature.name, self._shape_of(data, start, number))
@@ -517,10 +339,10 @@ class Search:
         """Count the failures in the line, or take it for a suspicious one."""
         current, self._enough = self._current, self._enough or self._weighed >= MOST_WEIGHED
         if current.role.kind == "exception" and not current.line.level and _OF_MAIN.search(current.role.frames):
-            self.ended_by[current.line.who] = current.role.first
+            self.found.ended_by[current.line.who] = current.role.first
         matches = [each for each, _, _ in current.matches.values()]
         if matches and current.number <= pastes.LINES:
-            self._settled.add(current.number)
+            self._known_lines.add(current.number)
         takers: list[Match | Suspect] = []
         for signature, place, words in current.matches.values():
             if not any(self._tells_more(other, signature) for other in matches):
@@ -538,12 +360,12 @@ class Search:
             takers += self._suspect(current)
         self._wrapped.begin(current.line, takers)
         if FELL_BACK in current.matches:
-            self._forgive(current)
+            self.found.forgive(current.line, current.number)
         current.is_suspect, current.matches = False, {}
 
     def _seen_now(self, signature: Signature, words: Mapping[str, str]) -> Match:
         """Return the failure that was found in this line, perhaps for the first time."""
-        if signature.name not in self.sightings:
+        if signature.name not in self.found.sightings:
             line, frames = self._current.line, self._current.role.frames
             seen = Match(
                 signature, words=words, when=self._clock, who=line.who, where=place_of(frames),
@@ -552,26 +374,8 @@ class Search:
             if signature.own_words:
                 suspect = Suspect(Place(self.name, self._current.number, line.text), 0, line.message, line.who)
                 seen.says, seen.advice = f'"{advice.says(line.message)}"', suspect.advice
-            self.sightings[signature.name] = seen
-        return self.sightings[signature.name]
-
-    def _forgive(self, current: _Current) -> None:
-        """Forget what failed just before, and what the program now goes on without."""
-        first, who, words = current.number - _BEFORE_FALLBACK, current.line.who, messages.words(current.line.message)
-
-        def is_handled(place: Place, by: str) -> bool:
-            return place.line >= first and by == who and bool(words & messages.words(place.text))
-
-        is_retry = "etrying" in current.line.message
-        goes_on = re.match(r"\W*[Cc]ontinuing\b", current.line.message) is not None
-        for name, match in list(self.sightings.items()):
-            if not is_retry and not match.signature.is_warning and is_handled(match.lines[0], match.who):
-                del self.sightings[name]
-        for key, suspect in list(self._telling.items()):
-            is_soon = suspect.place.line >= current.number - _SOON and suspect.who == who
-            is_tried_again = is_soon and (is_retry or (goes_on and suspect.weight <= suspicion.SOME))
-            if is_tried_again or is_handled(suspect.place, suspect.who):
-                del self._telling[key]
+            self.found.sightings[signature.name] = seen
+        return self.found.sightings[signature.name]
 
     def _tells_more(self, one: Signature, other: Signature) -> bool:
         """Return whether `other` is only the family of `one`, a broader kind of the same family, or any family beside a
@@ -598,20 +402,20 @@ class Search:
     def _suspect(self, current: _Current) -> list[Suspect]:
         """Keep a suspicious line; return it if it is a new one."""
         line, frames = current.line, current.role.frames
-        weight, kept = current.weighed, self._telling
+        weight, kept = current.weighed, self.found.suspects
         if not weight and suspicion.is_set_aside(line, current.role):
             has_named = suspicion.named_within(line.message) is not None
-            weight, kept = suspicion.SOME if has_named else suspicion.WEAK, self._set_aside
+            weight, kept = suspicion.SOME if has_named else suspicion.WEAK, self.found.set_aside
         if not weight:
             return []
-        key = _VARIES.sub("#", line.message)[:200]
-        if known := kept.get(key):
+        shape = shape_of(line.message)
+        if known := kept.get(shape):
             known.count += 1
         elif len(kept) < TELLING_KEPT:
             place = Place(self.name, current.number, shown(line.text, 0) + current.raised_by)
             said = line.message[: max(0, line.quoted - len(line.text) + len(line.message))]
             inner = _INNER.search(said)
-            if told := inner or (suspicion.named_within(said) if kept is self._set_aside else None):
+            if told := inner or (suspicion.named_within(said) if kept is self.found.set_aside else None):
                 parts = told.groupdict("")
                 said = parts["error"] or parts.get("words") or f"{parts['kind']}: {parts['told']}"
             elif "NCCL WARN" in line.prefix:
@@ -620,21 +424,10 @@ class Search:
                 said = f"NCCL WARN {file[0]}: {said}" if file else f"NCCL WARN {said}"
             said += current.raised_by
             # The traceback of what another process has raised is that of who passes it on.
-            kept[key] = sightings.suspect(place, weight, said, line.who, "" if inner else frames)
-            kept[key].is_raised = current.role.kind == "exception"
-            return [kept[key]]
+            kept[shape] = sightings.suspect(place, weight, said, line.who, "" if inner else frames)
+            kept[shape].is_raised = current.role.kind == "exception"
+            return [kept[shape]]
         return []
-
-
-def _by_reason(told: Sequence[Suspect]) -> list[Suspect]:
-    """Return suspicious lines: those that tell no reason weigh little where others do."""
-    is_bare = [each.says_nothing or (not each.is_raised and pastes.tells_no_reason(each.message)) for each in told]
-    if all(is_bare):
-        return list(told)
-    return [
-        replace(each, weight=min(each.weight, suspicion.WEAK)) if bare else each
-        for each, bare in zip(told, is_bare, strict=True)
-    ]
 
 
 def around(data: bytes, start: int, end: int) -> tuple[str, bool, tuple[int, int]]:

@@ -3,8 +3,9 @@
 import pytest
 
 from sparkinstall.diagnose import pastes
+from sparkinstall.diagnose.index import SignatureIndex, index_of
 from sparkinstall.diagnose.judge import Diagnosis, judge
-from sparkinstall.diagnose.search import Search, SignatureIndex, index_of
+from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import load
 
 QUIET = "own-agent: heartbeat number {}\n"
@@ -93,4 +94,4 @@ def test_answer_does_not_depend_on_the_blocks(index: SignatureIndex) -> None:
     for at in range(len(log)):
         search.feed(log[at : at + 1])
     search.end()
-    assert [each.place.line for each in search.telling] == [2]
+    assert [each.place.line for each in search.found.telling] == [2]

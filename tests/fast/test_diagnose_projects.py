@@ -5,8 +5,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from sparkinstall.diagnose import projects
+from sparkinstall.diagnose.index import index_of
 from sparkinstall.diagnose.judge import Diagnosis, Log, judge, read
-from sparkinstall.diagnose.search import index_of
 from sparkinstall.diagnose.signatures import load
 
 VENV = "/srv/venv/lib/python3.12/site-packages"

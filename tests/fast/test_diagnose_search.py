@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from sparkinstall.diagnose import search as log_search
+from sparkinstall.diagnose.index import index_of
 from sparkinstall.diagnose.judge import judge
 from sparkinstall.diagnose.lines import Line
-from sparkinstall.diagnose.search import Search, index_of
+from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import Signature
 from tests.support.diagnosing import BY_NAME, KNOWN, LINES, LOOKED_FOR, diagnosed, example, read
 
@@ -26,8 +27,8 @@ def test_count_of_lines_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(log_search, "MOST", 4)
     monkeypatch.setattr(log_search, "MOST_WEIGHED", 4)
     search = read(example("disk-full") * 50 + example("oom-killer"), (300,))
-    assert search.sightings["disk-full"].count == 4
-    assert list(search.sightings) == ["disk-full", "oom-killer"]
+    assert search.found.sightings["disk-full"].count == 4
+    assert list(search.found.sightings) == ["disk-full", "oom-killer"]
     assert search.lines == 51
 
 
@@ -51,7 +52,7 @@ def test_failure_is_looked_for_in_a_limited_number_of_lines_without_it(monkeypat
         search.feed(NO_FAILURE % (at, at))
     search.feed(b"RuntimeError: this kernel is not supported on this device\n" + example("disk-full"))
     search.end()
-    assert list(search.sightings) == ["disk-full"]
+    assert list(search.found.sightings) == ["disk-full"]
 
 
 def test_failure_with_several_literals_in_a_line_is_tried_once_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,8 +80,8 @@ _STREAMS = st.lists(st.one_of(_PARTS, st.binary(max_size=20)), max_size=25).map(
 
 def seen(search: Search) -> object:
     return (
-        {name: (each.lines, each.count, each.last) for name, each in search.sightings.items()},
-        [(each.place, each.weight, each.count) for each in search.telling],
+        {name: (each.lines, each.count, each.last) for name, each in search.found.sightings.items()},
+        [(each.place, each.weight, each.count) for each in search.found.telling],
         search.lines,
         search.bytes,
     )
@@ -111,7 +112,7 @@ def test_line_of_300_megabytes_uses_limited_memory() -> None:
     search.feed(b" " + example("oom-killer"))
     search.end()
     assert (search.lines, search.bytes >> 20) == (1, 300)
-    assert list(search.sightings) == ["oom-killer"]
+    assert list(search.found.sightings) == ["oom-killer"]
 
 
 def test_a_literal_with_a_quotation_mark_is_found_in_json() -> None:
@@ -119,4 +120,4 @@ def test_a_literal_with_a_quotation_mark_is_found_in_json() -> None:
     search = Search(index_of([known]), "x")
     search.feed(json.dumps({"log": 'no own "part" left\n', "stream": "stderr"}).encode() + b"\n")
     search.end()
-    assert list(search.sightings) == ["disk-full"]
+    assert list(search.found.sightings) == ["disk-full"]

@@ -12,7 +12,7 @@ from sparkinstall import stacks
 from sparkinstall.cli.app import VERBS
 from sparkinstall.config import settings as all_settings
 from sparkinstall.core import catalogue
-from sparkinstall.diagnose.search import index_of
+from sparkinstall.diagnose.index import index_of
 from sparkinstall.diagnose.signatures import Signature, hint_for, load, steps
 from sparkinstall.probes import known_hosts
 from sparkinstall.redaction import redact
@@ -40,7 +40,7 @@ def test_example_is_diagnosed_as_its_signature_only(known: Signature, line: str)
     if known.is_warning:
         told = [each.name for each in found.found if known.name not in BY_NAME[each.name].only_with]
         assert told == ([] if known.severity == "event" else [known.name])
-        assert known.name in read(line.encode()).sightings
+        assert known.name in read(line.encode()).found.sightings
     else:
         failure, *others = found.found
         assert (failure.name, failure.role) == (known.name, "consequence" if known.ends_only else "cause")
@@ -50,7 +50,7 @@ def test_example_is_diagnosed_as_its_signature_only(known: Signature, line: str)
 
 @pytest.mark.parametrize(("known", "line"), HARMLESS)
 def test_harmless_line_is_not_diagnosed(known: Signature, line: str) -> None:
-    assert known.name not in read(line.encode()).sightings
+    assert known.name not in read(line.encode()).found.sightings
 
 
 FORMATS: dict[str, Callable[[str], bytes]] = {
@@ -70,7 +70,7 @@ FORMATS: dict[str, Callable[[str], bytes]] = {
     "known", [each for each in KNOWN if "^" not in each.regex.pattern and not each.general], ids=lambda each: each.name
 )
 def test_example_is_found_in_every_format(known: Signature, form: str) -> None:
-    assert known.name in read(FORMATS[form](LINES[known.name][0]), (7777,)).sightings
+    assert known.name in read(FORMATS[form](LINES[known.name][0]), (7777,)).found.sightings
 
 
 README_SYMPTOMS = re.findall(r"^\| (\d+) \| `([^`]+)`[^|]*\|", (REPOSITORY / "README.md").read_text(), re.M)
@@ -206,7 +206,7 @@ def test_load_invalid_entry_is_refused_with_its_place(entries: Any, words: str, 
 def test_load_reads_signatures_of_another_folder(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text(yaml.safe_dump([GOOD]))
     (mine,) = load(tmp_path)
-    assert list(read(b"abcd", index=index_of([mine])).sightings) == ["some-failure"]
+    assert list(read(b"abcd", index=index_of([mine])).found.sightings) == ["some-failure"]
 
 
 def test_no_literal_is_in_the_lines_that_a_server_repeats() -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import yaml
 
+from sparkinstall.diagnose.index import SignatureIndex, index_of
 from sparkinstall.diagnose.judge import Diagnosis, judge
-from sparkinstall.diagnose.search import Search, SignatureIndex, index_of
+from sparkinstall.diagnose.search import Search
 from sparkinstall.diagnose.signatures import Signature, load
 
 REPOSITORY = Path(__file__).resolve().parents[2]
