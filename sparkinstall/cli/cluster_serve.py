@@ -14,8 +14,8 @@ from sparkinstall.core.serve import Explained
 from sparkinstall.core.serve_settings import named
 from sparkinstall.diagnose import judge
 from sparkinstall.diagnose.index import index_of
-from sparkinstall.diagnose.judge import Log
 from sparkinstall.diagnose.signatures import load
+from sparkinstall.diagnose.sources import Log
 from sparkinstall.errors import Interrupted
 from sparkinstall.system import processes
 

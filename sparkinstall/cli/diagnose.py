@@ -18,12 +18,13 @@ from sparkinstall import stacks
 from sparkinstall.cli.run_command import CommandResult, Output, verb
 from sparkinstall.cli.text_output import console, headed, sign
 from sparkinstall.core.session import Target, open_session
-from sparkinstall.diagnose import judge
+from sparkinstall.diagnose import judge, sources
 from sparkinstall.diagnose.index import SignatureIndex, index_of
-from sparkinstall.diagnose.judge import Diagnosis, Found, Log
+from sparkinstall.diagnose.judge import Diagnosis, Found
 from sparkinstall.diagnose.search import MOST, Search
 from sparkinstall.diagnose.sightings import Match, Place
 from sparkinstall.diagnose.signatures import KnownFailure, load, steps
+from sparkinstall.diagnose.sources import Log
 from sparkinstall.errors import BadUsage, Exit, Problem
 from sparkinstall.facts.decisions import installed_stack
 from sparkinstall.redaction import redact
@@ -125,8 +126,8 @@ def _logs(files: Sequence[str], units: Sequence[str], follow: bool, boot: bool) 
     if files.count("-") > 1:
         raise BadUsage("stdin can be read only once", hint="name `-` once")
     return [
-        *(judge.file_log(name, follow) for name in files),
-        *(judge.unit_log(name, follow, boot) for name in units),
+        *(sources.file_log(name, follow) for name in files),
+        *(sources.unit_log(name, follow, boot) for name in units),
     ]
 
 

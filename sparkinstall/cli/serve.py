@@ -29,7 +29,7 @@ from sparkinstall.core.serve_record import Serving
 from sparkinstall.core.serve_settings import REMOTE_CODE, Named, Order, Wanted, overridden, spread, wanted
 from sparkinstall.core.serve_together import Prepared, UnitState, understood
 from sparkinstall.core.session import Session, Target, open_session
-from sparkinstall.diagnose import judge
+from sparkinstall.diagnose import judge, sources
 from sparkinstall.diagnose.index import index_of
 from sparkinstall.diagnose.sightings import Place
 from sparkinstall.diagnose.signatures import load
@@ -186,7 +186,7 @@ def unit_state(session: Session) -> UnitState:
 def unit_log(session: Session) -> UnitLog:
     """Return the end of the log of vLLM's last start."""
     try:
-        pieces = judge.unit_log(use_together.unit_of(session.node)).pieces()
+        pieces = sources.unit_log(use_together.unit_of(session.node)).pieces()
         return UnitLog(redact(b"".join(pieces)[-_LONGEST_LOG:].decode(errors="replace")))
     except Problem:
         return UnitLog()
@@ -254,7 +254,7 @@ def logs(
     if output.json:
         raise BadUsage("a log is no JSON", hint="omit --json; `sparkinstall diagnose --unit vllm --json` explains it")
     try:
-        log = judge.unit_log(VLLM_UNIT, follow)
+        log = sources.unit_log(VLLM_UNIT, follow)
     except BadUsage as error:
         hint = "`sparkinstall serve RECIPE|MODEL` makes it; what a former one has written: `journalctl -u vllm`"
         raise BadUsage(f"there is no service {VLLM_UNIT} on this node", hint=hint) from error
@@ -301,7 +301,7 @@ def explained(session: Session) -> use.Explained:
     name = installed_stack(session.system, session.node.venv_stamp)
     release = stacks.load(name).vllm if name in stacks.names() else ""
     try:
-        found = judge.judge([judge.read(judge.unit_log(VLLM_UNIT), index_of(load(release=release)))])
+        found = judge.judge([judge.read(sources.unit_log(VLLM_UNIT), index_of(load(release=release)))])
     except Problem:
         return use.Explained()
     return told(found, lambda place: place.text)

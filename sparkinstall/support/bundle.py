@@ -21,7 +21,7 @@ from msgspec import Struct, to_builtins
 from sparkinstall import __version__, safe_yaml
 from sparkinstall.diagnose import judge, signatures
 from sparkinstall.diagnose.index import index_of
-from sparkinstall.diagnose.judge import Log
+from sparkinstall.diagnose.sources import Log
 from sparkinstall.errors import Problem
 from sparkinstall.facts import machine
 from sparkinstall.facts.sysfs import is_connectx

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sparkinstall.diagnose import judge as judge_module
+from sparkinstall.diagnose import sources
 from tests.support import forks
 from tests.support.diagnosing import KNOWN, REPOSITORY, causes, diagnosed, example
 from tests.support.rehearsals import TIMEOUT_SECONDS, environment
@@ -326,7 +326,7 @@ def unit_log_with(journal: Path, marks: Sequence[tuple[str, int]] = (), boot: bo
     entries = [{"MESSAGE_ID": mark, "__REALTIME_TIMESTAMP": str(at), "__CURSOR": "s=1"} for mark, at in marks]
     if entries:
         (journal / "journalctl.marks").write_text("".join(f"{json.dumps(each)}\n" for each in entries))
-    return b"".join(judge_module.unit_log("vllm", boot=boot).pieces())
+    return b"".join(sources.unit_log("vllm", boot=boot).pieces())
 
 
 def test_unit_log_begins_at_the_last_start(journal: Path) -> None:
@@ -355,7 +355,7 @@ def test_unit_log_begins_at_the_last_start(journal: Path) -> None:
     ],
 )
 def test_start_to_read_from_is_the_last_start_with_its_cause(marks: list[tuple[str, int]], begins: int | None) -> None:
-    assert judge_module.start_to_read_from(marks) == begins
+    assert sources.start_to_read_from(marks) == begins
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparkinstall.diagnose.encodings import text_of
-from sparkinstall.diagnose.judge import Log, judge, read
+from sparkinstall.diagnose.judge import judge, read
+from sparkinstall.diagnose.sources import Log
 from tests.support import forks
 from tests.support.diagnosing import LINES, LOOKED_FOR
 from tests.support.rehearsals import CHECKOUT, TIMEOUT_SECONDS, environment

@@ -6,8 +6,9 @@ import pytest
 
 from sparkinstall.diagnose import projects
 from sparkinstall.diagnose.index import index_of
-from sparkinstall.diagnose.judge import Diagnosis, Log, judge, read
+from sparkinstall.diagnose.judge import Diagnosis, judge, read
 from sparkinstall.diagnose.signatures import load
+from sparkinstall.diagnose.sources import Log
 
 VENV = "/srv/venv/lib/python3.12/site-packages"
 
