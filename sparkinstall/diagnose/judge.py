@@ -150,7 +150,9 @@ def _in_its_name(found: Found, seen: Mapping[str, Match]) -> Found:
     if its and "vllm/" not in found.where:
         return rewritten(found, its)
     match = seen.get(found.name)
-    return of_a_script(found) if match and match.is_elsewhere and not match.says else found
+    if match is None or not match.is_elsewhere or match.says or match.signature.of_the_server:
+        return found
+    return of_a_script(found)
 
 
 def _is_passed(match: Match, ended_by: Mapping[tuple[str, str], int]) -> bool:

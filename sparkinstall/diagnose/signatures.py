@@ -96,7 +96,8 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     program by its `frames`, or by the words that its messages are `about`; its title and hint are told with a kind that
     is general `by_part`, the latter in place of the hint of a `vague` one. An `outer` part calls the others, so that it
     tells nothing of a traceback without its exception. `elsewhere`, `elsewhere_title` and `elsewhere_hint` are `why`,
-    `title` and `hint` where the program serves no models.
+    `title` and `hint` where the program serves no models; one `of_the_server` is told alike there, since such a program
+    only asked the server.
     """
 
     regex: re.Pattern[str]
@@ -118,6 +119,7 @@ class Signature(KnownFailure, frozen=True, forbid_unknown_fields=True, kw_only=T
     elsewhere: str = ""
     elsewhere_title: str = ""
     elsewhere_hint: str = ""
+    of_the_server: bool = False
     about: re.Pattern[str] | None = None
     by_part: bool = False
     vague: bool = False
