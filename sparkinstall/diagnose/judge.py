@@ -297,7 +297,7 @@ def _found(
 def _in_its_words(match: Match, told: dict[str, str]) -> dict[str, str | tuple[str, ...]]:
     """Return what is told of a failure of a general kind, with its own words, its part, and what follows from both."""
     signature, part = match.signature, match.part
-    if match.is_elsewhere:
+    if match.is_elsewhere and not signature.of_the_server:
         told = told | _of_any_program(signature, told, match.words)
     its = _told_of(part, match.is_elsewhere) if part else None
     hint = told["hint"]
