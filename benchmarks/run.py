@@ -19,6 +19,8 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="fresh: the whole environment (30 GB of disk)")
     parser.add_argument("--rounds", type=int, default=11, help="number of runs of each short command")
     options = parser.parse_args()
+    if sys.version_info < (3, 12):
+        sys.exit(f"Ansible needs Python 3.12 or newer, and this is {sys.version.split()[0]}: run it with another one")
     done: list[str] = []
     with _alone():
         for section in _sections(options.quick, options.full, options.rounds):

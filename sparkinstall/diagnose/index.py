@@ -10,7 +10,7 @@ from sparkinstall.diagnose.signatures import Signature
 
 
 class SignatureIndex(Struct, frozen=True):
-    """What is looked for in a log. Logs that are searched for the same signatures share one, which has 2 MB.
+    """What is looked for in a log. Logs that are searched for the same signatures share one, which has 40 MB.
 
     `meanings` has, for each literal, the failures that it may tell of (None: a suspicious line).
     """

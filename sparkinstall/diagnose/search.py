@@ -126,6 +126,8 @@ class Search:
         # Literals are only ever dropped; to build it costs as much as to search some MB.
         if len(wanted) < len(self._meant):
             self._meant = list(wanted.values())
+            # Two at a time would need twice the memory.
+            del self._automaton
             self._automaton = automaton(wanted)
 
     def _is_counted_enough(self, signature: Signature | None) -> bool:
@@ -242,7 +244,7 @@ class Search:
             if number > self._current.number:
                 if self._weighed >= MOST_WEIGHED:
                     return
-                self._weighed += 1
+                self._count_weighed()
                 is_open = self._tracebacks.are_open
                 self._begin_line(self._line(data, at, at, number), number, is_suspect=is_open)
             at, number = data.find(b"\n", at, upto) + 1 or upto, number + 1
@@ -286,7 +288,7 @@ class Search:
         if signature is None:
             is_weighed = self._current.number == number and self._current.is_suspect
             if self._weighed < MOST_WEIGHED and not is_weighed:
-                self._weighed += 1
+                self._count_weighed()
                 self._begin_line(self._line(data, start, end, number), number, is_suspect=True)
             return
         seen = self.found.sightings.get(signature.name)
@@ -309,9 +311,13 @@ class Search:
         if not signature.frames and tried[1] and len(self._fruitless) < _SHAPES:
             self._fruitless[tried] = self._fruitless.get(tried, 0) + 1
 
+    def _count_weighed(self) -> None:
+        self._weighed += 1
+        self._enough |= self._weighed >= MOST_WEIGHED
+
     def _count_in_vain(self, signature: Signature, lines: int) -> None:
         count = self._in_vain[signature.name] = self._in_vain.get(signature.name, 0) + lines
-        self._enough |= count >= _MOST_FRUITLESS
+        self._enough |= count - lines < _MOST_FRUITLESS <= count
 
     def _shape_of(self, data: bytes, start: int, number: int) -> bytes:
         """Return the line without its digits; b"" if it is long."""
@@ -337,7 +343,7 @@ class Search:
 
     def _finish_line(self) -> None:
         """Count the failures in the line, or take it for a suspicious one."""
-        current, self._enough = self._current, self._enough or self._weighed >= MOST_WEIGHED
+        current = self._current
         if current.role.kind == "exception" and not current.line.level and _OF_MAIN.search(current.role.frames):
             self.found.ended_by[current.line.who] = current.role.first
         matches = [each for each, _, _ in current.matches.values()]

@@ -32,6 +32,26 @@ def test_count_of_lines_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert search.lines == 51
 
 
+def test_literals_are_gone_through_only_when_some_have_reached_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To do it for each block takes longer than to search the block."""
+    built: list[Search] = []
+    build = Search._build
+
+    def counted(self: Search) -> None:
+        built.append(self)
+        build(self)
+
+    monkeypatch.setattr(Search, "_build", counted)
+    monkeypatch.setattr(log_search, "MOST", 4)
+    monkeypatch.setattr(log_search, "MOST_WEIGHED", 4)
+    monkeypatch.setattr(log_search, "_MOST_FRUITLESS", 20)
+    search = Search(LOOKED_FOR, "x")
+    for at in range(200):
+        search.feed(example("disk-full") + example("cuda-out-of-memory") + NO_FAILURE % (at % 60, at))
+    limits = len(search.found.sightings) + len(search._in_vain) + 1
+    assert 1 <= len(built) <= limits < 200
+
+
 NO_FAILURE = b"INFO 10-02 09:00:%02d [core.py:1] option %d is not supported here, error: none\n"
 
 
