@@ -21,7 +21,7 @@ from sparkinstall.core.session import Target, open_session
 from sparkinstall.diagnose import judge, sources
 from sparkinstall.diagnose.index import SignatureIndex, index_of
 from sparkinstall.diagnose.judge import Diagnosis, Found
-from sparkinstall.diagnose.search import MOST, Search
+from sparkinstall.diagnose.search import ALIKE, MOST, Search
 from sparkinstall.diagnose.sightings import Match, Place
 from sparkinstall.diagnose.signatures import KnownFailure, load, steps
 from sparkinstall.diagnose.sources import Log
@@ -288,7 +288,8 @@ def _show_telling(found: Diagnosis, out: Console, several: bool, verbose: bool) 
             table.add_row(Text("do", style="dim"), _listed("; ".join(each.advice)))
             out.print(table)
         if each.count > 1:
-            out.print(f"      [dim]{each.count} lines like this[/]")
+            # Of more lines of one shape not each is read.
+            out.print(f"      [dim]{'at least ' * (each.count >= ALIKE)}{each.count} lines like this[/]")
     out.print()
 
 

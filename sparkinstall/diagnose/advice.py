@@ -39,6 +39,8 @@ _SEVERAL = re.compile(r"[,|]| or | and |['\"\[{(]")
 _FLAG = re.compile(r"(?<![\w-])--(?!force-conf)[a-z][\w-]*[a-z0-9](?:[.][\w.-]+)?")
 # How vLLM's command line says that it refuses something.
 _VLLM_REFUSES = re.compile(r"\b(?:vllm(?: \w+)?|api_server\.py|serve): error: ")
+# The command that has failed, which a message repeats whole: none of its words is wrong for that.
+_REPEATED = re.compile(r"\b[Cc]ommand:? [\[('\"`].*[\])'\"`]+ (?=(?:returned|failed|died|timed out|exited)\b)")
 _UNKNOWN = re.compile(r": unrecognized arguments: (?P<words>.+)")
 _ARGUMENT = re.compile(r"nexpected keyword argument '(?P<name>\w+)'")
 _VERB = re.compile(r"(?:vllm )?(?:serve|chat|complete|bench)\b")
@@ -149,6 +151,7 @@ def says(message: str) -> str:
 
 def advice(message: str, is_of_vllm: bool) -> tuple[str, ...]:
     """Return what to do that follows from the words of a message: one sentence for each thing that it names."""
+    message = _REPEATED.sub(" ", message)
     found = [*_of_the_command_line(message), *_of_a_call(message)]
     if values := _values(message):
         found.append(f"use one of those that it takes: {values}")

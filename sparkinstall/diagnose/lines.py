@@ -28,6 +28,8 @@ PROGRAM = r"(?:[\w.@/:()-]+\[\d+\]|kernel|systemd|sudo)"
 """What writes to the journal, as its lines name it."""
 _LEVEL = r"(?:TRACE|DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|CRITICAL|FATAL)"
 _PREFIXES = (
+    # pytest, before the lines of an exception
+    r"E {3,}(?=\S)",
     # a quotation in a mail or an issue
     r"(?:> ?)+(?=\S| {2})",
     # docker compose, kubectl --prefix, containerd
@@ -99,7 +101,7 @@ _PREFIXES = (
     r"level=(?P<level>\w+) (?:(?:source|caller)=\S+ )?(?:msg=)?",
     r"(?:- )?[\w.]+ - (?=(?:DEBUG|INFO|WARNING|ERROR|CRITICAL) - )",
     # what CMake found, which is no error
-    r"(?P<cmake>-- )(?=\S)",
+    r" {0,8}(?P<cmake>-- )(?=\S)",
     # the result of a test or a benchmark, and advice for what may come
     r" *(?P<test>FAIL|PASS)  +",
     r"(?P<advice>If you) (?:get|see|encounter|have|want|need|are) ",
@@ -129,8 +131,10 @@ _MOST_PREFIXES = 12
 _BOLD = re.compile(r"\*\*(\S.*[^\s*])\*\*\s*$")
 # What torch prints of kernels that it tries and drops, although at level error.
 _TRIED = re.compile(r"_inductor/select_algorithm\.py:\d+\]")
-# A command as a shell repeats it (`set -x`) or as it stands after a prompt.
-_COMMAND = re.compile(r"(?:\++|\$|[\w.-]+@[\w.-]+:\S*[$#]) (?=\S)")
+# A command as a shell repeats it (`set -x`) or as it stands after a prompt, a line of its options, a comment.
+_COMMAND = re.compile(
+    r"(?:\++|\$|[\w.-]+@[\w.-]+:\S*[$#]) (?=\S)|\s*--?[A-Za-z][\w-]*(?:[ =][^\s\\]+)*(?: \\)?$|#+ (?=[A-Za-z])"
+)
 KERNEL = "kernel"
 """The name of the kernel in `who`."""
 

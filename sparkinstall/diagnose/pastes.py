@@ -53,7 +53,8 @@ _AMISS = re.compile(
 )
 # What is said of no failure that happened: of none, of a number of them that is 0, of what may come.
 _NOT_SO = re.compile(
-    r"(?i:(?<![\w.])(?:0|no|zero|without|any) (?:\w+ )?"
+    r"(?i:['\"][\w-]*(?:timeout|error|fail)[\w-]*['\"]: ?(?:\d|None|null|True|true|False|false)"
+    r"|(?<![\w.])(?:0|no|zero|without|any) (?:\w+ )?"
     r"(?:errors?|failures?|failed|problems?|conflicts?|issues?|warnings?|faults?)\b(?: (?:was |were )?found)?"
     r"|\b(?:errors?|fail(?:ed|ures?)?|unreachable|dropped|timeouts?)(?: \w+){0,2}"
     r"(?: *[:=]\W*|[ |]{2,})(?:0\b(?!x)|none\b|false\b)"
@@ -73,7 +74,7 @@ _NONE = re.compile(
 )
 # Commands, columns and rows of tables, counters, states of parts.
 _OTHER_TEXT = re.compile(
-    r".*\|\s*$|\s*(?:[$>#|+]|(?:echo|printf|print|if|then|fi|raise|return|assert|logger\.\w+|set|export)\b|=====)"
+    r".*\|\s*$|(?:[^|]* \| ){3}|\s*(?:[$>#|+]|(?:echo|printf|print|if|then|fi|raise|return|assert|logger\.\w+|set|export)\b|=====)"
     r"|\s*[\w .()/-]{1,60}[:=]\s*[\d.,]+\s*(?:[a-zA-Z%/]{0,8})?$|.*\}\s+[\d.e+]+$"
     r"|\s*[\w /()-]{1,40}\s*: (?i:not supported|unsupported|n/a|not (?:available|active|present)|unknown|none)$"
     r"|\s+\w+ = "

@@ -28,7 +28,7 @@ _PYTHON = re.compile(r".*/python3\.\d+/(?!(?:site|dist)-packages/)|<|[\w.]+\.py\
 _INSTALLED = re.compile(r"/(?:site|dist)-packages/")
 # What differs from report to report, and what a search takes for more than a word.
 _DIFFERS = re.compile(
-    rf"\[type=.*|https?://\S*|(?:/[\w.+@-]+){{2,}}/?|\b0x[0-9a-f]+\b|\b[0-9a-f]{{16,}}\b\.*|{NO_TEXT}"
+    rf"\[type=.*|\(raised by `.*`\)$|https?://\S*|(?:/[\w.+@-]+){{2,}}/?|\b0x[0-9a-f]+\b|\b[0-9a-f]{{16,}}\b\.*|{NO_TEXT}"
     r"|<[^<>]*>|\{[^{}]*\}|\[[^\[\]]*\]|\([^()]*\)"
     # not the apostrophe of a word, but what draws a tree
     r"|(?<!\w)[\"'`]|[\"'`](?!\w)|[\u2500-\u25ff]"

@@ -19,17 +19,20 @@ from sparkinstall.diagnose.index import SignatureIndex, automaton
 from sparkinstall.diagnose.lines import Line, printable, take_apart
 from sparkinstall.diagnose.sightings import SHOWN, WIDEST, Match, Place, Suspect, shown
 from sparkinstall.diagnose.signatures import Signature
-from sparkinstall.diagnose.tracebacks import Role, Tracebacks, place_of
+from sparkinstall.diagnose.tracebacks import BEGINNINGS, Role, Tracebacks, place_of
 from sparkinstall.diagnose.wrapped import Wrapped
 
 REACH = 2048
 """Bytes around a literal in which its regex is searched, within the line."""
 LONG = 1 << 16
 """Bytes after which the beginning of a line is searched before its end has arrived."""
-MOST = 10_000
+MOST = 2_000
 """Lines of one failure that are counted."""
-MOST_WEIGHED = 20_000
-"""Suspicious lines that are weighed."""
+MOST_WEIGHED = 200_000
+"""What the suspicious lines of a log may cost: `_COST` each, and 1 for one whose shape was weighed `ALIKE` times."""
+ALIKE = 500
+"""Suspicious lines of one shape that are weighed, so that noise does not use up what the failure needs."""
+_COST = 10
 FELL_BACK = "fell-back"
 """The event that a program goes on another way after what failed just before."""
 _MOST_AFTERMATH = 200
@@ -53,6 +56,7 @@ _INNER = re.compile(
     r"|\bWorker failed with error ['\"](?P<words>[^'\"#].{8,}?)(?:['\"], please check.*|['\"]?\s*$)"
 )
 
+_BEGINNINGS = tuple(each.encode() for each in BEGINNINGS)
 # The outermost code of a program: an exception that passes it ends the program.
 _OF_MAIN = re.compile(r'File "[^"]*", line \d+, in (?:<module>|_bootstrap)$', re.MULTILINE)
 
@@ -100,6 +104,7 @@ class Search:
         self._head = self._current.line
         self._clock: int | None = None
         self._weighed = 0
+        self._alike: dict[bytes, int] = {}
         self._fruitless: dict[tuple[str, bytes], int] = {}
         self._in_vain: dict[str, int] = {}
         self._shape: tuple[int, bytes] = (0, b"")
@@ -244,7 +249,7 @@ class Search:
             if number > self._current.number:
                 if self._weighed >= MOST_WEIGHED:
                     return
-                self._count_weighed()
+                self._count_weighed(_COST)
                 is_open = self._tracebacks.are_open
                 self._begin_line(self._line(data, at, at, number), number, is_suspect=is_open)
             at, number = data.find(b"\n", at, upto) + 1 or upto, number + 1
@@ -286,10 +291,7 @@ class Search:
 
     def _weigh(self, signature: Signature | None, data: bytes, start: int, end: int, number: int) -> None:
         if signature is None:
-            is_weighed = self._current.number == number and self._current.is_suspect
-            if self._weighed < MOST_WEIGHED and not is_weighed:
-                self._count_weighed()
-                self._begin_line(self._line(data, start, end, number), number, is_suspect=True)
+            self._weigh_suspicious(data, start, end, number)
             return
         seen = self.found.sightings.get(signature.name)
         if seen and (seen.count >= MOST or seen.last == number):
@@ -311,8 +313,23 @@ class Search:
         if not signature.frames and tried[1] and len(self._fruitless) < _SHAPES:
             self._fruitless[tried] = self._fruitless.get(tried, 0) + 1
 
-    def _count_weighed(self) -> None:
-        self._weighed += 1
+    def _weigh_suspicious(self, data: bytes, start: int, end: int, number: int) -> None:
+        """Read a line for its shape, unless enough lines like it were read. Those of tracebacks are units: each counts."""
+        is_weighed = self._current.number == number and self._current.is_suspect
+        if self._weighed >= MOST_WEIGHED or is_weighed:
+            return
+        shape = b"" if self._tracebacks.are_open else self._shape_of(data, start, number)
+        alike = self._alike.get(shape, 0)
+        if shape and alike >= ALIKE and not any(each in shape for each in _BEGINNINGS):
+            self._count_weighed(1)
+            return
+        if shape and (alike or len(self._alike) < _SHAPES):
+            self._alike[shape] = alike + 1
+        self._count_weighed(_COST)
+        self._begin_line(self._line(data, start, end, number), number, is_suspect=True)
+
+    def _count_weighed(self, cost: int) -> None:
+        self._weighed += cost
         self._enough |= self._weighed >= MOST_WEIGHED
 
     def _count_in_vain(self, signature: Signature, lines: int) -> None:

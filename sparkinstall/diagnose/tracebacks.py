@@ -202,7 +202,8 @@ class Tracebacks:
         return None
 
     def _place(self, process: _Process, key: tuple[str, str], message: str, number: int) -> Role:
-        """Take a place in a file."""
+        """Take a place in a file; a path of Windows is kept as others are written."""
+        message = message.replace("\\", "/")
         if not process.is_open:
             process = self._begin(key)
         if process.is_dump:
