@@ -52,7 +52,7 @@ _VALUE_MISSING = re.compile(r": argument (?P<option>--[\w-]+)\S*: expected (?:on
 _OF_OPTIONS = re.compile("(?i:option|argument|flag|unknown|unrecogni|invalid|requires?|exclusive|conflict)")
 _VARIABLE = re.compile(
     # Neither CUDA's errors nor the names of backends.
-    r"\b(?!CUDA_ERROR_|CUDA_SUCCESS|CUDA_[RC]_\d|TORCH_(?:CHECK|SDPA)\b|(?:TRITON|FLASHINFER)_(?:ATTN|MLA|TRTLLM|CUTLASS|CUTEDSL|UNFUSED)(?:_|\b))"
+    r"(?<!=)\b(?!CUDA_ERROR_|CUDA_SUCCESS|CUDA_[RC]_\d|TORCH_(?:CHECK|SDPA)\b|(?:TRITON|FLASHINFER)_(?:ATTN|MLA|TRTLLM|CUTLASS|CUTEDSL|UNFUSED)(?:_|\b))"
     r"(?:VLLM|NCCL|CUDA|RAY|HF|TORCH|TRITON|FLASHINFER|PYTORCH|PYTHON|GLOO|UCX|OMP|TIKTOKEN|TRANSFORMERS|NVIDIA|LD)_[A-Z][A-Z0-9_]+\b"
 )
 _PROGRAMS = (

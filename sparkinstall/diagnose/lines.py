@@ -30,6 +30,9 @@ _LEVEL = r"(?:TRACE|DEBUG|INFO|NOTICE|WARNING|WARN|ERROR|CRITICAL|FATAL)"
 _PREFIXES = (
     # pytest, before the lines of an exception
     r"E {3,}(?=\S)",
+    # its summary, and the logs of Buildkite
+    r"(?:FAILED|ERROR) \S+\.py::\S.* - (?=(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception)\b)",
+    r" {2}\| (?=\[?\d{4}-\d\d-\d\d)",
     # a quotation in a mail or an issue
     r"(?:> ?)+(?=\S| {2})",
     # docker compose, kubectl --prefix, containerd
@@ -133,7 +136,7 @@ _BOLD = re.compile(r"\*\*(\S.*[^\s*])\*\*\s*$")
 _TRIED = re.compile(r"_inductor/select_algorithm\.py:\d+\]")
 # A command as a shell repeats it (`set -x`) or as it stands after a prompt, a line of its options, a comment.
 _COMMAND = re.compile(
-    r"(?:\++|\$|[\w.-]+@[\w.-]+:\S*[$#]) (?=\S)|\s*--?[A-Za-z][\w-]*(?:[ =][^\s\\]+)*(?: \\)?$|#+ (?=[A-Za-z])"
+    r"(?:\++|\$|[\w.-]+@[\w.-]+:\S*[$#]) (?=\S)|\s*--?(?![A-Z]-)[A-Za-z][\w-]*(?:(?:[ =][^\s\\]+){0,2}|.* \\)$|#+ (?=[A-Za-z])"
 )
 KERNEL = "kernel"
 """The name of the kernel in `who`."""

@@ -227,6 +227,8 @@ _HANDLED = _any(
     r"\b(?:retry(?:ing)?\b|fall(?:s|ing)? ?back|fallback|ignor(?:ed|ing)\b|skipp(?:ed|ing)\b)",
     r"\b(?:disabling\b|will be disabled|0 errors)",
     r"\b(?:no|without) errors?\b",
+    # a number of statistics, a patch's text of CMake, Python's word for no exception
+    r"^(?:standard|relative|absolute|mean|average|max(?:imum)?|rms) (?:\w+ )?error\b|\bmessage\((?:FATAL|SEND)_ERROR|^NoneType: None$",
     # pip's note about packages that it did not install; Arm's SVE, which need not exist
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",

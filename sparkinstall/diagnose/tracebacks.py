@@ -43,7 +43,7 @@ _BETWEEN = re.compile(r"\s*$|\s{2}|[\^~]+$|\.\.\.<|\[Previous line repeated|[|+]
 # Code that looks like a name and a message, where a log has lost its indentation: an annotation, or `else:`.
 _CODE = re.compile(r"[a-z_][\w.]*: [^=\"']{1,80} = |(?:try|else|finally):\s*$")
 # Its name, of a class that a function defines with `<locals>` in it.
-_EXCEPTION = re.compile(r"[A-Za-z_](?:[\w.]|<locals>)*(?::(?: |$)|$)")
+_EXCEPTION = re.compile(r"(?![a-z_]\w*:)[A-Za-z_](?:[\w.]|<locals>)*(?::(?: |$)|$)")
 # One that stands as deep as the lines with `File`: a traceback that was pasted or is indented. Code is deeper.
 _INDENTED = re.compile(r"\s+(?:[a-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Failure|Interrupt|Exit)(?:: \S|$)")
 # What the code of the last frame raises, and the texts in it.
