@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from msgspec import Struct
 from msgspec.structs import replace
 
-from sparkinstall.diagnose import suspicion
+from sparkinstall.diagnose import messages, suspicion
 from sparkinstall.diagnose.lines import KERNEL, Line, printable, take_apart
 from sparkinstall.diagnose.tracebacks import Role, Tracebacks
 
@@ -74,7 +74,7 @@ _NONE = re.compile(
 )
 # Commands, columns and rows of tables, counters, states of parts.
 _OTHER_TEXT = re.compile(
-    r".*\|\s*$|(?:[^|]* \| ){3}|\s*(?:[$>#|+]|(?:echo|printf|print|if|then|fi|raise|return|assert|logger\.\w+|set|export)\b|=====)"
+    r".*\|\s*$|(?:[^|]* \| ){3}|(?:[^>]* -> ){2}|\s*[\u2500-\u257f][\u2500-\u257f ]*[\w.]+(?: \(.*\))?$|\s*(?:[$>#|+]|(?:echo|printf|print|if|then|fi|raise|return|assert|logger\.\w+|set|export)\b|=====)"
     r"|\s*[\w .()/-]{1,60}[:=]\s*[\d.,]+\s*(?:[a-zA-Z%/]{0,8})?$|.*\}\s+[\d.e+]+$"
     r"|\s*[\w /()-]{1,40}\s*: (?i:not supported|unsupported|n/a|not (?:available|active|present)|unknown|none)$"
     r"|\s+\w+ = "
@@ -189,7 +189,20 @@ def _read(data: bytes) -> list[Read]:
     lines = [(number, take_apart(each[indent:])) for number, each in enumerate(texts, 1) if each.strip()]
     tracebacks = Tracebacks()
     found = [Read(number, line, tracebacks.see(number, line)) for number, line in lines]
-    return _without_first_code(found)
+    return _with_levels(_without_first_code(found))
+
+
+def _with_levels(lines: list[Read]) -> list[Read]:
+    """Return the lines; one that continues a warning or less of the line before, which has its level, has it too."""
+    found: list[Read] = []
+    for each in lines:
+        before = found[-1].line if found else None
+        level = _level(before) if before and not each.line.prefix and each.role.kind == "plain" else ""
+        is_rest = before and messages.may_go_on(before.message, before.prefix)
+        if level in ("info", "warning") and is_rest and messages.goes_on(before.message, each.line.message):
+            each = replace(each, line=replace(each.line, level=level))
+        found.append(each)
+    return found
 
 
 def _without_first_code(lines: list[Read]) -> list[Read]:

@@ -22,7 +22,7 @@ OF_MODELS = (
     r"|attention|kv.?cache|quanti[sz]\w*|speculative|logits?|safetensors)\b)"
 )
 """A regex of the words that only programs speak that serve or train models."""
-_OF_A_SERVER = re.compile(rf"{OF_MODELS}|\b(?:EngineCore|APIServer|Worker_\w+)")
+_OF_A_SERVER = re.compile(rf"{OF_MODELS}|\b(?:EngineCore|APIServer|Worker_\w+)|(?i:eagle3)")
 # Python's own library, and code without a file.
 _PYTHON = re.compile(r".*/python3\.\d+/(?!(?:site|dist)-packages/)|<|[\w.]+\.py\Z")
 _INSTALLED = re.compile(r"/(?:site|dist)-packages/")

@@ -78,7 +78,7 @@ _SHAPES = (
             r".*(?:\bFATAL\b|\b[Ff]atal +(?:error\b|: ))",
             r".*(?:cannot open shared object|undefined symbol: |\b[Aa]ssertion\b.* failed)",
             r"Assertion error\b",
-            r"Failed: \S",
+            r"Failed: (?!(?:\d+|none)\b)\S",
             # the end of another process's error, of which the beginning stands above
             r"(?!.*Worker failed with).{8,400}['\"], please check the stack trace above",
             # of glog, and of what says the file and the line of an assertion
@@ -228,7 +228,7 @@ _HANDLED = _any(
     r"\b(?:disabling\b|will be disabled|0 errors)",
     r"\b(?:no|without) errors?\b",
     # a number of statistics, a patch's text of CMake, Python's word for no exception
-    r"^(?:standard|relative|absolute|mean|average|max(?:imum)?|rms) (?:\w+ )?error\b|\bmessage\((?:FATAL|SEND)_ERROR|^NoneType: None$",
+    r"\bConfig file not found at \S*E=\d+,N=\d+|^(?:standard|relative|absolute|mean|average|max(?:imum)?|rms) (?:\w+ )?error\b|\bmessage\((?:FATAL|SEND)_ERROR|^NoneType: None$",
     # pip's note about packages that it did not install; Arm's SVE, which need not exist
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",
