@@ -99,7 +99,7 @@ _SHAPES = (
             # of docker and the kubelet
             r"(?:[\w-]+: )?-E- \S|docker: (?:[Ee]rror\b|invalid )|OCI runtime \w+ failed: \S|toomanyrequests: ",
             r"[Pp]ermission denied\b",
-            r"E: \S",
+            r"E: (?:[A-Z][\w-]+,? \w|dpkg |flAbsPath)",
             r"sudo: a (?:password|terminal) is required",
             r"dpkg: error\b",
             r"exec .*: exec format error$",
@@ -228,7 +228,7 @@ _HANDLED = _any(
     r"\b(?:disabling\b|will be disabled|0 errors)",
     r"\b(?:no|without) errors?\b",
     # a number of statistics, a patch's text of CMake, Python's word for no exception
-    r"\bConfig file not found at \S*E=\d+,N=\d+|^(?:standard|relative|absolute|mean|average|max(?:imum)?|rms) (?:\w+ )?error\b|\bmessage\((?:FATAL|SEND)_ERROR|^NoneType: None$",
+    r"^Using the latest cached version of the (?:dataset|module)|\bConfig file not found at \S*E=\d+,N=\d+|^(?:standard|relative|absolute|mean|average|max(?:imum)?|rms) (?:\w+ )?error\b|\bmessage\((?:FATAL|SEND)_ERROR|^NoneType: None$",
     # pip's note about packages that it did not install; Arm's SVE, which need not exist
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",
