@@ -136,7 +136,8 @@ _BOLD = re.compile(r"\*\*(\S.*[^\s*])\*\*\s*$")
 _TRIED = re.compile(r"_inductor/select_algorithm\.py:\d+\]")
 # A command as a shell repeats it (`set -x`) or as it stands after a prompt, a line of its options, a comment.
 _COMMAND = re.compile(
-    r"(?:\++|\$|[\w.-]+@[\w.-]+:\S*[$#]) (?=\S)|\s*--?(?![A-Z]-)[A-Za-z][\w-]*(?:(?:[ =][^\s\\]+){0,2}|.* \\)$|#+ (?=[A-Za-z])"
+    r"(?:\++|\$|[\w.-]+@[\w.-]+:\S*[$#]) (?=\S)|#+ (?=[A-Za-z])"
+    r"|\s*--?(?![A-Z]-)[A-Za-z][\w-]*(?:(?:[ =][^\s\\]+){0,2}|.* \\)$"
 )
 KERNEL = "kernel"
 """The name of the kernel in `who`."""

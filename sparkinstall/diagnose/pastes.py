@@ -74,7 +74,9 @@ _NONE = re.compile(
 )
 # Commands, columns and rows of tables, counters, states of parts.
 _OTHER_TEXT = re.compile(
-    r".*\|\s*$|(?:[^|]* \| ){3}|(?:[^>]* -> ){2}|\s*[\u2500-\u257f][\u2500-\u257f ]*[\w.]+(?: \(.*\))?$|\s*(?:[$>#|+]|(?:echo|printf|print|if|then|fi|raise|return|assert|logger\.\w+|set|export)\b|=====)"
+    r".*\|\s*$|(?:[^|]* \| ){3}|(?:[^>]* -> ){2}"
+    r"|\s*[\u2500-\u257f][\u2500-\u257f ]*[\w.]+(?: \(.*\))?$"
+    r"|\s*(?:[$>#|+]|(?:echo|printf|print|if|then|fi|raise|return|assert|logger\.\w+|set|export)\b|=====)"
     r"|\s*[\w .()/-]{1,60}[:=]\s*[\d.,]+\s*(?:[a-zA-Z%/]{0,8})?$|.*\}\s+[\d.e+]+$"
     r"|\s*[\w /()-]{1,40}\s*: (?i:not supported|unsupported|n/a|not (?:available|active|present)|unknown|none)$"
     r"|\s+\w+ = "
@@ -193,15 +195,18 @@ def _read(data: bytes) -> list[Read]:
 
 
 def _with_levels(lines: list[Read]) -> list[Read]:
-    """Return the lines; one that continues a warning or less of the line before, which has its level, has it too."""
+    """Return the lines; one that continues a warning or less of the same process, which has its level, has it too."""
     found: list[Read] = []
+    last: dict[str, Line] = {}
     for each in lines:
-        before = found[-1].line if found else None
-        level = _level(before) if before and not each.line.prefix and each.role.kind == "plain" else ""
-        is_rest = before and messages.may_go_on(before.message, before.prefix)
-        if level in ("info", "warning") and is_rest and messages.goes_on(before.message, each.line.message):
-            each = replace(each, line=replace(each.line, level=level))
-        found.append(each)
+        line, before = each.line, last.get(each.line.who)
+        if before and not line.level and each.role.kind == "plain" and _level(before) in ("info", "warning"):
+            is_rest = messages.may_go_on(before.message, before.prefix) and messages.goes_on(
+                before.message, line.message
+            )
+            line = replace(line, level=_level(before)) if is_rest else line
+        last[line.who] = line
+        found.append(replace(each, line=line))
     return found
 
 

@@ -314,7 +314,7 @@ class Search:
             self._fruitless[tried] = self._fruitless.get(tried, 0) + 1
 
     def _weigh_suspicious(self, data: bytes, start: int, end: int, number: int) -> None:
-        """Read a line for its shape, unless enough lines like it were read. Those of tracebacks are units: each counts."""
+        """Read a line for its shape, unless enough lines like it were read. Of tracebacks, which are units, each is."""
         is_weighed = self._current.number == number and self._current.is_suspect
         if self._weighed >= MOST_WEIGHED or is_weighed:
             return

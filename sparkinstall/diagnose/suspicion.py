@@ -228,7 +228,10 @@ _HANDLED = _any(
     r"\b(?:disabling\b|will be disabled|0 errors)",
     r"\b(?:no|without) errors?\b",
     # a number of statistics, a patch's text of CMake, Python's word for no exception
-    r"^Using the latest cached version of the (?:dataset|module)|\bConfig file not found at \S*E=\d+,N=\d+|^(?:standard|relative|absolute|mean|average|max(?:imum)?|rms) (?:\w+ )?error\b|\bmessage\((?:FATAL|SEND)_ERROR|^NoneType: None$",
+    r"^(?:standard|relative|absolute|mean|average|max(?:imum)?|rms) (?:\w+ )?error\b"
+    r"|\bmessage\((?:FATAL|SEND)_ERROR|^NoneType: None$",
+    # vLLM about a kernel that was not tuned for this GPU, datasets about one that it has
+    r"\bConfig file not found at \S*E=\d+,N=\d+|^Using the latest cached version of the (?:dataset|module)",
     # pip's note about packages that it did not install; Arm's SVE, which need not exist
     r"pip's dependency resolver does not currently",
     r"Error in cpuinfo: prctl\(PR_SVE",

@@ -72,6 +72,7 @@ def test_general_failure_quotes_the_line_and_advises_what_that_names() -> None:
             "vllm serve: error: argument --moe-backend: invalid choice: 'b12x'",
             "`b12x` is a value of `--moe-backend` in vLLM ",
         ),
+        ("CalledProcessError: Command '['own', '--max-model-len', '9']' returned non-zero exit status 1.", ""),
         ("vllm serve: error: argument --own/--no-own: ignored explicit argument 'true'", "`--own` takes no value"),
     ],
 )

@@ -32,6 +32,14 @@ def test_count_of_lines_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert search.lines == 51
 
 
+def test_noise_of_one_shape_leaves_enough_for_what_comes_after_it() -> None:
+    line = b"E1004 09:00:00.100000 812 own.cc:12] own transfer %d failed: own reason\n"
+    noise = b"".join(line % number for number in range(50_000))
+    found = diagnosed(noise + b"OwnError: the own store is empty\n")
+    assert sorted(each.line for each in found.telling) == [1, 50_001]
+    assert {each.count for each in found.telling} == {1, log_search.ALIKE}
+
+
 def test_literals_are_gone_through_only_when_some_have_reached_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """To do it for each block takes longer than to search the block."""
     built: list[Search] = []
