@@ -9,6 +9,8 @@ from sparkinstall.diagnose.signatures import Signature
 
 _ENDS = ".!?)]'\"`"
 """What ends a sentence, or something that it quotes."""
+# The name of a model or a file in a message, which tells of no part of the program.
+_NAME = re.compile(r"(['\"`])[\w.]+(?:[-/][\w.]+)+\1")
 _FEW_WORDS = 2
 """Words of an advice that may be the beginning of a longer one."""
 
@@ -59,7 +61,8 @@ def _part_of(suspect: Suspect, general: Sequence[Signature]) -> Signature | None
     """Return what tells of the part of a program that raised an exception, by its traceback or else its words."""
     parts = [each for each in general if each.part]
     by_frames = (each for each in parts if each.frames and each.frames.search(f"{suspect.frames}\n"))
-    by_words = (each for each in parts if each.about and each.about.search(suspect.message))
+    words = _NAME.sub(" ", suspect.message)
+    by_words = (each for each in parts if each.about and each.about.search(words))
     named = next(by_frames, None)
     return next(by_words, named) if named is None or named.outer else named
 
